@@ -3,7 +3,7 @@
 import json
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from lightning import Callback
 from lightning.pytorch.loggers import Logger
-from torch import nn
+from torch import Tensor, nn
 
 from tritter.checkpoint import Source, lineage_of, record_step0_error
 from tritter.data.cache import one_at_a_time
@@ -22,6 +22,8 @@ from tritter.errors import RequestError, TritterError
 from tritter.evaluation.inference import prompt_in_words, sample_text
 from tritter.evaluation.jump import logit_jump
 from tritter.evaluation.statistics import MAX_SCORE_BYTES, PairedScores, score_file
+from tritter.experts.mixture import mixture_on
+from tritter.experts.summary import expert_usage
 from tritter.experts.whole import load_whole
 from tritter.families import count_parameters, forward_flops, position_limit, training_flops
 from tritter.forgetting import build_methods
@@ -34,7 +36,8 @@ from tritter.moe_routing import (
     only_new_experts,
     redraw_rows,
 )
-from tritter.pipeline import experts, growth, importance, moe, moments
+from tritter.moe_routing.summary import moe_usage
+from tritter.pipeline import experts, importance, moe, moments
 from tritter.pipeline.arm import Arm
 from tritter.pipeline.base import last_rate, obtain_base, schedule_of
 from tritter.pipeline.context import MAX_POSITIONS, RunContext
@@ -59,6 +62,7 @@ from tritter.pipeline.trained import (
     round_weights,
     with_routing,
 )
+from tritter.stock_routers import Routing
 from tritter.storage.atomic import atomic_folder, copy_tree, write_text_atomic
 from tritter.storage.hashing import tensor_digest
 from tritter.storage.hub import locate
@@ -221,7 +225,7 @@ def training(context: RunContext, arm: Arm, *, loggers: Sequence[Logger]) -> Sta
     _announce(context, arm, methods, max_steps=settings.max_steps)
     with moe.ready_for_training(context, arm, model) as setup:
         task = importance.task(context, arm, follow=setup.follow)
-        observers, changers = growth.begin(context, arm, model, max_steps=settings.max_steps)
+        observers, changers = _growth(context, arm, model, max_steps=settings.max_steps)
         trainee = experts.begin(context, arm, model, max_steps=settings.max_steps)
         _freeze(model, methods, task, max_steps=settings.max_steps)
         module = trainee.module(
@@ -280,6 +284,30 @@ def training(context: RunContext, arm: Arm, *, loggers: Sequence[Logger]) -> Sta
         seconds={arm.label("validation"): result.evaluation_seconds} if text else {},
         leaves=(place, *metrics),
     )
+
+
+def _growth(
+    context: RunContext, arm: Arm, model: nn.Module, *, max_steps: int
+) -> tuple[Sequence[Callback], Sequence[Callback]]:
+    """Return what reads gradients and what grows neurons in an arm's training.
+
+    The control grows nothing. What growth does not train is frozen here, before methods against
+    forgetting, which thaw only what they froze.
+    """
+    asked = context.config.growth
+    if asked is None or arm.is_control:
+        return (), ()
+    method = asked.kind(asked.options)
+    method.freeze(model)
+    data, trainer = context.config.data, context.trainer_settings
+    tokens = data.batch_size * data.sequence_length * trainer.accumulate_grad_batches
+    observer, changer = method.callbacks(
+        max_steps=max_steps,
+        tokens_per_step=tokens,
+        seed=context.seed("growth", *arm.purpose),
+        new=context.planned(arm).change.new_units() if arm.specs else {},
+    )
+    return (observer,), (changer,)
 
 
 def _announce(
@@ -374,19 +402,27 @@ def evaluation(context: RunContext, arm: Arm) -> StageResult:
     who = "the control" if arm.is_control else "the trained model"
     context.say("evaluate", f"{who} on {', '.join(context.domains)}")
     context.score(trained, f"{arm.name}-trained")
-    samples, flops = [], context.scoring_flops(experts.reading_flops(trained))
-    flops += moe.usage_flops(context, source.config) + experts.usage_flops(context, trained)
+    reading = experts.reading_flops(trained)
+    samples, flops = [], context.scoring_flops(reading)
     is_last = arm.task == len(context.text.tasks) - 1
     if is_last and not arm.is_control and context.config.evaluation.sample_tokens:
         start = "baseline" if arm.task else arm.start
         before = experts.load_start(context, arm, context.source(start))
         samples = [said(context, domain, before, trained) for domain in context.domains]
         flops += sum(sample.flops for sample in samples)
+    sequences: Mapping[str, Tensor] = {}
+    used = lora_used = None
+    if Routing.of(trained) is not None:
+        sequences = moe.usage_sequences(context)
+        used = moe_usage(trained.to(context.device), sequences)
+    elif mixture_on(trained) is not None:
+        sequences = experts.usage_sequences(context)
+        lora_used = expert_usage(trained.to(context.device), sequences)
+    trained.to("cpu")
+    flops += sum(reading.of_all(lengths_of(context.apart, each)) for each in sequences.values())
     return StageResult(
         EvaluationFound(
-            samples=tuple(sample.texts for sample in samples),
-            moe=moe.usage(context, trained),
-            experts=experts.usage(context, trained),
+            samples=tuple(sample.texts for sample in samples), moe=used, experts=lora_used
         ),
         flops={arm.label("evaluate"): flops},
         leaves=(score_file(f"{arm.name}-trained"),),

@@ -6,8 +6,12 @@ from itertools import chain
 from typing import Any
 
 from tritter.evaluation.transfer import LearnedTask, transfer_matrix
+from tritter.experts.callback import EXPERTS
+from tritter.experts.summary import experts_summary
 from tritter.families import count_parameters, on_disk
-from tritter.pipeline import disk, experts, growth, importance, moe
+from tritter.growth.record import GROWTH
+from tritter.growth.summary import growth_summary
+from tritter.pipeline import disk, importance, moe
 from tritter.pipeline.arm import Arm
 from tritter.pipeline.context import RunContext
 from tritter.pipeline.ledger import (
@@ -23,6 +27,8 @@ from tritter.report.summary import (
     Attempt,
     Check,
     Domains,
+    ExpertsRecord,
+    GrowthRecord,
     Jump,
     Matrix,
     Packing,
@@ -32,6 +38,7 @@ from tritter.report.summary import (
     Summary,
     TaskRecord,
 )
+from tritter.storage.records import validated
 
 
 def summary_record(
@@ -84,8 +91,8 @@ def summary_record(
         **_known(
             matrix=attempt.matrix,
             moe=moe.summary_record(own, arms),
-            growth=growth.summary_record(own, arms),
-            experts=experts.summary_record(own, arms),
+            growth=_growth(own, arms),
+            experts=_experts(own, arms),
             rounds=records if last.is_round else None,
             target=target_record(context, last) if last.is_round else None,
             control=None
@@ -98,6 +105,35 @@ def summary_record(
 def _known(**parts: Any) -> dict[str, Any]:
     """Return the parts that there are; a summary does not name the others."""
     return {name: part for name, part in parts.items() if part is not None}
+
+
+def _growth(context: RunContext, arms: Sequence[Arm]) -> GrowthRecord | None:
+    """Return what grew in the trainings of an attempt, task after task."""
+    if (asked := context.config.growth) is None:
+        return None
+    record = growth_summary(
+        [(fit.steps, fit.reports[GROWTH]) for fit in _fits(context, arms)],
+        options=asked.plain(),
+        advice=asked.options.trigger.advice,
+    )
+    return validated(record, GrowthRecord, what="summary.json: growth")
+
+
+def _experts(context: RunContext, arms: Sequence[Arm]) -> ExpertsRecord | None:
+    """Return what became of experts in the trainings of an attempt, task after task."""
+    if (asked := context.config.experts) is None:
+        return None
+    evaluated = [context.ledger.found(f"{arm.name}.evaluate", EvaluationFound) for arm in arms]
+    record = experts_summary(
+        [(fit.steps, fit.reports.get(EXPERTS, {})) for fit in _fits(context, arms)],
+        [each.experts or {} for each in evaluated],
+        options={"name": asked.name, **asked.plain()},
+    )
+    return validated(record, ExpertsRecord, what="summary.json: experts")
+
+
+def _fits(context: RunContext, arms: Sequence[Arm]) -> list[TrainingFound]:
+    return [context.ledger.found(f"{arm.name}.fit", TrainingFound) for arm in arms]
 
 
 def _importance_notes(trials: Sequence[Trial]) -> list[str]:

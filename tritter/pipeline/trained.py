@@ -1,14 +1,15 @@
 """The checkpoint that a training leaves in the run folder."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from tritter.checkpoint import Lineage, Source, lineage_of, write_checkpoint
+from tritter.checkpoint import ExpansionRecord, Lineage, Source, lineage_of, write_checkpoint
 from tritter.checkpoint.folder import Artifact, LinkedTensors, TokenizerFiles
 from tritter.checkpoint.kept_sequences import KeptSequences
 from tritter.checkpoint.left import checkpoint_changes
@@ -16,19 +17,16 @@ from tritter.data.packing import lengths_of
 from tritter.errors import TritterError
 from tritter.evaluation.losses import sequence_losses
 from tritter.experts.adapters import is_of_adapter
-from tritter.experts.mixture import ROUTER
+from tritter.experts.mixture import ROUTER, mixture_on
+from tritter.experts.stored import ExpertFolder
+from tritter.experts.summary import expert_records
 from tritter.families import Config
-from tritter.models import (
-    config_of,
-    load_model,
-    stored_tensors,
-    weightless_model,
-)
+from tritter.growth.summary import growth_records
+from tritter.models import config_of, load_model, stored_tensors, weightless_model
 from tritter.pipeline import moe, moments
 from tritter.pipeline.arm import Arm
 from tritter.pipeline.context import RunContext
-from tritter.pipeline.experts import ExpertsAsked, left_beside, reading_flops_of
-from tritter.pipeline.growth import GrowthAsked
+from tritter.pipeline.experts import reading_flops_of
 from tritter.pipeline.importance import left_sequences
 from tritter.stock_routers import AddedExperts, Routing
 from tritter.storage.tensors import is_finite
@@ -37,6 +35,9 @@ from tritter.targets import plain
 from tritter.training import FitResult
 from tritter.training.checkpoint_io import SafetensorsCheckpointIO
 from tritter.training.parameters import whole_state
+
+# Returns what the lineage says of changes during a training: config before, after, and the result
+Records = Callable[[Config, Config, FitResult], list[ExpansionRecord]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,8 +58,8 @@ class TrainedWriter:
         moments: those of the optimizer.
         routing_state: where the routers' biases, which no checkpoint holds, are left.
         kept: sequences that stay beside the model.
-        growth: what the record of neurons that grew on the way says of them already.
-        experts: the same of LoRA experts; their base is written as it was.
+        records: what adds to the lineage's expansions: neurons that grew, experts that came.
+        has_frozen_base: LoRA experts were trained, and their base is written as it was.
     """
 
     start: Path
@@ -74,8 +75,8 @@ class TrainedWriter:
     moments: Artifact | None = None
     routing_state: Path | None = None
     kept: KeptSequences = field(default_factory=KeptSequences)
-    growth: GrowthAsked | None = None
-    experts: ExpertsAsked | None = None
+    records: tuple[Records, ...] = ()
+    has_frozen_base: bool = False
 
     def __call__(self, model: nn.Module, result: FitResult) -> None:
         """Write `model` as this training left it."""
@@ -88,7 +89,7 @@ class TrainedWriter:
             _unlink_weights(self.start, model)
         config, base = start, Source.written(self.start, start, self.lineage)
         tensors: TensorStream | LinkedTensors
-        if self.experts is None:
+        if not self.has_frozen_base:
             config = _followed(start, model)
             trained = dict(stored_tensors(whole_state(model), config))
             dtype = fitting_dtype(trained.values(), self.dtype)
@@ -98,25 +99,32 @@ class TrainedWriter:
         else:
             tensors = base.stream().to(_torch(self.dtype))
             config = {**config, "dtype": self.dtype}
-        grown = [] if self.growth is None else self.growth.records(start, config, result)
-        grown += [] if self.experts is None else self.experts.records(config, result)
+        changes = (record for each in self.records for record in each(start, config, result))
+        lineage = replace(
+            self.lineage,
+            step=self.earlier_steps + steps,
+            stock_loadable="yes" if is_settled else "after adaptation",
+            expansion_history=(*self.lineage.expansion_history, *changes),
+            training_config={**self.lineage.training_config, "last_rate": result.last_rate},
+        )
+        losses, experts = dict(self.kept.losses), None
+        for name in self.kept.sequences.keys() - losses.keys():
+            losses[name] = sequence_losses(model, self.kept.sequences[name])
+        if (mixture := mixture_on(model)) is not None:
+            usage = mixture.extra.get("usage")
+            by_stage = None if usage is None else {"training": usage}
+            experts = ExpertFolder.of(mixture, usage=by_stage, extra=mixture.extra)
         write_checkpoint(
             self.target,
             config=config,
             tensors=tensors,
-            lineage=lambda: replace(
-                self.lineage,
-                step=self.earlier_steps + steps,
-                stock_loadable="yes" if is_settled else "after adaptation",
-                expansion_history=(*self.lineage.expansion_history, *grown),
-                training_config={**self.lineage.training_config, "last_rate": result.last_rate},
-            ),
+            lineage=lambda: lineage,
             artifacts=(
                 TokenizerFiles(self.start),
                 None if is_settled else added,
                 self.moments,
-                _measured(self.kept, model),
-                left_beside(model),
+                replace(self.kept, losses=losses),
+                experts,
             ),
             overwrite=True,
         )
@@ -160,14 +168,6 @@ def _unlink_weights(folder: Path, model: nn.Module) -> None:
             parameter.data = parameter.data.clone()
     for path in folder.glob("*.safetensors"):
         path.unlink()
-
-
-def _measured(kept: KeptSequences, model: nn.Module) -> KeptSequences:
-    """Return kept sequences with the losses that the model leaves them with."""
-    losses = dict(kept.losses)
-    for name in kept.sequences.keys() - losses.keys():
-        losses[name] = sequence_losses(model, kept.sequences[name])
-    return replace(kept, losses=losses)
 
 
 def measuring_flops(context: RunContext, written: TrainedWriter, place: str) -> float:
@@ -218,14 +218,6 @@ def child_of(
     )
 
 
-def _dtype_of(context: RunContext, arm: Arm, start: Source) -> str:
-    """Return the dtype of what an arm's training leaves: later ones start from float32."""
-    if arm.is_final:
-        return context.published_dtype
-    is_frozen = context.config.experts is not None and not arm.is_control
-    return start.tensors.main_dtype if is_frozen else "float32"
-
-
 def arm_writer(
     context: RunContext, arm: Arm, *, is_routed: bool, frees_start: bool
 ) -> TrainedWriter:
@@ -233,11 +225,15 @@ def arm_writer(
     start, folder = context.source(moe.start_place(context, arm)), context.folder / arm.name
     target, added = folder / "trained", moe.appended(context, arm)
     has_bias = is_routed and context.config.moe_routing.bias_update_rate
+    has_frozen_base = context.config.experts is not None and not arm.is_control
+    dtype = context.published_dtype
+    if not arm.is_final:  # later trainings start from float32
+        dtype = start.tensors.main_dtype if has_frozen_base else "float32"
     return TrainedWriter(
         start=start.folder,
         start_config=start.config,
         target=target,
-        dtype=_dtype_of(context, arm, start),
+        dtype=dtype,
         frees_start=frees_start,
         lineage=child_of(
             context, arm, start, target, stage="continued training", is_adapted=added is not None
@@ -249,9 +245,19 @@ def arm_writer(
         moments=moments.LeftState(folder),
         routing_state=folder / "routing" if has_bias else None,
         kept=left_sequences(context, arm),
-        growth=GrowthAsked.of(context, arm),
-        experts=ExpertsAsked.of(context, arm),
+        records=() if arm.is_control else tuple(_records(context, arm)),
+        has_frozen_base=has_frozen_base,
     )
+
+
+def _records(context: RunContext, arm: Arm) -> Iterator[Records]:
+    growth, experts = context.config.growth, context.config.experts
+    if growth is not None:
+        seed = context.seed("growth", *arm.purpose)
+        yield partial(growth_records, options=growth.plain(), seed=seed)
+    if experts is not None:
+        seed = context.seed("experts", *arm.purpose)
+        yield partial(expert_records, options={"name": experts.name, **experts.plain()}, seed=seed)
 
 
 def accept(context: RunContext, place: str) -> None:
