@@ -26,8 +26,8 @@ from tritter.families import position_limit
 from tritter.models import read_config
 from tritter.pipeline import moe, verdict
 from tritter.pipeline.arm import Arm
+from tritter.pipeline.base import check_given
 from tritter.pipeline.context import RunContext
-from tritter.pipeline.given import check_given
 from tritter.pipeline.ledger import Ledger
 from tritter.pipeline.run import run_arm, run_baseline
 from tritter.pipeline.scoring import score_records

@@ -39,10 +39,9 @@ from tritter.moe_routing import (
 from tritter.moe_routing.summary import moe_usage
 from tritter.pipeline import experts, importance, moe, moments
 from tritter.pipeline.arm import Arm
-from tritter.pipeline.base import last_rate, obtain_base, schedule_of
+from tritter.pipeline.base import copy_given, last_rate, obtain_base, schedule_of
 from tritter.pipeline.context import MAX_POSITIONS, RunContext
 from tritter.pipeline.disk import release_start, write_expanded
-from tritter.pipeline.given import copy_given
 from tritter.pipeline.ledger import (
     BaselineFound,
     ChoiceFound,
