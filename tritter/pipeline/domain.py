@@ -129,7 +129,20 @@ def expand_for_domain(
         check = partial(check_replaceable, sources=sources)
         with atomic_folder(destination, overwrite=overwrite, check=check) as temporary:
             shutil.copytree(folder / "checkpoint", temporary, dirs_exist_ok=True)
-            lineage = _adopt(temporary, context, source=source, destination=destination)
+            # The child of the source, in place of folders that will be gone
+            root, made = context.source("baseline").own_lineage, context.source("checkpoint")
+            adopted = replace(
+                made.own_lineage,
+                parent_hash=root.model_hash,
+                parent_path=os.path.relpath(source.resolve(), destination.resolve()),
+            )
+            if read_lineage(source) is None:
+                adopted = replace(
+                    adopted,
+                    parent_tensor_digests=root.tensor_digests,
+                    parent_file_digests=known_digests(source),
+                )
+            lineage = write_lineage(temporary, adopted, made.config)
         return DomainExpansion(plan=plan, lineage=lineage, scores=scores, experts=used)
 
 
@@ -166,20 +179,3 @@ def _config(source: Path, task: DomainTask, folder: Path) -> RunConfig:
 def _value(sources: TextSources) -> str:
     parts = [f"{name}:[{','.join(map(quoted, paths))}]" for name, paths in sources.items()]
     return "{" + ",".join(parts) + "}"
-
-
-def _adopt(folder: Path, context: RunContext, *, source: Path, destination: Path) -> Lineage:
-    """Let a checkpoint be the child of the source, in place of folders that will be gone."""
-    root, kept = context.source("baseline").own_lineage, context.source("checkpoint")
-    adopted = replace(
-        kept.own_lineage,
-        parent_hash=root.model_hash,
-        parent_path=os.path.relpath(source.resolve(), destination.resolve()),
-    )
-    if read_lineage(source) is None:
-        adopted = replace(
-            adopted,
-            parent_tensor_digests=root.tensor_digests,
-            parent_file_digests=known_digests(source),
-        )
-    return write_lineage(folder, adopted, kept.config)

@@ -28,12 +28,11 @@ from tritter.pipeline.ledger import EvaluationFound, TrainingFound
 from tritter.pipeline.scoring import score_records
 from tritter.report.summary import MoeRecord
 from tritter.stock_routers import AddedExperts, Routing
-from tritter.training import Schedule, SideLoss
+from tritter.training import SideLoss
 
 USAGE_SEQUENCES = 64
 UTILITY_SEQUENCES = 64  # of the new domains, by which the expert to clone is chosen
 HELD_SEQUENCES = 256  # old sequences whose routing is held
-ROUTER_WARMUP = 0.05
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -117,14 +116,6 @@ def router_steps(context: RunContext, arm: Arm) -> int:
 def opened(context: RunContext, arm: Arm, added: AddedExperts, *, steps: int) -> AddedExperts:
     """Return what the appended experts of an arm are after so many steps of it."""
     return added.at(added.step + steps, anneal_steps=anneal_steps(context, arm, added))
-
-
-def router_schedule(context: RunContext, arm: Arm) -> Schedule:
-    return Schedule(
-        learning_rate=context.config.adaptation.router_learning_rate,
-        max_steps=router_steps(context, arm),
-        warmup_ratio=ROUTER_WARMUP,
-    )
 
 
 @contextmanager

@@ -17,7 +17,6 @@ from tritter.checkpoint import Source, lineage_of, record_step0_error
 from tritter.data.cache import one_at_a_time
 from tritter.data.datamodule import EvaluationText
 from tritter.data.packing import apart_of, lengths_of
-from tritter.data.tokens import TokenisedDocuments
 from tritter.errors import RequestError, TritterError
 from tritter.evaluation.inference import prompt_in_words, sample_text
 from tritter.evaluation.jump import logit_jump
@@ -81,6 +80,7 @@ from tritter.training.trainer import losses_before
 from tritter.training.validation import evaluation_flops
 
 JUMP_SEQUENCES = 8
+ROUTER_WARMUP = 0.05
 _EARLIER = ("adapt", "distill")  # trainings of an arm before the one that its checks are of
 
 
@@ -144,7 +144,10 @@ def expansion(context: RunContext, arm: Arm) -> StageResult:
     lineage = record_step0_error(grown.folder, made.lineage, error, grown.config, num_new=num_new)
     context.sources[place] = replace(grown, lineage=lineage)
     context.score(after, f"{arm.name}-expanded")
-    evaluated, flops = _before(context, before)
+    evaluated, flops = dict[str, float](), dict[str, float]()
+    if (text := context.evaluation_text) is not None:
+        evaluated = losses_before(before, text, context.trainer_settings)
+        flops["validation"] = evaluation_flops(experts.reading_flops(before), text)
     flops["expand"] = context.scoring_flops(forward_flops(grown.config))
     passes = [forward_flops(each.config).of(tokens.shape[1]) for each in (source, grown)]
     flops["expand"] += len(tokens) * sum(passes)
@@ -158,15 +161,6 @@ def expansion(context: RunContext, arm: Arm) -> StageResult:
         flops=flops,
         leaves=(place, score_file(f"{arm.name}-expanded")),
     )
-
-
-def _before(context: RunContext, model: nn.Module) -> tuple[dict[str, float], dict[str, float]]:
-    """Return what is evaluated of a model before its expansion, by metric, and the FLOPs of it."""
-    text = context.evaluation_text
-    if text is None:
-        return {}, {}
-    losses = losses_before(model, text, context.trainer_settings)
-    return losses, {"validation": evaluation_flops(experts.reading_flops(model), text)}
 
 
 def adaptation(context: RunContext, arm: Arm) -> StageResult:
@@ -193,23 +187,27 @@ def adaptation(context: RunContext, arm: Arm) -> StageResult:
     with moe.ready_for_routers(context, arm, model) as setup:
         module = BaseModule(
             model,
-            schedule=moe.router_schedule(context, arm),
+            schedule=Schedule(
+                learning_rate=options.router_learning_rate,
+                max_steps=steps,
+                warmup_ratio=ROUTER_WARMUP,
+            ),
             optimizer=replace(context.optimizer_settings, weight_decay=0.0),
             methods=build_methods(context.config.forgetting),
             side_losses=setup.side_losses,
         )
         task = importance.task(context, arm, follow=setup.follow)
         result = _fit(
-            context, arm, module, setup, task, folder=folder, label="router", write_result=write
+            context,
+            arm,
+            module,
+            setup=setup,
+            task=task,
+            folder=folder,
+            label="router",
+            write_result=write,
         )
-    accept(context, place)
-    context.ledger.watch_disk()
-    discard_saved(folder)
-    return StageResult(
-        TrainingFound.of(result),
-        flops={arm.label("adapt"): result.flops},
-        leaves=(place,),
-    )
+    return _taken_up(context, place, result, folder=folder, label=arm.label("adapt"))
 
 
 def training(context: RunContext, arm: Arm, *, loggers: Sequence[Logger]) -> StageResult:
@@ -219,7 +217,9 @@ def training(context: RunContext, arm: Arm, *, loggers: Sequence[Logger]) -> Sta
     asked = experts.training_of(context, arm)
     settings = replace(asked, max_steps=asked.max_steps * arm.num_trainings)
     model = context.reading(experts.load_start(context, arm, start))
-    _hold_old(context, arm, model)
+    if any(spec.new_blocks_only for spec in arm.specs):
+        carried = context.planned(arm).change.masks()
+        hold_still(model, lambda name: bool(carried[name].any()))
     methods = build_methods(context.config.forgetting)
     _announce(context, arm, methods, max_steps=settings.max_steps)
     with moe.ready_for_training(context, arm, model) as setup:
@@ -241,8 +241,8 @@ def training(context: RunContext, arm: Arm, *, loggers: Sequence[Logger]) -> Sta
             context,
             arm,
             module,
-            setup,
-            task,
+            setup=setup,
+            task=task,
             folder=folder,
             label="training",
             loggers=loggers,
@@ -276,11 +276,14 @@ def training(context: RunContext, arm: Arm, *, loggers: Sequence[Logger]) -> Sta
                 refused_steps=found.refused_steps + earlier.refused_steps,
                 stopped_because=earlier.stopped_because or found.stopped_because,
             )
+    spent, evaluating = {arm.label("fit"): flops}, arm.label("validation")
+    if result.evaluation_flops:  # of the control all is one
+        spent[evaluating] = spent.get(evaluating, 0.0) + result.evaluation_flops
     metrics = [path.relative_to(context.folder).as_posix() for path in metrics_files(folder)]
     return StageResult(
         found,
-        flops=_fit_flops(arm, flops, result.evaluation_flops),
-        seconds={arm.label("validation"): result.evaluation_seconds} if text else {},
+        flops=spent,
+        seconds={evaluating: result.evaluation_seconds} if text else {},
         leaves=(place, *metrics),
     )
 
@@ -321,21 +324,6 @@ def _announce(
     context.say("train", f"{max_steps} steps on {domains}{place}, protected by {protection}")
 
 
-def _fit_flops(arm: Arm, training: float, evaluations: float) -> dict[str, float]:
-    """Return FLOPs by what reports call them; all of the control's are one."""
-    labels = arm.label("fit"), arm.label("validation")
-    if labels[0] == labels[1] or not evaluations:
-        return {labels[0]: training + evaluations}
-    return {labels[0]: training, labels[1]: evaluations}
-
-
-def _hold_old(context: RunContext, arm: Arm, model: nn.Module) -> None:
-    """Hold all that is old, where an expansion asks for its new blocks alone to be trained."""
-    if any(spec.new_blocks_only for spec in arm.specs):
-        carried = context.planned(arm).change.masks()
-        hold_still(model, lambda name: bool(carried[name].any()))
-
-
 def _freeze(
     model: nn.Module, methods: Sequence[ForgettingMethod], task: Task, *, max_steps: int
 ) -> None:
@@ -358,12 +346,12 @@ def _fit(
     context: RunContext,
     arm: Arm,
     module: BaseModule,
-    setup: moe.Setup,
-    task: Task,
     *,
     folder: Path,
     label: str,
     write_result: WriteResult,
+    setup: moe.Setup | None = None,
+    task: Task | None = None,
     evaluation: EvaluationText | None = None,
     loggers: Sequence[Logger] = (),
     observers: Sequence[Callback] = (),
@@ -384,12 +372,22 @@ def _fit(
         loggers=loggers,
         # What starts from moments leaves its own; the stages of routers do neither
         observers=[*(moments.keepers(context, folder) if module.moments else ()), *observers],
-        controls=setup.controls,
+        controls=setup.controls if setup is not None else (),
         changers=changers,
         theirs=context.config.callbacks if label == "training" else (),
         write_result=write_result,
         evaluation=evaluation,
     )
+
+
+def _taken_up(
+    context: RunContext, place: str, result: FitResult, *, folder: Path, label: str
+) -> StageResult:
+    """Take up what a training before the last one wrote, and end its stage."""
+    accept(context, place)
+    context.ledger.watch_disk()
+    discard_saved(folder)
+    return StageResult(TrainingFound.of(result), flops={label: result.flops}, leaves=(place,))
 
 
 def evaluation(context: RunContext, arm: Arm) -> StageResult:
@@ -505,16 +503,23 @@ def score_baseline(context: RunContext, source: Source) -> None:
 
 def _made_from(context: RunContext, source: Source) -> dict[str, Any]:
     """Return everything that determines the scores, to the last bit."""
-    is_gpu = context.device.type == "cuda"
+    is_gpu, text = context.device.type == "cuda", {}
+    for name in context.domains:  # as the documents were cut into tokens, in their order
+        of_domain = context.corpus.domains[name].validation
+        parts = {
+            "tokens": of_domain.tokens,
+            "offsets": of_domain.offsets,
+            "bytes": of_domain.num_bytes,
+        }
+        digests = {part: tensor_digest(part, tensor) for part, tensor in parts.items()}
+        text[name] = content_key({**digests, "identifiers": list(of_domain.identifiers)})
     made_from = {
         "format": "scores",
         "format_version": FORMAT_VERSION,
         "torch": torch.__version__,
         "model": source.own_lineage.model_hash,
         "config": dict(source.config),
-        "text": {
-            name: _text_digest(context.corpus.domains[name].validation) for name in context.domains
-        },
+        "text": text,
         "tasks": {task.name: task.digest for task in context.tasks},
         "end_of_text": context.end_of_text_id,
         "sequence_length": context.config.data.sequence_length,
@@ -522,18 +527,11 @@ def _made_from(context: RunContext, source: Source) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(context.device) if is_gpu else "cpu",
         "threads": None if is_gpu else torch.get_num_threads(),
     }
-    digests = source.own_lineage.file_digests
-    of_experts = {n: d for n, d in digests.items() if n.startswith(_EXPERT_FILES)}
+    files = source.own_lineage.file_digests
+    of_experts = {n: d for n, d in files.items() if n.startswith(_EXPERT_FILES)}
     if of_experts and context.config.experts is not None:
         made_from["experts"] = of_experts
     return made_from
-
-
-def _text_digest(documents: TokenisedDocuments) -> str:
-    """Hash the documents that are scored, in their order, as they were cut into tokens."""
-    parts = {"tokens": documents.tokens, "offsets": documents.offsets, "bytes": documents.num_bytes}
-    digests = {name: tensor_digest(name, tensor) for name, tensor in parts.items()}
-    return content_key({**digests, "identifiers": list(documents.identifiers)})
 
 
 def _intact_scores(place: Path) -> dict[str, Any] | None:
@@ -568,10 +566,10 @@ def choice(context: RunContext, arm: Arm) -> StageResult:
 
 def distillation(context: RunContext, arm: Arm) -> StageResult:
     """Let the new experts learn from the teacher on the new domains, while no token meets them."""
-    options, place = context.config.adaptation, moe.teacher_of(arm)
+    options, teacher = context.config.adaptation, moe.teacher_of(arm)
     start = context.source(moe.expanded_place(arm))
     added = moe.appended(context, arm)
-    assert place is not None and added is not None
+    assert teacher is not None and added is not None
     model = context.reading(load_model(start.folder, config=start.config))
     folder, steps = context.folder / arm.name / "distill", options.distill_steps
     target = context.folder / arm.name / "distilled"
@@ -587,31 +585,17 @@ def distillation(context: RunContext, arm: Arm) -> StageResult:
             context, start, is_trained=lambda tensor: tensor.expert in added.experts
         ),
     )
-    context.say("distill", f"{steps} steps of the new experts, after {place}")
+    context.say("distill", f"{steps} steps of the new experts, after {teacher}")
     with only_new_experts(model, added.experts):
         module = DistillationModule(
             model,
-            context.reading(load_model(locate(place))),
+            context.reading(load_model(locate(teacher))),
             new_experts=added.experts,
             temperature=options.distill_temperature,
             auxiliary_loss=context.config.moe_routing.auxiliary_loss,
             schedule=Schedule.constant(context.config.training.learning_rate, max_steps=steps),
             optimizer=context.optimizer_settings,
         )
-        result = fit(
-            module,
-            context.batches(context.new_of(arm), purpose="distill", max_steps=steps),
-            settings=context.trainer_settings,
-            folder=folder,
-            label="distill",
-            console=context.console,
-            write_result=write,
-        )
-    accept(context, f"{arm.name}/distilled")
-    context.ledger.watch_disk()
-    discard_saved(folder)
-    return StageResult(
-        TrainingFound.of(result),
-        flops={arm.label("distill"): result.flops},
-        leaves=(f"{arm.name}/distilled",),
-    )
+        result = _fit(context, arm, module, folder=folder, label="distill", write_result=write)
+    place = f"{arm.name}/distilled"
+    return _taken_up(context, place, result, folder=folder, label=arm.label("distill"))
