@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from lightning.pytorch.loggers import WandbLogger
-from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from tritter.checkpoint import Lineage, Source, lineage_of, read_lineage
@@ -163,8 +162,27 @@ class RunContext:
 
     @cached_property
     def corpus(self) -> Corpus:
-        given = self.given_tokenizer
-        return run_corpus(self.config, self.text, tokenizer=given.tokenizer if given else None)
+        """The old and new domains, tokenised; without a checkpoint a tokenizer is trained on them.
+
+        Raises:
+            TextFileError: files can't be read as what they are.
+            RequestError: a domain is too small, or the cache can't be written.
+        """
+        config, split, given = self.config, self.text.split, self.given_tokenizer
+        asked: dict[str, Any] = {
+            "vocab_size": config.data.vocab_size,
+            "validation_fraction": split.validation_fraction,
+            "max_validation_tokens_per_document": config.evaluation.max_tokens_per_document,
+            "seed": split.seed,
+            "cache_dir": config.cache_dir,
+            "tokenizer": given.tokenizer if given else None,
+        }
+        domains = self.text.domains
+        # Of the embedded corpus alone the cache keeps a note
+        if [(domain.name, domain.paths) for domain in domains] == _STDLIB_DOMAINS:
+            return stdlib_corpus(**asked)
+        origin = {domain.name: _origin(domain, config) for domain in domains}
+        return build_corpus(all_documents(domains), origin=origin, **asked)
 
     @cached_property
     def notes(self) -> tuple[str, ...]:
@@ -433,9 +451,10 @@ class RunContext:
         ]
 
     def score(self, model: nn.Module, name: str) -> Scores:
-        """Score a model and keep the result in a file."""
+        """Score a model, which ends on the CPU, and keep the result in a file."""
         with self.progress_bars() as new_bar:
-            scores = self.scoring.score(model, self.device, new_bar=new_bar)
+            scores = self.scoring.score(model.to(self.device), new_bar=new_bar)
+        model.to("cpu")
         write_scores(self.folder / score_file(name), scores)
         self.say("", told(scores))
         return scores
@@ -452,36 +471,6 @@ class RunContext:
 MUCH_PADDING = 0.1
 FILES_ORIGIN, DATASETS_ORIGIN = "text files", "data sets"
 _STDLIB_DOMAINS = [("prose", ("stdlib:prose",)), ("code", ("stdlib:code",))]
-
-
-def run_corpus(config: RunConfig, text: RunText, *, tokenizer: Tokenizer | None) -> Corpus:
-    """Return the old and new domains of a run, tokenised.
-
-    Args:
-        text: of the run.
-        tokenizer: of a checkpoint; None trains one on the texts.
-
-    Raises:
-        TextFileError: files can't be read as what they are.
-        RequestError: a domain is too small, or the cache can't be written.
-    """
-    split = text.split
-    asked: dict[str, Any] = {
-        "vocab_size": config.data.vocab_size,
-        "validation_fraction": split.validation_fraction,
-        "max_validation_tokens_per_document": config.evaluation.max_tokens_per_document,
-        "seed": split.seed,
-        "cache_dir": config.cache_dir,
-        "tokenizer": tokenizer,
-    }
-    # Of the embedded corpus alone the cache keeps a note
-    if [(domain.name, domain.paths) for domain in text.domains] == _STDLIB_DOMAINS:
-        return stdlib_corpus(**asked)
-    return build_corpus(
-        all_documents(text.domains),
-        origin={domain.name: _origin(domain, config) for domain in text.domains},
-        **asked,
-    )
 
 
 def all_documents(domains: Iterable[DomainText]) -> dict[str, Sequence[Document]]:

@@ -17,9 +17,10 @@ from tritter.data.records import DEFAULT_FIELD
 from tritter.data.sources import source_documents
 from tritter.data.tokens import PretrainedTokenizer, TokenisedDocuments, tokenise
 from tritter.errors import RequestError
-from tritter.evaluation.losses import document_losses
 from tritter.evaluation.statistics import PairedScores
+from tritter.evaluation.tasks import Reader
 from tritter.pipeline.context import all_documents
+from tritter.pipeline.scoring import Scoring
 from tritter.terminal import NewBar, no_bar
 
 MAX_TOKENS_PER_DOCUMENT = 1024  # as conf/evaluation/default.yaml has it
@@ -141,17 +142,8 @@ def domain_losses(
     Raises:
         TritterError: a domain has no token.
     """
-    return {
-        name: document_losses(
-            model,
-            documents,
-            sequence_length=length,
-            end_of_text_id=tokenizer.end_of_text_id,
-            batch_size=batch_size,
-            progress=new_bar(f"scoring {name}"),
-        )
-        for name, documents in domains.items()
-    }
+    reader = Reader(tokenizer.tokenizer, tokenizer.end_of_text_id, batch_size)
+    return Scoring(domains, (), reader, length).score(model, new_bar=new_bar)
 
 
 def read_data_words(words: Iterable[str]) -> dict[str, list[str]]:

@@ -1,7 +1,7 @@
 """One run from its config to a summary, a table and a checkpoint that was kept or rolled back."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -79,7 +79,6 @@ def run_pipeline(config: RunConfig, *, run_folder: Path) -> Outcome:
             context.say("run", gone)
         check_given(context)
         _announce(context)
-        _check_text(context)
         run_baseline(context)
         trials = _run_trials(context)
         last, status = trials[-1], trials[-1].status
@@ -120,7 +119,16 @@ def _report(context: RunContext, trials: Sequence[Trial], control: Trial) -> Out
     log_result_to_wandb(context, summary, plots, step=step)
     print_summary(summary, console=context.console, folder=context.folder)
     context.say("disk", disk.report(summary.disk))
-    _print_next(last.context, summary, plots)
+    context.console.print()
+    for plot in plots:
+        context.say("plot", str(plot))
+    context.say("summary", str(path))
+    words = read_status(context.folder).overrides
+    if tried := summary.last_attempt.overrides:
+        words = [word for word in on_top(words, tried) if not word.lstrip("+").startswith(RETRYING)]
+    context.console.print("\nNext:", highlight=False)
+    for line in next_commands(last.context.config, summary, words=words, folder=context.folder):
+        context.console.print(f"  {line}", highlight=False, soft_wrap=True, markup=False)
     # Of what was trained: of what was kept, all that are rolled back have the number of their base
     final = summary.last_attempt.final
     losses = [final[name].loss_per_byte for name in (*summary.domains.old, *summary.domains.new)]
@@ -274,6 +282,11 @@ def run_arm(context: RunContext, arm: Arm, *, first_step: int = 0) -> Arm:
 
 
 def _announce(context: RunContext) -> None:
+    """Print what the run is made from.
+
+    Raises:
+        RequestError: its text can't be trained on, or is not what the run began with.
+    """
     config = context.config
     chosen = {
         "expansion": ", ".join(spec.name for spec in config.expansion) or "none",
@@ -299,18 +312,10 @@ def _announce(context: RunContext) -> None:
         context.say("tasks", f"{', then '.join(named)}; {config.training.max_steps} steps each")
     if not context.old_domains:
         context.say("", "no old text (data.old): forgetting is not measured, and not gated")
-
-
-def _check_text(context: RunContext) -> None:
-    """Refuse text that can't be trained on, or that is not what the run began with.
-
-    Raises:
-        RequestError: says which.
-    """
     context.check_text()
     if context.tasks:
-        named = ", ".join(task.name for task in context.tasks)
-        context.say("answers", f"right ones are counted of {named}")
+        scored = ", ".join(task.name for task in context.tasks)
+        context.say("answers", f"right ones are counted of {scored}")
     if context.ledger.get("baseline") is None:
         return
     if context.ledger.found("baseline", BaselineFound).corpus != context.corpus.digest:
@@ -318,20 +323,6 @@ def _check_text(context: RunContext) -> None:
             f"data: the text has changed since the run in {context.folder} began; put it back, "
             "or begin another run."
         )
-
-
-def _print_next(context: RunContext, summary: Summary, plots: list[Path]) -> None:
-    context.console.print()
-    for plot in plots:
-        context.say("plot", str(plot))
-    context.say("summary", str(context.folder / SUMMARY_NAME))
-    words = read_status(context.folder).overrides
-    if tried := summary.last_attempt.overrides:
-        words = [word for word in on_top(words, tried) if not word.lstrip("+").startswith(RETRYING)]
-    commands = next_commands(context.config, summary, words=words, folder=context.folder)
-    context.console.print("\nNext:", highlight=False)
-    for line in commands:
-        context.console.print(f"  {line}", highlight=False, soft_wrap=True, markup=False)
 
 
 _WITH_BODY = ("expansion", "experts")
@@ -350,7 +341,18 @@ def next_commands(
     advice = {"rolled_back": _after_rollback, "undecided": _after_undecided}
     changes = advice.get(summary.status, _after_kept)(config, summary)
     typed = [word for word in words if word.partition("=")[0].lstrip("+") != "resume"]
-    lines = [f"{_changed(typed, change)}   # {why}" for change, why in changes]
+    lines = []
+    for change, why in changes:
+        # An option of another method goes with the method
+        bodies = tuple(f"{key}." for key in change if key in _WITH_BODY)
+        kept = [
+            word
+            for word in typed
+            if word.lstrip("+~").partition("=")[0] not in change
+            and not word.lstrip("+~").startswith(bodies)
+        ]
+        changed = command([*kept, *(f"{key}={value}" for key, value in change.items())])
+        lines.append(f"{changed}   # {why}")
     checkpoint = str(folder / "checkpoint")
     trained = folder / f"attempt_{len(summary.attempts)}" / "trained"
     if summary.status != "rolled_back":
@@ -386,8 +388,18 @@ def _after_kept(config: RunConfig, summary: Summary) -> Advice:
 
 def _after_rollback(config: RunConfig, summary: Summary) -> Advice:
     failed = {check.check for check in summary.gate if check.verdict == "failed"}
+    names = [options.name for options in config.forgetting]
     if "retention" in failed:
-        yield from _stronger_protection(config)
+        replay = next((one for one in config.forgetting if one.kind.needs(one.options).mixes), None)
+        if replay is None:
+            yield {"forgetting": _listed([*names, "replay"])}, "old text mixed in"
+        elif (fraction := getattr(replay.options, "fraction", 1.0)) < _LARGEST_FRACTION:
+            more = min(_LARGEST_FRACTION, 2 * fraction)
+            yield {f"forgetting.{replay.name}.fraction": f"{more:g}"}, "more old text mixed in"
+        # Beside replay the one that kept most: experiments/2026-11-21_forgetting_methods
+        if "distill" not in names and config.experts is None:
+            protected = ["distill", *names] if names else ["distill", "replay"]
+            yield {"forgetting": _listed(protected)}, "the old answers held as well"
     if "new_capability" in failed:
         yield _twice_as_long(config), "more steps"
     if failed & {"retention", "training"}:
@@ -402,20 +414,6 @@ def _twice_as_long(config: RunConfig) -> dict[str, str]:
     if training.max_tokens is not None:
         return {"training.max_tokens": str(2 * training.max_tokens)}
     return {"training.max_steps": str(2 * training.max_steps)}
-
-
-def _stronger_protection(config: RunConfig) -> Advice:
-    names = [options.name for options in config.forgetting]
-    replay = next((one for one in config.forgetting if one.kind.needs(one.options).mixes), None)
-    if replay is None:
-        yield {"forgetting": _listed([*names, "replay"])}, "old text mixed in"
-    elif (fraction := getattr(replay.options, "fraction", 1.0)) < _LARGEST_FRACTION:
-        more = min(_LARGEST_FRACTION, 2 * fraction)
-        yield {f"forgetting.{replay.name}.fraction": f"{more:g}"}, "more old text mixed in"
-    # Beside replay the one that kept most: experiments/2026-11-21_forgetting_methods
-    if "distill" not in names and config.experts is None:
-        protected = ["distill", *names] if names else ["distill", "replay"]
-        yield {"forgetting": _listed(protected)}, "the old answers held as well"
 
 
 def _after_undecided(config: RunConfig, summary: Summary) -> Advice:
@@ -443,17 +441,3 @@ def _after_undecided(config: RunConfig, summary: Summary) -> Advice:
 
 def _listed(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"[{','.join(names)}]"
-
-
-def _changed(words: Sequence[str], change: Mapping[str, str]) -> str:
-    """Return the command with some keys changed; an option of another method goes with it."""
-    kept = [
-        word
-        for word in words
-        if not any(
-            word.lstrip("+~").partition("=")[0] == key
-            or (key in _WITH_BODY and word.lstrip("+~").startswith(f"{key}."))
-            for key in change
-        )
-    ]
-    return command([*kept, *(f"{key}={value}" for key, value in change.items())])

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from tritter.data.tokens import TokenisedDocuments
@@ -42,9 +41,12 @@ class Scoring:
         """The names of all scores: domains, then tasks."""
         return (*self.documents, *map(subject_of, self.tasks))
 
-    def score(self, model: nn.Module, device: torch.device, *, new_bar: NewBar = no_bar) -> Scores:
-        """Score a model, which ends on the CPU."""
-        model.to(device)
+    def score(self, model: nn.Module, *, new_bar: NewBar = no_bar) -> Scores:
+        """Score a model, where it is.
+
+        Raises:
+            TritterError: a domain has no token.
+        """
         scores = {
             domain: document_losses(
                 model,
@@ -57,7 +59,6 @@ class Scoring:
             for domain, documents in self.documents.items()
         }
         scores |= {subject_of(task): task.score(model, self.reader) for task in self.tasks}
-        model.to("cpu")
         return scores
 
     def read(self, path: Path) -> Scores:
