@@ -18,7 +18,6 @@ from tritter.checkpoint import Lineage, write_checkpoint
 from tritter.checkpoint.folder import LinkedTensors
 from tritter.checkpoint.left import checkpoint_changes
 from tritter.checkpoint.record import training_record
-from tritter.checkpoint.state import copy_states, read_state
 from tritter.checkpoint.usable import checkpoint_config
 from tritter.config.memory import memory_problems
 from tritter.config.rules import given_problems
@@ -33,12 +32,12 @@ from tritter.families import Config, count_parameters, family_of, position_limit
 from tritter.forgetting.path_integral import PathIntegral
 from tritter.forgetting.si import RECORDED
 from tritter.models import named_tensors, new_model, read_config, save_tokenizer
-from tritter.pipeline import importance, moe, moments
+from tritter.pipeline import importance, moe
 from tritter.pipeline.arm import Arm
 from tritter.pipeline.context import RunContext
 from tritter.pipeline.ledger import content_key
 from tritter.pipeline.metrics import open_loggers, wandb_finished, write_rows
-from tritter.pipeline.trained import check_trained
+from tritter.pipeline.trained import PATH, StateLeft, check_trained, discard_moments, moment_keepers
 from tritter.storage.atomic import write_text_atomic
 from tritter.storage.hub import locate
 from tritter.storage.reading import read_text
@@ -139,7 +138,6 @@ def _train_base(context: RunContext, folder: Path, made_from: Mapping[str, Any])
         context.old_domains, purpose="pretraining", max_steps=pretraining.max_steps
     )
     working = context.folder / "pretraining"
-    recorded = working / "path"
     lineage = Lineage(
         model_hash="",
         base_model_hash="",
@@ -158,9 +156,9 @@ def _train_base(context: RunContext, folder: Path, made_from: Mapping[str, Any])
         config=config,
         lineage=lineage,
         tokenizer=context.corpus.tokenizer,
-        states=(recorded, *moments.left_in(context, working)),
+        state=StateLeft(working),
     )
-    recorders = [PathIntegral(recorded)] if importance.is_recorded(context) else []
+    recorders = [PathIntegral(working / PATH)] if importance.is_recorded(context) else []
     with wandb_finished(context), open_loggers(context, "pretraining") as loggers:
         result = fit(
             module,
@@ -170,7 +168,7 @@ def _train_base(context: RunContext, folder: Path, made_from: Mapping[str, Any])
             label="pretraining",
             console=context.console,
             loggers=loggers,
-            observers=[*recorders, *moments.keepers(context, working)],
+            observers=[*recorders, *moment_keepers(context, working)],
             write_result=write,
         )
         if result.stopped_because is not None:
@@ -181,7 +179,7 @@ def _train_base(context: RunContext, folder: Path, made_from: Mapping[str, Any])
     check_trained(context, folder)
     context.ledger.watch_disk()
     discard_saved(working)
-    moments.discard_left(working)
+    discard_moments(working)
     return result.seconds
 
 
@@ -193,14 +191,14 @@ class BaseWriter:
 
     Args:
         lineage: all but the steps and their FLOPs.
-        states: folders whose `state/` goes along.
+        state: what the training left.
     """
 
     folder: Path
     config: Config
     lineage: Lineage
     tokenizer: Tokenizer
-    states: tuple[Path, ...]
+    state: StateLeft
 
     def __call__(self, model: nn.Module, result: FitResult) -> None:
         if result.stopped_because is not None:
@@ -213,14 +211,12 @@ class BaseWriter:
                 config=self.config,
                 tensors=TensorStream.of(named_tensors(model, self.config)),
                 lineage=lambda: lineage,
-                artifacts=[self],
+                artifacts=[self, self.state],
             )
 
     def write(self, folder: Path) -> None:
-        """Write what stands beside the model."""
+        """Write the tokenizer beside the model."""
         save_tokenizer(self.tokenizer, folder, end_of_text=END_OF_TEXT)
-        states = map(read_state, self.states)
-        copy_states([state for state in states if state is not None], folder)
 
 
 def _is_intact(folder: Path) -> bool:

@@ -36,7 +36,7 @@ from tritter.moe_routing import (
     redraw_rows,
 )
 from tritter.moe_routing.summary import moe_usage
-from tritter.pipeline import experts, importance, moe, moments
+from tritter.pipeline import experts, importance, moe
 from tritter.pipeline.arm import Arm
 from tritter.pipeline.base import copy_given, last_rate, obtain_base, schedule_of
 from tritter.pipeline.context import MAX_POSITIONS, RunContext
@@ -52,11 +52,14 @@ from tritter.pipeline.ledger import (
 )
 from tritter.pipeline.scoring import told
 from tritter.pipeline.trained import (
-    TrainedWriter,
     accept,
     arm_writer,
-    child_of,
+    carried_moments,
+    child_writer,
+    discard_moments,
     measuring_flops,
+    moment_keepers,
+    moments_of_rest,
     round_weights,
     with_routing,
 )
@@ -173,15 +176,10 @@ def adaptation(context: RunContext, arm: Arm) -> StageResult:
     if options.router_update == "retrain":
         redraw_rows(model, added.experts, seed=context.seed("router", *arm.purpose))
     place = f"{arm.name}/adapted"
-    target = context.folder / place
-    write = TrainedWriter(
-        start=start.folder,
-        start_config=start.config,
-        target=target,
-        lineage=child_of(context, arm, start, target, stage="router adaptation", is_adapted=True),
-        added=added,
+    write = replace(
+        child_writer(context, arm, start, place, stage="router adaptation", added=added),
         anneal_steps=moe.anneal_steps(context, arm, added),
-        moments=moments.passed_on(context, start, is_trained=is_router),
+        moments=moments_of_rest(context, start, is_trained=is_router),
     )
     context.say("adapt", f"{steps} steps of the routers on {', '.join(context.new_of(arm))}")
     with moe.ready_for_routers(context, arm, model) as setup:
@@ -232,7 +230,7 @@ def training(context: RunContext, arm: Arm, *, loggers: Sequence[Logger]) -> Sta
             optimizer=context.optimizer_settings,
             methods=methods,
             side_losses=setup.side_losses,
-            moments=moments.carried(context, start, model),
+            moments=carried_moments(context, start, model),
         )
         folder, text = context.folder / arm.name, context.evaluation_text
         is_routed = bool(setup.side_losses)
@@ -266,7 +264,7 @@ def training(context: RunContext, arm: Arm, *, loggers: Sequence[Logger]) -> Sta
         flops += context.scoring_flops(forward_flops(start.config))
         shutil.rmtree(write.routing_state)
     discard_saved(folder)
-    moments.discard_left(folder)
+    discard_moments(folder)
     found = TrainingFound.of(result)
     for stage in (f"{arm.name}.{each}" for each in _EARLIER):
         if context.ledger.get(stage) is not None:
@@ -371,7 +369,7 @@ def _fit(
         task=task,
         loggers=loggers,
         # What starts from moments leaves its own; the stages of routers do neither
-        observers=[*(moments.keepers(context, folder) if module.moments else ()), *observers],
+        observers=[*(moment_keepers(context, folder) if module.moments else ()), *observers],
         controls=setup.controls if setup is not None else (),
         changers=changers,
         theirs=context.config.callbacks if label == "training" else (),
@@ -572,18 +570,10 @@ def distillation(context: RunContext, arm: Arm) -> StageResult:
     assert teacher is not None and added is not None
     model = context.reading(load_model(start.folder, config=start.config))
     folder, steps = context.folder / arm.name / "distill", options.distill_steps
-    target = context.folder / arm.name / "distilled"
-    write = TrainedWriter(
-        start=start.folder,
-        start_config=start.config,
-        target=target,
-        lineage=child_of(
-            context, arm, start, target, stage="distillation of new experts", is_adapted=True
-        ),
-        added=added,
-        moments=moments.passed_on(
-            context, start, is_trained=lambda tensor: tensor.expert in added.experts
-        ),
+    place, stage = f"{arm.name}/distilled", "distillation of new experts"
+    rest = moments_of_rest(context, start, is_trained=lambda each: each.expert in added.experts)
+    write = replace(
+        child_writer(context, arm, start, place, stage=stage, added=added), moments=rest
     )
     context.say("distill", f"{steps} steps of the new experts, after {teacher}")
     with only_new_experts(model, added.experts):
@@ -597,5 +587,4 @@ def distillation(context: RunContext, arm: Arm) -> StageResult:
             optimizer=context.optimizer_settings,
         )
         result = _fit(context, arm, module, folder=folder, label="distill", write_result=write)
-    place = f"{arm.name}/distilled"
     return _taken_up(context, place, result, folder=folder, label=arm.label("distill"))
