@@ -1,7 +1,7 @@
 """What every stage of a run has at hand: the config, the folder, the text, a console."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, astuple, dataclass, field, replace
 from functools import cached_property
@@ -66,9 +66,10 @@ from tritter.families import Flops, position_limit
 from tritter.models import read_config, wrapped_tokenizer
 from tritter.pipeline.arm import Arm
 from tritter.pipeline.ledger import Ledger, StageResult
-from tritter.pipeline.scoring import Scores, Scoring, told, write_scores
+from tritter.pipeline.scoring import Scores, Scoring, told
 from tritter.seeds import derived_seed
 from tritter.stopping import Stopped
+from tritter.storage.atomic import write_text_atomic
 from tritter.storage.hub import locate
 from tritter.targets import dotted
 from tritter.terminal import Console, NewBar, progress_bars, shows_bar
@@ -189,16 +190,34 @@ class RunContext:
         """What a person should know of what the run is made from, a sentence each."""
         source = known_config(self.config) if self.given is None else self.given.config
         assert source is not None  # only that of a hub id is not known, and it is given
-        sizes = (*memory_notes(self.config, source), *rate_notes(self.config, source))
-        found = corpus_notes(self.config, self.corpus)
         # Of each domain whose paths mean other files too, what was skipped
-        skipped = [find_texts(each.key, each.paths).note(each.name) for each in self.text.domains]
-        text = (*skipped, *self.text.notes)
-        paged, name = "", self.config.optimizer.target.rpartition(".")[2]
-        if name.startswith("Paged") and self.device.type == "cpu":
-            same = name.removeprefix("Paged")
-            paged = f"On the CPU nothing is paged: {name} does what {same} does."
-        return tuple(filter(None, (*text, *found, paged, self.config.rate_note, *sizes)))
+        notes = [find_texts(each.key, each.paths).note(each.name) for each in self.text.domains]
+        notes += [*self.text.notes, *self.corpus.notes]
+        if count := sum(each.held_out_before for each in self.corpus.counts.values()):
+            notes.append(
+                f"Documents that were met before: {count} held out before, so that they are not "
+                "trained on."
+            )
+        length = self.config.data.sequence_length
+        is_apart = self.config.data.packing == "documents"
+        for name, domain in self.corpus.domains.items() if is_apart else ():
+            if not domain.train.num_tokens:
+                continue
+            share = padding_fraction(domain.train, sequence_length=length)
+            longer = padding_fraction(domain.train, sequence_length=2 * length)
+            if share > MUCH_PADDING:
+                notes.append(
+                    f"Of the training sequences of {name} {share:.0%} is padding: its documents "
+                    f"fill no {length} tokens; data.sequence_length={2 * length} leaves "
+                    f"{longer:.0%}."
+                )
+        optimizer = self.config.optimizer.target.rpartition(".")[2]
+        if optimizer.startswith("Paged") and self.device.type == "cpu":
+            same = optimizer.removeprefix("Paged")
+            notes.append(f"On the CPU nothing is paged: {optimizer} does what {same} does.")
+        notes.append(self.config.rate_note)
+        notes += [*memory_notes(self.config, source), *rate_notes(self.config, source)]
+        return tuple(filter(None, notes))
 
     @cached_property
     def published_dtype(self) -> str:
@@ -455,7 +474,8 @@ class RunContext:
         with self.progress_bars() as new_bar:
             scores = self.scoring.score(model.to(self.device), new_bar=new_bar)
         model.to("cpu")
-        write_scores(self.folder / score_file(name), scores)
+        content = dumps({subject: each.to_dict() for subject, each in scores.items()})
+        write_text_atomic(self.folder / score_file(name), content)
         self.say("", told(scores))
         return scores
 
@@ -508,28 +528,6 @@ def _origin(domain: DomainText, config: RunConfig) -> str:
         FILES_ORIGIN if has_files else "",
     )
     return " and ".join(filter(None, origins))
-
-
-def corpus_notes(config: RunConfig, corpus: Corpus) -> Iterator[str]:
-    """Say what was done with the documents of a run, a sentence each."""
-    yield from corpus.notes
-    if count := sum(each.held_out_before for each in corpus.counts.values()):
-        yield (
-            f"Documents that were met before: {count} held out before, so that they are not "
-            "trained on."
-        )
-    if config.data.packing != "documents":
-        return
-    lengths = (config.data.sequence_length, 2 * config.data.sequence_length)
-    for name, domain in corpus.domains.items():
-        if not domain.train.num_tokens:
-            continue
-        share, longer = (padding_fraction(domain.train, sequence_length=n) for n in lengths)
-        if share > MUCH_PADDING:
-            yield (
-                f"Of the training sequences of {name} {share:.0%} is padding: its documents fill "
-                f"no {lengths[0]} tokens; data.sequence_length={lengths[1]} leaves {longer:.0%}."
-            )
 
 
 # Benchmarks

@@ -1,6 +1,5 @@
 """What a run scores of each of its models: every domain's held-out documents, and its tasks."""
 
-import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,7 +14,6 @@ from tritter.evaluation.losses import document_losses, window_lengths
 from tritter.evaluation.statistics import MAX_SCORE_BYTES, PairedScores
 from tritter.evaluation.tasks import Reader, ScoredTask, subject_of
 from tritter.families import Flops
-from tritter.storage.atomic import write_text_atomic
 from tritter.storage.reading import read_object
 from tritter.terminal import NewBar, no_bar
 
@@ -87,11 +85,6 @@ class Scoring:
         for task in self.tasks:
             lengths.update(task.lengths(self.reader))
         return reading.of_all(lengths)
-
-
-def write_scores(path: Path, scores: Mapping[str, PairedScores]) -> None:
-    """Keep scores in a file."""
-    write_text_atomic(path, json.dumps({name: held.to_dict() for name, held in scores.items()}))
 
 
 def told(scores: Mapping[str, PairedScores]) -> str:
