@@ -203,8 +203,8 @@ class BaseWriter:
     def __call__(self, model: nn.Module, result: FitResult) -> None:
         if result.stopped_because is not None:
             return
-        told = {"stage": "pretraining", "flops": result.flops, **self.lineage.training_config}
-        lineage = replace(self.lineage, step=result.steps, training_config=told)
+        training = {"stage": "pretraining", "flops": result.flops, **self.lineage.training_config}
+        lineage = replace(self.lineage, step=result.steps, training_config=training)
         if not self.folder.exists():
             write_checkpoint(
                 self.folder,
@@ -373,16 +373,16 @@ def last_rate(context: RunContext, arm: Arm) -> float:
     return recorded_rate(context.source(arm.start).own_lineage.training_config)
 
 
-def recorded_rate(told: Mapping[str, Any]) -> float:
+def recorded_rate(config: Mapping[str, Any]) -> float:
     """Return the last rate of the training that a lineage's record tells of.
 
     Where an older record does not say it, it is that of the last step that was asked for.
     """
-    rate = told.get("last_rate")
+    rate = config.get("last_rate")
     if isinstance(rate, int | float) and 0 <= rate < math.inf:
         return float(rate)
     try:
-        training = training_record(told)
+        training = training_record(config)
         schedule = Schedule(
             learning_rate=float(training["learning_rate"]),
             max_steps=int(training["max_steps"]),

@@ -66,7 +66,7 @@ from tritter.families import Flops, position_limit
 from tritter.models import read_config, wrapped_tokenizer
 from tritter.pipeline.arm import Arm
 from tritter.pipeline.ledger import Ledger, StageResult
-from tritter.pipeline.scoring import Scores, Scoring, told
+from tritter.pipeline.scoring import Scores, Scoring, scores_text
 from tritter.seeds import derived_seed
 from tritter.stopping import Stopped
 from tritter.storage.atomic import write_text_atomic
@@ -476,7 +476,7 @@ class RunContext:
         model.to("cpu")
         content = dumps({subject: each.to_dict() for subject, each in scores.items()})
         write_text_atomic(self.folder / score_file(name), content)
-        self.say("", told(scores))
+        self.say("", scores_text(scores))
         return scores
 
     def read_scores(self, name: str) -> Scores:

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tritter.checkpoint import Lineage, read_lineage, write_lineage
+from tritter.checkpoint import Lineage, write_lineage
 from tritter.checkpoint.place import check_output, check_replaceable
 from tritter.config.launch.composition import load_config
 from tritter.config.overrides import quoted
@@ -105,6 +105,8 @@ def expand_for_domain(
         context = RunContext(config=config, folder=folder, console=console, ledger=Ledger(folder))
         arm = Arm(ARM, config.expansion)
         check_given(context)
+        given = context.given
+        assert given is not None
         context.check_text()
         for note in context.notes:
             context.say("data", note)
@@ -136,7 +138,7 @@ def expand_for_domain(
                 parent_hash=root.model_hash,
                 parent_path=os.path.relpath(source.resolve(), destination.resolve()),
             )
-            if read_lineage(source) is None:
+            if given.lineage is None:
                 adopted = replace(
                     adopted,
                     parent_tensor_digests=root.tensor_digests,

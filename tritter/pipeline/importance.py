@@ -199,8 +199,10 @@ def teacher_place(context: RunContext) -> str | None:
     """
     places = {each.teacher_place for each in _needs(context) if each.teacher}
     if len(places) > 1:
-        told = " and ".join(sorted(place or "the model before the expansion" for place in places))
-        raise RequestError(f"forgetting: one teacher is held, and {told} are asked for.")
+        teachers = " and ".join(
+            sorted(place or "the model before the expansion" for place in places)
+        )
+        raise RequestError(f"forgetting: one teacher is held, and {teachers} are asked for.")
     return next(iter(places), None)
 
 

@@ -435,8 +435,8 @@ def _after_undecided(config: RunConfig, summary: Summary) -> Advice:
     factor, check = max(needs, key=lambda need: need[0])
     fraction = factor * (config.data.validation_fraction or DEFAULT_FRACTION)
     if factor > 1 and fraction <= _LARGEST_FRACTION:
-        told = f"{check.documents_needed} documents of {check.subject} to decide on"
-        yield {"data.validation_fraction": f"{fraction + 0.005:.2f}"}, told
+        advice = f"{check.documents_needed} documents of {check.subject} to decide on"
+        yield {"data.validation_fraction": f"{fraction + 0.005:.2f}"}, advice
 
 
 def _listed(names: Sequence[str]) -> str:

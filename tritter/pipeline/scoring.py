@@ -87,8 +87,8 @@ class Scoring:
         return reading.of_all(lengths)
 
 
-def told(scores: Mapping[str, PairedScores]) -> str:
-    """Say scores in words: nats per token, then the right answers."""
+def scores_text(scores: Mapping[str, PairedScores]) -> str:
+    """Return scores as one line: nats per token, then the right answers."""
     losses = [f"{n} {held.mean():.3f}" for n, held in scores.items() if held.unit == "nats"]
     parts = [
         f"{n.removesuffix('/accuracy')} {held.mean():.1%}"

@@ -50,7 +50,7 @@ from tritter.pipeline.ledger import (
     TrainingFound,
     content_key,
 )
-from tritter.pipeline.scoring import told
+from tritter.pipeline.scoring import scores_text
 from tritter.pipeline.trained import (
     accept,
     arm_writer,
@@ -403,7 +403,7 @@ def evaluation(context: RunContext, arm: Arm) -> StageResult:
     if is_last and not arm.is_control and context.config.evaluation.sample_tokens:
         start = "baseline" if arm.task else arm.start
         before = experts.load_start(context, arm, context.source(start))
-        samples = [said(context, domain, before, trained) for domain in context.domains]
+        samples = [continued(context, domain, before, trained) for domain in context.domains]
         flops += sum(sample.flops for sample in samples)
     sequences: Mapping[str, Tensor] = {}
     used = lora_used = None
@@ -428,18 +428,18 @@ SAMPLE_PROMPT_TOKENS = 24
 
 
 @dataclass(frozen=True, slots=True)
-class Said:
-    """What two models say to one prompt, as in summary.json, and the FLOPs of it."""
+class Continued:
+    """How two models continue one prompt, as in summary.json, and the FLOPs of it."""
 
     texts: dict[str, str]
     flops: float
 
 
-def said(context: RunContext, domain: str, before: Any, after: Any) -> Said:
+def continued(context: RunContext, domain: str, before: Any, after: Any) -> Continued:
     document = context.corpus.domains[domain].validation.document(0)
     # Documents begin with headings and imports, which show less than what comes after them.
     tokenizer, max_new = context.corpus.tokenizer, context.config.evaluation.sample_tokens
-    # Of learned positions there are no more; the last token that is said is not read
+    # Of learned positions there are no more; the last token that is generated is not read
     positions = position_limit(config_of(before)) or MAX_POSITIONS
     prompt = prompt_in_words(
         document[: 4 * SAMPLE_PROMPT_TOKENS].tolist(),
@@ -457,11 +457,11 @@ def said(context: RunContext, domain: str, before: Any, after: Any) -> Said:
             end_of_text_id=context.end_of_text_id,
         )
         texts[name] = str(tokenizer.decode(tokens))
-        # End of text, the prompt and what was said; the last token is not read any more
-        said = min(len(tokens), max_new - 1)
-        flops += experts.reading_flops(model).of(1 + len(prompt) + said)
+        # End of text, the prompt and what was generated; the last token is not read any more
+        generated = min(len(tokens), max_new - 1)
+        flops += experts.reading_flops(model).of(1 + len(prompt) + generated)
     record = {"domain": domain, "prompt": str(tokenizer.decode(prompt)), **texts}
-    return Said(record, flops)
+    return Continued(record, flops)
 
 
 FORMAT_VERSION = 1
@@ -496,7 +496,7 @@ def score_baseline(context: RunContext, source: Source) -> None:
                 return
     write_text_atomic(target, json.dumps(scores))
     known = {name: PairedScores.from_dict(held) for name, held in scores.items()}
-    context.say("", f"{told(known)} (scored before)")
+    context.say("", f"{scores_text(known)} (scored before)")
 
 
 def _made_from(context: RunContext, source: Source) -> dict[str, Any]:
