@@ -110,13 +110,13 @@ class RequestError(TritterError):
     """The request itself is wrong; nothing was written (exit code 2).
 
     Args:
-        said: what is wrong: a problem, or a text.
-        problems: each thing alone, where `said` is a list of several.
+        wrong: a problem, or a text.
+        problems: each thing alone, where `wrong` lists several.
     """
 
-    def __init__(self, said: "Problem | str", *, problems: Iterable[Problem] = ()) -> None:
-        super().__init__(str(said))
-        alone = said if isinstance(said, Problem) else Problem("", reason=said)
+    def __init__(self, wrong: "Problem | str", *, problems: Iterable[Problem] = ()) -> None:
+        super().__init__(str(wrong))
+        alone = wrong if isinstance(wrong, Problem) else Problem("", reason=wrong)
         self.problems = tuple(problems) or (alone,)
 
 

@@ -215,7 +215,7 @@ def test_a_run_that_is_rolled_back_has_learned_nothing(
 ) -> None:
     _, checkpoint, _ = base
     write_files(tmp_path / "third", texts("third"))
-    monkeypatch.setattr("tritter.pipeline.run.decide", lambda *_, **__: "rolled_back")
+    monkeypatch.setattr("tritter.pipeline.verdict.decide", lambda *_, **__: "rolled_back")
     words = continued(checkpoint, f"data.new={tmp_path}/third")
     kept, _, summary = run(tmp_path, "back", *words, "gate=default")
     assert summary["status"] == "rolled_back"

@@ -19,7 +19,7 @@ from tritter.pipeline import Outcome, run, run_pipeline, stages
 from tritter.pipeline.arm import Arm
 from tritter.pipeline.context import RunContext
 from tritter.pipeline.ledger import StageResult, TrainingFound
-from tritter.pipeline.metrics import counted_on
+from tritter.pipeline.metrics import CountedOn
 
 NEW = FIXTURES / "text/new.jsonl"
 JOB = [word for word in TINY if not word.startswith("data.new=")]
@@ -184,8 +184,7 @@ def test_what_came_in_a_later_task_was_trained_from_there_on(
 @pytest.mark.full
 def test_a_logger_of_a_later_task_counts_on(tmp_path: Path) -> None:
     logger = CSVLogger(tmp_path, name="", version="")
-    assert counted_on(logger, 0) is logger
-    later = counted_on(logger, 40)
+    later = CountedOn(logger, 40)
     later.log_metrics({"loss": 1.0}, step=2)
     later.log_metrics({"loss": 0.5})
     later.finalize("success")

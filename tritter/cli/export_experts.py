@@ -268,7 +268,7 @@ def _texts(folder: Path, config: Config) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     if (folder / "tokenizer.json").is_file():
         tokenizer = read_tokenizer(folder, vocab_size=vocab_size)
-        end = tokenizer.tokenizer.token_to_id(tokenizer.end_of_text)
+        end = tokenizer.end_of_text_id
         lineage = read_lineage(folder)
         for name, domain in (lineage.domains if lineage else {}).items():
             documents = _documents(domain.paths, domain.text_field)

@@ -64,6 +64,13 @@ class PretrainedTokenizer:
     tokenizer: Tokenizer
     end_of_text: str
 
+    @property
+    def end_of_text_id(self) -> int:
+        """The number of the end of a text, which the vocabulary has."""
+        token_id = self.tokenizer.token_to_id(self.end_of_text)
+        assert token_id is not None  # it was found by its vocabulary
+        return token_id
+
 
 def read_tokenizer(folder: Path, *, vocab_size: int) -> PretrainedTokenizer:
     """Read a checkpoint's tokenizer.json and its end of text (`eos_token`).

@@ -1,6 +1,10 @@
-"""The base model: trained once on the old domains, cached by the hash of what made it."""
+"""The model that a run starts from: a checkpoint that is given, or a base that is trained.
+
+A base is trained once on the old domains, and cached by the hash of what made it.
+"""
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -11,33 +15,39 @@ from tokenizers import Tokenizer
 from torch import nn
 
 from tritter.checkpoint import Lineage, write_checkpoint
+from tritter.checkpoint.folder import LinkedTensors
 from tritter.checkpoint.history import checkpoint_changes
+from tritter.checkpoint.place import checkpoint_config
 from tritter.checkpoint.record import training_record
-from tritter.checkpoint.state import copy_states, read_state
+from tritter.config.memory import memory_problems
+from tritter.config.rules import given_problems
 from tritter.config.run_folder import effective_arguments, optimizer_record
-from tritter.config.schema import TrainingConfig
-from tritter.config.validation import source_config
+from tritter.config.schema import CheckpointModelConfig, TrainingConfig
+from tritter.config.validation import source_config, start_problems
 from tritter.data.cache import one_at_a_time, set_aside
-from tritter.data.options import DataConfig
-from tritter.data.tokens import END_OF_TEXT
-from tritter.errors import TritterError
-from tritter.families import Config, count_parameters
+from tritter.data.tokens import END_OF_TEXT, read_tokenizer
+from tritter.errors import Problem, RequestError, TritterError, key_name, raise_problems
+from tritter.expand import plan_expansion
+from tritter.families import Config, count_parameters, family_of, position_limit
 from tritter.forgetting.path_integral import PathIntegral
 from tritter.forgetting.si import RECORDED
-from tritter.models import named_tensors, new_model, save_tokenizer
-from tritter.pipeline import importance, moments
+from tritter.models import named_tensors, new_model, read_config, save_tokenizer
+from tritter.pipeline import importance, moe
 from tritter.pipeline.arm import Arm
 from tritter.pipeline.context import RunContext
 from tritter.pipeline.ledger import content_key
 from tritter.pipeline.metrics import open_loggers, wandb_finished, write_rows
-from tritter.pipeline.trained import check_trained
+from tritter.pipeline.trained import PATH, StateLeft, check_trained, discard_moments, moment_keepers
 from tritter.storage.atomic import write_text_atomic
+from tritter.storage.hub import locate
 from tritter.storage.reading import read_text
 from tritter.storage.writer import TensorStream
 from tritter.training import BaseModule, FitResult, Schedule, discard_saved, fit, read_metrics
 from tritter.training.metrics import MAX_METRICS_BYTES
 
-_OF_DATASETS = ("text_column", "max_rows", "streaming", "weights")  # the last of new domains alone
+# Options of `data` that say which text it is: the digest of the corpus says it as well
+WHICH_TEXT = {"old", "new", "text_field", "validation_fraction"}
+WHICH_TEXT |= {"text_column", "max_rows", "streaming", "weights"}  # the last of new domains alone
 FORMAT_VERSION = 1
 _OF_TRAINER = ("accelerator", "precision", "gradient_clip_val", "devices", "compile")
 
@@ -86,10 +96,9 @@ def obtain_base(context: RunContext) -> Base:
 
 def _made_from(context: RunContext) -> dict[str, Any]:
     """Return everything that determines the base's weights."""
-    config = context.config
-    trainer = asdict(config.trainer)
-    pretraining = asdict(config.pretraining)
-    del pretraining["max_tokens"]  # `max_steps` follows from it
+    config, trainer = context.config, asdict(context.config.trainer)
+    text = {key: value for key, value in asdict(config.data).items() if key not in WHICH_TEXT}
+    pretraining = {k: v for k, v in asdict(config.pretraining).items() if k != "max_tokens"}
     return {
         "format": "base",
         "format_version": FORMAT_VERSION,
@@ -98,7 +107,7 @@ def _made_from(context: RunContext) -> dict[str, Any]:
         "model": base_config(context),
         "corpus": context.corpus.digest,
         "domains": list(context.old_domains),
-        "data": _text_options(config.data),
+        "data": text,
         "pretraining": pretraining,
         "warmup_steps": schedule_of(config.pretraining).warmup_steps,
         "optimizer": optimizer_record(config),
@@ -108,12 +117,6 @@ def _made_from(context: RunContext) -> dict[str, Any]:
         | effective_arguments(config),
         "seed": config.seed,
     }
-
-
-def _text_options(data: DataConfig) -> dict[str, Any]:
-    """Return the options of the text; which text it is stands in the corpus's digest."""
-    where = {"old", "new", "text_field", "validation_fraction", *_OF_DATASETS}
-    return {key: value for key, value in asdict(data).items() if key not in where}
 
 
 def _train_base(context: RunContext, folder: Path, made_from: Mapping[str, Any]) -> float:
@@ -135,83 +138,7 @@ def _train_base(context: RunContext, folder: Path, made_from: Mapping[str, Any])
         context.old_domains, purpose="pretraining", max_steps=pretraining.max_steps
     )
     working = context.folder / "pretraining"
-    recorded = working / "path"
-    write = BaseWriter(
-        folder=folder,
-        config=config,
-        lineage=_base_lineage(context, made_from),
-        tokenizer=context.corpus.tokenizer,
-        states=(recorded, *moments.left_in(context, working)),
-    )
-    recorders = [PathIntegral(recorded)] if importance.is_recorded(context) else []
-    with wandb_finished(context), open_loggers(context, "pretraining") as loggers:
-        result = fit(
-            module,
-            batches,
-            settings=context.trainer_settings,
-            folder=working,
-            label="pretraining",
-            console=context.console,
-            loggers=loggers,
-            observers=[*recorders, *moments.keepers(context, working)],
-            write_result=write,
-        )
-        _check_whole(context, result)
-    check_trained(context, folder)
-    context.ledger.watch_disk()
-    discard_saved(working)
-    moments.discard_left(working)
-    return result.seconds
-
-
-def _check_whole(context: RunContext, result: FitResult) -> None:
-    if result.stopped_because is not None:
-        raise TritterError(
-            f"pretraining was broken off: {result.stopped_because}. Nothing was cached; lower "
-            f"pretraining.learning_rate ({context.config.pretraining.learning_rate})."
-        )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BaseWriter:
-    """Writes a base into the cache, unless its training was broken off.
-
-    Who trains it holds the lock of its entry.
-
-    Args:
-        lineage: all but the steps and their FLOPs.
-        states: folders whose `state/` goes along.
-    """
-
-    folder: Path
-    config: Config
-    lineage: Lineage
-    tokenizer: Tokenizer
-    states: tuple[Path, ...]
-
-    def __call__(self, model: nn.Module, result: FitResult) -> None:
-        if result.stopped_because is not None:
-            return
-        told = {"stage": "pretraining", "flops": result.flops, **self.lineage.training_config}
-        lineage = replace(self.lineage, step=result.steps, training_config=told)
-        if not self.folder.exists():
-            write_checkpoint(
-                self.folder,
-                config=self.config,
-                tensors=TensorStream.of(named_tensors(model, self.config)),
-                lineage=lambda: lineage,
-                artifacts=[self],
-            )
-
-    def write(self, folder: Path) -> None:
-        """Write what stands beside the model."""
-        save_tokenizer(self.tokenizer, folder, end_of_text=END_OF_TEXT)
-        states = map(read_state, self.states)
-        copy_states([state for state in states if state is not None], folder)
-
-
-def _base_lineage(context: RunContext, made_from: Mapping[str, Any]) -> Lineage:
-    return Lineage(
+    lineage = Lineage(
         model_hash="",
         base_model_hash="",
         tensor_digests={},
@@ -224,6 +151,72 @@ def _base_lineage(context: RunContext, made_from: Mapping[str, Any]) -> Lineage:
         split=context.text.split,
         domains=context.learned(context.old_domains),
     )
+    write = BaseWriter(
+        folder=folder,
+        config=config,
+        lineage=lineage,
+        tokenizer=context.corpus.tokenizer,
+        state=StateLeft(working),
+    )
+    recorders = [PathIntegral(working / PATH)] if importance.is_recorded(context) else []
+    with wandb_finished(context), open_loggers(context, "pretraining") as loggers:
+        result = fit(
+            module,
+            batches,
+            settings=context.trainer_settings,
+            folder=working,
+            label="pretraining",
+            console=context.console,
+            loggers=loggers,
+            observers=[*recorders, *moment_keepers(context, working)],
+            write_result=write,
+        )
+        if result.stopped_because is not None:
+            raise TritterError(
+                f"pretraining was broken off: {result.stopped_because}. Nothing was cached; lower "
+                f"pretraining.learning_rate ({pretraining.learning_rate})."
+            )
+    check_trained(context, folder)
+    context.ledger.watch_disk()
+    discard_saved(working)
+    discard_moments(working)
+    return result.seconds
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BaseWriter:
+    """Writes a base into the cache, unless its training was broken off.
+
+    Who trains it holds the lock of its entry.
+
+    Args:
+        lineage: all but the steps and their FLOPs.
+        state: what the training left.
+    """
+
+    folder: Path
+    config: Config
+    lineage: Lineage
+    tokenizer: Tokenizer
+    state: StateLeft
+
+    def __call__(self, model: nn.Module, result: FitResult) -> None:
+        if result.stopped_because is not None:
+            return
+        training = {"stage": "pretraining", "flops": result.flops, **self.lineage.training_config}
+        lineage = replace(self.lineage, step=result.steps, training_config=training)
+        if not self.folder.exists():
+            write_checkpoint(
+                self.folder,
+                config=self.config,
+                tensors=TensorStream.of(named_tensors(model, self.config)),
+                lineage=lambda: lineage,
+                artifacts=[self, self.state],
+            )
+
+    def write(self, folder: Path) -> None:
+        """Write the tokenizer beside the model."""
+        save_tokenizer(self.tokenizer, folder, end_of_text=END_OF_TEXT)
 
 
 def _is_intact(folder: Path) -> bool:
@@ -238,6 +231,124 @@ def _is_intact(folder: Path) -> bool:
     if problem is not None:
         set_aside(folder, reason=problem)
     return problem is None
+
+
+def check_given(context: RunContext) -> None:
+    """Refuse checkpoints that the run can't start or learn from, before anything is made of them.
+
+    Raises:
+        RequestError: what `checkpoint_config` and `check_teacher` refuse, a config that
+            transformers doesn't take, or targets that its shapes don't allow.
+    """
+    attempts = [context.of_attempt(n) for n in range(1, 1 + len(context.config.attempts))]
+    for each in attempts:
+        check_teacher(each)
+    if (given := context.given) is None:
+        return
+    for each in attempts:
+        raise_problems(start_problems(each.config, given.config, folder=given.folder))
+        raise_problems(memory_problems(each.config, given.config))
+    if context.config.optimizer.carry:
+        raise_problems(given_problems(given.folder))
+    for expansion in dict.fromkeys(each.config.expansion for each in attempts):
+        if expansion and context.config.pipeline.target_params is None:
+            # Which expert is cloned may be chosen by data later; for what is checked here it is one
+            arm = moe.with_choice(Arm("given", expansion), [0])
+            plan_expansion(given, arm.specs)
+
+
+def copy_given(context: RunContext, target: Path) -> Lineage:
+    """Write the given checkpoint to `target`, tensors unchanged, as the start of the run.
+
+    One with a lineage goes on in it; a plain Hugging Face folder becomes the root of a chain.
+
+    Returns:
+        The lineage as written.
+
+    Raises:
+        RequestError: the checkpoint is damaged, does not fit its config, or was changed since
+            its lineage was written.
+    """
+    model, source = context.config.model, context.given
+    assert isinstance(model, CheckpointModelConfig) and source is not None
+    lineage = source.lineage
+    if lineage is None:
+        lineage = Lineage(
+            model_hash="",
+            base_model_hash="",
+            tensor_digests={},
+            file_digests={},
+            training_config={"stage": "given", "path": model.path},
+        )
+    elif lineage.parent_path is not None:
+        parent = (source.folder / lineage.parent_path).resolve()
+        lineage = replace(lineage, parent_path=os.path.relpath(parent, target.resolve()))
+
+    def checked() -> Lineage:
+        source.read_digests()  # refuses tensors that are not what the lineage says
+        return lineage
+
+    try:
+        source.check()
+        tensors: TensorStream | LinkedTensors = source.stream()
+        # Nothing will ever write into weight files that the run shares: Tritter and the hub's cache
+        # replace files whole. A folder of another tool may be saved over in place. A file with
+        # tensors that the model does not have is written anew.
+        is_stable = source.lineage is not None or source.folder.parent.name == "snapshots"
+        if is_stable and {t.name for t in source.stored} == set(source.tensors.files):
+            tensors = LinkedTensors(source.folder, source.read_digests())
+        return write_checkpoint(
+            target,
+            config=source.config,
+            tensors=tensors,
+            lineage=checked,
+            artifacts=source.artifacts(),
+            overwrite=True,
+        )
+    except TritterError as error:
+        raise RequestError(f"{key_name('model.path')}: {error}") from error
+
+
+def check_teacher(context: RunContext) -> None:
+    """Refuse a teacher that reads other tokens than the run's models, or too few of them.
+
+    Raises:
+        RequestError: that, or what `checkpoint_config` refuses.
+    """
+    place = importance.teacher_place(context)
+    if place is None:
+        return
+    (key,) = {
+        f"forgetting.{one.name}.teacher"
+        for one in context.config.forgetting
+        if one.kind.needs(one.options).teacher_place == place
+    }
+    folder, reason = locate(place), ""
+    checkpoint_config(str(folder), key=key)
+    try:
+        config, start = read_config(folder), context.given
+        of_run = base_config(context) if start is None else start.config
+        own, wanted = (family_of(each).dimensions(each).vocab_size for each in (config, of_run))
+        length, limit = context.config.data.sequence_length, position_limit(config)
+        if own != wanted:
+            reason = (
+                f"it has {own} tokens, the model that the run starts from {wanted}; allowed is a "
+                "teacher with the same tokenizer"
+            )
+        elif (
+            read_tokenizer(folder, vocab_size=own).tokenizer.get_vocab()
+            != context.corpus.tokenizer.get_vocab()
+        ):
+            reason = (
+                "its tokenizer has other words than that of the run; allowed is a teacher with the "
+                "same tokenizer"
+            )
+        elif limit is not None and length > limit:
+            reason = f"it has positions for {limit} tokens, and data.sequence_length = {length}"
+    except TritterError as error:
+        reason = str(error)
+    if reason:
+        raise RequestError(Problem(key, place, reason=reason))
 
 
 def schedule_of(training: TrainingConfig, *, start_rate: float = 0.0) -> Schedule:
@@ -262,16 +373,16 @@ def last_rate(context: RunContext, arm: Arm) -> float:
     return recorded_rate(context.source(arm.start).own_lineage.training_config)
 
 
-def recorded_rate(told: Mapping[str, Any]) -> float:
+def recorded_rate(config: Mapping[str, Any]) -> float:
     """Return the last rate of the training that a lineage's record tells of.
 
     Where an older record does not say it, it is that of the last step that was asked for.
     """
-    rate = told.get("last_rate")
+    rate = config.get("last_rate")
     if isinstance(rate, int | float) and 0 <= rate < math.inf:
         return float(rate)
     try:
-        training = training_record(told)
+        training = training_record(config)
         schedule = Schedule(
             learning_rate=float(training["learning_rate"]),
             max_steps=int(training["max_steps"]),

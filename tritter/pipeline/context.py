@@ -1,7 +1,7 @@
 """What every stage of a run has at hand: the config, the folder, the text, a console."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, astuple, dataclass, field, replace
 from functools import cached_property
@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from lightning.pytorch.loggers import WandbLogger
-from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from tritter.checkpoint import Lineage, Source, lineage_of, read_lineage
@@ -66,9 +65,10 @@ from tritter.families import Flops, position_limit
 from tritter.models import read_config, wrapped_tokenizer
 from tritter.pipeline.arm import Arm
 from tritter.pipeline.ledger import Ledger, StageResult
-from tritter.pipeline.scoring import Scores, Scoring, told, write_scores
+from tritter.pipeline.scoring import Scores, Scoring, scores_text
 from tritter.seeds import derived_seed
 from tritter.stopping import Stopped
+from tritter.storage.atomic import write_text_atomic
 from tritter.storage.hub import locate
 from tritter.targets import dotted
 from tritter.terminal import Console, NewBar, progress_bars, shows_bar
@@ -162,24 +162,61 @@ class RunContext:
 
     @cached_property
     def corpus(self) -> Corpus:
-        given = self.given_tokenizer
-        return run_corpus(self.config, self.text, tokenizer=given.tokenizer if given else None)
+        """The old and new domains, tokenised; without a checkpoint a tokenizer is trained on them.
+
+        Raises:
+            TextFileError: files can't be read as what they are.
+            RequestError: a domain is too small, or the cache can't be written.
+        """
+        config, split, given = self.config, self.text.split, self.given_tokenizer
+        asked: dict[str, Any] = {
+            "vocab_size": config.data.vocab_size,
+            "validation_fraction": split.validation_fraction,
+            "max_validation_tokens_per_document": config.evaluation.max_tokens_per_document,
+            "seed": split.seed,
+            "cache_dir": config.cache_dir,
+            "tokenizer": given.tokenizer if given else None,
+        }
+        domains = self.text.domains
+        # Of the embedded corpus alone the cache keeps a note
+        if [(domain.name, domain.paths) for domain in domains] == _STDLIB_DOMAINS:
+            return stdlib_corpus(**asked)
+        origin = {domain.name: _origin(domain, config) for domain in domains}
+        return build_corpus(all_documents(domains), origin=origin, **asked)
 
     @cached_property
     def notes(self) -> tuple[str, ...]:
         """What a person should know of what the run is made from, a sentence each."""
         source = known_config(self.config) if self.given is None else self.given.config
         assert source is not None  # only that of a hub id is not known, and it is given
-        sizes = (*memory_notes(self.config, source), *rate_notes(self.config, source))
-        found = corpus_notes(self.config, self.corpus)
         # Of each domain whose paths mean other files too, what was skipped
-        skipped = [find_texts(each.key, each.paths).note(each.name) for each in self.text.domains]
-        text = (*skipped, *self.text.notes)
-        paged, name = "", self.config.optimizer.target.rpartition(".")[2]
-        if name.startswith("Paged") and self.device.type == "cpu":
-            same = name.removeprefix("Paged")
-            paged = f"On the CPU nothing is paged: {name} does what {same} does."
-        return tuple(filter(None, (*text, *found, paged, self.config.rate_note, *sizes)))
+        notes = [find_texts(each.key, each.paths).note(each.name) for each in self.text.domains]
+        notes += [*self.text.notes, *self.corpus.notes]
+        if count := sum(each.held_out_before for each in self.corpus.counts.values()):
+            notes.append(
+                f"Documents that were met before: {count} held out before, so that they are not "
+                "trained on."
+            )
+        length = self.config.data.sequence_length
+        is_apart = self.config.data.packing == "documents"
+        for name, domain in self.corpus.domains.items() if is_apart else ():
+            if not domain.train.num_tokens:
+                continue
+            share = padding_fraction(domain.train, sequence_length=length)
+            longer = padding_fraction(domain.train, sequence_length=2 * length)
+            if share > MUCH_PADDING:
+                notes.append(
+                    f"Of the training sequences of {name} {share:.0%} is padding: its documents "
+                    f"fill no {length} tokens; data.sequence_length={2 * length} leaves "
+                    f"{longer:.0%}."
+                )
+        optimizer = self.config.optimizer.target.rpartition(".")[2]
+        if optimizer.startswith("Paged") and self.device.type == "cpu":
+            same = optimizer.removeprefix("Paged")
+            notes.append(f"On the CPU nothing is paged: {optimizer} does what {same} does.")
+        notes.append(self.config.rate_note)
+        notes += [*memory_notes(self.config, source), *rate_notes(self.config, source)]
+        return tuple(filter(None, notes))
 
     @cached_property
     def published_dtype(self) -> str:
@@ -432,11 +469,13 @@ class RunContext:
         ]
 
     def score(self, model: nn.Module, name: str) -> Scores:
-        """Score a model and keep the result in a file."""
+        """Score a model, which ends on the CPU, and keep the result in a file."""
         with self.progress_bars() as new_bar:
-            scores = self.scoring.score(model, self.device, new_bar=new_bar)
-        write_scores(self.folder / score_file(name), scores)
-        self.say("", told(scores))
+            scores = self.scoring.score(model.to(self.device), new_bar=new_bar)
+        model.to("cpu")
+        content = dumps({subject: each.to_dict() for subject, each in scores.items()})
+        write_text_atomic(self.folder / score_file(name), content)
+        self.say("", scores_text(scores))
         return scores
 
     def read_scores(self, name: str) -> Scores:
@@ -451,36 +490,6 @@ class RunContext:
 MUCH_PADDING = 0.1
 FILES_ORIGIN, DATASETS_ORIGIN = "text files", "data sets"
 _STDLIB_DOMAINS = [("prose", ("stdlib:prose",)), ("code", ("stdlib:code",))]
-
-
-def run_corpus(config: RunConfig, text: RunText, *, tokenizer: Tokenizer | None) -> Corpus:
-    """Return the old and new domains of a run, tokenised.
-
-    Args:
-        text: of the run.
-        tokenizer: of a checkpoint; None trains one on the texts.
-
-    Raises:
-        TextFileError: files can't be read as what they are.
-        RequestError: a domain is too small, or the cache can't be written.
-    """
-    split = text.split
-    asked: dict[str, Any] = {
-        "vocab_size": config.data.vocab_size,
-        "validation_fraction": split.validation_fraction,
-        "max_validation_tokens_per_document": config.evaluation.max_tokens_per_document,
-        "seed": split.seed,
-        "cache_dir": config.cache_dir,
-        "tokenizer": tokenizer,
-    }
-    # Of the embedded corpus alone the cache keeps a note
-    if [(domain.name, domain.paths) for domain in text.domains] == _STDLIB_DOMAINS:
-        return stdlib_corpus(**asked)
-    return build_corpus(
-        all_documents(text.domains),
-        origin={domain.name: _origin(domain, config) for domain in text.domains},
-        **asked,
-    )
 
 
 def all_documents(domains: Iterable[DomainText]) -> dict[str, Documents]:
@@ -518,28 +527,6 @@ def _origin(domain: DomainText, config: RunConfig) -> str:
         FILES_ORIGIN if has_files else "",
     )
     return " and ".join(filter(None, origins))
-
-
-def corpus_notes(config: RunConfig, corpus: Corpus) -> Iterator[str]:
-    """Say what was done with the documents of a run, a sentence each."""
-    yield from corpus.notes
-    if count := sum(each.held_out_before for each in corpus.counts.values()):
-        yield (
-            f"Documents that were met before: {count} held out before, so that they are not "
-            "trained on."
-        )
-    if config.data.packing != "documents":
-        return
-    lengths = (config.data.sequence_length, 2 * config.data.sequence_length)
-    for name, domain in corpus.domains.items():
-        if not domain.train.num_tokens:
-            continue
-        share, longer = (padding_fraction(domain.train, sequence_length=n) for n in lengths)
-        if share > MUCH_PADDING:
-            yield (
-                f"Of the training sequences of {name} {share:.0%} is padding: its documents fill "
-                f"no {lengths[0]} tokens; data.sequence_length={lengths[1]} leaves {longer:.0%}."
-            )
 
 
 # Benchmarks

@@ -29,21 +29,18 @@ def remove(context: RunContext, *places: str) -> None:
     if context.config.pipeline.keep_stages:
         return
     for place in places:
-        if (folder := context.folder / place).is_dir():
-            context.ledger.mark_removed(place)
-            _strip(folder)
-
-
-def _strip(folder: Path) -> None:
-    if not (folder / LINEAGE_NAME).is_file():
-        shutil.rmtree(folder)
-        return
-    for path in sorted(folder.rglob("*"), reverse=True):
-        if path.is_dir():
-            if not any(path.iterdir()):
+        folder = context.folder / place
+        if not folder.is_dir():
+            continue
+        context.ledger.mark_removed(place)
+        if not (folder / LINEAGE_NAME).is_file():
+            shutil.rmtree(folder)
+            continue
+        for path in sorted(folder.rglob("*"), reverse=True):
+            if not path.is_dir() and path.name not in _RECORDS:
+                path.unlink()
+            elif path.is_dir() and not any(path.iterdir()):
                 path.rmdir()
-        elif path.name not in _RECORDS:
-            path.unlink()
 
 
 def remove_before_fit(context: RunContext, arm: Arm) -> None:

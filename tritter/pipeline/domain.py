@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tritter.checkpoint import Lineage, read_lineage, write_lineage
+from tritter.checkpoint import Lineage, write_lineage
 from tritter.checkpoint.place import check_output, check_replaceable
 from tritter.config.launch.composition import load_config
 from tritter.config.overrides import quoted
@@ -26,8 +26,8 @@ from tritter.families import position_limit
 from tritter.models import read_config
 from tritter.pipeline import moe, verdict
 from tritter.pipeline.arm import Arm
+from tritter.pipeline.base import check_given
 from tritter.pipeline.context import RunContext
-from tritter.pipeline.given import check_given
 from tritter.pipeline.ledger import Ledger
 from tritter.pipeline.run import run_arm, run_baseline
 from tritter.pipeline.scoring import score_records
@@ -105,6 +105,8 @@ def expand_for_domain(
         context = RunContext(config=config, folder=folder, console=console, ledger=Ledger(folder))
         arm = Arm(ARM, config.expansion)
         check_given(context)
+        given = context.given
+        assert given is not None
         context.check_text()
         for note in context.notes:
             context.say("data", note)
@@ -129,7 +131,20 @@ def expand_for_domain(
         check = partial(check_replaceable, sources=sources)
         with atomic_folder(destination, overwrite=overwrite, check=check) as temporary:
             shutil.copytree(folder / "checkpoint", temporary, dirs_exist_ok=True)
-            lineage = _adopt(temporary, context, source=source, destination=destination)
+            # The child of the source, in place of folders that will be gone
+            root, made = context.source("baseline").own_lineage, context.source("checkpoint")
+            adopted = replace(
+                made.own_lineage,
+                parent_hash=root.model_hash,
+                parent_path=os.path.relpath(source.resolve(), destination.resolve()),
+            )
+            if given.lineage is None:
+                adopted = replace(
+                    adopted,
+                    parent_tensor_digests=root.tensor_digests,
+                    parent_file_digests=known_digests(source),
+                )
+            lineage = write_lineage(temporary, adopted, made.config)
         return DomainExpansion(plan=plan, lineage=lineage, scores=scores, experts=used)
 
 
@@ -166,20 +181,3 @@ def _config(source: Path, task: DomainTask, folder: Path) -> RunConfig:
 def _value(sources: TextSources) -> str:
     parts = [f"{name}:[{','.join(map(quoted, paths))}]" for name, paths in sources.items()]
     return "{" + ",".join(parts) + "}"
-
-
-def _adopt(folder: Path, context: RunContext, *, source: Path, destination: Path) -> Lineage:
-    """Let a checkpoint be the child of the source, in place of folders that will be gone."""
-    root, kept = context.source("baseline").own_lineage, context.source("checkpoint")
-    adopted = replace(
-        kept.own_lineage,
-        parent_hash=root.model_hash,
-        parent_path=os.path.relpath(source.resolve(), destination.resolve()),
-    )
-    if read_lineage(source) is None:
-        adopted = replace(
-            adopted,
-            parent_tensor_digests=root.tensor_digests,
-            parent_file_digests=known_digests(source),
-        )
-    return write_lineage(folder, adopted, kept.config)

@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import nn
 
 from tritter.checkpoint import Lineage
-from tritter.config.schema import CheckpointModelConfig, RunText
+from tritter.config.schema import CheckpointModelConfig
 from tritter.config.text_resolution import run_text
 from tritter.config.validation import cache_folder
 from tritter.data.corpus import build_corpus
@@ -17,9 +17,10 @@ from tritter.data.records import DEFAULT_FIELD
 from tritter.data.sources import source_documents
 from tritter.data.tokens import PretrainedTokenizer, TokenisedDocuments, tokenise
 from tritter.errors import RequestError
-from tritter.evaluation.losses import document_losses
 from tritter.evaluation.statistics import PairedScores
+from tritter.evaluation.tasks import Reader
 from tritter.pipeline.context import all_documents
+from tritter.pipeline.scoring import Scoring
 from tritter.terminal import NewBar, no_bar
 
 MAX_TOKENS_PER_DOCUMENT = 1024  # as conf/evaluation/default.yaml has it
@@ -71,7 +72,29 @@ def learned_domains(
     Raises:
         RequestError: it learned none, or its text is not at hand.
     """
-    text = None if lineage is None else _learned_text(folder, lineage)
+    text = None
+    if lineage is not None:
+        model = CheckpointModelConfig(model_type="hf", path=str(folder))
+        data = TextDataConfig(
+            source="text",
+            text_field=DEFAULT_FIELD,
+            old=None,
+            new={},
+            tasks=[],
+            vocab_size=257,
+            sequence_length=2,
+            batch_size=1,
+            validation_fraction=None,
+        )
+        try:
+            text = run_text(model, data, seed=lineage.split.seed if lineage.split else 0)
+        except RequestError as error:
+            problem = error.problems[0]
+            if problem.key != "data.old":
+                raise
+            advice = "name text, --data NAME=PATH"
+            of_folder = replace(problem, key="--checkpoint", value=folder, advice=advice)
+            raise RequestError(of_folder) from error
     if text is None or not text.domains:
         raise RequestError(
             f"--checkpoint = {folder}: its lineage records no text that it learned; name text, "
@@ -91,31 +114,6 @@ def learned_domains(
     held_out = f"Documents that no training of this checkpoint saw: of {', '.join(documents)}."
     others = (note for note in text.notes if not note.startswith("Old text as"))
     return DomainsToScore(documents, (held_out, *corpus.notes, *others))
-
-
-def _learned_text(folder: Path, lineage: Lineage) -> RunText:
-    model = CheckpointModelConfig(model_type="hf", path=str(folder))
-    data = TextDataConfig(
-        source="text",
-        text_field=DEFAULT_FIELD,
-        old=None,
-        new={},
-        tasks=[],
-        vocab_size=257,
-        sequence_length=2,
-        batch_size=1,
-        validation_fraction=None,
-    )
-    seed = lineage.split.seed if lineage.split is not None else 0
-    try:
-        return run_text(model, data, seed=seed)
-    except RequestError as error:
-        problem = error.problems[0]
-        if problem.key != "data.old":
-            raise
-        advice = "name text, --data NAME=PATH"
-        of_folder = replace(problem, key="--checkpoint", value=folder, advice=advice)
-        raise RequestError(of_folder) from error
 
 
 def sequence_length(lineage: Lineage | None, positions: int | None) -> int:
@@ -144,19 +142,8 @@ def domain_losses(
     Raises:
         TritterError: a domain has no token.
     """
-    end_of_text_id = tokenizer.tokenizer.token_to_id(tokenizer.end_of_text)
-    assert end_of_text_id is not None
-    return {
-        name: document_losses(
-            model,
-            documents,
-            sequence_length=length,
-            end_of_text_id=end_of_text_id,
-            batch_size=batch_size,
-            progress=new_bar(f"scoring {name}"),
-        )
-        for name, documents in domains.items()
-    }
+    reader = Reader(tokenizer.tokenizer, tokenizer.end_of_text_id, batch_size)
+    return Scoring(domains, (), reader, length).score(model, new_bar=new_bar)
 
 
 def read_data_words(words: Iterable[str]) -> dict[str, list[str]]:

@@ -6,7 +6,7 @@ what carries old knowledge, a teacher.
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -79,7 +79,15 @@ def prepare(context: RunContext, arm: Arm) -> StageResult:
             label, written = arm.label(method.name), prepared.written
             seconds[label] = time.perf_counter() - since
         flops[label] = flops.get(label, 0.0) + prepared.flops
-    notes += _stand_in_notes(context, arm, beside.kinds if beside else {})
+    stored = set(beside.kinds if beside else ())
+    standing_in = [
+        one.name
+        for one, needs in zip(context.config.forgetting, _needs(context), strict=True)
+        if needs.old_text and not (needs.instead and stored >= set(needs.instead))
+    ]
+    if standing_in and not context.old_of(arm) and not kept_text(context, arm).sequences:
+        names = " and ".join(standing_in)
+        notes.append(f"There is no old text: {names} had what the model itself wrote.")
     for note in notes:
         context.say("", note)
     with atomic_folder(_place(context, arm), overwrite=True) as temporary:
@@ -99,19 +107,6 @@ def notes_of(context: RunContext, arm: Arm) -> tuple[str, ...]:
     if context.ledger.get(key(arm)) is None:
         return ()
     return context.ledger.found(key(arm), ImportanceFound).notes
-
-
-def _stand_in_notes(context: RunContext, arm: Arm, beside: Mapping[str, Any]) -> list[str]:
-    """Say which methods get what the model wrote for old text, as there is none."""
-    chosen = zip(context.config.forgetting, _needs(context), strict=True)
-    needing = [
-        one.name
-        for one, needs in chosen
-        if needs.old_text and not (needs.instead and beside.keys() >= set(needs.instead))
-    ]
-    if context.old_of(arm) or kept_text(context, arm).sequences or not needing:
-        return []
-    return [f"There is no old text: {' and '.join(needing)} had what the model itself wrote."]
 
 
 def _preparation(
@@ -148,8 +143,20 @@ def task(context: RunContext, arm: Arm, *, follow: Callable[[Values], Values]) -
     Args:
         follow: takes values by parameter name to the names that are trained.
     """
-    needs, states = _needs(context), dict(_states(context, arm))
-    planned = context.planned(arm)
+    needs, planned = _needs(context), context.planned(arm)
+    # Each kind of state that the methods need, as it was before the expansion, and its rule
+    prepared = {kind for each in needs for kind in each.prepares}
+    earlier = {kind for each in needs for kind in each.state} - prepared
+    found = (
+        (prepared, read_state(_place(context, arm)) if prepared else None),
+        (earlier, context.source(arm.start).state if earlier else None),
+    )
+    states = {
+        kind: (state.kinds[kind], state.rules[kind])
+        for kinds, state in found
+        if state is not None
+        for kind in sorted(kinds & state.kinds.keys())
+    }
 
     def through(held: TensorFolder, rule: StateKind) -> Values:
         values = dict(state_stream(planned, rule, held).whole())
@@ -191,8 +198,10 @@ def teacher_place(context: RunContext) -> str | None:
     """
     places = {each.teacher_place for each in _needs(context) if each.teacher}
     if len(places) > 1:
-        told = " and ".join(sorted(place or "the model before the expansion" for place in places))
-        raise RequestError(f"forgetting: one teacher is held, and {told} are asked for.")
+        teachers = " and ".join(
+            sorted(place or "the model before the expansion" for place in places)
+        )
+        raise RequestError(f"forgetting: one teacher is held, and {teachers} are asked for.")
     return next(iter(places), None)
 
 
@@ -232,21 +241,6 @@ def _folder(arm: Arm) -> str:
 
 def _place(context: RunContext, arm: Arm) -> Path:
     return context.folder / _folder(arm)
-
-
-def _states(context: RunContext, arm: Arm) -> Iterator[tuple[str, tuple[TensorFolder, StateKind]]]:
-    """Yield each kind of state that the arm's methods need, as it was before the expansion."""
-    needs = _needs(context)
-    prepared = {kind for each in needs for kind in each.prepares}
-    beside = {kind for each in needs for kind in each.state} - prepared
-    for kinds, read in (
-        (prepared, lambda: read_state(_place(context, arm))),
-        (beside, lambda: context.source(arm.start).state),
-    ):
-        state = read() if kinds else None
-        if state is not None:
-            held = sorted(kinds & state.kinds.keys())
-            yield from ((kind, (state.kinds[kind], state.rules[kind])) for kind in held)
 
 
 def kept_text(context: RunContext, arm: Arm) -> KeptSequences:

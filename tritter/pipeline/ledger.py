@@ -200,8 +200,25 @@ class Ledger:
         self._removed: set[str] = set()  # places whose weights no later stage needs
         self._released: set[str] = set()  # places whose weights can be made again, and may be gone
         self._incomplete: set[str] = set()  # those of them that are
-        if self._path.exists():
-            self._read()
+        if not self._path.exists():
+            return
+        try:
+            content = read_record(self._path, LedgerRecord)
+            for stage, each in content.stages.items():
+                kind = _FOUND.get(stage.rpartition(".")[2].partition("_")[0])
+                wrong = f"{self._path} is not a ledger"
+                if kind is None:
+                    raise TritterError(f"{wrong}: there is no stage {brief(stage)}.")
+                found = validated(each.found, kind, what=f"{wrong}: {stage}")
+                self._stages[stage] = StageResult(
+                    found, each.flops, each.seconds, tuple(each.left), each.left, each.disk
+                )
+        except TritterError as error:
+            raise TritterError(
+                f"{error} Nothing was made of it; start in another folder."
+            ) from error
+        self._removed |= set(content.removed)
+        self._released |= set(content.released)
 
     def get(self, stage: str) -> StageResult | None:
         return None if stage in self._again else self._stages.get(stage)
@@ -363,27 +380,6 @@ class Ledger:
     def peak(self, kind: str) -> int:
         """Return the most bytes of `weights` or `state` that the run folder had so far."""
         return max((each.disk.get(kind, 0) for each in self._stages.values()), default=0)
-
-    def _read(self) -> None:
-        try:
-            content = read_record(self._path, LedgerRecord)
-            found: dict[str, Found] = {}
-            for stage, each in content.stages.items():
-                kind = _FOUND.get(stage.rpartition(".")[2].partition("_")[0])
-                wrong = f"{self._path} is not a ledger"
-                if kind is None:
-                    raise TritterError(f"{wrong}: there is no stage {brief(stage)}.")
-                found[stage] = validated(each.found, kind, what=f"{wrong}: {stage}")
-        except TritterError as error:
-            raise TritterError(
-                f"{error} Nothing was made of it; start in another folder."
-            ) from error
-        self._removed |= set(content.removed)
-        self._released |= set(content.released)
-        for name, each in content.stages.items():
-            self._stages[name] = StageResult(
-                found[name], each.flops, each.seconds, tuple(each.left), each.left, each.disk
-            )
 
 
 def _outcome(result: StageResult) -> str:

@@ -17,7 +17,6 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger, MLFlowLogger, WandbLogger
 
 from tritter.config.run_folder import fingerprint
-from tritter.config.schema import WandbConfig
 from tritter.evaluation.statistics import finite_or_none
 from tritter.pipeline.arm import Arm
 from tritter.pipeline.context import RunContext
@@ -211,24 +210,8 @@ def wandb_logger(context: RunContext, part: str | None = None) -> WandbLogger | 
     """
     if (settings := context.config.logger.wandb) is None:
         return None
-    if part not in context.wandb_loggers:
-        context.wandb_loggers[part] = _new_wandb_logger(context, settings, part)
-    return context.wandb_loggers[part]
-
-
-@contextmanager
-def wandb_finished(context: RunContext) -> Iterator[None]:
-    """Finish the W&B runs that were opened inside: each leaves one folder per process."""
-    exit_code = 1
-    try:
-        yield
-        exit_code = 0
-    finally:
-        while context.wandb_loggers:
-            context.wandb_loggers.popitem()[1].experiment.finish(exit_code=exit_code)
-
-
-def _new_wandb_logger(context: RunContext, settings: WandbConfig, part: str | None) -> WandbLogger:
+    if part in context.wandb_loggers:
+        return context.wandb_loggers[part]
     import wandb
 
     config = context.config
@@ -259,7 +242,20 @@ def _new_wandb_logger(context: RunContext, settings: WandbConfig, part: str | No
     )
     run.define_metric(WANDB_STEP)
     run.define_metric("*", step_metric=WANDB_STEP, step_sync=True)
-    return WandbLogger(experiment=run, log_model=False)
+    context.wandb_loggers[part] = WandbLogger(experiment=run, log_model=False)
+    return context.wandb_loggers[part]
+
+
+@contextmanager
+def wandb_finished(context: RunContext) -> Iterator[None]:
+    """Finish the W&B runs that were opened inside: each leaves one folder per process."""
+    exit_code = 1
+    try:
+        yield
+        exit_code = 0
+    finally:
+        while context.wandb_loggers:
+            context.wandb_loggers.popitem()[1].experiment.finish(exit_code=exit_code)
 
 
 def _mend_killed_wandb(folder: Path, run_id: str) -> None:
@@ -289,11 +285,6 @@ def _mend_killed_wandb(folder: Path, run_id: str) -> None:
 
 def _names(options: Sequence[Any]) -> list[str]:
     return [one.name for one in options] or ["none"]
-
-
-def counted_on(logger: Logger, first_step: int) -> Logger:
-    """Return a logger whose steps go on from those of the trainings before."""
-    return CountedOn(logger, first_step) if first_step else logger
 
 
 class CountedOn(Logger):
@@ -378,7 +369,7 @@ def open_loggers(
             opened.push(partial(_close, logger))
             if not first_step:
                 logger.log_hyperparams(fingerprint(context.config))
-        yield [counted_on(logger, first_step) for logger in loggers]
+        yield [CountedOn(logger, first_step) if first_step else logger for logger in loggers]
 
 
 def _close(logger: Logger, error: type[BaseException] | None, *_: object) -> None:
@@ -400,13 +391,13 @@ def _built(named: Component, context: RunContext, part: str | None) -> Logger:
         body["run_name"] = body.get("run_name") or run_name(context, part)
     if issubclass(named.kind, MLFlowLogger) and body.get("run_id") is None:
         kept = f"{named.name}_id" if part is None else f"{named.name}_id.{part}"
-        return _same_run(body, context.folder / kept)
+        return _same_mlflow_run(body, context.folder / kept)
     logger = built(body)
     assert isinstance(logger, Logger)
     return logger
 
 
-def _same_run(body: Mapping[str, Any], kept: Path) -> MLFlowLogger:
+def _same_mlflow_run(body: Mapping[str, Any], kept: Path) -> MLFlowLogger:
     """Open the run in MLflow whose id is kept, or a new one where MLflow does not have it."""
     from mlflow.exceptions import MlflowException
 

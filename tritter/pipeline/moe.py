@@ -4,17 +4,12 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from typing import Any
 
-import torch
 from lightning import Callback
 from torch import Tensor, nn
 
-from tritter.data.packing import kept_tokens, lengths_of
 from tritter.data.tokens import joined
-from tritter.evaluation.inference import evaluating
 from tritter.expansion import MoeAdd
-from tritter.families import Config, family_of, forward_flops
 from tritter.models import load_model
 from tritter.moe_routing import (
     ExpertOpening,
@@ -23,7 +18,6 @@ from tritter.moe_routing import (
     RoutingSettings,
     SeparateExperts,
     Unfreezing,
-    expert_counts,
     is_router,
     only_trainable,
     separate_experts,
@@ -34,12 +28,11 @@ from tritter.pipeline.ledger import EvaluationFound, TrainingFound
 from tritter.pipeline.scoring import score_records
 from tritter.report.summary import MoeRecord
 from tritter.stock_routers import AddedExperts, Routing
-from tritter.training import Schedule, SideLoss
+from tritter.training import SideLoss
 
 USAGE_SEQUENCES = 64
 UTILITY_SEQUENCES = 64  # of the new domains, by which the expert to clone is chosen
 HELD_SEQUENCES = 256  # old sequences whose routing is held
-ROUTER_WARMUP = 0.05
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -125,14 +118,6 @@ def opened(context: RunContext, arm: Arm, added: AddedExperts, *, steps: int) ->
     return added.at(added.step + steps, anneal_steps=anneal_steps(context, arm, added))
 
 
-def router_schedule(context: RunContext, arm: Arm) -> Schedule:
-    return Schedule(
-        learning_rate=context.config.adaptation.router_learning_rate,
-        max_steps=router_steps(context, arm),
-        warmup_ratio=ROUTER_WARMUP,
-    )
-
-
 @contextmanager
 def ready_for_routers(context: RunContext, arm: Arm, model: nn.Module) -> Iterator[Setup]:
     """Prepare a model for the router stage: routers alone are trained, new experts encouraged."""
@@ -177,36 +162,9 @@ def ready_for_training(context: RunContext, arm: Arm, model: nn.Module) -> Itera
         yield Setup(side_losses=(routing,), controls=controls, parts=parts)
 
 
-def usage(context: RunContext, model: nn.Module) -> dict[str, Any] | None:
-    """Return which experts the text of each domain goes to; None for a dense model.
-
-    Measured on training sequences spread over the domain; parts of all assignments of a layer,
-    which add up to 1.
-    """
-    routing = Routing.of(model)
-    if routing is None:
-        return None
-    loads = {}
-    for domain in context.domains:
-        sequences = spread(context, [domain], USAGE_SEQUENCES)
-        loads[domain] = _loads(model.to(context.device), routing, sequences)
-    model.to("cpu")
-    return {
-        "number": routing.num_experts,
-        "experts_per_token": routing.top_k,
-        "layers": list(routing.layers),
-        "usage": loads,
-    }
-
-
-def usage_flops(context: RunContext, config: Config) -> float:
-    """Count the FLOPs of what `usage` looks at; none for a dense model."""
-    family = family_of(config)
-    if not family.has_experts:
-        return 0.0
-    looked = [spread(context, [domain], USAGE_SEQUENCES) for domain in context.domains]
-    flops = forward_flops(config)
-    return sum(flops.of_all(lengths_of(context.apart, each)) for each in looked)
+def usage_sequences(context: RunContext) -> dict[str, Tensor]:
+    """Return domain → training sequences in which the use of experts is measured."""
+    return {domain: spread(context, [domain], USAGE_SEQUENCES) for domain in context.domains}
 
 
 def summary_record(context: RunContext, arms: Sequence[Arm]) -> MoeRecord | None:
@@ -239,21 +197,6 @@ def summary_record(context: RunContext, arms: Sequence[Arm]) -> MoeRecord | None
             for domain in context.domains
         }
     return MoeRecord.model_construct(**record)
-
-
-def _loads(model: nn.Module, routing: Routing, sequences: Tensor) -> list[list[float]]:
-    """Return [layer][expert], each expert's part of the assignments, those of padding left out."""
-    counts = torch.zeros(len(routing.layers), routing.num_experts)
-    with evaluating(model) as device, routing.recording():
-        for batch in sequences.split(8):
-            input_ids = batch.long().to(device)
-            model(input_ids=input_ids, use_cache=False)
-            kept = kept_tokens(model, input_ids)
-            for row, record in zip(counts, routing.recorded(), strict=True):
-                chosen = record.selected if kept is None else record.selected[kept.flatten()]
-                row += expert_counts(chosen, routing.num_experts).cpu()
-    shares: list[list[float]] = (counts / counts.sum(dim=1, keepdim=True)).tolist()
-    return shares
 
 
 def anneal_steps(context: RunContext, arm: Arm, added: AddedExperts) -> int:

@@ -1,36 +1,27 @@
 """One run from its config to a summary, a table and a checkpoint that was kept or rolled back."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from lightning.pytorch.loggers import Logger
 
-from tritter.config.ladder import RETRYING, on_top
+from tritter.config.ladder import RETRYING, on_top, planned_rounds
 from tritter.config.launch.jobs import read_status
 from tritter.config.overrides import command, tool_command, tritter_command
 from tritter.config.schema import CheckpointModelConfig, RunConfig
 from tritter.config.text_resolution import DEFAULT_FRACTION
 from tritter.errors import RequestError
-from tritter.evaluation.gate import Status, decide
+from tritter.evaluation.gate import Status
 from tritter.expansion import EXPANSIONS
 from tritter.pipeline import disk, importance, moe, stages, verdict
 from tritter.pipeline.arm import Arm, tasks_of
+from tritter.pipeline.base import check_given
 from tritter.pipeline.context import RunContext
-from tritter.pipeline.given import check_given
-from tritter.pipeline.ledger import (
-    BaselineFound,
-    ChoiceFound,
-    GateFound,
-    KeptFound,
-    Ledger,
-    PublishedFound,
-    StageResult,
-    TrainingFound,
-)
+from tritter.pipeline.ledger import BaselineFound, ChoiceFound, Ledger, TrainingFound
 from tritter.pipeline.metrics import (
     BEFORE,
     before_metrics,
@@ -43,16 +34,15 @@ from tritter.pipeline.metrics import (
     wandb_finished,
     write_metrics,
 )
-from tritter.pipeline.rounds import Trial, planned_trials
 from tritter.pipeline.summary import summary_record
+from tritter.pipeline.verdict import Trial
 from tritter.report.plots import curves_of, plot_run
-from tritter.report.summary import Check, Summary
+from tritter.report.summary import Summary
 from tritter.report.tables import print_summary
 from tritter.storage.atomic import write_text_atomic
 from tritter.terminal import Console
 from tritter.training import metrics_files
 
-CONTROL = Arm("control", (), is_control=True)
 SUMMARY_NAME = "summary.json"
 
 
@@ -82,53 +72,73 @@ def run_pipeline(config: RunConfig, *, run_folder: Path) -> Outcome:
         TritterError: a stage failed; the ledger keeps what is done.
     """
     context = RunContext(
-        config=config,
-        folder=run_folder,
-        console=Console(),
-        ledger=Ledger(run_folder),
+        config=config, folder=run_folder, console=Console(), ledger=Ledger(run_folder)
     )
     with wandb_finished(context):
-        return _run_stages(context)
+        for gone in context.ledger.check_left():
+            context.say("run", gone)
+        check_given(context)
+        _announce(context)
+        run_baseline(context)
+        trials = _run_trials(context)
+        last, status = trials[-1], trials[-1].status
+        control = _run_control(last, num_rounds=len(trials) if last.arms[0].is_round else 1)
+        is_kept = status != "rolled_back"
+        context.stage(
+            "publish",
+            lambda: verdict.publish(last.context, last.arms, keep=is_kept),
+            label="publish",
+        )
+        disk.remove_rest(context, *(arm for each in (*trials, control) for arm in each.arms))
+        return _report(context, trials, control)
 
 
-def _run_stages(context: RunContext) -> Outcome:
-    run_folder = context.folder
-    for gone in context.ledger.check_left():
-        context.say("run", gone)
-    check_given(context)
-    _announce(context)
-    _check_text(context)
-    run_baseline(context)
-    trials = _run_trials(context)
-    last, status = trials[-1], trials[-1].status
-    control = _run_control(last, num_rounds=len(trials) if last.arms[0].is_round else 1)
-    context.stage("publish", lambda: _publish(last, status), label="publish")
-    disk.remove_rest(context, *(arm for each in (*trials, control) for arm in each.arms))
-    summary = summary_record(
-        context, trials, control=control, control_gate=_gate(control) if control.arms else None
-    )
-    path = run_folder / SUMMARY_NAME
+def _report(context: RunContext, trials: Sequence[Trial], control: Trial) -> Outcome:
+    """Write the run's summary, metrics and plots, print its table and what to do next."""
+    last = trials[-1]
+    gate, beside = None, []
+    if control.arms:
+        gate = verdict.judge(control)
+        beside = write_metrics(context, control.arms, of="control")
+    summary = summary_record(context, trials, control=control, control_gate=gate)
+    path = context.folder / SUMMARY_NAME
     write_text_atomic(path, summary.text())
     rows = write_metrics(context, last.arms)
     before = [each for each in trials[:-1] if each.arms[0].is_round]
     if before:
         write_metrics(context, [arm for each in trials for arm in each.arms], of="rounds")
-    beside = write_metrics(context, control.arms, of="control") if control.arms else []
     plots = plot_run(
         summary,
         curves_of(rows),
-        run_folder / "plots",
+        context.folder / "plots",
         earlier=[curves_of(joined_rows(context, each.arms)) for each in before],
         control=curves_of(beside),
     )
     own = [arm.name for trial in trials for arm in trial.arms if arm.part is None]
     step = sum(num_steps(context, name) for name in own)
     log_result_to_wandb(context, summary, plots, step=step)
-    print_summary(summary, console=context.console, folder=run_folder)
+    print_summary(summary, console=context.console, folder=context.folder)
     context.say("disk", disk.report(summary.disk))
-    _print_next(last.context, summary, plots)
-    leaves = (SUMMARY_NAME, "checkpoint", "scores")
-    return Outcome(status=status, metric=_metric(summary), summary_path=path, leaves=leaves)
+    context.console.print()
+    for plot in plots:
+        context.say("plot", str(plot))
+    context.say("summary", str(path))
+    words = read_status(context.folder).overrides
+    if tried := summary.last_attempt.overrides:
+        words = [word for word in on_top(words, tried) if not word.lstrip("+").startswith(RETRYING)]
+    context.console.print("\nNext:", highlight=False)
+    for line in next_commands(last.context.config, summary, words=words, folder=context.folder):
+        context.console.print(f"  {line}", highlight=False, soft_wrap=True, markup=False)
+    # Of what was trained: of what was kept, all that are rolled back have the number of their base
+    final = summary.last_attempt.final
+    losses = [final[name].loss_per_byte for name in (*summary.domains.old, *summary.domains.new)]
+    known = [loss for loss in losses if loss is not None]
+    return Outcome(
+        status=last.status,
+        metric=math.nan if len(known) < len(losses) else sum(known) / len(known),
+        summary_path=path,
+        leaves=(SUMMARY_NAME, "checkpoint", "scores"),
+    )
 
 
 def _run_trials(context: RunContext) -> list[Trial]:
@@ -145,19 +155,54 @@ def _run_trials(context: RunContext) -> list[Trial]:
             words = " ".join(each.overrides)
             context.say("attempt", f"{number} of {len(planned)}, from the baseline: {words}")
         so_far = [arm for trial in run for arm in trial.arms] if first.is_round else []
-        run.append(trial := replace(each, arms=_run_tasks(each.context, each.arms, so_far=so_far)))
-        status = _gate_stage(trial)
+        trial = replace(each, arms=_run_tasks(each.context, each.arms, so_far=so_far))
+        run.append(trial)
+        trial.context.stage(first.key("gate"), partial(verdict.gate, trial), label="gate")
         if len(planned) > 1:
-            context.say("gate", f"{first.name}: {status}")
-        if (status == "rolled_back") == first.is_round:
+            context.say("gate", f"{first.name}: {trial.status}")
+        if (trial.status == "rolled_back") == first.is_round:
             break
         if first.is_round and not is_last:
-            context.stage(first.key("keep"), partial(_keep, context, first), label="publish")
+            kept = partial(verdict.complete, context, first)
+            context.stage(first.key("keep"), kept, label="publish")
             if first.follows:
                 disk.remove(context, f"{first.follows}/trained")
         elif not is_last:
             disk.remove(context, f"{trial.arms[-1].name}/trained")
     return run
+
+
+def planned_trials(context: RunContext) -> list[Trial]:
+    """Return the attempts that the run may come to, each the next of the chain, or its rounds.
+
+    The baseline must be there.
+
+    Raises:
+        RequestError: the target can't be reached from the baseline's shape.
+    """
+    config, trials = context.config, []
+    if config.pipeline.target_params is None:
+        for number, own in enumerate(config.attempts, start=1):
+            alike = [one.forgetting == own.forgetting for one in config.attempts]
+            prepared_by = 1 + alike.index(True)
+            name = f"attempt_{number}"
+            first = Arm(name, own.expansion, attempt=number, prepared_by=prepared_by)
+            arms = tasks_of(first, len(context.text.tasks))
+            trials.append(Trial(context.of_attempt(number), arms, own.rung_words))
+        return trials
+    shapes = planned_rounds(config, context.source("baseline").config)
+    counts = " → ".join(f"{shape.parameters:,}" for shape in shapes)
+    context.say("plan", f"{len(shapes)} rounds to {counts} parameters")
+    for number, shape in enumerate(shapes, start=1):
+        arm = Arm(
+            f"round_{number}",
+            (shape.spec,),
+            follows=f"round_{number - 1}" if number > 1 else None,
+            is_round=True,
+            is_final=number == len(shapes),
+        )
+        trials.append(Trial(context, (arm,)))
+    return trials
 
 
 def _run_tasks(
@@ -187,20 +232,11 @@ def _run_control(last: Trial, *, num_rounds: int) -> Trial:
     if not context.config.control:
         return replace(last, arms=())
     context.say("control", "the un-grown base, trained in the same way")
-    first = replace(CONTROL, num_trainings=num_rounds, prepared_by=last.arms[0].prepared_by)
+    prepared_by = last.arms[0].prepared_by
+    first = Arm("control", (), is_control=True, num_trainings=num_rounds, prepared_by=prepared_by)
     arms = _run_tasks(context, tasks_of(first, len(context.text.tasks)))
     disk.remove(context, f"{arms[-1].name}/trained")
     return replace(last, arms=arms)
-
-
-def _gate_stage(trial: Trial) -> Status:
-    key = trial.arms[0].key("gate")
-    trial.context.stage(key, lambda: StageResult(_gate(trial)), label="gate")
-    return trial.status
-
-
-def _keep(context: RunContext, arm: Arm) -> StageResult:
-    return StageResult(KeptFound(model_hash=verdict.complete(context, arm).model_hash))
 
 
 def run_baseline(context: RunContext) -> None:
@@ -224,7 +260,10 @@ def run_arm(context: RunContext, arm: Arm, *, first_step: int = 0) -> Arm:
         context.stage(f"{key}.distill", lambda: stages.distillation(context, arm), label="distill")
     if moe.router_steps(context, arm):
         context.stage(f"{key}.adapt", lambda: stages.adaptation(context, arm), label=label("adapt"))
-    with _loggers(context, arm, first_step=first_step) as loggers:
+    opened: AbstractContextManager[list[Logger]] = nullcontext([])
+    if context.ledger.get(f"{key}.evaluate") is None:
+        opened = open_loggers(context, arm.part, first_step=first_step)
+    with opened as loggers:
         if before := before_metrics(context, key):
             for logger in loggers if not metrics_files(context.folder / key) else ():
                 logger.log_metrics(before, step=BEFORE)
@@ -242,44 +281,12 @@ def run_arm(context: RunContext, arm: Arm, *, first_step: int = 0) -> Arm:
     return arm
 
 
-@contextmanager
-def _loggers(context: RunContext, arm: Arm, *, first_step: int) -> Iterator[list[Logger]]:
-    """Open the loggers for an arm, unless it was scored before."""
-    if context.ledger.get(f"{arm.name}.evaluate") is not None:
-        yield []
-        return
-    with open_loggers(context, arm.part, first_step=first_step) as loggers:
-        yield loggers
-
-
-def _gate(trial: Trial) -> GateFound:
-    checks = verdict.checks(trial.context, trial.arms)
-    status = decide(checks) if trial.context.config.gate.enabled else "ungated"
-    return GateFound(status=status, checks=tuple(check.to_dict() for check in checks))
-
-
-def _publish(last: Trial, status: Status) -> StageResult:
-    lineage = verdict.publish(last.context, last.arms, keep=status != "rolled_back")
-    return StageResult(
-        PublishedFound(
-            model_hash=lineage.model_hash,
-            parent_hash=lineage.parent_hash,
-            base_model_hash=lineage.base_model_hash,
-            expansions=tuple(record.method for record in lineage.expansion_history),
-        ),
-        leaves=("checkpoint",),
-    )
-
-
-def _metric(summary: Summary) -> float:
-    # Of what was kept, all runs that are rolled back would have the number of their base
-    trained = summary.last_attempt.final
-    losses = [trained[name].loss_per_byte for name in (*summary.domains.old, *summary.domains.new)]
-    known = [loss for loss in losses if loss is not None]
-    return math.nan if len(known) < len(losses) else sum(known) / len(known)
-
-
 def _announce(context: RunContext) -> None:
+    """Print what the run is made from.
+
+    Raises:
+        RequestError: its text can't be trained on, or is not what the run began with.
+    """
     config = context.config
     chosen = {
         "expansion": ", ".join(spec.name for spec in config.expansion) or "none",
@@ -305,18 +312,10 @@ def _announce(context: RunContext) -> None:
         context.say("tasks", f"{', then '.join(named)}; {config.training.max_steps} steps each")
     if not context.old_domains:
         context.say("", "no old text (data.old): forgetting is not measured, and not gated")
-
-
-def _check_text(context: RunContext) -> None:
-    """Refuse text that can't be trained on, or that is not what the run began with.
-
-    Raises:
-        RequestError: says which.
-    """
     context.check_text()
     if context.tasks:
-        named = ", ".join(task.name for task in context.tasks)
-        context.say("answers", f"right ones are counted of {named}")
+        scored = ", ".join(task.name for task in context.tasks)
+        context.say("answers", f"right ones are counted of {scored}")
     if context.ledger.get("baseline") is None:
         return
     if context.ledger.found("baseline", BaselineFound).corpus != context.corpus.digest:
@@ -324,20 +323,6 @@ def _check_text(context: RunContext) -> None:
             f"data: the text has changed since the run in {context.folder} began; put it back, "
             "or begin another run."
         )
-
-
-def _print_next(context: RunContext, summary: Summary, plots: list[Path]) -> None:
-    context.console.print()
-    for plot in plots:
-        context.say("plot", str(plot))
-    context.say("summary", str(context.folder / SUMMARY_NAME))
-    words = read_status(context.folder).overrides
-    if tried := summary.last_attempt.overrides:
-        words = [word for word in on_top(words, tried) if not word.lstrip("+").startswith(RETRYING)]
-    commands = next_commands(context.config, summary, words=words, folder=context.folder)
-    context.console.print("\nNext:", highlight=False)
-    for line in commands:
-        context.console.print(f"  {line}", highlight=False, soft_wrap=True, markup=False)
 
 
 _WITH_BODY = ("expansion", "experts")
@@ -353,10 +338,21 @@ def next_commands(
         words: the overrides that were typed, as Hydra reads them.
         folder: of the run.
     """
-    advice = {"rolled_back": _after_rollback, "undecided": _undecided}
+    advice = {"rolled_back": _after_rollback, "undecided": _after_undecided}
     changes = advice.get(summary.status, _after_kept)(config, summary)
     typed = [word for word in words if word.partition("=")[0].lstrip("+") != "resume"]
-    lines = [f"{_changed(typed, change)}   # {why}" for change, why in changes]
+    lines = []
+    for change, why in changes:
+        # An option of another method goes with the method
+        bodies = tuple(f"{key}." for key in change if key in _WITH_BODY)
+        kept = [
+            word
+            for word in typed
+            if word.lstrip("+~").partition("=")[0] not in change
+            and not word.lstrip("+~").startswith(bodies)
+        ]
+        changed = command([*kept, *(f"{key}={value}" for key, value in change.items())])
+        lines.append(f"{changed}   # {why}")
     checkpoint = str(folder / "checkpoint")
     trained = folder / f"attempt_{len(summary.attempts)}" / "trained"
     if summary.status != "rolled_back":
@@ -392,8 +388,18 @@ def _after_kept(config: RunConfig, summary: Summary) -> Advice:
 
 def _after_rollback(config: RunConfig, summary: Summary) -> Advice:
     failed = {check.check for check in summary.gate if check.verdict == "failed"}
+    names = [options.name for options in config.forgetting]
     if "retention" in failed:
-        yield from _stronger_protection(config)
+        replay = next((one for one in config.forgetting if one.kind.needs(one.options).mixes), None)
+        if replay is None:
+            yield {"forgetting": _listed([*names, "replay"])}, "old text mixed in"
+        elif (fraction := getattr(replay.options, "fraction", 1.0)) < _LARGEST_FRACTION:
+            more = min(_LARGEST_FRACTION, 2 * fraction)
+            yield {f"forgetting.{replay.name}.fraction": f"{more:g}"}, "more old text mixed in"
+        # Beside replay the one that kept most: experiments/2026-11-21_forgetting_methods
+        if "distill" not in names and config.experts is None:
+            protected = ["distill", *names] if names else ["distill", "replay"]
+            yield {"forgetting": _listed(protected)}, "the old answers held as well"
     if "new_capability" in failed:
         yield _twice_as_long(config), "more steps"
     if failed & {"retention", "training"}:
@@ -410,24 +416,15 @@ def _twice_as_long(config: RunConfig) -> dict[str, str]:
     return {"training.max_steps": str(2 * training.max_steps)}
 
 
-def _stronger_protection(config: RunConfig) -> Advice:
-    names = [options.name for options in config.forgetting]
-    replay = next((one for one in config.forgetting if one.kind.needs(one.options).mixes), None)
-    if replay is None:
-        yield {"forgetting": _listed([*names, "replay"])}, "old text mixed in"
-    elif (fraction := getattr(replay.options, "fraction", 1.0)) < _LARGEST_FRACTION:
-        more = min(_LARGEST_FRACTION, 2 * fraction)
-        yield {f"forgetting.{replay.name}.fraction": f"{more:g}"}, "more old text mixed in"
-    # Beside replay the one that kept most: experiments/2026-11-21_forgetting_methods
-    if "distill" not in names and config.experts is None:
-        protected = ["distill", *names] if names else ["distill", "replay"]
-        yield {"forgetting": _listed(protected)}, "the old answers held as well"
-
-
-def _undecided(config: RunConfig, summary: Summary) -> Advice:
+def _after_undecided(config: RunConfig, summary: Summary) -> Advice:
     undecided = [check for check in summary.gate if check.verdict == "undecided"]
-    if any(check.check == "new_capability" and not _is_below(check) for check in undecided):
-        yield _twice_as_long(config), "more steps"
+    for check in undecided:
+        upper = check.bounds[1]
+        # With the whole interval below the bound only documents are missing
+        is_below = upper is not None and check.bound is not None and upper < check.bound
+        if check.check == "new_capability" and not is_below:
+            yield _twice_as_long(config), "more steps"
+            break
     needs = [
         (check.documents_needed / check.n, check)
         for check in undecided
@@ -438,29 +435,9 @@ def _undecided(config: RunConfig, summary: Summary) -> Advice:
     factor, check = max(needs, key=lambda need: need[0])
     fraction = factor * (config.data.validation_fraction or DEFAULT_FRACTION)
     if factor > 1 and fraction <= _LARGEST_FRACTION:
-        told = f"{check.documents_needed} documents of {check.subject} to decide on"
-        yield {"data.validation_fraction": f"{fraction + 0.005:.2f}"}, told
-
-
-def _is_below(check: Check) -> bool:
-    """Say whether the whole interval lies below the bound, and only documents are missing."""
-    upper = check.bounds[1]
-    return upper is not None and check.bound is not None and upper < check.bound
+        advice = f"{check.documents_needed} documents of {check.subject} to decide on"
+        yield {"data.validation_fraction": f"{fraction + 0.005:.2f}"}, advice
 
 
 def _listed(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"[{','.join(names)}]"
-
-
-def _changed(words: Sequence[str], change: Mapping[str, str]) -> str:
-    """Return the command with some keys changed; an option of another method goes with it."""
-    kept = [
-        word
-        for word in words
-        if not any(
-            word.lstrip("+~").partition("=")[0] == key
-            or (key in _WITH_BODY and word.lstrip("+~").startswith(f"{key}."))
-            for key in change
-        )
-    ]
-    return command([*kept, *(f"{key}={value}" for key, value in change.items())])

@@ -1,13 +1,11 @@
 """What a run scores of each of its models: every domain's held-out documents, and its tasks."""
 
-import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from tritter.data.tokens import TokenisedDocuments
@@ -16,7 +14,6 @@ from tritter.evaluation.losses import document_losses, window_lengths
 from tritter.evaluation.statistics import MAX_SCORE_BYTES, PairedScores
 from tritter.evaluation.tasks import Reader, ScoredTask, subject_of
 from tritter.families import Flops
-from tritter.storage.atomic import write_text_atomic
 from tritter.storage.reading import read_object
 from tritter.terminal import NewBar, no_bar
 
@@ -42,9 +39,12 @@ class Scoring:
         """The names of all scores: domains, then tasks."""
         return (*self.documents, *map(subject_of, self.tasks))
 
-    def score(self, model: nn.Module, device: torch.device, *, new_bar: NewBar = no_bar) -> Scores:
-        """Score a model, which ends on the CPU."""
-        model.to(device)
+    def score(self, model: nn.Module, *, new_bar: NewBar = no_bar) -> Scores:
+        """Score a model, where it is.
+
+        Raises:
+            TritterError: a domain has no token.
+        """
         scores = {
             domain: document_losses(
                 model,
@@ -57,7 +57,6 @@ class Scoring:
             for domain, documents in self.documents.items()
         }
         scores |= {subject_of(task): task.score(model, self.reader) for task in self.tasks}
-        model.to("cpu")
         return scores
 
     def read(self, path: Path) -> Scores:
@@ -88,13 +87,8 @@ class Scoring:
         return reading.of_all(lengths)
 
 
-def write_scores(path: Path, scores: Mapping[str, PairedScores]) -> None:
-    """Keep scores in a file."""
-    write_text_atomic(path, json.dumps({name: held.to_dict() for name, held in scores.items()}))
-
-
-def told(scores: Mapping[str, PairedScores]) -> str:
-    """Say scores in words: nats per token, then the right answers."""
+def scores_text(scores: Mapping[str, PairedScores]) -> str:
+    """Return scores as one line: nats per token, then the right answers."""
     losses = [f"{n} {held.mean():.3f}" for n, held in scores.items() if held.unit == "nats"]
     parts = [
         f"{n.removesuffix('/accuracy')} {held.mean():.1%}"

@@ -3,7 +3,7 @@
 import json
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,17 +11,18 @@ from typing import Any
 import torch
 from lightning import Callback
 from lightning.pytorch.loggers import Logger
-from torch import nn
+from torch import Tensor, nn
 
 from tritter.checkpoint import Source, lineage_of, record_step0_error
 from tritter.data.cache import one_at_a_time
 from tritter.data.datamodule import EvaluationText
 from tritter.data.packing import apart_of, lengths_of
-from tritter.data.tokens import TokenisedDocuments
 from tritter.errors import RequestError, TritterError
 from tritter.evaluation.inference import prompt_in_words, sample_text
 from tritter.evaluation.jump import logit_jump
 from tritter.evaluation.statistics import MAX_SCORE_BYTES, PairedScores, score_file
+from tritter.experts.mixture import mixture_on
+from tritter.experts.summary import expert_usage
 from tritter.experts.whole import load_whole
 from tritter.families import count_parameters, forward_flops, position_limit, training_flops
 from tritter.forgetting import build_methods
@@ -33,12 +34,12 @@ from tritter.moe_routing import (
     only_new_experts,
     redraw_rows,
 )
-from tritter.pipeline import experts, growth, importance, moe, moments
+from tritter.moe_routing.summary import moe_usage
+from tritter.pipeline import experts, importance, moe
 from tritter.pipeline.arm import Arm
-from tritter.pipeline.base import last_rate, obtain_base, schedule_of
+from tritter.pipeline.base import copy_given, last_rate, obtain_base, schedule_of
 from tritter.pipeline.context import MAX_POSITIONS, RunContext
 from tritter.pipeline.disk import release_start, write_expanded
-from tritter.pipeline.given import copy_given
 from tritter.pipeline.ledger import (
     BaselineFound,
     ChoiceFound,
@@ -48,16 +49,20 @@ from tritter.pipeline.ledger import (
     TrainingFound,
     content_key,
 )
-from tritter.pipeline.scoring import told
+from tritter.pipeline.scoring import scores_text
 from tritter.pipeline.trained import (
-    TrainedWriter,
     accept,
     arm_writer,
-    child_of,
+    carried_moments,
+    child_writer,
+    discard_moments,
     measuring_flops,
+    moment_keepers,
+    moments_of_rest,
     round_weights,
     with_routing,
 )
+from tritter.stock_routers import Routing
 from tritter.storage.atomic import atomic_folder, copy_tree, write_text_atomic
 from tritter.storage.hashing import tensor_digest
 from tritter.storage.hub import locate
@@ -77,6 +82,7 @@ from tritter.training.callbacks import evaluation_flops
 from tritter.training.trainer import losses_before
 
 JUMP_SEQUENCES = 8
+ROUTER_WARMUP = 0.05
 _EARLIER = ("adapt", "distill")  # trainings of an arm before the one that its checks are of
 
 
@@ -140,7 +146,10 @@ def expansion(context: RunContext, arm: Arm) -> StageResult:
     lineage = record_step0_error(grown.folder, made.lineage, error, grown.config, num_new=num_new)
     context.sources[place] = replace(grown, lineage=lineage)
     context.score(after, f"{arm.name}-expanded")
-    evaluated, flops = _before(context, before)
+    evaluated, flops = dict[str, float](), dict[str, float]()
+    if (text := context.evaluation_text) is not None:
+        evaluated = losses_before(before, text, context.trainer_settings)
+        flops["validation"] = evaluation_flops(experts.reading_flops(before), text)
     flops["expand"] = context.scoring_flops(forward_flops(grown.config))
     passes = [forward_flops(each.config).of(tokens.shape[1]) for each in (source, grown)]
     flops["expand"] += len(tokens) * sum(passes)
@@ -156,15 +165,6 @@ def expansion(context: RunContext, arm: Arm) -> StageResult:
     )
 
 
-def _before(context: RunContext, model: nn.Module) -> tuple[dict[str, float], dict[str, float]]:
-    """Return what is evaluated of a model before its expansion, by metric, and the FLOPs of it."""
-    text = context.evaluation_text
-    if text is None:
-        return {}, {}
-    losses = losses_before(model, text, context.trainer_settings)
-    return losses, {"validation": evaluation_flops(experts.reading_flops(model), text)}
-
-
 def adaptation(context: RunContext, arm: Arm) -> StageResult:
     """Train the routers alone to send the new domains to the experts that were appended."""
     start, folder = context.source(moe.before_routers(arm)), context.folder / arm.name / "router"
@@ -175,37 +175,36 @@ def adaptation(context: RunContext, arm: Arm) -> StageResult:
     if options.router_update == "retrain":
         redraw_rows(model, added.experts, seed=context.seed("router", *arm.purpose))
     place = f"{arm.name}/adapted"
-    target = context.folder / place
-    write = TrainedWriter(
-        start=start.folder,
-        start_config=start.config,
-        target=target,
-        lineage=child_of(context, arm, start, target, stage="router adaptation", is_adapted=True),
-        added=added,
+    write = replace(
+        child_writer(context, arm, start, place, stage="router adaptation", added=added),
         anneal_steps=moe.anneal_steps(context, arm, added),
-        moments=moments.passed_on(context, start, is_trained=is_router),
+        moments=moments_of_rest(context, start, is_trained=is_router),
     )
     context.say("adapt", f"{steps} steps of the routers on {', '.join(context.new_of(arm))}")
     with moe.ready_for_routers(context, arm, model) as setup:
         module = BaseModule(
             model,
-            schedule=moe.router_schedule(context, arm),
+            schedule=Schedule(
+                learning_rate=options.router_learning_rate,
+                max_steps=steps,
+                warmup_ratio=ROUTER_WARMUP,
+            ),
             optimizer=replace(context.optimizer_settings, weight_decay=0.0),
             methods=build_methods(context.config.forgetting),
             side_losses=setup.side_losses,
         )
         task = importance.task(context, arm, follow=setup.follow)
         result = _fit(
-            context, arm, module, setup, task, folder=folder, label="router", write_result=write
+            context,
+            arm,
+            module,
+            setup=setup,
+            task=task,
+            folder=folder,
+            label="router",
+            write_result=write,
         )
-    accept(context, place)
-    context.ledger.watch_disk()
-    discard_saved(folder)
-    return StageResult(
-        TrainingFound.of(result),
-        flops={arm.label("adapt"): result.flops},
-        leaves=(place,),
-    )
+    return _taken_up(context, place, result, folder=folder, label=arm.label("adapt"))
 
 
 def training(context: RunContext, arm: Arm, *, loggers: Sequence[Logger]) -> StageResult:
@@ -215,12 +214,15 @@ def training(context: RunContext, arm: Arm, *, loggers: Sequence[Logger]) -> Sta
     asked = experts.training_of(context, arm)
     settings = replace(asked, max_steps=asked.max_steps * arm.num_trainings)
     model = context.reading(experts.load_start(context, arm, start))
-    _hold_old(context, arm, model)
+    if any(spec.new_blocks_only for spec in arm.specs):
+        carried = context.planned(arm).change.masks()
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad &= not bool(carried[name].any())
     methods = build_methods(context.config.forgetting)
     _announce(context, arm, methods, max_steps=settings.max_steps)
     with moe.ready_for_training(context, arm, model) as setup:
         task = importance.task(context, arm, follow=setup.follow)
-        observers, changers = growth.begin(context, arm, model, max_steps=settings.max_steps)
+        observers, changers = _growth(context, arm, model, max_steps=settings.max_steps)
         trainee = experts.begin(context, arm, model, max_steps=settings.max_steps)
         _freeze(model, methods, task, max_steps=settings.max_steps)
         module = trainee.module(
@@ -228,7 +230,7 @@ def training(context: RunContext, arm: Arm, *, loggers: Sequence[Logger]) -> Sta
             optimizer=context.optimizer_settings,
             methods=methods,
             side_losses=setup.side_losses,
-            moments=moments.carried(context, start, model),
+            moments=carried_moments(context, start, model),
         )
         folder, text = context.folder / arm.name, context.evaluation_text
         is_routed = bool(setup.side_losses)
@@ -237,8 +239,8 @@ def training(context: RunContext, arm: Arm, *, loggers: Sequence[Logger]) -> Sta
             context,
             arm,
             module,
-            setup,
-            task,
+            setup=setup,
+            task=task,
             folder=folder,
             label="training",
             loggers=loggers,
@@ -262,7 +264,7 @@ def training(context: RunContext, arm: Arm, *, loggers: Sequence[Logger]) -> Sta
         flops += context.scoring_flops(forward_flops(start.config))
         shutil.rmtree(write.routing_state)
     discard_saved(folder)
-    moments.discard_left(folder)
+    discard_moments(folder)
     found = TrainingFound.of(result)
     for stage in (f"{arm.name}.{each}" for each in _EARLIER):
         if context.ledger.get(stage) is not None:
@@ -272,13 +274,40 @@ def training(context: RunContext, arm: Arm, *, loggers: Sequence[Logger]) -> Sta
                 refused_steps=found.refused_steps + earlier.refused_steps,
                 stopped_because=earlier.stopped_because or found.stopped_because,
             )
+    spent, evaluating = {arm.label("fit"): flops}, arm.label("validation")
+    if result.evaluation_flops:  # of the control all is one
+        spent[evaluating] = spent.get(evaluating, 0.0) + result.evaluation_flops
     metrics = [path.relative_to(context.folder).as_posix() for path in metrics_files(folder)]
     return StageResult(
         found,
-        flops=_fit_flops(arm, flops, result.evaluation_flops),
-        seconds={arm.label("validation"): result.evaluation_seconds} if text else {},
+        flops=spent,
+        seconds={evaluating: result.evaluation_seconds} if text else {},
         leaves=(place, *metrics),
     )
+
+
+def _growth(
+    context: RunContext, arm: Arm, model: nn.Module, *, max_steps: int
+) -> tuple[Sequence[Callback], Sequence[Callback]]:
+    """Return what reads gradients and what grows neurons in an arm's training.
+
+    The control grows nothing. What growth does not train is frozen here, before methods against
+    forgetting, which thaw only what they froze.
+    """
+    asked = context.config.growth
+    if asked is None or arm.is_control:
+        return (), ()
+    method = asked.kind(asked.options)
+    method.freeze(model)
+    data, trainer = context.config.data, context.trainer_settings
+    tokens = data.batch_size * data.sequence_length * trainer.accumulate_grad_batches
+    observer, changer = method.callbacks(
+        max_steps=max_steps,
+        tokens_per_step=tokens,
+        seed=context.seed("growth", *arm.purpose),
+        new=context.planned(arm).change.new_units() if arm.specs else {},
+    )
+    return (observer,), (changer,)
 
 
 def _announce(
@@ -291,22 +320,6 @@ def _announce(
     domains, tasks = ", ".join(context.new_of(arm)), len(context.text.tasks)
     place = f" (task {arm.task + 1} of {tasks})" if tasks > 1 else ""
     context.say("train", f"{max_steps} steps on {domains}{place}, protected by {protection}")
-
-
-def _fit_flops(arm: Arm, training: float, evaluations: float) -> dict[str, float]:
-    """Return FLOPs by what reports call them; all of the control's are one."""
-    labels = arm.label("fit"), arm.label("validation")
-    if labels[0] == labels[1] or not evaluations:
-        return {labels[0]: training + evaluations}
-    return {labels[0]: training, labels[1]: evaluations}
-
-
-def _hold_old(context: RunContext, arm: Arm, model: nn.Module) -> None:
-    """Hold all that is old, where an expansion asks for its new blocks alone to be trained."""
-    if any(spec.new_blocks_only for spec in arm.specs):
-        carried = context.planned(arm).change.masks()
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad &= not bool(carried[name].any())
 
 
 def _freeze(
@@ -331,12 +344,12 @@ def _fit(
     context: RunContext,
     arm: Arm,
     module: BaseModule,
-    setup: moe.Setup,
-    task: Task,
     *,
     folder: Path,
     label: str,
     write_result: WriteResult,
+    setup: moe.Setup | None = None,
+    task: Task | None = None,
     evaluation: EvaluationText | None = None,
     loggers: Sequence[Logger] = (),
     observers: Sequence[Callback] = (),
@@ -356,13 +369,23 @@ def _fit(
         task=task,
         loggers=loggers,
         # What starts from moments leaves its own; the stages of routers do neither
-        observers=[*(moments.keepers(context, folder) if module.moments else ()), *observers],
-        controls=setup.controls,
+        observers=[*(moment_keepers(context, folder) if module.moments else ()), *observers],
+        controls=setup.controls if setup is not None else (),
         changers=changers,
         theirs=context.config.callbacks if label == "training" else (),
         write_result=write_result,
         evaluation=evaluation,
     )
+
+
+def _taken_up(
+    context: RunContext, place: str, result: FitResult, *, folder: Path, label: str
+) -> StageResult:
+    """Take up what a training before the last one wrote, and end its stage."""
+    accept(context, place)
+    context.ledger.watch_disk()
+    discard_saved(folder)
+    return StageResult(TrainingFound.of(result), flops={label: result.flops}, leaves=(place,))
 
 
 def evaluation(context: RunContext, arm: Arm) -> StageResult:
@@ -374,19 +397,27 @@ def evaluation(context: RunContext, arm: Arm) -> StageResult:
     who = "the control" if arm.is_control else "the trained model"
     context.say("evaluate", f"{who} on {', '.join(context.domains)}")
     context.score(trained, f"{arm.name}-trained")
-    samples, flops = [], context.scoring_flops(experts.reading_flops(trained))
-    flops += moe.usage_flops(context, source.config) + experts.usage_flops(context, trained)
+    reading = experts.reading_flops(trained)
+    samples, flops = [], context.scoring_flops(reading)
     is_last = arm.task == len(context.text.tasks) - 1
     if is_last and not arm.is_control and context.config.evaluation.sample_tokens:
         start = "baseline" if arm.task else arm.start
         before = experts.load_start(context, arm, context.source(start))
-        samples = [said(context, domain, before, trained) for domain in context.domains]
+        samples = [continued(context, domain, before, trained) for domain in context.domains]
         flops += sum(sample.flops for sample in samples)
+    sequences: Mapping[str, Tensor] = {}
+    used = lora_used = None
+    if Routing.of(trained) is not None:
+        sequences = moe.usage_sequences(context)
+        used = moe_usage(trained.to(context.device), sequences)
+    elif mixture_on(trained) is not None:
+        sequences = experts.usage_sequences(context)
+        lora_used = expert_usage(trained.to(context.device), sequences)
+    trained.to("cpu")
+    flops += sum(reading.of_all(lengths_of(context.apart, each)) for each in sequences.values())
     return StageResult(
         EvaluationFound(
-            samples=tuple(sample.texts for sample in samples),
-            moe=moe.usage(context, trained),
-            experts=experts.usage(context, trained),
+            samples=tuple(sample.texts for sample in samples), moe=used, experts=lora_used
         ),
         flops={arm.label("evaluate"): flops},
         leaves=(score_file(f"{arm.name}-trained"),),
@@ -397,18 +428,18 @@ SAMPLE_PROMPT_TOKENS = 24
 
 
 @dataclass(frozen=True, slots=True)
-class Said:
-    """What two models say to one prompt, as in summary.json, and the FLOPs of it."""
+class Continued:
+    """How two models continue one prompt, as in summary.json, and the FLOPs of it."""
 
     texts: dict[str, str]
     flops: float
 
 
-def said(context: RunContext, domain: str, before: Any, after: Any) -> Said:
+def continued(context: RunContext, domain: str, before: Any, after: Any) -> Continued:
     document = context.corpus.domains[domain].validation.document(0)
     # Documents begin with headings and imports, which show less than what comes after them.
     tokenizer, max_new = context.corpus.tokenizer, context.config.evaluation.sample_tokens
-    # Of learned positions there are no more; the last token that is said is not read
+    # Of learned positions there are no more; the last token that is generated is not read
     positions = position_limit(config_of(before)) or MAX_POSITIONS
     prompt = prompt_in_words(
         document[: 4 * SAMPLE_PROMPT_TOKENS].tolist(),
@@ -426,11 +457,11 @@ def said(context: RunContext, domain: str, before: Any, after: Any) -> Said:
             end_of_text_id=context.end_of_text_id,
         )
         texts[name] = str(tokenizer.decode(tokens))
-        # End of text, the prompt and what was said; the last token is not read any more
-        said = min(len(tokens), max_new - 1)
-        flops += experts.reading_flops(model).of(1 + len(prompt) + said)
+        # End of text, the prompt and what was generated; the last token is not read any more
+        generated = min(len(tokens), max_new - 1)
+        flops += experts.reading_flops(model).of(1 + len(prompt) + generated)
     record = {"domain": domain, "prompt": str(tokenizer.decode(prompt)), **texts}
-    return Said(record, flops)
+    return Continued(record, flops)
 
 
 FORMAT_VERSION = 1
@@ -465,21 +496,28 @@ def score_baseline(context: RunContext, source: Source) -> None:
                 return
     write_text_atomic(target, json.dumps(scores))
     known = {name: PairedScores.from_dict(held) for name, held in scores.items()}
-    context.say("", f"{told(known)} (scored before)")
+    context.say("", f"{scores_text(known)} (scored before)")
 
 
 def _made_from(context: RunContext, source: Source) -> dict[str, Any]:
     """Return everything that determines the scores, to the last bit."""
-    is_gpu = context.device.type == "cuda"
+    is_gpu, text = context.device.type == "cuda", {}
+    for name in context.domains:  # as the documents were cut into tokens, in their order
+        of_domain = context.corpus.domains[name].validation
+        parts = {
+            "tokens": of_domain.tokens,
+            "offsets": of_domain.offsets,
+            "bytes": of_domain.num_bytes,
+        }
+        digests = {part: tensor_digest(part, tensor) for part, tensor in parts.items()}
+        text[name] = content_key({**digests, "identifiers": list(of_domain.identifiers)})
     made_from = {
         "format": "scores",
         "format_version": FORMAT_VERSION,
         "torch": torch.__version__,
         "model": source.own_lineage.model_hash,
         "config": dict(source.config),
-        "text": {
-            name: _text_digest(context.corpus.domains[name].validation) for name in context.domains
-        },
+        "text": text,
         "tasks": {task.name: task.digest for task in context.tasks},
         "end_of_text": context.end_of_text_id,
         "sequence_length": context.config.data.sequence_length,
@@ -487,18 +525,11 @@ def _made_from(context: RunContext, source: Source) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(context.device) if is_gpu else "cpu",
         "threads": None if is_gpu else torch.get_num_threads(),
     }
-    digests = source.own_lineage.file_digests
-    of_experts = {n: d for n, d in digests.items() if n.startswith(_EXPERT_FILES)}
+    files = source.own_lineage.file_digests
+    of_experts = {n: d for n, d in files.items() if n.startswith(_EXPERT_FILES)}
     if of_experts and context.config.experts is not None:
         made_from["experts"] = of_experts
     return made_from
-
-
-def _text_digest(documents: TokenisedDocuments) -> str:
-    """Hash the documents that are scored, in their order, as they were cut into tokens."""
-    parts = {"tokens": documents.tokens, "offsets": documents.offsets, "bytes": documents.num_bytes}
-    digests = {name: tensor_digest(name, tensor) for name, tensor in parts.items()}
-    return content_key({**digests, "identifiers": list(documents.identifiers)})
 
 
 def _intact_scores(place: Path) -> dict[str, Any] | None:
@@ -533,50 +564,27 @@ def choice(context: RunContext, arm: Arm) -> StageResult:
 
 def distillation(context: RunContext, arm: Arm) -> StageResult:
     """Let the new experts learn from the teacher on the new domains, while no token meets them."""
-    options, place = context.config.adaptation, moe.teacher_of(arm)
+    options, teacher = context.config.adaptation, moe.teacher_of(arm)
     start = context.source(moe.expanded_place(arm))
     added = moe.appended(context, arm)
-    assert place is not None and added is not None
+    assert teacher is not None and added is not None
     model = context.reading(load_model(start.folder, config=start.config))
     folder, steps = context.folder / arm.name / "distill", options.distill_steps
-    target = context.folder / arm.name / "distilled"
-    write = TrainedWriter(
-        start=start.folder,
-        start_config=start.config,
-        target=target,
-        lineage=child_of(
-            context, arm, start, target, stage="distillation of new experts", is_adapted=True
-        ),
-        added=added,
-        moments=moments.passed_on(
-            context, start, is_trained=lambda tensor: tensor.expert in added.experts
-        ),
+    place, stage = f"{arm.name}/distilled", "distillation of new experts"
+    rest = moments_of_rest(context, start, is_trained=lambda each: each.expert in added.experts)
+    write = replace(
+        child_writer(context, arm, start, place, stage=stage, added=added), moments=rest
     )
-    context.say("distill", f"{steps} steps of the new experts, after {place}")
+    context.say("distill", f"{steps} steps of the new experts, after {teacher}")
     with only_new_experts(model, added.experts):
         module = DistillationModule(
             model,
-            context.reading(load_model(locate(place))),
+            context.reading(load_model(locate(teacher))),
             new_experts=added.experts,
             temperature=options.distill_temperature,
             auxiliary_loss=context.config.moe_routing.auxiliary_loss,
             schedule=Schedule.constant(context.config.training.learning_rate, max_steps=steps),
             optimizer=context.optimizer_settings,
         )
-        result = fit(
-            module,
-            context.batches(context.new_of(arm), purpose="distill", max_steps=steps),
-            settings=context.trainer_settings,
-            folder=folder,
-            label="distill",
-            console=context.console,
-            write_result=write,
-        )
-    accept(context, f"{arm.name}/distilled")
-    context.ledger.watch_disk()
-    discard_saved(folder)
-    return StageResult(
-        TrainingFound.of(result),
-        flops={arm.label("distill"): result.flops},
-        leaves=(f"{arm.name}/distilled",),
-    )
+        result = _fit(context, arm, module, folder=folder, label="distill", write_result=write)
+    return _taken_up(context, place, result, folder=folder, label=arm.label("distill"))

@@ -5,24 +5,33 @@ from dataclasses import asdict
 from itertools import chain
 from typing import Any
 
+from tritter.config.ladder import planned_rounds
 from tritter.evaluation.statistics import LearnedTask, transfer_matrix
+from tritter.experts.callback import EXPERTS
+from tritter.experts.summary import experts_summary
 from tritter.families import count_parameters, on_disk
-from tritter.pipeline import disk, experts, growth, importance, moe
+from tritter.growth.grower import GROWTH
+from tritter.growth.summary import growth_summary
+from tritter.pipeline import disk, importance, moe
 from tritter.pipeline.arm import Arm
 from tritter.pipeline.context import RunContext
 from tritter.pipeline.ledger import (
+    BaselineFound,
     EvaluationFound,
     ExpansionFound,
     GateFound,
     PublishedFound,
     TrainingFound,
 )
-from tritter.pipeline.rounds import Trial, target_record
 from tritter.pipeline.scoring import score_records
+from tritter.pipeline.verdict import Trial
+from tritter.planning.strategy import TOLERANCE
 from tritter.report.summary import (
     Attempt,
     Check,
     Domains,
+    ExpertsRecord,
+    GrowthRecord,
     Jump,
     Matrix,
     Packing,
@@ -30,8 +39,10 @@ from tritter.report.summary import (
     Score,
     Scores,
     Summary,
+    Target,
     TaskRecord,
 )
+from tritter.storage.records import validated
 
 
 def summary_record(
@@ -57,6 +68,7 @@ def summary_record(
     is_kept = attempt.status != "rolled_back"
     evaluated = context.ledger.found(f"{last.name}.evaluate", EvaluationFound)
     own = trials[-1].context
+    prepared = (importance.notes_of(each.context, arm) for each in trials for arm in each.arms)
     return Summary(
         format_version=1,
         status=trials[-1].status,
@@ -80,14 +92,14 @@ def summary_record(
         checkpoint="checkpoint",
         lineage=asdict(context.ledger.found("publish", PublishedFound)),
         samples=[Sample(**each) for each in evaluated.samples],
-        notes=[*context.notes, *_importance_notes(trials)],
+        notes=[*context.notes, *dict.fromkeys(chain.from_iterable(prepared))],
         **_known(
             matrix=attempt.matrix,
             moe=moe.summary_record(own, arms),
-            growth=growth.summary_record(own, arms),
-            experts=experts.summary_record(own, arms),
+            growth=_growth(own, arms),
+            experts=_experts(own, arms),
             rounds=records if last.is_round else None,
-            target=target_record(context, last) if last.is_round else None,
+            target=_target(trials[-1]) if last.is_round else None,
             control=None
             if control_gate is None
             else Attempt(**_arm_record(control.context, control.arms, control_gate)),
@@ -100,9 +112,51 @@ def _known(**parts: Any) -> dict[str, Any]:
     return {name: part for name, part in parts.items() if part is not None}
 
 
-def _importance_notes(trials: Sequence[Trial]) -> list[str]:
-    said = (importance.notes_of(each.context, arm) for each in trials for arm in each.arms)
-    return list(dict.fromkeys(chain.from_iterable(said)))
+def _growth(context: RunContext, arms: Sequence[Arm]) -> GrowthRecord | None:
+    """Return what grew in the trainings of an attempt, task after task."""
+    if (asked := context.config.growth) is None:
+        return None
+    record = growth_summary(
+        [(fit.steps, fit.reports[GROWTH]) for fit in _fits(context, arms)],
+        options=asked.plain(),
+        advice=asked.options.trigger.advice,
+    )
+    return validated(record, GrowthRecord, what="summary.json: growth")
+
+
+def _experts(context: RunContext, arms: Sequence[Arm]) -> ExpertsRecord | None:
+    """Return what became of experts in the trainings of an attempt, task after task."""
+    if (asked := context.config.experts) is None:
+        return None
+    evaluated = [context.ledger.found(f"{arm.name}.evaluate", EvaluationFound) for arm in arms]
+    record = experts_summary(
+        [(fit.steps, fit.reports.get(EXPERTS, {})) for fit in _fits(context, arms)],
+        [each.experts or {} for each in evaluated],
+        options={"name": asked.name, **asked.plain()},
+    )
+    return validated(record, ExpertsRecord, what="summary.json: experts")
+
+
+def _fits(context: RunContext, arms: Sequence[Arm]) -> list[TrainingFound]:
+    return [context.ledger.found(f"{arm.name}.fit", TrainingFound) for arm in arms]
+
+
+def _target(last: Trial) -> Target:
+    """Return how far a run that grows to a size has come with its last round."""
+    context, arm = last.context, last.arms[0]
+    target = context.config.pipeline.target_params
+    assert target is not None
+    planned = planned_rounds(context.config, context.source("baseline").config)
+    kept = arm.name if last.status != "rolled_back" else arm.follows
+    if kept is None:
+        parameters = context.ledger.found("baseline", BaselineFound).parameters
+    else:
+        parameters = context.ledger.found(f"{kept}.expand", ExpansionFound).parameters
+    return Target(
+        target_params=target,
+        planned=[shape.parameters for shape in planned],
+        reaches_target=abs(parameters / target - 1) <= TOLERANCE,
+    )
 
 
 def _attempt_record(trial: Trial) -> Attempt:

@@ -1,34 +1,35 @@
-"""The checkpoint that a training leaves in the run folder."""
+"""What a training leaves in the run folder: a checkpoint, with `optimizer.carry` its moments."""
 
 import os
-from collections.abc import Iterable
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
+from lightning import Callback
 from torch import Tensor, nn
 
-from tritter.checkpoint import Lineage, Source, lineage_of, write_checkpoint
+from tritter.checkpoint import ExpansionRecord, Lineage, Source, lineage_of, write_checkpoint
 from tritter.checkpoint.folder import Artifact, LinkedTensors, TokenizerFiles
 from tritter.checkpoint.history import checkpoint_changes
-from tritter.checkpoint.state import KeptSequences
+from tritter.checkpoint.state import KeptSequences, State, copy_states, read_state
 from tritter.data.packing import lengths_of
-from tritter.errors import TritterError
+from tritter.errors import RequestError, TritterError
 from tritter.evaluation.losses import sequence_losses
 from tritter.experts.adapters import is_of_adapter
-from tritter.experts.mixture import ROUTER
-from tritter.families import Config
-from tritter.models import (
-    config_of,
-    load_model,
-    stored_tensors,
-    weightless_model,
-)
-from tritter.pipeline import moe, moments
+from tritter.experts.mixture import ROUTER, mixture_on
+from tritter.experts.stored import ExpertFolder
+from tritter.experts.summary import expert_records
+from tritter.families import Config, LogicalTensor
+from tritter.growth.summary import growth_records
+from tritter.models import config_of, load_model, stored_tensors, weightless_model
+from tritter.parameter_map.carry import MOMENTS
+from tritter.pipeline import moe
 from tritter.pipeline.arm import Arm
 from tritter.pipeline.context import RunContext
-from tritter.pipeline.experts import ExpertsAsked, left_beside, reading_flops_of
-from tritter.pipeline.growth import GrowthAsked
+from tritter.pipeline.experts import reading_flops_of
 from tritter.pipeline.importance import left_sequences
 from tritter.stock_routers import AddedExperts, Routing
 from tritter.storage.tensors import is_finite
@@ -36,7 +37,12 @@ from tritter.storage.writer import TensorStream
 from tritter.targets import plain
 from tritter.training import FitResult
 from tritter.training.checkpoint_io import SafetensorsCheckpointIO
+from tritter.training.fitting import LEFT_NAME
+from tritter.training.moments import MomentKeeper, Moments, moments_of
 from tritter.training.parameters import whole_state
+
+# Returns what the lineage says of changes during a training: config before, after, and the result
+Records = Callable[[Config, Config, FitResult], list[ExpansionRecord]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,8 +63,8 @@ class TrainedWriter:
         moments: those of the optimizer.
         routing_state: where the routers' biases, which no checkpoint holds, are left.
         kept: sequences that stay beside the model.
-        growth: what the record of neurons that grew on the way says of them already.
-        experts: the same of LoRA experts; their base is written as it was.
+        records: what adds to the lineage's expansions: neurons that grew, experts that came.
+        has_frozen_base: LoRA experts were trained, and their base is written as it was.
     """
 
     start: Path
@@ -74,8 +80,8 @@ class TrainedWriter:
     moments: Artifact | None = None
     routing_state: Path | None = None
     kept: KeptSequences = field(default_factory=KeptSequences)
-    growth: GrowthAsked | None = None
-    experts: ExpertsAsked | None = None
+    records: tuple[Records, ...] = ()
+    has_frozen_base: bool = False
 
     def __call__(self, model: nn.Module, result: FitResult) -> None:
         """Write `model` as this training left it."""
@@ -88,7 +94,7 @@ class TrainedWriter:
             _unlink_weights(self.start, model)
         config, base = start, Source.written(self.start, start, self.lineage)
         tensors: TensorStream | LinkedTensors
-        if self.experts is None:
+        if not self.has_frozen_base:
             config = _followed(start, model)
             trained = dict(stored_tensors(whole_state(model), config))
             dtype = fitting_dtype(trained.values(), self.dtype)
@@ -98,25 +104,32 @@ class TrainedWriter:
         else:
             tensors = base.stream().to(_torch(self.dtype))
             config = {**config, "dtype": self.dtype}
-        grown = [] if self.growth is None else self.growth.records(start, config, result)
-        grown += [] if self.experts is None else self.experts.records(config, result)
+        changes = (record for each in self.records for record in each(start, config, result))
+        lineage = replace(
+            self.lineage,
+            step=self.earlier_steps + steps,
+            stock_loadable="yes" if is_settled else "after adaptation",
+            expansion_history=(*self.lineage.expansion_history, *changes),
+            training_config={**self.lineage.training_config, "last_rate": result.last_rate},
+        )
+        losses, experts = dict(self.kept.losses), None
+        for name in self.kept.sequences.keys() - losses.keys():
+            losses[name] = sequence_losses(model, self.kept.sequences[name])
+        if (mixture := mixture_on(model)) is not None:
+            usage = mixture.extra.get("usage")
+            by_stage = None if usage is None else {"training": usage}
+            experts = ExpertFolder.of(mixture, usage=by_stage, extra=mixture.extra)
         write_checkpoint(
             self.target,
             config=config,
             tensors=tensors,
-            lineage=lambda: replace(
-                self.lineage,
-                step=self.earlier_steps + steps,
-                stock_loadable="yes" if is_settled else "after adaptation",
-                expansion_history=(*self.lineage.expansion_history, *grown),
-                training_config={**self.lineage.training_config, "last_rate": result.last_rate},
-            ),
+            lineage=lambda: lineage,
             artifacts=(
                 TokenizerFiles(self.start),
                 None if is_settled else added,
                 self.moments,
-                _measured(self.kept, model),
-                left_beside(model),
+                replace(self.kept, losses=losses),
+                experts,
             ),
             overwrite=True,
         )
@@ -162,14 +175,6 @@ def _unlink_weights(folder: Path, model: nn.Module) -> None:
         path.unlink()
 
 
-def _measured(kept: KeptSequences, model: nn.Module) -> KeptSequences:
-    """Return kept sequences with the losses that the model leaves them with."""
-    losses = dict(kept.losses)
-    for name in kept.sequences.keys() - losses.keys():
-        losses[name] = sequence_losses(model, kept.sequences[name])
-    return replace(kept, losses=losses)
-
-
 def measuring_flops(context: RunContext, written: TrainedWriter, place: str) -> float:
     """Count the FLOPs of the losses that a writer has left its kept sequences with."""
     kept = written.kept
@@ -187,20 +192,27 @@ def _followed(config: Config, model: nn.Module) -> Config:
     return {key: config[key] for key in config if key in after or key not in before} | changed
 
 
-def child_of(
-    context: RunContext, arm: Arm, start: Source, target: Path, *, stage: str, is_adapted: bool
-) -> Lineage:
-    """Return the lineage of what an arm's training leaves at `target`, but for its steps.
+def child_writer(
+    context: RunContext,
+    arm: Arm,
+    start: Source,
+    place: str,
+    *,
+    stage: str,
+    added: AddedExperts | None,
+) -> TrainedWriter:
+    """Return what writes the result of one of an arm's trainings.
 
     Args:
-        stage: what the training is called in the record.
-        is_adapted: appended experts are opened on the way.
+        place: in the run folder, of the result.
+        stage: what the training is called in the lineage.
+        added: appended experts, which are opened on the way.
     """
-    config, parent = context.config, start.own_lineage
+    config, parent, target = context.config, start.own_lineage, context.folder / place
     sections: tuple[str, ...] = ()
     if start.family.has_experts:
-        sections = ("moe_routing", "adaptation") if is_adapted else ("moe_routing",)
-    return replace(
+        sections = ("moe_routing",) if added is None else ("moe_routing", "adaptation")
+    lineage = replace(
         parent,
         parent_hash=parent.model_hash,
         parent_path=os.path.relpath(start.folder, target),
@@ -216,14 +228,9 @@ def child_of(
         split=context.text.split,
         domains=context.learned((*context.old_of(arm), *context.new_of(arm))),
     )
-
-
-def _dtype_of(context: RunContext, arm: Arm, start: Source) -> str:
-    """Return the dtype of what an arm's training leaves: later ones start from float32."""
-    if arm.is_final:
-        return context.published_dtype
-    is_frozen = context.config.experts is not None and not arm.is_control
-    return start.tensors.main_dtype if is_frozen else "float32"
+    return TrainedWriter(
+        start=start.folder, start_config=start.config, target=target, lineage=lineage, added=added
+    )
 
 
 def arm_writer(
@@ -231,27 +238,114 @@ def arm_writer(
 ) -> TrainedWriter:
     """Return what writes an arm when it is trained."""
     start, folder = context.source(moe.start_place(context, arm)), context.folder / arm.name
-    target, added = folder / "trained", moe.appended(context, arm)
+    place, added = f"{arm.name}/trained", moe.appended(context, arm)
     has_bias = is_routed and context.config.moe_routing.bias_update_rate
-    return TrainedWriter(
-        start=start.folder,
-        start_config=start.config,
-        target=target,
-        dtype=_dtype_of(context, arm, start),
+    has_frozen_base = context.config.experts is not None and not arm.is_control
+    dtype = context.published_dtype
+    if not arm.is_final:  # later trainings start from float32
+        dtype = start.tensors.main_dtype if has_frozen_base else "float32"
+    return replace(
+        child_writer(context, arm, start, place, stage="continued training", added=added),
+        dtype=dtype,
         frees_start=frees_start,
-        lineage=child_of(
-            context, arm, start, target, stage="continued training", is_adapted=added is not None
-        ),
         steps_before=moe.router_steps(context, arm),
         earlier_steps=start.own_lineage.step if arm.task else 0,
-        added=added,
         anneal_steps=None if added is None else moe.anneal_steps(context, arm, added),
-        moments=moments.LeftState(folder),
+        moments=StateLeft(folder),
         routing_state=folder / "routing" if has_bias else None,
         kept=left_sequences(context, arm),
-        growth=GrowthAsked.of(context, arm),
-        experts=ExpertsAsked.of(context, arm),
+        records=() if arm.is_control else tuple(_records(context, arm)),
+        has_frozen_base=has_frozen_base,
     )
+
+
+def _records(context: RunContext, arm: Arm) -> Iterator[Records]:
+    growth, experts = context.config.growth, context.config.experts
+    if growth is not None:
+        seed = context.seed("growth", *arm.purpose)
+        yield partial(growth_records, options=growth.plain(), seed=seed)
+    if experts is not None:
+        seed = context.seed("experts", *arm.purpose)
+        yield partial(expert_records, options={"name": experts.name, **experts.plain()}, seed=seed)
+
+
+PATH = "path"  # where the path of a base's training is left
+_MOMENTS = "moments"
+
+
+def moment_keepers(context: RunContext, folder: Path) -> tuple[Callback, ...]:
+    """Return what leaves the moments of a training in its folder, if they are asked for."""
+    return (MomentKeeper(folder / _MOMENTS),) if context.config.optimizer.carry else ()
+
+
+def carried_moments(context: RunContext, start: Source, model: nn.Module) -> Mapping[str, Moments]:
+    """Return the moments that a training starts from, by parameter name.
+
+    Args:
+        start: the checkpoint that the training starts from.
+        model: loaded from it, with what is not trained frozen.
+
+    Raises:
+        RequestError: they were asked for, and nothing that is trained has any.
+        TritterError: they are damaged.
+    """
+    if not context.config.optimizer.carry:
+        return {}
+    found = {} if start.state is None else moments_of(start.state, model)
+    if not found:
+        raise RequestError(
+            f"optimizer.carry = true: nothing that is trained from {start.folder} has moments of "
+            "Adam's; leave optimizer.carry out."
+        )
+    trained = sum(parameter.requires_grad for parameter in model.parameters())
+    anew = f"; {trained - len(found)} begin anew" if trained > len(found) else ""
+    context.say("", f"Adam's moments carried for {len(found)} of {trained} parameters{anew}")
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class StateLeft:
+    """Writes the state that a training left in its folder, moments and others, beside its model."""
+
+    folder: Path
+
+    def write(self, folder: Path) -> None:
+        states = (read_state(self.folder / name) for name in (PATH, LEFT_NAME, _MOMENTS))
+        copy_states([state for state in states if state is not None], folder)
+
+
+@dataclass(frozen=True, slots=True)
+class MomentsOfRest:
+    """Writes the moments of a checkpoint beside a model of which a stage trained a part."""
+
+    state: State
+    trained: frozenset[str]
+
+    def write(self, folder: Path) -> None:
+        copy_states(
+            [self.state],
+            folder,
+            is_kept=lambda kind, name: kind in MOMENTS and name not in self.trained,
+        )
+
+
+def moments_of_rest(
+    context: RunContext, start: Source, *, is_trained: Callable[[LogicalTensor], bool]
+) -> Artifact | None:
+    """Return what writes a checkpoint's moments beside a model of which a stage trained a part.
+
+    Routers and new experts have moments of their own in the stages before the training, so those
+    of a part that was trained are dropped: it begins anew there.
+    """
+    if not context.config.optimizer.carry or start.state is None:
+        return None
+    tensors = start.family.logical_tensors(start.config)
+    return MomentsOfRest(start.state, frozenset(t.disk_name for t in tensors if is_trained(t)))
+
+
+def discard_moments(folder: Path) -> None:
+    """Remove what a training left, after it was written beside its model."""
+    shutil.rmtree(folder / _MOMENTS, ignore_errors=True)
 
 
 def accept(context: RunContext, place: str) -> None:

@@ -58,77 +58,70 @@ class ValidationText:
     limit: int
 
 
-class ValidationDomains:
-    """The documents that are asked about, and why there are none.
+@dataclass(frozen=True, slots=True, eq=False)
+class _Domains:
+    """Domain → documents that are asked about, and why there are none."""
 
-    Recorded text is what the result's lineage holds out; text that is named is taken whole.
+    documents: Mapping[str, Sequence[Document]]
+    why_not: str
+
+
+def _recorded(kind: str, source: Lineage | None, result: Lineage | None) -> _Domains:
+    """Return what the result's lineage holds out of the domains that it records.
+
+    Raises:
+        RequestError: they can't be read.
     """
+    if result is None or result.split is None or not result.domains:
+        return _Domains({}, "the result records no text")
+    trained = is_trained(source, result)
+    if kind == "target" and not trained:
+        return _Domains({}, "the result was not trained on since the source")
+    new = set(result.training_config.get("new") or ()) if trained else set()
+    documents = {
+        name: source_documents(
+            domain.paths, key=name, text_field=domain.text_field, is_recorded=True
+        )
+        for name, domain in result.domains.items()
+        if (name in new) == (kind == "target") and domain.paths
+    }
+    parted = part_documents(documents, rule=result.split)
+    held_out = {name: split.validation for name, split in parted.items()}
+    return _Domains(held_out, "the result records no such domain")
 
-    def __init__(
-        self, source: Lineage | None, result: Lineage | None, text: ValidationText
-    ) -> None:
-        self._source, self._lineage, self._text = source, result, text
-        self.why: dict[str, str] = {}
 
-    def read(self, kind: str) -> dict[str, list[Document]]:
-        """Return documents by domain of what is `kept`, or of the `target`.
+def _read(
+    kind: str, source: Lineage | None, result: Lineage | None, text: ValidationText
+) -> _Domains:
+    """Return the documents of what is `kept`, or of the `target`, each up to its limit.
 
-        Raises:
-            RequestError: named text can't be read.
-        """
-        named: TextSources | None = getattr(self._text, kind)
-        option = "--data" if kind == "kept" else "--target-data"
-        if named is not None:
-            self.why[kind] = f"{option} names no text"
-            found: dict[str, Sequence[Document]] = {
-                name: source_documents(paths, key=f"{option} {name}", text_field="text")
-                for name, paths in named.items()
-            }
-            for note in (note for documents in found.values() for note in notes_of(documents)):
-                logger.warning(note)
-            return self._limited(found)
+    Raises:
+        RequestError: named text can't be read.
+    """
+    named: TextSources | None = getattr(text, kind)
+    option = "--data" if kind == "kept" else "--target-data"
+    if named is not None:
+        whole = {
+            name: source_documents(paths, key=f"{option} {name}", text_field="text")
+            for name, paths in named.items()
+        }
+        for note in (note for documents in whole.values() for note in notes_of(documents)):
+            logger.warning(note)
+        found = _Domains(whole, f"{option} names no text")
+    else:
         try:
-            found, self.why[kind] = self._recorded(kind)
+            found = _recorded(kind, source, result)
         except RequestError as error:
-            found, self.why[kind] = {}, f"recorded text can't be read: {str(error).rstrip('.')}"
-        if not found:
-            self.why[kind] += f"; name it as {option}"
-        return self._limited(found)
-
-    def _recorded(self, kind: str) -> tuple[dict[str, Sequence[Document]], str]:
-        """Return held-out documents of recorded domains, and what to say where there are none."""
-        lineage = self._lineage
-        if lineage is None or lineage.split is None or not lineage.domains:
-            return {}, "the result records no text"
-        trained = is_trained(self._source, lineage)
-        new = set(lineage.training_config.get("new") or ()) if trained else set()
-        if kind == "target" and not trained:
-            return {}, "the result was not trained on since the source"
-        wanted = {
-            name: domain
-            for name, domain in lineage.domains.items()
-            if (name in new) == (kind == "target") and domain.paths
-        }
-        documents = {
-            name: source_documents(
-                domain.paths, key=name, text_field=domain.text_field, is_recorded=True
-            )
-            for name, domain in wanted.items()
-        }
-        parted = part_documents(documents, rule=lineage.split)
-        held_out: dict[str, Sequence[Document]] = {
-            name: split.validation for name, split in parted.items()
-        }
-        return held_out, "the result records no such domain"
-
-    def _limited(self, found: Mapping[str, Sequence[Document]]) -> dict[str, list[Document]]:
-        return {
-            name: [
-                replace(document, text=document.text[:DOCUMENT_CHARACTERS])
-                for document in documents[: self._text.limit]
-            ]
-            for name, documents in found.items()
-        }
+            found = _Domains({}, f"recorded text can't be read: {str(error).rstrip('.')}")
+        if not found.documents:
+            found = replace(found, why_not=f"{found.why_not}; name it as {option}")
+    limited = {
+        name: [
+            replace(each, text=each.text[:DOCUMENT_CHARACTERS]) for each in documents[: text.limit]
+        ]
+        for name, documents in found.documents.items()
+    }
+    return replace(found, documents=limited)
 
 
 def is_trained(source: Lineage | None, result: Lineage) -> bool:
@@ -214,21 +207,27 @@ def validate(source: Side, result: Side, text: ValidationText) -> list[Check]:
     new = _new_units(source.config, result.config)
     _check_memory(source, is_tried=False, option="--source")
     _check_memory(result, is_tried=bool(new), option="--result")
-    domains = ValidationDomains(source.lineage, result.lineage, text)
-    texts = {"kept": domains.read("kept"), "target": domains.read("target")}
-    documents = [one for kind in texts.values() for each in kind.values() for one in each]
+    texts = {kind: _read(kind, source.lineage, result.lineage, text) for kind in ("kept", "target")}
+    documents = [one for kind in texts.values() for each in kind.documents.values() for one in each]
     ids = _sequences(source, result, documents)
     before = _answers(source.load(), source, result, ids, texts)
     model = result.load()
     after = _answers(model, result, source, ids, texts)
-    flow = _flow(model, result, new, documents)
+    if new:  # are tried, which moves the weights of `model`
+        own = _sequences(result, result, documents)
+        assert own is not None
+        gradients = tried(model, own.to(next(model.parameters()).device), new, steps=FLOW_STEPS)
+        flow = flow_check(gradients, least_steps=FLOW_STEPS)
+        assert flow is not None
+    else:
+        flow = _not_asked("gradient_flow", "parameters", "the result has no new parameters")
     counted = count_parameters(source.config), count_parameters(result.config)
     return [
         _equivalence(source, result, before.logits, after.logits),
         flow,
         scaling_check((before.held, after.held), counted),
-        *_compared("kept", before, after, why_not=domains.why["kept"]),
-        *_compared("target", before, after, why_not=domains.why["target"]),
+        *_compared("kept", before, after, why_not=texts["kept"].why_not),
+        *_compared("target", before, after, why_not=texts["target"].why_not),
     ]
 
 
@@ -252,19 +251,31 @@ def _answers(
     side: Side,
     other: Side,
     ids: Tensor | None,
-    texts: Mapping[str, Mapping[str, Sequence[Document]]],
+    texts: Mapping[str, _Domains],
 ) -> _Answers:
-    return _Answers(
-        logits=None if ids is None else logits_of(model, ids),
-        held=parameter_bytes(model),
-        scores={
-            kind: {domain: _scores(model, side, other, each) for domain, each in found.items()}
-            for kind, found in texts.items()
-        },
-    )
+    """Score a model under its tokenizer, or under the other's where it has none and that fits."""
+    logits, held = None if ids is None else logits_of(model, ids), parameter_bytes(model)
+    tokenizer = side.tokenizer
+    if tokenizer is None and side.vocab_size == other.vocab_size:
+        tokenizer = other.tokenizer
+    scores: dict[str, dict[str, PairedScores | None]] = {}
+    for kind, text in texts.items():
+        scores[kind] = dict.fromkeys(text.documents)
+        for domain, documents in text.documents.items():
+            if tokenizer is None:
+                continue
+            scores[kind][domain] = document_losses(
+                model,
+                tokenise(documents, tokenizer.tokenizer),
+                sequence_length=side.longest,
+                end_of_text_id=tokenizer.end_of_text_id,
+                batch_size=BATCH_SIZE,
+            )
+    return _Answers(logits, held, scores)
 
 
 def _equivalence(source: Side, result: Side, before: Tensor | None, after: Tensor | None) -> Check:
+    """Return whether both models say the same, and first when one was not made from the other."""
     if before is None or after is None:
         check = _not_asked(
             "forward_equivalence",
@@ -272,21 +283,25 @@ def _equivalence(source: Side, result: Side, before: Tensor | None, after: Tenso
             f"vocabularies of {source.vocab_size:,} and {result.vocab_size:,} tokens have no "
             "logits to compare",
         )
-        return _with_relation(check, source, result)
-    check = equivalence_check(
-        before,
-        after,
-        reason_not_asked=_why_not_same(source, result),
-        rounded=" and ".join(_rounded_to(source, result)),
-        rounded_bound=rounded_jump(has_experts=family_of(result.config).has_experts),
-    )
-    return check if check.verdict == "passed" else _with_relation(check, source, result)
-
-
-def _with_relation(check: Check, source: Side, result: Side) -> Check:
-    """Return a check whose detail says first when the result was not made from the source."""
-    reason = _why_unrelated(source, result)
-    return check if reason is None else replace(check, detail=f"{reason}; {check.detail}")
+    else:
+        # Types below float32 that weights were computed for since the source
+        rounded = [name for name in ("bfloat16", "float16") if name in result.dtypes]
+        is_one_type = len(result.dtypes) == 1 and source.dtypes == result.dtypes
+        if result.lineage is not None and is_one_type:
+            known = len(source.lineage.expansion_history) if source.lineage else 0
+            made = result.lineage.expansion_history[known:]
+            if all(record.expansion_type == "depth" for record in made):
+                rounded = []  # layers that are only copied, in the type of the source
+        check = equivalence_check(
+            before,
+            after,
+            reason_not_asked=_why_not_same(source, result),
+            rounded=" and ".join(rounded),
+            rounded_bound=rounded_jump(has_experts=family_of(result.config).has_experts),
+        )
+    if check.verdict == "passed" or (reason := _why_unrelated(source, result)) is None:
+        return check
+    return replace(check, detail=f"{reason}; {check.detail}")
 
 
 def _why_unrelated(source: Side, result: Side) -> str | None:
@@ -309,19 +324,6 @@ def _why_unrelated(source: Side, result: Side) -> str | None:
     return "unrelated checkpoints: neither was made from the other"
 
 
-def _rounded_to(source: Side, result: Side) -> list[str]:
-    """Return the types below float32 that weights were computed for since the source.
-
-    Layers that are only copied, in the type of the source, lose nothing.
-    """
-    if result.lineage is not None and len(result.dtypes) == 1 and source.dtypes == result.dtypes:
-        known = len(source.lineage.expansion_history) if source.lineage else 0
-        made = result.lineage.expansion_history[known:]
-        if all(record.expansion_type == "depth" for record in made):
-            return []
-    return [name for name in ("bfloat16", "float16") if name in result.dtypes]
-
-
 def _why_not_same(source: Side, result: Side) -> str | None:
     """Return why the result need not say what the source says; None when it has to."""
     before, after = source.lineage, result.lineage
@@ -335,18 +337,6 @@ def _why_not_same(source: Side, result: Side) -> str | None:
     made = after.expansion_history[len(before.expansion_history) if before else 0 :]
     lossy = [record.method for record in made if not record.claims_exact]
     return f"{' and '.join(lossy)} does not claim it" if lossy else None
-
-
-def _flow(model: nn.Module, result: Side, new: NewUnits, documents: Sequence[Document]) -> Check:
-    """Ask whether new parameters get gradients; the weights of `model` are moved by it."""
-    if not new:
-        return _not_asked("gradient_flow", "parameters", "the result has no new parameters")
-    ids = _sequences(result, result, documents)
-    assert ids is not None
-    flow = tried(model, ids.to(next(model.parameters()).device), new, steps=FLOW_STEPS)
-    check = flow_check(flow, least_steps=FLOW_STEPS)
-    assert check is not None
-    return check
 
 
 def _new_units(before: Config, after: Config) -> NewUnits:
@@ -381,7 +371,7 @@ def _sequences(source: Side, result: Side, documents: Sequence[Document]) -> Ten
     if tokenizer is not None and documents:
         tokens = tokenise(documents, tokenizer.tokenizer)
         if tokens.num_tokens + len(tokens) >= length:
-            packed = pack(tokens, sequence_length=length, end_of_text_id=_end_of_text(tokenizer))
+            packed = pack(tokens, sequence_length=length, end_of_text_id=tokenizer.end_of_text_id)
             return packed[:: max(1, len(packed) // SEQUENCES)][:SEQUENCES].long()
     generator = torch.Generator().manual_seed(0)
     return torch.randint(source.vocab_size, (SEQUENCES, length), generator=generator)
@@ -403,30 +393,6 @@ def _compared(kind: str, before: _Answers, after: _Answers, *, why_not: str) -> 
         else:
             check = new_capability_check(domain, old, new, **bounds)
         yield replace(check, name=name)
-
-
-def _scores(
-    model: nn.Module, side: Side, other: Side, documents: Sequence[Document]
-) -> PairedScores | None:
-    """Score a model under its tokenizer, or under the other's where it has none and that fits."""
-    tokenizer = side.tokenizer
-    if tokenizer is None and side.vocab_size == other.vocab_size:
-        tokenizer = other.tokenizer
-    if tokenizer is None:
-        return None
-    return document_losses(
-        model,
-        tokenise(documents, tokenizer.tokenizer),
-        sequence_length=side.longest,
-        end_of_text_id=_end_of_text(tokenizer),
-        batch_size=BATCH_SIZE,
-    )
-
-
-def _end_of_text(tokenizer: PretrainedTokenizer) -> int:
-    token_id = tokenizer.tokenizer.token_to_id(tokenizer.end_of_text)
-    assert token_id is not None  # it was found by its vocabulary
-    return token_id
 
 
 def _not_asked(name: str, subject: str, reason: str) -> Check:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
 
@@ -12,6 +12,8 @@ from tritter.checkpoint import Lineage, Source, write_checkpoint, write_lineage
 from tritter.config.components import kept_per_parameter
 from tritter.evaluation.gate import (
     Check,
+    Status,
+    decide,
     flow_check,
     memory_check,
     new_capability_check,
@@ -26,10 +28,52 @@ from tritter.evaluation.statistics import PairedScores, performance_delta
 from tritter.pipeline import moe
 from tritter.pipeline.arm import Arm
 from tritter.pipeline.context import RunContext
-from tritter.pipeline.ledger import ExpansionFound, TrainingFound
+from tritter.pipeline.ledger import (
+    ExpansionFound,
+    GateFound,
+    KeptFound,
+    PublishedFound,
+    StageResult,
+    TrainingFound,
+)
 from tritter.pipeline.trained import fitting_dtype
 from tritter.planning import TrainingSetup, states_bytes
 from tritter.storage.atomic import atomic_folder, copy_tree
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """What the gate is asked about: a round, or an attempt, with what it has of its own.
+
+    Args:
+        arms: those of its tasks that were trained, one after the other.
+        overrides: what an attempt does otherwise than the first.
+    """
+
+    context: RunContext
+    arms: tuple[Arm, ...]
+    overrides: tuple[str, ...] = ()
+
+    @property
+    def status(self) -> Status:
+        """What the gate said of it.
+
+        Raises:
+            KeyError: it has not come to that.
+        """
+        return self.context.ledger.found(self.arms[0].key("gate"), GateFound).status
+
+
+def judge(trial: Trial) -> GateFound:
+    """Return what the gate says of a trial, kept or not."""
+    made = checks(trial.context, trial.arms)
+    status = decide(made) if trial.context.config.gate.enabled else "ungated"
+    return GateFound(status=status, checks=tuple(check.to_dict() for check in made))
+
+
+def gate(trial: Trial) -> StageResult:
+    """Judge a trial, as a stage of the run."""
+    return StageResult(judge(trial))
 
 
 def checks(context: RunContext, arms: Sequence[Arm]) -> list[Check]:
@@ -59,30 +103,21 @@ def checks(context: RunContext, arms: Sequence[Arm]) -> list[Check]:
     bounds = {"bound": gate.retention, "confidence": gate.confidence}
     for subject in context.subjects_of([*context.old_domains, None]):
         made.append(retention_check(subject, before[subject], after[subject], **bounds))
-    for subject, learned in _learned_on_the_way(context, arms).items():
-        made.append(retention_check(subject, learned, after[subject], **bounds))
+    learned: dict[str, PairedScores] = {}  # what each task is about, when it was learned last
+    for arm in arms:
+        scores = context.read_scores(f"{arm.name}-trained")
+        learned |= {name: scores[name] for name in context.subjects_of(context.new_of(arm))}
+    # What is old as a whole has its check above, and what the last task is about is new
+    checked = context.subjects_of((*context.old_domains, *context.new_of(arms[-1])))
+    for subject in (name for name in learned if name not in checked):
+        made.append(retention_check(subject, learned[subject], after[subject], **bounds))
     for subject in context.subjects_of(context.new_domains):
         check = new_capability_check if before[subject].unit == "nats" else new_task_check
         made.append(check(subject, before[subject], after[subject], confidence=gate.confidence))
     return made if gate.enabled else [report_only(each) for each in made]
 
 
-def _learned_on_the_way(context: RunContext, arms: Sequence[Arm]) -> dict[str, PairedScores]:
-    """Return the scores of what each task is about when it was learned, for the last time.
-
-    What is old as a whole is held against the beginning, and what the last task is about is new.
-    """
-    learned: dict[str, PairedScores] = {}
-    for arm in arms:
-        scores = context.read_scores(f"{arm.name}-trained")
-        learned |= {
-            subject: scores[subject] for subject in context.subjects_of(context.new_of(arm))
-        }
-    aside = context.subjects_of((*context.old_domains, *context.new_of(arms[-1])))
-    return {subject: scores for subject, scores in learned.items() if subject not in aside}
-
-
-def complete(context: RunContext, arm: Arm) -> Lineage:
+def complete(context: RunContext, arm: Arm) -> StageResult:
     """Write into a kept round's own folder what its training made of it: the next starts there."""
     place = f"{arm.name}/trained"
     trained = context.source(place)
@@ -90,10 +125,10 @@ def complete(context: RunContext, arm: Arm) -> Lineage:
     completed = replace(_completed(context, (arm,), lineage), parent_path=lineage.parent_path)
     completed = write_lineage(trained.folder, completed, trained.config)
     context.sources[place] = replace(trained, lineage=completed)
-    return completed
+    return StageResult(KeptFound(model_hash=completed.model_hash))
 
 
-def publish(context: RunContext, arms: Sequence[Arm], *, keep: bool) -> Lineage:
+def publish(context: RunContext, arms: Sequence[Arm], *, keep: bool) -> StageResult:
     """Put what was kept at `checkpoint/`: the trained model, or after a rollback its start.
 
     Weights that are in the dtype of the run already are linked, others rounded.
@@ -127,7 +162,13 @@ def publish(context: RunContext, arms: Sequence[Arm], *, keep: bool) -> Lineage:
             overwrite=True,
         )
     context.sources["checkpoint"] = Source.written(target, config, written)
-    return written
+    found = PublishedFound(
+        model_hash=written.model_hash,
+        parent_hash=written.parent_hash,
+        base_model_hash=written.base_model_hash,
+        expansions=tuple(record.method for record in written.expansion_history),
+    )
+    return StageResult(found, leaves=("checkpoint",))
 
 
 def _completed(context: RunContext, arms: Sequence[Arm], lineage: Lineage) -> Lineage:
