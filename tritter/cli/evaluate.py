@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 from tritter.cli.options import AsJson, Checkpoint, ReportOverwrite, option, place
 from tritter.cli.output import (
     new_console,
-    new_table,
     print_json,
+    print_table,
     progress_bars,
     refuse_damage,
     shown_path,
@@ -20,6 +20,8 @@ from tritter.cli.output import (
 from tritter.errors import RequestError, raise_problems
 from tritter.limits import MAX_COUNT
 from tritter.loading import loading
+from tritter.report.table import Table
+from tritter.report.wording import number_text
 from tritter.storage.hub import locate
 from tritter.storage.reading import named_path
 
@@ -292,38 +294,28 @@ def _print(
     say = partial(console.print, soft_wrap=True)
     for note in notes:
         say(note)
-    headers: tuple[str, ...] = ("nats per token", "±", "per byte", "documents")
-    table = new_table("loss", *headers, numbers=headers)
+    rows: list[tuple[str, ...]] = []
     for name, of_domain in losses.items():
         record = of_domain.record()
         sizes = (record["loss"], record["standard_error"], record["loss_per_byte"])
-        table.add_row(name, *(_number(size, "{:.3f}") for size in sizes), str(record["n"]))
-    if losses:
-        console.print(table)
+        rows.append((name, *(number_text(size, ".3f") for size in sizes), str(record["n"])))
+    if rows:
+        header: tuple[str, ...] = ("loss", "nats per token", "±", "per byte", "documents")
+        print_table(console, Table(header, tuple(rows), numbers=(1, 2, 3, 4)))
     if losses and scores:
         say()
-    headers = ("score", "±", "questions", "uniform", "constant", "empty")
-    table = new_table("benchmark", "metric", *headers, numbers=headers)
+    rows = []
     for held in scores:
         record, nulls = held.known_by.record(), held.nulls
         shares = (record["accuracy"], record["standard_error"])
-        table.add_row(
-            held.name,
-            held.metric,
-            *(_number(share, "{:.1%}") for share in shares),
-            str(record["n"]),
-            *(_number(share, "{:.1%}") for share in (nulls.uniform, nulls.constant, nulls.empty)),
-        )
-    if scores:
-        console.print(table)
-    limited = [(held.name, note) for held in scores for note in held.notes]
-    if limited:
-        say()
-    for name, note in limited:
-        say(f"{name}: {note}")
+        guesses = (nulls.uniform, nulls.constant, nulls.empty)
+        cells = [number_text(share, ".1%") for share in (*shares, *guesses)]
+        rows.append((held.name, held.metric, *cells[:2], str(record["n"]), *cells[2:]))
+    if rows:
+        header = ("benchmark", "metric", "score", "±", "questions", "uniform", "constant", "empty")
+        print_table(console, Table(header, tuple(rows), numbers=tuple(range(2, 8))))
+    limited = [f"{held.name}: {note}" for held in scores for note in held.notes]
+    for line in ["", *limited] if limited else ():
+        say(line)
     if output is not None:
         say(f"\nwritten  {shown_path(output)}")
-
-
-def _number(value: float | int | None, form: str) -> str:
-    return "-" if value is None else form.format(value)

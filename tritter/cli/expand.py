@@ -31,10 +31,10 @@ from tritter.cli.output import (
     EXIT_NO,
     SHAPES,
     new_console,
-    new_table,
     print_command,
     print_json,
     print_lines,
+    print_table,
     progress_bars,
     refuse_damage,
     says_if_written,
@@ -54,7 +54,8 @@ from tritter.errors import (
 )
 from tritter.limits import MAX_COUNT
 from tritter.loading import loading
-from tritter.report.wording import count_text
+from tritter.report.table import Table
+from tritter.report.wording import count_text, number_text
 from tritter.storage.hub import locate
 from tritter.storage.reading import named_path
 from tritter.storage.tensors import WEIGHT_DTYPES
@@ -720,12 +721,13 @@ def _print_domain(console: Console, made: DomainExpansion) -> None:
     """Print the loss of each domain and where its tokens go."""
     from tritter.report.moe import expert_table
 
-    table = new_table("loss", "before", "after", numbers=("before", "after"))
-    for domain, before in made.scores["before"].items():
-        after = made.scores["after"][domain]
-        table.add_row(domain, *(f"{record['loss']:.3f}" for record in (before, after)))
+    before, after = made.scores["before"], made.scores["after"]
+    rows = tuple(
+        (domain, *(f"{scores[domain]['loss']:.3f}" for scores in (before, after)))
+        for domain in before
+    )
     console.print()
-    console.print(table)
+    print_table(console, Table(("loss", "before", "after"), rows, numbers=(1, 2)))
     console.print()
     console.print(expert_table(made.experts).to_rich(signs_of(console)))
 
@@ -739,21 +741,18 @@ def _on_disk(config: Config) -> int:
 def _print_shapes(console: Console, plan: PlannedExpansion) -> None:
     before = shapes_of(plan.steps[0].source_config)
     after = shapes_of(plan.steps[-1].target_config)
-    table = new_table("", "before", "after", "", numbers=("before", "after"))
+    rows: list[tuple[str, ...]] = []
+    styles = []
     for name in (name for name in SHAPES if name in after):
         old, new = before.get(name), after[name]
         grown = f"{new / old:.3g} times" if old is not None and old != new else ""
-        style = "dim" if old == new else "bold"
-        table.add_row(SHAPES[name], "-" if old is None else str(old), str(new), grown, style=style)
-    table.add_section()
-    table.add_row(
-        "parameters",
-        count_text(plan.parameters_before),
-        count_text(plan.parameters_after),
-        f"{plan.parameters_after / plan.parameters_before:.3g} times",
-        style="bold",
-    )
-    console.print(table)
+        rows.append((SHAPES[name], number_text(old), str(new), grown))
+        styles.append("dim" if old == new else "bold")
+    sizes = (plan.parameters_before, plan.parameters_after)
+    rows.append(("parameters", *map(count_text, sizes), f"{sizes[1] / sizes[0]:.3g} times"))
+    header, rules = ("", "before", "after", ""), (len(rows) - 1,)
+    table = Table(header, tuple(rows), numbers=(1, 2), rules=rules, styles=(*styles, "bold"))
+    print_table(console, table)
 
 
 def _exactness(specs: Sequence[ExpansionSpec], *, is_recipe: bool) -> str:

@@ -17,13 +17,7 @@ from tritter.checkpoint.expert_files import ADAPTER_FILES, ExpertFiles
 from tritter.checkpoint.export import Weights
 from tritter.checkpoint.history import read_chain
 from tritter.checkpoint.place import check_output, is_within
-from tritter.cli.output import (
-    new_console,
-    new_table,
-    print_command,
-    print_lines,
-    shown_path,
-)
+from tritter.cli.output import new_console, print_command, print_lines, print_table, shown_path
 from tritter.data.documents import Document
 from tritter.data.sources import source_documents
 from tritter.data.tokens import pack, read_tokenizer, tokenise
@@ -41,6 +35,7 @@ from tritter.experts.peft_folder import StoredAdapter, write_stored
 from tritter.experts.stored import ExpertFolder
 from tritter.families import Config, family_of, position_limit
 from tritter.models import load_model, read_config
+from tritter.report.table import Table
 from tritter.report.wording import count_text
 from tritter.storage.atomic import atomic_folder
 
@@ -176,14 +171,12 @@ def export_adapters(
 def print_adapters(told: Mapping[str, Any], merged: Merge | None) -> None:
     """Print what `export_adapters` wrote."""
     console = new_console()
-    table = new_table(
-        "adapter", "rank", "alpha", "parameters", "on",
-        numbers=("rank", "alpha", "parameters"), wrapped=("on",),
-    )  # fmt: skip
+    rows = []
     for each in told["adapters"]:
         numbers = (str(each["rank"]), f"{each['alpha']:g}", count_text(each["parameters"]))
-        table.add_row(each["name"], *numbers, " ".join(each["targets"]))
-    console.print(table)
+        rows.append((each["name"], *numbers, " ".join(each["targets"])))
+    header = ("adapter", "rank", "alpha", "parameters", "on")
+    print_table(console, Table(header, tuple(rows), numbers=(1, 2, 3)), wrapped=("on",))
     console.print()
     lines = [("base", told["base"])]
     print_lines(console, lines + ([] if merged is None else merge_lines(merged)))

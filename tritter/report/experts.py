@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from tritter.report.drawing import CYCLE, GREEN, GREY, new_figure, panel, say, shortened, some
 from tritter.report.summary import BASE, Course, ExpertsRecord, Spawn
 from tritter.report.table import Table, left_out
-from tritter.report.wording import MISSING, count_text
+from tritter.report.wording import MISSING, count_text, number_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,9 +30,18 @@ def experts_table(experts: ExpertsRecord, *, most: int = MAX_ROWS) -> Table:
     rows = []
     for row in experts.rows[:most]:
         spawn = row.spawn or Spawn()
-        cells = [row.name, spawn.domain or MISSING, *map(_count, (spawn.step, spawn.batches))]
-        cells += [*map(_number, (spawn.score, spawn.threshold)), _count(row.rank)]
-        rows.append((*cells, _percent(row.usage), row.state))
+        cells = (
+            row.name,
+            spawn.domain or MISSING,
+            number_text(spawn.step),
+            number_text(spawn.batches),
+            number_text(spawn.score, ".3g"),
+            number_text(spawn.threshold, ".3g"),
+            number_text(row.rank),
+            _percent(row.usage),
+            row.state,
+        )
+        rows.append(cells)
     return Table(
         header,
         tuple(rows),
@@ -97,12 +106,13 @@ def page_tables(experts: ExpertsRecord) -> list[Table]:
     found = experts.similarities[:_MOST]
     known = list(dict.fromkeys(name for _, similarity in found for name in similarity))[:_MOST]
     rows = tuple(
-        (expert, *(_number(similarity.get(name)) for name in known)) for expert, similarity in found
+        (expert, *(number_text(similarity.get(name), ".3g") for name in known))
+        for expert, similarity in found
     )
     caption = "similarity of an expert's batches to what was known when it was spawned"
     similarity = Table(("spawned", *known), rows, tuple(range(1, 1 + len(known))), caption)
     rows = tuple(
-        (_count(event.step), event.kind, event.expert, event.why)
+        (number_text(event.step), event.kind, event.expert, event.why)
         for event in experts.events[:_MOST]
     )
     lines = ["experts, event by event", left_out(len(experts.events), _MOST)]
@@ -111,16 +121,8 @@ def page_tables(experts: ExpertsRecord) -> list[Table]:
     return [experts_table(experts, most=_MOST), usage, similarity, events]
 
 
-def _count(value: int | None) -> str:
-    return MISSING if value is None else str(value)
-
-
 def _percent(share: float | None) -> str:
-    return MISSING if share is None else f"{100 * share:.0f}"
-
-
-def _number(value: float | None) -> str:
-    return MISSING if value is None else f"{value:.3g}"
+    return number_text(share, ".0%").removesuffix("%")
 
 
 _DRAWN = 24  # experts and domains of a picture

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from tritter.report.drawing import new_figure, shortened
 from tritter.report.summary import Matrix
 from tritter.report.table import Table, left_out
-from tritter.report.wording import MISSING
+from tritter.report.wording import number_text
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,14 +31,14 @@ def transfer_table(matrix: Matrix, *, most: int = MAX_ROWS) -> Table:
         shown = (0, own[name], -1)  # before, right after the task that was about it, at the end
         transfers = (matrix.backward_transfer.get(name), matrix.forward_transfer.get(name))
         learned = "before" if own[name] == 0 else matrix.rows[own[name]]
-        values = map(loss_text, (losses[number][place] for number in shown))
-        rows.append((name, learned, *values, *map(transfer_text, transfers)))
+        values = (number_text(losses[number][place], ".4f") for number in shown)
+        rows.append((name, learned, *values, *(number_text(each, "+.4f") for each in transfers)))
     lines = ["backward: what later tasks changed; forward: what earlier ones did"]
     lines += filter(None, [left_out(len(found), most)])
     rules = (len(rows),) if len(found) > 1 else ()
     if rules:
         means = (matrix.mean_backward_transfer, matrix.mean_forward_transfer)
-        rows.append(("mean", "", "", "", "", *map(transfer_text, means)))
+        rows.append(("mean", *[""] * 4, *(number_text(each, "+.4f") for each in means)))
     return Table(
         ("domain", "learned in", "before", "then", "at the end", "backward", "forward"),
         tuple(rows),
@@ -48,16 +48,6 @@ def transfer_table(matrix: Matrix, *, most: int = MAX_ROWS) -> Table:
         names={0: _DOMAIN_CHARACTERS, 1: _DOMAIN_CHARACTERS},
         rules=rules,
     )
-
-
-def loss_text(value: float | None) -> str:
-    """Return a loss per byte."""
-    return MISSING if value is None else f"{value:.4f}"
-
-
-def transfer_text(value: float | None) -> str:
-    """Return a difference of losses per byte, with its sign."""
-    return MISSING if value is None else f"{value:+.4f}"
 
 
 _DRAWN = 40  # rows and domains that are drawn; more are no picture

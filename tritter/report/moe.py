@@ -2,7 +2,7 @@
 
 from tritter.report.summary import MoeRecord
 from tritter.report.table import Table
-from tritter.report.wording import MISSING
+from tritter.report.wording import number_text
 
 MAX_COLUMNS = 12
 
@@ -43,16 +43,11 @@ def bias_text(experts: MoeRecord) -> str | None:
     effect = experts.selection_bias
     if not effect:
         return None
-    parts = [
-        f"{domain} {loss_text(losses.get('with'))} with, {loss_text(losses.get('without'))} without"
-        for domain, losses in effect.items()
-    ]
+    parts = []
+    for domain, losses in effect.items():
+        texts = (f"{number_text(losses.get(each), '.3f')} {each}" for each in ("with", "without"))
+        parts.append(f"{domain} {', '.join(texts)}")
     return f"loss under the selection bias, which is not saved: {'; '.join(parts)}"
-
-
-def loss_text(value: float | None) -> str:
-    """Return nats per token with three decimals."""
-    return MISSING if value is None else f"{value:.3f}"
 
 
 def _percent(share: float) -> str:

@@ -16,7 +16,6 @@ from tritter import __version__
 from tritter.report.drawing import CYCLE, DPI, GREY, cut, panel, plain, shortened
 from tritter.report.experts import experts_panels, experts_text, page_tables, share_text
 from tritter.report.growth import (
-    change_of_function,
     draw_neurons,
     draw_parameters,
     draw_pressure,
@@ -41,7 +40,7 @@ from tritter.report.runs import (
 from tritter.report.summary import LARGEST, GrowthRecord, Summary
 from tritter.report.table import Table, left_out
 from tritter.report.tables import result_table, stage_table, task_table
-from tritter.report.wording import MISSING, Signs, count_text, seconds_text, si_text
+from tritter.report.wording import MISSING, Signs, count_text, number_text, si_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -187,7 +186,8 @@ def _overview(groups: Sequence[Group]) -> Table:
         elif has_experts:
             cells += [MISSING, MISSING]
         cells += [count_text(summary.parameters.get("final")), str(run.steps)]
-        cells += [si_text(summary.flops.get("total")), seconds_text(summary.seconds.get("total"))]
+        seconds = number_text(summary.seconds.get("total"), ".1f")
+        cells += [si_text(summary.flops.get("total")), seconds]
         rows.append(tuple(cells))
     caption = "change of loss per byte in %, with one-sided bounds over documents"
     return Table(header, tuple(rows), tuple(range(4, len(header))), caption)
@@ -268,8 +268,8 @@ def _growth_events(growth: GrowthRecord) -> Table:
         (
             *(str(count) for count in (event.step, event.layer)),
             *(str(count) for count in (event.born, event.replaced, event.died, event.neurons)),
-            MISSING if event.pressure is None else f"{event.pressure:.3g}",
-            change_of_function(event.function_change),
+            number_text(event.pressure, ".3g"),
+            number_text(event.function_change, ".1e"),
             count_text(event.parameters),
             si_text(event.flops),
         )

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from tritter.report.summary import Attempt, Check, Score, Scores, Summary
-from tritter.report.wording import ACCURACY, MISSING
+from tritter.report.wording import ACCURACY, MISSING, number_text
 
 Role = Literal["old", "new"]
 UNKNOWN = "?"
@@ -131,7 +131,7 @@ def score_text(score: Score | None) -> str:
     """Return nats per token with three decimals, or right answers in per cent."""
     if score is not None and score.accuracy is not None:
         return f"{score.accuracy:.1%}"
-    return MISSING if score is None or score.loss is None else f"{score.loss:.3f}"
+    return number_text(None if score is None else score.loss, ".3f")
 
 
 def change_text(change: ScoreChange) -> str:

@@ -14,7 +14,7 @@ from tritter.report.moe import bias_text, expert_table
 from tritter.report.rows import DomainRow, change_text, domain_rows, score_of, score_text
 from tritter.report.summary import Attempt, Jump, Summary
 from tritter.report.table import STYLES, Table, label
-from tritter.report.wording import MISSING, Signs, count_text, seconds_text, si_text, stages
+from tritter.report.wording import MISSING, Signs, count_text, number_text, si_text
 from tritter.terminal import Console
 
 _FEW_TASKS = 3  # whose domains stand above the columns; those of more below the table
@@ -146,9 +146,11 @@ def task_table(summary: Summary) -> Table:
 def stage_table(summary: Summary) -> Table:
     """Return seconds and FLOPs of each stage."""
     seconds, flops = summary.seconds, summary.flops
-    names = stages(seconds, flops)
+    # The total is last, whatever a file says
+    names = sorted(dict.fromkeys((*seconds, *flops)), key=lambda name: name == "total")
     rows = tuple(
-        (name, seconds_text(seconds.get(name)), si_text(flops.get(name, 0.0))) for name in names
+        (name, number_text(seconds.get(name), ".1f"), si_text(flops.get(name, 0.0)))
+        for name in names
     )
     rules = (len(rows) - 1,) if "total" in names else ()
     return Table(("stage", "seconds", "FLOPs"), rows, (1, 2), title="Cost", rules=rules)
