@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from tritter.cli.options import AsJson, Checkpoint, ReportOverwrite, option, place
+from tritter.cli.options import AsJson, Checkpoint, ReportOverwrite, of_list, option, place
 from tritter.cli.output import (
     new_console,
     print_json,
@@ -26,25 +26,19 @@ from tritter.storage.hub import locate
 from tritter.storage.reading import named_path
 
 if TYPE_CHECKING:
-    from torch import nn
-
-    from tritter.cli.report_file import ReportFile
     from tritter.evaluation.benchmarks.files import Questions
     from tritter.evaluation.benchmarks.formats import Benchmark
-    from tritter.evaluation.benchmarks.harness import Asking, BenchmarkScores
+    from tritter.evaluation.benchmarks.harness import BenchmarkScores
     from tritter.evaluation.code.sandbox import Sandbox
     from tritter.evaluation.statistics import PairedScores
 
 _CODE = "Programs that the model writes (humaneval, mbpp)"
 
 
-def _names(incomplete: str) -> list[str]:
-    """Return what the last benchmark of a list may become, for a shell."""
+def _names() -> Iterable[str]:
     from tritter.data.benchmark_names import GROUPS, HUB_NAMES
 
-    done = incomplete[: incomplete.rfind(",") + 1]
-    names = dict.fromkeys([*GROUPS, *HUB_NAMES])
-    return [found for name in names if (found := done + name).startswith(incomplete)]
+    return dict.fromkeys([*GROUPS, *HUB_NAMES])
 
 
 Tasks = Annotated[
@@ -53,7 +47,7 @@ Tasks = Annotated[
         "--tasks",
         "NAME,..",
         "Benchmarks, or groups of them: base_capabilities, code, math, reasoning.",
-        completes=_names,
+        completes=of_list(_names),
     ),
 ]
 TasksPath = Annotated[
@@ -122,19 +116,21 @@ def evaluate(
         import torch
 
         from tritter.checkpoint import read_lineage
-        from tritter.cli.report_file import mark
+        from tritter.cli.report_file import ReportFile, mark
         from tritter.data.tokens import read_tokenizer
-        from tritter.evaluation.benchmarks.harness import Asking
+        from tritter.evaluation.benchmarks.harness import Asking, score_benchmark, score_from_hub
         from tritter.evaluation.benchmarks.table import benchmarks_of
         from tritter.experts.whole import load_whole
         from tritter.families import family_of, position_limit
-        from tritter.models import non_finite, read_config
+        from tritter.models import load_tokenizer, non_finite, read_config
         from tritter.pipeline import evaluate as losses_of
 
     sources = losses_of.read_data_words(data or ())
     places = [named_path(checkpoint, key="--checkpoint"), *filter(None, [tasks_path])]
     places += [named_path(word, key="--data") for words in sources.values() for word in words]
-    file = _file(output, places, overwrite=overwrite)
+    file = None
+    if output is not None:
+        file = ReportFile(output, "evaluate", "json", overwrite=overwrite, sources=places)
     chosen = benchmarks_of(_listed(tasks), key="--tasks")
     sandbox = _sandbox(chosen, _listed(allow_code), code_sandbox)
     questions = _questions(chosen, tasks_path, limit)
@@ -159,7 +155,14 @@ def evaluate(
             new_bar=new_bar,
         )  # fmt: skip
     asking = Asking(limit=limit, batch_size=batch_size, sandbox=sandbox, is_shown=not as_json)
-    scores = [_scored(model, folder, each, questions, asking) for each in chosen]
+    scores = []
+    for benchmark in chosen:
+        words, of_files = load_tokenizer(folder), questions.get(benchmark.name)
+        scores.append(
+            score_from_hub(model, words, benchmark, asking)
+            if of_files is None
+            else score_benchmark(model, words, of_files, asking)
+        )
     record = {
         **mark("evaluate"),
         "checkpoint": str(folder),
@@ -183,23 +186,6 @@ def evaluate(
 
 def _listed(words: Sequence[str] | None) -> list[str]:
     return [name for word in words or () for name in word.split(",")]
-
-
-def _file(output: Path | None, sources: Sequence[Path], *, overwrite: bool) -> ReportFile | None:
-    """Return the file to write the result to; None where none is named.
-
-    Raises:
-        RequestError: it may not be written.
-    """
-    from tritter.cli.report_file import ReportFile
-
-    if output is None:
-        return None
-    file = ReportFile(
-        path=output, kind="evaluate", format="json", overwrite=overwrite, sources=sources
-    )
-    file.check()
-    return file
 
 
 def _questions(
@@ -243,22 +229,6 @@ def _sandbox(
     sandbox: Sandbox = ExternalSandbox(command) if command else NamespaceSandbox()
     sandbox.check()
     return sandbox
-
-
-def _scored(
-    model: nn.Module,
-    folder: Path,
-    benchmark: Benchmark,
-    questions: Mapping[str, Questions],
-    asking: Asking,
-) -> BenchmarkScores:
-    from tritter.evaluation.benchmarks.harness import score_benchmark, score_from_hub
-    from tritter.models import load_tokenizer
-
-    tokenizer = load_tokenizer(folder)
-    if (of_files := questions.get(benchmark.name)) is None:
-        return score_from_hub(model, tokenizer, benchmark, asking)
-    return score_benchmark(model, tokenizer, of_files, asking)
 
 
 def _record(

@@ -11,17 +11,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tritter.cli.methods import method_names, option_names, specs_of
+from tritter.cli.methods import method_bodies, method_names, option_names, specs_of
 from tritter.cli.options import (
     WRITING,
     AsJson,
     Checkpoint,
+    DType,
     MaxShardSize,
     Overwrite,
     Seed,
     choice,
     flag,
     is_typed,
+    of_list,
     option,
     parameter_count,
     place,
@@ -98,16 +100,6 @@ DEFAULT_LEARNING_RATE = 1e-4
 DEFAULT_DOMAIN = "new"
 
 
-def _methods(incomplete: str) -> list[str]:
-    """Return what the last method of a list may become, for a shell."""
-    from tritter.cli.methods import method_bodies
-
-    done = incomplete[: incomplete.rfind(",") + 1]
-    return [
-        found for name in method_bodies() if (found := done + spelled(name)).startswith(incomplete)
-    ]
-
-
 Method = Annotated[
     list[str] | None,
     option(
@@ -115,7 +107,7 @@ Method = Annotated[
         "METHOD,..",
         "dus, stack, interpolate, llama-pro, width, moe or moe-add; several, joined by "
         "commas, in their order.",
-        completes=_methods,
+        completes=of_list(lambda: map(spelled, method_bodies())),
     ),
 ]
 RecipeFile = Annotated[
@@ -149,15 +141,6 @@ Moments = Annotated[
         "--moments",
         "carry|zero|reset-new",
         "What becomes of optimizer state beside the model.",
-        panel=WRITING,
-    ),
-]
-DType = Annotated[
-    str | None,
-    option(
-        "--dtype",
-        "float32|bfloat16|float16|float64",
-        "Of the result. Default: the source's.",
         panel=WRITING,
     ),
 ]

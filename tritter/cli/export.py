@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from tritter.cli.options import (
     AsJson,
+    DType,
     MaxShardSize,
     Overwrite,
     choice,
@@ -63,14 +64,6 @@ Format = Annotated[
         "hf|peft",
         "hf: a plain folder of Hugging Face transformers; peft: each LoRA expert as a stock "
         "adapter.",
-    ),
-]
-ExportDType = Annotated[
-    str | None,
-    option(
-        "--dtype",
-        "float32|bfloat16|float16|float64",
-        "Of all tensors. Default: that of the checkpoint.",
     ),
 ]
 ExpertLayout = Annotated[
@@ -152,7 +145,7 @@ def export(
     checkpoint: ExportSource,
     output: ExportOutput,
     format: Format = "hf",
-    dtype: ExportDType = None,
+    dtype: DType = None,
     expert_layout: ExpertLayout = None,
     max_shard_size: MaxShardSize = 5 * 10**9,
     config: ConfigOf = None,
