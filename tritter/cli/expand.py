@@ -700,7 +700,7 @@ def _room_lines(room: Room, destination: Path) -> list[tuple[str, str]]:
 
 def _print_domain(console: Console, made: DomainExpansion) -> None:
     """Print the loss of each domain and where its tokens go."""
-    from tritter.report.moe import expert_table
+    from tritter.report.tables import moe_table
 
     before, after = made.scores["before"], made.scores["after"]
     rows = tuple(
@@ -710,7 +710,7 @@ def _print_domain(console: Console, made: DomainExpansion) -> None:
     console.print()
     print_table(console, Table(("loss", "before", "after"), rows, numbers=(1, 2)))
     console.print()
-    console.print(expert_table(made.experts).to_rich(signs_of(console)))
+    console.print(moe_table(made.experts).to_rich(signs_of(console)))
 
 
 def _on_disk(config: Config) -> int:

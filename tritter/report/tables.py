@@ -10,9 +10,8 @@ from rich.text import Text
 from tritter.report.experts import experts_table, experts_text, usage_table
 from tritter.report.growth import growth_table, growth_text
 from tritter.report.matrix import transfer_table
-from tritter.report.moe import bias_text, expert_table
 from tritter.report.rows import DomainRow, change_text, domain_rows, score_of, score_text
-from tritter.report.summary import Attempt, Jump, Summary
+from tritter.report.summary import Attempt, Jump, MoeRecord, Summary
 from tritter.report.table import STYLES, Table, label
 from tritter.report.wording import MISSING, Signs, count_text, number_text, si_text
 from tritter.terminal import Console
@@ -26,6 +25,7 @@ _STATUS_WORDS = {
 }
 _SAMPLE_CHARACTERS = 400
 _DOMAIN_CHARACTERS = 11
+_MOST_EXPERTS = 12  # of a mixture, side by side
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,7 @@ def _tables(summary: Summary) -> Iterator[Table]:
     if summary.matrix is not None:
         yield transfer_table(summary.matrix)
     if summary.moe is not None:
-        yield expert_table(summary.moe)
+        yield moe_table(summary.moe)
     if (growth := summary.growth) is not None and growth.events:
         yield growth_table(growth)
     if (added := summary.experts) is not None:
@@ -154,6 +154,49 @@ def stage_table(summary: Summary) -> Table:
     )
     rules = (len(rows) - 1,) if "total" in names else ()
     return Table(("stage", "seconds", "FLOPs"), rows, (1, 2), title="Cost", rules=rules)
+
+
+def moe_table(experts: MoeRecord) -> Table:
+    """Return a row per domain: each expert's part of its assignments, as a mean over the layers.
+
+    Of many experts the most used ones stand for all; appended ones are added up as well.
+    """
+    usage = {
+        domain: [sum(column) / len(layers) for column in zip(*layers, strict=True)]
+        for domain, layers in experts.usage.items()
+    }
+    new, number = experts.new, experts.number
+    shown = list(range(number))
+    if number > _MOST_EXPERTS:
+        total = [sum(shares) for shares in zip(*usage.values(), strict=True)]
+        shown = sorted(sorted(shown, key=lambda expert: -total[expert])[:_MOST_EXPERTS])
+    header = ["domain", *(f"{each}{'*' if each in new else ''}" for each in shown)]
+    header += ["* new"] * bool(new)
+    rows = tuple(
+        (
+            domain,
+            *(f"{100 * shares[expert]:.0f}" for expert in shown),
+            *([f"{100 * sum(shares[expert] for expert in new):.0f}"] if new else []),
+        )
+        for domain, shares in usage.items()
+    )
+    title = f"Experts: % of a domain's assignments, {experts.experts_per_token} per token"
+    return Table(tuple(header), rows, tuple(range(1, len(header))), title=title)
+
+
+def bias_text(experts: MoeRecord) -> str | None:
+    """Say what the selection bias, which is not saved, does to the loss; None where there is none.
+
+    The bias is that of `moe_routing.bias_update_rate`.
+    """
+    effect = experts.selection_bias
+    if not effect:
+        return None
+    parts = []
+    for domain, losses in effect.items():
+        texts = (f"{number_text(losses.get(each), '.3f')} {each}" for each in ("with", "without"))
+        parts.append(f"{domain} {', '.join(texts)}")
+    return f"loss under the selection bias, which is not saved: {'; '.join(parts)}"
 
 
 def summary_lines(summary: Summary, *, signs: Signs) -> list[SummaryLine]:
