@@ -36,7 +36,7 @@ def growth_table(growth: GrowthRecord, *, most: int = MAX_ROWS) -> Table:
             f"{layer.before} → {layer.after}",
             *map(str, (layer.born, layer.replaced, *([layer.died] if has_dead else []))),
             number_text(layer.function_change, ".1e"),
-            steps_text(layer.steps),
+            _steps_text(layer.steps),
         )
         for layer in sorted(grown, key=lambda layer: layer.layer)
     )
@@ -96,7 +96,7 @@ def nothing_grew(growth: GrowthRecord) -> str:
     return f"nothing grew in {number}; try {', '.join(others) + ', or ' if others else ''}{last}"
 
 
-def steps_text(steps: Sequence[int]) -> str:
+def _steps_text(steps: Sequence[int]) -> str:
     """Name the first steps and the last one."""
     if len(steps) <= _MOST_STEPS:
         return ", ".join(map(str, steps))

@@ -1,6 +1,6 @@
 """The table at the end of a run, from summary.json alone."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,7 +44,20 @@ def print_summary(summary: Summary, *, console: Console, folder: Path | None = N
         folder: the run folder; with it the checkpoint is named by a path that can be copied.
     """
     signs = Signs.for_encoding(console.encoding)
-    for table in _tables(summary):
+    tables = [result_table(summary, domain_rows(summary))]
+    if len(summary.tasks) > 1:
+        tables.append(task_table(summary))
+    if summary.matrix is not None:
+        tables.append(transfer_table(summary.matrix))
+    if summary.moe is not None:
+        tables.append(moe_table(summary.moe))
+    if (growth := summary.growth) is not None and growth.events:
+        tables.append(growth_table(growth))
+    if (added := summary.experts) is not None:
+        tables.append(experts_table(added))
+        if added.usage and len(added.names) > 1:
+            tables.append(usage_table(added))
+    for table in (*tables, stage_table(summary)):
         console.print()
         console.print(table.to_rich(signs))
     console.print()
@@ -61,24 +74,6 @@ def print_summary(summary: Summary, *, console: Console, folder: Path | None = N
             text = signs.shortened(" ".join(words.split()), _SAMPLE_CHARACTERS)
             lines.append(SummaryLine(name, text or MISSING))
         console.print(_grid(lines))
-
-
-def _tables(summary: Summary) -> Iterator[Table]:
-    """Yield the tables of a run."""
-    yield result_table(summary, domain_rows(summary))
-    if len(summary.tasks) > 1:
-        yield task_table(summary)
-    if summary.matrix is not None:
-        yield transfer_table(summary.matrix)
-    if summary.moe is not None:
-        yield moe_table(summary.moe)
-    if (growth := summary.growth) is not None and growth.events:
-        yield growth_table(growth)
-    if (added := summary.experts) is not None:
-        yield experts_table(added)
-        if added.usage and len(added.names) > 1:
-            yield usage_table(added)
-    yield stage_table(summary)
 
 
 def result_table(summary: Summary, rows: Sequence[DomainRow]) -> Table:
@@ -224,15 +219,27 @@ def summary_lines(summary: Summary, *, signs: Signs) -> list[SummaryLine]:
         if is_notable or check.verdict in ("failed", "undecided"):
             what = signs.printable(f"{check.check} of {check.subject}: {check.detail}")
             lines.append(SummaryLine(check.verdict, what, style=STYLES[check.verdict]))
-    if (jump := _jump_text(summary.jump)) is not None:
-        lines.append(SummaryLine("jump", jump))
-    lines.append(SummaryLine("parameters", _parameters_text(summary, signs=signs)))
+    jump = summary.jump or Jump()
+    if jump.max_absolute is not None and jump.relative_to_std is not None:
+        text = (
+            f"logits moved by up to {jump.max_absolute:.1e} when expanded, "
+            f"{jump.relative_to_std:.1e} of their deviation"
+        )
+        lines.append(SummaryLine("jump", text))
+    before, after = (summary.parameters.get(name) for name in ("baseline", "final"))
+    sizes = f"{count_text(before)} {signs.arrow} {count_text(after)}"
+    if summary.experts is not None:  # next to a base that stays as it is
+        trained = summary.experts.parameters.trainable
+        sizes = f"{count_text(before)} + {count_text(trained)} experts"
+    elif before and after:
+        sizes += f" ({after / before:.2f} times)"
+    lines.append(SummaryLine("parameters", sizes))
     if (growth := summary.growth) is not None:
         lines.append(SummaryLine("growth", growth_text(growth, signs=signs)))
     if (added := summary.experts) is not None:
         lines.append(SummaryLine("experts", signs.printable(experts_text(added))))
-    if summary.moe is not None and (text := bias_text(summary.moe)) is not None:
-        lines.append(SummaryLine("bias", text))
+    if summary.moe is not None and (bias := bias_text(summary.moe)) is not None:
+        lines.append(SummaryLine("bias", bias))
     return lines
 
 
@@ -252,23 +259,6 @@ def _attempt_lines(attempts: Sequence[Attempt], *, signs: Signs) -> list[Summary
         text = f"{number}: {did}: {changes}; {status.replace('_', ' ')}"
         lines.append(SummaryLine("", signs.printable(text), style=STYLES.get(status, "")))
     return lines
-
-
-def _jump_text(jump: Jump | None) -> str | None:
-    if jump is None or jump.max_absolute is None or jump.relative_to_std is None:
-        return None
-    return (
-        f"logits moved by up to {jump.max_absolute:.1e} when expanded, "
-        f"{jump.relative_to_std:.1e} of their deviation"
-    )
-
-
-def _parameters_text(summary: Summary, *, signs: Signs) -> str:
-    before, after = (summary.parameters.get(name) for name in ("baseline", "final"))
-    if summary.experts is not None:  # beside a base that stays as it is
-        return f"{count_text(before)} + {count_text(summary.experts.parameters.trainable)} experts"
-    text = f"{count_text(before)} {signs.arrow} {count_text(after)}"
-    return f"{text} ({after / before:.2f} times)" if before and after else text
 
 
 def _grid(lines: Iterable[SummaryLine]) -> RichTable:
