@@ -19,7 +19,7 @@ from tests.stock_routers.models import FAMILIES, num_experts, tiny_moe
 from tritter.checkpoint import Source, read_lineage
 from tritter.checkpoint.history import read_chain, verify
 from tritter.checkpoint.state import read_state, write_state
-from tritter.cli.map_table import rebuilt_map
+from tritter.cli.inspect import rebuilt_map
 from tritter.errors import RequestError, TritterError
 from tritter.expand import Expanded, expand, plan_expansion
 from tritter.expand.live import ModelExpander

@@ -11,7 +11,7 @@ from tests.report.growing import growth
 from tests.report.test_runs import SETTINGS
 from tests.report.test_tables import ungated
 from tritter.report.drawing import DPI
-from tritter.report.page import MOST_PANELS, _lead, figures, page
+from tritter.report.page import MOST_PANELS, figures, page
 from tritter.report.plots import Curve
 from tritter.report.runs import Run, grouped
 from tritter.report.summary import Summary
@@ -140,7 +140,7 @@ def test_as_much_is_drawn_as_a_picture_can_hold(summary: dict[str, Any]) -> None
     many = [Run(str(n), made, SETTINGS | {"training.learning_rate": n}) for n in range(50)]
     changes = figures(grouped(many))["changes"]
     assert all(max(each.get_size_inches()) * DPI < 2**12 for each in changes)
-    assert "of the first 40 groups" in _lead(many, grouped(many))
+    assert "of the first 40 groups" in page(many, title="many")[0]
     scores = {f"d{number}": summary["baseline"]["prose"] for number in range(60)}
     domains = {"old": list(scores), "new": []}
     wide = summary | {"baseline": scores, "domains": domains, "attempts": [{"final": scores}]}

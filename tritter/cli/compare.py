@@ -7,7 +7,7 @@ import io
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 from rich.text import Text
 
 from tritter.cli.options import AsJson, ReportOverwrite, Runs, option, place
-from tritter.cli.output import new_console, print_json, shown_path, signs_of
-from tritter.cli.report import find_runs, metric_rows, read_runs
+from tritter.cli.output import new_console, print_json, print_table, shown_path, signs_of
+from tritter.cli.report import FoundRuns, find_runs, metric_rows, read_runs
 from tritter.errors import Problem, RequestError, TritterError
 from tritter.storage.reading import LINEAGE_NAME, SUMMARY_FILE, read_object
 
@@ -44,51 +44,51 @@ def compare(
     as_json: AsJson = False,
 ) -> int:
     """Hold finished runs against the first: settings, losses in pairs, cost."""
-    from tritter.cli.report_file import FORMATS, ReportFile, mark
     from tritter.report.compared import Compared, Comparison
 
     file = None
     if output is not None:
+        from tritter.cli.report_file import FORMATS, ReportFile
+
         format = FORMATS.get(output.suffix)
         if format is None:
             reason = f"the ending selects the format; allowed is one of {', '.join(FORMATS)}"
             raise RequestError(Problem("--output", str(output), reason=reason))
-        file = ReportFile(path=output, kind="compare", format=format, overwrite=overwrite)
-        file.check()
-    found = find_runs([_run_of(folder) for folder in folders])
+        file = ReportFile(output, "compare", format, overwrite=overwrite)
+    places = []
+    for folder in folders:
+        if (folder / LINEAGE_NAME).is_file() and not (folder / SUMMARY_FILE).exists():
+            above = list(folder.resolve().parents)[:_DEEPEST]  # a checkpoint stands for its run
+            folder = next((each for each in above if (each / SUMMARY_FILE).is_file()), folder)
+        places.append(folder)
+    found = find_runs(places)
     if len(found.finished) < 2:
         reason = "one finished run is in it; a comparison needs two or more"
         raise RequestError(Problem("RUN", ", ".join(map(str, folders)), reason=reason))
+    runs = read_runs(found.finished, are_drawn=file is not None and file.format == "html")
     compared = []
-    for place_of_run, run in zip(found.finished, read_runs(found.finished), strict=True):
+    for folder, run in zip(found.finished, runs, strict=True):
         scores, why_not = None, ""
         try:
-            scores = _scores(place_of_run, run)
+            scores = _scores(folder, run)
         except TritterError as error:
             why_not = str(error).removesuffix(".")
-        compared.append(Compared(run, scores, why_not, _peak_memory(place_of_run)))
+        compared.append(Compared(run, scores, why_not, _peak_memory(folder)))
     comparison = Comparison(tuple(compared))
-    notes = [f"Not finished, and left out: {path}" for path in found.unfinished]
-    numbers = {
-        **mark("compare"),
-        **comparison.to_dict(),
-        "left_out": [str(path) for path in found.unfinished],
-    }
     if file is not None:
-        file.write(_content(comparison, file.format, notes, numbers))
+        file.write(_content(comparison, file.format, found))
     if as_json:
-        print_json(numbers)
+        print_json(_numbers(comparison, found))
     else:
-        _print(comparison, notes, output)
+        _print(comparison, found.notes, output)
     return 0
 
 
-def _run_of(folder: Path) -> Path:
-    """Return the run that left a checkpoint, and any other folder as it is."""
-    if not (folder / LINEAGE_NAME).is_file() or (folder / SUMMARY_FILE).exists():
-        return folder
-    above = list(folder.resolve().parents)[:_DEEPEST]
-    return next((each for each in above if (each / SUMMARY_FILE).is_file()), folder)
+def _numbers(comparison: Comparison, found: FoundRuns) -> dict[str, Any]:
+    from tritter.cli.report_file import mark
+
+    left_out = [str(path) for path in found.unfinished]
+    return {**mark("compare"), **comparison.to_dict(), "left_out": left_out}
 
 
 def _scores(place: Path, run: Run) -> Scores:
@@ -133,22 +133,19 @@ def _peak_memory(place: Path) -> float | None:
     return max(known, default=None)
 
 
-def _content(
-    comparison: Comparison, kind: str, notes: Sequence[str], numbers: Mapping[str, Any]
-) -> str:
-    from tritter.report.page import page
-
-    if kind == "json":
-        return json.dumps(numbers, indent=2, allow_nan=False) + "\n"
-    if kind == "csv":
+def _content(comparison: Comparison, format: str, found: FoundRuns) -> str:
+    if format == "json":
+        return json.dumps(_numbers(comparison, found), indent=2, allow_nan=False) + "\n"
+    if format == "csv":
         stream = io.StringIO()
         csv.writer(stream, lineterminator="\n").writerows(comparison.rows())
         # The name of a folder may be no text
         return stream.getvalue().encode(errors="backslashreplace").decode()
+    from tritter.report.page import page
+
     runs = [each.run for each in comparison.runs]
     tables = comparison.tables()
-    text, _ = page(runs, title="Runs compared", notes=notes, beside=tables)
-    return text
+    return page(runs, title="Runs compared", notes=found.notes, beside=tables)[0]
 
 
 def _print(comparison: Comparison, notes: Sequence[str], output: Path | None) -> None:
@@ -166,14 +163,14 @@ def _print(comparison: Comparison, notes: Sequence[str], output: Path | None) ->
         for first, *others in table.rows:
             rows.append(("" if is_grouped and first == before else label(first), *others))
             before = first
-        whole = [n for n, name in enumerate(table.header) if n in table.numbers or name in _WHOLE]
+        names = enumerate(table.header)
+        wrapped = [name for n, name in names if n not in table.numbers and name not in _WHOLE]
         console.print(Text(signs.printable(title), style="bold"))
-        shown = replace(table, rows=tuple(rows), caption="")
-        console.print(shown.to_rich(signs, whole=whole))
+        print_table(console, replace(table, rows=tuple(rows), caption=""), wrapped=wrapped)
         if table.caption:
             console.print(Text(signs.printable(table.caption), style="dim"))
         console.print()
     for note in notes:
         console.print(note, soft_wrap=True)
     if output is not None:
-        console.print(Text(f"written  {signs_of(console).printable(shown_path(output))}"))
+        console.print(Text(f"written  {signs.printable(shown_path(output))}"))

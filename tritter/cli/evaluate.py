@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from tritter.cli.options import AsJson, Checkpoint, ReportOverwrite, option, place
+from tritter.cli.options import AsJson, Checkpoint, ReportOverwrite, of_list, option, place
 from tritter.cli.output import (
     new_console,
-    new_table,
     print_json,
+    print_table,
     progress_bars,
     refuse_damage,
     shown_path,
@@ -20,29 +20,25 @@ from tritter.cli.output import (
 from tritter.errors import RequestError, raise_problems
 from tritter.limits import MAX_COUNT
 from tritter.loading import loading
+from tritter.report.table import Table
+from tritter.report.wording import number_text
 from tritter.storage.hub import locate
 from tritter.storage.reading import named_path
 
 if TYPE_CHECKING:
-    from torch import nn
-
-    from tritter.cli.report_file import ReportFile
     from tritter.evaluation.benchmarks.files import Questions
     from tritter.evaluation.benchmarks.formats import Benchmark
-    from tritter.evaluation.benchmarks.harness import Asking, BenchmarkScores
+    from tritter.evaluation.benchmarks.harness import BenchmarkScores
     from tritter.evaluation.code.sandbox import Sandbox
     from tritter.evaluation.statistics import PairedScores
 
 _CODE = "Programs that the model writes (humaneval, mbpp)"
 
 
-def _names(incomplete: str) -> list[str]:
-    """Return what the last benchmark of a list may become, for a shell."""
+def _names() -> Iterable[str]:
     from tritter.data.benchmark_names import GROUPS, HUB_NAMES
 
-    done = incomplete[: incomplete.rfind(",") + 1]
-    names = dict.fromkeys([*GROUPS, *HUB_NAMES])
-    return [found for name in names if (found := done + name).startswith(incomplete)]
+    return dict.fromkeys([*GROUPS, *HUB_NAMES])
 
 
 Tasks = Annotated[
@@ -51,7 +47,7 @@ Tasks = Annotated[
         "--tasks",
         "NAME,..",
         "Benchmarks, or groups of them: base_capabilities, code, math, reasoning.",
-        completes=_names,
+        completes=of_list(_names),
     ),
 ]
 TasksPath = Annotated[
@@ -120,19 +116,21 @@ def evaluate(
         import torch
 
         from tritter.checkpoint import read_lineage
-        from tritter.cli.report_file import mark
+        from tritter.cli.report_file import ReportFile, mark
         from tritter.data.tokens import read_tokenizer
         from tritter.evaluation.benchmarks.formats import benchmarks_of
-        from tritter.evaluation.benchmarks.harness import Asking
+        from tritter.evaluation.benchmarks.harness import Asking, score_benchmark, score_from_hub
         from tritter.experts.whole import load_whole
         from tritter.families import family_of, position_limit
-        from tritter.models import non_finite, read_config
+        from tritter.models import load_tokenizer, non_finite, read_config
         from tritter.pipeline import evaluate as losses_of
 
     sources = losses_of.read_data_words(data or ())
     places = [named_path(checkpoint, key="--checkpoint"), *filter(None, [tasks_path])]
     places += [named_path(word, key="--data") for words in sources.values() for word in words]
-    file = _file(output, places, overwrite=overwrite)
+    file = None
+    if output is not None:
+        file = ReportFile(output, "evaluate", "json", overwrite=overwrite, sources=places)
     chosen = benchmarks_of(_listed(tasks), key="--tasks")
     sandbox = _sandbox(chosen, _listed(allow_code), code_sandbox)
     questions = _questions(chosen, tasks_path, limit)
@@ -157,7 +155,14 @@ def evaluate(
             new_bar=new_bar,
         )  # fmt: skip
     asking = Asking(limit=limit, batch_size=batch_size, sandbox=sandbox, is_shown=not as_json)
-    scores = [_scored(model, folder, each, questions, asking) for each in chosen]
+    scores = []
+    for benchmark in chosen:
+        words, of_files = load_tokenizer(folder), questions.get(benchmark.name)
+        scores.append(
+            score_from_hub(model, words, benchmark, asking)
+            if of_files is None
+            else score_benchmark(model, words, of_files, asking)
+        )
     record = {
         **mark("evaluate"),
         "checkpoint": str(folder),
@@ -181,23 +186,6 @@ def evaluate(
 
 def _listed(words: Sequence[str] | None) -> list[str]:
     return [name for word in words or () for name in word.split(",")]
-
-
-def _file(output: Path | None, sources: Sequence[Path], *, overwrite: bool) -> ReportFile | None:
-    """Return the file to write the result to; None where none is named.
-
-    Raises:
-        RequestError: it may not be written.
-    """
-    from tritter.cli.report_file import ReportFile
-
-    if output is None:
-        return None
-    file = ReportFile(
-        path=output, kind="evaluate", format="json", overwrite=overwrite, sources=sources
-    )
-    file.check()
-    return file
 
 
 def _questions(
@@ -243,22 +231,6 @@ def _sandbox(
     return sandbox
 
 
-def _scored(
-    model: nn.Module,
-    folder: Path,
-    benchmark: Benchmark,
-    questions: Mapping[str, Questions],
-    asking: Asking,
-) -> BenchmarkScores:
-    from tritter.evaluation.benchmarks.harness import score_benchmark, score_from_hub
-    from tritter.models import load_tokenizer
-
-    tokenizer = load_tokenizer(folder)
-    if (of_files := questions.get(benchmark.name)) is None:
-        return score_from_hub(model, tokenizer, benchmark, asking)
-    return score_benchmark(model, tokenizer, of_files, asking)
-
-
 def _record(
     scores: BenchmarkScores, benchmark: Benchmark, questions: Mapping[str, Questions]
 ) -> dict[str, Any]:
@@ -292,38 +264,28 @@ def _print(
     say = partial(console.print, soft_wrap=True)
     for note in notes:
         say(note)
-    headers: tuple[str, ...] = ("nats per token", "±", "per byte", "documents")
-    table = new_table("loss", *headers, numbers=headers)
+    rows: list[tuple[str, ...]] = []
     for name, of_domain in losses.items():
         record = of_domain.record()
         sizes = (record["loss"], record["standard_error"], record["loss_per_byte"])
-        table.add_row(name, *(_number(size, "{:.3f}") for size in sizes), str(record["n"]))
-    if losses:
-        console.print(table)
+        rows.append((name, *(number_text(size, ".3f") for size in sizes), str(record["n"])))
+    if rows:
+        header: tuple[str, ...] = ("loss", "nats per token", "±", "per byte", "documents")
+        print_table(console, Table(header, tuple(rows), numbers=(1, 2, 3, 4)))
     if losses and scores:
         say()
-    headers = ("score", "±", "questions", "uniform", "constant", "empty")
-    table = new_table("benchmark", "metric", *headers, numbers=headers)
+    rows = []
     for held in scores:
         record, nulls = held.known_by.record(), held.nulls
         shares = (record["accuracy"], record["standard_error"])
-        table.add_row(
-            held.name,
-            held.metric,
-            *(_number(share, "{:.1%}") for share in shares),
-            str(record["n"]),
-            *(_number(share, "{:.1%}") for share in (nulls.uniform, nulls.constant, nulls.empty)),
-        )
-    if scores:
-        console.print(table)
-    limited = [(held.name, note) for held in scores for note in held.notes]
-    if limited:
-        say()
-    for name, note in limited:
-        say(f"{name}: {note}")
+        guesses = (nulls.uniform, nulls.constant, nulls.empty)
+        cells = [number_text(share, ".1%") for share in (*shares, *guesses)]
+        rows.append((held.name, held.metric, *cells[:2], str(record["n"]), *cells[2:]))
+    if rows:
+        header = ("benchmark", "metric", "score", "±", "questions", "uniform", "constant", "empty")
+        print_table(console, Table(header, tuple(rows), numbers=tuple(range(2, 8))))
+    limited = [f"{held.name}: {note}" for held in scores for note in held.notes]
+    for line in ["", *limited] if limited else ():
+        say(line)
     if output is not None:
         say(f"\nwritten  {shown_path(output)}")
-
-
-def _number(value: float | int | None, form: str) -> str:
-    return "-" if value is None else form.format(value)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -11,17 +11,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tritter.cli.methods import method_names, option_names, specs_of
+from tritter.cli.methods import method_bodies, method_names, option_names, specs_of
 from tritter.cli.options import (
     WRITING,
     AsJson,
     Checkpoint,
+    DType,
     MaxShardSize,
     Overwrite,
     Seed,
     choice,
     flag,
     is_typed,
+    of_list,
     option,
     parameter_count,
     place,
@@ -31,10 +33,10 @@ from tritter.cli.output import (
     EXIT_NO,
     SHAPES,
     new_console,
-    new_table,
     print_command,
     print_json,
     print_lines,
+    print_table,
     progress_bars,
     refuse_damage,
     says_if_written,
@@ -54,7 +56,8 @@ from tritter.errors import (
 )
 from tritter.limits import MAX_COUNT
 from tritter.loading import loading
-from tritter.report.wording import count_text
+from tritter.report.table import Table
+from tritter.report.wording import count_text, number_text
 from tritter.storage.hub import locate
 from tritter.storage.reading import named_path
 from tritter.storage.tensors import WEIGHT_DTYPES
@@ -91,20 +94,14 @@ _NAMES = {
     "target_params": "--target-params",
     "dtype": "--dtype",
 }
+_NO_METHOD = (
+    "--method is missing: name what is to grow, --method width, or a file of steps, --recipe "
+    "grow.yaml."
+)
 _SHARD_BYTES = 5 * 10**9
 DEFAULT_STEPS = 200
 DEFAULT_LEARNING_RATE = 1e-4
 DEFAULT_DOMAIN = "new"
-
-
-def _methods(incomplete: str) -> list[str]:
-    """Return what the last method of a list may become, for a shell."""
-    from tritter.cli.methods import method_bodies
-
-    done = incomplete[: incomplete.rfind(",") + 1]
-    return [
-        found for name in method_bodies() if (found := done + spelled(name)).startswith(incomplete)
-    ]
 
 
 Method = Annotated[
@@ -114,7 +111,7 @@ Method = Annotated[
         "METHOD,..",
         "dus, stack, interpolate, llama-pro, width, moe or moe-add; several, joined by "
         "commas, in their order.",
-        completes=_methods,
+        completes=of_list(lambda: map(spelled, method_bodies())),
     ),
 ]
 RecipeFile = Annotated[
@@ -148,15 +145,6 @@ Moments = Annotated[
         "--moments",
         "carry|zero|reset-new",
         "What becomes of optimizer state beside the model.",
-        panel=WRITING,
-    ),
-]
-DType = Annotated[
-    str | None,
-    option(
-        "--dtype",
-        "float32|bfloat16|float16|float64",
-        "Of the result. Default: the source's.",
         panel=WRITING,
     ),
 ]
@@ -255,13 +243,18 @@ def expand(
     file = None if recipe is None else read_recipe(recipe)
     settings = _settings(context, file)
     with naming(_names(file)):
-        specs = _specs(method, context.obj) if file is None else file.steps
+        if file is not None:
+            specs = file.steps
+        elif method:
+            specs = specs_of(method_names(method), context.obj)
+        else:
+            raise RequestError(_NO_METHOD)
         of_domain = (domain, domain_data, old_data, steps, learning_rate)
         is_trained = any(value is not None for value in of_domain)
         job = _located(checkpoint, specs, settings, file)
         if not dry_run and job.obstacle(overwrite=overwrite):
             raise RequestError(job.obstacle(overwrite=overwrite))
-        text = _domain_text(domain, domain_data, old_data) if is_trained else None
+        text = _domain_text(*of_domain) if is_trained else None
         _check_domain(job, text, is_measured=measure)
         with closing(job.source.digests) as digests:
             if not (dry_run or is_trained):
@@ -272,9 +265,7 @@ def expand(
                 if dry_run:
                     result = _planned(job, overwrite=overwrite)
                 elif text is not None:
-                    rate = DEFAULT_LEARNING_RATE if learning_rate is None else learning_rate
-                    task = {"steps": steps or DEFAULT_STEPS, "learning_rate": rate}
-                    result = _trained(job, text, task, overwrite=overwrite, is_quiet=as_json)
+                    result = _trained(job, text, overwrite=overwrite, is_quiet=as_json)
                 else:
                     result = _written(
                         job, measures=measure is not False, overwrite=overwrite, is_quiet=as_json
@@ -337,15 +328,6 @@ def _settings(context: typer.Context, file: Recipe | None) -> Settings:
     return Settings(**values)
 
 
-def _specs(methods: Sequence[str] | None, options: Mapping[str, Any]) -> tuple[ExpansionSpec, ...]:
-    if not methods:
-        raise RequestError(
-            "--method is missing: name what is to grow, --method width, or a file of steps, "
-            "--recipe grow.yaml."
-        )
-    return specs_of(method_names(methods), options)
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Job:
     """An expansion that can be had, as far as configs tell.
@@ -392,49 +374,38 @@ def _located(
     from tritter.checkpoint.expert_files import refuse_experts
     from tritter.expansion.specification import target_config
     from tritter.expansion.targets import reach_parameters
+    from tritter.families.config_file import read_config_file
 
     with refuse_damage():
         folder = locate(checkpoint, key="--checkpoint")
-        source = Source.open(folder, _config_of(folder))
+        try:
+            config = read_config_file(folder)
+        except RequestError:
+            raise
+        except TritterError:  # it leaves out what the family's table needs
+            from tritter.models import read_config
+
+            config = read_config(folder)
+        source = Source.open(folder, config)
         names = source.recorded_files
         refuse_experts(folder, doing="an expansion", key="--checkpoint", recorded=names)
-    destination = settings.output and Path(settings.output)
     if settings.target_params is not None:
         specs = reach_parameters(source.config, specs, settings.target_params)
     config = source.config
     for number, spec in enumerate(specs):
         with naming(_names(recipe, number)):
             config = target_config(config, [spec])
+    near = Path(checkpoint.rstrip("/").rpartition("/")[2])  # here, for a model from the hub
+    if Path(checkpoint).is_dir():
+        near = folder if folder.name not in ("", "..") else folder.resolve()
+    ending = "-".join(spelled(spec.name) for spec in specs)
     return _Job(
         source=source,
-        destination=destination or _default_output(checkpoint, folder, specs),
+        destination=Path(settings.output or near.with_name(f"{near.name}-{ending}")),
         specs=specs,
         settings=settings,
         recipe=recipe,
     )
-
-
-def _config_of(folder: Path) -> Config:
-    """Return a folder's config, by its family's table if it states all that the table needs."""
-    from tritter.families.config_file import read_config_file
-
-    try:
-        return read_config_file(folder)
-    except RequestError:
-        raise
-    except TritterError:
-        from tritter.models import read_config
-
-        return read_config(folder)
-
-
-def _default_output(checkpoint: str, folder: Path, specs: Sequence[ExpansionSpec]) -> Path:
-    """Return SRC-METHOD: next to a folder, and here for a model from the hub."""
-    ending = "-".join(spelled(spec.name) for spec in specs)
-    if Path(checkpoint).is_dir():
-        near = folder if folder.name not in ("", "..") else folder.resolve()
-        return near.with_name(f"{near.name}-{ending}")
-    return Path(f"{checkpoint.rstrip('/').rpartition('/')[2]}-{ending}")
 
 
 # Experts that are trained on a domain
@@ -446,10 +417,16 @@ class _DomainText:
 
     new: TextSources
     old: TextSources
+    steps: int
+    learning_rate: float
 
 
 def _domain_text(
-    domain: str | None, data: Sequence[str] | None, old_data: Sequence[str] | None
+    domain: str | None,
+    data: Sequence[str] | None,
+    old_data: Sequence[str] | None,
+    steps: int | None,
+    learning_rate: float | None,
 ) -> _DomainText:
     """Return the text that the options name.
 
@@ -472,7 +449,8 @@ def _domain_text(
     raise_problems(problems)
     if name in old:
         raise RequestError(f"--domain = {name}: that is what the old text is called.")
-    return _DomainText(new, old)
+    rate = DEFAULT_LEARNING_RATE if learning_rate is None else learning_rate
+    return _DomainText(new, old, steps or DEFAULT_STEPS, rate)
 
 
 def _check_domain(job: _Job, text: _DomainText | None, *, is_measured: bool | None) -> None:
@@ -594,8 +572,7 @@ class _Result:
             texts.append(f"map {short(step.parameter_map.digest())}")
             labels = [spelled(step.spec.name), *[""] * (len(texts) - 1)]
             lines += zip(labels, texts, strict=True)
-        specs = [step.spec for step in self.plan.steps]
-        exactness = _exactness(specs, is_recipe=self.job.recipe is not None)
+        exactness = _exactness(self)
         if self.training is not None:
             exactness += " at step 0, before the new experts were trained"
         lines.append(("exact", exactness))
@@ -673,9 +650,7 @@ def _written(job: _Job, *, measures: bool, overwrite: bool, is_quiet: bool) -> _
     return _Result(job=job, plan=plan, lineage=made.lineage, measured=measured[0])
 
 
-def _trained(
-    job: _Job, text: _DomainText, task: Mapping[str, Any], *, overwrite: bool, is_quiet: bool
-) -> _Result:
+def _trained(job: _Job, text: _DomainText, *, overwrite: bool, is_quiet: bool) -> _Result:
     """Add the experts and train them.
 
     Raises:
@@ -686,11 +661,18 @@ def _trained(
     from tritter.cli.measure import Measurement
     from tritter.pipeline.domain import DomainTask, expand_for_domain
 
+    task = DomainTask(
+        new=text.new,
+        old=text.old,
+        steps=text.steps,
+        learning_rate=text.learning_rate,
+        seed=job.settings.seed or 0,
+    )
     made = expand_for_domain(
         job.source.folder,
         job.destination,
         job.specs,
-        DomainTask(new=text.new, old=text.old, seed=job.settings.seed or 0, **task),
+        task,
         console=Console(quiet=True) if is_quiet else new_console(),
         overwrite=overwrite,
     )
@@ -718,16 +700,17 @@ def _room_lines(room: Room, destination: Path) -> list[tuple[str, str]]:
 
 def _print_domain(console: Console, made: DomainExpansion) -> None:
     """Print the loss of each domain and where its tokens go."""
-    from tritter.report.moe import expert_table
+    from tritter.report.tables import moe_table
 
-    table = new_table("loss", "before", "after", numbers=("before", "after"))
-    for domain, before in made.scores["before"].items():
-        after = made.scores["after"][domain]
-        table.add_row(domain, *(f"{record['loss']:.3f}" for record in (before, after)))
+    before, after = made.scores["before"], made.scores["after"]
+    rows = tuple(
+        (domain, *(f"{scores[domain]['loss']:.3f}" for scores in (before, after)))
+        for domain in before
+    )
     console.print()
-    console.print(table)
+    print_table(console, Table(("loss", "before", "after"), rows, numbers=(1, 2)))
     console.print()
-    console.print(expert_table(made.experts).to_rich(signs_of(console)))
+    console.print(moe_table(made.experts).to_rich(signs_of(console)))
 
 
 def _on_disk(config: Config) -> int:
@@ -739,38 +722,34 @@ def _on_disk(config: Config) -> int:
 def _print_shapes(console: Console, plan: PlannedExpansion) -> None:
     before = shapes_of(plan.steps[0].source_config)
     after = shapes_of(plan.steps[-1].target_config)
-    table = new_table("", "before", "after", "", numbers=("before", "after"))
+    rows: list[tuple[str, ...]] = []
+    styles = []
     for name in (name for name in SHAPES if name in after):
         old, new = before.get(name), after[name]
         grown = f"{new / old:.3g} times" if old is not None and old != new else ""
-        style = "dim" if old == new else "bold"
-        table.add_row(SHAPES[name], "-" if old is None else str(old), str(new), grown, style=style)
-    table.add_section()
-    table.add_row(
-        "parameters",
-        count_text(plan.parameters_before),
-        count_text(plan.parameters_after),
-        f"{plan.parameters_after / plan.parameters_before:.3g} times",
-        style="bold",
-    )
-    console.print(table)
+        rows.append((SHAPES[name], number_text(old), str(new), grown))
+        styles.append("dim" if old == new else "bold")
+    sizes = (plan.parameters_before, plan.parameters_after)
+    rows.append(("parameters", *map(count_text, sizes), f"{sizes[1] / sizes[0]:.3g} times"))
+    header, rules = ("", "before", "after", ""), (len(rows) - 1,)
+    table = Table(header, tuple(rows), numbers=(1, 2), rules=rules, styles=(*styles, "bold"))
+    print_table(console, table)
 
 
-def _exactness(specs: Sequence[ExpansionSpec], *, is_recipe: bool) -> str:
-    lossy = [spec for spec in specs if not spec.is_exact]
+def _exactness(result: _Result) -> str:
+    """Say whether the function is kept; if not, which one option alone would make it so."""
+    lossy: list[str] = []
+    is_recipe = result.job.recipe is not None
+    for spec in (step.spec for step in result.plan.steps if not step.spec.is_exact):
+        ways = (
+            f" (exact with {f'{key}: {show(value)}' if is_recipe else words})"
+            for key, value, words in _EXACT_CHOICES
+            if hasattr(spec, key) and replace(spec, **{key: value}).is_exact  # type: ignore[type-var]
+        )
+        lossy.append(spelled(spec.name) + next(ways, ""))
     if not lossy:
         return "yes: the model computes what it computed before"
-    named = ", ".join(spelled(s.name) + _made_exact_by(s, is_recipe=is_recipe) for s in lossy)
     return (
-        f"no: {named} may change what the model computes; measure the jump on your own text, and "
-        "train on"
+        f"no: {', '.join(lossy)} may change what the model computes; measure the jump on your own "
+        "text, and train on"
     )
-
-
-def _made_exact_by(spec: Any, *, is_recipe: bool) -> str:
-    """Name the one option, if there is one, that alone would make a method exact."""
-    for key, value, words in _EXACT_CHOICES:
-        if hasattr(spec, key) and replace(spec, **{key: value}).is_exact:
-            named = f"{key}: {show(value)}" if is_recipe else words
-            return f" (exact with {named})"
-    return ""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from tritter.cli.options import (
     AsJson,
+    DType,
     MaxShardSize,
     Overwrite,
     choice,
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
     from tritter.checkpoint.export import Exported, Weights
     from tritter.checkpoint.folder import Artifact
     from tritter.cli.export_experts import Merge
-    from tritter.families import Config, LayoutKind
+    from tritter.families import LayoutKind
 
 FORMATS = ("hf", "peft")
 _NAMES = Names.of({"dtype": "--dtype"})
@@ -63,14 +64,6 @@ Format = Annotated[
         "hf|peft",
         "hf: a plain folder of Hugging Face transformers; peft: each LoRA expert as a stock "
         "adapter.",
-    ),
-]
-ExportDType = Annotated[
-    str | None,
-    option(
-        "--dtype",
-        "float32|bfloat16|float16|float64",
-        "Of all tensors. Default: that of the checkpoint.",
     ),
 ]
 ExpertLayout = Annotated[
@@ -152,7 +145,7 @@ def export(
     checkpoint: ExportSource,
     output: ExportOutput,
     format: Format = "hf",
-    dtype: ExportDType = None,
+    dtype: DType = None,
     expert_layout: ExpertLayout = None,
     max_shard_size: MaxShardSize = 5 * 10**9,
     config: ConfigOf = None,
@@ -171,33 +164,34 @@ def export(
     """
     choice("--format", format, FORMATS)
     dtype = None if dtype is None else choice("--dtype", dtype, WEIGHT_DTYPES)
-    is_file = named_path(checkpoint, key="--checkpoint").is_file()
-    _check_merging(checkpoint, format, is_file=is_file, is_merged=merge, rank=rank)
-    of_file = {"--config": config, "--prefix": prefix, "--no-state": no_state or None}
-    of_folder = {
-        "--drop-new-experts": drop_new_experts or None,
-        "--ignore-lineage": ignore_lineage or None,
-    }
-    if format == "peft":
-        _refuse(
-            {**of_file, "--expert-layout": expert_layout, **of_folder},
-            "allowed with --format hf; adapters have none.",
-        )
-        return _export_adapters(
-            checkpoint, output, is_merged=merge, rank=rank, dtype=dtype, overwrite=overwrite,
-            as_json=as_json,
-        )  # fmt: skip
-    if is_file:
-        _refuse(of_folder, f"{checkpoint} is a file; allowed is a folder.")
-    else:
-        _refuse(of_file, _NO_FILE.format(checkpoint))
+    is_file = _check_options(
+        checkpoint,
+        format,
+        of_file={"--config": config, "--prefix": prefix, "--no-state": no_state or None},
+        of_folder={
+            "--drop-new-experts": drop_new_experts or None,
+            "--ignore-lineage": ignore_lineage or None,
+        },
+        expert_layout=expert_layout,
+        is_merged=merge,
+        rank=rank,
+    )
     with loading("transformers"):
         import torch
 
         from tritter.checkpoint.export import export_model
         from tritter.checkpoint.place import check_output
+        from tritter.families import family_of
         from tritter.models import check_loadable
 
+    if format == "peft":
+        from tritter.cli.export_experts import export_adapters
+
+        export_adapters(
+            checkpoint, output, is_merged=merge, rank=rank, dtype=dtype, overwrite=overwrite,
+            as_json=as_json,
+        )  # fmt: skip
+        return 0
     sources = [named_path(name, key="--checkpoint") for name in (checkpoint, config) if name]
     check_output(output, sources=sources, overwrite=overwrite)
     with refuse_damage():
@@ -210,14 +204,20 @@ def export(
                 is_merged=merge,
                 has_lineage=not ignore_lineage,
             )
-        check_loadable(origin.weights.config, folder=origin.weights.places[-1])
+        model = origin.weights.config
+        check_loadable(model, folder=origin.weights.places[-1])
+    if expert_layout is not None and not family_of(model).has_experts:
+        raise RequestError(
+            f"--expert-layout = {expert_layout}: a {model['model_type']} model has no experts."
+        )
+    layout = LAYOUTS[choice("--expert-layout", expert_layout or "hub", list(LAYOUTS))]
     with says_if_written(output):
         with progress_bars(is_shown=not as_json) as new_bar, naming(_NAMES):
             exported = export_model(
                 origin.weights,
                 output,
                 dtype=origin.dtype if dtype is None else getattr(torch, dtype),
-                expert_layout=_layout(expert_layout, origin.weights.config),
+                expert_layout=layout,
                 artifacts=origin.artifacts,
                 max_shard_bytes=max_shard_size,
                 overwrite=overwrite,
@@ -230,9 +230,26 @@ def export(
     return 0
 
 
-def _check_merging(
-    checkpoint: str, format: str, *, is_file: bool, is_merged: bool, rank: int | None
-) -> None:
+def _check_options(
+    checkpoint: str,
+    format: str,
+    *,
+    of_file: Mapping[str, object],
+    of_folder: Mapping[str, object],
+    expert_layout: str | None,
+    is_merged: bool,
+    rank: int | None,
+) -> bool:
+    """Return whether the checkpoint is a file.
+
+    Args:
+        of_file: options of files → value; None: not typed.
+        of_folder: likewise of folders.
+
+    Raises:
+        RequestError: options don't go with what is exported, or with its format.
+    """
+    is_file = named_path(checkpoint, key="--checkpoint").is_file()
     if is_file and (is_merged or format == "peft"):
         raise RequestError(
             f"{'--merge' if is_merged else '--format = peft'}: --checkpoint {checkpoint} is a "
@@ -240,62 +257,15 @@ def _check_merging(
         )
     if rank is not None and not (is_merged and format == "peft"):
         raise RequestError(f"--rank = {rank}: allowed with --format peft --merge.")
-
-
-def _refuse(options: Mapping[str, object], reason: str) -> None:
-    """Refuse the options among some that were typed."""
+    options, reason = of_file, _NO_FILE.format(checkpoint)
+    if format == "peft":
+        options = {**of_file, "--expert-layout": expert_layout, **of_folder}
+        reason = "allowed with --format hf; adapters have none."
+    elif is_file:
+        options, reason = of_folder, f"{checkpoint} is a file; allowed is a folder."
     if typed := [option for option, value in options.items() if value is not None]:
         raise RequestError(f"{', '.join(typed)}: {reason}")
-
-
-def _export_adapters(
-    checkpoint: str,
-    output: Path,
-    *,
-    is_merged: bool,
-    rank: int | None,
-    dtype: str | None,
-    overwrite: bool,
-    as_json: bool,
-) -> int:
-    """Write LoRA experts as adapters, and print what they are."""
-    with loading("transformers"):
-        import torch
-
-        from tritter.checkpoint import Source
-        from tritter.cli.export_experts import (
-            LARGEST_RANK,
-            base_of,
-            check_place,
-            export_adapters,
-            merge,
-            print_adapters,
-        )
-        from tritter.models import read_config
-
-    with refuse_damage():
-        folder = locate(checkpoint, key="--checkpoint")
-        check_place(output, source=folder, overwrite=overwrite)
-        source = Source.open(folder, read_config(folder))  # compares it with its own record
-        if source.experts is None:
-            raise RequestError(
-                f"--format = peft: {folder} has no LoRA experts; allowed is hf, a plain folder."
-            )
-        merged = merge(folder, rank=rank, largest_rank=LARGEST_RANK) if is_merged else None
-    record = export_adapters(
-        folder,
-        output,
-        base=base_of(checkpoint, folder),
-        merged=merged,
-        dtype=None if dtype is None else getattr(torch, dtype),
-        overwrite=overwrite,
-    )
-    with says_if_written(output):
-        if as_json:
-            print_json(record)
-        else:
-            print_adapters(record, merged)
-    return 0
+    return is_file
 
 
 def _of_folder(
@@ -342,7 +312,7 @@ def _of_folder(
             )
         from tritter.cli.export_experts import merge, with_merged
 
-        merged = merge(folder)
+        merged = merge(experts)
         weights = with_merged(weights, merged)
     return _Origin(weights, [TokenizerFiles(folder)], notes, merged)
 
@@ -374,18 +344,6 @@ def _of_file(
     artifacts = [TokenizerFiles(folder)] if has_tokenizer else []
     notes = [note for note in notes if note]
     return _Origin(weights, artifacts, tuple(notes), dtype=weights.widest_dtype)
-
-
-def _layout(word: str | None, config: Config) -> LayoutKind:
-    from tritter.families import family_of
-
-    if word is None:
-        return "hub"
-    if not family_of(config).has_experts:
-        raise RequestError(
-            f"--expert-layout = {word}: a {config['model_type']} model has no experts."
-        )
-    return LAYOUTS[choice("--expert-layout", word, list(LAYOUTS))]
 
 
 def _as_json(origin: _Origin, exported: Exported) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
@@ -12,19 +12,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tritter.checkpoint import read_lineage
+from tritter.checkpoint import Source, read_lineage
 from tritter.checkpoint.expert_files import ADAPTER_FILES, ExpertFiles
 from tritter.checkpoint.export import Weights
 from tritter.checkpoint.history import read_chain
 from tritter.checkpoint.place import check_output, is_within
 from tritter.cli.output import (
     new_console,
-    new_table,
     print_command,
+    print_json,
     print_lines,
+    print_table,
+    refuse_damage,
+    says_if_written,
     shown_path,
 )
-from tritter.data.documents import Document
 from tritter.data.sources import source_documents
 from tritter.data.tokens import pack, read_tokenizer, tokenise
 from tritter.errors import RequestError, TritterError
@@ -37,11 +39,13 @@ from tritter.experts.merged_mixture import (
     mean_gates,
     merged_adapter,
 )
-from tritter.experts.stored import ExpertFolder, StoredAdapter, write_stored
-from tritter.families import Config, family_of, position_limit
+from tritter.experts.stored import ExpertFolder, write_stored
+from tritter.families import family_of, position_limit
 from tritter.models import load_model, read_config
+from tritter.report.table import Table
 from tritter.report.wording import count_text
 from tritter.storage.atomic import atomic_folder
+from tritter.storage.hub import locate
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _OF_STOCK = {*ADAPTER_FILES, "README.md"}
@@ -89,7 +93,7 @@ class Merge:
         }
 
 
-def merge(folder: Path, *, rank: int | None = None, largest_rank: int | None = None) -> Merge:
+def merge(files: ExpertFiles, *, rank: int | None = None, largest_rank: int | None = None) -> Merge:
     """Merge the experts of a folder by mean gates, and measure what that changes.
 
     Args:
@@ -99,26 +103,49 @@ def merge(folder: Path, *, rank: int | None = None, largest_rank: int | None = N
         RequestError: it has no adapter.
         TritterError: the experts are damaged, or the model can't be loaded.
     """
-    files = ExpertFiles.read(folder)
-    assert files is not None
     held = ExpertFolder.of_files(files)
-    config = read_config(folder)
-    texts, mixture = _texts(folder, config), held.apply(load_model(folder))
-    stored = files.mean_gates()
+    config = read_config(files.source)
+    length = min(_LENGTH, position_limit(config) or _LENGTH)
+    vocab_size = family_of(config).dimensions(config).vocab_size
+    texts = _texts(files.source, length=length, vocab_size=vocab_size)
+    mixture, stored = held.apply(load_model(files.source)), files.mean_gates()
     if texts:
-        gates, gates_from = mean_gates(mixture, list(texts.values())), f"means on {_listed(texts)}"
-    elif stored is not None:
-        gates, gates_from = stored, f"means on {_listed(files.head.usage)}, as the folder has them"
+        input_ids, named = torch.cat(list(texts.values())), ", ".join(texts)
+        gates, gates_from = mean_gates(mixture, list(texts.values())), f"means on {named}"
     else:
-        gates = dict.fromkeys(files.head.names, 1 / len(files.head.names))
+        generator, named = torch.Generator().manual_seed(0), "no text: they are drawn at random"
+        input_ids = torch.randint(vocab_size, (_SEQUENCES, length), generator=generator)
+        gates = stored or dict.fromkeys(files.head.names, 1 / len(files.head.names))
         gates_from = "equal: no text is at hand, and the folder keeps no usage"
+        if stored is not None:
+            gates_from = f"means on {', '.join(files.head.usage)}, as the folder has them"
     made = merged_adapter(held, gates, rank=rank)
     if largest_rank is not None and made.adapter.shape.rank > largest_rank:
         made = merged_adapter(held, gates, rank=largest_rank)
-    input_ids = torch.cat(list(texts.values())) if texts else _drawn(config)
     change = logit_change(mixture, made.adapter, input_ids)
-    text = _listed(texts) if texts else "no text: they are drawn at random"
-    return Merge(gates=gates, gates_from=gates_from, made=made, change=change, text=text)
+    return Merge(gates=gates, gates_from=gates_from, made=made, change=change, text=named)
+
+
+def _texts(folder: Path, *, length: int, vocab_size: int) -> dict[str, Tensor]:
+    """Return domain → tokens int64 [B, T] of what the checkpoint learned, as far as at hand."""
+    found: dict[str, Tensor] = {}
+    if not (folder / "tokenizer.json").is_file():
+        return found
+    tokenizer = read_tokenizer(folder, vocab_size=vocab_size)
+    end = tokenizer.end_of_text_id
+    lineage = read_lineage(folder)
+    for name, domain in (lineage.domains if lineage else {}).items():
+        paths, field = list(domain.paths), domain.text_field
+        try:
+            documents = source_documents(paths, key="domains", text_field=field, is_recorded=True)
+            first = list(islice(documents, _DOCUMENTS)) if paths else []
+        except TritterError:  # its text is not at hand
+            continue
+        tokens = tokenise(first, tokenizer.tokenizer, max_tokens_per_document=length)
+        if end is not None and tokens.num_tokens + len(tokens) >= length:
+            packed = pack(tokens, sequence_length=length, end_of_text_id=end)
+            found[name] = packed[:_SEQUENCES].long()
+    return found
 
 
 def with_merged(weights: Weights, merged: Merge) -> Weights:
@@ -130,64 +157,86 @@ def with_merged(weights: Weights, merged: Merge) -> Weights:
 
 
 def export_adapters(
-    folder: Path,
+    checkpoint: str,
     output: Path,
     *,
-    base: str,
-    merged: Merge | None,
-    dtype: torch.dtype | None,
+    is_merged: bool,
+    rank: int | None,
+    dtype: str | None,
     overwrite: bool,
-) -> dict[str, Any]:
-    """Write each expert as a stock adapter below `output`, or the merged one there.
+    as_json: bool,
+) -> None:
+    """Write each expert as a stock adapter below `output`, or the merged one there, and print it.
 
     Args:
-        base: what the adapters' configs say they stand on.
         dtype: of their factors; None: as they are.
-
-    Returns:
-        What was written, for JSON.
 
     Raises:
         RequestError: there is no expert; or `output` is no place for them.
         TritterError: the experts are damaged, or the disk refused a write.
     """
-    held = ExpertFolder.read(folder)
-    assert held is not None
+    with refuse_damage():
+        folder = locate(checkpoint, key="--checkpoint")
+        check = partial(check_adapters, source=folder)
+        check_output(output, sources=[folder], overwrite=overwrite, check=check)
+        source = Source.open(folder, read_config(folder))  # compares it with its own record
+        if source.experts is None:
+            raise RequestError(
+                f"--format = peft: {folder} has no LoRA experts; allowed is hf, a plain folder."
+            )
+        merged = merge(source.experts, rank=rank, largest_rank=LARGEST_RANK) if is_merged else None
+    held = ExpertFolder.of_files(source.experts)
     if not held.adapters:
         raise RequestError(f"{folder} has no adapter to export: the mixture is its base alone.")
+    base = base_of(checkpoint, folder)
     adapters = dict(held.adapters) if merged is None else {"": merged.made.adapter}
-    adapters = {name: _cast(adapter, dtype) for name, adapter in adapters.items()}
-    check = partial(check_adapters, source=folder)
-    with atomic_folder(output, overwrite=overwrite, check=check) as place:
+    if dtype is not None:
+        to = getattr(torch, dtype)
         for name, adapter in adapters.items():
-            write_stored(adapter, place / name, base=base, overwrite=not name)
-    shown = [_record(name, adapter, output) for name, adapter in adapters.items()]
-    return {
-        "source": str(folder),
-        "destination": str(output),
-        "format": "peft",
-        "base": base,
-        "adapters": shown,
-        "merged": None if merged is None else merged.to_dict(),
-    }
-
-
-def print_adapters(told: Mapping[str, Any], merged: Merge | None) -> None:
-    """Print what `export_adapters` wrote."""
-    console = new_console()
-    table = new_table(
-        "adapter", "rank", "alpha", "parameters", "on",
-        numbers=("rank", "alpha", "parameters"), wrapped=("on",),
-    )  # fmt: skip
-    for each in told["adapters"]:
-        numbers = (str(each["rank"]), f"{each['alpha']:g}", count_text(each["parameters"]))
-        table.add_row(each["name"], *numbers, " ".join(each["targets"]))
-    console.print(table)
-    console.print()
-    lines = [("base", told["base"])]
-    print_lines(console, lines + ([] if merged is None else merge_lines(merged)))
-    console.print()
-    print_command(console, "written", shown_path(Path(told["destination"])))
+            factors = {key: (a.to(to), b.to(to)) for key, (a, b) in adapter.factors.items()}
+            adapters[name] = replace(adapter, factors=factors)
+    records: list[dict[str, Any]] = []
+    for name, adapter in adapters.items():
+        tensors = [tensor for pair in adapter.factors.values() for tensor in pair]
+        records.append(
+            {
+                "name": name or "merged",
+                "folder": str(output / name),
+                "rank": adapter.shape.rank,
+                "alpha": adapter.shape.alpha,
+                "targets": list(adapter.shape.targets),
+                "parameters": sum(tensor.numel() for tensor in tensors),
+                "dtype": str(tensors[0].dtype).removeprefix("torch."),
+            }
+        )
+    with says_if_written(output):
+        with atomic_folder(output, overwrite=overwrite, check=check) as place:
+            for name, adapter in adapters.items():
+                write_stored(adapter, place / name, base=base, overwrite=not name)
+        if as_json:
+            print_json(
+                {
+                    "source": str(folder),
+                    "destination": str(output),
+                    "format": "peft",
+                    "base": base,
+                    "adapters": records,
+                    "merged": None if merged is None else merged.to_dict(),
+                }
+            )
+            return
+        console = new_console()
+        rows = []
+        for each in records:
+            numbers = (str(each["rank"]), f"{each['alpha']:g}", count_text(each["parameters"]))
+            rows.append((each["name"], *numbers, " ".join(each["targets"])))
+        header = ("adapter", "rank", "alpha", "parameters", "on")
+        print_table(console, Table(header, tuple(rows), numbers=(1, 2, 3)), wrapped=("on",))
+        console.print()
+        lines = [("base", base)]
+        print_lines(console, lines + ([] if merged is None else merge_lines(merged)))
+        console.print()
+        print_command(console, "written", shown_path(output))
 
 
 def merge_lines(merged: Merge) -> list[tuple[str, str]]:
@@ -210,16 +259,6 @@ def base_of(checkpoint: str, folder: Path) -> str:
     return str(folder.resolve())
 
 
-def check_place(output: Path, *, source: Path, overwrite: bool) -> None:
-    """Refuse a place where adapters may not be written.
-
-    Raises:
-        RequestError: as `check_output`, or something else than adapters stands there.
-    """
-    check = partial(check_adapters, source=source)
-    check_output(output, sources=[source], overwrite=overwrite, check=check)
-
-
 def check_adapters(folder: Path, *, source: Path) -> None:
     """Refuse to replace a folder that holds anything but adapters; opens nothing.
 
@@ -240,66 +279,3 @@ def _strays(folder: Path, depth: int = 0) -> Iterator[str]:
             yield from _strays(folder / entry.name, depth=1)
         elif not entry.is_file(follow_symlinks=False) or entry.name not in _OF_STOCK:
             yield entry.name
-
-
-def _cast(adapter: StoredAdapter, dtype: torch.dtype | None) -> StoredAdapter:
-    if dtype is None:
-        return adapter
-    factors = {name: (a.to(dtype), b.to(dtype)) for name, (a, b) in adapter.factors.items()}
-    return replace(adapter, factors=factors)
-
-
-def _record(name: str, adapter: StoredAdapter, output: Path) -> dict[str, Any]:
-    tensors = [tensor for pair in adapter.factors.values() for tensor in pair]
-    return {
-        "name": name or "merged",
-        "folder": str(output / name),
-        "rank": adapter.shape.rank,
-        "alpha": adapter.shape.alpha,
-        "targets": list(adapter.shape.targets),
-        "parameters": sum(tensor.numel() for tensor in tensors),
-        "dtype": str(tensors[0].dtype).removeprefix("torch."),
-    }
-
-
-def _texts(folder: Path, config: Config) -> dict[str, Tensor]:
-    """Return domain → tokens int64 [B, T] of what the checkpoint learned, as far as at hand."""
-    length, vocab_size = _length(config), family_of(config).dimensions(config).vocab_size
-    found: dict[str, Tensor] = {}
-    if (folder / "tokenizer.json").is_file():
-        tokenizer = read_tokenizer(folder, vocab_size=vocab_size)
-        end = tokenizer.end_of_text_id
-        lineage = read_lineage(folder)
-        for name, domain in (lineage.domains if lineage else {}).items():
-            documents = _documents(domain.paths, domain.text_field)
-            tokens = tokenise(documents, tokenizer.tokenizer, max_tokens_per_document=length)
-            if end is not None and tokens.num_tokens + len(tokens) >= length:
-                packed = pack(tokens, sequence_length=length, end_of_text_id=end)
-                found[name] = packed[:_SEQUENCES].long()
-    return found
-
-
-def _drawn(config: Config) -> Tensor:
-    """Return tokens int64 [B, T] drawn at random, always the same."""
-    generator, size = torch.Generator().manual_seed(0), (_SEQUENCES, _length(config))
-    vocab_size = family_of(config).dimensions(config).vocab_size
-    return torch.randint(vocab_size, size, generator=generator)
-
-
-def _length(config: Config) -> int:
-    return min(_LENGTH, position_limit(config) or _LENGTH)
-
-
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(names)
-
-
-def _documents(paths: Sequence[str], text_field: str) -> list[Document]:
-    """Return the first documents of a domain; none where its text is not at hand."""
-    try:
-        found = source_documents(
-            list(paths), key="domains", text_field=text_field, is_recorded=True
-        )
-        return list(islice(found, _DOCUMENTS)) if paths else []
-    except TritterError:
-        return []

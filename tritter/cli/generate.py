@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from tritter.cli.options import AsJson, Checkpoint, Seed, option
@@ -14,9 +13,7 @@ from tritter.storage.hub import locate
 from tritter.storage.tensors import WEIGHT_DTYPES
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
-
-    from tritter.families import Config
+    from torch import Tensor
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
@@ -41,8 +38,9 @@ def generate(
         import torch
 
         from tritter.experts.whole import load_whole
+        from tritter.families import position_limit
         from tritter.families.config_file import refused_as
-        from tritter.models import load_tokenizer, read_config
+        from tritter.models import load_tokenizer, non_finite, read_config
 
     with refuse_damage():
         folder = locate(checkpoint, key="--checkpoint")
@@ -54,11 +52,25 @@ def generate(
         tokenizer = load_tokenizer(folder)
         with refused_as(f"{folder} holds no usable tokenizer"):
             input_ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
-        _check_room(config, num_tokens=input_ids.shape[-1], max_new_tokens=max_new_tokens)
+        num_tokens, positions = input_ids.shape[-1], position_limit(config)
+        if num_tokens == 0:
+            raise RequestError("--prompt = (empty): give the model at least one token to continue.")
+        if positions is not None and num_tokens + max_new_tokens > positions:
+            room = positions - num_tokens
+            allowed = f"at most {room}" if room > 0 else "a shorter --prompt"
+            raise RequestError(
+                f"--max-new-tokens = {max_new_tokens}: the prompt has {num_tokens} tokens and the "
+                f"model reads {positions}; {allowed}."
+            )
         is_known = config.get("dtype") in WEIGHT_DTYPES
         dtype = getattr(torch, str(config["dtype"])) if is_known else torch.float32
         model = load_whole(folder, dtype=dtype)
-        _check_finite(model, folder)
+        if broken := non_finite(model):
+            more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
+            raise RequestError(
+                f"{folder}: {broken[0]}{more} holds values that are not finite (NaN or infinity), "
+                "so the model can't say anything; take the checkpoint before it."
+            )
     with refused_as(f"transformers can't generate from {folder}"):
         new_ids = continuation(
             model,
@@ -116,34 +128,3 @@ def continuation(
             **sampling,
         )
     return [int(token) for token in output[0, input_ids.shape[-1] :]]
-
-
-def _check_finite(model: nn.Module, folder: Path) -> None:
-    """Refuse weights from which nothing but noise can come.
-
-    Raises:
-        RequestError: names the tensors.
-    """
-    from tritter.models import non_finite
-
-    if broken := non_finite(model):
-        more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
-        raise RequestError(
-            f"{folder}: {broken[0]}{more} holds values that are not finite (NaN or infinity), so "
-            "the model can't say anything; take the checkpoint before it."
-        )
-
-
-def _check_room(config: Config, *, num_tokens: int, max_new_tokens: int) -> None:
-    if num_tokens == 0:
-        raise RequestError("--prompt = (empty): give the model at least one token to continue.")
-    from tritter.families import position_limit
-
-    positions = position_limit(config)
-    if positions is not None and num_tokens + max_new_tokens > positions:
-        room = positions - num_tokens
-        allowed = f"at most {room}" if room > 0 else "a shorter --prompt"
-        raise RequestError(
-            f"--max-new-tokens = {max_new_tokens}: the prompt has {num_tokens} tokens and the "
-            f"model reads {positions}; {allowed}."
-        )

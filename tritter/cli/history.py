@@ -14,15 +14,15 @@ from tritter.cli.options import AsJson, Folder, flag, spelled
 from tritter.cli.output import (
     EXIT_NO,
     new_console,
-    new_table,
     print_json,
-    print_whole_words,
+    print_table,
     short,
     shown_path,
     signs_of,
 )
 from tritter.errors import RequestError
-from tritter.report.wording import count_text
+from tritter.report.table import Table
+from tritter.report.wording import count_text, number_text
 from tritter.storage.hub import locate
 from tritter.terminal import Console, say
 
@@ -162,26 +162,24 @@ def _row_json(row: Checked, newest: Link) -> dict[str, Any]:
 def _print(rows: Sequence[Checked], *, is_verified: bool) -> None:
     console = new_console()
     signs = signs_of(console)
-    newest = rows[-1].link
-    checks = ("check",) if is_verified else ()
-    table = new_table(
-        "checkpoint", "made by", "size", "steps after", "hash", "when", *checks,
-        numbers=("size", "steps after"), wrapped=("checkpoint", "made by", "steps after"),
-    )  # fmt: skip
+    header = ["checkpoint", "made by", "size", "steps after", "hash", "when"]
+    cells = []
     for row in rows:
-        link, steps = row.link, steps_after(row.link, newest)
-        day = link.made_by[-1].timestamp.partition("T")[0] if link.made_by else ""
-        cells = [
-            _name(link),
-            made_by(link, most_experts=_FEW_EXPERTS),
-            count_text(link.num_parameters),
-            "-" if steps is None else str(steps),
-            short(link.model_hash),
-            day,
-            *([row.state] if is_verified else []),
-        ]
-        table.add_row(*(signs.printable(cell) for cell in cells))
-    print_whole_words(console, table)
+        link, steps = row.link, steps_after(row.link, rows[-1].link)
+        cells.append(
+            (
+                _name(link),
+                made_by(link, most_experts=_FEW_EXPERTS),
+                count_text(link.num_parameters),
+                number_text(steps),
+                short(link.model_hash),
+                link.made_by[-1].timestamp.partition("T")[0] if link.made_by else "",
+                *([row.state] if is_verified else []),
+            )
+        )
+    table = Table((*header, *["check"] * is_verified), tuple(cells), numbers=(2, 3))
+    wrapped = ("checkpoint", "made by", "steps after")
+    print_table(console, table, wrapped=wrapped, breaks_words=False)
     console.print()
     # What a checkpoint is made of stands above it. Rich's own tree cuts long lines off, and names
     # of folders are to be copied whole
@@ -192,16 +190,8 @@ def _print(rows: Sequence[Checked], *, is_verified: bool) -> None:
         guide = "    " * (depth - 1) + corner if depth else ""
         label = Text(guide + signs.printable(f"{place}  ({made_by(link)})"))
         console.print(label, soft_wrap=True)
-    if is_verified:
-        _print_verdict(rows, console)
-
-
-def _name(link: Link) -> str:
-    return link.folder.resolve().name if link.folder else f"({short(link.model_hash)})"
-
-
-def _print_verdict(rows: Sequence[Checked], console: Console) -> None:
-    signs = signs_of(console)
+    if not is_verified:
+        return
     console.print()
     for row in rows:
         for change in row.changes or ():
@@ -214,3 +204,7 @@ def _print_verdict(rows: Sequence[Checked], console: Console) -> None:
     if states["removed"]:
         parts.append(f"{states['removed']} removed by their run and not checked")
     console.print(f"{len(rows)} checkpoints: {', '.join(parts)}")
+
+
+def _name(link: Link) -> str:
+    return link.folder.resolve().name if link.folder else f"({short(link.model_hash)})"

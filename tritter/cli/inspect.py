@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from rich.text import Text
 
 from tritter.cli.options import AsJson, Folder, spelled
 from tritter.cli.output import (
     SHAPES,
     new_console,
-    new_table,
     print_json,
     print_lines,
+    print_table,
     refuse_damage,
     shapes_of,
     short,
@@ -25,14 +23,18 @@ from tritter.cli.output import (
 )
 from tritter.errors import TritterError
 from tritter.loading import loading
-from tritter.report.wording import ACCURACY, count_text
+from tritter.report.table import Table
+from tritter.report.wording import ACCURACY, MISSING, count_text
 from tritter.storage.hub import locate
 from tritter.terminal import Console
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from tritter.checkpoint import ExpansionRecord, Source
     from tritter.checkpoint.expert_files import ExpertFiles
-    from tritter.cli.map_table import MapRow
+    from tritter.families import Config
+    from tritter.parameter_map import ParameterMap, TensorMap
 
 _PARTS = ("embedding", "positions", "attention", "FFN", "router", "experts", "norms", "output head")
 _PART_OF = {
@@ -50,6 +52,32 @@ _WITHOUT_MAP = {
     "experts": "none: the base is as it was",
     "growth": "none: neurons came one event after the other, while it was trained",
 }
+_MOST_FACTORS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class MapRow:
+    """Tensors of one kind that one expansion treats alike.
+
+    Args:
+        kind: of a logical tensor.
+        layers: target layers, such as `0, 2-4`; empty for a tensor outside the layers.
+        source_shape: shape before.
+        target_shape: shape after.
+        weight: factors that weights are multiplied with where they have a source.
+        gradient: the same of gradients.
+        fill: what stands where there is no source; random with its standard deviation.
+        state: whether moments and importances follow.
+    """
+
+    kind: str
+    layers: str
+    source_shape: tuple[int, ...]
+    target_shape: tuple[int, ...]
+    weight: str
+    gradient: str
+    fill: str
+    state: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,25 +89,23 @@ class RecordedMap:
         problem: why it could not be rebuilt, or that it is not the one that was recorded.
     """
 
-    digest: str | None
-    rows: tuple[MapRow, ...]
-    problem: str | None
+    digest: str | None = None
+    problem: str | None = None
+    rows: tuple[MapRow, ...] = ()
 
     @classmethod
     def of(cls, record: ExpansionRecord) -> RecordedMap:
-        from tritter.cli.map_table import map_rows, rebuilt_map
-
         if record.expansion_type in _WITHOUT_MAP:
-            return cls(None, (), None)
+            return cls()
         try:
             rebuilt = rebuilt_map(record)
             rows = map_rows(rebuilt, dict(record.source_config), dict(record.target_config))
         except (TritterError, KeyError) as error:
-            return cls(None, (), f"cannot be rebuilt: {error}")
+            return cls(problem=f"cannot be rebuilt: {error}")
         digest = rebuilt.digest()
         differs = digest != record.map_digest
         problem = f"differs from the recorded {short(record.map_digest)}" if differs else None
-        return cls(digest, rows, problem)
+        return cls(digest, problem, rows)
 
 
 def inspect(folder: Folder, as_json: AsJson = False) -> int:
@@ -99,10 +125,14 @@ def inspect(folder: Folder, as_json: AsJson = False) -> int:
     last_map = RecordedMap.of(last) if last else None
     if as_json:
         print_json({**_as_json(source, dtypes, last_map), "experts": experts_record})
-    else:
-        _print(source, dtypes, last, last_map)
-        if experts is not None:
-            _print_experts(new_console(), experts)
+        return 0
+    console = new_console()
+    _print_model(console, source, dtypes)
+    _print_lineage(console, source)
+    if last is not None and last_map is not None:
+        _print_expansion(console, last, last_map)
+    if experts is not None:
+        _print_experts(console, experts)
     return 0
 
 
@@ -122,7 +152,13 @@ def _as_json(
     from tritter.families import ffn_sizes, on_disk
     from tritter.storage.records import plain_record
 
-    lineage = source.lineage
+    lineage = None
+    if source.lineage is not None:
+        lineage = {
+            key: value
+            for key, value in plain_record(source.lineage).items()
+            if not key.endswith("_digests") and key != "training_config"
+        }
     return {
         "folder": str(source.folder),
         "family": source.family.model_type,
@@ -137,72 +173,45 @@ def _as_json(
         "dtypes": dict(dtypes),
         "is_tied": bool(source.config.get("tie_word_embeddings")),
         "beside": _beside(source.folder),
-        "lineage": None
-        if lineage is None
-        else {
-            key: value
-            for key, value in plain_record(lineage).items()
-            if not key.endswith("_digests") and key != "training_config"
-        },
-        "last_map": None
-        if last_map is None
-        else {
-            "digest": last_map.digest,
-            "problem": last_map.problem,
-            "rows": [asdict(row) for row in last_map.rows],
-        },
+        "lineage": lineage,
+        "last_map": None if last_map is None else asdict(last_map),
     }
 
 
-def _print(
-    source: Source,
-    dtypes: Mapping[str, int],
-    last: ExpansionRecord | None,
-    last_map: RecordedMap | None,
-) -> None:
-    console = new_console()
-    _print_model(console, source, dtypes)
-    lineage = source.lineage
-    lines = []
-    if lineage is None:
-        lines.append(("lineage", "none: a plain Hugging Face folder"))
-    else:
-        methods = [spelled(record.method) for record in lineage.expansion_history]
-        lines.append(("hash", short(lineage.model_hash)))
-        lines.append(("parent", short(lineage.parent_hash)))
-        lines.append(("expansions", ", ".join(methods) or "none"))
-        if lineage.stock_loadable != "yes":
-            lines.append(("stock classes", f"exact {lineage.stock_loadable}, not yet"))
-        if lineage.step:
-            lines.append(("trained", f"{lineage.step} steps"))
-        for name, score in lineage.benchmark_scores.items():
-            if name.endswith(ACCURACY):  # of a task; else it is the loss on a domain
-                lines.append(
-                    (f"right {name.removesuffix(ACCURACY)}", f"{score:.1%} of the answers")
-                )
-            else:
-                lines.append((f"loss {name}", f"{score:.4f} nats per token"))
-    console.print()
-    print_lines(console, lines)
-    if last is not None and last_map is not None:
-        _print_expansion(console, last, last_map)
+def _experts_json(files: ExpertFiles) -> dict[str, Any]:
+    """Return everything that the files say without a tensor being opened."""
+    head = files.head
+    return {
+        "names": list(head.names),
+        "router": head.router,
+        "is_shared": head.is_shared,
+        "top_k": head.top_k,
+        "temperature": head.temperature,
+        "capacity_factor": head.capacity_factor,
+        "adapters": {
+            name: {**asdict(each), "parameters": files.num_parameters[name]}
+            for name, each in files.configs.items()
+        },
+        "usage": {domain: dict(gates) for domain, gates in head.usage.items()},
+        "mean_gates": files.mean_gates(),
+    }
 
 
 def _print_model(console: Console, source: Source, dtypes: Mapping[str, int]) -> None:
     from tritter.families import ffn_sizes, on_disk
 
-    table = new_table("shape", "", numbers=("",))
-    for name, size in shapes_of(source.config).items():
-        table.add_row(SHAPES[name], str(size))
-    parts = new_table("parameters", "", " ", numbers=("", " "))
-    total = source.family.count_parameters(source.config)
-    for part, count in parameters_of_parts(source).items():
-        parts.add_row(part, count_text(count), f"{100 * count / total:.1f} %")
-    parts.add_section()
-    parts.add_row("all", count_text(total), f"{total:,}")
-    console.print(table)
+    shapes = tuple((SHAPES[name], str(size)) for name, size in shapes_of(source.config).items())
+    print_table(console, Table(("shape", ""), shapes, numbers=(1,)))
     console.print()
-    console.print(parts)
+    total = source.family.count_parameters(source.config)
+    rows = [
+        (part, count_text(count), f"{100 * count / total:.1f} %")
+        for part, count in parameters_of_parts(source).items()
+    ]
+    rules = (len(rows),)
+    rows.append(("all", count_text(total), f"{total:,}"))
+    parts = Table(("parameters", "", " "), tuple(rows), numbers=(1, 2), rules=rules)
+    print_table(console, parts)
     console.print()
     words = sorted(dtypes)
     kinds = words if len(words) == 1 else [f"{w} ({dtypes[w]} tensors)" for w in words]
@@ -231,6 +240,30 @@ def _beside(folder: Path) -> list[str]:
     return [*names, *sorted(f"state/{each.name}" for each in state.glob("*"))]
 
 
+def _print_lineage(console: Console, source: Source) -> None:
+    lineage = source.lineage
+    lines = []
+    if lineage is None:
+        lines.append(("lineage", "none: a plain Hugging Face folder"))
+    else:
+        methods = [spelled(record.method) for record in lineage.expansion_history]
+        lines.append(("hash", short(lineage.model_hash)))
+        lines.append(("parent", short(lineage.parent_hash)))
+        lines.append(("expansions", ", ".join(methods) or "none"))
+        if lineage.stock_loadable != "yes":
+            lines.append(("stock classes", f"exact {lineage.stock_loadable}, not yet"))
+        if lineage.step:
+            lines.append(("trained", f"{lineage.step} steps"))
+        for name, score in lineage.benchmark_scores.items():
+            if name.endswith(ACCURACY):  # of a task; else it is the loss on a domain
+                label, text = f"right {name.removesuffix(ACCURACY)}", f"{score:.1%} of the answers"
+            else:
+                label, text = f"loss {name}", f"{score:.4f} nats per token"
+            lines.append((label, text))
+    console.print()
+    print_lines(console, lines)
+
+
 def _print_expansion(console: Console, record: ExpansionRecord, last: RecordedMap) -> None:
     error = record.step0_error
     delta = [f"{name} {100 * change:+.2f} %" for name, change in record.performance_delta.items()]
@@ -250,17 +283,13 @@ def _print_expansion(console: Console, record: ExpansionRecord, last: RecordedMa
     if not last.rows:
         return
     console.print()
-    arrow = signs_of(console).arrow
-    headers = ("tensor", "layers", "shape", "weight", "gradient", "fill", "state")
-    table = new_table(*headers, wrapped=("tensor", "shape", "fill"))
+    rows = []
     for row in last.rows:
-        before, after = (
-            "x".join(map(str, shape)) for shape in (row.source_shape, row.target_shape)
-        )
-        shape = after if before == after else f"{before} {arrow} {after}"
-        cells = (row.kind, row.layers, shape, row.weight, row.gradient, row.fill, row.state)
-        table.add_row(*(Text(cell) for cell in cells))
-    console.print(table)
+        shapes = ("x".join(map(str, shape)) for shape in (row.source_shape, row.target_shape))
+        shape = f" {signs_of(console).arrow} ".join(dict.fromkeys(shapes))
+        rows.append((row.kind, row.layers, shape, row.weight, row.gradient, row.fill, row.state))
+    header = ("tensor", "layers", "shape", "weight", "gradient", "fill", "state")
+    print_table(console, Table(header, tuple(rows)), wrapped=("tensor", "shape", "fill"))
     console.print()
     console.print(
         "weight, gradient: factors where an entry has a source; fill: what stands where it has "
@@ -268,47 +297,19 @@ def _print_expansion(console: Console, record: ExpansionRecord, last: RecordedMa
     )
 
 
-def _experts_json(files: ExpertFiles) -> dict[str, Any]:
-    """Return everything that the files say without a tensor being opened."""
-    head = files.head
-    adapters = {
-        name: {
-            "rank": each.rank,
-            "alpha": each.alpha,
-            "targets": list(each.targets),
-            "parameters": files.num_parameters[name],
-        }
-        for name, each in files.configs.items()
-    }
-    return {
-        "names": list(head.names),
-        "router": head.router,
-        "is_shared": head.is_shared,
-        "top_k": head.top_k,
-        "temperature": head.temperature,
-        "capacity_factor": head.capacity_factor,
-        "adapters": adapters,
-        "usage": {domain: dict(gates) for domain, gates in head.usage.items()},
-        "mean_gates": files.mean_gates(),
-    }
-
-
 def _print_experts(console: Console, files: ExpertFiles) -> None:
     """Print the experts as a table, and how they are mixed."""
     head = files.head
-    table = new_table(
-        "expert", "rank", "alpha", "parameters", "on",
-        numbers=("rank", "alpha", "parameters"), wrapped=("on",),
-    )  # fmt: skip
-    signs = signs_of(console)
+    rows = []
     for name in head.names:
-        cells = ("-", "-", "-", "the base itself")
-        if (shape := files.configs.get(name)) is not None:
-            count, targets = count_text(files.num_parameters[name]), " ".join(shape.targets)
-            cells = (str(shape.rank), f"{shape.alpha:g}", count, targets)
-        table.add_row(name, *(Text(signs.printable(cell)) for cell in cells))
+        if (shape := files.configs.get(name)) is None:
+            rows.append((name, MISSING, MISSING, MISSING, "the base itself"))
+        else:
+            count = count_text(files.num_parameters[name])
+            rows.append((name, str(shape.rank), f"{shape.alpha:g}", count, " ".join(shape.targets)))
     console.print()
-    console.print(table)
+    header = ("expert", "rank", "alpha", "parameters", "on")
+    print_table(console, Table(header, tuple(rows), numbers=(1, 2, 3)), wrapped=("on",))
     console.print()
     mixed = "all" if head.top_k is None else f"the best {head.top_k}"
     whose = "one for all layers" if head.is_shared else "one in each layer"
@@ -321,3 +322,102 @@ def _print_experts(console: Console, files: ExpertFiles) -> None:
         shown = ", ".join(f"{name} {gates.get(name, 0.0):.2f}" for name in head.names)
         lines.append(("" if number else "mean gates", f"{domain}: {shown}"))
     print_lines(console, lines)
+
+
+# The map of a recorded expansion
+
+
+def rebuilt_map(record: ExpansionRecord) -> ParameterMap:
+    """Return the parameter map that a record describes.
+
+    Raises:
+        TritterError: the method or its options are not ones that this Tritter has.
+    """
+    from tritter.expansion import EXPANSIONS
+    from tritter.families import check_config, family_of
+
+    spec_type = EXPANSIONS.get(record.method)
+    if spec_type is None:
+        raise TritterError(f"this Tritter has no method '{record.method}'")
+    options = {k: tuple(v) if isinstance(v, list) else v for k, v in record.options.items()}
+    source: Config = dict(record.source_config)
+    target: Config = dict(record.target_config)
+    try:
+        for config in (source, target):
+            check_config(family_of(config), config)
+        spec = spec_type(**options)
+        rebuilt: ParameterMap = spec.parameter_map(
+            family_of(source), source, target, seed=record.seed
+        )
+    # Options and configs stand in a file that anybody may have written, and whatever does not fit
+    # comes out of the map's arithmetic as whatever it happens to be
+    except Exception as error:
+        raise TritterError(f"its record does not describe a map ({error})") from error
+    return rebuilt
+
+
+def map_rows(parameter_map: ParameterMap, source: Config, target: Config) -> tuple[MapRow, ...]:
+    """Return the rows of a map's table, in the order of a forward pass, layers joined."""
+    from tritter.families import family_of
+
+    family, source_family = family_of(target), family_of(source)
+    sources = {
+        t.name: source_family.shape(t, source) for t in source_family.logical_tensors(source)
+    }
+    layers: dict[MapRow, list[int]] = {}
+    for tensor in family.logical_tensors(target):
+        tensor_map = parameter_map.tensors[tensor.name]
+        row = MapRow(
+            kind=tensor.kind,
+            layers="",
+            source_shape=sources[tensor_map.origin] if tensor_map.origin else (),
+            target_shape=family.shape(tensor, target),
+            weight="0" if tensor_map.is_zeroed else _factors(tensor_map, "weight"),
+            gradient=_factors(tensor_map, "gradient"),
+            fill=_fill(tensor_map),
+            state=tensor_map.state,
+        )
+        layers.setdefault(row, []).extend([] if tensor.layer is None else [tensor.layer])
+    kinds = list(dict.fromkeys(row.kind for row in layers))
+    ordered = sorted(layers, key=lambda row: kinds.index(row.kind))
+    return tuple(replace(row, layers=_ranges(layers[row])) for row in ordered)
+
+
+def _ranges(numbers: list[int]) -> str:
+    """Return `0, 2-4` for 0, 2, 3, 4."""
+    runs: list[list[int]] = []
+    for number in sorted(set(numbers)):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs)
+
+
+def _factors(tensor_map: TensorMap, quantity: str) -> str:
+    """Return the different products of the axes' factors over entries that have a source."""
+    import torch
+
+    values = torch.ones(1, dtype=torch.float64)
+    for axis in tensor_map.axes:
+        if axis is not None:
+            along: Tensor = getattr(axis, quantity)[axis.index >= 0].unique()
+            values = torch.outer(values, along).flatten().unique()
+    texts = list(dict.fromkeys(f"{value:.4g}" for value in values.tolist()))
+    if len(texts) > _MOST_FACTORS:
+        return f"{texts[0]} .. {texts[-1]}"
+    return ", ".join(texts)
+
+
+def _fill(tensor_map: TensorMap) -> str:
+    """Return what new entries hold, and what is added to copies."""
+    has_gaps = tensor_map.source is None or any(
+        axis is not None and bool((axis.index < 0).any()) for axis in tensor_map.axes
+    )
+    parts = []
+    if has_gaps:
+        fill = tensor_map.fill
+        parts.append(f"random {fill.std:.2g}" if fill.kind == "random" else fill.kind)
+    if tensor_map.noise:
+        parts.append(f"noise {tensor_map.noise:g} on copies")
+    return "; ".join(parts) or MISSING

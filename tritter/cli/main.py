@@ -89,8 +89,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RequestError as error:
         say(f"error: {error}\nNothing was written.", is_error=True)
         return 2
-    except TritterError as error:
-        say("\n".join([f"error: {error}", *_notes(error)]), is_error=True)
+    except TritterError as error:  # and that something was written after all
+        say("\n".join([f"error: {error}", *getattr(error, "__notes__", ())]), is_error=True)
         return 1
     # What the system refuses on the way (a full disk, a name too long, no memory) is no fault of
     # the program, and needs no traceback
@@ -101,28 +101,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if stop.signal_number == signal.SIGPIPE:  # nobody reads on, as behind `| head`
             close_pipe()
             return stop.exit_code
-        say(f"\nStopped. {' '.join(_notes(stop)) or 'Nothing was written.'}", is_error=True)
+        written = " ".join(getattr(stop, "__notes__", ())) or "Nothing was written."
+        say(f"\nStopped. {written}", is_error=True)
         return stop.exit_code
     except typer.TyperException as error:
-        say(f"error: {_usage_error(error, words)}", is_error=True)
+        possibilities = getattr(error, "possibilities", None)
+        context, flag = getattr(error, "ctx", None), getattr(error, "option_name", None)
+        place = context.command_path if context is not None else "tritter"
+        near = f". Did you mean {possibilities[0]}?" if possibilities else ""
+        if flag and (advice := flag_advice(flag, words, command=place.rpartition(" ")[2])):
+            near, possibilities = f". {advice}", True
+        message = error.message if possibilities else error.format_message()
+        say(f"error: {message}{near}\n`{place} --help` lists what there is.", is_error=True)
         return error.exit_code
-
-
-def _notes(error: BaseException) -> list[str]:
-    """Return what a command had to add to an error: that something was written after all."""
-    return getattr(error, "__notes__", [])
-
-
-def _usage_error(error: typer.TyperException, words: Sequence[str]) -> str:
-    """Return what is wrong with the words, and where the right ones are listed."""
-    possibilities = getattr(error, "possibilities", None)
-    context, flag = getattr(error, "ctx", None), getattr(error, "option_name", None)
-    place = context.command_path if context is not None else "tritter"
-    near = f". Did you mean {possibilities[0]}?" if possibilities else ""
-    if flag and (advice := flag_advice(flag, words, command=place.rpartition(" ")[2])):
-        near, possibilities = f". {advice}", True
-    message = error.message if possibilities else error.format_message()
-    return f"{message}{near}\n`{place} --help` lists what there is."
 
 
 def _print_version(is_asked: bool) -> None:

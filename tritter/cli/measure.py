@@ -13,7 +13,6 @@ from tritter.evaluation.jump import folder_jump
 from tritter.expand import Expanded
 from tritter.families import Config, family_of
 from tritter.models import read_config
-from tritter.parameter_map import TensorMap
 from tritter.storage.tensors import TensorFolder
 
 # Each weight is read once whatever the tokens; of experts, a token meets a few
@@ -80,7 +79,12 @@ def measure(
     new = len(result.steps)
     lineage = record_step0_error(result.folder, result.lineage, error, config, num_new=new)
     claims_exact = all(step.spec.is_exact for step in result.steps)
-    rounded = _rounded_to(source, result, claims_exact=claims_exact)
+    before, after = source.tensors.dtypes, TensorFolder.open(result.folder).dtypes
+    maps = list(result.plan.parameter_map.tensors.values())
+    if claims_exact:  # whose noise lies where nothing reads it: before a norm of zeros
+        maps = [replace(each, noise=0.0) for each in maps]
+    is_copied = len(before | after) == 1 and all(m.is_verbatim or m.is_zeroed for m in maps)
+    rounded = [] if is_copied else [n for n in ("bfloat16", "float16") if n in after]
     bound = rounded_jump(has_experts=family_of(config).has_experts) if rounded else EXACT_JUMP
     is_broken = claims_exact and not jump.relative_to_std < bound
     note = f", rounding to {' and '.join(rounded)} included" if rounded else ""
@@ -96,21 +100,3 @@ def random_tokens(config: Config) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     shape = (SEQUENCES_OF_EXPERTS if family.has_experts else SEQUENCES, LENGTH)
     return torch.randint(0, vocab_size, shape, generator=generator)
-
-
-def _rounded_to(source: Source, result: Expanded, *, claims_exact: bool) -> list[str]:
-    """Return the types below float32 that values were computed for; copies lose nothing."""
-    before, after = source.tensors.dtypes, TensorFolder.open(result.folder).dtypes
-    maps = result.plan.parameter_map.tensors.values()
-    if before == after and len(after) == 1 and all(_is_copied(m, claims_exact) for m in maps):
-        return []
-    return [name for name in ("bfloat16", "float16") if name in after]
-
-
-def _is_copied(tensor_map: TensorMap, claims_exact: bool) -> bool:
-    """Say whether nothing that the model's function reads is computed.
-
-    The noise of an exact method lies where nothing reads it: before a norm of zeros.
-    """
-    read = replace(tensor_map, noise=0.0) if claims_exact else tensor_map
-    return read.is_verbatim or read.is_zeroed

@@ -7,7 +7,8 @@ what a value may be is judged by the method's own record, when the command runs.
 from __future__ import annotations
 
 from argparse import ArgumentError, ArgumentParser
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from inspect import Parameter, Signature
 from typing import TYPE_CHECKING, Annotated, Any
@@ -28,7 +29,6 @@ from tritter.errors import Problem, RequestError, nearest, raise_problems
 from tritter.targets import TARGET
 
 if TYPE_CHECKING:
-    from tritter.config.selection import Reader
     from tritter.expansion import ExpansionSpec
 
 # Keys that the command line calls otherwise: by fewer words, or by which `init` is meant
@@ -49,21 +49,17 @@ class MethodCommand(CheckpointCommand):
         return [*super().get_params(ctx), *_parameters(front())]
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        ctx.with_resource(composing_from(front_of(_folders(args), None)))
+        # The folders of --config-dir say what other options there are
+        parser = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+        parser.add_argument("--config-dir", "--config_dir", "-cd", action="append", default=[])
+        folders = []
+        with suppress(ArgumentError):  # no folder was typed: reported when the options are read
+            folders = list(parser.parse_known_args(list(args))[0].config_dir)
+        ctx.with_resource(composing_from(front_of(folders, None)))
         rest = super().parse_args(ctx, args)
         given = {name: ctx.params.pop(name) for name in method_options()}
         ctx.obj = {name: value for name, value in given.items() if value is not None}
         return rest
-
-
-def _folders(words: Sequence[str]) -> list[str]:
-    """Return what --config-dir names, which says what other options there are."""
-    parser = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--config-dir", "--config_dir", "-cd", action="append", default=[])
-    try:
-        return list(parser.parse_known_args(list(words))[0].config_dir)
-    except ArgumentError:  # no folder was typed: reported when the options are read
-        return []
 
 
 def method_bodies() -> dict[str, dict[str, Any]]:
@@ -93,21 +89,17 @@ def method_options() -> dict[str, dict[str, str]]:
 def _parameters(_of: Front) -> list[Any]:
     """Return the options as Typer makes them of a function's parameters."""
 
-    def carrier() -> None: ...
-
-    carrier.__signature__ = Signature(list(_declared()))  # type: ignore[attr-defined]
-    one = typer.Typer(add_completion=False, context_settings={"help_option_names": []})
-    one.command()(carrier)
-    return typer.main.get_command(one).params
-
-
-def _declared() -> Iterator[Parameter]:
-    notes = {method: comments(option_files()["expansion"][method]) for method in method_bodies()}
+    bodies, parameters = method_bodies(), []
+    notes = {method: comments(option_files()["expansion"][method]) for method in bodies}
     for option, takers in method_options().items():
         helps: dict[str, list[str]] = {}
         for method, key in takers.items():
-            helps.setdefault(_help_of(method, key, notes[method].get(key, "")), []).append(method)
-        is_flag = all(method_bodies()[method][key] is False for method, key in takers.items())
+            comment, default = notes[method].get(key, ""), bodies[method][key]
+            stated = [] if default is None or default is False else [f"default: {default}"]
+            line = "; ".join([*filter(None, [comment]), *stated])
+            line = line.replace("null = ", "default: ").replace("[", r"\[")  # which is markup else
+            helps.setdefault(line, []).append(method)
+        is_flag = all(bodies[method][key] is False for method, key in takers.items())
         declared = typer.Option(
             f"--{spelled(option)}",
             metavar=" " if is_flag else "VALUE",
@@ -116,15 +108,16 @@ def _declared() -> Iterator[Parameter]:
         )
         kind: Any = bool if is_flag else str
         annotation = Annotated[kind | None, declared]
-        yield Parameter(option, Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+        parameters.append(
+            Parameter(option, Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+        )
 
+    def carrier() -> None: ...
 
-def _help_of(method: str, key: str, comment: str) -> str:
-    """Return a comment as a line of help, the default named."""
-    default = method_bodies()[method][key]
-    stated = [] if default is None or default is False else [f"default: {default}"]
-    line = "; ".join([*filter(None, [comment]), *stated]).replace("null = ", "default: ")
-    return line.replace("[", r"\[")  # which is markup else
+    carrier.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+    one = typer.Typer(add_completion=False, context_settings={"help_option_names": []})
+    one.command()(carrier)
+    return typer.main.get_command(one).params
 
 
 def option_names() -> dict[str, str | None]:
@@ -163,55 +156,41 @@ def specs_of(methods: Sequence[str], given: Mapping[str, Any]) -> tuple[Expansio
         RequestError: an option that no method takes, or that several would; a value that is not
             allowed. All problems at once.
     """
-    from tritter.config.selection import Reader
+    from tritter.config.selection import Reader, method_class, read_methods
+    from tritter.options import from_word
 
     problems = []
     fields: dict[str, dict[str, Any]] = {name: {} for name in methods}
-    for option in given:
+    for option, value in given.items():
         takers = method_options()[option]
         taking = [name for name in methods if name in takers]
         if len(taking) == 1:
-            fields[taking[0]][takers[taking[0]]] = given[option]
+            fields[taking[0]][takers[taking[0]]] = value
+            continue
+        if taking:
+            reason = (
+                f"{_listed(taking)} would {'both' if len(taking) == 2 else 'all'} take it; expand "
+                "in commands of their own to say which"
+            )
         else:
-            problems.append(_misplaced(option, given[option], methods=methods, taking=taking))
+            reason = (
+                f"--method {','.join(map(spelled, methods))} does not take it; "
+                f"{_listed(takers)} {'does' if len(takers) == 1 else 'do'}"
+            )
+        problems.append(Problem(f"--{spelled(option)}", value, reason=reason))
     raise_problems(problems)
-    reader = Reader(tuple)
-    specs = [_spec(reader, name, fields[name]) for name in methods]
+    reader, specs = Reader(tuple), []
+    for name in methods:  # its options are read as a configuration's are, defaults filled in
+        body = method_bodies()[name]
+        record = method_class("expansion", name, {name: body})
+        values = {key: from_word(record, key, word) for key, word in fields[name].items()}
+        bodies, classes = {name: {**body, **values}}, {f"expansion.{name}": record}
+        specs += [one.options for one in read_methods(reader, "expansion", bodies, classes)]
     raise_problems(reader.problems)
-    return tuple(spec for spec in specs if spec is not None)
+    return tuple(specs)
 
 
-def _misplaced(
-    option: str, value: Any, *, methods: Sequence[str], taking: Sequence[str]
-) -> Problem:
-    key = f"--{spelled(option)}"
-    if taking:
-        reason = (
-            f"{_listed(taking)} would {'both' if len(taking) == 2 else 'all'} take it; expand in "
-            "commands of their own to say which"
-        )
-    else:
-        takers = list(method_options()[option])
-        reason = (
-            f"--method {','.join(map(spelled, methods))} does not take it; {_listed(takers)} "
-            f"{'does' if len(takers) == 1 else 'do'}"
-        )
-    return Problem(key, value, reason=reason)
-
-
-def _listed(names: Sequence[str]) -> str:
+def _listed(names: Iterable[str]) -> str:
     """Return `dus, stack and llama-pro` for these names."""
     *others, last = map(spelled, names)
     return f"{', '.join(others)} and {last}" if others else last
-
-
-def _spec(reader: Reader, name: str, typed: Mapping[str, Any]) -> ExpansionSpec | None:
-    """Read a method's options as a configuration's are read, defaults filled in."""
-    from tritter.config.selection import method_class, read_methods
-    from tritter.options import from_word
-
-    body = method_bodies()[name]
-    record = method_class("expansion", name, {name: body})
-    values = {key: from_word(record, key, word) for key, word in typed.items()}
-    bodies, classes = {name: {**body, **values}}, {f"expansion.{name}": record}
-    return next((one.options for one in read_methods(reader, "expansion", bodies, classes)), None)

@@ -1,6 +1,6 @@
 """Options that several commands share: how one is declared, and what is typed after it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -95,6 +95,16 @@ def option(
     )
 
 
+def of_list(names: Callable[[], Iterable[str]]) -> Callable[[str], list[str]]:
+    """Return what `completes` the last word of a list whose words are joined by commas."""
+
+    def completes(incomplete: str) -> list[str]:
+        done = incomplete[: incomplete.rfind(",") + 1]
+        return [found for name in names() if (found := done + name).startswith(incomplete)]
+
+    return completes
+
+
 def flag(names: str, told: str, *, panel: str | None = None) -> Any:
     """Return Typer's description of an option without a value."""
     return option(names, " ", told, panel=panel)
@@ -186,6 +196,15 @@ MaxShardSize = Annotated[
         "Largest file, such as 500MB or 4GiB. Default: 5GB.",
         parser=byte_count,
         shows_default=False,
+        panel=WRITING,
+    ),
+]
+DType = Annotated[
+    str | None,
+    option(
+        "--dtype",
+        "float32|bfloat16|float16|float64",
+        "Of the result. Default: the source's.",
         panel=WRITING,
     ),
 ]

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich import box
 from rich.cells import cell_len
-from rich.table import Table
+from rich.table import Table as RichTable
 from rich.text import Text
 
 from tritter.errors import RequestError, TritterError
+from tritter.report.table import Table
 from tritter.report.wording import Signs
 from tritter.stopping import Stopped
 from tritter.storage.atomic import identity_of, is_placed_here
@@ -69,42 +69,31 @@ def signs_of(console: Console) -> Signs:
     return Signs.for_encoding(console.encoding)
 
 
-def new_table(*headers: str, numbers: Sequence[str] = (), wrapped: Sequence[str] = ()) -> Table:
-    """Return an empty table.
+def print_table(
+    console: Console,
+    table: Table,
+    *,
+    wrapped: Collection[str] = (),
+    breaks_words: bool = True,
+) -> None:
+    """Print a table.
 
     Args:
-        numbers: headers of columns that are set to the right.
         wrapped: headers of columns that give way when the terminal is narrow.
+        breaks_words: False lets the table be wider than the terminal if need be.
     """
-    table = Table(
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
-        show_edge=False,
-        header_style="bold",
-    )
-    for header in headers:
-        table.add_column(
-            header,
-            justify="right" if header in numbers else "left",
-            overflow="fold",
-            no_wrap=header not in wrapped,
-        )
-    return table
-
-
-def print_whole_words(console: Console, table: Table) -> None:
-    """Print a table whose lines break between words alone, wider than the terminal if need be."""
-    for column in table.columns:
+    whole = [at for at, name in enumerate(table.header) if name not in wrapped]
+    shown = table.to_rich(signs_of(console), whole=whole)
+    for column in () if breaks_words else shown.columns:
         texts = map(str, (column.header, *column.cells))
         words = [word for text in texts for word in ([text] if column.no_wrap else text.split())]
         column.min_width = max(map(cell_len, words), default=0)
-    console.print(table, crop=False)
+    console.print(shown, crop=breaks_words)
 
 
 def print_lines(console: Console, lines: Sequence[tuple[str, str]]) -> None:
     """Print labels and what they say, wrapped beside the label; a label may be empty."""
-    grid = Table.grid(padding=(0, 2))
+    grid = RichTable.grid(padding=(0, 2))
     grid.add_column(no_wrap=True)
     grid.add_column(overflow="fold")
     signs = signs_of(console)

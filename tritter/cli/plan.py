@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,30 +14,27 @@ from tritter.cli.methods import method_options
 from tritter.cli.options import AsJson, flag, flops_rate, option, parameter_count, spelled
 from tritter.cli.output import (
     new_console,
-    new_table,
     print_command,
     print_json,
     print_lines,
+    print_table,
     refuse_damage,
     shapes_of,
     shown_path,
-    signs_of,
 )
 from tritter.errors import Names, Problem, RequestError, naming, nearest
 from tritter.limits import MAX_COUNT
+from tritter.report.table import Table
 from tritter.report.wording import count_text, si_text
 from tritter.storage.hub import locate
-from tritter.terminal import Console
 
 if TYPE_CHECKING:
-    from tritter.expansion import ExpansionSpec
     from tritter.planning import (
         Assumptions,
         ExpansionStep,
         GrowthPlan,
         NamedShape,
         TrainingMemory,
-        TrainingSetup,
     )
 
 _MEASURED = "measured below 0.3 M parameters, three seeds"
@@ -178,9 +175,10 @@ def plan(
             tokens_per_parameter=tokens_per_parameter,
             setup=setup,
         )
+        preset = _preset(target)
         made = plan_growth(
             start.config,
-            _read_target(target),
+            _count("target", target) if preset is None else preset.parameters,
             gpu_hours=gpu_hours,
             strategy=strategy.replace("-", "_"),
             assumptions=assumptions,
@@ -225,11 +223,19 @@ def _expand_commands(plan: GrowthPlan, text: str, source: NamedShape) -> Iterato
     name = Path(source.name if _is_place(text) else source.name.split()[0]).resolve().name
     checkpoint = text if _is_place(text) else name
     for step in plan.steps:
+        spec = step.spec
+        takers = method_options().items()
+        options = {keys[spec.name]: option for option, keys in takers if spec.name in keys}
+        typed: list[str] = []
+        for field in fields(spec):  # type: ignore[arg-type] # each is a dataclass
+            value = getattr(spec, field.name)
+            if value != field.default:
+                typed.append(f"--{spelled(options[field.name])}")
+                typed += [] if value is True else [str(value)]
         size = count_text(step.target_parameters).replace(" ", "")  # 4.42B, 213k
         output = f"{name}-{size}"
-        words = ["tritter", "expand", "--checkpoint", checkpoint]
-        words += ["--method", spelled(step.method), *_spec_options(step.spec), "--output", output]
-        yield shlex.join(words)
+        words = ["tritter", "expand", "--checkpoint", checkpoint, "--method", spelled(step.method)]
+        yield shlex.join([*words, *typed, "--output", output])
         checkpoint = output
 
 
@@ -250,22 +256,6 @@ def _command_notes(commands: Sequence[str]) -> Iterator[str]:
         )
 
 
-def _spec_options(spec: ExpansionSpec) -> list[str]:
-    """Return the options that stand for what differs from a method's defaults."""
-    words: list[str] = []
-    by_field = {
-        takers[spec.name]: option
-        for option, takers in method_options().items()
-        if spec.name in takers
-    }
-    for field in fields(spec):  # type: ignore[arg-type] # each is a dataclass
-        value = getattr(spec, field.name)
-        if value != field.default:
-            words.append(f"--{spelled(by_field[field.name])}")
-            words += [] if value is True else [str(value)]
-    return words
-
-
 def _is_place(source: str) -> bool:
     return Path(source).is_dir() or "/" in source
 
@@ -278,36 +268,25 @@ def _read_source(text: str) -> NamedShape:
     """
     from tritter.families import count_parameters
     from tritter.families.config_file import read_config_file
-    from tritter.families.presets import PRESETS, find_preset
-    from tritter.planning import NamedShape, named_shape, preset_shape
+    from tritter.planning import NamedShape, named_shape
 
     if _is_place(text):
         with refuse_damage():
             folder = locate(text, key="--source")
             config = read_config_file(folder)
         return NamedShape(shown_path(folder), config, count_parameters(config))
-    if _spelled_preset(text) in PRESETS:
-        return preset_shape(find_preset(text))
+    if (preset := _preset(text)) is not None:
+        return preset
     folders = [entry.name for entry in Path.cwd().iterdir() if entry.is_dir()]
     return named_shape(_count("source", text, near=folders))
 
 
-def _read_target(text: str) -> int:
-    """Return the count that `--target` means.
-
-    Raises:
-        RequestError: it is no preset or count.
-    """
-    from tritter.families.presets import PRESETS, find_preset
+def _preset(text: str) -> NamedShape | None:
+    from tritter.families.presets import PRESETS
     from tritter.planning import preset_shape
 
-    if _spelled_preset(text) in PRESETS:
-        return preset_shape(find_preset(text)).parameters
-    return _count("target", text)
-
-
-def _spelled_preset(text: str) -> str:
-    return text.lower().replace("-", "_")
+    name = text.lower().replace("-", "_")
+    return preset_shape(PRESETS[name]) if name in PRESETS else None
 
 
 def _count(key: str, text: str, *, near: Sequence[str] = ()) -> int:
@@ -318,12 +297,11 @@ def _count(key: str, text: str, *, near: Sequence[str] = ()) -> int:
     except typer.BadParameter as error:
         places = ", a checkpoint folder" if key == "source" else ""
         reason = f"give a count of parameters such as 3B{places} or a preset: {', '.join(PRESETS)}"
-        meant = nearest(_spelled_preset(text), [*PRESETS, *near])
+        meant = nearest(text.lower().replace("-", "_"), [*PRESETS, *near])
         raise RequestError(Problem(key, text, reason, nearest=meant)) from error
 
 
 def _print_guide(*, as_json: bool) -> int:
-    """Print the size guide."""
     from tritter.planning.guide import size_guide
 
     rows = size_guide()
@@ -331,25 +309,22 @@ def _print_guide(*, as_json: bool) -> int:
         print_json({"rows": [asdict(row) for row in rows]})
         return 0
     console = new_console()
-    arrow = signs_of(console).arrow
-    table = new_table(
-        "", "method", "layers", "hidden size", "stated", "counted", numbers=("counted",)
-    )
-    for row in rows:
-        table.add_row(
-            f"{row.source} {arrow} {row.target}",
+    cells = [
+        (
+            f"{row.source} → {row.target}",
             row.method,
-            row.layers.replace("→", arrow),
-            row.hidden_size.replace("→", arrow),
+            row.layers,
+            row.hidden_size,
             row.stated,
-            f"{count_text(row.source_parameters)} {arrow} {count_text(row.target_parameters)}",
+            f"{count_text(row.source_parameters)} → {count_text(row.target_parameters)}",
         )
-    console.print(table)
+        for row in rows
+    ]
+    header = ("", "method", "layers", "hidden size", "stated", "counted")
+    print_table(console, Table(header, tuple(cells), numbers=(5,)))
     console.print()
-    print_lines(
-        console,
-        [(f"{row.source} → {row.target}", f"{row.shape}. {row.note}") for row in rows],
-    )
+    lines = [(f"{row.source} → {row.target}", f"{row.shape}. {row.note}") for row in rows]
+    print_lines(console, lines)
     return 0
 
 
@@ -357,8 +332,8 @@ def _hours(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def _bytes(value: int) -> str:
-    return f"{si_text(value)}B"
+def _size(shapes: Mapping[str, int]) -> str:
+    return f"{shapes['num_hidden_layers']} layers of {shapes['hidden_size']}"
 
 
 def _print(
@@ -368,12 +343,34 @@ def _print(
     notes: list[str],
     assumptions: Assumptions,
 ) -> None:
+    from tritter.planning.plan import LAW_RESOLUTION
+
     console = new_console()
-    print_lines(console, _heading(plan, source))
+    size = f"{_size(shapes_of(plan.source_config))}, {count_text(source.parameters)} parameters"
+    lines = [
+        ("source", f"{source.name}: {size}"),
+        ("target", f"{count_text(plan.target_parameters)} parameters"),
+        ("strategy", plan.strategy),
+    ]
+    if plan.alternatives:
+        losses = ", ".join(f"{name} {loss:.4f}" for name, loss in plan.alternatives.items())
+        chosen = (
+            f"chosen by predicted loss once the budget is spent: {losses}; within "
+            f"{LAW_RESOLUTION:g} the best proportioned"
+        )
+        lines.append(("", chosen))
+    print_lines(console, lines)
     console.print()
-    _print_steps(console, plan)
+    print_table(console, _step_table(plan))
     console.print()
-    _print_memory(console, plan, assumptions.setup)
+    print_table(console, _memory_table(plan))
+    setup = assumptions.setup
+    frozen = ", attention frozen" if setup.is_attention_frozen else ""
+    again = ", activations computed again" if setup.is_checkpointed else ""
+    console.print(
+        f"training in {setup.precision} with {setup.optimizer}{frozen}, {setup.batch_size} x "
+        f"{setup.sequence_length} tokens at once{again}"
+    )
     console.print()
     print_lines(console, _verdict(plan, assumptions))
     console.print()
@@ -384,34 +381,11 @@ def _print(
         console.print(note, soft_wrap=True)
 
 
-def _heading(plan: GrowthPlan, source: NamedShape) -> list[tuple[str, str]]:
-    from tritter.planning.plan import LAW_RESOLUTION
-
-    shapes = shapes_of(plan.source_config)
-    size = f"{shapes['num_hidden_layers']} layers of {shapes['hidden_size']}"
-    lines = [
-        ("source", f"{source.name}: {size}, {count_text(source.parameters)} parameters"),
-        ("target", f"{count_text(plan.target_parameters)} parameters"),
-        ("strategy", plan.strategy),
-    ]
-    if plan.alternatives:
-        losses = ", ".join(f"{name} {loss:.4f}" for name, loss in plan.alternatives.items())
-        lines.append(
-            (
-                "",
-                f"chosen by predicted loss once the budget is spent: {losses}; within "
-                f"{LAW_RESOLUTION:g} the best proportioned",
-            )
-        )
-    return lines
-
-
-def _print_steps(console: Console, plan: GrowthPlan) -> None:
-    numbers = ("layers", "hidden", "size", "tokens", "GPU-hours", "in total", "loss")
-    table = new_table("", "method", *numbers, "budget", numbers=numbers)
+def _step_table(plan: GrowthPlan) -> Table:
+    rows = []
     for position, step in enumerate(plan.steps, start=1):
         shapes = shapes_of(step.target_config)
-        table.add_row(
+        cells = (
             str(position),
             spelled(step.method),
             str(shapes["num_hidden_layers"]),
@@ -423,37 +397,30 @@ def _print_steps(console: Console, plan: GrowthPlan) -> None:
             f"{step.predicted_loss:.3f}",
             "within" if step.is_affordable else "beyond",
         )
-    console.print(table)
+        rows.append(cells)
+    numbers = ("layers", "hidden", "size", "tokens", "GPU-hours", "in total", "loss")
+    return Table(("", "method", *numbers, "budget"), tuple(rows), numbers=tuple(range(2, 9)))
 
 
-def _print_memory(console: Console, plan: GrowthPlan, setup: TrainingSetup) -> None:
+def _memory_table(plan: GrowthPlan) -> Table:
+    models = [(plan.source_parameters, plan.source_memory)]
+    models += [(step.target_parameters, step.memory) for step in plan.steps]
+    rows = []
+    for parameters, memory in models:
+        known = (memory.parameters_bytes, memory.gradients_bytes, memory.optimizer_bytes)
+        estimated = (memory.activations_bytes, memory.total_bytes)
+        sizes = [f"{si_text(size)}B" for size in known]
+        sizes += [f"~{si_text(size)}B" for size in estimated]
+        rows.append((count_text(parameters), *sizes))
     numbers = ("parameters", "gradients", "optimizer", "activations", "in total")
-    table = new_table("memory", *numbers, numbers=numbers)
-    rows = [(plan.source_parameters, plan.source_memory)]
-    rows += [(step.target_parameters, step.memory) for step in plan.steps]
-    for parameters, memory in rows:
-        table.add_row(
-            count_text(parameters),
-            _bytes(memory.parameters_bytes),
-            _bytes(memory.gradients_bytes),
-            _bytes(memory.optimizer_bytes),
-            f"~{_bytes(memory.activations_bytes)}",
-            f"~{_bytes(memory.total_bytes)}",
-        )
-    console.print(table)
-    frozen = ", attention frozen" if setup.is_attention_frozen else ""
-    again = ", activations computed again" if setup.is_checkpointed else ""
-    console.print(
-        f"training in {setup.precision} with {setup.optimizer}{frozen}, {setup.batch_size} x "
-        f"{setup.sequence_length} tokens at once{again}",
-        highlight=False,
-    )
+    return Table(("memory", *numbers), tuple(rows), numbers=tuple(range(1, 6)))
 
 
 def _verdict(plan: GrowthPlan, assumptions: Assumptions) -> list[tuple[str, str]]:
-    from tritter.planning.plan import SMALLEST_MODEL
+    """Say what the budget reaches, and what it comes to without the plan."""
+    from tritter.planning.plan import LAW_RESOLUTION, SMALLEST_MODEL
 
-    device = assumptions.device
+    device, method = assumptions.device, spelled(plan.steps[0].method)
     budget, needed = _hours(plan.gpu_hours), _hours(plan.needed_gpu_hours)
     if plan.reaches_target:
         text = f"{budget} GPU-hours reach the target, which needs {needed}; "
@@ -461,18 +428,24 @@ def _verdict(plan: GrowthPlan, assumptions: Assumptions) -> list[tuple[str, str]
     else:
         text = f"{budget} GPU-hours reach {count_text(plan.reached_parameters)} parameters"
         text += f", not the target, which needs {needed}"
-        if plan.reached is not None:
-            shapes = shapes_of(plan.reached.target_config)
-            shape = f"{shapes['num_hidden_layers']} layers of {shapes['hidden_size']}"
+        if (reached := plan.reached) is not None:
+            shape = _size(shapes_of(reached.target_config))
             first_missing = 1 + sum(step.is_affordable for step in plan.steps)
-            text += f": {spelled(plan.reached.method)} to {shape} in place of step {first_missing}"
+            text += f": {spelled(reached.method)} to {shape} in place of step {first_missing}"
         elif plan.reached_parameters == plan.source_parameters:
             text += ": they pay for no expansion at all, only for training the source on"
+    needed_hours = (plan.needed_gpu_hours, plan.needed_gpu_hours + plan.source_gpu_hours)
+    sunk, counted = (1 - hours / plan.from_scratch_gpu_hours for hours in needed_hours)
+    gap = plan.ungrown_loss - plan.predicted_loss
+    beside = "no other than the plan's"
+    if abs(gap) >= LAW_RESOLUTION:
+        beside = f"{abs(gap):.3f} {'above' if gap > 0 else 'below'} the plan's"
+    start = "for no budget"
+    if (hours := plan.pays_from_gpu_hours) is not None:
+        start = f"from {_hours(hours)} GPU-hours on" if hours else "from the first hour on"
     stretched = ""
     if plan.source_parameters < SMALLEST_MODEL:
         stretched = ", and the source is smaller than any model behind it"
-    needed_hours = (plan.needed_gpu_hours, plan.needed_gpu_hours + plan.source_gpu_hours)
-    sunk, counted = (1 - hours / plan.from_scratch_gpu_hours for hours in needed_hours)
     return [
         ("budget", text),
         (
@@ -481,7 +454,11 @@ def _verdict(plan: GrowthPlan, assumptions: Assumptions) -> list[tuple[str, str]
             f"{_hours(plan.from_scratch_gpu_hours)} GPU-hours; the plan saves {sunk:.0%}, or "
             f"{counted:.0%} with what the source cost",
         ),
-        ("alone", _alone(plan)),
+        (
+            "alone",
+            f"the source as it is, trained on for the whole budget: loss {plan.ungrown_loss:.3f}, "
+            f"{beside}; {method} pays {start}",
+        ),
         ("advice", _advice(assumptions.tokens_per_parameter)),
         (
             "assumed",
@@ -491,26 +468,6 @@ def _verdict(plan: GrowthPlan, assumptions: Assumptions) -> list[tuple[str, str]
             f"Losses are predictions of a published scaling law, not measured{stretched}",
         ),
     ]
-
-
-def _alone(plan: GrowthPlan) -> str:
-    """Say what the control comes to: spending the budget on the source as it is."""
-    from tritter.planning.plan import LAW_RESOLUTION
-
-    gap = plan.ungrown_loss - plan.predicted_loss
-    beside = "no other than the plan's"
-    if abs(gap) >= LAW_RESOLUTION:
-        beside = f"{abs(gap):.3f} {'above' if gap > 0 else 'below'} the plan's"
-    if plan.pays_from_gpu_hours is None:
-        start = "for no budget"
-    elif plan.pays_from_gpu_hours == 0:
-        start = "from the first hour on"
-    else:
-        start = f"from {_hours(plan.pays_from_gpu_hours)} GPU-hours on"
-    return (
-        f"the source as it is, trained on for the whole budget: loss {plan.ungrown_loss:.3f}, "
-        f"{beside}; {spelled(plan.steps[0].method)} pays {start}"
-    )
 
 
 def _advice(tokens_per_parameter: float) -> str:

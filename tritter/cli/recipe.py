@@ -8,8 +8,7 @@ last one win, is refused, and so are aliases, by which a small file means a huge
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from itertools import pairwise
@@ -19,7 +18,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field
 
-from tritter.checkpoint.history import Link, read_chain
+from tritter.checkpoint.history import read_chain
 from tritter.checkpoint.record import ExpansionRecord
 from tritter.config.folders import body_of, option_files
 from tritter.config.selection import Reader, method_class, method_keys, method_names, read_methods
@@ -69,14 +68,13 @@ class LinedYaml:
 
     def origin_of(self, places: Sequence[Place]) -> str:
         """Say where something stands that may be meant by several places."""
-        lines = sorted({self._line(place) for place in places})
-        named = [str(line) for line in lines[:_MOST_LINES]]
+        lines: set[int] = set()
+        for place in places:
+            ends = (place[:end] for end in range(len(place), -1, -1))
+            lines.add(next(self.lines[end] for end in ends if end in self.lines))
+        named = [str(line) for line in sorted(lines)[:_MOST_LINES]]
         named += [f"{len(lines) - _MOST_LINES} more"] * (len(lines) > _MOST_LINES)
         return f"{self.path}, line {' or '.join(named)}"
-
-    def _line(self, place: Place) -> int:
-        ends = range(len(place), -1, -1)
-        return next(self.lines[place[:end]] for end in ends if place[:end] in self.lines)
 
 
 def read_lined_yaml(path: Path) -> LinedYaml:
@@ -89,48 +87,34 @@ def read_lined_yaml(path: Path) -> LinedYaml:
         text = read_text(path, limit_bytes=_MOST_BYTES)
     except TritterError as error:
         raise RequestError(str(error)) from error
-    with _told_of(path):
-        _check_events(path, text)
-        root = yaml.compose(text, Loader=yaml.CSafeLoader)
-    lines: dict[Place, int] = {(): 1}
-    value = None if root is None else _value(path, root, (), lines)
-    return LinedYaml(path, value, lines)
-
-
-@contextmanager
-def _told_of(path: Path) -> Iterator[None]:
     try:
-        yield
+        depth = 0
+        for event in yaml.parse(text, Loader=yaml.CSafeLoader):  # before any tree is made of it
+            line = 1 if event.start_mark is None else event.start_mark.line + 1
+            if isinstance(event, yaml.AliasEvent):
+                raise _refusal(path, line, "aliases (*) are not read here")
+            depth += isinstance(event, yaml.CollectionStartEvent)
+            depth -= isinstance(event, yaml.CollectionEndEvent)
+            if depth > _DEEPEST:
+                raise _refusal(path, line, "it is nested too deeply")
+        root = yaml.compose(text, Loader=yaml.CSafeLoader)
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise _refusal(path, line, f"it is no YAML ({error.problem})") from error
     except yaml.YAMLError as error:
         told = " ".join(str(error).split())
         raise RequestError(f"{path} is no YAML: {told}") from error
-
-
-def _check_events(path: Path, text: str) -> None:
-    """Refuse aliases and deep nesting before any tree is made of it."""
-    depth = 0
-    for event in yaml.parse(text, Loader=yaml.CSafeLoader):
-        if isinstance(event, yaml.AliasEvent):
-            raise _refusal(path, _line_of(event), "aliases (*) are not read here")
-        if isinstance(event, yaml.CollectionStartEvent):
-            depth += 1
-        elif isinstance(event, yaml.CollectionEndEvent):
-            depth -= 1
-        if depth > _DEEPEST:
-            raise _refusal(path, _line_of(event), "it is nested too deeply")
-
-
-def _line_of(event: yaml.Event) -> int:
-    return 1 if event.start_mark is None else event.start_mark.line + 1
+    lines: dict[Place, int] = {(): 1}
+    value = None if root is None else _value(path, root, (), lines)
+    return LinedYaml(path, value, lines)
 
 
 def _value(path: Path, node: yaml.Node, place: Place, lines: dict[Place, int]) -> Any:
-    lines.setdefault(place, node.start_mark.line + 1)
-    if not isinstance(node, yaml.ScalarNode) and node.tag not in _COLLECTIONS:
-        raise _refusal(path, node.start_mark.line + 1, f"the tag {node.tag} is not read here")
+    line = node.start_mark.line + 1
+    lines.setdefault(place, line)
+    is_scalar = isinstance(node, yaml.ScalarNode)
+    if node.tag not in ({*_TEXTS, *_MADE} if is_scalar else _COLLECTIONS):
+        raise _refusal(path, line, f"the tag {node.tag} is not read here")
     if isinstance(node, yaml.MappingNode):
         table: dict[str, Any] = {}
         for key_node, value_node in node.value:
@@ -145,17 +129,10 @@ def _value(path: Path, node: yaml.Node, place: Place, lines: dict[Place, int]) -
         return table
     if isinstance(node, yaml.SequenceNode):
         return [_value(path, item, (*place, i), lines) for i, item in enumerate(node.value)]
-    return _scalar(path, node)
-
-
-def _scalar(path: Path, node: yaml.Node) -> Any:
     assert isinstance(node, yaml.ScalarNode)
     if node.tag in _TEXTS:
         is_number = not node.style and _POWER_OF_TEN.fullmatch(node.value)
         return float(node.value) if is_number else str(node.value)
-    line = node.start_mark.line + 1
-    if node.tag not in _MADE:
-        raise _refusal(path, line, f"the tag {node.tag} is not read here")
     try:
         return yaml.SafeLoader("").construct_object(node)
     except (ValueError, yaml.YAMLError, KeyError) as error:
@@ -217,19 +194,17 @@ class Recipe:
 
         def origin(key: str) -> str | None:
             method, _, field = key.removeprefix(_GROUP).partition(".")
-            places = self._places(method, field, step) if key.startswith(_GROUP) else []
-            if places:
-                return self.origin.origin_of(places)
+            steps: list[Place] = [
+                (_STEPS, number, method)
+                for number, each in enumerate(self.steps)
+                if key.startswith(_GROUP) and each.name == method and step in (None, number)
+            ]
+            if steps:  # or the lines of its key, where they state it
+                keys = [(*place, field) for place in steps if (*place, field) in self.origin.lines]
+                return self.origin.origin_of(keys or steps)
             return self.origin.origin(key) if key in self.given() else None
 
         return Names(name, origin)
-
-    def _places(self, method: str, field: str, step: int | None) -> list[Place]:
-        """Return where the steps of a method stand, or their key where they state it."""
-        at = [n for n, each in enumerate(self.steps) if each.name == method and step in (None, n)]
-        steps: list[Place] = [(_STEPS, number, method) for number in at]
-        keys: list[Place] = [] if not field else [(*place, field) for place in steps]
-        return [key for key in keys if key in self.origin.lines] or steps
 
 
 def read_recipe(path: Path) -> Recipe:
@@ -260,7 +235,18 @@ def _read(origin: LinedYaml) -> Recipe:
             problems.append(
                 Problem(name, raw[name], reason, nearest=near, origin=origin.origin(name))
             )
-    settings = _settings(origin, problems)
+    stated = {name: value for name, value in raw.items() if name in _KEYS[1:]}
+    for name, units in _COUNTS.items():
+        if isinstance(stated.get(name), str):
+            stated[name] = parse_count(stated[name], units) or stated[name]
+    found: list[Problem] = []
+    settings = read_options(Settings, stated, prefix="", problems=found)
+    if settings is not None and settings.output is not None:
+        try:
+            named_path(settings.output, key="output")
+        except RequestError as error:
+            found += error.problems
+    problems += [replace(each, origin=origin.origin(each.key)) for each in found]
     steps = _steps(origin, problems)
     if settings is not None and (settings.seed or 0) + len(steps) - 1 > _MAX_SEED:
         reason = (
@@ -270,22 +256,6 @@ def _read(origin: LinedYaml) -> Recipe:
     raise_problems(problems)
     assert settings is not None
     return Recipe(steps, settings, origin)
-
-
-def _settings(origin: LinedYaml, problems: list[Problem]) -> Settings | None:
-    raw = {name: value for name, value in origin.value.items() if name in _KEYS[1:]}
-    for name, units in _COUNTS.items():
-        if isinstance(raw.get(name), str):
-            raw[name] = parse_count(raw[name], units) or raw[name]
-    found: list[Problem] = []
-    settings = read_options(Settings, raw, prefix="", problems=found)
-    if settings is not None and settings.output is not None:
-        try:
-            named_path(settings.output, key="output")
-        except RequestError as error:
-            found += error.problems
-    problems += [replace(each, origin=origin.origin(each.key)) for each in found]
-    return settings
 
 
 def _steps(origin: LinedYaml, problems: list[Problem]) -> tuple[ExpansionSpec, ...]:
@@ -355,33 +325,6 @@ def _step(item: object, problems: list[Problem], methods: _Methods) -> Expansion
     return None
 
 
-def recipe_text(
-    steps: Sequence[tuple[str, Mapping[str, Any]]],
-    settings: Mapping[str, Any],
-    *,
-    comments: Sequence[str],
-) -> str:
-    """Return a recipe as a file holds it.
-
-    Args:
-        steps: method and options; what is None follows from the rest, and is left out.
-        comments: lines at its top.
-    """
-    lines = [*(f"# {line}" for line in comments), f"{_STEPS}:"]
-    for method, given in steps:
-        stated = {key: value for key, value in given.items() if value is not None}
-        lines.append(f"- {method}: {_inline(stated)}" if stated else f"- {method}")
-    lines += [f"{name}: {_inline(value)}" for name, value in settings.items()]
-    return "\n".join(lines) + "\n"
-
-
-def _inline(value: object) -> str:
-    if isinstance(value, Mapping):
-        value = {k: list(v) if isinstance(v, tuple) else v for k, v in value.items()}
-    text = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=float("inf"))
-    return text.removesuffix("...\n").strip()
-
-
 def recorded_recipe(folder: Path) -> str:
     """Return the text of a recipe by which the parent of a checkpoint becomes it once more.
 
@@ -411,8 +354,28 @@ def recorded_recipe(folder: Path) -> str:
     before = None if parent is None or parent.folder is None else _dtypes(parent.folder)
     if len(own) == 1 and own != before and own <= set(WEIGHT_DTYPES):
         settings["dtype"] = next(iter(own))  # it does not follow from the source
-    steps = [(record.method, dict(record.options)) for record in records]
-    return recipe_text(steps, settings, comments=_comments(link, parent))
+    assert link.folder is not None
+    name = f"{_word(parent.folder)}, " if parent is not None and parent.folder is not None else ""
+    comments = [f"of {name}the checkpoint {link.lineage.parent_hash}"]
+    if link.lineage.step:
+        comments.append(
+            f"a training of {link.lineage.step} steps followed, which no recipe of expand holds"
+        )
+    else:
+        comments.append(f"it makes {_word(link.folder)}, {link.lineage.model_hash}")
+    lines = [*(f"# {line}" for line in comments), f"{_STEPS}:"]
+    for record in records:  # what is None follows from the rest
+        stated = {key: value for key, value in record.options.items() if value is not None}
+        lines.append(f"- {record.method}: {_inline(stated)}" if stated else f"- {record.method}")
+    lines += [f"{name}: {_inline(value)}" for name, value in settings.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _inline(value: object) -> str:
+    if isinstance(value, Mapping):
+        value = {k: list(v) if isinstance(v, tuple) else v for k, v in value.items()}
+    text = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=float("inf"))
+    return text.removesuffix("...\n").strip()
 
 
 def _check_steps(folder: Path, records: Sequence[ExpansionRecord]) -> None:
@@ -439,22 +402,6 @@ def _dtypes(folder: Path) -> set[str]:
         return {header.dtype for header in TensorFolder.open(folder).headers.values()}
     except TritterError as error:
         raise RequestError(str(error)) from error
-
-
-def _comments(link: Link, parent: Link | None) -> list[str]:
-    """Say what the recipe starts from, what comes of it, and what it leaves out."""
-    lineage = link.lineage
-    assert lineage is not None and link.folder is not None
-    place = parent.folder if parent is not None and parent.folder is not None else None
-    name = f"{_word(place)}, " if place is not None else ""
-    lines = [f"of {name}the checkpoint {lineage.parent_hash}"]
-    if lineage.step:
-        lines.append(
-            f"a training of {lineage.step} steps followed, which no recipe of expand holds"
-        )
-    else:
-        lines.append(f"it makes {_word(link.folder)}, {lineage.model_hash}")
-    return lines
 
 
 def _word(folder: Path) -> str:

@@ -10,19 +10,19 @@ import io
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from tritter.cli.options import AsJson, ReportOverwrite, Runs, place
-from tritter.cli.output import print_json, short
+from tritter.cli.output import new_console, print_json, short
 from tritter.errors import Problem, RequestError, TritterError, raise_problems
 from tritter.storage.atomic import atomic_folder, refuse_standing
 from tritter.storage.reading import RUN_FILE, SUMMARY_FILE, read_object, read_text
-from tritter.terminal import Console
 
 if TYPE_CHECKING:
     from tritter.report.plots import Curve
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 MAX_RUNS = 1000
 _DEPTH = 3  # below a folder that is named: a sweep of sweeps
 _MAX_METRICS_BYTES = 2**26
+_NO_RUN = f"no finished run is in it: no {SUMMARY_FILE}"
 
 
 def report(
@@ -62,15 +63,13 @@ def report(
 
     found = find_runs(folders)
     target = output or (folders[0] if len(folders) == 1 else Path()) / PAGE_NAME
-    file = ReportFile(path=target, kind="report", format="html", overwrite=overwrite)
-    file.check()
+    file = ReportFile(target, "report", "html", overwrite=overwrite)
     if figures is not None:
         refuse_standing(figures, overwrite=False)
         check_place(figures, key="--figures")
     runs = read_runs(found.finished)
-    notes = [f"Not finished, and left out: {path}" for path in found.unfinished]
     title = f"Runs in {folders[0].resolve().name}" if len(folders) == 1 else "Runs side by side"
-    text, pictures = page(runs, title=title, notes=notes)
+    text, pictures = page(runs, title=title, notes=found.notes)
     file.write(text)
     if figures is not None:
         with atomic_folder(figures) as temporary:
@@ -81,11 +80,10 @@ def report(
         names = [run.name for run in runs]
         print_json({"output": str(target), "runs": names, "left_out": left_out})
         return 0
-    console = Console()
-    for note in notes:
-        console.print(note, soft_wrap=True, markup=False, highlight=False)
     number = "one run" if len(runs) == 1 else f"{len(runs)} runs"
-    console.print(f"{number}: {target}", soft_wrap=True, markup=False, highlight=False)
+    console = new_console()
+    for line in (*found.notes, f"{number}: {target}"):
+        console.print(line, soft_wrap=True)
     return 0
 
 
@@ -95,6 +93,11 @@ class FoundRuns:
 
     finished: tuple[Path, ...]
     unfinished: tuple[Path, ...]
+
+    @property
+    def notes(self) -> list[str]:
+        """What a reader should know of those that are left out."""
+        return [f"Not finished, and left out: {path}" for path in self.unfinished]
 
 
 def find_runs(folders: Sequence[Path]) -> FoundRuns:
@@ -108,107 +111,93 @@ def find_runs(folders: Sequence[Path]) -> FoundRuns:
     for folder in folders:
         try:
             if not folder.is_dir():
-                raise RequestError(Problem("RUN", str(folder), reason="it is not a folder"))
-            found: set[Path] = set()
-            for each in _places(folder, depth=_DEPTH):
-                if (each / SUMMARY_FILE).is_file():
-                    finished[each] = None
-                elif (each / RUN_FILE).is_file():
-                    unfinished[each] = None
-                else:
-                    continue
-                found.add(each)
-            if not found:
-                reason = f"no finished run is in it: no {SUMMARY_FILE}"
-                raise RequestError(Problem("RUN", str(folder), reason=reason))
+                raise _refused([folder], "it is not a folder")
+            found = list(_places(folder, depth=_DEPTH))
         except OSError as error:  # below it is what the system does not let be read
-            reason = f"{error.filename}: {error.strerror}"
-            raise RequestError(Problem("RUN", str(folder), reason=reason)) from error
+            raise _refused([folder], f"{error.filename}: {error.strerror}") from error
+        if not found:
+            raise _refused([folder], _NO_RUN)
+        for each in found:
+            (finished if (each / SUMMARY_FILE).is_file() else unfinished)[each] = None
     if not finished:
-        reason = f"no finished run is in it: no {SUMMARY_FILE}"
-        if unfinished:
-            several = f"{len(unfinished)} are not finished, the first"
-            told = "one is not finished" if len(unfinished) == 1 else several
-            from tritter.config.overrides import resume_command
+        from tritter.config.overrides import resume_command
 
-            reason += f"; {told}: {resume_command(next(iter(unfinished)))} goes on with it"
-        raise RequestError(Problem("RUN", ", ".join(map(str, folders)), reason=reason))
+        several = f"{len(unfinished)} are not finished, the first"
+        told = "one is not finished" if len(unfinished) == 1 else several
+        command = resume_command(next(iter(unfinished)))
+        raise _refused(folders, f"{_NO_RUN}; {told}: {command} goes on with it")
     if len(finished) > MAX_RUNS:
         reason = f"{len(finished)} runs are in it; allowed are {MAX_RUNS}, name fewer"
-        raise RequestError(Problem("RUN", ", ".join(map(str, folders)), reason=reason))
+        raise _refused(folders, reason)
     return FoundRuns(tuple(finished), tuple(unfinished))
 
 
+def _refused(folders: Sequence[Path], reason: str) -> RequestError:
+    return RequestError(Problem("RUN", ", ".join(map(str, folders)), reason=reason))
+
+
 def _places(folder: Path, *, depth: int) -> Iterator[Path]:
-    """Yield a folder and those below it; what a run holds is no run."""
-    yield folder
-    is_run = any((folder / name).is_file() for name in (SUMMARY_FILE, RUN_FILE))
-    if is_run or not depth:
+    """Yield the runs among a folder and those below it; what a run holds is no run."""
+    if any((folder / name).is_file() for name in (SUMMARY_FILE, RUN_FILE)):
+        yield folder
         return
-    with os.scandir(folder) as entries:
-        inner = [
-            Path(entry.path)
-            for entry in entries
-            if entry.is_dir(follow_symlinks=False) and not entry.name.startswith(".")
-        ]
-    for each in sorted(inner, key=_counted):
+    inner = []
+    if depth:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False) and not entry.name.startswith("."):
+                    inner.append(Path(entry.path))
+    # Jobs of a sweep are sorted by number, 2 before 10
+    by_number = partial(re.sub, "[0-9]+", lambda digits: digits[0].zfill(20))
+    for each in sorted(inner, key=lambda path: by_number(path.name)):
         yield from _places(each, depth=depth - 1)
 
 
-def _counted(path: Path) -> str:
-    """Return what paths are sorted by: jobs of a sweep by number, 2 before 10."""
-    return re.sub("[0-9]+", lambda digits: digits[0].zfill(20), path.name)
-
-
-def read_runs(places: Sequence[Path]) -> list[Run]:
+def read_runs(places: Sequence[Path], *, are_drawn: bool = True) -> list[Run]:
     """Return the runs, by names that tell them apart.
+
+    Args:
+        are_drawn: their curves and the histories of their checkpoints are read, too.
 
     Raises:
         RequestError: lists those that can't be read, each with what is wrong.
     """
+    from tritter.options import leaves
+    from tritter.report.runs import Run
+    from tritter.report.summary import Summary
+
     resolved = [folder.resolve() for folder in places]
     above = Path(os.path.commonpath([folder.parent for folder in resolved]))
     runs: list[Run] = []
     problems = []
     for folder in resolved:
         try:
-            runs.append(_run(folder, name=str(folder.relative_to(above))))
+            summary = Summary.read(folder / SUMMARY_FILE)
+            record = read_object(folder / RUN_FILE) if (folder / RUN_FILE).exists() else {}
+            settings: dict[str, Any] = {"seed": summary.seed}
+            if isinstance(fingerprint := record.get("fingerprint"), dict):
+                settings = {key: _plain(value) for key, value in leaves(fingerprint).items()}
+            run = Run(str(folder.relative_to(above)), summary, settings)
+            if are_drawn:
+                run = replace(
+                    run,
+                    curves=_curves(folder, "rounds") or _curves(folder),
+                    control=_curves(folder, "control"),
+                    pretraining=_curves(folder, "pretraining"),
+                    history=_history(folder / "checkpoint"),
+                )
+            runs.append(run)
         except TritterError as error:
             problems.append(Problem("RUN", str(folder), reason=str(error).removesuffix(".")))
-    if problems:
-        raise_problems(problems)
+    raise_problems(problems)
     return runs
 
 
-def _run(place: Path, *, name: str) -> Run:
-    from tritter.report.runs import Run
-    from tritter.report.summary import Summary
-
-    summary = Summary.read(place / SUMMARY_FILE)
-    record = read_object(place / RUN_FILE) if (place / RUN_FILE).exists() else {}
-    settings = record.get("fingerprint")
-    return Run(
-        name=name,
-        summary=summary,
-        settings=_settings(settings) if isinstance(settings, dict) else {"seed": summary.seed},
-        curves=_curves(place, "rounds") or _curves(place),
-        control=_curves(place, "control"),
-        pretraining=_curves(place, "pretraining"),
-        history=_history(place / "checkpoint"),
-    )
-
-
-def _settings(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
-    """Return dotted key → value; what is not finite, which JSON has no number for, as text."""
-
-    from tritter.options import leaves
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, list | tuple):
-            return [plain(each) for each in value]
-        return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-    return {key: plain(value) for key, value in leaves(fingerprint).items()}
+def _plain(value: Any) -> Any:
+    """Return a setting; what is not finite, which JSON has no number for, as text."""
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _curves(place: Path, of: str = "") -> tuple[Curve, ...]:
@@ -222,9 +211,9 @@ def _curves(place: Path, of: str = "") -> tuple[Curve, ...]:
     path = place / (f"metrics_{of}.csv" if of else "metrics.csv")
     try:
         return curves_of(metric_rows(path))
+    except TritterError:
+        raise
     except (ValueError, TypeError, OverflowError) as error:
-        if isinstance(error, TritterError):
-            raise
         raise TritterError(f"{path.name} is damaged: {error}") from error
 
 

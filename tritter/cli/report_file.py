@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,29 +27,30 @@ Format = Literal["json", "csv", "html"]
 FORMATS: Mapping[str, Format] = {".html": "html", ".csv": "csv", ".json": "json"}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class ReportFile:
     """A file that a command writes its report to; it replaces an earlier report of its kind only.
+
+    Nothing is opened but an earlier report.
 
     Args:
         kind: the command that writes it, as a JSON report states it.
         overwrite: an earlier report may be replaced.
         sources: files and folders that the command reads, in which nothing is written.
+
+    Raises:
+        RequestError: as `check_place`; or the file exists, and `overwrite` is off or it is not an
+            earlier report of this kind.
     """
 
     path: Path
     kind: str
     format: Format
+    _: KW_ONLY
     overwrite: bool
     sources: Sequence[Path] = ()
 
-    def check(self) -> None:
-        """Refuse a path where the report may not be written; nothing is opened but a report.
-
-        Raises:
-            RequestError: as `check_place`; or the file exists, and `overwrite` is off or it is
-                not an earlier report of this kind.
-        """
+    def __post_init__(self) -> None:
         check_place(self.path, key=_KEY, sources=self.sources)
         if os.path.lexists(self.path):
             self._check_old(self.path)
@@ -58,10 +59,10 @@ class ReportFile:
         """Write the report, if the path still permits it.
 
         Raises:
-            RequestError: as `check`.
+            RequestError: as when it was made.
             TritterError: the disk refuses.
         """
-        self.check()
+        self.__post_init__()
         try:
             write_text_atomic(self.path, text, check=self._check_old)
         except OSError as error:
@@ -75,14 +76,31 @@ class ReportFile:
         if not self.overwrite:
             advice = "choose another file, or replace it (--overwrite)"
             raise _refused(_KEY, self.path, "it exists already", advice)
-        recognise, reason = _REPORTS[self.format]
         try:
-            is_report = recognise(old, self.kind)
+            is_report = _is_report(old, self.kind, self.format)
         except TritterError:
             is_report = False
         if not is_report:
-            reason = f"{reason.format(kind=self.kind)}, and --overwrite replaces nothing else"
-            raise _refused(_KEY, self.path, reason)
+            reason = f"{_NO_REPORT[self.format].format(self.kind)}, and --overwrite replaces "
+            raise _refused(_KEY, self.path, reason + "nothing else")
+
+
+_NO_REPORT = {
+    "json": "it is not an earlier report of tritter {}",
+    "csv": "it is not an earlier CSV report of Tritter",
+    "html": "it is not a page that Tritter wrote",
+}
+
+
+def _is_report(path: Path, kind: str, format: Format) -> bool:
+    if format == "json":
+        found = read_object(path, limit_bytes=_MAX_BYTES).get(MARK)
+        return isinstance(found, Mapping) and found.get("kind") == kind
+    with open_file(path) as file:
+        if format == "html":
+            return _GENERATOR in file.read(_HEAD_BYTES).partition(b"<body")[0].lower()
+        header = f"{','.join(CSV_HEADER)}\n".encode()
+        return file.read(len(header)) == header
 
 
 def check_place(path: Path, *, key: str, sources: Sequence[Path] = ()) -> None:
@@ -101,7 +119,7 @@ def check_place(path: Path, *, key: str, sources: Sequence[Path] = ()) -> None:
             raise _refused(key, path, f"it is in {source}, which this command reads")
     folder = Path(os.path.realpath(path.absolute().parent))
     for above in (folder, *folder.parents):
-        what = _contents(above)
+        what = _what_it_is(above)
         if what and not (what == "a run" and above == folder and path.name == PAGE_NAME):
             raise _refused(key, path, f"{above} is {what}, where no report is written")
     parent = next((above for above in path.absolute().parents if os.path.lexists(above)), path)
@@ -122,31 +140,7 @@ def mark(kind: str) -> dict[str, Any]:
     return {MARK: {"kind": kind, "format_version": _FORMAT_VERSION}}
 
 
-def _is_json_report(path: Path, kind: str) -> bool:
-    found = read_object(path, limit_bytes=_MAX_BYTES).get(MARK)
-    return isinstance(found, Mapping) and found.get("kind") == kind
-
-
-def _is_csv_report(path: Path, _kind: str) -> bool:
-    header = f"{','.join(CSV_HEADER)}\n".encode()
-    with open_file(path) as file:
-        return file.read(len(header)) == header
-
-
-def _is_page(path: Path, _kind: str) -> bool:
-    with open_file(path) as file:
-        return _GENERATOR in file.read(_HEAD_BYTES).partition(b"<body")[0].lower()
-
-
-# Format → what recognises an earlier report, and what is said of any other file.
-_REPORTS = {
-    "json": (_is_json_report, "it is not an earlier report of tritter {kind}"),
-    "csv": (_is_csv_report, "it is not an earlier CSV report of Tritter"),
-    "html": (_is_page, "it is not a page that Tritter wrote"),
-}
-
-
-def _contents(folder: Path) -> str:
+def _what_it_is(folder: Path) -> str:
     """Return what a folder is if no report may be written in it; empty: nothing known."""
     has_weights = os.path.lexists(folder / "config.json") and any(folder.glob("*.safetensors"))
     if has_weights or any(os.path.lexists(folder / name) for name in _CHECKPOINT_FILES):

@@ -6,7 +6,7 @@ import os
 import re
 import shlex
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -98,9 +98,29 @@ class TrainCommand(TyperCommand):
         return list(ctx.args)
 
     def shell_complete(self, ctx: Any, incomplete: str) -> list[Any]:
+        """Return what a shell may put in the place of the word that is begun.
+
+        Of the words before it bash makes several at each = and each colon. What it begins with is
+        not returned with it.
+        """
         from typer._click.shell_completion import CompletionItem
 
-        return [CompletionItem(found) for found in _completions(ctx.args, incomplete)]
+        from tritter.config.launch.completion import completions
+
+        words = list(ctx.args)
+        if not incomplete and os.environ.get("COMP_WORDS", "").endswith("\n="):
+            words.append("=")  # which Typer leaves out
+        whole: list[str] = []
+        for before, word in pairwise(["", *words, incomplete]):
+            is_part = bool(whole) and not {word, before}.isdisjoint({"=", ":"})
+            whole = [*whole[:-1], whole[-1] + word] if is_part else [*whole, word]
+        *earlier, last = whole
+        found = completions([*earlier, last])
+        if len(found) == 1 and found[0][-1] in "=.":  # else the shell puts a blank after it
+            found = completions([*earlier, *found]) or found
+        found += _VALUED if last.startswith("-") else ()
+        start = last.removesuffix(incomplete)
+        return [CompletionItem(one.removeprefix(start)) for one in found if one.startswith(last)]
 
 
 def train(
@@ -119,7 +139,14 @@ def train(
     plain, words = _parted(context.args)
     if {"-h", "--help"} & set(words):
         code = main(_pipeline, arguments=words)
-        say("\n".join(_help(context.command.params)))
+        say("\nTraining a checkpoint")
+        say("  tritter train DIR [OPTIONS] [--config-dir DIR] [GROUP=OPTION ...] [KEY=VALUE ...]\n")
+        for each in context.command.params:
+            metavar, described = each.metavar, each.help  # type: ignore[attr-defined]
+            first, *more = textwrap.wrap(described, 58)
+            say(f"  {each.opts[0]} {metavar}".ljust(21) + first)
+            for line in more:
+                say(f"{'':<21}{line}")
         return code
     typed = [each for each, value in context.params.items() if value]
     if "--version" in words or not (typed or plain):
@@ -341,41 +368,6 @@ def _word(text: str) -> str:
     from tritter.config.overrides import as_value, quoted
 
     return as_value(text) if _PLAIN.fullmatch(text) else quoted(text)
-
-
-def _help(params: Sequence[Any]) -> Iterator[str]:
-    """Yield the lines on a checkpoint's training, which stand below the help of train.py."""
-    yield "\nTraining a checkpoint"
-    yield "  tritter train DIR [OPTIONS] [--config-dir DIR] [GROUP=OPTION ...] [KEY=VALUE ...]\n"
-    for each in params:
-        label = f"  {each.opts[0]} {each.metavar}"
-        first, *more = textwrap.wrap(each.help, 58)
-        yield f"{label:<21}{first}"
-        yield from (f"{'':<21}{line}" for line in more)
-
-
-def _completions(words: Sequence[str], begun: str) -> list[str]:
-    """Return what a shell may put in the place of the word that is begun.
-
-    Args:
-        words: those before it, of which bash makes several at each = and each colon.
-        begun: the last of them; what it begins with is not returned with it.
-    """
-    from tritter.config.launch.completion import completions
-
-    if not begun and os.environ.get("COMP_WORDS", "").endswith("\n="):
-        words = [*words, "="]  # which Typer leaves out
-    whole: list[str] = []
-    for before, word in pairwise(["", *words, begun]):
-        is_part = bool(whole) and not {word, before}.isdisjoint({"=", ":"})
-        whole = [*whole[:-1], whole[-1] + word] if is_part else [*whole, word]
-    *earlier, last = whole
-    found = completions([*earlier, last])
-    if len(found) == 1 and found[0][-1] in "=.":  # else the shell puts a blank after it
-        found = completions([*earlier, *found]) or found
-    found += _VALUED if last.startswith("-") else ()
-    start = last.removesuffix(begun)
-    return [one.removeprefix(start) for one in found if one.startswith(last)]
 
 
 def _pipeline(config: RunConfig, *, run_folder: Path) -> Outcome:

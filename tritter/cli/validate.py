@@ -7,28 +7,25 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from rich.text import Text
-
 from tritter.cli.options import AsJson, option
 from tritter.cli.output import (
     EXIT_NO,
     new_console,
-    new_table,
     print_json,
     print_lines,
+    print_table,
     refuse_damage,
-    signs_of,
 )
 from tritter.errors import Problem, RequestError, raise_problems
 from tritter.loading import loading
+from tritter.report.table import Table
+from tritter.report.wording import MISSING
 from tritter.storage.hub import locate
 from tritter.storage.reading import named_path
 
 if TYPE_CHECKING:
     from tritter.data.options import TextSources
     from tritter.evaluation.gate import Check
-
-_STYLES = {"passed": "green", "failed": "bold red", "undecided": "yellow", "not_asked": "dim"}
 
 Source = Annotated[str, option("--source", "SOURCE", "Folder or hub id of the model before.")]
 Result = Annotated[str, option("--result", "RESULT", "Folder or hub id of what was made of it.")]
@@ -80,7 +77,21 @@ def validate(
         content = {"source": str(folders[0]), "result": str(folders[1]), "passed": not is_failed}
         print_json({**content, "checks": records})
     else:
-        _print(checks)
+        rows = [
+            (
+                check.name.replace("_", " "),
+                check.subject,
+                _number(check, check.value),
+                _number(check, check.bound),
+                check.verdict.replace("_", " "),
+            )
+            for check in checks
+        ]
+        console, header = new_console(), ("test", "of", "number", "bound", "verdict")
+        print_table(console, Table(header, tuple(rows), numbers=(2, 3)))
+        console.print()
+        lines = [(f"{row[0]}, {row[1]}", c.detail) for row, c in zip(rows, checks, strict=True)]
+        print_lines(console, lines)
     return EXIT_NO if is_failed else 0
 
 
@@ -122,26 +133,9 @@ def _sources(
     return read_sources(option, named, default_name="text", problems=problems)
 
 
-def _print(checks: Sequence[Check]) -> None:
-    console = new_console()
-    signs = signs_of(console)
-    table = new_table("test", "of", "number", "bound", "verdict", numbers=("number", "bound"))
-    for check in checks:
-        verdict = check.verdict.replace("_", " ")
-        table.add_row(
-            check.name.replace("_", " "),
-            Text(signs.printable(check.subject)),
-            _number(check, check.value),
-            _number(check, check.bound),
-            Text(verdict, style=_STYLES.get(check.verdict, "")),
-        )
-    console.print(table, "")
-    print_lines(console, [(f"{c.name.replace('_', ' ')}, {c.subject}", c.detail) for c in checks])
-
-
 def _number(check: Check, value: float | None) -> str:
     if value is None or not math.isfinite(value):
-        return "-"
+        return MISSING
     if check.name == "forward_equivalence":
         return f"{value:.1e}"
     return f"{value:.0f}" if check.name == "gradient_flow" else f"{value:+.2%}"

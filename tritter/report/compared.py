@@ -5,7 +5,7 @@ pairs, by the bootstrap that the gate uses. Else it is said that the two are not
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -21,7 +21,7 @@ from tritter.report.rows import ScoreChange, change_text, score_text
 from tritter.report.runs import CONFIDENCE, Group, Run, differing_keys, grouped, tells
 from tritter.report.summary import LARGEST
 from tritter.report.table import Table
-from tritter.report.wording import MISSING, count_text, si_text
+from tritter.report.wording import MISSING, count_text, number_text, si_text
 
 Scores = Mapping[str, PairedScores]
 CSV_HEADER = ("run", "subject", "quantity", "value", "lower", "upper")
@@ -130,7 +130,27 @@ class Comparison:
         return {
             "reference": self.runs[0].name,
             "confidence": CONFIDENCE,
-            "runs": [self._run_json(each) for each in self.runs],
+            "runs": [
+                {
+                    "name": each.name,
+                    "status": each.run.summary.status,
+                    "seed": each.run.seed,
+                    **each.costs(),
+                    "subjects": [
+                        {
+                            "subject": row.domain,
+                            "role": row.role,
+                            "before": row.before.value,
+                            "expanded": None if row.expanded is None else row.expanded.value,
+                            "trained": row.trained.value,
+                            "change": asdict(row.change),
+                            "verdict": row.verdict,
+                        }
+                        for row in each.run.rows
+                    ],
+                }
+                for each in self.runs
+            ],
             "settings": {
                 key: {each.name: each.run.settings.get(key) for each in self.runs}
                 for key in self._keys
@@ -139,7 +159,7 @@ class Comparison:
                 {
                     "subject": each.subject,
                     "run": each.run,
-                    **_change_json(each.change),
+                    **asdict(each.change),
                     "n": each.n,
                     "why_not": each.why_not or None,
                 }
@@ -238,19 +258,20 @@ class Comparison:
         return Table(header, rows, tuple(range(3, 4 + len(stages))), caption)
 
     def _differences(self) -> Table:
-        rows = tuple(
-            (
-                *(each.subject, each.run, _difference_text(each.change)),
-                *(str(each.n) if each.n else MISSING, each.why_not),
-            )
-            for each in self.paired
-        )
+        rows = []
+        for each in self.paired:
+            change, text = each.change, change_text(each.change)
+            if change.in_points and change.lower is not None and change.upper is not None:
+                bounds = f"[{100 * change.lower:+.1f}, {100 * change.upper:+.1f}]"
+                text = text.replace(" points", f" {bounds} points")
+            rows.append((each.subject, each.run, text, number_text(each.n or None), each.why_not))
         caption = (
             f"the run's loss per byte against that of {self.runs[0].name} on the same documents, "
             f"in %, with the two-sided {CONFIDENCE:.0%} interval of the paired bootstrap; below "
             "zero the run is better (of right answers above zero)"
         )
-        return Table(("domain", "run", "difference", "documents", ""), rows, (2, 3), caption)
+        header = ("domain", "run", "difference", "documents", "")
+        return Table(header, tuple(rows), (2, 3), caption)
 
     def _seeds(self) -> Table:
         """Return each group's mean over its seeds; empty where every run is alone."""
@@ -279,26 +300,6 @@ class Comparison:
             "memory in bytes"
         )
         return Table(header, tuple(rows), tuple(range(1, 8)), caption)
-
-    def _run_json(self, each: Compared) -> dict[str, Any]:
-        return {
-            "name": each.name,
-            "status": each.run.summary.status,
-            "seed": each.run.seed,
-            **each.costs(),
-            "subjects": [
-                {
-                    "subject": row.domain,
-                    "role": row.role,
-                    "before": row.before.value,
-                    "expanded": None if row.expanded is None else row.expanded.value,
-                    "trained": row.trained.value,
-                    "change": _change_json(row.change),
-                    "verdict": row.verdict,
-                }
-                for row in each.run.rows
-            ],
-        }
 
 
 def letter(number: int) -> str:
@@ -347,24 +348,6 @@ def _difference(subject: str, first: Compared, other: Compared) -> PairedDiffere
         return PairedDifference(subject, other.name, why_not="it is not finite")
     change = ScoreChange(value, lower, upper, in_points=not is_loss)
     return PairedDifference(subject, other.name, change, len(before))
-
-
-def _difference_text(change: ScoreChange) -> str:
-    """Return a difference with its bounds, those of points as well."""
-    text = change_text(change)
-    if not change.in_points or change.lower is None or change.upper is None:
-        return text
-    bounds = f"[{100 * change.lower:+.1f}, {100 * change.upper:+.1f}]"
-    return text.replace(" points", f" {bounds} points")
-
-
-def _change_json(change: ScoreChange) -> dict[str, Any]:
-    return {
-        "value": change.value,
-        "lower": change.lower,
-        "upper": change.upper,
-        "in_points": change.in_points,
-    }
 
 
 def _bounds(change: ScoreChange) -> tuple[str, str, str]:

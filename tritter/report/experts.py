@@ -6,10 +6,21 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-from tritter.report.drawing import CYCLE, GREEN, GREY, new_figure, panel, say, shortened, some
+from tritter.report.drawing import (
+    CYCLE,
+    GREEN,
+    GREY,
+    draw_cells,
+    new_figure,
+    numbers,
+    panel,
+    say,
+    shortened,
+    some,
+)
 from tritter.report.summary import BASE, Course, ExpertsRecord, Spawn
 from tritter.report.table import Table, left_out
-from tritter.report.wording import MISSING, count_text
+from tritter.report.wording import MISSING, count_text, number_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,9 +41,18 @@ def experts_table(experts: ExpertsRecord, *, most: int = MAX_ROWS) -> Table:
     rows = []
     for row in experts.rows[:most]:
         spawn = row.spawn or Spawn()
-        cells = [row.name, spawn.domain or MISSING, *map(_count, (spawn.step, spawn.batches))]
-        cells += [*map(_number, (spawn.score, spawn.threshold)), _count(row.rank)]
-        rows.append((*cells, _percent(row.usage), row.state))
+        cells = (
+            row.name,
+            spawn.domain or MISSING,
+            number_text(spawn.step),
+            number_text(spawn.batches),
+            number_text(spawn.score, ".3g"),
+            number_text(spawn.threshold, ".3g"),
+            number_text(row.rank),
+            _percent(row.usage),
+            row.state,
+        )
+        rows.append(cells)
     return Table(
         header,
         tuple(rows),
@@ -97,12 +117,13 @@ def page_tables(experts: ExpertsRecord) -> list[Table]:
     found = experts.similarities[:_MOST]
     known = list(dict.fromkeys(name for _, similarity in found for name in similarity))[:_MOST]
     rows = tuple(
-        (expert, *(_number(similarity.get(name)) for name in known)) for expert, similarity in found
+        (expert, *(number_text(similarity.get(name), ".3g") for name in known))
+        for expert, similarity in found
     )
     caption = "similarity of an expert's batches to what was known when it was spawned"
     similarity = Table(("spawned", *known), rows, tuple(range(1, 1 + len(known))), caption)
     rows = tuple(
-        (_count(event.step), event.kind, event.expert, event.why)
+        (number_text(event.step), event.kind, event.expert, event.why)
         for event in experts.events[:_MOST]
     )
     lines = ["experts, event by event", left_out(len(experts.events), _MOST)]
@@ -111,20 +132,11 @@ def page_tables(experts: ExpertsRecord) -> list[Table]:
     return [experts_table(experts, most=_MOST), usage, similarity, events]
 
 
-def _count(value: int | None) -> str:
-    return MISSING if value is None else str(value)
-
-
 def _percent(share: float | None) -> str:
-    return MISSING if share is None else f"{100 * share:.0f}"
-
-
-def _number(value: float | None) -> str:
-    return MISSING if value is None else f"{value:.3g}"
+    return number_text(share, ".0%").removesuffix("%")
 
 
 _DRAWN = 24  # experts and domains of a picture
-_MOST_NUMBERED = 10  # of both, with numbers in their cells
 _MOST_MARKED = 60  # spawns, and points that have a mark of their own
 _LABEL_CHARACTERS = 14
 _STYLES = ("-", "--", ":", "-.")
@@ -165,8 +177,19 @@ def experts_panels(
 def _panels(
     experts: ExpertsRecord, *, end: int, borders: Sequence[int]
 ) -> list[Callable[[Axes], None]]:
-    spawned = [each.step for each in experts.spawned if each.step is not None]
-    mark = partial(_mark, spawned=spawned[:_MOST_MARKED], borders=borders, end=end)
+    found = [each.step for each in experts.spawned if each.step is not None]
+    spawned = found[:_MOST_MARKED]
+
+    def mark(axes: Axes) -> None:
+        """Mark spawns at the foot, and where the next task began through the whole panel."""
+        if spawned:
+            place = axes.get_xaxis_transform()
+            axes.plot(spawned, [0.0] * len(spawned), "^", transform=place, color=GREEN,
+                      markersize=6, clip_on=False, zorder=5)  # fmt: skip
+        for step in borders[:_MOST_MARKED]:
+            axes.axvline(step, color=GREY, linestyle="-.", linewidth=0.8)
+        axes.set_xlim(0, max(end, *spawned, 1))
+
     return [
         partial(draw_routing, experts=experts),
         partial(draw_similarity, experts=experts),
@@ -274,17 +297,6 @@ def _say(axes: Axes, text: str) -> None:
     axes.set_xticks([])
 
 
-def _mark(axes: Axes, *, spawned: Sequence[int], borders: Sequence[int], end: int) -> None:
-    """Mark spawns at the foot, and where the next task began through the whole panel."""
-    if spawned:
-        place = axes.get_xaxis_transform()
-        axes.plot(spawned, [0.0] * len(spawned), "^", transform=place, color=GREEN, markersize=6,
-                  clip_on=False, zorder=5)  # fmt: skip
-    for step in borders[:_MOST_MARKED]:
-        axes.axvline(step, color=GREY, linestyle="-.", linewidth=0.8)
-    axes.set_xlim(0, max(end, *spawned, 1))
-
-
 def _draw_cells(
     axes: Axes,
     rows: Sequence[str],
@@ -296,20 +308,14 @@ def _draw_cells(
 ) -> None:
     """Draw numbers of 0 to 1 as cells, white where they are 0; others as the nearer of the two."""
     import numpy as np
+    from matplotlib.colors import Normalize
 
-    known = np.asarray([[np.nan if v is None else v for v in row] for row in values], dtype=float)
-    axes.set_facecolor("#DDDDDD")  # seen through where nothing is known
+    def text(value: float) -> str:
+        shown = f"{scale * value:.{0 if scale > 1 else 2}f}"
+        return "-" if np.isnan(value) else shown if len(shown) < 8 else f"{scale * value:.1g}"
+
+    known = numbers(values)
     shown = np.ma.masked_invalid(np.clip(known, 0, 1))
-    axes.imshow(shown, cmap=colours, vmin=0, vmax=1, aspect="auto")
-    axes.grid(visible=False)
-    label = partial(shortened, most=_LABEL_CHARACTERS)
-    axes.set_xticks(range(len(columns)), list(map(label, columns)), rotation=30, ha="right")
-    axes.set_yticks(range(len(rows)), list(map(label, rows)))
-    axes.tick_params(labelsize=8, length=0)
-    if max(len(rows), len(columns)) > _MOST_NUMBERED:
-        return
-    for (row, column), value in np.ndenumerate(known):
-        text = "-" if np.isnan(value) else f"{scale * value:.{0 if scale > 1 else 2}f}"
-        text = text if len(text) < 8 else f"{scale * value:.1g}"
-        axes.text(column, row, text, ha="center", va="center", fontsize=8,
-                  color="white" if value > 0.6 else "black")  # fmt: skip
+    texts = [[text(value) for value in row] for row in known]
+    norm = Normalize(0, 1)
+    draw_cells(axes, rows, columns, shown, texts, known > 0.6, norm=norm, colours=colours)

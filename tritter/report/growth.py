@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from tritter.report.drawing import BLUE, GREEN, ORANGE, new_figure, say, some
 from tritter.report.summary import GrowthRecord
 from tritter.report.table import Table
-from tritter.report.wording import MISSING, Signs, count_text
+from tritter.report.wording import Signs, count_text, number_text
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,8 +35,8 @@ def growth_table(growth: GrowthRecord, *, most: int = MAX_ROWS) -> Table:
             str(layer.layer),
             f"{layer.before} → {layer.after}",
             *map(str, (layer.born, layer.replaced, *([layer.died] if has_dead else []))),
-            change_of_function(layer.function_change),
-            steps_text(layer.steps),
+            number_text(layer.function_change, ".1e"),
+            _steps_text(layer.steps),
         )
         for layer in sorted(grown, key=lambda layer: layer.layer)
     )
@@ -96,16 +96,11 @@ def nothing_grew(growth: GrowthRecord) -> str:
     return f"nothing grew in {number}; try {', '.join(others) + ', or ' if others else ''}{last}"
 
 
-def steps_text(steps: Sequence[int]) -> str:
+def _steps_text(steps: Sequence[int]) -> str:
     """Name the first steps and the last one."""
     if len(steps) <= _MOST_STEPS:
         return ", ".join(map(str, steps))
     return f"{', '.join(map(str, steps[: _MOST_STEPS - 1]))} .. {steps[-1]} ({len(steps)})"
-
-
-def change_of_function(value: float | None) -> str:
-    """Return a change of the logits, in their standard deviation."""
-    return MISSING if value is None else f"{value:.1e}"
 
 
 _MOST_POINTS = 60  # that have a mark of their own

@@ -5,18 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from tritter.report.drawing import new_figure, shortened
+from tritter.report.drawing import draw_cells, new_figure, numbers
 from tritter.report.summary import Matrix
 from tritter.report.table import Table, left_out
-from tritter.report.wording import MISSING
+from tritter.report.wording import number_text
 
 if TYPE_CHECKING:
-    import numpy as np
     from matplotlib.axes import Axes
-    from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
-    from matplotlib.image import AxesImage
-    from numpy.typing import NDArray
 
 MAX_ROWS = 24
 _DOMAIN_CHARACTERS = 20
@@ -31,14 +27,14 @@ def transfer_table(matrix: Matrix, *, most: int = MAX_ROWS) -> Table:
         shown = (0, own[name], -1)  # before, right after the task that was about it, at the end
         transfers = (matrix.backward_transfer.get(name), matrix.forward_transfer.get(name))
         learned = "before" if own[name] == 0 else matrix.rows[own[name]]
-        values = map(loss_text, (losses[number][place] for number in shown))
-        rows.append((name, learned, *values, *map(transfer_text, transfers)))
+        values = (number_text(losses[number][place], ".4f") for number in shown)
+        rows.append((name, learned, *values, *(number_text(each, "+.4f") for each in transfers)))
     lines = ["backward: what later tasks changed; forward: what earlier ones did"]
     lines += filter(None, [left_out(len(found), most)])
     rules = (len(rows),) if len(found) > 1 else ()
     if rules:
         means = (matrix.mean_backward_transfer, matrix.mean_forward_transfer)
-        rows.append(("mean", "", "", "", "", *map(transfer_text, means)))
+        rows.append(("mean", *[""] * 4, *(number_text(each, "+.4f") for each in means)))
     return Table(
         ("domain", "learned in", "before", "then", "at the end", "backward", "forward"),
         tuple(rows),
@@ -50,20 +46,8 @@ def transfer_table(matrix: Matrix, *, most: int = MAX_ROWS) -> Table:
     )
 
 
-def loss_text(value: float | None) -> str:
-    """Return a loss per byte."""
-    return MISSING if value is None else f"{value:.4f}"
-
-
-def transfer_text(value: float | None) -> str:
-    """Return a difference of losses per byte, with its sign."""
-    return MISSING if value is None else f"{value:+.4f}"
-
-
 _DRAWN = 40  # rows and domains that are drawn; more are no picture
-_MOST_NUMBERED = 12  # of both, with numbers in their cells
 _SATURATED_PERCENT = 50.0  # a change beyond it has the colour of it
-_LABEL_CHARACTERS = 16
 
 
 def matrix_figure(matrix: Matrix) -> Figure:
@@ -88,17 +72,21 @@ def draw_matrix(axes: Axes, matrix: Matrix) -> None:
     from matplotlib.colors import TwoSlopeNorm
     from matplotlib.figure import Figure
 
-    losses = _numbers(matrix.loss_per_byte)[:, :_DRAWN]
+    losses = numbers(matrix.loss_per_byte[:_DRAWN])[:, :_DRAWN]
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
         change = 100 * (losses / losses[:1] - 1)
     known = np.abs(change[np.isfinite(change)])
     limit = float(np.clip(known.max() if known.size else 0.0, 1.0, _SATURATED_PERCENT))
     shown = np.ma.masked_invalid(np.clip(change, -limit, limit))
     is_dark = np.ma.filled(np.abs(shown) > 0.6 * limit, False)
-    texts = [[f"{loss:.3g}" for loss in row] for row in losses]
-    names = matrix.domains[:_DRAWN]
-    norm = TwoSlopeNorm(0.0, -limit, limit)
-    image = _draw_cells(axes, matrix, names, shown, texts, is_dark, norm=norm, colours="RdBu_r")
+    texts = [["?" if np.isnan(loss) else f"{loss:.3g}" for loss in row] for row in losses]
+    rows, names, norm = (
+        matrix.rows[:_DRAWN],
+        matrix.domains[:_DRAWN],
+        TwoSlopeNorm(0, -limit, limit),
+    )
+    image = draw_cells(axes, rows, names, shown, texts, is_dark, norm=norm, colours="RdBu_r")
+    _frame_trained(axes, matrix, names)
     axes.set_title("loss per byte; framed: the task's domains", fontsize=9)
     figure = axes.get_figure()
     assert isinstance(figure, Figure)
@@ -112,57 +100,21 @@ def draw_accuracies(axes: Axes, matrix: Matrix) -> None:
     from matplotlib.colors import Normalize
 
     names = list(matrix.accuracy)[:_DRAWN]
-    parts = _numbers([matrix.accuracy[name] for name in names]).T
+    parts = numbers(matrix.accuracy[name][:_DRAWN] for name in names).T
     shown = 100 * np.ma.masked_invalid(np.clip(parts, 0, 1))
     is_dark = np.ma.filled(shown > 60, False)
-    texts = [[f"{100 * part:.0f}" for part in row] for row in parts]
-    _draw_cells(axes, matrix, names, shown, texts, is_dark, norm=Normalize(0, 100), colours="Blues")
+    texts = [["?" if np.isnan(part) else f"{100 * part:.0f}" for part in row] for row in parts]
+    rows, norm = matrix.rows[:_DRAWN], Normalize(0, 100)
+    draw_cells(axes, rows, names, shown, texts, is_dark, norm=norm, colours="Blues")
+    _frame_trained(axes, matrix, names)
     axes.set_title("right answers [%]", fontsize=9)
 
 
-def _draw_cells(
-    axes: Axes,
-    matrix: Matrix,
-    names: Sequence[str],
-    shown: NDArray[np.float64],
-    texts: Sequence[Sequence[str]],
-    is_dark: NDArray[np.bool_],
-    *,
-    norm: Normalize,
-    colours: str,
-) -> AxesImage:
-    """Draw rows over names, with a number in each cell where there are not too many."""
-    import numpy as np
+def _frame_trained(axes: Axes, matrix: Matrix, names: Sequence[str]) -> None:
+    """Draw a frame around what a task was about."""
     from matplotlib.patches import Rectangle
 
-    rows = matrix.rows[:_DRAWN]
-    axes.set_facecolor("#DDDDDD")  # seen through where nothing is known
-    image = axes.imshow(shown, cmap=colours, norm=norm, aspect="auto")
-    axes.grid(visible=False)
-    axes.set_xticks(
-        range(len(names)),
-        [shortened(name, _LABEL_CHARACTERS) for name in names],
-        rotation=30,
-        ha="right",
-    )
-    axes.set_yticks(range(len(rows)), [shortened(name, _LABEL_CHARACTERS) for name in rows])
-    axes.tick_params(labelsize=8, length=0)
-    if max(len(names), len(rows)) <= _MOST_NUMBERED:
-        for (row, column), dark in np.ndenumerate(is_dark):
-            text = texts[row][column]
-            axes.text(column, row, "?" if text == "nan" else text, fontsize=8, ha="center",
-                      va="center", color="white" if dark else "black")  # fmt: skip
     for row, trained in enumerate(matrix.trained[:_DRAWN]):
         for name in (each for each in trained if each in names):
             corner = (names.index(name) - 0.5, row - 0.5)
             axes.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor="black", linewidth=1.6))
-    return image
-
-
-def _numbers(rows: Sequence[Sequence[float | None]]) -> NDArray[np.float64]:
-    import numpy as np
-
-    known = [
-        [np.nan if value is None else value for value in row[:_DRAWN]] for row in rows[:_DRAWN]
-    ]
-    return np.asarray(known, dtype=float)

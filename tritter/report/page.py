@@ -5,10 +5,11 @@ from __future__ import annotations
 import base64
 import io
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from operator import methodcaller
+from typing import TYPE_CHECKING, Any, Literal
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -16,7 +17,6 @@ from tritter import __version__
 from tritter.report.drawing import CYCLE, DPI, GREY, cut, panel, plain, shortened
 from tritter.report.experts import experts_panels, experts_text, page_tables, share_text
 from tritter.report.growth import (
-    change_of_function,
     draw_neurons,
     draw_parameters,
     draw_pressure,
@@ -38,16 +38,20 @@ from tritter.report.runs import (
     grouped,
     with_controls,
 )
-from tritter.report.summary import LARGEST, GrowthRecord, Summary
+from tritter.report.summary import LARGEST, Summary
 from tritter.report.table import Table, left_out
 from tritter.report.tables import result_table, stage_table, task_table
-from tritter.report.wording import MISSING, Signs, count_text, seconds_text, si_text
+from tritter.report.wording import MISSING, Signs, count_text, number_text, si_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 _CELL_CHARACTERS = 160  # of a setting
+_EVENT_HEADER = (
+    *("step", "layer", "born", "replaced", "left dead", "neurons", "pressure"),
+    *("function change", "parameters", "FLOPs until then"),
+)
 _MOST_EVENTS = 100  # of a run's growth, row by row; summary.json has all
 # Control characters, and what turns the direction of the text after it; names of folders may hold
 # halves of characters besides
@@ -110,6 +114,12 @@ def page(
         beside: title → table, of what stands below the table of all runs.
     """
     groups = grouped(runs)
+    number = "one finished run" if len(runs) == 1 else f"{len(runs)} finished runs"
+    if len(groups) < len(runs):
+        number += f" in {len(groups)} groups that differ in the seed alone"
+    lead = f"{number[0].upper()}{number[1:]}. Losses in nats per token, changes per byte."
+    if len(with_controls(groups)) > MOST_GROUPS:
+        lead += f" Changes and cost are drawn of the first {MOST_GROUPS} groups."
     pictures: dict[str, list[bytes]] = {}
     for name, found in figures(groups).items():
         streams = [io.BytesIO() for _ in found]
@@ -122,7 +132,7 @@ def page(
     text = environment.get_template("page.html.j2").render(
         version=__version__,
         title=title,
-        lead=_lead(runs, groups),
+        lead=lead,
         notes=notes,
         verdicts=_VERDICTS,
         overview=_overview(groups),
@@ -146,16 +156,6 @@ def page(
         for number, picture in enumerate(found, start=1)
     }
     return text.translate(_UNSEEN).encode("utf-8", "replace").decode("utf-8"), files
-
-
-def _lead(runs: Sequence[Run], groups: Sequence[Group]) -> str:
-    number = "one finished run" if len(runs) == 1 else f"{len(runs)} finished runs"
-    if len(groups) < len(runs):
-        number += f" in {len(groups)} groups that differ in the seed alone"
-    said = f"{number[0].upper()}{number[1:]}. Losses in nats per token, changes per byte."
-    if len(with_controls(groups)) > MOST_GROUPS:
-        said += f" Changes and cost are drawn of the first {MOST_GROUPS} groups."
-    return said
 
 
 def _overview(groups: Sequence[Group]) -> Table:
@@ -187,7 +187,8 @@ def _overview(groups: Sequence[Group]) -> Table:
         elif has_experts:
             cells += [MISSING, MISSING]
         cells += [count_text(summary.parameters.get("final")), str(run.steps)]
-        cells += [si_text(summary.flops.get("total")), seconds_text(summary.seconds.get("total"))]
+        seconds = number_text(summary.seconds.get("total"), ".1f")
+        cells += [si_text(summary.flops.get("total")), seconds]
         rows.append(tuple(cells))
     caption = "change of loss per byte in %, with one-sided bounds over documents"
     return Table(header, tuple(rows), tuple(range(4, len(header))), caption)
@@ -246,7 +247,21 @@ def _details(run: Run) -> dict[str, Any]:
     notes = list(summary.notes)
     if growth is not None:
         methods += f", growth={growth.name}"
-        tables += [growth_table(growth, most=_MOST_EVENTS), _growth_events(growth)]
+        rows = tuple(
+            (
+                *map(str, (event.step, event.layer, event.born, event.replaced, event.died)),
+                str(event.neurons),
+                number_text(event.pressure, ".3g"),
+                number_text(event.function_change, ".1e"),
+                count_text(event.parameters),
+                si_text(event.flops),
+            )
+            for event in growth.events[:_MOST_EVENTS]
+        )
+        lines = ["growth, event by event", left_out(len(growth.events), _MOST_EVENTS)]
+        caption = "; ".join(filter(None, lines))
+        events = Table(_EVENT_HEADER, rows, tuple(range(len(_EVENT_HEADER))), caption)
+        tables += [growth_table(growth, most=_MOST_EVENTS), events]
         notes.insert(0, f"Growth: {growth_text(growth, signs=Signs.for_encoding('utf-8'))}.")
     if experts is not None:
         methods += f", experts={experts.kind}"
@@ -260,28 +275,6 @@ def _details(run: Run) -> dict[str, Any]:
         "samples": summary.samples,
         "notes": notes,
     }
-
-
-def _growth_events(growth: GrowthRecord) -> Table:
-    """Return a row per layer and step; empty where nothing grew."""
-    rows = tuple(
-        (
-            *(str(count) for count in (event.step, event.layer)),
-            *(str(count) for count in (event.born, event.replaced, event.died, event.neurons)),
-            MISSING if event.pressure is None else f"{event.pressure:.3g}",
-            change_of_function(event.function_change),
-            count_text(event.parameters),
-            si_text(event.flops),
-        )
-        for event in growth.events[:_MOST_EVENTS]
-    )
-    header = (
-        *("step", "layer", "born", "replaced", "left dead", "neurons", "pressure"),
-        *("function change", "parameters", "FLOPs until then"),
-    )
-    lines = ["growth, event by event", left_out(len(growth.events), _MOST_EVENTS)]
-    caption = "; ".join(filter(None, lines))
-    return Table(header, rows, tuple(range(len(header))), caption)
 
 
 def _attempts(summary: Summary) -> Table:
@@ -340,14 +333,38 @@ def figures(groups: Sequence[Group]) -> dict[str, list[Figure]]:
         color, marker = CYCLE[number % len(CYCLE)], _MARKERS[number % len(_MARKERS)]
         lines.append(_Line(group, color, marker))
     runs = [run for group in groups for run in group.runs]
+    means = lines[:MOST_GROUPS]
+    changes = []
+    for domain, role in _domains([line.group for line in means]):
+        found = [(line, line.group.change(domain)) for line in means]
+        title = f"{cut(domain)} ({role}): change of loss per byte [%]"
+        changes.append(_bars_of(found, title=title, scale=100))
+    skilled = [(run, run.summary.experts) for run in runs if run.summary.experts is not None]
+    experts = [
+        figure
+        for run, record in skilled[:MOST_PANELS]
+        for figure in experts_panels(
+            record,
+            name=run.name,
+            end=run.last_steps,
+            borders=run.summary.borders,
+            is_alone=len(skilled) == 1,
+        )
+    ]
+    matrices = []
+    learned = [(run.name, run.summary.matrix) for run in runs if run.summary.matrix]
+    for name, matrix in learned[:MOST_PANELS]:
+        figure = matrix_figure(matrix)
+        figure.axes[0].set_title(shortened(name), fontsize=9)
+        matrices.append(figure)
     made = {
         "tradeoff": _tradeoff(lines),
         "losses": _losses(lines),
-        "changes": _changes(lines[:MOST_GROUPS]),
-        "cost": _costs(lines[:MOST_GROUPS]),
+        "changes": [figure for figure in changes if figure is not None],
+        "cost": _costs(means),
         "growth": _growth(lines),
-        "experts": _experts(runs),
-        "matrix": _matrices(runs),
+        "experts": experts,
+        "matrix": matrices,
     }
     return {name: found for name, found in made.items() if found}
 
@@ -452,7 +469,18 @@ def _losses(lines: Sequence[_Line]) -> list[Figure]:
     runs = [run for line in lines for run in line.group.runs]
     is_in_tokens = all(run.tokens_per_step for run in runs)
     made = [_course(lines, name, title, is_in_tokens) for name, title in named.items()]
-    made.append(_pretraining(runs, is_in_tokens=is_in_tokens))
+    bases: dict[tuple[Curve, float], None] = {}  # each once: runs of a sweep share them
+    for run in runs:
+        scale = _scale(run, is_in_tokens=is_in_tokens)
+        bases |= {(each, scale): None for each in run.pretraining if each.name == "train/loss"}
+    if bases:
+        figure, axes = panel(height=2.7)
+        for curve, scale in bases:
+            _draw(axes, curve, scale, _Line(Group("base", ()), GREY, "o"))
+        number = "one base" if len(bases) == 1 else f"{len(bases)} bases"
+        title = f"before: pretraining of {number} on old text"
+        _label_course(axes, title, is_in_tokens=is_in_tokens)
+        made.append(figure)
     return [figure for figure in made if figure is not None]
 
 
@@ -482,22 +510,6 @@ def _course(lines: Sequence[_Line], name: str, title: str, is_in_tokens: bool) -
     return figure
 
 
-def _pretraining(runs: Sequence[Run], *, is_in_tokens: bool) -> Figure | None:
-    """Draw the training of the bases, each once: runs of a sweep share them."""
-    found: dict[tuple[Curve, float], None] = {}
-    for run in runs:
-        scale = _scale(run, is_in_tokens=is_in_tokens)
-        found |= {(each, scale): None for each in run.pretraining if each.name == "train/loss"}
-    if not found:
-        return None
-    figure, axes = panel(height=2.7)
-    for curve, scale in found:
-        _draw(axes, curve, scale, _Line(Group("base", ()), GREY, "o"))
-    number = "one base" if len(found) == 1 else f"{len(found)} bases"
-    _label_course(axes, f"before: pretraining of {number} on old text", is_in_tokens=is_in_tokens)
-    return figure
-
-
 def _scale(run: Run, *, is_in_tokens: bool) -> float:
     return (run.tokens_per_step or 1) / 1000 if is_in_tokens else 1.0
 
@@ -523,31 +535,17 @@ def _draw(axes: Axes, curve: Curve, scale: float, line: _Line) -> None:
     plot(places[window // 2 : window // 2 + len(mean)], mean)
 
 
-def _changes(lines: Sequence[_Line]) -> list[Figure]:
-    """A panel per domain: each group's change with its interval."""
-    made = []
-    for domain, role in _domains([line.group for line in lines]):
-        changes = [(line, line.group.change(domain)) for line in lines]
-        title = f"{cut(domain)} ({role}): change of loss per byte [%]"
-        made.append(_bars_of(changes, title=title, scale=100))
-    return [figure for figure in made if figure is not None]
-
-
 def _costs(lines: Sequence[_Line]) -> list[Figure]:
     """FLOPs and seconds of the training, group by group."""
-
-    def tera_flops(run: Run) -> float | None:
-        flops = run.cost("flops")
-        return None if flops is None else 1e-12 * flops
-
-    known: dict[str, Callable[[Run], float | None]] = {
-        "TFLOPs of the training": tera_flops,
-        "seconds of the training": lambda run: run.cost("seconds"),
-    }
+    parts: tuple[tuple[Literal["flops", "seconds"], str, float], ...] = (
+        ("flops", "TFLOPs", 1e-12),
+        ("seconds", "seconds", 1.0),
+    )
     made = []
-    for title, of in known.items():
-        means = [(line, line.group.mean(of)) for line in lines]
-        if (figure := _bars_of(means, title=title, scale=1)) is not None:
+    for of, unit, scale in parts:
+        means = [(line, line.group.mean(methodcaller("cost", of))) for line in lines]
+        figure = _bars_of(means, title=f"{unit} of the training", scale=scale)
+        if figure is not None:
             figure.axes[0].set_xlim(left=0)
             made.append(figure)
     return made
@@ -585,33 +583,6 @@ def _growth(lines: Sequence[_Line]) -> list[Figure]:
         label_flops(axes)
         axes.set_title("parameters of the models that may grow", fontsize=9)
         _legend(figure, list(named.values()))
-        made.append(figure)
-    return made
-
-
-def _experts(runs: Sequence[Run]) -> list[Figure]:
-    """Where the LoRA experts of each run are used; of a single one all that is known of them."""
-    found = [(run, run.summary.experts) for run in runs if run.summary.experts is not None]
-    return [
-        figure
-        for run, experts in found[:MOST_PANELS]
-        for figure in experts_panels(
-            experts,
-            name=run.name,
-            end=run.last_steps,
-            borders=run.summary.borders,
-            is_alone=len(found) == 1,
-        )
-    ]
-
-
-def _matrices(runs: Sequence[Run]) -> list[Figure]:
-    """Every domain after every task, a picture per run that has several tasks."""
-    made = []
-    for run in [run for run in runs if run.summary.matrix][:MOST_PANELS]:
-        assert run.summary.matrix is not None
-        figure = matrix_figure(run.summary.matrix)
-        figure.axes[0].set_title(shortened(run.name), fontsize=9)
         made.append(figure)
     return made
 

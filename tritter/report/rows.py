@@ -3,11 +3,10 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from tritter.report.summary import Attempt, Check, Score, Scores, Summary
-from tritter.report.wording import ACCURACY, MISSING
+from tritter.report.summary import Attempt, Score, Scores, Summary
+from tritter.report.wording import ACCURACY, MISSING, number_text
 
 Role = Literal["old", "new"]
-UNKNOWN = "?"
 _CHECK_OF_ROLE: dict[Role, str] = {"old": "retention", "new": "new_capability"}
 
 
@@ -75,6 +74,13 @@ def _rows(summary: Summary, trained: Attempt, *, expanded: Scores | None) -> tup
         after = score_of(trained.final, domain)
         wanted = (_CHECK_OF_ROLE[role], domain)
         check = next((each for each in trained.gate if (each.check, each.subject) == wanted), None)
+        change = ScoreChange(None, None, None)
+        if before.accuracy is not None and after.accuracy is not None:
+            change = ScoreChange(after.accuracy - before.accuracy, None, None, in_points=True)
+        elif check is not None:  # whose change is paired; the plain ratio has no bounds
+            change = ScoreChange(check.value, *check.bounds)
+        elif before.loss_per_byte and after.loss_per_byte is not None:
+            change = ScoreChange(after.loss_per_byte / before.loss_per_byte - 1, None, None)
         row = DomainRow(
             domain=domain,
             role=role,
@@ -82,7 +88,7 @@ def _rows(summary: Summary, trained: Attempt, *, expanded: Scores | None) -> tup
             before=before,
             expanded=None if expanded is None else score_of(expanded, domain),
             trained=after,
-            change=_change(check, before=before, after=after),
+            change=change,
             bound=None if check is None else check.bound,
             verdict=None if check is None else check.verdict,
         )
@@ -116,22 +122,11 @@ def score_of(scores: Scores, domain: str) -> Score:
     return Score.model_construct(accuracy=found.accuracy, standard_error=error)
 
 
-def _change(check: Check | None, *, before: Score, after: Score) -> ScoreChange:
-    """Take the gate's paired change; without a check the plain ratio, which has no bounds."""
-    if before.accuracy is not None and after.accuracy is not None:
-        return ScoreChange(after.accuracy - before.accuracy, None, None, in_points=True)
-    if check is not None:
-        return ScoreChange(check.value, *check.bounds)
-    if not before.loss_per_byte or after.loss_per_byte is None:
-        return ScoreChange(None, None, None)
-    return ScoreChange(after.loss_per_byte / before.loss_per_byte - 1, None, None)
-
-
 def score_text(score: Score | None) -> str:
     """Return nats per token with three decimals, or right answers in per cent."""
     if score is not None and score.accuracy is not None:
         return f"{score.accuracy:.1%}"
-    return MISSING if score is None or score.loss is None else f"{score.loss:.3f}"
+    return number_text(None if score is None else score.loss, ".3f")
 
 
 def change_text(change: ScoreChange) -> str:
@@ -141,7 +136,7 @@ def change_text(change: ScoreChange) -> str:
     if change.in_points:
         return f"{100 * change.value:+.1f} points"
     value, lower, upper = (
-        UNKNOWN if each is None else f"{100 * each:+.2f}"
+        "?" if each is None else f"{100 * each:+.2f}"
         for each in (change.value, change.lower, change.upper)
     )
     has_bounds = change.lower is not None or change.upper is not None

@@ -23,6 +23,13 @@ CONFIDENCE = 0.95  # of the intervals over seeds, two-sided
 _PREPARED = ("importance", "self_replay", "choose", "distill", "adapt")
 _NAME_CHARACTERS = 100
 _NAMED_BY_GROWTH = ("growth.trigger", "growth.initialiser")
+_NOT_OF_CONTROLS: dict[str, Any] = {
+    **dict.fromkeys(("control", "expanded", "growth", "experts", "matrix")),
+    "expansion": [],
+    "rounds": [],
+    "flops": {},
+    "seconds": {},
+}
 _MOST = 10**9  # of rows and tokens; larger ones are no setting of a run
 
 
@@ -187,7 +194,7 @@ def grouped(runs: Iterable[Run]) -> tuple[Group, ...]:
     ways = {"growth": any(run.summary.growth is not None for run in firsts)}
     ways["experts"] = any(run.summary.experts is not None for run in firsts)
     beside = [way for way, is_there in ways.items() if is_there]
-    names = [_name(each[0], keys, beside=beside) for each in groups]
+    names = [_name(run, keys, beside=beside) for run in firsts]
     return tuple(
         Group(name if names.count(name) == 1 else f"{name} ({each[0].name})", each)
         for name, each in zip(names, groups, strict=True)
@@ -204,21 +211,16 @@ def with_controls(groups: Iterable[Group]) -> tuple[Group, ...]:
         scores = [control.final for control in controls if control is not None and control.final]
         if scores and scores not in seen:
             seen.append(scores)
-            runs = tuple(_control_of(run) for run in group.runs if run.control_rows)
+            runs = []
+            for run in group.runs:
+                if run.control_rows and (control := run.summary.control) is not None:
+                    own = {"attempts": [control], "tasks": control.tasks}
+                    summary = run.summary.model_copy(update={**_NOT_OF_CONTROLS, **own})
+                    runs.append(Run(run.name, summary, run.settings, run.control))
             words = group.name.split(" ")[1:]
             rest = " ".join(word for word in words if not word.startswith(("growth=", "experts=")))
-            found.append(Group(f"control, not grown: {rest}", runs, is_control=True))
+            found.append(Group(f"control, not grown: {rest}", tuple(runs), is_control=True))
     return tuple(found)
-
-
-def _control_of(run: Run) -> Run:
-    """Return a run's control as if it were the run."""
-    control = run.summary.control
-    assert control is not None
-    own = {"attempts": [control], "tasks": control.tasks, "expansion": [], "rounds": []}
-    nothing = dict.fromkeys(("control", "expanded", "growth", "experts", "matrix"))
-    summary = run.summary.model_copy(update={**own, **nothing, "flops": {}, "seconds": {}})
-    return Run(run.name, summary, run.settings, run.control)
 
 
 def differing_keys(runs: Sequence[Run]) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ STYLES = {
     "undecided": "yellow",
     "ungated": "cyan",
     "reported": "cyan",
+    "not_asked": "dim",
 }
 _JUDGED = ("verdict", "status")  # columns whose cells are coloured
 
@@ -30,6 +31,7 @@ class Table:
         caption: lines below it.
         names: position of a column → characters that its cells have at most on a terminal.
         rules: positions of the rows above which there is a line.
+        styles: of Rich, row by row; empty: all rows are plain.
     """
 
     header: tuple[str, ...]
@@ -39,6 +41,7 @@ class Table:
     title: str = ""
     names: Mapping[int, int] = field(default_factory=dict)
     rules: tuple[int, ...] = ()
+    styles: tuple[str, ...] = ()
 
     def to_rich(self, signs: Signs, *, whole: Collection[int] = ()) -> RichTable:
         """Return the table as Rich prints it.
@@ -69,10 +72,12 @@ class Table:
         for number, row in enumerate(self.rows):
             if number in self.rules:
                 table.add_section()
-            cells = enumerate(row)
-            table.add_row(
-                *(Text(self._cell(at, cell, signs), self._style(at, cell)) for at, cell in cells)
-            )
+            cells = []
+            for at, cell in enumerate(row):
+                is_judged = self.header[at] in _JUDGED
+                style = STYLES.get(cell.replace(" ", "_"), "") if is_judged else ""
+                cells.append(Text(self._cell(at, cell, signs), style))
+            table.add_row(*cells, style=self.styles[number] if self.styles else None)
         return table
 
     def _cell(self, at: int, text: str, signs: Signs) -> str:
@@ -80,9 +85,6 @@ class Table:
             return _printable(text, signs)
         stem = text.removesuffix(_RIGHT)
         return signs.shortened(stem, self.names[at]) + text[len(stem) :]
-
-    def _style(self, at: int, cell: str) -> str:
-        return STYLES.get(cell.replace(" ", "_"), "") if self.header[at] in _JUDGED else ""
 
 
 _RIGHT = " right"  # after the name of a domain whose right answers are meant

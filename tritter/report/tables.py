@@ -1,6 +1,6 @@
 """The table at the end of a run, from summary.json alone."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,11 +10,10 @@ from rich.text import Text
 from tritter.report.experts import experts_table, experts_text, usage_table
 from tritter.report.growth import growth_table, growth_text
 from tritter.report.matrix import transfer_table
-from tritter.report.moe import bias_text, expert_table
 from tritter.report.rows import DomainRow, change_text, domain_rows, score_of, score_text
-from tritter.report.summary import Attempt, Jump, Summary
+from tritter.report.summary import Attempt, Jump, MoeRecord, Summary
 from tritter.report.table import STYLES, Table, label
-from tritter.report.wording import MISSING, Signs, count_text, seconds_text, si_text, stages
+from tritter.report.wording import MISSING, Signs, count_text, number_text, si_text
 from tritter.terminal import Console
 
 _FEW_TASKS = 3  # whose domains stand above the columns; those of more below the table
@@ -26,6 +25,7 @@ _STATUS_WORDS = {
 }
 _SAMPLE_CHARACTERS = 400
 _DOMAIN_CHARACTERS = 11
+_MOST_EXPERTS = 12  # of a mixture, side by side
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,20 @@ def print_summary(summary: Summary, *, console: Console, folder: Path | None = N
         folder: the run folder; with it the checkpoint is named by a path that can be copied.
     """
     signs = Signs.for_encoding(console.encoding)
-    for table in _tables(summary):
+    tables = [result_table(summary, domain_rows(summary))]
+    if len(summary.tasks) > 1:
+        tables.append(task_table(summary))
+    if summary.matrix is not None:
+        tables.append(transfer_table(summary.matrix))
+    if summary.moe is not None:
+        tables.append(moe_table(summary.moe))
+    if (growth := summary.growth) is not None and growth.events:
+        tables.append(growth_table(growth))
+    if (added := summary.experts) is not None:
+        tables.append(experts_table(added))
+        if added.usage and len(added.names) > 1:
+            tables.append(usage_table(added))
+    for table in (*tables, stage_table(summary)):
         console.print()
         console.print(table.to_rich(signs))
     console.print()
@@ -61,24 +74,6 @@ def print_summary(summary: Summary, *, console: Console, folder: Path | None = N
             text = signs.shortened(" ".join(words.split()), _SAMPLE_CHARACTERS)
             lines.append(SummaryLine(name, text or MISSING))
         console.print(_grid(lines))
-
-
-def _tables(summary: Summary) -> Iterator[Table]:
-    """Yield the tables of a run."""
-    yield result_table(summary, domain_rows(summary))
-    if len(summary.tasks) > 1:
-        yield task_table(summary)
-    if summary.matrix is not None:
-        yield transfer_table(summary.matrix)
-    if summary.moe is not None:
-        yield expert_table(summary.moe)
-    if (growth := summary.growth) is not None and growth.events:
-        yield growth_table(growth)
-    if (added := summary.experts) is not None:
-        yield experts_table(added)
-        if added.usage and len(added.names) > 1:
-            yield usage_table(added)
-    yield stage_table(summary)
 
 
 def result_table(summary: Summary, rows: Sequence[DomainRow]) -> Table:
@@ -146,12 +141,57 @@ def task_table(summary: Summary) -> Table:
 def stage_table(summary: Summary) -> Table:
     """Return seconds and FLOPs of each stage."""
     seconds, flops = summary.seconds, summary.flops
-    names = stages(seconds, flops)
+    # The total is last, whatever a file says
+    names = sorted(dict.fromkeys((*seconds, *flops)), key=lambda name: name == "total")
     rows = tuple(
-        (name, seconds_text(seconds.get(name)), si_text(flops.get(name, 0.0))) for name in names
+        (name, number_text(seconds.get(name), ".1f"), si_text(flops.get(name, 0.0)))
+        for name in names
     )
     rules = (len(rows) - 1,) if "total" in names else ()
     return Table(("stage", "seconds", "FLOPs"), rows, (1, 2), title="Cost", rules=rules)
+
+
+def moe_table(experts: MoeRecord) -> Table:
+    """Return a row per domain: each expert's part of its assignments, as a mean over the layers.
+
+    Of many experts the most used ones stand for all; appended ones are added up as well.
+    """
+    usage = {
+        domain: [sum(column) / len(layers) for column in zip(*layers, strict=True)]
+        for domain, layers in experts.usage.items()
+    }
+    new, number = experts.new, experts.number
+    shown = list(range(number))
+    if number > _MOST_EXPERTS:
+        total = [sum(shares) for shares in zip(*usage.values(), strict=True)]
+        shown = sorted(sorted(shown, key=lambda expert: -total[expert])[:_MOST_EXPERTS])
+    header = ["domain", *(f"{each}{'*' if each in new else ''}" for each in shown)]
+    header += ["* new"] * bool(new)
+    rows = tuple(
+        (
+            domain,
+            *(f"{100 * shares[expert]:.0f}" for expert in shown),
+            *([f"{100 * sum(shares[expert] for expert in new):.0f}"] if new else []),
+        )
+        for domain, shares in usage.items()
+    )
+    title = f"Experts: % of a domain's assignments, {experts.experts_per_token} per token"
+    return Table(tuple(header), rows, tuple(range(1, len(header))), title=title)
+
+
+def bias_text(experts: MoeRecord) -> str | None:
+    """Say what the selection bias, which is not saved, does to the loss; None where there is none.
+
+    The bias is that of `moe_routing.bias_update_rate`.
+    """
+    effect = experts.selection_bias
+    if not effect:
+        return None
+    parts = []
+    for domain, losses in effect.items():
+        texts = (f"{number_text(losses.get(each), '.3f')} {each}" for each in ("with", "without"))
+        parts.append(f"{domain} {', '.join(texts)}")
+    return f"loss under the selection bias, which is not saved: {'; '.join(parts)}"
 
 
 def summary_lines(summary: Summary, *, signs: Signs) -> list[SummaryLine]:
@@ -179,15 +219,27 @@ def summary_lines(summary: Summary, *, signs: Signs) -> list[SummaryLine]:
         if is_notable or check.verdict in ("failed", "undecided"):
             what = signs.printable(f"{check.check} of {check.subject}: {check.detail}")
             lines.append(SummaryLine(check.verdict, what, style=STYLES[check.verdict]))
-    if (jump := _jump_text(summary.jump)) is not None:
-        lines.append(SummaryLine("jump", jump))
-    lines.append(SummaryLine("parameters", _parameters_text(summary, signs=signs)))
+    jump = summary.jump or Jump()
+    if jump.max_absolute is not None and jump.relative_to_std is not None:
+        text = (
+            f"logits moved by up to {jump.max_absolute:.1e} when expanded, "
+            f"{jump.relative_to_std:.1e} of their deviation"
+        )
+        lines.append(SummaryLine("jump", text))
+    before, after = (summary.parameters.get(name) for name in ("baseline", "final"))
+    sizes = f"{count_text(before)} {signs.arrow} {count_text(after)}"
+    if summary.experts is not None:  # next to a base that stays as it is
+        trained = summary.experts.parameters.trainable
+        sizes = f"{count_text(before)} + {count_text(trained)} experts"
+    elif before and after:
+        sizes += f" ({after / before:.2f} times)"
+    lines.append(SummaryLine("parameters", sizes))
     if (growth := summary.growth) is not None:
         lines.append(SummaryLine("growth", growth_text(growth, signs=signs)))
     if (added := summary.experts) is not None:
         lines.append(SummaryLine("experts", signs.printable(experts_text(added))))
-    if summary.moe is not None and (text := bias_text(summary.moe)) is not None:
-        lines.append(SummaryLine("bias", text))
+    if summary.moe is not None and (bias := bias_text(summary.moe)) is not None:
+        lines.append(SummaryLine("bias", bias))
     return lines
 
 
@@ -207,23 +259,6 @@ def _attempt_lines(attempts: Sequence[Attempt], *, signs: Signs) -> list[Summary
         text = f"{number}: {did}: {changes}; {status.replace('_', ' ')}"
         lines.append(SummaryLine("", signs.printable(text), style=STYLES.get(status, "")))
     return lines
-
-
-def _jump_text(jump: Jump | None) -> str | None:
-    if jump is None or jump.max_absolute is None or jump.relative_to_std is None:
-        return None
-    return (
-        f"logits moved by up to {jump.max_absolute:.1e} when expanded, "
-        f"{jump.relative_to_std:.1e} of their deviation"
-    )
-
-
-def _parameters_text(summary: Summary, *, signs: Signs) -> str:
-    before, after = (summary.parameters.get(name) for name in ("baseline", "final"))
-    if summary.experts is not None:  # beside a base that stays as it is
-        return f"{count_text(before)} + {count_text(summary.experts.parameters.trainable)} experts"
-    text = f"{count_text(before)} {signs.arrow} {count_text(after)}"
-    return f"{text} ({after / before:.2f} times)" if before and after else text
 
 
 def _grid(lines: Iterable[SummaryLine]) -> RichTable:

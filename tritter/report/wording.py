@@ -1,6 +1,5 @@
 """Numbers and signs as a person reads them, on any terminal."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 ACCURACY = "/accuracy"  # behind the name of a domain or task, where its right answers are meant
@@ -50,12 +49,6 @@ def si_text(value: float | None) -> str:
     return f"{value / 1000**power:#.3g}".removesuffix(".") + f" {_PREFIXES[power - 1]}"
 
 
-def seconds_text(value: float | None) -> str:
-    """Return seconds with one decimal."""
-    return MISSING if value is None else f"{value:.1f}"
-
-
-def stages(*totals: Mapping[str, float | None]) -> tuple[str, ...]:
-    """Return the stages named in any of the mappings, in order of first appearance, total last."""
-    names = dict.fromkeys(name for total in totals for name in total)
-    return (*(name for name in names if name != "total"), *(["total"] if "total" in names else []))
+def number_text(value: float | None, form: str = "") -> str:
+    """Return a number in one of Python's formats, such as `.3f`; `-` where it is not known."""
+    return MISSING if value is None else format(value, form)
