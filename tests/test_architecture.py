@@ -43,7 +43,7 @@ ARROWS: dict[str, set[str]] = {
     "streamed": {"families", "models", "storage"},
     "expansion": {"families", "parameter_map"},
     "checkpoint": {"stock_routers", "storage", "families", "parameter_map", "data"},
-    "config": {"families", "expansion", "planning", "storage", "data", "checkpoint"},
+    "config": {*_CORE, "planning", "evaluation", "training", "moe_routing"} - {"models", "loadable"},
     "expand": _CORE,
     "evaluation": {"storage", "data", "models", "streamed", "families", "checkpoint"},
     "novelty": {"data", "evaluation", "models"},

@@ -21,7 +21,6 @@ from tests.evaluation.test_benchmark_files import written
 from tests.oracle import relative_difference, saved, stock, tiny_llama, tokens
 from tests.report.conftest import SUMMARY
 from tritter.cli import main
-from tritter.config.components import trainer_parameters
 from tritter.config.launch.command_line import CommandLine, read_command_line
 from tritter.config.launch.composition import composer
 from tritter.config.launch.help import help_text
@@ -36,6 +35,7 @@ from tritter.experts.adapters import AdapterShape
 from tritter.experts.mixture import ExpertMixture
 from tritter.experts.stored import ExpertFolder
 from tritter.models import new_model, save_tokenizer
+from tritter.training.options import trainer_parameters
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"

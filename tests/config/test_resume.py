@@ -13,7 +13,6 @@ import pytest
 from tests.config.conftest import FakePipeline, Result
 from tritter.conf_folder import config_folder
 from tritter.config import validation
-from tritter.config.components import REFUSED, trainer_parameters
 from tritter.config.folders import body_of, shipped_options
 from tritter.config.launch import plan
 from tritter.config.overrides import not_replayed
@@ -23,6 +22,7 @@ from tritter.config.validation import known_keys
 from tritter.data import options
 from tritter.options import leaves
 from tritter.storage.records import signed_text
+from tritter.training.options import REFUSED, trainer_parameters
 
 Run = Callable[..., Result]
 ROOT = config_folder().parent

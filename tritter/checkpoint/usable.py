@@ -4,12 +4,15 @@ import re
 from pathlib import Path
 
 from tritter.checkpoint.expert_files import refuse_experts
+from tritter.checkpoint.record import StateHead
 from tritter.errors import Problem, RequestError, TritterError, did_you_mean
 from tritter.families import Config
 from tritter.families.config_file import read_config_file
 from tritter.storage.reading import named_path
+from tritter.storage.records import read_record
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_STATE_HEAD = Path("state/state.json")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -66,3 +69,13 @@ def checkpoint_config(
     if not with_experts:
         refuse_experts(folder, doing="a training", key=key)
     return config
+
+
+def kinds_beside(folder: Path) -> set[str]:
+    """Return the kinds of state that lie beside a checkpoint's weights.
+
+    Raises:
+        TritterError: what says so is damaged.
+    """
+    path = folder / _STATE_HEAD
+    return set(read_record(path, StateHead).kinds) if path.exists() else set()

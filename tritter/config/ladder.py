@@ -8,11 +8,11 @@ from hydra.core.override_parser.types import Override
 
 from tritter.config.folders import LADDERS, body_of, option_files
 from tritter.config.schema import GateConfig, RunConfig
-from tritter.config.training_steps import STEPS, TOKENS
 from tritter.errors import Problem, RequestError, brief, nearest
 from tritter.families import Config
 from tritter.planning import GrowthMethods, Shape
 from tritter.planning.strategy import AUTO, PathRequest, find_best_path
+from tritter.training.options import STEPS, TOKENS
 
 RUNG_GROUPS = ("training", "forgetting", "expansion")  # what an attempt may have of its own
 LADDER = "gate.ladder"

@@ -12,7 +12,6 @@ from itertools import accumulate
 from typing import Literal
 
 from tritter.checkpoint.usable import checkpoint_config
-from tritter.config.components import kept_per_parameter
 from tritter.config.ladder import planned_rounds
 from tritter.config.schema import ModelConfig, RunConfig
 from tritter.errors import Problem, RequestError
@@ -203,7 +202,7 @@ def _held(
     count = _parameters(model_config)
     of_one = memory.parameters_bytes // count
     moments = memory.optimizer_bytes
-    if setup.optimizer == "adamw" and (kept := kept_per_parameter(config.optimizer)) != 2:
+    if setup.optimizer == "adamw" and (kept := config.optimizer.kept_per_parameter()) != 2:
         moments = round(kept * memory.parameters_bytes)  # others keep fewer than Adam, or more
     states = memory.parameters_bytes + memory.gradients_bytes + moments
     teacher = 0

@@ -15,7 +15,6 @@ from pydantic import AfterValidator
 
 from tritter.checkpoint.left import digests_of, find_damage
 from tritter.checkpoint.place import is_within
-from tritter.config.components import WITHOUT_EFFECT as NO_EFFECT
 from tritter.config.folders import CONFIG_NAME, Front, composing_from, front
 from tritter.config.overrides import command, program_words, resume_command
 from tritter.config.schema import SECTIONS, CheckpointModelConfig, RunConfig
@@ -35,6 +34,7 @@ from tritter.storage.lock import LOCK_NAME
 from tritter.storage.reading import RUN_FILE, SUMMARY_FILE, check_tree, named_path
 from tritter.storage.records import InnerName, read_record, record, record_text
 from tritter.targets import Component, identity
+from tritter.training.options import WITHOUT_EFFECT as NO_EFFECT
 
 RUNS_FOLDER = Path("outputs/runs")  # hydra.run.dir of conf/config.yaml, without the time
 
@@ -305,6 +305,7 @@ _WITHOUT_EFFECT = {
     "trainer": (
         *("devices", "strategy", "progress", "save_every_n_steps", "check_memory"),
         "activation_checkpointing",  # the same bits
+        *("device_index", "seed", "arguments"),  # the seed is at the root
     ),
 }
 _OF_BENCHMARKS = {
@@ -370,7 +371,7 @@ def _methods(config: RunConfig) -> dict[str, Any]:
 
 def effective_arguments(config: RunConfig) -> dict[str, Any]:
     """Return the further arguments of the Trainer that determine what is trained."""
-    arguments = config.trainer_arguments
+    arguments = config.trainer.arguments
     return {name: arguments[name] for name in arguments if name not in NO_EFFECT}
 
 

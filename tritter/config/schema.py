@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import UnionType
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
 from tritter.data.options import DataConfig as DataConfig  # docs/extending.md names it here
 from tritter.limits import (
@@ -19,10 +19,11 @@ from tritter.limits import (
     MAX_POSITIONS,
     MAX_SEED,
     MAX_WIDTH,
-    parse_count,
 )
-from tritter.options import Count, Text, WholeNumber, join, options
+from tritter.options import IN_WORDS, Count, RunRequest, Text, WholeNumber, join, options
 from tritter.targets import Component
+from tritter.training.optimizer import OptimizerSettings
+from tritter.training.options import TrainerSettings, TrainerValues, TrainingConfig
 
 
 @options
@@ -77,8 +78,6 @@ if TYPE_CHECKING:
     from tritter.data.split import SplitRule
     from tritter.expansion import ExpansionSpec
 
-_IN_WORDS = BeforeValidator(lambda v: (parse_count(v) if isinstance(v, str) else None) or v)
-
 
 @options
 class ModelConfig:
@@ -113,24 +112,6 @@ Model = ModelConfig | CheckpointModelConfig
 
 
 @options
-class TrainingConfig:
-    """One training: of the base (`pretraining`) or of the grown model (`training`).
-
-    Args:
-        max_steps: of the optimizer; where `max_tokens` is given, what follows from it.
-        max_tokens: None: not what was given.
-    """
-
-    learning_rate: Annotated[float, Field(gt=0)]
-    warmup_ratio: Annotated[float, Field(ge=0, lt=1)]
-    max_steps: Count
-    schedule: Literal["constant", "cosine", "wsd", "rewarm"]
-    decay_ratio: Annotated[float, Field(gt=0, le=1)]
-    minimum_ratio: Annotated[float, Field(ge=0, le=1)]
-    max_tokens: Annotated[int, Field(ge=1, le=MAX_COUNT), _IN_WORDS] | None = None
-
-
-@options
 class PipelineConfig:
     """How often a run expands, and what it keeps on disk.
 
@@ -141,54 +122,11 @@ class PipelineConfig:
         dtype: of the weights that the run publishes; `source`: that of the model it starts from.
     """
 
-    target_params: Annotated[int, Field(ge=1, le=MAX_PARAMETERS), _IN_WORDS] | None
+    target_params: Annotated[int, Field(ge=1, le=MAX_PARAMETERS), IN_WORDS] | None
     max_rounds: Count | None
     strategy: Literal["auto", "depth_first", "width_first", "balanced"] | None
     keep_stages: bool
     dtype: Literal["source", "float32", "bfloat16"]
-
-
-@options
-class OptimizerValues:
-    """The keys of `optimizer` that are no arguments of its class.
-
-    Args:
-        weight_decay: on matrices; None: the default of the class.
-    """
-
-    weight_decay: Annotated[float, Field(ge=0)] | None = None
-    carry: bool = False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OptimizerConfig(OptimizerValues):
-    """The optimizer and everything of it but the learning rate.
-
-    Args:
-        target: dotted name of its class.
-        arguments: those of the class besides `weight_decay`.
-    """
-
-    target: str
-    arguments: Mapping[str, Any]
-
-
-@options
-class TrainerConfig:
-    """What Lightning's Trainer is given."""
-
-    accelerator: Literal["cpu", "gpu", "mps", "auto"]
-    devices: Count
-    strategy: Literal["auto", "ddp", "fsdp"]
-    precision: Literal["32-true", "bf16-mixed", "bf16-true", "16-mixed", "64-true"]
-    gradient_clip_val: Annotated[float, Field(gt=0)] | None
-    log_every_n_steps: Count
-    max_non_finite_steps: WholeNumber
-    save_every_n_steps: WholeNumber
-    progress: Literal["auto", "on", "off"]
-    check_memory: bool
-    activation_checkpointing: bool
-    compile: bool
 
 
 @options
@@ -299,7 +237,7 @@ class RunText:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RunConfig(RootValues):
+class RunConfig(RootValues, RunRequest):
     """Everything a run is asked to do; `expansion` and `forgetting` are ordered.
 
     `text` is worked out from `model`, `data` and what the checkpoint at `model.path` learned.
@@ -319,9 +257,8 @@ class RunConfig(RootValues):
     training: TrainingConfig
     gate: GateConfig
     pipeline: PipelineConfig
-    optimizer: OptimizerConfig
-    trainer: TrainerConfig
-    trainer_arguments: Mapping[str, Any]
+    optimizer: OptimizerSettings
+    trainer: TrainerSettings
     callbacks: tuple[Component, ...]
     logger: LoggerConfig
     evaluation: EvaluationConfig
@@ -346,7 +283,7 @@ SECTIONS: dict[str, type | UnionType] = {
     "training": TrainingConfig,
     "gate": GateConfig,
     "pipeline": PipelineConfig,
-    "trainer": TrainerConfig,
+    "trainer": TrainerValues,
     "evaluation": EvaluationConfig,
     "moe_routing": MoeRoutingConfig,
     "adaptation": AdaptationConfig,

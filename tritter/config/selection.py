@@ -9,6 +9,7 @@ from tritter.config.suggestions import child_names, hint_for, nearest_key
 from tritter.errors import Problem, RequestError, key_name, nearest
 from tritter.options import component_class, join, read_component, read_options
 from tritter.targets import TARGET, Component, resolve
+from tritter.training.options import REFUSED, trainer_parameters
 
 Origin = Callable[[str], str | None]
 Answer = TypeVar("Answer")
@@ -58,6 +59,9 @@ class Reader:
             return
         section, _, leaf = key.rpartition(".")
         known = self._known_keys()
+        if section == "trainer":
+            further = (f"trainer.{name}" for name in trainer_parameters() if name not in REFUSED)
+            known = (*known, *further)
         names = child_names(known, section)
         near = None
         if not section:

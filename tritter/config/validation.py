@@ -9,36 +9,23 @@ from pathlib import Path
 from typing import Any, cast, get_args
 
 from tritter.checkpoint.expert_files import experts_in, refuse_experts
-from tritter.checkpoint.usable import checkpoint_config, checkpoint_place
+from tritter.checkpoint.usable import checkpoint_config, checkpoint_place, kinds_beside
 from tritter.config.components import (
     BASES,
     asking_problems,
     averaging_problems,
     monitor_problems,
     named_class,
-    optimizer_class,
     read_callbacks,
     read_loggers,
-    read_optimizer,
-    split_trainer,
-    trainer_argument_problems,
 )
-from tritter.config.folders import body_of, option_files
+from tritter.config.folders import body_of, option_files, shipped_options
 from tritter.config.ladder import ladder_problems, pipeline_problems, planned_rounds
 from tritter.config.rules import (
-    apple_problems,
     benchmark_problems,
-    carry_problems,
-    compile_problems,
-    device_problems,
     expert_problems,
-    kinds_beside,
     method_problems,
     method_start_problems,
-    nearest_multiples,
-    precision_problems,
-    sharding_problems,
-    trainer_start_problems,
     weight_problems,
 )
 from tritter.config.schema import (
@@ -48,10 +35,8 @@ from tritter.config.schema import (
     EvaluationConfig,
     Model,
     ModelConfig,
-    OptimizerValues,
     RootValues,
     RunConfig,
-    TrainingConfig,
     WandbConfig,
 )
 from tritter.config.selection import (
@@ -66,12 +51,6 @@ from tritter.config.selection import (
 )
 from tritter.config.suggestions import hint_for
 from tritter.config.text_resolution import run_text
-from tritter.config.training_steps import (
-    PRESET_RATE,
-    default_rate,
-    with_evaluation_steps,
-    with_steps,
-)
 from tritter.data.options import (
     DataConfig,
     NamedTextConfig,
@@ -86,6 +65,26 @@ from tritter.limits import MAX_BATCH_TOKENS
 from tritter.options import Start, choices, component_class, field_keys, join, leaves
 from tritter.storage.reading import named_path
 from tritter.targets import TARGET, dotted
+from tritter.training.optimizer import (
+    OptimizerSettings,
+    OptimizerValues,
+    carry_problems,
+    optimizer_class,
+    optimizer_problems,
+)
+from tritter.training.options import (
+    PRESET_RATE,
+    RULES,
+    TrainerSettings,
+    TrainerValues,
+    TrainingConfig,
+    default_rate,
+    nearest_multiples,
+    trainer_argument_problems,
+    trainer_parameters,
+    trainer_start_problems,
+    with_steps,
+)
 
 _MODELS = {word: kind for kind in get_args(Model) for word in choices(kind, "model_type")}
 
@@ -170,6 +169,36 @@ def read_evaluation(
         return values
     place = reader.ask(partial(named_path, key="evaluation.tasks_path"), values.tasks_path)
     return None if place is None else replace(values, tasks_path=str(place.absolute()))
+
+
+def read_optimizer(
+    reader: Reader, raw: Mapping[str, Any], classes: Mapping[str, Any]
+) -> OptimizerSettings | None:
+    """Return the optimizer of a run, or None when there were problems (now reported)."""
+    kind, own = classes.get("optimizer"), field_keys(OptimizerValues, "")
+    given = {name: value for name, value in raw.items() if name in own}
+    values = reader.read(OptimizerValues, given, prefix="optimizer")
+    arguments = {n: value for n, value in raw.items() if n not in (*own, "name", TARGET)}
+    if values is None or kind is None:
+        return None
+    shipped = map(body_of, shipped_options()["optimizer"].values())
+    decay = values.weight_decay
+    reader.problems += optimizer_problems(kind, arguments, decay, shipped=shipped)
+    return OptimizerSettings(target=dotted(kind), arguments=arguments, **asdict(values))
+
+
+def read_trainer(
+    reader: Reader, raw: Mapping[str, Any], classes: Mapping[str, Any]
+) -> TrainerSettings | None:
+    """Return what Lightning's Trainer is given, or None when there were problems."""
+    own = field_keys(TrainerValues, "")
+    names = () if set(raw) <= set(own) else trainer_parameters()
+    further = {n: value for n, value in raw.items() if n in names and n not in own}
+    for name, value in further.items():
+        reader.problems += trainer_argument_problems(name, value)
+    stated = {name: value for name, value in raw.items() if name not in further}
+    values = reader.read(TrainerValues, stated, prefix="trainer")
+    return None if values is None else TrainerSettings(arguments=further, **asdict(values))
 
 
 def data_keys() -> dict[str, tuple[str, ...]]:
@@ -286,6 +315,7 @@ _READERS: Mapping[str, Callable[[Reader, Mapping[str, Any], Mapping[str, Any]], 
     "data": read_data,
     "evaluation": read_evaluation,
     "optimizer": read_optimizer,
+    "trainer": read_trainer,
     "callbacks": read_callbacks,
     "logger": read_loggers,
 }
@@ -302,8 +332,7 @@ class _Sound:
         self._values, self._unread = values, unread
 
     def __getattr__(self, name: str) -> Any:
-        section = "trainer" if name == "trainer_arguments" else name
-        if name not in self._values or section in self._unread:
+        if name not in self._values or name in self._unread:
             raise _Unread(name)
         return self._values[name]
 
@@ -331,7 +360,7 @@ def validate(
         RequestError: lists every problem with key, value, what is allowed and the nearest match.
     """
     reader = Reader(known_keys)
-    bodies = with_evaluation_steps(with_steps(reader, group_bodies(reader, raw)))
+    bodies = with_steps(group_bodies(reader, raw), reader.problems)
     has_no_rate = bodies.get("training", {}).get("learning_rate", 0) is None
     if has_no_rate:
         bodies["training"] = {**bodies["training"], "learning_rate": PRESET_RATE}
@@ -379,9 +408,7 @@ def _read(
     reader: Reader, raw: Mapping[str, Any], bodies: Bodies, classes: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return the values of a RunConfig but for its text; what is wrong goes to the reader."""
-    own, further = split_trainer(bodies.get("trainer", {}))
-    reader.problems += trainer_argument_problems(further)
-    values: dict[str, Any] = {"trainer_arguments": further}
+    values: dict[str, Any] = {}
     for name, body in bodies.items():
         if name in METHOD_GROUPS:
             values[name] = read_methods(reader, name, body, classes)
@@ -390,11 +417,12 @@ def _read(
         elif name in _READERS:
             values[name] = _READERS[name](reader, body, classes)
         else:
-            body = own if name == "trainer" else body
             values[name] = reader.read(cast(type, SECTIONS[name]), body, prefix=name)
     values["expansion"] = tuple(selected.options for selected in values.get("expansion", ()))
     given = {name: value for name, value in raw.items() if name not in _GROUPS}
     root: RootValues | None = reader.read(RootValues, given, prefix="")
+    if root is not None and values["trainer"] is not None:
+        values["trainer"] = replace(values["trainer"], seed=root.seed)
     values["cache_dir"] = root and reader.ask(cache_folder, root.cache_dir)
     read = {name: value for name, value in values.items() if value is not None}
     # Nothing was chosen: so it was asked, and read
@@ -583,11 +611,7 @@ _RULES: tuple[Rule, ...] = (
     _gate_problems,
     benchmark_problems,
     ladder_problems,
-    precision_problems,
-    device_problems,
-    apple_problems,
-    compile_problems,
-    sharding_problems,
+    *RULES,
     weight_problems,
     method_problems,
     pipeline_problems,

@@ -200,7 +200,7 @@ def _detection_problems(asked: DynamicOptions, run: RunRequest) -> Iterator[Prob
     if batch < least:
         reason = f"novelty is told by the spread of a batch; allowed is at least {least}"
         yield Problem("data.batch_size", batch, reason=reason)
-    seen = steps * int(run.trainer_arguments.get("accumulate_grad_batches", 1)) * batch
+    seen = steps * run.trainer.accumulate_grad_batches * batch
     if asked.min_samples > seen:
         reason = f"a training of {steps} steps sees {seen:,} sequences, too few for any decision"
         yield Problem("experts.min_samples", asked.min_samples, reason=reason)

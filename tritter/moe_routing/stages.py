@@ -122,12 +122,19 @@ def fit_live(
 def _settings(home: device, seed: int) -> TrainerSettings:
     """Return those of a model as it is: in its own dtype, on its own device."""
     return TrainerSettings(
-        accelerator="gpu" if home.type == "cuda" else home.type,
-        devices=1 if home.index is None else [home.index],
+        accelerator="gpu" if home.type == "cuda" else home.type,  # type: ignore[arg-type]
+        devices=1,
+        device_index=home.index,
+        strategy="auto",
         precision="32-true",
+        gradient_clip_val=1.0,
+        log_every_n_steps=10,
         max_non_finite_steps=0,
         save_every_n_steps=0,
         progress="off",
+        check_memory=False,
+        activation_checkpointing=False,
+        compile=False,
         seed=seed,
     )
 

@@ -15,7 +15,6 @@ from tritter.checkpoint.left import checkpoint_changes
 from tritter.checkpoint.record import training_record
 from tritter.checkpoint.state import copy_states, read_state
 from tritter.config.run_folder import effective_arguments, optimizer_record
-from tritter.config.schema import TrainingConfig
 from tritter.config.validation import source_config
 from tritter.data.cache import one_at_a_time, set_aside
 from tritter.data.options import DataConfig
@@ -36,6 +35,7 @@ from tritter.storage.reading import read_text
 from tritter.storage.writer import TensorStream
 from tritter.training import BaseModule, FitResult, Schedule, discard_saved, fit, read_metrics
 from tritter.training.metrics import MAX_METRICS_BYTES
+from tritter.training.options import TrainingConfig
 
 _OF_DATASETS = ("text_column", "max_rows", "streaming", "weights")  # the last of new domains alone
 FORMAT_VERSION = 1
@@ -129,7 +129,7 @@ def _train_base(context: RunContext, folder: Path, made_from: Mapping[str, Any])
     module = BaseModule(
         context.reading(new_model(config, seed=context.seed("initialisation"))),
         schedule=schedule_of(pretraining),
-        optimizer=context.optimizer_settings,
+        optimizer=context.config.optimizer,
     )
     batches = context.batches(
         context.old_domains, purpose="pretraining", max_steps=pretraining.max_steps
@@ -148,7 +148,7 @@ def _train_base(context: RunContext, folder: Path, made_from: Mapping[str, Any])
         result = fit(
             module,
             batches,
-            settings=context.trainer_settings,
+            settings=context.config.trainer,
             folder=working,
             label="pretraining",
             console=context.console,

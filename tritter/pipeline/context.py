@@ -30,7 +30,6 @@ from tritter.config.schema import (
     RunText,
 )
 from tritter.config.text_resolution import run_text
-from tritter.config.training_steps import rate_notes
 from tritter.config.validation import known_config
 from tritter.data.batches import BatchStream, SequenceStream, drawn_equally
 from tritter.data.benchmark_names import CODE, benchmark_names
@@ -73,7 +72,7 @@ from tritter.stopping import Stopped
 from tritter.storage.hub import locate
 from tritter.targets import dotted
 from tritter.terminal import Console, NewBar, progress_bars, shows_bar
-from tritter.training import OptimizerSettings, TrainerSettings
+from tritter.training.options import rate_notes
 
 MAX_POSITIONS = 2048  # of a model that does not say
 PUBLISHED_DTYPES = ("float32", "bfloat16", "float16")
@@ -207,21 +206,6 @@ class RunContext:
     def device(self) -> torch.device:
         wants_gpu = self.config.trainer.accelerator in ("gpu", "auto")
         return torch.device("cuda" if wants_gpu and torch.cuda.is_available() else "cpu")
-
-    @property
-    def trainer_settings(self) -> TrainerSettings:
-        values = asdict(self.config.trainer)
-        del values["check_memory"]  # that was done before
-        return TrainerSettings(
-            **values, seed=self.config.seed, arguments=self.config.trainer_arguments
-        )
-
-    @property
-    def optimizer_settings(self) -> OptimizerSettings:
-        options = self.config.optimizer
-        return OptimizerSettings(
-            target=options.target, weight_decay=options.weight_decay, arguments=options.arguments
-        )
 
     def seed(self, *purpose: str) -> int:
         """Return the seed of one purpose: data order, growth and replay have their own."""
@@ -378,7 +362,7 @@ class RunContext:
             if weights
             else SequenceStream(joined(list(sequences.values())), seed=seed)
         )
-        num_batches = max_steps * self.trainer_settings.accumulate_grad_batches
+        num_batches = max_steps * self.config.trainer.accumulate_grad_batches
         return BatchStream(stream, batch_size=data.batch_size, num_batches=num_batches)
 
     @cached_property

@@ -14,7 +14,6 @@ from lightning import Callback
 from torch import Tensor, nn
 
 from tritter.checkpoint import ExpansionRecord, Source
-from tritter.config.schema import TrainingConfig
 from tritter.data.packing import lengths_of
 from tritter.errors import RequestError, did_you_mean
 from tritter.experts.adapters import is_of_adapter, shape_of
@@ -34,6 +33,7 @@ from tritter.pipeline.ledger import EvaluationFound, TrainingFound
 from tritter.report.summary import ExpertsRecord
 from tritter.storage.records import validated
 from tritter.training import BaseModule, FitResult
+from tritter.training.options import TrainingConfig
 
 USAGE_SEQUENCES = 16  # of a domain, in which its gates are looked at
 _USAGE_BATCH = 8

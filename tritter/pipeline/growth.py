@@ -31,7 +31,7 @@ def begin(
         return (), ()
     method = asked.kind(asked.options)
     method.freeze(model)
-    data, trainer = context.config.data, context.trainer_settings
+    data, trainer = context.config.data, context.config.trainer
     tokens = data.batch_size * data.sequence_length * trainer.accumulate_grad_batches
     observer, changer = method.callbacks(
         max_steps=max_steps,

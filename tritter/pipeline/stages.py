@@ -162,7 +162,7 @@ def _before(context: RunContext, model: nn.Module) -> tuple[dict[str, float], di
     text = context.evaluation_text
     if text is None:
         return {}, {}
-    losses = losses_before(model, text, context.trainer_settings)
+    losses = losses_before(model, text, context.config.trainer)
     return losses, {"validation": evaluation_flops(experts.reading_flops(model), text)}
 
 
@@ -191,7 +191,7 @@ def adaptation(context: RunContext, arm: Arm) -> StageResult:
         module = BaseModule(
             model,
             schedule=moe.router_schedule(context, arm),
-            optimizer=replace(context.optimizer_settings, weight_decay=0.0),
+            optimizer=replace(context.config.optimizer, weight_decay=0.0),
             methods=build_methods(context.config.forgetting),
             side_losses=setup.side_losses,
         )
@@ -226,7 +226,7 @@ def training(context: RunContext, arm: Arm, *, loggers: Sequence[Logger]) -> Sta
         _freeze(model, methods, task, max_steps=settings.max_steps)
         module = trainee.module(
             schedule=schedule_of(settings, start_rate=last_rate(context, arm)),
-            optimizer=context.optimizer_settings,
+            optimizer=context.config.optimizer,
             methods=methods,
             side_losses=setup.side_losses,
             moments=moments.carried(context, start, model),
@@ -349,7 +349,7 @@ def _fit(
         context.batches(
             context.new_of(arm), purpose="-".join((label, *arm.purpose)), max_steps=max_steps
         ),
-        settings=context.trainer_settings,
+        settings=context.config.trainer,
         folder=folder,
         label=label,
         console=context.console,
@@ -561,12 +561,12 @@ def distillation(context: RunContext, arm: Arm) -> StageResult:
             temperature=options.distill_temperature,
             auxiliary_loss=context.config.moe_routing.auxiliary_loss,
             schedule=Schedule.constant(context.config.training.learning_rate, max_steps=steps),
-            optimizer=context.optimizer_settings,
+            optimizer=context.config.optimizer,
         )
         result = fit(
             module,
             context.batches(context.new_of(arm), purpose="distill", max_steps=steps),
-            settings=context.trainer_settings,
+            settings=context.config.trainer,
             folder=folder,
             label="distill",
             console=context.console,

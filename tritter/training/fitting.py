@@ -30,15 +30,11 @@ from tritter.training.forgetting_method import Task
 from tritter.training.gradient_flow import GradientFlow
 from tritter.training.metrics import METRICS_NAME, set_metrics_aside
 from tritter.training.module import BaseModule, CompiledModel, TheirCallbacks
+from tritter.training.options import TrainerSettings
 from tritter.training.processes import worker_processes
 from tritter.training.result import Conclusion, FitResult, HeldBytes, Watching, WriteResult
 from tritter.training.save_state import EndOfTraining, SaveState, StopRequest
-from tritter.training.trainer import (
-    TrainerSettings,
-    build_trainer,
-    quiet_lightning,
-    torch_settings_kept,
-)
+from tritter.training.trainer import build_trainer, quiet_lightning, torch_settings_kept
 from tritter.training.validation import Validation
 from tritter.training.work import Performance, WorkCount
 

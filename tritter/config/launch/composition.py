@@ -48,11 +48,11 @@ from tritter.config.run_folder import check_overrides
 from tritter.config.schema import ONE_OF, OPEN_GROUPS, RunConfig
 from tritter.config.selection import METHOD_GROUPS, Origin, method_names, nesting_problems
 from tritter.config.suggestions import nearest_key
-from tritter.config.training_steps import settled
 from tritter.config.validation import Rule, validate
 from tritter.errors import Problem, RequestError, raise_problems, refusal, show
 from tritter.options import leaves
 from tritter.targets import dotted
+from tritter.training.options import settled
 
 VERSION_BASE = "1.3"
 _JUDGE = "tritter.config.launch.plan.Judge"

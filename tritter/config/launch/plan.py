@@ -29,7 +29,6 @@ from tritter.config.overrides import (
     refuse_sweeps,
     split_sweep,
 )
-from tritter.config.rules import compiler_problems
 from tritter.config.run_folder import (
     OUTPUT_FILE,
     RunState,
@@ -46,6 +45,7 @@ from tritter.errors import Problem, RequestError, TritterError, raise_problems
 from tritter.storage.lock import LOCK_NAME, alone_in, check_free
 from tritter.storage.reading import RUN_FILE, SUMMARY_FILE
 from tritter.terminal import say
+from tritter.training.options import compiler_problems
 
 _BASIC_SWEEPER = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
 
