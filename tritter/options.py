@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, dataclass_transform, get_args, get_type_hints
+from typing import Annotated, Any, Self, TypeVar, dataclass_transform, get_args, get_type_hints
 
 from pydantic import (
     BeforeValidator,
@@ -394,6 +394,10 @@ class RunRequest:
     text: Any
     trainer: Any
     training: Any
+
+    def with_sections(self, **sections: Any) -> Self:
+        """Return the run with other sections."""
+        return dataclasses.replace(self, **sections)  # type: ignore[type-var] # of a dataclass
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,10 +15,10 @@ from omegaconf import OmegaConf
 from tests import compositions
 from tests.config.conftest import FakeOutcome, FakePipeline
 from tests.config.test_entry import Run
-from tritter.config import memory
 from tritter.config.launch import launchers
 from tritter.config.launch.launchers import launching
 from tritter.config.schema import RunConfig
+from tritter.planning import run_memory as memory
 from tritter.storage.lock import process_in
 
 

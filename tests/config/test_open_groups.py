@@ -10,10 +10,10 @@ import torch
 from lightning import Trainer
 
 from tritter.config.launch.composition import Composer, composer
-from tritter.config.memory import trainings
 from tritter.config.schema import RunConfig
 from tritter.config.validation import known_config
 from tritter.errors import RequestError
+from tritter.planning.run_memory import trainings
 from tritter.training.options import REFUSED, trainer_parameters
 
 CONF = Path(__file__).parents[2] / "conf"

@@ -20,7 +20,7 @@ from tritter.config.components import (
     read_loggers,
 )
 from tritter.config.folders import body_of, option_files, shipped_options
-from tritter.config.ladder import ladder_problems, pipeline_problems, planned_rounds
+from tritter.config.ladder import ladder_problems
 from tritter.config.rules import (
     benchmark_problems,
     expert_problems,
@@ -63,6 +63,7 @@ from tritter.expansion import target_config
 from tritter.families import Config, check_size, family_of, llama_config, position_limit
 from tritter.limits import MAX_BATCH_TOKENS
 from tritter.options import Start, choices, component_class, field_keys, join, leaves
+from tritter.planning.strategy import pipeline_problems, planned_rounds
 from tritter.storage.reading import named_path
 from tritter.targets import TARGET, dotted
 from tritter.training.optimizer import (

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from tritter.checkpoint import Lineage, Source, lineage_of, read_lineage
 from tritter.checkpoint.record import LearnedDomain
 from tritter.checkpoint.usable import checkpoint_config
-from tritter.config.memory import memory_notes
 from tritter.config.rules import KEY
 from tritter.config.schema import (
     CheckpointModelConfig,
@@ -67,6 +66,7 @@ from tritter.models import read_config, wrapped_tokenizer
 from tritter.pipeline.arm import Arm
 from tritter.pipeline.ledger import Ledger, StageResult
 from tritter.pipeline.scoring import Scores, Scoring, told, write_scores
+from tritter.planning.run_memory import memory_notes
 from tritter.seeds import derived_seed
 from tritter.stopping import Stopped
 from tritter.storage.hub import locate

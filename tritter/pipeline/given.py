@@ -7,7 +7,6 @@ from pathlib import Path
 from tritter.checkpoint import Lineage, Source, write_checkpoint
 from tritter.checkpoint.folder import LinkedTensors
 from tritter.checkpoint.usable import checkpoint_config
-from tritter.config.memory import memory_problems
 from tritter.config.schema import CheckpointModelConfig
 from tritter.config.validation import start_problems
 from tritter.data.tokens import read_tokenizer
@@ -20,6 +19,7 @@ from tritter.pipeline.arm import Arm
 from tritter.pipeline.base import base_config
 from tritter.pipeline.context import RunContext
 from tritter.pipeline.importance import teacher_place
+from tritter.planning.run_memory import memory_problems
 from tritter.storage.hub import locate
 from tritter.storage.writer import TensorStream
 from tritter.training.optimizer import given_problems

@@ -2,12 +2,11 @@
 
 from dataclasses import dataclass
 
-from tritter.config.ladder import planned_rounds
 from tritter.evaluation.gate import Status
 from tritter.pipeline.arm import Arm, tasks_of
 from tritter.pipeline.context import RunContext
 from tritter.pipeline.ledger import BaselineFound, ExpansionFound, GateFound
-from tritter.planning.strategy import TOLERANCE
+from tritter.planning.strategy import TOLERANCE, planned_rounds
 from tritter.report.summary import Target
 
 

@@ -19,7 +19,6 @@ from tritter.config.launch.composition import Composer, composer
 from tritter.config.launch.jobs import Job, Task
 from tritter.config.launch.launchers import ONE_BY_ONE, Launching, launching, side_by_side
 from tritter.config.launch.resume import Resumption, resumption
-from tritter.config.memory import memory_problems, side_by_side_problems
 from tritter.config.overrides import (
     check_command_line,
     first_value,
@@ -42,6 +41,7 @@ from tritter.config.validation import known_config
 from tritter.data.options import text_requests
 from tritter.data.sources import check_contents
 from tritter.errors import Problem, RequestError, TritterError, raise_problems
+from tritter.planning.run_memory import memory_problems, side_by_side_problems
 from tritter.storage.lock import LOCK_NAME, alone_in, check_free
 from tritter.storage.reading import RUN_FILE, SUMMARY_FILE
 from tritter.terminal import say
