@@ -15,7 +15,7 @@ from tests.training.shipped import trainer_settings
 from tests.training.written import Written
 from tritter.data.batches import BatchStream, SequenceStream
 from tritter.families import forward_flops, training_flops
-from tritter.moe_routing import DistillationModule, only_new_experts
+from tritter.moe_routing.distill import DistillationModule, only_new_experts
 from tritter.stock_routers import AddedExperts
 from tritter.terminal import Console
 from tritter.training import (

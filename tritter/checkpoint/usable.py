@@ -1,6 +1,7 @@
 """What can be known of a checkpoint folder from its file names and config.json alone."""
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from tritter.checkpoint.expert_files import refuse_experts
@@ -69,6 +70,27 @@ def checkpoint_config(
     if not with_experts:
         refuse_experts(folder, doing="a training", key=key)
     return config
+
+
+def teacher_problems(teacher: str, source: Config | None, *, key: str) -> Iterator[Problem]:
+    """Yield why a teacher can't be learned from, as far as its config.json says.
+
+    Args:
+        source: that of the model that learns; None where its vocabulary is not known yet.
+    """
+    try:
+        config = checkpoint_config(checkpoint_place(teacher, key=key), key=key)
+    except RequestError as error:
+        yield from error.problems
+        return
+    if config is None or source is None:
+        return
+    if config["vocab_size"] != source["vocab_size"]:
+        reason = (
+            f"it has {config['vocab_size']} tokens, the model that the run starts from "
+            f"{source['vocab_size']}; allowed is a teacher with the same tokenizer"
+        )
+        yield Problem(key, teacher, reason=reason)
 
 
 def kinds_beside(folder: Path) -> set[str]:

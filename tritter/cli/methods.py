@@ -28,7 +28,7 @@ from tritter.errors import Problem, RequestError, nearest, raise_problems
 from tritter.targets import TARGET
 
 if TYPE_CHECKING:
-    from tritter.config.selection import Reader
+    from tritter.config.components import Reader
     from tritter.expansion import ExpansionSpec
 
 # Keys that the command line calls otherwise: by fewer words, or by which `init` is meant
@@ -163,7 +163,7 @@ def specs_of(methods: Sequence[str], given: Mapping[str, Any]) -> tuple[Expansio
         RequestError: an option that no method takes, or that several would; a value that is not
             allowed. All problems at once.
     """
-    from tritter.config.selection import Reader
+    from tritter.config.components import Reader
 
     problems = []
     fields: dict[str, dict[str, Any]] = {name: {} for name in methods}
@@ -207,7 +207,7 @@ def _listed(names: Sequence[str]) -> str:
 
 def _spec(reader: Reader, name: str, typed: Mapping[str, Any]) -> ExpansionSpec | None:
     """Read a method's options as a configuration's are read, defaults filled in."""
-    from tritter.config.selection import method_class, read_methods
+    from tritter.config.components import method_class, read_methods
     from tritter.options import from_word
 
     body = method_bodies()[name]

@@ -7,8 +7,9 @@ from dataclasses import replace
 from hydra.core.override_parser.types import Override
 
 from tritter.config.folders import LADDERS, body_of, option_files
-from tritter.config.schema import GateConfig, RunConfig
+from tritter.config.schema import RunConfig
 from tritter.errors import Problem, brief, nearest
+from tritter.evaluation.options import GateConfig
 from tritter.training.options import STEPS, TOKENS
 
 RUNG_GROUPS = ("training", "forgetting", "expansion")  # what an attempt may have of its own

@@ -3,79 +3,30 @@
 The defaults live in `conf/`, nowhere else; a field's type says what a value may be.
 """
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import UnionType
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
+from tritter.checkpoint.run_text import RunText
 from tritter.data.options import DataConfig as DataConfig  # docs/extending.md names it here
+from tritter.evaluation.options import EvaluationConfig, GateConfig
 from tritter.limits import (
-    MAX_COUNT,
     MAX_LAYERS,
     MAX_PARAMETERS,
     MAX_POSITIONS,
     MAX_SEED,
     MAX_WIDTH,
 )
-from tritter.options import IN_WORDS, Count, RunRequest, Text, WholeNumber, join, options
+from tritter.moe_routing.options import AdaptationOptions, RoutingOptions
+from tritter.options import IN_WORDS, Count, RunRequest, Text, join, options
 from tritter.targets import Component
 from tritter.training.optimizer import OptimizerSettings
 from tritter.training.options import TrainerSettings, TrainerValues, TrainingConfig
 
-
-@options
-class EvaluationConfig:
-    """How domains are scored and sampled, and which benchmarks are asked besides.
-
-    Args:
-        every_n_steps: of the training, between two evaluations; 0: none. A number once validated:
-            None is a tenth of the training.
-        task_questions: of each domain that generated skills teach; 0: none.
-        tasks: benchmarks, and groups of them.
-        tasks_path: folder with their files, absolute once validated; None: the hub.
-        task_limit: so many questions of each; None: all.
-        allow_code: benchmarks whose answers are programs, which may be run.
-        code_sandbox: Tritter's own, or a command of the user's.
-        code_sandbox_command: reads a program on its standard input.
-    """
-
-    max_tokens_per_document: Annotated[int, Field(ge=2, le=MAX_COUNT)]
-    batch_size: Count
-    sample_tokens: WholeNumber
-    every_n_steps: WholeNumber | None
-    task_questions: Annotated[int, Field(ge=0, le=MAX_COUNT)]
-    tasks: list[str]
-    tasks_path: Text | None
-    task_limit: Count | None
-    allow_code: list[str]
-    code_sandbox: Literal["namespaces", "external"]
-    code_sandbox_command: Text | None
-
-
-@options
-class GateConfig:
-    """When a grown model is kept, and what is tried after it was not.
-
-    Args:
-        ladder: by name; None: nothing is.
-        max_attempts: the first counts; None: one, and one for each rung of the ladder.
-    """
-
-    enabled: bool
-    strict: bool
-    retention: Annotated[float, Field(ge=0)]
-    confidence: Annotated[float, Field(gt=0.5, le=0.999)]
-    ladder: Text | None = None
-    max_attempts: Count | None = None
-
-
 if TYPE_CHECKING:
-    from tritter.checkpoint.kept_sequences import KeptSequences
-    from tritter.checkpoint.record import LearnedDomain
-    from tritter.data.split import SplitRule
     from tritter.expansion import ExpansionSpec
 
 
@@ -109,6 +60,11 @@ class CheckpointModelConfig:
 
 
 Model = ModelConfig | CheckpointModelConfig
+
+
+def given_path(model: Model) -> str | None:
+    """Return the folder or hub id of the checkpoint that a run starts from; None: it has a base."""
+    return model.path if isinstance(model, CheckpointModelConfig) else None
 
 
 @options
@@ -152,33 +108,6 @@ class LoggerConfig:
 
 
 @options
-class MoeRoutingConfig:
-    """What a training asks of the routers of a model with experts."""
-
-    auxiliary_loss: Annotated[float, Field(ge=0)]
-    z_loss: Annotated[float, Field(ge=0)]
-    bias_update_rate: Annotated[float, Field(ge=0, lt=1)]
-    hold_old: Annotated[float, Field(ge=0)]
-    capacity_factor: Annotated[float, Field(gt=0)]
-
-
-@options
-class AdaptationConfig:
-    """The two trainings that open appended experts: of the routers, then of the experts."""
-
-    router_update: Literal["fine_tune", "retrain", "frozen"]
-    router_epochs: Count
-    router_max_steps: Count | None
-    router_learning_rate: Annotated[float, Field(gt=0)]
-    encouragement: Annotated[float, Field(ge=0)]
-    anneal_steps: Count | None
-    freeze_base: bool
-    unfreeze_after: Count | None
-    distill_steps: Count
-    distill_temperature: Annotated[float, Field(gt=0)]
-
-
-@options
 class RootValues:
     """The keys of the root that belong to no group, as they stand in config.yaml."""
 
@@ -186,54 +115,6 @@ class RootValues:
     control: bool
     cache_dir: Text | None
     resume: Text | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DomainText:
-    """One domain of a run: where its text lies, and how it is read.
-
-    Args:
-        key: what named it, for messages.
-        texts: yields its texts, where no path says where they lie.
-        is_streamed: data sets of the hub are read as they come, not fetched first.
-    """
-
-    name: str
-    key: str
-    is_old: bool
-    paths: tuple[str, ...]
-    text_field: str
-    texts: Callable[[], Iterable[str]] | None = None
-    is_streamed: bool = False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunText:
-    """All text of a run.
-
-    Args:
-        split: of the lineage, or the one that begins here.
-        domains: old ones first.
-        tasks: what is learned one after the other, each as the names of its domains.
-        learned: name → what the checkpoint learned before.
-        kept: sequences beside the checkpoint, of what it learned and the run has no text of.
-        notes: what is worth telling, a sentence each.
-    """
-
-    split: "SplitRule"
-    domains: tuple[DomainText, ...]
-    tasks: tuple[tuple[str, ...], ...]
-    learned: "Mapping[str, LearnedDomain]"
-    kept: "KeptSequences" = field(compare=False)
-    notes: tuple[str, ...] = ()
-
-    @property
-    def old(self) -> tuple[str, ...]:
-        return tuple(domain.name for domain in self.domains if domain.is_old)
-
-    @property
-    def new(self) -> tuple[str, ...]:
-        return tuple(domain.name for domain in self.domains if not domain.is_old)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -262,8 +143,8 @@ class RunConfig(RootValues, RunRequest):
     callbacks: tuple[Component, ...]
     logger: LoggerConfig
     evaluation: EvaluationConfig
-    moe_routing: MoeRoutingConfig
-    adaptation: AdaptationConfig
+    moe_routing: RoutingOptions
+    adaptation: AdaptationOptions
     growth: Component | None = None
     experts: Component | None = None
     rungs: "tuple[RunConfig, ...]" = ()
@@ -285,8 +166,8 @@ SECTIONS: dict[str, type | UnionType] = {
     "pipeline": PipelineConfig,
     "trainer": TrainerValues,
     "evaluation": EvaluationConfig,
-    "moe_routing": MoeRoutingConfig,
-    "adaptation": AdaptationConfig,
+    "moe_routing": RoutingOptions,
+    "adaptation": AdaptationOptions,
 }
 ONE_OF = ("growth", "experts")  # of which a list makes no sense
 OPEN_GROUPS = ("optimizer", "callbacks", "logger", *ONE_OF)  # hold arguments of classes of others

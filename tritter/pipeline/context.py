@@ -19,16 +19,9 @@ from torch import Tensor, nn
 
 from tritter.checkpoint import Lineage, Source, lineage_of, read_lineage
 from tritter.checkpoint.record import LearnedDomain
+from tritter.checkpoint.run_text import DomainText, RunText, run_text
 from tritter.checkpoint.usable import checkpoint_config
-from tritter.config.rules import KEY
-from tritter.config.schema import (
-    CheckpointModelConfig,
-    DomainText,
-    EvaluationConfig,
-    RunConfig,
-    RunText,
-)
-from tritter.config.text_resolution import run_text
+from tritter.config.schema import CheckpointModelConfig, RunConfig
 from tritter.config.validation import known_config
 from tritter.data.batches import BatchStream, SequenceStream, drawn_equally
 from tritter.data.benchmark_names import CODE, benchmark_names
@@ -58,6 +51,7 @@ from tritter.evaluation.benchmarks.harness import (
 )
 from tritter.evaluation.benchmarks.table import BENCHMARKS
 from tritter.evaluation.code.sandbox import ExternalSandbox, NamespaceSandbox, Sandbox
+from tritter.evaluation.options import TASKS_KEY, EvaluationConfig
 from tritter.evaluation.statistics import PairedScores, score_file
 from tritter.evaluation.tasks import QuestionTask, Reader, ScoredTask, subject_of
 from tritter.expand import PlannedExpansion, planned
@@ -150,8 +144,7 @@ class RunContext:
         config = self.config
         if self.given is None or Path(config.model.path).is_dir():  # type: ignore[union-attr]
             return config.text
-        here = CheckpointModelConfig(model_type="hf", path=str(self.given.folder))
-        return run_text(here, config.data, seed=config.seed)
+        return run_text(str(self.given.folder), config.data, seed=config.seed)
 
     @cached_property
     def given_tokenizer(self) -> PretrainedTokenizer | None:
@@ -591,7 +584,7 @@ def benchmark_tasks(asked: EvaluationConfig, *, positions: int) -> tuple[Benchma
     Raises:
         RequestError: one of them can't be had.
     """
-    names = benchmark_names(asked.tasks, key=KEY)
+    names = benchmark_names(asked.tasks, key=TASKS_KEY)
     if not names:
         return ()
     chosen = [BENCHMARKS[name] for name in names]

@@ -7,8 +7,7 @@ from pathlib import Path
 from torch import nn
 
 from tritter.checkpoint import Lineage
-from tritter.config.schema import CheckpointModelConfig, RunText
-from tritter.config.text_resolution import run_text
+from tritter.checkpoint.run_text import RunText, run_text
 from tritter.config.validation import cache_folder
 from tritter.data.corpus import build_corpus
 from tritter.data.documents import notes_of
@@ -94,7 +93,6 @@ def learned_domains(
 
 
 def _learned_text(folder: Path, lineage: Lineage) -> RunText:
-    model = CheckpointModelConfig(model_type="hf", path=str(folder))
     data = TextDataConfig(
         source="text",
         text_field=DEFAULT_FIELD,
@@ -108,7 +106,7 @@ def _learned_text(folder: Path, lineage: Lineage) -> RunText:
     )
     seed = lineage.split.seed if lineage.split is not None else 0
     try:
-        return run_text(model, data, seed=seed)
+        return run_text(str(folder), data, seed=seed)
     except RequestError as error:
         problem = error.problems[0]
         if problem.key != "data.old":

@@ -16,14 +16,16 @@ from tritter.evaluation.inference import evaluating
 from tritter.expansion import MoeAdd
 from tritter.families import Config, family_of, forward_flops
 from tritter.models import load_model
-from tritter.moe_routing import (
-    ExpertOpening,
+from tritter.moe_routing.objective import (
     OldRouting,
     RoutingObjective,
     RoutingSettings,
+    expert_counts,
+)
+from tritter.moe_routing.stages import (
+    ExpertOpening,
     SeparateExperts,
     Unfreezing,
-    expert_counts,
     is_router,
     only_trainable,
     separate_experts,

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from lightning.pytorch.loggers import Logger
 
+from tritter.checkpoint.run_text import DEFAULT_FRACTION
 from tritter.config.ladder import RETRYING, on_top
 from tritter.config.launch.jobs import read_status
 from tritter.config.overrides import command, tool_command, tritter_command
 from tritter.config.schema import CheckpointModelConfig, RunConfig
-from tritter.config.text_resolution import DEFAULT_FRACTION
 from tritter.errors import RequestError
 from tritter.evaluation.gate import Status, decide
 from tritter.expansion import EXPANSIONS

@@ -27,13 +27,8 @@ from tritter.families import count_parameters, forward_flops, position_limit, tr
 from tritter.forgetting import build_methods
 from tritter.forgetting.freeze import hold_still
 from tritter.models import config_of, load_model
-from tritter.moe_routing import (
-    DistillationModule,
-    best_experts,
-    is_router,
-    only_new_experts,
-    redraw_rows,
-)
+from tritter.moe_routing.distill import DistillationModule, only_new_experts
+from tritter.moe_routing.stages import best_experts, is_router, redraw_rows
 from tritter.pipeline import experts, growth, importance, moe, moments
 from tritter.pipeline.arm import Arm
 from tritter.pipeline.base import last_rate, obtain_base, schedule_of

@@ -26,7 +26,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from tritter.conf_folder import config_folder
-from tritter.config.components import clashes
+from tritter.config.components import METHOD_GROUPS, Origin, clashes, method_names, nesting_problems
 from tritter.config.folders import (
     LADDERS,
     body_of,
@@ -46,7 +46,6 @@ from tritter.config.overrides import (
 )
 from tritter.config.run_folder import check_overrides
 from tritter.config.schema import ONE_OF, OPEN_GROUPS, RunConfig
-from tritter.config.selection import METHOD_GROUPS, Origin, method_names, nesting_problems
 from tritter.config.suggestions import nearest_key
 from tritter.config.validation import Rule, validate
 from tritter.errors import Problem, RequestError, raise_problems, refusal, show

@@ -13,6 +13,7 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from tritter.checkpoint.run_text import side_problems
 from tritter.config.ladder import of_rung
 from tritter.config.launch.command_line import CommandLine
 from tritter.config.launch.composition import Composer, composer
@@ -36,7 +37,6 @@ from tritter.config.run_folder import (
     require_writable,
 )
 from tritter.config.schema import RunConfig
-from tritter.config.text_resolution import side_problems
 from tritter.config.validation import known_config
 from tritter.data.options import text_requests
 from tritter.data.sources import check_contents
