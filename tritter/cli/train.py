@@ -361,7 +361,7 @@ def _completions(words: Sequence[str], begun: str) -> list[str]:
         words: those before it, of which bash makes several at each = and each colon.
         begun: the last of them; what it begins with is not returned with it.
     """
-    from tritter.config.launch.completion import completions
+    from tritter.config.launch.entry import completions
 
     if not begun and os.environ.get("COMP_WORDS", "").endswith("\n="):
         words = [*words, "="]  # which Typer leaves out

@@ -1,12 +1,13 @@
 """`gate.ladder`: what a run that is rolled back tries next, a list of overrides per attempt."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from hydra.core.override_parser.types import Override
 
 from tritter.config.folders import LADDERS, body_of, option_files
+from tritter.config.overrides import override_key
 from tritter.config.schema import RunConfig
 from tritter.errors import Problem, brief, nearest
 from tritter.evaluation.options import GateConfig
@@ -77,27 +78,23 @@ def on_top(words: Sequence[str], rung: Sequence[str]) -> list[str]:
     A rung that chooses methods takes along the keys of those that it does not choose, and one that
     says how long the training is says it alone.
     """
-    asked = {_key(word): word.partition("=")[2] for word in rung}
-    return [*(word for word in words if not _is_replaced(_key(word), asked)), *rung]
+    asked = {override_key(word): word.partition("=")[2] for word in rung}
+
+    def is_replaced(key: str) -> bool:
+        if key in asked or (key in _LENGTHS and _LENGTHS & asked.keys()):
+            return True
+        group, _, inner = key.partition(".")
+        if group not in _ORDERED or group not in asked or not inner:
+            return False
+        return inner.partition(".")[0] not in re.findall(r"\w+", asked[group].replace("-", "_"))
+
+    return [*(word for word in words if not is_replaced(override_key(word))), *rung]
 
 
 def of_rung(problem: Problem, gate: GateConfig, number: int) -> Problem:
     """Return what is wrong with an attempt as what it is of, a rung counted from 1."""
     where = f"{LADDERS}/{gate.ladder}.yaml, rung {number}"
     return replace(problem, origin=where) if problem.key else replace(problem, job=where)
-
-
-def _is_replaced(key: str, asked: Mapping[str, str]) -> bool:
-    if key in asked or (key in _LENGTHS and _LENGTHS & asked.keys()):
-        return True
-    group, _, inner = key.partition(".")
-    if group not in _ORDERED or group not in asked or not inner:
-        return False
-    return inner.partition(".")[0] not in re.findall(r"\w+", asked[group].replace("-", "_"))
-
-
-def _key(word: str) -> str:
-    return word.partition("=")[0].lstrip("+~").replace("-", "_")
 
 
 def _rungs(name: str) -> list[list[str]]:
@@ -130,7 +127,7 @@ def _file_problems(name: str) -> Iterator[Problem]:
                 reason = (
                     "an override is written KEY=VALUE, with quotes around one that holds a list"
                 )
-            elif _key(word).partition(".")[0] not in RUNG_GROUPS:
+            elif override_key(word).partition(".")[0] not in RUNG_GROUPS:
                 reason = f"an attempt has its own keys of {', '.join(RUNG_GROUPS)}; "
                 reason += "all else is the run's"
             else:

@@ -89,6 +89,17 @@ def as_value(text: str) -> str:
     return text if is_read else quoted(text)
 
 
+def override_key(word: str) -> str:
+    """Return what an override sets, with underscores."""
+    return word.partition("=")[0].lstrip("+~").replace("-", "_")
+
+
+def recorded_words(overrides: Sequence[str]) -> tuple[str, ...]:
+    """Return what a run records of its overrides: not where it lies."""
+    left_out = ("resume", "hydra.run.dir", "hydra.sweep.dir")
+    return tuple(word for word in overrides if override_key(word) not in left_out)
+
+
 def parse(overrides: Sequence[str], *, loader: ConfigLoader | None = None) -> list[Override]:
     """Parse overrides.
 
@@ -301,7 +312,8 @@ def resume_command(folder: Path, overrides: Sequence[str] = ()) -> str:
         overrides: those of the run; they are part of the command if `resume` alone does not replay
             all of them.
     """
-    needed = overrides if not_replayed(overrides) else ()
+    recorded = recorded_words(overrides)
+    needed = recorded if not_replayed(recorded) else ()
     return command([*needed, f"resume={as_value(str(folder))}"])
 
 
