@@ -157,19 +157,15 @@ def weightless_methods() -> list[str]:
 
 def method_keys() -> list[str]:
     """Return the dotted keys of all methods, as their files state them."""
-    files = option_files()
-    keys = [
-        f"{group}.{name}.{key}"
-        for group in METHOD_GROUPS
-        for name, path in files.get(group, {}).items()
-        for key in _own_body(name, body_of(path))
-    ]
-    keys += [
-        f"{group}.{key}"
-        for group in CHOSEN_GROUPS
-        for path in files.get(group, {}).values()
-        for key in body_of(path)
-    ]
+    keys = []
+    for group, files in option_files().items():
+        for name, path in files.items():
+            if group in METHOD_GROUPS:
+                own = body_of(path).get(name)
+                own = own if isinstance(own, Mapping) else {}
+                keys += [f"{group}.{name}.{key}" for key in own]
+            elif group in CHOSEN_GROUPS:
+                keys += [f"{group}.{key}" for key in body_of(path)]
     return [key for key in dict.fromkeys(keys) if not key.endswith(TARGET)]
 
 
@@ -180,8 +176,16 @@ def method_class(group: str, name: str, bodies: Mapping[str, Any]) -> type[Any]:
         RequestError: there is no such method, or it names no class of one.
     """
     key, body = f"{group}.{name}", bodies[name]
-    if name not in method_names(group):
-        raise RequestError(_no_method(group, name, bodies))
+    if name not in (names := method_names(group)):
+        near = nearest(name, names)
+        reason = f"there is no such method; there are {', '.join(names)}"
+        if near is None and not isinstance(body, Mapping):  # a method's key without the method
+            reason = f"a key stands below its method, {group}.METHOD.{name}; methods are "
+            reason += ", ".join(names)
+            keys = [each for each in method_keys() if each.startswith(f"{group}.")]
+            chosen = [each for each in keys if each.split(".")[1] in bodies]
+            near = nearest_key(key, keys, first=chosen)
+        raise RequestError(Problem(key, body, reason=reason, nearest=near))
     if not isinstance(body, Mapping):
         raise RequestError(Problem(key, body, reason="it holds keys; choose an option of it"))
     place, target = f"{key}.{TARGET}", body.get(TARGET)
@@ -224,12 +228,6 @@ def read_methods(
     return tuple(each for each in read if each is not None)
 
 
-def _own_body(name: str, body: Mapping[str, object]) -> Mapping[str, object]:
-    """Return what an option of an ordered group nests under its own name."""
-    own = body.get(name)
-    return own if isinstance(own, Mapping) else {}
-
-
 def nesting_problems() -> list[Problem]:
     """Return which option files of the ordered groups hold something else than their own body."""
     files = option_files()
@@ -243,20 +241,6 @@ def nesting_problems() -> list[Problem]:
         for name, path in files.get(group, {}).items()
         if list(body_of(path)) != [name]
     ]
-
-
-def _no_method(group: str, name: str, bodies: Mapping[str, Any]) -> Problem:
-    """Say what stands where methods stand: a misspelt one, or a method's key without it."""
-    names = method_names(group)
-    key, value = f"{group}.{name}", bodies[name]
-    near = nearest(name, names)
-    if near is not None or isinstance(value, Mapping):
-        reason = f"there is no such method; there are {', '.join(names)}"
-        return Problem(key, value, reason=reason, nearest=near)
-    keys = [each for each in method_keys() if each.startswith(f"{group}.")]
-    chosen = [each for each in keys if each.split(".")[1] in bodies]
-    reason = f"a key stands below its method, {group}.METHOD.{name}; methods are {', '.join(names)}"
-    return Problem(key, value, reason=reason, nearest=nearest_key(key, keys, first=chosen))
 
 
 _MODELS = {word: kind for kind in get_args(Model) for word in choices(kind, "model_type")}
@@ -592,22 +576,19 @@ def read_loggers(
         with TemporaryDirectory() as folder:
             given = {"save_dir": folder} if "save_dir" in signature(kind).parameters else {}
             _, problems = built_for_trial(f"logger.{name}", kind, {**body, **given})
-        reader.problems += map(_with_extra, problems)
+        for problem in problems:
+            said = problem.reason.casefold()
+            is_of_arguments = "no such argument" in said or "needs it" in said
+            for package in () if is_of_arguments else _EXTRAS:
+                if package in said and find_spec(package) is None:  # Lightning says it otherwise
+                    reason = f"it needs {package}, which is not installed: "
+                    reason += f"pip install 'tritter[{package}]'"
+                    problem = Problem(problem.key, reason=reason)
+            reader.problems.append(problem)
     return LoggerConfig(
         wandb=None if wandb is None or wandb.mode == "off" else wandb,
         others=_named("logger", others, classes),
     )
-
-
-def _with_extra(problem: Problem) -> Problem:
-    """Say how a package is installed that a logger needs, in place of what Lightning says."""
-    said = problem.reason.casefold()
-    is_of_arguments = "no such argument" in said or "needs it" in said
-    for package in () if is_of_arguments else _EXTRAS:
-        if package in said and find_spec(package) is None:
-            reason = f"it needs {package}, which is not installed: pip install 'tritter[{package}]'"
-            return Problem(problem.key, reason=reason)
-    return problem
 
 
 # Group → what its classes have to be subclasses of

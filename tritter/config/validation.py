@@ -93,10 +93,19 @@ def group_bodies(reader: Reader, raw: Mapping[str, Any]) -> Bodies:
             body = {}
         if not isinstance(body, Mapping):
             reader.report(group, body, reason="it holds keys; choose an option of it")
-        elif group in _OF_SEVERAL:
-            bodies[group] = _several(reader, group, body)
-        else:
-            bodies[group] = body
+            continue
+        bodies[group] = body
+        if group not in _OF_SEVERAL:
+            continue
+        nothing, names = _NOTHING.get(group, "none"), [str(name) for name in body]
+        # One more callback by its key stands beside the option none, which nobody typed
+        if group in METHOD_GROUPS and nothing in names and len(names) > 1:
+            reader.report(group, names, reason="none stands alone; leave it out of the list")
+        if given := body.get(nothing):
+            for key, value in leaves(given, f"{group}.{nothing}").items():
+                reader.report(key, value, reason=f"{nothing} has no keys")
+        off = [nothing, *(name for name in body if body[name] is None and group in BASES)]
+        bodies[group] = {str(name): each for name, each in body.items() if name not in off}
     return bodies
 
 
@@ -113,18 +122,6 @@ def find_classes(reader: Reader, bodies: Bodies) -> dict[str, Any]:
             if (key := f"{group}.{name}") != "logger.wandb":
                 found[key] = reader.ask(_OF_SEVERAL[group], group, name, body)
     return {key: kind for key, kind in found.items() if kind is not None}
-
-
-def _several(reader: Reader, group: str, body: Mapping[str, Any]) -> Mapping[str, Any]:
-    nothing, names = _NOTHING.get(group, "none"), [str(name) for name in body]
-    # One more callback by its key stands beside the option none, which nobody typed
-    if group in METHOD_GROUPS and nothing in names and len(names) > 1:
-        reader.report(group, names, reason="none stands alone; leave it out of the list")
-    if given := body.get(nothing):
-        for key, value in leaves(given, f"{group}.{nothing}").items():
-            reader.report(key, value, reason=f"{nothing} has no keys")
-    switched_off = [name for name in body if body[name] is None and group in BASES]
-    return {str(n): each for n, each in body.items() if n not in (nothing, *switched_off)}
 
 
 def known_keys() -> tuple[str, ...]:
@@ -251,7 +248,7 @@ def _read(
     values["expansion"] = tuple(selected.options for selected in values.get("expansion", ()))
     given = {name: value for name, value in raw.items() if name not in _GROUPS}
     root: RootValues | None = reader.read(RootValues, given, prefix="")
-    if root is not None and values["trainer"] is not None:
+    if root is not None and values.get("trainer") is not None:
         values["trainer"] = replace(values["trainer"], seed=root.seed)
     values["cache_dir"] = root and reader.ask(cache_folder, root.cache_dir)
     read = {name: value for name, value in values.items() if value is not None}
@@ -264,19 +261,8 @@ def source_config(config: RunConfig) -> Config:
     """Return the base model's config.json, as the family's builder writes it."""
     model = config.model
     assert isinstance(model, ModelConfig), "a checkpoint has a config.json of its own"
-    return llama_config(
-        vocab_size=config.data.vocab_size,
-        hidden_size=model.hidden_size,
-        intermediate_size=model.intermediate_size,
-        num_hidden_layers=model.num_hidden_layers,
-        num_attention_heads=model.num_attention_heads,
-        num_key_value_heads=model.num_key_value_heads,
-        tie_word_embeddings=model.tie_word_embeddings,
-        rms_norm_eps=model.rms_norm_eps,
-        rope_theta=model.rope_theta,
-        max_position_embeddings=model.max_position_embeddings,
-        initializer_range=model.initializer_range,
-    )
+    sizes = {name: value for name, value in asdict(model).items() if name != "model_type"}
+    return llama_config(vocab_size=config.data.vocab_size, **sizes)
 
 
 def known_config(config: RunConfig) -> Config | None:
@@ -401,7 +387,14 @@ def _data_problems(config: RunConfig) -> Iterator[Problem]:
         return
     typed = config.data.old if isinstance(config.data, NamedTextConfig) else None
     asked = {one.name: one.kind.needs(one.options) for one in config.forgetting}
-    needing = [name for name, needs in asked.items() if _lacks_old_text(config, needs)]
+    folder = Path(config.model.path)
+    needing = [
+        name
+        for name, needs in asked.items()
+        if needs.old_text
+        and not config.text.kept.sequences
+        and not (needs.instead and kinds_beside(folder) >= set(needs.instead))
+    ]
     if needing and not any(needs.writes for needs in asked.values()):
         others = [name for name, needs in asked.items() if not needs.mixes]
         # The method that needs no old text replays alone
@@ -411,15 +404,6 @@ def _data_problems(config: RunConfig) -> Iterator[Problem]:
             f"write it (forgetting={writing}), or choose forgetting=none"
         )
         yield Problem("data.old", typed, reason=reason)
-
-
-def _lacks_old_text(config: RunConfig, needs: Any) -> bool:
-    """Say whether a method can't do without, given what lies beside the checkpoint."""
-    assert isinstance(config.model, CheckpointModelConfig)
-    folder = Path(config.model.path)
-    if not needs.old_text or config.text.kept.sequences:
-        return False
-    return not (needs.instead and kinds_beside(folder) >= set(needs.instead))
 
 
 def _model_problems(config: RunConfig) -> Iterator[Problem]:

@@ -375,15 +375,11 @@ class _Origins:
             package, path = file.package or "", file.config_path
             if path and (not package or key.startswith(f"{package}.")):
                 inner = key[len(package) :].lstrip(".")
-                if any(_holds(folder / f"{path}.yaml", inner) for folder in self._folders):
-                    return f"{path}.yaml"
+                for source in (folder / f"{path}.yaml" for folder in self._folders):
+                    keys = leaves(body_of(source)) if source.is_file() else ()
+                    if any(f"{each}.".startswith(f"{inner}.") for each in keys):
+                        return f"{path}.yaml"
         return None
-
-
-def _holds(path: Path, key: str) -> bool:
-    """True when the file sets the key, be it to null."""
-    keys = leaves(body_of(path)) if path.is_file() else ()
-    return any(f"{each}.".startswith(f"{key}.") for each in keys)
 
 
 def _code_problems(

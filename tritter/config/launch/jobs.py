@@ -208,8 +208,11 @@ def run_job(cfg: DictConfig, pipeline: Pipeline, *, jobs: Sequence[Job]) -> floa
         is_of_sweep = is_sweep or (folder.parent / "multirun.yaml").is_file()  # a job resumed alone
         sweep = Path(hydra.sweep.dir) if is_sweep else folder.parent
         group = sweep.name if is_of_sweep else hydra.runtime.choices.get("experiment")
-        config = _grouped(config, group=group)
-        if (ended := _ended_before(folder, config)) is not None:
+        if (wandb := config.logger.wandb) is not None and wandb.group is None:
+            loggers = replace(config.logger, wandb=replace(wandb, group=group))
+            config = replace(config, logger=loggers)
+        is_finished = check_run_folder(folder, config) is RunState.FINISHED
+        if is_finished and (ended := read_status(folder)).status in ENDS:
             if is_sweep:
                 say(f"job {hydra.job.num} was over before: {ended.status}")
             return math.nan if ended.metric is None else float(ended.metric)
@@ -247,22 +250,6 @@ def run_job(cfg: DictConfig, pipeline: Pipeline, *, jobs: Sequence[Job]) -> floa
     )
     write_run_file(folder, config, status="finished", leaves=outcome.leaves)
     return outcome.metric
-
-
-def _ended_before(folder: Path, config: RunConfig) -> RunStatus | None:
-    """Return the status of a job that came to an end before; None of one that is to be run."""
-    if check_run_folder(folder, config) is not RunState.FINISHED:
-        return None
-    status = read_status(folder)
-    return status if status.status in ENDS else None
-
-
-def _grouped(config: RunConfig, *, group: str | None) -> RunConfig:
-    """Return a job's config with a group for W&B, unless one is typed."""
-    wandb = config.logger.wandb
-    if wandb is None or wandb.group is not None:
-        return config
-    return replace(config, logger=replace(config.logger, wandb=replace(wandb, group=group)))
 
 
 def _judged(cfg: DictConfig, words: Sequence[str]) -> RunConfig:
