@@ -7,7 +7,6 @@ from dataclasses import asdict, replace
 from functools import partial
 from importlib.util import find_spec
 from inspect import signature
-from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar, get_args
 
@@ -17,7 +16,6 @@ from tritter.config.schema import (
     CheckpointModelConfig,
     LoggerConfig,
     Model,
-    ModelConfig,
     RunConfig,
     WandbConfig,
 )
@@ -54,6 +52,7 @@ from tritter.training.options import (
     REFUSED,
     TrainerSettings,
     TrainerValues,
+    callback_problems,
     callbacks_of,
     trainer_argument_problems,
     trainer_parameters,
@@ -396,46 +395,6 @@ def _only_of(
     return taken
 
 
-_REFUSED = {
-    "Timer": "no decision rests on the clock, else a resumed run would end elsewhere; say "
-    "training.max_steps",
-    "GradientAccumulationScheduler": "it counts epochs, and a training is one without end; say "
-    "trainer.accumulate_grad_batches",
-    "StochasticWeightAveraging": "it counts epochs, and a training is one without end; use "
-    "callbacks=ema",
-    "BatchSizeFinder": "it tries steps of its own, which a resumed run can't repeat; say "
-    "data.batch_size",
-    "LearningRateFinder": "it tries steps of its own, which a resumed run can't repeat; say "
-    "training.learning_rate",
-}
-_METRICS = (
-    "train/loss",
-    "train/learning_rate",
-    "train/gradient_norm",
-    "performance/tokens_per_second",
-    "performance/steps_per_second",
-    "performance/step_seconds",
-    "performance/flops",
-    "performance/peak_memory_bytes",
-)
-_EVALUATED = ("loss", "perplexity", "accuracy")
-_OF_ROUTERS = (
-    "routing/auxiliary_loss",
-    "routing/z_loss",
-    "routing/entropy",
-    "routing/max_load",
-    "routing/dropped_fraction",
-)
-
-_OF_EXPERTS = (
-    "experts/number",
-    "experts/trainable_share",
-    "experts/routing_entropy",
-    "experts/dropped",
-    "experts/novelty",
-)
-
-
 def read_callbacks(
     reader: Reader, bodies: Mapping[str, Any], classes: Mapping[str, Any]
 ) -> tuple[Component, ...]:
@@ -445,7 +404,7 @@ def read_callbacks(
         key = f"callbacks.{name}"
         if (kind := classes.get(key)) is not None:
             made, problems = built_for_trial(key, kind, body)
-            reader.problems += problems or _judged(key, made, body, owners)
+            reader.problems += problems or callback_problems(key, made, body, owners)
     return _named("callbacks", bodies, classes)
 
 
@@ -459,51 +418,6 @@ def _named(
         for name, body in bodies.items()
         if kinds[name] is not None
     )
-
-
-def metric_names(config: RunConfig) -> tuple[str, ...]:
-    """Return what a callback can monitor of a training, but for what callbacks log themselves."""
-    domains = config.text.domains if config.evaluation.every_n_steps else ()
-    is_dense = isinstance(config.model, ModelConfig) and not any(
-        spec.name == "moe" for spec in config.expansion
-    )
-    return (
-        *_METRICS,
-        *(("performance/padding_fraction",) if config.data.packing == "documents" else ()),
-        *(() if is_dense else _OF_ROUTERS),
-        *(("routing/old_divergence",) if config.moe_routing.hold_old else ()),
-        *(f"eval/{domain.name}/{name}" for name in _EVALUATED for domain in domains),
-        *(f"forgetting/{one.name}/loss" for one in config.forgetting if one.kind.is_logged()),
-        *(_OF_EXPERTS if config.experts is not None and config.experts.kind.is_dynamic else ()),
-    )
-
-
-def monitor_problems(config: RunConfig) -> Iterator[Problem]:
-    """Yield who would wait for a metric that never comes; strangers may log what they like."""
-    is_strange = any(not dotted(one.kind).startswith("lightning.") for one in config.callbacks)
-    if is_strange or any(asking_problems(config)):
-        return
-    known = metric_names(config)
-    checkpoints = callbacks_of("ModelCheckpoint", config)
-    for one in (*callbacks_of("EarlyStopping", config), *checkpoints):
-        monitor = one.options.get("monitor")
-        allowed = (*known, "step", "epoch") if one in checkpoints else known
-        # Before the first step of a training there are only metrics of evaluations
-        is_too_early = one.options.get("strict", True) and not str(monitor).startswith("eval/")
-        if monitor is not None and monitor not in allowed:
-            reason = f"no training logs it; it is one of {', '.join(known)}"
-            key, near = f"callbacks.{one.name}.monitor", nearest(monitor, allowed)
-            yield Problem(key, monitor, reason=reason, nearest=near)
-        elif one not in checkpoints and is_too_early:
-            reason = f"before the first step, when it is first asked, there is no {monitor} yet"
-            yield Problem(f"callbacks.{one.name}.strict", True, reason=reason)
-
-
-def asking_problems(config: RunConfig) -> Iterator[Problem]:
-    """Yield whom nobody would ask."""
-    reason = "it is asked when the training is evaluated, and evaluation.every_n_steps = 0"
-    for one in () if config.evaluation.every_n_steps else callbacks_of("EarlyStopping", config):
-        yield Problem(f"callbacks.{one.name}.{TARGET}", one.options[TARGET], reason=reason)
 
 
 def averaging_problems(config: RunConfig) -> Iterator[Problem]:
@@ -521,33 +435,6 @@ def averaging_problems(config: RunConfig) -> Iterator[Problem]:
         told, reason = "experts", "an average has no experts that came on the way; leave it out"
     for one in callbacks_of("WeightAveraging", config) if told else ():
         yield Problem(f"callbacks.{one.name}.{TARGET}", one.options[TARGET], reason=reason)
-
-
-def _judged(
-    key: str, made: Any, body: Mapping[str, Any], owners: dict[str, str]
-) -> Iterator[Problem]:
-    """Yield what a run can't bear of a callback; `owners`: name of a saved state → whose it is."""
-    names = [kind.__name__ for kind in type(made).__mro__]
-    for name in names:
-        if name in _REFUSED:
-            yield Problem(f"{key}.{TARGET}", body[TARGET], reason=_REFUSED[name])
-    if "ModelCheckpoint" in names:
-        folder = body.get("dirpath")
-        if folder is not None and (Path(folder).is_absolute() or ".." in Path(folder).parts):
-            reason = "it is below the folder of each training, as in checkpoints"
-            yield Problem(f"{key}.dirpath", folder, reason=reason)
-        if (interval := body.get("train_time_interval")) is not None:
-            reason = "nothing rests on the clock; say every_n_train_steps"
-            yield Problem(f"{key}.train_time_interval", interval, reason=reason)
-    owner = owners.setdefault(made.state_key, key)
-    # The base of all callbacks has no state
-    base: Any = next(kind for kind in type(made).__mro__ if kind.__name__ == "Callback")
-    if owner != key and type(made).state_dict is not base.state_dict:
-        reason = (
-            f"it saves its state as {owner} does ({made.state_key}); let them differ "
-            "in what they monitor, or leave one out"
-        )
-        yield Problem(key, body[TARGET], reason=reason)
 
 
 _EXTRAS = ("tensorboard", "mlflow")  # of Tritter, by the package that a logger needs

@@ -18,7 +18,6 @@ from tritter.config.components import (
     METHOD_GROUPS,
     Origin,
     Reader,
-    asking_problems,
     averaging_problems,
     chosen_class,
     data_class,
@@ -26,7 +25,6 @@ from tritter.config.components import (
     method_class,
     method_keys,
     model_class,
-    monitor_problems,
     named_class,
     read_callbacks,
     read_data,
@@ -457,7 +455,5 @@ _RULES: tuple[Rule, ...] = (
     method_problems,
     pipeline_problems,
     carry_problems,
-    asking_problems,
     averaging_problems,
-    monitor_problems,
 )

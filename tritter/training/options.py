@@ -27,6 +27,7 @@ from tritter.targets import (
     TARGET,
     Component,
     building_problem,
+    dotted,
     imported,
     parameters_of,
 )
@@ -329,12 +330,133 @@ def nearest_multiples(value: int, divisor: int) -> str:
     return f"{below} or {above}" if below else str(above)
 
 
+_REFUSED_CALLBACKS = {
+    "Timer": "no decision rests on the clock, else a resumed run would end elsewhere; say "
+    "training.max_steps",
+    "GradientAccumulationScheduler": "it counts epochs, and a training is one without end; say "
+    "trainer.accumulate_grad_batches",
+    "StochasticWeightAveraging": "it counts epochs, and a training is one without end; use "
+    "callbacks=ema",
+    "BatchSizeFinder": "it tries steps of its own, which a resumed run can't repeat; say "
+    "data.batch_size",
+    "LearningRateFinder": "it tries steps of its own, which a resumed run can't repeat; say "
+    "training.learning_rate",
+}
+_METRICS = (
+    "train/loss",
+    "train/learning_rate",
+    "train/gradient_norm",
+    "performance/tokens_per_second",
+    "performance/steps_per_second",
+    "performance/step_seconds",
+    "performance/flops",
+    "performance/peak_memory_bytes",
+)
+_EVALUATED = ("loss", "perplexity", "accuracy")
+_OF_ROUTERS = (
+    "routing/auxiliary_loss",
+    "routing/z_loss",
+    "routing/entropy",
+    "routing/max_load",
+    "routing/dropped_fraction",
+)
+
+_OF_EXPERTS = (
+    "experts/number",
+    "experts/trainable_share",
+    "experts/routing_entropy",
+    "experts/dropped",
+    "experts/novelty",
+)
+
+
+def metric_names(config: RunRequest) -> tuple[str, ...]:
+    """Return what a callback can monitor of a training, but for what callbacks log themselves."""
+    domains = config.text.domains if config.evaluation.every_n_steps else ()
+    is_dense = config.model.model_type != "hf" and not any(
+        spec.name == "moe" for spec in config.expansion
+    )
+    return (
+        *_METRICS,
+        *(("performance/padding_fraction",) if config.data.packing == "documents" else ()),
+        *(() if is_dense else _OF_ROUTERS),
+        *(("routing/old_divergence",) if config.moe_routing.hold_old else ()),
+        *(f"eval/{domain.name}/{name}" for name in _EVALUATED for domain in domains),
+        *(f"forgetting/{one.name}/loss" for one in config.forgetting if one.kind.is_logged()),
+        *(_OF_EXPERTS if config.experts is not None and config.experts.kind.is_dynamic else ()),
+    )
+
+
+def monitor_problems(config: RunRequest) -> Iterator[Problem]:
+    """Yield who would wait for a metric that never comes; strangers may log what they like."""
+    is_strange = any(not dotted(one.kind).startswith("lightning.") for one in config.callbacks)
+    if is_strange or any(asking_problems(config)):
+        return
+    known = metric_names(config)
+    checkpoints = callbacks_of("ModelCheckpoint", config)
+    for one in (*callbacks_of("EarlyStopping", config), *checkpoints):
+        monitor = one.options.get("monitor")
+        allowed = (*known, "step", "epoch") if one in checkpoints else known
+        # Before the first step of a training there are only metrics of evaluations
+        is_too_early = one.options.get("strict", True) and not str(monitor).startswith("eval/")
+        if monitor is not None and monitor not in allowed:
+            reason = f"no training logs it; it is one of {', '.join(known)}"
+            key, near = f"callbacks.{one.name}.monitor", nearest(monitor, allowed)
+            yield Problem(key, monitor, reason=reason, nearest=near)
+        elif one not in checkpoints and is_too_early:
+            reason = f"before the first step, when it is first asked, there is no {monitor} yet"
+            yield Problem(f"callbacks.{one.name}.strict", True, reason=reason)
+
+
+def asking_problems(config: RunRequest) -> Iterator[Problem]:
+    """Yield callbacks that wait for an evaluation where there is none."""
+    reason = "it is asked when the training is evaluated, and evaluation.every_n_steps = 0"
+    for one in () if config.evaluation.every_n_steps else callbacks_of("EarlyStopping", config):
+        yield Problem(f"callbacks.{one.name}.{TARGET}", one.options[TARGET], reason=reason)
+
+
+def callback_problems(
+    key: str, made: Any, body: Mapping[str, Any], owners: dict[str, str]
+) -> Iterator[Problem]:
+    """Yield what a run can't bear of a callback.
+
+    Args:
+        made: an instance of it.
+        body: its class and arguments.
+        owners: name of a saved state → key of the callback whose it is; gets that of this one.
+    """
+    names = [kind.__name__ for kind in type(made).__mro__]
+    for name in names:
+        if name in _REFUSED_CALLBACKS:
+            yield Problem(f"{key}.{TARGET}", body[TARGET], reason=_REFUSED_CALLBACKS[name])
+    if "ModelCheckpoint" in names:
+        folder = body.get("dirpath")
+        if folder is not None and (Path(folder).is_absolute() or ".." in Path(folder).parts):
+            reason = "it is below the folder of each training, as in checkpoints"
+            yield Problem(f"{key}.dirpath", folder, reason=reason)
+        if (interval := body.get("train_time_interval")) is not None:
+            reason = "nothing rests on the clock; say every_n_train_steps"
+            yield Problem(f"{key}.train_time_interval", interval, reason=reason)
+    owner = owners.setdefault(made.state_key, key)
+    # The base of all callbacks has no state
+    base: Any = next(kind for kind in type(made).__mro__ if kind.__name__ == "Callback")
+    if owner != key and type(made).state_dict is not base.state_dict:
+        reason = (
+            f"it saves its state as {owner} does ({made.state_key}); let them differ "
+            "in what they monitor, or leave one out"
+        )
+        yield Problem(key, body[TARGET], reason=reason)
+
+
+# What does not go together in these sections
 RULES = (
     precision_problems,
     device_problems,
     apple_problems,
     compile_problems,
     sharding_problems,
+    asking_problems,
+    monitor_problems,
 )
 
 TRAININGS = ("pretraining", "training")
