@@ -13,13 +13,12 @@ from torch import Tensor
 
 from tritter.errors import TritterError
 from tritter.experts.gates import Routing
-from tritter.experts.options import DynamicOptions, Timing
+from tritter.experts.options import FIRST, DynamicOptions, Timing
 from tritter.novelty import NoveltyDetector, Observation
 from tritter.novelty.detector import Decision
 from tritter.novelty.statistics import CALIBRATION_BATCHES
 
 FORMAT_VERSION = 1
-FIRST = "expert_0"  # the expert of what the base knows
 _USAGE_DECAY = 0.98
 
 Stall = Literal["", "widen", "freeze"]

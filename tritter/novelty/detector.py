@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from tritter.errors import RequestError, TritterError, raise_problems
-from tritter.novelty.detectors import DETECTORS, Detector, NoveltyOptions
 from tritter.novelty.library import Gather, Skill, SkillLibrary, alone
 from tritter.novelty.observation import Observation
+from tritter.novelty.options import DETECTORS, Detector, NoveltyOptions
 from tritter.novelty.statistics import t_interval
 from tritter.options import checked, read_part
 
