@@ -24,7 +24,7 @@ from experiments.benchmarks import (
 from tests.novelty.given import centre_of, drawn
 from tritter.data.corpus import Corpus, build_corpus
 from tritter.data.documents import documents_of
-from tritter.moe_routing import RoutingSettings
+from tritter.moe_routing.objective import RoutingSettings
 
 FOLDER = Path(streaming.__file__).parent
 COMPUTE_SAVED = "2026-11-20_compute_saved"

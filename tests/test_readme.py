@@ -16,16 +16,15 @@ import pytest
 import torch
 import yaml
 
+from tests.config.conftest import planned
 from tests.evaluation.published import PUBLISHED
 from tests.evaluation.test_benchmark_files import written
 from tests.oracle import relative_difference, saved, stock, tiny_llama, tokens
 from tests.report.conftest import SUMMARY
 from tritter.cli import main
-from tritter.config.components import trainer_parameters
 from tritter.config.launch.command_line import CommandLine, read_command_line
 from tritter.config.launch.composition import composer
 from tritter.config.launch.help import help_text
-from tritter.config.launch.plan import make_plan
 from tritter.config.run_folder import RUNS_FOLDER, write_run_file
 from tritter.config.validation import known_keys, source_config
 from tritter.data.documents import Document as TextDocument
@@ -36,6 +35,7 @@ from tritter.experts.adapters import AdapterShape
 from tritter.experts.mixture import ExpertMixture
 from tritter.experts.stored import ExpertFolder
 from tritter.models import new_model, save_tokenizer
+from tritter.training.options import trainer_parameters
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
@@ -125,7 +125,7 @@ def check_train(words: list[str]) -> None:
     if command.shows == "hydra_help":
         return
     _leave_unfinished_run(command)
-    plan = make_plan(command)
+    plan = planned(command)
     assert plan.jobs
     assert (len(plan.jobs) > 1) == command.is_multirun
 

@@ -24,6 +24,7 @@ MAX_COUNT = 10**9  # of whatever has no limit of its own: steps, tokens, documen
 MAX_SEED = 2**32 - 1
 MAX_BYTES = 10**15  # of one file of tensors
 
+NO_EPOCHS = "epochs are not supported: set training.max_tokens or training.max_steps"
 COUNT_UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12}
 BYTE_UNITS = {
     "": 1,

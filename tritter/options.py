@@ -11,12 +11,19 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Protocol, TypeVar, dataclass_transform, get_args, get_type_hints
+from typing import Annotated, Any, Self, TypeVar, dataclass_transform, get_args, get_type_hints
 
-from pydantic import Field, PlainValidator, TypeAdapter, ValidationError, WithJsonSchema
+from pydantic import (
+    BeforeValidator,
+    Field,
+    PlainValidator,
+    TypeAdapter,
+    ValidationError,
+    WithJsonSchema,
+)
 
 from tritter.errors import Problem, RequestError, nearest, raise_problems
-from tritter.limits import MAX_COUNT
+from tritter.limits import MAX_COUNT, parse_count
 from tritter.targets import TARGET, Component, dotted, resolve
 
 Record = TypeVar("Record")
@@ -27,6 +34,8 @@ Schema = Mapping[str, Any]
 Count = Annotated[int, Field(ge=1, le=MAX_COUNT)]
 WholeNumber = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 Text = Annotated[str, Field(min_length=1)]
+# Beside a type: a count may be written as 2M
+IN_WORDS = BeforeValidator(lambda v: (parse_count(v) if isinstance(v, str) else None) or v)
 
 _CONFIG = {"extra": "forbid", "strict": True, "allow_inf_nan": False}
 _UNREADABLE: dict[str, list[int]] = {"": []}  # what JSON can't hold, and no field takes
@@ -359,11 +368,13 @@ def _limits(schema: Schema) -> str:
     return " " + " and ".join(parts) if parts else ""
 
 
-class RunRequest(Protocol):
+class RunRequest:
     """What the rules of a feature read of a run: its sections, as `RunConfig` holds them.
 
     A rule that reads a section which is wrong by itself is not asked.
     """
+
+    __slots__ = ()
 
     adaptation: Any
     callbacks: Any
@@ -371,16 +382,22 @@ class RunRequest(Protocol):
     data: Any
     expansion: Any
     experts: Any
+    evaluation: Any
     forgetting: Any
+    gate: Any
     growth: Any
     model: Any
     moe_routing: Any
     optimizer: Any
     pipeline: Any
+    rungs: Any
     text: Any
     trainer: Any
-    trainer_arguments: Any
     training: Any
+
+    def with_sections(self, **sections: Any) -> Self:
+        """Return the run with other sections."""
+        return dataclasses.replace(self, **sections)  # type: ignore[type-var] # of a dataclass
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -21,7 +21,7 @@ from tritter.expand.live import ModelExpander
 from tritter.expansion import Dus, ExpansionSpec, LlamaPro, Moe, Width
 from tritter.families import Config, family_of, training_flops
 from tritter.models import config_of, new_model
-from tritter.moe_routing import RoutingObjective, RoutingSettings
+from tritter.moe_routing.objective import RoutingObjective, RoutingSettings
 from tritter.seeds import derived_seed
 from tritter.training.optimizer import OptimizerSettings, Schedule, build_optimizer
 

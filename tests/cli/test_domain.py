@@ -145,7 +145,7 @@ def test_text_that_cannot_be_read_is_listed_and_nothing_written(run: Run, base: 
 def test_what_cannot_fit_is_refused_in_words_of_this_command(
     run: Run, base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tritter.config.memory.machine_memory", lambda: 1000)
+    monkeypatch.setattr("tritter.planning.run_memory.machine_memory", lambda: 1000)
     before = snapshot(base.parent)
     result = run(TRAIN)
     assert result.code == 2

@@ -93,6 +93,21 @@ def test_a_refused_expansion_waits_for_nothing(words: str) -> None:
     assert loaded("expand", str(TINY_RUN), *words.split(), code=2) <= {"pydantic"}
 
 
+@pytest.mark.quick_cases(1)
+@pytest.mark.parametrize(
+    "words",
+    [
+        "experts=dylora growth=foam experts.rank=0",
+        "growth=foam growth.trigger=x",
+        "forgetting=[ewc,freeze,distill,self_replay,si] trainer.precision=x",
+        "expansion=[width,moe] moe_routing.hold_old=-1 adaptation.freeze_base=x",
+        "trainer=fsdp optimizer=sgd optimizer.carry=true",
+    ],
+)
+def test_a_refused_run_waits_for_no_torch(words: str) -> None:
+    assert loaded("train", *words.split(), code=2) <= {"hydra", "pydantic"}
+
+
 @pytest.mark.full
 def test_a_missing_checkpoint_is_refused_at_once() -> None:
     assert loaded("expand", "nowhere", "--method", "dus", code=2) <= {"pydantic"}

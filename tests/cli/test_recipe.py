@@ -9,7 +9,7 @@ import yaml
 from tests.cli.conftest import Run, snapshot
 from tritter.checkpoint import lineage_of
 from tritter.cli import recipe
-from tritter.config import selection
+from tritter.config import components
 from tritter.expansion import specification
 
 GROW = """\
@@ -139,7 +139,7 @@ def test_thousands_of_steps_are_refused_at_the_first_that_is_too_large(
 ) -> None:
     """Option files are found once for all of them, and no step after it is planned."""
     scans, planned, find, plan = [], [], recipe.option_files, specification.target_config
-    for module in (recipe, selection):
+    for module in (recipe, components):
         spy = lambda: scans.append("") or find()  # noqa: E731
         monkeypatch.setattr(module, "option_files", spy)
     spy_of_plan = lambda config, specs: planned.append("") or plan(config, specs)  # noqa: E731

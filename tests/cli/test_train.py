@@ -14,6 +14,7 @@ import datasets
 import pytest
 
 from tests.cli.conftest import Run, snapshot
+from tests.config.conftest import planned
 from tests.config.test_outside import write_examples
 from tests.pipeline.conftest import SMALL
 from tritter.checkpoint import read_lineage
@@ -23,7 +24,6 @@ from tritter.cli.train import continuation
 from tritter.config.launch.command_line import read_command_line
 from tritter.config.launch.composition import load_config
 from tritter.config.launch.help import help_text
-from tritter.config.launch.plan import make_plan
 from tritter.config.schema import CheckpointModelConfig, RunConfig
 from tritter.data import datasets as data_sets
 from tritter.data import sources
@@ -462,9 +462,9 @@ def test_documented_sweeps_are_planned(command: str) -> None:
     words = shlex.split(command)[2:]
     if "hydra/launcher=ray" in words and find_spec("ray") is None:
         with pytest.raises(RequestError, match=r"tritter\[ray\]"):
-            make_plan(read_command_line(words))
+            planned(read_command_line(words))
     else:
-        plan = make_plan(read_command_line(words))
+        plan = planned(read_command_line(words))
         assert plan.jobs or "hydra/sweeper=optuna" in words, "Optuna thinks of its own"
 
 

@@ -5,8 +5,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from hydra.types import RunMode
 
 from tritter.config.launch import plan
+from tritter.config.launch.command_line import CommandLine
 from tritter.config.launch.composition import Composer, composer
 from tritter.config.launch.entry import main
 from tritter.config.schema import RunConfig
@@ -84,3 +86,11 @@ def run(
 def composing() -> Iterator[Composer]:
     with composer() as one:
         yield one
+
+
+def planned(typed: CommandLine) -> plan.Plan:
+    """Return the checked jobs of a command line; nothing is written."""
+    with composer() as one:
+        request = plan.read_request(typed, one)
+        mode = RunMode.MULTIRUN if typed.is_multirun else RunMode.RUN
+        return plan.plan_of(request, one.composed(request.overrides, mode=mode))

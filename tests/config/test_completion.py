@@ -15,7 +15,7 @@ import pytest
 from tests.config.conftest import Result
 from tests.config.test_outside import ROOT, write_examples
 from tritter.config.folders import option_files
-from tritter.config.launch.completion import completions
+from tritter.config.launch.entry import completions
 
 Run = Callable[..., Result]
 needs_bash = pytest.mark.skipif(shutil.which("bash") is None, reason="it is for bash")

@@ -15,10 +15,10 @@ from omegaconf import OmegaConf
 from tests import compositions
 from tests.config.conftest import FakeOutcome, FakePipeline
 from tests.config.test_entry import Run
-from tritter.config import memory
-from tritter.config.launch import launchers
-from tritter.config.launch.launchers import launching
+from tritter.config.launch import jobs
+from tritter.config.launch.jobs import launching
 from tritter.config.schema import RunConfig
+from tritter.planning import run_memory as memory
 from tritter.storage.lock import process_in
 
 
@@ -67,7 +67,7 @@ def test_jobs_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
         found = launching(hydra, num_jobs=num_jobs)
         return found.at_once, found.threads
 
-    monkeypatch.setattr(launchers, "num_cores", lambda: 8)
+    monkeypatch.setattr(jobs, "num_cores", lambda: 8)
     assert how("JoblibLauncher", 24, n_jobs=-1) == (8, 1)
     assert how("JoblibLauncher", 24, n_jobs=-3) == (6, 1)
     assert how("JoblibLauncher", 24, n_jobs=3) == (3, 2)

@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from tests.config.conftest import FakePipeline, Result
-from tritter.config import memory
-from tritter.config.components import kept_per_parameter
 from tritter.config.launch.composition import load_config
-from tritter.config.memory import HeldMemory, memory_notes, memory_problems, trainings
 from tritter.config.schema import RunConfig
 from tritter.config.validation import source_config
 from tritter.families import family_of
+from tritter.planning import run_memory as memory
+from tritter.planning.run_memory import HeldMemory, memory_notes, memory_problems, trainings
+from tritter.training import OptimizerSettings
 
 Run = Callable[..., Result]
 GB = 10**9
@@ -235,8 +235,8 @@ def test_on_a_gpu_its_memory_counts(
     base, _ = trainings(config, source_config(config))
     size = SimpleNamespace(total_memory=base.device)
     # A torch that knows of GPUs asks theirs at each step once it says that there is one
-    kept = kept_per_parameter(config.optimizer)
-    monkeypatch.setattr(memory, "kept_per_parameter", lambda optimizer: kept)
+    kept = config.optimizer.kept_per_parameter()
+    monkeypatch.setattr(OptimizerSettings, "kept_per_parameter", lambda optimizer: kept)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda n: size)

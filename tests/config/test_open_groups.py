@@ -9,12 +9,12 @@ import pytest
 import torch
 from lightning import Trainer
 
-from tritter.config.components import REFUSED, kept_per_parameter, trainer_parameters
 from tritter.config.launch.composition import Composer, composer
-from tritter.config.memory import trainings
 from tritter.config.schema import RunConfig
 from tritter.config.validation import known_config
 from tritter.errors import RequestError
+from tritter.planning.run_memory import trainings
+from tritter.training.options import REFUSED, trainer_parameters
 
 CONF = Path(__file__).parents[2] / "conf"
 _composers: list[Composer] = []  # one for all: making it takes longer than composing
@@ -46,7 +46,7 @@ def test_the_arguments_that_are_read_from_source_are_those_of_the_signature() ->
 def test_further_arguments_of_the_trainer_come_with_the_run() -> None:
     words = ("trainer.accumulate_grad_batches=4", "trainer.profiler=simple")
     config = load(*words, "trainer.limit_val_batches=0.5")
-    assert config.trainer_arguments == {
+    assert config.trainer.arguments == {
         "accumulate_grad_batches": 4,
         "profiler": "simple",
         "limit_val_batches": 0.5,
@@ -212,7 +212,7 @@ def test_memory_counts_what_an_optimizer_keeps() -> None:
     states = {}
     for name, count in kept.items():
         config = load(f"optimizer={name}")
-        assert kept_per_parameter(config.optimizer) == count
+        assert config.optimizer.kept_per_parameter() == count
         source = known_config(config)
         assert source is not None
         states[name] = next(trainings(config, source))

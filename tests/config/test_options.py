@@ -7,15 +7,16 @@ from pathlib import Path
 import pytest
 
 from tritter.conf_folder import config_folder
+from tritter.config.components import METHOD_GROUPS
 from tritter.config.folders import LADDERS
 from tritter.config.launch.composition import Composer
 from tritter.config.launch.help import description, help_text
 from tritter.config.run_folder import RUNS_FOLDER
 from tritter.config.schema import OPEN_GROUPS, SECTIONS
-from tritter.config.selection import METHOD_GROUPS
 from tritter.config.validation import known_keys
 from tritter.expansion import EXPANSIONS
 from tritter.forgetting.replay import Replay, ReplayOptions
+from tritter.moe_routing.options import AdaptationOptions, RoutingOptions
 
 OPTION_FILES = sorted(config_folder().glob("*/*.yaml"))
 NAMES = [f"{path.parent.name}={path.stem}" for path in OPTION_FILES]
@@ -83,6 +84,11 @@ def test_option_files_state_the_defaults_of_the_records(composing: Composer, gro
             *_, one = getattr(composing.compose(words_for(f"{group}={path.stem}")).config, group)
             record = one if group == "expansion" else one.options
             assert (one.name, record) == (path.stem, type(record)())
+
+
+def test_sections_of_one_option_state_the_defaults_of_the_records(composing: Composer) -> None:
+    config = composing.compose([]).config
+    assert (config.moe_routing, config.adaptation) == (RoutingOptions(), AdaptationOptions())
 
 
 def test_the_default_job(composing: Composer) -> None:

@@ -21,7 +21,7 @@ from tests.pipeline.tiny import TINY
 from tritter.cli import main as tritter
 from tritter.conf_folder import config_folder
 from tritter.config.folders import composing_from, front_of
-from tritter.config.launch.completion import completions
+from tritter.config.launch.entry import completions
 from tritter.pipeline.run import next_commands
 from tritter.report.summary import Summary
 from tritter.storage.reading import read_object

@@ -13,10 +13,10 @@ from tritter.conf_folder import config_folder
 from tritter.config.launch.composition import load_config
 from tritter.config.run_folder import fingerprint
 from tritter.config.schema import CheckpointModelConfig
-from tritter.config.training_steps import rate_notes
 from tritter.config.validation import source_config
 from tritter.errors import RequestError
 from tritter.families.presets import PRESETS
+from tritter.training.options import rate_notes
 
 GIVEN = CheckpointModelConfig(model_type="hf", path="base")
 

@@ -3,7 +3,7 @@ from typing import Annotated, Literal
 import pytest
 from pydantic import Field
 
-from tritter.config.selection import Reader
+from tritter.config.components import Reader
 from tritter.errors import Problem, RequestError, raise_problems
 from tritter.growth.triggers import TRIGGERS, Plateau, Scheduled, Trigger
 from tritter.options import Text, options, read_part

@@ -12,8 +12,7 @@ import pytest
 
 from tests.config.conftest import FakePipeline, Result
 from tritter.conf_folder import config_folder
-from tritter.config import validation
-from tritter.config.components import REFUSED, trainer_parameters
+from tritter.config import components
 from tritter.config.folders import body_of, shipped_options
 from tritter.config.launch import plan
 from tritter.config.overrides import not_replayed
@@ -23,6 +22,7 @@ from tritter.config.validation import known_keys
 from tritter.data import options
 from tritter.options import leaves
 from tritter.storage.records import signed_text
+from tritter.training.options import REFUSED, trainer_parameters
 
 Run = Callable[..., Result]
 ROOT = config_folder().parent
@@ -354,8 +354,8 @@ def test_sources_are_printed_before_they_are_opened(
     edit(Path("outputs/runs/one"), overrides=[*words, "evaluation.tasks_path=tasks"])
     seen: list[str] = []
     monkeypatch.setattr(plan, "say", lambda text, **_: seen.append(text))
-    place, sources = validation.checkpoint_place, options.read_sources
-    monkeypatch.setattr(validation, "checkpoint_place", lambda p: seen.append("model") or place(p))
+    place, sources = components.checkpoint_place, options.read_sources
+    monkeypatch.setattr(components, "checkpoint_place", lambda p: seen.append("model") or place(p))
     monkeypatch.setattr(
         options, "read_sources", lambda *a, **o: seen.append("data") or sources(*a, **o)
     )

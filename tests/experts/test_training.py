@@ -23,8 +23,8 @@ from tritter.data.batches import BatchStream, SequenceStream
 from tritter.experts.callback import ExpertCallback, Known
 from tritter.experts.method import DynamicExperts
 from tritter.experts.module import ExpertModule
-from tritter.experts.options import DynamicOptions
-from tritter.experts.roster import FIRST, Roster
+from tritter.experts.options import FIRST, DynamicOptions
+from tritter.experts.roster import Roster
 from tritter.novelty import observe
 from tritter.training import FitResult, OptimizerSettings, Schedule, TrainerSettings, fit
 from tritter.training.checkpoint_io import SafetensorsCheckpointIO

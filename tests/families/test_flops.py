@@ -26,7 +26,7 @@ from tritter.families import (
     training_flops,
 )
 from tritter.families.flops import num_keys
-from tritter.moe_routing import separate_experts
+from tritter.moe_routing.stages import separate_experts
 from tritter.stock_routers import Routing
 
 LENGTH = 20

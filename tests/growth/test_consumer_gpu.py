@@ -6,12 +6,12 @@ from pathlib import Path
 from tests import oracle
 from tests.pipeline.tiny import FIXTURES
 from tritter.config.launch.composition import load_config
-from tritter.config.memory import trainings
 from tritter.config.schema import RunConfig
 from tritter.data.documents import Document
 from tritter.data.tokens import END_OF_TEXT, train_tokenizer
 from tritter.families import count_parameters
 from tritter.models import save_tokenizer
+from tritter.planning.run_memory import trainings
 
 # config.json of Qwen/Qwen2.5-1.5B-Instruct, what sizes follow from
 QWEN = {

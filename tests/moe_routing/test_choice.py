@@ -11,9 +11,8 @@ from tritter.expand.live import ModelExpander
 from tritter.expansion import MoeAdd
 from tritter.expansion.specification import build_steps
 from tritter.models import config_of
-from tritter.moe_routing import best_experts, distill_experts, expert_utility
-from tritter.moe_routing.distill import soft_divergence
-from tritter.moe_routing.stages import shared_names
+from tritter.moe_routing.distill import distill_experts, soft_divergence
+from tritter.moe_routing.stages import best_experts, expert_utility, shared_names
 from tritter.stock_routers import AddedExperts, Routing
 
 TEXT = torch.cat([batch["input_ids"] for batch in DOMAIN])

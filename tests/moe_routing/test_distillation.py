@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from tests import oracle
 from tests.moe_routing.test_stages import grown
+from tests.training.shipped import trainer_settings
 from tests.training.written import Written
 from tritter.data.batches import BatchStream, SequenceStream
 from tritter.families import forward_flops, training_flops
-from tritter.moe_routing import DistillationModule, only_new_experts
+from tritter.moe_routing.distill import DistillationModule, only_new_experts
 from tritter.stock_routers import AddedExperts
 from tritter.terminal import Console
 from tritter.training import (
@@ -27,9 +28,7 @@ from tritter.training import (
 )
 
 SEQUENCES = oracle.tokens(vocab_size=97, batch=24, length=16, seed=5).int()
-SETTINGS = TrainerSettings(
-    precision="32-true", progress="off", log_every_n_steps=1, save_every_n_steps=2
-)
+SETTINGS = trainer_settings(log_every_n_steps=1, save_every_n_steps=2)
 
 
 class Killed(Exception):

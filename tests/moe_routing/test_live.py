@@ -13,13 +13,8 @@ from tests.moe_routing.test_stages import DOMAIN, OLD, Batch, grown, moved, valu
 from tests.stock_routers.models import tiny_moe
 from tritter.errors import TritterError
 from tritter.forgetting.quadratic import diagonal_fisher
-from tritter.moe_routing import (
-    adapt_router,
-    distill_experts,
-    expert_utility,
-    train_new_experts,
-)
-from tritter.moe_routing.stages import shared_names
+from tritter.moe_routing.distill import distill_experts
+from tritter.moe_routing.stages import adapt_router, expert_utility, shared_names, train_new_experts
 
 RATE, DECAY, NEW = 1e-2, 0.3, 4  # experts from the fourth on are new
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-from tritter.moe_routing import (
+from tritter.moe_routing.objective import (
     expert_counts,
     load_balancing_loss,
     new_expert_mass,

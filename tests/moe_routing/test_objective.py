@@ -19,7 +19,12 @@ from tests.training.written import Written
 from tritter.data.batches import BatchStream, SequenceStream
 from tritter.data.replay import ReplayBuffer
 from tritter.errors import TritterError
-from tritter.moe_routing import OldRouting, RoutingObjective, RoutingSettings, routing_divergence
+from tritter.moe_routing.objective import (
+    OldRouting,
+    RoutingObjective,
+    RoutingSettings,
+    routing_divergence,
+)
 from tritter.moe_routing.stages import ExpertOpening, Unfreezing
 from tritter.stock_routers import AddedExperts, Routing
 from tritter.training import (

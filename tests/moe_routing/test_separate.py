@@ -10,8 +10,7 @@ from tests import oracle
 from tests.stock_routers.models import FAMILIES, num_experts, tiny_moe
 from tritter.errors import RequestError
 from tritter.forgetting.quadratic import diagonal_fisher
-from tritter.moe_routing import only_trainable, separate_experts
-from tritter.moe_routing.stages import shared_names
+from tritter.moe_routing.stages import only_trainable, separate_experts, shared_names
 from tritter.training import OptimizerSettings
 from tritter.training.optimizer import build_optimizer
 

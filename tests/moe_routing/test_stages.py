@@ -12,8 +12,8 @@ from tritter.errors import RequestError, TritterError
 from tritter.expand.live import ModelExpander
 from tritter.expansion import MoeAdd
 from tritter.models import config_of
-from tritter.moe_routing import adapt_router, new_expert_mass, train_new_experts
-from tritter.moe_routing.stages import shared_names
+from tritter.moe_routing.objective import new_expert_mass
+from tritter.moe_routing.stages import adapt_router, shared_names, train_new_experts
 from tritter.stock_routers import AddedExperts, Routing
 
 Batch = dict[str, Tensor]

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tritter.moe_routing import (
+from tritter.moe_routing.objective import (
     bias_update,
     dropped_fraction,
     expert_counts,

@@ -8,8 +8,9 @@ import torch
 from tests.novelty.given import centre_of, drawn, library
 from tritter.errors import RequestError, TritterError
 from tritter.novelty import Observation
-from tritter.novelty.detectors import Burst, BurstOptions, LossNovelty, NovelSamples
+from tritter.novelty.detectors import Burst, BurstOptions, NovelSamples
 from tritter.novelty.observation import joined
+from tritter.novelty.options import LossNovelty
 
 
 def gatherer(generator: torch.Generator, **options: float) -> NovelSamples:

@@ -12,20 +12,20 @@ from torch import Tensor
 from tests.novelty.given import SIZE, centre_of, drawn, library
 from tritter.errors import RequestError
 from tritter.novelty import NoveltyDetector, Observation, SkillLibrary
-from tritter.novelty.detectors import (
-    DETECTORS,
-    CosineNovelty,
-    Detector,
-    LossNovelty,
-    MahalanobisNovelty,
-    mean_cosines,
-)
 from tritter.novelty.library import (
     Projection,
     ProjectionOptions,
     contrast,
     embedded,
     train_projection,
+)
+from tritter.novelty.options import (
+    DETECTORS,
+    CosineNovelty,
+    Detector,
+    LossNovelty,
+    MahalanobisNovelty,
+    mean_cosines,
 )
 from tritter.novelty.statistics import Moments
 from tritter.options import options, read_part

@@ -11,11 +11,11 @@ import torch
 from rich.console import Console
 
 from tritter.config.launch.composition import load_config
-from tritter.config.memory import trainings
 from tritter.pipeline import run_pipeline
 from tritter.pipeline.base import base_config
 from tritter.pipeline.context import RunContext
 from tritter.pipeline.ledger import Ledger
+from tritter.planning.run_memory import trainings
 from tritter.training.callbacks import FiniteGuard
 
 # Measured: 1.001 for a base, 1.04 with L2-SP, 1.18 with EWC. What is counted is a lower bound:

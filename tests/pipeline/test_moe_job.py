@@ -16,7 +16,7 @@ from tritter.checkpoint import read_lineage
 from tritter.config.launch.composition import load_config
 from tritter.errors import RequestError
 from tritter.models import load_model
-from tritter.moe_routing import DistillationModule
+from tritter.moe_routing.distill import DistillationModule
 from tritter.moe_routing.stages import shared_names
 from tritter.pipeline import Outcome, run_pipeline, stages
 from tritter.stock_routers import AddedExperts, stock_obstacle

@@ -9,10 +9,10 @@ from lightning import Callback
 
 from tests.pipeline.tiny import TINY
 from tritter.checkpoint import read_lineage
-from tritter.config.components import metric_names
 from tritter.config.launch.composition import load_config
 from tritter.pipeline import Outcome, run_pipeline
 from tritter.pipeline.base import recorded_rate, schedule_of
+from tritter.training.options import metric_names
 
 
 @pytest.mark.full

@@ -15,7 +15,7 @@ from tritter.checkpoint import read_lineage
 from tritter.checkpoint.history import read_chain, verify
 from tritter.checkpoint.state import LazyTensors, read_state
 from tritter.config.launch.composition import load_config
-from tritter.config.rules import method_problems
+from tritter.config.validation import method_problems
 from tritter.expand import Change
 from tritter.models import load_model
 from tritter.pipeline import importance, run_pipeline

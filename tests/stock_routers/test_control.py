@@ -12,7 +12,7 @@ from tests import oracle
 from tests.stock_routers.models import FAMILIES, tiny_moe
 from tritter.errors import RequestError
 from tritter.models import named_tensors
-from tritter.moe_routing import bias_update, expert_counts
+from tritter.moe_routing.objective import bias_update, expert_counts
 from tritter.stock_routers import Routing
 
 

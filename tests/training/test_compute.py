@@ -10,15 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.moe_routing.test_objective import SEQUENCES, UNHELD, run
 from tests.oracle.families import SPARSE, generic, tiny
 from tritter.families import FAMILIES, Flops, backward_flops, forward_flops, training_flops
-from tritter.moe_routing import (
-    OldRouting,
-    RoutingObjective,
-    RoutingSettings,
-    is_router,
-    only_trainable,
-    separate_experts,
-)
-from tritter.moe_routing.stages import Unfreezing
+from tritter.moe_routing.objective import OldRouting, RoutingObjective, RoutingSettings
+from tritter.moe_routing.stages import Unfreezing, is_router, only_trainable, separate_experts
 from tritter.training import BaseModule, OptimizerSettings, Schedule
 from tritter.training.parameters import trained_tensors
 

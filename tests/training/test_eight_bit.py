@@ -13,11 +13,11 @@ from tests.training import test_moments as moments
 from tests.training.test_moments import BATCHES
 from tests.training.test_their_callbacks import ADAMW, killed, same_weights, train
 from tritter.config.launch.composition import load_config
-from tritter.config.rules import carry_problems
 from tritter.errors import RequestError
 from tritter.pipeline import run_pipeline
 from tritter.training import OptimizerSettings
 from tritter.training.checkpoint_io import SafetensorsCheckpointIO
+from tritter.training.optimizer import carry_problems
 
 SMALLEST = 64  # of a tensor whose moments are in 8 bits; here few have 4,096 numbers
 

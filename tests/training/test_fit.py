@@ -11,6 +11,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from tests import oracle
+from tests.training.shipped import trainer_settings
 from tritter.data.batches import BatchStream, SequenceStream
 from tritter.training import (
     BaseModule,
@@ -23,7 +24,7 @@ from tritter.training import (
     fit,
 )
 
-SETTINGS = TrainerSettings(precision="32-true", progress="off", log_every_n_steps=2)
+SETTINGS = trainer_settings(log_every_n_steps=2)
 SCHEDULE = Schedule(learning_rate=1e-2, max_steps=8)
 
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from tests import oracle
 from tests.stock_routers.models import tiny_moe
+from tests.training.shipped import trainer_settings
 from tritter.data.batches import BatchStream, SequenceStream
 from tritter.evaluation.gate import ENOUGH_STEPS, flow_check, memory_check
 from tritter.expand.live import ModelExpander
@@ -25,12 +26,11 @@ from tritter.training import (
     OptimizerSettings,
     Schedule,
     Task,
-    TrainerSettings,
     fit,
 )
 from tritter.training.gradient_flow import GradientFlow, tried
 
-SETTINGS = TrainerSettings(precision="32-true", progress="off", save_every_n_steps=2)
+SETTINGS = trainer_settings(save_every_n_steps=2)
 STEPS = 6
 
 

@@ -19,7 +19,7 @@ from tritter.expand import expand
 from tritter.expansion import ExpansionSpec, LlamaPro, MoeAdd, Width
 from tritter.families import family_of
 from tritter.models import disk_tensors, load_model, named_tensors
-from tritter.moe_routing import only_trainable, separate_experts
+from tritter.moe_routing.stages import only_trainable, separate_experts
 from tritter.parameter_map.carry import MOMENTS, carry, starts_anew
 from tritter.storage.writer import TensorStream
 from tritter.training import BaseModule, OptimizerSettings, Schedule, TrainerSettings, fit, fitting

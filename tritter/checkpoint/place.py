@@ -13,18 +13,21 @@ from pathlib import Path
 
 from tritter.checkpoint.expert_files import refuse_experts
 from tritter.checkpoint.folder import CARD_NAME, HEADER_MARK, TOKENIZER_FILES, lineage_of
+from tritter.checkpoint.record import StateHead
 from tritter.checkpoint.state import KEPT_FILE, STATE_FOLDER
-from tritter.errors import RequestError, TritterError, did_you_mean, refused
+from tritter.errors import Problem, RequestError, TritterError, did_you_mean, refused
 from tritter.families import Config
 from tritter.families.config_file import read_config_file
 from tritter.parameter_map.carry import STATE_KINDS
 from tritter.storage.atomic import refuse_standing
 from tritter.storage.reading import LINEAGE_NAME, named_path
+from tritter.storage.records import read_record
 from tritter.storage.tensors import INDEX_NAME, SINGLE_NAME
 
 _PLAIN_NAMES = {"config.json", CARD_NAME, SINGLE_NAME, INDEX_NAME, *TOKENIZER_FILES}
 _SHARD = re.compile(r"model-\d{5,}-of-\d{5,}\.safetensors")
 _STATE_FILES = {f"{STATE_FOLDER}/{name}" for name in ("state.json", "router.json", KEPT_FILE)}
+_STATE_HEAD = Path(STATE_FOLDER) / "state.json"
 _MAX_SHOWN = 4
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -202,3 +205,34 @@ def checkpoint_config(
     if not with_experts:
         refuse_experts(folder, doing="a training", key=key)
     return config
+
+
+def teacher_problems(teacher: str, source: Config | None, *, key: str) -> Iterator[Problem]:
+    """Yield why a teacher can't be learned from, as far as its config.json says.
+
+    Args:
+        source: that of the model that learns; None where its vocabulary is not known yet.
+    """
+    try:
+        config = checkpoint_config(checkpoint_place(teacher, key=key), key=key)
+    except RequestError as error:
+        yield from error.problems
+        return
+    if config is None or source is None:
+        return
+    if config["vocab_size"] != source["vocab_size"]:
+        reason = (
+            f"it has {config['vocab_size']} tokens, the model that the run starts from "
+            f"{source['vocab_size']}; allowed is a teacher with the same tokenizer"
+        )
+        yield Problem(key, teacher, reason=reason)
+
+
+def kinds_beside(folder: Path) -> set[str]:
+    """Return the kinds of state that lie beside a checkpoint's weights.
+
+    Raises:
+        TritterError: what says so is damaged.
+    """
+    path = folder / _STATE_HEAD
+    return set(read_record(path, StateHead).kinds) if path.exists() else set()

@@ -25,7 +25,7 @@ from tritter.cli.plan import plan
 from tritter.cli.report import report
 from tritter.cli.train import TrainCommand, train
 from tritter.cli.validate import validate
-from tritter.config.launch.words import UNFORESEEN, check_words, said
+from tritter.config.launch.command_line import UNFORESEEN, check_words, said
 from tritter.config.suggestions import flag_advice
 from tritter.errors import RequestError, TritterError
 from tritter.stopping import Stopped, stopping

@@ -156,7 +156,7 @@ def specs_of(methods: Sequence[str], given: Mapping[str, Any]) -> tuple[Expansio
         RequestError: an option that no method takes, or that several would; a value that is not
             allowed. All problems at once.
     """
-    from tritter.config.selection import Reader, method_class, read_methods
+    from tritter.config.components import Reader, method_class, read_methods
     from tritter.options import from_word
 
     problems = []

@@ -20,8 +20,8 @@ from pydantic import Field
 
 from tritter.checkpoint.history import read_chain
 from tritter.checkpoint.record import ExpansionRecord
+from tritter.config.components import Reader, method_class, method_keys, method_names, read_methods
 from tritter.config.folders import body_of, option_files
-from tritter.config.selection import Reader, method_class, method_keys, method_names, read_methods
 from tritter.errors import (
     Names,
     Problem,

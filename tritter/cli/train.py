@@ -105,7 +105,7 @@ class TrainCommand(TyperCommand):
         """
         from typer._click.shell_completion import CompletionItem
 
-        from tritter.config.launch.completion import completions
+        from tritter.config.launch.entry import completions
 
         words = list(ctx.args)
         if not incomplete and os.environ.get("COMP_WORDS", "").endswith("\n="):

@@ -1,83 +1,398 @@
-"""`callbacks`: Lightning's and anybody's, by `_target_`; what a run can't bear of them."""
+"""Sections that name a class, and the records and components that they are read as."""
 
-import ast
-import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, fields
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, replace
+from functools import partial
 from importlib.util import find_spec
 from inspect import signature
-from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, get_type_hints
+from typing import Any, TypeVar, get_args
 
-from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
-
+from tritter.checkpoint.place import checkpoint_place
 from tritter.config.folders import body_of, option_files, shipped_options
-from tritter.config.rules import appends_experts, callbacks_of
 from tritter.config.schema import (
+    CheckpointModelConfig,
     LoggerConfig,
-    ModelConfig,
-    OptimizerConfig,
-    OptimizerValues,
+    Model,
     RunConfig,
-    TrainerConfig,
     WandbConfig,
 )
-from tritter.config.selection import Reader
-from tritter.config.suggestions import NO_EPOCHS, hint_for
-from tritter.errors import Problem, RequestError, nearest
+from tritter.config.suggestions import child_names, hint_for, nearest_key
+from tritter.data.options import (
+    DataConfig,
+    NamedTextConfig,
+    SkillsDataConfig,
+    read_named,
+    with_skills,
+)
+from tritter.errors import Problem, RequestError, key_name, nearest, show
+from tritter.evaluation.options import EvaluationConfig
+from tritter.moe_routing.options import appends_experts
+from tritter.options import (
+    choices,
+    component_class,
+    field_keys,
+    join,
+    read_component,
+    read_options,
+)
+from tritter.storage.reading import named_path
 from tritter.targets import (
     TARGET,
     Component,
     argument_problems,
     building_problem,
     dotted,
-    imported,
-    parameters_of,
-    parsed_module,
-    quietly,
     resolve,
 )
+from tritter.training.optimizer import OptimizerSettings, OptimizerValues, optimizer_problems
+from tritter.training.options import (
+    REFUSED,
+    TrainerSettings,
+    TrainerValues,
+    callback_problems,
+    callbacks_of,
+    trainer_argument_problems,
+    trainer_parameters,
+)
 
-_REFUSED = {
-    "Timer": "no decision rests on the clock, else a resumed run would end elsewhere; say "
-    "training.max_steps",
-    "GradientAccumulationScheduler": "it counts epochs, and a training is one without end; say "
-    "trainer.accumulate_grad_batches",
-    "StochasticWeightAveraging": "it counts epochs, and a training is one without end; use "
-    "callbacks=ema",
-    "BatchSizeFinder": "it tries steps of its own, which a resumed run can't repeat; say "
-    "data.batch_size",
-    "LearningRateFinder": "it tries steps of its own, which a resumed run can't repeat; say "
-    "training.learning_rate",
+Origin = Callable[[str], str | None]
+Answer = TypeVar("Answer")
+_KEYLESS_GROUPS = ("experiment",)  # what they choose sets keys of other groups
+
+
+class Reader:
+    """Turns mappings into records and collects every problem on the way.
+
+    Args:
+        known_keys: returns all dotted keys of a config, from which nearest matches are offered.
+    """
+
+    def __init__(self, known_keys: Callable[[], Collection[str]]) -> None:
+        self.problems: list[Problem] = []
+        self._known_keys = known_keys
+
+    def report(self, key: str, value: object, *, reason: str) -> None:
+        self.problems.append(Problem(key, value, reason=reason))
+
+    def ask(self, question: Callable[..., Answer], *words: Any) -> Answer | None:
+        """Return what a function says, or None when it refuses (now reported)."""
+        try:
+            return question(*words)
+        except RequestError as error:
+            self.problems += error.problems
+            return None
+
+    def read(self, record_type: type, raw: Mapping[str, object], *, prefix: str) -> Any:
+        """Return a `record_type` from `raw`, or None when there were problems (now reported)."""
+        return read_options(
+            record_type, raw, prefix=prefix, problems=self.problems, unknown=self._unknown
+        )
+
+    def component(
+        self, key: str, kind: type[Any] | None, body: Mapping[str, object]
+    ) -> Component | None:
+        """Return a component; None when its class was not found, or there were problems."""
+        if kind is None:
+            return None
+        return read_component(key, kind, body, problems=self.problems, unknown=self._unknown)
+
+    def _unknown(self, key: str, value: object) -> Iterator[Problem]:
+        if isinstance(value, Mapping) and value:
+            for name in value:
+                yield from self._unknown(join(key, str(name)), value[name])
+            return
+        section, _, leaf = key.rpartition(".")
+        known = self._known_keys()
+        if section == "trainer":
+            further = (f"trainer.{name}" for name in trainer_parameters() if name not in REFUSED)
+            known = (*known, *further)
+        names = child_names(known, section)
+        near = None
+        if not section:
+            names = sorted([*names, *_KEYLESS_GROUPS])
+            near = nearest(leaf, names, cutoff=0.7)
+        place = f"{key_name(section)} has" if section else "the root has"
+        reason = f"there is no such key; {place} {', '.join(names)}" if names else "no such key"
+        if (hint := hint_for(key, value)) is not None:
+            yield Problem(key, value, reason=hint.reason or reason, nearest=hint.advice or None)
+            return
+        yield Problem(key, value, reason=reason, nearest=near or nearest_key(key, known))
+
+
+# Group → what its classes have to be subclasses of, by name: importing it is left to a selection.
+METHOD_GROUPS: Mapping[str, str | None] = {
+    "expansion": None,
+    "forgetting": "tritter.training.forgetting_method.ForgettingMethod",
 }
-_METRICS = (
-    "train/loss",
-    "train/learning_rate",
-    "train/gradient_norm",
-    "performance/tokens_per_second",
-    "performance/steps_per_second",
-    "performance/step_seconds",
-    "performance/flops",
-    "performance/peak_memory_bytes",
-)
-_EVALUATED = ("loss", "perplexity", "accuracy")
-_OF_ROUTERS = (
-    "routing/auxiliary_loss",
-    "routing/z_loss",
-    "routing/entropy",
-    "routing/max_load",
-    "routing/dropped_fraction",
+# Likewise of groups of which one option is chosen, and what their option `none` means
+CHOSEN_GROUPS = {
+    "growth": ("tritter.growth.method.NeuronGrowth", "nothing grows"),
+    "experts": ("tritter.experts.method.Experts", "there are no adapters"),
+}
+# What an expansion has, which is a record of its options and no subclass of anything.
+_EXPANSION = (
+    *("name", "expansion_type", "is_exact", "new_blocks_only"),
+    *("target_config", "parameter_map", "notes"),
 )
 
-_OF_EXPERTS = (
-    "experts/number",
-    "experts/trainable_share",
-    "experts/routing_entropy",
-    "experts/dropped",
-    "experts/novelty",
-)
+
+def method_names(group: str) -> list[str]:
+    """Return the options of an ordered group, but for `none`."""
+    return [name for name in option_files().get(group, {}) if name != "none"]
+
+
+def weightless_methods() -> list[str]:
+    """Return the methods against forgetting that use no weights; for messages."""
+    found = []
+    for name in method_names("forgetting"):
+        with suppress(RequestError):  # told where it is selected
+            body = body_of(option_files()["forgetting"][name])
+            found += [] if method_class("forgetting", name, body).uses_weights else [name]
+    return found
+
+
+def method_keys() -> list[str]:
+    """Return the dotted keys of all methods, as their files state them."""
+    keys = []
+    for group, files in option_files().items():
+        for name, path in files.items():
+            if group in METHOD_GROUPS:
+                own = body_of(path).get(name)
+                own = own if isinstance(own, Mapping) else {}
+                keys += [f"{group}.{name}.{key}" for key in own]
+            elif group in CHOSEN_GROUPS:
+                keys += [f"{group}.{key}" for key in body_of(path)]
+    return [key for key in dict.fromkeys(keys) if not key.endswith(TARGET)]
+
+
+def method_class(group: str, name: str, bodies: Mapping[str, Any]) -> type[Any]:
+    """Return the class that an entry of an ordered group names.
+
+    Raises:
+        RequestError: there is no such method, or it names no class of one.
+    """
+    key, body = f"{group}.{name}", bodies[name]
+    if name not in (names := method_names(group)):
+        near = nearest(name, names)
+        reason = f"there is no such method; there are {', '.join(names)}"
+        if near is None and not isinstance(body, Mapping):  # a method's key without the method
+            reason = f"a key stands below its method, {group}.METHOD.{name}; methods are "
+            reason += ", ".join(names)
+            keys = [each for each in method_keys() if each.startswith(f"{group}.")]
+            chosen = [each for each in keys if each.split(".")[1] in bodies]
+            near = nearest_key(key, keys, first=chosen)
+        raise RequestError(Problem(key, body, reason=reason, nearest=near))
+    if not isinstance(body, Mapping):
+        raise RequestError(Problem(key, body, reason="it holds keys; choose an option of it"))
+    place, target = f"{key}.{TARGET}", body.get(TARGET)
+    if group == "expansion":
+        kind = resolve(place, target)
+        missing = [each for each in _EXPANSION if not hasattr(kind, each)]
+        if isinstance(kind, type) and missing:
+            reason = f"it is no expansion: it has no {', '.join(missing)}"
+            raise RequestError(Problem(place, target, reason=reason))
+    kind = component_class(key, target, base=METHOD_GROUPS[group])
+    if kind.name != name:
+        reason = f"the class calls itself {kind.name}, and its option {name}; let them be the same"
+        raise RequestError(Problem(place, target, reason=reason))
+    return kind
+
+
+def chosen_class(group: str, body: Mapping[str, Any]) -> type[Any] | None:
+    """Return the class that a group of one names; None where it is `none`.
+
+    Raises:
+        RequestError: it is none, or keys are set of what was not chosen.
+    """
+    if not body:
+        return None
+    base, nothing = CHOSEN_GROUPS[group]
+    if TARGET in body:
+        return component_class(group, body[TARGET], base=base)
+    key, value = next(iter(body.items()))
+    choice = next(name for name in option_files().get(group, {}) if name != "none")
+    reason = f"{nothing} with {group}=none, which has no keys; choose {group}={choice}"
+    raise RequestError(Problem(f"{group}.{key}", value, reason=reason))
+
+
+def read_methods(
+    reader: Reader, group: str, bodies: Mapping[str, Any], classes: Mapping[str, type[Any]]
+) -> tuple[Component, ...]:
+    """Return the methods of an ordered group whose classes were found and that can be read."""
+    keys = {f"{group}.{name}": body for name, body in bodies.items()}
+    read = [reader.component(key, classes.get(key), body) for key, body in keys.items()]
+    return tuple(each for each in read if each is not None)
+
+
+def nesting_problems() -> list[Problem]:
+    """Return which option files of the ordered groups hold something else than their own body."""
+    files = option_files()
+    return [
+        Problem(
+            f"{group}={name}",
+            list(body_of(path)),
+            reason=f"{path} nests its keys under {name}, its own name, and nothing else",
+        )
+        for group in METHOD_GROUPS
+        for name, path in files.get(group, {}).items()
+        if list(body_of(path)) != [name]
+    ]
+
+
+_MODELS = {word: kind for kind in get_args(Model) for word in choices(kind, "model_type")}
+
+
+def model_class(raw: Mapping[str, Any]) -> type[Model]:
+    """Return the record of a base model that `model.model_type` means.
+
+    Raises:
+        RequestError: it means none.
+    """
+    said = raw.get("model_type")
+    if isinstance(said, str) and said in _MODELS:
+        return _MODELS[said]
+    reason = f"allowed is one of {', '.join(_MODELS)}"
+    raise RequestError(Problem("model.model_type", said, reason=reason))
+
+
+def data_class(raw: Mapping[str, Any]) -> type[DataConfig]:
+    """Return the class that an option of `data` names.
+
+    Raises:
+        RequestError: it is none of ours nor made from `DataConfig`, or `source` says another one.
+    """
+    kind = component_class("data", raw.get(TARGET), base=dotted(DataConfig))
+    said = raw.get("source")
+    if "source" in field_keys(kind, "") and said not in choices(kind, "source"):
+        reason = f"allowed is one of {', '.join(data_keys())}"
+        if isinstance(said, str) and said in data_keys():
+            reason = f"{said} has other keys; choose it with data={said}"
+        near = nearest(str(said), data_keys())
+        raise RequestError(Problem("data.source", said, reason=reason, nearest=near))
+    return kind
+
+
+def read_model(reader: Reader, raw: Mapping[str, Any], classes: Mapping[str, Any]) -> Model | None:
+    """Return the base model of a run, or None when there were problems (now reported)."""
+    kind = classes.get("model")
+    if kind is None:
+        return None
+    keys = {option: field_keys(record, "") for option, record in _MODELS.items()}
+    choice = "model=hf: a checkpoint has a shape of its own"
+    taken = _only_of(reader, "model", keys, raw, choice=choice, own=field_keys(kind, ""))
+    if kind is CheckpointModelConfig and taken.get("path") is None:
+        reason = "name the checkpoint: a folder or a hub id, model.path=DIR"
+        reader.report("model.path", None, reason=reason)
+        return None
+    model: Model | None = reader.read(kind, taken, prefix="model")
+    if not isinstance(model, CheckpointModelConfig):
+        return model
+    place = reader.ask(checkpoint_place, model.path)
+    return None if place is None else replace(model, path=place)
+
+
+def read_data(
+    reader: Reader, raw: Mapping[str, Any], classes: Mapping[str, Any]
+) -> DataConfig | None:
+    """Return what a run reads, or None when there were problems (now reported)."""
+    kind = classes.get("data")
+    if kind is None:
+        return None
+    own, choice = field_keys(kind, ""), f"data={raw.get('source')} (the current source)"
+    if "source" not in own:
+        choice = dotted(kind)
+    taken = _only_of(reader, "data", data_keys(), raw, choice=choice, own=own)
+    del taken[TARGET]
+    if issubclass(kind, SkillsDataConfig):
+        is_new = classes.get("model") is not CheckpointModelConfig
+        taken = with_skills(kind, taken, is_new=is_new)
+    is_named = issubclass(kind, NamedTextConfig)
+    sources = read_named(taken, kind, reader.problems) if is_named else {}
+    blank: dict[str, Any] = {name: [] if name == "tasks" else {} for name in sources}
+    values = reader.read(kind, {**taken, **blank}, prefix="data")
+    return None if values is None else replace(values, **sources)
+
+
+def read_evaluation(
+    reader: Reader, raw: Mapping[str, Any], classes: Mapping[str, Any]
+) -> EvaluationConfig | None:
+    """Return how a run evaluates, its folder absolute; None when there were problems."""
+    values: EvaluationConfig | None = reader.read(EvaluationConfig, raw, prefix="evaluation")
+    if values is None or values.tasks_path is None:
+        return values
+    place = reader.ask(partial(named_path, key="evaluation.tasks_path"), values.tasks_path)
+    return None if place is None else replace(values, tasks_path=str(place.absolute()))
+
+
+def read_optimizer(
+    reader: Reader, raw: Mapping[str, Any], classes: Mapping[str, Any]
+) -> OptimizerSettings | None:
+    """Return the optimizer of a run, or None when there were problems (now reported)."""
+    kind, own = classes.get("optimizer"), field_keys(OptimizerValues, "")
+    given = {name: value for name, value in raw.items() if name in own}
+    values = reader.read(OptimizerValues, given, prefix="optimizer")
+    arguments = {n: value for n, value in raw.items() if n not in (*own, "name", TARGET)}
+    if values is None or kind is None:
+        return None
+    shipped = map(body_of, shipped_options()["optimizer"].values())
+    decay = values.weight_decay
+    reader.problems += optimizer_problems(kind, arguments, decay, shipped=shipped)
+    return OptimizerSettings(target=dotted(kind), arguments=arguments, **asdict(values))
+
+
+def read_trainer(
+    reader: Reader, raw: Mapping[str, Any], classes: Mapping[str, Any]
+) -> TrainerSettings | None:
+    """Return what Lightning's Trainer is given, or None when there were problems."""
+    own = field_keys(TrainerValues, "")
+    names = () if set(raw) <= set(own) else trainer_parameters()
+    further = {n: value for n, value in raw.items() if n in names and n not in own}
+    for name, value in further.items():
+        reader.problems += trainer_argument_problems(name, value)
+    stated = {name: value for name, value in raw.items() if name not in further}
+    values = reader.read(TrainerValues, stated, prefix="trainer")
+    return None if values is None else TrainerSettings(arguments=further, **asdict(values))
+
+
+def data_keys() -> dict[str, tuple[str, ...]]:
+    """Return the options of `data`, and the keys that each states."""
+    files = option_files().get("data", {})
+    return {n: tuple(key for key in body_of(p) if key != TARGET) for n, p in files.items()}
+
+
+def _only_of(
+    reader: Reader,
+    name: str,
+    keys: Mapping[str, Collection[str]],
+    raw: Mapping[str, Any],
+    *,
+    choice: str,
+    own: Collection[str],
+) -> dict[str, Any]:
+    """Return a section without the keys of its other options, which are reported.
+
+    Args:
+        keys: option → its keys.
+        choice: what was chosen, for messages.
+        own: keys of the choice.
+    """
+    taken, files = dict(raw), option_files().get(name, {})
+    for each in raw:
+        others = [option for option, theirs in keys.items() if each in theirs]
+        if not others or each in own:
+            continue
+        key, value = join(name, each), taken.pop(each)
+        option = "text" if "text" in others else others[0]
+        near = f"{name}={option} {key}={show(value)}" if option in files else None
+        if (hint := hint_for(key, value)) is not None:
+            near = hint.advice
+        is_only = len(others) == 1 and others[0] in files
+        needed = f"requires {name}={others[0]}" if is_only else f"is not a key of {choice}"
+        reader.problems.append(Problem(key, reason=f"{key} {needed}", nearest=near))
+    return taken
 
 
 def read_callbacks(
@@ -89,7 +404,7 @@ def read_callbacks(
         key = f"callbacks.{name}"
         if (kind := classes.get(key)) is not None:
             made, problems = built_for_trial(key, kind, body)
-            reader.problems += problems or _judged(key, made, body, owners)
+            reader.problems += problems or callback_problems(key, made, body, owners)
     return _named("callbacks", bodies, classes)
 
 
@@ -103,51 +418,6 @@ def _named(
         for name, body in bodies.items()
         if kinds[name] is not None
     )
-
-
-def metric_names(config: RunConfig) -> tuple[str, ...]:
-    """Return what a callback can monitor of a training, but for what callbacks log themselves."""
-    domains = config.text.domains if config.evaluation.every_n_steps else ()
-    is_dense = isinstance(config.model, ModelConfig) and not any(
-        spec.name == "moe" for spec in config.expansion
-    )
-    return (
-        *_METRICS,
-        *(("performance/padding_fraction",) if config.data.packing == "documents" else ()),
-        *(() if is_dense else _OF_ROUTERS),
-        *(("routing/old_divergence",) if config.moe_routing.hold_old else ()),
-        *(f"eval/{domain.name}/{name}" for name in _EVALUATED for domain in domains),
-        *(f"forgetting/{one.name}/loss" for one in config.forgetting if one.kind.is_logged()),
-        *(_OF_EXPERTS if config.experts is not None and config.experts.kind.is_dynamic else ()),
-    )
-
-
-def monitor_problems(config: RunConfig) -> Iterator[Problem]:
-    """Yield who would wait for a metric that never comes; strangers may log what they like."""
-    is_strange = any(not dotted(one.kind).startswith("lightning.") for one in config.callbacks)
-    if is_strange or any(asking_problems(config)):
-        return
-    known = metric_names(config)
-    checkpoints = callbacks_of("ModelCheckpoint", config)
-    for one in (*callbacks_of("EarlyStopping", config), *checkpoints):
-        monitor = one.options.get("monitor")
-        allowed = (*known, "step", "epoch") if one in checkpoints else known
-        # Before the first step of a training there are only metrics of evaluations
-        is_too_early = one.options.get("strict", True) and not str(monitor).startswith("eval/")
-        if monitor is not None and monitor not in allowed:
-            reason = f"no training logs it; it is one of {', '.join(known)}"
-            key, near = f"callbacks.{one.name}.monitor", nearest(monitor, allowed)
-            yield Problem(key, monitor, reason=reason, nearest=near)
-        elif one not in checkpoints and is_too_early:
-            reason = f"before the first step, when it is first asked, there is no {monitor} yet"
-            yield Problem(f"callbacks.{one.name}.strict", True, reason=reason)
-
-
-def asking_problems(config: RunConfig) -> Iterator[Problem]:
-    """Yield whom nobody would ask."""
-    reason = "it is asked when the training is evaluated, and evaluation.every_n_steps = 0"
-    for one in () if config.evaluation.every_n_steps else callbacks_of("EarlyStopping", config):
-        yield Problem(f"callbacks.{one.name}.{TARGET}", one.options[TARGET], reason=reason)
 
 
 def averaging_problems(config: RunConfig) -> Iterator[Problem]:
@@ -165,33 +435,6 @@ def averaging_problems(config: RunConfig) -> Iterator[Problem]:
         told, reason = "experts", "an average has no experts that came on the way; leave it out"
     for one in callbacks_of("WeightAveraging", config) if told else ():
         yield Problem(f"callbacks.{one.name}.{TARGET}", one.options[TARGET], reason=reason)
-
-
-def _judged(
-    key: str, made: Any, body: Mapping[str, Any], owners: dict[str, str]
-) -> Iterator[Problem]:
-    """Yield what a run can't bear of a callback; `owners`: name of a saved state → whose it is."""
-    names = [kind.__name__ for kind in type(made).__mro__]
-    for name in names:
-        if name in _REFUSED:
-            yield Problem(f"{key}.{TARGET}", body[TARGET], reason=_REFUSED[name])
-    if "ModelCheckpoint" in names:
-        folder = body.get("dirpath")
-        if folder is not None and (Path(folder).is_absolute() or ".." in Path(folder).parts):
-            reason = "it is below the folder of each training, as in checkpoints"
-            yield Problem(f"{key}.dirpath", folder, reason=reason)
-        if (interval := body.get("train_time_interval")) is not None:
-            reason = "nothing rests on the clock; say every_n_train_steps"
-            yield Problem(f"{key}.train_time_interval", interval, reason=reason)
-    owner = owners.setdefault(made.state_key, key)
-    # The base of all callbacks has no state
-    base: Any = next(kind for kind in type(made).__mro__ if kind.__name__ == "Callback")
-    if owner != key and type(made).state_dict is not base.state_dict:
-        reason = (
-            f"it saves its state as {owner} does ({made.state_key}); let them differ "
-            "in what they monitor, or leave one out"
-        )
-        yield Problem(key, body[TARGET], reason=reason)
 
 
 _EXTRAS = ("tensorboard", "mlflow")  # of Tritter, by the package that a logger needs
@@ -220,22 +463,19 @@ def read_loggers(
         with TemporaryDirectory() as folder:
             given = {"save_dir": folder} if "save_dir" in signature(kind).parameters else {}
             _, problems = built_for_trial(f"logger.{name}", kind, {**body, **given})
-        reader.problems += map(_with_extra, problems)
+        for problem in problems:
+            said = problem.reason.casefold()
+            is_of_arguments = "no such argument" in said or "needs it" in said
+            for package in () if is_of_arguments else _EXTRAS:
+                if package in said and find_spec(package) is None:  # Lightning says it otherwise
+                    reason = f"it needs {package}, which is not installed: "
+                    reason += f"pip install 'tritter[{package}]'"
+                    problem = Problem(problem.key, reason=reason)
+            reader.problems.append(problem)
     return LoggerConfig(
         wandb=None if wandb is None or wandb.mode == "off" else wandb,
         others=_named("logger", others, classes),
     )
-
-
-def _with_extra(problem: Problem) -> Problem:
-    """Say how a package is installed that a logger needs, in place of what Lightning says."""
-    said = problem.reason.casefold()
-    is_of_arguments = "no such argument" in said or "needs it" in said
-    for package in () if is_of_arguments else _EXTRAS:
-        if package in said and find_spec(package) is None:
-            reason = f"it needs {package}, which is not installed: pip install 'tritter[{package}]'"
-            return Problem(problem.key, reason=reason)
-    return problem
 
 
 # Group → what its classes have to be subclasses of
@@ -293,250 +533,3 @@ def built_for_trial(key: str, kind: type, body: Mapping[str, Any]) -> tuple[Any,
         return None, problems
     made = building_problem(kind, arguments, key=key)
     return (None, [made]) if isinstance(made, Problem) else (made, [])
-
-
-OPTIMIZER = "torch.optim.Optimizer"
-_TORCH, _EIGHT_BIT = "torch.optim", "bitsandbytes.optim"
-# By name: to import bitsandbytes takes long
-_OF_BITSANDBYTES = (
-    "Adam8bit",
-    "AdamW8bit",
-    "PagedAdam8bit",
-    "PagedAdamW",
-    "PagedAdamW8bit",
-    "Lion",
-    "Lion8bit",
-    "PagedLion8bit",
-    "SGD8bit",
-    "RMSprop8bit",
-    "AdEMAMix",
-    "AdEMAMix8bit",
-)
-_SIDE = 16  # of the matrix that a step is tried with
-_OWN = ("params", "lr")  # which Tritter gives
-
-
-def optimizer_class(raw: Mapping[str, Any]) -> type | str:
-    """Return the class of an optimizer, by its name or by `_target_`; of one of torch its name.
-
-    Raises:
-        RequestError: there is none of this name, or both are given, or neither.
-    """
-    name, target = raw.get("name"), raw.get(TARGET)
-    if name is None and target is None:
-        reason = "choose an option of it, or name a class of torch.optim or bitsandbytes.optim"
-        raise RequestError(Problem("optimizer.name", None, reason=reason))
-    if name is not None and target is not None:
-        reason = f"optimizer.name = {name} names another; set optimizer.name=null besides"
-        raise RequestError(Problem(f"optimizer.{TARGET}", target, reason=reason))
-    if name is None:
-        return resolve(f"optimizer.{TARGET}", target, base=OPTIMIZER)
-    classes, spelled = _classes(), _spelling(str(name))
-    if (found := classes.get(spelled)) is not None:
-        if not found.startswith(_EIGHT_BIT):
-            return found
-        with quietly():
-            return resolve("optimizer.name", found, base=OPTIMIZER)
-    names = {spelling: target.rpartition(".")[2] for spelling, target in classes.items()}
-    reason = f"allowed is one of {', '.join(sorted(names.values()))}, or optimizer.{TARGET}"
-    near = names.get(nearest(spelled, names) or "")
-    raise RequestError(Problem("optimizer.name", name, reason=reason, nearest=near))
-
-
-def read_optimizer(
-    reader: Reader, raw: Mapping[str, Any], classes: Mapping[str, Any]
-) -> OptimizerConfig | None:
-    """Return the optimizer of a run, or None when there were problems (now reported)."""
-    kind = classes.get("optimizer")
-    own = [field.name for field in fields(OptimizerValues)]
-    given = {name: value for name, value in raw.items() if name in own}
-    values = reader.read(OptimizerValues, given, prefix="optimizer")
-    arguments = {n: value for n, value in raw.items() if n not in (*own, "name", TARGET)}
-    if values is None or kind is None:
-        return None
-    reader.problems += _optimizer_problems(kind, arguments, values.weight_decay)
-    return OptimizerConfig(target=dotted(kind), arguments=arguments, **asdict(values))
-
-
-def _classes() -> dict[str, str]:
-    """Return, by spelling, the dotted names of torch's optimizers and bitsandbytes'."""
-    names, renamed = list[str](), list[str]()
-    for node in parsed_module(_TORCH).body:  # `from torch.optim.sgd import SGD as SGD`
-        if isinstance(node, ast.ImportFrom):
-            own = [each.name for each in node.names if each.name[0].isupper()]
-            names += [f"{node.module}.{name}" for name in own if name != "Optimizer"]
-        elif isinstance(node, ast.Assign):  # `Muon.__module__ = "torch.optim"`
-            renamed.append(ast.unparse(node.targets[0]).partition(".")[0])
-    names += [f"{_EIGHT_BIT}.{name}" for name in _OF_BITSANDBYTES]
-    found = {_spelling(name.rpartition(".")[2]): name for name in reversed(names)}
-    return found | {_spelling(name): f"{_TORCH}.{name}" for name in renamed if name[0].isupper()}
-
-
-def _spelling(name: str) -> str:
-    return name.replace("_", "").replace("-", "").casefold()
-
-
-def _optimizer_problems(
-    kind: type | str, arguments: Mapping[str, Any], weight_decay: float | None
-) -> list[Problem]:
-    if "lr" in arguments:
-        reason = "the schedule gives it; say training.learning_rate"
-        return [Problem("optimizer.lr", arguments["lr"], reason=reason)]
-    if weight_decay is not None and "weight_decay" not in parameters_of(kind):
-        reason = f"{dotted(kind).rpartition('.')[2]} has none; set optimizer.weight_decay=null"
-        return [Problem("optimizer.weight_decay", weight_decay, reason=reason)]
-    if found := list(argument_problems(kind, arguments, key="optimizer", given=_OWN)):
-        return found
-    own = [*(field.name for field in fields(OptimizerValues)), "name"]
-    named = _spelling(dotted(kind).rpartition(".")[2])
-    bodies = map(body_of, shipped_options()["optimizer"].values())
-    shipped = [body for body in bodies if _spelling(str(body["name"])) == named]
-    if any({k: body[k] for k in body if k not in own} == arguments for body in shipped):
-        return []  # a test has tried them
-    return _tried(imported(kind) if isinstance(kind, str) else kind, arguments)
-
-
-def _tried(kind: Any, arguments: Mapping[str, Any]) -> list[Problem]:
-    """Take a step for trial; what comes of it is told of the first argument that alone leads to
-    it."""
-    whole = _failure(kind, arguments)
-    if whole is None:
-        return []
-    alone = ((name, _failure(kind, {name: value})) for name, value in arguments.items())
-    name, said = next(((n, told) for n, told in alone if told), (None, whole))
-    key = "optimizer" if name is None else f"optimizer.{name}"
-    value = f"{kind.__module__}.{kind.__name__}" if name is None else arguments[name]
-    return [Problem(key, value, reason=said or whole)]
-
-
-def _failure(kind: Any, arguments: Mapping[str, Any]) -> str | None:
-    try:
-        _after_a_step(kind, arguments)
-    except Exception as error:  # whatever a class of somebody else raises
-        return " ".join(str(error).split()).rstrip(".") or type(error).__name__
-    return None
-
-
-def kept_per_parameter(optimizer: OptimizerConfig) -> float:
-    """Return how many numbers an optimizer keeps for each parameter of a matrix: of Adam two."""
-    held = _after_a_step(imported(optimizer.target), optimizer.arguments)
-    state = held.state[held.param_groups[0]["params"][0]].values()
-    sizes = [value.numel() for value in state if hasattr(value, "numel")]
-    return sum(size for size in sizes if size > 1) / _SIDE**2
-
-
-def _after_a_step(kind: Any, arguments: Mapping[str, Any]) -> Any:
-    """Return an optimizer that took a step with a matrix and a vector."""
-    ones = imported("torch.ones")
-    held = [imported("torch.nn.Parameter")(ones(*shape)) for shape in ((_SIDE, _SIDE), (_SIDE,))]
-    for each in held:
-        each.grad = ones(each.shape)
-    with quietly():
-        made = kind([{"params": held[:1]}, {"params": held[1:]}], lr=1e-3, **arguments)
-        made.step()
-    return made
-
-
-TRAINER = "lightning.pytorch.Trainer"
-PROFILERS = ("simple", "advanced", "pytorch")
-# What changes no weights, so that a run may go on with another value
-WITHOUT_EFFECT = ("profiler", "enable_model_summary", "detect_anomaly", "enable_autolog_hparams")
-
-_ENDS = "a run ends by its steps alone, else a resumed one would end elsewhere; say "
-_ENDS += "training.max_steps and pretraining.max_steps"
-_STOPS = "a training that is asked to stop, or by a callback to end, ends with its step"
-_DATA = "Tritter deals out the batches itself, and saves its place in them"
-_EVALUATION = "a training is evaluated by Tritter itself, on text that is always the same"
-_FOLDER = "everything lies in the run folder; say hydra.run.dir"
-_SAVED = "what a run goes on from is always saved; say trainer.save_every_n_steps, and "
-_SAVED += "callbacks=model_checkpoint for further files"
-REFUSED = {
-    "max_epochs": NO_EPOCHS,
-    "min_epochs": NO_EPOCHS,
-    "max_time": _ENDS,
-    "max_steps": _ENDS,
-    "min_steps": _STOPS,
-    "fast_dev_run": f"it saves nothing and switches callbacks off; {_ENDS}",
-    "overfit_batches": f"{_DATA}; name less text, data.new",
-    "limit_train_batches": f"{_DATA}; {_ENDS}",
-    "plugins": "a checkpoint is written by Tritter's own, without pickle",
-    "num_nodes": "the processes of a run are on one machine; say trainer.devices",
-    "callbacks": "they are a group of their own; say callbacks=NAME",
-    "logger": "they are a group of their own; say logger=NAME",
-    "enable_checkpointing": _SAVED,
-    "default_root_dir": _FOLDER,
-    "enable_progress_bar": "Tritter has a bar of its own; say trainer.progress",
-    "use_distributed_sampler": _DATA,
-    "reload_dataloaders_every_n_epochs": _DATA,
-    "num_sanity_val_steps": _EVALUATION,
-    "inference_mode": "what a model keeps from an evaluation may meet a gradient afterwards",
-    "val_check_interval": _EVALUATION,
-    "check_val_every_n_epoch": _EVALUATION,
-    "barebones": "it leaves out callbacks, metrics and what a run goes on from",
-    "model_registry": "a run sends no model anywhere",
-}
-
-_SET_BY_TRITTER = tuple(field.name for field in fields(TrainerConfig))
-
-
-def split_trainer(raw: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the keys that every option of `trainer` states, and the further ones."""
-    own = {name: value for name, value in raw.items() if name in _SET_BY_TRITTER}
-    return own, {name: value for name, value in raw.items() if name not in own}
-
-
-def trainer_parameters() -> tuple[str, ...]:
-    """Return the arguments of Lightning's Trainer, read from its source: importing it is slow."""
-    return tuple(parameters_of("lightning.pytorch.trainer.trainer.Trainer"))
-
-
-def trainer_argument_problems(arguments: Mapping[str, Any]) -> Iterator[Problem]:
-    """Yield what is wrong with further arguments, all of them."""
-    known = {*trainer_parameters()} - {*REFUSED}
-    for name, value in arguments.items():
-        if name in REFUSED:
-            yield Problem(f"trainer.{name}", value, reason=REFUSED[name])
-        elif name not in known:
-            allowed = sorted({*_SET_BY_TRITTER, *known})
-            reason = f"there is no such key; trainer has {', '.join(allowed)}"
-            near = nearest(name, allowed)
-            meant = None if near is None else f"trainer.{near}"
-            if (hint := hint_for(f"trainer.{name}", value)) is not None:
-                reason, meant = hint.reason or reason, hint.advice or None
-            yield Problem(f"trainer.{name}", value, reason=reason, nearest=meant)
-        else:
-            yield from _by_value(name, value)
-
-
-def _by_value(name: str, value: object) -> Iterator[Problem]:
-    key = f"trainer.{name}"
-    if name == "profiler" and value is not None and value not in PROFILERS:
-        reason = f"allowed is one of {', '.join(PROFILERS)}, or null"
-        yield Problem(key, value, reason=reason, nearest=nearest(str(value), PROFILERS))
-        return
-    if name == "accumulate_grad_batches" and not (type(value) is int and value >= 1):
-        yield Problem(key, value, reason="allowed is a whole number at least 1")
-        return
-    trainer = imported(TRAINER)
-    hint = get_type_hints(trainer.__init__)[name]
-    try:
-        adapter = TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True))
-        adapter.validate_json(json.dumps(value), strict=True)
-    except ValidationError as error:
-        needs_object = ("is_instance_of", "needs_python_object")
-        said = [e["msg"] for e in error.errors() if e["type"] not in needs_object]
-        if said:
-            reason = "; ".join(
-                dict.fromkeys(text.removeprefix("Input should be ") for text in said)
-            )
-            yield Problem(key, value, reason=f"allowed is {reason}")
-            return
-    except PydanticUserError:
-        pass  # a type that is left to the constructor
-    if name in ("deterministic", "benchmark"):
-        return  # they would be set for the whole process
-    dry = {"accelerator": "cpu", "devices": 1, "logger": False, "enable_checkpointing": False}
-    dry |= {"enable_progress_bar": False, "enable_model_summary": False, name: value}
-    made = building_problem(trainer, dry, key="trainer")
-    if isinstance(made, Problem):
-        yield Problem(key, value, reason=made.reason)

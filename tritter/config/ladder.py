@@ -1,18 +1,17 @@
 """`gate.ladder`: what a run that is rolled back tries next, a list of overrides per attempt."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from hydra.core.override_parser.types import Override
 
 from tritter.config.folders import LADDERS, body_of, option_files
-from tritter.config.schema import GateConfig, RunConfig
-from tritter.config.training_steps import STEPS, TOKENS
-from tritter.errors import Problem, RequestError, brief, nearest
-from tritter.families import Config
-from tritter.planning import GrowthMethods, Shape
-from tritter.planning.strategy import AUTO, PathRequest, find_best_path
+from tritter.config.overrides import override_key
+from tritter.config.schema import RunConfig
+from tritter.errors import Problem, brief, nearest
+from tritter.evaluation.options import GateConfig
+from tritter.training.options import STEPS, TOKENS
 
 RUNG_GROUPS = ("training", "forgetting", "expansion")  # what an attempt may have of its own
 LADDER = "gate.ladder"
@@ -79,27 +78,23 @@ def on_top(words: Sequence[str], rung: Sequence[str]) -> list[str]:
     A rung that chooses methods takes along the keys of those that it does not choose, and one that
     says how long the training is says it alone.
     """
-    asked = {_key(word): word.partition("=")[2] for word in rung}
-    return [*(word for word in words if not _is_replaced(_key(word), asked)), *rung]
+    asked = {override_key(word): word.partition("=")[2] for word in rung}
+
+    def is_replaced(key: str) -> bool:
+        if key in asked or (key in _LENGTHS and _LENGTHS & asked.keys()):
+            return True
+        group, _, inner = key.partition(".")
+        if group not in _ORDERED or group not in asked or not inner:
+            return False
+        return inner.partition(".")[0] not in re.findall(r"\w+", asked[group].replace("-", "_"))
+
+    return [*(word for word in words if not is_replaced(override_key(word))), *rung]
 
 
 def of_rung(problem: Problem, gate: GateConfig, number: int) -> Problem:
     """Return what is wrong with an attempt as what it is of, a rung counted from 1."""
     where = f"{LADDERS}/{gate.ladder}.yaml, rung {number}"
     return replace(problem, origin=where) if problem.key else replace(problem, job=where)
-
-
-def _is_replaced(key: str, asked: Mapping[str, str]) -> bool:
-    if key in asked or (key in _LENGTHS and _LENGTHS & asked.keys()):
-        return True
-    group, _, inner = key.partition(".")
-    if group not in _ORDERED or group not in asked or not inner:
-        return False
-    return inner.partition(".")[0] not in re.findall(r"\w+", asked[group].replace("-", "_"))
-
-
-def _key(word: str) -> str:
-    return word.partition("=")[0].lstrip("+~").replace("-", "_")
 
 
 def _rungs(name: str) -> list[list[str]]:
@@ -132,56 +127,10 @@ def _file_problems(name: str) -> Iterator[Problem]:
                 reason = (
                     "an override is written KEY=VALUE, with quotes around one that holds a list"
                 )
-            elif _key(word).partition(".")[0] not in RUNG_GROUPS:
+            elif override_key(word).partition(".")[0] not in RUNG_GROUPS:
                 reason = f"an attempt has its own keys of {', '.join(RUNG_GROUPS)}; "
                 reason += "all else is the run's"
             else:
                 continue
             key, _, value = str(word).partition("=")
             yield Problem(key, value, reason=reason, origin=where)
-
-
-_KEYS = {"target": "pipeline.target_params", "strategy": "pipeline.strategy"}  # of the planner
-
-
-def planned_rounds(config: RunConfig, source: Config) -> tuple[Shape, ...]:
-    """Return the shape after each round, no more of them than `pipeline.max_rounds`.
-
-    The methods of `expansion` are those that may be used, their options kept and their sizes
-    chosen; without any, `dus` and `width`.
-
-    Args:
-        source: config.json of the base.
-
-    Raises:
-        RequestError: a method has sizes of its own or none to plan, the strategy lacks a method,
-            or the target can't be reached.
-    """
-    pipeline = config.pipeline
-    assert pipeline.target_params is not None
-    try:
-        request = PathRequest(
-            source=source,
-            target_parameters=pipeline.target_params,
-            strategy=pipeline.strategy or AUTO,
-            methods=GrowthMethods.of(config.expansion),
-        )
-        return find_best_path(request)[: pipeline.max_rounds]
-    except RequestError as error:
-        (problem,) = error.problems
-        key = _KEYS.get(problem.key, problem.key)
-        raise RequestError(replace(problem, key=key)) from error
-
-
-def pipeline_problems(config: RunConfig) -> Iterator[Problem]:
-    """Yield what is set about rounds that a run of one round would not look at."""
-    pipeline = config.pipeline
-    reason = "without pipeline.target_params a run has one round, and expansion says what it "
-    reason += "does; give a target, or leave this out"
-    for key, value in (("max_rounds", pipeline.max_rounds), ("strategy", pipeline.strategy)):
-        if value is not None and pipeline.target_params is None:
-            yield Problem(f"pipeline.{key}", value, reason=reason)
-    if pipeline.target_params is not None and len(config.text.tasks) > 1:
-        reason = "each round of a run that grows to a size is trained on one task; name it as "
-        reason += "data.new, or leave pipeline.target_params out"
-        yield Problem("data.tasks", list(config.text.tasks), reason=reason)

@@ -65,13 +65,12 @@ def normalise(override: str, options: Options) -> str:
         if value == "null":
             return "~experiment"  # no option of this group stands for none
         key = key.lstrip("+")  # how Hydra's own examples choose one
-    value = re.sub(r"[\w-]+", lambda match: _option_spelling(match.group(), known), value)
-    return key + equals + value
 
+    def spelled(found: re.Match[str]) -> str:
+        spelling = found[0].replace("-", "_")
+        return spelling if found[0] not in known and spelling in known else found[0]
 
-def _option_spelling(word: str, known: Sequence[str]) -> str:
-    spelling = word.replace("-", "_")
-    return spelling if word not in known and spelling in known else word
+    return key + equals + re.sub(r"[\w-]+", spelled, value)
 
 
 def quoted(value: str) -> str:
@@ -87,6 +86,17 @@ def as_value(text: str) -> str:
     except OverrideParseException:
         is_read = False
     return text if is_read else quoted(text)
+
+
+def override_key(word: str) -> str:
+    """Return what an override sets, with underscores."""
+    return word.partition("=")[0].lstrip("+~").replace("-", "_")
+
+
+def recorded_words(overrides: Sequence[str]) -> tuple[str, ...]:
+    """Return what a run records of its overrides: not where it lies."""
+    left_out = ("resume", "hydra.run.dir", "hydra.sweep.dir")
+    return tuple(word for word in overrides if override_key(word) not in left_out)
 
 
 def parse(overrides: Sequence[str], *, loader: ConfigLoader | None = None) -> list[Override]:
@@ -184,23 +194,23 @@ def not_replayed(words: Sequence[str]) -> list[str]:
     """
     choices = {group: [*names] for group, names in shipped_options().items()}
     choices[f"gate.{LADDERS}"] = ["null", *choices.pop(LADDERS)]
-    return [word for word in words if not _is_replayed(word, choices)]
 
+    def is_replayed(word: str) -> bool:
+        try:
+            (override,) = parse([word])
+        except RequestError:
+            return False
+        key, value = override.key_or_group, override.value()
+        if override.is_sweep_override() or override.package is not None:
+            return False
+        if key not in choices:
+            return key in REPLAYED_KEYS and _is_plain(value)
+        if override.is_delete():
+            return value is None
+        names = value if isinstance(value, list) else ["null" if value is None else value]
+        return all(name in choices[key] for name in names)
 
-def _is_replayed(word: str, choices: Options) -> bool:
-    try:
-        (override,) = parse([word])
-    except RequestError:
-        return False
-    key, value = override.key_or_group, override.value()
-    if override.is_sweep_override() or override.package is not None:
-        return False
-    if key not in choices:
-        return key in REPLAYED_KEYS and _is_plain(value)
-    if override.is_delete():
-        return value is None
-    names = value if isinstance(value, list) else ["null" if value is None else value]
-    return all(name in choices[key] for name in names)
+    return [word for word in words if not is_replayed(word)]
 
 
 def _is_plain(value: object) -> bool:
@@ -301,7 +311,8 @@ def resume_command(folder: Path, overrides: Sequence[str] = ()) -> str:
         overrides: those of the run; they are part of the command if `resume` alone does not replay
             all of them.
     """
-    needed = overrides if not_replayed(overrides) else ()
+    recorded = recorded_words(overrides)
+    needed = recorded if not_replayed(recorded) else ()
     return command([*needed, f"resume={as_value(str(folder))}"])
 
 

@@ -15,7 +15,6 @@ from pydantic import AfterValidator
 
 from tritter.checkpoint.history import digests_of, find_damage
 from tritter.checkpoint.place import is_within
-from tritter.config.components import WITHOUT_EFFECT as NO_EFFECT
 from tritter.config.folders import CONFIG_NAME, Front, composing_from, front
 from tritter.config.overrides import command, program_words, resume_command
 from tritter.config.schema import SECTIONS, CheckpointModelConfig, RunConfig
@@ -35,6 +34,7 @@ from tritter.storage.lock import LOCK_NAME
 from tritter.storage.reading import RUN_FILE, SUMMARY_FILE, check_tree, named_path
 from tritter.storage.records import InnerName, read_record, record, record_text
 from tritter.targets import Component, identity
+from tritter.training.options import WITHOUT_EFFECT as NO_EFFECT
 
 RUNS_FOLDER = Path("outputs/runs")  # hydra.run.dir of conf/config.yaml, without the time
 
@@ -237,7 +237,16 @@ def find_run(resume: str) -> tuple[Path, tuple[str, ...]]:
     runs = sorted(found, key=lambda path: (path.lstat().st_mtime_ns, str(path)), reverse=True)
     folders = [path.parent.absolute() for path in runs]
     if resume == "latest":
-        return _latest(folders)
+        skipped: list[str] = []
+        for folder in folders:
+            try:
+                read_run(folder)
+                return folder, tuple(skipped)
+            except RequestError as error:
+                skipped.append(f"resume     not {folder}: {error}")
+        none = f"resume = latest: there is no run below {RUNS_FOLDER.absolute()}; allowed is the "
+        none += "folder of a run, or nothing to start a new one."
+        raise RequestError("\n".join([none, *skipped]))
     folder = named_path(resume, key="resume").absolute()
     if not os.path.lexists(folder / RUN_FILE):
         known = ["latest", *(str(place.relative_to(Path.cwd())) for place in folders)]
@@ -259,26 +268,6 @@ def read_run(folder: Path) -> RunRecord:
         return read_record(folder / RUN_FILE, RunRecord)
     except TritterError as error:
         raise RequestError(f"{error} {advice}") from error
-
-
-def _latest(folders: Sequence[Path]) -> tuple[Path, tuple[str, ...]]:
-    """Return the first folder that holds a run which can be gone on with."""
-    skipped: list[str] = []
-    for folder in folders:
-        try:
-            read_run(folder)
-            return folder, tuple(skipped)
-        except RequestError as error:
-            skipped.append(f"resume     not {folder}: {error}")
-    raise RequestError(
-        "\n".join(
-            [
-                f"resume = latest: there is no run below {RUNS_FOLDER.absolute()}; allowed is the "
-                "folder of a run, or nothing to start a new one.",
-                *skipped,
-            ]
-        )
-    )
 
 
 def _check_place(folder: Path, config: RunConfig) -> None:
@@ -305,6 +294,7 @@ _WITHOUT_EFFECT = {
     "trainer": (
         *("devices", "strategy", "progress", "save_every_n_steps", "check_memory"),
         "activation_checkpointing",  # the same bits
+        *("device_index", "seed", "arguments"),  # the seed is at the root
     ),
 }
 _OF_BENCHMARKS = {
@@ -338,7 +328,11 @@ def fingerprint(config: RunConfig) -> dict[str, Any]:
             key: value for key, value in result["evaluation"].items() if key not in _OF_BENCHMARKS
         }
     if config.gate.ladder is not None:
-        result["gate"]["rungs"] = [_attempt(rung) for rung in config.rungs]
+        kept = [*result["training"]]
+        result["gate"]["rungs"] = [
+            {"training": {key: getattr(rung.training, key) for key in kept}, **_methods(rung)}
+            for rung in config.rungs
+        ]
     result["data"] |= identity(type(config.data))
     result["trainer"] |= effective_arguments(config)
     result["optimizer"] = optimizer_record(config)
@@ -349,14 +343,6 @@ def fingerprint(config: RunConfig) -> dict[str, Any]:
     if config.experts is not None:
         result["experts"] = {"name": config.experts.name, **config.experts.plain()}
     return result | _methods(config)
-
-
-def _attempt(config: RunConfig) -> dict[str, Any]:
-    """Return what an attempt has of its own, as the fingerprint has that of the first."""
-    training = asdict(config.training)
-    without = _WITHOUT_EFFECT["training"]
-    kept = {key: training[key] for key in training if key not in without}
-    return {"training": kept, **_methods(config)}
 
 
 def _methods(config: RunConfig) -> dict[str, Any]:
@@ -370,7 +356,7 @@ def _methods(config: RunConfig) -> dict[str, Any]:
 
 def effective_arguments(config: RunConfig) -> dict[str, Any]:
     """Return the further arguments of the Trainer that determine what is trained."""
-    arguments = config.trainer_arguments
+    arguments = config.trainer.arguments
     return {name: arguments[name] for name in arguments if name not in NO_EFFECT}
 
 

@@ -3,81 +3,31 @@
 The defaults live in `conf/`, nowhere else; a field's type says what a value may be.
 """
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import UnionType
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
+from tritter.checkpoint.run_text import RunText
 from tritter.data.options import DataConfig as DataConfig  # docs/extending.md names it here
+from tritter.evaluation.options import EvaluationConfig, GateConfig
 from tritter.limits import (
-    MAX_COUNT,
     MAX_LAYERS,
     MAX_PARAMETERS,
     MAX_POSITIONS,
     MAX_SEED,
     MAX_WIDTH,
-    parse_count,
 )
-from tritter.options import Count, Text, WholeNumber, join, options
+from tritter.moe_routing.options import AdaptationOptions, RoutingOptions
+from tritter.options import IN_WORDS, Count, RunRequest, Text, join, options
 from tritter.targets import Component
-
-
-@options
-class EvaluationConfig:
-    """How domains are scored and sampled, and which benchmarks are asked besides.
-
-    Args:
-        every_n_steps: of the training, between two evaluations; 0: none. A number once validated:
-            None is a tenth of the training.
-        task_questions: of each domain that generated skills teach; 0: none.
-        tasks: benchmarks, and groups of them.
-        tasks_path: folder with their files, absolute once validated; None: the hub.
-        task_limit: so many questions of each; None: all.
-        allow_code: benchmarks whose answers are programs, which may be run.
-        code_sandbox: Tritter's own, or a command of the user's.
-        code_sandbox_command: reads a program on its standard input.
-    """
-
-    max_tokens_per_document: Annotated[int, Field(ge=2, le=MAX_COUNT)]
-    batch_size: Count
-    sample_tokens: WholeNumber
-    every_n_steps: WholeNumber | None
-    task_questions: Annotated[int, Field(ge=0, le=MAX_COUNT)]
-    tasks: list[str]
-    tasks_path: Text | None
-    task_limit: Count | None
-    allow_code: list[str]
-    code_sandbox: Literal["namespaces", "external"]
-    code_sandbox_command: Text | None
-
-
-@options
-class GateConfig:
-    """When a grown model is kept, and what is tried after it was not.
-
-    Args:
-        ladder: by name; None: nothing is.
-        max_attempts: the first counts; None: one, and one for each rung of the ladder.
-    """
-
-    enabled: bool
-    strict: bool
-    retention: Annotated[float, Field(ge=0)]
-    confidence: Annotated[float, Field(gt=0.5, le=0.999)]
-    ladder: Text | None = None
-    max_attempts: Count | None = None
-
+from tritter.training.optimizer import OptimizerSettings
+from tritter.training.options import TrainerSettings, TrainerValues, TrainingConfig
 
 if TYPE_CHECKING:
-    from tritter.checkpoint.record import LearnedDomain
-    from tritter.checkpoint.state import KeptSequences
-    from tritter.data.split import SplitRule
     from tritter.expansion import ExpansionSpec
-
-_IN_WORDS = BeforeValidator(lambda v: (parse_count(v) if isinstance(v, str) else None) or v)
 
 
 @options
@@ -112,22 +62,9 @@ class CheckpointModelConfig:
 Model = ModelConfig | CheckpointModelConfig
 
 
-@options
-class TrainingConfig:
-    """One training: of the base (`pretraining`) or of the grown model (`training`).
-
-    Args:
-        max_steps: of the optimizer; where `max_tokens` is given, what follows from it.
-        max_tokens: None: not what was given.
-    """
-
-    learning_rate: Annotated[float, Field(gt=0)]
-    warmup_ratio: Annotated[float, Field(ge=0, lt=1)]
-    max_steps: Count
-    schedule: Literal["constant", "cosine", "wsd", "rewarm"]
-    decay_ratio: Annotated[float, Field(gt=0, le=1)]
-    minimum_ratio: Annotated[float, Field(ge=0, le=1)]
-    max_tokens: Annotated[int, Field(ge=1, le=MAX_COUNT), _IN_WORDS] | None = None
+def given_path(model: Model) -> str | None:
+    """Return the folder or hub id of the checkpoint that a run starts from; None: it has a base."""
+    return model.path if isinstance(model, CheckpointModelConfig) else None
 
 
 @options
@@ -141,54 +78,11 @@ class PipelineConfig:
         dtype: of the weights that the run publishes; `source`: that of the model it starts from.
     """
 
-    target_params: Annotated[int, Field(ge=1, le=MAX_PARAMETERS), _IN_WORDS] | None
+    target_params: Annotated[int, Field(ge=1, le=MAX_PARAMETERS), IN_WORDS] | None
     max_rounds: Count | None
     strategy: Literal["auto", "depth_first", "width_first", "balanced"] | None
     keep_stages: bool
     dtype: Literal["source", "float32", "bfloat16"]
-
-
-@options
-class OptimizerValues:
-    """The keys of `optimizer` that are no arguments of its class.
-
-    Args:
-        weight_decay: on matrices; None: the default of the class.
-    """
-
-    weight_decay: Annotated[float, Field(ge=0)] | None = None
-    carry: bool = False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OptimizerConfig(OptimizerValues):
-    """The optimizer and everything of it but the learning rate.
-
-    Args:
-        target: dotted name of its class.
-        arguments: those of the class besides `weight_decay`.
-    """
-
-    target: str
-    arguments: Mapping[str, Any]
-
-
-@options
-class TrainerConfig:
-    """What Lightning's Trainer is given."""
-
-    accelerator: Literal["cpu", "gpu", "mps", "auto"]
-    devices: Count
-    strategy: Literal["auto", "ddp", "fsdp"]
-    precision: Literal["32-true", "bf16-mixed", "bf16-true", "16-mixed", "64-true"]
-    gradient_clip_val: Annotated[float, Field(gt=0)] | None
-    log_every_n_steps: Count
-    max_non_finite_steps: WholeNumber
-    save_every_n_steps: WholeNumber
-    progress: Literal["auto", "on", "off"]
-    check_memory: bool
-    activation_checkpointing: bool
-    compile: bool
 
 
 @options
@@ -214,33 +108,6 @@ class LoggerConfig:
 
 
 @options
-class MoeRoutingConfig:
-    """What a training asks of the routers of a model with experts."""
-
-    auxiliary_loss: Annotated[float, Field(ge=0)]
-    z_loss: Annotated[float, Field(ge=0)]
-    bias_update_rate: Annotated[float, Field(ge=0, lt=1)]
-    hold_old: Annotated[float, Field(ge=0)]
-    capacity_factor: Annotated[float, Field(gt=0)]
-
-
-@options
-class AdaptationConfig:
-    """The two trainings that open appended experts: of the routers, then of the experts."""
-
-    router_update: Literal["fine_tune", "retrain", "frozen"]
-    router_epochs: Count
-    router_max_steps: Count | None
-    router_learning_rate: Annotated[float, Field(gt=0)]
-    encouragement: Annotated[float, Field(ge=0)]
-    anneal_steps: Count | None
-    freeze_base: bool
-    unfreeze_after: Count | None
-    distill_steps: Count
-    distill_temperature: Annotated[float, Field(gt=0)]
-
-
-@options
 class RootValues:
     """The keys of the root that belong to no group, as they stand in config.yaml."""
 
@@ -251,55 +118,7 @@ class RootValues:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DomainText:
-    """One domain of a run: where its text lies, and how it is read.
-
-    Args:
-        key: what named it, for messages.
-        texts: yields its texts, where no path says where they lie.
-        is_streamed: data sets of the hub are read as they come, not fetched first.
-    """
-
-    name: str
-    key: str
-    is_old: bool
-    paths: tuple[str, ...]
-    text_field: str
-    texts: Callable[[], Iterable[str]] | None = None
-    is_streamed: bool = False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunText:
-    """All text of a run.
-
-    Args:
-        split: of the lineage, or the one that begins here.
-        domains: old ones first.
-        tasks: what is learned one after the other, each as the names of its domains.
-        learned: name → what the checkpoint learned before.
-        kept: sequences beside the checkpoint, of what it learned and the run has no text of.
-        notes: what is worth telling, a sentence each.
-    """
-
-    split: "SplitRule"
-    domains: tuple[DomainText, ...]
-    tasks: tuple[tuple[str, ...], ...]
-    learned: "Mapping[str, LearnedDomain]"
-    kept: "KeptSequences" = field(compare=False)
-    notes: tuple[str, ...] = ()
-
-    @property
-    def old(self) -> tuple[str, ...]:
-        return tuple(domain.name for domain in self.domains if domain.is_old)
-
-    @property
-    def new(self) -> tuple[str, ...]:
-        return tuple(domain.name for domain in self.domains if not domain.is_old)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunConfig(RootValues):
+class RunConfig(RootValues, RunRequest):
     """Everything a run is asked to do; `expansion` and `forgetting` are ordered.
 
     `text` is worked out from `model`, `data` and what the checkpoint at `model.path` learned.
@@ -319,14 +138,13 @@ class RunConfig(RootValues):
     training: TrainingConfig
     gate: GateConfig
     pipeline: PipelineConfig
-    optimizer: OptimizerConfig
-    trainer: TrainerConfig
-    trainer_arguments: Mapping[str, Any]
+    optimizer: OptimizerSettings
+    trainer: TrainerSettings
     callbacks: tuple[Component, ...]
     logger: LoggerConfig
     evaluation: EvaluationConfig
-    moe_routing: MoeRoutingConfig
-    adaptation: AdaptationConfig
+    moe_routing: RoutingOptions
+    adaptation: AdaptationOptions
     growth: Component | None = None
     experts: Component | None = None
     rungs: "tuple[RunConfig, ...]" = ()
@@ -346,10 +164,10 @@ SECTIONS: dict[str, type | UnionType] = {
     "training": TrainingConfig,
     "gate": GateConfig,
     "pipeline": PipelineConfig,
-    "trainer": TrainerConfig,
+    "trainer": TrainerValues,
     "evaluation": EvaluationConfig,
-    "moe_routing": MoeRoutingConfig,
-    "adaptation": AdaptationConfig,
+    "moe_routing": RoutingOptions,
+    "adaptation": AdaptationOptions,
 }
 ONE_OF = ("growth", "experts")  # of which a list makes no sense
 OPEN_GROUPS = ("optimizer", "callbacks", "logger", *ONE_OF)  # hold arguments of classes of others

@@ -8,6 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from tritter.errors import is_short_for, show
+from tritter.limits import NO_EPOCHS
 
 _OF_SOME_RUNS = ("experts", "growth")  # whose keys are meant least
 _PRESET = re.compile(r"tiny|small|tritter_\w+")
@@ -38,7 +39,6 @@ class Hint:
     is_meant: Callable[[str], bool] = lambda value: True
 
 
-NO_EPOCHS = "epochs are not supported: set training.max_tokens or training.max_steps"
 _MODEL = (
     r"--(model|model[-_]path|model[-_]name[-_]or[-_]path|base[-_]model|ckpt|from[-_]pretrained)"
 )
@@ -108,7 +108,8 @@ def nearest_key(key: str, known: Collection[str], *, first: Collection[str] = ()
     """Return the known dotted key that `key` most likely means.
 
     The same last word counts most (`learning_rate` → `training.learning_rate`), then a similar
-    word in the same place, then what the word is short for (`lr`), then a similar key anywhere.
+    word in the same place, then what the word is short for (`lr`), then a similar word in another
+    section (`trainer.max_stepz` → `training.max_steps`), then a similar key anywhere.
     Each is looked for among `first`, then in the section of `key` and below it, then anywhere.
     """
     section, _, leaf = key.rpartition(".")
@@ -129,6 +130,10 @@ def nearest_key(key: str, known: Collection[str], *, first: Collection[str] = ()
         longer = [other for other in places if is_short_for(leaf, leaves[other])]
         if longer:
             return longer[0]
+    # In another section; the shortest key has the word
+    words = {leaves[other]: other for other in reversed(by_length)}
+    if matches := get_close_matches(leaf, words, n=1, cutoff=0.8):
+        return words[matches[0]]
     matches = get_close_matches(key, by_length, n=1, cutoff=0.5)
     return matches[0] if matches else None
 

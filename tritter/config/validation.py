@@ -1,7 +1,8 @@
 """The judgement on a composed config: one RunConfig, or one error that lists all that is wrong."""
 
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import chain
@@ -9,206 +10,66 @@ from pathlib import Path
 from typing import Any, cast, get_args
 
 from tritter.checkpoint.expert_files import experts_in, refuse_experts
-from tritter.checkpoint.place import checkpoint_config, checkpoint_place
+from tritter.checkpoint.place import (
+    checkpoint_config,
+    kinds_beside,
+    teacher_problems,
+)
+from tritter.checkpoint.run_text import run_text
 from tritter.config.components import (
     BASES,
-    asking_problems,
-    averaging_problems,
-    monitor_problems,
-    named_class,
-    optimizer_class,
-    read_callbacks,
-    read_loggers,
-    read_optimizer,
-    split_trainer,
-    trainer_argument_problems,
-)
-from tritter.config.folders import body_of, option_files
-from tritter.config.ladder import ladder_problems, pipeline_problems, planned_rounds
-from tritter.config.rules import (
-    apple_problems,
-    benchmark_problems,
-    carry_problems,
-    compile_problems,
-    device_problems,
-    expert_problems,
-    kinds_beside,
-    method_problems,
-    method_start_problems,
-    nearest_multiples,
-    precision_problems,
-    sharding_problems,
-    trainer_start_problems,
-    weight_problems,
-)
-from tritter.config.schema import (
-    OPEN_GROUPS,
-    SECTIONS,
-    CheckpointModelConfig,
-    EvaluationConfig,
-    Model,
-    ModelConfig,
-    OptimizerValues,
-    RootValues,
-    RunConfig,
-    TrainingConfig,
-    WandbConfig,
-)
-from tritter.config.selection import (
     CHOSEN_GROUPS,
     METHOD_GROUPS,
     Origin,
     Reader,
+    averaging_problems,
     chosen_class,
+    data_class,
+    data_keys,
     method_class,
     method_keys,
+    model_class,
+    named_class,
+    read_callbacks,
+    read_data,
+    read_evaluation,
+    read_loggers,
     read_methods,
+    read_model,
+    read_optimizer,
+    read_trainer,
+    weightless_methods,
 )
-from tritter.config.suggestions import hint_for
-from tritter.config.text_resolution import run_text
-from tritter.config.training_steps import (
-    PRESET_RATE,
-    default_rate,
-    with_evaluation_steps,
-    with_steps,
+from tritter.config.ladder import ladder_problems
+from tritter.config.schema import (
+    OPEN_GROUPS,
+    SECTIONS,
+    CheckpointModelConfig,
+    ModelConfig,
+    RootValues,
+    RunConfig,
+    WandbConfig,
+    given_path,
 )
-from tritter.data.options import (
-    DataConfig,
-    NamedTextConfig,
-    SkillsDataConfig,
-    read_named,
-    with_skills,
-)
-from tritter.errors import Problem, RequestError, nearest, raise_problems, show
+from tritter.data.options import NamedTextConfig, batch_problems, weight_problems
+from tritter.errors import Problem, RequestError, raise_problems
+from tritter.evaluation.options import benchmark_problems, gate_problems
 from tritter.expansion import target_config
 from tritter.families import Config, check_size, family_of, llama_config, position_limit
-from tritter.limits import MAX_BATCH_TOKENS
-from tritter.options import Start, choices, component_class, field_keys, join, leaves
+from tritter.moe_routing.options import expert_problems
+from tritter.options import Start, field_keys, leaves
+from tritter.planning.strategy import pipeline_problems, planned_rounds
 from tritter.storage.reading import named_path
-from tritter.targets import TARGET, dotted
-
-_MODELS = {word: kind for kind in get_args(Model) for word in choices(kind, "model_type")}
-
-
-def model_class(raw: Mapping[str, Any]) -> type[Model]:
-    """Return the record of a base model that `model.model_type` means.
-
-    Raises:
-        RequestError: it means none.
-    """
-    said = raw.get("model_type")
-    if isinstance(said, str) and said in _MODELS:
-        return _MODELS[said]
-    reason = f"allowed is one of {', '.join(_MODELS)}"
-    raise RequestError(Problem("model.model_type", said, reason=reason))
-
-
-def data_class(raw: Mapping[str, Any]) -> type[DataConfig]:
-    """Return the class that an option of `data` names.
-
-    Raises:
-        RequestError: it is none of ours nor made from `DataConfig`, or `source` says another one.
-    """
-    kind = component_class("data", raw.get(TARGET), base=dotted(DataConfig))
-    said = raw.get("source")
-    if "source" in field_keys(kind, "") and said not in choices(kind, "source"):
-        reason = f"allowed is one of {', '.join(data_keys())}"
-        if isinstance(said, str) and said in data_keys():
-            reason = f"{said} has other keys; choose it with data={said}"
-        near = nearest(str(said), data_keys())
-        raise RequestError(Problem("data.source", said, reason=reason, nearest=near))
-    return kind
-
-
-def read_model(reader: Reader, raw: Mapping[str, Any], classes: Mapping[str, Any]) -> Model | None:
-    """Return the base model of a run, or None when there were problems (now reported)."""
-    kind = classes.get("model")
-    if kind is None:
-        return None
-    keys = {option: field_keys(record, "") for option, record in _MODELS.items()}
-    choice = "model=hf: a checkpoint has a shape of its own"
-    taken = _only_of(reader, "model", keys, raw, choice=choice, own=field_keys(kind, ""))
-    if kind is CheckpointModelConfig and taken.get("path") is None:
-        reason = "name the checkpoint: a folder or a hub id, model.path=DIR"
-        reader.report("model.path", None, reason=reason)
-        return None
-    model: Model | None = reader.read(kind, taken, prefix="model")
-    if not isinstance(model, CheckpointModelConfig):
-        return model
-    place = reader.ask(checkpoint_place, model.path)
-    return None if place is None else replace(model, path=place)
-
-
-def read_data(
-    reader: Reader, raw: Mapping[str, Any], classes: Mapping[str, Any]
-) -> DataConfig | None:
-    """Return what a run reads, or None when there were problems (now reported)."""
-    kind = classes.get("data")
-    if kind is None:
-        return None
-    own, choice = field_keys(kind, ""), f"data={raw.get('source')} (the current source)"
-    if "source" not in own:
-        choice = dotted(kind)
-    taken = _only_of(reader, "data", data_keys(), raw, choice=choice, own=own)
-    del taken[TARGET]
-    if issubclass(kind, SkillsDataConfig):
-        is_new = classes.get("model") is not CheckpointModelConfig
-        taken = with_skills(kind, taken, is_new=is_new)
-    is_named = issubclass(kind, NamedTextConfig)
-    sources = read_named(taken, kind, reader.problems) if is_named else {}
-    blank: dict[str, Any] = {name: [] if name == "tasks" else {} for name in sources}
-    values = reader.read(kind, {**taken, **blank}, prefix="data")
-    return None if values is None else replace(values, **sources)
-
-
-def read_evaluation(
-    reader: Reader, raw: Mapping[str, Any], classes: Mapping[str, Any]
-) -> EvaluationConfig | None:
-    """Return how a run evaluates, its folder absolute; None when there were problems."""
-    values: EvaluationConfig | None = reader.read(EvaluationConfig, raw, prefix="evaluation")
-    if values is None or values.tasks_path is None:
-        return values
-    place = reader.ask(partial(named_path, key="evaluation.tasks_path"), values.tasks_path)
-    return None if place is None else replace(values, tasks_path=str(place.absolute()))
-
-
-def data_keys() -> dict[str, tuple[str, ...]]:
-    """Return the options of `data`, and the keys that each states."""
-    files = option_files().get("data", {})
-    return {n: tuple(key for key in body_of(p) if key != TARGET) for n, p in files.items()}
-
-
-def _only_of(
-    reader: Reader,
-    name: str,
-    keys: Mapping[str, Collection[str]],
-    raw: Mapping[str, Any],
-    *,
-    choice: str,
-    own: Collection[str],
-) -> dict[str, Any]:
-    """Return a section without the keys of its other options, which are reported.
-
-    Args:
-        keys: option → its keys.
-        choice: what was chosen, for messages.
-        own: keys of the choice.
-    """
-    taken, files = dict(raw), option_files().get(name, {})
-    for each in raw:
-        others = [option for option, theirs in keys.items() if each in theirs]
-        if not others or each in own:
-            continue
-        key, value = join(name, each), taken.pop(each)
-        option = "text" if "text" in others else others[0]
-        near = f"{name}={option} {key}={show(value)}" if option in files else None
-        if (hint := hint_for(key, value)) is not None:
-            near = hint.advice
-        is_only = len(others) == 1 and others[0] in files
-        needed = f"requires {name}={others[0]}" if is_only else f"is not a key of {choice}"
-        reader.problems.append(Problem(key, reason=f"{key} {needed}", nearest=near))
-    return taken
-
+from tritter.training.optimizer import OptimizerValues, carry_problems, optimizer_class
+from tritter.training.options import (
+    PRESET_RATE,
+    RULES,
+    TrainingConfig,
+    default_rate,
+    nearest_multiples,
+    trainer_start_problems,
+    with_steps,
+)
 
 Bodies = Mapping[str, Mapping[str, Any]]  # group → its body
 
@@ -234,10 +95,19 @@ def group_bodies(reader: Reader, raw: Mapping[str, Any]) -> Bodies:
             body = {}
         if not isinstance(body, Mapping):
             reader.report(group, body, reason="it holds keys; choose an option of it")
-        elif group in _OF_SEVERAL:
-            bodies[group] = _several(reader, group, body)
-        else:
-            bodies[group] = body
+            continue
+        bodies[group] = body
+        if group not in _OF_SEVERAL:
+            continue
+        nothing, names = _NOTHING.get(group, "none"), [str(name) for name in body]
+        # One more callback by its key stands beside the option none, which nobody typed
+        if group in METHOD_GROUPS and nothing in names and len(names) > 1:
+            reader.report(group, names, reason="none stands alone; leave it out of the list")
+        if given := body.get(nothing):
+            for key, value in leaves(given, f"{group}.{nothing}").items():
+                reader.report(key, value, reason=f"{nothing} has no keys")
+        off = [nothing, *(name for name in body if body[name] is None and group in BASES)]
+        bodies[group] = {str(name): each for name, each in body.items() if name not in off}
     return bodies
 
 
@@ -254,18 +124,6 @@ def find_classes(reader: Reader, bodies: Bodies) -> dict[str, Any]:
             if (key := f"{group}.{name}") != "logger.wandb":
                 found[key] = reader.ask(_OF_SEVERAL[group], group, name, body)
     return {key: kind for key, kind in found.items() if kind is not None}
-
-
-def _several(reader: Reader, group: str, body: Mapping[str, Any]) -> Mapping[str, Any]:
-    nothing, names = _NOTHING.get(group, "none"), [str(name) for name in body]
-    # One more callback by its key stands beside the option none, which nobody typed
-    if group in METHOD_GROUPS and nothing in names and len(names) > 1:
-        reader.report(group, names, reason="none stands alone; leave it out of the list")
-    if given := body.get(nothing):
-        for key, value in leaves(given, f"{group}.{nothing}").items():
-            reader.report(key, value, reason=f"{nothing} has no keys")
-    switched_off = [name for name in body if body[name] is None and group in BASES]
-    return {str(n): each for n, each in body.items() if n not in (nothing, *switched_off)}
 
 
 def known_keys() -> tuple[str, ...]:
@@ -286,6 +144,7 @@ _READERS: Mapping[str, Callable[[Reader, Mapping[str, Any], Mapping[str, Any]], 
     "data": read_data,
     "evaluation": read_evaluation,
     "optimizer": read_optimizer,
+    "trainer": read_trainer,
     "callbacks": read_callbacks,
     "logger": read_loggers,
 }
@@ -302,8 +161,7 @@ class _Sound:
         self._values, self._unread = values, unread
 
     def __getattr__(self, name: str) -> Any:
-        section = "trainer" if name == "trainer_arguments" else name
-        if name not in self._values or section in self._unread:
+        if name not in self._values or name in self._unread:
             raise _Unread(name)
         return self._values[name]
 
@@ -331,7 +189,7 @@ def validate(
         RequestError: lists every problem with key, value, what is allowed and the nearest match.
     """
     reader = Reader(known_keys)
-    bodies = with_evaluation_steps(with_steps(reader, group_bodies(reader, raw)))
+    bodies = with_steps(group_bodies(reader, raw), reader.problems)
     has_no_rate = bodies.get("training", {}).get("learning_rate", 0) is None
     if has_no_rate:
         bodies["training"] = {**bodies["training"], "learning_rate": PRESET_RATE}
@@ -350,7 +208,7 @@ def validate(
     sound = cast(RunConfig, _Sound(values, unread))
 
     def set_text(config: RunConfig) -> Iterable[Problem]:
-        values["text"] = run_text(config.model, config.data, seed=config.seed)
+        values["text"] = run_text(given_path(config.model), config.data, seed=config.seed)
         return ()
 
     chosen = (*values.get("forgetting", ()), values.get("growth"), values.get("experts"))
@@ -379,9 +237,7 @@ def _read(
     reader: Reader, raw: Mapping[str, Any], bodies: Bodies, classes: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return the values of a RunConfig but for its text; what is wrong goes to the reader."""
-    own, further = split_trainer(bodies.get("trainer", {}))
-    reader.problems += trainer_argument_problems(further)
-    values: dict[str, Any] = {"trainer_arguments": further}
+    values: dict[str, Any] = {}
     for name, body in bodies.items():
         if name in METHOD_GROUPS:
             values[name] = read_methods(reader, name, body, classes)
@@ -390,11 +246,12 @@ def _read(
         elif name in _READERS:
             values[name] = _READERS[name](reader, body, classes)
         else:
-            body = own if name == "trainer" else body
             values[name] = reader.read(cast(type, SECTIONS[name]), body, prefix=name)
     values["expansion"] = tuple(selected.options for selected in values.get("expansion", ()))
     given = {name: value for name, value in raw.items() if name not in _GROUPS}
     root: RootValues | None = reader.read(RootValues, given, prefix="")
+    if root is not None and values.get("trainer") is not None:
+        values["trainer"] = replace(values["trainer"], seed=root.seed)
     values["cache_dir"] = root and reader.ask(cache_folder, root.cache_dir)
     read = {name: value for name, value in values.items() if value is not None}
     # Nothing was chosen: so it was asked, and read
@@ -406,19 +263,8 @@ def source_config(config: RunConfig) -> Config:
     """Return the base model's config.json, as the family's builder writes it."""
     model = config.model
     assert isinstance(model, ModelConfig), "a checkpoint has a config.json of its own"
-    return llama_config(
-        vocab_size=config.data.vocab_size,
-        hidden_size=model.hidden_size,
-        intermediate_size=model.intermediate_size,
-        num_hidden_layers=model.num_hidden_layers,
-        num_attention_heads=model.num_attention_heads,
-        num_key_value_heads=model.num_key_value_heads,
-        tie_word_embeddings=model.tie_word_embeddings,
-        rms_norm_eps=model.rms_norm_eps,
-        rope_theta=model.rope_theta,
-        max_position_embeddings=model.max_position_embeddings,
-        initializer_range=model.initializer_range,
-    )
+    sizes = {name: value for name, value in asdict(model).items() if name != "model_type"}
+    return llama_config(vocab_size=config.data.vocab_size, **sizes)
 
 
 def known_config(config: RunConfig) -> Config | None:
@@ -484,20 +330,47 @@ def _begin_problems(config: RunConfig) -> Iterator[Problem]:
         yield from start_problems(config, source, folder=given)
 
 
-def _gate_problems(config: RunConfig) -> Iterator[Problem]:
-    if config.gate.strict and not config.gate.enabled:
-        reason = "with gate.enabled = false a gate can't refuse; use gate=strict or gate=off"
-        yield Problem("gate.strict", True, reason=reason)
+def method_problems(config: RunConfig) -> Iterator[Problem]:
+    """Yield which methods make what another makes too, or use weights that are frozen."""
+    needs = [one.kind.needs(one.options) for one in config.forgetting]
+    for what in ("prepares", "leaves"):
+        counts = Counter(kind for each in needs for kind in getattr(each, what))
+        if twice := [kind for kind, count in counts.items() if count > 1]:
+            reason = f"more than one of them {what} {', '.join(twice)}; leave one out"
+            yield Problem("forgetting", [one.name for one in config.forgetting], reason=reason)
+    names = [one.name for one in config.forgetting if one.kind.uses_weights]
+    reasons = []
+    if config.trainer.strategy == "fsdp":
+        reason = "they look at whole weights or gradients, and each process holds a part; with "
+        reasons.append(f"{reason}whole weights in each, use trainer=ddp, else")
+    if config.experts is not None:
+        reasons.append("they hold weights of the base, which is frozen; with experts")
+    for reason in reasons if names else ():
+        allowed = " and ".join(["none", *weightless_methods()])
+        yield Problem("forgetting", names, reason=f"{reason} allowed are {allowed}")
+    mixing = [one.name for one, each in zip(config.forgetting, needs, strict=True) if each.mixes]
+    if len(mixing) > 1:
+        reason = f"{' and '.join(mixing)} both mix old text into the batches; choose one of them"
+        yield Problem("forgetting", [one.name for one in config.forgetting], reason=reason)
 
 
-def _batch_problems(config: RunConfig) -> Iterator[Problem]:
-    size, length = config.data.batch_size, config.data.sequence_length
-    if size * length > MAX_BATCH_TOKENS:
-        reason = (
-            f"with data.sequence_length = {length} a batch has {size * length:,} tokens; allowed "
-            f"is at most {MAX_BATCH_TOKENS:,}"
+def method_start_problems(config: RunConfig, source: Config) -> Iterator[Problem]:
+    """Yield what can't be had of a model that the run starts from.
+
+    Args:
+        source: its config.json; of a base that is to be trained the vocabulary is not known yet.
+    """
+    is_known = isinstance(config.model, CheckpointModelConfig)
+    for one in config.forgetting:
+        place = one.kind.needs(one.options).teacher_place
+        if place is not None:
+            key = f"forgetting.{one.name}.teacher"
+            yield from teacher_problems(place, source if is_known else None, key=key)
+    if any(one.kind.needs(one.options).old_text for one in config.forgetting):
+        data = config.data
+        yield from config.text.kept.misfits(
+            sequence_length=data.sequence_length, packing=data.packing
         )
-        yield Problem("data.batch_size", size, reason=reason)
 
 
 def _data_problems(config: RunConfig) -> Iterator[Problem]:
@@ -516,7 +389,14 @@ def _data_problems(config: RunConfig) -> Iterator[Problem]:
         return
     typed = config.data.old if isinstance(config.data, NamedTextConfig) else None
     asked = {one.name: one.kind.needs(one.options) for one in config.forgetting}
-    needing = [name for name, needs in asked.items() if _lacks_old_text(config, needs)]
+    folder = Path(config.model.path)
+    needing = [
+        name
+        for name, needs in asked.items()
+        if needs.old_text
+        and not config.text.kept.sequences
+        and not (needs.instead and kinds_beside(folder) >= set(needs.instead))
+    ]
     if needing and not any(needs.writes for needs in asked.values()):
         others = [name for name, needs in asked.items() if not needs.mixes]
         # The method that needs no old text replays alone
@@ -526,15 +406,6 @@ def _data_problems(config: RunConfig) -> Iterator[Problem]:
             f"write it (forgetting={writing}), or choose forgetting=none"
         )
         yield Problem("data.old", typed, reason=reason)
-
-
-def _lacks_old_text(config: RunConfig, needs: Any) -> bool:
-    """Say whether a method can't do without, given what lies beside the checkpoint."""
-    assert isinstance(config.model, CheckpointModelConfig)
-    folder = Path(config.model.path)
-    if not needs.old_text or config.text.kept.sequences:
-        return False
-    return not (needs.instead and kinds_beside(folder) >= set(needs.instead))
 
 
 def _model_problems(config: RunConfig) -> Iterator[Problem]:
@@ -575,24 +446,18 @@ def _schedule_problems(config: RunConfig, prefix: str) -> Iterator[Problem]:
 
 
 _RULES: tuple[Rule, ...] = (
-    _batch_problems,
+    batch_problems,
     _model_problems,
     _data_problems,
     partial(_schedule_problems, prefix="pretraining"),
     partial(_schedule_problems, prefix="training"),
-    _gate_problems,
+    gate_problems,
     benchmark_problems,
     ladder_problems,
-    precision_problems,
-    device_problems,
-    apple_problems,
-    compile_problems,
-    sharding_problems,
+    *RULES,
     weight_problems,
     method_problems,
     pipeline_problems,
     carry_problems,
-    asking_problems,
     averaging_problems,
-    monitor_problems,
 )

@@ -1,7 +1,7 @@
 """The options of `data`, and which text they name: domain by domain, task by task."""
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,8 +17,8 @@ from tritter.data.skills import PREFIX as SKILL_PREFIX
 from tritter.data.skills import SKILLS
 from tritter.data.sources import TextRequest, find_texts
 from tritter.errors import Problem, RequestError, key_name, nearest, refused
-from tritter.limits import MAX_COUNT
-from tritter.options import Count, Text, options
+from tritter.limits import MAX_BATCH_TOKENS, MAX_COUNT
+from tritter.options import Count, RunRequest, Text, options
 
 # Domain → absolute paths (files, folders, globs) and built-in texts, in plain containers: they
 # are part of the fingerprint, which is JSON.
@@ -449,3 +449,31 @@ def domain_key(data: DataConfig, name: str) -> str:
     side = "old" if is_old else "new"
     sources: TextSources = data.old_sources if is_old else data.new_sources
     return f"data.{side}" if list(sources) == [side] else f"data.{side}.{name}"
+
+
+def batch_problems(config: RunRequest) -> Iterator[Problem]:
+    size, length = config.data.batch_size, config.data.sequence_length
+    if size * length > MAX_BATCH_TOKENS:
+        reason = (
+            f"with data.sequence_length = {length} a batch has {size * length:,} tokens; allowed "
+            f"is at most {MAX_BATCH_TOKENS:,}"
+        )
+        yield Problem("data.batch_size", size, reason=reason)
+
+
+def weight_problems(config: RunRequest) -> Iterator[Problem]:
+    """Yield the domains that are none of the new ones, or that a task is about alone."""
+    data = config.data
+    if not isinstance(data, DatasetsConfig) or not data.weights:
+        return
+    mixed = [name for task in config.text.tasks if len(task) > 1 for name in task]
+    new = [name for task in config.text.tasks for name in task]
+    for name, weight in data.weights.items():
+        key = f"data.weights.{name}"
+        if name not in new:
+            known = tuple(dict.fromkeys(new))
+            reason = f"there is no such new domain; there are {', '.join(known) or 'none'}"
+            yield Problem(key, weight, reason=reason, nearest=nearest(name, known))
+        elif name not in mixed:
+            reason = "its task has no other domain, so that nothing is weighed; leave it out"
+            yield Problem(key, weight, reason=reason)

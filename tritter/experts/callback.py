@@ -25,7 +25,8 @@ from tritter.experts.changes import evicted, lost_share, merged, spawned, widene
 from tritter.experts.gates import Gates, entropies, usage
 from tritter.experts.mixture import ExpertMixture
 from tritter.experts.module import ExpertModule
-from tritter.experts.roster import FIRST, Novel, Roster
+from tritter.experts.options import FIRST
+from tritter.experts.roster import Novel, Roster
 from tritter.families import forward_flops
 from tritter.models import config_of, live_shape
 from tritter.novelty import Observation, observe

@@ -1,22 +1,25 @@
 """LoRA experts as a choice of a run: what is asked of them, and what they put into a training."""
 
+from __future__ import annotations
+
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import Any, ClassVar
-
-from torch import nn
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from tritter.checkpoint.expert_files import experts_in
 from tritter.errors import Problem
-from tritter.experts.adapters import AdapterShape, adaptable
-from tritter.experts.mixture import ExpertMixture
-from tritter.experts.module import ExpertLosses
-from tritter.experts.options import AdapterOptions, DynamicOptions, Timing
-from tritter.experts.roster import FIRST, Roster
+from tritter.experts.options import FIRST, AdapterOptions, DynamicOptions, Timing
 from tritter.families import family_of
-from tritter.novelty import NoveltyDetector
 from tritter.options import RunRequest, Start
 from tritter.training.optimizer import adam_problems
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from tritter.experts.adapters import AdapterShape
+    from tritter.experts.mixture import ExpertMixture
+    from tritter.experts.module import ExpertLosses
+    from tritter.experts.roster import Roster
 
 ONLY = "lora"  # what the one adapter of single_lora is called
 
@@ -93,10 +96,14 @@ class Experts(ABC):
     @property
     def losses(self) -> ExpertLosses:
         """What is added to the loss of the task."""
+        from tritter.experts.module import ExpertLosses
+
         return ExpertLosses()
 
     def shape(self, model: nn.Module) -> AdapterShape:
         """Return what an adapter on a model is at first."""
+        from tritter.experts.adapters import AdapterShape, adaptable
+
         asked: AdapterOptions = self.asked
         targets = asked.targets or tuple(sorted(adaptable(model)))
         return AdapterShape(asked.rank, float(asked.alpha), tuple(targets))
@@ -111,6 +118,8 @@ class SingleLora(Experts):
     is_dynamic = False
 
     def begin(self, model: nn.Module, *, end_of_text_id: int, seed: int) -> ExpertMixture:
+        from tritter.experts.mixture import ExpertMixture
+
         mixture = ExpertMixture(model, router="evidence")  # of one expert, whose gates are 1
         mixture.add(ONLY, self.shape(model), seed=seed)
         return mixture
@@ -138,7 +147,7 @@ class DynamicExperts(Experts):
             if batch < least:
                 reason = f"novelty is told by the spread of a batch; allowed is at least {least}"
                 yield Problem("data.batch_size", batch, reason=reason)
-            seen = steps * int(run.trainer_arguments.get("accumulate_grad_batches", 1)) * batch
+            seen = steps * run.trainer.accumulate_grad_batches * batch
             if asked.min_samples > seen:
                 reason = f"a training of {steps} steps sees {seen:,} sequences, too few for any "
                 reason += "decision"
@@ -159,6 +168,8 @@ class DynamicExperts(Experts):
             yield Problem("data.old", {}, reason=reason)
 
     def begin(self, model: nn.Module, *, end_of_text_id: int, seed: int) -> ExpertMixture:
+        from tritter.experts.mixture import ExpertMixture
+
         asked: DynamicOptions = self.asked
         mixture = ExpertMixture(
             model,
@@ -176,12 +187,16 @@ class DynamicExperts(Experts):
 
     @property
     def losses(self) -> ExpertLosses:
+        from tritter.experts.module import ExpertLosses
+
         asked: DynamicOptions = self.asked
         return ExpertLosses(
             balance=asked.balance, entropy=asked.entropy, z=asked.z, distill=asked.distill
         )
 
     def shape(self, model: nn.Module) -> AdapterShape:
+        from tritter.experts.adapters import AdapterShape, adaptable
+
         shape = super().shape(model)
         asked: DynamicOptions = self.asked
         if asked.router != "learned" or asked.targets is not None:
@@ -190,6 +205,9 @@ class DynamicExperts(Experts):
 
     def roster(self, *, max_steps: int) -> Roster:
         """Return who is who before anything is known."""
+        from tritter.experts.roster import Roster
+        from tritter.novelty import NoveltyDetector
+
         asked: DynamicOptions = self.asked
         timing = Timing.of(asked, max_steps=max_steps)
         if asked.boundaries == "told":

@@ -7,10 +7,11 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from tritter.limits import MAX_PARAMETERS
-from tritter.novelty.detectors import DETECTORS, Detector, NoveltyOptions
+from tritter.novelty.options import DETECTORS, Detector, NoveltyOptions
 from tritter.options import Count, Text, WholeNumber, options, part_field
 
 MAX_RANK, MAX_EXPERTS = 1024, 256
+FIRST = "expert_0"  # the expert of what the base knows
 _Rank = Annotated[int, Field(ge=1, le=MAX_RANK)]
 _Weight = Annotated[float, Field(ge=0)]
 _Names = Annotated[tuple[Text, ...], Field(min_length=1)]

@@ -12,13 +12,12 @@ import torch
 from torch import Tensor
 
 from tritter.experts.gates import Routing
-from tritter.experts.options import DynamicOptions, Timing
+from tritter.experts.options import FIRST, DynamicOptions, Timing
 from tritter.novelty import NoveltyDetector, Observation
 from tritter.novelty.detectors import Decision
 from tritter.novelty.library import FORMAT_VERSION, check_format
 from tritter.novelty.statistics import CALIBRATION_BATCHES
 
-FIRST = "expert_0"  # the expert of what the base knows
 _USAGE_DECAY = 0.98
 
 Stall = Literal["", "widen", "freeze"]

@@ -203,7 +203,7 @@ class ReplayOptions:
 
 def _fraction_problems(name: str, options: Any, run: RunRequest) -> Iterator[Problem]:
     """Yield that not one sequence of a training would be replayed."""
-    gathered = run.trainer_arguments.get("accumulate_grad_batches", 1)
+    gathered = run.trainer.accumulate_grad_batches
     sequences = run.training.max_steps * gathered * run.data.batch_size
     if math.floor(sequences * options.fraction) < 1:
         reason = (

@@ -22,6 +22,7 @@ from tritter.errors import TritterError
 from tritter.evaluation.inference import device_of, evaluating
 from tritter.families import backward_flops, forward_flops
 from tritter.models import config_of
+from tritter.moe_routing.options import RoutingOptions
 from tritter.stock_routers import Record, Routing
 from tritter.training import SideLoss
 from tritter.training.callbacks import ends_step
@@ -29,25 +30,14 @@ from tritter.training.parameters import trained_tensors
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RoutingSettings:
-    """Weights of the terms; zero leaves a term out.
+class RoutingSettings(RoutingOptions):
+    """Weights of the terms, and of the probability of new experts.
 
     Args:
-        auxiliary_loss: of the load balancing loss (arXiv 2101.03961, eq. 4-6).
-        z_loss: of the router z-loss (arXiv 2202.08906, eq. 5).
-        bias_update_rate: step of the selection bias of balancing without a loss (arXiv
-            2408.15664), in probability; the bias is gone when the model is saved.
-        hold_old: of the divergence from the old routing of old text, which `OldRouting` holds.
-        capacity_factor: of the dropped fraction that is logged; nothing is dropped.
         encouragement: of the probability of `new_experts`, which is subtracted from the loss.
         new_experts: whose probability that is.
     """
 
-    auxiliary_loss: float = 0.01
-    z_loss: float = 1e-3
-    bias_update_rate: float = 0.0
-    hold_old: float = 0.0
-    capacity_factor: float = 1.25
     encouragement: float = 0.0
     new_experts: tuple[int, ...] = ()
 

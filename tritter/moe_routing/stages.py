@@ -107,9 +107,16 @@ def fit_live(
                 batches,
                 # Of a model as it is: in its own dtype, on its own device
                 settings=TrainerSettings(
-                    accelerator="gpu" if home.type == "cuda" else home.type,
-                    devices=1 if home.index is None else [home.index],
+                    accelerator="gpu" if home.type == "cuda" else home.type,  # type: ignore[arg-type]
+                    devices=1,
+                    device_index=home.index,
+                    strategy="auto",
                     precision="32-true",
+                    gradient_clip_val=1.0,
+                    log_every_n_steps=10,
+                    check_memory=False,
+                    activation_checkpointing=False,
+                    compile=False,
                     max_non_finite_steps=0,
                     save_every_n_steps=0,
                     progress="off",

@@ -4,8 +4,26 @@ All statistics are taken in the space of the frozen base, which no training move
 same before and after its expert has learned it.
 """
 
-from tritter.novelty.detectors import NoveltyDetector, NoveltyOptions
-from tritter.novelty.library import SkillLibrary
-from tritter.novelty.observation import Observation, observe
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
+if TYPE_CHECKING:
+    from tritter.novelty.detectors import NoveltyDetector
+    from tritter.novelty.library import SkillLibrary
+    from tritter.novelty.observation import Observation, observe
+    from tritter.novelty.options import NoveltyOptions
+
+_MODULES = {
+    "NoveltyDetector": "detectors",
+    "NoveltyOptions": "options",
+    "Observation": "observation",
+    "SkillLibrary": "library",
+    "observe": "observation",
+}
 __all__ = ["NoveltyDetector", "NoveltyOptions", "Observation", "SkillLibrary", "observe"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'tritter.novelty' has no attribute {name!r}")
+    return getattr(import_module(f"tritter.novelty.{_MODULES[name]}"), name)

@@ -19,10 +19,8 @@ from tritter.checkpoint.folder import LinkedTensors
 from tritter.checkpoint.history import checkpoint_changes
 from tritter.checkpoint.place import checkpoint_config
 from tritter.checkpoint.record import training_record
-from tritter.config.memory import memory_problems
-from tritter.config.rules import given_problems
 from tritter.config.run_folder import effective_arguments, optimizer_record
-from tritter.config.schema import CheckpointModelConfig, TrainingConfig
+from tritter.config.schema import CheckpointModelConfig
 from tritter.config.validation import source_config, start_problems
 from tritter.data.cache import one_at_a_time, set_aside
 from tritter.data.tokens import END_OF_TEXT, read_tokenizer
@@ -38,12 +36,15 @@ from tritter.pipeline.context import RunContext
 from tritter.pipeline.ledger import content_key
 from tritter.pipeline.metrics import open_loggers, wandb_finished, write_rows
 from tritter.pipeline.trained import PATH, StateLeft, check_trained, discard_moments, moment_keepers
+from tritter.planning.run_memory import memory_problems
 from tritter.storage.atomic import write_text_atomic
 from tritter.storage.hub import locate
 from tritter.storage.reading import read_text
 from tritter.storage.writer import TensorStream
 from tritter.training import BaseModule, FitResult, Schedule, discard_saved, fit, read_metrics
 from tritter.training.metrics import MAX_METRICS_BYTES
+from tritter.training.optimizer import given_problems
+from tritter.training.options import TrainingConfig
 
 # Options of `data` that say which text it is: the digest of the corpus says it as well
 WHICH_TEXT = {"old", "new", "text_field", "validation_fraction"}
@@ -132,7 +133,7 @@ def _train_base(context: RunContext, folder: Path, made_from: Mapping[str, Any])
     module = BaseModule(
         context.reading(new_model(config, seed=context.seed("initialisation"))),
         schedule=schedule_of(pretraining),
-        optimizer=context.optimizer_settings,
+        optimizer=context.config.optimizer,
     )
     batches = context.batches(
         context.old_domains, purpose="pretraining", max_steps=pretraining.max_steps
@@ -163,7 +164,7 @@ def _train_base(context: RunContext, folder: Path, made_from: Mapping[str, Any])
         result = fit(
             module,
             batches,
-            settings=context.trainer_settings,
+            settings=context.config.trainer,
             folder=working,
             label="pretraining",
             console=context.console,

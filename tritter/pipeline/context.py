@@ -19,17 +19,8 @@ from torch import Tensor, nn
 from tritter.checkpoint import Lineage, Source, lineage_of, read_lineage
 from tritter.checkpoint.place import checkpoint_config
 from tritter.checkpoint.record import LearnedDomain
-from tritter.config.memory import memory_notes
-from tritter.config.rules import KEY
-from tritter.config.schema import (
-    CheckpointModelConfig,
-    DomainText,
-    EvaluationConfig,
-    RunConfig,
-    RunText,
-)
-from tritter.config.text_resolution import run_text
-from tritter.config.training_steps import rate_notes
+from tritter.checkpoint.run_text import DomainText, RunText, run_text
+from tritter.config.schema import CheckpointModelConfig, RunConfig
 from tritter.config.validation import known_config
 from tritter.data.batches import BatchStream, SequenceStream, drawn_equally
 from tritter.data.benchmark_names import CODE, benchmark_names
@@ -58,6 +49,7 @@ from tritter.evaluation.benchmarks.harness import (
     Tokenizer as StockTokenizer,
 )
 from tritter.evaluation.code.sandbox import ExternalSandbox, NamespaceSandbox, Sandbox
+from tritter.evaluation.options import TASKS_KEY, EvaluationConfig
 from tritter.evaluation.statistics import PairedScores, score_file
 from tritter.evaluation.tasks import QuestionTask, Reader, ScoredTask, subject_of
 from tritter.expand import PlannedExpansion, planned
@@ -66,13 +58,14 @@ from tritter.models import read_config, wrapped_tokenizer
 from tritter.pipeline.arm import Arm
 from tritter.pipeline.ledger import Ledger, StageResult
 from tritter.pipeline.scoring import Scores, Scoring, scores_text
+from tritter.planning.run_memory import memory_notes
 from tritter.seeds import derived_seed
 from tritter.stopping import Stopped
 from tritter.storage.atomic import write_text_atomic
 from tritter.storage.hub import locate
 from tritter.targets import dotted
 from tritter.terminal import Console, NewBar, progress_bars, shows_bar
-from tritter.training import OptimizerSettings, TrainerSettings
+from tritter.training.options import rate_notes
 
 MAX_POSITIONS = 2048  # of a model that does not say
 PUBLISHED_DTYPES = ("float32", "bfloat16", "float16")
@@ -150,8 +143,7 @@ class RunContext:
         config = self.config
         if self.given is None or Path(config.model.path).is_dir():  # type: ignore[union-attr]
             return config.text
-        here = CheckpointModelConfig(model_type="hf", path=str(self.given.folder))
-        return run_text(here, config.data, seed=config.seed)
+        return run_text(str(self.given.folder), config.data, seed=config.seed)
 
     @cached_property
     def given_tokenizer(self) -> PretrainedTokenizer | None:
@@ -243,21 +235,6 @@ class RunContext:
     def device(self) -> torch.device:
         wants_gpu = self.config.trainer.accelerator in ("gpu", "auto")
         return torch.device("cuda" if wants_gpu and torch.cuda.is_available() else "cpu")
-
-    @property
-    def trainer_settings(self) -> TrainerSettings:
-        values = asdict(self.config.trainer)
-        del values["check_memory"]  # that was done before
-        return TrainerSettings(
-            **values, seed=self.config.seed, arguments=self.config.trainer_arguments
-        )
-
-    @property
-    def optimizer_settings(self) -> OptimizerSettings:
-        options = self.config.optimizer
-        return OptimizerSettings(
-            target=options.target, weight_decay=options.weight_decay, arguments=options.arguments
-        )
 
     def seed(self, *purpose: str) -> int:
         """Return the seed of one purpose: data order, growth and replay have their own."""
@@ -414,7 +391,7 @@ class RunContext:
             if weights
             else SequenceStream(joined(list(sequences.values())), seed=seed)
         )
-        num_batches = max_steps * self.trainer_settings.accumulate_grad_batches
+        num_batches = max_steps * self.config.trainer.accumulate_grad_batches
         return BatchStream(stream, batch_size=data.batch_size, num_batches=num_batches)
 
     @cached_property
@@ -593,7 +570,7 @@ def benchmark_tasks(asked: EvaluationConfig, *, positions: int) -> tuple[Benchma
     Raises:
         RequestError: one of them can't be had.
     """
-    names = benchmark_names(asked.tasks, key=KEY)
+    names = benchmark_names(asked.tasks, key=TASKS_KEY)
     if not names:
         return ()
     chosen = [BENCHMARKS[name] for name in names]

@@ -7,8 +7,7 @@ from pathlib import Path
 from torch import nn
 
 from tritter.checkpoint import Lineage
-from tritter.config.schema import CheckpointModelConfig
-from tritter.config.text_resolution import run_text
+from tritter.checkpoint.run_text import run_text
 from tritter.config.validation import cache_folder
 from tritter.data.corpus import build_corpus
 from tritter.data.documents import notes_of
@@ -74,7 +73,6 @@ def learned_domains(
     """
     text = None
     if lineage is not None:
-        model = CheckpointModelConfig(model_type="hf", path=str(folder))
         data = TextDataConfig(
             source="text",
             text_field=DEFAULT_FIELD,
@@ -87,7 +85,7 @@ def learned_domains(
             validation_fraction=None,
         )
         try:
-            text = run_text(model, data, seed=lineage.split.seed if lineage.split else 0)
+            text = run_text(str(folder), data, seed=lineage.split.seed if lineage.split else 0)
         except RequestError as error:
             problem = error.problems[0]
             if problem.key != "data.old":

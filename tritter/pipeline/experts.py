@@ -9,7 +9,6 @@ from lightning import Callback
 from torch import Tensor, nn
 
 from tritter.checkpoint import Source
-from tritter.config.schema import TrainingConfig
 from tritter.errors import RequestError, did_you_mean
 from tritter.experts.adapters import is_of_adapter, shape_of
 from tritter.experts.callback import ExpertCallback, Known
@@ -24,6 +23,7 @@ from tritter.novelty.statistics import CALIBRATION_BATCHES
 from tritter.pipeline.arm import Arm
 from tritter.pipeline.context import RunContext
 from tritter.training import BaseModule
+from tritter.training.options import TrainingConfig
 
 _USAGE_SEQUENCES = 16  # of a domain, in which the gates are measured
 

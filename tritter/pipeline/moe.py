@@ -11,11 +11,13 @@ from torch import Tensor, nn
 from tritter.data.tokens import joined
 from tritter.expansion import MoeAdd
 from tritter.models import load_model
-from tritter.moe_routing import (
-    ExpertOpening,
+from tritter.moe_routing.objective import (
     OldRouting,
     RoutingObjective,
     RoutingSettings,
+)
+from tritter.moe_routing.stages import (
+    ExpertOpening,
     SeparateExperts,
     Unfreezing,
     is_router,

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from lightning.pytorch.loggers import Logger
 
-from tritter.config.ladder import RETRYING, on_top, planned_rounds
+from tritter.checkpoint.run_text import DEFAULT_FRACTION
+from tritter.config.ladder import RETRYING, on_top
 from tritter.config.launch.jobs import read_status
 from tritter.config.overrides import command, tool_command, tritter_command
 from tritter.config.schema import CheckpointModelConfig, RunConfig
-from tritter.config.text_resolution import DEFAULT_FRACTION
 from tritter.errors import RequestError
 from tritter.evaluation.gate import Status
 from tritter.expansion import EXPANSIONS
@@ -36,6 +36,7 @@ from tritter.pipeline.metrics import (
 )
 from tritter.pipeline.summary import summary_record
 from tritter.pipeline.verdict import Trial
+from tritter.planning.strategy import planned_rounds
 from tritter.report.plots import curves_of, plot_run
 from tritter.report.summary import Summary
 from tritter.report.tables import print_summary

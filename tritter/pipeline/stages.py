@@ -27,13 +27,8 @@ from tritter.experts.whole import load_whole
 from tritter.families import count_parameters, forward_flops, position_limit, training_flops
 from tritter.forgetting import build_methods
 from tritter.models import config_of, load_model
-from tritter.moe_routing import (
-    DistillationModule,
-    best_experts,
-    is_router,
-    only_new_experts,
-    redraw_rows,
-)
+from tritter.moe_routing.distill import DistillationModule, only_new_experts
+from tritter.moe_routing.stages import best_experts, is_router, redraw_rows
 from tritter.moe_routing.summary import moe_usage
 from tritter.pipeline import experts, importance, moe
 from tritter.pipeline.arm import Arm
@@ -148,7 +143,7 @@ def expansion(context: RunContext, arm: Arm) -> StageResult:
     context.score(after, f"{arm.name}-expanded")
     evaluated, flops = dict[str, float](), dict[str, float]()
     if (text := context.evaluation_text) is not None:
-        evaluated = losses_before(before, text, context.trainer_settings)
+        evaluated = losses_before(before, text, context.config.trainer)
         flops["validation"] = evaluation_flops(experts.reading_flops(before), text)
     flops["expand"] = context.scoring_flops(forward_flops(grown.config))
     passes = [forward_flops(each.config).of(tokens.shape[1]) for each in (source, grown)]
@@ -189,7 +184,7 @@ def adaptation(context: RunContext, arm: Arm) -> StageResult:
                 max_steps=steps,
                 warmup_ratio=ROUTER_WARMUP,
             ),
-            optimizer=replace(context.optimizer_settings, weight_decay=0.0),
+            optimizer=replace(context.config.optimizer, weight_decay=0.0),
             methods=build_methods(context.config.forgetting),
             side_losses=setup.side_losses,
         )
@@ -227,7 +222,7 @@ def training(context: RunContext, arm: Arm, *, loggers: Sequence[Logger]) -> Sta
         _freeze(model, methods, task, max_steps=settings.max_steps)
         module = trainee.module(
             schedule=schedule_of(settings, start_rate=last_rate(context, arm)),
-            optimizer=context.optimizer_settings,
+            optimizer=context.config.optimizer,
             methods=methods,
             side_losses=setup.side_losses,
             moments=carried_moments(context, start, model),
@@ -299,7 +294,7 @@ def _growth(
         return (), ()
     method = asked.kind(asked.options)
     method.freeze(model)
-    data, trainer = context.config.data, context.trainer_settings
+    data, trainer = context.config.data, context.config.trainer
     tokens = data.batch_size * data.sequence_length * trainer.accumulate_grad_batches
     observer, changer = method.callbacks(
         max_steps=max_steps,
@@ -362,7 +357,7 @@ def _fit(
         context.batches(
             context.new_of(arm), purpose="-".join((label, *arm.purpose)), max_steps=max_steps
         ),
-        settings=context.trainer_settings,
+        settings=context.config.trainer,
         folder=folder,
         label=label,
         console=context.console,
@@ -584,7 +579,7 @@ def distillation(context: RunContext, arm: Arm) -> StageResult:
             temperature=options.distill_temperature,
             auxiliary_loss=context.config.moe_routing.auxiliary_loss,
             schedule=Schedule.constant(context.config.training.learning_rate, max_steps=steps),
-            optimizer=context.optimizer_settings,
+            optimizer=context.config.optimizer,
         )
         result = _fit(context, arm, module, folder=folder, label="distill", write_result=write)
     return _taken_up(context, place, result, folder=folder, label=arm.label("distill"))

@@ -5,7 +5,6 @@ from dataclasses import asdict
 from itertools import chain
 from typing import Any
 
-from tritter.config.ladder import planned_rounds
 from tritter.evaluation.statistics import LearnedTask, transfer_matrix
 from tritter.experts.callback import EXPERTS
 from tritter.experts.summary import experts_summary
@@ -25,7 +24,7 @@ from tritter.pipeline.ledger import (
 )
 from tritter.pipeline.scoring import score_records
 from tritter.pipeline.verdict import Trial
-from tritter.planning.strategy import TOLERANCE
+from tritter.planning.strategy import TOLERANCE, planned_rounds
 from tritter.report.summary import (
     Attempt,
     Check,

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from tritter.checkpoint import Lineage, Source, write_checkpoint, write_lineage
-from tritter.config.components import kept_per_parameter
 from tritter.evaluation.gate import (
     Check,
     Status,
@@ -228,7 +227,7 @@ def held_checks(context: RunContext, arms: Sequence[Arm]) -> Iterator[Check]:
                 context.source(f"{arm.name}/trained").config,
                 setup,
                 trained=[(size, count) for size, count in fit.held["trained"]],
-                kept_per_parameter=kept_per_parameter(optimizer),
+                kept_per_parameter=optimizer.kept_per_parameter(),
             )
             made.append(memory_check(fit.held, expected=expected))
     if made:

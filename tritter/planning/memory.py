@@ -108,8 +108,14 @@ class TrainingMemory:
         return self.states_bytes + self.activations_bytes
 
 
-def training_memory(config: Config, setup: TrainingSetup) -> TrainingMemory:
+def training_memory(
+    config: Config, setup: TrainingSetup, *, kept_per_parameter: float = _MOMENTS
+) -> TrainingMemory:
     """Compute the memory of training a model of this config.
+
+    Args:
+        kept_per_parameter: numbers that an optimizer which is no 8-bit one keeps for each
+            parameter: of Adam two.
 
     Raises:
         RequestError: unknown family.
@@ -122,7 +128,9 @@ def training_memory(config: Config, setup: TrainingSetup) -> TrainingMemory:
         return [t for t in stored if not (is_frozen and is_attention(t.parts[0].tensor))]
 
     def optimizer_bytes(config: Config) -> int:
-        return sum(_optimizer_bytes(math.prod(t.shape), setup) for t in trained(config))
+        return sum(
+            _optimizer_bytes(math.prod(t.shape), setup, kept_per_parameter) for t in trained(config)
+        )
 
     # The peak is at the start of the backward pass: logits and their gradient besides
     logits = family_of(config).dimensions(config).vocab_size * (width + _FLOAT32)
@@ -145,7 +153,7 @@ def states_bytes(
 
     Args:
         trained: sizes of parameters that are, each with how many have it.
-        kept_per_parameter: numbers of the optimizer, where it is no 8-bit one.
+        kept_per_parameter: see `training_memory`.
 
     Raises:
         RequestError: unknown family.
@@ -153,10 +161,7 @@ def states_bytes(
     parameter_bytes, _ = _BYTES[setup.precision]
     held = parameter_bytes * count_parameters(config)
     for size, count in trained:
-        kept = _optimizer_bytes(size, setup)
-        if setup.optimizer == "adamw" and kept_per_parameter != _MOMENTS:
-            kept = round(kept_per_parameter * parameter_bytes * size)
-        held += count * (parameter_bytes * size + kept)
+        held += count * (parameter_bytes * size + _optimizer_bytes(size, setup, kept_per_parameter))
     return held
 
 
@@ -186,10 +191,11 @@ def _count(stored: Sequence[StoredTensor]) -> int:
     return sum(math.prod(tensor.shape) for tensor in stored)
 
 
-def _optimizer_bytes(size: int, setup: TrainingSetup) -> int:
+def _optimizer_bytes(size: int, setup: TrainingSetup, kept: float) -> int:
     if setup.optimizer == "adamw":
         parameter_bytes, _ = _BYTES[setup.precision]
-        return _MOMENTS * parameter_bytes * size + _STEP_BYTES
+        steps = _STEP_BYTES if kept == _MOMENTS else 0
+        return round(kept * parameter_bytes * size) + steps
     if size < _SMALLEST_8BIT_TENSOR:
         return _MOMENTS * _FLOAT32 * size
     return _MOMENTS * (size + _FLOAT32 * -(-size // _BLOCK_SIZE))

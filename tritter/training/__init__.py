@@ -18,18 +18,17 @@ from tritter.training.forgetting_method import (
 )
 from tritter.training.metrics import metrics_files, read_metrics
 from tritter.training.optimizer import OptimizerSettings, Schedule
+from tritter.training.options import TrainerSettings
 
 if TYPE_CHECKING:
     from tritter.training.fitting import discard_saved, fit
     from tritter.training.module import BaseModule, SideLoss
     from tritter.training.result import FitResult, WriteResult
-    from tritter.training.trainer import TrainerSettings
 
 _WITH_LIGHTNING = {
     "BaseModule": "module",
     "FitResult": "result",
     "SideLoss": "module",
-    "TrainerSettings": "trainer",
     "WriteResult": "result",
     "discard_saved": "fitting",
     "fit": "fitting",

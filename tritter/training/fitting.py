@@ -36,9 +36,9 @@ from tritter.training.forgetting_method import Task
 from tritter.training.gradient_flow import GradientFlow
 from tritter.training.metrics import METRICS_NAME, set_metrics_aside
 from tritter.training.module import BaseModule, CompiledModel, their_callbacks
+from tritter.training.options import TrainerSettings
 from tritter.training.result import Conclusion, FitResult, HeldBytes, WriteResult
 from tritter.training.trainer import (
-    TrainerSettings,
     build_trainer,
     settings_kept,
     worker_processes,

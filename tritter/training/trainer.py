@@ -9,9 +9,9 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -44,6 +44,7 @@ from tritter.training.checkpoint_io import (
 )
 from tritter.training.module import BaseModule
 from tritter.training.optimizer import OptimizerSettings, Schedule
+from tritter.training.options import TrainerSettings
 from tritter.training.parameters import WHOLE
 from tritter.training.result import Conclusion
 
@@ -205,48 +206,6 @@ NEVER = 2**40  # epochs
 _SAID_OF_PAGES = "Paged optimizers are not supported on CPU"  # which is a note of the run
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrainerSettings:
-    """What Lightning's Trainer is given, in its own words.
-
-    Args:
-        devices: how many, or which ones by their numbers.
-        strategy: `auto`, one process; or one for each of `devices`, by `ddp` with whole weights, by
-            `fsdp` with parts of them.
-        max_non_finite_steps: refused steps in a row that are borne.
-        save_every_n_steps: steps between two states that a killed run goes on from; 0: none.
-        progress: `auto`, `on` or `off`.
-        activation_checkpointing: layers compute again what the backward pass needs of them.
-        compile: the forward and backward pass of a step go through torch.compile.
-        seed: of what layers draw in training, as for dropout; None: as torch's generators stand.
-        arguments: further ones of Lightning's Trainer, checked before.
-    """
-
-    accelerator: str = "cpu"
-    devices: int | list[int] = 1
-    strategy: str = "auto"
-    precision: str = "bf16-mixed"
-    gradient_clip_val: float | None = 1.0
-    log_every_n_steps: int = 10
-    max_non_finite_steps: int = 10
-    save_every_n_steps: int = 50
-    progress: str = "auto"
-    activation_checkpointing: bool = False
-    compile: bool = False
-    seed: int | None = None
-    arguments: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def has_workers(self) -> bool:
-        """Whether a fit runs in processes of its own."""
-        return self.strategy in ("ddp", "fsdp")
-
-    @property
-    def accumulate_grad_batches(self) -> int:
-        """Batches whose gradients are gathered for one step."""
-        return int(self.arguments.get("accumulate_grad_batches", 1))
-
-
 def build_trainer(
     settings: TrainerSettings,
     callbacks: list[Callback],
@@ -266,9 +225,9 @@ def build_trainer(
         strategy = ShardedStrategy(settings.accelerator, devices=settings.devices)
     return Trainer(
         accelerator=settings.accelerator,
-        devices=settings.devices,
+        devices=settings.devices if settings.device_index is None else [settings.device_index],
         strategy=strategy,
-        precision=settings.precision,  # type: ignore[arg-type]
+        precision=settings.precision,
         gradient_clip_val=settings.gradient_clip_val,
         max_steps=max_steps,
         max_epochs=-1,
@@ -317,9 +276,8 @@ def losses_before(
     By the same loop in the same precision, in one process. One that is not finite is left out.
     No random generator moves; the model comes back on the CPU, in that precision.
     """
-    devices = settings.devices[:1] if isinstance(settings.devices, list) else 1
     arguments = {name: value for name, value in settings.arguments.items() if name != "profiler"}
-    alone = replace(settings, strategy="auto", devices=devices, arguments=arguments)
+    alone = replace(settings, strategy="auto", devices=1, arguments=arguments)
     never = Schedule.constant(0.0, max_steps=1)
     module = BaseModule(model, schedule=never, optimizer=OptimizerSettings())
     random = random_state()

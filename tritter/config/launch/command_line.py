@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 
 from tritter.config.folders import SEARCHPATH
 from tritter.config.suggestions import flag_advice
-from tritter.errors import Problem, RequestError, nearest
+from tritter.errors import Problem, RequestError, brief, nearest
 
 # As Hydra's own parser has them; those with a value → what may stand behind them
 _WHAT = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
@@ -60,6 +60,32 @@ class CommandLine:
     is_version: bool = False
 
 
+# What the system, not the program, refuses
+UNFORESEEN = (OSError, MemoryError, RecursionError, OverflowError, UnicodeError)
+
+
+def said(error: BaseException) -> str:
+    """Return what an unforeseen error says, in one line."""
+    return f"{' '.join(str(error).split()) or 'no memory is left'} ({type(error).__name__})."
+
+
+def check_words(words: Sequence[str]) -> None:
+    """Refuse words that are no text.
+
+    Raises:
+        RequestError: one holds a NUL character, or bytes that are not UTF-8.
+    """
+    for number, word in enumerate(words, start=1):
+        if "\0" in word:
+            raise RequestError(f"word {number} = {brief(word)}: it holds a NUL character.")
+        try:
+            word.encode()
+        except UnicodeEncodeError as error:
+            raise RequestError(
+                f"word {number} = {brief(word)}: it holds bytes that are not UTF-8 text."
+            ) from error
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise RequestError(f"{message} (see --help).")
@@ -85,7 +111,14 @@ def read_command_line(arguments: Sequence[str]) -> CommandLine:
         if word in ("-i", "--info") and "=" in words[place + 1]:
             words[place] = "--info=all"
     known, unknown = parser.parse_known_intermixed_args(words)
-    _refuse_unknown(unknown, arguments)
+    if unknown:
+        known_flags = {flag[-1].strip("-"): flag[-1] for flag in FLAGS}
+        typed = unknown[0].partition("=")[0].strip("-")
+        near = nearest(typed, known_flags) if len(unknown) == 1 else None
+        meant = f" Did you mean {known_flags[near]}?" if near else ""
+        if (advice := flag_advice(unknown[0], arguments, command="train")) is not None:
+            meant = f" {advice}"
+        raise RequestError(f"unrecognized arguments: {' '.join(unknown)} (see --help).{meant}")
     searchpath, overrides = split_searchpath(known.overrides)
     asked = {"cfg": known.cfg, "info": known.info}
     asked |= {name: "" for name in ("hydra_help", "shell_completion") if getattr(known, name)}
@@ -138,20 +171,3 @@ def split_searchpath(words: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, 
             raise RequestError(Problem(SEARCHPATH, word.partition("=")[2], reason=reason))
         entries += map(str, value)
     return tuple(entries), tuple(others)
-
-
-def _refuse_unknown(words: Sequence[str], arguments: Sequence[str]) -> None:
-    """Refuse flags that there are not, and name what was probably meant.
-
-    Args:
-        words: the unknown flags.
-        arguments: all that was typed.
-    """
-    if not words:
-        return
-    names = {flag[-1].strip("-"): flag[-1] for flag in FLAGS}
-    near = nearest(words[0].partition("=")[0].strip("-"), names) if len(words) == 1 else None
-    meant = f" Did you mean {names[near]}?" if near else ""
-    if (advice := flag_advice(words[0], arguments, command="train")) is not None:
-        meant = f" {advice}"
-    raise RequestError(f"unrecognized arguments: {' '.join(words)} (see --help).{meant}")

@@ -26,7 +26,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from tritter.conf_folder import config_folder
-from tritter.config.components import clashes
+from tritter.config.components import METHOD_GROUPS, Origin, clashes, method_names, nesting_problems
 from tritter.config.folders import (
     LADDERS,
     body_of,
@@ -46,13 +46,12 @@ from tritter.config.overrides import (
 )
 from tritter.config.run_folder import check_overrides
 from tritter.config.schema import ONE_OF, OPEN_GROUPS, RunConfig
-from tritter.config.selection import METHOD_GROUPS, Origin, method_names, nesting_problems
 from tritter.config.suggestions import nearest_key
-from tritter.config.training_steps import settled
 from tritter.config.validation import Rule, validate
 from tritter.errors import Problem, RequestError, raise_problems, refusal, show
 from tritter.options import leaves
 from tritter.targets import dotted
+from tritter.training.options import settled
 
 VERSION_BASE = "1.3"
 _JUDGE = "tritter.config.launch.plan.Judge"
@@ -376,15 +375,11 @@ class _Origins:
             package, path = file.package or "", file.config_path
             if path and (not package or key.startswith(f"{package}.")):
                 inner = key[len(package) :].lstrip(".")
-                if any(_holds(folder / f"{path}.yaml", inner) for folder in self._folders):
-                    return f"{path}.yaml"
+                for source in (folder / f"{path}.yaml" for folder in self._folders):
+                    keys = leaves(body_of(source)) if source.is_file() else ()
+                    if any(f"{each}.".startswith(f"{inner}.") for each in keys):
+                        return f"{path}.yaml"
         return None
-
-
-def _holds(path: Path, key: str) -> bool:
-    """True when the file sets the key, be it to null."""
-    keys = leaves(body_of(path)) if path.is_file() else ()
-    return any(f"{each}.".startswith(f"{key}.") for each in keys)
 
 
 def _code_problems(

@@ -16,9 +16,14 @@ from typing import TYPE_CHECKING
 
 from tritter import __version__
 from tritter.config.folders import composing_from, front, front_of
-from tritter.config.launch.command_line import CommandLine, read_command_line
-from tritter.config.launch.help import help_text
-from tritter.config.launch.words import UNFORESEEN, check_words, said
+from tritter.config.launch.command_line import (
+    FLAGS,
+    UNFORESEEN,
+    CommandLine,
+    check_words,
+    read_command_line,
+    said,
+)
 from tritter.errors import RequestError, TritterError
 from tritter.stopping import Stopped, stopping
 from tritter.terminal import close_pipe, say
@@ -27,7 +32,7 @@ if TYPE_CHECKING:
     from hydra._internal.hydra import Hydra
 
     from tritter.config.launch.composition import Composer
-    from tritter.config.launch.jobs import Job, Pipeline, Task
+    from tritter.config.launch.jobs import Pipeline, Task
     from tritter.config.launch.plan import Request
 
 
@@ -73,6 +78,8 @@ def _run(words: list[str], pipeline: "Pipeline") -> int:
     meant = front_of(command.config_folders, command.config_name, searchpath=command.searchpath)
     with composing_from(meant):
         if command.is_help:
+            from tritter.config.launch.help import help_text
+
             say(help_text(command.overrides))
             return 0
         # Hydra and the checks of targets take half a second to import, which --help does not need
@@ -110,17 +117,17 @@ def _act(
     if command.shows is not None:
         plan_of(request, composing.composed(request.overrides))
         return _show(command, request, composing.hydra)
-    request.task = Task(pipeline=pipeline)
+    request.task = task = Task(pipeline=pipeline)
     try:
         with requested(request):
             if not request.is_multirun:
                 try:
-                    return _run_one(request, request.task, composing.hydra)
+                    return _run_one(request, task, composing.hydra)
                 except SweepAsked:
                     request.is_multirun = composing.loader.is_sweep = True
             from tritter.config.launch.sweep import run_sweep
 
-            return run_sweep(request, request.task, composing.hydra, typed=words)
+            return run_sweep(request, task, composing.hydra, typed=words)
     except Refused as refused:
         if refused.error is None:
             return 0
@@ -128,12 +135,11 @@ def _act(
     except (TritterError, *UNFORESEEN):
         raise
     except Exception as error:
-        if request.plan is None:  # a setting that Hydra itself can't take
-            said_once = " ".join(str(error).split())
-            raise RequestError(
-                f"Hydra can't start: {said_once} ({type(error).__name__})."
-            ) from error
-        raise
+        if request.plan is not None:
+            raise
+        # A setting that Hydra itself can't take
+        told = " ".join(str(error).split())
+        raise RequestError(f"Hydra can't start: {told} ({type(error).__name__}).") from error
 
 
 def _show(command: CommandLine, request: "Request", hydra: "Hydra") -> int:
@@ -158,13 +164,15 @@ def _show(command: CommandLine, request: "Request", hydra: "Hydra") -> int:
 def _run_one(request: "Request", task: "Task", hydra: "Hydra") -> int:
     """Run a single run, tell how it ended and how it goes on, and return the exit code."""
     from tritter.config.launch.jobs import read_status
+    from tritter.config.overrides import resume_command
 
     request.composing.loader.is_sweep = False
     try:
         hydra.run(front().config_name, task, list(request.overrides))
     except Stopped as stop:
         if request.plan is not None:
-            stop.advice = (f"Go on with:\n  {_resume(request.plan.jobs[0])}",)
+            (job,) = request.plan.jobs
+            stop.advice = (f"Go on with:\n  {resume_command(job.folder, job.overrides)}",)
         raise
     except Exception:
         if request.plan is None:  # composition failed
@@ -177,12 +185,31 @@ def _run_one(request: "Request", task: "Task", hydra: "Hydra") -> int:
         say(f"error: {status.error}", is_error=True)
         # The same words on the same text are refused again
         once = "Once that is mended, go on with" if status.exit_code == 2 else "Go on with"
-        say(f"The run so far: {job.folder}\n{once}:\n  {_resume(job)}", is_error=True)
+        again = resume_command(job.folder, job.overrides)
+        say(f"The run so far: {job.folder}\n{once}:\n  {again}", is_error=True)
     return status.exit_code
 
 
-def _resume(job: "Job") -> str:
-    from tritter.config.launch.resume import recorded_words
-    from tritter.config.overrides import resume_command
+def completions(words: Sequence[str]) -> list[str]:
+    """Return what the last of some words may become; nothing behind what is wrong.
 
-    return resume_command(job.folder, recorded_words(job.overrides))
+    Args:
+        words: those behind the program; the last one is begun, and may be empty.
+    """
+    *before, word = words or [""]
+    if word.startswith("-"):
+        return sorted(flag for names in FLAGS for flag in names if flag.startswith(word))
+    from hydra.plugins.completion_plugin import DefaultCompletionPlugin
+
+    from tritter.config.launch.composition import composer
+
+    try:
+        command = read_command_line(before)
+        meant = front_of(command.config_folders, command.config_name, searchpath=command.searchpath)
+        with composing_from(meant), composer() as composing:
+            line = " ".join([*command.overrides, word])
+            plugin = DefaultCompletionPlugin(composing.loader)
+            found: list[str] = plugin._query(front().config_name, line)
+    except RequestError:
+        return []
+    return [one for one in found if one != word]

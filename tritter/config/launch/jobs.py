@@ -1,24 +1,31 @@
-"""One job as Hydra starts it: folder, pipeline, and what became of it in `status.json`."""
+"""Jobs as Hydra starts them: each with its folder and `status.json`, those of a sweep side by side.
+
+A launcher is a plugin of Hydra's. Of joblib, submitit and ray it is known how many jobs they run at
+once; all else of their settings is Hydra's business.
+"""
 
 import math
 import os
+import signal
 import sys
+import threading
+import time
 import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import ClassVar, Protocol
+from types import FrameType
+from typing import Any, ClassVar, Protocol
 
 from hydra.conf import HydraConf
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from tritter.config.folders import Front, composing_from, front
 from tritter.config.launch.composition import composer, plain_config
-from tritter.config.launch.launchers import STOPPING_FILE
-from tritter.config.launch.resume import recorded_words
+from tritter.config.overrides import recorded_words
 from tritter.config.run_folder import (
     OUTPUT_FILE,
     RunState,
@@ -30,12 +37,14 @@ from tritter.config.validation import validate
 from tritter.errors import RequestError, TritterError
 from tritter.stopping import Stopped, stopping
 from tritter.storage.atomic import write_text_atomic
-from tritter.storage.lock import alone_in
+from tritter.storage.lock import LOCK_NAME, alone_in, process_in
 from tritter.storage.reading import SUMMARY_FILE
 from tritter.storage.records import read_record, record, record_text
+from tritter.targets import TARGET
 from tritter.terminal import say
 
 STATUS_FILE = "status.json"
+STOPPING_FILE = ".stopping"  # in a sweep's folder: no further job begins
 
 ENDS = ("kept", "rolled_back", "undecided", "ungated")
 
@@ -199,8 +208,11 @@ def run_job(cfg: DictConfig, pipeline: Pipeline, *, jobs: Sequence[Job]) -> floa
         is_of_sweep = is_sweep or (folder.parent / "multirun.yaml").is_file()  # a job resumed alone
         sweep = Path(hydra.sweep.dir) if is_sweep else folder.parent
         group = sweep.name if is_of_sweep else hydra.runtime.choices.get("experiment")
-        config = _grouped(config, group=group)
-        if (ended := _ended_before(folder, config)) is not None:
+        if (wandb := config.logger.wandb) is not None and wandb.group is None:
+            loggers = replace(config.logger, wandb=replace(wandb, group=group))
+            config = replace(config, logger=loggers)
+        is_finished = check_run_folder(folder, config) is RunState.FINISHED
+        if is_finished and (ended := read_status(folder)).status in ENDS:
             if is_sweep:
                 say(f"job {hydra.job.num} was over before: {ended.status}")
             return math.nan if ended.metric is None else float(ended.metric)
@@ -238,22 +250,6 @@ def run_job(cfg: DictConfig, pipeline: Pipeline, *, jobs: Sequence[Job]) -> floa
     )
     write_run_file(folder, config, status="finished", leaves=outcome.leaves)
     return outcome.metric
-
-
-def _ended_before(folder: Path, config: RunConfig) -> RunStatus | None:
-    """Return the status of a job that came to an end before; None of one that is to be run."""
-    if check_run_folder(folder, config) is not RunState.FINISHED:
-        return None
-    status = read_status(folder)
-    return status if status.status in ENDS else None
-
-
-def _grouped(config: RunConfig, *, group: str | None) -> RunConfig:
-    """Return a job's config with a group for W&B, unless one is typed."""
-    wandb = config.logger.wandb
-    if wandb is None or wandb.group is not None:
-        return config
-    return replace(config, logger=replace(config.logger, wandb=replace(wandb, group=group)))
 
 
 def _judged(cfg: DictConfig, words: Sequence[str]) -> RunConfig:
@@ -300,3 +296,164 @@ def _write_status(
         error=error,
     )
     write_text_atomic(folder / STATUS_FILE, record_text(content))
+
+
+_OF_CLASS = {
+    "BasicLauncher": "basic",
+    "JoblibLauncher": "joblib",
+    "LocalLauncher": "submitit_local",
+    "SlurmLauncher": "submitit_slurm",
+    "RayLauncher": "ray",
+}
+_SECONDS_BETWEEN_LOOKS = 0.2
+_THREADS = "OMP_NUM_THREADS"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Launching:
+    """How a launcher runs jobs.
+
+    Args:
+        launcher: its name; that of its class where it is none of those that are known.
+        at_once: jobs side by side on this machine, as far as that is known.
+        threads: of each job, where jobs share this machine.
+    """
+
+    launcher: str = "basic"
+    at_once: int = 1
+    threads: int | None = None
+
+    @property
+    def is_in_processes(self) -> bool:
+        """Whether jobs run in other processes than the one that was started."""
+        return self.launcher != "basic"
+
+
+ONE_BY_ONE = Launching()
+
+
+def launching(hydra: DictConfig, *, num_jobs: int) -> Launching:
+    """Return how a sweep's launcher runs its jobs.
+
+    Args:
+        hydra: Hydra's own settings of a job.
+        num_jobs: that the sweeper gives it together.
+    """
+    plain = OmegaConf.to_container(hydra.launcher)
+    settings: Mapping[Any, Any] = plain if isinstance(plain, dict) else {}
+    kind, cores = str(settings.get(TARGET)).rpartition(".")[2], num_cores()
+    name = _OF_CLASS.get(kind, kind)
+    if name == "joblib":
+        asked = settings.get("n_jobs") or 1
+        at_once = asked if asked > 0 else max(1, cores + 1 + asked)
+    elif name == "submitit_local":
+        at_once = num_jobs  # it starts all at once
+    elif name == "ray":
+        ray = settings.get("ray") or {}
+        of_all = (ray.get("init") or {}).get("num_cpus") or cores
+        of_each = (ray.get("remote") or {}).get("num_cpus") or 1
+        at_once = max(1, int(of_all / of_each))
+    else:
+        return Launching(launcher=name)
+    at_once = max(1, min(at_once, num_jobs))
+    return Launching(launcher=name, at_once=at_once, threads=max(1, cores // at_once))
+
+
+def num_cores() -> int:
+    """Return the cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+@contextmanager
+def side_by_side(folder: Path, how: Launching) -> Iterator[None]:
+    """Set what the processes of a launcher start from, and let a signal end their jobs first.
+
+    Args:
+        folder: of the sweep.
+
+    Raises:
+        Stopped: a signal came, and no job of this machine runs any more; or a second one came.
+    """
+    (folder / STOPPING_FILE).unlink(missing_ok=True)
+    with ExitStack() as inside:
+        if how.is_in_processes:
+            inside.enter_context(_environment(how))
+            inside.enter_context(_jobs_stop_first(folder))
+        yield
+
+
+@contextmanager
+def _environment(how: Launching) -> Iterator[None]:
+    own = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    if how.threads is not None and _THREADS not in os.environ:
+        own[_THREADS] = str(how.threads)
+    before = {name: os.environ.get(name) for name in own}
+    os.environ.update(own)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+@contextmanager
+def _jobs_stop_first(folder: Path) -> Iterator[None]:
+    is_asked = False
+
+    def running() -> set[int]:
+        places = {path.parent for path in folder.rglob(LOCK_NAME)} - {folder}
+        return {process for place in places if (process := process_in(place)) is not None}
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        nonlocal is_asked
+        if is_asked:
+            _end(running())
+            raise Stopped(number)
+        is_asked, ended = True, set[int]()
+        (folder / STOPPING_FILE).touch()
+        say("Stopping: the jobs that run save their states; once more ends them.", is_error=True)
+        while found := running():
+            _end(found - ended)
+            ended |= found
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
+        raise Stopped(number)
+
+    numbers = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) != signal.SIG_IGN]
+    is_main = threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, stop) for number in numbers if is_main}
+    try:
+        with _children_deaf_to_the_terminal():
+            yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        (folder / STOPPING_FILE).unlink(missing_ok=True)
+
+
+def _end(processes: set[int]) -> None:
+    for process in processes - {os.getpid()}:
+        with suppress(ProcessLookupError, PermissionError):
+            os.kill(process, signal.SIGTERM)
+
+
+@contextmanager
+def _children_deaf_to_the_terminal() -> Iterator[None]:
+    """Keep Ctrl-C, which a terminal sends to all processes, from those that are started inside.
+
+    They inherit what the thread that starts them has blocked; another thread takes it for us.
+    """
+    is_over = threading.Event()
+
+    def take() -> None:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        is_over.wait()
+
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    threading.Thread(target=take, daemon=True).start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -13,39 +13,44 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from tritter.checkpoint.run_text import side_problems
+from tritter.config.folders import Front, composing_from, front
 from tritter.config.ladder import of_rung
 from tritter.config.launch.command_line import CommandLine
-from tritter.config.launch.composition import Composer, composer
-from tritter.config.launch.jobs import Job, Task
-from tritter.config.launch.launchers import ONE_BY_ONE, Launching, launching, side_by_side
-from tritter.config.launch.resume import Resumption, resumption
-from tritter.config.memory import memory_problems, side_by_side_problems
+from tritter.config.launch.composition import Composer
+from tritter.config.launch.jobs import ONE_BY_ONE, Job, Launching, Task, launching, side_by_side
 from tritter.config.overrides import (
+    as_value,
     check_command_line,
+    command,
     first_value,
     normalise,
+    not_replayed,
+    override_key,
     parse,
     quoted,
     refuse_sweeps,
     split_sweep,
 )
-from tritter.config.rules import compiler_problems
 from tritter.config.run_folder import (
     OUTPUT_FILE,
     RunState,
     check_overrides,
     check_run_folder,
+    find_run,
+    read_run,
     require_writable,
 )
 from tritter.config.schema import RunConfig
-from tritter.config.text_resolution import side_problems
 from tritter.config.validation import known_config
 from tritter.data.options import text_requests
 from tritter.data.sources import check_contents
-from tritter.errors import Problem, RequestError, TritterError, raise_problems
+from tritter.errors import Problem, RequestError, TritterError, brief, raise_problems
+from tritter.planning.run_memory import memory_problems, side_by_side_problems
 from tritter.storage.lock import LOCK_NAME, alone_in, check_free
 from tritter.storage.reading import RUN_FILE, SUMMARY_FILE
 from tritter.terminal import say
+from tritter.training.options import compiler_problems
 
 _BASIC_SWEEPER = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
 
@@ -81,7 +86,7 @@ class Request:
 
     Args:
         overrides: of the command line, and what a resumed run recorded.
-        resumed: the run that is resumed, if any.
+        resumed: the folder of the run that is resumed, if any.
         is_multirun: -m was typed.
         is_shown: nothing is run.
         task: what Hydra calls with each job.
@@ -93,7 +98,7 @@ class Request:
 
     composing: Composer
     overrides: tuple[str, ...]
-    resumed: Resumption | None
+    resumed: Path | None
     is_multirun: bool
     is_shown: bool
     task: Task | None = None
@@ -123,12 +128,34 @@ class Judge(Callback):
     """
 
     def on_run_start(self, config: DictConfig, **_kwargs: Any) -> None:
-        """Judge one run; what it finds in the run's folder says whether it is to be run."""
-        _judge(config)
+        """Judge a run, or all jobs of a sweep; of a sweeper that decides as it goes, an example."""
+        request, hydra = _REQUEST.get(), config.hydra
+        try:
+            request.plan = plan = plan_of(request, config)
+            for note in plan.notes:
+                say(note)
+            if plan.sweep_folder is None:
+                (job,), key, folder = plan.jobs, "hydra.run.dir", plan.jobs[0].folder
+                if job.state is RunState.FINISHED:
+                    summary = folder / SUMMARY_FILE
+                    say(f"This run is finished; nothing to do. Its summary: {summary}")
+                    raise Refused
+                hydra.run.dir = str(folder)
+            else:
+                key, folder = "hydra.sweep.dir", plan.sweep_folder
+                hydra.sweep.dir = str(folder)
+                # By Hydra's time resolver a job in another process would have another one
+                hydra.overrides.hydra.append(f"hydra.sweep.dir={quoted(str(folder))}")
+            require_writable(folder, key=key)
+            request.until_over.enter_context(alone_in(folder, key=key))
+            if plan.sweep_folder is not None:
+                request.until_over.enter_context(side_by_side(folder, plan.launching))
+            if request.task is not None:
+                request.task.jobs, request.task.keeps_failed = plan.jobs, plan.is_adaptive
+        except Exception as error:
+            raise Refused(error) from error
 
-    def on_multirun_start(self, config: DictConfig, **_kwargs: Any) -> None:
-        """Judge all jobs of a sweep; of a sweeper that decides as it goes, an example."""
-        _judge(config)
+    on_multirun_start = on_run_start
 
 
 @contextmanager
@@ -142,47 +169,7 @@ def requested(request: Request) -> Iterator[Request]:
         _REQUEST.reset(token)
 
 
-def _judge(composed: DictConfig) -> None:
-    request, hydra = _REQUEST.get(), composed.hydra
-    try:
-        request.plan = plan = plan_of(request, composed)
-        for note in plan.notes:
-            say(note)
-        if plan.sweep_folder is None:
-            (job,), key, folder = plan.jobs, "hydra.run.dir", plan.jobs[0].folder
-            if job.state is RunState.FINISHED:
-                summary = folder / SUMMARY_FILE
-                say(f"This run is finished; nothing to do. Its summary: {summary}")
-                raise Refused
-            hydra.run.dir = str(folder)
-        else:
-            key, folder = "hydra.sweep.dir", plan.sweep_folder
-            hydra.sweep.dir = str(folder)
-            # By Hydra's time resolver a job in another process would have another one
-            hydra.overrides.hydra.append(f"hydra.sweep.dir={quoted(str(folder))}")
-        require_writable(folder, key=key)
-        request.until_over.enter_context(alone_in(folder, key=key))
-        if plan.sweep_folder is not None:
-            request.until_over.enter_context(side_by_side(folder, plan.launching))
-        if request.task is not None:
-            request.task.jobs, request.task.keeps_failed = plan.jobs, plan.is_adaptive
-    except Exception as error:
-        raise Refused(error) from error
-
-
-def make_plan(command: CommandLine) -> Plan:
-    """Compose, validate and place every job; writes nothing.
-
-    Raises:
-        RequestError: whatever is wrong, with the command or with any of its jobs.
-    """
-    with composer() as composing:
-        request = read_request(command, composing)
-        mode = RunMode.MULTIRUN if command.is_multirun else RunMode.RUN
-        return plan_of(request, composing.composed(request.overrides, mode=mode))
-
-
-def read_request(command: CommandLine, composing: Composer) -> Request:
+def read_request(typed: CommandLine, composing: Composer) -> Request:
     """Return what a command line asks for, before anything is composed.
 
     What a resumed run replays is printed first, before any data or weights are opened.
@@ -190,18 +177,63 @@ def read_request(command: CommandLine, composing: Composer) -> Request:
     Raises:
         RequestError: a word is no override, or there is no such run.
     """
-    overrides = [normalise(word, composing.options) for word in command.overrides]
-    resumed = None if command.is_multirun else resumption(composing, overrides)
-    if resumed is not None:
-        overrides = list(resumed.overrides)
-        for note in resumed.notes:
-            say(note, is_error=command.shows is not None)
+    is_shown, folder = typed.shows is not None, None
+    overrides = [normalise(word, composing.options) for word in typed.overrides]
+    if not typed.is_multirun:
+        overrides, folder = _with_resumed(composing, overrides, is_shown=is_shown)
     parsed = parse(overrides, loader=composing.loader)
     check_command_line(parsed, composing.options)
-    if not command.is_multirun:
+    if not typed.is_multirun:
         refuse_sweeps(parsed)
-    is_shown = command.shows is not None
-    return Request(composing, tuple(overrides), resumed, command.is_multirun, is_shown)
+    return Request(composing, tuple(overrides), folder, typed.is_multirun, is_shown)
+
+
+def _with_resumed(
+    composing: Composer, overrides: list[str], *, is_shown: bool
+) -> tuple[list[str], Path | None]:
+    """Return overrides with those of the run that `resume` among them means, and its folder.
+
+    The folder may come from anywhere. Of what it records only options that are part of Tritter and
+    plain values of listed keys are replayed (`schema.REPLAYED_KEYS`). Everything else, the folders
+    of its options included, has to be typed by somebody who trusts it.
+
+    Raises:
+        RequestError: there is no such run, or it recorded what is not replayed.
+    """
+    typed = parse(overrides, loader=composing.loader)
+    asked = [o for o in typed if o.key_or_group == "resume" and not o.is_delete()]
+    value = asked[-1].value() if asked and not asked[-1].is_sweep_override() else None
+    if value is None:
+        return overrides, None
+    if any(o.key_or_group == "hydra.run.dir" for o in typed):
+        raise RequestError(
+            f"resume = {value}: it chooses the folder, and so does hydra.run.dir; give one of them."
+        )
+    folder, notes = find_run(str(value))
+    run = read_run(folder)
+
+    def is_overridden(word: str) -> bool:  # by its key typed again, or by another group
+        key = override_key(word)
+        return any(
+            key == other.key_or_group
+            or (key.startswith(f"{other.key_or_group}.") and other.input_line not in run.overrides)
+            for other in typed
+        )
+
+    kept = [word for word in run.overrides if not is_overridden(word)]
+    words = [*kept, *(o.input_line or "" for o in typed if o.key_or_group != "resume")]
+    meant = front() if front() != Front() else run.front
+    if refused := [*(meant.flags if front() == Front() else ()), *not_replayed(kept)]:
+        with composing_from(meant):
+            whole = command([*words, f"resume={as_value(str(folder))}"])
+        raise RequestError(
+            f"resume = {value}: the run was started with {', '.join(map(brief, refused))}. A run "
+            "folder may come from anywhere, so only shipped options and plain settings are "
+            f"replayed. If you trust the rest, type the whole command:\n  {whole}"
+        )
+    for note in (*notes, f"resume     {folder}{': ' if kept else ''}{' '.join(kept)}"):
+        say(note, is_error=is_shown)
+    return [*words, asked[-1].input_line or ""], folder
 
 
 def plan_of(request: Request, composed: DictConfig) -> Plan:
@@ -272,7 +304,7 @@ def _plan_run(request: Request, composed: DictConfig) -> Plan:
         )
     if not hydra.run.dir:
         raise_problems([Problem("hydra.run.dir", "", reason="name a folder, or leave it out")])
-    folder = resumed.folder if resumed else Path(hydra.run.dir).absolute()
+    folder = resumed or Path(hydra.run.dir).absolute()
     return Plan((Job(request.overrides, config, folder, check_run_folder(folder, config)),))
 
 
@@ -291,37 +323,14 @@ def _plan_sweep(request: Request, composed: DictConfig) -> Plan:
         # It decides by each job what the next ones are, and each is judged when it starts
         example = _plan_jobs(composing, [[*map(first_value, task)]], shared, is_example=True)
         how = launching(hydra, num_jobs=int(hydra.sweeper.get("n_jobs") or 1))
-        return Plan((), folder, how, example, (*_notes(how), *_pinned_seed(hydra)))
+        notes = _notes(how)
+        sampler = hydra.sweeper.get("sampler") if hydra.sweeper.get("storage") is None else None
+        if sampler is not None and "seed" in sampler and sampler.seed is None:
+            # A sweep that is begun again thinks of the same jobs; a stored study goes on elsewhere
+            sampler.seed = 0
+            notes += ("sweep      hydra.sweeper.sampler.seed=0, so that it can go on",)
+        return Plan((), folder, how, example, notes)
     split = split_sweep(task)
-    _refuse_equal_jobs(split)
-    jobs = _plan_jobs(composing, split, shared)
-    if len({job.folder for job in jobs}) < len(jobs):
-        raise RequestError(
-            f"hydra.sweep.subdir = {jobs[0].folder.name}: several jobs would share one folder; "
-            "allowed is what differs from job to job, as ${hydra.job.num}."
-        )
-    how = launching(hydra, num_jobs=len(jobs))
-    return Plan(jobs, folder, how, notes=_notes(how))
-
-
-def _pinned_seed(hydra: DictConfig) -> tuple[str, ...]:
-    """Set a sampler's seed, so that a sweep that is begun again thinks of the same jobs.
-
-    A study that is stored goes on elsewhere, with others.
-    """
-    sampler = hydra.sweeper.get("sampler") if hydra.sweeper.get("storage") is None else None
-    if sampler is None or "seed" not in sampler or sampler.seed is not None:
-        return ()
-    sampler.seed = 0
-    return ("sweep      hydra.sweeper.sampler.seed=0, so that it can go on",)
-
-
-def _refuse_equal_jobs(split: Sequence[Sequence[str]]) -> None:
-    """Refuse a sweep in which jobs have the same overrides, as of `seed=0,0`.
-
-    Raises:
-        RequestError: names the jobs.
-    """
     numbers: dict[tuple[str, ...], list[int]] = {}
     for number, words in enumerate(split):
         numbers.setdefault(tuple(words), []).append(number)
@@ -332,6 +341,14 @@ def _refuse_equal_jobs(split: Sequence[Sequence[str]]) -> None:
             if len(equal) > 1 and (listed := f"{', '.join(map(str, equal[:-1]))} and {equal[-1]}")
         ]
     )
+    jobs = _plan_jobs(composing, split, shared)
+    if len({job.folder for job in jobs}) < len(jobs):
+        raise RequestError(
+            f"hydra.sweep.subdir = {jobs[0].folder.name}: several jobs would share one folder; "
+            "allowed is what differs from job to job, as ${hydra.job.num}."
+        )
+    how = launching(hydra, num_jobs=len(jobs))
+    return Plan(jobs, folder, how, notes=_notes(how))
 
 
 def _notes(how: Launching) -> tuple[str, ...]:

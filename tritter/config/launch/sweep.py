@@ -89,7 +89,8 @@ def _goes_on(request: Request, typed: Sequence[str]) -> str:
 def sweep_rows(jobs: Sequence[Job], folder: Path) -> tuple[SweepRow, ...]:
     """Read the status of every job: of the planned ones, else of those found below `folder`."""
     folders = [job.folder for job in jobs] or sorted(
-        (path.parent for path in folder.rglob(STATUS_FILE)), key=_by_number
+        (path.parent for path in folder.rglob(STATUS_FILE)),
+        key=lambda path: (int(path.name) if path.name.isdigit() else -1, str(path)),
     )
     planned = {job.folder: job.overrides for job in jobs}
     rows = []
@@ -172,7 +173,3 @@ def _experts(summary: Path) -> tuple[int, float] | None:
         return None
     is_known = type(number) is int and isinstance(share, int | float)
     return (number, float(share)) if is_known else None
-
-
-def _by_number(path: Path) -> tuple[int, str]:
-    return (int(path.name) if path.name.isdigit() else -1, str(path))

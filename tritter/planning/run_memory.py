@@ -12,15 +12,13 @@ from itertools import accumulate
 from typing import Literal
 
 from tritter.checkpoint.place import checkpoint_config
-from tritter.config.components import kept_per_parameter
-from tritter.config.ladder import planned_rounds
-from tritter.config.schema import ModelConfig, RunConfig
 from tritter.errors import Problem, RequestError
 from tritter.expansion import target_config
 from tritter.families import Config, family_of
 from tritter.families.presets import PRESETS
-from tritter.planning import TrainingSetup, training_memory
-from tritter.planning.memory import machine_memory
+from tritter.options import RunRequest
+from tritter.planning.memory import TrainingSetup, machine_memory, training_memory
+from tritter.planning.strategy import planned_rounds
 from tritter.targets import Component
 
 _FLOAT32 = 4
@@ -69,7 +67,7 @@ class Place:
     needed: int
 
 
-def memory_problems(config: RunConfig, source: Config) -> list[Problem]:
+def memory_problems(config: RunRequest, source: Config) -> list[Problem]:
     """Return why a run can't fit, or nothing when it can or is not to be asked.
 
     Args:
@@ -94,14 +92,14 @@ def memory_problems(config: RunConfig, source: Config) -> list[Problem]:
     return [Problem("trainer.check_memory", True, reason, "; ".join(advice))]
 
 
-def memory_notes(config: RunConfig, source: Config) -> tuple[str, ...]:
+def memory_notes(config: RunRequest, source: Config) -> tuple[str, ...]:
     """Say where a run may not fit once activations, which are estimated, are added."""
     worst = _worst(config, source, with_activations=True)
     if worst is None:
         return ()
     held, place = worst
     less = "a smaller data.batch_size or data.sequence_length takes less"
-    again = replace(config, trainer=replace(config.trainer, activation_checkpointing=True))
+    again = config.with_sections(trainer=replace(config.trainer, activation_checkpointing=True))
     if again != config and _worst(again, source, with_activations=True) is None:
         less += ", and with trainer.activation_checkpointing=true it fits"
     return (
@@ -111,7 +109,7 @@ def memory_notes(config: RunConfig, source: Config) -> tuple[str, ...]:
 
 
 def side_by_side_problems(
-    jobs: Sequence[tuple[RunConfig, Config]], *, launcher: str, at_once: int
+    jobs: Sequence[tuple[RunRequest, Config]], *, launcher: str, at_once: int
 ) -> list[Problem]:
     """Return why the largest jobs of a sweep can't be held at the same time, or nothing.
 
@@ -145,9 +143,9 @@ def side_by_side_problems(
     return []
 
 
-def trainings(config: RunConfig, source: Config) -> Iterator[HeldMemory]:
+def trainings(config: RunRequest, source: Config) -> Iterator[HeldMemory]:
     """Yield what each training of a run holds: of the base, of what grew, of the control."""
-    if isinstance(config.model, ModelConfig):
+    if config.model.model_type != "hf":
         yield _held(config, source, model="the base")
     name = "the grown model"
     if config.pipeline.target_params is not None:
@@ -163,11 +161,11 @@ def trainings(config: RunConfig, source: Config) -> Iterator[HeldMemory]:
     else:
         yield _held(config, source, model="the model", before=source)
     if config.control:
-        of_control = replace(config, growth=None, experts=None)
+        of_control = config.with_sections(growth=None, experts=None)
         yield _held(of_control, source, model="the control", before=source)
 
 
-def _trained(config: RunConfig, source: Config) -> int | None:
+def _trained(config: RunRequest, source: Config) -> int | None:
     """Return how many parameters are trained where new blocks alone are; else None: all."""
     specs = config.expansion
     if not any(spec.new_blocks_only for spec in specs):
@@ -183,7 +181,7 @@ def _trained(config: RunConfig, source: Config) -> int | None:
 
 
 def _held(
-    config: RunConfig,
+    config: RunRequest,
     model_config: Config,
     *,
     model: str,
@@ -199,13 +197,11 @@ def _held(
         sequence_length=config.data.sequence_length,
         is_checkpointed=trainer.activation_checkpointing,
     )
-    memory = training_memory(model_config, setup)
+    kept = config.optimizer.kept_per_parameter() if setup.optimizer == "adamw" else 2
+    memory = training_memory(model_config, setup, kept_per_parameter=kept)
     count = _parameters(model_config)
     of_one = memory.parameters_bytes // count
-    moments = memory.optimizer_bytes
-    if setup.optimizer == "adamw" and (kept := kept_per_parameter(config.optimizer)) != 2:
-        moments = round(kept * memory.parameters_bytes)  # others keep fewer than Adam, or more
-    states = memory.parameters_bytes + memory.gradients_bytes + moments
+    states, moments = memory.states_bytes, memory.optimizer_bytes
     teacher = 0
     if before is None:  # of a base what is recorded for the run's methods
         kinds = {kind for one in config.forgetting for kind in one.kind.needs(one.options).state}
@@ -229,7 +225,7 @@ def _held(
     )
 
 
-def _num_frozen(config: RunConfig, trained: Config, before: Config) -> int:
+def _num_frozen(config: RunRequest, trained: Config, before: Config) -> int:
     """Return how many parameters of a training may stay out of the optimizer to its end."""
     growth = config.growth
     if growth is not None and (frozen := growth.kind.num_frozen(growth.options, trained)):
@@ -238,7 +234,7 @@ def _num_frozen(config: RunConfig, trained: Config, before: Config) -> int:
     return max(each, default=0)
 
 
-def _teacher_parameters(config: RunConfig, before: Config) -> int:
+def _teacher_parameters(config: RunRequest, before: Config) -> int:
     """Return how many parameters a teacher has; of a hub id, which is not at hand, none."""
     needs = [one.kind.needs(one.options) for one in config.forgetting]
     places = {each.teacher_place for each in needs if each.teacher}
@@ -256,7 +252,7 @@ def _parameters(config: Config) -> int:
 
 
 def _worst(
-    config: RunConfig, source: Config, *, with_activations: bool = False
+    config: RunRequest, source: Config, *, with_activations: bool = False
 ) -> tuple[HeldMemory, Place] | None:
     """Return the training that is furthest above a limit, and where; None when all fit."""
     over = [
@@ -268,7 +264,7 @@ def _worst(
     return max(over, key=lambda each: each[1].needed, default=None)
 
 
-def _places(config: RunConfig, held: HeldMemory, activations: int) -> Iterator[Place]:
+def _places(config: RunRequest, held: HeldMemory, activations: int) -> Iterator[Place]:
     """Yield where a training is held, as far as it is known how much there is."""
     import torch
 
@@ -283,7 +279,7 @@ def _places(config: RunConfig, held: HeldMemory, activations: int) -> Iterator[P
         yield Place("this machine", machine, of_machine + held.start)
 
 
-def _what_fits(config: RunConfig, source: Config) -> Iterator[str]:
+def _what_fits(config: RunRequest, source: Config) -> Iterator[str]:
     """Yield changes of the run, each of which alone lets it fit."""
     trainer = config.trainer
     others = tuple(
@@ -295,13 +291,13 @@ def _what_fits(config: RunConfig, source: Config) -> Iterator[str]:
     one = replace(trainer, strategy="auto", devices=1)
     fewer = replace(trainer, precision=_FEWER_BYTES)
     for words, changed in (
-        ("trainer.strategy=auto trainer.devices=1", replace(config, trainer=one)),
-        (f"'forgetting=[{names}]'", replace(config, forgetting=others)),
-        (f"trainer.precision={_FEWER_BYTES}", replace(config, trainer=fewer)),
+        ("trainer.strategy=auto trainer.devices=1", config.with_sections(trainer=one)),
+        (f"'forgetting=[{names}]'", config.with_sections(forgetting=others)),
+        (f"trainer.precision={_FEWER_BYTES}", config.with_sections(trainer=fewer)),
     ):
         if changed != config and _worst(changed, source) is None:
             yield f"with {words} it fits"
-    if not isinstance(config.model, ModelConfig):
+    if config.model.model_type == "hf":
         return
     for preset in sorted(PRESETS.values(), key=lambda each: -each.nominal_parameters):
         smaller = preset.config(vocab_size=config.data.vocab_size)

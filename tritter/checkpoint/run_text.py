@@ -5,18 +5,13 @@ A checkpoint of ours says what it learned: all of that is old from then on, and 
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from tritter.checkpoint import Lineage, read_lineage
-from tritter.checkpoint.record import LearnedDomain
+from tritter.checkpoint.folder import read_lineage
+from tritter.checkpoint.record import LearnedDomain, Lineage
 from tritter.checkpoint.state import KeptSequences
-from tritter.config.schema import (
-    CheckpointModelConfig,
-    DomainText,
-    Model,
-    RunText,
-)
 from tritter.data.built_in import built_in_origin, built_in_path, is_built_in
 from tritter.data.documents import documents_digest
 from tritter.data.local_files import SpentError, TextFileError
@@ -37,24 +32,73 @@ DEFAULT_FRACTION = 0.2  # of a split that begins; a lineage's own goes on
 Texts = Callable[[], Iterable[str]] | None
 
 
-def run_text(model: Model, data: DataConfig, *, seed: int) -> RunText:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DomainText:
+    """One domain of a run: where its text lies, and how it is read.
+
+    Args:
+        key: what named it, for messages.
+        texts: yields its texts, where no path says where they lie.
+        is_streamed: data sets of the hub are read as they come, not fetched first.
+    """
+
+    name: str
+    key: str
+    is_old: bool
+    paths: tuple[str, ...]
+    text_field: str
+    texts: Callable[[], Iterable[str]] | None = None
+    is_streamed: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunText:
+    """All text of a run.
+
+    Args:
+        split: of the lineage, or the one that begins here.
+        domains: old ones first.
+        tasks: what is learned one after the other, each as the names of its domains.
+        learned: name → what the checkpoint learned before.
+        kept: sequences beside the checkpoint, of what it learned and the run has no text of.
+        notes: what is worth telling, a sentence each.
+    """
+
+    split: SplitRule
+    domains: tuple[DomainText, ...]
+    tasks: tuple[tuple[str, ...], ...]
+    learned: Mapping[str, LearnedDomain]
+    kept: KeptSequences = field(compare=False)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def old(self) -> tuple[str, ...]:
+        return tuple(domain.name for domain in self.domains if domain.is_old)
+
+    @property
+    def new(self) -> tuple[str, ...]:
+        return tuple(domain.name for domain in self.domains if not domain.is_old)
+
+
+def run_text(given: str | None, data: DataConfig, *, seed: int) -> RunText:
     """Return what a run's text is, given the checkpoint that it starts from.
 
     Args:
+        given: folder or hub id of the checkpoint; None: there is none.
         seed: of the run; the split's own where a split begins.
 
     Raises:
         RequestError: the lineage can't be read, its split would be left, or text that it learned
             is not at hand and `data.old` names none.
     """
-    lineage = _lineage(model)
+    lineage, kept = _learned(given)
     learned = {} if lineage is None else lineage.domains
     notes: list[str] = []
     split = _split(lineage, data, seed=seed, notes=notes)
     domains, tasks = _Domains(learned, data, notes).resolved()
     names = {each.name for each in domains}
     rest = [name for name in learned if name not in names]
-    kept = _kept(model).without(names)
+    kept = kept.without(names)
     if stood_for := [name for name in rest if name in kept.sequences]:
         notes.append(
             f"Sequences of {', '.join(stood_for)} lie beside the checkpoint; methods against "
@@ -96,21 +140,13 @@ def side_problems(text: RunText) -> Iterator[Problem]:
             yield Problem(domain.key, paths, reason=reason)
 
 
-def _lineage(model: Model) -> Lineage | None:
-    if not isinstance(model, CheckpointModelConfig) or not Path(model.path).is_dir():
-        return None
+def _learned(given: str | None) -> tuple[Lineage | None, KeptSequences]:
+    """Return what a checkpoint says of what it learned, and the sequences beside it."""
+    if given is None:
+        return None, KeptSequences()
+    folder = Path(given)
     try:
-        return read_lineage(Path(model.path))
-    except TritterError as error:
-        raise RequestError(f"{key_name('model.path')}: {error}") from error
-
-
-def _kept(model: Model) -> KeptSequences:
-    """Return what lies beside the checkpoint."""
-    if not isinstance(model, CheckpointModelConfig):
-        return KeptSequences()
-    try:
-        return KeptSequences.read(Path(model.path))
+        return read_lineage(folder) if folder.is_dir() else None, KeptSequences.read(folder)
     except TritterError as error:
         raise RequestError(f"{key_name('model.path')}: {error}") from error
 
