@@ -26,7 +26,7 @@ _EXPORTS = {
     "GrowableQwen": "tritter.growth.growable",
     "Interpolate": "tritter.expansion",
     "LlamaPro": "tritter.expansion",
-    "MoEExpansionConfig": "tritter.moe_routing.progressive",
+    "MoEExpansionConfig": "tritter.moe_routing.stages",
     "MemoryReplayBuffer": "tritter.data.replay",
     "ModelExpander": "tritter.expand.live",
     "NoveltyDetector": "tritter.novelty",
