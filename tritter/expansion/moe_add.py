@@ -127,8 +127,6 @@ class MoeAdd:
     def parameter_map(
         self, family: Family, source: Config, target: Config, *, seed: int
     ) -> ParameterMap:
-        import torch
-
         if self.is_chosen_by_data:
             raise refused(
                 "expansion.moe_add.init",
@@ -136,6 +134,8 @@ class MoeAdd:
                 "domain data chooses the expert, so it works in a run of train.py, and with "
                 f"--domain-data; or use clone with {key_name('expansion.moe_add.clone_from')}",
             )
+        import torch
+
         layers, chosen = sparse_layers(family, source), self.clone_from or (0,)
         experts = chosen if len(chosen) > 1 else chosen * len(layers)
         cloned: dict[int | None, int] = dict(zip(layers, experts, strict=True))
