@@ -29,16 +29,16 @@ from tritter.checkpoint.folder import (
 )
 from tritter.checkpoint.place import check_output, check_replaceable
 from tritter.checkpoint.state import KEPT_FILE, STATE_FOLDER, State, write_state
-from tritter.errors import RequestError, TritterError
+from tritter.errors import Problem, RequestError, TritterError
 from tritter.expand.change import PlannedExpansion
 from tritter.expansion import (
     ExpansionSpec,
+    MoeAdd,
     ResolvedExpansion,
     build_steps,
     checked_specs,
     composed,
 )
-from tritter.expansion.moe_add import closed_experts
 from tritter.families import (
     LayoutKind,
     StoredTensor,
@@ -422,7 +422,7 @@ def _stream(
 def added_experts(
     held: AddedExperts | None, steps: Sequence[ResolvedExpansion]
 ) -> AddedExperts | None:
-    """Return the experts of the result that are not open yet, if any.
+    """Return the experts of the result that are not open yet, or not wholly, if any.
 
     Args:
         held: those of the source.
@@ -430,11 +430,26 @@ def added_experts(
     Raises:
         RequestError: experts are added while the last ones are not open yet.
     """
-    if held is None or held.is_settled:
-        appended = closed_experts(steps)
-        return AddedExperts(experts=appended) if appended else None
-    closed_experts(steps, held=held.experts)
-    return held
+    is_open = held is None or held.is_settled
+    closed = () if held is None or is_open else held.experts
+    for step in steps:
+        if not isinstance(step.spec, MoeAdd):
+            continue
+        if closed:
+            reason = (
+                f"the router offset of experts {closed[0]} to {closed[-1]}, which were appended "
+                "before, is not 0 yet; train the model until it is, then add more"
+            )
+            raise RequestError(Problem("expansion.moe_add", reason=reason))
+        if step.spec.is_append:
+            old, new = (
+                family_of(config).dimensions(config).num_experts
+                for config in (step.source_config, step.target_config)
+            )
+            closed = tuple(range(old, new))
+    if not is_open:
+        return held
+    return AddedExperts(experts=closed) if closed else None
 
 
 def _child_lineage(source: Source, plan: PlannedExpansion, destination: Path) -> Lineage:

@@ -226,19 +226,13 @@ def head_maps(
     old: Dimensions, new: Dimensions, *, strategy: Strategy, equal_shares: bool
 ) -> HeadMaps:
     """Return the maps from the old heads to the new ones, which `check_heads` has let through."""
-    match strategy:
-        case "fresh":
-            return fresh_heads(old, new)
-        case "copy" | "gqa":
-            return copied_heads(old, new, equal_shares=equal_shares)
-        case "split":
-            return split_heads(old)
-
-
-def fresh_heads(old: Dimensions, new: Dimensions) -> HeadMaps:
-    """Keep each old head at its place in its key/value group; heads beside it are new."""
     import torch
 
+    if strategy == "split":
+        return split_heads(old)
+    if strategy != "fresh":
+        return copied_heads(old, new, equal_shares=equal_shares)
+    # Each old head stays at its place in its key/value group; heads beside it are new
     old_group, new_group = group_size(old), group_size(new)
     query = torch.full((new.num_attention_heads,), -1)
     for head in range(old.num_key_value_heads):

@@ -78,8 +78,7 @@ class Moe:
         return self.experts_per_token or DEFAULT_COPIES_PER_TOKEN * self.granularity
 
     def target_config(self, family: Family, config: Config) -> Config:
-        partner_of(family)
-        dimensions = family.dimensions(config)
+        partner, dimensions = partner_of(family), family.dimensions(config)
         if widths := ffn_sizes(config):
             raise RequestError(
                 Problem(
@@ -109,12 +108,11 @@ class Moe:
                 pieces,
                 f"it does not divide the FFN's {width} neurons; nearest: {nearest}",
             )
-        partner = partner_of(family)
+        dense_layers = self._dense_layers(dimensions.num_hidden_layers)
         for key in ("rms_norm_eps", "rope_parameters"):
             if config.get(key) is None:
                 reason = f"{key} is missing, and {partner.model_type} needs it."
                 raise RequestError(f"config.json: {reason}")
-        dense_layers = self._dense_layers(dimensions.num_hidden_layers)
         return {
             **{key: value for key, value in config.items() if key not in _DENSE_KEYS},
             "model_type": partner.model_type,

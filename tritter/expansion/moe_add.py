@@ -16,8 +16,8 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from tritter.errors import Problem, RequestError, key_name, refused, setting
-from tritter.expansion.specification import ExpansionSpec, ResolvedExpansion
-from tritter.families import Config, Family, LogicalTensor, family_of, logical_name
+from tritter.expansion.specification import ExpansionSpec
+from tritter.families import Config, Family, LogicalTensor, logical_name
 from tritter.limits import MAX_EXPERTS
 from tritter.options import Text, options
 from tritter.parameter_map import AxisFactor, AxisMap, Fill, ParameterMap, TensorMap
@@ -127,8 +127,6 @@ class MoeAdd:
     def parameter_map(
         self, family: Family, source: Config, target: Config, *, seed: int
     ) -> ParameterMap:
-        import torch
-
         if self.is_chosen_by_data:
             raise refused(
                 "expansion.moe_add.init",
@@ -136,6 +134,8 @@ class MoeAdd:
                 "domain data chooses the expert, so it works in a run of train.py, and with "
                 f"--domain-data; or use clone with {key_name('expansion.moe_add.clone_from')}",
             )
+        import torch
+
         layers, chosen = sparse_layers(family, source), self.clone_from or (0,)
         experts = chosen if len(chosen) > 1 else chosen * len(layers)
         cloned: dict[int | None, int] = dict(zip(layers, experts, strict=True))
@@ -260,39 +260,6 @@ class MoeAdd:
             reason = f"there is no expert {wrong[0]}; allowed are 0 to {num_experts - 1}"
         if reason:
             raise refused("expansion.moe_add.clone_from", list(donors), reason)
-
-
-def closed_experts(
-    steps: Sequence[ResolvedExpansion], *, held: tuple[int, ...] = ()
-) -> tuple[int, ...]:
-    """Return the experts that no token meets yet, or not wholly, after the expansions.
-
-    Args:
-        held: those that the source has.
-
-    Raises:
-        RequestError: experts are added to a model whose last ones are not open yet.
-    """
-    closed = held
-    for step in steps:
-        if not isinstance(step.spec, MoeAdd):
-            continue
-        if closed:
-            raise RequestError(
-                Problem(
-                    "expansion.moe_add",
-                    reason=f"the router offset of experts {closed[0]} to {closed[-1]}, which were "
-                    "appended before, is not 0 yet; train the model until it is, then add "
-                    "more",
-                )
-            )
-        if step.spec.is_append:
-            old, new = (
-                family_of(config).dimensions(config).num_experts
-                for config in (step.source_config, step.target_config)
-            )
-            closed = tuple(range(old, new))
-    return closed
 
 
 def sparse_layers(family: Family, config: Config) -> tuple[int, ...]:

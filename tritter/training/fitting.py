@@ -174,29 +174,19 @@ def _run(
     processes = worker_processes() if has_workers else nullcontext()
     with again or nullcontext(), processes, settings_kept():
         trainer = build_trainer(settings, callbacks, module.schedule.max_steps, loggers=own)
-        with _taken_up(start, saving):
+        try:
             trainer.fit(module, datamodule=data, ckpt_path=start)
+        except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            if isinstance(error, TritterError) or saving.has_trained or start is None:
+                raise
+            # It ended before its first step: the state is whole, and not that of this training
+            raise TritterError(
+                f"the training can't go on from the saved state {start}: {error}\n"
+                f"Delete {start}, and it starts again from its beginning."
+            ) from error
     if has_workers and loggers:  # which worker processes can't share
         with (folder / METRICS_NAME).open(encoding="utf-8", newline="") as file:
             for row in csv.DictReader(file):
                 values = {name: float(row[name]) for name in row if name != "step" and row[name]}
                 for logger in loggers:
                     logger.log_metrics(values, step=int(row["step"]))
-
-
-@contextmanager
-def _taken_up(start: str | None, saving: SaveState) -> Iterator[None]:
-    """Say of a training that ends before its first step that it is the saved state's doing.
-
-    Raises:
-        TritterError: the state is whole, and not that of this training.
-    """
-    try:
-        yield
-    except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-        if isinstance(error, TritterError) or saving.has_trained or start is None:
-            raise
-        raise TritterError(
-            f"the training can't go on from the saved state {start}: {error}\n"
-            f"Delete {start}, and it starts again from its beginning."
-        ) from error

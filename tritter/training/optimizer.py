@@ -156,12 +156,8 @@ class Schedule:
     def warmup_steps(self) -> int:
         if not self.warmup_ratio:
             return 0
-        return max(self.asked_warmup_steps, min(MINIMUM_WARMUP_STEPS, self.max_steps // 4))
-
-    @property
-    def asked_warmup_steps(self) -> int:
-        """Steps of the warm-up by the ratio alone."""
-        return round(self.warmup_ratio * self.max_steps)
+        asked = round(self.warmup_ratio * self.max_steps)
+        return max(asked, min(MINIMUM_WARMUP_STEPS, self.max_steps // 4))
 
     @property
     def last_rate(self) -> float:
