@@ -1,7 +1,6 @@
 """The chain behind a checkpoint: found by hash wherever it lies, and every change in it named."""
 
 import json
-import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -252,9 +251,3 @@ def test_a_plain_parent_whose_digests_nobody_kept_is_held_against_its_hash(place
     _change_tensor(place / "base")
     (change,) = verify(base)
     assert change.tensor is None and str(base.model_hash) in change.what
-
-
-def test_progress_counts_tensors(place: Path) -> None:
-    seen: list[tuple[int, int]] = []
-    verify(read_chain(place / "base" / os.pardir / "wide")[1], progress=lambda *n: seen.append(n))
-    assert seen == [(position, 48) for position in range(1, 49)]  # 5 layers × 9, and 3

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from math import prod
@@ -29,8 +29,6 @@ from tritter.storage.hashing import (
 from tritter.storage.reading import LEDGER_NAME, LINEAGE_NAME, check_inside, check_links
 from tritter.storage.records import is_unchanged, read_record
 from tritter.storage.tensors import TensorFolder
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,12 +157,11 @@ def read_chain(folder: Path) -> tuple[Link, ...]:
     return tuple(reversed(links))
 
 
-def verify(link: Link, *, progress: Progress | None = None) -> tuple[Difference, ...]:
+def verify(link: Link) -> tuple[Difference, ...]:
     """Hash a checkpoint's tensors and files again and return what is not as it was written.
 
     Args:
         link: one that `can_be_checked`.
-        progress: called with (tensors hashed, tensors in all).
     """
     assert link.folder is not None
     changes = [] if link.problem is None else [Difference(LINEAGE_NAME, None, link.problem)]
@@ -174,7 +171,7 @@ def verify(link: Link, *, progress: Progress | None = None) -> tuple[Difference,
             changes.append(Difference(LINEAGE_NAME, None, what))
         if not is_unchanged(link.folder / LINEAGE_NAME):
             changes.append(Difference(LINEAGE_NAME, None, "changed"))
-    tensors = tuple(_tensor_changes(link.folder, link, progress))
+    tensors = tuple(_tensor_changes(link.folder, link))
     changes += tensors
     explained = {change.file for change in tensors}  # whose header says no more than that
     for name, digest in (link.file_digests or {}).items():
@@ -257,21 +254,19 @@ def _hint(child: Link) -> Path | None:
     return (child.folder / child.lineage.parent_path).resolve()
 
 
-def _tensor_changes(folder: Path, link: Link, progress: Progress | None) -> Iterator[Difference]:
+def _tensor_changes(folder: Path, link: Link) -> Iterator[Difference]:
     try:
         tensors = TensorFolder.open(folder)
     except TritterError as error:
         yield Difference("", None, str(error))
         return
     found: dict[str, str] = {}
-    for position, (name, file) in enumerate(tensors.files.items()):
+    for name, file in tensors.files.items():
         try:
             found[name] = tensor_digest(name, tensors.get(name))
         except TritterError as error:
             yield Difference(file, name, str(error))
             found[name] = ""
-        if progress is not None:
-            progress(position + 1, len(tensors.files))
     if link.tensor_digests is None:
         if link.model_hash is not None and merkle_hash(found) != link.model_hash:
             yield Difference("", None, f"the tensors' hash is not {link.model_hash}")

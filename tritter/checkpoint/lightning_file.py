@@ -255,7 +255,18 @@ def named_moments(
         raise MomentsLeftOut("it is not laid out as torch's optimizers are") from error
     if not all(isinstance(held, Mapping) for held in state.values()):
         raise MomentsLeftOut("it is not laid out as torch's optimizers are")
-    owners = _owners(groups, tensors, {prefix + tensor.name for tensor in stored})
+    owned = {prefix + tensor.name for tensor in stored}
+    names = [name for name in tensors if name in owned]  # a tied head is no parameter of its own
+    matrices = [name for name in names if tensors[name].ndim >= 2]
+    vectors = [name for name in names if tensors[name].ndim < 2]
+    sizes = [len(group) for group in groups]
+    splits = ([names], [matrices, vectors], [vectors, matrices])
+    owners = next((split for split in splits if [*map(len, split)] == sizes), None)
+    if owners is None:
+        raise MomentsLeftOut(
+            f"its groups of {', '.join(map(str, sizes))} parameters are neither all {len(names)} "
+            f"of the model nor its {len(matrices)} matrices and {len(vectors)} vectors"
+        )
     by_name = {
         name: state[position]
         for group, names in zip(groups, owners, strict=True)
@@ -289,20 +300,3 @@ def named_moments(
         counts = f"from {min(steps)} to {max(steps)}" if steps else "none"
         raise MomentsLeftOut(f"its parameters do not share one step count ({counts})")
     return Moments(steps.pop(), kinds)
-
-
-def _owners(
-    groups: Sequence[Sequence[int]], tensors: Mapping[str, Tensor], owned: set[str]
-) -> list[list[str]]:
-    """Return the names in each group."""
-    names = [name for name in tensors if name in owned]  # a tied head is no parameter of its own
-    matrices = [name for name in names if tensors[name].ndim >= 2]
-    vectors = [name for name in names if tensors[name].ndim < 2]
-    sizes = [len(group) for group in groups]
-    for split in ([names], [matrices, vectors], [vectors, matrices]):
-        if [len(part) for part in split] == sizes:
-            return split
-    raise MomentsLeftOut(
-        f"its groups of {', '.join(map(str, sizes))} parameters are neither all {len(names)} of "
-        f"the model nor its {len(matrices)} matrices and {len(vectors)} vectors"
-    )

@@ -50,19 +50,11 @@ class Source:
     digests: DigestQueue = field(default_factory=DigestQueue, repr=False, compare=False)
 
     @classmethod
-    def open(
-        cls,
-        folder: Path,
-        config: Config,
-        *,
-        digests: DigestQueue | None = None,
-        has_lineage: bool = True,
-    ) -> Source:
+    def open(cls, folder: Path, config: Config, *, has_lineage: bool = True) -> Source:
         """Open a folder from anywhere and check it against its config and its lineage.
 
         Args:
             has_lineage: False takes it for a plain folder, whatever tritter.json says.
-            digests: a queue that has begun to hash the folder's tensors.
 
         Raises:
             RequestError: the family is not known.
@@ -70,7 +62,7 @@ class Source:
                 another shape, or files beside them changed since the lineage was written.
         """
         lineage = read_lineage(folder) if has_lineage else None
-        source = cls(folder, config, lineage, digests or DigestQueue())
+        source = cls(folder, config, lineage)
         source.check()
         return source
 

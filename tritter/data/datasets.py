@@ -390,9 +390,27 @@ def _builder(source: DatasetName) -> tuple[Any, dict[str, str]]:
 def _open(source: DatasetName, *, is_streamed: bool) -> Mapping[str | None, Any]:
     """Return split → rows; of a data set that was saved without splits, None → rows."""
     library = _library()
-    if source.is_on_disk:
-        _check_files(source)
-    if source.is_on_disk and source.is_saved:
+    place, is_saved = Path(source.name), source.is_on_disk and source.is_saved
+    files = [place] if source.is_on_disk and place.is_file() else []
+    if source.is_on_disk and place.is_dir():
+        try:
+            check_folder(place)
+        except TritterError as error:
+            raise _Unreadable(f"is refused: {error}") from error
+        found = {} if is_saved else _builder(source)[0].config.data_files or {}
+        files = [Path(str(file)) for of_split in found.values() for file in of_split]
+    for file in files:  # of other kinds, outside the folder, or decoding to far too much
+        if not file_ending(file):
+            raise _Unreadable(f"is refused: of files {', '.join(BUILDERS)} are read, not {file}")
+        try:
+            check_inside(place, str(file))
+            status = file.stat()
+            _check_expansion(file, status.st_size, status.st_mtime_ns)
+        except WrongRecordError as error:
+            raise _Unreadable(f"is refused: {file} {error}") from error
+        except TritterError as error:
+            raise _Unreadable(f"is refused: {error}") from error
+    if is_saved:
         saved = library.load_from_disk(source.name)
         return saved if isinstance(saved, Mapping) else {None: saved}
     if source.builder is not None:
@@ -406,36 +424,6 @@ def _open(source: DatasetName, *, is_streamed: bool) -> Mapping[str | None, Any]
     if is_plain_text:  # a file of it is one row
         arguments |= _WHOLE_TEXTS
     return library.load_dataset(**arguments, streaming=is_streamed)
-
-
-def _check_files(source: DatasetName) -> None:
-    """Refuse files that are outside a dataset folder, of other kinds, or decode to far too much.
-
-    Raises:
-        _Unreadable: names the first of them.
-    """
-    place = Path(source.name)
-    files = [place] if place.is_file() else []
-    if place.is_dir():
-        try:
-            check_folder(place)
-        except TritterError as error:
-            raise _Unreadable(f"is refused: {error}") from error
-        if source.is_saved:
-            return
-        found = _builder(source)[0].config.data_files or {}
-        files = [Path(str(file)) for of_split in found.values() for file in of_split]
-    for file in files:
-        if not file_ending(file):
-            raise _Unreadable(f"is refused: of files {', '.join(BUILDERS)} are read, not {file}")
-        try:
-            check_inside(place, str(file))
-            status = file.stat()
-            _check_expansion(file, status.st_size, status.st_mtime_ns)
-        except WrongRecordError as error:
-            raise _Unreadable(f"is refused: {file} {error}") from error
-        except TritterError as error:
-            raise _Unreadable(f"is refused: {error}") from error
 
 
 @cache

@@ -8,8 +8,9 @@ import json
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from hashlib import sha256
-from itertools import count, islice
+from itertools import count
 from typing import Any, TypeVar
 
 from tritter.errors import nearest, refused
@@ -261,15 +262,15 @@ class Skill:
     name: str
     exercise: Exercise
 
-    def texts(self, number: int, *, seed: int = SEED) -> Iterator[str]:
+    def texts(self, number: int) -> Iterator[str]:
         """Yield so many exercises with their answers; of a small skill some come again."""
-        return (example.text for example in islice(self._examples("text", seed=seed), number))
+        return (self.example("text", index).text for index in range(number))
 
-    def questions(self, number: int, *, seed: int = SEED) -> tuple[Question, ...]:
+    def questions(self, number: int) -> tuple[Question, ...]:
         """Return so many different questions, none of which occurs in a text; or all there are."""
         found: dict[str, Question] = {}
         in_vain = 0
-        for example in self._examples("question", seed=seed):
+        for example in map(partial(self.example, "question"), count()):
             if len(found) == number or in_vain == _MOST_IN_VAIN:
                 break
             in_vain = in_vain + 1 if example.prompt in found else 0
@@ -278,18 +279,15 @@ class Skill:
             found.setdefault(example.prompt, question)
         return tuple(found.values())
 
-    def example(self, side: str, index: int, *, seed: int = SEED) -> Example:
+    def example(self, side: str, index: int) -> Example:
         """Return one exercise of a side, `text` or `question`."""
-        drawn = (self.exercise(Draw(self.name, seed, side, index, attempt)) for attempt in count())
+        drawn = (self.exercise(Draw(self.name, SEED, side, index, attempt)) for attempt in count())
         return next(each for each in drawn if self.is_held_out(each) == (side == "question"))
 
     def is_held_out(self, example: Example) -> bool:
         """Say whether an exercise is asked, and never read."""
         digest = sha256(f"{self.name}\0{example.key or example.prompt}".encode()).digest()
         return int.from_bytes(digest[:8], "big") < _HELD_OUT * 2**64
-
-    def _examples(self, side: str, *, seed: int) -> Iterator[Example]:
-        return (self.example(side, index, seed=seed) for index in count())
 
 
 _EXERCISES: tuple[Exercise, ...] = (

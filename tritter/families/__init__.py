@@ -3,7 +3,6 @@
 from tritter.families.config_file import (
     check_config,
     check_size,
-    check_values,
     with_live_sizes,
 )
 from tritter.families.dimensions import Config, Dimensions, ffn_sizes, on_disk, with_ffn_sizes
@@ -65,7 +64,6 @@ __all__ = [
     "backward_flops",
     "check_config",
     "check_size",
-    "check_values",
     "count_parameters",
     "family_of",
     "ffn_sizes",

@@ -12,7 +12,6 @@ from tritter.errors import RequestError, refused
 
 LOCK_NAME = ".lock"
 _MAX_BYTES = 200
-_HOLDER = re.compile(r"process (?P<number>[1-9]\d{0,9}) on (?P<host>\S+)")
 
 
 @contextmanager
@@ -29,10 +28,19 @@ def alone_in(folder: Path, *, key: str) -> Iterator[None]:
         RequestError: another process holds it.
     """
     path = folder / LOCK_NAME
-    descriptor = _locked(path, folder, key=key)
-    if descriptor is None:
-        yield
-        return
+    while True:
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        except OSError:  # it belongs to somebody else, or none can be made
+            yield
+            return
+        if (holder := _lock(descriptor)) is not None:
+            os.close(descriptor)
+            raise _is_taken(folder, holder, key=key)
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.lstat(path), os.fstat(descriptor)):
+                break
+        os.close(descriptor)  # its last holder took the file away meanwhile
     try:
         with suppress(OSError):  # a full disk: the holder has no name
             os.truncate(descriptor, 0)
@@ -51,14 +59,8 @@ def check_free(folder: Path, *, key: str) -> None:
     Raises:
         RequestError: says which process.
     """
-    try:
-        descriptor = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_NOFOLLOW)
-    except OSError:
-        return
-    try:
-        _lock(descriptor, folder, key=key)
-    finally:
-        os.close(descriptor)
+    if (holder := _holder(folder)) is not None:
+        raise _is_taken(folder, holder, key=key)
 
 
 def process_in(folder: Path) -> int | None:
@@ -66,56 +68,41 @@ def process_in(folder: Path) -> int | None:
 
     It is not for the process that holds it itself, which would lose the lock.
     """
-    try:
-        check_free(folder, key="")
-    except RequestError:
-        try:
-            descriptor = os.open(folder / LOCK_NAME, os.O_RDONLY | os.O_NOFOLLOW)
-        except OSError:  # it ended meanwhile
-            return None
-        try:
-            content = os.pread(descriptor, _MAX_BYTES, 0).decode(errors="replace")
-        finally:
-            os.close(descriptor)
-        holder = _HOLDER.fullmatch(content)
-        if holder is not None and holder["host"] == socket.gethostname():
-            return int(holder["number"])
-    return None
+    holder = re.fullmatch(r"process ([1-9]\d{0,9}) on (\S+)", _holder(folder) or "")
+    if holder is None or holder[2] != socket.gethostname():
+        return None
+    return int(holder[1])
 
 
 def is_held(folder: Path) -> bool:
     """Say whether another process, of whatever machine, holds a folder."""
+    return _holder(folder) is not None
+
+
+def _holder(folder: Path) -> str | None:
+    """Return how another process that holds a folder names itself; None: nobody holds it."""
     try:
-        check_free(folder, key="")
-    except RequestError:
-        return True
-    return False
+        descriptor = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_NOFOLLOW)
+    except OSError:
+        return None
+    try:
+        return _lock(descriptor)
+    finally:
+        os.close(descriptor)
 
 
-def _locked(path: Path, folder: Path, *, key: str) -> int | None:
-    """Return a descriptor that holds the lock; None where no file can be opened."""
-    while True:
-        try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
-        except OSError:  # it belongs to somebody else, or none can be made
-            return None
-        try:
-            _lock(descriptor, folder, key=key)
-        except RequestError:
-            os.close(descriptor)
-            raise
-        with suppress(FileNotFoundError):
-            if os.path.samestat(os.lstat(path), os.fstat(descriptor)):
-                return descriptor
-        os.close(descriptor)  # its last holder took the file away meanwhile
-
-
-def _lock(descriptor: int, folder: Path, *, key: str) -> None:
+def _lock(descriptor: int) -> str | None:
+    """Take a lock, or return who has it."""
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError) as error:
-        holder = os.pread(descriptor, _MAX_BYTES, 0).decode(errors="replace")
-        reason = f"{holder or 'another process'} is running there; wait until it has ended, or name"
-        raise refused(key, folder, f"{reason} another folder") from error
+    except (BlockingIOError, PermissionError):
+        content = os.pread(descriptor, _MAX_BYTES, 0).decode(errors="replace")
+        return content or "another process"
     except OSError:  # no locks here
-        return
+        pass
+    return None
+
+
+def _is_taken(folder: Path, holder: str, *, key: str) -> RequestError:
+    reason = f"{holder} is running there; wait until it has ended, or name another folder"
+    return refused(key, folder, reason)

@@ -102,11 +102,41 @@ class TensorFolder:
             )
         if os.path.lexists(folder / SINGLE_NAME):
             return cls(folder, _headers_in(folder, SINGLE_NAME))
-        if os.path.lexists(folder / INDEX_NAME):
-            return cls(folder, _indexed_headers(folder))
-        pickles = sorted(path.name for path in folder.glob("*.bin")) if folder.is_dir() else []
-        hint = f" ({', '.join(pickles)} hold pickles, which are never read)" if pickles else ""
-        raise TritterError(f"{folder} holds no {SINGLE_NAME} and no {INDEX_NAME}{hint}.")
+        if not os.path.lexists(folder / INDEX_NAME):
+            pickles = sorted(path.name for path in folder.glob("*.bin"))
+            hint = f" ({', '.join(pickles)} hold pickles, which are never read)" if pickles else ""
+            raise TritterError(f"{folder} holds no {SINGLE_NAME} and no {INDEX_NAME}{hint}.")
+        index = folder / INDEX_NAME
+        try:
+            content = read_object(index)
+        except TritterError as error:
+            raise TritterError(f"{index} is not a safetensors index: {error}") from error
+        files, metadata = content.get("weight_map"), content.get("metadata")
+        if not isinstance(files, dict) or not isinstance(metadata, dict):
+            raise TritterError(
+                f"{index} is not a safetensors index: it needs an object 'weight_map' (tensor → "
+                "file) and an object 'metadata'."
+            )
+        for file in files.values():
+            if not isinstance(file, str) or Path(file).name != file:
+                raise TritterError(f"{index} points outside its folder: '{file}'.")
+        headers: dict[str, Header] = {}
+        for file in sorted(set(files.values())):
+            for name, header in _headers_in(folder, file).items():
+                if name in headers:
+                    raise TritterError(
+                        f"{folder}: the tensor '{name}' lies in {headers[name].file} and in "
+                        f"{file}; take it out of one of them."
+                    )
+                headers[name] = header
+        for name, file in files.items():
+            if is_computed(name):
+                continue
+            if name not in headers or headers[name].file != file:
+                raise TritterError(
+                    f"{folder / file} lacks the tensor '{name}' that the index names."
+                )
+        return cls(folder, headers)
 
     @classmethod
     def open_file(cls, folder: Path, file_name: str) -> TensorFolder:
@@ -228,43 +258,6 @@ def is_finite(tensor: Tensor) -> bool:
     # The extremes of a tensor with a NaN are NaN; this is 20 times quicker than isfinite in bf16.
     low, high = tensor.aminmax()
     return bool(low.isfinite() & high.isfinite())
-
-
-def _indexed_headers(folder: Path) -> dict[str, Header]:
-    """Return what lies in the files of an index.
-
-    Raises:
-        TritterError: it is no index that transformers could read, or the files don't fit it.
-    """
-    index = folder / INDEX_NAME
-    try:
-        content = read_object(index)
-    except TritterError as error:
-        raise TritterError(f"{index} is not a safetensors index: {error}") from error
-    files, metadata = content.get("weight_map"), content.get("metadata")
-    if not isinstance(files, dict) or not isinstance(metadata, dict):
-        raise TritterError(
-            f"{index} is not a safetensors index: it needs an object 'weight_map' (tensor → file) "
-            "and an object 'metadata'."
-        )
-    for file in files.values():
-        if not isinstance(file, str) or Path(file).name != file:
-            raise TritterError(f"{index} points outside its folder: '{file}'.")
-    headers: dict[str, Header] = {}
-    for file in sorted(set(files.values())):
-        for name, header in _headers_in(folder, file).items():
-            if name in headers:
-                raise TritterError(
-                    f"{folder}: the tensor '{name}' lies in {headers[name].file} and in {file}; "
-                    "take it out of one of them."
-                )
-            headers[name] = header
-    for name, file in files.items():
-        if is_computed(name):
-            continue
-        if name not in headers or headers[name].file != file:
-            raise TritterError(f"{folder / file} lacks the tensor '{name}' that the index names.")
-    return headers
 
 
 def _headers_in(folder: Path, file_name: str) -> dict[str, Header]:
