@@ -41,7 +41,7 @@ from tritter.report.runs import (
 from tritter.report.summary import LARGEST, Summary
 from tritter.report.table import Table, left_out
 from tritter.report.tables import result_table, stage_table, task_table
-from tritter.report.wording import MISSING, Signs, count_text, number_text, si_text
+from tritter.report.wording import MISSING, count_text, number_text, si_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -262,7 +262,7 @@ def _details(run: Run) -> dict[str, Any]:
         caption = "; ".join(filter(None, lines))
         events = Table(_EVENT_HEADER, rows, tuple(range(len(_EVENT_HEADER))), caption)
         tables += [growth_table(growth, most=_MOST_EVENTS), events]
-        notes.insert(0, f"Growth: {growth_text(growth, signs=Signs.for_encoding('utf-8'))}.")
+        notes.insert(0, f"Growth: {growth_text(growth)}.")
     if experts is not None:
         methods += f", experts={experts.kind}"
         tables += page_tables(experts)
