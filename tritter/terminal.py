@@ -36,13 +36,17 @@ def harmless(text: str) -> str:
     """
     if text.isprintable():
         return text
-    return "".join(s if s.isprintable() or s in _LAYOUT else ascii(s)[1:-1] for s in text)
+    return "".join(sign if sign in _LAYOUT else _visible(sign) for sign in text)
+
+
+def _visible(sign: str) -> str:
+    return sign if sign.isprintable() else ascii(sign)[1:-1]
 
 
 def say(text: str, *, is_error: bool = False) -> None:
     """Print a line, whatever is in it and whatever the terminal's encoding."""
     stream = sys.stderr if is_error else sys.stdout
-    shown = _shown(text, getattr(stream, "encoding", None) or "utf-8")
+    shown = _encodable(harmless(text), getattr(stream, "encoding", None) or "utf-8")
     try:
         print(shown, file=stream, flush=True)
     except BrokenPipeError as error:
@@ -59,8 +63,8 @@ def close_pipe() -> None:
             os.dup2(nowhere, stream.fileno())
 
 
-def _shown(text: str, encoding: str) -> str:
-    return harmless(text).encode(encoding, "backslashreplace").decode(encoding)
+def _encodable(text: str, encoding: str) -> str:
+    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 class Console(RichConsole):
@@ -72,6 +76,17 @@ class Console(RichConsole):
     def on_broken_pipe(self) -> None:
         raise Stopped(signal.SIGPIPE)
 
+    def printable(self, text: str) -> str:
+        """Return text for one line: what the terminal cannot show is written as its escape."""
+        if not self.encoding.startswith("utf"):
+            text = text.replace("→", "->")
+        return _encodable("".join(map(_visible, text)), self.encoding)
+
+    def shortened(self, text: str, num_characters: int) -> str:
+        """Return printable text, cut with two dots: Rich's own ellipsis is not ASCII."""
+        text = self.printable(text)
+        return text if len(text) <= num_characters else text[: num_characters - 2] + ".."
+
     def render(
         self, renderable: RenderableType, options: ConsoleOptions | None = None
     ) -> Iterable[Segment]:
@@ -82,7 +97,7 @@ class Console(RichConsole):
         # Control codes are Rich's own: what was given as text never becomes one
         if segment.control or (segment.text.isascii() and segment.text.isprintable()):
             return segment
-        return Segment(_shown(segment.text, self.encoding), segment.style)
+        return Segment(_encodable(harmless(segment.text), self.encoding), segment.style)
 
 
 def _without_trailing_blanks(segments: Iterable[Segment]) -> Iterator[Segment]:

@@ -19,7 +19,6 @@ from tritter.pipeline.arm import Arm
 from tritter.pipeline.context import RunContext
 from tritter.report.summary import Summary
 from tritter.report.tables import summary_lines
-from tritter.report.wording import Signs
 
 Run = Callable[..., Outcome]
 LADDER = """\
@@ -99,9 +98,7 @@ def test_attempts_are_what_runs_of_their_own_would_be(
     assert summary["control"]["steps"] == 4  # trained as the last attempt was
     rows = list(csv.DictReader((folder / "metrics.csv").open()))
     assert rows[-1]["step"] == "4"
-    lines = [
-        line.text for line in summary_lines(Summary.of(summary), signs=Signs.for_encoding("utf-8"))
-    ]
+    lines = [line.text for line in summary_lines(Summary.of(summary))]
     assert any("2: training.learning_rate=1e-3: " in line for line in lines)
 
     kept = lineage_of(folder / "checkpoint")

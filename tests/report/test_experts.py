@@ -30,9 +30,9 @@ from tritter.report.page import figures, page
 from tritter.report.plots import plot_run
 from tritter.report.runs import grouped, with_controls
 from tritter.report.summary import ExpertsRecord, Summary
-from tritter.report.wording import Signs
+from tritter.terminal import Console
 
-SIGNS = Signs.for_encoding("utf-8")
+CONSOLE = Console()
 END = 96
 
 

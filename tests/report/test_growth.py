@@ -28,9 +28,9 @@ from tritter.report.growth import (
     parameter_course,
 )
 from tritter.report.summary import GrowthRecord, Summary
-from tritter.report.wording import Signs
+from tritter.terminal import Console
 
-SIGNS = Signs.for_encoding("utf-8")
+CONSOLE = Console()
 END = 220
 
 
@@ -219,7 +219,7 @@ def test_whatever_is_not_refused_is_shown(summary: dict[str, Any]) -> None:
                 refused += 1
                 continue
             assert found is not None
-            assert growth_text(found, signs=SIGNS) and found.name
+            assert growth_text(found) and found.name
             growth_table(found)
             if shown % 20 == 0:  # drawing takes its time
                 FigureCanvasAgg(growth_figure(found, end=0, end_flops=1.0)).draw()

@@ -25,9 +25,9 @@ from tritter.report.matrix import (
 from tritter.report.page import page
 from tritter.report.plots import plot_run
 from tritter.report.summary import Matrix, Summary
-from tritter.report.wording import Signs
+from tritter.terminal import Console
 
-SIGNS = Signs.for_encoding("utf-8")
+CONSOLE = Console()
 
 
 def test_the_table_has_what_was_learned_and_what_became_of_it(summary: dict[str, Any]) -> None:

@@ -1,11 +1,11 @@
 import io
 
 import pytest
-from rich.console import Console
 
 from tritter.report.summary import Summary
 from tritter.report.tables import print_summary, stage_table
-from tritter.report.wording import Signs, count_text, si_text
+from tritter.report.wording import count_text, si_text
+from tritter.terminal import Console
 
 
 def printed(summary, *, encoding="utf-8", folder=None, width=80):
@@ -188,4 +188,4 @@ def test_stages_keep_their_order_and_end_with_the_total(summary) -> None:
 
 
 def test_control_characters_of_a_sample_never_reach_the_terminal():
-    assert Signs.for_encoding("utf-8").printable("a\x1b[2Jb") == r"a\x1b[2Jb"
+    assert Console().printable("a\x1b[2Jb") == r"a\x1b[2Jb"

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from rich.text import Text
 
 from tritter.cli.options import AsJson, ReportOverwrite, Runs, option, place
-from tritter.cli.output import new_console, print_json, print_table, shown_path, signs_of
+from tritter.cli.output import new_console, print_json, print_table, shown_path
 from tritter.cli.report import FoundRuns, find_runs, metric_rows, read_runs
 from tritter.errors import Problem, RequestError, TritterError
 from tritter.storage.reading import LINEAGE_NAME, SUMMARY_FILE, read_object
@@ -153,9 +153,8 @@ def _print(comparison: Comparison, notes: Sequence[str], output: Path | None) ->
     from tritter.report.table import label
 
     console = new_console()
-    signs = signs_of(console)
     for number, each in enumerate(comparison.runs):
-        console.print(Text(f"{letter(number)}  {signs.printable(each.name)}"), soft_wrap=True)
+        console.print(Text(f"{letter(number)}  {console.printable(each.name)}"), soft_wrap=True)
     console.print()
     for title, table in comparison.lettered().tables().items():
         # What a row has in common with the one before is left out of it
@@ -165,12 +164,12 @@ def _print(comparison: Comparison, notes: Sequence[str], output: Path | None) ->
             before = first
         names = enumerate(table.header)
         wrapped = [name for n, name in names if n not in table.numbers and name not in _WHOLE]
-        console.print(Text(signs.printable(title), style="bold"))
+        console.print(Text(console.printable(title), style="bold"))
         print_table(console, replace(table, rows=tuple(rows), caption=""), wrapped=wrapped)
         if table.caption:
-            console.print(Text(signs.printable(table.caption), style="dim"))
+            console.print(Text(console.printable(table.caption), style="dim"))
         console.print()
     for note in notes:
         console.print(note, soft_wrap=True)
     if output is not None:
-        console.print(Text(f"written  {signs.printable(shown_path(output))}"))
+        console.print(Text(f"written  {console.printable(shown_path(output))}"))

@@ -26,9 +26,11 @@ from tritter.storage.hub import locate
 from tritter.storage.reading import named_path
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from tritter.evaluation.benchmarks.files import Questions
     from tritter.evaluation.benchmarks.formats import Benchmark
-    from tritter.evaluation.benchmarks.harness import BenchmarkScores
+    from tritter.evaluation.benchmarks.harness import Asking, BenchmarkScores
     from tritter.evaluation.code.sandbox import Sandbox
     from tritter.evaluation.statistics import PairedScores
 
@@ -119,10 +121,10 @@ def evaluate(
         from tritter.cli.report_file import ReportFile, mark
         from tritter.data.tokens import read_tokenizer
         from tritter.evaluation.benchmarks.formats import benchmarks_of
-        from tritter.evaluation.benchmarks.harness import Asking, score_benchmark, score_from_hub
+        from tritter.evaluation.benchmarks.harness import Asking
         from tritter.experts.whole import load_whole
         from tritter.families import family_of, position_limit
-        from tritter.models import load_tokenizer, non_finite, read_config
+        from tritter.models import non_finite, read_config
         from tritter.pipeline import evaluate as losses_of
 
     sources = losses_of.read_data_words(data or ())
@@ -155,14 +157,7 @@ def evaluate(
             new_bar=new_bar,
         )  # fmt: skip
     asking = Asking(limit=limit, batch_size=batch_size, sandbox=sandbox, is_shown=not as_json)
-    scores = []
-    for benchmark in chosen:
-        words, of_files = load_tokenizer(folder), questions.get(benchmark.name)
-        scores.append(
-            score_from_hub(model, words, benchmark, asking)
-            if of_files is None
-            else score_benchmark(model, words, of_files, asking)
-        )
+    scores = _scored(model, folder, chosen, questions, asking) if chosen else []
     record = {
         **mark("evaluate"),
         "checkpoint": str(folder),
@@ -229,6 +224,25 @@ def _sandbox(
     sandbox: Sandbox = ExternalSandbox(command) if command else NamespaceSandbox()
     sandbox.check()
     return sandbox
+
+
+def _scored(
+    model: nn.Module,
+    folder: Path,
+    chosen: Sequence[Benchmark],
+    questions: Mapping[str, Questions],
+    asking: Asking,
+) -> list[BenchmarkScores]:
+    from tritter.evaluation.benchmarks.harness import score_benchmark, score_from_hub
+    from tritter.models import load_tokenizer
+
+    tokenizer = load_tokenizer(folder)
+    return [
+        score_from_hub(model, tokenizer, each, asking)
+        if (of_files := questions.get(each.name)) is None
+        else score_benchmark(model, tokenizer, of_files, asking)
+        for each in chosen
+    ]
 
 
 def _record(

@@ -43,7 +43,6 @@ from tritter.cli.output import (
     shapes_of,
     short,
     shown_path,
-    signs_of,
 )
 from tritter.errors import (
     Names,
@@ -710,7 +709,7 @@ def _print_domain(console: Console, made: DomainExpansion) -> None:
     console.print()
     print_table(console, Table(("loss", "before", "after"), rows, numbers=(1, 2)))
     console.print()
-    console.print(moe_table(made.experts).to_rich(signs_of(console)))
+    console.print(moe_table(made.experts).to_rich(console))
 
 
 def _on_disk(config: Config) -> int:

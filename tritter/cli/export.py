@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from tritter.cli.options import (
     AsJson,
@@ -15,8 +17,10 @@ from tritter.cli.options import (
     Overwrite,
     choice,
     flag,
+    is_typed,
     option,
     place,
+    spelled,
 )
 from tritter.cli.output import (
     new_console,
@@ -48,6 +52,8 @@ FORMATS = ("hf", "peft")
 _NAMES = Names.of({"dtype": "--dtype"})
 LAYOUTS: dict[str, LayoutKind] = {"hub": "hub", "fused": "live"}
 _CKPT = "Of a .ckpt"
+_OF_FILE: tuple[str, ...] = ("config", "prefix", "no_state")
+_OF_FOLDER = ("drop_new_experts", "ignore_lineage")
 _NO_FILE = (
     "--checkpoint {} is no file; a folder has a config and names of its own, and its state/ is "
     "never exported."
@@ -142,6 +148,7 @@ class _Origin:
 
 
 def export(
+    context: typer.Context,
     checkpoint: ExportSource,
     output: ExportOutput,
     format: Format = "hf",
@@ -164,18 +171,7 @@ def export(
     """
     choice("--format", format, FORMATS)
     dtype = None if dtype is None else choice("--dtype", dtype, WEIGHT_DTYPES)
-    is_file = _check_options(
-        checkpoint,
-        format,
-        of_file={"--config": config, "--prefix": prefix, "--no-state": no_state or None},
-        of_folder={
-            "--drop-new-experts": drop_new_experts or None,
-            "--ignore-lineage": ignore_lineage or None,
-        },
-        expert_layout=expert_layout,
-        is_merged=merge,
-        rank=rank,
-    )
+    is_file = _check_options(context)
     with loading("transformers"):
         import torch
 
@@ -230,40 +226,29 @@ def export(
     return 0
 
 
-def _check_options(
-    checkpoint: str,
-    format: str,
-    *,
-    of_file: Mapping[str, object],
-    of_folder: Mapping[str, object],
-    expert_layout: str | None,
-    is_merged: bool,
-    rank: int | None,
-) -> bool:
+def _check_options(context: typer.Context) -> bool:
     """Return whether the checkpoint is a file.
-
-    Args:
-        of_file: options of files → value; None: not typed.
-        of_folder: likewise of folders.
 
     Raises:
         RequestError: options don't go with what is exported, or with its format.
     """
+    asked = context.params
+    checkpoint, is_merged, is_peft = asked["checkpoint"], asked["merge"], asked["format"] == "peft"
     is_file = named_path(checkpoint, key="--checkpoint").is_file()
-    if is_file and (is_merged or format == "peft"):
+    if is_file and (is_merged or is_peft):
         raise RequestError(
             f"{'--merge' if is_merged else '--format = peft'}: --checkpoint {checkpoint} is a "
             "file; allowed is a folder with LoRA experts."
         )
-    if rank is not None and not (is_merged and format == "peft"):
-        raise RequestError(f"--rank = {rank}: allowed with --format peft --merge.")
-    options, reason = of_file, _NO_FILE.format(checkpoint)
-    if format == "peft":
-        options = {**of_file, "--expert-layout": expert_layout, **of_folder}
+    if asked["rank"] is not None and not (is_merged and is_peft):
+        raise RequestError(f"--rank = {asked['rank']}: allowed with --format peft --merge.")
+    names, reason = _OF_FILE, _NO_FILE.format(checkpoint)
+    if is_peft:
+        names = (*_OF_FILE, "expert_layout", *_OF_FOLDER)
         reason = "allowed with --format hf; adapters have none."
     elif is_file:
-        options, reason = of_folder, f"{checkpoint} is a file; allowed is a folder."
-    if typed := [option for option, value in options.items() if value is not None]:
+        names, reason = _OF_FOLDER, f"{checkpoint} is a file; allowed is a folder."
+    if typed := [f"--{spelled(name)}" for name in names if is_typed(context, name)]:
         raise RequestError(f"{', '.join(typed)}: {reason}")
     return is_file
 

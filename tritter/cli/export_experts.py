@@ -39,7 +39,7 @@ from tritter.experts.merged_mixture import (
     mean_gates,
     merged_adapter,
 )
-from tritter.experts.stored import ExpertFolder, write_stored
+from tritter.experts.stored import ExpertFolder, StoredAdapter, write_stored
 from tritter.families import family_of, position_limit
 from tritter.models import load_model, read_config
 from tritter.report.table import Table
@@ -195,20 +195,7 @@ def export_adapters(
         for name, adapter in adapters.items():
             factors = {key: (a.to(to), b.to(to)) for key, (a, b) in adapter.factors.items()}
             adapters[name] = replace(adapter, factors=factors)
-    records: list[dict[str, Any]] = []
-    for name, adapter in adapters.items():
-        tensors = [tensor for pair in adapter.factors.values() for tensor in pair]
-        records.append(
-            {
-                "name": name or "merged",
-                "folder": str(output / name),
-                "rank": adapter.shape.rank,
-                "alpha": adapter.shape.alpha,
-                "targets": list(adapter.shape.targets),
-                "parameters": sum(tensor.numel() for tensor in tensors),
-                "dtype": str(tensors[0].dtype).removeprefix("torch."),
-            }
-        )
+    records = [_record(name, adapter, output) for name, adapter in adapters.items()]
     with says_if_written(output):
         with atomic_folder(output, overwrite=overwrite, check=check) as place:
             for name, adapter in adapters.items():
@@ -237,6 +224,19 @@ def export_adapters(
         print_lines(console, lines + ([] if merged is None else merge_lines(merged)))
         console.print()
         print_command(console, "written", shown_path(output))
+
+
+def _record(name: str, adapter: StoredAdapter, output: Path) -> dict[str, Any]:
+    tensors = [tensor for pair in adapter.factors.values() for tensor in pair]
+    return {
+        "name": name or "merged",
+        "folder": str(output / name),
+        "rank": adapter.shape.rank,
+        "alpha": adapter.shape.alpha,
+        "targets": list(adapter.shape.targets),
+        "parameters": sum(tensor.numel() for tensor in tensors),
+        "dtype": str(tensors[0].dtype).removeprefix("torch."),
+    }
 
 
 def merge_lines(merged: Merge) -> list[tuple[str, str]]:

@@ -18,7 +18,6 @@ from tritter.cli.output import (
     print_table,
     short,
     shown_path,
-    signs_of,
 )
 from tritter.errors import RequestError
 from tritter.report.table import Table
@@ -161,7 +160,6 @@ def _row_json(row: Checked, newest: Link) -> dict[str, Any]:
 
 def _print(rows: Sequence[Checked], *, is_verified: bool) -> None:
     console = new_console()
-    signs = signs_of(console)
     header = ["checkpoint", "made by", "size", "steps after", "hash", "when"]
     cells = []
     for row in rows:
@@ -188,7 +186,7 @@ def _print(rows: Sequence[Checked], *, is_verified: bool) -> None:
         link = row.link
         place = shown_path(link.folder) if link.folder else _name(link)
         guide = "    " * (depth - 1) + corner if depth else ""
-        label = Text(guide + signs.printable(f"{place}  ({made_by(link)})"))
+        label = Text(guide + console.printable(f"{place}  ({made_by(link)})"))
         console.print(label, soft_wrap=True)
     if not is_verified:
         return
@@ -198,7 +196,7 @@ def _print(rows: Sequence[Checked], *, is_verified: bool) -> None:
             place = shown_path(row.link.folder) if row.link.folder else ""
             words = [f"{place}/{change.file}" if change.file else place, change.tensor or ""]
             text = f"{' '.join(filter(None, words))}: {change.what}"
-            console.print(Text(signs.printable(text), style="red"), soft_wrap=True)
+            console.print(Text(console.printable(text), style="red"), soft_wrap=True)
     states = Counter(row.state for row in rows)
     parts = [f"{states[state]} {state}" for state in ("intact", "changed", "not checked")]
     if states["removed"]:

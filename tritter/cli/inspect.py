@@ -19,7 +19,6 @@ from tritter.cli.output import (
     refuse_damage,
     shapes_of,
     short,
-    signs_of,
 )
 from tritter.errors import TritterError
 from tritter.loading import loading
@@ -286,7 +285,7 @@ def _print_expansion(console: Console, record: ExpansionRecord, last: RecordedMa
     rows = []
     for row in last.rows:
         shapes = ("x".join(map(str, shape)) for shape in (row.source_shape, row.target_shape))
-        shape = f" {signs_of(console).arrow} ".join(dict.fromkeys(shapes))
+        shape = " → ".join(dict.fromkeys(shapes))
         rows.append((row.kind, row.layers, shape, row.weight, row.gradient, row.fill, row.state))
     header = ("tensor", "layers", "shape", "weight", "gradient", "fill", "state")
     print_table(console, Table(header, tuple(rows)), wrapped=("tensor", "shape", "fill"))

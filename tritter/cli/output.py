@@ -14,7 +14,6 @@ from rich.text import Text
 
 from tritter.errors import RequestError, TritterError
 from tritter.report.table import Table
-from tritter.report.wording import Signs
 from tritter.stopping import Stopped
 from tritter.storage.atomic import identity_of, is_placed_here
 from tritter.terminal import Console, NewBar, say
@@ -65,10 +64,6 @@ def new_console() -> Console:
     return Console(highlight=False, markup=False, emoji=False)
 
 
-def signs_of(console: Console) -> Signs:
-    return Signs.for_encoding(console.encoding)
-
-
 def print_table(
     console: Console,
     table: Table,
@@ -83,7 +78,7 @@ def print_table(
         breaks_words: False lets the table be wider than the terminal if need be.
     """
     whole = [at for at, name in enumerate(table.header) if name not in wrapped]
-    shown = table.to_rich(signs_of(console), whole=whole)
+    shown = table.to_rich(console, whole=whole)
     for column in () if breaks_words else shown.columns:
         texts = map(str, (column.header, *column.cells))
         words = [word for text in texts for word in ([text] if column.no_wrap else text.split())]
@@ -96,16 +91,14 @@ def print_lines(console: Console, lines: Sequence[tuple[str, str]]) -> None:
     grid = RichTable.grid(padding=(0, 2))
     grid.add_column(no_wrap=True)
     grid.add_column(overflow="fold")
-    signs = signs_of(console)
     for label, text in lines:
-        shown = signs.printable(text.replace("→", signs.arrow))
-        grid.add_row(Text(label, style="bold"), Text(shown))
+        grid.add_row(Text(label, style="bold"), Text(console.printable(text)))
     console.print(grid)
 
 
 def print_command(console: Console, label: str, command: str) -> None:
     """Print something to be copied: never broken into lines."""
-    console.print(Text(f"{label}  {signs_of(console).printable(command)}"), soft_wrap=True)
+    console.print(Text(f"{label}  {console.printable(command)}"), soft_wrap=True)
 
 
 def progress_bars(*, is_shown: bool) -> AbstractContextManager[NewBar]:

@@ -16,9 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
-from tritter.cli.options import AsJson, ReportOverwrite, Runs, place
+from tritter.cli.options import AsJson, ReportOverwrite, Runs, option, place
 from tritter.cli.output import new_console, print_json, short
 from tritter.errors import Problem, RequestError, TritterError, raise_problems
 from tritter.storage.atomic import atomic_folder, refuse_standing
@@ -38,21 +36,16 @@ def report(
     folders: Runs,
     output: Annotated[
         Path | None,
-        typer.Option(
+        option(
             "--output",
-            help="The page. Default: report.html in the folder, or here if there are several.",
-            metavar="FILE.html",
+            "FILE.html",
+            "The page. Default: report.html in the folder, or here if there are several.",
             parser=place,
         ),
     ] = None,
     figures: Annotated[
         Path | None,
-        typer.Option(
-            "--figures",
-            help="New folder for the figures as PNG files.",
-            metavar="DIR",
-            parser=place,
-        ),
+        option("--figures", "DIR", "New folder for the figures as PNG files.", parser=place),
     ] = None,
     overwrite: ReportOverwrite = False,
     as_json: AsJson = False,

@@ -187,8 +187,7 @@ class Comparison:
             quantity = f"against {self.runs[0].name}, in pairs"
             found.append((pair.run, pair.subject, quantity, *_bounds(pair.change)))
         for key in self._keys:
-            values = ((each.name, each.run.settings.get(key)) for each in self.runs)
-            found += [(name, "", key, _plain(value), "", "") for name, value in values]
+            found += [(each.name, "", key, each.run.setting(key), "", "") for each in self.runs]
         return found
 
     @cached_property
@@ -199,13 +198,15 @@ class Comparison:
         """Return the settings with the runs beside them; of many runs fewer, and below them."""
         runs, keys = self.runs, self._keys
         if len(runs) <= _FEW_RUNS:
-            beside = ((key, *(_short(r.run.settings.get(key)) for r in runs)) for key in keys)
+            beside = ((key, *(r.run.setting(key, _CELL_CHARACTERS) for r in runs)) for key in keys)
             return Table(("setting", *(each.name for each in runs)), tuple(beside))
         told = _telling(keys, [each.run for each in runs])
         shorter = "left out is what all runs that have it have alike; --json has all"
         caption = "" if told == keys else shorter
         if len(told) <= _FEW_SETTINGS:
-            below = ((r.name, *(_short(r.run.settings.get(key)) for key in told)) for r in runs)
+            below = (
+                (r.name, *(r.run.setting(key, _CELL_CHARACTERS) for key in told)) for r in runs
+            )
             return Table(("run", *told), tuple(below) if told else (), caption=caption)
         rows = []
         for key in told:
@@ -213,7 +214,7 @@ class Comparison:
             for each in runs:
                 by_value.setdefault(repr(each.run.settings.get(key)), []).append(each)
             for those in by_value.values():
-                value = _short(those[0].run.settings.get(key))
+                value = those[0].run.setting(key, _CELL_CHARACTERS)
                 rows.append((key, value, " ".join(each.name for each in those)))
         return Table(("setting", "value", "runs"), tuple(rows), caption=caption)
 
@@ -356,14 +357,3 @@ def _bounds(change: ScoreChange) -> tuple[str, str, str]:
 
 def _number(value: float | None) -> str:
     return "" if value is None else repr(value)
-
-
-def _plain(value: Any) -> str:
-    if isinstance(value, list):
-        return ", ".join(map(str, value)) or "none"
-    return MISSING if value is None else str(value)
-
-
-def _short(value: Any) -> str:
-    text = _plain(value)
-    return text if len(text) <= _CELL_CHARACTERS else f"{text[: _CELL_CHARACTERS - 2]}.."

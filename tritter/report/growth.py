@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from tritter.report.drawing import BLUE, GREEN, ORANGE, new_figure, say, some
 from tritter.report.summary import GrowthRecord
 from tritter.report.table import Table
-from tritter.report.wording import Signs, count_text, number_text
+from tritter.report.wording import count_text, number_text
 
 if TYPE_CHECKING:
     import numpy as np
@@ -56,7 +56,7 @@ def growth_table(growth: GrowthRecord, *, most: int = MAX_ROWS) -> Table:
     return Table(header, rows, tuple(range(len(header) - 1)), "\n".join(lines), title=title)
 
 
-def growth_text(growth: GrowthRecord, *, signs: Signs) -> str:
+def growth_text(growth: GrowthRecord) -> str:
     """Say in a line what growth came to, or what to try where nothing grew."""
     if not growth.events:
         return nothing_grew(growth)
@@ -64,8 +64,8 @@ def growth_text(growth: GrowthRecord, *, signs: Signs) -> str:
     parts = []
     if growth.parameters.before is not None and growth.parameters.after is not None:
         sizes = map(count_text, (growth.parameters.before, growth.parameters.after))
-        parts.append(f"parameters {f' {signs.arrow} '.join(sizes)}")
-    parts.append(f"neurons {before:,} {signs.arrow} {after:,}")
+        parts.append(f"parameters {' → '.join(sizes)}")
+    parts.append(f"neurons {before:,} → {after:,}")
     if growth.young is not None:
         parts.append(f"{growth.young} of them young at the end")
     norms = growth.update_norms

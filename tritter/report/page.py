@@ -41,13 +41,13 @@ from tritter.report.runs import (
 from tritter.report.summary import LARGEST, Summary
 from tritter.report.table import Table, left_out
 from tritter.report.tables import result_table, stage_table, task_table
-from tritter.report.wording import MISSING, Signs, count_text, number_text, si_text
+from tritter.report.wording import MISSING, count_text, number_text, si_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_CELL_CHARACTERS = 160  # of a setting
+_CELL_CHARACTERS = 162  # of a setting
 _EVENT_HEADER = (
     *("step", "layer", "born", "replaced", "left dead", "neurons", "pressure"),
     *("function change", "parameters", "FLOPs until then"),
@@ -202,17 +202,12 @@ def _differing(runs: Sequence[Run]) -> Table:
     """Return the settings that differ; the longer of settings and runs goes down the page."""
     keys = differing_keys(runs)
     if len(runs) > len(keys):
-        by_run = tuple((run.name, *(_plain(run.settings.get(k)) for k in keys)) for run in runs)
+        by_run = tuple(
+            (run.name, *(run.setting(k, _CELL_CHARACTERS) for k in keys)) for run in runs
+        )
         return Table(("run", *keys), by_run if keys else ())
-    rows = ((key, *(_plain(run.settings.get(key)) for run in runs)) for key in keys)
+    rows = ((key, *(run.setting(key, _CELL_CHARACTERS) for run in runs)) for key in keys)
     return Table(("setting", *(run.name for run in runs)), tuple(rows))
-
-
-def _plain(value: Any) -> str:
-    if isinstance(value, list):
-        value = ", ".join(map(str, value)) or "none"
-    text = MISSING if value is None else str(value)
-    return text if len(text) <= _CELL_CHARACTERS else f"{text[:_CELL_CHARACTERS]}.."
 
 
 def _tree(runs: Sequence[Run]) -> list[str]:
@@ -262,7 +257,7 @@ def _details(run: Run) -> dict[str, Any]:
         caption = "; ".join(filter(None, lines))
         events = Table(_EVENT_HEADER, rows, tuple(range(len(_EVENT_HEADER))), caption)
         tables += [growth_table(growth, most=_MOST_EVENTS), events]
-        notes.insert(0, f"Growth: {growth_text(growth, signs=Signs.for_encoding('utf-8'))}.")
+        notes.insert(0, f"Growth: {growth_text(growth)}.")
     if experts is not None:
         methods += f", experts={experts.kind}"
         tables += page_tables(experts)

@@ -12,9 +12,11 @@ from functools import cached_property
 from statistics import fmean, stdev
 from typing import Any, Literal, TypeGuard
 
+from tritter.report.drawing import cut
 from tritter.report.plots import Curve
 from tritter.report.rows import DomainRow, domain_rows
 from tritter.report.summary import Attempt, Summary, ends_of
+from tritter.report.wording import MISSING
 
 _SEED = "seed"
 _MOST_NAMED = 3  # settings in the name of a group, besides the methods
@@ -82,6 +84,14 @@ class Run:
     @property
     def seed(self) -> Any:
         return self.settings.get(_SEED, self.summary.seed)
+
+    def setting(self, key: str, most: int | None = None) -> str:
+        """Return a setting as a person reads it, cut to so many characters."""
+        value = self.settings.get(key)
+        if isinstance(value, list):
+            value = ", ".join(map(str, value)) or "none"
+        text = MISSING if value is None else str(value)
+        return text if most is None else cut(text, most)
 
     @property
     def steps(self) -> int:
@@ -248,7 +258,7 @@ def _name(run: Run, keys: Sequence[str], *, beside: Collection[str]) -> str:
     own = [key for key in told if key.removesuffix(".name") not in _NAMED_BY_GROWTH]
     parts += [f"{key.rpartition('.')[2]}={_short(run.settings[key])}" for key in own]
     name = " ".join(parts[:most]) + (" …" if len(parts) > most else "")
-    return name if len(name) <= _NAME_CHARACTERS else name[: _NAME_CHARACTERS - 2] + ".."
+    return cut(name, _NAME_CHARACTERS)
 
 
 def tells(key: str, runs: Sequence[Run]) -> bool:
@@ -258,5 +268,4 @@ def tells(key: str, runs: Sequence[Run]) -> bool:
 
 
 def _short(value: Any) -> str:
-    text = f"{value:g}" if isinstance(value, float) else str(value)
-    return text if len(text) <= 24 else text[:22] + ".."
+    return cut(f"{value:g}" if isinstance(value, float) else str(value), 24)

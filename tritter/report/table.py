@@ -7,7 +7,8 @@ from rich import box
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from tritter.report.wording import ACCURACY, Signs
+from tritter.report.wording import ACCURACY
+from tritter.terminal import Console
 
 STYLES = {
     "passed": "green",
@@ -43,17 +44,17 @@ class Table:
     rules: tuple[int, ...] = ()
     styles: tuple[str, ...] = ()
 
-    def to_rich(self, signs: Signs, *, whole: Collection[int] = ()) -> RichTable:
+    def to_rich(self, console: Console, *, whole: Collection[int] = ()) -> RichTable:
         """Return the table as Rich prints it.
 
         Args:
             whole: positions of the columns whose cells are never broken into lines.
         """
         table = RichTable(
-            title=_printable(self.title, signs) or None,
+            title=_printable(self.title, console) or None,
             title_justify="left",
             title_style="bold",
-            caption=_printable(self.caption, signs) or None,
+            caption=_printable(self.caption, console) or None,
             caption_justify="left",
             caption_style="dim",
             box=box.SIMPLE_HEAD,
@@ -64,7 +65,7 @@ class Table:
         for at, name in enumerate(self.header):
             # Folded where the terminal is narrow: an ellipsis would hide digits, and is not ASCII
             table.add_column(
-                Text(self._cell(at, name, signs)),
+                Text(self._cell(at, name, console)),
                 justify="right" if at in self.numbers else "left",
                 overflow="fold",
                 no_wrap=at in whole,
@@ -76,15 +77,15 @@ class Table:
             for at, cell in enumerate(row):
                 is_judged = self.header[at] in _JUDGED
                 style = STYLES.get(cell.replace(" ", "_"), "") if is_judged else ""
-                cells.append(Text(self._cell(at, cell, signs), style))
+                cells.append(Text(self._cell(at, cell, console), style))
             table.add_row(*cells, style=self.styles[number] if self.styles else None)
         return table
 
-    def _cell(self, at: int, text: str, signs: Signs) -> str:
+    def _cell(self, at: int, text: str, console: Console) -> str:
         if at not in self.names:
-            return _printable(text, signs)
+            return _printable(text, console)
         stem = text.removesuffix(_RIGHT)
-        return signs.shortened(stem, self.names[at]) + text[len(stem) :]
+        return console.shortened(stem, self.names[at]) + text[len(stem) :]
 
 
 _RIGHT = " right"  # after the name of a domain whose right answers are meant
@@ -101,6 +102,5 @@ def left_out(number: int, most: int, *, of: str = "") -> str:
     return f"{number - most} {of}more are in summary.json" if number > most else ""
 
 
-def _printable(text: str, signs: Signs) -> str:
-    lines = text.replace("→", signs.arrow).splitlines()
-    return "\n".join(map(signs.printable, lines))
+def _printable(text: str, console: Console) -> str:
+    return "\n".join(map(console.printable, text.splitlines()))

@@ -13,7 +13,7 @@ from tritter.report.matrix import transfer_table
 from tritter.report.rows import DomainRow, change_text, domain_rows, score_of, score_text
 from tritter.report.summary import Attempt, Jump, MoeRecord, Summary
 from tritter.report.table import STYLES, Table, label
-from tritter.report.wording import MISSING, Signs, count_text, number_text, si_text
+from tritter.report.wording import MISSING, count_text, number_text, si_text
 from tritter.terminal import Console
 
 _FEW_TASKS = 3  # whose domains stand above the columns; those of more below the table
@@ -43,7 +43,6 @@ def print_summary(summary: Summary, *, console: Console, folder: Path | None = N
     Args:
         folder: the run folder; with it the checkpoint is named by a path that can be copied.
     """
-    signs = Signs.for_encoding(console.encoding)
     tables = [result_table(summary, domain_rows(summary))]
     if len(summary.tasks) > 1:
         tables.append(task_table(summary))
@@ -59,21 +58,21 @@ def print_summary(summary: Summary, *, console: Console, folder: Path | None = N
             tables.append(usage_table(added))
     for table in (*tables, stage_table(summary)):
         console.print()
-        console.print(table.to_rich(signs))
+        console.print(table.to_rich(console))
     console.print()
-    console.print(_grid(summary_lines(summary, signs=signs)))
+    console.print(_grid(summary_lines(summary), console))
     if checkpoint := summary.checkpoint:
         path = str(checkpoint if folder is None else folder / checkpoint)
         # Never broken into lines: a person copies it.
-        console.print(Text(f"{'checkpoint':<12}{signs.printable(path)}"), soft_wrap=True)
+        console.print(Text(f"{'checkpoint':<12}{console.printable(path)}"), soft_wrap=True)
     for sample in summary.samples:
         console.print()
         lines = []
         said = {"prompt": sample.prompt, "before": sample.before, "after": sample.after}
         for name, words in said.items():
-            text = signs.shortened(" ".join(words.split()), _SAMPLE_CHARACTERS)
+            text = console.shortened(" ".join(words.split()), _SAMPLE_CHARACTERS)
             lines.append(SummaryLine(name, text or MISSING))
-        console.print(_grid(lines))
+        console.print(_grid(lines, console))
 
 
 def result_table(summary: Summary, rows: Sequence[DomainRow]) -> Table:
@@ -194,7 +193,7 @@ def bias_text(experts: MoeRecord) -> str | None:
     return f"loss under the selection bias, which is not saved: {'; '.join(parts)}"
 
 
-def summary_lines(summary: Summary, *, signs: Signs) -> list[SummaryLine]:
+def summary_lines(summary: Summary) -> list[SummaryLine]:
     """Return what stands below the tables: status and reasons, jump, parameters."""
     attempt, status = summary.last_attempt, summary.status
     words = _STATUS_WORDS[status]
@@ -212,12 +211,12 @@ def summary_lines(summary: Summary, *, signs: Signs) -> list[SummaryLine]:
             f"{count_text(target.target_params)} {reached}. The table shows the last"
         )
         lines.append(SummaryLine("rounds", progress))
-    lines += _attempt_lines(summary.attempts, signs=signs)
+    lines += _attempt_lines(summary.attempts)
     for check in attempt.gate:
         is_broken_off = check.check == "training" and bool(check.value)
         is_notable = check.verdict == "reported" and is_broken_off
         if is_notable or check.verdict in ("failed", "undecided"):
-            what = signs.printable(f"{check.check} of {check.subject}: {check.detail}")
+            what = f"{check.check} of {check.subject}: {check.detail}"
             lines.append(SummaryLine(check.verdict, what, style=STYLES[check.verdict]))
     jump = summary.jump or Jump()
     if jump.max_absolute is not None and jump.relative_to_std is not None:
@@ -227,7 +226,7 @@ def summary_lines(summary: Summary, *, signs: Signs) -> list[SummaryLine]:
         )
         lines.append(SummaryLine("jump", text))
     before, after = (summary.parameters.get(name) for name in ("baseline", "final"))
-    sizes = f"{count_text(before)} {signs.arrow} {count_text(after)}"
+    sizes = f"{count_text(before)} → {count_text(after)}"
     if summary.experts is not None:  # next to a base that stays as it is
         trained = summary.experts.parameters.trainable
         sizes = f"{count_text(before)} + {count_text(trained)} experts"
@@ -235,15 +234,15 @@ def summary_lines(summary: Summary, *, signs: Signs) -> list[SummaryLine]:
         sizes += f" ({after / before:.2f} times)"
     lines.append(SummaryLine("parameters", sizes))
     if (growth := summary.growth) is not None:
-        lines.append(SummaryLine("growth", growth_text(growth, signs=signs)))
+        lines.append(SummaryLine("growth", growth_text(growth)))
     if (added := summary.experts) is not None:
-        lines.append(SummaryLine("experts", signs.printable(experts_text(added))))
+        lines.append(SummaryLine("experts", experts_text(added)))
     if summary.moe is not None and (bias := bias_text(summary.moe)) is not None:
         lines.append(SummaryLine("bias", bias))
     return lines
 
 
-def _attempt_lines(attempts: Sequence[Attempt], *, signs: Signs) -> list[SummaryLine]:
+def _attempt_lines(attempts: Sequence[Attempt]) -> list[SummaryLine]:
     """Return a line per attempt, where there are several: what it was, and how it ended."""
     if len(attempts) < 2:
         return []
@@ -257,15 +256,15 @@ def _attempt_lines(attempts: Sequence[Attempt], *, signs: Signs) -> list[Summary
             if check.check in ("retention", "new_capability") and check.value is not None
         )
         text = f"{number}: {did}: {changes}; {status.replace('_', ' ')}"
-        lines.append(SummaryLine("", signs.printable(text), style=STYLES.get(status, "")))
+        lines.append(SummaryLine("", text, style=STYLES.get(status, "")))
     return lines
 
 
-def _grid(lines: Iterable[SummaryLine]) -> RichTable:
+def _grid(lines: Iterable[SummaryLine], console: Console) -> RichTable:
     """Set labels beside their text, which wraps within its own column."""
     grid = RichTable.grid(padding=(0, 1, 0, 0))
     grid.add_column(width=11, overflow="fold")
     grid.add_column(overflow="fold")
     for line in lines:
-        grid.add_row(line.label, Text(line.text, style=line.style))
+        grid.add_row(line.label, Text(console.printable(line.text), style=line.style))
     return grid

@@ -1,35 +1,8 @@
-"""Numbers and signs as a person reads them, on any terminal."""
-
-from dataclasses import dataclass
+"""Numbers as a person reads them."""
 
 ACCURACY = "/accuracy"  # behind the name of a domain or task, where its right answers are meant
 MISSING = "-"
 _PREFIXES = "kMGTPE"
-
-
-@dataclass(frozen=True, slots=True)
-class Signs:
-    """The few signs beyond ASCII, or what stands for them."""
-
-    arrow: str
-    encoding: str
-
-    @classmethod
-    def for_encoding(cls, encoding: str) -> "Signs":
-        """Choose the signs that a terminal of this encoding can print."""
-        if encoding.lower().startswith("utf"):
-            return cls("→", encoding)
-        return cls("->", encoding)
-
-    def printable(self, text: str) -> str:
-        """Replace what the terminal cannot print, and control characters, by their escapes."""
-        safe = "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in text)
-        return safe.encode(self.encoding, "backslashreplace").decode(self.encoding)
-
-    def shortened(self, text: str, num_characters: int) -> str:
-        """Return printable text, cut with two dots: Rich's own ellipsis is not ASCII."""
-        text = self.printable(text)
-        return text if len(text) <= num_characters else text[: num_characters - 2] + ".."
 
 
 def count_text(value: float | None) -> str:
