@@ -220,13 +220,16 @@ def validate(
 
 
 def _found(rule: Rule, config: RunConfig) -> Sequence[Problem]:
-    """Return what a rule finds; nothing where it reads a section that is wrong by itself."""
+    """Return what a rule finds, until it reads a section that is wrong by itself."""
+    found: list[Problem] = []
     try:
-        return list(rule(config))
+        for problem in rule(config):
+            found.append(problem)  # what was found before an error stays
     except _Unread:
-        return ()
+        pass
     except RequestError as error:
-        return error.problems
+        found += error.problems
+    return found
 
 
 def _read(
