@@ -414,3 +414,9 @@ class Start:
     source: dict[str, Any]
     trained: tuple[dict[str, Any], ...]
     folder: Path | None = None
+
+
+def nearest_multiples(value: int, divisor: int) -> str:
+    """Return the multiples of a number on both sides of a value, in words."""
+    below, above = value // divisor * divisor, -(-value // divisor) * divisor
+    return f"{below} or {above}" if below else str(above)

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from tritter.config.launch.composition import Composer
-from tritter.config.run_folder import changed_keys, fingerprint
+from tritter.config.run_folder import changes_between, fingerprint
 
 WITHOUT_EFFECT = [
     "resume=x",
@@ -47,7 +47,7 @@ def test_keys_that_do_not_count(composing: Composer, override: str) -> None:
 @pytest.mark.parametrize("override", WITH_EFFECT)
 def test_keys_that_count(composing: Composer, override: str) -> None:
     base, other = (fingerprint(composing.compose(words).config) for words in ([], [override]))
-    assert changed_keys(base, other) == WITH_EFFECT[override]
+    assert list(changes_between(base, other)) == WITH_EFFECT[override]
 
 
 def test_order_of_methods_counts(composing: Composer) -> None:
@@ -55,7 +55,7 @@ def test_order_of_methods_counts(composing: Composer) -> None:
         fingerprint(composing.compose([f"expansion=[{names}]"]).config)
         for names in ("dus,width", "width,dus")
     )
-    assert changed_keys(one, two) == ["expansion.methods"]
+    assert list(changes_between(one, two)) == ["expansion.methods"]
 
 
 def test_it_survives_json(composing: Composer) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from tritter.config.launch.composition import load_config
-from tritter.config.run_folder import changed_keys, fingerprint
+from tritter.config.run_folder import changes_between, fingerprint
 from tritter.errors import RequestError
 
 BASE = {"prose": ["stdlib:prose"]}
@@ -87,4 +87,4 @@ def test_questions_are_part_of_a_run_only_where_they_are_asked() -> None:
         first, then = (
             fingerprint(load_config([*words, f"evaluation.task_questions={n}"])) for n in (10, 20)
         )
-        assert changed_keys(first, then) == changed
+        assert list(changes_between(first, then)) == changed

@@ -12,7 +12,7 @@ from tritter.checkpoint import read_lineage
 from tritter.checkpoint.state import KeptSequences
 from tritter.cli.train import _recorded_settings
 from tritter.config.launch.composition import load_config
-from tritter.config.run_folder import changed_keys, fingerprint
+from tritter.config.run_folder import changes_between, fingerprint
 from tritter.errors import RequestError
 from tritter.pipeline import Outcome, run_pipeline
 from tritter.training import read_metrics
@@ -43,7 +43,7 @@ def test_its_base_is_another_than_that_of_a_stream(done: Path) -> None:
     assert before.training_config["made_from"]["data"]["packing"] == "documents"
     assert before.training_config["data"] == {"sequence_length": 32, "packing": "documents"}
     stream, documents = (fingerprint(load_config([*TINY, word])) for word in (TINY[0], APART))
-    assert changed_keys(stream, documents) == ["data.packing"]
+    assert list(changes_between(stream, documents)) == ["data.packing"]
     # A command that goes on with the checkpoint packs as it was packed
     assert _recorded_settings(done / "checkpoint", is_text=True)["data.packing"] == "documents"
 

@@ -87,18 +87,15 @@ def front_of(
     places = tuple(place for _, place in found)
     meant = Front(places, (config_name or CONFIG_NAME).removesuffix(".yaml"))
     with composing_from(meant):
-        if config_name is not None and meant.config_name not in (names := config_names()):
+        roots = option_folders().values()
+        names = sorted({path.stem for folder in roots for path in folder.glob("*.yaml")})
+        if config_name is not None and meant.config_name not in names:
             reason = f"no folder of options holds {meant.config_name}.yaml; there are "
             near = nearest(meant.config_name, names)
             raise RequestError(
                 Problem("--config-name", config_name, reason + ", ".join(names), nearest=near)
             )
     return meant
-
-
-def config_names() -> list[str]:
-    """Return what `--config-name` may be: the files at the root of the folders."""
-    return sorted({p.stem for folder in option_folders().values() for p in folder.glob("*.yaml")})
 
 
 def option_folders() -> dict[str, Path]:

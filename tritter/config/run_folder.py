@@ -148,12 +148,12 @@ def check_run_folder(folder: Path, config: RunConfig) -> RunState:
     if not is_run:
         return RunState.NEW
     run = read_run(folder)
-    changes = describe_changes(run.fingerprint, fingerprint(config))
+    changes = changes_between(run.fingerprint, fingerprint(config))
     if changes:
         key = key_name("hydra.run.dir")
         raise RequestError(
             f"{key} = {folder}: it holds a run of another configuration (there → now):\n"
-            + "\n".join(f"  {change}" for change in changes)
+            + "\n".join(f"  {key}: {show(a)} → {show(b)}" for key, (a, b) in changes.items())
             + f"\nLeave them out to resume it: {run.resume_command(folder)}\n"
             f"Or give another folder as {key} to start another run."
         )
@@ -372,17 +372,8 @@ def optimizer_record(config: RunConfig) -> dict[str, Any]:
     }
 
 
-def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Return the dotted keys whose values differ between two fingerprints."""
-    return list(_changes(old, new))
-
-
-def describe_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Return one line `key: old → new` for each changed key."""
-    return [f"{key}: {show(a)} → {show(b)}" for key, (a, b) in _changes(old, new).items()]
-
-
-def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+def changes_between(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Return dotted key → both values, of those that differ between two fingerprints."""
     before, after = leaves(old), leaves(new)
     both = {key: (before.get(key, _ABSENT), after.get(key, _ABSENT)) for key in before | after}
     return {key: (a, b) for key, (a, b) in both.items() if a != b}

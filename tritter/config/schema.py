@@ -13,12 +13,10 @@ from pydantic import Field
 from tritter.checkpoint.run_text import RunText
 from tritter.data.options import DataConfig as DataConfig  # docs/extending.md names it here
 from tritter.evaluation.options import EvaluationConfig, GateConfig
+from tritter.families.presets import ModelConfig as ModelConfig
 from tritter.limits import (
-    MAX_LAYERS,
     MAX_PARAMETERS,
-    MAX_POSITIONS,
     MAX_SEED,
-    MAX_WIDTH,
 )
 from tritter.moe_routing.options import AdaptationOptions, RoutingOptions
 from tritter.options import IN_WORDS, Count, RunRequest, Text, join, options
@@ -28,23 +26,6 @@ from tritter.training.options import TrainerSettings, TrainerValues, TrainingCon
 
 if TYPE_CHECKING:
     from tritter.expansion import ExpansionSpec
-
-
-@options
-class ModelConfig:
-    """The base model's architecture, in the names of Hugging Face configs."""
-
-    model_type: Literal["llama"]
-    hidden_size: Annotated[int, Field(ge=1, le=MAX_WIDTH)]
-    intermediate_size: Annotated[int, Field(ge=1, le=MAX_WIDTH)]
-    num_hidden_layers: Annotated[int, Field(ge=1, le=MAX_LAYERS)]
-    num_attention_heads: Annotated[int, Field(ge=1, le=MAX_WIDTH)]
-    num_key_value_heads: Annotated[int, Field(ge=1, le=MAX_WIDTH)]
-    tie_word_embeddings: bool
-    rms_norm_eps: Annotated[float, Field(gt=0)]
-    rope_theta: Annotated[float, Field(gt=0)]
-    max_position_embeddings: Annotated[int, Field(ge=2, le=MAX_POSITIONS)]
-    initializer_range: Annotated[float, Field(gt=0)]
 
 
 @options

@@ -13,7 +13,6 @@ from tritter.checkpoint.expert_files import experts_in, refuse_experts
 from tritter.checkpoint.place import (
     checkpoint_config,
     kinds_beside,
-    teacher_problems,
 )
 from tritter.checkpoint.run_text import run_text
 from tritter.config.components import (
@@ -55,18 +54,18 @@ from tritter.data.options import NamedTextConfig, batch_problems, weight_problem
 from tritter.errors import Problem, RequestError, raise_problems
 from tritter.evaluation.options import benchmark_problems, gate_problems
 from tritter.expansion import target_config
-from tritter.families import Config, check_size, family_of, llama_config, position_limit
+from tritter.families import Config, check_size, family_of, position_limit
+from tritter.families.presets import model_problems
 from tritter.moe_routing.options import expert_problems
 from tritter.options import Start, field_keys, leaves
 from tritter.planning.strategy import pipeline_problems, planned_rounds
 from tritter.storage.reading import named_path
+from tritter.training.forgetting_method import method_start_problems
 from tritter.training.optimizer import OptimizerValues, carry_problems, optimizer_class
 from tritter.training.options import (
     PRESET_RATE,
     RULES,
-    TrainingConfig,
     default_rate,
-    nearest_multiples,
     trainer_start_problems,
     with_steps,
 )
@@ -224,13 +223,16 @@ def validate(
 
 
 def _found(rule: Rule, config: RunConfig) -> Sequence[Problem]:
-    """Return what a rule finds; nothing where it reads a section that is wrong by itself."""
+    """Return what a rule finds, until it reads a section that is wrong by itself."""
+    found: list[Problem] = []
     try:
-        return list(rule(config))
+        for problem in rule(config):
+            found.append(problem)  # what was found before an error stays
     except _Unread:
-        return ()
+        pass
     except RequestError as error:
-        return error.problems
+        found += error.problems
+    return found
 
 
 def _read(
@@ -263,8 +265,7 @@ def source_config(config: RunConfig) -> Config:
     """Return the base model's config.json, as the family's builder writes it."""
     model = config.model
     assert isinstance(model, ModelConfig), "a checkpoint has a config.json of its own"
-    sizes = {name: value for name, value in asdict(model).items() if name != "model_type"}
-    return llama_config(vocab_size=config.data.vocab_size, **sizes)
+    return model.config(vocab_size=config.data.vocab_size)
 
 
 def known_config(config: RunConfig) -> Config | None:
@@ -354,25 +355,6 @@ def method_problems(config: RunConfig) -> Iterator[Problem]:
         yield Problem("forgetting", [one.name for one in config.forgetting], reason=reason)
 
 
-def method_start_problems(config: RunConfig, source: Config) -> Iterator[Problem]:
-    """Yield what can't be had of a model that the run starts from.
-
-    Args:
-        source: its config.json; of a base that is to be trained the vocabulary is not known yet.
-    """
-    is_known = isinstance(config.model, CheckpointModelConfig)
-    for one in config.forgetting:
-        place = one.kind.needs(one.options).teacher_place
-        if place is not None:
-            key = f"forgetting.{one.name}.teacher"
-            yield from teacher_problems(place, source if is_known else None, key=key)
-    if any(one.kind.needs(one.options).old_text for one in config.forgetting):
-        data = config.data
-        yield from config.text.kept.misfits(
-            sequence_length=data.sequence_length, packing=data.packing
-        )
-
-
 def _data_problems(config: RunConfig) -> Iterator[Problem]:
     old, new = config.data.old_sources, config.data.new_sources
     for name in new:
@@ -408,49 +390,10 @@ def _data_problems(config: RunConfig) -> Iterator[Problem]:
         yield Problem("data.old", typed, reason=reason)
 
 
-def _model_problems(config: RunConfig) -> Iterator[Problem]:
-    model = config.model
-    if not isinstance(model, ModelConfig):
-        return
-    hidden_size, heads = model.hidden_size, model.num_attention_heads
-    kv_heads = model.num_key_value_heads
-    for key, value, divisor_key, divisor in (
-        ("hidden_size", hidden_size, "num_attention_heads", heads),
-        ("num_attention_heads", heads, "num_key_value_heads", kv_heads),
-    ):
-        if value % divisor:
-            reason = (
-                f"it has to be a multiple of model.{divisor_key} = {divisor}; nearest: "
-                f"{nearest_multiples(value, divisor)}"
-            )
-            yield Problem(f"model.{key}", value, reason=reason)
-    if hidden_size % heads == heads % kv_heads == 0 and hidden_size % (2 * heads):
-        reason = (
-            f"rotary positions turn pairs, so each of the {heads} heads needs an even width; "
-            f"nearest: {nearest_multiples(hidden_size, 2 * heads)}"
-        )
-        yield Problem("model.hidden_size", hidden_size, reason=reason)
-
-
-def _schedule_problems(config: RunConfig, prefix: str) -> Iterator[Problem]:
-    training: TrainingConfig = getattr(config, prefix)
-    if prefix == "pretraining" and training.schedule == "rewarm":
-        reason = "a base has no rate to warm up from again; allowed are constant, cosine and wsd"
-        yield Problem(f"{prefix}.schedule", training.schedule, reason=reason)
-    if training.schedule == "wsd" and training.warmup_ratio + training.decay_ratio > 1:
-        reason = (
-            f"with {prefix}.warmup_ratio = {training.warmup_ratio} more than all steps are spoken "
-            f"for; allowed is at most {1 - training.warmup_ratio:g}"
-        )
-        yield Problem(f"{prefix}.decay_ratio", training.decay_ratio, reason=reason)
-
-
 _RULES: tuple[Rule, ...] = (
     batch_problems,
-    _model_problems,
+    model_problems,
     _data_problems,
-    partial(_schedule_problems, prefix="pretraining"),
-    partial(_schedule_problems, prefix="training"),
     gate_problems,
     benchmark_problems,
     ladder_problems,

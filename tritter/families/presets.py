@@ -4,22 +4,55 @@ They are the options `conf/model/tritter_*.yaml`, whose first lines say what mod
 """
 
 import math
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
 from itertools import pairwise
+from typing import Annotated, Literal
 
 import yaml
+from pydantic import Field
 
 from tritter.conf_folder import config_folder
-from tritter.errors import RequestError, did_you_mean
+from tritter.errors import Problem, RequestError, did_you_mean
 from tritter.families.dimensions import Config
 from tritter.families.tables import llama_config
+from tritter.limits import MAX_LAYERS, MAX_POSITIONS, MAX_WIDTH
+from tritter.options import RunRequest, nearest_multiples, options
 
 _UNITS = {"m": 10**6, "b": 10**9}
 VOCABULARY = 32_000  # what the parameter counts in the presets' names are for
 
 
+@options
+class ModelConfig:
+    """The base model's architecture, in the names of Hugging Face configs."""
+
+    model_type: Literal["llama"]
+    hidden_size: Annotated[int, Field(ge=1, le=MAX_WIDTH)]
+    intermediate_size: Annotated[int, Field(ge=1, le=MAX_WIDTH)]
+    num_hidden_layers: Annotated[int, Field(ge=1, le=MAX_LAYERS)]
+    num_attention_heads: Annotated[int, Field(ge=1, le=MAX_WIDTH)]
+    num_key_value_heads: Annotated[int, Field(ge=1, le=MAX_WIDTH)]
+    tie_word_embeddings: bool
+    rms_norm_eps: Annotated[float, Field(gt=0)]
+    rope_theta: Annotated[float, Field(gt=0)]
+    max_position_embeddings: Annotated[int, Field(ge=2, le=MAX_POSITIONS)]
+    initializer_range: Annotated[float, Field(gt=0)]
+
+    @property
+    def aspect_ratio(self) -> float:
+        """Hidden size per layer."""
+        return self.hidden_size / self.num_hidden_layers
+
+    def config(self, *, vocab_size: int = VOCABULARY) -> Config:
+        """Return the config.json of a model of this size."""
+        sizes = {field.name: getattr(self, field.name) for field in fields(ModelConfig)}
+        del sizes["model_type"]
+        return llama_config(vocab_size=vocab_size, **sizes)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Preset:
+class Preset(ModelConfig):
     """One size.
 
     Args:
@@ -29,27 +62,6 @@ class Preset:
 
     name: str
     nominal_parameters: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    tie_word_embeddings: bool
-    max_position_embeddings: int
-    rope_theta: float
-    rms_norm_eps: float
-    initializer_range: float
-
-    @property
-    def aspect_ratio(self) -> float:
-        """Hidden size per layer."""
-        return self.hidden_size / self.num_hidden_layers
-
-    def config(self, *, vocab_size: int = VOCABULARY) -> Config:
-        """Return the config.json of a model of this size."""
-        sizes = asdict(self)
-        del sizes["name"], sizes["nominal_parameters"]
-        return llama_config(vocab_size=vocab_size, **sizes)
 
 
 def _read_all() -> dict[str, Preset]:
@@ -98,3 +110,28 @@ def aspect_ratio_at(parameters: float) -> float:
             share = min(max((position - start) / (end - start), 0.0), 1.0)
             return left.aspect_ratio ** (1 - share) * right.aspect_ratio**share
     return presets[-1].aspect_ratio
+
+
+def model_problems(config: RunRequest) -> Iterator[Problem]:
+    """Yield sizes of a base of our own that do not go together."""
+    model = config.model
+    if not isinstance(model, ModelConfig):
+        return
+    hidden_size, heads = model.hidden_size, model.num_attention_heads
+    kv_heads = model.num_key_value_heads
+    for key, value, divisor_key, divisor in (
+        ("hidden_size", hidden_size, "num_attention_heads", heads),
+        ("num_attention_heads", heads, "num_key_value_heads", kv_heads),
+    ):
+        if value % divisor:
+            reason = (
+                f"it has to be a multiple of model.{divisor_key} = {divisor}; nearest: "
+                f"{nearest_multiples(value, divisor)}"
+            )
+            yield Problem(f"model.{key}", value, reason=reason)
+    if hidden_size % heads == heads % kv_heads == 0 and hidden_size % (2 * heads):
+        reason = (
+            f"rotary positions turn pairs, so each of the {heads} heads needs an even width; "
+            f"nearest: {nearest_multiples(hidden_size, 2 * heads)}"
+        )
+        yield Problem("model.hidden_size", hidden_size, reason=reason)

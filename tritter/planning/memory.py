@@ -284,13 +284,10 @@ def machine_memory(*, process_groups: Path = PROCESS_GROUPS, groups: Path = GROU
     Returns:
         None where the system does not tell.
     """
-    found = [*_physical(), *_group_limits(process_groups, groups)]
-    return min(found, default=None)
-
-
-def _physical() -> Iterator[int]:
+    found = [*_group_limits(process_groups, groups)]
     with suppress(ValueError, OSError, AttributeError):  # a system that has no such numbers
-        yield os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    return min(found, default=None)
 
 
 def _group_limits(process_groups: Path, groups: Path) -> Iterator[int]:

@@ -368,7 +368,15 @@ def _priced(
     request: PathRequest, shapes: Sequence[Shape], gpu_hours: float, assumptions: Assumptions
 ) -> GrowthPlan:
     """Say what a path costs, and what of it the budget pays for."""
-    start = _start(request.source, assumptions)
+    parameters = count_parameters(request.source)
+    due = assumptions.tokens_per_parameter * parameters
+    start = _Point(
+        target_config=request.source,
+        target_parameters=parameters,
+        total_gpu_hours=0.0,
+        predicted_loss=assumptions.law.loss(parameters, due),
+        memory=training_memory(request.source, assumptions.setup),
+    )
     steps: list[ExpansionStep] = []
     for shape in shapes:
         steps.append(_step(steps[-1] if steps else start, shape, gpu_hours, assumptions))
@@ -384,7 +392,7 @@ def _priced(
     return GrowthPlan(
         strategy=request.strategy,
         source_config=request.source,
-        source_parameters=start.target_parameters,
+        source_parameters=parameters,
         target_parameters=request.target_parameters,
         steps=tuple(steps),
         gpu_hours=gpu_hours,
@@ -394,26 +402,11 @@ def _priced(
             last.predicted_loss, last.target_config, last.target_parameters, assumptions
         )(spare),
         from_scratch_gpu_hours=_hours_for(end.target_config, from_scratch, assumptions),
-        source_gpu_hours=_hours_for(
-            request.source, assumptions.tokens_per_parameter * start.target_parameters, assumptions
-        ),
+        source_gpu_hours=_hours_for(request.source, due, assumptions),
         ungrown_loss=ungrown(gpu_hours),
         pays_from_gpu_hours=_pays_from(start, ungrown, steps[0], assumptions),
         source_memory=start.memory,
         alternatives={},
-    )
-
-
-def _start(source: Config, assumptions: Assumptions) -> _Point:
-    parameters = count_parameters(source)
-    return _Point(
-        target_config=source,
-        target_parameters=parameters,
-        total_gpu_hours=0.0,
-        predicted_loss=assumptions.law.loss(
-            parameters, assumptions.tokens_per_parameter * parameters
-        ),
-        memory=training_memory(source, assumptions.setup),
     )
 
 

@@ -210,7 +210,11 @@ def _held(
         if frozen := _num_frozen(config, model_config, before):
             trained = max(0, (count if trained is None else trained) - frozen)
         copies = sum(_copies(one) for one in config.forgetting) * memory.parameters_bytes
-        teacher = of_one * _teacher_parameters(config, before)
+        needs = [one.kind.needs(one.options) for one in config.forgetting]
+        places = {each.teacher_place for each in needs if each.teacher}
+        teachers = (before if place is None else checkpoint_config(place) for place in places)
+        # Of a hub id, which is not at hand, the size is not known
+        teacher = of_one * sum(_parameters(each) for each in teachers if each is not None)
     if trained is not None:
         states = memory.parameters_bytes + of_one * trained + moments * trained // count
     return HeldMemory(
@@ -232,14 +236,6 @@ def _num_frozen(config: RunRequest, trained: Config, before: Config) -> int:
         return int(frozen)
     each = (one.kind.num_frozen(one.options, trained, before, config) for one in config.forgetting)
     return max(each, default=0)
-
-
-def _teacher_parameters(config: RunRequest, before: Config) -> int:
-    """Return how many parameters a teacher has; of a hub id, which is not at hand, none."""
-    needs = [one.kind.needs(one.options) for one in config.forgetting]
-    places = {each.teacher_place for each in needs if each.teacher}
-    known = (before if place is None else checkpoint_config(place) for place in places)
-    return sum(_parameters(each) for each in known if each is not None)
 
 
 def _copies(one: Component) -> int:

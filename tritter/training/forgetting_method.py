@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from tritter.checkpoint.place import teacher_problems
 from tritter.data.batches import BatchStream, drawn_equally
 from tritter.errors import Problem
 from tritter.families import Config
@@ -317,3 +318,22 @@ def build_methods(chosen: Sequence[Component]) -> tuple[ForgettingMethod, ...]:
 def needs_of(chosen: Sequence[Component]) -> tuple[Needs, ...]:
     """Return what each method needs, in the order asked for."""
     return tuple(one.kind.needs(one.options) for one in chosen)
+
+
+def method_start_problems(config: RunRequest, source: Config) -> Iterator[Problem]:
+    """Yield what can't be had of a model that the run starts from.
+
+    Args:
+        source: its config.json; of a base that is to be trained the vocabulary is not known yet.
+    """
+    is_known = config.model.model_type == "hf"
+    for one in config.forgetting:
+        place = one.kind.needs(one.options).teacher_place
+        if place is not None:
+            key = f"forgetting.{one.name}.teacher"
+            yield from teacher_problems(place, source if is_known else None, key=key)
+    if any(one.kind.needs(one.options).old_text for one in config.forgetting):
+        data = config.data
+        yield from config.text.kept.misfits(
+            sequence_length=data.sequence_length, packing=data.packing
+        )

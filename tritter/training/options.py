@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
@@ -22,7 +23,7 @@ from tritter.errors import Problem, TritterError, nearest
 from tritter.expansion import target_config
 from tritter.families import Config, count_parameters, family_of
 from tritter.limits import MAX_COUNT, NO_EPOCHS, parse_count
-from tritter.options import IN_WORDS, Count, RunRequest, WholeNumber, options
+from tritter.options import IN_WORDS, Count, RunRequest, WholeNumber, nearest_multiples, options
 from tritter.targets import (
     TARGET,
     Component,
@@ -192,14 +193,62 @@ _SHARDED_OPTIMIZERS = ("AdamW", "Adam", "NAdam", "SGD")  # entry by entry
 _SHARDED_PRECISIONS = ("32-true", "bf16-mixed")  # the others are not tried
 
 
-def compile_problems(config: RunRequest) -> Iterator[Problem]:
-    """Yield what of a run compiled code can't follow."""
-    if config.trainer.compile and config.experts is not None:
+def trainer_problems(config: RunRequest) -> Iterator[Problem]:
+    """Yield what this way of computing can't do."""
+    trainer = config.trainer
+    if trainer.precision == "16-mixed" and trainer.accelerator == "cpu":
+        reason = "float16 needs a GPU; on trainer=cpu use bf16-mixed or 32-true"
+        yield Problem("trainer.precision", "16-mixed", reason=reason)
+    if trainer.accelerator == "mps" and trainer.strategy != "auto":
+        reason = "there is one Apple GPU in a machine; use trainer=mps, which trains in one process"
+        yield Problem("trainer.strategy", trainer.strategy, reason=reason)
+    if trainer.accelerator == "mps" and trainer.precision == "64-true":
+        reason = "Apple's GPUs have no float64; on trainer=mps use 32-true or bf16-mixed"
+        yield Problem("trainer.precision", trainer.precision, reason=reason)
+    if trainer.compile and config.experts is not None:
         reason = (
             "which tokens an adapter computes is another question in each batch, and every "
             "answer would be compiled; with experts use trainer.compile=false"
         )
         yield Problem("trainer.compile", True, reason=reason)
+
+
+def device_problems(config: RunRequest) -> Iterator[Problem]:
+    trainer, batch_size = config.trainer, config.data.batch_size
+    if trainer.strategy == "auto":
+        if trainer.devices > 1:
+            reason = "several devices train together with trainer=ddp; else allowed is 1"
+            yield Problem("trainer.devices", trainer.devices, reason=reason)
+        return
+    if trainer.devices == 1:
+        reason = (
+            f"trainer={trainer.strategy} is for 2 or more; for one device use trainer=cpu or "
+            "trainer=gpu"
+        )
+        yield Problem("trainer.devices", 1, reason=reason)
+    if trainer.accelerator == "auto":
+        reason = f"trainer={trainer.strategy} has to be told which devices; allowed are cpu and gpu"
+        yield Problem("trainer.accelerator", "auto", reason=reason)
+    if batch_size % trainer.devices:
+        reason = (
+            f"each of trainer.devices = {trainer.devices} takes an equal part; nearest: "
+            f"{nearest_multiples(batch_size, trainer.devices)}"
+        )
+        yield Problem("data.batch_size", batch_size, reason=reason)
+
+
+def schedule_problems(config: RunRequest, prefix: str) -> Iterator[Problem]:
+    """Yield why `pretraining` or `training`, the prefix, has no such schedule."""
+    training: TrainingConfig = getattr(config, prefix)
+    if prefix == "pretraining" and training.schedule == "rewarm":
+        reason = "a base has no rate to warm up from again; allowed are constant, cosine and wsd"
+        yield Problem(f"{prefix}.schedule", training.schedule, reason=reason)
+    if training.schedule == "wsd" and training.warmup_ratio + training.decay_ratio > 1:
+        reason = (
+            f"with {prefix}.warmup_ratio = {training.warmup_ratio} more than all steps are spoken "
+            f"for; allowed is at most {1 - training.warmup_ratio:g}"
+        )
+        yield Problem(f"{prefix}.decay_ratio", training.decay_ratio, reason=reason)
 
 
 def trainer_start_problems(config: RunRequest, source: Config) -> Iterator[Problem]:
@@ -279,55 +328,6 @@ def compiler_problems(config: RunRequest) -> Iterator[Problem]:
             f"install {usual} or name another in CXX, or use trainer.compile=false"
         )
         yield Problem("trainer.compile", True, reason=reason)
-
-
-def apple_problems(config: RunRequest) -> Iterator[Problem]:
-    """Yield what Apple's GPUs can't do."""
-    trainer = config.trainer
-    if trainer.accelerator != "mps":
-        return
-    if trainer.strategy != "auto":
-        reason = "there is one Apple GPU in a machine; use trainer=mps, which trains in one process"
-        yield Problem("trainer.strategy", trainer.strategy, reason=reason)
-    if trainer.precision == "64-true":
-        reason = "Apple's GPUs have no float64; on trainer=mps use 32-true or bf16-mixed"
-        yield Problem("trainer.precision", trainer.precision, reason=reason)
-
-
-def precision_problems(config: RunRequest) -> Iterator[Problem]:
-    if config.trainer.precision == "16-mixed" and config.trainer.accelerator == "cpu":
-        reason = "float16 needs a GPU; on trainer=cpu use bf16-mixed or 32-true"
-        yield Problem("trainer.precision", "16-mixed", reason=reason)
-
-
-def device_problems(config: RunRequest) -> Iterator[Problem]:
-    trainer, batch_size = config.trainer, config.data.batch_size
-    if trainer.strategy == "auto":
-        if trainer.devices > 1:
-            reason = "several devices train together with trainer=ddp; else allowed is 1"
-            yield Problem("trainer.devices", trainer.devices, reason=reason)
-        return
-    if trainer.devices == 1:
-        reason = (
-            f"trainer={trainer.strategy} is for 2 or more; for one device use trainer=cpu or "
-            "trainer=gpu"
-        )
-        yield Problem("trainer.devices", 1, reason=reason)
-    if trainer.accelerator == "auto":
-        reason = f"trainer={trainer.strategy} has to be told which devices; allowed are cpu and gpu"
-        yield Problem("trainer.accelerator", "auto", reason=reason)
-    if batch_size % trainer.devices:
-        reason = (
-            f"each of trainer.devices = {trainer.devices} takes an equal part; nearest: "
-            f"{nearest_multiples(batch_size, trainer.devices)}"
-        )
-        yield Problem("data.batch_size", batch_size, reason=reason)
-
-
-def nearest_multiples(value: int, divisor: int) -> str:
-    """Return the multiples of a number on both sides of a value, in words."""
-    below, above = value // divisor * divisor, -(-value // divisor) * divisor
-    return f"{below} or {above}" if below else str(above)
 
 
 _REFUSED_CALLBACKS = {
@@ -450,10 +450,10 @@ def callback_problems(
 
 # What does not go together in these sections
 RULES = (
-    precision_problems,
+    trainer_problems,
     device_problems,
-    apple_problems,
-    compile_problems,
+    partial(schedule_problems, prefix="pretraining"),
+    partial(schedule_problems, prefix="training"),
     sharding_problems,
     asking_problems,
     monitor_problems,

@@ -152,19 +152,10 @@ class Loader(ConfigLoaderImpl):
 
 @dataclass(frozen=True, slots=True)
 class Composition:
-    """One composed and validated job.
-
-    Args:
-        composed: all that Hydra made of it, its own settings too.
-    """
+    """One composed and validated job, and Hydra's own settings for it."""
 
     config: RunConfig
-    composed: DictConfig
-
-    @property
-    def hydra(self) -> DictConfig:
-        """Hydra's own settings for it."""
-        return self.composed.hydra
+    hydra: DictConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,14 +185,13 @@ class Composer:
         Raises:
             RequestError: whatever is wrong with it, in the words of the contract.
         """
-        check_overrides(overrides)
         composed = self.composed(overrides)
         config = self.judged(composed, overrides, rules=rules)
         if job_number is not None:
             with open_dict(composed.hydra):
                 composed.hydra.job.num = job_number
                 composed.hydra.job.id = str(job_number)
-        return Composition(config, composed)
+        return Composition(config, composed.hydra)
 
     def composed(self, overrides: Sequence[str], *, mode: RunMode = RunMode.RUN) -> DictConfig:
         """Compose a job, Hydra's own settings too, and judge nothing.
@@ -225,6 +215,7 @@ class Composer:
         Raises:
             RequestError: whatever is wrong with it, in the words of the contract.
         """
+        check_overrides(overrides)
         config = self._validated(composed, overrides, rules=rules)
         return self.with_rungs(config, overrides, rules=rules)
 

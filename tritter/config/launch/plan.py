@@ -35,7 +35,6 @@ from tritter.config.overrides import (
 from tritter.config.run_folder import (
     OUTPUT_FILE,
     RunState,
-    check_overrides,
     check_run_folder,
     find_run,
     read_run,
@@ -292,7 +291,6 @@ def _check_means(plan: Plan) -> None:
 
 def _plan_run(request: Request, composed: DictConfig) -> Plan:
     resumed, hydra = request.resumed, composed.hydra
-    check_overrides(request.overrides)
     rules = _OF_RUNS[:1] if resumed else _OF_RUNS
     config = request.composing.judged(composed, request.overrides, rules=rules)
     is_single = not request.is_shown and resumed is None  # a job of a sweep is resumed by itself
