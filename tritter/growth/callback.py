@@ -115,8 +115,30 @@ class NeuronGrowthCallback(Callback):
         if growth is not None:
             self._grow(trainer, module, growth, batch["input_ids"][:_TRIED_SEQUENCES])
         self._forget_looks(pl_module)
-        if step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            pl_module.log_dict(self._metrics(trainer, model))
+        if step % trainer.log_every_n_steps:  # type: ignore[attr-defined]
+            return
+        counts, ages = grower.counts, grower.maturity.ages(step)
+        widths = [place.width(model) for place in grower.places]
+        metrics = {
+            "growth/neurons": sum(widths),
+            "growth/born": counts.born,
+            "growth/replaced": counts.replaced,
+            "growth/died": counts.died,
+            "growth/young": len(ages),
+            "growth/parameters": sum(parameter.numel() for parameter in model.parameters()),
+            "growth/flops": work_of(trainer).flops,
+            "growth/function_change": grower.events[-1]["function_change"] if grower.events else 0,
+        }
+        if ages:
+            metrics["growth/mean_age"] = sum(ages) / len(ages)
+            for name, norm in grower.maturity.update_norms.items():
+                metrics[f"growth/update_norm/{name}"] = norm
+        if grower.pressure.neurons:
+            pressures = grower.pressure.of_layers(grower.places).tolist()
+            for place, width, pressure in zip(grower.places, widths, pressures, strict=True):
+                metrics[f"growth/layers/{place.layer}/neurons"] = width
+                metrics[f"growth/layers/{place.layer}/pressure"] = pressure
+        pl_module.log_dict({name: float(value) for name, value in metrics.items()})
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
@@ -197,31 +219,6 @@ class NeuronGrowthCallback(Callback):
             compiled.is_watched = False
         self._handles = []
         self._seen.clear()
-
-    def _metrics(self, trainer: Trainer, model: nn.Module) -> dict[str, float]:
-        grower, counts = self.grower, self.grower.counts
-        ages = grower.maturity.ages(trainer.global_step)
-        widths = [place.width(model) for place in grower.places]
-        metrics = {
-            "growth/neurons": sum(widths),
-            "growth/born": counts.born,
-            "growth/replaced": counts.replaced,
-            "growth/died": counts.died,
-            "growth/young": len(ages),
-            "growth/parameters": sum(parameter.numel() for parameter in model.parameters()),
-            "growth/flops": work_of(trainer).flops,
-            "growth/function_change": grower.events[-1]["function_change"] if grower.events else 0,
-        }
-        if ages:
-            metrics["growth/mean_age"] = sum(ages) / len(ages)
-            for name, norm in grower.maturity.update_norms.items():
-                metrics[f"growth/update_norm/{name}"] = norm
-        if grower.pressure.neurons:
-            pressures = grower.pressure.of_layers(grower.places).tolist()
-            for place, width, pressure in zip(grower.places, widths, pressures, strict=True):
-                metrics[f"growth/layers/{place.layer}/neurons"] = width
-                metrics[f"growth/layers/{place.layer}/pressure"] = pressure
-        return {name: float(value) for name, value in metrics.items()}
 
 
 def _reading_flops(model: nn.Module, input_ids: Tensor) -> float:

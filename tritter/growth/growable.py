@@ -152,7 +152,7 @@ def counted(growth: Growth | None) -> Counts:
     return {
         "born": sum(each.born for each in layers),
         "replaced": sum(len(each.recycled) for each in layers),
-        "died": 0 if growth is None else sum(growth.died.values()),
+        "died": sum(each.died for each in layers),
     }
 
 

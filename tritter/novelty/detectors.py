@@ -307,12 +307,6 @@ class _Group:
         mean = normalize(torch.stack(self.directions).sum(dim=0), dim=0)
         return float(mean @ direction) >= least
 
-    def keep_from(self, first: int) -> None:
-        kept = [index for index, at in enumerate(self.at) if at >= first]
-        for name in ("seen", "rows", "directions", "at"):
-            held = getattr(self, name)
-            setattr(self, name, [held[index] for index in kept])
-
 
 class NovelSamples:
     """Gathers novel samples, whichever batches they come in.
@@ -372,8 +366,11 @@ class NovelSamples:
         assert len(rows) == len(seen), "each sample has something that it can be trained on by"
         self._gather(seen, rows, self._groups, at=self._count)
         self._count += len(seen)
+        first = self._count - self.options.window_samples
         for group in self._groups:
-            group.keep_from(self._count - self.options.window_samples)
+            kept = [index for index, when in enumerate(group.at) if when >= first]
+            for name in ("seen", "rows", "directions", "at"):
+                setattr(group, name, [getattr(group, name)[index] for index in kept])
         self._groups = [group for group in self._groups if group.at]
         asked, window = self.options, min(self._count, self.options.window_samples)
         for group in self._groups:
