@@ -312,7 +312,8 @@ class ExpertCallback(Callback):
         roster, mixture = self.roster, module.mixture
         pair = roster.most_similar() if roster.asked.when_full == "merge" else None
         if pair is None:
-            gone = roster.least_used()
+            others = {name: each.usage for name, each in roster.members.items() if name != FIRST}
+            gone = min(others, key=others.__getitem__)
             self._evict(trainer, module, gone, heir=None)
             self._note(trainer, "evicted", gone, "the least used, to make room")
             return

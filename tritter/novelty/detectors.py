@@ -303,10 +303,6 @@ class _Group:
     directions: list[Tensor]
     at: list[int]
 
-    def is_like(self, direction: Tensor, least: float) -> bool:
-        mean = normalize(torch.stack(self.directions).sum(dim=0), dim=0)
-        return float(mean @ direction) >= least
-
 
 class NovelSamples:
     """Gathers novel samples, whichever batches they come in.
@@ -432,9 +428,11 @@ class NovelSamples:
         centre = self.library.gaussian(self.library.reference.name)
         directions = normalize(centre.whitened(seen.features[novel]), dim=1)
         for index, direction in zip(novel.tolist(), directions, strict=True):
-            least = self.options.similarity
-            group = next((g for g in groups if g.is_like(direction, least)), None)
-            if group is None:
+            for group in groups:
+                mean = normalize(torch.stack(group.directions).sum(dim=0), dim=0)
+                if float(mean @ direction) >= self.options.similarity:
+                    break
+            else:
                 group = _Group(seen=[], rows=[], directions=[], at=[])
                 groups.append(group)
             group.seen.append(seen.rows(torch.tensor([index])))
@@ -526,7 +524,7 @@ class NoveltyDetector:
         values = scores.values + (self._average - mean)
         like = _NEW if float(values.mean()) > scores.threshold else scores.nearest
         if like != self._run:
-            self._forget_run()
+            self._seen, self._values = [], []
         self._run = like
         self._seen.append(seen)
         self._values.append(values)
@@ -631,10 +629,6 @@ class NoveltyDetector:
         self._values = list(state["values"])
         self._average, self._cooldown = state["average"], state["cooldown"]
 
-    def _forget_run(self) -> None:
-        self._seen, self._values = [], []
-
     def _begin_anew(self) -> None:
         """Drop what was measured against an older library."""
-        self._forget_run()
-        self._average = None
+        self._seen, self._values, self._average = [], [], None
