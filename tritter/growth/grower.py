@@ -6,7 +6,7 @@ itself, but says what `tritter.training.surgery` is to do.
 
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from hashlib import sha256
 from math import isfinite
@@ -458,8 +458,8 @@ class Grower:
             "history": [list(each) for each in self._history],
             "losses": list(self._losses),
             "events": [dict(each) for each in self.events],
-            "counts": {name: getattr(self.counts, name) for name in Counts.__slots__},
-            "map": {name: list(getattr(self.map, name)) for name in GrowthMap.__slots__},
+            "counts": asdict(self.counts),
+            "map": asdict(self.map),
             "start": list(self.start),
         }
 

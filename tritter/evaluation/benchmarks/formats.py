@@ -172,6 +172,10 @@ class Benchmark:
         """What it is called on the hub; empty where it is not there."""
         return HUB_NAMES[self.name]
 
+    def answer_tokens(self, length: int) -> int:
+        """Return how many tokens are generated at most; half of the `length` that a model reads."""
+        return min(self.max_new_tokens, length // 2) if self.kind in ("answer", "code") else 0
+
     @property
     def metrics(self) -> tuple[str, ...]:
         """All that are counted, the one that it is known by first."""
