@@ -35,9 +35,8 @@ class WorkCount(Callback):
     """
 
     def __init__(self) -> None:
-        self.tokens, self.padding = 0, 0
+        self.tokens, self.padding, self.flops = 0, 0, 0.0
         self.lengths = Counter[int]()
-        self.flops = 0.0
         self._step: tuple[object, StepFlops | None] = (None, None)  # what is trained, its FLOPs
 
     def on_train_batch_end(
@@ -59,13 +58,11 @@ class WorkCount(Callback):
             self._step = (flags, flops)
         self.flops += flops.of(lengths)
 
-    def parameters_changed(self, change: Change) -> None:
-        """Count the next step anew."""
-        self.count_anew()
-
-    def count_anew(self) -> None:
+    def count_anew(self, change: Change | None = None) -> None:
         """Count what the next step takes, which another way of computing may change too."""
         self._step = (None, None)
+
+    parameters_changed = count_anew
 
     def packing(self) -> dict[str, Any]:
         """Return how full sequences of documents were; nothing of a stream, which is always full.
