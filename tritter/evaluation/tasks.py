@@ -16,12 +16,12 @@ from typing import Protocol
 import torch
 from tokenizers import Tokenizer
 from torch import nn
-from torch.nn.functional import cross_entropy
 
 from tritter.data.packing import IGNORED
 from tritter.data.skills import Question
 from tritter.errors import TritterError
 from tritter.evaluation.inference import evaluating
+from tritter.evaluation.losses import nats_per_row
 from tritter.evaluation.statistics import PairedScores
 
 
@@ -169,10 +169,7 @@ def _read(model: nn.Module, rows: Sequence[_Row], reader: Reader) -> list[_Found
                 input_ids[number, 1 : 1 + len(ids)] = ids
                 targets[number, row.start : len(ids)] = ids[row.start :]
             logits_BTV = model(input_ids=input_ids.to(device), use_cache=False).logits.float()
-            nats_BT = cross_entropy(
-                logits_BTV.flatten(0, 1), targets.flatten().to(device), reduction="none"
-            ).view(targets.shape)
-            nats_B = nats_BT.double().sum(dim=1).tolist()
+            nats_B = nats_per_row(logits_BTV, targets.to(device)).tolist()
             said_BT = logits_BTV.argmax(dim=-1).cpu()
             is_right_B = ((said_BT == targets) | (targets == IGNORED)).all(dim=1)
             for number, (index, row) in enumerate(zip(batch, texts, strict=True)):

@@ -166,7 +166,10 @@ class ExpertCallback(Callback):
         if active is None:  # of the batches of a step all were for one, or none is trained on
             self.roster.batches["idle"] += len([each for each in self._aims if each is not None])
         if (trainer.global_step + 1) % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            pl_module.log_dict(gradient_norms(module.mixture))
+            for name in module.mixture.adapters:
+                own = parameters_of(module.model, name).values()
+                norm = nn.utils.get_total_norm([p.grad for p in own if p.grad is not None])
+                pl_module.log(f"experts/gradient_norm/{name}", float(norm))
         # What gets no gradient is left alone by the optimizer, momentum and weight decay too
         for name in module.mixture.adapters:
             if name != active:
@@ -310,7 +313,8 @@ class ExpertCallback(Callback):
         roster, mixture = self.roster, module.mixture
         pair = roster.most_similar() if roster.asked.when_full == "merge" else None
         if pair is None:
-            gone = roster.least_used()
+            others = {name: each.usage for name, each in roster.members.items() if name != FIRST}
+            gone = min(others, key=others.__getitem__)
             self._evict(trainer, module, gone, heir=None)
             self._note(trainer, "evicted", gone, "the least used, to make room")
             return
@@ -464,16 +468,6 @@ class Figures:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._usage = {name: list(each) for name, each in state["usage"].items()}
         self._over_time = {name: list(each) for name, each in state["over_time"].items()}
-
-
-def gradient_norms(mixture: ExpertMixture) -> dict[str, float]:
-    """Return the gradient norm of each expert's parameters."""
-    found = {}
-    for name in mixture.adapters:
-        own = parameters_of(mixture.model, name).values()
-        norm = torch.nn.utils.get_total_norm([p.grad for p in own if p.grad is not None])
-        found[f"experts/gradient_norm/{name}"] = float(norm)
-    return found
 
 
 # A few sequences of each expert's text, seen again while others learn.

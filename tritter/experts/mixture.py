@@ -437,16 +437,6 @@ class ExpertMixture:
             self.evidence.keep_rows([n for n, each in enumerate(self.names) if each != name])
         self.names.remove(name)
 
-    def reorder(self, names: Sequence[str]) -> None:
-        """State the order of gates anew; rows of routers and counts are the caller's.
-
-        Raises:
-            ValueError: they are not the experts there are.
-        """
-        if sorted(names) != sorted(self.names):
-            raise ValueError(f"experts {', '.join(names)}; there are {', '.join(self.names)}")
-        self.names = list(names)
-
     def check_can_go(self, name: str) -> None:
         """Raise a RequestError where there is no expert of a name, or no other one."""
         self._check_known(name)

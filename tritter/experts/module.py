@@ -134,7 +134,8 @@ class ExpertModule(BaseModule):
                 mixture.close(name)
             for name in held["order"]:
                 mixture.open(name, shapes[name], seed=0)
-        mixture.reorder(held["names"])
+        assert sorted(held["names"]) == sorted(mixture.names)
+        mixture.names = list(held["names"])
         for router in map(self.model.get_submodule, router_names(mixture)):
             size = len(mixture.names)
             for key in ("weight", "bias"):

@@ -225,11 +225,6 @@ class Roster:
             if self.detector is not None:
                 self.detector.library.remove(skill)
 
-    def least_used(self) -> str:
-        """Return the expert that goes first; not the base's."""
-        others = [name for name in self.members if name != FIRST]
-        return min(others, key=lambda name: self.members[name].usage)
-
     def most_similar(self) -> tuple[str, str] | None:
         """Return two experts, the older first, whose skills are most alike; None: there are not."""
         if self.detector is None:

@@ -1,6 +1,7 @@
 """Growth as callbacks of a training: one reads the gradients of the task, one changes the model."""
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from statistics import fmean
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from tritter.data.packing import lengths_read
+from tritter.evaluation.jump import logits_of
 from tritter.families import forward_flops
 from tritter.growth.grower import GROWTH, Grower, Growth, map_digest
 from tritter.growth.places import MAX_TOKENS, Look, Looking, attach, ffn_places
@@ -115,8 +117,30 @@ class NeuronGrowthCallback(Callback):
         if growth is not None:
             self._grow(trainer, module, growth, batch["input_ids"][:_TRIED_SEQUENCES])
         self._forget_looks(pl_module)
-        if step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            pl_module.log_dict(self._metrics(trainer, model))
+        if step % trainer.log_every_n_steps:  # type: ignore[attr-defined]
+            return
+        counts, ages = grower.counts, grower.maturity.ages(step)
+        widths = [place.width(model) for place in grower.places]
+        metrics = {
+            "growth/neurons": sum(widths),
+            "growth/born": counts.born,
+            "growth/replaced": counts.replaced,
+            "growth/died": counts.died,
+            "growth/young": len(ages),
+            "growth/parameters": sum(parameter.numel() for parameter in model.parameters()),
+            "growth/flops": work_of(trainer).flops,
+            "growth/function_change": grower.events[-1]["function_change"] if grower.events else 0,
+        }
+        if ages:
+            metrics["growth/mean_age"] = sum(ages) / len(ages)
+            for name, norm in grower.maturity.update_norms.items():
+                metrics[f"growth/update_norm/{name}"] = norm
+        if grower.pressure.neurons:
+            pressures = grower.pressure.of_layers(grower.places).tolist()
+            for place, width, pressure in zip(grower.places, widths, pressures, strict=True):
+                metrics[f"growth/layers/{place.layer}/neurons"] = width
+                metrics[f"growth/layers/{place.layer}/pressure"] = pressure
+        pl_module.log_dict({name: float(value) for name, value in metrics.items()})
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
@@ -159,7 +183,7 @@ class NeuronGrowthCallback(Callback):
             "extra_flops": counts.extra_flops,
             "flops": self._after["flops"],
             "young": len(grower.maturity.ages(self._last_step)),
-            "map": {name: getattr(grower.map, name) for name in ("steps", "neurons", "pressure")},
+            "map": asdict(grower.map),
             "function_change": max(changes, default=0.0),
             "map_digest": self._after["map_digest"],
             "is_exact": grower.is_exact,
@@ -176,11 +200,11 @@ class NeuronGrowthCallback(Callback):
     def _grow(self, trainer: Trainer, module: BaseModule, growth: Growth, tokens: Tensor) -> None:
         """Change the model, and take down how far its logits moved on some tokens [B, T]."""
         model, work = module.model, work_of(trainer)
-        before, flops = _logits(model, tokens), _reading_flops(model, tokens)
+        before, flops = logits_of(model, tokens), _reading_flops(model, tokens)
         surgery.apply(trainer, module, growth.change, reason=GROWTH)
         work.flops += flops + _reading_flops(model, tokens)
-        largest = (_logits(model, tokens) - before).abs().max()
-        change = largest / before.std().clamp_min(1e-30)
+        largest = (logits_of(model, tokens) - before).abs().max()
+        change = (largest / before.std().clamp_min(1e-30)).to(module.device)
         self.grower.grown(
             model,
             growth,
@@ -198,44 +222,7 @@ class NeuronGrowthCallback(Callback):
         self._handles = []
         self._seen.clear()
 
-    def _metrics(self, trainer: Trainer, model: nn.Module) -> dict[str, float]:
-        grower, counts = self.grower, self.grower.counts
-        ages = grower.maturity.ages(trainer.global_step)
-        widths = [place.width(model) for place in grower.places]
-        metrics = {
-            "growth/neurons": sum(widths),
-            "growth/born": counts.born,
-            "growth/replaced": counts.replaced,
-            "growth/died": counts.died,
-            "growth/young": len(ages),
-            "growth/parameters": sum(parameter.numel() for parameter in model.parameters()),
-            "growth/flops": work_of(trainer).flops,
-            "growth/function_change": grower.events[-1]["function_change"] if grower.events else 0,
-        }
-        if ages:
-            metrics["growth/mean_age"] = sum(ages) / len(ages)
-            for name, norm in grower.maturity.update_norms.items():
-                metrics[f"growth/update_norm/{name}"] = norm
-        if grower.pressure.neurons:
-            pressures = grower.pressure.of_layers(grower.places).tolist()
-            for place, width, pressure in zip(grower.places, widths, pressures, strict=True):
-                metrics[f"growth/layers/{place.layer}/neurons"] = width
-                metrics[f"growth/layers/{place.layer}/pressure"] = pressure
-        return {name: float(value) for name, value in metrics.items()}
-
 
 def _reading_flops(model: nn.Module, input_ids: Tensor) -> float:
     """Count the FLOPs of reading sequences [B, T] of this process and of all others."""
     return forward_flops(config_of(model)).of_all(lengths_read(model, input_ids))
-
-
-@torch.no_grad()
-def _logits(model: nn.Module, input_ids: Tensor) -> Tensor:
-    """Return logits [B, T, V] without dropout; no random generator moves."""
-    was_training = model.training
-    model.eval()
-    try:
-        logits: Tensor = model(input_ids=input_ids, use_cache=False).logits
-    finally:
-        model.train(was_training)
-    return logits.float()

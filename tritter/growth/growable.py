@@ -55,6 +55,7 @@ class Growable:
     """
 
     _loop: PlainLoop
+    _grows = True  # else nothing happens
 
     def attach(self, optimizer: Optimizer | None) -> None:
         """Say which optimizer trains this: its moments follow every growth.
@@ -84,6 +85,8 @@ class Growable:
         Raises:
             RequestError: it would grow, and it is not known what trains it.
         """
+        if not self._grows:
+            return counted(None)
         if optimizer is not None:
             self.attach(optimizer)
         decided = self._loop.decide()
@@ -96,6 +99,14 @@ class Growable:
     def growth_events(self) -> list[dict[str, Any]]:
         """What grew, event by event: step, layer, born, replaced, died, neurons, pressure."""
         return [dict(event) for event in self._loop.grower.events]
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """Return the growth so far, which goes along in `state_dict`."""
+        return self._loop.state_dict()
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Take the shapes of what grew before its weights are loaded."""
+        self._loop.load_state_dict(state)
 
     def _check_growth_is_safe(self) -> None:
         """Raise where others rely on the shapes that there are."""
@@ -152,7 +163,7 @@ def counted(growth: Growth | None) -> Counts:
     return {
         "born": sum(each.born for each in layers),
         "replaced": sum(len(each.recycled) for each in layers),
-        "died": 0 if growth is None else sum(growth.died.values()),
+        "died": sum(each.died for each in layers),
     }
 
 
@@ -324,6 +335,10 @@ class GrowableLinear(GrowableLayer, nn.Linear):
             places=[place],
         )
 
+    # Saved as any nn.Linear
+    get_extra_state = nn.Module.get_extra_state
+    set_extra_state = nn.Module.set_extra_state
+
     @property
     def consumer(self) -> nn.Linear | None:
         """The layer that reads the outputs."""
@@ -458,14 +473,6 @@ class GrowableFFN(GrowableLayer, nn.Module):
         self._loop.tokens.see(0, x, output, computed=computed)
         return output
 
-    def get_extra_state(self) -> dict[str, Any]:
-        """Return the growth so far, which goes along in `state_dict`."""
-        return self._loop.state_dict()
-
-    def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Take the shapes of a grown block before its weights are loaded."""
-        self._loop.load_state_dict(state)
-
     def extra_repr(self) -> str:
         return f"intermediate_size={self.intermediate_size}"
 
@@ -535,12 +542,6 @@ class GrowableCausalLM(Growable, nn.Module):
         """Return what the stock model does."""
         return self.model(*arguments, **named)
 
-    def check_and_grow(self, *, optimizer: torch.optim.Optimizer | None = None) -> Counts:
-        """See `Growable.check_and_grow`; with `enable_growth=False` nothing happens."""
-        if not self._grows:
-            return counted(None)
-        return super().check_and_grow(optimizer=optimizer)
-
     def save_pretrained(self, folder: str | PathLike[str], *, overwrite: bool = False) -> None:
         """Write a folder that stock transformers loads, and that `GrowableCausalLM` goes on from.
 
@@ -582,14 +583,6 @@ class GrowableCausalLM(Growable, nn.Module):
             overwrite=overwrite,
             check=partial(check_replaceable, sources=sources),
         )
-
-    def get_extra_state(self) -> dict[str, Any]:
-        """Return the growth so far, which goes along in `state_dict`."""
-        return self._loop.state_dict()
-
-    def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Take the shapes of a grown model before its weights are loaded."""
-        self._loop.load_state_dict(state)
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -6,7 +6,7 @@ itself, but says what `tritter.training.surgery` is to do.
 
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from hashlib import sha256
 from math import isfinite
@@ -40,10 +40,12 @@ class LayerGrowth:
         neurons: k new ones.
         recycled: int64 [r], r ≤ k: the places of dead neurons that the first of them take; the
             others are appended.
+        died: dead neurons that stay what they are.
     """
 
     neurons: NewNeurons
     recycled: Tensor
+    died: int = 0
 
     @property
     def born(self) -> int:
@@ -122,14 +124,10 @@ class NeuronMap:
     def factor(self, port: Port) -> AxisFactor:
         """Return the factor of an axis of neurons."""
         kept = (self.source != NO_SOURCE).double()
-        match port:
-            case Port.WRITE:
-                return AxisFactor(self.source, kept, self.share)
-            case Port.WRITE_NONLINEAR:  # p = 1, so that gradients have the share as well
-                return AxisFactor(self.source, kept, self.share)
-            case Port.READ:
-                return AxisFactor(self.source, self.share, kept)
-        raise AssertionError(f"neurons have no port {port}")
+        if port is Port.READ:
+            return AxisFactor(self.source, self.share, kept)
+        # Of WRITE_NONLINEAR p = 1, so that gradients have the share as well
+        return AxisFactor(self.source, kept, self.share)
 
 
 def neuron_map(growth: LayerGrowth, width: int) -> NeuronMap:
@@ -189,12 +187,10 @@ class Growth:
     Args:
         change: for `tritter.training.surgery`.
         layers: layer → what becomes of its FFN.
-        died: layer → dead neurons that stay what they are.
     """
 
     change: Change
     layers: Mapping[int, LayerGrowth]
-    died: Mapping[int, int]
 
 
 @dataclass(slots=True)
@@ -394,13 +390,12 @@ class Grower:
                 for layer in young.keys() & self._new.keys():
                     young[layer] = torch.cat([young[layer], self._new[layer]]).unique()
             dead = dead_neurons(scores, young, quantile=self.asked.dead_quantile)
-        layers, died = {}, {}
+        layers = {}
         for layer, place in places.items():
             if layer not in looks:
                 continue
             found = dead.get(layer, torch.empty(0, dtype=torch.int64))
             recycled = found[: min(counts[layer], place.width(model) - 1)]
-            died[layer] = len(found) - len(recycled)
             gate, up, down = place.weights(model)
             asked = (sources or {}).get(layer, ())
             neurons = self.initialiser.neurons(
@@ -415,12 +410,13 @@ class Grower:
                     seed=derived_seed(self.seed, "growth", layer, step),
                 )
             )
-            layers[layer] = LayerGrowth(neurons=neurons, recycled=recycled)
+            died = len(found) - len(recycled)
+            layers[layer] = LayerGrowth(neurons=neurons, recycled=recycled, died=died)
         if not layers:
             return None
         is_whole = self._is_whole_model
         change = growth_change(model, layers) if is_whole else module_change(model, places, layers)
-        return Growth(change=change, layers=layers, died=died)
+        return Growth(change=change, layers=layers)
 
     def grown(self, model: nn.Module, growth: Growth, *, step: int, **said: Any) -> None:
         """Take down an event, when the model has changed.
@@ -441,14 +437,14 @@ class Grower:
                 "layer": layer,
                 "born": each.born,
                 "replaced": len(each.recycled),
-                "died": growth.died[layer],
+                "died": each.died,
                 "neurons": width,
                 "pressure": pressure,
             }
             self.events.append(record | said)
             self.counts.born += each.born
             self.counts.replaced += len(each.recycled)
-            self.counts.died += growth.died[layer]
+            self.counts.died += each.died
             added = each.born * self._neuron_parameters(model, place)
             self.counts.new_parameters += added
             self.counts.extra_flops += added * self._flops_left(step)
@@ -462,8 +458,8 @@ class Grower:
             "history": [list(each) for each in self._history],
             "losses": list(self._losses),
             "events": [dict(each) for each in self.events],
-            "counts": {name: getattr(self.counts, name) for name in Counts.__slots__},
-            "map": {name: list(getattr(self.map, name)) for name in GrowthMap.__slots__},
+            "counts": asdict(self.counts),
+            "map": asdict(self.map),
             "start": list(self.start),
         }
 

@@ -8,7 +8,7 @@ begins with down = 0.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
@@ -102,10 +102,13 @@ class Layer:
         generator = torch.Generator().manual_seed(self.seed)
         return torch.randn(count, size, generator=generator).to(self.gate)
 
-    @property
-    def read_by(self) -> tuple[tuple[str, Tensor], ...]:
-        """The weights whose rows are neurons, by name."""
-        return (("gate", self.gate), *(() if self.up is None else (("up", self.up),)))
+    def drawn_rows(self) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Yield (name, rows [F, H], standard normal numbers [k, H]) of what neurons read by."""
+        width = self.gate.shape[1]
+        drawn = self.drawn(len(self.sources), 2 * width)
+        yield "gate", self.gate, drawn[:, :width]
+        if self.up is not None:
+            yield "up", self.up, drawn[:, width:]
 
     def computed(self) -> Tensor:
         """Return what the neurons of an FFN without gates computed, [T, F]."""
@@ -280,7 +283,7 @@ class SourceNoise(Initialiser):
         from torch import Tensor
 
         source, inputs, made = layer.sources, layer.look.inputs, dict[str, Tensor]()
-        for (name, existing), part in zip(layer.read_by, _halves(layer), strict=False):
+        for name, existing, part in layer.drawn_rows():
             rows = existing[source] + self.noise * existing.std() * part
             made[name] = orthogonalised(rows, existing, against=self.orthogonalise, inputs=inputs)
         down = None if layer.down is None else layer.down[:, source]
@@ -297,20 +300,13 @@ class Random(Initialiser):
         from torch import Tensor
 
         inputs, made = layer.look.inputs, dict[str, Tensor]()
-        for (name, existing), part in zip(layer.read_by, _halves(layer), strict=False):
+        for name, existing, part in layer.drawn_rows():
             rows = orthogonalised(part, existing, against=self.orthogonalise, inputs=inputs)
             made[name] = rows * _strength(existing, rows, inputs)
         down = layer.down
         if down is not None:
             down = down.new_zeros(down.shape[0], len(layer.sources))
         return NewNeurons(gate=made["gate"], up=made.get("up"), down=down)
-
-
-def _halves(layer: Layer) -> tuple[Tensor, Tensor]:
-    """Return what is drawn for new rows of gate and of up, [k, H] each."""
-    width = layer.gate.shape[1]
-    drawn = layer.drawn(len(layer.sources), 2 * width)
-    return drawn[:, :width], drawn[:, width:]
 
 
 def _strength(existing: Tensor, rows: Tensor, inputs: Tensor) -> Tensor:

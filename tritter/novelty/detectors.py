@@ -71,16 +71,6 @@ class _Group:
     directions: list[Tensor]
     at: list[int]
 
-    def is_like(self, direction: Tensor, least: float) -> bool:
-        mean = normalize(torch.stack(self.directions).sum(dim=0), dim=0)
-        return float(mean @ direction) >= least
-
-    def keep_from(self, first: int) -> None:
-        kept = [index for index, at in enumerate(self.at) if at >= first]
-        for name in ("seen", "rows", "directions", "at"):
-            held = getattr(self, name)
-            setattr(self, name, [held[index] for index in kept])
-
 
 class NovelSamples:
     """Gathers novel samples, whichever batches they come in.
@@ -140,8 +130,11 @@ class NovelSamples:
         assert len(rows) == len(seen), "each sample has something that it can be trained on by"
         self._gather(seen, rows, self._groups, at=self._count)
         self._count += len(seen)
+        first = self._count - self.options.window_samples
         for group in self._groups:
-            group.keep_from(self._count - self.options.window_samples)
+            kept = [index for index, when in enumerate(group.at) if when >= first]
+            for name in ("seen", "rows", "directions", "at"):
+                setattr(group, name, [getattr(group, name)[index] for index in kept])
         self._groups = [group for group in self._groups if group.at]
         asked, window = self.options, min(self._count, self.options.window_samples)
         for group in self._groups:
@@ -203,9 +196,11 @@ class NovelSamples:
         centre = self.library.gaussian(self.library.reference.name)
         directions = normalize(centre.whitened(seen.features[novel]), dim=1)
         for index, direction in zip(novel.tolist(), directions, strict=True):
-            least = self.options.similarity
-            group = next((g for g in groups if g.is_like(direction, least)), None)
-            if group is None:
+            for group in groups:
+                mean = normalize(torch.stack(group.directions).sum(dim=0), dim=0)
+                if float(mean @ direction) >= self.options.similarity:
+                    break
+            else:
                 group = _Group(seen=[], rows=[], directions=[], at=[])
                 groups.append(group)
             group.seen.append(seen.rows(torch.tensor([index])))
@@ -292,7 +287,7 @@ class NoveltyDetector:
         values = scores.values + (self._average - mean)
         like = _NEW if float(values.mean()) > scores.threshold else scores.nearest
         if like != self._run:
-            self._forget_run()
+            self._seen, self._values = [], []
         self._run = like
         self._seen.append(seen)
         self._values.append(values)
@@ -397,10 +392,6 @@ class NoveltyDetector:
         self._values = list(state["values"])
         self._average, self._cooldown = state["average"], state["cooldown"]
 
-    def _forget_run(self) -> None:
-        self._seen, self._values = [], []
-
     def _begin_anew(self) -> None:
         """Drop what was measured against an older library."""
-        self._forget_run()
-        self._average = None
+        self._seen, self._values, self._average = [], [], None

@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from tritter.data.packing import IGNORED
 from tritter.errors import RequestError, TritterError
 from tritter.evaluation.inference import device_of, modes_kept
+from tritter.evaluation.losses import nats_per_row
 from tritter.models import backbone_of
 
 MOST_FEATURES = 512
@@ -131,11 +131,8 @@ def observe(
     weight_BT1 = counted.unsqueeze(-1)
     features_BH = (hidden_BTH * weight_BT1).sum(dim=1) / weight_BT1.sum(dim=1)
     targets_BT = torch.where(predicted, ids[:, 1:], IGNORED)
-    nats_BT = cross_entropy(
-        logits_BTV[:, :-1].float().transpose(1, 2), targets_BT,
-        ignore_index=IGNORED, reduction="none",
-    )  # fmt: skip
-    losses_B = nats_BT.double().sum(dim=1) / predicted.sum(dim=1)
+    nats_B = nats_per_row(logits_BTV[:, :-1], targets_BT)
+    losses_B = nats_B / predicted.sum(dim=1).to(nats_B.device)
     features_BH = features_BH.cpu()
     if (width := features_BH.shape[1]) > most_features:  # lengths are kept on average
         features_BH = features_BH @ _directions(width, most_features)

@@ -210,23 +210,10 @@ def questions_of(benchmark: Benchmark, rows: Sequence[Row], *, origin: str) -> Q
     """
     try:
         found = dict(_questions(benchmark, Path(origin), rows, is_alone=True))
-        shown = _examples(benchmark, _Nothing(), Path(origin), rows)
+        shown = _examples(benchmark, None, Path(origin), rows)
     except WrongFileError as error:
         raise RequestError(str(error)) from error
     return Questions(benchmark, found, dict.fromkeys(found, shown), (origin,), len(found))
-
-
-class _Nothing:
-    """A folder without a file."""
-
-    def first(self, *patterns: str) -> Path | None:
-        return None
-
-    def rows(self, path: Path) -> Sequence[Row]:
-        return []
-
-    def text(self, path: Path) -> str:
-        return ""
 
 
 class WrongFileError(Exception):
@@ -241,7 +228,7 @@ def _problem(folder: TasksFolder, line: str) -> Problem:
     return Problem("", reason=f"{folder.key}: {line}.")
 
 
-def _examples(benchmark: Benchmark, folder: Folder, path: Path, rows: Sequence[Row]) -> str:
+def _examples(benchmark: Benchmark, folder: Folder | None, path: Path, rows: Sequence[Row]) -> str:
     """Return what stands before all questions of a file.
 
     Raises:

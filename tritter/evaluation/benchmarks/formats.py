@@ -136,12 +136,8 @@ class Folder(Protocol):
         """Return a small file's text."""
 
 
-Examples = Callable[[Folder, Path, Sequence[Row]], str]
-
-
-def no_examples(folder: Folder, path: Path, rows: Sequence[Row]) -> str:
-    """Ask without examples."""
-    return ""
+# Of a folder, a file of it and its records; None: they lie in no folder
+Examples = Callable[[Folder | None, Path, Sequence[Row]], str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,7 +162,7 @@ class Benchmark:
     files: tuple[str, ...]
     formats: tuple[Format, ...]
     hub_filter: str = ""
-    examples: Examples = no_examples
+    examples: Examples = lambda folder, path, rows: ""
     until: tuple[str, ...] = ()
     max_new_tokens: int = 256
     is_right: Callable[[Question, str], bool] = field(default=lambda question, text: False)
@@ -175,6 +171,10 @@ class Benchmark:
     def hub(self) -> str:
         """What it is called on the hub; empty where it is not there."""
         return HUB_NAMES[self.name]
+
+    def answer_tokens(self, length: int) -> int:
+        """Return how many tokens are generated at most; half of the `length` that a model reads."""
+        return min(self.max_new_tokens, length // 2) if self.kind in ("answer", "code") else 0
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -363,18 +363,18 @@ def is_conclusion_right(question: Question, text: str) -> bool:
     return found is not None and found[0].strip() == question.answer
 
 
-def train_examples(folder: Folder, path: Path, rows: Sequence[Row]) -> str:
+def train_examples(folder: Folder | None, path: Path, rows: Sequence[Row]) -> str:
     """Return the first five records of GSM8K's training file, or nothing without one."""
-    found = folder.first(r"gsm8k.*train", r"train.*gsm8k")
-    shown = folder.rows(found)[:_SHOTS] if found is not None else []
+    found = folder and folder.first(r"gsm8k.*train", r"train.*gsm8k")
+    shown = folder.rows(found)[:_SHOTS] if folder and found else []
     return "".join(f"Question: {row['question']}\nAnswer: {row['answer']}\n\n" for row in shown)
 
 
-def thought_examples(folder: Folder, path: Path, rows: Sequence[Row]) -> str:
+def thought_examples(folder: Folder | None, path: Path, rows: Sequence[Row]) -> str:
     """Return BBH's own prompt for a subtask (three worked examples), or nothing without one."""
     name = re.escape(path.name.partition(".")[0])
-    found = folder.first(rf"prompts?/{name}\.txt$")
-    if found is None:
+    found = folder and folder.first(rf"prompts?/{name}\.txt$")
+    if not folder or not found:
         return ""
     text = folder.text(found)
     return text.partition("\n-----\n")[2].strip() + "\n\n" if "\n-----\n" in text else text
@@ -443,7 +443,7 @@ def is_passed(sandbox: Sandbox, question: Question, answer: str) -> bool:
     return sandbox.run(f"{question.answer}{answer}\n", question.tests).is_passed
 
 
-def mbpp_examples(folder: Folder, path: Path, rows: Sequence[Row]) -> str:
+def mbpp_examples(folder: Folder | None, path: Path, rows: Sequence[Row]) -> str:
     """Return the file's first three tasks of those that are meant for prompts, or nothing."""
     shown = [row for row in rows if row["task_id"] in _PROMPT_IDS][:_MBPP_SHOTS]
     return "".join(f"{_mbpp_prompt(row)}{row['code']}\n[DONE]\n\n" for row in shown)

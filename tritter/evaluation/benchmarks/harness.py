@@ -324,7 +324,6 @@ def task_config(questions: Questions, *, length: int, sandbox: Sandbox | None) -
             "target_delimiter": "",
             "doc_to_target": lambda doc: f" {question(doc).answer}",
         }
-    tokens = min(benchmark.max_new_tokens, length // 2)
 
     def is_right(doc: dict[str, Any], text: str) -> bool:
         if kind != "code":
@@ -338,7 +337,7 @@ def task_config(questions: Questions, *, length: int, sandbox: Sandbox | None) -
         "process_results": lambda doc, texts: {benchmark.metric: float(is_right(doc, texts[0]))},
         "generation_kwargs": {
             "until": list(benchmark.until),
-            "max_gen_toks": tokens,
+            "max_gen_toks": benchmark.answer_tokens(length),
             "do_sample": False,
         },
     }
@@ -378,11 +377,8 @@ def sequence_lengths(tokenizer: Tokenizer, questions: Questions, *, length: int)
         length: tokens that the model reads.
     """
     benchmark = questions.benchmark
-    answered = 0
-    if benchmark.kind in ("answer", "code"):
-        answered = min(benchmark.max_new_tokens, length // 2)
     return [
-        min(length, _num_tokens(tokenizer, text) + answered)
+        min(length, _num_tokens(tokenizer, text) + benchmark.answer_tokens(length))
         for name, question in questions.questions.items()
         for text in _read(questions.prompt(name), question, benchmark)
     ]
@@ -400,18 +396,15 @@ def _read(prompt: str, question: Question, benchmark: Benchmark) -> list[str]:
 def _notes(tokenizer: Tokenizer, questions: Questions, *, length: int) -> Iterator[str]:
     """Say what was limited, and what of the prompts did not fit."""
     benchmark, asked = questions.benchmark, list(questions.questions)
-    room = length
-    if benchmark.kind in ("answer", "code"):
-        room = length - min(benchmark.max_new_tokens, length // 2)
-        if length // 2 < benchmark.max_new_tokens:
-            yield (
-                f"Answers end after {length // 2} tokens in place of {benchmark.max_new_tokens}: "
-                f"the model reads {length}."
-            )
-    cut = 0
-    for name in asked:
-        texts = _read(questions.prompt(name), questions.questions[name], benchmark)
-        cut += _num_tokens(tokenizer, max(texts, key=len)) > room
+    answered = benchmark.answer_tokens(length)
+    room = length - answered
+    if answered and answered < benchmark.max_new_tokens:
+        yield (
+            f"Answers end after {answered} tokens in place of {benchmark.max_new_tokens}: "
+            f"the model reads {length}."
+        )
+    texts = [_read(questions.prompt(n), questions.questions[n], benchmark) for n in asked]
+    cut = sum(_num_tokens(tokenizer, max(each, key=len)) > room for each in texts)
     if cut:
         yield (
             f"{cut} of {len(asked)} prompts are longer than the {room} tokens that the model reads "
