@@ -67,7 +67,7 @@ LIBRARIES: dict[str, set[str]] = {
     "lightning": {"data", "training", "forgetting", "moe_routing", "growth", "experts", "pipeline"},
     "hydra": {"config", PROGRAM},
     "omegaconf": {"config", PROGRAM},
-    "transformers": {"models", "families", "tritter.experts.adapters"},
+    "transformers": {"models", "families", "tritter.methods.experts.adapters"},
     "wandb": {"tritter.pipeline.metrics"},
     "peft": {"experts"},
     "lm_eval": {f"tritter.evaluation.benchmarks.{name}" for name in ("harness", "formats")},
@@ -264,7 +264,7 @@ def test_a_module_with_one_caller_is_seen():
 
 
 def test_the_house_is_found():
-    assert {"tritter.parameter_map.apply", "tritter.pipeline.run", "train"} <= {
+    assert {"tritter.core.parameter_map.apply", "tritter.pipeline.run", "train"} <= {
         module.name for module in HOUSE
     }
 
@@ -338,8 +338,12 @@ def test_no_rooms_for_odds_and_ends():
 @pytest.mark.parametrize(
     ("name", "source", "word"),
     [
-        ("tritter.families.tables", "from tritter.training import fit", "may not use training"),
-        ("tritter.data.x", "def f():\n    from tritter.models import load_model", "models"),
+        (
+            "tritter.core.families.tables",
+            "from tritter.training import fit",
+            "may not use training",
+        ),
+        ("tritter.data.x", "def f():\n    from tritter.core.models import load_model", "models"),
         ("tritter.data.x", "from tritter import expansion", "may not use expansion"),
         ("tritter.data.x", "from . import cache", "relatively"),
         ("tritter.report.x", "import train", "imports the program"),
@@ -359,11 +363,11 @@ def test_an_arrow_to_the_top_floor_is_seen():
 @pytest.mark.parametrize(
     ("name", "source", "word"),
     [
-        ("tritter.families.tables", "import lightning.pytorch as pl", "belongs to"),
+        ("tritter.core.families.tables", "import lightning.pytorch as pl", "belongs to"),
         ("tritter.training.x", "def f():\n    from omegaconf import OmegaConf", "omegaconf"),
         ("tritter.pipeline.metrics", "import wandb", "at its top"),
         ("tritter.pipeline.run", "def f():\n    import wandb", "belongs to"),
-        ("tritter.parameter_map.x", "import numpy as np", "torch alone"),
+        ("tritter.core.parameter_map.x", "import numpy as np", "torch alone"),
     ],
 )
 def test_a_misplaced_library_is_seen(name, source, word):

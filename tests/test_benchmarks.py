@@ -21,10 +21,10 @@ from experiments.benchmarks import (
     precision,
     streaming,
 )
-from tests.novelty.given import centre_of, drawn
+from tests.methods.novelty.given import centre_of, drawn
 from tritter.data.corpus import Corpus, build_corpus
 from tritter.data.documents import documents_of
-from tritter.moe_routing.objective import RoutingSettings
+from tritter.methods.moe_routing.objective import RoutingSettings
 
 FOLDER = Path(streaming.__file__).parent
 COMPUTE_SAVED = "2026-11-20_compute_saved"
@@ -60,7 +60,8 @@ def test_fisher_runs_and_writes_its_rows(tmp_path: Path, monkeypatch: pytest.Mon
 
 @pytest.mark.full
 def test_novelty_runs_and_writes_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On made-up observations: a base takes a minute (tests/novelty/test_trained_base.py)."""
+    """On made-up observations: a base takes a minute
+    (tests/methods/novelty/test_trained_base.py)."""
     generator = torch.Generator().manual_seed(0)
     prose = drawn(generator=generator, batch=1600)
     skills = {

@@ -18,14 +18,14 @@ from pathlib import Path
 import pytest
 
 from tests import oracle
-from tritter.checkpoint import read_lineage
-from tritter.checkpoint.folder import file_digests
+from tritter.checkpoints import read_lineage
+from tritter.checkpoints.folder import file_digests
+from tritter.core.expansions import LlamaPro, Width
 from tritter.errors import RequestError
-from tritter.expand import expand
-from tritter.expansion import LlamaPro, Width
 from tritter.storage import atomic
 from tritter.storage.hashing import merkle_hash, tensor_digest
 from tritter.storage.tensors import TensorFolder
+from tritter.transform import expand
 
 FORK = multiprocessing.get_context("fork")
 SPECS = (Width(), LlamaPro())

@@ -10,9 +10,10 @@ from torch import nn
 
 from tests import oracle
 from tests.oracle.families import RMS, generic, tiny
+from tritter.core.expansions import Dus, ExpansionSpec, Interpolate, LlamaPro, Moe, Stack, Width
 from tritter.errors import RequestError
-from tritter.expand import expand
-from tritter.expand.live import (
+from tritter.transform import expand
+from tritter.transform.live import (
     ModelExpander,
     copied_axis,
     depth_upscale,
@@ -20,7 +21,6 @@ from tritter.expand.live import (
     expand_linear,
     width_upscale,
 )
-from tritter.expansion import Dus, ExpansionSpec, Interpolate, LlamaPro, Moe, Stack, Width
 
 ALIASES = {"GrowableQwen": "GrowableCausalLM"}  # the README's names
 FIXTURES = Path(__file__).parent / "fixtures/tiny_run"

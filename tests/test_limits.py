@@ -13,14 +13,14 @@ from tests import oracle
 from tests.cli.conftest import Run, place, run, sources  # noqa: F401
 from tritter.config.launch.composition import load_config
 from tritter.config.schema import SECTIONS, RootValues
+from tritter.core.expansions import EXPANSIONS, Dus, Moe, MoeAdd, Stack, Width, build_steps
+from tritter.core.expansions.targets import reach_parameters
+from tritter.core.families import FAMILIES, check_config, family_of, llama_config
+from tritter.core.models import load_model, read_config
 from tritter.data.options import DatasetsConfig, StdlibDataConfig, TextDataConfig
 from tritter.errors import Problem, RequestError, TritterError
-from tritter.expansion import EXPANSIONS, Dus, Moe, MoeAdd, Stack, Width, build_steps
-from tritter.expansion.targets import reach_parameters
-from tritter.families import FAMILIES, check_config, family_of, llama_config
-from tritter.forgetting import EWC, L2SP, Replay
 from tritter.limits import MAX_EXPERTS, MAX_LAYERS, MAX_TENSORS, MAX_VOCABULARY, MAX_WIDTH
-from tritter.models import load_model, read_config
+from tritter.methods.forgetting import EWC, L2SP, Replay
 from tritter.options import read_options
 
 BYTES, SECONDS = 400 * 2**20, 5.0

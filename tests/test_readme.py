@@ -27,15 +27,15 @@ from tritter.config.launch.composition import composer
 from tritter.config.launch.help import help_text
 from tritter.config.run_folder import RUNS_FOLDER, write_run_file
 from tritter.config.validation import known_keys, source_config
+from tritter.core.expansions import Width
+from tritter.core.models import new_model, save_tokenizer
 from tritter.data.documents import Document as TextDocument
 from tritter.data.tokens import END_OF_TEXT, train_tokenizer
-from tritter.expand import expand
-from tritter.expansion import Width
-from tritter.experts.adapters import AdapterShape
-from tritter.experts.mixture import ExpertMixture
-from tritter.experts.stored import ExpertFolder
-from tritter.models import new_model, save_tokenizer
+from tritter.methods.experts.adapters import AdapterShape
+from tritter.methods.experts.mixture import ExpertMixture
+from tritter.methods.experts.stored import ExpertFolder
 from tritter.training.options import trainer_parameters
+from tritter.transform import expand
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"

@@ -110,8 +110,8 @@ def test_a_command_that_is_stopped_too_late_says_what_stands(
 
 def _signal_at_tensor(monkeypatch: pytest.MonkeyPatch, at: int, number: signal.Signals) -> None:
     """Let the process signal itself when the `at`-th tensor was checked."""
-    from tritter.checkpoint import export
-    from tritter.expand import folder
+    from tritter.checkpoints import export
+    from tritter.transform import folder
 
     seen = 0
     is_finite = folder.is_finite

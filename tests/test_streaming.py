@@ -13,9 +13,9 @@ from experiments.benchmarks.streaming import MEGABYTE, Row, benchmark, measure, 
 from tests import oracle
 from tests.oracle.families import SPARSE, tiny
 from tests.oracle.qwen3 import tiny_qwen3
-from tritter.expand import expand
-from tritter.expansion import Dus, ExpansionSpec, LlamaPro, Moe, Width
-from tritter.families import LayoutKind
+from tritter.core.expansions import Dus, ExpansionSpec, LlamaPro, Moe, Width
+from tritter.core.families import LayoutKind
+from tritter.transform import expand
 
 MODELS = {"llama": oracle.tiny_llama, "qwen3": tiny_qwen3}
 LAYOUTS: tuple[LayoutKind, ...] = ("hub", "live")

@@ -17,10 +17,10 @@ from rich.text import Text
 from safetensors.torch import load_file, save_file
 
 from tests.cli.conftest import Run, place, run, sources  # noqa: F401
-from tritter.checkpoint import read_lineage
-from tritter.checkpoint.card import export_card, model_card
-from tritter.checkpoint.folder import write_lineage
-from tritter.models import read_config
+from tritter.checkpoints import read_lineage
+from tritter.checkpoints.card import export_card, model_card
+from tritter.checkpoints.folder import write_lineage
+from tritter.core.models import read_config
 from tritter.storage.records import validated
 from tritter.terminal import Console, harmless, say
 

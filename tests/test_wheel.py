@@ -19,9 +19,9 @@ import yaml
 
 from tests.oracle import relative_difference, saved, stock, tiny_llama, tokens
 from tritter import __version__
+from tritter.core.models import save_tokenizer
 from tritter.data.documents import Document
 from tritter.data.tokens import END_OF_TEXT, train_tokenizer
-from tritter.models import save_tokenizer
 
 pytestmark = pytest.mark.slow
 

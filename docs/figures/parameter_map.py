@@ -9,7 +9,7 @@ import numpy
 import torch
 from matplotlib import pyplot as plt
 
-from tritter.parameter_map import AxisMap
+from tritter.core.parameter_map import AxisMap
 
 torch.manual_seed(5)
 ffn = AxisMap.copied(

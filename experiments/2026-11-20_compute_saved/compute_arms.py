@@ -14,16 +14,16 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from tritter.core.expansions import Dus, ExpansionSpec, LlamaPro, Moe, Width
+from tritter.core.families import Config, family_of, training_flops
+from tritter.core.models import config_of, new_model
 from tritter.data.batches import SequenceStream
 from tritter.data.corpus import Corpus, stdlib_corpus
 from tritter.data.tokens import END_OF_TEXT, pack
-from tritter.expand.live import ModelExpander
-from tritter.expansion import Dus, ExpansionSpec, LlamaPro, Moe, Width
-from tritter.families import Config, family_of, training_flops
-from tritter.models import config_of, new_model
-from tritter.moe_routing.objective import RoutingObjective, RoutingSettings
+from tritter.methods.moe_routing.objective import RoutingObjective, RoutingSettings
 from tritter.seeds import derived_seed
 from tritter.training.optimizer import OptimizerSettings, Schedule, build_optimizer
+from tritter.transform.live import ModelExpander
 
 SEQUENCE_LENGTH = 128
 WARMUP_STEPS = 50

@@ -28,7 +28,7 @@ sys.path[:0] = [str(FOLDER.parents[1]), str(FOLDER)]
 
 from compute_arms import GrowthPath, Seed, Size, Training, growth_paths  # noqa: E402
 
-from tritter.expansion import ExpansionSpec, target_config  # noqa: E402
+from tritter.core.expansions import ExpansionSpec, target_config  # noqa: E402
 from tritter.seeds import derived_seed  # noqa: E402
 
 DECAY_RATIO = 0.2

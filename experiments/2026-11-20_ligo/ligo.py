@@ -36,8 +36,8 @@ from compute_arms import CLIP_NORM, Seed, Size, Training  # noqa: E402
 from compute_saved import Table  # noqa: E402
 from operators import Init, Operators  # noqa: E402
 
-from tritter.expansion import ExpansionSpec, LlamaPro, Stack, Width  # noqa: E402
-from tritter.models import new_model  # noqa: E402
+from tritter.core.expansions import ExpansionSpec, LlamaPro, Stack, Width  # noqa: E402
+from tritter.core.models import new_model  # noqa: E402
 from tritter.seeds import derived_seed  # noqa: E402
 from tritter.training.optimizer import OptimizerSettings, build_optimizer  # noqa: E402
 

@@ -12,11 +12,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from tritter.expand.live import ModelExpander
-from tritter.expansion import ExpansionSpec, ResolvedExpansion
-from tritter.families import Axis, Port, family_of
-from tritter.models import config_of, model_with_tensors, named_tensors
-from tritter.parameter_map import AxisFactor, map_tensor
+from tritter.core.expansions import ExpansionSpec, ResolvedExpansion
+from tritter.core.families import Axis, Port, family_of
+from tritter.core.models import config_of, model_with_tensors, named_tensors
+from tritter.core.parameter_map import AxisFactor, map_tensor
+from tritter.transform.live import ModelExpander
 
 Init = Literal["exact", "paper"]
 MIX_NOISE = 0.03  # of the paper's code: uniform, on the one-hot mix of layers

@@ -21,20 +21,20 @@ from torch import Tensor, nn
 FOLDER = Path(__file__).resolve().parent
 sys.path.append(str(FOLDER.parents[1]))
 
+from tritter.core.expansions import Width  # noqa: E402
+from tritter.core.families import Config, family_of  # noqa: E402
+from tritter.core.models import config_of, model_with_tensors, named_tensors, new_model  # noqa: E402
+from tritter.core.parameter_map import AxisFactor, ParameterMap, map_tensor  # noqa: E402
+from tritter.core.parameter_map.apply import carried  # noqa: E402
 from tritter.data.batches import BatchStream, SequenceStream  # noqa: E402
 from tritter.data.corpus import Corpus, stdlib_corpus  # noqa: E402
 from tritter.data.replay import ReplayBuffer  # noqa: E402
 from tritter.data.tokens import END_OF_TEXT, pack  # noqa: E402
-from tritter.expand import Change  # noqa: E402
-from tritter.expand.live import ModelExpander  # noqa: E402
-from tritter.expansion import Width  # noqa: E402
-from tritter.families import Config, family_of  # noqa: E402
-from tritter.models import config_of, model_with_tensors, named_tensors, new_model  # noqa: E402
-from tritter.parameter_map import AxisFactor, ParameterMap, map_tensor  # noqa: E402
-from tritter.parameter_map.apply import carried  # noqa: E402
 from tritter.seeds import derived_seed  # noqa: E402
 from tritter.training.moments import carried_moments, start_from  # noqa: E402
 from tritter.training.optimizer import OptimizerSettings, build_optimizer  # noqa: E402
+from tritter.transform import Change  # noqa: E402
+from tritter.transform.live import ModelExpander  # noqa: E402
 
 EVALUATED_STEPS = (0, 10, 25, 50, 100, 175, 250)
 BASE_RATE = 3e-3
@@ -67,8 +67,9 @@ class Arm:
 
     Args:
         growth: a key of WIDTHS, or `ungrown`.
-        policy: of Adam's moments, see `tritter.parameter_map.carry`; with `_zero_second` behind it
-            the second moment of new entries starts at zero too, not at the mean of the others.
+        policy: of Adam's moments, see `tritter.core.parameter_map.carry`; with `_zero_second`
+            behind it the second moment of new entries starts at zero too, not at the mean of the
+            others.
         factor: of each entry's update: none, `share` of the coordinate, or the weight's factor.
         domain: `prose`, what the base was trained on, or `code` with a quarter of prose.
     """

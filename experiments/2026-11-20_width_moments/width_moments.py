@@ -36,7 +36,7 @@ from width_arms import (  # noqa: E402
     update_factors,
 )
 
-from tritter.expansion import Width  # noqa: E402
+from tritter.core.expansions import Width  # noqa: E402
 
 STEPS = 250
 REWARM_STEPS = 25

@@ -25,10 +25,10 @@ from torch.nn.functional import cross_entropy, embedding, linear
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from tritter.core.models import load_model  # noqa: E402
 from tritter.data.sources import source_documents  # noqa: E402
-from tritter.experts.adapters import AdapterShape  # noqa: E402
-from tritter.experts.mixture import ExpertMixture  # noqa: E402
-from tritter.models import load_model  # noqa: E402
+from tritter.methods.experts.adapters import AdapterShape  # noqa: E402
+from tritter.methods.experts.mixture import ExpertMixture  # noqa: E402
 
 LENGTH, BATCH, STEPS, SEEDS = 128, 16, 250, (0, 1, 2)
 MAX_TOKENS, MAX_HELD_OUT = 1_500_000, 200  # of a domain; sequences

@@ -8,7 +8,7 @@ from kronecker import Kronecker, fisher_factors, linear_layers
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tritter.forgetting.quadratic import diagonal_fisher
+from tritter.methods.forgetting.quadratic import diagonal_fisher
 from tritter.training import Task
 
 LAMBDA = 7.0

@@ -14,9 +14,9 @@ import torch
 from kronecker import Kronecker
 from torch import nn
 
-from tritter.forgetting import EWC
-from tritter.forgetting.quadratic import QuadraticPenalty
-from tritter.models import load_model
+from tritter.core.models import load_model
+from tritter.methods.forgetting import EWC
+from tritter.methods.forgetting.quadratic import QuadraticPenalty
 from tritter.training import Task
 
 SEQUENCES, LENGTH, RUNS = 256, 128, 5

@@ -24,16 +24,16 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from tritter.core.families import training_flops
+from tritter.core.models import config_of
 from tritter.errors import TritterError
 from tritter.evaluation.inference import device_of, modes_kept
-from tritter.families import training_flops
-from tritter.forgetting.quadratic import QuadraticPenalty
-from tritter.models import config_of
+from tritter.methods.forgetting.quadratic import QuadraticPenalty
 from tritter.options import Count, options
 from tritter.training import Needs, Task
 
 if TYPE_CHECKING:
-    from tritter.expand import Change
+    from tritter.transform import Change
 
 Factors = dict[str, tuple[Tensor, Tensor]]  # weight's name → A [K, in, in], G [K, out, out]
 

@@ -57,8 +57,8 @@ def compared(seed: int, *, avalanche_batch: int, ewc_lambda: float) -> Row:
     from avalanche.training.utils import copy_params_dict
 
     from tests import oracle
-    from tritter.forgetting import EWC
-    from tritter.forgetting.quadratic import diagonal_fisher
+    from tritter.methods.forgetting import EWC
+    from tritter.methods.forgetting.quadratic import diagonal_fisher
     from tritter.training import Task
 
     torch.manual_seed(seed)

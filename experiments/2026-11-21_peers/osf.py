@@ -48,8 +48,8 @@ def trained(run: Path, *, is_grown: bool, rank: float, rate: float, steps: int) 
     from rich.console import Console
 
     from tritter.config.launch.composition import load_config
+    from tritter.core.models import load_model
     from tritter.evaluation.statistics import relative_harm
-    from tritter.models import load_model
     from tritter.pipeline.base import schedule_of
     from tritter.pipeline.context import RunContext
     from tritter.pipeline.ledger import Ledger

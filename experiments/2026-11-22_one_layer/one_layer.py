@@ -28,8 +28,8 @@ sys.path[:0] = [str(FOLDER.parents[1]), str(FOLDER.parent / "2026-11-20_compute_
 from compute_arms import Seed, Size, Training  # noqa: E402
 from compute_saved import Table, read_rates  # noqa: E402
 
-from tritter.expansion import ExpansionSpec, LlamaPro, Stack, target_config  # noqa: E402
-from tritter.families import count_parameters, training_flops  # noqa: E402
+from tritter.core.expansions import ExpansionSpec, LlamaPro, Stack, target_config  # noqa: E402
+from tritter.core.families import count_parameters, training_flops  # noqa: E402
 from tritter.seeds import derived_seed  # noqa: E402
 
 LAYERS = 8

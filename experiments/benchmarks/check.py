@@ -63,8 +63,8 @@ class Row:
 
 def run_expansion(source: Path, destination: Path, method: str) -> float:
     """Expand as the command does, and return the seconds it takes."""
-    from tritter.expand import expand
-    from tritter.expansion import Dus, ExpansionSpec, LlamaPro, Moe, Width
+    from tritter.core.expansions import Dus, ExpansionSpec, LlamaPro, Moe, Width
+    from tritter.transform import expand
 
     ffn = json.loads((source / "config.json").read_text())["intermediate_size"]
     specs: dict[str, ExpansionSpec] = {
@@ -81,8 +81,8 @@ def run_expansion(source: Path, destination: Path, method: str) -> float:
 def run_check(source: Path, result: Path, contender: str) -> None:
     """Compare both in this process, after telling the parent that everything is imported."""
     from tritter.cli.measure import random_tokens
+    from tritter.core.models import load_model, read_config, unloaded_model
     from tritter.evaluation.jump import folder_jump, logit_jump
-    from tritter.models import load_model, read_config, unloaded_model
 
     tokens = random_tokens(read_config(result))
     unloaded_model(source)  # transformers imports some of itself at first use

@@ -33,7 +33,7 @@ WARM_UP = 2
 def step_of(case: str, options: argparse.Namespace) -> dict[str, float]:
     """Train some steps in this process; return processor ms, and MB beyond the start's."""
     from experiments.benchmarks.precision import new_llama
-    from tritter.models import activations_recomputed
+    from tritter.core.models import activations_recomputed
     from tritter.training.module import CompiledModel
 
     model = new_llama(options.hidden_size, num_layers=options.layers).train()

@@ -92,9 +92,9 @@ class WholeCommand:
 
 
 def run_tritter(source: Path, destination: Path, case: str, *, is_hashed: bool) -> None:
-    from tritter.expand import expand, plan_expansion
-    from tritter.expansion import Dus, ExpansionSpec, Moe, Width
+    from tritter.core.expansions import Dus, ExpansionSpec, Moe, Width
     from tritter.storage import hashing, writer
+    from tritter.transform import expand, plan_expansion
 
     config = json.loads((source / "config.json").read_text())
     specs: dict[str, ExpansionSpec] = {
@@ -274,8 +274,8 @@ def _command(
     program = sys.executable
     what = case
     if contender == "mergekit":
-        from tritter.expand import plan_expansion
-        from tritter.expansion import Dus
+        from tritter.core.expansions import Dus
+        from tritter.transform import plan_expansion
 
         assert mergekit is not None
         program = mergekit

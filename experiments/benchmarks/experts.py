@@ -17,9 +17,9 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tritter.experts.adapters import AdapterShape
-from tritter.experts.gates import Routing, balance_loss, z_loss
-from tritter.experts.mixture import ExpertMixture, RouterKind
+from tritter.methods.experts.adapters import AdapterShape
+from tritter.methods.experts.gates import Routing, balance_loss, z_loss
+from tritter.methods.experts.mixture import ExpertMixture, RouterKind
 
 ROUNDS, EXPERTS, RANK = 12, 8, 8
 BATCH, LENGTH = 8, 128

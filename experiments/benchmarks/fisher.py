@@ -49,7 +49,7 @@ def plain(model: nn.Module, sequences: Tensor, batch_size: int) -> None:
 
 
 def measured(hidden_size: int, *, sequences: int, batch_size: int, runs: int) -> Row:
-    from tritter.forgetting.quadratic import diagonal_fisher
+    from tritter.methods.forgetting.quadratic import diagonal_fisher
 
     model = new_llama(hidden_size, num_layers=3).eval()
     tokens = torch.randint(0, 1024, (sequences, 128), generator=torch.Generator().manual_seed(0))

@@ -16,9 +16,9 @@ from collections.abc import Callable
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tritter.growth.grower import Grower
-from tritter.growth.places import Looking, attach
-from tritter.growth.triggers import INITIALISERS, TRIGGERS, GrowthOptions, Timing
+from tritter.methods.growth.grower import Grower
+from tritter.methods.growth.places import Looking, attach
+from tritter.methods.growth.triggers import INITIALISERS, TRIGGERS, GrowthOptions, Timing
 from tritter.training.surgery import apply_plain
 
 BLOCKS, STEPS, EVENTS = 12, 3, 5

@@ -64,7 +64,7 @@ def step_seconds(way: str, *, hidden_size: int, layers: int, steps: int) -> tupl
     from rich.console import Console
 
     from tritter.data.batches import BatchStream, SequenceStream
-    from tritter.forgetting import EWC, L2SP, SI, Distill, Freeze, OnlineEWC, Replay
+    from tritter.methods.forgetting import EWC, L2SP, SI, Distill, Freeze, OnlineEWC, Replay
     from tritter.training import (
         BaseModule,
         OptimizerSettings,

@@ -29,6 +29,8 @@ if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
 
 from experiments.benchmarks.table import tell  # noqa: E402
+from tritter.core.families.tables import llama_config  # noqa: E402
+from tritter.core.models import new_model  # noqa: E402
 from tritter.data.built_in import built_in_documents  # noqa: E402
 from tritter.data.corpus import build_corpus  # noqa: E402
 from tritter.data.skills import SKILLS  # noqa: E402
@@ -37,13 +39,17 @@ from tritter.data.tokens import (  # noqa: E402
     TokenisedDocuments,
     pack,
 )
-from tritter.families.tables import llama_config  # noqa: E402
-from tritter.models import new_model  # noqa: E402
-from tritter.novelty import NoveltyDetector, NoveltyOptions, Observation, SkillLibrary, observe  # noqa: E402
-from tritter.novelty.detectors import NovelSamples  # noqa: E402
-from tritter.novelty.library import ProjectionOptions  # noqa: E402
-from tritter.novelty.observation import joined  # noqa: E402
-from tritter.novelty.statistics import share_bound  # noqa: E402
+from tritter.methods.novelty import (  # noqa: E402
+    NoveltyDetector,
+    NoveltyOptions,
+    Observation,
+    SkillLibrary,
+    observe,
+)
+from tritter.methods.novelty.detectors import NovelSamples  # noqa: E402
+from tritter.methods.novelty.library import ProjectionOptions  # noqa: E402
+from tritter.methods.novelty.observation import joined  # noqa: E402
+from tritter.methods.novelty.statistics import share_bound  # noqa: E402
 
 LENGTH, BATCH, PHASE, CALIBRATION = 128, 16, 40, 30
 PROSE = "prose"

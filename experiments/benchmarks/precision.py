@@ -48,8 +48,8 @@ class Row:
 
 
 def new_llama(hidden_size: int, *, num_layers: int) -> nn.Module:
-    from tritter.families import llama_config
-    from tritter.models import new_model
+    from tritter.core.families import llama_config
+    from tritter.core.models import new_model
 
     config = llama_config(
         vocab_size=1024,

@@ -67,7 +67,7 @@ def write_source(
     import torch
     from safetensors.torch import save_file
 
-    from tritter.families import LLAMA, Config, llama_config
+    from tritter.core.families import LLAMA, Config, llama_config
 
     def config_of(layers: int) -> Config:
         return llama_config(
@@ -120,9 +120,9 @@ def run_expansion(source: Path, destination: Path, method: str) -> None:
         method: dus, width or moe; moe and dus of a model with experts also with `_fused` behind,
             which writes the experts of a layer as one tensor.
     """
-    from tritter.expand import expand, plan_expansion
-    from tritter.expansion import Dus, ExpansionSpec, Moe, Width
-    from tritter.families import LayoutKind
+    from tritter.core.expansions import Dus, ExpansionSpec, Moe, Width
+    from tritter.core.families import LayoutKind
+    from tritter.transform import expand, plan_expansion
 
     intermediate_size = json.loads((source / "config.json").read_text())["intermediate_size"]
     spec: ExpansionSpec = Dus()

@@ -12,9 +12,9 @@ import pytest
 from tests import oracle
 from tests.oracle.qwen3 import tiny_qwen3
 from tritter.cli import main
+from tritter.core.models import save_tokenizer
 from tritter.data.documents import Document
 from tritter.data.tokens import END_OF_TEXT, train_tokenizer
-from tritter.models import save_tokenizer
 
 VOCABULARY = 300
 

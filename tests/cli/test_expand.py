@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from tests.cli.conftest import VOCABULARY, Run, snapshot
-from tests.expansion.test_expand_errors import DAMAGED
+from tests.core.expansions.test_expand_errors import DAMAGED
 from tests.oracle import relative_difference, saved, stock, tiny_llama, tokens
 from tests.storage.test_tensors import file_size_limit
-from tritter.checkpoint import read_lineage
+from tritter.checkpoints import read_lineage
 
 TOKENS = tokens(VOCABULARY)
 

@@ -8,7 +8,7 @@ from transformers import AutoTokenizer
 
 from tests.cli.conftest import VOCABULARY, Run
 from tests.oracle import relative_difference, stock, tokens
-from tritter.models import load_model
+from tritter.core.models import load_model
 
 
 @pytest.mark.quick_cases(1)

@@ -9,7 +9,7 @@ import torch
 
 from tests.cli.conftest import Run, snapshot
 from tests.oracle import stock
-from tritter.checkpoint.state import write_state
+from tritter.checkpoints.state import write_state
 from tritter.storage.writer import TensorStream
 
 

@@ -15,24 +15,24 @@ from tests.cli.conftest import Run, snapshot
 from tests.cli.test_evaluate import TEXT
 from tests.cli.test_generate import _greedy
 from tests.evaluation.test_benchmark_files import written
-from tests.experts.mixtures import mixture_of
+from tests.methods.experts.mixtures import mixture_of
 from tests.oracle import logits, stock, tokens
-from tritter.checkpoint import (
+from tritter.checkpoints import (
     ExpansionRecord,
     Lineage,
     lineage_of,
     write_checkpoint,
     write_lineage,
 )
-from tritter.checkpoint.folder import TokenizerFiles
+from tritter.checkpoints.folder import TokenizerFiles
+from tritter.core.expansions import Dus
+from tritter.core.models import load_model, named_tensors, read_config
 from tritter.errors import RequestError
-from tritter.expand import plan_expansion
-from tritter.expansion import Dus
-from tritter.experts.mixture import ExpertMixture
-from tritter.experts.stored import ExpertFolder
-from tritter.growth.growable import GrowableCausalLM
-from tritter.models import load_model, named_tensors, read_config
+from tritter.methods.experts.mixture import ExpertMixture
+from tritter.methods.experts.stored import ExpertFolder
+from tritter.methods.growth.growable import GrowableCausalLM
 from tritter.storage.writer import TensorStream
+from tritter.transform import plan_expansion
 
 USAGE = {"prose": {"base": 0.7, "e0": 0.1, "e1": 0.2, "e2": 0}, "code": {"e1": 0.9, "e2": 0.1}}
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from tests.checkpoint.test_export import held, tiny_experts
-from tests.checkpoint.test_lightning_file import Trap, trained
+from tests.checkpoints.test_export import held, tiny_experts
+from tests.checkpoints.test_lightning_file import Trap, trained
 from tests.cli.conftest import VOCABULARY, Run, snapshot
 from tests.oracle import logits, saved, stock, tiny_llama, tokens
 

@@ -15,14 +15,14 @@ from transformers import AutoTokenizer
 from tests.cli.conftest import VOCABULARY, Run, snapshot
 from tests.cli.test_evaluate import TEXT
 from tests.cli.test_experts import USAGE, mixture, write_with_experts
-from tests.experts.mixtures import TARGETS, mixture_of
+from tests.methods.experts.mixtures import TARGETS, mixture_of
 from tests.oracle import logits, saved, stock, tiny_llama, tokens
-from tritter.checkpoint import lineage_of, write_lineage
-from tritter.checkpoint.record import LearnedDomain
-from tritter.experts.adapters import adapted_layers, factors
-from tritter.experts.mixture import ExpertMixture
-from tritter.experts.stored import ExpertFolder
-from tritter.models import load_model, read_config
+from tritter.checkpoints import lineage_of, write_lineage
+from tritter.checkpoints.record import LearnedDomain
+from tritter.core.models import load_model, read_config
+from tritter.methods.experts.adapters import adapted_layers, factors
+from tritter.methods.experts.mixture import ExpertMixture
+from tritter.methods.experts.stored import ExpertFolder
 
 __all__ = ["mixture"]
 TOKENS = tokens(VOCABULARY)

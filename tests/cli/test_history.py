@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from tests.cli.conftest import Run
-from tritter.checkpoint import read_lineage, write_lineage
+from tritter.checkpoints import read_lineage, write_lineage
 from tritter.cli import main
-from tritter.models import read_config
+from tritter.core.models import read_config
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ print("LOADED", *sorted(name for name in {names} if name in sys.modules))
 sys.exit(code)
 """
 SPY = """
-from tritter.checkpoint import folder
+from tritter.checkpoints import folder
 written = folder.write_tensors
 def spy(*given, **options):
     print("AT FIRST", *sorted(name for name in {names} if name in sys.modules))

@@ -7,7 +7,7 @@ import pytest
 from tests import oracle
 from tests.cli.conftest import Run
 from tests.oracle.sizes import SIZES, uneven, written
-from tritter.models import load_model
+from tritter.core.models import load_model
 
 
 @pytest.fixture

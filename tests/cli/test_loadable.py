@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from tests.cli.conftest import Run, snapshot
+from tritter.core.models import check_loadable, read_config
 from tritter.errors import RequestError, TritterError
-from tritter.models import check_loadable, read_config
 
 UNBUILDABLE: dict[str, tuple[dict[str, Any], str]] = {
     "activation": ({"hidden_act": "nosuch"}, "hidden_act = nosuch is not known"),

@@ -18,9 +18,9 @@ from tests.cli.conftest import Run
 from tritter.cli import main
 from tritter.cli.methods import method_options
 from tritter.cli.options import spelled
-from tritter.expansion import EXPANSIONS
-from tritter.expansion.heads import STRATEGIES
-from tritter.expansion.width import Init, Shares
+from tritter.core.expansions import EXPANSIONS
+from tritter.core.expansions.heads import STRATEGIES
+from tritter.core.expansions.width import Init, Shares
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = ("expand", "evaluate", "history", "inspect", "generate", "train", "validate")

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from tests.cli.conftest import Run
 from tests.oracle import saved, stock
 from tests.oracle.families import tiny
-from tritter.checkpoint import read_lineage
+from tritter.checkpoints import read_lineage
 from tritter.cli import measure
 from tritter.evaluation.jump import folder_jump
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from tests.cli.conftest import Run, snapshot
+from tests.core.stock_routers.models import num_experts, tiny_moe
 from tests.oracle import logits, relative_difference, saved, stock, tokens
-from tests.stock_routers.models import num_experts, tiny_moe
-from tritter.checkpoint import read_lineage
-from tritter.models import load_model
-from tritter.stock_routers import AddedExperts, stock_obstacle
+from tritter.checkpoints import read_lineage
+from tritter.core.models import load_model
+from tritter.core.stock_routers import AddedExperts, stock_obstacle
 
 ADD = "expand --checkpoint base --method moe-add"
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from tests.cli.conftest import Run
+from tritter.core.expansions import LlamaPro, Width
 from tritter.errors import RequestError, TritterError
-from tritter.expand import expand
-from tritter.expansion import LlamaPro, Width
+from tritter.transform import expand
 
 STRANGE = {
     "long name": "x" * 300,

@@ -15,12 +15,12 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.cli.conftest import Run, snapshot
-from tritter.checkpoint import read_lineage
+from tritter.checkpoints import read_lineage
+from tritter.core.expansions import LlamaPro, Width
 from tritter.errors import RequestError
-from tritter.expand import expand
-from tritter.expansion import LlamaPro, Width
 from tritter.storage import atomic
 from tritter.storage.hashing import merkle_hash, tensor_digest
+from tritter.transform import expand
 
 COMMANDS = {
     "expand": "expand --checkpoint base --method width --no-measure",

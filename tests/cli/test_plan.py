@@ -9,8 +9,8 @@ from tests.cli.conftest import Run, snapshot
 from tests.oracle import saved
 from tests.oracle.families import tiny
 from tritter.cli import main
-from tritter.families.presets import PRESETS
-from tritter.models import load_model
+from tritter.core.families.presets import PRESETS
+from tritter.core.models import load_model
 
 
 def test_a_preset_is_named_and_every_step_shown(run: Run, place: Path) -> None:

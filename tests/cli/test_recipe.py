@@ -7,10 +7,10 @@ import pytest
 import yaml
 
 from tests.cli.conftest import Run, snapshot
-from tritter.checkpoint import lineage_of
+from tritter.checkpoints import lineage_of
 from tritter.cli import recipe
 from tritter.config import components
-from tritter.expansion import specification
+from tritter.core.expansions import specification
 
 GROW = """\
 # wider, then deeper

@@ -17,7 +17,7 @@ from tests.cli.conftest import Run, snapshot
 from tests.config.conftest import planned
 from tests.config.test_outside import write_examples
 from tests.pipeline.conftest import SMALL
-from tritter.checkpoint import read_lineage
+from tritter.checkpoints import read_lineage
 from tritter.cli import main
 from tritter.cli import train as train_module
 from tritter.cli.train import continuation
@@ -25,13 +25,13 @@ from tritter.config.launch.command_line import read_command_line
 from tritter.config.launch.composition import load_config
 from tritter.config.launch.help import help_text
 from tritter.config.schema import CheckpointModelConfig, RunConfig
+from tritter.core.expansions import Width
 from tritter.data import datasets as data_sets
 from tritter.data import sources
 from tritter.data.options import DatasetsConfig, TextDataConfig
 from tritter.errors import RequestError
-from tritter.expand import expand
-from tritter.expansion import Width
-from tritter.forgetting.ewc import EWCOptions
+from tritter.methods.forgetting.ewc import EWCOptions
+from tritter.transform import expand
 
 QUICK = "data.sequence_length=32 data.batch_size=4 logger=csv trainer.progress=off "
 QUICK += "evaluation.sample_tokens=0 evaluation.max_tokens_per_document=48"

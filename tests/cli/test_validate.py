@@ -16,9 +16,9 @@ from transformers import AutoTokenizer
 from tests import oracle
 from tests.cli.conftest import VOCABULARY, Run, snapshot
 from tests.pipeline.tiny import FIXTURES
-from tritter.checkpoint.folder import LINEAGE_NAME
-from tritter.families import count_parameters
-from tritter.models import read_config
+from tritter.checkpoints.folder import LINEAGE_NAME
+from tritter.core.families import count_parameters
+from tritter.core.models import read_config
 from tritter.pipeline import validate as validation
 
 TESTS = [

@@ -14,7 +14,7 @@ from tests.config.conftest import FakePipeline, Result
 from tritter.config.launch.composition import load_config
 from tritter.config.schema import RunConfig
 from tritter.config.validation import source_config
-from tritter.families import family_of
+from tritter.core.families import family_of
 from tritter.planning import run_memory as memory
 from tritter.planning.run_memory import HeldMemory, memory_notes, memory_problems, trainings
 from tritter.training import OptimizerSettings

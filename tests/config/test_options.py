@@ -14,9 +14,9 @@ from tritter.config.launch.help import description, help_text
 from tritter.config.run_folder import RUNS_FOLDER
 from tritter.config.schema import OPEN_GROUPS, SECTIONS
 from tritter.config.validation import known_keys
-from tritter.expansion import EXPANSIONS
-from tritter.forgetting.replay import Replay, ReplayOptions
-from tritter.moe_routing.options import AdaptationOptions, RoutingOptions
+from tritter.core.expansions import EXPANSIONS
+from tritter.methods.forgetting.replay import Replay, ReplayOptions
+from tritter.methods.moe_routing.options import AdaptationOptions, RoutingOptions
 
 OPTION_FILES = sorted(config_folder().glob("*/*.yaml"))
 NAMES = [f"{path.parent.name}={path.stem}" for path in OPTION_FILES]

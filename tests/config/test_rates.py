@@ -14,8 +14,8 @@ from tritter.config.launch.composition import load_config
 from tritter.config.run_folder import fingerprint
 from tritter.config.schema import CheckpointModelConfig
 from tritter.config.validation import source_config
+from tritter.core.families.presets import PRESETS
 from tritter.errors import RequestError
-from tritter.families.presets import PRESETS
 from tritter.training.options import rate_notes
 
 GIVEN = CheckpointModelConfig(model_type="hf", path="base")

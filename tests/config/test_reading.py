@@ -5,7 +5,7 @@ from pydantic import Field
 
 from tritter.config.components import Reader
 from tritter.errors import Problem, RequestError, raise_problems
-from tritter.growth.triggers import TRIGGERS, Plateau, Scheduled, Trigger
+from tritter.methods.growth.triggers import TRIGGERS, Plateau, Scheduled, Trigger
 from tritter.options import Text, options, read_part
 from tritter.targets import identity, plain
 

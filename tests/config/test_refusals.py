@@ -53,7 +53,7 @@ REFUSALS: dict[str, tuple[str, ...]] = {
     ),
     "growth=foam growth.trigger={name:plateau,at:[3]}": ("growth.trigger.at", "has threshold"),
     "growth=foam growth.trigger=budget": ("growth.max_new_parameters",),
-    "growth=foam growth.trigger={_target_:tritter.growth.triggers.Budget}": ("may spend",),
+    "growth=foam growth.trigger={_target_:tritter.methods.growth.triggers.Budget}": ("may spend",),
     "growth=foam growth.trigger={name:schedule,at:[]}": ("growth.trigger.at",),
     "growth=foam training.max_steps=1": ("nothing could grow",),
     "growth=foam growth.history_checks=1": ("too few", "growth.history_checks"),

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.config.conftest import FakePipeline, Result
-from tritter.checkpoint.record import StateHead
+from tritter.checkpoints.record import StateHead
 from tritter.config.run_folder import changes_between, fingerprint
 from tritter.config.schema import CheckpointModelConfig
 from tritter.data.options import TextDataConfig

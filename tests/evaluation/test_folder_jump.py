@@ -10,12 +10,12 @@ from safetensors.torch import load_file, save_file
 
 from tests import oracle
 from tests.oracle.families import doubled, generic, tiny
-from tritter import streamed
+from tritter.core import streamed
+from tritter.core.expansions import Dus, ExpansionSpec, Interpolate, LlamaPro, Moe, Stack, Width
+from tritter.core.models import load_model
 from tritter.errors import TritterError
 from tritter.evaluation.jump import folder_jump, logit_jump
-from tritter.expand import Expanded, expand
-from tritter.expansion import Dus, ExpansionSpec, Interpolate, LlamaPro, Moe, Stack, Width
-from tritter.models import load_model
+from tritter.transform import Expanded, expand
 
 TOKENS = oracle.tokens()
 EXACT: dict[str, list[ExpansionSpec]] = {

@@ -11,18 +11,18 @@ from pathlib import Path
 import torch
 
 from tests import oracle
-from tests.experts.mixtures import mixture_of
+from tests.methods.experts.mixtures import mixture_of
 from tests.oracle.families import tiny
-from tritter.checkpoint import read_lineage, write_checkpoint
-from tritter.checkpoint.folder import TokenizerFiles
-from tritter.checkpoint.state import write_state
+from tritter.checkpoints import read_lineage, write_checkpoint
+from tritter.checkpoints.folder import TokenizerFiles
+from tritter.checkpoints.state import write_state
+from tritter.core.expansions import LlamaPro, Width
+from tritter.core.models import load_model, named_tensors, read_config, save_tokenizer
 from tritter.data.documents import Document
 from tritter.data.tokens import END_OF_TEXT, train_tokenizer
-from tritter.expand import expand
-from tritter.expansion import LlamaPro, Width
-from tritter.experts.stored import ExpertFolder
-from tritter.models import load_model, named_tensors, read_config, save_tokenizer
+from tritter.methods.experts.stored import ExpertFolder
 from tritter.storage.writer import TensorStream
+from tritter.transform import expand
 
 ROOT = Path(__file__).parents[2]
 SENTENCE = "the model grows a layer where data asks for one and keeps what it knew\n"

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from tests.suites import SIX_FAMILIES
-from tritter.expansion import Width
+from tritter.core.expansions import Width
 
 _SHAPE: dict[str, Any] = {
     "vocab_size": 97,
@@ -75,8 +75,8 @@ GROWABLE = tuple(family for family in DENSE if family not in STACKED)
 RMS = tuple(family for family in OWN if family not in LAYER_NORM)
 HEADS_DIVIDE_HIDDEN = ("llama", "gemma2", "gemma3_text", *LAYER_NORM)
 GEMMA = ("gemma2", "gemma3_text")
-# Made of mechanisms that the others prove, or that tests/expansion/test_further_families.py does;
-# generic tests of them are slow, but for those of the six
+# Made of mechanisms that the others prove, or that tests/core/expansions/test_further_families.py
+# does; generic tests of them are slow, but for those of the six
 FURTHER = ("smollm3", "granite", "olmo2", "phi3", "glm4", "gemma2", *LAYER_NORM)
 
 

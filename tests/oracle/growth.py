@@ -1,7 +1,7 @@
 """Growth in memory: maps applied to a stock model's tensors, and gradients sent through them.
 
-Nothing of `tritter.expand.folder` or of the storage stands between, so a test over many shapes is
-quick, and a map can be spoiled on purpose before it is applied.
+Nothing of `tritter.transform.folder` or of the storage stands between, so a test over many shapes
+is quick, and a map can be spoiled on purpose before it is applied.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,10 +13,10 @@ from transformers import AutoConfig, PreTrainedModel
 
 from tests import oracle
 from tests.oracle.families import stock_of
-from tritter.expand import Change
-from tritter.expansion import ResolvedExpansion, composed
-from tritter.families import Config, family_of, layout, pack_all, unpack_all
-from tritter.parameter_map import Quantity, TensorMap, carried, map_tensor, mapped
+from tritter.core.expansions import ResolvedExpansion, composed
+from tritter.core.families import Config, family_of, layout, pack_all, unpack_all
+from tritter.core.parameter_map import Quantity, TensorMap, carried, map_tensor, mapped
+from tritter.transform import Change
 
 
 @dataclass(frozen=True, slots=True)

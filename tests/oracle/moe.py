@@ -8,8 +8,8 @@ from transformers import PreTrainedModel
 
 from tests import oracle
 from tests.oracle import growth as oracle_growth
-from tritter.expansion import ExpansionSpec, ResolvedExpansion, build_steps
-from tritter.families import layout, unpack_all
+from tritter.core.expansions import ExpansionSpec, ResolvedExpansion, build_steps
+from tritter.core.families import layout, unpack_all
 
 PARTNERS = {
     "llama": "mixtral",

@@ -9,8 +9,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from tests.oracle.families import layers_of, tiny
-from tritter.checkpoint import Lineage, write_checkpoint
-from tritter.models import config_of, named_tensors
+from tritter.checkpoints import Lineage, write_checkpoint
+from tritter.core.models import config_of, named_tensors
 from tritter.storage.writer import TensorStream
 
 SIZES = (12, 40, 7)

@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from tritter.parameter_map import Quantity
-from tritter.parameter_map.carry import StateKind, register
+from tritter.core.parameter_map import Quantity
+from tritter.core.parameter_map.carry import StateKind, register
 from tritter.training import ForgettingMethod, Needs, Preparation, Prepared, Task
 
 register("omega", StateKind(Quantity.SQUARED_GRADIENT, "zero"))

@@ -11,9 +11,9 @@ from tests.evaluation.published import PUBLISHED
 from tests.evaluation.test_benchmark_files import written
 from tritter.config.launch.composition import load_config
 from tritter.config.run_folder import fingerprint
+from tritter.core.models import load_model, load_tokenizer
 from tritter.errors import RequestError
 from tritter.evaluation.benchmarks.harness import Asking, score_benchmark
-from tritter.models import load_model, load_tokenizer
 from tritter.pipeline import Outcome
 from tritter.pipeline.context import BenchmarkTask, benchmark_tasks
 

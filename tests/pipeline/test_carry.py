@@ -13,16 +13,16 @@ from rich.console import Console
 from safetensors.torch import save_file
 
 from tests import oracle
+from tests.core.stock_routers.models import tiny_moe
 from tests.pipeline.test_costs import QUICK, SMALL_MODEL
 from tests.pipeline.test_given import texts
-from tests.stock_routers.models import tiny_moe
-from tritter.checkpoint import read_lineage
-from tritter.checkpoint.history import read_chain, verify
-from tritter.checkpoint.state import LazyTensors, read_state
+from tritter.checkpoints import read_lineage
+from tritter.checkpoints.history import read_chain, verify
+from tritter.checkpoints.state import LazyTensors, read_state
 from tritter.config.launch.composition import load_config
+from tritter.core.models import load_model, read_config
+from tritter.core.parameter_map.carry import MOMENTS
 from tritter.errors import RequestError
-from tritter.models import load_model, read_config
-from tritter.parameter_map.carry import MOMENTS
 from tritter.pipeline import run_pipeline
 from tritter.pipeline.context import RunContext
 from tritter.pipeline.ledger import Ledger

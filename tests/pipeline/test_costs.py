@@ -14,15 +14,15 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
-import tritter.families.flops as counting
+import tritter.core.families.flops as counting
 from tests.pipeline.conftest import SMALL
 from tests.pipeline.test_given import FAST, texts
-from tritter import models
 from tritter.config.launch.composition import load_config
+from tritter.core import models
+from tritter.core.families import family_of, training_flops
+from tritter.core.models import read_config
 from tritter.evaluation import statistics
 from tritter.evaluation.statistics import studentised_errors
-from tritter.families import family_of, training_flops
-from tritter.models import read_config
 from tritter.pipeline import run_pipeline
 
 QUICK = (*FAST, "data=text", "forgetting=replay", "evaluation.batch_size=1", "gate='off'")

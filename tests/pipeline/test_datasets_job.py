@@ -8,7 +8,7 @@ import datasets
 import pytest
 
 from tests.pipeline.tiny import TINY
-from tritter.checkpoint import read_lineage
+from tritter.checkpoints import read_lineage
 from tritter.config.launch.composition import load_config
 from tritter.data.replay import ReplayBuffer
 from tritter.errors import RequestError

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tritter.models import load_model
+from tritter.core.models import load_model
 from tritter.pipeline import Outcome
 from tritter.training.trainer import start_method
 

@@ -21,14 +21,14 @@ from tests import oracle
 from tests.pipeline.test_experts_job import DYLORA
 from tests.pipeline.tiny import FIXTURES, TINY
 from tests.test_kill_safety import run_child
-from tritter.checkpoint import lineage_of
-from tritter.checkpoint.history import read_chain, verify
+from tritter.checkpoints import lineage_of
+from tritter.checkpoints.history import read_chain, verify
 from tritter.cli import main
 from tritter.config.launch.composition import load_config
+from tritter.core.models import load_model, save_tokenizer
 from tritter.data.documents import Document
 from tritter.data.tokens import train_tokenizer
 from tritter.evaluation.gate import Check
-from tritter.models import load_model, save_tokenizer
 from tritter.pipeline import disk, run_pipeline, stages, trained, verdict
 from tritter.pipeline.context import RunContext
 from tritter.pipeline.ledger import Ledger

@@ -15,10 +15,10 @@ from _pytest.mark import ParameterSet
 
 from tests import oracle
 from tests.pipeline.tiny import TINY, is_within
-from tritter.checkpoint import read_lineage
+from tritter.checkpoints import read_lineage
 from tritter.conf_folder import config_folder
 from tritter.config.launch.composition import load_config
-from tritter.models import load_model
+from tritter.core.models import load_model
 from tritter.pipeline import run_pipeline
 from tritter.training import BaseModule
 

@@ -12,11 +12,11 @@ from transformers import AutoModelForCausalLM
 
 from tests.pipeline.test_every_choice import Killed, _dies_at, load_config
 from tests.pipeline.tiny import FIXTURES, TINY, is_within
-from tritter.checkpoint import read_lineage
+from tritter.checkpoints import read_lineage
 from tritter.errors import RequestError
-from tritter.experts.mixture import mixture_on
-from tritter.experts.module import ExpertModule
-from tritter.experts.whole import load_whole
+from tritter.methods.experts.mixture import mixture_on
+from tritter.methods.experts.module import ExpertModule
+from tritter.methods.experts.whole import load_whole
 from tritter.pipeline import run_pipeline
 
 PLAIN = [w for w in TINY if not w.startswith("forgetting=")] + ["expansion=none", "forgetting=none"]

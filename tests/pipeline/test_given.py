@@ -13,17 +13,17 @@ import torch
 from tests import oracle
 from tests.oracle.qwen3 import tiny_qwen3
 from tests.pipeline.conftest import SMALL
-from tritter.checkpoint import Lineage, read_lineage
-from tritter.checkpoint.history import read_chain, verify
+from tritter.checkpoints import Lineage, read_lineage
+from tritter.checkpoints.history import read_chain, verify
 from tritter.config.launch.composition import load_config
+from tritter.core.expansions import Width
+from tritter.core.models import save_tokenizer
 from tritter.data import built_in
 from tritter.data.documents import Document
 from tritter.data.tokens import END_OF_TEXT, train_tokenizer
 from tritter.errors import RequestError
-from tritter.expand import expand
-from tritter.expansion import Width
-from tritter.models import save_tokenizer
 from tritter.pipeline import Outcome, run_pipeline
+from tritter.transform import expand
 
 FAST = [word for word in SMALL if not word.startswith("model.")]
 FAST += ["training.max_steps=4", "pretraining.max_steps=4", "data.vocab_size=300"]
@@ -320,7 +320,7 @@ def test_without_old_text_the_model_writes_it_once(
     run: Run, library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A method that needs old text looks at what the model wrote, also when the run goes on."""
-    from tritter.forgetting import EWC, replay
+    from tritter.methods.forgetting import EWC, replay
     from tritter.training import BaseModule, Task
 
     words = [word for word in text_words(library) if not word.startswith("data.old")]

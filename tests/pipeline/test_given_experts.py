@@ -7,19 +7,19 @@ from typing import Any
 import pytest
 
 from tests import oracle
+from tests.core.stock_routers.models import tiny_moe
 from tests.pipeline.test_given import FAST, texts
 from tests.pipeline.tiny import is_within
-from tests.stock_routers.models import tiny_moe
-from tritter.checkpoint.history import read_chain, verify
+from tritter.checkpoints.history import read_chain, verify
 from tritter.config.launch.composition import load_config
+from tritter.core.expansions import MoeAdd
+from tritter.core.models import save_tokenizer
+from tritter.core.stock_routers import AddedExperts
 from tritter.data.documents import Document
 from tritter.data.tokens import END_OF_TEXT, train_tokenizer
 from tritter.errors import RequestError
-from tritter.expand import expand
-from tritter.expansion import MoeAdd
-from tritter.models import save_tokenizer
 from tritter.pipeline import run_pipeline
-from tritter.stock_routers import AddedExperts
+from tritter.transform import expand
 
 
 @pytest.fixture(scope="module")

@@ -11,12 +11,12 @@ import torch
 
 from tests import oracle
 from tests.pipeline.tiny import TINY, is_within
-from tritter.checkpoint import read_lineage
-from tritter.checkpoint.history import read_chain, verify
+from tritter.checkpoints import read_lineage
+from tritter.checkpoints.history import read_chain, verify
 from tritter.cli import main
 from tritter.config.launch.composition import load_config
-from tritter.families import ffn_sizes
-from tritter.models import load_model, read_config
+from tritter.core.families import ffn_sizes
+from tritter.core.models import load_model, read_config
 from tritter.pipeline import run_pipeline
 
 OFTEN = (
@@ -65,7 +65,7 @@ def test_what_a_run_tells_and_leaves(tmp_path: Path) -> None:
 @pytest.mark.full
 def test_flops_are_those_of_the_shapes_that_each_step_had(tmp_path: Path) -> None:
     """With what is read before and after each event, to see that the function is kept."""
-    from tritter.families import forward_flops, training_flops
+    from tritter.core.families import forward_flops, training_flops
 
     summary = run(tmp_path / "run", *OFTEN, "forgetting=none", "evaluation.every_n_steps=0")
     config = read_config(tmp_path / "run/baseline")

@@ -15,15 +15,15 @@ import pytest
 from rich.console import Console
 
 from tests.pipeline.conftest import SMALL
-from tritter.checkpoint import read_lineage
+from tritter.checkpoints import read_lineage
 from tritter.config.launch.composition import load_config
+from tritter.core.expansions import Width
 from tritter.data.documents import text_key
 from tritter.errors import RequestError
-from tritter.expand import expand
-from tritter.expansion import Width
 from tritter.pipeline import run_pipeline
 from tritter.pipeline.context import RunContext
 from tritter.pipeline.ledger import Ledger
+from tritter.transform import expand
 
 QUICK = [
     *(word for word in SMALL if not word.startswith("model.")), "pretraining.max_steps=2",

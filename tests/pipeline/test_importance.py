@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from tests.pipeline.tiny import FIXTURES, TINY
-from tritter.checkpoint.state import LazyTensors, read_state
+from tritter.checkpoints.state import LazyTensors, read_state
 from tritter.config.launch.composition import load_config
-from tritter.forgetting import EWC, ewc, quadratic
+from tritter.methods.forgetting import EWC, ewc, quadratic
 from tritter.pipeline import Outcome, run, run_pipeline
 from tritter.terminal import Console
 from tritter.training import Task

@@ -10,15 +10,15 @@ import pytest
 import torch
 
 from tests.pipeline.tiny import TINY
-from tritter.checkpoint.state import KEPT_FILE, KeptSequences
+from tritter.checkpoints.state import KEPT_FILE, KeptSequences
 from tritter.cli import main
 from tritter.config.launch.composition import load_config
+from tritter.core.models import load_model
 from tritter.data.batches import BatchStream, SequenceStream
 from tritter.data.replay import ReplayBuffer
 from tritter.errors import RequestError, TritterError
 from tritter.evaluation.losses import sequence_losses
-from tritter.forgetting import Replay
-from tritter.models import load_model
+from tritter.methods.forgetting import Replay
 from tritter.pipeline import Outcome, run_pipeline
 from tritter.pipeline.arm import Arm
 from tritter.pipeline.context import RunContext

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.pipeline.tiny import FIXTURES
-from tritter.checkpoint import lineage_of
+from tritter.checkpoints import lineage_of
 from tritter.config.folders import composing_from, front_of
 from tritter.errors import TritterError
 from tritter.evaluation.gate import Check

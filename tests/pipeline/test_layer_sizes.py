@@ -8,11 +8,11 @@ import pytest
 from tests import oracle
 from tests.oracle.sizes import uneven, written
 from tests.pipeline.tiny import FIXTURES, TINY
-from tritter.checkpoint import read_lineage
-from tritter.checkpoint.folder import TokenizerFiles
-from tritter.checkpoint.history import read_chain, verify
+from tritter.checkpoints import read_lineage
+from tritter.checkpoints.folder import TokenizerFiles
+from tritter.checkpoints.history import read_chain, verify
 from tritter.config.launch.composition import load_config
-from tritter.models import load_model, read_config
+from tritter.core.models import load_model, read_config
 from tritter.pipeline import run_pipeline
 
 SIZES = (9, 32)

@@ -8,10 +8,10 @@ import pytest
 from tests import oracle
 from tests.pipeline.tiny import TINY
 from tests.training.test_surgery import Grow
-from tritter.checkpoint.history import read_chain, verify
+from tritter.checkpoints.history import read_chain, verify
 from tritter.config.launch.composition import load_config
-from tritter.expansion import Width
-from tritter.models import load_model, read_config
+from tritter.core.expansions import Width
+from tritter.core.models import load_model, read_config
 from tritter.pipeline import run_pipeline
 
 

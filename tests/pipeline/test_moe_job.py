@@ -12,14 +12,14 @@ from torch import Tensor
 from tests import oracle
 from tests.pipeline.conftest import SMALL
 from tests.pipeline.tiny import is_within
-from tritter.checkpoint import read_lineage
+from tritter.checkpoints import read_lineage
 from tritter.config.launch.composition import load_config
+from tritter.core.models import load_model
+from tritter.core.stock_routers import AddedExperts, stock_obstacle
 from tritter.errors import RequestError
-from tritter.models import load_model
-from tritter.moe_routing.distill import DistillationModule
-from tritter.moe_routing.stages import shared_names
+from tritter.methods.moe_routing.distill import DistillationModule
+from tritter.methods.moe_routing.stages import shared_names
 from tritter.pipeline import Outcome, run_pipeline, stages
-from tritter.stock_routers import AddedExperts, stock_obstacle
 from tritter.training.module import TaskLoss
 
 Run = Callable[..., Outcome]

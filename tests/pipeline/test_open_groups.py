@@ -8,7 +8,7 @@ import pytest
 from lightning import Callback
 
 from tests.pipeline.tiny import TINY
-from tritter.checkpoint import read_lineage
+from tritter.checkpoints import read_lineage
 from tritter.config.launch.composition import load_config
 from tritter.pipeline import Outcome, run_pipeline
 from tritter.pipeline.base import recorded_rate, schedule_of

@@ -11,16 +11,16 @@ import torch
 from tests import oracle
 from tests.pipeline.outside_method import Options, Outside
 from tests.pipeline.tiny import TINY
-from tritter.checkpoint import read_lineage
-from tritter.checkpoint.history import read_chain, verify
-from tritter.checkpoint.state import LazyTensors, read_state
+from tritter.checkpoints import read_lineage
+from tritter.checkpoints.history import read_chain, verify
+from tritter.checkpoints.state import LazyTensors, read_state
 from tritter.config.launch.composition import load_config
 from tritter.config.validation import method_problems
-from tritter.expand import Change
-from tritter.models import load_model
+from tritter.core.models import load_model
 from tritter.pipeline import importance, run_pipeline
 from tritter.targets import Component
 from tritter.training.trainer import start_method
+from tritter.transform import Change
 
 OUTSIDE = Component(name=Outside.name, kind=Outside, options=Options())
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from tests.pipeline.tiny import TINY
-from tritter.checkpoint import read_lineage
-from tritter.checkpoint.state import KeptSequences
+from tritter.checkpoints import read_lineage
+from tritter.checkpoints.state import KeptSequences
 from tritter.cli.train import _recorded_settings
 from tritter.config.launch.composition import load_config
 from tritter.config.run_folder import changes_between, fingerprint

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests import oracle
-from tritter.checkpoint import read_lineage
+from tritter.checkpoints import read_lineage
 from tritter.cli.report import metric_rows
 from tritter.errors import RequestError, TritterError
 from tritter.pipeline import Outcome, stages, verdict

@@ -12,7 +12,7 @@ import pytest
 
 from tests import oracle
 from tests.pipeline.plug import plug_pulled
-from tritter.checkpoint import Lineage, read_lineage
+from tritter.checkpoints import Lineage, read_lineage
 from tritter.config.launch.composition import load_config
 from tritter.errors import RequestError
 from tritter.evaluation.gate import Check

@@ -10,7 +10,7 @@ import pytest
 
 from tests.pipeline.plug import plug_pulled
 from tests.pipeline.tiny import TINY
-from tritter.checkpoint import read_lineage
+from tritter.checkpoints import read_lineage
 from tritter.config.launch.composition import load_config
 from tritter.data.skills import SKILLS
 from tritter.evaluation.statistics import PairedScores

@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import CSVLogger
 
 from tests.pipeline.plug import plug_pulled
 from tests.pipeline.tiny import FIXTURES, TINY
-from tritter.checkpoint import read_lineage
+from tritter.checkpoints import read_lineage
 from tritter.config.launch.composition import load_config
 from tritter.evaluation.statistics import PairedScores, relative_harm
 from tritter.pipeline import Outcome, run, run_pipeline, stages

@@ -12,7 +12,7 @@ import pytest
 from torch import Tensor
 
 from tests.pipeline.tiny import TINY
-from tritter.checkpoint import read_lineage
+from tritter.checkpoints import read_lineage
 from tritter.config.launch.entry import main
 from tritter.pipeline import Outcome, run_pipeline, stages
 from tritter.pipeline.trained import TrainedWriter

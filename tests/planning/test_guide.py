@@ -3,9 +3,9 @@
 import re
 from pathlib import Path
 
-from tritter.expansion import Dus, ExpansionSpec, Moe, Width, target_config
-from tritter.families import Config, count_parameters, family_of
-from tritter.families.presets import PRESETS
+from tritter.core.expansions import Dus, ExpansionSpec, Moe, Width, target_config
+from tritter.core.families import Config, count_parameters, family_of
+from tritter.core.families.presets import PRESETS
 from tritter.planning.guide import llama, size_guide
 from tritter.report.wording import count_text
 

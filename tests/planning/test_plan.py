@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 import tritter
 from tests.oracle import tiny_llama
+from tritter.core.expansions import LlamaPro, Width
+from tritter.core.families import Config, count_parameters, family_of
+from tritter.core.families.presets import PRESETS, aspect_ratio_at
 from tritter.errors import RequestError
-from tritter.expansion import LlamaPro, Width
-from tritter.families import Config, count_parameters, family_of
-from tritter.families.presets import PRESETS, aspect_ratio_at
 from tritter.planning import (
     CHINCHILLA,
     Assumptions,

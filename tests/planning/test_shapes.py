@@ -6,10 +6,10 @@ from hypothesis import strategies as st
 from transformers import Qwen3MoeConfig
 
 from tests.oracle import tiny_llama
+from tritter.core.expansions import Dus, LlamaPro, Width, target_config
+from tritter.core.families import FAMILIES, Config, family_of
+from tritter.core.families.presets import PRESETS
 from tritter.errors import RequestError
-from tritter.expansion import Dus, LlamaPro, Width, target_config
-from tritter.families import FAMILIES, Config, family_of
-from tritter.families.presets import PRESETS
 from tritter.planning.shapes import (
     WIDTH_GRIDS,
     GrowthMethods,

@@ -12,10 +12,10 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoModelForCausalLM
 
 from tests.oracle import tiny_llama
+from tritter.core.families import Config, count_parameters
+from tritter.core.families.presets import PRESETS
+from tritter.core.models import stock_config_of
 from tritter.errors import RequestError
-from tritter.families import Config, count_parameters
-from tritter.families.presets import PRESETS
-from tritter.models import stock_config_of
 from tritter.planning import sharding_plan
 from tritter.training.parameters import shard
 

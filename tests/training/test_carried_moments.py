@@ -10,14 +10,14 @@ from torch import nn
 
 from tests import oracle
 from tests.oracle.families import tiny
-from tritter.checkpoint.state import LazyTensors, read_state, write_state
+from tritter.checkpoints.state import LazyTensors, read_state, write_state
+from tritter.core.expansions import Dus, ExpansionSpec, LlamaPro, Width
+from tritter.core.parameter_map.carry import OURS
 from tritter.errors import TritterError
-from tritter.expand import expand, plan_expansion
-from tritter.expansion import Dus, ExpansionSpec, LlamaPro, Width
-from tritter.parameter_map.carry import OURS
 from tritter.storage.writer import TensorStream
 from tritter.training.moments import carried_moments, moments_by_name, start_from
 from tritter.training.parameters import live_layout
+from tritter.transform import expand, plan_expansion
 
 SPECS: dict[str, list[ExpansionSpec]] = {
     "fresh": [Width()],

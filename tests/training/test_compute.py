@@ -7,11 +7,16 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.moe_routing.test_objective import SEQUENCES, UNHELD, run
+from tests.methods.moe_routing.test_objective import SEQUENCES, UNHELD, run
 from tests.oracle.families import SPARSE, generic, tiny
-from tritter.families import FAMILIES, Flops, backward_flops, forward_flops, training_flops
-from tritter.moe_routing.objective import OldRouting, RoutingObjective, RoutingSettings
-from tritter.moe_routing.stages import Unfreezing, is_router, only_trainable, separate_experts
+from tritter.core.families import FAMILIES, Flops, backward_flops, forward_flops, training_flops
+from tritter.methods.moe_routing.objective import OldRouting, RoutingObjective, RoutingSettings
+from tritter.methods.moe_routing.stages import (
+    Unfreezing,
+    is_router,
+    only_trainable,
+    separate_experts,
+)
 from tritter.training import BaseModule, OptimizerSettings, Schedule
 from tritter.training.parameters import trained_tensors
 

@@ -27,12 +27,12 @@ from tests.training.killed import KillAt
 from tests.training.test_fit import SETTINGS, task
 from tests.training.test_resume import with_something_new
 from tests.training.written import Written
-from tritter.checkpoint.state import read_state
+from tritter.checkpoints.state import read_state
 from tritter.data.batches import BatchStream, SequenceStream
 from tritter.data.datamodule import EvaluationText
 from tritter.errors import Problem, RequestError, TritterError
-from tritter.forgetting import EWC, L2SP, SI, Distill, Freeze, Replay
-from tritter.forgetting.quadratic import diagonal_fisher
+from tritter.methods.forgetting import EWC, L2SP, SI, Distill, Freeze, Replay
+from tritter.methods.forgetting.quadratic import diagonal_fisher
 from tritter.targets import Component
 from tritter.training import (
     BaseModule,

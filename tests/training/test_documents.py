@@ -17,16 +17,16 @@ from tests.oracle.families import tiny
 from tests.training.killed import KillAt
 from tests.training.test_fit import SETTINGS, module_of
 from tests.training.written import Written
+from tritter.core.families import training_flops
+from tritter.core.models import config_of
 from tritter.data.batches import BatchStream, SequenceStream
 from tritter.data.packing import Apart, packed, read_apart
 from tritter.data.tokens import TokenisedDocuments
 from tritter.evaluation.losses import sequence_losses
-from tritter.families import training_flops
-from tritter.forgetting import SI, Distill, Replay
-from tritter.forgetting.quadratic import diagonal_fisher
-from tritter.forgetting.replay import _Draw, _texts
-from tritter.models import config_of
-from tritter.moe_routing.objective import OldRouting, RoutingObjective, RoutingSettings
+from tritter.methods.forgetting import SI, Distill, Replay
+from tritter.methods.forgetting.quadratic import diagonal_fisher
+from tritter.methods.forgetting.replay import _Draw, _texts
+from tritter.methods.moe_routing.objective import OldRouting, RoutingObjective, RoutingSettings
 from tritter.training import (
     BaseModule,
     FitResult,

@@ -22,12 +22,12 @@ from tests.training.test_surgery import (
     model_of,
     train,
 )
+from tritter.core.expansions import Dus
 from tritter.errors import TritterError
-from tritter.expand.live import ModelExpander
-from tritter.expansion import Dus
 from tritter.training import OptimizerSettings, eight_bit
 from tritter.training.moments import carried_moments, moments_by_name, put_moments
 from tritter.training.parameters import live_layout
+from tritter.transform.live import ModelExpander
 
 # FFN matrices have 960 numbers before and 1,440 after: coded in both, in neither, in the second
 CODED, FLOAT, CROSSING = 64, 10_000, 1_000

@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 
 from tests import oracle
-from tests.experts import test_training as spawning
-from tests.growth import test_training as growing
-from tests.moe_routing import test_objective as routing
+from tests.methods.experts import test_training as spawning
+from tests.methods.growth import test_training as growing
+from tests.methods.moe_routing import test_objective as routing
 from tests.planning.test_memory import kept_bytes
 from tests.training.killed import KillAt, Killed
 from tests.training.test_fit import SETTINGS, batches
-from tritter.growth.places import Looking
-from tritter.models import activations_recomputed
-from tritter.moe_routing.objective import RoutingSettings
+from tritter.core.models import activations_recomputed
+from tritter.methods.growth.places import Looking
+from tritter.methods.moe_routing.objective import RoutingSettings
 from tritter.terminal import Console
 from tritter.training import (
     BaseModule,

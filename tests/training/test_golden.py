@@ -17,12 +17,12 @@ from rich.console import Console
 
 from tests import oracle
 from tests.training.test_fit import SETTINGS, task
+from tritter.core.expansions import Width
+from tritter.core.models import load_model
 from tritter.data.batches import BatchStream, SequenceStream
-from tritter.expand import expand
-from tritter.expansion import Width
-from tritter.forgetting import L2SP, Replay
-from tritter.models import load_model
+from tritter.methods.forgetting import L2SP, Replay
 from tritter.training import BaseModule, OptimizerSettings, Schedule, fit, read_metrics
+from tritter.transform import expand
 
 CURVE = Path(__file__).parents[1] / "golden/losses.json"
 STEPS = 20

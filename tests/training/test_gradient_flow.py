@@ -10,13 +10,12 @@ import torch
 from torch import nn
 
 from tests import oracle
-from tests.stock_routers.models import tiny_moe
+from tests.core.stock_routers.models import tiny_moe
 from tests.training.shipped import trainer_settings
+from tritter.core.expansions import LlamaPro, Width
+from tritter.core.models import config_of
 from tritter.data.batches import BatchStream, SequenceStream
 from tritter.evaluation.gate import ENOUGH_STEPS, flow_check, memory_check
-from tritter.expand.live import ModelExpander
-from tritter.expansion import LlamaPro, Width
-from tritter.models import config_of
 from tritter.planning import TrainingSetup, states_bytes, training_memory
 from tritter.stopping import Stopped
 from tritter.terminal import Console
@@ -29,6 +28,7 @@ from tritter.training import (
     fit,
 )
 from tritter.training.gradient_flow import GradientFlow, tried
+from tritter.transform.live import ModelExpander
 
 SETTINGS = trainer_settings(save_every_n_steps=2)
 STEPS = 6

@@ -12,18 +12,18 @@ from tests import oracle
 from tests.oracle.families import tiny
 from tests.training.killed import KillAt, Killed
 from tests.training.test_fit import SETTINGS
-from tritter.checkpoint.state import LazyTensors, State, copy_states, read_state, write_state
+from tritter.checkpoints.state import LazyTensors, State, copy_states, read_state, write_state
+from tritter.core.expansions import ExpansionSpec, LlamaPro, MoeAdd, Width
+from tritter.core.families import family_of
+from tritter.core.models import disk_tensors, load_model, named_tensors
+from tritter.core.parameter_map.carry import MOMENTS, carry, starts_anew
 from tritter.data.batches import BatchStream, SequenceStream
 from tritter.errors import TritterError
-from tritter.expand import expand
-from tritter.expansion import ExpansionSpec, LlamaPro, MoeAdd, Width
-from tritter.families import family_of
-from tritter.models import disk_tensors, load_model, named_tensors
-from tritter.moe_routing.stages import only_trainable, separate_experts
-from tritter.parameter_map.carry import MOMENTS, carry, starts_anew
+from tritter.methods.moe_routing.stages import only_trainable, separate_experts
 from tritter.storage.writer import TensorStream
 from tritter.training import BaseModule, OptimizerSettings, Schedule, TrainerSettings, fit, fitting
 from tritter.training.moments import MomentKeeper, moments_of
+from tritter.transform import expand
 
 RATE, SETTINGS_OF_ADAM = 1e-3, OptimizerSettings()
 PLAIN = replace(SETTINGS, gradient_clip_val=None)

@@ -18,8 +18,8 @@ from tests.training.killed import KillAt, Killed
 from tests.training.test_fit import SETTINGS, task
 from tritter.data.batches import BatchStream, SequenceStream
 from tritter.errors import TritterError
-from tritter.forgetting import EWC, L2SP, SI, Distill, Freeze, OnlineEWC, Replay
-from tritter.forgetting.quadratic import diagonal_fisher
+from tritter.methods.forgetting import EWC, L2SP, SI, Distill, Freeze, OnlineEWC, Replay
+from tritter.methods.forgetting.quadratic import diagonal_fisher
 from tritter.training import (
     BaseModule,
     FitResult,

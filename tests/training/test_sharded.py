@@ -18,7 +18,7 @@ from tests.training.test_fit import SETTINGS, task
 from tests.training.test_validation import text
 from tests.training.written import Written
 from tritter.data.batches import BatchStream, SequenceStream
-from tritter.forgetting import Replay
+from tritter.methods.forgetting import Replay
 from tritter.terminal import Console
 from tritter.training import (
     BaseModule,

@@ -21,17 +21,15 @@ from tests import oracle
 from tests.oracle.families import tiny
 from tests.training.killed import KillAt, Killed
 from tests.training.test_fit import SETTINGS
-from tritter.checkpoint.state import LazyTensors, read_state, write_state
+from tritter.checkpoints.state import LazyTensors, read_state, write_state
+from tritter.core.expansions import Dus, ExpansionSpec, LlamaPro, Moe, Width
+from tritter.core.families import family_of, with_ffn_sizes
+from tritter.core.models import config_of, load_model
+from tritter.core.parameter_map import AxisFactor, AxisMap, Fill, TensorMap
+from tritter.core.parameter_map.carry import MOMENTS, Policy
 from tritter.data.batches import BatchStream, SequenceStream
 from tritter.errors import RequestError, TritterError
-from tritter.expand import Change, declared, expand
-from tritter.expand.live import ModelExpander
-from tritter.expansion import Dus, ExpansionSpec, LlamaPro, Moe, Width
-from tritter.families import family_of, with_ffn_sizes
-from tritter.forgetting.path_integral import PathIntegral
-from tritter.models import config_of, load_model
-from tritter.parameter_map import AxisFactor, AxisMap, Fill, TensorMap
-from tritter.parameter_map.carry import MOMENTS, Policy
+from tritter.methods.forgetting.path_integral import PathIntegral
 from tritter.storage.writer import TensorStream
 from tritter.training import (
     BaseModule,
@@ -45,6 +43,8 @@ from tritter.training import (
 from tritter.training.checkpoint_io import SafetensorsCheckpointIO
 from tritter.training.parameters import reshape
 from tritter.training.trainer import start_method
+from tritter.transform import Change, declared, expand
+from tritter.transform.live import ModelExpander
 
 SEED, AT, STEPS = 3, 6, 12
 WIDER: list[ExpansionSpec] = [Width(intermediate_size=60)]  # by half, `fresh`

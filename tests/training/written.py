@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from tritter.stock_routers import Routing
+from tritter.core.stock_routers import Routing
 from tritter.training import FitResult
 from tritter.training.checkpoint_io import SafetensorsCheckpointIO
 

@@ -117,14 +117,14 @@ def evaluate(
     with loading("transformers"):
         import torch
 
-        from tritter.checkpoint import read_lineage
+        from tritter.checkpoints import read_lineage
         from tritter.cli.report_file import ReportFile, mark
+        from tritter.core.families import family_of, position_limit
+        from tritter.core.models import non_finite, read_config
         from tritter.data.tokens import read_tokenizer
         from tritter.evaluation.benchmarks.formats import benchmarks_of
         from tritter.evaluation.benchmarks.harness import Asking
-        from tritter.experts.whole import load_whole
-        from tritter.families import family_of, position_limit
-        from tritter.models import non_finite, read_config
+        from tritter.methods.experts.whole import load_whole
         from tritter.pipeline import evaluate as losses_of
 
     sources = losses_of.read_data_words(data or ())
@@ -233,8 +233,8 @@ def _scored(
     questions: Mapping[str, Questions],
     asking: Asking,
 ) -> list[BenchmarkScores]:
+    from tritter.core.models import load_tokenizer
     from tritter.evaluation.benchmarks.harness import score_benchmark, score_from_hub
-    from tritter.models import load_tokenizer
 
     tokenizer = load_tokenizer(folder)
     return [

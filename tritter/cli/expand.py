@@ -65,14 +65,14 @@ from tritter.terminal import Console, say
 if TYPE_CHECKING:
     import torch
 
-    from tritter.checkpoint import Lineage, Source
+    from tritter.checkpoints import Lineage, Source
     from tritter.cli.measure import Measurement
     from tritter.cli.recipe import Recipe, Settings
+    from tritter.core.expansions import ExpansionSpec
+    from tritter.core.families import Config
     from tritter.data.options import TextSources
-    from tritter.expand import Expanded, PlannedExpansion, Room
-    from tritter.expansion import ExpansionSpec
-    from tritter.families import Config
     from tritter.pipeline.domain import DomainExpansion
+    from tritter.transform import Expanded, PlannedExpansion, Room
 
 # Field, the value that leaves the function alone, and the words that ask for it.
 _EXACT_CHOICES: tuple[tuple[str, Any, str], ...] = (
@@ -259,7 +259,7 @@ def expand(
             if not (dry_run or is_trained):
                 digests.begin(job.source.tensors.raw(), check=job.source.tensors.check_unchanged)
             with loading("torch"):
-                import tritter.expand  # noqa: F401 # while digests are computed
+                import tritter.transform  # noqa: F401 # while digests are computed
             with says_if_written(job.destination):
                 if dry_run:
                     result = _planned(job, overwrite=overwrite)
@@ -296,7 +296,7 @@ def _settings(context: typer.Context, file: Recipe | None) -> Settings:
         RequestError: they state different things, or options say what the steps are as well.
     """
     from tritter.cli.recipe import Settings
-    from tritter.parameter_map.carry import POLICIES
+    from tritter.core.parameter_map.carry import POLICIES
 
     typed, stated = context.params, {} if file is None else file.given()
     if "output" in stated:
@@ -343,7 +343,7 @@ class _Job:
 
     def obstacle(self, *, overwrite: bool) -> str:
         """Return why the result can't be written there as things are; empty: it can."""
-        from tritter.checkpoint.place import check_output
+        from tritter.checkpoints.place import check_output
 
         try:
             check_output(self.destination, sources=[self.source.folder], overwrite=overwrite)
@@ -369,11 +369,11 @@ def _located(
     Raises:
         RequestError: one of them can't be had.
     """
-    from tritter.checkpoint import Source
-    from tritter.checkpoint.expert_files import refuse_experts
-    from tritter.expansion.specification import target_config
-    from tritter.expansion.targets import reach_parameters
-    from tritter.families.config_file import read_config_file
+    from tritter.checkpoints import Source
+    from tritter.checkpoints.expert_files import refuse_experts
+    from tritter.core.expansions.specification import target_config
+    from tritter.core.expansions.targets import reach_parameters
+    from tritter.core.families.config_file import read_config_file
 
     with refuse_damage():
         folder = locate(checkpoint, key="--checkpoint")
@@ -382,7 +382,7 @@ def _located(
         except RequestError:
             raise
         except TritterError:  # it leaves out what the family's table needs
-            from tritter.models import read_config
+            from tritter.core.models import read_config
 
             config = read_config(folder)
         source = Source.open(folder, config)
@@ -548,7 +548,7 @@ class _Result:
         if self.training is not None:
             plain |= {"experts": self.training.experts.plain(), "scores": self.training.scores}
         if self.room is not None:
-            from tritter.expand import free_bytes
+            from tritter.transform import free_bytes
 
             disk = {
                 "needed_bytes": self.room.disk,
@@ -600,7 +600,7 @@ class _Result:
 
 def _planned(job: _Job, *, overwrite: bool) -> _Result:
     """Return what the job would come to; writes nothing."""
-    from tritter.expand import check_room, plan_by_tables, room_for
+    from tritter.transform import check_room, plan_by_tables, room_for
 
     plan = plan_by_tables(job.source, job.specs, seed=job.settings.seed or 0)
     moments = job.settings.moments or "carry"
@@ -619,7 +619,7 @@ def _written(job: _Job, *, measures: bool, overwrite: bool, is_quiet: bool) -> _
     Raises:
         TritterError: writing failed, or a tensor turned out damaged while it was read.
     """
-    from tritter.expand import expand, plan_by_tables
+    from tritter.transform import expand, plan_by_tables
 
     settings = job.settings
     measured: list[Measurement] = []
@@ -683,7 +683,7 @@ def _trained(job: _Job, text: _DomainText, *, overwrite: bool, is_quiet: bool) -
 
 def _room_lines(room: Room, destination: Path) -> list[tuple[str, str]]:
     """Return disk and memory requirements as lines."""
-    from tritter.expand import free_bytes, size_text
+    from tritter.transform import free_bytes, size_text
 
     free = free_bytes(destination)
     rest = "what is free there is not known" if free is None else f"{size_text(free)} free"
@@ -713,7 +713,7 @@ def _print_domain(console: Console, made: DomainExpansion) -> None:
 
 
 def _on_disk(config: Config) -> int:
-    from tritter.families import family_of, on_disk
+    from tritter.core.families import family_of, on_disk
 
     return family_of(config).count_parameters(on_disk(config))
 

@@ -43,10 +43,10 @@ from tritter.storage.tensors import WEIGHT_DTYPES
 if TYPE_CHECKING:
     import torch
 
-    from tritter.checkpoint.export import Exported, Weights
-    from tritter.checkpoint.folder import Artifact
+    from tritter.checkpoints.export import Exported, Weights
+    from tritter.checkpoints.folder import Artifact
     from tritter.cli.export_experts import Merge
-    from tritter.families import LayoutKind
+    from tritter.core.families import LayoutKind
 
 FORMATS = ("hf", "peft")
 _NAMES = Names.of({"dtype": "--dtype"})
@@ -175,10 +175,10 @@ def export(
     with loading("transformers"):
         import torch
 
-        from tritter.checkpoint.export import export_model
-        from tritter.checkpoint.place import check_output
-        from tritter.families import family_of
-        from tritter.models import check_loadable
+        from tritter.checkpoints.export import export_model
+        from tritter.checkpoints.place import check_output
+        from tritter.core.families import family_of
+        from tritter.core.models import check_loadable
 
     if format == "peft":
         from tritter.cli.export_experts import export_adapters
@@ -256,12 +256,12 @@ def _check_options(context: typer.Context) -> bool:
 def _of_folder(
     checkpoint: str, *, is_without_new: bool, is_merged: bool, has_lineage: bool
 ) -> _Origin:
-    from tritter.checkpoint import Source
-    from tritter.checkpoint.expert_files import HEAD
-    from tritter.checkpoint.export import Weights
-    from tritter.checkpoint.folder import TokenizerFiles
-    from tritter.models import read_config
-    from tritter.stock_routers import stock_obstacle
+    from tritter.checkpoints import Source
+    from tritter.checkpoints.expert_files import HEAD
+    from tritter.checkpoints.export import Weights
+    from tritter.checkpoints.folder import TokenizerFiles
+    from tritter.core.models import read_config
+    from tritter.core.stock_routers import stock_obstacle
 
     folder = locate(checkpoint, key="--checkpoint")
     source = Source.open(folder, read_config(folder), has_lineage=has_lineage)
@@ -305,9 +305,9 @@ def _of_folder(
 def _of_file(
     checkpoint: str, config: str | None, *, prefix: str | None, with_state: bool
 ) -> _Origin:
-    from tritter.checkpoint.folder import TokenizerFiles
-    from tritter.checkpoint.lightning_file import read_lightning_file
-    from tritter.models import read_config
+    from tritter.checkpoints.folder import TokenizerFiles
+    from tritter.checkpoints.lightning_file import read_lightning_file
+    from tritter.core.models import read_config
 
     path = named_path(checkpoint, key="--checkpoint")
     if config is None:
@@ -332,7 +332,7 @@ def _of_file(
 
 
 def _as_json(origin: _Origin, exported: Exported) -> dict[str, Any]:
-    from tritter.families import family_of
+    from tritter.core.families import family_of
 
     moments = origin.weights.moments
     return {
@@ -351,7 +351,7 @@ def _as_json(origin: _Origin, exported: Exported) -> dict[str, Any]:
 
 
 def _print(origin: _Origin, exported: Exported) -> None:
-    from tritter.families import family_of
+    from tritter.core.families import family_of
 
     console = new_console()
     family, moments = family_of(exported.config), origin.weights.moments

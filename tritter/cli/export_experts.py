@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tritter.checkpoint import Source, read_lineage
-from tritter.checkpoint.expert_files import ADAPTER_FILES, ExpertFiles
-from tritter.checkpoint.export import Weights
-from tritter.checkpoint.history import read_chain
-from tritter.checkpoint.place import check_output, is_within
+from tritter.checkpoints import Source, read_lineage
+from tritter.checkpoints.expert_files import ADAPTER_FILES, ExpertFiles
+from tritter.checkpoints.export import Weights
+from tritter.checkpoints.history import read_chain
+from tritter.checkpoints.place import check_output, is_within
 from tritter.cli.output import (
     new_console,
     print_command,
@@ -27,11 +27,13 @@ from tritter.cli.output import (
     says_if_written,
     shown_path,
 )
+from tritter.core.families import family_of, position_limit
+from tritter.core.models import load_model, read_config
 from tritter.data.sources import source_documents
 from tritter.data.tokens import pack, read_tokenizer, tokenise
 from tritter.errors import RequestError, TritterError
 from tritter.evaluation.gate import EXACT_JUMP
-from tritter.experts.merged_mixture import (
+from tritter.methods.experts.merged_mixture import (
     LogitChange,
     MergedAdapter,
     deltas,
@@ -39,9 +41,7 @@ from tritter.experts.merged_mixture import (
     mean_gates,
     merged_adapter,
 )
-from tritter.experts.stored import ExpertFolder, StoredAdapter, write_stored
-from tritter.families import family_of, position_limit
-from tritter.models import load_model, read_config
+from tritter.methods.experts.stored import ExpertFolder, StoredAdapter, write_stored
 from tritter.report.table import Table
 from tritter.report.wording import count_text
 from tritter.storage.atomic import atomic_folder

@@ -37,10 +37,10 @@ def generate(
     with loading("transformers"):
         import torch
 
-        from tritter.experts.whole import load_whole
-        from tritter.families import position_limit
-        from tritter.families.config_file import refused_as
-        from tritter.models import load_tokenizer, non_finite, read_config
+        from tritter.core.families import position_limit
+        from tritter.core.families.config_file import refused_as
+        from tritter.core.models import load_tokenizer, non_finite, read_config
+        from tritter.methods.experts.whole import load_whole
 
     with refuse_damage():
         folder = locate(checkpoint, key="--checkpoint")

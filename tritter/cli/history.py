@@ -26,7 +26,7 @@ from tritter.storage.hub import locate
 from tritter.terminal import Console, say
 
 if TYPE_CHECKING:
-    from tritter.checkpoint.history import Difference, Link
+    from tritter.checkpoints.history import Difference, Link
 
 NOT_THERE = "not there: not checked"
 _FEW_EXPERTS = 2  # that are named in the table; those of more stand in the tree
@@ -71,8 +71,8 @@ def history(
             raise RequestError(f"--recipe: it prints a file and nothing else, not with {other}.")
         say(recorded_recipe(locate(folder)).rstrip("\n"))
         return 0
-    from tritter.checkpoint.history import read_chain
-    from tritter.checkpoint.history import verify as differences
+    from tritter.checkpoints.history import read_chain
+    from tritter.checkpoints.history import verify as differences
 
     place = locate(folder)
     chain = read_chain(place)

@@ -30,10 +30,10 @@ from tritter.terminal import Console
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from tritter.checkpoint import ExpansionRecord, Source
-    from tritter.checkpoint.expert_files import ExpertFiles
-    from tritter.families import Config
-    from tritter.parameter_map import ParameterMap, TensorMap
+    from tritter.checkpoints import ExpansionRecord, Source
+    from tritter.checkpoints.expert_files import ExpertFiles
+    from tritter.core.families import Config
+    from tritter.core.parameter_map import ParameterMap, TensorMap
 
 _PARTS = ("embedding", "positions", "attention", "FFN", "router", "experts", "norms", "output head")
 _PART_OF = {
@@ -110,8 +110,8 @@ class RecordedMap:
 def inspect(folder: Folder, as_json: AsJson = False) -> int:
     """Show a checkpoint's shapes and parameters, and the map of its last expansion."""
     with loading("torch"):
-        from tritter.checkpoint import Source
-        from tritter.families.config_file import read_config_file
+        from tritter.checkpoints import Source
+        from tritter.core.families.config_file import read_config_file
 
     with refuse_damage():
         place = locate(folder)
@@ -148,7 +148,7 @@ def parameters_of_parts(source: Source) -> dict[str, int]:
 def _as_json(
     source: Source, dtypes: Mapping[str, int], last_map: RecordedMap | None
 ) -> dict[str, Any]:
-    from tritter.families import ffn_sizes, on_disk
+    from tritter.core.families import ffn_sizes, on_disk
     from tritter.storage.records import plain_record
 
     lineage = None
@@ -197,7 +197,7 @@ def _experts_json(files: ExpertFiles) -> dict[str, Any]:
 
 
 def _print_model(console: Console, source: Source, dtypes: Mapping[str, int]) -> None:
-    from tritter.families import ffn_sizes, on_disk
+    from tritter.core.families import ffn_sizes, on_disk
 
     shapes = tuple((SHAPES[name], str(size)) for name, size in shapes_of(source.config).items())
     print_table(console, Table(("shape", ""), shapes, numbers=(1,)))
@@ -232,7 +232,7 @@ def _print_model(console: Console, source: Source, dtypes: Mapping[str, int]) ->
 
 def _beside(folder: Path) -> list[str]:
     """Return what lies beside config and weights: tokenizer files, then what is in `state/`."""
-    from tritter.checkpoint.folder import TOKENIZER_FILES
+    from tritter.checkpoints.folder import TOKENIZER_FILES
 
     names = [name for name in TOKENIZER_FILES if (folder / name).is_file()]
     state = folder / "state"
@@ -332,8 +332,8 @@ def rebuilt_map(record: ExpansionRecord) -> ParameterMap:
     Raises:
         TritterError: the method or its options are not ones that this Tritter has.
     """
-    from tritter.expansion import EXPANSIONS
-    from tritter.families import check_config, family_of
+    from tritter.core.expansions import EXPANSIONS
+    from tritter.core.families import check_config, family_of
 
     spec_type = EXPANSIONS.get(record.method)
     if spec_type is None:
@@ -357,7 +357,7 @@ def rebuilt_map(record: ExpansionRecord) -> ParameterMap:
 
 def map_rows(parameter_map: ParameterMap, source: Config, target: Config) -> tuple[MapRow, ...]:
     """Return the rows of a map's table, in the order of a forward pass, layers joined."""
-    from tritter.families import family_of
+    from tritter.core.families import family_of
 
     family, source_family = family_of(target), family_of(source)
     sources = {

@@ -6,14 +6,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from tritter.checkpoint import Lineage, Source, record_step0_error
+from tritter.checkpoints import Lineage, Source, record_step0_error
+from tritter.core.families import Config, family_of
+from tritter.core.models import read_config
 from tritter.errors import TritterError
 from tritter.evaluation.gate import EXACT_JUMP, rounded_jump
 from tritter.evaluation.jump import folder_jump
-from tritter.expand import Expanded
-from tritter.families import Config, family_of
-from tritter.models import read_config
 from tritter.storage.tensors import TensorFolder
+from tritter.transform import Expanded
 
 # Each weight is read once whatever the tokens; of experts, a token meets a few
 SEQUENCES, SEQUENCES_OF_EXPERTS, LENGTH = 2, 8, 32

@@ -29,7 +29,7 @@ from tritter.errors import Problem, RequestError, nearest, raise_problems
 from tritter.targets import TARGET
 
 if TYPE_CHECKING:
-    from tritter.expansion import ExpansionSpec
+    from tritter.core.expansions import ExpansionSpec
 
 # Keys that the command line calls otherwise: by fewer words, or by which `init` is meant
 _CALLED = {

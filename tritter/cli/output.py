@@ -20,7 +20,7 @@ from tritter.terminal import Console, NewBar, say
 from tritter.terminal import progress_bars as bars_on
 
 if TYPE_CHECKING:
-    from tritter.families import Config
+    from tritter.core.families import Config
 
 HASH_CHARACTERS = 12
 EXIT_NO = 3  # a check said no
@@ -42,7 +42,7 @@ SHAPES = {
 
 def shapes_of(config: Config) -> dict[str, int]:
     """Return the sizes of a model by config.json's words; what it does not have is left out."""
-    from tritter.families import family_of
+    from tritter.core.families import family_of
 
     dimensions = family_of(config).dimensions(config)
     sizes = {name: int(getattr(dimensions, name)) for name in SHAPES}

@@ -198,7 +198,7 @@ def _sequence_length(asked: int | None, source: NamedShape) -> int:
     Raises:
         RequestError: a longer one is asked for.
     """
-    from tritter.families import family_of
+    from tritter.core.families import family_of
     from tritter.planning import TrainingSetup
 
     family = family_of(source.config)
@@ -266,8 +266,8 @@ def _read_source(text: str) -> NamedShape:
     Raises:
         RequestError: it is no checkpoint, preset or count.
     """
-    from tritter.families import count_parameters
-    from tritter.families.config_file import read_config_file
+    from tritter.core.families import count_parameters
+    from tritter.core.families.config_file import read_config_file
     from tritter.planning import NamedShape, named_shape
 
     if _is_place(text):
@@ -282,7 +282,7 @@ def _read_source(text: str) -> NamedShape:
 
 
 def _preset(text: str) -> NamedShape | None:
-    from tritter.families.presets import PRESETS
+    from tritter.core.families.presets import PRESETS
     from tritter.planning import preset_shape
 
     name = text.lower().replace("-", "_")
@@ -290,7 +290,7 @@ def _preset(text: str) -> NamedShape | None:
 
 
 def _count(key: str, text: str, *, near: Sequence[str] = ()) -> int:
-    from tritter.families.presets import PRESETS
+    from tritter.core.families.presets import PRESETS
 
     try:
         return parameter_count(text)

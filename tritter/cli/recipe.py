@@ -18,10 +18,11 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field
 
-from tritter.checkpoint.history import read_chain
-from tritter.checkpoint.record import ExpansionRecord
+from tritter.checkpoints.history import read_chain
+from tritter.checkpoints.record import ExpansionRecord
 from tritter.config.components import Reader, method_class, method_keys, method_names, read_methods
 from tritter.config.folders import body_of, option_files
+from tritter.core.expansions import ExpansionSpec
 from tritter.errors import (
     Names,
     Problem,
@@ -32,7 +33,6 @@ from tritter.errors import (
     nearest,
     raise_problems,
 )
-from tritter.expansion import ExpansionSpec
 from tritter.limits import BYTE_UNITS, COUNT_UNITS, MAX_BYTES, MAX_PARAMETERS, parse_count
 from tritter.options import options, read_options
 from tritter.storage.reading import named_path, read_text

@@ -227,7 +227,7 @@ def metric_rows(path: Path) -> list[dict[str, Any]]:
 
 def _history(checkpoint: Path) -> tuple[str, ...]:
     """Return the chain of a checkpoint, a line each; nothing where it is gone."""
-    from tritter.checkpoint.history import read_chain
+    from tritter.checkpoints.history import read_chain
     from tritter.cli.history import made_by, steps_after
 
     try:

@@ -6,8 +6,8 @@ from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from tritter.checkpoint.expert_files import ADAPTER_FILES
-from tritter.checkpoint.place import is_within
+from tritter.checkpoints.expert_files import ADAPTER_FILES
+from tritter.checkpoints.place import is_within
 from tritter.errors import Problem, RequestError, TritterError
 from tritter.report.compared import CSV_HEADER
 from tritter.storage.atomic import write_text_atomic

@@ -194,7 +194,7 @@ def continuation(
         RequestError: there is no such checkpoint, no new data is named, or another seed than the
             split's was typed.
     """
-    from tritter.checkpoint.place import checkpoint_place
+    from tritter.checkpoints.place import checkpoint_place
 
     folder = checkpoint_place(checkpoint, key="--checkpoint")
     keys = _typed_keys(words)
@@ -324,7 +324,7 @@ def _recorded_settings(folder: Path, *, is_text: bool) -> dict[str, Any]:
     Raises:
         RequestError: the lineage can't be read.
     """
-    from tritter.checkpoint import read_lineage
+    from tritter.checkpoints import read_lineage
 
     try:
         lineage = read_lineage(folder)

@@ -101,8 +101,8 @@ def _folder(place: str, option: str) -> Path:
     Raises:
         RequestError: there is none, or it has experts.
     """
-    from tritter.checkpoint.expert_files import refuse_experts
-    from tritter.families.config_file import no_config
+    from tritter.checkpoints.expert_files import refuse_experts
+    from tritter.core.families.config_file import no_config
 
     with refuse_damage():
         folder = locate(place, key=option)

@@ -10,7 +10,7 @@ from inspect import signature
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar, get_args
 
-from tritter.checkpoint.place import checkpoint_place
+from tritter.checkpoints.place import checkpoint_place
 from tritter.config.folders import body_of, option_files, shipped_options
 from tritter.config.schema import (
     CheckpointModelConfig,
@@ -29,7 +29,7 @@ from tritter.data.options import (
 )
 from tritter.errors import Problem, RequestError, key_name, nearest, show
 from tritter.evaluation.options import EvaluationConfig
-from tritter.moe_routing.options import appends_experts
+from tritter.methods.moe_routing.options import appends_experts
 from tritter.options import (
     choices,
     component_class,
@@ -129,8 +129,8 @@ METHOD_GROUPS: Mapping[str, str | None] = {
 }
 # Likewise of groups of which one option is chosen, and what their option `none` means
 CHOSEN_GROUPS = {
-    "growth": ("tritter.growth.method.NeuronGrowth", "nothing grows"),
-    "experts": ("tritter.experts.method.Experts", "there are no adapters"),
+    "growth": ("tritter.methods.growth.method.NeuronGrowth", "nothing grows"),
+    "experts": ("tritter.methods.experts.method.Experts", "there are no adapters"),
 }
 # What an expansion has, which is a record of its options and no subclass of anything.
 _EXPANSION = (

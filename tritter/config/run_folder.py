@@ -13,8 +13,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator
 
-from tritter.checkpoint.history import digests_of, find_damage
-from tritter.checkpoint.place import is_within
+from tritter.checkpoints.history import digests_of, find_damage
+from tritter.checkpoints.place import is_within
 from tritter.config.folders import CONFIG_NAME, Front, composing_from, front
 from tritter.config.overrides import command, program_words, resume_command
 from tritter.config.schema import SECTIONS, CheckpointModelConfig, RunConfig

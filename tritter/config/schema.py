@@ -10,22 +10,22 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from tritter.checkpoint.run_text import RunText
+from tritter.checkpoints.run_text import RunText
+from tritter.core.families.presets import ModelConfig as ModelConfig
 from tritter.data.options import DataConfig as DataConfig  # docs/extending.md names it here
 from tritter.evaluation.options import EvaluationConfig, GateConfig
-from tritter.families.presets import ModelConfig as ModelConfig
 from tritter.limits import (
     MAX_PARAMETERS,
     MAX_SEED,
 )
-from tritter.moe_routing.options import AdaptationOptions, RoutingOptions
+from tritter.methods.moe_routing.options import AdaptationOptions, RoutingOptions
 from tritter.options import IN_WORDS, Count, RunRequest, Text, join, options
 from tritter.targets import Component
 from tritter.training.optimizer import OptimizerSettings
 from tritter.training.options import TrainerSettings, TrainerValues, TrainingConfig
 
 if TYPE_CHECKING:
-    from tritter.expansion import ExpansionSpec
+    from tritter.core.expansions import ExpansionSpec
 
 
 @options

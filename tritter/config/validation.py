@@ -9,12 +9,12 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, cast, get_args
 
-from tritter.checkpoint.expert_files import experts_in, refuse_experts
-from tritter.checkpoint.place import (
+from tritter.checkpoints.expert_files import experts_in, refuse_experts
+from tritter.checkpoints.place import (
     checkpoint_config,
     kinds_beside,
 )
-from tritter.checkpoint.run_text import run_text
+from tritter.checkpoints.run_text import run_text
 from tritter.config.components import (
     BASES,
     CHOSEN_GROUPS,
@@ -50,13 +50,13 @@ from tritter.config.schema import (
     WandbConfig,
     given_path,
 )
+from tritter.core.expansions import target_config
+from tritter.core.families import Config, check_size, family_of, position_limit
+from tritter.core.families.presets import model_problems
 from tritter.data.options import NamedTextConfig, batch_problems, weight_problems
 from tritter.errors import Problem, RequestError, raise_problems
 from tritter.evaluation.options import benchmark_problems, gate_problems
-from tritter.expansion import target_config
-from tritter.families import Config, check_size, family_of, position_limit
-from tritter.families.presets import model_problems
-from tritter.moe_routing.options import expert_problems
+from tritter.methods.moe_routing.options import expert_problems
 from tritter.options import Start, field_keys, leaves
 from tritter.planning.strategy import pipeline_problems, planned_rounds
 from tritter.storage.reading import named_path

@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from tritter.core.streamed import StreamedModel, blocks
 from tritter.errors import TritterError
 from tritter.evaluation.inference import evaluating
 from tritter.evaluation.statistics import finite_or_none
-from tritter.streamed import StreamedModel, blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +55,8 @@ def logits_of(model: nn.Module, input_ids: Tensor) -> Tensor:
 
 # How far a model's function moved when it was expanded, of models of any size.
 #
-# The weights stay on disk (`tritter.streamed`): one layer after the other is run, then logits are
-# compared for a part of the vocabulary at a time.
+# The weights stay on disk (`tritter.core.streamed`): one layer after the other is run, then logits
+# are compared for a part of the vocabulary at a time.
 #
 # Shapes: B sequences, T tokens, V part of the vocabulary, H hidden size.
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from tritter.expansion import ExpansionSpec
+from tritter.core.expansions import ExpansionSpec
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,22 +14,21 @@ import torch
 from tokenizers import Tokenizer
 from torch import nn
 
-from tritter.checkpoint import Lineage, write_checkpoint
-from tritter.checkpoint.folder import LinkedTensors
-from tritter.checkpoint.history import checkpoint_changes
-from tritter.checkpoint.place import checkpoint_config
-from tritter.checkpoint.record import training_record
+from tritter.checkpoints import Lineage, write_checkpoint
+from tritter.checkpoints.folder import LinkedTensors
+from tritter.checkpoints.history import checkpoint_changes
+from tritter.checkpoints.place import checkpoint_config
+from tritter.checkpoints.record import training_record
 from tritter.config.run_folder import effective_arguments, optimizer_record
 from tritter.config.schema import CheckpointModelConfig
 from tritter.config.validation import source_config, start_problems
+from tritter.core.families import Config, count_parameters, family_of, position_limit
+from tritter.core.models import named_tensors, new_model, read_config, save_tokenizer
 from tritter.data.cache import one_at_a_time, set_aside
 from tritter.data.tokens import END_OF_TEXT, read_tokenizer
 from tritter.errors import Problem, RequestError, TritterError, key_name, raise_problems
-from tritter.expand import plan_expansion
-from tritter.families import Config, count_parameters, family_of, position_limit
-from tritter.forgetting.path_integral import PathIntegral
-from tritter.forgetting.si import RECORDED
-from tritter.models import named_tensors, new_model, read_config, save_tokenizer
+from tritter.methods.forgetting.path_integral import PathIntegral
+from tritter.methods.forgetting.si import RECORDED
 from tritter.pipeline import importance, moe
 from tritter.pipeline.arm import Arm
 from tritter.pipeline.context import RunContext
@@ -45,6 +44,7 @@ from tritter.training import BaseModule, FitResult, Schedule, discard_saved, fit
 from tritter.training.metrics import MAX_METRICS_BYTES
 from tritter.training.optimizer import given_problems
 from tritter.training.options import TrainingConfig
+from tritter.transform import plan_expansion
 
 # Options of `data` that say which text it is: the digest of the corpus says it as well
 WHICH_TEXT = {"old", "new", "text_field", "validation_fraction"}

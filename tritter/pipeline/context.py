@@ -16,12 +16,14 @@ import torch
 from lightning.pytorch.loggers import WandbLogger
 from torch import Tensor, nn
 
-from tritter.checkpoint import Lineage, Source, lineage_of, read_lineage
-from tritter.checkpoint.place import checkpoint_config
-from tritter.checkpoint.record import LearnedDomain
-from tritter.checkpoint.run_text import DomainText, RunText, run_text
+from tritter.checkpoints import Lineage, Source, lineage_of, read_lineage
+from tritter.checkpoints.place import checkpoint_config
+from tritter.checkpoints.record import LearnedDomain
+from tritter.checkpoints.run_text import DomainText, RunText, run_text
 from tritter.config.schema import CheckpointModelConfig, RunConfig
 from tritter.config.validation import known_config
+from tritter.core.families import Flops, position_limit
+from tritter.core.models import read_config, wrapped_tokenizer
 from tritter.data.batches import BatchStream, SequenceStream, drawn_equally
 from tritter.data.benchmark_names import CODE, benchmark_names
 from tritter.data.built_in import built_in_origin, is_built_in, questions_of
@@ -52,9 +54,6 @@ from tritter.evaluation.code.sandbox import ExternalSandbox, NamespaceSandbox, S
 from tritter.evaluation.options import TASKS_KEY, EvaluationConfig
 from tritter.evaluation.statistics import PairedScores, score_file
 from tritter.evaluation.tasks import QuestionTask, Reader, ScoredTask, subject_of
-from tritter.expand import PlannedExpansion, planned
-from tritter.families import Flops, position_limit
-from tritter.models import read_config, wrapped_tokenizer
 from tritter.pipeline.arm import Arm
 from tritter.pipeline.ledger import Ledger, StageResult
 from tritter.pipeline.scoring import Scores, Scoring, scores_text
@@ -66,6 +65,7 @@ from tritter.storage.hub import locate
 from tritter.targets import dotted
 from tritter.terminal import Console, NewBar, progress_bars, shows_bar
 from tritter.training.options import rate_notes
+from tritter.transform import PlannedExpansion, planned
 
 MAX_POSITIONS = 2048  # of a model that does not say
 PUBLISHED_DTYPES = ("float32", "bfloat16", "float16")

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import torch
 
-from tritter.expand import Expanded, expand, size_text
 from tritter.pipeline import moe
 from tritter.pipeline.arm import Arm
 from tritter.pipeline.context import RunContext
 from tritter.pipeline.ledger import disk_bytes
 from tritter.storage.atomic import remove_folder
 from tritter.storage.reading import LINEAGE_NAME
+from tritter.transform import Expanded, expand, size_text
 
 _RECORDS = {"config.json", LINEAGE_NAME, "router.json"}
 _BEFORE_FIT = ("expanded", "distilled", "adapted")

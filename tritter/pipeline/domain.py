@@ -13,17 +13,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tritter.checkpoint import Lineage, write_lineage
-from tritter.checkpoint.place import check_output, check_replaceable
+from tritter.checkpoints import Lineage, write_lineage
+from tritter.checkpoints.place import check_output, check_replaceable
 from tritter.config.launch.composition import load_config
 from tritter.config.overrides import quoted
 from tritter.config.schema import RunConfig
+from tritter.core.expansions import ExpansionSpec, MoeAdd
+from tritter.core.families import position_limit
+from tritter.core.models import read_config
 from tritter.data.options import TextSources
-from tritter.expand import PlannedExpansion
-from tritter.expand.folder import known_digests
-from tritter.expansion import ExpansionSpec, MoeAdd
-from tritter.families import position_limit
-from tritter.models import read_config
 from tritter.pipeline import moe, verdict
 from tritter.pipeline.arm import Arm
 from tritter.pipeline.base import check_given
@@ -35,6 +33,8 @@ from tritter.report.summary import MoeRecord
 from tritter.storage.atomic import atomic_folder
 from tritter.storage.reading import named_path
 from tritter.terminal import Console
+from tritter.transform import PlannedExpansion
+from tritter.transform.folder import known_digests
 
 ARM = "adapted"
 MAX_SEQUENCE_LENGTH = 256

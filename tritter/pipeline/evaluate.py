@@ -6,8 +6,8 @@ from pathlib import Path
 
 from torch import nn
 
-from tritter.checkpoint import Lineage
-from tritter.checkpoint.run_text import run_text
+from tritter.checkpoints import Lineage
+from tritter.checkpoints.run_text import run_text
 from tritter.config.validation import cache_folder
 from tritter.data.corpus import build_corpus
 from tritter.data.documents import notes_of

@@ -8,18 +8,18 @@ import torch
 from lightning import Callback
 from torch import Tensor, nn
 
-from tritter.checkpoint import Source
+from tritter.checkpoints import Source
+from tritter.core.families import Flops, forward_flops
+from tritter.core.models import config_of, load_model
 from tritter.errors import RequestError, did_you_mean
-from tritter.experts.adapters import is_of_adapter, shape_of
-from tritter.experts.callback import ExpertCallback, Known
-from tritter.experts.method import DynamicExperts, Experts, SingleLora
-from tritter.experts.mixture import ROUTER, ExpertMixture, mixture_on
-from tritter.experts.module import ExpertModule, forward_flops_of
-from tritter.experts.stored import ExpertFolder
-from tritter.experts.whole import load_whole
-from tritter.families import Flops, forward_flops
-from tritter.models import config_of, load_model
-from tritter.novelty.statistics import CALIBRATION_BATCHES
+from tritter.methods.experts.adapters import is_of_adapter, shape_of
+from tritter.methods.experts.callback import ExpertCallback, Known
+from tritter.methods.experts.method import DynamicExperts, Experts, SingleLora
+from tritter.methods.experts.mixture import ROUTER, ExpertMixture, mixture_on
+from tritter.methods.experts.module import ExpertModule, forward_flops_of
+from tritter.methods.experts.stored import ExpertFolder
+from tritter.methods.experts.whole import load_whole
+from tritter.methods.novelty.statistics import CALIBRATION_BATCHES
 from tritter.pipeline.arm import Arm
 from tritter.pipeline.context import RunContext
 from tritter.training import BaseModule

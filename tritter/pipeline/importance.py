@@ -14,14 +14,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tritter.checkpoint.state import KeptSequences, LazyTensors, read_state, write_state
+from tritter.checkpoints.state import KeptSequences, LazyTensors, read_state, write_state
+from tritter.core.models import disk_tensors, live_tensors, load_model
+from tritter.core.parameter_map.carry import StateKind
 from tritter.data.batches import drawn_equally, read_sequences, write_sequences
 from tritter.errors import RequestError
-from tritter.expand import state_stream
-from tritter.forgetting import build_methods, needs_of
-from tritter.forgetting.si import RECORDED
-from tritter.models import disk_tensors, live_tensors, load_model
-from tritter.parameter_map.carry import StateKind
+from tritter.methods.forgetting import build_methods, needs_of
+from tritter.methods.forgetting.si import RECORDED
 from tritter.pipeline.arm import Arm
 from tritter.pipeline.context import RunContext
 from tritter.pipeline.ledger import ImportanceFound, StageResult
@@ -30,6 +29,7 @@ from tritter.storage.hub import locate
 from tritter.storage.tensors import TensorFolder
 from tritter.storage.writer import TensorStream
 from tritter.training import Needs, Preparation, Task, Values
+from tritter.transform import state_stream
 
 WRITTEN = "written"  # by the model: stands for an old domain where there is none
 _WRITTEN_FILE = "written.safetensors"

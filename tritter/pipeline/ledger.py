@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tritter.checkpoint.folder import EXPERTS_FOLDER
-from tritter.checkpoint.history import digests_of, find_damage
-from tritter.checkpoint.record import LedgerRecord, Lineage, StageRecord
+from tritter.checkpoints.folder import EXPERTS_FOLDER
+from tritter.checkpoints.history import digests_of, find_damage
+from tritter.checkpoints.record import LedgerRecord, Lineage, StageRecord
 from tritter.errors import TritterError, brief
 from tritter.evaluation.gate import Status
 from tritter.storage.atomic import write_text_atomic

@@ -8,15 +8,16 @@ from dataclasses import asdict, dataclass, replace
 from lightning import Callback
 from torch import Tensor, nn
 
+from tritter.core.expansions import MoeAdd
+from tritter.core.models import load_model
+from tritter.core.stock_routers import AddedExperts, Routing
 from tritter.data.tokens import joined
-from tritter.expansion import MoeAdd
-from tritter.models import load_model
-from tritter.moe_routing.objective import (
+from tritter.methods.moe_routing.objective import (
     OldRouting,
     RoutingObjective,
     RoutingSettings,
 )
-from tritter.moe_routing.stages import (
+from tritter.methods.moe_routing.stages import (
     ExpertOpening,
     SeparateExperts,
     Unfreezing,
@@ -29,7 +30,6 @@ from tritter.pipeline.context import RunContext
 from tritter.pipeline.ledger import EvaluationFound, TrainingFound
 from tritter.pipeline.scoring import score_records
 from tritter.report.summary import MoeRecord
-from tritter.stock_routers import AddedExperts, Routing
 from tritter.training import SideLoss
 
 USAGE_SEQUENCES = 64

@@ -9,14 +9,14 @@ from pathlib import Path
 
 from lightning.pytorch.loggers import Logger
 
-from tritter.checkpoint.run_text import DEFAULT_FRACTION
+from tritter.checkpoints.run_text import DEFAULT_FRACTION
 from tritter.config.ladder import RETRYING, on_top
 from tritter.config.launch.jobs import read_status
 from tritter.config.overrides import command, tool_command, tritter_command
 from tritter.config.schema import CheckpointModelConfig, RunConfig
+from tritter.core.expansions import EXPANSIONS
 from tritter.errors import RequestError
 from tritter.evaluation.gate import Status
-from tritter.expansion import EXPANSIONS
 from tritter.pipeline import disk, importance, moe, stages, verdict
 from tritter.pipeline.arm import Arm, tasks_of
 from tritter.pipeline.base import check_given

@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import nn
 
+from tritter.core.families import Flops
 from tritter.data.tokens import TokenisedDocuments
 from tritter.errors import TritterError
 from tritter.evaluation.losses import document_losses, window_lengths
 from tritter.evaluation.statistics import MAX_SCORE_BYTES, PairedScores
 from tritter.evaluation.tasks import Reader, ScoredTask, subject_of
-from tritter.families import Flops
 from tritter.storage.reading import read_object
 from tritter.terminal import NewBar, no_bar
 

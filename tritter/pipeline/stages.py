@@ -13,7 +13,10 @@ from lightning import Callback
 from lightning.pytorch.loggers import Logger
 from torch import Tensor, nn
 
-from tritter.checkpoint import Source, lineage_of, record_step0_error
+from tritter.checkpoints import Source, lineage_of, record_step0_error
+from tritter.core.families import count_parameters, forward_flops, position_limit, training_flops
+from tritter.core.models import config_of, load_model
+from tritter.core.stock_routers import Routing
 from tritter.data.cache import one_at_a_time
 from tritter.data.datamodule import EvaluationText
 from tritter.data.packing import apart_of, lengths_of
@@ -21,15 +24,13 @@ from tritter.errors import RequestError, TritterError
 from tritter.evaluation.inference import prompt_in_words, sample_text
 from tritter.evaluation.jump import logit_jump
 from tritter.evaluation.statistics import MAX_SCORE_BYTES, PairedScores, score_file
-from tritter.experts.mixture import mixture_on
-from tritter.experts.summary import expert_usage
-from tritter.experts.whole import load_whole
-from tritter.families import count_parameters, forward_flops, position_limit, training_flops
-from tritter.forgetting import build_methods
-from tritter.models import config_of, load_model
-from tritter.moe_routing.distill import DistillationModule, only_new_experts
-from tritter.moe_routing.stages import best_experts, is_router, redraw_rows
-from tritter.moe_routing.summary import moe_usage
+from tritter.methods.experts.mixture import mixture_on
+from tritter.methods.experts.summary import expert_usage
+from tritter.methods.experts.whole import load_whole
+from tritter.methods.forgetting import build_methods
+from tritter.methods.moe_routing.distill import DistillationModule, only_new_experts
+from tritter.methods.moe_routing.stages import best_experts, is_router, redraw_rows
+from tritter.methods.moe_routing.summary import moe_usage
 from tritter.pipeline import experts, importance, moe
 from tritter.pipeline.arm import Arm
 from tritter.pipeline.base import copy_given, last_rate, obtain_base, schedule_of
@@ -57,7 +58,6 @@ from tritter.pipeline.trained import (
     round_weights,
     with_routing,
 )
-from tritter.stock_routers import Routing
 from tritter.storage.atomic import atomic_folder, copy_tree, write_text_atomic
 from tritter.storage.hashing import tensor_digest
 from tritter.storage.hub import locate

@@ -5,12 +5,12 @@ from dataclasses import asdict
 from itertools import chain
 from typing import Any
 
+from tritter.core.families import count_parameters, on_disk
 from tritter.evaluation.statistics import LearnedTask, transfer_matrix
-from tritter.experts.callback import EXPERTS
-from tritter.experts.summary import experts_summary
-from tritter.families import count_parameters, on_disk
-from tritter.growth.grower import GROWTH
-from tritter.growth.summary import growth_summary
+from tritter.methods.experts.callback import EXPERTS
+from tritter.methods.experts.summary import experts_summary
+from tritter.methods.growth.grower import GROWTH
+from tritter.methods.growth.summary import growth_summary
 from tritter.pipeline import disk, importance, moe
 from tritter.pipeline.arm import Arm
 from tritter.pipeline.context import RunContext

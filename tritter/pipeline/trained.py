@@ -11,27 +11,27 @@ import torch
 from lightning import Callback
 from torch import Tensor, nn
 
-from tritter.checkpoint import ExpansionRecord, Lineage, Source, lineage_of, write_checkpoint
-from tritter.checkpoint.folder import Artifact, LinkedTensors, TokenizerFiles
-from tritter.checkpoint.history import checkpoint_changes
-from tritter.checkpoint.state import KeptSequences, State, copy_states, read_state
+from tritter.checkpoints import ExpansionRecord, Lineage, Source, lineage_of, write_checkpoint
+from tritter.checkpoints.folder import Artifact, LinkedTensors, TokenizerFiles
+from tritter.checkpoints.history import checkpoint_changes
+from tritter.checkpoints.state import KeptSequences, State, copy_states, read_state
+from tritter.core.families import Config, LogicalTensor
+from tritter.core.models import config_of, load_model, stored_tensors, weightless_model
+from tritter.core.parameter_map.carry import MOMENTS
+from tritter.core.stock_routers import AddedExperts, Routing
 from tritter.data.packing import lengths_of
 from tritter.errors import RequestError, TritterError
 from tritter.evaluation.losses import sequence_losses
-from tritter.experts.adapters import is_of_adapter
-from tritter.experts.mixture import ROUTER, mixture_on
-from tritter.experts.stored import ExpertFolder
-from tritter.experts.summary import expert_records
-from tritter.families import Config, LogicalTensor
-from tritter.growth.summary import growth_records
-from tritter.models import config_of, load_model, stored_tensors, weightless_model
-from tritter.parameter_map.carry import MOMENTS
+from tritter.methods.experts.adapters import is_of_adapter
+from tritter.methods.experts.mixture import ROUTER, mixture_on
+from tritter.methods.experts.stored import ExpertFolder
+from tritter.methods.experts.summary import expert_records
+from tritter.methods.growth.summary import growth_records
 from tritter.pipeline import moe
 from tritter.pipeline.arm import Arm
 from tritter.pipeline.context import RunContext
 from tritter.pipeline.experts import reading_flops_of
 from tritter.pipeline.importance import left_sequences
-from tritter.stock_routers import AddedExperts, Routing
 from tritter.storage.tensors import is_finite
 from tritter.storage.writer import TensorStream
 from tritter.targets import plain

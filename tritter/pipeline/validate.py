@@ -11,7 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from tritter.checkpoint import Lineage, read_lineage
+from tritter.checkpoints import Lineage, read_lineage
+from tritter.core.families import Config, count_parameters, family_of, layout, position_limit
+from tritter.core.models import load_model, read_config
 from tritter.data.documents import Document, notes_of
 from tritter.data.options import TextSources
 from tritter.data.sources import source_documents
@@ -31,8 +33,6 @@ from tritter.evaluation.gate import (
 from tritter.evaluation.jump import logits_of
 from tritter.evaluation.losses import document_losses
 from tritter.evaluation.statistics import PairedScores
-from tritter.families import Config, count_parameters, family_of, layout, position_limit
-from tritter.models import load_model, read_config
 from tritter.planning.memory import machine_memory
 from tritter.storage.hashing import merkle_hash, tensor_digest
 from tritter.storage.tensors import TensorFolder

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from tritter.checkpoint import Lineage, Source, write_checkpoint, write_lineage
+from tritter.checkpoints import Lineage, Source, write_checkpoint, write_lineage
 from tritter.evaluation.gate import (
     Check,
     Status,

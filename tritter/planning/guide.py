@@ -6,9 +6,9 @@ that comes nearest; docs/planning.md says where the guide's own figures would ne
 
 from dataclasses import dataclass
 
-from tritter.expansion import Dus, ExpansionSpec, Moe, Width, target_config
-from tritter.families import Config, count_parameters, llama_config
-from tritter.families.presets import PRESETS, VOCABULARY
+from tritter.core.expansions import Dus, ExpansionSpec, Moe, Width, target_config
+from tritter.core.families import Config, count_parameters, llama_config
+from tritter.core.families.presets import PRESETS, VOCABULARY
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

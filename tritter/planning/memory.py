@@ -13,8 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from tritter.errors import RequestError, nearest, refused
-from tritter.families import (
+from tritter.core.families import (
     Config,
     Family,
     LogicalTensor,
@@ -24,6 +23,7 @@ from tritter.families import (
     ffn_sizes,
     layout,
 )
+from tritter.errors import RequestError, nearest, refused
 
 # Lightning's name of a precision → bytes of a parameter, its gradient and each plain moment, and
 # bytes of an activation. Autocast keeps parameters in float32 and computes with halved copies.

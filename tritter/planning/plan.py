@@ -5,9 +5,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from math import isinf
 
+from tritter.core.expansions import ExpansionSpec
+from tritter.core.families import Config, count_parameters, training_flops
 from tritter.errors import RequestError, refused
-from tritter.expansion import ExpansionSpec
-from tritter.families import Config, count_parameters, training_flops
 from tritter.planning.memory import TrainingMemory, TrainingSetup, is_attention, training_memory
 from tritter.planning.shapes import (
     GrowthMethods,

@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Literal
 
-from tritter.checkpoint.place import checkpoint_config
+from tritter.checkpoints.place import checkpoint_config
+from tritter.core.expansions import target_config
+from tritter.core.families import Config, family_of
+from tritter.core.families.presets import PRESETS
 from tritter.errors import Problem, RequestError
-from tritter.expansion import target_config
-from tritter.families import Config, family_of
-from tritter.families.presets import PRESETS
 from tritter.options import RunRequest
 from tritter.planning.memory import TrainingSetup, machine_memory, training_memory
 from tritter.planning.strategy import planned_rounds

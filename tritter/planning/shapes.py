@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
+from tritter.core.expansions import Dus, ExpansionSpec, Width, target_config
+from tritter.core.expansions.specification import is_possible
+from tritter.core.families import Config, Dimensions, count_parameters, family_of
+from tritter.core.families.presets import PRESETS, Preset
 from tritter.errors import RequestError, refused
-from tritter.expansion import Dus, ExpansionSpec, Width, target_config
-from tritter.expansion.specification import is_possible
-from tritter.families import Config, Dimensions, count_parameters, family_of
-from tritter.families.presets import PRESETS, Preset
 from tritter.limits import MAX_LAYERS, MAX_WIDTH
 
 _LARGEST_MULTIPLE = 256  # FFN sizes stay multiples of what they were multiples of, up to this

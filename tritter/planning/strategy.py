@@ -5,9 +5,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NoReturn
 
+from tritter.core.families import Config, count_parameters
+from tritter.core.families.presets import aspect_ratio_at
 from tritter.errors import Problem, RequestError, nearest
-from tritter.families import Config, count_parameters
-from tritter.families.presets import aspect_ratio_at
 from tritter.options import RunRequest
 from tritter.planning.shapes import (
     WIDTH_GRIDS,

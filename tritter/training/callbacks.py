@@ -23,13 +23,12 @@ from lightning.pytorch.callbacks import Checkpoint
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, distributed
 
-from tritter.checkpoint.state import write_state
+from tritter.checkpoints.state import write_state
+from tritter.core.families import Flops
 from tritter.data.batches import this_rank
 from tritter.data.datamodule import EvaluationText
 from tritter.data.packing import apart_of, lengths_read
 from tritter.errors import TritterError
-from tritter.expand import Change
-from tritter.families import Flops
 from tritter.seeds import derived_seed
 from tritter.stopping import Stopped
 from tritter.storage.atomic import atomic_folder
@@ -40,6 +39,7 @@ from tritter.training.checkpoint_io import random_state, restore_random_state
 from tritter.training.forgetting_method import ForgettingMethod, Task
 from tritter.training.module import BaseModule, base_of
 from tritter.training.parameters import StepFlops, disk_values, whole
+from tritter.transform import Change
 
 
 def ends_step(trainer: Trainer, batch_idx: int) -> bool:

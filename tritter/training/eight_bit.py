@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from tritter.core.parameter_map.carry import MOMENTS
 from tritter.errors import TritterError
-from tritter.parameter_map.carry import MOMENTS
 from tritter.storage.tensors import is_finite
 
 _BLOCK = 256  # numbers to a scale, in all its blockwise optimizers

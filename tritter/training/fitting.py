@@ -12,10 +12,10 @@ from pathlib import Path
 from lightning import Callback
 from lightning.pytorch.loggers import CSVLogger, Logger
 
+from tritter.core.models import activations_recomputed
 from tritter.data.batches import BatchStream
 from tritter.data.datamodule import Batches, EvaluationText, TextModule
 from tritter.errors import TritterError
-from tritter.models import activations_recomputed
 from tritter.stopping import Stopped
 from tritter.storage.atomic import remove_folder
 from tritter.targets import Component

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from tritter.checkpoint.place import teacher_problems
+from tritter.checkpoints.place import teacher_problems
+from tritter.core.families import Config
 from tritter.data.batches import BatchStream, drawn_equally
 from tritter.errors import Problem
-from tritter.families import Config
 from tritter.options import RunRequest, Start, options
 from tritter.seeds import derived_seed
 from tritter.targets import Component
@@ -23,7 +23,7 @@ from tritter.targets import Component
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from tritter.expand import Change
+    from tritter.transform import Change
 
 Values = Mapping[str, "Tensor"]  # by parameter name
 
@@ -32,7 +32,7 @@ Values = Mapping[str, "Tensor"]  # by parameter name
 class Needs:
     """What a method asks for, as far as its options tell; what none asks for is not made.
 
-    Kinds are those of `tritter.parameter_map.carry`, where a method registers its own: all of
+    Kinds are those of `tritter.core.parameter_map.carry`, where a method registers its own: all of
     them follow an expansion by their rule.
 
     Args:

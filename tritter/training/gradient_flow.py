@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from tritter.data.packing import labels_of
 from tritter.evaluation.gate import ENOUGH_STEPS
-from tritter.expand import Change
 from tritter.training.module import base_of
 from tritter.training.parameters import live_layout, whole
+from tritter.transform import Change
 
 _TRIAL_RATE = 1e-4
 _CLOSELY = 16  # steps, from the first and from a change, that are looked at one by one

@@ -13,12 +13,12 @@ from torch import Tensor, distributed, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import SumMetric
 
+from tritter.core.families import Flops, forward_flops
+from tritter.core.models import config_of
 from tritter.data.batches import this_rank
 from tritter.data.packing import IGNORED, labels_of
 from tritter.errors import RequestError
 from tritter.evaluation.losses import nats_per_row
-from tritter.families import Flops, forward_flops
-from tritter.models import config_of
 from tritter.targets import Component, built
 from tritter.training.forgetting_method import ForgettingMethod
 from tritter.training.moments import Moments, start_from

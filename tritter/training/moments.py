@@ -14,16 +14,16 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
-from tritter.checkpoint.state import State, write_state
+from tritter.checkpoints.state import State, write_state
+from tritter.core.families import StoredTensor
+from tritter.core.parameter_map.carry import MOMENTS, STATE_KINDS, Policy, followed, has_state
 from tritter.errors import TritterError
-from tritter.expand import Change
-from tritter.families import StoredTensor
-from tritter.parameter_map.carry import MOMENTS, STATE_KINDS, Policy, followed, has_state
 from tritter.storage.atomic import atomic_folder
 from tritter.storage.tensors import is_finite
 from tritter.storage.writer import TensorStream
 from tritter.training import eight_bit
 from tritter.training.parameters import live_layout
+from tritter.transform import Change
 
 Moments = dict[str, Tensor]
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
-from tritter.checkpoint.place import kinds_beside
+from tritter.checkpoints.place import kinds_beside
 from tritter.errors import Problem, RequestError, TritterError, nearest
 from tritter.options import RunRequest, field_keys, options
 from tritter.targets import (

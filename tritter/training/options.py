@@ -17,11 +17,11 @@ from typing import Annotated, Any, Literal, get_type_hints
 
 from pydantic import ConfigDict, Field, PydanticUserError, TypeAdapter, ValidationError
 
-from tritter.checkpoint import read_lineage
-from tritter.checkpoint.record import training_record
+from tritter.checkpoints import read_lineage
+from tritter.checkpoints.record import training_record
+from tritter.core.expansions import target_config
+from tritter.core.families import Config, count_parameters, family_of
 from tritter.errors import Problem, TritterError, nearest
-from tritter.expansion import target_config
-from tritter.families import Config, count_parameters, family_of
 from tritter.limits import MAX_COUNT, NO_EPOCHS, parse_count
 from tritter.options import IN_WORDS, Count, RunRequest, WholeNumber, nearest_multiples, options
 from tritter.targets import (

@@ -14,9 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
-from tritter.errors import RequestError, TritterError
-from tritter.expand import Change
-from tritter.families import (
+from tritter.core.families import (
     NO_ADAPTERS,
     Adapters,
     Config,
@@ -26,8 +24,10 @@ from tritter.families import (
     on_disk,
     training_flops,
 )
-from tritter.families.layout import Part
-from tritter.models import backbone_of, config_of, set_parameter, state_sizes, weightless_model
+from tritter.core.families.layout import Part
+from tritter.core.models import backbone_of, config_of, set_parameter, state_sizes, weightless_model
+from tritter.errors import RequestError, TritterError
+from tritter.transform import Change
 
 BASE, NEW = "_base", "_new"  # what the two parts of a parameter end in whose experts stand apart
 WRAPPED = ".base_layer"  # what PEFT calls a linear layer that it put adapters on

@@ -92,7 +92,7 @@ class FitResult:
         steps: optimizer steps taken, refused ones included.
         num_tokens: tokens seen, by all processes.
         flops: model FLOPs of all steps, and of a look at the routing that they hold; what is
-            counted stands in `tritter.families.flops`.
+            counted stands in `tritter.core.families.flops`.
         seconds: wall time of the fit; 0 while it is not over.
         evaluation_flops: model FLOPs of the evaluations on its way; `evaluation_seconds` are part
             of `seconds`.

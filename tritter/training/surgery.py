@@ -14,15 +14,15 @@ from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import nn
 
+from tritter.core.families import StoredTensor, count_parameters, layout
+from tritter.core.parameter_map.carry import Policy
 from tritter.errors import RequestError, TritterError
-from tritter.expand import Change
-from tritter.families import StoredTensor, count_parameters, layout
-from tritter.parameter_map.carry import Policy
 from tritter.storage.tensors import is_finite
 from tritter.training.eight_bit import State
 from tritter.training.module import BaseModule
 from tritter.training.moments import Moments, carried_moments, put_moments
 from tritter.training.parameters import entry_of, reshape
+from tritter.transform import Change
 
 
 def apply(
@@ -42,7 +42,7 @@ def apply(
 
     Args:
         reason: what the journal says why.
-        policy: of Adam's moments, as in `tritter.parameter_map.carry`.
+        policy: of Adam's moments, as in `tritter.core.parameter_map.carry`.
 
     Raises:
         RequestError: not between two optimizer steps, a strategy that can't bear it, or a change

@@ -13,7 +13,7 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from tritter.checkpoint.run_text import side_problems
+from tritter.checkpoints.run_text import side_problems
 from tritter.config.folders import Front, composing_from, front
 from tritter.config.ladder import of_rung
 from tritter.config.launch.command_line import CommandLine

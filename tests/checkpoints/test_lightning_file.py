@@ -1,0 +1,361 @@
+"""Training checkpoints of Lightning: converted exactly, and nothing that they hold is run."""
+
+import os
+import pickle
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from tests.checkpoints.test_export import tiny_experts
+from tests.oracle import logits, saved, stock, tiny_llama, tokens
+from tritter.checkpoints.export import export_model
+from tritter.checkpoints.lightning_file import read_lightning_file
+from tritter.checkpoints.state import LazyTensors, read_state
+from tritter.core.expansions import Width
+from tritter.core.models import config_of, disk_tensors
+from tritter.errors import RequestError, TritterError
+from tritter.training.optimizer import OptimizerSettings, build_optimizer
+from tritter.transform import expand
+
+Optimize = Callable[[nn.Module], Any]
+
+
+class Wrapped(lightning.LightningModule):
+    """What people write around a Hugging Face model."""
+
+    def __init__(self, model: nn.Module, optimize: Optimize) -> None:
+        super().__init__()
+        self.model = model
+        self.optimize = optimize
+
+    def training_step(self, batch: Tensor, batch_index: int) -> Tensor:
+        return self.model(input_ids=batch, labels=batch).loss
+
+    def configure_optimizers(self) -> Any:
+        return self.optimize(self)
+
+
+def adamw(module: nn.Module) -> Any:
+    return torch.optim.AdamW(module.parameters(), lr=1e-2)
+
+
+def two_groups(module: nn.Module) -> Any:
+    return build_optimizer(module.named_parameters(), OptimizerSettings(), learning_rate=1e-2)
+
+
+def trained(path: Path, model: nn.Module, optimize: Optimize = adamw) -> Wrapped:
+    """Train three steps and save as Lightning does."""
+    module = Wrapped(model, optimize)
+    trainer = lightning.Trainer(
+        accelerator="cpu",
+        max_steps=3,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, DataLoader(list(tokens(batch=6)), batch_size=2))
+    trainer.save_checkpoint(path)
+    model.eval()
+    return module
+
+
+def convert(path: Path, model: nn.Module, destination: Path, **options: Any) -> tuple[str, ...]:
+    found = read_lightning_file(path, config_of(model), **options)
+    dtype = found.weights.widest_dtype
+    export_model(found.weights, destination, dtype=dtype, artifacts=())
+    return tuple(filter(None, (found.left_out, found.why_no_moments)))
+
+
+@pytest.mark.quick_cases(2)
+@pytest.mark.parametrize("is_tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("optimize", [adamw, two_groups])
+def test_the_model_and_whose_moments_are_whose(
+    tmp_path: Path, is_tied: bool, optimize: Optimize
+) -> None:
+    model = tiny_llama(tie_word_embeddings=is_tied)
+    module = trained(tmp_path / "run.ckpt", model, optimize)
+    assert convert(tmp_path / "run.ckpt", model, tmp_path / "out") == ()
+    assert torch.equal(logits(stock(tmp_path / "out"), tokens()), logits(model, tokens()))
+    state = read_state(tmp_path / "out")
+    assert state is not None
+    assert state.step == 3
+    optimizer = module.optimizers()
+    parameters = dict(model.named_parameters())
+    for kind in ("exp_avg", "exp_avg_sq"):
+        found = dict(LazyTensors(state.kinds[kind]))
+        assert set(found) == set(parameters)
+        for name, moment in found.items():
+            assert torch.equal(moment, optimizer.state[parameters[name]][kind]), name
+    grown = expand(tmp_path / "out", tmp_path / "grown", [Width()])
+    assert read_state(grown.folder) is not None
+
+
+def test_experts_that_share_a_tensor_in_memory(tmp_path: Path) -> None:
+    model = tiny_experts("mixtral")
+    module = trained(tmp_path / "run.ckpt", model)
+    assert convert(tmp_path / "run.ckpt", model, tmp_path / "out") == ()
+    assert torch.equal(logits(stock(tmp_path / "out"), tokens()), logits(model, tokens()))
+    state = read_state(tmp_path / "out")
+    assert state is not None
+    optimizer = module.optimizers()
+    live = {name: optimizer.state[p]["exp_avg"] for name, p in model.named_parameters()}
+    expected = disk_tensors(config_of(model), live)
+    found = dict(LazyTensors(state.kinds["exp_avg"]))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+
+
+@pytest.mark.quick_cases(1)
+@pytest.mark.parametrize(
+    "rename",
+    [
+        lambda name: name,
+        lambda name: f"net.inner.{name}",
+        lambda name: f"model._orig_mod.{name}",
+        lambda name: name.replace("self_attn.", "_checkpoint_wrapped_module.self_attn."),
+    ],
+)
+def test_names_are_found_behind_any_prefix(tmp_path: Path, rename: Callable[[str], str]) -> None:
+    model = tiny_llama()
+    named = {rename(name): value for name, value in model.state_dict().items()}
+    # What a module of ours says beside its weights
+    torch.save({"state_dict": named | {"_extra_state": {"journal": []}}}, tmp_path / "run.ckpt")
+    torch.save(named, tmp_path / "weights.pt")
+    for name in ("run.ckpt", "weights.pt"):
+        (note,) = convert(tmp_path / name, model, tmp_path / f"{name}-out")
+        assert note == "the optimizer's state was left out: the file holds none"
+        assert torch.equal(
+            logits(stock(tmp_path / f"{name}-out"), tokens()), logits(model, tokens())
+        )
+
+
+def _two_models(path: Path) -> nn.Module:
+    student, teacher = tiny_llama(), tiny_llama(initializer_range=0.1)
+    named = {f"student.{name}": value for name, value in student.state_dict().items()}
+    named |= {f"teacher.{name}": value for name, value in teacher.state_dict().items()}
+    torch.save({"state_dict": named}, path)
+    return student
+
+
+def test_of_two_models_one_is_named(tmp_path: Path) -> None:
+    student = _two_models(tmp_path / "run.ckpt")
+    with pytest.raises(RequestError, match=r"2 models, under 'student.', 'teacher.'; --prefix"):
+        convert(tmp_path / "run.ckpt", student, tmp_path / "out")
+    with pytest.raises(RequestError, match=r"--prefix = studnt: .* Did you mean 'student\.'"):
+        convert(tmp_path / "run.ckpt", student, tmp_path / "out", prefix="studnt")
+    notes = convert(tmp_path / "run.ckpt", student, tmp_path / "out", prefix="student")
+    assert "30 tensors outside 'student' were left out: teacher.model.embed" in notes[0]
+    assert torch.equal(logits(stock(tmp_path / "out"), tokens()), logits(student, tokens()))
+
+
+# Tensors that do not fit
+
+
+def _with(name: str, value: Tensor | None) -> Callable[[dict[str, Tensor]], None]:
+    def change(tensors: dict[str, Tensor]) -> None:
+        if value is None:
+            del tensors[name]
+        else:
+            tensors[name] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (_with("loss.weight", torch.ones(3)), ["1 tensors that llama does not have: loss.weight",
+                                               "--prefix model. leaves out"]),
+        (_with("model.model.norm.weight", None), ["1 tensors are missing: model.norm.weight"]),
+        (_with("model.model.norm.weight", torch.ones(5)), ["norm.weight has shape (5,)", "(24,)"]),
+        (_with("model.model.norm.weight", torch.ones(24, dtype=torch.int8)), ["torch.int8"]),
+        (_with("model.model.norm.weight", torch.eye(24).to_sparse()), ["no state_dict"]),
+        (_with("model.model.embed_tokens.weight", None), ["whose name ends in model.embed_tok"]),
+    ],
+)  # fmt: skip
+def test_tensors_that_do_not_fit_are_named(
+    tmp_path: Path, change: Callable[[dict[str, Tensor]], None], words: list[str]
+) -> None:
+    model = tiny_llama()
+    tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
+    change(tensors)
+    torch.save({"state_dict": tensors}, tmp_path / "run.ckpt")
+    with pytest.raises(TritterError) as error:
+        convert(tmp_path / "run.ckpt", model, tmp_path / "out")
+    assert all(word in str(error.value) for word in words), error.value
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_head_that_only_the_config_ties(tmp_path: Path) -> None:
+    untied, tied = tiny_llama(), tiny_llama(tie_word_embeddings=True)
+    torch.save({"state_dict": untied.state_dict()}, tmp_path / "run.ckpt")
+    with pytest.raises(TritterError, match=r"lm_head.weight differs from the embedding"):
+        convert(tmp_path / "run.ckpt", tied, tmp_path / "out")
+
+
+def test_old_rotary_frequencies_are_no_leftovers(tmp_path: Path) -> None:
+    model = tiny_llama()
+    frequencies = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(3)}
+    torch.save({"state_dict": model.state_dict() | frequencies}, tmp_path / "run.ckpt")
+    convert(tmp_path / "run.ckpt", model, tmp_path / "out")
+    assert stock(tmp_path / "out")
+
+
+# Moments that are left out
+
+
+def _frozen(module: nn.Module) -> Any:
+    module.get_parameter("model.model.norm.weight").requires_grad = False
+    return torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=1e-3)
+
+
+def _backwards(module: nn.Module) -> Any:
+    return torch.optim.AdamW(list(module.parameters())[::-1], lr=1e-3)
+
+
+@pytest.mark.quick_cases(2)
+@pytest.mark.parametrize(
+    ("optimize", "reason"),
+    [
+        (lambda module: torch.optim.SGD(module.parameters(), lr=1e-3, momentum=0.9), "not Adam's"),
+        (_frozen, "its groups of 29 parameters are neither all 30 of the model nor its 23 matr"),
+        (_backwards, "its order is not the model's: model.layers.0.input_layernorm.weight of sha"),
+        (lambda module: None, "the file holds none"),
+    ],
+)
+def test_moments_without_certain_owners_are_left_out(
+    tmp_path: Path, optimize: Optimize, reason: str
+) -> None:
+    model = tiny_llama()
+    trained(tmp_path / "run.ckpt", model, optimize)
+    (note,) = convert(tmp_path / "run.ckpt", model, tmp_path / "out")
+    assert note.startswith("the optimizer's state was left out: ")
+    assert reason in note
+    assert not (tmp_path / "out" / "state").exists()
+    assert torch.equal(logits(stock(tmp_path / "out"), tokens()), logits(model, tokens()))
+
+
+STATES: dict[str, tuple[Callable[[list[Any]], object], str]] = {
+    "two": (lambda states: states.append(states[0]), "2 optimizers"),
+    "no groups": (lambda states: states[0].pop("param_groups"), "not laid out"),
+    "no positions": (lambda s: s[0]["param_groups"][0].update(params=["a"]), "not laid out"),
+    "state of text": (lambda states: states[0]["state"].update({0: "x"}), "not laid out"),
+    "a number": (lambda states: states.__setitem__(0, 3), "not laid out"),
+    "steps differ": (lambda s: s[0]["state"][0].update(step=torch.tensor(7.0)), "from 3 to 7"),
+    "no step": (lambda s: s[0]["state"][0].pop("step"), "after how many steps"),
+    "step is no number": (lambda s: s[0]["state"][0].update(step=float("nan")), "how many steps"),
+    "nothing yet": (lambda states: states[0]["state"].clear(), "one step count (none)"),
+    "not finite": (lambda s: s[0]["state"][0]["exp_avg"].fill_(float("nan")), "not finite"),
+}
+
+
+@pytest.mark.quick_cases(2)
+@pytest.mark.parametrize("name", STATES)
+def test_a_damaged_state_is_left_out(tmp_path: Path, name: str) -> None:
+    change, reason = STATES[name]
+    model = tiny_llama()
+    trained(tmp_path / "run.ckpt", model)
+    content = torch.load(tmp_path / "run.ckpt", weights_only=True)
+    change(content["optimizer_states"])
+    torch.save(content, tmp_path / "run.ckpt")
+    (note,) = convert(tmp_path / "run.ckpt", model, tmp_path / "out")
+    assert reason in note
+    assert not (tmp_path / "out" / "state").exists()
+
+
+# Hostile and damaged files
+
+
+class Trap:
+    """Unpickled carelessly, it leaves a file behind."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (f"touch {self.path}",)
+
+
+@pytest.mark.parametrize("is_zip", [True, False], ids=["zip", "legacy"])
+@pytest.mark.parametrize("place", ["hyper_parameters", "state_dict"])
+def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path, is_zip: bool, place: str) -> None:
+    model, sprung = tiny_llama(), tmp_path / "sprung"
+    content = {"state_dict": dict(model.state_dict())}
+    content.setdefault(place, {})["x"] = Trap(sprung)  # type: ignore[assignment]
+    path = tmp_path / "run.ckpt"
+    torch.save(content, path, _use_new_zipfile_serialization=is_zip)
+    with pytest.raises(TritterError) as error:
+        convert(path, model, tmp_path / "out")
+    assert not sprung.exists()
+    assert "system" in str(error.value)
+    assert "would have to be run" in str(error.value)
+    torch.load(path, weights_only=False)  # the trap is a real one
+    assert sprung.exists()
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_setting_of_the_environment_opens_the_door(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    torch.save({"state_dict": {}, "x": Trap(tmp_path / "sprung")}, tmp_path / "run.ckpt")
+    with pytest.raises(TritterError, match="would have to be run"):
+        convert(tmp_path / "run.ckpt", tiny_llama(), tmp_path / "out")
+    assert not (tmp_path / "sprung").exists()
+
+
+def _cut(path: Path) -> None:
+    torch.save({"state_dict": tiny_llama().state_dict()}, path)
+    path.write_bytes(path.read_bytes()[:20_000])
+
+
+FILES: dict[str, Callable[[Path], object]] = {
+    "empty": lambda path: path.write_bytes(b""),
+    "text": lambda path: path.write_text("not a checkpoint"),
+    "cut off": _cut,
+    "random": lambda path: path.write_bytes(bytes(range(256)) * 20),
+    "plain pickle": lambda path: path.write_bytes(pickle.dumps(Trap(path.with_name("sprung")))),
+    "a list": lambda path: torch.save([torch.ones(2)], path),
+    "no tensors": lambda path: torch.save({"state_dict": {"a": 1}}, path),
+    "an empty one": lambda path: torch.save({"state_dict": {}}, path),
+    "other keys": lambda path: torch.save({"epoch": 3, "model": {"a": torch.ones(2)}}, path),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_what_is_no_checkpoint_is_told(tmp_path: Path, name: str) -> None:
+    FILES[name](tmp_path / "run.ckpt")
+    with pytest.raises(TritterError, match=r"run\.ckpt (is not a|holds no|holds obj|cannot be r)"):
+        convert(tmp_path / "run.ckpt", tiny_llama(), tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run.ckpt"]
+
+
+def test_an_archive_that_unpacks_to_more_than_it_holds_is_refused(tmp_path: Path) -> None:
+    torch.save({"state_dict": tiny_llama().state_dict()}, tmp_path / "plain.ckpt")
+    with (
+        zipfile.ZipFile(tmp_path / "plain.ckpt") as plain,
+        zipfile.ZipFile(tmp_path / "run.ckpt", "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
+        for entry in plain.infolist():
+            packed.writestr(entry.filename, plain.read(entry) + bytes(10**6))
+    with pytest.raises(TritterError, match=r"run\.ckpt is a packed archive .* unpack to 10"):
+        convert(tmp_path / "run.ckpt", tiny_llama(), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_saved_folder_is_the_better_way_and_gives_the_same(tmp_path: Path) -> None:
+    model = tiny_llama()
+    torch.save({"state_dict": model.state_dict()}, tmp_path / "run.ckpt")
+    convert(tmp_path / "run.ckpt", model, tmp_path / "out")
+    assert torch.equal(
+        logits(stock(tmp_path / "out"), tokens()),
+        logits(stock(saved(model, tmp_path / "base")), tokens()),
+    )

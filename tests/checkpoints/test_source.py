@@ -1,0 +1,64 @@
+"""A folder opened for reading: ties that its files cut."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests import oracle
+from tritter.checkpoints import Source
+from tritter.core.expansions import LlamaPro
+from tritter.core.models import read_config
+from tritter.errors import TritterError
+from tritter.storage.hashing import DigestQueue
+from tritter.storage.tensors import TensorFolder
+from tritter.transform import expand
+
+
+def _with_head(folder: Path, *, change: float) -> Path:
+    """Save a tied model whose file holds a head all the same."""
+    oracle.saved(oracle.tiny_llama(tie_word_embeddings=True), folder)
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    head = tensors["model.embed_tokens.weight"].clone()
+    head[0, 0] += change
+    save_file({**tensors, "lm_head.weight": head}, path, metadata={"format": "pt"})
+    return folder
+
+
+def test_a_redundant_head_is_left_out(tmp_path: Path) -> None:
+    folder = _with_head(tmp_path / "tied", change=0.0)
+    source = Source.open(folder, read_config(folder))
+    assert "head" not in source.places
+
+
+def test_a_head_that_the_files_untie_is_refused(tmp_path: Path) -> None:
+    """Stock transformers uses both, so leaving one out would change the function in silence."""
+    folder = _with_head(tmp_path / "cut", change=1.0)
+    stock = oracle.stock(folder)
+    assert not torch.equal(stock.lm_head.weight, stock.model.embed_tokens.weight)
+    with pytest.raises(TritterError, match=r"lm_head\.weight differs .* tie_word_embeddings"):
+        expand(folder, tmp_path / "grown", [LlamaPro()])
+    assert not (tmp_path / "grown").exists()
+
+
+@pytest.mark.parametrize("is_open", [False, True])
+def test_a_source_that_changes_behind_its_hash_gives_no_result(
+    tmp_path: Path, is_open: bool
+) -> None:
+    """Bytes are hashed ahead of being read: the record would name another source."""
+    folder = oracle.saved(oracle.tiny_llama(), tmp_path / "source")
+    ahead, digests = TensorFolder.open(folder), DigestQueue()
+    digests.begin(ahead.raw(), check=ahead.check_unchanged)
+    while len(digests.results()) < len(ahead.headers):
+        pass
+    config = read_config(folder)
+    source = Source.open(folder, config) if is_open else None
+    tensors = {name: each + 1 for name, each in load_file(folder / "model.safetensors").items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    source = replace(source or Source.open(folder, config), digests=digests)
+    with pytest.raises(TritterError, match=r"model\.safetensors has changed"):
+        expand(source, tmp_path / "result", [LlamaPro()])
+    assert not (tmp_path / "result").exists()

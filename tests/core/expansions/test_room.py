@@ -1,0 +1,96 @@
+"""The memory that an expansion is said to take, beside what it takes."""
+
+import ctypes
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from experiments.benchmarks.streaming import write_source
+from tritter.checkpoints import Source
+from tritter.checkpoints.state import write_state
+from tritter.core.expansions import Dus, ExpansionSpec, Moe, Width
+from tritter.core.models import read_config
+from tritter.storage.tensors import TensorFolder
+from tritter.storage.writer import TensorStream
+from tritter.transform import expand, plan_expansion, room_for
+
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+HIDDEN = 768
+LARGEST = HIDDEN * (HIDDEN * 11 // 4)  # entries of a matrix
+WIDER = Width(hidden_size=HIDDEN * 3 // 2)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bf16 Llama of three layers."""
+    folder = tmp_path_factory.mktemp("room") / "source"
+    write_source(folder, megabytes=35, hidden_size=HIDDEN, is_repeated=True)
+    return folder
+
+
+def anonymous_bytes() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+
+
+def taken(work: Callable[[], object]) -> int:
+    """Return how much more memory some work takes at its highest than there was before."""
+    ctypes.CDLL(None).malloc_trim(0)
+    before = highest = anonymous_bytes()
+    is_over = threading.Event()
+
+    def watch() -> None:
+        nonlocal highest
+        while not is_over.is_set():
+            highest = max(highest, anonymous_bytes())
+            time.sleep(0.0005)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        work()
+    finally:
+        is_over.set()
+        watcher.join()
+    return highest - before
+
+
+def told_and_taken(source: Path, result: Path, specs: Sequence[ExpansionSpec]) -> tuple[int, int]:
+    plan = plan_expansion(source, specs)
+    told = room_for(Source.open(source, read_config(source)), plan).in_flight
+    return told, taken(lambda: expand(source, result, plan))
+
+
+@pytest.mark.quick_cases(1)
+@pytest.mark.parametrize(
+    ("specs", "is_whole"),
+    [
+        ([Dus()], False),
+        ([Width(intermediate_size=HIDDEN * 4, init="net2net")], False),
+        ([WIDER], False),
+        ([WIDER, Moe(num_experts=2)], True),
+    ],
+    ids=["dus", "ffn", "width", "width,moe"],
+)
+def test_what_is_told_is_of_the_size_of_what_is_taken(
+    source: Path, tmp_path: Path, specs: list[ExpansionSpec], is_whole: bool
+) -> None:
+    told, found = told_and_taken(source, tmp_path / "result", specs)
+    assert found <= told < 12 * found + 32 * 2**20, (found, told)
+    # What a second map is applied to is whole, and in float32; all else is made in rows
+    assert (found > 12 * LARGEST) == is_whole, found
+
+
+def test_state_is_made_whole(source: Path, tmp_path: Path) -> None:
+    shutil.copytree(source, tmp_path / "source")
+    name = "model.layers.0.mlp.up_proj.weight"
+    moments = torch.ones(TensorFolder.open(source).shape(name))
+    write_state(tmp_path / "source", {"exp_avg": TensorStream.of([(name, moments)])}, step=1)
+    told, found = told_and_taken(tmp_path / "source", tmp_path / "result", [WIDER])
+    assert 4 * LARGEST < found <= told < 12 * found, (found, told)

@@ -1,0 +1,276 @@
+"""What width makes of its targets: defaults, what follows, what is refused and what is said."""
+
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.oracle.families import RMS
+from tritter.core.expansions import Width, build_steps
+from tritter.core.expansions.heads import split_shares
+from tritter.core.families import FAMILIES, LLAMA, Config
+from tritter.core.models import new_model
+from tritter.errors import RequestError
+
+KEYS = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+
+
+def _config(*, is_tied: bool = False) -> Config:
+    return {
+        "model_type": "llama",
+        "vocab_size": 97,
+        "hidden_size": 24,
+        "intermediate_size": 40,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": is_tied,
+    }
+
+
+def _sizes(spec: Width) -> list[object]:
+    target = spec.target_config(LLAMA, _config())
+    return [target[key] for key in KEYS]
+
+
+@pytest.mark.parametrize(
+    ("spec", "sizes"),
+    [
+        (Width(), [48, 80, 8, 4]),
+        (Width(init="net2net"), [48, 80, 8, 4]),
+        (Width(hidden_size=72), [72, 120, 12, 6]),
+        (Width(hidden_size=36), [36, 60, 6, 3]),  # 1.5×: 6 and 3 are whole numbers
+        (Width(hidden_size=32), [32, 53, 4, 2]),  # 4/3: neither is; FFN by ratio, rounded
+        (Width(hidden_size=28), [28, 47, 4, 2]),
+        (Width(hidden_size=48, num_attention_heads=4, num_key_value_heads=2), [48, 80, 4, 2]),
+        (Width(hidden_size=48, intermediate_size=41), [48, 41, 8, 4]),
+        (Width(intermediate_size=57), [24, 57, 4, 2]),
+        (Width(num_attention_heads=6), [24, 40, 6, 2]),
+        (Width(num_attention_heads=6, num_key_value_heads=3), [24, 40, 6, 3]),
+    ],
+)
+def test_targets(spec: Width, sizes: list[int]) -> None:
+    assert _sizes(spec) == sizes
+
+
+def test_query_and_key_value_heads_follow_together_or_not_at_all() -> None:
+    """Half as much again suits 4 query heads but not 1 key/value head: both stay."""
+    config = {**_config(), "num_key_value_heads": 1}
+    target = Width(hidden_size=36).target_config(LLAMA, config)
+    assert (target["num_attention_heads"], target["num_key_value_heads"]) == (4, 1)
+
+
+def test_head_dim_never_changes() -> None:
+    for spec in (Width(), Width(hidden_size=32), Width(num_attention_heads=8)):
+        assert spec.target_config(LLAMA, _config())["head_dim"] == 6
+
+
+def test_nothing_else_of_the_config_changes() -> None:
+    config = {**_config(), "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}
+    target = Width().target_config(LLAMA, config)
+    changed = {key for key in target if target[key] != config.get(key)}
+    assert changed == {*KEYS, "head_dim", "rms_norm_eps"}
+
+
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        (Width(hidden_size=23), ["width.hidden_size = 23", "smaller", "at least 24"]),
+        (Width(intermediate_size=39), ["width.intermediate_size = 39", "at least 40"]),
+        (Width(num_attention_heads=2), ["width.num_attention_heads = 2", "at least 4"]),
+        (Width(num_key_value_heads=1), ["width.num_key_value_heads = 1", "at least 2"]),
+        (Width(hidden_size=24), ["every target equals", "hidden_size 24"]),
+        (Width(hidden_size=46), ["width.hidden_size = 46", "4 attention heads", "44 or 48."]),
+        (Width(hidden_size=25), ["width.hidden_size = 25", "nearest: 28."]),
+        (Width(hidden_size=25, intermediate_size=57), ["nearest: 24 or 28."]),
+        (Width(num_attention_heads=5), ["num_attention_heads = 5", "nearest: 6."]),
+        (Width(num_attention_heads=7), ["num_attention_heads = 7", "nearest: 6 or 8."]),
+        (
+            Width(num_attention_heads=6, num_key_value_heads=4),
+            ["num_attention_heads = 6", "num_key_value_heads = 4", "nearest: 4 or 8."],
+        ),
+        (
+            Width(num_key_value_heads=4),
+            ["num_key_value_heads = 4", "leaves 1 query heads a group", "at least 8"],
+        ),
+        (
+            Width(num_attention_heads=6, init="net2net"),
+            [
+                "head_strategy=copy",
+                "groups of 2",
+                "must be 4 (or use ",
+                "head_strategy=gqa",
+                "or fresh)",
+            ],
+        ),
+        (
+            Width(num_attention_heads=8, head_strategy="copy"),
+            ["head_strategy=copy", "must be 4 (or use ", "head_strategy=gqa", "or fresh)"],
+        ),
+    ],
+)
+def test_refusals_name_key_value_and_what_works(spec: Width, said: list[str]) -> None:
+    with pytest.raises(RequestError) as error:
+        spec.target_config(LLAMA, _config())
+    assert "expansion.width" in str(error.value)
+    for words in said:
+        assert words in str(error.value)
+
+
+@given(hidden_size=st.integers(25, 200), ffn=st.none() | st.integers(40, 60))
+def test_every_nearest_hidden_size_that_is_named_works(hidden_size: int, ffn: int | None) -> None:
+    try:
+        Width(hidden_size=hidden_size, intermediate_size=ffn).target_config(LLAMA, _config())
+    except RequestError as error:
+        named = re.findall(r"\d+", str(error).split("nearest:")[1])
+        assert named
+        for size in named:
+            Width(hidden_size=int(size), intermediate_size=ffn).target_config(LLAMA, _config())
+
+
+def test_a_family_whose_heads_need_not_divide_takes_any_hidden_size() -> None:
+    family = replace(LLAMA, heads_divide_hidden=False)
+    assert Width(hidden_size=25).target_config(family, _config())["hidden_size"] == 25
+
+
+@pytest.mark.parametrize(
+    ("spec", "note"),
+    [
+        (
+            Width(),
+            "hidden_size 24 → 48; intermediate_size 40 → 80; num_attention_heads 4 → 8; "
+            "num_key_value_heads 2 → 4",
+        ),
+        (
+            Width(hidden_size=32),
+            "hidden_size 24 → 32; intermediate_size 40 → 53; head counts stay",
+        ),
+        (Width(intermediate_size=57), "intermediate_size 40 → 57; head counts stay"),
+    ],
+)
+def test_the_note_says_what_grows_and_which_heads_stay(spec: Width, note: str) -> None:
+    assert build_steps(_config(), [spec], seed=0)[0].notes == (note,)
+
+
+def test_the_note_says_where_moments_are_a_mean() -> None:
+    spread = Width(num_key_value_heads=4, head_strategy="gqa")
+    sizes, moments = build_steps(_config(), [spread], seed=0)[0].notes
+    assert sizes == "num_key_value_heads 2 → 4"
+    assert "moments of k and v carry the mean" in moments
+    whole = Width(num_attention_heads=8, head_strategy="gqa")
+    assert build_steps(_config(), [whole], seed=0)[0].notes == ("num_attention_heads 4 → 8",)
+
+
+@pytest.mark.parametrize("is_tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize(
+    "spec", [Width(), Width(hidden_size=32), Width(num_attention_heads=6)], ids=str
+)
+def test_parameter_count_as_predicted(spec: Width, is_tied: bool) -> None:
+    target = spec.target_config(LLAMA, _config(is_tied=is_tied))
+    model = new_model(target, seed=0)
+    assert sum(p.numel() for p in model.parameters()) == LLAMA.count_parameters(target)
+
+
+def test_shares_by_hand() -> None:
+    """Neuron 0 three times (weights 1, 1/9, 1/81 of 91/81), neuron 1 twice, neuron 2 once."""
+    source = torch.tensor([0, 1, 2, 0, 1, 0])
+    expected = torch.tensor([81 / 91, 0.9, 1.0, 9 / 91, 0.1, 1 / 91], dtype=torch.float64)
+    torch.testing.assert_close(split_shares(source, 3, equal=False), expected)
+    expected = torch.tensor([1 / 3, 0.5, 1.0, 1 / 3, 0.5, 1 / 3], dtype=torch.float64)
+    torch.testing.assert_close(split_shares(source, 3, equal=True), expected)
+
+
+# Other families
+
+
+def _of_family(model_type: str, **changes: object) -> Config:
+    sizes = {
+        "moe_intermediate_size": 12,
+        "shared_expert_intermediate_size": 20,
+        "num_experts": 4,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+    }
+    return {**_config(), **sizes, "model_type": model_type, **changes}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "spec", "sizes"),
+    [
+        ("mixtral", Width(), {"intermediate_size": 80}),
+        ("mixtral", Width(intermediate_size=57), {"intermediate_size": 57, "hidden_size": 24}),
+        (
+            "qwen2_moe",
+            Width(),
+            {
+                "moe_intermediate_size": 24,
+                "intermediate_size": 80,
+                "shared_expert_intermediate_size": 40,
+            },
+        ),
+        (  # 18/12 of all: the target is an expert's size
+            "qwen2_moe",
+            Width(intermediate_size=18),
+            {
+                "moe_intermediate_size": 18,
+                "intermediate_size": 60,
+                "shared_expert_intermediate_size": 30,
+                "hidden_size": 24,
+            },
+        ),
+        (
+            "qwen3_moe",
+            Width(hidden_size=37),
+            {"moe_intermediate_size": 18, "intermediate_size": 62, "num_attention_heads": 4},
+        ),
+    ],
+)
+def test_experts_grow_by_their_own_keys_and_the_rest_by_ratio(
+    model_type: str, spec: Width, sizes: dict[str, int]
+) -> None:
+    config = _of_family(model_type)
+    target = spec.target_config(FAMILIES[model_type], config)
+    assert {key: target[key] for key in sizes} == sizes
+    for key in ("num_experts", "num_local_experts", "num_experts_per_tok"):
+        assert target[key] == config[key]
+
+
+def test_an_experts_size_is_what_must_not_shrink_and_what_the_note_names() -> None:
+    config = _of_family("qwen3_moe")
+    with pytest.raises(RequestError, match=r"intermediate_size = 11: .* the model's 12; .* 12"):
+        Width(intermediate_size=11).target_config(FAMILIES["qwen3_moe"], config)
+    (step,) = build_steps(config, [Width(intermediate_size=24)], seed=0)
+    assert step.notes == (
+        "intermediate_size 40 → 80; moe_intermediate_size 12 → 24; head counts stay",
+    )
+
+
+@pytest.mark.parametrize("model_type", RMS)
+@pytest.mark.parametrize("stated", [None, 10])
+def test_the_size_of_a_head_is_stated_where_it_would_be_derived(
+    model_type: str, stated: int | None
+) -> None:
+    config = _of_family(model_type, head_dim=stated)
+    target = Width(hidden_size=48).target_config(FAMILIES[model_type], config)
+    assert target["head_dim"] == (stated or 6)
+
+
+@pytest.mark.parametrize("model_type", RMS)
+def test_odd_hidden_sizes_are_refused_where_the_class_refuses_them(model_type: str) -> None:
+    config = _of_family(model_type)
+    family = FAMILIES[model_type]
+    if not family.heads_divide_hidden:
+        assert Width(hidden_size=25).target_config(family, config)["hidden_size"] == 25
+        return
+    with pytest.raises(RequestError, match=rf"{model_type} accepts only .*nearest: 28\."):
+        Width(hidden_size=25).target_config(family, config)
+
+
+def test_what_gemma_scales_scores_by_stays() -> None:
+    config = _of_family("gemma3_text", query_pre_attn_scalar=9)
+    target = Width().target_config(FAMILIES["gemma3_text"], config)
+    assert target["query_pre_attn_scalar"] == 9

@@ -1,0 +1,252 @@
+"""The tables against stock transformers: names, shapes, counts; and what is refused."""
+
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoConfig, LlamaConfig, PreTrainedModel
+
+from tests import oracle
+from tests.oracle.families import HEADS_DIVIDE_HIDDEN, OWN, SPARSE, final_norm_of, tiny
+from tritter.core.families import (
+    FAMILIES,
+    LLAMA,
+    Config,
+    Port,
+    family_of,
+    layout,
+    llama_config,
+    match,
+)
+from tritter.errors import RequestError, TritterError
+
+VARIANTS = [
+    {"tie_word_embeddings": tied, "attention_bias": attention, "mlp_bias": mlp}
+    for tied, attention, mlp in product([False, True], repeat=3)
+]
+
+
+def _plain(model: PreTrainedModel) -> Config:
+    return model.config.to_dict()
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_names_shapes_and_counts_are_those_of_the_stock_model(variant: dict[str, bool]) -> None:
+    model = oracle.tiny_llama(**variant)
+    config = _plain(model)
+    shapes = {t.disk_name: LLAMA.shape(t, config) for t in LLAMA.logical_tensors(config)}
+    # named_parameters gives a tied head once, as the files do.
+    assert shapes == {name: tuple(p.shape) for name, p in model.named_parameters()}
+    assert LLAMA.count_parameters(config) == sum(p.numel() for p in model.parameters())
+
+
+# Family → keys of its config that add or remove tensors, beside the tie
+FLAGS: dict[str, list[dict[str, object]]] = {
+    "qwen3": [{"attention_bias": True}],
+    "smollm3": [{"attention_bias": True, "mlp_bias": True}],
+    "granite": [{"attention_bias": True, "mlp_bias": True}],
+    "olmo2": [{"attention_bias": True}],
+    "glm4": [{"attention_bias": False}],
+    "gemma2": [{"attention_bias": True}],
+    "gemma3_text": [{"attention_bias": True}],
+    "gpt_neox": [{"attention_bias": False}],
+    "qwen2_moe": [{"qkv_bias": False}, {"mlp_only_layers": [], "decoder_sparse_step": 2}],
+    "qwen3_moe": [{"attention_bias": True}, {"mlp_only_layers": [0], "decoder_sparse_step": 1}],
+}
+CASES = [
+    pytest.param(family, {"tie_word_embeddings": tied, **flags}, id=f"{family}-{tied}-{flags}")
+    for family in OWN
+    for tied in (False, True)
+    for flags in ({}, *FLAGS.get(family, []))
+]
+
+
+def test_every_table_has_its_oracle() -> None:
+    assert set(OWN) == set(FAMILIES)
+    assert {f for f in OWN if FAMILIES[f].heads_divide_hidden} == set(HEADS_DIVIDE_HIDDEN)
+    assert {f for f in OWN if FAMILIES[f].has_experts} == set(SPARSE)
+
+
+@pytest.mark.quick_cases(6)
+@pytest.mark.parametrize(("family", "options"), CASES)
+def test_names_in_memory_and_on_disk_are_those_of_the_stock_class(
+    tmp_path: Path, family: str, options: dict[str, object]
+) -> None:
+    model, table = tiny(family, **options), FAMILIES[family]
+    config = _plain(model)
+    live = {stored.name: stored.shape for stored in layout(config, "live")}
+    assert live == {name: tuple(p.shape) for name, p in model.named_parameters()}
+    model.save_pretrained(tmp_path)
+    with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
+        saved = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    assert saved == {stored.name: stored.shape for stored in layout(config, "hub")}
+    assert table.count_parameters(config) == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.quick_cases(11)
+@pytest.mark.parametrize("family", OWN)
+@pytest.mark.parametrize("is_odd", [False, True])
+def test_the_class_refuses_what_the_table_says_it_refuses(family: str, is_odd: bool) -> None:
+    """Some want a hidden size that the head count divides; the others do not ask."""
+    if not (is_odd and FAMILIES[family].heads_divide_hidden):
+        assert tiny(family, hidden_size=23 if is_odd else 24).config.hidden_size in (23, 24)
+        return
+    said = r"not (a multiple of|divisible by) the number of attention|divisible by num_heads"
+    with pytest.raises(Exception, match=said):
+        tiny(family, hidden_size=23)
+
+
+@pytest.mark.quick_cases(6)
+@pytest.mark.parametrize("family", OWN)
+def test_what_a_block_adds_to_the_stream(family: str) -> None:
+    """With these tensors silent a model passes its embeddings on to the last norm."""
+    model, table = tiny(family), FAMILIES[family]
+    config = _plain(model)
+    silent = {
+        stored.name: -table.norm_offset if part.tensor.axes[0].port is Port.GAIN else 0.0
+        for stored in layout(config, "live")
+        for part in stored.parts
+        if table.branch_output(part.tensor)
+    }
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in silent:
+                parameter.fill_(silent[name])
+        output = model.base_model(input_ids=oracle.tokens(), output_hidden_states=True)
+    embedded, *_, last = output.hidden_states  # as the model scales them
+    torch.testing.assert_close(last, final_norm_of(model)(embedded))
+
+
+def test_head_dim_need_not_be_hidden_size_over_heads() -> None:
+    model = oracle.tiny_llama(head_dim=10)
+    config = _plain(model)
+    assert LLAMA.dimensions(config).query_size == 40
+    assert LLAMA.dimensions(config).key_value_size == 20
+    assert LLAMA.count_parameters(config) == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("variant", VARIANTS[:1] + VARIANTS[-1:], ids=str)
+def test_every_axis_lives_in_a_space_and_logical_names_are_unique(
+    variant: dict[str, bool],
+) -> None:
+    config = _plain(oracle.tiny_llama(**variant))
+    tensors = LLAMA.logical_tensors(config)
+    assert len({tensor.name for tensor in tensors}) == len(tensors)
+    for tensor in tensors:
+        assert "{layer}" not in tensor.name + tensor.disk_name
+        is_norm = [axis.port is Port.GAIN for axis in tensor.axes]
+        assert not any(is_norm) or len(is_norm) == 1
+    spaces = {axis.space.name for tensor in tensors for axis in tensor.axes}
+    assert {"vocab", "residual", "layers.2.ffn", "head_input"} <= spaces
+    assert "layers.3.ffn" not in spaces
+
+
+def test_a_tensor_knows_its_kind_its_layer_and_its_expert() -> None:
+    config = _plain(tiny("qwen2_moe"))
+    known = {t.name: t for t in family_of(config).logical_tensors(config)}
+    places = {name: (t.kind, t.layer, t.expert) for name, t in known.items()}
+    assert len(set(places.values())) == len(places)
+    assert places["embed"] == ("embed", None, None)
+    assert places["layers.1.ffn.gate"] == ("ffn.gate", 1, None)
+    assert places["layers.2.experts.3.down"] == ("experts.down", 2, 3)
+    assert places["layers.0.shared_expert.up"] == ("shared_expert.up", 0, None)
+    spaces = [axis.space for axis in known["layers.2.experts.3.down"].axes]
+    assert [space.name for space in spaces] == ["residual", "layers.2.experts.3.ffn"]
+
+
+def test_missing_sizes_get_the_defaults_of_transformers() -> None:
+    config: Config = {
+        "hidden_size": 24,
+        "intermediate_size": 40,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "vocab_size": 97,
+        "num_key_value_heads": None,
+        "head_dim": None,
+    }
+    stock = LlamaConfig(**config)
+    dimensions = LLAMA.dimensions(config)
+    assert dimensions.num_key_value_heads == stock.num_key_value_heads == 4
+    assert dimensions.head_dim == stock.head_dim == 6
+
+
+@pytest.mark.parametrize("value", [None, 0, -4, 2.5, "24", True])
+def test_a_size_that_is_no_whole_number_is_refused(value: object) -> None:
+    config = {**_plain(oracle.tiny_llama()), "hidden_size": value}
+    with pytest.raises(RequestError, match="hidden_size = "):
+        LLAMA.dimensions(config)
+
+
+def test_a_checkpoint_is_matched_in_full() -> None:
+    model = oracle.tiny_llama()
+    config, names = _plain(model), set(dict(model.named_parameters()))
+    matched = {stored.name: stored.parts[0].tensor for stored in match(config, names)}
+    assert set(matched) == names
+    assert matched["model.layers.1.mlp.up_proj.weight"].name == "layers.1.ffn.up"
+    with pytest.raises(TritterError, match=r"1 tensors are missing: lm_head\.weight"):
+        match(config, names - {"lm_head.weight"})
+    with pytest.raises(
+        TritterError, match=r"llama does not have: model\.layers\.0\.extra"
+    ) as error:
+        match(config, {*names, "model.layers.0.extra"})
+    assert "missing" not in str(error.value)
+
+
+def test_many_wrong_names_are_counted_and_five_are_shown() -> None:
+    config = _plain(oracle.tiny_llama())
+    with pytest.raises(TritterError, match=r"30 tensors are missing: .*\(25 more\)"):
+        match(config, [])
+
+
+def test_a_redundant_tied_head_is_allowed_and_not_counted() -> None:
+    config = _plain(oracle.tiny_llama(tie_word_embeddings=True))
+    names = {tensor.disk_name for tensor in LLAMA.logical_tensors(config)}
+    assert "lm_head.weight" not in names
+    assert {s.name for s in match(config, {*names, "lm_head.weight"})} == names
+
+
+@pytest.mark.parametrize("model_type", ["bloom", "lama", None])
+def test_an_unknown_family_is_refused_with_the_list(model_type: object) -> None:
+    with pytest.raises(RequestError) as error:
+        family_of({"model_type": model_type})
+    assert f"'{model_type}'" in str(error.value)
+    assert ", ".join(sorted(FAMILIES)) in str(error.value)
+    assert "Did you mean" not in str(error.value)  # a similar name is no similar model
+
+
+@pytest.mark.parametrize(("model_type", "said"), [("gemma3", "images")])
+def test_a_family_that_people_ask_for_is_refused_with_the_reason(
+    model_type: str, said: str
+) -> None:
+    with pytest.raises(
+        RequestError, match=rf"'{model_type}' is not .*{said}.*; supported are gemma2, "
+    ):
+        family_of({"model_type": model_type})
+
+
+def test_llama_config_is_what_transformers_makes_of_it() -> None:
+    config = llama_config(
+        vocab_size=97,
+        hidden_size=24,
+        intermediate_size=40,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        rms_norm_eps=1e-5,
+        rope_theta=5e5,
+        max_position_embeddings=64,
+        initializer_range=0.03,
+    )
+    options = {key: value for key, value in config.items() if key != "model_type"}
+    stock = AutoConfig.for_model("llama", **options).to_dict()
+    assert {key: stock[key] for key in config} == config
+
+
+@pytest.mark.parametrize("step", [0, -1, "two", None])
+def test_a_pattern_of_sparse_layers_that_is_none_is_refused(step: object) -> None:
+    config = {**_plain(tiny("qwen3_moe")), "decoder_sparse_step": step}
+    with pytest.raises(RequestError, match="decoder_sparse_step"):
+        family_of(config).count_parameters(config)

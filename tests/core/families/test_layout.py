@@ -1,0 +1,166 @@
+"""Experts on disk and in memory: one tensor each, or those of a layer in one; nothing is lost."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from tests import oracle
+from tests.oracle import growth as oracle_growth
+from tests.oracle.families import DENSE, SPARSE, generic, tiny
+from tritter.checkpoints.source import Source
+from tritter.core.expansions import ExpansionSpec, LlamaPro, Moe, Stack
+from tritter.core.families import family_of, layout, match, pack_all, unpack_all
+from tritter.core.models import disk_tensors, live_tensors, load_model, named_tensors, read_config
+from tritter.errors import TritterError
+from tritter.transform import expand
+
+
+def fused(model: PreTrainedModel, folder: Path) -> Path:
+    """Save a model under the names that it has in memory, as some tools do."""
+    oracle.saved(model, folder)
+    state = {name: value.contiguous() for name, value in model.state_dict().items()}
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def held(folder: Path) -> dict[str, Tensor]:
+    return {k: v for path in folder.glob("*.safetensors") for k, v in load_file(path).items()}
+
+
+@pytest.mark.parametrize("family", generic())
+def test_the_hub_layout_is_what_stock_saves_and_the_live_one_what_it_holds(
+    tmp_path: Path, family: str
+) -> None:
+    model = tiny(family)
+    config = oracle_growth.config_of(model)
+    saved = held(oracle.saved(model, tmp_path / "source"))
+    hub = {stored.name: stored.shape for stored in layout(config, "hub")}
+    live = {stored.name: stored.shape for stored in layout(config, "live")}
+    assert hub == {name: tuple(value.shape) for name, value in saved.items()}
+    assert live == {name: tuple(p.shape) for name, p in model.named_parameters()}
+    renamed = {"embed_out.weight", "lm_head.weight"} if family == "gpt_neox" else set()
+    assert (hub.keys() ^ live.keys() == renamed) == (family in DENSE)
+
+
+@pytest.mark.parametrize("family", SPARSE)
+def test_parts_are_those_that_stock_unfuses(tmp_path: Path, family: str) -> None:
+    """Gate rows stand above up rows; the experts follow each other."""
+    model = tiny(family)
+    config = oracle_growth.config_of(model)
+    saved = held(oracle.saved(model, tmp_path / "source"))
+    named = dict(named_tensors(model, config))
+    assert named.keys() == saved.keys()
+    assert all(torch.equal(named[name], saved[name]) for name in saved)
+    state = model.state_dict()
+    assert all(torch.equal(v, state[k]) for k, v in live_tensors(config, saved).items())
+    assert all(torch.equal(v, saved[k]) for k, v in disk_tensors(config, state).items())
+
+
+@pytest.mark.parametrize("family", SPARSE)
+def test_packing_is_undone_by_unpacking(family: str) -> None:
+    model = tiny(family)
+    config = oracle_growth.config_of(model)
+    table = family_of(config)
+    values = unpack_all(layout(config, "live"), model.state_dict())
+    assert set(values) == {tensor.name for tensor in table.logical_tensors(config)}
+    again = pack_all(layout(config, "live"), values)
+    assert all(torch.equal(again[name], model.state_dict()[name]) for name in again)
+    one = "layers.2.experts.1.down" if family == "qwen2_moe" else "layers.1.experts.1.down"
+    (alone,) = pack_all(layout(config, "live"), {one: values[one]}).values()
+    assert torch.equal(alone[1], values[one])
+    assert not bool(alone[0].any()) and not bool(alone[2:].any())
+
+
+@pytest.mark.parametrize("family", SPARSE)
+def test_a_checkpoint_of_either_layout_is_matched_in_full(tmp_path: Path, family: str) -> None:
+    model = tiny(family)
+    config = oracle_growth.config_of(model)
+    for kind in ("hub", "live"):
+        stored = layout(config, kind)  # type: ignore[arg-type]
+        names = {tensor.name for tensor in stored}
+        assert match(config, names) == stored
+        missing = next(name for name in names if "experts" in name)
+        with pytest.raises(TritterError, match="1 tensors are missing") as error:
+            match(config, names - {missing})
+        assert missing in str(error.value)
+        with pytest.raises(
+            TritterError, match=r"does not have: model\.layers\.0\.mlp\.experts\.extra"
+        ):
+            match(config, {*names, "model.layers.0.mlp.experts.extra"})
+
+
+SPECS: list[list[ExpansionSpec]] = [[LlamaPro()], [Stack(identity_init=True), LlamaPro()]]
+
+
+@pytest.mark.quick_cases(1)
+@pytest.mark.parametrize("specs", SPECS, ids=str)
+@pytest.mark.parametrize("family", SPARSE)
+def test_either_layout_in_and_out(tmp_path: Path, family: str, specs: list[ExpansionSpec]) -> None:
+    model = tiny(family)
+    sources = {
+        "hub": oracle.saved(model, tmp_path / "hub"),
+        "live": fused(model, tmp_path / "live"),
+    }
+    results = {}
+    for came in sources:
+        for goes in ("hub", "live"):
+            folder = tmp_path / f"{came}-{goes}"
+            results[came, goes] = expand(
+                sources[came], folder, specs, expert_layout=goes, max_shard_bytes=30_000
+            )
+            after = oracle.stock(folder)
+            assert oracle.relative_difference(model, after, oracle.tokens()) < 1e-4
+            ours = load_model(folder)
+            assert oracle.relative_difference(after, ours, oracle.tokens()) < 1e-5
+    for goes in ("hub", "live"):
+        first, second = held(tmp_path / f"hub-{goes}"), held(tmp_path / f"live-{goes}")
+        assert first.keys() == second.keys()
+        assert all(torch.equal(first[name], second[name]) for name in first)
+        hashes = {results[came, goes].lineage.model_hash for came in sources}
+        assert len(hashes) == 1
+    # The hash is over the tensors as they lie in the files
+    assert len({result.lineage.model_hash for result in results.values()}) == 2
+    assert len({result.lineage.parent_hash for result in results.values()}) == 2
+
+
+@pytest.mark.quick_cases(1)
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_upcycling_writes_either_layout(tmp_path: Path, family: str) -> None:
+    model = tiny(family)
+    source = oracle.saved(model, tmp_path / "source")
+    spec = Moe(noise=0.0, num_experts=4)
+    hub = expand(source, tmp_path / "hub", [spec])
+    live = expand(source, tmp_path / "live", [spec], expert_layout="live")
+    assert len(held(live.folder)) < len(held(hub.folder))
+    assert hub.lineage.parent_hash == live.lineage.parent_hash
+    first, second = oracle.stock(hub.folder), oracle.stock(live.folder)
+    assert all(
+        torch.equal(value, second.state_dict()[name]) for name, value in first.state_dict().items()
+    )
+
+
+def test_one_expert_is_read_out_of_its_layer(tmp_path: Path) -> None:
+    model = tiny("mixtral")
+    folder = fused(model, tmp_path / "source")
+    source = Source.open(folder, read_config(folder))
+    experts = model.model.layers[1].mlp.experts
+    up, down = source.read("layers.1.experts.2.up"), source.read("layers.1.experts.2.down")
+    assert torch.equal(up, experts.gate_up_proj[2, 40:])
+    assert torch.equal(down, experts.down_proj[2])
+    assert source.dtype("layers.1.experts.2.up") is torch.float32
+
+
+def test_a_layer_that_stays_dense_has_the_dense_tensors() -> None:
+    config = oracle_growth.config_of(tiny("qwen3_moe"))
+    table = family_of(config)
+    assert table.layer_kinds(config)[:3] == ["dense", "sparse", "dense"]
+    names = {tensor.name for tensor in table.logical_tensors(config)}
+    assert {"layers.0.ffn.gate", "layers.1.experts.3.gate", "layers.1.router"} <= names
+    assert not {"layers.1.ffn.gate", "layers.0.router"} & names
+    none = dataclasses.replace(table, sparse_layers="none")
+    assert not none.has_experts

@@ -1,0 +1,76 @@
+"""Size presets: names that fit their counts, and option files that say the same."""
+
+import math
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tritter.conf_folder import config_folder
+from tritter.config.launch.composition import load_config
+from tritter.config.validation import source_config
+from tritter.core.families import LLAMA
+from tritter.core.families.presets import (
+    PRESETS,
+    Preset,
+    aspect_ratio_at,
+    find_preset,
+)
+from tritter.errors import RequestError
+
+ALL = list(PRESETS.values())
+
+
+@pytest.mark.parametrize("preset", ALL, ids=list(PRESETS))
+def test_a_name_fits_its_count(preset: Preset) -> None:
+    unit = {"m": 1e6, "b": 1e9}[preset.name[-1]]
+    named = float(preset.name.removeprefix("tritter_")[:-1]) * unit
+    assert preset.nominal_parameters == named
+    assert LLAMA.count_parameters(preset.config()) == pytest.approx(named, rel=0.1)
+
+
+@pytest.mark.parametrize("preset", ALL, ids=list(PRESETS))
+def test_a_count_is_that_of_the_shapes_by_hand(preset: Preset) -> None:
+    d, f, layers = preset.hidden_size, preset.intermediate_size, preset.num_hidden_layers
+    kv = d // preset.num_attention_heads * preset.num_key_value_heads
+    embeddings = 32_000 * d * (1 if preset.tie_word_embeddings else 2)
+    by_hand = embeddings + d + layers * (2 * d * d + 2 * d * kv + 3 * d * f + 2 * d)
+    assert LLAMA.count_parameters(preset.config()) == by_hand
+
+
+def test_published_shapes_have_their_published_counts() -> None:
+    """Mistral 7B and SOLAR 10.7B have this vocabulary themselves."""
+    assert LLAMA.count_parameters(PRESETS["tritter_7b"].config()) == 7_241_732_096
+    assert LLAMA.count_parameters(PRESETS["tritter_10b"].config()) == 10_731_524_096
+
+
+@pytest.mark.quick_cases(2)
+@pytest.mark.parametrize("preset", ALL, ids=list(PRESETS))
+def test_an_option_file_composes_to_its_preset(preset: Preset, tmp_path: Path) -> None:
+    config = load_config([f"model={preset.name}", f"cache_dir={tmp_path}"])
+    assert source_config(config) == preset.config(vocab_size=config.data.vocab_size)
+
+
+@pytest.mark.parametrize("preset", ALL, ids=list(PRESETS))
+def test_an_option_file_states_its_count(preset: Preset) -> None:
+    path = config_folder() / "model" / f"{preset.name}.yaml"
+    count = LLAMA.count_parameters(preset.config())
+    size = f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.0f} M"
+    assert f"({size} parameters" in path.read_text().splitlines()[0]
+    assert yaml.safe_load(path.read_text())["num_hidden_layers"] == preset.num_hidden_layers
+
+
+def test_a_name_is_found_in_any_spelling() -> None:
+    assert find_preset("Tritter-7B") is PRESETS["tritter_7b"]
+    with pytest.raises(RequestError, match=r"'tritter_8b' is no preset.*tritter_14b.*Did you mean"):
+        find_preset("tritter_8b")
+
+
+def test_aspect_ratios_pass_through_the_presets_and_lie_between_them() -> None:
+    for preset in ALL:
+        assert aspect_ratio_at(preset.nominal_parameters) == pytest.approx(preset.aspect_ratio)
+    small, large = PRESETS["tritter_350m"], PRESETS["tritter_1b"]
+    between = aspect_ratio_at(math.sqrt(small.nominal_parameters * large.nominal_parameters))
+    assert between == pytest.approx(math.sqrt(small.aspect_ratio * large.aspect_ratio))
+    assert aspect_ratio_at(1) == ALL[0].aspect_ratio
+    assert aspect_ratio_at(1e15) == ALL[-1].aspect_ratio

@@ -1,0 +1,189 @@
+"""Moving values: a case by hand, the matrix identities, fills, noise, masks."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.core.parameter_map import consumer_matrix, producer_matrix
+from tritter.core.parameter_map import (
+    AxisFactor,
+    AxisMap,
+    Fill,
+    Quantity,
+    TensorMap,
+    carried,
+    map_tensor,
+)
+
+# Two neurons become three, neuron 1 twice with shares .9/.1; two inputs become four by tiling.
+NEURONS = AxisMap.copied(2, [0, 1, 1], torch.tensor([1.0, 0.9, 0.1], dtype=torch.float64))
+INPUTS = AxisMap.tiled(2, 4)
+WEIGHT = torch.tensor([[1.0, 2.0], [3.0, 4.0]], dtype=torch.float64)
+
+UP = TensorMap("up", (AxisFactor.writes(NEURONS), AxisFactor.reads(INPUTS)))
+DOWN = TensorMap("down", (AxisFactor.writes(INPUTS), AxisFactor.reads(NEURONS)))
+
+
+def _close(actual: Tensor, expected: list[list[float]]) -> None:
+    torch.testing.assert_close(actual, torch.tensor(expected, dtype=torch.float64))
+
+
+def test_two_by_two_by_hand() -> None:
+    _close(
+        map_tensor(UP, WEIGHT),
+        [[0.5, 1.0, 0.5, 1.0], [1.5, 2.0, 1.5, 2.0], [1.5, 2.0, 1.5, 2.0]],
+    )
+    _close(
+        map_tensor(UP, WEIGHT, quantity=Quantity.GRADIENT),
+        [[1.0, 2.0, 1.0, 2.0], [2.7, 3.6, 2.7, 3.6], [0.3, 0.4, 0.3, 0.4]],
+    )
+    _close(
+        map_tensor(UP, WEIGHT, quantity=Quantity.SQUARED_GRADIENT),
+        [[1.0, 2.0, 1.0, 2.0], [2.43, 3.24, 2.43, 3.24], [0.03, 0.04, 0.03, 0.04]],
+    )
+    _close(
+        map_tensor(UP, WEIGHT, quantity=Quantity.PATH_INTEGRAL),
+        [[0.5, 1.0, 0.5, 1.0], [1.35, 1.8, 1.35, 1.8], [0.15, 0.2, 0.15, 0.2]],
+    )
+    _close(
+        map_tensor(DOWN, WEIGHT),
+        [[1.0, 1.8, 0.2], [3.0, 3.6, 0.4], [1.0, 1.8, 0.2], [3.0, 3.6, 0.4]],
+    )
+    _close(
+        map_tensor(DOWN, WEIGHT, quantity=Quantity.GRADIENT),
+        [[0.5, 1.0, 1.0], [1.5, 2.0, 2.0], [0.5, 1.0, 1.0], [1.5, 2.0, 2.0]],
+    )
+
+
+def test_agrees_with_the_dense_matrices() -> None:
+    """W' = E_O·W·C_I and G' = C_Oᵀ·G·E_Iᵀ, computed by another path."""
+    weight = torch.randn(2, 2, dtype=torch.float64)
+    dense = producer_matrix(NEURONS) @ weight @ consumer_matrix(INPUTS)
+    torch.testing.assert_close(map_tensor(UP, weight), dense)
+    dense = consumer_matrix(NEURONS).T @ weight @ producer_matrix(INPUTS).T
+    torch.testing.assert_close(map_tensor(UP, weight, quantity=Quantity.GRADIENT), dense)
+
+
+def test_a_two_layer_network_is_kept_and_the_often_written_halving_is_not() -> None:
+    """Negative control of DESIGN 6: halving the copied neuron's own rows breaks the function."""
+    up, down = torch.randn(2, 2, dtype=torch.float64), torch.randn(2, 2, dtype=torch.float64)
+    nonlinear = TensorMap("up", (AxisFactor.writes_nonlinear(NEURONS), None))
+    out = TensorMap("down", (None, AxisFactor.reads(NEURONS)))
+    x = torch.randn(5, 2, dtype=torch.float64)
+    before = torch.tanh(x @ up.T) @ down.T
+    after = torch.tanh(x @ map_tensor(nonlinear, up).T) @ map_tensor(out, down).T
+    torch.testing.assert_close(after, before)
+
+    halves = torch.tensor([[1.0], [0.5], [0.5]], dtype=torch.float64)
+    wrong = torch.tanh(x @ (up[[0, 1, 1]] * halves).T) @ down[:, [0, 1, 1]].T
+    assert float((wrong - before).abs().max()) > 1e-2
+
+
+def test_a_write_through_a_nonlinearity_is_unscaled_and_its_gradient_has_p_times_s() -> None:
+    scaled = AxisFactor.writes_nonlinear(AxisMap.tiled(2, 4).rebalanced(scale=4.0))
+    assert scaled.weight.tolist() == [1, 1, 1, 1]
+    assert scaled.gradient.tolist() == [0.5, 0.5, 0.5, 0.5]
+
+
+def test_a_gain_takes_the_ratio_and_its_gradient_the_inverse() -> None:
+    gain = AxisFactor.gain(AxisMap.tiled(2, 4), rms_ratio=0.8)
+    assert gain.weight.tolist() == [0.8] * 4
+    assert gain.gradient.tolist() == [0.625] * 4
+
+
+def test_the_number_of_axes_must_fit() -> None:
+    with pytest.raises(ValueError, match=r"2 axes met a tensor of shape \(2,\)"):
+        map_tensor(UP, torch.zeros(2))
+
+
+def test_a_map_without_axes_copies_and_does_not_alias() -> None:
+    source = torch.randn(2, 3)
+    result = map_tensor(TensorMap("x"), source)
+    assert torch.equal(result, source)
+    result.zero_()
+    assert bool(source.any())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_dtype_stays(dtype: torch.dtype) -> None:
+    assert map_tensor(UP, WEIGHT.to(dtype)).dtype == dtype
+    filled = _padded(Fill("random", std=1.0, seed=1))
+    assert map_tensor(filled, WEIGHT.to(dtype)).dtype == dtype
+
+
+def _padded(fill: Fill) -> TensorMap:
+    return TensorMap("w", (AxisFactor.reads(AxisMap.padded(2, 4)), None), fill=fill)
+
+
+def test_zero_and_mean_fill() -> None:
+    assert map_tensor(_padded(Fill("zero")), WEIGHT).tolist() == [[1, 2], [3, 4], [0, 0], [0, 0]]
+    mean = map_tensor(_padded(Fill("mean")), WEIGHT)
+    assert mean.tolist() == [[1, 2], [3, 4], [2.5, 2.5], [2.5, 2.5]]
+
+
+def test_random_fill_follows_its_seed_alone() -> None:
+    source = torch.randn(2, 500)
+    first = map_tensor(_padded(Fill("random", std=0.3, seed=7)), source)
+    torch.manual_seed(99)
+    again = map_tensor(_padded(Fill("random", std=0.3, seed=7)), source)
+    other = map_tensor(_padded(Fill("random", std=0.3, seed=8)), source)
+    assert torch.equal(first, again)
+    assert torch.equal(first[:2], source)
+    assert not torch.equal(first[2:], other[2:])
+    assert 0.27 < float(first[2:].std()) < 0.33
+
+
+@pytest.mark.parametrize("quantity", [q for q in Quantity if q is not Quantity.WEIGHT])
+def test_what_lives_on_weights_is_zero_in_new_coordinates(quantity: Quantity) -> None:
+    mapped = map_tensor(_padded(Fill("random", std=1.0)), WEIGHT, quantity=quantity)
+    assert bool((mapped[2:] == 0).all())
+    assert bool((mapped[:2] != 0).all())
+
+
+def test_fresh_state_copies_weights_and_starts_moments_anew() -> None:
+    fresh = replace(UP, state="fresh")
+    assert torch.equal(map_tensor(fresh, WEIGHT), map_tensor(UP, WEIGHT))
+    assert not map_tensor(fresh, WEIGHT, quantity=Quantity.GRADIENT).any()
+
+
+def test_zeroed_copies_have_the_shape_and_no_values() -> None:
+    zeroed = map_tensor(replace(UP, is_zeroed=True), WEIGHT)
+    assert zeroed.shape == (3, 4)
+    assert not zeroed.any()
+
+
+def test_noise_falls_on_second_copies_alone() -> None:
+    rows = TensorMap("up", (AxisFactor.writes(NEURONS), None), noise=0.01, noise_seed=3)
+    difference = map_tensor(rows, WEIGHT) - map_tensor(replace(rows, noise=0.0), WEIGHT)
+    assert bool((difference[:2] == 0).all())
+    assert bool((difference[2] != 0).all())
+    assert float(difference.abs().max()) < 0.1
+    assert torch.equal(map_tensor(rows, WEIGHT), map_tensor(rows, WEIGHT))
+    assert not torch.equal(
+        map_tensor(rows, WEIGHT), map_tensor(replace(rows, noise_seed=4), WEIGHT)
+    )
+
+
+def test_carried_marks_what_has_a_history() -> None:
+    everything = torch.ones(2, 2, dtype=torch.bool)
+    assert carried(UP, everything).all()
+    assert carried(_padded(Fill()), everything).tolist() == [
+        [True, True],
+        [True, True],
+        [False, False],
+        [False, False],
+    ]
+    assert not carried(replace(UP, is_zeroed=True), everything).any()
+    assert not carried(replace(UP, state="fresh"), everything).any()
+    assert carried(TensorMap("x"), everything).all()
+
+
+def test_carried_through_two_maps_in_a_row() -> None:
+    """New rows of the first map are copied by the second: copies of the new stay new."""
+    first = TensorMap("w", (AxisFactor.reads(AxisMap.padded(2, 3)), None))
+    second = TensorMap("w", (AxisFactor.writes(AxisMap.tiled(3, 7)), None))
+    mask = carried(second, carried(first, torch.ones(2, 2, dtype=torch.bool)))
+    assert mask.all(dim=1).tolist() == [True, True, False, True, True, False, False]
+    assert torch.equal(mask.all(dim=1), mask.any(dim=1))

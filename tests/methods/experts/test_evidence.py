@@ -1,0 +1,214 @@
+"""Gates by token counts: against a loop over tokens, causal, with caches, padding and documents."""
+
+import copy
+import io
+import math
+import pickle
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from tests.methods.experts.mixtures import TARGETS
+from tests.oracle import tiny_llama
+from tritter.data.packing import Apart, read_apart
+from tritter.errors import RequestError
+from tritter.methods.experts.adapters import AdapterShape, parameters_of
+from tritter.methods.experts.gates import Routing
+from tritter.methods.experts.mixture import NO_TOKEN, Evidence, ExpertMixture, RouterKind
+
+END, SIZE = 0, 16
+
+
+def evidence(*, window: int = 6, number: int = 3) -> Evidence:
+    made = Evidence(SIZE, end_of_text_id=END, window=window)
+    generator = torch.Generator().manual_seed(3)
+    for place in range(number):
+        made.add_row()
+        shares = torch.rand(SIZE, generator=generator) ** 4
+        made.count(place, torch.multinomial(shares, 4000, replacement=True, generator=generator))
+    return made
+
+
+def mixture_of(router: RouterKind = "evidence", *, top_k: int | None = None) -> ExpertMixture:
+    """Return experts beside the base that change logits much, in float64."""
+    model = tiny_llama().double().eval()
+    options = {"end_of_text_id": END, "window": 6}
+    mixture = ExpertMixture(model, router=router, has_base=True, evidence=options)
+    size = model.config.vocab_size
+    torch.manual_seed(4)
+    for number in range(2):
+        mixture.add(f"e{number}", AdapterShape(3, 6.0, TARGETS), seed=number)
+    with torch.no_grad():
+        for name in mixture.adapters:
+            for key, parameter in parameters_of(model, name).items():
+                if ".lora_B." in key:
+                    parameter.normal_(std=0.3)
+        for each in mixture.routers():
+            each.weight.normal_(std=0.3)
+    assert mixture.evidence is not None
+    for number in range(3):
+        shares = torch.rand(size) ** 4
+        mixture.evidence.count(number, torch.multinomial(shares, 5000, replacement=True))
+    mixture.routing = Routing(top_k=top_k)
+    return mixture
+
+
+def by_hand(made: Evidence, ids: list[int]) -> list[list[float]]:
+    """Return logits of a sequence, token by token as the definition has it."""
+    counts = made.counts.double().tolist()
+    totals = [sum(row) for row in counts]
+    mean = [
+        sum((row[v] + 0.5) / (n + 0.5 * SIZE) for row, n in zip(counts, totals, strict=True)) / 3
+        for v in range(SIZE)
+    ]
+    found = []
+    for place in range(len(ids)):
+        own: list[int] = []
+        for token in reversed(ids[max(0, place - made.window + 1) : place + 1]):
+            if token in (END, NO_TOKEN):
+                break
+            own.append(token)
+        logits = [
+            (made.prior if e else 0.0)
+            + made.scale
+            * sum(math.log((counts[e][v] + 1000 * mean[v]) / (totals[e] + 1000)) for v in own)
+            for e in range(3)
+        ]
+        found.append([max(-8.0, each - max(logits)) for each in logits])
+    return found
+
+
+def tokens(*shape: int, seed: int = 0, high: int = SIZE) -> Tensor:
+    return torch.randint(0, high, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_logits_are_those_of_the_definition() -> None:
+    made, ids = evidence(), tokens(2, 40)
+    ids[0, :5] = NO_TOKEN
+    found = made(ids)
+    for row in range(2):
+        expected = torch.tensor(by_hand(made, ids[row].tolist()), dtype=torch.float64)
+        torch.testing.assert_close(found[row], expected, rtol=0, atol=1e-10)
+    assert found[1].argmax(-1).unique().numel() > 1, "an evidence that never turns tests nothing"
+
+
+def test_counts_are_seen_at_once_and_rows_come_and_go() -> None:
+    made, ids = evidence(), tokens(1, 12, seed=1)
+    before = made(ids)
+    made.count(2, ids.clamp_min(1).expand(400, -1))
+    after = made(ids)
+    assert (after[..., 2] - before[..., 2]).max() > 0.1
+    made.add_row()
+    assert made(ids).shape == (1, 12, 4)
+    made.keep_rows([0, 1, 2])
+    assert torch.equal(made(ids), after)
+    assert made.counts.dtype == torch.int64 and made.bfloat16().counts.dtype == torch.int64
+
+
+@pytest.mark.quick_cases(2)
+@pytest.mark.parametrize("router", ["evidence", "both"])
+@pytest.mark.parametrize("top_k", [None, 2, 1])
+def test_a_later_token_changes_no_earlier_logit(router: RouterKind, top_k: int | None) -> None:
+    mixture, ids = mixture_of(router, top_k=top_k), tokens(2, 20, seed=2, high=64)
+    changed = ids.clone()
+    changed[:, 11] = (ids[:, 11] + 7) % 64
+    with torch.no_grad():
+        one, other = (mixture.model(input_ids=x, use_cache=False).logits for x in (ids, changed))
+    assert (one[:, :11] - other[:, :11]).abs().max() < 1e-12
+    assert (one[:, 11:] - other[:, 11:]).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_a_cache_goes_on_from_what_was_read() -> None:
+    mixture, ids = mixture_of(), tokens(2, 20, seed=5, high=64)
+    whole = mixture.model(input_ids=ids, use_cache=False).logits
+    cache = DynamicCache()
+    parts = [
+        mixture.model(input_ids=part, past_key_values=cache, use_cache=True).logits
+        for part in ids.split([9, 1, 1, 9], dim=1)
+    ]
+    assert (torch.cat(parts, dim=1) - whole).abs().max() < 1e-12
+    with mixture.off():
+        foreign = mixture.model(input_ids=ids, use_cache=True).past_key_values
+    with pytest.raises(RequestError, match="did not read"):
+        mixture.model(input_ids=ids[:, :1], past_key_values=foreign, use_cache=True)
+
+
+@torch.no_grad()
+def test_generate_writes_what_single_passes_would() -> None:
+    mixture, ids = mixture_of(), tokens(1, 7, seed=8, high=64)
+    written = mixture.model.generate(ids, max_new_tokens=12, do_sample=False, pad_token_id=END)
+    seen = ids
+    for _ in range(written.shape[1] - 7):
+        logits = mixture.model(input_ids=seen, use_cache=False).logits
+        seen = torch.cat([seen, logits[:, -1:].argmax(-1)], dim=1)
+    assert torch.equal(written, seen)
+
+
+@torch.no_grad()
+def test_beams_take_what_was_read_along() -> None:
+    mixture, ids = mixture_of(), tokens(2, 7, seed=8, high=64)
+    options = {"max_new_tokens": 12, "num_beams": 4, "do_sample": False, "pad_token_id": END}
+    cached, plain = (mixture.model.generate(ids, use_cache=has, **options) for has in (True, False))
+    assert torch.equal(cached, plain)
+    with pytest.raises(RequestError, match="assisted writing"):
+        mixture.model.generate(ids[:1], max_new_tokens=12, prompt_lookup_num_tokens=3)
+
+
+@pytest.mark.quick_cases(1)
+@pytest.mark.parametrize("top_k", [None, 1])
+@torch.no_grad()
+def test_a_packed_document_has_the_logits_it_has_alone(top_k: int | None) -> None:
+    mixture = mixture_of("both", top_k=top_k)
+    read_apart(mixture.model, Apart(END))
+    one, two = (tokens(1, length, seed=length, high=63) + 1 for length in (7, 11))
+    end = torch.full((1, 1), END)
+    packed = torch.cat([end, one, end, two, end, end], dim=1)
+    alone = torch.cat([end, two], dim=1)
+    found = mixture.model(input_ids=packed).logits[:, 8:20]
+    assert (found - mixture.model(input_ids=alone).logits).abs().max() < 1e-12
+    (other,) = mixture_of("both", top_k=top_k).model(input_ids=packed, use_cache=False).logits
+    assert (found - other[8:20]).abs().max() > 1e-3, "as one stream it is another"
+
+
+@torch.no_grad()
+def test_padding_on_the_left_is_no_evidence() -> None:
+    mixture, ids = mixture_of(), tokens(1, 10, seed=6, high=63) + 1
+    plain = mixture.model(input_ids=ids, use_cache=False).logits
+    padded = torch.cat([torch.full((1, 4), 9), ids], dim=1)
+    mask = torch.cat([torch.zeros(1, 4), torch.ones(1, 10)], dim=1).long()
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    options = {"attention_mask": mask, "position_ids": positions, "use_cache": False}
+    found = mixture.model(input_ids=padded, **options).logits[:, 4:]
+    assert (found - plain).abs().max() < 1e-10
+
+
+@torch.no_grad()
+def test_an_expert_is_left_out_and_a_copy_has_gates_of_its_own() -> None:
+    mixture, ids = mixture_of(), tokens(2, 9, seed=7, high=64)
+    with mixture.without("e1"):
+        mixture.model(input_ids=ids, use_cache=False)
+    (gates,) = mixture.gates()
+    assert gates.weights[..., 2].abs().max() == 0
+    assert torch.allclose(gates.weights.sum(-1), torch.ones(2, 9, dtype=torch.float64))
+    plain = mixture.model(input_ids=ids, use_cache=False).logits
+    for other in (copy.deepcopy(mixture), pickle.load(io.BytesIO(pickle.dumps(mixture)))):
+        other.evidence.counts[1] += 1000
+        assert other.evidence is other.model.expert_evidence
+        assert (other.model(input_ids=ids, use_cache=False).logits - plain).abs().max() > 1e-6
+        assert torch.equal(mixture.model(input_ids=ids, use_cache=False).logits, plain)
+
+
+def test_the_base_is_an_expert_that_stays() -> None:
+    mixture = mixture_of()
+    assert mixture.names == ["base", "e0", "e1"] and mixture.adapters == ("e0", "e1")
+    with pytest.raises(RequestError, match="base itself"):
+        mixture.remove("base")
+    mixture.remove("e0")
+    assert mixture.names == ["base", "e1"]
+    assert mixture.evidence is not None and len(mixture.evidence.counts) == 2
+    learned = ExpertMixture(tiny_llama())
+    with pytest.raises(RequestError, match=r"experts\.targets = lm_head.*evidence"):
+        learned.add("e", AdapterShape(2, 4.0, ("lm_head",)), seed=0)

@@ -1,0 +1,426 @@
+"""Dynamic experts in trainings: found, known again, grown, resumed, on two processes."""
+
+import multiprocessing
+import signal
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning import Callback
+from rich.console import Console
+from torch import Tensor, nn
+
+from tests import oracle
+from tests.methods.experts.mixtures import mixture_of
+from tests.training.killed import KillAt, Killed
+from tests.training.test_fit import SCHEDULE, SETTINGS
+from tests.training.test_surgery import assert_same
+from tritter.config.folders import body_of, option_files
+from tritter.data.batches import BatchStream, SequenceStream
+from tritter.methods.experts.callback import ExpertCallback, Known
+from tritter.methods.experts.method import DynamicExperts
+from tritter.methods.experts.module import ExpertModule
+from tritter.methods.experts.options import FIRST, DynamicOptions
+from tritter.methods.experts.roster import Roster
+from tritter.methods.novelty import observe
+from tritter.training import FitResult, OptimizerSettings, Schedule, TrainerSettings, fit
+from tritter.training.checkpoint_io import SafetensorsCheckpointIO
+from tritter.training.trainer import start_method
+
+BATCH, LENGTH = 8, 12
+ONE = replace(SETTINGS, save_every_n_steps=3)
+TWO = replace(ONE, devices=2, strategy="ddp")
+RANGES = {"old": (1, 30), "a": (40, 44), "b": (60, 64), "c": (80, 84)}  # of token ids
+STREAM = "aaaaaaaabbbbbbbbaaaaoobb"
+SLOW = pytest.mark.slow
+needs_fork = pytest.mark.skipif(
+    start_method("cpu") != "fork", reason="the tests' callbacks come by fork"
+)
+
+
+def asked(**changes: Any) -> DynamicOptions:
+    """Return the options of the file, with rarer samples and shorter schedules."""
+    body = {
+        k: v for k, v in body_of(option_files()["experts"]["dylora"]).items() if k != "_target_"
+    }
+    short = {
+        "rank": 2, "alpha": 4.0, "targets": ("q_proj", "down_proj", "embed_tokens", "lm_head"),
+        "min_samples": 12, "cooldown": 0, "maturity_steps": 3, "anneal_steps": 2,
+        "temperature": 0.5, "learning_rate": 1e-2, "min_gain": -100.0,
+        "detector": {"name": "loss", "threshold": 3.0},
+    }  # fmt: skip
+    known = {field.name for field in fields(DynamicOptions)}
+    assert body.keys() == known
+    return DynamicOptions(**{**body, **short, **changes})
+
+
+def text(kind: str, count: int, *, seed: int) -> Tensor:
+    """Return sequences [N, T] of one skill: some of the vocabulary, more and less often."""
+    low, high = RANGES[kind]
+    generator = torch.Generator().manual_seed(seed)
+    return low + (torch.rand(count, LENGTH, generator=generator) ** 2 * (high - low)).long()
+
+
+class InOrder(SequenceStream):
+    """A stream in the order of its sequences."""
+
+    def _move_to(self, *, epoch: int, position: int) -> None:
+        super()._move_to(epoch=epoch, position=position)
+        self._order = torch.arange(len(self._sequences))
+
+
+def batches(stream: str, *, accumulated: int = 1, mixed: str = "") -> BatchStream:
+    """Return a batch of a kind of text for each letter; of a step those behind are `mixed`."""
+    names = {"o": "old", **dict(zip("abc", "abc", strict=True))}
+    steps = (kind + (mixed or kind) * (accumulated - 1) for kind in stream)
+    rows = [
+        text(names[kind], BATCH, seed=100 + number) for number, kind in enumerate("".join(steps))
+    ]
+    data = InOrder(torch.cat(rows), seed=0)
+    return BatchStream(data, batch_size=BATCH, num_batches=len(stream) * accumulated)
+
+
+def _know(roster: Roster, model: nn.Module, given: int) -> None:
+    """Let experts of before be known."""
+    assert roster.detector is not None
+    for name, kind in (("old", "old"), *((f"expert_{n + 1}", "ab"[n]) for n in range(given))):
+        seen = [observe(model, text(kind, BATCH, seed=n)) for n in range(30)]
+        roster.detector.add(name, seen, is_base=kind == "old")
+        roster.expert_of[name] = FIRST if kind == "old" else name
+
+
+def train(
+    folder: Path,
+    options: DynamicOptions | None = None,
+    *watching: Callback,
+    stream: str = STREAM,
+    settings: TrainerSettings = ONE,
+    skill: str | None = None,
+    given: int = 0,
+    mixed: str = "",
+) -> tuple[ExpertModule, FitResult]:
+    """Train experts on a base, from what was saved if anything."""
+    torch.manual_seed(999 if (folder / "saved").exists() else 11)
+    method = DynamicExperts(options or asked())
+    model = oracle.tiny_llama(tie_word_embeddings=True, attention_dropout=0.1)
+    mixture = method.begin(model, end_of_text_id=0, seed=1)
+    for number in range(given):  # of a training before
+        mixture.add(f"expert_{number + 1}", method.shape(model), seed=number)
+    steps = len(stream)
+    roster = method.roster(max_steps=steps)
+    if given:
+        assert roster.detector is not None
+        _know(roster, model, given)
+    old = [text("old", BATCH, seed=n) for n in range(30)]
+    known = Known(batches={"old": old if skill is None else ()}, tokens=torch.cat(old).flatten())
+    callback = ExpertCallback(
+        roster, shape=method.shape(model), known=known, skill=skill, domains=["new"], seed=3
+    )
+    module = ExpertModule(
+        mixture,
+        losses=method.losses,
+        schedule=Schedule(learning_rate=method.asked.learning_rate, max_steps=steps),
+        optimizer=OptimizerSettings(),
+    )
+    accumulated = settings.accumulate_grad_batches
+    result = fit(
+        module,
+        batches(stream, accumulated=accumulated, mixed=mixed),
+        settings=settings,
+        folder=folder,
+        label="test",
+        console=Console(quiet=True),
+        controls=watching,
+        changers=[callback],
+    )
+    return module, result
+
+
+def kinds(result: FitResult) -> list[tuple[str, str]]:
+    events = result.reports["experts"]["events"]
+    return [(event["kind"], event["expert"]) for event in events]
+
+
+def saved(folder: Path) -> Mapping[str, Any]:
+    return SafetensorsCheckpointIO().load_checkpoint(folder / "saved")
+
+
+def assert_same_end(first: Path, second: Path) -> None:
+    kept = ("state_dict", "optimizer_states", "lr_schedulers", "global_step")
+    ends = []
+    for folder in (first, second):
+        end = saved(folder)
+        experts = end["callbacks"]["ExpertCallback"]
+        ends.append({k: end[k] for k in kept} | {"experts": experts})
+    assert_same(*ends, "")
+
+
+@pytest.mark.full
+def test_what_is_new_gets_an_expert_and_is_known_again(tmp_path: Path) -> None:
+    module, result = train(tmp_path)
+    report = result.reports["experts"]
+    spawned = [event for event in report["events"] if event["kind"] == "spawned"]
+    assert [(event["expert"], event["step"]) for event in spawned] == [
+        ("expert_1", 2),
+        ("expert_2", 10),
+    ]
+    assert spawned[1]["similarity"].keys() == {"old", "expert_1"}
+    assert spawned[0]["score"] > spawned[0]["threshold"] == 3
+    assert report["batches"]["idle"] == 4, "two batches of each new skill, while that is decided"
+    assert [each for each in kinds(result) if each[0] == "mature"] == [
+        ("mature", "expert_1"),
+        ("mature", "expert_2"),
+    ]
+    model, mixture = module.model.eval(), module.mixture
+    assert sum(mixture.extra["usage"].values()) == pytest.approx(1), "as gates do"
+    assert mixture.routing.top_k == 2 and mixture.routing.temperature == 0.5
+    for kind, expert in (("old", FIRST), ("a", "expert_1"), ("b", "expert_2")):
+        model(input_ids=text(kind, 4, seed=7), use_cache=False)
+        (gates,) = mixture.gates()
+        assert gates.weights[:, 6:, mixture.names.index(expert)].min() > 0.9
+    base = oracle.tiny_llama(tie_word_embeddings=True)
+    state = {n.replace(".base_layer", ""): p for n, p in model.named_parameters()}
+    for name, value in base.named_parameters():
+        assert torch.equal(state[name], value), "the base is frozen"
+
+
+class Moves(Callback):
+    """Keep whose parameters moved in each step."""
+
+    def __init__(self) -> None:
+        self.moved: list[set[str]] = []
+        self._before: dict[str, Tensor] = {}
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:  # type: ignore[no-untyped-def]
+        self._before = {n: p.detach().clone() for n, p in pl_module.model.named_parameters()}
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:  # type: ignore[no-untyped-def]
+        held = dict(pl_module.model.named_parameters())
+        self.moved.append(
+            {
+                next((part for part in name.split(".") if part.startswith("expert_")), "base")
+                for name, value in self._before.items()
+                if not torch.equal(held[name], value)
+            }
+        )
+
+
+@pytest.mark.full
+def test_a_step_moves_the_expert_of_its_text_alone(tmp_path: Path) -> None:
+    watching = Moves()
+    train(tmp_path, None, watching)
+    found = ["".join(sorted(each)) for each in watching.moved]
+    one, two = "expert_1", "expert_2"
+    # Of each new skill two batches are for nothing; old text is learned by the first
+    expected = ["", "", *[one] * 6, "", "", *[two] * 6, *[one] * 4, FIRST, FIRST, *[two] * 2]
+    assert found == expected
+
+
+@pytest.mark.full
+def test_full_with_whatever_makes_room(tmp_path: Path) -> None:
+    _, stopped = train(tmp_path / "stop", asked(max_experts=2))
+    assert ("refused", "expert_1") in kinds(stopped), "the nearest learns it"
+    module, evicted = train(tmp_path / "evict", asked(max_experts=2, when_full="evict"))
+    assert kinds(evicted).count(("evicted", "expert_1")) == 1
+    assert module.mixture.names[0] == FIRST and len(module.mixture.names) == 2
+    _, limited = train(tmp_path / "limit", asked(max_trainable_parameters=1))
+    assert all(kind == "refused" for kind, _ in kinds(limited))
+    _, worthless = train(tmp_path / "gain", asked(min_gain=1e3))
+    assert set(kinds(worthless)) == {("refused", FIRST)}
+
+
+@pytest.mark.full
+def test_the_most_similar_become_one(tmp_path: Path) -> None:
+    options = asked(max_experts=3, when_full="merge")
+    module, result = train(tmp_path, options, stream="aaaabbbbccccaa")
+    (event,) = [e for e in result.reports["experts"]["events"] if e["kind"] == "merged"]
+    assert (event["expert"], event["gone"], event["step"]) == ("expert_1", "expert_2", 10)
+    mixture = module.mixture
+    assert mixture.names == [FIRST, "expert_1", "expert_3"]
+    for kind, expert in (("a", "expert_1"), ("b", "expert_1"), ("c", "expert_3")):
+        module.model.eval()(input_ids=text(kind, 4, seed=7), use_cache=False)
+        (gates,) = mixture.gates()
+        assert gates.weights[:, 6:, mixture.names.index(expert)].min() > 0.9
+    spawned = [each for each in kinds(result) if each[0] == "spawned"]
+    assert len(spawned) == 3, "text of the merged ones is known"
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    "killed_at", [pytest.param(4, marks=SLOW), 10, pytest.param(17, marks=SLOW)]
+)
+def test_resumed_it_ends_alike(tmp_path: Path, killed_at: int) -> None:
+    options = asked(stall_steps=2, stall_gain=10.0, max_rank=4, distill=0.1)
+    _, expected = train(tmp_path / "whole", options)
+    with pytest.raises(Killed):
+        train(tmp_path / "parts", options, KillAt(killed_at))
+    _, result = train(tmp_path / "parts", options)
+    assert_same_end(tmp_path / "whole", tmp_path / "parts")
+    assert replace(result, seconds=0.0) == replace(expected, seconds=0.0)
+    happened = {kind for kind, _ in kinds(expected)}
+    assert happened == {"spawned", "mature", "widened", "frozen"}
+
+
+@pytest.mark.full
+def test_in_bfloat16_they_come_and_resume_too(tmp_path: Path) -> None:
+    halves = replace(ONE, precision="bf16-true")
+    module, result = train(tmp_path / "whole", settings=halves)
+    assert ("spawned", "expert_1") in kinds(result)
+    assert {p.dtype for p in module.model.parameters()} == {torch.bfloat16}
+    with pytest.raises(Killed):
+        train(tmp_path / "parts", None, KillAt(4), settings=halves)
+    train(tmp_path / "parts", settings=halves)
+    assert_same_end(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("router", [pytest.param("learned", marks=SLOW), "both"])
+def test_learned_routers_resume_too(tmp_path: Path, router: str) -> None:
+    options = asked(router=router, targets=("q_proj",), entropy=0.01)
+    module, _ = train(tmp_path / "whole", options)
+    with pytest.raises(Killed):
+        train(tmp_path / "parts", options, KillAt(13))
+    train(tmp_path / "parts", options)
+    assert_same_end(tmp_path / "whole", tmp_path / "parts")
+    assert all(float(each.weight.abs().max()) > 0 for each in module.mixture.routers())
+
+
+def test_boundaries_that_are_told(tmp_path: Path) -> None:
+    _, result = train(tmp_path, asked(boundaries="told"), skill="sums", stream="aaaa")
+    assert kinds(result) == [("spawned", "expert_1"), ("mature", "expert_1")]
+    assert result.reports["experts"]["events"][0]["step"] == 1
+
+
+class Digests(Callback):
+    """Leave each rank's weights and moments behind."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_end(self, trainer, pl_module) -> None:  # type: ignore[no-untyped-def]
+        (optimizer,) = trainer.optimizers
+        held = dict(pl_module.state_dict())
+        states = [optimizer.state[p] for group in optimizer.param_groups for p in group["params"]]
+        torch.save([held, states], self.folder / f"rank{trainer.global_rank}.pt")
+
+
+@pytest.mark.full
+@needs_fork
+def test_two_processes_agree_and_resume(tmp_path: Path) -> None:
+    options = asked(stall_steps=2, stall_gain=10.0, max_rank=4)
+    _, expected = train(tmp_path / "whole", options, Digests(tmp_path), settings=TWO)
+    first, second = (torch.load(tmp_path / f"rank{n}.pt") for n in (0, 1))
+    assert_same(first, second, "")
+    with pytest.raises(Exception, match="Killed"):
+        train(tmp_path / "parts", options, KillAt(10), settings=TWO)
+    train(tmp_path / "parts", options, settings=TWO)
+    assert_same_end(tmp_path / "whole", tmp_path / "parts")
+    assert {("spawned", "expert_1"), ("spawned", "expert_2")} <= set(kinds(expected))
+    assert {kind for kind, _ in kinds(expected)} == {"spawned", "mature", "widened", "frozen"}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("killed_at", [3, pytest.param(6, marks=SLOW)])
+def test_an_expert_of_before_is_widened_in_its_place(tmp_path: Path, killed_at: int) -> None:
+    """Optimizers match state by position, so that the order of adapters has to return too."""
+    options = asked(stall_steps=2, stall_gain=10.0, max_rank=4)
+    given = 2
+    train(tmp_path / "whole", options, stream="aaaaaaaa", given=given)
+    with pytest.raises(Killed):
+        train(tmp_path / "parts", options, KillAt(killed_at), stream="aaaaaaaa", given=given)
+    _, result = train(tmp_path / "parts", options, stream="aaaaaaaa", given=given)
+    assert_same_end(tmp_path / "whole", tmp_path / "parts")
+    assert ("widened", "expert_1") in kinds(result)
+
+
+@pytest.mark.full
+def test_one_of_several_batches_of_a_step_may_be_new(tmp_path: Path) -> None:
+    settings = replace(ONE, arguments={"accumulate_grad_batches": 2})
+    options = asked(in_a_row=1, min_samples=8)
+    _, result = train(tmp_path, options, stream="oaaaaa", settings=settings, mixed="a")
+    assert ("spawned", "expert_1") in kinds(result)
+    assert result.reports["experts"]["batches"]["idle"] >= 2
+
+
+@pytest.mark.full
+def test_a_refused_step_is_no_stall(tmp_path: Path) -> None:
+    options = asked(stall_steps=2, stall_gain=-100.0, max_rank=4)
+    _, result = train(tmp_path, options, NotFinite(6), stream="aaaaaaaaaaaa")
+    assert result.refused_steps == 1
+    assert not [kind for kind, _ in kinds(result) if kind in ("widened", "frozen")]
+
+
+@pytest.mark.full
+def test_a_teacher_leaves_usage_as_it_was(tmp_path: Path) -> None:
+    _, result = train(tmp_path, asked(distill=0.5, maturity_steps=20), stream="aaaaaaaaaaaa")
+    gates = result.reports["experts"]["usage_over_time"]["gates"]["expert_1"]
+    assert min(gate for gate in gates[-2:] if gate is not None) > 0.5
+
+
+def test_who_teaches_a_young_expert_drops_out_nothing() -> None:
+    mixture = mixture_of(oracle.tiny_llama(attention_dropout=0.5))
+    module = ExpertModule(mixture, schedule=SCHEDULE, optimizer=OptimizerSettings()).eval()
+    ids = oracle.tokens(batch=2, length=8)
+    found = []
+    for is_training in (False, True):
+        task = module.eval().task_loss({"input_ids": ids})
+        module.train(is_training)
+        module._task = task
+        found.append(float(module._distance("e1", {"input_ids": ids})))
+        assert module.model.training == is_training
+    assert found[0] == found[1] > 0
+
+
+@pytest.mark.full
+def test_who_learns_another_skill_is_trained_again(tmp_path: Path) -> None:
+    options = asked(max_experts=2, stall_steps=2, stall_gain=10.0, max_rank=2)
+    watching = Moves()
+    _, result = train(tmp_path, options, watching, stream="a" * 8 + "b" * 5)
+    assert [each for each in kinds(result) if each[0] != "mature"] == [
+        ("spawned", "expert_1"),
+        ("frozen", "expert_1"),
+        ("refused", "expert_1"),
+    ]
+    assert watching.moved[-1] == {"expert_1"}
+
+
+class NotFinite(Callback):
+    """Make the loss of a step infinite, by a weight that comes back."""
+
+    def __init__(self, at: int) -> None:
+        self.at = at
+
+    def on_before_backward(self, trainer, pl_module, loss) -> None:  # type: ignore[no-untyped-def]
+        if trainer.global_step == self.at:
+            trainer.callback_metrics["train/loss"].fill_(float("nan"))
+            loss.data.fill_(float("nan"))
+
+
+@pytest.mark.full
+@needs_fork
+def test_killed_by_a_signal(tmp_path: Path) -> None:
+    train(tmp_path / "whole", stream="aaaabbbb")
+    process = multiprocessing.get_context("fork").Process(
+        target=train,
+        args=(tmp_path / "parts", None, KillAt(6, signal_to_rank=0)),
+        kwargs={"stream": "aaaabbbb"},
+    )
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    train(tmp_path / "parts", stream="aaaabbbb")
+    assert_same_end(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.full
+def test_of_batches_gathered_for_a_step_none_is_lost(tmp_path: Path) -> None:
+    settings = replace(ONE, arguments={"accumulate_grad_batches": 2})
+    _, expected = train(tmp_path / "whole", stream="aaaabbbb", settings=settings)
+    with pytest.raises(Killed):
+        train(tmp_path / "parts", None, KillAt(5), stream="aaaabbbb", settings=settings)
+    train(tmp_path / "parts", stream="aaaabbbb", settings=settings)
+    assert_same_end(tmp_path / "whole", tmp_path / "parts")
+    assert [kind for kind, _ in kinds(expected)].count("spawned") == 2

@@ -1,0 +1,166 @@
+"""Distillation against the plain formula on whole models; the teacher stays outside."""
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests import oracle
+from tests.oracle.families import OWN, tiny
+from tests.training.test_fit import SETTINGS, module_of, task
+from tests.training.test_fit import batches as batches_of
+from tritter.core.models import backbone_of, head_of
+from tritter.errors import TritterError
+from tritter.methods.forgetting import Distill, Replay
+from tritter.methods.forgetting.distill import Rows
+from tritter.training import BaseModule, fit
+from tritter.training.checkpoint_io import SafetensorsCheckpointIO
+
+
+def begun(model: nn.Module, teacher: nn.Module, **options: Any) -> Distill:
+    method = Distill(weight=0.7, **options)
+    method.begin_task(model, replace(task(model), teacher=teacher.requires_grad_(False)))
+    return method
+
+
+def batch_of(num_old: int) -> dict[str, Tensor]:
+    input_ids = oracle.tokens(batch=4, length=6)
+    return {"input_ids": input_ids, "is_replay": torch.arange(4) >= 4 - num_old}
+
+
+@pytest.mark.quick_cases(2)
+@pytest.mark.parametrize("mask_gold", [False, True])
+@pytest.mark.parametrize("rows", ["new", "old", "both"])
+def test_loss_and_gradients_are_those_of_the_formula(rows: Rows, mask_gold: bool) -> None:
+    model, teacher = oracle.tiny_llama().double(), oracle.tiny_llama(hidden_size=16).double()
+    with torch.no_grad():
+        for parameter in teacher.parameters():
+            parameter.mul_(1.1)
+    method = begun(model, teacher, rows=rows, temperature=2.0, mask_gold=mask_gold)
+    batch = batch_of(num_old=1)
+    ids, is_old = batch["input_ids"], batch["is_replay"]
+    logits = model(input_ids=ids).logits
+    found = method.extra_loss(model, batch, logits)
+    gradients = torch.autograd.grad(found, list(model.parameters()))
+
+    chosen = {"new": ~is_old, "old": is_old, "both": is_old | ~is_old}[rows]
+    losses = []
+    said, wanted = model(input_ids=ids[chosen]).logits, teacher(input_ids=ids[chosen]).logits
+    for row, sequence in enumerate(ids[chosen]):
+        for place in range(len(sequence)):
+            keep = torch.ones(97, dtype=torch.bool)
+            if mask_gold and place + 1 < len(sequence):
+                keep[sequence[place + 1]] = False
+            q, p = ((each[row, place][keep] / 2).softmax(-1) for each in (said, wanted))
+            losses.append(4 * (p * (p.log() - q.log())).sum())
+    expected = 0.7 * torch.stack(losses).mean()
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=0)
+    slopes = torch.autograd.grad(expected, list(model.parameters()))
+    for gradient, slope in zip(gradients, slopes, strict=True):
+        torch.testing.assert_close(gradient, slope, rtol=1e-7, atol=1e-12)
+
+
+def test_a_batch_without_such_rows_adds_nothing() -> None:
+    model = oracle.tiny_llama()
+    method, batch = begun(model, oracle.tiny_llama(), rows="old"), batch_of(num_old=0)
+    loss = method.extra_loss(model, batch, model(input_ids=batch["input_ids"]).logits)
+    gradients = torch.autograd.grad(loss, list(model.parameters()))
+    assert float(loss.detach()) == 0 and not any(bool(g.any()) for g in gradients)
+    assert method.look(model, 1) == 0
+
+
+def test_the_teacher_drops_out_nothing() -> None:
+    model, batch = oracle.tiny_llama(), batch_of(num_old=1)
+    method = begun(model, oracle.tiny_llama(attention_dropout=0.5).train())
+    loss = method.extra_loss(model, batch, model(input_ids=batch["input_ids"]).logits)
+    assert abs(float(loss.detach())) < 1e-6
+
+
+def test_without_marks_all_rows_are_new() -> None:
+    model, teacher = oracle.tiny_llama(), oracle.tiny_llama(initializer_range=0.1)
+    ids = oracle.tokens(batch=4, length=6)
+    logits = model(input_ids=ids).logits
+    new, both = (
+        begun(model, teacher, rows=rows).extra_loss(model, {"input_ids": ids}, logits)
+        for rows in ("new", "both")
+    )
+    assert float(new.detach()) == float(both.detach()) > 0
+
+
+@pytest.mark.quick_cases(6)
+@pytest.mark.parametrize("family", OWN)
+def test_a_teacher_of_any_family_says_the_same_in_parts(family: str) -> None:
+    model = tiny(family)
+    ids = oracle.tokens(model.config.vocab_size, batch=2, length=5)
+    with torch.no_grad():
+        hidden = backbone_of(model)(input_ids=ids, use_cache=False).last_hidden_state
+        parts = [head_of(model)(hidden.flatten(0, 1)[n : n + 3]) for n in range(0, 10, 3)]
+    whole = oracle.logits(model, ids).flatten(0, 1)
+    torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-5, atol=1e-5)
+
+
+def test_the_softcap_of_logits_is_the_teachers_own() -> None:
+    model = tiny("gemma3_text")
+    model.config.final_logit_softcapping = 0.5
+    ids = oracle.tokens(model.config.vocab_size, batch=1, length=5)
+    with torch.no_grad():
+        said = head_of(model)(backbone_of(model)(input_ids=ids).last_hidden_state)
+    torch.testing.assert_close(said, oracle.logits(model, ids))
+    assert float(said.abs().max()) <= 0.5
+
+
+def test_without_a_teacher_there_is_no_distillation() -> None:
+    model = oracle.tiny_llama()
+    with pytest.raises(TritterError, match="no teacher"):
+        Distill(weight=1.0).begin_task(model, task(model))
+
+
+def trained(folder: Path, teacher: nn.Module, *methods: Any) -> BaseModule:
+    from rich.console import Console
+
+    module = module_of(*methods)
+    fit(
+        module,
+        batches_of(),
+        settings=replace(SETTINGS, save_every_n_steps=4),
+        folder=folder,
+        label="test",
+        console=Console(quiet=True),
+        task=replace(task(module.model), teacher=teacher.requires_grad_(False)),
+    )
+    return module
+
+
+def test_the_teacher_is_not_trained_not_saved_and_let_go(tmp_path: Path) -> None:
+    teacher = oracle.tiny_llama(hidden_size=16)
+    before = copy.deepcopy(teacher.state_dict())
+    method = Distill(weight=1.0)
+    module = trained(tmp_path, teacher, method, Replay(fraction=0.25))
+    for name, value in teacher.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    assert {id(p) for p in module.parameters()}.isdisjoint({id(p) for p in teacher.parameters()})
+    own = {f"model.{name}" for name in module.model.state_dict()}
+    assert set(module.state_dict()) == own | {"_extra_state"}
+    saved = SafetensorsCheckpointIO().load_checkpoint(tmp_path / "saved")
+    assert len(saved["state_dict"]) == len(module.state_dict())
+    slots = [n for group in saved["optimizer_states"][0]["param_groups"] for n in group["params"]]
+    assert len(slots) == len([*module.model.parameters()])
+    assert saved["callbacks"]["ForgettingCallback"]["distill"] == {}
+    assert method._teacher is None
+
+
+@pytest.mark.full
+def test_the_more_it_weighs_the_nearer_the_student_stays(tmp_path: Path) -> None:
+    teacher, ids = oracle.tiny_llama(initializer_range=0.05), oracle.tokens(batch=8, length=16)
+    apart = {}
+    for weight in (0.0, 10.0):
+        module = trained(tmp_path / str(weight), teacher, Distill(weight=weight))
+        said, wanted = (
+            oracle.logits(each, ids).log_softmax(dim=-1) for each in (module.model, teacher)
+        )
+        apart[weight] = float((wanted.exp() * (wanted - said)).sum(dim=-1).mean())
+    assert apart[10.0] < 0.5 * apart[0.0]

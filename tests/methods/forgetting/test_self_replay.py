@@ -1,0 +1,183 @@
+"""Text that a model writes: drawn as said, read as in training, sorted, and mixed in exactly."""
+
+import math
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests import oracle
+from tests.oracle.families import tiny
+from tests.training.test_fit import batches
+from tritter.core.families import forward_flops
+from tritter.core.models import config_of
+from tritter.errors import RequestError, TritterError
+from tritter.methods.forgetting import SelfReplay
+from tritter.methods.forgetting.replay import (
+    Written,
+    _Draw,
+    distinct_share,
+    lengths_read,
+    write_text,
+)
+from tritter.training import Preparation, Task
+
+
+def wrote(model: nn.Module, **changes: Any) -> Written:
+    asked = {"num_sequences": 6, "sequence_length": 10, "end_of_text_id": 5, **changes}
+    return write_text(model, **asked)
+
+
+def nats_by_hand(model: nn.Module, text: list[int], *, window: int) -> list[float]:
+    """Return −log p of every token but the first, each from a forward pass of its own."""
+    start, nats = 0, []
+    for position in range(1, len(text)):
+        if position - start > window - 1:
+            start = position - window // 2
+        with torch.no_grad():
+            logits = model(torch.tensor([text[start:position]]), use_cache=False).logits[0, -1]
+        nats.append(-float(logits.double().log_softmax(-1)[text[position]]))
+    return nats
+
+
+@pytest.mark.quick_cases(1)
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "mixtral"])
+def test_nats_are_those_of_passes_without_a_cache(family: str) -> None:
+    model = tiny(family)
+    written = wrote(model, num_sequences=4, sequences_per_text=2, batch_size=1, temperature=0.8)
+    assert written.sequences.shape == (4, 10) and written.sequences.dtype == torch.int32
+    for number in range(2):
+        text = written.sequences[2 * number : 2 * number + 2].flatten().tolist()
+        assert text[0] == 5
+        nats = nats_by_hand(model, text, window=10)
+        assert float(written.nats[2 * number]) == pytest.approx(sum(nats[:9]) / 9, rel=1e-4)
+        assert float(written.nats[2 * number + 1]) == pytest.approx(sum(nats[9:]) / 10, rel=1e-4)
+
+
+@pytest.mark.quick_cases(2)
+@pytest.mark.parametrize("sequences_per_text", [1, 2, 5])
+def test_what_is_read_is_what_flops_count(sequences_per_text: int) -> None:
+    model = oracle.tiny_llama()
+    read: list[int] = []
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: read.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    wrote(model, num_sequences=sequences_per_text, sequences_per_text=sequences_per_text)
+    assert sum(read) == sum(lengths_read(sequences_per_text, 10))
+    assert len(read) == 10 * sequences_per_text - 1
+    assert max(lengths_read(sequences_per_text, 10)) == 9
+
+
+def test_seeded_and_left_as_it_was() -> None:
+    model = oracle.tiny_llama().train()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    state = torch.get_rng_state()
+    first, again, other = wrote(model), wrote(model), wrote(model, seed=1)
+    assert torch.equal(first.sequences, again.sequences)
+    assert not torch.equal(first.sequences, other.sequences)
+    assert torch.equal(state, torch.get_rng_state()) and model.training
+    assert all(torch.equal(before[n], p) for n, p in model.named_parameters())
+    assert not first.sequences.is_inference(), "gradients are taken on it later"
+    assert len(wrote(model, num_sequences=5, sequences_per_text=3).sequences) == 5
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_p", "expected"),
+    [
+        (1.0, 1.0, [0.5, 0.3, 0.15, 0.05]),
+        (1.0, 0.79, [0.625, 0.375, 0.0, 0.0]),
+        (1.0, 0.81, [0.5 / 0.95, 0.3 / 0.95, 0.15 / 0.95, 0.0]),
+        (0.5, 1.0, [0.25 / 0.365, 0.09 / 0.365, 0.0225 / 0.365, 0.0025 / 0.365]),
+        (1.0, 1e-9, [1.0, 0.0, 0.0, 0.0]),
+    ],
+)
+def test_tokens_are_drawn_as_said(temperature: float, top_p: float, expected: list[float]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    draw = _Draw(temperature=temperature, top_p=top_p, generator=generator)
+    logits = torch.tensor([0.15, 0.5, 0.05, 0.3]).log().expand(20_000, 4)
+    counts = Counter(draw(logits).flatten().tolist())
+    shares = [counts[token] / 20_000 for token in (1, 3, 0, 2)]
+    assert shares == pytest.approx(expected, abs=0.012)
+    assert all(share == 0 for share, chance in zip(shares, expected, strict=True) if chance == 0)
+
+
+def test_distinct_runs() -> None:
+    loop = [7] * 8
+    pair = [1, 2] * 4
+    all_differ = list(range(8))
+    shares = distinct_share(torch.tensor([loop, pair, all_differ]))
+    assert shares.tolist() == pytest.approx([1 / 5, 2 / 5, 1.0])
+    assert distinct_share(torch.tensor([[1, 1]])).tolist() == [1.0]
+
+
+def test_a_model_that_is_broken_writes_nothing() -> None:
+    model = oracle.tiny_llama()
+    with torch.no_grad():
+        model.lm_head.weight[3] = math.nan
+    with pytest.raises(TritterError, match="not finite"):
+        wrote(model)
+
+
+def written_of(nats: list[float], *, loops: tuple[int, ...] = ()) -> Written:
+    sequences = oracle.tokens(batch=len(nats), length=12).int()
+    sequences[list(loops)] = 3
+    return Written(sequences=sequences, nats=torch.tensor(nats, dtype=torch.float64))
+
+
+def test_what_is_dropped_is_told_by_reason() -> None:
+    method = SelfReplay(fraction=0.25)
+    written = written_of([3.0, 0.1, 2.0, 0.1, 9.0], loops=(0, 1))
+    found = method.sort_out(written, vocab_size=97)
+    assert torch.equal(found.kept, written.sequences[2:3])
+    assert list(found.dropped.values()) == [2, 1, 1]
+    assert found.note(5, 12) == (
+        "self_replay: the model wrote 5 sequences of 12 tokens at perplexity 7.39, 1 are "
+        "replayed; dropped were 2 repeat themselves, 1 of too low a perplexity, 1 of too high a "
+        "perplexity."
+    )
+    anything = SelfReplay(fraction=0.25, min_distinct=0, min_perplexity=1.0, max_perplexity=1e9)
+    assert len(anything.sort_out(written, vocab_size=97).kept) == 5
+
+
+def test_nothing_left_is_refused() -> None:
+    with pytest.raises(RequestError, match="1 repeat themselves, 1 of too high"):
+        SelfReplay(fraction=0.25).sort_out(written_of([1.0, 8.0], loops=(0,)), vocab_size=97)
+
+
+def prepared_by(method: SelfReplay, model: nn.Module) -> Any:
+    def draw(count: int, *words: str) -> Tensor:
+        raise AssertionError("there is no old text")
+
+    return method.prepare(
+        Preparation(
+            model=model, domains=(), draw=draw, sequence_length=16, end_of_text_id=5,
+            seed=lambda *words: 0, state={}, say=lambda text: None,
+        )
+    )  # fmt: skip
+
+
+def test_what_it_writes_is_mixed_in_exactly_and_paid_for() -> None:
+    model = oracle.tiny_llama()
+    method = SelfReplay(fraction=0.3, num_sequences=7, sequences_per_text=2)
+    prepared = prepared_by(method, model)
+    assert prepared.found == {
+        "written": {
+            "repeat_themselves": 0, "perplexity_too_low": 0, "perplexity_too_high": 0, "kept": 7,
+        }
+    }  # fmt: skip
+    flops = forward_flops(config_of(model))
+    assert prepared.flops == 4 * (flops.of(15) + 2 * flops.of(15)), "half a sequence is read again"
+    mixed = iter(method.mix(batches(), Task(seed=0, written=prepared.written)))
+    plain = iter(batches())
+    own = {tuple(row) for row in prepared.written.tolist()}
+    replayed, new = 0, []
+    for step in range(1, 15):
+        batch = next(mixed)
+        replayed += int(batch["is_replay"].sum())
+        assert replayed == step * 4 * 3 // 10
+        assert all(tuple(row) in own for row in batch["input_ids"][batch["is_replay"]].tolist())
+        new += batch["input_ids"][~batch["is_replay"]].tolist()
+    order = [row for _ in range(14) for row in next(plain)["input_ids"].tolist()]
+    assert new == order[: len(new)]

@@ -1,0 +1,312 @@
+"""Stock models that grow in loops of one's own, and the README's own snippets."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests import oracle
+from tests.oracle.families import GROWABLE, generic, key_of, tiny
+from tritter import GrowableCausalLM, GrowableLinear, GrowableQwen
+from tritter.checkpoints import read_lineage
+from tritter.errors import RequestError
+from tritter.methods.growth.triggers import Trigger, View
+from tritter.options import options
+
+GROWING: dict[str, Any] = {"trigger": "schedule", "growth_cooldown": 3, "max_growth_per_step": 4}
+NOTHING = {"born": 0, "replaced": 0, "died": 0}
+
+
+@options
+class SecondLayer(Trigger):
+    """One of a person's own."""
+
+    def decide(self, view: View) -> dict[int, int]:
+        return {1: 3}
+
+
+def adam(model: nn.Module) -> torch.optim.AdamW:
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, ids: Tensor, steps: int = 3) -> float:
+    for _ in range(steps):
+        optimizer.zero_grad()
+        logits = model(input_ids=ids, use_cache=False).logits
+        loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+        loss.backward()
+        optimizer.step()
+    return loss.item()
+
+
+@pytest.mark.quick_cases(1)
+@pytest.mark.parametrize("initialiser", ["gradmax", "split", "random"])
+@pytest.mark.parametrize("family", generic(GROWABLE))
+def test_the_function_is_kept_in_two_events(family: str, initialiser: str) -> None:
+    stock = tiny(family).double()
+    model = GrowableCausalLM(stock, initialiser=initialiser, **GROWING)
+    ids, optimizer = oracle.tokens(), adam(model)
+    with oracle.float64_casts():
+        for neurons in (44, 48):
+            train(model, optimizer, ids)
+            before = oracle.logits(model, ids)
+            assert model.check_and_grow() == {"born": 12, "replaced": 0, "died": 0}
+            assert float((oracle.logits(model, ids) - before).abs().max()) < 1e-10
+            assert model.neurons == [neurons] * 3
+    assert getattr(stock.config, key_of(family, "intermediate_size")) == 48
+    assert model.config is stock.config
+
+
+def test_only_what_is_under_pressure_grows() -> None:
+    """The README's trigger, with the README's cadence in small."""
+    model = GrowableCausalLM(tiny("llama"), growth_cooldown=6, max_growth_per_step=2)
+    optimizer, born = adam(model), 0
+    for step in range(60):
+        train(model, optimizer, oracle.tokens(seed=step), 1)
+        if step % 2 == 0:
+            born += model.check_and_grow()["born"]
+    steps = [event["step"] for event in model.growth_events]
+    assert born == sum(model.neurons) - 120 > 0
+    assert all(b - a >= 6 for a, b in zip(sorted(set(steps)), sorted(set(steps))[1:], strict=False))
+
+
+@pytest.mark.quick_cases(1)
+@pytest.mark.parametrize("freeze", [False, True], ids=["all", "FFNs"])
+def test_moments_follow_for_all_that_is_trained(freeze: bool) -> None:
+    model = GrowableCausalLM(tiny("qwen2"), freeze_attention=freeze, **GROWING)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert all("mlp" in name for name in trained) is freeze
+    ids, optimizer = oracle.tokens(), adam(model)
+    train(model, optimizer, ids)
+    old = {n: p for n, p in model.named_parameters() if n in trained}
+    state = {n: dict(optimizer.state[p]) for n, p in old.items()}
+    model.check_and_grow()
+    new = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    assert new.keys() == trained
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    assert list(map(id, held)) == [id(new[name]) for name in old]  # in their slots
+    assert set(optimizer.state) == set(held)
+    for name, parameter in new.items():
+        index = tuple(map(slice, old[name].shape))
+        for kind in ("exp_avg", "exp_avg_sq"):
+            assert torch.equal(optimizer.state[parameter][kind][index], state[name][kind])
+    train(model, optimizer, ids)
+
+
+@pytest.mark.full
+def test_a_state_goes_on_in_a_new_model() -> None:
+    ids = oracle.tokens()
+    model = GrowableCausalLM(tiny("llama"), enable_replacement=True, **GROWING)
+    optimizer = adam(model)
+    train(model, optimizer, ids)
+    model.check_and_grow()
+    train(model, optimizer, ids)
+    state = copy.deepcopy([model.state_dict(), optimizer.state_dict()])
+    other = GrowableCausalLM(tiny("llama"), enable_replacement=True, **GROWING)
+    with pytest.raises(RequestError, match="an optimizer holds"):
+        other.attach(kept := adam(other))
+        other.load_state_dict(state[0])
+    del kept
+    other = GrowableCausalLM(tiny("llama"), enable_replacement=True, **GROWING)
+    other.load_state_dict(state[0])
+    again = adam(other)
+    again.load_state_dict(state[1])
+    assert other.growth_events == model.growth_events
+    results = []
+    for each, its in ((model, optimizer), (other, again)):
+        train(each, its, ids, 1)
+        results.append((each.check_and_grow(), train(each, its, ids)))
+    assert results[0] == results[1]
+    assert all(map(torch.equal, model.parameters(), other.parameters()))
+    third = copy.deepcopy(model)  # on its own, with an optimizer of its own
+    optimizer = adam(third)
+    train(third, optimizer, ids)
+    assert third.check_and_grow()["born"] > 0
+    assert third.neurons != model.neurons
+
+
+@pytest.mark.full
+def test_a_saved_one_is_stock_and_goes_on(tmp_path: Path) -> None:
+    base = oracle.saved(tiny("qwen3"), tmp_path / "base")
+    model = GrowableCausalLM(base, trigger=SecondLayer(), growth_cooldown=3)
+    ids, optimizer = oracle.tokens(), adam(model)
+    train(model, optimizer, ids)
+    assert model.check_and_grow()["born"] == 3
+    assert model.neurons == [40, 43, 40]
+    model.save_pretrained(tmp_path / "grown")
+    stock = oracle.stock(tmp_path / "grown")
+    assert oracle.relative_difference(model.eval(), stock, ids) < 1e-5
+    assert stock.config.intermediate_size == max(model.neurons)
+    again = GrowableCausalLM(tmp_path / "grown", **GROWING)
+    assert again.neurons == model.neurons
+    assert all(map(torch.equal, again.parameters(), model.parameters()))
+    lineage = read_lineage(tmp_path / "grown")
+    assert lineage is not None
+    assert [record.expansion_type for record in lineage.expansion_history] == ["growth"]
+    assert lineage.parent_path == "../base"
+    optimizer = adam(again)
+    train(again, optimizer, ids)
+    assert again.check_and_grow()["born"] == 12
+    again.save_pretrained(tmp_path / "further")
+    lineage = read_lineage(tmp_path / "further")
+    assert lineage is not None
+    assert len(lineage.expansion_history) == 2
+    with pytest.raises(RequestError):
+        again.save_pretrained(tmp_path / "grown")
+
+
+def test_a_wrapped_model_is_the_stock_one() -> None:
+    stock, ids = tiny("llama"), oracle.tokens()
+    expected = oracle.logits(stock, ids)
+    model = GrowableCausalLM(stock, enable_growth=False, **GROWING)
+    assert torch.equal(oracle.logits(model, ids), expected)
+    assert model.generate(ids, max_new_tokens=2, do_sample=False).shape == (3, 19)
+    optimizer = adam(model)
+    train(model, optimizer, ids, 5)
+    assert model.check_and_grow(optimizer=optimizer) == NOTHING
+    with pytest.raises(AttributeError, match="nothing_of_the_kind"):
+        _ = model.nothing_of_the_kind
+
+
+def test_what_is_seen_in_validation_is_no_batch() -> None:
+    """Tokens without a backward pass are not what new neurons learn from."""
+    ids, results = oracle.tokens(), []
+    for is_validated in (False, True):
+        model = GrowableCausalLM(tiny("llama"), **GROWING)
+        optimizer = adam(model)
+        train(model, optimizer, ids)
+        if is_validated:
+            with torch.no_grad():
+                model(input_ids=oracle.tokens(seed=5))
+            model(input_ids=oracle.tokens(seed=6))
+        model.check_and_grow()
+        results.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert torch.equal(*results)
+
+
+@pytest.mark.full
+def test_growth_before_zero_grad_and_after_it_is_the_same() -> None:
+    ids, results = oracle.tokens(), []
+    for is_before in (False, True):
+        model = GrowableCausalLM(tiny("llama"), **GROWING)
+        optimizer = adam(model)
+        train(model, optimizer, ids)
+        if not is_before:
+            optimizer.zero_grad()
+        model.check_and_grow()
+        if is_before:
+            optimizer.zero_grad()
+        results.append(train(model, optimizer, ids))
+    assert results[0] == results[1]
+
+
+def test_experts_adapters_and_folders_that_are_none_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="has experts"):
+        GrowableCausalLM(tiny("mixtral"))
+    with pytest.raises(RequestError, match="no Hugging Face config"):
+        GrowableCausalLM(nn.Linear(2, 2))
+    adapted = tiny("llama")
+    up = adapted.model.layers[1].mlp.up_proj
+    up.base_layer = nn.Linear(24, 40, bias=False)
+    del up.weight
+    with pytest.raises(RequestError, match="LoRA"):
+        GrowableCausalLM(adapted)
+    with pytest.raises(RequestError, match="no such folder"):
+        GrowableCausalLM(tmp_path / "nothing")
+    with pytest.raises(RequestError, match="HF_HUB_OFFLINE is set"):
+        GrowableQwen()
+    with pytest.raises(RequestError, match="Did you mean gradmax"):
+        GrowableCausalLM(tiny("llama"), initialiser="gradmaks")
+
+
+def test_optimizers_made_anew_are_followed_from_their_first_step() -> None:
+    model, ids = GrowableCausalLM(tiny("llama"), **GROWING), oracle.tokens()
+    for _ in range(3):
+        optimizer = adam(model)
+        train(model, optimizer, ids)
+        assert model.check_and_grow()["born"] == 12
+        assert {p for g in optimizer.param_groups for p in g["params"]} == set(model.parameters())
+
+
+@pytest.mark.full
+def test_the_readmes_snippets(tmp_path: Path) -> None:
+    """As they stand there, but for the import, the folder, and what a loop has around them."""
+    folder = oracle.saved(tiny("qwen2"), tmp_path / "qwen")
+
+    layer = GrowableLinear(768, 3072, enable_replacement=True)
+    should_grow, source_indices = layer.check_growth()
+    if should_grow:
+        result = layer.perform_growth(source_indices)
+    assert not should_grow
+
+    model = GrowableQwen(
+        str(folder),
+        enable_growth=True,
+        enable_replacement=True,
+        freeze_attention=True,
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    model.attach(optimizer)
+    ids, results = oracle.tokens(batch=1, length=8), []
+    for step in range(301):
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        model.update_loss(loss.item())
+        if step % 100 == 0:
+            result = model.check_and_grow()
+            results.append(result)
+    assert all(result.keys() == NOTHING.keys() for result in results)
+    assert all(type(value) is int for result in results for value in result.values())
+    assert len(model._loop.grower.map.steps) == 4
+
+    model = GrowableQwen(folder, enable_replacement=True)  # V3
+    model = GrowableQwen(folder, enable_replacement=False)  # Grow-only
+    assert model.neurons == [40, 40, 40]
+    assert model.growth_events == []
+
+
+def test_the_readmes_growth_to_the_letter() -> None:
+    """Every layer has neurons above its own quantile, whenever the cooldown allows it."""
+    model = GrowableCausalLM(
+        tiny("qwen2"), trigger="within_layer", initialiser="source_noise", growth_cooldown=20
+    )
+    optimizer, ids, born = adam(model), oracle.tokens(batch=1), []
+    for step in range(50):
+        train(model, optimizer, ids, 1)
+        born += [model.check_and_grow()["born"]] if step % 10 == 0 else []
+    assert born == [0, 0, 12, 0, 15]  # 4 of 40, then 5 of 44, in each of 3 layers
+
+
+def test_a_model_is_taken_over_by_who_comes_last() -> None:
+    """As when a notebook's cell runs twice."""
+    stock, ids = tiny("llama"), oracle.tokens()
+    first = GrowableCausalLM(stock, **GROWING)
+    optimizer = adam(first)
+    train(first, optimizer, ids)
+    second = GrowableCausalLM(stock, **GROWING)
+    train(second, optimizer, ids)
+    assert second.check_and_grow()["born"] == 12
+    train(second, optimizer, ids)
+    with pytest.raises(RequestError, match="another GrowableCausalLM"):
+        first.check_and_grow()
+
+
+@pytest.mark.quick_cases(1)
+@pytest.mark.parametrize("is_checkpointed", [False, True], ids=["", "gradient checkpointing"])
+def test_bfloat16_and_gradient_checkpointing(is_checkpointed: bool) -> None:
+    stock, ids = tiny("llama").to(torch.bfloat16).train(), oracle.tokens()
+    if is_checkpointed:
+        stock.gradient_checkpointing_enable()
+    model = GrowableCausalLM(stock, enable_replacement=True, dead_quantile=0.1, **GROWING)
+    optimizer = adam(model)
+    train(model, optimizer, ids)
+    result = model.check_and_grow()
+    assert result["born"] + result["replaced"] == 12
+    assert result["replaced"] > 0
+    assert train(model, optimizer, ids) < 10
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}

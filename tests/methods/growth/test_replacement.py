@@ -1,0 +1,153 @@
+"""Dead neurons: who is one, what using them again keeps, and what is forgotten of them."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests import oracle
+from tests.methods.growth.given import asked, grower, looked_at
+from tests.oracle.families import tiny
+from tritter.methods.growth.grower import Grower, dead_neurons, wanda_scores
+from tritter.methods.growth.places import ffn_places
+from tritter.training.surgery import apply_plain
+
+DEAD = (3, 7)
+
+
+def model_with_dead() -> nn.Module:
+    """Return a model in whose second layer two neurons write nothing."""
+    model = oracle.tiny_llama()
+    with torch.no_grad():
+        model.get_parameter(ffn_places(model)[1].down)[:, list(DEAD)] = 0.0
+    return model
+
+
+def event(
+    engine: Grower, model: nn.Module, optimizer: torch.optim.Optimizer, *, step: int, count: int
+) -> dict[str, Tensor]:
+    """Let the second layer grow; return the moments of its up before that."""
+    ids = oracle.tokens(batch=8, length=24, seed=3)
+    looks = looked_at(model, ids)
+    engine.pressure.observe(model, engine.places)
+    state = optimizer.state[model.get_parameter(engine.places[1].up)]
+    before = {k: v.clone() for k, v in state.items()} if state else {}
+    growth = engine.growth(model, {1: count}, looks, step=step)
+    assert growth is not None
+    apply_plain(model, growth.change, optimizer=optimizer)
+    engine.grown(model, growth, step=step)
+    return before
+
+
+def test_dead_ones_are_used_again_and_the_output_stays() -> None:
+    model = model_with_dead()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
+    looked_at(model, oracle.tokens())
+    optimizer.step()
+    engine = grower(asked("foam_v3", dead_quantile=0.01), max_steps=None)
+    engine.begin(model)
+    ids = oracle.tokens(batch=4, length=20, seed=9)
+    logits = oracle.logits(model, ids)
+    moments = event(engine, model, optimizer, step=50, count=5)
+    after = oracle.logits(model, ids)
+    assert float((after - logits).abs().max() / logits.std()) < 1e-5
+    (record,) = engine.events
+    assert (record["replaced"], record["born"], record["died"]) == (2, 3, 0)
+    assert engine.places[1].width(model) == 43
+
+    state = optimizer.state[model.get_parameter(engine.places[1].up)]
+    old = [n for n in range(40) if n not in DEAD]
+    for kind in ("exp_avg", "exp_avg_sq"):
+        assert torch.equal(state[kind][old], moments[kind][old])
+    assert not state["exp_avg"][list(DEAD)].any()
+    mean = moments["exp_avg_sq"][old].mean()
+    assert torch.allclose(state["exp_avg_sq"][list(DEAD)], mean, rtol=1e-4)
+    assert set(engine.maturity.young(1, 51).tolist()) == {*DEAD, 40, 41, 42}
+
+
+def test_the_young_are_never_used_again() -> None:
+    """New neurons of gradmax write little at first, and would be the next to be taken."""
+    model = model_with_dead()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
+    engine = grower(asked("foam_v3", dead_quantile=0.2, maturation_age=100), max_steps=None)
+    engine.begin(model)
+    event(engine, model, optimizer, step=50, count=2)
+    assert engine.events[-1]["replaced"] == 2
+    place = engine.places[1]
+    with torch.no_grad():
+        model.get_parameter(place.down)[:, list(DEAD)] = 0.0  # as dead as can be, and young
+    looks = looked_at(model, oracle.tokens(batch=8, length=24, seed=3))
+    scores = {1: wanda_scores(model, place, looks[1])}
+    assert float(scores[1][list(DEAD)].max()) == 0.0
+    found = {
+        step: dead_neurons(scores, {1: engine.maturity.young(1, step)}, quantile=0.2)[1].tolist()
+        for step in (149, 150)
+    }
+    assert not set(DEAD) & set(found[149]) and found[150][:2] == list(DEAD)
+    event(engine, model, optimizer, step=149, count=4)
+    assert sorted(engine.maturity.ages(149)) == [0] * 4 + [99] * 2
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "down"),
+    [
+        ("gpt2", {"resid_pdrop": 0.0}, "mlp.c_proj"),
+        ("gpt_neox", {}, "mlp.dense_4h_to_h"),
+        ("llama", {"mlp_bias": True}, "mlp.down_proj"),
+    ],
+)
+def test_what_neurons_compute_is_what_their_readers_are_given(
+    family: str, options: dict[str, object], down: str
+) -> None:
+    """With the biases that neurons have."""
+    model, given = tiny(family, **options), list[Tensor]()
+    place = ffn_places(model)[1]
+    reader = model.get_submodule(str(place.down).removesuffix(".weight"))
+    assert str(place.down).endswith(f"{down}.weight")
+    handle = reader.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0].detach()))
+    looks = looked_at(model, oracle.tokens(batch=4, length=20))
+    handle.remove()
+    _, _, weight = place.weights(model)
+    assert weight is not None
+    strength = given[0].flatten(0, 1).square().mean(dim=0).sqrt()
+    expected = strength * torch.linalg.vector_norm(weight, dim=0)
+    assert torch.allclose(wanda_scores(model, place, looks[1]), expected, rtol=1e-4)
+
+
+def test_grow_only_counts_who_is_dead_and_leaves_them() -> None:
+    model = model_with_dead()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
+    engine = grower(asked("foam"), max_steps=None)
+    engine.begin(model)
+    event(engine, model, optimizer, step=50, count=5)
+    assert engine.events[-1] | {"pressure": 0} == {
+        "step": 50, "layer": 1, "born": 5, "replaced": 0, "died": 0, "neurons": 45, "pressure": 0
+    }  # fmt: skip
+    assert not model.get_parameter(engine.places[1].down)[:, list(DEAD)].any()
+
+
+def test_what_is_replaced_is_free_of_importances() -> None:
+    model = model_with_dead()
+    engine = grower(asked("foam_v3"), max_steps=None)
+    engine.begin(model)
+    looks = looked_at(model, oracle.tokens(batch=8, length=24, seed=3))
+    engine.pressure.observe(model, engine.places)
+    growth = engine.growth(model, {1: 3}, looks, step=50)
+    assert growth is not None
+    name = engine.places[1].up
+    fisher = {n: torch.ones_like(p) for n, p in model.named_parameters()}
+    followed = growth.change.state("fisher", fisher)[name]
+    free = [*DEAD, 40]
+    assert not followed[free].any() and int(followed.sum()) == 38 * 24
+    assert not growth.change.masks()[name][free].any()
+
+
+def test_what_an_expansion_just_made_is_not_dead_yet() -> None:
+    model = model_with_dead()
+    engine = grower(asked("foam_v3", maturation_age=100), max_steps=None)
+    engine.begin(model, new={1: torch.tensor(DEAD)})
+    looks = looked_at(model, oracle.tokens(batch=8, length=24, seed=3))
+    engine.pressure.observe(model, engine.places)
+    for step, replaced in ((99, 0), (100, 2)):
+        growth = engine.growth(model, {1: 3}, looks, step=step)
+        assert growth is not None
+        assert len(set(growth.layers[1].recycled.tolist()) & set(DEAD)) == replaced

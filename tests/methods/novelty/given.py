@@ -1,0 +1,39 @@
+"""Made-up observations: Gaussian features around a centre, losses around a level."""
+
+import torch
+from torch import Tensor
+
+from tritter.methods.novelty import Observation, SkillLibrary
+
+SIZE, BATCH = 6, 16
+
+
+def drawn(
+    centre: Tensor | float = 0.0,
+    *,
+    generator: torch.Generator,
+    loss: float = 4.0,
+    size: int = SIZE,
+    batch: int = BATCH,
+) -> Observation:
+    """Return a batch: losses of deviation 0.2, features of deviation 1 and a correlation."""
+    noise = torch.randn(batch, size, generator=generator)
+    noise[:, 1] += 0.8 * noise[:, 0]
+    losses = loss + 0.2 * torch.randn(batch, generator=generator, dtype=torch.float64)
+    return Observation(
+        losses=losses,
+        features=centre + noise,
+        digests=tuple(f"{float(each):.12f}" for each in losses),
+    )
+
+
+def centre_of(axis: int, distance: float = 4.0) -> Tensor:
+    return distance * torch.nn.functional.one_hot(torch.tensor(axis), SIZE).float()
+
+
+def library(generator: torch.Generator, *, batches: int = 40) -> SkillLibrary:
+    """Return a library that knows prose (around 0) and sorting (along the third axis)."""
+    made = SkillLibrary()
+    made.add("prose", [drawn(generator=generator) for _ in range(batches)], is_base=True)
+    made.add("sorting", [drawn(centre_of(2), generator=generator, loss=6) for _ in range(batches)])
+    return made

@@ -1,0 +1,22 @@
+"""Checkpoint folders: what stock transformers loads, plus the lineage in tritter.json."""
+
+from tritter.checkpoints.folder import (
+    lineage_of,
+    read_lineage,
+    record_step0_error,
+    write_checkpoint,
+    write_lineage,
+)
+from tritter.checkpoints.record import ExpansionRecord, Lineage
+from tritter.checkpoints.source import Source
+
+__all__ = [
+    "ExpansionRecord",
+    "Lineage",
+    "Source",
+    "lineage_of",
+    "read_lineage",
+    "record_step0_error",
+    "write_checkpoint",
+    "write_lineage",
+]

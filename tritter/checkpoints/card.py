@@ -1,0 +1,145 @@
+"""The model card: README.md of a checkpoint folder, readable on the hub and by a person."""
+
+import re
+from collections.abc import Sequence
+
+from tritter.checkpoints.record import Lineage
+from tritter.core.families import Config, family_of, ffn_sizes
+from tritter.terminal import harmless
+
+_LONGEST_CELL = 200
+_ACCURACY = "/accuracy"  # behind the name of a task whose right answers were scored
+
+
+def model_card(lineage: Lineage, config: Config, *, experts: Sequence[str] = ()) -> str:
+    """Return the card's Markdown: what the model is, how it grew, what it scored.
+
+    Args:
+        experts: adapters that lie in `experts/`.
+    """
+    lines = _introduction(config, "Made with Tritter; `tritter.json` holds the lineage.")
+    if experts:
+        names = [_cell(name) for name in experts]
+        listed = ", ".join(f"`{name}`" for name in names)
+        lines += [
+            "The model above is the base alone. `experts/` holds LoRA adapters on it, each as "
+            f"stock PEFT loads it ({listed}); `state/experts.*` says how they are mixed for each "
+            "token.",
+            "",
+            "```python",
+            "from peft import PeftModel",
+            "",
+            f'one = PeftModel.from_pretrained(model, "PATH_OF_THIS_FOLDER/experts/{names[0]}")',
+            "```",
+            "",
+            "All together, mixed: `tritter generate --checkpoint PATH_OF_THIS_FOLDER "
+            "--prompt TEXT`, and `tritter evaluate`.",
+            "",
+        ]
+    lines += _history(lineage) + _scores(lineage)
+    lines += [f"Model hash `{lineage.model_hash}`", ""]
+    return "\n".join(lines)
+
+
+def export_card(
+    config: Config,
+    *,
+    origin: str,
+    origin_hash: str,
+    model_hash: str,
+    lineage: Lineage | None,
+    notes: Sequence[str] = (),
+) -> str:
+    """Return the card of an exported folder, which keeps no other record of where it comes from.
+
+    Args:
+        origin: name of the checkpoint that was exported.
+        origin_hash: its model hash, or the SHA-256 of its file.
+        model_hash: Merkle hash over the exported tensors.
+        lineage: what the checkpoint said of itself, if anything.
+        notes: sentences on what was made of it.
+    """
+    dtype = config["dtype"]
+    lines = _introduction(config, f"Exported with Tritter: all tensors in {dtype}.")
+    for note in notes:
+        lines += [" ".join(harmless(note).split()).replace("<", "&lt;"), ""]
+    if lineage is not None:
+        lines += _history(lineage) + _scores(lineage)
+    lines += [
+        "| | hash |",
+        "|---|---|",
+        f"| these tensors | `{model_hash}` |",
+        f"| made from | `{origin_hash}` ({_cell(origin)}) |",
+    ]
+    if lineage is not None:
+        lines.append(f"| start of its chain | `{lineage.base_model_hash}` |")
+    return "\n".join([*lines, ""])
+
+
+def _introduction(config: Config, origin: str) -> list[str]:
+    family = family_of(config)
+    size, ffns = family.dimensions(config), ffn_sizes(config)
+    ffn = f"{min(ffns)} to {max(ffns)}" if ffns else size.intermediate_size
+    return [
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        "tags: [tritter]",
+        "---",
+        "",
+        f"# {family.architecture}, {family.count_parameters(config):,} parameters",
+        "",
+        f"{size.num_hidden_layers} layers, hidden size {size.hidden_size}, FFN "
+        f"{ffn}, {size.num_attention_heads} attention heads "
+        f"({size.num_key_value_heads} key/value). {origin}",
+        "",
+        "```python",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        'model = AutoModelForCausalLM.from_pretrained("PATH_OF_THIS_FOLDER")',
+        'tokenizer = AutoTokenizer.from_pretrained("PATH_OF_THIS_FOLDER")',
+        "```",
+        "",
+    ]
+
+
+def _history(lineage: Lineage) -> list[str]:
+    if not lineage.expansion_history:
+        return ["Not expanded: this is the start of its chain.", ""]
+    warning = []
+    if lineage.stock_loadable != "yes":
+        warning = [
+            "Appended experts are not wholly open yet: Tritter computes the right function, the "
+            "classes above another one until further training has opened them.",
+            "",
+        ]
+    lines = ["| expansion | kind | step-0 error | steps after | source of each layer |"]
+    lines += ["|---|---|---|---|---|"]
+    for record in lineage.expansion_history:
+        error = "not measured" if record.step0_error is None else f"{record.step0_error:.1e}"
+        layers = " ".join(map(str, record.layer_sources))
+        lines.append(
+            f"| {_cell(record.method)} | {_cell(record.expansion_type)} | {error} | "
+            f"{record.continued_training_steps} | {layers} |"
+        )
+    return [*warning, *lines, ""]
+
+
+def _scores(lineage: Lineage) -> list[str]:
+    if not lineage.benchmark_scores:
+        return []
+    lines = ["| domain | loss (nats per token) |", "|---|---|"]
+    answers = ["| task | right answers |", "|---|---|"]
+    num_heads = len(answers)
+    for name, score in lineage.benchmark_scores.items():
+        if name.endswith(_ACCURACY):
+            answers.append(f"| {_cell(name.removesuffix(_ACCURACY))} | {score:.1%} |")
+        else:
+            lines.append(f"| {_cell(name)} | {score:.4f} |")
+    return [each for table in (lines, answers) if len(table) > num_heads for each in (*table, "")]
+
+
+def _cell(name: str) -> str:
+    """Return a name as text of a Markdown table: no markup, no HTML, no line of its own."""
+    text = " ".join(harmless(name).split())[:_LONGEST_CELL]
+    return re.sub(r"[\\`*\[\]|]", r"\\\g<0>", text).replace("<", "&lt;")

@@ -1,0 +1,253 @@
+"""Write and read checkpoint folders: model, tokenizer, model card and tritter.json as one."""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Protocol
+
+from tritter.checkpoints.card import model_card
+from tritter.checkpoints.record import Lineage
+from tritter.core.families import Config, ffn_sizes, on_disk, padded_shapes
+from tritter.storage.atomic import atomic_folder, link_or_copy, write_text_atomic
+from tritter.storage.hashing import file_digest, header_digest, merkle_hash
+from tritter.storage.reading import LINEAGE_NAME, check_links, read_object, require_file
+from tritter.storage.records import read_record, record_text
+from tritter.storage.tensors import INDEX_NAME, TensorFolder
+from tritter.storage.writer import TensorStream, padded, write_tensors
+
+# Tokenizer and generation files
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizerFiles:
+    """Tokenizer and generation files, as they stand beside a model in `source`."""
+
+    source: Path
+
+    def write(self, folder: Path) -> None:
+        """Copy them.
+
+        Raises:
+            TritterError: what `check_tokenizer_files` refuses.
+        """
+        for path in check_tokenizer_files(self.source):
+            shutil.copyfile(path, folder / path.name)
+
+
+def check_tokenizer_files(source: Path) -> list[Path]:
+    """Return the files that there are to copy, of a folder that was opened.
+
+    Raises:
+        TritterError: one is no file, or too large, or settings that are no JSON object.
+    """
+    paths = [source / name for name in TOKENIZER_FILES if os.path.lexists(source / name)]
+    for path in paths:
+        if path.name in _SETTINGS:
+            read_object(path)
+        else:
+            require_file(path)
+    return paths
+
+
+# Checkpoint folders
+
+CARD_NAME = "README.md"
+HEADER_MARK = "#header"
+EXPERTS_FOLDER = "experts"
+_ADVICE = (
+    "To use its weights, write them as a plain Hugging Face folder: tritter export --checkpoint "
+    "FOLDER --output NEW --format hf --ignore-lineage"
+)
+_EXPERT = re.compile(rf"{EXPERTS_FOLDER}/(?P<name>[A-Za-z0-9][A-Za-z0-9_-]*)/adapter_config\.json")
+
+
+class Artifact(Protocol):
+    """Tokenizer files, state, experts that are not open yet: one piece, as it is to stand there."""
+
+    def write(self, folder: Path) -> None:
+        """Write it into a checkpoint folder that is still being made."""
+
+
+@dataclass(frozen=True, slots=True)
+class LinkedTensors:
+    """Weights that a checkpoint shares with another folder, by hard links.
+
+    Args:
+        folder: whose weight files they are in.
+        digests: name on disk → SHA-256 of each tensor in them.
+    """
+
+    folder: Path
+    digests: Mapping[str, str]
+
+    def write(self, folder: Path) -> dict[str, str]:
+        """Link the files into a folder that is still being made, and return the digests."""
+        for name in dict.fromkeys(TensorFolder.open(self.folder).files.values()):
+            link_or_copy(self.folder / name, folder / name)
+        if (self.folder / INDEX_NAME).is_file():
+            shutil.copyfile(self.folder / INDEX_NAME, folder / INDEX_NAME)
+        return dict(self.digests)
+
+
+def write_checkpoint(
+    target: Path,
+    *,
+    config: Config,
+    tensors: TensorStream | LinkedTensors,
+    lineage: Callable[[], Lineage],
+    final_config: Callable[[], Config] | None = None,
+    artifacts: Iterable[Artifact | None],
+    max_shard_bytes: int = 5 * 10**9,
+    overwrite: bool = False,
+    check: Callable[[Path], None] | None = None,
+    before_placing: Callable[[Path, Lineage], Lineage] | None = None,
+) -> Lineage:
+    """Write a checkpoint folder whole, or not at all.
+
+    FFNs that are narrower than the widest are padded on disk, beside a stock config.json.
+
+    Args:
+        tensors: by name on disk, streamed; or files of another folder that are written already.
+        final_config: asked once the tensors are written, for what config.json is to state.
+        lineage: asked once the tensors are written where they come from; hashes and digests of
+            the answer are filled in from what was written. One without a base hash starts a chain.
+        artifacts: what stands beside the model; None where there is none of a kind.
+        check: raises when a folder that stands at `target` may not be replaced.
+        before_placing: called with the finished folder and its lineage while the old one still
+            stands; may write the lineage anew, returns what is in the folder then, and may raise.
+
+    Returns:
+        The lineage as written.
+
+    Raises:
+        RequestError: `target` exists and `overwrite` is off, or may not be replaced, or its place
+            cannot be written.
+        TritterError: the disk refused a write.
+    """
+    with atomic_folder(target, overwrite=overwrite, check=check) as folder:
+        if isinstance(tensors, LinkedTensors):
+            tensor_digests = tensors.write(folder)
+        else:
+            stream = padded(tensors, padded_shapes(config))
+            tensor_digests = write_tensors(folder, stream, max_shard_bytes=max_shard_bytes)
+        config = config if final_config is None else final_config()
+        write_config(folder, config)
+        for artifact in filter(None, artifacts):
+            artifact.write(folder)
+        model_hash = merkle_hash(tensor_digests)
+        stated = lineage()
+        complete = replace(
+            stated,
+            model_hash=model_hash,
+            base_model_hash=stated.base_model_hash or model_hash,
+            tensor_digests=tensor_digests,
+            ffn_sizes=ffn_sizes(config),
+        )
+        files = (path.relative_to(folder).as_posix() for path in folder.rglob("*.json"))
+        card = model_card(complete, config, experts=expert_names(sorted(files)))
+        (folder / CARD_NAME).write_text(card, encoding="utf-8")
+        complete = replace(complete, file_digests=file_digests(folder))
+        write_text_atomic(folder / LINEAGE_NAME, record_text(complete))
+        if before_placing is not None:
+            complete = before_placing(folder, complete)
+    return complete
+
+
+def write_config(folder: Path, config: Config) -> None:
+    """Write config.json as stock classes read it."""
+    text = json.dumps(on_disk(config), indent=2, sort_keys=True) + "\n"
+    (folder / "config.json").write_text(text, encoding="utf-8")
+
+
+def write_lineage(folder: Path, lineage: Lineage, config: Config) -> Lineage:
+    """Replace a checkpoint's record and card without touching its tensors; return the record."""
+    card = model_card(lineage, config, experts=expert_names(lineage.file_digests))
+    write_text_atomic(folder / CARD_NAME, card)
+    digests = {**lineage.file_digests, CARD_NAME: file_digest(folder / CARD_NAME)}
+    written = replace(lineage, file_digests=digests)
+    write_text_atomic(folder / LINEAGE_NAME, record_text(written))
+    return written
+
+
+def record_step0_error(
+    folder: Path, lineage: Lineage, error: float | None, config: Config, *, num_new: int
+) -> Lineage:
+    """Write the measured error of a whole expansion into its `num_new` newest records.
+
+    Args:
+        lineage: of the folder.
+        error: max |Δ logits| / std(logits); None when it is not finite.
+
+    Returns:
+        The lineage as written.
+    """
+    old, new = lineage.expansion_history[:-num_new], lineage.expansion_history[-num_new:]
+    history = (*old, *(replace(record, step0_error=error) for record in new))
+    return write_lineage(folder, replace(lineage, expansion_history=history), config)
+
+
+def read_lineage(folder: Path) -> Lineage | None:
+    """Return a folder's lineage, or None for a plain Hugging Face folder.
+
+    Raises:
+        TritterError: tritter.json is unreadable or of another format, or a link leads out of the
+            folder.
+    """
+    check_links(folder)
+    path = folder / LINEAGE_NAME
+    if not path.exists():
+        return None
+    found = path.stat()
+    return _lineage_in(path, (found.st_ino, found.st_mtime_ns, found.st_size))
+
+
+@lru_cache(maxsize=32)
+def _lineage_in(path: Path, state: tuple[int, ...]) -> Lineage:
+    """Return the lineage in a file, which is read once as long as its state stays."""
+    # One that was edited is read all the same: `history --verify` names what changed
+    return read_record(path, Lineage, advice=_ADVICE, is_signed=False)
+
+
+def expert_names(files: Iterable[str]) -> tuple[str, ...]:
+    """Return the adapters among the names of a checkpoint's files."""
+    return tuple(match["name"] for name in files if (match := _EXPERT.fullmatch(name)))
+
+
+def lineage_of(folder: Path) -> Lineage:
+    """Return the lineage of a folder that Tritter wrote; see `read_lineage`."""
+    lineage = read_lineage(folder)
+    assert lineage is not None, f"{folder} has no {LINEAGE_NAME}"
+    return lineage
+
+
+def file_digests(folder: Path) -> dict[str, str]:
+    """Digest everything that neither tensor digests nor the lineage itself cover.
+
+    Of the model's own safetensors that is the header, named with `HEADER_MARK` behind.
+    """
+    digests: dict[str, str] = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        name = path.relative_to(folder).as_posix()
+        if path.parent == folder and path.suffix == ".safetensors":
+            digests[name + HEADER_MARK] = header_digest(path)
+        elif name != LINEAGE_NAME:
+            digests[name] = file_digest(path)
+    return digests

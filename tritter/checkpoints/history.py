@@ -1,0 +1,380 @@
+"""The chain of checkpoints behind one: found by hash, and hashed again when asked."""
+
+import hashlib
+import json
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
+
+from tritter.checkpoints.folder import (
+    CARD_NAME,
+    HEADER_MARK,
+    expert_names,
+    lineage_of,
+    read_lineage,
+)
+from tritter.checkpoints.record import ExpansionRecord, LedgerRecord, Lineage
+from tritter.core.families import count_parameters
+from tritter.core.families.config_file import no_config, read_config_file
+from tritter.errors import RequestError, TritterError
+from tritter.storage.hashing import (
+    bounded_digest,
+    file_digest,
+    header_digest,
+    merkle_hash,
+    tensor_digest,
+)
+from tritter.storage.reading import LEDGER_NAME, LINEAGE_NAME, check_inside, check_links
+from tritter.storage.records import is_unchanged, read_record
+from tritter.storage.tensors import TensorFolder
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Link:
+    """One checkpoint of a chain.
+
+    Args:
+        folder: where it lies; None when it was not found.
+        model_hash: what it has to have; None for a plain folder that nobody speaks of.
+        lineage: what it says of itself; None for a plain folder, or one that was not found.
+        problem: why its tritter.json says nothing.
+        made_by: the expansions that made it out of its parent, oldest first; none when it was
+            trained, or starts the chain.
+        tensor_digests: tensor name → SHA-256 that it has to have, where known.
+        file_digests: file name → the same, of everything but tensors.
+    """
+
+    folder: Path | None
+    model_hash: str | None
+    lineage: Lineage | None = None
+    problem: str | None = None
+    made_by: tuple[ExpansionRecord, ...] = ()
+    tensor_digests: Mapping[str, str] | None = None
+    file_digests: Mapping[str, str] | None = None
+
+    @property
+    def can_be_checked(self) -> bool:
+        is_known = self.folder is not None and (self.model_hash or self.problem) is not None
+        return is_known and not self.is_removed
+
+    @property
+    def is_removed(self) -> bool:
+        """Whether a run removed the weights of this stage, as its ledger says."""
+        if self.folder is None or self.lineage is None or any(self.folder.glob("*.safetensors")):
+            return False
+        folder = self.folder.resolve()
+        run = folder.parent.parent  # of RUN/attempt_1/expanded
+        try:
+            ledger = read_record(run / LEDGER_NAME, LedgerRecord)
+        except TritterError:
+            return False
+        return folder.relative_to(run).as_posix() in (*ledger.removed, *ledger.released)
+
+    @property
+    def experts(self) -> tuple[str, ...]:
+        """The adapters that its record names."""
+        return expert_names(self.file_digests or ())
+
+    @property
+    def num_parameters(self) -> int | None:
+        """Count the parameters, without what pads them on disk; None where that can't be read."""
+        is_padded = self.lineage is not None and bool(self.lineage.ffn_sizes)
+        if self.folder is None or not (is_padded or self.is_removed):
+            return self.num_parameters_on_disk
+        try:
+            return count_parameters(read_config_file(self.folder))
+        except TritterError:
+            return None
+
+    @property
+    def num_parameters_on_disk(self) -> int | None:
+        """Count the parameters from the files' headers; None where they cannot be read."""
+        if self.folder is None:
+            return None
+        try:
+            tensors = TensorFolder.open(self.folder)
+            return sum(prod(tensors.shape(name)) for name in tensors.files)
+        except TritterError:
+            return None
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """One thing in a folder that is not as it was written.
+
+    Args:
+        file: name in the folder; empty when it is not known which.
+        tensor: its name, when it is a tensor.
+        what: changed, missing, added, or why it cannot be read.
+    """
+
+    file: str
+    tensor: str | None
+    what: str
+
+
+def read_chain(folder: Path) -> tuple[Link, ...]:
+    """Return the checkpoints from the start of the chain to `folder`, oldest first.
+
+    A parent is looked for where its child says it lay, then beside the child; its hash decides.
+    The chain ends at a parent that is not found, which is the first link then. A checkpoint to
+    which experts came has the hash of its parent, since the base is the same.
+
+    Raises:
+        RequestError: there is no such folder, or no checkpoint in it.
+    """
+    if not folder.is_dir():
+        raise RequestError(f"{folder} is not a folder.")
+    if not any((folder / name).exists() for name in (LINEAGE_NAME, "config.json")):
+        lacks = f"no {LINEAGE_NAME} and {no_config(folder)}"
+        raise RequestError(f"{folder} holds no checkpoint: {lacks}.")
+    try:
+        check_links(folder)
+    except TritterError as error:
+        raise RequestError(str(error)) from error
+    links = [link_of(folder)]
+    seen = {folder.resolve()}
+    while (child := links[-1]).lineage is not None and child.lineage.parent_hash is not None:
+        if _hint(child) in seen:
+            break
+        parent = _parent(child, passed_over=seen)
+        history = child.lineage.expansion_history
+        if parent.lineage is not None:
+            own = history[len(parent.lineage.expansion_history) :]
+        elif child.lineage.parent_hash == child.lineage.base_model_hash:
+            own = history  # what is at the start has no expansions before it
+        else:
+            # Its parent would say how many are its own; one is, unless it was trained.
+            own = () if child.lineage.step else history[-1:]
+        links[-1] = replace(child, made_by=own)
+        if parent.folder is not None:
+            seen.add(parent.folder.resolve())
+        elif parent.model_hash in {link.model_hash for link in links if not link.experts}:
+            break
+        links.append(parent)
+    return tuple(reversed(links))
+
+
+def verify(link: Link) -> tuple[Difference, ...]:
+    """Hash a checkpoint's tensors and files again and return what is not as it was written.
+
+    Args:
+        link: one that `can_be_checked`.
+    """
+    assert link.folder is not None
+    changes = [] if link.problem is None else [Difference(LINEAGE_NAME, None, link.problem)]
+    if link.lineage is not None:
+        if merkle_hash(link.lineage.tensor_digests) != link.lineage.model_hash:
+            what = "its hash does not follow from its tensors' digests"
+            changes.append(Difference(LINEAGE_NAME, None, what))
+        if not is_unchanged(link.folder / LINEAGE_NAME):
+            changes.append(Difference(LINEAGE_NAME, None, "changed"))
+    tensors = tuple(_tensor_changes(link.folder, link))
+    changes += tensors
+    explained = {change.file for change in tensors}  # whose header says no more than that
+    for name, digest in (link.file_digests or {}).items():
+        file = name.removesuffix(HEADER_MARK)
+        path = link.folder / file
+        hashed = header_digest if name.endswith(HEADER_MARK) else bounded_digest
+        if file in explained:
+            continue
+        try:
+            check_inside(link.folder, file)
+            if not path.is_file():
+                changes.append(Difference(file, None, "missing"))
+            elif hashed(path) != digest:
+                changes.append(Difference(file, None, "changed"))
+        except TritterError as error:
+            changes.append(Difference(name, None, str(error)))
+    return tuple(changes)
+
+
+def link_of(folder: Path) -> Link:
+    """Return a checkpoint as a link by itself: without its parent, and what it was made from."""
+    try:
+        lineage = read_lineage(folder)
+    except TritterError as error:
+        return Link(folder=folder, model_hash=None, problem=str(error))
+    if lineage is None:
+        return Link(folder=folder, model_hash=None)
+    return Link(
+        folder=folder,
+        model_hash=lineage.model_hash,
+        lineage=lineage,
+        tensor_digests=lineage.tensor_digests,
+        file_digests=lineage.file_digests,
+    )
+
+
+def _parent(child: Link, *, passed_over: Collection[Path]) -> Link:
+    assert child.lineage is not None and child.folder is not None
+    lineage, wanted = child.lineage, child.lineage.parent_hash
+    hinted, own = _hint(child), child.folder.resolve()
+    candidates = [] if hinted is None or not hinted.is_dir() else [hinted]
+    with suppress(OSError):
+        # Hidden ones are being written, or were left behind by a kill
+        near = sorted(path for path in own.parent.iterdir() if path.is_dir())
+        candidates += [path for path in near if path != own and not path.name.startswith(".")]
+    candidates = [folder for folder in candidates if folder not in passed_over]
+    for folder in candidates:
+        link = link_of(folder)
+        if link.lineage is None:
+            continue
+        # The hash that it states, or the one that follows from its digests
+        if wanted in (link.lineage.model_hash, merkle_hash(link.lineage.tensor_digests)):
+            return link
+    recorded = (lineage.parent_file_digests or {}).get("config.json")
+    for folder in candidates:
+        config = folder / "config.json"
+        if (folder / LINEAGE_NAME).exists() or not config.is_file():
+            continue
+        # Its tensors would tell, but hashing them is what `verify` is for: next to the child, a
+        # config of the recorded digest is enough
+        with suppress(TritterError):  # whatever it is, nothing is taken from it
+            check_links(folder)
+            if folder == hinted or (recorded is not None and bounded_digest(config) == recorded):
+                return Link(
+                    folder=folder,
+                    model_hash=wanted,
+                    tensor_digests=lineage.parent_tensor_digests,
+                    file_digests=lineage.parent_file_digests,
+                )
+    if hinted is not None and hinted.is_dir() and (link := link_of(hinted)).problem:
+        return link
+    return Link(folder=None, model_hash=wanted)
+
+
+def _hint(child: Link) -> Path | None:
+    """Return where a checkpoint says that its parent lay."""
+    assert child.lineage is not None
+    if child.folder is None or not child.lineage.parent_path:
+        return None
+    return (child.folder / child.lineage.parent_path).resolve()
+
+
+def _tensor_changes(folder: Path, link: Link) -> Iterator[Difference]:
+    try:
+        tensors = TensorFolder.open(folder)
+    except TritterError as error:
+        yield Difference("", None, str(error))
+        return
+    found: dict[str, str] = {}
+    for name, file in tensors.files.items():
+        try:
+            found[name] = tensor_digest(name, tensors.get(name))
+        except TritterError as error:
+            yield Difference(file, name, str(error))
+            found[name] = ""
+    if link.tensor_digests is None:
+        if link.model_hash is not None and merkle_hash(found) != link.model_hash:
+            yield Difference("", None, f"the tensors' hash is not {link.model_hash}")
+        return
+    for name, digest in link.tensor_digests.items():
+        if name not in found:
+            yield Difference("", name, "missing")
+        elif found[name] and found[name] != digest:
+            yield Difference(tensors.files[name], name, "changed")
+    if link.lineage is not None:  # a plain folder may hold a tied head twice
+        for name in found.keys() - link.tensor_digests.keys():
+            yield Difference(tensors.files[name], name, "added")
+
+
+# What a stage leaves in a run's folder, by digest, and whether it is still there as it was left. A
+# checkpoint is known by its own record, which names each of its tensors and files, so that nothing
+# large is hashed to take note of it. Of everything else each file is known by the SHA-256 of its
+# bytes.
+
+
+@dataclass(frozen=True, slots=True)
+class Damage:
+    """One thing that does not lie there as it was left.
+
+    Args:
+        place: what was left, relative to the run's folder: a checkpoint, or a file.
+        what: what is the matter with it, its file and tensor named.
+        is_gone: there is nothing at all at its place.
+    """
+
+    place: str
+    what: str
+    is_gone: bool = False
+
+    @property
+    def is_missing(self) -> bool:
+        """Whether the folder is there and a file of it is not."""
+        return not self.is_gone and self.what.endswith(": missing")
+
+
+def digests_of(
+    folder: Path, places: Iterable[str], *, lineages: Mapping[str, Lineage] | None = None
+) -> dict[str, str]:
+    """Return place → digest of what was left: checkpoints, files, and all files of other folders.
+
+    Args:
+        places: relative to `folder`.
+        lineages: place → lineage, of checkpoints that this process wrote or has open.
+    """
+    digests: dict[str, str] = {}
+    known = lineages or {}
+    for place in places:
+        path = folder / place
+        if path.is_file():
+            digests[place] = file_digest(path)
+        elif (lineage := known.get(place) or read_lineage(path)) is not None:
+            digests[place] = _checkpoint_digest(lineage)
+        else:
+            files = sorted(file for file in path.rglob("*") if file.is_file())
+            digests |= {f.relative_to(folder).as_posix(): file_digest(f) for f in files}
+    return digests
+
+
+def find_damage(folder: Path, left: Mapping[str, str]) -> tuple[Damage, ...]:
+    """Hash what was left again and return what is not as `digests_of` found it."""
+    found = []
+    for place, digest in left.items():
+        path = folder / place
+        if not path.exists():
+            found.append(Damage(place, f"{path} is gone", is_gone=True))
+        elif path.is_dir():
+            changes = list(checkpoint_changes(path))
+            found += [Damage(place, what) for what in changes]
+            if not changes and _checkpoint_digest(lineage_of(path)) != digest:
+                what = f"{path} is another checkpoint than the one that was left there"
+                found.append(Damage(place, what))
+        else:
+            try:
+                if file_digest(path) != digest:
+                    found.append(Damage(place, f"{path}: changed"))
+            except (OSError, TritterError) as error:
+                found.append(Damage(place, str(error)))
+    return tuple(found)
+
+
+def checkpoint_changes(folder: Path) -> Iterator[str]:
+    """Yield what is not as a checkpoint's own record says, each with its file and tensor."""
+    link = link_of(folder)
+    if link.problem is None and link.lineage is None:
+        yield f"{folder / LINEAGE_NAME}: missing"
+        return
+    for change in verify(link):
+        if change.file != CARD_NAME:  # prose, and written anew with every record
+            tensor = f", tensor {change.tensor}" if change.tensor else ""
+            yield f"{folder / change.file}{tensor}: {change.what}"
+    if link.file_digests is not None:
+        known = {name.removesuffix(HEADER_MARK) for name in link.file_digests}
+        for path in sorted(folder.rglob("*")):
+            name = path.relative_to(folder).as_posix()
+            is_hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+            if not path.is_dir() and not is_hidden and name not in {*known, LINEAGE_NAME}:
+                yield f"{path}: added"
+
+
+def _checkpoint_digest(lineage: Lineage) -> str:
+    """Return the digest of a checkpoint's tensors and files; its card and its record may be
+    written anew when its training has been judged.
+    """
+    files = {name: d for name, d in lineage.file_digests.items() if name != CARD_NAME}
+    text = json.dumps([lineage.model_hash, sorted(files.items())])
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,1 @@
+"""The heart: families, parameter maps, expansions and the models that they are for."""

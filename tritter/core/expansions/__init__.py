@@ -1,0 +1,37 @@
+"""Expansions: pure functions from a config and options to a target config and a parameter map."""
+
+from typing import Any
+
+from tritter.core.expansions.depth import Dus, Interpolate, LlamaPro, Stack
+from tritter.core.expansions.moe import Moe
+from tritter.core.expansions.moe_add import MoeAdd
+from tritter.core.expansions.specification import (
+    ExpansionSpec,
+    ResolvedExpansion,
+    build_steps,
+    checked_specs,
+    composed,
+    target_config,
+)
+from tritter.core.expansions.width import Width
+
+EXPANSIONS: dict[str, type[Any]] = {
+    spec.name: spec for spec in (Dus, Stack, Interpolate, LlamaPro, Width, Moe, MoeAdd)
+}
+
+__all__ = [
+    "EXPANSIONS",
+    "Dus",
+    "ExpansionSpec",
+    "Interpolate",
+    "LlamaPro",
+    "Moe",
+    "MoeAdd",
+    "ResolvedExpansion",
+    "Stack",
+    "Width",
+    "build_steps",
+    "checked_specs",
+    "composed",
+    "target_config",
+]

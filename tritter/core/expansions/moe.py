@@ -1,0 +1,403 @@
+"""A dense model into a mixture of experts (sparse upcycling, Komatsuzaki et al., arXiv 2212.05055).
+
+Every FFN is copied n times behind a new router. The weights of the k chosen copies add up to one,
+so equal copies compute what the one FFN did, whatever the router says. In Qwen2-MoE an expert that
+every token meets takes the FFN's place (twice its output, behind a gate that starts at one half),
+and the routed copies start with silent outputs.
+
+Moments and importances of the copies are a policy, not a theorem: which tokens an expert sees
+depends on the router. They are carried as a balanced router would have it: each of C copies, of
+which a token takes k, gets 1/C of the gradient and, since its tokens are k/C of all and count 1/k
+each, 1/(C·k) of the gradient's variance (measured with 8 and 2: 0.051–0.059 for 0.0625).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, ClassVar
+
+from pydantic import Field
+
+from tritter.core.families import (
+    MIXTRAL,
+    QWEN2_MOE,
+    QWEN3_MOE,
+    Config,
+    Family,
+    LogicalTensor,
+    ffn_sizes,
+    logical_name,
+)
+from tritter.core.parameter_map import AxisFactor, Fill, ParameterMap, TensorMap
+from tritter.errors import Problem, RequestError, key_name, refused, setting
+from tritter.limits import MAX_EXPERTS, MAX_LAYERS
+from tritter.options import options
+from tritter.seeds import derived_seed
+
+DEFAULT_COPIES, DEFAULT_COPIES_PER_TOKEN = 8, 2
+
+
+@options
+class Moe:
+    """Copy each FFN into experts behind a new router.
+
+    Args:
+        num_experts: of a layer, in all. Default: 8 copies of the FFN.
+        experts_per_token: k. Default: 2 copies' worth.
+        noise: standard deviation, relative to the source's, added to every copy but the first.
+            Without it all copies start equal and the text gives the router no gradient.
+        reinit_fraction: share of each expert's neurons drawn anew with the source's mean and
+            deviation, other ones in each expert (Drop-Upcycling, arXiv 2502.19261).
+        granularity: pieces that each copy is cut into. The pieces of a copy share their router
+            row, so that at the start a token takes all of them or none.
+        layers: that get experts; the others keep their FFN. Default: all.
+    """
+
+    name: ClassVar[str] = "moe"
+    new_blocks_only: ClassVar[bool] = False
+    expansion_type: ClassVar[str] = "moe"
+    num_experts: Annotated[int, Field(ge=2, le=MAX_EXPERTS)] | None = None
+    experts_per_token: Annotated[int, Field(ge=1, le=MAX_EXPERTS)] | None = None
+    noise: Annotated[float, Field(ge=0)] = 0.01
+    reinit_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    granularity: Annotated[int, Field(ge=1, le=MAX_EXPERTS)] = 1
+    layers: tuple[Annotated[int, Field(ge=0, le=MAX_LAYERS)], ...] | None = None
+
+    @property
+    def is_exact(self) -> bool:
+        return self.noise == 0 and self.reinit_fraction == 0
+
+    @property
+    def total_experts(self) -> int:
+        return self.num_experts or DEFAULT_COPIES * self.granularity
+
+    @property
+    def chosen_experts(self) -> int:
+        return self.experts_per_token or DEFAULT_COPIES_PER_TOKEN * self.granularity
+
+    def target_config(self, family: Family, config: Config) -> Config:
+        partner, dimensions = partner_of(family), family.dimensions(config)
+        if widths := ffn_sizes(config):
+            raise RequestError(
+                Problem(
+                    "expansion.moe",
+                    reason=f"the FFNs of this model are {min(widths)} to {max(widths)} wide, and "
+                    "experts have one width in all layers; export --format hf pads them "
+                    "to the widest, and what it writes can be expanded",
+                )
+            )
+        total, chosen, pieces = self.total_experts, self.chosen_experts, self.granularity
+        _check_count("num_experts", total, at_least=2 * pieces, multiple_of=pieces)
+        _check_count("experts_per_token", chosen, at_least=pieces, multiple_of=pieces)
+        if chosen > total:
+            raise refused(
+                "expansion.moe.experts_per_token",
+                chosen,
+                f"a token cannot take more than the {total} experts of a layer; "
+                f"allowed is at most {total}",
+            )
+        width = dimensions.intermediate_size
+        size, rest = divmod(width, pieces)
+        if rest:
+            divisors = (count for count in range(1, width + 1) if width % count == 0)
+            nearest = min(divisors, key=lambda count: abs(count - pieces))
+            raise refused(
+                "expansion.moe.granularity",
+                pieces,
+                f"it does not divide the FFN's {width} neurons; nearest: {nearest}",
+            )
+        dense_layers = self._dense_layers(dimensions.num_hidden_layers)
+        for key in ("rms_norm_eps", "rope_parameters"):
+            if config.get(key) is None:
+                reason = f"{key} is missing, and {partner.model_type} needs it."
+                raise RequestError(f"config.json: {reason}")
+        return {
+            **{key: value for key, value in config.items() if key not in _DENSE_KEYS},
+            "model_type": partner.model_type,
+            "architectures": [partner.architecture],
+            "num_key_value_heads": dimensions.num_key_value_heads,
+            "head_dim": dimensions.head_dim,
+            partner.sizes["num_experts"]: total,
+            partner.sizes["experts_per_token"]: chosen,
+            partner.sizes["expert_size"]: size,
+            "output_router_logits": False,
+            "router_aux_loss_coef": 0.001,
+            **_keys_of_partner(partner, config, dense_layers),
+        }
+
+    def parameter_map(
+        self, family: Family, source: Config, target: Config, *, seed: int
+    ) -> ParameterMap:
+        partner = partner_of(family)
+        copies = Copies(self, partner, target, seed)
+        return ParameterMap(
+            tensors={t.name: copies.tensor_map(t) for t in partner.logical_tensors(target)},
+            layer_sources=tuple(range(partner.dimensions(target).num_hidden_layers)),
+        )
+
+    def notes(self, family: Family, source: Config, target: Config) -> tuple[str, ...]:
+        partner = partner_of(family)
+        dimensions = partner.dimensions(target)
+        active, total = partner.count_active_parameters(target), partner.count_parameters(target)
+        notes = [
+            f"{family.model_type} → {partner.model_type}: {dimensions.num_experts} experts a "
+            f"layer, {dimensions.experts_per_token} a token; {active:,} of {total:,} parameters "
+            "are active for a token"
+        ]
+        if dimensions.shared_expert_size:
+            notes.append(
+                "the shared expert computes what the FFN did and the routed ones start silent, so "
+                "nothing changes at step 0, whatever the noise"
+            )
+        dense = self._dense_layers(dimensions.num_hidden_layers)
+        if dense:
+            notes.append(f"dense layers: {', '.join(map(str, dense))}")
+        if self.is_exact:
+            notes.append(
+                "all copies start equal: the text gives the router no gradient until they differ, "
+                "only a balance loss does"
+            )
+        if self.granularity > 1:
+            notes.append(
+                f"the {self.granularity} pieces of a copy are routed together at the start only"
+            )
+        if dimensions.hidden_size % 8 or dimensions.expert_size % 8:
+            notes.append(
+                f"hidden size {dimensions.hidden_size} and expert size {dimensions.expert_size} "
+                "are not both multiples of 8, which the default kernel of transformers wants; "
+                'load it with experts_implementation="eager"'
+            )
+        return tuple(notes)
+
+    def _dense_layers(self, layers: int) -> tuple[int, ...]:
+        if self.layers is None:
+            return ()
+        wrong = [layer for layer in self.layers if not 0 <= layer < layers]
+        if wrong or not self.layers:
+            raise refused(
+                "expansion.moe.layers",
+                list(self.layers),
+                f"name at least one layer from 0 to {layers - 1} that is to get experts",
+            )
+        return tuple(sorted(set(range(layers)) - set(self.layers)))
+
+
+def _check_count(name: str, value: int, *, at_least: int, multiple_of: int) -> None:
+    if value >= at_least and value % multiple_of == 0:
+        return
+    below = value - value % multiple_of
+    counts = sorted({max(below, at_least), max(below + multiple_of, at_least)})
+    granularity = key_name("expansion.moe.granularity")
+    whole = f"a multiple of {granularity} = {multiple_of}, and " if multiple_of > 1 else ""
+    raise refused(
+        f"expansion.moe.{name}",
+        value,
+        f"allowed is {whole}at least {at_least}; nearest: {' or '.join(map(str, counts))}",
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Copies:
+    """The maps of one upcycling.
+
+    Args:
+        spec: its options.
+        partner: the family with experts; `target` is a config of it.
+        seed: of fills, noise, and what is drawn anew.
+    """
+
+    spec: Moe
+    partner: Family
+    target: Config
+    seed: int
+    _factors: dict[tuple[int, bool], AxisFactor] = field(default_factory=dict, repr=False)
+
+    def tensor_map(self, tensor: LogicalTensor) -> TensorMap:
+        """Return the map of a tensor of the partner."""
+        import torch
+
+        if tensor.expert is not None:
+            return self._expert(tensor, tensor.expert)
+        shape = self.partner.shape(tensor, self.target)
+        if tensor.kind == "router":
+            fill = Fill(
+                kind="random",
+                std=1 / math.sqrt(shape[1]),  # logits of about unit scale, whatever the hidden size
+                seed=derived_seed(self.seed, "fill", tensor.name),
+                repeat=self.spec.granularity,
+            )
+            return TensorMap.created(shape, fill)
+        if tensor.kind == "shared_expert_gate":
+            return TensorMap.created(shape, Fill())  # a sigmoid of zero: one half
+        source = logical_name(tensor.kind.replace("shared_expert.", "ffn."), layer=tensor.layer)
+        if tensor.kind == "shared_expert.down":
+            one = torch.ones(shape[0], dtype=torch.float64)
+            doubled = AxisFactor(torch.arange(shape[0]), weight=2 * one, gradient=one / 2)
+            return TensorMap(source=source, axes=(doubled, None))
+        return TensorMap(source=source)
+
+    def _expert(self, tensor: LogicalTensor, expert: int) -> TensorMap:
+        spec, dimensions = self.spec, self.partner.dimensions(self.target)
+        copy, piece = divmod(expert, spec.granularity)
+        is_down, is_silent = tensor.kind == "experts.down", dimensions.shared_expert_size > 0
+        # The k weights of a token are split over the pieces: what these write is as much larger
+        scale = float(spec.granularity) if is_down else 1.0
+        factor = self._factors.get((piece, is_down))
+        if factor is None:
+            stem = f"layers.{tensor.layer}.experts.{expert}"
+            factor = self._factor(piece, dimensions.expert_size, scale, stem)
+        if not spec.reinit_fraction:
+            # The same for all copies: kept for each, they would take more than the largest tensor
+            self._factors[piece, is_down] = factor
+        fill = Fill("matched", scale=scale, seed=derived_seed(self.seed, "fill", tensor.name))
+        return TensorMap(
+            source=logical_name(tensor.kind.replace("experts.", "ffn."), layer=tensor.layer),
+            axes=(None, factor) if is_down else (factor, None),
+            fill=fill if spec.reinit_fraction else Fill(),
+            is_zeroed=is_down and is_silent,
+            # Behind silent outputs there is no gradient that dense moments could stand for
+            state="fresh" if is_silent else "carry",
+            noise=scale * spec.noise if copy else 0.0,
+            noise_seed=derived_seed(self.seed, "noise", tensor.name),
+            is_copy=copy > 0,
+        )
+
+    def _factor(self, piece: int, size: int, scale: float, stem: str) -> AxisFactor:
+        """Return the factors along an expert's neurons.
+
+        Args:
+            size: neurons of one expert.
+            scale: what the weights are multiplied with.
+            stem: name of the expert; neurons that are drawn anew are the same in all its tensors.
+        """
+        import torch
+
+        spec = self.spec
+        index = torch.arange(piece * size, (piece + 1) * size)
+        generator = torch.Generator().manual_seed(derived_seed(self.seed, "redrawn", stem))
+        index[torch.randperm(size, generator=generator)[: round(spec.reinit_fraction * size)]] = -1
+        kept = (index >= 0).double()
+        share = spec.granularity / spec.total_experts  # of the dense gradient, the router balanced
+        chosen = spec.chosen_experts / spec.granularity
+        return AxisFactor(
+            index,
+            weight=kept * scale,
+            gradient=kept * share / scale,
+            squared=kept * share / chosen / scale**2,
+        )
+
+
+# Dense families, and the family with experts that computes the same with one expert's weights.
+#
+# A partner's config states every key that its class reads: where dense and sparse class have
+# other defaults (eps, rotary base, sliding window), a default would change the function in
+# silence.
+
+PARTNERS: Mapping[str, Family] = {
+    "llama": MIXTRAL,
+    "mistral": MIXTRAL,
+    "qwen2": QWEN2_MOE,
+    "qwen3": QWEN3_MOE,
+}
+# What a dense class reads and its partner does not, or reads in another sense
+_DENSE_KEYS = ("pretraining_tp", "mlp_bias", "layer_types", "max_window_layers")
+# Why a family stays dense although there is one with experts that is named like it
+_REASONS: Mapping[str, str] = {
+    "phi3": "phimoe has LayerNorm in place of RMSNorm and routes by a rule of its own",
+    "granite": "the experts of granitemoe share one tensor on disk, which is not read",
+}
+_MISTRAL_WINDOW = 4096  # what the class takes where the config is silent
+
+
+def partner_of(family: Family) -> Family:
+    """Return the family that a dense family becomes.
+
+    Raises:
+        RequestError: it has experts already, or there is no partner; names those that have one.
+    """
+    if family.model_type in PARTNERS:
+        return PARTNERS[family.model_type]
+    having = ", ".join(f"{dense} ({sparse.model_type})" for dense, sparse in PARTNERS.items())
+    if family.has_experts:
+        raise RequestError(
+            Problem(
+                "expansion.moe",
+                reason="it makes a dense model sparse, and "
+                f"{family.model_type} has experts already; it takes {having}. To add experts use "
+                f"{setting('expansion', 'moe_add')}",
+            )
+        )
+    reason = _REASONS.get(family.model_type, "transformers has none for it")
+    raise RequestError(
+        Problem(
+            "expansion.moe",
+            reason=f"{family.model_type} is one of the families without a MoE partner ({reason}); "
+            f"those that have one: {having}",
+        )
+    )
+
+
+def _keys_of_partner(partner: Family, config: Config, dense_layers: tuple[int, ...]) -> Config:
+    """Return what the partner's config says besides, by a dense one.
+
+    Raises:
+        RequestError: the source has something that its partner has no place for.
+    """
+    if partner is MIXTRAL:
+        biases = [key for key in ("attention_bias", "mlp_bias") if config.get(key)]
+        if biases:
+            raise RequestError(
+                f"config.json: {biases[0]} = True, and mixtral, the partner of "
+                f"{config['model_type']}, has no biases."
+            )
+        if dense_layers:
+            reason = (
+                f"it leaves layers {', '.join(map(str, dense_layers))} dense, and in mixtral every "
+                "layer has experts; leave it out (qwen2 and qwen3 may have both)"
+            )
+            raise RequestError(Problem("expansion.moe.layers", reason=reason))
+        is_llama = config["model_type"] == "llama"
+        window = None if is_llama else config.get("sliding_window", _MISTRAL_WINDOW)
+        return {"sliding_window": window, "router_jitter_noise": 0.0}
+    pattern = {
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": list(dense_layers),
+        "norm_topk_prob": True,  # without it k experts of equal weights add up to less than one
+    }
+    kinds = _attention_kinds(config)
+    if partner is QWEN2_MOE:
+        is_windowed = bool(config.get("use_sliding_window", False))
+        return {
+            **pattern,
+            "qkv_bias": True,
+            "shared_expert_intermediate_size": config["intermediate_size"],
+            "use_sliding_window": is_windowed,
+            "sliding_window": config.get("sliding_window") if is_windowed else None,
+            "layer_types": kinds,
+            "max_window_layers": config.get("max_window_layers", config["num_hidden_layers"]),
+        }
+    if len(set(kinds)) > 1:
+        raise RequestError(
+            "config.json: layer_types mixes full and sliding attention, and qwen3_moe, the partner "
+            "of qwen3, has one kind for all layers."
+        )
+    is_windowed = set(kinds) == {"sliding_attention"}
+    return {
+        **pattern,
+        "attention_bias": bool(config.get("attention_bias", False)),
+        "use_sliding_window": is_windowed,
+        "sliding_window": config.get("sliding_window") if is_windowed else None,
+    }
+
+
+def _attention_kinds(config: Config) -> list[object]:
+    """Return the kind of attention of every layer, derived as Qwen's classes do if not stated."""
+    layers, stated = config["num_hidden_layers"], config.get("layer_types")
+    assert isinstance(layers, int)
+    if isinstance(stated, list | tuple):
+        return list(stated)
+    first = config.get("max_window_layers", 28) if config.get("use_sliding_window") else layers
+    assert isinstance(first, int)
+    return ["full_attention" if layer < first else "sliding_attention" for layer in range(layers)]

@@ -1,0 +1,286 @@
+"""More experts in a model that has some: appended and closed at first, or all of them twice.
+
+`append` adds any number of experts. Their logits get an offset of −∞, so that no token meets them
+and the function is kept whatever they hold; the training that follows raises the offset to 0. A
+stock class knows no offset: until then the folder is exact in Tritter alone. `replicate` doubles
+the experts and the experts per token: each token meets both copies of what it met before, at half
+the weight each (a softmax over twice the experts, or its top part renormalised), which stock
+classes compute as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from tritter.core.expansions.specification import ExpansionSpec
+from tritter.core.families import Config, Family, LogicalTensor, logical_name
+from tritter.core.parameter_map import AxisFactor, AxisMap, Fill, ParameterMap, TensorMap
+from tritter.errors import Problem, RequestError, key_name, refused, setting
+from tritter.limits import MAX_EXPERTS
+from tritter.options import Text, options
+from tritter.seeds import derived_seed
+
+DEFAULT_APPENDED = 4
+DEFAULT_NOISE = 0.01
+
+
+@options
+class MoeAdd:
+    """More experts in every layer that has experts.
+
+    Args:
+        num_experts: how many are added. Default: 4 for append; replicate adds as many as there
+            are.
+        addition: `append`, exact in Tritter, with a router offset that starts at −∞; or
+            `replicate`, twice the experts and twice as many per token, exact in stock classes.
+        init: of appended experts and their router rows: `clone` of one expert, `mean` of all,
+            `random` with the spread of what is there, `best`: a clone of the expert of each layer
+            that domain data moves most, or `distill`: clones, which are to be trained to answer
+            as `teacher` does before any token meets them.
+        clone_from: the expert that is cloned: one index, or one for each layer that has experts.
+            Default: 0; under `best` what the data chose.
+        teacher: under `distill` a folder or hub id of a model with the same vocabulary.
+        noise: on new copies of experts, relative to their deviation; without it copies stay
+            equal.
+    """
+
+    name: ClassVar[str] = "moe_add"
+    new_blocks_only: ClassVar[bool] = False
+    expansion_type: ClassVar[str] = "moe"
+    num_experts: Annotated[int, Field(ge=1, le=MAX_EXPERTS)] | None = None
+    addition: Literal["append", "replicate"] = "append"
+    init: Literal["clone", "mean", "random", "best", "distill"] = "clone"
+    clone_from: tuple[Annotated[int, Field(ge=0, le=MAX_EXPERTS)], ...] | None = None
+    teacher: Text | None = None
+    noise: Annotated[float, Field(ge=0)] = DEFAULT_NOISE
+
+    @property
+    def is_append(self) -> bool:
+        return self.addition == "append"
+
+    @property
+    def is_chosen_by_data(self) -> bool:
+        """True while only domain data can say which experts are cloned."""
+        return self.init == "best" and self.clone_from is None
+
+    @property
+    def is_exact(self) -> bool:
+        """True of append whatever the new experts hold: no token meets them at step 0."""
+        return self.is_append or self.noise == 0
+
+    def problems(self, before: Sequence[ExpansionSpec], *, has_experts: bool) -> Iterator[Problem]:
+        """Yield why new experts can't begin in a run as was asked for.
+
+        Args:
+            before: expansions of the run before this one.
+            has_experts: the model that the run starts from has some.
+        """
+        if not self.is_chosen_by_data:
+            return
+        key, reason = "expansion.moe_add.init", ""
+        if not has_experts:
+            reason = (
+                "the experts that moe makes of one FFN are alike; use clone, or add experts to a "
+                "model that has some"
+            )
+            yield Problem(key, self.init, reason=reason)
+        if deeper := [spec.name for spec in before if spec.expansion_type == "depth"]:
+            reason = (
+                "the experts are chosen layer by layer in the model that the run starts from; let "
+                f"moe_add come before {' and '.join(deeper)}"
+            )
+            yield Problem(key, self.init, reason=reason)
+
+    def target_config(self, family: Family, config: Config) -> Config:
+        layers = sparse_layers(family, config)
+        size = family.dimensions(config)
+        self._check_options(size.num_experts, len(layers))
+        key, key_per_token = family.sizes["num_experts"], family.sizes["experts_per_token"]
+        if self.is_append:
+            added = self.num_experts or DEFAULT_APPENDED
+            if self.init == "distill" and added < size.experts_per_token:
+                raise refused(
+                    "expansion.moe_add.num_experts",
+                    added,
+                    f"{key_name('expansion.moe_add.init')}=distill sends every token to "
+                    f"{size.experts_per_token} of the new experts; allowed is at least "
+                    f"{size.experts_per_token}",
+                )
+            return {**config, key: size.num_experts + added}
+        if self.num_experts not in (None, size.num_experts):
+            addition = key_name("expansion.moe_add.addition")
+            raise refused(
+                "expansion.moe_add.num_experts",
+                self.num_experts,
+                f"{addition}=replicate doubles the {size.num_experts} experts, so it adds "
+                f"{size.num_experts}; {addition}=append adds any number",
+            )
+        return {
+            **config,
+            key: 2 * size.num_experts,
+            key_per_token: 2 * size.experts_per_token,
+        }
+
+    def parameter_map(
+        self, family: Family, source: Config, target: Config, *, seed: int
+    ) -> ParameterMap:
+        if self.is_chosen_by_data:
+            raise refused(
+                "expansion.moe_add.init",
+                "best",
+                "domain data chooses the expert, so it works in a run of train.py, and with "
+                f"--domain-data; or use clone with {key_name('expansion.moe_add.clone_from')}",
+            )
+        import torch
+
+        layers, chosen = sparse_layers(family, source), self.clone_from or (0,)
+        experts = chosen if len(chosen) > 1 else chosen * len(layers)
+        cloned: dict[int | None, int] = dict(zip(layers, experts, strict=True))
+        old, new = (family.dimensions(config).num_experts for config in (source, target))
+        tensors: dict[str, TensorMap] = {}
+        for tensor in family.logical_tensors(target):
+            name = tensor.name
+            if tensor.kind == "router":
+                tensors[name] = self._router(name, cloned[tensor.layer], old, new, seed)
+            elif tensor.expert is None or (self.is_append and tensor.expert < old):
+                tensors[name] = TensorMap(source=name)
+            elif self.is_append:
+                shape = family.shape(tensor, source)
+                tensors[name] = self._appended(tensor, cloned[tensor.layer], old, shape, seed)
+            else:  # one of two copies; each gets half of the gradient
+                ones = torch.ones(family.shape(tensor, source)[0], dtype=torch.float64)
+                is_copy = tensor.expert >= old
+                tensors[name] = TensorMap(
+                    source=_of_expert(tensor, tensor.expert % old),
+                    axes=(AxisFactor(torch.arange(len(ones)), ones, ones / 2), None),
+                    noise=self.noise if is_copy else 0.0,
+                    noise_seed=derived_seed(seed, "noise", name),
+                    is_copy=is_copy,
+                )
+        num_layers = family.dimensions(source).num_hidden_layers
+        return ParameterMap(tensors=tensors, layer_sources=tuple(range(num_layers)))
+
+    def _appended(
+        self, tensor: LogicalTensor, source: int, num_old: int, shape: Sequence[int], seed: int
+    ) -> TensorMap:
+        """Return the map of a new expert's matrix; its state starts anew, whatever it holds."""
+        import torch
+
+        if self.init == "random":
+            nothing = torch.zeros(shape[0], dtype=torch.float64)
+            axes: list[AxisFactor | None] = [None] * len(shape)
+            axes[0] = AxisFactor(torch.full((shape[0],), -1), nothing, nothing.clone())
+            fill = Fill("matched", seed=derived_seed(seed, "fill", tensor.name))
+            return TensorMap(_of_expert(tensor, 0), tuple(axes), fill=fill, state="fresh")
+        blend = tuple(_of_expert(tensor, e) for e in range(1, num_old))
+        is_mean = self.init == "mean"
+        return TensorMap(
+            source=_of_expert(tensor, 0 if is_mean else source),
+            blend=blend if is_mean else (),
+            state="fresh",
+            noise=self.noise,
+            noise_seed=derived_seed(seed, "noise", tensor.name),
+            is_copy=True,
+        )
+
+    def _router(self, name: str, source: int, num_old: int, num_new: int, seed: int) -> TensorMap:
+        import torch
+
+        if not self.is_append:
+            share = torch.full((num_new,), 0.5, dtype=torch.float64)
+            routes = AxisMap.copied(num_old, torch.arange(num_new) % num_old, share)
+            return TensorMap(name, (AxisFactor.writes_nonlinear(routes), None))
+        routes = AxisMap.padded(num_old, num_new)
+        match self.init:
+            case "clone" | "best" | "distill":
+                index = torch.where(routes.source >= 0, routes.source, source)
+                ones = torch.ones(num_new, dtype=torch.float64)
+                donor = TensorMap(name, (AxisFactor(index, ones, ones), None))
+                fill = Fill("copy", donor=donor)
+            case "mean":
+                fill = Fill("row_mean")
+            case _:
+                fill = Fill("matched", seed=derived_seed(seed, "fill", name))
+        return TensorMap(name, (AxisFactor.writes_nonlinear(routes), None), fill=fill)
+
+    def notes(self, family: Family, source: Config, target: Config) -> tuple[str, ...]:
+        old, new = family.dimensions(source), family.dimensions(target)
+        before, after = (family.count_active_parameters(config) for config in (source, target))
+        grown = f"experts {old.num_experts} → {new.num_experts}"
+        if self.is_append:
+            return (
+                f"{grown}, still {new.experts_per_token} per token ({after:,} active parameters)",
+                "the new ones are closed by a router offset of -inf, which lies in state/; stock "
+                "transformers computes the same only once training has raised it to 0",
+            )
+        per_token = f"{old.experts_per_token} → {new.experts_per_token} per token"
+        return (f"{grown}, {per_token} (active parameters {before:,} → {after:,})",)
+
+    def _check_options(self, num_experts: int, num_layers: int) -> None:
+        init, addition = map(key_name, ("expansion.moe_add.init", "expansion.moe_add.addition"))
+        if not self.is_append and (self.init != "clone" or self.clone_from is not None):
+            key, value = (
+                ("init", self.init)
+                if self.init != "clone"
+                else ("clone_from", list(self.clone_from or ()))
+            )
+            raise refused(
+                f"expansion.moe_add.{key}",
+                value,
+                f"{addition}=replicate clones every expert; {addition}=append takes it",
+            )
+        if (self.init == "distill") != (self.teacher is not None):
+            raise refused(
+                "expansion.moe_add.teacher",
+                self.teacher,
+                f"{init}=distill learns from a teacher, a folder or hub id, and no other has one "
+                f"({init} = {self.init})",
+            )
+        if self.init in ("mean", "random") and self.clone_from is not None:
+            raise refused(
+                "expansion.moe_add.clone_from",
+                list(self.clone_from),
+                f"{init}={self.init} clones none; use {init}=clone",
+            )
+        if self.init == "random" and self.noise not in (0, DEFAULT_NOISE):
+            raise refused(
+                "expansion.moe_add.noise",
+                self.noise,
+                f"it goes on copies, and {init}=random makes none; use {init}=clone or {init}=mean",
+            )
+        donors = () if self.clone_from is None else self.clone_from
+        wrong = [expert for expert in donors if not 0 <= expert < num_experts]
+        reason = ""
+        if self.clone_from is not None and len(donors) not in (1, num_layers):
+            reason = f"allowed is one expert, or one for each of {num_layers} layers with experts"
+        elif wrong:
+            reason = f"there is no expert {wrong[0]}; allowed are 0 to {num_experts - 1}"
+        if reason:
+            raise refused("expansion.moe_add.clone_from", list(donors), reason)
+
+
+def sparse_layers(family: Family, config: Config) -> tuple[int, ...]:
+    """Return the layers that have experts.
+
+    Raises:
+        RequestError: there are none.
+    """
+    kinds = family.layer_kinds(config)
+    sparse = tuple(layer for layer, kind in enumerate(kinds) if kind == "sparse")
+    if not sparse:
+        raise RequestError(
+            Problem(
+                "expansion.moe_add",
+                reason=f"a {family.model_type} model without experts has none to add to; use moe "
+                f"first ({setting('expansion', ['moe', 'moe_add'])})",
+            )
+        )
+    return sparse
+
+
+def _of_expert(tensor: LogicalTensor, expert: int) -> str:
+    """Return the name of the same matrix of another expert."""
+    return logical_name(tensor.kind, layer=tensor.layer, expert=expert)

@@ -1,0 +1,113 @@
+"""From a parameter count to a shape: the target of one method that comes nearest."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+from tritter.core.expansions.depth import Dus, Interpolate, LlamaPro, Stack
+from tritter.core.expansions.moe import Moe, partner_of
+from tritter.core.expansions.moe_add import MoeAdd, sparse_layers
+from tritter.core.expansions.specification import ExpansionSpec, is_possible, target_config
+from tritter.core.expansions.width import Width
+from tritter.core.families import Config, count_parameters, family_of
+from tritter.errors import Problem, RequestError, refused
+from tritter.limits import MAX_EXPERTS, MAX_LAYERS, MAX_WIDTH
+
+TOLERANCE = 0.1
+_MAX_GROWTH = 64  # times the source, where the search for a shape gives up
+_MAX_COPIES = 1024  # of an FFN, likewise
+_MAX_WIDTHS = 2**14  # hidden sizes that are looked at; beyond 10 B parameters they get coarser
+
+
+def reach_parameters(
+    config: Config, specs: Sequence[ExpansionSpec], target: int
+) -> tuple[ExpansionSpec, ...]:
+    """Return `specs` with the one open target set to the shape nearest to `target` parameters.
+
+    Depth methods choose the number of layers, width the hidden size (the FFN and, where the
+    proportion is whole, the heads follow), moe and moe_add the number of experts.
+
+    Raises:
+        RequestError: several methods leave it open what is to grow, the target is not above the
+            model's size, the method's own target is given too, or the nearest shape is more than
+            10 % off.
+    """
+    if len(specs) != 1:
+        names = ", ".join(spec.name for spec in specs)
+        reason = (
+            f"with the methods {names} it is open which of them is to reach it; use it with one "
+            "method, or give each method its own target"
+        )
+        raise RequestError(Problem("target_params", reason=reason))
+    (spec,) = specs
+    source = count_parameters(config)
+    if target <= source:
+        raise refused(
+            "target_params",
+            f"{target:,}",
+            f"the model has {source:,} already; an expansion only grows",
+        )
+    candidates: list[tuple[ExpansionSpec, int]] = []
+    for candidate in _candidates(config, spec):
+        if is_possible(config, candidate):
+            candidates.append((candidate, count_parameters(target_config(config, [candidate]))))
+            if candidates[-1][1] > target:  # they come in growing order
+                break
+    if not candidates:
+        raise RequestError(
+            Problem("target_params", reason=f"{spec.name} has no shape to offer for this model")
+        )
+    best, count = min(candidates, key=lambda pair: abs(pair[1] - target))
+    if abs(count - target) > TOLERANCE * target:
+        raise refused(
+            "target_params",
+            f"{target:,}",
+            f"{spec.name} comes no nearer than {count:,} ({_describe(best)}), more "
+            f"than 10 % off; its smallest step gives {candidates[0][1]:,}",
+        )
+    return (best,)
+
+
+def _candidates(config: Config, spec: ExpansionSpec) -> Iterator[ExpansionSpec]:
+    dimensions = family_of(config).dimensions(config)
+    layers, hidden = dimensions.num_hidden_layers, dimensions.hidden_size
+    match spec:
+        case Dus(target_layers=None, drop_layers=None):
+            for count in range(layers + 1, min(2 * layers, MAX_LAYERS) + 1):
+                yield replace(spec, target_layers=count)
+        case Stack(target_layers=None):
+            step = 1 if spec.partial else layers
+            for count in range(layers + step, _most(layers, MAX_LAYERS) + 1, step):
+                yield replace(spec, target_layers=count)
+        case Interpolate(target_layers=None) | LlamaPro(target_layers=None, positions=None):
+            for count in range(layers + 1, _most(layers, MAX_LAYERS) + 1):
+                yield replace(spec, target_layers=count)
+        case Width(hidden_size=None):
+            heads, most = dimensions.num_attention_heads, _most(hidden, MAX_WIDTH)
+            step = heads * max(1, (most - hidden) // (heads * _MAX_WIDTHS))
+            for size in range(hidden + step, most + 1, step):
+                yield replace(spec, hidden_size=size)
+        case Moe(num_experts=None):
+            partner_of(family_of(config))
+            pieces = spec.granularity
+            for count in range(2 * pieces, _most(pieces, MAX_EXPERTS, _MAX_COPIES) + 1, pieces):
+                yield replace(spec, num_experts=count)
+        case MoeAdd(num_experts=None, addition="append"):
+            sparse_layers(family_of(config), config)
+            for count in range(1, _most(max(dimensions.num_experts, 1), MAX_EXPERTS) + 1):
+                yield replace(spec, num_experts=count)
+        case MoeAdd(num_experts=None):
+            yield spec
+        case _:
+            reason = f"{spec.name} has a target of its own ({_describe(spec)}); give one of them"
+            raise RequestError(Problem("target_params", reason=reason))
+
+
+def _most(size: int, limit: int, growth: int = _MAX_GROWTH) -> int:
+    return min(growth * size, limit)
+
+
+def _describe(spec: Any) -> str:
+    names = ("target_layers", "drop_layers", "positions", "hidden_size", "num_experts")
+    values = {name: getattr(spec, name, None) for name in names}
+    return ", ".join(f"{name} {value}" for name, value in values.items() if value is not None)

@@ -1,0 +1,252 @@
+"""What a family's table says, written out for a config: tensors, their shapes, their number."""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from math import prod
+from typing import Literal
+
+from tritter.core.families.dimensions import (
+    DENSE_SIZES,
+    FFN_SIZES,
+    Config,
+    Dimensions,
+    ffn_sizes,
+    read_dimensions,
+    with_ffn_sizes,
+)
+from tritter.core.families.logical import LogicalTensor, Port
+from tritter.errors import RequestError, brief
+
+
+@dataclass(frozen=True)
+class Family:
+    """One architecture of Hugging Face transformers, as data.
+
+    Args:
+        model_type: the `model_type` of its config.json.
+        architecture: the class in config.json's `architectures`.
+        tensors: all logical tensors, one for all layers and experts, in forward order.
+        heads_divide_hidden: the config class refuses a hidden size that the head count does
+            not divide.
+        sizes: attribute of `Dimensions` → config key that states it.
+        per_layer_config_keys: config lists with one entry per layer.
+        sparse_layers: which layers have experts; `pattern`: as `mlp_only_layers` and
+            `decoder_sparse_step` say.
+        windows: which layers attend to the last `sliding_window` tokens only, where the config
+            states so many: `none`, `all`, or those that `layer_types` names.
+        norm_offset: what a norm adds to its weight to get its gain.
+        subtracts_mean: its norms are LayerNorms.
+        parallel_if: config key with which attention and FFN of a layer read the same stream;
+            empty: the FFN reads what attention has added to.
+        turns_neighbours: rotary positions turn coordinates 2i and 2i + 1 together, and not i and
+            i + head_dim / 2.
+        ffn_ratio: how many times as wide as the stream an FFN is whose width the config leaves
+            out; 0: it has to be stated.
+        numbered_if: config key with which a layer computes by its number; empty: none does.
+        omitted_prefix: what all names but the head's begin with, and in some files do not.
+    """
+
+    model_type: str
+    architecture: str
+    tensors: tuple[LogicalTensor, ...]
+    heads_divide_hidden: bool = False
+    sizes: Mapping[str, str] = field(default_factory=lambda: DENSE_SIZES)
+    per_layer_config_keys: tuple[str, ...] = ()
+    sparse_layers: Literal["none", "all", "pattern"] = "none"
+    windows: Literal["none", "all", "layer_types"] = "none"
+    norm_offset: float = 0.0
+    subtracts_mean: bool = False
+    parallel_if: str = ""
+    turns_neighbours: bool = False
+    ffn_ratio: int = 0
+    numbered_if: str = ""
+    omitted_prefix: str = ""
+
+    @property
+    def has_experts(self) -> bool:
+        return self.sparse_layers != "none"
+
+    @property
+    def norms_all_heads(self) -> bool:
+        """A norm behind the queries takes the mean square over all heads."""
+        return any(t.is_norm and t.axes[0].space.kind == "query" for t in self.tensors)
+
+    @property
+    def heads_fill_hidden(self) -> bool:
+        """Heads have no size of their own: together they are as wide as the stream."""
+        return "head_dim" not in self.sizes
+
+    @property
+    def positions_key(self) -> str:
+        """Config key that states how many tokens a model reads."""
+        return self.sizes.get("max_position_embeddings", "max_position_embeddings")
+
+    @property
+    def has_gate(self) -> bool:
+        """FFNs, or experts, multiply what they compute with a gate."""
+        return any(tensor.kind in ("ffn.gate", "experts.gate") for tensor in self.tensors)
+
+    @property
+    def has_stacked_ffn(self) -> bool:
+        """Gate and up of an FFN are one tensor."""
+        return any(tensor.within and tensor.kind == "ffn.up" for tensor in self.tensors)
+
+    def dimensions(self, config: Config, *, layer: int | None = None) -> Dimensions:
+        """Read the sizes from a config, with the defaults that transformers would derive.
+
+        Args:
+            layer: whose sizes are wanted; without it the FFN's is that of the widest.
+
+        Raises:
+            RequestError: a size is missing or no positive whole number.
+        """
+        sizes = read_dimensions(config, self.sizes, ffn_ratio=self.ffn_ratio)
+        stated = config.get(FFN_SIZES)
+        if layer is None or not isinstance(stated, list | tuple):
+            return sizes
+        return replace(sizes, intermediate_size=stated[layer])
+
+    def layer_kinds(self, config: Config) -> list[Literal["dense", "sparse"]]:
+        """Return of every layer whether it has experts (sparse) or one FFN (dense).
+
+        Raises:
+            RequestError: the config's pattern is none.
+        """
+        layers = range(self.dimensions(config).num_hidden_layers)
+        if self.sparse_layers != "pattern":
+            return ["sparse" if self.has_experts else "dense" for _ in layers]
+        exempt, step = config.get("mlp_only_layers"), config.get("decoder_sparse_step", 1)
+        if not isinstance(step, int) or step < 1:
+            raise RequestError(
+                f"config.json: decoder_sparse_step = {brief(step)}; a whole number ≥ 1 is needed."
+            )
+        listed = exempt if isinstance(exempt, list | tuple) else ()
+        dense = {layer for layer in listed if isinstance(layer, int)}
+        return ["dense" if layer in dense or (layer + 1) % step else "sparse" for layer in layers]
+
+    def logical_tensors(self, config: Config) -> tuple[LogicalTensor, ...]:
+        """Return every tensor that a model of this config has, layers and experts written out."""
+        before, per_layer, after = self._sections
+        dimensions = self.dimensions(config)
+        tensors = list(before)
+        for layer, kind in enumerate(self.layer_kinds(config)):
+            templates = [t.for_layer(layer) for t in per_layer if t.layers in ("all", kind)]
+            per_expert = [template for template in templates if template.is_per_expert]
+            for template in templates:
+                if not template.is_per_expert:
+                    tensors.append(template)
+                elif template is per_expert[0]:  # all are written out in its place
+                    for expert in range(dimensions.num_experts):
+                        tensors += [each.for_expert(expert) for each in per_expert]
+        tensors += after
+        return tuple(tensor for tensor in tensors if tensor.exists(config))
+
+    def with_layers(self, config: Config, layer_sources: Sequence[int]) -> Config:
+        """Return the config of a model whose layer t is a copy of layer `layer_sources[t]`.
+
+        Whatever the config states per layer follows: kinds of attention, which layers have
+        experts, widths of FFNs.
+        """
+        deeper: Config = {**config, self.sizes["num_hidden_layers"]: len(layer_sources)}
+        for key in self.per_layer_config_keys:
+            values = config.get(key)
+            if isinstance(values, list):
+                deeper[key] = [values[source] for source in layer_sources]
+        if sizes := ffn_sizes(config):
+            chosen = [sizes[source] for source in layer_sources]
+            deeper = with_ffn_sizes(deeper, chosen, key=self.sizes["intermediate_size"])
+        if self.sparse_layers == "pattern":
+            kinds = self.layer_kinds(config)
+            dense = [t for t, s in enumerate(layer_sources) if kinds[s] == "dense"]
+            deeper |= {"mlp_only_layers": dense, "decoder_sparse_step": 1}
+        return deeper
+
+    def shape(self, tensor: LogicalTensor, config: Config) -> tuple[int, ...]:
+        return self._shape(tensor, self.dimensions(config, layer=tensor.layer))
+
+    def _shape(self, tensor: LogicalTensor, dimensions: Dimensions) -> tuple[int, ...]:
+        return tuple(getattr(dimensions, axis.space.size) for axis in tensor.axes)
+
+    def branch_output(self, tensor: LogicalTensor) -> bool:
+        """Return whether a tensor writes what a block adds to the residual stream.
+
+        True of the output projections of attention, FFN and experts and of their biases, or of
+        the norms that stand behind them: with all of them zero (a norm's gain zero, that is) a
+        block is the identity.
+        """
+        output = tensor.axes[0]
+        is_written = output.port in (Port.WRITE, Port.GAIN) and output.space.kind == "residual"
+        return is_written and tensor.layer is not None
+
+    def count_parameters(self, config: Config) -> int:
+        """Count the parameters from shapes; a tied head counts once."""
+        return sum(size for _, size in self._sizes_of_tensors(config))
+
+    def count_active_parameters(self, config: Config) -> int:
+        """Count the parameters that one token meets: of the experts, those it is routed to."""
+        sizes = self.dimensions(config)
+        share = sizes.experts_per_token / sizes.num_experts if sizes.num_experts else 1.0
+        return round(
+            sum(
+                size * (share if tensor.is_per_expert else 1.0)
+                for tensor, size in self._sizes_of_tensors(config)
+            )
+        )
+
+    def attention_window(self, config: Config, layer: int) -> int | None:
+        """Return how many tokens a layer's attention goes back, the own included; None: to all."""
+        if self.windows == "none" or config.get("use_sliding_window") is False:
+            return None
+        kinds = config.get("layer_types")
+        if self.windows == "layer_types" and not (
+            isinstance(kinds, list) and kinds[layer] == "sliding_attention"
+        ):
+            return None
+        window = config.get("sliding_window")
+        return window if isinstance(window, int) and window > 0 else None
+
+    def tied_names(self, config: Config) -> set[str]:
+        """Return names that a file may hold although the tie makes them redundant."""
+        tied = (t for t in self.tensors if t.unless and not t.exists(config))
+        return {name for t in tied for name in (t.disk_name, t.live_name or t.disk_name)}
+
+    def count_tensors(self, config: Config) -> int:
+        """Count the tensors on disk, without naming them."""
+        return sum(times for _, times, _ in self._multiplicities(config))
+
+    def _sizes_of_tensors(self, config: Config) -> Iterator[tuple[LogicalTensor, int]]:
+        """Yield the templates of the tensors, and how many parameters all that follow one have."""
+        for template, times, dimensions in self._multiplicities(config):
+            yield template, times * prod(self._shape(template, dimensions))
+
+    def _multiplicities(self, config: Config) -> Iterator[tuple[LogicalTensor, int, Dimensions]]:
+        """Yield the templates of the tensors that a model has, how many follow each, and sizes.
+
+        A template comes once for each width that its layers' FFNs have.
+        """
+        same = self.dimensions(config)
+        kinds = self.layer_kinds(config)
+        widths = ffn_sizes(config) or [same.intermediate_size] * len(kinds)
+        layers = [
+            (kind, times, replace(same, intermediate_size=width))
+            for (kind, width), times in Counter(zip(kinds, widths, strict=True)).items()
+        ]
+        for template in self.tensors:
+            if not template.exists(config):
+                continue
+            if not template.is_per_layer:
+                yield template, 1, same
+            for kind, times, dimensions in layers:
+                if template.layers in ("all", kind):
+                    experts = same.num_experts if template.is_per_expert else 1
+                    yield template, times * experts, dimensions
+
+    @cached_property
+    def _sections(self) -> tuple[list[LogicalTensor], list[LogicalTensor], list[LogicalTensor]]:
+        is_layer = [tensor.is_per_layer for tensor in self.tensors]
+        first = is_layer.index(True)
+        last = len(is_layer) - is_layer[::-1].index(True)
+        tensors = list(self.tensors)
+        return tensors[:first], tensors[first:last], tensors[last:]

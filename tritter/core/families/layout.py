@@ -1,0 +1,282 @@
+"""Where logical tensors lie: on disk as the hub keeps them, or in a model's memory.
+
+On disk every expert's matrix is a tensor of its own; in memory, and in files that were saved from
+there, the experts of a layer share one tensor. Dense families lie alike in both places, but for a
+head's name; in some of them matrices that read the same stand below one another in one tensor (q, k
+and v; gate and up), in some matrices lie transposed. A logical tensor has its outputs first
+wherever it lies: `pack` and `unpack` turn it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
+
+from tritter.core.families.dimensions import FFN_SIZES, Config, on_disk
+from tritter.core.families.logical import Axis, LogicalTensor
+from tritter.core.families.tables import family_of
+from tritter.errors import RequestError, TritterError, did_you_mean
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+LayoutKind = Literal["hub", "live"]
+Read = Callable[[str], "Tensor"]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One logical tensor within a stored one.
+
+    Args:
+        index: its place there, in the order of dimensions that is stored; empty when it is the
+            whole.
+    """
+
+    tensor: LogicalTensor
+    index: tuple[int | slice, ...] = ()
+
+    def of(self, stored: Tensor) -> Tensor:
+        """Return what a stored tensor holds of it, as a view."""
+        return self.turned(stored[self.index] if self.index else stored)
+
+    def turned(self, value: Tensor) -> Tensor:
+        """Return a value as it is stored for one as its table has it, and the other way round."""
+        return value.T if self.tensor.is_transposed and value.ndim else value
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor as it is stored: one logical tensor, or several.
+
+    Args:
+        name: on disk, or in the model's memory.
+        shape: of the whole.
+        parts: what it holds.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    parts: tuple[Part, ...]
+
+    @property
+    def layer(self) -> int | None:
+        return self.parts[0].tensor.layer
+
+    @property
+    def is_whole(self) -> bool:
+        """It holds one logical tensor."""
+        return not self.parts[0].index
+
+    @property
+    def is_of_experts(self) -> bool:
+        """It holds the matrices of a layer's experts."""
+        return not self.is_whole and self.parts[0].tensor.is_per_expert
+
+    @property
+    def parts_in_order(self) -> tuple[Part, ...]:
+        """The parts as they lie one behind the other, in row-major order."""
+
+        def place(part: Part) -> tuple[int, ...]:
+            return tuple((i.start or 0) if isinstance(i, slice) else i for i in part.index)
+
+        return tuple(sorted(self.parts, key=place))
+
+    @property
+    def is_transposed(self) -> bool:
+        """Its inputs come first."""
+        return self.parts[0].tensor.is_transposed
+
+    @property
+    def axes(self) -> tuple[Axis, ...]:
+        """The axes of its first part, in the order that is stored."""
+        axes = self.parts[0].tensor.axes
+        return axes[::-1] if self.is_transposed else axes
+
+    def pack(self, read: Read) -> Tensor:
+        """Return the stored tensor, its parts read by logical name."""
+        if self.is_whole:
+            (part,) = self.parts
+            value = read(part.tensor.name)
+            return part.turned(value).contiguous() if self.is_transposed else value
+        stored: Tensor | None = None
+        for part in self.parts:
+            value = part.turned(read(part.tensor.name))
+            if stored is None:
+                stored = value.new_empty(self.shape)
+            stored[part.index] = value
+        assert stored is not None
+        return stored
+
+    def unpack(self, stored: Tensor) -> Iterator[tuple[LogicalTensor, Tensor]]:
+        """Yield what the stored tensor holds, as views."""
+        for part in self.parts:
+            yield part.tensor, part.of(stored)
+
+
+def layout(config: Config, kind: LayoutKind) -> tuple[StoredTensor, ...]:
+    """Return all stored tensors of a model, in forward order."""
+    family, places = family_of(config), dict[str, list[Part]]()
+    shapes: dict[str, tuple[int, ...]] = {}
+    num_experts = family.dimensions(config).num_experts
+    for tensor in family.logical_tensors(config):
+        shape = family.shape(tensor, config)
+        part, name = Part(tensor), tensor.disk_name
+        if kind == "live" and (fused := tensor.fused) is not None:
+            assert tensor.expert is not None
+            rows = slice(fused.block * shape[0], (fused.block + 1) * shape[0])
+            part, name = Part(tensor, (tensor.expert, rows)), fused.name
+            shape = (num_experts, fused.num_blocks * shape[0], *shape[1:])
+        elif tensor.within:
+            name, first = tensor.within, shapes.get(tensor.within, (0,))[0]
+            end = first + shape[0]
+            before = (slice(None),) if tensor.is_transposed else ()
+            part, shape = Part(tensor, (*before, slice(first, end))), (end, *shape[1:])
+        elif kind == "live":
+            name = tensor.live_name or name
+        places.setdefault(name, []).append(part)
+        shapes[name] = shape
+    stored = []
+    for name, parts in places.items():
+        shape = shapes[name][::-1] if parts[0].tensor.is_transposed else shapes[name]
+        stored.append(StoredTensor(name, shape, tuple(parts)))
+    return tuple(stored)
+
+
+def padded_shapes(config: Config) -> dict[str, tuple[int, ...]]:
+    """Return name → shape on disk of the tensors that are padded there; most models have none."""
+    if FFN_SIZES not in config:
+        return {}
+    live = {tensor.name: tensor.shape for tensor in layout(config, "hub")}
+    stock = layout(on_disk(config), "hub")
+    return {tensor.name: tensor.shape for tensor in stock if tensor.shape != live[tensor.name]}
+
+
+def match(config: Config, names: Iterable[str]) -> tuple[StoredTensor, ...]:
+    """Return the layout that a checkpoint's tensors have.
+
+    Args:
+        names: of all tensors that the checkpoint holds.
+
+    Raises:
+        TritterError: a name has no place in the family's table, or one is missing.
+    """
+    family = family_of(config)
+    held = set(names) - family.tied_names(config)
+    expected = layout(config, "hub")
+    if held != {stored.name for stored in expected}:
+        others = [layout(config, "live")]
+        if prefix := family.omitted_prefix:
+            others.append(tuple(replace(s, name=s.name.removeprefix(prefix)) for s in expected))
+        expected = max((expected, *others), key=lambda each: len(held & {s.name for s in each}))
+    names = {stored.name for stored in expected}
+    extra, missing = sorted(held - names), sorted(names - held)
+    problems = []
+    if extra:
+        problems.append(
+            f"{len(extra)} tensors that {family.model_type} does not have: {_some(extra)}"
+        )
+    if missing:
+        problems.append(f"{len(missing)} tensors are missing: {_some(missing)}")
+    if problems:
+        raise TritterError("The checkpoint does not fit its config.json: " + "; ".join(problems))
+    return expected
+
+
+def pack_all(places: Iterable[StoredTensor], values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return stored name → tensor, for values by logical name.
+
+    A stored tensor none of whose parts has a value is absent; parts without a value are zero.
+    """
+    packed = {}
+    for stored in places:
+        held = [part for part in stored.parts if part.tensor.name in values]
+        if held:
+            zero = values[held[0].tensor.name].new_zeros(())
+            parts = {p.tensor.name: values.get(p.tensor.name, zero) for p in stored.parts}
+            packed[stored.name] = stored.pack(parts.__getitem__)
+    return packed
+
+
+def unpack_all(places: Iterable[StoredTensor], values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return logical name → tensor, for values by stored name; absent ones stay absent."""
+    return {
+        tensor.name: value
+        for stored in places
+        if stored.name in values
+        for tensor, value in stored.unpack(values[stored.name])
+    }
+
+
+def _some(names: list[str], limit: int = 5) -> str:
+    shown = ", ".join(names[:limit])
+    return shown if len(names) <= limit else f"{shown}, … ({len(names) - limit} more)"
+
+
+# Word → kinds of logical tensors, whole or up to a dot or a dash; norms go with what they feed
+PARTS: dict[str, tuple[str, ...]] = {
+    "embed": ("embed",),
+    "head": ("head",),
+    "norm": ("final_norm",),
+    "attention": ("attention",),
+    "ffn": ("ffn", "shared_expert"),
+    "experts": ("experts",),
+    "router": ("router",),
+}
+_RANGE = re.compile(r"(\d{1,9})(?:\s*-\s*(\d{1,9}))?")
+_ALLOWED = f"allowed are layers by number, 0 or 0-3, and {', '.join(PARTS)}"
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """What some words mean; a tied head is the embedding, by either name.
+
+    Args:
+        parts: words of `PARTS`.
+        layers: first and last layer of each range.
+    """
+
+    parts: tuple[str, ...]
+    layers: tuple[tuple[int, int], ...]
+
+    @classmethod
+    def read(cls, words: Sequence[str | int]) -> Places:
+        """Read words such as `0-3`, `7` and `embed`; commas within one part it, too.
+
+        Raises:
+            RequestError: there are none, or one is no such word.
+        """
+        single = [each.strip() for word in words for each in str(word).split(",")]
+        if not single:
+            raise RequestError(f"it is empty; {_ALLOWED}.")
+        parts, layers = [], []
+        for word in single:
+            if word in PARTS:
+                parts.append(word)
+                continue
+            found = _RANGE.fullmatch(word)
+            first, last = (int(n or found[1]) for n in found.groups()) if found else (1, 0)
+            if first > last:
+                raise RequestError(f"{word or 'nothing'}: {_ALLOWED}.{did_you_mean(word, PARTS)}")
+            layers.append((first, last))
+        return cls(tuple(parts), tuple(layers))
+
+    @property
+    def last_layer(self) -> int:
+        """The highest number of all; -1 where there is none."""
+        return max((last for _, last in self.layers), default=-1)
+
+    def has(self, tensor: LogicalTensor, *, is_tied: bool) -> bool:
+        """Say whether a tensor lies at one of the places."""
+        layer = tensor.layer
+        if layer is not None and any(first <= layer <= last for first, last in self.layers):
+            return True
+        if is_tied and tensor.kind == "embed" and "head" in self.parts:
+            return True
+        kinds = [kind for word in self.parts for kind in PARTS[word]]
+        return any(
+            tensor.kind == kind or tensor.kind.startswith((f"{kind}.", f"{kind}_"))
+            for kind in kinds
+        )

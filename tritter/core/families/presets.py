@@ -1,0 +1,137 @@
+"""Size presets: shapes of Llama from 125 million to 14 billion parameters.
+
+They are the options `conf/model/tritter_*.yaml`, whose first lines say what models they are like.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from itertools import pairwise
+from typing import Annotated, Literal
+
+import yaml
+from pydantic import Field
+
+from tritter.conf_folder import config_folder
+from tritter.core.families.dimensions import Config
+from tritter.core.families.tables import llama_config
+from tritter.errors import Problem, RequestError, did_you_mean
+from tritter.limits import MAX_LAYERS, MAX_POSITIONS, MAX_WIDTH
+from tritter.options import RunRequest, nearest_multiples, options
+
+_UNITS = {"m": 10**6, "b": 10**9}
+VOCABULARY = 32_000  # what the parameter counts in the presets' names are for
+
+
+@options
+class ModelConfig:
+    """The base model's architecture, in the names of Hugging Face configs."""
+
+    model_type: Literal["llama"]
+    hidden_size: Annotated[int, Field(ge=1, le=MAX_WIDTH)]
+    intermediate_size: Annotated[int, Field(ge=1, le=MAX_WIDTH)]
+    num_hidden_layers: Annotated[int, Field(ge=1, le=MAX_LAYERS)]
+    num_attention_heads: Annotated[int, Field(ge=1, le=MAX_WIDTH)]
+    num_key_value_heads: Annotated[int, Field(ge=1, le=MAX_WIDTH)]
+    tie_word_embeddings: bool
+    rms_norm_eps: Annotated[float, Field(gt=0)]
+    rope_theta: Annotated[float, Field(gt=0)]
+    max_position_embeddings: Annotated[int, Field(ge=2, le=MAX_POSITIONS)]
+    initializer_range: Annotated[float, Field(gt=0)]
+
+    @property
+    def aspect_ratio(self) -> float:
+        """Hidden size per layer."""
+        return self.hidden_size / self.num_hidden_layers
+
+    def config(self, *, vocab_size: int = VOCABULARY) -> Config:
+        """Return the config.json of a model of this size."""
+        sizes = {field.name: getattr(self, field.name) for field in fields(ModelConfig)}
+        del sizes["model_type"]
+        return llama_config(vocab_size=vocab_size, **sizes)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Preset(ModelConfig):
+    """One size.
+
+    Args:
+        name: `tritter_` and the rounded count of parameters.
+        nominal_parameters: the count that the name stands for, within 10 % of the true one.
+    """
+
+    name: str
+    nominal_parameters: int
+
+
+def _read_all() -> dict[str, Preset]:
+    presets = []
+    for path in (config_folder() / "model").glob("tritter_*.yaml"):
+        size = path.stem.removeprefix("tritter_")
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        wanted = [field.name for field in fields(Preset) if field.name in values]
+        preset = Preset(
+            name=path.stem,
+            nominal_parameters=int(size[:-1]) * _UNITS[size[-1]],
+            **{name: values[name] for name in wanted},
+        )
+        presets.append(preset)
+    by_size = sorted(presets, key=lambda preset: preset.nominal_parameters)
+    return {preset.name: preset for preset in by_size}
+
+
+PRESETS = _read_all()
+
+
+def find_preset(name: str) -> Preset:
+    """Return a preset by its name, spelled with - or _.
+
+    Raises:
+        RequestError: there is none; names those there are and the nearest.
+    """
+    spelled = name.lower().replace("-", "_")
+    if spelled in PRESETS:
+        return PRESETS[spelled]
+    raise RequestError(
+        f"'{name}' is no preset; there are {', '.join(PRESETS)}.{did_you_mean(spelled, PRESETS)}"
+    )
+
+
+def aspect_ratio_at(parameters: float) -> float:
+    """Return the presets' hidden size per layer at a size, interpolated in its logarithm.
+
+    Below the smallest and above the largest preset it is theirs.
+    """
+    presets = list(PRESETS.values())
+    position = math.log(max(parameters, 1))
+    for left, right in pairwise(presets):
+        start, end = math.log(left.nominal_parameters), math.log(right.nominal_parameters)
+        if position <= end:
+            share = min(max((position - start) / (end - start), 0.0), 1.0)
+            return left.aspect_ratio ** (1 - share) * right.aspect_ratio**share
+    return presets[-1].aspect_ratio
+
+
+def model_problems(config: RunRequest) -> Iterator[Problem]:
+    """Yield sizes of a base of our own that do not go together."""
+    model = config.model
+    if not isinstance(model, ModelConfig):
+        return
+    hidden_size, heads = model.hidden_size, model.num_attention_heads
+    kv_heads = model.num_key_value_heads
+    for key, value, divisor_key, divisor in (
+        ("hidden_size", hidden_size, "num_attention_heads", heads),
+        ("num_attention_heads", heads, "num_key_value_heads", kv_heads),
+    ):
+        if value % divisor:
+            reason = (
+                f"it has to be a multiple of model.{divisor_key} = {divisor}; nearest: "
+                f"{nearest_multiples(value, divisor)}"
+            )
+            yield Problem(f"model.{key}", value, reason=reason)
+    if hidden_size % heads == heads % kv_heads == 0 and hidden_size % (2 * heads):
+        reason = (
+            f"rotary positions turn pairs, so each of the {heads} heads needs an even width; "
+            f"nearest: {nearest_multiples(hidden_size, 2 * heads)}"
+        )
+        yield Problem("model.hidden_size", hidden_size, reason=reason)

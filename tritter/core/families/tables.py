@@ -1,0 +1,726 @@
+"""All tables of families, and the one that a config.json means."""
+
+from typing import Literal
+
+from tritter.core.families.dimensions import DENSE_SIZES, Config
+from tritter.core.families.family import Family
+from tritter.core.families.logical import Axis, Fused, LayerKind, LogicalTensor, Port, Space
+from tritter.errors import RequestError
+
+# Decoders
+
+_LAYER = "model.layers.{layer}."
+VOCABULARY = Space("vocab", "vocab_size", "model")
+RESIDUAL = Axis(Space("residual", "hidden_size", "model"), Port.WRITE)
+ATTENTION_INPUT = Space("attention_input", "hidden_size")
+_ATTENTION_OUTPUT = Space("attention_output", "hidden_size")
+FFN_INPUT, _FFN_OUTPUT = Space("ffn_input", "hidden_size"), Space("ffn_output", "hidden_size")
+HEAD_INPUT = Space("head_input", "hidden_size", "model")
+_HEAD_DIM = Space("head_dim", "head_dim", "model")
+QUERY, KEY_VALUE = Space("query", "query_size"), Space("key_value", "key_value_size")
+FFN, _EXPERT_FFN = Space("ffn", "intermediate_size"), Space("ffn", "expert_size", "expert")
+_SHARED_FFN = Space("shared_ffn", "shared_expert_size")
+_ROUTES, _SHARED_GATE = Space("routes", "num_experts"), Space("shared_gate", "single")
+
+EXPERT_SIZES = {
+    **DENSE_SIZES,
+    "experts_per_token": "num_experts_per_tok",
+    "expert_size": "moe_intermediate_size",
+}
+
+Biases = Literal["none", "qkv", "qkvo"]
+
+
+def decoder_tensors(
+    *layer: LogicalTensor, embedding_port: Port = Port.WRITE
+) -> tuple[LogicalTensor, ...]:
+    """Return a whole decoder: embedding, the parts of a layer, final norm, head.
+
+    Args:
+        embedding_port: how the embedding writes the residual stream.
+    """
+    return (
+        embedding("model.embed_tokens", embedding_port),
+        *layer,
+        LogicalTensor(
+            kind="final_norm", disk_name="model.norm.weight", axes=(Axis(HEAD_INPUT, Port.GAIN),)
+        ),
+        head("lm_head"),
+    )
+
+
+def attention(
+    *,
+    has_input_norm: bool = True,
+    query_norm: Literal["none", "each head", "all heads"] = "none",
+    output_norm: str = "",
+    biases: Biases = "none",
+    bias_key: str = "",
+    within: str = "",
+) -> tuple[LogicalTensor, ...]:
+    """Return the norm before attention, its projections, and what stands behind them.
+
+    Args:
+        has_input_norm: an RMSNorm stands between the residual stream and q, k and v.
+        query_norm: whether an RMSNorm, which shares the config's eps, follows q and k, and
+            whether its mean square is that of a head or of all.
+        output_norm: name of an RMSNorm between o and the residual stream; empty: there is none.
+        biases: which projections have biases.
+        bias_key: config key that adds them; empty: always.
+        within: name of the layer in which q, k and v stand below one another, if there is one.
+    """
+    port = Port.WRITE_NONLINEAR if query_norm == "none" else Port.ABSORBED
+    read = Axis(ATTENTION_INPUT, Port.READ)
+    output = Axis(_ATTENTION_OUTPUT, Port.WRITE) if output_norm else RESIDUAL
+    before = [_norm("attention_norm", "input_layernorm", ATTENTION_INPUT)]
+    tensors = [
+        *(before if has_input_norm else ()),
+        *_dense("attention.q", "self_attn.q_proj", Axis(QUERY, port), read, biases, bias_key,
+                 within=within),
+        *_dense("attention.k", "self_attn.k_proj", Axis(KEY_VALUE, port), read, biases, bias_key,
+                 within=within),
+        *_dense("attention.v", "self_attn.v_proj", Axis(KEY_VALUE, Port.WRITE), read, biases,
+                 bias_key, within=within),
+    ]  # fmt: skip
+    if query_norm != "none":
+        is_of_all = query_norm == "all heads"
+        tensors += [
+            _norm("attention.q_norm", "self_attn.q_norm", QUERY if is_of_all else _HEAD_DIM),
+            _norm("attention.k_norm", "self_attn.k_norm", KEY_VALUE if is_of_all else _HEAD_DIM),
+        ]
+    of_output: Biases = "qkvo" if biases == "qkvo" else "none"
+    tensors += _dense(
+        "attention.o", "self_attn.o_proj", output, Axis(QUERY, Port.READ), of_output, bias_key
+    )
+    if output_norm:
+        tensors.append(_norm("attention_output_norm", output_norm, RESIDUAL.space))
+    return tuple(tensors)
+
+
+def ffn_norm(disk_name: str = "post_attention_layernorm") -> LogicalTensor:
+    """Return the norm before the FFN, or before router and experts."""
+    return _norm("ffn_norm", disk_name, FFN_INPUT)
+
+
+def dense_ffn(
+    *,
+    output_norm: str = "",
+    bias_key: str = "",
+    layers: Literal["all", "dense"] = "all",
+    within: str = "",
+) -> tuple[LogicalTensor, ...]:
+    """Return gate, up and down of a SwiGLU FFN, and a norm behind it if there is one.
+
+    Args:
+        output_norm: name of the RMSNorm between down and the residual stream, if any.
+        bias_key: config key that adds biases; empty: there are none.
+        layers: `dense` where other layers have experts instead.
+        within: name of the layer in which up stands below gate, if there is one.
+    """
+    biases: Biases = "qkvo" if bias_key else "none"
+    output = Axis(_FFN_OUTPUT, Port.WRITE) if output_norm else RESIDUAL
+    read = Axis(FFN_INPUT, Port.READ)
+    gate, up = Axis(FFN, Port.WRITE_NONLINEAR), Axis(FFN, Port.WRITE)
+    tensors = (
+        *_dense("ffn.gate", "mlp.gate_proj", gate, read, biases, bias_key, layers, within),
+        *_dense("ffn.up", "mlp.up_proj", up, read, biases, bias_key, layers, within),
+        *_dense("ffn.down", "mlp.down_proj", output, Axis(FFN, Port.READ), biases, bias_key,
+                 layers),
+    )  # fmt: skip
+    if not output_norm:
+        return tensors
+    return (*tensors, _norm("ffn_output_norm", output_norm, RESIDUAL.space))
+
+
+def experts(
+    *, module: str, gate: str, up: str, down: str, layers: Literal["all", "sparse"]
+) -> tuple[LogicalTensor, ...]:
+    """Return router and experts; in memory the experts of a layer share two tensors.
+
+    Args:
+        module: of router and experts on disk; in memory it is `mlp`.
+        gate: name on disk of an expert's gate projection; `up` and `down` likewise.
+        layers: `sparse` where other layers have one FFN instead.
+    """
+    read = Axis(FFN_INPUT, Port.READ)
+    live, stem = _LAYER + "mlp.", _LAYER + module + "."
+
+    def matrix(kind: str, disk_name: str, axes: tuple[Axis, Axis], fused: Fused) -> LogicalTensor:
+        name = f"{stem}experts.{{expert}}.{disk_name}.weight"
+        return LogicalTensor(kind=kind, disk_name=name, axes=axes, layers=layers, fused=fused)
+
+    gate_up = live + "experts.gate_up_proj"
+    return (
+        LogicalTensor(
+            kind="router",
+            disk_name=stem + "gate.weight",
+            axes=(Axis(_ROUTES, Port.WRITE_NONLINEAR), read),
+            layers=layers,
+            live_name=live + "gate.weight",
+        ),
+        matrix("experts.gate", gate, (Axis(_EXPERT_FFN, Port.WRITE_NONLINEAR), read),
+               Fused(gate_up, 0, 2)),
+        matrix("experts.up", up, (Axis(_EXPERT_FFN, Port.WRITE), read), Fused(gate_up, 1, 2)),
+        matrix("experts.down", down, (RESIDUAL, Axis(_EXPERT_FFN, Port.READ)),
+               Fused(live + "experts.down_proj")),
+    )  # fmt: skip
+
+
+def shared_expert() -> tuple[LogicalTensor, ...]:
+    """Return the expert that every token meets, and the gate that scales it by a sigmoid."""
+    read = Axis(FFN_INPUT, Port.READ)
+    gate, up = Axis(_SHARED_FFN, Port.WRITE_NONLINEAR), Axis(_SHARED_FFN, Port.WRITE)
+    down = Axis(_SHARED_FFN, Port.READ)
+    name = "mlp.shared_expert."
+    return (
+        *_dense("shared_expert.gate", name + "gate_proj", gate, read, layers="sparse"),
+        *_dense("shared_expert.up", name + "up_proj", up, read, layers="sparse"),
+        *_dense("shared_expert.down", name + "down_proj", RESIDUAL, down, layers="sparse"),
+        *_dense("shared_expert_gate", "mlp.shared_expert_gate",
+                 Axis(_SHARED_GATE, Port.WRITE_NONLINEAR), read, layers="sparse"),
+    )  # fmt: skip
+
+
+def _dense(
+    kind: str,
+    disk_name: str,
+    output: Axis,
+    read: Axis,
+    biases: Biases = "none",
+    bias_key: str = "",
+    layers: Literal["all", "dense", "sparse"] = "all",
+    within: str = "",
+) -> tuple[LogicalTensor, ...]:
+    place = _LAYER + within if within else ""
+    weight, bias = _linear(
+        kind, _LAYER + disk_name, output, read, bias_key, layers=layers, within=place
+    )
+    return (weight,) if biases == "none" else (weight, bias)
+
+
+def _norm(kind: str, disk_name: str, space: Space) -> LogicalTensor:
+    axes, disk_name = (Axis(space, Port.GAIN),), f"{_LAYER}{disk_name}.weight"
+    return LogicalTensor(kind=kind, disk_name=disk_name, axes=axes, layers="all")
+
+
+# The families
+
+# The parts of decoders with LayerNorm: norms with biases, one tensor for q, k and v, a plain FFN.
+#
+# A LayerNorm subtracts the mean over the residual stream and divides by its deviation. Whole
+# copies of the stream leave both as they are, and eps with them.
+
+# Of each head its q, its k and its v; heads are copied unscaled, so one port does for all three
+QKV = Space("qkv", "qkv_size")
+_POSITIONS = Space("positions", "max_position_embeddings", "model")
+
+
+def embedding(name: str, port: Port = Port.WRITE) -> LogicalTensor:
+    """Return the embedding of tokens, called so on disk, which writes the stream by a port."""
+    axes = (Axis(VOCABULARY, Port.READ), Axis(RESIDUAL.space, port))
+    return LogicalTensor(kind="embed", disk_name=f"{name}.weight", axes=axes)
+
+
+def learned_positions(name: str) -> LogicalTensor:
+    """Return the embedding of places in a sequence, called so on disk."""
+    axes = (Axis(_POSITIONS, Port.READ), RESIDUAL)
+    return LogicalTensor(kind="embed_positions", disk_name=f"{name}.weight", axes=axes)
+
+
+def layer_norm_attention(
+    *,
+    norm: str,
+    qkv: str,
+    output: str,
+    bias_key: str = "",
+    are_apart: bool = False,
+    is_transposed: bool = False,
+) -> tuple[LogicalTensor, ...]:
+    """Return the norm before attention and its projections, called so on disk.
+
+    Args:
+        bias_key: config key that adds biases to the projections; empty: always.
+        are_apart: the tensor of q, k and v holds all of q, then k, then v, not head by head.
+        is_transposed: matrices lie inputs first.
+    """
+    read, together = Axis(ATTENTION_INPUT, Port.READ), Axis(QKV, Port.WRITE_NONLINEAR)
+    written = {
+        "q": Axis(QUERY, Port.WRITE_NONLINEAR),
+        "k": Axis(KEY_VALUE, Port.WRITE_NONLINEAR),
+        "v": Axis(KEY_VALUE, Port.WRITE),
+    }
+    projections = (
+        [
+            tensor
+            for name, axis in written.items()
+            for tensor in _linear(f"attention.{name}", f"{qkv}.{name}", axis, read, bias_key,
+                                  within=qkv, is_transposed=is_transposed)
+        ]
+        if are_apart
+        else _linear("attention.qkv", qkv, together, read, bias_key, is_transposed=is_transposed)
+    )  # fmt: skip
+    return (
+        *layer_norm("attention_norm", norm, ATTENTION_INPUT),
+        *projections,
+        *_linear("attention.o", output, RESIDUAL, Axis(QUERY, Port.READ), bias_key,
+                 is_transposed=is_transposed),
+    )  # fmt: skip
+
+
+def plain_ffn(
+    *, norm: str, up: str, down: str, is_transposed: bool = False
+) -> tuple[LogicalTensor, ...]:
+    """Return the norm before an FFN without a gate and its projections, called so on disk."""
+    read, written = Axis(FFN_INPUT, Port.READ), Axis(FFN, Port.WRITE_NONLINEAR)
+    return (
+        *layer_norm("ffn_norm", norm, FFN_INPUT),
+        *_linear("ffn.up", up, written, read, is_transposed=is_transposed),
+        *_linear("ffn.down", down, RESIDUAL, Axis(FFN, Port.READ), is_transposed=is_transposed),
+    )
+
+
+def head(disk_name: str, live_name: str = "") -> LogicalTensor:
+    """Return the head, absent where it is tied; its name in memory where that is another."""
+    return LogicalTensor(
+        kind="head",
+        disk_name=f"{disk_name}.weight",
+        axes=(Axis(VOCABULARY, Port.WRITE), Axis(HEAD_INPUT, Port.READ)),
+        unless="tie_word_embeddings",
+        live_name=f"{live_name}.weight" if live_name else "",
+    )
+
+
+def layer_norm(
+    kind: str, name: str, space: Space, *, layers: LayerKind = "all"
+) -> tuple[LogicalTensor, ...]:
+    """Return the gain of a LayerNorm and its bias, which lies in what the norm writes."""
+    gain, bias = (Axis(space, port) for port in (Port.GAIN, Port.WRITE))
+    return (
+        LogicalTensor(kind=kind, disk_name=f"{name}.weight", axes=(gain,), layers=layers),
+        LogicalTensor(kind=f"{kind}_bias", disk_name=f"{name}.bias", axes=(bias,), layers=layers),
+    )
+
+
+def _linear(
+    kind: str,
+    name: str,
+    output: Axis,
+    read: Axis,
+    bias_key: str = "",
+    *,
+    layers: LayerKind = "all",
+    within: str = "",
+    is_transposed: bool = False,
+) -> tuple[LogicalTensor, LogicalTensor]:
+    """Return a matrix and its bias."""
+    weight = LogicalTensor(
+        kind=kind,
+        disk_name=f"{name}.weight",
+        axes=(output, read),
+        layers=layers,
+        is_transposed=is_transposed,
+        within=f"{within}.weight" if within else "",
+    )
+    bias = LogicalTensor(
+        kind=f"{kind}_bias",
+        disk_name=f"{name}.bias",
+        axes=(output,),
+        layers=layers,
+        only_if=bias_key,
+        within=f"{within}.bias" if within else "",
+    )
+    return weight, bias
+
+
+SMOLLM3 = Family(
+    model_type="smollm3",
+    architecture="SmolLM3ForCausalLM",
+    tensors=decoder_tensors(
+        *attention(biases="qkvo", bias_key="attention_bias"),
+        ffn_norm(),
+        *dense_ffn(bias_key="mlp_bias"),
+    ),
+    per_layer_config_keys=("layer_types", "no_rope_layers"),
+    windows="layer_types",
+)
+
+
+QWEN3 = Family(
+    model_type="qwen3",
+    architecture="Qwen3ForCausalLM",
+    tensors=decoder_tensors(
+        *attention(query_norm="each head", biases="qkvo", bias_key="attention_bias"),
+        ffn_norm(),
+        *dense_ffn(),
+    ),
+    per_layer_config_keys=("layer_types",),
+    windows="layer_types",
+)
+
+QWEN3_MOE = Family(
+    model_type="qwen3_moe",
+    architecture="Qwen3MoeForCausalLM",
+    tensors=decoder_tensors(
+        *attention(query_norm="each head", biases="qkvo", bias_key="attention_bias"),
+        ffn_norm(),
+        *dense_ffn(layers="dense"),
+        *experts(module="mlp", gate="gate_proj", up="up_proj", down="down_proj", layers="sparse"),
+    ),
+    sizes={**EXPERT_SIZES, "num_experts": "num_local_experts"},
+    per_layer_config_keys=("layer_types",),
+    windows="all",
+    sparse_layers="pattern",
+)
+
+
+QWEN2 = Family(
+    model_type="qwen2",
+    architecture="Qwen2ForCausalLM",
+    tensors=decoder_tensors(*attention(biases="qkv"), ffn_norm(), *dense_ffn()),
+    per_layer_config_keys=("layer_types",),
+    windows="layer_types",
+)
+
+QWEN2_MOE = Family(
+    model_type="qwen2_moe",
+    architecture="Qwen2MoeForCausalLM",
+    tensors=decoder_tensors(
+        *attention(biases="qkv", bias_key="qkv_bias"),
+        ffn_norm(),
+        *dense_ffn(layers="dense"),
+        *experts(module="mlp", gate="gate_proj", up="up_proj", down="down_proj", layers="sparse"),
+        *shared_expert(),
+    ),
+    sizes={
+        **EXPERT_SIZES,
+        "num_experts": "num_experts",
+        "shared_expert_size": "shared_expert_intermediate_size",
+    },
+    per_layer_config_keys=("layer_types",),
+    windows="layer_types",
+    sparse_layers="pattern",
+)
+
+
+# Phi-3 and Phi-4: q, k and v are one tensor, and so are gate and up.
+#
+# Heads keep their size whatever grows, and with it the share of it that is turned (Phi-4-mini
+# turns three quarters) and LongRoPE's factor for each turned pair.
+
+PHI3 = Family(
+    model_type="phi3",
+    architecture="Phi3ForCausalLM",
+    tensors=decoder_tensors(
+        *attention(within="self_attn.qkv_proj"),
+        ffn_norm(),
+        *dense_ffn(within="mlp.gate_up_proj"),
+    ),
+    windows="all",
+)
+
+
+# OLMo 2: norms behind attention and FFN and none before; one norm over the queries of all heads.
+#
+# That norm takes the mean square over all heads, and so does the one over the keys. Copies of all
+# of them leave it as it is; other heads beside the old ones would change what the old ones
+# compute.
+
+OLMO2 = Family(
+    model_type="olmo2",
+    architecture="Olmo2ForCausalLM",
+    tensors=decoder_tensors(
+        *attention(
+            has_input_norm=False,
+            query_norm="all heads",
+            output_norm="post_attention_layernorm",
+            biases="qkvo",
+            bias_key="attention_bias",
+        ),
+        *dense_ffn(output_norm="post_feedforward_layernorm"),
+    ),
+)
+
+
+MISTRAL = Family(
+    model_type="mistral",
+    architecture="MistralForCausalLM",
+    tensors=decoder_tensors(*attention(), ffn_norm(), *dense_ffn()),
+    windows="all",
+)
+
+MIXTRAL = Family(
+    model_type="mixtral",
+    architecture="MixtralForCausalLM",
+    tensors=decoder_tensors(
+        *attention(),
+        ffn_norm(),
+        *experts(module="block_sparse_moe", gate="w1", up="w3", down="w2", layers="all"),
+    ),
+    sizes={
+        **EXPERT_SIZES,
+        "num_experts": "num_local_experts",
+        "expert_size": "intermediate_size",
+    },
+    sparse_layers="all",
+    windows="all",
+)
+
+
+LLAMA = Family(
+    model_type="llama",
+    architecture="LlamaForCausalLM",
+    heads_divide_hidden=True,
+    tensors=decoder_tensors(
+        *attention(biases="qkvo", bias_key="attention_bias"),
+        ffn_norm(),
+        *dense_ffn(bias_key="mlp_bias"),
+    ),
+)
+
+
+def llama_config(
+    *,
+    vocab_size: int,
+    hidden_size: int,
+    intermediate_size: int,
+    num_hidden_layers: int,
+    num_attention_heads: int,
+    num_key_value_heads: int,
+    tie_word_embeddings: bool,
+    rms_norm_eps: float,
+    rope_theta: float,
+    max_position_embeddings: int,
+    initializer_range: float,
+) -> Config:
+    """Return the content of a config.json for a new Llama model (end of text is token 0)."""
+    return {
+        "architectures": [LLAMA.architecture],
+        "model_type": LLAMA.model_type,
+        "vocab_size": vocab_size,
+        "hidden_size": hidden_size,
+        "intermediate_size": intermediate_size,
+        "num_hidden_layers": num_hidden_layers,
+        "num_attention_heads": num_attention_heads,
+        "num_key_value_heads": num_key_value_heads,
+        "head_dim": hidden_size // num_attention_heads,
+        "hidden_act": "silu",
+        "tie_word_embeddings": tie_word_embeddings,
+        "rms_norm_eps": rms_norm_eps,
+        "rope_parameters": {"rope_type": "default", "rope_theta": rope_theta},
+        "max_position_embeddings": max_position_embeddings,
+        "initializer_range": initializer_range,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "pad_token_id": None,
+        "dtype": "float32",
+    }
+
+
+# Granite: Llama's tensors, and four constants that the model multiplies with.
+#
+# `embedding_multiplier`, `attention_multiplier`, `residual_multiplier` and `logits_scaling`
+# depend on no size, so whatever grows they stay: a map that keeps what each of them is multiplied
+# with keeps the function. (Under μP another width would get others, and compute something else.)
+
+GRANITE = Family(
+    model_type="granite",
+    architecture="GraniteForCausalLM",
+    tensors=decoder_tensors(
+        *attention(biases="qkvo", bias_key="attention_bias"),
+        ffn_norm(),
+        *dense_ffn(bias_key="mlp_bias"),
+    ),
+)
+
+
+# GPT-NeoX (Pythia): LayerNorm, q, k and v of each head together, a plain FFN, an untied head.
+#
+# Attention and FFN of a layer read the same stream, or one after the other. A share of each head
+# is turned, a quarter in Pythia.
+
+_NEOX_LAYER = "gpt_neox.layers.{layer}."
+_OF_HEADS = ("num_key_value_heads", "head_dim")  # one of each per query head; hidden size by heads
+
+GPT_NEOX = Family(
+    model_type="gpt_neox",
+    architecture="GPTNeoXForCausalLM",
+    heads_divide_hidden=True,
+    tensors=(
+        embedding("gpt_neox.embed_in"),
+        *layer_norm_attention(
+            norm=_NEOX_LAYER + "input_layernorm",
+            qkv=_NEOX_LAYER + "attention.query_key_value",
+            output=_NEOX_LAYER + "attention.dense",
+            bias_key="attention_bias",
+        ),
+        *plain_ffn(
+            norm=_NEOX_LAYER + "post_attention_layernorm",
+            up=_NEOX_LAYER + "mlp.dense_h_to_4h",
+            down=_NEOX_LAYER + "mlp.dense_4h_to_h",
+        ),
+        *layer_norm("final_norm", "gpt_neox.final_layer_norm", HEAD_INPUT, layers="none"),
+        head("embed_out", "lm_head"),
+    ),
+    sizes={name: key for name, key in DENSE_SIZES.items() if name not in _OF_HEADS},
+    subtracts_mean=True,
+    parallel_if="use_parallel_residual",
+)
+
+
+# GPT-2: LayerNorm, learned positions, q, k and v side by side, a plain FFN, a tied head.
+#
+# Its matrices lie transposed. The table of positions has a row for each place in a sequence, and
+# grows with the stream alone.
+
+_MODEL = "transformer."
+_GPT2_LAYER = _MODEL + "h.{layer}."
+
+GPT2 = Family(
+    model_type="gpt2",
+    architecture="GPT2LMHeadModel",
+    heads_divide_hidden=True,
+    tensors=(
+        embedding(_MODEL + "wte"),
+        learned_positions(_MODEL + "wpe"),
+        *layer_norm_attention(
+            norm=_GPT2_LAYER + "ln_1",
+            qkv=_GPT2_LAYER + "attn.c_attn",
+            output=_GPT2_LAYER + "attn.c_proj",
+            are_apart=True,
+            is_transposed=True,
+        ),
+        *plain_ffn(
+            norm=_GPT2_LAYER + "ln_2",
+            up=_GPT2_LAYER + "mlp.c_fc",
+            down=_GPT2_LAYER + "mlp.c_proj",
+            is_transposed=True,
+        ),
+        *layer_norm("final_norm", _MODEL + "ln_f", HEAD_INPUT, layers="none"),
+        head("lm_head"),
+    ),
+    sizes={
+        "num_hidden_layers": "n_layer",
+        "hidden_size": "n_embd",
+        "intermediate_size": "n_inner",
+        "num_attention_heads": "n_head",
+        "vocab_size": "vocab_size",
+        "max_position_embeddings": "n_positions",
+    },
+    subtracts_mean=True,
+    ffn_ratio=4,
+    numbered_if="scale_attn_by_inverse_layer_idx",
+    omitted_prefix=_MODEL,
+)
+
+
+GLM4 = Family(
+    model_type="glm4",
+    architecture="Glm4ForCausalLM",
+    tensors=decoder_tensors(
+        *attention(output_norm="post_self_attn_layernorm", biases="qkv", bias_key="attention_bias"),
+        ffn_norm(),
+        *dense_ffn(output_norm="post_mlp_layernorm", within="mlp.gate_up_proj"),
+    ),
+    turns_neighbours=True,
+)
+
+
+GEMMA3_TEXT = Family(
+    model_type="gemma3_text",
+    architecture="Gemma3ForCausalLM",
+    heads_divide_hidden=True,
+    tensors=decoder_tensors(
+        *attention(
+            query_norm="each head",
+            output_norm="post_attention_layernorm",
+            biases="qkvo",
+            bias_key="attention_bias",
+        ),
+        ffn_norm("pre_feedforward_layernorm"),
+        *dense_ffn(output_norm="post_feedforward_layernorm"),
+        embedding_port=Port.WRITE_SCALED,
+    ),
+    per_layer_config_keys=("layer_types",),
+    windows="layer_types",
+    norm_offset=1.0,
+)
+
+
+# Gemma 2: as Gemma 3 without norms per head; scores and logits are capped by a tanh.
+#
+# The caps, and `query_pre_attn_scalar` in place of the size of a head, are constants: heads that
+# are kept or copied have the same scores, and a head that reads the same stream the same logits.
+
+GEMMA2 = Family(
+    model_type="gemma2",
+    architecture="Gemma2ForCausalLM",
+    heads_divide_hidden=True,
+    tensors=decoder_tensors(
+        *attention(
+            output_norm="post_attention_layernorm", biases="qkvo", bias_key="attention_bias"
+        ),
+        ffn_norm("pre_feedforward_layernorm"),
+        *dense_ffn(output_norm="post_feedforward_layernorm"),
+        embedding_port=Port.WRITE_SCALED,
+    ),
+    per_layer_config_keys=("layer_types",),
+    windows="layer_types",
+    norm_offset=1.0,
+)
+
+
+FAMILIES: dict[str, Family] = {
+    family.model_type: family
+    for family in (
+        LLAMA,
+        MISTRAL,
+        QWEN2,
+        QWEN3,
+        SMOLLM3,
+        GRANITE,
+        OLMO2,
+        PHI3,
+        GLM4,
+        GEMMA2,
+        GEMMA3_TEXT,
+        GPT_NEOX,
+        GPT2,
+        MIXTRAL,
+        QWEN2_MOE,
+        QWEN3_MOE,
+    )
+}
+# Why a family that people ask for has no table
+_REASONS = {
+    "gemma3": "it reads images besides; its text part alone, gemma3_text, has a table",
+}
+
+
+def family_of(config: Config) -> Family:
+    """Return the family that a config.json names.
+
+    Raises:
+        RequestError: no table for its `model_type`; names the tables there are.
+    """
+    model_type = str(config.get("model_type"))
+    if model_type not in FAMILIES:
+        reason = f" ({_REASONS[model_type]})" if model_type in _REASONS else ""
+        raise RequestError(
+            f"model_type '{model_type}' is not supported{reason}; supported are "
+            f"{', '.join(sorted(FAMILIES))}."
+        )
+    return FAMILIES[model_type]
+
+
+def position_limit(config: Config) -> int | None:
+    """Return how many tokens a model of this config reads; None where it does not say."""
+    stated = config.get(family_of(config).positions_key)
+    return stated if isinstance(stated, int) else None
+
+
+def count_parameters(config: Config) -> int:
+    """Count a model's parameters from shapes; a tied head counts once."""
+    return family_of(config).count_parameters(config)

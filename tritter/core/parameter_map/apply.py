@@ -1,0 +1,306 @@
+"""Move values through a tensor map: weights, and all that lives on them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from enum import Enum
+from typing import TYPE_CHECKING
+
+from tritter.core.parameter_map.tensor_map import AxisFactor, Fill, TensorMap
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+Read = Callable[[str], "Tensor"]
+
+
+class Quantity(Enum):
+    """What a tensor holds, which decides the factors that it is mapped with."""
+
+    WEIGHT = "weight"  # anchors, averages, teachers as well
+    GRADIENT = "gradient"  # Adam's first moment as well
+    SQUARED_GRADIENT = "squared_gradient"  # Adam's second moment, diagonal Fisher
+    PATH_INTEGRAL = "path_integral"  # gradient × step, synaptic intelligence's ω
+    PENALTY = "penalty"  # a Fisher that is to price the same move of the function the same
+    DISPLACEMENT = "displacement"  # the difference of two states of a weight
+
+    def factor(self, axis: AxisFactor) -> Tensor:
+        """Return the float64 [N] factors of this quantity along one axis."""
+        import torch
+
+        match self:
+            case Quantity.WEIGHT | Quantity.DISPLACEMENT:
+                return axis.weight
+            case Quantity.GRADIENT:
+                return axis.gradient
+            case Quantity.SQUARED_GRADIENT:
+                return axis.gradient.square() if axis.squared is None else axis.squared
+            case Quantity.PATH_INTEGRAL:
+                return axis.weight * axis.gradient
+            case Quantity.PENALTY:
+                # share / weight², where share = weight · gradient adds up to 1 over the copies
+                return torch.where(axis.weight != 0, axis.gradient / axis.weight, 0.0)
+
+
+def mapped(tensor_map: TensorMap, read: Read, *, quantity: Quantity = Quantity.WEIGHT) -> Tensor:
+    """Return the target tensor, its sources read by logical name.
+
+    Quantities other than weights know nothing of fills; of a blend they take the mean as well.
+    """
+
+    def value_of(source: str | TensorMap) -> Tensor:
+        return read(source) if isinstance(source, str) else mapped(source, read, quantity=quantity)
+
+    source = None if tensor_map.source is None else value_of(tensor_map.source)
+    if source is not None and tensor_map.blend:
+        total = source.to(compute_dtype(source))
+        for other in tensor_map.blend:
+            total = total + value_of(other)
+        source = (total / (1 + len(tensor_map.blend))).to(source.dtype)
+    donor_map = tensor_map.fill.donor
+    donor = None
+    if donor_map is not None and quantity is Quantity.WEIGHT:
+        donor = mapped(donor_map, read)
+    return map_tensor(tensor_map, source, quantity=quantity, donor=donor)
+
+
+def rounded_weight(tensor_map: TensorMap, read: Read, dtype: torch.dtype) -> Tensor:
+    """Return the target's weights, computed in float32 or wider and rounded once, at the end.
+
+    What no map touches keeps its bits.
+    """
+
+    import torch
+
+    def read_wide(name: str) -> Tensor:
+        tensor = read(name)
+        return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+    origin = tensor_map.origin if tensor_map.is_verbatim else None
+    return (mapped(tensor_map, read_wide) if origin is None else read(origin)).to(dtype)
+
+
+def map_tensor(
+    tensor_map: TensorMap,
+    source: Tensor | None,
+    *,
+    quantity: Quantity = Quantity.WEIGHT,
+    donor: Tensor | None = None,
+) -> Tensor:
+    """Return the target tensor for `source`; None where the map has no source.
+
+    Weights get their fills; every other quantity is zero where a coordinate has no source, and
+    everywhere when the map's state is `fresh`. Factors are applied in float32, or float64 for a
+    float64 source, on the source's device; the result has the source's dtype.
+
+    Args:
+        donor: what a fill of kind `copy` takes its values from, in the target's shape.
+    """
+    import torch
+
+    if source is None:
+        created = torch.zeros(tensor_map.shape)
+        nowhere = torch.zeros(tensor_map.shape, dtype=torch.bool)
+        is_filled = quantity is Quantity.WEIGHT
+        return _filled(created, nowhere, tensor_map.fill) if is_filled else created
+    axes = tensor_map.axes or (None,) * source.ndim
+    if len(axes) != source.ndim:
+        raise ValueError(f"a map of {len(axes)} axes met a tensor of shape {tuple(source.shape)}")
+    if quantity is not Quantity.WEIGHT:
+        gathered = _gather(source, axes, quantity)
+        return torch.zeros_like(gathered) if tensor_map.state == "fresh" else gathered
+    if offset := tensor_map.offset:  # the map acts on the sum, which is what the model uses
+        effective = map_tensor(
+            replace(tensor_map, offset=0.0),
+            source.to(compute_dtype(source)) + offset,
+            donor=None if donor is None else donor + offset,
+        )
+        return (effective - offset).to(source.dtype)
+    values = _gather(source, axes, quantity)
+    if tensor_map.is_zeroed:
+        return torch.zeros_like(values)
+    if tensor_map.noise:
+        is_copy = flagged(axes, lambda axis: axis.is_duplicate) | tensor_map.is_copy
+        std = tensor_map.noise * float(source.double().std())
+        noise = normal_numbers(tensor_map.noise_seed, std=std)(values.shape).to(values)
+        values = torch.where(is_copy.to(values.device), values + noise, values)
+    if all(axis is None or bool((axis.index >= 0).all()) for axis in axes):
+        return values
+    has_source = ~flagged(axes, is_new)
+    return _filled(values, has_source.to(values.device), tensor_map.fill, like=source, donor=donor)
+
+
+def carried(tensor_map: TensorMap, source_mask: Tensor | None) -> Tensor:
+    """Return which entries of the target carry on what `source_mask` marks in the source.
+
+    New coordinates, zeroed copies and tensors whose state is fresh carry nothing: penalties that
+    hold old knowledge leave them free. Maps in a row are followed by applying this in a row.
+
+    Args:
+        source_mask: bool, the source tensor's shape; None where the map has no source.
+    """
+    import torch
+
+    if source_mask is None:
+        return torch.zeros(tensor_map.shape, dtype=torch.bool)
+    mask = source_mask
+    for dimension, axis in enumerate(tensor_map.axes):
+        if axis is not None:
+            mask = mask.index_select(dimension, axis.index.clamp(min=0))
+    if tensor_map.is_zeroed or tensor_map.state == "fresh":
+        return torch.zeros_like(mask)
+    return mask & ~flagged(tensor_map.axes, is_new) if tensor_map.axes else mask
+
+
+def carried_mask(tensor_map: TensorMap, read: Read) -> Tensor:
+    """Return `carried` of a whole chain, the masks of the first model read by logical name."""
+    before = tensor_map.source
+    if before is None:
+        return carried(tensor_map, None)
+    mask = read(before) if isinstance(before, str) else carried_mask(before, read)
+    return carried(tensor_map, mask)
+
+
+def new_along(tensor_map: TensorMap, dimension: int) -> Tensor | None:
+    """Return bool [size], which coordinates of a dimension are new at any map of the chain.
+
+    None where none is.
+    """
+    before, axes = tensor_map.source, tensor_map.axes
+    earlier = new_along(before, dimension) if isinstance(before, TensorMap) else None
+    axis = axes[dimension] if axes else None
+    if axis is None:
+        return earlier
+    flags = is_new(axis)
+    if earlier is not None:
+        flags = flags | earlier[axis.index.clamp(min=0)]
+    return flags if bool(flags.any()) else None
+
+
+def is_new(axis: AxisFactor) -> Tensor:
+    """Return bool [N], which coordinates of an axis have no source."""
+    return axis.index < 0
+
+
+def flagged(axes: Sequence[AxisFactor | None], flags: Callable[[AxisFactor], Tensor]) -> Tensor:
+    """Return where some axis flags its coordinate, in a shape that broadcasts to the target's.
+
+    Args:
+        flags: of an axis, bool [N].
+    """
+    import torch
+
+    mask = torch.zeros((1,) * len(axes), dtype=torch.bool)
+    for dimension, axis in enumerate(axes):
+        if axis is not None:
+            shape = [1] * len(axes)
+            shape[dimension] = -1
+            mask = mask | flags(axis).view(shape)
+    return mask
+
+
+def compute_dtype(source: Tensor) -> torch.dtype:
+    """Return what a tensor is computed on in."""
+    import torch
+
+    return torch.float64 if source.dtype == torch.float64 else torch.float32
+
+
+def _gather(source: Tensor, axes: Sequence[AxisFactor | None], quantity: Quantity) -> Tensor:
+    """Return the source's entries at their places, each times the factors of its axes."""
+    wide_dtype = compute_dtype(source)
+    values = source
+    for dimension, axis in enumerate(axes):
+        if axis is None:
+            continue
+        values = taken(values, dimension, axis.index.to(source.device))
+        factor = quantity.factor(axis)
+        if bool((factor == 1).all()):
+            continue
+        shape = [1] * source.ndim
+        shape[dimension] = -1
+        factor = factor.to(device=source.device, dtype=wide_dtype).view(shape)
+        wide = values.to(wide_dtype)
+        values = wide * factor if wide is source else wide.mul_(factor)
+    return values.to(source.dtype) if values is not source else source.clone()
+
+
+def taken(values: Tensor, dimension: int, index: Tensor) -> Tensor:
+    """Return `values` at an index along one dimension, zero or anything where it is negative.
+
+    What the index leaves in place, which is most of it, is copied in one piece.
+    """
+    import torch
+
+    new_size, old_size = index.numel(), values.shape[dimension]
+    size = min(new_size, old_size)
+    moved = (index[:size] != torch.arange(size, device=index.device)).nonzero()
+    kept = int(moved[0]) if moved.numel() else size
+    if kept == new_size == old_size:
+        return values
+    shape = list(values.shape)
+    shape[dimension] = new_size
+    taken = values.new_empty(shape)
+    taken.narrow(dimension, 0, kept).copy_(values.narrow(dimension, 0, kept))
+    rest, place = index[kept:], taken.narrow(dimension, kept, new_size - kept)
+    if bool((rest < 0).all()):
+        place.zero_()
+    else:
+        place.copy_(values.index_select(dimension, rest.clamp(min=0)))
+    return taken
+
+
+def _filled(
+    values: Tensor,
+    has_source: Tensor,
+    fill: Fill,
+    *,
+    like: Tensor | None = None,
+    donor: Tensor | None = None,
+) -> Tensor:
+    """Fill the entries without a source; `like` is the source, whose spread `matched` takes."""
+    import torch
+
+    match fill.kind:
+        case "zero":
+            return values.masked_fill_(~has_source, 0)
+        case "mean":
+            mean = values[has_source.expand(values.shape)].double().mean().to(values.dtype)
+            return torch.where(has_source, values, torch.where(mean == 0, 1, mean))
+        case "row_mean":
+            assert like is not None, "a mean of rows needs a source"
+            row = like.to(values.device).double().mean(dim=0).to(values.dtype)
+            return torch.where(has_source, values, row)
+        case "random":
+            rows = values[:: fill.repeat]
+            drawn = normal_numbers(fill.seed, std=fill.std)(rows.shape).to(values)
+            if fill.repeat > 1:
+                drawn = drawn.repeat_interleave(fill.repeat, dim=0)
+            return torch.where(has_source, values, drawn)
+        case "matched":
+            assert like is not None, "a matched fill needs a source"
+            wide = fill.scale * like.double()
+            draw = normal_numbers(fill.seed, std=float(wide.std()), mean=float(wide.mean()))
+            return torch.where(has_source, values, draw(values.shape).to(values))
+        case "copy":
+            assert donor is not None, "a fill that copies needs a donor"
+            return torch.where(has_source, values, donor.to(values))
+        case "given":
+            assert fill.values is not None, "a given fill holds values"
+            lacking = ~has_source.expand(values.shape)
+            return values.masked_scatter_(lacking, fill.values.to(values))
+
+
+def normal_numbers(seed: int, *, std: float, mean: float = 0.0) -> Callable[[torch.Size], Tensor]:
+    """Return what goes on drawing normal numbers, block by block as one draw of all would."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(shape: torch.Size) -> Tensor:
+        drawn = torch.randn(shape, generator=generator).mul_(std)
+        return drawn.add_(mean) if mean else drawn
+
+    return draw

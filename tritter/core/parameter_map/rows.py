@@ -1,0 +1,320 @@
+"""A target's weights, a few rows at a time: the same bits as `rounded_weight`, in little memory.
+
+What is computed on stays in the processor's cache, and nothing is as large as a whole tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from math import prod
+from typing import TYPE_CHECKING
+
+from tritter.core.parameter_map.apply import (
+    Read,
+    compute_dtype,
+    is_new,
+    mapped,
+    normal_numbers,
+    rounded_weight,
+    taken,
+)
+from tritter.core.parameter_map.tensor_map import AxisFactor, TensorMap
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+BLOCK_ENTRIES = 2**17
+# torch draws normal numbers in groups of so many: blocks of whole groups follow one another as one
+# draw, and the last one has to hold a group
+_DRAWN_TOGETHER = 16
+_SUMMATION_ERROR = 1e-10  # of sums in another order, relative; with a wide margin
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """Mean and standard deviation of a source's entries, as far as another order of sums allows."""
+
+    mean: float
+    std: float
+
+
+def in_order(tensor_map: TensorMap) -> TensorMap:
+    """Return the last map of a chain that touches the weights."""
+    step = tensor_map
+    while step.keeps_weights and isinstance(step.source, TensorMap) and not step.offset:
+        step = step.source
+    return step
+
+
+def makes_rows(step: TensorMap) -> bool:
+    """Return whether a map's rows follow each from rows of its source, if these have columns."""
+    is_local = step.fill.kind not in ("mean", "given") and step.fill.repeat == 1
+    return step.source is not None and not step.blend and not step.offset and is_local
+
+
+@dataclass(frozen=True, slots=True)
+class WeightReader:
+    """Weights of target tensors, in blocks of rows.
+
+    Args:
+        read: gives a source tensor, as it lies in its file, by logical name.
+        spreads: of sources by name, for all targets that stem from them.
+    """
+
+    read: Read
+    spreads: dict[str, Spread] = field(default_factory=dict)
+
+    def blocks(self, tensor_map: TensorMap, dtype: torch.dtype) -> Iterator[Tensor]:
+        """Yield the weights of a target in order, computed wide and rounded once, at the end.
+
+        Maps that follow one another are applied to whole tensors, all but the last.
+        """
+        step = in_order(tensor_map)
+        name = step.origin if step.is_verbatim else None
+        if name is not None:
+            for block in self.read(name).reshape(-1).split(BLOCK_ENTRIES):
+                yield block.to(dtype)
+            return
+        if step.source is not None and makes_rows(step):
+            name, source = self._value(step.source)
+            if source.ndim == 2:
+                donor = None if step.fill.donor is None else self._value(step.fill.donor)[1]
+                spread = partial(self._spread, name, source)
+                for block in _Rows(step, source, donor, spread).blocks():
+                    yield block.to(dtype)
+                return
+        yield rounded_weight(step, self.read, dtype)
+
+    def _value(self, source: str | TensorMap) -> tuple[str, Tensor]:
+        """Return a tensor of the first model with its name, or what a map made of some, wide."""
+
+        def read_wide(name: str) -> Tensor:
+            tensor = self.read(name)
+            return tensor.to(compute_dtype(tensor))
+
+        if isinstance(source, TensorMap) and not source.is_verbatim:
+            return "", mapped(source, read_wide)
+        name = source if isinstance(source, str) else source.origin
+        assert name is not None
+        return name, self.read(name)
+
+    def _spread(self, name: str, source: Tensor) -> Spread:
+        """Sum up block by block; what is small, and what would cancel out, is summed up exactly."""
+        if name in self.spreads:
+            return self.spreads[name]
+        count, total, squares = source.numel(), 0.0, 0.0
+        if count > BLOCK_ENTRIES:
+            for block in source.reshape(-1).split(BLOCK_ENTRIES):
+                wide = block.double()
+                total += float(wide.sum())
+                squares += float(wide.dot(wide))
+        mean = total / max(count, 1)
+        if count <= BLOCK_ENTRIES or count * mean**2 > 0.5 * squares:
+            wide = source.double()
+            found = Spread(float(wide.mean()), float(wide.std()))
+        else:
+            found = Spread(mean, ((squares - count * mean**2) / (count - 1)) ** 0.5)
+        if name:
+            self.spreads[name] = found
+        return found
+
+
+class _Rows:
+    """What makes the weights of one target, of two dimensions, from its source."""
+
+    def __init__(
+        self, step: TensorMap, source: Tensor, donor: Tensor | None, spread: Callable[[], Spread]
+    ) -> None:
+        self._step, self._source, self._donor, self._spread = step, source, donor, spread
+        self._axes = step.axes or (None, None)
+        self._shape = tuple(
+            size if axis is None else axis.index.numel()
+            for axis, size in zip(self._axes, source.shape, strict=True)
+        )
+        self._dtype = compute_dtype(source)
+
+    def blocks(self) -> Iterator[Tensor]:
+        """Yield the weights in order, in the dtype that they are computed in."""
+        import torch
+
+        (rows, columns), (row_axis, column_axis) = self._shape, self._axes
+        height = max(BLOCK_ENTRIES // max(columns, 1) // _DRAWN_TOGETHER, 1) * _DRAWN_TOGETHER
+        if columns < _DRAWN_TOGETHER:
+            height = max(rows, 1)
+        row_factor, column_factor = (
+            None if axis is None or bool((axis.weight == 1).all()) else axis.weight.to(self._dtype)
+            for axis in self._axes
+        )
+        is_zeroed = self._step.is_zeroed
+        add_noise = None if is_zeroed or not self._step.noise else self._noise()
+        new_rows, new_columns = self._flags(is_new)
+        has_new = bool(new_rows.any()) or bool(new_columns.any())
+        fill = self._filler() if has_new and not is_zeroed else None
+        for begin in range(0, rows, height):
+            end = min(begin + height, rows)
+            if is_zeroed:
+                yield torch.zeros((end - begin, columns), dtype=self._dtype)
+                continue
+            # Source entries at their places; anything where there are none
+            part = self._source[begin:end]
+            if row_axis is not None:
+                index = row_axis.index[begin:end].clamp(min=0)
+                first, last = int(index[0]), int(index[0]) + end - begin
+                is_slice = bool((index == torch.arange(first, last)).all())
+                part = self._source[first:last] if is_slice else self._source.index_select(0, index)
+            if column_axis is not None:
+                part = taken(part, 1, column_axis.index)
+            values = part.to(self._dtype, copy=True)
+            if row_factor is not None:
+                values.mul_(row_factor[begin:end, None])
+            if column_factor is not None:
+                values.mul_(column_factor)
+            if add_noise is not None:
+                values = add_noise(values, begin, end)
+            if fill is not None:
+                lacking = new_rows[begin:end, None] | new_columns
+                values = torch.where(lacking, fill(begin, end).to(values), values)
+            yield values
+
+    def _flags(self, flags: Callable[[AxisFactor], Tensor]) -> list[Tensor]:
+        """Return what is flagged along rows and columns, bool [rows] and [columns]."""
+        import torch
+
+        axes = zip(self._axes, self._shape, strict=True)
+        return [torch.zeros(n, dtype=torch.bool) if a is None else flags(a) for a, n in axes]
+
+    def _noise(self) -> Callable[[Tensor, int, int], Tensor] | None:
+        """Return what adds noise to rows; None where nothing is a copy."""
+        import torch
+
+        step = self._step
+        rows, columns = self._flags(lambda axis: axis.is_duplicate)
+        if not (step.is_copy or bool(rows.any()) or bool(columns.any())):
+            return None
+        std = step.noise * self._spread().std
+        std = _as_float32(
+            std, std * _SUMMATION_ERROR, lambda: step.noise * float(self._source.double().std())
+        )
+        draw = normal_numbers(step.noise_seed, std=std)
+
+        def add(values: Tensor, begin: int, end: int) -> Tensor:
+            noise = draw(values.shape).to(values)
+            if step.is_copy:
+                return values.add_(noise)
+            return torch.where(rows[begin:end, None] | columns, values + noise, values)
+
+        return add
+
+    def _filler(self) -> Callable[[int, int], Tensor]:
+        """Return what gives rows of which the new entries are taken."""
+        import torch
+
+        fill, source, columns = self._step.fill, self._source, self._shape[1]
+        match fill.kind:
+            case "random":
+                draw = normal_numbers(fill.seed, std=fill.std)
+            case "matched":
+                spread, scale = self._spread(), fill.scale
+                std, mean = abs(scale) * spread.std, scale * spread.mean
+                error = std * _SUMMATION_ERROR
+                draw = normal_numbers(
+                    fill.seed,
+                    std=_as_float32(std, error, lambda: float((scale * source.double()).std())),
+                    mean=_as_float32(mean, error, lambda: float((scale * source.double()).mean())),
+                )
+            case "row_mean":
+                row = source.double().mean(dim=0).to(self._dtype)
+                return lambda begin, end: row
+            case "copy":
+                donor = self._donor
+                assert donor is not None, "a fill that copies needs a donor"
+                return lambda begin, end: donor[begin:end]
+            case _:
+                zero = torch.zeros((), dtype=self._dtype)
+                return lambda begin, end: zero
+        return lambda begin, end: draw(torch.Size((end - begin, columns)))
+
+
+def _as_float32(value: float, error: float, exact: Callable[[], float]) -> float:
+    """Return a number that float32 rounds as it rounds the exact one, which is slow to compute."""
+    import torch
+
+    low, high = torch.tensor([value - error, value + error], dtype=torch.float64).float()
+    return value if bool(low == high) else exact()
+
+
+_WIDE, _DOUBLE = 4, 8  # bytes of a number that is computed on, of one that is summed up
+_AT_A_TIME = 6  # of a block, or of a whole target: taken, drawn, added, chosen, rounded, written
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """Bytes in memory while one target is made; what is mapped from its file takes none.
+
+    Args:
+        usual: by each thread that makes one.
+        rare: on top, where sums in another order might round otherwise, and are taken anew of a
+            whole tensor.
+    """
+
+    usual: int
+    rare: int
+
+
+def held_bytes(tensor_map: TensorMap, shape_of: Callable[[str], Shape]) -> Held:
+    """Return what `WeightReader.blocks` holds at most at a time.
+
+    Args:
+        shape_of: gives the shape of a source tensor by logical name.
+    """
+    step = in_order(tensor_map)
+    if step.is_verbatim:
+        return Held(BLOCK_ENTRIES * _DOUBLE, 0)
+    if not makes_rows(step) or len(_shape(step, shape_of)) != 2:
+        return Held(_whole(step, shape_of), 0)
+    assert step.source is not None
+    before, donor = step.source, step.fill.donor
+    entries = prod(_source_shape(step, shape_of))
+    usual = _AT_A_TIME * _WIDE * max(BLOCK_ENTRIES, 16 * _shape(step, shape_of)[1])
+    usual += 0 if donor is None or donor.is_verbatim else _whole(donor, shape_of)
+    if isinstance(before, TensorMap) and not before.is_verbatim:
+        usual += _whole(before, shape_of)
+    if step.fill.kind == "row_mean":
+        usual += _DOUBLE * entries
+    is_spread_asked = bool(step.noise) or step.fill.kind == "matched"
+    return Held(usual, 2 * _DOUBLE * entries if is_spread_asked else 0)
+
+
+def _whole(step: TensorMap, shape_of: Callable[[str], Shape]) -> int:
+    """Return what a map takes that is applied to whole tensors, its sources included."""
+    sources = [source for source in (step.source, *step.blend, step.fill.donor) if source]
+    taken = sum(
+        _whole(source, shape_of)
+        if isinstance(source, TensorMap)
+        else _WIDE * prod(shape_of(source))
+        for source in sources
+    )
+    if step.source is not None and (step.noise or step.fill.kind in ("matched", "row_mean")):
+        taken += 2 * _DOUBLE * prod(_source_shape(step, shape_of))
+    return taken + _AT_A_TIME * _WIDE * prod(_shape(step, shape_of))
+
+
+def _source_shape(step: TensorMap, shape_of: Callable[[str], Shape]) -> Shape:
+    source = step.source
+    if isinstance(source, TensorMap):
+        return _shape(source, shape_of)
+    return step.shape if source is None else shape_of(source)
+
+
+def _shape(step: TensorMap, shape_of: Callable[[str], Shape]) -> Shape:
+    before = _source_shape(step, shape_of)
+    axes = step.axes or (None,) * len(before)
+    return tuple(
+        size if axis is None else axis.index.numel()
+        for size, axis in zip(before, axes, strict=True)
+    )

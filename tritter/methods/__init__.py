@@ -1,0 +1,1 @@
+"""What is added to training: against forgetting, growth, experts, routing."""

@@ -1,0 +1,538 @@
+"""Dynamic experts as a callback of a training: what is new gets an expert of its own."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from torch import Tensor, distributed, nn
+
+from tritter.core.families import forward_flops
+from tritter.core.models import config_of, live_shape
+from tritter.data.batches import this_rank
+from tritter.data.packing import kept_tokens
+from tritter.data.replay import Reservoir
+from tritter.methods.experts.adapters import (
+    AdapterShape,
+    adapted_layers,
+    factors,
+    parameters_of,
+    set_rank,
+    shape_of,
+)
+from tritter.methods.experts.changes import evicted, lost_share, merged, spawned, widened
+from tritter.methods.experts.gates import Gates, entropies, usage
+from tritter.methods.experts.mixture import ExpertMixture
+from tritter.methods.experts.module import ExpertModule
+from tritter.methods.experts.options import FIRST
+from tritter.methods.experts.roster import Novel, Roster
+from tritter.methods.novelty import Observation, observe
+from tritter.methods.novelty.observation import joined
+from tritter.seeds import derived_seed
+from tritter.training import surgery
+from tritter.training.callbacks import ends_step, work_of
+
+EXPERTS = "experts"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Known:
+    """What the base knows already, for a training that no other went before.
+
+    Args:
+        batches: domain → batches [B, T] of its text, of the size that decisions will see.
+        tokens: int64, all that is counted of it.
+    """
+
+    batches: Mapping[str, Sequence[Tensor]] = field(default_factory=dict)
+    tokens: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+
+
+class ExpertCallback(Callback):
+    """Look at every batch, decide what it is for, and change the mixture between two steps.
+
+    Stands behind what counts the step that was taken, and before evaluations and what saves.
+
+    Args:
+        shape: of new experts.
+        known: looked at before the first step, where nothing is known yet.
+        skill: that all batches are told to be of; None: that is found out.
+        domains: what the text is called, for the record.
+        seed: of what new adapters are drawn from.
+    """
+
+    report_name = EXPERTS
+
+    def __init__(
+        self,
+        roster: Roster,
+        *,
+        shape: AdapterShape,
+        known: Known | None = None,
+        skill: str | None = None,
+        domains: Sequence[str] = (),
+        seed: int = 0,
+    ) -> None:
+        self.roster = roster
+        self._shape, self._known, self._skill = shape, known or Known(), skill
+        self._domains, self._seed = tuple(domains), seed
+        asked = roster.asked
+        self._exemplars = Exemplars(asked.exemplars, seed=seed) if asked.rehearsal else None
+        self.events: list[dict[str, Any]] = []
+        self._figures = Figures()
+        self._restored: Mapping[str, Any] | None = None
+        self._aims: list[str | None] = []  # of the batches of a step
+        self._losses: list[float] = []
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._restored is not None:
+            state, self._restored = self._restored, None
+            self.roster.load_state_dict(state["roster"])
+            self.events = [dict(event) for event in state["events"]]
+            self._figures.load_state_dict(state["figures"])
+            self.take_up(state)
+        elif not self.roster.expert_of:  # what the base knows is measured, and its tokens counted
+            roster, known, module = self.roster, self._known, _module(pl_module)
+            if module.mixture.evidence is not None:
+                number = module.mixture.names.index(FIRST)
+                module.mixture.evidence.count(number, known.tokens.to(module.device))
+            for domain, batches in known.batches.items():
+                roster.expert_of[domain] = FIRST
+                if roster.detector is not None:
+                    seen = [_observed(module, ids.to(module.device).long()) for ids in batches]
+                    roster.detector.add(domain, seen, is_base=True)
+                    for ids in batches:
+                        work_of(trainer).flops += _looking_flops(module, *ids.shape)
+        self.roster.stay_within(_module(pl_module).mixture.adapters)
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        module, ids = _module(pl_module), batch["input_ids"]
+        is_old = batch.get("is_replay", torch.zeros_like(ids[:, 0], dtype=torch.bool))
+        own = ids[~is_old]
+        everywhere = torch.cat(_of_all(own.cpu()))
+        expert = None  # of old text alone nothing is said
+        if len(everywhere) and self._skill is not None:
+            expert = self.roster.tell(self._skill, everywhere)
+        elif len(everywhere):
+            seen = _of_all(_observed(module, own) if len(own) else None)
+            expert = self.roster.see(joined([each for each in seen if each]), everywhere)
+            work_of(trainer).flops += _looking_flops(module, *everywhere.shape)
+        if expert is not None:
+            self._take(module, expert, everywhere)
+        active = self.roster.active
+        self._aims.append(active)
+        is_young = active is not None and not self.roster.members[active].is_mature
+        young = active if is_young and len(module.mixture.names) > 1 else None
+        if young != module.young:
+            module.young = young
+            work_of(trainer).count_anew()
+        if active is not None and self._exemplars is not None:
+            self._rehearse(batch, is_old)
+
+    def _take(self, module: ExpertModule, expert: str, sequences: Tensor) -> None:
+        """Count sequences [N, T] as text of an expert, and keep some of them."""
+        mixture = module.mixture
+        if mixture.evidence is not None:
+            mixture.evidence.count(mixture.names.index(expert), sequences.to(module.device))
+        if self._exemplars is not None:
+            self._exemplars.add(expert, sequences)
+
+    def _rehearse(self, batch: dict[str, Tensor], is_old: Tensor) -> None:
+        """Put text of other experts in the place of the last rows of a batch."""
+        assert self._exemplars is not None and self.roster.active is not None
+        rank, ids, held = this_rank(), batch["input_ids"], self._exemplars
+        held.owed = min(held.owed + self.roster.asked.rehearsal * len(ids), float(len(ids)))
+        count = int(held.owed)
+        rows = held.sample(count * rank.count, without=self.roster.active)
+        places = (~is_old).nonzero().flatten()
+        places = places[len(places) - min(count, len(places) // 2) :]  # its own text is half of it
+        held.owed -= count if len(rows) else 0  # in every process alike
+        if len(rows) and len(places):
+            ids, is_old = ids.clone(), is_old.clone()
+            ids[places] = rows[rank.index :: rank.count][: len(places)].to(ids)
+            is_old[places] = True
+            batch["input_ids"], batch["is_replay"] = ids, is_old
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Any
+    ) -> None:
+        module = _module(pl_module)
+        active = self._aims[0] if len(set(self._aims)) == 1 else None
+        if active is None:  # of the batches of a step all were for one, or none is trained on
+            self.roster.batches["idle"] += len([each for each in self._aims if each is not None])
+        if (trainer.global_step + 1) % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            for name in module.mixture.adapters:
+                own = parameters_of(module.model, name).values()
+                norm = nn.utils.get_total_norm([p.grad for p in own if p.grad is not None])
+                pl_module.log(f"experts/gradient_norm/{name}", float(norm))
+        # What gets no gradient is left alone by the optimizer, momentum and weight decay too
+        for name in module.mixture.adapters:
+            if name != active:
+                for parameter in parameters_of(module.model, name).values():
+                    parameter.grad = None
+        if active is None:
+            optimizer.zero_grad(set_to_none=True)
+        self.roster.active = active
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        module = _module(pl_module)
+        mixture = module.mixture
+        self._losses.append(float(trainer.callback_metrics["train/loss"]))
+        gates = module.gates
+        own = usage(gates) if gates else torch.ones(len(mixture.names))
+        mean = trainer.strategy.reduce(own.to(pl_module.device), reduce_op="mean").tolist()
+        now = dict(zip(mixture.names, mean, strict=True))
+        self._figures.note(now)
+        if not ends_step(trainer, batch_idx):
+            return
+        loss = sum(self._losses) / len(self._losses)
+        if math.isfinite(loss):  # else the step was refused
+            self.roster.stepped(loss, now)
+        if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            values = self._figures.logged(mixture, gates, step=trainer.global_step)
+            if self.roster.score is not None:
+                values["experts/novelty"] = self.roster.score
+            module.log_dict(values, sync_dist=True)
+        self._aims, self._losses = [], []
+        # What is due between two steps
+        roster = self.roster
+        for name in roster.matured():
+            why = f"trained for {roster.members[name].steps} steps"
+            self._note(trainer, "mature", name, why)
+        if roster.novel is not None:
+            self._take_in(trainer, module, roster.novel)
+        elif roster.active is not None and roster.active in mixture.adapters:
+            self._grow(trainer, module, roster.active)
+        if roster.routing != mixture.routing:
+            mixture.routing = roster.routing
+            work_of(trainer).count_anew()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        mixture = _module(pl_module).mixture
+        members = self.roster.members
+        mixture.extra = {
+            "roster": self.roster.state_dict(),
+            "usage": self.roster.usage(),
+            "maturity": {name: member.is_mature for name, member in members.items()},
+            "boundaries": self.roster.asked.boundaries,
+            "frozen": [
+                name
+                for expert in mixture.adapters
+                for name, parameter in parameters_of(mixture.model, expert).items()
+                if not parameter.requires_grad
+            ],
+            "exemplars": None if self._exemplars is None else self._exemplars.state_dict(),
+        }
+
+    def take_up(self, state: Mapping[str, Any]) -> None:
+        """Have the exemplars that a training before left, or this one before it was killed."""
+        if self._exemplars is not None and state.get("exemplars") is not None:
+            self._exemplars.load_state_dict(state["exemplars"])
+
+    @property
+    def exemplar_length(self) -> int:
+        """Tokens of an exemplar; 0 where there are none."""
+        return 0 if self._exemplars is None else self._exemplars.sequence_length
+
+    def report(self) -> dict[str, Any]:
+        """Return what became of the experts, as summary.json has it."""
+        batches = dict(self.roster.batches)
+        return {"events": self.events, "batches": batches, **self._figures.report()}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "roster": self.roster.state_dict(),
+            "events": self.events,
+            "figures": self._figures.state_dict(),
+            "exemplars": None if self._exemplars is None else self._exemplars.state_dict(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        # Lightning loads callbacks before on_fit_start, where the model has its experts again
+        self._restored = state_dict
+
+    def _take_in(self, trainer: Trainer, module: ExpertModule, novel: Novel) -> None:
+        """Give a new skill an expert: one of its own, if it is worth one and there is room."""
+        roster, asked, mixture, model = self.roster, self.roster.asked, module.mixture, module.model
+        skill = self._skill or f"skill_{len(roster.expert_of)}_{trainer.global_step}"
+        if novel.gain < asked.min_gain:
+            roster.enrol(skill, FIRST)
+            why = f"gains at most {novel.gain:.3f} nats, below experts.min_gain"
+            self._note(trainer, "refused", FIRST, why)
+            return
+        limit, first = asked.max_trainable_parameters, mixture.adapters[0]
+        new = _size(model, first) // shape_of(model, first).rank * self._shape.rank
+
+        def obstacle() -> str:
+            """Return why there is no room for another expert; empty: there is."""
+            if len(mixture.adapters) >= asked.max_experts:
+                return f"experts.max_experts = {asked.max_experts} is reached"
+            if limit is not None and _size(model, *mixture.adapters) + new > limit:
+                return f"experts.max_trainable_parameters = {limit:,} is reached"
+            return ""
+
+        is_of_use = limit is None or _size(model, first) + new <= limit
+        is_of_use &= asked.when_full != "stop"
+        while (why := obstacle()) and is_of_use and len(mixture.adapters) > 1:
+            self._make_room(trainer, module)
+        if why:
+            heir = roster.nearest(novel)
+            self._thaw(trainer, module, heir)
+            roster.enrol(skill, heir)
+            self._take(module, heir, novel.sequences)
+            self._note(trainer, "refused", heir, f"{why}; it learns the new skill too")
+            return
+        name = roster.next_name()
+        mixture.open(name, self._shape, seed=derived_seed(self._seed, name))
+        surgery.apply(trainer, module, spawned(mixture, name), reason="spawned")
+        skill = self._skill or name
+        roster.enrol(skill, name)
+        self._take(module, name, novel.sequences)
+        found: dict[str, Any] = {"skill": skill, "domain": ", ".join(self._domains)}
+        if (decision := novel.decision) is not None and roster.detector is not None:
+            similarity = roster.detector.library[skill].similarity_at_creation
+            found |= {
+                "similarity": dict(similarity),
+                "score": decision.score,
+                "threshold": decision.threshold,
+                "batches": decision.num_batches,
+                "samples": decision.num_samples,
+                "gain": novel.gain,
+            }
+        self._note(trainer, "spawned", name, "something new", **found)
+
+    def _make_room(self, trainer: Trainer, module: ExpertModule) -> None:
+        """Let the least used expert go, or the two most similar become one."""
+        roster, mixture = self.roster, module.mixture
+        pair = roster.most_similar() if roster.asked.when_full == "merge" else None
+        if pair is None:
+            others = {name: each.usage for name, each in roster.members.items() if name != FIRST}
+            gone = min(others, key=others.__getitem__)
+            self._evict(trainer, module, gone, heir=None)
+            self._note(trainer, "evicted", gone, "the least used, to make room")
+            return
+        kept, gone = pair
+        weights = [max(roster.members[name].usage, 1e-6) for name in pair]
+        weights = [weight / sum(weights) for weight in weights]
+        (optimizer,), shape, lost = trainer.optimizers, shape_of(module.model, kept), []
+        for _, layer in adapted_layers(module.model):
+            both = [each for name in pair if (each := factors(layer, name)) is not None]
+            if len(both) < 2:
+                continue
+            one = merged(both, weights, rank=shape.rank, alpha=shape.alpha)
+            lost.append(lost_share(both, weights, one))
+            for parameter, value in ((both[0].down, one.down), (both[0].up, one.up)):
+                with torch.no_grad():
+                    parameter.copy_(value)
+                optimizer.state.pop(parameter, None)  # its moments were of other factors
+        if mixture.evidence is not None:
+            numbers = [mixture.names.index(name) for name in pair]
+            mixture.evidence.counts[numbers[0]] += mixture.evidence.counts[numbers[1]]
+        self._thaw(trainer, module, kept)
+        self._evict(trainer, module, gone, heir=kept)
+        share = 100 * sum(lost) / max(1, len(lost))
+        why = f"the most similar, {gone} and {kept}, are one; {share:.0f} % of it is lost"
+        self._note(trainer, "merged", kept, why, gone=gone)
+
+    def _thaw(self, trainer: Trainer, module: ExpertModule, name: str) -> None:
+        if self.roster.members[name].is_frozen:
+            own = parameters_of(module.model, name)
+            surgery.thaw(trainer, module, [key for key in own if not own[key].requires_grad])
+            self.roster.thaw(name)
+
+    def _evict(
+        self, trainer: Trainer, module: ExpertModule, gone: str, *, heir: str | None
+    ) -> None:
+        """Take an expert off, with all that is kept of it and no other expert inherits."""
+        surgery.apply(trainer, module, evicted(module.mixture, gone), reason="evicted")
+        module.mixture.close(gone)
+        self.roster.dismiss(gone, heir=heir)
+        if self._exemplars is not None:
+            self._exemplars.move(gone, heir=heir)
+
+    def _grow(self, trainer: Trainer, module: ExpertModule, name: str) -> None:
+        """Let an expert that stalls have a larger rank, or be."""
+        roster, model, mixture = self.roster, module.model, module.mixture
+        rank = shape_of(model, name).rank
+        due = roster.stalled(rank)
+        if due == "widen":
+            limit = roster.asked.max_trainable_parameters
+            if limit is not None and _size(model, *mixture.adapters, name) > limit:
+                return
+            seed = derived_seed(self._seed, name, str(rank))
+            change = widened(mixture, name, 2 * rank, seed=seed)
+            surgery.apply(trainer, module, change, reason="widened")
+            set_rank(model, name, 2 * rank)
+            self._note(trainer, "widened", name, f"it stalled; rank {rank} → {2 * rank}")
+        elif due == "freeze":
+            member, parts = roster.members[name], roster.asked.freeze_projections
+            own = parameters_of(model, name)
+            chosen = [
+                key for key in own if parts is None or any(f".{each}." in key for each in parts)
+            ]
+            surgery.freeze(trainer, module, chosen)
+            member.is_frozen, member.is_whole = True, len(chosen) == len(own)
+            what = "it" if member.is_whole else " and ".join(parts or ())
+            self._note(trainer, "frozen", name, f"it stalled at rank {rank}; {what} stays as it is")
+
+    def _note(self, trainer: Trainer, kind: str, expert: str, why: str, **more: Any) -> None:
+        record = {"step": trainer.global_step, "kind": kind, "expert": expert, "why": why}
+        self.events.append(record | more)
+
+
+def _size(model: nn.Module, *names: str) -> int:
+    """Count the parameters of adapters."""
+    return sum(p.numel() for name in names for p in parameters_of(model, name).values())
+
+
+def _module(module: LightningModule) -> ExpertModule:
+    assert isinstance(module, ExpertModule)
+    return module
+
+
+def _observed(module: ExpertModule, ids: Tensor) -> Observation:
+    """Return what the frozen base says of sequences [B, T]."""
+    kept = kept_tokens(module.model, ids)
+    mask = None if kept is None else kept.long()
+    with module.mixture.off():
+        return observe(module.model, ids, mask)
+
+
+def _looking_flops(module: ExpertModule, number: int, length: int) -> float:
+    return forward_flops(config_of(module.model)).of(length) * number
+
+
+def _of_all(own: Any) -> list[Any]:
+    """Return what each process holds, in the order of their ranks."""
+    rank = this_rank()
+    held = [own] * rank.count
+    if rank.count > 1:
+        distributed.all_gather_object(held, own)
+    return held
+
+
+class Figures:
+    """Mean gates between two entries of the log, and what became of gates and ranks."""
+
+    def __init__(self) -> None:
+        self._usage: dict[str, list[float]] = {}  # since it was logged last
+        self._over_time: dict[str, Any] = {"steps": [], "usage": [], "ranks": []}
+
+    def note(self, usage: Mapping[str, float]) -> None:
+        """Take the mean gate of each expert in a batch."""
+        for name, value in usage.items():
+            self._usage.setdefault(name, []).append(value)
+
+    def logged(
+        self, mixture: ExpertMixture, gates: Sequence[Gates], *, step: int
+    ) -> dict[str, float]:
+        """Return metrics since the last entry, and of the last gates; the next begins anew."""
+        model, times = mixture.model, self._over_time
+        means = {n: sum(v) / len(v) for n, v in self._usage.items() if n in mixture.names}
+        ranks = {name: shape_of(model, name).rank for name in mixture.adapters}
+        times["steps"].append(step)
+        times["usage"].append(means)
+        times["ranks"].append(ranks)
+        self._usage = {}
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        whole = sum(prod(live_shape(p)) for p in model.parameters())
+        values = {f"experts/usage/{name}": value for name, value in means.items()}
+        values |= {f"experts/rank/{name}": float(rank) for name, rank in ranks.items()}
+        values["experts/number"] = float(len(mixture.adapters))
+        values["experts/trainable_share"] = trained / whole
+        if gates:
+            told = torch.stack([entropies(each.probabilities.detach()).mean() for each in gates])
+            values["experts/routing_entropy"] = float(told.mean())
+            values["experts/dropped"] = sum(each.dropped for each in gates) / len(gates)
+        return values
+
+    def report(self) -> dict[str, Any]:
+        """Return gates and ranks over time, as summary.json has them; null where there was none."""
+        times, found = self._over_time, {}
+        for kind, unit in (("usage", "gates"), ("ranks", "ranks")):
+            names = dict.fromkeys(name for row in times[kind] for name in row)
+            values = {name: [row.get(name) for row in times[kind]] for name in names}
+            found[f"{kind}_over_time"] = {"steps": times["steps"], unit: values}
+        return found
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"usage": self._usage, "over_time": self._over_time}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._usage = {name: list(each) for name, each in state["usage"].items()}
+        self._over_time = {name: list(each) for name, each in state["over_time"].items()}
+
+
+# A few sequences of each expert's text, seen again while others learn.
+#
+# Where a token does not tell yet whose text it begins, all experts take part, and what one learns
+# there would push out what the others said. A small share of their text in each batch holds it.
+
+
+class Exemplars:
+    """A reservoir of sequences for each expert.
+
+    Args:
+        capacity: sequences of each.
+        seed: of which are kept and drawn.
+    """
+
+    def __init__(self, capacity: int, *, seed: int) -> None:
+        self.capacity, self._seed = capacity, seed
+        self._held: dict[str, Reservoir] = {}
+        self._turn = 0
+        self.owed = 0.0  # rows of a batch that are not given yet
+
+    def add(self, expert: str, sequences: Tensor) -> None:
+        """Offer sequences [N, T] of an expert's text."""
+        if expert not in self._held:
+            own = derived_seed(self._seed, "exemplars", expert)
+            self._held[expert] = Reservoir(self.capacity, seed=own)
+        self._held[expert].add(sequences)
+
+    def sample(self, count: int, *, without: str) -> Tensor:
+        """Return sequences of all experts but one in turn, int64 [count, T]; of none, none."""
+        others = [name for name in self._held if name != without]
+        if not others:
+            return torch.empty(0, 0, dtype=torch.int64)
+        turns = [others[(self._turn + number) % len(others)] for number in range(count)]
+        self._turn += count
+        return torch.cat([self._held[name].next_sequences(1) for name in turns])
+
+    @property
+    def sequence_length(self) -> int:
+        """Tokens of one sequence; 0 while there is none."""
+        return max((each.sequence_length for each in self._held.values()), default=0)
+
+    def move(self, expert: str, *, heir: str | None) -> None:
+        """Forget an expert's, or let another have them."""
+        gone = self._held.pop(expert, None)
+        if gone is not None and heir is not None:
+            self.add(heir, gone.sequences)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all of it, in plain containers and tensors."""
+        return {
+            "held": {name: each.state_dict() for name, each in self._held.items()},
+            "turn": self._turn,
+            "owed": self.owed,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Become what was saved, as far as there is room."""
+        self._held, self._turn = {}, int(state["turn"])
+        self.owed = float(state["owed"])
+        for name, each in state["held"].items():
+            own = derived_seed(self._seed, "exemplars", name)
+            self._held[name] = Reservoir(self.capacity, seed=own)
+            if len(each["sequences"]) > self.capacity:  # fewer are kept from here on
+                self._held[name].add(each["sequences"])
+            else:
+                self._held[name].load_state_dict(each)

@@ -1,0 +1,170 @@
+"""What becomes of a mixture's parameters when experts come, grow and go, for the one surgery.
+
+Each is a change of parameters by name: moments and all other state follow its maps, and what it
+does not name stays as it is, bit for bit.
+"""
+
+from collections.abc import Iterator, Sequence
+from math import sqrt
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from tritter.core.families import StoredTensor
+from tritter.core.parameter_map import AxisFactor, Fill, TensorMap
+from tritter.core.parameter_map.tensor_map import NO_SOURCE
+from tritter.errors import RequestError
+from tritter.methods.experts.adapters import Factors, parameters_of, shape_of
+from tritter.methods.experts.mixture import ROUTER, ExpertMixture
+from tritter.transform import Change
+from tritter.transform.change import declared
+
+
+def spawned(mixture: ExpertMixture, name: str) -> Change:
+    """Return the change that an expert is new, whose adapter was put on already.
+
+    Its rows of the routers are zeros.
+
+    Args:
+        name: of the mixture's last expert.
+    """
+    parts = _Parts()
+    for key, parameter in parameters_of(mixture.model, name).items():
+        values = parameter.detach().clone()
+        parts.create(key, tuple(values.shape), Fill(kind="given", values=values))
+    parts.follow_routers(mixture, [*range(len(mixture.names) - 1), NO_SOURCE])
+    return parts.change()
+
+
+def evicted(mixture: ExpertMixture, name: str) -> Change:
+    """Return the change that takes an expert's weights, with its rows of the routers.
+
+    The mixture closes its adapter afterwards.
+
+    Raises:
+        RequestError: there is none of this name, or it is the only one.
+    """
+    mixture.check_can_go(name)
+    model, parts = mixture.model, _Parts()
+    for key, parameter in parameters_of(model, name).items():
+        parts.remove(key, tuple(parameter.shape))
+    parts.follow_routers(mixture, [n for n, each in enumerate(mixture.names) if each != name])
+    return parts.change()
+
+
+def widened(mixture: ExpertMixture, name: str, rank: int, *, seed: int) -> Change:
+    """Return the change that gives an expert a larger rank; the function is kept.
+
+    New rows of A are drawn as the old ones were and new columns of B are zero, in an embedding the
+    other way round, as PEFT begins them. α / r stays, which
+    `tritter.methods.experts.adapters.set_rank` states afterwards.
+
+    Raises:
+        RequestError: the rank is not larger than the expert's own.
+    """
+    model, own = mixture.model, shape_of(mixture.model, name).rank
+    if rank <= own:
+        raise RequestError(f"{name} has rank {own} already; {rank} is not larger.")
+    source = torch.cat([torch.arange(own), torch.full((rank - own,), NO_SOURCE)])
+    axis, parts = _plain_factor(source), _Parts()
+    generator = torch.Generator().manual_seed(seed)
+    for key, parameter in parameters_of(model, name).items():
+        if ".lora_A." in key:
+            bound = sqrt(1 / parameter.shape[1])  # of Kaiming's uniform law with a = √5, as PEFT
+            drawn = torch.rand(rank - own, parameter.shape[1], generator=generator)
+            fill = Fill(kind="given", values=(2 * drawn - 1) * bound)
+            parts.follow(model, key, (axis, None), fill)
+        elif ".lora_embedding_A." in key:
+            parts.follow(model, key, (axis, None), Fill())
+        elif ".lora_embedding_B." in key:
+            drawn = torch.randn(parameter.shape[0], rank - own, generator=generator)
+            parts.follow(model, key, (None, axis), Fill(kind="given", values=drawn))
+        else:
+            parts.follow(model, key, (None, axis), Fill())
+    return parts.change()
+
+
+def router_names(mixture: ExpertMixture) -> Iterator[str]:
+    """Yield the names of a mixture's routers in its model."""
+    for name, _ in mixture.model.named_modules():
+        if name.rpartition(".")[2] == ROUTER:
+            yield name
+
+
+class _Parts:
+    """A change under construction."""
+
+    def __init__(self) -> None:
+        self._before: list[StoredTensor] = []
+        self._after: list[StoredTensor] = []
+        self._maps: dict[str, TensorMap] = {}
+
+    def create(self, name: str, shape: tuple[int, ...], fill: Fill) -> None:
+        self._after.append(declared(name, shape))
+        self._maps[name] = TensorMap.created(shape, fill)
+
+    def remove(self, name: str, shape: tuple[int, ...]) -> None:
+        self._before.append(declared(name, shape))
+
+    def follow(
+        self, model: nn.Module, name: str, axes: tuple[AxisFactor | None, ...], fill: Fill
+    ) -> None:
+        before = tuple(model.get_parameter(name).shape)
+        sizes = zip(before, axes, strict=True)
+        after = tuple(n if axis is None else len(axis.index) for n, axis in sizes)
+        self._before.append(declared(name, before))
+        self._after.append(declared(name, after))
+        self._maps[name] = TensorMap(source=name, axes=axes, fill=fill)
+
+    def follow_routers(self, mixture: ExpertMixture, source: Sequence[int]) -> None:
+        axis = _plain_factor(torch.tensor(source))
+        for router in router_names(mixture):
+            self.follow(mixture.model, f"{router}.weight", (axis, None), Fill())
+            self.follow(mixture.model, f"{router}.bias", (axis,), Fill())
+
+    def change(self) -> Change:
+        return Change(
+            config={}, before=tuple(self._before), after=tuple(self._after), tensors=self._maps
+        )
+
+
+def _plain_factor(source: Tensor) -> AxisFactor:
+    """Return the factor of an axis whose coordinates are kept, dropped or new, none scaled."""
+    kept = (source != NO_SOURCE).double()
+    return AxisFactor(source, kept, kept)
+
+
+def merged(
+    parts: Sequence[Factors], weights: Sequence[float], *, rank: int, alpha: float
+) -> Factors:
+    """Return the adapter of a rank that is nearest to Σ wᵢ · (α/r)ᵢ · Bᵢ Aᵢ (Eckart–Young).
+
+    The sum is never formed: with [B₁ …] = Q S and [A₁ …]ᵀ = P T it is Q (S Tᵀ) Pᵀ, so that only a
+    matrix of the sum of the ranks is decomposed.
+
+    Args:
+        weights: how much each counts, such as its mean gate.
+        rank: of the result; where the sum has less, the rest is zero.
+        alpha: of the result; α / rank is part of it, and taken out of B.
+    """
+    scaled = zip(parts, weights, strict=True)
+    up = torch.cat([w * each.scaling * each.up.double() for each, w in scaled], dim=1)  # [out, R]
+    down = torch.cat([each.down.double() for each in parts])  # [R, in]
+    q, s = torch.linalg.qr(up)
+    p, t = torch.linalg.qr(down.T)
+    left, values, right = torch.linalg.svd(s @ t.T)
+    number = min(rank, len(values))
+    root = values[:number].sqrt()
+    example, scaling = parts[0].down, alpha / rank
+    new_up = pad((q @ left[:, :number]) * root / scaling, (0, rank - number))
+    new_down = pad((root[:, None] * right[:number]) @ p.T, (0, 0, 0, rank - number))
+    return Factors(new_down.to(example), new_up.to(example), scaling, parts[0].gain)
+
+
+def lost_share(parts: Sequence[Factors], weights: Sequence[float], result: Factors) -> float:
+    """Return ‖sum − result‖ / ‖sum‖ (Frobenius): what a merge leaves out; 0 of a sum of zeros."""
+    whole = sum((w * each.delta().double() for each, w in zip(parts, weights, strict=True)))
+    assert isinstance(whole, Tensor)
+    norm = float(whole.norm())
+    return float((whole - result.delta().double()).norm()) / norm if norm else 0.0

@@ -1,0 +1,215 @@
+"""The LightningModule of a mixture of LoRA experts: what its loss is, and what is saved of it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import kl_div, log_softmax
+
+from tritter.core.families import Adapters, Flops, Gating, LowRank, forward_flops
+from tritter.core.models import config_of
+from tritter.data.packing import IGNORED, labels_of
+from tritter.evaluation.inference import modes_kept
+from tritter.methods.experts.adapters import (
+    AdapterShape,
+    adapted_layers,
+    adapter_names,
+    decoder_layers,
+    factors,
+    shape_of,
+)
+from tritter.methods.experts.changes import router_names
+from tritter.methods.experts.gates import Gates, Routing, balance_loss, entropy_loss, z_loss
+from tritter.methods.experts.mixture import ROUTER, ExpertMixture
+from tritter.training import BaseModule
+from tritter.training.module import TaskLoss
+from tritter.training.parameters import WRAPPED, StepFlops, flops_of_sequence, live_layout
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertLosses:
+    """Weights of what is added to the loss of the task; 0: it is left out.
+
+    Args:
+        balance, entropy, z: of the gates of learned routers, see `tritter.methods.experts.gates`.
+        distill: of KL(mixture without the young expert ‖ mixture), nats per token.
+    """
+
+    balance: float = 0.0
+    entropy: float = 0.0
+    z: float = 0.0
+    distill: float = 0.0
+
+
+class ExpertModule(BaseModule):
+    """Next-token training of the experts of a mixture; the base is frozen.
+
+    Args:
+        mixture: on the model that is trained.
+        losses: what is added to the loss of the task.
+        options: those of `BaseModule`.
+
+    Attributes:
+        gates: of the forward pass of the task.
+        young: the expert that is held to the mature ones; None: no one is.
+    """
+
+    def __init__(
+        self, mixture: ExpertMixture, *, losses: ExpertLosses | None = None, **options: Any
+    ) -> None:
+        super().__init__(mixture.model, **options)
+        self.mixture = mixture
+        self.losses = losses or ExpertLosses()
+        self.young: str | None = None
+        self.gates: list[Gates] = []
+        self._task: TaskLoss | None = None
+
+    def task_loss(self, batch: Mapping[str, Tensor]) -> TaskLoss:
+        """Return the loss of the task, and keep what it is of for the losses besides."""
+        self._task = super().task_loss(batch)
+        self.gates = self.mixture.gates()  # a teacher's pass has others
+        return self._task
+
+    def training_step(self, batch: Mapping[str, Tensor], batch_index: int) -> Tensor:
+        """Return the loss of the task with all that is added to it; each is logged alone."""
+        loss = super().training_step(batch, batch_index)
+        asked, found = self.losses, {}
+        gates = self.gates if next(self.mixture.routers(), None) is not None else []
+        for name, measure in (("balance", balance_loss), ("entropy", entropy_loss), ("z", z_loss)):
+            weight = getattr(asked, name)
+            if weight and gates:
+                found[name] = (weight, torch.stack([measure(each) for each in gates]).mean())
+        if asked.distill and self.young is not None:
+            found["distill"] = (asked.distill, self._distance(self.young, batch))
+        for name, (weight, value) in found.items():
+            self.log(f"experts/{name}_loss", value.detach().float(), sync_dist=True)
+            loss = loss + weight * value.to(loss.dtype)
+        self._task = None
+        return loss
+
+    @property
+    def is_task_alone(self) -> bool:
+        asked = self.losses
+        return super().is_task_alone and not (asked.balance or asked.entropy or asked.z)
+
+    def step_flops(self) -> StepFlops:
+        """Count the model FLOPs of a step, with what needs a gradient now."""
+        besides = sum(side.step_flops(self.model) for side in self.side_losses)
+        sequence = step_flops_of(self.mixture)
+        if self.losses.distill and self.young is not None:
+            sequence = sequence + forward_flops_of(self.mixture)
+        return StepFlops(sequence, besides)
+
+    def reading_flops(self) -> Flops:
+        """Count the model FLOPs of reading a sequence with the experts."""
+        return forward_flops_of(self.mixture)
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """Return the journal, who the experts are and how large, and what is trained."""
+        mixture = self.mixture
+        shapes = {name: shape_of(self.model, name) for name in mixture.adapters}
+        routing = mixture.routing
+        return super().get_extra_state() | {
+            "experts": {
+                "names": list(mixture.names),
+                "order": list(adapter_names(self.model)),
+                "shapes": {n: [s.rank, s.alpha, list(s.targets)] for n, s in shapes.items()},
+                "routing": [routing.top_k, routing.temperature, routing.capacity_factor],
+                "trained": [n for n, p in self.model.named_parameters() if p.requires_grad],
+                "young": self.young,
+            }
+        }
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Make the experts of a saved training, with their final ranks, before weights come."""
+        held, mixture = state["experts"], self.mixture
+        shapes = {n: AdapterShape(r, a, tuple(t)) for n, (r, a, t) in held["shapes"].items()}
+        if held["order"] != list(adapter_names(self.model)) or any(
+            shape != shape_of(self.model, name) for name, shape in shapes.items()
+        ):
+            # All anew, in the order in which they came: optimizers match state by position
+            for name in adapter_names(self.model):
+                mixture.close(name)
+            for name in held["order"]:
+                mixture.open(name, shapes[name], seed=0)
+        assert sorted(held["names"]) == sorted(mixture.names)
+        mixture.names = list(held["names"])
+        for router in map(self.model.get_submodule, router_names(mixture)):
+            size = len(mixture.names)
+            for key in ("weight", "bias"):
+                old = router.get_parameter(key)
+                shape_of_rows = (size, *old.shape[1:])
+                setattr(router, key, torch.nn.Parameter(old.new_zeros(shape_of_rows)))
+        top_k, temperature, capacity = held["routing"]
+        mixture.routing = Routing(top_k=top_k, temperature=temperature, capacity_factor=capacity)
+        self.journal, self.moments = [dict(entry) for entry in state["journal"]], {}
+        self.young = held["young"]
+        trained = set(held["trained"])
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(name in trained)
+
+    def _distance(self, young: str, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return KL(mixture without an expert ‖ mixture), mean over tokens, nats."""
+        assert self._task is not None
+        input_ids = batch["input_ids"]
+        with torch.no_grad(), self.mixture.without(young), modes_kept(self.model):
+            self.model.eval()  # or the two would differ by what each drops out
+            teacher = self.model(input_ids=input_ids, use_cache=False).logits
+        own, kept = self._task.logits, labels_of(self.model, input_ids) != IGNORED  # [B, T]
+        told = log_softmax(teacher[kept].float(), dim=-1)
+        return kl_div(
+            log_softmax(own[kept].float(), dim=-1), told, reduction="batchmean", log_target=True
+        )
+
+
+# What a mixture of experts costs in model FLOPs: the base, the adapters and what gates them.
+#
+# Counted as in `tritter.core.families.flops`. Where experts are chosen (`top_k`), each is counted
+# with an even share of the tokens; the lookups of evidence are free.
+
+
+def step_flops_of(mixture: ExpertMixture) -> Flops:
+    """Return the FLOPs of a training step on one sequence, with what needs a gradient now."""
+    return flops_of_sequence(mixture.model, adapters=adapters_of(mixture))
+
+
+def forward_flops_of(mixture: ExpertMixture) -> Flops:
+    """Return the FLOPs of reading one sequence, output head included."""
+    return forward_flops(config_of(mixture.model), adapters=adapters_of(mixture))
+
+
+def adapters_of(mixture: ExpertMixture) -> Adapters:
+    """Return what stands beside the base's own tensors in a mixture."""
+    number, top_k = len(mixture.names), mixture.routing.top_k
+    share = 1 if top_k is None or top_k >= number else top_k / number
+    model, places, low_rank = mixture.model, {}, {}
+    for stored in live_layout(model):  # name of a layer with adapters → its logical matrices
+        layer_name, is_wrapped, _ = stored.name.partition(f"{WRAPPED}.weight")
+        if is_wrapped:
+            places[layer_name] = [part.tensor.name for part in stored.parts]
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    # Where the head is tied, its weight is the embedding's
+    places |= {name: ["head"] for name, layer in adapted_layers(model) if layer is head}
+    for name, layer in adapted_layers(model):
+        found = (factors(layer, expert) for expert in mixture.adapters)
+        beside = [
+            LowRank(
+                rank=each.rank,
+                trains_down=each.down.requires_grad,
+                trains_up=each.up.requires_grad,
+                share=share,
+            )
+            for each in found
+            if each is not None
+        ]
+        first, *others = places[name]
+        low_rank[first] = beside
+        low_rank |= {other: [replace(each, has_down=False) for each in beside] for other in others}
+    gating = {}
+    for n, decoder_layer in decoder_layers(model).items():
+        router = getattr(decoder_layer, ROUTER, None) or getattr(model, ROUTER, None)
+        if router is not None:
+            gating[n] = Gating(number, router.weight.requires_grad)
+    return Adapters(low_rank, gating)

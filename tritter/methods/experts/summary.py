@@ -1,0 +1,140 @@
+"""What the lineage and summary.json say of a run's LoRA experts."""
+
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from hashlib import sha256
+from itertools import accumulate
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tritter.checkpoints import ExpansionRecord
+from tritter.core.families import Config, family_of
+from tritter.core.models import live_shape
+from tritter.evaluation.inference import evaluating
+from tritter.methods.experts.callback import EXPERTS
+from tritter.methods.experts.gates import usage as mean_gates
+from tritter.methods.experts.mixture import mixture_on
+from tritter.methods.experts.stored import ExpertFolder
+from tritter.training import FitResult
+
+_BATCH = 8
+
+
+def expert_records(
+    before: Config, after: Config, result: FitResult, *, options: Mapping[str, Any], seed: int
+) -> list[ExpansionRecord]:
+    """Return the lineage's record of experts that came in a training, if any did.
+
+    Args:
+        before: config of the base when it began; `after` when it ended.
+        options: of `experts`, with the name.
+    """
+    events = result.reports.get(EXPERTS, {}).get("events", [])
+    born = [event["expert"] for event in events if event["kind"] == "spawned"]
+    if not born:
+        return []
+    record = ExpansionRecord(
+        timestamp=datetime.now(UTC).isoformat(timespec="seconds"),
+        expansion_type=EXPERTS,
+        method=options["name"],
+        options={**options, "spawned": born},
+        seed=seed,
+        source_config=after,
+        target_config=after,
+        layer_sources=tuple(range(family_of(after).dimensions(after).num_hidden_layers)),
+        map_digest=sha256(" ".join(born).encode()).hexdigest(),
+        claims_exact=True,  # an expert that is new computes nothing
+        step0_error=0.0,
+    )
+    return [record]
+
+
+def expert_usage(model: nn.Module, sequences: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return the experts of a model, and the mean gate of each in the text of each domain.
+
+    Args:
+        sequences: domain → int64 [N, T].
+    """
+    mixture = mixture_on(model)
+    assert mixture is not None
+    usage: dict[str, dict[str, float]] = {}
+    with evaluating(model) as device:
+        for domain, ids in sequences.items():
+            gates = torch.zeros(len(mixture.names), dtype=torch.float64)
+            for rows in ids.split(_BATCH):
+                model(input_ids=rows.to(device), use_cache=False)
+                gates += mean_gates(mixture.gates()).double().cpu() * len(rows) / len(ids)
+            usage[domain] = dict(zip(mixture.names, gates.tolist(), strict=True))
+    adapters = ExpertFolder.of(mixture).adapters
+    num_adapted = sum(
+        d.numel() + u.numel() for each in adapters.values() for d, u in each.factors.values()
+    )
+    num_routing = sum(p.numel() for router in mixture.routers() for p in router.parameters())
+    named = model.named_parameters()
+    num_base = sum(prod(live_shape(p)) for n, p in named if ".lora_" not in n) - num_routing
+    trainable = num_adapted + num_routing
+    return {
+        "number": len(mixture.adapters),
+        "names": list(mixture.names),
+        "usage": usage,
+        "ranks": {name: each.shape.rank for name, each in adapters.items()},
+        "parameters": {
+            "base": num_base,
+            "trainable": trainable,
+            "share": trainable / (num_base + trainable),
+        },
+        "routing": {
+            "router": mixture.router,
+            "top_k": mixture.routing.top_k,
+            "temperature": mixture.routing.temperature,
+        },
+    }
+
+
+def experts_summary(
+    trainings: Sequence[tuple[int, Mapping[str, Any]]],
+    usages: Sequence[Mapping[str, Any]],
+    *,
+    options: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Return `experts` of summary.json: one record of all trainings of an attempt.
+
+    Args:
+        trainings: steps and report of each, in order; without a report where nothing changed.
+        usages: of `expert_usage` after each training.
+        options: of `experts`, with the name.
+    """
+    record = {
+        "kind": options["name"],
+        "options": options,
+        **usages[-1],
+        "phases": [each["usage"] for each in usages],
+    }
+    reports = [report for _, report in trainings if report]
+    if len(reports) < len(trainings):
+        return record
+    before = list(accumulate((steps for steps, _ in trainings), initial=0))
+    events = [
+        {**event, "task": number, "step": event["step"] + before[number]}
+        for number, report in enumerate(reports)
+        for event in report["events"]
+    ]
+    spawned = [event for event in events if event["kind"] == "spawned"]
+    record |= {"spawned": spawned, "events": events, "batches": reports[-1]["batches"]}
+    for name, values in (("usage_over_time", "gates"), ("ranks_over_time", "ranks")):
+        parts = [report[name] for report in reports]
+        steps = [step + before[n] for n, part in enumerate(parts) for step in part["steps"]]
+        experts = dict.fromkeys(expert for part in parts for expert in part[values])
+        rows = {  # null where there was nothing
+            expert: [
+                value
+                for part in parts
+                for value in part[values].get(expert, [None] * len(part["steps"]))
+            ]
+            for expert in experts
+        }
+        record[name] = {"steps": steps, values: rows}
+    return record

@@ -1,0 +1,54 @@
+"""L2-SP (Li et al. 2018, arXiv 1802.01483): decay towards the starting point, not towards zero.
+
+When to use: no old data at hand, and the cheapest protection will do; it is also the control for
+every importance-weighted penalty, which it equals with all importances one. What the expansion
+added is free: it has no past to return to. Cost: one copy of the weights.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import Field
+
+from tritter.methods.forgetting.quadratic import QuadraticPenalty
+from tritter.options import options
+from tritter.training import Needs, Task
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from tritter.transform import Change
+
+
+@options
+class L2SPOptions:
+    """How firm the pull towards the start is."""
+
+    l2sp_lambda: Annotated[float, Field(ge=0)] = 0.03
+
+
+class L2SP(QuadraticPenalty):
+    """½ λ Σ (θ − θ*)² over all entries that carry old knowledge.
+
+    Args:
+        l2sp_lambda: λ.
+    """
+
+    name = "l2sp"
+    Options = L2SPOptions
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.strength = self.options.l2sp_lambda
+
+    @classmethod
+    def needs(cls, options: Any) -> Needs:
+        return Needs(carried=True, copies=2)
+
+    def begin_task(self, model: nn.Module, task: Task) -> None:
+        self.hold(model, task.carried)
+
+    def parameters_changed(self, change: Change) -> None:
+        super().parameters_changed(change)
+        self.importance = {name: (held != 0).to(held) for name, held in self.importance.items()}

@@ -1,0 +1,75 @@
+"""The path of a base's training, recorded for synaptic intelligence (arXiv 1703.04200).
+
+It can't be had afterwards, so it is recorded while a base is trained for a run whose methods ask
+for it, and kept beside the base: ω, how much of the fall of the loss each weight did, and Δ, how
+far it came. Cost: four copies of the weights and a few passes over them per step.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from tritter.checkpoints.state import write_state
+from tritter.methods.forgetting.si import DISPLACEMENT, PATH_INTEGRAL, WeightPath
+from tritter.storage.atomic import atomic_folder
+from tritter.storage.writer import TensorStream
+from tritter.training.module import base_of
+from tritter.transform import Change
+
+
+class PathIntegral(Callback):
+    """Record ω and Δ of a training and leave them in a folder, as its `state/`.
+
+    Stands before all methods, so that it reads the gradients of the task alone, unclipped.
+
+    Args:
+        folder: where `state/` is written when the training ends; replaced whole.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._path = WeightPath(start={})
+
+    @property
+    def path_integral(self) -> Mapping[str, Tensor]:
+        """ω so far, by parameter name."""
+        return self._path.path_integral
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._path.take_up(base_of(pl_module).model)
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Any
+    ) -> None:
+        self._path.before_step(base_of(pl_module).model)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._path.after_step(base_of(pl_module).model)
+
+    def parameters_changed(self, change: Change) -> None:
+        """Follow a change of the live model."""
+        self._path.parameters_changed(change, start=change.state("anchor", self._path.start))
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        model = base_of(pl_module).model
+        self._path.take_up(model)
+        if trainer.is_global_zero:
+            left = {PATH_INTEGRAL: self.path_integral, DISPLACEMENT: self._path.displacement(model)}
+            kinds = {
+                kind: TensorStream.of((name, value.cpu()) for name, value in values.items())
+                for kind, values in left.items()
+            }
+            with atomic_folder(self._folder, overwrite=True) as temporary:
+                write_state(temporary, kinds, step=trainer.global_step)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"path_integral": self._path.path_integral, "start": self._path.start}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        start = dict(state_dict["start"])
+        self._path = WeightPath(start=start, path_integral=state_dict["path_integral"])

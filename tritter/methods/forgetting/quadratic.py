@@ -1,0 +1,218 @@
+"""Quadratic penalties: ½ λ Σ importance · (θ − θ*)², the common form of L2-SP and EWC.
+
+The penalty's gradient is added in place of a term in the loss: the same step, without a second
+graph over all parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+from tritter.core.families import FAMILIES
+from tritter.data.batches import this_rank
+from tritter.data.packing import IGNORED, apart_of, labels_of
+from tritter.evaluation.inference import modes_kept
+from tritter.seeds import derived_seed
+from tritter.training import ForgettingMethod
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from tritter.transform import Change
+
+
+class QuadraticPenalty(ForgettingMethod):
+    """Pull every parameter back to its anchor, as firmly as its importance says.
+
+    A method fills both when a task begins, by parameter name; what has none is free.
+    """
+
+    kind = "fisher"  # the rule by which an importance follows a map
+    importance_key = "importance"  # in what a resumed training goes on from
+    strength: float  # λ, which a method takes from its options
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.anchor: dict[str, Tensor] = {}
+        self.importance: dict[str, Tensor] = {}
+
+    def hold(self, model: nn.Module, importance: Mapping[str, Tensor]) -> None:
+        """Take the present weights for anchors, wherever there is an importance."""
+        for name, parameter in model.named_parameters():
+            if name in importance:
+                self.anchor[name] = parameter.detach().clone()
+                self.importance[name] = importance[name].to(parameter)
+
+    def add_to_gradients(self, model: nn.Module) -> None:
+        """Add λ · importance · (θ − θ*) to the gradient of every parameter that has one."""
+        for name, parameter in model.named_parameters():
+            if parameter.grad is None or name not in self.importance:
+                continue
+            pull = (parameter.detach() - self.anchor[name]).mul_(self.importance[name])
+            parameter.grad.add_(pull.to(parameter.grad.dtype), alpha=self.strength)
+
+    def logged_loss(self, model: nn.Module) -> float:
+        """Return ½ λ Σ importance · (θ − θ*)², summed in float64."""
+        import torch
+
+        total = torch.zeros((), dtype=torch.float64)
+        for name, parameter in model.named_parameters():
+            if name in self.importance:
+                moved = parameter.detach() - self.anchor[name]
+                importance = self.importance[name]
+                if moved.device.type == "mps":  # which has no float64
+                    moved, importance = moved.cpu(), importance.cpu()
+                total += (importance * moved.double().square()).sum().cpu()
+        return 0.5 * self.strength * float(total)
+
+    def parameters_changed(self, change: Change) -> None:
+        """Map anchors as weights and importances by their rule; what is new is free."""
+        import torch
+
+        # What was never held may be copied from: there the importance is zero, and no anchor counts
+        unheld = (stored for stored in change.before if stored.name not in self.anchor)
+        device = next((value.device for value in self.anchor.values()), None)
+        zeros = {stored.name: torch.zeros(stored.shape, device=device) for stored in unheld}
+        anchor = change.state("anchor", zeros | self.anchor)
+        importance = change.state(self.kind, self.importance)
+        self.anchor = {name: anchor[name] for name in importance if name in anchor}
+        self.importance = {name: importance[name] for name in self.anchor}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"anchor": self.anchor, self.importance_key: self.importance}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.anchor, self.importance = dict(state["anchor"]), dict(state[self.importance_key])
+
+
+# The diagonal Fisher information of a causal language model, from per-sequence gradients.
+#
+# F = E[(∂L/∂θ)²], where L is the mean next-token loss of one sequence. Squaring the gradient of a
+# batch's mean instead gives about a B-th of it for a batch of B (arXiv 2502.11756 compares the
+# estimators in use). `empirical` takes the tokens of the text as labels; `true` draws them from
+# the model itself, which is the Fisher in the strict sense.
+
+Estimator = Literal["empirical", "true"]
+Parameters = Mapping[str, "Tensor"]
+_HELD_VALUES = 2**19  # of gradients: more of them wait for memory, fewer for the next call
+
+
+def diagonal_fisher(
+    model: nn.Module,
+    sequences: Tensor,
+    *,
+    batch_size: int | None = None,
+    estimator: Estimator = "empirical",
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Tensor]:
+    """Estimate the Fisher of every parameter.
+
+    Args:
+        model: `model(input_ids=[B, T], use_cache=False).logits` is [B, T, V]; its modules' own
+            randomness (dropout) is off while it is looked at.
+        sequences: integers [N, T].
+        batch_size: sequences whose gradients are held at a time (a model with experts, or that
+            reads documents apart, takes one after the other), else 8, and up to 32 of a small
+            model; the result does not depend on it.
+        estimator: `empirical` or `true`.
+        seed: of the labels that `true` draws.
+        progress: called with (sequences done, sequences in all) after each batch.
+
+    Returns:
+        Parameter name → float32 tensor of the parameter's shape, averaged over the sequences. A
+        tied parameter stands once, with the sum of what it does in both roles.
+    """
+    import torch
+
+    parameters = {name: p.detach().float() for name, p in model.named_parameters()}
+    total = {name: torch.zeros_like(p) for name, p in parameters.items()}
+    if batch_size is None:
+        num_values = sum(p.numel() for p in parameters.values())
+        batch_size = min(32, max(8, _HELD_VALUES // num_values))
+    generator = torch.Generator().manual_seed(seed)
+    done = 0
+    with modes_kept(model):
+        model.eval()
+        for batch in sequences.split(batch_size):
+            input_ids = batch.long().to(next(iter(parameters.values())).device)
+            labels = labels_of(model, input_ids)[:, 1:]  # [B, T - 1]
+            if estimator == "true":
+                with torch.no_grad():
+                    logits = model(input_ids=input_ids, use_cache=False).logits[:, :-1]
+                chances = logits.float().softmax(dim=-1).flatten(0, 1).cpu()
+                drawn = torch.multinomial(chances, 1, generator=generator)
+                drawn = drawn.view(len(input_ids), -1).to(input_ids.device)
+                labels = drawn.masked_fill(labels == IGNORED, IGNORED)
+            for name, square in _squares(model, parameters, input_ids, labels).items():
+                total[name] += square
+            done += len(batch)
+            if progress is not None:
+                progress(done, len(sequences))
+    return {name: value / len(sequences) for name, value in total.items()}
+
+
+def shared_fisher(
+    model: nn.Module, sequences: Tensor, *, estimator: Estimator = "empirical", seed: int = 0
+) -> dict[str, Tensor]:
+    """Return the same, the sequences dealt out to the processes of a training; on all of them."""
+    import torch
+    from torch import distributed
+
+    rank = this_rank()
+    if rank.count == 1:
+        return diagonal_fisher(model, sequences, estimator=estimator, seed=seed)
+    own = sequences[rank.index :: rank.count]
+    total = {n: torch.zeros_like(p, dtype=torch.float32) for n, p in model.named_parameters()}
+    if len(own):
+        seed = derived_seed(seed, "rank", rank.index)
+        total = diagonal_fisher(model, own, estimator=estimator, seed=seed)
+    for value in total.values():
+        value.mul_(len(own) / len(sequences))
+        distributed.all_reduce(value)
+    return total
+
+
+def has_experts(model: nn.Module) -> bool:
+    """Return whether tokens choose experts: then what is computed depends on the data."""
+    family = FAMILIES.get(getattr(getattr(model, "config", None), "model_type", ""))
+    return family is not None and family.has_experts
+
+
+def _squares(
+    model: nn.Module, parameters: Parameters, input_ids: Tensor, labels: Tensor
+) -> dict[str, Tensor]:
+    """Return the sum of the squared per-sequence gradients."""
+    import torch
+    from torch.func import grad, vmap
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    # Routing has no batching rule, nor has the look for boundaries between documents
+    if not has_experts(model) and apart_of(model) is None:
+        per_sequence = vmap(grad(_sequence_loss, argnums=1), in_dims=(None, None, 0, 0))
+        with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no batching rule
+            gradients = per_sequence(model, parameters, input_ids, labels)
+        return {name: gradient.square().sum(dim=0) for name, gradient in gradients.items()}
+    leaves = {name: p.detach().requires_grad_() for name, p in parameters.items()}
+    total = {name: torch.zeros_like(p) for name, p in parameters.items()}
+    for sequence, wanted in zip(input_ids, labels, strict=True):
+        with torch.enable_grad():
+            loss = _sequence_loss(model, leaves, sequence, wanted)
+        # An expert that no token chose has no gradient
+        found = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
+        for name, gradient in zip(leaves, found, strict=True):
+            total[name] += gradient.square()
+    return total
+
+
+def _sequence_loss(
+    model: nn.Module, parameters: Parameters, input_ids: Tensor, labels: Tensor
+) -> Tensor:
+    """Mean next-token loss of one sequence; input_ids [T], labels [T - 1], or IGNORED."""
+    from torch import nn
+    from torch.func import functional_call
+
+    arguments = {"input_ids": input_ids.unsqueeze(0), "use_cache": False}
+    logits = functional_call(model, dict(parameters), (), arguments).logits[0]  # [T, V]
+    return nn.functional.cross_entropy(logits[:-1].float(), labels, ignore_index=IGNORED)

@@ -1,0 +1,228 @@
+"""Growth as callbacks of a training: one reads the gradients of the task, one changes the model."""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from statistics import fmean
+from typing import Any
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from tritter.core.families import forward_flops
+from tritter.core.models import config_of
+from tritter.data.packing import lengths_read
+from tritter.evaluation.jump import logits_of
+from tritter.methods.growth.grower import GROWTH, Grower, Growth, map_digest
+from tritter.methods.growth.places import MAX_TOKENS, Look, Looking, attach, ffn_places
+from tritter.training import surgery
+from tritter.training.callbacks import ends_step, work_of
+from tritter.training.gradient_flow import NewUnits
+from tritter.training.module import BaseModule, base_of
+
+_TRIED_SEQUENCES = 2  # of a batch, in which the change of the function is measured
+
+
+class GradientPressure(Callback):
+    """Take the gradients of the task, before any method changes them."""
+
+    def __init__(self, grower: Grower) -> None:
+        self._grower = grower
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Any
+    ) -> None:
+        self._grower.pressure.observe(base_of(pl_module).model, self._grower.places)
+
+
+class NeuronGrowthCallback(Callback):
+    """Let a model grow during its training; all processes alike.
+
+    Stands behind what counts the step that was taken, and before evaluations and what saves.
+
+    Args:
+        new: along which dimensions of which parameters an expansion set new coordinates.
+    """
+
+    report_name = GROWTH
+
+    def __init__(self, grower: Grower, *, new: NewUnits | None = None) -> None:
+        self.grower = grower
+        self._new = new or {}
+        self._restored: Mapping[str, Any] | None = None
+        self._seen = Looking()
+        self._handles: list[RemovableHandle] = []
+        self._losses: list[float] = []  # of the batches of a step
+        self._after: dict[str, Any] = {}
+        self._last_step = 0
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        model = base_of(pl_module).model
+        flags = {
+            p.layer: self._new[p.gate][p.of_rows] if self._new.get(p.gate) else None
+            for p in ffn_places(model)
+        }
+        new = {layer: each.nonzero()[:, 0] for layer, each in flags.items() if each is not None}
+        self.grower.begin(model, restored=self._restored, new=new)
+        batches = trainer.accumulate_grad_batches * trainer.world_size
+        self._seen.max_tokens = max(1, MAX_TOKENS // batches)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        model, grower = base_of(pl_module).model, self.grower
+        (optimizer,) = trainer.optimizers
+
+        def before(*_: object) -> None:
+            step = trainer.global_step
+            is_logged = (step + 1) % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
+            grower.maturity.before_update(model, grower.places, step, is_measured=is_logged)
+
+        optimizer.register_step_pre_hook(before)
+        optimizer.register_step_post_hook(
+            lambda *_: grower.maturity.after_update(model, grower.places)
+        )
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if not self._handles and self.grower.may_grow_after(trainer.global_step + 1):
+            module = base_of(pl_module)
+            self._handles = attach(module.model, self.grower.places, self._seen)
+            if module.compiled is not None:
+                module.compiled.is_watched = True
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self.grower.keeps_losses:
+            self._losses.append(float(trainer.callback_metrics["train/loss"]))
+        if not ends_step(trainer, batch_idx):
+            return
+        if self._losses:
+            self.grower.note_loss(fmean(self._losses))
+            self._losses = []
+        module, grower, step = base_of(pl_module), self.grower, trainer.global_step
+        model, growth = module.model, None
+        decided = {}
+        if grower.is_check(step):
+            decided = trainer.strategy.broadcast(grower.decide(model, step))
+        if decided:
+            looks = self._seen.looks()
+            if trainer.world_size > 1:  # the tokens of all processes, in the same order in each
+                for layer, look in looks.items():
+                    own = (look.inputs, look.output_gradients)
+                    gathered = (torch.as_tensor(module.all_gather(each)) for each in own)
+                    looks[layer] = Look(*(each.flatten(0, 1) for each in gathered))
+            growth = grower.growth(model, decided, looks, step=step)
+        if growth is not None:
+            self._grow(trainer, module, growth, batch["input_ids"][:_TRIED_SEQUENCES])
+        self._forget_looks(pl_module)
+        if step % trainer.log_every_n_steps:  # type: ignore[attr-defined]
+            return
+        counts, ages = grower.counts, grower.maturity.ages(step)
+        widths = [place.width(model) for place in grower.places]
+        metrics = {
+            "growth/neurons": sum(widths),
+            "growth/born": counts.born,
+            "growth/replaced": counts.replaced,
+            "growth/died": counts.died,
+            "growth/young": len(ages),
+            "growth/parameters": sum(parameter.numel() for parameter in model.parameters()),
+            "growth/flops": work_of(trainer).flops,
+            "growth/function_change": grower.events[-1]["function_change"] if grower.events else 0,
+        }
+        if ages:
+            metrics["growth/mean_age"] = sum(ages) / len(ages)
+            for name, norm in grower.maturity.update_norms.items():
+                metrics[f"growth/update_norm/{name}"] = norm
+        if grower.pressure.neurons:
+            pressures = grower.pressure.of_layers(grower.places).tolist()
+            for place, width, pressure in zip(grower.places, widths, pressures, strict=True):
+                metrics[f"growth/layers/{place.layer}/neurons"] = width
+                metrics[f"growth/layers/{place.layer}/pressure"] = pressure
+        pl_module.log_dict({name: float(value) for name, value in metrics.items()})
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        self._forget_looks(pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._forget_looks(pl_module)
+        module = base_of(pl_module)
+        self._last_step = trainer.global_step
+        self._after = {
+            "neurons": [place.width(module.model) for place in self.grower.places],
+            "parameters": sum(parameter.numel() for parameter in module.model.parameters()),
+            "flops": work_of(trainer).flops,
+            "map_digest": map_digest(module.journal),
+        }
+
+    def report(self) -> dict[str, Any]:
+        """Return what growth did, as summary.json has it."""
+        grower, counts = self.grower, self.grower.counts
+        changes = [event["function_change"] for event in grower.events]
+        timing = grower.timing
+        return {
+            "timing": {
+                "check_every": timing.check_every,
+                "growth_cooldown": timing.cooldown,
+                "warmup_steps": timing.warmup,
+                "maturation_age": timing.maturation_age,
+            },
+            "events": grower.events,
+            "born": counts.born,
+            "replaced": counts.replaced,
+            "died": counts.died,
+            "checks": counts.checks,
+            "neurons": {"before": grower.start, "after": self._after["neurons"]},
+            "parameters": {
+                "before": self._after["parameters"] - counts.new_parameters,
+                "after": self._after["parameters"],
+            },
+            "extra_flops": counts.extra_flops,
+            "flops": self._after["flops"],
+            "young": len(grower.maturity.ages(self._last_step)),
+            "map": asdict(grower.map),
+            "function_change": max(changes, default=0.0),
+            "map_digest": self._after["map_digest"],
+            "is_exact": grower.is_exact,
+            "update_norms": {n: grower.maturity.mean_update_norm(n) for n in ("young", "old")},
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.grower.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        # Lightning loads callbacks before on_fit_start, where the model has its shapes again
+        self._restored = state_dict
+
+    def _grow(self, trainer: Trainer, module: BaseModule, growth: Growth, tokens: Tensor) -> None:
+        """Change the model, and take down how far its logits moved on some tokens [B, T]."""
+        model, work = module.model, work_of(trainer)
+        before, flops = logits_of(model, tokens), _reading_flops(model, tokens)
+        surgery.apply(trainer, module, growth.change, reason=GROWTH)
+        work.flops += flops + _reading_flops(model, tokens)
+        largest = (logits_of(model, tokens) - before).abs().max()
+        change = (largest / before.std().clamp_min(1e-30)).to(module.device)
+        self.grower.grown(
+            model,
+            growth,
+            step=trainer.global_step,
+            function_change=float(trainer.strategy.reduce(change, reduce_op="max")),
+            parameters=sum(parameter.numel() for parameter in model.parameters()),
+            flops=work.flops,
+        )
+
+    def _forget_looks(self, pl_module: LightningModule) -> None:
+        for handle in self._handles:
+            handle.remove()
+        if (compiled := base_of(pl_module).compiled) is not None:
+            compiled.is_watched = False
+        self._handles = []
+        self._seen.clear()
+
+
+def _reading_flops(model: nn.Module, input_ids: Tensor) -> float:
+    """Count the FLOPs of reading sequences [B, T] of this process and of all others."""
+    return forward_flops(config_of(model)).of_all(lengths_read(model, input_ids))

@@ -1,0 +1,168 @@
+"""What the frozen base says of a batch, in one forward pass without gradients.
+
+B sequences · T positions · H hidden size
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from hashlib import sha256
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tritter.core.models import backbone_of
+from tritter.data.packing import IGNORED
+from tritter.errors import RequestError, TritterError
+from tritter.evaluation.inference import device_of, modes_kept
+from tritter.evaluation.losses import nats_per_row
+
+MOST_FEATURES = 512
+_SEED = 20261121  # of the directions; libraries that exist rest on it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Observation:
+    """A batch as the frozen base sees it.
+
+    Args:
+        losses: float64 [B], mean cross-entropy of each sequence, nats per token.
+        features: float32 [B, H], mean over each sequence of the middle layer's hidden states.
+        digests: of the sequences' tokens, B of them or none.
+
+    Raises:
+        TritterError: sizes disagree, it is empty, or a number is not finite.
+    """
+
+    losses: Tensor
+    features: Tensor
+    digests: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        batch = len(self.losses) if self.losses.ndim == 1 else 0
+        is_whole = self.features.ndim == 2 and len(self.features) == batch
+        if not batch or not is_whole or len(self.digests) not in (0, batch):
+            raise TritterError(
+                f"novelty: losses {tuple(self.losses.shape)}, features "
+                f"{tuple(self.features.shape)} and {len(self.digests)} digests are no batch; "
+                "[B], [B, H] and B (or no) digests are"
+            )
+        if not (self.losses.isfinite().all() and self.features.isfinite().all()):
+            raise TritterError("novelty: the base gave losses or features that are not finite")
+
+    def __len__(self) -> int:
+        return len(self.losses)
+
+    def rows(self, index: Tensor) -> "Observation":
+        """Return some of the sequences, by their places."""
+        kept = tuple(self.digests[row] for row in index.tolist()) if self.digests else ()
+        return Observation(losses=self.losses[index], features=self.features[index], digests=kept)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "losses": self.losses,
+            "features": self.features,
+            "digests": list(self.digests),
+        }
+
+    @classmethod
+    def of_state(cls, state: dict[str, Any]) -> "Observation":
+        return cls(**{**state, "digests": tuple(state["digests"])})
+
+
+def joined(observations: Sequence[Observation]) -> Observation:
+    """Return batches as one, as of all processes; digests only where each has them."""
+    has_digests = all(each.digests for each in observations)
+    return Observation(
+        losses=torch.cat([each.losses for each in observations]),
+        features=torch.cat([each.features for each in observations]),
+        digests=tuple(d for each in observations for d in each.digests) if has_digests else (),
+    )
+
+
+@torch.no_grad()
+def observe(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    labels: Tensor | None = None,
+    most_features: int = MOST_FEATURES,
+) -> Observation:
+    """Return pooled features of the middle decoder layer and the loss of each sequence.
+
+    The layer is the ⌈L/2⌉-th of L. Pooled over a sequence are the positions that hold a token and
+    whose label is not −100; a loss counts the tokens of these that have a token before them.
+
+    Args:
+        model: a stock model of any family; adapters are the caller's to switch off.
+        input_ids: int [B, T].
+        attention_mask: [B, T], 0 where a position is padding, on either side.
+        labels: int [B, T], −100 where a token is only read; default: every token is predicted.
+        most_features: of a wider model as many random directions are looked at, always the same:
+            a library holds a matrix of their number squared for each skill.
+
+    Raises:
+        RequestError: it is no model with decoder layers.
+        TritterError: a sequence has no token to predict.
+    """
+    device = device_of(model)
+    ids = input_ids.to(device).long()
+    there = torch.ones_like(ids) if attention_mask is None else attention_mask.to(device)
+    counted = there.bool() if labels is None else there.bool() & (labels.to(device) != IGNORED)
+    predicted = counted[:, 1:] & there[:, :-1].bool()
+    if not predicted.any(dim=1).all():
+        rows = (~predicted.any(dim=1)).nonzero().flatten().tolist()
+        raise TritterError(f"novelty: sequences {rows} of the batch have no token to predict")
+    seen: list[Tensor] = []
+    hook = middle_layer(model).register_forward_hook(
+        lambda _layer, _given, output: seen.append(
+            output[0] if isinstance(output, tuple) else output
+        )
+    )
+    try:
+        with modes_kept(model):
+            model.eval()
+            logits_BTV = model(input_ids=ids, attention_mask=there, use_cache=False).logits
+    finally:
+        hook.remove()
+    hidden_BTH = seen[0].float()
+    weight_BT1 = counted.unsqueeze(-1)
+    features_BH = (hidden_BTH * weight_BT1).sum(dim=1) / weight_BT1.sum(dim=1)
+    targets_BT = torch.where(predicted, ids[:, 1:], IGNORED)
+    nats_B = nats_per_row(logits_BTV[:, :-1], targets_BT)
+    losses_B = nats_B / predicted.sum(dim=1).to(nats_B.device)
+    features_BH = features_BH.cpu()
+    if (width := features_BH.shape[1]) > most_features:  # lengths are kept on average
+        features_BH = features_BH @ _directions(width, most_features)
+    tokens = [row[own].numpy() for row, own in zip(ids.cpu(), there.bool().cpu(), strict=True)]
+    return Observation(
+        losses=losses_B.cpu(),
+        features=features_BH,
+        digests=tuple(sha256(each.astype("<i8").tobytes()).hexdigest() for each in tokens),
+    )
+
+
+def middle_layer(model: nn.Module) -> nn.Module:
+    """Return the ⌈L/2⌉-th of a stock model's L decoder layers.
+
+    Raises:
+        RequestError: it has none.
+    """
+    layers = None
+    if hasattr(model, str(getattr(model, "base_model_prefix", ""))):
+        lists = (e for e in backbone_of(model).children() if isinstance(e, nn.ModuleList))
+        layers = next(lists, None)
+    if not layers:
+        raise RequestError(
+            f"novelty: {type(model).__name__} has no decoder layers; a stock causal language "
+            "model of transformers is needed."
+        )
+    return layers[(len(layers) - 1) // 2]
+
+
+@cache
+def _directions(width: int, size: int) -> Tensor:
+    generator = torch.Generator().manual_seed(_SEED)
+    return torch.randn(width, size, generator=generator) / size**0.5
