@@ -1,8 +1,14 @@
 """Tritter grows language models: expansion, protected continued training, checked lineage."""
 
 import os
+import sys
+from collections.abc import Sequence
 from importlib import import_module
-from typing import Any
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+from tritter.loading import lazy_names
 
 # Spinning OpenMP threads cost a factor of ten when cores are shared; the policy is read once,
 # when torch is first imported, so it has to stand here.
@@ -53,7 +59,47 @@ def __dir__() -> list[str]:
     return sorted([*__all__, *(name for name in globals() if name.startswith("__"))])
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _EXPORTS:
-        raise AttributeError(f"module 'tritter' has no attribute {name!r}")
-    return getattr(import_module(_EXPORTS[name]), name)
+__getattr__ = lazy_names(__name__, _EXPORTS)
+
+
+# Names that packages had before they were sorted into `core` and `methods`. Code that imports
+# them gets the very same modules.
+_FORMER_NAMES = {
+    "checkpoint": "checkpoints",
+    "expand": "transform",
+    "expansion": "core.expansions",
+    "experts": "methods.experts",
+    "experts.losses": "methods.experts.gates",
+    "experts.peft_folder": "methods.experts.stored",
+    "families": "core.families",
+    "forgetting": "methods.forgetting",
+    "growth": "methods.growth",
+    "loadable": "core.models",
+    "models": "core.models",
+    "moe_routing": "methods.moe_routing",
+    "novelty": "methods.novelty",
+    "parameter_map": "core.parameter_map",
+    "stock_routers": "core.stock_routers",
+    "streamed": "core.streamed",
+}
+
+
+class _FormerNames(MetaPathFinder, Loader):
+    """Import of `tritter.expansion.width` and its like, from where the module is today."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        package, *rest = name.split(".", 2)
+        is_former = package == __name__ and bool(rest) and rest[0] in _FORMER_NAMES
+        return ModuleSpec(name, self) if is_former else None
+
+    def exec_module(self, module: ModuleType) -> None:
+        former = module.__name__.removeprefix(f"{__name__}.")
+        room, _, rest = former.partition(".")
+        moved = f"{_FORMER_NAMES[room]}.{rest}".rstrip(".")
+        today = _FORMER_NAMES.get(former, moved)
+        sys.modules[module.__name__] = import_module(f"{__name__}.{today}")
+
+
+sys.meta_path.insert(0, _FormerNames())  # else files are found again, as other modules

@@ -1,9 +1,27 @@
-"""How large libraries are imported."""
+"""How large libraries are imported: late, and without looking for garbage meanwhile."""
 
 import gc
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from importlib import import_module
+from typing import Any
+
+
+def lazy_names(package: str, modules: Mapping[str, str]) -> Callable[[str], Any]:
+    """Return a package's `__getattr__`, which imports a name's module when it is first asked for.
+
+    Args:
+        package: its dotted name.
+        modules: name → module that has it.
+    """
+
+    def get(name: str) -> Any:
+        if name not in modules:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        return getattr(import_module(modules[name]), name)
+
+    return get
 
 
 @contextmanager

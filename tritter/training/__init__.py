@@ -4,9 +4,9 @@ What takes Lightning is imported when it is first asked for: a refusal of a meth
 only needs the protocol, doesn't wait for it.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from tritter.loading import lazy_names
 from tritter.training.forgetting_method import (
     ForgettingMethod,
     Needs,
@@ -25,14 +25,17 @@ if TYPE_CHECKING:
     from tritter.training.module import BaseModule, SideLoss
     from tritter.training.result import FitResult, WriteResult
 
-_WITH_LIGHTNING = {
-    "BaseModule": "module",
-    "FitResult": "result",
-    "SideLoss": "module",
-    "WriteResult": "result",
-    "discard_saved": "fitting",
-    "fit": "fitting",
-}
+__getattr__ = lazy_names(
+    "tritter.training",
+    {
+        "BaseModule": "tritter.training.module",
+        "FitResult": "tritter.training.result",
+        "SideLoss": "tritter.training.module",
+        "WriteResult": "tritter.training.result",
+        "discard_saved": "tritter.training.fitting",
+        "fit": "tritter.training.fitting",
+    },
+)
 __all__ = [
     "BaseModule",
     "FitResult",
@@ -53,9 +56,3 @@ __all__ = [
     "metrics_files",
     "read_metrics",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _WITH_LIGHTNING:
-        raise AttributeError(f"module 'tritter.training' has no attribute {name!r}")
-    return getattr(import_module(f"tritter.training.{_WITH_LIGHTNING[name]}"), name)

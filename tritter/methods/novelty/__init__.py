@@ -4,8 +4,9 @@ All statistics are taken in the space of the frozen base, which no training move
 same before and after its expert has learned it.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from tritter.loading import lazy_names
 
 if TYPE_CHECKING:
     from tritter.methods.novelty.detectors import NoveltyDetector
@@ -13,17 +14,15 @@ if TYPE_CHECKING:
     from tritter.methods.novelty.observation import Observation, observe
     from tritter.methods.novelty.options import NoveltyOptions
 
-_MODULES = {
-    "NoveltyDetector": "detectors",
-    "NoveltyOptions": "options",
-    "Observation": "observation",
-    "SkillLibrary": "library",
-    "observe": "observation",
-}
+_HERE = "tritter.methods.novelty"
+__getattr__ = lazy_names(
+    _HERE,
+    {
+        "NoveltyDetector": f"{_HERE}.detectors",
+        "NoveltyOptions": f"{_HERE}.options",
+        "Observation": f"{_HERE}.observation",
+        "SkillLibrary": f"{_HERE}.library",
+        "observe": f"{_HERE}.observation",
+    },
+)
 __all__ = ["NoveltyDetector", "NoveltyOptions", "Observation", "SkillLibrary", "observe"]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module 'tritter.methods.novelty' has no attribute {name!r}")
-    return getattr(import_module(f"tritter.methods.novelty.{_MODULES[name]}"), name)
