@@ -12,7 +12,8 @@ MB = 2**20
 
 @pytest.fixture(autouse=True)
 def _physical(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "_physical", lambda: iter([1000 * MB]))
+    sizes = {"SC_PAGE_SIZE": MB, "SC_PHYS_PAGES": 1000}
+    monkeypatch.setattr(memory.os, "sysconf", sizes.__getitem__)
 
 
 def limited(place: Path, lines: str, **limits: object) -> int | None:
@@ -48,7 +49,7 @@ def test_the_smallest_limit_counts(
 
 def test_without_groups_it_is_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert machine_memory(process_groups=tmp_path / "none", groups=tmp_path) == 1000 * MB
-    monkeypatch.setattr(memory, "_physical", lambda: iter(()))
+    monkeypatch.setattr(memory.os, "sysconf", lambda name: int(name))  # as of an unknown name
     assert machine_memory(process_groups=tmp_path / "none", groups=tmp_path) is None
 
 

@@ -64,8 +64,7 @@ def atomic_folder(
         try:
             yield temporary
             temporary.chmod(0o755)
-            for path in (*temporary.rglob("*"), temporary):
-                _sync(path)
+            _sync_tree(temporary)
             _replace_folder(temporary, target, before=before, check=check)
         except OSError as error:
             raise TritterError(
@@ -341,6 +340,11 @@ def _is_alive(process: int) -> bool:
     except PermissionError:
         pass
     return True
+
+
+def _sync_tree(folder: Path) -> None:
+    for path in (*folder.rglob("*"), folder):
+        _sync(path)
 
 
 def _sync(path: Path) -> None:
