@@ -19,6 +19,7 @@ ROOT = config_folder().parent
 # words of the command line → what the message has to contain
 REFUSALS: dict[str, tuple[str, ...]] = {
     "training.max_stps=3": ("training.max_stps = 3", "Did you mean training.max_steps?"),
+    "trainer.max_stepz=3": ("trainer.max_stepz = 3", "Did you mean training.max_steps?"),
     "expantion=dus": ("expantion = dus", "Did you mean expansion?"),
     "forgeting=ewc": ("Did you mean forgetting?",),
     "experimnt=ablation": ("Did you mean experiment?",),

@@ -31,6 +31,7 @@ def settings(name: str) -> OptimizerSettings:
     )
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("name", ["AdamW8bit", "Lion8bit", "PagedAdamW8bit"])
 def test_moments_in_eight_bits_resume_bit_for_bit(tmp_path: Path, name: str) -> None:
     whole, expected = train(tmp_path / "whole", optimizer=settings(name))

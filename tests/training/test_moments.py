@@ -25,7 +25,7 @@ from tritter.training import BaseModule, OptimizerSettings, Schedule, TrainerSet
 from tritter.training.moments import MomentKeeper, moments_of
 from tritter.transform import expand
 
-RATE, SETTINGS_OF_ADAM = 1e-3, OptimizerSettings()
+RATE, SETTINGS_OF_ADAM = 1e-3, OptimizerSettings(weight_decay=0.01)
 PLAIN = replace(SETTINGS, gradient_clip_val=None)
 SEQUENCES = oracle.tokens(vocab_size=97, batch=40, length=16, seed=5).int()
 

@@ -92,6 +92,7 @@ class Loader(ConfigLoaderImpl):
         files: option files of the job that was composed last, which take as long to ask for.
         problems: what was left out of it.
         is_sweep: composes the jobs of a sweep.
+        judged: what Hydra gets when it asks again for what was composed and judged, to print it.
     """
 
     def __init__(self, config_search_path: ConfigSearchPath) -> None:
@@ -102,6 +103,7 @@ class Loader(ConfigLoaderImpl):
         self.files: Sequence[ResultDefault] = ()
         self.problems: tuple[Problem, ...] = ()
         self.is_sweep = True
+        self.judged: DictConfig | None = None
 
     def load_configuration(
         self,
@@ -117,6 +119,8 @@ class Loader(ConfigLoaderImpl):
             RequestError: Hydra can't.
             SweepAsked: a sweep comes of it, where one run was asked for.
         """
+        if self.judged is not None:
+            return self.judged
         parsed = parse(overrides, loader=self)
         with composing_from(self.front):  # a launcher's process knows nothing of it
             problems = [*option_problems(parsed, self.options), *choice_problems(parsed)]

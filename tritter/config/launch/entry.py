@@ -115,7 +115,9 @@ def _act(
 
     request = read_request(command, composing)
     if command.shows is not None:
-        plan_of(request, composing.composed(request.overrides))
+        composed = composing.composed(request.overrides)
+        plan_of(request, composed)
+        composing.loader.judged = composed
         return _show(command, request, composing.hydra)
     request.task = task = Task(pipeline=pipeline)
     try:
