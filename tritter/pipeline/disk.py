@@ -29,18 +29,21 @@ def remove(context: RunContext, *places: str) -> None:
     if context.config.pipeline.keep_stages:
         return
     for place in places:
-        folder = context.folder / place
-        if not folder.is_dir():
-            continue
-        context.ledger.mark_removed(place)
-        if not (folder / LINEAGE_NAME).is_file():
-            shutil.rmtree(folder)
-            continue
-        for path in sorted(folder.rglob("*"), reverse=True):
-            if not path.is_dir() and path.name not in _RECORDS:
-                path.unlink()
-            elif path.is_dir() and not any(path.iterdir()):
-                path.rmdir()
+        if (folder := context.folder / place).is_dir():
+            context.ledger.mark_removed(place)
+            strip(folder)
+
+
+def strip(folder: Path) -> None:
+    """Remove all of a checkpoint but its records, or the whole of a folder that is none."""
+    if not (folder / LINEAGE_NAME).is_file():
+        shutil.rmtree(folder)
+        return
+    for path in sorted(folder.rglob("*"), reverse=True):
+        if not path.is_dir() and path.name not in _RECORDS:
+            path.unlink()
+        elif path.is_dir() and not any(path.iterdir()):
+            path.rmdir()
 
 
 def remove_before_fit(context: RunContext, arm: Arm) -> None:
