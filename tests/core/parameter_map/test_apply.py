@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.core.parameter_map import consumer_matrix, producer_matrix
 from tritter.core.parameter_map import (
     AxisFactor,
     AxisMap,
@@ -60,9 +59,9 @@ def test_two_by_two_by_hand() -> None:
 def test_agrees_with_the_dense_matrices() -> None:
     """W' = E_O·W·C_I and G' = C_Oᵀ·G·E_Iᵀ, computed by another path."""
     weight = torch.randn(2, 2, dtype=torch.float64)
-    dense = producer_matrix(NEURONS) @ weight @ consumer_matrix(INPUTS)
+    dense = NEURONS.producer_matrix() @ weight @ INPUTS.consumer_matrix()
     torch.testing.assert_close(map_tensor(UP, weight), dense)
-    dense = consumer_matrix(NEURONS).T @ weight @ producer_matrix(INPUTS).T
+    dense = NEURONS.consumer_matrix().T @ weight @ INPUTS.producer_matrix().T
     torch.testing.assert_close(map_tensor(UP, weight, quantity=Quantity.GRADIENT), dense)
 
 

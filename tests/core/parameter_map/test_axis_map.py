@@ -6,7 +6,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.core.parameter_map import consumer_matrix, producer_matrix
 from tritter.core.parameter_map import AxisMap
 
 SIZES = st.integers(1, 12)
@@ -36,7 +35,7 @@ def axis_maps(draw: st.DrawFn) -> AxisMap:
 
 
 def _assert_exact(axis_map: AxisMap) -> None:
-    producer, consumer = producer_matrix(axis_map), consumer_matrix(axis_map)
+    producer, consumer = axis_map.producer_matrix(), axis_map.consumer_matrix()
     assert producer.shape == (axis_map.new_size, axis_map.old_size)
     assert consumer.shape == (axis_map.old_size, axis_map.new_size)
     identity = torch.eye(axis_map.old_size, dtype=torch.float64)
@@ -54,17 +53,17 @@ def test_consumers_undo_what_producers_write(axis_map: AxisMap, width: int, scal
 @given(axis_map=axis_maps(), width=st.integers(1, 4))
 def test_repeated_is_the_kronecker_product_with_an_identity(axis_map: AxisMap, width: int) -> None:
     repeated, inner = axis_map.repeated(width), torch.eye(width, dtype=torch.float64)
-    assert torch.equal(producer_matrix(repeated), torch.kron(producer_matrix(axis_map), inner))
+    assert torch.equal(repeated.producer_matrix(), torch.kron(axis_map.producer_matrix(), inner))
     assert torch.equal(
-        consumer_matrix(repeated), torch.kron(consumer_matrix(axis_map).contiguous(), inner)
+        repeated.consumer_matrix(), torch.kron(axis_map.consumer_matrix().contiguous(), inner)
     )
 
 
 def test_padded_by_hand() -> None:
     axis_map = AxisMap.padded(2, 3)
     assert axis_map.source.tolist() == [0, 1, -1]
-    assert producer_matrix(axis_map).tolist() == [[1, 0], [0, 1], [0, 0]]
-    assert consumer_matrix(axis_map).tolist() == [[1, 0, 0], [0, 1, 0]]
+    assert axis_map.producer_matrix().tolist() == [[1, 0], [0, 1], [0, 0]]
+    assert axis_map.consumer_matrix().tolist() == [[1, 0, 0], [0, 1, 0]]
     assert axis_map.num_copies == 1
     assert not axis_map.is_identity
 
@@ -92,9 +91,9 @@ def test_repeated_heads_by_hand() -> None:
 
 @pytest.mark.parametrize("size", [1, 7])
 def test_identity(size: int) -> None:
-    identity = AxisMap.padded(size, size)
+    identity = AxisMap.identity(size)
     assert identity.is_identity
-    assert torch.equal(producer_matrix(identity), torch.eye(size, dtype=torch.float64))
+    assert torch.equal(identity.producer_matrix(), torch.eye(size, dtype=torch.float64))
     assert identity.repeated(3).is_identity
     assert not identity.rebalanced(scale=2.0).is_identity
     assert not AxisMap.padded(size, size + 1).is_identity

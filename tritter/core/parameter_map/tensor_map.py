@@ -87,6 +87,10 @@ class AxisMap:
         return int(counts[0])
 
     @classmethod
+    def identity(cls, size: int) -> AxisMap:
+        return cls.padded(size, size)
+
+    @classmethod
     def padded(cls, old_size: int, new_size: int) -> AxisMap:
         """Keep the old block in front and add new coordinates behind it."""
         import torch
@@ -142,6 +146,22 @@ class AxisMap:
             scale=self.scale * scale,
             share=self.share / scale,
         )
+
+    def producer_matrix(self) -> Tensor:
+        """Return E, float64 [N, n]."""
+        return self._dense(self.scale)
+
+    def consumer_matrix(self) -> Tensor:
+        """Return C, float64 [n, N]."""
+        return self._dense(self.share).T
+
+    def _dense(self, values: Tensor) -> Tensor:
+        import torch
+
+        dense = torch.zeros(self.new_size, self.old_size, dtype=torch.float64)
+        kept = (self.source >= 0).nonzero().squeeze(1)
+        dense[kept, self.source[kept]] = values[kept]
+        return dense
 
 
 @dataclass(frozen=True, slots=True, eq=False)
