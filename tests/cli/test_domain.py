@@ -34,6 +34,7 @@ def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
+@pytest.mark.full
 def test_experts_are_added_and_trained_in_one_go(run: Run, base: Path) -> None:
     """The command of the specification."""
     result = run(TRAIN)

@@ -53,6 +53,7 @@ def test_json_says_the_same(run: Run, place: Path) -> None:
     assert content["assumptions"]["mfu"] == 0.4
 
 
+@pytest.mark.full
 @pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("strategy", ["depth-first", "width_first", "balanced", "auto"])
 def test_the_printed_commands_carry_the_plan_out(run: Run, place: Path, strategy: str) -> None:

@@ -132,6 +132,7 @@ def test_a_model_grows_by_a_trigger_and_an_initialiser_from_outside(
     assert "growth.trigger.cuont" in refused.stderr and "Did you mean Silent?" in refused.stderr
 
 
+@pytest.mark.full
 @pytest.mark.quick_cases(1)
 def test_an_expansion_from_outside_is_a_method_of_the_command(
     outside: tuple[Path, list[str]],

@@ -25,6 +25,7 @@ def files(tmp_path: Path) -> Path:
     return tmp_path / "files"
 
 
+@pytest.mark.full
 def test_a_run_asks_them_before_and_after(
     run_tiny: Callable[..., Outcome], tmp_path: Path, files: Path
 ) -> None:

@@ -107,6 +107,7 @@ def _distance(folder: Path, expected: dict[str, torch.Tensor]) -> float:
     return max(float((trained[name] - value).abs().max()) for name, value in expected.items())
 
 
+@pytest.mark.full
 def test_the_training_goes_on_where_the_base_stopped(carried: Path, place: Path, run: Run) -> None:
     words = ("expansion=none", "optimizer.carry=true", *CONSTANT)
     expected = _expected(place, carried, *words)
@@ -132,6 +133,7 @@ def test_and_the_next_one_where_that_stopped(carried: Path, place: Path, run: Ru
     assert left is not None and left.step == 12
 
 
+@pytest.mark.full
 def test_a_base_that_leaves_moments_is_an_entry_of_its_own(carried: Path, place: Path) -> None:
     bases = [path for path in (place / "cache/bases").iterdir() if path.is_dir()]
     kept = {"optimizer.carry": [], "plain": []}

@@ -124,6 +124,7 @@ def _dies_at(training_step):  # type: ignore[no-untyped-def]
     return step
 
 
+@pytest.mark.full
 @pytest.mark.quick_cases(1)
 @pytest.mark.parametrize(("expansion", "forgetting"), list(pairs()))
 def test_every_choice(tmp_path: Path, tiny_cache: Path, expansion: str, forgetting: str) -> None:

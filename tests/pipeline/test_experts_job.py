@@ -48,6 +48,7 @@ def files(folder: Path) -> dict[str, bytes]:
     return {name: path.read_bytes() for name, path in sorted(found.items())}
 
 
+@pytest.mark.full
 @pytest.mark.quick_cases(1)
 @pytest.mark.parametrize(
     "experts",

@@ -84,6 +84,7 @@ def lineage_of(folder: Path) -> Lineage:
     return lineage
 
 
+@pytest.mark.full
 def test_a_base_is_trained_on_text_of_ones_own(run: Run, library: Path, tmp_path: Path) -> None:
     summary = run(*TEXT_MODEL, *text_words(library))
     assert summary["domains"] == {"old": ["old"], "new": ["new"]}

@@ -56,6 +56,7 @@ class Logged(Callback):
         Path(self.path).write_text(json.dumps(sorted(trainer.callback_metrics)))
 
 
+@pytest.mark.full
 @pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("expansion", ["none", "moe"])
 def test_what_can_be_monitored_is_what_is_logged(tmp_path: Path, expansion: str) -> None:

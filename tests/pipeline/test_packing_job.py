@@ -27,6 +27,7 @@ def done(run_tiny: Callable[..., Outcome], tmp_path_factory: pytest.TempPathFact
     return folder
 
 
+@pytest.mark.full
 def test_a_job_says_how_full_its_sequences_are(done: Path) -> None:
     summary = json.loads((done / "summary.json").read_text())
     (task,) = summary["tasks"]
@@ -37,6 +38,7 @@ def test_a_job_says_how_full_its_sequences_are(done: Path) -> None:
     assert max(shares) < 0.1
 
 
+@pytest.mark.full
 def test_its_base_is_another_than_that_of_a_stream(done: Path) -> None:
     before = read_lineage(done / "baseline")
     assert before is not None

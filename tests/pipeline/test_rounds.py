@@ -44,6 +44,7 @@ def grown(run_job: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.full
 def test_rounds_reach_the_target(run_tiny: Run, tmp_path: Path) -> None:
     run_tiny(tmp_path / "run", "pipeline.target_params=20k", "forgetting=replay")
     summary = summary_of(tmp_path / "run")

@@ -58,6 +58,7 @@ def scores_of(folder: Path, name: str) -> dict[str, PairedScores]:
     return {subject: PairedScores.from_dict(held) for subject, held in plain.items()}
 
 
+@pytest.mark.full
 def test_a_skill_has_its_accuracy_beside_its_loss_wherever_it_is_scored(trained: Path) -> None:
     summary = summary_of(trained)
     names = {"key_value", "identity", "sorting"}
@@ -78,6 +79,7 @@ def test_a_skill_has_its_accuracy_beside_its_loss_wherever_it_is_scored(trained:
     assert lineage.domains["sorting"].origin == "generated skills, version 1, seed 0"
 
 
+@pytest.mark.full
 def test_the_gate_asks_for_each_domain_and_each_task(trained: Path) -> None:
     """After six steps nothing is known yet: reported, and the losses alone decide."""
     checks = {(check["check"], check["subject"]): check for check in summary_of(trained)["gate"]}

@@ -72,6 +72,7 @@ def scores_of(folder: Path, name: str, domain: str) -> PairedScores:
     return PairedScores.from_dict(json.loads((folder / f"scores/{name}.json").read_text())[domain])
 
 
+@pytest.mark.full
 def test_each_task_has_its_record_and_the_last_stands_in_front(trained: Path) -> None:
     summary = summary_of(trained)
     assert summary["domains"] == {"old": ["old"], "new": ["new", "code"]}
@@ -85,6 +86,7 @@ def test_each_task_has_its_record_and_the_last_stands_in_front(trained: Path) ->
         assert task["final"].keys() == {"old", "new", "code"} and task["flops"] > 0
 
 
+@pytest.mark.full
 def test_the_matrix_has_every_domain_after_every_task(trained: Path) -> None:
     """From the scores on disk; `new` comes twice, and its first task is its own."""
     summary = summary_of(trained)
@@ -113,6 +115,7 @@ def _per_byte(folder: Path, name: str, domain: str) -> float:
     return float(scores.values.sum() / scores.weights["bytes"].sum())
 
 
+@pytest.mark.full
 def test_a_task_that_others_followed_is_held_against_what_it_was_when_it_was_learned(
     trained: Path,
 ) -> None:
@@ -134,6 +137,7 @@ def test_a_task_that_others_followed_is_held_against_what_it_was_when_it_was_lea
         assert checks[name, subject]["value"] == pytest.approx(harm.value)
 
 
+@pytest.mark.full
 def test_each_task_starts_from_what_the_one_before_left(trained: Path) -> None:
     """Weights and moments; the lineage holds one node for each, and all text that was learned."""
     nodes = [trained / f"attempt_1{part}/trained" for part in ("", "_task_2", "_task_3")]
@@ -151,6 +155,7 @@ def test_each_task_starts_from_what_the_one_before_left(trained: Path) -> None:
     assert second["step"] == first["step"] + 6  # of the moments
 
 
+@pytest.mark.full
 def test_steps_are_counted_on_in_what_is_logged(trained: Path) -> None:
     rows = list(csv.DictReader((trained / "metrics.csv").open()))
     name = "eval/code/loss"

@@ -232,6 +232,7 @@ def test_ranks_agree_bit_for_bit_on_different_rows(tmp_path: Path) -> None:
     assert steps[-1][0]["weights"] == weights(model)
 
 
+@pytest.mark.full
 def test_the_comparison_would_find_ranks_that_drift(tmp_path: Path) -> None:
     ranks = Ranks(tmp_path / "ranks", spoil_rank_1_at=3)
     train(tmp_path / "run", TWO, ranks)

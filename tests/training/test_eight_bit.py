@@ -47,6 +47,7 @@ def test_moments_in_eight_bits_resume_bit_for_bit(tmp_path: Path, name: str) -> 
     assert not same_weights(whole, plain)
 
 
+@pytest.mark.full
 def test_moments_are_left_as_numbers_and_taken_up_as_codes(tmp_path: Path) -> None:
     """Two trainings end near one, which are far apart without the moments."""
     whole, parts, anew = (tiny("llama", initializer_range=0.05) for _ in range(3))
@@ -71,6 +72,7 @@ def tensors(value: object, place: str = "") -> dict[str, torch.Tensor]:
     return {k: v for name, each in pairs for k, v in tensors(each, f"{place}.{name}").items()}
 
 
+@pytest.mark.full
 @pytest.mark.filterwarnings("error:Paged")
 def test_a_run_says_that_a_cpu_has_no_pages(tmp_path: Path) -> None:
     words = ("optimizer=paged_adamw8bit", "expansion=none", f"cache_dir={tmp_path / 'cache'}")

@@ -181,6 +181,7 @@ def test_codes_are_the_nearest_and_scales_the_largest() -> None:
             assert (state[key].shape, state[key].dtype) == (value.shape, value.dtype), key
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize("kill_at", [AT + 1, AT + 3])
 @pytest.mark.parametrize("optimizer", [
     settings(), settings(FLOAT), settings(CROSSING), settings(name="PagedAdamW8bit"),
@@ -196,6 +197,7 @@ def test_bits_are_the_same_when_killed_after_it(
     assert_same_end(tmp_path / "whole", tmp_path / "parts")
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("specs", [SPECS["depth"], SPECS["hidden"]], ids=["depth", "hidden"])
 def test_other_changes_go_on_as_well(tmp_path: Path, specs: Any) -> None:
     train(tmp_path, Grow(specs), optimizer=settings())

@@ -195,6 +195,7 @@ def test_killed_and_resumed_it_is_the_same_and_the_base_stays(
         assert torch.equal(start[name], weight), name
 
 
+@pytest.mark.full
 @needs_fork
 def test_two_processes_train_on_a_quantised_base(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -223,6 +224,7 @@ def test_what_is_counted_is_as_it_was() -> None:
     assert counted[0] == counted[1] == counted[2]
 
 
+@pytest.mark.full
 def test_a_run_leaves_the_base_as_it_was(tmp_path: Path) -> None:
     words = [*PLAIN, "experts=single_lora", "experts.rank=2", "experts.base_bits=4"]
     summary = run(tmp_path / "run", tmp_path / "cache", words)

@@ -56,6 +56,7 @@ class Moves(Callback):
         self.before = rows.clone() if trainer.global_step >= self.at else None
 
 
+@pytest.mark.full
 def test_new_rows_do_not_leap(tmp_path: Path) -> None:
     at = 20
     options = often(
