@@ -5,7 +5,8 @@ B sequences or windows in a batch · T tokens of each
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -307,8 +308,21 @@ def labels_of(model: nn.Module, input_ids: Tensor) -> Tensor:
     return input_ids if apart is None else input_ids.masked_fill(apart.padding(input_ids), IGNORED)
 
 
-def kept_tokens(model: nn.Module, input_ids: Tensor) -> Tensor | None:
-    """Return which tokens of [B, T] are no padding, bool [B, T]; None: all, there can be none."""
+def forward_options(batch: Mapping[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
+    """Return what a collator from elsewhere adds to the tokens of some rows, for a forward pass."""
+    return {name: batch[name][rows] for name in ("attention_mask", "position_ids") if name in batch}
+
+
+def kept_tokens(
+    model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = None
+) -> Tensor | None:
+    """Return which tokens of [B, T] are no padding, bool [B, T]; None: all, there can be none.
+
+    Args:
+        attention_mask: [B, T], of a batch that was padded elsewhere.
+    """
+    if attention_mask is not None:
+        return attention_mask.bool()
     apart = apart_of(model)
     return None if apart is None else ~apart.padding(input_ids)
 
@@ -324,15 +338,24 @@ def lengths_of(apart: Apart | None, input_ids: Tensor) -> dict[int, int]:
     return _by_length(apart.length_counts(input_ids))
 
 
-def lengths_read(model: nn.Module, input_ids: Tensor) -> dict[int, int]:
+def lengths_read(
+    model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = None
+) -> dict[int, int]:
     """Return `lengths_of` what a model reads in all processes together, which ask at once.
 
     Args:
         input_ids: int64 [B, T] of this process.
+        attention_mask: [B, T], of a batch that was padded elsewhere, in each process to its own T.
     """
     import torch
     from torch import distributed
 
+    if attention_mask is not None:
+        own = Counter(attention_mask.sum(dim=1).tolist())
+        of_ranks = [own] * this_rank().count
+        if this_rank().count > 1:
+            distributed.all_gather_object(of_ranks, own)
+        return {length: number for length, number in sum(of_ranks, Counter()).items() if length}
     apart = apart_of(model)
     if this_rank().count == 1:
         return lengths_of(apart, input_ids)

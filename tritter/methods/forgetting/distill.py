@@ -19,7 +19,7 @@ from pydantic import Field
 
 from tritter.core.families import forward_flops
 from tritter.data.batches import this_rank
-from tritter.data.packing import kept_tokens, lengths_read
+from tritter.data.packing import forward_options, kept_tokens, lengths_read
 from tritter.errors import Problem, TritterError
 from tritter.options import Count, RunRequest, Text, options
 from tritter.training import ForgettingMethod, Needs, Task
@@ -211,11 +211,13 @@ class Distill(ForgettingMethod):
             is_old = torch.zeros(len(of_batch), dtype=torch.bool)
         chosen = {"new": ~is_old, "old": is_old, "both": torch.ones_like(is_old)}
         rows = chosen[self.options.rows].nonzero().squeeze(-1).to(of_batch.device)  # [n]
-        input_ids = of_batch[rows]
-        lengths = lengths_read(model, input_ids)
+        input_ids, reading = of_batch[rows], forward_options(batch, rows)
+        mask = reading.get("attention_mask")
+        lengths = lengths_read(model, input_ids, mask)
         self._flops += forward_flops(config_of(self._teacher)).of_all(lengths)
         tokens = torch.arange(length, device=rows.device)
-        places, kept = (length * rows[:, None] + tokens).flatten(), kept_tokens(model, input_ids)
+        places = (length * rows[:, None] + tokens).flatten()
+        kept = kept_tokens(model, input_ids, mask)
         left_out = None
         if self.options.mask_gold:  # the token behind each; behind a row's last one is none
             none = torch.full_like(input_ids[:, :1], -1)
@@ -225,7 +227,7 @@ class Distill(ForgettingMethod):
             places, left_out = places[kept], None if left_out is None else left_out[kept]
         total = soft_target_loss(
             logits,
-            self._answers(input_ids, kept),
+            self._answers(input_ids, reading, kept),
             places,
             temperature=self.options.temperature,
             top_k=self.options.top_k,
@@ -242,10 +244,13 @@ class Distill(ForgettingMethod):
         self._teacher = None
         return {}
 
-    def _answers(self, input_ids: Tensor, kept: Tensor | None) -> Logits:
+    def _answers(
+        self, input_ids: Tensor, reading: Mapping[str, Tensor], kept: Tensor | None
+    ) -> Logits:
         """Let the teacher read rows [n, T], and return what gives its logits, some at a time.
 
         Args:
+            reading: what else it is called with.
             kept: bool [n·T], the tokens that are asked about; None: all.
         """
         import torch
@@ -257,7 +262,7 @@ class Distill(ForgettingMethod):
             return lambda part: input_ids  # nobody asks
         head = head_of(self._teacher)
         with torch.no_grad():
-            read = backbone_of(self._teacher)(input_ids=input_ids, use_cache=False)
+            read = backbone_of(self._teacher)(input_ids=input_ids, use_cache=False, **reading)
         hidden = read.last_hidden_state.flatten(0, 1)
         hidden = hidden if kept is None else hidden[kept]
         return lambda part: head(hidden[part])

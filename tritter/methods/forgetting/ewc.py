@@ -26,7 +26,12 @@ from pydantic import Field
 from tritter.core.families import forward_flops, training_flops
 from tritter.data.packing import apart_of, lengths_of
 from tritter.errors import TritterError
-from tritter.methods.forgetting.quadratic import QuadraticPenalty, diagonal_fisher, shared_fisher
+from tritter.methods.forgetting.quadratic import (
+    QuadraticPenalty,
+    diagonal_fisher,
+    placed_like,
+    shared_fisher,
+)
 from tritter.options import Count, options
 from tritter.training import Needs, Preparation, Prepared, Task
 
@@ -146,6 +151,13 @@ class EWC(QuadraticPenalty):
     def _looked(self, name: str, fisher: Tensor) -> Tensor:
         """Return the importance that a parameter has by the Fisher of a look alone."""
         return fisher
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "scale": self._scale}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
+        self._scale = float(state.get("scale", self._scale))
 
     def _flops(self, model: nn.Module, sequences: Tensor) -> float:
         """Return what the gradients of a training step take, and no update."""
@@ -301,7 +313,7 @@ class OnlineEWC(EWC):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
-        self._earlier = dict(state["earlier"])
+        self._earlier = placed_like(self._earlier or self.anchor, state["earlier"])
 
 
 def left_kind(kind: str, normalise: str) -> str:

@@ -83,7 +83,15 @@ class QuadraticPenalty(ForgettingMethod):
         return {"anchor": self.anchor, self.importance_key: self.importance}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.anchor, self.importance = dict(state["anchor"]), dict(state[self.importance_key])
+        # What was saved may be on another device than what `begin_task` made
+        self.anchor = placed_like(self.anchor, state["anchor"])
+        self.importance = placed_like(self.importance, state[self.importance_key])
+
+
+def placed_like(present: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return values on the device of those that are there now."""
+    device = next((value.device for value in present.values()), None)
+    return {name: value.to(device) for name, value in values.items()}
 
 
 # The diagonal Fisher information of a causal language model, from per-sequence gradients.

@@ -25,7 +25,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import Field
 
 from tritter.data.batches import this_rank
-from tritter.data.packing import IGNORED, apart_of, labels_of, lengths_of, lengths_read
+from tritter.data.packing import (
+    IGNORED,
+    apart_of,
+    forward_options,
+    labels_of,
+    lengths_of,
+    lengths_read,
+)
 from tritter.errors import RequestError, TritterError
 from tritter.methods.forgetting.quadratic import QuadraticPenalty, diagonal_fisher
 from tritter.options import Count, options
@@ -65,7 +72,7 @@ class SI(QuadraticPenalty):
         self.strength = 2 * self.options.si_lambda  # of a penalty with a half
         self.path = WeightPath(start={})
         self._own: dict[str, Tensor] | None = None  # gradient of the new rows, their loss summed up
-        self._own_rows, self._own_lengths = 0.0, Counter[int]()
+        self._own_tokens, self._own_lengths = 0.0, Counter[int]()
         self._flops = 0.0
 
     @classmethod
@@ -122,20 +129,22 @@ class SI(QuadraticPenalty):
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if self._own is None:
             self._own = {name: torch.zeros_like(p) for name, p in trained.items()}
-        rows = batch["input_ids"][~batch["is_replay"]]  # [B, T]
-        self._own_lengths.update(lengths_read(model, rows))
-        targets = labels_of(model, rows)[:, 1:]  # [B, T - 1]
-        # Rows with padding count by what is to be predicted of them
-        weight = float((targets != IGNORED).sum()) / targets.shape[1]
+        is_new = ~batch["is_replay"]
+        rows, reading = batch["input_ids"][is_new], forward_options(batch, is_new)  # [B, T]
+        self._own_lengths.update(lengths_read(model, rows, reading.get("attention_mask")))
+        labels = batch["labels"][is_new] if "labels" in batch else labels_of(model, rows)
+        targets = labels[:, 1:]  # [B, T - 1]
+        # Batches count by what is to be predicted of them
+        weight = float((targets != IGNORED).sum())
         if not weight:
             return
-        logits = model(input_ids=rows, use_cache=False).logits[:, :-1].float()  # [B, T - 1, V]
+        logits = model(input_ids=rows, use_cache=False, **reading).logits[:, :-1].float()
         loss = nn.functional.cross_entropy(
             logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED
         )
         taken = torch.autograd.grad(loss * weight, list(trained.values()), materialize_grads=True)
         torch._foreach_add_([self._own[name] for name in trained], list(taken))
-        self._own_rows += weight
+        self._own_tokens += weight
 
     def observe_gradients(self, model: nn.Module) -> None:
         import torch
@@ -146,18 +155,18 @@ class SI(QuadraticPenalty):
         if self._own is None:
             self.path.before_step(model)
             return
-        rows = self._own_rows
+        tokens = self._own_tokens
         if this_rank().count > 1:
             device = next(iter(self._own.values())).device
-            summed = torch.tensor(rows, dtype=torch.float32, device=device)
+            summed = torch.tensor(tokens, dtype=torch.float32, device=device)
             for value in (summed, *self._own.values()):
                 distributed.all_reduce(value)
-            rows = float(summed)
+            tokens = float(summed)
         for value in self._own.values():
-            value.div_(rows or 1)
+            value.div_(tokens or 1)
         self.path.before_step(model, self._own)
         self._flops = flops_of_sequence(model).of_all(self._own_lengths)
-        self._own, self._own_rows = None, 0.0
+        self._own, self._own_tokens = None, 0.0
         self._own_lengths.clear()
 
     def look(self, model: nn.Module, step: int) -> float:

@@ -1,0 +1,1 @@
+"""Forgetting mitigation in other libraries' trainers; `import tritter` does not load it."""

@@ -1,0 +1,766 @@
+"""Forgetting mitigation in `transformers.Trainer`, TRL's `SFTTrainer` and their subclasses.
+
+`with_forgetting` returns a subclass that runs the same method objects as Tritter's own loop:
+
+- `compute_loss` adds losses that need the batch (distillation);
+- `training_step` lets methods observe the gradients of a finished optimizer step, then adds the
+  gradients of penalties (EWC, L2-SP, SI), once per step and before clipping;
+- `get_train_dataloader` mixes old rows into the batches (replay);
+- `save_model` and `train` write the methods' state into `checkpoint-N` and read it again;
+- a callback tells methods that a step was taken, and runs the gate when the training ends.
+
+Callbacks alone cannot do this: they do not see the loss, and their hook on gradients comes after
+clipping. Only public methods of the Trainer are overridden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging
+
+from tritter.checkpoints.state import STATE_FOLDER, LazyTensors, read_state, write_state
+from tritter.core.families import family_of
+from tritter.core.models import backbone_of, config_of, head_of, live_tensors, load_model
+from tritter.data.batches import BatchStream, this_rank
+from tritter.data.mixed_rows import OldData, PackedText, checked_old, mixed_loader
+from tritter.errors import Problem, RequestError, nearest, raise_problems
+from tritter.evaluation.gate import Check, Status, decide, retention_check
+from tritter.evaluation.losses import document_losses
+from tritter.evaluation.statistics import PairedScores
+from tritter.methods.forgetting import (
+    EWC,
+    L2SP,
+    SI,
+    Distill,
+    OnlineEWC,
+    Replay,
+    SelfReplay,
+    build_methods,
+    needs_of,
+)
+from tritter.options import checked
+from tritter.seeds import derived_seed
+from tritter.storage.atomic import remove_folder
+from tritter.storage.hashing import merkle_hash, tensor_digest
+from tritter.storage.hub import locate
+from tritter.storage.writer import TensorStream
+from tritter.targets import Component
+from tritter.training import ForgettingMethod, Preparation, Task, Values
+from tritter.training.checkpoint_io import SafetensorsCheckpointIO
+from tritter.training.parameters import disk_values
+
+NAMED = {kind.name: kind for kind in (EWC, OnlineEWC, L2SP, SI, Distill, Replay, SelfReplay)}
+FORGETTING_FOLDER = "forgetting"  # of a checkpoint-N
+GATE_CONFIDENCE = 0.95
+_WRITTEN = "written"  # by the model itself: the old domain where there is none
+_PARALLEL = {"NO", "MULTI_GPU", "MULTI_CPU"}  # accelerate's names: one process, or DDP
+_logger = logging.get_logger(__name__)
+
+
+def with_forgetting(
+    trainer_class: type[Any], methods: Sequence[str | ForgettingMethod]
+) -> type[Any]:
+    """Return a subclass of a Hugging Face trainer that applies methods against forgetting.
+
+    The subclass takes the arguments of `trainer_class` and, by keyword, those of
+    `ForgettingMixin`.
+
+    Args:
+        trainer_class: `transformers.Trainer`, `trl.SFTTrainer` or another subclass of Trainer.
+        methods: names with default options, or objects such as `EWC(ewc_lambda=1e3)`. Each trainer
+            gets methods of its own.
+
+    Raises:
+        RequestError: a method is unknown or has wrong options, two do not go together, or
+            `trainer_class` is no Trainer.
+    """
+    if not (isinstance(trainer_class, type) and issubclass(trainer_class, Trainer)):
+        reason = "allowed is transformers.Trainer or a subclass of it"
+        raise RequestError(Problem("trainer_class", repr(trainer_class), reason=reason))
+    components = tuple(_component(method) for method in methods)
+    raise_problems(list(_method_problems(components)))
+    return type(
+        f"Forgetting{trainer_class.__name__}",
+        (ForgettingMixin, trainer_class),
+        {"forgetting_components": components, "__doc__": ForgettingMixin.__doc__},
+    )
+
+
+def _component(method: str | ForgettingMethod) -> Component:
+    if isinstance(method, ForgettingMethod):
+        raise_problems(checked(method.options, prefix=f"methods.{method.name}"))
+        return Component(name=method.name, kind=type(method), options=method.options)
+    if kind := NAMED.get(str(method)):
+        return Component(name=kind.name, kind=kind, options=kind.Options())
+    reason = f"allowed is one of {', '.join(NAMED)}, or a method such as EWC(ewc_lambda=1e3)"
+    near = nearest(str(method), NAMED)
+    raise RequestError(Problem("methods", str(method), reason=reason, nearest=near))
+
+
+def _method_problems(components: Sequence[Component]) -> Iterator[Problem]:
+    """Yield the methods that do not go together."""
+    names = [one.name for one in components]
+    mixing = [one.name for one in components if one.kind.needs(one.options).mixes]
+    for one in components:
+        if names.count(one.name) > 1:
+            yield Problem("methods", one.name, reason="each method may be there once")
+            return
+        if one.kind.freezes:
+            reason = "not available in the Hugging Face Trainer; call requires_grad_(False) instead"
+            yield Problem("methods", one.name, reason=reason)
+        if isinstance(one.options, Distill.Options) and one.options.rows == "old" and not mixing:
+            yield Problem("methods.distill.rows", "old", reason="no method replays old rows")
+    if len(mixing) > 1:
+        yield Problem("methods", names, reason="only one method can mix old rows into the batches")
+
+
+@dataclass(frozen=True, slots=True)
+class GateResult:
+    """What the gate found when a training ended.
+
+    Attributes:
+        status: `kept`, `rolled_back` or `undecided`; nothing is rolled back by itself.
+        checks: one retention check per domain.
+    """
+
+    status: Status
+    checks: tuple[Check, ...]
+
+
+class ForgettingMixin(Trainer):  # in front of the trainer class
+    """A Hugging Face trainer with methods against forgetting.
+
+    Args:
+        old_data: data of earlier training, as domain → a list of texts or a tokenised
+            `datasets.Dataset`, or one of these alone.
+        sequence_length: tokens of a sequence into which old texts are packed. Default: the
+            longest of the first 256 training rows.
+        gate_documents: domain → texts that the gate scores before and after the training.
+        retention: the largest allowed relative rise of the loss on a domain of `gate_documents`.
+
+    Attributes:
+        gate: what the gate found; None before the end, or without `gate_documents`.
+
+    Raises:
+        RequestError: a setting of the trainer does not go together with the methods.
+    """
+
+    forgetting_components: tuple[Component, ...] = ()
+
+    def __init__(
+        self,
+        *args: Any,
+        old_data: Mapping[str, OldData] | OldData | None = None,
+        sequence_length: int | None = None,
+        gate_documents: Mapping[str, Sequence[str]] | None = None,
+        retention: float = 0.05,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        raise_problems(list(_trainer_problems(self, self.forgetting_components)))
+        if old_data is not None and not isinstance(old_data, Mapping):
+            old_data = {"old": old_data}
+        self.forgetting = Forgetting(
+            self,
+            old_data=old_data or {},
+            sequence_length=sequence_length,
+            gate_documents=gate_documents or {},
+            retention=retention,
+        )
+        self.gate: GateResult | None = None
+        self.add_callback(_AfterSteps(self))
+
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Train; a resumed training takes up the methods' state from the checkpoint.
+
+        Raises:
+            RequestError: the checkpoint has no state of these methods.
+        """
+        checkpoint = resume_from_checkpoint or None
+        if checkpoint is True:
+            checkpoint = get_last_checkpoint(self.args.output_dir)
+            if checkpoint is None:
+                reason = f"{self.args.output_dir} has no checkpoint to resume from"
+                raise RequestError(Problem("resume_from_checkpoint", True, reason=reason))
+        self.forgetting.begin(Path(checkpoint) / FORGETTING_FOLDER if checkpoint else None)
+        try:
+            return super().train(checkpoint, *args, **kwargs)
+        finally:
+            self.forgetting.is_running = False
+
+    def get_train_dataloader(self) -> Any:
+        """Return the trainer's loader, or one over the same rows with a share of old ones."""
+        return self.forgetting.mixed(super().get_train_dataloader())
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: Mapping[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """Return the trainer's loss, plus that of methods which need the batch.
+
+        What is added is scaled so that the micro-batches of an optimizer step average it, whether
+        the trainer divides the loss by their number later or not.
+        """
+        inputs = dict(inputs)
+        is_replay = inputs.pop("is_replay", None)
+        arguments = {"return_outputs": return_outputs, "num_items_in_batch": num_items_in_batch}
+        running = self.forgetting
+        is_read = running.adds_losses or running.observes_batches
+        if not (is_read and running.is_running and self.model.training):
+            return super().compute_loss(model, inputs, **arguments)
+        batch = _method_batch(inputs, is_replay)
+        with self.accelerator.autocast():
+            running.observe_batch(self.model, batch)
+        with _caught_logits(self.model, is_wanted=running.adds_losses) as caught:
+            result = super().compute_loss(model, inputs, **arguments)
+        if not running.adds_losses:
+            return result
+        scale = 1.0
+        if self._is_loss_averaged(num_items_in_batch):
+            scale = 1 / self.current_gradient_accumulation_steps
+        with self.accelerator.autocast():
+            extra = running.extra_loss(self.model, batch, caught.of(self.model), scale=scale)
+        return (result[0] + extra, result[1]) if return_outputs else result + extra
+
+    def _is_loss_averaged(self, num_items_in_batch: Any) -> bool:
+        """Return whether the trainer leaves the loss as it is: it averages over the whole step."""
+        if self.loss_is_scaled_for_ga is not None:
+            return bool(self.loss_is_scaled_for_ga)
+        has_count = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+        return bool(has_count or self.compute_loss_func is not None)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Run a micro-batch; after the last of a step, apply the methods to the gradients."""
+        loss = super().training_step(*args, **kwargs)
+        if self.accelerator.sync_gradients:
+            self.forgetting.apply_to_gradients(self.model)
+        return loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log, next to the training loss, `forgetting/<method>/loss`."""
+        if "loss" in logs and self.forgetting.is_running:
+            logs = {**logs, **self.forgetting.losses(self.model)}
+        super().log(logs, *args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model, and next to it the state of the methods.
+
+        A checkpoint of a running training gets `forgetting/`, from which `train` resumes; a model
+        that is saved after the training gets `state/`, which the next training builds on.
+        """
+        super().save_model(output_dir, _internal_call=_internal_call)
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        if not self.forgetting.is_running:
+            self.forgetting.write_end(folder)
+        elif not self.args.save_only_model:
+            self.forgetting.save(folder / FORGETTING_FOLDER)
+
+
+class _AfterSteps(TrainerCallback):
+    """Tell methods of each step taken, and of the end of the training."""
+
+    def __init__(self, trainer: ForgettingMixin) -> None:
+        self._trainer = trainer
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer.forgetting.look(self._trainer.model, state.global_step)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        trainer = self._trainer
+        trainer.forgetting.end(trainer.model)
+        trainer.gate = trainer.forgetting.run_gate()
+        if trainer.gate is not None:
+            changes = {f"gate/{c.subject}/change": c.value for c in trainer.gate.checks}
+            trainer.log({name: value for name, value in changes.items() if value is not None})
+            level = "info" if trainer.gate.status == "kept" else "warning"
+            getattr(_logger, level)("gate: %s", trainer.gate.status)
+
+
+def _trainer_problems(trainer: Trainer, components: Sequence[Component]) -> Iterator[Problem]:
+    """Yield settings of a trainer that do not go together with the methods."""
+    args, kinds = trainer.args, [one.kind for one in components]
+    kind = getattr(trainer.accelerator.distributed_type, "value", "NO")
+    if (
+        kind not in _PARALLEL
+        or trainer.is_model_parallel
+        or args.n_gpu > 1
+        or getattr(trainer, "is_distributed_loading_by_transformers", False)
+    ):
+        reason = "weights are shared out or replicated in a way that the methods do not support"
+        advice = "use one device, or DDP by torchrun or accelerate launch"
+        yield Problem("args.parallel_mode", kind, reason=f"{reason}; {advice}")
+    if trainer.model_init is not None:
+        yield Problem("model_init", reason="model_init would replace the model; pass model=")
+    if args.auto_find_batch_size:
+        reason = "a retried step would count twice; set per_device_train_batch_size"
+        yield Problem("args.auto_find_batch_size", True, reason=reason)
+    if any(_changes_gradients(each) for each in kinds):
+        optimizer = str(getattr(args.optim, "value", args.optim))
+        if "layerwise" in optimizer or "lomo" in optimizer:
+            reason = "it steps within the backward pass, before a penalty can be added"
+            yield Problem("args.optim", optimizer, reason=reason)
+        if args.fp16:
+            reason = "penalties would be added to scaled gradients; use bf16=True"
+            yield Problem("args.fp16", True, reason=reason)
+    if any(each.uses_weights for each in kinds):
+        if args.use_liger_kernel:
+            reason = "methods need per-sequence gradients, which its kernels do not compute"
+            yield Problem("args.use_liger_kernel", True, reason=reason)
+        family_of(config_of(trainer.model))  # refuses PEFT models and unknown architectures
+    if args.torch_compile and Distill in kinds:
+        reason = "distillation reads hidden states with a hook; leave one of the two out"
+        yield Problem("args.torch_compile", True, reason=reason)
+
+
+def _changes_gradients(kind: type[ForgettingMethod]) -> bool:
+    return _overrides(kind, "observe_gradients") or _overrides(kind, "add_to_gradients")
+
+
+def _method_batch(inputs: Mapping[str, Any], is_replay: Tensor | None) -> dict[str, Any]:
+    """Return a batch as methods read it: each row new or replayed.
+
+    Raises:
+        RequestError: rows were joined into one.
+    """
+    rows = inputs["input_ids"]
+    if is_replay is None:
+        is_replay = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
+    elif len(is_replay) != len(rows):
+        reason = "it joins new and replayed rows, which distill and si tell apart; set it to False"
+        raise RequestError(Problem("args.padding_free", True, reason=reason))
+    return {**inputs, "is_replay": is_replay}
+
+
+@dataclass(slots=True)
+class _Caught:
+    """What a forward pass computed, with its graph."""
+
+    logits: Tensor | None = None
+    hidden: Tensor | None = None
+
+    def of(self, model: nn.Module) -> Tensor:
+        """Return the logits [B, T, V]; TRL's fused head makes none, so they are made here."""
+        if self.logits is not None:
+            return self.logits
+        if self.hidden is None:
+            raise RequestError("methods: the model's forward pass gave no logits to distill on.")
+        return head_of(model)(self.hidden)
+
+
+@contextmanager
+def _caught_logits(model: nn.Module, *, is_wanted: bool) -> Iterator[_Caught]:
+    """Catch logits, or else the last hidden states, of the task's own forward pass."""
+    caught, handles = _Caught(), []
+
+    def catch(module: nn.Module, arguments: Any, output: Any) -> None:
+        for name, key in (("logits", "logits"), ("hidden", "last_hidden_state")):
+            value = getattr(output, key, None)
+            if isinstance(value, Tensor) and value.requires_grad:
+                setattr(caught, name, value)
+
+    if is_wanted:
+        handles = [each.register_forward_hook(catch) for each in (model, backbone_of(model))]
+    try:
+        yield caught
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class Forgetting:
+    """The methods of one trainer, the data and state that they work with, and the gate.
+
+    Args:
+        trainer: whose model, arguments, data and tokenizer are used.
+        old_data: domain → texts or tokenised rows.
+        sequence_length: see `ForgettingMixin`.
+        gate_documents: the same.
+        retention: the same.
+    """
+
+    def __init__(
+        self,
+        trainer: ForgettingMixin,
+        *,
+        old_data: Mapping[str, OldData],
+        sequence_length: int | None,
+        gate_documents: Mapping[str, Sequence[str]],
+        retention: float,
+    ) -> None:
+        self._trainer = trainer
+        self._components = trainer.forgetting_components
+        self._needs = needs_of(self._components)
+        self._old = {name: checked_old(name, data) for name, data in old_data.items()}
+        self._packing = PackedText(
+            trainer.processing_class,
+            config=trainer.model.config,
+            rows=trainer.train_dataset,
+            sequence_length=sequence_length,
+        )
+        self._gate_documents, self._retention = gate_documents, retention
+        self.methods: tuple[ForgettingMethod, ...] = ()
+        self.is_running = False
+        self._task = Task(seed=self._seed())
+        self._kinds: tuple[str, ...] = ()  # of state that the methods began with
+        self._teacher_hash: str | None = None
+        self._before: dict[str, Tensor] = {}  # gate domain → nats of its documents
+        self._added: dict[str, Tensor] = {}  # method → sum of what it added to the loss
+        self._steps_added = 0
+        self._left: dict[str, Values] = {}
+        raise_problems(list(self._data_problems()))
+
+    def _data_problems(self) -> Iterator[Problem]:
+        writes = any(needs.writes for needs in self._needs)
+        for one, needs in zip(self._components, self._needs, strict=True):
+            if needs.old_text and not (self._old or writes or self._has_earlier(needs.instead)):
+                reason = (
+                    f"{one.name} needs old_data: texts or tokenised rows; without old data use "
+                    "l2sp, distill or self_replay"
+                )
+                yield Problem("old_data", None, reason=reason)
+            for name in getattr(one.options, "weights", None) or {}:
+                if name not in self._old:
+                    reason = (
+                        f"there is no such domain in old_data; there are {', '.join(self._old)}"
+                    )
+                    near = nearest(name, self._old)
+                    yield Problem(f"methods.{one.name}.weights", name, reason=reason, nearest=near)
+            if needs.mixes and self._trainer.args.train_sampling_strategy != "random":
+                value = self._trainer.args.train_sampling_strategy
+                reason = f"{one.name} sets the order of the rows; allowed is random"
+                yield Problem("args.train_sampling_strategy", value, reason=reason)
+
+    # Old data
+
+    def _seed(self) -> int:
+        args = self._trainer.args
+        return derived_seed(args.seed if args.data_seed is None else args.data_seed, "forgetting")
+
+    @cached_property
+    def _sequences(self) -> dict[str, Tensor]:
+        """Old domain → int [N, T]: texts and rows, packed as training sequences."""
+        return {name: self._packing.sequences(name, data) for name, data in self._old.items()}
+
+    def mixed(self, loader: Any) -> Any:
+        """Return a loader with a share of old rows, where a method replays some."""
+        mixing = [m for m, needs in zip(self.methods, self._needs, strict=False) if needs.mixes]
+        if not (self.is_running and mixing):
+            return loader
+        (method,), args, seed = mixing, self._trainer.args, self._task.seed
+        old: dict[str, Any] = {_WRITTEN: self._task.written}
+        if not method.needs(method.options).writes:
+            texts = {name for name, data in self._old.items() if isinstance(data, tuple)}
+            old = {n: self._sequences[n] if n in texts else data for n, data in self._old.items()}
+
+        def mix(stream: BatchStream, numbers: Mapping[str, Tensor]) -> BatchStream:
+            written = numbers.get(_WRITTEN)
+            return method.mix(stream, Task(seed=seed, old_sequences=numbers, written=written))
+
+        return mixed_loader(
+            loader,
+            old,
+            mix=mix,
+            fraction=method.options.fraction,
+            batch_size=args.train_batch_size * args.world_size,
+            seed=seed,
+            is_floored=args.dataloader_drop_last,
+        )
+
+    # Begin, and resume
+
+    def begin(self, folder: Path | None) -> None:
+        """Begin a training run, or resume one.
+
+        Args:
+            folder: with the methods' state of a checkpoint; None: a new run.
+        """
+        model, seed = self._trainer.model, self._seed()
+        if any(one.kind.uses_weights for one in self._components):
+            model.to(self._trainer.args.device)
+        teacher = self._teacher()
+        saved = None if folder is None else self._read(folder)
+        if saved is None:
+            state, written = self._prepared()
+        else:  # what methods read off their first state is in what is loaded below
+            ones = {name: value.float() for name, value in _all_old(model).items()}
+            state, written = dict.fromkeys(saved["kinds"], ones), saved["written"]
+        self._kinds = tuple(state)
+        old = self._old_sequences(written)
+        self._task = Task(
+            seed=seed,
+            old_sequences=old,
+            written=written,
+            latest=tuple(old),
+            carried=_all_old(model),
+            state=state,
+            state_before=state,
+            teacher=teacher,
+        )
+        self.methods = build_methods(self._components)
+        for method in self.methods:
+            method.begin_task(model, self._task)
+            if saved is not None:
+                method.load_state_dict(saved["methods"][method.name])
+        self._left, self._added = {}, {}
+        self.is_running = True
+        if saved is None:
+            self._before = {name: each.values for name, each in self._scores().items()}
+            self.look(model, 0)
+        else:
+            self._before = saved["gate"]
+
+    def _old_sequences(self, written: Tensor | None) -> dict[str, Tensor]:
+        """Return what methods other than replay read of old data."""
+        reads = any(needs.old_text and not needs.mixes for needs in self._needs)
+        if self._old:
+            return self._sequences if reads else {}
+        return {} if written is None else {_WRITTEN: written}
+
+    def _prepared(self) -> tuple[dict[str, Values], Tensor | None]:
+        """Return the state that methods begin with, and what the model wrote."""
+        model = self._trainer.model
+        state, written = self._earlier_state(), None
+        methods = zip(build_methods(self._components), self._needs, strict=True)
+        for method, needs in sorted(methods, key=lambda each: not each[1].writes):
+            if not (needs.prepares or needs.writes):
+                continue
+            old = self._old_sequences(written)
+            drawing = Task(seed=self._seed(), old_sequences=old)
+            prepared = method.prepare(
+                Preparation(
+                    model=model,
+                    domains=tuple(old),
+                    draw=drawing.draw,
+                    sequence_length=self._packing.sequence_length,
+                    end_of_text_id=self._packing.end_of_text_id,
+                    seed=partial(derived_seed, self._seed()),
+                    state=state,
+                    say=_logger.info,
+                )
+            )
+            written = prepared.written if needs.writes else written
+            state |= {kind: dict(prepared.state[kind]) for kind in needs.prepares}
+        if this_rank().count > 1:  # the same in every process, to the last bit
+            tensors = chain.from_iterable(values.values() for values in state.values())
+            for tensor in (*tensors, *([] if written is None else [written])):
+                sent = tensor.to(self._trainer.args.device)
+                distributed.broadcast(sent, 0)
+                tensor.copy_(sent)
+        return state, written
+
+    def _earlier_state(self) -> dict[str, Values]:
+        """Return the state next to the model's checkpoint that methods ask for."""
+        wanted = {kind for needs in self._needs for kind in needs.state}
+        found = read_state(self._model_folder) if wanted and self._model_folder else None
+        if found is None:
+            return {}
+        model = self._trainer.model
+        config, device = config_of(model), self._trainer.args.device
+        return {
+            kind: {n: v.to(device) for n, v in live_tensors(config, LazyTensors(held)).items()}
+            for kind, held in found.kinds.items()
+            if kind in wanted
+        }
+
+    @cached_property
+    def _model_folder(self) -> Path | None:
+        """The folder that the model was loaded from, if it is on disk."""
+        name = str(getattr(self._trainer.model, "name_or_path", "") or "")
+        return Path(name) if name and Path(name).is_dir() else None
+
+    def _has_earlier(self, kinds: Sequence[str]) -> bool:
+        found = read_state(self._model_folder) if kinds and self._model_folder else None
+        return found is not None and set(kinds) <= found.kinds.keys()
+
+    def _teacher(self) -> nn.Module | None:
+        """Return the model to distill from: another checkpoint, or this model as it is now."""
+        asked = [needs.teacher_place for needs in self._needs if needs.teacher]
+        if not asked:
+            return None
+        model = self._trainer.model
+        teacher = deepcopy(model) if asked[0] is None else load_model(locate(asked[0]))
+        teacher = teacher.to(self._trainer.args.device).eval().requires_grad_(False)
+        self._teacher_hash = merkle_hash({n: tensor_digest(n, p) for n, p in _named(teacher)})
+        return teacher
+
+    # During training
+
+    @cached_property
+    def adds_losses(self) -> bool:
+        """Whether a method needs the logits of the task."""
+        return any(_overrides(one.kind, "extra_loss") for one in self._components)
+
+    @cached_property
+    def observes_batches(self) -> bool:
+        """Whether a method computes the loss of the new rows alone."""
+        is_task_alone = not any(one.kind.is_in_gradients() for one in self._components)
+        observing = any(_overrides(one.kind, "observe_batch") for one in self._components)
+        return observing and not is_task_alone
+
+    def observe_batch(self, model: nn.Module, batch: Mapping[str, Tensor]) -> None:
+        """Let methods see a batch before its loss is computed."""
+        if self.observes_batches:
+            for method in self.methods:
+                method.observe_batch(model, batch)
+
+    def extra_loss(
+        self, model: nn.Module, batch: Mapping[str, Tensor], logits: Tensor, *, scale: float
+    ) -> Tensor:
+        """Return what methods add to the loss of a micro-batch, times `scale`."""
+        total = logits.new_zeros((), dtype=torch.float32)
+        for method in self.methods:
+            extra = method.extra_loss(model, batch, logits)
+            if extra is not None:
+                share = extra.detach() / self._trainer.current_gradient_accumulation_steps
+                self._added[method.name] = self._added.get(method.name, 0.0) + share
+                total = total + scale * extra
+        return total
+
+    def apply_to_gradients(self, model: nn.Module) -> None:
+        """Let every method read the task's gradients before any method changes them."""
+        self._steps_added += 1
+        with torch.no_grad():
+            for method in self.methods:
+                method.observe_gradients(model)
+            for method in self.methods:
+                method.add_to_gradients(model)
+
+    def look(self, model: nn.Module, step: int) -> None:
+        """Let methods look at the model after a step."""
+        for method in self.methods:
+            method.look(model, step)
+
+    def losses(self, model: nn.Module) -> dict[str, float]:
+        """Return penalties at the present weights, and added losses as means since the last call.
+
+        All processes call it together.
+        """
+        found = {}
+        for method in self.methods:
+            value = method.logged_loss(model)
+            if method.name in self._added:
+                mean = self._added[method.name] / max(1, self._steps_added)
+                value = float(self._trainer.accelerator.reduce(mean, "mean"))
+            if value is not None:
+                found[f"forgetting/{method.name}/loss"] = value
+        self._added, self._steps_added = {}, 0
+        return found
+
+    # The end, and files
+
+    def end(self, model: nn.Module) -> None:
+        """Keep what methods leave for the next training."""
+        self._left = {
+            kind: values
+            for method in self.methods
+            for kind, values in method.end_task(model).items()
+        }
+
+    def run_gate(self) -> GateResult | None:
+        """Score the gate's documents again and compare."""
+        checks = []
+        for name, after in self._scores().items():
+            before = replace(after, values=self._before[name])
+            check = retention_check(
+                name, before, after, bound=self._retention, confidence=GATE_CONFIDENCE
+            )
+            checks.append(check)
+        return GateResult(decide(checks), tuple(checks)) if checks else None
+
+    def _scores(self) -> dict[str, PairedScores]:
+        with self._trainer.accelerator.autocast():
+            return {
+                name: document_losses(
+                    self._trainer.model,
+                    self._packing.tokenised(texts),
+                    sequence_length=self._packing.sequence_length,
+                    end_of_text_id=self._packing.end_of_text_id,
+                    batch_size=self._trainer.args.eval_batch_size,
+                )
+                for name, texts in self._gate_documents.items()
+            }
+
+    def _setup(self) -> dict[str, Any]:
+        """Return what has to be the same where a run is resumed."""
+        return {
+            "methods": {one.name: one.plain() for one in self._components},
+            "old_data": {name: len(data) for name, data in self._old.items()},
+            "gate_documents": {name: len(texts) for name, texts in self._gate_documents.items()},
+            "teacher": self._teacher_hash,
+        }
+
+    def save(self, folder: Path) -> None:
+        """Write the methods' state, as safetensors and JSON."""
+        content = {
+            "setup": self._setup(),
+            "kinds": list(self._kinds),
+            "written": self._task.written,
+            "gate": self._before,
+            "methods": {method.name: method.state_dict() for method in self.methods},
+        }
+        SafetensorsCheckpointIO().save_checkpoint(content, folder)
+
+    def _read(self, folder: Path) -> dict[str, Any]:
+        """Return what `save` wrote.
+
+        Raises:
+            RequestError: there is nothing, or it is of another setup.
+            TritterError: it is damaged.
+        """
+        key = "resume_from_checkpoint"
+        if not folder.is_dir():
+            reason = (
+                f"it has no {FORGETTING_FOLDER}/ folder; a trainer without these methods saved it"
+            )
+            raise RequestError(Problem(key, str(folder.parent), reason=reason))
+        saved = SafetensorsCheckpointIO().load_checkpoint(folder)
+        for name, value in self._setup().items():
+            if (before := saved["setup"][name]) != value:
+                reason = f"it was saved with {name} = {before}, and the trainer has {value}"
+                if name == "teacher":
+                    reason = "it was saved with another teacher; create the trainer with the "
+                    reason += "model that the training began with"
+                raise RequestError(Problem(key, str(folder.parent), reason=reason))
+        return saved
+
+    def write_end(self, folder: Path) -> None:
+        """Write next to a trained model what methods leave for the next training."""
+        if self._left:
+            model = self._trainer.model
+            kinds = {k: TensorStream.of(disk_values(model, self._left[k])) for k in self._left}
+            if (folder / STATE_FOLDER).exists():
+                remove_folder(folder / STATE_FOLDER)
+            write_state(folder, kinds, step=self._trainer.state.global_step)
+
+
+def _named(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    return ((name, parameter.detach()) for name, parameter in model.named_parameters())
+
+
+def _all_old(model: nn.Module) -> dict[str, Tensor]:
+    """Return masks that hold every entry for old knowledge, without memory of their own."""
+    one = torch.ones((), dtype=torch.bool)
+    return {name: one.to(value.device).expand(value.shape) for name, value in _named(model)}
+
+
+def _overrides(kind: type[ForgettingMethod], hook: str) -> bool:
+    return getattr(kind, hook) is not getattr(ForgettingMethod, hook)
