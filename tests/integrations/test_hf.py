@@ -1,6 +1,10 @@
 """Methods against forgetting in the Hugging Face Trainer, compared with Tritter's own loop."""
 
 import inspect
+import os
+import socket
+import subprocess
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +13,7 @@ import pytest
 import torch
 from datasets import Dataset
 from rich.console import Console
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -577,12 +582,18 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
 # TRL
 
 
+@pytest.fixture
+def trl(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """TRL, which reports nothing home."""
+    monkeypatch.setenv("CI", "1")
+    return pytest.importorskip("trl")
+
+
 @pytest.mark.parametrize("is_padding_free", [False, True])
 def test_sft_trainer_has_the_gradients_of_the_trainer(
-    tmp_path: Path, tokenizer: Any, is_padding_free: bool
+    tmp_path: Path, tokenizer: Any, trl: Any, is_padding_free: bool
 ) -> None:
     """TRL's fused head makes no logits; distillation and penalties are those of the Trainer."""
-    trl = pytest.importorskip("trl")
     methods = [EWC(ewc_lambda=1e3), Distill(weight=3.0)]
     options = {"gradient_accumulation_steps": 2, "train_sampling_strategy": "sequential"}
     trainers = []
@@ -607,13 +618,14 @@ def test_sft_trainer_has_the_gradients_of_the_trainer(
             assert other[name] == pytest.approx(row[name], rel=1e-3, abs=1e-8)
 
 
-def test_sft_trainer_learns_prompts_and_replays_old_texts(tmp_path: Path, tokenizer: Any) -> None:
+def test_sft_trainer_learns_prompts_and_replays_old_texts(
+    tmp_path: Path, tokenizer: Any, trl: Any
+) -> None:
     """From strings to a resumed run: prompt and completion, padded, with every kind of method."""
-    trl = pytest.importorskip("trl")
 
     def trainer(folder: Path, **changes: Any) -> Any:
         new = [{"prompt": text[:12], "completion": text[12:]} for text in TEXTS[:20]]
-        methods = ["ewc", Distill(weight=0.5), Replay(fraction=0.5)]
+        methods = [EWC(ewc_lambda=10.0), Distill(weight=0.5), Replay(fraction=0.5)]
         args = trl.SFTConfig(**arguments(folder, max_steps=6, **changes).to_dict())
         return with_forgetting(trl.SFTTrainer, methods)(
             wide_model(),
@@ -628,9 +640,38 @@ def test_sft_trainer_learns_prompts_and_replays_old_texts(tmp_path: Path, tokeni
     parts = trainer(tmp_path / "parts", save_strategy="steps", save_steps=4)
     parts.train()
     again = trainer(tmp_path / "parts")
-    again.train(resume_from_checkpoint=True)
+    again.train(resume_from_checkpoint=str(tmp_path / "parts" / "checkpoint-4"))
     for key, value in whole.model.named_parameters():
         assert torch.equal(again.model.get_parameter(key), value), key
+
+
+# Several processes
+
+
+@pytest.mark.full
+def test_two_processes_train_as_one(tmp_path: Path) -> None:
+    """By DDP, with the same rows in each step."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    started = []
+    for name, rank, count in (("one", 0, 1), ("two", 0, 2), ("two", 1, 2)):
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count} if count > 1 else {}
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "tests.integrations.ddp", str(tmp_path / name)]
+        environment = {**os.environ, **address, **{k: str(v) for k, v in place.items()}}
+        started.append(subprocess.Popen(command, env=environment))
+    try:
+        assert [process.wait(timeout=300) for process in started] == [0, 0, 0]
+    finally:
+        for process in started:
+            process.kill()
+    one, two, other = (
+        load_file(tmp_path / name) for name in ("one/rank_0", "two/rank_0", "two/rank_1")
+    )
+    for key, value in one.items():
+        assert torch.equal(two[key], other[key]), key
+        torch.testing.assert_close(two[key], value, rtol=1e-3, atol=1e-6)
 
 
 def test_what_is_overridden_is_there() -> None:
