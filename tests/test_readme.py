@@ -279,7 +279,7 @@ def check_pre_commit(words: list[str]) -> None:
 
 
 def check_install(words: list[str]) -> None:
-    (extra,) = re.findall(r"^tritter\[(\w+)\]$", words[0])
+    (extra,) = re.findall(r"^(?:tritter|\.)\[(\w+)\]$", words[-1])
     declared = tomllib.loads((ROOT / "pyproject.toml").read_text())
     assert extra in declared["project"]["optional-dependencies"]
 
