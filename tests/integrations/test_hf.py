@@ -341,6 +341,29 @@ def test_si_observes_task_gradients_before_clipping_and_actual_steps(tmp_path: P
         torch.testing.assert_close(omega, expected, rtol=1e-3, atol=1e-9)
 
 
+@pytest.mark.parametrize("option", ["bf16", "gradient_checkpointing"])
+def test_the_fisher_is_refreshed_whatever_is_around_the_model(tmp_path: Path, option: str) -> None:
+    """A refresh is at step 2, with autocast or hooks on the model; the values are nearly equal."""
+    found = []
+    for changes in ({}, {option: True}):
+        trainer = with_forgetting(Trainer, [EWC(ewc_lambda=1e3, refresh_steps=2)])(
+            model_of(),
+            arguments(tmp_path, **changes),
+            train_dataset=rows_of(NEW),
+            old_data=rows_of(OLD),
+        )
+        trainer.train()
+        found.append(trainer)
+    plain, other = (trainer.forgetting.methods[0].importance for trainer in found)
+    for key, value in plain.items():
+        torch.testing.assert_close(other[key].mean(), value.mean(), rtol=0.03, atol=0)
+    if option == "bf16":
+        assert "forward" in vars(found[1].model), "accelerate's autocast is around it again"
+    assert found[0].state.log_history[-2]["loss"] == pytest.approx(
+        found[1].state.log_history[-2]["loss"], rel=0.01
+    )
+
+
 def test_what_si_leaves_protects_the_next_training(tmp_path: Path) -> None:
     first = with_forgetting(Trainer, ["si"])(
         model_of(), arguments(tmp_path), train_dataset=rows_of(NEW), old_data=rows_of(OLD)
@@ -594,7 +617,7 @@ def test_sft_trainer_has_the_gradients_of_the_trainer(
     tmp_path: Path, tokenizer: Any, trl: Any, is_padding_free: bool
 ) -> None:
     """TRL's fused head makes no logits; distillation and penalties are those of the Trainer."""
-    methods = [EWC(ewc_lambda=1e3), Distill(weight=3.0)]
+    methods = [EWC(ewc_lambda=1e3, refresh_steps=2), Distill(weight=3.0)]
     options = {"gradient_accumulation_steps": 2, "train_sampling_strategy": "sequential"}
     trainers = []
     for kind in (Trainer, trl.SFTTrainer):

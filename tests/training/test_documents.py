@@ -148,7 +148,7 @@ def test_si_sees_the_gradient_of_the_loss_that_is_trained() -> None:
         method.observe_batch(model, batch_of(rows))
     assert method._own is not None
     for name, parameter in model.named_parameters():
-        own = method._own[name] / method._own_rows
+        own = method._own[name] / method._own_tokens
         torch.testing.assert_close(own, parameter.grad, rtol=1e-4, atol=1e-7)
 
 

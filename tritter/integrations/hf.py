@@ -72,7 +72,7 @@ _logger = logging.get_logger(__name__)
 def with_forgetting(
     trainer_class: type[Any], methods: Sequence[str | ForgettingMethod]
 ) -> type[Any]:
-    """Return a subclass of a Hugging Face trainer that applies methods against forgetting.
+    """Return a subclass of a Hugging Face trainer with forgetting mitigation.
 
     The subclass takes the arguments of `trainer_class` and, by keyword, those of
     `ForgettingMixin`.
@@ -140,7 +140,7 @@ class GateResult:
 
 
 class ForgettingMixin(Trainer):  # in front of the trainer class
-    """A Hugging Face trainer with methods against forgetting.
+    """A Hugging Face trainer with forgetting mitigation.
 
     Args:
         old_data: data of earlier training, as domain → a list of texts or a tokenised
@@ -282,7 +282,7 @@ class _AfterSteps(TrainerCallback):
         self._trainer = trainer
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._trainer.forgetting.look(self._trainer.model, state.global_step)
+        self._trainer.forgetting.after_step(self._trainer.model, state.global_step)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer = self._trainer
@@ -305,7 +305,7 @@ def _trainer_problems(trainer: Trainer, components: Sequence[Component]) -> Iter
         or args.n_gpu > 1
         or getattr(trainer, "is_distributed_loading_by_transformers", False)
     ):
-        reason = "weights are shared out or replicated in a way that the methods do not support"
+        reason = "the methods do not support weights that are sharded or replicated this way"
         advice = "use one device, or DDP by torchrun or accelerate launch"
         yield Problem("args.parallel_mode", kind, reason=f"{reason}; {advice}")
     if trainer.model_init is not None:
@@ -323,7 +323,7 @@ def _trainer_problems(trainer: Trainer, components: Sequence[Component]) -> Iter
             yield Problem("args.fp16", True, reason=reason)
     if any(each.uses_weights for each in kinds):
         if args.use_liger_kernel:
-            reason = "methods need per-sequence gradients, which its kernels do not compute"
+            reason = "its kernels do not compute the per-sequence gradients that methods need"
             yield Problem("args.use_liger_kernel", True, reason=reason)
         family_of(config_of(trainer.model))  # refuses PEFT models and unknown architectures
     if args.torch_compile and Distill in kinds:
@@ -499,7 +499,8 @@ class Forgetting:
         teacher = self._teacher()
         saved = None if folder is None else self._read(folder)
         if saved is None:
-            state, written = self._prepared()
+            with _stock_forward(model):
+                state, written = self._prepared()
         else:  # what methods read off their first state is in what is loaded below
             ones = {name: value.float() for name, value in _all_old(model).items()}
             state, written = dict.fromkeys(saved["kinds"], ones), saved["written"]
@@ -524,7 +525,7 @@ class Forgetting:
         self.is_running = True
         if saved is None:
             self._before = {name: each.values for name, each in self._scores().items()}
-            self.look(model, 0)
+            self.after_step(model, 0)
         else:
             self._before = saved["gate"]
 
@@ -644,10 +645,11 @@ class Forgetting:
             for method in self.methods:
                 method.add_to_gradients(model)
 
-    def look(self, model: nn.Module, step: int) -> None:
-        """Let methods look at the model after a step."""
-        for method in self.methods:
-            method.look(model, step)
+    def after_step(self, model: nn.Module, step: int) -> None:
+        """Let methods see the model after an optimizer step; step 0 is before the first."""
+        with _stock_forward(model):
+            for method in self.methods:
+                method.look(model, step)
 
     def losses(self, model: nn.Module) -> dict[str, float]:
         """Return penalties at the present weights, and added losses as means since the last call.
@@ -752,12 +754,31 @@ class Forgetting:
             write_state(folder, kinds, step=self._trainer.state.global_step)
 
 
+@contextmanager
+def _stock_forward(model: nn.Module) -> Iterator[None]:
+    """Take away what a trainer puts around the forward pass: autocast, TRL's head, input hooks.
+
+    Per-sequence gradients cannot be computed through them.
+    """
+    patched = model.__dict__.pop("forward", None)
+    has_hooks = hasattr(model, "_require_grads_hook")  # for gradient checkpointing
+    if has_hooks:
+        model.disable_input_require_grads()  # type: ignore[operator]
+    try:
+        yield
+    finally:
+        if patched is not None:
+            model.__dict__["forward"] = patched
+        if has_hooks:
+            model.enable_input_require_grads()  # type: ignore[operator]
+
+
 def _named(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     return ((name, parameter.detach()) for name, parameter in model.named_parameters())
 
 
 def _all_old(model: nn.Module) -> dict[str, Tensor]:
-    """Return masks that hold every entry for old knowledge, without memory of their own."""
+    """Return masks by which every entry counts as old; they take no memory."""
     one = torch.ones((), dtype=torch.bool)
     return {name: one.to(value.device).expand(value.shape) for name, value in _named(model)}
 
