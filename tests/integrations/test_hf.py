@@ -184,7 +184,7 @@ COMPARED: dict[str, Methods] = {
 }
 
 
-@pytest.mark.quick_cases(4)
+@pytest.mark.quick_cases(3)
 @pytest.mark.parametrize("count", [1, 4])
 @pytest.mark.parametrize("name", COMPARED)
 def test_gradients_and_penalties_are_those_of_our_loop(
@@ -206,6 +206,7 @@ def test_gradients_and_penalties_are_those_of_our_loop(
                 assert row[key] == pytest.approx(expected_value, rel=1e-3, abs=1e-9)
 
 
+@pytest.mark.full
 def test_a_wrong_factor_would_be_seen(tmp_path: Path) -> None:
     """The negative control of the comparison above: a penalty counted once per micro-batch."""
     ours = in_our_loop(tmp_path / "ours", [L2SP(l2sp_lambda=0.5)], 4)
@@ -221,7 +222,7 @@ def own_loss(outputs: Any, labels: Tensor, num_items_in_batch: Any) -> Tensor:
     return total / num_items_in_batch
 
 
-@pytest.mark.quick_cases(2)
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("variant", ["default", "no counts", "own loss", "declared mean"])
 def test_distillation_counts_once_however_the_trainer_scales(tmp_path: Path, variant: str) -> None:
     """Four micro-batches of 4 rows against one batch of 16."""
@@ -261,15 +262,15 @@ RESUMED: dict[str, tuple[Methods, int]] = {
     "at an epoch's end": (lambda: [L2SP(), Replay(fraction=0.5)], 5),
     "no old data": (
         lambda: [
-            OnlineEWC(ewc_lambda=1.0, normalise="mean", refresh_steps=3, num_sequences=8),
-            SelfReplay(num_sequences=12, max_perplexity=1e6),
+            OnlineEWC(ewc_lambda=1.0, normalise="mean", refresh_steps=5, num_sequences=6),
+            SelfReplay(num_sequences=8, max_perplexity=1e6),
         ],
         4,
     ),
 }
 
 
-@pytest.mark.quick_cases(2)
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("name", RESUMED)
 def test_a_resumed_run_ends_with_the_same_weights(tmp_path: Path, name: str) -> None:
     methods, at = RESUMED[name]
@@ -341,6 +342,7 @@ def test_si_observes_task_gradients_before_clipping_and_actual_steps(tmp_path: P
         torch.testing.assert_close(omega, expected, rtol=1e-3, atol=1e-9)
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("option", ["bf16", "gradient_checkpointing"])
 def test_the_fisher_is_refreshed_whatever_is_around_the_model(tmp_path: Path, option: str) -> None:
     """A refresh is at step 2, with autocast or hooks on the model; the values are nearly equal."""
@@ -612,6 +614,7 @@ def trl(monkeypatch: pytest.MonkeyPatch) -> Any:
     return pytest.importorskip("trl")
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("is_padding_free", [False, True])
 def test_sft_trainer_has_the_gradients_of_the_trainer(
     tmp_path: Path, tokenizer: Any, trl: Any, is_padding_free: bool

@@ -196,7 +196,8 @@ class ForgettingMixin(Trainer):  # in front of the trainer class
             if checkpoint is None:
                 reason = f"{self.args.output_dir} has no checkpoint to resume from"
                 raise RequestError(Problem("resume_from_checkpoint", True, reason=reason))
-        self.forgetting.begin(Path(checkpoint) / FORGETTING_FOLDER if checkpoint else None)
+        with _stock_forward(self.model):  # of an earlier training, it may have been changed
+            self.forgetting.begin(Path(checkpoint) / FORGETTING_FOLDER if checkpoint else None)
         try:
             return super().train(checkpoint, *args, **kwargs)
         finally:
@@ -499,8 +500,7 @@ class Forgetting:
         teacher = self._teacher()
         saved = None if folder is None else self._read(folder)
         if saved is None:
-            with _stock_forward(model):
-                state, written = self._prepared()
+            state, written = self._prepared()
         else:  # what methods read off their first state is in what is loaded below
             ones = {name: value.float() for name, value in _all_old(model).items()}
             state, written = dict.fromkeys(saved["kinds"], ones), saved["written"]
@@ -761,16 +761,15 @@ def _stock_forward(model: nn.Module) -> Iterator[None]:
     Per-sequence gradients cannot be computed through them.
     """
     patched = model.__dict__.pop("forward", None)
-    has_hooks = hasattr(model, "_require_grads_hook")  # for gradient checkpointing
-    if has_hooks:
-        model.disable_input_require_grads()  # type: ignore[operator]
+    on_inputs = model.get_input_embeddings()._forward_hooks  # type: ignore[operator]
+    hooks = dict(on_inputs)  # of gradient checkpointing and NEFTune
+    on_inputs.clear()
     try:
         yield
     finally:
+        on_inputs.update(hooks)
         if patched is not None:
             model.__dict__["forward"] = patched
-        if has_hooks:
-            model.enable_input_require_grads()  # type: ignore[operator]
 
 
 def _named(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
