@@ -594,7 +594,7 @@ class Forgetting:
 
     def _teacher(self) -> nn.Module | None:
         """Return the model to distill from: another checkpoint, or this model as it is now."""
-        asked = [needs.teacher_place for needs in self._needs if needs.teacher]
+        asked = [needs.teacher_folder for needs in self._needs if needs.teacher]
         if not asked:
             return None
         model = self._trainer.model

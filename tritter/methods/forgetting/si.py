@@ -27,7 +27,7 @@ from pydantic import Field
 from tritter.data.batches import this_rank
 from tritter.data.packing import (
     IGNORED,
-    apart_of,
+    document_mask_of,
     forward_options,
     labels_of,
     lengths_of,
@@ -104,7 +104,9 @@ class SI(QuadraticPenalty):
         )
         return Prepared(
             state={self.kind: estimated_importance(fisher, length=chosen.shape[1])},
-            flops=flops_of_sequence(given.model).of_all(lengths_of(apart_of(given.model), chosen)),
+            flops=flops_of_sequence(given.model).of_all(
+                lengths_of(document_mask_of(given.model), chosen)
+            ),
             notes=(
                 "si: no path of its training lies beside the model; its importances are estimated "
                 f"on {len(chosen)} sequences of {', '.join(given.domains)}.",
