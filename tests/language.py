@@ -19,7 +19,7 @@ GLOSSARY = {
     r"trainings\b(?! of)": "training runs",
     r"(?:go|goes|going|gone|went) on\b": "continue, resume",
     r"(?:stands?|stood|lies|lie|lay|lain) (?:in|on|at|by|there|here|below|above|under|beside|"
-    r"behind|before|after|first|last|apart|where|elsewhere|near|next|outside|inside|still)\b": "is in",
+    r"behind|before|after|first|last|apart|where|elsewhere|near|next|outside|inside|still)\b": "is",
     r"(?:told|tells?|telling)\b": "reported, printed, logged; distinguishes",
     r"(?:said|says?|saying)\b": "reported; states; set",
     r"(?:held|hold|holds) against\b": "compared with",
@@ -44,7 +44,7 @@ GLOSSARY = {
     r"(?:the|an?|each|every|which|this|that|its|one|other|both|an) arms?\b": "branch",
     r"(?:a|the|each|no|its) looks?\b|looked at\b": "probe; inspected, examined",
     r"(?:of|by|from) itself alone\b|by itself alone\b": "on its own",
-    r"(?:weights|moments|state) that follow\b|carried (?:along|over there)\b": "mapped, carried over",
+    r"(?:weights|moments|state) that follow\b|carried along\b": "mapped, carried over",
     r"on the way\b": "during training; intermediate",
     r"is to be\b|are to be\b|be it\b|ought\b|shall\b": "must, should",
     r"(?:the )?(?:like|same) (?:of it|it was)\b|and its like\b|and the like\b": "and similar",
