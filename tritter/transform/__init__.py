@@ -2,32 +2,32 @@
 
 from tritter.transform.change import Change, PlannedExpansion, declared
 from tritter.transform.folder import (
+    DiskNeeds,
     Expanded,
-    Room,
-    check_room,
+    check_disk_space,
+    disk_needs,
     expand,
     free_bytes,
     plan_by_tables,
     plan_expansion,
     planned,
-    room_for,
     size_text,
     state_stream,
 )
 
 __all__ = [
     "Change",
+    "DiskNeeds",
     "Expanded",
     "PlannedExpansion",
-    "Room",
-    "check_room",
+    "check_disk_space",
     "declared",
+    "disk_needs",
     "expand",
     "free_bytes",
     "plan_by_tables",
     "plan_expansion",
     "planned",
-    "room_for",
     "size_text",
     "state_stream",
 ]
