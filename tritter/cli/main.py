@@ -66,7 +66,7 @@ app = typer.Typer(
     "3 a check said no, 130 and 143 stopped by Ctrl-C or SIGTERM, 141 the reader of a pipe left. "
     "Options may be spelled with - or _.",
     context_settings={
-        "help_option_names": ["-h", "--help"],
+        "help_option_names": ["-h", "--help", "--help-all"],
         "token_normalize_func": lambda name: name.replace("_", "-"),
     },
 )
