@@ -78,7 +78,7 @@ class MethodCommand(CheckpointCommand):
         with suppress(ArgumentError):  # a value is missing: reported when the options are read
             known, _ = parser.parse_known_args(list(args))
             folders, ctx.meta[_METHODS] = known.config_dir, known.method
-        if {"--help-all", "--help_all"} & set(args):
+        if ctx.obj is False:  # --help-all
             ctx.meta[_METHODS] = None
         ctx.with_resource(composing_from(front_of(folders, None)))
         rest = super().parse_args(ctx, args)

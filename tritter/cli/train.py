@@ -171,7 +171,7 @@ def _print_options(context: typer.Context) -> None:
     say("Continue training the checkpoint in DIR. Without DIR, the same program as train.py.\n")
     say("Options")
     for each in context.command.params:
-        label = f"  {each.opts[0]} {each.metavar}"  # type: ignore[attr-defined]
+        label = f"  {each.opts[0]} {each.metavar}"
         described: str = each.help  # type: ignore[attr-defined]
         say(textwrap.fill(described, 99, initial_indent=f"{label:<21}", subsequent_indent=" " * 21))
     say("")

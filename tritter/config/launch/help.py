@@ -32,7 +32,7 @@ _FOLDED = """\
 Groups and options (* default; --help-all describes all, GROUP=OPTION --help lists the keys of one;
 - and _ are equivalent; [A,B] is an ordered list)"""
 _UNFOLDED = """\
-Groups (an option sets the defaults of its keys; - and _ are equivalent; [A,B] is an ordered list)"""
+Groups (an option sets defaults of its keys; - and _ are equivalent; [A,B] is an ordered list)"""
 
 _TAIL = """\
 Keys
@@ -150,4 +150,6 @@ def description(path: Path) -> str:
 def comments(path: Path) -> dict[str, str]:
     """Return key → the comment after it in an option file."""
     split = (line.partition(" # ") for line in path.read_text(encoding="utf-8").splitlines())
-    return {line.partition(":")[0].strip(): comment.strip() for line, _, comment in split if comment}
+    return {
+        line.partition(":")[0].strip(): comment.strip() for line, _, comment in split if comment
+    }
