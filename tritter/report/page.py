@@ -1,103 +1,104 @@
-"""One self-contained HTML page of several runs: their text is escaped, nothing is loaded."""
+"""One self-contained HTML page of several runs: text is escaped, nothing is loaded."""
 
 from __future__ import annotations
 
 import base64
 import io
-import textwrap
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
 from operator import methodcaller
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from tritter import __version__
-from tritter.report.drawing import CYCLE, DPI, GREY, cut, panel, plain, shortened
-from tritter.report.experts import experts_panels, experts_text, page_tables, share_text
-from tritter.report.growth import (
-    draw_neurons,
-    draw_parameters,
-    draw_pressure,
-    flops_course,
-    growth_table,
-    growth_text,
-    label_flops,
-    mark_growth,
+from tritter.report.drawing import DPI
+from tritter.report.experts import experts_text, page_tables, share_text
+from tritter.report.figures import (
+    MOST_GROUPS,
+    MOST_NAMED,
+    WITH_LEGEND,
+    Line,
+    domains_of,
+    figures,
+    has_seeds,
+    legend_figure,
+    lines_of,
+    reference_of,
+    swatch,
 )
-from tritter.report.matrix import matrix_figure, transfer_table
-from tritter.report.plots import SMOOTHED_FROM_POINTS, Curve, last_flops, running_mean
-from tritter.report.rows import Role, change_text, score_of, score_text
+from tritter.report.growth import growth_table, growth_text
+from tritter.report.matrix import transfer_table
+from tritter.report.rows import change_text, score_of, score_text
 from tritter.report.runs import (
     CONFIDENCE,
+    FEWEST_SEEDS,
     Group,
-    Interval,
     Run,
     differing_keys,
     grouped,
     with_controls,
 )
-from tritter.report.summary import LARGEST, Summary
+from tritter.report.summary import Summary
 from tritter.report.table import Table, left_out
 from tritter.report.tables import result_table, stage_table, task_table
 from tritter.report.wording import MISSING, count_text, number_text, si_text
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_CELL_CHARACTERS = 162  # of a setting
+_CELL_CHARACTERS = 400  # of a setting
 _EVENT_HEADER = (
     *("step", "layer", "born", "replaced", "left dead", "neurons", "pressure"),
-    *("function change", "parameters", "FLOPs until then"),
+    *("logit shift [σ]", "parameters", "FLOPs so far"),
 )
-_MOST_EVENTS = 100  # of a run's growth, row by row; summary.json has all
-# Control characters, and what turns the direction of the text after it; names of folders may hold
-# halves of characters besides
+_MOST_EVENTS = 100  # rows of a table of growth events; summary.json has all
+# Control characters, and those that change the direction of the text after them
 _UNSEEN = dict.fromkeys(
     [*range(9), *range(11, 32), *range(127, 160), *range(0x202A, 0x202F), *range(0x2066, 0x206A)],
     "\N{REPLACEMENT CHARACTER}",
 )
 _VERDICTS = ("kept", "rolled back", "undecided", "passed", "failed")
 
-# Figures by what they are about: titles, and how each is read
+# Figures by topic: titles and captions
 TITLES = {
-    "tradeoff": "Retention against gain",
-    "losses": "Losses over tokens",
-    "changes": "Changes by domain",
-    "cost": "Cost",
+    "tradeoff": "Forgetting and gain",
+    "differences": "Differences to the reference group",
+    "losses": "Loss curves",
+    "changes": "Change of the loss by domain",
+    "cost": "Training cost",
     "growth": "Neuron growth",
     "experts": "LoRA experts",
-    "matrix": "After each task",
+    "matrix": "Loss after each task",
 }
-_OVER_SEEDS = f"Groups of several seeds: mean with Student's {CONFIDENCE:.0%} interval"
+_OVER_SEEDS = (
+    f"Pale marks: seeds. Full marks and bars: mean and Student's {CONFIDENCE:.0%} interval over "
+    f"the seeds, from {FEWEST_SEEDS} seeds on."
+)
+_SINGLE = "Bars: one-sided bounds of the gate, over documents."
+_CONTROL = "Hollow marks: control (not grown)."
 CAPTIONS = {
-    "tradeoff": f"Right and low is good; dotted: what nothing beats in both. {_OVER_SEEDS}; pale: "
-    "each seed; single runs: one-sided bounds of the gate, over documents. Hollow: the control, "
-    "the base that did not grow.",
-    "losses": "Validation: always the same part of the text, so a rise on old text is forgetting "
-    "while it happens. Dashed vertical: an expansion; the level before it stands at its left. "
-    "Dash-dotted: the next task begins. Dotted vertical, in the colour of its run, of several runs "
-    "at the foot: neurons grew. Dashed curves, hollow marks: the control. Pale: every point, where "
-    "the curve is a running mean.",
-    "changes": f"From before the expansion to the end. {_OVER_SEEDS}; single runs: one-sided "
-    "bounds of the gate. Hollow: the control.",
-    "cost": "The last attempt or all rounds: what methods prepare, and training; the table has the "
-    "whole run. Seconds depend on what else the machine did: compare those of one sweep only. "
-    f"{_OVER_SEEDS}.",
-    "growth": "Each layer's neurons over the training, against those it began with; triangles: "
-    "neurons were born; circles: dead ones were replaced. Pressure, what the trigger goes by: the "
-    "mean gradient norm of a layer's neurons, as a moving average, in proportion to that of the "
-    "whole gradient; each check's is drawn back to the check before. FLOPs end with the last row "
-    "of metrics.csv.",
-    "experts": "Routing: mean gates on held-out text, which is none of the training's; similarity: "
-    "of an expert's first batches to what was known, when it was spawned. Triangles: spawns; "
-    "dash-dotted: the next task begins.",
-    "matrix": "Rows: the model before the first task and after each one; columns: domains. "
-    "Numbers: nats per byte on all validation documents; colours: the change from the first row. "
-    "Framed: what the task was about.",
+    "tradeoff": "Bottom right is best. Dotted line: Pareto front of the means.",
+    "differences": "",  # the table above the figures has it
+    "losses": "Validation loss on a fixed subset; a rise on an old domain is forgetting. The loss "
+    "left of a dashed vertical line is that before the expansion. Dash-dotted vertical line: next "
+    "task. Dotted vertical line, or tick at the bottom: neuron growth. Dashed curve: control (not "
+    "grown). Thick curve: mean over the seeds. Where a curve is a running mean, its points are "
+    "pale.",
+    "changes": "From before the expansion to the end of training.",
+    "cost": "The last attempt, or all rounds, with the preparation of the methods. The table of "
+    "runs has the totals. Compare seconds only within one sweep on one machine.",
+    "growth": "Neurons per layer, relative to the start. Triangles: neurons born. Circles: dead "
+    "neurons replaced. Pressure (the signal of the trigger): moving average of the mean gradient "
+    "norm of a layer's neurons, relative to the norm of the whole gradient. The FLOPs axis ends at "
+    "the last row of metrics.csv.",
+    "experts": "Routing: mean gate on held-out data. Similarity: of the first batches of an expert "
+    "to the known skills, when it was spawned. Triangles: spawns. Dash-dotted line: next task.",
+    "matrix": "Rows: the model before the first task and after each task. Columns: domains. "
+    "Numbers: validation loss [nats/byte]. Colours: change from the first row. Frames: domains of "
+    "the task.",
 }
+_WITH_SEEDS = ("tradeoff", "differences", "changes", "cost")  # whose marks are groups
 
 
 def page(
@@ -110,38 +111,38 @@ def page(
     """Return the page, and its figures by file name as PNG.
 
     Args:
-        notes: what a reader should know of folders that are not on it.
-        beside: title → table, of what stands below the table of all runs.
+        runs: The finished runs.
+        title: Title of the page.
+        notes: Lines on folders that are not on it.
+        beside: Title → table, shown after the table of all runs.
     """
     groups = grouped(runs)
-    number = "one finished run" if len(runs) == 1 else f"{len(runs)} finished runs"
-    if len(groups) < len(runs):
-        number += f" in {len(groups)} groups that differ in the seed alone"
-    lead = f"{number[0].upper()}{number[1:]}. Losses in nats per token, changes per byte."
-    if len(with_controls(groups)) > MOST_GROUPS:
-        lead += f" Changes and cost are drawn of the first {MOST_GROUPS} groups."
-    pictures: dict[str, list[bytes]] = {}
-    for name, found in figures(groups).items():
-        streams = [io.BytesIO() for _ in found]
-        for figure, stream in zip(found, streams, strict=True):
-            figure.savefig(stream, format="png", dpi=DPI)
-        pictures[name] = [stream.getvalue() for stream in streams]
+    lines = lines_of(groups)
+    pictures = {name: [_png(figure) for figure in found] for name, found in figures(groups).items()}
     environment = Environment(
         loader=PackageLoader("tritter.report", ""), autoescape=True, undefined=StrictUndefined
     )
+    legend = [{"swatch": swatch(line), "label": line.label} for line in lines[:MOST_NAMED]]
+    swatches = {line.group.name: swatch(line) for line in lines}
     text = environment.get_template("page.html.j2").render(
         version=__version__,
         title=title,
-        lead=lead,
+        lead=_lead(groups),
         notes=notes,
         verdicts=_VERDICTS,
+        groups=_group_table(lines) if len(groups) < len(runs) else Table((), ()),
+        differences=_difference_table(lines),
         overview=_overview(groups),
+        swatches=swatches,
+        legend=legend if len(lines) > 1 else [],
+        rest=max(0, len(lines) - MOST_NAMED),
         beside=dict(beside or {}),
         figures=[
             {
                 "name": name,
                 "title": TITLES[name],
-                "caption": CAPTIONS[name],
+                "caption": _caption(name, lines),
+                "has_legend": name in WITH_LEGEND,
                 "base64": [base64.b64encode(each).decode("ascii") for each in found],
             }
             for name, found in pictures.items()
@@ -155,14 +156,97 @@ def page(
         for name, found in pictures.items()
         for number, picture in enumerate(found, start=1)
     }
+    if len(lines) > 1:
+        files["legend.png"] = _png(legend_figure(lines))
     return text.translate(_UNSEEN).encode("utf-8", "replace").decode("utf-8"), files
 
 
+def _png(figure: Figure) -> bytes:
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png", dpi=DPI)
+    return stream.getvalue()
+
+
+def _lead(groups: Sequence[Group]) -> str:
+    """Return the line below the title."""
+    num_runs = sum(len(group.runs) for group in groups)
+    lead = "One finished run" if num_runs == 1 else f"{num_runs} finished runs"
+    if len(groups) < num_runs:
+        number = "one group" if len(groups) == 1 else f"{len(groups)} groups"
+        lead += f" in {number}; the runs of a group differ only in the seed"
+    lead += ". Losses are in nats per token, changes of a loss are per byte."
+    if len(with_controls(groups)) > MOST_GROUPS:
+        lead += f" The figures of changes and cost show the first {MOST_GROUPS} groups."
+    return lead
+
+
+def _caption(name: str, lines: Sequence[Line]) -> str:
+    parts = [CAPTIONS[name]]
+    if name in _WITH_SEEDS:
+        if has_seeds(lines):
+            parts.append(_OVER_SEEDS)
+        elif name in ("tradeoff", "changes"):
+            parts.append(_SINGLE)
+        if any(line.group.is_control for line in lines):
+            parts.append(_CONTROL)
+    return " ".join(filter(None, parts))
+
+
+def _group_table(lines: Sequence[Line]) -> Table:
+    """Return a row per group: seeds, verdicts, each domain's change, cost."""
+    domains = domains_of([line.group for line in lines])
+    changes = (f"{domain} ({role}) [%]" for domain, role in domains)
+    header = ("group", "seeds", "status", *changes, "FLOPs", "seconds")
+    rows = []
+    for line in lines:
+        group = line.group
+        found = (group.change(domain) for domain, _ in domains)
+        costs = (group.mean(methodcaller("cost", of)) for of in ("flops", "seconds"))
+        flops, seconds = (None if each is None else each.value for each in costs)
+        cells = [group.name, str(len(group.seeds)), "" if group.is_control else _statuses(group)]
+        cells += [MISSING if each is None else each.text() for each in found]
+        rows.append((*cells, si_text(flops), number_text(seconds, ".1f")))
+    caption = (
+        f"Change of the loss per byte: mean with Student's {CONFIDENCE:.0%} interval over the "
+        f"seeds; below {FEWEST_SEEDS} seeds, the value of each seed. Cost: mean of the training"
+    )
+    return Table(header, tuple(rows), (1, *range(3, len(header))), caption)
+
+
+def _statuses(group: Group) -> str:
+    """Return `2 kept, 1 undecided`; the status alone if all runs have the same."""
+    counts = Counter(_words(run.summary.status) for run in group.runs)
+    if len(counts) == 1:
+        return next(iter(counts))
+    return ", ".join(f"{number} {status}" for status, number in counts.items())
+
+
+def _difference_table(lines: Sequence[Line]) -> Table:
+    """Return a row per group: the differences to the reference, paired by seed."""
+    reference = reference_of(lines)
+    others = [line.group for line in lines if line.group is not reference]
+    domains = domains_of([line.group for line in lines])
+    rows = []
+    for group in others:
+        found = [group.difference(reference, domain) for domain, _ in domains]
+        pairs = max((len(each.values) for each in found if each is not None), default=0)
+        if pairs:
+            texts = (MISSING if each is None else each.text() for each in found)
+            rows.append((group.name, str(pairs), *texts))
+    header = ("group", "seed pairs", *(f"{domain} ({role}) [%]" for domain, role in domains))
+    caption = (
+        f"Loss per byte after training, relative to {reference.name} at the same seed; below zero "
+        f"is better. From {FEWEST_SEEDS} pairs on: mean with Student's {CONFIDENCE:.0%} interval, "
+        "not adjusted for the number of comparisons; below: the value of each seed"
+    )
+    return Table(header, tuple(rows), tuple(range(1, len(header))), caption)
+
+
 def _overview(groups: Sequence[Group]) -> Table:
-    """Return a row per run: its verdict, each domain's change, size and cost."""
+    """Return a row per run: status, each domain's change, size and cost."""
     runs = [(group, run) for group in groups for run in group.runs]
     domains = tuple(dict.fromkeys((r.domain, r.role) for _, run in runs for r in run.rows))
-    changes = (f"{domain} ({role})" for domain, role in domains)
+    changes = (f"{domain} ({role}) [%]" for domain, role in domains)
     has_growth = any(run.summary.growth is not None for _, run in runs)
     growth = ("neurons born", "parameters after growth") if has_growth else ()
     has_experts = any(run.summary.experts is not None for _, run in runs)
@@ -190,7 +274,10 @@ def _overview(groups: Sequence[Group]) -> Table:
         seconds = number_text(summary.seconds.get("total"), ".1f")
         cells += [si_text(summary.flops.get("total")), seconds]
         rows.append(tuple(cells))
-    caption = "change of loss per byte in %, with one-sided bounds over documents"
+    caption = (
+        "Change of the loss per byte with the one-sided bounds of the gate, over documents. "
+        "Parameters: of the checkpoint. FLOPs and seconds: of the whole run"
+    )
     return Table(header, tuple(rows), tuple(range(4, len(header))), caption)
 
 
@@ -199,7 +286,7 @@ def _words(status: object) -> str:
 
 
 def _differing(runs: Sequence[Run]) -> Table:
-    """Return the settings that differ; the longer of settings and runs goes down the page."""
+    """Return the settings that differ; the longer of settings and runs becomes the rows."""
     keys = differing_keys(runs)
     if len(runs) > len(keys):
         by_run = tuple(
@@ -211,7 +298,7 @@ def _differing(runs: Sequence[Run]) -> Table:
 
 
 def _tree(runs: Sequence[Run]) -> list[str]:
-    """Return the chains of all checkpoints as one tree, a line each; runs stand at their ends."""
+    """Return the lineages of all checkpoints as one tree, a line each; runs are at the ends."""
     ends: dict[tuple[str, ...], list[str]] = {}
     for run in runs:
         for length in range(1, len(run.history) + 1):
@@ -238,7 +325,7 @@ def _details(run: Run) -> dict[str, Any]:
         (each.check, each.subject or MISSING, each.verdict, each.detail or MISSING)
         for each in summary.last_attempt.gate
     )
-    tables += [Table(("check", "of", "verdict", "because"), checks), stage_table(summary)]
+    tables += [Table(("check", "subject", "verdict", "reason"), checks), stage_table(summary)]
     notes = list(summary.notes)
     if growth is not None:
         methods += f", growth={growth.name}"
@@ -253,7 +340,7 @@ def _details(run: Run) -> dict[str, Any]:
             )
             for event in growth.events[:_MOST_EVENTS]
         )
-        lines = ["growth, event by event", left_out(len(growth.events), _MOST_EVENTS)]
+        lines = ["Growth events", left_out(len(growth.events), _MOST_EVENTS)]
         caption = "; ".join(filter(None, lines))
         events = Table(_EVENT_HEADER, rows, tuple(range(len(_EVENT_HEADER))), caption)
         tables += [growth_table(growth, most=_MOST_EVENTS), events]
@@ -273,7 +360,7 @@ def _details(run: Run) -> dict[str, Any]:
 
 
 def _attempts(summary: Summary) -> Table:
-    """Return what each attempt or round was and how it ended; empty where there was one."""
+    """Return a row per attempt or round; empty if there was only one."""
     rounds = summary.rounds
     parts = rounds or summary.attempts
     if len(parts) < 2:
@@ -281,344 +368,11 @@ def _attempts(summary: Summary) -> Table:
     domains = list(summary.baseline)
     rows = []
     for number, each in enumerate(parts, start=1):
-        changes = each.overrides or ["as asked for"]
+        changes = each.overrides or ["as requested"]
         if rounds:
-            changes = each.expansion or ["not expanded"]
+            changes = each.expansion or ["no expansion"]
         scores = (score_text(score_of(each.final, domain)) for domain in domains)
         rows.append((f"{number}: {' '.join(changes)}", *scores, _words(each.status or MISSING)))
     header = ("round" if rounds else "attempt", *domains, "verdict")
     numbers = tuple(range(1, 1 + len(domains)))
-    return Table(header, tuple(rows), numbers, f"loss at the end of each {header[0]}")
-
-
-# Figures over several runs, each one panel that fits a phone
-
-MOST_GROUPS = 40  # drawn row by row; the table of the page has all
-MOST_PANELS = 24
-_MOST_NAMED = 20  # in the legend of one figure
-_MOST_MARKED = 60  # expansions and tasks of one figure
-_MARKERS = "osD^vPX*<>"
-_LINE_CHARACTERS = 72
-
-
-@dataclass(frozen=True, slots=True)
-class _Line:
-    """A group and how it is drawn: pairs of color and marker differ where colors come again."""
-
-    group: Group
-    color: str
-    marker: str
-
-    @property
-    def filling(self) -> str:
-        return "white" if self.group.is_control else self.color
-
-    @property
-    def label(self) -> str:
-        number = len(self.group.runs)
-        return f"{self.group.name} ({number} {'run' if number == 1 else 'runs'})"
-
-
-def figures(groups: Sequence[Group]) -> dict[str, list[Figure]]:
-    """Return the figures that the runs have data for, by what they are about."""
-    lines: list[_Line] = []
-    number = -1
-    for group in with_controls(groups):
-        number += not group.is_control
-        color, marker = CYCLE[number % len(CYCLE)], _MARKERS[number % len(_MARKERS)]
-        lines.append(_Line(group, color, marker))
-    runs = [run for group in groups for run in group.runs]
-    means = lines[:MOST_GROUPS]
-    changes = []
-    for domain, role in _domains([line.group for line in means]):
-        found = [(line, line.group.change(domain)) for line in means]
-        title = f"{cut(domain)} ({role}): change of loss per byte [%]"
-        changes.append(_bars_of(found, title=title, scale=100))
-    skilled = [(run, run.summary.experts) for run in runs if run.summary.experts is not None]
-    experts = [
-        figure
-        for run, record in skilled[:MOST_PANELS]
-        for figure in experts_panels(
-            record,
-            name=run.name,
-            end=run.last_steps,
-            borders=run.summary.borders,
-            is_alone=len(skilled) == 1,
-        )
-    ]
-    matrices = []
-    learned = [(run.name, run.summary.matrix) for run in runs if run.summary.matrix]
-    for name, matrix in learned[:MOST_PANELS]:
-        figure = matrix_figure(matrix)
-        figure.axes[0].set_title(shortened(name), fontsize=9)
-        matrices.append(figure)
-    made = {
-        "tradeoff": _tradeoff(lines),
-        "losses": _losses(lines),
-        "changes": [figure for figure in changes if figure is not None],
-        "cost": _costs(means),
-        "growth": _growth(lines),
-        "experts": experts,
-        "matrix": matrices,
-    }
-    return {name: found for name, found in made.items() if found}
-
-
-def _domains(groups: Sequence[Group], role: str | None = None) -> list[tuple[str, Role]]:
-    """Return domains that have losses, each with its role."""
-    rows = (row for group in groups for run in group.runs for row in run.losses)
-    found = dict.fromkeys((row.domain, row.role) for row in rows if role in (None, row.role))
-    return list(found)[:MOST_PANELS]
-
-
-def _legend(figure: Figure, lines: Sequence[_Line]) -> None:
-    """Name what is drawn below it, and make the figure as much higher as that takes."""
-    from matplotlib.lines import Line2D
-
-    handles = []
-    for line in lines[:_MOST_NAMED]:
-        style = "--" if line.group.is_control else "-"
-        rows = textwrap.wrap(plain(line.label), _LINE_CHARACTERS, max_lines=3, placeholder=" ..")
-        handles.append(
-            Line2D([], [], color=line.color, linestyle=style, label="\n".join(rows), markersize=5,
-                   marker=line.marker, markerfacecolor=line.filling)
-        )  # fmt: skip
-    if len(lines) > _MOST_NAMED:
-        rest = f"and {len(lines) - _MOST_NAMED} more: see the table"
-        handles.append(Line2D([], [], linestyle="none", label=rest))
-    height = sum(1 + str(handle.get_label()).count("\n") for handle in handles)
-    figure.set_figheight(figure.get_figheight() + 0.16 * height)
-    figure.legend(handles=handles, loc="outside lower left", frameon=False, fontsize=7.5)
-
-
-def _tradeoff(lines: Sequence[_Line]) -> list[Figure]:
-    """Mean loss of what was old against mean gain on what was new; what nothing beats is joined."""
-    points = []
-    for line in lines:
-        retention, gain = (_mean_change(line.group, role) for role in ("old", "new"))
-        if retention is not None and gain is not None:
-            points.append((line, gain, retention))
-    if not points:
-        return []
-    figure, axes = panel(height=3.8)
-    for line, gain, retention in points:
-        for run in line.group.runs if len(line.group.runs) > 1 else ():
-            single = Group("", (run,))
-            x, y = _mean_change(single, "new"), _mean_change(single, "old")
-            if x is not None and y is not None:
-                axes.plot(-100 * x.value, 100 * y.value, line.marker, color=line.color,
-                          markerfacecolor=line.filling, alpha=0.35, ms=4)  # fmt: skip
-        below, above = _bars(gain)
-        axes.errorbar(
-            -100 * gain.value,
-            100 * retention.value,
-            xerr=[[100 * above], [100 * below]],  # the gain is the fall
-            yerr=[[100 * side] for side in _bars(retention)],
-            color=line.color,
-            marker=line.marker,
-            markerfacecolor=line.filling,
-            linestyle="none",
-            capsize=3,
-        )
-    front = _front([(-gain.value, retention.value) for _, gain, retention in points])
-    axes.plot(*zip(*((100 * x, 100 * y) for x, y in front), strict=True), color=GREY, ls=":", lw=1)
-    axes.axhline(0, color=GREY, linewidth=0.8)
-    axes.margins(0.1)
-    axes.set_xlabel("gain: fall of the loss on new text [% per byte]")
-    axes.set_ylabel("forgetting: rise of the loss\non old text [% per byte]")
-    best = [point for point in points if (-point[1].value, point[2].value) in front]
-    _legend(figure, [line for line, _, _ in sorted(points, key=lambda each: each not in best)])
-    return [figure]
-
-
-def _front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Return the points (gain, harm) that no other beats in both, by gain."""
-    best: list[tuple[float, float]] = []
-    for gain, harm in sorted(points, key=lambda point: (-point[0], point[1])):
-        if not best or harm < best[-1][1]:
-            best.append((gain, harm))
-    return best
-
-
-def _mean_change(group: Group, role: str) -> Interval | None:
-    """Return the mean change over the domains of a role: of each run, then over the runs."""
-    domains = _domains([group], role)
-    if len(domains) == 1:
-        return group.change(domains[0][0])
-
-    def of(run: Run) -> float | None:
-        values = [row.change.value for row in run.losses if row.role == role]
-        known = [value for value in values if value is not None]
-        return sum(known) / len(known) if known and len(known) == len(values) else None
-
-    return group.mean(of)
-
-
-def _losses(lines: Sequence[_Line]) -> list[Figure]:
-    """A panel per domain, one of the text that is trained on, one of the base's pretraining."""
-    named = {
-        f"eval/{domain}/loss": f"{domain} ({role}), validation"
-        for domain, role in _domains([line.group for line in lines])
-    }
-    named["train/loss"] = "the text that is trained on"
-    runs = [run for line in lines for run in line.group.runs]
-    is_in_tokens = all(run.tokens_per_step for run in runs)
-    made = [_course(lines, name, title, is_in_tokens) for name, title in named.items()]
-    bases: dict[tuple[Curve, float], None] = {}  # each once: runs of a sweep share them
-    for run in runs:
-        scale = _scale(run, is_in_tokens=is_in_tokens)
-        bases |= {(each, scale): None for each in run.pretraining if each.name == "train/loss"}
-    if bases:
-        figure, axes = panel(height=2.7)
-        for curve, scale in bases:
-            _draw(axes, curve, scale, _Line(Group("base", ()), GREY, "o"))
-        number = "one base" if len(bases) == 1 else f"{len(bases)} bases"
-        title = f"before: pretraining of {number} on old text"
-        _label_course(axes, title, is_in_tokens=is_in_tokens)
-        made.append(figure)
-    return [figure for figure in made if figure is not None]
-
-
-def _course(lines: Sequence[_Line], name: str, title: str, is_in_tokens: bool) -> Figure | None:
-    """Draw one loss of all runs; where they grew and where tasks begin is marked."""
-    figure, axes = panel(height=2.7)
-    drawn: dict[str, _Line] = {}
-    is_alone = sum(len(line.group.runs) for line in lines if not line.group.is_control) == 1
-    marked: dict[tuple[float, str], None] = {}
-    for line in lines:
-        for run in line.group.runs:
-            scale = _scale(run, is_in_tokens=is_in_tokens)
-            for curve in (each for each in run.curves if each.name == name):
-                drawn[line.group.name] = line
-                _draw(axes, curve, scale, line)
-                marked |= dict.fromkeys((scale * step, "expansion") for step in run.expansions)
-                marked |= dict.fromkeys((scale * step, "task") for step in run.summary.borders)
-                births = [scale * step for step in run.births]
-                mark_growth(axes, births, color=line.color, is_alone=is_alone)
-    if not drawn:
-        return None
-    for place, kind in list(marked)[:_MOST_MARKED]:
-        color, style = ("black", "--") if kind == "expansion" else (GREY, "-.")
-        axes.axvline(place, color=color, linestyle=style, linewidth=0.8)
-    _label_course(axes, title, is_in_tokens=is_in_tokens)
-    _legend(figure, list(drawn.values()))
-    return figure
-
-
-def _scale(run: Run, *, is_in_tokens: bool) -> float:
-    return (run.tokens_per_step or 1) / 1000 if is_in_tokens else 1.0
-
-
-def _label_course(axes: Axes, title: str, *, is_in_tokens: bool) -> None:
-    axes.set_title(shortened(title), fontsize=9)
-    axes.set_xlabel("thousand tokens" if is_in_tokens else "training step")
-    axes.set_ylabel("nats per token")
-
-
-def _draw(axes: Axes, curve: Curve, scale: float, line: _Line) -> None:
-    """Draw a curve, pale below its running mean where it has many points."""
-    places = [scale * step for step in curve.steps]  # step -1 is the model before its expansion
-    values = [value if abs(value) < LARGEST else float("nan") for value in curve.values]
-    style = "--" if line.group.is_control else "-"
-    plot = partial(axes.plot, color=line.color, linestyle=style, linewidth=1.2)
-    if len(values) < SMOOTHED_FROM_POINTS:
-        plot(places, values, marker=line.marker, markerfacecolor=line.filling, markersize=3)
-        return
-    window = len(values) // 20
-    mean = running_mean(values, window)
-    plot(places, values, alpha=0.2)
-    plot(places[window // 2 : window // 2 + len(mean)], mean)
-
-
-def _costs(lines: Sequence[_Line]) -> list[Figure]:
-    """FLOPs and seconds of the training, group by group."""
-    parts: tuple[tuple[Literal["flops", "seconds"], str, float], ...] = (
-        ("flops", "TFLOPs", 1e-12),
-        ("seconds", "seconds", 1.0),
-    )
-    made = []
-    for of, unit, scale in parts:
-        means = [(line, line.group.mean(methodcaller("cost", of))) for line in lines]
-        figure = _bars_of(means, title=f"{unit} of the training", scale=scale)
-        if figure is not None:
-            figure.axes[0].set_xlim(left=0)
-            made.append(figure)
-    return made
-
-
-def _growth(lines: Sequence[_Line]) -> list[Figure]:
-    """The map of each run that may grow; of a single one its pressure; what growth cost in all."""
-    found = [
-        (line, run, run.summary.growth)
-        for line in lines
-        for run in line.group.runs
-        if run.summary.growth is not None
-    ]
-    made = []
-    for _, run, growth in found[:MOST_PANELS]:
-        drawn = [draw_neurons] if len(found) > 1 else [draw_neurons, draw_pressure]
-        for draw in drawn:
-            figure, axes = panel(height=2.9)
-            draw(axes, growth, end=run.last_steps)
-            what = axes.get_title()
-            axes.set_title(shortened(f"{run.name}: {what}"), fontsize=9)
-            if draw is draw_neurons and growth.events:
-                figure.legend(loc="outside lower left", ncols=2, frameon=False, fontsize=7.5)
-            made.append(figure)
-    if not found:
-        return made
-    figure, axes = panel(height=2.9)
-    named: dict[str, _Line] = {}
-    for line, run, growth in found:
-        course = flops_course(growth, end_flops=last_flops(run.curves))
-        if course[0]:
-            draw_parameters(axes, *course, color=line.color, marker=line.marker)
-            named[line.group.name] = line
-    if named:
-        label_flops(axes)
-        axes.set_title("parameters of the models that may grow", fontsize=9)
-        _legend(figure, list(named.values()))
-        made.append(figure)
-    return made
-
-
-def _bars_of(
-    found: Sequence[tuple[_Line, Interval | None]], *, title: str, scale: float
-) -> Figure | None:
-    """Draw a row per group, its name above its interval."""
-    rows = [(line, interval) for line, interval in found if interval is not None]
-    if not rows:
-        return None
-    figure, axes = panel(height=0.8 + 0.42 * len(rows))
-    for number, (line, interval) in enumerate(rows):
-        axes.errorbar(
-            scale * interval.value,
-            number,
-            xerr=[[scale * side] for side in _bars(interval)],
-            color=line.color,
-            marker=line.marker,
-            markerfacecolor=line.filling,
-            capsize=3,
-        )
-        axes.annotate(
-            shortened(line.label),
-            xy=(0, number),
-            xycoords=("axes fraction", "data"),
-            xytext=(2, 8),
-            textcoords="offset points",
-            fontsize=7.5,
-            bbox={"facecolor": "white", "alpha": 0.8, "pad": 0.5, "linewidth": 0},
-        )
-    axes.set_yticks([])
-    axes.set_ylim(len(rows) - 0.5, -0.8)
-    axes.axvline(0, color=GREY, linewidth=0.8)
-    axes.grid(axis="x", alpha=0.25)
-    axes.set_title(plain(title), fontsize=9)
-    return figure
-
-
-def _bars(interval: Interval) -> tuple[float, float]:
-    """Return how far the bounds lie below and above; an unknown one has no bar."""
-    below = 0.0 if interval.lower is None else max(0.0, interval.value - interval.lower)
-    above = 0.0 if interval.upper is None else max(0.0, interval.upper - interval.value)
-    return below, above
+    return Table(header, tuple(rows), numbers, f"Loss after each {header[0]}")
