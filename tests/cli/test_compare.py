@@ -157,7 +157,7 @@ def test_a_page_and_files_of_numbers(run: Run, runs: Path) -> None:
     assert page.count("Settings that differ") == 1
     assert run("compare first better --output numbers.csv").code == 0
     table = list(csv.DictReader((runs / "numbers.csv").open()))
-    pairs = [row for row in table if row["quantity"].startswith("against")]
+    pairs = [row for row in table if row["quantity"].endswith("paired by document")]
     content = run("compare first better --json").json
     assert [float(row["value"]) for row in pairs] == [each["value"] for each in content["paired"]]
     assert run("compare first better --output numbers.json").code == 0

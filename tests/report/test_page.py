@@ -17,8 +17,7 @@ from tests.report.growing import growth
 from tests.report.test_runs import SETTINGS
 from tests.report.test_tables import ungated
 from tritter.report.drawing import DPI
-from tritter.report.figures import MOST_PANELS, figures, lines_of
-from tritter.report.page import page
+from tritter.report.page import MOST_PANELS, _lines, figures, page
 from tritter.report.plots import Curve
 from tritter.report.runs import Run, grouped
 from tritter.report.summary import Summary
@@ -118,12 +117,12 @@ def _lab(color: str) -> np.ndarray:
 def test_eleven_groups_have_eleven_distinguishable_colours(summary: dict[str, Any]) -> None:
     made = Summary.of(summary)
     eleven = [Run(str(n), made, SETTINGS | {"training.learning_rate": n}) for n in range(11)]
-    colours = [line.color for line in lines_of(grouped(eleven))]
+    colours = [line.color for line in _lines(grouped(eleven))]
     assert len(set(colours)) == 11
     for one, other in combinations(colours, 2):
         assert np.linalg.norm(_lab(one) - _lab(other)) > 25, (one, other)  # CIE76; 2.3 is visible
     many = [Run(str(n), made, SETTINGS | {"training.learning_rate": n}) for n in range(60)]
-    styles = [(line.color, line.marker) for line in lines_of(grouped(many))]
+    styles = [(line.color, line.marker) for line in _lines(grouped(many))]
     assert len(set(styles)) == 60
 
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from tritter.report.drawing import BLUE, GREEN, ORANGE, new_figure, say, some
 from tritter.report.summary import GrowthRecord
-from tritter.report.table import Table
-from tritter.report.wording import count_text, number_text
+from tritter.report.table import Table, left_out
+from tritter.report.wording import count_text, number_text, si_text
 
 if TYPE_CHECKING:
     import numpy as np
@@ -54,6 +54,25 @@ def growth_table(growth: GrowthRecord, *, most: int = MAX_ROWS) -> Table:
     events = f"{len(growth.events)} {'event' if len(growth.events) == 1 else 'events'}"
     title += f" in {events}, {growth.checks} checks"
     return Table(header, rows, tuple(range(len(header) - 1)), "\n".join(lines), title=title)
+
+
+def events_table(growth: GrowthRecord, *, most: int) -> Table:
+    """Return a row per event, of the first `most`."""
+    counts = ("step", "layer", "born", "replaced", "left dead", "neurons")
+    header = (*counts, "pressure", "logit shift [σ]", "parameters", "FLOPs so far")
+    rows = tuple(
+        (
+            *map(str, (event.step, event.layer, event.born, event.replaced, event.died)),
+            str(event.neurons),
+            number_text(event.pressure, ".3g"),
+            number_text(event.function_change, ".1e"),
+            count_text(event.parameters),
+            si_text(event.flops),
+        )
+        for event in growth.events[:most]
+    )
+    caption = "; ".join(filter(None, ("Growth events", left_out(len(growth.events), most))))
+    return Table(header, rows, tuple(range(len(header))), caption)
 
 
 def growth_text(growth: GrowthRecord) -> str:

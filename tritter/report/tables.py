@@ -139,6 +139,31 @@ def task_table(summary: Summary) -> Table:
     )
 
 
+def attempts_table(summary: Summary) -> Table:
+    """Return a row per attempt or round; empty if there was only one."""
+    rounds = summary.rounds
+    parts = rounds or summary.attempts
+    if len(parts) < 2:
+        return Table((), ())
+    domains = list(summary.baseline)
+    rows = []
+    for number, each in enumerate(parts, start=1):
+        changes = each.overrides or ["as requested"]
+        if rounds:
+            changes = each.expansion or ["no expansion"]
+        scores = (score_text(score_of(each.final, domain)) for domain in domains)
+        rows.append(
+            (
+                f"{number}: {' '.join(changes)}",
+                *scores,
+                str(each.status or MISSING).replace("_", " "),
+            )
+        )
+    header = ("round" if rounds else "attempt", *domains, "verdict")
+    numbers = tuple(range(1, 1 + len(domains)))
+    return Table(header, tuple(rows), numbers, f"Loss after each {header[0]}")
+
+
 def stage_table(summary: Summary) -> Table:
     """Return seconds and FLOPs of each stage."""
     seconds, flops = summary.seconds, summary.flops
