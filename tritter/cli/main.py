@@ -65,10 +65,10 @@ class Commands(TyperGroup):
 app = typer.Typer(
     name="tritter",
     cls=Commands,
-    help="Grow language models: exact expansion of Hugging Face checkpoints, and their lineage.",
-    epilog="Exit codes: 0 done, 1 failed, 2 the request is wrong and nothing was written, "
-    "3 a check said no, 130 and 143 stopped by Ctrl-C or SIGTERM, 141 the reader of a pipe left. "
-    "Options may be spelled with - or _.",
+    help="Grow language models: function-preserving expansion of Hugging Face checkpoints.",
+    epilog="Exit codes: 0 done, 1 failed, 2 invalid request (nothing was written), 3 a check "
+    "failed, 130 and 143 stopped by Ctrl-C or SIGTERM, 141 broken pipe. Options may be spelled "
+    "with - or _.",
     context_settings={
         "help_option_names": ["-h", "--help"],
         "token_normalize_func": lambda name: name.replace("_", "-"),

@@ -39,7 +39,7 @@ def report(
         option(
             "--output",
             "FILE.html",
-            "The page. Default: report.html in the folder, or here if there are several.",
+            "The page. Default: report.html in the folder, or in the current one for several.",
             parser=place,
         ),
     ] = None,

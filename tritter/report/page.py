@@ -74,12 +74,13 @@ TITLES = {
 }
 _OVER_SEEDS = (
     f"Pale marks: seeds. Full marks and bars: mean and Student's {CONFIDENCE:.0%} interval over "
-    f"the seeds, from {FEWEST_SEEDS} seeds on."
+    f"the seeds. Below {FEWEST_SEEDS} seeds, every mark is a seed."
 )
+_OF_SEEDS = f"Every mark is a seed; there are no intervals below {FEWEST_SEEDS} seeds."
 _SINGLE = "Bars: one-sided bounds of the gate, over documents."
 _CONTROL = "Hollow marks: control (not grown)."
 CAPTIONS = {
-    "tradeoff": "Bottom right is best. Dotted line: Pareto front of the means.",
+    "tradeoff": "Bottom right is best. Dotted line: Pareto front.",
     "differences": "",  # the table above the figures has it
     "losses": "Validation loss on a fixed subset; a rise on an old domain is forgetting. The loss "
     "left of a dashed vertical line is that before the expansion. Dash-dotted vertical line: next "
@@ -184,8 +185,10 @@ def _lead(groups: Sequence[Group]) -> str:
 def _caption(name: str, lines: Sequence[_Line]) -> str:
     parts = [CAPTIONS[name]]
     if name in _WITH_SEEDS:
-        if _has_seeds(lines):
+        if any(len(line.group.seeds) >= FEWEST_SEEDS for line in lines):
             parts.append(_OVER_SEEDS)
+        elif _has_seeds(lines):
+            parts.append(_OF_SEEDS)
         elif name in ("tradeoff", "changes"):
             parts.append(_SINGLE)
         if any(line.group.is_control for line in lines):
@@ -353,6 +356,8 @@ MOST_PANELS = 24
 _MOST_NAMED = 60  # in the legend
 _MOST_MARKED = 60  # expansions and tasks of one figure
 _MARKERS = "osD^vPX*<>"
+_STYLES = ("-", ":", "-.")  # of the first 12 groups, the next 12, and so on
+_DASHES = {"-": "none", "--": "4 3", ":": "1.5 2", "-.": "5 2 1 2"}  # in SVG
 _WITH_LEGEND = ("tradeoff", "losses", "growth")
 
 
@@ -363,14 +368,11 @@ class _Line:
     group: Group
     color: str
     marker: str
+    style: str
 
     @property
     def filling(self) -> str:
         return "white" if self.group.is_control else self.color
-
-    @property
-    def style(self) -> str:
-        return "--" if self.group.is_control else "-"
 
     @property
     def label(self) -> str:
@@ -385,7 +387,8 @@ def _lines(groups: Sequence[Group]) -> list[_Line]:
     for group in with_controls(groups):
         number += not group.is_control
         color, marker = CYCLE[number % len(CYCLE)], _MARKERS[number % len(_MARKERS)]
-        lines.append(_Line(group, color, marker))
+        style = "--" if group.is_control else _STYLES[number // len(CYCLE) % len(_STYLES)]
+        lines.append(_Line(group, color, marker, style))
     return lines
 
 
@@ -404,11 +407,11 @@ def _swatch(line: _Line) -> Markup:
     path = style.get_path().transformed(style.get_transform() + Affine2D().scale(9, -9))
     vertices = np.asarray(path.to_polygons()[0], dtype=float).tolist()
     points = " ".join(f"{x:.2f},{y:.2f}" for x, y in vertices)
-    dash = ' stroke-dasharray="4 3"' if line.group.is_control else ""
+    stroke = f'stroke="{line.color}"'
+    dashes = f'stroke-width="1.6" stroke-dasharray="{_DASHES[line.style]}"'
     return Markup(
-        f'<svg class="swatch" viewBox="-14 -7 28 14"><line x1="-13" x2="13" '
-        f'stroke="{line.color}" stroke-width="1.6"{dash}/><polygon points="{points}" '
-        f'fill="{line.filling}" stroke="{line.color}" stroke-width="1.2"/></svg>'
+        f'<svg class="swatch" viewBox="-14 -7 28 14"><line x1="-13" x2="13" {stroke} {dashes}/>'
+        f'<polygon points="{points}" fill="{line.filling}" {stroke} stroke-width="1.2"/></svg>'
     )
 
 
@@ -501,9 +504,10 @@ def _tradeoff(lines: Sequence[_Line]) -> list[Figure]:
     for line, gain, forgetting in points:
         pairs = list(zip(gain.values, forgetting.values, strict=False))
         if len(gain.values) > 1:
-            mark_seeds = partial(axes.plot, marker=line.marker, color=line.color, linestyle="none")
+            mark = partial(axes.plot, marker=line.marker, color=line.color, linestyle="none")
+            alpha = 1.0 if gain.is_of_seeds else 0.4
             for x, y in pairs:
-                mark_seeds(-100 * x, 100 * y, markerfacecolor=line.filling, alpha=0.4, ms=4)
+                mark(-100 * x, 100 * y, markerfacecolor=line.filling, alpha=alpha, markersize=4)
         if gain.is_of_seeds:
             continue
         is_bounded = len(gain.values) > 1 or not is_seeded
@@ -520,8 +524,11 @@ def _tradeoff(lines: Sequence[_Line]) -> list[Figure]:
             elinewidth=0.9,
             capsize=2.5,
         )
-    front = _front([(-gain.value, forgetting.value) for _, gain, forgetting in points])
-    axes.plot(*zip(*((100 * x, 100 * y) for x, y in front), strict=True), color=GREY, ls=":", lw=1)
+    means = [point for point in points if not point[1].is_of_seeds]
+    front = _front([(-gain.value, forgetting.value) for _, gain, forgetting in means])
+    if front:
+        xs, ys = zip(*((100 * x, 100 * y) for x, y in front), strict=True)
+        axes.plot(xs, ys, color=GREY, linestyle=":", linewidth=1)
     axes.axhline(0, color=GREY, linewidth=0.8)
     axes.margins(0.1)
     axes.set_xlabel("gain: decrease of the loss on new domains [% per byte]")
@@ -569,7 +576,7 @@ def _losses(lines: Sequence[_Line]) -> list[Figure]:
     if bases:
         figure, axes = panel(height=2.7)
         for curve, scale in bases:
-            _draw(axes, curve, scale, _Line(Group("base", ()), GREY, "o"))
+            _draw(axes, curve, scale, _Line(Group("base", ()), GREY, "o", "-"))
         number = "the base" if len(bases) == 1 else f"{len(bases)} bases"
         title = f"pretraining loss of {number}"
         _label_course(axes, title, is_in_tokens=is_in_tokens)
