@@ -147,7 +147,7 @@ def _content(comparison: Comparison, format: str, found: FoundRuns) -> str:
     runs = [each.run for each in comparison.runs]
     own = {OVER_SEEDS, BY_SEED}  # which every page has
     tables = {title: table for title, table in comparison.tables().items() if title not in own}
-    return page(runs, title="Runs compared", notes=found.notes, beside=tables)[0]
+    return page(runs, title="Runs compared", notes=found.notes, tables=tables)[0]
 
 
 def _print(comparison: Comparison, notes: Sequence[str], output: Path | None) -> None:

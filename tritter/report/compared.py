@@ -224,18 +224,21 @@ class Comparison:
         """Return the settings that differ, by run; with many runs, only the independent ones."""
         runs, keys = self.runs, self._keys
         if len(runs) <= _FEW_RUNS:
-            beside = ((key, *(r.run.setting(key, _CELL_CHARACTERS) for r in runs)) for key in keys)
-            return Table(("setting", *(each.name for each in runs)), tuple(beside))
-        told = _telling(keys, [each.run for each in runs])
+            columns = ((key, *(r.run.setting(key, _CELL_CHARACTERS) for r in runs)) for key in keys)
+            return Table(("setting", *(each.name for each in runs)), tuple(columns))
+        independent = _telling(keys, [each.run for each in runs])
         shorter = "without settings that follow from others; --json has all"
-        caption = "" if told == keys else shorter
-        if len(told) <= _FEW_SETTINGS:
+        caption = "" if independent == keys else shorter
+        if len(independent) <= _FEW_SETTINGS:
             below = (
-                (r.name, *(r.run.setting(key, _CELL_CHARACTERS) for key in told)) for r in runs
+                (r.name, *(r.run.setting(key, _CELL_CHARACTERS) for key in independent))
+                for r in runs
             )
-            return Table(("run", *told), tuple(below) if told else (), caption=caption)
+            return Table(
+                ("run", *independent), tuple(below) if independent else (), caption=caption
+            )
         rows = []
-        for key in told:
+        for key in independent:
             by_value: dict[str, list[Compared]] = {}
             for each in runs:
                 by_value.setdefault(repr(each.run.settings.get(key)), []).append(each)

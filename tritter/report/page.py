@@ -108,7 +108,7 @@ def page(
     *,
     title: str,
     notes: Sequence[str] = (),
-    beside: Mapping[str, Table] | None = None,
+    tables: Mapping[str, Table] | None = None,
 ) -> tuple[str, dict[str, bytes]]:
     """Return the page, and its figures by file name as PNG.
 
@@ -116,7 +116,7 @@ def page(
         runs: The finished runs.
         title: Title of the page.
         notes: Lines on folders that are not on it.
-        beside: Title → table, shown after the table of all runs.
+        tables: Title → table, shown after the table of all runs.
     """
     groups = grouped(runs)
     lines = _lines(groups)
@@ -138,7 +138,7 @@ def page(
         swatches=swatches,
         legend=legend if len(lines) > 1 else [],
         rest=max(0, len(lines) - _MOST_NAMED),
-        beside=dict(beside or {}),
+        tables=dict(tables or {}),
         figures=[
             {
                 "name": name,
@@ -150,7 +150,7 @@ def page(
             for name, found in pictures.items()
         ],
         lineage="\n".join(_tree(runs)),
-        differing=Table((), ()) if beside else _differing(runs),
+        differing=Table((), ()) if tables else _differing(runs),
         runs=[_details(run) for run in runs],
     )
     files = {

@@ -197,9 +197,9 @@ def _forgetting_figure(
     figure, panels = new_figure(columns=len(shown), width=1.2 + 3.2 * len(shown), height=4.0)
     for (row, courses), axes in zip(shown, panels, strict=True):
         level = _draw_courses(axes, courses, is_grown=is_grown)
-        for beside in _courses(row, [control]):
+        for course in _courses(row, [control]):
             label = "control (not grown)"
-            axes.plot(beside.steps, beside.values, "s--", color=ORANGE, markersize=3, label=label)
+            axes.plot(course.steps, course.values, "s--", color=ORANGE, markersize=3, label=label)
         for step in borders:
             axes.axvline(step, color=GREY, linestyle="-.", linewidth=1, label="next task")
         mark_growth(axes, [courses[-1].first_step + step for step in born])
