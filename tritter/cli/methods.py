@@ -17,12 +17,12 @@ import typer
 
 from tritter.cli.options import CheckpointCommand, spelled
 from tritter.config.folders import (
-    Front,
+    SearchPath,
     body_of,
     composing_from,
-    front,
-    front_of,
     option_files,
+    search_path,
+    search_path_of,
 )
 from tritter.config.launch.help import comments
 from tritter.errors import Problem, RequestError, nearest, raise_problems
@@ -48,7 +48,7 @@ class MethodCommand(CheckpointCommand):
     """A command that also has the options of all methods; their values go to `ctx.obj`."""
 
     def get_params(self, ctx: Any) -> list[Any]:
-        options = _parameters(front())
+        options = _parameters(search_path())
         if (shown := ctx.meta.get(_SHOWN)) is not None:
             options = [each for each in options if each.name in shown]
         return [*super().get_params(ctx), *options]
@@ -80,7 +80,7 @@ class MethodCommand(CheckpointCommand):
             folders, ctx.meta[_METHODS] = known.config_dir, known.method
         if ctx.obj is False:  # --help-all
             ctx.meta[_METHODS] = None
-        ctx.with_resource(composing_from(front_of(folders, None)))
+        ctx.with_resource(composing_from(search_path_of(folders, None)))
         rest = super().parse_args(ctx, args)
         given = {name: ctx.params.pop(name) for name in method_options()}
         ctx.obj = {name: value for name, value in given.items() if value is not None}
@@ -89,11 +89,11 @@ class MethodCommand(CheckpointCommand):
 
 def method_bodies() -> dict[str, dict[str, Any]]:
     """Return method → key → default, as the option files state them."""
-    return _bodies(front())
+    return _bodies(search_path())
 
 
 @cache
-def _bodies(_of: Front) -> dict[str, dict[str, Any]]:
+def _bodies(_of: SearchPath) -> dict[str, dict[str, Any]]:
     files = option_files()["expansion"]
     bodies = {name: body_of(path).get(name) for name, path in files.items() if name != "none"}
     return {name: body for name, body in bodies.items() if isinstance(body, dict)}
@@ -111,7 +111,7 @@ def method_options() -> dict[str, dict[str, str]]:
 
 
 @cache
-def _parameters(_of: Front) -> list[Any]:
+def _parameters(_of: SearchPath) -> list[Any]:
     """Return the options as Typer makes them of a function's parameters."""
 
     bodies, parameters = method_bodies(), []

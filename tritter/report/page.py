@@ -525,7 +525,7 @@ def _tradeoff(lines: Sequence[_Line]) -> list[Figure]:
             capsize=2.5,
         )
     means = [point for point in points if not point[1].is_of_seeds]
-    front = _front([(-gain.value, forgetting.value) for _, gain, forgetting in means])
+    front = _search_path([(-gain.value, forgetting.value) for _, gain, forgetting in means])
     if front:
         xs, ys = zip(*((100 * x, 100 * y) for x, y in front), strict=True)
         axes.plot(xs, ys, color=GREY, linestyle=":", linewidth=1)
@@ -536,7 +536,7 @@ def _tradeoff(lines: Sequence[_Line]) -> list[Figure]:
     return [figure]
 
 
-def _front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+def _search_path(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     """Return the Pareto front of points (gain, forgetting), by gain."""
     best: list[tuple[float, float]] = []
     for gain, forgetting in sorted(points, key=lambda point: (-point[0], point[1])):

@@ -15,12 +15,12 @@ from io import StringIO
 from typing import TYPE_CHECKING
 
 from tritter import __version__
-from tritter.config.folders import composing_from, front, front_of
+from tritter.config.folders import composing_from, search_path, search_path_of
 from tritter.config.launch.command_line import (
     FLAGS,
     UNFORESEEN,
     CommandLine,
-    check_words,
+    check_encodable,
     read_command_line,
     said,
 )
@@ -47,7 +47,7 @@ def main(pipeline: "Pipeline", *, arguments: Sequence[str] | None = None) -> int
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        check_words(words)
+        check_encodable(words)
         with stopping():
             return _run(words, pipeline)
     except RequestError as error:
@@ -75,7 +75,9 @@ def _run(words: list[str], pipeline: "Pipeline") -> int:
     if command.is_version:
         say(f"tritter {__version__}")
         return 0
-    meant = front_of(command.config_folders, command.config_name, searchpath=command.searchpath)
+    meant = search_path_of(
+        command.config_folders, command.config_name, searchpath=command.searchpath
+    )
     with composing_from(meant):
         if command.is_help:
             from tritter.config.launch.help import help_text
@@ -100,7 +102,7 @@ def _answer(command: CommandLine, hydra: "Hydra") -> int:
         if command.shows == "hydra_help":
             hydra.hydra_help(None, get_args_parser(), argparse.Namespace(overrides=words))
         else:
-            hydra.shell_completion(front().config_name, words)
+            hydra.shell_completion(search_path().config_name, words)
     except ValueError as error:
         raise RequestError(f"{' '.join(words)}: {' '.join(str(error).split())}.") from error
     return 0
@@ -109,7 +111,7 @@ def _answer(command: CommandLine, hydra: "Hydra") -> int:
 def _act(
     command: CommandLine, composing: "Composer", pipeline: "Pipeline", words: list[str]
 ) -> int:
-    from tritter.config.launch.composition import SweepAsked
+    from tritter.config.launch.composition import SweepInConfig
     from tritter.config.launch.jobs import Task
     from tritter.config.launch.plan import Refused, plan_of, read_request, requested
 
@@ -125,7 +127,7 @@ def _act(
             if not request.is_multirun:
                 try:
                     return _run_one(request, task, composing.hydra)
-                except SweepAsked:
+                except SweepInConfig:
                     request.is_multirun = composing.loader.is_sweep = True
             from tritter.config.launch.sweep import run_sweep
 
@@ -151,7 +153,7 @@ def _show(command: CommandLine, request: "Request", hydra: "Hydra") -> int:
         RequestError: what is asked for is not there.
     """
     words, told = list(request.overrides), StringIO()
-    name, what = front().config_name, command.what or "all"
+    name, what = search_path().config_name, command.what or "all"
     if command.shows == "info":
         hydra.show_info(what, name, words)
         return 0
@@ -170,7 +172,7 @@ def _run_one(request: "Request", task: "Task", hydra: "Hydra") -> int:
 
     request.composing.loader.is_sweep = False
     try:
-        hydra.run(front().config_name, task, list(request.overrides))
+        hydra.run(search_path().config_name, task, list(request.overrides))
     except Stopped as stop:
         if request.plan is not None:
             (job,) = request.plan.jobs
@@ -207,11 +209,13 @@ def completions(words: Sequence[str]) -> list[str]:
 
     try:
         command = read_command_line(before)
-        meant = front_of(command.config_folders, command.config_name, searchpath=command.searchpath)
+        meant = search_path_of(
+            command.config_folders, command.config_name, searchpath=command.searchpath
+        )
         with composing_from(meant), composer() as composing:
             line = " ".join([*command.overrides, word])
             plugin = DefaultCompletionPlugin(composing.loader)
-            found: list[str] = plugin._query(front().config_name, line)
+            found: list[str] = plugin._query(search_path().config_name, line)
     except RequestError:
         return []
     return [one for one in found if one != word]

@@ -13,7 +13,7 @@ from hydra._internal.hydra import Hydra
 from rich.table import Table
 from rich.text import Text
 
-from tritter.config.folders import front
+from tritter.config.folders import search_path
 from tritter.config.launch.jobs import ENDS, STATUS_FILE, Job, Task, read_status
 from tritter.config.launch.plan import Request
 from tritter.config.overrides import as_value, command
@@ -66,7 +66,7 @@ def run_sweep(request: Request, task: Task, hydra: Hydra, *, typed: Sequence[str
         # First, so that a mode that is typed wins, and is refused
         words = ["hydra.mode=MULTIRUN", *request.overrides]
         with _watching(request, lines):
-            hydra.multirun(front().config_name, task, words)
+            hydra.multirun(search_path().config_name, task, words)
     except Stopped as stop:
         if (plan := request.plan) is not None and plan.sweep_folder is not None:
             stop.advice = (_goes_on(request, typed),)
