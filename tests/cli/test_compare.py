@@ -72,7 +72,7 @@ def test_differences_are_those_of_the_paired_bootstrap(run: Run, runs: Path) -> 
     assert NUM_RESAMPLES > 1000
     assert found["prose", "better"]["lower"] > 0 > found["code", "better"]["upper"]
     # The same numbers on other documents say nothing in pairs
-    assert found["prose", "other"]["why_not"] == "not paired: other documents"
+    assert found["prose", "other"]["why_not"] == "not paired: different documents"
     assert found["prose", "other"]["value"] is None
     assert found["code", "other"]["value"] == 0
     by_name = {each["name"]: each for each in content["runs"]}
@@ -108,8 +108,14 @@ def test_the_terminal_names_runs_once(run: Run, runs: Path) -> None:
     out = [" ".join(line.split()) for line in result.out.splitlines()]
     assert out[:3] == ["A first", "B better", "C other"]
     assert any(line.startswith("prose B +5.") for line in out)
-    assert any(line.startswith("C -") and "not paired: other documents" in line for line in out)
-    for title in ("Settings that differ", "Losses", "Against A, in pairs", "Over seeds", "Cost"):
+    assert any(line.startswith("C -") and "not paired: different documents" in line for line in out)
+    for title in (
+        "Settings that differ",
+        "Losses",
+        "Differences to A, paired by document",
+        "Over seeds",
+        "Cost",
+    ):
         assert title in out
     assert any("300 M" in line for line in out)
 
@@ -141,17 +147,17 @@ def test_right_answers_are_named_in_words(run: Run, runs: Path) -> None:
         scores["code"] |= answers
     path.write_text(json.dumps(summary))
     out = run("compare first other").out
-    assert "code right" in out and "/accuracy" not in out
+    assert "code accuracy" in out and "/accuracy" not in out
 
 
 def test_a_page_and_files_of_numbers(run: Run, runs: Path) -> None:
     assert run("compare first better --output out/page.html").code == 0
     page = (runs / "out/page.html").read_text()
-    assert "Against first, in pairs" in page and "Losses over tokens" in page
+    assert "Differences to first, paired by document" in page and "Loss curves" in page
     assert page.count("Settings that differ") == 1
     assert run("compare first better --output numbers.csv").code == 0
     table = list(csv.DictReader((runs / "numbers.csv").open()))
-    pairs = [row for row in table if row["quantity"].startswith("against")]
+    pairs = [row for row in table if row["quantity"].endswith("paired by document")]
     content = run("compare first better --json").json
     assert [float(row["value"]) for row in pairs] == [each["value"] for each in content["paired"]]
     assert run("compare first better --output numbers.json").code == 0
@@ -200,7 +206,7 @@ def test_settings_and_names_that_files_have_no_signs_for(run: Run, runs: Path, k
         (lambda path: path.write_text('{"prose": 3}'), "scores are no record"),
         (
             lambda path: path.write_text(path.read_text().replace("d7", "d8", 1)),
-            "not paired: other documents",
+            "not paired: different documents",
         ),
         (
             lambda path: path.write_text(json.dumps({"prose": scored(5.0, seed=0).to_dict()})),

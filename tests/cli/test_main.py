@@ -69,10 +69,29 @@ def test_help_lists_the_commands(run: Run) -> None:
             assert re.search(rf"^\W*{command} ", result.out, re.MULTILINE)
 
 
-@pytest.mark.quick_cases(3)
-@pytest.mark.parametrize("command", COMMANDS)
-def test_each_command_has_help(run: Run, command: str) -> None:
-    assert run(f"{command} --help").code == 0
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_each_page_of_help_fits_100_lines_of_100_columns(
+    run: Run, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setattr("typer.rich_utils.MAX_WIDTH", None)
+    folded, whole = (run(f"{command} {flag}".strip()) for flag in ("--help", "--help-all"))
+    assert folded.code == whole.code == 0
+    lines = folded.out.splitlines()
+    assert len(lines) <= 100 and max(map(len, lines)) <= 100
+    if command in ("expand", "train"):
+        assert len(whole.out.splitlines()) > len(lines)
+    else:
+        assert whole.out == folded.out
+
+
+def test_help_describes_the_options_of_the_methods_that_are_typed(run: Run) -> None:
+    every = ["--target-layers", "--drop-layers", "--identity-init"]
+    folded, chosen = (run(f"expand{words} --help").out for words in ("", " --method dus"))
+    for option in every:
+        assert re.search(rf"dus:.* {option}|dus: {option}", folded)
+        assert not re.search(rf"│ {option} ", folded) and re.search(rf"│ {option} ", chosen)
+    assert "llama-pro: " in chosen and not re.search(r"^\W*dus: --", chosen, re.MULTILINE)
 
 
 @pytest.mark.quick_cases(8)
@@ -151,7 +170,7 @@ def test_the_options_offered_are_those_that_the_methods_have() -> None:
 
 def test_help_names_every_method_and_choice(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
-    text = run("expand --help").out
+    text = run("expand --help-all").out
     for method in EXPANSIONS:
         assert spelled(method) in text
     for word in (*get_args(Init), *get_args(Shares), *STRATEGIES):

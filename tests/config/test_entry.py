@@ -193,6 +193,58 @@ def test_a_sweep(run: Run, pipeline: FakePipeline, tmp_path: Path) -> None:
         assert word in result.out
 
 
+def test_a_sweep_prints_a_line_per_job_and_keeps_the_output_in_its_log(
+    run: Run, pipeline: FakePipeline, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    called = FakePipeline.__call__
+
+    def print_and_run(self: FakePipeline, config: RunConfig, *, run_folder: Path) -> FakeOutcome:
+        print(f"a line of seed {config.seed}")
+        return called(self, config, run_folder=run_folder)
+
+    monkeypatch.setattr(FakePipeline, "__call__", print_and_run)
+    result = run("-m", "seed=0,1,2", "training=quick", "hydra.sweep.dir=here")
+    logs = [tmp_path / "here" / str(number) / "output.txt" for number in range(3)]
+    started, *lines = result.out.splitlines()
+    assert started.endswith(
+        f"3 jobs, one at a time; output of each: {tmp_path}/here/JOB/output.txt"
+    )
+    assert lines[:3] == [
+        "[1/3] job 0 (seed=0): kept; metric 0.2500",
+        f"[2/3] job 1 (seed=1): failed: the loss was not finite 10 times in a row; log: {logs[1]}",
+        f"[3/3] job 2 (seed=2): failed: KeyError: 'a bug'; log: {logs[2]}",
+    ]
+    assert lines[3].startswith("training=quick") or "━" in lines[4]  # the table
+    assert "a line of" not in result.out and "Traceback" not in result.out + result.err
+    for number, log in enumerate(logs):
+        assert f"a line of seed {number}" in log.read_text()
+    assert "Traceback" in logs[2].read_text()
+
+
+@pytest.mark.quick_cases(1)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_sweep_that_is_stopped_prints_its_table(
+    run: Run, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    called = FakePipeline.__call__
+
+    def stop_second(self: FakePipeline, config: RunConfig, *, run_folder: Path) -> FakeOutcome:
+        if config.seed == 3:
+            os.kill(os.getpid(), number)
+        return called(self, config, run_folder=run_folder)
+
+    monkeypatch.setattr(FakePipeline, "__call__", stop_second)
+    result = run("-m", "seed=0,3,4", "hydra.sweep.dir=here")
+    assert result.code == 128 + number
+    rows = [line.split("│")[1:4] for line in result.out.splitlines() if line.startswith("│")]
+    assert [[cell.strip() for cell in row] for row in rows] == [
+        ["0", "seed=0", "kept"],
+        ["1", "seed=3", "interrupted"],
+        ["2", "seed=4", "not run"],
+    ]
+    assert "Go on with the sweep" in result.err and not Path("here/2").exists()
+
+
 def test_the_table_of_a_sweep_has_experts_where_some_job_has_them(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -241,7 +293,9 @@ def test_a_sweep_goes_on_in_its_folder(run: Run, pipeline: FakePipeline) -> None
     run("-m", "seed=0,1", "hydra.sweep.dir=here")
     result = run("-m", "seed=0,1", "hydra.sweep.dir=here")
     assert [config.seed for config in pipeline.configs] == [0, 1, 1]
-    assert "job 0 was over before: kept" in result.out and "job 1 was" not in result.out
+    first, second = [line for line in result.out.splitlines() if line.startswith("[")]
+    assert first == "[1/2] job 0 (seed=0): kept; metric 0.2500; finished earlier"
+    assert second.startswith("[2/2] job 1 (seed=1): failed: ")
     assert result.code == 1
     refused = run("-m", "seed=0,2", "hydra.sweep.dir=here")
     assert refused.code == 2
@@ -255,7 +309,7 @@ def test_an_ungated_job_is_finished(run: Run, pipeline: FakePipeline) -> None:
     first = run(*words)
     assert first.code == 0 and "ungated" in first.out
     again = run(*words)
-    assert again.code == 0 and "job 1 was over before: ungated" in again.out
+    assert again.code == 0 and "job 1 (seed=4): ungated; metric 0.2500; finished e" in again.out
     assert [config.seed for config in pipeline.configs] == [0, 4]
     assert read_status(Path("here/1")).status == "ungated"
 

@@ -1,6 +1,7 @@
 """Every shipped option file composes, and the keys of the interface are the frozen list."""
 
 import dataclasses
+import re
 from itertools import product
 from pathlib import Path
 
@@ -63,7 +64,15 @@ def test_every_option_composes(composing: Composer, name: str) -> None:
 @pytest.mark.parametrize("path", OPTION_FILES, ids=NAMES)
 def test_every_option_says_what_it_is(path: Path) -> None:
     assert len(description(path)) > 3
-    assert f"    {path.stem} " in help_text() or f"    {path.stem}\n" in help_text()
+    whole = help_text(is_whole=True)
+    assert f"    {path.stem} " in whole or f"    {path.stem}\n" in whole
+    folded = next(line for line in _unwrapped(help_text()) if line.startswith(path.parent.name))
+    names = re.findall(r"[\w-]+", folded)
+    assert path.stem in names[1:]
+
+
+def _unwrapped(page: str) -> list[str]:
+    return [line.strip() for line in re.sub(r"\n {6,}", " ", page).splitlines()]
 
 
 def test_every_group_and_method_has_options() -> None:

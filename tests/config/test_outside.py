@@ -91,7 +91,7 @@ def test_it_stands_in_the_help(outside: tuple[Path, list[str]]) -> None:
 
     def train(*words: str) -> str:
         paths = os.pathsep.join([str(folder), str(ROOT)])
-        command = [sys.executable, str(ROOT / "train.py"), *found_by, *words, "--help"]
+        command = [sys.executable, str(ROOT / "train.py"), *found_by, *words, "--help-all"]
         environment = os.environ | {"PYTHONPATH": paths}
         return subprocess.run(
             command, cwd=folder.parent, capture_output=True, text=True, env=environment, check=True
@@ -158,7 +158,7 @@ def test_an_expansion_from_outside_is_a_method_of_the_command(
             check=False,
         )
 
-    assert re.search(r"--times +VALUE +one-more: ", expand("--help").stdout)
+    assert re.search(r"--times +VALUE +one-more: ", expand("--help-all").stdout)
     refused = expand("--checkpoint", "nowhere", "--method", "one-more", "--times", "9")
     assert refused.returncode == 2
     assert "--times = 9: allowed is" in refused.stderr

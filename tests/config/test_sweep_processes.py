@@ -62,6 +62,9 @@ def test_failed_and_killed_jobs_stand_in_the_table(tmp_path: Path, launcher: tup
     assert {line[4] for line in begun(tmp_path)} == {"sweep"}
     assert "a line of the run" in (tmp_path / "sweep/0/output.txt").read_text()
     assert "a line of the run" not in out
+    lines = [line for line in out.splitlines() if line.startswith("[")]
+    assert len(lines) == 3 and not any(f"seed={IS_KILLED}" in line for line in lines)
+    assert any(f"(seed={FAILS}): failed: the loss was not finite" in line for line in lines)
     at_once = 2 if launcher[0] == "joblib" else 4
     threads = max(1, len(os.sched_getaffinity(0)) // at_once)
     assert {line[3] for line in begun(tmp_path)} == {str(threads)}

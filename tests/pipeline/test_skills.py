@@ -103,7 +103,7 @@ def test_accuracies_are_logged_and_shown(
     assert logged == [task["final"]["sorting"]["accuracy"] for task in summary["tasks"]]
     run_skills(trained, *WORDS)  # it is done, and shown again
     shown = capsys.readouterr().out
-    assert "sorting right" in shown and "points" in shown
+    assert "sorting accuracy" in shown and "points" in shown
     assert "answers    right ones are counted of key_value, identity, sorting" in shown
 
 

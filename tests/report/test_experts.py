@@ -61,7 +61,7 @@ def test_the_tables_have_each_expert_and_each_domain(summary: dict[str, Any]) ->
     assert line_of(routing, "prose") == ["prose", "98", "2", "0"]
     assert line_of(routing, "code") == ["code", "10", "85", "5"]
     said = " ".join(routing.split())
-    assert "experts 2 at the end, 3 spawned; 12.4 k parameters trained (3.1 %);" in said
+    assert "experts 2 at the end, 3 spawned; 12.4 k trainable parameters (3.1 %);" in said
     assert "batches: 120 known, 6 new, 2 unsure, 0 idle; 1 refused, last: the cooldown;" in said
     assert "routed top-2 at temperature 0.5" in said
     assert "parameters 170 k + 12.4 k experts" in said
@@ -169,7 +169,7 @@ def test_page_and_plots_have_them_where_there_are_some(summary: dict[str, Any], 
     plain = run_of(summary, "plain", 1)
     found = figures(grouped([one, plain, run_of(made, "again", 2)]))["experts"]
     assert [figure.axes[0].get_title() for figure in found] == [
-        f"{name}: routing by skill: mean gate [%]" for name in ("one", "again")
+        f"{name}: routing by domain: mean gate [%]" for name in ("one", "again")
     ]
     text, _ = page([plain], title="None")
     assert "trainable share" not in text and "LoRA" not in text
@@ -183,7 +183,7 @@ def test_groups_are_named_by_them(summary_with_control: dict[str, Any]) -> None:
     assert names[0].endswith("forgetting=ewc experts=dylora")
     assert "experts=none" in names[1]
     control = next(group for group in with_controls(grouped([first])) if group.is_control)
-    assert control.name == "control, not grown: forgetting=ewc"
+    assert control.name == "control (not grown) forgetting=ewc"
     assert control.runs[0].summary.experts is None
 
 
@@ -215,8 +215,8 @@ def test_names_of_theirs_are_text(summary: dict[str, Any]) -> None:
         (("events", 0, "why"), 5, "experts.events.0.why"),
         (("usage", "prose", "base"), math.inf, "experts.usage.prose.base"),
         (("usage_over_time", "steps"), [10, 9, 50, 90], "steps of usage_over_time do not ascend"),
-        (("usage_over_time", "gates", "base"), [1.0], "usage_over_time has not one number"),
-        (("ranks_over_time", "ranks"), {"x": []}, "ranks_over_time has not one number"),
+        (("usage_over_time", "gates", "base"), [1.0], "usage_over_time: 4 numbers are required"),
+        (("ranks_over_time", "ranks"), {"x": []}, "ranks_over_time: 3 numbers are required"),
         (("ranks", "expert_1"), "8", "experts.ranks.expert_1"),
         (("parameters", "share"), "all", "experts.parameters.share"),
         (("batches", "known"), -2, "experts.batches.known"),

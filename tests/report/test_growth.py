@@ -58,9 +58,9 @@ def test_the_table_has_each_layer_with_its_sums(summary: dict[str, Any]) -> None
     assert line_of(rows, "1")[:8] == ["1", "192", "→", "222", "30", "0", "0", "1.5e-07"]
     assert line_of(rows, "growth") == [
         *("growth", "parameters", "169", "k", "→", "177", "k;"),
-        *("neurons", "384", "→", "426;", "10", "of", "them", "young", "at", "the"),
+        *("neurons", "384", "→", "426;", "10", "of", "them", "not", "mature"),
     ]
-    assert "a young one moved by 0.012 a step, an old one by 0.009" in " ".join(text.split())
+    assert "mean update per step: young 0.012, old 0.009" in " ".join(text.split())
     plain = printed(summary | {"growth": growth()})
     assert "left dead" not in plain and "50 born in 5 events" in plain
 
@@ -86,14 +86,14 @@ def test_nothing_grown_is_one_line_with_what_to_try(summary: dict[str, Any]) -> 
     made = growth(grows_every=0)
     text = " ".join(printed(summary | {"growth": made}).split())
     assert "growth nothing grew in 17 checks; try a lower growth.gradient_percentile" in text
-    assert "a shorter growth.growth_cooldown (25) or growth.check_every, or a longer" in text
+    assert "a smaller growth.growth_cooldown (25) or growth.check_every, or more" in text
     assert "Growth:" not in text
     made |= {"advice": ""}  # of a trigger from outside
-    assert nothing_grew(record_of(made)).startswith("nothing grew in 17 checks; try a shorter")
+    assert nothing_grew(record_of(made)).startswith("nothing grew in 17 checks; try a smaller")
     made["options"] |= {"check_every": 1}
     assert "check_every" not in nothing_grew(record_of(made))  # nothing is shorter
     made["options"] |= {"growth_cooldown": 1}
-    assert nothing_grew(record_of(made)) == "nothing grew in 17 checks; try a longer training"
+    assert nothing_grew(record_of(made)) == "nothing grew in 17 checks; try more training steps"
     assert "before the first check" in nothing_grew(record_of(growth(checks=0)))
     assert "growth" not in printed(summary).lower()
 
@@ -178,18 +178,18 @@ def test_wandb_has_its_sums(summary: dict[str, Any]) -> None:
         ((), [], "growth"),
         (("events",), None, "growth.events"),
         (("events", 0, "step"), 1.5, "growth.events.0.step"),
-        (("events", 0, "layer"), 2, "a layer that is none of 2"),
-        (("events", 0, "step"), 10**9, "of its events do not ascend"),
+        (("events", 0, "layer"), 2, "a layer outside 0 to 1"),
+        (("events", 0, "step"), 10**9, "of the events do not ascend"),
         (("events", 0, "function_change"), math.nan, "growth.events.0.function_change"),
         (("events", 0, "flops"), 1e300, "growth.events.0.flops"),
-        (("neurons", "before"), [192], "another number of layers"),
+        (("neurons", "before"), [192], "different numbers of layers"),
         (("neurons", "before"), [0, 192], "growth.neurons.before.0"),
         (("neurons", "before"), [1] * 5000, "growth.neurons.before"),
         (("neurons", "after"), [], "growth.neurons.after"),
-        (("map", "steps", 1), 12, "of its map do not ascend"),
-        (("map", "pressure", 0), [1.0], "pressure of its map"),
+        (("map", "steps", 1), 12, "of the map do not ascend"),
+        (("map", "pressure", 0), [1.0], "pressure of the map"),
         (("map", "pressure", 0, 0), math.inf, "growth.map.pressure.0.0"),
-        (("map", "neurons"), [], "neurons of its map"),
+        (("map", "neurons"), [], "neurons of the map"),
         (("born",), "many", "growth.born"),
         (("checks",), -1, "growth.checks"),
         (("parameters",), {"after": "x"}, "growth.parameters.after"),

@@ -77,7 +77,7 @@ def test_the_picture_has_each_change_and_frames_what_was_trained() -> None:
 def test_right_answers_have_a_panel_of_their_own() -> None:
     made = matrix("code", "sums") | {"accuracy": {"sums": [0.0, None, 0.876]}}
     figure = matrix_figure(Matrix(**made))
-    axes = next(each for each in figure.axes if each.get_title() == "right answers [%]")
+    axes = next(each for each in figure.axes if each.get_title() == "accuracy [%]")
     assert [text.get_text() for text in axes.texts] == ["0", "?", "88"]
     assert [p.get_xy() for p in axes.patches if isinstance(p, Rectangle)] == [(-0.5, 1.5)]
     assert matrix_figure(Matrix(**matrix("code"))).get_figwidth() < figure.get_figwidth()
@@ -106,13 +106,13 @@ def test_wandb_has_the_means(summary: dict[str, Any]) -> None:
     ("place", "value", "said"),
     [
         ((), [], "matrix"),
-        (("rows",), ["baseline"], "of 1 rows and 3 domains"),
-        (("domains",), ["a", "a", "b"], "stands in it twice"),
-        (("loss_per_byte", 0), [1.0], "loss_per_byte is not of"),
+        (("rows",), ["baseline"], "loss_per_byte: 1 rows of 3 domains"),
+        (("domains",), ["a", "a", "b"], "occurs twice"),
+        (("loss_per_byte", 0), [1.0], "loss_per_byte: 3 rows"),
         (("loss_per_byte", 0, 0), math.nan, "loss_per_byte.0.0"),
-        (("accuracy",), {"code": [0.5]}, "an accuracy is not of 3 rows"),
-        (("trained",), [[]], "trained is not of 3 rows"),
-        (("own", "code"), 3, "own row is none of 3"),
+        (("accuracy",), {"code": [0.5]}, "accuracy: 3 rows"),
+        (("trained",), [[]], "trained: 3 rows"),
+        (("own", "code"), 3, "own: a row is outside 0 to 2"),
         (("backward_transfer", "code"), "x", "matrix.backward_transfer.code"),
         (("mean_forward_transfer",), math.inf, "matrix.mean_forward_transfer"),
     ],

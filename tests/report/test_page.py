@@ -1,17 +1,23 @@
 """The page: everything in one file, nothing loaded, and text of runs is text."""
 
+import copy
 import json
 import math
+import re
+from dataclasses import replace
 from html.parser import HTMLParser
+from itertools import combinations
 from typing import Any
 
+import numpy as np
 import pytest
+from matplotlib.colors import to_rgb
 
 from tests.report.growing import growth
 from tests.report.test_runs import SETTINGS
 from tests.report.test_tables import ungated
 from tritter.report.drawing import DPI
-from tritter.report.page import MOST_PANELS, figures, page
+from tritter.report.page import MOST_PANELS, _lines, figures, page
 from tritter.report.plots import Curve
 from tritter.report.runs import Run, grouped
 from tritter.report.summary import Summary
@@ -70,22 +76,25 @@ def test_it_holds_everything_and_loads_nothing(summary_with_control: dict[str, A
     found = seen(text)
     assert list(pictures) == [
         "tradeoff.png",
+        "differences_1.png",
+        "differences_2.png",
+        "changes_1.png",
+        "changes_2.png",
         "losses_1.png",  # prose, validation
         "losses_2.png",  # training
         "losses_3.png",  # pretraining
-        "changes_1.png",
-        "changes_2.png",
         "cost_1.png",
         "cost_2.png",
+        "legend.png",
     ]
     assert all(picture.startswith(b"\x89PNG") for picture in pictures.values())
     images = [attributes["src"] for tag, attributes in found.tags if tag == "img"]
-    assert len(images) == 8 and all(str(s).startswith("data:image/png;base64,") for s in images)
+    assert len(images) == 10 and all(str(s).startswith("data:image/png;base64,") for s in images)
     assert not {"script", "link", "iframe", "object"} & {tag for tag, _ in found.tags}
     assert all(a.get("href", "#").startswith("#") for _, a in found.tags)  # type: ignore[union-attr]
     words = " ".join(" ".join(found.words).split())
     for expected in (
-        "2 finished runs in 1 groups",
+        "2 finished runs in one group",
         "+1.02 [+0.78, +1.36]",  # of the gate, as the run's own table has it
         "Settings that differ",
         "control:",
@@ -93,6 +102,88 @@ def test_it_holds_everything_and_loads_nothing(summary_with_control: dict[str, A
     ):
         assert expected in words
     assert sum(tag == "details" for tag, _ in found.tags) == 2
+
+
+def _lab(color: str) -> np.ndarray:
+    """CIE L*a*b* of an sRGB colour (D65)."""
+    channels = np.asarray(to_rgb(color))
+    linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
+    matrix = [[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]
+    t = np.asarray(matrix) @ linear / [0.95047, 1.0, 1.08883]
+    x, y, z = np.where(t > 0.008856, np.cbrt(t), 7.787 * t + 16 / 116)
+    return np.asarray([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
+def test_eleven_groups_have_eleven_distinguishable_colours(summary: dict[str, Any]) -> None:
+    made = Summary.of(summary)
+    eleven = [Run(str(n), made, SETTINGS | {"training.learning_rate": n}) for n in range(11)]
+    colours = [line.color for line in _lines(grouped(eleven))]
+    assert len(set(colours)) == 11
+    for one, other in combinations(colours, 2):
+        assert np.linalg.norm(_lab(one) - _lab(other)) > 25, (one, other)  # CIE76; 2.3 is visible
+    many = [Run(str(n), made, SETTINGS | {"training.learning_rate": n}) for n in range(60)]
+    styles = [(line.color, line.marker) for line in _lines(grouped(many))]
+    assert len(set(styles)) == 60
+
+
+def test_labels_are_whole(summary: dict[str, Any]) -> None:
+    keys = {f"training.a_rather_long_name_{key}": 0 for key in range(6)}
+    runs = [Run("a", Summary.of(summary), SETTINGS | keys)]
+    runs.append(Run("b", Summary.of(summary), SETTINGS | dict.fromkeys(keys, 1)))
+    groups = grouped(runs)
+    text, _ = page(runs, title="Long")
+    for group in groups:
+        assert all(f"{key.removeprefix('training.')}=" in group.name for key in keys)
+        assert group.name in text
+        (figure, *_) = figures(groups)["changes"]
+        labels = [each.get_text().replace("\n", " ") for each in figure.axes[0].texts]
+        assert group.name in labels
+
+
+def _cells(text: str, heading: str) -> list[list[str]]:
+    """Return the cells of the table after a heading."""
+    table = text.split(f">{heading}</h2>", 1)[1].split("<tbody>", 1)[1].split("</tbody>", 1)[0]
+    return [
+        [re.sub("<[^>]*>", "", cell) for cell in re.findall("<td.*?</td>", row)]
+        for row in table.split("</tr>")[:-1]
+    ]
+
+
+def _with_loss(summary: dict[str, Any], loss_per_byte: float) -> dict[str, Any]:
+    changed = copy.deepcopy(summary)
+    changed["attempts"][-1]["final"]["prose"]["loss_per_byte"] = loss_per_byte
+    return changed
+
+
+@pytest.mark.parametrize("num_seeds", [2, 3])
+def test_groups_and_their_differences(summary: dict[str, Any], num_seeds: int) -> None:
+    """Below three seeds there is no interval; differences are paired by seed."""
+    losses = {1: [1.2, 1.3, 1.25], 2: [1.212, 1.339, 1.275]}  # +1 %, +3 %, +2 %
+    runs = []
+    for rate, of_rate in losses.items():
+        for seed in range(num_seeds):
+            run = run_of(_with_loss(summary, of_rate[seed]), f"{rate}{seed}", seed)
+            runs.append(replace(run, settings=run.settings | {"training.learning_rate": rate}))
+    text, _ = page(runs, title="Groups")
+    first, second = _cells(text, "Groups")
+    assert first[1] == second[1] == str(num_seeds)
+    ((group, pairs, prose, code),) = _cells(text, "Differences to the reference group")
+    assert group.endswith("learning_rate=2") and pairs == str(num_seeds)
+    if num_seeds == 2:
+        assert first[3] == "+1.02, +1.02"  # of the gate's check, for each seed
+        assert (prose, code) == ("+1.00, +3.00", "+0.00, +0.00")
+        return
+    # By hand: mean 2 %, standard deviation 1 %, t = 4.3027 for two degrees of freedom
+    half = 4.3027 / 3**0.5
+    assert prose == f"+2.00 [{2 - half:+.2f}, {2 + half:+.2f}]" == "+2.00 [-0.48, +4.48]"
+    assert first[3] == "+1.02 [+1.02, +1.02]"
+
+
+def test_a_run_with_a_control_is_compared_with_it(summary_with_control: dict[str, Any]) -> None:
+    text, _ = page([run_of(summary_with_control, "run", 0)], title="One")
+    ((group, pairs, prose, _),) = _cells(text, "Differences to the reference group")
+    assert group.startswith("expansion=width") and pairs == "1"
+    assert prose == f"{100 * (1.22 / 1.24 - 1):+.2f}"
 
 
 def test_text_of_a_run_is_text(summary: dict[str, Any]) -> None:
@@ -116,7 +207,7 @@ def test_tasks_have_a_table(summary: dict[str, Any]) -> None:
     final = summary["final"]
     tasks = [{"domains": [name], "final": final, "steps": 5} for name in ("code", "prose")]
     text, _ = page([run_of(summary | {"tasks": tasks}, "tasks", 0)], title="One")
-    assert "Loss in nats per token after each task" in text and "2: prose" in text
+    assert "Loss after each task [nats/token]" in text and "2: prose" in text
 
 
 @pytest.mark.full
@@ -130,7 +221,7 @@ def test_hostile_names_and_numbers_have_figures(summary_with_control: dict[str, 
     settings = SETTINGS | {f"key{name}": name}
     run = Run(name, Summary.of(json.loads(text)), settings, (curve,), (curve,), (curve,))
     found, pictures = page([run, Run("b", run.summary, SETTINGS, (curve,))], title=name)
-    assert not {"\x1b", "\u202e", "\udc80"} & set(found) and len(pictures) == 6
+    assert not {"\x1b", "\u202e", "\udc80"} & set(found) and len(pictures) == 7
     assert all(len(picture) > 2000 for picture in pictures.values())
 
 
@@ -140,7 +231,7 @@ def test_as_much_is_drawn_as_a_picture_can_hold(summary: dict[str, Any]) -> None
     many = [Run(str(n), made, SETTINGS | {"training.learning_rate": n}) for n in range(50)]
     changes = figures(grouped(many))["changes"]
     assert all(max(each.get_size_inches()) * DPI < 2**12 for each in changes)
-    assert "of the first 40 groups" in page(many, title="many")[0]
+    assert "the first 40 groups" in page(many, title="many")[0]
     scores = {f"d{number}": summary["baseline"]["prose"] for number in range(60)}
     domains = {"old": list(scores), "new": []}
     wide = summary | {"baseline": scores, "domains": domains, "attempts": [{"final": scores}]}
@@ -162,7 +253,7 @@ def test_rounds_are_compared_from_the_base_to_their_end(summary: dict[str, Any])
     prose = next(row for row in run.rows if row.domain == "prose")
     assert prose.before == next(row for row in run_of(summary, "a", 0).rows).before
     assert prose.change.value == pytest.approx(1.22 / 1.208 - 1) and prose.verdict is None
-    assert "loss at the end of each round" in page([run], title="Rounds")[0]
+    assert "Loss after each round" in page([run], title="Rounds")[0]
 
 
 @pytest.mark.full
@@ -197,11 +288,11 @@ def test_growth_has_its_map_and_columns_where_some_run_may_grow(
 def test_of_very_many_events_the_page_has_the_first(summary: dict[str, Any]) -> None:
     made = growth(layers=130, checks=400, grows_every=1)
     text, _ = page([run_of(summary | {"growth": made}, "many", 0)], title="Many")
-    assert "growth, event by event; 300 more are in summary.json" in text
+    assert "Growth events; 300 more are in summary.json" in text
     assert "shown: the 100 that grew most" in text
     nothing = run_of(summary | {"growth": growth(grows_every=0)}, "nothing", 0)
     text, _ = page([nothing], title="Nothing")
-    assert "Growth: nothing grew in 17 checks" in text and "event by event" not in text
+    assert "Growth: nothing grew in 17 checks" in text and "Growth events" not in text
 
 
 @pytest.mark.full

@@ -52,13 +52,65 @@ def test_a_single_run_has_the_bounds_of_its_gate(summary: dict[str, Any]) -> Non
     (group,) = grouped([run_of(summary, "a", 0.0102)])
     found = group.change("prose")
     interval = summary["gate"][0]["interval"]
-    assert found == Interval(0.0102, *interval)
+    assert found == Interval(0.0102, *interval, values=(0.0102,))
     assert group.change("of no run") is None
+
+
+def test_below_three_seeds_there_is_no_interval(summary: dict[str, Any]) -> None:
+    changes = [0.01, 0.03]
+    runs = [run_of(summary, f"a{seed}", x, seed=seed) for seed, x in enumerate(changes)]
+    (group,) = grouped(runs)
+    found = group.change("prose")
+    assert found is not None and (found.lower, found.upper) == (None, None)
+    assert found.values == (0.01, 0.03) and found.text() == "+1.00, +3.00"
+
+
+def test_runs_of_one_seed_count_once(summary: dict[str, Any]) -> None:
+    """A second run with the same seed is no independent observation."""
+    seeds, changes = [0, 0, 1, 2], [0.01, 0.03, 0.05, 0.08]
+    runs = [
+        run_of(summary, str(n), x, seed=s)
+        for n, (s, x) in enumerate(zip(seeds, changes, strict=True))
+    ]
+    (group,) = grouped(runs)
+    found = group.change("prose")
+    assert found is not None and found.values == pytest.approx((0.02, 0.05, 0.08))
+    low, high = stats.t.interval(0.95, 2, loc=0.05, scale=stats.sem([0.02, 0.05, 0.08]))
+    assert (found.lower, found.upper) == pytest.approx((low, high))
+
+
+def test_differences_of_groups_are_paired_by_seed(summary: dict[str, Any]) -> None:
+    """As the paired t-test of scipy; seeds of one group alone do not count."""
+    generator = np.random.default_rng(0)
+    seeds = {1: [0, 1, 2, 3, 4, 7], 2: [4, 3, 2, 1, 0, 9]}
+    base = dict(zip(range(10), generator.uniform(1, 2, 10), strict=True))  # differs by seed
+    losses = {
+        rate: {s: base[s] * (1 + 0.01 * rate + generator.normal(0, 0.002)) for s in of_rate}
+        for rate, of_rate in seeds.items()
+    }
+    runs = []
+    for rate, of_rate in losses.items():
+        for seed, loss in of_rate.items():
+            changed = copy.deepcopy(summary)
+            changed["attempts"][-1]["final"]["prose"]["loss_per_byte"] = loss
+            runs.append(run_of(changed, f"{rate}-{seed}", 0.0, seed=seed, rate=rate))
+    reference, other = grouped(runs)
+    found = other.difference(reference, "prose")
+    ratios = [losses[2][seed] / losses[1][seed] for seed in range(5)]
+    test = stats.ttest_rel(ratios, np.ones(5))
+    low, high = test.confidence_interval(0.95)
+    assert found is not None and len(found.values) == 5
+    assert (found.value, found.lower, found.upper) == pytest.approx(
+        (np.mean(ratios) - 1, low, high)
+    )
+    # Without the pairs the seeds' own differences would hide it
+    unpaired = stats.ttest_ind(list(losses[2].values()), list(losses[1].values()))
+    assert unpaired.pvalue > 0.5 and found.lower is not None and found.lower > 0
 
 
 def test_a_mean_of_what_is_not_finite_is_none() -> None:
     assert Interval.of([]) is None and Interval.of([1.0, float("nan")]) is None
-    assert Interval.of([1.0]) == Interval(1.0, None, None)
+    assert Interval.of([1.0]) == Interval(1.0, None, None, (1.0,))
 
 
 def test_the_front_holds_what_nothing_beats() -> None:
@@ -133,7 +185,7 @@ def test_a_control_stands_beside_its_group_once(summary_with_control: dict[str, 
     ]
     groups = with_controls(grouped(runs))
     assert [group.is_control for group in groups] == [False, True, False]
-    assert groups[1].name == "control, not grown: forgetting=none"
+    assert groups[1].name == "control (not grown) forgetting=none"
     code = groups[1].change("code")
     assert code is not None and code.value == -0.21
     assert groups[1].runs[0].cost("flops") == 6e11 and groups[1].runs[0].expansions == ()

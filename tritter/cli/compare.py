@@ -1,4 +1,4 @@
-"""`tritter compare`: runs side by side in the terminal, on a page, or in a file of numbers."""
+"""`tritter compare`: finished runs compared in the terminal, on a page or in a file."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def compare(
     overwrite: ReportOverwrite = False,
     as_json: AsJson = False,
 ) -> int:
-    """Hold finished runs against the first: settings, losses in pairs, cost."""
+    """Compare finished runs with the first: settings, losses paired by document, cost."""
     from tritter.report.compared import Compared, Comparison
 
     file = None
@@ -141,11 +141,13 @@ def _content(comparison: Comparison, format: str, found: FoundRuns) -> str:
         csv.writer(stream, lineterminator="\n").writerows(comparison.rows())
         # The name of a folder may be no text
         return stream.getvalue().encode(errors="backslashreplace").decode()
+    from tritter.report.compared import BY_SEED, OVER_SEEDS
     from tritter.report.page import page
 
     runs = [each.run for each in comparison.runs]
-    tables = comparison.tables()
-    return page(runs, title="Runs compared", notes=found.notes, beside=tables)[0]
+    own = {OVER_SEEDS, BY_SEED}  # which every page has
+    tables = {title: table for title, table in comparison.tables().items() if title not in own}
+    return page(runs, title="Runs compared", notes=found.notes, tables=tables)[0]
 
 
 def _print(comparison: Comparison, notes: Sequence[str], output: Path | None) -> None:

@@ -48,7 +48,7 @@ Tasks = Annotated[
     option(
         "--tasks",
         "NAME,..",
-        "Benchmarks, or groups of them: base_capabilities, code, math, reasoning.",
+        "Benchmarks, or groups: base_capabilities, code, math, reasoning.",
         completes=of_list(_names),
     ),
 ]
@@ -57,7 +57,7 @@ TasksPath = Annotated[
     option(
         "--tasks-path",
         "DIR",
-        "Folder with the benchmarks' files, at any depth. Default: the hub.",
+        "Folder with the files of the benchmarks, at any depth. Default: the hub.",
         parser=place,
     ),
 ]
@@ -66,34 +66,33 @@ Data = Annotated[
     option(
         "--data",
         "NAME=PATH",
-        "Text (file, folder, glob; again for more) whose loss is taken. Default, without "
-        "--tasks: what was held out of the text that the checkpoint learned.",
+        "Data (file, folder or glob) to compute the loss on. Repeatable. Default, without "
+        "--tasks: the validation data that the checkpoint recorded.",
     ),
 ]
 Limit = Annotated[
     int | None,
-    option("--limit", "N", "Ask N questions of each benchmark.", least=1, most=MAX_COUNT),
+    option("--limit", "N", "Largest number of questions per benchmark.", least=1, most=MAX_COUNT),
 ]
-BatchSize = Annotated[
-    int, option("--batch-size", "N", "Texts that are read at a time.", least=1, most=MAX_COUNT)
-]
+BatchSize = Annotated[int, option("--batch-size", "N", "Batch size.", least=1, most=MAX_COUNT)]
 AllowCode = Annotated[
     list[str] | None,
-    option("--allow-code", "NAME,..", "Run the programs of these benchmarks.", panel=_CODE),
+    option(
+        "--allow-code", "NAME,..", "Run model-written programs of these benchmarks.", panel=_CODE
+    ),
 ]
 CodeSandbox = Annotated[
     str | None,
     option(
         "--code-sandbox",
         "CMD",
-        "A command that reads a program on its standard input and runs it, in place of "
-        "Tritter's own sandbox.",
+        "Command that runs the program on its standard input, instead of Tritter's sandbox.",
         panel=_CODE,
     ),
 ]
 ResultFile = Annotated[
     Path | None,
-    option("--output", "FILE.json", "Write the result to a file, too.", parser=place),
+    option("--output", "FILE.json", "Also write the result to this file.", parser=place),
 ]
 
 
@@ -110,7 +109,7 @@ def evaluate(
     overwrite: ReportOverwrite = False,
     as_json: AsJson = False,
 ) -> int:
-    """Take a checkpoint's losses on text and its scores on benchmarks; it is not changed.
+    """Evaluate a checkpoint: losses on data, scores on benchmarks.
 
     tritter evaluate base --tasks reasoning --tasks-path benchmarks
     """

@@ -108,8 +108,8 @@ Method = Annotated[
     option(
         "--method",
         "METHOD,..",
-        "dus, stack, interpolate, llama-pro, width, moe or moe-add; several, joined by "
-        "commas, in their order.",
+        "dus, stack, interpolate, llama-pro, width, moe or moe-add; several are separated by "
+        "commas and applied in order.",
         completes=of_list(lambda: map(spelled, method_bodies())),
     ),
 ]
@@ -118,7 +118,7 @@ RecipeFile = Annotated[
     option(
         "--recipe",
         "FILE",
-        "In place of --method: YAML with a list of steps and their options.",
+        "YAML file with a list of steps and their options, instead of --method.",
         parser=place,
     ),
 ]
@@ -127,14 +127,14 @@ Output = Annotated[
 ]
 ConfigDir = Annotated[
     list[str] | None,
-    option("--config-dir -cd", "DIR", "Folder of option files of yours; see docs/extending.md."),
+    option("--config-dir -cd", "DIR", "Folder with options of your own (docs/extending.md)."),
 ]
 TargetParams = Annotated[
     int | None,
     option(
         "--target-params",
         "COUNT",
-        "Nearest real shape to so many parameters, such as 7B or 350M.",
+        "Number of parameters, such as 7B or 350M; selects the nearest valid shape.",
         parser=parameter_count,
     ),
 ]
@@ -143,7 +143,7 @@ Moments = Annotated[
     option(
         "--moments",
         "carry|zero|reset-new",
-        "What becomes of optimizer state beside the model.",
+        "How to map the optimizer state of the source.",
         panel=WRITING,
     ),
 ]
@@ -151,12 +151,12 @@ Measure = Annotated[
     bool | None,
     flag(
         "--measure/--no-measure",
-        "Compare source and result in stock models, layer by layer, and record the step-0 error.  "
-        "Default: measured.",
+        "Compare source and result in stock models, layer by layer, and record the step-0 error. "
+        "Default: --measure.",
         panel=WRITING,
     ),
 ]
-DryRun = Annotated[bool, flag("--dry-run", "Show the result, write nothing.", panel=WRITING)]
+DryRun = Annotated[bool, flag("--dry-run", "Print the result without writing it.", panel=WRITING)]
 
 _DOMAIN = "New experts on a domain (moe-add)"
 
@@ -165,7 +165,7 @@ Domain = Annotated[
     option(
         "--domain",
         "NAME",
-        "moe-add: what the text at --domain-data is called. Default: new.",
+        "moe-add: name of the domain of --domain-data. Default: new.",
         panel=_DOMAIN,
     ),
 ]
@@ -174,8 +174,8 @@ DomainData = Annotated[
     option(
         "--domain-data",
         "PATH",
-        "moe-add: text (file, folder, glob; again for more) that routers and new experts are "
-        "trained on at once.",
+        "moe-add: data (file, folder or glob) to train the routers and the new experts on. "
+        "Repeatable.",
         panel=_DOMAIN,
     ),
 ]
@@ -184,7 +184,7 @@ OldData = Annotated[
     option(
         "--old-data",
         "PATH",
-        "With --domain-data: text of which two fifths are mixed in, so that it is kept.",
+        "With --domain-data: old data, mixed in at 40 % to avoid forgetting.",
         panel=_DOMAIN,
     ),
 ]
@@ -193,7 +193,7 @@ DomainSteps = Annotated[
     option(
         "--steps",
         "N",
-        "With --domain-data: steps of the new experts' training. Default: 200.",
+        "With --domain-data: training steps of the new experts. Default: 200.",
         least=1,
         most=MAX_COUNT,
         panel=_DOMAIN,
@@ -204,7 +204,7 @@ LearningRate = Annotated[
     option(
         "--learning-rate",
         "X",
-        "With --domain-data: of the new experts, at its peak. Default: 1e-4.",
+        "With --domain-data: peak learning rate of the new experts. Default: 1e-4.",
         panel=_DOMAIN,
     ),
 ]
@@ -232,7 +232,7 @@ def expand(
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> int:
-    """Make a checkpoint deeper, wider or sparse, and write the result as a new checkpoint.
+    """Make a checkpoint deeper, wider or sparse, and write a new checkpoint.
 
     tritter expand base --method width --hidden-size 512
     """

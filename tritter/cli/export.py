@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 FORMATS = ("hf", "peft")
 _NAMES = Names.of({"dtype": "--dtype"})
 LAYOUTS: dict[str, LayoutKind] = {"hub": "hub", "fused": "live"}
-_CKPT = "Of a .ckpt"
+_CKPT = "For a .ckpt"
 _OF_FILE: tuple[str, ...] = ("config", "prefix", "no_state")
 _OF_FOLDER = ("drop_new_experts", "ignore_lineage")
 _NO_FILE = (
@@ -60,7 +60,7 @@ _NO_FILE = (
 )
 
 ExportSource = Annotated[
-    str, option("--checkpoint", "SRC", "Folder or hub id of the model, or a .ckpt of Lightning.")
+    str, option("--checkpoint", "SRC", "Folder or hub id of the model, or a Lightning .ckpt.")
 ]
 ExportOutput = Annotated[Path, option("--output", "DST", "New folder.", parser=place)]
 Format = Annotated[
@@ -68,8 +68,7 @@ Format = Annotated[
     option(
         "--format",
         "hf|peft",
-        "hf: a plain folder of Hugging Face transformers; peft: each LoRA expert as a stock "
-        "adapter.",
+        "hf: a folder for Hugging Face transformers; peft: each LoRA expert as a PEFT adapter.",
     ),
 ]
 ExpertLayout = Annotated[
@@ -77,7 +76,7 @@ ExpertLayout = Annotated[
     option(
         "--expert-layout",
         "hub|fused",
-        "Each matrix of an expert on its own, or the experts of a layer in one tensor. "
+        "hub: one tensor per matrix of an expert; fused: one tensor for all experts of a layer. "
         "Default: hub.",
     ),
 ]
@@ -86,7 +85,7 @@ ConfigOf = Annotated[
     option(
         "--config",
         "PATH",
-        "What a .ckpt holds: a config.json, or a folder (or hub id) with one and a tokenizer.",
+        "The config.json of the model, or a folder (or hub id) with it and a tokenizer.",
         panel=_CKPT,
     ),
 ]
@@ -95,8 +94,8 @@ Prefix = Annotated[
     option(
         "--prefix",
         "PREFIX",
-        "What stands before the model's names, such as student.; the rest is left out. "
-        "Default: found, and nothing is left out.",
+        "Prefix of the model's tensor names, such as student.; other tensors are dropped. "
+        "Default: detected, no tensor is dropped.",
         panel=_CKPT,
     ),
 ]
@@ -104,23 +103,23 @@ DropNewExperts = Annotated[
     bool,
     flag(
         "--drop-new-experts",
-        "Of a folder: leave out appended experts that are not wholly open yet.",
+        "For a folder: drop appended experts that are not fully open yet.",
     ),
 ]
 IgnoreLineage = Annotated[
     bool,
     flag(
         "--ignore-lineage",
-        "Of a folder: read its weights as a plain Hugging Face folder's, whatever tritter.json "
-        "says. For checkpoints from before the first release.",
+        "For a folder: ignore tritter.json and read a plain Hugging Face folder. For "
+        "checkpoints from before the first release.",
     ),
 ]
 MergeExperts = Annotated[
     bool,
     flag(
         "--merge",
-        "Of a folder with LoRA experts: put them into the base (hf), or make one adapter of them "
-        "(peft), by mean gates. Lossy; it says how much.",
+        "For a folder with LoRA experts: merge them into the base (hf) or into one adapter "
+        "(peft), by mean gates. Lossy; the loss is reported.",
     ),
 ]
 MergedRank = Annotated[
@@ -128,12 +127,12 @@ MergedRank = Annotated[
     option(
         "--rank",
         "R",
-        "With --format peft --merge: of the one adapter. Default: as much as loses nothing.",
+        "With --format peft --merge: rank of the adapter. Default: the lossless one.",
         least=1,
         most=1024,
     ),
 ]
-NoState = Annotated[bool, flag("--no-state", "Leave the optimizer's moments out.", panel=_CKPT)]
+NoState = Annotated[bool, flag("--no-state", "Do not export the optimizer state.", panel=_CKPT)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +164,7 @@ def export(
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> int:
-    """Write a checkpoint as a plain folder that any Hugging Face reader loads, or as adapters.
+    """Export a checkpoint as a plain Hugging Face folder or as adapters.
 
     tritter export grown --output grown-hf
     """

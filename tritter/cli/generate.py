@@ -20,20 +20,20 @@ _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 def generate(
     checkpoint: Checkpoint,
-    prompt: Annotated[str, option("--prompt", "TEXT", "What is to be continued.")],
+    prompt: Annotated[str, option("--prompt", "TEXT", "Text to continue.")],
     max_new_tokens: Annotated[
         int,
         option(
-            "--max-new-tokens", "N", "At most so many tokens more.", least=1, most=MAX_NEW_TOKENS
+            "--max-new-tokens", "N", "Largest number of new tokens.", least=1, most=MAX_NEW_TOKENS
         ),
     ] = 50,
     temperature: Annotated[
-        float, option("--temperature", "X", "0 takes the likeliest token each time.", least=0)
+        float, option("--temperature", "X", "Sampling temperature; 0: greedy decoding.", least=0)
     ] = 0.0,
     seed: Seed = 0,
     as_json: AsJson = False,
 ) -> int:
-    """Continue a text with a checkpoint, through stock transformers."""
+    """Continue a text with a checkpoint, in stock transformers."""
     with loading("transformers"):
         import torch
 

@@ -51,18 +51,18 @@ class Checked:
 def history(
     folder: Folder,
     verify: Annotated[
-        bool, flag("--verify", "Hash all that can be reached again; 3 if something changed.")
+        bool, flag("--verify", "Recompute the hashes; exit code 3 if one differs.")
     ] = False,
     recipe: Annotated[
         bool,
         flag(
             "--recipe",
-            "Print the recipe of `expand` that makes it of its parent, and nothing else.",
+            "Print only the `expand` recipe that makes it from its parent.",
         ),
     ] = False,
     as_json: AsJson = False,
 ) -> int:
-    """Show the chain of checkpoints that led to one, and check it against its hashes."""
+    """Show the lineage of a checkpoint, and verify its hashes."""
     if recipe:
         from tritter.cli.recipe import recorded_recipe
 

@@ -108,7 +108,7 @@ class RecordedMap:
 
 
 def inspect(folder: Folder, as_json: AsJson = False) -> int:
-    """Show a checkpoint's shapes and parameters, and the map of its last expansion."""
+    """Show the shapes and parameters of a checkpoint, and the map of its last expansion."""
     with loading("torch"):
         from tritter.checkpoints import Source
         from tritter.core.families.config_file import read_config_file

@@ -6,6 +6,7 @@ Nothing here imports torch: `tritter --help` and refused words answer at once.
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Annotated, Any
 
 import typer
@@ -47,6 +48,9 @@ _COMMANDS: tuple[tuple[Callable[..., int], type[TyperCommand]], ...] = (
 )
 
 
+_HELP_ALL = "--help-all"
+
+
 class Commands(TyperGroup):
     """All commands. Typer asks pydantic, half a second, what a flag is that was not given."""
 
@@ -61,10 +65,10 @@ class Commands(TyperGroup):
 app = typer.Typer(
     name="tritter",
     cls=Commands,
-    help="Grow language models: exact expansion of Hugging Face checkpoints, and their lineage.",
-    epilog="Exit codes: 0 done, 1 failed, 2 the request is wrong and nothing was written, "
-    "3 a check said no, 130 and 143 stopped by Ctrl-C or SIGTERM, 141 the reader of a pipe left. "
-    "Options may be spelled with - or _.",
+    help="Grow language models: function-preserving expansion of Hugging Face checkpoints.",
+    epilog="Exit codes: 0 done, 1 failed, 2 invalid request (nothing was written), 3 a check "
+    "failed, 130 and 143 stopped by Ctrl-C or SIGTERM, 141 broken pipe. Options may be spelled "
+    "with - or _.",
     context_settings={
         "help_option_names": ["-h", "--help"],
         "token_normalize_func": lambda name: name.replace("_", "-"),
@@ -85,7 +89,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_encodable(words)
         with stopping():
             command = typer.main.get_command(app)
-            return command.main(words, prog_name="tritter", standalone_mode=False) or 0
+            is_folded = _HELP_ALL not in words
+            if words[0] != "train":  # whose help is that of train.py
+                words = ["--help" if word == _HELP_ALL else word for word in words]
+            run = partial(command.main, words, prog_name="tritter", standalone_mode=False)
+            return run(obj=is_folded) or 0
     except RequestError as error:
         say(f"error: {error}\nNothing was written.", is_error=True)
         return 2

@@ -40,21 +40,46 @@ _CALLED = {
     "moe_add.init": "expert_init",
 }
 _OF_THE_TRAINING = "new_blocks_only"
+# Keys of ctx.meta: the methods that were typed (None: all), the options that help describes
+_METHODS, _SHOWN = "tritter.methods", "tritter.shown"
 
 
 class MethodCommand(CheckpointCommand):
-    """A command with the options of all methods besides its own; they end up in `ctx.obj`."""
+    """A command that also has the options of all methods; their values go to `ctx.obj`."""
 
     def get_params(self, ctx: Any) -> list[Any]:
-        return [*super().get_params(ctx), *_parameters(search_path())]
+        options = _parameters(search_path())
+        if (shown := ctx.meta.get(_SHOWN)) is not None:
+            options = [each for each in options if each.name in shown]
+        return [*super().get_params(ctx), *options]
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Print the options of the methods that were typed, and only list those of the others."""
+        words = ctx.meta[_METHODS]
+        if words is None:  # --help-all
+            return super().format_help(ctx, formatter)
+        takers = method_options()
+        chosen = {name.strip().replace("-", "_") for word in words for name in word.split(",")}
+        ctx.meta[_SHOWN] = {option for option in takers if chosen & takers[option].keys()}
+        lines = ["Options of the methods (--method METHOD --help or --help-all describes them):"]
+        for method in method_bodies():
+            own = [f"--{spelled(option)}" for option in takers if method in takers[option]]
+            lines += [f"{spelled(method)}: {' '.join(own)}"] if method not in chosen else []
+        self.epilog = "\n\n".join(lines) if len(lines) > 1 else None
+        return super().format_help(ctx, formatter)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         # The folders of --config-dir say what other options there are
         parser = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
         parser.add_argument("--config-dir", "--config_dir", "-cd", action="append", default=[])
-        folders = []
-        with suppress(ArgumentError):  # no folder was typed: reported when the options are read
-            folders = list(parser.parse_known_args(list(args))[0].config_dir)
+        parser.add_argument("--method", action="append", default=[])
+        folders: list[str] = []
+        ctx.meta[_METHODS] = []
+        with suppress(ArgumentError):  # a value is missing: reported when the options are read
+            known, _ = parser.parse_known_args(list(args))
+            folders, ctx.meta[_METHODS] = known.config_dir, known.method
+        if ctx.obj is False:  # --help-all
+            ctx.meta[_METHODS] = None
         ctx.with_resource(composing_from(search_path_of(folders, None)))
         rest = super().parse_args(ctx, args)
         given = {name: ctx.params.pop(name) for name in method_options()}

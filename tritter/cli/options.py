@@ -182,18 +182,16 @@ def _scaled(text: str, units: dict[str, int], *, example: str, limit: int) -> in
 
 WRITING = "Writing"
 
-AsJson = Annotated[bool, flag("--json", "Print one JSON object and nothing else.")]
+AsJson = Annotated[bool, flag("--json", "Print one JSON object only.")]
 Checkpoint = Annotated[str, option("--checkpoint", "SRC", "Folder or hub id of the model.")]
 Folder = Annotated[str, typer.Argument(help="Folder or hub id of the checkpoint.", metavar="DIR")]
-Seed = Annotated[
-    int, option("--seed", "N", "What random choices are drawn from.", least=0, most=MAX_SEED)
-]
+Seed = Annotated[int, option("--seed", "N", "Random seed.", least=0, most=MAX_SEED)]
 MaxShardSize = Annotated[
     int,
     option(
         "--max-shard-size",
         "SIZE",
-        "Largest file, such as 500MB or 4GiB. Default: 5GB.",
+        "Largest size of a file, such as 500MB or 4GiB. Default: 5GB.",
         parser=byte_count,
         shows_default=False,
         panel=WRITING,
@@ -204,15 +202,15 @@ DType = Annotated[
     option(
         "--dtype",
         "float32|bfloat16|float16|float64",
-        "Of the result. Default: the source's.",
+        "Type of the result. Default: that of the source.",
         panel=WRITING,
     ),
 ]
-Overwrite = Annotated[bool, flag("--overwrite", "Replace what is at DST.", panel=WRITING)]
+Overwrite = Annotated[bool, flag("--overwrite", "Replace the checkpoint at DST.", panel=WRITING)]
 Runs = Annotated[
     list[Path],
     typer.Argument(
-        help="Folders of runs, or folders that hold them.", metavar="RUN_OR_SWEEP...", parser=place
+        help="Run folders, or folders that contain them.", metavar="RUN_OR_SWEEP...", parser=place
     ),
 ]
 ReportOverwrite = Annotated[

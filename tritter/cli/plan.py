@@ -55,17 +55,19 @@ Source = Annotated[
     option(
         "--source",
         "3B|DIR",
-        "A count such as 3B (the nearest preset), a preset, a folder or a hub id.",
+        "Number of parameters such as 3B (the nearest preset), preset, folder or hub id.",
     ),
 ]
-Target = Annotated[str | None, option("--target", "10B", "A count such as 10B, or a preset.")]
-GpuHours = Annotated[float | None, option("--gpu-hours", "H", "The budget.")]
+Target = Annotated[
+    str | None, option("--target", "10B", "Number of parameters such as 10B, or a preset.")
+]
+GpuHours = Annotated[float | None, option("--gpu-hours", "H", "Budget in GPU-hours.")]
 Strategy = Annotated[
     str,
     option(
         "--strategy",
         "auto|depth_first|width_first|balanced",
-        "What grows first; auto: the least predicted loss for the budget.",
+        "Order of growth; auto: lowest predicted loss for the budget.",
     ),
 ]
 DeviceFlops = Annotated[
@@ -80,30 +82,29 @@ DeviceFlops = Annotated[
     ),
 ]
 Mfu = Annotated[
-    float, option("--mfu", "U", "Share of the peak that training reaches.", panel=_COST)
+    float, option("--mfu", "U", "Model FLOPs utilisation (share of the peak).", panel=_COST)
 ]
 TokensPerParameter = Annotated[
     float,
     option(
         "--tokens-per-parameter",
         "X",
-        "Tokens to train on for each parameter that a step adds.",
+        "Training tokens per parameter that a step adds.",
         panel=_COST,
     ),
 ]
 Precision = Annotated[
-    str, option("--precision", "32-true|bf16-mixed|bf16-true|..", "Of the training.", panel=_MEMORY)
+    str,
+    option("--precision", "32-true|bf16-mixed|bf16-true|..", "Training precision.", panel=_MEMORY),
 ]
-Optimizer = Annotated[
-    str, option("--optimizer", "adamw|adamw8bit", "Of the training.", panel=_MEMORY)
-]
+Optimizer = Annotated[str, option("--optimizer", "adamw|adamw8bit", "Optimizer.", panel=_MEMORY)]
 FreezeAttention = Annotated[
-    bool, flag("--freeze-attention", "Attention is not trained.", panel=_MEMORY)
+    bool, flag("--freeze-attention", "Freeze the attention.", panel=_MEMORY)
 ]
 BatchSize = Annotated[
     int,
     option(
-        "--batch-size", "N", "Sequences on the GPU at once.", least=1, most=MAX_COUNT, panel=_MEMORY
+        "--batch-size", "N", "Sequences per GPU and step.", least=1, most=MAX_COUNT, panel=_MEMORY
     ),
 ]
 SequenceLength = Annotated[
@@ -111,7 +112,7 @@ SequenceLength = Annotated[
     option(
         "--sequence-length",
         "N",
-        "Tokens of a sequence. Default: 2048, or as many positions as the model has learned.",
+        "Tokens per sequence. Default: 2048, or the number of learned positions.",
         least=1,
         most=MAX_COUNT,
         panel=_MEMORY,
@@ -121,11 +122,11 @@ GradientCheckpointing = Annotated[
     bool,
     flag(
         "--gradient-checkpointing",
-        "Activations are computed again in the backward pass.",
+        "Recompute activations in the backward pass.",
         panel=_MEMORY,
     ),
 ]
-Guide = Annotated[bool, flag("--guide", "Print the size guide, counted from shapes, and no plan.")]
+Guide = Annotated[bool, flag("--guide", "Print the size guide instead of a plan.")]
 
 
 def plan(

@@ -39,7 +39,7 @@ def report(
         option(
             "--output",
             "FILE.html",
-            "The page. Default: report.html in the folder, or here if there are several.",
+            "The page. Default: report.html in the folder, or in the current one for several.",
             parser=place,
         ),
     ] = None,
@@ -50,7 +50,7 @@ def report(
     overwrite: ReportOverwrite = False,
     as_json: AsJson = False,
 ) -> int:
-    """Put finished runs and sweeps side by side on one HTML page."""
+    """Write one HTML page that compares finished runs and sweeps."""
     from tritter.cli.report_file import PAGE_NAME, ReportFile, check_place
     from tritter.report.page import page
 
@@ -61,7 +61,10 @@ def report(
         refuse_existing(figures, overwrite=False)
         check_place(figures, key="--figures")
     runs = read_runs(found.finished)
-    title = f"Runs in {folders[0].resolve().name}" if len(folders) == 1 else "Runs side by side"
+    name = folders[0].resolve().name
+    title = f"Runs in {name}" if len(folders) == 1 else f"{len(runs)} runs"
+    if len(runs) == 1:
+        title = f"Run {name}"
     text, pictures = page(runs, title=title, notes=found.notes)
     file.write(text)
     if figures is not None:

@@ -1,4 +1,4 @@
-"""`tritter train`: the program behind train.py, and the training of a checkpoint that exists."""
+"""`tritter train`: the program of train.py, and continued training of a checkpoint."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperCommand
 
 from tritter.cli.options import option, place
-from tritter.config.launch.command_line import takes_value
+from tritter.config.launch.command_line import HELP_FLAGS, takes_value
 from tritter.config.suggestions import flag_advice
 from tritter.errors import Names, Problem, RequestError, TritterError, did_you_mean, naming
 from tritter.loading import loading
@@ -44,22 +44,22 @@ CheckpointDir = Annotated[
     option(
         "--checkpoint",
         "DIR",
-        "A folder or hub id of a known family, ours or not; also as a plain word. It takes "
-        "experiment=continued: model=hf, data=text, expansion=none.",
+        "The same as DIR: a folder or hub id of a supported family. Selects "
+        "experiment=continued (model=hf, data=text, expansion=none).",
     ),
 ]
-Mode = Annotated[str | None, option("--mode", "continue", "Continue training; the only mode.")]
-Steps = Annotated[str | None, option("--steps", "N", "training.max_steps.")]
+Mode = Annotated[str | None, option("--mode", "continue", "Continue training (the only mode).")]
+Steps = Annotated[str | None, option("--steps", "N", "Training steps (training.max_steps).")]
 EwcLambda = Annotated[
     str | None,
-    option("--ewc-lambda", "L", "forgetting=ewc with this lambda (without it: forgetting=replay)."),
+    option("--ewc-lambda", "L", "Use forgetting=ewc with this lambda. Default: forgetting=replay."),
 ]
 NewData = Annotated[
     list[str] | None,
     option(
         "--data",
         "PATH",
-        "New data: file, folder or glob of .txt, .jsonl and the like; may be repeated.",
+        "New data: a file, folder or glob of .txt, .jsonl and so on. Repeatable.",
     ),
 ]
 OldData = Annotated[
@@ -67,7 +67,7 @@ OldData = Annotated[
     option(
         "--old-data",
         "PATH",
-        "Old data, in the same forms. Default: all that the checkpoint learned.",
+        "Old data, in the same formats. Default: the data that the checkpoint recorded.",
     ),
 ]
 RunDir = Annotated[
@@ -75,14 +75,14 @@ RunDir = Annotated[
     option(
         "--output",
         "DIR",
-        "Folder of the run, with the result in DIR/checkpoint. Default: DIR-continued.",
+        "Run folder; the result is in its checkpoint/. Default: DIR-continued.",
         parser=place,
     ),
 ]
 
 
 class TrainCommand(TyperCommand):
-    """A command whose other words, --help included, belong to train.py."""
+    """A command that passes words it does not know, and --help, to train.py."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         settings = {"ignore_unknown_options": True, "allow_extra_args": True}
@@ -90,7 +90,7 @@ class TrainCommand(TyperCommand):
         self.context_settings = {**self.context_settings, **settings}
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        if not {"-h", "--help"} & set(args):
+        if not HELP_FLAGS & set(args):
             return super().parse_args(ctx, args)
         # Help needs no values, which Typer reads with pydantic
         _, ctx.args, _ = self.make_parser(ctx).parse_args(list(args))
@@ -133,21 +133,13 @@ def train(
     old_data: OldData = None,
     output: RunDir = None,
 ) -> int:
-    """Grow and train a model on real text; the same program as train.py."""
+    """Grow and train a model, or continue training a checkpoint (the program of train.py)."""
     from tritter.config.launch.entry import main
 
     plain, words = _parted(context.args)
-    if {"-h", "--help"} & set(words):
-        code = main(_pipeline, arguments=words)
-        say("\nTraining a checkpoint")
-        say("  tritter train DIR [OPTIONS] [--config-dir DIR] [GROUP=OPTION ...] [KEY=VALUE ...]\n")
-        for each in context.command.params:
-            metavar, described = each.metavar, each.help  # type: ignore[attr-defined]
-            first, *more = textwrap.wrap(described, 58)
-            say(f"  {each.opts[0]} {metavar}".ljust(21) + first)
-            for line in more:
-                say(f"{'':<21}{line}")
-        return code
+    if HELP_FLAGS & set(words):
+        _print_options(context)
+        return main(_pipeline, arguments=words)
     typed = [each for each, value in context.params.items() if value]
     if "--version" in words or not (typed or plain):
         return main(_pipeline, arguments=words)
@@ -171,6 +163,18 @@ def train(
     keys = _typed_keys(context.args)
     with naming(Names.of({k: o for k, o in _OPTIONS.items() if not _is_typed(k, keys)})):
         return main(_pipeline, arguments=words)
+
+
+def _print_options(context: typer.Context) -> None:
+    """Print the usage of `tritter train` and its options; the page of train.py follows."""
+    say("Usage: tritter train [DIR] [OPTIONS] [GROUP=OPTION ...] [KEY=VALUE ...]\n")
+    say("Continue training the checkpoint in DIR. Without DIR, the same program as train.py.\n")
+    say("Options")
+    for each in context.command.params:
+        label = f"  {each.opts[0]} {each.metavar}"
+        described: str = each.help  # type: ignore[attr-defined]
+        say(textwrap.fill(described, 99, initial_indent=f"{label:<21}", subsequent_indent=" " * 21))
+    say("")
 
 
 def continuation(

@@ -27,21 +27,23 @@ if TYPE_CHECKING:
     from tritter.data.options import TextSources
     from tritter.evaluation.gate import Check
 
-Source = Annotated[str, option("--source", "SOURCE", "Folder or hub id of the model before.")]
-Result = Annotated[str, option("--result", "RESULT", "Folder or hub id of what was made of it.")]
+Source = Annotated[
+    str, option("--source", "SOURCE", "Folder or hub id of the model before its expansion.")
+]
+Result = Annotated[str, option("--result", "RESULT", "Folder or hub id of the expanded model.")]
 OldData = Annotated[
     list[str] | None,
     option(
         "--data",
         "[NAME=]PATH",
-        "Old text; may be repeated. Default: what RESULT's lineage records.",
+        "Old data. Repeatable. Default: the data that the lineage of RESULT records.",
     ),
 ]
 TargetData = Annotated[
-    list[str] | None, option("--target-data", "[NAME=]PATH", "New text; may be repeated.")
+    list[str] | None, option("--target-data", "[NAME=]PATH", "New data. Repeatable.")
 ]
 Limit = Annotated[
-    int, option("--limit", "N", "Documents of each domain, at most.", least=30, most=10**6)
+    int, option("--limit", "N", "Largest number of documents per domain.", least=30, most=10**6)
 ]
 
 
@@ -53,7 +55,7 @@ def validate(
     limit: Limit = 200,
     as_json: AsJson = False,
 ) -> int:
-    """Ask the five questions of an expansion about two checkpoints; exit code 3 when one fails.
+    """Run the five checks of an expansion on two checkpoints; exit code 3 if one fails.
 
     tritter validate base grown
     """

@@ -38,7 +38,7 @@ from tritter.training.options import WITHOUT_EFFECT as NO_EFFECT
 
 RUNS_FOLDER = Path("outputs/runs")  # hydra.run.dir of conf/config.yaml, without the time
 
-OUTPUT_FILE = "output.txt"  # what a job printed that ran beside others
+OUTPUT_FILE = "output.txt"  # log of a job of a sweep
 
 # Hydra's, and what holds the folder
 _BEFORE_RUN_FILE = {".hydra", "train.log", LOCK_NAME, OUTPUT_FILE}

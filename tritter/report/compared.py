@@ -1,7 +1,7 @@
-"""Runs side by side, number by number: what the terminal, the page and the files of `compare` show.
+"""Runs compared number by number, for the terminal, the page and the files of `compare`.
 
-Between two runs a difference has bounds where both scored the same documents: it is taken in
-pairs, by the bootstrap that the gate uses. Else it is said that the two are not paired.
+A difference between two runs has bounds if both scored the same documents: those of the gate's
+paired bootstrap. A difference between two groups of runs is paired by seed.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,16 +18,29 @@ from tritter.evaluation.statistics import (
     relative_forgetting,
 )
 from tritter.report.rows import ScoreChange, change_text, score_text
-from tritter.report.runs import CONFIDENCE, Group, Run, differing_keys, grouped, tells
+from tritter.report.runs import (
+    CONFIDENCE,
+    FEWEST_SEEDS,
+    Group,
+    Interval,
+    Run,
+    differing_keys,
+    grouped,
+    tells,
+)
 from tritter.report.summary import LARGEST
 from tritter.report.table import Table
 from tritter.report.wording import MISSING, count_text, number_text, si_text
 
+_MEAN_OR_SEEDS = (
+    f"mean with Student's {CONFIDENCE:.0%} interval, below {FEWEST_SEEDS} seeds each seed's value"
+)
 Scores = Mapping[str, PairedScores]
 CSV_HEADER = ("run", "subject", "quantity", "value", "lower", "upper")
 _CELL_CHARACTERS = 60
-_FEW_RUNS = 6  # that stand beside one another; more stand below
-_FEW_SETTINGS = 5  # that stand beside one another, of many runs
+_FEW_RUNS = 6  # that are columns of a table; more are rows
+_FEW_SETTINGS = 5  # that are columns of a table with many runs
+OVER_SEEDS, BY_SEED = "Over seeds", "Differences to the reference group, paired by seed"
 
 
 @dataclass(frozen=True)
@@ -35,9 +48,10 @@ class Compared:
     """A run, and what else of its folder a comparison needs.
 
     Args:
-        scores: what it scored at its end, item by item; None where they are not there.
-        why_not: why they are not.
-        peak_memory: bytes, of its process or device; None where it was not written down.
+        run: The run.
+        scores: The scores of its final model, item by item; None if they are missing.
+        why_not: Why they are missing.
+        peak_memory: Peak memory of its process or device in bytes; None if not recorded.
     """
 
     run: Run
@@ -51,12 +65,12 @@ class Compared:
 
     @property
     def tokens(self) -> int | None:
-        """Tokens that it was trained on, without the base; None where its settings don't say."""
+        """Training tokens, without the base's; None if the settings do not determine them."""
         per_step = self.run.tokens_per_step
         return None if per_step is None else per_step * self.run.steps
 
     def costs(self) -> dict[str, float | None]:
-        """Return what it took, by name: of its training, and of the whole run."""
+        """Return name → cost of the training, and of the whole run."""
         summary = self.run.summary
         total_seconds = summary.seconds.get("total")
         if total_seconds is None:
@@ -76,12 +90,14 @@ class Compared:
 
 @dataclass(frozen=True, slots=True)
 class PairedDifference:
-    """How much worse a run is than the first on one subject, in pairs.
+    """The difference of a run to the first on one subject, paired by document.
 
     Args:
-        change: relative rise of the loss per byte, or points that an accuracy lost less.
-        n: documents or questions.
-        why_not: why there is none.
+        subject: A domain, or its accuracy.
+        run: Name of the run.
+        change: Relative difference of the loss per byte, or difference of the accuracy.
+        n: Number of documents or questions.
+        why_not: Why there is no difference.
     """
 
     subject: str
@@ -93,12 +109,12 @@ class PairedDifference:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All runs of a comparison; the first is what the others are held against."""
+    """All runs of a comparison; the others are compared with the first."""
 
     runs: tuple[Compared, ...]
 
     def lettered(self) -> "Comparison":
-        """Return the same with a letter for each name, which leaves a narrow terminal its room."""
+        """Return the same with a letter as the name of each run, for narrow terminals."""
         named = (replace(r.run, name=letter(n)) for n, r in enumerate(self.runs))
         return Comparison(tuple(replace(c, run=r) for c, r in zip(self.runs, named, strict=True)))
 
@@ -108,25 +124,26 @@ class Comparison:
 
     @cached_property
     def paired(self) -> tuple[PairedDifference, ...]:
-        """Return every run but the first against the first, subject by subject."""
+        """Return the differences of every other run to the first, subject by subject."""
         first, *others = self.runs
         subjects = dict.fromkeys(row.domain for each in self.runs for row in each.run.rows)
         return tuple(_difference(s, first, other) for s in subjects for other in others)
 
     def tables(self) -> dict[str, Table]:
-        """Return title → table, those that have rows."""
+        """Return title → table, without empty ones."""
         tables = {
             "Settings that differ": self._settings(),
             "Verdicts and size": self._verdicts(),
             "Losses": self._scores(),
-            f"Against {self.runs[0].name}, in pairs": self._differences(),
-            "Over seeds": self._seeds(),
+            f"Differences to {self.runs[0].name}, paired by document": self._differences(),
+            OVER_SEEDS: self._seeds(),
+            BY_SEED: self._by_seed(),
             "Cost": self._costs(),
         }
         return {title: table for title, table in tables.items() if table.rows}
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all numbers as JSON holds them."""
+        """Return all numbers as plain values for JSON."""
         return {
             "reference": self.runs[0].name,
             "confidence": CONFIDENCE,
@@ -169,6 +186,11 @@ class Comparison:
                 {"name": group.name, "runs": [run.name for run in group.runs]}
                 for group in self.groups
             ],
+            "paired_by_seed": [
+                {"subject": domain, "group": group.name, "reference": self.groups[0].name}
+                | asdict(difference)
+                for domain, group, difference in self._seed_differences
+            ],
         }
 
     def rows(self) -> list[tuple[str, ...]]:
@@ -184,8 +206,12 @@ class Comparison:
                     found.append((each.name, row.domain, stage, _number(value), "", ""))
                 found.append((each.name, row.domain, "change", *_bounds(row.change)))
         for pair in self.paired:
-            quantity = f"against {self.runs[0].name}, in pairs"
+            quantity = f"difference to {self.runs[0].name}, paired by document"
             found.append((pair.run, pair.subject, quantity, *_bounds(pair.change)))
+        quantity = f"difference to {self.groups[0].name}, paired by seed"
+        for domain, group, by_seed in self._seed_differences:
+            numbers = map(_number, (by_seed.value, by_seed.lower, by_seed.upper))
+            found.append((group.name, domain, quantity, *numbers))
         for key in self._keys:
             found += [(each.name, "", key, each.run.setting(key), "", "") for each in self.runs]
         return found
@@ -195,21 +221,24 @@ class Comparison:
         return differing_keys([each.run for each in self.runs])
 
     def _settings(self) -> Table:
-        """Return the settings with the runs beside them; of many runs fewer, and below them."""
+        """Return the settings that differ, by run; with many runs, only the independent ones."""
         runs, keys = self.runs, self._keys
         if len(runs) <= _FEW_RUNS:
-            beside = ((key, *(r.run.setting(key, _CELL_CHARACTERS) for r in runs)) for key in keys)
-            return Table(("setting", *(each.name for each in runs)), tuple(beside))
-        told = _telling(keys, [each.run for each in runs])
-        shorter = "left out is what all runs that have it have alike; --json has all"
-        caption = "" if told == keys else shorter
-        if len(told) <= _FEW_SETTINGS:
+            columns = ((key, *(r.run.setting(key, _CELL_CHARACTERS) for r in runs)) for key in keys)
+            return Table(("setting", *(each.name for each in runs)), tuple(columns))
+        independent = _telling(keys, [each.run for each in runs])
+        shorter = "without settings that follow from others; --json has all"
+        caption = "" if independent == keys else shorter
+        if len(independent) <= _FEW_SETTINGS:
             below = (
-                (r.name, *(r.run.setting(key, _CELL_CHARACTERS) for key in told)) for r in runs
+                (r.name, *(r.run.setting(key, _CELL_CHARACTERS) for key in independent))
+                for r in runs
             )
-            return Table(("run", *told), tuple(below) if told else (), caption=caption)
+            return Table(
+                ("run", *independent), tuple(below) if independent else (), caption=caption
+            )
         rows = []
-        for key in told:
+        for key in independent:
             by_value: dict[str, list[Compared]] = {}
             for each in runs:
                 by_value.setdefault(repr(each.run.settings.get(key)), []).append(each)
@@ -253,8 +282,8 @@ class Comparison:
         )
         header = ("domain", "role", "run", *stages, "change", "verdict")
         caption = (
-            "nats per token, or right answers; change from before to trained, per byte in % with "
-            "the one-sided bounds of the gate: on old text forgetting, on new text gain"
+            "loss [nats/token] or accuracy; change from before to trained [% per byte] with the "
+            "one-sided bounds of the gate: forgetting on old domains, gain on new ones"
         )
         return Table(header, rows, tuple(range(3, 4 + len(stages))), caption)
 
@@ -267,28 +296,52 @@ class Comparison:
                 text = text.replace(" points", f" {bounds} points")
             rows.append((each.subject, each.run, text, number_text(each.n or None), each.why_not))
         caption = (
-            f"the run's loss per byte against that of {self.runs[0].name} on the same documents, "
-            f"in %, with the two-sided {CONFIDENCE:.0%} interval of the paired bootstrap; below "
-            "zero the run is better (of right answers above zero)"
+            f"loss per byte relative to {self.runs[0].name} on the same documents [%], with the "
+            f"two-sided {CONFIDENCE:.0%} interval of the paired bootstrap; below zero is better "
+            "(accuracy: above zero)"
         )
         header = ("domain", "run", "difference", "documents", "")
         return Table(header, tuple(rows), (2, 3), caption)
 
     def _seeds(self) -> Table:
-        """Return each group's mean over its seeds; empty where every run is alone."""
-        domains = dict.fromkeys(row.domain for each in self.runs for row in each.run.losses)
+        """Return each group's change over its seeds; empty if every group has one run."""
         rows = []
-        for group in (group for group in self.groups if len(group.runs) > 1):
-            for domain in domains:
+        for domain in self._domains:
+            for group in (group for group in self.groups if len(group.runs) > 1):
                 if (mean := group.change(domain)) is not None:
-                    change = ScoreChange(mean.value, mean.lower, mean.upper)
-                    rows.append((domain, group.name, str(len(group.runs)), change_text(change)))
-        rows.sort(key=lambda row: list(domains).index(row[0]))
-        caption = f"change of loss per byte in %: mean with Student's {CONFIDENCE:.0%} interval"
+                    rows.append((domain, group.name, str(len(group.seeds)), mean.text()))
+        caption = f"change of the loss per byte [%]: {_MEAN_OR_SEEDS}"
         return Table(("domain", "group", "seeds", "change"), tuple(rows), (2, 3), caption)
 
+    def _by_seed(self) -> Table:
+        """Return each group's difference to the first; empty if every group has one run."""
+        rows = [
+            (domain, group.name, str(len(each.values)), each.text())
+            for domain, group, each in self._seed_differences
+            if any(len(group.runs) > 1 for group in self.groups)
+        ]
+        caption = (
+            f"loss per byte after training relative to {self.groups[0].name} at the same seed "
+            f"[%]: {_MEAN_OR_SEEDS}; below zero is better"
+        )
+        return Table(("domain", "group", "pairs", "difference"), tuple(rows), (2, 3), caption)
+
+    @cached_property
+    def _domains(self) -> tuple[str, ...]:
+        """The domains that have a loss."""
+        rows = (row for each in self.runs for row in each.run.losses)
+        return tuple(dict.fromkeys(row.domain for row in rows))
+
+    @cached_property
+    def _seed_differences(self) -> list[tuple[str, Group, Interval]]:
+        """The differences of all groups to the first: domain, group, difference."""
+        first, *others = self.groups
+        pairs = ((domain, group) for domain in self._domains for group in others)
+        found = ((*pair, pair[1].difference(first, pair[0])) for pair in pairs)
+        return [(domain, group, each) for domain, group, each in found if each is not None]
+
     def _costs(self) -> Table:
-        header = ("run", "FLOPs", "of all", "tokens", "steps", "seconds", "of all", "peak memory")
+        header = ("run", "FLOPs", "total", "tokens", "steps", "seconds", "total", "peak memory")
         rows = []
         for each in self.runs:
             cells = [
@@ -297,8 +350,8 @@ class Comparison:
             ]
             rows.append((each.name, *cells))
         caption = (
-            "the training's and the whole run's; seconds depend on what else the machine did; "
-            "memory in bytes"
+            "training, and total of the run; seconds depend on the load of the machine; memory in "
+            "bytes"
         )
         return Table(header, tuple(rows), tuple(range(1, 8)), caption)
 
@@ -310,7 +363,7 @@ def letter(number: int) -> str:
 
 
 def _telling(keys: Sequence[str], runs: Sequence[Run]) -> tuple[str, ...]:
-    """Leave out settings that only follow from a choice which another column says already."""
+    """Return the keys without those that follow from a choice in another column."""
     found: dict[str, tuple[str, tuple[bool, ...]]] = {}
     for key in keys:
         group = key.partition(".")[0]
@@ -326,13 +379,13 @@ def _difference(subject: str, first: Compared, other: Compared) -> PairedDiffere
         if each.scores is None:
             return PairedDifference(subject, other.name, why_not=f"{each.name}: {each.why_not}")
         if subject not in each.scores:
-            return PairedDifference(subject, other.name, why_not=f"{each.name} did not score it")
+            return PairedDifference(subject, other.name, why_not=f"{each.name}: no scores")
     assert first.scores is not None and other.scores is not None
     before, after = first.scores[subject], other.scores[subject]
     kinds = [(each.unit, each.chance, each.identifiers) for each in (before, after)]
     sizes = [each.weights[each.per] for each in (before, after)]  # such as the bytes of each
     if kinds[0] != kinds[1] or not (sizes[0] == sizes[1]).all():
-        return PairedDifference(subject, other.name, why_not="not paired: other documents")
+        return PairedDifference(subject, other.name, why_not="not paired: different documents")
     try:
         is_loss = before.unit == "nats"
         estimate = relative_forgetting(before, after) if is_loss else drop_in_points(before, after)
@@ -340,13 +393,13 @@ def _difference(subject: str, first: Compared, other: Compared) -> PairedDiffere
         return PairedDifference(subject, other.name, why_not=str(error))
     side = (1 + CONFIDENCE) / 2
     bounds = [finite_or_none(each(side)) for each in (estimate.lower, estimate.upper)]
-    if len(before) < MIN_DOCUMENTS:  # of which the gate trusts no bound either
+    if len(before) < MIN_DOCUMENTS:  # as in the gate, no bound
         bounds = [None, None]
     sign = 1 if is_loss else -1
     lower, upper = [None if b is None else sign * b for b in bounds][::sign]
     value = finite_or_none(sign * estimate.value + 0.0)  # which makes 0 of -0
     if value is None or abs(value) > LARGEST:
-        return PairedDifference(subject, other.name, why_not="it is not finite")
+        return PairedDifference(subject, other.name, why_not="not finite")
     change = ScoreChange(value, lower, upper, in_points=not is_loss)
     return PairedDifference(subject, other.name, change, len(before))
 

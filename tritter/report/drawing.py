@@ -1,7 +1,8 @@
-"""Colours, empty figures and short texts that all plots share."""
+"""Colours, empty figures and labels that all plots share."""
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
@@ -15,20 +16,25 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 DPI = 150
-MAX_COLUMNS = 800  # of a map or points of a curve; a picture has hardly more
-_LINE_CHARACTERS = 72
+MAX_COLUMNS = 800  # of a map, or points of a curve; a picture has hardly more pixels
+_LINE_CHARACTERS = 66
+_MOST_LINES = 6  # of one label
 _PANEL_WIDTH = 4.8
-_LABEL_CHARACTERS = 16  # of a row or column of cells
+_LABEL_CHARACTERS = 18  # of a line of a row's or column's label
 _MOST_NUMBERED = 12  # of both, with texts in their cells
-# Okabe and Ito: told apart by colour-blind readers, and in grey by their markers.
+# Okabe and Ito, which colour-blind readers can distinguish; then six that are as far from each
+# other and from these (CIE76 above 25)
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#666666"
-CYCLE = (BLUE, ORANGE, GREEN, PURPLE, "#56B4E9", "#E69F00")
+CYCLE = (
+    *(BLUE, ORANGE, GREEN, PURPLE, "#56B4E9", "#E69F00"),
+    *("#000000", "#882255", "#999933", "#332288", "#8C564B", "#661100"),
+)
 
 
 def new_figure(
     *, rows: int = 1, columns: int = 1, width: float, height: float
 ) -> tuple[Figure, list[Axes]]:
-    """Return a figure of our own (no pyplot, so nothing global) and its panels in reading order."""
+    """Return a figure (without pyplot's global state) and its panels in reading order."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
@@ -42,7 +48,7 @@ def new_figure(
 
 
 def plain(text: str) -> str:
-    """Return text that matplotlib shows as it is: no formulas, no breaks, no control characters."""
+    """Return text without formulas, line breaks and control characters, for matplotlib."""
     return "".join(sign if sign.isprintable() else " " for sign in text).replace("$", r"\$")
 
 
@@ -51,13 +57,14 @@ def cut(text: str, most: int = _LINE_CHARACTERS) -> str:
     return text if len(text) <= most else text[: most - 2] + ".."
 
 
-def shortened(text: str, most: int = _LINE_CHARACTERS) -> str:
-    """Return text that matplotlib shows as it is, cut with two dots."""
-    return plain(cut(text, most))
+def wrapped(text: str, width: int = _LINE_CHARACTERS) -> str:
+    """Return plain text broken into lines of `width` characters; only very long text is cut."""
+    text = plain(cut(text, width * _MOST_LINES))
+    return "\n".join(textwrap.wrap(text, width, max_lines=_MOST_LINES, placeholder=" .."))
 
 
 def panel(*, height: float) -> tuple[Figure, Axes]:
-    """Return a figure of one panel as the page has them."""
+    """Return a figure of one panel, as on the page."""
     figure, (axes,) = new_figure(width=_PANEL_WIDTH, height=height)
     axes.tick_params(labelsize=8.5)
     axes.xaxis.label.set_fontsize(9)
@@ -66,7 +73,7 @@ def panel(*, height: float) -> tuple[Figure, Axes]:
 
 
 def say(axes: Axes, text: str) -> None:
-    """Say in an empty panel why it is empty."""
+    """Print in an empty panel why it is empty."""
     axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", color=GREY)
     axes.set_yticks([])
 
@@ -82,20 +89,26 @@ def draw_cells(
     norm: Normalize,
     colours: str,
 ) -> AxesImage:
-    """Draw numbers as coloured cells, with a text in each where there are not too many.
+    """Draw numbers as coloured cells, with a text in each if there are few.
 
     Args:
-        shown: numbers of rows over columns; masked where nothing is known.
-        is_dark: cells whose text is white.
+        axes: The panel.
+        rows: Labels of the rows.
+        columns: Labels of the columns.
+        shown: Numbers [rows, columns]; masked if unknown.
+        texts: Text of each cell.
+        is_dark: Cells whose text is white.
+        norm: Number → position on the colour map.
+        colours: Name of the colour map.
     """
     import numpy as np
 
-    axes.set_facecolor("#DDDDDD")  # seen through where nothing is known
+    axes.set_facecolor("#DDDDDD")  # visible in masked cells
     image = axes.imshow(shown, cmap=colours, norm=norm, aspect="auto")
     axes.grid(visible=False)
-    labels = [shortened(name, _LABEL_CHARACTERS) for name in columns]
+    labels = [wrapped(name, _LABEL_CHARACTERS) for name in columns]
     axes.set_xticks(range(len(columns)), labels, rotation=30, ha="right")
-    axes.set_yticks(range(len(rows)), [shortened(name, _LABEL_CHARACTERS) for name in rows])
+    axes.set_yticks(range(len(rows)), [wrapped(name, _LABEL_CHARACTERS) for name in rows])
     axes.tick_params(labelsize=8, length=0)
     if max(len(rows), len(columns)) <= _MOST_NUMBERED:
         for (row, column), dark in np.ndenumerate(is_dark):
@@ -105,14 +118,14 @@ def draw_cells(
 
 
 def numbers(rows: Iterable[Iterable[float | None]]) -> NDArray[np.float64]:
-    """Return rows as an array; what is not known is no number."""
+    """Return rows as an array; unknown numbers are NaN."""
     import numpy as np
 
     return np.asarray([[np.nan if v is None else v for v in row] for row in rows], dtype=float)
 
 
 def some(values: Sequence[_T]) -> Sequence[_T]:
-    """Return all values, or of very many as many as a picture has columns, the last among them."""
+    """Return all values, or `MAX_COLUMNS` of them, evenly spaced and with the last one."""
     import numpy as np
 
     if len(values) <= MAX_COLUMNS:

@@ -1,4 +1,4 @@
-"""LoRA experts in words and numbers: the tables of a run, on the terminal and on the page."""
+"""LoRA experts of a run: tables, figures and a line of text."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from tritter.report.drawing import (
     numbers,
     panel,
     say,
-    shortened,
     some,
+    wrapped,
 )
 from tritter.report.summary import BASE, Course, ExpertsRecord, Spawn
 from tritter.report.table import Table, left_out
@@ -34,9 +34,10 @@ _MOST = 100  # rows and columns on the page; summary.json has all
 
 
 def experts_table(experts: ExpertsRecord, *, most: int = MAX_ROWS) -> Table:
-    """Return a row per expert: where it was born and why, its rank and how much it is used."""
-    header = ("expert", "born in", "step", "batches", "novelty", "limit", "rank", "usage %", "")
-    lines = ["usage: mean gate over the domains; batches: that the decision took"]
+    """Return a row per expert: its spawn, its rank and its usage."""
+    header = ("expert", "domain", "step", "batches", "novelty", "limit", "rank", "usage %", "state")
+    lines = ["spawned on a domain at a step, after so many batches above the novelty limit; "]
+    lines[0] += "usage: mean gate"
     lines += filter(None, [left_out(len(experts.rows), most)])
     rows = []
     for row in experts.rows[:most]:
@@ -66,7 +67,7 @@ def experts_table(experts: ExpertsRecord, *, most: int = MAX_ROWS) -> Table:
 def usage_table(
     experts: ExpertsRecord, *, most: int = MAX_ROWS, most_columns: int = MAX_COLUMNS
 ) -> Table:
-    """Return a row per domain: how its held-out text is routed; of many experts the most used."""
+    """Return a row per domain: the mean gates on its held-out data, of the most used experts."""
     used = set(experts.by_usage[:most_columns])
     shown = [name for name in experts.names if name in used]
     rows = tuple(
@@ -88,17 +89,17 @@ def usage_table(
 
 
 def experts_text(experts: ExpertsRecord) -> str:
-    """Say in a line what the experts came to."""
+    """Return a line on the experts of a run."""
     sizes, routing = experts.parameters, experts.routing
     parts = [f"{experts.number} at the end, {len(experts.spawned)} spawned"]
     if sizes.trainable is not None:
         share = "" if sizes.share is None else f" ({share_text(sizes.share)})"
-        parts.append(f"{count_text(sizes.trainable)} parameters trained{share}")
+        parts.append(f"{count_text(sizes.trainable)} trainable parameters{share}")
     if experts.batches:
         counted = (f"{number:,} {kind}" for kind, number in experts.batches.items())
         parts.append(f"batches: {', '.join(counted)}")
     if refused := experts.refused:
-        parts.append(f"{len(refused)} refused, last: {refused[-1].why or 'no reason is recorded'}")
+        parts.append(f"{len(refused)} refused, last: {refused[-1].why or 'no reason recorded'}")
     if len(experts.names) > 1 and (routing.top_k or routing.temperature) is not None:
         way = "dense" if not routing.top_k else f"top-{routing.top_k}"
         warmth = routing.temperature
@@ -112,7 +113,7 @@ def share_text(share: float | None) -> str:
 
 
 def page_tables(experts: ExpertsRecord) -> list[Table]:
-    """Return what the page has of a run's experts: them, routing, similarity, and events."""
+    """Return the tables of the page: experts, routing, similarity and events."""
     usage = usage_table(experts, most=_MOST, most_columns=_MOST)
     found = experts.similarities[:_MOST]
     known = list(dict.fromkeys(name for _, similarity in found for name in similarity))[:_MOST]
@@ -120,15 +121,15 @@ def page_tables(experts: ExpertsRecord) -> list[Table]:
         (expert, *(number_text(similarity.get(name), ".3g") for name in known))
         for expert, similarity in found
     )
-    caption = "similarity of an expert's batches to what was known when it was spawned"
+    caption = "Similarity of an expert's first batches to the known skills when it was spawned"
     similarity = Table(("spawned", *known), rows, tuple(range(1, 1 + len(known))), caption)
     rows = tuple(
         (number_text(event.step), event.kind, event.expert, event.why)
         for event in experts.events[:_MOST]
     )
-    lines = ["experts, event by event", left_out(len(experts.events), _MOST)]
+    lines = ["Events of the experts", left_out(len(experts.events), _MOST)]
     caption = "; ".join(filter(None, lines))
-    events = Table(("step", "event", "expert", "because"), rows, (0,), caption)
+    events = Table(("step", "event", "expert", "reason"), rows, (0,), caption)
     return [experts_table(experts, most=_MOST), usage, similarity, events]
 
 
@@ -137,17 +138,18 @@ def _percent(share: float | None) -> str:
 
 
 _DRAWN = 24  # experts and domains of a picture
-_MOST_MARKED = 60  # spawns, and points that have a mark of their own
-_LABEL_CHARACTERS = 14
+_MOST_MARKED = 60  # spawns, and points of a curve that are marked
+_LABEL_CHARACTERS = 24
 _STYLES = ("-", "--", ":", "-.")
 
 
 def experts_figure(experts: ExpertsRecord, *, end: int, borders: Sequence[int] = ()) -> Figure:
-    """Return the picture of a run's experts.
+    """Return a figure of routing, similarity, ranks and usage.
 
     Args:
-        end: steps of the run.
-        borders: steps at which its next task began.
+        experts: The record of the run.
+        end: Training steps of the run.
+        borders: Steps at which the next task began.
     """
     height = 5.4 + 0.16 * min(len(experts.usage), _DRAWN)
     figure, panels = new_figure(rows=2, columns=2, width=9.6, height=height)
@@ -159,17 +161,20 @@ def experts_figure(experts: ExpertsRecord, *, end: int, borders: Sequence[int] =
 def experts_panels(
     experts: ExpertsRecord, *, name: str, end: int, borders: Sequence[int], is_alone: bool
 ) -> list[Figure]:
-    """Return the same panels one by one, as the page has them.
+    """Return the same panels one by one, for the page.
 
     Args:
-        name: of the run.
-        is_alone: no other run has experts; of several, routing alone is drawn.
+        experts: The record of the run.
+        name: Name of the run.
+        end: Training steps of the run.
+        borders: Steps at which the next task began.
+        is_alone: No other run has experts; of several, only routing is drawn.
     """
     figures = []
     for draw in _panels(experts, end=end, borders=borders)[: None if is_alone else 1]:
         figure, axes = panel(height=3.0 + 0.12 * min(len(experts.usage), _DRAWN))
         draw(axes)
-        axes.set_title(shortened(f"{name}: {axes.get_title()}"), fontsize=9)
+        axes.set_title(wrapped(f"{name}: {axes.get_title()}"), fontsize=9)
         figures.append(figure)
     return figures
 
@@ -181,7 +186,7 @@ def _panels(
     spawned = found[:_MOST_MARKED]
 
     def mark(axes: Axes) -> None:
-        """Mark spawns at the foot, and where the next task began through the whole panel."""
+        """Mark spawns at the bottom, and the start of the next task over the whole height."""
         if spawned:
             place = axes.get_xaxis_transform()
             axes.plot(spawned, [0.0] * len(spawned), "^", transform=place, color=GREEN,
@@ -199,25 +204,25 @@ def _panels(
 
 
 def draw_routing(axes: Axes, experts: ExpertsRecord) -> None:
-    """Draw where each domain's held-out text goes: domains over experts, mean gates in per cent."""
-    axes.set_title("routing by skill: mean gate [%]", fontsize=10)
+    """Draw the mean gates on each domain's held-out data: domains over experts, in per cent."""
+    axes.set_title("routing by domain: mean gate [%]", fontsize=10)
     most = set(experts.by_usage[:_DRAWN])
     names = [name for name in experts.names if name in most]
     domains = list(experts.usage)[:_DRAWN]
     if not names or not domains:
-        _say(axes, "not known")
+        _say(axes, "no data")
         return
     shares = [[experts.usage[domain].get(name) for name in names] for domain in domains]
     _draw_cells(axes, domains, names, shares, scale=100, colours="Blues")
 
 
 def draw_similarity(axes: Axes, experts: ExpertsRecord) -> None:
-    """Draw how like what was known each spawned expert's batches were: spawned over known."""
-    axes.set_title("similarity at creation", fontsize=10)
+    """Draw the similarity of each expert's first batches to the known skills."""
+    axes.set_title("similarity to known skills at spawn", fontsize=10)
     found = experts.similarities[:_DRAWN]
     known = list(dict.fromkeys(name for _, similarity in found for name in similarity))[:_DRAWN]
     if not found:
-        _say(axes, "nothing was spawned" if not experts.spawned else "not known")
+        _say(axes, "no expert was spawned" if not experts.spawned else "no data")
         return
     values = [[similarity.get(name) for name in known] for _, similarity in found]
     _draw_cells(axes, [expert for expert, _ in found], known, values, scale=1, colours="Purples")
@@ -226,16 +231,16 @@ def draw_similarity(axes: Axes, experts: ExpertsRecord) -> None:
 def draw_ranks(
     axes: Axes, experts: ExpertsRecord, *, end: int, mark: Callable[[Axes], None]
 ) -> None:
-    """Draw each adapter's rank over the steps; where no course is known, that of the end."""
+    """Draw each adapter's rank over the steps, or only the final one if that is all there is."""
     from matplotlib.ticker import MaxNLocator
 
-    axes.set_title("ranks", fontsize=10)
+    axes.set_title("adapter ranks", fontsize=10)
     course = experts.ranks_over_time
     if not course.steps:
         ranks = {name: (rank, rank) for name, rank in experts.ranks.items()}
         course = Course(steps=(0, end), ranks=ranks)
     if not course.values:
-        _say(axes, "not known")
+        _say(axes, "no data")
         return
     if course.steps[-1] < end:
         longer = {name: (*each, each[-1]) for name, each in course.values.items()}
@@ -249,9 +254,9 @@ def draw_ranks(
 
 def draw_usage(axes: Axes, experts: ExpertsRecord, *, mark: Callable[[Axes], None]) -> None:
     """Draw each expert's mean gate over the steps."""
-    axes.set_title("usage while training", fontsize=10)
+    axes.set_title("usage during training", fontsize=10)
     if not experts.usage_over_time.steps or not experts.usage_over_time.values:
-        _say(axes, "not known")
+        _say(axes, "no data")
         return
     _draw_courses(axes, experts.usage_over_time, experts, is_stepped=False)
     axes.set_ylim(0, 105)
@@ -271,7 +276,7 @@ def _draw_courses(axes: Axes, course: Course, experts: ExpertsRecord, *, is_step
         number = 0 if name == BASE else adapters.index(name)
         color = GREY if name == BASE else CYCLE[number % len(CYCLE)]
         style = _STYLES[number // len(CYCLE) % len(_STYLES)]
-        # Equal ranks lie on each other: the first are thicker, and seen beside the last
+        # Equal ranks coincide: the first are thicker, and remain visible
         below = min(len(shown) - 1 - shown.index(name), 5) if is_stepped else 0
         marker = "o" if len(steps) <= _MOST_MARKED and not is_stepped else ""
         look = {
@@ -280,7 +285,7 @@ def _draw_courses(axes: Axes, course: Course, experts: ExpertsRecord, *, is_step
             "marker": marker,
             "linewidth": 1.3 + 1.2 * below,
         }
-        label = shortened(name, _LABEL_CHARACTERS)
+        label = wrapped(name, _LABEL_CHARACTERS)
         if is_stepped:
             axes.step(steps, values, where="post", label=label, **look)
         else:
@@ -306,7 +311,7 @@ def _draw_cells(
     scale: float,
     colours: str,
 ) -> None:
-    """Draw numbers of 0 to 1 as cells, white where they are 0; others as the nearer of the two."""
+    """Draw numbers from 0 to 1 as cells, clipped to this range."""
     import numpy as np
     from matplotlib.colors import Normalize
 

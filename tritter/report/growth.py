@@ -1,4 +1,4 @@
-"""Growth in words and numbers: the table of a run, and what may help where nothing grew."""
+"""Neuron growth of a run: its table, its figures and a line of text."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from tritter.report.drawing import BLUE, GREEN, ORANGE, new_figure, say, some
 from tritter.report.summary import GrowthRecord
-from tritter.report.table import Table
-from tritter.report.wording import count_text, number_text
+from tritter.report.table import Table, left_out
+from tritter.report.wording import count_text, number_text, si_text
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,11 +24,11 @@ _MOST_STEPS = 4  # named of a layer's events
 
 
 def growth_table(growth: GrowthRecord, *, most: int = MAX_ROWS) -> Table:
-    """Return a row per layer that grew; of many, those that grew most."""
+    """Return a row per layer that grew; of many layers, those that grew most."""
     layers = growth.layers
     has_dead = any(layer.died for layer in layers)
     counts = ["born", "replaced", *(["left dead"] if has_dead else [])]
-    header = ("layer", "neurons", *counts, "change", "after steps")
+    header = ("layer", "neurons", *counts, "shift [σ]", "after steps")
     grown = sorted(layers, key=lambda layer: -(layer.born + layer.replaced))[:most]
     rows = tuple(
         (
@@ -40,9 +40,9 @@ def growth_table(growth: GrowthRecord, *, most: int = MAX_ROWS) -> Table:
         )
         for layer in sorted(grown, key=lambda layer: layer.layer)
     )
-    lines = ["change: of the logits at an event, the largest, in their deviation"]
+    lines = ["shift: largest logit shift at an event, in standard deviations of the logits"]
     if has_dead:
-        lines.append("left dead: found dead at an event, and not used again")
+        lines.append("left dead: found dead at an event, not reused")
     number = len(growth.neurons.before)
     if len(layers) > most:
         lines.append(f"{len(layers)} of {number} layers grew; shown: the {most} that grew most")
@@ -56,8 +56,27 @@ def growth_table(growth: GrowthRecord, *, most: int = MAX_ROWS) -> Table:
     return Table(header, rows, tuple(range(len(header) - 1)), "\n".join(lines), title=title)
 
 
+def events_table(growth: GrowthRecord, *, most: int) -> Table:
+    """Return a row per event, of the first `most`."""
+    counts = ("step", "layer", "born", "replaced", "left dead", "neurons")
+    header = (*counts, "pressure", "logit shift [σ]", "parameters", "FLOPs so far")
+    rows = tuple(
+        (
+            *map(str, (event.step, event.layer, event.born, event.replaced, event.died)),
+            str(event.neurons),
+            number_text(event.pressure, ".3g"),
+            number_text(event.function_change, ".1e"),
+            count_text(event.parameters),
+            si_text(event.flops),
+        )
+        for event in growth.events[:most]
+    )
+    caption = "; ".join(filter(None, ("Growth events", left_out(len(growth.events), most))))
+    return Table(header, rows, tuple(range(len(header))), caption)
+
+
 def growth_text(growth: GrowthRecord) -> str:
-    """Say in a line what growth came to, or what to try where nothing grew."""
+    """Return a line on the result of growth, or on what to try if nothing grew."""
     if not growth.events:
         return nothing_grew(growth)
     before, after = sum(growth.neurons.before), sum(growth.neurons.after)
@@ -67,20 +86,20 @@ def growth_text(growth: GrowthRecord) -> str:
         parts.append(f"parameters {' → '.join(sizes)}")
     parts.append(f"neurons {before:,} → {after:,}")
     if growth.young is not None:
-        parts.append(f"{growth.young} of them young at the end")
+        parts.append(f"{growth.young} of them not mature at the end")
     norms = growth.update_norms
     if norms is not None and norms.young is not None and norms.old is not None:
         young, old = norms.young, norms.old
-        parts.append(f"a young one moved by {young:.2g} a step, an old one by {old:.2g}")
+        parts.append(f"mean update per step: young {young:.2g}, old {old:.2g}")
     return "; ".join(parts)
 
 
 def nothing_grew(growth: GrowthRecord) -> str:
-    """Say that nothing grew, how often it could have, and what to try."""
+    """Return a line on a run without growth: how many checks it had, and what to try."""
     if not growth.checks:
         return (
-            "nothing grew: the training ended before the first check; try a shorter "
-            "growth.warmup_steps or growth.check_every, or a longer training"
+            "nothing grew: training ended before the first check; try a smaller "
+            "growth.warmup_steps or growth.check_every, or more training steps"
         )
     number = "one check" if growth.checks == 1 else f"{growth.checks:,} checks"
     keys = []
@@ -88,8 +107,8 @@ def nothing_grew(growth: GrowthRecord) -> str:
         steps = growth.options.get(key)
         if steps != 1:
             keys.append(f"growth.{key}" + (f" ({steps})" if isinstance(steps, int) else ""))
-    ways = [f"a shorter {' or '.join(keys)}"] if keys else []
-    ways.append("a longer training")
+    ways = [f"a smaller {' or '.join(keys)}"] if keys else []
+    ways.append("more training steps")
     if growth.advice:
         ways.insert(0, growth.advice)
     *others, last = ways
@@ -97,23 +116,24 @@ def nothing_grew(growth: GrowthRecord) -> str:
 
 
 def _steps_text(steps: Sequence[int]) -> str:
-    """Name the first steps and the last one."""
+    """Return the first steps and the last one."""
     if len(steps) <= _MOST_STEPS:
         return ", ".join(map(str, steps))
     return f"{', '.join(map(str, steps[: _MOST_STEPS - 1]))} .. {steps[-1]} ({len(steps)})"
 
 
-_MOST_POINTS = 60  # that have a mark of their own
-_MOST_LINES = 20  # marked through the whole panel; of more, short ones at its foot
+_MOST_POINTS = 60  # that are marked
+_MOST_LINES = 20  # of the height of the panel; if there are more, they are short
 _LOGARITHMIC_FROM = 20.0  # largest pressure over the smallest
 
 
 def growth_figure(growth: GrowthRecord, *, end: int, end_flops: float | None = None) -> Figure:
-    """Return the map of a run's growth, and its parameters over steps and over FLOPs.
+    """Return a figure of neurons, pressure, and parameters over steps and over FLOPs.
 
     Args:
-        end: steps of the training.
-        end_flops: that the training took; None: not known, and the curve ends at the last event.
+        growth: The record of the run.
+        end: Training steps.
+        end_flops: Training FLOPs; if None (unknown), the curve ends at the last event.
     """
     figure, panels = new_figure(rows=2, columns=2, width=9.6, height=6.2)
     draw_neurons(panels[0], growth, end=end)
@@ -137,7 +157,10 @@ def mark_growth(
     """Mark the steps at which neurons were born or replaced.
 
     Args:
-        is_alone: no other run is in the panel, so lines may go through the whole of it.
+        axes: The panel.
+        steps: Positions of the marks.
+        color: Colour of the run.
+        is_alone: The panel has one run, so that lines may have its height.
     """
     if steps:
         top = 1.0 if is_alone and len(steps) <= _MOST_LINES else 0.05
@@ -154,7 +177,9 @@ def draw_neurons(axes: Axes, growth: GrowthRecord, *, end: int) -> None:
     edges, widths = _widths(growth, end=end)
     change = 100 * (widths / np.asarray(growth.neurons.before, dtype=float) - 1)
     low, high = min(0.0, change.min()), max(1.0, change.max())
-    _draw_map(axes, edges, change, "Blues", Normalize(low, high), "neurons more than before [%]")
+    _draw_map(
+        axes, edges, change, "Blues", Normalize(low, high), "change of the number of neurons [%]"
+    )
     size = 6 if len(growth.events) <= 100 else 3
     born = [(event.step, event.layer) for event in growth.events if event.born]
     replaced = [(event.step, event.layer) for event in growth.events if event.replaced]
@@ -166,8 +191,8 @@ def draw_neurons(axes: Axes, growth: GrowthRecord, *, end: int) -> None:
     if replaced:
         steps, layers = zip(*replaced, strict=True)
         mark(steps, layers, marker="o", color="black", markersize=1.6 * size,
-             markerfacecolor="none", label="dead ones replaced")  # fmt: skip
-    axes.set_title("neurons" if growth.events else "neurons: nothing grew", fontsize=10)
+             markerfacecolor="none", label="dead neurons replaced")  # fmt: skip
+    axes.set_title("neurons" if growth.events else "neurons (no growth)", fontsize=10)
 
 
 def draw_pressure(axes: Axes, growth: GrowthRecord, *, end: int) -> None:
@@ -175,9 +200,9 @@ def draw_pressure(axes: Axes, growth: GrowthRecord, *, end: int) -> None:
     import numpy as np
     from matplotlib.colors import LogNorm, Normalize
 
-    axes.set_title("pressure at the checks", fontsize=10)
+    axes.set_title("growth pressure at the checks", fontsize=10)
     if not growth.map.steps:
-        say(axes, "no check")
+        say(axes, "no checks")
         return
     steps = np.asarray(some(growth.map.steps), dtype=float)
     gap = steps[1] - steps[0] if len(steps) > 1 else steps[0]
@@ -191,13 +216,13 @@ def draw_pressure(axes: Axes, growth: GrowthRecord, *, end: int) -> None:
     norm: Normalize = Normalize(low, high if high > low else low + max(abs(low), 1.0))
     if low > 0 and high > _LOGARITHMIC_FROM * low:
         norm = LogNorm(low, high)
-    label = "neurons' gradient norm / whole one's"
+    label = "gradient norm of the neurons / of the model"
     _draw_map(axes, edges, pressure, "viridis", norm, label)
     axes.set_xlim(0, max(end, edges[-1]))
 
 
 def parameter_course(growth: GrowthRecord, *, end: int) -> tuple[Sequence[float], Sequence[float]]:
-    """Return steps, and the parameters from each of them on; nothing where they are not known."""
+    """Return steps, and the parameters from each step on; nothing if unknown."""
     if growth.parameters.before is None:
         return (), ()
     known = [(event.step, event.parameters) for event in growth.events]
@@ -210,7 +235,7 @@ def parameter_course(growth: GrowthRecord, *, end: int) -> tuple[Sequence[float]
 def flops_course(
     growth: GrowthRecord, *, end_flops: float | None
 ) -> tuple[Sequence[float], Sequence[float]]:
-    """Return FLOPs of the training, and the parameters from each of them on; likewise."""
+    """Return training FLOPs, and the parameters from each of them on; nothing if unknown."""
     if growth.parameters.before is None:
         return (), ()
     known = [
@@ -218,7 +243,7 @@ def flops_course(
         for event in growth.events
         if event.flops is not None and event.parameters is not None
     ]
-    # What is spent never falls: a summary that says so is not drawn backwards
+    # A cumulative sum never falls, whatever a summary holds
     spent = list(accumulate((max(0.0, flops) for flops, _ in known), max, initial=0.0))
     values = [growth.parameters.before, *(value for _, value in known)]
     if end_flops is not None and end_flops > spent[-1]:
@@ -234,12 +259,12 @@ def draw_parameters(
     color: str = BLUE,
     marker: str = "o",
 ) -> None:
-    """Draw the parameters as steps, each from its place on."""
+    """Draw the parameters as a step function."""
     from matplotlib.ticker import EngFormatter
 
-    axes.set_title("parameters of the model", fontsize=10)
+    axes.set_title("model parameters", fontsize=10)
     if not places:
-        say(axes, "not known")
+        say(axes, "no data")
         return
     shown = marker if len(places) <= _MOST_POINTS else ""
     axes.step(places, values, where="post", color=color, marker=shown, markersize=3, linewidth=1.2)
@@ -248,23 +273,23 @@ def draw_parameters(
 
 
 def label_flops(axes: Axes) -> None:
-    """Say that an axis is FLOPs."""
+    """Label an axis as FLOPs."""
     from matplotlib.ticker import EngFormatter
 
     axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
-    axes.set_xlabel("FLOPs of the training")
+    axes.set_xlabel("training FLOPs")
 
 
 def _widths(growth: GrowthRecord, *, end: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return edges of intervals [n + 1], and the neurons of every layer within each [n, L].
 
-    From the events alone: what a layer has between two of them is what the first one left.
+    The neurons follow from the events: they are constant between two events.
     """
     import numpy as np
 
     now = np.asarray(growth.neurons.before, dtype=float)
     edges, rows = [0.0], [now.copy()]
-    # Of very many as many are kept as can be seen: each row is of all layers
+    # Of very many events, as many as a picture can show
     steps = some(growth.event_steps)
     of_steps = set(steps)
     for step, events in groupby(growth.events, key=lambda event: event.step):
@@ -276,7 +301,7 @@ def _widths(growth: GrowthRecord, *, end: int) -> tuple[NDArray[np.float64], NDA
         elif step == 0:
             rows[0] = now.copy()
     last = max(float(end), *map(float, growth.map.steps[-1:]), edges[-1])
-    # What grew after the very last step has no time left: it is given a sliver
+    # Growth after the last step gets an interval that is just visible
     sliver = max(last, 1.0) / 200
     return np.asarray([*edges, max(last, edges[-1] + sliver)]), np.asarray(rows)
 
@@ -295,7 +320,7 @@ def _draw_map(
     from matplotlib.ticker import MaxNLocator
 
     layers = np.arange(values.shape[1] + 1) - 0.5
-    axes.set_facecolor("#DDDDDD")  # seen through where nothing is known
+    axes.set_facecolor("#DDDDDD")  # visible in masked cells
     mesh = axes.pcolormesh(edges, layers, values.T, cmap=colours, norm=norm, rasterized=True)
     axes.grid(visible=False)
     axes.yaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))

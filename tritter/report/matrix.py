@@ -1,4 +1,4 @@
-"""Every domain after every task: table and picture of a summary's matrix."""
+"""Every domain after every task: table and figure of a summary's matrix."""
 
 from __future__ import annotations
 
@@ -19,39 +19,39 @@ _DOMAIN_CHARACTERS = 20
 
 
 def transfer_table(matrix: Matrix, *, most: int = MAX_ROWS) -> Table:
-    """Return a row per domain that was learned: its losses per byte, and the transfers."""
+    """Return a row per learned domain: its losses per byte and its transfers."""
     losses, own = matrix.loss_per_byte, matrix.own
     found = [(place, name) for place, name in enumerate(matrix.domains) if name in own]
     rows = []
     for place, name in found[:most]:
-        shown = (0, own[name], -1)  # before, right after the task that was about it, at the end
+        shown = (0, own[name], -1)  # before, right after its task, at the end
         transfers = (matrix.backward_transfer.get(name), matrix.forward_transfer.get(name))
         learned = "before" if own[name] == 0 else matrix.rows[own[name]]
         values = (number_text(losses[number][place], ".4f") for number in shown)
         rows.append((name, learned, *values, *(number_text(each, "+.4f") for each in transfers)))
-    lines = ["backward: what later tasks changed; forward: what earlier ones did"]
+    lines = ["backward: change by later tasks; forward: change by earlier tasks"]
     lines += filter(None, [left_out(len(found), most)])
     rules = (len(rows),) if len(found) > 1 else ()
     if rules:
         means = (matrix.mean_backward_transfer, matrix.mean_forward_transfer)
         rows.append(("mean", *[""] * 4, *(number_text(each, "+.4f") for each in means)))
     return Table(
-        ("domain", "learned in", "before", "then", "at the end", "backward", "forward"),
+        ("domain", "learned in", "before", "after its task", "at the end", "backward", "forward"),
         tuple(rows),
         numbers=tuple(range(2, 7)),
-        title="Transfer between tasks, in nats per byte; negative is good",
+        title="Transfer between tasks [nats/byte], negative is better",
         caption="\n".join(lines),
         names={0: _DOMAIN_CHARACTERS, 1: _DOMAIN_CHARACTERS},
         rules=rules,
     )
 
 
-_DRAWN = 40  # rows and domains that are drawn; more are no picture
-_SATURATED_PERCENT = 50.0  # a change beyond it has the colour of it
+_DRAWN = 40  # rows and domains
+_SATURATED_PERCENT = 50.0  # larger changes have the same colour
 
 
 def matrix_figure(matrix: Matrix) -> Figure:
-    """Return the picture of a run's matrix: the losses, and the right answers where there are."""
+    """Return a figure of a run's matrix: the losses, and the accuracies if there are any."""
     names = [matrix.domains[:_DRAWN], list(matrix.accuracy)[:_DRAWN]]
     panels = [each for each in names if each]
     rows = min(len(matrix.rows), _DRAWN)
@@ -66,7 +66,7 @@ def matrix_figure(matrix: Matrix) -> Figure:
 def draw_matrix(axes: Axes, matrix: Matrix) -> None:
     """Draw tasks over domains: colours are changes from the first row, numbers nats per byte.
 
-    A frame is around what a task was about.
+    The domains of a task are framed.
     """
     import numpy as np
     from matplotlib.colors import TwoSlopeNorm
@@ -87,15 +87,15 @@ def draw_matrix(axes: Axes, matrix: Matrix) -> None:
     )
     image = draw_cells(axes, rows, names, shown, texts, is_dark, norm=norm, colours="RdBu_r")
     _frame_trained(axes, matrix, names)
-    axes.set_title("loss per byte; framed: the task's domains", fontsize=9)
+    axes.set_title("loss [nats/byte]; frames: domains of the task", fontsize=9)
     figure = axes.get_figure()
     assert isinstance(figure, Figure)
     bar = figure.colorbar(image, ax=axes, extend="both" if limit == _SATURATED_PERCENT else None)
-    bar.set_label("change from the baseline [%]", fontsize=8)
+    bar.set_label("change from the first row [%]", fontsize=8)
 
 
 def draw_accuracies(axes: Axes, matrix: Matrix) -> None:
-    """Draw tasks over what has right answers: their part."""
+    """Draw tasks over the domains that have an accuracy."""
     import numpy as np
     from matplotlib.colors import Normalize
 
@@ -107,11 +107,11 @@ def draw_accuracies(axes: Axes, matrix: Matrix) -> None:
     rows, norm = matrix.rows[:_DRAWN], Normalize(0, 100)
     draw_cells(axes, rows, names, shown, texts, is_dark, norm=norm, colours="Blues")
     _frame_trained(axes, matrix, names)
-    axes.set_title("right answers [%]", fontsize=9)
+    axes.set_title("accuracy [%]", fontsize=9)
 
 
 def _frame_trained(axes: Axes, matrix: Matrix, names: Sequence[str]) -> None:
-    """Draw a frame around what a task was about."""
+    """Draw a frame around the domains of each task."""
     from matplotlib.patches import Rectangle
 
     for row, trained in enumerate(matrix.trained[:_DRAWN]):

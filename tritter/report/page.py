@@ -1,25 +1,29 @@
-"""One self-contained HTML page of several runs: their text is escaped, nothing is loaded."""
+"""One self-contained HTML page of several runs: text is escaped, nothing is loaded."""
 
 from __future__ import annotations
 
 import base64
 import io
-import textwrap
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from operator import methodcaller
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
 from tritter import __version__
-from tritter.report.drawing import CYCLE, DPI, GREY, cut, panel, plain, shortened
+from tritter.report.drawing import CYCLE, DPI, GREY, new_figure, panel, wrapped
 from tritter.report.experts import experts_panels, experts_text, page_tables, share_text
 from tritter.report.growth import (
     draw_neurons,
     draw_parameters,
     draw_pressure,
+    events_table,
     flops_course,
     growth_table,
     growth_text,
@@ -28,9 +32,10 @@ from tritter.report.growth import (
 )
 from tritter.report.matrix import matrix_figure, transfer_table
 from tritter.report.plots import SMOOTHED_FROM_POINTS, Curve, last_flops, running_mean
-from tritter.report.rows import Role, change_text, score_of, score_text
+from tritter.report.rows import Role, change_text
 from tritter.report.runs import (
     CONFIDENCE,
+    FEWEST_SEEDS,
     Group,
     Interval,
     Run,
@@ -38,66 +43,64 @@ from tritter.report.runs import (
     grouped,
     with_controls,
 )
-from tritter.report.summary import LARGEST, Summary
-from tritter.report.table import Table, left_out
-from tritter.report.tables import result_table, stage_table, task_table
+from tritter.report.summary import LARGEST
+from tritter.report.table import Table
+from tritter.report.tables import attempts_table, result_table, stage_table, task_table
 from tritter.report.wording import MISSING, count_text, number_text, si_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_CELL_CHARACTERS = 162  # of a setting
-_EVENT_HEADER = (
-    *("step", "layer", "born", "replaced", "left dead", "neurons", "pressure"),
-    *("function change", "parameters", "FLOPs until then"),
-)
-_MOST_EVENTS = 100  # of a run's growth, row by row; summary.json has all
-# Control characters, and what turns the direction of the text after it; names of folders may hold
-# halves of characters besides
+_CELL_CHARACTERS = 400  # of a setting
+_MOST_EVENTS = 100  # rows of a table of growth events; summary.json has all
+# Control characters, and those that change the direction of the text after them
 _UNSEEN = dict.fromkeys(
     [*range(9), *range(11, 32), *range(127, 160), *range(0x202A, 0x202F), *range(0x2066, 0x206A)],
     "\N{REPLACEMENT CHARACTER}",
 )
 _VERDICTS = ("kept", "rolled back", "undecided", "passed", "failed")
 
-# Figures by what they are about: titles, and how each is read
+# Figures by topic: titles and captions
 TITLES = {
-    "tradeoff": "Retention against gain",
-    "losses": "Losses over tokens",
-    "changes": "Changes by domain",
-    "cost": "Cost",
+    "tradeoff": "Forgetting and gain",
+    "differences": "Differences to the reference group",
+    "losses": "Loss curves",
+    "changes": "Change of the loss by domain",
+    "cost": "Training cost",
     "growth": "Neuron growth",
     "experts": "LoRA experts",
-    "matrix": "After each task",
+    "matrix": "Loss after each task",
 }
-_OVER_SEEDS = f"Groups of several seeds: mean with Student's {CONFIDENCE:.0%} interval"
+_OVER_SEEDS = (
+    f"Pale marks: seeds. Full marks and bars: mean and Student's {CONFIDENCE:.0%} interval over "
+    f"the seeds. Below {FEWEST_SEEDS} seeds, every mark is a seed."
+)
+_OF_SEEDS = f"Every mark is a seed; there are no intervals below {FEWEST_SEEDS} seeds."
+_SINGLE = "Bars: one-sided bounds of the gate, over documents."
+_CONTROL = "Hollow marks: control (not grown)."
 CAPTIONS = {
-    "tradeoff": f"Right and low is good; dotted: what nothing beats in both. {_OVER_SEEDS}; pale: "
-    "each seed; single runs: one-sided bounds of the gate, over documents. Hollow: the control, "
-    "the base that did not grow.",
-    "losses": "Validation: always the same part of the text, so a rise on old text is forgetting "
-    "while it happens. Dashed vertical: an expansion; the level before it stands at its left. "
-    "Dash-dotted: the next task begins. Dotted vertical, in the colour of its run, of several runs "
-    "at the foot: neurons grew. Dashed curves, hollow marks: the control. Pale: every point, where "
-    "the curve is a running mean.",
-    "changes": f"From before the expansion to the end. {_OVER_SEEDS}; single runs: one-sided "
-    "bounds of the gate. Hollow: the control.",
-    "cost": "The last attempt or all rounds: what methods prepare, and training; the table has the "
-    "whole run. Seconds depend on what else the machine did: compare those of one sweep only. "
-    f"{_OVER_SEEDS}.",
-    "growth": "Each layer's neurons over the training, against those it began with; triangles: "
-    "neurons were born; circles: dead ones were replaced. Pressure, what the trigger goes by: the "
-    "mean gradient norm of a layer's neurons, as a moving average, in proportion to that of the "
-    "whole gradient; each check's is drawn back to the check before. FLOPs end with the last row "
-    "of metrics.csv.",
-    "experts": "Routing: mean gates on held-out text, which is none of the training's; similarity: "
-    "of an expert's first batches to what was known, when it was spawned. Triangles: spawns; "
-    "dash-dotted: the next task begins.",
-    "matrix": "Rows: the model before the first task and after each one; columns: domains. "
-    "Numbers: nats per byte on all validation documents; colours: the change from the first row. "
-    "Framed: what the task was about.",
+    "tradeoff": "Bottom right is best. Dotted line: Pareto front.",
+    "differences": "",  # the table above the figures has it
+    "losses": "Validation loss on a fixed subset; a rise on an old domain is forgetting. The loss "
+    "left of a dashed vertical line is that before the expansion. Dash-dotted vertical line: next "
+    "task. Dotted vertical line, or tick at the bottom: neuron growth. Dashed curve: control (not "
+    "grown). Thick curve: mean over the seeds. Where a curve is a running mean, its points are "
+    "pale.",
+    "changes": "From before the expansion to the end of training.",
+    "cost": "The last attempt, or all rounds, with the preparation of the methods. The table of "
+    "runs has the totals. Compare seconds only within one sweep on one machine.",
+    "growth": "Neurons per layer, relative to the start. Triangles: neurons born. Circles: dead "
+    "neurons replaced. Pressure (the signal of the trigger): moving average of the mean gradient "
+    "norm of a layer's neurons, relative to the norm of the whole gradient. The FLOPs axis ends at "
+    "the last row of metrics.csv.",
+    "experts": "Routing: mean gate on held-out data. Similarity: of the first batches of an expert "
+    "to the known skills, when it was spawned. Triangles: spawns. Dash-dotted line: next task.",
+    "matrix": "Rows: the model before the first task and after each task. Columns: domains. "
+    "Numbers: validation loss [nats/byte]. Colours: change from the first row. Frames: domains of "
+    "the task.",
 }
+_WITH_SEEDS = ("tradeoff", "differences", "changes", "cost")  # whose marks are groups
 
 
 def page(
@@ -105,49 +108,49 @@ def page(
     *,
     title: str,
     notes: Sequence[str] = (),
-    beside: Mapping[str, Table] | None = None,
+    tables: Mapping[str, Table] | None = None,
 ) -> tuple[str, dict[str, bytes]]:
     """Return the page, and its figures by file name as PNG.
 
     Args:
-        notes: what a reader should know of folders that are not on it.
-        beside: title → table, of what stands below the table of all runs.
+        runs: The finished runs.
+        title: Title of the page.
+        notes: Lines on folders that are not on it.
+        tables: Title → table, shown after the table of all runs.
     """
     groups = grouped(runs)
-    number = "one finished run" if len(runs) == 1 else f"{len(runs)} finished runs"
-    if len(groups) < len(runs):
-        number += f" in {len(groups)} groups that differ in the seed alone"
-    lead = f"{number[0].upper()}{number[1:]}. Losses in nats per token, changes per byte."
-    if len(with_controls(groups)) > MOST_GROUPS:
-        lead += f" Changes and cost are drawn of the first {MOST_GROUPS} groups."
-    pictures: dict[str, list[bytes]] = {}
-    for name, found in figures(groups).items():
-        streams = [io.BytesIO() for _ in found]
-        for figure, stream in zip(found, streams, strict=True):
-            figure.savefig(stream, format="png", dpi=DPI)
-        pictures[name] = [stream.getvalue() for stream in streams]
+    lines = _lines(groups)
+    pictures = {name: [_png(figure) for figure in found] for name, found in figures(groups).items()}
     environment = Environment(
         loader=PackageLoader("tritter.report", ""), autoescape=True, undefined=StrictUndefined
     )
+    legend = [{"swatch": _swatch(line), "label": line.label} for line in lines[:_MOST_NAMED]]
+    swatches = {line.group.name: _swatch(line) for line in lines}
     text = environment.get_template("page.html.j2").render(
         version=__version__,
         title=title,
-        lead=lead,
+        lead=_lead(groups),
         notes=notes,
         verdicts=_VERDICTS,
+        groups=_group_table(lines) if len(groups) < len(runs) else Table((), ()),
+        differences=_difference_table(lines),
         overview=_overview(groups),
-        beside=dict(beside or {}),
+        swatches=swatches,
+        legend=legend if len(lines) > 1 else [],
+        rest=max(0, len(lines) - _MOST_NAMED),
+        tables=dict(tables or {}),
         figures=[
             {
                 "name": name,
                 "title": TITLES[name],
-                "caption": CAPTIONS[name],
+                "caption": _caption(name, lines),
+                "has_legend": name in _WITH_LEGEND,
                 "base64": [base64.b64encode(each).decode("ascii") for each in found],
             }
             for name, found in pictures.items()
         ],
         lineage="\n".join(_tree(runs)),
-        differing=Table((), ()) if beside else _differing(runs),
+        differing=Table((), ()) if tables else _differing(runs),
         runs=[_details(run) for run in runs],
     )
     files = {
@@ -155,14 +158,99 @@ def page(
         for name, found in pictures.items()
         for number, picture in enumerate(found, start=1)
     }
+    if len(lines) > 1:
+        files["legend.png"] = _png(_legend_figure(lines))
     return text.translate(_UNSEEN).encode("utf-8", "replace").decode("utf-8"), files
 
 
+def _png(figure: Figure) -> bytes:
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png", dpi=DPI)
+    return stream.getvalue()
+
+
+def _lead(groups: Sequence[Group]) -> str:
+    """Return the line below the title."""
+    num_runs = sum(len(group.runs) for group in groups)
+    lead = "One finished run" if num_runs == 1 else f"{num_runs} finished runs"
+    if len(groups) < num_runs:
+        number = "one group" if len(groups) == 1 else f"{len(groups)} groups"
+        lead += f" in {number}; the runs of a group differ only in the seed"
+    lead += ". Losses are in nats per token, changes of a loss are per byte."
+    if len(with_controls(groups)) > MOST_GROUPS:
+        lead += f" The figures of changes and cost show the first {MOST_GROUPS} groups."
+    return lead
+
+
+def _caption(name: str, lines: Sequence[_Line]) -> str:
+    parts = [CAPTIONS[name]]
+    if name in _WITH_SEEDS:
+        if any(len(line.group.seeds) >= FEWEST_SEEDS for line in lines):
+            parts.append(_OVER_SEEDS)
+        elif _has_seeds(lines):
+            parts.append(_OF_SEEDS)
+        elif name in ("tradeoff", "changes"):
+            parts.append(_SINGLE)
+        if any(line.group.is_control for line in lines):
+            parts.append(_CONTROL)
+    return " ".join(filter(None, parts))
+
+
+def _group_table(lines: Sequence[_Line]) -> Table:
+    """Return a row per group: seeds, verdicts, each domain's change, cost."""
+    domains = _domains([line.group for line in lines])
+    changes = (f"{domain} ({role}) [%]" for domain, role in domains)
+    header = ("group", "seeds", "status", *changes, "FLOPs", "seconds")
+    rows = []
+    for line in lines:
+        group = line.group
+        found = (group.change(domain) for domain, _ in domains)
+        costs = (group.mean(methodcaller("cost", of)) for of in ("flops", "seconds"))
+        flops, seconds = (None if each is None else each.value for each in costs)
+        cells = [group.name, str(len(group.seeds)), "" if group.is_control else _statuses(group)]
+        cells += [MISSING if each is None else each.text() for each in found]
+        rows.append((*cells, si_text(flops), number_text(seconds, ".1f")))
+    caption = (
+        f"Change of the loss per byte: mean with Student's {CONFIDENCE:.0%} interval over the "
+        f"seeds; below {FEWEST_SEEDS} seeds, the value of each seed. Cost: mean of the training"
+    )
+    return Table(header, tuple(rows), (1, *range(3, len(header))), caption)
+
+
+def _statuses(group: Group) -> str:
+    """Return `2 kept, 1 undecided`; the status alone if all runs have the same."""
+    counts = Counter(_words(run.summary.status) for run in group.runs)
+    if len(counts) == 1:
+        return next(iter(counts))
+    return ", ".join(f"{number} {status}" for status, number in counts.items())
+
+
+def _difference_table(lines: Sequence[_Line]) -> Table:
+    """Return a row per group: the differences to the reference, paired by seed."""
+    reference = _reference(lines)
+    others = [line.group for line in lines if line.group is not reference]
+    domains = _domains([line.group for line in lines])
+    rows = []
+    for group in others:
+        found = [group.difference(reference, domain) for domain, _ in domains]
+        pairs = max((len(each.values) for each in found if each is not None), default=0)
+        if pairs:
+            texts = (MISSING if each is None else each.text() for each in found)
+            rows.append((group.name, str(pairs), *texts))
+    header = ("group", "seed pairs", *(f"{domain} ({role}) [%]" for domain, role in domains))
+    caption = (
+        f"Loss per byte after training, relative to {reference.name} at the same seed; below zero "
+        f"is better. From {FEWEST_SEEDS} pairs on: mean with Student's {CONFIDENCE:.0%} interval, "
+        "not adjusted for the number of comparisons; below: the value of each seed"
+    )
+    return Table(header, tuple(rows), tuple(range(1, len(header))), caption)
+
+
 def _overview(groups: Sequence[Group]) -> Table:
-    """Return a row per run: its verdict, each domain's change, size and cost."""
+    """Return a row per run: status, each domain's change, size and cost."""
     runs = [(group, run) for group in groups for run in group.runs]
     domains = tuple(dict.fromkeys((r.domain, r.role) for _, run in runs for r in run.rows))
-    changes = (f"{domain} ({role})" for domain, role in domains)
+    changes = (f"{domain} ({role}) [%]" for domain, role in domains)
     has_growth = any(run.summary.growth is not None for _, run in runs)
     growth = ("neurons born", "parameters after growth") if has_growth else ()
     has_experts = any(run.summary.experts is not None for _, run in runs)
@@ -190,7 +278,10 @@ def _overview(groups: Sequence[Group]) -> Table:
         seconds = number_text(summary.seconds.get("total"), ".1f")
         cells += [si_text(summary.flops.get("total")), seconds]
         rows.append(tuple(cells))
-    caption = "change of loss per byte in %, with one-sided bounds over documents"
+    caption = (
+        "Change of the loss per byte with the one-sided bounds of the gate, over documents. "
+        "Parameters: of the checkpoint. FLOPs and seconds: of the whole run"
+    )
     return Table(header, tuple(rows), tuple(range(4, len(header))), caption)
 
 
@@ -199,7 +290,7 @@ def _words(status: object) -> str:
 
 
 def _differing(runs: Sequence[Run]) -> Table:
-    """Return the settings that differ; the longer of settings and runs goes down the page."""
+    """Return the settings that differ; the longer of settings and runs becomes the rows."""
     keys = differing_keys(runs)
     if len(runs) > len(keys):
         by_run = tuple(
@@ -211,7 +302,7 @@ def _differing(runs: Sequence[Run]) -> Table:
 
 
 def _tree(runs: Sequence[Run]) -> list[str]:
-    """Return the chains of all checkpoints as one tree, a line each; runs stand at their ends."""
+    """Return the lineages of all checkpoints as one tree, a line each; runs are at the ends."""
     ends: dict[tuple[str, ...], list[str]] = {}
     for run in runs:
         for length in range(1, len(run.history) + 1):
@@ -229,7 +320,7 @@ def _details(run: Run) -> dict[str, Any]:
     growth, experts = summary.growth, summary.experts
     chosen = {"expansion": summary.expansion, "forgetting": summary.forgetting}
     methods = ", ".join(f"{key}={'+'.join(names) or 'none'}" for key, names in chosen.items())
-    tables = [result_table(summary, [*run.rows, *run.control_rows]), _attempts(summary)]
+    tables = [result_table(summary, [*run.rows, *run.control_rows]), attempts_table(summary)]
     if len(summary.tasks) > 1:
         tables.append(task_table(summary))
     if summary.matrix:
@@ -238,25 +329,11 @@ def _details(run: Run) -> dict[str, Any]:
         (each.check, each.subject or MISSING, each.verdict, each.detail or MISSING)
         for each in summary.last_attempt.gate
     )
-    tables += [Table(("check", "of", "verdict", "because"), checks), stage_table(summary)]
+    tables += [Table(("check", "subject", "verdict", "reason"), checks), stage_table(summary)]
     notes = list(summary.notes)
     if growth is not None:
         methods += f", growth={growth.name}"
-        rows = tuple(
-            (
-                *map(str, (event.step, event.layer, event.born, event.replaced, event.died)),
-                str(event.neurons),
-                number_text(event.pressure, ".3g"),
-                number_text(event.function_change, ".1e"),
-                count_text(event.parameters),
-                si_text(event.flops),
-            )
-            for event in growth.events[:_MOST_EVENTS]
-        )
-        lines = ["growth, event by event", left_out(len(growth.events), _MOST_EVENTS)]
-        caption = "; ".join(filter(None, lines))
-        events = Table(_EVENT_HEADER, rows, tuple(range(len(_EVENT_HEADER))), caption)
-        tables += [growth_table(growth, most=_MOST_EVENTS), events]
+        tables += [growth_table(growth, most=_MOST_EVENTS), events_table(growth, most=_MOST_EVENTS)]
         notes.insert(0, f"Growth: {growth_text(growth)}.")
     if experts is not None:
         methods += f", experts={experts.kind}"
@@ -272,42 +349,26 @@ def _details(run: Run) -> dict[str, Any]:
     }
 
 
-def _attempts(summary: Summary) -> Table:
-    """Return what each attempt or round was and how it ended; empty where there was one."""
-    rounds = summary.rounds
-    parts = rounds or summary.attempts
-    if len(parts) < 2:
-        return Table((), ())
-    domains = list(summary.baseline)
-    rows = []
-    for number, each in enumerate(parts, start=1):
-        changes = each.overrides or ["as asked for"]
-        if rounds:
-            changes = each.expansion or ["not expanded"]
-        scores = (score_text(score_of(each.final, domain)) for domain in domains)
-        rows.append((f"{number}: {' '.join(changes)}", *scores, _words(each.status or MISSING)))
-    header = ("round" if rounds else "attempt", *domains, "verdict")
-    numbers = tuple(range(1, 1 + len(domains)))
-    return Table(header, tuple(rows), numbers, f"loss at the end of each {header[0]}")
+# Figures over several runs: panels that fit a phone
 
-
-# Figures over several runs, each one panel that fits a phone
-
-MOST_GROUPS = 40  # drawn row by row; the table of the page has all
+MOST_GROUPS = 40  # in figures with a row per group; the table of the page has all
 MOST_PANELS = 24
-_MOST_NAMED = 20  # in the legend of one figure
+_MOST_NAMED = 60  # in the legend
 _MOST_MARKED = 60  # expansions and tasks of one figure
 _MARKERS = "osD^vPX*<>"
-_LINE_CHARACTERS = 72
+_STYLES = ("-", ":", "-.")  # of the first 12 groups, the next 12, and so on
+_DASHES = {"-": "none", "--": "4 3", ":": "1.5 2", "-.": "5 2 1 2"}  # in SVG
+_WITH_LEGEND = ("tradeoff", "losses", "growth")
 
 
 @dataclass(frozen=True, slots=True)
 class _Line:
-    """A group and how it is drawn: pairs of color and marker differ where colors come again."""
+    """A group and its style; the pair of colour and marker is unique for 60 groups."""
 
     group: Group
     color: str
     marker: str
+    style: str
 
     @property
     def filling(self) -> str:
@@ -315,25 +376,78 @@ class _Line:
 
     @property
     def label(self) -> str:
-        number = len(self.group.runs)
-        return f"{self.group.name} ({number} {'run' if number == 1 else 'runs'})"
+        number = len(self.group.seeds)
+        return self.group.name if number == 1 else f"{self.group.name} ({number} seeds)"
 
 
-def figures(groups: Sequence[Group]) -> dict[str, list[Figure]]:
-    """Return the figures that the runs have data for, by what they are about."""
+def _lines(groups: Sequence[Group]) -> list[_Line]:
+    """Return the groups and their controls, each with a style; a control has that of its group."""
     lines: list[_Line] = []
     number = -1
     for group in with_controls(groups):
         number += not group.is_control
         color, marker = CYCLE[number % len(CYCLE)], _MARKERS[number % len(_MARKERS)]
-        lines.append(_Line(group, color, marker))
+        style = "--" if group.is_control else _STYLES[number // len(CYCLE) % len(_STYLES)]
+        lines.append(_Line(group, color, marker, style))
+    return lines
+
+
+def _reference(lines: Sequence[_Line]) -> Group:
+    """Return the group that all others are compared with: the first control, else the first."""
+    return next((line.group for line in lines if line.group.is_control), lines[0].group)
+
+
+def _swatch(line: _Line) -> Markup:
+    """Return the mark of a group as SVG; it holds numbers and colours only."""
+    import numpy as np
+    from matplotlib.markers import MarkerStyle
+    from matplotlib.transforms import Affine2D
+
+    style = MarkerStyle(line.marker)
+    path = style.get_path().transformed(style.get_transform() + Affine2D().scale(9, -9))
+    vertices = np.asarray(path.to_polygons()[0], dtype=float).tolist()
+    points = " ".join(f"{x:.2f},{y:.2f}" for x, y in vertices)
+    stroke = f'stroke="{line.color}"'
+    dashes = f'stroke-width="1.6" stroke-dasharray="{_DASHES[line.style]}"'
+    return Markup(
+        f'<svg class="swatch" viewBox="-14 -7 28 14"><line x1="-13" x2="13" {stroke} {dashes}/>'
+        f'<polygon points="{points}" fill="{line.filling}" {stroke} stroke-width="1.2"/></svg>'
+    )
+
+
+def _legend_figure(lines: Sequence[_Line]) -> Figure:
+    """Return the legend of all figures as a figure of its own."""
+    from matplotlib.lines import Line2D
+
+    handles = [
+        Line2D([], [], color=line.color, linestyle=line.style, label=wrapped(line.label),
+               markersize=5, marker=line.marker, markerfacecolor=line.filling)
+        for line in lines[:_MOST_NAMED]
+    ]  # fmt: skip
+    rows = sum(1 + str(handle.get_label()).count("\n") for handle in handles)
+    figure, (axes,) = new_figure(width=4.8, height=0.2 + 0.17 * rows)
+    axes.set_axis_off()
+    figure.legend(handles=handles, loc="center left", frameon=False, fontsize=7.5)
+    return figure
+
+
+def figures(groups: Sequence[Group]) -> dict[str, list[Figure]]:
+    """Return the figures that the runs have data for, by topic."""
+    lines = _lines(groups)
     runs = [run for group in groups for run in group.runs]
     means = lines[:MOST_GROUPS]
-    changes = []
-    for domain, role in _domains([line.group for line in means]):
+    domains = _domains([line.group for line in means])
+    is_seeded = _has_seeds(lines)
+    changes, differences, reference = [], [], _reference(lines)
+    for domain, role in domains:
         found = [(line, line.group.change(domain)) for line in means]
-        title = f"{cut(domain)} ({role}): change of loss per byte [%]"
-        changes.append(_bars_of(found, title=title, scale=100))
+        title = f"{domain} ({role}): change of the loss per byte [%]"
+        changes.append(_bars_of(found, title=title, scale=100, has_bounds=not is_seeded))
+        others = [line for line in means if line.group is not reference]
+        found = [(line, line.group.difference(reference, domain)) for line in others]
+        title = f"{domain} ({role}): loss per byte relative to {reference.name} [%]"
+        if is_seeded:
+            differences.append(_bars_of(found, title=title, scale=100))
     skilled = [(run, run.summary.experts) for run in runs if run.summary.experts is not None]
     experts = [
         figure
@@ -350,18 +464,23 @@ def figures(groups: Sequence[Group]) -> dict[str, list[Figure]]:
     learned = [(run.name, run.summary.matrix) for run in runs if run.summary.matrix]
     for name, matrix in learned[:MOST_PANELS]:
         figure = matrix_figure(matrix)
-        figure.axes[0].set_title(shortened(name), fontsize=9)
+        figure.axes[0].set_title(wrapped(name), fontsize=9)
         matrices.append(figure)
     made = {
         "tradeoff": _tradeoff(lines),
-        "losses": _losses(lines),
+        "differences": [figure for figure in differences if figure is not None],
         "changes": [figure for figure in changes if figure is not None],
+        "losses": _losses(lines),
         "cost": _costs(means),
         "growth": _growth(lines),
         "experts": experts,
         "matrix": matrices,
     }
     return {name: found for name, found in made.items() if found}
+
+
+def _has_seeds(lines: Sequence[_Line]) -> bool:
+    return any(len(line.group.runs) > 1 for line in lines)
 
 
 def _domains(groups: Sequence[Group], role: str | None = None) -> list[tuple[str, Role]]:
@@ -371,77 +490,63 @@ def _domains(groups: Sequence[Group], role: str | None = None) -> list[tuple[str
     return list(found)[:MOST_PANELS]
 
 
-def _legend(figure: Figure, lines: Sequence[_Line]) -> None:
-    """Name what is drawn below it, and make the figure as much higher as that takes."""
-    from matplotlib.lines import Line2D
-
-    handles = []
-    for line in lines[:_MOST_NAMED]:
-        style = "--" if line.group.is_control else "-"
-        rows = textwrap.wrap(plain(line.label), _LINE_CHARACTERS, max_lines=3, placeholder=" ..")
-        handles.append(
-            Line2D([], [], color=line.color, linestyle=style, label="\n".join(rows), markersize=5,
-                   marker=line.marker, markerfacecolor=line.filling)
-        )  # fmt: skip
-    if len(lines) > _MOST_NAMED:
-        rest = f"and {len(lines) - _MOST_NAMED} more: see the table"
-        handles.append(Line2D([], [], linestyle="none", label=rest))
-    height = sum(1 + str(handle.get_label()).count("\n") for handle in handles)
-    figure.set_figheight(figure.get_figheight() + 0.16 * height)
-    figure.legend(handles=handles, loc="outside lower left", frameon=False, fontsize=7.5)
-
-
 def _tradeoff(lines: Sequence[_Line]) -> list[Figure]:
-    """Mean loss of what was old against mean gain on what was new; what nothing beats is joined."""
+    """Draw forgetting against gain, each as the mean over the domains of its role."""
     points = []
     for line in lines:
-        retention, gain = (_mean_change(line.group, role) for role in ("old", "new"))
-        if retention is not None and gain is not None:
-            points.append((line, gain, retention))
+        forgetting, gain = (_mean_change(line.group, role) for role in ("old", "new"))
+        if forgetting is not None and gain is not None:
+            points.append((line, gain, forgetting))
     if not points:
         return []
     figure, axes = panel(height=3.8)
-    for line, gain, retention in points:
-        for run in line.group.runs if len(line.group.runs) > 1 else ():
-            single = Group("", (run,))
-            x, y = _mean_change(single, "new"), _mean_change(single, "old")
-            if x is not None and y is not None:
-                axes.plot(-100 * x.value, 100 * y.value, line.marker, color=line.color,
-                          markerfacecolor=line.filling, alpha=0.35, ms=4)  # fmt: skip
-        below, above = _bars(gain)
+    is_seeded = _has_seeds(lines)
+    for line, gain, forgetting in points:
+        pairs = list(zip(gain.values, forgetting.values, strict=False))
+        if len(gain.values) > 1:
+            mark = partial(axes.plot, marker=line.marker, color=line.color, linestyle="none")
+            alpha = 1.0 if gain.is_of_seeds else 0.4
+            for x, y in pairs:
+                mark(-100 * x, 100 * y, markerfacecolor=line.filling, alpha=alpha, markersize=4)
+        if gain.is_of_seeds:
+            continue
+        is_bounded = len(gain.values) > 1 or not is_seeded
+        below, above = _bars(gain) if is_bounded else (0.0, 0.0)
         axes.errorbar(
             -100 * gain.value,
-            100 * retention.value,
+            100 * forgetting.value,
             xerr=[[100 * above], [100 * below]],  # the gain is the fall
-            yerr=[[100 * side] for side in _bars(retention)],
+            yerr=[[100 * side] for side in (_bars(forgetting) if is_bounded else (0.0, 0.0))],
             color=line.color,
             marker=line.marker,
             markerfacecolor=line.filling,
             linestyle="none",
-            capsize=3,
+            elinewidth=0.9,
+            capsize=2.5,
         )
-    front = _search_path([(-gain.value, retention.value) for _, gain, retention in points])
-    axes.plot(*zip(*((100 * x, 100 * y) for x, y in front), strict=True), color=GREY, ls=":", lw=1)
+    means = [point for point in points if not point[1].is_of_seeds]
+    front = _search_path([(-gain.value, forgetting.value) for _, gain, forgetting in means])
+    if front:
+        xs, ys = zip(*((100 * x, 100 * y) for x, y in front), strict=True)
+        axes.plot(xs, ys, color=GREY, linestyle=":", linewidth=1)
     axes.axhline(0, color=GREY, linewidth=0.8)
     axes.margins(0.1)
-    axes.set_xlabel("gain: fall of the loss on new text [% per byte]")
-    axes.set_ylabel("forgetting: rise of the loss\non old text [% per byte]")
-    best = [point for point in points if (-point[1].value, point[2].value) in front]
-    _legend(figure, [line for line, _, _ in sorted(points, key=lambda each: each not in best)])
+    axes.set_xlabel("gain: decrease of the loss on new domains [% per byte]")
+    axes.set_ylabel("forgetting: increase of the loss\non old domains [% per byte]")
     return [figure]
 
 
 def _search_path(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Return the points (gain, harm) that no other beats in both, by gain."""
+    """Return the Pareto front of points (gain, forgetting), by gain."""
     best: list[tuple[float, float]] = []
-    for gain, harm in sorted(points, key=lambda point: (-point[0], point[1])):
-        if not best or harm < best[-1][1]:
-            best.append((gain, harm))
+    for gain, forgetting in sorted(points, key=lambda point: (-point[0], point[1])):
+        if not best or forgetting < best[-1][1]:
+            best.append((gain, forgetting))
     return best
 
 
 def _mean_change(group: Group, role: str) -> Interval | None:
-    """Return the mean change over the domains of a role: of each run, then over the runs."""
+    """Return the mean change over the domains of a role: of each run, then over the seeds."""
     domains = _domains([group], role)
     if len(domains) == 1:
         return group.change(domains[0][0])
@@ -455,12 +560,12 @@ def _mean_change(group: Group, role: str) -> Interval | None:
 
 
 def _losses(lines: Sequence[_Line]) -> list[Figure]:
-    """A panel per domain, one of the text that is trained on, one of the base's pretraining."""
+    """Draw a panel per domain, one of the training loss and one of the base's pretraining."""
     named = {
-        f"eval/{domain}/loss": f"{domain} ({role}), validation"
+        f"eval/{domain}/loss": f"{domain} ({role}): validation loss"
         for domain, role in _domains([line.group for line in lines])
     }
-    named["train/loss"] = "the text that is trained on"
+    named["train/loss"] = "training loss"
     runs = [run for line in lines for run in line.group.runs]
     is_in_tokens = all(run.tokens_per_step for run in runs)
     made = [_course(lines, name, title, is_in_tokens) for name, title in named.items()]
@@ -471,37 +576,38 @@ def _losses(lines: Sequence[_Line]) -> list[Figure]:
     if bases:
         figure, axes = panel(height=2.7)
         for curve, scale in bases:
-            _draw(axes, curve, scale, _Line(Group("base", ()), GREY, "o"))
-        number = "one base" if len(bases) == 1 else f"{len(bases)} bases"
-        title = f"before: pretraining of {number} on old text"
+            _draw(axes, curve, scale, _Line(Group("base", ()), GREY, "o", "-"))
+        number = "the base" if len(bases) == 1 else f"{len(bases)} bases"
+        title = f"pretraining loss of {number}"
         _label_course(axes, title, is_in_tokens=is_in_tokens)
         made.append(figure)
     return [figure for figure in made if figure is not None]
 
 
 def _course(lines: Sequence[_Line], name: str, title: str, is_in_tokens: bool) -> Figure | None:
-    """Draw one loss of all runs; where they grew and where tasks begin is marked."""
-    figure, axes = panel(height=2.7)
-    drawn: dict[str, _Line] = {}
+    """Draw one loss of all runs, and mark expansions, growth and the start of tasks."""
+    figure, axes = panel(height=2.9)
+    is_empty = True
     is_alone = sum(len(line.group.runs) for line in lines if not line.group.is_control) == 1
     marked: dict[tuple[float, str], None] = {}
     for line in lines:
+        courses: list[_Course] = []
         for run in line.group.runs:
             scale = _scale(run, is_in_tokens=is_in_tokens)
             for curve in (each for each in run.curves if each.name == name):
-                drawn[line.group.name] = line
-                _draw(axes, curve, scale, line)
+                is_empty = False
+                courses.append(_draw(axes, curve, scale, line, is_pale=len(line.group.runs) > 1))
                 marked |= dict.fromkeys((scale * step, "expansion") for step in run.expansions)
                 marked |= dict.fromkeys((scale * step, "task") for step in run.summary.borders)
                 births = [scale * step for step in run.births]
                 mark_growth(axes, births, color=line.color, is_alone=is_alone)
-    if not drawn:
+        _draw_mean(axes, courses, line)
+    if is_empty:
         return None
     for place, kind in list(marked)[:_MOST_MARKED]:
         color, style = ("black", "--") if kind == "expansion" else (GREY, "-.")
         axes.axvline(place, color=color, linestyle=style, linewidth=0.8)
     _label_course(axes, title, is_in_tokens=is_in_tokens)
-    _legend(figure, list(drawn.values()))
     return figure
 
 
@@ -510,44 +616,84 @@ def _scale(run: Run, *, is_in_tokens: bool) -> float:
 
 
 def _label_course(axes: Axes, title: str, *, is_in_tokens: bool) -> None:
-    axes.set_title(shortened(title), fontsize=9)
-    axes.set_xlabel("thousand tokens" if is_in_tokens else "training step")
-    axes.set_ylabel("nats per token")
+    axes.set_title(wrapped(title), fontsize=9)
+    axes.set_xlabel("training tokens [thousand]" if is_in_tokens else "training step")
+    axes.set_ylabel("loss [nats/token]")
 
 
-def _draw(axes: Axes, curve: Curve, scale: float, line: _Line) -> None:
-    """Draw a curve, pale below its running mean where it has many points."""
-    places = [scale * step for step in curve.steps]  # step -1 is the model before its expansion
+@dataclass(frozen=True, slots=True)
+class _Course:
+    """A curve as it is drawn, a running mean if it has many points."""
+
+    positions: tuple[float, ...]
+    values: tuple[float, ...]
+
+
+def _draw(axes: Axes, curve: Curve, scale: float, line: _Line, *, is_pale: bool = False) -> _Course:
+    """Draw a curve; below a running mean its points are pale.
+
+    Args:
+        axes: The panel.
+        curve: A loss over the steps; step -1 is the model before its expansion.
+        scale: Step → position.
+        line: The style.
+        is_pale: The curve is one of several seeds.
+    """
+    positions = [scale * step for step in curve.steps]
     values = [value if abs(value) < LARGEST else float("nan") for value in curve.values]
-    style = "--" if line.group.is_control else "-"
-    plot = partial(axes.plot, color=line.color, linestyle=style, linewidth=1.2)
+    plot = partial(axes.plot, color=line.color, linestyle=line.style)
+    alpha, width = (0.35, 0.8) if is_pale else (1.0, 1.3)
     if len(values) < SMOOTHED_FROM_POINTS:
-        plot(places, values, marker=line.marker, markerfacecolor=line.filling, markersize=3)
-        return
+        marks: dict[str, Any] = {
+            "marker": line.marker,
+            "markerfacecolor": line.filling,
+            "markersize": 3,
+        }
+        plot(positions, values, alpha=alpha, linewidth=width, **({} if is_pale else marks))
+        return _Course(tuple(positions), tuple(values))
     window = len(values) // 20
     mean = running_mean(values, window)
-    plot(places, values, alpha=0.2)
-    plot(places[window // 2 : window // 2 + len(mean)], mean)
+    centres = positions[window // 2 : window // 2 + len(mean)]
+    if not is_pale:
+        plot(positions, values, alpha=0.2)
+    plot(centres, mean, alpha=alpha, linewidth=width)
+    return _Course(tuple(centres), tuple(mean))
+
+
+def _draw_mean(axes: Axes, courses: Sequence[_Course], line: _Line) -> None:
+    """Draw the mean of several seeds' curves over the positions that all of them have."""
+    if len(courses) < 2:
+        return
+    first, *others = (dict(zip(each.positions, each.values, strict=True)) for each in courses)
+    shared = [x for x in first if all(x in other for other in others)]
+    means = [fmean([first[x], *(other[x] for other in others)]) for x in shared]
+    marker = line.marker if len(shared) < SMOOTHED_FROM_POINTS else ""
+    axes.plot(shared, means, color=line.color, linestyle=line.style, linewidth=1.6, marker=marker,
+              markerfacecolor=line.filling, markersize=4)  # fmt: skip
 
 
 def _costs(lines: Sequence[_Line]) -> list[Figure]:
-    """FLOPs and seconds of the training, group by group."""
-    parts: tuple[tuple[Literal["flops", "seconds"], str, float], ...] = (
-        ("flops", "TFLOPs", 1e-12),
-        ("seconds", "seconds", 1.0),
+    """Draw FLOPs and seconds of the training, group by group."""
+    from matplotlib.ticker import EngFormatter
+
+    parts: tuple[tuple[Literal["flops", "seconds"], str], ...] = (
+        ("flops", "FLOPs"),
+        ("seconds", "seconds"),
     )
     made = []
-    for of, unit, scale in parts:
+    for of, unit in parts:
         means = [(line, line.group.mean(methodcaller("cost", of))) for line in lines]
-        figure = _bars_of(means, title=f"{unit} of the training", scale=scale)
+        figure = _bars_of(means, title=f"training cost [{unit}]", scale=1)
         if figure is not None:
             figure.axes[0].set_xlim(left=0)
+            if of == "flops":
+                figure.axes[0].xaxis.set_major_formatter(EngFormatter(sep=" "))
             made.append(figure)
     return made
 
 
 def _growth(lines: Sequence[_Line]) -> list[Figure]:
-    """The map of each run that may grow; of a single one its pressure; what growth cost in all."""
+    """Draw the neurons of each run with growth, the pressure of a single one, and the cost."""
     found = [
         (line, run, run.summary.growth)
         for line in lines
@@ -561,64 +707,80 @@ def _growth(lines: Sequence[_Line]) -> list[Figure]:
             figure, axes = panel(height=2.9)
             draw(axes, growth, end=run.last_steps)
             what = axes.get_title()
-            axes.set_title(shortened(f"{run.name}: {what}"), fontsize=9)
+            axes.set_title(wrapped(f"{run.name}: {what}"), fontsize=9)
             if draw is draw_neurons and growth.events:
                 figure.legend(loc="outside lower left", ncols=2, frameon=False, fontsize=7.5)
             made.append(figure)
     if not found:
         return made
     figure, axes = panel(height=2.9)
-    named: dict[str, _Line] = {}
+    is_empty = True
     for line, run, growth in found:
         course = flops_course(growth, end_flops=last_flops(run.curves))
         if course[0]:
             draw_parameters(axes, *course, color=line.color, marker=line.marker)
-            named[line.group.name] = line
-    if named:
+            is_empty = False
+    if not is_empty:
         label_flops(axes)
-        axes.set_title("parameters of the models that may grow", fontsize=9)
-        _legend(figure, list(named.values()))
+        axes.set_title("parameters over the training FLOPs", fontsize=9)
         made.append(figure)
     return made
 
 
 def _bars_of(
-    found: Sequence[tuple[_Line, Interval | None]], *, title: str, scale: float
+    found: Sequence[tuple[_Line, Interval | None]],
+    *,
+    title: str,
+    scale: float,
+    has_bounds: bool = True,
 ) -> Figure | None:
-    """Draw a row per group, its name above its interval."""
+    """Draw a row per group, its name above its seeds and interval.
+
+    Args:
+        found: Groups and their numbers.
+        title: Title of the panel, with the unit.
+        scale: Factor of the numbers.
+        has_bounds: Draw the bounds of groups with one run, which are over documents.
+    """
     rows = [(line, interval) for line, interval in found if interval is not None]
     if not rows:
         return None
-    figure, axes = panel(height=0.8 + 0.42 * len(rows))
-    for number, (line, interval) in enumerate(rows):
-        axes.errorbar(
-            scale * interval.value,
-            number,
-            xerr=[[scale * side] for side in _bars(interval)],
-            color=line.color,
-            marker=line.marker,
-            markerfacecolor=line.filling,
-            capsize=3,
-        )
+    labels = [wrapped(line.label) for line, _ in rows]
+    heights = [0.27 + 0.15 * (1 + label.count("\n")) for label in labels]  # inches
+    figure, axes = panel(height=0.8 + sum(heights))
+    bottoms = [*accumulate(heights)]
+    for bottom, label, (line, interval) in zip(bottoms, labels, rows, strict=True):
+        style: dict[str, Any] = {"color": line.color, "marker": line.marker}
+        style["markerfacecolor"] = line.filling
+        values = [scale * value for value in interval.values]
+        if interval.is_of_seeds:
+            axes.plot(values, [bottom] * len(values), ls="none", **style)
+        elif len(values) > 1:  # below the bar
+            axes.plot(values, [bottom + 0.09] * len(values), ".", color=line.color, alpha=0.5, ms=5)
+        if not interval.is_of_seeds:
+            is_bounded = has_bounds or len(values) > 1
+            sides = _bars(interval) if is_bounded else (0.0, 0.0)
+            bars = [[scale * side] for side in sides]
+            axes.errorbar(scale * interval.value, bottom, xerr=bars, **style, capsize=3)
         axes.annotate(
-            shortened(line.label),
-            xy=(0, number),
+            label,
+            xy=(0, bottom),
             xycoords=("axes fraction", "data"),
-            xytext=(2, 8),
+            xytext=(2, 7),
             textcoords="offset points",
             fontsize=7.5,
             bbox={"facecolor": "white", "alpha": 0.8, "pad": 0.5, "linewidth": 0},
         )
     axes.set_yticks([])
-    axes.set_ylim(len(rows) - 0.5, -0.8)
+    axes.set_ylim(bottoms[-1] + 0.2, 0)
     axes.axvline(0, color=GREY, linewidth=0.8)
     axes.grid(axis="x", alpha=0.25)
-    axes.set_title(plain(title), fontsize=9)
+    axes.set_title(wrapped(title), fontsize=9)
     return figure
 
 
 def _bars(interval: Interval) -> tuple[float, float]:
-    """Return how far the bounds lie below and above; an unknown one has no bar."""
+    """Return the distances of the bounds from the value; 0 for an unknown one."""
     below = 0.0 if interval.lower is None else max(0.0, interval.value - interval.lower)
     above = 0.0 if interval.upper is None else max(0.0, interval.upper - interval.value)
     return below, above

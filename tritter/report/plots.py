@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tritter.report.drawing import BLUE, CYCLE, GREY, ORANGE, PURPLE, new_figure
+from tritter.report.drawing import BLUE, CYCLE, GREY, ORANGE, PURPLE, new_figure, wrapped
 from tritter.report.experts import experts_figure
 from tritter.report.growth import growth_figure, mark_growth
 from tritter.report.matrix import matrix_figure
@@ -41,13 +41,14 @@ def plot_run(
     earlier: Sequence[Sequence[Curve]] = (),
     control: Sequence[Curve] = (),
 ) -> list[Path]:
-    """Draw what the run has data for and return the files written (PNG, 150 dpi).
+    """Draw the figures that the run has data for, and return their files (PNG, 150 dpi).
 
     Args:
-        curves: of what was trained last.
-        folder: created when it does not exist.
-        earlier: curves of the rounds before.
-        control: curves of the base that did not grow.
+        summary: The run.
+        curves: Curves of the last training.
+        folder: Folder of the files; created if missing.
+        earlier: Curves of the previous rounds.
+        control: Curves of the control (not grown).
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
@@ -84,16 +85,16 @@ def plot_run(
 
 
 def last_flops(curves: Sequence[Curve]) -> float | None:
-    """Return the FLOPs that a training which may grow said last that it took."""
-    said = (curve.values[-1] for curve in reversed(curves) if curve.name == GROWTH_FLOPS)
-    last = next(said, math.nan)
+    """Return the last logged FLOPs of a training run with growth."""
+    logged = (curve.values[-1] for curve in reversed(curves) if curve.name == GROWTH_FLOPS)
+    last = next(logged, math.nan)
     return last if 0 < last < LARGEST else None
 
 
 def curves_of(rows: Sequence[Mapping[str, str]]) -> tuple[Curve, ...]:
-    """Return every loss of some rows as a metrics.csv has them; the step −1 is the model before.
+    """Return every loss in rows of a metrics.csv, and the FLOPs of a training run with growth.
 
-    Of a training that may grow its FLOPs besides.
+    Step -1 is the model before its expansion.
     """
     table = [row for row in rows if row.get("step")]
     found = dict.fromkeys(name for row in table for name in row)
@@ -108,7 +109,7 @@ def curves_of(rows: Sequence[Mapping[str, str]]) -> tuple[Curve, ...]:
 
 
 def _domains_figure(rows: Sequence[DomainRow]) -> Figure | None:
-    """One panel per domain, each on its own scale: a rise of 1 % must be seen."""
+    """Draw one panel per domain, each on its own scale, so that a rise of 1 % is visible."""
     domains = [row for row in rows if not row.is_control and row.before.loss is not None]
     if not domains:
         return None
@@ -118,17 +119,17 @@ def _domains_figure(rows: Sequence[DomainRow]) -> Figure | None:
         for control in rows:
             if control.is_control and control.domain == row.domain:
                 scores = (control.before, None, control.trained)
-                _draw_stages(axes, scores, label="control, not grown", color=ORANGE)
+                _draw_stages(axes, scores, label="control (not grown)", color=ORANGE)
         is_known = row.change.value is not None
         change = f"{change_text(row.change)} %" if is_known else "change unknown"
-        axes.set_title(f"{row.domain} ({row.role}): {change}", fontsize=10)
+        axes.set_title(wrapped(f"{row.domain} ({row.role}): {change}", 40), fontsize=10)
         axes.set_xticks(range(len(_STAGES)), _STAGES)
         axes.set_xlim(-0.35, 2.35)
         axes.margins(y=0.15)
-    panels[0].set_ylabel("validation loss [nats per token]")
+    panels[0].set_ylabel("validation loss [nats/token]")
     if any(row.is_control for row in rows):
         panels[-1].legend(frameon=False, fontsize=8)
-    note = "bars: one standard error over documents; the changes above are paired and surer"
+    note = "bars: one standard error over documents; the changes above are paired by document"
     figure.supxlabel(note, fontsize=7, color=GREY)
     return figure
 
@@ -141,7 +142,7 @@ def _draw_stages(axes: Axes, scores: Sequence[Score | None], *, label: str, colo
     ]
     is_control = color == ORANGE
     axes.errorbar(
-        # Side by side, so that the bars of run and control do not hide each other.
+        # Next to each other, so that bars do not overlap
         [position + 0.06 * is_control for position, _, _ in known],
         [loss for _, loss, _ in known],
         yerr=[error for _, _, error in known],
@@ -155,11 +156,13 @@ def _draw_stages(axes: Axes, scores: Sequence[Score | None], *, label: str, colo
 
 @dataclass(frozen=True, slots=True)
 class _Course:
-    """A domain's loss on the way of one training, after those that were before it in the run.
+    """A domain's validation loss during one round of a run.
 
     Args:
-        before: of the model before its expansion; None: it was not expanded.
-        first_step: at which this training began, of all those in a row.
+        before: Loss before the expansion; None without an expansion.
+        first_step: Step at which the round began, counted over all rounds.
+        steps: Steps of the losses, counted over all rounds.
+        values: The losses.
     """
 
     before: float | None
@@ -177,10 +180,15 @@ def _forgetting_figure(
     born: Sequence[int],
     is_grown: bool,
 ) -> Figure | None:
-    """One panel per domain: what it came from, the expansion, its loss while it is trained.
+    """Draw one panel per domain: the loss before and after the expansion, and during training.
 
     Args:
-        born: steps of the last training at which neurons were.
+        rows: The domains.
+        rounds: Curves of each round.
+        control: Curves of the control.
+        borders: Steps at which the next task began.
+        born: Steps of the last round at which neurons were born.
+        is_grown: The model was expanded.
     """
     grown = [(row, _courses(row, rounds)) for row in rows if not row.is_control]
     shown = [(row, courses) for row, courses in grown if courses]
@@ -189,29 +197,29 @@ def _forgetting_figure(
     figure, panels = new_figure(columns=len(shown), width=1.2 + 3.2 * len(shown), height=4.0)
     for (row, courses), axes in zip(shown, panels, strict=True):
         level = _draw_courses(axes, courses, is_grown=is_grown)
-        for beside in _courses(row, [control]):
-            label = "control, not grown"
-            axes.plot(beside.steps, beside.values, "s--", color=ORANGE, markersize=3, label=label)
+        for course in _courses(row, [control]):
+            label = "control (not grown)"
+            axes.plot(course.steps, course.values, "s--", color=ORANGE, markersize=3, label=label)
         for step in borders:
             axes.axvline(step, color=GREY, linestyle="-.", linewidth=1, label="next task")
         mark_growth(axes, [courses[-1].first_step + step for step in born])
-        axes.set_title(f"{row.domain} ({row.role})", fontsize=10)
+        axes.set_title(wrapped(f"{row.domain} ({row.role})", 40), fontsize=10)
         axes.set_xlabel("training step")
         axes.margins(y=0.15)
-        # What was before the first step has a place left of it, and no number
+        # The loss before the first step is left of it, and has no tick
         axes.set_xticks([t for t in axes.get_xticks() if 0 <= t <= axes.get_xlim()[1]])
-    panels[0].set_ylabel("loss on the way [nats per token]")
+    panels[0].set_ylabel("validation loss [nats/token]")
     lines = dict(zip(*reversed(panels[0].get_legend_handles_labels()), strict=True))
     figure.legend(
         lines.values(), lines, loc="outside upper center", ncols=4, frameon=False, fontsize=8
     )
-    note = f"always the same part of the validation text; dotted: {level}"
+    note = f"loss on a fixed validation subset; dotted: {level}"
     figure.supxlabel(note, fontsize=7, color=GREY)
     return figure
 
 
 def _courses(row: DomainRow, rounds: Sequence[Sequence[Curve]]) -> list[_Course]:
-    """Return a domain's losses on the way of each round, each counted on from the one before."""
+    """Return a domain's losses in each round; steps are counted over all rounds."""
     courses: list[_Course] = []
     for curve in (each for curves in rounds for each in curves):
         if curve.name == f"eval/{row.domain}/loss" and curve.steps[-1] >= 0:
@@ -224,9 +232,9 @@ def _courses(row: DomainRow, rounds: Sequence[Sequence[Curve]]) -> list[_Course]
 
 
 def _draw_courses(axes: Axes, courses: Sequence[_Course], *, is_grown: bool) -> str:
-    """Draw round after round, and the level that they came from; return what that is."""
+    """Draw all rounds and the level of the loss before them; return what the level is."""
     first = courses[0]
-    gap = 0.08 * max(courses[-1].steps[-1], 1)  # between the first step and what was before it
+    gap = 0.08 * max(courses[-1].steps[-1], 1)  # between the first step and the loss before it
     for number, course in enumerate(courses):
         label = "grown" if is_grown else "trained"
         axes.plot(course.steps, course.values, "o-", color=BLUE, markersize=3, label=label)
@@ -237,21 +245,21 @@ def _draw_courses(axes: Axes, courses: Sequence[_Course], *, is_grown: bool) -> 
         axes.plot(*jump, color=BLUE, linestyle=":", linewidth=1)
         _mark_expansion(axes, (start + course.steps[0]) / 2)
     if first.before is None:
-        if is_grown:  # in a folder from before the level was evaluated
+        if is_grown:  # older runs did not evaluate the level
             _mark_expansion(axes, 0)
         axes.axhline(first.values[0], color=GREY, linestyle=":", linewidth=1)
-        return "at the first step"
-    axes.plot(-gap, first.before, "D", color=GREY, markersize=5, label="before it was expanded")
+        return "loss at the first step"
+    axes.plot(-gap, first.before, "D", color=GREY, markersize=5, label="before the expansion")
     axes.axhline(first.before, color=GREY, linestyle=":", linewidth=1)
-    return "before the expansion"
+    return "loss before the expansion"
 
 
 def _mark_expansion(axes: Axes, step: float) -> None:
-    axes.axvline(step, color=PURPLE, linestyle="--", linewidth=1, label="expanded")
+    axes.axvline(step, color=PURPLE, linestyle="--", linewidth=1, label="expansion")
 
 
 def _training_figure(curves: Sequence[Curve]) -> Figure | None:
-    """Model losses above; penalties of forgetting methods, which have their own unit, below."""
+    """Draw the training loss, and below it the penalties of forgetting mitigation."""
     losses = [curve for curve in curves if curve.name.startswith("train/")]
     penalties = [curve for curve in curves if curve.name.startswith("forgetting/")]
     groups = [group for group in (losses, penalties) if group]
@@ -272,14 +280,14 @@ def _training_figure(curves: Sequence[Curve]) -> Figure | None:
             mean = running_mean(curve.values, window)
             first = window // 2  # centred: a trailing mean would lag behind a falling loss
             axes.plot(curve.steps[first : first + len(mean)], mean, color=color, label=label)
-        axes.set_ylabel("penalty" if group is penalties else "loss [nats per token]")
+        axes.set_ylabel("penalty" if group is penalties else "loss [nats/token]")
         axes.legend(frameon=False, fontsize=8)
     panels[-1].set_xlabel("training step")
     return figure
 
 
 def running_mean(values: Sequence[float], window: int) -> list[float]:
-    """Return the means of as many values in a row, without blanks at the ends."""
+    """Return the means of `window` consecutive values; shorter than `values` by `window` - 1."""
     import numpy as np
 
     windows = np.lib.stride_tricks.sliding_window_view(np.asarray(values), window)
@@ -287,7 +295,7 @@ def running_mean(values: Sequence[float], window: int) -> list[float]:
 
 
 def _tradeoff_figure(rows: Sequence[DomainRow]) -> Figure | None:
-    """Loss of the old domains against gain on the new ones: right and low is good."""
+    """Draw forgetting on the old domains against gain on the new ones: bottom right is best."""
     pairs = [
         (old, new)
         for old in rows
@@ -300,7 +308,7 @@ def _tradeoff_figure(rows: Sequence[DomainRow]) -> Figure | None:
     figure, (axes,) = new_figure(width=5.6, height=4.2)
     for old, new in pairs:
         assert old.change.value is not None and new.change.value is not None
-        kind = "control, not grown" if old.is_control else "grown"
+        kind = "control (not grown)" if old.is_control else "grown"
         axes.errorbar(
             -100 * new.change.value,
             100 * old.change.value,
@@ -311,12 +319,12 @@ def _tradeoff_figure(rows: Sequence[DomainRow]) -> Figure | None:
             marker="s" if old.is_control else "o",
             linestyle="none",
             capsize=3,
-            label=f"{kind}: {old.domain} against {new.domain}",
+            label=wrapped(f"{kind}: {old.domain} against {new.domain}"),
         )
     for bound in sorted({old.bound for old, _ in pairs if old.bound is not None}):
         axes.axhline(100 * bound, color=GREY, linestyle="--", linewidth=1)
         axes.annotate(
-            f"allowed {100 * bound:+.3g} %",
+            f"bound of the gate {100 * bound:+.3g} %",
             xy=(0.99, 100 * bound),
             xycoords=("axes fraction", "data"),
             xytext=(0, 3),
@@ -328,12 +336,12 @@ def _tradeoff_figure(rows: Sequence[DomainRow]) -> Figure | None:
     axes.axhline(0, color=GREY, linewidth=0.6)
     axes.axvline(0, color=GREY, linewidth=0.6)
     axes.margins(0.2)
-    axes.set_xlabel("gain: fall of the loss on the new domain [% per byte]")
-    axes.set_ylabel("forgetting: rise of the loss\non the old domain [% per byte]")
+    axes.set_xlabel("gain: decrease of the loss on the new domain [% per byte]")
+    axes.set_ylabel("forgetting: increase of the loss\non the old domain [% per byte]")
     figure.legend(loc="outside upper center", frameon=False, fontsize=8)
     return figure
 
 
 def _errors(below: float | None, above: float | None) -> list[list[float]]:
-    """Return what matplotlib takes for two sides; an unknown side has no bar."""
+    """Return two error bars in per cent for matplotlib; an unknown side has none."""
     return [[100 * (below or 0.0)], [100 * (above or 0.0)]]

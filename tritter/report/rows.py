@@ -1,4 +1,4 @@
-"""Rows of a run's result, read from its summary.json; table and plots show the same ones."""
+"""Rows of a run's result, from its summary.json, for its table and plots."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -12,10 +12,10 @@ _CHECK_OF_ROLE: dict[Role, str] = {"old": "retention", "new": "new_capability"}
 
 @dataclass(frozen=True, slots=True)
 class ScoreChange:
-    """Change from before to after training: of a loss relative, per byte; of an accuracy in points.
+    """Change from before to after training: relative for a loss per byte, in points for accuracy.
 
-    Only a loss has one-sided bounds here: those of an accuracy are about what was lost of it, and
-    stand in the check's detail. A bound is None where it is not known: a few documents carry it.
+    Only a loss has one-sided bounds; those of an accuracy are in the detail of its check. A bound
+    is None if there were too few documents.
     """
 
     value: float | None
@@ -25,21 +25,21 @@ class ScoreChange:
 
     @property
     def below(self) -> float | None:
-        """Return how far the lower bound lies from the value."""
+        """The distance of the lower bound from the value."""
         return None if self.value is None or self.lower is None else self.value - self.lower
 
     @property
     def above(self) -> float | None:
-        """Return how far the upper bound lies from the value; not as far as the lower one."""
+        """The distance of the upper bound from the value; the interval is not symmetric."""
         return None if self.value is None or self.upper is None else self.upper - self.value
 
 
 @dataclass(frozen=True, slots=True)
 class DomainRow:
-    """One domain of one trained model: the last attempt, or the un-grown control.
+    """One domain of one trained model: the last attempt, or the control (not grown).
 
     Args:
-        domain: its name, with `/accuracy` behind it where the row is about the answers.
+        domain: Its name, followed by `/accuracy` if the row is about the accuracy.
     """
 
     domain: str
@@ -54,10 +54,10 @@ class DomainRow:
 
 
 def domain_rows(summary: Summary) -> tuple[DomainRow, ...]:
-    """Return one row per domain, the old ones first, then the same for the control if there is one.
+    """Return one row per domain, the old ones first, then the same for a control.
 
-    The scores after training are those of the last attempt: after a rollback the summary's own
-    `final` repeats the baseline, and a person wants to see what was refused.
+    The scores after training are those of the last attempt. (After a rollback, the summary's own
+    `final` repeats the baseline.)
     """
     attempt = summary.last_attempt
     rows = _rows(summary, attempt, expanded=attempt.expanded or summary.expanded)
@@ -69,7 +69,7 @@ def domain_rows(summary: Summary) -> tuple[DomainRow, ...]:
 def _rows(summary: Summary, trained: Attempt, *, expanded: Scores | None) -> tuple[DomainRow, ...]:
     rows = []
     for domain, role in subjects(summary):
-        # A round of several states what it started from
+        # A later round states its own baseline
         before = score_of(trained.baseline or summary.baseline, domain)
         after = score_of(trained.final, domain)
         wanted = (_CHECK_OF_ROLE[role], domain)
@@ -77,7 +77,7 @@ def _rows(summary: Summary, trained: Attempt, *, expanded: Scores | None) -> tup
         change = ScoreChange(None, None, None)
         if before.accuracy is not None and after.accuracy is not None:
             change = ScoreChange(after.accuracy - before.accuracy, None, None, in_points=True)
-        elif check is not None:  # whose change is paired; the plain ratio has no bounds
+        elif check is not None:  # its change is paired; the plain ratio has no bounds
             change = ScoreChange(check.value, *check.bounds)
         elif before.loss_per_byte and after.loss_per_byte is not None:
             change = ScoreChange(after.loss_per_byte / before.loss_per_byte - 1, None, None)
@@ -97,7 +97,7 @@ def _rows(summary: Summary, trained: Attempt, *, expanded: Scores | None) -> tup
 
 
 def subjects(summary: Summary) -> tuple[tuple[str, Role], ...]:
-    """Return what a run scored, with its role: each domain, what it teaches, then other tasks."""
+    """Return the scored subjects with their roles: domains, their accuracies, other tasks."""
     domains: dict[Role, list[str]] = {"old": summary.domains.old, "new": summary.domains.new}
     found: list[tuple[str, Role]] = []
     for role, names in domains.items():
@@ -112,7 +112,7 @@ def subjects(summary: Summary) -> tuple[tuple[str, Role], ...]:
 
 
 def score_of(scores: Scores, domain: str) -> Score:
-    """Return one score of a record as summary.json has it: a domain's loss, or what it teaches."""
+    """Return the loss of a domain, or its accuracy if `domain` asks for it."""
     found = scores.get(domain.removesuffix(ACCURACY), Score())
     if "loss" in found.model_fields_set and not domain.endswith(ACCURACY):
         kept = ("loss", "loss_per_byte", "standard_error")
@@ -123,7 +123,7 @@ def score_of(scores: Scores, domain: str) -> Score:
 
 
 def score_text(score: Score | None) -> str:
-    """Return nats per token with three decimals, or right answers in per cent."""
+    """Return nats per token with three decimals, or an accuracy in per cent."""
     if score is not None and score.accuracy is not None:
         return f"{score.accuracy:.1%}"
     return number_text(None if score is None else score.loss, ".3f")

@@ -1,6 +1,6 @@
-"""Finished runs side by side: what they were asked to do, and groups that differ in the seed alone.
+"""Finished runs, groups of runs that differ only in the seed, and their statistics.
 
-Everything is read from what runs leave: summary.json, their metrics and the settings of run.json.
+All numbers come from the files of the runs: summary.json, the metrics and the settings of run.json.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from statistics import fmean, stdev
 from typing import Any, Literal, TypeGuard
 
@@ -19,11 +19,12 @@ from tritter.report.summary import Attempt, Summary, ends_of
 from tritter.report.wording import MISSING
 
 _SEED = "seed"
-_MOST_NAMED = 3  # settings in the name of a group, besides the methods
+_MOST_NAMED = 8  # settings in the name of a group, besides the methods
 CONFIDENCE = 0.95  # of the intervals over seeds, two-sided
+FEWEST_SEEDS = 3  # for an interval; below, the values of the seeds are shown
 # Stages that belong to a method as its training does
 _PREPARED = ("importance", "self_replay", "choose", "distill", "adapt")
-_NAME_CHARACTERS = 100
+_NAME_CHARACTERS = 400
 _NAMED_BY_GROWTH = ("growth.trigger", "growth.initialiser")
 _NOT_OF_CONTROLS: dict[str, Any] = {
     **dict.fromkeys(("control", "expanded", "growth", "experts", "matrix")),
@@ -32,7 +33,7 @@ _NOT_OF_CONTROLS: dict[str, Any] = {
     "flops": {},
     "seconds": {},
 }
-_MOST = 10**9  # of rows and tokens; larger ones are no setting of a run
+_MOST = 10**9  # largest plausible batch size or sequence length
 
 
 @dataclass(frozen=True)
@@ -40,12 +41,13 @@ class Run:
     """One finished run.
 
     Args:
-        name: that tells it from the others of the report.
-        settings: dotted key → value of its configuration, as its fingerprint has them.
-        curves: its losses over the steps, those of all rounds in a row.
-        control: those of the base that did not grow.
-        pretraining: those of the base before.
-        history: its checkpoint's chain, a line each, oldest first.
+        name: A name that is unique in the report.
+        summary: Its summary.
+        settings: Dotted key → value of its configuration.
+        curves: Its losses over the steps of all rounds.
+        control: Those of the control (not grown).
+        pretraining: Those of the pretraining of its base.
+        history: The lineage of its checkpoint, a line each, oldest first.
     """
 
     name: str
@@ -61,7 +63,7 @@ class Run:
         """One row per domain: the last attempt, or all rounds from the base to their end."""
         summary = self.summary
         if len(self._parts) > 1:
-            # What a round was held against is the round before it, the control's base the run's
+            # A round is compared with the previous one, the control with the base of the run
             first, last = self._parts[0], self._parts[-1]
             joined = Attempt.model_construct(final=last.final, expanded=first.expanded)
             summary = summary.model_copy(update={"attempts": [joined]})
@@ -74,7 +76,7 @@ class Run:
 
     @property
     def losses(self) -> tuple[DomainRow, ...]:
-        """Those of them that are about a loss; what a task gains or loses is counted in points."""
+        """The rows of losses, without those of accuracies."""
         return tuple(row for row in self.rows if not row.change.in_points)
 
     @property
@@ -86,7 +88,7 @@ class Run:
         return self.settings.get(_SEED, self.summary.seed)
 
     def setting(self, key: str, most: int | None = None) -> str:
-        """Return a setting as a person reads it, cut to so many characters."""
+        """Return a setting as text of at most `most` characters."""
         value = self.settings.get(key)
         if isinstance(value, list):
             value = ", ".join(map(str, value)) or "none"
@@ -99,7 +101,7 @@ class Run:
 
     @property
     def tokens_per_step(self) -> int | None:
-        """Tokens of an optimizer step; None where the settings don't say."""
+        """Tokens of an optimizer step; None if the settings do not determine them."""
         keys = ("data.batch_size", "data.sequence_length", "trainer.accumulate_grad_batches")
         batch, length, accumulated = (self.settings.get(key) for key in keys)
         if not _is_count(batch) or not _is_count(length):
@@ -108,12 +110,12 @@ class Run:
 
     @property
     def expansions(self) -> tuple[int, ...]:
-        """Steps at which it grew: before the first, and at the end of each round but the last."""
+        """Steps of the expansions: before the first, and at the end of each round but the last."""
         return (0, *ends_of(self.summary.rounds)) if self.summary.expansion else ()
 
     @property
     def births(self) -> tuple[int, ...]:
-        """Steps at which neurons grew; of several rounds those of the last."""
+        """Steps at which neurons were born, in the last round."""
         growth, first = self.summary.growth, self.steps - self.last_steps
         return () if growth is None else tuple(first + step for step in growth.event_steps)
 
@@ -123,10 +125,10 @@ class Run:
         return self._parts[-1].steps
 
     def cost(self, of: Literal["flops", "seconds"]) -> float | None:
-        """Return `flops` or `seconds` of its training, and of what its methods prepare for it.
+        """Return the FLOPs or seconds of its training and of the preparation of its methods.
 
-        Of all rounds or of the last attempt, without the base; None where an older summary does
-        not say.
+        They are those of all rounds or of the last attempt, without the base; None if an older
+        summary does not have them.
         """
         stages, trained = getattr(self.summary, of), [getattr(part, of) for part in self._parts]
         known = [value for value in trained if isinstance(value, int | float)]
@@ -141,11 +143,12 @@ def _is_count(value: object) -> TypeGuard[int]:
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ in the seed alone.
+    """Runs that differ only in the seed.
 
     Args:
-        name: what sets it apart.
-        is_control: they are the bases that did not grow, beside the group before.
+        name: The settings in which it differs from other groups.
+        runs: Its runs.
+        is_control: The runs are the controls (not grown) of the previous group.
     """
 
     name: str
@@ -153,30 +156,78 @@ class Group:
     is_control: bool = False
 
     def change(self, domain: str) -> Interval | None:
-        """Return the mean change of a domain's loss over the seeds."""
+        """Return the change of a domain's loss over the seeds.
+
+        That of a single run has the bounds of its gate, which are over documents.
+        """
         rows = [row for run in self.runs for row in run.rows if row.domain == domain]
-        values = [row.change.value for row in rows if row.change.value is not None]
-        if len(values) == 1 and len(rows) == 1:
-            change = rows[0].change
-            return Interval(values[0], change.lower, change.upper)
-        return Interval.of(values)
+        known = [row.change for row in rows if row.change.value is not None]
+        if len(known) == 1 and len(rows) == 1:
+            (change,) = known
+            assert change.value is not None
+            return Interval(change.value, change.lower, change.upper, values=(change.value,))
+        return self.mean(lambda run: _of_domain(run, domain, lambda row: row.change.value))
+
+    @property
+    def seeds(self) -> tuple[str, ...]:
+        """The different seeds of the runs."""
+        return tuple(dict.fromkeys(repr(run.seed) for run in self.runs))
 
     def mean(self, of: Callable[[Run], float | None]) -> Interval | None:
-        """Return the mean of a number that runs have."""
-        return Interval.of([value for run in self.runs if (value := of(run)) is not None])
+        """Return the mean of a number over the seeds."""
+        return Interval.of([*self.by_seed(of).values()])
+
+    def by_seed(self, of: Callable[[Run], float | None]) -> dict[str, float]:
+        """Return seed → number; the mean where several runs have the same seed."""
+        found: dict[str, list[float]] = {}
+        for run in self.runs:
+            if (value := of(run)) is not None:
+                found.setdefault(repr(run.seed), []).append(value)
+        return {seed: fmean(values) for seed, values in found.items()}
+
+    def difference(self, reference: Group, domain: str) -> Interval | None:
+        """Return the difference to another group on a domain, paired by seed.
+
+        It is relative for a loss per byte after training (0.01: 1 % above the reference), and
+        absolute for an accuracy. Seeds that only one of the groups has do not count.
+        """
+        own, other = (each.by_seed(partial(_trained, domain=domain)) for each in (self, reference))
+        seeds = [seed for seed in own if seed in other]
+        if any(_is_accuracy(run, domain) for run in self.runs):
+            return Interval.of([own[seed] - other[seed] for seed in seeds])
+        return Interval.of([own[seed] / other[seed] - 1 for seed in seeds if other[seed]])
+
+
+def _of_domain(run: Run, domain: str, of: Callable[[DomainRow], float | None]) -> float | None:
+    return next((of(row) for row in run.rows if row.domain == domain), None)
+
+
+def _trained(run: Run, domain: str) -> float | None:
+    def score(row: DomainRow) -> float | None:
+        trained = row.trained
+        return trained.accuracy if row.change.in_points else trained.loss_per_byte
+
+    return _of_domain(run, domain, score)
+
+
+def _is_accuracy(run: Run, domain: str) -> bool:
+    return any(row.domain == domain and row.change.in_points for row in run.rows)
 
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """A mean over seeds with Student's interval at `CONFIDENCE`, or one run's value with its own.
+    """A mean over seeds with Student's interval, or the value of one run with its own bounds.
 
     Args:
-        lower: None where it is not known.
+        lower: Lower bound at `CONFIDENCE`; None below `FEWEST_SEEDS`, or if unknown.
+        upper: Upper bound, likewise.
+        values: The values of the seeds.
     """
 
     value: float
     lower: float | None
     upper: float | None
+    values: tuple[float, ...] = ()
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Interval | None:
@@ -184,27 +235,42 @@ class Interval:
         if not finite or len(finite) < len(values):
             return None
         mean, n = fmean(finite), len(finite)
-        if n == 1:
-            return cls(mean, None, None)
+        if n < FEWEST_SEEDS:
+            return cls(mean, None, None, tuple(finite))
         from scipy.special import stdtrit  # half a second, which a single run does not need
 
         half = float(stdtrit(n - 1, (1 + CONFIDENCE) / 2)) * stdev(finite) / math.sqrt(n)
-        return cls(mean, mean - half, mean + half)
+        return cls(mean, mean - half, mean + half, tuple(finite))
+
+    @property
+    def is_of_seeds(self) -> bool:
+        """Whether the values of the seeds stand for the mean: there are too few for an interval."""
+        return 1 < len(self.values) < FEWEST_SEEDS
+
+    def text(self, *, scale: float = 100) -> str:
+        """Return the mean with its bounds, or the values of the seeds, in per cent."""
+        if self.is_of_seeds:
+            return ", ".join(f"{scale * value:+.2f}" for value in self.values)
+        if self.lower is None and self.upper is None:
+            return f"{scale * self.value:+.2f}"
+        sides = (self.lower, self.upper)
+        lower, upper = ("?" if each is None else f"{scale * each:+.2f}" for each in sides)
+        return f"{scale * self.value:+.2f} [{lower}, {upper}]"
 
 
 def grouped(runs: Iterable[Run]) -> tuple[Group, ...]:
-    """Return the runs in groups that differ in the seed alone, each named by what differs."""
-    held: dict[str, list[Run]] = {}
+    """Return groups of runs that differ only in the seed, named by the settings that differ."""
+    by_settings: dict[str, list[Run]] = {}
     for run in runs:
         key = repr(sorted((k, repr(v)) for k, v in run.settings.items() if k != _SEED))
-        held.setdefault(key, []).append(run)
-    groups = [tuple(each) for each in held.values()]
+        by_settings.setdefault(key, []).append(run)
+    groups = [tuple(each) for each in by_settings.values()]
     firsts = [each[0] for each in groups]
     keys = [key for key in differing_keys(firsts) if key != _SEED and tells(key, firsts)]
     ways = {"growth": any(run.summary.growth is not None for run in firsts)}
     ways["experts"] = any(run.summary.experts is not None for run in firsts)
-    beside = [way for way, is_there in ways.items() if is_there]
-    names = [_name(run, keys, beside=beside) for run in firsts]
+    named = [way for way, is_there in ways.items() if is_there]
+    names = [_name(run, keys, ways=named) for run in firsts]
     return tuple(
         Group(name if names.count(name) == 1 else f"{name} ({each[0].name})", each)
         for name, each in zip(names, groups, strict=True)
@@ -212,7 +278,7 @@ def grouped(runs: Iterable[Run]) -> tuple[Group, ...]:
 
 
 def with_controls(groups: Iterable[Group]) -> tuple[Group, ...]:
-    """Return each group, and after it its controls; equal ones (other expansions) once."""
+    """Return each group, followed by its controls; equal controls (of other expansions) once."""
     found: list[Group] = []
     seen: list[list[Any]] = []
     for group in groups:
@@ -229,7 +295,7 @@ def with_controls(groups: Iterable[Group]) -> tuple[Group, ...]:
                     runs.append(Run(run.name, summary, run.settings, run.control))
             words = group.name.split(" ")[1:]
             rest = " ".join(word for word in words if not word.startswith(("growth=", "experts=")))
-            found.append(Group(f"control, not grown: {rest}", tuple(runs), is_control=True))
+            found.append(Group(f"control (not grown) {rest}", tuple(runs), is_control=True))
     return tuple(found)
 
 
@@ -239,33 +305,34 @@ def differing_keys(runs: Sequence[Run]) -> tuple[str, ...]:
     return tuple(k for k in keys if len({repr(run.settings.get(k)) for run in runs}) > 1)
 
 
-def _name(run: Run, keys: Sequence[str], *, beside: Collection[str]) -> str:
-    """Name a group by its methods and by what else differs.
+def _name(run: Run, keys: Sequence[str], *, ways: Collection[str]) -> str:
+    """Return the name of a group: its methods and the other settings that differ.
 
     Args:
-        beside: `growth` where some of all runs may grow while they are trained, `experts` where
-            some have them.
+        run: A run of the group.
+        keys: The settings that differ between groups.
+        ways: `growth` and `experts`, if some run has them.
     """
     summary = run.summary
     methods = {"expansion": summary.expansion, "forgetting": summary.forgetting}
-    if "growth" in beside:
+    if "growth" in ways:
         methods["growth"] = [] if summary.growth is None else [_short(summary.growth.name)]
-    if "experts" in beside:
+    if "experts" in ways:
         methods["experts"] = [] if summary.experts is None else [_short(summary.experts.kind)]
     parts = [f"{key}={'+'.join(names) or 'none'}" for key, names in methods.items()]
     most = len(parts) + _MOST_NAMED
-    told = [key for key in keys if run.settings.get(key) is not None]
-    own = [key for key in told if key.removesuffix(".name") not in _NAMED_BY_GROWTH]
+    known = [key for key in keys if run.settings.get(key) is not None]
+    own = [key for key in known if key.removesuffix(".name") not in _NAMED_BY_GROWTH]
     parts += [f"{key.rpartition('.')[2]}={_short(run.settings[key])}" for key in own]
     name = " ".join(parts[:most]) + (" …" if len(parts) > most else "")
     return cut(name, _NAME_CHARACTERS)
 
 
 def tells(key: str, runs: Sequence[Run]) -> bool:
-    """Tell whether a setting says more than the methods do: those that have it differ in it."""
+    """Return whether a setting differs between the runs that have it, methods excluded."""
     values = {repr(run.settings[key]) for run in runs if key in run.settings}
     return len(values) > 1 and not key.endswith(".methods")
 
 
 def _short(value: Any) -> str:
-    return cut(f"{value:g}" if isinstance(value, float) else str(value), 24)
+    return cut(f"{value:g}" if isinstance(value, float) else str(value), 60)

@@ -1,7 +1,7 @@
-"""summary.json of a run: one model for the run that writes it and for everything that reads it.
+"""summary.json of a run: one model for writing and reading it.
 
-A file may come from anywhere and from any version: it may hold more than the model, and less.
-Numbers are bounded by what drawing and adding them can bear. What is written is what was set.
+A file may come from anywhere and from any version: it may have unknown keys, and lack known ones.
+Numbers are bounded so that sums and axes stay finite. Only fields that were set are written.
 """
 
 import json
@@ -33,16 +33,16 @@ _MOST_LAYERS = 1024
 
 
 class Part(BaseModel):
-    """A part of a summary: frozen; keys that it has no field for are kept as they are.
+    """A part of a summary: frozen; unknown keys are kept.
 
-    `model_construct` makes one of numbers that a run measured, whatever they are.
+    `model_construct` builds one from measured numbers without checking them.
     """
 
     model_config = ConfigDict(frozen=True, strict=True, extra="allow")
 
     def plain(self) -> dict[str, Any]:
-        """Return the part as JSON holds it: what was set, and nothing else."""
-        # A list of numbers, in a part that a run measured, may stand for a tuple
+        """Return the fields that were set as plain values for JSON."""
+        # Parts of a run may have a list in place of a tuple
         return self.model_dump(exclude_unset=True, warnings=False)
 
 
@@ -56,12 +56,12 @@ class GrowthEvent(Part):
     """One layer that grew after a step.
 
     Args:
-        neurons: the layer's, afterwards.
-        died: found dead, and left as they are.
-        pressure: of the layer, as its trigger was shown it.
-        function_change: of the logits, in their standard deviation.
-        parameters: of the whole model, afterwards.
-        flops: of the training, until then.
+        neurons: Neurons of the layer, afterwards.
+        died: Neurons found dead and not replaced.
+        pressure: Pressure of the layer, the signal of the trigger.
+        function_change: Logit shift, in standard deviations of the logits.
+        parameters: Parameters of the model, afterwards.
+        flops: Training FLOPs so far.
     """
 
     step: Count
@@ -78,7 +78,7 @@ class GrowthEvent(Part):
 
 @dataclass(frozen=True, slots=True)
 class GrownLayer:
-    """What all events made of one layer; of the function's changes the largest."""
+    """The result of all events of one layer; `function_change` is the largest."""
 
     layer: int
     before: int
@@ -115,14 +115,14 @@ class GrowthRecord(Part):
     """A run's growth.
 
     Args:
-        options: of `growth`, as they were asked for.
-        advice: of its trigger, what to try where nothing grew.
-        checks: how often the trigger was asked.
-        neurons: of each layer, before and after.
-        parameters: of the model that grew, before and after.
-        young: neurons that were not mature at the end.
-        map: pressure and neurons of each layer at each check.
-        update_norms: mean norm of a `young` and an `old` neuron's update.
+        options: The options of `growth`.
+        advice: What to try if nothing grew, from the trigger.
+        checks: Number of checks of the trigger.
+        neurons: Neurons of each layer, before and after.
+        parameters: Parameters of the grown model, before and after.
+        young: Neurons that were not mature at the end.
+        map: Pressure and neurons of each layer at each check.
+        update_norms: Mean norm of the updates of `young` and `old` neurons.
     """
 
     events: Annotated[tuple[GrowthEvent, ...], Field(max_length=_MOST_EVENTS)]
@@ -143,17 +143,17 @@ class GrowthRecord(Part):
     def _is_consistent(self) -> Self:
         number, seen = len(self.neurons.before), self.map
         if len(self.neurons.after) != number:
-            raise ValueError("neurons after are of another number of layers than those before")
+            raise ValueError("neurons before and after have different numbers of layers")
         steps = [event.step for event in self.events]
         if steps != sorted(steps):
-            raise ValueError("the steps of its events do not ascend")
+            raise ValueError("the steps of the events do not ascend")
         if any(event.layer >= number for event in self.events):
-            raise ValueError(f"an event is in a layer that is none of {number}")
+            raise ValueError(f"an event has a layer outside 0 to {number - 1}")
         if any(later <= earlier for earlier, later in pairwise(seen.steps)):
-            raise ValueError("the steps of its map do not ascend")
+            raise ValueError("the steps of the map do not ascend")
         for name, rows in (("neurons", seen.neurons), ("pressure", seen.pressure)):
             if len(rows) != len(seen.steps) or any(len(row) != number for row in rows):
-                raise ValueError(f"{name} of its map are not of {number} layers at each step")
+                raise ValueError(f"{name} of the map: {number} layers are required at each step")
         return self
 
     @property
@@ -162,7 +162,7 @@ class GrowthRecord(Part):
         names = []
         for option in (self.options.get("trigger"), self.options.get("initialiser")):
             name = option
-            if isinstance(option, Mapping):  # a name of ours, or the class of somebody's own
+            if isinstance(option, Mapping):  # a name, or an external class
                 name = option.get("name") or str(option.get("_target_", "")).rpartition(".")[2]
             names.append(str(name or "?"))
         return "+".join(names)
@@ -194,10 +194,10 @@ class GrowthRecord(Part):
         return tuple(layers)
 
 
-# LoRA experts: any part may be missing, or null
+# LoRA experts: any part may be missing or null
 
 _ENDS = ("evicted", "merged")
-# Kind of an event → what an expert is from then on
+# Kind of an event → state of the expert afterwards
 _STATES = {"spawned": "young", "mature": "mature", "frozen": "frozen"} | {e: e for e in _ENDS}
 
 
@@ -212,11 +212,12 @@ class Spawn(Part):
     """An expert that was spawned.
 
     Args:
-        step: of the run, counted over all tasks.
-        domain: of the text that was being trained on.
-        similarity: known skill → how like it the batches were.
-        score: their novelty, and the `threshold` that it passed.
-        batches: that the decision took.
+        step: Step of the run, counted over all tasks.
+        domain: Domain of the training data at that step.
+        similarity: Known skill → similarity of the batches.
+        score: Novelty of the batches.
+        threshold: The threshold of the novelty.
+        batches: Number of batches for the decision.
     """
 
     expert: str = "?"
@@ -230,10 +231,10 @@ class Spawn(Part):
 
 
 class ExpertEvent(Part):
-    """What happened to an expert, and why.
+    """An event of an expert, and its reason.
 
     Args:
-        gone: the one that is no more, where another went on for both.
+        gone: The expert that was merged into this one.
     """
 
     step: Count | None = None
@@ -244,7 +245,7 @@ class ExpertEvent(Part):
 
 
 class Course(Part):
-    """A number of each expert over the steps; None before it exists and where it is not known."""
+    """A number of each expert over the steps; None before it exists, or if unknown."""
 
     steps: Annotated[tuple[Count, ...], Field(max_length=_MOST_EVENTS)] = ()
     gates: _Rows = {}
@@ -269,11 +270,11 @@ class _Routing(Part):
 
 @dataclass(frozen=True, slots=True)
 class ExpertRow:
-    """One expert: what made it, and what became of it.
+    """One expert: its spawn and its state.
 
     Args:
-        usage: its mean gate over all domains.
-        state: young, mature, frozen, evicted or merged; nothing where no event says.
+        usage: Its mean gate over all domains.
+        state: young, mature, frozen, evicted or merged; empty if no event tells.
     """
 
     name: str
@@ -290,12 +291,12 @@ class ExpertsRecord(Part):
     """A run's LoRA experts.
 
     Args:
-        number: of adapters at the end.
-        names: of the gates at the end, in their order.
-        usage: domain → expert → mean gate on held-out text.
-        ranks: expert → rank at the end.
-        parameters: of the frozen base, and of the adapters and the router.
-        batches: what novelty said of the batches → how many.
+        number: Number of adapters at the end.
+        names: Names of the gates at the end, in order.
+        usage: Domain → expert → mean gate on held-out data.
+        ranks: Expert → rank at the end.
+        parameters: Parameters of the frozen base, and of adapters and router.
+        batches: Verdict of the novelty detector → number of batches.
     """
 
     kind: str = "?"
@@ -322,21 +323,21 @@ class ExpertsRecord(Part):
                 raise ValueError(f"the steps of {name} do not ascend")
             if any(len(each) != len(course.steps) for each in course.values.values()):
                 number = len(course.steps)
-                raise ValueError(f"{name} has not one number for each of its {number} steps")
+                raise ValueError(f"{name}: {number} numbers are required, one per step")
         return self
 
     def completed(self) -> Self:
-        """Return the record with the names and their number, which some versions left out."""
+        """Return the record with names and number, which older versions did not write."""
         names = self.names or tuple(dict.fromkeys(chain(*self.usage.values(), self.ranks)))
         number = len(names) - (BASE in names) if self.number is None else self.number
         return self.model_copy(update={"names": names, "number": number})
 
     @property
     def rows(self) -> tuple[ExpertRow, ...]:
-        """Those that are there, and those that were and are gone."""
+        """The present experts, then those that were evicted or merged."""
         rows = []
         for name in dict.fromkeys((*self.names, *(spawn.expert for spawn in self.spawned))):
-            # A name may come again after an eviction: the last is the one that is there
+            # A name may be reused after an eviction: the last spawn counts
             spawn = next((each for each in reversed(self.spawned) if each.expert == name), None)
             state = "" if spawn is None else "young"
             for event in self.events:
@@ -349,19 +350,19 @@ class ExpertsRecord(Part):
         return tuple(rows)
 
     def mean_usage(self, name: str) -> float | None:
-        """Return the mean gate of an expert over the domains that have one for it."""
+        """Return the mean gate of an expert over the domains that have it."""
         gates = [shares.get(name) for shares in self.usage.values()]
         known = [gate for gate in gates if gate is not None]
         return fmean(known) if known else None
 
     @property
     def by_usage(self) -> tuple[str, ...]:
-        """The experts that are there, most used first."""
+        """The present experts, most used first."""
         return tuple(sorted(self.names, key=lambda name: -(self.mean_usage(name) or 0.0)))
 
     @property
     def similarities(self) -> tuple[tuple[str, Mapping[str, float | None]], ...]:
-        """Spawned expert and its similarity to what was known, where some is recorded."""
+        """Spawned experts with their recorded similarities to the known skills."""
         return tuple((each.expert, each.similarity) for each in self.spawned if each.similarity)
 
     @property
@@ -371,13 +372,13 @@ class ExpertsRecord(Part):
 
 
 def _without_nulls(plain: object) -> object:
-    """Return plain values without keys whose value is null: they are as good as missing."""
+    """Return plain values without the keys whose value is null."""
     if isinstance(plain, Mapping):
         return {key: _without_nulls(value) for key, value in plain.items() if value is not None}
     return [_without_nulls(item) for item in plain] if isinstance(plain, list | tuple) else plain
 
 
-# Tasks in a row
+# Sequential tasks
 
 _Transfer = dict[str, Number | None]
 _Row = Annotated[list[Number | None], Field(max_length=_MOST)]
@@ -388,11 +389,11 @@ class Matrix(Part):
     """Every domain after every task.
 
     Args:
-        rows: what the rows are called: the model before the first task, and after each.
-        loss_per_byte: row by row, of the domains in their order.
-        trained: row by row, the domains of the task.
-        accuracy: domain → its part of right answers, row by row.
-        own: domain → the row after the task in which it was learned first.
+        rows: Names of the rows: before the first task, and after each task.
+        loss_per_byte: Row by row, the losses of the domains.
+        trained: Row by row, the domains of the task.
+        accuracy: Domain → its accuracy, row by row.
+        own: Domain → the row after the task that first trained it.
     """
 
     rows: _Names
@@ -410,15 +411,15 @@ class Matrix(Part):
     def _is_consistent(self) -> Self:
         number, domains, losses = len(self.rows), self.domains, self.loss_per_byte
         if len(losses) != number or any(len(row) != len(domains) for row in losses):
-            raise ValueError(f"loss_per_byte is not of {number} rows and {len(domains)} domains")
+            raise ValueError(f"loss_per_byte: {number} rows of {len(domains)} domains are required")
         if len(set(domains)) < len(domains):
-            raise ValueError("a domain stands in it twice")
+            raise ValueError("a domain occurs twice")
         if any(len(row) != number for row in self.accuracy.values()):
-            raise ValueError(f"an accuracy is not of {number} rows")
+            raise ValueError(f"accuracy: {number} rows are required")
         if "trained" in self.model_fields_set and len(self.trained) != number:
-            raise ValueError(f"trained is not of {number} rows")
+            raise ValueError(f"trained: {number} rows are required")
         if any(row >= number for row in self.own.values()):
-            raise ValueError(f"a domain's own row is none of {number}")
+            raise ValueError(f"own: a row is outside 0 to {number - 1}")
         return self
 
 
@@ -428,14 +429,14 @@ _OfOne = Annotated[float, Field(ge=0, le=1)]
 
 
 class MoeRecord(Part):
-    """Where the tokens of each domain go.
+    """Routing of the tokens of each domain.
 
     Args:
-        usage: domain → layer by layer, each expert's part of the assignments.
-        new: experts that were appended.
-        router_steps: of the router stage.
-        is_open: stock classes compute the same function.
-        selection_bias: domain → loss `with` and `without` it.
+        usage: Domain → layer by layer, each expert's share of the assignments.
+        new: Experts that were appended.
+        router_steps: Steps of the router stage.
+        is_open: Stock classes compute the same function.
+        selection_bias: Domain → loss `with` and `without` the bias.
     """
 
     number: Annotated[int, Field(ge=1, le=_MOST_EVENTS)]
@@ -451,9 +452,9 @@ class MoeRecord(Part):
     def _is_consistent(self) -> Self:
         rows = (row for layers in self.usage.values() for row in layers)
         if any(len(row) != self.number for row in rows):
-            raise ValueError(f"usage is not of {self.number} experts")
+            raise ValueError(f"usage: {self.number} experts are required")
         if any(expert >= self.number for expert in self.new):
-            raise ValueError(f"a new expert is none of {self.number}")
+            raise ValueError(f"new: an expert is outside 0 to {self.number - 1}")
         return self
 
 
@@ -464,10 +465,7 @@ Status = Literal["kept", "rolled_back", "undecided", "ungated"]
 
 
 class Score(Part):
-    """A domain's loss in nats per token and per byte, the part of right answers, or both.
-
-    None where not known, or of the other kind.
-    """
+    """A domain's loss in nats per token and per byte, its accuracy, or both; None if unknown."""
 
     loss: Number | None = None
     loss_per_byte: Number | None = None
@@ -477,7 +475,7 @@ class Score(Part):
 
     @property
     def value(self) -> float | None:
-        """The loss, or of right answers their part."""
+        """The loss, or the accuracy if there is one."""
         return self.loss if self.accuracy is None else self.accuracy
 
 
@@ -485,7 +483,7 @@ Scores = dict[str, Score]
 
 
 class Check(Part):
-    """One question of the gate, and its answer."""
+    """One check of the gate."""
 
     check: str
     verdict: str
@@ -500,18 +498,18 @@ class Check(Part):
 
     @property
     def bounds(self) -> tuple[float | None, float | None]:
-        """The interval; None where a side is not known."""
+        """The bounds of the interval; None if unknown."""
         return self.interval or (None, None)
 
 
 class Packing(Part):
-    """How a task's documents were packed: tokens (`8-15`) → documents with so many."""
+    """Packing of a task's documents: range of lengths (`8-15`) → number of documents."""
 
     packed_sequence_length_histogram: dict[str, Count] = {}
 
 
 class TaskRecord(Part):
-    """One task of a training in a row of tasks, and the scores after it."""
+    """One of several sequential tasks, and the scores after it."""
 
     domains: list[str]
     final: Scores
@@ -525,18 +523,18 @@ class TaskRecord(Part):
 
 
 class Jump(Part):
-    """How far an expansion moved the logits."""
+    """The logit shift of an expansion."""
 
     max_absolute: Number | None = None
     relative_to_std: Number | None = None
 
 
 class Attempt(Part):
-    """An attempt, a round or the control: how it was trained, scored and judged.
+    """An attempt, a round or the control: its training, scores and verdict.
 
     Args:
-        overrides: what set it apart from the first attempt.
-        baseline: of a round that follows another: what it started from.
+        overrides: The overrides that distinguish it from the first attempt.
+        baseline: The scores before a round that follows another.
     """
 
     final: Scores
@@ -561,7 +559,7 @@ class Attempt(Part):
 
 
 class Sample(Part):
-    """A prompt, and how the models before and after continue it."""
+    """A prompt, and its continuations by the models before and after."""
 
     domain: str = ""
     prompt: str = ""
@@ -577,7 +575,7 @@ class Domains(Part):
 
 
 class Target(Part):
-    """How far a run that grows to a size has come."""
+    """Progress towards `pipeline.target_params`."""
 
     target_params: Count
     planned: list[Count]
@@ -588,10 +586,10 @@ class Summary(Part):
     """The content of summary.json; the last round or attempt is repeated at its top.
 
     Args:
-        final: of what was kept; each attempt has its own.
-        data: domain → counts of its documents.
-        disk: kind → bytes in the run folder.
-        lineage: of the checkpoint.
+        final: Scores of the kept model; each attempt has its own.
+        data: Domain → counts of its documents.
+        disk: Kind → bytes in the run folder.
+        lineage: Lineage of the checkpoint.
     """
 
     format_version: int = 1
@@ -627,14 +625,14 @@ class Summary(Part):
 
     @classmethod
     def of(cls, plain: Mapping[str, Any]) -> Self:
-        """Return the summary that plain values are.
+        """Return the summary in plain values.
 
         Raises:
-            TritterError: they are none; says where, and what is wrong.
+            TritterError: They are not a valid summary; names the field.
         """
         experts = _without_nulls(plain.get("experts"))
-        held = {**plain, "experts": None if experts == {} else experts}
-        read = validated(held, cls, what="it is no summary of a run")
+        values = {**plain, "experts": None if experts == {} else experts}
+        read = validated(values, cls, what="not a valid run summary")
         if read.experts is None:
             return read
         return read.model_copy(update={"experts": read.experts.completed()})
@@ -644,7 +642,7 @@ class Summary(Part):
         """Return the summary in a file.
 
         Raises:
-            TritterError: it cannot be read, or is none.
+            TritterError: It cannot be read or is not valid.
         """
         return cls.of(read_object(path))
 
@@ -654,17 +652,17 @@ class Summary(Part):
 
     @property
     def last_attempt(self) -> Attempt:
-        """The last attempt, also when it was rolled back afterwards."""
+        """The last attempt, even if it was rolled back."""
         if self.attempts:
             return self.attempts[-1]
         return Attempt.model_construct(final=self.final, gate=self.gate, expansion=self.expansion)
 
     @property
     def borders(self) -> tuple[int, ...]:
-        """Steps at which the run went on to its next task."""
+        """Steps at which the next task began."""
         return ends_of(self.tasks)
 
 
 def ends_of(parts: Sequence[Attempt | TaskRecord]) -> tuple[int, ...]:
-    """Return the steps at which parts of a training end, but for the last."""
+    """Return the steps at which all parts of a run but the last end."""
     return tuple(accumulate(part.steps for part in parts))[:-1]

@@ -1,4 +1,4 @@
-"""A table of plain text, which the terminal and the HTML page show alike."""
+"""A table of plain text, for the terminal and the HTML page."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -28,11 +28,14 @@ class Table:
     """A table of plain text.
 
     Args:
-        numbers: positions of the columns that are set to the right.
-        caption: lines below it.
-        names: position of a column → characters that its cells have at most on a terminal.
-        rules: positions of the rows above which there is a line.
-        styles: of Rich, row by row; empty: all rows are plain.
+        header: Titles of the columns.
+        rows: Cells, row by row.
+        numbers: Positions of the right-aligned columns.
+        caption: Lines below it.
+        title: Line above it.
+        names: Position of a column → largest number of characters of its cells on a terminal.
+        rules: Positions of the rows with a line above.
+        styles: Rich style of each row; empty: all rows are plain.
     """
 
     header: tuple[str, ...]
@@ -45,16 +48,19 @@ class Table:
     styles: tuple[str, ...] = ()
 
     def to_rich(self, console: Console, *, whole: Collection[int] = ()) -> RichTable:
-        """Return the table as Rich prints it.
+        """Return the table for Rich.
 
         Args:
-            whole: positions of the columns whose cells are never broken into lines.
+            console: The console that prints it.
+            whole: Positions of the columns whose cells are never wrapped.
         """
         table = RichTable(
-            title=_printable(self.title, console) or None,
+            title=Text(_printable(self.title, console))
+            if self.title
+            else None,  # [..] is no markup
             title_justify="left",
             title_style="bold",
-            caption=_printable(self.caption, console) or None,
+            caption=Text(_printable(self.caption, console)) if self.caption else None,
             caption_justify="left",
             caption_style="dim",
             box=box.SIMPLE_HEAD,
@@ -63,7 +69,7 @@ class Table:
             collapse_padding=True,
         )
         for at, name in enumerate(self.header):
-            # Folded where the terminal is narrow: an ellipsis would hide digits, and is not ASCII
+            # Folded on a narrow terminal: an ellipsis would hide digits, and is not ASCII
             table.add_column(
                 Text(self._cell(at, name, console)),
                 justify="right" if at in self.numbers else "left",
@@ -84,21 +90,21 @@ class Table:
     def _cell(self, at: int, text: str, console: Console) -> str:
         if at not in self.names:
             return _printable(text, console)
-        stem = text.removesuffix(_RIGHT)
+        stem = text.removesuffix(_ACCURACY)
         return console.shortened(stem, self.names[at]) + text[len(stem) :]
 
 
-_RIGHT = " right"  # after the name of a domain whose right answers are meant
+_ACCURACY = " accuracy"  # after the name of a domain
 
 
 def label(subject: str) -> str:
-    """Return the name of a domain, or of its right answers."""
+    """Return the name of a domain, or of its accuracy."""
     name = subject.removesuffix(ACCURACY)
-    return name if name == subject else f"{name}{_RIGHT}"
+    return name if name == subject else f"{name}{_ACCURACY}"
 
 
 def left_out(number: int, most: int, *, of: str = "") -> str:
-    """Return a line on rows of which there are too many; empty where all are shown."""
+    """Return a line on rows that are not shown; empty if all are."""
     return f"{number - most} {of}more are in summary.json" if number > most else ""
 
 

@@ -16,21 +16,21 @@ from tritter.report.table import STYLES, Table, label
 from tritter.report.wording import MISSING, count_text, number_text, si_text
 from tritter.terminal import Console
 
-_FEW_TASKS = 3  # whose domains stand above the columns; those of more below the table
+_FEW_TASKS = 3  # whose domains fit above the columns; those of more are in the caption
 _STATUS_WORDS = {
     "kept": "kept",
     "rolled_back": "rolled back: the checkpoint is the baseline",
-    "undecided": "undecided: the grown checkpoint stays",
+    "undecided": "undecided: inconclusive, the grown checkpoint is kept",
     "ungated": "ungated: gate=off keeps any result",
 }
 _SAMPLE_CHARACTERS = 400
 _DOMAIN_CHARACTERS = 11
-_MOST_EXPERTS = 12  # of a mixture, side by side
+_MOST_EXPERTS = 12  # columns
 
 
 @dataclass(frozen=True, slots=True)
 class SummaryLine:
-    """A label and what it says."""
+    """A label and its text."""
 
     label: str
     text: str
@@ -38,10 +38,12 @@ class SummaryLine:
 
 
 def print_summary(summary: Summary, *, console: Console, folder: Path | None = None) -> None:
-    """Print a finished run: its verdict, the losses per domain, what it cost, and a sample.
+    """Print a finished run: losses per domain, cost, status and a sample.
 
     Args:
-        folder: the run folder; with it the checkpoint is named by a path that can be copied.
+        summary: The run.
+        console: Where to print.
+        folder: The run folder; with it, the path of the checkpoint can be copied.
     """
     tables = [result_table(summary, domain_rows(summary))]
     if len(summary.tasks) > 1:
@@ -63,7 +65,7 @@ def print_summary(summary: Summary, *, console: Console, folder: Path | None = N
     console.print(_grid(summary_lines(summary), console))
     if checkpoint := summary.checkpoint:
         path = str(checkpoint if folder is None else folder / checkpoint)
-        # Never broken into lines: a person copies it.
+        # Never wrapped, so that it can be copied
         console.print(Text(f"{'checkpoint':<12}{console.printable(path)}"), soft_wrap=True)
     for sample in summary.samples:
         console.print()
@@ -77,7 +79,7 @@ def print_summary(summary: Summary, *, console: Console, folder: Path | None = N
 
 def result_table(summary: Summary, rows: Sequence[DomainRow]) -> Table:
     """Return one row per domain: nats per token at each stage, change per byte, verdict."""
-    # Without an expansion it repeats `before`, and would break the lines of a narrow terminal
+    # Without an expansion it equals `before`
     has_grown = bool(summary.last_attempt.expansion)
     scored = ("before", "expanded", "trained") if has_grown else ("before", "trained")
     header = ("domain", "role", *scored, "change", "verdict")
@@ -98,14 +100,14 @@ def result_table(summary: Summary, rows: Sequence[DomainRow]) -> Table:
     confidence = next((check.confidence for check in gate if check.confidence), None)
     lines = ["change: before to trained"]
     if confidence is not None:
-        lines[0] += f", paired, with one-sided {confidence:.0%} bounds"
+        lines[0] += f", paired by document, with one-sided {confidence:.0%} bounds"
     if summary.control is not None:
-        lines.append("control: trained alike, not grown")
+        lines.append("control: same training, not grown")
     return Table(
         header,
         tuple(cells),
         numbers=tuple(range(2, 3 + len(scored))),
-        title="Loss in nats per token; change in % per byte",
+        title="Loss [nats/token], change of the loss [% per byte]",
         caption="\n".join(lines),
         names={0: _DOMAIN_CHARACTERS},
         rules=tuple(rules),
@@ -113,7 +115,7 @@ def result_table(summary: Summary, rows: Sequence[DomainRow]) -> Table:
 
 
 def task_table(summary: Summary) -> Table:
-    """Return one row per domain: nats per token before, and after each task in its turn."""
+    """Return one row per domain: nats per token before, and after each task."""
     attempt = summary.last_attempt
     columns = [("before", summary.baseline)]
     if attempt.expansion and attempt.expanded:
@@ -131,16 +133,41 @@ def task_table(summary: Summary) -> Table:
         ("domain", *(name for name, _ in columns)),
         rows,
         numbers=tuple(range(1, 1 + len(columns))),
-        title="Loss in nats per token after each task",
+        title="Loss after each task [nats/token]",
         caption="" if are_few else ", ".join(named),
         names={0: _DOMAIN_CHARACTERS},
     )
 
 
+def attempts_table(summary: Summary) -> Table:
+    """Return a row per attempt or round; empty if there was only one."""
+    rounds = summary.rounds
+    parts = rounds or summary.attempts
+    if len(parts) < 2:
+        return Table((), ())
+    domains = list(summary.baseline)
+    rows = []
+    for number, each in enumerate(parts, start=1):
+        changes = each.overrides or ["as requested"]
+        if rounds:
+            changes = each.expansion or ["no expansion"]
+        scores = (score_text(score_of(each.final, domain)) for domain in domains)
+        rows.append(
+            (
+                f"{number}: {' '.join(changes)}",
+                *scores,
+                str(each.status or MISSING).replace("_", " "),
+            )
+        )
+    header = ("round" if rounds else "attempt", *domains, "verdict")
+    numbers = tuple(range(1, 1 + len(domains)))
+    return Table(header, tuple(rows), numbers, f"Loss after each {header[0]}")
+
+
 def stage_table(summary: Summary) -> Table:
     """Return seconds and FLOPs of each stage."""
     seconds, flops = summary.seconds, summary.flops
-    # The total is last, whatever a file says
+    # The total is last
     names = sorted(dict.fromkeys((*seconds, *flops)), key=lambda name: name == "total")
     rows = tuple(
         (name, number_text(seconds.get(name), ".1f"), si_text(flops.get(name, 0.0)))
@@ -151,9 +178,9 @@ def stage_table(summary: Summary) -> Table:
 
 
 def moe_table(experts: MoeRecord) -> Table:
-    """Return a row per domain: each expert's part of its assignments, as a mean over the layers.
+    """Return a row per domain: each expert's share of its assignments, mean over the layers.
 
-    Of many experts the most used ones stand for all; appended ones are added up as well.
+    Of many experts, the most used are shown; the shares of appended ones are also added up.
     """
     usage = {
         domain: [sum(column) / len(layers) for column in zip(*layers, strict=True)]
@@ -174,14 +201,14 @@ def moe_table(experts: MoeRecord) -> Table:
         )
         for domain, shares in usage.items()
     )
-    title = f"Experts: % of a domain's assignments, {experts.experts_per_token} per token"
+    title = f"Share of the experts [% of assignments], {experts.experts_per_token} per token"
     return Table(tuple(header), rows, tuple(range(1, len(header))), title=title)
 
 
 def bias_text(experts: MoeRecord) -> str | None:
-    """Say what the selection bias, which is not saved, does to the loss; None where there is none.
+    """Return a line on the effect of `moe_routing.bias_update_rate`; None without one.
 
-    The bias is that of `moe_routing.bias_update_rate`.
+    The selection bias is not part of the checkpoint.
     """
     effect = experts.selection_bias
     if not effect:
@@ -190,15 +217,15 @@ def bias_text(experts: MoeRecord) -> str | None:
     for domain, losses in effect.items():
         texts = (f"{number_text(losses.get(each), '.3f')} {each}" for each in ("with", "without"))
         parts.append(f"{domain} {', '.join(texts)}")
-    return f"loss under the selection bias, which is not saved: {'; '.join(parts)}"
+    return f"loss with and without the selection bias (not saved): {'; '.join(parts)}"
 
 
 def summary_lines(summary: Summary) -> list[SummaryLine]:
-    """Return what stands below the tables: status and reasons, jump, parameters."""
+    """Return the lines below the tables: status and reasons, logit shift, parameters."""
     attempt, status = summary.last_attempt, summary.status
     words = _STATUS_WORDS[status]
     if status == "rolled_back" and len(summary.rounds) > 1:
-        words = "rolled back: the checkpoint is that of the round before"
+        words = "rolled back: the checkpoint is that of the previous round"
     lines = [SummaryLine("status", words, style=STYLES.get(status, ""))]
     if summary.target is not None:
         rounds, target = summary.rounds, summary.target
@@ -208,7 +235,7 @@ def summary_lines(summary: Summary) -> list[SummaryLine]:
         reached = "reached" if target.reaches_target else "not reached"
         progress = (
             f"{len(rounds)} of {len(target.planned)} planned: {done}; target "
-            f"{count_text(target.target_params)} {reached}. The table shows the last"
+            f"{count_text(target.target_params)} {reached}; the table shows the last"
         )
         lines.append(SummaryLine("rounds", progress))
     lines += _attempt_lines(summary.attempts)
@@ -220,14 +247,11 @@ def summary_lines(summary: Summary) -> list[SummaryLine]:
             lines.append(SummaryLine(check.verdict, what, style=STYLES[check.verdict]))
     jump = summary.jump or Jump()
     if jump.max_absolute is not None and jump.relative_to_std is not None:
-        text = (
-            f"logits moved by up to {jump.max_absolute:.1e} when expanded, "
-            f"{jump.relative_to_std:.1e} of their deviation"
-        )
-        lines.append(SummaryLine("jump", text))
+        text = f"at expansion: max {jump.max_absolute:.1e} ({jump.relative_to_std:.1e} σ)"
+        lines.append(SummaryLine("logit shift", text))
     before, after = (summary.parameters.get(name) for name in ("baseline", "final"))
     sizes = f"{count_text(before)} → {count_text(after)}"
-    if summary.experts is not None:  # next to a base that stays as it is
+    if summary.experts is not None:  # next to a frozen base
         trained = summary.experts.parameters.trainable
         sizes = f"{count_text(before)} + {count_text(trained)} experts"
     elif before and after:
@@ -243,13 +267,13 @@ def summary_lines(summary: Summary) -> list[SummaryLine]:
 
 
 def _attempt_lines(attempts: Sequence[Attempt]) -> list[SummaryLine]:
-    """Return a line per attempt, where there are several: what it was, and how it ended."""
+    """Return a line per attempt if there are several: its overrides and status."""
     if len(attempts) < 2:
         return []
     lines = [SummaryLine("attempts", f"{len(attempts)}; the table shows the last")]
     for number, attempt in enumerate(attempts, start=1):
         status = str(attempt.status)
-        did = " ".join(attempt.overrides or ["as asked for"])
+        did = " ".join(attempt.overrides or ["as requested"])
         changes = ", ".join(
             f"{check.subject} {check.value:+.1%}"
             for check in attempt.gate
@@ -261,7 +285,7 @@ def _attempt_lines(attempts: Sequence[Attempt]) -> list[SummaryLine]:
 
 
 def _grid(lines: Iterable[SummaryLine], console: Console) -> RichTable:
-    """Set labels beside their text, which wraps within its own column."""
+    """Return labels next to their texts, which wrap within their column."""
     grid = RichTable.grid(padding=(0, 1, 0, 0))
     grid.add_column(width=11, overflow="fold")
     grid.add_column(overflow="fold")

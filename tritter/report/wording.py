@@ -1,17 +1,17 @@
-"""Numbers as a person reads them."""
+"""Numbers as text."""
 
-ACCURACY = "/accuracy"  # behind the name of a domain or task, where its right answers are meant
+ACCURACY = "/accuracy"  # after the name of a domain or task
 MISSING = "-"
 _PREFIXES = "kMGTPE"
 
 
 def count_text(value: float | None) -> str:
-    """Return how many parameters, tokens or steps, with three digits: 1.23 M, 7.24 B."""
+    """Return a number of parameters, tokens or steps with three digits: 1.23 M, 7.24 B."""
     return si_text(value).replace(" G", " B")
 
 
 def si_text(value: float | None) -> str:
-    """Return FLOPs or bytes with three digits and their SI prefix: 1.00 M, 45.6 G."""
+    """Return FLOPs or bytes with three digits and an SI prefix: 1.00 M, 45.6 G."""
     if value is None:
         return MISSING
     if abs(value) < 999.5:
@@ -23,5 +23,5 @@ def si_text(value: float | None) -> str:
 
 
 def number_text(value: float | None, form: str = "") -> str:
-    """Return a number in one of Python's formats, such as `.3f`; `-` where it is not known."""
+    """Return a number in a format of Python's, such as `.3f`; `-` if it is None."""
     return MISSING if value is None else format(value, form)

@@ -13,6 +13,7 @@ from tritter.errors import Problem, RequestError, brief, nearest
 _WHAT = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
 _SWITCHES = (
     ("-h", "--help"),
+    ("--help-all",),
     ("--hydra-help",),
     ("--version",),
     ("-m", "--multirun"),
@@ -27,6 +28,7 @@ _VALUED = {
     ("-i", "--info"): _WHAT,
 }
 FLAGS = (*_SWITCHES, *_VALUED)
+HELP_FLAGS = frozenset({"-h", "--help", "--help-all"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +45,8 @@ class CommandLine:
         config_folders: of --config-dir, as typed.
         config_name: of --config-name.
         searchpath: of hydra.searchpath, as typed.
-        is_help: -h was given.
+        is_help: -h or --help-all was given.
+        is_help_whole: --help-all was given.
         is_version: --version was given.
     """
 
@@ -57,6 +60,7 @@ class CommandLine:
     config_name: str | None = None
     searchpath: tuple[str, ...] = ()
     is_help: bool = False
+    is_help_whole: bool = False
     is_version: bool = False
 
 
@@ -123,7 +127,8 @@ def read_command_line(arguments: Sequence[str]) -> CommandLine:
     asked = {"cfg": known.cfg, "info": known.info}
     asked |= {name: "" for name in ("hydra_help", "shell_completion") if getattr(known, name)}
     shows = [name for name, value in asked.items() if value is not None]
-    is_help = known.help or known.version
+    has_help = known.help or known.help_all
+    is_help = has_help or known.version
     if not is_help and len(shows) + known.multirun > 1:
         flags = [f"--{name.replace('_', '-')}" for name in (*shows, *["multirun"] * known.multirun)]
         raise RequestError(f"{' and '.join(flags)}: each asks for something else; give one.")
@@ -139,8 +144,9 @@ def read_command_line(arguments: Sequence[str]) -> CommandLine:
         config_folders=tuple(known.config_dir),
         config_name=known.config_name,
         searchpath=searchpath,
-        is_help=known.help,
-        is_version=known.version and not known.help,
+        is_help=has_help,
+        is_help_whole=known.help_all,
+        is_version=known.version and not has_help,
     )
 
 

@@ -82,7 +82,7 @@ def _run(words: list[str], pipeline: "Pipeline") -> int:
         if command.is_help:
             from tritter.config.launch.help import help_text
 
-            say(help_text(command.overrides))
+            say(help_text(command.overrides, is_whole=command.is_help_whole))
             return 0
         # Hydra and the checks of targets take half a second to import, which --help does not need
         from tritter.config.launch.composition import composer

@@ -1,117 +1,140 @@
-"""What `python train.py --help` prints; reads the option files' first lines, composes nothing."""
+"""The help page of `python train.py`, from the first lines of the option files alone."""
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tritter.conf_folder import config_folder
 from tritter.config.folders import LADDERS, Options, option_files
 from tritter.errors import RequestError, did_you_mean
 
-_WIDTH = 79
+_WIDTH = 99  # of a line; a page of help has at most 100 lines
 
 _HEAD = """\
-Tritter grows a language model, trains it on new text without losing the old,
-and keeps the result only if a gate says so. Without arguments everything it
-needs is on this machine: it trains a small base on the Python documentation,
-makes it wider, and teaches it Python source.
+Tritter grows a language model, trains it on new data, and keeps the result only if the gate
+passes: no old domain gets worse by more than a bound. The default job pretrains a small base on
+the Python documentation, widens it, and trains it on Python source. It downloads nothing.
 
 Usage
   python train.py [GROUP=OPTION ...] [KEY=VALUE ...] [-m]
 
 Examples
   python train.py
-      the default job: a minute and a half on two cores, nothing downloaded
-  python train.py 'expansion=[width,llama_pro]' 'forgetting=[l2sp,replay]'
-      two expansions in order, two protections; with control=true behind it the
-      un-grown base beside them
+      the default job: 90 seconds on two cores
+  python train.py 'expansion=[width,llama_pro]' 'forgetting=[l2sp,replay]' control=true
+      two expansions in order, two forgetting mitigations, and a control that is not grown
   python train.py -m expansion=dus,llama_pro forgetting=none,replay seed=0,1,2
-      a sweep: 12 runs, all checked before the first starts, then one table
+      a sweep of 12 runs: all are validated before the first starts, one table at the end
 
-Groups (an option brings all its keys; - and _ are the same; [A,B] is an
-ordered list)"""
+{groups}"""
+
+_FOLDED = """\
+Groups and options (* default; --help-all describes all, GROUP=OPTION --help lists the keys of one;
+- and _ are equivalent; [A,B] is an ordered list)"""
+_UNFOLDED = """\
+Groups (an option sets defaults of its keys; - and _ are equivalent; [A,B] is an ordered list)"""
 
 _TAIL = """\
 Keys
-  Every key of an option can be set: training.max_steps=400,
-  expansion.width.hidden_size=128.
-  At the root: seed, control, cache_dir, resume (latest, or a run's folder).
-  GROUP=OPTION --help lists the keys of an option, with their defaults.
-  --cfg job prints all keys and values of a command line and runs nothing.
+  Any key of an option can be set: training.max_steps=400, expansion.width.hidden_size=128.
+  Root keys: seed, control, cache_dir, resume (latest, or the folder of a run).
+  --cfg job prints the resolved configuration of a command line and runs nothing.
 
 Results
-  outputs/runs/TIME/ (with -m: outputs/sweeps/TIME/0, 1, ...): summary.json,
-  metrics.csv, plots, checkpoint/, status.json, the resolved config.
-  hydra.run.dir=DIR chooses the folder; the same command with the same folder,
-  or resume=latest, goes on where it stopped.
+  outputs/runs/TIME/ (with -m: outputs/sweeps/TIME/0, 1, ...): summary.json, metrics.csv, plots,
+  checkpoint/, status.json, the resolved configuration. hydra.run.dir=DIR selects the folder.
+  To resume an interrupted run, repeat its command with the same folder, or pass resume=latest.
+  A sweep prints one line per finished job; the output of job N goes to its folder, output.txt.
 
 Flags
-  -m, --multirun       every combination of the listed values
-  -h, --help           this text
-  --cfg job|hydra|all  show, don't run
-  --hydra-help         all flags
-  --version            the version of Tritter
-  --config-dir DIR     options of yours (docs/extending.md); the same as
+  -m, --multirun       run every combination of the listed values
+  -h, --help           this page
+  --help-all           this page with a description of every option
+  --cfg job|hydra|all  show the configuration, run nothing
+  --hydra-help         flags of Hydra
+  --version            version of Tritter
+  --config-dir DIR     folder with options of your own (docs/extending.md); the same as
                        hydra.searchpath=[DIR]
-  --config-name F      begin with F.yaml instead of config.yaml
-  -sc install=bash     eval "$(python train.py -sc install=bash)", and TAB
-                       completes all of this
+  --config-name F      start from F.yaml instead of config.yaml
+  -sc install=bash     with eval "$(python train.py -sc install=bash)", TAB completes all of this
 
 Exit codes
-  0 finished, whatever the gate said
-  1 failed
-  2 the request is wrong, nothing was written
-  3 gate=strict and the grown model was not kept"""
+  0 finished, whatever the gate decided    2 invalid request, nothing was written
+  1 failed                                 3 gate=strict and the grown model was not kept"""
 
 
-def help_text(words: Sequence[str] = ()) -> str:
-    """Return the help: of the options that are chosen, else every group's options.
+def help_text(words: Sequence[str] = (), *, is_whole: bool = False) -> str:
+    """Return the help page, or the keys of the options that `words` select.
+
+    Args:
+        words: The words of the command line.
+        is_whole: Describe every option, instead of listing the names of each group.
 
     Raises:
-        RequestError: there is no such option.
+        RequestError: There is no such option.
     """
     files = option_files()
     chosen = [word.lstrip("+").partition("=") for word in words]
-    asked = [(group, name) for group, _, name in chosen if group.replace("-", "_") in files]
-    if asked:
-        return "\n\n".join(_of_group(group, names, files) for group, names in asked)
+    selected = [(group, name) for group, _, name in chosen if group.replace("-", "_") in files]
+    if selected:
+        return "\n\n".join(_of_group(group, names, files) for group, names in selected)
     text = (config_folder() / "config.yaml").read_text(encoding="utf-8")
     entries = [line.strip() for line in text.splitlines() if line.startswith("  - ")]
     pairs = [entry[2:].partition(": ") for entry in entries if ": " in entry]
     defaults = {group: option for group, _, option in pairs}  # in the order of the defaults list
-    blocks = [_HEAD]
-    for group in dict.fromkeys([*defaults, *files]):
-        default = defaults.get(group, "null")
-        told = f"default: {default}" if default != "null" else "none set"
-        told = f"{told}; chosen as gate.ladder=NAME" if group == LADDERS else told
-        lines = [f"  {group} ({told})"]
-        width = max(len(name) for name in files[group])
-        for name, path in files[group].items():
-            lines += textwrap.wrap(
-                description(path),
-                width=_WIDTH,
-                initial_indent=f"    {name:<{width}}  ",
-                subsequent_indent=" " * (6 + width),
-            ) or [f"    {name}"]
-        blocks.append("\n".join(lines))
-    return "\n\n".join([blocks[0] + "\n" + blocks[1], *blocks[2:], _TAIL])
+    groups = dict.fromkeys([*defaults, *files])
+    if not is_whole:
+        width = max(map(len, groups))
+        lines = [_folded(group, files[group], defaults.get(group), width) for group in groups]
+        return "\n\n".join([_HEAD.format(groups="\n".join([_FOLDED, *lines])), _TAIL])
+    first, *blocks = [_described(group, files[group], defaults.get(group)) for group in groups]
+    return "\n\n".join([_HEAD.format(groups=f"{_UNFOLDED}\n{first}"), *blocks, _TAIL])
+
+
+def _folded(group: str, options: Mapping[str, Path], default: str | None, width: int) -> str:
+    """Return the names of a group's options, the default marked."""
+    chosen = (default or "").strip("[]").split(",")
+    names = [f"{name}*" if name in chosen else name for name in options]
+    if group == LADDERS:
+        names.append("(selected by gate.ladder=NAME)")
+    return textwrap.fill(
+        ", ".join(names).replace(", (", " ("),
+        width=_WIDTH,
+        initial_indent=f"  {group:<{width}}  ",
+        subsequent_indent=" " * (4 + width),
+        break_on_hyphens=False,
+    )
+
+
+def _described(group: str, options: Mapping[str, Path], default: str | None) -> str:
+    """Return a group's options with the first comment of their files."""
+    stated = "no default" if default in (None, "null") else f"default: {default}"
+    stated += "; selected by gate.ladder=NAME" if group == LADDERS else ""
+    lines, width = [f"  {group} ({stated})"], max(map(len, options))
+    for name, path in options.items():
+        lines += textwrap.wrap(
+            description(path),
+            width=_WIDTH,
+            initial_indent=f"    {name:<{width}}  ",
+            subsequent_indent=" " * (6 + width),
+        ) or [f"    {name}"]
+    return "\n".join(lines)
 
 
 def _of_group(group: str, names: str, files: Options) -> str:
     """Return the keys of options, as their files state and explain them."""
-    group, told = group.replace("-", "_"), []
+    group, blocks = group.replace("-", "_"), []
     for name in names.strip("[]").split(","):
         path = files[group].get(name.strip().replace("-", "_"))
         if path is None:
             near = did_you_mean(name, files[group])
             raise RequestError(
-                f"{group} = {name}: there is no such option; there are "
-                f"{', '.join(files[group])}.{near}"
+                f"{group} = {name}: no such option; available: {', '.join(files[group])}.{near}"
             )
         lines = path.read_text(encoding="utf-8").splitlines()
         body = [line for line in lines if not line.startswith("#") and "_target_:" not in line]
-        told.append(f"{group}={path.stem}: {description(path)}\n" + "\n".join(body))
-    return "\n\n".join(told)
+        blocks.append(f"{group}={path.stem}: {description(path)}\n" + "\n".join(body))
+    return "\n\n".join(blocks)
 
 
 def description(path: Path) -> str:
@@ -125,6 +148,8 @@ def description(path: Path) -> str:
 
 
 def comments(path: Path) -> dict[str, str]:
-    """Return key → the comment behind it in an option file."""
+    """Return key → the comment after it in an option file."""
     split = (line.partition(" # ") for line in path.read_text(encoding="utf-8").splitlines())
-    return {line.partition(":")[0].strip(): told.strip() for line, _, told in split if told}
+    return {
+        line.partition(":")[0].strip(): comment.strip() for line, _, comment in split if comment
+    }

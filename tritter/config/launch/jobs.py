@@ -1,7 +1,7 @@
-"""Jobs as Hydra starts them: each with its folder and `status.json`, those of a sweep side by side.
+"""Jobs as Hydra starts them: each with its folder, `status.json` and, in a sweep, its log.
 
-A launcher is a plugin of Hydra's. Of joblib, submitit and ray it is known how many jobs they run at
-once; all else of their settings is Hydra's business.
+A launcher is a plugin of Hydra's. Tritter knows how many jobs joblib, submitit and ray run at once;
+their other settings are Hydra's business.
 """
 
 import math
@@ -11,12 +11,12 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, TextIO
 
 from hydra.conf import HydraConf
 from hydra.core.hydra_config import HydraConfig
@@ -119,11 +119,14 @@ class Task:
     Attributes:
         jobs: those that are planned; set when they are judged.
         keeps_failed: a job that failed before stays as it is: what followed was chosen by it.
+        on_end: called after each job of a sweep that this process ran, with the job's folder, the
+            sweep's folder and `jobs`.
     """
 
     pipeline: Pipeline
     jobs: Sequence[Job] = ()
     keeps_failed: bool = False
+    on_end: Callable[[Path, Path, Sequence[Job]], None] | None = None
     asked_from: SearchPath = field(default_factory=search_path)
     process: int = field(default_factory=os.getpid)
     program: str = field(default_factory=lambda: sys.argv[0] if sys.argv else "")
@@ -141,16 +144,13 @@ class Task:
                 metric = self._run_alone(cfg)
             else:  # in a launcher's process, which may be stopped by itself
                 sys.argv[:1] = [self.program]  # by which commands are printed
-                folder, metric = Path(hydra.runtime.output_dir), math.nan
-                say(f"job {hydra.job.num} begins: {' '.join(_words(hydra))}")
-                # What stopped it stands in its status
-                with suppress(Stopped), stopping(), _printing_into(folder):
+                metric = math.nan
+                with suppress(Stopped), stopping():  # its status records the signal
                     metric = self._run_alone(cfg)
-                say(f"job {hydra.job.num} is over: {read_status(folder).status}")
         return None if self.keeps_failed and math.isnan(metric) else metric
 
     def _run_alone(self, cfg: DictConfig) -> float:
-        """Run a job of a sweep unless another process began in its folder."""
+        """Run a job of a sweep, its output in its log, unless another process is in its folder."""
         hydra = HydraConfig.get()
         folder = Path(hydra.runtime.output_dir)
         try:
@@ -160,7 +160,12 @@ class Task:
                 if self.keeps_failed and read_status(folder).status == "failed":
                     say(f"job {hydra.job.num} failed before; what followed was chosen by that")
                     return math.nan
-                return run_job(cfg, self.pipeline, jobs=self.jobs)
+                try:
+                    with _printing_into(folder):
+                        return run_job(cfg, self.pipeline, jobs=self.jobs)
+                finally:
+                    if self.on_end is not None and os.getpid() == self.process:
+                        self.on_end(folder, Path(hydra.sweep.dir), self.jobs)
         except RequestError as error:
             say(f"job {hydra.job.num} failed: {error}")
             return math.nan
@@ -173,15 +178,43 @@ def _words(hydra: HydraConf) -> list[str]:
 
 @contextmanager
 def _printing_into(folder: Path) -> Iterator[None]:
-    """Let what is printed inside go to a file of the job: others print at the same time."""
+    """Send what is printed inside, also by libraries and child processes, to the job's log.
+
+    The descriptors of the process are redirected, because log handlers that a library makes during
+    one job outlive it.
+    """
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
     descriptor = os.open(folder / OUTPUT_FILE, flags, 0o644)
-    with (
-        os.fdopen(descriptor, "a", encoding="utf-8", buffering=1) as file,
-        redirect_stdout(file),
-        redirect_stderr(file),
-    ):
+    with ExitStack() as inside:
+        file = os.fdopen(descriptor, "a", encoding="utf-8", errors="backslashreplace", buffering=1)
+        inside.enter_context(file)
+        for number, stream in ((1, sys.stdout), (2, sys.stderr)):
+            if _is_descriptor(stream, number):
+                inside.enter_context(_redirected(number, stream, descriptor))
+            else:  # replaced, as notebooks and tests do
+                redirect = redirect_stdout if number == 1 else redirect_stderr
+                inside.enter_context(redirect(file))
         yield
+
+
+def _is_descriptor(stream: TextIO, number: int) -> bool:
+    try:
+        return stream.fileno() == number
+    except (OSError, ValueError, AttributeError):  # closed, or not a file
+        return False
+
+
+@contextmanager
+def _redirected(number: int, stream: TextIO, descriptor: int) -> Iterator[None]:
+    stream.flush()
+    before = os.dup(number)
+    os.dup2(descriptor, number)
+    try:
+        yield
+    finally:
+        stream.flush()
+        os.dup2(before, number)
+        os.close(before)
 
 
 def run_job(cfg: DictConfig, pipeline: Pipeline, *, jobs: Sequence[Job]) -> float:
@@ -213,8 +246,6 @@ def run_job(cfg: DictConfig, pipeline: Pipeline, *, jobs: Sequence[Job]) -> floa
             config = replace(config, logger=loggers)
         is_finished = check_run_folder(folder, config) is RunState.FINISHED
         if is_finished and (ended := read_status(folder)).status in ENDS:
-            if is_sweep:
-                say(f"job {hydra.job.num} was over before: {ended.status}")
             return math.nan if ended.metric is None else float(ended.metric)
         typed = words if planned is None or is_sweep else planned.overrides
         recorded = recorded_overrides(typed)

@@ -321,7 +321,7 @@ def _plan_sweep(request: Request, composed: DictConfig) -> Plan:
         # It decides by each job what the next ones are, and each is judged when it starts
         example = _plan_jobs(composing, [[*map(first_value, task)]], shared, is_example=True)
         how = launching(hydra, num_jobs=int(hydra.sweeper.get("n_jobs") or 1))
-        notes = _notes(how)
+        notes = _notes(how, folder)
         sampler = hydra.sweeper.get("sampler") if hydra.sweeper.get("storage") is None else None
         if sampler is not None and "seed" in sampler and sampler.seed is None:
             # A sweep that is begun again thinks of the same jobs; a stored study goes on elsewhere
@@ -346,13 +346,14 @@ def _plan_sweep(request: Request, composed: DictConfig) -> Plan:
             "allowed is what differs from job to job, as ${hydra.job.num}."
         )
     how = launching(hydra, num_jobs=len(jobs))
-    return Plan(jobs, folder, how, notes=_notes(how))
+    return Plan(jobs, folder, how, notes=_notes(how, folder, num_jobs=len(jobs)))
 
 
-def _notes(how: Launching) -> tuple[str, ...]:
+def _notes(how: Launching, folder: Path, *, num_jobs: int | None = None) -> tuple[str, ...]:
+    output = f"output of each: {folder}/JOB/{OUTPUT_FILE}"
     if not how.is_in_processes:
-        return ()
-    output = f"what each prints is in its folder, {OUTPUT_FILE}"
+        number = "jobs" if num_jobs is None else f"{num_jobs} job{'s' * (num_jobs != 1)}"
+        return (f"sweep      {number}, one at a time; {output}",)
     if how.threads is None:
         return (f"sweep      {how.launcher} runs the jobs; {output}",)
     each = "1 thread" if how.threads == 1 else f"{how.threads} threads"

@@ -1,7 +1,12 @@
-"""A sweep that Hydra runs, whoever starts its jobs, and the table at its end: a line per job."""
+"""A sweep: one line per finished job, and the table of all jobs at its end."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from hydra._internal.hydra import Hydra
@@ -9,24 +14,27 @@ from rich.table import Table
 from rich.text import Text
 
 from tritter.config.folders import search_path
-from tritter.config.launch.jobs import STATUS_FILE, Job, Task, read_status
+from tritter.config.launch.jobs import ENDS, STATUS_FILE, Job, Task, read_status
 from tritter.config.launch.plan import Request
 from tritter.config.overrides import as_value, command
+from tritter.config.run_folder import OUTPUT_FILE
 from tritter.errors import TritterError
 from tritter.stopping import Stopped
 from tritter.storage.lock import is_held
 from tritter.storage.reading import SUMMARY_FILE, read_object
 from tritter.terminal import Console, say
 
+_SECONDS_BETWEEN_LINES = 0.5
+
 
 @dataclass(frozen=True, slots=True)
 class SweepRow:
-    """What became of one job.
+    """The result of one job.
 
     Args:
-        changes: domain → relative change of the loss per byte.
-        experts: LoRA experts at the end, and the part of the parameters that was trained.
-        error: of one that failed, or stopped.
+        changes: Domain → relative change of the loss per byte.
+        experts: Number of LoRA experts at the end, and the trained share of the parameters.
+        error: Why the job failed, or where it stopped.
     """
 
     name: str
@@ -40,28 +48,36 @@ class SweepRow:
 
 
 def run_sweep(request: Request, task: Task, hydra: Hydra, *, typed: Sequence[str]) -> int:
-    """Let Hydra run the jobs of a sweep, print their table and return the exit code.
+    """Let Hydra run the jobs of a sweep, print a line per job and their table.
 
     Args:
-        typed: the command line, to be repeated.
+        typed: The command line, which the advice to resume repeats.
+
+    Returns:
+        The exit code.
 
     Raises:
-        Stopped: by a signal, after the jobs that ran had saved their states.
-        Refused: by the callback, with the reason.
+        Stopped: A signal came; the jobs that ran have saved their states, the table is printed.
+        Refused: The callback refused the request.
     """
     broken_off: str | None = None
+    task.on_end = lines = JobLines()
     try:
         # First, so that a mode that is typed wins, and is refused
         words = ["hydra.mode=MULTIRUN", *request.overrides]
-        hydra.multirun(search_path().config_name, task, words)
+        with _watching(request, lines):
+            hydra.multirun(search_path().config_name, task, words)
     except Stopped as stop:
-        stop.advice = (_goes_on(request, typed),) if request.plan is not None else ()
+        if (plan := request.plan) is not None and plan.sweep_folder is not None:
+            stop.advice = (_goes_on(request, typed),)
+            if stop.signal_number != signal.SIGPIPE:
+                print_sweep(sweep_rows(plan.jobs, plan.sweep_folder), plan.sweep_folder)
         raise
     except Exception as error:  # the launcher's and the sweeper's border: whatever they raise
         if request.plan is None:
             raise
-        said = (str(error).strip().splitlines() or [""])[0]
-        broken_off = f"the sweep was broken off: {type(error).__name__}: {said}"
+        reason = _first_line(str(error).strip())
+        broken_off = f"the sweep was broken off: {type(error).__name__}: {reason}"
         if isinstance(error, TritterError):
             broken_off = str(error)
     plan = request.plan
@@ -87,37 +103,116 @@ def _goes_on(request: Request, typed: Sequence[str]) -> str:
 
 
 def sweep_rows(jobs: Sequence[Job], folder: Path) -> tuple[SweepRow, ...]:
-    """Read the status of every job: of the planned ones, else of those found below `folder`."""
+    """Read the result of every planned job, or of all jobs below `folder` if none is planned."""
     folders = [job.folder for job in jobs] or sorted(
         (path.parent for path in folder.rglob(STATUS_FILE)),
         key=lambda path: (int(path.name) if path.name.isdigit() else -1, str(path)),
     )
     planned = {job.folder: job.overrides for job in jobs}
-    rows = []
-    for place in folders:
-        status = read_status(place)
-        is_killed = status.status == "running" and not is_held(place)
-        rows.append(
-            SweepRow(
-                name=str(place.relative_to(folder)),
-                overrides=planned.get(place, tuple(status.overrides)),
-                status="killed" if is_killed else status.status,
-                changes=_changes(place / SUMMARY_FILE),
-                experts=_experts(place / SUMMARY_FILE),
-                metric=status.metric,
-                exit_code=status.exit_code,
-                error=status.error,
-            )
-        )
-    return tuple(rows)
+    return tuple(_row(each, sweep=folder, overrides=planned.get(each)) for each in folders)
+
+
+def _row(job: Path, *, sweep: Path, overrides: tuple[str, ...] | None) -> SweepRow:
+    status = read_status(job)
+    is_killed = status.status == "running" and not is_held(job)
+    return SweepRow(
+        name=os.path.relpath(job, sweep),
+        overrides=tuple(status.overrides) if overrides is None else overrides,
+        status="killed" if is_killed else status.status,
+        changes=_changes(job / SUMMARY_FILE),
+        experts=_experts(job / SUMMARY_FILE),
+        metric=status.metric,
+        exit_code=status.exit_code,
+        error=status.error,
+    )
+
+
+def _shared(overrides: Sequence[Sequence[str]]) -> set[str]:
+    """Return the overrides that all of several jobs have."""
+    if len(overrides) < 2:
+        return set()
+    return set(overrides[0]).intersection(*overrides[1:])
+
+
+@dataclass(slots=True)
+class JobLines:
+    """Prints one line per finished job of a sweep.
+
+    Args:
+        started: Time at which the sweep started; a job that ended before is marked.
+        printed: Folders of the jobs whose lines are printed.
+    """
+
+    started: float = field(default_factory=time.time)
+    printed: set[Path] = field(default_factory=set)
+
+    def __call__(self, job: Path, sweep: Path, jobs: Sequence[Job]) -> None:
+        """Print the line of a job.
+
+        Args:
+            job: Its folder.
+            sweep: The sweep's folder.
+            jobs: All planned jobs; empty if the sweeper chooses them one by one.
+        """
+        self.printed.add(job)
+        row = _row(job, sweep=sweep, overrides=None)
+        shared = _shared([each.overrides for each in jobs])
+        own = " ".join(word for word in row.overrides if word not in shared)
+        number = f"[{len(self.printed)}/{len(jobs)}] " if jobs else ""
+        parts = [row.status]
+        if row.error is not None:
+            parts = [f"{row.status}: {_first_line(row.error)}", f"log: {job / OUTPUT_FILE}"]
+        if row.changes:
+            parts.append(", ".join(f"{name} {value:+.1%}" for name, value in row.changes.items()))
+        if row.metric is not None:
+            parts.append(f"metric {row.metric:.4f}")
+        if self.is_earlier(job):
+            parts.append("finished earlier")
+        say(f"{number}job {row.name}{f' ({own})' if own else ''}: {'; '.join(parts)}")
+
+    def is_earlier(self, job: Path) -> bool:
+        """Return whether a job ended before this sweep started."""
+        path = job / STATUS_FILE
+        return path.exists() and path.stat().st_mtime < self.started
+
+    def print_new(self, sweep: Path, jobs: Sequence[Job]) -> None:
+        """Print the lines of jobs that have ended in other processes."""
+        known = [job.folder for job in jobs]
+        for job in known or sorted(path.parent for path in sweep.glob(f"*/{STATUS_FILE}")):
+            status = read_status(job).status
+            has_ended = status in ("failed", "interrupted") and not self.is_earlier(job)
+            if job not in self.printed and (has_ended or status in ENDS):
+                self(job, sweep, jobs)
+
+
+@contextmanager
+def _watching(request: Request, lines: JobLines) -> Iterator[None]:
+    """Print the lines of jobs that a launcher runs in other processes, as their statuses appear."""
+    is_over = threading.Event()
+
+    def print_new() -> None:
+        plan = request.plan
+        if plan is None or plan.sweep_folder is None or not plan.launching.is_in_processes:
+            return
+        lines.print_new(plan.sweep_folder, plan.jobs)
+
+    def watch() -> None:
+        while not is_over.wait(_SECONDS_BETWEEN_LINES):
+            print_new()
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        watcher.join()
+        print_new()
 
 
 def print_sweep(rows: Sequence[SweepRow], folder: Path) -> None:
-    """Print the table; overrides that all jobs share stand in its title."""
-    shared = (
-        set(rows[0].overrides).intersection(*(row.overrides for row in rows)) if rows else set()
-    )
-    shared = shared if len(rows) > 1 else set()
+    """Print the table of all jobs; its title has the overrides that they share."""
+    shared = _shared([row.overrides for row in rows])
     table = Table(title=Text(" ".join(sorted(shared))) if shared else None)  # [A,B] is no markup
     for name in ("job", "overrides", "status"):
         table.add_column(name, overflow="fold")
@@ -140,19 +235,24 @@ def print_sweep(rows: Sequence[SweepRow], folder: Path) -> None:
     console.print(table, markup=False)
     if domains:
         console.print(
-            "By what was trained, kept or not: change of the loss per byte, and metric, its mean "
-            "over all domains, which a sweeper minimises.",
+            "Per domain: change of the loss per byte. Metric: mean loss per byte over all domains, "
+            "which a sweeper minimises. Both describe the trained model, kept or not.",
             highlight=False,
         )
     for row in rows:
-        if row.error is not None:
-            said = (row.error.splitlines() or [""])[0]
-            console.print(f"job {row.name}: {said}", markup=False, highlight=False, soft_wrap=True)
-    console.print(f"Each job's summary and status: {folder}/JOB/", markup=False, soft_wrap=True)
+        if row.error is not None and row.status != "not run":
+            line = f"job {row.name}: {_first_line(row.error)}"
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+    files = f"{STATUS_FILE}, {SUMMARY_FILE} and {OUTPUT_FILE}"
+    console.print(f"{files} of each job: {folder}/JOB/", markup=False, soft_wrap=True)
+
+
+def _first_line(text: str) -> str:
+    return (text.splitlines() or [""])[0]
 
 
 def _changes(summary: Path) -> dict[str, float]:
-    """Return domain → relative change of the loss per byte that the last attempt's gate saw."""
+    """Return domain → relative change of the loss per byte, as in the last attempt's gate."""
     asked = ("retention", "new_capability")
     try:
         return {
@@ -165,10 +265,10 @@ def _changes(summary: Path) -> dict[str, float]:
 
 
 def _experts(summary: Path) -> tuple[int, float] | None:
-    """Return what `SweepRow` holds of LoRA experts; None of a job without any."""
+    """Return `SweepRow.experts` from a summary; None for a job without LoRA experts."""
     try:
-        held = read_object(summary)["experts"]
-        number, share = held["number"], held["parameters"]["share"]
+        record = read_object(summary)["experts"]
+        number, share = record["number"], record["parameters"]["share"]
     except (ValueError, LookupError, TypeError):
         return None
     is_known = type(number) is int and isinstance(share, int | float)
