@@ -54,6 +54,7 @@ ARROWS: dict[str, set[str]] = {
     "report": {"checkpoints", "evaluation", "storage"},
     "pipeline": _BELOW_PIPELINE | {"report"},
     "cli": _BELOW_PIPELINE | {"report", "pipeline"},
+    "api": _BELOW_PIPELINE | {"report", "pipeline"},
     "__main__": {"cli"},
     PROGRAM: {"config", "pipeline", "report"},
 }
@@ -67,7 +68,7 @@ LIBRARIES: dict[str, set[str]] = {
     "lightning": {"data", "training", "methods", "pipeline"},
     "hydra": {"config", PROGRAM},
     "omegaconf": {"config", PROGRAM},
-    "transformers": {"core", "tritter.methods.experts.adapters"},
+    "transformers": {"core", "tritter.methods.experts.adapters", "tritter.api"},
     "wandb": {"tritter.pipeline.metrics"},
     "peft": {"methods.experts"},
     "lm_eval": {f"tritter.evaluation.benchmarks.{name}" for name in ("harness", "formats")},

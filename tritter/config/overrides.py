@@ -29,6 +29,7 @@ Options = Mapping[str, Sequence[str]]
 
 # The name of a data set whose #COLUMN or [FROM:TO] Hydra would not read without quotes
 _DATASET = re.compile(r"(?<![\w'\"/.-])hf:[^\s,{}\[\]'\"#]+(?:\[[^\]\s]*\](?:#[\w.-]+)?|#[\w.-]+)")
+_PLAIN = re.compile(r"[\w./+-]+")  # needs no quotes in an override, nor within a list of one
 _NOTHING = ("null", "none", "off")
 # Group=option → the extra of ours that brings it
 _EXTRAS = {
@@ -86,6 +87,16 @@ def as_value(text: str) -> str:
     except OverrideParseException:
         is_read = False
     return text if is_read else quoted(text)
+
+
+def nested_value(value: object) -> str:
+    """Return mappings, lists and texts, in each other, as an override's value."""
+    if isinstance(value, Mapping):
+        return f"{{{','.join(f'{name}:{nested_value(each)}' for name, each in value.items())}}}"
+    if isinstance(value, list | tuple):
+        return f"[{','.join(map(nested_value, value))}]"
+    text = str(value)
+    return as_value(text) if _PLAIN.fullmatch(text) else quoted(text)
 
 
 def override_key(word: str) -> str:
