@@ -329,17 +329,20 @@ def grow(
 
     Args:
         model: a checkpoint folder, a hub id, or a live model, which is grown in place.
-        trigger: `percentile`, `plateau`, `schedule`, `within_layer`, or a `Trigger`.
+        trigger: `percentile`, `plateau`, `schedule`, `within_layer`, the name of an installed
+            extension, or a `Trigger`.
         options: `enable_growth`, `freeze_attention`, `dtype`, and those of
             `tritter.methods.growth.growable.GrowthKeywords`.
 
     Raises:
         RequestError: an unknown keyword or value, a family whose FFNs can't grow, a PeftModel.
     """
+    from tritter.config.components import with_parts_of_files
+
     with loading("transformers"):
         from tritter.methods.growth.growable import GrowableCausalLM
 
-    return GrowableCausalLM(model, trigger=trigger, **options)
+    return GrowableCausalLM(model, **with_parts_of_files("growth", {"trigger": trigger, **options}))
 
 
 def add_experts(model: Model, rank: int = 8, **options: Any) -> PreTrainedModel:

@@ -20,7 +20,7 @@ from hydra.core.override_parser.types import (
 )
 from hydra.errors import OverrideParseException
 
-from tritter.config.folders import LADDERS, front, shipped_options
+from tritter.config.folders import CHOSEN_BY, LADDERS, front, option_files, shipped_options
 from tritter.config.schema import REPLAYED_KEYS
 from tritter.config.suggestions import hint_for
 from tritter.errors import Problem, RequestError, brief, nearest, raise_problems
@@ -215,13 +215,20 @@ def not_replayed(words: Sequence[str]) -> list[str]:
         if override.is_sweep_override() or override.package is not None:
             return False
         if key not in choices:
-            return key in REPLAYED_KEYS and _is_plain(value)
+            return key in REPLAYED_KEYS and _is_plain(value) and not _names_file(key, value)
         if override.is_delete():
             return value is None
         names = value if isinstance(value, list) else ["null" if value is None else value]
         return all(name in choices[key] for name in names)
 
     return [word for word in words if not is_replayed(word)]
+
+
+def _names_file(key: str, value: object) -> bool:
+    """Return whether a value names an option file that is not part of Tritter."""
+    name = value.get("name") if isinstance(value, dict) else value
+    folders = [folder for folder, chosen in CHOSEN_BY.items() if chosen == key]
+    return any(name in option_files().get(folder, {}) for folder in folders)
 
 
 def _is_plain(value: object) -> bool:

@@ -25,11 +25,11 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from tritter.core.families import (
-    FAMILIES,
     Config,
     StoredTensor,
     check_config,
     family_of,
+    find_family,
     layout,
     match,
     on_disk,
@@ -282,7 +282,7 @@ def _made_ready(model: PreTrainedModel) -> PreTrainedModel:
     weights for every token and is never taken.
     """
     model.loss_type = model.loss_type or "ForCausalLM"  # which some classes' names do not say
-    family = FAMILIES.get(model.config.model_type)
+    family = find_family(model.config.model_type)
     if family is None or not family.has_experts:
         return model
     dimensions = family.dimensions(config_of(model))
@@ -357,7 +357,7 @@ def config_of(model: nn.Module) -> Config:
     if held is None or not hasattr(held, "to_diff_dict"):
         raise RequestError(f"{type(model).__name__} has no Hugging Face config.")
     config = _plain(held)
-    family = FAMILIES.get(str(config.get("model_type")))
+    family = find_family(str(config.get("model_type")))
     if family is None or family.has_experts:
         return config
     parameters = dict(model.named_parameters())

@@ -28,7 +28,7 @@ from omegaconf.errors import OmegaConfBaseException
 from tritter.conf_folder import config_folder
 from tritter.config.components import METHOD_GROUPS, Origin, clashes, method_names, nesting_problems
 from tritter.config.folders import (
-    LADDERS,
+    CHOSEN_BY,
     body_of,
     composing_from,
     front,
@@ -99,7 +99,7 @@ class Loader(ConfigLoaderImpl):
         super().__init__(config_search_path)
         found = option_files()
         self.front = front()
-        self.options = {group: list(found[group]) for group in found if group != LADDERS}
+        self.options = {group: list(found[group]) for group in found if group not in CHOSEN_BY}
         self.files: Sequence[ResultDefault] = ()
         self.problems: tuple[Problem, ...] = ()
         self.is_sweep = True

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tritter.conf_folder import config_folder
-from tritter.config.folders import LADDERS, Options, option_files
+from tritter.config.folders import CHOSEN_BY, FAMILIES, Options, option_files
 from tritter.errors import RequestError, did_you_mean
 
 _WIDTH = 79
@@ -81,9 +81,12 @@ def help_text(words: Sequence[str] = ()) -> str:
     defaults = {group: option for group, _, option in pairs}  # in the order of the defaults list
     blocks = [_HEAD]
     for group in dict.fromkeys([*defaults, *files]):
+        if group == FAMILIES:  # which no command chooses
+            continue
         default = defaults.get(group, "null")
         told = f"default: {default}" if default != "null" else "none set"
-        told = f"{told}; chosen as gate.ladder=NAME" if group == LADDERS else told
+        if group in CHOSEN_BY:
+            told = f"{told}; chosen as {CHOSEN_BY[group]}=NAME"
         lines = [f"  {group} ({told})"]
         width = max(len(name) for name in files[group])
         for name, path in files[group].items():

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
-from tritter.core.families import FAMILIES
+from tritter.core.families import find_family
 from tritter.data.batches import this_rank
 from tritter.data.packing import IGNORED, apart_of, labels_of
 from tritter.evaluation.inference import modes_kept
@@ -213,7 +213,7 @@ def shared_fisher(
 
 def has_experts(model: nn.Module) -> bool:
     """Return whether tokens choose experts: then what is computed depends on the data."""
-    family = FAMILIES.get(getattr(getattr(model, "config", None), "model_type", ""))
+    family = find_family(getattr(getattr(model, "config", None), "model_type", ""))
     return family is not None and family.has_experts
 
 
