@@ -32,6 +32,7 @@ from tritter.data.documents import Document
 from tritter.data.tokens import END_OF_TEXT, train_tokenizer
 from tritter.errors import RequestError, TritterError
 from tritter.stopping import Stopped
+from tritter.storage.reading import read_object
 from tritter.transform import Expanded
 
 ROOT = Path(__file__).parents[1]
@@ -404,6 +405,10 @@ def _model() -> Any:
         (lambda m: tritter.protect(m, "ewcc"), ["method = ewcc", "Did you mean ewc?"]),
         (lambda m: tritter.protect(m, "ewc", ewc_lamda=3), ["Did you mean ewc_lambda?"]),
         (lambda m: tritter.protect(m, "ewc", refresh_steps=3), ["protect takes ewc_lambda"]),
+        (
+            lambda m: tritter.protect(m, EWC(at="expanded", ewc_lambda=-1.0), []),
+            ["2 things", "at = expanded: only a run", "ewc_lambda = -1.0"],
+        ),
         (lambda m: tritter.protect(m, "ewc"), ["old_data: ewc needs data", "l2sp"]),
         (lambda m: tritter.protect(m, "ewc", ["a"]), ["tokenizer: documents need one"]),
         (lambda m: tritter.protect(m, "ewc", [1.0]), ["old_data = 1.0: allowed are documents"]),
@@ -540,6 +545,28 @@ def test_a_run_that_fails_or_stops_raises(
     monkeypatch.setattr(api, "_pipeline", fake)
     assert tritter.run(f"resume={folder}").folder == folder
     assert tritter.run(output="stopped").status == "kept"
+
+
+@pytest.mark.full
+def test_an_interrupted_run_ends_with_the_same_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITTER_CACHE", str(tmp_path / "cache"))
+    before, found = surroundings(), {}
+    for name in ("whole", "stopped"):
+        marker = tmp_path / f"{name}.marker"
+        callback = f"{{_target_:tests.pipeline.interrupting.InterruptOnce,marker:'{marker}'}}"
+        words = [*TINY, f"callbacks.stop={callback}"]
+        if name == "whole":
+            marker.touch()
+        else:
+            with pytest.raises(KeyboardInterrupt, match=r"continue with tritter\.run\('resume="):
+                tritter.run(*words, output=tmp_path / name)
+            assert read_object(tmp_path / name / "status.json")["status"] == "interrupted"
+            assert surroundings() == before
+        result = tritter.run(*words, output=tmp_path / name)
+        found[name] = result.model().state_dict()
+    assert all(torch.equal(found["stopped"][key], value) for key, value in found["whole"].items())
 
 
 @pytest.mark.full

@@ -744,7 +744,14 @@ def _penalty_method(method: object, options: Mapping[str, Any]) -> QuadraticPena
             raise refused(f"{start}.{key}", value, f"set it in {kind.__name__}({key}=...)")
         from tritter.options import checked
 
-        raise_problems(checked(cast(Any, method).options, prefix=start))
+        asked, usual = cast(Any, method).options, kind.Options()
+        reason = "only a run can follow it; leave it out"
+        problems = [
+            Problem(f"{start}.{key}", getattr(asked, key), reason=reason)
+            for key in _field_names(kind.Options)
+            if key in _OF_OUR_LOOP and getattr(asked, key) != getattr(usual, key)
+        ]
+        raise_problems([*problems, *checked(asked, prefix=start)])
         return cast("QuadraticPenalty", method)
     reason = f"protect takes {', '.join(fields)} with {name}"
     unknown = [

@@ -228,7 +228,8 @@ def _names_file(key: str, value: object) -> bool:
     """Return whether a value names an option file that is not part of Tritter."""
     name = value.get("name") if isinstance(value, dict) else value
     folders = [folder for folder, chosen in CHOSEN_BY.items() if chosen == key]
-    return any(name in option_files().get(folder, {}) for folder in folders)
+    is_name = isinstance(name, str)
+    return is_name and any(name in option_files().get(folder, {}) for folder in folders)
 
 
 def _is_plain(value: object) -> bool:
