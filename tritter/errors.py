@@ -10,7 +10,7 @@ from enum import Enum
 _LONGEST_VALUE = 500
 
 
-class Unsaid(Enum):
+class NoValue(Enum):
     """Stands where a problem is about no value."""
 
     VALUE = "value"
@@ -74,7 +74,7 @@ class Problem:
     """
 
     key: str
-    value: object = Unsaid.VALUE
+    value: object = NoValue.VALUE
     reason: str = ""
     advice: str = ""
     nearest: str | None = None
@@ -91,7 +91,7 @@ class Problem:
         if not self.key or not can_be_set:
             return f"{job}{reason}{stop if self.key else ''}"
         key, origin = key_name(self.key), self.origin or names.origin(self.key)
-        value = "" if self.value is Unsaid.VALUE else f" = {show(self.value)}"
+        value = "" if self.value is NoValue.VALUE else f" = {show(self.value)}"
         where = f" (in {origin})" if origin else ""
         near = key_name(self.nearest) if self.nearest else ""
         suggestion = f" Did you mean {near}?" if near else ""

@@ -31,12 +31,12 @@ def least_seconds(work: Callable[[], object]) -> float:
     return min(taken)
 
 
-def held_bytes(value: object) -> int:
+def peak_bytes(value: object) -> int:
     """Return the bytes of all tensors in plain containers."""
     if isinstance(value, torch.Tensor):
         return value.numel() * value.element_size()
     parts = value.values() if isinstance(value, dict) else value
-    return sum(map(held_bytes, parts)) if isinstance(value, dict | list | tuple) else 0
+    return sum(map(peak_bytes, parts)) if isinstance(value, dict | list | tuple) else 0
 
 
 def costs(model: nn.Module, method: QuadraticPenalty) -> str:
@@ -46,7 +46,7 @@ def costs(model: nn.Module, method: QuadraticPenalty) -> str:
         parameter.grad = torch.zeros_like(parameter)
     look = least_seconds(lambda: method.look(model, 0))
     step = least_seconds(lambda: method.add_to_gradients(model))
-    copies = held_bytes(method.state_dict()) / held_bytes(dict(model.named_parameters()))
+    copies = peak_bytes(method.state_dict()) / peak_bytes(dict(model.named_parameters()))
     return f"look {look:.2f} s, step {1e3 * step:.2f} ms, {copies:.2f} copies of the weights"
 
 

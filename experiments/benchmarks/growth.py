@@ -16,8 +16,8 @@ from collections.abc import Callable
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from tritter.methods.growth.blocks import ActivationRecorder, attach
 from tritter.methods.growth.grower import Grower
-from tritter.methods.growth.places import Looking, attach
 from tritter.methods.growth.triggers import INITIALISERS, TRIGGERS, GrowthOptions, Timing
 from tritter.training.surgery import apply_plain
 
@@ -105,7 +105,7 @@ def event(
     model: LlamaForCausalLM, optimizer: torch.optim.Optimizer, grower: Grower, ids: torch.Tensor
 ) -> float:
     """Let all layers grow; return the seconds beyond the forward and backward pass of its step."""
-    seen = Looking(1024)
+    seen = ActivationRecorder(1024)
     handles = attach(model, grower.places, seen)
     model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
     since = time.process_time()

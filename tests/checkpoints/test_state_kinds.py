@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests import oracle
-from tritter.checkpoints.place import check_replaceable
+from tritter.checkpoints.location import check_replaceable
 from tritter.checkpoints.state import LazyTensors, copy_states, read_state, write_state
 from tritter.core.expansions import LlamaPro, Width
 from tritter.core.parameter_map import Quantity

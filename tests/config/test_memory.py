@@ -16,7 +16,7 @@ from tritter.config.schema import RunConfig
 from tritter.config.validation import source_config
 from tritter.core.families import family_of
 from tritter.planning import run_memory as memory
-from tritter.planning.run_memory import HeldMemory, memory_notes, memory_problems, trainings
+from tritter.planning.run_memory import TrainingMemory, memory_notes, memory_problems, trainings
 from tritter.training import OptimizerSettings
 
 Run = Callable[..., Result]
@@ -29,7 +29,7 @@ def has(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     return lambda size: monkeypatch.setattr(memory, "machine_memory", lambda: size)
 
 
-def held(*words: str) -> dict[str, HeldMemory]:
+def held(*words: str) -> dict[str, TrainingMemory]:
     config = load_config([*words])
     return {each.model: each for each in trainings(config, source_config(config))}
 

@@ -127,7 +127,7 @@ def test_two_that_save_their_state_under_one_name_are_refused() -> None:
 def test_a_metric_that_never_comes_is_not_waited_for(names: str, word: str, said: str) -> None:
     words = (f"callbacks=[{names}]", "forgetting=[ewc,replay]")
     assert said in refusal(*words, f"callbacks.{word}")
-    stranger = "callbacks.own={_target_: tests.training.test_their_callbacks.StopAt, batch: 1}"
+    stranger = "callbacks.own={_target_: tests.training.test_module_callbacks.StopAt, batch: 1}"
     load(*words, f"callbacks.{word}", stranger)  # which may log it
 
 

@@ -130,4 +130,4 @@ def test_a_ladder_that_raises_the_rate_is_reported() -> None:
     (note,) = rate_notes(config, source_config(config))
     assert "rung 2 raises training.learning_rate from 1e-05 to 0.001" in note
     assert "gate.max_attempts=2" in note
-    assert not rate_notes(replace(config, rungs=config.rungs[:1]), source_config(config))
+    assert not rate_notes(replace(config, fallbacks=config.fallbacks[:1]), source_config(config))

@@ -14,7 +14,7 @@ from tritter.evaluation.statistics import (
     PairedScores,
     drop_in_points,
     performance_delta,
-    relative_harm,
+    relative_forgetting,
 )
 
 LIMITS = {"bound": 0.05, "confidence": 0.95}
@@ -35,7 +35,7 @@ def some_right(n: int, accuracy: float) -> Tensor:
 def test_harm_by_hand(make_answers):
     """Eight of ten right, then six: two of the 8 − 10/4 = 5.5 answers above chance are lost."""
     before, after = make_answers(some_right(10, 0.8)), make_answers(some_right(10, 0.6))
-    harm, drop = relative_harm(before, after), drop_in_points(before, after)
+    harm, drop = relative_forgetting(before, after), drop_in_points(before, after)
     assert harm.value == pytest.approx(2 / 5.5) and drop.value == pytest.approx(0.2)
     assert performance_delta(before, after) == pytest.approx(-0.2)
     # Bonett and Price by their own formula: n12 = 2, n21 = 0, one more of each
@@ -90,7 +90,7 @@ def test_what_was_never_known_cannot_be_lost(make_answers, accuracy):
     assert decide([check]) == "kept"
     if accuracy <= 0.25:
         with pytest.raises(TritterError, match="accuracies above chance"):
-            relative_harm(before, after)
+            relative_forgetting(before, after)
 
 
 @pytest.mark.quick_cases(1)
@@ -111,7 +111,7 @@ def test_bounds_cover_what_they_promise(make_answers, n, lost, gained):
 def test_units_and_chances_do_not_pair(make_answers, make_losses):
     answers = make_answers(some_right(40, 0.5))
     with pytest.raises(TritterError, match=r"accuracy with chance 0\.25 before stands against"):
-        relative_harm(answers, make_losses(torch.ones(40)))
+        relative_forgetting(answers, make_losses(torch.ones(40)))
     with pytest.raises(TritterError, match=r"against accuracy with chance 0\.5 after"):
         drop_in_points(answers, replace(answers, chance=0.5))
 

@@ -3,7 +3,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from tritter.evaluation.inference import prompt_in_words, sample_text
+from tritter.evaluation.inference import sample_text, whole_word_prompt
 
 
 def successor_table(*pairs: tuple[int, int]) -> torch.Tensor:
@@ -41,12 +41,12 @@ def _decode(ids: list[int]) -> str:
 @pytest.mark.parametrize("decode", [_decode, lambda ids: " " + _decode(ids)])
 def test_a_prompt_begins_and_ends_with_whole_words(decode: Callable[[list[int]], str]) -> None:
     document = [1, 11, 2, 12, 13, 3, 4, 14, 5, 15, 16, 6]
-    prompt = prompt_in_words(document, decode, skipped_tokens=3, max_tokens=5)
+    prompt = whole_word_prompt(document, decode, skipped_tokens=3, max_tokens=5)
     assert prompt == [3, 4, 14]
-    assert prompt_in_words(document, decode, skipped_tokens=5, max_tokens=3) == [3, 4, 14]
+    assert whole_word_prompt(document, decode, skipped_tokens=5, max_tokens=3) == [3, 4, 14]
 
 
 @pytest.mark.parametrize("document", [[], [1], [1, 11], [11, 12, 13, 14, 15, 16]])
 def test_a_prompt_of_a_document_without_words_or_room(document: list[int]) -> None:
-    prompt = prompt_in_words(document, _decode, skipped_tokens=24, max_tokens=24)
+    prompt = whole_word_prompt(document, _decode, skipped_tokens=24, max_tokens=24)
     assert prompt == document[len(document) // 2 :]

@@ -12,7 +12,7 @@ from tritter.evaluation.statistics import (
     bounded_ratio,
     carrying_items,
     ratio_of_sums,
-    relative_harm,
+    relative_forgetting,
 )
 
 
@@ -24,7 +24,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 def test_two_documents_by_hand(make_losses):
     before = make_losses(torch.tensor([100.0, 300.0]))
     after = make_losses(torch.tensor([110.0, 300.0]))
-    change = relative_harm(before, after)
+    change = relative_forgetting(before, after)
     # Without the first document the ratio is 1, without the second 1.1: jackknife of two values.
     assert change.value == pytest.approx(0.025)
     jackknife = math.sqrt((1 / 2) * ((1.0 - 1.025) ** 2 + (1.1 - 1.025) ** 2))
@@ -46,9 +46,9 @@ def test_error_equals_the_delete_one_jackknife():
 def test_sign_and_scale(make_losses):
     before = make_losses(torch.tensor([100.0, 200.0, 50.0]))
     worse, better = make_losses(before.values * 1.03), make_losses(before.values * 0.9)
-    assert relative_harm(before, worse).value == pytest.approx(0.03)
-    assert relative_harm(before, better).value == pytest.approx(-0.1)
-    assert relative_harm(before, worse).standard_error == pytest.approx(0, abs=1e-12)
+    assert relative_forgetting(before, worse).value == pytest.approx(0.03)
+    assert relative_forgetting(before, better).value == pytest.approx(-0.1)
+    assert relative_forgetting(before, worse).standard_error == pytest.approx(0, abs=1e-12)
 
 
 def test_bounds_are_read_off_the_errors_of_resamples():
@@ -63,7 +63,7 @@ def test_bounds_are_read_off_the_errors_of_resamples():
 
 
 def test_one_document_knows_nothing(make_losses):
-    change = relative_harm(make_losses(torch.tensor([5.0])), make_losses(torch.tensor([6.0])))
+    change = relative_forgetting(make_losses(torch.tensor([5.0])), make_losses(torch.tensor([6.0])))
     assert change.upper(0.95) == math.inf and change.lower(0.95) == -math.inf
     assert change.documents_to_decide(0.05, 0.95) is None
 
@@ -156,7 +156,7 @@ def test_a_bound_is_unknown_where_one_document_makes_the_whole_change(make_losse
     """A third of the resamples lack it, and there all documents agree."""
     before = 100 + normal(40, seed=1).abs()
     hit = torch.zeros(40, dtype=torch.float64).index_fill(0, torch.tensor(3), 0.6)
-    change = relative_harm(make_losses(before), make_losses(before * (1.01 + hit)))
+    change = relative_forgetting(make_losses(before), make_losses(before * (1.01 + hit)))
     assert change.upper(0.95) == math.inf and math.isfinite(change.lower(0.95))
     assert change.documents_to_decide(0.5, 0.95) is None
 
@@ -195,7 +195,7 @@ def test_pairing_is_what_makes_small_changes_visible(make_losses, sign):
     generator = torch.Generator().manual_seed(0)
     nats = 300 + 100 * torch.randn(60, generator=generator)
     before, after = make_losses(nats), make_losses(nats * (1 + sign * 0.01))
-    change = relative_harm(before, after)
+    change = relative_forgetting(before, after)
     unpaired = ratio_of_sums(before.values, before.weights["bytes"].double())
     assert change.value == pytest.approx(sign * 0.01, abs=1e-6)
     assert change.standard_error < 0.01 * unpaired.standard_error / unpaired.value
@@ -204,13 +204,13 @@ def test_pairing_is_what_makes_small_changes_visible(make_losses, sign):
 def test_what_does_not_pair_is_refused(make_losses):
     before = make_losses(torch.tensor([1.0, 2.0]))
     with pytest.raises(TritterError, match="2 items were scored before and 3 after"):
-        relative_harm(before, make_losses(torch.tensor([1.0, 2.0, 3.0])))
+        relative_forgetting(before, make_losses(torch.tensor([1.0, 2.0, 3.0])))
     renamed = replace(before, identifiers=("d0", "other"))
     with pytest.raises(TritterError, match="'d1' before stands against 'other'"):
-        relative_harm(before, renamed)
+        relative_forgetting(before, renamed)
     longer = make_losses(before.values, num_bytes=torch.tensor([100, 102]))
     with pytest.raises(TritterError, match="'d1' has 100 bytes before and 102 after"):
-        relative_harm(before, longer)
+        relative_forgetting(before, longer)
 
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf])
@@ -218,4 +218,4 @@ def test_losses_that_are_no_numbers_are_refused(make_losses, broken):
     good, bad = make_losses(torch.tensor([1.0, 2.0])), make_losses(torch.tensor([1.0, broken]))
     for before, after in ((good, bad), (bad, good), (make_losses(torch.zeros(2)), good)):
         with pytest.raises(TritterError, match="finite losses above zero"):
-            relative_harm(before, after)
+            relative_forgetting(before, after)

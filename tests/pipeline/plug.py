@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tritter.pipeline.arm import Arm
+from tritter.pipeline.branch import Branch
 from tritter.pipeline.context import RunContext
 
 
@@ -25,10 +25,10 @@ def plug_pulled(module: ModuleType, stage: str, *, of: str) -> Iterator[None]:
     """
     original = getattr(module, stage)
 
-    def pulled(context: RunContext, arm: Arm, **options: Any) -> Any:
-        if arm.name == of:
+    def pulled(context: RunContext, branch: Branch, **options: Any) -> Any:
+        if branch.name == of:
             raise _Pulled
-        return original(context, arm, **options)
+        return original(context, branch, **options)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(_Pulled):
         patch.setattr(module, stage, pulled)

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from tests import oracle
 from tests.core.stock_routers.models import tiny_moe
 from tests.pipeline.test_costs import QUICK, SMALL_MODEL
-from tests.pipeline.test_given import texts
+from tests.pipeline.test_own_checkpoint import texts
 from tritter.checkpoints import read_lineage
 from tritter.checkpoints.history import read_chain, verify
 from tritter.checkpoints.state import LazyTensors, read_state

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 import tritter.core.families.flops as counting
 from tests.pipeline.conftest import SMALL
-from tests.pipeline.test_given import FAST, texts
+from tests.pipeline.test_own_checkpoint import FAST, texts
 from tritter.config.launch.composition import load_config
 from tritter.core import models
 from tritter.core.families import family_of, training_flops

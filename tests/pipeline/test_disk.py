@@ -314,9 +314,9 @@ def test_a_round_that_is_rolled_back_publishes_the_rounded_one_before(
 ) -> None:
     original = verdict.checks
 
-    def checks(context: RunContext, arms: Any) -> list[Check]:
-        answer = "failed" if arms[0].name == "round_2" else "passed"
-        return [replace(check, verdict=answer) for check in original(context, arms)]
+    def checks(context: RunContext, branches: Any) -> list[Check]:
+        answer = "failed" if branches[0].name == "round_2" else "passed"
+        return [replace(check, verdict=answer) for check in original(context, branches)]
 
     monkeypatch.setattr(verdict, "checks", checks)
     words = ("pipeline.target_params=120k", "gate=default", "pipeline.keep_stages=true")

@@ -20,7 +20,7 @@ from tritter.errors import RequestError, TritterError
 from tritter.evaluation.losses import sequence_losses
 from tritter.methods.forgetting import Replay
 from tritter.pipeline import Outcome, run_pipeline
-from tritter.pipeline.arm import Arm
+from tritter.pipeline.branch import Branch
 from tritter.pipeline.context import RunContext
 from tritter.pipeline.importance import kept_text, task
 from tritter.pipeline.ledger import Ledger
@@ -102,7 +102,7 @@ def test_the_next_training_replays_it_where_text_is_gone(
     context = RunContext(
         config=config, folder=tmp_path, console=Console(quiet=True), ledger=Ledger(tmp_path)
     )
-    told = task(context, Arm("attempt_1", ()), follow=dict)
+    told = task(context, Branch("attempt_1", ()), follow=dict)
     assert set(told.old_sequences) == {"old", "new"} == set(told.old_losses)
     rows = {tuple(row.tolist()) for each in told.old_sequences.values() for row in each}
     new = context.batches(("third",), purpose="training", max_steps=6)
@@ -112,7 +112,7 @@ def test_the_next_training_replays_it_where_text_is_gone(
 
 
 def test_a_text_at_hand_stands_for_itself(left: Path) -> None:
-    assert not kept_text(context_of(left), Arm("attempt_1", ())).sequences
+    assert not kept_text(context_of(left), Branch("attempt_1", ())).sequences
 
 
 @pytest.mark.quick_cases(1)
@@ -140,7 +140,7 @@ def test_other_lengths_are_refused_where_they_would_be_taken(
     words = [word for word in without_text(left, other) if "forgetting" not in word]
     plain = [*words, "data.sequence_length=16", "forgetting=none", f"cache_dir={cache}"]
     context = replace(context_of(left), config=load_config(plain))
-    assert not kept_text(context, Arm("attempt_1", ())).sequences
+    assert not kept_text(context, Branch("attempt_1", ())).sequences
     with pytest.raises(RequestError, match=r"data\.sequence_length = 16: the sequences of old"):
         load_config(without_text(left, other, "data.sequence_length=16"))
 

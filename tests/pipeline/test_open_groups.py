@@ -19,7 +19,7 @@ from tritter.training.options import metric_names
 def test_a_job_with_all_of_them(run_job: Callable[..., Outcome], tmp_path: Path) -> None:
     words = (
         "callbacks=[model_checkpoint,lr_monitor,device_stats]",
-        "callbacks.stop={_target_: tests.training.test_their_callbacks.StopAt, batch: 41}",
+        "callbacks.stop={_target_: tests.training.test_module_callbacks.StopAt, batch: 41}",
         "callbacks.model_checkpoint.every_n_train_steps=10",
         "callbacks.device_stats.cpu_stats=true",
         "trainer.accumulate_grad_batches=2",

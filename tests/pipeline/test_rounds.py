@@ -17,7 +17,7 @@ from tritter.config.launch.composition import load_config
 from tritter.errors import RequestError
 from tritter.evaluation.gate import Check
 from tritter.pipeline import Outcome, stages, verdict
-from tritter.pipeline.arm import Arm
+from tritter.pipeline.branch import Branch
 from tritter.pipeline.context import RunContext
 from tritter.training import read_metrics
 
@@ -169,9 +169,9 @@ def test_max_rounds_stops_before_the_target(run_job: Run, tmp_path: Path) -> Non
 def fail_round(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     original = verdict.checks
 
-    def checks(context: RunContext, arms: Sequence[Arm]) -> list[Check]:
-        made = original(context, arms)
-        if arms[0].name != name:
+    def checks(context: RunContext, branches: Sequence[Branch]) -> list[Check]:
+        made = original(context, branches)
+        if branches[0].name != name:
             return made
         training = next(check for check in made if check.name == "training")
         failed = replace(training, verdict="failed")
@@ -218,10 +218,10 @@ def test_a_stopped_loop_goes_on_to_the_same_weights(
     tmp_path: Path,
     module: ModuleType,
     name: str,
-    arm: str,
+    branch: str,
 ) -> None:
     overrides = (*PROTECTED, "control=true")
-    with plug_pulled(module, name, of=arm):
+    with plug_pulled(module, name, of=branch):
         run_job(tmp_path / "run", *overrides)
     run_job(tmp_path / "run", *overrides)
     whole, parts = lineage_of(grown / "checkpoint"), lineage_of(tmp_path / "run/checkpoint")

@@ -14,9 +14,9 @@ from tests.pipeline.plug import plug_pulled
 from tests.pipeline.tiny import FIXTURES, TINY
 from tritter.checkpoints import read_lineage
 from tritter.config.launch.composition import load_config
-from tritter.evaluation.statistics import PairedScores, relative_harm
+from tritter.evaluation.statistics import PairedScores, relative_forgetting
 from tritter.pipeline import Outcome, run, run_pipeline, stages
-from tritter.pipeline.arm import Arm
+from tritter.pipeline.branch import Branch
 from tritter.pipeline.context import RunContext
 from tritter.pipeline.ledger import StageResult, TrainingFound
 from tritter.pipeline.metrics import CountedOn
@@ -90,11 +90,11 @@ def test_each_task_has_its_record_and_the_last_stands_in_front(trained: Path) ->
 def test_the_matrix_has_every_domain_after_every_task(trained: Path) -> None:
     """From the scores on disk; `new` comes twice, and its first task is its own."""
     summary = summary_of(trained)
-    for matrix, arm in (
+    for matrix, branch in (
         (summary["matrix"], "attempt_1"),
         (summary["control"]["matrix"], "control"),
     ):
-        names = ["baseline", *(f"{arm}{part}-trained" for part in ("", "_task_2", "_task_3"))]
+        names = ["baseline", *(f"{branch}{part}-trained" for part in ("", "_task_2", "_task_3"))]
         assert matrix["rows"] == ["baseline", "task 1", "task 2", "task 3"]
         assert matrix["trained"] == [[], ["new"], ["code"], ["new"]]
         losses = {d: [_per_byte(trained, n, d) for n in names] for d in ("old", "new", "code")}
@@ -133,7 +133,7 @@ def test_a_task_that_others_followed_is_held_against_what_it_was_when_it_was_lea
         ("retention", "old", "baseline"),
         ("new_capability", "new", "baseline"),
     ):
-        harm = relative_harm(*(scores_of(trained, each, subject) for each in (before, final)))
+        harm = relative_forgetting(*(scores_of(trained, each, subject) for each in (before, final)))
         assert checks[name, subject]["value"] == pytest.approx(harm.value)
 
 
@@ -247,9 +247,9 @@ def test_what_is_broken_off_is_followed_by_no_task_and_rolled_back(
 ) -> None:
     whole = stages.training
 
-    def broken(context: RunContext, arm: Arm, **kwargs: Any) -> StageResult:
-        result = whole(context, arm, **kwargs)
-        if arm.name != "attempt_1_task_2":
+    def broken(context: RunContext, branch: Branch, **kwargs: Any) -> StageResult:
+        result = whole(context, branch, **kwargs)
+        if branch.name != "attempt_1_task_2":
             return result
         assert isinstance(result.found, TrainingFound)
         return replace(result, found=replace(result.found, stopped_because="not finite"))

@@ -24,7 +24,7 @@ from tritter.planning.memory import saved_bytes
 DTYPES = {"32-true": torch.float32, "bf16-true": torch.bfloat16, "64-true": torch.float64}
 
 
-def held_bytes(tensors: list[Tensor]) -> int:
+def peak_bytes(tensors: list[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
@@ -44,10 +44,10 @@ def test_parameters_gradients_and_adamw_to_the_byte(
     optimizer.step()
     setup = TrainingSetup(precision=precision, is_attention_frozen=is_frozen)
     memory = training_memory(model.config.to_dict(), setup)
-    assert memory.parameters_bytes == held_bytes(list(model.parameters()))
-    assert memory.gradients_bytes == held_bytes([p.grad for p in trained if p.grad is not None])
+    assert memory.parameters_bytes == peak_bytes(list(model.parameters()))
+    assert memory.gradients_bytes == peak_bytes([p.grad for p in trained if p.grad is not None])
     states = [value for state in optimizer.state.values() for value in state.values()]
-    assert memory.optimizer_bytes == held_bytes(states)
+    assert memory.optimizer_bytes == peak_bytes(states)
     total = memory.parameters_bytes + memory.gradients_bytes + memory.optimizer_bytes
     assert memory.states_bytes == total
     assert memory.total_bytes == total + memory.activations_bytes
@@ -68,8 +68,8 @@ def test_experts_are_counted_as_they_lie_in_memory() -> None:
     optimizer.step()
     memory = training_memory(model.config.to_dict(), TrainingSetup(precision="32-true"))
     states = [value for state in optimizer.state.values() for value in state.values()]
-    assert memory.optimizer_bytes == held_bytes(states)
-    assert memory.parameters_bytes == held_bytes(list(model.parameters()))
+    assert memory.optimizer_bytes == peak_bytes(states)
+    assert memory.parameters_bytes == peak_bytes(list(model.parameters()))
 
 
 def test_eight_bit_states_by_hand() -> None:

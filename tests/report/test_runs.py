@@ -11,7 +11,7 @@ from scipy import stats
 
 from tests.report.growing import growth
 from tritter.errors import TritterError
-from tritter.report.page import _front
+from tritter.report.page import _search_path
 from tritter.report.runs import Interval, Run, differing_keys, grouped, with_controls
 from tritter.report.summary import Summary
 
@@ -63,7 +63,7 @@ def test_a_mean_of_what_is_not_finite_is_none() -> None:
 
 def test_the_front_holds_what_nothing_beats() -> None:
     points = [(0.1, -0.2), (0.3, 0.0), (0.2, 0.1), (0.3, 0.1), (0.05, -0.1)]
-    assert _front(points) == [(0.3, 0.0), (0.1, -0.2)]
+    assert _search_path(points) == [(0.3, 0.0), (0.1, -0.2)]
 
 
 def test_tokens_of_a_step_and_borders_of_tasks(summary: dict[str, Any]) -> None:

@@ -20,7 +20,7 @@ from tests.training.written import Written
 from tritter.core.families import training_flops
 from tritter.core.models import config_of
 from tritter.data.batches import BatchStream, SequenceStream
-from tritter.data.packing import Apart, packed, read_apart
+from tritter.data.packing import DocumentMask, mask_documents, packed
 from tritter.data.tokens import TokenisedDocuments
 from tritter.evaluation.losses import sequence_losses
 from tritter.methods.forgetting import SI, Distill, Replay
@@ -77,8 +77,8 @@ def nats_alone(model: nn.Module, row: Tensor) -> tuple[Tensor, int]:
     return total, count
 
 
-def apart(model: nn.Module) -> nn.Module:
-    read_apart(model, Apart(EOT))
+def document_mask(model: nn.Module) -> nn.Module:
+    mask_documents(model, DocumentMask(EOT))
     return model
 
 
@@ -88,7 +88,7 @@ def batch_of(rows: Tensor, num_old: int = 0) -> dict[str, Tensor]:
 
 def test_the_loss_is_the_mean_over_what_is_to_be_predicted() -> None:
     module, alone = module_of(), oracle.tiny_llama(initializer_range=0.05)
-    apart(module.model)
+    document_mask(module.model)
     told = [nats_alone(alone, row) for row in ROWS]
     expected = sum(nats for nats, _ in told) / sum(count for _, count in told)
     torch.testing.assert_close(module.task_loss(batch_of(ROWS)).value, expected)
@@ -99,7 +99,7 @@ def test_the_loss_is_the_mean_over_what_is_to_be_predicted() -> None:
 
 
 def test_the_fisher_is_of_documents_alone() -> None:
-    model, alone = apart(oracle.tiny_llama()), oracle.tiny_llama()
+    model, alone = document_mask(oracle.tiny_llama()), oracle.tiny_llama()
     expected = {name: torch.zeros_like(p) for name, p in alone.named_parameters()}
     for row in ROWS:
         nats, count = nats_alone(alone, row)
@@ -130,16 +130,16 @@ def test_a_teacher_is_asked_about_documents_alone(mask_gold: bool) -> None:
                 if at not in padding:
                     losses.append(4 * (log_p.exp() * (log_p - log_q)).sum())
     method = Distill(weight=0.7, mask_gold=mask_gold, rows="old")
-    method.begin_task(model, Task(seed=0, teacher=apart(teacher)))
+    method.begin_task(model, Task(seed=0, teacher=document_mask(teacher)))
     batch = batch_of(ROWS, num_old=2)
-    logits = apart(model)(input_ids=ROWS, use_cache=False).logits
+    logits = document_mask(model)(input_ids=ROWS, use_cache=False).logits
     found = method.extra_loss(model, batch, logits)
     torch.testing.assert_close(found, 0.7 * torch.stack(losses).mean(), rtol=1e-9, atol=0)
 
 
 def test_si_sees_the_gradient_of_the_loss_that_is_trained() -> None:
     module = module_of()
-    model = apart(module.model)
+    model = document_mask(module.model)
     method = SI(si_lambda=1.0)
     ones = {name: torch.ones_like(p) for name, p in model.named_parameters()}
     method.begin_task(model, Task(seed=0, state={"si_importance": ones}))
@@ -153,7 +153,7 @@ def test_si_sees_the_gradient_of_the_loss_that_is_trained() -> None:
 
 
 def test_what_a_model_writes_begins_anew_at_each_end_of_text() -> None:
-    model, alone = apart(tiny("gemma3_text").double()), tiny("gemma3_text").double()
+    model, alone = document_mask(tiny("gemma3_text").double()), tiny("gemma3_text").double()
     draw = _Draw(temperature=3.0, top_p=1.0, generator=torch.Generator().manual_seed(1))
     begin = torch.full((40, 1), EOT)
     with torch.no_grad():
@@ -177,7 +177,7 @@ def test_what_a_model_writes_begins_anew_at_each_end_of_text() -> None:
 
 
 def test_routers_answer_for_tokens_alone() -> None:
-    model = apart(tiny("qwen3_moe"))
+    model = document_mask(tiny("qwen3_moe"))
     settings = RoutingSettings(encouragement=1.0, new_experts=(2, 3), hold_old=1.0)
     rows = torch.tensor([[0, 5, 9, 3, 0, 7, 6, 5, 4, 0], [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]])
     wide = torch.cat([rows, torch.zeros(2, 6, dtype=torch.int64)], dim=1)
@@ -219,7 +219,7 @@ def train(
     folder: Path, settings: TrainerSettings, *watching: Callback, dropout: float = 0.0
 ) -> tuple[nn.Module, FitResult]:
     torch.manual_seed(7)
-    model = apart(oracle.tiny_llama(initializer_range=0.05, attention_dropout=dropout))
+    model = document_mask(oracle.tiny_llama(initializer_range=0.05, attention_dropout=dropout))
     ones = {name: torch.ones_like(p) for name, p in model.named_parameters()}
     torch.manual_seed(999 if (folder / "saved").exists() else 11)
     module = BaseModule(
@@ -232,7 +232,7 @@ def train(
         seed=0,
         old_sequences={"old": sequences_of(20, 6)},
         state={"si_importance": ones},
-        teacher=apart(oracle.tiny_llama()),
+        teacher=document_mask(oracle.tiny_llama()),
     )
     whole, written = fitting.build_trainer, Written(folder.with_name(f"{folder.name}-written"))
 
@@ -258,7 +258,7 @@ def train(
 
 def test_tokens_lengths_and_flops_are_those_of_documents(tmp_path: Path) -> None:
     module = module_of(schedule=Schedule(learning_rate=1e-3, max_steps=6))
-    apart(module.model)
+    document_mask(module.model)
     rows = sequences_of(40, 5)
     stream = SequenceStream(rows, seed=0)
     fit(

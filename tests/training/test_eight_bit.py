@@ -10,8 +10,8 @@ import torch
 from tests.oracle.families import tiny
 from tests.pipeline.tiny import TINY
 from tests.training import test_moments as moments
+from tests.training.test_module_callbacks import ADAMW, killed, same_weights, train
 from tests.training.test_moments import BATCHES
-from tests.training.test_their_callbacks import ADAMW, killed, same_weights, train
 from tritter.config.launch.composition import load_config
 from tritter.errors import RequestError
 from tritter.pipeline import run_pipeline

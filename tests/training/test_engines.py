@@ -18,7 +18,7 @@ from tests.planning.test_memory import kept_bytes
 from tests.training.killed import KillAt, Killed
 from tests.training.test_fit import SETTINGS, batches
 from tritter.core.models import activations_recomputed
-from tritter.methods.growth.places import Looking
+from tritter.methods.growth.blocks import ActivationRecorder
 from tritter.methods.moe_routing.objective import RoutingSettings
 from tritter.terminal import Console
 from tritter.training import (
@@ -193,8 +193,10 @@ def test_compiled_code_passes_over_hooks_that_came_later(
     """The negative control: unless the model itself computes, growth sees no tokens."""
     monkeypatch.setattr(training_module.CompiledModel, "__setattr__", _never_watched)
     seen: list[int] = []
-    looks = Looking.looks
-    monkeypatch.setattr(Looking, "looks", lambda one: seen.append(len(looks(one))) or looks(one))
+    looks = ActivationRecorder.looks
+    monkeypatch.setattr(
+        ActivationRecorder, "looks", lambda one: seen.append(len(looks(one))) or looks(one)
+    )
     growing.train(tmp_path / "grown", settings=replace(growing.ONE, compile=True))
     assert not all(seen)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tritter.checkpoints.card import export_card
 from tritter.checkpoints.folder import CARD_NAME, Artifact, write_config
-from tritter.checkpoints.place import check_output, check_replaceable
+from tritter.checkpoints.location import check_output, check_replaceable
 from tritter.checkpoints.record import Lineage
 from tritter.checkpoints.source import Source
 from tritter.checkpoints.state import write_state

@@ -83,7 +83,7 @@ def read_lightning_file(path: Path, config: Config, *, prefix: str | None = None
     }
     try:
         moments = named_moments(content, tensors, stored=stored, prefix=chosen)
-    except MomentsLeftOut as reason:
+    except UnusableMoments as reason:
         moments = None
         why_no_moments = f"the optimizer's state was left out: {reason}"
     weights = Weights(
@@ -221,7 +221,7 @@ def _some(names: list[str], limit: int = 5) -> str:
 # Each shape is checked. Elsewhere the moments are left out, and why.
 
 
-class MomentsLeftOut(Exception):
+class UnusableMoments(Exception):
     """The optimizer's state cannot be used; says why."""
 
 
@@ -245,16 +245,16 @@ def named_moments(
     """
     optimizers = content.get("optimizer_states")
     if not isinstance(optimizers, Sequence) or optimizers in ([], [{}]):
-        raise MomentsLeftOut("the file holds none")
+        raise UnusableMoments("the file holds none")
     if len(optimizers) > 1:
-        raise MomentsLeftOut(f"the file holds {len(optimizers)} optimizers")
+        raise UnusableMoments(f"the file holds {len(optimizers)} optimizers")
     try:
         groups = [[int(at) for at in group["params"]] for group in optimizers[0]["param_groups"]]
         state = dict(optimizers[0]["state"])  # position → moments
     except (KeyError, TypeError, ValueError) as error:
-        raise MomentsLeftOut("it is not laid out as torch's optimizers are") from error
+        raise UnusableMoments("it is not laid out as torch's optimizers are") from error
     if not all(isinstance(held, Mapping) for held in state.values()):
-        raise MomentsLeftOut("it is not laid out as torch's optimizers are")
+        raise UnusableMoments("it is not laid out as torch's optimizers are")
     owned = {prefix + tensor.name for tensor in stored}
     names = [name for name in tensors if name in owned]  # a tied head is no parameter of its own
     matrices = [name for name in names if tensors[name].ndim >= 2]
@@ -263,7 +263,7 @@ def named_moments(
     splits = ([names], [matrices, vectors], [vectors, matrices])
     owners = next((split for split in splits if [*map(len, split)] == sizes), None)
     if owners is None:
-        raise MomentsLeftOut(
+        raise UnusableMoments(
             f"its groups of {', '.join(map(str, sizes))} parameters are neither all {len(names)} "
             f"of the model nor its {len(matrices)} matrices and {len(vectors)} vectors"
         )
@@ -282,21 +282,21 @@ def named_moments(
         for kind in MOMENTS:
             moment = held.get(kind)
             if not isinstance(moment, Tensor) or not moment.is_floating_point():
-                raise MomentsLeftOut(f"it is not Adam's: it holds {', '.join(map(str, held))}")
+                raise UnusableMoments(f"it is not Adam's: it holds {', '.join(map(str, held))}")
             if tuple(moment.shape) != tensor.shape:
-                raise MomentsLeftOut(
+                raise UnusableMoments(
                     f"its order is not the model's: {tensor.name} of shape {tensor.shape} would "
                     f"get moments of shape {tuple(moment.shape)}"
                 )
             if not is_finite(moment):
-                raise MomentsLeftOut(f"{kind} of {tensor.name} holds values that are not finite")
+                raise UnusableMoments(f"{kind} of {tensor.name} holds values that are not finite")
             for part, value in tensor.unpack(moment):
                 kinds[kind][part.disk_name] = value
         try:
             steps.add(int(held["step"]))
         except (KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
-            raise MomentsLeftOut("it does not say after how many steps it stands") from error
+            raise UnusableMoments("it does not say after how many steps it stands") from error
     if len(steps) != 1:
         counts = f"from {min(steps)} to {max(steps)}" if steps else "none"
-        raise MomentsLeftOut(f"its parameters do not share one step count ({counts})")
+        raise UnusableMoments(f"its parameters do not share one step count ({counts})")
     return Moments(steps.pop(), kinds)

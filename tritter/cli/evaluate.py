@@ -127,7 +127,7 @@ def evaluate(
         from tritter.methods.experts.whole import load_whole
         from tritter.pipeline import evaluate as losses_of
 
-    sources = losses_of.read_data_words(data or ())
+    sources = losses_of.read_domain_paths(data or ())
     places = [named_path(checkpoint, key="--checkpoint"), *filter(None, [tasks_path])]
     places += [named_path(word, key="--data") for words in sources.values() for word in words]
     file = None

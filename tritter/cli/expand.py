@@ -72,7 +72,7 @@ if TYPE_CHECKING:
     from tritter.core.families import Config
     from tritter.data.options import TextSources
     from tritter.pipeline.domain import DomainExpansion
-    from tritter.transform import Expanded, PlannedExpansion, Room
+    from tritter.transform import DiskNeeds, Expanded, PlannedExpansion
 
 # Field, the value that leaves the function alone, and the words that ask for it.
 _EXACT_CHOICES: tuple[tuple[str, Any, str], ...] = (
@@ -343,7 +343,7 @@ class _Job:
 
     def obstacle(self, *, overwrite: bool) -> str:
         """Return why the result can't be written there as things are; empty: it can."""
-        from tritter.checkpoints.place import check_output
+        from tritter.checkpoints.location import check_output
 
         try:
             check_output(self.destination, sources=[self.source.folder], overwrite=overwrite)
@@ -512,7 +512,7 @@ class _Result:
     plan: PlannedExpansion
     lineage: Lineage | None = None
     measured: Measurement | None = None
-    room: Room | None = None
+    room: DiskNeeds | None = None
     training: DomainExpansion | None = None
     obstacles: tuple[str, ...] = ()
 
@@ -582,7 +582,7 @@ class _Result:
         if self.lineage is not None:
             lines.append(("hash", short(self.lineage.model_hash)))
         if self.room is not None:
-            lines += _room_lines(self.room, here)
+            lines += _disk_lines(self.room, here)
         console.print()
         print_lines(console, lines)
         console.print()
@@ -600,14 +600,14 @@ class _Result:
 
 def _planned(job: _Job, *, overwrite: bool) -> _Result:
     """Return what the job would come to; writes nothing."""
-    from tritter.transform import check_room, plan_by_tables, room_for
+    from tritter.transform import check_disk_space, disk_needs, plan_by_tables
 
     plan = plan_by_tables(job.source, job.specs, seed=job.settings.seed or 0)
     moments = job.settings.moments or "carry"
-    room = room_for(job.source, plan, dtype=job.dtype, moments=moments)
+    room = disk_needs(job.source, plan, dtype=job.dtype, moments=moments)
     obstacles = [job.obstacle(overwrite=overwrite)]
     try:
-        check_room(job.destination, room)
+        check_disk_space(job.destination, room)
     except RequestError as error:
         obstacles.append(str(error))
     return _Result(job=job, plan=plan, room=room, obstacles=tuple(filter(None, obstacles)))
@@ -681,7 +681,7 @@ def _trained(job: _Job, text: _DomainText, *, overwrite: bool, is_quiet: bool) -
     return _Result(job=job, plan=made.plan, lineage=made.lineage, measured=measured, training=made)
 
 
-def _room_lines(room: Room, destination: Path) -> list[tuple[str, str]]:
+def _disk_lines(room: DiskNeeds, destination: Path) -> list[tuple[str, str]]:
     """Return disk and memory requirements as lines."""
     from tritter.transform import free_bytes, size_text
 

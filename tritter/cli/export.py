@@ -176,7 +176,7 @@ def export(
         import torch
 
         from tritter.checkpoints.export import export_model
-        from tritter.checkpoints.place import check_output
+        from tritter.checkpoints.location import check_output
         from tritter.core.families import family_of
         from tritter.core.models import check_loadable
 

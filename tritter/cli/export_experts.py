@@ -16,7 +16,7 @@ from tritter.checkpoints import Source, read_lineage
 from tritter.checkpoints.expert_files import ADAPTER_FILES, ExpertFiles
 from tritter.checkpoints.export import Weights
 from tritter.checkpoints.history import read_chain
-from tritter.checkpoints.place import check_output, is_within
+from tritter.checkpoints.location import check_output, is_within
 from tritter.cli.output import (
     new_console,
     print_command,

@@ -25,7 +25,7 @@ from tritter.cli.plan import plan
 from tritter.cli.report import report
 from tritter.cli.train import TrainCommand, train
 from tritter.cli.validate import validate
-from tritter.config.launch.command_line import UNFORESEEN, check_words, said
+from tritter.config.launch.command_line import UNFORESEEN, check_encodable, said
 from tritter.config.suggestions import flag_advice
 from tritter.errors import RequestError, TritterError
 from tritter.stopping import Stopped, stopping
@@ -82,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     try:
-        check_words(words)
+        check_encodable(words)
         with stopping():
             command = typer.main.get_command(app)
             return command.main(words, prog_name="tritter", standalone_mode=False) or 0

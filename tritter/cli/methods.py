@@ -17,12 +17,12 @@ import typer
 
 from tritter.cli.options import CheckpointCommand, spelled
 from tritter.config.folders import (
-    Front,
+    SearchPath,
     body_of,
     composing_from,
-    front,
-    front_of,
     option_files,
+    search_path,
+    search_path_of,
 )
 from tritter.config.launch.help import comments
 from tritter.errors import Problem, RequestError, nearest, raise_problems
@@ -46,7 +46,7 @@ class MethodCommand(CheckpointCommand):
     """A command with the options of all methods besides its own; they end up in `ctx.obj`."""
 
     def get_params(self, ctx: Any) -> list[Any]:
-        return [*super().get_params(ctx), *_parameters(front())]
+        return [*super().get_params(ctx), *_parameters(search_path())]
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         # The folders of --config-dir say what other options there are
@@ -55,7 +55,7 @@ class MethodCommand(CheckpointCommand):
         folders = []
         with suppress(ArgumentError):  # no folder was typed: reported when the options are read
             folders = list(parser.parse_known_args(list(args))[0].config_dir)
-        ctx.with_resource(composing_from(front_of(folders, None)))
+        ctx.with_resource(composing_from(search_path_of(folders, None)))
         rest = super().parse_args(ctx, args)
         given = {name: ctx.params.pop(name) for name in method_options()}
         ctx.obj = {name: value for name, value in given.items() if value is not None}
@@ -64,11 +64,11 @@ class MethodCommand(CheckpointCommand):
 
 def method_bodies() -> dict[str, dict[str, Any]]:
     """Return method → key → default, as the option files state them."""
-    return _bodies(front())
+    return _bodies(search_path())
 
 
 @cache
-def _bodies(_of: Front) -> dict[str, dict[str, Any]]:
+def _bodies(_of: SearchPath) -> dict[str, dict[str, Any]]:
     files = option_files()["expansion"]
     bodies = {name: body_of(path).get(name) for name, path in files.items() if name != "none"}
     return {name: body for name, body in bodies.items() if isinstance(body, dict)}
@@ -86,7 +86,7 @@ def method_options() -> dict[str, dict[str, str]]:
 
 
 @cache
-def _parameters(_of: Front) -> list[Any]:
+def _parameters(_of: SearchPath) -> list[Any]:
     """Return the options as Typer makes them of a function's parameters."""
 
     bodies, parameters = method_bodies(), []

@@ -15,7 +15,7 @@ from rich.text import Text
 from tritter.errors import RequestError, TritterError
 from tritter.report.table import Table
 from tritter.stopping import Stopped
-from tritter.storage.atomic import identity_of, is_placed_here
+from tritter.storage.atomic import identity_of, is_published_here
 from tritter.terminal import Console, NewBar, say
 from tritter.terminal import progress_bars as bars_on
 
@@ -128,7 +128,7 @@ def says_if_written(target: Path) -> Iterator[None]:
     try:
         yield
     except (Stopped, TritterError) as error:
-        if identity_of(target) != before and is_placed_here(target):
+        if identity_of(target) != before and is_published_here(target):
             error.add_note(f"{shown_path(target)} was written all the same, and is whole.")
         raise
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from tritter.cli.options import AsJson, ReportOverwrite, Runs, option, place
 from tritter.cli.output import new_console, print_json, short
 from tritter.errors import Problem, RequestError, TritterError, raise_problems
-from tritter.storage.atomic import atomic_folder, refuse_standing
+from tritter.storage.atomic import atomic_folder, refuse_existing
 from tritter.storage.reading import RUN_FILE, SUMMARY_FILE, read_object, read_text
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def report(
     target = output or (folders[0] if len(folders) == 1 else Path()) / PAGE_NAME
     file = ReportFile(target, "report", "html", overwrite=overwrite)
     if figures is not None:
-        refuse_standing(figures, overwrite=False)
+        refuse_existing(figures, overwrite=False)
         check_place(figures, key="--figures")
     runs = read_runs(found.finished)
     title = f"Runs in {folders[0].resolve().name}" if len(folders) == 1 else "Runs side by side"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tritter.checkpoints.expert_files import ADAPTER_FILES
-from tritter.checkpoints.place import is_within
+from tritter.checkpoints.location import is_within
 from tritter.errors import Problem, RequestError, TritterError
 from tritter.report.compared import CSV_HEADER
 from tritter.storage.atomic import write_text_atomic

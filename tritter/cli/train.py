@@ -192,9 +192,9 @@ def continuation(
         RequestError: there is no such checkpoint, no new data is named, or another seed than the
             split's was typed.
     """
-    from tritter.checkpoints.place import checkpoint_place
+    from tritter.checkpoints.location import checkpoint_location
 
-    folder = checkpoint_place(checkpoint, key="--checkpoint")
+    folder = checkpoint_location(checkpoint, key="--checkpoint")
     keys = _typed_keys(words)
     if not data and not any(_is_typed(key, keys) for key in ("data.new", "data.tasks")):
         raise RequestError("--data is missing: name the text to train on, --data PATH.")
@@ -293,11 +293,11 @@ def _sources(
         RequestError: a path means no data.
     """
     from tritter.data.datasets import dataset_names
-    from tritter.data.options import DatasetsConfig, TextDataConfig, place_of, read_sources
+    from tritter.data.options import DatasetsConfig, TextDataConfig, location_reader, read_sources
     from tritter.errors import raise_problems
 
     is_of_hub = bool(dataset_names((*data, *old_data))) or "data=hf" in words
-    place_of_word = place_of(DatasetsConfig if is_of_hub else TextDataConfig, {})
+    place_of_word = location_reader(DatasetsConfig if is_of_hub else TextDataConfig, {})
     problems: list[Problem] = []
     new, old = (
         read_sources(

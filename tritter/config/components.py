@@ -10,7 +10,7 @@ from inspect import signature
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar, get_args
 
-from tritter.checkpoints.place import checkpoint_place
+from tritter.checkpoints.location import checkpoint_location
 from tritter.config.folders import CHOSEN_BY, body_of, option_files, shipped_options
 from tritter.config.schema import (
     CheckpointModelConfig,
@@ -308,7 +308,7 @@ def read_model(reader: Reader, raw: Mapping[str, Any], classes: Mapping[str, Any
     model: Model | None = reader.read(kind, taken, prefix="model")
     if not isinstance(model, CheckpointModelConfig):
         return model
-    place = reader.ask(checkpoint_place, model.path)
+    place = reader.ask(checkpoint_location, model.path)
     return None if place is None else replace(model, path=place)
 
 
@@ -421,7 +421,7 @@ def read_callbacks(
     for name, body in bodies.items():
         key = f"callbacks.{name}"
         if (kind := classes.get(key)) is not None:
-            made, problems = built_for_trial(key, kind, body)
+            made, problems = try_build(key, kind, body)
             reader.problems += problems or callback_problems(key, made, body, owners)
     return _named("callbacks", bodies, classes)
 
@@ -480,7 +480,7 @@ def read_loggers(
         # Some write at once: it is built for trial, in a folder that is gone afterwards
         with TemporaryDirectory() as folder:
             given = {"save_dir": folder} if "save_dir" in signature(kind).parameters else {}
-            _, problems = built_for_trial(f"logger.{name}", kind, {**body, **given})
+            _, problems = try_build(f"logger.{name}", kind, {**body, **given})
         for problem in problems:
             said = problem.reason.casefold()
             is_of_arguments = "no such argument" in said or "needs it" in said
@@ -544,7 +544,7 @@ def named_class(group: str, name: str, bodies: Mapping[str, Any]) -> type:
     raise RequestError(Problem(key, reason=reason))
 
 
-def built_for_trial(key: str, kind: type, body: Mapping[str, Any]) -> tuple[Any, list[Problem]]:
+def try_build(key: str, kind: type, body: Mapping[str, Any]) -> tuple[Any, list[Problem]]:
     """Return an instance of what a body describes, None where it can't be; and what is wrong."""
     arguments = {name: value for name, value in body.items() if name != TARGET}
     if problems := list(argument_problems(kind, arguments, key=key)):

@@ -31,7 +31,7 @@ Options = Mapping[str, Mapping[str, Path]]  # group → option → its file
 
 
 @dataclass(frozen=True, slots=True)
-class Front:
+class SearchPath:
     """What a command adds to the options that are installed.
 
     Args:
@@ -49,26 +49,26 @@ class Front:
         return [*(f"--config-dir={folder}" for folder in self.folders), *named]
 
 
-_FRONT: ContextVar[Front | None] = ContextVar("front", default=None)
+_SEARCH_PATH: ContextVar[SearchPath | None] = ContextVar("front", default=None)
 
 
 @contextmanager
-def composing_from(front: Front) -> Iterator[None]:
+def composing_from(search_path: SearchPath) -> Iterator[None]:
     """Let everything here speak of this front, for one command."""
-    token = _FRONT.set(front)
+    token = _SEARCH_PATH.set(search_path)
     try:
         yield
     finally:
-        _FRONT.reset(token)
+        _SEARCH_PATH.reset(token)
 
 
-def front() -> Front:
-    return _FRONT.get() or Front()
+def search_path() -> SearchPath:
+    return _SEARCH_PATH.get() or SearchPath()
 
 
-def front_of(
+def search_path_of(
     folders: Sequence[str], config_name: str | None, *, searchpath: Sequence[str] = ()
-) -> Front:
+) -> SearchPath:
     """Return what `--config-dir`, `--config-name` and `hydra.searchpath` mean.
 
     Raises:
@@ -88,7 +88,7 @@ def front_of(
     ]
     raise_problems(problems)
     places = tuple(place for _, place in found)
-    meant = Front(places, (config_name or CONFIG_NAME).removesuffix(".yaml"))
+    meant = SearchPath(places, (config_name or CONFIG_NAME).removesuffix(".yaml"))
     with composing_from(meant):
         roots = option_folders().values()
         names = sorted({path.stem for folder in roots for path in folder.glob("*.yaml")})
@@ -108,7 +108,7 @@ def option_folders() -> dict[str, Path]:
         RequestError: an installed package names a folder that is not there.
     """
     folders = {"tritter": config_folder(), **installed_folders()}
-    for folder in front().folders:
+    for folder in search_path().folders:
         folders[f"--config-dir {folder}"] = folder
     by_place = {folder.resolve(): provider for provider, folder in reversed(folders.items())}
     return {p: folder for p, folder in folders.items() if by_place[folder.resolve()] == p}

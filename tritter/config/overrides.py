@@ -20,7 +20,7 @@ from hydra.core.override_parser.types import (
 )
 from hydra.errors import OverrideParseException
 
-from tritter.config.folders import CHOSEN_BY, LADDERS, front, option_files, shipped_options
+from tritter.config.folders import CHOSEN_BY, LADDERS, option_files, search_path, shipped_options
 from tritter.config.schema import REPLAYED_KEYS
 from tritter.config.suggestions import hint_for
 from tritter.errors import Problem, RequestError, brief, nearest, raise_problems
@@ -104,7 +104,7 @@ def override_key(word: str) -> str:
     return word.partition("=")[0].lstrip("+~").replace("-", "_")
 
 
-def recorded_words(overrides: Sequence[str]) -> tuple[str, ...]:
+def recorded_overrides(overrides: Sequence[str]) -> tuple[str, ...]:
     """Return what a run records of its overrides: not where it lies."""
     left_out = ("resume", "hydra.run.dir", "hydra.sweep.dir")
     return tuple(word for word in overrides if override_key(word) not in left_out)
@@ -294,7 +294,7 @@ def split_sweep(overrides: Sequence[Override]) -> list[list[str]]:
     return BasicSweeper.split_arguments(list(overrides), None)[0]
 
 
-def program_words() -> tuple[str, ...]:
+def program_command() -> tuple[str, ...]:
     """Return how this program was called, so that it can be called again from the same place."""
     called = sys.argv[0] if sys.argv else ""
     name = Path(called).name
@@ -307,12 +307,12 @@ def program_words() -> tuple[str, ...]:
 
 def command(words: Sequence[str]) -> str:
     """Return a command line with these words, quoted for a shell; it finds the same options."""
-    return shlex.join([*program_words(), *front().flags, *words])
+    return shlex.join([*program_command(), *search_path().flags, *words])
 
 
 def tritter_command(words: Sequence[str]) -> str:
     """Return a command line of `tritter`, which may be called beside this program."""
-    is_found = program_words()[0] == "tritter"
+    is_found = program_command()[0] == "tritter"
     return shlex.join(["tritter", *words]) if is_found else tool_command("tritter", words)
 
 
@@ -330,7 +330,7 @@ def resume_command(folder: Path, overrides: Sequence[str] = ()) -> str:
         overrides: those of the run; they are part of the command if `resume` alone does not replay
             all of them.
     """
-    recorded = recorded_words(overrides)
+    recorded = recorded_overrides(overrides)
     needed = recorded if not_replayed(recorded) else ()
     return command([*needed, f"resume={as_value(str(folder))}"])
 

@@ -14,9 +14,9 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator
 
 from tritter.checkpoints.history import digests_of, find_damage
-from tritter.checkpoints.place import is_within
-from tritter.config.folders import CONFIG_NAME, Front, composing_from, front
-from tritter.config.overrides import command, program_words, resume_command
+from tritter.checkpoints.location import is_within
+from tritter.config.folders import CONFIG_NAME, SearchPath, composing_from, search_path
+from tritter.config.overrides import command, program_command, resume_command
 from tritter.config.schema import SECTIONS, CheckpointModelConfig, RunConfig
 from tritter.data.skills import PREFIX
 from tritter.errors import (
@@ -104,13 +104,13 @@ class RunRecord:
     config_name: _Word | None = None
 
     @property
-    def front(self) -> Front:
+    def search_path(self) -> SearchPath:
         """Where its options came from."""
-        return Front(tuple(map(Path, self.config_folders)), self.config_name or CONFIG_NAME)
+        return SearchPath(tuple(map(Path, self.config_folders)), self.config_name or CONFIG_NAME)
 
     def resume_command(self, folder: Path) -> str:
         """Return the command that resumes it, given its folder."""
-        with composing_from(self.front):
+        with composing_from(self.search_path):
             return resume_command(folder, self.overrides)
 
 
@@ -199,11 +199,11 @@ def write_run_file(
     run = RunRecord(
         fingerprint=fingerprint(config),
         status=status,
-        program=" ".join(program_words()),
+        program=" ".join(program_command()),
         overrides=tuple(overrides),
         left=digests_of(folder, leaves),
-        config_folders=tuple(map(str, front().folders)),
-        config_name=front().config_name,
+        config_folders=tuple(map(str, search_path().folders)),
+        config_name=search_path().config_name,
     )
     if (folder / RUN_FILE).exists():
         held = read_run(folder)
@@ -330,8 +330,11 @@ def fingerprint(config: RunConfig) -> dict[str, Any]:
     if config.gate.ladder is not None:
         kept = [*result["training"]]
         result["gate"]["rungs"] = [
-            {"training": {key: getattr(rung.training, key) for key in kept}, **_methods(rung)}
-            for rung in config.rungs
+            {
+                "training": {key: getattr(fallback.training, key) for key in kept},
+                **_methods(fallback),
+            }
+            for fallback in config.fallbacks
         ]
     result["data"] |= identity(type(config.data))
     result["trainer"] |= effective_arguments(config)

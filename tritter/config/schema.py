@@ -43,7 +43,7 @@ class CheckpointModelConfig:
 Model = ModelConfig | CheckpointModelConfig
 
 
-def given_path(model: Model) -> str | None:
+def start_checkpoint(model: Model) -> str | None:
     """Return the folder or hub id of the checkpoint that a run starts from; None: it has a base."""
     return model.path if isinstance(model, CheckpointModelConfig) else None
 
@@ -128,14 +128,14 @@ class RunConfig(RootValues, RunRequest):
     adaptation: AdaptationOptions
     growth: Component | None = None
     experts: Component | None = None
-    rungs: "tuple[RunConfig, ...]" = ()
-    rung_words: tuple[str, ...] = ()  # of one of them: its overrides
+    fallbacks: "tuple[RunConfig, ...]" = ()
+    fallback_overrides: tuple[str, ...] = ()  # of one of them: its overrides
     rate_note: str = ""  # why training.learning_rate has its value, where nobody set one
 
     @property
     def attempts(self) -> "tuple[RunConfig, ...]":
         """What each attempt is asked to do: the run itself, then its rungs."""
-        return (self, *self.rungs)
+        return (self, *self.fallbacks)
 
 
 SECTIONS: dict[str, type | UnionType] = {

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, cast, get_args
 
 from tritter.checkpoints.expert_files import experts_in, refuse_experts
-from tritter.checkpoints.place import (
+from tritter.checkpoints.location import (
     checkpoint_config,
-    kinds_beside,
+    state_kinds_of,
 )
 from tritter.checkpoints.run_text import run_text
 from tritter.config.components import (
@@ -40,7 +40,7 @@ from tritter.config.components import (
     weightless_methods,
     with_parts_of_files,
 )
-from tritter.config.ladder import ladder_problems
+from tritter.config.fallbacks import ladder_problems
 from tritter.config.schema import (
     OPEN_GROUPS,
     SECTIONS,
@@ -49,7 +49,7 @@ from tritter.config.schema import (
     RootValues,
     RunConfig,
     WandbConfig,
-    given_path,
+    start_checkpoint,
 )
 from tritter.core.expansions import target_config
 from tritter.core.families import Config, check_size, family_of, position_limit
@@ -208,7 +208,7 @@ def validate(
     sound = cast(RunConfig, _Sound(values, unread))
 
     def set_text(config: RunConfig) -> Iterable[Problem]:
-        values["text"] = run_text(given_path(config.model), config.data, seed=config.seed)
+        values["text"] = run_text(start_checkpoint(config.model), config.data, seed=config.seed)
         return ()
 
     chosen = (*values.get("forgetting", ()), values.get("growth"), values.get("experts"))
@@ -379,7 +379,7 @@ def _data_problems(config: RunConfig) -> Iterator[Problem]:
         for name, needs in asked.items()
         if needs.old_text
         and not config.text.kept.sequences
-        and not (needs.instead and kinds_beside(folder) >= set(needs.instead))
+        and not (needs.instead and state_kinds_of(folder) >= set(needs.instead))
     ]
     if needing and not any(needs.writes for needs in asked.values()):
         others = [name for name, needs in asked.items() if not needs.mixes]

@@ -177,7 +177,7 @@ class SkillsDataConfig(NamedTextConfig):
 Place = Callable[[str, str], str]  # key and word as typed → what is kept of it
 
 
-def text_place(key: str, path: str) -> str:
+def text_location(key: str, path: str) -> str:
     """Return the absolute path of text files, or a built-in text.
 
     Raises:
@@ -198,22 +198,22 @@ def text_place(key: str, path: str) -> str:
     return place
 
 
-def skill_place(key: str, word: str) -> str:
-    """Return what `text_place` does, or the skill that a word alone names.
+def skill_location(key: str, word: str) -> str:
+    """Return what `text_location` does, or the skill that a word alone names.
 
     Raises:
         RequestError: it means neither a skill nor a text.
     """
     name = word.partition(":")[0]
     if name in SKILLS:
-        return text_place(key, f"{SKILL_PREFIX}{word}")
+        return text_location(key, f"{SKILL_PREFIX}{word}")
     if word.isidentifier() and not Path(word).exists():
         reason = f"there is no such skill, file or folder; the skills are {', '.join(SKILLS)}"
         raise refused(key, word, reason, near=nearest(name, SKILLS))
-    return text_place(key, word)
+    return text_location(key, word)
 
 
-def dataset_place(key: str, word: str, *, column: str | None, max_rows: int | None) -> str:
+def dataset_location(key: str, word: str, *, column: str | None, max_rows: int | None) -> str:
     """Return the whole name of a data set, or a built-in text.
 
     Args:
@@ -232,15 +232,15 @@ def dataset_place(key: str, word: str, *, column: str | None, max_rows: int | No
     return str(replace(source, rows=rows, column=source.column or column))
 
 
-def place_of(kind: type[DataConfig], raw: Mapping[str, object]) -> Place:
+def location_reader(kind: type[DataConfig], raw: Mapping[str, object]) -> Place:
     """Return how an option of `data` reads its words, given its keys as they stand in a config."""
     if issubclass(kind, TextDataConfig):
-        return text_place
+        return text_location
     if issubclass(kind, SkillsDataConfig):
-        return skill_place
+        return skill_location
     column, rows = raw.get("text_column"), raw.get("max_rows")
     return partial(
-        dataset_place,
+        dataset_location,
         column=column if isinstance(column, str) and column else None,
         max_rows=rows if type(rows) is int and rows > 0 else None,
     )
@@ -252,7 +252,7 @@ def read_sources(
     *,
     default_name: str | None,
     problems: list[Problem],
-    place_of_word: Place = text_place,
+    place_of_word: Place = text_location,
     known: Mapping[str, Sequence[str]] = MappingProxyType({}),
 ) -> TextSources:
     """Return domain → absolute paths of a value as it stands in a config.
@@ -312,7 +312,7 @@ def read_tasks(
     value: object,
     old: TextSources,
     problems: list[Problem],
-    place_of_word: Place = text_place,
+    place_of_word: Place = text_location,
     *,
     default_name: str | None = "text",
 ) -> list[TextSources]:
@@ -376,7 +376,7 @@ def read_named(
     raw: Mapping[str, Any], kind: type[NamedTextConfig], problems: list[Problem]
 ) -> dict[str, Any]:
     """Return `old`, `new` and `tasks` as paths; None of what is old: what a checkpoint learned."""
-    place_of_word, is_each_named = place_of(kind, raw), issubclass(kind, SkillsDataConfig)
+    place_of_word, is_each_named = location_reader(kind, raw), issubclass(kind, SkillsDataConfig)
     sources: dict[str, Any] = {}
     for name in ("old", "new"):
         sources[name] = read_sources(

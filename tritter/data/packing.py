@@ -224,7 +224,7 @@ def _runs(starts: np.ndarray, *, lengths: np.ndarray) -> np.ndarray:
 
 
 @dataclass(frozen=True, slots=True)
-class Apart:
+class DocumentMask:
     """What tells documents of a sequence apart; as a hook it lets a model read them so."""
 
     end_of_text_id: int
@@ -284,44 +284,48 @@ class Apart:
         return torch.bincount(lengths, minlength=input_ids.shape[1] + 1)
 
 
-def read_apart(model: nn.Module, apart: Apart) -> nn.Module:
+def mask_documents(model: nn.Module, document_mask: DocumentMask) -> nn.Module:
     """Let a stock model read the documents of its sequences apart from here on, and return it.
 
     It goes along with the live model and its copies, and is no part of what is saved. Where there
     is one document in a sequence, or padding behind it, a model says what it did before.
     """
-    if apart_of(model) is None:
-        _backbone(model).register_forward_pre_hook(apart, with_kwargs=True)
+    if document_mask_of(model) is None:
+        _backbone(model).register_forward_pre_hook(document_mask, with_kwargs=True)
     return model
 
 
-def apart_of(model: nn.Module) -> Apart | None:
+def document_mask_of(model: nn.Module) -> DocumentMask | None:
     """Return how a model tells documents apart; None: what it reads is one stream."""
     hooks = _backbone(model)._forward_pre_hooks.values()
-    return next((hook for hook in hooks if isinstance(hook, Apart)), None)
+    return next((hook for hook in hooks if isinstance(hook, DocumentMask)), None)
 
 
 def labels_of(model: nn.Module, input_ids: Tensor) -> Tensor:
     """Return what a model is to predict of int64 [B, T], unshifted: padding is IGNORED."""
-    apart = apart_of(model)
-    return input_ids if apart is None else input_ids.masked_fill(apart.padding(input_ids), IGNORED)
+    document_mask = document_mask_of(model)
+    return (
+        input_ids
+        if document_mask is None
+        else input_ids.masked_fill(document_mask.padding(input_ids), IGNORED)
+    )
 
 
 def kept_tokens(model: nn.Module, input_ids: Tensor) -> Tensor | None:
     """Return which tokens of [B, T] are no padding, bool [B, T]; None: all, there can be none."""
-    apart = apart_of(model)
-    return None if apart is None else ~apart.padding(input_ids)
+    document_mask = document_mask_of(model)
+    return None if document_mask is None else ~document_mask.padding(input_ids)
 
 
-def lengths_of(apart: Apart | None, input_ids: Tensor) -> dict[int, int]:
+def lengths_of(document_mask: DocumentMask | None, input_ids: Tensor) -> dict[int, int]:
     """Return, by length, how many sequences [B, T] are; documents, and no padding, of those apart.
 
     Args:
         apart: how they are told apart; None: they are not.
     """
-    if apart is None:
+    if document_mask is None:
         return {input_ids.shape[1]: len(input_ids)}
-    return _by_length(apart.length_counts(input_ids))
+    return _by_length(document_mask.length_counts(input_ids))
 
 
 def lengths_read(model: nn.Module, input_ids: Tensor) -> dict[int, int]:
@@ -333,12 +337,12 @@ def lengths_read(model: nn.Module, input_ids: Tensor) -> dict[int, int]:
     import torch
     from torch import distributed
 
-    apart = apart_of(model)
+    document_mask = document_mask_of(model)
     if this_rank().count == 1:
-        return lengths_of(apart, input_ids)
+        return lengths_of(document_mask, input_ids)
     counts = torch.zeros(input_ids.shape[1] + 1, dtype=torch.int64, device=input_ids.device)
     counts[-1] = len(input_ids)
-    counts = counts if apart is None else apart.length_counts(input_ids)
+    counts = counts if document_mask is None else document_mask.length_counts(input_ids)
     distributed.all_reduce(counts)
     return _by_length(counts)
 

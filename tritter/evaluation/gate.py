@@ -19,7 +19,7 @@ from tritter.evaluation.statistics import (
     carrying_items,
     drop_in_points,
     finite_or_none,
-    relative_harm,
+    relative_forgetting,
 )
 
 if TYPE_CHECKING:
@@ -105,12 +105,12 @@ def retention_check(
     if before.unit == "accuracy" and not above_chance(before).lower(confidence) > 0:
         detail = f"accuracy {before.mean():.1%} before is not surely above chance"
         return Check("retention", subject, "reported", detail, n=len(before))
-    return _harm_check(
+    return _forgetting_check(
         "retention",
         subject,
         before,
         after,
-        estimate=relative_harm,
+        estimate=relative_forgetting,
         drop="{:+.2%} of what is above chance",
         verdict=verdict,
         bound=bound,
@@ -130,12 +130,12 @@ def new_capability_check(
     def verdict(lower: float, upper: float) -> Verdict:
         return "passed" if upper < 0 else "failed" if lower >= 0 else "undecided"
 
-    return _harm_check(
+    return _forgetting_check(
         "new_capability",
         subject,
         before,
         after,
-        estimate=relative_harm if before.unit == "nats" else drop_in_points,
+        estimate=relative_forgetting if before.unit == "nats" else drop_in_points,
         drop="{:+.2%} points",
         verdict=verdict,
         bound=0.0,
@@ -264,7 +264,7 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:_MOST_NAMES]) + more
 
 
-def _harm_check(
+def _forgetting_check(
     name: str,
     subject: str,
     before: PairedScores,

@@ -40,7 +40,7 @@ def device_of(model: nn.Module) -> torch.device:
     return torch.device("cpu") if first is None else first.device
 
 
-def prompt_in_words(
+def whole_word_prompt(
     token_ids: Sequence[int],
     decode: Callable[[list[int]], str],
     *,

@@ -236,7 +236,7 @@ def finite_or_none(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
-def relative_harm(before: PairedScores, after: PairedScores) -> Estimate:
+def relative_forgetting(before: PairedScores, after: PairedScores) -> Estimate:
     """Estimate how much of what a model could do is lost, paired by item.
 
     Of a loss this is the relative rise of mean cross-entropy per byte. Both models scored the same
@@ -274,7 +274,7 @@ def performance_delta(before: PairedScores, after: PairedScores) -> float:
         The relative rise of a loss per byte, or the points that an accuracy gained.
 
     Raises:
-        TritterError: as `relative_harm`.
+        TritterError: as `relative_forgetting`.
     """
     if before.unit == "accuracy":
         _check_paired(before, after)

@@ -17,7 +17,7 @@ from torch import nn
 from tritter.checkpoints import Lineage, write_checkpoint
 from tritter.checkpoints.folder import LinkedTensors
 from tritter.checkpoints.history import checkpoint_changes
-from tritter.checkpoints.place import checkpoint_config
+from tritter.checkpoints.location import checkpoint_config
 from tritter.checkpoints.record import training_record
 from tritter.config.run_folder import effective_arguments, optimizer_record
 from tritter.config.schema import CheckpointModelConfig
@@ -30,11 +30,17 @@ from tritter.errors import Problem, RequestError, TritterError, key_name, raise_
 from tritter.methods.forgetting.path_integral import PathIntegral
 from tritter.methods.forgetting.si import RECORDED
 from tritter.pipeline import importance, moe
-from tritter.pipeline.arm import Arm
+from tritter.pipeline.branch import Branch
 from tritter.pipeline.context import RunContext
 from tritter.pipeline.ledger import content_key
 from tritter.pipeline.metrics import open_loggers, wandb_finished, write_rows
-from tritter.pipeline.trained import PATH, StateLeft, check_trained, discard_moments, moment_keepers
+from tritter.pipeline.trained import (
+    PATH,
+    StateWriter,
+    check_trained,
+    discard_moments,
+    moment_keepers,
+)
 from tritter.planning.run_memory import memory_problems
 from tritter.storage.atomic import write_text_atomic
 from tritter.storage.hub import locate
@@ -42,7 +48,7 @@ from tritter.storage.reading import read_text
 from tritter.storage.writer import TensorStream
 from tritter.training import BaseModule, FitResult, Schedule, discard_saved, fit, read_metrics
 from tritter.training.metrics import MAX_METRICS_BYTES
-from tritter.training.optimizer import given_problems
+from tritter.training.optimizer import moment_problems
 from tritter.training.options import TrainingConfig
 from tritter.transform import plan_expansion
 
@@ -157,7 +163,7 @@ def _train_base(context: RunContext, folder: Path, made_from: Mapping[str, Any])
         config=config,
         lineage=lineage,
         tokenizer=context.corpus.tokenizer,
-        state=StateLeft(working),
+        state=StateWriter(working),
     )
     recorders = [PathIntegral(working / PATH)] if importance.is_recorded(context) else []
     with wandb_finished(context), open_loggers(context, "pretraining") as loggers:
@@ -199,7 +205,7 @@ class BaseWriter:
     config: Config
     lineage: Lineage
     tokenizer: Tokenizer
-    state: StateLeft
+    state: StateWriter
 
     def __call__(self, model: nn.Module, result: FitResult) -> None:
         if result.stopped_because is not None:
@@ -234,7 +240,7 @@ def _is_intact(folder: Path) -> bool:
     return problem is None
 
 
-def check_given(context: RunContext) -> None:
+def check_source(context: RunContext) -> None:
     """Refuse checkpoints that the run can't start or learn from, before anything is made of them.
 
     Raises:
@@ -250,15 +256,15 @@ def check_given(context: RunContext) -> None:
         raise_problems(start_problems(each.config, given.config, folder=given.folder))
         raise_problems(memory_problems(each.config, given.config))
     if context.config.optimizer.carry:
-        raise_problems(given_problems(given.folder))
+        raise_problems(moment_problems(given.folder))
     for expansion in dict.fromkeys(each.config.expansion for each in attempts):
         if expansion and context.config.pipeline.target_params is None:
             # Which expert is cloned may be chosen by data later; for what is checked here it is one
-            arm = moe.with_choice(Arm("given", expansion), [0])
-            plan_expansion(given, arm.specs)
+            branch = moe.with_choice(Branch("given", expansion), [0])
+            plan_expansion(given, branch.specs)
 
 
-def copy_given(context: RunContext, target: Path) -> Lineage:
+def copy_source(context: RunContext, target: Path) -> Lineage:
     """Write the given checkpoint to `target`, tensors unchanged, as the start of the run.
 
     One with a lineage goes on in it; a plain Hugging Face folder becomes the root of a chain.
@@ -316,13 +322,13 @@ def check_teacher(context: RunContext) -> None:
     Raises:
         RequestError: that, or what `checkpoint_config` refuses.
     """
-    place = importance.teacher_place(context)
+    place = importance.teacher_folder(context)
     if place is None:
         return
     (key,) = {
         f"forgetting.{one.name}.teacher"
         for one in context.config.forgetting
-        if one.kind.needs(one.options).teacher_place == place
+        if one.kind.needs(one.options).teacher_folder == place
     }
     folder, reason = locate(place), ""
     checkpoint_config(str(folder), key=key)
@@ -369,9 +375,9 @@ def schedule_of(training: TrainingConfig, *, start_rate: float = 0.0) -> Schedul
     )
 
 
-def last_rate(context: RunContext, arm: Arm) -> float:
+def last_rate(context: RunContext, branch: Branch) -> float:
     """Return the rate of the last step of what an arm starts from; 0 where it is not recorded."""
-    return recorded_rate(context.source(arm.start).own_lineage.training_config)
+    return recorded_rate(context.source(branch.start).own_lineage.training_config)
 
 
 def recorded_rate(config: Mapping[str, Any]) -> float:

@@ -17,7 +17,7 @@ from lightning.pytorch.loggers import WandbLogger
 from torch import Tensor, nn
 
 from tritter.checkpoints import Lineage, Source, lineage_of, read_lineage
-from tritter.checkpoints.place import checkpoint_config
+from tritter.checkpoints.location import checkpoint_config
 from tritter.checkpoints.record import LearnedDomain
 from tritter.checkpoints.run_text import DomainText, RunText, run_text
 from tritter.config.schema import CheckpointModelConfig, RunConfig
@@ -33,7 +33,7 @@ from tritter.data.datasets import dataset_names
 from tritter.data.documents import Documents
 from tritter.data.local_files import TextFileError
 from tritter.data.options import DatasetsConfig
-from tritter.data.packing import Apart, num_packed, packed, padding_fraction, read_apart
+from tritter.data.packing import DocumentMask, mask_documents, num_packed, packed, padding_fraction
 from tritter.data.replay import ReplayBuffer
 from tritter.data.sources import find_texts, recorded_paths, source_documents
 from tritter.data.tokens import END_OF_TEXT, PretrainedTokenizer, joined, read_tokenizer
@@ -54,7 +54,7 @@ from tritter.evaluation.code.sandbox import ExternalSandbox, NamespaceSandbox, S
 from tritter.evaluation.options import TASKS_KEY, EvaluationConfig
 from tritter.evaluation.statistics import PairedScores, score_file
 from tritter.evaluation.tasks import QuestionTask, Reader, ScoredTask, subject_of
-from tritter.pipeline.arm import Arm
+from tritter.pipeline.branch import Branch
 from tritter.pipeline.ledger import Ledger, StageResult
 from tritter.pipeline.scoring import Scores, Scoring, scores_text
 from tritter.planning.run_memory import memory_notes
@@ -87,7 +87,7 @@ class RunContext:
     ledger: Ledger
     wandb_loggers: dict[str | None, WandbLogger] = field(default_factory=dict, repr=False)
     sources: dict[str, Source] = field(default_factory=dict, repr=False, compare=False)
-    _planned: dict[Arm, PlannedExpansion] = field(
+    _planned: dict[Branch, PlannedExpansion] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
     _packed: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
@@ -109,14 +109,14 @@ class RunContext:
     def new_domains(self) -> tuple[str, ...]:
         return self.text.new
 
-    def new_of(self, arm: Arm) -> tuple[str, ...]:
+    def new_of(self, branch: Branch) -> tuple[str, ...]:
         """Return the domains that an arm's task is about."""
-        return self.text.tasks[arm.task]
+        return self.text.tasks[branch.task]
 
-    def old_of(self, arm: Arm) -> tuple[str, ...]:
+    def old_of(self, branch: Branch) -> tuple[str, ...]:
         """Return what an arm is to keep: the old domains, and those of the tasks before its own."""
-        met = [*self.old_domains, *chain.from_iterable(self.text.tasks[: arm.task])]
-        return tuple(dict.fromkeys(name for name in met if name not in self.new_of(arm)))
+        met = [*self.old_domains, *chain.from_iterable(self.text.tasks[: branch.task])]
+        return tuple(dict.fromkeys(name for name in met if name not in self.new_of(branch)))
 
     @cached_property
     def given(self) -> Source | None:
@@ -146,7 +146,7 @@ class RunContext:
         return run_text(str(self.given.folder), config.data, seed=config.seed)
 
     @cached_property
-    def given_tokenizer(self) -> PretrainedTokenizer | None:
+    def source_tokenizer(self) -> PretrainedTokenizer | None:
         if self.given is None:
             return None
         vocab_size = self.given.family.dimensions(self.given.config).vocab_size
@@ -160,7 +160,7 @@ class RunContext:
             TextFileError: files can't be read as what they are.
             RequestError: a domain is too small, or the cache can't be written.
         """
-        config, split, given = self.config, self.text.split, self.given_tokenizer
+        config, split, given = self.config, self.text.split, self.source_tokenizer
         asked: dict[str, Any] = {
             "vocab_size": config.data.vocab_size,
             "validation_fraction": split.validation_fraction,
@@ -190,8 +190,8 @@ class RunContext:
                 "trained on."
             )
         length = self.config.data.sequence_length
-        is_apart = self.config.data.packing == "documents"
-        for name, domain in self.corpus.domains.items() if is_apart else ():
+        is_masked = self.config.data.packing == "documents"
+        for name, domain in self.corpus.domains.items() if is_masked else ():
             if not domain.train.num_tokens:
                 continue
             share = padding_fraction(domain.train, sequence_length=length)
@@ -225,7 +225,7 @@ class RunContext:
 
     @property
     def end_of_text_id(self) -> int:
-        given = self.given_tokenizer
+        given = self.source_tokenizer
         end_of_text = given.end_of_text if given else END_OF_TEXT
         token_id = self.corpus.tokenizer.token_to_id(end_of_text)
         assert token_id is not None
@@ -277,12 +277,12 @@ class RunContext:
         self.sources[place] = Source.written(folder, config, lineage)
         return self.sources[place]
 
-    def planned(self, arm: Arm) -> PlannedExpansion:
+    def planned(self, branch: Branch) -> PlannedExpansion:
         """Return what an arm's expansions make of where it starts; its map is built once."""
-        if arm not in self._planned:
-            seed = self.seed("expansion", *arm.purpose)
-            self._planned[arm] = planned(self.source(arm.start), arm.specs, seed=seed)
-        return self._planned[arm]
+        if branch not in self._planned:
+            seed = self.seed("expansion", *branch.purpose)
+            self._planned[branch] = planned(self.source(branch.start), branch.specs, seed=seed)
+        return self._planned[branch]
 
     def say(self, label: str, text: str) -> None:
         """Print one line of what goes on."""
@@ -315,14 +315,14 @@ class RunContext:
         return num_packed(train, packing=data.packing, sequence_length=data.sequence_length)
 
     @property
-    def apart(self) -> Apart | None:
+    def document_mask(self) -> DocumentMask | None:
         """How documents of a training sequence are told apart; None: they are one stream."""
-        is_apart = self.config.data.packing == "documents"
-        return Apart(self.end_of_text_id) if is_apart else None
+        is_masked = self.config.data.packing == "documents"
+        return DocumentMask(self.end_of_text_id) if is_masked else None
 
     def reading(self, model: nn.Module) -> nn.Module:
         """Let a model read the run's training sequences as they are packed, and return it."""
-        return model if self.apart is None else read_apart(model, self.apart)
+        return model if self.document_mask is None else mask_documents(model, self.document_mask)
 
     def drawn_equally(self, domains: Sequence[str], count: int, *purpose: str) -> Tensor:
         """Return `count` training sequences [N, T] at random, of each domain as many.

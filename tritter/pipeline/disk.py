@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from tritter.pipeline import moe
-from tritter.pipeline.arm import Arm
+from tritter.pipeline.branch import Branch
 from tritter.pipeline.context import RunContext
 from tritter.pipeline.ledger import disk_bytes
 from tritter.storage.atomic import remove_folder
@@ -46,38 +46,40 @@ def strip(folder: Path) -> None:
             path.rmdir()
 
 
-def remove_before_fit(context: RunContext, arm: Arm) -> None:
+def remove_before_fit(context: RunContext, branch: Branch) -> None:
     """Remove what an arm's training started from, once the trained model is verified."""
-    remove_folder(context.folder / arm.name / _AGAIN)
-    remove(context, *(f"{arm.name}/{name}" for name in _BEFORE_FIT))
-    if arm.task:
-        remove(context, f"{arm.follows}/trained")
+    remove_folder(context.folder / branch.name / _AGAIN)
+    remove(context, *(f"{branch.name}/{name}" for name in _BEFORE_FIT))
+    if branch.task:
+        remove(context, f"{branch.follows}/trained")
 
 
-def remove_rest(context: RunContext, *arms: Arm) -> None:
+def remove_rest(context: RunContext, *branches: Branch) -> None:
     """Remove all that is left of arms when the run no longer needs them."""
-    for arm in arms:
-        remove_before_fit(context, arm)
-        remove(context, f"{arm.name}/trained", f"{arm.name}/importance")
-        if not arm.is_control and not arm.follows:
-            prepared = "importance" if arm.prepared_by == 1 else f"importance_{arm.prepared_by}"
+    for branch in branches:
+        remove_before_fit(context, branch)
+        remove(context, f"{branch.name}/trained", f"{branch.name}/importance")
+        if not branch.is_control and not branch.follows:
+            prepared = (
+                "importance" if branch.prepared_by == 1 else f"importance_{branch.prepared_by}"
+            )
             remove(context, prepared)
 
 
-def release_start(context: RunContext, arm: Arm) -> bool:
+def release_start(context: RunContext, branch: Branch) -> bool:
     """Say whether the weights of a training's start may go before its result is written.
 
     Those of an expanded checkpoint may: if the run is killed in between, the next call expands
     again, from the same source and seed.
     """
-    place = f"{arm.name}/expanded"
-    if moe.start_place(context, arm) != place:
+    place = f"{branch.name}/expanded"
+    if moe.start_folder(context, branch) != place:
         return False
     folder = context.folder / place
     if context.ledger.is_incomplete(place):
         context.say("expand", f"the weights of {folder} were removed; expanding again")
-        again = context.folder / arm.name / _AGAIN
-        write_expanded(context, arm, again)
+        again = context.folder / branch.name / _AGAIN
+        write_expanded(context, branch, again)
         for path in sorted(again.glob("*.safetensors")):
             path.replace(folder / path.name)
         remove_folder(again)
@@ -111,13 +113,13 @@ def report(use: Mapping[str, Mapping[str, int]]) -> str:
     )
 
 
-def write_expanded(context: RunContext, arm: Arm, folder: Path) -> Expanded:
+def write_expanded(context: RunContext, branch: Branch, folder: Path) -> Expanded:
     """Expand what an arm starts from into a folder."""
     # In float32 whatever the source is stored in: an exact map is exact only before rounding
     return expand(
-        context.source(arm.start),
+        context.source(branch.start),
         folder,
-        context.planned(arm),
+        context.planned(branch),
         dtype=torch.float32,
         moments="carry" if context.config.optimizer.carry else "zero",
         overwrite=True,

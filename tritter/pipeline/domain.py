@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tritter.checkpoints import Lineage, write_lineage
-from tritter.checkpoints.place import check_output, check_replaceable
+from tritter.checkpoints.location import check_output, check_replaceable
 from tritter.config.launch.composition import load_config
 from tritter.config.overrides import quoted
 from tritter.config.schema import RunConfig
@@ -23,11 +23,11 @@ from tritter.core.families import position_limit
 from tritter.core.models import read_config
 from tritter.data.options import TextSources
 from tritter.pipeline import moe, verdict
-from tritter.pipeline.arm import Arm
-from tritter.pipeline.base import check_given
+from tritter.pipeline.base import check_source
+from tritter.pipeline.branch import Branch
 from tritter.pipeline.context import RunContext
 from tritter.pipeline.ledger import Ledger
-from tritter.pipeline.run import run_arm, run_baseline
+from tritter.pipeline.run import run_baseline, run_branch
 from tritter.pipeline.scoring import score_records
 from tritter.report.summary import MoeRecord
 from tritter.storage.atomic import atomic_folder
@@ -103,20 +103,20 @@ def expand_for_domain(
         folder = Path(name)
         config = replace(_config(source, task, folder), expansion=tuple(specs))
         context = RunContext(config=config, folder=folder, console=console, ledger=Ledger(folder))
-        arm = Arm(ARM, config.expansion)
-        check_given(context)
+        branch = Branch(ARM, config.expansion)
+        check_source(context)
         given = context.given
         assert given is not None
         context.check_text()
         for note in context.notes:
             context.say("data", note)
         run_baseline(context)
-        arm = run_arm(context, arm)
-        verdict.publish(context, (arm,), keep=True)
-        used = moe.summary_record(context, (arm,))
+        branch = run_branch(context, branch)
+        verdict.publish(context, (branch,), keep=True)
+        used = moe.summary_record(context, (branch,))
         assert used is not None
-        plan = context.planned(arm)
-        domains = " and ".join(context.new_of(arm))  # as the run calls them, which may differ
+        plan = context.planned(branch)
+        domains = " and ".join(context.new_of(branch))  # as the run calls them, which may differ
         trained = f"on {domains}: {used.router_steps} steps of the routers, {task.steps} of the "
         trained += "new experts; open to all tokens"
         steps = [  # which say what became of their experts, in place of what was to be done

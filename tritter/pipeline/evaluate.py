@@ -144,7 +144,7 @@ def domain_losses(
     return Scoring(domains, (), reader, length).score(model, new_bar=new_bar)
 
 
-def read_data_words(words: Iterable[str]) -> dict[str, list[str]]:
+def read_domain_paths(words: Iterable[str]) -> dict[str, list[str]]:
     """Return domain → paths of words NAME=PATH; a name may come again.
 
     Raises:

@@ -20,7 +20,7 @@ from tritter.methods.experts.module import ExpertModule, forward_flops_of
 from tritter.methods.experts.stored import ExpertFolder
 from tritter.methods.experts.whole import load_whole
 from tritter.methods.novelty.statistics import CALIBRATION_BATCHES
-from tritter.pipeline.arm import Arm
+from tritter.pipeline.branch import Branch
 from tritter.pipeline.context import RunContext
 from tritter.training import BaseModule
 from tritter.training.options import TrainingConfig
@@ -41,55 +41,55 @@ class Trainee:
     changers: tuple[Callback, ...] = ()
 
 
-def method_of(context: RunContext, arm: Arm) -> Experts | None:
+def method_of(context: RunContext, branch: Branch) -> Experts | None:
     """Return what an arm trains; None: the whole model, as the control does."""
     asked = context.config.experts
-    if asked is None or arm.is_control:
+    if asked is None or branch.is_control:
         return None
     method: Experts = asked.kind(asked.options)
     return method
 
 
-def training_of(context: RunContext, arm: Arm) -> TrainingConfig:
+def training_of(context: RunContext, branch: Branch) -> TrainingConfig:
     """Return what is asked of an arm's training: adapters have a rate of their own."""
-    method, asked = method_of(context, arm), context.config.training
+    method, asked = method_of(context, branch), context.config.training
     return asked if method is None else replace(asked, learning_rate=method.asked.learning_rate)
 
 
-def load_start(context: RunContext, arm: Arm, source: Source) -> nn.Module:
+def load_start(context: RunContext, branch: Branch, source: Source) -> nn.Module:
     """Load what an arm's training starts from: experts and all, or for the control the base."""
-    method = method_of(context, arm)
+    method = method_of(context, branch)
     if method is None:
         return load_model(source.folder, config=source.config)
     bits = method.asked.base_bits
     return load_whole(source.folder, config=source.config, base_bits=bits)
 
 
-def begin(context: RunContext, arm: Arm, model: nn.Module, *, max_steps: int) -> Trainee:
+def begin(context: RunContext, branch: Branch, model: nn.Module, *, max_steps: int) -> Trainee:
     """Return what is trained of a model; experts are put on one that has none, if asked for.
 
     Raises:
         RequestError: the model has other experts than can be gone on with, or no layer that
             adapters are to stand on.
     """
-    method = method_of(context, arm)
+    method = method_of(context, branch)
     if method is None:
         return Trainee(partial(BaseModule, model))
     mixture = mixture_on(model)
     if mixture is None:
-        seed = context.seed("experts", *arm.purpose)
+        seed = context.seed("experts", *branch.purpose)
         mixture = method.begin(model, end_of_text_id=context.end_of_text_id, seed=seed)
     else:
-        _resume(context, arm, mixture, method)
+        _resume(context, branch, mixture, method)
     changers: tuple[Callback, ...] = ()
     if isinstance(method, DynamicExperts):
-        changers = (_callback(context, arm, mixture, method, max_steps=max_steps),)
+        changers = (_callback(context, branch, mixture, method, max_steps=max_steps),)
     return Trainee(partial(ExpertModule, mixture, losses=method.losses), changers)
 
 
 def _callback(
     context: RunContext,
-    arm: Arm,
+    branch: Branch,
     mixture: ExpertMixture,
     method: DynamicExperts,
     *,
@@ -101,7 +101,7 @@ def _callback(
         RequestError: no expert stands on layers that are to be frozen, or the checkpoint's
             exemplars are of another length than this run's batches.
     """
-    roster, shape = method.roster(max_steps=max_steps), method.shape(mixture.model)
+    registry, shape = method.registry(max_steps=max_steps), method.shape(mixture.model)
     for name in method.asked.freeze_projections or ():
         if name not in shape.targets:
             raise RequestError(
@@ -110,19 +110,19 @@ def _callback(
             )
     known, stored = None, mixture.extra.get("roster")
     if stored is None:
-        known = _known(context, is_measured=roster.detector is not None)
+        known = _known(context, is_measured=registry.detector is not None)
     else:
-        roster.load_state_dict(stored)
-        if not arm.task:  # what an earlier run did is its own
-            roster.batches = dict.fromkeys(roster.batches, 0)
-    new, length = context.new_of(arm), context.config.data.sequence_length
+        registry.load_state_dict(stored)
+        if not branch.task:  # what an earlier run did is its own
+            registry.batches = dict.fromkeys(registry.batches, 0)
+    new, length = context.new_of(branch), context.config.data.sequence_length
     callback = ExpertCallback(
-        roster,
+        registry,
         shape=shape,
         known=known,
-        skill="+".join(new) if roster.detector is None else None,
+        skill="+".join(new) if registry.detector is None else None,
         domains=new,
-        seed=context.seed("experts", *arm.purpose),
+        seed=context.seed("experts", *branch.purpose),
     )
     callback.take_up(mixture.extra)
     if callback.exemplar_length not in (0, length):
@@ -134,13 +134,13 @@ def _callback(
     return callback
 
 
-def _resume(context: RunContext, arm: Arm, mixture: ExpertMixture, method: Experts) -> None:
+def _resume(context: RunContext, branch: Branch, mixture: ExpertMixture, method: Experts) -> None:
     """Let the experts of a checkpoint be trained again, with their state.
 
     Raises:
         RequestError: they are other than what is asked for.
     """
-    files = context.source(arm.start).experts
+    files = context.source(branch.start).experts
     assert files is not None
     mixture.extra = dict(ExpertFolder.of_files(files).extra)
     frozen = set(mixture.extra.get("frozen", ()))

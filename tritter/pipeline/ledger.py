@@ -327,7 +327,7 @@ class Ledger:
         )
         write_text_atomic(self._path, record_text(content))
 
-    def check_left(self) -> tuple[str, ...]:
+    def verify_outputs(self) -> tuple[str, ...]:
         """Hold what finished stages left against what the ledger says of it.
 
         A stage of whose things one is gone altogether counts as not done. So do the stages before

@@ -18,7 +18,7 @@ from lightning.pytorch.loggers import Logger, MLFlowLogger, WandbLogger
 
 from tritter.config.run_folder import fingerprint
 from tritter.evaluation.statistics import finite_or_none
-from tritter.pipeline.arm import Arm
+from tritter.pipeline.branch import Branch
 from tritter.pipeline.context import RunContext
 from tritter.pipeline.ledger import ExpansionFound, TrainingFound
 from tritter.report.rows import domain_rows
@@ -59,25 +59,25 @@ def before_metrics(context: RunContext, arm_name: str) -> dict[str, float]:
     return dict(context.ledger.found(stage, ExpansionFound).before)
 
 
-def first_step(context: RunContext, arms: Sequence[Arm], arm: Arm) -> int:
+def first_step(context: RunContext, branches: Sequence[Branch], branch: Branch) -> int:
     """Return where an arm's steps stand among those of the arms that are trained in a row."""
-    before = takewhile(lambda each: each.name != arm.name, arms)
+    before = takewhile(lambda each: each.name != branch.name, branches)
     return sum(num_steps(context, each.name) for each in before)
 
 
-def joined_rows(context: RunContext, arms: Sequence[Arm]) -> list[dict[str, str]]:
+def joined_rows(context: RunContext, branches: Sequence[Branch]) -> list[dict[str, str]]:
     """Return what arms logged that were trained in a row, steps counted on, scores at each end.
 
     What was evaluated before a task's first step is what stands at the end of the one before.
     """
     rows: list[dict[str, str]] = []
-    for arm in arms:
-        first = first_step(context, arms, arm)
-        logged = read_metrics(context.folder / arm.name)
-        if before := before_metrics(context, arm.name):
+    for branch in branches:
+        first = first_step(context, branches, branch)
+        logged = read_metrics(context.folder / branch.name)
+        if before := before_metrics(context, branch.name):
             logged.insert(0, {"step": str(BEFORE)} | {k: str(v) for k, v in before.items()})
-        last: dict[str, object] = {"step": num_steps(context, arm.name)}
-        logged.append({k: str(v) for k, v in (last | score_metrics(context, arm.name)).items()})
+        last: dict[str, object] = {"step": num_steps(context, branch.name)}
+        logged.append({k: str(v) for k, v in (last | score_metrics(context, branch.name)).items()})
         rows += [
             row | {"step": str(int(row["step"]) + first)}
             for row in logged
@@ -87,7 +87,7 @@ def joined_rows(context: RunContext, arms: Sequence[Arm]) -> list[dict[str, str]
 
 
 def write_metrics(
-    context: RunContext, arms: Sequence[Arm], *, of: str = ""
+    context: RunContext, branches: Sequence[Branch], *, of: str = ""
 ) -> list[dict[str, str]]:
     """Write what arms logged in a row: the step before them, their trainings, their scores.
 
@@ -97,7 +97,7 @@ def write_metrics(
     Returns:
         The rows.
     """
-    rows = joined_rows(context, arms)
+    rows = joined_rows(context, branches)
     write_rows(context.folder / (f"metrics_{of}.csv" if of else "metrics.csv"), rows)
     return rows
 

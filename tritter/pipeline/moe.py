@@ -25,7 +25,7 @@ from tritter.methods.moe_routing.stages import (
     only_trainable,
     separate_experts,
 )
-from tritter.pipeline.arm import Arm
+from tritter.pipeline.branch import Branch
 from tritter.pipeline.context import RunContext
 from tritter.pipeline.ledger import EvaluationFound, TrainingFound
 from tritter.pipeline.scoring import score_records
@@ -56,41 +56,41 @@ class Setup:
         return values if self.parts is None else self.parts.follow(values)
 
 
-def expanded_place(arm: Arm) -> str:
+def expanded_folder(branch: Branch) -> str:
     """Return where the checkpoint of an arm is before any training of it."""
-    return f"{arm.name}/expanded" if arm.specs else arm.start
+    return f"{branch.name}/expanded" if branch.specs else branch.start
 
 
-def start_place(context: RunContext, arm: Arm) -> str:
+def start_folder(context: RunContext, branch: Branch) -> str:
     """Return where the checkpoint is that an arm's training starts from."""
-    return f"{arm.name}/adapted" if router_steps(context, arm) else before_routers(arm)
+    return f"{branch.name}/adapted" if router_steps(context, branch) else before_routers(branch)
 
 
-def before_routers(arm: Arm) -> str:
+def before_routers(branch: Branch) -> str:
     """Return where the checkpoint is that an arm's router stage starts from, if it has one."""
-    return expanded_place(arm) if teacher_of(arm) is None else f"{arm.name}/distilled"
+    return expanded_folder(branch) if teacher_of(branch) is None else f"{branch.name}/distilled"
 
 
-def teacher_of(arm: Arm) -> str | None:
+def teacher_of(branch: Branch) -> str | None:
     """Return the teacher that an arm's new experts learn from, if any."""
-    return next((spec.teacher for spec in arm.specs if isinstance(spec, MoeAdd)), None)
+    return next((spec.teacher for spec in branch.specs if isinstance(spec, MoeAdd)), None)
 
 
-def chooses(arm: Arm) -> bool:
+def chooses(branch: Branch) -> bool:
     """Return whether the new domains' text says which experts an arm clones."""
-    return any(isinstance(spec, MoeAdd) and spec.is_chosen_by_data for spec in arm.specs)
+    return any(isinstance(spec, MoeAdd) and spec.is_chosen_by_data for spec in branch.specs)
 
 
-def with_choice(arm: Arm, clone_from: Sequence[int]) -> Arm:
+def with_choice(branch: Branch, clone_from: Sequence[int]) -> Branch:
     """Return an arm whose experts to clone are chosen."""
     chosen = tuple(clone_from)
     specs = tuple(
         replace(spec, clone_from=chosen)
         if isinstance(spec, MoeAdd) and spec.is_chosen_by_data
         else spec
-        for spec in arm.specs
+        for spec in branch.specs
     )
-    return replace(arm, specs=specs)
+    return replace(branch, specs=specs)
 
 
 def spread(context: RunContext, domains: Sequence[str], count: int) -> Tensor:
@@ -99,57 +99,57 @@ def spread(context: RunContext, domains: Sequence[str], count: int) -> Tensor:
     return sequences[:: max(1, len(sequences) // count)][:count]
 
 
-def appended(context: RunContext, arm: Arm) -> AddedExperts | None:
+def appended(context: RunContext, branch: Branch) -> AddedExperts | None:
     """Return the experts that an arm has to open; None where it has none of that kind."""
-    added = context.source(expanded_place(arm)).added
+    added = context.source(expanded_folder(branch)).added
     return None if added is None or added.is_settled else added
 
 
-def router_steps(context: RunContext, arm: Arm) -> int:
+def router_steps(context: RunContext, branch: Branch) -> int:
     """Return the steps of the router stage; 0 where there is none."""
-    added, options = appended(context, arm), context.config.adaptation
+    added, options = appended(context, branch), context.config.adaptation
     if added is None or added.step or options.router_update == "frozen":
         return 0
-    sequences = options.router_epochs * sum(map(context.num_sequences, context.new_of(arm)))
+    sequences = options.router_epochs * sum(map(context.num_sequences, context.new_of(branch)))
     steps = math.ceil(sequences / context.config.data.batch_size)
     return min(steps, options.router_max_steps or steps)
 
 
-def opened(context: RunContext, arm: Arm, added: AddedExperts, *, steps: int) -> AddedExperts:
+def opened(context: RunContext, branch: Branch, added: AddedExperts, *, steps: int) -> AddedExperts:
     """Return what the appended experts of an arm are after so many steps of it."""
-    return added.at(added.step + steps, anneal_steps=anneal_steps(context, arm, added))
+    return added.at(added.step + steps, anneal_steps=anneal_steps(context, branch, added))
 
 
 @contextmanager
-def ready_for_routers(context: RunContext, arm: Arm, model: nn.Module) -> Iterator[Setup]:
+def ready_for_routers(context: RunContext, branch: Branch, model: nn.Module) -> Iterator[Setup]:
     """Prepare a model for the router stage: routers alone are trained, new experts encouraged."""
-    added = appended(context, arm)
+    added = appended(context, branch)
     assert added is not None
     routing = _objective(
         context,
-        arm,
+        branch,
         model,
         encouragement=context.config.adaptation.encouragement,
         new_experts=added.experts,
     )
-    opening = ExpertOpening(added, anneal_steps=anneal_steps(context, arm, added))
+    opening = ExpertOpening(added, anneal_steps=anneal_steps(context, branch, added))
     with only_trainable(model, is_router):
         yield Setup(side_losses=(routing,), controls=(opening,))
 
 
 @contextmanager
-def ready_for_training(context: RunContext, arm: Arm, model: nn.Module) -> Iterator[Setup]:
+def ready_for_training(context: RunContext, branch: Branch, model: nn.Module) -> Iterator[Setup]:
     """Prepare a model for an arm's training: the base of appended experts held, if asked for."""
     if Routing.of(model) is None:
         yield Setup()
         return
-    routing, options = _objective(context, arm, model), context.config.adaptation
-    added, steps = appended(context, arm), router_steps(context, arm)
+    routing, options = _objective(context, branch, model), context.config.adaptation
+    added, steps = appended(context, branch), router_steps(context, branch)
     if added is None:
         yield Setup(side_losses=(routing,))
         return
-    now = opened(context, arm, added, steps=steps)
-    opening = ExpertOpening(now, anneal_steps=anneal_steps(context, arm, added))
+    now = opened(context, branch, added, steps=steps)
+    opening = ExpertOpening(now, anneal_steps=anneal_steps(context, branch, added))
     if not options.freeze_base:
         yield Setup(side_losses=(routing,), controls=(opening,))
         return
@@ -169,13 +169,13 @@ def usage_sequences(context: RunContext) -> dict[str, Tensor]:
     return {domain: spread(context, [domain], USAGE_SEQUENCES) for domain in context.domains}
 
 
-def summary_record(context: RunContext, arms: Sequence[Arm]) -> MoeRecord | None:
+def summary_record(context: RunContext, branches: Sequence[Branch]) -> MoeRecord | None:
     """Return `moe` of summary.json for arms that were evaluated; None for a dense model.
 
     Args:
         arms: those of an attempt, task after task.
     """
-    first, last = arms[0], arms[-1]
+    first, last = branches[0], branches[-1]
     found = context.ledger.found(f"{last.name}.evaluate", EvaluationFound)
     if found.moe is None:
         return None
@@ -183,7 +183,7 @@ def summary_record(context: RunContext, arms: Sequence[Arm]) -> MoeRecord | None
     added = appended(context, first)
     if added is not None:
         steps = router_steps(context, first)
-        fits = (context.ledger.found(f"{arm.name}.fit", TrainingFound) for arm in arms)
+        fits = (context.ledger.found(f"{branch.name}.fit", TrainingFound) for branch in branches)
         trained = sum(fit.steps for fit in fits)
         now = opened(context, first, added, steps=steps + trained)
         record["new"] = list(added.experts)
@@ -201,16 +201,16 @@ def summary_record(context: RunContext, arms: Sequence[Arm]) -> MoeRecord | None
     return MoeRecord.model_construct(**record)
 
 
-def anneal_steps(context: RunContext, arm: Arm, added: AddedExperts) -> int:
+def anneal_steps(context: RunContext, branch: Branch, added: AddedExperts) -> int:
     """Return after how many steps since the appending the offset is 0."""
     begun, asked = added.anneal_steps, context.config.adaptation.anneal_steps
-    steps = router_steps(context, arm) or max(1, context.config.training.max_steps // 2)
+    steps = router_steps(context, branch) or max(1, context.config.training.max_steps // 2)
     return asked or begun or steps
 
 
 def _objective(
     context: RunContext,
-    arm: Arm,
+    branch: Branch,
     model: nn.Module,
     *,
     encouragement: float = 0.0,
@@ -222,8 +222,10 @@ def _objective(
     )
     old = None
     if settings.hold_old:  # where the arm's model sends old text before any of its trainings
-        held = context.drawn_equally(context.old_of(arm), HELD_SEQUENCES, "hold_old", *arm.purpose)
-        start = context.source(expanded_place(arm))
+        held = context.drawn_equally(
+            context.old_of(branch), HELD_SEQUENCES, "hold_old", *branch.purpose
+        )
+        start = context.source(expanded_folder(branch))
         before = context.reading(load_model(start.folder, config=start.config)).to(context.device)
         batch_size = max(1, context.config.data.batch_size // 4)
         old = OldRouting.of(before, held, batch_size=batch_size)

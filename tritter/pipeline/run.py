@@ -10,7 +10,7 @@ from pathlib import Path
 from lightning.pytorch.loggers import Logger
 
 from tritter.checkpoints.run_text import DEFAULT_FRACTION
-from tritter.config.ladder import RETRYING, on_top
+from tritter.config.fallbacks import RETRYING, on_top
 from tritter.config.launch.jobs import read_status
 from tritter.config.overrides import command, tool_command, tritter_command
 from tritter.config.schema import CheckpointModelConfig, RunConfig
@@ -18,8 +18,8 @@ from tritter.core.expansions import EXPANSIONS
 from tritter.errors import RequestError
 from tritter.evaluation.gate import Status
 from tritter.pipeline import disk, importance, moe, stages, verdict
-from tritter.pipeline.arm import Arm, tasks_of
-from tritter.pipeline.base import check_given
+from tritter.pipeline.base import check_source
+from tritter.pipeline.branch import Branch, tasks_of
 from tritter.pipeline.context import RunContext
 from tritter.pipeline.ledger import BaselineFound, ChoiceFound, Ledger, TrainingFound
 from tritter.pipeline.metrics import (
@@ -35,7 +35,7 @@ from tritter.pipeline.metrics import (
     write_metrics,
 )
 from tritter.pipeline.summary import summary_record
-from tritter.pipeline.verdict import Trial
+from tritter.pipeline.verdict import Candidate
 from tritter.planning.strategy import planned_rounds
 from tritter.report.plots import curves_of, plot_run
 from tritter.report.summary import Summary
@@ -76,46 +76,50 @@ def run_pipeline(config: RunConfig, *, run_folder: Path) -> Outcome:
         config=config, folder=run_folder, console=Console(), ledger=Ledger(run_folder)
     )
     with wandb_finished(context):
-        for gone in context.ledger.check_left():
+        for gone in context.ledger.verify_outputs():
             context.say("run", gone)
-        check_given(context)
+        check_source(context)
         _announce(context)
         run_baseline(context)
-        trials = _run_trials(context)
+        trials = _run_candidates(context)
         last, status = trials[-1], trials[-1].status
-        control = _run_control(last, num_rounds=len(trials) if last.arms[0].is_round else 1)
+        control = _run_control(last, num_rounds=len(trials) if last.branches[0].is_round else 1)
         is_kept = status != "rolled_back"
         context.stage(
             "publish",
-            lambda: verdict.publish(last.context, last.arms, keep=is_kept),
+            lambda: verdict.publish(last.context, last.branches, keep=is_kept),
             label="publish",
         )
-        disk.remove_rest(context, *(arm for each in (*trials, control) for arm in each.arms))
+        disk.remove_rest(
+            context, *(branch for each in (*trials, control) for branch in each.branches)
+        )
         return _report(context, trials, control)
 
 
-def _report(context: RunContext, trials: Sequence[Trial], control: Trial) -> Outcome:
+def _report(context: RunContext, trials: Sequence[Candidate], control: Candidate) -> Outcome:
     """Write the run's summary, metrics and plots, print its table and what to do next."""
     last = trials[-1]
     gate, beside = None, []
-    if control.arms:
+    if control.branches:
         gate = verdict.judge(control)
-        beside = write_metrics(context, control.arms, of="control")
+        beside = write_metrics(context, control.branches, of="control")
     summary = summary_record(context, trials, control=control, control_gate=gate)
     path = context.folder / SUMMARY_NAME
     write_text_atomic(path, summary.text())
-    rows = write_metrics(context, last.arms)
-    before = [each for each in trials[:-1] if each.arms[0].is_round]
+    rows = write_metrics(context, last.branches)
+    before = [each for each in trials[:-1] if each.branches[0].is_round]
     if before:
-        write_metrics(context, [arm for each in trials for arm in each.arms], of="rounds")
+        write_metrics(context, [branch for each in trials for branch in each.branches], of="rounds")
     plots = plot_run(
         summary,
         curves_of(rows),
         context.folder / "plots",
-        earlier=[curves_of(joined_rows(context, each.arms)) for each in before],
+        earlier=[curves_of(joined_rows(context, each.branches)) for each in before],
         control=curves_of(beside),
     )
-    own = [arm.name for trial in trials for arm in trial.arms if arm.part is None]
+    own = [
+        branch.name for candidate in trials for branch in candidate.branches if branch.part is None
+    ]
     step = sum(num_steps(context, name) for name in own)
     log_result_to_wandb(context, summary, plots, step=step)
     print_summary(summary, console=context.console, folder=context.folder)
@@ -142,26 +146,28 @@ def _report(context: RunContext, trials: Sequence[Trial], control: Trial) -> Out
     )
 
 
-def _run_trials(context: RunContext) -> list[Trial]:
+def _run_candidates(context: RunContext) -> list[Candidate]:
     """Run round after round until one is rolled back, or attempt after attempt until one is not.
 
     Returns:
         Those that ran.
     """
-    planned = planned_trials(context)
-    run: list[Trial] = []
+    planned = planned_candidates(context)
+    run: list[Candidate] = []
     for number, each in enumerate(planned, start=1):
-        first, is_last = each.arms[0], number == len(planned)
+        first, is_last = each.branches[0], number == len(planned)
         if first.attempt > 1:
             words = " ".join(each.overrides)
             context.say("attempt", f"{number} of {len(planned)}, from the baseline: {words}")
-        so_far = [arm for trial in run for arm in trial.arms] if first.is_round else []
-        trial = replace(each, arms=_run_tasks(each.context, each.arms, so_far=so_far))
-        run.append(trial)
-        trial.context.stage(first.key("gate"), partial(verdict.gate, trial), label="gate")
+        so_far = (
+            [branch for candidate in run for branch in candidate.branches] if first.is_round else []
+        )
+        candidate = replace(each, branches=_run_tasks(each.context, each.branches, so_far=so_far))
+        run.append(candidate)
+        candidate.context.stage(first.key("gate"), partial(verdict.gate, candidate), label="gate")
         if len(planned) > 1:
-            context.say("gate", f"{first.name}: {trial.status}")
-        if (trial.status == "rolled_back") == first.is_round:
+            context.say("gate", f"{first.name}: {candidate.status}")
+        if (candidate.status == "rolled_back") == first.is_round:
             break
         if first.is_round and not is_last:
             kept = partial(verdict.complete, context, first)
@@ -169,11 +175,11 @@ def _run_trials(context: RunContext) -> list[Trial]:
             if first.follows:
                 disk.remove(context, f"{first.follows}/trained")
         elif not is_last:
-            disk.remove(context, f"{trial.arms[-1].name}/trained")
+            disk.remove(context, f"{candidate.branches[-1].name}/trained")
     return run
 
 
-def planned_trials(context: RunContext) -> list[Trial]:
+def planned_candidates(context: RunContext) -> list[Candidate]:
     """Return the attempts that the run may come to, each the next of the chain, or its rounds.
 
     The baseline must be there.
@@ -187,57 +193,59 @@ def planned_trials(context: RunContext) -> list[Trial]:
             alike = [one.forgetting == own.forgetting for one in config.attempts]
             prepared_by = 1 + alike.index(True)
             name = f"attempt_{number}"
-            first = Arm(name, own.expansion, attempt=number, prepared_by=prepared_by)
-            arms = tasks_of(first, len(context.text.tasks))
-            trials.append(Trial(context.of_attempt(number), arms, own.rung_words))
+            first = Branch(name, own.expansion, attempt=number, prepared_by=prepared_by)
+            branches = tasks_of(first, len(context.text.tasks))
+            trials.append(Candidate(context.of_attempt(number), branches, own.fallback_overrides))
         return trials
     shapes = planned_rounds(config, context.source("baseline").config)
     counts = " → ".join(f"{shape.parameters:,}" for shape in shapes)
     context.say("plan", f"{len(shapes)} rounds to {counts} parameters")
     for number, shape in enumerate(shapes, start=1):
-        arm = Arm(
+        branch = Branch(
             f"round_{number}",
             (shape.spec,),
             follows=f"round_{number - 1}" if number > 1 else None,
             is_round=True,
             is_final=number == len(shapes),
         )
-        trials.append(Trial(context, (arm,)))
+        trials.append(Candidate(context, (branch,)))
     return trials
 
 
 def _run_tasks(
-    context: RunContext, arms: Sequence[Arm], *, so_far: Sequence[Arm] = ()
-) -> tuple[Arm, ...]:
+    context: RunContext, branches: Sequence[Branch], *, so_far: Sequence[Branch] = ()
+) -> tuple[Branch, ...]:
     """Train arms in a row, until one is broken off; return those that were.
 
     Args:
         so_far: arms of the rounds before, whose steps loggers count on from.
     """
-    row = [*so_far, *arms]
-    for number, arm in enumerate(arms, start=1):
+    row = [*so_far, *branches]
+    for number, branch in enumerate(branches, start=1):
         # The control begins where the attempt did, for which it was made
-        is_prepared = arm.is_control and not arm.follows
+        is_prepared = branch.is_control and not branch.follows
         if importance.is_needed(context) and not is_prepared:
-            prepare = partial(importance.prepare, context, arm)
-            context.stage(importance.key(arm), prepare, label=arm.label("importance"))
-        run_arm(context, arm, first_step=first_step(context, row, arm))
-        if context.ledger.found(f"{arm.name}.fit", TrainingFound).stopped_because is not None:
-            return tuple(arms[:number])
-    return tuple(arms)
+            prepare = partial(importance.prepare, context, branch)
+            context.stage(importance.key(branch), prepare, label=branch.label("importance"))
+        run_branch(context, branch, first_step=first_step(context, row, branch))
+        if context.ledger.found(f"{branch.name}.fit", TrainingFound).stopped_because is not None:
+            return tuple(branches[:number])
+    return tuple(branches)
 
 
-def _run_control(last: Trial, *, num_rounds: int) -> Trial:
+def _run_control(last: Candidate, *, num_rounds: int) -> Candidate:
     """Train the control as the last attempt was, where it is asked for; else it has no arms."""
     context = last.context
     if not context.config.control:
-        return replace(last, arms=())
+        return replace(last, branches=())
     context.say("control", "the un-grown base, trained in the same way")
-    prepared_by = last.arms[0].prepared_by
-    first = Arm("control", (), is_control=True, num_trainings=num_rounds, prepared_by=prepared_by)
-    arms = _run_tasks(context, tasks_of(first, len(context.text.tasks)))
-    disk.remove(context, f"{arms[-1].name}/trained")
-    return replace(last, arms=arms)
+    prepared_by = last.branches[0].prepared_by
+    first = Branch(
+        "control", (), is_control=True, num_trainings=num_rounds, prepared_by=prepared_by
+    )
+    branches = _run_tasks(context, tasks_of(first, len(context.text.tasks)))
+    disk.remove(context, f"{branches[-1].name}/trained")
+    return replace(last, branches=branches)
 
 
 def run_baseline(context: RunContext) -> None:
@@ -245,41 +253,45 @@ def run_baseline(context: RunContext) -> None:
     context.stage("baseline", lambda: stages.baseline(context), label="baseline")
 
 
-def run_arm(context: RunContext, arm: Arm, *, first_step: int = 0) -> Arm:
+def run_branch(context: RunContext, branch: Branch, *, first_step: int = 0) -> Branch:
     """Expand, train and score one arm; return it with what was chosen by its data.
 
     Args:
         first_step: from where loggers count its steps: those of the trainings before it.
     """
-    key, label = arm.name, arm.label
-    if moe.chooses(arm):
+    key, label = branch.name, branch.label
+    if moe.chooses(branch):
         stage = f"{key}.choose"
-        context.stage(stage, partial(stages.choice, context, arm), label="choose")
-        arm = moe.with_choice(arm, context.ledger.found(stage, ChoiceFound).clone_from)
-    context.stage(f"{key}.expand", lambda: stages.expansion(context, arm), label=label("expand"))
-    if moe.teacher_of(arm) is not None:
-        context.stage(f"{key}.distill", lambda: stages.distillation(context, arm), label="distill")
-    if moe.router_steps(context, arm):
-        context.stage(f"{key}.adapt", lambda: stages.adaptation(context, arm), label=label("adapt"))
+        context.stage(stage, partial(stages.choice, context, branch), label="choose")
+        branch = moe.with_choice(branch, context.ledger.found(stage, ChoiceFound).clone_from)
+    context.stage(f"{key}.expand", lambda: stages.expansion(context, branch), label=label("expand"))
+    if moe.teacher_of(branch) is not None:
+        context.stage(
+            f"{key}.distill", lambda: stages.distillation(context, branch), label="distill"
+        )
+    if moe.router_steps(context, branch):
+        context.stage(
+            f"{key}.adapt", lambda: stages.adaptation(context, branch), label=label("adapt")
+        )
     opened: AbstractContextManager[list[Logger]] = nullcontext([])
     if context.ledger.get(f"{key}.evaluate") is None:
-        opened = open_loggers(context, arm.part, first_step=first_step)
+        opened = open_loggers(context, branch.part, first_step=first_step)
     with opened as loggers:
         if before := before_metrics(context, key):
             for logger in loggers if not metrics_files(context.folder / key) else ():
                 logger.log_metrics(before, step=BEFORE)
         context.stage(
             f"{key}.fit",
-            lambda: stages.training(context, arm, loggers=loggers),
+            lambda: stages.training(context, branch, loggers=loggers),
             label=label("fit"),
         )
-        disk.remove_before_fit(context, arm)
+        disk.remove_before_fit(context, branch)
         context.stage(
-            f"{key}.evaluate", lambda: stages.evaluation(context, arm), label=label("evaluate")
+            f"{key}.evaluate", lambda: stages.evaluation(context, branch), label=label("evaluate")
         )
         for logger in loggers:
             logger.log_metrics(score_metrics(context, key), step=num_steps(context, key))
-    return arm
+    return branch
 
 
 def _announce(context: RunContext) -> None:

@@ -19,9 +19,9 @@ from tritter.core.models import config_of, load_model
 from tritter.core.stock_routers import Routing
 from tritter.data.cache import one_at_a_time
 from tritter.data.datamodule import EvaluationText
-from tritter.data.packing import apart_of, lengths_of
+from tritter.data.packing import document_mask_of, lengths_of
 from tritter.errors import RequestError, TritterError
-from tritter.evaluation.inference import prompt_in_words, sample_text
+from tritter.evaluation.inference import sample_text, whole_word_prompt
 from tritter.evaluation.jump import logit_jump
 from tritter.evaluation.statistics import MAX_SCORE_BYTES, PairedScores, score_file
 from tritter.methods.experts.mixture import mixture_on
@@ -32,8 +32,8 @@ from tritter.methods.moe_routing.distill import DistillationModule, only_new_exp
 from tritter.methods.moe_routing.stages import best_experts, is_router, redraw_rows
 from tritter.methods.moe_routing.summary import moe_usage
 from tritter.pipeline import experts, importance, moe
-from tritter.pipeline.arm import Arm
-from tritter.pipeline.base import copy_given, last_rate, obtain_base, schedule_of
+from tritter.pipeline.base import copy_source, last_rate, obtain_base, schedule_of
+from tritter.pipeline.branch import Branch
 from tritter.pipeline.context import MAX_POSITIONS, RunContext
 from tritter.pipeline.disk import release_start, write_expanded
 from tritter.pipeline.ledger import (
@@ -48,7 +48,7 @@ from tritter.pipeline.ledger import (
 from tritter.pipeline.scoring import scores_text
 from tritter.pipeline.trained import (
     accept,
-    arm_writer,
+    branch_writer,
     carried_moments,
     child_writer,
     discard_moments,
@@ -88,7 +88,7 @@ def baseline(context: RunContext) -> StageResult:
     if context.given is not None:
         place = context.given.folder
         context.say("baseline", f"the checkpoint {place}; pretraining does not apply")
-        lineage = copy_given(context, folder)
+        lineage = copy_source(context, folder)
     else:
         base = obtain_base(context)
         seconds["pretraining"] = base.seconds
@@ -113,13 +113,13 @@ def baseline(context: RunContext) -> StageResult:
     )
 
 
-def expansion(context: RunContext, arm: Arm) -> StageResult:
+def expansion(context: RunContext, branch: Branch) -> StageResult:
     """Expand what the arm starts from, measure the jump and score the result."""
-    source, place = context.source(arm.start), f"{arm.name}/expanded"
-    if not arm.specs:
+    source, place = context.source(branch.start), f"{branch.name}/expanded"
+    if not branch.specs:
         return StageResult(ExpansionFound(parameters=count_parameters(source.config)))
-    plan = context.planned(arm)
-    made = write_expanded(context, arm, context.folder / place)
+    plan = context.planned(branch)
+    made = write_expanded(context, branch, context.folder / place)
     grown = context.wrote(place, made.lineage)
     notes = [f"{step.spec.name}: {note}" for step in plan.steps for note in step.notes]
     for step in plan.steps:
@@ -128,7 +128,7 @@ def expansion(context: RunContext, arm: Arm) -> StageResult:
             notes.append(f"{step.spec.name}: layers from {' '.join(map(str, layers))}")
     context.say(
         "expand",
-        f"{' then '.join(spec.name for spec in arm.specs)}: {plan.parameters_before:,} → "
+        f"{' then '.join(spec.name for spec in branch.specs)}: {plan.parameters_before:,} → "
         f"{plan.parameters_after:,} parameters",
     )
     for note in notes:
@@ -137,10 +137,10 @@ def expansion(context: RunContext, arm: Arm) -> StageResult:
     texts = context.training_sequences(context.domains).values()
     tokens = torch.cat([each[:JUMP_SEQUENCES] for each in texts]).long()  # [B, T]
     jump = logit_jump(before, after, tokens)
-    error, num_new = jump.to_dict()["relative_to_std"], len(arm.specs)
+    error, num_new = jump.to_dict()["relative_to_std"], len(branch.specs)
     lineage = record_step0_error(grown.folder, made.lineage, error, grown.config, num_new=num_new)
     context.sources[place] = replace(grown, lineage=lineage)
-    context.score(after, f"{arm.name}-expanded")
+    context.score(after, f"{branch.name}-expanded")
     evaluated, flops = dict[str, float](), dict[str, float]()
     if (text := context.evaluation_text) is not None:
         evaluated = losses_before(before, text, context.config.trainer)
@@ -156,27 +156,30 @@ def expansion(context: RunContext, arm: Arm) -> StageResult:
             before=evaluated,
         ),
         flops=flops,
-        leaves=(place, score_file(f"{arm.name}-expanded")),
+        leaves=(place, score_file(f"{branch.name}-expanded")),
     )
 
 
-def adaptation(context: RunContext, arm: Arm) -> StageResult:
+def adaptation(context: RunContext, branch: Branch) -> StageResult:
     """Train the routers alone to send the new domains to the experts that were appended."""
-    start, folder = context.source(moe.before_routers(arm)), context.folder / arm.name / "router"
-    options, steps = context.config.adaptation, moe.router_steps(context, arm)
-    added = moe.appended(context, arm)
+    start, folder = (
+        context.source(moe.before_routers(branch)),
+        context.folder / branch.name / "router",
+    )
+    options, steps = context.config.adaptation, moe.router_steps(context, branch)
+    added = moe.appended(context, branch)
     assert added is not None
     model = context.reading(load_model(start.folder, config=start.config))
     if options.router_update == "retrain":
-        redraw_rows(model, added.experts, seed=context.seed("router", *arm.purpose))
-    place = f"{arm.name}/adapted"
+        redraw_rows(model, added.experts, seed=context.seed("router", *branch.purpose))
+    place = f"{branch.name}/adapted"
     write = replace(
-        child_writer(context, arm, start, place, stage="router adaptation", added=added),
-        anneal_steps=moe.anneal_steps(context, arm, added),
+        child_writer(context, branch, start, place, stage="router adaptation", added=added),
+        anneal_steps=moe.anneal_steps(context, branch, added),
         moments=moments_of_rest(context, start, is_trained=is_router),
     )
-    context.say("adapt", f"{steps} steps of the routers on {', '.join(context.new_of(arm))}")
-    with moe.ready_for_routers(context, arm, model) as setup:
+    context.say("adapt", f"{steps} steps of the routers on {', '.join(context.new_of(branch))}")
+    with moe.ready_for_routers(context, branch, model) as setup:
         module = BaseModule(
             model,
             schedule=Schedule(
@@ -188,10 +191,10 @@ def adaptation(context: RunContext, arm: Arm) -> StageResult:
             methods=build_methods(context.config.forgetting),
             side_losses=setup.side_losses,
         )
-        task = importance.task(context, arm, follow=setup.follow)
+        task = importance.task(context, branch, follow=setup.follow)
         result = _fit(
             context,
-            arm,
+            branch,
             module,
             setup=setup,
             task=task,
@@ -199,40 +202,40 @@ def adaptation(context: RunContext, arm: Arm) -> StageResult:
             label="router",
             write_result=write,
         )
-    return _taken_up(context, place, result, folder=folder, label=arm.label("adapt"))
+    return _taken_up(context, place, result, folder=folder, label=branch.label("adapt"))
 
 
-def training(context: RunContext, arm: Arm, *, loggers: Sequence[Logger]) -> StageResult:
+def training(context: RunContext, branch: Branch, *, loggers: Sequence[Logger]) -> StageResult:
     """Continue on the new domains under the methods against forgetting."""
-    frees_start = release_start(context, arm)
-    start = context.source(moe.start_place(context, arm))
-    asked = experts.training_of(context, arm)
-    settings = replace(asked, max_steps=asked.max_steps * arm.num_trainings)
-    model = context.reading(experts.load_start(context, arm, start))
-    if any(spec.new_blocks_only for spec in arm.specs):
-        carried = context.planned(arm).change.masks()
+    frees_start = release_start(context, branch)
+    start = context.source(moe.start_folder(context, branch))
+    asked = experts.training_of(context, branch)
+    settings = replace(asked, max_steps=asked.max_steps * branch.num_trainings)
+    model = context.reading(experts.load_start(context, branch, start))
+    if any(spec.new_blocks_only for spec in branch.specs):
+        carried = context.planned(branch).change.masks()
         for name, parameter in model.named_parameters():
             parameter.requires_grad &= not bool(carried[name].any())
     methods = build_methods(context.config.forgetting)
-    _announce(context, arm, methods, max_steps=settings.max_steps)
-    with moe.ready_for_training(context, arm, model) as setup:
-        task = importance.task(context, arm, follow=setup.follow)
-        observers, changers = _growth(context, arm, model, max_steps=settings.max_steps)
-        trainee = experts.begin(context, arm, model, max_steps=settings.max_steps)
+    _announce(context, branch, methods, max_steps=settings.max_steps)
+    with moe.ready_for_training(context, branch, model) as setup:
+        task = importance.task(context, branch, follow=setup.follow)
+        observers, changers = _growth(context, branch, model, max_steps=settings.max_steps)
+        trainee = experts.begin(context, branch, model, max_steps=settings.max_steps)
         _freeze(model, methods, task, max_steps=settings.max_steps)
         module = trainee.module(
-            schedule=schedule_of(settings, start_rate=last_rate(context, arm)),
+            schedule=schedule_of(settings, start_rate=last_rate(context, branch)),
             optimizer=context.config.optimizer,
             methods=methods,
             side_losses=setup.side_losses,
             moments=carried_moments(context, start, model),
         )
-        folder, text = context.folder / arm.name, context.evaluation_text
+        folder, text = context.folder / branch.name, context.evaluation_text
         is_routed = bool(setup.side_losses)
-        write = arm_writer(context, arm, is_routed=is_routed, frees_start=frees_start)
+        write = branch_writer(context, branch, is_routed=is_routed, frees_start=frees_start)
         result = _fit(
             context,
-            arm,
+            branch,
             module,
             setup=setup,
             task=task,
@@ -244,7 +247,7 @@ def training(context: RunContext, arm: Arm, *, loggers: Sequence[Logger]) -> Sta
             observers=observers,
             changers=(*changers, *trainee.changers),
         )
-    place = f"{arm.name}/trained"
+    place = f"{branch.name}/trained"
     accept(context, place)
     context.ledger.watch_disk()
     flops = result.flops + measuring_flops(context, write, place)
@@ -255,13 +258,13 @@ def training(context: RunContext, arm: Arm, *, loggers: Sequence[Logger]) -> Sta
     if write.routing_state is not None:
         context.say("", "with the selection bias, which is not saved:")
         biased = with_routing(context.source(place), write.routing_state)
-        context.score(biased, f"{arm.name}-biased")
+        context.score(biased, f"{branch.name}-biased")
         flops += context.scoring_flops(forward_flops(start.config))
         shutil.rmtree(write.routing_state)
     discard_saved(folder)
     discard_moments(folder)
     found = TrainingFound.of(result)
-    for stage in (f"{arm.name}.{each}" for each in _EARLIER):
+    for stage in (f"{branch.name}.{each}" for each in _EARLIER):
         if context.ledger.get(stage) is not None:
             earlier = context.ledger.found(stage, TrainingFound)
             found = replace(
@@ -269,7 +272,7 @@ def training(context: RunContext, arm: Arm, *, loggers: Sequence[Logger]) -> Sta
                 refused_steps=found.refused_steps + earlier.refused_steps,
                 stopped_because=earlier.stopped_because or found.stopped_because,
             )
-    spent, evaluating = {arm.label("fit"): flops}, arm.label("validation")
+    spent, evaluating = {branch.label("fit"): flops}, branch.label("validation")
     if result.evaluation_flops:  # of the control all is one
         spent[evaluating] = spent.get(evaluating, 0.0) + result.evaluation_flops
     metrics = [path.relative_to(context.folder).as_posix() for path in metrics_files(folder)]
@@ -282,7 +285,7 @@ def training(context: RunContext, arm: Arm, *, loggers: Sequence[Logger]) -> Sta
 
 
 def _growth(
-    context: RunContext, arm: Arm, model: nn.Module, *, max_steps: int
+    context: RunContext, branch: Branch, model: nn.Module, *, max_steps: int
 ) -> tuple[Sequence[Callback], Sequence[Callback]]:
     """Return what reads gradients and what grows neurons in an arm's training.
 
@@ -290,7 +293,7 @@ def _growth(
     forgetting, which thaw only what they froze.
     """
     asked = context.config.growth
-    if asked is None or arm.is_control:
+    if asked is None or branch.is_control:
         return (), ()
     method = asked.kind(asked.options)
     method.freeze(model)
@@ -299,21 +302,21 @@ def _growth(
     observer, changer = method.callbacks(
         max_steps=max_steps,
         tokens_per_step=tokens,
-        seed=context.seed("growth", *arm.purpose),
-        new=context.planned(arm).change.new_units() if arm.specs else {},
+        seed=context.seed("growth", *branch.purpose),
+        new=context.planned(branch).change.new_units() if branch.specs else {},
     )
     return (observer,), (changer,)
 
 
 def _announce(
-    context: RunContext, arm: Arm, methods: Sequence[ForgettingMethod], *, max_steps: int
+    context: RunContext, branch: Branch, methods: Sequence[ForgettingMethod], *, max_steps: int
 ) -> None:
-    has_frozen_base = context.config.experts is not None and not arm.is_control
+    has_frozen_base = context.config.experts is not None and not branch.is_control
     names = ["the frozen base"] if has_frozen_base else []
     names += [method.name for method in methods]
     protection = " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]])) or "nothing"
-    domains, tasks = ", ".join(context.new_of(arm)), len(context.text.tasks)
-    place = f" (task {arm.task + 1} of {tasks})" if tasks > 1 else ""
+    domains, tasks = ", ".join(context.new_of(branch)), len(context.text.tasks)
+    place = f" (task {branch.task + 1} of {tasks})" if tasks > 1 else ""
     context.say("train", f"{max_steps} steps on {domains}{place}, protected by {protection}")
 
 
@@ -337,7 +340,7 @@ def _freeze(
 
 def _fit(
     context: RunContext,
-    arm: Arm,
+    branch: Branch,
     module: BaseModule,
     *,
     folder: Path,
@@ -355,7 +358,7 @@ def _fit(
     return fit(
         module,
         context.batches(
-            context.new_of(arm), purpose="-".join((label, *arm.purpose)), max_steps=max_steps
+            context.new_of(branch), purpose="-".join((label, *branch.purpose)), max_steps=max_steps
         ),
         settings=context.config.trainer,
         folder=folder,
@@ -383,21 +386,21 @@ def _taken_up(
     return StageResult(TrainingFound.of(result), flops={label: result.flops}, leaves=(place,))
 
 
-def evaluation(context: RunContext, arm: Arm) -> StageResult:
+def evaluation(context: RunContext, branch: Branch) -> StageResult:
     """Score the trained model, and let both models say something."""
-    source = context.source(f"{arm.name}/trained")
-    trained = context.reading(experts.load_start(context, arm, source))
-    if not arm.is_final:
+    source = context.source(f"{branch.name}/trained")
+    trained = context.reading(experts.load_start(context, branch, source))
+    if not branch.is_final:
         round_weights(trained, context.published_dtype)
-    who = "the control" if arm.is_control else "the trained model"
+    who = "the control" if branch.is_control else "the trained model"
     context.say("evaluate", f"{who} on {', '.join(context.domains)}")
-    context.score(trained, f"{arm.name}-trained")
+    context.score(trained, f"{branch.name}-trained")
     reading = experts.reading_flops(trained)
     samples, flops = [], context.scoring_flops(reading)
-    is_last = arm.task == len(context.text.tasks) - 1
-    if is_last and not arm.is_control and context.config.evaluation.sample_tokens:
-        start = "baseline" if arm.task else arm.start
-        before = experts.load_start(context, arm, context.source(start))
+    is_last = branch.task == len(context.text.tasks) - 1
+    if is_last and not branch.is_control and context.config.evaluation.sample_tokens:
+        start = "baseline" if branch.task else branch.start
+        before = experts.load_start(context, branch, context.source(start))
         samples = [continued(context, domain, before, trained) for domain in context.domains]
         flops += sum(sample.flops for sample in samples)
     sequences: Mapping[str, Tensor] = {}
@@ -409,13 +412,15 @@ def evaluation(context: RunContext, arm: Arm) -> StageResult:
         sequences = experts.usage_sequences(context)
         lora_used = expert_usage(trained.to(context.device), sequences)
     trained.to("cpu")
-    flops += sum(reading.of_all(lengths_of(context.apart, each)) for each in sequences.values())
+    flops += sum(
+        reading.of_all(lengths_of(context.document_mask, each)) for each in sequences.values()
+    )
     return StageResult(
         EvaluationFound(
             samples=tuple(sample.texts for sample in samples), moe=used, experts=lora_used
         ),
-        flops={arm.label("evaluate"): flops},
-        leaves=(score_file(f"{arm.name}-trained"),),
+        flops={branch.label("evaluate"): flops},
+        leaves=(score_file(f"{branch.name}-trained"),),
     )
 
 
@@ -436,7 +441,7 @@ def continued(context: RunContext, domain: str, before: Any, after: Any) -> Cont
     tokenizer, max_new = context.corpus.tokenizer, context.config.evaluation.sample_tokens
     # Of learned positions there are no more; the last token that is generated is not read
     positions = position_limit(config_of(before)) or MAX_POSITIONS
-    prompt = prompt_in_words(
+    prompt = whole_word_prompt(
         document[: 4 * SAMPLE_PROMPT_TOKENS].tolist(),
         tokenizer.decode,
         skipped_tokens=SAMPLE_PROMPT_TOKENS,
@@ -543,32 +548,32 @@ def _intact_scores(place: Path) -> dict[str, Any] | None:
     return scores
 
 
-def choice(context: RunContext, arm: Arm) -> StageResult:
+def choice(context: RunContext, branch: Branch) -> StageResult:
     """Choose the expert of each layer that the new domains' text moves most."""
-    start = context.source(arm.start)
-    sequences = moe.spread(context, context.new_of(arm), moe.UTILITY_SEQUENCES)
+    start = context.source(branch.start)
+    sequences = moe.spread(context, context.new_of(branch), moe.UTILITY_SEQUENCES)
     model = context.reading(load_model(start.folder, config=start.config)).to(context.device)
     chosen = best_experts(model, sequences)
     context.say("choose", f"experts to clone, layer by layer: {' '.join(map(str, chosen))}")
     flops = training_flops(start.config, is_trained=lambda tensor: tensor.is_per_expert)
     return StageResult(
         ChoiceFound(clone_from=tuple(chosen)),
-        flops={"choose": flops.of_all(lengths_of(apart_of(model), sequences))},
+        flops={"choose": flops.of_all(lengths_of(document_mask_of(model), sequences))},
     )
 
 
-def distillation(context: RunContext, arm: Arm) -> StageResult:
+def distillation(context: RunContext, branch: Branch) -> StageResult:
     """Let the new experts learn from the teacher on the new domains, while no token meets them."""
-    options, teacher = context.config.adaptation, moe.teacher_of(arm)
-    start = context.source(moe.expanded_place(arm))
-    added = moe.appended(context, arm)
+    options, teacher = context.config.adaptation, moe.teacher_of(branch)
+    start = context.source(moe.expanded_folder(branch))
+    added = moe.appended(context, branch)
     assert teacher is not None and added is not None
     model = context.reading(load_model(start.folder, config=start.config))
-    folder, steps = context.folder / arm.name / "distill", options.distill_steps
-    place, stage = f"{arm.name}/distilled", "distillation of new experts"
+    folder, steps = context.folder / branch.name / "distill", options.distill_steps
+    place, stage = f"{branch.name}/distilled", "distillation of new experts"
     rest = moments_of_rest(context, start, is_trained=lambda each: each.expert in added.experts)
     write = replace(
-        child_writer(context, arm, start, place, stage=stage, added=added), moments=rest
+        child_writer(context, branch, start, place, stage=stage, added=added), moments=rest
     )
     context.say("distill", f"{steps} steps of the new experts, after {teacher}")
     with only_new_experts(model, added.experts):
@@ -581,5 +586,5 @@ def distillation(context: RunContext, arm: Arm) -> StageResult:
             schedule=Schedule.constant(context.config.training.learning_rate, max_steps=steps),
             optimizer=context.config.optimizer,
         )
-        result = _fit(context, arm, module, folder=folder, label="distill", write_result=write)
-    return _taken_up(context, place, result, folder=folder, label=arm.label("distill"))
+        result = _fit(context, branch, module, folder=folder, label="distill", write_result=write)
+    return _taken_up(context, place, result, folder=folder, label=branch.label("distill"))

@@ -12,7 +12,7 @@ from tritter.methods.experts.summary import experts_summary
 from tritter.methods.growth.grower import GROWTH
 from tritter.methods.growth.summary import growth_summary
 from tritter.pipeline import disk, importance, moe
-from tritter.pipeline.arm import Arm
+from tritter.pipeline.branch import Branch
 from tritter.pipeline.context import RunContext
 from tritter.pipeline.ledger import (
     BaselineFound,
@@ -23,7 +23,7 @@ from tritter.pipeline.ledger import (
     TrainingFound,
 )
 from tritter.pipeline.scoring import score_records
-from tritter.pipeline.verdict import Trial
+from tritter.pipeline.verdict import Candidate
 from tritter.planning.strategy import TOLERANCE, planned_rounds
 from tritter.report.summary import (
     Attempt,
@@ -46,9 +46,9 @@ from tritter.storage.records import validated
 
 def summary_record(
     context: RunContext,
-    trials: Sequence[Trial],
+    trials: Sequence[Candidate],
     *,
-    control: Trial,
+    control: Candidate,
     control_gate: GateFound | None,
 ) -> Summary:
     """Return the contents of summary.json; the last round or attempt stands in front.
@@ -58,8 +58,8 @@ def summary_record(
         control: that of the un-grown base, without arms where there is none.
         control_gate: what the gate would say of it; None where there is none.
     """
-    arms = trials[-1].arms
-    first, last = arms[0], arms[-1]
+    branches = trials[-1].branches
+    first, last = branches[0], branches[-1]
     records = [_attempt_record(each) for each in trials]
     attempt = records[-1]
     places = {"baseline": "baseline", "final": "checkpoint"}
@@ -67,7 +67,9 @@ def summary_record(
     is_kept = attempt.status != "rolled_back"
     evaluated = context.ledger.found(f"{last.name}.evaluate", EvaluationFound)
     own = trials[-1].context
-    prepared = (importance.notes_of(each.context, arm) for each in trials for arm in each.arms)
+    prepared = (
+        importance.notes_of(each.context, branch) for each in trials for branch in each.branches
+    )
     return Summary(
         format_version=1,
         status=trials[-1].status,
@@ -94,14 +96,14 @@ def summary_record(
         notes=[*context.notes, *dict.fromkeys(chain.from_iterable(prepared))],
         **_known(
             matrix=attempt.matrix,
-            moe=moe.summary_record(own, arms),
-            growth=_growth(own, arms),
-            experts=_experts(own, arms),
+            moe=moe.summary_record(own, branches),
+            growth=_growth(own, branches),
+            experts=_experts(own, branches),
             rounds=records if last.is_round else None,
             target=_target(trials[-1]) if last.is_round else None,
             control=None
             if control_gate is None
-            else Attempt(**_arm_record(control.context, control.arms, control_gate)),
+            else Attempt(**_branch_record(control.context, control.branches, control_gate)),
         ),
     )
 
@@ -111,42 +113,44 @@ def _known(**parts: Any) -> dict[str, Any]:
     return {name: part for name, part in parts.items() if part is not None}
 
 
-def _growth(context: RunContext, arms: Sequence[Arm]) -> GrowthRecord | None:
+def _growth(context: RunContext, branches: Sequence[Branch]) -> GrowthRecord | None:
     """Return what grew in the trainings of an attempt, task after task."""
     if (asked := context.config.growth) is None:
         return None
     record = growth_summary(
-        [(fit.steps, fit.reports[GROWTH]) for fit in _fits(context, arms)],
+        [(fit.steps, fit.reports[GROWTH]) for fit in _fits(context, branches)],
         options=asked.plain(),
         advice=asked.options.trigger.advice,
     )
     return validated(record, GrowthRecord, what="summary.json: growth")
 
 
-def _experts(context: RunContext, arms: Sequence[Arm]) -> ExpertsRecord | None:
+def _experts(context: RunContext, branches: Sequence[Branch]) -> ExpertsRecord | None:
     """Return what became of experts in the trainings of an attempt, task after task."""
     if (asked := context.config.experts) is None:
         return None
-    evaluated = [context.ledger.found(f"{arm.name}.evaluate", EvaluationFound) for arm in arms]
+    evaluated = [
+        context.ledger.found(f"{branch.name}.evaluate", EvaluationFound) for branch in branches
+    ]
     record = experts_summary(
-        [(fit.steps, fit.reports.get(EXPERTS, {})) for fit in _fits(context, arms)],
+        [(fit.steps, fit.reports.get(EXPERTS, {})) for fit in _fits(context, branches)],
         [each.experts or {} for each in evaluated],
         options={"name": asked.name, **asked.plain()},
     )
     return validated(record, ExpertsRecord, what="summary.json: experts")
 
 
-def _fits(context: RunContext, arms: Sequence[Arm]) -> list[TrainingFound]:
-    return [context.ledger.found(f"{arm.name}.fit", TrainingFound) for arm in arms]
+def _fits(context: RunContext, branches: Sequence[Branch]) -> list[TrainingFound]:
+    return [context.ledger.found(f"{branch.name}.fit", TrainingFound) for branch in branches]
 
 
-def _target(last: Trial) -> Target:
+def _target(last: Candidate) -> Target:
     """Return how far a run that grows to a size has come with its last round."""
-    context, arm = last.context, last.arms[0]
+    context, branch = last.context, last.branches[0]
     target = context.config.pipeline.target_params
     assert target is not None
     planned = planned_rounds(context.config, context.source("baseline").config)
-    kept = arm.name if last.status != "rolled_back" else arm.follows
+    kept = branch.name if last.status != "rolled_back" else branch.follows
     if kept is None:
         parameters = context.ledger.found("baseline", BaselineFound).parameters
     else:
@@ -158,29 +162,31 @@ def _target(last: Trial) -> Target:
     )
 
 
-def _attempt_record(trial: Trial) -> Attempt:
-    context, arms = trial.context, trial.arms
-    first = arms[0]
+def _attempt_record(candidate: Candidate) -> Attempt:
+    context, branches = candidate.context, candidate.branches
+    first = branches[0]
     jump = context.ledger.found(f"{first.name}.expand", ExpansionFound).jump
     gate = context.ledger.found(first.key("gate"), GateFound)
     expanded = f"{first.name}-expanded" if first.specs else first.start_scores
     return Attempt(
-        **_arm_record(context, arms, gate),
+        **_branch_record(context, branches, gate),
         expanded=_scores(context, expanded),
         jump=None if jump is None else Jump.model_construct(**dict[str, Any](jump)),
         forgetting=[options.name for options in context.config.forgetting],
-        overrides=list(trial.overrides),
+        overrides=list(candidate.overrides),
         **_known(baseline=_scores(context, first.start_scores) if first.follows else None),
     )
 
 
-def _arm_record(context: RunContext, arms: Sequence[Arm], gate: GateFound) -> dict[str, Any]:
+def _branch_record(
+    context: RunContext, branches: Sequence[Branch], gate: GateFound
+) -> dict[str, Any]:
     """Return what attempts and the control have alike."""
-    first, last = arms[0], arms[-1]
+    first, last = branches[0], branches[-1]
     grown, ended = (
-        context.ledger.found(f"{arm.name}.expand", ExpansionFound) for arm in (first, last)
+        context.ledger.found(f"{branch.name}.expand", ExpansionFound) for branch in (first, last)
     )
-    tasks = [_task_record(context, arm) for arm in arms]
+    tasks = [_task_record(context, branch) for branch in branches]
     parts: dict[str, Any] = {}
     if len(tasks) > 1:
         learned = [LearnedTask(task.domains, _plain(task.final)) for task in tasks]
@@ -205,13 +211,13 @@ def _arm_record(context: RunContext, arms: Sequence[Arm], gate: GateFound) -> di
     }
 
 
-def _task_record(context: RunContext, arm: Arm) -> TaskRecord:
+def _task_record(context: RunContext, branch: Branch) -> TaskRecord:
     """Return what one task's training did, and the scores of every domain after it."""
-    fitted = context.ledger[f"{arm.name}.fit"]
-    found = context.ledger.found(f"{arm.name}.fit", TrainingFound)
+    fitted = context.ledger[f"{branch.name}.fit"]
+    found = context.ledger.found(f"{branch.name}.fit", TrainingFound)
     return TaskRecord(
-        domains=list(context.new_of(arm)),
-        final=_scores(context, f"{arm.name}-trained"),
+        domains=list(context.new_of(branch)),
+        final=_scores(context, f"{branch.name}-trained"),
         steps=found.steps,
         ended_early=found.ended_early,
         refused_steps=found.refused_steps,

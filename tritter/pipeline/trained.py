@@ -28,16 +28,16 @@ from tritter.methods.experts.stored import ExpertFolder
 from tritter.methods.experts.summary import expert_records
 from tritter.methods.growth.summary import growth_records
 from tritter.pipeline import moe
-from tritter.pipeline.arm import Arm
+from tritter.pipeline.branch import Branch
 from tritter.pipeline.context import RunContext
 from tritter.pipeline.experts import reading_flops_of
-from tritter.pipeline.importance import left_sequences
+from tritter.pipeline.importance import kept_sequences_of
 from tritter.storage.tensors import is_finite
 from tritter.storage.writer import TensorStream
 from tritter.targets import plain
 from tritter.training import FitResult
 from tritter.training.checkpoint_io import SafetensorsCheckpointIO
-from tritter.training.fitting import LEFT_NAME
+from tritter.training.fitting import LEFTOVERS_NAME
 from tritter.training.moments import MomentKeeper, Moments, moments_of
 from tritter.training.parameters import whole_state
 
@@ -182,7 +182,7 @@ def measuring_flops(context: RunContext, written: TrainedWriter, place: str) -> 
     if not looked:
         return 0.0
     flops = reading_flops_of(context, context.source(place))
-    return sum(flops.of_all(lengths_of(context.apart, rows)) for rows in looked)
+    return sum(flops.of_all(lengths_of(context.document_mask, rows)) for rows in looked)
 
 
 def _followed(config: Config, model: nn.Module) -> Config:
@@ -194,7 +194,7 @@ def _followed(config: Config, model: nn.Module) -> Config:
 
 def child_writer(
     context: RunContext,
-    arm: Arm,
+    branch: Branch,
     start: Source,
     place: str,
     *,
@@ -221,51 +221,51 @@ def child_writer(
             "training": asdict(config.training),
             **{name: asdict(getattr(config, name)) for name in sections},
             "forgetting": [{"name": one.name, **plain(one.arguments)} for one in config.forgetting],
-            "old": context.source_records(context.old_of(arm)),
-            "new": context.source_records(context.new_of(arm)),
+            "old": context.source_records(context.old_of(branch)),
+            "new": context.source_records(context.new_of(branch)),
             **context.split_record(),
         },
         split=context.text.split,
-        domains=context.learned((*context.old_of(arm), *context.new_of(arm))),
+        domains=context.learned((*context.old_of(branch), *context.new_of(branch))),
     )
     return TrainedWriter(
         start=start.folder, start_config=start.config, target=target, lineage=lineage, added=added
     )
 
 
-def arm_writer(
-    context: RunContext, arm: Arm, *, is_routed: bool, frees_start: bool
+def branch_writer(
+    context: RunContext, branch: Branch, *, is_routed: bool, frees_start: bool
 ) -> TrainedWriter:
     """Return what writes an arm when it is trained."""
-    start, folder = context.source(moe.start_place(context, arm)), context.folder / arm.name
-    place, added = f"{arm.name}/trained", moe.appended(context, arm)
+    start, folder = context.source(moe.start_folder(context, branch)), context.folder / branch.name
+    place, added = f"{branch.name}/trained", moe.appended(context, branch)
     has_bias = is_routed and context.config.moe_routing.bias_update_rate
-    has_frozen_base = context.config.experts is not None and not arm.is_control
+    has_frozen_base = context.config.experts is not None and not branch.is_control
     dtype = context.published_dtype
-    if not arm.is_final:  # later trainings start from float32
+    if not branch.is_final:  # later trainings start from float32
         dtype = start.tensors.main_dtype if has_frozen_base else "float32"
     return replace(
-        child_writer(context, arm, start, place, stage="continued training", added=added),
+        child_writer(context, branch, start, place, stage="continued training", added=added),
         dtype=dtype,
         frees_start=frees_start,
-        steps_before=moe.router_steps(context, arm),
-        earlier_steps=start.own_lineage.step if arm.task else 0,
-        anneal_steps=None if added is None else moe.anneal_steps(context, arm, added),
-        moments=StateLeft(folder),
+        steps_before=moe.router_steps(context, branch),
+        earlier_steps=start.own_lineage.step if branch.task else 0,
+        anneal_steps=None if added is None else moe.anneal_steps(context, branch, added),
+        moments=StateWriter(folder),
         routing_state=folder / "routing" if has_bias else None,
-        kept=left_sequences(context, arm),
-        records=() if arm.is_control else tuple(_records(context, arm)),
+        kept=kept_sequences_of(context, branch),
+        records=() if branch.is_control else tuple(_records(context, branch)),
         has_frozen_base=has_frozen_base,
     )
 
 
-def _records(context: RunContext, arm: Arm) -> Iterator[Records]:
+def _records(context: RunContext, branch: Branch) -> Iterator[Records]:
     growth, experts = context.config.growth, context.config.experts
     if growth is not None:
-        seed = context.seed("growth", *arm.purpose)
+        seed = context.seed("growth", *branch.purpose)
         yield partial(growth_records, options=growth.plain(), seed=seed)
     if experts is not None:
-        seed = context.seed("experts", *arm.purpose)
+        seed = context.seed("experts", *branch.purpose)
         yield partial(expert_records, options={"name": experts.name, **experts.plain()}, seed=seed)
 
 
@@ -304,13 +304,13 @@ def carried_moments(context: RunContext, start: Source, model: nn.Module) -> Map
 
 
 @dataclass(frozen=True, slots=True)
-class StateLeft:
+class StateWriter:
     """Writes the state that a training left in its folder, moments and others, beside its model."""
 
     folder: Path
 
     def write(self, folder: Path) -> None:
-        states = (read_state(self.folder / name) for name in (PATH, LEFT_NAME, _MOMENTS))
+        states = (read_state(self.folder / name) for name in (PATH, LEFTOVERS_NAME, _MOMENTS))
         copy_states([state for state in states if state is not None], folder)
 
 

@@ -220,7 +220,7 @@ def validate(source: Side, result: Side, text: ValidationText) -> list[Check]:
         flow = flow_check(gradients, least_steps=FLOW_STEPS)
         assert flow is not None
     else:
-        flow = _not_asked("gradient_flow", "parameters", "the result has no new parameters")
+        flow = _skipped("gradient_flow", "parameters", "the result has no new parameters")
     counted = count_parameters(source.config), count_parameters(result.config)
     return [
         _equivalence(source, result, before.logits, after.logits),
@@ -277,7 +277,7 @@ def _answers(
 def _equivalence(source: Side, result: Side, before: Tensor | None, after: Tensor | None) -> Check:
     """Return whether both models say the same, and first when one was not made from the other."""
     if before is None or after is None:
-        check = _not_asked(
+        check = _skipped(
             "forward_equivalence",
             "logits",
             f"vocabularies of {source.vocab_size:,} and {result.vocab_size:,} tokens have no "
@@ -381,11 +381,11 @@ def _compared(kind: str, before: _Answers, after: _Answers, *, why_not: str) -> 
     """Yield how the losses of domains changed, per byte: tokenizers may differ."""
     name = {"kept": "benchmark_retention", "target": "new_capability"}[kind]
     if not before.scores[kind]:
-        yield _not_asked(name, "text", why_not)
+        yield _skipped(name, "text", why_not)
     for domain, old in before.scores[kind].items():
         new = after.scores[kind][domain]
         if old is None or new is None:
-            yield _not_asked(name, domain, "a checkpoint has no tokenizer, nor one that fits")
+            yield _skipped(name, domain, "a checkpoint has no tokenizer, nor one that fits")
             continue
         bounds = {"confidence": CONFIDENCE}
         if kind == "kept":
@@ -395,5 +395,5 @@ def _compared(kind: str, before: _Answers, after: _Answers, *, why_not: str) -> 
         yield replace(check, name=name)
 
 
-def _not_asked(name: str, subject: str, reason: str) -> Check:
+def _skipped(name: str, subject: str, reason: str) -> Check:
     return Check(name, subject, "not_asked", reason)

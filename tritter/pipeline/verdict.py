@@ -25,7 +25,7 @@ from tritter.evaluation.gate import (
 from tritter.evaluation.jump import Jump
 from tritter.evaluation.statistics import PairedScores, performance_delta
 from tritter.pipeline import moe
-from tritter.pipeline.arm import Arm
+from tritter.pipeline.branch import Branch
 from tritter.pipeline.context import RunContext
 from tritter.pipeline.ledger import (
     ExpansionFound,
@@ -41,7 +41,7 @@ from tritter.storage.atomic import atomic_folder, copy_tree
 
 
 @dataclass(frozen=True, slots=True)
-class Trial:
+class Candidate:
     """What the gate is asked about: a round, or an attempt, with what it has of its own.
 
     Args:
@@ -50,7 +50,7 @@ class Trial:
     """
 
     context: RunContext
-    arms: tuple[Arm, ...]
+    branches: tuple[Branch, ...]
     overrides: tuple[str, ...] = ()
 
     @property
@@ -60,22 +60,22 @@ class Trial:
         Raises:
             KeyError: it has not come to that.
         """
-        return self.context.ledger.found(self.arms[0].key("gate"), GateFound).status
+        return self.context.ledger.found(self.branches[0].key("gate"), GateFound).status
 
 
-def judge(trial: Trial) -> GateFound:
+def judge(candidate: Candidate) -> GateFound:
     """Return what the gate says of a trial, kept or not."""
-    made = checks(trial.context, trial.arms)
-    status = decide(made) if trial.context.config.gate.enabled else "ungated"
+    made = checks(candidate.context, candidate.branches)
+    status = decide(made) if candidate.context.config.gate.enabled else "ungated"
     return GateFound(status=status, checks=tuple(check.to_dict() for check in made))
 
 
-def gate(trial: Trial) -> StageResult:
+def gate(candidate: Candidate) -> StageResult:
     """Judge a trial, as a stage of the run."""
-    return StageResult(judge(trial))
+    return StageResult(judge(candidate))
 
 
-def checks(context: RunContext, arms: Sequence[Arm]) -> list[Check]:
+def checks(context: RunContext, branches: Sequence[Branch]) -> list[Check]:
     """Hold an attempt against the gate's questions.
 
     An old domain may not lose against what the attempt began with, the domain of a task that others
@@ -84,10 +84,10 @@ def checks(context: RunContext, arms: Sequence[Arm]) -> list[Check]:
     Args:
         arms: those that were trained, task after task.
     """
-    gate, first = context.config.gate, arms[0]
+    gate, first = context.config.gate, branches[0]
     before = context.read_scores(first.start_scores)
-    after = context.read_scores(f"{arms[-1].name}-trained")
-    fits = [context.ledger.found(f"{arm.name}.fit", TrainingFound) for arm in arms]
+    after = context.read_scores(f"{branches[-1].name}-trained")
+    fits = [context.ledger.found(f"{branch.name}.fit", TrainingFound) for branch in branches]
     reasons = (fit.stopped_because for fit in fits)
     made = [
         training_check(
@@ -95,7 +95,7 @@ def checks(context: RunContext, arms: Sequence[Arm]) -> list[Check]:
             aborted_reason=next(filter(None, reasons), None),
         )
     ]
-    made += held_checks(context, arms)
+    made += training_checks(context, branches)
     if (jump := context.ledger.found(f"{first.name}.expand", ExpansionFound).jump) is not None:
         values = {key: math.nan if value is None else value for key, value in jump.items()}
         made.append(preservation_check(Jump(**values), claims_exact=first.claims_exact))
@@ -103,11 +103,11 @@ def checks(context: RunContext, arms: Sequence[Arm]) -> list[Check]:
     for subject in context.subjects_of([*context.old_domains, None]):
         made.append(retention_check(subject, before[subject], after[subject], **bounds))
     learned: dict[str, PairedScores] = {}  # what each task is about, when it was learned last
-    for arm in arms:
-        scores = context.read_scores(f"{arm.name}-trained")
-        learned |= {name: scores[name] for name in context.subjects_of(context.new_of(arm))}
+    for branch in branches:
+        scores = context.read_scores(f"{branch.name}-trained")
+        learned |= {name: scores[name] for name in context.subjects_of(context.new_of(branch))}
     # What is old as a whole has its check above, and what the last task is about is new
-    checked = context.subjects_of((*context.old_domains, *context.new_of(arms[-1])))
+    checked = context.subjects_of((*context.old_domains, *context.new_of(branches[-1])))
     for subject in (name for name in learned if name not in checked):
         made.append(retention_check(subject, learned[subject], after[subject], **bounds))
     for subject in context.subjects_of(context.new_domains):
@@ -116,18 +116,18 @@ def checks(context: RunContext, arms: Sequence[Arm]) -> list[Check]:
     return made if gate.enabled else [report_only(each) for each in made]
 
 
-def complete(context: RunContext, arm: Arm) -> StageResult:
+def complete(context: RunContext, branch: Branch) -> StageResult:
     """Write into a kept round's own folder what its training made of it: the next starts there."""
-    place = f"{arm.name}/trained"
+    place = f"{branch.name}/trained"
     trained = context.source(place)
     lineage = trained.own_lineage
-    completed = replace(_completed(context, (arm,), lineage), parent_path=lineage.parent_path)
+    completed = replace(_completed(context, (branch,), lineage), parent_path=lineage.parent_path)
     completed = write_lineage(trained.folder, completed, trained.config)
     context.sources[place] = replace(trained, lineage=completed)
     return StageResult(KeptFound(model_hash=completed.model_hash))
 
 
-def publish(context: RunContext, arms: Sequence[Arm], *, keep: bool) -> StageResult:
+def publish(context: RunContext, branches: Sequence[Branch], *, keep: bool) -> StageResult:
     """Put what was kept at `checkpoint/`: the trained model, or after a rollback its start.
 
     Weights that are in the dtype of the run already are linked, others rounded.
@@ -135,12 +135,12 @@ def publish(context: RunContext, arms: Sequence[Arm], *, keep: bool) -> StageRes
     Args:
         arms: those of the attempt, task after task.
     """
-    first, last = arms[0], arms[-1]
+    first, last = branches[0], branches[-1]
     source = context.source(f"{last.name}/trained" if keep else first.start)
     target = context.folder / "checkpoint"
     lineage = source.own_lineage
     if keep:
-        lineage = _completed(context, arms, lineage)
+        lineage = _completed(context, branches, lineage)
     elif first.follows:
         lineage = replace(lineage, parent_path=f"../{first.follows}/expanded")
     config, dtype = source.config, context.published_dtype
@@ -170,16 +170,16 @@ def publish(context: RunContext, arms: Sequence[Arm], *, keep: bool) -> StageRes
     return StageResult(found, leaves=("checkpoint",))
 
 
-def _completed(context: RunContext, arms: Sequence[Arm], lineage: Lineage) -> Lineage:
+def _completed(context: RunContext, branches: Sequence[Branch], lineage: Lineage) -> Lineage:
     """Return a lineage whose newest expansion records say what the training made of them."""
-    first, last = arms[0], arms[-1]
+    first, last = branches[0], branches[-1]
     before = context.read_scores(first.start_scores)
     after = context.read_scores(f"{last.name}-trained")
     delta = {d: performance_delta(before[d], after[d]) for d in context.domains}
     history = list(lineage.expansion_history)
     start, steps_before = len(context.source(first.start).own_lineage.expansion_history), 0
-    for arm in arms:  # in each of which experts or neurons may have come
-        made = context.source(f"{arm.name}/trained").own_lineage
+    for branch in branches:  # in each of which experts or neurons may have come
+        made = context.source(f"{branch.name}/trained").own_lineage
         for position in range(start, len(made.expansion_history)):
             history[position] = replace(
                 history[position],
@@ -193,18 +193,18 @@ def _completed(context: RunContext, arms: Sequence[Arm], lineage: Lineage) -> Li
         expansion_history=tuple(history),
         benchmark_scores=means,
         best_loss=fmean(means[domain] for domain in context.new_of(last)),
-        parent_path=f"../{moe.start_place(context, last)}",
+        parent_path=f"../{moe.start_folder(context, last)}",
     )
 
 
-def held_checks(context: RunContext, arms: Sequence[Arm]) -> Iterator[Check]:
+def training_checks(context: RunContext, branches: Sequence[Branch]) -> Iterator[Check]:
     """Yield the checks of gradient flow and memory of an attempt.
 
     Of several tasks it is enough that a parameter was reached in one of them, and the one whose
     memory differs most from what its shapes say stands for all.
     """
-    fits = [context.ledger.found(f"{arm.name}.fit", TrainingFound) for arm in arms]
-    added = moe.appended(context, arms[0])
+    fits = [context.ledger.found(f"{branch.name}.fit", TrainingFound) for branch in branches]
+    added = moe.appended(context, branches[0])
     watched = [fit.flow for fit in fits if fit.flow]
     flow: dict[str, Any] = {}  # what none of the trainings reached
     if watched:
@@ -213,7 +213,7 @@ def held_checks(context: RunContext, arms: Sequence[Arm]) -> Iterator[Check]:
             first, *others = (each[kind] for each in watched)
             flow[kind] = [name for name in first if all(name in other for other in others)]
     check = flow_check(flow, new_experts=() if added is None else added.experts)
-    if check is not None and (context.config.experts is None or arms[0].is_control):
+    if check is not None and (context.config.experts is None or branches[0].is_control):
         yield check  # of experts, which take turns, it would say nothing
     optimizer, trainer = context.config.optimizer, context.config.trainer
     setup = TrainingSetup(
@@ -221,10 +221,10 @@ def held_checks(context: RunContext, arms: Sequence[Arm]) -> Iterator[Check]:
         optimizer="adamw8bit" if "8bit" in optimizer.target else "adamw",
     )
     made = []
-    for arm, fit in zip(arms, fits, strict=True):
-        if fit.held and (context.config.experts is None or arm.is_control):
+    for branch, fit in zip(branches, fits, strict=True):
+        if fit.held and (context.config.experts is None or branch.is_control):
             expected = states_bytes(
-                context.source(f"{arm.name}/trained").config,
+                context.source(f"{branch.name}/trained").config,
                 setup,
                 trained=[(size, count) for size, count in fit.held["trained"]],
                 kept_per_parameter=optimizer.kept_per_parameter(),

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Literal
 
-from tritter.checkpoints.place import checkpoint_config
+from tritter.checkpoints.location import checkpoint_config
 from tritter.core.expansions import target_config
 from tritter.core.families import Config, family_of
 from tritter.core.families.presets import PRESETS
@@ -27,7 +27,7 @@ _FEWER_BYTES: Literal["bf16-true"] = "bf16-true"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class HeldMemory:
+class TrainingMemory:
     """What one training holds at once, in bytes.
 
     Args:
@@ -143,7 +143,7 @@ def side_by_side_problems(
     return []
 
 
-def trainings(config: RunRequest, source: Config) -> Iterator[HeldMemory]:
+def trainings(config: RunRequest, source: Config) -> Iterator[TrainingMemory]:
     """Yield what each training of a run holds: of the base, of what grew, of the control."""
     if config.model.model_type != "hf":
         yield _held(config, source, model="the base")
@@ -187,7 +187,7 @@ def _held(
     model: str,
     before: Config | None = None,
     trained: int | None = None,
-) -> HeldMemory:
+) -> TrainingMemory:
     trainer = config.trainer
     processes = trainer.devices if trainer.strategy != "auto" else 1
     setup = TrainingSetup(
@@ -211,13 +211,13 @@ def _held(
             trained = max(0, (count if trained is None else trained) - frozen)
         copies = sum(_copies(one) for one in config.forgetting) * memory.parameters_bytes
         needs = [one.kind.needs(one.options) for one in config.forgetting]
-        places = {each.teacher_place for each in needs if each.teacher}
+        places = {each.teacher_folder for each in needs if each.teacher}
         teachers = (before if place is None else checkpoint_config(place) for place in places)
         # Of a hub id, which is not at hand, the size is not known
         teacher = of_one * sum(_parameters(each) for each in teachers if each is not None)
     if trained is not None:
         states = memory.parameters_bytes + of_one * trained + moments * trained // count
-    return HeldMemory(
+    return TrainingMemory(
         model=model,
         parameters=count,
         states=-(-states // processes) if trainer.strategy == "fsdp" else states,
@@ -249,7 +249,7 @@ def _parameters(config: Config) -> int:
 
 def _worst(
     config: RunRequest, source: Config, *, with_activations: bool = False
-) -> tuple[HeldMemory, Place] | None:
+) -> tuple[TrainingMemory, Place] | None:
     """Return the training that is furthest above a limit, and where; None when all fit."""
     over = [
         (held, place)
@@ -260,7 +260,7 @@ def _worst(
     return max(over, key=lambda each: each[1].needed, default=None)
 
 
-def _places(config: RunRequest, held: HeldMemory, activations: int) -> Iterator[Place]:
+def _places(config: RunRequest, held: TrainingMemory, activations: int) -> Iterator[Place]:
     """Yield where a training is held, as far as it is known how much there is."""
     import torch
 

@@ -15,7 +15,7 @@ from tritter.evaluation.statistics import (
     PairedScores,
     drop_in_points,
     finite_or_none,
-    relative_harm,
+    relative_forgetting,
 )
 from tritter.report.rows import ScoreChange, change_text, score_text
 from tritter.report.runs import CONFIDENCE, Group, Run, differing_keys, grouped, tells
@@ -335,7 +335,7 @@ def _difference(subject: str, first: Compared, other: Compared) -> PairedDiffere
         return PairedDifference(subject, other.name, why_not="not paired: other documents")
     try:
         is_loss = before.unit == "nats"
-        estimate = relative_harm(before, after) if is_loss else drop_in_points(before, after)
+        estimate = relative_forgetting(before, after) if is_loss else drop_in_points(before, after)
     except TritterError as error:
         return PairedDifference(subject, other.name, why_not=str(error))
     side = (1 + CONFIDENCE) / 2

@@ -420,7 +420,7 @@ def _tradeoff(lines: Sequence[_Line]) -> list[Figure]:
             linestyle="none",
             capsize=3,
         )
-    front = _front([(-gain.value, retention.value) for _, gain, retention in points])
+    front = _search_path([(-gain.value, retention.value) for _, gain, retention in points])
     axes.plot(*zip(*((100 * x, 100 * y) for x, y in front), strict=True), color=GREY, ls=":", lw=1)
     axes.axhline(0, color=GREY, linewidth=0.8)
     axes.margins(0.1)
@@ -431,7 +431,7 @@ def _tradeoff(lines: Sequence[_Line]) -> list[Figure]:
     return [figure]
 
 
-def _front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+def _search_path(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     """Return the points (gain, harm) that no other beats in both, by gain."""
     best: list[tuple[float, float]] = []
     for gain, harm in sorted(points, key=lambda point: (-point[0], point[1])):

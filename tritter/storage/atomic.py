@@ -157,7 +157,7 @@ def _unwritable(target: Path, error: OSError | ValueError) -> RequestError:
     return RequestError(f"{target} cannot be written: {reason}.")
 
 
-def refuse_standing(target: Path, *, overwrite: bool) -> None:
+def refuse_existing(target: Path, *, overwrite: bool) -> None:
     """Refuse a place where something stands that will not be replaced; opens and follows nothing.
 
     Raises:
@@ -180,7 +180,7 @@ def refuse_standing(target: Path, *, overwrite: bool) -> None:
 
 
 def _refuse(target: Path, *, overwrite: bool, check: Callable[[Path], None]) -> None:
-    refuse_standing(target, overwrite=overwrite)
+    refuse_existing(target, overwrite=overwrite)
     if overwrite and os.path.lexists(target):
         check(target)
 
@@ -237,7 +237,7 @@ def identity_of(path: Path) -> Identity | None:
     return found.st_dev, found.st_ino
 
 
-def is_placed_here(target: Path) -> bool:
+def is_published_here(target: Path) -> bool:
     """Return whether the folder at `target` is one that this process put there."""
     return identity_of(target) in _PLACED
 

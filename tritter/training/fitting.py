@@ -35,9 +35,9 @@ from tritter.training.callbacks import (
 from tritter.training.forgetting_method import Task
 from tritter.training.gradient_flow import GradientFlow
 from tritter.training.metrics import METRICS_NAME, set_metrics_aside
-from tritter.training.module import BaseModule, CompiledModel, their_callbacks
+from tritter.training.module import BaseModule, CompiledModel, module_callbacks
 from tritter.training.options import TrainerSettings
-from tritter.training.result import Conclusion, FitResult, HeldBytes, WriteResult
+from tritter.training.result import Conclusion, FitResult, MemoryMeter, WriteResult
 from tritter.training.trainer import (
     build_trainer,
     settings_kept,
@@ -45,7 +45,7 @@ from tritter.training.trainer import (
 )
 
 SAVED_NAME = "saved"  # what a killed training goes on from
-LEFT_NAME = "left"  # what methods against forgetting leave for the next training
+LEFTOVERS_NAME = "left"  # what methods against forgetting leave for the next training
 
 
 def fit(
@@ -92,7 +92,7 @@ def fit(
     saved, every = folder / SAVED_NAME, settings.save_every_n_steps
     saving = SaveState(saved, every_n_steps=every, stop=stop, guard=guard)
     validation = None if evaluation is None else Validation(evaluation, stop=stop)
-    flow, held = GradientFlow({} if task is None else task.new_units), HeldBytes()
+    flow, held = GradientFlow({} if task is None else task.new_units), MemoryMeter()
     conclusion = Conclusion(
         guard=guard,
         work=work,
@@ -107,12 +107,14 @@ def fit(
     ours = [guard, bar, RandomState(settings.seed, label=label), *changers, conclusion, validation]
     callbacks += [callback for side in module.side_losses for callback in side.callbacks()]
     if task is not None:
-        callbacks.append(ForgettingCallback(module.methods, task, folder / LEFT_NAME, work=work))
+        callbacks.append(
+            ForgettingCallback(module.methods, task, folder / LEFTOVERS_NAME, work=work)
+        )
         assert isinstance(batches, BatchStream)
         for method in module.methods:
             batches = method.mix(batches, task)
     callbacks += filter(None, ours)
-    module.their_callbacks = partial(their_callbacks, theirs, folder=folder, last=saving)
+    module.module_callbacks = partial(module_callbacks, theirs, folder=folder, last=saving)
     gc.collect()  # an earlier trainer, its module and callbacks hold each other, moments too
     since = time.perf_counter()
     with _told(stop, label):
@@ -148,7 +150,7 @@ def _told(stop: StopRequest, label: str) -> Iterator[None]:
 
 def discard_saved(folder: Path) -> None:
     """Remove what a training would go on from, after its result was written elsewhere."""
-    for name in (SAVED_NAME, LEFT_NAME):
+    for name in (SAVED_NAME, LEFTOVERS_NAME):
         remove_folder(folder / name)
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from tritter.checkpoints.place import teacher_problems
+from tritter.checkpoints.location import teacher_problems
 from tritter.core.families import Config
 from tritter.data.batches import BatchStream, drawn_equally
 from tritter.errors import Problem
@@ -60,7 +60,7 @@ class Needs:
     leaves: tuple[str, ...] = ()
     carried: bool = False
     teacher: bool = False
-    teacher_place: str | None = None
+    teacher_folder: str | None = None
     writes: bool = False
     mixes: bool = False
     keeps: int = 0
@@ -328,7 +328,7 @@ def method_start_problems(config: RunRequest, source: Config) -> Iterator[Proble
     """
     is_known = config.model.model_type == "hf"
     for one in config.forgetting:
-        place = one.kind.needs(one.options).teacher_place
+        place = one.kind.needs(one.options).teacher_folder
         if place is not None:
             key = f"forgetting.{one.name}.teacher"
             yield from teacher_problems(place, source if is_known else None, key=key)

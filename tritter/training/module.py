@@ -109,7 +109,7 @@ class BaseModule(LightningModule):
         self.side_losses = tuple(side_losses)
         self.moments = moments or {}
         self.journal: list[Entry] = []
-        self.their_callbacks: Callable[[], list[Callback]] = list  # set for the time of a fit
+        self.module_callbacks: Callable[[], list[Callback]] = list  # set for the time of a fit
         self.compiled: CompiledModel | None = None  # the same
 
     def configure_model(self) -> None:
@@ -119,7 +119,7 @@ class BaseModule(LightningModule):
 
     def configure_callbacks(self) -> list[Callback]:
         """Return what stands behind Tritter's own callbacks, built in the process that trains."""
-        return self.their_callbacks()
+        return self.module_callbacks()
 
     def training_step(self, batch: Mapping[str, Tensor], batch_index: int) -> Tensor:
         """Return the loss of the task, of side losses and of the methods; each is logged alone."""
@@ -309,7 +309,7 @@ class CompiledModel:
 CHECKPOINTS_NAME = "checkpoints"  # where a ModelCheckpoint writes, below the training's folder
 
 
-def their_callbacks(
+def module_callbacks(
     options: Sequence[Component], *, folder: Path, last: Callback
 ) -> list[Callback]:
     """Return what a LightningModule adds to the callbacks of its Trainer, when the fit begins.

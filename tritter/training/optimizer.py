@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
-from tritter.checkpoints.place import kinds_beside
+from tritter.checkpoints.location import state_kinds_of
 from tritter.errors import Problem, RequestError, TritterError, nearest
 from tritter.options import RunRequest, field_keys, options
 from tritter.targets import (
@@ -353,13 +353,13 @@ def carry_problems(config: RunRequest) -> Iterator[Problem]:
     for reason in reasons:
         yield Problem(_MOMENTS_KEY, True, reason=reason)
     if config.model.model_type == "hf" and Path(config.model.path).is_dir():
-        yield from given_problems(Path(config.model.path))
+        yield from moment_problems(Path(config.model.path))
 
 
-def given_problems(folder: Path) -> list[Problem]:
+def moment_problems(folder: Path) -> list[Problem]:
     """Return why trainings can't start from the moments beside a checkpoint."""
     try:
-        if kinds_beside(folder) >= _MOMENTS:
+        if state_kinds_of(folder) >= _MOMENTS:
             return []
     except TritterError as error:
         return [Problem(_MOMENTS_KEY, True, reason=str(error))]

@@ -579,9 +579,9 @@ def rate_notes(config: RunRequest, source: Config) -> tuple[str, ...]:
     rate, parameters = config.training.learning_rate, count_parameters(source)
     raised = tuple(
         f"gate.ladder = {config.gate.ladder}: rung {number} raises training.learning_rate from "
-        f"{rate:g} to {rung.training.learning_rate:g}; gate.max_attempts={number} leaves it out."
-        for number, rung in enumerate(config.rungs, start=1)
-        if rung.training.learning_rate > rate
+        f"{rate:g} to {fallback.training.learning_rate:g}; gate.max_attempts={number} leaves it out."
+        for number, fallback in enumerate(config.fallbacks, start=1)
+        if fallback.training.learning_rate > rate
     )
     is_adam = "adam" in config.optimizer.target.lower()
     is_given = config.model.model_type == "hf"

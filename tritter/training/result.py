@@ -24,7 +24,7 @@ from tritter.training.module import BaseModule, base_of
 from tritter.training.parameters import gather, is_sharded, live_layout, own_part
 
 
-class HeldBytes(Callback):
+class MemoryMeter(Callback):
     """Add up parameters, gradients and the optimizer's state, where they lie.
 
     At the end of the first step, and of each after which something else is trained.
@@ -104,7 +104,7 @@ class FitResult:
             and the number of steps in which that was looked at (`steps`).
         packing: `padding_fraction` and `packed_sequence_length_histogram` of documents that were
             read apart; empty of a stream.
-        held: bytes of parameters, gradients and optimizer, as `HeldBytes` found them.
+        held: bytes of parameters, gradients and optimizer, as `MemoryMeter` found them.
         reports: what callbacks say that they did, by their `report_name`; plain data.
         update_norms: top-level part of the model → norm of (weights after − before) relative to
             the norm before; shows what moved.
@@ -177,7 +177,7 @@ class Conclusion(Callback):
         guard: FiniteGuard,
         work: WorkCount,
         flow: GradientFlow,
-        held: HeldBytes,
+        held: MemoryMeter,
         validation: Validation | None,
         saving: SaveState,
         stop: StopRequest,

@@ -64,7 +64,7 @@ def apply(
     before = {new: optimizer.state.get(old[stem]) for new, stem in change.stems.items()}
     _take_on(model, change)
     module.journal.append(entry)
-    _follow_slots(optimizer, module, old, moments, before)
+    _follow_groups(optimizer, module, old, moments, before)
     _wrap(trainer, module)
     for method in module.methods:
         method.parameters_changed(change)
@@ -141,7 +141,7 @@ def thaw(trainer: Trainer, module: BaseModule, names: Collection[str]) -> None:
     (optimizer,), held = trainer.optimizers, dict(module.model.named_parameters())
     for name in names:
         held[name].requires_grad_(True)
-    _follow_slots(optimizer, module, held, {}, {})
+    _follow_groups(optimizer, module, held, {}, {})
     _wrap(trainer, module)
 
 
@@ -159,7 +159,7 @@ def freeze(trainer: Trainer, module: BaseModule, names: Collection[str]) -> None
         held[name].requires_grad_(False)
         held[name].grad = None
         optimizer.state.pop(held[name], None)
-    _follow_slots(optimizer, module, held, {}, {})
+    _follow_groups(optimizer, module, held, {}, {})
     _wrap(trainer, module)
 
 
@@ -207,7 +207,7 @@ def _take_on(model: nn.Module, change: Change) -> None:
     reshape(model, change.config, weights, removed=change.removed)
 
 
-def _follow_slots(
+def _follow_groups(
     optimizer: torch.optim.Optimizer,
     module: BaseModule,
     old: Mapping[str, nn.Parameter],

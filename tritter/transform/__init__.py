@@ -2,15 +2,15 @@
 
 from tritter.transform.change import Change, PlannedExpansion, declared
 from tritter.transform.folder import (
+    DiskNeeds,
     Expanded,
-    Room,
-    check_room,
+    check_disk_space,
+    disk_needs,
     expand,
     free_bytes,
     plan_by_tables,
     plan_expansion,
     planned,
-    room_for,
     size_text,
     state_stream,
 )

@@ -27,7 +27,7 @@ from tritter.core.parameter_map import (
 from tritter.core.parameter_map.carry import STATE_KINDS, Policy, followed, has_state
 from tritter.core.stock_routers import AddedExperts
 
-Held = Mapping[str, Tensor]
+PeakBytes = Mapping[str, Tensor]
 
 
 def declared(name: str, shape: tuple[int, ...]) -> StoredTensor:
@@ -88,7 +88,7 @@ class Change:
         origins = {s.name: self.tensors[s.parts[0].tensor.name].origin for s in self.after}
         return {name: owners[origin] for name, origin in origins.items() if origin is not None}
 
-    def weights(self, held: Held) -> Iterator[tuple[str, Tensor]]:
+    def weights(self, held: PeakBytes) -> Iterator[tuple[str, Tensor]]:
         """Yield the altered parameters, of all those before the change."""
         by_name, example = unpack_all(self.before, held), next(iter(held.values()))
         for stored in self.altered:
@@ -135,7 +135,7 @@ class Change:
                 grown[stored.name] = flags[::-1] if stored.is_transposed else flags
         return grown
 
-    def state(self, kind: str, held: Held, *, policy: Policy = "carry") -> dict[str, Tensor]:
+    def state(self, kind: str, held: PeakBytes, *, policy: Policy = "carry") -> dict[str, Tensor]:
         """Return what becomes of one kind of state, by the rule of that kind.
 
         A parameter is absent where nothing that it holds has any; parts that have none are zero.

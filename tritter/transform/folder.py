@@ -27,7 +27,7 @@ from tritter.checkpoints.folder import (
     TokenizerFiles,
     check_tokenizer_files,
 )
-from tritter.checkpoints.place import check_output, check_replaceable
+from tritter.checkpoints.location import check_output, check_replaceable
 from tritter.checkpoints.state import KEPT_FILE, STATE_FOLDER, State, write_state
 from tritter.core.expansions import (
     ExpansionSpec,
@@ -46,7 +46,7 @@ from tritter.core.families import (
     padded_shapes,
 )
 from tritter.core.parameter_map.carry import Policy, StateKind, followed, has_state
-from tritter.core.parameter_map.rows import WeightReader, held_bytes
+from tritter.core.parameter_map.rows import WeightReader, peak_bytes
 from tritter.core.stock_routers import AddedExperts
 from tritter.errors import Problem, RequestError, TritterError
 from tritter.storage.hashing import file_digest, merkle_hash
@@ -73,7 +73,7 @@ _AT_ONCE_OF_STATE = 4  # gathered along each axis, multiplied, and with a mean i
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Room:
+class DiskNeeds:
     """Bytes that an expansion takes.
 
     Args:
@@ -112,7 +112,7 @@ def free_bytes(destination: Path) -> int | None:
     return usage.free if usage.total else None
 
 
-def check_room(destination: str | os.PathLike[str], room: Room) -> None:
+def check_disk_space(destination: str | os.PathLike[str], room: DiskNeeds) -> None:
     """Refuse a result that the disk has no room for.
 
     Raises:
@@ -288,7 +288,7 @@ def expand(
     if not isinstance(plan, PlannedExpansion):
         plan = plan_expansion(source, plan, seed=seed)
     opened = source if isinstance(source, Source) else Source.open(folder, plan.config)
-    check_room(destination, room_for(opened, plan, dtype=dtype, moments=moments))
+    check_disk_space(destination, disk_needs(opened, plan, dtype=dtype, moments=moments))
     stated = {} if dtype is None else {"dtype": str(dtype).removeprefix("torch.")}
 
     def look(place: Path, lineage: Lineage) -> Lineage:
@@ -312,13 +312,13 @@ def expand(
     return Expanded(destination, plan, lineage)
 
 
-def room_for(
+def disk_needs(
     opened: Source,
     plan: PlannedExpansion,
     *,
     dtype: torch.dtype | None = None,
     moments: Policy = "carry",
-) -> Room:
+) -> DiskNeeds:
     """Return what carrying a plan out takes of disk and memory; reads no tensor.
 
     Raises:
@@ -339,7 +339,7 @@ def room_for(
     # follow from rows. State comes whole: read and mapped, while the two before it are written.
     usual, rare = [], 0
     for target in layout(plan.target_config, "hub"):
-        parts = [held_bytes(maps[part.tensor.name], shape_of) for part in target.parts]
+        parts = [peak_bytes(maps[part.tensor.name], shape_of) for part in target.parts]
         origins = {maps[part.tensor.name].origin for part in target.parts}
         copied = [o for o in origins if o and opened.places[o][0].name in opened.live_shapes]
         is_whole = target.name in shapes or target.is_transposed
@@ -355,7 +355,7 @@ def room_for(
     kept = opened.folder / STATE_FOLDER / KEPT_FILE
     files = sum(path.stat().st_size for path in check_tokenizer_files(opened.folder))
     unit = 1 if sys.platform == "darwin" else 1024  # bytes
-    return Room(
+    return DiskNeeds(
         weights=sum(entry.num_bytes for entry in weights),
         state=sum(e.num_bytes for e in others) + (kept.stat().st_size if kept.is_file() else 0),
         others=files + _BYTES_OF_RECORDS + _BYTES_OF_A_NAME * (len(weights) + len(others)),

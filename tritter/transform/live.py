@@ -23,7 +23,7 @@ from tritter.checkpoints import (
     write_checkpoint,
 )
 from tritter.checkpoints.folder import Artifact, TokenizerFiles
-from tritter.checkpoints.place import check_output, check_replaceable
+from tritter.checkpoints.location import check_output, check_replaceable
 from tritter.checkpoints.state import LazyTensors
 from tritter.core.expansions import (
     Dus,

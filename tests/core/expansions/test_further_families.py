@@ -27,7 +27,7 @@ from tritter.core.families import check_config, family_of
 from tritter.core.models import disk_tensors, live_tensors, named_tensors
 from tritter.core.parameter_map import AxisFactor, AxisMap
 from tritter.errors import RequestError
-from tritter.methods.growth.places import ffn_places
+from tritter.methods.growth.blocks import ffn_blocks
 from tritter.transform import expand
 from tritter.transform.live import ModelExpander
 
@@ -214,7 +214,7 @@ def test_a_live_model_is_expanded_as_a_folder_is() -> None:
 @pytest.mark.parametrize("family", STACKED)
 def test_growth_says_why_it_has_no_place_there(family: str) -> None:
     with pytest.raises(RequestError, match=f"in {family} gate and up are one tensor"):
-        ffn_places(tiny(family))
+        ffn_blocks(tiny(family))
     config = {**tiny(family).config.to_dict(), "ffn_sizes": [40, 30, 20]}
     with pytest.raises(RequestError, match=r"ffn_sizes: .*gate and up are one tensor"):
         check_config(family_of(config), config)

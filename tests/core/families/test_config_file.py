@@ -9,7 +9,7 @@ from transformers import AutoConfig
 
 from tests import oracle
 from tests.oracle.families import OWN, key_of, tiny
-from tritter.checkpoints.place import checkpoint_config
+from tritter.checkpoints.location import checkpoint_config
 from tritter.core.families import Config, family_of
 from tritter.core.families.config_file import read_config_file
 from tritter.core.models import read_config

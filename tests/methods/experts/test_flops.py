@@ -142,11 +142,11 @@ def test_what_is_frozen_has_no_gradient_and_nothing_below_what_is_trained(
 def test_one_expert_is_trained_and_the_others_are_frozen() -> None:
     """Each is computed apart, and a gradient of frozen factors is not counted."""
     mixture = mixture_of(top_k=2, ranks=(3, 3))  # both are chosen, as if dense
-    apart = mixture_of(top_k=1, ranks=(3,))
-    for each in (mixture, apart):
+    document_mask = mixture_of(top_k=1, ranks=(3,))
+    for each in (mixture, document_mask):
         for name, parameter in each.model.named_parameters():
             parameter.requires_grad_(".e0." in name)
-    both, one = step_flops_of(mixture).matrices, step_flops_of(apart).matrices
+    both, one = step_flops_of(mixture).matrices, step_flops_of(document_mask).matrices
     # Of a frozen expert: forward, and the gradients of the inputs of A and B, which all need one
     # but those of A that reads the first embeddings, which nothing below asks for.
     sizes = {"q": (24, 24), "k": (12, 24), "v": (12, 24), "o": (24, 24)}

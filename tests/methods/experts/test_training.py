@@ -24,7 +24,7 @@ from tritter.methods.experts.callback import ExpertCallback, Known
 from tritter.methods.experts.method import DynamicExperts
 from tritter.methods.experts.module import ExpertModule
 from tritter.methods.experts.options import FIRST, DynamicOptions
-from tritter.methods.experts.roster import Roster
+from tritter.methods.experts.registry import ExpertRegistry
 from tritter.methods.novelty import observe
 from tritter.training import FitResult, OptimizerSettings, Schedule, TrainerSettings, fit
 from tritter.training.checkpoint_io import SafetensorsCheckpointIO
@@ -83,13 +83,13 @@ def batches(stream: str, *, accumulated: int = 1, mixed: str = "") -> BatchStrea
     return BatchStream(data, batch_size=BATCH, num_batches=len(stream) * accumulated)
 
 
-def _know(roster: Roster, model: nn.Module, given: int) -> None:
+def _know(registry: ExpertRegistry, model: nn.Module, given: int) -> None:
     """Let experts of before be known."""
-    assert roster.detector is not None
+    assert registry.detector is not None
     for name, kind in (("old", "old"), *((f"expert_{n + 1}", "ab"[n]) for n in range(given))):
         seen = [observe(model, text(kind, BATCH, seed=n)) for n in range(30)]
-        roster.detector.add(name, seen, is_base=kind == "old")
-        roster.expert_of[name] = FIRST if kind == "old" else name
+        registry.detector.add(name, seen, is_base=kind == "old")
+        registry.expert_of[name] = FIRST if kind == "old" else name
 
 
 def train(
@@ -110,14 +110,14 @@ def train(
     for number in range(given):  # of a training before
         mixture.add(f"expert_{number + 1}", method.shape(model), seed=number)
     steps = len(stream)
-    roster = method.roster(max_steps=steps)
+    registry = method.registry(max_steps=steps)
     if given:
-        assert roster.detector is not None
-        _know(roster, model, given)
+        assert registry.detector is not None
+        _know(registry, model, given)
     old = [text("old", BATCH, seed=n) for n in range(30)]
     known = Known(batches={"old": old if skill is None else ()}, tokens=torch.cat(old).flatten())
     callback = ExpertCallback(
-        roster, shape=method.shape(model), known=known, skill=skill, domains=["new"], seed=3
+        registry, shape=method.shape(model), known=known, skill=skill, domains=["new"], seed=3
     )
     module = ExpertModule(
         mixture,

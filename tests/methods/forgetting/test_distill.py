@@ -156,11 +156,11 @@ def test_the_teacher_is_not_trained_not_saved_and_let_go(tmp_path: Path) -> None
 @pytest.mark.full
 def test_the_more_it_weighs_the_nearer_the_student_stays(tmp_path: Path) -> None:
     teacher, ids = oracle.tiny_llama(initializer_range=0.05), oracle.tokens(batch=8, length=16)
-    apart = {}
+    document_mask = {}
     for weight in (0.0, 10.0):
         module = trained(tmp_path / str(weight), teacher, Distill(weight=weight))
         said, wanted = (
             oracle.logits(each, ids).log_softmax(dim=-1) for each in (module.model, teacher)
         )
-        apart[weight] = float((wanted.exp() * (wanted - said)).sum(dim=-1).mean())
-    assert apart[10.0] < 0.5 * apart[0.0]
+        document_mask[weight] = float((wanted.exp() * (wanted - said)).sum(dim=-1).mean())
+    assert document_mask[10.0] < 0.5 * document_mask[0.0]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tests import oracle
 from tests.training.test_fit import task
 from tritter.methods.forgetting import EWC, OnlineEWC
-from tritter.methods.forgetting.ewc import OnlineEWCOptions, left_kind
+from tritter.methods.forgetting.ewc import OnlineEWCOptions, kept_kind
 from tritter.methods.forgetting.quadratic import diagonal_fisher
 from tritter.training import Preparation, Task
 
@@ -92,7 +92,7 @@ def test_three_tasks_are_those_of_a_slow_loop(normalise: str) -> None:
         )
         state = {"fisher": diagonal_fisher(model, rows)}
         if kept:
-            state[left_kind("fisher", normalise)] = dict(kept)
+            state[kept_kind("fisher", normalise)] = dict(kept)
         method.begin_task(model, told(model, state, "b"))
         with torch.no_grad():
             for parameter in model.parameters():

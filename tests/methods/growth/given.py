@@ -11,9 +11,15 @@ from torch import Tensor, nn
 
 from tritter.conf_folder import config_folder
 from tritter.errors import Problem, raise_problems
+from tritter.methods.growth.blocks import (
+    ActivationProbe,
+    ActivationRecorder,
+    FfnBlock,
+    attach,
+    ffn_blocks,
+)
 from tritter.methods.growth.grower import Grower
 from tritter.methods.growth.initialisers import Initialiser, Layer
-from tritter.methods.growth.places import FfnPlace, Look, Looking, attach, ffn_places
 from tritter.methods.growth.triggers import GrowthOptions, Timing, Trigger
 from tritter.options import read_options
 
@@ -53,21 +59,23 @@ def grower(
     )
 
 
-def looked_at(model: nn.Module, input_ids: Tensor, *, max_tokens: int = 4096) -> dict[int, Look]:
+def looked_at(
+    model: nn.Module, input_ids: Tensor, *, max_tokens: int = 4096
+) -> dict[int, ActivationProbe]:
     """Train a model for one backward pass; return what its FFNs saw, its gradients in place."""
-    seen, was = Looking(max_tokens), model.training
-    handles = attach(model, ffn_places(model), seen)
+    seen, was = ActivationRecorder(max_tokens), model.training
+    handles = attach(model, ffn_blocks(model), seen)
     model.zero_grad()
     model.train()
     model(input_ids=input_ids, labels=input_ids, use_cache=False).loss.backward()
     model.train(was)
     for handle in handles:
         handle.remove()
-    return seen.looks()
+    return seen.probes()
 
 
 def layer_of(
-    model: nn.Module, place: FfnPlace, look: Look, *, count: int = 4, seed: int = 0
+    model: nn.Module, place: FfnBlock, look: ActivationProbe, *, count: int = 4, seed: int = 0
 ) -> Layer:
     gate, up, down = place.weights(model)
     activation: Callable[[Tensor], Tensor] = place.activation(model)

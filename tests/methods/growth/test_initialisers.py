@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from tests import oracle
 from tests.methods.growth.given import layer_of, looked_at
 from tests.oracle.families import GROWABLE, generic, key_of, tiny
+from tritter.methods.growth.blocks import ffn_blocks
 from tritter.methods.growth.grower import LayerGrowth, growth_change
 from tritter.methods.growth.initialisers import (
     GradMax,
@@ -20,7 +21,6 @@ from tritter.methods.growth.initialisers import (
     Split,
     orthogonalised,
 )
-from tritter.methods.growth.places import ffn_places
 from tritter.training.surgery import apply_plain
 
 NONE = torch.empty(0, dtype=torch.int64)
@@ -30,7 +30,7 @@ def grow(
     model: nn.Module, initialiser: Initialiser, ids: Tensor, *, layer: int = 0, count: int = 4
 ) -> NewNeurons:
     """Let a layer grow by what one backward pass on `ids` says."""
-    place = ffn_places(model)[layer]
+    place = ffn_blocks(model)[layer]
     look = looked_at(model, ids)[place.layer]
     neurons = initialiser.neurons(layer_of(model, place, look, count=count))
     apply_plain(
@@ -51,7 +51,7 @@ def test_exact_ones_keep_the_function(family: str, initialiser: Initialiser) -> 
             grow(model, initialiser, ids, layer=layer, count=5)
         after = oracle.logits(model, ids)
     assert float((after - before).abs().max()) < 1e-10
-    widths = [place.width(model) for place in ffn_places(model)]
+    widths = [place.width(model) for place in ffn_blocks(model)]
     assert widths[0] == widths[1] == getattr(model.config, key_of(family, "intermediate_size"))
 
 
@@ -66,7 +66,7 @@ def test_the_readmes_does_not_and_says_so() -> None:
 
 def new_gradients(model: nn.Module, ids: Tensor, *, count: int = 4) -> dict[str, Tensor]:
     looked_at(model, ids)
-    place = ffn_places(model)[0]
+    place = ffn_blocks(model)[0]
     up = model.get_parameter(place.up).grad
     gate = model.get_parameter(place.gate).grad
     down = model.get_parameter(place.down).grad
@@ -103,7 +103,7 @@ def test_gradmax_is_the_first_singular_vector() -> None:
     """Held to torch's SVD of the matrix that the gradient of a new row is made with."""
     ids = oracle.tokens(batch=8, length=24, seed=3)
     model = oracle.tiny_llama(initializer_range=0.2).double()
-    place = ffn_places(model)[0]
+    place = ffn_blocks(model)[0]
     look = looked_at(model, ids)[0]
     layer = layer_of(model, place, look, count=3)
     neurons = GradMax().neurons(layer)
@@ -123,7 +123,7 @@ def test_new_gradients_are_as_large_as_the_median_of_the_layers() -> None:
     model = oracle.tiny_llama(initializer_range=0.2)
     grow(model, GradMax(), ids)
     found = new_gradients(model, ids)
-    up = model.get_parameter(ffn_places(model)[0].up).grad
+    up = model.get_parameter(ffn_blocks(model)[0].up).grad
     assert up is not None
     median = torch.linalg.vector_norm(up[:-4], dim=1).median()
     assert torch.allclose(torch.linalg.vector_norm(found["up"], dim=1), median, rtol=1e-3)
@@ -133,7 +133,7 @@ def test_new_gradients_are_as_large_as_the_median_of_the_layers() -> None:
 def test_the_whole_triple_moves_within_two_steps() -> None:
     ids, model = oracle.tokens(batch=8, length=24, seed=3), oracle.tiny_llama()
     grow(model, GradMax(), ids)
-    optimizer, place = torch.optim.AdamW(model.parameters(), lr=1e-3), ffn_places(model)[0]
+    optimizer, place = torch.optim.AdamW(model.parameters(), lr=1e-3), ffn_blocks(model)[0]
     before = [w.clone() for w in place.weights(model)]
     for _ in range(2):
         looked_at(model, ids)
@@ -157,7 +157,7 @@ def test_copies_share_unequally_even_of_one_source() -> None:
 
     grow(model, Twice(), ids)
     assert float((oracle.logits(model, ids) - before).abs().max()) < 1e-12
-    down = model.get_parameter(ffn_places(model)[0].down).detach()
+    down = model.get_parameter(ffn_blocks(model)[0].down).detach()
     parts = [float((down[:, n] @ down[:, 5]) / (down[:, 5] @ down[:, 5])) for n in (-4, -3, -2)]
     assert parts == pytest.approx([0.3 / 0.343, 0.21 / 0.343, 0.147 / 0.343])
 

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from tests import oracle
 from tests.methods.growth.given import asked, grower, looked_at
 from tests.oracle.families import tiny
+from tritter.methods.growth.blocks import ffn_blocks
 from tritter.methods.growth.grower import Grower, dead_neurons, wanda_scores
-from tritter.methods.growth.places import ffn_places
 from tritter.training.surgery import apply_plain
 
 DEAD = (3, 7)
@@ -18,7 +18,7 @@ def model_with_dead() -> nn.Module:
     """Return a model in whose second layer two neurons write nothing."""
     model = oracle.tiny_llama()
     with torch.no_grad():
-        model.get_parameter(ffn_places(model)[1].down)[:, list(DEAD)] = 0.0
+        model.get_parameter(ffn_blocks(model)[1].down)[:, list(DEAD)] = 0.0
     return model
 
 
@@ -27,11 +27,11 @@ def event(
 ) -> dict[str, Tensor]:
     """Let the second layer grow; return the moments of its up before that."""
     ids = oracle.tokens(batch=8, length=24, seed=3)
-    looks = looked_at(model, ids)
+    probes = looked_at(model, ids)
     engine.pressure.observe(model, engine.places)
     state = optimizer.state[model.get_parameter(engine.places[1].up)]
     before = {k: v.clone() for k, v in state.items()} if state else {}
-    growth = engine.growth(model, {1: count}, looks, step=step)
+    growth = engine.growth(model, {1: count}, probes, step=step)
     assert growth is not None
     apply_plain(model, growth.change, optimizer=optimizer)
     engine.grown(model, growth, step=step)
@@ -75,8 +75,8 @@ def test_the_young_are_never_used_again() -> None:
     place = engine.places[1]
     with torch.no_grad():
         model.get_parameter(place.down)[:, list(DEAD)] = 0.0  # as dead as can be, and young
-    looks = looked_at(model, oracle.tokens(batch=8, length=24, seed=3))
-    scores = {1: wanda_scores(model, place, looks[1])}
+    probes = looked_at(model, oracle.tokens(batch=8, length=24, seed=3))
+    scores = {1: wanda_scores(model, place, probes[1])}
     assert float(scores[1][list(DEAD)].max()) == 0.0
     found = {
         step: dead_neurons(scores, {1: engine.maturity.young(1, step)}, quantile=0.2)[1].tolist()
@@ -100,17 +100,17 @@ def test_what_neurons_compute_is_what_their_readers_are_given(
 ) -> None:
     """With the biases that neurons have."""
     model, given = tiny(family, **options), list[Tensor]()
-    place = ffn_places(model)[1]
+    place = ffn_blocks(model)[1]
     reader = model.get_submodule(str(place.down).removesuffix(".weight"))
     assert str(place.down).endswith(f"{down}.weight")
     handle = reader.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0].detach()))
-    looks = looked_at(model, oracle.tokens(batch=4, length=20))
+    probes = looked_at(model, oracle.tokens(batch=4, length=20))
     handle.remove()
     _, _, weight = place.weights(model)
     assert weight is not None
     strength = given[0].flatten(0, 1).square().mean(dim=0).sqrt()
     expected = strength * torch.linalg.vector_norm(weight, dim=0)
-    assert torch.allclose(wanda_scores(model, place, looks[1]), expected, rtol=1e-4)
+    assert torch.allclose(wanda_scores(model, place, probes[1]), expected, rtol=1e-4)
 
 
 def test_grow_only_counts_who_is_dead_and_leaves_them() -> None:
@@ -129,9 +129,9 @@ def test_what_is_replaced_is_free_of_importances() -> None:
     model = model_with_dead()
     engine = grower(asked("foam_v3"), max_steps=None)
     engine.begin(model)
-    looks = looked_at(model, oracle.tokens(batch=8, length=24, seed=3))
+    probes = looked_at(model, oracle.tokens(batch=8, length=24, seed=3))
     engine.pressure.observe(model, engine.places)
-    growth = engine.growth(model, {1: 3}, looks, step=50)
+    growth = engine.growth(model, {1: 3}, probes, step=50)
     assert growth is not None
     name = engine.places[1].up
     fisher = {n: torch.ones_like(p) for n, p in model.named_parameters()}
@@ -145,9 +145,9 @@ def test_what_an_expansion_just_made_is_not_dead_yet() -> None:
     model = model_with_dead()
     engine = grower(asked("foam_v3", maturation_age=100), max_steps=None)
     engine.begin(model, new={1: torch.tensor(DEAD)})
-    looks = looked_at(model, oracle.tokens(batch=8, length=24, seed=3))
+    probes = looked_at(model, oracle.tokens(batch=8, length=24, seed=3))
     engine.pressure.observe(model, engine.places)
     for step, replaced in ((99, 0), (100, 2)):
-        growth = engine.growth(model, {1: 3}, looks, step=step)
+        growth = engine.growth(model, {1: 3}, probes, step=step)
         assert growth is not None
         assert len(set(growth.layers[1].recycled.tolist()) & set(DEAD)) == replaced

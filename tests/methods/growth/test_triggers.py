@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from tests import oracle
 from tests.methods.growth.given import asked, grower, scheduled
+from tritter.methods.growth.blocks import some_rows
 from tritter.methods.growth.grower import Grower
 from tritter.methods.growth.method import NeuronGrowth
-from tritter.methods.growth.places import some_rows
 from tritter.methods.growth.triggers import GrowthOptions, Percentile, Timing, View
 
 CHECKS = 1_500

@@ -112,11 +112,11 @@ def test_the_fisher_is_that_of_the_whole() -> None:
     model, sequences = tiny_moe("mixtral"), oracle.tokens(batch=4)
     whole = diagonal_fisher(model, sequences)
     with separate_experts(model, 2) as separated:
-        apart = diagonal_fisher(model, sequences)
+        document_mask = diagonal_fisher(model, sequences)
     expected = separated.follow(whole)
-    assert apart.keys() == expected.keys() != whole.keys()
+    assert document_mask.keys() == expected.keys() != whole.keys()
     for name, value in expected.items():
-        torch.testing.assert_close(apart[name], value, rtol=1e-4, atol=1e-10)
+        torch.testing.assert_close(document_mask[name], value, rtol=1e-4, atol=1e-10)
 
 
 def test_values_by_name_follow() -> None:

@@ -64,10 +64,10 @@ def test_a_decision_rests_on_enough_samples():
 
 def test_the_lower_bound_lies_above_the_threshold():
     """The same mean of single losses that spread more decides nothing, and the numbers say so."""
-    close, apart = by_loss(), by_loss()
+    close, document_mask = by_loss(), by_loss()
     assert kinds(close, [8, 8]) == ["unsure", "new"]
-    apart.observe(at_z(8, spread=1.0))
-    decision = apart.observe(at_z(8, spread=1.0))
+    document_mask.observe(at_z(8, spread=1.0))
+    decision = document_mask.observe(at_z(8, spread=1.0))
     assert decision.kind == "unsure" and decision.reason == "the interval holds the threshold"
     assert decision.lower < decision.threshold == 6 < decision.score < decision.upper
     assert decision.score == pytest.approx(8, rel=1e-5)

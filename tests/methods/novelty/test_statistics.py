@@ -78,10 +78,10 @@ def test_mean_scatter_and_distance_against_numpy():
     squares = np.einsum("ni,ij,nj->n", offsets, inverse, offsets)
     gaussian = Gaussian.of(held.mean, covariance)
     assert np.allclose(gaussian.distances(features), (squares / 6) ** 0.5)
-    apart = features[:8] + 1
-    offset = apart.mean(dim=0).numpy() - rows.mean(axis=0)
+    document_mask = features[:8] + 1
+    offset = document_mask.mean(dim=0).numpy() - rows.mean(axis=0)
     hotelling = 8 * offset @ inverse @ offset
-    values = gaussian.centre_distance(apart)
+    values = gaussian.centre_distance(document_mask)
     assert values.shape == (8,)
     assert float(values.mean()) == pytest.approx((hotelling / 6) ** 0.5)
 

@@ -69,7 +69,7 @@ def said(error: BaseException) -> str:
     return f"{' '.join(str(error).split()) or 'no memory is left'} ({type(error).__name__})."
 
 
-def check_words(words: Sequence[str]) -> None:
+def check_encodable(words: Sequence[str]) -> None:
     """Refuse words that are no text.
 
     Raises:

@@ -27,15 +27,21 @@ from omegaconf.errors import OmegaConfBaseException
 
 from tritter.conf_folder import config_folder
 from tritter.config.components import METHOD_GROUPS, Origin, clashes, method_names, nesting_problems
+from tritter.config.fallbacks import (
+    FALLBACK_GROUPS,
+    choice_problems,
+    fallbacks_of,
+    for_fallback,
+    on_top,
+)
 from tritter.config.folders import (
     CHOSEN_BY,
     body_of,
     composing_from,
-    front,
     option_files,
     option_folders,
+    search_path,
 )
-from tritter.config.ladder import RUNG_GROUPS, choice_problems, of_rung, on_top, rungs_of
 from tritter.config.overrides import (
     forced,
     no_option,
@@ -76,7 +82,7 @@ _HYDRA_ERRORS = (
 _HYDRA_NOISE = re.compile(r"To append|object_type|reference_type|Config search path|provider=")
 
 
-class SweepAsked(Exception):
+class SweepInConfig(Exception):
     """What was composed for one run says `hydra.mode: MULTIRUN`."""
 
 
@@ -98,7 +104,7 @@ class Loader(ConfigLoaderImpl):
     def __init__(self, config_search_path: ConfigSearchPath) -> None:
         super().__init__(config_search_path)
         found = option_files()
-        self.front = front()
+        self.search_path = search_path()
         self.options = {group: list(found[group]) for group in found if group not in CHOSEN_BY}
         self.files: Sequence[ResultDefault] = ()
         self.problems: tuple[Problem, ...] = ()
@@ -122,7 +128,7 @@ class Loader(ConfigLoaderImpl):
         if self.judged is not None:
             return self.judged
         parsed = parse(overrides, loader=self)
-        with composing_from(self.front):  # a launcher's process knows nothing of it
+        with composing_from(self.search_path):  # a launcher's process knows nothing of it
             problems = [*option_problems(parsed, self.options), *choice_problems(parsed)]
         wrong = {problem.key for problem in problems}
         if "experiment" in wrong:  # it would choose options of all groups
@@ -140,7 +146,7 @@ class Loader(ConfigLoaderImpl):
         if named:
             raise refusal([*problems, *named])
         if not self.is_sweep and composed.hydra.mode == RunMode.MULTIRUN:
-            raise SweepAsked
+            raise SweepInConfig
         others = dict(composed.hydra.callbacks or {})
         with open_dict(composed.hydra):
             composed.hydra.callbacks = {"tritter": {"_target_": _JUDGE}, **others}
@@ -204,7 +210,7 @@ class Composer:
             RequestError: the options can't be put together.
         """
         return self.loader.load_configuration(
-            front().config_name, list(overrides), mode, from_shell=False
+            search_path().config_name, list(overrides), mode, from_shell=False
         )
 
     def judged(
@@ -221,9 +227,9 @@ class Composer:
         """
         check_overrides(overrides)
         config = self._validated(composed, overrides, rules=rules)
-        return self.with_rungs(config, overrides, rules=rules)
+        return self.with_fallbacks(config, overrides, rules=rules)
 
-    def with_rungs(
+    def with_fallbacks(
         self, config: RunConfig, overrides: Sequence[str], *, rules: Sequence[Rule] = ()
     ) -> RunConfig:
         """Return a run's config with what it tries after a rollback, composed and validated.
@@ -234,19 +240,19 @@ class Composer:
         Raises:
             RequestError: whatever is wrong with any of the rungs.
         """
-        rungs, problems = list[RunConfig](), list[Problem]()
-        for number, typed in enumerate(rungs_of(config.gate), start=1):
+        fallbacks, problems = list[RunConfig](), list[Problem]()
+        for number, typed in enumerate(fallbacks_of(config.gate), start=1):
             try:
                 words = tuple(normalise(word, self.options) for word in typed)
                 refuse_sweeps(parse(words))
                 tried_words = on_top(overrides, words)
                 own = self._validated(self.composed(tried_words), tried_words, rules=rules)
-                tried = {group: getattr(own, group) for group in RUNG_GROUPS}
-                rungs.append(replace(config, **tried, rung_words=words))
+                tried = {group: getattr(own, group) for group in FALLBACK_GROUPS}
+                fallbacks.append(replace(config, **tried, fallback_overrides=words))
             except RequestError as error:
-                problems += (of_rung(each, config.gate, number) for each in error.problems)
+                problems += (for_fallback(each, config.gate, number) for each in error.problems)
         raise_problems(problems)
-        return replace(config, rungs=tuple(rungs))
+        return replace(config, fallbacks=tuple(fallbacks))
 
     def _validated(
         self, composed: DictConfig, overrides: Sequence[str], *, rules: Sequence[Rule]
@@ -281,7 +287,7 @@ def _explain(error: Exception, overrides: Sequence[Override], loader: Loader) ->
     text = str(error).strip()
     if merged := re.search(r"Could not override '(hydra.+?)'", text):
         key = merged.group(1)
-        usual = loader.load_configuration(loader.front.config_name, [], RunMode.RUN).hydra
+        usual = loader.load_configuration(loader.search_path.config_name, [], RunMode.RUN).hydra
         keys = list(leaves(OmegaConf.to_container(usual), "hydra"))
         reason = "Hydra has no such setting (python train.py --cfg hydra)"
         value = _value_of(key, overrides)

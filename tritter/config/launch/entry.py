@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tritter import __version__
-from tritter.config.folders import composing_from, front, front_of
+from tritter.config.folders import composing_from, search_path, search_path_of
 from tritter.config.launch.command_line import (
     FLAGS,
     UNFORESEEN,
     CommandLine,
-    check_words,
+    check_encodable,
     read_command_line,
     said,
 )
@@ -50,7 +50,7 @@ def main(pipeline: "Pipeline", *, arguments: Sequence[str] | None = None) -> int
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        check_words(words)
+        check_encodable(words)
         with stopping():
             return _run(words, pipeline)
     except RequestError as error:
@@ -78,7 +78,9 @@ def _run(words: list[str], pipeline: "Pipeline") -> int:
     if command.is_version:
         say(f"tritter {__version__}")
         return 0
-    meant = front_of(command.config_folders, command.config_name, searchpath=command.searchpath)
+    meant = search_path_of(
+        command.config_folders, command.config_name, searchpath=command.searchpath
+    )
     with composing_from(meant):
         if command.is_help:
             from tritter.config.launch.help import help_text
@@ -103,7 +105,7 @@ def _answer(command: CommandLine, hydra: "Hydra") -> int:
         if command.shows == "hydra_help":
             hydra.hydra_help(None, get_args_parser(), argparse.Namespace(overrides=words))
         else:
-            hydra.shell_completion(front().config_name, words)
+            hydra.shell_completion(search_path().config_name, words)
     except ValueError as error:
         raise RequestError(f"{' '.join(words)}: {' '.join(str(error).split())}.") from error
     return 0
@@ -112,7 +114,7 @@ def _answer(command: CommandLine, hydra: "Hydra") -> int:
 def _act(
     command: CommandLine, composing: "Composer", pipeline: "Pipeline", words: list[str]
 ) -> int:
-    from tritter.config.launch.composition import SweepAsked
+    from tritter.config.launch.composition import SweepInConfig
     from tritter.config.launch.jobs import Task
     from tritter.config.launch.plan import plan_of, read_request, requested
 
@@ -127,7 +129,7 @@ def _act(
         if not request.is_multirun:
             try:
                 return _run_one(request, task, composing.hydra)
-            except SweepAsked:
+            except SweepInConfig:
                 request.is_multirun = composing.loader.is_sweep = True
         from tritter.config.launch.sweep import run_sweep
 
@@ -173,15 +175,17 @@ def run_once(words: Sequence[str], pipeline: "Pipeline") -> Path:
         TritterError: the run failed.
         Stopped: by a signal, after the state was saved.
     """
-    check_words(words)
+    check_encodable(words)
     command = read_command_line(words)
     if command.is_multirun:
         raise RequestError(_NO_SWEEP)
     if command.shows is not None or command.is_help or command.is_version:
         raise RequestError("run takes overrides; use python train.py for help and --cfg.")
-    meant = front_of(command.config_folders, command.config_name, searchpath=command.searchpath)
+    meant = search_path_of(
+        command.config_folders, command.config_name, searchpath=command.searchpath
+    )
     with composing_from(meant):
-        from tritter.config.launch.composition import SweepAsked, composer
+        from tritter.config.launch.composition import SweepInConfig, composer
         from tritter.config.launch.jobs import Task, read_status
         from tritter.config.launch.plan import read_request, requested
 
@@ -197,9 +201,9 @@ def run_once(words: Sequence[str], pipeline: "Pipeline") -> Path:
             words = list(request.overrides)
             with _answers_of_hydra(request), requested(request):
                 try:
-                    name = front().config_name
+                    name = search_path().config_name
                     composing.hydra.run(name, logged, words, with_log_configuration=False)
-                except SweepAsked as error:
+                except SweepInConfig as error:
                     raise RequestError(_NO_SWEEP) from error
                 except Stopped as stop:
                     if request.plan is not None:
@@ -240,7 +244,7 @@ def _show(command: CommandLine, request: "Request", hydra: "Hydra") -> int:
         RequestError: what is asked for is not there.
     """
     words, told = list(request.overrides), StringIO()
-    name, what = front().config_name, command.what or "all"
+    name, what = search_path().config_name, command.what or "all"
     if command.shows == "info":
         hydra.show_info(what, name, words)
         return 0
@@ -259,7 +263,7 @@ def _run_one(request: "Request", task: "Task", hydra: "Hydra") -> int:
 
     request.composing.loader.is_sweep = False
     try:
-        hydra.run(front().config_name, task, list(request.overrides))
+        hydra.run(search_path().config_name, task, list(request.overrides))
     except Stopped as stop:
         if request.plan is not None:
             (job,) = request.plan.jobs
@@ -296,11 +300,13 @@ def completions(words: Sequence[str]) -> list[str]:
 
     try:
         command = read_command_line(before)
-        meant = front_of(command.config_folders, command.config_name, searchpath=command.searchpath)
+        meant = search_path_of(
+            command.config_folders, command.config_name, searchpath=command.searchpath
+        )
         with composing_from(meant), composer() as composing:
             line = " ".join([*command.overrides, word])
             plugin = DefaultCompletionPlugin(composing.loader)
-            found: list[str] = plugin._query(front().config_name, line)
+            found: list[str] = plugin._query(search_path().config_name, line)
     except RequestError:
         return []
     return [one for one in found if one != word]

@@ -23,9 +23,9 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from tritter.config.folders import Front, composing_from, front
+from tritter.config.folders import SearchPath, composing_from, search_path
 from tritter.config.launch.composition import composer, plain_config
-from tritter.config.overrides import recorded_words
+from tritter.config.overrides import recorded_overrides
 from tritter.config.run_folder import (
     OUTPUT_FILE,
     RunState,
@@ -124,7 +124,7 @@ class Task:
     pipeline: Pipeline
     jobs: Sequence[Job] = ()
     keeps_failed: bool = False
-    asked_from: Front = field(default_factory=front)
+    asked_from: SearchPath = field(default_factory=search_path)
     process: int = field(default_factory=os.getpid)
     program: str = field(default_factory=lambda: sys.argv[0] if sys.argv else "")
 
@@ -217,7 +217,7 @@ def run_job(cfg: DictConfig, pipeline: Pipeline, *, jobs: Sequence[Job]) -> floa
                 say(f"job {hydra.job.num} was over before: {ended.status}")
             return math.nan if ended.metric is None else float(ended.metric)
         typed = words if planned is None or is_sweep else planned.overrides
-        recorded = recorded_words(typed)
+        recorded = recorded_overrides(typed)
         write_run_file(folder, config, status="running", overrides=recorded)
         _write_status(folder, words, status="running", exit_code=EXIT_FAILED)
         outcome = pipeline(config, run_folder=folder)
@@ -262,7 +262,7 @@ def _judged(cfg: DictConfig, words: Sequence[str]) -> RunConfig:
     if config.gate.ladder is None:
         return config
     with composer() as composing:
-        return composing.with_rungs(config, words)
+        return composing.with_fallbacks(config, words)
 
 
 def read_status(folder: Path) -> RunStatus:

@@ -14,8 +14,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from tritter.checkpoints.run_text import side_problems
-from tritter.config.folders import Front, composing_from, front
-from tritter.config.ladder import of_rung
+from tritter.config.fallbacks import for_fallback
+from tritter.config.folders import SearchPath, composing_from, search_path
 from tritter.config.launch.command_line import CommandLine
 from tritter.config.launch.composition import Composer
 from tritter.config.launch.jobs import ONE_BY_ONE, Job, Launching, Task, launching, side_by_side
@@ -221,8 +221,8 @@ def _with_resumed(
 
     kept = [word for word in run.overrides if not is_overridden(word)]
     words = [*kept, *(o.input_line or "" for o in typed if o.key_or_group != "resume")]
-    meant = front() if front() != Front() else run.front
-    if refused := [*(meant.flags if front() == Front() else ()), *not_replayed(kept)]:
+    meant = search_path() if search_path() != SearchPath() else run.search_path
+    if refused := [*(meant.flags if search_path() == SearchPath() else ()), *not_replayed(kept)]:
         with composing_from(meant):
             whole = command([*words, f"resume={as_value(str(folder))}"])
         raise RequestError(
@@ -273,9 +273,9 @@ def _check_means(plan: Plan) -> None:
     for n, shape in known.items():
         config = todo[n].config
         found[n] += memory_problems(config, shape)
-        for number, rung in enumerate(() if found[n] else config.rungs, start=1):
-            of_attempt = memory_problems(rung, shape)
-            found[n] += (of_rung(problem, config.gate, number) for problem in of_attempt)
+        for number, fallback in enumerate(() if found[n] else config.fallbacks, start=1):
+            of_attempt = memory_problems(fallback, shape)
+            found[n] += (for_fallback(problem, config.gate, number) for problem in of_attempt)
     _raise_of_jobs(found, [job.overrides for job in jobs])
     raise_problems(
         side_by_side_problems(

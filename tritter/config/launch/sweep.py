@@ -8,7 +8,7 @@ from hydra._internal.hydra import Hydra
 from rich.table import Table
 from rich.text import Text
 
-from tritter.config.folders import front
+from tritter.config.folders import search_path
 from tritter.config.launch.jobs import STATUS_FILE, Job, Task, read_status
 from tritter.config.launch.plan import Request
 from tritter.config.overrides import as_value, command
@@ -53,7 +53,7 @@ def run_sweep(request: Request, task: Task, hydra: Hydra, *, typed: Sequence[str
     try:
         # First, so that a mode that is typed wins, and is refused
         words = ["hydra.mode=MULTIRUN", *request.overrides]
-        hydra.multirun(front().config_name, task, words)
+        hydra.multirun(search_path().config_name, task, words)
     except Stopped as stop:
         stop.advice = (_goes_on(request, typed),) if request.plan is not None else ()
         raise

@@ -237,7 +237,7 @@ def layer_norm_attention(
     qkv: str,
     output: str,
     bias_key: str = "",
-    are_apart: bool = False,
+    are_masked: bool = False,
     is_transposed: bool = False,
 ) -> tuple[LogicalTensor, ...]:
     """Return the norm before attention and its projections, called so on disk.
@@ -260,7 +260,7 @@ def layer_norm_attention(
             for tensor in _linear(f"attention.{name}", f"{qkv}.{name}", axis, read, bias_key,
                                   within=qkv, is_transposed=is_transposed)
         ]
-        if are_apart
+        if are_masked
         else _linear("attention.qkv", qkv, together, read, bias_key, is_transposed=is_transposed)
     )  # fmt: skip
     return (
@@ -593,7 +593,7 @@ GPT2 = Family(
             norm=_GPT2_LAYER + "ln_1",
             qkv=_GPT2_LAYER + "attn.c_attn",
             output=_GPT2_LAYER + "attn.c_proj",
-            are_apart=True,
+            are_masked=True,
             is_transposed=True,
         ),
         *plain_ffn(

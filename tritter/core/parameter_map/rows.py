@@ -253,7 +253,7 @@ Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
+class PeakBytes:
     """Bytes in memory while one target is made; what is mapped from its file takes none.
 
     Args:
@@ -266,7 +266,7 @@ class Held:
     rare: int
 
 
-def held_bytes(tensor_map: TensorMap, shape_of: Callable[[str], Shape]) -> Held:
+def peak_bytes(tensor_map: TensorMap, shape_of: Callable[[str], Shape]) -> PeakBytes:
     """Return what `WeightReader.blocks` holds at most at a time.
 
     Args:
@@ -274,9 +274,9 @@ def held_bytes(tensor_map: TensorMap, shape_of: Callable[[str], Shape]) -> Held:
     """
     step = in_order(tensor_map)
     if step.is_verbatim:
-        return Held(BLOCK_ENTRIES * _DOUBLE, 0)
+        return PeakBytes(BLOCK_ENTRIES * _DOUBLE, 0)
     if not makes_rows(step) or len(_shape(step, shape_of)) != 2:
-        return Held(_whole(step, shape_of), 0)
+        return PeakBytes(_whole(step, shape_of), 0)
     assert step.source is not None
     before, donor = step.source, step.fill.donor
     entries = prod(_source_shape(step, shape_of))
@@ -287,7 +287,7 @@ def held_bytes(tensor_map: TensorMap, shape_of: Callable[[str], Shape]) -> Held:
     if step.fill.kind == "row_mean":
         usual += _DOUBLE * entries
     is_spread_asked = bool(step.noise) or step.fill.kind == "matched"
-    return Held(usual, 2 * _DOUBLE * entries if is_spread_asked else 0)
+    return PeakBytes(usual, 2 * _DOUBLE * entries if is_spread_asked else 0)
 
 
 def _whole(step: TensorMap, shape_of: Callable[[str], Shape]) -> int:

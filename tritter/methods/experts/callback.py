@@ -28,7 +28,7 @@ from tritter.methods.experts.gates import Gates, entropies, usage
 from tritter.methods.experts.mixture import ExpertMixture
 from tritter.methods.experts.module import ExpertModule
 from tritter.methods.experts.options import FIRST
-from tritter.methods.experts.roster import Novel, Roster
+from tritter.methods.experts.registry import ExpertRegistry, Novel
 from tritter.methods.novelty import Observation, observe
 from tritter.methods.novelty.observation import joined
 from tritter.seeds import derived_seed
@@ -68,7 +68,7 @@ class ExpertCallback(Callback):
 
     def __init__(
         self,
-        roster: Roster,
+        registry: ExpertRegistry,
         *,
         shape: AdapterShape,
         known: Known | None = None,
@@ -76,10 +76,10 @@ class ExpertCallback(Callback):
         domains: Sequence[str] = (),
         seed: int = 0,
     ) -> None:
-        self.roster = roster
+        self.registry = registry
         self._shape, self._known, self._skill = shape, known or Known(), skill
         self._domains, self._seed = tuple(domains), seed
-        asked = roster.asked
+        asked = registry.asked
         self._exemplars = Exemplars(asked.exemplars, seed=seed) if asked.rehearsal else None
         self.events: list[dict[str, Any]] = []
         self._figures = Figures()
@@ -90,23 +90,23 @@ class ExpertCallback(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._restored is not None:
             state, self._restored = self._restored, None
-            self.roster.load_state_dict(state["roster"])
+            self.registry.load_state_dict(state["roster"])
             self.events = [dict(event) for event in state["events"]]
             self._figures.load_state_dict(state["figures"])
             self.take_up(state)
-        elif not self.roster.expert_of:  # what the base knows is measured, and its tokens counted
-            roster, known, module = self.roster, self._known, _module(pl_module)
+        elif not self.registry.expert_of:  # what the base knows is measured, and its tokens counted
+            registry, known, module = self.registry, self._known, _module(pl_module)
             if module.mixture.evidence is not None:
                 number = module.mixture.names.index(FIRST)
                 module.mixture.evidence.count(number, known.tokens.to(module.device))
             for domain, batches in known.batches.items():
-                roster.expert_of[domain] = FIRST
-                if roster.detector is not None:
+                registry.expert_of[domain] = FIRST
+                if registry.detector is not None:
                     seen = [_observed(module, ids.to(module.device).long()) for ids in batches]
-                    roster.detector.add(domain, seen, is_base=True)
+                    registry.detector.add(domain, seen, is_base=True)
                     for ids in batches:
-                        work_of(trainer).flops += _looking_flops(module, *ids.shape)
-        self.roster.stay_within(_module(pl_module).mixture.adapters)
+                        work_of(trainer).flops += _observation_flops(module, *ids.shape)
+        self.registry.stay_within(_module(pl_module).mixture.adapters)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -117,16 +117,16 @@ class ExpertCallback(Callback):
         everywhere = torch.cat(_of_all(own.cpu()))
         expert = None  # of old text alone nothing is said
         if len(everywhere) and self._skill is not None:
-            expert = self.roster.tell(self._skill, everywhere)
+            expert = self.registry.tell(self._skill, everywhere)
         elif len(everywhere):
             seen = _of_all(_observed(module, own) if len(own) else None)
-            expert = self.roster.see(joined([each for each in seen if each]), everywhere)
-            work_of(trainer).flops += _looking_flops(module, *everywhere.shape)
+            expert = self.registry.see(joined([each for each in seen if each]), everywhere)
+            work_of(trainer).flops += _observation_flops(module, *everywhere.shape)
         if expert is not None:
             self._take(module, expert, everywhere)
-        active = self.roster.active
+        active = self.registry.active
         self._aims.append(active)
-        is_young = active is not None and not self.roster.members[active].is_mature
+        is_young = active is not None and not self.registry.members[active].is_mature
         young = active if is_young and len(module.mixture.names) > 1 else None
         if young != module.young:
             module.young = young
@@ -144,11 +144,11 @@ class ExpertCallback(Callback):
 
     def _rehearse(self, batch: dict[str, Tensor], is_old: Tensor) -> None:
         """Put text of other experts in the place of the last rows of a batch."""
-        assert self._exemplars is not None and self.roster.active is not None
+        assert self._exemplars is not None and self.registry.active is not None
         rank, ids, held = this_rank(), batch["input_ids"], self._exemplars
-        held.owed = min(held.owed + self.roster.asked.rehearsal * len(ids), float(len(ids)))
+        held.owed = min(held.owed + self.registry.asked.rehearsal * len(ids), float(len(ids)))
         count = int(held.owed)
-        rows = held.sample(count * rank.count, without=self.roster.active)
+        rows = held.sample(count * rank.count, without=self.registry.active)
         places = (~is_old).nonzero().flatten()
         places = places[len(places) - min(count, len(places) // 2) :]  # its own text is half of it
         held.owed -= count if len(rows) else 0  # in every process alike
@@ -164,7 +164,7 @@ class ExpertCallback(Callback):
         module = _module(pl_module)
         active = self._aims[0] if len(set(self._aims)) == 1 else None
         if active is None:  # of the batches of a step all were for one, or none is trained on
-            self.roster.batches["idle"] += len([each for each in self._aims if each is not None])
+            self.registry.batches["idle"] += len([each for each in self._aims if each is not None])
         if (trainer.global_step + 1) % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             for name in module.mixture.adapters:
                 own = parameters_of(module.model, name).values()
@@ -177,7 +177,7 @@ class ExpertCallback(Callback):
                     parameter.grad = None
         if active is None:
             optimizer.zero_grad(set_to_none=True)
-        self.roster.active = active
+        self.registry.active = active
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -194,34 +194,34 @@ class ExpertCallback(Callback):
             return
         loss = sum(self._losses) / len(self._losses)
         if math.isfinite(loss):  # else the step was refused
-            self.roster.stepped(loss, now)
+            self.registry.stepped(loss, now)
         if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             values = self._figures.logged(mixture, gates, step=trainer.global_step)
-            if self.roster.score is not None:
-                values["experts/novelty"] = self.roster.score
+            if self.registry.score is not None:
+                values["experts/novelty"] = self.registry.score
             module.log_dict(values, sync_dist=True)
         self._aims, self._losses = [], []
         # What is due between two steps
-        roster = self.roster
-        for name in roster.matured():
-            why = f"trained for {roster.members[name].steps} steps"
+        registry = self.registry
+        for name in registry.matured():
+            why = f"trained for {registry.members[name].steps} steps"
             self._note(trainer, "mature", name, why)
-        if roster.novel is not None:
-            self._take_in(trainer, module, roster.novel)
-        elif roster.active is not None and roster.active in mixture.adapters:
-            self._grow(trainer, module, roster.active)
-        if roster.routing != mixture.routing:
-            mixture.routing = roster.routing
+        if registry.novel is not None:
+            self._take_in(trainer, module, registry.novel)
+        elif registry.active is not None and registry.active in mixture.adapters:
+            self._grow(trainer, module, registry.active)
+        if registry.routing != mixture.routing:
+            mixture.routing = registry.routing
             work_of(trainer).count_anew()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         mixture = _module(pl_module).mixture
-        members = self.roster.members
+        members = self.registry.members
         mixture.extra = {
-            "roster": self.roster.state_dict(),
-            "usage": self.roster.usage(),
+            "roster": self.registry.state_dict(),
+            "usage": self.registry.usage(),
             "maturity": {name: member.is_mature for name, member in members.items()},
-            "boundaries": self.roster.asked.boundaries,
+            "boundaries": self.registry.asked.boundaries,
             "frozen": [
                 name
                 for expert in mixture.adapters
@@ -243,12 +243,12 @@ class ExpertCallback(Callback):
 
     def report(self) -> dict[str, Any]:
         """Return what became of the experts, as summary.json has it."""
-        batches = dict(self.roster.batches)
+        batches = dict(self.registry.batches)
         return {"events": self.events, "batches": batches, **self._figures.report()}
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "roster": self.roster.state_dict(),
+            "roster": self.registry.state_dict(),
             "events": self.events,
             "figures": self._figures.state_dict(),
             "exemplars": None if self._exemplars is None else self._exemplars.state_dict(),
@@ -260,10 +260,15 @@ class ExpertCallback(Callback):
 
     def _take_in(self, trainer: Trainer, module: ExpertModule, novel: Novel) -> None:
         """Give a new skill an expert: one of its own, if it is worth one and there is room."""
-        roster, asked, mixture, model = self.roster, self.roster.asked, module.mixture, module.model
-        skill = self._skill or f"skill_{len(roster.expert_of)}_{trainer.global_step}"
+        registry, asked, mixture, model = (
+            self.registry,
+            self.registry.asked,
+            module.mixture,
+            module.model,
+        )
+        skill = self._skill or f"skill_{len(registry.expert_of)}_{trainer.global_step}"
         if novel.gain < asked.min_gain:
-            roster.enrol(skill, FIRST)
+            registry.enrol(skill, FIRST)
             why = f"gains at most {novel.gain:.3f} nats, below experts.min_gain"
             self._note(trainer, "refused", FIRST, why)
             return
@@ -283,21 +288,21 @@ class ExpertCallback(Callback):
         while (why := obstacle()) and is_of_use and len(mixture.adapters) > 1:
             self._make_room(trainer, module)
         if why:
-            heir = roster.nearest(novel)
+            heir = registry.nearest(novel)
             self._thaw(trainer, module, heir)
-            roster.enrol(skill, heir)
+            registry.enrol(skill, heir)
             self._take(module, heir, novel.sequences)
             self._note(trainer, "refused", heir, f"{why}; it learns the new skill too")
             return
-        name = roster.next_name()
+        name = registry.next_name()
         mixture.open(name, self._shape, seed=derived_seed(self._seed, name))
         surgery.apply(trainer, module, spawned(mixture, name), reason="spawned")
         skill = self._skill or name
-        roster.enrol(skill, name)
+        registry.enrol(skill, name)
         self._take(module, name, novel.sequences)
         found: dict[str, Any] = {"skill": skill, "domain": ", ".join(self._domains)}
-        if (decision := novel.decision) is not None and roster.detector is not None:
-            similarity = roster.detector.library[skill].similarity_at_creation
+        if (decision := novel.decision) is not None and registry.detector is not None:
+            similarity = registry.detector.library[skill].similarity_at_creation
             found |= {
                 "similarity": dict(similarity),
                 "score": decision.score,
@@ -310,16 +315,16 @@ class ExpertCallback(Callback):
 
     def _make_room(self, trainer: Trainer, module: ExpertModule) -> None:
         """Let the least used expert go, or the two most similar become one."""
-        roster, mixture = self.roster, module.mixture
-        pair = roster.most_similar() if roster.asked.when_full == "merge" else None
+        registry, mixture = self.registry, module.mixture
+        pair = registry.most_similar() if registry.asked.when_full == "merge" else None
         if pair is None:
-            others = {name: each.usage for name, each in roster.members.items() if name != FIRST}
+            others = {name: each.usage for name, each in registry.members.items() if name != FIRST}
             gone = min(others, key=others.__getitem__)
             self._evict(trainer, module, gone, heir=None)
             self._note(trainer, "evicted", gone, "the least used, to make room")
             return
         kept, gone = pair
-        weights = [max(roster.members[name].usage, 1e-6) for name in pair]
+        weights = [max(registry.members[name].usage, 1e-6) for name in pair]
         weights = [weight / sum(weights) for weight in weights]
         (optimizer,), shape, lost = trainer.optimizers, shape_of(module.model, kept), []
         for _, layer in adapted_layers(module.model):
@@ -342,10 +347,10 @@ class ExpertCallback(Callback):
         self._note(trainer, "merged", kept, why, gone=gone)
 
     def _thaw(self, trainer: Trainer, module: ExpertModule, name: str) -> None:
-        if self.roster.members[name].is_frozen:
+        if self.registry.members[name].is_frozen:
             own = parameters_of(module.model, name)
             surgery.thaw(trainer, module, [key for key in own if not own[key].requires_grad])
-            self.roster.thaw(name)
+            self.registry.thaw(name)
 
     def _evict(
         self, trainer: Trainer, module: ExpertModule, gone: str, *, heir: str | None
@@ -353,17 +358,17 @@ class ExpertCallback(Callback):
         """Take an expert off, with all that is kept of it and no other expert inherits."""
         surgery.apply(trainer, module, evicted(module.mixture, gone), reason="evicted")
         module.mixture.close(gone)
-        self.roster.dismiss(gone, heir=heir)
+        self.registry.dismiss(gone, heir=heir)
         if self._exemplars is not None:
             self._exemplars.move(gone, heir=heir)
 
     def _grow(self, trainer: Trainer, module: ExpertModule, name: str) -> None:
         """Let an expert that stalls have a larger rank, or be."""
-        roster, model, mixture = self.roster, module.model, module.mixture
+        registry, model, mixture = self.registry, module.model, module.mixture
         rank = shape_of(model, name).rank
-        due = roster.stalled(rank)
+        due = registry.stalled(rank)
         if due == "widen":
-            limit = roster.asked.max_trainable_parameters
+            limit = registry.asked.max_trainable_parameters
             if limit is not None and _size(model, *mixture.adapters, name) > limit:
                 return
             seed = derived_seed(self._seed, name, str(rank))
@@ -372,7 +377,7 @@ class ExpertCallback(Callback):
             set_rank(model, name, 2 * rank)
             self._note(trainer, "widened", name, f"it stalled; rank {rank} → {2 * rank}")
         elif due == "freeze":
-            member, parts = roster.members[name], roster.asked.freeze_projections
+            member, parts = registry.members[name], registry.asked.freeze_projections
             own = parameters_of(model, name)
             chosen = [
                 key for key in own if parts is None or any(f".{each}." in key for each in parts)
@@ -405,7 +410,7 @@ def _observed(module: ExpertModule, ids: Tensor) -> Observation:
         return observe(module.model, ids, mask)
 
 
-def _looking_flops(module: ExpertModule, number: int, length: int) -> float:
+def _observation_flops(module: ExpertModule, number: int, length: int) -> float:
     return forward_flops(config_of(module.model)).of(length) * number
 
 

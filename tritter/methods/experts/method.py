@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from tritter.methods.experts.adapters import AdapterShape
     from tritter.methods.experts.mixture import ExpertMixture
     from tritter.methods.experts.module import ExpertLosses
-    from tritter.methods.experts.roster import Roster
+    from tritter.methods.experts.registry import ExpertRegistry
 
 ONLY = "lora"  # what the one adapter of single_lora is called
 
@@ -203,14 +203,14 @@ class DynamicExperts(Experts):
             return shape
         return AdapterShape(shape.rank, shape.alpha, tuple(sorted(adaptable(model, whole=False))))
 
-    def roster(self, *, max_steps: int) -> Roster:
+    def registry(self, *, max_steps: int) -> ExpertRegistry:
         """Return who is who before anything is known."""
-        from tritter.methods.experts.roster import Roster
+        from tritter.methods.experts.registry import ExpertRegistry
         from tritter.methods.novelty import NoveltyDetector
 
         asked: DynamicOptions = self.asked
         timing = Timing.of(asked, max_steps=max_steps)
         if asked.boundaries == "told":
-            return Roster(asked, timing=timing, detector=None)
+            return ExpertRegistry(asked, timing=timing, detector=None)
         detector = NoveltyDetector(detector=asked.detector, options=asked.novelty)
-        return Roster(asked, timing=timing, detector=detector)
+        return ExpertRegistry(asked, timing=timing, detector=detector)

@@ -178,7 +178,7 @@ class Distill(ForgettingMethod):
 
     @classmethod
     def needs(cls, options: Any) -> Needs:
-        return Needs(teacher=True, teacher_place=options.teacher)
+        return Needs(teacher=True, teacher_folder=options.teacher)
 
     @classmethod
     def problems(cls, options: Any, run: RunRequest) -> Iterator[Problem]:

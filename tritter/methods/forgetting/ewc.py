@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field
 
 from tritter.core.families import forward_flops, training_flops
-from tritter.data.packing import apart_of, lengths_of
+from tritter.data.packing import document_mask_of, lengths_of
 from tritter.errors import TritterError
 from tritter.methods.forgetting.quadratic import (
     QuadraticPenalty,
@@ -168,7 +168,7 @@ class EWC(QuadraticPenalty):
         flops = training_flops(config)
         if self.options.estimator == "true":  # labels take a pass of their own
             flops += forward_flops(config)
-        return flops.of_all(lengths_of(apart_of(model), sequences))
+        return flops.of_all(lengths_of(document_mask_of(model), sequences))
 
 
 def has_new_values(model: nn.Module, carried: Mapping[str, Tensor]) -> bool:
@@ -262,18 +262,18 @@ class OnlineEWC(EWC):
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)
-        self.left_kind = left_kind(self.kind, self.options.normalise)
+        self.kept_kind = kept_kind(self.kind, self.options.normalise)
         self._earlier: dict[str, Tensor] = {}  # γ F_earlier
 
     @classmethod
     def needs(cls, options: Any) -> Needs:
-        needs, kind = super().needs(options), left_kind(KINDS[options.carry], options.normalise)
+        needs, kind = super().needs(options), kept_kind(KINDS[options.carry], options.normalise)
         return replace(needs, state=(kind,), leaves=(kind,), copies=needs.copies + 1)
 
     def begin_task(self, model: nn.Module, task: Task) -> None:
         import torch
 
-        kept = task.state.get(self.left_kind, {})
+        kept = task.state.get(self.kept_kind, {})
         parameters = dict(model.named_parameters())
         gamma = self.options.gamma
         self._earlier = {n: (gamma * value).to(parameters[n]) for n, value in kept.items()}
@@ -288,7 +288,7 @@ class OnlineEWC(EWC):
 
     def _fisher_domains(self, of: Preparation | Task, domains: tuple[str, ...]) -> tuple[str, ...]:
         """Return those of the latest task; all where no earlier training left a Fisher."""
-        return of.latest or domains if self.left_kind in of.state else domains
+        return of.latest or domains if self.kept_kind in of.state else domains
 
     def _looked(self, name: str, fisher: Tensor) -> Tensor:
         earlier = self._earlier.get(name)
@@ -296,10 +296,10 @@ class OnlineEWC(EWC):
 
     def parameters_changed(self, change: Change) -> None:
         super().parameters_changed(change)
-        self._earlier = change.state(self.left_kind, self._earlier)
+        self._earlier = change.state(self.kept_kind, self._earlier)
 
     def end_task(self, model: nn.Module) -> Mapping[str, Mapping[str, Tensor]]:
-        return {self.left_kind: self.importance}
+        return {self.kept_kind: self.importance}
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "earlier": self._earlier}
@@ -309,6 +309,6 @@ class OnlineEWC(EWC):
         self._earlier = dict(state["earlier"])
 
 
-def left_kind(kind: str, normalise: str) -> str:
+def kept_kind(kind: str, normalise: str) -> str:
     """Return the kind of state that is kept from task to task: one for each unit and rule."""
     return f"online_{kind}_mean" if normalise == "mean" else f"online_{kind}"

@@ -142,7 +142,7 @@ class Freeze(ForgettingMethod):
             reason = "the model is dense and has no experts; name layers instead"
             yield Problem(f"{_KEY}.old_experts", True, reason=reason)
         places = options.places
-        if places is not None and (reason := _why_no_places(places, start.trained)):
+        if places is not None and (reason := _unfreezable_reason(places, start.trained)):
             yield Problem(f"{_KEY}.layers", options.layers, reason=reason)
 
     @classmethod
@@ -242,7 +242,7 @@ class Freeze(ForgettingMethod):
             del self._held[name], self._values[name]
 
 
-def _why_no_places(places: Places, grown: tuple[Config, ...]) -> str:
+def _unfreezable_reason(places: Places, grown: tuple[Config, ...]) -> str:
     smallest = grown[0]
     layers = family_of(smallest).dimensions(smallest).num_hidden_layers
     if places.last_layer >= layers:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from tritter.core.families import find_family
 from tritter.data.batches import this_rank
-from tritter.data.packing import IGNORED, apart_of, labels_of
+from tritter.data.packing import IGNORED, document_mask_of, labels_of
 from tritter.evaluation.inference import modes_kept
 from tritter.seeds import derived_seed
 from tritter.training import ForgettingMethod
@@ -226,7 +226,7 @@ def _squares(
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     # Routing has no batching rule, nor has the look for boundaries between documents
-    if not has_experts(model) and apart_of(model) is None:
+    if not has_experts(model) and document_mask_of(model) is None:
         per_sequence = vmap(grad(_sequence_loss, argnums=1), in_dims=(None, None, 0, 0))
         with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no batching rule
             gradients = per_sequence(model, parameters, input_ids, labels)

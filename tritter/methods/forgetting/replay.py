@@ -19,7 +19,7 @@ from pydantic import Field
 
 from tritter.core.families import family_of, forward_flops
 from tritter.data.batches import BatchStream
-from tritter.data.packing import apart_of
+from tritter.data.packing import document_mask_of
 from tritter.data.replay import ReplayBuffer, Weighting
 from tritter.errors import Problem, RequestError, TritterError, nearest
 from tritter.evaluation.inference import evaluating
@@ -164,7 +164,7 @@ def _texts(
     """Return texts, int64 [B, length], and −log p of each token [B, length], NaN for the first."""
     import torch
 
-    apart = apart_of(model)
+    document_mask = document_mask_of(model)
     tokens, costs = [begin], [torch.full(begin.shape, math.nan, device=begin.device)]
     read, cache, held = begin, None, 0
     for _ in range(length - 1):
@@ -172,8 +172,8 @@ def _texts(
             read, cache, held = torch.cat(tokens[-max(1, window // 2) :], dim=1), None, 0
         held += read.shape[1]
         told: dict[str, Tensor] = {}
-        if apart is not None:
-            told = apart.going_on(torch.cat(tokens[-held:], dim=1), num_read=read.shape[1])
+        if document_mask is not None:
+            told = document_mask.going_on(torch.cat(tokens[-held:], dim=1), num_read=read.shape[1])
         output = model(input_ids=read, past_key_values=cache, use_cache=True, **told)
         cache, logits = output.past_key_values, output.logits[:, -1].float()  # [B, V]
         if not bool(logits.isfinite().all()):

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import Field
 
 from tritter.data.batches import this_rank
-from tritter.data.packing import IGNORED, apart_of, labels_of, lengths_of, lengths_read
+from tritter.data.packing import IGNORED, document_mask_of, labels_of, lengths_of, lengths_read
 from tritter.errors import RequestError, TritterError
 from tritter.methods.forgetting.quadratic import QuadraticPenalty, diagonal_fisher, mean_over
 from tritter.options import Count, options
@@ -97,7 +97,9 @@ class SI(QuadraticPenalty):
         )
         return Prepared(
             state={self.kind: estimated_importance(fisher, length=chosen.shape[1])},
-            flops=flops_of_sequence(given.model).of_all(lengths_of(apart_of(given.model), chosen)),
+            flops=flops_of_sequence(given.model).of_all(
+                lengths_of(document_mask_of(given.model), chosen)
+            ),
             notes=(
                 "si: no path of its training lies beside the model; its importances are estimated "
                 f"on {len(chosen)} sequences of {', '.join(given.domains)}.",

@@ -14,8 +14,14 @@ from tritter.core.families import forward_flops
 from tritter.core.models import config_of
 from tritter.data.packing import lengths_read
 from tritter.evaluation.jump import logits_of
+from tritter.methods.growth.blocks import (
+    MAX_TOKENS,
+    ActivationProbe,
+    ActivationRecorder,
+    attach,
+    ffn_blocks,
+)
 from tritter.methods.growth.grower import GROWTH, Grower, Growth, map_digest
-from tritter.methods.growth.places import MAX_TOKENS, Look, Looking, attach, ffn_places
 from tritter.training import surgery
 from tritter.training.callbacks import ends_step, work_of
 from tritter.training.gradient_flow import NewUnits
@@ -51,7 +57,7 @@ class NeuronGrowthCallback(Callback):
         self.grower = grower
         self._new = new or {}
         self._restored: Mapping[str, Any] | None = None
-        self._seen = Looking()
+        self._seen = ActivationRecorder()
         self._handles: list[RemovableHandle] = []
         self._losses: list[float] = []  # of the batches of a step
         self._after: dict[str, Any] = {}
@@ -61,7 +67,7 @@ class NeuronGrowthCallback(Callback):
         model = base_of(pl_module).model
         flags = {
             p.layer: self._new[p.gate][p.of_rows] if self._new.get(p.gate) else None
-            for p in ffn_places(model)
+            for p in ffn_blocks(model)
         }
         new = {layer: each.nonzero()[:, 0] for layer, each in flags.items() if each is not None}
         self.grower.begin(model, restored=self._restored, new=new)
@@ -107,16 +113,16 @@ class NeuronGrowthCallback(Callback):
         if grower.is_check(step):
             decided = trainer.strategy.broadcast(grower.decide(model, step))
         if decided:
-            looks = self._seen.looks()
+            probes = self._seen.probes()
             if trainer.world_size > 1:  # the tokens of all processes, in the same order in each
-                for layer, look in looks.items():
+                for layer, look in probes.items():
                     own = (look.inputs, look.output_gradients)
                     gathered = (torch.as_tensor(module.all_gather(each)) for each in own)
-                    looks[layer] = Look(*(each.flatten(0, 1) for each in gathered))
-            growth = grower.growth(model, decided, looks, step=step)
+                    probes[layer] = ActivationProbe(*(each.flatten(0, 1) for each in gathered))
+            growth = grower.growth(model, decided, probes, step=step)
         if growth is not None:
             self._grow(trainer, module, growth, batch["input_ids"][:_TRIED_SEQUENCES])
-        self._forget_looks(pl_module)
+        self._clear_probes(pl_module)
         if step % trainer.log_every_n_steps:  # type: ignore[attr-defined]
             return
         counts, ages = grower.counts, grower.maturity.ages(step)
@@ -145,10 +151,10 @@ class NeuronGrowthCallback(Callback):
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        self._forget_looks(pl_module)
+        self._clear_probes(pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._forget_looks(pl_module)
+        self._clear_probes(pl_module)
         module = base_of(pl_module)
         self._last_step = trainer.global_step
         self._after = {
@@ -214,7 +220,7 @@ class NeuronGrowthCallback(Callback):
             flops=work.flops,
         )
 
-    def _forget_looks(self, pl_module: LightningModule) -> None:
+    def _clear_probes(self, pl_module: LightningModule) -> None:
         for handle in self._handles:
             handle.remove()
         if (compiled := base_of(pl_module).compiled) is not None:

@@ -17,12 +17,12 @@ from torch.optim import Optimizer
 from tritter.checkpoints import ExpansionRecord, Lineage, Source
 from tritter.checkpoints.expert_files import refuse_experts
 from tritter.checkpoints.folder import TokenizerFiles
-from tritter.checkpoints.place import check_output
+from tritter.checkpoints.location import check_output
 from tritter.core.models import config_of, load_model, read_config
 from tritter.errors import Problem, RequestError, nearest, raise_problems
+from tritter.methods.growth.blocks import FfnBlock, freeze_all_but_ffns
 from tritter.methods.growth.grower import Grower, Growth, growth_record, map_digest
 from tritter.methods.growth.initialisers import GradMax, Initialiser
-from tritter.methods.growth.places import FfnPlace, freeze_all_but_ffns
 from tritter.methods.growth.plain_loop import PlainLoop
 from tritter.methods.growth.triggers import (
     COOLDOWN,
@@ -321,7 +321,7 @@ class GrowableLinear(GrowableLayer, nn.Linear):
                 )
             consumer.register_forward_hook(self._see_consumer)
             modules["consumer"] = consumer
-        place = FfnPlace(
+        place = FfnBlock(
             layer=0,
             gate="layer.weight",
             up=None,
@@ -448,7 +448,7 @@ class GrowableFFN(GrowableLayer, nn.Module):
         self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=bias) if gated else None
         self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=bias)
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=bias)
-        place = FfnPlace(
+        place = FfnBlock(
             layer=0,
             gate="gate_proj.weight" if gated else "up_proj.weight",
             up="up_proj.weight" if gated else None,

@@ -21,8 +21,8 @@ from tritter.core.families import Config, Port, family_of, with_ffn_sizes
 from tritter.core.models import config_of
 from tritter.core.parameter_map import AxisFactor, AxisMap, Fill, ParameterMap, TensorMap
 from tritter.core.parameter_map.tensor_map import NO_SOURCE
+from tritter.methods.growth.blocks import FFN, ActivationProbe, FfnBlock, ffn_blocks
 from tritter.methods.growth.initialisers import Layer, NewNeurons
-from tritter.methods.growth.places import FFN, FfnPlace, Look, ffn_places
 from tritter.methods.growth.triggers import GrowthOptions, Timing, View, affordable, is_plateau
 from tritter.seeds import derived_seed
 from tritter.training.parameters import Entry
@@ -85,7 +85,7 @@ def growth_change(model: nn.Module, growths: Mapping[int, LayerGrowth]) -> Chang
 
 
 def module_change(
-    model: nn.Module, places: Mapping[int, FfnPlace], growths: Mapping[int, LayerGrowth]
+    model: nn.Module, places: Mapping[int, FfnBlock], growths: Mapping[int, LayerGrowth]
 ) -> Change:
     """Return the same change of a module that no family knows.
 
@@ -236,7 +236,7 @@ class Grower:
         self.counts, self.map = Counts(), GrowthMap()
         self.events: list[dict[str, Any]] = []
         self.start: list[int] = []
-        self.places: tuple[FfnPlace, ...] = ()
+        self.places: tuple[FfnBlock, ...] = ()
         self._new: dict[int, Tensor] = {}
         self._is_whole_model = True
         self.seed = seed
@@ -251,7 +251,7 @@ class Grower:
         self,
         model: nn.Module,
         *,
-        places: Sequence[FfnPlace] | None = None,
+        places: Sequence[FfnBlock] | None = None,
         restored: Mapping[str, Any] | None = None,
         new: Mapping[int, Tensor] | None = None,
     ) -> None:
@@ -267,7 +267,7 @@ class Grower:
             RequestError: the model is none that can grow.
         """
         self._is_whole_model = places is None
-        self.places = ffn_places(model) if places is None else tuple(places)
+        self.places = ffn_blocks(model) if places is None else tuple(places)
         self._new = dict(new or {})
         if restored is None:
             widths = {place.layer: place.width(model) for place in self.places}
@@ -361,7 +361,7 @@ class Grower:
         self,
         model: nn.Module,
         decided: Mapping[int, int],
-        looks: Mapping[int, Look],
+        probes: Mapping[int, ActivationProbe],
         *,
         step: int,
         sources: Mapping[int, Sequence[int]] | None = None,
@@ -374,16 +374,16 @@ class Grower:
             sources: layer → neurons that new ones may stem from; absent: those of the highest
                 pressure.
         """
-        if not all(look.is_finite for look in looks.values()):
+        if not all(look.is_finite for look in probes.values()):
             return None  # the step was refused
         places = {self.places[n].layer: self.places[n] for n in decided}
         counts = {self.places[n].layer: count for n, count in decided.items()}
         dead: dict[int, Tensor] = {}
         if self.asked.enable_replacement:
             scores = {
-                place.layer: wanda_scores(model, place, looks[place.layer])
+                place.layer: wanda_scores(model, place, probes[place.layer])
                 for place in self.places
-                if place.layer in looks
+                if place.layer in probes
             }
             young = {layer: self.maturity.young(layer, step) for layer in scores}
             if step < self.timing.maturation_age:  # nor are those of an expansion old enough
@@ -392,7 +392,7 @@ class Grower:
             dead = dead_neurons(scores, young, quantile=self.asked.dead_quantile)
         layers = {}
         for layer, place in places.items():
-            if layer not in looks:
+            if layer not in probes:
                 continue
             found = dead.get(layer, torch.empty(0, dtype=torch.int64))
             recycled = found[: min(counts[layer], place.width(model) - 1)]
@@ -405,7 +405,7 @@ class Grower:
                     down=down,
                     gate_bias=place.bias(model, place.gate),
                     activation=place.activation(model),
-                    look=looks[layer],
+                    look=probes[layer],
                     sources=self._sources(layer, recycled, count=counts[layer], asked=asked),
                     seed=derived_seed(self.seed, "growth", layer, step),
                 )
@@ -468,7 +468,7 @@ class Grower:
         steps = 0 if self.timing.max_steps is None else max(0, self.timing.max_steps - step)
         return float(TRAINING_FLOPS * self._tokens_per_step * steps)
 
-    def _neuron_parameters(self, model: nn.Module, place: FfnPlace) -> int:
+    def _neuron_parameters(self, model: nn.Module, place: FfnBlock) -> int:
         """Return of how many parameters one neuron is made."""
         names = (name for name, _ in place.axes(model))
         return sum(model.get_parameter(name).numel() for name in names) // place.width(model)
@@ -501,7 +501,7 @@ class Pressure:
 
     @torch.no_grad()
     def observe(
-        self, model: nn.Module, places: Sequence[FfnPlace], *, whole: Tensor | None = None
+        self, model: nn.Module, places: Sequence[FfnBlock], *, whole: Tensor | None = None
     ) -> None:
         """Take the gradients that the parameters hold.
 
@@ -531,7 +531,7 @@ class Pressure:
             before = self.neurons.get(place.layer, torch.zeros_like(norms)).to(norms)
             self.neurons[place.layer] = self._next(before, norms, is_finite)
 
-    def of_layers(self, places: Sequence[FfnPlace]) -> Tensor:
+    def of_layers(self, places: Sequence[FfnBlock]) -> Tensor:
         """Return each layer's mean in proportion to the whole gradient's norm, float64 [L].
 
         What is common to all, a falling loss or a hard batch, is no sign of one layer.
@@ -558,7 +558,7 @@ class Pressure:
         return torch.where(is_finite, torch.lerp(now, before, self._decay), before)
 
 
-def wanda_scores(model: nn.Module, place: FfnPlace, look: Look) -> Tensor:
+def wanda_scores(model: nn.Module, place: FfnBlock, look: ActivationProbe) -> Tensor:
     """Return |w|·‖x‖ of every neuron, float32 [F]: Sun et al. 2023, arXiv 2306.11695.
 
     x is what a neuron computes of the tokens, as a root mean square; w its column of down, 1 where
@@ -622,7 +622,7 @@ class Maturity:
         self._born: dict[int, Tensor] = {}  # layer → int64 [F], the steps taken then
         self._before: dict[tuple[str, int], Tensor] = {}
         self._young: dict[int, Tensor] = {}
-        self._measured: tuple[FfnPlace, ...] = ()
+        self._measured: tuple[FfnBlock, ...] = ()
         self._whole: dict[str, Tensor] = {}
         self.update_norms: dict[str, float] = {}  # of the last step that was measured
         self._sums: dict[str, list[float]] = {}  # of all of them: sum, number
@@ -649,7 +649,7 @@ class Maturity:
 
     @torch.no_grad()
     def before_update(
-        self, model: nn.Module, places: Sequence[FfnPlace], step: int, *, is_measured: bool = False
+        self, model: nn.Module, places: Sequence[FfnBlock], step: int, *, is_measured: bool = False
     ) -> None:
         """Keep what young neurons are, right before the optimizer's step.
 
@@ -675,7 +675,7 @@ class Maturity:
         }
 
     @torch.no_grad()
-    def after_update(self, model: nn.Module, places: Sequence[FfnPlace]) -> None:
+    def after_update(self, model: nn.Module, places: Sequence[FfnBlock]) -> None:
         """Let young neurons go further the way that the optimizer took them."""
         by_name = {name: p.layer for p in places for name, _ in p.parts}
         for (name, dim), before in self._before.items():

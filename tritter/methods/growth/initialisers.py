@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from tritter.methods.growth.places import Look
+from tritter.methods.growth.blocks import ActivationProbe
 from tritter.options import options
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ class Layer:
     up: Tensor | None
     down: Tensor | None
     activation: Callable[[Tensor], Tensor]
-    look: Look
+    look: ActivationProbe
     sources: Tensor
     seed: int
     gate_bias: Tensor | None = None

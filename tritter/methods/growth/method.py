@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from tritter.core.families import Config, family_of
 from tritter.errors import Problem
-from tritter.methods.growth.places import freeze_all_but_ffns
+from tritter.methods.growth.blocks import freeze_all_but_ffns
 from tritter.methods.growth.triggers import GrowthOptions, Timing
 from tritter.options import RunRequest, Start
 from tritter.targets import dotted

@@ -21,8 +21,8 @@ from torch.optim.optimizer import (
 
 from tritter.data.batches import this_rank
 from tritter.errors import RequestError
+from tritter.methods.growth.blocks import ActivationProbe, FfnBlock, some_rows
 from tritter.methods.growth.grower import GROWTH, Grower, Growth
-from tritter.methods.growth.places import FfnPlace, Look, some_rows
 from tritter.training.parameters import Entry, entry_of, replay, reshape
 from tritter.training.surgery import apply_plain
 
@@ -43,7 +43,7 @@ class PlainLoop:
         module: nn.Module,
         grower: Grower,
         *,
-        places: Sequence[FfnPlace] | None = None,
+        places: Sequence[FfnBlock] | None = None,
         is_watched: bool = True,
     ) -> None:
         grower.begin(module, places=places)
@@ -163,8 +163,8 @@ class PlainLoop:
                 "was made before would go on with the old parameters: call attach(optimizer), or "
                 "attach(None) and make yours anew of parameters() after each event."
             )
-        looks = self.tokens.looks(self.module, grower.places)
-        growth = grower.growth(self.module, decided, looks, step=step, sources=sources)
+        probes = self.tokens.probes(self.module, grower.places)
+        growth = grower.growth(self.module, decided, probes, step=step, sources=sources)
         if growth is None:
             return None
         old = {name: self.module.get_parameter(name) for name in self._shapes()}
@@ -394,7 +394,7 @@ class LastTokens:
             own = None if computed is None else some_rows(computed, MAX_TOKENS)
             output.register_hook(partial(self._keep, layer, some_rows(inputs, MAX_TOKENS), own))
 
-    def looks(self, model: nn.Module, places: Iterable[FfnPlace]) -> dict[int, Look]:
+    def probes(self, model: nn.Module, places: Iterable[FfnBlock]) -> dict[int, ActivationProbe]:
         """Return layer → what was seen of it, unless a neighbour has other sizes since."""
         found = {}
         for place in places:
@@ -407,7 +407,7 @@ class LastTokens:
                 written = len(place.turned(model.get_parameter(place.down)))
             if (inputs.shape[1], gradients.shape[1]) == (size, written):
                 own = None if computed is None else computed.float()
-                found[place.layer] = Look(inputs.float(), gradients.float(), own)
+                found[place.layer] = ActivationProbe(inputs.float(), gradients.float(), own)
         return found
 
     def clear(self) -> None:

@@ -389,7 +389,7 @@ def best_step(curve: Curve, *, step: int, max_steps: int, ratio: float) -> int |
 
 
 @options
-class Meeting(Trigger):
+class ScalingLaw(Trigger):
     """Once, in all layers: at the step from which growth is predicted to end best.
 
     Meant for `training.schedule=constant` or the flat part of `wsd`; a rate that falls bends the
@@ -423,7 +423,7 @@ class Meeting(Trigger):
 
 
 TRIGGERS: Mapping[str, type[Trigger]] = {
-    kind.name: kind for kind in (Percentile, Plateau, Scheduled, Budget, Meeting, WithinLayer)
+    kind.name: kind for kind in (Percentile, Plateau, Scheduled, Budget, ScalingLaw, WithinLayer)
 }
 INITIALISERS: Mapping[str, type[Initialiser]] = {
     kind.name: kind for kind in (GradMax, Split, SourceNoise, Random)

@@ -20,7 +20,7 @@ from tritter.core.families import backward_flops, forward_flops
 from tritter.core.models import config_of
 from tritter.core.stock_routers import Record, Routing
 from tritter.data.batches import this_rank
-from tritter.data.packing import apart_of, lengths_of
+from tritter.data.packing import document_mask_of, lengths_of
 from tritter.errors import TritterError
 from tritter.evaluation.inference import device_of, evaluating
 from tritter.methods.moe_routing.options import RoutingOptions
@@ -75,7 +75,7 @@ class OldRouting:
                 for held, record in zip(seen, routing.recorded(), strict=True):
                     held.append(record.probabilities.view(*batch.shape, -1).cpu())
         config = config_of(model)
-        flops = forward_flops(config).of_all(lengths_of(apart_of(model), sequences))
+        flops = forward_flops(config).of_all(lengths_of(document_mask_of(model), sequences))
         return cls(sequences, tuple(torch.cat(held) for held in seen), batch_size, flops)
 
     def rows(self, step: int) -> Tensor:
@@ -111,7 +111,7 @@ class RoutingObjective(SideLoss):
         self.counts: tuple[Tensor, ...] = ()  # [E] of each layer, of all processes together
         self.flops = 0.0 if old is None else old.flops  # of the look at the old routing
         self._held = old if settings.hold_old else None
-        self._apart = apart_of(model)
+        self._apart = document_mask_of(model)
 
     def terms(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the terms of the forward pass that was recorded last, without their weights.

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from tritter.checkpoints.place import teacher_problems
+from tritter.checkpoints.location import teacher_problems
 from tritter.core.expansions import target_config
 from tritter.core.families import Config, family_of
 from tritter.errors import Problem, show

@@ -445,7 +445,7 @@ class SeparateExperts:
             module, _, attribute = name.rpartition(".")
             self._attributes.setdefault(model.get_submodule(module), []).append(attribute)
 
-    def take_apart(self) -> None:
+    def split_shared(self) -> None:
         """Replace each shared parameter by its two parts; the base's needs no gradient."""
         for module, attributes in self._attributes.items():
             for attribute in attributes:
@@ -495,7 +495,7 @@ def separate_experts(model: nn.Module, first_new: int) -> Iterator[SeparateExper
         RequestError: the model has no experts, or none on one of the sides.
     """
     parts = SeparateExperts(model, first_new)
-    parts.take_apart()
+    parts.split_shared()
     try:
         yield parts
     finally:

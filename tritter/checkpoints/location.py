@@ -19,7 +19,7 @@ from tritter.core.families import Config
 from tritter.core.families.config_file import read_config_file
 from tritter.core.parameter_map.carry import STATE_KINDS
 from tritter.errors import Problem, RequestError, TritterError, did_you_mean, refused
-from tritter.storage.atomic import refuse_standing
+from tritter.storage.atomic import refuse_existing
 from tritter.storage.reading import LINEAGE_NAME, named_path
 from tritter.storage.records import read_record
 from tritter.storage.tensors import INDEX_NAME, SINGLE_NAME
@@ -51,7 +51,7 @@ def check_output(
         RequestError: it is a source, lies in one or holds one; something stands there and
             `overwrite` is off, or something else than a checkpoint stands there.
     """
-    refuse_standing(target, overwrite=overwrite)
+    refuse_existing(target, overwrite=overwrite)
     for source in sources:
         if is_within(target, source):
             raise RequestError(
@@ -157,7 +157,7 @@ def _strays(folder: Path, listed: set[str] | None, above: str = "") -> Iterator[
 # What can be known of a checkpoint folder from its file names and config.json alone
 
 
-def checkpoint_place(path: str, *, key: str = "model.path") -> str:
+def checkpoint_location(path: str, *, key: str = "model.path") -> str:
     """Return the absolute path of a checkpoint folder; a hub id stays as it is.
 
     Raises:
@@ -214,7 +214,7 @@ def teacher_problems(teacher: str, source: Config | None, *, key: str) -> Iterat
         source: that of the model that learns; None where its vocabulary is not known yet.
     """
     try:
-        config = checkpoint_config(checkpoint_place(teacher, key=key), key=key)
+        config = checkpoint_config(checkpoint_location(teacher, key=key), key=key)
     except RequestError as error:
         yield from error.problems
         return
@@ -228,7 +228,7 @@ def teacher_problems(teacher: str, source: Config | None, *, key: str) -> Iterat
         yield Problem(key, teacher, reason=reason)
 
 
-def kinds_beside(folder: Path) -> set[str]:
+def state_kinds_of(folder: Path) -> set[str]:
     """Return the kinds of state that lie beside a checkpoint's weights.
 
     Raises:

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from tests.config.conftest import FakePipeline, Result
-from tritter.config.folders import composing_from, front_of
-from tritter.config.ladder import on_top
+from tritter.config.fallbacks import on_top
+from tritter.config.folders import composing_from, search_path_of
 from tritter.config.launch.composition import Composer, composer
 from tritter.config.run_folder import changes_between, fingerprint
 from tritter.config.schema import RunConfig
@@ -24,7 +24,7 @@ rungs:
 def composed(folder: Path, text: str, *words: str) -> RunConfig:
     (folder / "ladder").mkdir(parents=True, exist_ok=True)
     (folder / "ladder/mine.yaml").write_text(text)
-    with composing_from(front_of([str(folder)], None)), composer() as composing:
+    with composing_from(search_path_of([str(folder)], None)), composer() as composing:
         return composing.compose(["gate.ladder=mine", *words]).config
 
 
@@ -46,7 +46,7 @@ def test_rungs_stand_on_the_runs_own_words_and_not_on_each_other(tmp_path: Path)
     assert third.forgetting[0].options.l2sp_lambda == 3
     assert third.forgetting[1].options.fraction == 0.4
     assert [spec.name for spec in third.expansion] == ["llama_pro"]
-    assert config.rungs[0].rung_words == ("training.learning_rate=1e-3",)
+    assert config.fallbacks[0].fallback_overrides == ("training.learning_rate=1e-3",)
     assert len(composed(tmp_path, MINE, "gate.max_attempts=2").attempts) == 2
     assert len(composed(tmp_path, MINE, "gate.max_attempts=1").attempts) == 1
 
@@ -61,8 +61,10 @@ def test_rungs_stand_on_the_runs_own_words_and_not_on_each_other(tmp_path: Path)
         (["forgetting.replay.fraction=.5"], ["forgetting.replay.fraction=.4"], []),
     ],
 )  # fmt: skip
-def test_what_a_rung_stands_in_place_of(words: list[str], rung: list[str], left: list[str]) -> None:
-    assert on_top(words, rung) == [*left, *rung]
+def test_what_a_rung_stands_in_place_of(
+    words: list[str], fallback: list[str], left: list[str]
+) -> None:
+    assert on_top(words, fallback) == [*left, *fallback]
 
 
 @pytest.mark.full

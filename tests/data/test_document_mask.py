@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tests import oracle
 from tests.oracle.families import generic, tiny
-from tritter.data.packing import IGNORED, Apart, apart_of, labels_of, read_apart
+from tritter.data.packing import IGNORED, DocumentMask, document_mask_of, labels_of, mask_documents
 
 EOT = 0
 # The third begins within a document, and the last is padding for the most part
@@ -30,16 +30,16 @@ def documents_of(row: Tensor) -> list[tuple[int, int]]:
     return list(pairwise(begins))
 
 
-def apart(family: str) -> torch.nn.Module:
+def document_mask(family: str) -> torch.nn.Module:
     model = tiny(family).double()
-    read_apart(model, Apart(EOT))
+    mask_documents(model, DocumentMask(EOT))
     return model
 
 
 @pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("family", generic())
 def test_a_packed_document_has_the_logits_that_it_has_alone(family: str) -> None:
-    alone, model = tiny(family).double(), apart(family)
+    alone, model = tiny(family).double(), document_mask(family)
     with torch.no_grad(), oracle.float64_casts():
         logits = model(input_ids=ROWS, use_cache=False).logits
         by_default = model(ROWS).logits  # a cache of its own would see no boundary
@@ -58,7 +58,7 @@ def test_a_packed_document_has_the_logits_that_it_has_alone(family: str) -> None
 @pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("family", generic())
 def test_no_token_sees_another_document_or_the_future(family: str) -> None:
-    model = apart(family)
+    model = document_mask(family)
     embed = model.get_input_embeddings()
     vectors: list[Tensor] = []
 
@@ -85,7 +85,7 @@ def test_no_token_sees_another_document_or_the_future(family: str) -> None:
 
 
 def test_gradients_are_those_of_the_documents_alone() -> None:
-    model, alone = apart("gemma3_text"), tiny("gemma3_text").double()
+    model, alone = document_mask("gemma3_text"), tiny("gemma3_text").double()
     labels = labels_of(model, ROWS)
     model(input_ids=ROWS, labels=labels, use_cache=False, num_items_in_batch=1).loss.backward()
     for row, wanted in zip(ROWS, labels, strict=True):
@@ -101,13 +101,13 @@ def test_gradients_are_those_of_the_documents_alone() -> None:
 
 
 def test_padding_is_no_target_and_documents_are_counted() -> None:
-    model = apart("llama")
+    model = document_mask("llama")
     labels = labels_of(model, ROWS)
     assert (labels == IGNORED).nonzero().tolist() == [
         *([2, at] for at in (15, 16)),
         *([3, at] for at in range(6, 17)),
     ]
-    told = apart_of(model)
+    told = document_mask_of(model)
     assert told is not None
     lengths = [end - begin for row in ROWS[:2] for begin, end in documents_of(row)] + [
         7,
@@ -121,11 +121,11 @@ def test_padding_is_no_target_and_documents_are_counted() -> None:
 
 
 def test_it_goes_along_with_copies_and_leaves_writing_alone() -> None:
-    model = apart("llama")
+    model = document_mask("llama")
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert apart_of(other) == apart_of(model)
+        assert document_mask_of(other) == document_mask_of(model)
         assert torch.equal(other(ROWS).logits, model(ROWS).logits)
-    read_apart(model, Apart(EOT))
+    mask_documents(model, DocumentMask(EOT))
     assert len(model.model._forward_pre_hooks) == 1
     assert model.state_dict().keys() == tiny("llama").state_dict().keys()
     prefilled = model(input_ids=ROWS, use_cache=True)

@@ -8,7 +8,7 @@ import pytest
 
 from tests import oracle
 from tests.core.stock_routers.models import tiny_moe
-from tests.pipeline.test_given import FAST, texts
+from tests.pipeline.test_own_checkpoint import FAST, texts
 from tests.pipeline.tiny import is_within
 from tritter.checkpoints.history import read_chain, verify
 from tritter.config.launch.composition import load_config

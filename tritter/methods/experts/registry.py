@@ -61,7 +61,7 @@ class Novel:
     batches: tuple[Observation, ...] = ()
 
 
-class Roster:
+class ExpertRegistry:
     """Skills, experts, and what the batch at hand is for.
 
     Args:

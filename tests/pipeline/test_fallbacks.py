@@ -11,11 +11,11 @@ import pytest
 
 from tests.pipeline.tiny import FIXTURES
 from tritter.checkpoints import lineage_of
-from tritter.config.folders import composing_from, front_of
+from tritter.config.folders import composing_from, search_path_of
 from tritter.errors import TritterError
 from tritter.evaluation.gate import Check
 from tritter.pipeline import Outcome, stages, verdict
-from tritter.pipeline.arm import Arm
+from tritter.pipeline.branch import Branch
 from tritter.pipeline.context import RunContext
 from tritter.report.summary import Summary
 from tritter.report.tables import summary_lines
@@ -41,7 +41,7 @@ def ladder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     folder = tmp_path_factory.mktemp("conf")
     (folder / "ladder").mkdir()
     (folder / "ladder/mine.yaml").write_text(LADDER)
-    with composing_from(front_of([str(folder)], None)):
+    with composing_from(search_path_of([str(folder)], None)):
         yield
 
 
@@ -50,9 +50,9 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[str]]:
     """Let attempts be rolled back by name."""
     names, original = set[str](), verdict.checks
 
-    def checks(context: RunContext, arms: Sequence[Arm]) -> list[Check]:
-        answer = "failed" if arms[0].name in names else "passed"
-        return [replace(check, verdict=answer) for check in original(context, arms)]
+    def checks(context: RunContext, branches: Sequence[Branch]) -> list[Check]:
+        answer = "failed" if branches[0].name in names else "passed"
+        return [replace(check, verdict=answer) for check in original(context, branches)]
 
     monkeypatch.setattr(verdict, "checks", checks)
     yield names
@@ -66,10 +66,10 @@ def test_attempts_are_what_runs_of_their_own_would_be(
     failing |= {"attempt_1", "attempt_2"}
     evaluation, broken = stages.evaluation, ["attempt_3"]
 
-    def breaking(context: RunContext, arm: Arm) -> Any:
-        if arm.name in broken:
+    def breaking(context: RunContext, branch: Branch) -> Any:
+        if branch.name in broken:
             raise TritterError("cut off")
-        return evaluation(context, arm)
+        return evaluation(context, branch)
 
     monkeypatch.setattr(stages, "evaluation", breaking)
     folder = tmp_path / "run"

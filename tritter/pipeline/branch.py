@@ -6,7 +6,7 @@ from tritter.core.expansions import ExpansionSpec
 
 
 @dataclass(frozen=True, slots=True)
-class Arm:
+class Branch:
     """One way of continuing: the expansion asked for, or none as the control.
 
     Args:
@@ -69,11 +69,11 @@ class Arm:
         return "control" if self.is_control else stage
 
 
-def tasks_of(first: Arm, count: int) -> tuple[Arm, ...]:
+def tasks_of(first: Branch, count: int) -> tuple[Branch, ...]:
     """Return an arm and those that go on from it, task after task, which grow no further."""
-    arms = [replace(first, is_final=first.is_final and count == 1)]
+    branches = [replace(first, is_final=first.is_final and count == 1)]
     for number in range(2, count + 1):
-        name, follows = f"{first.name}_task_{number}", arms[-1].name
+        name, follows = f"{first.name}_task_{number}", branches[-1].name
         later = replace(first, name=name, specs=(), follows=follows, task=number - 1)
-        arms.append(replace(later, is_final=first.is_final and number == count))
-    return tuple(arms)
+        branches.append(replace(later, is_final=first.is_final and number == count))
+    return tuple(branches)

@@ -18,7 +18,7 @@ FFN = "ffn"  # kind of the space that grows
 
 
 @dataclass(frozen=True, slots=True)
-class FfnPlace:
+class FfnBlock:
     """One FFN: a neuron of it is a row of gate, a row of up and a column of down.
 
     Args:
@@ -103,7 +103,7 @@ def _owner(model: nn.Module, name: str) -> nn.Module:
     return model.get_submodule(name.removesuffix(".weight"))
 
 
-def ffn_places(model: nn.Module) -> tuple[FfnPlace, ...]:
+def ffn_blocks(model: nn.Module) -> tuple[FfnBlock, ...]:
     """Return the FFNs of a model, in the order of its layers.
 
     Raises:
@@ -133,7 +133,7 @@ def ffn_places(model: nn.Module) -> tuple[FfnPlace, ...]:
             part, is_transposed = tensor.kind.removeprefix("ffn."), tensor.is_transposed
             names.setdefault(tensor.layer, {})[part] = tensor.live_name or tensor.disk_name
     places = tuple(
-        FfnPlace(
+        FfnBlock(
             layer,
             gate=parts.get("gate", parts["up"]),
             up=parts["up"] if family.has_gate else None,
@@ -160,7 +160,7 @@ def ffn_places(model: nn.Module) -> tuple[FfnPlace, ...]:
 
 def freeze_all_but_ffns(model: nn.Module) -> None:
     """Let the FFNs alone be trained; what is frozen already stays so."""
-    places = ffn_places(model)
+    places = ffn_blocks(model)
     names = {name for place in places for name, _ in place.axes(model)}
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(parameter.requires_grad and name in names)
@@ -170,7 +170,7 @@ MAX_TOKENS = 1024  # of a step, of all processes
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Look:
+class ActivationProbe:
     """Some tokens of a step, as one FFN saw them.
 
     Args:
@@ -189,7 +189,7 @@ class Look:
 
 
 @dataclass(slots=True)
-class Looking:
+class ActivationRecorder:
     """Collects tokens of FFNs during the forward and backward passes of a step.
 
     Args:
@@ -219,7 +219,7 @@ class Looking:
 
         return see
 
-    def looks(self) -> dict[int, Look]:
+    def probes(self) -> dict[int, ActivationProbe]:
         """Return layer → what was seen of it; a pass without a backward one counts for nothing."""
         import torch
 
@@ -229,7 +229,9 @@ class Looking:
                 (x, g) for x, g in zip(inputs, self._gradients[layer], strict=True) if g.numel()
             ]
             if pairs:
-                found[layer] = Look(*(torch.cat(each).float() for each in zip(*pairs, strict=True)))
+                found[layer] = ActivationProbe(
+                    *(torch.cat(each).float() for each in zip(*pairs, strict=True))
+                )
         return found
 
     def clear(self) -> None:
@@ -255,7 +257,9 @@ def _places(size: int, count: int) -> Tensor:
     return drawn[:count].sort().values
 
 
-def attach(model: nn.Module, places: Iterable[FfnPlace], seen: Looking) -> list[RemovableHandle]:
+def attach(
+    model: nn.Module, places: Iterable[FfnBlock], seen: ActivationRecorder
+) -> list[RemovableHandle]:
     """Let `seen` collect until the handles that are returned are removed."""
     return [
         model.get_submodule(place.module).register_forward_hook(seen.hook(place.layer))

@@ -24,7 +24,7 @@ from tritter.training.trainer import start_method
 
 STEPS, GATHERED = 12, 3
 ADAMW = OptimizerSettings()
-HERE = "tests.training.test_their_callbacks"
+HERE = "tests.training.test_module_callbacks"
 DEVICES = pytest.mark.parametrize(
     "devices",
     [

@@ -18,7 +18,7 @@ from tritter.core.expansions import Dus, ExpansionSpec, Moe, Width
 from tritter.core.models import read_config
 from tritter.storage.tensors import TensorFolder
 from tritter.storage.writer import TensorStream
-from tritter.transform import expand, plan_expansion, room_for
+from tritter.transform import disk_needs, expand, plan_expansion
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 HIDDEN = 768
@@ -63,7 +63,7 @@ def taken(work: Callable[[], object]) -> int:
 
 def told_and_taken(source: Path, result: Path, specs: Sequence[ExpansionSpec]) -> tuple[int, int]:
     plan = plan_expansion(source, specs)
-    told = room_for(Source.open(source, read_config(source)), plan).in_flight
+    told = disk_needs(Source.open(source, read_config(source)), plan).in_flight
     return told, taken(lambda: expand(source, result, plan))
 
 

@@ -13,7 +13,7 @@ from tritter.errors import Problem, brief, nearest
 from tritter.evaluation.options import GateConfig
 from tritter.training.options import STEPS, TOKENS
 
-RUNG_GROUPS = ("training", "forgetting", "expansion")  # what an attempt may have of its own
+FALLBACK_GROUPS = ("training", "forgetting", "expansion")  # what an attempt may have of its own
 LADDER = "gate.ladder"
 RETRYING = (f"{LADDER}=", "gate.max_attempts=")  # what overrides that ask for attempts begin with
 _BODY = "rungs"
@@ -27,15 +27,15 @@ def ladder_names() -> list[str]:
     return list(option_files().get(LADDERS, {}))
 
 
-def rungs_of(gate: GateConfig) -> tuple[Words, ...]:
+def fallbacks_of(gate: GateConfig) -> tuple[Words, ...]:
     """Return the overrides of each attempt after the first, no more than `gate.max_attempts` asks.
 
     What is not as a ladder is, `ladder_problems` tells; here it has no rungs.
     """
     if gate.ladder is None or any(_file_problems(gate.ladder)):
         return ()
-    rungs = tuple(tuple(words) for words in _rungs(gate.ladder))
-    return rungs if gate.max_attempts is None else rungs[: gate.max_attempts - 1]
+    fallbacks = tuple(tuple(words) for words in _fallbacks(gate.ladder))
+    return fallbacks if gate.max_attempts is None else fallbacks[: gate.max_attempts - 1]
 
 
 def ladder_problems(config: RunConfig) -> Iterator[Problem]:
@@ -53,7 +53,7 @@ def ladder_problems(config: RunConfig) -> Iterator[Problem]:
     problems = list(_file_problems(gate.ladder))
     yield from problems
     if not problems and gate.max_attempts is not None:
-        most = 1 + len(_rungs(gate.ladder))
+        most = 1 + len(_fallbacks(gate.ladder))
         if gate.max_attempts > most:
             reason = f"{gate.ladder} has rungs for {most} attempts, the first among them; allowed "
             yield Problem("gate.max_attempts", gate.max_attempts, f"{reason}is at most that")
@@ -72,13 +72,13 @@ def choice_problems(overrides: Sequence[Override]) -> Iterator[Problem]:
             yield Problem(LADDERS, name, reason=reason, nearest=f"{LADDER}={name}")
 
 
-def on_top(words: Sequence[str], rung: Sequence[str]) -> list[str]:
+def on_top(words: Sequence[str], fallback: Sequence[str]) -> list[str]:
     """Return overrides with those of a rung, which stand instead of what they set or leave out.
 
     A rung that chooses methods takes along the keys of those that it does not choose, and one that
     says how long the training is says it alone.
     """
-    asked = {override_key(word): word.partition("=")[2] for word in rung}
+    asked = {override_key(word): word.partition("=")[2] for word in fallback}
 
     def is_replaced(key: str) -> bool:
         if key in asked or (key in _LENGTHS and _LENGTHS & asked.keys()):
@@ -88,18 +88,18 @@ def on_top(words: Sequence[str], rung: Sequence[str]) -> list[str]:
             return False
         return inner.partition(".")[0] not in re.findall(r"\w+", asked[group].replace("-", "_"))
 
-    return [*(word for word in words if not is_replaced(override_key(word))), *rung]
+    return [*(word for word in words if not is_replaced(override_key(word))), *fallback]
 
 
-def of_rung(problem: Problem, gate: GateConfig, number: int) -> Problem:
+def for_fallback(problem: Problem, gate: GateConfig, number: int) -> Problem:
     """Return what is wrong with an attempt as what it is of, a rung counted from 1."""
     where = f"{LADDERS}/{gate.ladder}.yaml, rung {number}"
     return replace(problem, origin=where) if problem.key else replace(problem, job=where)
 
 
-def _rungs(name: str) -> list[list[str]]:
-    rungs: list[list[str]] = body_of(option_files()[LADDERS][name])[_BODY]  # type: ignore[assignment]
-    return rungs
+def _fallbacks(name: str) -> list[list[str]]:
+    fallbacks: list[list[str]] = body_of(option_files()[LADDERS][name])[_BODY]  # type: ignore[assignment]
+    return fallbacks
 
 
 def _file_problems(name: str) -> Iterator[Problem]:
@@ -111,24 +111,24 @@ def _file_problems(name: str) -> Iterator[Problem]:
         return
     path = option_files()[LADDERS][name]
     body = body_of(path)
-    rungs = body.get(_BODY)
-    if list(body) != [_BODY] or not isinstance(rungs, list) or not rungs:
+    fallbacks = body.get(_BODY)
+    if list(body) != [_BODY] or not isinstance(fallbacks, list) or not fallbacks:
         reason = f"{path} holds {_BODY}, a list with the overrides of each further attempt"
         yield Problem(LADDER, name, reason=f"{reason}, and nothing else")
         return
-    for number, rung in enumerate(rungs, start=1):
+    for number, fallback in enumerate(fallbacks, start=1):
         where = f"{LADDERS}/{name}.yaml, rung {number}"
-        if not isinstance(rung, list) or not rung:
-            reason = f"a rung is a list of overrides, as [{RUNG_GROUPS[0]}.learning_rate=1e-3]"
-            yield Problem(LADDER, brief(rung), reason=reason, origin=where)
+        if not isinstance(fallback, list) or not fallback:
+            reason = f"a rung is a list of overrides, as [{FALLBACK_GROUPS[0]}.learning_rate=1e-3]"
+            yield Problem(LADDER, brief(fallback), reason=reason, origin=where)
             continue
-        for word in rung:
+        for word in fallback:
             if not isinstance(word, str) or "=" not in word:
                 reason = (
                     "an override is written KEY=VALUE, with quotes around one that holds a list"
                 )
-            elif override_key(word).partition(".")[0] not in RUNG_GROUPS:
-                reason = f"an attempt has its own keys of {', '.join(RUNG_GROUPS)}; "
+            elif override_key(word).partition(".")[0] not in FALLBACK_GROUPS:
+                reason = f"an attempt has its own keys of {', '.join(FALLBACK_GROUPS)}; "
                 reason += "all else is the run's"
             else:
                 continue
