@@ -52,7 +52,7 @@ def test_rungs_stand_on_the_runs_own_words_and_not_on_each_other(tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("words", "rung", "left"),
+    ("words", "fallback", "left"),
     [
         (["seed=1", "training.max_tokens=9k"], ["training.max_steps=3"], ["seed=1"]),
         (["+forgetting=[ewc,si]", "forgetting.ewc.ewc-lambda=3", "forgetting.si.xi=1"],

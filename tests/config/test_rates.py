@@ -128,6 +128,6 @@ def test_a_base_needs_a_rate_of_its_own() -> None:
 def test_a_ladder_that_raises_the_rate_is_reported() -> None:
     config = load_config(["training.learning_rate=1e-5", "gate.ladder=gentler"])
     (note,) = rate_notes(config, source_config(config))
-    assert "rung 2 raises training.learning_rate from 1e-05 to 0.001" in note
+    assert "fallback 2 raises training.learning_rate from 1e-05 to 0.001" in note
     assert "gate.max_attempts=2" in note
     assert not rate_notes(replace(config, fallbacks=config.fallbacks[:1]), source_config(config))

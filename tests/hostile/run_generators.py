@@ -42,7 +42,7 @@ def resumptions(rng: random.Random, sandbox: Sandbox) -> Case:
     places = (str(conf), near, f"./{near}", f"{folder}/../{near}", f"/proc/self/cwd/{near}")
     places += (f"/proc/self/root{conf}", f"//{conf}", f"{conf}/.", "link", "/", "/etc", "..", "~")
     record = json.loads((folder / "run.json").read_text())
-    sound = [word for word in record["overrides"] if not word.startswith(("data", "cache_dir"))]
+    sound = [word for word in record["overrides"] if not word.startswith("cache_dir")]
     words = rng.sample(sound, rng.choice((0, 2, len(sound))))
     for _ in range(rng.choice((0, 1, 1, 2))):
         words.insert(rng.randint(0, len(words)), _evil_word(rng, rng.choice(places), command))

@@ -44,10 +44,11 @@ def _read(path: Path) -> OfflineRun:
     for record in map(Record.FromString, _records(path.read_bytes())):
         kind = record.WhichOneof("record_type")
         if kind == "run":
-            run.id, run.name, run.group = (
-                record.run.run_id, record.run.display_name, record.run.run_group,
-            )  # fmt: skip
-            run.job_type, run.tags = record.run.job_type, tuple(record.run.tags)
+            opened = record.run  # a busy machine adds an update that has only its id
+            run.id, run.name = opened.run_id, opened.display_name or run.name
+            run.group = opened.run_group or run.group
+            run.job_type = opened.job_type or run.job_type
+            run.tags = tuple(opened.tags) or run.tags
             run.config |= _values(record.run.config.update)
         elif kind == "metric":
             name = record.metric.name or record.metric.glob_name

@@ -206,7 +206,7 @@ def test_a_round_that_is_rolled_back_stops_the_loop(
 
 @pytest.mark.full
 @pytest.mark.parametrize(
-    ("module", "name", "arm"),
+    ("module", "name", "branch"),
     [
         (stages, "training", "round_2"),
         (verdict, "complete", "round_1"),

@@ -17,17 +17,17 @@ from tritter.transform.folder import (
 
 __all__ = [
     "Change",
+    "DiskNeeds",
     "Expanded",
     "PlannedExpansion",
-    "Room",
-    "check_room",
+    "check_disk_space",
     "declared",
+    "disk_needs",
     "expand",
     "free_bytes",
     "plan_by_tables",
     "plan_expansion",
     "planned",
-    "room_for",
     "size_text",
     "state_stream",
 ]

@@ -58,7 +58,7 @@ def test_where_it_does_not_pay_nothing_grows() -> None:
 def test_an_engine_grows_once_there() -> None:
     curve, model = Curve(3.0, 10.0, 0.8), oracle.tiny_llama()
     options = asked(
-        trigger="meeting", check_every=10, growth_cooldown=10, warmup_steps=30,
+        trigger="scaling_law", check_every=10, growth_cooldown=10, warmup_steps=30,
         max_growth_per_step=40,
     )  # fmt: skip
     engine = grower(options, max_steps=2000)

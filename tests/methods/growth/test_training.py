@@ -182,7 +182,7 @@ class NotFinite(Callback):
 
 
 @pytest.mark.quick_cases(1)
-@pytest.mark.parametrize("trigger", ["schedule", "meeting"])
+@pytest.mark.parametrize("trigger", ["schedule", "scaling_law"])
 def test_a_refused_step_at_an_event_grows_nothing(tmp_path: Path, trigger: str) -> None:
     options = often(trigger=scheduled(7, 9) if trigger == "schedule" else trigger)
     _, result = train(tmp_path, options, NotFinite(6))

@@ -399,7 +399,7 @@ class ScalingLaw(Trigger):
         times: how often it may grow.
     """
 
-    name: ClassVar[str] = "meeting"
+    name: ClassVar[str] = "scaling_law"
     needs_losses: ClassVar[bool] = True
     needs_end: ClassVar[bool] = True
 
