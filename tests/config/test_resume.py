@@ -355,7 +355,9 @@ def test_sources_are_printed_before_they_are_opened(
     seen: list[str] = []
     monkeypatch.setattr(plan, "say", lambda text, **_: seen.append(text))
     place, sources = components.checkpoint_location, options.read_sources
-    monkeypatch.setattr(components, "checkpoint_place", lambda p: seen.append("model") or place(p))
+    monkeypatch.setattr(
+        components, "checkpoint_location", lambda p: seen.append("model") or place(p)
+    )
     monkeypatch.setattr(
         options, "read_sources", lambda *a, **o: seen.append("data") or sources(*a, **o)
     )

@@ -578,8 +578,9 @@ def rate_notes(config: RunRequest, source: Config) -> tuple[str, ...]:
     """
     rate, parameters = config.training.learning_rate, count_parameters(source)
     raised = tuple(
-        f"gate.ladder = {config.gate.ladder}: rung {number} raises training.learning_rate from "
-        f"{rate:g} to {fallback.training.learning_rate:g}; gate.max_attempts={number} leaves it out."
+        f"gate.ladder = {config.gate.ladder}: fallback {number} raises training.learning_rate "
+        f"from {rate:g} to {fallback.training.learning_rate:g}; set gate.max_attempts={number} "
+        "to skip it."
         for number, fallback in enumerate(config.fallbacks, start=1)
         if fallback.training.learning_rate > rate
     )
