@@ -154,3 +154,12 @@ def test_a_stream_of_skills_is_told(tmp_path, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert "step    7  expert_1  learns code, novelty 9.0 against 6.0" in out
     assert "-25.0 %" in out
+
+
+@pytest.mark.full
+def test_the_python_functions_do_what_their_notebook_says(tmp_path, monkeypatch):
+    """It asserts equal logits after an expansion, and less forgetting with a penalty."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TRITTER_CACHE", str(tmp_path / "cache"))
+    namespace = _run(next(path for path in NOTEBOOKS if path.stem == "python_api"))
+    assert namespace["result"].status in ("kept", "undecided", "rolled_back")

@@ -16,12 +16,17 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 __version__ = "0.1.0"
 
-# Name → module that has it, imported when it is first asked for: `tritter --help` needs no torch.
+# Name → module that has it, imported when the name is first used: `tritter --help` needs no torch.
+# `__init__.pyi` says the same to type checkers.
 _EXPORTS = {
+    **dict.fromkeys(
+        ("add_experts", "expand", "gate", "grow", "load", "protect", "run"), "tritter.api"
+    ),
     "AdapterShape": "tritter.methods.experts.adapters",
     "ContinuedPretrainingConfig": "tritter.config.launch.continued_pretraining",
     "CurriculumLearning": "tritter.data.curriculum",
     "Dus": "tritter.core.expansions",
+    "EWC": "tritter.methods.forgetting",
     "ElasticWeightConsolidation": "tritter.methods.forgetting.ewc",
     "ExpansionRecord": "tritter.checkpoints",
     "ExpansionStep": "tritter.planning",
@@ -31,15 +36,22 @@ _EXPORTS = {
     "GrowableLinear": "tritter.methods.growth.growable",
     "GrowableQwen": "tritter.methods.growth.growable",
     "Interpolate": "tritter.core.expansions",
+    "L2SP": "tritter.methods.forgetting",
     "LlamaPro": "tritter.core.expansions",
+    "Moe": "tritter.core.expansions",
+    "MoeAdd": "tritter.core.expansions",
     "MoEExpansionConfig": "tritter.methods.moe_routing.stages",
     "MemoryReplayBuffer": "tritter.data.replay",
     "ModelExpander": "tritter.transform.live",
     "NoveltyDetector": "tritter.methods.novelty",
     "PROGRESSIVE_BENCHMARKS": "tritter.data.benchmark_names",
+    "Percentile": "tritter.methods.growth.triggers",
+    "Plateau": "tritter.methods.growth.triggers",
     "ProgressiveCheckpoint": "tritter.transform.live",
     "ProgressiveMoE": "tritter.methods.moe_routing.stages",
     "Routing": "tritter.methods.experts.gates",
+    "SI": "tritter.methods.forgetting",
+    "Scheduled": "tritter.methods.growth.triggers",
     "SkillLibrary": "tritter.methods.novelty",
     "Stack": "tritter.core.expansions",
     "Width": "tritter.core.expansions",
@@ -60,6 +72,24 @@ def __dir__() -> list[str]:
 
 
 __getattr__ = lazy_names(__name__, _EXPORTS)
+
+
+class _Package(ModuleType):
+    """This package, in which no submodule takes the place of a function of the same name.
+
+    `tritter.expand` is a function and a former name of `tritter.transform`. Importing the module
+    would set it as an attribute; the function gets the module's names instead.
+    """
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name in _EXPORTS and isinstance(value, ModuleType):
+            public = {key: each for key, each in vars(value).items() if not key.startswith("_")}
+            vars(getattr(self, name)).update(public)
+        else:
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
 
 
 # Names that packages had before they were sorted into `core` and `methods`. Code that imports
@@ -99,7 +129,9 @@ class _FormerNames(MetaPathFinder, Loader):
         room, _, rest = former.partition(".")
         moved = f"{_FORMER_NAMES[room]}.{rest}".rstrip(".")
         today = _FORMER_NAMES.get(former, moved)
-        sys.modules[module.__name__] = import_module(f"{__name__}.{today}")
+        sys.modules[module.__name__] = found = import_module(f"{__name__}.{today}")
+        if rest and room in _EXPORTS:  # `import tritter.expand.live as live` asks the function
+            setattr(getattr(sys.modules[__name__], room), rest, found)
 
 
 sys.meta_path.insert(0, _FormerNames())  # else files are found again, as other modules

@@ -1,8 +1,19 @@
-"""Where the option files are: beside the package in a checkout, inside it when installed."""
+"""Where option files are: ours, and those of installed packages.
 
+Ours are next to the package in a checkout, and inside it when installed. Other packages name their
+folder as an entry point of the group `tritter.config`; nothing is imported to find it.
+"""
+
+import sys
+from contextlib import suppress
+from functools import cache
+from importlib.metadata import entry_points
+from importlib.util import find_spec
 from pathlib import Path
 
-from tritter.errors import TritterError
+from tritter.errors import Problem, RequestError, TritterError
+
+ENTRY_POINTS = "tritter.config"
 
 
 def config_folder() -> Path:
@@ -18,3 +29,36 @@ def config_folder() -> Path:
     raise TritterError(
         f"no conf/config.yaml beside or inside {package}: the installation is broken"
     )
+
+
+def installed_folders() -> dict[str, Path]:
+    """Return provider → folder of the packages that are found on Python's present path.
+
+    Raises:
+        RequestError: a package names a folder that is not there.
+    """
+    return _installed_folders(tuple(sys.path))
+
+
+@cache
+def _installed_folders(_path: tuple[str, ...]) -> dict[str, Path]:  # all metadata is slow to read
+    folders = {}
+    for point in sorted(entry_points(group=ENTRY_POINTS), key=lambda point: point.name):
+        folder = package_folder(f"{point.module}.{point.attr}")
+        if folder is None:
+            top = point.module.partition(".")[0]
+            reason = f"{top} is no package that holds this folder; reinstall it, or remove it"
+            key = f"entry point {point.name} of {ENTRY_POINTS}"
+            raise RequestError(Problem(key, point.value, reason=reason))
+        folders[f"the package's entry point {point.name} = {point.value}"] = folder
+    return folders
+
+
+def package_folder(dotted: str) -> Path | None:
+    """Return a folder in a package, given its dotted name; nothing is imported."""
+    top, *inner = dotted.split(".")
+    spec = None
+    with suppress(ValueError):  # of names that no package can have
+        spec = find_spec(top)  # of "a.b" it would import a
+    places = (spec and spec.submodule_search_locations) or ()
+    return next((folder for p in places if (folder := Path(p, *inner)).is_dir()), None)

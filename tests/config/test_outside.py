@@ -22,6 +22,7 @@ from tritter.cli import main as tritter
 from tritter.conf_folder import config_folder
 from tritter.config.folders import composing_from, search_path_of
 from tritter.config.launch.entry import completions
+from tritter.config.overrides import not_replayed
 from tritter.pipeline.run import next_commands
 from tritter.report.summary import Summary
 from tritter.storage.reading import read_object
@@ -108,7 +109,7 @@ def test_it_stands_in_the_help(outside: tuple[Path, list[str]]) -> None:
 
 
 GROWTH = (
-    *("growth=foam", "growth.trigger={_target_: mine.growing.Narrowest, count: 2}"),
+    *("growth=foam", "growth.trigger={name: narrowest, count: 2}"),
     "growth.initialiser={_target_: mine.growing.Silent}",
 )
 
@@ -427,3 +428,75 @@ def test_one_file_may_hold_several_callbacks_or_loggers(
     ):
         refused = run("-cd", "conf", *word.split())
         assert refused.code == 2 and said in refused.err, refused.err
+
+
+def test_a_name_from_outside_is_not_replayed(tmp_path: Path) -> None:
+    write_examples(tmp_path / "site", conf=tmp_path / "conf")
+    words = ["growth.trigger={name:narrowest,count:2}", "growth.initialiser=silent"]
+    with composing_from(search_path_of([str(tmp_path / "conf")], None)):
+        assert not_replayed([*words, "growth.trigger=plateau"]) == words
+
+
+_FROM_PYTHON = """
+import torch, tritter
+from tests.oracle import relative_difference, saved, stock, tiny_llama, tokens
+from tritter.core.families import family_of
+from transformers import SeedOssConfig, SeedOssForCausalLM
+
+model = tiny_llama()
+for method in ("gpt2", "llama"):
+    from tests.oracle.families import tiny
+    old = tiny(method)
+    grown = tritter.expand(old, "more-neurons", neurons=5)
+    assert grown.num_parameters() > old.num_parameters()
+    assert relative_difference(old, grown, tokens()) < 1e-5
+assert tritter.expand(model, "one_more", times=2).config.num_hidden_layers == 5
+folder = tritter.expand(saved(model, "base"), ["more_neurons", tritter.Width()], output="grown")
+assert relative_difference(model, stock(folder), tokens()) < 1e-4
+try:
+    tritter.expand(model, "more_neurons", neurns=5)
+except ValueError as error:
+    assert "Did you mean neurons?" in str(error), error
+from mine.neurons import MoreNeurons
+assert tritter.expand(model, MoreNeurons(neurons=5)).config.intermediate_size == 45
+
+grown = tritter.grow(tiny_llama(), "narrowest", initialiser="silent", growth_cooldown=1)
+optimizer = torch.optim.AdamW(grown.parameters(), lr=1e-3)
+grown(input_ids=tokens(), labels=tokens()).loss.backward()
+optimizer.step()
+before = grown(input_ids=tokens()).logits
+assert grown.check_and_grow()["born"] == 1
+assert torch.allclose(grown(input_ids=tokens()).logits, before, atol=1e-4)
+
+sizes = dict(hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4)
+torch.manual_seed(0)
+seed = SeedOssForCausalLM(
+    SeedOssConfig(**sizes, vocab_size=97, num_key_value_heads=2, head_dim=6, pad_token_id=0)
+).eval()
+with torch.no_grad():
+    for parameter in seed.parameters():
+        parameter.add_(0.1 * torch.randn(parameter.shape))
+for method in ("width", "llama_pro", "more_neurons"):
+    assert relative_difference(seed, tritter.expand(seed, method), tokens()) < 1e-4
+folder = tritter.expand(saved(seed, "seed"), "width", output="seed-width")
+assert relative_difference(seed, stock(folder), tokens()) < 1e-4
+assert relative_difference(seed, tritter.load(folder), tokens()) < 1e-4
+"""
+
+
+@pytest.mark.full
+def test_an_installed_package_is_found_from_python(tmp_path: Path) -> None:
+    """An expansion with its own map, a trigger, an initialiser and a family, by their names."""
+    folder = tmp_path / "site"
+    write_examples(folder, conf=folder / "mine/conf")
+    install(folder)
+    paths = os.pathsep.join([str(folder), str(ROOT)])
+    done = subprocess.run(
+        [sys.executable, "-c", _FROM_PYTHON],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": paths},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr

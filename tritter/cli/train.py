@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shlex
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -37,7 +36,6 @@ _OPTIONS = {
     "model.path": "--checkpoint",
 }
 _VALUED = ("--checkpoint", "--mode", "--steps", "--ewc-lambda", "--data", "--old-data", "--output")
-_PLAIN = re.compile(r"[\w./+-]+")  # needs no quotes in an override, nor within a list of one
 
 CheckpointDir = Annotated[
     str | None,
@@ -361,17 +359,16 @@ def _is_typed(key: str, keys: set[str]) -> bool:
 
 def _value(sources: TextSources) -> str | None:
     """Return domains and paths as Hydra reads them."""
-    if not sources:
-        return None
-    parts = [f"{name}:[{','.join(map(_word, paths))}]" for name, paths in sources.items()]
-    return "{" + ",".join(parts) + "}"
+    from tritter.config.overrides import nested_value
+
+    return nested_value(sources) if sources else None
 
 
 def _word(text: str) -> str:
     """Return a text as Hydra reads it, in quotes where it is no plain path or name."""
-    from tritter.config.overrides import as_value, quoted
+    from tritter.config.overrides import nested_value
 
-    return as_value(text) if _PLAIN.fullmatch(text) else quoted(text)
+    return nested_value(text)
 
 
 def _pipeline(config: RunConfig, *, run_folder: Path) -> Outcome:

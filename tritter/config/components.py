@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, TypeVar, get_args
 
 from tritter.checkpoints.location import checkpoint_location
-from tritter.config.folders import body_of, option_files, shipped_options
+from tritter.config.folders import CHOSEN_BY, body_of, option_files, shipped_options
 from tritter.config.schema import (
     CheckpointModelConfig,
     LoggerConfig,
@@ -216,6 +216,24 @@ def chosen_class(group: str, body: Mapping[str, Any]) -> type[Any] | None:
     choice = next(name for name in option_files().get(group, {}) if name != "none")
     reason = f"{nothing} with {group}=none, which has no keys; choose {group}={choice}"
     raise RequestError(Problem(f"{group}.{key}", value, reason=reason))
+
+
+def with_parts_of_files(group: str, body: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keys of a group with the names of registered parts replaced by their files.
+
+    So a trigger of an installed package is chosen as `growth.trigger=NAME`, as one of ours is.
+    """
+    found = dict(body)
+    for folder, key in CHOSEN_BY.items():
+        name = key.removeprefix(f"{group}.")
+        if name == key or name not in found:
+            continue
+        value, files = found[name], option_files().get(folder, {})
+        stated = dict(value) if isinstance(value, Mapping) else {"name": value}
+        if isinstance(word := stated.get("name"), str) and word in files:
+            del stated["name"]
+            found[name] = {**body_of(files[word]), **stated}
+    return found
 
 
 def read_methods(

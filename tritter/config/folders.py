@@ -6,23 +6,26 @@ points of the group `tritter.config`, as `mine = "minepkg:conf"`). On the comman
 `hydra.searchpath=[DIR]`, Hydra's own spelling, means the same as `--config-dir DIR`.
 """
 
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
-from importlib.metadata import entry_points
-from importlib.util import find_spec
 from pathlib import Path
 
-from tritter.conf_folder import config_folder
+from tritter.conf_folder import config_folder, installed_folders, package_folder
 from tritter.errors import Problem, RequestError, nearest, raise_problems
 
-ENTRY_POINTS = "tritter.config"
 SEARCHPATH = "hydra.searchpath"
 CONFIG_NAME = "config"
-LADDERS = "ladder"  # a folder of option files that are chosen as gate.ladder, by no group of theirs
+LADDERS, FAMILIES = "ladder", "family"
+# Folders of option files that are no groups of Hydra's → the key that chooses one
+CHOSEN_BY = {
+    LADDERS: "gate.ladder",
+    "trigger": "growth.trigger",
+    "initialiser": "growth.initialiser",
+    FAMILIES: "the model_type of a config.json",
+}
 
 Options = Mapping[str, Mapping[str, Path]]  # group → option → its file
 
@@ -104,26 +107,11 @@ def option_folders() -> dict[str, Path]:
     Raises:
         RequestError: an installed package names a folder that is not there.
     """
-    folders = {"tritter": config_folder(), **_installed_folders(tuple(sys.path))}
+    folders = {"tritter": config_folder(), **installed_folders()}
     for folder in search_path().folders:
         folders[f"--config-dir {folder}"] = folder
     by_place = {folder.resolve(): provider for provider, folder in reversed(folders.items())}
     return {p: folder for p, folder in folders.items() if by_place[folder.resolve()] == p}
-
-
-@cache
-def _installed_folders(_path: tuple[str, ...]) -> dict[str, Path]:
-    """Return what the packages bring that are found on this path; reading all metadata is slow."""
-    folders = {}
-    for point in sorted(entry_points(group=ENTRY_POINTS), key=lambda point: point.name):
-        folder = _package_folder(f"{point.module}.{point.attr}")
-        if folder is None:
-            top = point.module.partition(".")[0]
-            reason = f"{top} is no package that holds this folder; reinstall it, or remove it"
-            key = f"entry point {point.name} of {ENTRY_POINTS}"
-            raise RequestError(Problem(key, point.value, reason=reason))
-        folders[f"the package's entry point {point.name} = {point.value}"] = folder
-    return folders
 
 
 def option_files() -> Options:
@@ -193,18 +181,8 @@ def _searched_folder(entry: str) -> Path:
     """
     if not entry.startswith("pkg://"):
         return Path(entry.removeprefix("file://"))
-    folder = _package_folder(entry.removeprefix("pkg://").replace("/", "."))
+    folder = package_folder(entry.removeprefix("pkg://").replace("/", "."))
     if folder is None:
         reason = "no installed package has this folder; install the package, or name a path"
         raise RequestError(Problem(SEARCHPATH, entry, reason=reason))
     return folder
-
-
-def _package_folder(dotted: str) -> Path | None:
-    """Return a folder in a package, given its dotted name; nothing is imported."""
-    top, *inner = dotted.split(".")
-    spec = None
-    with suppress(ValueError):  # of names that no package can have
-        spec = find_spec(top)  # of "a.b" it would import a
-    places = (spec and spec.submodule_search_locations) or ()
-    return next((folder for p in places if (folder := Path(p, *inner)).is_dir()), None)

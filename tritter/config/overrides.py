@@ -20,7 +20,7 @@ from hydra.core.override_parser.types import (
 )
 from hydra.errors import OverrideParseException
 
-from tritter.config.folders import LADDERS, search_path, shipped_options
+from tritter.config.folders import CHOSEN_BY, LADDERS, option_files, search_path, shipped_options
 from tritter.config.schema import REPLAYED_KEYS
 from tritter.config.suggestions import hint_for
 from tritter.errors import Problem, RequestError, brief, nearest, raise_problems
@@ -29,6 +29,7 @@ Options = Mapping[str, Sequence[str]]
 
 # The name of a data set whose #COLUMN or [FROM:TO] Hydra would not read without quotes
 _DATASET = re.compile(r"(?<![\w'\"/.-])hf:[^\s,{}\[\]'\"#]+(?:\[[^\]\s]*\](?:#[\w.-]+)?|#[\w.-]+)")
+_PLAIN = re.compile(r"[\w./+-]+")  # needs no quotes in an override, nor within a list of one
 _NOTHING = ("null", "none", "off")
 # Group=option → the extra of ours that brings it
 _EXTRAS = {
@@ -86,6 +87,16 @@ def as_value(text: str) -> str:
     except OverrideParseException:
         is_read = False
     return text if is_read else quoted(text)
+
+
+def nested_value(value: object) -> str:
+    """Return mappings, lists and texts, in each other, as an override's value."""
+    if isinstance(value, Mapping):
+        return f"{{{','.join(f'{name}:{nested_value(each)}' for name, each in value.items())}}}"
+    if isinstance(value, list | tuple):
+        return f"[{','.join(map(nested_value, value))}]"
+    text = str(value)
+    return as_value(text) if _PLAIN.fullmatch(text) else quoted(text)
 
 
 def override_key(word: str) -> str:
@@ -204,13 +215,21 @@ def not_replayed(words: Sequence[str]) -> list[str]:
         if override.is_sweep_override() or override.package is not None:
             return False
         if key not in choices:
-            return key in REPLAYED_KEYS and _is_plain(value)
+            return key in REPLAYED_KEYS and _is_plain(value) and not _names_file(key, value)
         if override.is_delete():
             return value is None
         names = value if isinstance(value, list) else ["null" if value is None else value]
         return all(name in choices[key] for name in names)
 
     return [word for word in words if not is_replayed(word)]
+
+
+def _names_file(key: str, value: object) -> bool:
+    """Return whether a value names an option file that is not part of Tritter."""
+    name = value.get("name") if isinstance(value, dict) else value
+    folders = [folder for folder, chosen in CHOSEN_BY.items() if chosen == key]
+    is_name = isinstance(name, str)
+    return is_name and any(name in option_files().get(folder, {}) for folder in folders)
 
 
 def _is_plain(value: object) -> bool:

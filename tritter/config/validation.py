@@ -38,6 +38,7 @@ from tritter.config.components import (
     read_optimizer,
     read_trainer,
     weightless_methods,
+    with_parts_of_files,
 )
 from tritter.config.fallbacks import ladder_problems
 from tritter.config.schema import (
@@ -244,7 +245,8 @@ def _read(
         if name in METHOD_GROUPS:
             values[name] = read_methods(reader, name, body, classes)
         elif name in CHOSEN_GROUPS:
-            values[name] = reader.component(name, classes.get(name), body)
+            found = reader.ask(with_parts_of_files, name, body) or {}
+            values[name] = reader.component(name, classes.get(name), found)
         elif name in _READERS:
             values[name] = _READERS[name](reader, body, classes)
         else:

@@ -25,11 +25,11 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from tritter.core.families import (
-    FAMILIES,
     Config,
     StoredTensor,
     check_config,
     family_of,
+    find_family,
     layout,
     match,
     on_disk,
@@ -282,7 +282,7 @@ def _made_ready(model: PreTrainedModel) -> PreTrainedModel:
     weights for every token and is never taken.
     """
     model.loss_type = model.loss_type or "ForCausalLM"  # which some classes' names do not say
-    family = FAMILIES.get(model.config.model_type)
+    family = find_family(model.config.model_type)
     if family is None or not family.has_experts:
         return model
     dimensions = family.dimensions(config_of(model))
@@ -352,17 +352,12 @@ def config_of(model: nn.Module) -> Config:
     Raises:
         RequestError: the model has none, or is wrapped by PEFT.
     """
-    peft = sys.modules.get("peft")  # a model that it wraps has imported it
-    if peft is not None and isinstance(model, peft.PeftModel):
-        raise RequestError(
-            f"the model is a PeftModel ({type(model).__name__}), and adapters are not supported "
-            "here: pass model.merge_and_unload(), or the base alone, model.unload()."
-        )
+    refuse_peft(model)
     held = getattr(model, "config", None)
     if held is None or not hasattr(held, "to_diff_dict"):
         raise RequestError(f"{type(model).__name__} has no Hugging Face config.")
     config = _plain(held)
-    family = FAMILIES.get(str(config.get("model_type")))
+    family = find_family(str(config.get("model_type")))
     if family is None or family.has_experts:
         return config
     parameters = dict(model.named_parameters())
@@ -372,6 +367,20 @@ def config_of(model: nn.Module) -> Config:
         return config
     sizes = [live_shape(parameters[name])[int(up.is_transposed)] for name in names]
     return with_ffn_sizes(config, sizes, key=family.sizes["intermediate_size"])
+
+
+def refuse_peft(model: object) -> None:
+    """Refuse a model that PEFT wraps.
+
+    Raises:
+        RequestError: names its class and what to pass instead.
+    """
+    peft = sys.modules.get("peft")  # a model that it wraps has imported it
+    if peft is not None and isinstance(model, peft.PeftModel):
+        raise RequestError(
+            f"the model is a PeftModel ({type(model).__name__}), and adapters are not supported "
+            "here: pass model.merge_and_unload(), or the base alone, model.unload()."
+        )
 
 
 def live_shape(parameter: Tensor) -> tuple[int, ...]:

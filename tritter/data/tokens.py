@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 from tritter.data.documents import Document
-from tritter.errors import RequestError, TritterError
+from tritter.errors import RequestError, TritterError, refused
 from tritter.storage.reading import read_object, require_file
 from tritter.storage.spool import Spool
 
@@ -112,6 +112,24 @@ def read_tokenizer(folder: Path, *, vocab_size: int) -> PretrainedTokenizer:
         f"{folder} states no end of text that its tokenizer knows: set eos_token in "
         f"{_STATED_IN[0]} to one of its tokens."
     )
+
+
+def copied_tokenizer(tokenizer: Any) -> PretrainedTokenizer:
+    """Return a live Hugging Face tokenizer as ours; the original keeps its settings.
+
+    Raises:
+        RequestError: it is not a fast tokenizer, or has no `eos_token`.
+    """
+    from tokenizers import Tokenizer
+
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if not isinstance(backend, Tokenizer) or tokenizer.eos_token is None:
+        reason = "pass a fast Hugging Face tokenizer with an eos_token, or a folder that holds one"
+        raise refused("tokenizer", type(tokenizer).__name__, reason)
+    copied = Tokenizer.from_str(backend.to_str())
+    copied.no_truncation()
+    copied.no_padding()
+    return PretrainedTokenizer(copied, str(tokenizer.eos_token))
 
 
 def _stated(folder: Path, tokenizer: Tokenizer) -> Iterator[str]:
@@ -249,6 +267,12 @@ def tokenise(
         num_bytes=_int64(num_bytes),
         identifiers=Names(names.tensor("u1"), _int64(name_ends)),
     )
+
+
+def tokenised(texts: Iterable[str], tokenizer: PretrainedTokenizer) -> TokenisedDocuments:
+    """Tokenise texts in memory; each is a document named by its number."""
+    documents = [Document(str(number), text) for number, text in enumerate(texts)]
+    return tokenise(documents, tokenizer.tokenizer)
 
 
 def check_packs(documents: TokenisedDocuments, *, sequence_length: int) -> int:

@@ -456,21 +456,7 @@ def _child_lineage(source: Source, plan: PlannedExpansion, destination: Path) ->
     parent = source.lineage
     digests = source.read_digests()
     parent_hash = merkle_hash(digests)
-    history = list(parent.expansion_history if parent else ())
-    for position, step in enumerate(plan.steps):
-        record = ExpansionRecord(
-            timestamp=datetime.now(UTC).isoformat(timespec="seconds"),
-            expansion_type=step.spec.expansion_type,
-            method=step.spec.name,
-            options=step.options,
-            seed=plan.seed + position,
-            source_config=step.source_config,
-            target_config=step.target_config,
-            layer_sources=step.parameter_map.layer_sources,
-            map_digest=step.parameter_map.digest(),
-            claims_exact=step.spec.is_exact,
-        )
-        history.append(record)
+    history = parent.expansion_history if parent else ()
     return Lineage(
         model_hash="",
         parent_hash=parent_hash,
@@ -480,11 +466,32 @@ def _child_lineage(source: Source, plan: PlannedExpansion, destination: Path) ->
         base_model_hash=parent.base_model_hash if parent else parent_hash,
         tensor_digests={},
         file_digests={},
-        expansion_history=tuple(history),
+        expansion_history=(*history, *expansion_records(plan.steps, seed=plan.seed)),
         stock_loadable="yes" if plan.added_experts is None else "after adaptation",
         training_config=parent.training_config if parent else {},
         split=parent.split if parent else None,
         domains=parent.domains if parent else {},
+    )
+
+
+def expansion_records(
+    steps: Sequence[ResolvedExpansion], *, seed: int
+) -> tuple[ExpansionRecord, ...]:
+    """Return the lineage's records of some expansions in order, with the time of now."""
+    return tuple(
+        ExpansionRecord(
+            timestamp=datetime.now(UTC).isoformat(timespec="seconds"),
+            expansion_type=step.spec.expansion_type,
+            method=step.spec.name,
+            options=step.options,
+            seed=seed + position,
+            source_config=step.source_config,
+            target_config=step.target_config,
+            layer_sources=step.parameter_map.layer_sources,
+            map_digest=step.parameter_map.digest(),
+            claims_exact=step.spec.is_exact,
+        )
+        for position, step in enumerate(steps)
     )
 
 

@@ -4,16 +4,26 @@ The same pure functions as `tritter.transform.folder` on folders; each returns a
 CPU and leaves the one it was given as it was.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial, reduce
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tritter.checkpoints import ExpansionRecord, Source, read_lineage
+from tritter.checkpoints import (
+    ExpansionRecord,
+    Lineage,
+    Source,
+    read_lineage,
+    write_checkpoint,
+)
+from tritter.checkpoints.folder import Artifact, TokenizerFiles
+from tritter.checkpoints.location import check_output, check_replaceable
 from tritter.checkpoints.state import LazyTensors
 from tritter.core.expansions import (
     Dus,
@@ -27,14 +37,15 @@ from tritter.core.expansions import (
 from tritter.core.expansions.heads import Strategy, copied_sources, split_shares
 from tritter.core.expansions.width import Init, Shares
 from tritter.core.families import Config, family_of, layout, match, unpack_all
-from tritter.core.models import config_of, model_with_tensors, read_config
+from tritter.core.models import config_of, model_with_tensors, named_tensors, read_config
 from tritter.core.parameter_map import AxisFactor, AxisMap, TensorMap, map_tensor, rounded_weight
 from tritter.core.stock_routers import AddedExperts
 from tritter.errors import RequestError
-from tritter.storage.hashing import merkle_hash
+from tritter.storage.hashing import merkle_hash, tensor_digest
 from tritter.storage.reading import named_path
+from tritter.storage.writer import TensorStream
 from tritter.transform.change import Change
-from tritter.transform.folder import added_experts
+from tritter.transform.folder import added_experts, expansion_records
 
 
 class ModelExpander:
@@ -73,8 +84,46 @@ class ModelExpander:
         Raises:
             RequestError: unknown family, or targets that cannot be had.
         """
+        return self._expanded(model, self.steps(config_of(model)))
+
+    def write(self, model: nn.Module, folder: Path, *, overwrite: bool = False) -> Lineage:
+        """Write the expanded model as a checkpoint folder and return its lineage.
+
+        The lineage starts with the model's own tensors. Tokenizer files are copied from the folder
+        that the model was loaded from, if it still exists.
+
+        Raises:
+            RequestError: unknown family, impossible targets, or a folder that may not be written.
+        """
+        origin = Path(str(getattr(model, "name_or_path", "") or ""))
+        sources = (origin,) if origin.name and origin.is_dir() else ()
+        check_output(folder, sources=sources, overwrite=overwrite)
         config = config_of(model)
-        steps, state = self.steps(config), model.state_dict()
+        steps = self.steps(config)
+        digests = {n: tensor_digest(n, t.cpu()) for n, t in named_tensors(model, config)}
+        parent = merkle_hash(digests)
+        added = added_experts(AddedExperts.of(model), steps)
+        lineage = Lineage(
+            model_hash="",
+            parent_hash=parent,
+            parent_tensor_digests=digests,
+            base_model_hash=parent,
+            tensor_digests={},
+            file_digests={},
+            expansion_history=expansion_records(steps, seed=self.seed),
+            stock_loadable="yes" if added is None else "after adaptation",
+        )
+        return write_model(
+            self._expanded(model, steps),
+            folder,
+            lineage=lambda: lineage,
+            artifacts=(*map(TokenizerFiles, sources), added),
+            sources=sources,
+            overwrite=overwrite,
+        )
+
+    def _expanded(self, model: nn.Module, steps: Sequence[ResolvedExpansion]) -> nn.Module:
+        config, state = config_of(model), model.state_dict()
         held = unpack_all(match(config, state), state)
         maps = composed(steps, config).tensors
 
@@ -90,6 +139,45 @@ class ModelExpander:
         if added is not None:
             added.apply(grown)
         return grown
+
+
+def write_model(
+    model: nn.Module,
+    folder: Path,
+    *,
+    lineage: Callable[[], Lineage],
+    artifacts: Iterable[Artifact | None] = (),
+    sources: Sequence[Path] = (),
+    overwrite: bool = False,
+) -> Lineage:
+    """Write a live model as a checkpoint folder that stock transformers loads.
+
+    Args:
+        lineage: called after the tensors are written.
+        artifacts: files next to the model; None entries are left out.
+        sources: folders that the model was loaded from, which are never replaced.
+        overwrite: replace a checkpoint at `folder`.
+
+    Raises:
+        RequestError: something is at `folder` and may not be replaced.
+    """
+    known = config_of(model)
+    tensors = [(name, tensor.cpu()) for name, tensor in named_tensors(model, known)]
+    widest = reduce(torch.promote_types, (tensor.dtype for _, tensor in tensors))
+    config: Config = {
+        **known,
+        "architectures": [family_of(known).architecture],
+        "dtype": str(widest).removeprefix("torch."),
+    }
+    return write_checkpoint(
+        folder,
+        config=config,
+        tensors=TensorStream.of(tensors),
+        lineage=lineage,
+        artifacts=artifacts,
+        overwrite=overwrite,
+        check=partial(check_replaceable, sources=sources),
+    )
 
 
 def depth_upscale(

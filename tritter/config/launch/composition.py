@@ -35,7 +35,7 @@ from tritter.config.fallbacks import (
     on_top,
 )
 from tritter.config.folders import (
-    LADDERS,
+    CHOSEN_BY,
     body_of,
     composing_from,
     option_files,
@@ -105,7 +105,7 @@ class Loader(ConfigLoaderImpl):
         super().__init__(config_search_path)
         found = option_files()
         self.search_path = search_path()
-        self.options = {group: list(found[group]) for group in found if group != LADDERS}
+        self.options = {group: list(found[group]) for group in found if group not in CHOSEN_BY}
         self.files: Sequence[ResultDefault] = ()
         self.problems: tuple[Problem, ...] = ()
         self.is_sweep = True

@@ -6,12 +6,14 @@ before they make a folder.
 """
 
 import argparse
+import logging
 import signal
 import sys
 import traceback
-from collections.abc import Sequence
-from contextlib import redirect_stderr
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr
 from io import StringIO
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tritter import __version__
@@ -30,6 +32,7 @@ from tritter.terminal import close_pipe, say
 
 if TYPE_CHECKING:
     from hydra._internal.hydra import Hydra
+    from omegaconf import DictConfig
 
     from tritter.config.launch.composition import Composer
     from tritter.config.launch.jobs import Pipeline, Task
@@ -113,7 +116,7 @@ def _act(
 ) -> int:
     from tritter.config.launch.composition import SweepInConfig
     from tritter.config.launch.jobs import Task
-    from tritter.config.launch.plan import Refused, plan_of, read_request, requested
+    from tritter.config.launch.plan import plan_of, read_request, requested
 
     request = read_request(command, composing)
     if command.shows is not None:
@@ -122,28 +125,116 @@ def _act(
         composing.loader.judged = composed
         return _show(command, request, composing.hydra)
     request.task = task = Task(pipeline=pipeline)
-    try:
-        with requested(request):
-            if not request.is_multirun:
-                try:
-                    return _run_one(request, task, composing.hydra)
-                except SweepInConfig:
-                    request.is_multirun = composing.loader.is_sweep = True
-            from tritter.config.launch.sweep import run_sweep
+    with _answers_of_hydra(request), requested(request):
+        if not request.is_multirun:
+            try:
+                return _run_one(request, task, composing.hydra)
+            except SweepInConfig:
+                request.is_multirun = composing.loader.is_sweep = True
+        from tritter.config.launch.sweep import run_sweep
 
-            return run_sweep(request, task, composing.hydra, typed=words)
+        return run_sweep(request, task, composing.hydra, typed=words)
+    return 0  # it was finished before
+
+
+@contextmanager
+def _answers_of_hydra(request: "Request") -> Iterator[None]:
+    """Raise what the callback refused, and errors of Hydra before the run began as bad requests.
+
+    A run that is finished already ends the block without an error.
+    """
+    from tritter.config.launch.plan import Refused
+
+    try:
+        yield
     except Refused as refused:
-        if refused.error is None:
-            return 0
-        raise refused.error from None
+        if refused.error is not None:
+            raise refused.error from None
     except (TritterError, *UNFORESEEN):
         raise
     except Exception as error:
         if request.plan is not None:
             raise
         # A setting that Hydra itself can't take
-        told = " ".join(str(error).split())
-        raise RequestError(f"Hydra can't start: {told} ({type(error).__name__}).") from error
+        reason = " ".join(str(error).split())
+        raise RequestError(f"Hydra can't start: {reason} ({type(error).__name__}).") from error
+
+
+def run_once(words: Sequence[str], pipeline: "Pipeline") -> Path:
+    """Run a single run for another program and return its folder.
+
+    Neither the working directory nor the loggers of the process are changed. A run that is
+    finished already is not run again.
+
+    Args:
+        words: overrides, and of the flags `--config-dir` and `--config-name`.
+        pipeline: as `main` takes it.
+
+    Raises:
+        RequestError: lists all problems; nothing was written.
+        TritterError: the run failed.
+        Stopped: by a signal, after the state was saved.
+    """
+    check_encodable(words)
+    command = read_command_line(words)
+    if command.is_multirun:
+        raise RequestError(_NO_SWEEP)
+    if command.shows is not None or command.is_help or command.is_version:
+        raise RequestError("run takes overrides; use python train.py for help and --cfg.")
+    meant = search_path_of(
+        command.config_folders, command.config_name, searchpath=command.searchpath
+    )
+    with composing_from(meant):
+        from tritter.config.launch.composition import SweepInConfig, composer
+        from tritter.config.launch.jobs import Task, read_status
+        from tritter.config.launch.plan import read_request, requested
+
+        with composer() as composing:
+            request = read_request(command, composing)
+            request.task = task = Task(pipeline=pipeline)
+            composing.loader.is_sweep = False
+
+            def logged(config: "DictConfig") -> float | None:
+                with _log_file(task.jobs[0].folder / "train.log"):
+                    return task(config)
+
+            words = list(request.overrides)
+            with _answers_of_hydra(request), requested(request):
+                try:
+                    name = search_path().config_name
+                    composing.hydra.run(name, logged, words, with_log_configuration=False)
+                except SweepInConfig as error:
+                    raise RequestError(_NO_SWEEP) from error
+                except Stopped as stop:
+                    if request.plan is not None:
+                        stop.advice = (str(request.plan.jobs[0].folder),)
+                    raise
+    assert request.plan is not None, "Hydra called the callback"
+    folder = request.plan.jobs[0].folder
+    status = read_status(folder)
+    if status.error is not None:
+        kind = RequestError if status.exit_code == 2 else TritterError
+        raise kind(f"{status.error}\nThe run so far: {folder}")
+    return folder
+
+
+_NO_SWEEP = (
+    "a sweep is several runs, and run starts one: call it once for each value, or use "
+    "python train.py -m."
+)
+
+
+@contextmanager
+def _log_file(path: Path) -> Iterator[None]:
+    """Append warnings to a file, as Hydra's own setup of logging would, which closes others."""
+    handler, root = logging.FileHandler(path, delay=True), logging.getLogger()
+    handler.setFormatter(logging.Formatter("[%(asctime)s][%(name)s][%(levelname)s] - %(message)s"))
+    root.addHandler(handler)
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
+        handler.close()
 
 
 def _show(command: CommandLine, request: "Request", hydra: "Hydra") -> int:

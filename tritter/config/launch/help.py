@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tritter.conf_folder import config_folder
-from tritter.config.folders import LADDERS, Options, option_files
+from tritter.config.folders import CHOSEN_BY, FAMILIES, Options, option_files
 from tritter.errors import RequestError, did_you_mean
 
 _WIDTH = 99  # of a line; a page of help has at most 100 lines
@@ -82,7 +82,7 @@ def help_text(words: Sequence[str] = (), *, is_whole: bool = False) -> str:
     entries = [line.strip() for line in text.splitlines() if line.startswith("  - ")]
     pairs = [entry[2:].partition(": ") for entry in entries if ": " in entry]
     defaults = {group: option for group, _, option in pairs}  # in the order of the defaults list
-    groups = dict.fromkeys([*defaults, *files])
+    groups = [g for g in dict.fromkeys([*defaults, *files]) if g != FAMILIES]
     if not is_whole:
         width = max(map(len, groups))
         lines = [_folded(group, files[group], defaults.get(group), width) for group in groups]
@@ -95,8 +95,8 @@ def _folded(group: str, options: Mapping[str, Path], default: str | None, width:
     """Return the names of a group's options, the default marked."""
     chosen = (default or "").strip("[]").split(",")
     names = [f"{name}*" if name in chosen else name for name in options]
-    if group == LADDERS:
-        names.append("(selected by gate.ladder=NAME)")
+    if group in CHOSEN_BY:
+        names.append(f"(selected by {CHOSEN_BY[group]}=NAME)")
     return textwrap.fill(
         ", ".join(names).replace(", (", " ("),
         width=_WIDTH,
@@ -109,7 +109,7 @@ def _folded(group: str, options: Mapping[str, Path], default: str | None, width:
 def _described(group: str, options: Mapping[str, Path], default: str | None) -> str:
     """Return a group's options with the first comment of their files."""
     stated = "no default" if default in (None, "null") else f"default: {default}"
-    stated += "; selected by gate.ladder=NAME" if group == LADDERS else ""
+    stated += f"; selected by {CHOSEN_BY[group]}=NAME" if group in CHOSEN_BY else ""
     lines, width = [f"  {group} ({stated})"], max(map(len, options))
     for name, path in options.items():
         lines += textwrap.wrap(

@@ -36,6 +36,7 @@ from tritter.core.families.tables import (
     QWEN3_MOE,
     count_parameters,
     family_of,
+    find_family,
     llama_config,
     position_limit,
 )
@@ -67,6 +68,7 @@ __all__ = [
     "count_parameters",
     "family_of",
     "ffn_sizes",
+    "find_family",
     "forward_flops",
     "layout",
     "llama_config",

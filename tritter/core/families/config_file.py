@@ -174,7 +174,7 @@ def refused_as(what: str) -> Iterator[None]:
 def with_silent(plain: Config) -> Config:
     """Return a config with what its family's table reads and the file may leave out."""
     model_type = str(plain["model_type"])
-    config = {**_SILENT[model_type], **plain}
+    config = {**_SILENT.get(model_type, family_of(plain).silent), **plain}
     if model_type in ("mixtral", "qwen3_moe") and "num_experts" in config:
         config.setdefault("num_local_experts", config["num_experts"])
     if config.get("use_sliding_window", True) is False:

@@ -46,6 +46,7 @@ class Family:
             out; 0: it has to be stated.
         numbered_if: config key with which a layer computes by its number; empty: none does.
         omitted_prefix: what all names but the head's begin with, and in some files do not.
+        silent: config keys that the table reads → their values where config.json leaves them out.
     """
 
     model_type: str
@@ -63,6 +64,7 @@ class Family:
     ffn_ratio: int = 0
     numbered_if: str = ""
     omitted_prefix: str = ""
+    silent: Mapping[str, object] = field(default_factory=dict)
 
     @property
     def has_experts(self) -> bool:

@@ -1,11 +1,15 @@
 """All tables of families, and the one that a config.json means."""
 
+import re
+from pathlib import Path
 from typing import Literal
 
+from tritter.conf_folder import installed_folders
 from tritter.core.families.dimensions import DENSE_SIZES, Config
 from tritter.core.families.family import Family
 from tritter.core.families.logical import Axis, Fused, LayerKind, LogicalTensor, Port, Space
-from tritter.errors import RequestError
+from tritter.errors import Problem, RequestError
+from tritter.targets import TARGET, resolve
 
 # Decoders
 
@@ -699,6 +703,36 @@ _REASONS = {
 }
 
 
+def find_family(model_type: str) -> Family | None:
+    """Return the table of a model type; None: there is none.
+
+    An installed package registers one as `family/MODEL_TYPE.yaml` in its folder of option files,
+    which names a `Family` by `_target_`.
+
+    Raises:
+        RequestError: what such a file names is no table of this model type.
+    """
+    if model_type not in FAMILIES and re.fullmatch(r"[\w-]+", model_type):
+        for folder in installed_folders().values():
+            path = folder / "family" / f"{model_type}.yaml"
+            if path.is_file():
+                FAMILIES[model_type] = _registered(model_type, path)
+    return FAMILIES.get(model_type)
+
+
+def _registered(model_type: str, path: Path) -> Family:
+    import yaml  # which few processes need here
+
+    body = yaml.safe_load(path.read_text(encoding="utf-8"))
+    target = body.get(TARGET) if isinstance(body, dict) else None
+    key = f"{path}: {TARGET}"
+    found = resolve(key, target)
+    if not isinstance(found, Family) or found.model_type != model_type:
+        reason = f"it is no Family with model_type = {model_type}"
+        raise RequestError(Problem(key, target, reason=reason))
+    return found
+
+
 def family_of(config: Config) -> Family:
     """Return the family that a config.json names.
 
@@ -706,13 +740,14 @@ def family_of(config: Config) -> Family:
         RequestError: no table for its `model_type`; names the tables there are.
     """
     model_type = str(config.get("model_type"))
-    if model_type not in FAMILIES:
+    family = find_family(model_type)
+    if family is None:
         reason = f" ({_REASONS[model_type]})" if model_type in _REASONS else ""
         raise RequestError(
             f"model_type '{model_type}' is not supported{reason}; supported are "
             f"{', '.join(sorted(FAMILIES))}."
         )
-    return FAMILIES[model_type]
+    return family
 
 
 def position_limit(config: Config) -> int | None:

@@ -39,6 +39,34 @@ class AdapterOptions:
 
 
 @options
+class AddedOptions:
+    """Experts that are added to a live model for a training loop of one's own.
+
+    Args:
+        rank: r of each adapter.
+        num_experts: how many are added.
+        alpha: α; an adapter is multiplied by α / r. None: twice the rank.
+        targets: last names of the layers that get adapters. None: every linear layer of the
+            decoder layers.
+        router: `learned`, `evidence` or `both`. None: as the model has it, else `learned`.
+        top_k: experts per token. None: all.
+        temperature: of the gates.
+        capacity_factor: see `Routing`.
+        seed: of the adapters' first weights.
+    """
+
+    rank: _Rank = 8
+    num_experts: Annotated[int, Field(ge=1, le=MAX_EXPERTS)] = 2
+    alpha: Annotated[float, Field(gt=0, lt=1e6)] | None = None
+    targets: _Names | None = None
+    router: Literal["learned", "evidence", "both"] | None = None
+    top_k: Annotated[int, Field(ge=1, le=MAX_EXPERTS)] | None = None
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    capacity_factor: Annotated[float, Field(gt=0)] | None = None
+    seed: WholeNumber = 0
+
+
+@options
 class DynamicOptions(AdapterOptions):
     """The keys of `experts=dylora`.
 

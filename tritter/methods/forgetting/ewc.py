@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
@@ -29,6 +30,7 @@ from tritter.errors import TritterError
 from tritter.methods.forgetting.quadratic import (
     QuadraticPenalty,
     diagonal_fisher,
+    mean_over,
     placed_like,
     shared_fisher,
 )
@@ -105,6 +107,13 @@ class EWC(QuadraticPenalty):
             flops=self._flops(given.model, chosen),
             found={"sequences": len(chosen)},
         )
+
+    def importance_on(self, model: nn.Module, batches: Iterable[Tensor]) -> Mapping[str, Tensor]:
+        """Return the Fisher information, divided by its mean under `normalise=mean`."""
+        estimate = partial(diagonal_fisher, model, estimator=self.options.estimator)
+        fisher = mean_over(batches, estimate)
+        scale = mean_importance(fisher) if self.options.normalise == "mean" else 1.0
+        return {name: value / scale for name, value in fisher.items()}
 
     def begin_task(self, model: nn.Module, task: Task) -> None:
         import torch
@@ -209,20 +218,12 @@ class ElasticWeightConsolidation:
     def __init__(
         self, model: nn.Module, dataloader: Iterable[Mapping[str, Tensor]], lambda_ewc: float = 1e3
     ) -> None:
-        import torch
-
         self.model = model
         self.lambda_ewc = lambda_ewc
-        total: dict[str, Tensor] = {}
-        count = 0
-        for batch in dataloader:
-            sequences = batch["input_ids"]
-            for name, value in diagonal_fisher(model, sequences).items():
-                total[name] = total.get(name, torch.zeros_like(value)) + value * len(sequences)
-            count += len(sequences)
-        if not count:
+        batches = (batch["input_ids"] for batch in dataloader)
+        self.fisher = mean_over(batches, partial(diagonal_fisher, model))
+        if not self.fisher:
             raise TritterError("ElasticWeightConsolidation: the dataloader yields no sequence.")
-        self.fisher = {name: value / count for name, value in total.items()}
         self.optimal_params = {n: p.detach().clone() for n, p in model.named_parameters()}
 
     def penalty(self) -> Tensor:

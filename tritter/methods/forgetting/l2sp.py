@@ -7,6 +7,7 @@ added is free: it has no past to return to. Cost: one copy of the weights.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
@@ -16,7 +17,7 @@ from tritter.options import options
 from tritter.training import Needs, Task
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from tritter.transform import Change
 
@@ -45,6 +46,12 @@ class L2SP(QuadraticPenalty):
     @classmethod
     def needs(cls, options: Any) -> Needs:
         return Needs(carried=True, copies=2)
+
+    def importance_on(self, model: nn.Module, batches: Iterable[Tensor]) -> Mapping[str, Tensor]:
+        """Return ones; no data is read."""
+        import torch
+
+        return {name: torch.ones_like(p) for name, p in model.named_parameters()}
 
     def begin_task(self, model: nn.Module, task: Task) -> None:
         self.hold(model, task.carried)

@@ -6,10 +6,10 @@ graph over all parameters.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
-from tritter.core.families import FAMILIES
+from tritter.core.families import find_family
 from tritter.data.batches import this_rank
 from tritter.data.packing import IGNORED, document_mask_of, labels_of
 from tritter.evaluation.inference import modes_kept
@@ -43,6 +43,28 @@ class QuadraticPenalty(ForgettingMethod):
             if name in importance:
                 self.anchor[name] = parameter.detach().clone()
                 self.importance[name] = importance[name].to(parameter)
+
+    def importance_on(self, model: nn.Module, batches: Iterable[Tensor]) -> Parameters:
+        """Estimate the importance of every parameter on old data, at the present weights.
+
+        Args:
+            batches: integers [N, T] each; sequences of different length come in different batches.
+        """
+        raise NotImplementedError(f"{self.name} has no importance to estimate on data")
+
+    def penalty(self, model: nn.Module) -> Tensor:
+        """Return ½ λ Σ importance · (θ − θ*)² as a scalar with its graph, in float32 at least."""
+        import torch
+
+        total = torch.zeros((), dtype=torch.float32)
+        for name, parameter in model.named_parameters():
+            if name not in self.importance:
+                continue
+            wide = torch.promote_types(parameter.dtype, torch.float32)
+            moved = (parameter - self.anchor[name].to(parameter.device)).to(wide)
+            term = (self.importance[name].to(moved) * moved.square()).sum()
+            total = total.to(term) + term
+        return 0.5 * self.strength * total
 
     def add_to_gradients(self, model: nn.Module) -> None:
         """Add λ · importance · (θ − θ*) to the gradient of every parameter that has one."""
@@ -161,6 +183,21 @@ def diagonal_fisher(
     return {name: value / len(sequences) for name, value in total.items()}
 
 
+def mean_over(
+    batches: Iterable[Tensor], estimate: Callable[[Tensor], Parameters]
+) -> dict[str, Tensor]:
+    """Return the mean of estimates on batches [N, T], each weighted by its N; empty of no batch."""
+    import torch
+
+    total: dict[str, Tensor] = {}
+    count = 0
+    for sequences in batches:
+        for name, value in estimate(sequences).items():
+            total[name] = total.get(name, torch.zeros_like(value)) + value * len(sequences)
+        count += len(sequences)
+    return {name: value / count for name, value in total.items()}
+
+
 def shared_fisher(
     model: nn.Module, sequences: Tensor, *, estimator: Estimator = "empirical", seed: int = 0
 ) -> dict[str, Tensor]:
@@ -184,7 +221,7 @@ def shared_fisher(
 
 def has_experts(model: nn.Module) -> bool:
     """Return whether tokens choose experts: then what is computed depends on the data."""
-    family = FAMILIES.get(getattr(getattr(model, "config", None), "model_type", ""))
+    family = find_family(getattr(getattr(model, "config", None), "model_type", ""))
     return family is not None and family.has_experts
 
 

@@ -19,7 +19,7 @@ the weights, a few passes over them per step.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
@@ -34,7 +34,7 @@ from tritter.data.packing import (
     lengths_read,
 )
 from tritter.errors import RequestError, TritterError
-from tritter.methods.forgetting.quadratic import QuadraticPenalty, diagonal_fisher
+from tritter.methods.forgetting.quadratic import QuadraticPenalty, diagonal_fisher, mean_over
 from tritter.options import Count, options
 from tritter.training import Needs, Preparation, Prepared, Task, Values
 
@@ -112,6 +112,15 @@ class SI(QuadraticPenalty):
                 f"on {len(chosen)} sequences of {', '.join(given.domains)}.",
             ),
         )
+
+    def importance_on(self, model: nn.Module, batches: Iterable[Tensor]) -> Values:
+        """Return Ω as old data estimates it, where no path of a training was recorded."""
+
+        def estimate(sequences: Tensor) -> Values:
+            fisher = diagonal_fisher(model, sequences)
+            return estimated_importance(fisher, length=sequences.shape[1])
+
+        return mean_over(batches, estimate)
 
     def begin_task(self, model: nn.Module, task: Task) -> None:
         omega, moved = (task.state.get(kind, {}) for kind in RECORDED)

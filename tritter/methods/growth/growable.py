@@ -4,7 +4,6 @@ import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial, reduce
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
@@ -15,12 +14,11 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from torch.optim import Optimizer
 
-from tritter.checkpoints import ExpansionRecord, Lineage, Source, write_checkpoint
+from tritter.checkpoints import ExpansionRecord, Lineage, Source
 from tritter.checkpoints.expert_files import refuse_experts
 from tritter.checkpoints.folder import TokenizerFiles
-from tritter.checkpoints.location import check_output, check_replaceable
-from tritter.core.families import Config, family_of
-from tritter.core.models import config_of, load_model, named_tensors, read_config
+from tritter.checkpoints.location import check_output
+from tritter.core.models import config_of, load_model, read_config
 from tritter.errors import Problem, RequestError, nearest, raise_problems
 from tritter.methods.growth.blocks import FfnBlock, freeze_all_but_ffns
 from tritter.methods.growth.grower import Grower, Growth, growth_record, map_digest
@@ -40,9 +38,9 @@ from tritter.options import read_options, read_part
 from tritter.storage.hashing import merkle_hash
 from tritter.storage.hub import locate
 from tritter.storage.reading import named_path
-from tritter.storage.writer import TensorStream
 from tritter.targets import plain, values_of
 from tritter.transform.folder import known_digests
+from tritter.transform.live import write_model
 
 Counts = dict[str, int]
 
@@ -567,21 +565,13 @@ class GrowableCausalLM(Growable, nn.Module):
                 is_exact=grower.is_exact,
             )
             records = (record,)
-        tensors = [(name, tensor.cpu()) for name, tensor in named_tensors(self.model, known)]
-        widest = reduce(torch.promote_types, (tensor.dtype for _, tensor in tensors))
-        config: Config = {
-            **known,
-            "architectures": [family_of(known).architecture],
-            "dtype": str(widest).removeprefix("torch."),
-        }
-        write_checkpoint(
+        write_model(
+            self.model,
             target,
-            config=config,
-            tensors=TensorStream.of(tensors),
             lineage=lambda: _lineage(origin, target, records),
             artifacts=[None if origin is None else TokenizerFiles(origin)],
+            sources=sources,
             overwrite=overwrite,
-            check=partial(check_replaceable, sources=sources),
         )
 
     def __getattr__(self, name: str) -> Any:

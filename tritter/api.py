@@ -1,0 +1,769 @@
+"""What people import: `expand`, `load`, `run`, `grow`, `add_experts`, `gate` and `protect`.
+
+Importing this module imports neither torch nor transformers. Each function imports what it needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import wraps
+from inspect import Parameter, signature
+from os import PathLike, fspath
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeAlias, TypeVar, cast, overload
+
+from tritter.errors import (
+    Names,
+    Problem,
+    RequestError,
+    brief,
+    naming,
+    nearest,
+    raise_problems,
+    refused,
+)
+from tritter.loading import loading
+
+if TYPE_CHECKING:
+    import torch
+    from pandas import DataFrame
+    from torch import Tensor, nn
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from tritter.config.schema import RunConfig
+    from tritter.core.expansions import ExpansionSpec
+    from tritter.data.tokens import PretrainedTokenizer
+    from tritter.evaluation.gate import Check, Status
+    from tritter.evaluation.statistics import PairedScores
+    from tritter.methods.forgetting.penalty import OldData, Penalty
+    from tritter.methods.forgetting.quadratic import QuadraticPenalty
+    from tritter.methods.growth.growable import GrowableCausalLM
+    from tritter.methods.growth.triggers import Trigger
+    from tritter.pipeline.run import Outcome
+    from tritter.report.summary import Summary
+    from tritter.transform import Expanded, PlannedExpansion
+
+    Place: TypeAlias = str | PathLike[str]
+    Model: TypeAlias = Place | PreTrainedModel
+    Tokenizer: TypeAlias = Place | PreTrainedTokenizerBase
+    Method: TypeAlias = str | ExpansionSpec
+    Sources: TypeAlias = Place | Sequence[Place] | Mapping[str, Place | Sequence[Place]]
+    Documents: TypeAlias = Mapping[str, Sequence[str]]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _suggesting(function: Callable[P, R]) -> Callable[P, R]:
+    """Refuse keywords that a function does not have with the nearest one that it has."""
+    names = [
+        name
+        for name, each in signature(function).parameters.items()
+        if each.kind in (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
+    ]
+
+    @wraps(function)
+    def called(*args: P.args, **kwargs: P.kwargs) -> R:
+        reason = f"{function.__name__} has no such keyword; it has {', '.join(names)}"
+        raise_problems(
+            [
+                Problem(key, brief(value), reason=reason, nearest=nearest(key, names))
+                for key, value in kwargs.items()
+                if key not in names
+            ]
+        )
+        return function(*args, **kwargs)
+
+    return called
+
+
+# Expansion
+
+
+@overload
+def expand(
+    source: Model,
+    method: Method | Sequence[Method],
+    *,
+    output: None = None,
+    seed: int = 0,
+    **options: Any,
+) -> PreTrainedModel: ...
+
+
+@overload
+def expand(
+    source: Model,
+    method: Method | Sequence[Method],
+    *,
+    output: Place,
+    seed: int = 0,
+    overwrite: bool = False,
+    **options: Any,
+) -> Path: ...
+
+
+@overload
+def expand(
+    source: Place,
+    method: Place,
+    specs: Sequence[ExpansionSpec] | PlannedExpansion,
+    **options: Any,
+) -> Expanded: ...
+
+
+def expand(
+    source: Model,
+    method: Any,
+    specs: Any = None,
+    *,
+    output: Place | None = None,
+    seed: int = 0,
+    overwrite: bool = False,
+    **options: Any,
+) -> PreTrainedModel | Path | Expanded:
+    """Expand a model or a checkpoint; the source stays unchanged.
+
+    `expand(source, destination, [Width(), LlamaPro()])`, with three positional arguments, is
+    `tritter.transform.expand`: folder to folder, with all of its options.
+
+    Args:
+        source: a checkpoint folder, a hub id, or a live Hugging Face model.
+        method: a name such as `"width"`, typed options such as `Width(hidden_size=96)`, or a list
+            of either, applied in order. Names of installed extensions work too.
+        specs: only in the form with three positional arguments.
+        output: folder to write. Default: nothing is written.
+        seed: seed of random fills and choices.
+        overwrite: replace a checkpoint at `output`.
+        options: options of the method, if `method` is one name.
+
+    Returns:
+        The grown model; with `output`, the path of the folder.
+
+    Raises:
+        RequestError: an unknown method or option, an impossible target, an unknown family, a
+            PeftModel, or an `output` that may not be written.
+    """
+    if specs is not None:
+        return _expanded_folder(source, method, specs, seed, overwrite, options)
+    names = [method] if not isinstance(method, list | tuple) else list(method)
+    with naming(_option_names("expansion", names)):
+        chosen = _expansions(names, options)
+        if isinstance(source, str | PathLike):
+            return _expanded_checkpoint(source, chosen, output, seed=seed, overwrite=overwrite)
+        with loading("transformers"):
+            from tritter.transform.live import ModelExpander
+        model, expander = _live(source), ModelExpander(chosen, seed=seed)
+        if output is None:
+            return cast("PreTrainedModel", expander.expand(model))
+        from tritter.storage.reading import named_path
+
+        folder = named_path(output, key="output")
+        expander.write(model, folder, overwrite=overwrite)
+        return folder
+
+
+def _expanded_folder(
+    source: Any,
+    destination: Any,
+    specs: Any,
+    seed: int,
+    overwrite: bool,
+    options: Mapping[str, Any],
+) -> Expanded:
+    with loading("torch"):
+        from tritter.transform import expand as expand_folder
+
+    return expand_folder(
+        source, destination, specs, seed=seed, overwrite=overwrite, **dict(options)
+    )
+
+
+def _expanded_checkpoint(
+    source: Place,
+    specs: Sequence[ExpansionSpec],
+    output: Place | None,
+    *,
+    seed: int,
+    overwrite: bool,
+) -> PreTrainedModel | Path:
+    from tritter.checkpoints.expert_files import refuse_experts
+    from tritter.storage.hub import locate
+
+    folder = locate(fspath(source), key="source")
+    if output is not None:
+        return _expanded_folder(folder, output, specs, seed, overwrite, {}).folder
+    with loading("transformers"):
+        from tritter.transform.live import ModelExpander
+    refuse_experts(folder, doing="an expansion", key="source")
+    return cast("PreTrainedModel", ModelExpander(specs, seed=seed).expand(load(folder)))
+
+
+def _option_names(group: str, methods: Sequence[object]) -> Names:
+    """Return names of keys for messages: `hidden_size` of one method, `width.hidden_size` else."""
+    start = f"{group}."
+    if len(methods) == 1:
+        start += f"{_spelled(methods[0])}."
+
+    def name(key: str) -> str:
+        return "method" if key in (group, start.rstrip(".")) else key.removeprefix(start)
+
+    return Names(name)
+
+
+def _spelled(method: object) -> str:
+    """Return a method's name with underscores."""
+    name = method if isinstance(method, str) else getattr(method, "name", type(method).__name__)
+    return str(name).replace("-", "_")
+
+
+def _expansions(methods: Sequence[object], options: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Return typed options of expansions, whichever way they were asked for.
+
+    Raises:
+        RequestError: lists all problems.
+    """
+    from tritter.core.expansions import checked_specs
+
+    if options and (len(methods) != 1 or not isinstance(methods[0], str)):
+        key, value = next(iter(options.items()))
+        reason = "options go with one method name; pass typed options, such as [Width("
+        raise refused(key, value, f"{reason}hidden_size=96), LlamaPro()]")
+    problems: list[Problem] = []
+    chosen = [
+        _component("expansion", each, options, problems) if isinstance(each, str) else each
+        for each in methods
+    ]
+    raise_problems(problems)
+    return checked_specs([getattr(each, "options", each) for each in chosen])
+
+
+def _component(group: str, method: str, options: Mapping[str, Any], problems: list[Problem]) -> Any:
+    """Return a method and its options by their names, as a configuration reads them.
+
+    Option files state the defaults; those of installed packages are found as well.
+
+    Raises:
+        RequestError: there is no such method.
+    """
+    from tritter.config.components import method_class, method_names
+    from tritter.config.folders import body_of, option_files
+    from tritter.options import read_component
+
+    name, names = _spelled(method), method_names(group)
+    if name not in names:
+        reason = f"there is no such method; there are {', '.join(names)}"
+        raise RequestError(Problem(group, method, reason=reason, nearest=nearest(name, names)))
+    body: Any = body_of(option_files()[group][name])[name]
+    kind = method_class(group, name, {name: body})
+    return read_component(f"{group}.{name}", kind, {**body, **options}, problems=problems)
+
+
+# Models
+
+
+def _live(model: object) -> nn.Module:
+    """Return a live model without what of ours wraps it.
+
+    Raises:
+        RequestError: it is no model, a PeftModel, or has LoRA experts.
+    """
+    from torch import nn
+
+    from tritter.core.models import config_of
+    from tritter.methods.experts.mixture import mixture_on
+    from tritter.methods.growth.growable import GrowableCausalLM
+
+    if not isinstance(model, nn.Module):
+        reason = "pass a folder, a hub id or a Hugging Face model"
+        raise refused("source", brief(model), reason)
+    inner = model.model if isinstance(model, GrowableCausalLM) else model
+    config_of(inner)
+    if mixture_on(inner) is not None:
+        raise RequestError("the model has LoRA experts, which can't be expanded; merge them first.")
+    return inner
+
+
+@_suggesting
+def load(path: Place, *, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """Load the model of a checkpoint, ours or Hugging Face's, in eval mode.
+
+    FFNs that are padded on disk get their own width, LoRA experts and their router run in the
+    forward pass, and experts that are still being added keep their router offset. Code in the
+    folder is never run.
+
+    Args:
+        path: a checkpoint folder or a hub id.
+        dtype: of the weights. Default: the checkpoint's.
+
+    Raises:
+        RequestError: no such checkpoint, or an unknown family.
+        TritterError: the checkpoint is damaged.
+    """
+    from tritter.storage.hub import locate
+
+    folder = locate(fspath(path), key="path")
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        reason = "it is a PEFT adapter: load its base, then PeftModel.from_pretrained(base, path)"
+        raise refused("path", folder, reason)
+    with loading("transformers"):
+        import torch
+
+        from tritter.core.models import read_config
+        from tritter.methods.experts.whole import load_whole
+        from tritter.storage.tensors import TensorFolder
+
+    if dtype is None:
+        read_config(folder)  # before the tensors: it says what is wrong with a folder
+        dtype = getattr(torch, TensorFolder.open(folder).main_dtype)
+    return cast("PreTrainedModel", load_whole(folder, dtype=dtype))
+
+
+def grow(
+    model: Place | nn.Module, trigger: str | Trigger = "plateau", **options: Any
+) -> GrowableCausalLM:
+    """Let the FFNs of a model get neurons while a training loop of one's own trains it.
+
+    The loop calls `update_loss(loss)` and `check_and_grow()` after each optimizer step.
+
+    Args:
+        model: a checkpoint folder, a hub id, or a live model, which is grown in place.
+        trigger: `percentile`, `plateau`, `schedule`, `within_layer`, the name of an installed
+            extension, or a `Trigger`.
+        options: `enable_growth`, `freeze_attention`, `dtype`, and those of
+            `tritter.methods.growth.growable.GrowthKeywords`.
+
+    Raises:
+        RequestError: an unknown keyword or value, a family whose FFNs can't grow, a PeftModel.
+    """
+    from tritter.config.components import with_parts_of_files
+
+    with loading("transformers"):
+        from tritter.methods.growth.growable import GrowableCausalLM
+
+    return GrowableCausalLM(model, **with_parts_of_files("growth", {"trigger": trigger, **options}))
+
+
+def add_experts(model: Model, rank: int = 8, **options: Any) -> PreTrainedModel:
+    """Add LoRA experts and their router to a model and freeze its base.
+
+    The output is unchanged until the experts are trained. A model that has experts gets further
+    ones. `model.expert_mixture` names, mixes and removes them.
+
+    Args:
+        model: a checkpoint folder, a hub id, or a live model, which is changed in place.
+        rank: rank of each expert.
+        options: `num_experts` (2), `alpha` (twice the rank), `targets` (every linear layer of the
+            decoder layers), `router` (`learned`, `evidence` or `both`), `top_k` (all),
+            `temperature`, `capacity_factor`, `seed`.
+
+    Returns:
+        The model. Its parameters with `requires_grad` are those of the experts and routers.
+
+    Raises:
+        RequestError: an unknown keyword or value, a target that the model lacks, a PeftModel.
+    """
+    from tritter.methods.experts.options import AddedOptions
+    from tritter.options import read_options
+
+    problems: list[Problem] = []
+    key, values = "add_experts", {"rank": rank, **options}
+    with naming(Names(lambda name: name.removeprefix(f"{key}."))):
+        asked = read_options(AddedOptions, values, prefix=key, problems=problems)
+        raise_problems(problems)
+    assert asked is not None, "there would be a problem"
+    with loading("transformers"):
+        from tritter.core.models import config_of
+        from tritter.methods.experts.adapters import AdapterShape, adaptable
+        from tritter.methods.experts.gates import Routing
+        from tritter.methods.experts.mixture import ExpertMixture, mixture_on
+    live = load(model) if isinstance(model, str | PathLike) else model
+    config_of(live)
+    mixture = mixture_on(live)
+    if mixture is not None and asked.router not in (None, mixture.router):
+        reason = f"the model's experts are mixed by {mixture.router}, which stays"
+        raise refused("router", asked.router, reason)
+    targets = asked.targets or tuple(sorted(adaptable(live, whole=False)))
+    if mixture is None:
+        missing = sorted(set(targets) - adaptable(live))
+        if missing:  # before the base is frozen
+            reason = f"the model has no such layer; it has {', '.join(sorted(adaptable(live)))}"
+            near = nearest(missing[0], adaptable(live))
+            raise refused("targets", missing, reason, near=near)
+        mixture = ExpertMixture(live, router=asked.router or "learned")
+    shape = AdapterShape(asked.rank, asked.alpha or 2.0 * asked.rank, targets)
+    names = (f"expert_{number}" for number in range(len(mixture.names) + asked.num_experts))
+    free = [name for name in names if name not in mixture.names]
+    for number, name in enumerate(free[: asked.num_experts]):
+        mixture.add(name, shape, seed=asked.seed + number)
+    mixture.routing = Routing(
+        top_k=asked.top_k, temperature=asked.temperature, capacity_factor=asked.capacity_factor
+    )
+    return live
+
+
+# Runs
+
+
+@dataclass(frozen=True, slots=True)
+class RunResult:
+    """A finished run.
+
+    Args:
+        folder: of the run.
+    """
+
+    folder: Path
+
+    @property
+    def status(self) -> str:
+        """`kept`, `rolled_back`, `undecided` or `ungated`."""
+        from tritter.config.launch.jobs import read_status
+
+        return read_status(self.folder).status
+
+    @property
+    def summary(self) -> Summary:
+        """The content of summary.json."""
+        from tritter.report.summary import Summary
+        from tritter.storage.reading import SUMMARY_FILE
+
+        return Summary.read(self.folder / SUMMARY_FILE)
+
+    @property
+    def metrics(self) -> DataFrame:
+        """The content of metrics.csv, one row per logged step."""
+        import pandas
+
+        return pandas.read_csv(self.folder / "metrics.csv")
+
+    def model(self, *, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        """Load the kept model; after a rollback, the baseline."""
+        return load(self.folder / self.summary.checkpoint, dtype=dtype)
+
+
+@_suggesting
+def run(
+    *overrides: str, data: Mapping[str, Sources] | None = None, output: Place | None = None
+) -> RunResult:
+    """Run the pipeline of `python train.py` in this process.
+
+    Ctrl-C saves the state. The run continues with the same call and the same `output`, or with
+    `run("resume=latest")`. The working directory and `sys.argv` stay as they are.
+
+    Args:
+        overrides: as on the command line, such as `"expansion=width"`; also `--config-dir=DIR`.
+        data: `old`, `new` and `tasks`: a path, a list of paths, or domain → paths. Implies
+            `data=text`, or `data=hf` for `hf:NAME`.
+        output: folder of the run. Default: a new one below `outputs/runs`.
+
+    Raises:
+        RequestError: lists all problems of the request; nothing was written.
+        TritterError: the run failed.
+        KeyboardInterrupt: Ctrl-C; names the call that continues the run.
+    """
+    import signal
+
+    from tritter.config.launch.entry import run_once
+    from tritter.config.overrides import quoted
+    from tritter.stopping import Stopped, stopping
+
+    words = [*_data_words(data or {}, overrides), *overrides]
+    if output is not None:
+        words.append(f"hydra.run.dir={quoted(fspath(output))}")
+    try:
+        with stopping():
+            return RunResult(run_once(words, _pipeline))
+    except Stopped as stop:
+        if stop.signal_number != signal.SIGINT:
+            raise SystemExit(stop.exit_code) from stop
+        where = f" {stop.where}" if stop.where else ""
+        again = "".join(f"; continue with tritter.run('resume={place}')" for place in stop.advice)
+        raise KeyboardInterrupt(f"stopped{where}{again}") from stop
+
+
+def _pipeline(config: RunConfig, *, run_folder: Path) -> Outcome:
+    with loading("lightning"):
+        from tritter.pipeline import run_pipeline
+
+    return run_pipeline(config, run_folder=run_folder)
+
+
+def _data_words(data: Mapping[str, Sources], overrides: Sequence[str]) -> list[str]:
+    """Return the overrides that `data` stands for.
+
+    Raises:
+        RequestError: an unknown key, or one that an override sets as well.
+    """
+    from tritter.config.overrides import nested_value, override_key
+    from tritter.data.datasets import dataset_names
+
+    allowed, typed = ("old", "new", "tasks"), {override_key(word) for word in overrides}
+    problems, words, places = [], list[str](), list[str]()
+    for key, value in data.items():
+        if key not in allowed:
+            reason = f"there is no such key; there are {', '.join(allowed)}"
+            problems.append(Problem(f"data[{key!r}]", reason=reason, nearest=nearest(key, allowed)))
+        elif f"data.{key}" in typed:
+            reason = "an override and the keyword data both set it; leave one out"
+            problems.append(Problem(f"data.{key}", reason=reason))
+        inner = list(value.values()) if isinstance(value, Mapping) else [value]
+        for each in inner:
+            places += map(str, each if isinstance(each, list | tuple) else [each])
+        words.append(f"data.{key}={nested_value(value)}")
+    raise_problems(problems)
+    if words and "data" not in typed:
+        words.insert(0, f"data={'hf' if dataset_names(places) else 'text'}")
+    return words
+
+
+# The gate
+
+
+@dataclass(frozen=True, slots=True)
+class GateResult:
+    """The gate's answer.
+
+    Args:
+        status: `kept`, `rolled_back` or `undecided`.
+        checks: one for each domain, with value, bounds and verdict.
+    """
+
+    status: Status
+    checks: tuple[Check, ...]
+
+
+@_suggesting
+def gate(
+    before: Model,
+    after: Model,
+    documents: Documents,
+    *,
+    retention: float = 0.05,
+    confidence: float = 0.95,
+    new_documents: Documents | None = None,
+    tokenizer: Tokenizer | None = None,
+    sequence_length: int = 128,
+    batch_size: int = 16,
+) -> GateResult:
+    """Compare two models on documents as the gate of a run does.
+
+    A domain passes if the upper bound of the relative increase of its loss per byte is at most
+    `retention`, and fails if the lower bound is above it. With fewer than 30 documents it is
+    `undecided`.
+
+    Args:
+        before: a folder, a hub id or a live model.
+        after: the same of the model to judge.
+        documents: domain → documents that must not be forgotten.
+        retention: allowed relative increase of the loss.
+        confidence: of each one-sided bound.
+        new_documents: domain → documents whose loss must have fallen.
+        tokenizer: of live models: a Hugging Face tokenizer, or a folder that holds one. Default:
+            that of the checkpoint folder.
+        sequence_length: tokens of a window; longer documents are cut into several.
+        batch_size: windows in a forward pass.
+
+    Raises:
+        RequestError: a value that is not allowed, no documents, or no tokenizer.
+    """
+    _check_gate(retention, confidence, documents, new_documents or {})
+    with loading("transformers"):
+        from tritter.evaluation.gate import decide, new_capability_check, retention_check
+
+    everything = {**documents, **(new_documents or {})}
+    known = tokenizer or next((m for m in (after, before) if isinstance(m, str | PathLike)), None)
+    if known is None:
+        reason = "live models need one: pass a Hugging Face tokenizer or a folder that holds one"
+        raise RequestError(Problem("tokenizer", reason=reason))
+    scores = [
+        _scores(model, everything, tokenizer or known, sequence_length, batch_size)
+        for model in (before, after)
+    ]
+    old, new = scores
+    bounds = {"bound": retention, "confidence": confidence}
+    checks = [retention_check(name, old[name], new[name], **bounds) for name in documents]
+    checks += [
+        new_capability_check(name, old[name], new[name], confidence=confidence)
+        for name in new_documents or {}
+    ]
+    return GateResult(decide(checks), tuple(checks))
+
+
+def _check_gate(retention: object, confidence: object, kept: Documents, new: Documents) -> None:
+    problems = []
+    for key, value, low, high in (
+        ("retention", retention, 0, 1e6),
+        ("confidence", confidence, 0.5, 1),
+    ):
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or not low <= cast(float, value) < high:
+            reason = f"allowed is a number from {low} to below {high:g}"
+            problems.append(Problem(key, value, reason=reason))
+    if not kept and not new:
+        problems.append(Problem("documents", reason="name a domain and its documents"))
+    if both := sorted(kept.keys() & new.keys()):
+        reason = "a domain is either kept or new"
+        problems.append(Problem("new_documents", both, reason=reason))
+    for key, domains in (("documents", kept), ("new_documents", new)):
+        for name, texts in domains.items():
+            is_list = isinstance(texts, Sequence) and not isinstance(texts, str)
+            if not is_list or not any(texts) or not all(isinstance(each, str) for each in texts):
+                reason = "allowed is a list of documents, each a text"
+                problems.append(Problem(f"{key}[{name!r}]", brief(texts), reason=reason))
+    raise_problems(problems)
+
+
+def _scores(
+    model: Model, documents: Documents, tokenizer: Tokenizer, sequence_length: int, batch_size: int
+) -> dict[str, PairedScores]:
+    """Score a model on all documents; one from a folder is in memory only meanwhile."""
+    from tritter.core.models import refuse_peft
+    from tritter.data.tokens import tokenised
+    from tritter.evaluation.losses import document_losses
+
+    refuse_peft(model)
+    live: Any = load(model) if isinstance(model, str | PathLike) else model
+    own = _tokenizer(tokenizer, vocab_size=live.config.vocab_size)
+    limit = getattr(live.config, "max_position_embeddings", None) or sequence_length
+    return {
+        name: document_losses(
+            live,
+            tokenised(texts, own),
+            sequence_length=min(sequence_length, limit),
+            end_of_text_id=own.end_of_text_id,
+            batch_size=batch_size,
+        )
+        for name, texts in documents.items()
+    }
+
+
+def _tokenizer(tokenizer: Tokenizer, *, vocab_size: int) -> PretrainedTokenizer:
+    from tritter.data.tokens import copied_tokenizer, read_tokenizer
+    from tritter.storage.hub import locate
+
+    if not isinstance(tokenizer, str | PathLike):
+        return copied_tokenizer(tokenizer)
+    return read_tokenizer(locate(fspath(tokenizer), key="tokenizer"), vocab_size=vocab_size)
+
+
+# Forgetting mitigation
+
+
+# Options that only a training loop of ours can follow
+_OF_OUR_LOOP = ("at", "carry", "refresh_steps", "xi")
+_IN_A_RUN = "use tritter.run('forgetting={}', ...) or tritter.integrations.hf.with_forgetting"
+_NO_PENALTY = {
+    "replay": "it changes the batches; mix old documents into your DataLoader, or",
+    "self_replay": "it changes the batches; mix text that the model wrote into them, or",
+    "distill": "it needs the logits of each batch and a teacher; choose l2sp or ewc, or",
+    "freeze": "it chooses what the optimizer trains; set requires_grad yourself, or",
+    "online_ewc": "it carries its Fisher information from task to task; choose ewc, or",
+}
+
+
+def protect(
+    model: nn.Module,
+    method: str | QuadraticPenalty = "ewc",
+    old_data: OldData | None = None,
+    *,
+    tokenizer: Tokenizer | None = None,
+    sequence_length: int = 128,
+    **options: Any,
+) -> Penalty:
+    """Return a loss term that keeps a model close to its present weights.
+
+    `loss = task_loss + penalty()` in a training loop of one's own. The importance of each weight
+    is estimated once, now, on old data.
+
+    Args:
+        model: at the weights to protect.
+        method: `ewc` (arXiv 1612.00796), `si` (arXiv 1703.04200, estimated on old data), `l2sp`
+            (arXiv 1802.01483, needs no old data), or one with its options, `EWC(ewc_lambda=1e3)`.
+        old_data: documents (texts), or batches: a DataLoader or a list of integers [N, T] or of
+            mappings with `input_ids`. Padding that an `attention_mask` marks is left out. The
+            first `num_sequences` sequences count.
+        tokenizer: of documents: a Hugging Face tokenizer or a folder that holds one.
+        sequence_length: that documents are packed to.
+        options: options of the method, such as `ewc_lambda`.
+
+    Raises:
+        RequestError: an unknown method or option, missing old data or tokenizer, a PeftModel, or a
+            method that needs more than a penalty; names the alternative.
+    """
+    from tritter.methods.forgetting.penalty import Penalty, old_sequences
+
+    with naming(_option_names("forgetting", [method])):
+        chosen = _penalty_method(method, options)
+        with loading("transformers"):
+            from tritter.core.models import refuse_peft
+        refuse_peft(model)
+        needs = type(chosen).needs(chosen.options)
+        batches: Iterable[Tensor] = ()
+        if needs.old_text:
+            own = None
+            if tokenizer is not None:
+                vocab_size = cast(Any, model.config).vocab_size
+                own = _tokenizer(tokenizer, vocab_size=vocab_size)
+            count = getattr(chosen.options, "num_sequences", 256)
+            batches = old_sequences(
+                old_data, tokenizer=own, sequence_length=sequence_length, count=count
+            )
+            if not batches:
+                reason = f"{chosen.name} needs data of the old domains, and there is none"
+                raise RequestError(Problem("old_data", reason=reason, advice="or choose l2sp"))
+        chosen.hold(model, chosen.importance_on(model, batches))
+    return Penalty(model, chosen)
+
+
+def _penalty_method(method: object, options: Mapping[str, Any]) -> QuadraticPenalty:
+    """Return a method whose penalty alone means something, with its options.
+
+    Raises:
+        RequestError: there is none, or not by a penalty alone; lists all problems.
+    """
+    from tritter.methods.forgetting.quadratic import QuadraticPenalty
+
+    name = _spelled(method)
+    if isinstance(method, str):
+        problems: list[Problem] = []
+        found = _component("forgetting", method, {}, problems)
+        kind = found.kind
+    else:
+        found, kind = method, type(method)
+    if name in _NO_PENALTY or not (isinstance(kind, type) and issubclass(kind, QuadraticPenalty)):
+        why = _NO_PENALTY.get(name, "it is more than a penalty;")
+        reason = f"{name} can't be a loss term alone: {why} {_IN_A_RUN.format(name)}"
+        raise refused("method", method if isinstance(method, str) else brief(method), reason)
+    fields = [key for key in _field_names(kind.Options) if key not in _OF_OUR_LOOP]
+    start = f"forgetting.{name}"
+    if not isinstance(method, str):
+        if options:
+            key, value = next(iter(options.items()))
+            raise refused(f"{start}.{key}", value, f"set it in {kind.__name__}({key}=...)")
+        from tritter.options import checked
+
+        asked, usual = cast(Any, method).options, kind.Options()
+        reason = "only a run can follow it; leave it out"
+        problems = [
+            Problem(f"{start}.{key}", getattr(asked, key), reason=reason)
+            for key in _field_names(kind.Options)
+            if key in _OF_OUR_LOOP and getattr(asked, key) != getattr(usual, key)
+        ]
+        raise_problems([*problems, *checked(asked, prefix=start)])
+        return cast("QuadraticPenalty", method)
+    reason = f"protect takes {', '.join(fields)} with {name}"
+    unknown = [
+        Problem(f"{start}.{key}", value, reason=reason, nearest=nearest(key, fields))
+        for key, value in options.items()
+        if key not in fields
+    ]
+    own = {key: value for key, value in options.items() if key in fields}
+    found = _component("forgetting", method, own, unknown)
+    raise_problems(unknown)
+    return cast("QuadraticPenalty", found.kind(**found.arguments))
+
+
+def _field_names(record: Any) -> list[str]:
+    return list(record.__dataclass_fields__)

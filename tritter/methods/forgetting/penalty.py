@@ -1,0 +1,134 @@
+"""Penalties as a loss term for a training loop of one's own, and the old data that they read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
+from typing import TYPE_CHECKING, Any, cast
+
+from tritter.data.batches import drawn_equally
+from tritter.data.tokens import PretrainedTokenizer, pack, tokenised
+from tritter.errors import Problem, RequestError, brief, refused
+from tritter.methods.forgetting.quadratic import QuadraticPenalty
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    OldData = Iterable[str] | Iterable[Mapping[str, Tensor]] | Iterable[Tensor] | Tensor
+
+
+class Penalty:
+    """A penalty on moving away from the weights of a model, as a term for the loss.
+
+    Calling it returns a scalar with its graph.
+
+    Args:
+        model: at the weights to protect.
+        method: with their anchors and importances.
+    """
+
+    def __init__(self, model: nn.Module, method: QuadraticPenalty) -> None:
+        self.model, self.method = model, method
+
+    def __call__(self) -> Tensor:
+        anchor = self.method.anchor
+        for name, parameter in self.model.named_parameters():
+            if name in anchor and parameter.shape != anchor[name].shape:
+                raise RequestError(
+                    f"{name} had shape {list(anchor[name].shape)} when protect was called, and has "
+                    f"{list(parameter.shape)} now: call protect again after the model has grown."
+                )
+        return self.method.penalty(self.model)
+
+    @property
+    def importance(self) -> Mapping[str, Tensor]:
+        """Parameter name → its importance."""
+        return self.method.importance
+
+    @property
+    def anchor(self) -> Mapping[str, Tensor]:
+        """Parameter name → the weights to protect."""
+        return self.method.anchor
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed training needs."""
+        return self.method.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        self.method.load_state_dict(state)
+
+
+def old_sequences(
+    old_data: OldData | None,
+    *,
+    tokenizer: PretrainedTokenizer | None,
+    sequence_length: int,
+    count: int,
+) -> list[Tensor]:
+    """Return `count` sequences of old data at most, as integers [N, T] without padding.
+
+    Args:
+        old_data: documents, which are packed and drawn at random; or batches, of which the first
+            ones count.
+        tokenizer: of documents.
+        sequence_length: that documents are packed to.
+
+    Raises:
+        RequestError: it is neither, or documents come without a tokenizer.
+    """
+    found: list[Tensor] = []
+    for batch in _sequences(old_data, tokenizer, sequence_length, count):
+        if not count:
+            break
+        found.append(batch[:count])
+        count -= len(found[-1])
+    return found
+
+
+def _sequences(
+    old_data: OldData | None,
+    tokenizer: PretrainedTokenizer | None,
+    sequence_length: int,
+    count: int,
+) -> Iterator[Tensor]:
+    import torch
+
+    if isinstance(old_data, str):
+        reason = "allowed is a list of documents, or batches with input_ids"
+        raise refused("old_data", brief(old_data), reason)
+    if old_data is None:
+        return
+    if isinstance(old_data, torch.Tensor):
+        old_data = [old_data]
+    each = iter(cast("Iterable[Any]", old_data))
+    first = next(each, None)
+    if isinstance(first, str):
+        yield _packed(chain([first], each), tokenizer, sequence_length, count)
+        return
+    for batch in chain([] if first is None else [first], each):
+        ids = batch["input_ids"] if isinstance(batch, Mapping) else batch
+        if not isinstance(ids, torch.Tensor) or ids.ndim != 2 or ids.is_floating_point():
+            reason = "allowed are documents, integers [N, T], or mappings with input_ids [N, T]"
+            raise refused("old_data", brief(batch), reason)
+        mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+        if mask is None or bool(mask.all()):
+            yield ids
+        else:
+            yield from (row[own.bool()][None] for row, own in zip(ids, mask, strict=True))
+
+
+def _packed(
+    texts: Iterable[str],
+    tokenizer: PretrainedTokenizer | None,
+    sequence_length: int,
+    count: int,
+) -> Tensor:
+    """Return documents packed into sequences [N, T], at most `count` of them, drawn at random."""
+    if tokenizer is None:
+        reason = "documents need one: pass a Hugging Face tokenizer or a folder that holds one"
+        raise RequestError(Problem("tokenizer", reason=reason))
+    documents = tokenised(texts, tokenizer)
+    length = min(sequence_length, documents.num_tokens + len(documents))
+    packed = pack(documents, sequence_length=length, end_of_text_id=tokenizer.end_of_text_id)
+    return drawn_equally({"old": packed}, count, seed=lambda name: 0)
