@@ -91,7 +91,7 @@ def _literals(text: str) -> Iterator[tuple[int, str]]:
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         if token.type in (tokenize.STRING, tokenize.COMMENT):
             for number, line in enumerate(token.string.splitlines()):
-                yield token.start[0] + number, re.sub(r"`[^`]*`", "", line)
+                yield token.start[0] + number, re.sub(r"`[^`]*`|\{\w[^{}]*\}", "", line)
 
 
 def hits(paths: list[Path]) -> list[Hit]:
