@@ -8,7 +8,7 @@ RUN_TESTS := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 PYTEST := $(RUN_TESTS) --numprocesses auto --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint types test test-full test-slow docs demo bench benchmarks
+.PHONY: help setup lint types test test-full test-wheel test-slow docs demo bench benchmarks
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -27,6 +27,9 @@ test: setup ## the quick tests
 
 test-full: setup ## all tests but the slow ones
 	$(PYTEST) -m "not slow"
+
+test-wheel: setup ## the wheel, built, installed and used outside the checkout
+	$(RUN_TESTS) -m slow tests/test_wheel.py
 
 test-slow: setup ## the tests that train for minutes
 	$(RUN_TESTS) -m slow

@@ -31,11 +31,11 @@ COMPOSE_ALL = """
 import tritter
 from tritter.conf_folder import config_folder
 from tritter.config.launch.composition import composer
-from tritter.config.folders import LADDERS, option_files
+from tritter.config.folders import CHOSEN_BY, option_files
 from tritter.errors import RequestError
 with composer() as composing:
     for group, options in option_files().items():
-        for name in options if group != LADDERS else ():
+        for name in options if group not in CHOSEN_BY else ():
             try:
                 composing.compose([f"{group}={name}"])
                 print(group, name, "composes")
