@@ -447,10 +447,11 @@ def test_a_lineage_that_names_the_disk_is_not_followed_there(
 # What is documented
 
 ROOT = Path(__file__).resolve().parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 DOCUMENTED = [
     line.removeprefix("$ ")
-    for name in ("README.md", "docs/run.md", "docs/cli.md")
-    for line in (ROOT / name).read_text(encoding="utf-8").splitlines()
+    for page in PAGES
+    for line in page.read_text(encoding="utf-8").splitlines()
     if line.startswith("$ ")
 ]
 

@@ -127,7 +127,7 @@ Output = Annotated[
 ]
 ConfigDir = Annotated[
     list[str] | None,
-    option("--config-dir -cd", "DIR", "Folder of option files of yours; see docs/extending.md."),
+    option("--config-dir -cd", "DIR", "Your option files: docs/how-to/write_an_extension.md."),
 ]
 TargetParams = Annotated[
     int | None,

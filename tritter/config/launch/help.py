@@ -51,7 +51,7 @@ Flags
   --cfg job|hydra|all  show, don't run
   --hydra-help         all flags
   --version            the version of Tritter
-  --config-dir DIR     options of yours (docs/extending.md); the same as
+  --config-dir DIR     options of yours (docs/how-to/write_an_extension.md); the same as
                        hydra.searchpath=[DIR]
   --config-name F      begin with F.yaml instead of config.yaml
   -sc install=bash     eval "$(python train.py -sc install=bash)", and TAB
