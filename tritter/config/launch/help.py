@@ -51,8 +51,8 @@ Flags
   --cfg job|hydra|all  show, don't run
   --hydra-help         all flags
   --version            the version of Tritter
-  --config-dir DIR     options of yours (docs/how-to/write_an_extension.md); the same as
-                       hydra.searchpath=[DIR]
+  --config-dir DIR     your own options, the same as hydra.searchpath=[DIR]
+                       (docs/how-to/write_an_extension.md)
   --config-name F      begin with F.yaml instead of config.yaml
   -sc install=bash     eval "$(python train.py -sc install=bash)", and TAB
                        completes all of this
