@@ -1,16 +1,23 @@
-"""What `make docs` changes of the pages, which are written for a reader of the repository."""
+"""Changes that `make docs` makes to the pages, which are written for readers of the repository."""
 
+import posixpath
 import re
 from typing import Any
 
-_OUTSIDE = re.compile(r"\[([^\]]+)\]\(\.\./([^)#]+)(?:#[^)]*)?\)")
+_LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(([^):#]+)(?:#[^)]*)?\)")
 _FILE = re.compile(r"^```(\w+) file=(\S+)$", re.MULTILINE)
 
 
-def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Name files of the repository where a page links to them, and files above their content.
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """Print the path of a repository file in place of a link, and file names above their content.
 
-    The site does not hold the first, and its Markdown knows no fence that says more than a
-    language.
+    The site does not contain files outside docs/, and its Markdown accepts a language only after
+    a fence.
     """
-    return _FILE.sub(r"`\2`\n\n```\1", _OUTSIDE.sub(r"\1 (`\2`)", markdown))
+    folder = posixpath.dirname(page.file.src_uri)
+
+    def shown(link: "re.Match[str]") -> str:
+        target = posixpath.normpath(posixpath.join(folder, link[2]))
+        return f"{link[1]} (`{target[3:]}`)" if target.startswith("../") else link[0]
+
+    return _FILE.sub(r"`\2`\n\n```\1", _LINK.sub(shown, markdown))

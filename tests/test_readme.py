@@ -39,8 +39,11 @@ from tritter.transform import expand
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
-FOLDERS = (".", "docs", "experiments", "outputs")
-DOCUMENTS = sorted(path for folder in FOLDERS for path in (ROOT / folder).glob("*.md"))
+FOLDERS = (".", "experiments", "outputs")
+DOCUMENTS = [path for folder in FOLDERS for path in (ROOT / folder).glob("*.md")]
+DOCUMENTS = sorted([*DOCUMENTS, *(ROOT / "docs").rglob("*.md")])
+# Their examples are run by tests/config/test_outside.py
+OUTSIDE = ("docs/how-to/write_an_extension.md", "docs/how-to/write_an_expansion.md")
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 _LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 _CODE = re.compile(r"`([^`\n]+)`")
@@ -230,6 +233,10 @@ def check_reference(words: list[str]) -> None:
     assert not words and test_reference.REFERENCE.is_file()
 
 
+def check_language(words: list[str]) -> None:
+    assert words and all((ROOT / word).exists() for word in words)
+
+
 def check_drawn(words: list[str]) -> None:
     """It draws its figure, here below another name."""
     script = (ROOT / "docs/figures/parameter_map.py").read_text()
@@ -279,9 +286,14 @@ def check_pre_commit(words: list[str]) -> None:
 
 
 def check_install(words: list[str]) -> None:
-    (extra,) = re.findall(r"^(?:tritter|\.)\[(\w+)\]$", words[-1])
+    """The name is not published: packages come from the checkout or from git."""
+    name = words[1] if words[0] == "-e" else words[0].partition(" @ git+https://")[0]
+    assert words[0] == "-e" or " @ git+https://" in words[0]
+    extras = re.fullmatch(r"(?:\.|tritter)(?:\[([\w,]+)\])?", name)
+    assert extras
     declared = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    assert extra in declared["project"]["optional-dependencies"]
+    known = declared["project"]["optional-dependencies"].keys()
+    assert {*(extras[1] or "dev").split(",")} <= known
 
 
 CHECKPOINTS = (
@@ -302,6 +314,7 @@ KINDS: dict[tuple[str, ...], Callable[[list[str]], None]] = {
     ("python", "-m", "tritter"): check_module,
     ("python", "-m", "tests.training.test_golden"): check_golden,
     ("python", "-m", "tests.test_reference"): check_reference,
+    ("python", "-m", "tests.language"): check_language,
     ("python", "docs/figures/parameter_map.py"): check_drawn,
     ("make",): check_make,
     ("pip", "install"): check_install,
@@ -350,6 +363,8 @@ def test_command(command, place):
         ("tritter inspect elsewhere", ValueError),
         ("tritter expnd", ValueError),
         ("tritter train expansion=dsu", ValueError),
+        ("pip install 'tritter[evaluation]'", AssertionError),
+        ("pip install -e '.[evalution]'", AssertionError),
         ("curl https://example.org", LookupError),
     ],
 )
@@ -363,8 +378,7 @@ def test_the_commands_are_found():
 
 
 def test_ci_runs_the_readme_test_command():
-    first_block = Document(README).blocks("bash")[0].split("\n")
-    test_command = next(line for line in first_block if "test" in line)
+    test_command = next(each for each in Document(README).commands if each.endswith("test"))
     assert test_command in (ROOT / ".ci" / "run").read_text().splitlines()
 
 
@@ -372,7 +386,7 @@ def test_every_block_is_of_a_kind_that_is_checked():
     languages = {
         (document.name, language)
         for document in HOUSE
-        if document.name != "docs/extending.md"  # whose examples tests/config/test_outside.py runs
+        if document.name not in OUTSIDE
         for language, _ in _FENCE.findall(document.text)
     }
     assert not [found for found in languages if found[1] not in _LANGUAGES]
@@ -390,7 +404,7 @@ def test_every_block_is_of_a_kind_that_is_checked():
     ids=lambda document: document.name,
 )
 def test_snippets_run_in_order(document, place):
-    if document.name == "docs/python.md":
+    if document.name == "docs/reference/python.md":
         _leave_own_data()
     else:
         saved(tiny_llama(), place / "base")
@@ -445,8 +459,9 @@ def _codes(pattern: str) -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize("header", ["key", "metric"])
 def test_keys_and_metrics_of_tables_occur_in_the_code(header):
-    run = Document(ROOT / "docs" / "run.md")
-    names = [code for found, code in run.table_entries if found == header]
+    pages = {"key": "summary", "metric": "metrics"}
+    page = Document(ROOT / "docs/reference" / f"{pages[header]}.md")
+    names = [code for found, code in page.table_entries if found == header]
     literals = _literals()
     assert len(names) >= 7
     assert not [name for name in names if re.sub(r"<[^>]*>", "<>", name) not in literals]
@@ -455,7 +470,8 @@ def test_keys_and_metrics_of_tables_occur_in_the_code(header):
 def test_config_keys_exist():
     groups = "|".join(sorted({key.partition(".")[0] for key in known_keys() if "." in key}))
     codes = _codes(rf"(?:{groups})(?:\.[a-z_0-9]+)+")
-    codes = [(name, code) for name, code in codes if not code.endswith((".py", ".md"))]
+    files = (".py", ".md", ".json", ".png", ".safetensors")
+    codes = [(name, code) for name, code in codes if not code.endswith(files)]
     codes = [found for found in codes if found[0] != "docs/reference.md"]  # read from conf/ itself
     codes = [
         found for found in codes if found[1] not in ("training.epochs", "trainer.gpus")
@@ -470,13 +486,16 @@ def test_config_keys_exist():
     ]
 
 
-def test_options_of_the_readme_are_all_there_are():
-    document = Document(README)
+def test_options_of_the_groups_table_are_all_there_are():
+    document = Document(ROOT / "docs/reference/configuration.md")
+    rows = 0
     for line in document.prose.splitlines():
         row = re.match(r"\| `(\w+)` \| (`\w+`(?: `\w+`)*) \|", line)
         if row and (ROOT / "conf" / row[1]).is_dir():
             options = {path.stem for path in (ROOT / "conf" / row[1]).glob("*.yaml")}
             assert set(_CODE.findall(row[2])) == options, row[1]
+            rows += 1
+    assert rows >= 7
 
 
 def test_paths_exist():

@@ -1,4 +1,4 @@
-"""Draws parameter_map.png: a weight and its gradient on the way through a growing space.
+"""Draws parameter_map.png: how a weight and its gradient map through a growing space.
 
 Run from the root of the repository: `python docs/figures/parameter_map.py`.
 """

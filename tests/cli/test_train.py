@@ -25,7 +25,7 @@ from tritter.config.launch.command_line import read_command_line
 from tritter.config.launch.composition import load_config
 from tritter.config.launch.help import help_text
 from tritter.config.schema import CheckpointModelConfig, RunConfig
-from tritter.core.expansions import Width
+from tritter.core.expansions import Moe, Width
 from tritter.data import datasets as data_sets
 from tritter.data import sources
 from tritter.data.options import DatasetsConfig, TextDataConfig
@@ -449,10 +449,11 @@ def test_a_lineage_that_names_the_disk_is_not_followed_there(
 # What is documented
 
 ROOT = Path(__file__).resolve().parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 DOCUMENTED = [
     line.removeprefix("$ ")
-    for name in ("README.md", "docs/run.md", "docs/cli.md")
-    for line in (ROOT / name).read_text(encoding="utf-8").splitlines()
+    for page in PAGES
+    for line in page.read_text(encoding="utf-8").splitlines()
     if line.startswith("$ ")
 ]
 
@@ -488,6 +489,8 @@ def test_documented_commands_are_accepted(
     (grown / "notes.jsonl").write_text('{"text": "a"}\n')
     config = json.loads((grown / "base/config.json").read_text())
     (grown / "base/config.json").write_text(json.dumps(config | {"max_position_embeddings": 128}))
+    if "model.path=sparse" in command:
+        expand(grown / "base", grown / "sparse", [Moe(num_experts=4, noise=0)])
     with_moments = ROOT / "tests/fixtures/tiny_run/with_moments"
     shutil.copytree(with_moments, grown / "outputs/runs/first/checkpoint")
     words = shlex.split(command)

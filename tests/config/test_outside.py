@@ -1,4 +1,4 @@
-"""A package of somebody else's: the examples of docs/extending.md, found in both ways."""
+"""A package from outside: the examples of docs/how-to/write_an_*.md, found in both ways."""
 
 import io
 import os
@@ -37,7 +37,8 @@ SMALL = [
 
 def write_examples(folder: Path, *, conf: Path) -> None:
     """Write the files that the page shows."""
-    text = (ROOT / "docs/extending.md").read_text()
+    pages = sorted((ROOT / "docs/how-to").glob("write_an_*.md"))
+    text = "".join(page.read_text() for page in pages)
     for name, body in re.findall(r"```\w+ file=(\S+)\n(.*?)```", text, re.DOTALL):
         inner = Path(name)
         place = conf / inner.relative_to("conf") if inner.parts[0] == "conf" else folder / inner

@@ -318,7 +318,7 @@ def test_every_key_is_replayed_or_not_by_decision() -> None:
     """A new key of an option is replayed once it is listed; until then this test fails."""
     assert every_key() - NEVER_REPLAYED == REPLAYED_KEYS
     assert NEVER_REPLAYED.issubset(every_key()) and "pipeline.max_rounds" in REPLAYED_KEYS
-    documented = (ROOT / "docs/run.md").read_text(encoding="utf-8")
+    documented = (ROOT / "docs/how-to/resume.md").read_text(encoding="utf-8")
     assert [key for key in NEVER_REPLAYED if f"`{key}`" not in documented] == []
     for key in every_key() | {"training.new_key", "new_key", "data._target_"}:
         values = ("null", "gentler") if key == "gate.ladder" else ("null", "1", "a", "[a,b]")

@@ -9,7 +9,7 @@ from tritter.core.families.presets import PRESETS
 from tritter.planning.guide import llama, size_guide
 from tritter.report.wording import count_text
 
-DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "planning.md"
+DOCUMENT = Path(__file__).resolve().parents[2] / "docs/reference/planning.md"
 
 
 def test_counts_that_are_known() -> None:

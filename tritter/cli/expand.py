@@ -127,7 +127,7 @@ Output = Annotated[
 ]
 ConfigDir = Annotated[
     list[str] | None,
-    option("--config-dir -cd", "DIR", "Folder with options of your own (docs/extending.md)."),
+    option("--config-dir -cd", "DIR", "Your option files: docs/how-to/write_an_extension.md."),
 ]
 TargetParams = Annotated[
     int | None,

@@ -12,7 +12,7 @@ from pydantic import Field
 
 from tritter.checkpoints.run_text import RunText
 from tritter.core.families.presets import ModelConfig as ModelConfig
-from tritter.data.options import DataConfig as DataConfig  # docs/extending.md names it here
+from tritter.data.options import DataConfig as DataConfig  # the import path in the docs
 from tritter.evaluation.options import EvaluationConfig, GateConfig
 from tritter.limits import (
     MAX_PARAMETERS,

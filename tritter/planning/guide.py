@@ -1,7 +1,7 @@
 """The specification's size guide (its appendix A), with parameters counted from shapes.
 
 Its shapes name layers and hidden sizes only. What is missing is taken from the published model
-that comes nearest; docs/planning.md says where the guide's own figures would need something else.
+that comes nearest; docs/reference/planning.md lists what the guide's own figures would need.
 """
 
 from dataclasses import dataclass
@@ -90,7 +90,7 @@ def _row(
         shape=shape,
         source_parameters=count_parameters(config),
         target_parameters=count_parameters(target_config(config, [spec])),
-        note=f"{note}: docs/planning.md",
+        note=f"{note}: docs/reference/planning.md",
     )
 
 

@@ -544,7 +544,7 @@ PRESET_RATE = 3e-3
 CHECKPOINT_RATE = 1e-5
 # Models of this many parameters were pretrained at less than this rate of Adam's
 _LARGE, _HIGH = 10_000_000, 1e-3
-# Below so many parameters → a rate to begin with: the table of docs/first_checkpoint.md
+# Below so many parameters → a rate to begin with: the table of docs/how-to/grow_a_checkpoint.md
 _STARTS = ((1_000_000_000, "1e-4"), (None, "2e-5"))
 
 

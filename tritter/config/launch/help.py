@@ -53,8 +53,8 @@ Flags
   --cfg job|hydra|all  show the configuration, run nothing
   --hydra-help         flags of Hydra
   --version            version of Tritter
-  --config-dir DIR     folder with options of your own (docs/extending.md); the same as
-                       hydra.searchpath=[DIR]
+  --config-dir DIR     folder with options of your own, the same as hydra.searchpath=[DIR]
+                       (docs/how-to/write_an_extension.md)
   --config-name F      start from F.yaml instead of config.yaml
   -sc install=bash     with eval "$(python train.py -sc install=bash)", TAB completes all of this
 
