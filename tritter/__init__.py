@@ -1,4 +1,4 @@
-"""Tritter grows language models: expansion, protected continued training, checked lineage."""
+"""Tritter grows language models: expansion, continual training, verified lineage."""
 
 import os
 import sys
@@ -10,13 +10,13 @@ from types import ModuleType
 
 from tritter.loading import lazy_names
 
-# Spinning OpenMP threads cost a factor of ten when cores are shared; the policy is read once,
-# when torch is first imported, so it has to stand here.
+# Spinning OpenMP threads are ten times slower on shared cores. The first import of torch reads the
+# policy, so it must be set here.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 __version__ = "0.1.0"
 
-# Name → module that has it, imported when it is first asked for: `tritter --help` needs no torch.
+# Name → its module, imported on first access: `tritter --help` needs no torch.
 _EXPORTS = {
     "AdapterShape": "tritter.methods.experts.adapters",
     "ContinuedPretrainingConfig": "tritter.config.launch.continued_pretraining",
@@ -55,15 +55,15 @@ __all__ = sorted(_EXPORTS)
 
 
 def __dir__() -> list[str]:
-    """List what can be imported from here, before it has been."""
+    """List the lazy exports as well."""
     return sorted([*__all__, *(name for name in globals() if name.startswith("__"))])
 
 
 __getattr__ = lazy_names(__name__, _EXPORTS)
 
 
-# Names that packages had before they were sorted into `core` and `methods`. Code that imports
-# them gets the very same modules.
+# Former names of packages that moved to `core` and `methods`. Importing them returns the same
+# modules.
 _FORMER_NAMES = {
     "checkpoint": "checkpoints",
     "expand": "transform",
@@ -85,7 +85,7 @@ _FORMER_NAMES = {
 
 
 class _FormerNames(MetaPathFinder, Loader):
-    """Import of `tritter.expansion.width` and its like, from where the module is today."""
+    """Import of former names such as `tritter.expansion.width` from their current module."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -102,4 +102,4 @@ class _FormerNames(MetaPathFinder, Loader):
         sys.modules[module.__name__] = import_module(f"{__name__}.{today}")
 
 
-sys.meta_path.insert(0, _FormerNames())  # else files are found again, as other modules
+sys.meta_path.insert(0, _FormerNames())  # first, else files are imported twice

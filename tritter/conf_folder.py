@@ -1,4 +1,4 @@
-"""Where the option files are: beside the package in a checkout, inside it when installed."""
+"""The folder with the option files: next to the package in a checkout, inside it if installed."""
 
 from pathlib import Path
 
@@ -9,12 +9,10 @@ def config_folder() -> Path:
     """Return the folder `conf`.
 
     Raises:
-        TritterError: if the installation holds none.
+        TritterError: the installation has no such folder.
     """
     package = Path(__file__).resolve().parent
     for folder in (package.parent / "conf", package / "conf"):
         if (folder / "config.yaml").is_file():
             return folder
-    raise TritterError(
-        f"no conf/config.yaml beside or inside {package}: the installation is broken"
-    )
+    raise TritterError(f"no conf/config.yaml next to {package} or inside it: reinstall tritter")

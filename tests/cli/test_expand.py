@@ -396,7 +396,7 @@ def test_what_only_reading_finds_fails_and_leaves_nothing(run: Run, place: Path)
     before = snapshot(place)
     result = run("expand --checkpoint base --method width")
     assert result.code == 2
-    assert "model.norm.weight would hold values that are not finite" in result.err
+    assert "model.norm.weight would contain values that are not finite" in result.err
     assert snapshot(place) == before
 
 

@@ -198,7 +198,7 @@ def test_an_expansion_from_outside_is_a_method_of_the_command(
             ["data.num_texts=20"],
             ["data.num_texts requires data=letters. Did you mean: data=letters data.num_texts=20"],
         ),
-        (["data=letters", "data._target_=mine.forgetting.Damp"], ["it is no subclass of"]),
+        (["data=letters", "data._target_=mine.forgetting.Damp"], ["it is not a subclass of"]),
         (["callbacks=loss_logg"], ["Did you mean loss_log?"]),
         (
             ["callbacks=loss_log", "callbacks.loss_log.pth=x"],

@@ -113,7 +113,7 @@ def test_a_missing_key_is_a_problem() -> None:
         ("rate", "a number above 0 and below 1"),
         ("is_on", "true or false"),
         ("mode", "one of a-b, off"),
-        ("label", "text (quote what looks like a number), or null"),
+        ("label", "text (quote numbers), or null"),
         ("places", "a list of whole numbers at least 0, as in [a,b], or null"),
     ],
 )

@@ -206,14 +206,14 @@ def test_a_tokenizer_round_trips(folder: Path) -> None:
 )
 def test_a_damaged_tokenizer_is_refused(folder: Path, content: str) -> None:
     (folder / "tokenizer.json").write_text(content)
-    with pytest.raises(TritterError, match="holds no usable tokenizer"):
+    with pytest.raises(TritterError, match="has no usable tokenizer"):
         load_tokenizer(folder)
 
 
 def test_a_missing_tokenizer_is_refused(folder: Path) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).unlink()
-    with pytest.raises(TritterError, match="holds no usable tokenizer"):
+    with pytest.raises(TritterError, match="has no usable tokenizer"):
         load_tokenizer(folder)
 
 

@@ -135,7 +135,7 @@ DAMAGED: dict[str, tuple[Callable[[Path], object], type[TritterError], list[str]
     "not a number": (
         _weights(**{"model.norm.weight": NAN}),
         RequestError,
-        ["model.norm.weight would hold values that are not finite"],
+        ["model.norm.weight would contain values that are not finite"],
     ),
     "truncated": (_half, TritterError, ["model.safetensors cannot be read"]),
     "garbage": (

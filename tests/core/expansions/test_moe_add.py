@@ -34,7 +34,7 @@ from tritter.core.expansions import (
 from tritter.core.expansions.targets import reach_parameters
 from tritter.core.families import family_of
 from tritter.core.models import disk_tensors, load_model, read_config
-from tritter.core.parameter_map.carry import MOMENTS, carry, starts_anew
+from tritter.core.parameter_map.carry import MOMENTS, carry, is_state_reset
 from tritter.core.stock_routers import AddedExperts, Routing
 from tritter.errors import RequestError, TritterError
 from tritter.storage.writer import TensorStream
@@ -377,9 +377,9 @@ def test_reset_new_gives_replicas_no_moments() -> None:
     (step,) = build_steps(config, [MoeAdd(addition="replicate", noise=0)], seed=0)
     tensors = step.parameter_map.tensors
     old, new = (tensors[f"layers.0.experts.{expert}.gate"] for expert in (1, 5))
-    assert not starts_anew(old, "exp_avg", policy="reset_new")
-    assert starts_anew(new, "exp_avg", policy="reset_new")
-    assert not starts_anew(new, "exp_avg", policy="carry")
+    assert not is_state_reset(old, "exp_avg", policy="reset_new")
+    assert is_state_reset(new, "exp_avg", policy="reset_new")
+    assert not is_state_reset(new, "exp_avg", policy="carry")
 
 
 def test_from_dense_in_one_go(tmp_path: Path) -> None:
@@ -479,7 +479,7 @@ def test_replicas_may_be_followed_by_more(tmp_path: Path) -> None:
 def test_a_folder_whose_state_speaks_of_other_experts(tmp_path: Path) -> None:
     result = _expanded(tmp_path, tiny_moe("mixtral"), MoeAdd(num_experts=2))
     AddedExperts(experts=(6, 7)).write(result.folder)
-    with pytest.raises(TritterError, match="does not fit the model"):
+    with pytest.raises(TritterError, match="does not match the model"):
         load_model(result.folder)
 
 

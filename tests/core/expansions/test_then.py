@@ -43,9 +43,9 @@ from tritter.core.parameter_map.carry import (
     STATE_KINDS,
     Policy,
     carry,
-    followed,
     has_state,
-    starts_anew,
+    is_state_reset,
+    mapped_state,
 )
 from tritter.errors import RequestError
 from tritter.transform import Change
@@ -97,7 +97,7 @@ def state_in_turn(
     for step in steps:
         after: Values = {}
         for name, tensor_map in step.parameter_map.tensors.items():
-            if tensor_map.source is None or starts_anew(tensor_map, kind, policy=policy):
+            if tensor_map.source is None or is_state_reset(tensor_map, kind, policy=policy):
                 continue
             if STATE_KINDS[kind].new_entries == "as_weights":
                 if all(source in state for source in read_by(tensor_map)):
@@ -130,7 +130,7 @@ def check_chain(config: Config, specs: Sequence[ExpansionSpec], *, policy: Polic
     change = Change.of(one, config, target)
     for kind, rule in STATE_KINDS.items():
         state = {
-            n: followed(m, rule, held.__getitem__, policy=policy)
+            n: mapped_state(m, rule, held.__getitem__, policy=policy)
             for n, m in one.tensors.items()
             if has_state(m, rule, held.__contains__, policy=policy)
         }
@@ -207,7 +207,7 @@ def test_a_product_of_factors_would_not_do() -> None:
     once = TensorMap("w", (AxisFactor.writes(AxisMap.padded(2, 4)), None))
     chain = replace(wider, axes=(AxisFactor.writes(AxisMap.padded(3, 4)), None)).after({"w": wider})
     held: Mapping[str, Tensor] = {"w": torch.tensor([[1.0, 2.0], [3.0, 4.0]])}
-    found = followed(chain, STATE_KINDS["exp_avg_sq"], held.__getitem__)
+    found = mapped_state(chain, STATE_KINDS["exp_avg_sq"], held.__getitem__)
     assert torch.equal(found[2], torch.full((2,), 2.5)) and torch.equal(found[3], found[2])
     filled = replace(once, fill=Fill("random", std=1.0, seed=5))
     drawn_twice = replace(chain, fill=Fill("random", std=1.0, seed=5))

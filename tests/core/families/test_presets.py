@@ -62,7 +62,9 @@ def test_an_option_file_states_its_count(preset: Preset) -> None:
 
 def test_a_name_is_found_in_any_spelling() -> None:
     assert find_preset("Tritter-7B") is PRESETS["tritter_7b"]
-    with pytest.raises(RequestError, match=r"'tritter_8b' is no preset.*tritter_14b.*Did you mean"):
+    with pytest.raises(
+        RequestError, match=r"'tritter_8b' is not a preset.*tritter_14b.*Did you mean"
+    ):
         find_preset("tritter_8b")
 
 

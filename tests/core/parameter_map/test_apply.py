@@ -93,7 +93,7 @@ def test_a_gain_takes_the_ratio_and_its_gradient_the_inverse() -> None:
 
 
 def test_the_number_of_axes_must_fit() -> None:
-    with pytest.raises(ValueError, match=r"2 axes met a tensor of shape \(2,\)"):
+    with pytest.raises(ValueError, match=r"2 axes does not match a tensor of shape \(2,\)"):
         map_tensor(UP, torch.zeros(2))
 
 

@@ -117,7 +117,7 @@ def test_shares_that_do_not_add_up_are_refused(source: list[int], share: list[fl
 @pytest.mark.parametrize("outside", [2, -2, -100])
 def test_a_source_outside_the_old_space_is_refused(outside: int) -> None:
     """A source of -2 would count as new here and as the last but one where it is an index."""
-    with pytest.raises(ValueError, match=f"source {outside} lies outside the old space of 2 "):
+    with pytest.raises(ValueError, match=f"source {outside} is outside the old space of 2 "):
         AxisMap.copied(2, [0, 1, outside], torch.tensor([1.0, 1.0, 0.0]))
 
 

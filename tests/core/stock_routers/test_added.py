@@ -51,7 +51,7 @@ def test_it_is_set_in_a_live_model() -> None:
 def test_a_model_that_has_no_such_experts() -> None:
     with pytest.raises(TritterError, match="the model has none"):
         ADDED.apply(oracle.tiny_llama())
-    with pytest.raises(TritterError, match="does not fit the model"):
+    with pytest.raises(TritterError, match="does not match the model"):
         ADDED.apply(tiny_moe("mixtral"))
 
 

@@ -229,7 +229,7 @@ def test_state_goes_to_another_model_and_not_to_one_of_other_shape() -> None:
         ([-1], -1.0, "allowed are 0 to 3"),
         ([0], math.nan, "any number"),
         ([0], math.inf, "any number"),
-        ([0, 1, 2], -math.inf, "1 experts of layer 0 would stay open; each token needs 2"),
+        ([0, 1, 2], -math.inf, "1 experts of layer 0 would remain enabled; each token needs 2"),
     ],
 )
 def test_offsets_that_cannot_be(experts: list[int], value: float, word: str) -> None:

@@ -45,9 +45,9 @@ class CopiedLayers(ABC):
         """True when copies begin as identities, whose optimizer state starts anew."""
 
     def target_config(self, family: Family, config: Config) -> Config:
-        if family.numbered_if and config.get(family.numbered_if):
+        if family.layer_index_key and config.get(family.layer_index_key):
             reason = (
-                f"config.json says {family.numbered_if} = true, so that each layer of this "
+                f"config.json says {family.layer_index_key} = true, so that each layer of this "
                 f"{family.model_type} divides its attention scores by its own number, and layers "
                 "at other places would compute something else; grow its width"
             )

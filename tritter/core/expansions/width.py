@@ -493,10 +493,10 @@ def check_rotary(
     rope: Mapping[str, object] = stated if isinstance(stated, Mapping) else {}
     has_factors = any(rope.get(key) for key in _FACTORS)
     share = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
-    if is_split and (family.turns_neighbours or has_factors or share not in (None, 1)):
+    if is_split and (family.has_interleaved_rope or has_factors or share not in (None, 1)):
         reason = (
             f"{family.model_type} turns coordinates 2i and 2i + 1 together"
-            if family.turns_neighbours
+            if family.has_interleaved_rope
             else f"{family.model_type} has a factor for each pair (LongRoPE)"
             if has_factors
             else f"of each head {share} is turned"
