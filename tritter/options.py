@@ -170,8 +170,8 @@ def read_part(key: str, value: object, named: Mapping[str, type[Part]], *, base:
     problems: list[Problem] = []
     if isinstance(value, base):
         raise_problems(checked(value, prefix=key))
-        made: Part = value
-        return made
+        record: Part = value
+        return record
     body = dict(value) if isinstance(value, Mapping) else {"name": value}
     if TARGET in body:
         kind = component_class(key, body.pop(TARGET), base=dotted(base))

@@ -145,12 +145,16 @@ def parameters_of(kind: type | str) -> Mapping[str, Parameter]:
     classes = (n for n in parsed_module(module).body if isinstance(n, ast.ClassDef))
     body = next((node.body for node in classes if node.name == name), [])
     functions = (node for node in body if isinstance(node, ast.FunctionDef))
-    made = next((each.args for each in functions if each.name == "__init__"), None)
-    if made is None:
+    signature = next((each.args for each in functions if each.name == "__init__"), None)
+    if signature is None:
         return inspect.signature(imported(kind)).parameters
-    required = [Parameter.empty] * (len(made.args) - len(made.defaults))
-    defaults = [*required, *made.defaults, *(each or Parameter.empty for each in made.kw_defaults)]
-    pairs = zip([*made.args, *made.kwonlyargs], defaults, strict=True)
+    required = [Parameter.empty] * (len(signature.args) - len(signature.defaults))
+    defaults = [
+        *required,
+        *signature.defaults,
+        *(each or Parameter.empty for each in signature.kw_defaults),
+    ]
+    pairs = zip([*signature.args, *signature.kwonlyargs], defaults, strict=True)
     return {
         each.arg: Parameter(each.arg, Parameter.KEYWORD_ONLY, default=default)
         for each, default in pairs

@@ -57,7 +57,7 @@ def test_the_default_place_and_what_is_said(run: Run, place: Path) -> None:
         "hidden size 24 32 1.33 times",
         "layers 3 5 1.67 times",
         "hidden_size 24 → 32",
-        "head counts stay",
+        "head counts unchanged",
         "layers from 0 1 1 2 2",
         "exact yes",
         "written base-width-llama-pro",

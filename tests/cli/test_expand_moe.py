@@ -34,7 +34,7 @@ def test_a_dense_model_becomes_a_sparse_one(
     text = " ".join(result.out.split())
     assert f"exact {'yes' if is_exact else 'no'}" in text
     assert f"experts a layer - {after.config.num_local_experts}" in text
-    assert "llama → mixtral" in text and "parameters are active for a token" in text
+    assert "llama → mixtral" in text and "parameters are active per token" in text
     assert AutoTokenizer.from_pretrained(tmp_path / "grown")("the")["input_ids"]
 
 

@@ -1,4 +1,4 @@
-"""Places in plain words, against the tensors of every family."""
+"""Selection of parameters by words, against the tensors of every family."""
 
 import pytest
 
@@ -27,8 +27,8 @@ def test_words_mean_what_they_say() -> None:
     tensors = family_of(config).logical_tensors(config)
 
     def names(*words: str | int) -> set[str]:
-        places = ParameterSelection.read(words)
-        return {t.name for t in tensors if places.has(t, is_tied=True)}
+        selection = ParameterSelection.read(words)
+        return {t.name for t in tensors if selection.has(t, is_tied=True)}
 
     layers = {n: {t.name for t in tensors if t.layer == n} for n in range(5)}
     assert (

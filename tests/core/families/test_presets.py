@@ -1,4 +1,4 @@
-"""Size presets: names that fit their counts, and option files that say the same."""
+"""Size presets: names match parameter counts, and option files match the presets."""
 
 import math
 from pathlib import Path
@@ -39,7 +39,7 @@ def test_a_count_is_that_of_the_shapes_by_hand(preset: Preset) -> None:
 
 
 def test_published_shapes_have_their_published_counts() -> None:
-    """Mistral 7B and SOLAR 10.7B have this vocabulary themselves."""
+    """Mistral 7B and SOLAR 10.7B have this vocabulary size."""
     assert LLAMA.count_parameters(PRESETS["tritter_7b"].config()) == 7_241_732_096
     assert LLAMA.count_parameters(PRESETS["tritter_10b"].config()) == 10_731_524_096
 

@@ -1,4 +1,4 @@
-"""Moving values: a case by hand, the matrix identities, fills, noise, masks."""
+"""Applying maps: a case by hand, matrix identities, fills, noise, masks."""
 
 from dataclasses import replace
 
@@ -66,7 +66,7 @@ def test_agrees_with_the_dense_matrices() -> None:
 
 
 def test_a_two_layer_network_is_kept_and_the_often_written_halving_is_not() -> None:
-    """Negative control of DESIGN 6: halving the copied neuron's own rows breaks the function."""
+    """Negative control: halving the rows of the copied neuron changes the function."""
     up, down = torch.randn(2, 2, dtype=torch.float64), torch.randn(2, 2, dtype=torch.float64)
     nonlinear = TensorMap("up", (AxisFactor.writes_nonlinear(NEURONS), None))
     out = TensorMap("down", (None, AxisFactor.reads(NEURONS)))

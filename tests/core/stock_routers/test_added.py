@@ -1,4 +1,4 @@
-"""`state/router.json`: the way of an offset, and files that are not one."""
+"""`state/router.json`: the schedule of the offset, and invalid files."""
 
 import json
 import math
@@ -59,8 +59,8 @@ def test_a_model_that_has_no_such_experts() -> None:
     ("change", "word"),
     [
         ({"format_version": 2}, "format_version 2; this Tritter reads 1"),
-        ({"new_experts": []}, "one after the other"),
-        ({"new_experts": [4, 6]}, "one after the other"),
+        ({"new_experts": []}, "consecutive"),
+        ({"new_experts": [4, 6]}, "consecutive"),
         ({"new_experts": ["4"]}, "new_experts"),
         ({"new_experts": 4}, "new_experts"),
         ({"offset": 1.0}, "offset"),

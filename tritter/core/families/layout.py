@@ -118,7 +118,7 @@ class StoredTensor:
 
 def layout(config: Config, kind: LayoutKind) -> tuple[StoredTensor, ...]:
     """Return all stored tensors of a model, in forward order."""
-    family, places = family_of(config), dict[str, list[Part]]()
+    family, parts_by_name = family_of(config), dict[str, list[Part]]()
     shapes: dict[str, tuple[int, ...]] = {}
     num_experts = family.dimensions(config).num_experts
     for tensor in family.logical_tensors(config):
@@ -136,10 +136,10 @@ def layout(config: Config, kind: LayoutKind) -> tuple[StoredTensor, ...]:
             part, shape = Part(tensor, (*before, slice(first, end))), (end, *shape[1:])
         elif kind == "live":
             name = tensor.live_name or name
-        places.setdefault(name, []).append(part)
+        parts_by_name.setdefault(name, []).append(part)
         shapes[name] = shape
     stored = []
-    for name, parts in places.items():
+    for name, parts in parts_by_name.items():
         shape = shapes[name][::-1] if parts[0].tensor.is_transposed else shapes[name]
         stored.append(StoredTensor(name, shape, tuple(parts)))
     return tuple(stored)

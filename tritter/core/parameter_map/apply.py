@@ -299,8 +299,8 @@ def _filled(
             return torch.where(has_source, values, donor.to(values))
         case "given":
             assert fill.values is not None, "a given fill needs values"
-            lacking = ~has_source.expand(values.shape)
-            return values.masked_scatter_(lacking, fill.values.to(values))
+            is_new_entry = ~has_source.expand(values.shape)
+            return values.masked_scatter_(is_new_entry, fill.values.to(values))
 
 
 def normal_numbers(seed: int, *, std: float, mean: float = 0.0) -> Callable[[torch.Size], Tensor]:
