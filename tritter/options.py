@@ -199,7 +199,7 @@ def field_keys(record: type, prefix: str) -> tuple[str, ...]:
 
 
 def from_word(record: type, name: str, word: object) -> object:
-    """Parse a command-line word as the type of a field; return it unchanged if that fails."""
+    """Return a command-line word parsed as the type of a field, or unchanged if that fails."""
     node = _field(_reading(record)[1], name) if is_options(record) else {}
     kinds = {one.get("type") for one in _variants(node)}
     if not isinstance(word, str) or not kinds & {"array", "integer", "number"}:

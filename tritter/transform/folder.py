@@ -65,11 +65,11 @@ from tritter.transform.change import PlannedExpansion
 
 # Disk and memory requirements
 
-_BYTES_OF_A_NAME = 512  # of one tensor in a file's header, in the index and in the record
-_BYTES_OF_RECORDS = 2**16  # the record, the card and the configs, without names
-_WIDE = 4  # bytes of what is computed in float32
-_AT_ONCE_PADDED = 3  # its pieces, the whole, and the one that is filled up
-_AT_ONCE_OF_STATE = 4  # gathered along each axis, multiplied, and with a mean in new entries
+_BYTES_OF_A_NAME = 512  # of one tensor in the header of a file, the index and the lineage
+_BYTES_OF_RECORDS = 2**16  # lineage, model card and configs, without names
+_WIDE = 4  # bytes of a float32 number
+_AT_ONCE_PADDED = 3  # copies of a padded tensor: its pieces, the whole, and the padded one
+_AT_ONCE_OF_STATE = 4  # copies: gathered along each axis, scaled, and filled with a mean
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -449,8 +449,8 @@ def added_experts(
             continue
         if closed:
             reason = (
-                f"the router offset of experts {closed[0]} to {closed[-1]}, which were appended "
-                "before, is not 0 yet; train the model until it is, then add more"
+                f"the router offset of the appended experts {closed[0]} to {closed[-1]} is not 0 "
+                "yet; train the model until it is, then add more"
             )
             raise RequestError(Problem("expansion.moe_add", reason=reason))
         if step.spec.is_append:

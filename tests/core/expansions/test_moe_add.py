@@ -446,7 +446,7 @@ def test_a_dense_model_is_sent_to_moe_first(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="apply moe first"):
         target_config(config, [MoeAdd()])
     all_dense = tiny_moe("qwen3_moe", mlp_only_layers=[0, 1, 2]).config.to_dict()
-    with pytest.raises(RequestError, match="without experts"):
+    with pytest.raises(RequestError, match="has no experts"):
         target_config(all_dense, [MoeAdd()])
 
 

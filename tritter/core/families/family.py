@@ -38,12 +38,12 @@ class Family:
             `none`, `all`, or those in `layer_types`.
         norm_offset: offset between the weight of a norm and its gain.
         subtracts_mean: its norms are LayerNorms.
-        parallel_if: config key that makes attention and FFN read the same residual stream; empty
-            if the FFN always follows attention.
-        turns_neighbours: rotary embeddings pair coordinates 2i and 2i + 1 instead of i and
+        parallel_residual_key: config key that makes attention and FFN read the same residual
+            stream; empty if the FFN always follows attention.
+        has_interleaved_rope: rotary embeddings pair coordinates 2i and 2i + 1 instead of i and
             i + head_dim / 2.
         ffn_ratio: default FFN width as a multiple of the hidden size; 0 if the config must set it.
-        numbered_if: config key that makes a layer depend on its index; empty if there is none.
+        layer_index_key: config key that makes a layer depend on its index; empty if there is none.
         omitted_prefix: prefix of all names but the head's that some files omit.
     """
 

@@ -245,7 +245,7 @@ def layer_norm_attention(
         qkv: name of the projection to q, k and v on disk.
         output: name of the output projection on disk.
         bias_key: config key that enables biases of the projections; empty: always.
-        are_masked: the tensor of q, k and v stores all of q, then k, then v, not head by head.
+        has_qkv_blocks: the tensor of q, k and v stores all of q, then k, then v, not head by head.
         is_transposed: matrices are stored with inputs first.
     """
     read, interleaved = Axis(ATTENTION_INPUT, Port.READ), Axis(QKV, Port.WRITE_NONLINEAR)

@@ -79,7 +79,7 @@ class Freeze(ForgettingMethod):
     """Leave parameters, or entries of them, as they are.
 
     Args:
-        layers: places by words, see `tritter.core.families.Places`; numbers are those of the model
+        layers: places by words, see `ParameterSelection`; numbers are those of the model
             that is trained. None: attention, where nothing else is asked for.
         new_only: all that was there before the expansion, entry by entry.
         old_experts: experts that were there before the expansion.
