@@ -110,5 +110,5 @@ def test_a_kind_has_a_name_that_is_a_folders(name: str) -> None:
 
 def test_a_kind_has_one_rule() -> None:
     register("fisher", STATE_KINDS["fisher"])
-    with pytest.raises(TritterError, match="fisher is registered with another rule"):
+    with pytest.raises(TritterError, match="fisher is already registered with a different rule"):
         register("fisher", StateKind(Quantity.WEIGHT, "zero"))

@@ -94,7 +94,7 @@ def test_the_experts_of_a_result_go_on(run: Run, place: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("--method moe --num-experts 2 --experts-per-token 3", "--experts-per-token = 3: a token"),
+        ("--method moe --num-experts 2 --experts-per-token 3", "--experts-per-token = 3: a layer"),
         ("--method moe --num-experts 1", "--num-experts = 1"),
         ("--method moe --reinit-fraction 1", "--reinit-fraction = 1:"),
         ("--method moe --sparse-layers 1", "--sparse-layers: it leaves layers 0, 2 dense"),
