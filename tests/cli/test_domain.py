@@ -105,9 +105,9 @@ REFUSED = {
     f"{ADD} --domain-data data/code --dtype bfloat16": "--dtype = bfloat16: not with --domain-data",
     f"{ADD} --domain-data data/code --moments zero": "--moments = zero: not with --domain-data",
     f"{TRAIN} --old-data old --domain old": "--domain = old: that is what the old text",
-    f"{ADD} --expert-init best": "--expert-init = best: domain data chooses the expert",
+    f"{ADD} --expert-init best": "--expert-init = best: domain data selects the expert",
     f"{ADD} --expert-init distill --teacher base": "--expert-init = distill: new experts learn",
-    f"{TRAIN} --expert-init distill": "--teacher = null: --expert-init=distill learns from",
+    f"{TRAIN} --expert-init distill": "--teacher = null: --expert-init=distill requires a",
     f"{TRAIN} --expert-init distill --teacher x": "--teacher = x: no such folder",
     "expand --checkpoint base --method moe-add --addition replicate --domain-data data/code":
         "appends no experts",

@@ -87,7 +87,7 @@ def test_all_that_is_wrong_is_listed_before_anything_is_written(
     [
         (["data.new=@/savd"], "data.new = @/savd: there is no such file or folder. Did you mean"),
         (["data.new=@/rows.csv", "data.streming=true"], "Did you mean data.streaming?"),
-        (["data.new=@/rows.csv", "data.max_rows=0"], "data.max_rows = 0: allowed is"),
+        (["data.new=@/rows.csv", "data.max_rows=0"], "data.max_rows = 0: must be"),
         (["data.new=@/rows.csv", "data.text_field=a"], "data.text_field is not a key of data=hf"),
         (["data.new=hf:stories"], "allowed is hf:OWNER/NAME[@REVISION]"),
         (["data.new=hf:me/stories[:5%]"], "FROM and TO counted in rows"),

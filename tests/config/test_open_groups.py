@@ -77,7 +77,7 @@ def test_what_resume_can_not_bear_is_refused_with_the_reason(name: str) -> None:
         ("callbacks.early_stopping.patience=3", "select it with callbacks=[early_stopping]"),
         ("callbacks.x._target_=nowhere.Y", "there is no module nowhere"),
         ("callbacks.x._target_=torch.optim.Adamm", "torch.optim has no Adamm"),
-        ("callbacks.x._target_=torch.optim.Adam", "no subclass of lightning.pytorch"),
+        ("callbacks.x._target_=torch.optim.Adam", "not a subclass of lightning.pytorch"),
         ("callbacks.t._target_=lightning.pytorch.callbacks.Timer", "say training.max_steps"),
     ],
 )

@@ -45,7 +45,10 @@ REFUSALS: dict[str, tuple[str, ...]] = {
     "growth.check_every=3": ("growth.check_every = 3", "nothing grows with growth=none"),
     "growth=foam growth.trigger=percentil": ("growth.trigger = percentil", "mean percentile?"),
     "growth=foam growth.initialiser=gradmx": ("gradmax, split", "Did you mean gradmax?"),
-    "growth=foam growth.trigger={_target_:os.system}": ("growth.trigger._target_", "no subclass"),
+    "growth=foam growth.trigger={_target_:os.system}": (
+        "growth.trigger._target_",
+        "not a subclass",
+    ),
     "growth=foam growth.maturation_ag=3": ("Did you mean growth.maturation_age?",),
     "growth=foam growth.gradient_percentile=100": ("above 0 and below 100",),
     "growth=gradmax growth.trigger={name:schedule,at:[250]}": (

@@ -285,7 +285,7 @@ REFUSED = {
     "expansion=moe moe_routing.hold_old=1": "hold_old = 1.0: the model that the run starts from is",
     "expansion=[moe,moe_add] expansion.moe_add.init=best": "init = best: the experts that moe",
     "expansion=[moe,moe_add] expansion.moe_add.init=distill": "teacher = null",
-    "expansion=[moe,moe_add] expansion.moe_add.teacher=x": "init=distill learns from a teacher",
+    "expansion=[moe,moe_add] expansion.moe_add.teacher=x": "init=distill requires a teacher",
     "expansion=[moe,moe_add] expansion.moe_add.init=distill expansion.moe_add.teacher=x":
         "teacher = x: no such folder",
     "expansion=[moe,llama_pro,moe_add] expansion.moe_add.init=best":

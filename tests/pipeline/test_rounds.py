@@ -237,7 +237,7 @@ def test_a_stopped_loop_goes_on_to_the_same_weights(
     ("overrides", "message"),
     [
         (["pipeline.target_params=100"], r"pipeline\.target_params = 100 parameters: the source"),
-        (["pipeline.target_params=huge"], r"pipeline\.target_params = huge: allowed is a whole"),
+        (["pipeline.target_params=huge"], r"pipeline\.target_params = huge: must be a whole"),
         (["pipeline.target_params=0"], r"pipeline\.target_params = 0"),
         (["pipeline.max_rounds=3"], r"pipeline\.max_rounds = 3: without pipeline\.target_params"),
         (["pipeline.strategy=balanced"], r"pipeline\.strategy = balanced: without"),

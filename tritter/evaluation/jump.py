@@ -127,7 +127,7 @@ def folder_jump(
             f"evaluation: vocabularies of {sizes[0]} tokens before and {sizes[1]} after the "
             "expansion cannot be compared; the vocabulary must stay"
         )
-    step = min(model.rows_of_a_block for model in models)
+    step = min(model.rows_per_block for model in models)
     largest = torch.zeros(())
     moments = torch.zeros(3, dtype=torch.float64)  # number, sum and sum of squares
     for rows in blocks(slice(0, sizes[0]), step):

@@ -244,7 +244,7 @@ def _layer_bytes(family: Family, config: Config, layer: int, setup: TrainingSetu
     statistics = sizes.num_attention_heads * _FLOAT32
     norms_bytes = normed * (_FLOAT32 + parameter_bytes)
     if family.subtracts_mean:  # two that read the same stream keep it once
-        is_parallel = bool(config.get(family.parallel_if, False))
+        is_parallel = bool(config.get(family.parallel_residual_key, False))
         norms_bytes = normed * parameter_bytes // (2 if is_parallel else 1)
     return norms_bytes + products * width + statistics
 

@@ -23,7 +23,7 @@ from tritter.core.expansions import target_config
 from tritter.core.families import Config, count_parameters, family_of
 from tritter.errors import Problem, TritterError, nearest
 from tritter.limits import MAX_COUNT, NO_EPOCHS, parse_count
-from tritter.options import IN_WORDS, Count, RunRequest, WholeNumber, nearest_multiples, options
+from tritter.options import PARSED_COUNT, Count, RunRequest, WholeNumber, nearest_multiples, options
 from tritter.targets import (
     TARGET,
     Component,
@@ -49,7 +49,7 @@ class TrainingConfig:
     schedule: Literal["constant", "cosine", "wsd", "rewarm"]
     decay_ratio: Annotated[float, Field(gt=0, le=1)]
     minimum_ratio: Annotated[float, Field(ge=0, le=1)]
-    max_tokens: Annotated[int, Field(ge=1, le=MAX_COUNT), IN_WORDS] | None = None
+    max_tokens: Annotated[int, Field(ge=1, le=MAX_COUNT), PARSED_COUNT] | None = None
 
 
 @options

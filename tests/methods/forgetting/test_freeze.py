@@ -14,7 +14,7 @@ from tests import oracle
 from tests.oracle.families import tiny
 from tests.training.test_fit import SCHEDULE, SETTINGS, task
 from tests.training.test_fit import batches as batches_of
-from tritter.core.families import Places, training_flops
+from tritter.core.families import ParameterSelection, training_flops
 from tritter.core.models import config_of
 from tritter.errors import RequestError
 from tritter.methods.forgetting import Freeze
@@ -175,7 +175,7 @@ def test_from_the_top_down_layer_after_layer(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"layers": "0-"}, "allowed are layers by number"),
+        ({"layers": "0-"}, "must be layer numbers"),
         ({"layers": ("embd",)}, "Did you mean 'embed'"),
         ({"new_only": True, "thaw": "top_down"}, "nothing thaws"),
     ],
@@ -186,9 +186,9 @@ def test_options_that_make_no_sense_are_refused(options: dict[str, Any], said: s
 
 
 def test_where_nothing_is_named_it_is_attention() -> None:
-    assert FreezeOptions().places == Places.read(["attention"])
+    assert FreezeOptions().places == ParameterSelection.read(["attention"])
     assert FreezeOptions(new_only=True).places is None
-    assert FreezeOptions(new_only=True, layers=1).places == Places.read([1])
+    assert FreezeOptions(new_only=True, layers=1).places == ParameterSelection.read([1])
 
 
 def test_a_share_of_the_steps_is_a_step() -> None:

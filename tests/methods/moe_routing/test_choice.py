@@ -47,7 +47,7 @@ def test_an_expert_that_no_token_meets_is_of_no_use() -> None:
 
 def test_what_data_has_to_choose_is_refused_without_data() -> None:
     model = tiny_moe("mixtral")
-    with pytest.raises(RequestError, match="domain data chooses"):
+    with pytest.raises(RequestError, match="domain data selects"):
         ModelExpander([MoeAdd(init="best")]).expand(model)
     chosen = MoeAdd(init="best", clone_from=(3, 0, 1), noise=0.0, num_experts=1)
     (step,) = build_steps(config_of(model), [chosen], seed=0)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from tritter.core.families import Config, LogicalTensor, Places, family_of
+from tritter.core.families import Config, LogicalTensor, ParameterSelection, family_of
 from tritter.errors import Problem, RequestError
 from tritter.options import Count, RunRequest, Start, Text, options
 from tritter.training import ForgettingMethod, Needs, Task
@@ -57,7 +57,7 @@ class FreezeOptions:
             raise RequestError(Problem(f"{_KEY}.layers", self.layers, reason=said)) from error
 
     @property
-    def places(self) -> Places | None:
+    def places(self) -> ParameterSelection | None:
         """Where all is frozen, whatever is new there; None: nowhere.
 
         Raises:
@@ -65,8 +65,8 @@ class FreezeOptions:
         """
         asked = self.layers
         if asked is None:
-            return None if self.new_only or self.old_experts else Places.read([DEFAULT])
-        return Places.read([asked] if isinstance(asked, int | str) else asked)
+            return None if self.new_only or self.old_experts else ParameterSelection.read([DEFAULT])
+        return ParameterSelection.read([asked] if isinstance(asked, int | str) else asked)
 
     def first_step(self, max_steps: int) -> int | None:
         """Return the step from which all is trained; None: never."""
@@ -79,7 +79,7 @@ class Freeze(ForgettingMethod):
     """Leave parameters, or entries of them, as they are.
 
     Args:
-        layers: places by words, see `tritter.core.families.Places`; numbers are those of the model
+        layers: places by words, see `ParameterSelection`; numbers are those of the model
             that is trained. None: attention, where nothing else is asked for.
         new_only: all that was there before the expansion, entry by entry.
         old_experts: experts that were there before the expansion.
@@ -242,14 +242,14 @@ class Freeze(ForgettingMethod):
             del self._held[name], self._values[name]
 
 
-def _unfreezable_reason(places: Places, grown: tuple[Config, ...]) -> str:
+def _unfreezable_reason(places: ParameterSelection, grown: tuple[Config, ...]) -> str:
     smallest = grown[0]
     layers = family_of(smallest).dimensions(smallest).num_hidden_layers
     if places.last_layer >= layers:
         which = "smallest model that is trained" if len(grown) > 1 else "model that is trained"
         return f"the {which} has {layers} layers; allowed are 0 to {layers - 1}"
     for word in places.parts:
-        one = Places.read([word])
+        one = ParameterSelection.read([word])
         if not any(one.has(tensor, is_tied=is_tied) for tensor, is_tied in _tensors(grown[-1])):
             return f"the model has no {word}; leave it out"
     for each in grown:
