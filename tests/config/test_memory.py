@@ -16,7 +16,12 @@ from tritter.config.schema import RunConfig
 from tritter.config.validation import source_config
 from tritter.core.families import family_of
 from tritter.planning import run_memory as memory
-from tritter.planning.run_memory import TrainingMemory, memory_notes, memory_problems, trainings
+from tritter.planning.run_memory import (
+    TrainingMemory,
+    memory_notes,
+    memory_problems,
+    training_needs,
+)
 from tritter.training import OptimizerSettings
 
 Run = Callable[..., Result]
@@ -31,7 +36,7 @@ def has(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 
 def held(*words: str) -> dict[str, TrainingMemory]:
     config = load_config([*words])
-    return {each.model: each for each in trainings(config, source_config(config))}
+    return {each.model: each for each in training_needs(config, source_config(config))}
 
 
 def problems(config: RunConfig) -> str:
@@ -104,7 +109,7 @@ def test_a_note_says_that_activations_computed_again_would_fit(
     words = ["model=small", "data.batch_size=512", "data.sequence_length=512"]
     config = load_config(words)
     source = source_config(config)
-    needed = max(each.states + each.activations for each in trainings(config, source))
+    needed = max(each.states + each.activations for each in training_needs(config, source))
     has(needed * 3 // 4)
     (note,) = memory_notes(config, source)
     assert note.endswith("and with trainer.activation_checkpointing=true it fits")
@@ -151,7 +156,7 @@ def test_what_is_frozen_has_no_gradients_and_no_moments() -> None:
 def test_a_teacher_is_held_once_in_the_machines_memory(has: Callable[[int], None]) -> None:
     words = ["model=tiny", "expansion=llama_pro", "forgetting=[distill,replay]"]
     config = load_config([*words, "trainer=ddp", "trainer.devices=4"])
-    base, grown = trainings(config, source_config(config))
+    base, grown = training_needs(config, source_config(config))
     assert (base.teacher, grown.teacher) == (0, 4 * base.parameters)
     needed = 4 * grown.device + grown.start + grown.teacher
     has(needed)
@@ -176,7 +181,7 @@ def test_of_rounds_the_largest_counts() -> None:
 def test_each_process_holds_all(has: Callable[[int], None]) -> None:
     config = load_config(["model=tiny", "trainer=ddp", "trainer.devices=4", "expansion=none",
                           "forgetting=replay"])  # fmt: skip
-    base, one = trainings(config, source_config(config))
+    base, one = training_needs(config, source_config(config))
     assert (one.processes, one.start) == (4, base.start)
     needed = 4 * base.device + base.start
     has(needed)
@@ -189,7 +194,7 @@ def test_each_process_holds_all(has: Callable[[int], None]) -> None:
 def test_what_would_fit_is_tried_before_it_is_said(has: Callable[[int], None]) -> None:
     config = load_config(["model=tritter_350m", "expansion=none", "forgetting=[ewc,replay]",
                           "trainer=cpu"])  # fmt: skip
-    base, model = trainings(config, source_config(config))
+    base, model = training_needs(config, source_config(config))
     has(model.device + model.start)
     assert not problems(config)
     has(base.device + base.start - 10**6)
@@ -199,14 +204,14 @@ def test_what_would_fit_is_tried_before_it_is_said(has: Callable[[int], None]) -
     assert "with model=tritter_125m it fits" in said
     config = load_config(["model=tritter_350m", "expansion=width", "forgetting=[ewc,replay]",
                           "trainer=cpu"])  # fmt: skip
-    grown = list(trainings(config, source_config(config)))[1]
+    grown = list(training_needs(config, source_config(config)))[1]
     has(grown.states + grown.start)
     assert "with 'forgetting=[replay]' it fits" in problems(config)
 
 
 def test_activations_are_a_note(has: Callable[[int], None]) -> None:
     config = load_config(["model=tiny", "expansion=none", "forgetting=none", "trainer=cpu"])
-    base, model = trainings(config, source_config(config))
+    base, model = training_needs(config, source_config(config))
     has(base.device + base.start)
     assert not problems(config)
     (note,) = memory_notes(config, source_config(config))
@@ -232,7 +237,7 @@ def test_on_a_gpu_its_memory_counts(
     monkeypatch: pytest.MonkeyPatch, has: Callable[[int], None]
 ) -> None:
     config = load_config(["model=tiny", "expansion=none", "trainer=gpu"])
-    base, _ = trainings(config, source_config(config))
+    base, _ = training_needs(config, source_config(config))
     size = SimpleNamespace(total_memory=base.device)
     # A torch that knows of GPUs asks theirs at each step once it says that there is one
     kept = config.optimizer.kept_per_parameter()

@@ -17,7 +17,7 @@ from tests.hostile.values import parquet_bomb
 from tritter.data import local_files
 from tritter.data.datasets import (
     DatasetName,
-    check_place,
+    check_on_disk,
     dataset_texts,
     parse_name,
     resolve_dataset,
@@ -114,7 +114,7 @@ def test_names_that_are_refused(place: Path, word: str, told: str) -> None:
     for name in ("load.py", "saved/a.pdf", "saved/scripted/scripted.py"):
         (place / name).touch()
     with pytest.raises(RequestError) as caught:
-        check_place("data.new", word, parse_name("data.new", word))
+        check_on_disk("data.new", word, parse_name("data.new", word))
     assert told in str(caught.value) and f"data.new = {word}" in str(caught.value)
 
 
@@ -252,7 +252,7 @@ def test_a_card_names_nothing_outside(place: Path, file: str, entry: str) -> Non
                 assert entry.replace(str(place), "@") in said
             assert "a secret" not in said
             with pytest.raises(RequestError, match=r"^data.new: "):
-                check_place("data.new", "data", parse_name("data.new", "data"))
+                check_on_disk("data.new", "data", parse_name("data.new", "data"))
         with pytest.raises(TimeoutError):
             server.accept()
 

@@ -89,7 +89,7 @@ def test_documents_on_disk_are_those_in_memory(monkeypatch):
     assert spooled == held == sorted(held, key=lambda each: text_key(each.text))
     assert list(spooled.keys()) == [text_key(each.text) for each in held]
     assert spooled[3:50:7] == held[3:50:7] and spooled[-1] == held[-1]
-    assert list(spooled.chosen(np.array([5, 2]))) == [held[5], held[2]]
+    assert list(spooled.select(np.array([5, 2]))) == [held[5], held[2]]
     with pytest.raises(IndexError):
         spooled[len(held)]
 

@@ -17,8 +17,8 @@ from pyarrow import parquet
 from tests.hostile.values import parquet_bomb
 from tritter.data import local_files
 from tritter.data.local_files import (
+    ByteLimitError,
     Reading,
-    SpentError,
     TextFileError,
     parquet_records,
     text_suffix,
@@ -280,7 +280,7 @@ def test_sizes_are_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 def test_reading_ends_with_what_was_to_be_read(tmp_path: Path) -> None:
     path = packed(tmp_path / "a.jsonl", b'"a"\n' * 1000)
     reading = Reading(key="data.new", text_field="text", max_bytes=100)
-    with pytest.raises(SpentError):
+    with pytest.raises(ByteLimitError):
         list(reading.texts(path))
     assert reading.num_bytes <= 104
 

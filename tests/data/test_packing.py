@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tritter.data.packing import LAID_TOKENS, best_fit, num_packed, packed, padding_fraction
+from tritter.data.packing import PACKED_TOKENS, best_fit, num_packed, packed, padding_fraction
 from tritter.data.tokens import TokenisedDocuments, pack
 from tritter.errors import RequestError
 
@@ -84,8 +84,8 @@ def test_best_fit_chooses_the_fullest_bin_that_has_room() -> None:
 def test_many_parts_are_laid_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
     documents = of_lengths([3, 50, 20, 7, 1, 1, 30, 11])
     whole = rows_of(documents, 16)
-    assert whole.numel() < LAID_TOKENS
-    monkeypatch.setattr("tritter.data.packing.LAID_TOKENS", 1)
+    assert whole.numel() < PACKED_TOKENS
+    monkeypatch.setattr("tritter.data.packing.PACKED_TOKENS", 1)
     assert torch.equal(rows_of(documents, 16), whole)
 
 

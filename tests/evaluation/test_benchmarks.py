@@ -19,8 +19,8 @@ from tritter.evaluation.benchmarks import harness
 from tritter.evaluation.benchmarks.files import Questions, questions_of
 from tritter.evaluation.benchmarks.formats import BENCHMARKS, Benchmark
 from tritter.evaluation.benchmarks.harness import (
-    Asking,
     BenchmarkScores,
+    HarnessOptions,
     score_benchmark,
     score_from_hub,
     task_config,
@@ -109,7 +109,7 @@ def test_choices_score_as_lm_evals_own_task_scores_them(
     from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
 
-    ours = score_benchmark(model, tokenizer, asked(name), Asking(batch_size=3))
+    ours = score_benchmark(model, tokenizer, asked(name), HarnessOptions(batch_size=3))
     lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=2, max_length=512)
     task = stock_task(name)
     task_dict = {"tasks": {"stock": task}, "groups": {}}
@@ -178,12 +178,12 @@ def test_a_benchmark_of_the_hub_is_lm_evals_own(
             return {"tasks": {"arc_easy": stock_task("arc_easy")}, "groups": {}}
 
     benchmark = BENCHMARKS["arc_easy"]
-    theirs = score_from_hub(model, tokenizer, benchmark, Asking(), manager=Manager())
-    ours = score_benchmark(model, tokenizer, asked("arc_easy"), Asking())
-    assert theirs.known_by.values.tolist() == ours.known_by.values.tolist()
+    theirs = score_from_hub(model, tokenizer, benchmark, HarnessOptions(), manager=Manager())
+    ours = score_benchmark(model, tokenizer, asked("arc_easy"), HarnessOptions())
+    assert theirs.primary.values.tolist() == ours.primary.values.tolist()
     assert theirs.nulls.uniform == ours.nulls.uniform == pytest.approx((1 + 1 / 2) / 4)
-    few = score_from_hub(model, tokenizer, benchmark, Asking(limit=2), manager=Manager())
-    assert len(few.known_by) == 2 and few.notes
+    few = score_from_hub(model, tokenizer, benchmark, HarnessOptions(limit=2), manager=Manager())
+    assert len(few.primary) == 2 and few.notes
 
 
 def test_without_a_hub_it_says_what_to_do(model: Any, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -192,9 +192,9 @@ def test_without_a_hub_it_says_what_to_do(model: Any, tokenizer: PreTrainedToken
             raise ConnectionError("Couldn't reach the Hub")
 
     with pytest.raises(RequestError, match=r"does not give piqa .*--tasks-path DIR"):
-        score_from_hub(model, tokenizer, BENCHMARKS["piqa"], Asking(), manager=Offline())
+        score_from_hub(model, tokenizer, BENCHMARKS["piqa"], HarnessOptions(), manager=Offline())
     with pytest.raises(RequestError, match="has no task for it"):
-        score_from_hub(model, tokenizer, BENCHMARKS["svamp"], Asking())
+        score_from_hub(model, tokenizer, BENCHMARKS["svamp"], HarnessOptions())
 
 
 class Knowing:
@@ -216,8 +216,8 @@ def test_programs_go_to_the_sandbox_and_nowhere_else(
     rows = [{**row, "prompt": "def f():\n", "test": f"{row['test']}"} for row in HUMANEVAL_ROWS]
     sandbox = Knowing("twice")
     questions = asked("humaneval", rows)
-    scores = score_benchmark(model, tokenizer, questions, Asking(sandbox=sandbox))
-    assert scores.known_by.values.tolist() == [0.0, 1.0]
+    scores = score_benchmark(model, tokenizer, questions, HarnessOptions(sandbox=sandbox))
+    assert scores.primary.values.tolist() == [0.0, 1.0]
     assert scores.nulls.empty == 0.5 and len(sandbox.programs) == 4
     assert sandbox.programs[0].endswith("check(largest)")
 
@@ -226,11 +226,11 @@ def test_what_is_cut_and_limited_is_said(tokenizer: PreTrainedTokenizerFast) -> 
     model = oracle.tiny_llama(vocab_size=300, max_position_embeddings=24)
     rows = [*PUBLISHED["arc_easy"]["foundry"]]
     rows.append({"query": "?", "choices": ["a", "grows " * 30], "gold": 0})
-    scores = score_benchmark(model, tokenizer, asked("arc_easy", rows), Asking(limit=5))
+    scores = score_benchmark(model, tokenizer, asked("arc_easy", rows), HarnessOptions(limit=5))
     said = " ".join(scores.notes)
     assert "1 of 5 questions were left out" in said and "lost their beginning" in said
-    assert len(scores.known_by) == 4
-    scores = score_benchmark(model, tokenizer, asked("gsm8k"), Asking(limit=2))
+    assert len(scores.primary) == 4
+    scores = score_benchmark(model, tokenizer, asked("gsm8k"), HarnessOptions(limit=2))
     assert "2 of 3 questions" in " ".join(scores.notes)
     assert "Answers end after 12 tokens in place of 256" in " ".join(scores.notes)
 
@@ -257,7 +257,7 @@ def test_a_model_that_cannot_tell_choices_apart_scores_no_more_than_chance(
     right = [question.right for question in questions.questions.values()]
     assert 70 < right.count(0) < 130
     with pytest.raises(TritterError, match="not finite"):
-        score_benchmark(broken(float("nan"))(), tokenizer, questions, Asking())
+        score_benchmark(broken(float("nan"))(), tokenizer, questions, HarnessOptions())
 
 
 def test_modes_gradients_and_random_numbers_are_left_as_they_were(
@@ -265,8 +265,8 @@ def test_modes_gradients_and_random_numbers_are_left_as_they_were(
 ) -> None:
     model.train()
     state = torch.random.get_rng_state()
-    score_benchmark(model, tokenizer, asked("piqa"), Asking())
-    score_benchmark(model, tokenizer, asked("gsm8k"), Asking(limit=1))
+    score_benchmark(model, tokenizer, asked("piqa"), HarnessOptions())
+    score_benchmark(model, tokenizer, asked("gsm8k"), HarnessOptions(limit=1))
     assert model.training and all(module.training for module in model.modules())
     assert torch.equal(state, torch.random.get_rng_state())
     model(input_ids=torch.ones(1, 3, dtype=torch.int64)).logits.sum().backward()
@@ -279,14 +279,14 @@ def test_without_lm_eval_the_sentence_says_what_to_install(
 ) -> None:
     monkeypatch.setitem(__import__("sys").modules, "lm_eval.models.huggingface", None)
     with pytest.raises(RequestError, match=r"pip install 'tritter\[evaluation\]'"):
-        score_benchmark(model, tokenizer, asked("piqa"), Asking())
+        score_benchmark(model, tokenizer, asked("piqa"), HarnessOptions())
 
 
 def test_scores_pair_up_question_by_question(
     model: Any, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    scores = score_benchmark(model, tokenizer, asked("piqa"), Asking())
+    scores = score_benchmark(model, tokenizer, asked("piqa"), HarnessOptions())
     assert isinstance(scores, BenchmarkScores) and isinstance(BENCHMARKS["piqa"], Benchmark)
-    assert scores.known_by.identifiers == tuple(f"piqa:{n}" for n in range(1, 5))
-    assert scores.known_by.unit == "accuracy" and scores.known_by.chance == 0.5
-    assert dataclasses.is_dataclass(harness.Asking)
+    assert scores.primary.identifiers == tuple(f"piqa:{n}" for n in range(1, 5))
+    assert scores.primary.unit == "accuracy" and scores.primary.chance == 0.5
+    assert dataclasses.is_dataclass(harness.HarnessOptions)

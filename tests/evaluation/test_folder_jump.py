@@ -66,7 +66,10 @@ def test_exact_growth_of_every_family_parts_nowhere(tmp_path: Path, family: str)
     found = folder_jump(source, result.folder, TOKENS)
     assert found.jump.relative_to_std < 1e-4
     # As far as states go, that is: what is asked after them is never the place
-    assert found.parting(result.plan.parameter_map.layer_sources) == "the final norm or the head"
+    assert (
+        found.first_difference(result.plan.parameter_map.layer_sources)
+        == "the final norm or the head"
+    )
 
 
 @pytest.mark.quick_cases(2)
@@ -76,12 +79,12 @@ def test_the_damaged_layer_is_named(tmp_path: Path, specs: list[ExpansionSpec]) 
     sources = result.plan.parameter_map.layer_sources
     sound = folder_jump(source, result.folder, TOKENS)
     assert sound.jump.relative_to_std < 1e-4
-    assert sound.parting(sources) == "the final norm or the head"
+    assert sound.first_difference(sources) == "the final norm or the head"
     for layer in (len(sources) - 1, len(sources) - 2):
         damaged(result.folder, f"model.layers.{layer}.self_attn.o_proj.weight")
         found = folder_jump(source, result.folder, TOKENS)
         assert found.jump.relative_to_std > 1e-3
-        assert found.parting(sources) == f"layer {layer}"
+        assert found.first_difference(sources) == f"layer {layer}"
 
 
 @pytest.mark.quick_cases(1)
@@ -100,7 +103,7 @@ def test_what_is_no_layer_is_named(tmp_path: Path, name: str, place: str) -> Non
     tokens = torch.zeros_like(TOKENS)  # the damaged row of the embedding
     found = folder_jump(source, result.folder, tokens)
     assert found.jump.relative_to_std > 1e-3
-    assert found.parting(result.plan.parameter_map.layer_sources) == place
+    assert found.first_difference(result.plan.parameter_map.layer_sources) == place
 
 
 def test_a_copy_that_does_not_do_its_work_is_named(tmp_path: Path) -> None:
@@ -112,7 +115,7 @@ def test_a_copy_that_does_not_do_its_work_is_named(tmp_path: Path) -> None:
         tensors[f"model.layers.1.{part}.weight"].zero_()
     save_file(tensors, file, metadata={"format": "pt"})
     found = folder_jump(source, result.folder, TOKENS)
-    assert found.parting(result.plan.parameter_map.layer_sources) == "layer 2"
+    assert found.first_difference(result.plan.parameter_map.layer_sources) == "layer 2"
 
 
 def test_experts_and_numbers_that_are_none(tmp_path: Path) -> None:
@@ -125,7 +128,7 @@ def test_experts_and_numbers_that_are_none(tmp_path: Path) -> None:
     save_file(tensors, file, metadata={"format": "pt"})
     found = folder_jump(source, result.folder, TOKENS)
     assert math.isnan(found.jump.relative_to_std) and found.jump.to_dict()["max_absolute"] is None
-    assert found.parting(sources) == "layer 2"
+    assert found.first_difference(sources) == "layer 2"
 
 
 def test_progress_ends_where_it_said(tmp_path: Path) -> None:

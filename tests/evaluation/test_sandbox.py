@@ -35,7 +35,7 @@ held_here = pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)
 def test_what_does_not_end(attempt: str) -> None:
     outcome = QUICK.run(attempt)
     assert not outcome.is_passed
-    assert outcome.said in ("it took longer than 3 s", "it ended early, exit code 137")
+    assert outcome.reason in ("it took longer than 3 s", "it ended early, exit code 137")
 
 
 @pytest.mark.quick_cases(2)
@@ -68,7 +68,7 @@ def test_what_does_not_end(attempt: str) -> None:
 def test_what_is_held(attempt: str, said: str) -> None:
     outcome = PATIENT.run(attempt)
     assert not outcome.is_passed
-    assert said in outcome.said + outcome.output
+    assert said in outcome.reason + outcome.output
 
 
 @held_here

@@ -13,7 +13,7 @@ from tritter.config.launch.composition import load_config
 from tritter.config.run_folder import fingerprint
 from tritter.core.models import load_model, load_tokenizer
 from tritter.errors import RequestError
-from tritter.evaluation.benchmarks.harness import Asking, score_benchmark
+from tritter.evaluation.benchmarks.harness import HarnessOptions, score_benchmark
 from tritter.pipeline import Outcome
 from tritter.pipeline.context import BenchmarkTask, benchmark_tasks
 
@@ -44,8 +44,8 @@ def test_a_run_asks_them_before_and_after(
     assert task.questions is not None
     folder = tmp_path / "run/checkpoint"
     model, tokenizer = load_model(folder), load_tokenizer(folder)
-    found = score_benchmark(model, tokenizer, task.questions, Asking(limit=20))
-    assert found.known_by.mean() == summary["final"]["arc_easy"]["accuracy"]
+    found = score_benchmark(model, tokenizer, task.questions, HarnessOptions(limit=20))
+    assert found.primary.mean() == summary["final"]["arc_easy"]["accuracy"]
 
 
 def test_what_a_task_is_made_of_is_its_digest(files: Path) -> None:

@@ -178,7 +178,7 @@ def test_growth_pays_from_where_the_curves_cross(due: float) -> None:
         seen = law.tokens_for(size, law.loss(plan.source_parameters, due * plan.source_parameters))
         return law.loss(size, seen + tokens)
 
-    assert plan.ungrown_loss == pytest.approx(loss("source", 500.0), abs=1e-9)
+    assert plan.control_loss == pytest.approx(loss("source", 500.0), abs=1e-9)
     grid = [10 ** (k / 20) for k in range(-40, 140)]
     pays = [hours for hours in grid if loss("grown", hours) < loss("source", hours)]
     assert plan.pays_from_gpu_hours is not None

@@ -17,7 +17,7 @@ from tritter.planning.shapes import (
     count_parameters,
     depth_specs,
     nearest_shape,
-    reached,
+    reached_shape,
     width_specs,
 )
 
@@ -45,7 +45,7 @@ def test_layers_that_are_not_alike_are_counted_one_by_one() -> None:
 def test_wider_shapes_are_real_ones(name: str, grid: WidthGrid) -> None:
     config = PRESETS[name].config()
     old = family_of(config).dimensions(config)
-    shapes = [reached(config, spec) for spec in width_specs(config, Width(), grid=grid)]
+    shapes = [reached_shape(config, spec) for spec in width_specs(config, Width(), grid=grid)]
     assert shapes
     for shape in shapes:
         new = family_of(shape.config).dimensions(shape.config)
