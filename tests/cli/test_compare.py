@@ -197,7 +197,7 @@ def test_settings_and_names_that_files_have_no_signs_for(run: Run, runs: Path, k
     [
         (lambda path: path.unlink(), "no scores/attempt_1-trained.json"),
         (lambda path: path.write_text("{"), "cannot be read"),
-        (lambda path: path.write_text('{"prose": 3}'), "scores are no record"),
+        (lambda path: path.write_text('{"prose": 3}'), "scores are not a JSON object"),
         (
             lambda path: path.write_text(path.read_text().replace("d7", "d8", 1)),
             "not paired: other documents",

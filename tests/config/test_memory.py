@@ -49,9 +49,9 @@ def test_a_run_that_cannot_fit_is_refused_before_anything_is_written(
     has(8 * GB)
     result = run("model=tritter_14b")
     assert (result.code, result.written, pipeline.configs) == (2, [], [])
-    assert "trainer.check_memory = true: training the grown model of 5" in result.err
+    assert "trainer.check_memory = true: training the grown model with 5" in result.err
     assert "this machine has 8.0 GB; at most about " in result.err
-    assert "trainer.check_memory=false tries it all the same" in result.err
+    assert "trainer.check_memory=false disables this check" in result.err
     assert run("model=tritter_14b", "trainer.check_memory=false").code == 0
     assert run("model=tritter_14b", "--cfg", "job").code == 0
     assert run("model=tiny").code == 0
@@ -112,7 +112,7 @@ def test_a_note_says_that_activations_computed_again_would_fit(
     needed = max(each.states + each.activations for each in training_needs(config, source))
     has(needed * 3 // 4)
     (note,) = memory_notes(config, source)
-    assert note.endswith("and with trainer.activation_checkpointing=true it fits")
+    assert note.endswith("trainer.activation_checkpointing=true, with which it fits")
 
 
 @pytest.mark.full
@@ -187,7 +187,7 @@ def test_each_process_holds_all(has: Callable[[int], None]) -> None:
     has(needed)
     assert not problems(config)
     has(needed - 1)
-    assert "each of 4 processes holds its own" in problems(config)
+    assert "for each of 4 processes" in problems(config)
     assert "with trainer.strategy=auto trainer.devices=1 it fits" in problems(config)
 
 
@@ -200,8 +200,8 @@ def test_what_would_fit_is_tried_before_it_is_said(has: Callable[[int], None]) -
     has(base.device + base.start - 10**6)
     said = problems(config)
     assert "'forgetting=" not in said  # the base would not fit either
-    assert "with trainer.precision=bf16-true it fits" in said
-    assert "with model=tritter_125m it fits" in said
+    assert "it fits with trainer.precision=bf16-true" in said
+    assert "it fits with model=tritter_125m" in said
     config = load_config(["model=tritter_350m", "expansion=width", "forgetting=[ewc,replay]",
                           "trainer=cpu"])  # fmt: skip
     grown = list(training_needs(config, source_config(config)))[1]
@@ -215,8 +215,8 @@ def test_activations_are_a_note(has: Callable[[int], None]) -> None:
     has(base.device + base.start)
     assert not problems(config)
     (note,) = memory_notes(config, source_config(config))
-    assert note.startswith("memory: training the base may take ")
-    assert "with activations (estimated), and this machine has " in note
+    assert note.startswith("memory: training the base may require ")
+    assert "with activations (estimated), but this machine has " in note
     has(base.device + base.start + max(base.activations, model.activations))
     assert memory_notes(config, source_config(config)) == ()
     has(0)
@@ -248,7 +248,7 @@ def test_on_a_gpu_its_memory_counts(
     has(base.start)
     assert not problems(config)
     size.total_memory -= 1
-    assert "and the GPU has" in problems(config)
+    assert "but the GPU has" in problems(config)
     size.total_memory += 1
     has(base.start - 1)
     assert "and this machine has" in problems(config)

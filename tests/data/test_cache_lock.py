@@ -1,4 +1,4 @@
-"""An entry of the cache is made by one process while others wait, and find it."""
+"""One process builds a cache entry while others wait for it."""
 
 import subprocess
 import sys

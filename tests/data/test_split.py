@@ -1,4 +1,4 @@
-"""The split: a function of seed and text alone."""
+"""The split depends only on seed and text."""
 
 import math
 from hashlib import sha256

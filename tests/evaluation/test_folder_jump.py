@@ -1,4 +1,4 @@
-"""The jump of folders is that of loaded models, and a damaged place is named."""
+"""The logit shift of folders equals that of loaded models, and a damaged module is named."""
 
 import math
 from collections.abc import Sequence
@@ -32,7 +32,7 @@ def made(place: Path, family: str, specs: Sequence[ExpansionSpec]) -> tuple[Path
 
 
 def damaged(folder: Path, name: str) -> None:
-    """Move one entry of a tensor by as much as an entry is large."""
+    """Change one entry of a tensor by its own magnitude."""
     file = folder / "model.safetensors"
     tensors = load_file(file)
     tensors[name].view(-1)[0] += 0.5
@@ -65,7 +65,7 @@ def test_exact_growth_of_every_family_parts_nowhere(tmp_path: Path, family: str)
     )
     found = folder_jump(source, result.folder, TOKENS)
     assert found.jump.relative_to_std < 1e-4
-    # As far as states go, that is: what is asked after them is never the place
+    # All hidden states agree, so only the modules after them remain
     assert (
         found.first_difference(result.plan.parameter_map.layer_sources)
         == "the final norm or the head"
@@ -107,7 +107,7 @@ def test_what_is_no_layer_is_named(tmp_path: Path, name: str, place: str) -> Non
 
 
 def test_a_copy_that_does_not_do_its_work_is_named(tmp_path: Path) -> None:
-    """The first of two copies may do nothing, the last one may not."""
+    """The first of two copies may be an identity, the last one may not."""
     source, result = made(tmp_path, "llama", [LlamaPro(positions=(1,))])
     file = result.folder / "model.safetensors"
     tensors = load_file(file)

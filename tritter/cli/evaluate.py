@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from tritter.evaluation.benchmarks.files import Questions
     from tritter.evaluation.benchmarks.formats import Benchmark
-    from tritter.evaluation.benchmarks.harness import BenchmarkScores, HarnessOptions
+    from tritter.evaluation.benchmarks.harness import BenchmarkScores, EvalOptions
     from tritter.evaluation.code.sandbox import Sandbox
     from tritter.evaluation.statistics import PairedScores
 
@@ -123,7 +123,7 @@ def evaluate(
         from tritter.core.models import non_finite, read_config
         from tritter.data.tokens import read_tokenizer
         from tritter.evaluation.benchmarks.formats import benchmarks_of
-        from tritter.evaluation.benchmarks.harness import HarnessOptions
+        from tritter.evaluation.benchmarks.harness import EvalOptions
         from tritter.methods.experts.whole import load_whole
         from tritter.pipeline import evaluate as losses_of
 
@@ -156,9 +156,7 @@ def evaluate(
             model, domains.documents, tokenizer, length=length, batch_size=batch_size,
             new_bar=new_bar,
         )  # fmt: skip
-    harness = HarnessOptions(
-        limit=limit, batch_size=batch_size, sandbox=sandbox, is_shown=not as_json
-    )
+    harness = EvalOptions(limit=limit, batch_size=batch_size, sandbox=sandbox, is_shown=not as_json)
     scores = _scored(model, folder, chosen, questions, harness) if chosen else []
     record = {
         **mark("evaluate"),
@@ -233,7 +231,7 @@ def _scored(
     folder: Path,
     chosen: Sequence[Benchmark],
     questions: Mapping[str, Questions],
-    harness: HarnessOptions,
+    harness: EvalOptions,
 ) -> list[BenchmarkScores]:
     from tritter.core.models import load_tokenizer
     from tritter.evaluation.benchmarks.harness import score_benchmark, score_from_hub

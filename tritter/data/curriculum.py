@@ -80,7 +80,7 @@ def difficulties(
         except (TypeError, ValueError, RuntimeError):
             number = math.nan
         if not math.isfinite(number):
-            reason = f"example {index} has {value!r:.60}; a difficulty is a finite number"
+            reason = f"example {index} has the value {value!r:.60}; it must be a finite number"
             raise RequestError(Problem("difficulty", reason=reason))
         numbers.append(number)
     return numbers

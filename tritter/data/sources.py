@@ -155,7 +155,7 @@ def _check_glob(key: str, pattern: Path, limit: int) -> None:
 
 
 def _too_many(key: str, path: Path, limit: int) -> RequestError:
-    reason = f"this path from a checkpoint has more than {limit:,} files and folders, the limit"
+    reason = f"the search of a path from a checkpoint is limited to {limit:,} files and folders"
     return refused(key, str(path), reason)
 
 

@@ -314,7 +314,7 @@ def _forgetting_check(
         f"one-sided {confidence:.0%} bounds {_bound_text(lower)} and {_bound_text(upper)}, "
         f"allowed {bound:+.2%}"
         if is_enough
-        else f"a verdict requires at least {MIN_DOCUMENTS}"
+        else f"fewer than the required {MIN_DOCUMENTS}"
     )
     if answer == "undecided":
         detail += "; " + (
@@ -326,8 +326,8 @@ def _forgetting_check(
         if names and len(names) <= _FEW * change.n and change.n >= MIN_DOCUMENTS:
             shown = ", ".join(map(repr, names[:_MAX_NAMES]))
             more = ", .." if len(names) > _MAX_NAMES else ""
-            number = "one document" if len(names) == 1 else f"{len(names)} documents"
-            detail += f"; {number} cause half of the spread: {shown}{more}"
+            number = "one document causes" if len(names) == 1 else f"{len(names)} documents cause"
+            detail += f"; {number} half of the spread: {shown}{more}"
     return Check(
         name,
         subject,

@@ -41,7 +41,7 @@ from tritter.errors import RequestError, TritterError, key_name
 from tritter.evaluation.benchmarks.files import Questions, TasksFolder, load
 from tritter.evaluation.benchmarks.formats import BENCHMARKS, Benchmark
 from tritter.evaluation.benchmarks.harness import (
-    HarnessOptions,
+    EvalOptions,
     require_harness,
     score_benchmark,
     score_from_hub,
@@ -520,7 +520,7 @@ class BenchmarkTask:
 
     benchmark: Benchmark
     questions: Questions | None
-    harness: HarnessOptions
+    harness: EvalOptions
     positions: int
     domain: str | None = None
 
@@ -586,7 +586,7 @@ def benchmark_tasks(asked: EvaluationConfig, *, positions: int) -> tuple[Benchma
         is_external = asked.code_sandbox == "external" and command is not None
         sandbox = ExternalSandbox(str(command)) if is_external else NamespaceSandbox()
         sandbox.check()
-    harness = HarnessOptions(limit=asked.task_limit, sandbox=sandbox, is_null_run=False)
+    harness = EvalOptions(limit=asked.task_limit, sandbox=sandbox, is_null_run=False)
     return tuple(BenchmarkTask(each, held.get(each.name), harness, positions) for each in chosen)
 
 

@@ -95,7 +95,7 @@ def commonest_share(answers: Sequence[tuple[str, str]]) -> float:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class HarnessOptions:
+class EvalOptions:
     """Options of a benchmark evaluation.
 
     Args:
@@ -154,7 +154,7 @@ def score_benchmark(
     model: nn.Module,
     tokenizer: Tokenizer,
     questions: Questions,
-    harness: HarnessOptions,
+    harness: EvalOptions,
 ) -> BenchmarkScores:
     """Score a model on all questions of a benchmark.
 
@@ -232,7 +232,7 @@ def evaluated(
     model: nn.Module,
     tokenizer: Tokenizer,
     tasks: Callable[[], dict[str, Any]],
-    harness: HarnessOptions,
+    harness: EvalOptions,
     *,
     limit: int | None = None,
 ) -> dict[str, list[dict[str, Any]]]:
@@ -465,7 +465,7 @@ def score_from_hub(
     model: nn.Module,
     tokenizer: Tokenizer,
     benchmark: Benchmark,
-    harness: HarnessOptions,
+    harness: EvalOptions,
     *,
     manager: Any = None,
 ) -> BenchmarkScores:
