@@ -138,7 +138,7 @@ def test_text_that_cannot_be_read_is_listed_and_nothing_written(run: Run, base: 
     assert result.code == 2
     assert "the data has 2 problems:" in result.err
     lines = " ".join(result.err.split())
-    assert f"--domain-data: {base.parent}/data/code/bad.jsonl, line 1 is no JSON object" in lines
+    assert f"--domain-data: {base.parent}/data/code/bad.jsonl, line 1 is a number" in lines
     assert f"--old-data: {base.parent}/old/bad.txt is not UTF-8" in lines
     assert snapshot(base.parent) == before
 

@@ -188,7 +188,7 @@ def test_each_process_holds_all(has: Callable[[int], None]) -> None:
     assert not problems(config)
     has(needed - 1)
     assert "for each of 4 processes" in problems(config)
-    assert "with trainer.strategy=auto trainer.devices=1 it fits" in problems(config)
+    assert "it fits with trainer.strategy=auto trainer.devices=1" in problems(config)
 
 
 def test_what_would_fit_is_tried_before_it_is_said(has: Callable[[int], None]) -> None:
@@ -206,7 +206,7 @@ def test_what_would_fit_is_tried_before_it_is_said(has: Callable[[int], None]) -
                           "trainer=cpu"])  # fmt: skip
     grown = list(training_needs(config, source_config(config)))[1]
     has(grown.states + grown.start)
-    assert "with 'forgetting=[replay]' it fits" in problems(config)
+    assert "it fits with 'forgetting=[replay]'" in problems(config)
 
 
 def test_activations_are_a_note(has: Callable[[int], None]) -> None:
@@ -251,7 +251,7 @@ def test_on_a_gpu_its_memory_counts(
     assert "but the GPU has" in problems(config)
     size.total_memory += 1
     has(base.start - 1)
-    assert "and this machine has" in problems(config)
+    assert "but this machine has" in problems(config)
 
 
 @pytest.mark.full

@@ -34,7 +34,7 @@ def test_what_is_found_when_the_run_reads_it_is_listed_whole(
     assert "the data has 4 problems:" in errors
     for name in ("old", "new"):
         assert f"data.{name}: {tmp_path}/{name}/b.jsonl, line 2 has no field text" in errors
-        assert f"data.{name}: {tmp_path}/{name}/b.jsonl, line 3 is no JSON object" in errors
+        assert f"data.{name}: {tmp_path}/{name}/b.jsonl, line 3 is a number" in errors
     assert f"The run so far: {run}" in errors
     status = read_status(run)
     assert (status.status, status.exit_code) == ("failed", 1)
