@@ -150,7 +150,7 @@ def test_what_cannot_fit_is_refused_in_words_of_this_command(
     before = snapshot(base.parent)
     result = run(TRAIN)
     assert result.code == 2
-    assert result.err.startswith("error: training the grown model of ")
+    assert result.err.startswith("error: training the grown model with ")
     assert "trainer." not in result.err and "at most about " in result.err
     assert snapshot(base.parent) == before
 

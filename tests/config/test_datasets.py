@@ -43,7 +43,8 @@ def test_names_in_every_form(run_there: Run, place: Path, pipeline: FakePipeline
     result = run_there(*words, "data.new={a:hf:@/saved:test#text,b:hf:@/saved:train[1:2]}")
     assert result.code == 2  # of rows.csv there is no such column
     assert (
-        f"data.old: hf:{place}/rows.csv[:7]#body has no column body; available: story, n" in result.err
+        f"data.old: hf:{place}/rows.csv[:7]#body has no column body; available: story, n"
+        in result.err
     )
     names = "data.new={a:hf:@/saved:test#text,b:'@/saved:train[1:2]'}"
     result = run_there("data.old=stdlib:prose", *words[1:], names)

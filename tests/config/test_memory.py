@@ -269,6 +269,6 @@ def test_a_checkpoint_is_looked_at_too(
     result = run(*words)
     assert (result.code, result.written) == (2, [])
     count = family_of(shapes).count_parameters(shapes)
-    assert f"training the model of {count / 1e6:.1f}M parameters" in result.err
+    assert f"training the model with {count / 1e6:.1f}M parameters" in result.err
     has(80 * GB)
     assert run(*words).code == 0
