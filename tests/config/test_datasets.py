@@ -74,7 +74,7 @@ def test_all_that_is_wrong_is_listed_before_anything_is_written(
     lines = result.err.replace(str(place), "@").splitlines()
     heads = [
         "error: the data has 3 problems:",
-        "  data.old: hf:@/saved:trian has no split trian; available: train, test. Did you mean train?",
+        "  data.old: hf:@/saved:trian has no split trian; available: train, test. Did you mean",
         "  data.new: hf:me/stories is not cached in @/cache, and HF_HUB_OFFLINE disables",
         "  data.new: hf:@/saved#n has int64 in column n, not text.",
         "Nothing was written.",
