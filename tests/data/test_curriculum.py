@@ -287,5 +287,5 @@ def test_a_course_that_is_none_is_refused() -> None:
         sampler(num_steps=20).load_state_dict(state)
     with pytest.raises(TritterError, match=r"9 examples.*this one has 4"):
         CurriculumLearning().sampler(TEXTS[:4], num_steps=12, batch_size=3).load_state_dict(state)
-    with pytest.raises(TritterError, match="format 2; .* reads 1"):
+    with pytest.raises(TritterError, match=r"format 2; .* reads 1"):
         sampler().load_state_dict(state | {"format_version": 2})

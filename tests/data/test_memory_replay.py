@@ -168,5 +168,5 @@ def test_what_does_not_fit_is_refused() -> None:
     assert buffer.examples == filled(2).examples
     with pytest.raises(TritterError, match="has 2 examples; this one has max_size = 1"):
         MemoryReplayBuffer(1).load_state_dict(buffer.state_dict())
-    with pytest.raises(TritterError, match="format 9; .* reads 1"):
+    with pytest.raises(TritterError, match=r"format 9; .* reads 1"):
         MemoryReplayBuffer().load_state_dict(buffer.state_dict() | {"format_version": 9})
