@@ -246,7 +246,7 @@ REFUSALS: dict[str, tuple[str, ...]] = {
     "-m hydra.sweep.subdir=. seed=0": ("hydra.sweep.subdir = .",),
     "experiment=ablation": ("hydra.sweeper.params", "expansion, forgetting", "add -m"),
     "-m --cfg job seed=0,1": ("--cfg and --multirun: each",),
-    "data.source={a:{b:1}}": ("data.source = ", "allowed is one of hf, skills, stdlib, text"),
+    "data.source={a:{b:1}}": ("data.source = ", "must be one of hf, skills, stdlib, text"),
 }
 
 

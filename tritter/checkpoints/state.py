@@ -206,7 +206,7 @@ class KeptSequences:
             buffer.add(each, self.losses[name], domain=name)
             buffer.reservoirs[name].num_seen = self.num_seen[name]
         marks = {f"{_OF_DOCUMENTS}{name}": torch.tensor([1]) for name in self.of_documents}
-        buffer.save(folder / STATE_FOLDER / KEPT_FILE, beside=marks)
+        buffer.save(folder / STATE_FOLDER / KEPT_FILE, extra=marks)
 
     @classmethod
     def read(cls, folder: Path) -> KeptSequences:

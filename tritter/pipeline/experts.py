@@ -206,6 +206,6 @@ def reading_flops_of(context: RunContext, source: Source) -> Flops:
 def usage_sequences(context: RunContext) -> Mapping[str, Tensor]:
     """Return domain → the sequences in which its gates are measured, int64 [N, T]."""
     return {
-        domain: context.drawn_equally([domain], _USAGE_SEQUENCES, "usage").long()
+        domain: context.sample_equally([domain], _USAGE_SEQUENCES, "usage").long()
         for domain in context.domains
     }

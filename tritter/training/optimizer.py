@@ -230,7 +230,7 @@ def optimizer_class(raw: Mapping[str, Any]) -> type | str:
         with quietly():
             return resolve("optimizer.name", found, base=OPTIMIZER)
     names = {spelling: target.rpartition(".")[2] for spelling, target in classes.items()}
-    reason = f"allowed is one of {', '.join(sorted(names.values()))}, or optimizer.{TARGET}"
+    reason = f"must be one of {', '.join(sorted(names.values()))}, or optimizer.{TARGET}"
     near = names.get(nearest(spelled, names) or "")
     raise RequestError(Problem("optimizer.name", name, reason=reason, nearest=near))
 

@@ -86,7 +86,7 @@ def test_an_adapter_of_theirs_is_an_expert(theirs: Path) -> None:
         ("something_new", 3, "something_new"),
         ("r", 4, "config says r = 4"),
         ("r", True, "r = True; allowed is"),
-        ("r", 10**9, "allowed is 1 to 1024"),
+        ("r", 10**9, "must be 1 to 1024"),
         ("lora_alpha", "16", "lora_alpha = '16'"),
         ("lora_alpha", -1, "lora_alpha = -1"),
     ],

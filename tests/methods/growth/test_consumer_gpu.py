@@ -11,7 +11,7 @@ from tritter.core.families import count_parameters
 from tritter.core.models import save_tokenizer
 from tritter.data.documents import Document
 from tritter.data.tokens import END_OF_TEXT, train_tokenizer
-from tritter.planning.run_memory import trainings
+from tritter.planning.run_memory import training_needs
 
 # config.json of Qwen/Qwen2.5-1.5B-Instruct, what sizes follow from
 QWEN = {
@@ -50,7 +50,7 @@ def test_it_is_within_twelve_gigabytes(tmp_path: Path) -> None:
     )
     config = eight_bit(load_config([*words, "trainer.precision=bf16-true"]))
     assert config.growth is not None and config.growth.options.freeze_attention
-    (held,) = trainings(config, QWEN)
+    (held,) = training_needs(config, QWEN)
     assert held.parameters == count_parameters(QWEN) == 1_543_714_304
     ffns = 28 * 3 * 1536 * 8960
     # bfloat16 weights; bfloat16 gradients and two moments in 8 bits of the FFNs alone
@@ -58,5 +58,5 @@ def test_it_is_within_twelve_gigabytes(tmp_path: Path) -> None:
     assert abs(held.device - counted) < 0.02 * counted
     assert held.device + held.activations < LIMIT < held.device + 3 * held.activations
     with_attention = load_config([*words, "growth.freeze_attention=false"])
-    (more,) = trainings(with_attention, QWEN)
+    (more,) = training_needs(with_attention, QWEN)
     assert more.device > held.device + 10**9

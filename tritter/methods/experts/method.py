@@ -145,7 +145,7 @@ class DynamicExperts(Experts):
         if asked.boundaries == "detected":
             batch, steps, least = run.data.batch_size, run.training.max_steps, 2
             if batch < least:
-                reason = f"novelty is told by the spread of a batch; allowed is at least {least}"
+                reason = f"novelty is told by the spread of a batch; must be at least {least}"
                 yield Problem("data.batch_size", batch, reason=reason)
             seen = steps * run.trainer.accumulate_grad_batches * batch
             if asked.min_samples > seen:

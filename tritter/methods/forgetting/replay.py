@@ -173,7 +173,9 @@ def _texts(
         held += read.shape[1]
         told: dict[str, Tensor] = {}
         if document_mask is not None:
-            told = document_mask.going_on(torch.cat(tokens[-held:], dim=1), num_read=read.shape[1])
+            told = document_mask.generation_inputs(
+                torch.cat(tokens[-held:], dim=1), num_read=read.shape[1]
+            )
         output = model(input_ids=read, past_key_values=cache, use_cache=True, **told)
         cache, logits = output.past_key_values, output.logits[:, -1].float()  # [B, V]
         if not bool(logits.isfinite().all()):

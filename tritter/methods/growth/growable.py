@@ -245,7 +245,7 @@ def made_grower(asked: GrowthKeywords) -> Grower:
     raise_problems(problems)
     values = {**_USUAL, **given}
     if (kind := TRIGGERS.get(str(values["trigger"]))) is not None and kind.needs_end:
-        reason = "it acts until an end that a loop of one's own doesn't say; allowed is one of "
+        reason = "it acts until an end that a loop of one's own doesn't say; must be one of "
         reason += f"{', '.join(_TRIGGERS)}, or a Trigger"
         raise RequestError(Problem("trigger", kind.name, reason=reason))
     trigger = read_part("trigger", values["trigger"], _TRIGGERS, base=Trigger)
@@ -441,7 +441,7 @@ class GrowableFFN(GrowableLayer, nn.Module):
     ) -> None:
         super().__init__()
         if isinstance(activation, str) and activation not in ACTIVATIONS:
-            reason = f"allowed is one of {', '.join(ACTIVATIONS)}, or a function"
+            reason = f"must be one of {', '.join(ACTIVATIONS)}, or a function"
             near = nearest(activation, ACTIVATIONS)
             raise RequestError(Problem("activation", activation, reason=reason, nearest=near))
         self.act_fn = ACTIVATIONS[activation] if isinstance(activation, str) else activation

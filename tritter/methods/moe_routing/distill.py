@@ -115,7 +115,7 @@ def distill_experts(
     if vocabularies[0] != vocabularies[1]:
         raise RequestError(
             f"expansion.moe_add.teacher has a vocabulary of {vocabularies[1]} tokens, the model "
-            f"one of {vocabularies[0]}; allowed is a teacher with the same tokenizer."
+            f"one of {vocabularies[0]}; must be a teacher with the same tokenizer."
         )
     batches = LoaderBatches(domain_dataloader, epochs)
     with only_new_experts(model, experts), modes_kept(teacher):
@@ -150,7 +150,7 @@ def only_new_experts(model: nn.Module, experts: Sequence[int]) -> Iterator[None]
     if len(experts) < routing.top_k:
         raise RequestError(
             f"expansion.moe_add.num_experts = {len(experts)}: init=distill sends every token to "
-            f"{routing.top_k} of the new experts; allowed is at least {routing.top_k}."
+            f"{routing.top_k} of the new experts; must be at least {routing.top_k}."
         )
     before = routing.state_dict()
     try:

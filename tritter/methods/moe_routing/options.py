@@ -70,7 +70,7 @@ def expert_problems(config: RunRequest, source: Config) -> Iterator[Problem]:
         key = "moe_routing.hold_old"
         if not has_experts:
             reason = "the model that the run starts from is dense, so there is no old routing to "
-            yield Problem(key, held, reason=f"{reason}hold; allowed is 0")
+            yield Problem(key, held, reason=f"{reason}hold; must be 0")
         if not config.text.old:
             yield Problem(key, held, reason="it needs old text, data.old; or leave it at 0")
     for position, spec in enumerate(config.expansion):

@@ -276,9 +276,7 @@ def check_router_update(word: str) -> None:
         RequestError: names those that do.
     """
     if word not in ROUTER_UPDATES:
-        raise RequestError(
-            f"router_update = {word!r}: allowed is one of {', '.join(ROUTER_UPDATES)}."
-        )
+        raise RequestError(f"router_update = {word!r}: must be one of {', '.join(ROUTER_UPDATES)}.")
 
 
 def checked_experts(model: nn.Module, indices: Sequence[int]) -> tuple[int, ...]:
@@ -436,7 +434,7 @@ class SeparateExperts:
         if not 0 < first_new < routing.num_experts:
             raise RequestError(
                 f"adaptation: new experts from {first_new} on; of {routing.num_experts} experts "
-                f"allowed is 1 to {routing.num_experts - 1}."
+                f"must be 1 to {routing.num_experts - 1}."
             )
         self.first_new = first_new
         self.names = shared_names(model)
