@@ -12,7 +12,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from tests.methods.experts.mixtures import TARGETS, mixture_of
-from tests.methods.novelty.given import library
+from tests.methods.novelty.factories import library
 from tests.oracle import logits, saved, stock, tiny_llama, tokens
 from tritter.checkpoints import Source
 from tritter.checkpoints.expert_files import ADAPTER_FILES, HEAD, TENSORS, ExpertFiles

@@ -177,7 +177,7 @@ def test_from_the_top_down_layer_after_layer(tmp_path: Path) -> None:
     [
         ({"layers": "0-"}, "allowed are layers by number"),
         ({"layers": ("embd",)}, "Did you mean 'embed'"),
-        ({"new_only": True, "thaw": "top_down"}, "nothing thaws"),
+        ({"new_only": True, "thaw": "top_down"}, "has no effect with"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(options: dict[str, Any], said: str) -> None:
@@ -218,5 +218,5 @@ def test_a_change_of_what_is_frozen_is_refused(tmp_path: Path) -> None:
     method.parameters_changed(plan.change)
     method = Freeze(layers="0")
     method.freeze(model, replace(task(model)), max_steps=8)
-    with pytest.raises(RequestError, match="is frozen, and can't change"):
+    with pytest.raises(RequestError, match="is frozen and can't change"):
         method.parameters_changed(plan.change)

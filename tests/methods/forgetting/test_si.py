@@ -246,17 +246,17 @@ def preparation(model: nn.Module, state: State, domains: tuple[str, ...]) -> Pre
     )
 
 
-def test_without_a_path_it_is_estimated_on_old_text_which_is_said() -> None:
+def test_without_a_path_it_is_estimated_on_old_data_with_a_note() -> None:
     model = oracle.tiny_llama()
     prepared = SI(si_lambda=1.0, num_sequences=5).prepare(preparation(model, {}, ("prose",)))
     assert prepared.notes == (
-        "si: no path of its training lies beside the model; its importances are estimated on 5 "
-        "sequences of prose.",
+        "si: no path was recorded for this model; its importances are estimated on 5 sequences of "
+        "prose.",
     )
     fisher = diagonal_fisher(model, oracle.tokens(batch=5))
     for name, value in prepared.state["si_importance"].items():
         torch.testing.assert_close(value, 8 * fisher[name])
-    with pytest.raises(RequestError, match=r"data\.old.*nobody recorded.*l2sp"):
+    with pytest.raises(RequestError, match=r"data\.old.*no path was recorded.*l2sp"):
         SI(si_lambda=1.0).prepare(preparation(model, {}, ()))
     with pytest.raises(TritterError, match="no path"):
         begun(model, {})

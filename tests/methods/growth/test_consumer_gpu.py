@@ -54,8 +54,8 @@ def test_it_is_within_twelve_gigabytes(tmp_path: Path) -> None:
     assert held.parameters == count_parameters(QWEN) == 1_543_714_304
     ffns = 28 * 3 * 1536 * 8960
     # bfloat16 weights; bfloat16 gradients and two moments in 8 bits of the FFNs alone
-    counted = 2 * held.parameters + (2 + 2) * ffns
-    assert abs(held.device - counted) < 0.02 * counted
+    num_changed = 2 * held.parameters + (2 + 2) * ffns
+    assert abs(held.device - num_changed) < 0.02 * num_changed
     assert held.device + held.activations < LIMIT < held.device + 3 * held.activations
     with_attention = load_config([*words, "growth.freeze_attention=false"])
     (more,) = trainings(with_attention, QWEN)

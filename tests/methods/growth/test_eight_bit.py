@@ -8,7 +8,7 @@ import torch
 from lightning import Callback
 from torch import Tensor
 
-from tests.methods.growth.given import scheduled
+from tests.methods.growth.factories import scheduled
 from tests.methods.growth.test_training import ONE, assert_same_end, often, train
 from tests.training.killed import KillAt, Killed
 from tests.training.test_surgery import assert_same

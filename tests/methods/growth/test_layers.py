@@ -320,7 +320,7 @@ def test_a_grown_ones_state_loads_into_a_new_one(name: str) -> None:
         assert train(other, again) == train(model, optimizer)
     holder = adam(fresh := MODELS[name]())
     growing(fresh).attach(holder)
-    with pytest.raises(RequestError, match="an optimizer holds"):
+    with pytest.raises(RequestError, match="an optimizer refers to"):
         fresh.load_state_dict(model.state_dict())
 
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from tests import oracle
-from tests.methods.growth.given import asked, grower
-from tritter.methods.growth.triggers import Curve, best_step, fitted
+from tests.methods.growth.factories import grower, growth_options
+from tritter.methods.growth.triggers import Curve, best_step, fit_curve
 
 
 def drawn(curve: Curve, *, first: int, last: int, noise: float, seed: int = 0) -> list[float]:
@@ -17,7 +17,7 @@ def drawn(curve: Curve, *, first: int, last: int, noise: float, seed: int = 0) -
 
 @pytest.mark.parametrize("curve", [Curve(3.2, 12.0, 0.6), Curve(2.0, 6.0, 0.35)])
 def test_a_curve_is_found_again(curve: Curve) -> None:
-    found = fitted(drawn(curve, first=20, last=800, noise=0.05), first_step=20)
+    found = fit_curve(drawn(curve, first=20, last=800, noise=0.05), first_step=20)
     assert found is not None
     for step in (100, 800, 1600):  # twice as far as was seen
         assert found.loss(step) == pytest.approx(curve.loss(step), abs=0.06)
@@ -25,7 +25,7 @@ def test_a_curve_is_found_again(curve: Curve) -> None:
 
 
 def test_few_losses_tell_nothing() -> None:
-    assert fitted([3.0] * 39, first_step=1) is None
+    assert fit_curve([3.0] * 39, first_step=1) is None
 
 
 def simulated(curve: Curve, at: int, *, max_steps: int, ratio: float) -> float:
@@ -57,7 +57,7 @@ def test_where_it_does_not_pay_nothing_grows() -> None:
 @pytest.mark.full
 def test_an_engine_grows_once_there() -> None:
     curve, model = Curve(3.0, 10.0, 0.8), oracle.tiny_llama()
-    options = asked(
+    options = growth_options(
         trigger="scaling_law", check_every=10, growth_cooldown=10, warmup_steps=30,
         max_growth_per_step=40,
     )  # fmt: skip
@@ -67,7 +67,7 @@ def test_an_engine_grows_once_there() -> None:
         parameter.grad = torch.ones_like(parameter)
     found = []
     for step, loss in enumerate(drawn(curve, first=1, last=1900, noise=0.0), start=1):
-        engine.pressure.observe(model, engine.places)
+        engine.pressure.observe(model, engine.blocks)
         engine.note_loss(loss)
         if decided := engine.decide(model, step):
             found.append(step)

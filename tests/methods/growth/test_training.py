@@ -14,7 +14,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from tests import oracle
-from tests.methods.growth.given import asked, grower, scheduled
+from tests.methods.growth.factories import grower, growth_options, scheduled
 from tests.training.killed import KillAt, Killed
 from tests.training.test_fit import SETTINGS
 from tests.training.test_surgery import assert_same
@@ -44,7 +44,7 @@ needs_fork = pytest.mark.skipif(
 
 def often(**changes: Any) -> GrowthOptions:
     """Return options by which a short training grows several times, in layers that differ."""
-    return asked(
+    return growth_options(
         **{
             "gradient_percentile": 60.0, "check_every": 1, "growth_cooldown": 3, "warmup_steps": 1,
             "max_growth_per_step": 3, "maturation_age": 5,

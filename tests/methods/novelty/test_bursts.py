@@ -5,11 +5,11 @@ import io
 import pytest
 import torch
 
-from tests.methods.novelty.given import centre_of, drawn, library
+from tests.methods.novelty.factories import centre_of, drawn, library
 from tritter.errors import RequestError, TritterError
 from tritter.methods.novelty import Observation
 from tritter.methods.novelty.detectors import Burst, BurstOptions, NovelSamples
-from tritter.methods.novelty.observation import joined
+from tritter.methods.novelty.observation import concatenated
 from tritter.methods.novelty.options import LossNovelty
 
 
@@ -21,7 +21,7 @@ def gatherer(generator: torch.Generator, **options: float) -> NovelSamples:
 
 def mixed(generator: torch.Generator, num_new: int, axis: int = 4) -> Observation:
     new = drawn(centre_of(axis, 8.0), generator=generator, loss=6, batch=num_new)
-    return joined([new, drawn(generator=generator, batch=16 - num_new)])
+    return concatenated([new, drawn(generator=generator, batch=16 - num_new)])
 
 
 def after(made: NovelSamples, generator: torch.Generator, num_new: int) -> tuple[int, Burst]:
@@ -47,7 +47,7 @@ def test_two_kinds_make_two_bursts() -> None:
     generator = torch.Generator().manual_seed(0)
     made, found = gatherer(generator), []
     for _ in range(12):
-        seen = joined([mixed(generator, 4, axis=4), mixed(generator, 4, axis=5)])
+        seen = concatenated([mixed(generator, 4, axis=4), mixed(generator, 4, axis=5)])
         burst = made.add(seen, [torch.tensor(0)] * 32)
         found += [] if burst is None else [int(burst.seen.features.mean(dim=0).argmax())]
     assert {*found} == {4, 5}

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from experiments.benchmarks.novelty import levels
-from tests.methods.novelty.given import centre_of, drawn, library
+from tests.methods.novelty.factories import centre_of, drawn, library
 from tritter import NoveltyDetector, SkillLibrary
 from tritter.errors import RequestError, TritterError
 from tritter.methods.novelty import NoveltyOptions, Observation
-from tritter.methods.novelty.observation import joined
+from tritter.methods.novelty.observation import concatenated
 from tritter.methods.novelty.statistics import CALIBRATION_BATCHES, share_bound
 
 STEPS = 5_000
@@ -68,7 +68,7 @@ def test_the_lower_bound_lies_above_the_threshold():
     assert kinds(close, [8, 8]) == ["unsure", "new"]
     document_mask.observe(at_z(8, spread=1.0))
     decision = document_mask.observe(at_z(8, spread=1.0))
-    assert decision.kind == "unsure" and decision.reason == "the interval holds the threshold"
+    assert decision.kind == "unsure" and decision.reason == "the interval contains the threshold"
     assert decision.lower < decision.threshold == 6 < decision.score < decision.upper
     assert decision.score == pytest.approx(8, rel=1e-5)
 
@@ -266,36 +266,36 @@ def test_a_library_of_two_processes_is_that_of_one(generator: torch.Generator) -
 def test_decisions_do_not_depend_on_how_samples_lie_in_a_batch(generator: torch.Generator) -> None:
     novelty = NoveltyDetector(library(generator))
     parts = [drawn(centre_of(4), generator=generator, batch=8) for _ in range(2)]
-    one = novelty.detector.score(joined(parts), novelty.library)
-    other = novelty.detector.score(joined(parts[::-1]), novelty.library)
+    one = novelty.detector.score(concatenated(parts), novelty.library)
+    other = novelty.detector.score(concatenated(parts[::-1]), novelty.library)
     assert float(one.values.mean()) == pytest.approx(float(other.values.mean()))
 
 
 def test_wrong_uses_are_refused(generator: torch.Generator) -> None:
     novelty = NoveltyDetector()
     seen = drawn(generator=generator)
-    with pytest.raises(RequestError, match="nothing is known yet"):
+    with pytest.raises(RequestError, match="the library is empty"):
         novelty.observe(seen)
     with pytest.raises(RequestError, match="can't be the first"):
         novelty.add("sorting", [seen])
-    with pytest.raises(RequestError, match="12 batches of 'prose'"):
+    with pytest.raises(RequestError, match="'prose' has 12 batches"):
         novelty.add("prose", [seen] * 12, is_base=True)
     novelty = NoveltyDetector(library(generator))
-    with pytest.raises(RequestError, match="nothing new was seen"):
+    with pytest.raises(RequestError, match="there are no new batches"):
         novelty.add("adding")
     for _ in range(2):
         novelty.observe(seen)
-    with pytest.raises(RequestError, match="nothing new was seen"):
+    with pytest.raises(RequestError, match="there are no new batches"):
         novelty.add("adding")
-    with pytest.raises(RequestError, match="'sorting' is taken"):
+    with pytest.raises(RequestError, match="'sorting' is empty or already"):
         novelty.add("sorting", [seen])
     with pytest.raises(RequestError, match="Did you mean 'sorting'"):
         novelty.recalibrate("sortin", [seen])
-    with pytest.raises(RequestError, match="four samples"):
+    with pytest.raises(RequestError, match="at least four samples"):
         novelty.add("adding", [])
-    with pytest.raises(RequestError, match="one library belongs to one base"):
+    with pytest.raises(RequestError, match="a library belongs to one base"):
         novelty.add("adding", [drawn(generator=generator, size=9)])
-    with pytest.raises(RequestError, match="measured by"):
+    with pytest.raises(RequestError, match="the reference of the others"):
         novelty.library.remove("prose")
     with pytest.raises(RequestError, match=r"novelty\.confidence"):
         NoveltyDetector(options=NoveltyOptions(confidence=1.5))

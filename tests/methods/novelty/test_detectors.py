@@ -9,14 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.methods.novelty.given import SIZE, centre_of, drawn, library
+from tests.methods.novelty.factories import SIZE, centre_of, drawn, library
 from tritter.errors import RequestError
 from tritter.methods.novelty import NoveltyDetector, Observation, SkillLibrary
 from tritter.methods.novelty.library import (
     Projection,
     ProjectionOptions,
     contrast,
-    embedded,
+    embed,
     train_projection,
 )
 from tritter.methods.novelty.options import (
@@ -107,7 +107,7 @@ def test_equal_losses_are_told_apart_by_features_and_equal_features_by_losses(
 def test_values_of_a_cosine_average_to_it_and_spread_as_jackknifed_ones(
     generator: torch.Generator,
 ) -> None:
-    samples = embedded(drawn(1.0, generator=generator, batch=40).features, None)
+    samples = embed(drawn(1.0, generator=generator, batch=40).features, None)
     skills = torch.randn(3, SIZE, generator=generator, dtype=torch.float64)
     values = mean_cosines(samples, skills)
     assert values.shape == (3, 40)
@@ -135,7 +135,7 @@ def test_similarity_is_taken_over_the_features(generator: torch.Generator) -> No
     cosine = CosineNovelty()
     assert float(cosine.score(seen, known).values.mean()) == pytest.approx(0, abs=1e-6)
     assert float(cosine.score(opposite, known).values.mean()) == pytest.approx(2, abs=1e-6)
-    assert np.allclose(embedded(batch, None), _normed(batch.double().numpy()), atol=1e-6)
+    assert np.allclose(embed(batch, None), _normed(batch.double().numpy()), atol=1e-6)
     mixed = cosine.score(
         Observation(losses=torch.ones(2), features=torch.stack([batch[0], -batch[0]])), known
     )
@@ -217,7 +217,7 @@ def test_a_trained_head_draws_skills_apart_and_is_drawn_again_alike(
     head = train_projection(held, mix, asked)
 
     def cosine(projection: Projection | None) -> float:
-        one, two = (embedded(x, projection).mean(dim=0) for x in (prose, sorting))
+        one, two = (embed(x, projection).mean(dim=0) for x in (prose, sorting))
         return float(torch.cosine_similarity(one, two, dim=0))
 
     assert cosine(None) > 0.95

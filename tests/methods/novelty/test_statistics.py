@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from tests.methods.novelty.given import drawn
+from tests.methods.novelty.factories import drawn
 from tritter.methods.novelty.statistics import (
     CALIBRATION_BATCHES,
     Calibration,

@@ -30,7 +30,7 @@ from tritter.methods.experts.module import ExpertModule
 from tritter.methods.experts.options import FIRST
 from tritter.methods.experts.registry import ExpertRegistry, Novel
 from tritter.methods.novelty import Observation, observe
-from tritter.methods.novelty.observation import joined
+from tritter.methods.novelty.observation import concatenated
 from tritter.seeds import derived_seed
 from tritter.training import surgery
 from tritter.training.callbacks import ends_step, work_of
@@ -120,7 +120,7 @@ class ExpertCallback(Callback):
             expert = self.registry.tell(self._skill, everywhere)
         elif len(everywhere):
             seen = _of_all(_observed(module, own) if len(own) else None)
-            expert = self.registry.see(joined([each for each in seen if each]), everywhere)
+            expert = self.registry.see(concatenated([each for each in seen if each]), everywhere)
             work_of(trainer).flops += _observation_flops(module, *everywhere.shape)
         if expert is not None:
             self._take(module, expert, everywhere)
