@@ -72,7 +72,7 @@ REFUSALS: dict[str, tuple[str, ...]] = {
     "experts=dylora experts.router=evidense": ("experts.router", "Did you mean evidence?"),
     "experts=dylora experts.detector=los": ("experts.detector = los", "Did you mean loss?"),
     "experts=dylora forgetting=[ewc,replay]": ("which is frozen", "allowed are none and replay"),
-    "experts=dylora growth=foam": ("under experts it is frozen",),
+    "experts=dylora growth=foam": ("experts freeze the base",),
     "experts=dylora optimizer=sgd": ("SGD has other state", "AdamW8bit"),
     "experts=dylora pipeline.target_params=1M": ("pipeline.target_params",),
     "experts=dylora callbacks=ema": ("an average has no experts",),

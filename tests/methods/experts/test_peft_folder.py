@@ -45,7 +45,7 @@ def test_every_expert_is_a_stock_adapter(tmp_path: Path) -> None:
     mixture = mixture_of()
     for name in mixture.names:
         write_adapter(mixture.model, name, tmp_path / name, base="somebody/base")
-        with mixture.alone(name):
+        with mixture.only(name):
             expected = logits(mixture.model)
         stock = PeftModel.from_pretrained(tiny_llama(), tmp_path / name)
         assert (logits(stock) - expected).abs().max() < 1e-5 * expected.abs().max()
@@ -67,7 +67,7 @@ def test_an_adapter_of_theirs_is_an_expert(theirs: Path) -> None:
     assert (expected - logits(mixture.model)).abs().max() < 1e-5 * expected.abs().max()
     assert (logits(stock) - logits(tiny_llama())).abs().max() > 0.1
     mixture.add("wider", AdapterShape(3, 5.0, TARGETS), seed=0)
-    with pytest.raises(TritterError, match=r"down_proj is in the model alone"):
+    with pytest.raises(TritterError, match=r"down_proj is only in the model"):
         put_values(mixture.model, "wider", stored)
     mixture.add("larger", AdapterShape(4, 5.0, ("q_proj",)), seed=0)
     with pytest.raises(TritterError, match=r"\[3, 24\] in the folder and \[4, 24\]"):
@@ -111,7 +111,7 @@ def test_damaged_and_foreign_tensors(theirs: Path, tmp_path: Path) -> None:
     name = next(iter(own))
     for change, said in [
         ({name: own[name] * float("nan")}, "not finite"),
-        ({"base_model.model.lm_head.weight": torch.zeros(2, 2)}, "no factor of LoRA"),
+        ({"base_model.model.lm_head.weight": torch.zeros(2, 2)}, "not a LoRA factor"),
         ({name: torch.zeros(5, 24)}, "r = 3"),
     ]:
         save_file(own | change, path)

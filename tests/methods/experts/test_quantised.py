@@ -123,7 +123,7 @@ def test_an_expert_alone_is_what_pefts_qlora_computes(tmp_path: Path, bits: int)
     assert files is not None and files.head.base_bits == bits
     for name, layer in adapted_layers(mixture.model):
         assert type(layer).__module__ == "peft.tuners.lora.bnb", name
-    asked: dict[int, dict[str, Any]] = {
+    dynamic_options: dict[int, dict[str, Any]] = {
         8: {"load_in_8bit": True},
         4: {
             "load_in_4bit": True,
@@ -136,7 +136,7 @@ def test_an_expert_alone_is_what_pefts_qlora_computes(tmp_path: Path, bits: int)
     for name in ("e0", "e1"):
         stock = AutoModelForCausalLM.from_pretrained(
             folder,
-            quantization_config=BitsAndBytesConfig(**asked[bits]),
+            quantization_config=BitsAndBytesConfig(**dynamic_options[bits]),
             dtype=torch.float32,
             device_map={"": "cpu"},
         )
@@ -144,7 +144,7 @@ def test_an_expert_alone_is_what_pefts_qlora_computes(tmp_path: Path, bits: int)
             layer.support_avx512bf16_for_cpu = False
         theirs = logits(PeftModel.from_pretrained(stock, folder / "experts" / name).eval(), ids)
         for own in (mixture, again.expert_mixture):
-            with own.alone(name):
+            with own.only(name):
                 assert (logits(own.model.eval(), ids) - theirs).abs().max() < 1e-4
         full = logits(PeftModel.from_pretrained(load_model(folder), folder / "experts" / name), ids)
         assert (full - theirs).abs().max() > 1e-3, "rounding shows"
@@ -178,7 +178,9 @@ def test_killed_and_resumed_it_is_the_same_and_the_base_stays(
 ) -> None:
     put_on(monkeypatch, bits)
     start = weights_of(test_training.oracle.tiny_llama())
-    options = test_training.asked(max_experts=2, when_full="evict", stall_gain=9.0, stall_steps=2)
+    options = test_training.dynamic_options(
+        max_experts=2, when_full="evict", stall_gain=9.0, stall_steps=2
+    )
     module, result = train(tmp_path / "whole", options, stream=STREAM)
     assert {"spawned", "widened", "evicted"} <= {kind for kind, _ in kinds(result)}
     with pytest.raises(Killed):

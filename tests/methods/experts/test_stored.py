@@ -94,7 +94,7 @@ def test_stock_classes_read_the_base_and_every_expert(tmp_path: Path, kind: str)
         theirs = PeftModel.from_pretrained(
             stock(place, torch.float64), place / "experts" / name, autocast_adapter_dtype=False
         )
-        with mixture.alone(name):
+        with mixture.only(name):
             assert difference(theirs, mixture.model) < 1e-12
         assert difference(theirs, stock(place, torch.float64)) > 0.1
 
@@ -158,8 +158,8 @@ def test_experts_of_another_model_are_refused(folder: Path) -> None:
     assert held is not None
     for changes, said in [
         ({"vocab_size": 98}, "count 97 tokens"),
-        ({"num_hidden_layers": 2}, r"layers\.2.* in the folder alone"),
-        ({"intermediate_size": 41}, "down_proj is of shape"),
+        ({"num_hidden_layers": 2}, r"layers\.2.* only in the folder"),
+        ({"intermediate_size": 41}, "down_proj has shape"),
     ]:
         with pytest.raises(TritterError, match=said):
             held.apply(tiny_llama(**changes))
@@ -177,7 +177,7 @@ def test_a_name_that_is_no_folder_is_not_written(name: str) -> None:
 def test_what_is_not_finite_is_not_taken() -> None:
     mixture = mixture_of()
     next(mixture.routers()).bias.data[0] = torch.nan
-    with pytest.raises(TritterError, match="router holds values that are not finite"):
+    with pytest.raises(TritterError, match="router has values that are not finite"):
         ExpertFolder.of(mixture)
 
 
@@ -301,14 +301,14 @@ def test_a_damaged_folder_is_refused(
 def test_an_expert_may_not_be_called_as_a_module_calls_its_own(folder: Path) -> None:
     (folder / "experts" / "e0").rename(folder / "experts" / "items")
     _rewrite(folder, names=["base", "items", "e1", "e2"])
-    assert "items can't be an expert's name" in _said(folder)
+    assert "items can't be the name of an expert" in _said(folder)
 
 
 def test_experts_that_can_t_stand_on_one_model(folder: Path) -> None:
     narrow = ExpertMixture(tiny_llama(hidden_size=12, head_dim=3))
     narrow.add("e1", AdapterShape(2, 4, ("q_proj",)), seed=0)
     write_adapter(narrow.model, "e1", folder / "experts" / "e1", base="x", overwrite=True)
-    assert "don't stand on one model" in _said(folder)
+    assert "don't fit one model" in _said(folder)
 
 
 def test_an_adapter_from_anywhere_becomes_an_expert(folder: Path, tmp_path: Path) -> None:
@@ -319,15 +319,19 @@ def test_an_adapter_from_anywhere_becomes_an_expert(folder: Path, tmp_path: Path
     theirs = PeftModel.from_pretrained(
         tiny_llama().double(), folder / "experts" / "e1", autocast_adapter_dtype=False
     )
-    with mixture.alone("theirs"):
+    with mixture.only("theirs"):
         assert difference(theirs, mixture.model) < 1e-12
     assert all(not router.weight[-1].any() for router in mixture.routers())
     assert all(len(router.weight) == len(router.bias) == 4 for router in mixture.routers())
-    for name, said in [("theirs", "already"), ("a.b", "names = 'a.b'"), ("keys", "torch's own")]:
+    for name, said in [
+        ("theirs", "already has"),
+        ("a.b", "names = 'a.b'"),
+        ("keys", "torch reserves"),
+    ]:
         with pytest.raises(RequestError, match=said):
             adopt(mixture, name, folder / "experts" / "e0")
     wide = ExpertMixture(tiny_llama(intermediate_size=41))
-    with pytest.raises(TritterError, match="down_proj is of shape"):
+    with pytest.raises(TritterError, match="down_proj has shape"):
         adopt(wide, "theirs", folder / "experts" / "e0")
     assert wide.names == []
     assert difference(wide.model, tiny_llama(intermediate_size=41)) == 0

@@ -123,7 +123,7 @@ def test_growth_by_hand_is_held_to_what_there_is() -> None:
     with pytest.raises(RequestError, match="no training step was observed"):
         layer.perform_growth([0])
     train(model, adam(model))
-    with pytest.raises(RequestError, match=r"\[12\].*from 0 to 11"):
+    with pytest.raises(RequestError, match=r"\[12\].*between 0 and 11"):
         layer.perform_growth([3, 12])
     assert layer.perform_growth([]) == {"born": 0, "replaced": 0, "died": 0, "indices": []}
     model[0].down_proj.weight.requires_grad_(False)

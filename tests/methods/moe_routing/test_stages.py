@@ -191,7 +191,7 @@ def test_the_base_is_unfrozen_on_schedule() -> None:
     [
         ([3], {}, "the last of the 6"),
         ([], {}, "the last of the 6"),
-        ([0, 1, 2, 3, 4, 5], {}, "at least one stands before"),
+        ([0, 1, 2, 3, 4, 5], {}, "not all of them"),
         ([4, 5], {"router_update": "thaw"}, "fine_tune, retrain, frozen"),
     ],
 )
@@ -208,7 +208,7 @@ def test_other_wrong_requests() -> None:
         adapt_router(oracle.tiny_llama(), [1], DOMAIN)
     with pytest.raises(RequestError, match="no length"):
         adapt_router(grown(), [4, 5], iter(DOMAIN))
-    with pytest.raises(RequestError, match="nothing is frozen"):
+    with pytest.raises(RequestError, match="has no effect with freeze_base=False"):
         train_new_experts(grown(), [4, 5], DOMAIN, freeze_base=False, unfreeze_after=1)
 
 

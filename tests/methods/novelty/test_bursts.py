@@ -104,7 +104,7 @@ def test_a_resumed_gatherer_hands_over_the_same() -> None:
 def test_too_little_to_calibrate_by_is_refused() -> None:
     generator = torch.Generator().manual_seed(0)
     made = NovelSamples(LossNovelty(), library(generator), BurstOptions(usual_share=0.01))
-    with pytest.raises(RequestError, match="takes 101"):
+    with pytest.raises(RequestError, match="at least 101 samples"):
         made.calibrate([drawn(generator=generator)])
     with pytest.raises(RequestError, match="calibrate the bursts"):
         made.novel(drawn(generator=generator))

@@ -73,14 +73,14 @@ def write_text(
     sequences_per_text: int = 1,
     batch_size: int = 64,
     seed: int = 0,
-    say: Callable[[str], None] = lambda line: None,
+    log: Callable[[str], None] = lambda line: None,
 ) -> Written:
     """Generate sequences with a causal language model.
 
     Args:
         sequences_per_text: number of consecutive sequences cut from one text.
         batch_size: texts that are generated at once; another value yields other texts.
-        say: prints a line of progress.
+        log: prints a line of progress.
 
     Raises:
         TritterError: the model's logits are not finite.
@@ -104,7 +104,7 @@ def write_text(
             done, now = first + count, time.perf_counter()
             if done < num_texts and (latest == since or now - latest > _SAY_EVERY_SECONDS):
                 remaining = (now - since) / done * (num_texts - done)
-                say(f"{done} of {num_texts} texts generated, about {remaining:.0f} s remaining")
+                log(f"{done} of {num_texts} texts generated, about {remaining:.0f} s remaining")
                 latest = now
     costs_NT = torch.cat(nats)[:num_sequences].double()
     counted = costs_NT.isfinite()
@@ -334,7 +334,7 @@ class SelfReplay(ForgettingMethod):
             top_p=options.top_p,
             sequences_per_text=per_text,
             seed=preparation.seed("self_replay"),
-            say=preparation.say,
+            log=preparation.say,
         )
         filtered = self.filter_sequences(written, vocab_size=vocab_size)
         flops, kept = forward_flops(config), filtered.kept
