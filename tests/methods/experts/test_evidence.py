@@ -1,4 +1,4 @@
-"""Gates by token counts: against a loop over tokens, causal, with caches, padding and documents."""
+"""Gates from token counts: compared with a loop, causality, caches, padding, documents."""
 
 import copy
 import io
@@ -32,7 +32,7 @@ def evidence(*, window: int = 6, number: int = 3) -> Evidence:
 
 
 def mixture_of(router: RouterKind = "evidence", *, top_k: int | None = None) -> ExpertMixture:
-    """Return experts beside the base that change logits much, in float64."""
+    """Return a mixture with the base and experts of strong effect, in float64."""
     model = tiny_llama().double().eval()
     options = {"end_of_text_id": END, "window": 6}
     mixture = ExpertMixture(model, router=router, has_base=True, evidence=options)
@@ -56,7 +56,7 @@ def mixture_of(router: RouterKind = "evidence", *, top_k: int | None = None) -> 
 
 
 def by_hand(made: Evidence, ids: list[int]) -> list[list[float]]:
-    """Return logits of a sequence, token by token as the definition has it."""
+    """Return the logits of a sequence, token by token from the definition."""
     counts = made.counts.double().tolist()
     totals = [sum(row) for row in counts]
     mean = [

@@ -1,4 +1,4 @@
-"""A mixture on stock models: what PEFT computes, per token and causal, and only who is chosen."""
+"""A mixture on stock models: matches PEFT, per token and causal, chosen experts only."""
 
 import copy
 
@@ -24,7 +24,7 @@ def logits(mixture: ExpertMixture, ids: torch.Tensor) -> torch.Tensor:
 
 
 def with_deltas(layer: LoraLayer, x: torch.Tensor, gates: torch.Tensor, names: list[str]):
-    """Add up the experts one by one, as the formula has it."""
+    """Add up the experts one by one."""
     out = layer.get_base_layer()(x)
     for number, name in enumerate(names):
         if name in layer.lora_A:
@@ -94,7 +94,7 @@ def test_a_later_token_changes_no_earlier_logit(routing: Routing, is_training: b
     other = ids.clone()
     other[:, 7:] = (other[:, 7:] + 1) % 97
     change = (logits(mixture, ids) - logits(mixture, other)).abs()
-    assert change[:, :7].max() < 1e-12  # products of other sizes round otherwise
+    assert change[:, :7].max() < 1e-12  # products of other sizes have other rounding errors
     assert change[:, 7:].max() > 0.1
 
 

@@ -1,4 +1,4 @@
-"""A base in 8 or 4 bits: PEFT's own QLoRA, trainings that move adapters alone, folders."""
+"""A base in 8 or 4 bits: compared with PEFT's QLoRA, training, folders."""
 
 import pickle
 from math import prod
@@ -45,7 +45,7 @@ def base_in(folder: Path) -> Path:
 
 
 def dequantised(layer: nn.Module) -> Tensor:
-    """Return what a layer's weight is, from bitsandbytes' stored numbers."""
+    """Return the weight of a layer, decoded from bitsandbytes' stored values."""
     if isinstance(layer, bitsandbytes.nn.Linear8bitLt):
         return layer.weight.data.float() * layer.state.SCB[:, None] / 127
     state = layer.weight.quant_state
@@ -140,7 +140,7 @@ def test_an_expert_alone_is_what_pefts_qlora_computes(tmp_path: Path, bits: int)
             dtype=torch.float32,
             device_map={"": "cpu"},
         )
-        for layer in stock.modules():  # else in eval it repacks, which wants rows by 32s
+        for layer in stock.modules():  # no repacking in evaluation mode
             layer.support_avx512bf16_for_cpu = False
         theirs = logits(PeftModel.from_pretrained(stock, folder / "experts" / name).eval(), ids)
         for own in (mixture, again.expert_mixture):
@@ -151,7 +151,7 @@ def test_an_expert_alone_is_what_pefts_qlora_computes(tmp_path: Path, bits: int)
 
 
 def put_on(monkeypatch: pytest.MonkeyPatch, bits: int) -> None:
-    """Let the trainings of `train` begin on a quantised base."""
+    """Make `train` start from a quantised base."""
     built = test_training.oracle.tiny_llama
 
     def held(**changes: Any) -> nn.Module:
@@ -163,7 +163,7 @@ def put_on(monkeypatch: pytest.MonkeyPatch, bits: int) -> None:
 
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
-    """Return what the quantised layers of a model hold, by their names without adapters."""
+    """Return the weights of a model's quantised layers, by name without adapters."""
     return {
         name.replace(".base_layer", ""): dequantised(module).clone()
         for name, module in model.named_modules()

@@ -1,4 +1,4 @@
-"""Dynamic experts in trainings: found, known again, grown, resumed, on two processes."""
+"""Dynamic experts in training: detection, recognition, growth, resume, two processes."""
 
 import multiprocessing
 import signal
@@ -58,7 +58,7 @@ def dynamic_options(**changes: Any) -> DynamicOptions:
 
 
 def text(kind: str, count: int, *, seed: int) -> Tensor:
-    """Return sequences [N, T] of one skill: some of the vocabulary, more and less often."""
+    """Return sequences [N, T] of one skill: a subset of the vocabulary with its own frequencies."""
     low, high = RANGES[kind]
     generator = torch.Generator().manual_seed(seed)
     return low + (torch.rand(count, LENGTH, generator=generator) ** 2 * (high - low)).long()
@@ -73,7 +73,7 @@ class InOrder(SequenceStream):
 
 
 def batches(stream: str, *, accumulated: int = 1, mixed: str = "") -> BatchStream:
-    """Return a batch of a kind of text for each letter; of a step those behind are `mixed`."""
+    """Return one batch per letter; the later ones of a step are `mixed`."""
     names = {"o": "old", **dict(zip("abc", "abc", strict=True))}
     steps = (kind + (mixed or kind) * (accumulated - 1) for kind in stream)
     rows = [
@@ -84,7 +84,7 @@ def batches(stream: str, *, accumulated: int = 1, mixed: str = "") -> BatchStrea
 
 
 def _know(registry: ExpertRegistry, model: nn.Module, given: int) -> None:
-    """Let experts of before be known."""
+    """Register earlier experts as known."""
     assert registry.detector is not None
     for name, kind in (("old", "old"), *((f"expert_{n + 1}", "ab"[n]) for n in range(given))):
         seen = [observe(model, text(kind, BATCH, seed=n)) for n in range(30)]
@@ -102,12 +102,12 @@ def train(
     given: int = 0,
     mixed: str = "",
 ) -> tuple[ExpertModule, FitResult]:
-    """Train experts on a base, from what was saved if anything."""
+    """Train experts on a base; resume if there is a checkpoint."""
     torch.manual_seed(999 if (folder / "saved").exists() else 11)
     method = DynamicExperts(options or dynamic_options())
     model = oracle.tiny_llama(tie_word_embeddings=True, attention_dropout=0.1)
     mixture = method.begin(model, end_of_text_id=0, seed=1)
-    for number in range(given):  # of a training before
+    for number in range(given):  # of an earlier run
         mixture.add(f"expert_{number + 1}", method.shape(model), seed=number)
     steps = len(stream)
     registry = method.registry(max_steps=steps)
@@ -122,7 +122,7 @@ def train(
     module = ExpertModule(
         mixture,
         losses=method.losses,
-        schedule=Schedule(learning_rate=method.dynamic_options.learning_rate, max_steps=steps),
+        schedule=Schedule(learning_rate=method.options.learning_rate, max_steps=steps),
         optimizer=OptimizerSettings(),
     )
     accumulated = settings.accumulate_grad_batches
@@ -188,7 +188,7 @@ def test_what_is_new_gets_an_expert_and_is_known_again(tmp_path: Path) -> None:
 
 
 class Moves(Callback):
-    """Keep whose parameters moved in each step."""
+    """Record the parameters that moved in each step."""
 
     def __init__(self) -> None:
         self.moved: list[set[str]] = []
@@ -214,7 +214,7 @@ def test_a_step_moves_the_expert_of_its_text_alone(tmp_path: Path) -> None:
     train(tmp_path, None, watching)
     found = ["".join(sorted(each)) for each in watching.moved]
     one, two = "expert_1", "expert_2"
-    # Of each new skill two batches are for nothing; old text is learned by the first
+    # The first two batches of each new skill train nothing; the first expert learns old data
     expected = ["", "", *[one] * 6, "", "", *[two] * 6, *[one] * 4, FIRST, FIRST, *[two] * 2]
     assert found == expected
 
@@ -295,7 +295,7 @@ def test_boundaries_that_are_told(tmp_path: Path) -> None:
 
 
 class Digests(Callback):
-    """Leave each rank's weights and moments behind."""
+    """Save the weights and moments of each rank."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -325,7 +325,7 @@ def test_two_processes_agree_and_resume(tmp_path: Path) -> None:
 @pytest.mark.full
 @pytest.mark.parametrize("killed_at", [3, pytest.param(6, marks=SLOW)])
 def test_an_expert_of_before_is_widened_in_its_place(tmp_path: Path, killed_at: int) -> None:
-    """Optimizers match state by position, so that the order of adapters has to return too."""
+    """Optimizers match state by position, so the order of adapters must be restored as well."""
     options = dynamic_options(stall_steps=2, stall_gain=10.0, max_rank=4)
     given = 2
     train(tmp_path / "whole", options, stream="aaaaaaaa", given=given)
@@ -390,7 +390,7 @@ def test_who_learns_another_skill_is_trained_again(tmp_path: Path) -> None:
 
 
 class NotFinite(Callback):
-    """Make the loss of a step infinite, by a weight that comes back."""
+    """Make the loss of one step infinite by a weight that is restored afterwards."""
 
     def __init__(self, at: int) -> None:
         self.at = at

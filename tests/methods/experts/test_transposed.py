@@ -1,4 +1,4 @@
-"""LoRA experts on GPT-2, whose matrices lie inputs first: what PEFT computes, in and out."""
+"""LoRA experts on GPT-2, whose matrices are transposed: matches PEFT, folders."""
 
 from pathlib import Path
 
@@ -65,7 +65,7 @@ def test_an_adapter_of_theirs_is_an_expert(tmp_path: Path) -> None:
 
 
 def test_an_expert_is_added_to_the_weights_as_they_lie(tmp_path: Path) -> None:
-    """c_proj of attention is square: its shape does not say which way it lies."""
+    """c_proj of attention is square, so its shape does not reveal its orientation."""
     source = oracle.saved(model(), tmp_path / "source")
     mixture = mixture_of(model(), ranks=(3,), targets=[LINEAR])
     weights = Weights.of(Source.open(source, read_config(source)))

@@ -1,4 +1,4 @@
-"""Adapters on embeddings and head: what PEFT computes, in a model, its surgery and folders."""
+"""Adapters on embeddings and head: matches PEFT, in models, surgery and folders."""
 
 import copy
 import json
@@ -37,7 +37,7 @@ from tritter.methods.experts.changes import (
     widened,
 )
 from tritter.methods.experts.gates import Routing, gates_of
-from tritter.methods.experts.mixture import Dispatch, ExpertMixture, mixed
+from tritter.methods.experts.mixture import Dispatch, ExpertMixture, mixture_output
 from tritter.methods.experts.stored import TENSORS_NAME, put_values, read_adapter, write_adapter
 from tritter.training import surgery
 from tritter.training.parameters import disk_values, replay
@@ -47,7 +47,7 @@ MODELS = [(family, tied) for family in ("llama", "gemma3_text") for tied in (Fal
 
 
 def drawn(model: nn.Module) -> None:
-    """Let adapters compute something."""
+    """Give adapters random nonzero values."""
     torch.manual_seed(3)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -56,14 +56,14 @@ def drawn(model: nn.Module) -> None:
 
 
 def adapted(family: str = "llama", *, tied: bool, targets: tuple[str, ...] = TARGETS) -> Any:
-    """Return a stock model with an adapter `own` of ours."""
+    """Return a stock model with our adapter `own`."""
     model = tiny(family, tie_word_embeddings=tied)
     add_adapter(model, "own", AdapterShape(3, 5.0, targets), seed=0)
     return model
 
 
 def activated(model: nn.Module, name: str) -> nn.Module:
-    """Return a copy that PEFT's own forward pass computes, with an adapter."""
+    """Return a copy with an adapter that PEFT's forward pass computes."""
     model = copy.deepcopy(model)
     for module in model.modules():
         if isinstance(module, LoraLayer):
@@ -154,7 +154,7 @@ def test_a_lookup_is_the_product_with_a_one_hot_vector(
     target = random(2, 7, 5)
     found = []
     for inputs in (ids, nn.functional.one_hot(ids, 11).double()):
-        out = mixed(inputs, experts, dispatch)
+        out = mixture_output(inputs, experts, dispatch)
         found.append((out, torch.autograd.grad((out * target).sum(), leaves)))
     (one, gradients), (other, expected) = found
     assert one.shape == (2, 7, 5)
@@ -174,12 +174,12 @@ def test_embeddings_merged_are_the_sum_of_what_they_add() -> None:
     ids = torch.arange(9)[None]
     whole = Dispatch(torch.ones(9, 1), None)
     gates = torch.tensor([[0.3, 0.7]], dtype=torch.float64).expand(9, 2)
-    summed = mixed(ids, dict(enumerate(parts)), Dispatch(gates, None))
-    assert (mixed(ids, {0: one}, whole) - summed).abs().max() < 1e-12 < summed.abs().max()
+    summed = mixture_output(ids, dict(enumerate(parts)), Dispatch(gates, None))
+    assert (mixture_output(ids, {0: one}, whole) - summed).abs().max() < 1e-12 < summed.abs().max()
 
 
 class Life(Callback):
-    """An expert comes after step 2, grows after 4, and another goes after 6."""
+    """An expert is added after step 2, widened after 4, and another removed after 6."""
 
     def __init__(self, mixture: ExpertMixture) -> None:
         self.mixture = mixture
@@ -223,12 +223,12 @@ class Life(Callback):
             return oracle.logits(self.mixture.model, oracle.tokens())
 
     def drawn_like_peft(self, model: nn.Module) -> None:
-        """Let the embedding's adapter compute something beside what a step made of it."""
+        """Give the embedding's adapter a nonzero output, in addition to that of a training step."""
         with torch.no_grad():
             parameters_of(model, "new")["model.embed_tokens.lora_embedding_A.new"].normal_(std=0.1)
 
     def grown(self, model: nn.Module) -> None:
-        """Half of what is new is zero, and the other is drawn: it can learn at once."""
+        """Half of a new adapter is zero and the other half random, so it can learn at once."""
         own = parameters_of(model, "new")
         assert (own["model.embed_tokens.lora_embedding_A.new"][3:] == 0).all()
         columns = own["model.embed_tokens.lora_embedding_B.new"][:, 3:]
@@ -254,7 +254,7 @@ def test_experts_on_the_vocabulary_come_grow_and_go(tmp_path: Path, tied: bool) 
     again = ExpertMixture(oracle.tiny_llama(tie_word_embeddings=tied), router="both")
     again.add("first", AdapterShape(2, 4.0, TARGETS), seed=0)
     again.add("new", AdapterShape(3, 6.0, TARGETS), seed=0)
-    replay(again.model, life.journal)  # as a resumed training does
+    replay(again.model, life.journal)  # as in a resumed run
     again.close("first")
     set_rank(again.model, "new", 5)
     again.model.load_state_dict(mixture.model.state_dict())
@@ -265,7 +265,7 @@ def test_experts_on_the_vocabulary_come_grow_and_go(tmp_path: Path, tied: bool) 
 
 
 def theirs(folder: Path, family: str, *, tied: bool) -> Any:
-    """Return a model with an adapter that stock PEFT made, trained and saved."""
+    """Return a model with an adapter that was created, trained and saved by stock PEFT."""
     model = tiny(family, tie_word_embeddings=tied)
     options = LoraConfig(r=3, lora_alpha=5, target_modules=list(TARGETS))
     stock = get_peft_model(model, options)
@@ -328,7 +328,7 @@ def test_damaged_factors_of_a_vocabulary(tmp_path: Path) -> None:
     table, head = "base_model.model.model.embed_tokens", "base_model.model.lm_head"
     down, up = f"{table}.lora_embedding_A", f"{table}.lora_embedding_B"
     for change, said in [
-        ({down: own[down].T.contiguous()}, "config says r = 3"),
+        ({down: own[down].T.contiguous()}, "config has r = 3"),
         ({up: own[up] * float("inf")}, "not finite"),
         ({up: own[up].int()}, "of type I32"),
         ({f"{table}.weight": own[up].clone()}, "not a LoRA factor"),
@@ -354,7 +354,7 @@ def test_damaged_factors_of_a_vocabulary(tmp_path: Path) -> None:
 
 
 def evident(family: str, *, tied: bool) -> ExpertMixture:
-    """Return two experts beside the base, gated by evidence, on the vocabulary too."""
+    """Return the base and two experts, gated by evidence, with adapters on the vocabulary."""
     mixture = ExpertMixture(
         tiny(family, tie_word_embeddings=tied),
         router="evidence",

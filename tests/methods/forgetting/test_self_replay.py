@@ -1,4 +1,4 @@
-"""Text that a model writes: drawn as said, read as in training, sorted, and mixed in exactly."""
+"""Generated data: sampling, likelihoods, filtering, and exact mixing."""
 
 import math
 from collections import Counter
@@ -31,7 +31,7 @@ def wrote(model: nn.Module, **changes: Any) -> Written:
 
 
 def nats_by_hand(model: nn.Module, text: list[int], *, window: int) -> list[float]:
-    """Return −log p of every token but the first, each from a forward pass of its own."""
+    """Return −log p of every token but the first, each from a separate forward pass."""
     start, nats = 0, []
     for position in range(1, len(text)):
         if position - start > window - 1:

@@ -1,4 +1,4 @@
-"""The divergence from a teacher, chunk by chunk, against the plain formula; and what it holds."""
+"""Divergence from a teacher in chunks, compared with the plain formula; memory."""
 
 import gc
 import weakref
@@ -116,7 +116,7 @@ def test_extreme_and_half_precision_logits_stay_finite() -> None:
 
 
 class Held(TorchDispatchMode):
-    """Counts the bytes of tensors that are alive at once, of those made meanwhile."""
+    """Counts the bytes of all live tensors that were created inside the block."""
 
     def __init__(self, given: Tensor) -> None:
         super().__init__()
@@ -146,7 +146,7 @@ class Held(TorchDispatchMode):
 
 
 def peak(loss_of: Callable[[Tensor], Tensor], said: Tensor) -> int:
-    """Return how many bytes a loss and its gradient make at once."""
+    """Return the peak bytes of a loss and its gradient."""
     leaf = said.clone().requires_grad_()
     gc.collect()
     with Held(leaf) as held:

@@ -1,4 +1,4 @@
-"""What the tests of growth begin from: options, engines, layers with tokens."""
+"""Options, growers and layers for the tests of growth."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -62,7 +62,7 @@ def grower(
 def probes_of(
     model: nn.Module, input_ids: Tensor, *, max_tokens: int = 4096
 ) -> dict[int, ActivationProbe]:
-    """Train a model for one backward pass; return what its FFNs saw, its gradients in place."""
+    """Run one forward and backward pass; return the probes of the FFNs, with gradients in place."""
     seen, was = ActivationRecorder(max_tokens), model.training
     handles = attach(model, ffn_blocks(model), seen)
     model.zero_grad()

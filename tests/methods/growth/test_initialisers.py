@@ -1,4 +1,4 @@
-"""New neurons: what they keep, how fast they begin to learn, what they differ from."""
+"""New neurons: preserved function, initial gradients, distance from existing neurons."""
 
 from typing import Any
 
@@ -29,7 +29,7 @@ NONE = torch.empty(0, dtype=torch.int64)
 def grow(
     model: nn.Module, initialiser: Initialiser, ids: Tensor, *, layer: int = 0, count: int = 4
 ) -> NewNeurons:
-    """Let a layer grow by what one backward pass on `ids` says."""
+    """Grow a layer from one backward pass on `ids`."""
     block = ffn_blocks(model)[layer]
     probe = probes_of(model, ids)[block.layer]
     neurons = initialiser.neurons(layer_of(model, block, probe, count=count))
@@ -100,7 +100,7 @@ def test_gradmax_beats_random_directions_of_equal_norm() -> None:
 
 
 def test_gradmax_is_the_first_singular_vector() -> None:
-    """Held to torch's SVD of the matrix that the gradient of a new row is made with."""
+    """Compared with torch's SVD of the matrix that determines a new row's gradient."""
     ids = oracle.tokens(batch=8, length=24, seed=3)
     model = oracle.tiny_llama(initializer_range=0.2).double()
     block = ffn_blocks(model)[0]

@@ -1,4 +1,4 @@
-"""Growth of layers that would leave something behind: it is refused, and says why."""
+"""Refusals of growth that would break surrounding modules or optimizers."""
 
 from collections.abc import Callable
 
@@ -57,7 +57,7 @@ def test_optimizers_that_grow_together_or_not_at_all() -> None:
 
 
 def test_an_optimizer_of_a_part_is_followed() -> None:
-    """What it does not hold is left out, as it was."""
+    """Parameters that it does not contain are unaffected."""
     model = MODELS["linear, relu"]()
     optimizer = adam(model[0])
     train(model, optimizer)
@@ -69,7 +69,7 @@ def test_an_optimizer_of_a_part_is_followed() -> None:
 
 
 class Adapter(nn.Module):
-    """As LoRA's layers are built."""
+    """Structured like a LoRA layer."""
 
     def __init__(self, base: nn.Linear) -> None:
         super().__init__()

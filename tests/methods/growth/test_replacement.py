@@ -1,4 +1,4 @@
-"""Dead neurons: who is one, what using them again keeps, and what is forgotten of them."""
+"""Dead neurons: detection, effects of recycling them, and reset state."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ DEAD = (3, 7)
 
 
 def model_with_dead() -> nn.Module:
-    """Return a model in whose second layer two neurons write nothing."""
+    """Return a model with two neurons of zero output in its second layer."""
     model = oracle.tiny_llama()
     with torch.no_grad():
         model.get_parameter(ffn_blocks(model)[1].down)[:, list(DEAD)] = 0.0
@@ -25,7 +25,7 @@ def model_with_dead() -> nn.Module:
 def event(
     engine: Grower, model: nn.Module, optimizer: torch.optim.Optimizer, *, step: int, count: int
 ) -> dict[str, Tensor]:
-    """Let the second layer grow; return the moments of its up before that."""
+    """Grow the second layer; return the earlier moments of its up projection."""
     ids = oracle.tokens(batch=8, length=24, seed=3)
     probes = probes_of(model, ids)
     engine.pressure.observe(model, engine.blocks)
@@ -65,7 +65,7 @@ def test_dead_ones_are_used_again_and_the_output_stays() -> None:
 
 
 def test_the_young_are_never_used_again() -> None:
-    """New neurons of gradmax write little at first, and would be the next to be taken."""
+    """New GradMax neurons have small outputs at first, and would be recycled next."""
     model = model_with_dead()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
     engine = grower(
@@ -76,7 +76,7 @@ def test_the_young_are_never_used_again() -> None:
     assert engine.events[-1]["replaced"] == 2
     block = engine.blocks[1]
     with torch.no_grad():
-        model.get_parameter(block.down)[:, list(DEAD)] = 0.0  # as dead as can be, and young
+        model.get_parameter(block.down)[:, list(DEAD)] = 0.0  # dead by score, but young
     probes = probes_of(model, oracle.tokens(batch=8, length=24, seed=3))
     scores = {1: wanda_scores(model, block, probes[1])}
     assert float(scores[1][list(DEAD)].max()) == 0.0
@@ -100,7 +100,7 @@ def test_the_young_are_never_used_again() -> None:
 def test_what_neurons_compute_is_what_their_readers_are_given(
     family: str, options: dict[str, object], down: str
 ) -> None:
-    """With the biases that neurons have."""
+    """With biases of the neurons."""
     model, given = tiny(family, **options), list[Tensor]()
     block = ffn_blocks(model)[1]
     reader = model.get_submodule(str(block.down).removesuffix(".weight"))

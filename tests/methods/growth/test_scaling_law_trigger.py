@@ -1,4 +1,4 @@
-"""The meeting point: curves that are known are found, and growth is told for where it pays."""
+"""The scaling-law trigger: known curves are recovered, and growth starts when it pays."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def drawn(curve: Curve, *, first: int, last: int, noise: float, seed: int = 0) -
 def test_a_curve_is_found_again(curve: Curve) -> None:
     found = fit_curve(drawn(curve, first=20, last=800, noise=0.05), first_step=20)
     assert found is not None
-    for step in (100, 800, 1600):  # twice as far as was seen
+    for step in (100, 800, 1600):  # twice the observed range
         assert found.loss(step) == pytest.approx(curve.loss(step), abs=0.06)
     assert curve.step(curve.loss(321.0)) == pytest.approx(321.0)
 
@@ -29,7 +29,7 @@ def test_few_losses_tell_nothing() -> None:
 
 
 def simulated(curve: Curve, at: int, *, max_steps: int, ratio: float) -> float:
-    """Train step by step: small until `at`, then large, by the slopes of both curves."""
+    """Train step by step: small until `at`, then large, with the slopes of both curves."""
     larger = Curve(curve.floor * ratio**-0.076, curve.scale, curve.exponent)
     loss, spent = curve.loss(at), float(at)
     while spent + ratio <= max_steps:
@@ -50,7 +50,7 @@ def test_the_best_step_is_that_of_a_simulation(ratio: float) -> None:
 
 
 def test_where_it_does_not_pay_nothing_grows() -> None:
-    curve = Curve(0.5, 14.0, 0.3)  # far from its floor: each step is worth more than size
+    curve = Curve(0.5, 14.0, 0.3)  # far from its floor: steps are worth more than size
     assert best_step(curve, step=40, max_steps=400, ratio=3.0) is None
 
 

@@ -1,4 +1,4 @@
-"""When a model grows: rates that were computed, cooldowns, budgets, plateaus, schedules."""
+"""Triggers: firing rates, cooldowns, budgets, plateaus, schedules."""
 
 from collections.abc import Callable
 from typing import Any
@@ -52,7 +52,7 @@ def long_tailed(count: int, *, generator: torch.Generator) -> Tensor:
 def test_independent_pressures_fire_at_the_computed_rate(
     num_layers: int, percentile: float, draw: Callable[..., Tensor]
 ) -> None:
-    """With the cooldown off: the share of checks lies in the 99 % binomial interval."""
+    """Without cooldown, the rate of firing is in its 99 % binomial interval."""
     generator = torch.Generator().manual_seed(num_layers)
     options = growth_options(gradient_percentile=percentile)
     history: list[Tensor] = [draw(num_layers, generator=generator) for _ in range(100)]
@@ -70,7 +70,7 @@ def test_independent_pressures_fire_at_the_computed_rate(
 
 @pytest.mark.full
 def test_the_rate_is_that_of_ranks() -> None:
-    """Held to counting: of n + L values in random order the k largest are all old."""
+    """Compared with enumeration: of n + L values in random order, the k largest are all old."""
     generator, fired, checks = torch.Generator().manual_seed(0), 0, 20_000
     for _ in range(checks):
         order = torch.randperm(33, generator=generator)  # 30 old, 3 new
@@ -85,7 +85,7 @@ def test_without_history_nothing_fires() -> None:
 
 
 def stepped(engine: Grower, model: nn.Module, steps: int, *, seed: int = 0) -> list[int]:
-    """Let an engine see gradients that are drawn; return the steps after which it would grow."""
+    """Feed random gradients to a grower; return the steps after which it would grow."""
     generator, found = torch.Generator().manual_seed(seed), []
     engine.begin(model)
     for step in range(1, steps + 1):
@@ -141,7 +141,7 @@ def test_budgets_hold(trigger: str) -> None:
 
 def test_flops_are_a_budget_too() -> None:
     model = oracle.tiny_llama()
-    each = 3 * HIDDEN_SIZE * 6 * 64  # of a neuron and a step
+    each = 3 * HIDDEN_SIZE * 6 * 64  # per neuron and step
     flops = float(7 * each * 50)
     options = growth_options(trigger=scheduled(50), growth_cooldown=1, max_extra_flops=flops)
     engine = grower(options, max_steps=100)
@@ -222,7 +222,7 @@ def test_after_the_last_step_nothing_is_born() -> None:
     assert stepped(grower(options, max_steps=30), oracle.tiny_llama(), 30) == [10, 20]
 
 
-@pytest.mark.parametrize(("words", "said"), [
+@pytest.mark.parametrize(("keywords", "message"), [
     ({"check_every": 300}, "nothing could grow"),
     ({"growth_cooldown": 250}, "nothing could grow"),
     ({"history_checks": 1}, "too few for growth.gradient_percentile"),
@@ -231,10 +231,10 @@ def test_after_the_last_step_nothing_is_born() -> None:
     ({"trigger": scheduled(5)}, ""),
     ({"trigger": "plateau", "plateau_steps": 100}, ""),
 ])  # fmt: skip
-def test_what_can_never_grow_is_told(words: dict[str, Any], said: str) -> None:
-    options = growth_options(**words)
+def test_what_can_never_grow_is_told(keywords: dict[str, Any], message: str) -> None:
+    options = growth_options(**keywords)
     why = NeuronGrowth(options).inactivity_reason(max_steps=250, num_layers=3)
-    assert said in why and bool(why) == bool(said)
+    assert message in why and bool(why) == bool(message)
 
 
 @pytest.mark.full

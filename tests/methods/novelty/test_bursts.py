@@ -1,4 +1,4 @@
-"""Novel samples of mixed batches: gathered, alike, handed over once they are enough."""
+"""Novel samples of mixed batches: collected in groups, reported as bursts."""
 
 import io
 
@@ -55,7 +55,7 @@ def test_two_kinds_make_two_bursts() -> None:
 
 @pytest.mark.full
 def test_known_samples_make_no_burst() -> None:
-    """5,000 batches of what is known, sorting in between."""
+    """5,000 known batches, with sorting in between."""
     generator = torch.Generator().manual_seed(0)
     made = gatherer(generator)
     rows = [torch.tensor(0)] * 16
@@ -65,7 +65,7 @@ def test_known_samples_make_no_burst() -> None:
         some = torch.randint(4000, (16,), generator=generator)
         assert made.add(prose.rows(some), rows) is None
     novel = made.novel(sorting).double().mean()
-    assert float(novel) < 0.3  # a known skill's samples are hardly more novel than prose's
+    assert float(novel) < 0.3  # samples of a known skill are hardly more novel than those of prose
 
 
 def test_old_samples_are_forgotten() -> None:

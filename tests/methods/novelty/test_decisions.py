@@ -29,7 +29,7 @@ def of_losses(losses: Tensor) -> Observation:
 
 
 def by_loss(options: NoveltyOptions | None = None) -> NoveltyDetector:
-    """Return a detector that looks at losses alone, around 4 with batch means of deviation 0.1."""
+    """Return a detector that uses losses alone, around 4 with batch means of deviation 0.1."""
     made = NoveltyDetector(detector={"name": "loss", "with_features": False}, options=options)
     ends = torch.tensor([-1.0, 1.0]).repeat(8)
     means = 4 + 0.1 * torch.tensor([-1.0, 1.0]).repeat(15) * (29 / 30) ** 0.5
@@ -63,7 +63,7 @@ def test_a_decision_rests_on_enough_samples():
 
 
 def test_the_lower_bound_lies_above_the_threshold():
-    """The same mean of single losses that spread more decides nothing, and the numbers say so."""
+    """The same mean of losses with a larger variance is inconclusive."""
     close, document_mask = by_loss(), by_loss()
     assert kinds(close, [8, 8]) == ["unsure", "new"]
     document_mask.observe(at_z(8, spread=1.0))
@@ -99,7 +99,7 @@ def test_a_moving_average_delays():
 
 
 def _stationary(kind: str, seed: int, steps: int) -> Iterator[Observation]:
-    """Yield 30 held-out batches and then a stream of losses whose level moves as said."""
+    """Yield 30 held-out batches and then a stream of losses with a moving level."""
     generator = torch.Generator().manual_seed(seed)
     level = levels(kind, steps + 1000, generator)
     rows = torch.randperm(900, generator=generator)[:CALIBRATION_BATCHES]
@@ -136,7 +136,7 @@ def test_false_alarms_on_stationary_losses_are_fewer_than_one_in_a_thousand(kind
 
 @pytest.mark.full
 def test_a_rule_of_one_batch_above_three_is_seen_to_alarm() -> None:
-    """The negative control of the count above."""
+    """Negative control of the count above."""
     stream = _stationary("autocorrelated 0.8, t3", 0, 1000)
     detector = NoveltyDetector(
         detector={"name": "loss", "threshold": 2.0},
@@ -224,7 +224,7 @@ def _equal(one: object, two: object) -> bool:
 
 
 def test_a_library_of_two_processes_is_that_of_one(generator: torch.Generator) -> None:
-    """What each process would send is exchanged step by step; batches stand rank by rank."""
+    """Observations of all processes are exchanged at each step; batches are ordered by rank."""
     from threading import Barrier, Thread
 
     ranks = [[drawn(generator=generator) for _ in range(20)] for _ in range(2)]

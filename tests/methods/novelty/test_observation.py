@@ -1,4 +1,4 @@
-"""What the base says of a batch: stock losses and hidden states, padding and axes."""
+"""Observations of the base: stock losses and hidden states, padding and axes."""
 
 import pytest
 import torch
