@@ -95,7 +95,7 @@ REFUSALS: dict[str, tuple[str, ...]] = {
     "gate=strict gate.enabled=false": ("gate.strict", "gate=strict or gate=off"),
     "forgetting.replay.fraction=1": ("forgetting.replay.fraction = 1", "below 1"),
     "forgetting.replay.fraction=0": ("forgetting.replay.fraction = 0.0", "remove replay"),
-    "forgetting=self_replay forgetting.self_replay.fraction=0": ("leave self_replay out",),
+    "forgetting=self_replay forgetting.self_replay.fraction=0": ("remove self_replay",),
     "forgetting=[replay,self_replay]": ("replay and self_replay both mix old text",),
     "trainer.precision=bf16-mixd": ("trainer.precision = bf16-mixd", "Did you mean bf16-mixed?"),
     "trainer.precision=16-mixed": ("trainer.precision = 16-mixed", "bf16-mixed"),
