@@ -282,7 +282,7 @@ def new_share(experts: dict[str, Any], domain: str) -> float:
 REFUSED = {
     "moe_routing.z_loss=0.1": "moe_routing.z_loss = 0.1: the model is dense",
     "adaptation.encouragement=1": "adaptation.encouragement = 1.0: no experts are being appended",
-    "expansion=moe moe_routing.hold_old=1": "hold_old = 1.0: the model that the run starts from is",
+    "expansion=moe moe_routing.hold_old=1": "hold_old = 1.0: the starting model is",
     "expansion=[moe,moe_add] expansion.moe_add.init=best": "init = best: the experts that moe",
     "expansion=[moe,moe_add] expansion.moe_add.init=distill": "teacher = null",
     "expansion=[moe,moe_add] expansion.moe_add.teacher=x": "init=distill learns from a teacher",
