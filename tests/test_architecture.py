@@ -205,7 +205,7 @@ def library_violations(module: Module) -> list[str]:
         where = f"{module.name}:{entry.line}"
         library = entry.module.split(".")[0]
         allowed = LIBRARIES.get(library)
-        if must be not None and not {module.room, module.whole_room, module.name} & allowed:
+        if allowed is not None and not {module.room, module.whole_room, module.name} & allowed:
             found.append(f"{where} imports {library}, which belongs to {sorted(allowed)}")
         if library in LAZY_LIBRARIES and not entry.is_lazy:
             found.append(f"{where} imports {library} at its top; import it where it is used")

@@ -337,7 +337,7 @@ OF_GPT2: dict[str, tuple[str, ...]] = {
         "LayerNorm",
         "init=net2net",
     ),
-    "expansion=none experts=dylora experts.base_bits=8": ("base_bits = 8", "lie transposed"),
+    "expansion=none experts=dylora experts.base_bits=8": ("base_bits = 8", "transposed matrices"),
 }
 
 

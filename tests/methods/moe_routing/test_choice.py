@@ -1,4 +1,4 @@
-"""Which expert is cloned, and what new experts learn from a teacher."""
+"""The choice of the cloned expert, and distillation of new experts."""
 
 import pytest
 import torch
@@ -81,7 +81,7 @@ def test_new_experts_come_nearer_to_the_teacher_and_stay_closed(family: str) -> 
 
 
 def taught_gap(model: torch.nn.Module, teacher: torch.nn.Module) -> float:
-    """Return the divergence where the new experts take every token."""
+    """Return the divergence when every token is routed to the new experts."""
     routing = Routing.of(model)
     assert routing is not None
     state = routing.state_dict()
