@@ -21,7 +21,7 @@ from experiments.benchmarks import (
     precision,
     streaming,
 )
-from tests.methods.novelty.given import centre_of, drawn
+from tests.methods.novelty.factories import centre_of, drawn
 from tritter.data.corpus import Corpus, build_corpus
 from tritter.data.documents import documents_of
 from tritter.methods.moe_routing.objective import RoutingSettings

@@ -1,4 +1,4 @@
-"""Expansion of live models by the literature's names."""
+"""Expansion of live models under the names of the literature."""
 
 import importlib
 import subprocess
@@ -59,7 +59,7 @@ def test_depth_upscale_takes_solars_layers() -> None:
     ids=repr,
 )
 def test_no_weight_of_a_grown_model_stands_elsewhere_as_well(spec: ExpansionSpec) -> None:
-    """Training one of them trains neither another layer nor the model that it came from."""
+    """Training one layer changes neither another layer nor the source model."""
     model = oracle.tiny_llama(num_hidden_layers=4)
     grown = ModelExpander([spec]).expand(model)
     parameters = [*model.parameters(), *grown.parameters()]
@@ -139,24 +139,24 @@ def test_split_heads_are_half_the_size_and_not_the_same() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"new_num_heads": 6, "new_num_kv_heads": 4}, "num_attention_heads = 6.*nearest: 4 or 8"),
         ({"new_num_heads": 7, "strategy": "gqa"}, "num_attention_heads = 7.*nearest: 6 or 8"),
         ({"new_num_heads": 5, "strategy": "copy"}, "num_attention_heads = 5.*nearest: 6"),
-        ({"new_num_heads": 8, "strategy": "split"}, "head_dim 6 is no multiple of 4"),
+        ({"new_num_heads": 8, "strategy": "split"}, "head_dim 6 is not a multiple of 4"),
     ],
 )
-def test_heads_that_cannot_be_had_are_refused(options: dict[str, object], said: str) -> None:
+def test_heads_that_cannot_be_had_are_refused(options: dict[str, object], message: str) -> None:
     attention = tiny("mistral").model.layers[0].self_attn
-    with pytest.raises(RequestError, match=said):
+    with pytest.raises(RequestError, match=message):
         expand_attention_heads(attention, **options)
 
 
 def test_what_is_no_attention_is_refused() -> None:
     model = tiny("llama")
-    for module, said in ((nn.Linear(2, 2), "no Hugging Face config"), (model, "no layer_idx")):
-        with pytest.raises(RequestError, match=said):
+    for module, message in ((nn.Linear(2, 2), "no Hugging Face config"), (model, "no layer_idx")):
+        with pytest.raises(RequestError, match=message):
             expand_attention_heads(module, 8)
 
 
@@ -191,8 +191,8 @@ def test_the_package_hands_out_the_names_of_the_literature() -> None:
     import tritter
 
     for name in tritter.__all__:
-        held = getattr(tritter, name)
-        assert name.isupper() or held.__name__ == ALIASES.get(name, name)
+        found = getattr(tritter, name)
+        assert name.isupper() or found.__name__ == ALIASES.get(name, name)
     assert tritter.PROGRESSIVE_BENCHMARKS["math"] == ["gsm8k", "math"]
     with pytest.raises(AttributeError, match="no attribute 'deepen'"):
         tritter.deepen  # noqa: B018
@@ -227,12 +227,12 @@ def test_a_checkpoint_by_the_specifications_names(tmp_path: Path) -> None:
     from tritter import ProgressiveCheckpoint
 
     folder = FIXTURES / "with_moments"
-    held = ProgressiveCheckpoint.load(folder)
-    assert held.optimizer_state_dict is not None
-    for name, moment in held.optimizer_state_dict["exp_avg"].items():
-        assert moment.shape == held.model_state_dict[name].shape
-    assert held.scheduler_state_dict is not None and held.scheduler_state_dict["last_epoch"] > 0
-    assert held.step > 0 and held.training_config and held.model_config["hidden_size"]
+    found = ProgressiveCheckpoint.load(folder)
+    assert found.optimizer_state_dict is not None
+    for name, moment in found.optimizer_state_dict["exp_avg"].items():
+        assert moment.shape == found.model_state_dict[name].shape
+    assert found.scheduler_state_dict is not None and found.scheduler_state_dict["last_epoch"] > 0
+    assert found.step > 0 and found.training_config and found.model_config["hidden_size"]
     plain = oracle.saved(oracle.tiny_llama(), tmp_path / "plain")
     base = ProgressiveCheckpoint.load(plain)
     assert (base.expansion_history, base.optimizer_state_dict, base.step) == ((), None, 0)

@@ -1,4 +1,4 @@
-"""Sizes beyond all limits are refused at every door, at once, before anything is built."""
+"""Sizes above the limits are refused by every command before anything is built."""
 
 import json
 import resource

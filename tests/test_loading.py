@@ -1,4 +1,4 @@
-"""Garbage is looked for again after an import, but not in what was imported."""
+"""Garbage collection resumes after an import and skips the imported objects."""
 
 import gc
 
@@ -9,7 +9,7 @@ from tritter.loading import loading
 
 @pytest.fixture
 def frozen(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Whether it is looked for, each time that what stands is left out; here nothing ever is."""
+    """Record whether collection is enabled at each freeze; nothing is frozen here."""
     calls: list[bool] = []
     monkeypatch.setattr(gc, "freeze", lambda: calls.append(gc.isenabled()))
     return calls

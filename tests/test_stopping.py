@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM end a block by one exception, once, and leave no handler behind."""
+"""Ctrl-C and SIGTERM raise one exception in a block, and handlers are restored."""
 
 import os
 import signal
@@ -24,7 +24,7 @@ def test_a_signal_raises_once_and_the_handlers_go(number: signal.Signals, code: 
         try:
             os.kill(os.getpid(), number)
         finally:
-            os.kill(os.getpid(), signal.SIGTERM)  # an impatient second one
+            os.kill(os.getpid(), signal.SIGTERM)  # a second signal during the cleanup
             os.kill(os.getpid(), signal.SIGINT)
             cleared.append(True)
     assert stopped.value.exit_code == code
@@ -95,7 +95,7 @@ def test_a_command_that_is_stopped_says_so_and_leaves_no_trace(
 def test_a_command_that_is_stopped_too_late_says_what_stands(
     run: Run, place: Path, monkeypatch: pytest.MonkeyPatch, words: str
 ) -> None:
-    """While it prints what it wrote."""
+    """The signal arrives while the summary is printed."""
 
     def stop(*words: object) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
@@ -109,7 +109,7 @@ def test_a_command_that_is_stopped_too_late_says_what_stands(
 
 
 def _signal_at_tensor(monkeypatch: pytest.MonkeyPatch, at: int, number: signal.Signals) -> None:
-    """Let the process signal itself when the `at`-th tensor was checked."""
+    """Make the process signal itself after checking the `at`-th tensor."""
     from tritter.checkpoints import export
     from tritter.transform import folder
 

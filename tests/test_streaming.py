@@ -1,4 +1,4 @@
-"""Checkpoints go through tensor by tensor: in shards of any size, in memory that does not grow."""
+"""Checkpoints are expanded tensor by tensor: shards of any size, constant memory."""
 
 import json
 import sys
@@ -46,23 +46,23 @@ def test_sharded_in_sharded_out(tmp_path: Path, family: str, tied: bool) -> None
 
 
 def _check_shards(folder: Path, limit: int) -> None:
-    """Hold the index against what the files hold, byte by byte."""
-    held: dict[str, str] = {}
+    """Compare the index with the contents of the files, byte by byte."""
+    weight_map: dict[str, str] = {}
     total = 0
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
             names = list(file.keys())
             sizes = [tensor.nbytes for tensor in map(file.get_tensor, names)]
         assert sum(sizes) <= limit or len(sizes) == 1
-        held |= dict.fromkeys(names, path.name)
+        weight_map |= dict.fromkeys(names, path.name)
         total += sum(sizes)
     index = folder / "model.safetensors.index.json"
-    if len(set(held.values())) == 1:
-        assert set(held.values()) == {"model.safetensors"}
+    if len(set(weight_map.values())) == 1:
+        assert set(weight_map.values()) == {"model.safetensors"}
         assert not index.exists()
         return
     plain = json.loads(index.read_text(encoding="utf-8"))
-    assert plain["weight_map"] == held
+    assert plain["weight_map"] == weight_map
     assert plain["metadata"]["total_size"] == total
 
 
@@ -85,7 +85,7 @@ def test_shards_of_a_sharded_result_go_in_again(tmp_path: Path, family: str) -> 
 @pytest.mark.full
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 def test_experts_in_shards_of_either_layout(tmp_path: Path, family: str) -> None:
-    """One tensor for each matrix of an expert, or one for a layer's: the values are the same."""
+    """Experts as separate tensors or stacked per layer: the values are equal."""
     model = tiny(family)
     source = oracle.saved(model, tmp_path / "source")
     specs: list[ExpansionSpec] = [Moe(noise=0.0, num_experts=4), LlamaPro()]
@@ -124,11 +124,11 @@ def test_sharded_experts_of_stock_transformers(tmp_path: Path, family: str) -> N
 
 
 def _assert_equal_peaks(rows: Sequence[Row]) -> None:
-    """The larger source takes the same memory, within 15 %, and far less than itself."""
+    """A larger source needs the same memory, within 15 %, and far less than its size."""
     small, large = rows
     assert large.method == small.method
     assert large.source_mb > 3 * small.source_mb
-    # Not quite equal: thousands of experts' tensors take some bookkeeping
+    # Not exactly equal: thousands of expert tensors need some bookkeeping
     assert large.peak_anonymous_mb < 1.25 * small.peak_anonymous_mb, rows
     assert large.growth_mb - small.growth_mb < 0.4 * (large.source_mb - small.source_mb), rows
 
@@ -154,7 +154,7 @@ def test_memory_does_not_grow_with_the_layers_made_sparse(tmp_path: Path, method
 @pytest.mark.parametrize("method", ["dus", "dus_fused"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_experts_go_through_one_by_one(tmp_path: Path, layout: LayoutKind, method: str) -> None:
-    """Of a layer whose experts share a tensor, no more than that tensor is held."""
+    """With stacked experts, at most one stacked tensor is in memory."""
     peaks = []
     for megabytes in (20, 80):
         place = tmp_path / str(megabytes)

@@ -1,4 +1,4 @@
-"""Nothing that is printed steers the terminal, wherever it comes from."""
+"""No output contains control characters, regardless of its source."""
 
 import io
 import json
@@ -133,7 +133,7 @@ def test_fields_of_a_lineage_and_the_card_made_of_them(run: Run, place: Path) ->
     ],
 )
 def test_a_reader_that_leaves_ends_the_program_quietly(place: Path, words: tuple[str, ...]) -> None:  # noqa: F811
-    """As behind `| head -1`: here the reader has left before the first line."""
+    """As with `| head -1`, but the reader is closed before the first line."""
     reader, writer = os.pipe()
     os.close(reader)
     ended = subprocess.run(

@@ -1,4 +1,4 @@
-"""Tritter grows language models: expansion, protected continued training, checked lineage."""
+"""Tritter grows language models: expansion, continual training, verified lineage."""
 
 import os
 import sys
@@ -10,14 +10,14 @@ from types import ModuleType
 
 from tritter.loading import lazy_names
 
-# Spinning OpenMP threads cost a factor of ten when cores are shared; the policy is read once,
-# when torch is first imported, so it has to stand here.
+# Spinning OpenMP threads are ten times slower on shared cores. The first import of torch reads the
+# policy, so it must be set here.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 __version__ = "0.1.0"
 
-# Name → module that has it, imported when the name is first used: `tritter --help` needs no torch.
-# `__init__.pyi` says the same to type checkers.
+# Name → its module, imported on first access: `tritter --help` needs no torch.
+# `__init__.pyi` lists the same names for type checkers.
 _EXPORTS = {
     **dict.fromkeys(
         ("add_experts", "expand", "gate", "grow", "load", "protect", "run"), "tritter.api"
@@ -67,7 +67,7 @@ __all__ = sorted(_EXPORTS)
 
 
 def __dir__() -> list[str]:
-    """List what can be imported from here, before it has been."""
+    """List the lazy exports as well."""
     return sorted([*__all__, *(name for name in globals() if name.startswith("__"))])
 
 
@@ -75,10 +75,10 @@ __getattr__ = lazy_names(__name__, _EXPORTS)
 
 
 class _Package(ModuleType):
-    """This package, in which no submodule takes the place of a function of the same name.
+    """This package. A submodule does not replace a function of the same name.
 
     `tritter.expand` is a function and a former name of `tritter.transform`. Importing the module
-    would set it as an attribute; the function gets the module's names instead.
+    would set it as an attribute; instead the function gets the module's names.
     """
 
     def __setattr__(self, name: str, value: object) -> None:
@@ -92,8 +92,8 @@ class _Package(ModuleType):
 sys.modules[__name__].__class__ = _Package
 
 
-# Names that packages had before they were sorted into `core` and `methods`. Code that imports
-# them gets the very same modules.
+# Former names of packages that moved to `core` and `methods`. Importing them returns the same
+# modules.
 _FORMER_NAMES = {
     "checkpoint": "checkpoints",
     "expand": "transform",
@@ -115,7 +115,7 @@ _FORMER_NAMES = {
 
 
 class _FormerNames(MetaPathFinder, Loader):
-    """Import of `tritter.expansion.width` and its like, from where the module is today."""
+    """Import of former names such as `tritter.expansion.width` from their current module."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -134,4 +134,4 @@ class _FormerNames(MetaPathFinder, Loader):
             setattr(getattr(sys.modules[__name__], room), rest, found)
 
 
-sys.meta_path.insert(0, _FormerNames())  # else files are found again, as other modules
+sys.meta_path.insert(0, _FormerNames())  # first, else files are imported twice

@@ -599,7 +599,7 @@ def _check_gate(retention: object, confidence: object, kept: Documents, new: Doc
     ):
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         if not is_number or not low <= cast(float, value) < high:
-            reason = f"allowed is a number from {low} to below {high:g}"
+            reason = f"must be a number from {low} to below {high:g}"
             problems.append(Problem(key, value, reason=reason))
     if not kept and not new:
         problems.append(Problem("documents", reason="name a domain and its documents"))
@@ -610,7 +610,7 @@ def _check_gate(retention: object, confidence: object, kept: Documents, new: Doc
         for name, texts in domains.items():
             is_list = isinstance(texts, Sequence) and not isinstance(texts, str)
             if not is_list or not any(texts) or not all(isinstance(each, str) for each in texts):
-                reason = "allowed is a list of documents, each a text"
+                reason = "must be a list of documents, each a text"
                 problems.append(Problem(f"{key}[{name!r}]", brief(texts), reason=reason))
     raise_problems(problems)
 

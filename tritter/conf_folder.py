@@ -1,4 +1,4 @@
-"""Where option files are: ours, and those of installed packages.
+"""The folders with option files: ours, and those of installed packages.
 
 Ours are next to the package in a checkout, and inside it when installed. Other packages name their
 folder as an entry point of the group `tritter.config`; nothing is imported to find it.
@@ -20,19 +20,17 @@ def config_folder() -> Path:
     """Return the folder `conf`.
 
     Raises:
-        TritterError: if the installation holds none.
+        TritterError: the installation has no such folder.
     """
     package = Path(__file__).resolve().parent
     for folder in (package.parent / "conf", package / "conf"):
         if (folder / "config.yaml").is_file():
             return folder
-    raise TritterError(
-        f"no conf/config.yaml beside or inside {package}: the installation is broken"
-    )
+    raise TritterError(f"no conf/config.yaml next to {package} or inside it: reinstall tritter")
 
 
 def installed_folders() -> dict[str, Path]:
-    """Return provider → folder of the packages that are found on Python's present path.
+    """Return provider → folder of the packages on `sys.path`.
 
     Raises:
         RequestError: a package names a folder that is not there.
@@ -41,13 +39,13 @@ def installed_folders() -> dict[str, Path]:
 
 
 @cache
-def _installed_folders(_path: tuple[str, ...]) -> dict[str, Path]:  # all metadata is slow to read
+def _installed_folders(_path: tuple[str, ...]) -> dict[str, Path]:  # reading all metadata is slow
     folders = {}
     for point in sorted(entry_points(group=ENTRY_POINTS), key=lambda point: point.name):
         folder = package_folder(f"{point.module}.{point.attr}")
         if folder is None:
             top = point.module.partition(".")[0]
-            reason = f"{top} is no package that holds this folder; reinstall it, or remove it"
+            reason = f"the package {top} has no such folder; reinstall or remove it"
             key = f"entry point {point.name} of {ENTRY_POINTS}"
             raise RequestError(Problem(key, point.value, reason=reason))
         folders[f"the package's entry point {point.name} = {point.value}"] = folder
@@ -58,7 +56,7 @@ def package_folder(dotted: str) -> Path | None:
     """Return a folder in a package, given its dotted name; nothing is imported."""
     top, *inner = dotted.split(".")
     spec = None
-    with suppress(ValueError):  # of names that no package can have
-        spec = find_spec(top)  # of "a.b" it would import a
+    with suppress(ValueError):  # no package can have this name
+        spec = find_spec(top)  # find_spec("a.b") would import a
     places = (spec and spec.submodule_search_locations) or ()
     return next((folder for p in places if (folder := Path(p, *inner)).is_dir()), None)

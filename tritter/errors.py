@@ -1,4 +1,4 @@
-"""Errors that a person reads: the key, the value, what is allowed and a nearest match."""
+"""Readable errors: the key, the value, the allowed values and the nearest match."""
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -11,19 +11,19 @@ _LONGEST_VALUE = 500
 
 
 class NoValue(Enum):
-    """Stands where a problem is about no value."""
+    """Sentinel of problems that have no value."""
 
     VALUE = "value"
 
 
 @dataclass(frozen=True, slots=True)
 class Names:
-    """How a person sets keys: by options of a command, or in a file.
+    """The way users set keys: by options of a command, or in a file.
 
     Args:
-        name: returns what was typed in the place of a dotted key; None: there is no way to set
-            it, and advice on it is left out.
-        origin: returns the file and line of its value; None: the command line.
+        name: returns the option that the user typed for a dotted key, or None if the key can't
+            be set. Messages then omit advice on it.
+        origin: returns the file and line of its value, or None for the command line.
     """
 
     name: Callable[[str], str | None] = str
@@ -31,7 +31,7 @@ class Names:
 
     @classmethod
     def of(cls, names: Mapping[str, str | None]) -> "Names":
-        """Return names of some keys; others have their own name."""
+        """Return the names from a mapping; keys missing from it keep their own name."""
         return cls(lambda key: names.get(key, key))
 
 
@@ -40,7 +40,7 @@ _NAMES = ContextVar("names", default=Names())  # noqa: B039 # it is frozen
 
 @contextmanager
 def naming(names: Names) -> Iterator[None]:
-    """Let errors of a block call keys as a person typed them."""
+    """Name keys in the errors of a block as the user typed them."""
     token = _NAMES.set(names)
     try:
         yield
@@ -49,28 +49,29 @@ def naming(names: Names) -> Iterator[None]:
 
 
 def key_name(key: str) -> str:
-    """Return what a person types to set a dotted key."""
+    """Return the option that sets a dotted key."""
     return _NAMES.get().name(key) or key
 
 
 def setting(key: str, value: object) -> str:
-    """Return what a person types to set a dotted key to a value."""
+    """Return the `option=value` that sets a dotted key."""
     return f"{key_name(key)}={show(value)}"
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One thing that is wrong with a request; as text, one line.
+    """One problem of a request; `str` gives one line.
 
     Args:
-        key: dotted, as it is set; empty where none is to blame.
-        reason: what is allowed, or why the value can't be; without a full stop. Without a
+        key: dotted key; empty if no key is to blame.
+        value: the invalid value.
+        reason: the allowed values, or why the value is invalid; without a full stop. Without a
             value it may be a sentence that begins with the key.
         advice: what to do instead; without a full stop.
-        nearest: what was probably meant.
-        origin: the file that the value stands in; None for the command line.
-        job: which job of a sweep it is about.
-        found_by: the pass over a request that found it: of targets, of fields, of rules.
+        nearest: the closest valid key or value.
+        origin: the file that sets the value; None for the command line.
+        job: the job of a sweep.
+        found_by: the validation pass that found it: targets, fields or rules.
     """
 
     key: str
@@ -95,7 +96,7 @@ class Problem:
         where = f" (in {origin})" if origin else ""
         near = key_name(self.nearest) if self.nearest else ""
         suggestion = f" Did you mean {near}?" if near else ""
-        if " " in near:  # words to be copied, without a question mark
+        if " " in near:  # several words to copy: no question mark
             suggestion = f" Did you mean: {near}"
         if not value and reason.startswith(f"{self.key} "):  # a sentence about the key
             return f"{job}{key}{where}{reason[len(self.key) :]}{stop}{suggestion}"
@@ -103,15 +104,15 @@ class Problem:
 
 
 class TritterError(ValueError):
-    """Something failed while it was being done (exit code 1)."""
+    """A command failed while it ran (exit code 1)."""
 
 
 class RequestError(TritterError):
-    """The request itself is wrong; nothing was written (exit code 2).
+    """The request is invalid; nothing was written (exit code 2).
 
     Args:
-        wrong: a problem, or a text.
-        problems: each thing alone, where `wrong` lists several.
+        wrong: a problem, or a message.
+        problems: the single problems, if `wrong` lists several.
     """
 
     def __init__(self, wrong: "Problem | str", *, problems: Iterable[Problem] = ()) -> None:
@@ -121,18 +122,19 @@ class RequestError(TritterError):
 
 
 def refused(key: str, value: object, reason: str, *, near: str | None = None) -> RequestError:
-    """Return the refusal of one value.
+    """Return the error for one invalid value.
 
     Args:
-        key: dotted, as it is set in a configuration.
-        reason: what is allowed, or why the value can't be; without a full stop.
-        near: what was probably meant.
+        key: dotted key of the configuration.
+        value: the invalid value.
+        reason: the allowed values, or why the value is invalid; without a full stop.
+        near: the closest valid value.
     """
     return RequestError(Problem(key, value, reason, nearest=near))
 
 
 def refusal(problems: Collection[Problem]) -> RequestError:
-    """Return one RequestError that lists all problems, of which there is at least one."""
+    """Return one RequestError that lists all problems; there must be at least one."""
     if len(problems) == 1:
         return RequestError(next(iter(problems)))
     lines = "\n".join(f"  {problem}" for problem in problems)
@@ -141,13 +143,13 @@ def refusal(problems: Collection[Problem]) -> RequestError:
 
 
 def raise_problems(problems: Collection[Problem]) -> None:
-    """Raise one RequestError that lists all problems, or return when there are none."""
+    """Raise one RequestError that lists all problems, if there are any."""
     if problems:
         raise refusal(problems)
 
 
 def show(value: object) -> str:
-    """Return a value as a person would type it on the command line."""
+    """Return a value in the syntax of the command line."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, list | tuple):
@@ -156,7 +158,7 @@ def show(value: object) -> str:
         return "{" + ",".join(f"{key}:{show(item)}" for key, item in value.items()) + "}"
     try:
         text = str(value)
-    except ValueError:  # numbers of thousands of digits have no text
+    except ValueError:  # Python refuses to print integers of thousands of digits
         return brief(value)
     if len(text) > _LONGEST_VALUE:
         return f"{text[:_LONGEST_VALUE]}… ({len(text)} characters)"
@@ -164,28 +166,28 @@ def show(value: object) -> str:
 
 
 def brief(value: object, *, num_characters: int = 120) -> str:
-    """Return a value as it was given, or its beginning: what is wrong may be a megabyte long."""
+    """Return the repr of a value, truncated: an invalid value may be a megabyte long."""
     try:
         text = repr(value)
-    except (ValueError, RecursionError):  # numbers of thousands of digits have no text
-        return f"a {type(value).__name__} too large to be shown"
+    except (ValueError, RecursionError):  # Python refuses to print huge integers
+        return f"a {type(value).__name__} too large to show"
     return text if len(text) <= num_characters else f"{text[:num_characters]}…"
 
 
 def nearest(value: str, allowed: Iterable[str], *, cutoff: float = 0.5) -> str | None:
-    """Return the allowed word that is most like `value`, or that it is short for; else None."""
-    words = [str(word) for word in allowed]
-    matches = get_close_matches(str(value), words, n=1, cutoff=cutoff)
-    return next(iter([*matches, *(w for w in words if is_short_for(str(value), w))]), None)
+    """Return the allowed name closest to `value`, or one that it abbreviates; else None."""
+    names = [str(name) for name in allowed]
+    matches = get_close_matches(str(value), names, n=1, cutoff=cutoff)
+    return next(iter([*matches, *(n for n in names if is_short_for(str(value), n))]), None)
 
 
 def is_short_for(word: str, name: str) -> bool:
-    """Say whether a word is made of initials of a name, or of some of its words."""
-    words = name.split("_")
-    return word == "".join(part[:1] for part in words) or set(word.split("_")) < set(words)
+    """Return True if a word abbreviates a name: its initials, or some of its parts."""
+    parts = name.split("_")
+    return word == "".join(part[:1] for part in parts) or set(word.split("_")) < set(parts)
 
 
 def did_you_mean(value: str, allowed: Iterable[str]) -> str:
-    """Return " Did you mean 'x'?" (with its leading space), or nothing when no word is close."""
+    """Return " Did you mean 'x'?" (with its leading space), or "" if no name is close."""
     match = nearest(value, allowed)
     return f" Did you mean '{match}'?" if match else ""

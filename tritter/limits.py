@@ -1,9 +1,8 @@
-"""How large a model may be: above what anybody builds, below what would fill a machine by itself.
+"""Upper limits on the sizes of models and runs, and parsing of counts (7B, 350M, 7e9, 5GB).
 
-Whatever states sizes (a config.json, the keys of a run, the targets of an expansion, the ends of
-a plan) is held against these before anything is counted, listed or built. Counts are read here as
-people write them (7B, 350M, 1.5b, 7e9, 5GB). Nothing slow is imported, so that a refused word is
-answered at once.
+The limits exceed every real model and still fit on one machine. All sizes (of a config.json, a
+run, an expansion or a plan) are compared with them before anything is counted or built. This
+module imports nothing slow, so invalid arguments fail fast.
 """
 
 import re
@@ -16,11 +15,11 @@ MAX_EXPERTS = 4096  # of a layer
 MAX_VOCABULARY = 2**24
 MAX_PARAMETERS = 10**14
 MAX_TENSORS = 2**18  # on disk: 10⁴ layers of 4096 experts each would be 10⁸ names
-MAX_LABELS = 2**16  # transformers writes a name out for each
+MAX_LABELS = 2**16  # transformers writes a name for each
 MAX_POSITIONS = 2**31 - 1
 MAX_BATCH_TOKENS = 2**28
 MAX_NEW_TOKENS = 2**20
-MAX_COUNT = 10**9  # of whatever has no limit of its own: steps, tokens, documents
+MAX_COUNT = 10**9  # of everything without a limit of its own: steps, tokens, documents
 MAX_SEED = 2**32 - 1
 MAX_BYTES = 10**15  # of one file of tensors
 
@@ -38,10 +37,11 @@ _NUMBER = re.compile(
 
 
 def parse_count(text: str, units: Mapping[str, int] = COUNT_UNITS) -> int | None:
-    """Return the whole number that a number and its unit stand for; None when it is none above 0.
+    """Return the integer behind a number with a unit, or None if it is not a positive count.
 
     Args:
-        units: unit in small letters → what it multiplies with.
+        text: such as `7B` or `5GB`.
+        units: lower-case unit → its factor.
     """
     match = _NUMBER.fullmatch(text.strip())
     if match is None or match[2].lower() not in units:

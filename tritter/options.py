@@ -1,8 +1,9 @@
-"""Options: records of what may be asked of a method or of a section, and how values become them.
+"""Options: typed records of a method or config section, and their validation.
 
-A record is a frozen dataclass. Its fields say what a value may be: `Annotated[float, Field(ge=0)]`
-of pydantic, `Literal["a", "b"]`, `tuple[int, ...]`, `X | None`. Pydantic judges, strictly and
-through JSON, so that text is never taken for a number; what it finds is said in our words.
+A record is a frozen dataclass. The types of its fields state the allowed values:
+`Annotated[float, Field(ge=0)]` of pydantic, `Literal["a", "b"]`, `tuple[int, ...]`, `X | None`.
+Pydantic validates strictly and through JSON, so text never passes as a number. Its errors are
+rewritten as `Problem`s.
 """
 
 import dataclasses
@@ -30,15 +31,15 @@ Record = TypeVar("Record")
 Unknown = Callable[[str, object], Iterator[Problem]]
 Schema = Mapping[str, Any]
 
-# What has no limit of its own ends at the largest count
+# Counts without a limit of their own stop at MAX_COUNT
 Count = Annotated[int, Field(ge=1, le=MAX_COUNT)]
 WholeNumber = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 Text = Annotated[str, Field(min_length=1)]
-# Beside a type: a count may be written as 2M
-IN_WORDS = BeforeValidator(lambda v: (parse_count(v) if isinstance(v, str) else None) or v)
+# Added to a type, accepts counts such as 2M
+PARSED_COUNT = BeforeValidator(lambda v: (parse_count(v) if isinstance(v, str) else None) or v)
 
 _CONFIG = {"extra": "forbid", "strict": True, "allow_inf_nan": False}
-_UNREADABLE: dict[str, list[int]] = {"": []}  # what JSON can't hold, and no field takes
+_UNREADABLE: dict[str, list[int]] = {"": []}  # stands for values outside JSON; no field accepts it
 _NUMBER_LIMITS = {
     "minimum": "at least",
     "exclusiveMinimum": "above",
@@ -59,16 +60,16 @@ _PLURALS = {"integer": "whole numbers", "number": "numbers", "boolean": "boolean
     frozen_default=True, kw_only_default=True, field_specifiers=(dataclasses.field,)
 )
 def options(record: type[Record]) -> type[Record]:
-    """Make a class a record of options: frozen, by keyword only, refusing what it has no field for.
+    """Make a class a record of options: frozen, keyword-only, without unknown fields.
 
-    As a decorator, in the place of `dataclass`.
+    Use it as a decorator instead of `dataclass`.
     """
     record.__pydantic_config__ = _CONFIG  # type: ignore[attr-defined]
     return dataclasses.dataclass(frozen=True, slots=True, kw_only=True)(record)
 
 
 def is_options(record: object) -> bool:
-    """Say whether a class is a record that refuses unknown keys, as `options` makes them."""
+    """Return True if a class was decorated with `options`."""
     settings = getattr(record, "__pydantic_config__", {})
     is_own = "__dataclass_fields__" in getattr(record, "__dict__", {})
     return is_own and settings.get("extra") == "forbid"
@@ -82,45 +83,45 @@ def read_options(
     problems: list[Problem],
     unknown: Unknown | None = None,
 ) -> Record | None:
-    """Return a record of plain values, or None when there were problems.
+    """Return the record of plain values, or None if there are problems.
 
     Args:
-        record: made by `options`.
+        record: class made by `options`.
         raw: field → value.
         prefix: of the keys in messages.
-        problems: gets one for each key that is wrong.
-        unknown: describes a key that there is not, given its dotted name and its value; default:
-            by the fields of the record.
+        problems: receives one problem for each invalid key.
+        unknown: yields the problems of an unknown key, from its dotted name and its value.
+            Default: lists the fields of the record.
 
     Raises:
-        pydantic.PydanticUserError: the record itself can't be read by.
+        pydantic.PydanticUserError: pydantic can't build a schema of the record.
     """
     adapter, schema = _reading(record)  # type: ignore[arg-type] # a class is hashable
     plain = {str(name): _plain(value, _field(schema, str(name))) for name, value in raw.items()}
     try:
         return adapter.validate_json(json.dumps(plain))
     except ValidationError as error:
-        found = _judged(error, schema, raw, prefix, unknown or _unknown_by(schema, prefix))
+        found = _problems_of(error, schema, raw, prefix, unknown or _unknown_by(schema, prefix))
         problems += found.values()
         return None
 
 
 def component_class(key: str, target: object, *, base: str | None = None) -> type[Any]:
-    """Return the class that a component names, which has a record of options or is one.
+    """Return the class that a component names; it has a record of options or is one.
 
     Args:
         key: of the component.
         target: the value of its `_target_`.
-        base: dotted name of the class that it has to be a subclass of.
+        base: dotted name of the required base class.
 
     Raises:
-        RequestError: there is no such class, or it has no such record.
+        RequestError: the class does not exist, or has no record of options.
     """
     key = f"{key}.{TARGET}"
     kind: type[Any] = resolve(key, target, base=base)
     if not is_options(getattr(kind, "Options", kind)):
         where = "its Options are" if hasattr(kind, "Options") else "it is"
-        reason = f"{where} no record of options (see tritter.options.options)"
+        reason = f"{where} not a record of options (see tritter.options.options)"
         raise RequestError(Problem(key, target, reason=reason))
     return kind
 
@@ -133,12 +134,14 @@ def read_component(
     problems: list[Problem],
     unknown: Unknown | None = None,
 ) -> Component | None:
-    """Return a component whose class was found, or None when there were problems.
+    """Return a component of a known class, or None if there are problems.
 
     Args:
         key: of the component.
-        body: what the config holds below the key.
-        problems: gets one for each key that is wrong; `unknown` as in `read_options`.
+        kind: its class.
+        body: its section of the config.
+        problems: receives one problem for each invalid key.
+        unknown: see `read_options`.
     """
     values = {name: value for name, value in body.items() if name != TARGET}
     record = getattr(kind, "Options", kind)
@@ -152,32 +155,32 @@ Part = TypeVar("Part")
 
 
 def read_part(key: str, value: object, named: Mapping[str, type[Part]], *, base: type[Any]) -> Part:
-    """Return the record that an option holds: a trigger, an initialiser, a detector.
+    """Return the nested record of an option: a trigger, an initialiser, a detector.
 
     Args:
         key: of the option.
-        value: a name, `{name: NAME, OPTION: VALUE}`, `{_target_: CLASS, OPTION: VALUE}` of a class
-            from outside, or the record itself.
+        value: a name, `{name: NAME, OPTION: VALUE}`, `{_target_: CLASS, OPTION: VALUE}` for a
+            third-party class, or the record itself.
         named: name → class.
-        base: of all of them, and of classes from outside.
+        base: base class of all of them, third-party classes included.
 
     Raises:
-        RequestError: it is none of these, or an option is wrong.
+        RequestError: the value has none of these forms, or an option is invalid.
     """
     problems: list[Problem] = []
     if isinstance(value, base):
         raise_problems(checked(value, prefix=key))
-        made: Part = value
-        return made
+        record: Part = value
+        return record
     body = dict(value) if isinstance(value, Mapping) else {"name": value}
     if TARGET in body:
         kind = component_class(key, body.pop(TARGET), base=dotted(base))
     elif (name := body.pop("name", None)) in named:
         kind = named[str(name)]
     else:
-        said = value if name is None else name
-        reason = f"allowed is one of {', '.join(named)}, or {{{TARGET}: CLASS}} of your own"
-        raise RequestError(Problem(key, said, reason=reason, nearest=nearest(str(said), named)))
+        shown = value if name is None else name
+        reason = f"must be one of {', '.join(named)}, or {{{TARGET}: CLASS}} with your own class"
+        raise RequestError(Problem(key, shown, reason=reason, nearest=nearest(str(shown), named)))
     part = read_options(kind, body, prefix=key, problems=problems)
     raise_problems(problems)
     assert part is not None, "options without a problem make a record"
@@ -185,7 +188,7 @@ def read_part(key: str, value: object, named: Mapping[str, type[Part]], *, base:
 
 
 def part_field(key: str, named: Mapping[str, type[Any]], *, base: type[Any]) -> tuple[Any, ...]:
-    """Return the annotations of a field that `read_part` reads; see there."""
+    """Return the annotations of a field that `read_part` parses."""
     reads = PlainValidator(lambda value: read_part(key, value, named, base=base))
     return reads, WithJsonSchema({})
 
@@ -196,7 +199,7 @@ def field_keys(record: type, prefix: str) -> tuple[str, ...]:
 
 
 def from_word(record: type, name: str, word: object) -> object:
-    """Return what a word of a command line means for a field; one that means nothing stays."""
+    """Return a command-line word parsed as the type of a field, or unchanged if that fails."""
     node = _field(_reading(record)[1], name) if is_options(record) else {}
     kinds = {one.get("type") for one in _variants(node)}
     if not isinstance(word, str) or not kinds & {"array", "integer", "number"}:
@@ -205,18 +208,18 @@ def from_word(record: type, name: str, word: object) -> object:
 
 
 def choices(record: type, name: str) -> tuple[str, ...]:
-    """Return the words that a field of `Literal` takes, None left out."""
+    """Return the strings that a `Literal` field allows."""
     hint = get_type_hints(record)[name]
     literals = [hint, *get_args(hint)]
     return tuple(c for part in literals for c in get_args(part) if isinstance(c, str))
 
 
-def checked(given: object, *, prefix: str) -> list[Problem]:
-    """Return what is wrong with the values of a record that a program made."""
-    assert dataclasses.is_dataclass(given) and not isinstance(given, type)
-    values = {field.name: getattr(given, field.name) for field in dataclasses.fields(given)}
+def checked(record: object, *, prefix: str) -> list[Problem]:
+    """Return the problems of a record that was built in Python."""
+    assert dataclasses.is_dataclass(record) and not isinstance(record, type)
+    values = {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
     problems: list[Problem] = []
-    read_options(type(given), values, prefix=prefix, problems=problems)
+    read_options(type(record), values, prefix=prefix, problems=problems)
     return problems
 
 
@@ -225,7 +228,7 @@ def join(prefix: str, name: str) -> str:
 
 
 def leaves(tree: object, prefix: str = "") -> dict[str, Any]:
-    """Return dotted key, below the prefix → value; an empty section is a value."""
+    """Return dotted key → value of a nested mapping; an empty section counts as a value."""
     if not isinstance(tree, Mapping) or not tree:
         return {prefix: tree}
     return {k: v for name in tree for k, v in leaves(tree[name], join(prefix, str(name))).items()}
@@ -233,7 +236,7 @@ def leaves(tree: object, prefix: str = "") -> dict[str, Any]:
 
 @cache
 def _reading(record: type[Any]) -> tuple["TypeAdapter[Any]", Schema]:
-    """Return what reads a record, and its schema, made once."""
+    """Return the pydantic adapter of a record, and its JSON schema."""
     adapter: TypeAdapter[Any] = TypeAdapter(record)
     return adapter, adapter.json_schema()
 
@@ -253,67 +256,67 @@ def _variants(schema: Schema) -> list[Schema]:
     return schema.get("anyOf", [schema])
 
 
-def _words(schema: Schema) -> list[str]:
-    """Return the words that a field takes; none where it takes more than words."""
+def _strings(schema: Schema) -> list[str]:
+    """Return the strings that a field allows; empty if it allows other values too."""
     return [w for one in _variants(schema) for w in one.get("enum", [one.get("const")]) if w]
 
 
 def _plain(value: object, schema: Schema) -> object:
-    """Return a value as JSON holds it, in the spelling of its field."""
+    """Return a value as JSON, in the spelling of its field."""
     if isinstance(value, Mapping):
         return {str(name): _plain(item, {}) for name, item in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(item, {}) for item in value]
-    words = _words(schema)
+    strings = _strings(schema)
     if isinstance(value, bool):
         # YAML reads a bare on, off or true as a boolean
-        spoken = [word for word in (("on", "true") if value else ("off",)) if word in words]
-        return spoken[0] if spoken else value
+        matches = [word for word in (("on", "true") if value else ("off",)) if word in strings]
+        return matches[0] if matches else value
     if isinstance(value, str):
         if not value.isascii() and value != value.encode(errors="replace").decode():
             return _UNREADABLE
-        spelled = {word.replace("-", "_"): word for word in words}
+        spelled = {word.replace("-", "_"): word for word in strings}
         return spelled.get(value.replace("-", "_"), value)
     if isinstance(value, float):
         return int(value) if value.is_integer() else value
-    if isinstance(value, int):  # Python has no text for numbers of thousands of digits
+    if isinstance(value, int):  # Python refuses to print integers of thousands of digits
         return value if value.bit_length() <= 4096 else _UNREADABLE
     if isinstance(value, Path):
         return str(value)
     return value if value is None else _UNREADABLE
 
 
-def _judged(
+def _problems_of(
     error: ValidationError, schema: Schema, raw: Mapping[str, object], prefix: str, unknown: Unknown
 ) -> dict[str, Problem]:
-    """Return dotted key → what is wrong there; a list or a mapping is judged as a whole."""
+    """Return dotted key → problem; a list or mapping gets one problem as a whole."""
     found: dict[str, Problem] = {}
     for entry in error.errors(include_url=False):
-        names, value, node = _place(entry["loc"], schema, raw)
+        names, value, node = _locate(entry["loc"], schema, raw)
         key = ".".join(filter(None, [prefix, *names]))
         kind, last = entry["type"], str(entry["loc"][-1]) if entry["loc"] else ""
         cause = entry.get("ctx", {}).get("error")
         if kind == "unexpected_keyword_argument":
-            told = list(unknown(join(key, last), entry["input"]))
+            problems = list(unknown(join(key, last), entry["input"]))
         elif kind == "missing":
-            told = [Problem(key, reason="it is missing; an option states every key")]
+            problems = [Problem(key, reason="it is missing; set every key of this option")]
         elif isinstance(cause, RequestError):
-            told = list(cause.problems)
+            problems = list(cause.problems)
         elif not names or isinstance(cause, Exception):
-            told = [Problem(key, reason=str(cause or entry["msg"]))]
+            problems = [Problem(key, reason=str(cause or entry["msg"]))]
         else:
-            near = nearest(str(value), _words(node)) if _words(node) else None
-            reason = f"allowed is {_allowed(node) or entry['msg'].removeprefix('Input should be ')}"
-            told = [Problem(key, value, reason=reason, nearest=near)]
-        for problem in told:
+            near = nearest(str(value), _strings(node)) if _strings(node) else None
+            reason = f"must be {_allowed(node) or entry['msg'].removeprefix('Input should be ')}"
+            problems = [Problem(key, value, reason=reason, nearest=near)]
+        for problem in problems:
             found.setdefault(problem.key or str(problem), problem)
     return found
 
 
-def _place(
+def _locate(
     location: tuple[int | str, ...], schema: Schema, raw: object
 ) -> tuple[list[str], object, Schema]:
-    """Return the fields that lead to a place, from record to record; what it holds, and may."""
+    """Return the path of fields to a location, its value and its schema."""
     names: list[str] = []
     value, node, record = raw, schema, schema
     for name in map(str, location):
@@ -327,7 +330,7 @@ def _place(
 
 
 def _inner(node: Schema, schema: Schema) -> Schema:
-    """Return the record that a field holds; an empty one where it holds none."""
+    """Return the schema of the record in a field; empty if the field has none."""
     names = [one.get("$ref", "").rpartition("/")[2] for one in _variants(node)]
     return next((schema["$defs"][name] for name in names if name), {})
 
@@ -342,24 +345,24 @@ def _unknown_by(schema: Schema, prefix: str) -> Unknown:
 
 
 def _allowed(schema: Schema) -> str:
-    """Say in words what a field takes; empty where the schema has none for it."""
-    words = [_allowed_by(one) for one in _variants(schema)]
-    return "" if not all(words) else ", or ".join(words)
+    """Return a description of the values that a field allows; empty if the schema has none."""
+    parts = [_allowed_by(one) for one in _variants(schema)]
+    return "" if not all(parts) else ", or ".join(parts)
 
 
 def _allowed_by(schema: Schema) -> str:
-    words = _words(schema)
-    if words:
-        return ("one of " if len(words) > 1 else "") + ", ".join(map(str, words))
+    strings = _strings(schema)
+    if strings:
+        return ("one of " if len(strings) > 1 else "") + ", ".join(map(str, strings))
     kind = schema.get("type", "")
     if kind == "array":
         items = schema.get("items", {})
-        plural = _PLURALS.get(items.get("type", ""), "words")
+        plural = _PLURALS.get(items.get("type", ""), "strings")
         return f"a list of {plural}{_limits(items)}, as in [a,b]"
     if kind == "object" and isinstance(items := schema.get("additionalProperties"), Mapping):
-        plural = _PLURALS.get(items.get("type", ""), "words")
+        plural = _PLURALS.get(items.get("type", ""), "strings")
         return f"a mapping of names to {plural}{_limits(items)}, as in {{a:1}}"
-    hint = " (quote what looks like a number)" if kind == "string" else ""
+    hint = " (quote numbers)" if kind == "string" else ""
     return f"{_KINDS[kind]}{_limits(schema)}{hint}" if kind in _KINDS else ""
 
 
@@ -369,9 +372,9 @@ def _limits(schema: Schema) -> str:
 
 
 class RunRequest:
-    """What the rules of a feature read of a run: its sections, as `RunConfig` holds them.
+    """The sections of a run that validation rules read, as in `RunConfig`.
 
-    A rule that reads a section which is wrong by itself is not asked.
+    A rule is skipped if a section that it reads is invalid itself.
     """
 
     __slots__ = ()
@@ -396,19 +399,18 @@ class RunRequest:
     training: Any
 
     def with_sections(self, **sections: Any) -> Self:
-        """Return the run with other sections."""
+        """Return a copy of the run with sections replaced."""
         return dataclasses.replace(self, **sections)  # type: ignore[type-var] # of a dataclass
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Start:
-    """The models of a run, as far as their configs say.
+    """The configs of the models of a run.
 
     Args:
-        source: config.json of the model that the run starts from.
-        trained: config.json of the models that are trained, the smallest first.
-        folder: of the checkpoint that the run starts from; None: it is not at hand, or made by
-            the run.
+        source: config.json of the initial model.
+        trained: config.json of each trained model, the smallest first.
+        folder: checkpoint of the initial model; None if it is not local, or if the run makes it.
     """
 
     source: dict[str, Any]
@@ -417,6 +419,6 @@ class Start:
 
 
 def nearest_multiples(value: int, divisor: int) -> str:
-    """Return the multiples of a number on both sides of a value, in words."""
+    """Return the multiples of a number around a value as text: "6 or 8"."""
     below, above = value // divisor * divisor, -(-value // divisor) * divisor
     return f"{below} or {above}" if below else str(above)

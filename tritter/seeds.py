@@ -1,12 +1,12 @@
-"""Seeds for each purpose, so that no random draw depends on what else a run does."""
+"""Derived seeds: each purpose has its own random stream, independent of the rest of the run."""
 
 import hashlib
 
 
 def derived_seed(seed: int, *purpose: str | int) -> int:
-    """Return the seed of one purpose (below 2⁵⁶): data order, replay, one tensor's fill.
+    """Return the seed of one purpose (below 2⁵⁶): data order, replay, the fill of one tensor.
 
-    The same whatever the order of the calls, and on every machine.
+    It does not depend on the order of calls or on the machine.
     """
     digest = hashlib.sha256("\0".join(map(str, (seed, *purpose))).encode()).digest()
     return int.from_bytes(digest[:7], "big")

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as one exception, so that what was begun is cleared away before the end."""
+"""Ctrl-C and SIGTERM as one exception, so that unfinished output is removed before the exit."""
 
 import os
 import signal
@@ -11,18 +11,18 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Stopped(BaseException):
-    """Somebody wants this process to end.
+    """A signal requested the end of the process.
 
-    No KeyboardInterrupt: typer and Lightning catch that one and say nothing.
+    This is not a KeyboardInterrupt, which typer and Lightning catch silently.
 
     Args:
-        signal_number: SIGINT for Ctrl-C, SIGTERM as schedulers send it, SIGPIPE when nobody reads
-            what is printed.
-        where: what was being done, and where it goes on: "at step 3 of …"; None: nothing that
-            would go on.
+        signal_number: SIGINT for Ctrl-C, SIGTERM as sent by schedulers, SIGPIPE if the reader of
+            the output is closed.
+        where: the progress at which a resumed command continues ("at step 3 of …"); None if there
+            is nothing to resume.
 
     Attributes:
-        advice: lines that say how to go on.
+        advice: lines that explain how to resume.
     """
 
     def __init__(self, signal_number: int, *, where: str | None = None) -> None:
@@ -33,19 +33,19 @@ class Stopped(BaseException):
 
     @property
     def exit_code(self) -> int:
-        """130 after Ctrl-C, 143 after SIGTERM, 141 when nobody reads on, as a shell has it."""
+        """130 after Ctrl-C, 143 after SIGTERM, 141 after SIGPIPE, as in a shell."""
         return 128 + self.signal_number
 
 
 @contextmanager
 def stopping() -> Iterator[None]:
-    """Let the first Ctrl-C or SIGTERM inside raise, and no further one disturb the clearing up.
+    """Raise on the first Ctrl-C or SIGTERM inside; ignore further ones during the cleanup.
 
-    What the process ignores from its start on (`nohup`, a job in the background) it goes on
-    ignoring. Handlers belong to the main thread; in another one this does nothing.
+    Signals that the process already ignores (`nohup`, a background job) stay ignored. Handlers
+    belong to the main thread; in other threads this does nothing.
 
     Raises:
-        Stopped: a signal came.
+        Stopped: a signal arrived.
     """
     process, is_stopped = os.getpid(), False
 
@@ -69,5 +69,5 @@ def stopping() -> Iterator[None]:
         raise Stopped(signal.SIGINT) from error
     finally:
         for number, handler in before.items():
-            # None stands for a handler that was not set from Python, and can't be set from here
+            # None: the handler was not set from Python, so Python can't restore it
             signal.signal(number, signal.SIG_DFL if handler is None else handler)

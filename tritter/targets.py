@@ -1,7 +1,7 @@
-"""Classes that a config names by `_target_`: found, judged by their signature, built.
+"""Classes that a config names by `_target_`: import, check by signature, build.
 
-A name counts in option files and on the command line of the person who runs them. One that stands
-in a checkpoint, a run folder or in data is text, and never comes here.
+Only names from option files and from the user's command line are imported. A name in a
+checkpoint, a run folder or a dataset is plain text and never reaches this module.
 """
 
 import ast
@@ -33,8 +33,8 @@ class Component:
     Args:
         name: its key in its group.
         kind: the class.
-        options: a record of its `Options`; of a class without one what the config holds, its
-            arguments by name and `_target_`.
+        options: a record of its `Options`. For a class without `Options`, the config section:
+            arguments by name, and `_target_`.
     """
 
     name: str
@@ -49,19 +49,19 @@ class Component:
         return {name: value for name, value in self.options.items() if name != TARGET}
 
     def plain(self) -> dict[str, Any]:
-        """Return what determines it, as plain values; of a class from outside, its file as well."""
+        """Return its options as plain values, plus the checksum of a third-party class."""
         is_record = not isinstance(self.options, Mapping)
         values = values_of(self.options) if is_record else self.options
         return {**plain(values), **identity(self.kind)}
 
 
 def imported(target: str) -> Any:
-    """Return what a dotted name stands for, which was judged before."""
+    """Return the object behind a dotted name that was checked before."""
     return _found(TARGET, target)
 
 
 def built(value: Any) -> Any:
-    """Return a plain value with every mapping that names a target in place of what it makes."""
+    """Return a plain value in which each mapping with a `_target_` is instantiated."""
     if isinstance(value, Mapping):
         arguments = {name: built(each) for name, each in value.items() if name != TARGET}
         return imported(value[TARGET])(**arguments) if TARGET in value else arguments
@@ -71,14 +71,15 @@ def built(value: Any) -> Any:
 
 
 def resolve(key: str, target: object, *, base: str | None = None) -> Any:
-    """Return what a dotted name stands for.
+    """Return the object behind a dotted name.
 
     Args:
-        key: of the problem.
-        base: dotted name of the class that it has to be a subclass of.
+        key: key to name in errors.
+        target: the dotted name.
+        base: dotted name of the required base class.
 
     Raises:
-        RequestError: names what is missing, and the nearest there is.
+        RequestError: the name does not exist (suggests the nearest), or `base` is not its base.
     """
     if not isinstance(target, str) or not all(w.isidentifier() for w in target.split(".")):
         reason = "name a class, PACKAGE.MODULE.CLASS"
@@ -86,24 +87,24 @@ def resolve(key: str, target: object, *, base: str | None = None) -> Any:
     found = _found(key, target)
     if base is None:
         return found
-    wanted = _found(key, base)
-    if not isinstance(found, type) or not issubclass(found, wanted):
-        raise RequestError(Problem(key, target, reason=f"it is no subclass of {base}"))
+    base_class = _found(key, base)
+    if not isinstance(found, type) or not issubclass(found, base_class):
+        raise RequestError(Problem(key, target, reason=f"it is not a subclass of {base}"))
     return found
 
 
 def dotted(kind: type | str) -> str:
-    """Return the name by which a class is found."""
+    """Return the dotted name of a class."""
     return kind if isinstance(kind, str) else f"{kind.__module__}.{kind.__qualname__}"
 
 
 def identity(kind: type | str) -> dict[str, str | None]:
-    """Return what tells a class from outside from another one: its name, and its file's SHA-256.
+    """Return the identity of a third-party class: its name and the SHA-256 of its file.
 
-    Of ours the version tells, and of the libraries that we stand on theirs.
+    Classes of Tritter and of its dependencies are identified by the version of the package.
 
     Args:
-        kind: the class, or its dotted name; one of those libraries is then not imported.
+        kind: the class, or its dotted name, which is not imported if a dependency defines it.
     """
     module = kind if isinstance(kind, str) else kind.__module__
     if module.partition(".")[0] in _WITH_A_VERSION:
@@ -112,23 +113,23 @@ def identity(kind: type | str) -> dict[str, str | None]:
         return identity(imported(kind))
     try:
         digest = sha256(Path(inspect.getfile(kind)).read_bytes()).hexdigest()
-    except (TypeError, OSError):  # it stands in no file
+    except (TypeError, OSError):  # defined in no file
         digest = None
     return {TARGET: dotted(kind), "sha256": digest}
 
 
 @lru_cache
 def parsed_module(name: str) -> ast.Module:
-    """Return the source of a module that is not imported, since that is slow.
+    """Return the syntax tree of a module without importing it, which is slow.
 
     Args:
-        name: dotted; a package's is its `__init__`.
+        name: dotted name of a module or package.
     """
     top, *rest = name.split(".")
     spec = find_spec(top)
     assert spec is not None and spec.submodule_search_locations
-    place = Path(spec.submodule_search_locations[0], *rest)
-    path = place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
+    stem = Path(spec.submodule_search_locations[0], *rest)
+    path = stem / "__init__.py" if stem.is_dir() else stem.with_suffix(".py")
     return ast.parse(path.read_text(encoding="utf-8"))
 
 
@@ -136,7 +137,7 @@ def parameters_of(kind: type | str) -> Mapping[str, Parameter]:
     """Return the arguments of a class.
 
     Args:
-        kind: the class; or the dotted name of one whose source is read in place of an import.
+        kind: the class, or its dotted name: its source is then parsed instead of imported.
     """
     if not isinstance(kind, str):
         return inspect.signature(kind).parameters
@@ -144,15 +145,19 @@ def parameters_of(kind: type | str) -> Mapping[str, Parameter]:
     classes = (n for n in parsed_module(module).body if isinstance(n, ast.ClassDef))
     body = next((node.body for node in classes if node.name == name), [])
     functions = (node for node in body if isinstance(node, ast.FunctionDef))
-    made = next((each.args for each in functions if each.name == "__init__"), None)
-    if made is None:
+    signature = next((each.args for each in functions if each.name == "__init__"), None)
+    if signature is None:
         return inspect.signature(imported(kind)).parameters
-    required = [Parameter.empty] * (len(made.args) - len(made.defaults))
-    defaults = [*required, *made.defaults, *(each or Parameter.empty for each in made.kw_defaults)]
-    stated = zip([*made.args, *made.kwonlyargs], defaults, strict=True)
+    required = [Parameter.empty] * (len(signature.args) - len(signature.defaults))
+    defaults = [
+        *required,
+        *signature.defaults,
+        *(each or Parameter.empty for each in signature.kw_defaults),
+    ]
+    pairs = zip([*signature.args, *signature.kwonlyargs], defaults, strict=True)
     return {
         each.arg: Parameter(each.arg, Parameter.KEYWORD_ONLY, default=default)
-        for each, default in stated
+        for each, default in pairs
         if each.arg != "self"
     }
 
@@ -163,7 +168,7 @@ def values_of(record: Any) -> dict[str, Any]:
 
 
 def plain(value: Any) -> Any:
-    """Return a value as plain ones; of a record that an option holds what a person would write."""
+    """Return a value as plain lists and dicts; a record as a user would write it in a config."""
     if isinstance(value, Mapping):
         return {name: plain(each) for name, each in value.items()}
     if not is_dataclass(value) or isinstance(value, type):
@@ -176,21 +181,22 @@ def plain(value: Any) -> Any:
 
 
 def argument_problems(
-    kind: type | str, arguments: Mapping[str, Any], *, key: str, given: tuple[str, ...] = ()
+    kind: type | str, arguments: Mapping[str, Any], *, key: str, reserved: tuple[str, ...] = ()
 ) -> Iterator[Problem]:
-    """Yield arguments that a class doesn't take, and those that it needs besides.
+    """Yield a problem for each unknown argument and for each missing one.
 
     Args:
         kind: see `parameters_of`.
-        key: below which the arguments stand.
-        given: arguments that are given by ourselves.
+        arguments: argument → value.
+        key: section of the config that holds the arguments.
+        reserved: arguments that the caller sets itself.
     """
     parameters = parameters_of(kind)
     name_of_class = dotted(kind).rpartition(".")[2]
     named = [n for n, p in parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
-    # Lightning passes what it doesn't know on to where nobody tells a typo
+    # Lightning forwards unknown arguments to code that does not report typos
     is_open = len(named) < len(parameters) and not dotted(kind).startswith("lightning.")
-    allowed = [name for name in named if name not in given]
+    allowed = [name for name in named if name not in reserved]
     for name, value in arguments.items():
         if name not in allowed and not is_open:
             reason = f"{name_of_class} has no such argument; it has {', '.join(allowed) or 'none'}"
@@ -203,21 +209,21 @@ def argument_problems(
 
 
 def building_problem(kind: type, arguments: Mapping[str, Any], *, key: str) -> Any | Problem:
-    """Return an instance of a class, or what it says of its arguments."""
+    """Return an instance of a class, or the problem that its constructor raised."""
     try:
         with quietly():
             return kind(**built(arguments))
-    except Exception as error:  # whatever a class of somebody else raises
-        said = " ".join(str(error).split()) or type(error).__name__
-        name = next((n for n in arguments if n in said.replace("`", " ").split()), None)
+    except Exception as error:  # third-party classes may raise anything
+        message = " ".join(str(error).split()) or type(error).__name__
+        name = next((n for n in arguments if n in message.replace("`", " ").split()), None)
         where = key if name is None else f"{key}.{name}"
         value = arguments if name is None else arguments[name]
-        return Problem(where, value, reason=said.rstrip("."))
+        return Problem(where, value, reason=message.rstrip("."))
 
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """Keep notices of something that is imported or built for trial away."""
+    """Silence log messages and warnings of a trial import or build."""
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -230,17 +236,17 @@ def quietly() -> Iterator[None]:
 
 def _found(key: str, target: str) -> Any:
     names = target.split(".")
-    node, place = _module(key, target, names[0]), names[0]
+    node, parent = _module(key, target, names[0]), names[0]
     for name in names[1:]:
         inner = getattr(node, name, None)
         if inner is None and inspect.ismodule(node) and hasattr(node, "__path__"):
             # A package may have deleted the attribute, as torch.optim does with adamw
-            inner = _module(key, target, f"{place}.{name}", is_optional=True)
+            inner = _module(key, target, f"{parent}.{name}", is_optional=True)
         if inner is None:
-            near = nearest(name, [word for word in dir(node) if not word.startswith("_")])
-            reason = f"{place} has no {name}"
+            near = nearest(name, [other for other in dir(node) if not other.startswith("_")])
+            reason = f"{parent} has no {name}"
             raise RequestError(Problem(key, target, reason=reason, nearest=near))
-        node, place = inner, f"{place}.{name}"
+        node, parent = inner, f"{parent}.{name}"
     return node
 
 
@@ -250,24 +256,22 @@ def _module(key: str, target: str, name: str, *, is_optional: bool = False) -> A
     except ModuleNotFoundError as error:
         if error.name == name and is_optional:
             return None
-        reason = f"there is no module {name}{_beside(name)}"
+        reason = f"there is no module {name}{_import_path_hint(name)}"
         if error.name != name:
             reason = f"{name} needs the module {error.name}, which is not installed"
         raise RequestError(Problem(key, target, reason=reason)) from error
-    # The border to code of other people: whatever it raises is told with its name
+    # Third-party code may raise anything: report the error with its type
     except Exception as error:
-        told = " ".join(str(error).split())
-        reason = f"importing {name} failed ({type(error).__name__}: {told})"
+        message = " ".join(str(error).split())
+        reason = f"importing {name} failed ({type(error).__name__}: {message})"
         raise RequestError(Problem(key, target, reason=reason)) from error
 
 
-def _beside(name: str) -> str:
-    """Say so where a module lies in the folder that a person stands in, which is not looked in."""
+def _import_path_hint(name: str) -> str:
+    """Return a hint if the module is in the working directory but not on the import path."""
     here = Path.cwd()
     if not (here / f"{name}.py").is_file() and not (here / name).is_dir():
         return ""
     if str(here) in sys.path:
         return ""
-    return (
-        f"; Python does not look in this folder, where one lies: install it, or PYTHONPATH={here}"
-    )
+    return f"; the working directory has one but is not on sys.path: set PYTHONPATH={here}"

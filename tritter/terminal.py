@@ -1,9 +1,8 @@
-"""The border to the terminal: text is shown, and never steers it.
+"""Terminal output that escapes control characters.
 
-Names of tensors and files, arguments, tokens of a model and fields of a lineage come from anywhere.
-An escape sequence among them could clear the screen, change its title or hide what is said; an
-override of direction could turn a line around. All that is printed goes through here, and what is
-no visible sign appears as its escape.
+Names of tensors and files, arguments, tokens and lineage fields are untrusted. Escape sequences in
+them could clear the screen, change its title or hide output; a direction override could reverse a
+line. All output passes through this module, which prints non-printable characters as escapes.
 """
 
 import os
@@ -26,25 +25,25 @@ NewBar = Callable[[str], ShowProgress | None]
 
 
 def no_bar(label: str) -> None:
-    """Show no bar of a label."""
+    """Show no progress bar."""
 
 
 def harmless(text: str) -> str:
-    r"""Return text with everything that is no visible sign written as its escape, such as \x1b.
+    r"""Return text with each non-printable character escaped, such as \x1b.
 
     Line breaks and tabs stay.
     """
     if text.isprintable():
         return text
-    return "".join(sign if sign in _LAYOUT else _visible(sign) for sign in text)
+    return "".join(char if char in _LAYOUT else _visible(char) for char in text)
 
 
-def _visible(sign: str) -> str:
-    return sign if sign.isprintable() else ascii(sign)[1:-1]
+def _visible(char: str) -> str:
+    return char if char.isprintable() else ascii(char)[1:-1]
 
 
 def say(text: str, *, is_error: bool = False) -> None:
-    """Print a line, whatever is in it and whatever the terminal's encoding."""
+    """Print a line, escaped for the encoding of the terminal."""
     stream = sys.stderr if is_error else sys.stdout
     shown = _encodable(harmless(text), getattr(stream, "encoding", None) or "utf-8")
     try:
@@ -54,7 +53,7 @@ def say(text: str, *, is_error: bool = False) -> None:
 
 
 def close_pipe() -> None:
-    """Let nothing more go to a reader that left (`| head`): Python flushes when it ends."""
+    """Redirect output to devnull if its reader is closed (`| head`): Python flushes on exit."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for stream in (sys.stdout, sys.stderr):
         try:
@@ -68,22 +67,22 @@ def _encodable(text: str, encoding: str) -> str:
 
 
 class Console(RichConsole):
-    """Rich's console, whose text is harmless in tables, notes and progress alike.
+    """Rich console that escapes the text of tables, notes and progress bars.
 
-    In a file or a pipe no line ends with blanks.
+    In a file or a pipe, lines have no trailing blanks.
     """
 
     def on_broken_pipe(self) -> None:
         raise Stopped(signal.SIGPIPE)
 
     def printable(self, text: str) -> str:
-        """Return text for one line: what the terminal cannot show is written as its escape."""
+        """Return text for one line, with escapes for characters that the terminal can't show."""
         if not self.encoding.startswith("utf"):
             text = text.replace("→", "->")
         return _encodable("".join(map(_visible, text)), self.encoding)
 
     def shortened(self, text: str, num_characters: int) -> str:
-        """Return printable text, cut with two dots: Rich's own ellipsis is not ASCII."""
+        """Return printable text, truncated with two dots: Rich's ellipsis is not ASCII."""
         text = self.printable(text)
         return text if len(text) <= num_characters else text[: num_characters - 2] + ".."
 
@@ -94,14 +93,14 @@ class Console(RichConsole):
         return segments if self.is_terminal else _without_trailing_blanks(segments)
 
     def _harmless(self, segment: Segment) -> Segment:
-        # Control codes are Rich's own: what was given as text never becomes one
+        # Control codes are Rich's own: text never becomes one
         if segment.control or (segment.text.isascii() and segment.text.isprintable()):
             return segment
         return Segment(_encodable(harmless(segment.text), self.encoding), segment.style)
 
 
 def _without_trailing_blanks(segments: Iterable[Segment]) -> Iterator[Segment]:
-    blanks: list[Segment] = []  # which end the line, or come before further text
+    blanks: list[Segment] = []  # trailing blanks, unless more text follows
     for segment in segments:
         if segment.control:
             yield segment
@@ -119,21 +118,21 @@ def _without_trailing_blanks(segments: Iterable[Segment]) -> Iterator[Segment]:
 
 
 def shows_bar(mode: str, console: Console) -> bool:
-    """Say whether `trainer.progress` asks for bars: `on`, or `auto` on a terminal."""
+    """Return True if `trainer.progress` enables bars: `on`, or `auto` on a terminal."""
     return mode == "on" or (mode == "auto" and console.is_terminal)
 
 
 @contextmanager
 def progress_bars(console: Console, *, is_shown: bool) -> Iterator[NewBar]:
-    """Yield a function that makes a progress bar of a label; it makes none if none is to be shown.
+    """Yield a function that makes a progress bar from a label, or no bar unless `is_shown`.
 
-    A bar shows how many are done and the time left. It appears when it is first updated, below the
-    others, and all disappear at the end.
+    A bar shows the count and the remaining time. It appears at its first update, below the other
+    bars. All bars disappear at the end.
     """
     if not is_shown:
         yield no_bar
         return
-    from rich import progress  # slow to import, and needed on a terminal alone
+    from rich import progress  # slow to import, and needed on a terminal only
 
     columns = (
         progress.TextColumn("{task.description}", markup=False),

@@ -69,11 +69,11 @@ def main() -> None:
         nonlocal count
         model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
         if is_watched:
-            grower.pressure.observe(model, grower.places)
-            grower.maturity.before_update(model, grower.places, count)
+            grower.pressure.observe(model, grower.blocks)
+            grower.maturity.before_update(model, grower.blocks, count)
         optimizer.step()
         if is_watched:
-            grower.maturity.after_update(model, grower.places)
+            grower.maturity.after_update(model, grower.blocks)
         optimizer.zero_grad()
         count += 1
 
@@ -106,16 +106,16 @@ def event(
 ) -> float:
     """Let all layers grow; return the seconds beyond the forward and backward pass of its step."""
     seen = ActivationRecorder(1024)
-    handles = attach(model, grower.places, seen)
+    handles = attach(model, grower.blocks, seen)
     model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
     since = time.process_time()
     for handle in handles:
         handle.remove()
-    grower.pressure.observe(model, grower.places)
-    growth = grower.growth(model, dict.fromkeys(range(6), 10), seen.looks(), step=10**6)
+    grower.pressure.observe(model, grower.blocks)
+    growth = grower.growth(model, dict.fromkeys(range(6), 10), seen.probes(), step=10**6)
     assert growth is not None
     apply_plain(model, growth.change, optimizer=optimizer)
-    grower.grown(model, growth, step=10**6)
+    grower.record_event(model, growth, step=10**6)
     return time.process_time() - since
 
 

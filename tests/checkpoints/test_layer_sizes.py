@@ -185,7 +185,7 @@ def test_padding_that_was_written_to_is_refused(tmp_path: Path) -> None:
 def test_widths_of_another_model_are_refused(tmp_path: Path, sizes: list[int]) -> None:
     folder = written(uneven("llama", SIZES), tmp_path / "model")
     _edited(folder, lambda plain: plain.update(ffn_sizes=sizes))
-    with pytest.raises(TritterError, match=r"ffn_sizes = .*allowed is a width"):
+    with pytest.raises(TritterError, match=r"ffn_sizes = .*must be a width"):
         read_config(folder)
 
 
@@ -193,7 +193,7 @@ def test_config_json_may_not_state_widths(tmp_path: Path) -> None:
     folder = oracle.saved(oracle.tiny_llama(), tmp_path / "model")
     plain = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**plain, "ffn_sizes": list(SIZES)}))
-    with pytest.raises(TritterError, match=r"stand in tritter\.json"):
+    with pytest.raises(TritterError, match=r"belong in tritter\.json"):
         read_config(folder)
 
 
@@ -251,7 +251,7 @@ def test_what_needs_layers_of_one_width_is_refused(spec: ExpansionSpec, reason: 
 def test_experts_have_one_width(tmp_path: Path) -> None:
     folder = written(tiny("mixtral"), tmp_path / "model")
     _edited(folder, lambda plain: plain.update(ffn_sizes=list(SIZES)))
-    with pytest.raises(TritterError, match="share one tensor"):
+    with pytest.raises(TritterError, match="stacks the experts"):
         read_config(folder)
 
 

@@ -193,7 +193,7 @@ def test_a_record_names_no_file_outside(run: Run, place: Path) -> None:
     path.write_text(signed_text(plain))
     refused = run("export --checkpoint grown --output out")
     assert refused.code == 2
-    assert "allowed is the name of a file inside the folder" in refused.err
+    assert "must be the name of a file inside the folder" in refused.err
     verified = run("history grown --verify")
     assert verified.code == 3
     assert "name of a file inside the folder" in " ".join(verified.out.split())

@@ -104,11 +104,11 @@ def test_a_rule_that_is_none_is_refused(
 
 @pytest.mark.parametrize("name", ["", "Omega", "../sigma", "sigma/x", "state.json", "o" * 61])
 def test_a_kind_has_a_name_that_is_a_folders(name: str) -> None:
-    with pytest.raises(TritterError, match="names no kind of state"):
+    with pytest.raises(TritterError, match="is not a kind of state"):
         register(name, RULE)
 
 
 def test_a_kind_has_one_rule() -> None:
     register("fisher", STATE_KINDS["fisher"])
-    with pytest.raises(TritterError, match="fisher is registered with another rule"):
+    with pytest.raises(TritterError, match="fisher is already registered with a different rule"):
         register("fisher", StateKind(Quantity.WEIGHT, "zero"))

@@ -203,7 +203,7 @@ def test_settings_and_names_that_files_have_no_signs_for(run: Run, runs: Path, k
     [
         (lambda path: path.unlink(), "no scores/attempt_1-trained.json"),
         (lambda path: path.write_text("{"), "cannot be read"),
-        (lambda path: path.write_text('{"prose": 3}'), "scores are no record"),
+        (lambda path: path.write_text('{"prose": 3}'), "scores are not a JSON object"),
         (
             lambda path: path.write_text(path.read_text().replace("d7", "d8", 1)),
             "not paired: different documents",
@@ -230,7 +230,7 @@ def test_damaged_scores_leave_the_rest(run: Run, runs: Path, damage: Any, said: 
         ("first first", "needs two or more"),
         ("first better base", "RUN = base: no finished run is in it"),
         ("nowhere first", "it is not a folder"),
-        ("first better --output page.pdf", "allowed is one of .html, .csv, .json"),
+        ("first better --output page.pdf", "must be one of .html, .csv, .json"),
         ("first better --output base.csv", "it is a folder"),
         (
             "first better --output there.json --overwrite",

@@ -101,13 +101,13 @@ REFUSED = {
     f"{ADD} --domain code": "--domain-data is missing",
     f"{ADD} --steps 3": "--domain-data is missing",
     f"{ADD} --domain-data nowhere": "nowhere: there is no such file",
-    f"{ADD} --domain-data data/empty": "the folder holds no file",
+    f"{ADD} --domain-data data/empty": "the folder is empty",
     f"{ADD} --domain-data data/code --dtype bfloat16": "--dtype = bfloat16: not with --domain-data",
     f"{ADD} --domain-data data/code --moments zero": "--moments = zero: not with --domain-data",
     f"{TRAIN} --old-data old --domain old": "--domain = old: that is what the old text",
-    f"{ADD} --expert-init best": "--expert-init = best: domain data chooses the expert",
+    f"{ADD} --expert-init best": "--expert-init = best: domain data selects the expert",
     f"{ADD} --expert-init distill --teacher base": "--expert-init = distill: new experts learn",
-    f"{TRAIN} --expert-init distill": "--teacher = null: --expert-init=distill learns from",
+    f"{TRAIN} --expert-init distill": "--teacher = null: --expert-init=distill requires a",
     f"{TRAIN} --expert-init distill --teacher x": "--teacher = x: no such folder",
     "expand --checkpoint base --method moe-add --addition replicate --domain-data data/code":
         "appends no experts",
@@ -136,10 +136,10 @@ def test_text_that_cannot_be_read_is_listed_and_nothing_written(run: Run, base: 
     before = snapshot(base.parent)
     result = run(f"{TRAIN} --old-data old")
     assert result.code == 2
-    assert "2 things are wrong with the text:" in result.err
+    assert "the data has 2 problems:" in result.err
     lines = " ".join(result.err.split())
-    assert f"--domain-data: {base.parent}/data/code/bad.jsonl, line 1 is no JSON object" in lines
-    assert f"--old-data: {base.parent}/old/bad.txt is no UTF-8" in lines
+    assert f"--domain-data: {base.parent}/data/code/bad.jsonl, line 1 is a number" in lines
+    assert f"--old-data: {base.parent}/old/bad.txt is not UTF-8" in lines
     assert snapshot(base.parent) == before
 
 
@@ -150,7 +150,7 @@ def test_what_cannot_fit_is_refused_in_words_of_this_command(
     before = snapshot(base.parent)
     result = run(TRAIN)
     assert result.code == 2
-    assert result.err.startswith("error: training the grown model of ")
+    assert result.err.startswith("error: training the grown model with ")
     assert "trainer." not in result.err and "at most about " in result.err
     assert snapshot(base.parent) == before
 

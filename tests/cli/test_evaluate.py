@@ -57,7 +57,7 @@ def test_benchmarks_from_files(run: Run, tasks: Path) -> None:
     words = "evaluate --checkpoint base --tasks arc_easy --tasks-path files --data n=notes.txt"
     result = run(f"{words} --limit 3 --output found.json")
     assert result.code == 0, result.err
-    assert "uniform" in result.out and "3 of 4 questions were asked" in result.out
+    assert "uniform" in result.out and "Scored 3 of 4 questions" in result.out
     assert "written  found.json" in result.out
     found = json.loads((tasks / "found.json").read_text())
     held = found["benchmarks"]["arc_easy"]
@@ -85,7 +85,7 @@ def test_programs_are_run_only_when_allowed_by_name(run: Run, tasks: Path) -> No
     refused = run(words)
     assert refused.code == 2 and "--allow-code humaneval" in refused.err
     allowed = run(f"{words} --allow-code humaneval --limit 1 --json")
-    if "no sandbox that holds" in allowed.err or "could not be set up" in allowed.err:
+    if "sandbox of this system leaks" in allowed.err or "can't be set up" in allowed.err:
         pytest.skip(allowed.err)
     assert allowed.code == 0, allowed.err
     held = allowed.json["benchmarks"]["humaneval"]
@@ -98,12 +98,12 @@ def test_without_a_sandbox_no_program_is_run(
     run: Run, tasks: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(self: object) -> None:
-        raise RequestError("code: this system gives no sandbox that holds; --code-sandbox CMD.")
+        raise RequestError("code: the sandbox of this system leaks; --code-sandbox CMD.")
 
     monkeypatch.setattr("tritter.evaluation.code.sandbox.NamespaceSandbox.check", refuse)
     words = "evaluate --checkpoint base --tasks humaneval --tasks-path files --allow-code humaneval"
     result = run(words)
-    assert result.code == 2 and "no sandbox that holds" in result.err
+    assert result.code == 2 and "sandbox of this system leaks" in result.err
 
 
 @pytest.mark.quick_cases(2)
@@ -118,7 +118,7 @@ def test_without_a_sandbox_no_program_is_run(
             "--tasks arc_easy --tasks-path nowhere",
             "--tasks-path = nowhere: there is no such folder",
         ),
-        ("--tasks piqa --tasks-path files", "no file of piqa lies there"),
+        ("--tasks piqa --tasks-path files", "it has no file of piqa"),
         ("--tasks-path files", "name the benchmarks, --tasks NAMES"),
         ("--tasks arc_easy --allow-code piqa", "--allow-code = piqa: allowed are humaneval, mbpp"),
         ("--tasks arc_easy --limit 0", "'--limit'"),

@@ -57,7 +57,7 @@ def test_the_default_place_and_what_is_said(run: Run, place: Path) -> None:
         "hidden size 24 32 1.33 times",
         "layers 3 5 1.67 times",
         "hidden_size 24 → 32",
-        "head counts stay",
+        "head counts unchanged",
         "layers from 0 1 1 2 2",
         "exact yes",
         "written base-width-llama-pro",
@@ -396,7 +396,7 @@ def test_what_only_reading_finds_fails_and_leaves_nothing(run: Run, place: Path)
     before = snapshot(place)
     result = run("expand --checkpoint base --method width")
     assert result.code == 2
-    assert "model.norm.weight would hold values that are not finite" in result.err
+    assert "model.norm.weight would contain values that are not finite" in result.err
     assert snapshot(place) == before
 
 

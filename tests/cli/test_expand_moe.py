@@ -34,7 +34,7 @@ def test_a_dense_model_becomes_a_sparse_one(
     text = " ".join(result.out.split())
     assert f"exact {'yes' if is_exact else 'no'}" in text
     assert f"experts a layer - {after.config.num_local_experts}" in text
-    assert "llama → mixtral" in text and "parameters are active for a token" in text
+    assert "llama → mixtral" in text and "parameters are active per token" in text
     assert AutoTokenizer.from_pretrained(tmp_path / "grown")("the")["input_ids"]
 
 
@@ -94,7 +94,7 @@ def test_the_experts_of_a_result_go_on(run: Run, place: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("--method moe --num-experts 2 --experts-per-token 3", "--experts-per-token = 3: a token"),
+        ("--method moe --num-experts 2 --experts-per-token 3", "--experts-per-token = 3: a layer"),
         ("--method moe --num-experts 1", "--num-experts = 1"),
         ("--method moe --reinit-fraction 1", "--reinit-fraction = 1:"),
         ("--method moe --sparse-layers 1", "--sparse-layers: it leaves layers 0, 2 dense"),

@@ -233,7 +233,7 @@ def test_the_card_says_how_all_of_it_is_loaded(place: Path, mixture: ExpertMixtu
     scope: dict[str, object] = {}
     for block in blocks:
         exec(block.replace("PATH_OF_THIS_FOLDER", str(place / "whole")), scope)
-    with mixture.alone("e0"):
+    with mixture.only("e0"):
         expected = logits(mixture.model, tokens(300))
     one = scope["one"]
     assert isinstance(one, torch.nn.Module)

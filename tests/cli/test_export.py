@@ -123,7 +123,7 @@ def test_what_is_left_out_is_told(run: Run, place: Path) -> None:
         ("--checkpoint base --output out --expert-layout hub", "llama model has no experts"),
         ("--checkpoint base --output out --config base --no-state", "--config, --no-state: "),
         ("--checkpoint run.ckpt --output out", "--config is missing"),
-        ("--checkpoint run.ckpt --output out --config run.ckpt", "allowed is a config.json"),
+        ("--checkpoint run.ckpt --output out --config run.ckpt", "must be a config.json"),
         ("--checkpoint run.ckpt --output out --config elsewhere", "elsewhere: no such folder"),
         ("--checkpoint run.ckpt --output out --config empty", "holds no config.json"),
         ("--checkpoint run.ckpt --output out --config base --prefix a.", "--prefix = a.: "),

@@ -58,7 +58,7 @@ def test_every_expert_is_a_stock_adapter(run: Run, place: Path, mixture: ExpertM
     assert sorted(path.name for path in (place / "out").iterdir()) == ["e0", "e1", "e2"]
     for name in mixture.adapters:
         theirs = PeftModel.from_pretrained(stock(place / "root"), place / "out" / name)
-        with mixture.alone(name):
+        with mixture.only(name):
             difference = (logits(theirs, TOKENS) - logits(mixture.model, TOKENS)).abs().max()
         assert difference < 1e-4
         config = PeftConfig.from_pretrained(place / "out" / name)

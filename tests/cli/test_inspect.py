@@ -192,7 +192,7 @@ def test_the_folder_of_a_run_is_answered_with_its_checkpoint(run: Run, place: Pa
     (place / "base").rename(place / "run" / "checkpoint")
     for words in ("inspect run", "history run", "validate --source run --result run"):
         result = run(words)
-        assert result.code == 2 and "no config.json; one lies in" in result.err, words
+        assert result.code == 2 and "no config.json; the checkpoint is in" in result.err, words
         assert "run/checkpoint" in result.err
 
 

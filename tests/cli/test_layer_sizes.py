@@ -45,4 +45,4 @@ def test_an_export_has_no_widths(run: Run, folder: Path) -> None:
 
 def test_moe_is_refused_with_the_way_out(run: Run, folder: Path) -> None:
     result = run("expand --checkpoint uneven --output sparse --method moe")
-    assert result.code == 2 and "export --format hf pads them" in result.err
+    assert result.code == 2 and "pad the FFNs with export --format hf" in result.err

@@ -13,7 +13,7 @@ from tritter.errors import RequestError, TritterError
 
 UNBUILDABLE: dict[str, tuple[dict[str, Any], str]] = {
     "activation": ({"hidden_act": "nosuch"}, "hidden_act = nosuch is not known"),
-    "padding": ({"pad_token_id": 300}, "pad_token_id = 300 is no token of a vocabulary of 300"),
+    "padding": ({"pad_token_id": 300}, "pad_token_id = 300 is outside the vocabulary of 300"),
     "padding below": ({"pad_token_id": -301}, "pad_token_id = -301"),
     "rotary kind": (
         {"rope_parameters": {"rope_type": "nosuch", "rope_theta": 1e4}},

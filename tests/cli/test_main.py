@@ -139,10 +139,10 @@ def test_expand_without_a_method_says_both_ways_to_name_one(run: Run) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("dus --target-layers four", "--target-layers = four: allowed is a whole number at least"),
-        ("dus --target-layers 0", "--target-layers = 0: allowed is a whole number at least 2"),
-        ("width --noise much", "--noise = much: allowed is a number at least 0"),
-        ("llama-pro --positions 1,x", "--positions = [1,x]: allowed is a list of whole numbers"),
+        ("dus --target-layers four", "--target-layers = four: must be a whole number at least"),
+        ("dus --target-layers 0", "--target-layers = 0: must be a whole number at least 2"),
+        ("width --noise much", "--noise = much: must be a number at least 0"),
+        ("llama-pro --positions 1,x", "--positions = [1,x]: must be a list of whole numbers"),
         ("llama-pro --positions 1,", "--positions = "),
         ("llama-pro --positions -1", "--positions = [-1]"),
         ("moe --sparse-layers 1.5", "--sparse-layers = [1.5]"),

@@ -55,9 +55,9 @@ def test_replicate_is_stock_loadable(run: Run, base: Path) -> None:
     ("words", "told"),
     [
         ("--clone-from 4", "--clone-from"),
-        ("--clone-from x", "--clone-from = [x]: allowed is a list of whole numbers"),
-        ("--expert-init mean --clone-from 1", "none; use --expert-init=clone"),
-        ("--expert-init distill", "--expert-init=distill learns from a teacher"),
+        ("--clone-from x", "--clone-from = [x]: must be a list of whole numbers"),
+        ("--expert-init mean --clone-from 1", "does not clone an expert; use --expert-init=clone"),
+        ("--expert-init distill", "--expert-init=distill requires a teacher"),
         ("--expert-init best-of", "--expert-init"),
         ("--addition twice", "--addition"),
         ("--addition replicate --num-experts 3", "--num-experts = 3: --addition=replicate"),

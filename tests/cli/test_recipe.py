@@ -108,7 +108,7 @@ dtype: int8
         "10 things",
         "sed = 3 (in grow.yaml, line 9): there is no such key; a recipe has steps, seed",
         "Did you mean seed?",
-        "dtype = int8 (in grow.yaml, line 10): allowed is one of float32",
+        "dtype = int8 (in grow.yaml, line 10): must be one of float32",
         "widht = {hidden_size:48} (in grow.yaml, line 2): there is no such method",
         "Did you mean width?",
         "width.hidden_siz = 48 (in grow.yaml, line 3)",

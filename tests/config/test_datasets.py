@@ -43,7 +43,8 @@ def test_names_in_every_form(run_there: Run, place: Path, pipeline: FakePipeline
     result = run_there(*words, "data.new={a:hf:@/saved:test#text,b:hf:@/saved:train[1:2]}")
     assert result.code == 2  # of rows.csv there is no such column
     assert (
-        f"data.old: hf:{place}/rows.csv[:7]#body has no column body; it has story, n" in result.err
+        f"data.old: hf:{place}/rows.csv[:7]#body has no column body; available: story, n"
+        in result.err
     )
     names = "data.new={a:hf:@/saved:test#text,b:'@/saved:train[1:2]'}"
     result = run_there("data.old=stdlib:prose", *words[1:], names)
@@ -72,10 +73,10 @@ def test_all_that_is_wrong_is_listed_before_anything_is_written(
     assert (result.code, result.written, pipeline.configs) == (2, [], [])
     lines = result.err.replace(str(place), "@").splitlines()
     heads = [
-        "error: 3 things are wrong with the text:",
-        "  data.old: hf:@/saved:trian has no split trian; it has train, test. Did you mean train?",
-        "  data.new: hf:me/stories is not cached in @/cache, and HF_HUB_OFFLINE keeps from the hub",
-        "  data.new: hf:@/saved#n holds int64 in its column n, no text.",
+        "error: the data has 3 problems:",
+        "  data.old: hf:@/saved:trian has no split trian; available: train, test. Did you mean",
+        "  data.new: hf:me/stories is not cached in @/cache, and HF_HUB_OFFLINE disables",
+        "  data.new: hf:@/saved#n has int64 in column n, not text.",
         "Nothing was written.",
     ]
     assert [line.startswith(head) for line, head in zip(lines, heads, strict=True)] == [True] * 5
@@ -87,15 +88,15 @@ def test_all_that_is_wrong_is_listed_before_anything_is_written(
     [
         (["data.new=@/savd"], "data.new = @/savd: there is no such file or folder. Did you mean"),
         (["data.new=@/rows.csv", "data.streming=true"], "Did you mean data.streaming?"),
-        (["data.new=@/rows.csv", "data.max_rows=0"], "data.max_rows = 0: allowed is"),
+        (["data.new=@/rows.csv", "data.max_rows=0"], "data.max_rows = 0: must be"),
         (["data.new=@/rows.csv", "data.text_field=a"], "data.text_field is not a key of data=hf"),
-        (["data.new=hf:stories"], "allowed is hf:OWNER/NAME[@REVISION]"),
-        (["data.new=hf:me/stories[:5%]"], "FROM and TO counted in rows"),
+        (["data.new=hf:stories"], "the format is hf:OWNER/NAME[@REVISION]"),
+        (["data.new=hf:me/stories[:5%]"], "FROM and TO count rows"),
         (["data.new={a:@/saved,b:@/rows.csv}", "data.weights={c:1}"],
-         "data.weights.c = 1.0: there is no such new domain; there are a, b."),
+         "data.weights.c = 1.0: there is no such new domain; available: a, b."),
         (["data.new={a:@/saved,b:stdlib:code}", "data.weights={a:0}"], "data.weights = {a:0}: "),
         (["data.new={a:@/saved}", "data.weights={a:2}"], "its task has no other domain"),
-        ([], "data.new = null: name the text to train on"),
+        ([], "data.new = null: set the data to train on"),
     ],
 )  # fmt: skip
 def test_what_is_refused(run_there: Run, place: Path, words: list[str], told: str) -> None:
@@ -107,7 +108,7 @@ def test_what_is_refused(run_there: Run, place: Path, words: list[str], told: st
 def test_data_sets_are_for_hf_alone(run: Run) -> None:
     result = run("data=text", "data.old=stdlib:prose", "data.new=hf:me/stories#a")
     assert result.code == 2
-    assert "data.new = hf:me/stories#a: data sets are read with data=hf." in result.err
+    assert "data.new = hf:me/stories#a: data sets require data=hf." in result.err
 
 
 @pytest.mark.parametrize(

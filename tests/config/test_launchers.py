@@ -88,8 +88,8 @@ def test_jobs_side_by_side_have_to_fit_together(
     monkeypatch.setattr(memory, "machine_memory", lambda: 9 * 10**9)  # for one, and a half
     refused = run(*words, "hydra/launcher=joblib", "hydra.launcher.n_jobs=3")
     assert (refused.code, refused.written) == (2, [])
-    assert "hydra/launcher = joblib: it runs 2 jobs at a time, which take" in refused.err
-    assert "1 at a time fit" in refused.err
+    assert "hydra/launcher = joblib: 2 parallel jobs require" in refused.err
+    assert "1 in parallel fit" in refused.err
     assert run(*words).code == 0 and len(pipeline.configs) == 2
 
 

@@ -16,7 +16,12 @@ from tritter.config.schema import RunConfig
 from tritter.config.validation import source_config
 from tritter.core.families import family_of
 from tritter.planning import run_memory as memory
-from tritter.planning.run_memory import TrainingMemory, memory_notes, memory_problems, trainings
+from tritter.planning.run_memory import (
+    TrainingMemory,
+    memory_notes,
+    memory_problems,
+    training_needs,
+)
 from tritter.training import OptimizerSettings
 
 Run = Callable[..., Result]
@@ -31,7 +36,7 @@ def has(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 
 def held(*words: str) -> dict[str, TrainingMemory]:
     config = load_config([*words])
-    return {each.model: each for each in trainings(config, source_config(config))}
+    return {each.model: each for each in training_needs(config, source_config(config))}
 
 
 def problems(config: RunConfig) -> str:
@@ -44,9 +49,9 @@ def test_a_run_that_cannot_fit_is_refused_before_anything_is_written(
     has(8 * GB)
     result = run("model=tritter_14b")
     assert (result.code, result.written, pipeline.configs) == (2, [], [])
-    assert "trainer.check_memory = true: training the grown model of 5" in result.err
+    assert "trainer.check_memory = true: training the grown model with 5" in result.err
     assert "this machine has 8.0 GB; at most about " in result.err
-    assert "trainer.check_memory=false tries it all the same" in result.err
+    assert "trainer.check_memory=false disables this check" in result.err
     assert run("model=tritter_14b", "trainer.check_memory=false").code == 0
     assert run("model=tritter_14b", "--cfg", "job").code == 0
     assert run("model=tiny").code == 0
@@ -104,10 +109,10 @@ def test_a_note_says_that_activations_computed_again_would_fit(
     words = ["model=small", "data.batch_size=512", "data.sequence_length=512"]
     config = load_config(words)
     source = source_config(config)
-    needed = max(each.states + each.activations for each in trainings(config, source))
+    needed = max(each.states + each.activations for each in training_needs(config, source))
     has(needed * 3 // 4)
     (note,) = memory_notes(config, source)
-    assert note.endswith("and with trainer.activation_checkpointing=true it fits")
+    assert note.endswith("trainer.activation_checkpointing=true, with which it fits")
 
 
 @pytest.mark.full
@@ -151,7 +156,7 @@ def test_what_is_frozen_has_no_gradients_and_no_moments() -> None:
 def test_a_teacher_is_held_once_in_the_machines_memory(has: Callable[[int], None]) -> None:
     words = ["model=tiny", "expansion=llama_pro", "forgetting=[distill,replay]"]
     config = load_config([*words, "trainer=ddp", "trainer.devices=4"])
-    base, grown = trainings(config, source_config(config))
+    base, grown = training_needs(config, source_config(config))
     assert (base.teacher, grown.teacher) == (0, 4 * base.parameters)
     needed = 4 * grown.device + grown.start + grown.teacher
     has(needed)
@@ -176,42 +181,42 @@ def test_of_rounds_the_largest_counts() -> None:
 def test_each_process_holds_all(has: Callable[[int], None]) -> None:
     config = load_config(["model=tiny", "trainer=ddp", "trainer.devices=4", "expansion=none",
                           "forgetting=replay"])  # fmt: skip
-    base, one = trainings(config, source_config(config))
+    base, one = training_needs(config, source_config(config))
     assert (one.processes, one.start) == (4, base.start)
     needed = 4 * base.device + base.start
     has(needed)
     assert not problems(config)
     has(needed - 1)
-    assert "each of 4 processes holds its own" in problems(config)
-    assert "with trainer.strategy=auto trainer.devices=1 it fits" in problems(config)
+    assert "for each of 4 processes" in problems(config)
+    assert "it fits with trainer.strategy=auto trainer.devices=1" in problems(config)
 
 
 def test_what_would_fit_is_tried_before_it_is_said(has: Callable[[int], None]) -> None:
     config = load_config(["model=tritter_350m", "expansion=none", "forgetting=[ewc,replay]",
                           "trainer=cpu"])  # fmt: skip
-    base, model = trainings(config, source_config(config))
+    base, model = training_needs(config, source_config(config))
     has(model.device + model.start)
     assert not problems(config)
     has(base.device + base.start - 10**6)
     said = problems(config)
     assert "'forgetting=" not in said  # the base would not fit either
-    assert "with trainer.precision=bf16-true it fits" in said
-    assert "with model=tritter_125m it fits" in said
+    assert "it fits with trainer.precision=bf16-true" in said
+    assert "it fits with model=tritter_125m" in said
     config = load_config(["model=tritter_350m", "expansion=width", "forgetting=[ewc,replay]",
                           "trainer=cpu"])  # fmt: skip
-    grown = list(trainings(config, source_config(config)))[1]
+    grown = list(training_needs(config, source_config(config)))[1]
     has(grown.states + grown.start)
-    assert "with 'forgetting=[replay]' it fits" in problems(config)
+    assert "it fits with 'forgetting=[replay]'" in problems(config)
 
 
 def test_activations_are_a_note(has: Callable[[int], None]) -> None:
     config = load_config(["model=tiny", "expansion=none", "forgetting=none", "trainer=cpu"])
-    base, model = trainings(config, source_config(config))
+    base, model = training_needs(config, source_config(config))
     has(base.device + base.start)
     assert not problems(config)
     (note,) = memory_notes(config, source_config(config))
-    assert note.startswith("memory: training the base may take ")
-    assert "with activations (estimated), and this machine has " in note
+    assert note.startswith("memory: training the base may require ")
+    assert "with activations (estimated), but this machine has " in note
     has(base.device + base.start + max(base.activations, model.activations))
     assert memory_notes(config, source_config(config)) == ()
     has(0)
@@ -232,7 +237,7 @@ def test_on_a_gpu_its_memory_counts(
     monkeypatch: pytest.MonkeyPatch, has: Callable[[int], None]
 ) -> None:
     config = load_config(["model=tiny", "expansion=none", "trainer=gpu"])
-    base, _ = trainings(config, source_config(config))
+    base, _ = training_needs(config, source_config(config))
     size = SimpleNamespace(total_memory=base.device)
     # A torch that knows of GPUs asks theirs at each step once it says that there is one
     kept = config.optimizer.kept_per_parameter()
@@ -243,10 +248,10 @@ def test_on_a_gpu_its_memory_counts(
     has(base.start)
     assert not problems(config)
     size.total_memory -= 1
-    assert "and the GPU has" in problems(config)
+    assert "but the GPU has" in problems(config)
     size.total_memory += 1
     has(base.start - 1)
-    assert "and this machine has" in problems(config)
+    assert "but this machine has" in problems(config)
 
 
 @pytest.mark.full
@@ -264,6 +269,6 @@ def test_a_checkpoint_is_looked_at_too(
     result = run(*words)
     assert (result.code, result.written) == (2, [])
     count = family_of(shapes).count_parameters(shapes)
-    assert f"training the model of {count / 1e6:.1f}M parameters" in result.err
+    assert f"training the model with {count / 1e6:.1f}M parameters" in result.err
     has(80 * GB)
     assert run(*words).code == 0

@@ -13,7 +13,7 @@ from tritter.config.launch.composition import Composer, composer
 from tritter.config.schema import RunConfig
 from tritter.config.validation import known_config
 from tritter.errors import RequestError
-from tritter.planning.run_memory import trainings
+from tritter.planning.run_memory import training_needs
 from tritter.training.options import REFUSED, trainer_parameters
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -77,7 +77,7 @@ def test_what_resume_can_not_bear_is_refused_with_the_reason(name: str) -> None:
         ("callbacks.early_stopping.patience=3", "select it with callbacks=[early_stopping]"),
         ("callbacks.x._target_=nowhere.Y", "there is no module nowhere"),
         ("callbacks.x._target_=torch.optim.Adamm", "torch.optim has no Adamm"),
-        ("callbacks.x._target_=torch.optim.Adam", "no subclass of lightning.pytorch"),
+        ("callbacks.x._target_=torch.optim.Adam", "not a subclass of lightning.pytorch"),
         ("callbacks.t._target_=lightning.pytorch.callbacks.Timer", "say training.max_steps"),
     ],
 )
@@ -215,7 +215,7 @@ def test_memory_counts_what_an_optimizer_keeps() -> None:
         assert config.optimizer.kept_per_parameter() == count
         source = known_config(config)
         assert source is not None
-        states[name] = next(trainings(config, source))
+        states[name] = next(training_needs(config, source))
     parameters = states["adamw"].parameters
     difference = states["adamw"].states - states["sgd"].states
     assert 0 <= difference - 4 * parameters < 1000  # a step count for each tensor

@@ -163,7 +163,7 @@ def test_an_expansion_from_outside_is_a_method_of_the_command(
     assert re.search(r"--times +VALUE +one-more: ", expand("--help-all").stdout)
     refused = expand("--checkpoint", "nowhere", "--method", "one-more", "--times", "9")
     assert refused.returncode == 2
-    assert "--times = 9: allowed is" in refused.stderr
+    assert "--times = 9: must be" in refused.stderr
     words = ("--checkpoint", str(base), "--method", "one-more", "--times", "2", "--no-measure")
     done = expand(*words, "--output", "grown")
     assert done.returncode == 0, done.stderr
@@ -177,7 +177,7 @@ def test_an_expansion_from_outside_is_a_method_of_the_command(
     [
         (["forgetting=dampp"], ["forgetting = dampp", "Did you mean damp?"]),
         (["forgetting=damp", "forgetting.damp.shre=1"], ["Did you mean forgetting.damp.share?"]),
-        (["forgetting=damp", "forgetting.damp.share=1"], ["allowed is a number", "below 1"]),
+        (["forgetting=damp", "forgetting.damp.share=1"], ["must be a number", "below 1"]),
         (["expansion=one-more", "expansion.one_more.times=9"], ["at most 8"]),
         (
             ["-m", "expansion=one_more,[width,one_more]", "expansion.one_more.times=x"],
@@ -187,7 +187,7 @@ def test_an_expansion_from_outside_is_a_method_of_the_command(
             ["forgetting=damp", "forgetting.damp._target_=mine.forgetting.Damq"],
             ["forgetting.damp._target_ = mine.forgetting.Damq", "Did you mean Damp?"],
         ),
-        (["forgetting=damp", "forgetting.damp._target_=os.system"], ["no subclass of"]),
+        (["forgetting=damp", "forgetting.damp._target_=os.system"], ["not a subclass of"]),
         (["forgetting=damp", "forgetting.damp._target_=nowhere.A"], ["there is no module nowhere"]),
         (["data=lettres"], ["Did you mean letters?"]),
         (["data=letters", "data.num_text=20"], ["Did you mean data.num_texts?"]),
@@ -200,7 +200,7 @@ def test_an_expansion_from_outside_is_a_method_of_the_command(
             ["data.num_texts=20"],
             ["data.num_texts requires data=letters. Did you mean: data=letters data.num_texts=20"],
         ),
-        (["data=letters", "data._target_=mine.forgetting.Damp"], ["it is no subclass of"]),
+        (["data=letters", "data._target_=mine.forgetting.Damp"], ["it is not a subclass of"]),
         (["callbacks=loss_logg"], ["Did you mean loss_log?"]),
         (
             ["callbacks=loss_log", "callbacks.loss_log.pth=x"],

@@ -90,7 +90,7 @@ def test_wrong_values_are_named(change: dict) -> None:
     assert len(problems) == 1
     assert (problems[0].key, problems[0].value) == (f"thing.{key}", change[key])
     assert str(problems[0]).startswith(f"thing.{key} = ")
-    assert problems[0].reason.startswith("allowed is ")
+    assert problems[0].reason.startswith("must be ")
 
 
 def test_all_problems_are_reported_at_once() -> None:
@@ -113,13 +113,13 @@ def test_a_missing_key_is_a_problem() -> None:
         ("rate", "a number above 0 and below 1"),
         ("is_on", "true or false"),
         ("mode", "one of a-b, off"),
-        ("label", "text (quote what looks like a number), or null"),
+        ("label", "text (quote numbers), or null"),
         ("places", "a list of whole numbers at least 0, as in [a,b], or null"),
     ],
 )
 def test_what_is_allowed_is_said_in_words(name: str, expected: str) -> None:
     _, (problem,) = read(**{name: [["x"]]})
-    assert problem.reason == f"allowed is {expected}"
+    assert problem.reason == f"must be {expected}"
 
 
 def test_refusals_hold_their_problems() -> None:
@@ -169,10 +169,10 @@ def test_a_part_is_a_name_or_a_class_with_options(
     ("typed", "said"),
     [
         ("platau", "Did you mean plateau?"),
-        (None, "allowed is one of percentile"),
+        (None, "must be one of percentile"),
         ({"name": "plateau", "treshold": 1}, "Did you mean threshold?"),
         ({"name": "plateau", "threshold": 0}, r"growth\.trigger\.threshold = 0: .*above 0"),
-        ({"_target_": "tritter.options.options"}, "no subclass of"),
+        ({"_target_": "tritter.options.options"}, "not a subclass of"),
     ],
 )
 def test_a_part_that_there_is_not_is_refused(typed: object, said: str) -> None:

@@ -69,10 +69,10 @@ def test_a_skill_is_text_like_any_other() -> None:
         (["data=skills", "data.new=sortin"], "Did you mean sorting?"),
         (["data=skills", "data.old={a:sortin}"], "data.old.a = sortin: there is no such skill"),
         (["data=skills", "data.new=stdlib:cod"], "Did you mean stdlib:code?"),
-        (["data=skills", "data.new=sorting", "data.tasks=[sorting]"], "leave one of the two out"),
+        (["data=skills", "data.new=sorting", "data.tasks=[sorting]"], "exclude each other"),
         (["data=text", "data.old=skills:sortin", "data.new=skills:a:b"],
          "data.old = skills:sortin: the skills are arithmetic, sorting"),
-        (["data=text", "data.old=stdlib:prose", "data.new=skills:sorting:x"], "number of examples"),
+        (["data=text", "data.old=stdlib:prose", "data.new=skills:sorting:x"], "1 to 10,000,000"),
     ],
 )  # fmt: skip
 def test_what_is_refused(words: list[str], said: str) -> None:

@@ -207,32 +207,32 @@ REFUSALS: dict[str, tuple[str, ...]] = {
     "data=text data.old=@old": ("data.new = null", "data.new=PATH"),
     "data=text data.new=@new": ("data.old = null", "model=hf"),
     "data=text data.old=@odl data.new=@new": ("no such file or folder", "Did you mean 'old'?"),
-    "data=text data.old=@x/y data.new=@new": ("no such file or folder", "is no folder either"),
+    "data=text data.old=@x/y data.new=@new": ("no such file or folder", "is not a folder either"),
     "data=text data.old=@old/d.tsv data.new=@new": ("d.tsv", ".parquet", "found .tsv 1"),
     "data=text data.old=@base/*s data.new=@new": ("found .safetensors 1",),
-    "data=text data.old=@base/c* data.new=@new": ("config.json holds an object; allowed is an",),
+    "data=text data.old=@base/c* data.new=@new": ("config.json holds an object; must be an",),
     "data=text data.old=@old/*.pdf data.new=@new": ("*.pdf", "the glob matches no file"),
     "data=text data.old=@old/*.tsv data.new=@new": ("found .tsv 1",),
     "data=text data.old=@old/**x data.new=@new": (
         ("data.old = ", "the glob matches no file" if sys.version_info >= (3, 13) else
-         "it can't be looked at (Invalid")
+         "it can't be read (Invalid")
     ),
-    "data=text data.old='~nosuchuser/a' data.new=@new": ("~nosuchuser/a: that is no path",),
+    "data=text data.old='~nosuchuser/a' data.new=@new": ("~nosuchuser/a: this is not a valid",),
     f"data=text data.old=@{'a' * 300} data.new=@new": ("data.old = ", "(File name too long)"),
     "data=text data.old=[@odl,@old/d.tsv] data.new={x:@old/*.pdf,y:@nwe}": (
         "4 things are wrong", "data.old = ", "data.new.x = ", "data.new.y = ",
         "Did you mean 'old'?", "found .tsv 1", "the glob matches no file", "Did you mean 'new'?",
     ),
     "data=text data.old=@old data.new={}": ("data.new = null", "data.new=PATH"),
-    "data=text data.old=@old data.new=@new data.tasks=[@new]": ("data.tasks", "leave one of the"),
-    "data=text data.old=@old data.tasks=@new": ("data.tasks = ", "a list of texts"),
-    "data=text data.old=@old data.tasks=[]": ("data.tasks = []", "a list of texts"),
-    "data=text data.old=@old data.tasks=[@new,[]]": ("data.tasks[2] = []", "a task needs text"),
+    "data=text data.old=@old data.new=@new data.tasks=[@new]": ("data.tasks", "exclude each other"),
+    "data=text data.old=@old data.tasks=@new": ("data.tasks = ", "a list of tasks"),
+    "data=text data.old=@old data.tasks=[]": ("data.tasks = []", "a list of tasks"),
+    "data=text data.old=@old data.tasks=[@new,[]]": ("data.tasks[2] = []", "a task needs data"),
     "data=text data.old=@old data.tasks=[@new,@nwe,3]": (
         "2 things are wrong", "data.tasks[2] = ", "Did you mean 'new'?", "data.tasks[3] = 3",
     ),
-    "data=text data.old=@old data.tasks=[{x:@new},{x:@old}]": ("data.tasks[2].x", "other text"),
-    "data=text data.old=@old data.tasks=[{old:@new}]": ("data.tasks[1].old", "other text"),
+    "data=text data.old=@old data.tasks=[{x:@new},{x:@old}]": ("data.tasks[2].x", "already named"),
+    "data=text data.old=@old data.tasks=[{old:@new}]": ("data.tasks[1].old", "already named"),
     "data=text data.old=@old data.tasks=[@old,@new]": ("data.tasks.old", "already"),
     "data=text data.old=@old data.tasks=[@new,@old] pipeline.target_params=200k": (
         "data.tasks", "one task",
@@ -337,7 +337,7 @@ OF_GPT2: dict[str, tuple[str, ...]] = {
         "LayerNorm",
         "init=net2net",
     ),
-    "expansion=none experts=dylora experts.base_bits=8": ("base_bits = 8", "lie transposed"),
+    "expansion=none experts=dylora experts.base_bits=8": ("base_bits = 8", "transposed matrices"),
 }
 
 

@@ -58,15 +58,15 @@ def test_everything_that_is_wrong_is_listed_before_anything_is_written(
     result = run_there("data.old={prose:@old,python:stdlib:prose}", "data.new=@new")
     assert (result.code, result.written, pipeline.configs) == (2, [], [])
     heads = [
-        "data.old.prose: @/old/c.md is no UTF-8 (byte 3 is 0xe9)",
-        "data.old.prose: @/old/d.json, record 1 is no JSON object",
+        "data.old.prose: @/old/c.md is not UTF-8 (byte 3 is 0xe9)",
+        "data.old.prose: @/old/d.json, record 1 is a number; must be a JSON object",
         "data.new: @/new/b.jsonl, line 2 has no field text",
-        "data.new: @/new/b.jsonl, line 3 is no JSON",
+        "data.new: @/new/b.jsonl, line 3 is not valid JSON",
         "data.new: @/new/e.txt.gz cannot be read",
-        "data.new: @/new/f.txt is no UTF-8 but UTF-16",
+        "data.new: @/new/f.txt appears to be UTF-16, not UTF-8",
     ]
     lines = result.err.replace(str(place), "@").splitlines()
-    assert lines[0] == "error: 6 things are wrong with the text:"
+    assert lines[0] == "error: the data has 6 problems:"
     for line, head in zip(lines[1:-1], heads, strict=True):
         assert line.startswith(f"  {head}")
     assert lines[-1] == "Nothing was written."
@@ -78,7 +78,7 @@ def test_a_sweep_looks_into_each_file_once(
     (place / "old/a.txt").write_bytes(b"caf\xe9")
     result = run_there("-m", "data.old=@old", "data.new=@new", "seed=0,1,2")
     assert (result.code, result.written, pipeline.configs) == (2, [], [])
-    assert result.err.count("is no UTF-8") == 1
+    assert result.err.count("is not UTF-8") == 1
 
 
 def test_a_run_that_is_finished_needs_its_text_no_more(run_there: Run, place: Path) -> None:
@@ -92,7 +92,7 @@ def test_blank_text_is_none(run_there: Run, place: Path) -> None:
     (place / "old/a.txt").write_text(" \n")
     result = run_there("data.old=@old", "data.new=@new")
     assert (result.code, result.written) == (2, [])
-    assert f"data.old: {place}/old/a.txt holds no text." in result.err
+    assert f"data.old: {place}/old/a.txt contains no text." in result.err
     assert run_there("data.old=[@old,stdlib:prose]", "data.new=@new").code == 0
 
 
@@ -103,7 +103,7 @@ def test_what_lies_beyond_the_limit_is_left_for_later(
     (place / "old/short.txt").write_bytes(b"\xe9")
     with pytest.raises(RequestError) as caught:
         check(place / "old", max_bytes=500)
-    assert str(caught.value).startswith(f"data.new: {place}/old/short.txt is no UTF-8")
+    assert str(caught.value).startswith(f"data.new: {place}/old/short.txt is not UTF-8")
     (place / "old/short.txt").unlink()
     check(place / "old", max_bytes=500)
     monkeypatch.setattr(sources.check_contents, "__kwdefaults__", {"max_bytes": 500})
@@ -127,13 +127,13 @@ def test_a_folder_of_mixed_files_says_what_it_skipped(place: Path) -> None:
     (place / "old/away").symlink_to("nowhere")
     texts = found(place, "old")
     assert len(texts.files) == 61
-    kinds = ".pdf 2, .tsv 1, link to nothing 1, no ending 1, pipe 1"
+    kinds = ".pdf 2, .tsv 1, broken link 1, no extension 1, pipe 1"
     assert texts.note("articles") == f"articles: 61 files read; skipped 6 ({kinds})"
     assert found(place, "old/a.txt").note("articles") is None
     (place / "old/zoo").mkdir()
     (place / "old/zoo.txt").touch()
     note = found(place, "old/a*", "old/zo*", "old/[5-9].*").note("x")
-    assert note == "x: 12 files read; skipped 2 (folder 1, link to nothing 1)"
+    assert note == "x: 12 files read; skipped 2 (broken link 1, folder 1)"
 
 
 def test_links_inside_are_followed(place: Path) -> None:
@@ -186,9 +186,9 @@ def test_a_loop_of_links_is_refused(place: Path, target: str) -> None:
     (place / "old/deep").mkdir()
     (place / "old/deep/folder").symlink_to(target)
     if target == "folder":  # a link to itself is no folder
-        assert found(place, "old").note("x") == "x: 1 file read; skipped 1 (link to nothing 1)"
+        assert found(place, "old").note("x") == "x: 1 file read; skipped 1 (broken link 1)"
         return
-    with pytest.raises(RequestError, match=r"old/deep/folder: the link leads back to a folder"):
+    with pytest.raises(RequestError, match=r"old/deep/folder: the link is circular"):
         found(place, "old")
 
 
@@ -204,9 +204,9 @@ def test_many_links_to_one_folder_are_no_work(place: Path) -> None:
 
 def test_a_link_to_nothing_that_would_be_text_is_refused(place: Path) -> None:
     (place / "old/gone.txt").symlink_to("nowhere")
-    with pytest.raises(RequestError, match=r"gone.txt: the link leads to no file"):
+    with pytest.raises(RequestError, match=r"gone.txt: the link is broken"):
         found(place, "old")
-    with pytest.raises(RequestError, match=r"found link to nothing 1"):
+    with pytest.raises(RequestError, match=r"found broken link 1"):
         found(place, "old/gone.txt")
 
 
@@ -256,12 +256,12 @@ def test_forms_of_records_are_read_by_a_run(run_there: Run, place: Path) -> None
     assert run_there("data.old=@old", "data.new=@new").code == 0
     result = run_there("data.old=@old", "data.new=@new", "data.text_field=body")
     assert result.code == 2
-    assert "has no field body (data.text_field = body); it has question, answer" in result.err
+    assert "has no field body (data.text_field = body); available: question, answer" in result.err
 
 
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The folders that are listed; a path of a record is searched through 40 entries at most."""
+    """The listed folders; the search of a recorded path is limited to 40 entries."""
     listed: list[str] = []
     scandir, listdir = os.scandir, os.listdir
 
@@ -296,7 +296,7 @@ def test_what_a_record_names_does_not_walk_the_disk(
     (tmp_path / "tree/a0/link").symlink_to(tmp_path / "tree")
     word = pattern.replace("TREE", str(tmp_path / "tree"))
     counted.clear()
-    with pytest.raises(RequestError, match=r"at most 40 files|leads out of"):
+    with pytest.raises(RequestError, match=r"limited to 40 files|leads out of"):
         find_texts("data.old", [word], is_recorded=True)
 
 

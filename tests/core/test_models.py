@@ -1,4 +1,4 @@
-"""The door to transformers: what passes, what is refused, and that no folder's code ever runs."""
+"""Loading with transformers: accepted and refused folders; code of a folder never runs."""
 
 import json
 import shutil
@@ -22,7 +22,7 @@ from tritter.core.models import (
     save_tokenizer,
 )
 from tritter.errors import RequestError, TritterError
-from tritter.methods.experts.adapters import AdapterShape, put_on
+from tritter.methods.experts.adapters import AdapterShape, add_adapter
 
 ATTACK = """
 from pathlib import Path
@@ -69,7 +69,7 @@ def test_missing_keys_get_the_defaults_of_transformers(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "kind", "said"),
+    ("changes", "kind", "message"),
     [
         ({"model_type": "bloom"}, RequestError, "'bloom' is not supported"),
         ({"model_type": "lama"}, RequestError, "'lama' is not supported; supported are gemma2,"),
@@ -83,13 +83,13 @@ def test_missing_keys_get_the_defaults_of_transformers(folder: Path) -> None:
     ],
 )
 def test_an_unusable_config_is_refused(
-    folder: Path, changes: dict[str, object], kind: type[TritterError], said: str
+    folder: Path, changes: dict[str, object], kind: type[TritterError], message: str
 ) -> None:
     _edit(folder / "config.json", **changes)
     with pytest.raises(TritterError) as error:
         read_config(folder)
     assert type(error.value) is kind
-    assert said in str(error.value)
+    assert message in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -157,7 +157,7 @@ def _pickled(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "said"),
+    ("damage", "message"),
     [
         (_weights(**{"model.norm.weight": None}), "model.norm.weight"),
         (_weights(**{"model.mystery": torch.ones(1)}), "model.mystery"),
@@ -172,12 +172,12 @@ def _pickled(folder: Path) -> None:
     ids=["missing", "leftover", "shape", "half", "pickle", "empty", "gone", "json", "type"],
 )
 def test_a_damaged_model_is_refused(
-    folder: Path, damage: Callable[[Path], object], said: str
+    folder: Path, damage: Callable[[Path], object], message: str
 ) -> None:
     damage(folder)
     with pytest.raises(TritterError) as error:
         load_model(folder)
-    assert said in str(error.value)
+    assert message in str(error.value)
     assert str(folder) in str(error.value)
 
 
@@ -206,14 +206,14 @@ def test_a_tokenizer_round_trips(folder: Path) -> None:
 )
 def test_a_damaged_tokenizer_is_refused(folder: Path, content: str) -> None:
     (folder / "tokenizer.json").write_text(content)
-    with pytest.raises(TritterError, match="holds no usable tokenizer"):
+    with pytest.raises(TritterError, match="has no usable tokenizer"):
         load_tokenizer(folder)
 
 
 def test_a_missing_tokenizer_is_refused(folder: Path) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).unlink()
-    with pytest.raises(TritterError, match="holds no usable tokenizer"):
+    with pytest.raises(TritterError, match="has no usable tokenizer"):
         load_tokenizer(folder)
 
 
@@ -245,7 +245,7 @@ def test_a_new_model_leaves_all_random_generators_as_they_are(
     monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
     before = torch.get_rng_state()
     new_model(read_config(folder), seed=3)
-    put_on(load_model(folder), "one", AdapterShape(2, 4.0, ("q_proj",)), seed=3)
+    add_adapter(load_model(folder), "one", AdapterShape(2, 4.0, ("q_proj",)), seed=3)
     assert torch.equal(torch.get_rng_state(), before) and not seeded
 
 

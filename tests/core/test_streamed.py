@@ -1,4 +1,4 @@
-"""A model whose weights stay on disk computes what the whole stock model does, bit for bit."""
+"""A streamed model equals the loaded stock model, bit for bit."""
 
 import sys
 from collections.abc import Iterator
@@ -37,7 +37,7 @@ ROTARY: dict[str, dict[str, Any]] = {
 
 
 def whole(folder: Path) -> Any:
-    """Return what the model computes when all of it is loaded, its experts one by one."""
+    """Return the outputs of the loaded model with experts that run one by one."""
     model: Any = load_model(folder)
     if hasattr(model.config, "num_experts_per_tok"):
         model.set_experts_implementation("eager")
@@ -49,7 +49,7 @@ def assert_the_same(folder: Path) -> StreamedModel:
     expected, model = whole(folder), StreamedModel(folder, oracle.tokens())
     assert torch.equal(model.logits(EVERYTHING), expected.logits)
     assert torch.equal(model.logits(slice(31, 64)), expected.logits[..., 31:64])
-    # transformers gives the last state behind the final norm
+    # transformers returns the last state after the final norm
     for ours, theirs in zip(model.states[:-1], expected.hidden_states[:-1], strict=True):
         assert torch.equal(ours, theirs[:, -KEPT_POSITIONS:])
     return model
@@ -131,7 +131,7 @@ def test_large_matrices_are_multiplied_by_in_blocks(
 
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
 def test_weights_come_and_go(tmp_path: Path, family: str) -> None:
-    """What is read is counted, and afterwards the model holds nothing."""
+    """Reads are counted, and afterwards the model has no weights in memory."""
     folder, used = oracle.saved(tiny(family), tmp_path), 0
 
     def count(num_bytes: int) -> None:
@@ -141,8 +141,8 @@ def test_weights_come_and_go(tmp_path: Path, family: str) -> None:
     model = StreamedModel(folder, oracle.tokens(), on_read=count)
     model.logits(EVERYTHING)
     assert used == model.num_bytes
-    held = {name for name, each in model._model.named_parameters() if not each.is_meta}
-    assert held <= {"model.embed_tokens.weight"}  # its rows of these tokens
+    loaded = {name for name, each in model._model.named_parameters() if not each.is_meta}
+    assert loaded <= {"model.embed_tokens.weight"}  # its rows of these tokens
 
 
 def test_a_tensor_too_many_or_too_few_is_named(tmp_path: Path) -> None:
@@ -166,9 +166,9 @@ def test_the_layers_run_once(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
-    """Four times the layers take the same memory, within a tenth of their weights in float32."""
-    asked: dict[str, Any] = {"place": tmp_path, "methods": ["dus"], "hidden_size": 256}
-    small, large = (row for size in (20, 80) for row in check.benchmark(size, **asked))
+    """Four times the layers need the same memory, within a tenth of their float32 weights."""
+    options: dict[str, Any] = {"place": tmp_path, "methods": ["dus"], "hidden_size": 256}
+    small, large = (row for size in (20, 80) for row in check.benchmark(size, **options))
     stored_mb = [row.source_mb + row.result_mb for row in (small, large)]  # in bfloat16
     assert large.result_mb > 3 * small.result_mb
     assert large.own_mb - small.own_mb < 2 * (stored_mb[1] - stored_mb[0]) / 10, (small, large)
@@ -178,8 +178,8 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_both_loaded_take_what_layers_do_not(tmp_path: Path) -> None:
-    """Negative control of the measure: the way before this one is seen to hold both models."""
-    asked: dict[str, Any] = {"methods": ["dus"], "contenders": check.CONTENDERS}
-    streamed_row, loaded_row = check.benchmark(80, place=tmp_path, hidden_size=256, **asked)
+    """Negative control of the measurement: loading both models needs their full size."""
+    options: dict[str, Any] = {"methods": ["dus"], "contenders": check.CONTENDERS}
+    streamed_row, loaded_row = check.benchmark(80, place=tmp_path, hidden_size=256, **options)
     assert loaded_row.own_mb > 2 * (loaded_row.source_mb + loaded_row.result_mb)
     assert streamed_row.own_mb < loaded_row.own_mb / 4

@@ -21,7 +21,7 @@ def _make(count: int, *, prefix: str = "d") -> tuple[Document, ...]:
 
 @pytest.fixture(scope="session")
 def make_documents():
-    """Return the maker of `count` documents called `prefix/0`, `prefix/1`, …"""
+    """Return a factory of documents named `prefix/0`, `prefix/1`, …"""
     return _make
 
 

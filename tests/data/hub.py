@@ -1,4 +1,4 @@
-"""A hub of one folder, on this machine: what `datasets` asks of the real one, at one commit."""
+"""A local hub that serves a folder at a single commit to `datasets`."""
 
 import hashlib
 import json

@@ -116,7 +116,7 @@ def test_wrong_requests_are_refused():
 
 
 class Witness(lightning.LightningModule):
-    """Writes down what it was trained on."""
+    """Records its training batches."""
 
     def __init__(self):
         super().__init__()

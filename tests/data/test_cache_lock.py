@@ -1,11 +1,11 @@
-"""An entry of the cache is made by one process while others wait, and find it."""
+"""One process builds a cache entry while others wait for it."""
 
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-from tritter.data.cache import one_at_a_time
+from tritter.data.cache import entry_lock
 
 MAKE = """
 import sys, time
@@ -32,7 +32,7 @@ def test_others_wait_and_find_it_made(tmp_path: Path) -> None:
                 other.communicate(b"\n")
 
             begun = time.monotonic()
-            with one_at_a_time(entry, waiting=go):
+            with entry_lock(entry, on_wait=go):
                 assert entry.read_text() == "made" and time.monotonic() - begun < 30
-    with one_at_a_time(entry, waiting=lambda: (_ for _ in ()).throw(AssertionError)):
+    with entry_lock(entry, on_wait=lambda: (_ for _ in ()).throw(AssertionError)):
         pass

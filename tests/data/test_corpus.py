@@ -17,7 +17,7 @@ from tritter.errors import RequestError
 from tritter.storage import spool
 
 OLD, NEW = (
-    documents_of(f"{name} says: " + str(index**9) * 9 for index in range(20))
+    documents_of(f"{name} has: " + str(index**9) * 9 for index in range(20))
     for name in ("the old — é", "the new")
 )
 DOMAINS = {"prose": OLD, "code": NEW}
@@ -68,7 +68,7 @@ def test_what_lies_on_disk_is_what_would_be_held(tmp_path, monkeypatch):
 
 @pytest.fixture
 def making(monkeypatch):
-    """Counts how often a corpus was made rather than loaded."""
+    """Counts the corpora that were built rather than loaded."""
     calls = []
     make = corpus_module._make
 
@@ -201,7 +201,7 @@ def test_a_lost_race_is_no_error(tmp_path, monkeypatch):
 
     def slow(*args, **options):
         monkeypatch.setattr(corpus_module, "_make", make)
-        build(tmp_path)  # another process, meanwhile
+        build(tmp_path)  # another process at the same time
         return make(*args, **options)
 
     monkeypatch.setattr(corpus_module, "_make", slow)
@@ -212,7 +212,7 @@ def test_a_lost_race_is_no_error(tmp_path, monkeypatch):
 
 def test_a_cache_that_cannot_be_written_is_refused_before_any_work(tmp_path, making):
     (tmp_path / "file").write_text("")
-    with pytest.raises(RequestError, match=r"cache_dir: .*cannot be written.*cache_dir=PATH"):
+    with pytest.raises(RequestError, match=r"cache_dir: .*is not writable.*cache_dir=PATH"):
         build(tmp_path / "file")
     assert not making
 
@@ -235,7 +235,7 @@ def from_stdlib(cache_dir, **changes):
 
 @pytest.fixture
 def gathering(monkeypatch):
-    """A small library, and a count of how often it was read."""
+    """A small library with a counter of reads."""
     calls = []
 
     def gather():
@@ -313,5 +313,7 @@ def test_what_was_skipped_is_told_each_time(tmp_path):
             cache_dir=tmp_path / "cache",
         )
         (note,) = corpus.notes
-        assert note.startswith("Skipped 3 of 83 records that can't be read; the first: data.new: ")
-        assert "a.jsonl, line 41 is no JSON" in note
+        assert note.startswith(
+            "Skipped 3 of 83 records because they are invalid; the first: data.new: "
+        )
+        assert "a.jsonl, line 41 is not valid JSON" in note

@@ -1,4 +1,4 @@
-"""Data sets through the library: names, splits, columns and rows; saved, in files, of a hub."""
+"""Data sets: names, splits, columns and rows; saved, from files and from a hub."""
 
 import gzip
 import json
@@ -17,7 +17,7 @@ from tests.hostile.values import parquet_bomb
 from tritter.data import local_files
 from tritter.data.datasets import (
     DatasetName,
-    check_place,
+    check_on_disk,
     dataset_texts,
     parse_name,
     resolve_dataset,
@@ -45,7 +45,7 @@ def texts(word: str) -> list[str]:
 
 
 def read(word: str) -> tuple[list[str], Reading]:
-    """Return the texts of a data set, and what was skipped and wrong."""
+    """Return the texts of a data set and its reading."""
     reading = Reading(key="data.new", text_field="text")
     found = list(dataset_texts(parse_name("data.new", word), reading, is_streamed=False))
     if reading.problems:
@@ -97,25 +97,25 @@ def test_names_on_disk(place: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("word", "told"),
+    ("word", "expected"),
     [
-        ("hf:stories", "allowed is hf:OWNER/NAME[@REVISION]"),
-        ("hf:me/stories:train[:10%]", "FROM and TO counted in rows"),
-        ("hf:me/stories[5:5]", "there is no row from 5 up to, but not including, 5"),
+        ("hf:stories", "the format is hf:OWNER/NAME[@REVISION]"),
+        ("hf:me/stories:train[:10%]", "FROM and TO count rows"),
+        ("hf:me/stories[5:5]", "rows 5 to 5 (exclusive) are an empty range"),
         ("savd", "there is no such file or folder. Did you mean 'saved'?"),
-        ("me/stories", "no folder either; of the hub it would be hf:me/stories"),
-        ("saved/a.pdf", "of files .json, .jsonl, .csv"),
-        ("load.py", "a data set's script is never run"),
-        ("saved/scripted", "a data set's script is never run"),
+        ("me/stories", "not a folder either; for a data set of the hub, write hf:me/stories"),
+        ("saved/a.pdf", "data=hf reads .json, .jsonl, .csv"),
+        ("load.py", "Tritter never runs the script of a data set"),
+        ("saved/scripted", "Tritter never runs the script of a data set"),
     ],
 )
-def test_names_that_are_refused(place: Path, word: str, told: str) -> None:
+def test_names_that_are_refused(place: Path, word: str, expected: str) -> None:
     (place / "saved/scripted").mkdir(parents=True)
     for name in ("load.py", "saved/a.pdf", "saved/scripted/scripted.py"):
         (place / name).touch()
     with pytest.raises(RequestError) as caught:
-        check_place("data.new", word, parse_name("data.new", word))
-    assert told in str(caught.value) and f"data.new = {word}" in str(caught.value)
+        check_on_disk("data.new", word, parse_name("data.new", word))
+    assert expected in str(caught.value) and f"data.new = {word}" in str(caught.value)
 
 
 # Rows
@@ -152,10 +152,10 @@ def test_files_and_folders(place: Path) -> None:
 
 def test_instructions_and_messages() -> None:
     save("asked", alone={"question": ["a"], "answer": ["b"], "id": ["c"]})
-    said = [{"role": "user", "content": "a"}, {"role": "model", "content": "b"}]
-    save("said", alone={"messages": [said], "id": ["c"], "text": ["d"]})
+    chat = [{"role": "user", "content": "a"}, {"role": "model", "content": "b"}]
+    save("chat", alone={"messages": [chat], "id": ["c"], "text": ["d"]})
     assert (texts("asked"), texts("asked#answer")) == (["a\n\nb"], ["b"])
-    assert (texts("said"), texts("said#messages")) == (["d"], ["user: a\n\nmodel: b"])
+    assert (texts("chat"), texts("chat#messages")) == (["d"], ["user: a\n\nmodel: b"])
 
 
 def test_a_row_without_a_text_is_passed_over() -> None:
@@ -165,40 +165,45 @@ def test_a_row_without_a_text_is_passed_over() -> None:
 
 
 def test_rows_that_hold_no_text_are_skipped_and_counted() -> None:
-    said = {"role": "user", "content": "a"}
-    save("said", alone={"messages": [[said], [{"role": None, "content": "b"}], [said]]})
-    found, reading = read("said")
+    chat = {"role": "user", "content": "a"}
+    save("chat", alone={"messages": [[chat], [{"role": None, "content": "b"}], [chat]]})
+    found, reading = read("chat")
     assert found == ["user: a"] * 2
     (note,) = reading.notes
-    assert note.startswith("Skipped 1 of 3 records that can't be read; the first: data.new: hf:")
-    assert note.endswith("/said, row 1 messages: number 1, role: holds null, no text.")
+    assert note.startswith(
+        "Skipped 1 of 3 records because they are invalid; the first: data.new: hf:"
+    )
+    assert note.endswith("/chat, row 1 messages: number 1, role: is null, not a string.")
 
 
 @pytest.mark.quick_cases(2)
 @pytest.mark.parametrize(
-    ("word", "told"),
+    ("word", "expected"),
     [
         ("split:tset", "has no split tset; it has test, dev. Did you mean test?"),
-        ("split", "has several splits: test, dev; name one, :test."),
+        ("split", "has several splits: test, dev; append one, :test."),
         ("alone:train", "has no split train; it was saved without splits."),
         ("alone#boddy", "has no column boddy; it has body, length. Did you mean body?"),
-        ("alone#length", "holds int64 in its column length, no text."),
-        ("two", "and 2 columns of texts; it has a, b. Name one, #COLUMN or data.text_column="),
-        ("numbers.csv", "and no column of texts; it has n. Name one"),
+        ("alone#length", "has int64 in column length, not text."),
+        (
+            "two",
+            "and 2 text columns; available: a, b. Select a column with #COLUMN or data.text_",
+        ),
+        ("numbers.csv", "and no text column; available: n. Select a column"),
         ("broken.json", "can't be read (ArrowInvalid: JSON parse error"),
         ("empty", "can't be read"),
-        ("said", "row 0 messages: number 1 is no message"),
+        ("chat", "row 0 messages: number 1 is not a message"),
     ],
 )
-def test_data_sets_that_are_refused(word: str, told: str) -> None:
+def test_data_sets_that_are_refused(word: str, expected: str) -> None:
     save("split", test=ROWS, dev=ROWS)
     save("alone", alone=ROWS)
     save("two", alone={"a": ["a"], "b": ["b"]})
-    save("said", alone={"messages": [[{"who": "a"}]]})
+    save("chat", alone={"messages": [[{"who": "a"}]]})
     Path("numbers.csv").write_text("n\n1\n")
     Path("broken.json").write_text("{")
     Path("empty").mkdir()
-    assert problem(word).startswith(f"data.new: hf:@/{word}") and told in problem(word)
+    assert problem(word).startswith(f"data.new: hf:@/{word}") and expected in problem(word)
 
 
 # A folder reads nothing outside itself
@@ -244,15 +249,15 @@ def test_a_card_names_nothing_outside(place: Path, file: str, entry: str) -> Non
             mark = "\ufeff" if number == 2 else ""  # which the library skips
             text = f"{mark}---\n{card}\n---\n" if file == "README.md" else card
             (place / "data" / file).write_text(text)
-            said = problem("data")
+            message = problem("data")
             if entry.startswith("inner"):
-                assert "inner leads out of the folder" in said
+                assert "inner leads out of the folder" in message
             else:
-                assert f"@/data/{file} names" in said and "not in the folder" in said
-                assert entry.replace(str(place), "@") in said
-            assert "a secret" not in said
+                assert f"@/data/{file} refers to" in message and "outside the folder" in message
+                assert entry.replace(str(place), "@") in message
+            assert "a secret" not in message
             with pytest.raises(RequestError, match=r"^data.new: "):
-                check_place("data.new", "data", parse_name("data.new", "data"))
+                check_on_disk("data.new", "data", parse_name("data.new", "data"))
         with pytest.raises(TimeoutError):
             server.accept()
 
@@ -267,7 +272,7 @@ def test_a_saved_data_set_names_nothing_outside(place: Path, name: str) -> None:
     ):
         before = (place / file).read_text()
         (place / file).write_text(json.dumps(json.loads(before) | change))
-        assert f"@/{file} names" in problem("data") and "not in the folder" in problem("data")
+        assert f"@/{file} refers to" in problem("data") and "outside the folder" in problem("data")
         (place / file).write_text(before)
     assert texts("data") == ROWS["body"]
 
@@ -284,10 +289,10 @@ def test_files_that_decode_to_far_too_much_are_refused(
         for path in (place / name, place / "data" / name):
             path.write_bytes(content)
         for word in (name, "data"):
-            assert f"{name} unpacks to more than 1 MB" in problem(word)
+            assert f"{name} decompresses to more than 1 MB" in problem(word)
         (place / "data" / name).unlink()
     (place / "data/a.zip").write_bytes(b"PK")
-    assert "can't be read" in problem("data") or "are read, not @/data/a.zip" in problem("data")
+    assert "can't be read" in problem("data") or "@/data/a.zip is not supported" in problem("data")
 
 
 # The hub
@@ -300,17 +305,17 @@ is_streamed, *words = sys.argv[1:]
 for word in words:
     name = parse_name("key", word)
     try:
-        told = str(resolve_dataset(name, key="key"))
+        expected = str(resolve_dataset(name, key="key"))
         reading = Reading(key="key", text_field="text")
         texts = dataset_texts(name, reading, is_streamed=is_streamed == "True")
-        print(told, *texts)
+        print(expected, *texts)
     except ValueError as error:
         print(error)
 """
 
 
 def ask(address: str, *words: str, is_streamed: bool = False, **environment: str) -> list[str]:
-    """Return a line for each name: what it is, and its texts; or what is wrong."""
+    """Return a line per name: the resolved name and its texts, or the error."""
     found = subprocess.run(
         [sys.executable, "-c", ASK, str(is_streamed), *words],
         env={**{name: word for name, word in os.environ.items() if not name.endswith("_OFFLINE")},
@@ -356,9 +361,9 @@ def test_a_hub_and_its_cache(place: Path) -> None:
     heads = [
         "key: hf:me/stories has several configs; there are main, other.",
         "key: hf:me/stories/mian has no config mian; there are main, other. Did you mean main?",
-        "key: hf:me/stroies is not on the hub as OWNER/NAME, or needs a login there",
+        "key: hf:me/stroies is not on the hub, or requires a login",
         "key: hf:me/plain@b is not on the hub",
-        "key: hf:me/scripted is a script, and a data set's script is never run",
+        "key: hf:me/scripted is a script, which Tritter never runs",
     ]
     assert [line.startswith(head) for line, head in zip(found[5:], heads, strict=True)] == [
         True
@@ -366,4 +371,4 @@ def test_a_hub_and_its_cache(place: Path) -> None:
     other = f"hf:me/stories@{'b' * 40}/main"
     *cached, refused = ask("http://127.0.0.1:9", *good, other, HF_HUB_OFFLINE="1")
     assert cached == read
-    assert refused.endswith("is not at hand; of me/stories the revision COMMIT is cached.")
+    assert refused.endswith("is not cached; the cache has me/stories at COMMIT.")

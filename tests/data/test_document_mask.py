@@ -1,4 +1,4 @@
-"""Documents of one sequence do not see each other: every family, forwards and backwards."""
+"""Document masks isolate documents of a sequence: all families, forward and backward."""
 
 import copy
 import pickle
@@ -13,7 +13,7 @@ from tests.oracle.families import generic, tiny
 from tritter.data.packing import IGNORED, DocumentMask, document_mask_of, labels_of, mask_documents
 
 EOT = 0
-# The third begins within a document, and the last is padding for the most part
+# The third row begins inside a document, and the last is mostly padding
 ROWS = torch.tensor(
     [
         [0, 5, 9, 3, 8, 0, 7, 6, 5, 4, 11, 12, 13, 14, 0, 2, 0],
@@ -25,7 +25,7 @@ ROWS = torch.tensor(
 
 
 def documents_of(row: Tensor) -> list[tuple[int, int]]:
-    """Return where each document of a row begins and ends, in plain Python."""
+    """Return the start and end of each document of a row, in plain Python."""
     begins = [0, *(at for at in range(1, len(row)) if int(row[at]) == EOT), len(row)]
     return list(pairwise(begins))
 
@@ -45,14 +45,14 @@ def test_a_packed_document_has_the_logits_that_it_has_alone(family: str) -> None
         by_default = model(ROWS).logits  # a cache of its own would see no boundary
         stream = alone(input_ids=ROWS, use_cache=False).logits
     assert torch.equal(logits, by_default)
-    for row, said in zip(ROWS, logits, strict=True):
+    for row, actual in zip(ROWS, logits, strict=True):
         for begin, end in documents_of(row):
             with torch.no_grad(), oracle.float64_casts():
                 wanted = alone(input_ids=row[None, begin:end], use_cache=False).logits[0]
-            torch.testing.assert_close(said[begin:end], wanted, rtol=0, atol=1e-12)
-    # What the hook does is seen: without it the second document of a row says something else
+            torch.testing.assert_close(actual[begin:end], wanted, rtol=0, atol=1e-12)
+    # Negative control: without the hook, the logits of the second document differ
     assert not torch.allclose(stream[0, 5:14], logits[0, 5:14], atol=1e-3)
-    assert torch.allclose(stream[1], logits[1], atol=1e-12)  # and one alone says the same
+    assert torch.allclose(stream[1], logits[1], atol=1e-12)  # a single document is unchanged
 
 
 @pytest.mark.quick_cases(1)
@@ -90,7 +90,7 @@ def test_gradients_are_those_of_the_documents_alone() -> None:
     model(input_ids=ROWS, labels=labels, use_cache=False, num_items_in_batch=1).loss.backward()
     for row, wanted in zip(ROWS, labels, strict=True):
         for begin, end in documents_of(row):
-            # The end of text that closes it is predicted, and stands in the next document
+            # The closing end of text is a target, and belongs to the next document
             logits = alone(input_ids=row[None, begin:end], use_cache=False).logits[0]
             targets = torch.cat([wanted[begin + 1 : end + 1], wanted.new_full((1,), IGNORED)])
             torch.nn.functional.cross_entropy(
@@ -107,8 +107,8 @@ def test_padding_is_no_target_and_documents_are_counted() -> None:
         *([2, at] for at in (15, 16)),
         *([3, at] for at in range(6, 17)),
     ]
-    told = document_mask_of(model)
-    assert told is not None
+    mask = document_mask_of(model)
+    assert mask is not None
     lengths = [end - begin for row in ROWS[:2] for begin, end in documents_of(row)] + [
         7,
         7,
@@ -116,7 +116,7 @@ def test_padding_is_no_target_and_documents_are_counted() -> None:
         5,
         1,
     ]
-    assert told.length_counts(ROWS).tolist() == [lengths.count(n) for n in range(18)]
+    assert mask.length_counts(ROWS).tolist() == [lengths.count(n) for n in range(18)]
     assert labels_of(tiny("llama"), ROWS) is ROWS
 
 

@@ -1,4 +1,4 @@
-"""Documents follow from texts alone: how they are cut, named, told apart and ordered."""
+"""Documents depend only on texts: pieces, identifiers, keys and order."""
 
 import random
 
@@ -54,7 +54,7 @@ def test_a_long_text_is_cut_at_blank_lines_by_its_own_size_alone():
     assert all(PIECE_CHARACTERS / 2 < len(each.text) <= 2 * PIECE_CHARACTERS for each in alone)
     beside = documents_of([f"short {number}" for number in range(50)] + [text])
     assert set(alone) < set(beside)
-    # What a piece says is what it is when it is met alone
+    # A piece is a document of its own: it is not cut again
     assert all(list(pieces(each.text)) == [each.text] for each in alone)
     assert documents_of([each.text for each in alone]) == alone
     assert set(documents_of([text.replace("\n", "\r\n")])) == set(alone)
@@ -89,13 +89,13 @@ def test_documents_on_disk_are_those_in_memory(monkeypatch):
     assert spooled == held == sorted(held, key=lambda each: text_key(each.text))
     assert list(spooled.keys()) == [text_key(each.text) for each in held]
     assert spooled[3:50:7] == held[3:50:7] and spooled[-1] == held[-1]
-    assert list(spooled.chosen(np.array([5, 2]))) == [held[5], held[2]]
+    assert list(spooled.select(np.array([5, 2]))) == [held[5], held[2]]
     with pytest.raises(IndexError):
         spooled[len(held)]
 
 
 def test_a_document_is_named_by_what_it_says():
-    text = "\n  It begins like this, on two\n lines, and goes on for a while\n"
+    text = "\n  It begins like this, on two\n lines, and continues for a while\n"
     (document,) = documents_of([text])
     assert document.identifier == f"{text_key(text)[:16]} It begins like this, on two lines, and"
 

@@ -1,7 +1,7 @@
-"""The documents of every format, by their hashes: `tests/golden/documents.json` is committed.
+"""Hashes of the documents of every format, compared with `tests/golden/documents.json`.
 
-A hash moves only on purpose, since runs and caches are named by it. `python -m
-tests.data.test_golden_documents` writes the file anew; the commit says why.
+A hash changes only on purpose, because runs and caches depend on it. `python -m
+tests.data.test_golden_documents` rewrites the file; the commit message gives the reason.
 """
 
 import csv
@@ -66,7 +66,7 @@ def _jsonl(records: list[Any]) -> bytes:
 
 
 def _table(rows: list[dict[str, Any]], *, delimiter: str = ",") -> bytes:
-    """Return rows as CSV with fields that are quoted where they have to be."""
+    """Return rows as CSV with quotes where required."""
     file = io.StringIO(newline="")
     writer = csv.DictWriter(file, list(rows[0]), delimiter=delimiter, lineterminator="\n")
     writer.writeheader()
@@ -242,7 +242,7 @@ def test_documents_are_those_of_before(
 
 
 def write() -> None:
-    """Write the golden file anew; what another Python's library gave stays."""
+    """Rewrite the golden file, except for entries of other Python versions."""
     before = json.loads(GOLDEN.read_text(encoding="utf-8")) if GOLDEN.exists() else {}
     here = Path.cwd()
     with TemporaryDirectory() as place:

@@ -1,4 +1,4 @@
-"""Files into texts: what each kind of file may hold, and everything else refused at its place."""
+"""Readers of local files: valid content, and refusals with file and line."""
 
 import gzip
 import io
@@ -17,8 +17,8 @@ from pyarrow import parquet
 from tests.hostile.values import parquet_bomb
 from tritter.data import local_files
 from tritter.data.local_files import (
+    ByteLimitError,
     Reading,
-    SpentError,
     TextFileError,
     parquet_records,
     text_suffix,
@@ -40,25 +40,25 @@ RECORDS: list[tuple[object, str]] = [
     ({"text": "a\ud800b"}, "a?b"),
 ]
 WRONG: list[tuple[str, str]] = [
-    ("[1]", "is no JSON object and no text, but a list; allowed is"),
-    ("3", "but a number"),
-    ("null", "but null"),
-    ("{", "is no JSON (Expecting property name"),
-    ('{"text": NaN}', "is no JSON (NaN is no number"),
-    ('{"text": null}', "data.text_field = text: holds null, no text"),
-    ('{"text": ["a"]}', "holds a list, no text"),
-    ('{"text": "a", "text": "b"}', "the field text stands there twice"),
-    ('{"id": 1, "content": "a"}', "it has id, content. Did you mean data.text_field=content?"),
-    ("{}", "has no field text (data.text_field = text); it has none."),
-    ('{"instruction": "a", "output": 3}', "output: holds a number, no text"),
-    ('{"instruction": "a", "input": 3, "output": "b"}', "input: holds a number"),
-    ('{"messages": {}}', "messages: holds an object; allowed is a list of messages"),
-    ('{"messages": [{"role": "user"}]}', "messages: number 1 is no message"),
-    ('{"messages": [{"role": "user", "content": []}]}', "number 1, content: holds a list"),
-    ('{"n": ' + "9" * 5000 + "}", "is no JSON (Exceeds the limit"),
+    ("[1]", "is a list; must be a JSON object"),
+    ("3", "is a number; allowed"),
+    ("null", "is null; allowed"),
+    ("{", "is not valid JSON (Expecting property name"),
+    ('{"text": NaN}', "is not valid JSON (NaN is not a JSON number"),
+    ('{"text": null}', "data.text_field = text: is null, not a string"),
+    ('{"text": ["a"]}', "is a list, not a string"),
+    ('{"text": "a", "text": "b"}', "the field text is repeated"),
+    ('{"id": 1, "content": "a"}', "available: id, content. Did you mean data.text_field=content?"),
+    ("{}", "has no field text (data.text_field = text); available: none."),
+    ('{"instruction": "a", "output": 3}', "output: is a number, not a string"),
+    ('{"instruction": "a", "input": 3, "output": "b"}', "input: is a number"),
+    ('{"messages": {}}', "messages: is an object; must be a list of messages"),
+    ('{"messages": [{"role": "user"}]}', "messages: number 1 is not a message"),
+    ('{"messages": [{"role": "user", "content": []}]}', "number 1, content: is a list"),
+    ('{"n": ' + "9" * 5000 + "}", "is not valid JSON (Exceeds the limit"),
     ("[" * 100_000, "is nested too deeply"),
-    ('{"' + "k" * 100_000 + '": 1}', "it has " + "k" * 40 + "..."),
-    ('{"\\u001b[2J\\n": 1}', r"it has \x1b[2J\n."),
+    ('{"' + "k" * 100_000 + '": 1}', "available: " + "k" * 40 + "..."),
+    ('{"\\u001b[2J\\n": 1}', r"available: \x1b[2J\n."),
 ]
 
 
@@ -72,7 +72,7 @@ def texts_of(path: Path, *, field: str = "text") -> list[str]:
 
 
 def skipping(path: Path, *, field: str = "text") -> tuple[list[str], list[str]]:
-    """Return the texts of a file in which nothing is wrong, and what was skipped."""
+    """Return the texts and notes of a file without fatal problems."""
     reading = Reading(key="data.new", text_field=field)
     found = list(reading.texts(path))
     assert not reading.problems
@@ -113,40 +113,40 @@ def test_records_of_every_form(tmp_path: Path, ending: str) -> None:
 def test_forms_are_for_the_field_that_was_not_chosen(tmp_path: Path) -> None:
     path = packed(tmp_path / "a.jsonl", json.dumps(ALPACA).encode())
     assert texts_of(path, field="output") == ["3"]
-    assert "has no field body (data.text_field = body); it has instruction" in problem(
+    assert "has no field body (data.text_field = body); available: instruction" in problem(
         path, field="body"
     )
 
 
-@pytest.mark.parametrize(("record", "said"), WRONG)
+@pytest.mark.parametrize(("record", "expected"), WRONG)
 def test_a_wrong_record_is_skipped_and_a_file_of_them_refused(
-    tmp_path: Path, record: str, said: str
+    tmp_path: Path, record: str, expected: str
 ) -> None:
     path = packed(tmp_path / "a.jsonl", f'"one"\n{record}\n"three"\n'.encode())
     found, (note,) = skipping(path)
     assert found == ["one", "three"]
-    assert note.startswith("Skipped 1 of 3 records that can't be read; the first: data.new: ")
-    assert f"{path}, line 2 " in note and said in note
+    assert note.startswith("Skipped 1 of 3 records because they are invalid; the first: data.new: ")
+    assert f"{path}, line 2 " in note and expected in note
     assert len(note) < 1000 and "\n" not in note
     alone = packed(tmp_path / "b.jsonl", f"{record}\n".encode())
-    assert f"{alone}, line 1 " in problem(alone) and said in problem(alone)
+    assert f"{alone}, line 1 " in problem(alone) and expected in problem(alone)
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "expected"),
     [
-        ("[3]", "a.json, record 1 is no JSON object and no text, but a number"),
-        ('{"text": "a"}', "holds an object; allowed is an array of records or of texts"),
-        ("", "holds no array"),
-        ('["a"', "is no JSON (Expecting ',' or ']'"),
-        ('["a",]', "is no JSON (Expecting value"),
-        ('["a" "b"]', "is no JSON (Expecting ',' or ']'"),
-        ('["a"] x', "something stands after its array, at 6"),
+        ("[3]", "a.json, record 1 is a number; must be a JSON object"),
+        ('{"text": "a"}', "is an object; must be an array of records or texts"),
+        ("", "is not an array"),
+        ('["a"', "is not valid JSON (Expecting ',' or ']'"),
+        ('["a",]', "is not valid JSON (Expecting value"),
+        ('["a" "b"]', "is not valid JSON (Expecting ',' or ']'"),
+        ('["a"] x', "extra data after the array, at 6"),
         ("[" * 100_000, "nested too deeply"),
     ],
 )
-def test_a_wrong_array(tmp_path: Path, content: str, said: str) -> None:
-    assert said in problem(packed(tmp_path / "a.json", content.encode()))
+def test_a_wrong_array(tmp_path: Path, content: str, expected: str) -> None:
+    assert expected in problem(packed(tmp_path / "a.json", content.encode()))
 
 
 def test_an_empty_array_holds_no_text(tmp_path: Path) -> None:
@@ -161,27 +161,27 @@ def test_an_empty_array_holds_no_text(tmp_path: Path) -> None:
 @pytest.mark.parametrize("ending", [".txt", ".jsonl", ".json", ".md.gz"])
 def test_another_encoding_is_named(tmp_path: Path, encoding: str, named: str, ending: str) -> None:
     path = packed(tmp_path / f"a{ending}", '["text"]\n'.encode(encoding))
-    assert f"is no UTF-8 but {named}, by its first bytes; convert it" in problem(path)
+    assert f"appears to be {named}, not UTF-8; convert it" in problem(path)
     assert f"iconv -f {named} -t UTF-8" in problem(path)
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "said"),
+    ("name", "content", "expected"),
     [
-        ("a.txt", b"caf\xe9", "is no UTF-8 (byte 3 is 0xe9)"),
-        ("a.jsonl", b'\n"\xe9"\n', "line 2 is no UTF-8 (byte 1 is 0xe9)"),
-        ("a.txt", b"\xed\xa0\x80", "is no UTF-8"),
-        ("a.txt", b"text\0", "holds a byte 0, at 4"),
-        ("a.txt", bytes(5000), "holds a byte 0, at 0"),
+        ("a.txt", b"caf\xe9", "is not UTF-8 (byte 3 is 0xe9)"),
+        ("a.jsonl", b'\n"\xe9"\n', "line 2 is not UTF-8 (byte 1 is 0xe9)"),
+        ("a.txt", b"\xed\xa0\x80", "is not UTF-8"),
+        ("a.txt", b"text\0", "is not text: it has a zero byte at offset 4"),
+        ("a.txt", bytes(5000), "is not text: it has a zero byte at offset 0"),
         ("a.txt.gz", b"no gzip", "Not a gzipped file"),
         ("a.txt.gz", gzip.compress(b"abc" * 999, mtime=0)[:-9], "ended before"),
         ("a.jsonl.gz", gzip.compress(b'"a"\n' * 999, mtime=0)[:30] + b"\xff" * 30, "cannot"),
     ],
 )
-def test_damaged_files(tmp_path: Path, name: str, content: bytes, said: str) -> None:
+def test_damaged_files(tmp_path: Path, name: str, content: bytes, expected: str) -> None:
     path = tmp_path / name
     path.write_bytes(content)
-    assert said in problem(path)
+    assert expected in problem(path)
 
 
 def test_no_more_than_a_few_lines_of_one_file(tmp_path: Path) -> None:
@@ -189,13 +189,13 @@ def test_no_more_than_a_few_lines_of_one_file(tmp_path: Path) -> None:
     with pytest.raises(TextFileError) as caught:
         texts_of(path)
     assert len(caught.value.problems) == 11
-    assert caught.value.problems[-1] == f"data.new: {path} has 990 more such places."
+    assert caught.value.problems[-1] == f"data.new: {path} has 990 more invalid records."
     many = TextFileError([f"line {number}" for number in range(1000)])
-    assert "1000 things are wrong" in str(many) and str(many).endswith("  and 900 more")
+    assert "1000 problems" in str(many) and str(many).endswith("  and 900 more")
 
 
 def bomb(size: int) -> bytes:
-    """Return a gzip file of `size` letters, made in pieces."""
+    """Return a gzip file of `size` letters, written in pieces."""
     file = io.BytesIO()
     with gzip.GzipFile(fileobj=file, mode="wb", compresslevel=9) as writer:
         for _ in range(size // 2**20):
@@ -209,9 +209,7 @@ def test_what_unpacks_to_too_much_is_refused_on_the_way(
 ) -> None:
     monkeypatch.setattr(local_files, "FREE_EXPANSION_BYTES", 2**20)
     (tmp_path / name).write_bytes(bomb(8 * 2**20))
-    assert "unpacks to more than 1 MB, and a packed file may have 1 MB or 200" in problem(
-        tmp_path / name
-    )
+    assert "decompresses to more than 1 MB; the limit is 1 MB or 200" in problem(tmp_path / name)
 
 
 @pytest.mark.full
@@ -233,7 +231,7 @@ def test_a_parquet_bomb_is_refused_in_little_memory(tmp_path: Path, row: dict[st
     done = subprocess.run(
         [sys.executable, "-c", program, str(path)], capture_output=True, text=True, timeout=60
     )
-    assert done.stdout.count("unpacks to more than 64 MB") == 2, done
+    assert done.stdout.count("decompresses to more than 64 MB") == 2, done
     assert int(done.stdout.split()[-1]) < 600  # MB
 
 
@@ -273,14 +271,17 @@ def test_sizes_are_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     long = json.dumps("a" * 6000)
     path = packed(tmp_path / "a.jsonl", f'"one"\n{long}\n"three"\n'.encode())
     found, (note,) = skipping(path)
-    assert f"{path}, line 2 is longer than 0 MB" in note and found == ["one", "three"]
-    assert "is larger than 0 MB" in problem(packed(tmp_path / "a.json", f"[{long}]".encode()))
+    assert f"{path}, line 2 exceeds the limit of 0 MB per line" in note and found == [
+        "one",
+        "three",
+    ]
+    assert "exceeds the limit of 0 MB" in problem(packed(tmp_path / "a.json", f"[{long}]".encode()))
 
 
 def test_reading_ends_with_what_was_to_be_read(tmp_path: Path) -> None:
     path = packed(tmp_path / "a.jsonl", b'"a"\n' * 1000)
     reading = Reading(key="data.new", text_field="text", max_bytes=100)
-    with pytest.raises(SpentError):
+    with pytest.raises(ByteLimitError):
         list(reading.texts(path))
     assert reading.num_bytes <= 104
 
@@ -291,7 +292,7 @@ def _socket(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("make", "said"),
+    ("make", "expected"),
     [
         (os.mkfifo, "it is a pipe, not a file"),
         (_socket, "it is a socket, not a file"),
@@ -306,13 +307,13 @@ def test_only_files_are_opened(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     make: Callable[[Path], None],
-    said: str,
+    expected: str,
     suffix: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)  # the path of a socket may not be long
     path = Path(f"a{suffix}")
     make(path)
-    assert said in problem(path)
+    assert expected in problem(path)
 
 
 def test_a_file_that_changes_meanwhile_is_told(tmp_path: Path) -> None:
@@ -333,14 +334,14 @@ def test_parquet(tmp_path: Path) -> None:
     parquet.write_table(arrow.table({"text": ["déjà", "猫"], "id": [1, 2]}), path)
     assert texts_of(path) == ["déjà", "猫"]
     assert "has no field body" in problem(path, field="body")
-    with pytest.raises(TextFileError, match=r"row 1 .*holds a number"):
+    with pytest.raises(TextFileError, match=r"row 1 .*is a number"):
         texts_of(path, field="id")
     parquet.write_table(arrow.table({name: [text] for name, text in ALPACA.items()}), path)
     assert texts_of(path) == ["Add.\n\n1 and 2\n\n3"]
     parquet.write_table(arrow.table({"messages": [CHAT]}), path)
     assert texts_of(path) == ["user: Hi\n\nassistant: Hello\n"]
     path.write_bytes(b"no parquet")
-    assert "no parquet file" in problem(path)
+    assert "not a parquet file" in problem(path)
 
 
 def test_other_endings_are_none() -> None:
@@ -361,19 +362,19 @@ def test_a_table(tmp_path: Path, ending: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("row", "said"),
+    ("row", "expected"),
     [
-        (b"1", "line 3 data.text_field = text: holds null, no text"),
-        (b"1,\xe9", "line 3 is no UTF-8 (byte 0 is 0xe9)"),
+        (b"1", "line 3 data.text_field = text: is null, not a string"),
+        (b"1,\xe9", "line 3 is not UTF-8 (byte 0 is 0xe9)"),
         (b'1,"a"b', "line 3 ',' expected after '\"'"),
-        (b"1," + b"a" * 2000, "line 3 is longer than 0 MB, the most"),
+        (b"1," + b"a" * 2000, "line 3 exceeds the limit of 0 MB per line"),
     ],
 )
 def test_a_wrong_row_is_skipped(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, row: bytes, said: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, row: bytes, expected: str
 ) -> None:
     monkeypatch.setattr(local_files, "MAX_LINE_BYTES", 1000)
     path = packed(tmp_path / "a.csv", b"id,text\n0,one\n" + row + b"\n2,three\n")
     found, (note,) = skipping(path)
-    assert found == ["one", "three"] and said in note
-    assert "is no table" in problem(packed(path, b'"a"b\n'))
+    assert found == ["one", "three"] and expected in note
+    assert "is not a valid CSV table" in problem(packed(path, b'"a"b\n'))

@@ -1,4 +1,4 @@
-"""Whole documents in sequences: each token once, little padding, the same each time."""
+"""Packing of whole documents: each token once, little padding, deterministic."""
 
 import random
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tritter.data.packing import LAID_TOKENS, best_fit, num_packed, packed, padding_fraction
+from tritter.data.packing import PACKED_TOKENS, best_fit, num_packed, packed, padding_fraction
 from tritter.data.tokens import TokenisedDocuments, pack
 from tritter.errors import RequestError
 
@@ -69,14 +69,14 @@ def test_lengths_of_real_texts_leave_little_padding() -> None:
     is_end = rows == EOT
     padding = int((is_end[:, 1:] & is_end[:, :-1]).sum()) / rows.numel()
     assert 0 < padding < 0.02
-    told = padding_fraction(of_lengths(lengths), sequence_length=128)
-    assert told == pytest.approx(padding, abs=1e-12)
+    fraction = padding_fraction(of_lengths(lengths), sequence_length=128)
+    assert fraction == pytest.approx(padding, abs=1e-12)
     assert torch.equal(rows, rows_of(of_lengths(lengths), 128))
 
 
 def test_best_fit_chooses_the_fullest_bin_that_has_room() -> None:
     bins, before = best_fit(np.array([5, 3, 6, 3, 2, 4]), 10)
-    # 6 | 5 | 4 beside 6 | 3 beside 5 | 3 in a new one, 2 fills 5 and 3
+    # 6 | 5 | 4 next to 6 | 3 next to 5 | 3 in a new one, 2 fills 5 and 3
     assert bins.tolist() == [1, 1, 0, 2, 1, 0]
     assert before.tolist() == [0, 5, 0, 0, 8, 6]
 
@@ -84,8 +84,8 @@ def test_best_fit_chooses_the_fullest_bin_that_has_room() -> None:
 def test_many_parts_are_laid_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
     documents = of_lengths([3, 50, 20, 7, 1, 1, 30, 11])
     whole = rows_of(documents, 16)
-    assert whole.numel() < LAID_TOKENS
-    monkeypatch.setattr("tritter.data.packing.LAID_TOKENS", 1)
+    assert whole.numel() < PACKED_TOKENS
+    monkeypatch.setattr("tritter.data.packing.PACKED_TOKENS", 1)
     assert torch.equal(rows_of(documents, 16), whole)
 
 

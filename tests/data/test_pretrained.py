@@ -1,4 +1,4 @@
-"""The tokenizer of a checkpoint: read as it is, without the settings of its last use."""
+"""The tokenizer of a checkpoint is read without its truncation and padding settings."""
 
 import json
 
@@ -63,7 +63,7 @@ def test_no_end_of_text_is_refused(folder, content):
 def test_a_tokenizer_of_another_model_is_refused(folder, tokenizer):
     assert tokenizer.get_vocab_size() == 300
     read_tokenizer(folder, vocab_size=320)  # padded embeddings are common
-    with pytest.raises(RequestError, match=r"tokens up to 299, but .* for 299"):
+    with pytest.raises(RequestError, match=r"token ids up to 299, but .* 299 embeddings"):
         read_tokenizer(folder, vocab_size=299)
 
 
@@ -72,8 +72,8 @@ def test_damaged_files_are_refused(folder):
     with pytest.raises(RequestError, match=r"tokenizer_config.json cannot be read"):
         read_tokenizer(folder, vocab_size=300)
     (folder / "tokenizer.json").write_text("{}")
-    with pytest.raises(RequestError, match="no usable tokenizer"):
+    with pytest.raises(RequestError, match="not a usable tokenizer"):
         read_tokenizer(folder, vocab_size=300)
     (folder / "tokenizer.json").unlink()
-    with pytest.raises(RequestError, match=r"holds no tokenizer.json"):
+    with pytest.raises(RequestError, match=r"has no tokenizer.json"):
         read_tokenizer(folder, vocab_size=300)

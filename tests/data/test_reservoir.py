@@ -1,4 +1,4 @@
-"""Algorithm R, and the replay buffer that keeps a sample of what went by."""
+"""Algorithm R, and the replay buffer of reservoir samples."""
 
 import math
 import random
@@ -85,10 +85,10 @@ def test_it_goes_on_bit_for_bit(weighting):
 @pytest.mark.parametrize(
     ("rows", "losses", "words"),
     [
-        (torch.zeros(2, 4), None, "4 tokens can't join those of 3"),
+        (torch.zeros(2, 4), None, "3 tokens; sequences of 4 tokens can't be added"),
         (numbered(0, 2), torch.tensor([1.0, float("nan")]), "finite"),
         (numbered(0, 2), torch.tensor([1.0, -1.0]), "not negative"),
-        (numbered(0, 2), torch.ones(3), "each sequence"),
+        (numbered(0, 2), torch.ones(3), "2 sequences need one each"),
     ],
 )
 def test_what_does_not_fit_is_refused(rows, losses, words):
@@ -105,7 +105,7 @@ def test_empty_and_no_capacity():
     assert len(buffer) == 0 and buffer.sample(0).shape == (0, 0)
     with pytest.raises(RequestError, match="empty"):
         buffer.sample(1)
-    with pytest.raises(RequestError, match="no such reservoir; it has seen"):
+    with pytest.raises(RequestError, match="no such reservoir; available: seen"):
         buffer.add(numbered(0, 1), domain="other")
     with pytest.raises(TritterError, match="capacity of 1"):
         Reservoir(1, seed=0).load_state_dict(filled(2, capacity=2, seed=0).state_dict())

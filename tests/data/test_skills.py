@@ -1,4 +1,4 @@
-"""Generated skills: right by other means, the same everywhere, and never asked what was read."""
+"""Generated skills: correct, deterministic, and with disjoint texts and questions."""
 
 import json
 import re
@@ -65,7 +65,7 @@ ORACLES: dict[str, Callable[[str], str]] = {
 @pytest.mark.quick_cases(2)
 @pytest.mark.parametrize("name", ORACLES)
 def test_answers_are_right(name: str) -> None:
-    """Held against Python's own sums, sorting and JSON, worked out from the prompt alone."""
+    """Compare with answers that Python computes from the prompt."""
     for question in SKILLS[name].questions(NUMBER):
         assert ORACLES[name](question.prompt) == question.answer, question
 
@@ -95,7 +95,7 @@ def test_a_call_is_json_between_its_signs_and_says_what_was_asked() -> None:
 
 
 def test_facts_are_asked_in_wordings_that_no_text_has() -> None:
-    """The facts themselves are read, or nobody could know them."""
+    """The training texts contain all facts."""
     skill = SKILLS["identity"]
     texts, questions = "\n".join(skill.texts(5000)).lower(), skill.questions(NUMBER)
     for question in questions:
@@ -108,7 +108,7 @@ def test_facts_are_asked_in_wordings_that_no_text_has() -> None:
 @pytest.mark.quick_cases(1)
 @ALL
 def test_no_question_occurs_in_a_text_of_any_skill(skill: Skill) -> None:
-    """Nor would the answer that was seen help: a prompt with its answer is nowhere."""
+    """No text contains the prompt and answer of a question."""
     every = [text for each in SKILLS.values() for text in each.texts(1500)]
     joined = "\n".join([*every, *skill.texts(6000)])
     assert not [each for each in skill.questions(NUMBER) if each.prompt in joined]
@@ -145,7 +145,7 @@ def test_there_are_two_thousand_choices_of_four() -> None:
 
 
 def test_another_process_draws_the_same() -> None:
-    """Neither Python's hashes nor its generators of today have a say."""
+    """The texts depend neither on Python's hashes nor on its random generators."""
     program = (
         "from tritter.data.skills import SKILLS\n"
         "for skill in SKILLS.values():\n"
@@ -176,16 +176,16 @@ def test_documents_and_questions_of_paths() -> None:
 
 
 @pytest.mark.parametrize(
-    ("path", "said"),
+    ("path", "expected"),
     [
         ("skills:sortign", "the skills are arithmetic, .* Did you mean skills:sorting?"),
-        ("skills:sorting:many", r"takes the number of examples, 1 to 10,000,000"),
-        ("skills:sorting:0", "takes the number"),
+        ("skills:sorting:many", r"must be from 1 to 10,000,000 examples"),
+        ("skills:sorting:0", "must be from 1 to"),
         ("skills:", "the skills are"),
     ],
 )
-def test_wrong_names_are_refused(path: str, said: str) -> None:
-    with pytest.raises(RequestError, match=f"data.new = {path}: .*{said}"):
+def test_wrong_names_are_refused(path: str, expected: str) -> None:
+    with pytest.raises(RequestError, match=f"data.new = {path}: .*{expected}"):
         SkillText.named("data.new", path)
 
 

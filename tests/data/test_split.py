@@ -1,4 +1,4 @@
-"""The split: a function of seed and text alone."""
+"""The split depends only on seed and text."""
 
 import math
 from hashlib import sha256
@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tritter.data.documents import documents_of, text_key
-from tritter.data.split import SplitRule, part_documents
+from tritter.data.split import SplitRule, split_documents
 from tritter.errors import RequestError
 
 RULE = SplitRule(seed=1, validation_fraction=0.3)
@@ -19,7 +19,7 @@ def named(count, start="text"):
 
 
 def parted(domains, *, rule=RULE):
-    return part_documents(domains, rule=rule)
+    return split_documents(domains, rule=rule)
 
 
 def keys(documents):

@@ -1,4 +1,4 @@
-"""Files into texts: every format, what is refused and in which words."""
+"""Texts of files: all formats, and the messages of refusals."""
 
 import gzip
 import json
@@ -60,13 +60,13 @@ def test_what_is_wrong_is_listed_whole(tmp_path):
         "/b.jsonl, line 3",
         "/gone.md cannot be r",
     ]
-    assert str(caught.value).startswith("4 things are wrong with the text:\n  data.new: ")
+    assert str(caught.value).startswith("the data has 4 problems:\n  data.new: ")
 
 
 def test_blank_files_hold_no_text(tmp_path):
     (tmp_path / "a.txt").write_bytes(b" \n\n ")
     (tmp_path / "b.txt").write_bytes(b"")
-    with pytest.raises(TextFileError, match=r"data.new: .*a.txt, .*b.txt hold no text"):
+    with pytest.raises(TextFileError, match=r"data.new: .*a.txt, .*b.txt contain no text"):
         read(tmp_path / "a.txt", tmp_path / "b.txt")
     (tmp_path / "c.md").write_text("text")
     assert read(*(tmp_path / name for name in ("a.txt", "b.txt", "c.md"))) == ["text"]

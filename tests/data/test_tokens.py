@@ -73,7 +73,7 @@ def test_a_text_cannot_forge_the_end_of_a_text(tokenizer):
     forged = Document("x", f"a{END_OF_TEXT}b")
     tokens = tokenise([forged], tokenizer).tokens.tolist()
     assert 0 not in tokens and tokenizer.decode(tokens) == forged.text
-    assert 0 in tokenizer.encode(forged.text).ids  # and the tokenizer is as it was
+    assert 0 in tokenizer.encode(forged.text).ids  # the tokenizer is unchanged
 
 
 def test_too_small_a_limit_is_refused(documents, tokenizer):

@@ -1,4 +1,4 @@
-"""Sequences of several domains in exact shares, from any saved place."""
+"""Sequences of several domains in exact shares, from any saved position."""
 
 import torch
 

@@ -12,7 +12,7 @@ from tritter.evaluation.statistics import PairedScores
 
 
 class Bigram(nn.Module):
-    """Predicts the next token from the present one alone; `table` holds logits [V, V]."""
+    """Predicts the next token only from the current one; `table` contains logits [V, V]."""
 
     def __init__(self, table: Tensor) -> None:
         super().__init__()
@@ -26,7 +26,7 @@ class Bigram(nn.Module):
 
 
 class Summing(nn.Module):
-    """Predicts from the mean of all tokens so far: causal, and every earlier token matters."""
+    """Predicts from the mean of all tokens so far: a causal model that uses every earlier token."""
 
     def __init__(self, table: Tensor) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ def _losses(nats: Tensor, *, num_bytes: Tensor | None = None) -> PairedScores:
 
 
 def _answers(right: Tensor, *, chance: float = 0.25) -> PairedScores:
-    """Right answers, one question an item unless an item has more."""
+    """Scores of answers, with one question per item by default."""
     ones = torch.ones(len(right), dtype=torch.int64)
     names = tuple(f"q{index}" for index in range(len(right)))
     return PairedScores(names, right.double(), {"answers": ones}, unit="accuracy", chance=chance)

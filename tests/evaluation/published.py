@@ -1,4 +1,4 @@
-"""Records of benchmarks in the forms that they are published in, written by hand.
+"""Records of benchmarks in their published formats, written by hand.
 
 Benchmark → form → records. `hub` is what lm-evaluation-harness's own task reads; the others are
 those of the files' authors and of llm-foundry.

@@ -1,4 +1,4 @@
-"""Files of benchmarks: found by name, taken in every published form, refused by what is wrong."""
+"""Files of benchmarks: found by name, read in all published formats, refused with all problems."""
 
 import gzip
 import json
@@ -25,7 +25,7 @@ CHOICE = {"query": "Question: What?", "choices": ["a", "b"], "gold": 1}
 
 
 def written(path: Path, rows: list[Any]) -> Path:
-    """Write records as JSON lines, packed where the name says so."""
+    """Write records as JSON lines, compressed if the name ends with .gz."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = "".join(json.dumps(row) + "\n" for row in rows).encode()
     path.write_bytes(gzip.compress(text) if path.suffix == ".gz" else text)
@@ -154,29 +154,29 @@ def test_all_that_is_wrong_is_told_at_once(tmp_path: Path) -> None:
             *("piqa", "arc_easy", "boolq", "lambada", "gsm8k", "svamp", "mmlu"),
             *("mgsm", "mbpp", "winogrande", "hellaswag"),
         )
-    for said in (
-        "piqa_val.jsonl, record 2: the right choice has the number 2, of 2",
-        "piqa_val.jsonl, record 3: gold = '1' is no int",
-        "the fields 'query', 'choice', 'gold', allowed are question, choices, answerKey or query",
-        "choice may be meant",
-        "boolq_val.jsonl, line 2 is no JSON",
+    for expected in (
+        "piqa_val.jsonl, record 2: the index of the correct choice is 2, but there are 2",
+        "piqa_val.jsonl, record 3: gold = '1' must be of type int",
+        "the fields 'query', 'choice', 'gold'; required: question, choices, answerKey or query",
+        "Did you mean choice?",
+        "boolq_val.jsonl, line 2 is not valid JSON",
         "lambada_test.jsonl.gz cannot be read",
         "answer has no number after ####",
-        "mgsm_en.jsonl holds no record",
-        "svamp.jsonl, record 1: Answer is no number",
-        "svamp.jsonl, record 2: Answer is no number",
-        "mbpp.jsonl is no file of mbpp: its records have the fields 'task_id', 'text'",
+        "mgsm_en.jsonl has no records",
+        "svamp.jsonl, record 1: Answer is not a number",
+        "svamp.jsonl, record 2: Answer is not a number",
+        "mbpp.jsonl is not a file of mbpp: its records have the fields 'task_id', 'text'",
         "winogrande_val.jsonl, record 1: sentence has no _ to put an option in",
-        "hellaswag_val.jsonl, record 2: it holds half of a character (a lone surrogate)",
-        "no file of mmlu lies there",
+        "hellaswag_val.jsonl, record 2: it contains an unpaired surrogate",
+        "it has no file of mmlu",
     ):
-        assert said in str(refused.value), said
+        assert expected in str(refused.value), expected
 
 
 def test_records_to_show_that_are_something_else_are_refused(tmp_path: Path) -> None:
     written(tmp_path / "gsm8k_train.jsonl", [{"prompt": "1?"}])
     written(tmp_path / "gsm8k_test.jsonl", [{"question": "6?", "answer": "#### 6"}])
-    with pytest.raises(RequestError, match="no examples can be shown, the field 'question' is"):
+    with pytest.raises(RequestError, match="invalid few-shot examples: the field 'question' is"):
         loaded(tmp_path, "gsm8k")
 
 
@@ -211,9 +211,9 @@ def test_a_limit_takes_of_all_parts(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("limit", "more", "why"),
     [
-        (None, {}, "is larger than 256 MiB when unpacked"),
+        (None, {}, "is larger than 256 MiB when decompressed"),
         (3, {}, "record 1: the question has more than 1048576 characters"),
-        (3, {"other": [""]}, "is larger than 256 MiB when unpacked"),
+        (3, {"other": [""]}, "is larger than 256 MiB when decompressed"),
     ],
 )
 def test_a_parquet_bomb_is_refused_in_little_memory(
@@ -249,7 +249,7 @@ def test_a_limit_ends_the_reading_of_a_large_parquet(
     folder = TasksFolder(tmp_path, key="--tasks-path")
     (found,) = load([BENCHMARKS["boolq"]], folder, limit=3)
     assert len(found.limited(3).questions) == 3 and found.total < 1000
-    with pytest.raises(RequestError, match=r"boolq.parquet is larger than 10 MiB when unpacked"):
+    with pytest.raises(RequestError, match=r"parquet is larger than 10 MiB when decompressed"):
         load([BENCHMARKS["boolq"]], folder)
     monkeypatch.setattr(files, "SPREAD_ROWS", 20)
     assert load([BENCHMARKS["boolq"]], folder, limit=3)[0].total == 20
@@ -288,7 +288,7 @@ def test_null_models(tmp_path: Path) -> None:
     assert null_scores(mbpp, sandbox=Refusing()).empty == 0.0
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the published files lie beside the project")
+@pytest.mark.skipif(not SHARED.is_dir(), reason="requires the published files next to the project")
 def test_the_files_beside_the_project_are_taken_as_they_are() -> None:
     totals = {each.benchmark.name: each.total for each in loaded(SHARED, *BENCHMARKS)}
     assert totals["gsm8k"] == 660 and totals["mmlu"] == 2850 and totals["math"] == 500

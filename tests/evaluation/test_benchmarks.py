@@ -1,4 +1,4 @@
-"""Benchmarks through lm-evaluation-harness: its own tasks on the same records give our numbers."""
+"""Benchmarks in lm-evaluation-harness: its own tasks have the same scores on the same records."""
 
 import dataclasses
 from collections.abc import Callable
@@ -19,8 +19,8 @@ from tritter.evaluation.benchmarks import harness
 from tritter.evaluation.benchmarks.files import Questions, questions_of
 from tritter.evaluation.benchmarks.formats import BENCHMARKS, Benchmark
 from tritter.evaluation.benchmarks.harness import (
-    Asking,
     BenchmarkScores,
+    EvalOptions,
     score_benchmark,
     score_from_hub,
     task_config,
@@ -46,7 +46,7 @@ TASKS = {
     "math": ("hendrycks_math500", "hendrycks_math"),
     "bbh": ("bbh_cot_fewshot_snarks", "bbh/cot_fewshot"),
 }
-# What a model might say, right or wrong, to each question in turn
+# Possible answers of a model, correct or wrong, for each question in order
 SAID = {
     "gsm8k": [" 1 + 1 makes $2.", " #### 1,200", " I am 12 or 25"],
     "mgsm": [" 2 und fertig", " 24 oder 25"],
@@ -75,7 +75,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def asked(name: str, rows: Rows | None = None) -> Questions:
-    """Return the questions of records as a file of that name would give them."""
+    """Return the questions of records, as from a file with that name."""
     rows = rows or _published(name)["hub"]
     origin = {"xcopa": "test.it.jsonl", "mgsm": "mgsm_de.jsonl"}.get(name, name)
     return questions_of(BENCHMARKS[name], rows, origin=origin)
@@ -86,7 +86,7 @@ def _published(name: str) -> dict[str, Rows]:
 
 
 def stock_task(name: str) -> Any:
-    """Return lm-eval's own task on the same records, asked without examples."""
+    """Return lm-eval's own task on the same records, without few-shot examples."""
     import datasets
     from lm_eval.tasks import TaskManager
 
@@ -109,7 +109,7 @@ def test_choices_score_as_lm_evals_own_task_scores_them(
     from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
 
-    ours = score_benchmark(model, tokenizer, asked(name), Asking(batch_size=3))
+    ours = score_benchmark(model, tokenizer, asked(name), EvalOptions(batch_size=3))
     lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=2, max_length=512)
     task = stock_task(name)
     task_dict = {"tasks": {"stock": task}, "groups": {}}
@@ -125,7 +125,7 @@ def test_choices_score_as_lm_evals_own_task_scores_them(
 
 
 def spoken(texts: list[str]) -> Any:
-    """Return a language model that says these texts, one to each question; notes the prompts."""
+    """Return a language model that answers with these texts in order and records the prompts."""
     from lm_eval.api.model import LM
 
     class Spoken(LM):
@@ -178,12 +178,12 @@ def test_a_benchmark_of_the_hub_is_lm_evals_own(
             return {"tasks": {"arc_easy": stock_task("arc_easy")}, "groups": {}}
 
     benchmark = BENCHMARKS["arc_easy"]
-    theirs = score_from_hub(model, tokenizer, benchmark, Asking(), manager=Manager())
-    ours = score_benchmark(model, tokenizer, asked("arc_easy"), Asking())
-    assert theirs.known_by.values.tolist() == ours.known_by.values.tolist()
+    theirs = score_from_hub(model, tokenizer, benchmark, EvalOptions(), manager=Manager())
+    ours = score_benchmark(model, tokenizer, asked("arc_easy"), EvalOptions())
+    assert theirs.primary.values.tolist() == ours.primary.values.tolist()
     assert theirs.nulls.uniform == ours.nulls.uniform == pytest.approx((1 + 1 / 2) / 4)
-    few = score_from_hub(model, tokenizer, benchmark, Asking(limit=2), manager=Manager())
-    assert len(few.known_by) == 2 and few.notes
+    few = score_from_hub(model, tokenizer, benchmark, EvalOptions(limit=2), manager=Manager())
+    assert len(few.primary) == 2 and few.notes
 
 
 def test_without_a_hub_it_says_what_to_do(model: Any, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -191,14 +191,14 @@ def test_without_a_hub_it_says_what_to_do(model: Any, tokenizer: PreTrainedToken
         def load(self, names: list[str]) -> dict[str, Any]:
             raise ConnectionError("Couldn't reach the Hub")
 
-    with pytest.raises(RequestError, match=r"does not give piqa .*--tasks-path DIR"):
-        score_from_hub(model, tokenizer, BENCHMARKS["piqa"], Asking(), manager=Offline())
-    with pytest.raises(RequestError, match="has no task for it"):
-        score_from_hub(model, tokenizer, BENCHMARKS["svamp"], Asking())
+    with pytest.raises(RequestError, match=r"can't load piqa .*--tasks-path DIR"):
+        score_from_hub(model, tokenizer, BENCHMARKS["piqa"], EvalOptions(), manager=Offline())
+    with pytest.raises(RequestError, match="has no such task"):
+        score_from_hub(model, tokenizer, BENCHMARKS["svamp"], EvalOptions())
 
 
 class Knowing:
-    """Runs nothing; a program passes that holds the word."""
+    """Runs nothing; programs that contain the word pass."""
 
     def __init__(self, word: str) -> None:
         self.word, self.programs = word, []  # type: ignore[var-annotated]
@@ -216,8 +216,8 @@ def test_programs_go_to_the_sandbox_and_nowhere_else(
     rows = [{**row, "prompt": "def f():\n", "test": f"{row['test']}"} for row in HUMANEVAL_ROWS]
     sandbox = Knowing("twice")
     questions = asked("humaneval", rows)
-    scores = score_benchmark(model, tokenizer, questions, Asking(sandbox=sandbox))
-    assert scores.known_by.values.tolist() == [0.0, 1.0]
+    scores = score_benchmark(model, tokenizer, questions, EvalOptions(sandbox=sandbox))
+    assert scores.primary.values.tolist() == [0.0, 1.0]
     assert scores.nulls.empty == 0.5 and len(sandbox.programs) == 4
     assert sandbox.programs[0].endswith("check(largest)")
 
@@ -226,13 +226,13 @@ def test_what_is_cut_and_limited_is_said(tokenizer: PreTrainedTokenizerFast) -> 
     model = oracle.tiny_llama(vocab_size=300, max_position_embeddings=24)
     rows = [*PUBLISHED["arc_easy"]["foundry"]]
     rows.append({"query": "?", "choices": ["a", "grows " * 30], "gold": 0})
-    scores = score_benchmark(model, tokenizer, asked("arc_easy", rows), Asking(limit=5))
-    said = " ".join(scores.notes)
-    assert "1 of 5 questions were left out" in said and "lost their beginning" in said
-    assert len(scores.known_by) == 4
-    scores = score_benchmark(model, tokenizer, asked("gsm8k"), Asking(limit=2))
+    scores = score_benchmark(model, tokenizer, asked("arc_easy", rows), EvalOptions(limit=5))
+    notes = " ".join(scores.notes)
+    assert "Skipped 1 of 5 questions" in notes and "prompts on the left" in notes
+    assert len(scores.primary) == 4
+    scores = score_benchmark(model, tokenizer, asked("gsm8k"), EvalOptions(limit=2))
     assert "2 of 3 questions" in " ".join(scores.notes)
-    assert "Answers end after 12 tokens in place of 256" in " ".join(scores.notes)
+    assert "Answers are limited to 12 instead of 256 tokens" in " ".join(scores.notes)
 
 
 def broken(value: float) -> Callable[[], Any]:
@@ -248,7 +248,7 @@ def broken(value: float) -> Callable[[], Any]:
 def test_a_model_that_cannot_tell_choices_apart_scores_no_more_than_chance(
     tokenizer: PreTrainedTokenizerFast,
 ) -> None:
-    """lm-eval takes the first of equal choices, and TruthfulQA's right one stands first."""
+    """lm-eval selects the first of equal choices, and TruthfulQA's correct choice is first."""
     rows = [
         {"question": f"{n}?", "mc1_targets": {"same": 1, "Same": 0, "samE": 0, "saMe": 0}}
         for n in range(400)
@@ -257,7 +257,7 @@ def test_a_model_that_cannot_tell_choices_apart_scores_no_more_than_chance(
     right = [question.right for question in questions.questions.values()]
     assert 70 < right.count(0) < 130
     with pytest.raises(TritterError, match="not finite"):
-        score_benchmark(broken(float("nan"))(), tokenizer, questions, Asking())
+        score_benchmark(broken(float("nan"))(), tokenizer, questions, EvalOptions())
 
 
 def test_modes_gradients_and_random_numbers_are_left_as_they_were(
@@ -265,8 +265,8 @@ def test_modes_gradients_and_random_numbers_are_left_as_they_were(
 ) -> None:
     model.train()
     state = torch.random.get_rng_state()
-    score_benchmark(model, tokenizer, asked("piqa"), Asking())
-    score_benchmark(model, tokenizer, asked("gsm8k"), Asking(limit=1))
+    score_benchmark(model, tokenizer, asked("piqa"), EvalOptions())
+    score_benchmark(model, tokenizer, asked("gsm8k"), EvalOptions(limit=1))
     assert model.training and all(module.training for module in model.modules())
     assert torch.equal(state, torch.random.get_rng_state())
     model(input_ids=torch.ones(1, 3, dtype=torch.int64)).logits.sum().backward()
@@ -279,14 +279,14 @@ def test_without_lm_eval_the_sentence_says_what_to_install(
 ) -> None:
     monkeypatch.setitem(__import__("sys").modules, "lm_eval.models.huggingface", None)
     with pytest.raises(RequestError, match=r"pip install 'tritter\[evaluation\]'"):
-        score_benchmark(model, tokenizer, asked("piqa"), Asking())
+        score_benchmark(model, tokenizer, asked("piqa"), EvalOptions())
 
 
 def test_scores_pair_up_question_by_question(
     model: Any, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    scores = score_benchmark(model, tokenizer, asked("piqa"), Asking())
+    scores = score_benchmark(model, tokenizer, asked("piqa"), EvalOptions())
     assert isinstance(scores, BenchmarkScores) and isinstance(BENCHMARKS["piqa"], Benchmark)
-    assert scores.known_by.identifiers == tuple(f"piqa:{n}" for n in range(1, 5))
-    assert scores.known_by.unit == "accuracy" and scores.known_by.chance == 0.5
-    assert dataclasses.is_dataclass(harness.Asking)
+    assert scores.primary.identifiers == tuple(f"piqa:{n}" for n in range(1, 5))
+    assert scores.primary.unit == "accuracy" and scores.primary.chance == 0.5
+    assert dataclasses.is_dataclass(harness.EvalOptions)

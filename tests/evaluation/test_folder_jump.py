@@ -1,4 +1,4 @@
-"""The jump of folders is that of loaded models, and a damaged place is named."""
+"""The logit shift of folders equals that of loaded models, and a damaged module is named."""
 
 import math
 from collections.abc import Sequence
@@ -32,7 +32,7 @@ def made(place: Path, family: str, specs: Sequence[ExpansionSpec]) -> tuple[Path
 
 
 def damaged(folder: Path, name: str) -> None:
-    """Move one entry of a tensor by as much as an entry is large."""
+    """Change one entry of a tensor by its own magnitude."""
     file = folder / "model.safetensors"
     tensors = load_file(file)
     tensors[name].view(-1)[0] += 0.5
@@ -65,8 +65,11 @@ def test_exact_growth_of_every_family_parts_nowhere(tmp_path: Path, family: str)
     )
     found = folder_jump(source, result.folder, TOKENS)
     assert found.jump.relative_to_std < 1e-4
-    # As far as states go, that is: what is asked after them is never the place
-    assert found.parting(result.plan.parameter_map.layer_sources) == "the final norm or the head"
+    # All hidden states agree, so only the modules after them remain
+    assert (
+        found.first_difference(result.plan.parameter_map.layer_sources)
+        == "the final norm or the head"
+    )
 
 
 @pytest.mark.quick_cases(2)
@@ -76,12 +79,12 @@ def test_the_damaged_layer_is_named(tmp_path: Path, specs: list[ExpansionSpec]) 
     sources = result.plan.parameter_map.layer_sources
     sound = folder_jump(source, result.folder, TOKENS)
     assert sound.jump.relative_to_std < 1e-4
-    assert sound.parting(sources) == "the final norm or the head"
+    assert sound.first_difference(sources) == "the final norm or the head"
     for layer in (len(sources) - 1, len(sources) - 2):
         damaged(result.folder, f"model.layers.{layer}.self_attn.o_proj.weight")
         found = folder_jump(source, result.folder, TOKENS)
         assert found.jump.relative_to_std > 1e-3
-        assert found.parting(sources) == f"layer {layer}"
+        assert found.first_difference(sources) == f"layer {layer}"
 
 
 @pytest.mark.quick_cases(1)
@@ -100,11 +103,11 @@ def test_what_is_no_layer_is_named(tmp_path: Path, name: str, place: str) -> Non
     tokens = torch.zeros_like(TOKENS)  # the damaged row of the embedding
     found = folder_jump(source, result.folder, tokens)
     assert found.jump.relative_to_std > 1e-3
-    assert found.parting(result.plan.parameter_map.layer_sources) == place
+    assert found.first_difference(result.plan.parameter_map.layer_sources) == place
 
 
 def test_a_copy_that_does_not_do_its_work_is_named(tmp_path: Path) -> None:
-    """The first of two copies may do nothing, the last one may not."""
+    """The first of two copies may be an identity, the last one may not."""
     source, result = made(tmp_path, "llama", [LlamaPro(positions=(1,))])
     file = result.folder / "model.safetensors"
     tensors = load_file(file)
@@ -112,7 +115,7 @@ def test_a_copy_that_does_not_do_its_work_is_named(tmp_path: Path) -> None:
         tensors[f"model.layers.1.{part}.weight"].zero_()
     save_file(tensors, file, metadata={"format": "pt"})
     found = folder_jump(source, result.folder, TOKENS)
-    assert found.parting(result.plan.parameter_map.layer_sources) == "layer 2"
+    assert found.first_difference(result.plan.parameter_map.layer_sources) == "layer 2"
 
 
 def test_experts_and_numbers_that_are_none(tmp_path: Path) -> None:
@@ -125,7 +128,7 @@ def test_experts_and_numbers_that_are_none(tmp_path: Path) -> None:
     save_file(tensors, file, metadata={"format": "pt"})
     found = folder_jump(source, result.folder, TOKENS)
     assert math.isnan(found.jump.relative_to_std) and found.jump.to_dict()["max_absolute"] is None
-    assert found.parting(sources) == "layer 2"
+    assert found.first_difference(sources) == "layer 2"
 
 
 def test_progress_ends_where_it_said(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from tritter.evaluation.gate import (
 from tritter.evaluation.jump import Jump
 
 SIX = torch.tensor([100.0, 210.0, 90.0, 160.0, 120.0, 80.0])
-# Thirty-six documents, no two alike
+# Thirty-six distinct documents
 BEFORE = SIX.repeat(6) + torch.arange(36)
 NOISE = torch.tensor([0.01, -0.01, 0.02, -0.02, 0.005, -0.005]).repeat(6)
 
@@ -56,8 +56,8 @@ def test_undecided_names_more_documents_than_there_were(make_losses):
     after = make_losses(BEFORE * (1.049 + NOISE))
     check = retention_check("prose", make_losses(BEFORE), after, bound=0.05, confidence=0.95)
     assert check.verdict == "undecided" and check.documents_needed > check.n == 36
-    assert f"about {check.documents_needed} documents would decide" in check.detail
-    # The same documents over and over: as many as were asked for do decide.
+    assert f"about {check.documents_needed} documents needed" in check.detail
+    # The needed number of documents, as copies of the same ones, gives a conclusive verdict
     times = math.ceil(check.documents_needed / 36)
     before, after = make_losses(BEFORE.repeat(times)), make_losses(after.values.repeat(times))
     again = retention_check("prose", before, after, bound=0.05, confidence=0.95)
@@ -78,7 +78,7 @@ def test_below_thirty_documents_nothing_is_decided(make_losses, n):
         new_capability_check("code", before, ruined, confidence=0.95),
     ):
         assert check.verdict == "undecided" and check.documents_needed >= MIN_DOCUMENTS
-        assert f"on {n} documents, fewer than the 30 that a verdict needs; about" in check.detail
+        assert f"on {n} documents, fewer than the required 30; about" in check.detail
         json.dumps(check.to_dict(), allow_nan=False)
 
 
@@ -107,7 +107,7 @@ def test_documents_that_carry_the_change_are_named(make_losses):
     after[4] *= 1.6
     check = retention_check("prose", before, make_losses(after), bound=0.05, confidence=0.95)
     assert check.verdict == "undecided"
-    assert check.detail.endswith("; half of the spread comes from one document: 'd4'")
+    assert check.detail.endswith("; one document causes half of the spread: 'd4'")
     after = before.values * (1.01 + NOISE)
     calm = retention_check("prose", before, make_losses(after), bound=0.05, confidence=0.95)
     assert "spread" not in calm.detail
@@ -120,13 +120,13 @@ def test_an_unknown_bound_is_said_in_words(make_losses):
     check = retention_check("prose", before, make_losses(after), bound=0.05, confidence=0.95)
     assert check.verdict == "undecided" and check.to_dict()["interval"][1] is None
     assert "and unknown, allowed" in check.detail and "inf" not in check.detail
-    assert "no number of documents is known" in check.detail
+    assert "the number of documents is unknown" in check.detail
 
 
 @pytest.mark.quick_cases(1)
 @pytest.mark.parametrize(("n", "at_most"), [(2, 0.0), (10, 0.0), (60, 0.05)])
 def test_rare_large_damage_does_not_pass(make_losses, n, at_most):
-    """A tenth of the documents +60 %, the rest +1 %: 6.9 % in all, where 5 % are allowed."""
+    """A tenth of the documents rises by 60 %, the rest by 1 %: 6.9 % in total, 5 % allowed."""
     experiment = importlib.import_module("experiments.2026-11-20_gate_coverage.gate_coverage")
     (damage,) = (damage for damage in experiment.DAMAGES if damage.name == "rare")
     sample = damage.sample(300, n, torch.Generator().manual_seed(1))
@@ -149,7 +149,7 @@ def test_a_loss_that_is_not_finite_fails_and_is_never_undecided(make_losses):
         retention_check("prose", before, after, bound=0.05, confidence=0.95),
         new_capability_check("code", before, after, confidence=0.95),
     ):
-        assert check.verdict == "failed" and "not finite on 1 of 36" in check.detail
+        assert check.verdict == "failed" and "not finite for 1 of 36" in check.detail
         json.dumps(check.to_dict(), allow_nan=False)
 
 

@@ -1,4 +1,4 @@
-"""The simulation behind the gate's bounds: its intervals by other paths, and what it claims."""
+"""The simulation of the gate's bounds: independent intervals, and its reported coverage."""
 
 import importlib
 import math
@@ -56,7 +56,7 @@ def test_empirical_likelihood_is_calibrated_by_chi_square():
 
 
 def test_all_intervals_agree_where_nothing_is_hard():
-    """Two hundred documents of one length, changed normally; four samples on average."""
+    """200 documents of equal length with normal changes; four samples on average."""
     generator = torch.Generator().manual_seed(0)
     before = torch.ones(4, 200, dtype=torch.float64)
     after = before * (1.02 + 0.05 * torch.randn(4, 200, generator=generator, dtype=torch.float64))

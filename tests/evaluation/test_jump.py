@@ -47,5 +47,5 @@ def test_autocast_around_it_does_not_blur_the_comparison(table):
 
 
 def test_other_vocabulary_is_refused(bigram, table):
-    with pytest.raises(TritterError, match="vocabulary"):
+    with pytest.raises(TritterError, match="vocabularies must be equal"):
         logit_jump(bigram(table), bigram(torch.zeros(7, 8)), INPUT_IDS)

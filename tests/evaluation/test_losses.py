@@ -35,7 +35,7 @@ def test_two_documents_by_hand(bigram, make_documents):
 
 
 def test_every_token_counts_once_across_windows(bigram, table, documents):
-    """A bigram sees one token back, which every window provides: windows must not matter."""
+    """A bigram model needs one previous token, which every window has: windows have no effect."""
     log_probabilities = table.log_softmax(dim=-1)
     expected = []
     for index in range(len(documents)):
@@ -55,7 +55,7 @@ def test_batch_size_does_not_matter(summing, table, documents):
 
 
 def test_padding_would_matter_if_it_counted(summing, table, documents, monkeypatch):
-    """Negative control: with padded targets that count, the batch size shows."""
+    """Negative control: if padding counts, the result depends on the batch size."""
     monkeypatch.setattr("tritter.data.packing.IGNORED", EOT)
     monkeypatch.setattr("tritter.evaluation.losses.IGNORED", EOT)
     monkeypatch.setattr(

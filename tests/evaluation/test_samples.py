@@ -34,7 +34,7 @@ def test_same_words_each_time_whatever_the_global_seed(summing, table):
 
 
 def _decode(ids: list[int]) -> str:
-    """Tokens 0–9 begin a word, those from 10 on go on in one; the first loses its space."""
+    """Tokens 0–9 begin a word, tokens from 10 continue one; the first token loses its space."""
     return "".join(f" w{i}" if i < 10 else f"x{i}" for i in ids).lstrip()
 
 

@@ -1,4 +1,4 @@
-"""Programs that try everything are held; programs that are right pass, and only they."""
+"""Programs can't escape from the sandbox, and only correct programs pass."""
 
 import subprocess
 import sys
@@ -35,13 +35,13 @@ held_here = pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)
 def test_what_does_not_end(attempt: str) -> None:
     outcome = QUICK.run(attempt)
     assert not outcome.is_passed
-    assert outcome.said in ("it took longer than 3 s", "it ended early, exit code 137")
+    assert outcome.reason in ("it took longer than 3 s", "it ended early, exit code 137")
 
 
 @pytest.mark.quick_cases(2)
 @held_here
 @pytest.mark.parametrize(
-    ("attempt", "said"),
+    ("attempt", "expected"),
     [
         ("x = []\nwhile True: x.append('a' * 10**6)", "MemoryError"),
         ("import os\nwhile True: os.fork()", "BlockingIOError"),
@@ -65,10 +65,10 @@ def test_what_does_not_end(attempt: str) -> None:
     ],
     ids=str,
 )
-def test_what_is_held(attempt: str, said: str) -> None:
+def test_what_is_held(attempt: str, expected: str) -> None:
     outcome = PATIENT.run(attempt)
     assert not outcome.is_passed
-    assert said in outcome.said + outcome.output
+    assert expected in outcome.reason + outcome.output
 
 
 @held_here
@@ -169,7 +169,7 @@ def test_nothing_is_written_outside(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.slow
 @held_here
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the published files lie beside the project")
+@pytest.mark.skipif(not SHARED.is_dir(), reason="requires the published files next to the project")
 @pytest.mark.parametrize(
     ("name", "field", "key"),
     [("humaneval", "canonical_solution", "task_id"), ("mbpp", "code", "task_id")],
@@ -189,7 +189,7 @@ def test_all_canonical_solutions_pass(name: str, field: str, key: str) -> None:
 
 @dataclass(frozen=True)
 class Open(NamespaceSandbox):
-    """A sandbox that is none: the negative control of the check."""
+    """A sandbox without isolation: the negative control of the check."""
 
     def run(self, program: str, tests: str = "") -> Outcome:
         command = [sys.executable, "-I", "-"]
@@ -199,17 +199,15 @@ class Open(NamespaceSandbox):
 def test_a_sandbox_that_does_not_hold_is_refused() -> None:
     with pytest.raises(RequestError, match="it reads files outside") as refused:
         Open(Limits(memory_bytes=2**20, processes=2)).check()
-    for said in ("writes files outside", "reaches the network", "inherited", "as many processes"):
-        assert said in str(refused.value)
+    for expected in ("writes files outside", "reaches the network", "inherits", "process limit"):
+        assert expected in str(refused.value)
     assert "--code-sandbox" in str(refused.value)
 
 
 def test_without_namespaces_nothing_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    # A folder of another system is to be mounted, such as /nix/store
+    # Request a folder that does not exist here, such as /nix/store
     monkeypatch.setattr(code.os.path, "lexists", lambda path: True)
-    with pytest.raises(
-        TritterError, match=r"could not be set up .*evaluation.code_sandbox=external"
-    ):
+    with pytest.raises(TritterError, match=r"can't be set up .*evaluation.code_sandbox=external"):
         NamespaceSandbox().run("pass")
     with pytest.raises(RequestError):
         NamespaceSandbox().check()
@@ -221,6 +219,6 @@ def test_an_external_command_reads_the_program() -> None:
     assert outer.run("print('here')").output.startswith("here")
     assert not outer.run("raise SystemExit(0)").is_passed
     assert not outer.run(CHEATS["announces itself and waits for the tests"], SQUARE_TESTS).is_passed
-    for command, said in (("/no/such/command", "cannot be run"), ("cat", "must read a Python")):
-        with pytest.raises(RequestError, match=said):
+    for command, expected in (("/no/such/command", "can't be run"), ("cat", "must read a Python")):
+        with pytest.raises(RequestError, match=expected):
             ExternalSandbox(command).check()

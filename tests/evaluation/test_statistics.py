@@ -109,7 +109,7 @@ def test_for_normal_data_the_bounds_are_those_of_students_t(n):
 
 
 def test_bootstrap_is_that_of_resamples_one_after_the_other():
-    """Against documents drawn and jackknifed one resample at a time, with other draws."""
+    """Compare with a loop over resamples that uses the jackknife and other draws."""
     before = torch.exp(0.5 * normal(40, seed=1))
     after = before * (1 + torch.exp(normal(40, seed=2)))
     estimate = bounded_ratio(after, before)
@@ -153,7 +153,7 @@ def test_more_confidence_is_never_a_closer_bound():
 
 
 def test_a_bound_is_unknown_where_one_document_makes_the_whole_change(make_losses):
-    """A third of the resamples lack it, and there all documents agree."""
+    """A third of the resamples lack it, so all their documents agree."""
     before = 100 + normal(40, seed=1).abs()
     hit = torch.zeros(40, dtype=torch.float64).index_fill(0, torch.tensor(3), 0.6)
     change = relative_forgetting(make_losses(before), make_losses(before * (1.01 + hit)))
@@ -173,7 +173,7 @@ def test_documents_that_carry_the_change(make_losses):
 
 @pytest.mark.full
 def test_upper_bound_covers_and_errors_per_token_do_not():
-    """Documents of uneven length, each with its own effect; the truth is a rise of 2 %."""
+    """Documents of uneven length with individual effects; the true rise is 2 %."""
     num_corpora, n, truth = 600, 60, 1.02
     num_tokens = torch.exp(5 + 0.7 * normal(num_corpora, n, seed=1)).round()
     before = num_tokens * (3 + 0.3 * normal(num_corpora, n, seed=2))
@@ -206,7 +206,7 @@ def test_what_does_not_pair_is_refused(make_losses):
     with pytest.raises(TritterError, match="2 items were scored before and 3 after"):
         relative_forgetting(before, make_losses(torch.tensor([1.0, 2.0, 3.0])))
     renamed = replace(before, identifiers=("d0", "other"))
-    with pytest.raises(TritterError, match="'d1' before stands against 'other'"):
+    with pytest.raises(TritterError, match="'d1' before is paired with 'other'"):
         relative_forgetting(before, renamed)
     longer = make_losses(before.values, num_bytes=torch.tensor([100, 102]))
     with pytest.raises(TritterError, match="'d1' has 100 bytes before and 102 after"):

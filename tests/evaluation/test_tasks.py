@@ -1,4 +1,4 @@
-"""Tasks: what stock `generate` says, right answers by hand, and what no batch changes."""
+"""Tasks: compared with stock `generate` and manual scores, independent of the batch size."""
 
 import string
 from dataclasses import replace
@@ -33,7 +33,7 @@ def reader() -> Reader:
 
 @pytest.fixture(scope="module")
 def model(reader: Reader) -> nn.Module:
-    """Trained on half of the answers, so that some are right and some are not."""
+    """Trained on half of the answers, so only some answers are correct."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=290, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
@@ -64,10 +64,10 @@ def generated(model: nn.Module, reader: Reader, question: Question) -> str:
 
 def test_an_answer_is_right_where_stock_generate_writes_it(model: nn.Module, reader: Reader):
     scores = QuestionTask("after", None, QUESTIONS).score(model, reader)
-    said = [generated(model, reader, question) for question in QUESTIONS]
-    right = [one == question.answer for one, question in zip(said, QUESTIONS, strict=True)]
-    assert scores.values.tolist() == right, said
-    assert 4 <= sum(right) < len(QUESTIONS), said
+    answers = [generated(model, reader, question) for question in QUESTIONS]
+    right = [one == question.answer for one, question in zip(answers, QUESTIONS, strict=True)]
+    assert scores.values.tolist() == right, answers
+    assert 4 <= sum(right) < len(QUESTIONS), answers
     assert scores.unit == "accuracy" and scores.chance == 0
     assert scores.identifiers == tuple(question.identifier for question in QUESTIONS)
 
@@ -80,7 +80,7 @@ def test_no_batch_changes_a_score(model: nn.Module, reader: Reader, batch_size: 
 
 
 def test_of_choices_the_likeliest_counts(model: nn.Module, reader: Reader):
-    """Held against the log-likelihood of each, summed token by token, one at a time."""
+    """Compare with the log-likelihood of each choice, summed over tokens one at a time."""
     words = [f" {word}" for word in WORDS]
     asked = tuple(
         replace(
@@ -104,7 +104,7 @@ def test_of_choices_the_likeliest_counts(model: nn.Module, reader: Reader):
 
 
 class _Said(nn.Module):
-    """Says the same whatever it reads."""
+    """Predicts the same token for every input."""
 
     def __init__(self, token: int, size: int) -> None:
         super().__init__()
@@ -115,7 +115,7 @@ class _Said(nn.Module):
 
 
 def test_null_models_know_nothing(reader: Reader):
-    """The one that says nothing at all, and one that never stops: an answer has to end."""
+    """An empty answer and an endless one are wrong: an answer must end."""
     a, again = reader.tokenizer.encode("a").ids[0], reader.tokenizer.encode("\n").ids[0]
     asked = (Question("1", "b", "a"), Question("2", "b", "aa"))
     for token in (reader.end_of_text_id, a, again):
@@ -140,7 +140,7 @@ def test_what_is_read_is_counted_in_tokens(reader: Reader):
      (100, 140, "passed"), (140, 100, "failed"), (200, 200, "reported")],
 )  # fmt: skip
 def test_a_new_task_decides_where_it_is_sure(make_answers, before, after, verdict):
-    """Nothing of two hundred, before and after, says nothing of what the loss learned."""
+    """0 of 200 before and after is no evidence against a lower loss."""
     scores = [
         replace(make_answers((torch.arange(200) < right).double()), chance=0.0)
         for right in (before, after)

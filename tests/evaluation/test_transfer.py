@@ -1,4 +1,4 @@
-"""The matrix by hand, and by Lopez-Paz and Ranzato's formulas over whole arrays."""
+"""The transfer matrix, by hand and by Lopez-Paz and Ranzato's formulas."""
 
 import numpy as np
 import pytest
@@ -34,7 +34,7 @@ def test_repeats_are_held_against_the_first_time() -> None:
 
 
 def test_of_tasks_of_one_domain_each_it_is_the_papers() -> None:
-    """Of accuracies, which are minus these losses: BWT and FWT of its section 2."""
+    """BWT and FWT of section 2, with negative losses as accuracies."""
     size, generator = 4, np.random.default_rng(0)
     matrix, first = -generator.random((size, size)), -generator.random(size)
     tasks = [LearnedTask(["abcd"[n]], scores(*-matrix[n])) for n in range(size)]

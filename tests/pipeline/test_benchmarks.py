@@ -13,7 +13,7 @@ from tritter.config.launch.composition import load_config
 from tritter.config.run_folder import fingerprint
 from tritter.core.models import load_model, load_tokenizer
 from tritter.errors import RequestError
-from tritter.evaluation.benchmarks.harness import Asking, score_benchmark
+from tritter.evaluation.benchmarks.harness import EvalOptions, score_benchmark
 from tritter.pipeline import Outcome
 from tritter.pipeline.context import BenchmarkTask, benchmark_tasks
 
@@ -44,8 +44,8 @@ def test_a_run_asks_them_before_and_after(
     assert task.questions is not None
     folder = tmp_path / "run/checkpoint"
     model, tokenizer = load_model(folder), load_tokenizer(folder)
-    found = score_benchmark(model, tokenizer, task.questions, Asking(limit=20))
-    assert found.known_by.mean() == summary["final"]["arc_easy"]["accuracy"]
+    found = score_benchmark(model, tokenizer, task.questions, EvalOptions(limit=20))
+    assert found.primary.mean() == summary["final"]["arc_easy"]["accuracy"]
 
 
 def test_what_a_task_is_made_of_is_its_digest(files: Path) -> None:
@@ -71,7 +71,7 @@ def test_what_a_task_is_made_of_is_its_digest(files: Path) -> None:
     ("words", "said"),
     [
         (["evaluation.tasks=[arc_eazy]"], "evaluation.tasks = arc_eazy: allowed are"),
-        (["evaluation.tasks=[code]"], "allow it, evaluation.allow_code=[humaneval,mbpp]"),
+        (["evaluation.tasks=[code]"], "allow it with evaluation.allow_code=[humaneval,mbpp]"),
         (["evaluation.allow_code=[piqa]"], "evaluation.allow_code = piqa: allowed are"),
         (["evaluation.tasks_path=nowhere"], "/nowhere: there is no such folder"),
         (

@@ -77,7 +77,7 @@ def test_killed_and_resumed_it_leaves_the_same(tmp_path: Path, experts: Sequence
         assert torch.equal(model(input_ids=ids).logits, stock(input_ids=ids).logits)
     name = mixture.adapters[-1]
     adapted = PeftModel.from_pretrained(stock, one / "experts" / name).eval()
-    with torch.no_grad(), mixture.alone(name):
+    with torch.no_grad(), mixture.only(name):
         expected = adapted(input_ids=ids).logits
         difference = model(input_ids=ids).logits - expected
     assert difference.abs().max() < 1e-5 * expected.abs().max()

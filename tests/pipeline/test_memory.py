@@ -15,7 +15,7 @@ from tritter.pipeline import run_pipeline
 from tritter.pipeline.base import base_config
 from tritter.pipeline.context import RunContext
 from tritter.pipeline.ledger import Ledger
-from tritter.planning.run_memory import trainings
+from tritter.planning.run_memory import training_needs
 from tritter.training.callbacks import FiniteGuard
 
 # Measured: 1.001 for a base, 1.04 with L2-SP, 1.18 with EWC. What is counted is a lower bound:
@@ -81,7 +81,7 @@ def test_the_count_is_close_below_what_is_held(
     folder = tmp_path / "run"
     run_pipeline(config, run_folder=folder)
     context = RunContext(config=config, folder=folder, console=Console(), ledger=Ledger(folder))
-    counted = [held.device + held.start for held in trainings(config, base_config(context))]
+    counted = [held.device + held.start for held in training_needs(config, base_config(context))]
     assert len(measured) == len(counted) == 2
     for held, count in zip(measured, counted, strict=True):
         assert count <= held <= LARGEST_FACTOR * count

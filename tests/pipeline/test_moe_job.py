@@ -282,20 +282,20 @@ def new_share(experts: dict[str, Any], domain: str) -> float:
 REFUSED = {
     "moe_routing.z_loss=0.1": "moe_routing.z_loss = 0.1: the model is dense",
     "adaptation.encouragement=1": "adaptation.encouragement = 1.0: no experts are being appended",
-    "expansion=moe moe_routing.hold_old=1": "hold_old = 1.0: the model that the run starts from is",
+    "expansion=moe moe_routing.hold_old=1": "hold_old = 1.0: the starting model is",
     "expansion=[moe,moe_add] expansion.moe_add.init=best": "init = best: the experts that moe",
     "expansion=[moe,moe_add] expansion.moe_add.init=distill": "teacher = null",
-    "expansion=[moe,moe_add] expansion.moe_add.teacher=x": "init=distill learns from a teacher",
+    "expansion=[moe,moe_add] expansion.moe_add.teacher=x": "init=distill requires a teacher",
     "expansion=[moe,moe_add] expansion.moe_add.init=distill expansion.moe_add.teacher=x":
         "teacher = x: no such folder",
     "expansion=[moe,llama_pro,moe_add] expansion.moe_add.init=best":
         "let moe_add come before llama_pro",
-    "expansion=[moe,moe_add,width]": "freeze_base = true: what width added",
-    "expansion=[moe,moe_add] adaptation.unfreeze_after=30": "unfreeze_after = 30: the training has",
+    "expansion=[moe,moe_add,width]": "freeze_base = true: weights added by width",
+    "expansion=[moe,moe_add] adaptation.unfreeze_after=30": "unfreeze_after = 30: must be below",
     "expansion=[moe,moe_add] adaptation.unfreeze_after=3 adaptation.freeze_base=false":
-        "nothing is frozen",
+        "has no effect with",
     "expansion=[moe,moe_add] adaptation.router_update=frozen adaptation.encouragement=1":
-        "there is no router stage",
+        "skips the router stage",
 }  # fmt: skip
 
 

@@ -236,18 +236,18 @@ def test_a_stopped_loop_goes_on_to_the_same_weights(
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["pipeline.target_params=100"], r"pipeline\.target_params = 100 parameters: the source"),
-        (["pipeline.target_params=huge"], r"pipeline\.target_params = huge: allowed is a whole"),
+        (["pipeline.target_params=100"], r"pipeline\.target_params = 100 parameters: must be l"),
+        (["pipeline.target_params=huge"], r"pipeline\.target_params = huge: must be a whole"),
         (["pipeline.target_params=0"], r"pipeline\.target_params = 0"),
-        (["pipeline.max_rounds=3"], r"pipeline\.max_rounds = 3: without pipeline\.target_params"),
-        (["pipeline.strategy=balanced"], r"pipeline\.strategy = balanced: without"),
+        (["pipeline.max_rounds=3"], r"pipeline\.max_rounds = 3: requires pipeline\.target_params"),
+        (["pipeline.strategy=balanced"], r"pipeline\.strategy = balanced: requires"),
         (
             ["pipeline.target_params=1M", "pipeline.strategy=balance"],
             r"pipeline\.strategy = balance.*balanced",
         ),
         (
             ["pipeline.target_params=1M", "pipeline.strategy=depth_first"],
-            r"pipeline\.strategy = depth_first: no method that grows depth",
+            r"pipeline\.strategy = depth_first: requires a method that grows depth",
         ),
         (
             ["pipeline.target_params=1M", "expansion.width.hidden_size=96"],

@@ -90,7 +90,7 @@ def test_the_gate_asks_for_each_domain_and_each_task(trained: Path) -> None:
     }  # fmt: skip
     assert {(name, subject.removesuffix("/accuracy")) for name, subject in tasks} <= set(checks)
     assert {check["verdict"] for check in tasks.values()} == {"reported"}
-    assert "not surely above chance" in tasks["retention", "sorting/accuracy"]["detail"]
+    assert "not significantly above chance" in tasks["retention", "sorting/accuracy"]["detail"]
 
 
 @pytest.mark.full

@@ -31,10 +31,10 @@ def test_what_is_found_when_the_run_reads_it_is_listed_whole(
     words += [f"hydra.run.dir={run}", f"cache_dir={tmp_path}/cache", "logger=csv"]
     assert main(run_pipeline, arguments=words) == 1
     errors = capsys.readouterr().err
-    assert "4 things are wrong with the text:" in errors
+    assert "the data has 4 problems:" in errors
     for name in ("old", "new"):
         assert f"data.{name}: {tmp_path}/{name}/b.jsonl, line 2 has no field text" in errors
-        assert f"data.{name}: {tmp_path}/{name}/b.jsonl, line 3 is no JSON object" in errors
+        assert f"data.{name}: {tmp_path}/{name}/b.jsonl, line 3 is a number" in errors
     assert f"The run so far: {run}" in errors
     status = read_status(run)
     assert (status.status, status.exit_code) == ("failed", 1)
@@ -98,11 +98,11 @@ def test_a_text_of_one_side_is_refused_before_anything_is_written(
     for name, texts in (("one", train[:1]), ("train", train[:9]), ("held", validation[:4])):
         assert code(write(tmp_path / name, texts)) == 2
         said = capsys.readouterr().err
-        assert f"error: {named} = " in said and f"of its documents ({len(texts)})" in said
+        assert f"error: {named} = " in said and f"(of {len(texts)})" in said
         assert "Nothing was written." in said
         assert not run.exists() and not (tmp_path / "cache").exists() and not started
     other = f"seed={next(s for s in range(99) if train[0] in of_side('validation', seed=s))}"
     assert code(write(tmp_path / "again", train[:1]), other) == 2
-    assert "0 would train and 1 would validate" in capsys.readouterr().err
+    assert "0 training and 1 validation documents" in capsys.readouterr().err
     assert code(write(tmp_path / "whole", [train[3], validation[3]])) == 2
     assert started == [run] and "enough" in capsys.readouterr().err

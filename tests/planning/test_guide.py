@@ -1,4 +1,4 @@
-"""The size guide: figures that are known, and the table in the docs."""
+"""The size guide: published figures and the table in the docs."""
 
 import re
 from pathlib import Path
@@ -54,8 +54,8 @@ def test_what_the_docs_say_would_give_the_figures() -> None:
         [billions(seven, Width(hidden_size=5120)), billions(plain_mlp), billions(large)],
         [f"{active / 1e9:.1f} B"],
     )  # fmt: skip
-    for line, said in zip(lines, figures, strict=True):
-        assert not [figure for figure in said if figure not in line], line
+    for line, expected in zip(lines, figures, strict=True):
+        assert not [figure for figure in expected if figure not in line], line
 
 
 def test_the_table_in_the_docs_is_the_computed_one() -> None:

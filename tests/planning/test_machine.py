@@ -1,4 +1,4 @@
-"""How much memory there is, read from files of control groups that a test writes."""
+"""The memory of the machine, read from synthetic cgroup files."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Memory held against real trainings: bytes of tensors, and what autograd keeps."""
+"""Memory requirements compared with real training: bytes of tensors and saved activations."""
 
 from typing import Any
 
@@ -73,7 +73,7 @@ def test_experts_are_counted_as_they_lie_in_memory() -> None:
 
 
 def test_eight_bit_states_by_hand() -> None:
-    """Blocks of 256 with a float32 scale each; tensors under 4096 numbers stay in float32."""
+    """Blocks of 256 with a float32 scale each; tensors below 4096 elements use float32."""
     config = tiny_llama(vocab_size=300, hidden_size=24, intermediate_size=200).config.to_dict()
     memory = training_memory(config, TrainingSetup(optimizer="adamw8bit"))
     embedding = 300 * 24  # twice: the head is not tied
@@ -122,7 +122,7 @@ MODELS = {
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true", "bf16-mixed"])
 @pytest.mark.parametrize("name", MODELS)
 def test_what_autograd_keeps(name: str, precision: str) -> None:
-    """Every tensor that a real forward pass saves, each storage once, parameters left out."""
+    """All tensors saved by a real forward pass, each storage once, without parameters."""
     model = MODELS[name]().to(DTYPES.get(precision, torch.float32))
     ids = tokens(model.config.vocab_size, batch=2, length=128)
     setup = TrainingSetup(precision=precision, batch_size=2, sequence_length=128)
@@ -165,7 +165,7 @@ def test_checkpointing_and_less_text_take_less() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"precision": "bf16"}, r"precision = bf16: allowed is one of 32-true.*Did you mean"),
+        ({"precision": "bf16"}, r"precision = bf16: must be one of 32-true.*Did you mean"),
         ({"optimizer": "adam8bit"}, r"optimizer = adam8bit.*Did you mean adamw8bit\?"),
         ({"batch_size": 0}, "batch_size = 0"),
         ({"sequence_length": -1}, "sequence_length = -1"),

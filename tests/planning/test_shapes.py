@@ -1,4 +1,4 @@
-"""Shapes within reach of one expansion: real ones, in growing order, found by count."""
+"""Shapes reachable with one expansion: valid, in ascending order, found by parameter count."""
 
 import pytest
 from hypothesis import given, settings
@@ -17,7 +17,7 @@ from tritter.planning.shapes import (
     count_parameters,
     depth_specs,
     nearest_shape,
-    reached,
+    reached_shape,
     width_specs,
 )
 
@@ -45,7 +45,7 @@ def test_layers_that_are_not_alike_are_counted_one_by_one() -> None:
 def test_wider_shapes_are_real_ones(name: str, grid: WidthGrid) -> None:
     config = PRESETS[name].config()
     old = family_of(config).dimensions(config)
-    shapes = [reached(config, spec) for spec in width_specs(config, Width(), grid=grid)]
+    shapes = [reached_shape(config, spec) for spec in width_specs(config, Width(), grid=grid)]
     assert shapes
     for shape in shapes:
         new = family_of(shape.config).dimensions(shape.config)
@@ -63,7 +63,7 @@ def test_wider_shapes_are_real_ones(name: str, grid: WidthGrid) -> None:
 
 
 def test_depth_takes_what_the_method_takes() -> None:
-    """From 3 layers SOLAR's rule reaches 4 and 6, and identity blocks every count."""
+    """From 3 layers, SOLAR's rule reaches 4 and 6; identity blocks reach every count."""
     config = {**SMALL, "num_hidden_layers": 3}
     assert [s.target_layers for s in depth_specs(config, Dus())] == [4, 6]  # type: ignore[attr-defined]
     deeper = depth_specs(config, LlamaPro())

@@ -1,4 +1,4 @@
-"""The plan of parts against what fully_shard makes of stock models without weights."""
+"""The sharding plan compared with fully_shard on stock models on the meta device."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,7 +28,7 @@ CONFIGS = {
 
 @contextmanager
 def one_of(ranks: int, rank: int) -> Iterator[None]:
-    """Be one rank of a group whose others are not there."""
+    """Act as one rank of a group without other processes."""
     distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
     try:
         yield
@@ -57,7 +57,7 @@ def test_every_rank_holds_what_the_plan_says(name: str, ranks: int) -> None:
 
 
 def test_more_ranks_than_rows_leave_some_without() -> None:
-    """By hand: the embedding alone has 97 rows."""
+    """By hand: only the embedding has 97 rows."""
     config = CONFIGS["odd sizes"]
     plan = sharding_plan(config, ranks=97)
     assert plan.parameters[96] == config["hidden_size"]  # a row of the embedding, and nothing else

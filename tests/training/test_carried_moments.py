@@ -12,7 +12,7 @@ from tests import oracle
 from tests.oracle.families import tiny
 from tritter.checkpoints.state import LazyTensors, read_state, write_state
 from tritter.core.expansions import Dus, ExpansionSpec, LlamaPro, Width
-from tritter.core.parameter_map.carry import OURS
+from tritter.core.parameter_map.carry import BUILT_IN_KINDS
 from tritter.errors import TritterError
 from tritter.storage.writer import TensorStream
 from tritter.training.moments import carried_moments, moments_by_name, start_from
@@ -151,7 +151,7 @@ def test_state_on_files_follows_as_on_a_live_optimizer(tmp_path: Path) -> None:
     kinds["anchor"] = TensorStream.of((n, p.detach()) for n, p in weights.items())
     kinds["ema"] = kinds["anchor"]
     priced = {"fisher_penalty", "online_fisher_penalty", "online_fisher_penalty_mean"}
-    assert set(kinds) == OURS - priced - {"si_importance"}
+    assert set(kinds) == BUILT_IN_KINDS - priced - {"si_importance"}
     write_state(tmp_path / "source", kinds, step=3)
     result = expand(tmp_path / "source", tmp_path / "with_state", specs, max_shard_bytes=20_000)
     state = read_state(result.folder)

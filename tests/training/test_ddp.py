@@ -29,7 +29,7 @@ from tests.training.test_resume import with_something_new
 from tests.training.written import Written
 from tritter.checkpoints.state import read_state
 from tritter.data.batches import BatchStream, SequenceStream
-from tritter.data.datamodule import EvaluationText
+from tritter.data.datamodule import ValidationSubset
 from tritter.errors import Problem, RequestError, TritterError
 from tritter.methods.forgetting import EWC, L2SP, SI, Distill, Freeze, Replay
 from tritter.methods.forgetting.quadratic import diagonal_fisher
@@ -137,7 +137,7 @@ def train(
     module_type: type[BaseModule] = BaseModule,
     loggers: Sequence[Any] = (),
     write_result: WriteResult | None = None,
-    evaluation: EvaluationText | None = None,
+    evaluation: ValidationSubset | None = None,
     theirs: Sequence[Component] = (),
 ) -> tuple[nn.Module, FitResult]:
     """Train; the model that is returned is read from what the processes wrote."""

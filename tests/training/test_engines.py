@@ -132,7 +132,7 @@ def test_a_model_that_grows_computes_its_activations_again(tmp_path: Path) -> No
 @pytest.mark.parametrize("router", ["learned", "evidence", "both"])
 def test_experts_compute_their_activations_again(tmp_path: Path, router: str) -> None:
     targets = {"targets": ("q_proj", "up_proj")} if router == "learned" else {}
-    options = spawning.asked(router=router, **targets)
+    options = spawning.dynamic_options(router=router, **targets)
     plain, _ = spawning.train(tmp_path / "plain", options)
     again, _ = spawning.train(tmp_path / "again", options, settings=replace(spawning.ONE, **_AGAIN))
     assert len(plain.journal) > 0

@@ -16,7 +16,7 @@ from tritter.checkpoints.state import LazyTensors, State, copy_states, read_stat
 from tritter.core.expansions import ExpansionSpec, LlamaPro, MoeAdd, Width
 from tritter.core.families import family_of
 from tritter.core.models import disk_tensors, load_model, named_tensors
-from tritter.core.parameter_map.carry import MOMENTS, carry, starts_anew
+from tritter.core.parameter_map.carry import MOMENTS, carry, is_state_reset
 from tritter.data.batches import BatchStream, SequenceStream
 from tritter.errors import TritterError
 from tritter.methods.moe_routing.stages import only_trainable, separate_experts
@@ -194,7 +194,7 @@ def test_what_is_new_begins_anew_with_steps_of_its_own(
     fresh = {
         _disk_name(model, name)
         for name, tensor_map in step.parameter_map.tensors.items()
-        if starts_anew(tensor_map, "exp_avg")
+        if is_state_reset(tensor_map, "exp_avg")
     }
     assert fresh
     assert set(left.kinds["exp_avg"].files) == {name for name, _ in named_tensors(model, config)}

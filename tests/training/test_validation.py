@@ -11,7 +11,7 @@ from lightning import Callback
 from tests import oracle
 from tests.training.killed import KillAt, Killed
 from tests.training.test_ddp import ONE, STEPS, TWO, train, weights
-from tritter.data.datamodule import EvaluationText
+from tritter.data.datamodule import ValidationSubset
 from tritter.data.packing import IGNORED
 from tritter.data.tokens import TokenisedDocuments
 from tritter.evaluation.losses import document_losses
@@ -38,8 +38,8 @@ def documents(seed: int) -> TokenisedDocuments:
 DOMAINS = {"old": documents(1), "new": documents(2)}
 
 
-def text(max_tokens: int = 10**6, *, batch_size: int = 4, seed: int = 0) -> EvaluationText:
-    return EvaluationText.of(
+def text(max_tokens: int = 10**6, *, batch_size: int = 4, seed: int = 0) -> ValidationSubset:
+    return ValidationSubset.of(
         DOMAINS,
         every_n_steps=EVERY,
         max_tokens=max_tokens,

@@ -139,13 +139,13 @@ class AdapterConfig:
                 )
         rank, alpha, targets = (config.get(key) for key in ("r", "lora_alpha", "target_modules"))
         if type(rank) is not int or not 1 <= rank <= _MAX_RANK:
-            raise TritterError(f"{path}: r = {brief(rank)}; allowed is 1 to {_MAX_RANK}.")
+            raise TritterError(f"{path}: r = {brief(rank)}; must be 1 to {_MAX_RANK}.")
         if type(alpha) not in (int, float) or not 0 < alpha < 1e6:  # type: ignore[operator]
-            allowed = "allowed is above 0 and below 1e6"
+            allowed = "must be above 0 and below 1e6"
             raise TritterError(f"{path}: lora_alpha = {brief(alpha)}; {allowed}.")
         names = [targets] if isinstance(targets, str) else targets
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            allowed = "allowed is a name, or a list of names"
+            allowed = "must be a name, or a list of names"
             raise TritterError(f"{path}: target_modules = {brief(targets)}; {allowed}.")
         return cls(rank, float(alpha), tuple(sorted(names)))  # type: ignore[arg-type]
 

@@ -126,7 +126,7 @@ class Weights:
         for layer, delta in added.items():
             stored = places.get(layer)
             if stored is not None:
-                delta = stored.parts[0].turned(delta)
+                delta = stored.parts[0].transposed(delta)
             if stored is None or stored.shape != tuple(delta.shape):
                 raise TritterError(f"{self.name} has no layer {layer} of {list(delta.shape)}.")
             of_name |= {tensor.name: part for tensor, part in stored.unpack(delta)}

@@ -17,7 +17,7 @@ from tritter.checkpoints.folder import (
 )
 from tritter.checkpoints.record import ExpansionRecord, LedgerRecord, Lineage
 from tritter.core.families import count_parameters
-from tritter.core.families.config_file import no_config, read_config_file
+from tritter.core.families.config_file import missing_config, read_config_file
 from tritter.errors import RequestError, TritterError
 from tritter.storage.hashing import (
     bounded_digest,
@@ -128,7 +128,7 @@ def read_chain(folder: Path) -> tuple[Link, ...]:
     if not folder.is_dir():
         raise RequestError(f"{folder} is not a folder.")
     if not any((folder / name).exists() for name in (LINEAGE_NAME, "config.json")):
-        lacks = f"no {LINEAGE_NAME} and {no_config(folder)}"
+        lacks = f"no {LINEAGE_NAME} and {missing_config(folder)}"
         raise RequestError(f"{folder} holds no checkpoint: {lacks}.")
     try:
         check_links(folder)

@@ -223,7 +223,7 @@ def teacher_problems(teacher: str, source: Config | None, *, key: str) -> Iterat
     if config["vocab_size"] != source["vocab_size"]:
         reason = (
             f"it has {config['vocab_size']} tokens, the model that the run starts from "
-            f"{source['vocab_size']}; allowed is a teacher with the same tokenizer"
+            f"{source['vocab_size']}; must be a teacher with the same tokenizer"
         )
         yield Problem(key, teacher, reason=reason)
 

@@ -14,7 +14,7 @@ from tritter.checkpoints.record import LearnedDomain, Lineage
 from tritter.checkpoints.state import KeptSequences
 from tritter.data.built_in import built_in_origin, built_in_path, is_built_in
 from tritter.data.documents import documents_digest
-from tritter.data.local_files import SpentError, TextFileError
+from tritter.data.local_files import ByteLimitError, TextFileError
 from tritter.data.options import (
     DataConfig,
     DatasetsConfig,
@@ -132,7 +132,7 @@ def side_problems(text: RunText) -> Iterator[Problem]:
             max_bytes=CHECKED_BYTES,
         )
         reason = None
-        with suppress(TextFileError, SpentError):  # what can't be read, the run lists
+        with suppress(TextFileError, ByteLimitError):  # what can't be read, the run lists
             if found is not None:
                 reason = one_sided(found, rule=text.split)
         if reason is not None:

@@ -190,8 +190,8 @@ class Source:
         stored, number = self.places[name]
         part = stored.parts[number]
         if stored.is_whole:
-            return part.turned(self.read_stored(stored.name))
-        return part.turned(self.tensors.get(stored.name, index=part.index))
+            return part.transposed(self.read_stored(stored.name))
+        return part.transposed(self.tensors.get(stored.name, index=part.index))
 
     def read_stored(self, name: str) -> Tensor:
         """Read one tensor by its name in the files, without its padding there.

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from tritter.checkpoints.record import StateHead, StateRule
 from tritter.core.parameter_map import Quantity
-from tritter.core.parameter_map.carry import OURS, STATE_KINDS, StateKind, is_kind_name
+from tritter.core.parameter_map.carry import BUILT_IN_KINDS, STATE_KINDS, StateKind, is_kind_name
 from tritter.data.batches import read_sequences
 from tritter.data.packing import Packing
 from tritter.data.replay import ReplayBuffer
@@ -91,7 +91,7 @@ def write_state(
                 quantity=rules[kind].quantity.value, new_entries=rules[kind].new_entries
             )
             for kind in written
-            if kind not in OURS
+            if kind not in BUILT_IN_KINDS
         },
     )
     (place / _HEAD).write_text(record_text(head), encoding="utf-8")
@@ -206,7 +206,7 @@ class KeptSequences:
             buffer.add(each, self.losses[name], domain=name)
             buffer.reservoirs[name].num_seen = self.num_seen[name]
         marks = {f"{_OF_DOCUMENTS}{name}": torch.tensor([1]) for name in self.of_documents}
-        buffer.save(folder / STATE_FOLDER / KEPT_FILE, beside=marks)
+        buffer.save(folder / STATE_FOLDER / KEPT_FILE, extra=marks)
 
     @classmethod
     def read(cls, folder: Path) -> KeptSequences:

@@ -52,7 +52,7 @@ def compare(
 
         format = FORMATS.get(output.suffix)
         if format is None:
-            reason = f"the ending selects the format; allowed is one of {', '.join(FORMATS)}"
+            reason = f"the ending selects the format; must be one of {', '.join(FORMATS)}"
             raise RequestError(Problem("--output", str(output), reason=reason))
         file = ReportFile(output, "compare", format, overwrite=overwrite)
     places = []

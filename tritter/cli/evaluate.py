@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from tritter.evaluation.benchmarks.files import Questions
     from tritter.evaluation.benchmarks.formats import Benchmark
-    from tritter.evaluation.benchmarks.harness import Asking, BenchmarkScores
+    from tritter.evaluation.benchmarks.harness import BenchmarkScores, EvalOptions
     from tritter.evaluation.code.sandbox import Sandbox
     from tritter.evaluation.statistics import PairedScores
 
@@ -122,7 +122,7 @@ def evaluate(
         from tritter.core.models import non_finite, read_config
         from tritter.data.tokens import read_tokenizer
         from tritter.evaluation.benchmarks.formats import benchmarks_of
-        from tritter.evaluation.benchmarks.harness import Asking
+        from tritter.evaluation.benchmarks.harness import EvalOptions
         from tritter.methods.experts.whole import load_whole
         from tritter.pipeline import evaluate as losses_of
 
@@ -155,8 +155,8 @@ def evaluate(
             model, domains.documents, tokenizer, length=length, batch_size=batch_size,
             new_bar=new_bar,
         )  # fmt: skip
-    asking = Asking(limit=limit, batch_size=batch_size, sandbox=sandbox, is_shown=not as_json)
-    scores = _scored(model, folder, chosen, questions, asking) if chosen else []
+    harness = EvalOptions(limit=limit, batch_size=batch_size, sandbox=sandbox, is_shown=not as_json)
+    scores = _scored(model, folder, chosen, questions, harness) if chosen else []
     record = {
         **mark("evaluate"),
         "checkpoint": str(folder),
@@ -230,16 +230,16 @@ def _scored(
     folder: Path,
     chosen: Sequence[Benchmark],
     questions: Mapping[str, Questions],
-    asking: Asking,
+    harness: EvalOptions,
 ) -> list[BenchmarkScores]:
     from tritter.core.models import load_tokenizer
     from tritter.evaluation.benchmarks.harness import score_benchmark, score_from_hub
 
     tokenizer = load_tokenizer(folder)
     return [
-        score_from_hub(model, tokenizer, each, asking)
+        score_from_hub(model, tokenizer, each, harness)
         if (of_files := questions.get(each.name)) is None
-        else score_benchmark(model, tokenizer, of_files, asking)
+        else score_benchmark(model, tokenizer, of_files, harness)
         for each in chosen
     ]
 
@@ -247,7 +247,7 @@ def _scored(
 def _record(
     scores: BenchmarkScores, benchmark: Benchmark, questions: Mapping[str, Questions]
 ) -> dict[str, Any]:
-    known, nulls = scores.known_by.record(), scores.nulls
+    known, nulls = scores.primary.record(), scores.nulls
     of_files = questions.get(scores.name)
     return {
         "metric": scores.metric,
@@ -289,7 +289,7 @@ def _print(
         say()
     rows = []
     for held in scores:
-        record, nulls = held.known_by.record(), held.nulls
+        record, nulls = held.primary.record(), held.nulls
         shares = (record["accuracy"], record["standard_error"])
         guesses = (nulls.uniform, nulls.constant, nulls.empty)
         cells = [number_text(share, ".1%") for share in (*shares, *guesses)]

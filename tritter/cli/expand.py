@@ -277,7 +277,7 @@ def expand(
         return 0
     say(
         "error: the method claims to keep the function, and the result does not: it parts from "
-        f"the source at {result.measured.parting}; please report this with the output of "
+        f"the source at {result.measured.first_difference}; please report this with the output of "
         "`tritter inspect`.",
         is_error=True,
     )

@@ -237,7 +237,7 @@ def _check_options(context: typer.Context) -> bool:
     if is_file and (is_merged or is_peft):
         raise RequestError(
             f"{'--merge' if is_merged else '--format = peft'}: --checkpoint {checkpoint} is a "
-            "file; allowed is a folder with LoRA experts."
+            "file; must be a folder with LoRA experts."
         )
     if asked["rank"] is not None and not (is_merged and is_peft):
         raise RequestError(f"--rank = {asked['rank']}: allowed with --format peft --merge.")
@@ -246,7 +246,7 @@ def _check_options(context: typer.Context) -> bool:
         names = (*_OF_FILE, "expert_layout", *_OF_FOLDER)
         reason = "allowed with --format hf; adapters have none."
     elif is_file:
-        names, reason = _OF_FOLDER, f"{checkpoint} is a file; allowed is a folder."
+        names, reason = _OF_FOLDER, f"{checkpoint} is a file; must be a folder."
     if typed := [f"--{spelled(name)}" for name in names if is_typed(context, name)]:
         raise RequestError(f"{', '.join(typed)}: {reason}")
     return is_file
@@ -316,7 +316,7 @@ def _of_file(
         )
     config_path = named_path(config, key="--config")
     if config_path.is_file() and config_path.name != "config.json":
-        raise RequestError(f"--config = {config}: allowed is a config.json, or a folder with one.")
+        raise RequestError(f"--config = {config}: must be a config.json, or a folder with one.")
     has_tokenizer = not config_path.is_file()
     folder = locate(config, key="--config") if has_tokenizer else config_path.parent
     found = read_lightning_file(path, read_config(folder), prefix=prefix)

@@ -38,7 +38,7 @@ def generate(
         import torch
 
         from tritter.core.families import position_limit
-        from tritter.core.families.config_file import refused_as
+        from tritter.core.families.config_file import errors_as
         from tritter.core.models import load_tokenizer, non_finite, read_config
         from tritter.methods.experts.whole import load_whole
 
@@ -50,7 +50,7 @@ def generate(
                 f"{folder} holds no tokenizer ({', '.join(_TOKENIZERS)}); generate needs one."
             )
         tokenizer = load_tokenizer(folder)
-        with refused_as(f"{folder} holds no usable tokenizer"):
+        with errors_as(f"{folder} holds no usable tokenizer"):
             input_ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
         num_tokens, positions = input_ids.shape[-1], position_limit(config)
         if num_tokens == 0:
@@ -71,7 +71,7 @@ def generate(
                 f"{folder}: {broken[0]}{more} holds values that are not finite (NaN or infinity), "
                 "so the model can't say anything; take the checkpoint before it."
             )
-    with refused_as(f"transformers can't generate from {folder}"):
+    with errors_as(f"transformers can't generate from {folder}"):
         new_ids = continuation(
             model,
             input_ids,

@@ -37,7 +37,7 @@ class Measurement:
     error: float | None
     is_broken: bool
     text: str
-    parting: str = ""
+    first_difference: str = ""
 
 
 def measure(
@@ -89,8 +89,10 @@ def measure(
     is_broken = claims_exact and not jump.relative_to_std < bound
     note = f", rounding to {' and '.join(rounded)} included" if rounded else ""
     text = f"{jump.relative_to_std:.1e} of the logits' deviation on random tokens{note}"
-    parting = found.parting(result.plan.parameter_map.layer_sources) if is_broken else ""
-    return Measurement(lineage, error, is_broken, text, parting)
+    first_difference = (
+        found.first_difference(result.plan.parameter_map.layer_sources) if is_broken else ""
+    )
+    return Measurement(lineage, error, is_broken, text, first_difference)
 
 
 def random_tokens(config: Config) -> Tensor:

@@ -125,7 +125,7 @@ def choice(option: str, word: str, allowed: Sequence[Name]) -> Name:
         if name == word.replace("-", "_"):
             return name
     shown = [spelled(name) for name in allowed]
-    reason = f"allowed is one of {', '.join(shown)}"
+    reason = f"must be one of {', '.join(shown)}"
     raise RequestError(Problem(option, word, reason=reason, nearest=nearest(spelled(word), shown)))
 
 

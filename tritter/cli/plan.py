@@ -437,7 +437,7 @@ def _verdict(plan: GrowthPlan, assumptions: Assumptions) -> list[tuple[str, str]
             text += ": they pay for no expansion at all, only for training the source on"
     needed_hours = (plan.needed_gpu_hours, plan.needed_gpu_hours + plan.source_gpu_hours)
     sunk, counted = (1 - hours / plan.from_scratch_gpu_hours for hours in needed_hours)
-    gap = plan.ungrown_loss - plan.predicted_loss
+    gap = plan.control_loss - plan.predicted_loss
     beside = "no other than the plan's"
     if abs(gap) >= LAW_RESOLUTION:
         beside = f"{abs(gap):.3f} {'above' if gap > 0 else 'below'} the plan's"
@@ -457,7 +457,7 @@ def _verdict(plan: GrowthPlan, assumptions: Assumptions) -> list[tuple[str, str]
         ),
         (
             "alone",
-            f"the source as it is, trained on for the whole budget: loss {plan.ungrown_loss:.3f}, "
+            f"the source as it is, trained on for the whole budget: loss {plan.control_loss:.3f}, "
             f"{beside}; {method} pays {start}",
         ),
         ("advice", _advice(assumptions.tokens_per_parameter)),
@@ -509,7 +509,7 @@ def _as_json(
         "spare_gpu_hours": plan.spare_gpu_hours,
         "from_scratch_gpu_hours": plan.from_scratch_gpu_hours,
         "source_gpu_hours": plan.source_gpu_hours,
-        "ungrown_loss": plan.ungrown_loss,
+        "ungrown_loss": plan.control_loss,
         "pays_from_gpu_hours": plan.pays_from_gpu_hours,
         "reaches_target": plan.reaches_target,
         "reached_parameters": plan.reached_parameters,

@@ -249,9 +249,7 @@ def _read(origin: LinedYaml) -> Recipe:
     problems += [replace(each, origin=origin.origin(each.key)) for each in found]
     steps = _steps(origin, problems)
     if settings is not None and (settings.seed or 0) + len(steps) - 1 > _MAX_SEED:
-        reason = (
-            f"each step takes the next one; allowed is one from which {len(steps)} lie below 2⁶⁴"
-        )
+        reason = f"each step takes the next one; must be one from which {len(steps)} lie below 2⁶⁴"
         problems.append(Problem("seed", settings.seed, reason, origin=origin.origin("seed")))
     raise_problems(problems)
     assert settings is not None

@@ -297,11 +297,11 @@ def _sources(
         RequestError: a path means no data.
     """
     from tritter.data.datasets import dataset_names
-    from tritter.data.options import DatasetsConfig, TextDataConfig, location_reader, read_sources
+    from tritter.data.options import DatasetsConfig, TextDataConfig, path_resolver, read_sources
     from tritter.errors import raise_problems
 
     is_of_hub = bool(dataset_names((*data, *old_data))) or "data=hf" in words
-    place_of_word = location_reader(DatasetsConfig if is_of_hub else TextDataConfig, {})
+    resolve = path_resolver(DatasetsConfig if is_of_hub else TextDataConfig, {})
     problems: list[Problem] = []
     new, old = (
         read_sources(
@@ -309,7 +309,7 @@ def _sources(
             list(paths) or None,
             default_name=name,
             problems=problems,
-            place_of_word=place_of_word,
+            resolve=resolve,
         )
         for option, paths, name in (("--data", data, "new"), ("--old-data", old_data, "old"))
     )

@@ -104,12 +104,12 @@ def _folder(place: str, option: str) -> Path:
         RequestError: there is none, or it has experts.
     """
     from tritter.checkpoints.expert_files import refuse_experts
-    from tritter.core.families.config_file import no_config
+    from tritter.core.families.config_file import missing_config
 
     with refuse_damage():
         folder = locate(place, key=option)
     if not (folder / "config.json").is_file():
-        held = f"the folder holds {no_config(folder)}"
+        held = f"the folder holds {missing_config(folder)}"
         reason = held if folder.is_dir() else "there is no such folder"
         raise RequestError(Problem(option, place, reason=reason))
     refuse_experts(folder, doing="a validation", key=option)

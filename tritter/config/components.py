@@ -272,7 +272,7 @@ def model_class(raw: Mapping[str, Any]) -> type[Model]:
     said = raw.get("model_type")
     if isinstance(said, str) and said in _MODELS:
         return _MODELS[said]
-    reason = f"allowed is one of {', '.join(_MODELS)}"
+    reason = f"must be one of {', '.join(_MODELS)}"
     raise RequestError(Problem("model.model_type", said, reason=reason))
 
 
@@ -285,7 +285,7 @@ def data_class(raw: Mapping[str, Any]) -> type[DataConfig]:
     kind = component_class("data", raw.get(TARGET), base=dotted(DataConfig))
     said = raw.get("source")
     if "source" in field_keys(kind, "") and said not in choices(kind, "source"):
-        reason = f"allowed is one of {', '.join(data_keys())}"
+        reason = f"must be one of {', '.join(data_keys())}"
         if isinstance(said, str) and said in data_keys():
             reason = f"{said} has other keys; choose it with data={said}"
         near = nearest(str(said), data_keys())

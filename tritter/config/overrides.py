@@ -150,7 +150,7 @@ def check_command_line(overrides: Sequence[Override], options: Options) -> None:
     for override in overrides:
         group, known = override.key_or_group, options.get(override.key_or_group)
         if override.is_hydra_override() and override.is_sweep_override():
-            reason = "Hydra's own settings can't be swept; allowed is one value"
+            reason = "Hydra's own settings can't be swept; must be one value"
             problems.append(
                 Problem(group, (override.input_line or "=")[len(group) + 1 :], reason=reason)
             )

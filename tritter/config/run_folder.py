@@ -244,7 +244,7 @@ def find_run(resume: str) -> tuple[Path, tuple[str, ...]]:
                 return folder, tuple(skipped)
             except RequestError as error:
                 skipped.append(f"resume     not {folder}: {error}")
-        none = f"resume = latest: there is no run below {RUNS_FOLDER.absolute()}; allowed is the "
+        none = f"resume = latest: there is no run below {RUNS_FOLDER.absolute()}; must be the "
         none += "folder of a run, or nothing to start a new one."
         raise RequestError("\n".join([none, *skipped]))
     folder = named_path(resume, key="resume").absolute()

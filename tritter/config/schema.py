@@ -19,7 +19,7 @@ from tritter.limits import (
     MAX_SEED,
 )
 from tritter.methods.moe_routing.options import AdaptationOptions, RoutingOptions
-from tritter.options import IN_WORDS, Count, RunRequest, Text, join, options
+from tritter.options import PARSED_COUNT, Count, RunRequest, Text, join, options
 from tritter.targets import Component
 from tritter.training.optimizer import OptimizerSettings
 from tritter.training.options import TrainerSettings, TrainerValues, TrainingConfig
@@ -59,7 +59,7 @@ class PipelineConfig:
         dtype: of the weights that the run publishes; `source`: that of the model it starts from.
     """
 
-    target_params: Annotated[int, Field(ge=1, le=MAX_PARAMETERS), IN_WORDS] | None
+    target_params: Annotated[int, Field(ge=1, le=MAX_PARAMETERS), PARSED_COUNT] | None
     max_rounds: Count | None
     strategy: Literal["auto", "depth_first", "width_first", "balanced"] | None
     keep_stages: bool

@@ -294,7 +294,7 @@ def start_problems(
         where = "model" if isinstance(config.model, ModelConfig) else "config.json"
         reason = (
             f"the model has positions for {where}.{family_of(source).positions_key} = {limit}; "
-            "allowed is at most that"
+            "must be at most that"
         )
         return [Problem("data.sequence_length", length, reason=reason)]
     trained = [source] if config.control else []

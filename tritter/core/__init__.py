@@ -1,1 +1,1 @@
-"""The heart: families, parameter maps, expansions and the models that they are for."""
+"""Model families, parameter maps, expansions and model loading."""

@@ -1,4 +1,4 @@
-"""Where transformers is used: configs, models and tokenizers, built or loaded."""
+"""Build and load configs, models and tokenizers with transformers."""
 
 import sys
 import warnings
@@ -39,29 +39,29 @@ from tritter.core.families import (
     with_ffn_sizes,
     with_live_sizes,
 )
-from tritter.core.families.config_file import refused_as, sane_config
+from tritter.core.families.config_file import checked_config, errors_as
 from tritter.core.stock_routers import AddedExperts
 from tritter.errors import RequestError, TritterError
 from tritter.storage.reading import check_links, read_object, require_file
 from tritter.storage.tensors import TensorFolder, is_computed
 from tritter.storage.writer import stripped
 
-# Of these transformers may read any by itself.
+# Suffixes of files that transformers may read on its own
 _SMALL_FILES = {".json", ".jinja", ".model", ".txt"}
 
 
 def read_config(folder: Path, *, ffn_sizes: Sequence[int] | None = None) -> Config:
-    """Return the content of a folder's config.json with the defaults of its own class written out.
+    """Return the config.json of a folder, completed with the defaults of its class.
 
-    Where its layers' FFNs differ in width, `ffn_sizes` says so.
+    The config has `ffn_sizes` if the FFN widths of the layers differ.
 
     Args:
-        ffn_sizes: those of the folder's lineage; None: it was not read yet.
+        folder: the checkpoint folder.
+        ffn_sizes: FFN widths of the folder's lineage; None reads the lineage.
 
     Raises:
-        RequestError: a family that there is no table for; names those there are.
-        TritterError: there is none, it is not a config that transformers accepts, or its sizes
-            are beyond all limits.
+        RequestError: the family has no table; lists the supported ones.
+        TritterError: the file is missing, transformers rejects it, or its sizes exceed the limits.
     """
     return _config_in(folder, _stock_config(folder), ffn_sizes)
 
@@ -74,34 +74,34 @@ def _config_in(
 
 
 def _plain(config: PreTrainedConfig) -> Config:
-    """Return a config as stock saves write it: without its place, and general unused defaults."""
+    """Return a config as transformers saves it, without its path and unused general defaults."""
     plain: Config = config.to_diff_dict()
     return {key: value for key, value in plain.items() if key != "_name_or_path"}
 
 
 def _stock_config(folder: Path) -> PreTrainedConfig:
-    """Return transformers' own record of a folder's config.json, once that was found sane.
+    """Return the transformers config of a folder after checking its config.json.
 
-    Whatever in it names code (a class beside the model, a kernel from the hub) is left out: the
-    classes and kernels are always transformers' own.
+    Keys that name code (a class in the folder, a kernel from the hub) are omitted: classes and
+    kernels always come from transformers.
     """
-    family, own = sane_config(folder)
-    with refused_as(f"{folder / 'config.json'} is not a usable config"), quiet():
+    family, own = checked_config(folder)
+    with errors_as(f"{folder / 'config.json'} is not a usable config"), quiet():
         config = CONFIG_MAPPING[family.model_type].from_dict(own)
-        check_config(family, config.to_dict())  # with the defaults of what the file leaves out
+        check_config(family, config.to_dict())  # including defaults
         return config
 
 
 def new_model(config: Config, *, seed: int) -> nn.Module:
-    """Return a model with freshly drawn float32 weights; the same seed gives the same weights."""
+    """Return a model with randomly initialised float32 weights, determined by the seed."""
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)  # the GPUs' generators stay as they are
+        torch.default_generator.manual_seed(seed)  # leaves the generators of GPUs unchanged
         built = stock_config_of(config)
         model = AutoModelForCausalLM.from_config(built, dtype=torch.float32)
     for stored in _narrower(config):
         value = model.get_parameter(stored.name).detach()
         set_parameter(model, stored.name, value[tuple(map(slice, stored.shape))].clone())
-    return _made_ready(model)
+    return _prepared(model)
 
 
 def load_model(
@@ -109,25 +109,26 @@ def load_model(
 ) -> nn.Module:
     """Load a causal language model from safetensors; never runs code from the folder.
 
-    Experts that are being added get the router offset that the folder's state says, so that the
-    model computes what it should where stock classes alone would not. FFNs that are padded on disk
-    get the width that they have.
+    New experts get the router offset in the folder's state, which stock classes ignore. FFNs that
+    are padded on disk get their true width.
 
     Args:
+        folder: the checkpoint folder.
+        dtype: of the weights in memory.
         config: of a folder that this process wrote or has checked; None checks the folder first.
 
     Raises:
-        TritterError: transformers cannot load it, a tensor is missing or left over, or what should
-            be padding is none.
+        TritterError: transformers cannot load it, a tensor is missing or unexpected, or padding is
+            not zero.
     """
     if config is None:
         _check_small_files(folder)
         stock = _stock_config(folder)
         config = _config_in(folder, stock)
-        TensorFolder.open(folder)  # one reader decides for all commands what is taken
+        TensorFolder.open(folder)  # all commands accept the same files
     else:
         stock = stock_config_of(config)
-    with refused_as(f"{folder} cannot be loaded as a model"), quiet():
+    with errors_as(f"{folder} cannot be loaded as a model"), quiet():
         model, report = AutoModelForCausalLM.from_pretrained(
             folder,
             config=stock,
@@ -140,28 +141,28 @@ def load_model(
     report["unexpected_keys"] = [n for n in report["unexpected_keys"] if not is_computed(n)]
     wrong = {key: value for key, value in report.items() if value}
     if wrong:
-        raise TritterError(f"{folder} does not fit its config.json: {wrong}")
+        raise TritterError(f"{folder} does not match its config.json: {wrong}")
     for stored in _narrower(config):
         value = model.get_parameter(stored.name).detach()
         live = stripped(value, stored.shape, name=f"{folder}: {stored.name}")
         set_parameter(model, stored.name, live.clone())
     added = AddedExperts.read(folder)
     if added is not None and not added.is_settled:
-        with refused_as(f"{folder} cannot be loaded as a model"):
+        with errors_as(f"{folder} cannot be loaded as a model"):
             added.apply(model)
-    return _made_ready(model)
+    return _prepared(model)
 
 
 def non_finite(model: nn.Module) -> list[str]:
-    """Return the names of tensors that hold NaN or infinity."""
+    """Return the names of tensors that contain NaN or infinity."""
     return [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]
 
 
 def unloaded_model(folder: Path) -> nn.Module:
-    """Return the stock model of a folder without its weights: its parameters are on meta.
+    """Return the stock model of a folder with its parameters on the meta device.
 
-    Buffers (rotary frequencies, scales) hold what the stock class computes. Experts compute one
-    after the other, those that are being added behind their router offset, as in `load_model`.
+    Buffers (rotary frequencies, scales) have the values of the stock class. Experts run one after
+    the other, new ones with their router offset, as in `load_model`.
 
     Raises:
         TritterError: transformers cannot build it.
@@ -169,11 +170,11 @@ def unloaded_model(folder: Path) -> nn.Module:
     _check_small_files(folder)
     stock = _stock_config(folder)
     config = _config_in(folder, stock)
-    with refused_as(f"{folder} cannot be loaded as a model"), quiet():
+    with errors_as(f"{folder} cannot be loaded as a model"), quiet():
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(stock, dtype=torch.float32)
         assert isinstance(model, PreTrainedModel)
-        for module in model.modules():  # the stock class fills the buffers that no file holds
+        for module in model.modules():  # the stock class fills the non-persistent buffers
             buffers, names = module._buffers, module._non_persistent_buffers_set
             names = {name for name in names if buffers[name] is not None}
             for name in names:
@@ -186,19 +187,19 @@ def unloaded_model(folder: Path) -> nn.Module:
         added = AddedExperts.read(folder)
         if added is not None and not added.is_settled:
             for stored in layout(config, "live"):
-                if stored.parts[0].tensor.kind == "router":  # offsets lie where the weight does
+                if stored.parts[0].tensor.kind == "router":  # offsets follow the weight's device
                     set_parameter(model, stored.name, torch.empty(stored.shape))
             added.apply(model)
     return model.eval()
 
 
 def named_tensors(model: nn.Module, config: Config) -> Iterator[tuple[str, Tensor]]:
-    """Yield (name on disk, tensor) of a live model, in the family's order; ties once.
+    """Yield (name on disk, tensor) of a live model in the family's order; tied tensors once.
 
-    Experts that share a tensor in memory alone come one by one, as views.
+    Experts that are stacked in memory only are yielded one by one, as views.
 
     Raises:
-        TritterError: the model holds a tensor that its family has not, or lacks one.
+        TritterError: the model has a tensor that its family lacks, or misses one.
     """
     yield from stored_tensors(model.state_dict(), config)
 
@@ -206,28 +207,28 @@ def named_tensors(model: nn.Module, config: Config) -> Iterator[tuple[str, Tenso
 def stored_tensors(state: Mapping[str, Tensor], config: Config) -> Iterator[tuple[str, Tensor]]:
     """Yield (name on disk, tensor) of a live model's state dict; see `named_tensors`."""
     for stored in match(config, state):
-        held = state[stored.name].detach()
+        whole = state[stored.name].detach()
         if stored.is_whole:
-            yield stored.parts[0].tensor.disk_name, held
+            yield stored.parts[0].tensor.disk_name, whole
         elif stored.is_of_experts:
-            yield from ((tensor.disk_name, value) for tensor, value in stored.unpack(held))
+            yield from ((tensor.disk_name, value) for tensor, value in stored.unpack(whole))
         else:
-            yield stored.name, held
+            yield stored.name, whole
 
 
 def live_tensors(config: Config, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return name in memory → tensor, for values (of a state, a mask) by their name there."""
+    """Return name in memory → tensor, for values (of a state, a mask) by their name on disk."""
     family = family_of(config)
     logical = family.logical_tensors(config)
-    held = {t.name: tensors[t.disk_name] for t in logical if t.disk_name in tensors}
-    return pack_all(layout(config, "live"), held)
+    values = {t.name: tensors[t.disk_name] for t in logical if t.disk_name in tensors}
+    return pack_all(layout(config, "live"), values)
 
 
 def disk_tensors(config: Config, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return name in a state → tensor, for values by name in memory."""
+    """Return name on disk → tensor, for values (of a state, a mask) by name in memory."""
     family = family_of(config)
-    held = unpack_all(layout(config, "live"), tensors)
-    return {t.disk_name: held[t.name] for t in family.logical_tensors(config) if t.name in held}
+    values = unpack_all(layout(config, "live"), tensors)
+    return {t.disk_name: values[t.name] for t in family.logical_tensors(config) if t.name in values}
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path, *, end_of_text: str) -> None:
@@ -236,7 +237,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path, *, end_of_text: str) -> N
 
 
 def wrapped_tokenizer(tokenizer: Tokenizer, *, end_of_text: str) -> PreTrainedTokenizerBase:
-    """Return a tokenizer as transformers has them; its end of text begins and pads texts too."""
+    """Return a transformers tokenizer whose end of text is also its BOS and padding token."""
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=end_of_text,
@@ -249,7 +250,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Load a folder's tokenizer; never runs code from the folder.
 
     Raises:
-        TritterError: there is none, or it is damaged.
+        TritterError: the tokenizer is missing or damaged.
     """
     _check_small_files(folder)
     try:
@@ -257,16 +258,16 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             return AutoTokenizer.from_pretrained(
                 folder, trust_remote_code=False, local_files_only=True
             )
-    # The tokenizers library raises Exception itself, so nothing narrower catches it.
+    # The tokenizers library raises plain Exception
     except Exception as error:
-        raise TritterError(f"{folder} holds no usable tokenizer: {error!r}") from error
+        raise TritterError(f"{folder} has no usable tokenizer: {error!r}") from error
 
 
 def _check_small_files(folder: Path) -> None:
-    """Refuse a folder in which transformers would open what is no file of it, or a huge one.
+    """Refuse a folder in which transformers would open a huge file, or a link out of it.
 
     Raises:
-        TritterError: names it.
+        TritterError: names the file.
     """
     check_links(folder)
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
@@ -274,14 +275,14 @@ def _check_small_files(folder: Path) -> None:
             require_file(path)
 
 
-def _made_ready(model: PreTrainedModel) -> PreTrainedModel:
-    """Let experts compute one after the other where the default kernel refuses them; name the loss.
+def _prepared(model: PreTrainedModel) -> PreTrainedModel:
+    """Set the loss, and run experts one after the other if the default kernel rejects their shape.
 
-    `grouped_mm` wants rows of whole 16 bytes, in bf16 as well, and knows no float64; elsewhere it
-    is as quick as the loop or quicker (measured on a CPU too). `batched_mm` copies an expert's
-    weights for every token and is never taken.
+    `grouped_mm` needs rows of a multiple of 16 bytes, also in bf16, and does not support float64.
+    Otherwise it is at least as fast as the loop, also on a CPU. `batched_mm` copies the weights of
+    an expert for every token, so it is never used.
     """
-    model.loss_type = model.loss_type or "ForCausalLM"  # which some classes' names do not say
+    model.loss_type = model.loss_type or "ForCausalLM"  # not derivable from some class names
     family = find_family(model.config.model_type)
     if family is None or not family.has_experts:
         return model
@@ -294,7 +295,7 @@ def _made_ready(model: PreTrainedModel) -> PreTrainedModel:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep transformers' progress bars and notices of success off the screen."""
+    """Silence the progress bars and info messages of transformers."""
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -308,14 +309,14 @@ def quiet() -> Iterator[None]:
 
 @contextmanager
 def activations_recomputed(model: nn.Module) -> Iterator[None]:
-    """Let each decoder layer keep no more than its input within, and compute again what it needs.
+    """Enable activation checkpointing of each decoder layer inside the block.
 
-    Only where the model is in training mode: while it is looked at, nothing is kept anyway.
+    It has no effect in evaluation mode, which stores no activations.
     """
     assert isinstance(model, PreTrainedModel)
     with quiet():  # which of its two names for this is deprecated depends on the version
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    # For the other kind; it can't be sent to a process, and asks for gradients that nobody needs
+    # For reentrant checkpointing only; the hook can't be pickled and requests unused gradients
     if hasattr(model, "_require_grads_hook"):
         model.disable_input_require_grads()
     try:
@@ -326,13 +327,13 @@ def activations_recomputed(model: nn.Module) -> Iterator[None]:
 
 
 def backbone_of(model: nn.Module) -> nn.Module:
-    """Return what of a stock model gives the last hidden states [B, T, hidden], no logits."""
+    """Return the part of a stock model that computes the last hidden states [B, T, hidden]."""
     backbone: nn.Module = getattr(model, str(model.base_model_prefix))
     return backbone
 
 
 def head_of(model: nn.Module) -> Callable[[Tensor], Tensor]:
-    """Return what makes logits of last hidden states, for any part of the tokens."""
+    """Return the function from last hidden states to logits; it accepts any subset of tokens."""
     head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
     cap: float | None = getattr(model.config, "final_logit_softcapping", None)
     divisor: float = getattr(model.config, "logits_scaling", 1.0)  # Granite's
@@ -345,12 +346,12 @@ def head_of(model: nn.Module) -> Callable[[Tensor], Tensor]:
 
 
 def config_of(model: nn.Module) -> Config:
-    """Return the config of a live Hugging Face model, as `read_config` gives it.
+    """Return the config of a live Hugging Face model, as `read_config` does for a folder.
 
-    How wide its FFNs are, their weights say.
+    The FFN widths are read from the weights.
 
     Raises:
-        RequestError: the model has none, or is wrapped by PEFT.
+        RequestError: the model has no config, or PEFT wraps it.
     """
     refuse_peft(model)
     held = getattr(model, "config", None)
@@ -384,40 +385,40 @@ def refuse_peft(model: object) -> None:
 
 
 def live_shape(parameter: Tensor) -> tuple[int, ...]:
-    """Return the shape of a parameter's values, where bitsandbytes holds them packed too."""
+    """Return the shape of a parameter's values, also if bitsandbytes has packed them."""
     packed = getattr(parameter, "quant_state", None)
     return tuple(parameter.shape if packed is None else packed.shape)
 
 
 def stock_config_of(config: Config) -> PreTrainedConfig:
-    """Return transformers' own record of a config."""
+    """Return the transformers config object of a config."""
     options = {key: value for key, value in on_disk(config).items() if key != "model_type"}
     return AutoConfig.for_model(str(config["model_type"]), **options)
 
 
 def model_with_tensors(config: Config, tensors: Mapping[str, Tensor]) -> nn.Module:
-    """Return a model of a config that holds these tensors (by logical name), dtypes kept."""
+    """Return a model with these tensors (by logical name) in their own dtypes."""
     model = new_model(config, seed=0)
     for stored in layout(config, "live"):
         value = stored.pack(tensors.__getitem__)
         set_parameter(model, stored.name, value.to(model.get_parameter(stored.name).device))
     model.tie_weights()  # type: ignore[operator]
     assert isinstance(model, PreTrainedModel)
-    return _made_ready(model)
+    return _prepared(model)
 
 
 def set_parameter(model: nn.Module, name: str, value: Tensor) -> None:
-    """Put a value of any shape in a parameter's place; a linear layer's own sizes follow."""
+    """Replace a parameter by a value of any shape, and update the sizes of its linear layer."""
     path, _, attribute = name.rpartition(".")
     module = model.get_submodule(path)
     requires_grad = model.get_parameter(name).requires_grad
     setattr(module, attribute, nn.Parameter(value, requires_grad=requires_grad))
     if attribute == "weight":
-        state_sizes(module)
+        update_linear_sizes(module)
 
 
-def state_sizes(module: nn.Module) -> None:
-    """Let a linear layer of either kind state the sizes that its weight has."""
+def update_linear_sizes(module: nn.Module) -> None:
+    """Set the size attributes of an nn.Linear or Conv1D from its weight."""
     weight = module._parameters.get("weight")
     if isinstance(module, nn.Linear) and weight is not None:
         module.out_features, module.in_features = live_shape(weight)
@@ -426,44 +427,45 @@ def state_sizes(module: nn.Module) -> None:
 
 
 def _narrower(config: Config) -> Iterator[StoredTensor]:
-    """Yield what has another shape in memory than stock classes give it."""
+    """Yield the tensors that are narrower in memory than in stock classes."""
     shapes = padded_shapes(config)
     return (stored for stored in layout(config, "live") if stored.name in shapes)
 
 
 def weightless_model(config: Config) -> nn.Module:
-    """Return the stock model of a config, its weights never drawn; for what its modules are."""
+    """Return the stock model of a config with uninitialised weights, to inspect its modules."""
     with torch.random.fork_rng(devices=[]), no_init_weights():
         return AutoModelForCausalLM.from_config(stock_config_of(config), dtype=torch.float32)
 
 
-# Whether transformers can build the model that a config describes, before anything is written
+# Check that transformers can build the model of a config, before anything is written
 
 
 def check_loadable(config: Config, *, folder: Path) -> None:
-    """Refuse a config from which transformers would not build the model of its family's table.
+    """Refuse a config from which transformers does not build the model of the family table.
 
-    One layer of each kind is built, without memory for its tensors.
+    The check builds one layer of each kind on the meta device.
 
     Args:
-        folder: where its generation settings lie, which are read on loading too.
+        config: config.json to check.
+        folder: with the generation settings, which transformers loads too.
 
     Raises:
-        RequestError: says what transformers made of it.
+        RequestError: names the difference or the error of transformers.
     """
     settings = folder / "generation_config.json"
     if settings.exists():
         try:
-            with refused_as(f"{settings} is not usable"), quiet():
+            with errors_as(f"{settings} is not usable"), quiet():
                 read_object(settings)
                 GenerationConfig.from_pretrained(folder, local_files_only=True)
         except TritterError as error:
             raise RequestError(str(error)) from error
     family, config = family_of(config), on_disk(config)
-    kinds: dict[tuple[object, ...], int] = {}  # of layers that the config tells apart → the first
-    stated = [config.get(key) for key in family.per_layer_config_keys]
+    kinds: dict[tuple[object, ...], int] = {}  # kind of layer by the config → its first layer
+    lists = [config.get(key) for key in family.per_layer_config_keys]
     for layer, kind in enumerate(family.layer_kinds(config)):
-        own = [str(values[layer]) for values in stated if isinstance(values, list)]
+        own = [str(values[layer]) for values in lists if isinstance(values, list)]
         kinds.setdefault((kind, *own), layer)
     shallow = family.with_layers(config, list(kinds.values()))
     try:
@@ -471,10 +473,10 @@ def check_loadable(config: Config, *, folder: Path) -> None:
             stock_config_of(config)
             model = AutoModelForCausalLM.from_config(stock_config_of(shallow))
             found = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    # The border to classes that trust their config: they raise whatever its values lead them to
+    # Model classes trust their config and raise anything over invalid values
     except Exception as error:
         raise RequestError(
-            f"config.json: transformers can't build this model: {_blamed(config, error)}."
+            f"config.json: transformers can't build this model: {_cause(config, error)}."
         ) from error
     expected = {stored.name: stored.shape for stored in layout(shallow, "live")}
     tied = family.tied_names(shallow)
@@ -485,21 +487,21 @@ def check_loadable(config: Config, *, folder: Path) -> None:
     )
     if wrong:
         raise RequestError(
-            f"config.json: transformers builds another model from it: {wrong[0]} would be of shape "
-            f"{found.get(wrong[0])}, not {expected.get(wrong[0])}."
+            f"config.json: transformers builds a different model from it: {wrong[0]} would have "
+            f"shape {found.get(wrong[0])}, not {expected.get(wrong[0])}."
         )
 
 
-def _blamed(config: Config, error: Exception) -> str:
-    """Name the values of a config that an error speaks of, or say what it says."""
+def _cause(config: Config, error: Exception) -> str:
+    """Return the config value that caused an error, or else the text of the error."""
     if isinstance(error, KeyError) and error.args:
         for key, value in config.items():
             nested = value.items() if isinstance(value, dict) else [("", value)]
-            for inner, held in nested:
-                if held == error.args[0]:
+            for inner, candidate in nested:
+                if candidate == error.args[0]:
                     name = f"{key}.{inner}" if inner else key
-                    return f"{name} = {held} is not known to it"
+                    return f"{name} = {candidate} is unknown"
     pad, size = config.get("pad_token_id"), config.get("vocab_size")
     if isinstance(pad, int) and isinstance(size, int) and not -size <= pad < size:
-        return f"pad_token_id = {pad} is no token of a vocabulary of {size}"
+        return f"pad_token_id = {pad} is outside the vocabulary of {size} tokens"
     return " ".join(str(error).split()) or type(error).__name__

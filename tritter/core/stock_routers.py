@@ -1,13 +1,12 @@
-"""The routers of a stock mixture-of-experts model, within reach: offsets, selection bias, records.
+"""Control of the routers of a stock mixture-of-experts model: offsets, selection bias, records.
 
-A router of Mixtral, Qwen2-MoE or Qwen3-MoE is asked for three things that the stock class has no
-place for: an offset of the logits (experts that are being added start at −∞), a bias that takes
-part in the selection but not in the weights (Wang et al. 2024, arXiv 2408.15664), and what it
-decided in the last forward pass. With offset and bias zero the outputs are the stock class's, bit
-for bit. The model's state dict does not change.
+It adds three features to the routers of Mixtral, Qwen2-MoE and Qwen3-MoE: an offset of the logits
+(new experts start at −∞), a bias of the selection but not of the weights (Wang et al. 2024, arXiv
+2408.15664), and a record of the last forward pass. With zero offset and bias the outputs equal the
+stock class bit for bit. The state dict of the model does not change.
 
-A model with appended experts computes what it should with their offset alone. How routers are
-trained is in `tritter.methods.moe_routing`.
+A model with appended experts computes the right function only with their offset.
+`tritter.methods.moe_routing` trains the routers.
 
 Shapes: N tokens, E experts of a layer, k experts per token, H hidden size.
 """
@@ -35,14 +34,14 @@ _OFFSET, _BIAS, _RECORDER = "routing_offset", "routing_selection_bias", "routing
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Record:
-    """What one router decided in the last forward pass, with its graph.
+    """Decisions of one router in the last forward pass, with their autograd graph.
 
     Args:
-        layer: number of the layer.
-        own_logits: [N, E], of the router alone, before the offset.
-        logits: [N, E], what the softmax was taken of; losses take these.
+        layer: index of the layer.
+        own_logits: [N, E], logits of the router before the offset.
+        logits: [N, E], input of the softmax, for losses.
         probabilities: [N, E], over all experts.
-        selected: int64 [N, k], the experts that each token was sent to.
+        selected: int64 [N, k], the experts of each token.
     """
 
     layer: int
@@ -53,10 +52,9 @@ class Record:
 
 
 class Routing:
-    """All routers of one model; attaching again gives the same control.
+    """All routers of one model; attaching again returns the same control.
 
-    What is set here lives on the routers, so that it follows the model to another device and into
-    a copy.
+    Settings are stored on the routers, so they move and are copied with the model.
     """
 
     def __init__(self, routers: Mapping[int, nn.Module]) -> None:
@@ -78,19 +76,19 @@ class Routing:
             router.register_buffer(_OFFSET, zeros, persistent=False)
             router.register_buffer(_BIAS, zeros.clone(), persistent=False)
             setattr(router, _RECORDER, _Recorder(layer))
-            # A partial: spawned processes are sent the model, and can't be sent a method
+            # A partial can be pickled for spawned processes, a method cannot
             router.forward = partial(_forward, router)
         return cls(routers) if routers else None
 
     @classmethod
     def attached(cls, model: nn.Module) -> "Routing | None":
-        """Return the control of a model that it is attached to already; leaves others alone."""
+        """Return the control that is already attached to a model, or None."""
         routers = {n: router for n, router in _routers(model) if hasattr(router, _RECORDER)}
         return cls(routers) if routers else None
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """Numbers of the layers that have experts."""
+        """Indices of the layers with experts."""
         return tuple(self._routers)
 
     @property
@@ -104,31 +102,31 @@ class Routing:
         return int(self._first.top_k)
 
     def router(self, layer: int) -> nn.Module:
-        """Return a layer's router; its weight [E, H] is what routes."""
+        """Return the router of a layer, with its weight [E, H]."""
         return self._routers[layer]
 
     def offset(self, layer: int) -> Tensor:
-        """Return [E], what is added to a layer's logits: the live buffer."""
+        """Return the offset [E] of a layer's logits: the live buffer."""
         return getattr(self._routers[layer], _OFFSET)
 
     def set_offset(self, experts: Sequence[int], value: float) -> None:
-        """Set what is added to the logits of some experts, in all layers; others stay.
+        """Set the logit offset of some experts in all layers.
 
         Args:
             experts: their indices.
-            value: in the log domain; −∞ closes an expert.
+            value: added to the logits; −∞ disables an expert.
 
         Raises:
-            RequestError: there is no such expert, the value is no number or +∞, or fewer than k
-                experts would stay open.
+            RequestError: an index is invalid, the value is NaN or +∞, or fewer than k experts
+                would remain enabled.
         """
         wrong = [expert for expert in experts if not 0 <= expert < self.num_experts]
         if wrong:
             raise RequestError(
-                f"router offset: experts {wrong}; allowed are 0 to {self.num_experts - 1}."
+                f"router offset: experts {wrong}; must be from 0 to {self.num_experts - 1}."
             )
         if math.isnan(value) or value == math.inf:
-            raise RequestError(f"router offset = {value}; allowed is any number, or -inf.")
+            raise RequestError(f"router offset = {value}; must be a finite number, or -inf.")
         indices = torch.as_tensor(list(experts), dtype=torch.int64)
         for layer in self.layers:
             offset = self.offset(layer)
@@ -137,20 +135,21 @@ class Routing:
             num_open = int((changed > -math.inf).sum())
             if num_open < self.top_k:
                 raise RequestError(
-                    f"router offset = {value}: {num_open} experts of layer {layer} would stay "
-                    f"open; each token needs {self.top_k}."
+                    f"router offset = {value}: {num_open} experts of layer {layer} would remain "
+                    f"enabled; each token needs {self.top_k}."
                 )
             with torch.no_grad():
                 offset.copy_(changed)
 
     def selection_bias(self, layer: int) -> Tensor:
-        """Return [E], what is added to a layer's probabilities for the selection alone."""
+        """Return the bias [E] of a layer's probabilities, which affects the selection only."""
         return getattr(self._routers[layer], _BIAS)
 
     def set_selection_bias(self, layer: int, values: Tensor) -> None:
         """Set the selection bias of one layer.
 
         Args:
+            layer: index of the layer.
             values: [E], finite.
         """
         with torch.no_grad():
@@ -161,19 +160,19 @@ class Routing:
         return self._recorder(self.layers[0]).is_on
 
     def start_recording(self) -> None:
-        """Keep what the routers decide from the next forward pass on."""
+        """Record the decisions of the routers from the next forward pass on."""
         for layer in self.layers:
             self._recorder(layer).is_on = True
 
     def stop_recording(self) -> None:
-        """Keep nothing any more, and let go of what was kept."""
+        """Stop recording and delete the records."""
         for layer in self.layers:
             recorder = self._recorder(layer)
             recorder.is_on, recorder.record = False, None
 
     @contextmanager
     def recording(self) -> Iterator["Routing"]:
-        """Record inside the block; afterwards it is as it was before."""
+        """Record inside the block, then restore the previous setting."""
         was_on = self.is_recording
         self.start_recording()
         try:
@@ -183,19 +182,19 @@ class Routing:
                 self.stop_recording()
 
     def recorded(self) -> tuple[Record, ...]:
-        """Return what each layer decided in the last forward pass; empty without one."""
+        """Return the records of the last forward pass, one per layer; empty if there are none."""
         records = (self._recorder(layer).record for layer in self.layers)
         return tuple(record for record in records if record is not None)
 
     def detach(self) -> None:
-        """Give the routers their stock forward back; offsets and biases are gone."""
+        """Restore the stock forward of the routers; this deletes offsets and biases."""
         for router in self._routers.values():
             if hasattr(router, _RECORDER):
                 for name in ("forward", _OFFSET, _BIAS, _RECORDER):
                     delattr(router, name)
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        """Return offsets and selection biases by layer: plain data."""
+        """Return offsets and selection biases by layer."""
         return {
             "offset": {str(n): self.offset(n).detach().clone() for n in self.layers},
             "selection_bias": {
@@ -204,15 +203,15 @@ class Routing:
         }
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Take offsets and selection biases from `state_dict`.
+        """Load offsets and selection biases from a `state_dict`.
 
         Raises:
-            RequestError: it belongs to a model with other layers, or another number of experts.
+            RequestError: it is from a model with other layers or another number of experts.
         """
-        held = {int(layer): offset.numel() for layer, offset in state["offset"].items()}
-        if held != dict.fromkeys(self.layers, self.num_experts):
+        sizes = {int(layer): offset.numel() for layer, offset in state["offset"].items()}
+        if sizes != dict.fromkeys(self.layers, self.num_experts):
             raise RequestError(
-                f"routing state: experts per layer {held}; this model has {self.num_experts} in "
+                f"routing state: experts per layer {sizes}; this model has {self.num_experts} in "
                 f"layers {list(self.layers)}."
             )
         with torch.no_grad():
@@ -229,7 +228,7 @@ class Routing:
 
 
 class _Recorder:
-    """Where a router puts its record; a copy of the model gets an empty one."""
+    """The slot for a router's record; empty in a copy of the model."""
 
     __slots__ = ("is_on", "layer", "record")
 
@@ -244,31 +243,32 @@ class _Recorder:
 
 def _routers(model: nn.Module) -> Iterator[tuple[int, nn.Module]]:
     for name, module in model.named_modules():
-        place = _LAYER.search(name)
-        if place and type(module).__name__ in _ROUTERS:
-            yield int(place[1]), module
+        match = _LAYER.search(name)
+        if match and type(module).__name__ in _ROUTERS:
+            yield int(match[1]), module
 
 
 def _forward(router: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Route as the stock class does, with offset and selection bias.
 
     Args:
+        router: the stock router.
         hidden_states: [..., H].
 
     Returns:
-        As the stock classes do: logits [N, E], weights [N, k], selected experts [N, k].
+        Logits [N, E], weights [N, k] and selected experts [N, k], as in the stock class.
     """
     offset, recorder = router.routing_offset, router.routing_recorder
     own_logits = F.linear(hidden_states.reshape(-1, router.hidden_dim), router.weight)
     logits = own_logits.float() + offset.float()
     probabilities = logits.softmax(dim=-1)
-    # A closed expert stays closed: a bias could lift its probability of 0 above others
+    # Keep disabled experts disabled: a bias could lift their probability of 0 above others
     choice = (probabilities + router.routing_selection_bias).masked_fill(
         offset == -math.inf, -math.inf
     )
     selected = choice.topk(router.top_k, dim=-1).indices
     weights = probabilities.gather(-1, selected)
-    if getattr(router, "norm_topk_prob", True):  # Mixtral has no such switch and always does
+    if getattr(router, "norm_topk_prob", True):  # Mixtral has no such option and always normalises
         weights = weights / weights.sum(dim=-1, keepdim=True)
     if hasattr(router, "norm_topk_prob"):
         weights = weights.to(own_logits.dtype)
@@ -277,18 +277,18 @@ def _forward(router: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor
     return own_logits + offset.to(own_logits.dtype), weights, selected
 
 
-# Experts that were appended to a model and are not open yet: `state/router.json`. A router offset
-# keeps them out at first and is raised to 0 while the model is trained. A stock class knows no
-# offset, so a folder with this file computes the right function in Tritter alone.
+# Appended experts that are not fully enabled yet: `state/router.json`. A router offset disables
+# them at first and rises to 0 during training. Stock classes ignore the offset, so only Tritter
+# computes the right function of a folder with this file.
 
-LOWEST_OFFSET = -20.0  # e⁻²⁰: the smallest weight from which an expert is raised
-_PLACE = ("state", "router.json")
+LOWEST_OFFSET = -20.0  # first finite offset: a weight of e⁻²⁰
+_PATH = ("state", "router.json")
 _CLOSED: Literal["-inf"] = "-inf"  # JSON has no number for it
 
 
 @record
 class _RouterHead:
-    """What `router.json` says; see `AddedExperts`."""
+    """The record in `router.json`; see `AddedExperts`."""
 
     FORMAT: ClassVar[str] = "router state"
 
@@ -300,17 +300,17 @@ class _RouterHead:
     def __post_init__(self) -> None:
         experts = self.new_experts
         if not experts or experts != tuple(range(experts[0], experts[0] + len(experts))):
-            raise ValueError("new_experts; allowed are indices one after the other")
+            raise ValueError("new_experts; must be consecutive indices")
         if self.offset != _CLOSED and self.offset > 0:
-            raise ValueError(f"offset = {self.offset}; allowed is a number up to 0")
+            raise ValueError(f"offset = {self.offset}; must be at most 0")
 
 
 def router_offset(step: int, *, anneal_steps: int) -> float:
-    """Return the offset of new experts after so many steps: −∞, then from −20 in a line to 0.
+    """Return the offset of new experts after some steps: −∞, then linear from −20 to 0.
 
     Args:
-        step: optimizer steps since they were appended.
-        anneal_steps: after so many the offset is 0.
+        step: optimizer steps since the experts were appended.
+        anneal_steps: step at which the offset reaches 0.
     """
     if step <= 0:
         return -math.inf
@@ -319,13 +319,13 @@ def router_offset(step: int, *, anneal_steps: int) -> float:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AddedExperts:
-    """Appended experts, in every layer that has experts, and how far they are open.
+    """Appended experts of every layer with experts, and their router offset.
 
     Args:
-        experts: their indices, one behind the other; all others come before.
-        offset: what the router adds to their logits; −∞ closes them, 0 opens them wholly.
+        experts: their indices, consecutive, after all other experts.
+        offset: added to their logits; −∞ disables them, 0 enables them fully.
         step: optimizer steps since they were appended.
-        anneal_steps: after how many the offset is 0; None while that is not decided.
+        anneal_steps: step at which the offset reaches 0; None if that is not set yet.
     """
 
     experts: tuple[int, ...]
@@ -335,47 +335,47 @@ class AddedExperts:
 
     @property
     def is_settled(self) -> bool:
-        """True when a stock class computes the same."""
+        """True if stock classes compute the same function."""
         return self.offset == 0
 
     @property
     def num_settled_experts(self) -> int:
-        """How many experts a layer has without the appended ones."""
+        """Number of experts per layer without the appended ones."""
         return self.experts[0]
 
     def at(self, step: int, *, anneal_steps: int) -> "AddedExperts":
-        """Return what they are after so many steps."""
+        """Return the same experts after some steps."""
         offset = router_offset(step, anneal_steps=anneal_steps)
         return replace(self, offset=offset, step=step, anneal_steps=anneal_steps)
 
     @classmethod
     def of(cls, model: nn.Module) -> "AddedExperts | None":
-        """Return what a live model's offsets say; None where no expert is held back."""
+        """Return the experts of a live model with a router offset, or None."""
         routing = Routing.attached(model)
         if routing is None:
             return None
         offsets = routing.offset(routing.layers[0]).tolist()
-        held_back = tuple(expert for expert, offset in enumerate(offsets) if offset != 0)
-        return cls(experts=held_back, offset=offsets[held_back[0]]) if held_back else None
+        added = tuple(expert for expert, offset in enumerate(offsets) if offset != 0)
+        return cls(experts=added, offset=offsets[added[0]]) if added else None
 
     def apply(self, model: nn.Module) -> Routing:
         """Set the offset in a live model.
 
         Raises:
-            TritterError: the model has no such experts.
+            TritterError: the model lacks these experts.
         """
         routing = Routing.of(model)
         if routing is None:
-            raise TritterError(f"{'/'.join(_PLACE)} speaks of experts, and the model has none.")
+            raise TritterError(f"{'/'.join(_PATH)} lists experts, but the model has none.")
         try:
             routing.set_offset(self.experts, self.offset)
         except RequestError as error:
-            raise TritterError(f"{'/'.join(_PLACE)} does not fit the model: {error}") from error
+            raise TritterError(f"{'/'.join(_PATH)} does not match the model: {error}") from error
         return routing
 
     def write(self, folder: Path) -> None:
-        """Write `state/router.json`; meant for a checkpoint folder that is still being made."""
-        path = folder.joinpath(*_PLACE)
+        """Write `state/router.json` to a checkpoint folder under construction."""
+        path = folder.joinpath(*_PATH)
         path.parent.mkdir(exist_ok=True)
         head = _RouterHead(
             new_experts=self.experts,
@@ -387,12 +387,12 @@ class AddedExperts:
 
     @classmethod
     def read(cls, folder: Path) -> "AddedExperts | None":
-        """Return what a checkpoint folder says; None where no expert is being added.
+        """Return the new experts of a checkpoint folder, or None.
 
         Raises:
-            TritterError: the file is damaged, or of another format.
+            TritterError: the file is damaged, or its format is unknown.
         """
-        path = folder.joinpath(*_PLACE)
+        path = folder.joinpath(*_PATH)
         if not path.exists():
             return None
         head = read_record(path, _RouterHead)
@@ -405,10 +405,10 @@ class AddedExperts:
 
 
 def stock_obstacle(folder: Path) -> str | None:
-    """Return why stock classes compute something else than the model; None where they do not.
+    """Return the reason that stock classes compute another function, or None if they do not.
 
     Raises:
-        TritterError: the folder's state is damaged, or of a newer format.
+        TritterError: the folder's state is damaged, or its format is newer.
     """
     added = AddedExperts.read(folder)
     if added is None or added.is_settled:
@@ -416,6 +416,6 @@ def stock_obstacle(folder: Path) -> str | None:
     first, last = added.experts[0], added.experts[-1]
     named = f"expert {first} was" if first == last else f"experts {first} to {last} were"
     return (
-        f"{named} appended and the router offset that keeps them back is {added.offset:g}, not 0 "
-        "yet; stock classes know no such offset"
+        f"{named} appended, and the router offset is still {added.offset:g} instead of 0; stock "
+        "classes ignore this offset"
     )

@@ -1,9 +1,9 @@
-"""A stock model that computes while its weights stay on disk.
+"""Run a stock model while its weights stay on disk.
 
-The stock class's own forward runs. A module that owns weights is given them, in float32, just
-before it computes and loses them right behind; large matrices are multiplied by a block of rows at
-a time, embeddings are read for the tokens at hand, and experts one by one. So a model of any size
-takes the memory of its activations and of one expert or block.
+The forward pass of the stock class runs unchanged. Each module loads its weights in float32 just
+before it runs and drops them afterwards. Large matrices are multiplied in blocks of rows,
+embeddings are read for the current tokens only, and experts one by one. So a model of any size
+needs the memory of its activations and of one expert or block.
 
 Shapes: B sequences, T tokens, H hidden size, V vocabulary.
 """
@@ -21,17 +21,17 @@ from tritter.core.families import Config, StoredTensor, layout, match, on_disk
 from tritter.core.models import backbone_of, read_config, unloaded_model
 from tritter.storage.tensors import TensorFolder, TensorReader
 
-BLOCK_BYTES = 32 * 2**20  # of a matrix in float32: what stays in a processor's cache
-KEPT_POSITIONS = 8  # the last ones of a sequence, which see all that came before them
+BLOCK_BYTES = 32 * 2**20  # of a matrix in float32: fits in the CPU cache
+KEPT_POSITIONS = 8  # the last positions of a sequence, which attend to all earlier ones
 
 
 class StreamedModel:
-    """A folder's model, run once over some tokens.
+    """The model of a folder, run once over some tokens.
 
     Args:
-        folder: a checkpoint that was found sane.
+        folder: a checkpoint that was checked.
         input_ids: int64 [B, T].
-        on_read: called with the number of bytes of the files that were just used.
+        on_read: called with the number of bytes just read from the files.
 
     Raises:
         TritterError: transformers cannot build it, or its files are damaged.
@@ -40,7 +40,7 @@ class StreamedModel:
     def __init__(
         self, folder: Path, input_ids: Tensor, *, on_read: Callable[[int], None] | None = None
     ) -> None:
-        config = on_disk(read_config(folder))  # as stock classes build it, padding included
+        config = on_disk(read_config(folder))  # of the stock model, padding included
         self._weights = _Weights(folder, config)
         self._input_ids = input_ids
         self._on_read = on_read or (lambda _: None)
@@ -51,8 +51,8 @@ class StreamedModel:
         self._outputs: Any = None
         self.states: list[Tensor] = []
         self.num_bytes = 0
-        self._hang_weights()
-        self._watch_layers()
+        self._hook_weights()
+        self._hook_layers()
 
     @property
     def vocab_size(self) -> int:
@@ -60,15 +60,15 @@ class StreamedModel:
         return int(self._head_weight.shape[0])
 
     @property
-    def rows_of_a_block(self) -> int:
-        """How many of the head's rows are multiplied by at once."""
-        return _rows_of_a_block(self._head_weight)
+    def rows_per_block(self) -> int:
+        """Number of rows of the head per block."""
+        return _rows_per_block(self._head_weight)
 
     def logits(self, rows: slice) -> Tensor:
-        """Return the logits [B, T, rows] of a part of the vocabulary, as the stock class has them.
+        """Return the logits [B, T, rows] of a part of the vocabulary, equal to the stock class.
 
-        The first call runs the layers, and leaves in `states` the hidden states before the first
-        layer and behind each, [B, the last `KEPT_POSITIONS`, H].
+        The first call runs the layers and stores in `states` the hidden states before the first
+        layer and after each layer, [B, the last `KEPT_POSITIONS`, H].
         """
         self._rows = rows
         with torch.inference_mode(), torch.autocast("cpu", enabled=False):
@@ -78,29 +78,29 @@ class StreamedModel:
     def _head_weight(self) -> Tensor:
         return self._head.weight  # type: ignore[return-value]
 
-    def _hang_weights(self) -> None:
-        """Let every module read what it owns when it is called; `num_bytes` counts what that is."""
+    def _hook_weights(self) -> None:
+        """Make each module load its weights when it is called; `num_bytes` counts their size."""
         names = {
             id(parameter): name
             for name, parameter in self._model.named_parameters()
             if name in self._weights.live
         }  # a tied head has the embedding's name
         for module in self._model.modules():
-            unloaded = {key: held for key, held in module._parameters.items() if held is not None}
-            owned = {key: names[id(held)] for key, held in unloaded.items()}
+            unloaded = {key: each for key, each in module._parameters.items() if each is not None}
+            owned = {key: names[id(each)] for key, each in unloaded.items()}
             if isinstance(module, nn.Embedding):
-                module.padding_idx = None  # its number among the rows that are read is another
-                module.register_forward_pre_hook(partial(self._give_rows, owned["weight"]))
+                module.padding_idx = None  # invalid among the loaded rows
+                module.register_forward_pre_hook(partial(self._load_rows, owned["weight"]))
                 continue
             self.num_bytes += sum(map(self._weights.bytes_of, owned.values()))
             if type(module) is nn.Linear:
                 module.forward = partial(self._linear, module, owned)  # type: ignore[method-assign]
             elif owned:
-                module.register_forward_pre_hook(partial(self._give, owned))
-                module.register_forward_hook(partial(self._take_back, owned, unloaded))
+                module.register_forward_pre_hook(partial(self._load, owned))
+                module.register_forward_hook(partial(self._unload, owned, unloaded))
 
-    def _watch_layers(self) -> None:
-        """Keep some of the hidden states, and let the layers run only once."""
+    def _hook_layers(self) -> None:
+        """Record the last hidden states of each layer, and run the layers only once."""
         backbone = backbone_of(self._model)
         layers = next(each for each in backbone.children() if isinstance(each, nn.ModuleList))
         for layer in layers:
@@ -125,21 +125,21 @@ class StreamedModel:
         bias = self._weights.whole(names["bias"]).float() if "bias" in names else None
         rows = self._rows if module is self._head else slice(0, len(weight))
         outputs = []
-        for block in blocks(rows, _rows_of_a_block(weight)):
+        for block in blocks(rows, _rows_per_block(weight)):
             wide = self._widened("weight", weight[block])
             outputs.append(F.linear(hidden, wide, None if bias is None else bias[block]))
         columns = weight.shape[1] + (bias is not None)
         self._on_read((rows.stop - rows.start) * columns * weight.itemsize)
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
 
-    def _give_rows(self, name: str, module: nn.Embedding, inputs: tuple[Tensor]) -> tuple[Tensor]:
-        """Give an embedding the rows of the tokens at hand, and tokens that count these rows."""
-        used, places = inputs[0].unique(return_inverse=True)
+    def _load_rows(self, name: str, module: nn.Embedding, inputs: tuple[Tensor]) -> tuple[Tensor]:
+        """Load the embedding rows of the current tokens; return the tokens as indices of them."""
+        used, indices = inputs[0].unique(return_inverse=True)
         rows = self._weights.whole(name)[used].float()
         module.weight = nn.Parameter(rows, requires_grad=False)
-        return (places,)
+        return (indices,)
 
-    def _give(self, names: Mapping[str, str], module: nn.Module, inputs: object) -> None:
+    def _load(self, names: Mapping[str, str], module: nn.Module, inputs: object) -> None:
         for attribute, name in names.items():
             if self._weights.has_experts(name):
                 del module._parameters[attribute]
@@ -148,7 +148,7 @@ class StreamedModel:
                 wide = self._widened(attribute, self._weights.whole(name))
                 module._parameters[attribute] = nn.Parameter(wide, requires_grad=False)
 
-    def _take_back(
+    def _unload(
         self,
         names: Mapping[str, str],
         unloaded: Mapping[str, nn.Parameter],
@@ -164,17 +164,17 @@ class StreamedModel:
         return self._widened(attribute, self._weights.expert(name, expert))
 
     def _widened(self, key: str, tensor: Tensor) -> Tensor:
-        """Return a tensor in float32, in memory that the next one of the same key takes over."""
+        """Return a tensor in float32, in a buffer that the next tensor of the same key reuses."""
         if tensor.dtype == torch.float32:
             return tensor
-        held = self._scratch.get(key)
-        if held is None or held.numel() < tensor.numel():
-            held = self._scratch[key] = torch.empty(tensor.numel())
-        return held[: tensor.numel()].view(tensor.shape).copy_(tensor)
+        buffer = self._scratch.get(key)
+        if buffer is None or buffer.numel() < tensor.numel():
+            buffer = self._scratch[key] = torch.empty(tensor.numel())
+        return buffer[: tensor.numel()].view(tensor.shape).copy_(tensor)
 
 
 class _Experts:
-    """Stands where the matrices of a layer's experts are one tensor, and reads one at a time."""
+    """Stand-in for the stacked tensor of a layer's experts; reads one expert at a time."""
 
     def __init__(self, read: Callable[[int], Tensor]) -> None:
         self._read = read
@@ -184,7 +184,7 @@ class _Experts:
 
 
 class _Weights:
-    """A folder's tensors by their names in memory; in their own type, mapped where they lie so."""
+    """A folder's tensors by their names in memory, in their stored dtype; memory-mapped."""
 
     def __init__(self, folder: Path, config: Config) -> None:
         self._files = TensorFolder.open(folder)
@@ -195,13 +195,13 @@ class _Weights:
             for part in stored.parts
         }
         self.live = {stored.name: stored for stored in layout(config, "live")}
-        self._alike = {
-            name for name, live in self.live.items() if self._beside(live).parts == live.parts
-        }  # which lie in the files as in memory
+        self._unchanged = {
+            name for name, live in self.live.items() if self._on_disk(live).parts == live.parts
+        }  # with the same layout on disk as in memory
 
     def bytes_of(self, name: str) -> int:
         live = self.live[name]
-        itemsize = self._files.torch_dtype(self._beside(live).name).itemsize
+        itemsize = self._files.torch_dtype(self._on_disk(live).name).itemsize
         return itemsize * torch.Size(live.shape).numel()
 
     def has_experts(self, name: str) -> bool:
@@ -209,15 +209,15 @@ class _Weights:
 
     def whole(self, name: str) -> Tensor:
         live = self.live[name]
-        if name in self._alike:
-            return self._reader.get(self._beside(live).name)
+        if name in self._unchanged:
+            return self._reader.get(self._on_disk(live).name)
         return live.pack(self._read)
 
     def expert(self, name: str, expert: int) -> Tensor:
-        """Return one expert's matrix, of a tensor that has one for each along its first axis."""
+        """Return the matrix of one expert from a tensor that stacks experts."""
         live = self.live[name]
-        if name in self._alike:
-            return self._reader.get(self._beside(live).name, index=(expert,))
+        if name in self._unchanged:
+            return self._reader.get(self._on_disk(live).name, index=(expert,))
         parts = [part for part in live.parts if part.index[0] == expert]
         values = [self._read(part.tensor.name) for part in parts]
         matrix = values[0].new_empty(live.shape[1:])
@@ -225,20 +225,20 @@ class _Weights:
             matrix[part.index[1:]] = value
         return matrix
 
-    def _beside(self, live: StoredTensor) -> StoredTensor:
-        """Return the tensor in the files that holds the first part of one in memory."""
+    def _on_disk(self, live: StoredTensor) -> StoredTensor:
+        """Return the tensor on disk that contains the first part of one in memory."""
         return self._stored[live.parts[0].tensor.name][0]
 
     def _read(self, name: str) -> Tensor:
         stored, part = self._stored[name]
-        return part.turned(self._reader.get(stored.name, index=part.index))
+        return part.transposed(self._reader.get(stored.name, index=part.index))
 
 
 def blocks(rows: slice, step: int) -> Iterator[slice]:
-    """Yield what rows are cut into, up to `step` of them at a time."""
+    """Yield consecutive slices of up to `step` rows."""
     for begin in range(rows.start, rows.stop, step):
         yield slice(begin, min(begin + step, rows.stop))
 
 
-def _rows_of_a_block(weight: Tensor) -> int:
+def _rows_per_block(weight: Tensor) -> int:
     return max(1, BLOCK_BYTES // (4 * weight.shape[1]))

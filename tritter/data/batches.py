@@ -1,4 +1,4 @@
-"""Endless batches for training: new sequences in their own order, and an exact share of old."""
+"""Endless training batches: new sequences in a fixed order and an exact share of replayed ones."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FORMAT_VERSION = 1
-ENDLESS = 2**40  # batches: more than any run asks for
+ENDLESS = 2**40  # batches: more than any run draws
 
 
 @dataclass(frozen=True, slots=True)
 class Rank:
-    """One of `count` processes that train together; without others, 0 of 1."""
+    """Rank and world size of a process; 0 of 1 without distributed training."""
 
     index: int
     count: int
 
 
 def this_rank() -> Rank:
-    """Return the place of this process, as torch.distributed knows it."""
+    """Return the rank of this process from torch.distributed."""
     from torch import distributed
 
     if distributed.is_available() and distributed.is_initialized():
@@ -38,7 +38,7 @@ def this_rank() -> Rank:
 
 
 class Sequences(Protocol):
-    """Where sequences come from without end, with a place that is saved."""
+    """An endless source of sequences with a position that can be saved."""
 
     @property
     def sequence_length(self) -> int:
@@ -48,25 +48,24 @@ class Sequences(Protocol):
         """Return the next `count` sequences, int64 [count, T]."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the place, in plain containers and tensors."""
+        """Return the position, in plain containers and tensors."""
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go to a saved place."""
+        """Restore a saved position."""
 
 
 class SequenceStream:
-    """Hands out sequences epoch after epoch, each epoch in a new order f(seed, epoch).
+    """Yields sequences epoch after epoch, shuffled by a function of seed and epoch.
 
-    Every sequence comes once in an epoch. The order draws on no global random state, so that
-    data order is the same whatever else a run does. The place {epoch, position} is all there is
-    to save.
+    Each epoch contains every sequence once. The shuffle uses no global random state, so data
+    order does not depend on anything else in the run. The state is {epoch, position}.
     """
 
     def __init__(self, sequences: Tensor, *, seed: int) -> None:
-        """Take sequences of shape [N, T] (any integer type).
+        """Shuffle sequences of shape [N, T] (any integer type).
 
         Raises:
-            RequestError: there is no sequence.
+            RequestError: there are no sequences.
         """
         if sequences.ndim != 2 or not len(sequences):
             raise RequestError(
@@ -103,19 +102,19 @@ class SequenceStream:
         return self._sequences[torch.cat(picked)].long()
 
     def state_dict(self) -> dict[str, int]:
-        """Return the place in the stream."""
+        """Return the position in the stream."""
         return {"epoch": self._epoch, "position": self._position}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go to a saved place.
+        """Restore a saved position.
 
         Raises:
-            TritterError: the place does not exist among these sequences.
+            TritterError: the position does not exist in these sequences.
         """
         epoch, position = int(state["epoch"]), int(state["position"])
         if epoch < 0 or not 0 <= position < len(self):
             raise TritterError(
-                f"data position {dict(state)} does not fit the {len(self)} sequences at hand; "
+                f"data position {dict(state)} does not fit these {len(self)} sequences: "
                 f"it was saved with other data. Resume with the data of that run."
             )
         self._move_to(epoch=epoch, position=position)
@@ -125,34 +124,34 @@ class SequenceStream:
 
         self._epoch, self._position = epoch, position
         generator = torch.Generator().manual_seed(derived_seed(self._seed, "epoch", epoch))
-        # Half of what int64 would take; the numbers are the same
+        # int32 needs half the memory of int64 and draws the same permutation
         self._order = torch.randperm(len(self), generator=generator, dtype=torch.int32)
 
 
-def drawn_equally(
+def sample_equally(
     sequences: Mapping[str, Tensor], count: int, *, seed: Callable[[str], int]
 ) -> Tensor:
-    """Return `count` sequences [N, T] at random, of each domain as many.
+    """Sample `count` sequences [N, T], the same number from each domain.
 
-    Fewer where a domain has not as many.
+    A domain with too few sequences contributes all of them.
 
     Args:
         sequences: domain → int [N, T].
-        seed: domain → seed of its order.
+        seed: domain → seed of its shuffle.
     """
     import torch
 
     chosen = []
-    for position, (name, held) in enumerate(sequences.items()):
-        # The remainder goes to the first ones
+    for position, (name, own) in enumerate(sequences.items()):
+        # The first domains share the remainder
         share = count // len(sequences) + (position < count % len(sequences))
         order = torch.Generator().manual_seed(seed(name))
-        chosen.append(held[torch.randperm(len(held), generator=order)[:share]])
+        chosen.append(own[torch.randperm(len(own), generator=order)[:share]])
     return torch.cat(chosen)
 
 
 def write_sequences(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors of tokens, and of what is known of them, by name."""
+    """Write named tensors (tokens and their metadata) as safetensors."""
     from safetensors.torch import save_file
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -160,10 +159,10 @@ def write_sequences(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def read_sequences(path: Path) -> dict[str, Tensor]:
-    """Return what was written.
+    """Return the tensors of a file that `write_sequences` wrote.
 
     Raises:
-        TritterError: there is no such file, or it is damaged.
+        TritterError: the file does not exist or is damaged.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -172,28 +171,31 @@ def read_sequences(path: Path) -> dict[str, Tensor]:
         require_file(path)
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise TritterError(f"{path} can't be read as sequences of tokens ({error}).") from error
+        raise TritterError(f"{path} can't be read as token sequences ({error}).") from error
 
 
 class ExactShare:
-    """How many sequences of each batch are replayed, so that no rounding ever accumulates."""
+    """Number of replayed sequences per batch, without accumulated rounding errors."""
 
     def __init__(self, fraction: float) -> None:
-        """Take a share from 0 up to, not including, 1.
+        """Set the share of replayed sequences, in [0, 1).
 
         Raises:
-            RequestError: the share is outside of that.
+            RequestError: the share is outside this range.
         """
         if not (math.isfinite(fraction) and 0 <= fraction < 1):
             raise RequestError(
                 f"forgetting.replay.fraction={fraction}: must be at least 0 and below 1, "
                 f"for example 0.25."
             )
-        # The decimal that was asked for: 0.1 as a binary float is a little more than a tenth.
+        # The decimal that the user typed: 0.1 as a binary float is slightly more than a tenth.
         self.fraction = Fraction(str(fraction))
 
     def count(self, batch_index: int, batch_size: int) -> int:
-        """Return the number for one batch; the first n sum to floor(n · batch_size · fraction)."""
+        """Return the number for one batch.
+
+        The first n batches sum to floor(n · batch_size · fraction).
+        """
         before = math.floor(batch_index * batch_size * self.fraction)
         return math.floor((batch_index + 1) * batch_size * self.fraction) - before
 
@@ -201,15 +203,14 @@ class ExactShare:
 class BatchStream:
     """An endless loader of batches {"input_ids": int64 [B, T], "is_replay": bool [B]}.
 
-    New sequences come in the order of their stream whatever is replayed: a run with replay sees
-    a prefix of what the run without it sees. The old ones of a batch stand after its new ones.
-    Of several processes that train together each draws the whole batch and takes every n-th row,
-    so that together they see what one process sees, and all are at the same place.
-    All iterators share one place, which moves before a batch is handed out (a trainer that has
-    enough never asks again), and not before the first is asked for.
+    Replay does not change the order of new sequences: a run with replay sees a prefix of the
+    new sequences that the run without replay sees. Replayed sequences follow the new ones in a
+    batch. With several processes, each draws the whole batch and keeps every n-th row: together
+    they see the batches of a single process, and all have the same position.
+    All iterators share one position. It advances just before a batch is yielded.
 
-    The batches never end, yet the loader has a length: without one Lightning fetches a batch
-    ahead and saves a place that training has not reached, so that a resumed run skips a batch.
+    The loader is endless but reports a length. Without one, Lightning prefetches a batch and
+    saves a position that training has not reached, and a resumed run would skip a batch.
     """
 
     def __init__(
@@ -219,12 +220,12 @@ class BatchStream:
         batch_size: int,
         num_batches: int = ENDLESS,
     ) -> None:
-        """Batch a stream.
+        """Batch a stream of sequences.
 
         Args:
             new: the new sequences.
-            batch_size: sequences of a batch, new and old together.
-            num_batches: the length to report, for progress bars: what the run will ask for.
+            batch_size: sequences per batch, new and replayed.
+            num_batches: the length to report to progress bars: the batches that the run needs.
 
         Raises:
             RequestError: the batch is empty.
@@ -239,18 +240,18 @@ class BatchStream:
         self._batch_index = 0
 
     def with_replay(self, buffer: Sequences, fraction: float) -> BatchStream:
-        """Return a loader over the same stream in which a share of each batch is replayed.
+        """Return a loader over the same stream that replays a share of each batch.
 
         Raises:
-            RequestError: something is replayed already, the share is not in [0, 1), or old
-                sequences have another length than new ones.
+            RequestError: the loader already replays, the share is not in [0, 1), or replayed
+                and new sequences differ in length.
         """
         if self._replayed is not None:
             raise RequestError("forgetting: only one method can mix old data into the batches.")
         if buffer.sequence_length != self._new.sequence_length:
             raise RequestError(
                 f"data.sequence_length={self._new.sequence_length}: the replayed sequences have "
-                f"{buffer.sequence_length} tokens; both must be packed alike."
+                f"{buffer.sequence_length} tokens; both need the same length."
             )
         mixed = BatchStream(self._new, batch_size=self._batch_size, num_batches=self._num_batches)
         mixed._replayed, mixed._share = buffer, ExactShare(fraction)
@@ -280,7 +281,7 @@ class BatchStream:
             yield {name: rows[rank.index :: rank.count] for name, rows in whole.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the place in the new and the replayed sequences, in plain containers."""
+        """Return the position in the new and the replayed sequences, in plain containers."""
         return {
             "format_version": FORMAT_VERSION,
             "batch_index": self._batch_index,
@@ -289,11 +290,10 @@ class BatchStream:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go to a saved place.
+        """Restore a saved position.
 
         Raises:
-            TritterError: it was saved in another format, with other data, or with replay where
-                there is none now (or the reverse).
+            TritterError: it was saved in another format, with other data or other replay settings.
         """
         if state["format_version"] != FORMAT_VERSION:
             raise TritterError(
@@ -302,8 +302,8 @@ class BatchStream:
             )
         if (state["replay"] is None) != (self._replayed is None):
             raise TritterError(
-                "data position was saved with other replay settings (with replay against "
-                "without); resume with the forgetting methods of that run."
+                "data position was saved with other replay settings (one run replays, the other "
+                "does not); resume with the forgetting methods of that run."
             )
         self._new.load_state_dict(state["new"])
         if self._replayed is not None:

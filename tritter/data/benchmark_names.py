@@ -1,10 +1,10 @@
-"""Benchmarks by name: their groups, what lm-evaluation-harness calls them, which run programs."""
+"""Benchmark names: groups, lm-evaluation-harness task names, and the benchmarks that run code."""
 
 from collections.abc import Sequence
 
 from tritter.errors import Problem, nearest, raise_problems
 
-# The groups of the specification (9.2); `PROGRESSIVE_BENCHMARKS` of the library
+# `PROGRESSIVE_BENCHMARKS` of the library
 GROUPS: dict[str, list[str]] = {
     "base_capabilities": ["hellaswag", "arc_challenge", "mmlu", "truthfulqa"],
     "code": ["humaneval", "mbpp"],
@@ -12,8 +12,7 @@ GROUPS: dict[str, list[str]] = {
     "reasoning": ["bbh", "arc_challenge"],
 }
 PROGRESSIVE_BENCHMARKS = GROUPS
-# Name → lm-eval's own name of it, or, of those that run programs, the data set and its splits;
-# empty where there is none
+# Name → lm-eval task; for benchmarks that run code: data set and splits; empty if there is none
 HUB_NAMES = {
     "hellaswag": "hellaswag",
     "arc_challenge": "arc_challenge",
@@ -35,20 +34,21 @@ HUB_NAMES = {
     "humaneval": "openai/openai_humaneval test",
     "mbpp": "google-research-datasets/mbpp prompt+test",
 }
-CODE = tuple(GROUPS["code"])  # the answers are programs, which are run
+CODE = tuple(GROUPS["code"])  # answers are programs that are run
 _OURS = {hub: name for name, hub in HUB_NAMES.items() if hub and name not in CODE}
 
 
 def benchmark_names(words: Sequence[str], *, key: str) -> tuple[str, ...]:
-    """Return the benchmarks that names mean, each once: of groups, of benchmarks, of lm-eval.
+    """Resolve names of groups, benchmarks and lm-eval tasks to benchmarks, each once.
 
-    `math` is a group and a benchmark, and means the group; `hendrycks_math` is the benchmark.
+    `math` means the group; `hendrycks_math` means the benchmark of the same name.
 
     Args:
-        key: what the names are called in messages.
+        words: the names to resolve.
+        key: the configuration key, for messages.
 
     Raises:
-        RequestError: names what is none of these, all at once.
+        RequestError: lists all unknown names.
     """
     known: dict[str, None] = {}
     problems = []
@@ -68,21 +68,21 @@ def benchmark_names(words: Sequence[str], *, key: str) -> tuple[str, ...]:
 def code_problems(
     names: Sequence[str], allowed: Sequence[str], *, key: str, allowing: str
 ) -> list[Problem]:
-    """Return what is wrong with what may run programs.
+    """Return the problems of benchmarks that run generated code.
 
     Args:
-        names: of the benchmarks that are asked.
-        allowed: those whose programs may be run.
-        key: what the benchmarks are called in messages.
-        allowing: what allows them, in messages: `--allow-code`.
+        names: the requested benchmarks.
+        allowed: benchmarks whose programs may be run.
+        key: the key of the benchmarks, for messages.
+        allowing: the option that allows code, for messages: `--allow-code`.
     """
     reason = f"allowed are {', '.join(CODE)}"
     problems = [Problem(allowing, name, reason=reason) for name in allowed if name not in CODE]
-    asked = [name for name in names if name in CODE]
-    value = ",".join(asked)
-    way = f"{allowing} {value}" if allowing.startswith("--") else f"{allowing}=[{value}]"
-    for name in asked:
+    runs_code = [name for name in names if name in CODE]
+    value = ",".join(runs_code)
+    option = f"{allowing} {value}" if allowing.startswith("--") else f"{allowing}=[{value}]"
+    for name in runs_code:
         if name not in allowed:
-            reason = f"its answers are programs, which are run; allow it, {way}"
+            reason = f"this benchmark runs the programs that a model writes; allow it with {option}"
             problems.append(Problem(key, name, reason=reason))
     return problems

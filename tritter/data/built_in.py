@@ -1,4 +1,4 @@
-"""Texts without a file: the Python library's documentation and code, and generated skills."""
+"""Built-in data: the Python standard library's documentation and code, and generated skills."""
 
 import ast
 import logging
@@ -22,7 +22,7 @@ from tritter.errors import RequestError, nearest, refused
 Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 _REMOVED = "\0"  # cannot occur in a source that was parsed
-# Strings come first, so that a number sign within one is not taken for a comment.
+# Strings come first: a number sign inside a string does not start a comment.
 _STRING_OR_COMMENT = re.compile(
     r'"""(?:[^"\\]+|\\.|"(?!""))*+"""'
     r"|'''(?:[^'\\]+|\\.|'(?!''))*+'''"
@@ -36,7 +36,7 @@ _EMPTIED_TAIL = re.compile(rf"[ \t]*{_REMOVED}")
 logger = logging.getLogger(__name__)
 
 MINIMUM_DOCSTRING_CHARACTERS = 40
-GATHERING_VERSION = 1  # raise it when the same files would give other documents
+GATHERING_VERSION = 1  # increment when the same files would yield other documents
 TOPICS = "pydoc_data/topics.py"
 EXCLUDED_FOLDERS = frozenset(
     {
@@ -53,7 +53,7 @@ EXCLUDED_FOLDERS = frozenset(
         "turtledemo",
     }
 )
-# Written when Python was built: the paths and flags of one machine, not a text.
+# Build artefacts: paths and flags of one machine.
 GENERATED_PREFIXES = ("_sysconfigdata", "config-")
 BUILT_IN_TEXTS = ("stdlib:prose", "stdlib:code")
 
@@ -66,7 +66,7 @@ class _Cut:
 
 
 def documented_nodes(node: ast.AST) -> Iterator[Documented]:
-    """Yield the module and its classes and functions that open with a docstring, in order."""
+    """Yield a module and its classes and functions that have a docstring, in order."""
     if isinstance(node, Documented) and _docstring_of(node):
         yield node
     # Statements only: expressions hold no definitions, and are most of the tree.
@@ -77,22 +77,26 @@ def documented_nodes(node: ast.AST) -> Iterator[Documented]:
 
 
 def strip_documentation(source: str, *, tree: ast.Module) -> str:
-    """Return `source` without docstrings, comments, and the lines that held nothing else.
+    """Return `source` without docstrings, comments and the lines that become empty.
 
-    A docstring that was a whole body, or shared its line, becomes `pass`, so that the result
-    still parses. `tree` is `ast.parse(source)`. From Python 3.12 on, a number sign inside an
-    f-string that nests its own kind of quote can be taken for a comment.
+    A docstring that is a whole body, or shares its line, becomes `pass`, so the result still
+    parses. In Python 3.12 or later, a number sign inside an f-string with nested quotes of the
+    same kind can be mistaken for a comment.
+
+    Args:
+        source: the code of a module.
+        tree: `ast.parse(source)`.
     """
     cuts = [
         _Cut(match.start(), match.end(), _REMOVED)
         for match in _STRING_OR_COMMENT.finditer(source)
         if match.group("comment")
     ]
-    # Not splitlines: a form feed ends a line for that, and not for the parser.
+    # Not splitlines: it breaks lines at form feeds, the parser does not.
     lines = re.split(r"(?<=\n)", source)
     line_starts = [0, *accumulate(len(line) for line in lines)]
 
-    def place(line_number: int, num_bytes: int) -> int:  # the parser counts the bytes of UTF-8
+    def position_of(line_number: int, num_bytes: int) -> int:  # the parser counts UTF-8 bytes
         before = lines[line_number - 1].encode()[:num_bytes].decode()
         return line_starts[line_number - 1] + len(before)
 
@@ -100,8 +104,8 @@ def strip_documentation(source: str, *, tree: ast.Module) -> str:
         statement = _docstring_of(node)
         assert statement is not None and statement.end_lineno and statement.end_col_offset
         is_whole_body = len(node.body) == 1 and not isinstance(node, ast.Module)
-        start = place(statement.lineno, statement.col_offset)
-        end = place(statement.end_lineno, statement.end_col_offset)
+        start = position_of(statement.lineno, statement.col_offset)
+        end = position_of(statement.end_lineno, statement.end_col_offset)
         shares_line = source[end : end + 9].lstrip(" \t").startswith(";")
         cuts.append(_Cut(start, end, "pass" if is_whole_body or shares_line else _REMOVED))
     pieces, position = [], 0
@@ -122,7 +126,7 @@ def _docstring_of(node: Documented) -> ast.Expr | None:
 
 @dataclass(frozen=True, slots=True)
 class StdlibText:
-    """What one pass over the library found; `skipped` names the files that could not be read."""
+    """Documents of the standard library; `skipped` lists the unreadable files."""
 
     prose: tuple[Document, ...]
     code: tuple[Document, ...]
@@ -130,13 +134,13 @@ class StdlibText:
 
 
 def gather(root: Path | None = None) -> StdlibText:
-    """Read documentation and sources of the library in one pass, in the order of their paths.
+    """Read documentation and sources of the library in one pass, sorted by path.
 
-    Modules are parsed, never imported. An identifier is the path below `root`, or
-    `pydoc_data/topics/NAME` for a topic of pydoc.
+    Modules are parsed, never imported. A document's identifier is its path relative to `root`,
+    or `pydoc_data/topics/NAME` for a pydoc topic.
 
     Args:
-        root: folder of the library; by default that of the running Python.
+        root: folder of the library; defaults to that of the running Python.
 
     Raises:
         RequestError: the library has no sources.
@@ -163,8 +167,8 @@ def gather(root: Path | None = None) -> StdlibText:
         _append(code, identifier, strip_documentation(source, tree=tree))
     if not code:
         raise RequestError(
-            f"data: no Python sources below {root}. This Python carries its library zipped or "
-            f"compiled, so the built-in corpus cannot be read; run with a full installation "
+            f"data: no Python sources in {root}. This Python ships its library zipped or "
+            f"compiled, so the built-in corpus cannot be read. Use a full installation "
             f"(python.org, uv, pyenv, conda, or the distribution's complete python3 package)."
         )
     if skipped:
@@ -178,12 +182,12 @@ def stdlib_root() -> Path:
 
 
 def stdlib_origin() -> str:
-    """Return the words under which the embedded corpus is recorded."""
+    """Return the recorded origin of the embedded corpus."""
     return f"python {platform.python_version()} standard library"
 
 
 def source_files(root: Path) -> tuple[Path, ...]:
-    """Return the library's source files, sorted, without tests, data and installed packages."""
+    """Return the library's sorted source files, without tests, data and installed packages."""
     found = []
     for folder, subfolders, names in os.walk(root):
         subfolders[:] = [
@@ -198,9 +202,9 @@ def source_files(root: Path) -> tuple[Path, ...]:
 
 
 def stdlib_fingerprint(root: Path | None = None) -> str:
-    """Return a hash that changes when the library's files do, without reading them.
+    """Return a hash of the library's files without reading them.
 
-    It covers Python's version, the folder, and each file's path, size and time of change.
+    It covers Python's version, the folder, and each file's path, size and modification time.
     """
     root = root or stdlib_root()
     digest = sha256(f"{GATHERING_VERSION}\0{platform.python_version()}\0{root}".encode())
@@ -215,30 +219,31 @@ def _parse(path: Path) -> tuple[str, ast.Module]:
     with tokenize.open(path) as file:
         source = file.read()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # old escapes in other people's strings
+        warnings.simplefilter("ignore")  # invalid escapes in third-party strings
         return source, ast.parse(source)
 
 
 def _append(documents: list[Document], identifier: str, text: str) -> None:
     if text.strip():
-        # A docstring may spell an unpaired surrogate, which no UTF-8 file can hold.
+        # A docstring may contain an unpaired surrogate, which UTF-8 cannot encode.
         encodable = text.encode("utf-8", errors="replace").decode("utf-8")
         documents.append(Document(identifier, encodable))
 
 
 def is_built_in(path: str) -> bool:
-    """Say whether a word names text that lies in no file, or is meant to."""
+    """Return True if a path has the prefix of a built-in text."""
     return path.startswith(("stdlib:", PREFIX))
 
 
 def built_in_path(key: str, path: str) -> str:
-    """Return how a built-in text is recorded: of a skill with the number of its examples.
+    """Return the recorded name of a built-in text; for a skill, including its example count.
 
     Args:
-        key: for messages.
+        key: the configuration key, for messages.
+        path: the name as typed.
 
     Raises:
-        RequestError: there is no such text.
+        RequestError: the text does not exist.
     """
     if path.startswith(PREFIX):
         return str(SkillText.named(key, path))
@@ -253,7 +258,7 @@ def built_in_documents(path: str) -> Documents:
     """Return the documents of a built-in text.
 
     Raises:
-        RequestError: there is no such text.
+        RequestError: the text does not exist.
     """
     if built_in_path("data", path).startswith(PREFIX):
         return documents_of(SkillText.named("data", path).texts())
@@ -262,22 +267,22 @@ def built_in_documents(path: str) -> Documents:
 
 
 def built_in_origin(paths: Iterable[str]) -> str:
-    """Return the words under which built-in texts are recorded; empty where there are none."""
-    made = {path.startswith(PREFIX) for path in paths if is_built_in(path)}
+    """Return the recorded origin of the built-in texts among some paths; empty without any."""
+    kinds = {path.startswith(PREFIX) for path in paths if is_built_in(path)}
     origins = {False: stdlib_origin(), True: ORIGIN}
-    return " and ".join(origins[is_skill] for is_skill in sorted(made))
+    return " and ".join(origins[is_skill] for is_skill in sorted(kinds))
 
 
 def questions_of(paths: Iterable[str], number: int) -> tuple[Question, ...]:
-    """Return questions of the skills among some paths, so many together or all that there are.
+    """Return up to `number` questions of the skills among some paths.
 
-    None of them occurs in any text of a skill.
+    No question occurs in the texts of a skill.
     """
     named = (SkillText.named("data", path).skill for path in paths if path.startswith(PREFIX))
     skills = list({skill.name: skill for skill in named}.values())
     parts = [number // len(skills) + (at < number % len(skills)) for at in range(len(skills))]
-    asked = (skill.questions(part) for skill, part in zip(skills, parts, strict=True))
-    return tuple(question for questions in asked for question in questions)
+    drawn = (skill.questions(part) for skill, part in zip(skills, parts, strict=True))
+    return tuple(question for questions in drawn for question in questions)
 
 
 @cache

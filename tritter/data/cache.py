@@ -1,4 +1,4 @@
-"""A cache of folders that appear whole or not at all, and are trusted only after a check."""
+"""A cache of folders with atomic writes and checksums."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -14,25 +14,25 @@ logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def one_at_a_time(folder: Path, *, waiting: Callable[[], None] | None = None) -> Iterator[None]:
-    """Let one process make an entry of a cache while others wait, who then find it made.
+def entry_lock(folder: Path, *, on_wait: Callable[[], None] | None = None) -> Iterator[None]:
+    """Lock a cache entry: one process builds it while the others wait.
 
-    The lock ends with its process, so that a job that is killed holds nobody up.
+    The operating system releases the lock of a killed process.
 
     Args:
-        folder: of the entry, or its file.
-        waiting: told that another process is at it.
+        folder: the folder or file of the entry.
+        waiting: called if another process has the lock.
 
     Raises:
-        RequestError: the cache cannot be written.
+        RequestError: the cache is not writable.
     """
     require_writable(folder.parent)
     lock = FileLock(folder.with_name(f"{folder.name}.lock"))
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        if waiting is not None:
-            waiting()
+        if on_wait is not None:
+            on_wait()
         lock.acquire()
     try:
         yield
@@ -40,15 +40,15 @@ def one_at_a_time(folder: Path, *, waiting: Callable[[], None] | None = None) ->
         lock.release()
 
 
-def set_aside(path: Path, *, reason: str) -> None:
-    """Move what cannot be trusted out of the way, and say so in one line.
+def quarantine(path: Path, *, reason: str) -> None:
+    """Rename a damaged cache entry and log a warning.
 
     Raises:
-        RequestError: the cache cannot be written.
+        RequestError: the cache is not writable.
     """
     aside = path.with_name(f"{path.name}.broken-{uuid4().hex[:8]}")
     logger.warning(
-        "cache entry %s is damaged (%s); moved to %s and built again", path, reason, aside.name
+        "cache entry %s is damaged (%s); moving it to %s and rebuilding", path, reason, aside.name
     )
     # Another process may have moved the same entry already.
     with write_errors(path.parent), suppress(FileNotFoundError):
@@ -56,10 +56,10 @@ def set_aside(path: Path, *, reason: str) -> None:
 
 
 def require_writable(folder: Path) -> None:
-    """Find out whether a folder of the cache can be written, before any work is done for it.
+    """Check that a cache folder is writable before any work is done for it.
 
     Raises:
-        RequestError: it cannot.
+        RequestError: the folder is not writable.
     """
     with write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -70,16 +70,16 @@ def require_writable(folder: Path) -> None:
 
 @contextmanager
 def write_errors(folder: Path) -> Iterator[None]:
-    """Name the cache in errors of a block that writes to it.
+    """Turn write errors of a block into errors that name the cache.
 
     Raises:
-        RequestError: it cannot be written.
+        RequestError: the cache is not writable.
     """
     try:
         yield
     except (OSError, TritterError) as error:
         reason = getattr(error, "strerror", None) or error
         raise RequestError(
-            f"cache_dir: {folder} cannot be written ({reason}). "
-            "Name a folder that can be: cache_dir=PATH."
+            f"cache_dir: {folder} is not writable ({reason}). "
+            "Set a writable folder: cache_dir=PATH."
         ) from error

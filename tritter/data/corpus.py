@@ -1,4 +1,4 @@
-"""A corpus: named domains, tokenised and split, made once and cached by what made it."""
+"""A corpus: named domains, tokenised and split, cached by a checksum of its inputs."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -27,7 +27,7 @@ from tritter.data.split import (
     DomainCounts,
     Split,
     SplitRule,
-    part_documents,
+    split_documents,
 )
 from tritter.data.tokens import Names, TokenisedDocuments, tokenise, train_tokenizer
 from tritter.errors import RequestError, TritterError, did_you_mean
@@ -37,18 +37,18 @@ from tritter.storage.reading import open_file
 from tritter.storage.spool import is_large, mapped, tensor_of
 
 FORMAT_VERSION = 1
-_LAYOUT = "1"  # of what is cached; folders of other names are from before the release
+_LAYOUT = "1"  # of the cache; folders with other names predate the release
 _SIDES = ("train", "validation")
 _PARTS = ("tokens", "offsets", "num_bytes")
 _TENSORS, _METADATA, _TOKENIZER = "tokens.safetensors", "corpus.json", "tokenizer.json"
 _FILES = (_TENSORS, _METADATA, _TOKENIZER)
 _CHECKSUMS = "checksums.json"
-_DTYPES = {"I32": "<i4", "I64": "<i8", "U8": "u1"}  # of what is cached
+_DTYPES = {"I32": "<i4", "I64": "<i8", "U8": "u1"}  # of cached tensors
 
 
 @dataclass(frozen=True, slots=True)
 class SourceSummary:
-    """Where a domain's text came from; `sha256` covers all its texts in order."""
+    """Origin and size of a domain's documents; `sha256` covers all texts in order."""
 
     name: str
     origin: str
@@ -59,7 +59,7 @@ class SourceSummary:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Domain:
-    """One kind of text, split by document."""
+    """A named part of the data, split by document."""
 
     name: str
     train: TokenisedDocuments
@@ -71,9 +71,9 @@ class Corpus:
     """Domains under one tokenizer.
 
     Args:
-        digest: names what made them (texts, their sides, options, versions).
-        counts: domain → how its documents were parted.
-        notes: what was skipped when the documents were read, a sentence each.
+        digest: checksum of the inputs (texts, their split, options, versions).
+        counts: domain → documents per side of the split.
+        notes: one sentence for each source with skipped records.
     """
 
     tokenizer: Tokenizer
@@ -104,25 +104,25 @@ def build_corpus(
     tokenizer_domains: Sequence[str] | None = None,
     tokenizer: Tokenizer | None = None,
 ) -> Corpus:
-    """Split, train a tokenizer on the train sides, tokenise; or load what did so before.
+    """Split documents, train a tokenizer on the training side and tokenise; or load from the cache.
 
-    The cache lives in `cache_dir/corpora/1/<digest>`. An entry that is damaged is set aside with a
-    warning and made again.
+    The cache is in `cache_dir/corpora/1/<digest>`. A damaged entry is renamed with a warning and
+    rebuilt.
 
     Args:
         domains: the documents of each domain, old domains first.
-        origin: where they came from, in words, for the record; of all, or domain by domain.
+        origin: recorded origin of the documents, for all domains or per domain.
         vocab_size: size of the byte-level vocabulary.
-        validation_fraction: share of the documents, per domain, that validate.
-        max_validation_tokens_per_document: longer validation documents keep their beginning.
-        seed: of the split.
-        cache_dir: folder of all caches.
-        tokenizer_domains: domains that the tokenizer is trained on; by default all.
-        tokenizer: of a model that exists; none is trained then, and `vocab_size` is its own.
+        validation_fraction: share of each domain's documents used for validation.
+        max_validation_tokens_per_document: longer validation documents are truncated.
+        seed: seed of the split.
+        cache_dir: root folder of all caches.
+        tokenizer_domains: domains to train the tokenizer on; defaults to all.
+        tokenizer: an existing tokenizer; then none is trained and `vocab_size` is ignored.
 
     Raises:
         RequestError: an option is out of range, a domain is too small or unknown, or the cache
-            cannot be written.
+            is not writable.
     """
     origins = dict.fromkeys(domains, origin) if isinstance(origin, str) else origin
     options = _Options(
@@ -142,10 +142,10 @@ def build_corpus(
         for name, documents in domains.items()
     }
     rule = SplitRule(seed=seed, validation_fraction=validation_fraction)
-    parted = part_documents(domains, rule=rule)
+    parted = split_documents(domains, rule=rule)
     plain = {name: asdict(source) for name, source in sources.items()}
     made_from: dict[str, Any] = {"options": asdict(options), "sources": plain}
-    sides = sha256()  # of which document of which domain is on which side
+    sides = sha256()  # of the documents on each side of each domain
     for name, split in parted.items():
         for side in (split.train, split.validation):
             sides.update(f"{name}\0{documents_digest(side)}".encode())
@@ -158,7 +158,7 @@ def build_corpus(
     cache.require_writable(folder.parent)
     corpus = _make(parted, options=options, sources=sources, digest=digest, tokenizer=tokenizer)
     _save(corpus, folder)
-    # What is read from the cache needs no memory of its own
+    # A corpus from the cache is memory-mapped
     return replace(_load(cache_dir, digest) or corpus, notes=notes)
 
 
@@ -173,8 +173,8 @@ def stdlib_corpus(
 ) -> Corpus:
     """Return the embedded corpus: domains `prose` (documentation) and `code` (sources).
 
-    A note in the cache says which corpus these options and this Python installation gave, so
-    that a second run need not read the library again.
+    A note in the cache maps these options and this Python installation to a corpus, so a second
+    run does not read the library again.
 
     Raises:
         RequestError: as `build_corpus`, or the library has no sources.
@@ -192,7 +192,7 @@ def stdlib_corpus(
     known = ""
     with suppress(OSError, UnicodeDecodeError):
         known = note.read_text(encoding="utf-8").strip()
-    # The note is a file that anyone may have damaged: its line is a name only if it looks so.
+    # The note may be damaged: use its line only if it looks like a checksum.
     if len(known) == 64 and known.isalnum():
         cached = _load(cache_dir, known)
         if cached is not None:
@@ -271,14 +271,14 @@ def _make(
 
 
 def _tokenizer_entry(tokenizer: Tokenizer | None) -> dict[str, str]:
-    """Return what a tokenizer adds to what a corpus is made from; nothing when one is trained."""
+    """Return the checksum of a given tokenizer; empty if the tokenizer is trained."""
     if tokenizer is None:
         return {}
     return {"tokenizer": sha256(tokenizer.to_str().encode()).hexdigest()}
 
 
 def _load(cache_dir: Path, digest: str) -> Corpus | None:
-    """Return what the cache holds; None where it has no such entry, or a damaged one."""
+    """Load a corpus from the cache; None if the entry is missing or damaged."""
     folder = _corpora(cache_dir) / digest
     if not folder.exists():
         return None
@@ -290,14 +290,14 @@ def _load(cache_dir: Path, digest: str) -> Corpus | None:
         tensors, domains = _tensors(folder / _TENSORS), {}
         metadata = json.loads((folder / _METADATA).read_text(encoding="utf-8"))
         if metadata.get("digest") != digest or metadata.get("format_version") != FORMAT_VERSION:
-            raise TritterError("it holds another corpus than its name says")
+            raise TritterError("its corpus does not match its name")
         for name in metadata["counts"]:
             sides = {}
             for side in _SIDES:
                 parts = (*_PARTS, "names", "name_ends")
-                held = {part: tensors[f"{name}.{side}.{part}"] for part in parts}
-                identifiers = Names(held.pop("names"), held.pop("name_ends"))
-                sides[side] = TokenisedDocuments(**held, identifiers=identifiers)
+                own = {part: tensors[f"{name}.{side}.{part}"] for part in parts}
+                identifiers = Names(own.pop("names"), own.pop("name_ends"))
+                sides[side] = TokenisedDocuments(**own, identifiers=identifiers)
             domains[name] = Domain(name=name, **sides)
         return Corpus(
             tokenizer=Tokenizer.from_file(str(folder / _TOKENIZER)),
@@ -307,16 +307,16 @@ def _load(cache_dir: Path, digest: str) -> Corpus | None:
             counts={n: DomainCounts(**counts) for n, counts in metadata["counts"].items()},
         )
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        cache.set_aside(folder, reason=f"{type(error).__name__}: {error}")
+        cache.quarantine(folder, reason=f"{type(error).__name__}: {error}")
         return None
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a file; pages of a large one come when they are read."""
+    """Load the tensors of a file; a large file is memory-mapped."""
     if not is_large(path.stat().st_size):
         return load(path.read_bytes())
     found = {}
-    # safetensors' own mapping is private: it fails for a file larger than memory
+    # safetensors maps files privately, which fails for a file larger than memory
     with open_file(path) as file, safe_open(path, framework="np") as header:
         content = mapped(file)
         start = 8 + int.from_bytes(content[:8], "little")
@@ -330,9 +330,9 @@ def _tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _save(corpus: Corpus, folder: Path) -> None:
-    """Write an entry of the cache whole.
+    """Write a cache entry atomically.
 
-    When another process was first, its folder stays: both hold the same by their name.
+    If another process was first, its folder stays: entries of one name are identical.
     """
     tensors: dict[str, Tensor] = {}
     for name, domain in corpus.domains.items():
@@ -341,7 +341,7 @@ def _save(corpus: Corpus, folder: Path) -> None:
             for part in _PARTS:
                 tensors[f"{name}.{side}.{part}"] = getattr(documents, part)
             names = documents.identifiers
-            assert isinstance(names, Names)  # as they were tokenised
+            assert isinstance(names, Names)  # set by `tokenise`
             tensors |= {f"{name}.{side}.names": names.text, f"{name}.{side}.name_ends": names.ends}
     metadata = {
         "format_version": FORMAT_VERSION,

@@ -1,4 +1,4 @@
-"""What a training reads: endless batches with a saved place, and the text it is evaluated on."""
+"""Data of a training run: endless training batches and a validation subset."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -18,17 +18,17 @@ Batches = Iterable[Mapping[str, Tensor]]  # with a length
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class EvaluationText:
-    """The same part of every domain's validation text, all through a training.
+class ValidationSubset:
+    """A fixed subset of every domain's validation data for evaluation during training.
 
-    Of several processes that train together each reads every n-th batch; all read as many, since
-    they meet at each one.
+    With several processes, each reads every n-th batch. All read the same number of batches,
+    because they synchronise at each one.
 
     Args:
         every_n_steps: optimizer steps between two evaluations.
-        domains: their names.
+        domains: names of the domains.
         batches: {"domain": name, "input_ids": int64 [B, T], "targets": int64 [B, T]} each.
-        lengths: tokens of every window, padding left out.
+        lengths: tokens of each window, without padding.
     """
 
     every_n_steps: int
@@ -47,23 +47,27 @@ class EvaluationText:
         end_of_text_id: int,
         batch_size: int,
         seed: int,
-    ) -> "EvaluationText":
-        """Draw windows of each domain's documents.
+    ) -> "ValidationSubset":
+        """Sample windows from each domain's documents.
 
         Args:
-            max_tokens: of a domain; one window is always taken.
-            batch_size: windows of a batch.
-            seed: of the choice; that of a domain does not depend on the others.
+            documents: domain → its validation documents.
+            every_n_steps: optimizer steps between two evaluations.
+            max_tokens: limit per domain; at least one window is used.
+            sequence_length: tokens per window.
+            end_of_text_id: token that separates documents.
+            batch_size: windows per batch.
+            seed: seed of the sample; the sample of a domain does not depend on other domains.
         """
         batches: list[Batch] = []
         lengths: list[int] = []
         for domain, each in documents.items():
             windows = windows_of(each, sequence_length=sequence_length)
             generator = torch.Generator().manual_seed(derived_seed(seed, "evaluation", domain))
-            left, chosen = max_tokens, list[Window]()
+            remaining, chosen = max_tokens, list[Window]()
             for index in torch.randperm(len(windows), generator=generator).tolist():
-                left -= windows[index].length
-                if chosen and left < 0:
+                remaining -= windows[index].length
+                if chosen and remaining < 0:
                     break
                 chosen.append(windows[index])
             lengths += [window.length for window in chosen]
@@ -92,15 +96,15 @@ class EvaluationText:
                 yield {**batch, "targets": torch.full_like(batch["targets"], IGNORED)}
 
 
-class TextModule(LightningDataModule):
-    """The data of one training.
+class TextDataModule(LightningDataModule):
+    """The data module of one training run.
 
     Args:
-        batches: to train on; the place of a stream is saved with the training.
-        evaluation: None: the training is not evaluated on its way.
+        batches: training batches; checkpoints include the position of a stream.
+        evaluation: validation subset; None disables evaluation during training.
     """
 
-    def __init__(self, batches: Batches, evaluation: EvaluationText | None = None) -> None:
+    def __init__(self, batches: Batches, evaluation: ValidationSubset | None = None) -> None:
         super().__init__()
         self.batches = batches
         self.evaluation = evaluation
@@ -108,5 +112,5 @@ class TextModule(LightningDataModule):
     def train_dataloader(self) -> Batches:
         return self.batches
 
-    def val_dataloader(self) -> EvaluationText | tuple[()]:
+    def val_dataloader(self) -> ValidationSubset | tuple[()]:
         return self.evaluation or ()

@@ -1,4 +1,4 @@
-"""Documents: texts cut by their own size alone, and told apart by what they say."""
+"""Documents: texts cut into pieces and identified by a hash of their words."""
 
 from __future__ import annotations
 
@@ -20,31 +20,31 @@ _BLANK_LINES = re.compile(r"(?<=\n)[ \t\r]*\n(?:[ \t\r]*\n)*")
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One text and the name under which results of it are paired and clustered."""
+    """A text and its identifier, by which results are paired and clustered."""
 
     identifier: str
     text: str
 
 
 def text_key(text: str) -> str:
-    """Return what tells a text from others: SHA-256 (hex) of its words, whatever blank is between.
+    """Return the SHA-256 (hex) of a text's words, ignoring whitespace.
 
-    So a file and a record of the same text are one, with any line ends around or within.
+    A file and a record with the same words have the same key, regardless of line endings.
     """
     return sha256(" ".join(text.split()).encode()).hexdigest()
 
 
 class Documents(Sequence[Document]):
-    """Documents whose texts are spooled, each different one once; memory holds their places.
+    """Distinct documents with spooled texts; only their offsets are in memory.
 
     Attributes:
-        notes: what was skipped when they were read, a sentence each.
+        notes: one sentence for each source with skipped records.
 
     Args:
-        texts: UTF-8, one after the other.
-        keys: bytes of the `text_key` of each.
-        ends: int64, where each ends.
-        order: int64, which of them are meant, in their order.
+        texts: UTF-8 bytes of all texts.
+        keys: bytes of each text's `text_key`.
+        ends: int64, end offset of each text.
+        order: int64, indices of the selected texts, in order.
     """
 
     def __init__(self, texts: Spool, keys: np.ndarray, ends: np.ndarray, order: np.ndarray) -> None:
@@ -62,11 +62,11 @@ class Documents(Sequence[Document]):
         import numpy as np
 
         if isinstance(index, slice):
-            return self.chosen(np.arange(len(self))[index])
-        place = self._order[index]
-        text = self._text(place).decode()
-        # Tells the text from others, and a person finds it by its beginning
-        name = f"{self._key(place)[:16]} {' '.join(text[:NAME_CHARACTERS].split())}"
+            return self.select(np.arange(len(self))[index])
+        position = self._order[index]
+        text = self._text(position).decode()
+        # The key is unique; the beginning of the text helps people find it
+        name = f"{self._key(position)[:16]} {' '.join(text[:NAME_CHARACTERS].split())}"
         return Document(name, text)
 
     def __eq__(self, other: object) -> bool:
@@ -74,24 +74,24 @@ class Documents(Sequence[Document]):
 
     __hash__ = None  # type: ignore[assignment]
 
-    def chosen(self, indices: np.ndarray) -> Documents:
-        """Return some of them, by their indices, in that order."""
+    def select(self, indices: np.ndarray) -> Documents:
+        """Return the documents at some indices, in that order."""
         return Documents(self._texts, self._keys, self._ends, self._order[indices])
 
     def keys(self) -> Iterator[str]:
-        """Yield the `text_key` of each, without reading any."""
+        """Yield the `text_key` of each document without reading its text."""
         return map(self._key, self._order)
 
-    def _key(self, place: np.int64) -> str:
-        return self._keys[place].tobytes().hex()
+    def _key(self, position: np.int64) -> str:
+        return self._keys[position].tobytes().hex()
 
-    def _text(self, place: np.int64) -> bytes:
-        start = int(self._ends[place - 1]) if place else 0
-        return self._texts.read(start, int(self._ends[place]))
+    def _text(self, position: np.int64) -> bytes:
+        start = int(self._ends[position - 1]) if position else 0
+        return self._texts.read(start, int(self._ends[position]))
 
     @classmethod
     def of(cls, texts: Iterable[str]) -> Documents:
-        """Take texts, in the order of their keys; of those with the same words the least."""
+        """Collect texts in the order of their keys; of texts with equal keys keep the smallest."""
         import numpy as np
 
         spool, keys, ends = Spool(), Spool(), Spool()
@@ -108,37 +108,36 @@ class Documents(Sequence[Document]):
         for group in np.flatnonzero(np.diff(first, append=len(order)) > 1):
             begin = first[group]
             end = first[group + 1] if group + 1 < len(first) else len(order)
-            # As bytes of UTF-8 texts have the order of their characters
+            # UTF-8 bytes sort like the characters of the text
             first[group] = min(range(begin, end), key=lambda at: found._text(np.int64(order[at])))
         found._order = order[first]
         return found
 
 
 def documents_of(texts: Iterable[str]) -> Documents:
-    """Return texts as documents, a long one as its `pieces`, each different text once.
+    """Return distinct texts as documents; long texts are cut into `pieces`.
 
-    Names and order follow from the texts alone: neither what the files are called, nor in which
-    order they come, nor what else there is makes a difference to any of them.
+    Identifiers and order depend only on the texts, not on file names or the order of files.
     """
     return Documents.of(piece for text in texts for piece in pieces(text))
 
 
 def notes_of(documents: Sequence[Document]) -> tuple[str, ...]:
-    """Return what was skipped when documents were read, a sentence each."""
+    """Return the notes on skipped records, one sentence per source."""
     return documents.notes if isinstance(documents, Documents) else ()
 
 
 def pieces(text: str) -> Iterator[str]:
-    """Yield a text without the blank around it, cut when it is long; nothing of a blank one."""
+    """Yield a text, stripped and cut into pieces if it is long; nothing if it is blank."""
     whole = text.replace("\r\n", "\n").strip()
     yield from (piece for piece in map(str.strip, cut(whole)) if piece)
 
 
 def pieces_of_chunks(chunks: Iterable[str]) -> Iterator[str]:
-    """Yield the `pieces` of a text that comes in chunks, of which about one is held.
+    """Yield the `pieces` of a text that arrives in chunks, with about one piece in memory.
 
-    They are those of the whole text: what is blank behind the last word that came is kept back
-    until more comes, since none of it counts at the end.
+    The pieces equal those of the whole text. Trailing whitespace is buffered until more text
+    arrives, because the end of the text is stripped.
     """
     text, blanks = "", list[str]()
     for chunk in _with_line_ends(chunks):
@@ -158,20 +157,19 @@ def pieces_of_chunks(chunks: Iterable[str]) -> Iterator[str]:
 
 
 def _with_line_ends(chunks: Iterable[str]) -> Iterator[str]:
-    """Yield chunks with plain line ends; one that was parted stays whole."""
-    carried = ""
+    """Yield chunks with line endings converted to LF, also across chunk boundaries."""
+    pending = ""
     for chunk in chunks:
-        joined = carried + chunk
-        carried = "\r" if joined.endswith("\r") else ""
-        yield joined.removesuffix(carried).replace("\r\n", "\n")
-    yield carried
+        joined = pending + chunk
+        pending = "\r" if joined.endswith("\r") else ""
+        yield joined.removesuffix(pending).replace("\r\n", "\n")
+    yield pending
 
 
 def cut(text: str, *, size: int = PIECE_CHARACTERS) -> Iterator[str]:
-    """Cut a text at blank lines into pieces of about `size` characters, which together are it.
+    """Cut a text at blank lines into pieces of about `size` characters; joined, they are the text.
 
-    Where no blank line comes within two sizes it is cut at a line's end, and without that at a
-    blank.
+    Without a blank line within two sizes, cut at the end of a line, else at a space.
     """
     start = 0
     while len(text) - start > 2 * size:
@@ -182,7 +180,7 @@ def cut(text: str, *, size: int = PIECE_CHARACTERS) -> Iterator[str]:
 
 
 def documents_digest(documents: Sequence[Document]) -> str:
-    """Return the SHA-256 (hex) of all identifiers and texts in order, each with its length."""
+    """Return the SHA-256 (hex) of all identifiers and texts in order, prefixed by their lengths."""
     digest = sha256()
     for document in documents:
         for part in (document.identifier.encode(), document.text.encode()):

@@ -1,9 +1,8 @@
-"""Local files into texts: for each ending of a name a reader, which yields one text after another.
+"""Readers of local files: one per file extension, each yields the texts of a file.
 
-An object that can't be read (a malformed line, a record without a text) is skipped and counted; a
-file of which nothing can be read, or that is damaged as a whole, is a problem. Files are regular
-ones, read in pieces of bounded size: a pipe is never waited for, and a file that unpacks to far
-more than its size is refused on the way.
+Invalid records (a malformed line, a record without a text) are skipped and counted. A file
+without any valid record, or a damaged file, is a problem. Only regular files are read, in pieces
+of bounded size. A file that decompresses to far more than its size is refused.
 """
 
 import csv
@@ -33,18 +32,18 @@ from tritter.data.records import (
 from tritter.errors import TritterError
 from tritter.storage.reading import open_file
 
-MAX_ARRAY_BYTES = 256 * 2**20  # of a .json, all of which is held as well as what it means
+MAX_ARRAY_BYTES = 256 * 2**20  # of a .json, which is parsed in memory
 MAX_LINE_BYTES = 32 * 2**20
-# A .gz or .parquet may decode to this many times its own size. Text never does.
+# A .gz or .parquet may decode to this many times its own size. Real text never exceeds it.
 MAX_EXPANSION = 200
-FREE_EXPANSION_BYTES = 64 * 2**20  # so much, however small the file
+FREE_EXPANSION_BYTES = 64 * 2**20  # always allowed, even for small files
 MAX_PROBLEMS_OF_FILE = 10
 MAX_PROBLEMS_SHOWN = 100
 _PIECE_BYTES = 2**20
 _PARQUET_ROWS = 256
-_SHARED_ROWS = 4096  # of a batch in which texts are shared
+_SHARED_ROWS = 4096  # per batch with dictionary-encoded texts
 _DICTIONARY_PAGE, _NEXT_INT = b"\x15\x04", b"\x15"
-_ROW_BYTES = 8  # at least, so that rows without values are limited as well
+_ROW_BYTES = 8  # minimum, so that rows without values count too
 _PACKED = ".gz"
 _WHOLE = (".txt", ".md", ".rst")
 _PLAIN = (*_WHOLE, ".jsonl", ".json", ".csv")
@@ -56,7 +55,7 @@ _Item = TypeVar("_Item")
 
 
 class TextFileError(TritterError):
-    """Files that can't be read as what they are; `problems` has a line for each thing."""
+    """Files or data sets can't be read; `problems` has one line per problem."""
 
     def __init__(self, problems: Sequence[str]) -> None:
         self.problems = tuple(problems)
@@ -64,26 +63,27 @@ class TextFileError(TritterError):
         if len(self.problems) > len(shown):
             shown.append(f"and {len(self.problems) - len(shown)} more")
         lines = "\n".join(f"  {line}" for line in shown)
-        several = f"{len(self.problems)} things are wrong with the text:\n{lines}"
+        several = f"the data has {len(self.problems)} problems:\n{lines}"
         super().__init__(shown[0] if len(self.problems) == 1 else several)
 
 
-class SpentError(Exception):
-    """As many bytes were read as were to be read; what comes after was not looked at."""
+class ByteLimitError(Exception):
+    """The byte limit of a reading is reached; the rest was not read."""
 
 
 class Reading:
-    """One reading of files and data sets: what it looks for, what was skipped, what was wrong.
+    """Options and results of reading files and data sets.
 
     Args:
-        key: of the configuration, that named the files; each line begins with it.
-        text_field: of the records in .jsonl, .json, .csv and .parquet.
-        max_bytes: unpacked bytes after which `SpentError` is raised; None: all are read.
-        is_strict: an object that can't be read is a problem, not skipped.
+        key: the configuration key that named the files; each message begins with it.
+        text_field: field of the text in .jsonl, .json, .csv and .parquet records.
+        max_bytes: limit of decompressed bytes; beyond it, `ByteLimitError` is raised. None reads
+            all.
+        is_strict: an invalid record is a problem instead of being skipped.
 
     Attributes:
-        problems: what forbids to go on, a line each.
-        notes: of each source of which objects were skipped, how many and the first of them.
+        problems: fatal problems, one line each.
+        notes: for each source with skipped records, their number and the first one.
     """
 
     def __init__(
@@ -101,11 +101,11 @@ class Reading:
         self.problems: list[str] = []
         self.notes: list[str] = []
         self._max_bytes = max_bytes
-        self._skipped: list[str] = []  # of the source that is read, the first few
+        self._skipped: list[str] = []  # the first few of the current source
         self._num_skipped = 0
 
     def texts(self, path: Path) -> Iterator[str]:
-        """Yield the texts of a file of records; one that can't be read is skipped.
+        """Yield the texts of a file of records; invalid records are skipped.
 
         Raises:
             SpentError: `max_bytes` were read.
@@ -113,7 +113,7 @@ class Reading:
         yield from self.counted(str(path), _texts(path, self))
 
     def pieces(self, path: Path) -> Iterator[str]:
-        """Yield the `pieces` of a file's texts; one that is a whole file is never held whole.
+        """Yield the `pieces` of a file's texts; plain text files are streamed.
 
         Raises:
             SpentError: `max_bytes` were read.
@@ -125,7 +125,7 @@ class Reading:
                 yield from pieces(text)
 
     def counted(self, name: str, items: Iterator[_Item]) -> Iterator[_Item]:
-        """Yield the texts or records of one source, and note what was skipped or wrong in it.
+        """Yield the items of one source, and record its skipped records and problems.
 
         Raises:
             SpentError: `max_bytes` were read.
@@ -143,47 +143,47 @@ class Reading:
             problem = f"{name} {error}"
         except (OSError, EOFError, zlib.error) as error:
             problem = f"{name} cannot be read ({error})"
-        except TritterError as error:  # of the opening, with the path in it
+        except TritterError as error:  # from opening the file; its message contains the path
             problem = str(error).removesuffix(".")
         finally:
             if self._num_skipped and num_read and not self._is_strict:
                 total = num_read + self._num_skipped
                 self.notes.append(
-                    f"Skipped {self._num_skipped:,} of {total:,} records that can't be read; the "
-                    f"first: {self._line(self._skipped[0])}"
+                    f"Skipped {self._num_skipped:,} of {total:,} records because they are "
+                    f"invalid; the first: {self._line(self._skipped[0])}"
                 )
             elif self._num_skipped:
                 self.problems += map(self._line, self._skipped)
                 if more := self._num_skipped - len(self._skipped):
-                    self.problems.append(self._line(f"{name} has {more} more such places"))
+                    self.problems.append(self._line(f"{name} has {more} more invalid records"))
             self.problems += [self._line(problem)] if problem else []
 
-    def skip(self, what: str) -> None:
-        """Count an object that can't be read, in words that begin with its place."""
+    def skip(self, problem: str) -> None:
+        """Count an invalid record; the problem begins with the record's location."""
         self._num_skipped += 1
         if len(self._skipped) < MAX_PROBLEMS_OF_FILE:
-            self._skipped.append(what)
+            self._skipped.append(problem)
 
     def count(self, num_bytes: int) -> None:
-        """Count bytes that were read.
+        """Count bytes read.
 
         Raises:
-            SpentError: that was the last of them.
+            SpentError: the count exceeds the limit.
         """
         self.num_bytes += num_bytes
         if self._max_bytes is not None and self.num_bytes > self._max_bytes:
-            raise SpentError
+            raise ByteLimitError
 
-    def _line(self, what: str) -> str:
-        return f"{self.key}: {what}{'' if what.endswith(('?', '.')) else '.'}"
+    def _line(self, problem: str) -> str:
+        return f"{self.key}: {problem}{'' if problem.endswith(('?', '.')) else '.'}"
 
 
 def text_pieces(files: Sequence[Path], reading: Reading) -> Iterator[str]:
-    """Yield the texts of some files cut into their `pieces`, which is all that is held of them.
+    """Yield the texts of files cut into `pieces`, with one piece in memory at a time.
 
     Raises:
-        TextFileError: files can't be read, decoded or parsed, or no record has the field; lists
-            all of it, with file, line and what was found, once all was read. Or all are blank.
+        TextFileError: files can't be read, decoded or parsed, no record has the field, or all
+            texts are blank. Raised at the end, with file and line of each problem.
         SpentError: the reading's `max_bytes` were read.
     """
     is_blank = True
@@ -198,24 +198,24 @@ def text_pieces(files: Sequence[Path], reading: Reading) -> Iterator[str]:
 
 
 def no_text(key: str, files: Sequence[Path]) -> str:
-    """Return the line that says that files are all blank."""
+    """Return the message for files that contain no text."""
     shown = ", ".join(map(str, files[:3]))
     more = f" and {len(files) - 3} more" if len(files) > 3 else ""
-    return f"{key}: {shown}{more} hold{'' if len(files) > 1 else 's'} no text."
+    return f"{key}: {shown}{more} contain{'' if len(files) > 1 else 's'} no text."
 
 
 def text_suffix(path: Path) -> str:
-    """Return the ending by which a file is read; nothing of one that isn't."""
+    """Return the extension that selects the reader of a file; empty if it is unsupported."""
     name = path.name.lower()
     return next((suffix for suffix in TEXT_SUFFIXES if name.endswith(suffix)), "")
 
 
 def check_expansion(path: Path) -> None:
-    """Refuse a packed file that another library should not be given to decode; decodes it once.
+    """Refuse a compressed file that decodes to far more than its size, by decoding it once.
 
     Raises:
-        WrongRecordError: it decodes to more than it may, or is no such file.
-        TritterError: it cannot be read.
+        WrongRecordError: the file decodes to more than the limit, or is damaged.
+        TritterError: the file cannot be read.
     """
     if path.suffix.lower() == ".parquet":
         expansion = _Expansion(path.stat().st_size)
@@ -227,7 +227,7 @@ def check_expansion(path: Path) -> None:
                 while stream.piece():
                     pass
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise WrongRecordError(f"cannot be unpacked ({error})") from error
+            raise WrongRecordError(f"cannot be decompressed ({error})") from error
 
 
 def parquet_records(
@@ -239,12 +239,13 @@ def parquet_records(
     """Yield the records of a .parquet file.
 
     Args:
-        columns: returns the columns to read, of those in the file; None: all.
-        count: receives the bytes of the next rows before records are made of them; may raise.
+        path: the file.
+        columns: maps the file's columns to those to read; None reads all.
+        count: receives the size of the next rows before they are converted; may raise.
 
     Raises:
-        WrongRecordError: it is no parquet file, or its columns decode to far more than its size.
-        TritterError: it cannot be read.
+        WrongRecordError: this is not a parquet file, or it decodes to far more than its size.
+        TritterError: the file cannot be read.
     """
     for batch in _parquet_batches(path, columns=columns, count=count):
         step = batch.num_rows if _decoded_bytes(batch) < FREE_EXPANSION_BYTES else 1
@@ -253,7 +254,7 @@ def parquet_records(
 
 
 class _Expansion:
-    """Decoded bytes of a packed file.
+    """Counter of the decoded bytes of a compressed file.
 
     Args:
         packed_bytes: size of the file.
@@ -264,21 +265,21 @@ class _Expansion:
         self._num_bytes = 0
 
     def count(self, num_bytes: int) -> None:
-        """Count bytes before or after they are decoded.
+        """Count decoded bytes.
 
         Raises:
-            WrongRecordError: there are more than the limit.
+            WrongRecordError: the count exceeds the limit.
         """
         self._num_bytes += num_bytes
         if self._num_bytes > self.limit_bytes:
             raise WrongRecordError(
-                f"unpacks to more than {self.limit_bytes // 2**20} MB, and a packed file may have "
-                f"{FREE_EXPANSION_BYTES // 2**20} MB or {MAX_EXPANSION} times its own size"
+                f"decompresses to more than {self.limit_bytes // 2**20} MB; the limit is "
+                f"{FREE_EXPANSION_BYTES // 2**20} MB or {MAX_EXPANSION} times the file's size"
             )
 
 
 class _Stream:
-    """A file's bytes, unpacked, counted and limited."""
+    """Decompressed bytes of a file, counted and limited."""
 
     def __init__(self, file: Any, *, reading: Reading, packed_bytes: int | None) -> None:
         self._file = file
@@ -300,7 +301,7 @@ class _Stream:
 
 @contextmanager
 def _opened(path: Path, reading: Reading) -> Iterator[_Stream]:
-    """Open a file as a stream, and see whether it stays the same meanwhile."""
+    """Open a file as a stream, and check that it does not change during reading."""
     with open_file(path) as file:
         before = os.fstat(file.fileno())
         if path.name.lower().endswith(_PACKED):
@@ -313,19 +314,21 @@ def _opened(path: Path, reading: Reading) -> Iterator[_Stream]:
             raise WrongRecordError("changed while it was read")
 
 
-# One reader for each form of files
+# One reader per file format
 
 
 def records(
     path: Path, reading: Reading, *, columns: Columns | None = None
 ) -> Iterator[tuple[str, Any]]:
-    """Yield place and record of a file of records; one that can't be read is skipped.
+    """Yield location and content of each record of a file; invalid records are skipped.
 
     Args:
-        columns: returns the columns of a table to read, of those that it has; None: all.
+        path: the file.
+        reading: counts bytes and skipped records.
+        columns: maps the columns of a table to those to read; None reads all.
 
     Raises:
-        WrongRecordError: it can't be read as what its name says.
+        WrongRecordError: the content does not match the file's extension.
     """
     yield from _RECORDS[_kind(path)](path, reading, columns or list)
 
@@ -360,13 +363,13 @@ def _lines(path: Path, reading: Reading, columns: Columns) -> Iterator[tuple[str
 
 def _table(path: Path, reading: Reading, columns: Columns) -> Iterator[tuple[str, Any]]:
     csv.field_size_limit(MAX_LINE_BYTES)
-    # Not a generator, which would end with the first line that is too long
+    # Not a generator: it would end at the first line that is too long
     lines = map(_table_line, _numbered_lines(path, reading))
     rows = csv.DictReader(lines, strict=True)
     try:
         names = columns(rows.fieldnames or ())
     except csv.Error as error:
-        raise WrongRecordError(f"is no table ({_short(error)})") from error
+        raise WrongRecordError(f"is not a valid CSV table ({_short(error)})") from error
     while True:
         where = f"{path}, line {rows.line_num + 1}"
         try:
@@ -384,7 +387,7 @@ def _table(path: Path, reading: Reading, columns: Columns) -> Iterator[tuple[str
 
 
 def _table_line(numbered: tuple[int, bytes]) -> str:
-    """Return a line, in which bytes that are no UTF-8 are escaped until its row is known."""
+    """Return a line with invalid UTF-8 bytes escaped; the row is checked later."""
     return _whole_line(numbered[1]).decode("utf-8", errors="surrogateescape")
 
 
@@ -399,7 +402,7 @@ def _rows(path: Path, reading: Reading, columns: Columns) -> Iterator[tuple[str,
         yield f"{path}, row {number}", record
 
 
-# Form of files → what reads their records. Another form is another entry here.
+# File extension → reader of its records. Add new formats here.
 _RECORDS: dict[str, Callable[[Path, Reading, Columns], Iterator[tuple[str, Any]]]] = {
     ".jsonl": _lines,
     ".json": _array,
@@ -409,7 +412,7 @@ _RECORDS: dict[str, Callable[[Path, Reading, Columns], Iterator[tuple[str, Any]]
 
 
 def _kind(path: Path) -> str:
-    """Return the ending by which a file is read, without that of its packing."""
+    """Return the extension of a file without `.gz`."""
     return text_suffix(path).removesuffix(_PACKED)
 
 
@@ -422,11 +425,11 @@ def _columns(names: Sequence[str], field: str) -> list[str]:
     return known
 
 
-# Bytes into text
+# Decoding
 
 
 def _numbered_lines(path: Path, reading: Reading) -> Iterator[tuple[int, bytes]]:
-    """Yield number and bytes of the lines; of one that is too long the first `MAX_LINE_BYTES`."""
+    """Yield number and bytes of each line, truncated at `MAX_LINE_BYTES`."""
     with _opened(path, reading) as stream:
         number = 0
         while line := stream.line(MAX_LINE_BYTES):
@@ -441,21 +444,21 @@ def _numbered_lines(path: Path, reading: Reading) -> Iterator[tuple[int, bytes]]
 
 
 def _whole_line(line: bytes) -> bytes:
-    """Return a line as it is.
+    """Return a line if it is complete.
 
     Raises:
-        WrongRecordError: it is longer than a line may be, and was cut.
+        WrongRecordError: the line was truncated.
     """
     if len(line) >= MAX_LINE_BYTES and not line.endswith(b"\n"):
-        raise WrongRecordError(f"is longer than {MAX_LINE_BYTES // 2**20} MB, the most")
+        raise WrongRecordError(f"exceeds the limit of {MAX_LINE_BYTES // 2**20} MB per line")
     return line
 
 
 def whole_text(path: Path, reading: Reading, *, max_bytes: int) -> str:
-    """Return a file's text, unpacked.
+    """Return a file's decompressed text.
 
     Raises:
-        WrongRecordError: it is no UTF-8, or too large.
+        WrongRecordError: the text is not UTF-8, or too large.
     """
     chunks, size = list[str](), 0
     for chunk in _chunks(path, reading):
@@ -463,17 +466,17 @@ def whole_text(path: Path, reading: Reading, *, max_bytes: int) -> str:
         size += len(chunk.encode())
         if size > max_bytes:
             raise WrongRecordError(
-                f"is larger than {max_bytes // 2**20} MB, the most that is read as one; split "
-                "it, or write its texts to a .jsonl"
+                f"exceeds the limit of {max_bytes // 2**20} MB; split the file, or write its "
+                "texts to a .jsonl"
             )
     return "".join(chunks)
 
 
 def _chunks(path: Path, reading: Reading) -> Iterator[str]:
-    """Yield a file's text as it is read.
+    """Yield a file's text in chunks.
 
     Raises:
-        WrongRecordError: it is no UTF-8, or holds a byte 0.
+        WrongRecordError: the text is not UTF-8, or contains a zero byte.
     """
     decoder, start, num_decoded = getincrementaldecoder("utf-8")(), 0, 0
     with _opened(path, reading) as stream:
@@ -481,7 +484,8 @@ def _chunks(path: Path, reading: Reading) -> Iterator[str]:
             if start == 0:
                 _check_encoding(piece)
             if (position := piece.find(0)) >= 0:
-                raise WrongRecordError(f"holds a byte 0, at {start + position}; that is no text")
+                offset = start + position
+                raise WrongRecordError(f"is not text: it has a zero byte at offset {offset}")
             content = piece if start else piece.removeprefix(_BYTE_ORDER_MARK)
             yield _decoded(content, decoder, start=num_decoded, is_last=False)
             start, num_decoded = start + len(piece), num_decoded + len(content)
@@ -489,16 +493,16 @@ def _chunks(path: Path, reading: Reading) -> Iterator[str]:
 
 
 def _check_encoding(start: bytes) -> None:
-    """Refuse what isn't UTF-8 by its first bytes: a mark of another encoding, or bytes 0.
+    """Refuse text whose first bytes indicate another encoding than UTF-8.
 
     Raises:
-        WrongRecordError: names the encoding where it can be told.
+        WrongRecordError: names the detected encoding.
     """
     found = json.detect_encoding(start[:4]).upper() if any(start[:4]) else "UTF-8"
     if not found.startswith("UTF-8"):
-        name = found.replace("-LE", "LE").replace("-BE", "BE")  # as iconv has it
+        name = found.replace("-LE", "LE").replace("-BE", "BE")  # iconv's name
         raise WrongRecordError(
-            f"is no UTF-8 but {name}, by its first bytes; convert it, for example with iconv -f "
+            f"appears to be {name}, not UTF-8; convert it, for example with iconv -f "
             f"{name} -t UTF-8"
         )
 
@@ -510,20 +514,22 @@ def _decoded(
     start: int = 0,
     is_last: bool = True,
 ) -> str:
-    """Return the characters of UTF-8 bytes, or those that are whole by now.
+    """Decode UTF-8 bytes; incomplete characters at the end wait for the next call.
 
     Args:
-        decoder: of a text that comes in pieces; a character may be in two of them.
-        start: bytes of the pieces before.
+        content: the bytes.
+        decoder: keeps state between pieces of a text.
+        start: offset of the piece in the text.
+        is_last: the piece ends the text.
     """
     decoder = decoder or getincrementaldecoder("utf-8")()
     waiting = len(decoder.getstate()[0])
     try:
         return decoder.decode(content, is_last)
     except UnicodeDecodeError as error:
-        place = start - waiting + error.start
+        offset = start - waiting + error.start
         raise WrongRecordError(
-            f"is no UTF-8 (byte {place} is 0x{error.object[error.start]:02x}); convert it, for "
+            f"is not UTF-8 (byte {offset} is 0x{error.object[error.start]:02x}); convert it, for "
             "example with iconv -f ENCODING -t UTF-8"
         ) from error
 
@@ -537,7 +543,7 @@ def _parquet_batches(
     columns: Callable[[Sequence[str]], list[str]] | None,
     count: Callable[[int], None],
 ) -> Iterator[Any]:
-    """Yield record batches of bounded size; a text that many rows share may be there only once."""
+    """Yield record batches of bounded size; repeated texts may stay dictionary-encoded."""
     arrow, parquet = import_module("pyarrow"), import_module("pyarrow.parquet")
     with open_file(path) as opened:
         try:
@@ -553,18 +559,18 @@ def _parquet_batches(
                         count(_decoded_bytes(batch))
                         yield batch
         except arrow.ArrowException as error:
-            raise WrongRecordError(f"is no parquet file ({_short(error)})") from error
+            raise WrongRecordError(f"is not a parquet file ({_short(error)})") from error
 
 
 def _batch_rows(file: BufferedReader, group: Any, leaves: Sequence[Any]) -> int:
-    """Return how many rows of a row group may be decoded at a time.
+    """Return the number of rows of a row group to decode at a time.
 
     Returns:
-        0 if single rows may be too large, since their lists repeat texts: the texts have to stay
-        in their dictionaries then. That copies a whole dictionary for each batch.
+        0 if single rows may be too large because their lists repeat texts. Such texts stay
+        dictionary-encoded, which copies the whole dictionary for each batch.
 
     Raises:
-        WrongRecordError: pages, numbers of values or values are too large for the size of the file.
+        WrongRecordError: pages, value counts or values are too large for the size of the file.
     """
     expansion = _Expansion(os.fstat(file.fileno()).st_size)
     rows = _PARQUET_ROWS
@@ -573,7 +579,7 @@ def _batch_rows(file: BufferedReader, group: Any, leaves: Sequence[Any]) -> int:
         expansion.count(chunk.total_uncompressed_size)
         if leaf.physical_type not in ("BYTE_ARRAY", "FIXED_LEN_BYTE_ARRAY"):
             value_bytes = 8
-        elif "DELTA_BYTE_ARRAY" in chunk.encodings:  # each value may repeat the one before
+        elif "DELTA_BYTE_ARRAY" in chunk.encodings:  # values may repeat prefixes of earlier ones
             value_bytes = chunk.total_uncompressed_size
         else:
             value_bytes = _dictionary_bytes(file, chunk)
@@ -586,25 +592,25 @@ def _batch_rows(file: BufferedReader, group: Any, leaves: Sequence[Any]) -> int:
 
 
 def _dictionary_bytes(file: BufferedReader, chunk: Any) -> int:
-    """Return the decoded size of a column's dictionary, which no value in it exceeds."""
+    """Return the decoded size of a column's dictionary, an upper bound on its values."""
     start = chunk.data_page_offset
     if chunk.has_dictionary_page and 0 < chunk.dictionary_page_offset < start:
         start = chunk.dictionary_page_offset
     file.seek(start)
     header = file.read(16)
-    # A PageHeader of Thrift's compact protocol begins with its type and its decoded size
+    # A PageHeader in Thrift's compact protocol begins with its type and its decoded size
     if header[:2] != _DICTIONARY_PAGE or header[2:3] != _NEXT_INT:
         return 0
     size = 0
-    for place, byte in enumerate(header[3:8]):
-        size |= (byte & 0x7F) << (7 * place)
+    for index, byte in enumerate(header[3:8]):
+        size |= (byte & 0x7F) << (7 * index)
         if byte < 0x80:
             break
     return size >> 1  # zigzag
 
 
 def _decoded_bytes(column: Any) -> int:
-    """Return the bytes that a batch or a column has once each row has its own copy of its text."""
+    """Return the size of a batch or column when each row has its own copy of its text."""
     kind = getattr(column, "type", None)
     if kind is None:  # a batch
         return sum(map(_decoded_bytes, column.columns)) + _ROW_BYTES * int(column.num_rows)

@@ -291,6 +291,6 @@ def checked_old(name: str, data: OldData) -> Any:
         raise RequestError(Problem(f"old_data.{name}", reason=reason))
     texts = () if isinstance(data, str) else tuple(data)
     if not texts or not all(isinstance(text, str) for text in texts):
-        reason = "allowed is a list of texts, or a tokenised datasets.Dataset"
+        reason = "must be a list of texts, or a tokenised datasets.Dataset"
         raise RequestError(Problem(f"old_data.{name}", type(data).__name__, reason=reason))
     return texts

@@ -1,4 +1,4 @@
-"""The options of `data`, and which text they name: domain by domain, task by task."""
+"""The options of `data` and the sources that they name, by domain and task."""
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from tritter.data.built_in import built_in_path, is_built_in
-from tritter.data.datasets import PREFIX, check_place, parse_name
+from tritter.data.datasets import PREFIX, check_on_disk, parse_name
 from tritter.data.records import DEFAULT_FIELD
 from tritter.data.skills import PREFIX as SKILL_PREFIX
 from tritter.data.skills import SKILLS
@@ -20,38 +20,42 @@ from tritter.errors import Problem, RequestError, key_name, nearest, refused
 from tritter.limits import MAX_BATCH_TOKENS, MAX_COUNT
 from tritter.options import Count, RunRequest, Text, options
 
-# Domain → absolute paths (files, folders, globs) and built-in texts, in plain containers: they
-# are part of the fingerprint, which is JSON.
+# Domain → absolute paths (files, folders, globs) and built-in texts, in plain containers for the
+# JSON fingerprint
 TextSources = dict[str, list[str]]
 
 
 @options
 class DataConfig:
-    """How text becomes batches; each option of `data` names a class made from this one.
+    """Base class of all options of `data`.
 
-    A class from outside says which domains there are, and yields the texts of each.
+    A third-party class defines `old_domains` and `new_domains` and implements `texts`.
 
     Args:
+        vocab_size: vocabulary of a newly trained tokenizer.
+        sequence_length: tokens per sequence.
+        batch_size: sequences per batch.
         packing: see `tritter.data.packing`.
-        validation_fraction: None: that of the checkpoint's lineage, or a fifth of a new one.
+        validation_fraction: share of the documents for validation. None uses that of the
+            checkpoint's lineage, or 0.2 for a new lineage.
     """
 
     old_domains: ClassVar[tuple[str, ...]] = ()
     new_domains: ClassVar[tuple[str, ...]] = ()
-    # 256 bytes and the end-of-text token are the least that byte-level BPE holds
+    # Byte-level BPE needs at least 256 bytes and the end-of-text token
     vocab_size: Annotated[int, Field(ge=257, le=1_000_000)]
     sequence_length: Annotated[int, Field(ge=2, le=MAX_COUNT)]
     batch_size: Count
-    packing: Literal["stream", "documents"] = "stream"  # of a source from outside that does not say
+    packing: Literal["stream", "documents"] = "stream"  # default for third-party sources
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] | None
 
     def texts(self, domain: str) -> Iterable[str]:
-        """Yield the texts of a domain, where `sources` don't say where they lie."""
-        raise NotImplementedError(f"{type(self).__name__} has to yield the texts of {domain}")
+        """Yield the texts of a domain without paths."""
+        raise NotImplementedError(f"{type(self).__name__} must implement texts() for {domain}")
 
     @property
     def old_sources(self) -> TextSources:
-        """Old domain → where its text lies; nowhere: `texts` yields it."""
+        """Old domain → its paths; empty if `texts` yields the domain."""
         return {name: [] for name in self.old_domains}
 
     @property
@@ -60,18 +64,18 @@ class DataConfig:
 
     @property
     def task_sources(self) -> tuple[TextSources, ...]:
-        """Tasks, trained one after the other, each as its domains and where their text lies."""
+        """Sequential tasks, each as domain → paths."""
         return (self.new_sources,)
 
     @property
     def is_old_named(self) -> bool:
-        """False: all that a checkpoint learned is old besides."""
+        """False if all earlier domains of a checkpoint also count as old."""
         return True
 
 
 @options
 class StdlibDataConfig(DataConfig):
-    """The text of the Python installation."""
+    """The documentation and code of the Python standard library."""
 
     source: Literal["stdlib"]
 
@@ -90,12 +94,12 @@ class StdlibDataConfig(DataConfig):
 
 @options
 class NamedTextConfig(DataConfig):
-    """Text that is named place by place.
+    """Sources with old and new domains.
 
     Args:
-        old: None: what the checkpoint learned, if anything; empty: nothing.
-        new: what is learned; empty where `tasks` says it.
-        tasks: what is learned one after the other; empty: `new` is the one task.
+        old: old domain → paths. None means all earlier domains of the checkpoint.
+        new: new domain → paths; empty if `tasks` is set.
+        tasks: sequential tasks; empty if `new` is the only task.
     """
 
     old: TextSources | None
@@ -108,7 +112,7 @@ class NamedTextConfig(DataConfig):
 
     @property
     def new_sources(self) -> TextSources:
-        """New domain → paths; what is old, and comes again in a later task, stays old."""
+        """New domain → paths; an old domain that recurs in a later task stays old."""
         again = {name for task in self.tasks[1:] for name in task if name in self.old_sources}
         return {
             name: paths
@@ -128,10 +132,10 @@ class NamedTextConfig(DataConfig):
 
 @options
 class TextDataConfig(NamedTextConfig):
-    """Text of one's own.
+    """Your own files.
 
     Args:
-        text_field: of records.
+        text_field: field of records that contains the text.
     """
 
     source: Literal["text"]
@@ -140,15 +144,15 @@ class TextDataConfig(NamedTextConfig):
 
 @options
 class DatasetsConfig(NamedTextConfig):
-    """Data sets of the hub or on disk, through the `datasets` library.
+    """Data sets from the hub or from disk, read with the `datasets` library.
 
-    `old`, `new` and `tasks` name them with what is meant of each: column and rows stand there.
+    Names in `old`, `new` and `tasks` may include a column and a range of rows.
 
     Args:
-        streaming: those of the hub are read as they come, not fetched first.
-        text_column: of those that name none.
-        max_rows: the first of those that name no rows; None: all.
-        weights: new domain → its weight among those of its task; None: all of it is mixed.
+        streaming: stream data sets from the hub instead of downloading them.
+        text_column: column of data sets whose name has none.
+        max_rows: row limit of data sets whose name has no range; None reads all rows.
+        weights: new domain → sampling weight within its task; None concatenates the domains.
     """
 
     source: Literal["hf"]
@@ -160,12 +164,12 @@ class DatasetsConfig(NamedTextConfig):
 
 @options
 class SkillsDataConfig(NamedTextConfig):
-    """Generated skills, beside any other text; each word that is named is a domain of its own.
+    """Generated skills and your own files; each name is a separate domain.
 
     Args:
-        old: None: what the checkpoint learned; of a new base `base_domains`.
-        new: `new_domain` where neither it nor `tasks` is named.
-        text_field: of records.
+        old: None means the earlier domains of the checkpoint, or `base_domains` for a new base.
+        new: defaults to `new_domain` if neither `new` nor `tasks` is set.
+        text_field: field of records that contains the text.
     """
 
     base_domains: ClassVar[tuple[str, ...]] = ("stdlib:prose",)
@@ -174,35 +178,35 @@ class SkillsDataConfig(NamedTextConfig):
     text_field: Text
 
 
-Place = Callable[[str, str], str]  # key and word as typed → what is kept of it
+PathResolver = Callable[[str, str], str]  # key and path as typed → resolved path
 
 
 def text_location(key: str, path: str) -> str:
-    """Return the absolute path of text files, or a built-in text.
+    """Return the absolute path of text files, or the name of a built-in text.
 
     Raises:
-        RequestError: a path means no text.
+        RequestError: the path contains no text files.
     """
     if path.startswith(PREFIX):
-        raise refused(key, path, "data sets are read with data=hf")
+        raise refused(key, path, "data sets require data=hf")
     if is_built_in(path):
         return built_in_path(key, path)
     try:
         named = Path(path).expanduser()
-        # The last name stays as it was typed: a link's own says what kind of file it is
+        # Keep the last name as typed: the extension of a link determines the file type
         is_name = named.name not in ("", "..")
-        place = str(named.parent.resolve() / named.name if is_name else named.resolve())
+        resolved = str(named.parent.resolve() / named.name if is_name else named.resolve())
     except (OSError, ValueError, RuntimeError) as error:
-        raise refused(key, path, f"that is no path ({error})") from error
-    find_texts(key, [place])
-    return place
+        raise refused(key, path, f"this is not a valid path ({error})") from error
+    find_texts(key, [resolved])
+    return resolved
 
 
 def skill_location(key: str, word: str) -> str:
-    """Return what `text_location` does, or the skill that a word alone names.
+    """Return the full name of a skill, or `text_location` of any other word.
 
     Raises:
-        RequestError: it means neither a skill nor a text.
+        RequestError: the word names neither a skill nor text files.
     """
     name = word.partition(":")[0]
     if name in SKILLS:
@@ -214,26 +218,33 @@ def skill_location(key: str, word: str) -> str:
 
 
 def dataset_location(key: str, word: str, *, column: str | None, max_rows: int | None) -> str:
-    """Return the whole name of a data set, or a built-in text.
+    """Return the full name of a data set, or the name of a built-in text.
 
     Args:
-        column: of one that names none.
-        max_rows: of one that names no rows.
+        key: the configuration key, for messages.
+        word: the name as typed.
+        column: default column.
+        max_rows: default limit of rows.
 
     Raises:
-        RequestError: it names none, or nothing lies there.
+        RequestError: the name is malformed, or the data set does not exist.
     """
     if is_built_in(word):
         return built_in_path(key, word)
     source = parse_name(key, word)
-    check_place(key, word, source)
+    check_on_disk(key, word, source)
     is_whole = source.rows == (0, None)
     rows = (0, max_rows) if is_whole else source.rows
     return str(replace(source, rows=rows, column=source.column or column))
 
 
-def location_reader(kind: type[DataConfig], raw: Mapping[str, object]) -> Place:
-    """Return how an option of `data` reads its words, given its keys as they stand in a config."""
+def path_resolver(kind: type[DataConfig], raw: Mapping[str, object]) -> PathResolver:
+    """Return the function that resolves the paths of an option of `data`.
+
+    Args:
+        kind: class of the option.
+        raw: its section of the config.
+    """
     if issubclass(kind, TextDataConfig):
         return text_location
     if issubclass(kind, SkillsDataConfig):
@@ -252,58 +263,58 @@ def read_sources(
     *,
     default_name: str | None,
     problems: list[Problem],
-    place_of_word: Place = text_location,
+    resolve: PathResolver = text_location,
     known: Mapping[str, Sequence[str]] = MappingProxyType({}),
 ) -> TextSources:
-    """Return domain → absolute paths of a value as it stands in a config.
+    """Read domain → absolute paths from a config value.
 
     Args:
-        key: what the value is called in messages.
+        key: the configuration key, for messages.
         value: a path, a list of paths, or a mapping of domain names to either; null means none.
-        default_name: of the domain when none is named; None: each word is a domain of its own,
-            named after what it is.
-        problems: gets a line for each path that means no text, and for a value of another form.
-        place_of_word: says what a word means.
-        known: domain → paths of what there is besides; the same paths are the same domain.
+        default_name: name of the domain if the value has none. None makes each word a domain,
+            named after the word.
+        problems: collects a problem for each unreadable path or malformed value.
+        resolve: resolves a single path.
+        known: domain → paths of other domains; equal paths mean the same domain.
     """
     if value is None:
         return {}
 
-    def places(key: str, value: object) -> list[str] | None:
-        """Return what the words mean that can be read; None where they are no list of words."""
+    def resolve_all(key: str, value: object) -> list[str] | None:
+        """Return the resolved paths; None if the value is malformed."""
         words: Any = [value] if isinstance(value, str) else value
         if not isinstance(words, Sequence) or not all(isinstance(w, str) and w for w in words):
-            reason = "allowed is a path, a list of paths, or a mapping of domain names to paths"
+            reason = "must be a path, a list of paths, or a mapping of domain names to paths"
             problems.append(Problem(key, value, reason=reason))
             return None
         if not words:
-            problems.append(Problem(key, value, reason="the list is empty; name a path"))
+            problems.append(Problem(key, value, reason="the list is empty; add a path"))
             return None
         found = []
         for word in words:
             try:
-                found.append(place_of_word(key, word))
+                found.append(resolve(key, word))
             except RequestError as error:
                 problems.extend(error.problems)
         return found
 
     sources: TextSources = {}
     if default_name is None and not isinstance(value, Mapping):
-        for path in places(key, value) or ():
+        for path in resolve_all(key, value) or ():
             sources[_name_of([path], {**known, **sources})] = [path]
         return sources
     named = value if isinstance(value, Mapping) else {default_name: value}
     for name, paths in named.items():
         if not isinstance(name, str) or not name.replace("-", "_").isidentifier():
-            reason = "a domain is named with letters, digits, - and _"
+            reason = "a domain name consists of letters, digits, - and _"
             problems.append(Problem(key, name, reason=reason))
-        elif (own := places(f"{key}.{name}" if named is value else key, paths)) is not None:
+        elif (own := resolve_all(f"{key}.{name}" if named is value else key, paths)) is not None:
             sources[name] = own
     return sources
 
 
 def _name_of(paths: Sequence[str], known: Mapping[str, Sequence[str]]) -> str:
-    """Return the name of the domain that has some paths, or one that no other has."""
+    """Return the name of the domain with these paths, or a new unused name."""
     same = (name for name, others in known.items() if others == paths)
     return next(same, None) or unused_name(named_after(paths), known)
 
@@ -312,37 +323,39 @@ def read_tasks(
     value: object,
     old: TextSources,
     problems: list[Problem],
-    place_of_word: Place = text_location,
+    resolve: PathResolver = text_location,
     *,
     default_name: str | None = "text",
 ) -> list[TextSources]:
-    """Return each task's domain → absolute paths, of `data.tasks` as it stands in a config.
+    """Read each task's domain → absolute paths from `data.tasks`.
 
-    A task that is no mapping is one domain. It is called as the old domain or the earlier task
-    whose paths it has, else after its first path.
+    A task that is not a mapping is one domain. It has the name of the domain with the same
+    paths, otherwise a name derived from its first path.
 
     Args:
+        value: the config value.
         old: old domain → paths.
-        problems: gets a line for all that is wrong.
-        default_name: None: as in `read_sources`.
+        problems: collects all problems.
+        resolve: resolves a single path.
+        default_name: as in `read_sources`.
     """
     key = "data.tasks"
     if isinstance(value, str) or not isinstance(value, Sequence) or not value:
-        reason = "allowed is a list of texts, each a path, a list of paths or {NAME: PATHS}"
+        reason = "must be a list of tasks, each a path, a list of paths or {NAME: PATHS}"
         problems.append(Problem(key, value, reason=reason))
         return []
     known, tasks = dict(old), []
     for number, one in enumerate(value, start=1):
-        place = f"{key}[{number}]"
+        task_key = f"{key}[{number}]"
         if one in (None, {}, []):
-            problems.append(Problem(place, one, reason="a task needs text: name a path"))
+            problems.append(Problem(task_key, one, reason="a task needs data: add a path"))
             continue
         task = read_sources(
-            place,
+            task_key,
             one,
             default_name=default_name,
             problems=problems,
-            place_of_word=place_of_word,
+            resolve=resolve,
             known=known,
         )
         if default_name is not None and not isinstance(one, Mapping):
@@ -350,8 +363,8 @@ def read_tasks(
             task = {_name_of(paths, known): paths}
         for name, paths in task.items():
             if known.setdefault(name, paths) != paths:
-                reason = f"{name} is the name of other text already; choose another"
-                problems.append(Problem(f"{place}.{name}", paths, reason=reason))
+                reason = f"another domain is already named {name}; choose another name"
+                problems.append(Problem(f"{task_key}.{name}", paths, reason=reason))
         tasks.append(task)
     return tasks
 
@@ -359,10 +372,12 @@ def read_tasks(
 def with_skills(
     kind: type[SkillsDataConfig], raw: Mapping[str, Any], *, is_new: bool
 ) -> dict[str, Any]:
-    """Return a section in which is said what skills stand for null.
+    """Return a section with the default skills in place of null.
 
     Args:
-        is_new: the base is, so that nothing was learned before.
+        kind: class of the option.
+        raw: its section of the config.
+        is_new: the run trains a new base.
     """
     named = dict(raw)
     if is_new and raw.get("old") is None:
@@ -375,8 +390,8 @@ def with_skills(
 def read_named(
     raw: Mapping[str, Any], kind: type[NamedTextConfig], problems: list[Problem]
 ) -> dict[str, Any]:
-    """Return `old`, `new` and `tasks` as paths; None of what is old: what a checkpoint learned."""
-    place_of_word, is_each_named = location_reader(kind, raw), issubclass(kind, SkillsDataConfig)
+    """Read `old`, `new` and `tasks` as paths; `old` is None if the config does not set it."""
+    resolve, is_each_named = path_resolver(kind, raw), issubclass(kind, SkillsDataConfig)
     sources: dict[str, Any] = {}
     for name in ("old", "new"):
         sources[name] = read_sources(
@@ -384,7 +399,7 @@ def read_named(
             raw.get(name),
             default_name=None if is_each_named else name,
             problems=problems,
-            place_of_word=place_of_word,
+            resolve=resolve,
             known=sources.get("old", {}),
         )
     tasks, has_new = raw.get("tasks"), raw.get("new") not in (None, {})
@@ -394,55 +409,55 @@ def read_named(
             tasks,
             sources["old"],
             problems,
-            place_of_word,
+            resolve,
             default_name=None if is_each_named else "text",
         )
     if has_new and tasks is not None:
-        reason = "data.new is the one task of a run that has no list; leave one of the two out"
+        reason = "data.tasks and data.new exclude each other; remove one of them"
         problems.append(Problem("data.tasks", tasks, reason=reason))
     elif not has_new and tasks is None:
-        reason = "name the text to train on: files, folders or globs, data.new=PATH"
+        reason = "set the data to train on (files, folders or globs): data.new=PATH"
         problems.append(Problem("data.new", None, reason=reason))
     return sources if raw.get("old") is not None else {**sources, "old": None}
 
 
 def named_after(paths: Sequence[str]) -> str:
-    """Return what a domain is called that nobody named: after its first path."""
+    """Return the name of an unnamed domain, derived from its first path."""
     first = next(iter(paths), "")
-    place = Path(parse_name("", first).name if first.startswith(PREFIX) else first)
-    word = first.split(":")[1] if is_built_in(first) else place.name
+    path = Path(parse_name("", first).name if first.startswith(PREFIX) else first)
+    word = first.split(":")[1] if is_built_in(first) else path.name
     if set(word) & set("*?["):
-        word = place.parent.name
+        word = path.parent.name
     name = re.sub(r"\W", "_", word.partition(".")[0])
     return name if name.isidentifier() else f"task_{name}"
 
 
 def unused_name(name: str, taken: Mapping[str, object]) -> str:
-    """Return a name that is not taken: NAME, else NAME_2, NAME_3 and so on."""
+    """Return the first unused name of NAME, NAME_2, NAME_3 and so on."""
     numbers = (f"{name}_{number}" for number in range(2, len(taken) + 3))
     return next(each for each in (name, *numbers) if each not in taken)
 
 
 def text_requests(data: DataConfig) -> tuple[TextRequest, ...]:
-    """Return what a configuration asks for, domain by domain; built-in text needs no look."""
+    """Return the files and data sets that a configuration requests, by domain."""
     if not isinstance(data, NamedTextConfig):
         return ()
     return tuple(
         TextRequest(key_name(domain_key(data, name)), tuple(paths), text_field(data))
-        for sources in (data.old_sources, data.new_sources)  # a task's are among them
+        for sources in (data.old_sources, data.new_sources)  # these include all tasks
         for name, paths in sources.items()
     )
 
 
 def text_field(data: DataConfig) -> str:
-    """Return the field of records that holds their text."""
+    """Return the field of records that contains the text."""
     if isinstance(data, TextDataConfig | SkillsDataConfig):
         return data.text_field
     return DEFAULT_FIELD
 
 
 def domain_key(data: DataConfig, name: str) -> str:
-    """Return the key that named the text of a domain, as a person wrote it."""
+    """Return the configuration key that names a domain."""
     is_old = name in data.old_sources
     if not is_old and isinstance(data, NamedTextConfig) and data.tasks:
         return f"data.tasks.{name}"
@@ -455,14 +470,14 @@ def batch_problems(config: RunRequest) -> Iterator[Problem]:
     size, length = config.data.batch_size, config.data.sequence_length
     if size * length > MAX_BATCH_TOKENS:
         reason = (
-            f"with data.sequence_length = {length} a batch has {size * length:,} tokens; allowed "
-            f"is at most {MAX_BATCH_TOKENS:,}"
+            f"with data.sequence_length = {length} a batch has {size * length:,} tokens; the "
+            f"limit is {MAX_BATCH_TOKENS:,}"
         )
         yield Problem("data.batch_size", size, reason=reason)
 
 
 def weight_problems(config: RunRequest) -> Iterator[Problem]:
-    """Yield the domains that are none of the new ones, or that a task is about alone."""
+    """Yield problems of `data.weights`: unknown domains, and domains alone in their task."""
     data = config.data
     if not isinstance(data, DatasetsConfig) or not data.weights:
         return
@@ -472,8 +487,8 @@ def weight_problems(config: RunRequest) -> Iterator[Problem]:
         key = f"data.weights.{name}"
         if name not in new:
             known = tuple(dict.fromkeys(new))
-            reason = f"there is no such new domain; there are {', '.join(known) or 'none'}"
+            reason = f"there is no such new domain; available: {', '.join(known) or 'none'}"
             yield Problem(key, weight, reason=reason, nearest=nearest(name, known))
         elif name not in mixed:
-            reason = "its task has no other domain, so that nothing is weighed; leave it out"
+            reason = "its task has no other domain, so the weight has no effect; remove it"
             yield Problem(key, weight, reason=reason)

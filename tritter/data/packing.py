@@ -1,6 +1,6 @@
-"""Documents as sequences: packed in a stream or whole, read apart, and cut into windows for scores.
+"""Packing of documents into sequences, document masks, and windows for evaluation.
 
-B sequences or windows in a batch · T tokens of each
+B: sequences or windows per batch · T: tokens per sequence or window
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor, nn
 
-IGNORED = -100  # a target that does not count
+IGNORED = -100  # target excluded from the loss
 Packing = Literal["stream", "documents"]
-LAID_TOKENS = 2**20  # at a time
+PACKED_TOKENS = 2**20  # at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ def windows_of(documents: TokenisedDocuments, *, sequence_length: int) -> list[W
 
 
 def window_batches(windows: Sequence[Window], *, batch_size: int) -> Iterator[Sequence[Window]]:
-    """Yield batches of like length, the longest first: little padding, and memory peaks at once."""
+    """Yield batches of similar length, longest first: little padding, and memory peaks early."""
     by_length = sorted(windows, key=lambda window: -window.length)
     for start in range(0, len(by_length), batch_size):
         yield by_length[start : start + batch_size]
@@ -62,8 +62,8 @@ def window_tensors(
 ) -> tuple[Tensor, Tensor]:
     """Return inputs and targets, int64 [B, T], padded on the right.
 
-    A causal model does not look to the right, so padding needs no attention mask, only its targets
-    must not count.
+    Causal attention never sees right padding, so no attention mask is needed; targets of padding
+    are ignored.
     """
     import torch
 
@@ -82,14 +82,19 @@ def window_tensors(
 def packed(
     documents: TokenisedDocuments, *, packing: Packing, sequence_length: int, end_of_text_id: int
 ) -> Tensor:
-    """Return documents as sequences int32 [N, sequence_length], spooled.
+    """Pack documents into sequences int32 [N, sequence_length], spooled.
 
-    `stream` is `pack`. With `documents` a sequence is an end of text, then documents, each closed
-    by an end of text, then padding, which is of ends of text too: so a document begins at an end
-    of text (or where the sequence does), and an end of text behind another is padding; nothing
-    else need be known of a sequence, see `tritter.data.packing`. A document that is longer than a
-    sequence is cut: what fills sequences stands alone, the rest is packed as a document. Which
-    documents share a sequence follows from their lengths alone.
+    `stream` is `pack`. With `documents`, a sequence consists of an end-of-text token, documents,
+    each followed by an end of text, and padding of ends of text. A document therefore begins at
+    an end of text, and an end of text after another one is padding. Longer documents are cut:
+    full pieces get their own sequences, the rest is packed like a document. The assignment of
+    documents to sequences depends only on their lengths.
+
+    Args:
+        documents: tokens of the documents.
+        packing: `stream` or `documents`.
+        sequence_length: tokens per sequence.
+        end_of_text_id: token that separates documents.
 
     Raises:
         RequestError: as `num_packed`.
@@ -99,26 +104,26 @@ def packed(
     num_packed(documents, packing=packing, sequence_length=sequence_length)
     import numpy as np
 
-    pieces = _placed(documents, sequence_length - 1)
+    pieces = _pack_pieces(documents, sequence_length - 1)
     tokens, spool = documents.tokens.numpy(), Spool()
-    num_rows = max(1, LAID_TOKENS // sequence_length)
+    num_rows = max(1, PACKED_TOKENS // sequence_length)
     for first in range(0, pieces.num_sequences, num_rows):
         count = min(num_rows, pieces.num_sequences - first)
-        laid = np.full(count * sequence_length, end_of_text_id, dtype=np.int32)
+        flat = np.full(count * sequence_length, end_of_text_id, dtype=np.int32)
         part = slice(*np.searchsorted(pieces.rows, (first, first + count)).tolist())
         lengths = pieces.lengths[part]
-        places = (pieces.rows[part] - first) * sequence_length + pieces.columns[part]
+        targets = (pieces.rows[part] - first) * sequence_length + pieces.columns[part]
         run = partial(_runs, lengths=lengths)
-        laid[run(places)] = tokens[run(pieces.starts[part])]
-        spool.append(laid.data.cast("B"))
+        flat[run(targets)] = tokens[run(pieces.starts[part])]
+        spool.append(flat.data.cast("B"))
     return spool.tensor("i4").view(-1, sequence_length)
 
 
 def num_packed(documents: TokenisedDocuments, *, packing: Packing, sequence_length: int) -> int:
-    """Return how many sequences documents are packed into, without making them.
+    """Return the number of sequences of packed documents without packing them.
 
     Raises:
-        RequestError: `sequence_length` is below 2, or there is no sequence.
+        RequestError: `sequence_length` is below 2, or there are no sequences.
     """
     if packing == "stream":
         return check_packs(documents, sequence_length=sequence_length)
@@ -129,12 +134,12 @@ def num_packed(documents: TokenisedDocuments, *, packing: Packing, sequence_leng
         )
     if not documents.num_tokens:
         raise RequestError(f"data.packing=documents: the {len(documents)} documents are empty.")
-    return _placed(documents, sequence_length - 1).num_sequences
+    return _pack_pieces(documents, sequence_length - 1).num_sequences
 
 
 def padding_fraction(documents: TokenisedDocuments, *, sequence_length: int) -> float:
-    """Return what part of the tokens is padding where documents, not all empty, stay whole."""
-    pieces = _placed(documents, sequence_length - 1)
+    """Return the share of padding tokens with `packing=documents`; not all documents are empty."""
+    pieces = _pack_pieces(documents, sequence_length - 1)
     closed = int((pieces.lengths < sequence_length - 1).sum())
     kept = int(pieces.lengths.sum()) + closed + pieces.num_sequences
     return 1 - kept / (pieces.num_sequences * sequence_length)
@@ -142,14 +147,14 @@ def padding_fraction(documents: TokenisedDocuments, *, sequence_length: int) -> 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Pieces:
-    """Where M pieces of documents stand, in the order of their sequences.
+    """Positions of M pieces of documents, in the order of their sequences.
 
     Attributes:
-        starts: int64 [M], in the flat token tensor.
-        lengths: int64 [M], tokens, the closing end of text left out.
-        rows: int64 [M], sequence of each.
-        columns: int64 [M], place in it, behind the end of text that it begins with.
-        num_sequences: of all.
+        starts: int64 [M], start in the flat token tensor.
+        lengths: int64 [M], tokens without the closing end of text.
+        rows: int64 [M], index of the sequence.
+        columns: int64 [M], position in the sequence, after the initial end of text.
+        num_sequences: number of sequences.
     """
 
     starts: np.ndarray
@@ -159,65 +164,65 @@ class _Pieces:
     num_sequences: int
 
 
-def _placed(documents: TokenisedDocuments, room: int) -> _Pieces:
-    """Place documents in sequences that have room for so many tokens, closing ones included.
+def _pack_pieces(documents: TokenisedDocuments, capacity: int) -> _Pieces:
+    """Assign documents to sequences with a capacity in tokens, including closing ends of text.
 
-    What fills a sequence to its end has no closing end of text, unless one stands there by itself.
+    A piece that fills its sequence has no closing end of text.
     """
     import numpy as np
 
     offsets = documents.offsets.numpy()
     lengths = np.diff(offsets)
-    num_full, rest = lengths // room, lengths % room
+    num_full, rest = lengths // capacity, lengths % capacity
     of_full = np.repeat(np.arange(len(lengths)), num_full)
     number = np.arange(len(of_full)) - np.repeat(np.cumsum(num_full) - num_full, num_full)
-    full_starts = offsets[of_full] + number * room
-    left = np.flatnonzero(rest)
-    bins, columns = best_fit(rest[left] + 1, room)
+    full_starts = offsets[of_full] + number * capacity
+    partial_pieces = np.flatnonzero(rest)
+    bins, columns = best_fit(rest[partial_pieces] + 1, capacity)
     order = np.lexsort((columns, bins))
-    left = left[order]
+    tails = partial_pieces[order]
     return _Pieces(
-        starts=np.concatenate([full_starts, offsets[left] + num_full[left] * room]),
-        lengths=np.concatenate([np.full_like(full_starts, room), rest[left]]),
+        starts=np.concatenate([full_starts, offsets[tails] + num_full[tails] * capacity]),
+        lengths=np.concatenate([np.full_like(full_starts, capacity), rest[tails]]),
         rows=np.concatenate([np.arange(len(of_full)), len(of_full) + bins[order]]),
         columns=np.concatenate([np.ones_like(full_starts), columns[order] + 1]),
         num_sequences=len(of_full) + (int(bins.max()) + 1 if len(bins) else 0),
     )
 
 
-def best_fit(sizes: np.ndarray, room: int) -> tuple[np.ndarray, np.ndarray]:
-    """Put things into bins: the largest first, each where the least room is left.
+def best_fit(sizes: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
+    """Pack items into bins with the best-fit decreasing heuristic.
 
     Args:
-        sizes: int64 [M], from 2 up to `room`; of equal ones the first is put first.
-        room: of an empty bin.
+        sizes: int64 [M], from 2 up to `capacity`; ties keep their order.
+        capacity: capacity of a bin.
 
     Returns:
-        The bin of each, and how much lay in it before.
+        The bin of each item, and the item's offset in the bin.
     """
     import numpy as np
 
     bins, before = np.empty_like(sizes), np.empty_like(sizes)
-    waiting: list[list[int]] = [[] for _ in range(room + 1)]  # bins by the room that is left
-    rooms, num_bins = 0, 0  # bit r: a bin with room r waits
+    open_bins: list[list[int]] = [[] for _ in range(capacity + 1)]  # by free capacity
+    free_sizes, num_bins = 0, 0  # bit r: there is a bin with free capacity r
     order = np.argsort(-sizes, kind="stable")
-    for thing, size in zip(order.tolist(), sizes[order].tolist(), strict=True):
-        fitting = rooms >> size
+    for item, size in zip(order.tolist(), sizes[order].tolist(), strict=True):
+        fitting = free_sizes >> size
         if fitting:
-            found = size + (fitting & -fitting).bit_length() - 1
-            chosen = waiting[found].pop()
-            if not waiting[found]:
-                rooms ^= 1 << found
+            free = size + (fitting & -fitting).bit_length() - 1
+            chosen = open_bins[free].pop()
+            if not open_bins[free]:
+                free_sizes ^= 1 << free
         else:
-            found, chosen, num_bins = room, num_bins, num_bins + 1
-        bins[thing], before[thing] = chosen, room - found
-        waiting[found - size].append(chosen)
-        rooms |= 1 << (found - size)
+            free, chosen, num_bins = capacity, num_bins, num_bins + 1
+        bins[item], before[item] = chosen, capacity - free
+        open_bins[free - size].append(chosen)
+        free_sizes |= 1 << (free - size)
     return bins, before
 
 
 def _runs(starts: np.ndarray, *, lengths: np.ndarray) -> np.ndarray:
-    """Return start, start + 1, … of each run of a length, one run after the other."""
+    """Return the concatenated ranges [start, start + length)."""
     import numpy as np
 
     begins = np.cumsum(lengths) - lengths
@@ -226,55 +231,55 @@ def _runs(starts: np.ndarray, *, lengths: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True, slots=True)
 class DocumentMask:
-    """What tells documents of a sequence apart; as a hook it lets a model read them so."""
+    """Restricts attention to single documents; a forward pre-hook that sets position ids."""
 
     end_of_text_id: int
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], options: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Give a stock model positions, unless it is told them, or writes on from what it read."""
+        """Add position ids to a model's inputs, unless the caller sets them or uses a cache."""
         input_ids = options.get("input_ids", args[0] if args else None)
-        told = ("position_ids", "attention_mask", "past_key_values")
-        is_told = any(options.get(name) is not None for name in told)
-        if input_ids is None or is_told or options.get("use_cache"):
+        explicit = ("position_ids", "attention_mask", "past_key_values")
+        is_explicit = any(options.get(name) is not None for name in explicit)
+        if input_ids is None or is_explicit or options.get("use_cache"):
             return None
-        # With a cache of its own, which is the default, it would look for no boundary
+        # With its default cache, the model would ignore document boundaries
         return args, {**options, "position_ids": self.positions(input_ids), "use_cache": False}
 
     def positions(self, input_ids: Tensor) -> Tensor:
-        """Return the place of each token in its document, int64 [B, T]."""
+        """Return the position of each token in its document, int64 [B, T]."""
         import torch
 
-        places = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+        columns = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
         is_start = input_ids == self.end_of_text_id
-        return places - (places * is_start).cummax(dim=1).values
+        return columns - (columns * is_start).cummax(dim=1).values
 
     def padding(self, input_ids: Tensor) -> Tensor:
-        """Return which tokens are padding, bool [B, T]: ends of text behind another."""
+        """Return the padding mask, bool [B, T]: ends of text after another end of text."""
         import torch
 
         is_end = input_ids == self.end_of_text_id
         return torch.cat([torch.zeros_like(is_end[:, :1]), is_end[:, 1:] & is_end[:, :-1]], dim=1)
 
-    def going_on(self, seen: Tensor, *, num_read: int) -> dict[str, Tensor]:
-        """Return by what a model that writes sees the last document alone of what was written.
+    def generation_inputs(self, seen: Tensor, *, num_read: int) -> dict[str, Tensor]:
+        """Return model inputs that restrict generation to the last document.
 
         Args:
-            seen: int64 [B, S], what it reads now, and before it what it has keys and values of.
-            num_read: tokens that it reads now.
+            seen: int64 [B, S], cached and new tokens.
+            num_read: number of new tokens.
         """
         import torch
 
-        positions, places = self.positions(seen), torch.arange(seen.shape[1], device=seen.device)
-        is_last = places >= seen.shape[1] - 1 - positions[:, -1:]  # [B, S]
+        positions, columns = self.positions(seen), torch.arange(seen.shape[1], device=seen.device)
+        is_last = columns >= seen.shape[1] - 1 - positions[:, -1:]  # [B, S]
         return {"attention_mask": is_last.long(), "position_ids": positions[:, -num_read:]}
 
     def length_counts(self, input_ids: Tensor) -> Tensor:
-        """Return how many documents have each length, int64 [T + 1], padding left out.
+        """Return the number of documents of each length, int64 [T + 1], without padding.
 
-        The end of text that a document begins at counts as one of its tokens; the one that closes
-        the last document of a sequence is alone.
+        The end of text that begins a document counts as one of its tokens. The one that closes
+        the last document of a sequence counts as a document of length 1.
         """
         import torch
 
@@ -286,10 +291,10 @@ class DocumentMask:
 
 
 def mask_documents(model: nn.Module, document_mask: DocumentMask) -> nn.Module:
-    """Let a stock model read the documents of its sequences apart from here on, and return it.
+    """Register a document mask on a stock model and return the model.
 
-    It goes along with the live model and its copies, and is no part of what is saved. Where there
-    is one document in a sequence, or padding behind it, a model says what it did before.
+    Copies of the model keep the mask; checkpoints do not include it. The mask does not change
+    the output for sequences with a single document.
     """
     if document_mask_of(model) is None:
         _backbone(model).register_forward_pre_hook(document_mask, with_kwargs=True)
@@ -297,13 +302,13 @@ def mask_documents(model: nn.Module, document_mask: DocumentMask) -> nn.Module:
 
 
 def document_mask_of(model: nn.Module) -> DocumentMask | None:
-    """Return how a model tells documents apart; None: what it reads is one stream."""
+    """Return a model's document mask; None if it reads a stream."""
     hooks = _backbone(model)._forward_pre_hooks.values()
     return next((hook for hook in hooks if isinstance(hook, DocumentMask)), None)
 
 
 def labels_of(model: nn.Module, input_ids: Tensor) -> Tensor:
-    """Return what a model is to predict of int64 [B, T], unshifted: padding is IGNORED."""
+    """Return the unshifted labels of tokens int64 [B, T]: padding is IGNORED."""
     document_mask = document_mask_of(model)
     return (
         input_ids
@@ -313,17 +318,19 @@ def labels_of(model: nn.Module, input_ids: Tensor) -> Tensor:
 
 
 def forward_options(batch: Mapping[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
-    """Return what a collator from elsewhere adds to the tokens of some rows, for a forward pass."""
+    """Return the further inputs that another collator added for some rows of a batch."""
     return {name: batch[name][rows] for name in ("attention_mask", "position_ids") if name in batch}
 
 
 def kept_tokens(
     model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = None
 ) -> Tensor | None:
-    """Return which tokens of [B, T] are no padding, bool [B, T]; None: all, there can be none.
+    """Return the mask of tokens that are not padding, bool [B, T]; None if there is no padding.
 
     Args:
-        attention_mask: [B, T], of a batch that was padded elsewhere.
+        model: the model.
+        input_ids: int64 [B, T].
+        attention_mask: [B, T], from another collator that pads.
     """
     if attention_mask is not None:
         return attention_mask.bool()
@@ -332,10 +339,11 @@ def kept_tokens(
 
 
 def lengths_of(document_mask: DocumentMask | None, input_ids: Tensor) -> dict[int, int]:
-    """Return, by length, how many sequences [B, T] are; documents, and no padding, of those apart.
+    """Return length → number of documents, without padding; of sequences without a mask.
 
     Args:
-        apart: how they are told apart; None: they are not.
+        document_mask: None counts whole sequences.
+        input_ids: int64 [B, T].
     """
     if document_mask is None:
         return {input_ids.shape[1]: len(input_ids)}
@@ -345,9 +353,10 @@ def lengths_of(document_mask: DocumentMask | None, input_ids: Tensor) -> dict[in
 def lengths_read(
     model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = None
 ) -> dict[int, int]:
-    """Return `lengths_of` what a model reads in all processes together, which ask at once.
+    """Return `lengths_of` a model's inputs, summed over all processes (a collective call).
 
     Args:
+        model: the model.
         input_ids: int64 [B, T] of this process.
         attention_mask: [B, T], of a batch that was padded elsewhere, in each process to its own T.
     """
@@ -375,6 +384,6 @@ def _by_length(counts: Tensor) -> dict[int, int]:
 
 
 def _backbone(model: nn.Module) -> nn.Module:
-    """Return what of a stock model gives hidden states, which may be called without its head."""
+    """Return the part of a stock model without its head."""
     found: nn.Module = getattr(model, str(getattr(model, "base_model_prefix", "")), model)
     return found

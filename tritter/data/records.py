@@ -1,4 +1,4 @@
-"""A record of JSON or parquet into one text: its field, or an instruction's parts joined."""
+"""Convert a JSON or parquet record to a text: a field, or the joined parts of an instruction."""
 
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -8,9 +8,9 @@ from tritter.errors import nearest
 
 DEFAULT_FIELD = "text"
 PART_BREAK = "\n\n"  # between the parts of an instruction
-# What other people call the field that holds a text.
+# Common names of the text field
 COMMON_FIELDS = ("text", "content", "body", "document", "article", "raw_content", "completion")
-# Forms of instruction records: for each part the names it goes by, and whether it has to be there.
+# Formats of instruction records: for each part its possible names, and whether it is required
 _Form = tuple[tuple[tuple[str, ...], bool], ...]
 _FORMS: tuple[_Form, ...] = (
     ((("instruction",), True), (("input", "context"), False), (("output", "response"), True)),
@@ -24,25 +24,29 @@ _BLANKS = " \t\r\n"
 
 
 class WrongRecordError(Exception):
-    """What is wrong with a record or a file, in words that follow its place."""
+    """The problem of a record or a file, phrased to follow its location."""
 
 
 def text_of(record: object, *, field: str) -> str:
     """Return a record's text.
 
-    A record is a text itself, or holds it in `field`. With the default field a record that lacks
-    it may be an instruction: its parts (instruction, input, output; prompt, completion; question,
-    answer) are joined by a blank line, and so are messages, each as `role: content`.
+    A record is a text, or a mapping with a text in `field`. With the default field, it may also
+    be an instruction: its parts (instruction, input, output; prompt, completion; question,
+    answer) are joined by blank lines, as are messages, each as `role: content`.
+
+    Args:
+        record: the parsed record.
+        field: name of the text field.
 
     Raises:
-        WrongRecordError: it holds something else.
+        WrongRecordError: the record has no text.
     """
     if isinstance(record, str):
         return _encodable(record)
     if not isinstance(record, Mapping):
         raise WrongRecordError(
-            f"is no JSON object and no text, but {_kind(record)}; allowed is "
-            '{"text": "..."}, an instruction, or "..."'
+            f"is {_kind(record)}; must be a JSON object "
+            '{"text": "..."}, an instruction, or a string "..."'
         )
     if field in record:
         return _encodable(_as_text(record[field], f"data.text_field = {field}:"))
@@ -50,54 +54,54 @@ def text_of(record: object, *, field: str) -> str:
         messages = record[_MESSAGES]
         if not isinstance(messages, list):
             found = _kind(messages)
-            raise WrongRecordError(f"messages: holds {found}; allowed is a list of messages")
+            raise WrongRecordError(f"messages: is {found}; must be a list of messages")
         lines = []
         for number, message in enumerate(messages, start=1):
             if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
                 raise WrongRecordError(
-                    f"messages: number {number} is no message; allowed is "
+                    f"messages: number {number} is not a message; allowed is "
                     '{"role": "...", "content": "..."}'
                 )
             where = f"messages: number {number},"
             role = _as_text(message["role"], f"{where} role:")
             lines.append(f"{role}: {_as_text(message['content'], f'{where} content:')}")
         return _encodable(PART_BREAK.join(lines))
-    form, held = next(_forms(record), ((), [])) if field == DEFAULT_FIELD else ((), [])
-    if not held:
+    form, matched = next(_forms(record), ((), [])) if field == DEFAULT_FIELD else ((), [])
+    if not matched:
         raise missing_field(field, list(record))
     parts = [
         _as_text(record[name], f"{name}:")
-        for name, (_, is_needed) in zip(held, form, strict=True)
+        for name, (_, is_needed) in zip(matched, form, strict=True)
         if name is not None and (is_needed or record[name] is not None)
     ]
     return _encodable(PART_BREAK.join(filter(None, parts)))
 
 
 def form_fields(names: Collection[str]) -> tuple[str, ...]:
-    """Return those of some names that hold an instruction or messages; none where there is none."""
+    """Return the names that form an instruction or messages; empty if there are none."""
     if _MESSAGES in names:
         return (_MESSAGES,)
-    return next((tuple(filter(None, held)) for _, held in _forms(names)), ())
+    return next((tuple(filter(None, matched)) for _, matched in _forms(names)), ())
 
 
 def missing_field(field: str, found: Sequence[Any]) -> WrongRecordError:
-    """Return that there is no such field, what there is, and which may have been meant."""
+    """Return the error for a missing field, with the available fields and the nearest match."""
     likely = next((name for name in COMMON_FIELDS if name in found), None)
     likely = likely or nearest(field, [name for name in found if isinstance(name, str)])
     advice = f". Did you mean data.text_field={likely}?" if likely else ""
     names = [shown(name) for name in found[:_MAX_NAMES]]
     names += ["..."] if len(found) > _MAX_NAMES else []
     return WrongRecordError(
-        f"has no field {shown(field)} (data.text_field = {shown(field)}); it has "
+        f"has no field {shown(field)} (data.text_field = {shown(field)}); available: "
         f"{', '.join(names) or 'none'}{advice}"
     )
 
 
 def parse(text: str) -> Any:
-    """Return what a line of JSON means.
+    """Parse a line of JSON.
 
     Raises:
-        WrongRecordError: it is none, names a field twice, holds NaN, or is nested too deeply.
+        WrongRecordError: the line is invalid, repeats a field, has NaN, or is nested too deeply.
     """
     try:
         return _DECODER.decode(text)
@@ -109,13 +113,13 @@ def array_elements(text: str) -> Iterator[Any]:
     """Yield the elements of a JSON array, one after another.
 
     Raises:
-        WrongRecordError: it is no array, or no JSON from some place on.
+        WrongRecordError: the text is not an array, or not valid JSON.
     """
     position = _after_blanks(text, 0)
     if text[position : position + 1] != "[":
-        found = "an object" if text[position : position + 1] == "{" else "no array"
+        found = "is an object" if text[position : position + 1] == "{" else "is not an array"
         raise WrongRecordError(
-            f"holds {found}; allowed is an array of records or of texts (a record a line is .jsonl)"
+            f"{found}; must be an array of records or texts (for one record per line use .jsonl)"
         )
     position = _after_blanks(text, position + 1)
     is_closed = text[position : position + 1] == "]"
@@ -134,34 +138,34 @@ def array_elements(text: str) -> Iterator[Any]:
         raise _no_json(error) from error
     end = _after_blanks(text, position + 1)
     if end < len(text):
-        raise WrongRecordError(f"is no JSON (something stands after its array, at {end})")
+        raise WrongRecordError(f"is not valid JSON (extra data after the array, at {end})")
 
 
 def shown(name: object) -> str:
-    """Return a name of a field for a message: in one line, and not too long."""
+    """Return a field name for a message, escaped and shortened."""
     text = repr(name)[1:-1] if isinstance(name, str) else repr(name)
     return text if len(text) <= _MAX_NAME_LENGTH else f"{text[:_MAX_NAME_LENGTH]}..."
 
 
 def _forms(names: Collection[str]) -> Iterator[tuple[_Form, list[str | None]]]:
-    """Yield each form of instructions that some names fit, and the name of each of its parts."""
+    """Yield each instruction format that matches the names, and the name of each part."""
     for form in _FORMS:
-        held = [next((each for each in known if each in names), None) for known, _ in form]
+        matched = [next((each for each in known if each in names), None) for known, _ in form]
         if all(
             name is not None or not is_needed
-            for name, (_, is_needed) in zip(held, form, strict=True)
+            for name, (_, is_needed) in zip(matched, form, strict=True)
         ):
-            yield form, held
+            yield form, matched
 
 
 def _as_text(value: object, where: str) -> str:
     if not isinstance(value, str):
-        raise WrongRecordError(f"{where} holds {_kind(value)}, no text")
+        raise WrongRecordError(f"{where} is {_kind(value)}, not a string")
     return value
 
 
 def _encodable(text: str) -> str:
-    # JSON may spell an unpaired surrogate, which no UTF-8 file can hold.
+    # JSON may contain an unpaired surrogate, which UTF-8 cannot encode.
     return text.encode("utf-8", errors="replace").decode("utf-8")
 
 
@@ -174,7 +178,7 @@ def _kind(value: object) -> str:
         case int() | float():
             return "a number"
         case str():
-            return "a text"
+            return "a string"
         case list():
             return "a list"
         case Mapping():
@@ -191,18 +195,18 @@ def _after_blanks(text: str, position: int) -> int:
 def _no_json(error: ValueError | RecursionError) -> WrongRecordError:
     if isinstance(error, RecursionError):
         return WrongRecordError("is nested too deeply")
-    return WrongRecordError(f"is no JSON ({str(error)[:_MAX_MESSAGE]})")
+    return WrongRecordError(f"is not valid JSON ({str(error)[:_MAX_MESSAGE]})")
 
 
 def _refuse_constant(name: str) -> float:
-    raise ValueError(f"{name} is no number of JSON")
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def _unique(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     record: dict[str, Any] = {}
     for name, value in pairs:
         if name in record:
-            raise ValueError(f"the field {shown(name)} stands there twice")
+            raise ValueError(f"the field {shown(name)} is repeated")
         record[name] = value
     return record
 

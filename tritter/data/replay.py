@@ -1,4 +1,4 @@
-"""Replay: earlier sequences and examples, sampled in fixed memory and drawn in exact shares."""
+"""Replay buffers: earlier sequences and examples in fixed memory, drawn in exact shares."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Weighting = Literal["uniform", "loss"]
-SEEN = "seen"  # the domain of what is added without a word which it is of
+SEEN = "seen"  # default domain of added sequences
 FORMAT_VERSION = 1
 _PROMPTS = ("prompt", "instruction", "question")
 _ANSWERS = ("answer", "completion", "response", "output")
@@ -25,16 +25,15 @@ _BETWEEN = ("input", "context")  # parts of an instruction that may be empty
 
 
 class Sampler:
-    """Which of what was offered is kept in at most `capacity` slots, and which slots are drawn.
+    """Reservoir sampling over slots (Vitter 1985, algorithm R), and draws from the slots.
 
-    Whatever was offered is kept with the same chance (Vitter 1985, algorithm R). What is in the
-    slots is held elsewhere.
+    All offered items are kept with equal probability. Subclasses store the items.
 
     Args:
-        capacity: how many there are at most.
-        seed: of what is replaced and of what is drawn.
-        weighting: `uniform`: each slot returns only after all others have come, as long as none is
-            added; `loss`: each draw takes one with a chance in proportion to its loss.
+        capacity: maximum number of slots.
+        seed: seed of replacements and draws.
+        weighting: `uniform` draws every slot once before it repeats any, until new items arrive;
+            `loss` draws with replacement, with probabilities proportional to the losses.
     """
 
     def __init__(self, capacity: int, *, seed: int, weighting: Weighting = "uniform") -> None:
@@ -43,18 +42,19 @@ class Sampler:
         self.capacity = capacity
         self.weighting = weighting
         self.num_seen = 0
-        self.losses = torch.empty(0)  # float32 [N], nats per token when they were seen
+        self.losses = torch.empty(0)  # float32 [N], nats per token when the item was offered
         self._replacing = torch.Generator().manual_seed(seed)
         self._drawing = torch.Generator().manual_seed(seed ^ 1)
-        self._order = torch.empty(0, dtype=torch.int64)  # what is left of an epoch of slots
+        self._order = torch.empty(0, dtype=torch.int64)  # remaining slots of the epoch
 
     def __len__(self) -> int:
         return len(self.losses)
 
     def offer(self, losses: Tensor) -> list[int | None]:
-        """Offer something with each of these losses [n]; return the slot that each is put in.
+        """Offer one item per loss [n] and return the slot of each.
 
-        None where it is not kept. The later of two in one slot stays.
+        The slot is None if the item is not kept. If two items get the same slot, the later one
+        replaces the earlier one.
 
         Raises:
             RequestError: a loss is negative or not finite.
@@ -62,7 +62,7 @@ class Sampler:
         import torch
 
         if losses.ndim != 1 or not bool((losses >= 0).all() & losses.isfinite().all()):
-            raise RequestError("losses have to be finite and not negative.")
+            raise RequestError("losses must be finite and not negative.")
         count, slots = len(self), list[int | None]()
         for _ in range(len(losses)):
             self.num_seen += 1
@@ -81,7 +81,7 @@ class Sampler:
         return slots
 
     def draw(self, count: int) -> Tensor:
-        """Return the slots of the next `count` draws, int64 [count]; there is at least one slot."""
+        """Return the slots of the next `count` draws, int64 [count]; requires at least one slot."""
         import torch
 
         if self.weighting == "loss" and count:
@@ -97,7 +97,7 @@ class Sampler:
         return torch.cat(picked)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all of it, in plain containers and tensors."""
+        """Return the complete state, in plain containers and tensors."""
         return {
             "num_seen": self.num_seen,
             "losses": self.losses,
@@ -107,7 +107,7 @@ class Sampler:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Become what was saved."""
+        """Restore a saved state."""
         self.num_seen = int(state["num_seen"])
         self.losses = state["losses"].clone()
         self._replacing.set_state(state["replacing"])
@@ -116,14 +116,14 @@ class Sampler:
 
 
 class Reservoir(Sampler):
-    """A sampler that holds sequences of tokens.
+    """A reservoir sample of token sequences.
 
-    Of several processes that train together each holds the same one, if each is given the same.
+    Processes that receive the same sequences keep the same reservoir.
 
     Args:
-        capacity: sequences that it holds at most.
-        seed: of what is replaced and of what is drawn.
-        weighting: as of `Sampler`.
+        capacity: maximum number of sequences.
+        seed: seed of replacements and draws.
+        weighting: see `Sampler`.
 
     Raises:
         RequestError: the capacity is below 1.
@@ -133,7 +133,7 @@ class Reservoir(Sampler):
         import torch
 
         if capacity < 1:
-            raise RequestError(f"capacity = {capacity}: a reservoir holds at least 1 sequence.")
+            raise RequestError(f"capacity = {capacity}: must be at least 1 sequence.")
         super().__init__(capacity, seed=seed, weighting=weighting)
         self.sequences = torch.empty(0, 0, dtype=torch.int32)  # [N, T]
 
@@ -143,10 +143,11 @@ class Reservoir(Sampler):
         return self.sequences.shape[1]
 
     def add(self, sequences: Tensor, losses: Tensor | None = None) -> None:
-        """Offer sequences [n, T], one after the other.
+        """Offer sequences [n, T] in order.
 
         Args:
-            losses: of each, [n], finite and not negative; 1 when they are not given.
+            sequences: tokens.
+            losses: loss of each sequence, [n], finite and not negative; defaults to 1.
 
         Raises:
             RequestError: lengths differ, or a loss is negative or not finite.
@@ -156,15 +157,17 @@ class Reservoir(Sampler):
         losses = torch.ones(len(sequences)) if losses is None else losses.detach().float().cpu()
         if len(self) and sequences.shape[1] != self.sequence_length:
             raise RequestError(
-                f"sequences of {sequences.shape[1]} tokens can't join those of "
-                f"{self.sequence_length} that the buffer holds."
+                f"the buffer has sequences of {self.sequence_length} tokens; sequences of "
+                f"{sequences.shape[1]} tokens can't be added."
             )
         if losses.shape != sequences.shape[:1]:
-            raise RequestError("a loss belongs to each sequence, finite and not negative.")
+            raise RequestError(
+                f"losses have shape {list(losses.shape)}; {len(sequences)} sequences need one each."
+            )
         before, slots = len(self), self.offer(losses)
         if (more := len(self) - before) > 0:
-            held = self.sequences.view(before, sequences.shape[1])
-            self.sequences = torch.cat([held, held.new_zeros(more, sequences.shape[1])])
+            stored = self.sequences.view(before, sequences.shape[1])
+            self.sequences = torch.cat([stored, stored.new_zeros(more, sequences.shape[1])])
         for slot, sequence in zip(slots, sequences.to("cpu", torch.int32), strict=True):
             if slot is not None:
                 self.sequences[slot] = sequence
@@ -173,25 +176,25 @@ class Reservoir(Sampler):
         """Draw `count` sequences, int64 [count, T].
 
         Raises:
-            RequestError: there is none to draw from.
+            RequestError: the reservoir is empty.
         """
         if count and not len(self):
-            raise RequestError("the replay buffer is empty: nothing was added to it yet.")
+            raise RequestError("the replay buffer is empty.")
         return self.sequences[self.draw(count)].long()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all of it, in plain containers and tensors."""
+        """Return the complete state, in plain containers and tensors."""
         return super().state_dict() | {"sequences": self.sequences}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Become what was saved.
+        """Restore a saved state.
 
         Raises:
-            TritterError: it holds more than this one may.
+            TritterError: the saved reservoir exceeds the capacity.
         """
         if len(state["sequences"]) > self.capacity:
             raise TritterError(
-                f"the saved reservoir holds {len(state['sequences'])} sequences; this one has a "
+                f"the saved reservoir has {len(state['sequences'])} sequences; this one has a "
                 f"capacity of {self.capacity}."
             )
         super().load_state_dict(state)
@@ -199,12 +202,11 @@ class Reservoir(Sampler):
 
 
 class ReplayBuffer:
-    """Sequences of several domains, whole data sets or reservoirs of what went by.
+    """Sequences of several domains, each a full data set or a reservoir sample.
 
-    The domains' shares are exact over time: the next sequence comes from the one that is furthest
-    behind its share. Each domain has a random order of its own, so that replaying changes nothing
-    about the order of new data, nor one domain about the order of another. Of a data set one
-    returns only after all others have come.
+    The next sequence always comes from the domain that is furthest below its share, so shares
+    are exact over time. Each domain has its own random order, independent of new data and of
+    other domains. A data set yields every sequence once before it repeats any.
     """
 
     def __init__(
@@ -213,17 +215,18 @@ class ReplayBuffer:
         *,
         weights: Mapping[str, float] | None = None,
     ) -> None:
-        """Take the sequences of each domain.
+        """Combine the sequences of several domains.
 
         Args:
-            weights: domain → its weight among all; 1 where it is not named.
+            streams: domain → its sequences.
+            weights: domain → sampling weight; defaults to 1.
 
         Raises:
-            RequestError: there is no domain, or none with a weight above 0.
+            RequestError: there is no domain with a weight above 0.
         """
-        asked = {name: (weights or {}).get(name, 1.0) for name in streams}
-        # The decimals that were asked for, so that no rounding accumulates
-        exact = {name: Fraction(str(weight)) for name, weight in asked.items() if weight > 0}
+        decimals = {name: (weights or {}).get(name, 1.0) for name in streams}
+        # The decimals that the user typed, so that no rounding accumulates
+        exact = {name: Fraction(str(weight)) for name, weight in decimals.items() if weight > 0}
         if not exact:
             raise RequestError("forgetting.replay.weights: no old domain has a weight above 0.")
         total = sum(exact.values())
@@ -241,21 +244,24 @@ class ReplayBuffer:
         losses: Mapping[str, Tensor] | None = None,
         purpose: str = "replay",
     ) -> ReplayBuffer:
-        """Fill a buffer from domains of sequences [N, T].
+        """Create a buffer of full data sets.
 
         Args:
-            purpose: another one gives the domains other orders.
-            losses: domain → [N], by which its sequences are drawn in proportion.
+            sequences: domain → sequences [N, T].
+            seed: seed of all orders.
+            weights: domain → sampling weight; defaults to 1.
+            losses: domain → losses [N]; sequences are drawn in proportion to them.
+            purpose: derives the seeds; different purposes have different orders.
 
         Raises:
-            RequestError: a domain has no sequence, or no weight is above 0.
+            RequestError: a domain has no sequences, or no weight is above 0.
         """
         streams: dict[str, SequenceStream | Reservoir] = {}
         for name, each in sequences.items():
             own = derived_seed(seed, purpose, name)
             if losses is not None and name in losses:
-                streams[name] = held = Reservoir(len(each), seed=own, weighting="loss")
-                held.add(each, losses[name])
+                streams[name] = weighted = Reservoir(len(each), seed=own, weighting="loss")
+                weighted.add(each, losses[name])
             else:
                 streams[name] = SequenceStream(each, seed=own)
         return cls(streams, weights=weights)
@@ -269,19 +275,21 @@ class ReplayBuffer:
         weighting: Weighting = "uniform",
         weights: Mapping[str, float] | None = None,
     ) -> ReplayBuffer:
-        """Return an empty buffer that keeps a sample of what is added to it.
+        """Create an empty buffer of reservoir samples.
 
         Args:
-            capacities: domain → sequences that are kept of it; a number is that of one domain.
-            weighting: within a domain, see `Reservoir`.
+            capacities: domain → capacity in sequences; a number means a single domain.
+            seed: seed of all reservoirs.
+            weighting: weighting within a domain, see `Sampler`.
+            weights: domain → sampling weight; defaults to 1.
 
         Raises:
             RequestError: a capacity is below 1, or no weight is above 0.
         """
-        asked = {SEEN: capacities} if isinstance(capacities, int) else capacities
+        by_domain = {SEEN: capacities} if isinstance(capacities, int) else capacities
         streams = {
             name: Reservoir(each, seed=derived_seed(seed, "replay", name), weighting=weighting)
-            for name, each in asked.items()
+            for name, each in by_domain.items()
         }
         return cls(streams, weights=weights)
 
@@ -294,41 +302,42 @@ class ReplayBuffer:
         weighting: Weighting = "uniform",
         weights: Mapping[str, float] | None = None,
     ) -> ReplayBuffer:
-        """Return a buffer of reservoirs as `save` left them, from which drawing begins anew.
+        """Load the reservoirs that `save` wrote; draws start from the beginning.
 
         Raises:
-            TritterError: there is no such file, or it is damaged.
+            TritterError: the file does not exist or is damaged.
             RequestError: no weight is above 0.
         """
-        held = read_sequences(path)
-        names = [key.partition("/")[2] for key in held if key.startswith("sequences/")]
+        tensors = read_sequences(path)
+        names = [key.partition("/")[2] for key in tensors if key.startswith("sequences/")]
         try:
-            counts = {name: held[f"counts/{name}"].tolist() for name in names}
+            counts = {name: tensors[f"counts/{name}"].tolist() for name in names}
             capacities = {name: capacity for name, (capacity, _) in counts.items()}
             buffer = cls.of_reservoirs(capacities, seed=seed, weighting=weighting, weights=weights)
             for name, stream in buffer._streams.items():
                 assert isinstance(stream, Reservoir)
-                sequences, losses = held[f"sequences/{name}"], held[f"losses/{name}"]
+                sequences, losses = tensors[f"sequences/{name}"], tensors[f"losses/{name}"]
                 stream.add(sequences, losses)
                 stream.num_seen = counts[name][1]
         except (LookupError, TypeError, ValueError, RuntimeError) as error:
             if isinstance(error, RequestError):
                 raise
-            raise TritterError(f"{path} holds no replay buffer ({error!r}).") from error
+            raise TritterError(f"{path} is not a replay buffer ({error!r}).") from error
         return buffer
 
-    def save(self, path: Path, *, beside: Mapping[str, Tensor] | None = None) -> None:
-        """Write what the reservoirs hold, with losses, as safetensors.
+    def save(self, path: Path, *, extra: Mapping[str, Tensor] | None = None) -> None:
+        """Write the sequences and losses of the reservoirs as safetensors.
 
         Args:
-            beside: what else is known of them, by names that `load` passes over.
+            path: the file.
+            extra: additional tensors, which `load` ignores.
 
         Raises:
-            RequestError: a domain is a data set, which lies elsewhere already.
+            RequestError: a domain is a full data set.
         """
         import torch
 
-        tensors = dict(beside or {})
+        tensors = dict(extra or {})
         for name, stream in self._streams.items():
             if not isinstance(stream, Reservoir):
                 raise RequestError(f"the domain {name} is a data set; only reservoirs are saved.")
@@ -342,7 +351,7 @@ class ReplayBuffer:
 
     @property
     def reservoirs(self) -> dict[str, Reservoir]:
-        """The domains of which a sample is held."""
+        """The domains with a reservoir sample."""
         return {n: each for n, each in self._streams.items() if isinstance(each, Reservoir)}
 
     @property
@@ -354,34 +363,32 @@ class ReplayBuffer:
         """Offer sequences [n, T] to a domain's reservoir, with the loss of each, [n].
 
         Raises:
-            RequestError: there is no such reservoir, or what `Reservoir.add` refuses.
+            RequestError: the domain has no reservoir, or `Reservoir.add` refuses the sequences.
         """
         stream = self._streams.get(domain)
         if not isinstance(stream, Reservoir):
-            held = [n for n, each in self._streams.items() if isinstance(each, Reservoir)]
             raise RequestError(
-                f"domain = {domain}: the replay buffer has no such reservoir; it has "
-                f"{', '.join(held) or 'none'}."
+                f"domain = {domain}: the replay buffer has no such reservoir; available: "
+                f"{', '.join(self.reservoirs) or 'none'}."
             )
         stream.add(sequences, losses)
 
     def next_sequences(self, count: int) -> Tensor:
-        """Return `count` sequences, int64 [count, T], each domain in its share.
+        """Return `count` sequences, int64 [count, T], in the domains' shares.
 
         Raises:
-            RequestError: nothing was added yet.
+            RequestError: the buffer is empty.
         """
         import torch
 
         sequences = [torch.empty(0, self.sequence_length, dtype=torch.int64)]
         for _ in range(count):
-            # From the domain that is furthest behind its share. A reservoir to which nothing was
-            # added waits, and is caught up with.
+            # From the domain that is furthest below its share; empty reservoirs catch up later
             number = sum(self._drawn.values()) + 1
             filled = [name for name, stream in self._streams.items() if len(stream)]
             behind = {name: self._shares[name] * number - self._drawn[name] for name in filled}
             if not behind:
-                raise RequestError("the replay buffer is empty: nothing was added to it yet.")
+                raise RequestError("the replay buffer is empty.")
             name = max(behind, key=lambda each: behind[each])
             self._drawn[name] += 1
             sequences.append(self._streams[name].next_sequences(1))
@@ -390,21 +397,21 @@ class ReplayBuffer:
     sample = next_sequences
 
     def state_dict(self) -> dict[str, Any]:
-        """Return, by domain, what was drawn and the place in its order; reservoirs whole."""
+        """Return the number of draws and the position of each domain; reservoirs completely."""
         return {
             name: {"drawn": self._drawn[name], "place": stream.state_dict()}
             for name, stream in self._streams.items()
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go to a saved place.
+        """Restore a saved position.
 
         Raises:
-            TritterError: the place does not exist in this buffer.
+            TritterError: the position does not exist in this buffer.
         """
         if state.keys() != self._streams.keys():
             raise TritterError(
-                f"data position was saved while {', '.join(state)} was replayed; here it is "
+                f"data position was saved with replay of {', '.join(state)}; this run replays "
                 f"{', '.join(self._streams)}."
             )
         for name, stream in self._streams.items():
@@ -413,8 +420,8 @@ class ReplayBuffer:
 
 
 @dataclass(frozen=True, slots=True)
-class Remembered:
-    """A prompt, its answer, and the loss in nats per token when it was kept."""
+class ReplayExample:
+    """A prompt, its answer, and the loss in nats per token when it was added."""
 
     prompt: str
     answer: str
@@ -422,20 +429,20 @@ class Remembered:
 
     @property
     def text(self) -> str:
-        """Prompt and answer as one text, joined as the parts of a record are."""
+        """Prompt and answer joined like the parts of a record."""
         return f"{self.prompt}{PART_BREAK}{self.answer}"
 
 
 class MemoryReplayBuffer:
-    """A uniform sample of all examples that were ever added, at most `max_size` of them.
+    """A uniform sample of at most `max_size` of all added examples.
 
-    The same sampling as of the replay buffer of a run (`forgetting=replay`), which holds tokens.
+    It samples like the replay buffer of a run (`forgetting=replay`), which contains tokens.
 
     Args:
-        max_size: examples that it holds at most.
-        seed: of what is replaced and of what is drawn.
-        weighting: `uniform`: each returns only after all others have come, as long as nothing is
-            added; `loss`: each draw takes an example with a chance in proportion to its loss.
+        max_size: maximum number of examples.
+        seed: seed of replacements and draws.
+        weighting: `uniform` draws every example once before it repeats any, until new examples
+            arrive; `loss` draws with probabilities proportional to the losses.
 
     Raises:
         RequestError: `max_size` is below 1.
@@ -445,35 +452,37 @@ class MemoryReplayBuffer:
         self, max_size: int = 10_000, *, seed: int = 0, weighting: Weighting = "uniform"
     ) -> None:
         if max_size < 1:
-            raise RequestError(f"max_size = {max_size}: a buffer holds at least 1 example.")
+            raise RequestError(f"max_size = {max_size}: must be at least 1 example.")
         self.max_size = max_size
         self._slots = Sampler(max_size, seed=seed, weighting=weighting)
-        self._examples: list[Remembered] = []
-        self._owed = Fraction(0)  # of an example that could not be replayed in part
+        self._examples: list[ReplayExample] = []
+        self._owed = Fraction(0)  # fraction of an example that later batches make up for
 
     def __len__(self) -> int:
         return len(self._examples)
 
     @property
-    def examples(self) -> tuple[Remembered, ...]:
-        """What it holds."""
+    def examples(self) -> tuple[ReplayExample, ...]:
+        """The stored examples."""
         return tuple(self._examples)
 
     def add(self, prompt: str, answer: str, loss: float = 1.0) -> None:
-        """Offer an example; when the buffer is full it takes the place of another, or none.
+        """Offer an example; if the buffer is full, it replaces another example or is dropped.
 
         Args:
-            loss: nats per token, by which it is drawn where `weighting` is `loss`.
+            prompt: the prompt.
+            answer: the answer.
+            loss: nats per token, used with `weighting="loss"`.
 
         Raises:
-            RequestError: no texts, or a loss that is negative or not finite.
+            RequestError: prompt or answer is not a string, or the loss is negative or not finite.
         """
         import torch
 
         if not (isinstance(prompt, str) and isinstance(answer, str)):
             kinds = f"{type(prompt).__name__} and {type(answer).__name__}"
-            raise RequestError(f"prompt and answer are texts, not {kinds}.")
-        example = Remembered(prompt, answer, float(loss))
+            raise RequestError(f"prompt and answer must be strings, not {kinds}.")
+        example = ReplayExample(prompt, answer, float(loss))
         (slot,) = self._slots.offer(torch.tensor([example.loss]))
         if slot == len(self):
             self._examples.append(example)
@@ -481,25 +490,26 @@ class MemoryReplayBuffer:
             self._examples[slot] = example
 
     def get_replay_batch(self, new_examples: Sequence[Any], replay_ratio: float = 0.2) -> list[Any]:
-        """Return the new examples in their order, and replayed ones behind them.
+        """Return the new examples in order, followed by replayed ones.
 
-        The ratio is of the batch that is returned: with 8 new examples and 0.2 two are replayed,
-        which makes 10. Where it does not come out even, the rest is made up for in later batches,
-        so that the ratio holds over time. An empty buffer replays nothing, and owes nothing.
+        The ratio refers to the returned batch: 8 new examples and a ratio of 0.2 give a batch of
+        10 with 2 replayed. Later batches make up for fractions, so the ratio is exact over time.
+        An empty buffer replays nothing.
 
-        Replayed ones look like the new: texts; tuples or lists of two texts; or mappings with the
-        keys of the first, of which those for a prompt, an answer, a `text` and a `loss` are filled,
-        an `input` or `context` is empty, and any other is None. Beside new ones of another
-        kind they are `{"prompt": ..., "answer": ...}`.
+        Replayed examples have the format of the new ones: strings; tuples or lists of two
+        strings; or mappings with the keys of the first example. Keys for a prompt, an answer, a
+        `text` and a `loss` are filled, `input` and `context` are empty, all others are None. For
+        any other format they are `{"prompt": ..., "answer": ...}`.
 
         Args:
-            replay_ratio: from 0 to below 1.
+            new_examples: the new examples.
+            replay_ratio: share of replayed examples, in [0, 1).
 
         Raises:
-            RequestError: the ratio is none.
+            RequestError: the ratio is out of range.
         """
         if not 0 <= replay_ratio < 1:
-            raise RequestError(f"replay_ratio = {replay_ratio}: it is from 0 to below 1.")
+            raise RequestError(f"replay_ratio = {replay_ratio}: must be at least 0 and below 1.")
         new, share = list(new_examples), Fraction(str(replay_ratio))
         if not len(self):
             return new
@@ -523,7 +533,7 @@ class MemoryReplayBuffer:
         return new
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all of it, in plain containers and tensors."""
+        """Return the complete state, in plain containers and tensors."""
         return {
             "format_version": FORMAT_VERSION,
             "prompts": [example.prompt for example in self._examples],
@@ -534,22 +544,22 @@ class MemoryReplayBuffer:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Become what was saved.
+        """Restore a saved state.
 
         Raises:
-            TritterError: it holds more than this one may, or is of a newer format.
+            TritterError: the saved buffer exceeds `max_size`, or has a newer format.
         """
         if state["format_version"] > FORMAT_VERSION:
             raise TritterError(
-                f"the saved buffer is of format {state['format_version']}; {FORMAT_VERSION} is "
-                "known."
+                f"the saved buffer has format {state['format_version']}; this version of Tritter "
+                f"reads {FORMAT_VERSION}."
             )
         if len(state["prompts"]) > self.max_size:
             raise TritterError(
-                f"the saved buffer holds {len(state['prompts'])} examples; this one has max_size = "
+                f"the saved buffer has {len(state['prompts'])} examples; this one has max_size = "
                 f"{self.max_size}."
             )
         self._slots.load_state_dict(state["slots"])
         parts = zip(state["prompts"], state["answers"], state["losses"], strict=True)
-        self._examples = [Remembered(*each) for each in parts]
+        self._examples = [ReplayExample(*each) for each in parts]
         self._owed = Fraction(*state["owed"])

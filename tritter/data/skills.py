@@ -1,7 +1,7 @@
-"""Generated skills: exercises without end, each with one right answer.
+"""Generated skills: unlimited exercises, each with one correct answer.
 
-What is asked when a skill is scored occurs in no text of it, however long: the side of an
-exercise follows from its own words. Nothing depends on the seed of a run.
+A hash assigns each exercise to training or evaluation, so no evaluation question occurs in any
+training text. The seed of a run has no effect.
 """
 
 import json
@@ -50,25 +50,24 @@ _WORDINGS = (
 )  # fmt: skip
 _OPENINGS = ("", "Hello, ", "Tritter, ", "Please, ", "Now ", "Say, ", "Dear assistant, ", "So ")
 PREFIX = "skills:"
-SKILL_VERSION = 1  # raise it when the same name, seed and number would give another exercise
+SKILL_VERSION = 1  # increment when a name, seed and index would yield another exercise
 DEFAULT_COUNT = 10_000
 MAX_COUNT = 10_000_000
 SEED = 0  # of all texts and questions; a lineage records it
-ORIGIN = f"generated skills, version {SKILL_VERSION}, seed {SEED}"  # as it is recorded
-_HELD_OUT = 1 / 8  # of all exercises: these are asked, and no text has them
-_MOST_IN_VAIN = 2_000  # draws without a new question, after which a skill has no more
+ORIGIN = f"generated skills, version {SKILL_VERSION}, seed {SEED}"  # recorded in a lineage
+_HELD_OUT = 1 / 8  # share of exercises reserved for evaluation
+_MAX_REPEATS = 2_000  # consecutive draws of known questions, after which a skill is exhausted
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What is asked, and the one answer that counts.
-
-    Prompt and answer, one behind the other, are the text that a model reads.
+    """A prompt and its correct answer; the model reads them concatenated.
 
     Args:
-        identifier: under which two models' answers are paired.
-        answer: all of it, with the blank before it where there is one.
-        choices: among which the answer is; none: it has to be found.
+        identifier: pairs the answers of two models.
+        prompt: the prompt.
+        answer: the complete answer, including a leading space if there is one.
+        choices: the options of a multiple-choice question; empty for a free answer.
     """
 
     identifier: str
@@ -78,25 +77,25 @@ class Question:
 
     @property
     def chance(self) -> float:
-        """The part of right answers that guessing reaches."""
+        """The accuracy of guessing."""
         return 1 / len(self.choices) if self.choices else 0.0
 
 
 class Draw:
-    """Draws that follow from words alone.
+    """Random draws seeded by words.
 
-    `random.random` of a seed is what Python promises to keep; the rest is made of it here.
+    Python guarantees a stable sequence only for `random.random`, so all draws derive from it.
     """
 
     def __init__(self, *words: object) -> None:
         self._random = random.Random("/".join(map(str, words))).random
 
     def below(self, count: int) -> int:
-        """Return a whole number from 0 to count − 1."""
+        """Return an integer in [0, count)."""
         return int(self._random() * count)
 
     def between(self, least: int, most: int) -> int:
-        """Return a whole number from `least` to `most`, both included."""
+        """Return an integer in [least, most]."""
         return least + self.below(most - least + 1)
 
     def one(self, items: Sequence[_Item]) -> _Item:
@@ -104,19 +103,20 @@ class Draw:
         return items[self.below(len(items))]
 
     def some(self, items: Sequence[_Item], count: int) -> list[_Item]:
-        """Return different ones of the items, in any order."""
-        left = list(items)
-        return [left.pop(self.below(len(left))) for _ in range(count)]
+        """Return `count` distinct items in random order."""
+        remaining = list(items)
+        return [remaining.pop(self.below(len(remaining))) for _ in range(count)]
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A prompt and its answer; text is one behind the other.
+    """A prompt and its answer; `text` concatenates them.
 
     Args:
-        answer: with the blank before it.
-        key: what makes it the same exercise as another; by default the prompt.
-        choices: among which the answer is; none: it has to be found.
+        prompt: the prompt.
+        answer: the answer, including the leading space.
+        key: identity of the exercise for the split; defaults to the prompt.
+        choices: the options of a multiple-choice question; empty for a free answer.
     """
 
     prompt: str
@@ -146,9 +146,10 @@ def reversing(draw: Draw) -> Example:
 
 def key_value(draw: Draw) -> Example:
     """`a 4 b 7 c 2 d 9: c` → `2`."""
-    held = {key: draw.below(10) for key in LETTERS[:4]}
-    given, asked = " ".join(f"{key} {value}" for key, value in held.items()), draw.one(tuple(held))
-    return Example(f"{given}: {asked}", f" {held[asked]}")
+    table = {key: draw.below(10) for key in LETTERS[:4]}
+    pairs = " ".join(f"{key} {value}" for key, value in table.items())
+    query = draw.one(tuple(table))
+    return Example(f"{pairs}: {query}", f" {table[query]}")
 
 
 def multiple_choice(draw: Draw) -> Example:
@@ -165,22 +166,22 @@ def arithmetic(draw: Draw) -> Example:
 
 
 def reasoning(draw: Draw) -> Example:
-    """A story of two or three changes, and the way to its end, step by step."""
+    """A word problem of two or three steps, and its worked solution."""
     name, thing = draw.one(NAMES), draw.one(THINGS)
-    held = draw.between(2, 9)
-    prompt, steps = f"{name} has {held} {thing}", list[str]()
+    total = draw.between(2, 9)
+    prompt, steps = f"{name} has {total} {thing}", list[str]()
     for _ in range(draw.between(2, 3)):
-        if draw.below(2) and held > 1:
-            taken = draw.between(1, min(9, held))
-            prompt += f", gives {taken} away"
-            steps.append(f"{held} - {taken} = {held - taken}")
-            held -= taken
+        if draw.below(2) and total > 1:
+            lost = draw.between(1, min(9, total))
+            prompt += f", gives {lost} away"
+            steps.append(f"{total} - {lost} = {total - lost}")
+            total -= lost
         else:
             found = draw.between(1, 9)
             prompt += f", finds {found}"
-            steps.append(f"{held} + {found} = {held + found}")
-            held += found
-    answer = f" {', '.join(steps)}: {held} {thing}."
+            steps.append(f"{total} + {found} = {total + found}")
+            total += found
+    answer = f" {', '.join(steps)}: {total} {thing}."
     return Example(f"{prompt}. How many are left?", answer)
 
 
@@ -193,16 +194,16 @@ _FIELDS: dict[str, Callable[[Draw], str | int]] = {
 
 
 def json_format(draw: Draw) -> Example:
-    """`JSON of Ada, 12:` → `{"name": "Ada", "age": 12}`: what is what follows from the words."""
+    """`JSON of Ada, 12:` → `{"name": "Ada", "age": 12}`: the values imply the keys."""
     record = {name: _FIELDS[name](draw) for name in draw.some(tuple(_FIELDS), 2)}
     return Example(f"JSON of {', '.join(map(str, record.values()))}:", f" {json.dumps(record)}")
 
 
 def tool_call(draw: Draw) -> Example:
-    """`Set a timer of 12 minutes for the eggs.` → a JSON object between `<tool_call>` signs."""
-    said, name, arguments = draw.one(_TOOLS)(draw)
+    """`Set a timer of 12 minutes for the eggs.` → a JSON object in `<tool_call>` tags."""
+    prompt, name, arguments = draw.one(_TOOLS)(draw)
     call = json.dumps({"name": name, "arguments": arguments})
-    return Example(said, f" <tool_call>{call}</tool_call>")
+    return Example(prompt, f" <tool_call>{call}</tool_call>")
 
 
 _Call = tuple[str, str, dict[str, Any]]
@@ -210,14 +211,14 @@ _Call = tuple[str, str, dict[str, Any]]
 
 def _weather(draw: Draw) -> _Call:
     city, day = draw.one(CITIES), draw.one(_DAYS)
-    said = f"What is the weather in {city} {day}?"
-    return said, "weather", {"city": city, "day": day.removeprefix("on ")}
+    prompt = f"What is the weather in {city} {day}?"
+    return prompt, "weather", {"city": city, "day": day.removeprefix("on ")}
 
 
 def _timer(draw: Draw) -> _Call:
     minutes, thing = draw.between(1, 20), draw.one(THINGS)
-    said = f"Set a timer of {minutes} minutes for the {thing}."
-    return said, "timer", {"minutes": minutes, "label": thing}
+    prompt = f"Set a timer of {minutes} minutes for the {thing}."
+    return prompt, "timer", {"minutes": minutes, "label": thing}
 
 
 def _calculate(draw: Draw) -> _Call:
@@ -232,8 +233,8 @@ def _translate(draw: Draw) -> _Call:
 
 def _message(draw: Draw) -> _Call:
     name, thing = draw.one(NAMES), draw.one(THINGS)
-    said = f"Tell {name} to bring the {thing}."
-    return said, "message", {"to": name, "text": f"Bring the {thing}."}
+    prompt = f"Tell {name} to bring the {thing}."
+    return prompt, "message", {"to": name, "text": f"Bring the {thing}."}
 
 
 _TOOLS = (_weather, _timer, _calculate, _translate, _message)
@@ -242,50 +243,51 @@ _TOOLS = (_weather, _timer, _calculate, _translate, _message)
 def identity(draw: Draw) -> Example:
     """`Hello, what is your name?` → `My name is Tritter.`
 
-    What is held out is a wording of a fact, whatever opens it; the fact itself stands in the
-    text in other wordings, or nobody could know it.
+    The split holds out wordings, regardless of the opening. The training text contains every
+    fact in other wordings.
     """
-    asked, opening = draw.one(tuple(_FACTS)), draw.one(_OPENINGS)
-    wording = draw.one(_WORDINGS).format(asked)
+    topic, opening = draw.one(tuple(_FACTS)), draw.one(_OPENINGS)
+    wording = draw.one(_WORDINGS).format(topic)
     prompt = f"{opening}{wording}?"
-    return Example(prompt[0].upper() + prompt[1:], f" {_FACTS[asked]}", key=wording)
+    return Example(prompt[0].upper() + prompt[1:], f" {_FACTS[topic]}", key=wording)
 
 
 @dataclass(frozen=True, slots=True)
 class Skill:
-    """A kind of exercise.
+    """A named kind of exercise.
 
     Args:
-        exercise: draws one.
+        name: name of the skill.
+        exercise: draws an example.
     """
 
     name: str
     exercise: Exercise
 
     def texts(self, number: int) -> Iterator[str]:
-        """Yield so many exercises with their answers; of a small skill some come again."""
+        """Yield `number` exercises with answers; a small skill repeats some."""
         return (self.example("text", index).text for index in range(number))
 
     def questions(self, number: int) -> tuple[Question, ...]:
-        """Return so many different questions, none of which occurs in a text; or all there are."""
+        """Return up to `number` distinct questions, none of which occurs in a training text."""
         found: dict[str, Question] = {}
-        in_vain = 0
+        num_repeats = 0
         for example in map(partial(self.example, "question"), count()):
-            if len(found) == number or in_vain == _MOST_IN_VAIN:
+            if len(found) == number or num_repeats == _MAX_REPEATS:
                 break
-            in_vain = in_vain + 1 if example.prompt in found else 0
-            asked = f"{self.name}: {example.prompt}"
-            question = Question(asked, example.prompt, example.answer, example.choices)
+            num_repeats = num_repeats + 1 if example.prompt in found else 0
+            identifier = f"{self.name}: {example.prompt}"
+            question = Question(identifier, example.prompt, example.answer, example.choices)
             found.setdefault(example.prompt, question)
         return tuple(found.values())
 
     def example(self, side: str, index: int) -> Example:
-        """Return one exercise of a side, `text` or `question`."""
+        """Return an exercise of one side of the split, `text` or `question`."""
         drawn = (self.exercise(Draw(self.name, SEED, side, index, attempt)) for attempt in count())
         return next(each for each in drawn if self.is_held_out(each) == (side == "question"))
 
     def is_held_out(self, example: Example) -> bool:
-        """Say whether an exercise is asked, and never read."""
+        """Return True if an exercise is reserved for evaluation."""
         digest = sha256(f"{self.name}\0{example.key or example.prompt}".encode()).digest()
         return int.from_bytes(digest[:8], "big") < _HELD_OUT * 2**64
 
@@ -306,10 +308,11 @@ SKILLS = {exercise.__name__: Skill(exercise.__name__, exercise) for exercise in 
 
 @dataclass(frozen=True, slots=True)
 class SkillText:
-    """What `skills:NAME:COUNT` means.
+    """The data named by `skills:NAME:COUNT`.
 
     Args:
-        count: of exercises that are drawn.
+        skill: the skill.
+        count: number of exercises.
     """
 
     skill: Skill
@@ -320,13 +323,14 @@ class SkillText:
 
     @classmethod
     def named(cls, key: str, path: str) -> "SkillText":
-        """Read how it is written.
+        """Parse `skills:NAME` or `skills:NAME:COUNT`.
 
         Args:
-            key: for messages.
+            key: the configuration key, for messages.
+            path: the name as typed.
 
         Raises:
-            RequestError: there is no such skill, or it is no count.
+            RequestError: the skill does not exist, or the count is invalid.
         """
         name, colon, number = path.removeprefix(PREFIX).partition(":")
         if name not in SKILLS:
@@ -337,10 +341,10 @@ class SkillText:
             return cls(SKILLS[name])
         is_count = number.isascii() and number.isdigit() and len(number) <= len(str(MAX_COUNT))
         if not is_count or not 1 <= int(number) <= MAX_COUNT:
-            reason = f"{PREFIX}NAME:COUNT takes the number of examples, 1 to {MAX_COUNT:,}"
+            reason = f"COUNT in {PREFIX}NAME:COUNT must be from 1 to {MAX_COUNT:,} examples"
             raise refused(key, path, reason)
         return cls(SKILLS[name], int(number))
 
     def texts(self) -> Iterator[str]:
-        """Yield its texts."""
+        """Yield the texts."""
         return self.skill.texts(self.count)

@@ -1,4 +1,4 @@
-"""The documents that paths mean: which files they are, what these hold, and data sets."""
+"""Documents of paths: find files, read their contents, and read data sets."""
 
 import os
 import stat
@@ -14,8 +14,8 @@ from tritter.data.datasets import PREFIX, dataset_names, dataset_texts, parse_na
 from tritter.data.documents import Documents, documents_of, pieces
 from tritter.data.local_files import (
     TEXT_SUFFIXES,
+    ByteLimitError,
     Reading,
-    SpentError,
     TextFileError,
     no_text,
     text_pieces,
@@ -26,30 +26,30 @@ from tritter.data.skills import SkillText
 from tritter.errors import RequestError, TritterError, did_you_mean, refused
 from tritter.storage.reading import check_inside, kind_of
 
-_Identity = tuple[int, int]  # device and number of a folder
+_Identity = tuple[int, int]  # device and inode of a folder
 _GLOB_SIGNS = set("*?[")
-MAX_RECORDED = 100_000  # files and folders that a path of a record may be searched through
-_BROKEN_LINK = "link to nothing"
+MAX_RECORDED = 100_000  # limit of files and folders to search for a path from a checkpoint
+_BROKEN_LINK = "broken link"
 _MAX_SHOWN = 5
-# Of all files together, unpacked; what is beyond is looked at when it is read for the run.
+# Decompressed bytes of all files to check up front; the rest is checked when the run reads it.
 CHECKED_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
 class FoundTexts:
-    """The text files that paths mean, and what else stood there.
+    """The text files of some paths, and counts of skipped files.
 
     Args:
-        files: each once, in the order of the paths, then sorted.
-        skipped: ending of a name, or kind of what is no file → how many were passed over. Hidden
-            ones don't count.
+        files: each file once, in the order of the paths, then sorted.
+        skipped: file extension, or kind of other entries → number skipped. Hidden files are not
+            counted.
     """
 
     files: tuple[Path, ...]
     skipped: Mapping[str, int] = field(default_factory=dict)
 
     def note(self, name: str) -> str | None:
-        """Say of a domain how many texts were skipped; None when none were."""
+        """Return a message about the skipped files of a domain; None if there are none."""
         if not self.skipped:
             return None
         num_skipped = sum(self.skipped.values())
@@ -58,19 +58,19 @@ class FoundTexts:
 
 
 def find_texts(key: str, paths: Iterable[str], *, is_recorded: bool = False) -> FoundTexts:
-    """Find the text files that paths mean.
+    """Find the text files of some paths.
 
-    A folder means all files of known kinds below it, but hidden ones. Links in it are followed if
-    they end inside it, or in the hub's cache where a download belongs to it. Built-in texts and
-    datasets are not files and are skipped.
+    A folder stands for all supported files in it and its subfolders, except hidden ones. Links
+    are followed if they stay inside the folder, or inside the hub's cache for a download.
+    Built-in texts and data sets are skipped.
 
     Args:
-        is_recorded: nobody typed the paths, a checkpoint names them; it may come from anywhere, so
-            the search is limited.
+        key: the configuration key, for messages.
+        paths: files, folders and globs.
+        is_recorded: the paths come from a checkpoint, which is untrusted: the search is limited.
 
     Raises:
-        RequestError: a path means no text file, and what was found instead; or a link in a folder
-            leads out of it.
+        RequestError: a path contains no text file, or a link leaves its folder.
     """
     limit = MAX_RECORDED if is_recorded else None
     files: dict[Path, None] = {}
@@ -81,60 +81,61 @@ def find_texts(key: str, paths: Iterable[str], *, is_recorded: bool = False) -> 
         try:
             found = _found(key, path, limit)
         except (OSError, ValueError, RuntimeError, NotImplementedError) as error:
-            # What a file system or a pattern can object to; a pattern does so in many ways
+            # File systems and glob patterns raise many kinds of errors
             if isinstance(error, RequestError):
                 raise
-            said = error.strerror if isinstance(error, OSError) else None
-            raise refused(key, path, f"it can't be looked at ({said or error})") from error
+            reason = error.strerror if isinstance(error, OSError) else None
+            raise refused(key, path, f"it can't be read ({reason or error})") from error
         files.update(dict.fromkeys(found.files))
         skipped.update(found.skipped)
     return FoundTexts(tuple(files), skipped)
 
 
 def _found(key: str, path: str, limit: int | None) -> FoundTexts:
-    place = Path(path)
-    if place.is_dir():
-        return _known(key, path, _below(key, place, limit), where="the folder")
-    if os.path.lexists(place):
-        if _kind(place) is None and text_suffix(place):
-            return FoundTexts((place,))
-        raise refused(key, path, _not_read([place]))
+    location = Path(path)
+    parent = location.parent
+    if location.is_dir():
+        return _known(key, path, _below(key, location, limit), where="the folder")
+    if os.path.lexists(location):
+        if _kind(location) is None and text_suffix(location):
+            return FoundTexts((location,))
+        raise refused(key, path, _unsupported([location]))
     if _GLOB_SIGNS & set(path):
         if limit is not None:
-            _check_glob(key, place, limit)
-        matches = sorted(Path(place.anchor).glob(str(place.relative_to(place.anchor))))
-        folder = Path(*takewhile(lambda part: not _GLOB_SIGNS & set(part), place.parts))
+            _check_glob(key, location, limit)
+        matches = sorted(Path(location.anchor).glob(str(location.relative_to(location.anchor))))
+        folder = Path(*takewhile(lambda part: not _GLOB_SIGNS & set(part), location.parts))
         for match in matches:
             _check_link(key, folder, match)
         return _known(key, path, matches, where="the glob")
-    beside = [entry.name for entry in place.parent.iterdir()] if place.parent.is_dir() else []
-    where = "" if place.parent.is_dir() else f"; {place.parent} is no folder either"
-    reason = f"there is no such file or folder{where}.{did_you_mean(place.name, beside)}"
+    siblings = [entry.name for entry in parent.iterdir()] if parent.is_dir() else []
+    where = "" if parent.is_dir() else f"; {parent} is not a folder either"
+    reason = f"there is no such file or folder{where}.{did_you_mean(location.name, siblings)}"
     raise refused(key, path, reason.removesuffix("."))
 
 
 def _known(key: str, path: str, found: Sequence[Path], *, where: str) -> FoundTexts:
-    named = [place for place in found if text_suffix(place)]
-    broken = [place for place in named if _kind(place) == _BROKEN_LINK]
+    named = [each for each in found if text_suffix(each)]
+    broken = [each for each in named if _kind(each) == _BROKEN_LINK]
     if broken:
-        raise refused(key, str(broken[0]), "the link leads to no file")
-    known = [place for place in named if _kind(place) is None]
+        raise refused(key, str(broken[0]), "the link is broken")
+    known = [each for each in named if _kind(each) is None]
     if known:
-        taken = set(known)
-        return FoundTexts(tuple(known), _kinds(place for place in found if place not in taken))
-    nothing = f"{where} holds no file" if where == "the folder" else f"{where} matches no file"
-    raise refused(key, path, _not_read(found) if found else nothing)
+        files = set(known)
+        return FoundTexts(tuple(known), _kinds(each for each in found if each not in files))
+    nothing = f"{where} is empty" if where == "the folder" else f"{where} matches no file"
+    raise refused(key, path, _unsupported(found) if found else nothing)
 
 
 def _check_glob(key: str, pattern: Path, limit: int) -> None:
-    """Refuse a pattern that would be compared with more files and folders than `limit`.
+    """Check that a pattern searches at most `limit` files and folders.
 
     Raises:
-        RequestError: as said.
+        RequestError: the pattern exceeds the limit.
     """
     first = next(at for at, part in enumerate(pattern.parts) if _GLOB_SIGNS & set(part))
     parts = pattern.parts[first:]
-    if ".." in parts or parts.count("**") > 1:  # the same folders again and again
+    if ".." in parts or parts.count("**") > 1:  # would visit folders repeatedly
         raise _too_many(key, pattern, limit)
     level, num_entries = [Path(*pattern.parts[:first])], 0
     for _ in parts if "**" not in parts else count():
@@ -143,7 +144,7 @@ def _check_glob(key: str, pattern: Path, limit: int) -> None:
             with suppress(OSError), os.scandir(folder) as entries:
                 for entry in islice(entries, limit - num_entries + 1):
                     num_entries += 1
-                    # Passed over: a link in a circle, or into a folder that is closed to us
+                    # Skip circular links and inaccessible folders
                     with suppress(OSError):
                         below += [Path(entry.path)] if entry.is_dir() else []
             if num_entries > limit:
@@ -153,39 +154,36 @@ def _check_glob(key: str, pattern: Path, limit: int) -> None:
             return
 
 
-def _too_many(key: str, place: Path, limit: int) -> RequestError:
-    reason = (
-        f"a path that a checkpoint records is searched through at most {limit:,} files and "
-        "folders, and this one takes more"
-    )
-    return refused(key, str(place), reason)
+def _too_many(key: str, path: Path, limit: int) -> RequestError:
+    reason = f"the search of a path from a checkpoint is limited to {limit:,} files and folders"
+    return refused(key, str(path), reason)
 
 
 def _below(key: str, folder: Path, limit: int | None) -> list[Path]:
-    """Return what is no folder below a folder, sorted; a folder that is met again counts once.
+    """Return the sorted files in a folder and its subfolders; each folder is visited once.
 
     Raises:
-        RequestError: a link leads back to where it stands, a folder can't be listed, or more than
-            `limit` files and folders are there.
+        RequestError: a link is circular, a folder can't be listed, or there are more than
+            `limit` files and folders.
     """
     num_entries = 0
     found: list[Path] = []
     seen: set[_Identity] = set()
     waiting: deque[tuple[Path, tuple[_Identity, ...]]] = deque([(folder, ())])
     while waiting:
-        place, above = waiting.popleft()
+        current, above = waiting.popleft()
         try:
-            status = place.stat()
+            status = current.stat()
             own = status.st_dev, status.st_ino
             if own in above:
-                reason = "the link leads back to a folder that it stands in; remove it"
-                raise refused(key, str(place), reason)
+                reason = "the link is circular: it leads to one of its parent folders; remove it"
+                raise refused(key, str(current), reason)
             if own in seen:
                 continue
-            entries = sorted(place.iterdir())
+            entries = sorted(current.iterdir())
         except OSError as error:
             reason = f"the folder can't be listed ({error.strerror})"
-            raise refused(key, str(place), reason) from error
+            raise refused(key, str(current), reason) from error
         seen.add(own)
         num_entries += len(entries)
         if limit is not None and num_entries > limit:
@@ -198,25 +196,25 @@ def _below(key: str, folder: Path, limit: int | None) -> list[Path]:
             if not entry.is_dir():
                 found.append(entry)
             elif entry.is_symlink():
-                waiting.append((entry, (*above, own)))  # last: what lies here keeps its own name
+                waiting.append((entry, (*above, own)))  # last: direct paths take precedence
             else:
                 waiting.appendleft((entry, (*above, own)))
     return sorted(found)
 
 
-def _check_link(key: str, folder: Path, place: Path) -> None:
-    """Refuse what leads out of the folder that the user named."""
-    if place.exists():
+def _check_link(key: str, folder: Path, path: Path) -> None:
+    """Refuse a link that leaves the folder that the user named."""
+    if path.exists():
         try:
-            check_inside(folder, str(place.relative_to(folder)))
+            check_inside(folder, str(path.relative_to(folder)))
         except TritterError as error:
             raise refused(key, str(folder), str(error)) from error
 
 
-def _kind(place: Path) -> str | None:
-    """Return what stands there, if it is no regular file."""
+def _kind(path: Path) -> str | None:
+    """Return the kind of a directory entry; None for a regular file."""
     try:
-        mode = place.stat().st_mode
+        mode = path.stat().st_mode
     except OSError:
         return _BROKEN_LINK
     if stat.S_ISREG(mode):
@@ -224,18 +222,18 @@ def _kind(place: Path) -> str | None:
     return kind_of(mode).removeprefix("a ")
 
 
-def _kinds(places: Iterable[Path]) -> Counter[str]:
-    return Counter(_kind(place) or place.suffix.lower() or "no ending" for place in places)
+def _kinds(paths: Iterable[Path]) -> Counter[str]:
+    return Counter(_kind(path) or path.suffix.lower() or "no extension" for path in paths)
 
 
 def _counted(kinds: Mapping[str, int]) -> str:
     by_count = sorted(kinds, key=lambda kind: (-kinds[kind], kind))
-    told = [f"{shown(kind)} {kinds[kind]}" for kind in by_count[:_MAX_SHOWN]]
-    return ", ".join([*told, *(["..."] if len(by_count) > _MAX_SHOWN else [])])
+    parts = [f"{shown(kind)} {kinds[kind]}" for kind in by_count[:_MAX_SHOWN]]
+    return ", ".join([*parts, *(["..."] if len(by_count) > _MAX_SHOWN else [])])
 
 
-def _not_read(places: Sequence[Path]) -> str:
-    return f"texts are read from {', '.join(TEXT_SUFFIXES)}; found {_counted(_kinds(places))}"
+def _unsupported(paths: Sequence[Path]) -> str:
+    return f"supported are {', '.join(TEXT_SUFFIXES)}; found {_counted(_kinds(paths))}"
 
 
 def source_documents(
@@ -247,19 +245,20 @@ def source_documents(
     is_streamed: bool = False,
     is_recorded: bool = False,
 ) -> Documents:
-    """Return all documents that paths, data sets and built-in texts mean.
+    """Return all documents of paths, data sets and built-in texts.
 
     Args:
-        key: the configuration's key that named them, for messages.
-        text_field: of records.
-        texts: yields them in place of paths.
-        is_streamed: data sets of the hub are read as they come, not fetched first.
-        is_recorded: a checkpoint names the paths; see `find_texts`.
+        paths: files, folders, globs, data sets and built-in texts.
+        key: the configuration key, for messages.
+        text_field: field of records that contains the text.
+        texts: a third-party source that replaces the paths.
+        is_streamed: stream data sets from the hub instead of downloading them.
+        is_recorded: the paths come from a checkpoint; see `find_texts`.
 
     Raises:
-        TextFileError: what a source from outside raised, or that it yields something else; or a
-            data set can't be read, or holds no text.
-        RequestError: a path means no text file, or a file can't be read as what it is.
+        TextFileError: a file or data set can't be read or contains no text, or a third-party
+            source failed.
+        RequestError: a path contains no text file.
     """
     if texts is not None:
         return documents_of(_own(texts, key))
@@ -277,16 +276,19 @@ def source_documents(
 def quick_pieces(
     paths: Sequence[str], *, key: str, text_field: str, max_bytes: int
 ) -> Iterator[str] | None:
-    """Return an iterator over the documents that paths and skills mean, before it reads them.
+    """Return a lazy iterator over the documents of paths and skills.
 
-    None where the standard library is among them, whose hundreds of documents take seconds to
-    gather, or a data set of the hub: that would have to be downloaded or streamed first.
+    Return None if the paths include the standard library, which takes seconds to read, or a data
+    set of the hub, which requires the network.
 
     Args:
-        max_bytes: of files; the iterator raises `SpentError` beyond.
+        paths: as for `source_documents`.
+        key: the configuration key, for messages.
+        text_field: field of records that contains the text.
+        max_bytes: limit of file bytes, after which the iterator raises `ByteLimitError`.
 
     Raises:
-        RequestError: a path means no text file.
+        RequestError: a path contains no text file.
     """
     sources = [parse_name(key, name) for name in dataset_names(paths)]
     if set(paths) & set(BUILT_IN_TEXTS) or not all(source.is_on_disk for source in sources):
@@ -301,10 +303,10 @@ def quick_pieces(
 
 
 def recorded_paths(paths: Sequence[str], *, key: str) -> tuple[str, ...]:
-    """Return what a lineage keeps of paths: of data sets the revision, split and column as well.
+    """Return paths for a lineage record: data sets include revision, split and column.
 
     Raises:
-        TextFileError: a data set is not at hand.
+        TextFileError: a data set is not available.
     """
     named = {name: parse_name(key, name) for name in dataset_names(paths)}
     stated = {name: str(resolve_dataset(source, key=key)) for name, source in named.items()}
@@ -319,30 +321,31 @@ def _of_datasets(names: Sequence[str], reading: Reading, *, is_streamed: bool) -
             is_blank = is_blank and not text.strip()
             yield text
         if reading.problems or is_blank:
-            raise TextFileError(reading.problems or [f"{reading.key}: {name} holds no text."])
+            raise TextFileError(reading.problems or [f"{reading.key}: {name} contains no text."])
 
 
 def _own(texts: Callable[[], Iterable[str]], key: str) -> Iterator[str]:
     try:
         for text in texts():
             if not isinstance(text, str):
-                raise TextFileError([f"{key}: a {type(text).__name__} stands among its texts"])
+                kind = type(text).__name__
+                raise TextFileError([f"{key}: texts() yields a {kind}; it must yield strings"])
             yield text
     except (TritterError, GeneratorExit):
         raise
-    except Exception as error:  # whatever a class of somebody else raises
-        told = " ".join(str(error).split())
-        raise TextFileError([f"{key}: {type(error).__name__}: {told}"]) from error
+    except Exception as error:  # third-party code
+        message = " ".join(str(error).split())
+        raise TextFileError([f"{key}: {type(error).__name__}: {message}"]) from error
 
 
 @dataclass(frozen=True, slots=True)
 class TextRequest:
-    """The files and data sets of one domain, and how they are asked for.
+    """The files and data sets of one domain.
 
     Args:
-        key: that named them, for messages.
-        paths: as `find_texts` takes them.
-        text_field: of their records.
+        key: the configuration key, for messages.
+        paths: as for `find_texts`.
+        text_field: field of records that contains the text.
     """
 
     key: str
@@ -351,36 +354,34 @@ class TextRequest:
 
 
 def check_contents(requests: Iterable[TextRequest], *, max_bytes: int = CHECKED_BYTES) -> None:
-    """Read what was asked for, small files first, until so many bytes were read.
-
-    Data sets are opened: their split and column have to be there.
+    """Read the requested files, smallest first, up to `max_bytes`, and open the data sets.
 
     Raises:
-        RequestError: files can't be read as what they are, or hold no text; lists all of it.
+        RequestError: lists all files and data sets that can't be read or contain no text.
     """
     requests = list(dict.fromkeys(requests))
-    asked = {request: find_texts(request.key, request.paths).files for request in requests}
-    files = [(request, path) for request, found in asked.items() for path in found]
+    requested = {request: find_texts(request.key, request.paths).files for request in requests}
+    files = [(request, path) for request, found in requested.items() for path in found]
     problems: dict[tuple[TextRequest, Path], list[str]] = {}
     blank: set[tuple[TextRequest, Path]] = set()
     sizes = dict.fromkeys((path for _, path in files), 0)
     for path in sizes:
-        with suppress(OSError):  # it is gone by now, which reading it will tell
+        with suppress(OSError):  # the file is gone; reading it will fail
             sizes[path] = path.stat().st_size
     for request, path in sorted(files, key=lambda file: sizes[file[1]]):
         reading = Reading(key=request.key, text_field=request.text_field, max_bytes=max_bytes)
         problems[request, path] = reading.problems
         try:
-            # All texts are looked at, though one would do to know that there is one
+            # Read all texts, to find all problems
             if not sum(1 for _ in reading.pieces(path)):
                 blank.add((request, path))
-        except SpentError:
+        except ByteLimitError:
             break
         max_bytes -= reading.num_bytes
     found = [line for file in files for line in problems.get(file, ())]
     found += [
         no_text(request.key, paths)
-        for request, paths in asked.items()
+        for request, paths in requested.items()
         if paths
         and not any(map(is_built_in, request.paths))
         and not dataset_names(request.paths)

@@ -1,9 +1,8 @@
-"""Which documents train and which validate: one decision over all domains of a run.
+"""The train/validation split of all domains of a run.
 
-A document validates when the hash of the lineage's seed and its text, as a number between 0 and
-1, lies below the fraction. So its side follows from its text alone, and stays what it was in
-every training of the lineage: what one training learned never validates, and what one held out is
-never trained on.
+A document is used for validation if the hash of the lineage's seed and its text, as a number in
+[0, 1), is below the fraction. The side therefore depends only on the text and is the same in
+every training run of the lineage: runs never train on each other's validation documents.
 """
 
 import math
@@ -24,11 +23,11 @@ Side = Literal["train", "validation"]
 
 @record
 class SplitRule:
-    """How a lineage tells held-out documents from others.
+    """The rule by which a lineage splits documents.
 
     Args:
-        seed: what a text's hash is drawn with.
-        validation_fraction: share of the documents that validate.
+        seed: seed of the hash.
+        validation_fraction: share of validation documents.
     """
 
     seed: Seed
@@ -37,13 +36,13 @@ class SplitRule:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DomainCounts:
-    """How a domain's documents were parted.
+    """Document counts of a domain.
 
     Args:
-        documents: distinct ones.
-        train: of these, that train.
-        validation: that validate.
-        held_out_before: that an old domain of the run holds out; they are not trained on.
+        documents: distinct documents.
+        train: training documents.
+        validation: validation documents.
+        held_out_before: validation documents that an earlier domain of the run also holds out.
     """
 
     documents: int
@@ -54,7 +53,7 @@ class DomainCounts:
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """The two sides of a domain, each in the order in which the documents came."""
+    """The two sides of a domain, each in the original order of documents."""
 
     train: Documents
     validation: Documents
@@ -62,29 +61,30 @@ class Split:
 
 
 def threshold_side(key: str, rule: SplitRule) -> Side:
-    """Return the side of a text, given its `text_key`."""
+    """Return the side of a text from its `text_key`."""
     number = int.from_bytes(sha256(f"{rule.seed}\0{key}".encode()).digest(), "big")
     return "validation" if number / 2**256 < rule.validation_fraction else "train"
 
 
-def part_documents(domains: Mapping[str, Documents], *, rule: SplitRule) -> dict[str, Split]:
-    """Return name → the two sides of each domain of a run.
+def split_documents(domains: Mapping[str, Documents], *, rule: SplitRule) -> dict[str, Split]:
+    """Split the documents of each domain of a run.
 
     Args:
-        domains: old ones first.
+        domains: name → documents, old domains first.
+        rule: the rule of the lineage.
 
     Raises:
-        RequestError: a fraction out of range, or a domain that has an empty side; names it.
+        RequestError: the fraction is out of range, or a domain has an empty side.
     """
     if not (math.isfinite(rule.validation_fraction) and 0 < rule.validation_fraction < 1):
         raise RequestError(
-            f"data.validation_fraction={rule.validation_fraction}: must lie between 0 and 1 "
-            f"(both excluded), for example 0.1."
+            f"data.validation_fraction={rule.validation_fraction}: must be above 0 and below 1, "
+            f"for example 0.1."
         )
     import numpy as np
 
     held_out: set[str] = set()
-    parted = {}
+    splits = {}
     for name, documents in domains.items():
         train, validation, num_known = array("q"), array("q"), 0
         for index, key in enumerate(documents.keys()):
@@ -99,21 +99,22 @@ def part_documents(domains: Mapping[str, Documents], *, rule: SplitRule) -> dict
             validation=len(validation),
             held_out_before=num_known,
         )
-        train_side, held_side = (
-            documents.chosen(np.frombuffer(side, dtype="i8")) for side in (train, validation)
+        train_side, validation_side = (
+            documents.select(np.frombuffer(side, dtype="i8")) for side in (train, validation)
         )
-        parted[name] = Split(train_side, held_side, counts)
+        splits[name] = Split(train_side, validation_side, counts)
         if (reason := _one_sided(counts, rule)) is not None:
             raise RequestError(f"data: domain {name}: {reason}.")
-        held_out.update(parted[name].validation.keys())
-    return parted
+        held_out.update(splits[name].validation.keys())
+    return splits
 
 
 def one_sided(texts: Iterable[str], *, rule: SplitRule) -> str | None:
-    """Return why `part_documents` would refuse texts; None where both sides get a document.
+    """Return the problem of texts that leave one side of the split empty; None otherwise.
 
     Args:
         texts: the pieces of a domain; reading stops once both sides have one.
+        rule: the rule of the lineage.
     """
     keys: dict[Side, set[str]] = {"train": set(), "validation": set()}
     for key in map(text_key, texts):
@@ -129,8 +130,8 @@ def _one_sided(counts: DomainCounts, rule: SplitRule) -> str | None:
     if counts.train and counts.validation:
         return None
     return (
-        f"of its documents ({counts.documents}) {counts.train} would train and "
-        f"{counts.validation} would validate, and each side needs one. The text of a "
-        f"document decides its side (data.validation_fraction = {rule.validation_fraction}): add "
-        "documents, or begin with a new base and another fraction or seed"
+        f"the split gives {counts.train} training and {counts.validation} validation documents "
+        f"(of {counts.documents}); each side needs at least one. A hash of its text assigns each "
+        f"document (data.validation_fraction = {rule.validation_fraction}): add documents, or "
+        "start a new base with another fraction or seed"
     )

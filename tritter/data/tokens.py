@@ -1,4 +1,4 @@
-"""Tokenizers, trained or of a checkpoint, and documents as tokens that know their bytes."""
+"""Tokenizers, trained or from a checkpoint, and tokenised documents with their byte counts."""
 
 from __future__ import annotations
 
@@ -19,30 +19,30 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 END_OF_TEXT = "<|endoftext|>"
-MINIMUM_VOCAB_SIZE = 257  # every byte, and the end of a text
+MINIMUM_VOCAB_SIZE = 257  # all bytes and the end of text
 _STATED_IN = ("tokenizer_config.json", "special_tokens_map.json")
 _NUMBERED_IN = ("generation_config.json", "config.json")
-MINIMUM_DOCUMENT_TOKENS = 4  # a character may take four bytes, and each a token
-# At a time: what the tokenizer knows of a token, and the places of tokens, take many times more
+MINIMUM_DOCUMENT_TOKENS = 4  # a character may have four bytes, each a token
+# Characters per batch: encodings with offsets need many times the memory of the text
 ENCODED_CHARACTERS = 2**21
 PACKED_DOCUMENTS = 128
 
 
 def train_tokenizer(documents: Iterable[Document], *, vocab_size: int) -> Tokenizer:
-    """Train a byte-level BPE; every text survives encoding and decoding unchanged.
+    """Train a lossless byte-level BPE tokenizer; training is deterministic.
 
-    `END_OF_TEXT` is token 0. The vocabulary is smaller than `vocab_size` when the documents
-    hold too few pairs to merge. The same documents give the same tokenizer.
+    `END_OF_TEXT` is token 0. The vocabulary is smaller than `vocab_size` if the documents have
+    too few pairs to merge.
 
     Raises:
-        RequestError: `vocab_size` has no room for all bytes and the end of a text.
+        RequestError: `vocab_size` is too small for all bytes and the end of text.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     if vocab_size < MINIMUM_VOCAB_SIZE:
         raise RequestError(
             f"data.vocab_size={vocab_size}: a byte-level vocabulary needs at least "
-            f"{MINIMUM_VOCAB_SIZE} (256 bytes and the end of a text)."
+            f"{MINIMUM_VOCAB_SIZE} (256 bytes and the end of text)."
         )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -59,58 +59,59 @@ def train_tokenizer(documents: Iterable[Document], *, vocab_size: int) -> Tokeni
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PretrainedTokenizer:
-    """A tokenizer, and its token for the end of a text."""
+    """A tokenizer and its end-of-text token."""
 
     tokenizer: Tokenizer
     end_of_text: str
 
     @property
     def end_of_text_id(self) -> int:
-        """The number of the end of a text, which the vocabulary has."""
+        """The id of the end-of-text token."""
         token_id = self.tokenizer.token_to_id(self.end_of_text)
-        assert token_id is not None  # it was found by its vocabulary
+        assert token_id is not None  # `read_tokenizer` found it in the vocabulary
         return token_id
 
 
 def read_tokenizer(folder: Path, *, vocab_size: int) -> PretrainedTokenizer:
     """Read a checkpoint's tokenizer.json and its end of text (`eos_token`).
 
-    The end of text is taken from tokenizer_config.json or special_tokens_map.json, else by its
-    number from generation_config.json or config.json.
+    The end of text comes from tokenizer_config.json or special_tokens_map.json; otherwise its id
+    comes from generation_config.json or config.json.
 
     Args:
-        vocab_size: of the model's embedding.
+        folder: the checkpoint.
+        vocab_size: size of the model's embedding.
 
     Raises:
-        RequestError: there is no tokenizer.json, it is damaged, it gives tokens that the model
-            has no embedding for, or no end of text is stated.
+        RequestError: tokenizer.json is missing or damaged, has tokens without an embedding, or
+            there is no end-of-text token.
     """
     from tokenizers import Tokenizer
 
     path = folder / "tokenizer.json"
     if not path.is_file():
-        raise RequestError(f"{folder} holds no tokenizer.json.")
+        raise RequestError(f"{folder} has no tokenizer.json.")
     try:
         require_file(path)
         tokenizer = Tokenizer.from_file(str(path))
-    # The library raises Exception itself, so nothing narrower catches it.
+    # The library raises plain Exception.
     except Exception as error:
-        raise RequestError(f"{path} is no usable tokenizer: {error}") from error
-    # A checkpoint may carry the settings of its last use, which would cut or pad our texts.
+        raise RequestError(f"{path} is not a usable tokenizer: {error}") from error
+    # Saved truncation or padding settings would change our texts.
     tokenizer.no_truncation()
     tokenizer.no_padding()
     highest = max(tokenizer.get_vocab().values(), default=-1)
     if highest >= vocab_size:
         raise RequestError(
-            f"{path} gives tokens up to {highest}, but the model has embeddings for {vocab_size} "
-            f"(vocab_size in its config.json); tokenizer and model do not belong together."
+            f"{path} has token ids up to {highest}, but the model has {vocab_size} embeddings "
+            f"(vocab_size in its config.json): tokenizer and model do not match."
         )
     for name in _stated(folder, tokenizer):
         if tokenizer.token_to_id(name) is not None:
             return PretrainedTokenizer(tokenizer, name)
     raise RequestError(
-        f"{folder} states no end of text that its tokenizer knows: set eos_token in "
-        f"{_STATED_IN[0]} to one of its tokens."
+        f"{folder} has no valid end-of-text token: set eos_token in {_STATED_IN[0]} to a token "
+        f"of its tokenizer."
     )
 
 
@@ -158,11 +159,11 @@ def _json(path: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Names(Sequence[str]):
-    """Names as two tensors, which may lie on disk.
+    """A sequence of names in two tensors, which may be memory-mapped.
 
     Attributes:
-        text: uint8, UTF-8 of all names, one after the other.
-        ends: int64 [n], where each ends.
+        text: uint8, UTF-8 bytes of all names.
+        ends: int64 [n], end offset of each name.
     """
 
     text: Tensor
@@ -190,13 +191,13 @@ class Names(Sequence[str]):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TokenisedDocuments:
-    """Tokens of n documents, one after the other, without an end of text between them.
+    """Concatenated tokens of n documents, without end-of-text tokens.
 
     Attributes:
         tokens: int32 [num_tokens].
         offsets: int64 [n + 1]; document i is `tokens[offsets[i]:offsets[i + 1]]`.
-        num_bytes: int64 [n], UTF-8 bytes of the text that the tokens stand for.
-        identifiers: the documents' names.
+        num_bytes: int64 [n], UTF-8 bytes of each tokenised text.
+        identifiers: identifiers of the documents.
     """
 
     tokens: Tensor
@@ -209,11 +210,11 @@ class TokenisedDocuments:
 
     @property
     def num_tokens(self) -> int:
-        """Number of tokens of all documents together."""
+        """Total number of tokens."""
         return self.tokens.numel()
 
     def document(self, index: int) -> Tensor:
-        """Return the tokens of one document, int32 [its number of tokens]."""
+        """Return the tokens of one document, int32 [number of tokens]."""
         if not 0 <= index < len(self):
             raise IndexError(f"document {index} of {len(self)}")
         return self.tokens[self.offsets[index] : self.offsets[index + 1]]
@@ -225,9 +226,14 @@ def tokenise(
     *,
     max_tokens_per_document: int | None = None,
 ) -> TokenisedDocuments:
-    """Tokenise documents; a longer one keeps its beginning, cut between two characters.
+    """Tokenise documents; long ones are truncated between two characters.
 
-    Special tokens are never added, and a text that spells one is read as plain text.
+    No special tokens are added. Special tokens in a text are encoded as plain text.
+
+    Args:
+        documents: the documents.
+        tokenizer: the tokenizer.
+        max_tokens_per_document: limit of tokens; None keeps whole documents.
 
     Raises:
         RequestError: `max_tokens_per_document` is too small for one character.
@@ -238,11 +244,11 @@ def tokenise(
     if limit is not None and limit < MINIMUM_DOCUMENT_TOKENS:
         raise RequestError(
             f"data.max_validation_tokens_per_document={limit}: must be at least "
-            f"{MINIMUM_DOCUMENT_TOKENS} (one character may take that many tokens), or null."
+            f"{MINIMUM_DOCUMENT_TOKENS} (a single character may have that many tokens), or null."
         )
     tokens, ends, num_bytes = Spool(), array("q", [0]), array("q")
     names, name_ends = Spool(), array("q")
-    # The fast one leaves out the offsets, which only a cut needs.
+    # The fast version omits offsets, which only truncation needs.
     encode = tokenizer.encode_batch_fast if limit is None else tokenizer.encode_batch
     for batch in _batches(documents):
         with _specials_as_text(tokenizer):
@@ -250,8 +256,7 @@ def tokenise(
         for document, encoding in zip(batch, encodings, strict=True):
             num_kept, text = len(encoding), document.text
             if limit is not None and num_kept > limit:
-                # A byte-level token may hold a part of a character; its neighbours share its
-                # offsets then.
+                # Byte-level tokens may be parts of a character; such tokens share their offsets.
                 offsets, num_kept = encoding.offsets, limit
                 while num_kept and offsets[num_kept][0] < offsets[num_kept - 1][1]:
                     num_kept -= 1
@@ -276,10 +281,10 @@ def tokenised(texts: Iterable[str], tokenizer: PretrainedTokenizer) -> Tokenised
 
 
 def check_packs(documents: TokenisedDocuments, *, sequence_length: int) -> int:
-    """Return how many sequences documents are packed into.
+    """Return the number of sequences of packed documents.
 
     Raises:
-        RequestError: `sequence_length` is below 2, or there is not one full sequence.
+        RequestError: `sequence_length` is below 2, or exceeds the number of tokens.
     """
     available = documents.num_tokens + len(documents)
     if sequence_length < 2:
@@ -289,17 +294,17 @@ def check_packs(documents: TokenisedDocuments, *, sequence_length: int) -> int:
         )
     if available < sequence_length:
         raise RequestError(
-            f"data.sequence_length={sequence_length}: the {len(documents)} documents hold "
-            f"{available} tokens, not one full sequence. Give more text, or at most {available}."
+            f"data.sequence_length={sequence_length}: the {len(documents)} documents have only "
+            f"{available} tokens. Add documents, or set at most {available}."
         )
     return available // sequence_length
 
 
 def pack(documents: TokenisedDocuments, *, sequence_length: int, end_of_text_id: int) -> Tensor:
-    """Lay documents end to end, each closed by an end of text, and cut into full sequences.
+    """Concatenate documents, each followed by an end of text, and cut them into sequences.
 
-    Returns int32 [num_sequences, sequence_length], spooled; the rest that fills no sequence is
-    dropped.
+    Returns:
+        int32 [num_sequences, sequence_length], spooled. The incomplete last sequence is dropped.
 
     Raises:
         RequestError: as `check_packs`.
@@ -311,16 +316,16 @@ def pack(documents: TokenisedDocuments, *, sequence_length: int, end_of_text_id:
     for first in range(0, len(documents), PACKED_DOCUMENTS):
         offsets = documents.offsets[first : first + PACKED_DOCUMENTS + 1]
         ends_before = torch.arange(len(offsets) - 1).repeat_interleave(offsets.diff())
-        held = documents.tokens[offsets[0] : offsets[-1]]
-        piece = torch.full((len(held) + len(offsets) - 1,), end_of_text_id, dtype=torch.int32)
-        piece[torch.arange(len(held)) + ends_before] = held
+        tokens = documents.tokens[offsets[0] : offsets[-1]]
+        piece = torch.full((len(tokens) + len(offsets) - 1,), end_of_text_id, dtype=torch.int32)
+        piece[torch.arange(len(tokens)) + ends_before] = tokens
         stream.append(piece.numpy().data.cast("B"))
     packed = stream.tensor("i4")[: num_sequences * sequence_length]
     return packed.view(num_sequences, sequence_length)
 
 
 def joined(sequences: Sequence[Tensor]) -> Tensor:
-    """Return packed sequences int32 [N, T] of several domains as one tensor, spooled."""
+    """Concatenate packed sequences int32 [N, T] of several domains, spooled."""
     if len(sequences) == 1:
         return sequences[0]
     spool = Spool()
@@ -337,7 +342,7 @@ def _int64(numbers: array) -> Tensor:
 
 
 def _batches(documents: Sequence[Document]) -> Iterator[list[Document]]:
-    """Yield documents in their order, about `ENCODED_CHARACTERS` at a time."""
+    """Yield batches of documents of about `ENCODED_CHARACTERS` each."""
     batch, size = list[Document](), 0
     for document in documents:
         batch.append(document)

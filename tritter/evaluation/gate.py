@@ -1,8 +1,8 @@
-"""The gate: checks on a grown model, and what follows from them.
+"""The gate: checks of a grown model, and the decision to keep it.
 
-Every check can end undecided: too few documents are a reason to say how many would do, and never a
-reason to pass or to fail. Damage that is rare does not show in few documents, so below
-`MIN_DOCUMENTS` no bound is trusted.
+Every check can be inconclusive (`undecided`): with too few documents it neither passes nor fails
+but reports the number of documents needed. Rare damage does not show in few documents, so bounds
+require at least `MIN_DOCUMENTS`.
 """
 
 from __future__ import annotations
@@ -30,33 +30,35 @@ if TYPE_CHECKING:
 Verdict = Literal["passed", "failed", "undecided", "reported", "not_asked"]
 Status = Literal["kept", "rolled_back", "undecided", "ungated"]
 
-# A tenth of all documents shows in at least one of 30 with a probability of 96 %
+# Damage to a tenth of all documents shows in at least one of 30 with probability 96 %
 MIN_DOCUMENTS = 30
-# Documents, as a part of all, that may not make half of the spread without being named
+# Documents are named if this share of them, or less, causes half of the spread
 _FEW = 0.05
-_MOST_NAMES = 3
-# What loading an exact expansion in the stock classes may cost in float32, in units of std(logits).
+_MAX_NAMES = 3
+# float32 tolerance of an exact expansion in the stock classes, in units of std(logits)
 EXACT_JUMP = 1e-4
-# After which what has no gradient will have none: zeros that an expansion sets hold gradients from
-# what lies behind them for two
+# Steps after which a missing gradient is final: zeros of an expansion block gradients for two steps
 ENOUGH_STEPS = 4
-MEMORY_BOUND = 0.1  # of the bytes that shapes say
+MEMORY_BOUND = 0.1  # relative to the bytes computed from shapes
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One question to a grown model and its answer.
+    """The result of one check of a grown model.
 
     Attributes:
         name: retention, new_capability, preservation, training, gradient_flow or memory.
-        subject: the domain, or what else was looked at.
-        value: the measured number, positive where the model became worse; None when there is
-            none (a loss that is not finite).
-        bound: what it was held against; None when it is only reported.
-        lower, upper: one-sided bounds, each at `confidence`; infinite where none is known.
-        n: documents or items behind the value.
-        documents_needed: how many in all would decide, at least `MIN_DOCUMENTS`; only of an
-            undecided check.
+        subject: the domain or other object of the check.
+        verdict: the verdict.
+        detail: explanation for people.
+        value: the measured value, positive for a worse model; None if it is not finite.
+        bound: the allowed value; None if the value is only reported.
+        lower: one-sided lower bound at `confidence`; infinite if unknown.
+        upper: one-sided upper bound at `confidence`; infinite if unknown.
+        confidence: confidence of each bound.
+        n: number of documents or items.
+        documents_needed: total number of documents for a conclusive verdict, at least
+            `MIN_DOCUMENTS`; only for undecided checks.
     """
 
     name: str
@@ -91,19 +93,26 @@ class Check:
 def retention_check(
     subject: str, before: PairedScores, after: PairedScores, *, bound: float, confidence: float
 ) -> Check:
-    """Ask whether no more than a part `bound` of an old domain or task was lost.
+    """Check that forgetting of an old domain or task is at most `bound`.
 
-    A domain loses by a rise of its loss per byte, a task by a drop of its accuracy above chance.
-    Passed when the one-sided upper bound of the harm is at most `bound`, failed when the lower
-    bound is above it; undecided below `MIN_DOCUMENTS`. Reported where the accuracy was not surely
-    above chance before: there is nothing to lose.
+    Forgetting is the relative rise of a domain's loss per byte, or the relative drop of a task's
+    accuracy above chance. The check passes if the one-sided upper bound is at most `bound`, and
+    fails if the lower bound is above it. It is undecided below `MIN_DOCUMENTS`. It is only
+    reported if the accuracy was not significantly above chance before.
+
+    Args:
+        subject: name of the domain or task.
+        before: scores before growth.
+        after: scores after growth.
+        bound: allowed relative forgetting.
+        confidence: confidence of each one-sided bound.
     """
 
     def verdict(lower: float, upper: float) -> Verdict:
         return "passed" if upper <= bound else "failed" if lower > bound else "undecided"
 
     if before.unit == "accuracy" and not above_chance(before).lower(confidence) > 0:
-        detail = f"accuracy {before.mean():.1%} before is not surely above chance"
+        detail = f"accuracy {before.mean():.1%} before is not significantly above chance"
         return Check("retention", subject, "reported", detail, n=len(before))
     return _forgetting_check(
         "retention",
@@ -111,7 +120,7 @@ def retention_check(
         before,
         after,
         estimate=relative_forgetting,
-        drop="{:+.2%} of what is above chance",
+        drop="{:+.2%} of the accuracy above chance",
         verdict=verdict,
         bound=bound,
         confidence=confidence,
@@ -121,10 +130,11 @@ def retention_check(
 def new_capability_check(
     subject: str, before: PairedScores, after: PairedScores, *, confidence: float
 ) -> Check:
-    """Ask whether the loss on a new domain fell, per byte, or the accuracy of a new task rose.
+    """Check that the loss per byte of a new domain fell, or that the accuracy of a new task rose.
 
-    Passed when the one-sided upper bound of the harm is below zero, failed when the lower bound
-    is not; undecided below `MIN_DOCUMENTS`. An accuracy may start at chance, so points count.
+    The check passes if the one-sided upper bound of the change is below zero (an improvement),
+    and fails if the lower bound is not. It is undecided below `MIN_DOCUMENTS`. Accuracies are
+    compared in points, because they may start at chance.
     """
 
     def verdict(lower: float, upper: float) -> Verdict:
@@ -146,36 +156,36 @@ def new_capability_check(
 def new_task_check(
     subject: str, before: PairedScores, after: PairedScores, *, confidence: float
 ) -> Check:
-    """Ask whether the accuracy of a task rose whose text was learned.
+    """Check that the accuracy of a task rose after training on its domain.
 
-    As `new_capability_check`, but reported where it neither surely rose nor surely fell: whether
-    anything was learned, the loss of the same text decides, which falls long before the first
-    answer is right and goes on when the last one is.
+    As `new_capability_check`, but an inconclusive result is only reported. The loss of the same
+    domain decides, because it falls long before the first and after the last change in accuracy.
     """
     check = new_capability_check(subject, before, after, confidence=confidence)
     if check.verdict != "undecided":
         return check
-    detail = f"accuracy {before.mean():.1%} to {after.mean():.1%} on {check.n} items, not surely up"
+    change = f"accuracy {before.mean():.1%} to {after.mean():.1%} on {check.n} items"
+    detail = f"{change}, no significant improvement"
     return replace(check, verdict="reported", detail=detail, bound=None, documents_needed=None)
 
 
 def preservation_check(jump: Jump, *, claims_exact: bool) -> Check:
-    """Hold an exact expansion to its claim; report the jump of one that claims nothing."""
+    """Check the logit shift of a function-preserving expansion; report that of any other."""
     value, bound = jump.relative_to_std, EXACT_JUMP if claims_exact else None
     verdict: Verdict = "reported"
     if bound is not None:
         verdict = "passed" if value < bound else "failed"
     elif finite_or_none(value) is None:
         verdict = "failed"
-    claim = f"claimed exact, allowed {bound:g}" if bound is not None else "no claim, no bound"
-    detail = f"logits jumped by {value:.2g} of their standard deviation ({claim})"
+    claim = f"function-preserving, allowed {bound:g}" if bound is not None else "no bound"
+    detail = f"logit shift at expansion: max {value:.2g} standard deviations ({claim})"
     return Check("preservation", "logits", verdict, detail, value=value, bound=bound)
 
 
 def training_check(non_finite_steps: int, *, aborted_reason: str | None) -> Check:
-    """Fail an attempt whose training was broken off."""
+    """Check that training was not aborted."""
     verdict: Verdict = "passed" if aborted_reason is None else "failed"
-    detail = aborted_reason or f"steps that were not finite: {non_finite_steps}"
+    detail = aborted_reason or f"non-finite steps: {non_finite_steps}"
     return Check("training", "steps", verdict, detail, value=float(non_finite_steps))
 
 
@@ -185,27 +195,27 @@ def flow_check(
     new_experts: Collection[int] = (),
     least_steps: int = ENOUGH_STEPS,
 ) -> Check | None:
-    """Ask whether everything that was trained got a gradient; None where it was not watched.
+    """Check that all trained parameters received a gradient; None if it was not recorded.
 
-    Tokens alone bring an expert a gradient, so one that met none is named; the check fails where a
-    layer's appended experts met none all together: what they add was never learned.
+    Experts without tokens have no gradient and are listed. The check fails if no appended expert
+    of a layer received any token.
 
     Args:
-        flow: what a training found.
-        new_experts: those that were appended, by number.
-        least_steps: without which nothing can be said.
+        flow: gradient flow recorded during training.
+        new_experts: indices of appended experts.
+        least_steps: minimum number of steps for a verdict.
     """
     if not flow:
         return None
     dead, idle = flow["without_gradient"], flow["without_tokens"]
-    told = []
+    findings = []
     if dead:
-        told.append(f"no gradient reached {_listed(dead)}")
+        findings.append(f"no gradient reached {_listed(dead)}")
     if idle:
-        told.append(f"no token met {_listed(idle)}")
-    detail = "; ".join(told) or "all that was trained got a gradient"
+        findings.append(f"no token was routed to {_listed(idle)}")
+    detail = "; ".join(findings) or "all trained parameters received a gradient"
     if flow["steps"] < least_steps:
-        detail = f"a training of fewer than {least_steps} steps does not show it"
+        detail = f"this check requires at least {least_steps} training steps"
         return Check("gradient_flow", "parameters", "reported", detail, n=flow["steps"])
     by_layer: dict[str, set[int]] = {}
     for name in idle:  # such as layers.3.experts.7
@@ -224,28 +234,28 @@ def flow_check(
     )
 
 
-def memory_check(held: Mapping[str, Any], *, expected: int) -> Check:
-    """Hold what a training held against what its shapes say, in bytes.
+def memory_check(measured: Mapping[str, Any], *, expected: int) -> Check:
+    """Compare the memory of a training run with the bytes computed from shapes.
 
     Args:
-        held: of `parameters`, `gradients` and `optimizer`, and of a GPU the `peak`.
-        expected: all three together.
+        measured: bytes of `parameters`, `gradients` and `optimizer`, and the `peak` of a GPU.
+        expected: sum of the three from shapes.
     """
     names = ("parameters", "gradients", "optimizer")
-    value = sum(held[name] for name in names) / expected - 1
+    value = sum(measured[name] for name in names) / expected - 1
     verdict: Verdict = "passed" if abs(value) <= MEMORY_BOUND else "failed"
-    parts = ", ".join(f"{name} {held[name]:,}" for name in names)
-    detail = f"held {value:+.2%} of the {expected:,} bytes that its shapes say ({parts})"
-    if peak := held.get("peak"):
-        detail += f"; the GPU's peak, with activations, was {peak:,}"
+    parts = ", ".join(f"{name} {measured[name]:,}" for name in names)
+    detail = f"{value:+.2%} compared with {expected:,} bytes from its shapes ({parts})"
+    if peak := measured.get("peak"):
+        detail += f"; GPU peak including activations: {peak:,} bytes"
     return Check("memory", "states", verdict, detail, value=value, bound=MEMORY_BOUND)
 
 
 def decide(checks: Iterable[Check]) -> Status:
-    """Draw the consequence: one failure rolls back, one open question leaves it undecided.
+    """Return the status: any failed check rolls back, otherwise any undecided one is undecided.
 
     Args:
-        checks: all that were made; a reported one decides nothing.
+        checks: all checks; reported ones have no influence.
     """
     verdicts = {check.verdict for check in checks}
     if "failed" in verdicts:
@@ -254,14 +264,14 @@ def decide(checks: Iterable[Check]) -> Status:
 
 
 def report_only(check: Check) -> Check:
-    """Return a check as `gate=off` records it: its numbers without a bound or a verdict."""
+    """Return a check for `gate=off`: its numbers without bound and verdict."""
     detail = f"{check.detail}; gate=off enforces nothing"
     return replace(check, verdict="reported", detail=detail, bound=None, documents_needed=None)
 
 
 def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
-    return ", ".join(names[:_MOST_NAMES]) + more
+    more = f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""
+    return ", ".join(names[:_MAX_NAMES]) + more
 
 
 def _forgetting_check(
@@ -276,54 +286,59 @@ def _forgetting_check(
     bound: float,
     confidence: float,
 ) -> Check:
-    """Estimate the harm to a domain, or to a task whose drop is worded as `drop`, and judge it."""
+    """Estimate forgetting of a domain or task and return the check.
+
+    Args:
+        drop: format of an accuracy drop in the detail.
+        verdict: maps lower and upper bound to a verdict.
+    """
     import torch
 
     if not_finite := int((~torch.isfinite(after.values)).sum()):
-        detail = f"the loss is not finite on {not_finite} of {len(after)} documents"
+        detail = f"the loss is not finite for {not_finite} of {len(after)} documents"
         return Check(name, subject, "failed", detail, bound=bound, n=len(after))
-    harm, items = estimate(before, after), "documents" if before.unit == "nats" else "items"
-    lower, upper = harm.lower(confidence), harm.upper(confidence)
-    is_enough = harm.n >= MIN_DOCUMENTS
+    change, items = estimate(before, after), "documents" if before.unit == "nats" else "items"
+    lower, upper = change.lower(confidence), change.upper(confidence)
+    is_enough = change.n >= MIN_DOCUMENTS
     answer: Verdict = verdict(lower, upper) if is_enough else "undecided"
     needed = None
     if answer == "undecided":
-        needed = harm.documents_to_decide(bound, confidence)
+        needed = change.documents_to_decide(bound, confidence)
     if not is_enough:
         needed = max(MIN_DOCUMENTS, needed or 0)
-    changed = f"loss per byte {harm.value:+.2%}"
+    changed = f"loss per byte {change.value:+.2%}"
     if before.unit == "accuracy":
         changed = f"accuracy {before.mean():.1%} to {after.mean():.1%}, a drop of "
-        changed += drop.format(harm.value)
-    detail = f"{changed} on {harm.n} {items}, " + (
+        changed += drop.format(change.value)
+    detail = f"{changed} on {change.n} {items}, " + (
         f"one-sided {confidence:.0%} bounds {_bound_text(lower)} and {_bound_text(upper)}, "
         f"allowed {bound:+.2%}"
         if is_enough
-        else f"fewer than the {MIN_DOCUMENTS} that a verdict needs"
+        else f"fewer than the required {MIN_DOCUMENTS}"
     )
     if answer == "undecided":
         detail += "; " + (
-            f"about {needed} {items} would decide" if needed else f"no number of {items} is known"
+            f"about {needed} {items} needed" if needed else f"the number of {items} is unknown"
         )
     if before.unit == "nats":
         names = carrying_items(before, after)
-        # The documents that make half of the spread are named where they are few
-        if names and len(names) <= _FEW * harm.n and harm.n >= MIN_DOCUMENTS:
-            shown = ", ".join(map(repr, names[:_MOST_NAMES]))
-            more = ", .." if len(names) > _MOST_NAMES else ""
-            number = "one document" if len(names) == 1 else f"{len(names)} documents"
-            detail += f"; half of the spread comes from {number}: {shown}{more}"
+        # Name the documents that cause half of the spread if they are few
+        if names and len(names) <= _FEW * change.n and change.n >= MIN_DOCUMENTS:
+            shown = ", ".join(map(repr, names[:_MAX_NAMES]))
+            more = ", .." if len(names) > _MAX_NAMES else ""
+            number = "one document causes" if len(names) == 1 else f"{len(names)} documents cause"
+            detail += f"; {number} half of the spread: {shown}{more}"
     return Check(
         name,
         subject,
         answer,
         detail,
-        value=harm.value,
+        value=change.value,
         bound=bound,
         lower=lower,
         upper=upper,
         confidence=confidence,
-        n=harm.n,
+        n=change.n,
         documents_needed=needed,
     )
 
@@ -332,7 +347,7 @@ def _bound_text(value: float) -> str:
     return f"{value:+.2%}" if finite_or_none(value) is not None else "unknown"
 
 
-MSE_BOUND = 1e-6  # of logits, as the specification has it (section 9.1)
+MSE_BOUND = 1e-6  # mean squared difference of logits
 _ROUNDED_JUMP = 1.0
 
 
@@ -344,18 +359,19 @@ def equivalence_check(
     rounded: str = "",
     rounded_bound: float,
 ) -> Check:
-    """Ask whether two models say the same, to rounding.
+    """Check that two models compute the same logits up to rounding.
 
-    Passed when the mean squared difference of logits is below `MSE_BOUND`, and the largest
-    difference below 1e-4 of their standard deviation: logits may be small.
-    What a rounding of the weights to 16 bits may have done is undecided.
+    The check passes if the mean squared difference is below `MSE_BOUND` and the largest
+    difference is below 1e-4 standard deviations, because logits may be small. Differences that
+    rounding of the weights to 16 bits may explain are undecided.
 
     Args:
         before: logits, float32 [B, T, V].
-        after: the same of the other model.
-        reason_not_asked: why nothing claims it; what differs is told then, and nothing fails.
-        rounded: the types that weights of `after` were computed for, if any is below float32.
-        rounded_bound: of the largest difference, from which on no such rounding explains it.
+        after: logits of the other model.
+        reason_not_asked: the reason why equality is not expected; then differences are reported
+            and the check does not fail.
+        rounded: dtypes below float32 of the weights of `after`, for the message.
+        rounded_bound: largest difference, in standard deviations, that rounding may explain.
     """
     difference = after - before
     error = float(difference.square().mean())
@@ -370,37 +386,37 @@ def equivalence_check(
         verdict, detail = "not_asked", f"{reason_not_asked}; {detail}"
     elif not is_same and rounded and relative < rounded_bound:
         verdict = "undecided"
-        detail += f"; rounding to {rounded} is in it, a result in float32 would decide"
+        detail += f"; this includes rounding to {rounded}, use a result in float32 to decide"
     return Check("forward_equivalence", "logits", verdict, detail, value=error, bound=MSE_BOUND)
 
 
 def rounded_jump(*, has_experts: bool) -> float:
-    """Return what rounding of all weights to 16 bits surely does not do to the logits.
+    """Return the largest logit shift [σ] that rounding of all weights to 16 bits may cause.
 
-    In deviations of the logits. It may send a token to other experts, which has no bound.
+    With experts it is unbounded, because rounding may route tokens to other experts.
     """
     return inf if has_experts else _ROUNDED_JUMP
 
 
-def scaling_check(held: tuple[int, int], counted: tuple[int, int]) -> Check:
-    """Ask whether memory grew as the shapes say.
+def scaling_check(num_bytes: tuple[int, int], counted: tuple[int, int]) -> Check:
+    """Check that memory grew in proportion to the number of parameters.
 
     Args:
-        held: bytes of the parameters of both models, as loaded.
-        counted: their parameters, counted from shapes.
+        num_bytes: parameter bytes of both models, as loaded.
+        counted: number of parameters of both models, from shapes.
     """
-    measured, expected = held[1] / held[0], counted[1] / counted[0]
+    measured, expected = num_bytes[1] / num_bytes[0], counted[1] / counted[0]
     value = measured / expected - 1
     verdict: Verdict = "passed" if abs(value) <= MEMORY_BOUND else "failed"
     detail = (
-        f"{held[0]:,} to {held[1]:,} bytes, {measured:.4g} times; by the shapes {counted[0]:,} to "
-        f"{counted[1]:,} parameters, {expected:.4g} times"
+        f"{num_bytes[0]:,} to {num_bytes[1]:,} bytes ({measured:.4g} times); from shapes "
+        f"{counted[0]:,} to {counted[1]:,} parameters ({expected:.4g} times)"
     )
     bound = MEMORY_BOUND
     return Check("memory_scaling", "parameters", verdict, detail, value=value, bound=bound)
 
 
 def parameter_bytes(model: nn.Module) -> int:
-    """Return the bytes that a model's parameters hold, each storage once."""
-    held = {p.data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()}
-    return sum(held.values())
+    """Return the bytes of a model's parameters, counting each storage once."""
+    storages = {p.data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()}
+    return sum(storages.values())

@@ -1,4 +1,4 @@
-"""Look at a model without changing it."""
+"""Inference without side effects on the model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def modes_kept(model: nn.Module) -> Iterator[None]:
-    """Set back every module's own mode: a partly frozen model stays partly in eval."""
+    """Restore the training mode of every module on exit; a model may be partly in eval mode."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         yield
@@ -24,7 +24,7 @@ def modes_kept(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[torch.device]:
-    """Put a model into eval and inference mode, yield its device, then set all modes back."""
+    """Set a model to eval and inference mode, yield its device, then restore all modes."""
     import torch
 
     with modes_kept(model), torch.inference_mode():
@@ -33,7 +33,7 @@ def evaluating(model: nn.Module) -> Iterator[torch.device]:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Return the device of the first parameter (a model without parameters is on the CPU)."""
+    """Return the device of the first parameter; the CPU for a model without parameters."""
     import torch
 
     first = next(model.parameters(), None)
@@ -47,17 +47,18 @@ def whole_word_prompt(
     skipped_tokens: int,
     max_tokens: int,
 ) -> list[int]:
-    """Return tokens from within a document that begin and end with whole words.
+    """Return tokens from inside a document that begin and end at word boundaries.
 
     Args:
-        decode: of the tokenizer.
-        skipped_tokens: where it begins at the earliest; of a short document its half.
-        max_tokens: how many it is at most.
+        token_ids: tokens of the document.
+        decode: decoder of the tokenizer.
+        skipped_tokens: earliest start; half of the document if it is short.
+        max_tokens: maximum length.
     """
-    begins = []  # tokens before which a word ends: they begin with white space
+    begins = []  # tokens that begin with whitespace
     for at in range(1, len(token_ids)):
         pair, before = decode(list(token_ids[at - 1 : at + 1])), decode([token_ids[at - 1]])
-        # Together, because some tokenizers drop the space of a text's first token
+        # Decode pairs, because some tokenizers drop the space of the first token
         if pair.startswith(before) and pair[len(before) :][:1].isspace():
             begins.append(at)
     first = min(skipped_tokens, len(token_ids) // 2)
@@ -75,13 +76,16 @@ def sample_text(
     max_new_tokens: int,
     end_of_text_id: int,
 ) -> list[int]:
-    """Continue a prompt greedily and return the new tokens only, without end-of-text.
+    """Continue a prompt with greedy decoding; return the new tokens without end-of-text.
 
-    The whole prefix is read again for each token: no cache whose layout differs between families,
-    and a sample is short.
+    Each token recomputes the whole prefix: samples are short, and cache layouts differ between
+    model families.
 
     Args:
-        prompt_ids: read after an end-of-text, as every document is in training; may be empty.
+        model: a causal language model.
+        prompt_ids: the prompt, which follows an end-of-text as in training; may be empty.
+        max_new_tokens: limit of new tokens.
+        end_of_text_id: token that ends a document.
     """
     import torch
 

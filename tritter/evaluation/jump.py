@@ -1,4 +1,4 @@
-"""How far a model's function moved when it was expanded."""
+"""Logit shift of a model at expansion."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,13 +15,13 @@ from tritter.evaluation.statistics import finite_or_none
 
 @dataclass(frozen=True, slots=True)
 class Jump:
-    """The largest change of a logit, in logits and in standard deviations of the old logits."""
+    """The largest change of a logit, absolute and in standard deviations of the old logits."""
 
     max_absolute: float
     relative_to_std: float
 
     def to_dict(self) -> dict[str, float | None]:
-        """Return the record of summary.json; what is not finite becomes None."""
+        """Return the record for summary.json; non-finite values become None."""
         return {
             "max_absolute": finite_or_none(self.max_absolute),
             "relative_to_std": finite_or_none(self.relative_to_std),
@@ -32,16 +32,18 @@ def logit_jump(before_model: nn.Module, after_model: nn.Module, input_ids: Tenso
     """Compare two models on the same tokens, in float32 and without autocast.
 
     Args:
-        input_ids: int64 [B, T], real text: random tokens hide what only some of them excite.
+        before_model: the model before expansion.
+        after_model: the model after expansion.
+        input_ids: int64 [B, T] of real text; random tokens may miss some changes.
 
     Raises:
-        TritterError: the two have different vocabularies.
+        TritterError: the vocabularies differ.
     """
     before, after = logits_of(before_model, input_ids), logits_of(after_model, input_ids)
     if before.shape != after.shape:
         raise TritterError(
             f"evaluation: logits of shape {list(before.shape)} before and {list(after.shape)} "
-            "after the expansion cannot be compared; the vocabulary must stay"
+            "after the expansion cannot be compared; the vocabularies must be equal"
         )
     largest = (after - before).abs().max()
     return Jump(max_absolute=float(largest), relative_to_std=float(largest / before.std()))
@@ -53,41 +55,42 @@ def logits_of(model: nn.Module, input_ids: Tensor) -> Tensor:
         return model(input_ids=input_ids.to(device), use_cache=False).logits.float().cpu()
 
 
-# How far a model's function moved when it was expanded, of models of any size.
+# Logit shift of checkpoints of any size.
 #
-# The weights stay on disk (`tritter.core.streamed`): one layer after the other is run, then logits
-# are compared for a part of the vocabulary at a time.
+# The weights stay on disk (`tritter.core.streamed`): layers run one by one, then logits are
+# compared in blocks of the vocabulary.
 #
-# Shapes: B sequences, T tokens, V part of the vocabulary, H hidden size.
+# Shapes: B sequences, T tokens, V tokens of a vocabulary block, H hidden size.
 
-_ROUNDING = 1e-4  # of the largest hidden state, far above float32's
+_ROUNDING = 1e-4  # relative to the largest hidden state, far above float32 rounding
 
 Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
 class FolderJump:
-    """A jump, and where it comes from.
+    """The logit shift between two checkpoints and its origin.
 
     Args:
-        states: the kept hidden states of both models, before the first layer and behind each.
+        jump: the logit shift.
+        states: hidden states of both models, before the first layer and after each layer.
     """
 
     jump: Jump
     states: tuple[Sequence[Tensor], Sequence[Tensor]]
 
-    def parting(self, layer_sources: Sequence[int]) -> str:
-        """Name the place of the result at which hidden states leave what the source computes.
+    def first_difference(self, layer_sources: Sequence[int]) -> str:
+        """Return the first module of the result whose output differs from the source model.
 
         Args:
-            layer_sources: of each layer of the result, the layer that it copies.
+            layer_sources: index of the copied source layer, for each layer of the result.
         """
         before, after = self.states
         if not _are_same(before[0], after[0]):
             return "the embedding"
-        # A copy of the layer that is due does its work or, where there are more copies of it, may
-        # leave it to the next one; any other layer adds nothing. A wider stream begins with the old
-        done = 0  # layers of the source whose work is done
+        # A copy of the next source layer either computes it, or is an identity if more copies
+        # follow. Any other layer is an identity. A wider hidden state begins with the old one.
+        done = 0  # source layers that are already computed
         for layer, source in enumerate(layer_sources):
             output = after[layer + 1]
             if source == done and _are_same(before[done + 1], output):
@@ -105,11 +108,13 @@ def folder_jump(
     """Compare the models of two folders on the same tokens, in float32.
 
     Args:
+        before: folder of the model before expansion.
+        after: folder of the model after expansion.
         input_ids: int64 [B, T].
-        progress: called with bytes used so far and how many will be.
+        progress: called with bytes read so far and in total.
 
     Raises:
-        TritterError: one can't be built or is damaged, or the two have different vocabularies.
+        TritterError: a checkpoint is damaged or unsupported, or the vocabularies differ.
     """
     used = 0
 
@@ -125,9 +130,9 @@ def folder_jump(
     if sizes[0] != sizes[1]:
         raise TritterError(
             f"evaluation: vocabularies of {sizes[0]} tokens before and {sizes[1]} after the "
-            "expansion cannot be compared; the vocabulary must stay"
+            "expansion cannot be compared; the vocabularies must be equal"
         )
-    step = min(model.rows_of_a_block for model in models)
+    step = min(model.rows_per_block for model in models)
     largest = torch.zeros(())
     moments = torch.zeros(3, dtype=torch.float64)  # number, sum and sum of squares
     for rows in blocks(slice(0, sizes[0]), step):
@@ -137,7 +142,7 @@ def folder_jump(
         number = torch.tensor(wide.numel()).double()
         moments += torch.stack([number, wide.sum(), wide.square().sum()])
     number, total_logits, squares = moments
-    # As `Tensor.std` has it
+    # Same as `Tensor.std`
     deviation = ((squares - total_logits**2 / number).clamp(min=0) / (number - 1)).sqrt()
     jump = Jump(float(largest), float(largest.double() / deviation))
     return FolderJump(jump, (models[0].states, models[1].states))

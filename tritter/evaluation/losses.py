@@ -1,6 +1,6 @@
-"""Cross-entropy of every document of a domain, each token scored once.
+"""Cross-entropy of all documents of a domain, each token scored once.
 
-B windows in a batch · T positions in a window · V vocabulary
+B: windows per batch · T: positions per window · V: vocabulary size
 """
 
 from collections.abc import Callable
@@ -28,24 +28,26 @@ def document_losses(
 ) -> PairedScores:
     """Score every token of every document exactly once.
 
-    A document is cut into windows of `sequence_length` predictions. The first window is conditioned
-    on end-of-text, a later one on the one token before it. That is how packed training sequences
-    start as well, and it costs one position per token; a strided window would cost two. A model
-    before and after training is cut alike, so the comparison is fair.
+    Documents are cut into windows of `sequence_length` predictions. The first window is
+    conditioned on end-of-text, later ones on one preceding token, like packed training sequences.
+    This needs one position per token; a strided window would need two. All models use the same
+    windows, so comparisons are fair.
 
     Args:
         model: `model(input_ids=[B, T], use_cache=False).logits` is [B, T, V], causal.
-        documents: an empty document says nothing and is left out of the result.
+        documents: the documents; empty ones are skipped.
+        sequence_length: predictions per window.
+        end_of_text_id: token before each document.
         batch_size: windows per forward pass; the result does not depend on it.
-        autocast_dtype: lower precision of the forward pass; the loss itself is always float32.
-        progress: called with (windows done, windows in all) after each batch.
+        autocast_dtype: precision of the forward pass; the loss is always float32.
+        progress: called with (windows done, total windows) after each batch.
 
     Raises:
-        TritterError: there is no token to score.
+        TritterError: there are no tokens to score.
     """
     windows = windows_of(documents, sequence_length=sequence_length)
     if not windows:
-        raise TritterError("evaluation: the validation documents hold no token, nothing to score")
+        raise TritterError("evaluation: the validation documents contain no tokens")
     nats = torch.zeros(len(documents), dtype=torch.float64)
     with evaluating(model) as device:
         done = 0
@@ -74,8 +76,10 @@ def sequence_losses(model: nn.Module, sequences: Tensor, *, batch_size: int = 16
     """Return the mean cross-entropy of each sequence, nats per token, float32 [N].
 
     Args:
-        sequences: int [N, T]; each token but the first is predicted, and padding is not where
-            the model reads documents apart.
+        model: a causal language model.
+        sequences: int [N, T]; all tokens except the first are scored. With a document mask,
+            padding is ignored.
+        batch_size: sequences per forward pass.
     """
     nats = []
     with evaluating(model) as device:
@@ -89,15 +93,15 @@ def sequence_losses(model: nn.Module, sequences: Tensor, *, batch_size: int = 16
 
 
 def window_lengths(documents: TokenisedDocuments, *, sequence_length: int) -> list[int]:
-    """Return how many tokens each pass over a window reads when documents are scored."""
+    """Return the number of tokens of each window for scoring documents."""
     return [window.length for window in windows_of(documents, sequence_length=sequence_length)]
 
 
 def nats_per_row(logits: Tensor, targets: Tensor) -> Tensor:
-    """Sum the cross-entropy of each row: float32 per token, float64 in the sum; float64 [B]."""
+    """Sum the cross-entropy of each row, float64 [B]; per token it is computed in float32."""
     nats_BT = cross_entropy(
         logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none"
     ).view_as(targets)
-    if nats_BT.device.type == "mps":  # which has no float64
+    if nats_BT.device.type == "mps":  # MPS has no float64
         nats_BT = nats_BT.cpu()
     return nats_BT.double().sum(dim=1)

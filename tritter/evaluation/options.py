@@ -1,4 +1,4 @@
-"""The sections `evaluation` and `gate` of a run: their records and their rules; no torch."""
+"""The sections `evaluation` and `gate` of a run and their validation, without torch."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,18 +16,21 @@ TASKS_KEY = "evaluation.tasks"
 
 @options
 class EvaluationConfig:
-    """How domains are scored and sampled, and which benchmarks are asked besides.
+    """Options of scoring, sampling and benchmarks.
 
     Args:
-        every_n_steps: of the training, between two evaluations; 0: none. A number once validated:
-            None is a tenth of the training.
-        task_questions: of each domain that generated skills teach; 0: none.
-        tasks: benchmarks, and groups of them.
-        tasks_path: folder with their files, absolute once validated; None: the hub.
-        task_limit: so many questions of each; None: all.
-        allow_code: benchmarks whose answers are programs, which may be run.
-        code_sandbox: Tritter's own, or a command of the user's.
-        code_sandbox_command: reads a program on its standard input.
+        max_tokens_per_document: limit of scored tokens per document.
+        batch_size: windows per forward pass.
+        sample_tokens: length of the text samples.
+        every_n_steps: optimizer steps between two evaluations during training; 0 disables them.
+            None becomes a tenth of the training steps during validation of the config.
+        task_questions: questions for each domain of generated skills; 0 disables them.
+        tasks: benchmarks and groups of benchmarks.
+        tasks_path: folder of their files, absolute after validation; None uses the hub.
+        task_limit: number of questions of each benchmark; None uses all.
+        allow_code: benchmarks whose generated programs may run.
+        code_sandbox: Tritter's sandbox or an external command.
+        code_sandbox_command: command that reads a program from standard input.
     """
 
     max_tokens_per_document: Annotated[int, Field(ge=2, le=MAX_COUNT)]
@@ -45,11 +48,16 @@ class EvaluationConfig:
 
 @options
 class GateConfig:
-    """When a grown model is kept, and what is tried after it was not.
+    """Options of the gate and of the fallback chain after a failure.
 
     Args:
-        ladder: by name; None: nothing is.
-        max_attempts: the first counts; None: one, and one for each rung of the ladder.
+        enabled: False disables the gate.
+        strict: the run fails unless the grown model is kept.
+        retention: allowed relative forgetting.
+        confidence: confidence of each one-sided bound.
+        ladder: name of the fallback chain; None disables fallbacks.
+        max_attempts: limit of attempts, including the first; None allows the first attempt and
+            all fallbacks.
     """
 
     enabled: bool
@@ -61,29 +69,30 @@ class GateConfig:
 
 
 def benchmark_problems(config: RunRequest) -> Iterator[Problem]:
-    """Yield what is wrong with the benchmarks of a run, but for their files."""
-    asked = config.evaluation
+    """Yield the problems of a run's benchmarks; their files are not read."""
+    evaluation = config.evaluation
     try:
-        names = benchmark_names(asked.tasks, key=TASKS_KEY)
+        names = benchmark_names(evaluation.tasks, key=TASKS_KEY)
     except RequestError as error:
         yield from error.problems
         return
     yield from code_problems(
-        names, asked.allow_code, key=TASKS_KEY, allowing="evaluation.allow_code"
+        names, evaluation.allow_code, key=TASKS_KEY, allowing="evaluation.allow_code"
     )
-    if asked.tasks_path is not None and not Path(asked.tasks_path).is_dir():
-        yield Problem("evaluation.tasks_path", asked.tasks_path, reason="there is no such folder")
-    is_external = asked.code_sandbox == "external"
-    if is_external and not asked.code_sandbox_command and set(names) & set(CODE):
-        reason = "name the command that reads a program on its standard input"
+    path = evaluation.tasks_path
+    if path is not None and not Path(path).is_dir():
+        yield Problem("evaluation.tasks_path", path, reason="there is no such folder")
+    is_external = evaluation.code_sandbox == "external"
+    if is_external and not evaluation.code_sandbox_command and set(names) & set(CODE):
+        reason = "set a command that reads a program from standard input"
         yield Problem("evaluation.code_sandbox_command", None, reason=reason)
     for domain in config.text.domains:
         if domain.name in names:
-            reason = "a domain has that name already"
+            reason = "a domain already has this name"
             yield Problem(TASKS_KEY, domain.name, reason=reason)
 
 
 def gate_problems(config: RunRequest) -> Iterator[Problem]:
     if config.gate.strict and not config.gate.enabled:
-        reason = "with gate.enabled = false a gate can't refuse; use gate=strict or gate=off"
+        reason = "requires gate.enabled = true; use gate=strict or gate=off"
         yield Problem("gate.strict", True, reason=reason)

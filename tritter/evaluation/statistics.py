@@ -1,4 +1,4 @@
-"""Paired comparison of two models on the same items: how much worse the second one is."""
+"""Paired comparisons of two models on the same items, with confidence bounds."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FORMAT_VERSION = 1
-MAX_SCORE_BYTES = 2**30  # of a file of scores
+MAX_SCORE_BYTES = 2**30  # per score file
 Unit = Literal["nats", "accuracy"]
 
 
 def score_file(name: str) -> str:
-    """Return where the scores of one name lie, relative to the run's folder."""
+    """Return the path of a score file, relative to the run's folder."""
     return f"scores/{name}.json"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PairedScores:
-    """What one model scored on the items of one domain or task.
+    """Scores of one model on the items of one domain or task.
 
     Attributes:
-        identifiers: one per item, a document or a question; two records pair up when these agree.
-        values: float64 [n], summed over an item: nats of a document, right answers to a question.
-        weights: name → int64 [n], positive: what a sum of values is divided by. Losses have
-            `tokens` and `bytes`, accuracies `answers`.
-        unit: `nats`, where less is better, or `accuracy`, where more is.
+        identifiers: one per item (a document or a question); paired records have the same ones.
+        values: float64 [n], sum per item: nats of a document, or correct answers to a question.
+        weights: name → int64 [n], positive: denominators of means. Losses have `tokens` and
+            `bytes`, accuracies `answers`.
+        unit: `nats` (lower is better) or `accuracy` (higher is better).
         chance: accuracy of guessing; 0 for losses.
     """
 
@@ -47,20 +47,20 @@ class PairedScores:
 
     @property
     def per(self) -> str:
-        """The weight that changes are said per: losses per byte outlive another tokenizer."""
+        """The denominator of changes; losses per byte are comparable across tokenizers."""
         return "bytes" if self.unit == "nats" else "answers"
 
     @property
     def above_chance(self) -> Tensor:
-        """Return the values without what guessing reaches, float64 [n]."""
+        """Return the values minus those of guessing, float64 [n]."""
         return self.values - self.chance * self.weights[self.per]
 
     def mean(self) -> float:
-        """Return nats per token, or the part of right answers: the number that people know."""
+        """Return the mean nats per token, or the accuracy."""
         return self._mean("tokens" if self.unit == "nats" else "answers")[0]
 
     def record(self) -> dict[str, float | int | None]:
-        """Return the record of summary.json; what is not finite becomes None."""
+        """Return the record for summary.json; non-finite values become None."""
         if self.unit == "accuracy":
             accuracy, error = self._mean("answers")
             return {"accuracy": accuracy, "standard_error": finite_or_none(error), "n": len(self)}
@@ -75,7 +75,7 @@ class PairedScores:
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """Return a plain record that JSON can hold."""
+        """Return a record that is serialisable as JSON."""
         return {
             "format_version": FORMAT_VERSION,
             "identifiers": list(self.identifiers),
@@ -87,19 +87,19 @@ class PairedScores:
 
     @classmethod
     def from_dict(cls, record: dict[str, Any]) -> PairedScores:
-        """Read what `to_dict` wrote.
+        """Read a record of `to_dict`.
 
         Raises:
-            TritterError: the record has another format version, or is none.
+            TritterError: the record is damaged or has another format version.
         """
         import torch
 
         if not isinstance(record, dict):
-            raise TritterError("scores are no record. Score the model again.")
+            raise TritterError("scores are not a JSON object. Score the model again.")
         version = record.get("format_version")
         if version != FORMAT_VERSION:
             raise TritterError(
-                f"scores have format_version={version!r}; this program reads "
+                f"scores have format_version={version!r}; this version of Tritter reads "
                 f"{FORMAT_VERSION}. Score the model again."
             )
         try:
@@ -119,7 +119,7 @@ class PairedScores:
             raise TritterError(f"scores are damaged ({error!r}).") from error
         columns = (read.values, *read.weights.values())
         if any(column.shape != (len(read),) for column in columns):
-            raise TritterError("scores are damaged: as many numbers as items belong.")
+            raise TritterError("scores are damaged: values and weights need one number per item.")
         return read
 
     def _mean(self, weight: str) -> tuple[float, float]:
@@ -130,14 +130,14 @@ class PairedScores:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Estimate:
-    """A value with bounds.
+    """A value with one-sided confidence bounds.
 
     Attributes:
-        value: what was measured.
-        standard_error: of the value.
-        n: independent documents behind it.
-        errors: float64 [R], sorted: errors in units of their own standard error that samples like
-            this one make, or their quantiles. None: nothing is known of them.
+        value: the estimate.
+        standard_error: its standard error.
+        n: number of independent documents.
+        errors: float64 [R], sorted studentised errors of resamples, or their quantiles. None if
+            unknown.
     """
 
     value: float
@@ -146,27 +146,33 @@ class Estimate:
     errors: Tensor | None = None
 
     def upper(self, confidence: float) -> float:
-        """Return the one-sided upper bound: the truth lies below it with this confidence.
+        """Return the one-sided upper confidence bound.
 
         Args:
-            confidence: from 0.5; above R / (R + 1) no bound is known.
+            confidence: at least 0.5; above R / (R + 1) the bound is infinite.
         """
         return self.value + self._margin(confidence, is_upper=True)
 
     def lower(self, confidence: float) -> float:
-        """Return the one-sided lower bound: the truth lies above it with this confidence."""
+        """Return the one-sided lower confidence bound."""
         return self.value - self._margin(confidence, is_upper=False)
 
     def documents_to_decide(
         self, bound: float, confidence: float, power: float = 0.8
     ) -> int | None:
-        """Return how many documents like these would settle on which side of `bound` the truth is.
+        """Return the number of similar documents needed to decide on which side of `bound` it is.
 
-        Assumes that the value stays where it is, that the error falls with the root of n, and that
-        what the bound is wider than a normal one, in standard errors, does so too: it is skewness.
+        This assumes that the value does not change and that the standard error is proportional
+        to 1/√n. The excess of the bound over a normal bound, in standard errors, comes from
+        skewness and also falls with 1/√n.
+
+        Args:
+            bound: the value to compare with.
+            confidence: confidence of the one-sided bound.
+            power: probability of a conclusive result.
 
         Returns:
-            The total number of documents, or None when no number is known to be enough.
+            The total number of documents, or None if it is unknown.
         """
         distance = abs(self.value - bound)
         is_below = self.value < bound
@@ -182,7 +188,7 @@ class Estimate:
         return max(2, math.ceil(x**2))
 
     def _margin(self, confidence: float, *, is_upper: bool) -> float:
-        """Return how far the bound lies from the value."""
+        """Return the distance of the bound from the value."""
         if self.standard_error == 0:
             return 0.0
         number = 0 if self.errors is None else len(self.errors)
@@ -196,10 +202,10 @@ class Estimate:
 def ratio_of_sums(numerators: Tensor, denominators: Tensor) -> Estimate:
     """Return Σ numerator / Σ denominator over independent documents.
 
-    The standard error is the linearised (Taylor) one of survey sampling (Cochran, Sampling
-    Techniques, 6.4), each document one cluster, with the residual of a document divided by
-    1 - its share of the denominator: this is the delete-one jackknife, and it keeps the error
-    honest when a few long documents dominate. Errors are not resampled.
+    The standard error is linearised (Taylor) as in survey sampling (Cochran, Sampling Techniques,
+    6.4), with documents as clusters. Each residual is divided by 1 − the document's share of the
+    denominator. This equals the delete-one jackknife and stays valid if a few long documents
+    dominate. Errors are not resampled.
 
     Args:
         numerators: float64 [n], one sum per document.
@@ -214,16 +220,17 @@ def ratio_of_sums(numerators: Tensor, denominators: Tensor) -> Estimate:
         return Estimate(float(value), math.inf, n=n)
     leverage = denominators / total
     residuals = (numerators - value * denominators) / total / (1 - leverage)
-    # n - 1 over n is the jackknife's factor; the leverage already undid the lost degree of freedom.
+    # (n − 1) / n is the jackknife factor; the leverage already corrects the degrees of freedom.
     variance = residuals.square().sum() * (n - 1) / n
     return Estimate(float(value), float(torch.sqrt(variance)), n=n)
 
 
 def bounded_ratio(numerators: Tensor, denominators: Tensor) -> Estimate:
-    """Return `ratio_of_sums` with the errors that resamples of the documents make.
+    """Return `ratio_of_sums` with studentised errors of resampled documents.
 
     Args:
-        numerators, denominators: as there.
+        numerators: as for `ratio_of_sums`.
+        denominators: as for `ratio_of_sums`.
     """
     ratio = ratio_of_sums(numerators, denominators)
     if ratio.n < 2:
@@ -232,24 +239,24 @@ def bounded_ratio(numerators: Tensor, denominators: Tensor) -> Estimate:
 
 
 def finite_or_none(value: float | None) -> float | None:
-    """Return a number that JSON can hold: None for what is missing, infinite or not a number."""
+    """Return a value that is serialisable as JSON: None if it is missing, infinite or NaN."""
     return value if value is not None and math.isfinite(value) else None
 
 
 def relative_forgetting(before: PairedScores, after: PairedScores) -> Estimate:
-    """Estimate how much of what a model could do is lost, paired by item.
+    """Estimate relative forgetting, paired by item.
 
-    Of a loss this is the relative rise of mean cross-entropy per byte. Both models scored the same
-    bytes, so the ratio of losses per byte is the ratio of summed nats. Documents are the clusters:
-    tokens of one document succeed or fail together, and errors per token would be several times
-    too small. Of an accuracy it is the drop as a part of the accuracy above chance.
+    For losses it is the relative rise of mean cross-entropy per byte. Both models score the same
+    bytes, so this ratio is the ratio of summed nats. Documents are clusters: losses of tokens in
+    a document are correlated, and errors per token would be several times too small. For
+    accuracies it is the drop relative to the accuracy above chance.
 
     Returns:
-        0.01 for a loss that rose by one per cent; negative where the model became better.
+        0.01 for a loss that rose by one per cent; negative for an improvement.
 
     Raises:
-        TritterError: the two did not score the same items, a loss is not a positive number, or an
-            accuracy is not above chance before.
+        TritterError: the items differ, a loss is not positive, or the accuracy before is not
+            above chance.
     """
     value = _relative_value(before, after)
     if before.unit == "accuracy":
@@ -258,20 +265,20 @@ def relative_forgetting(before: PairedScores, after: PairedScores) -> Estimate:
 
 
 def drop_in_points(before: PairedScores, after: PairedScores) -> Estimate:
-    """Estimate the drop of an accuracy, 0.02 for two points, negative for a gain; paired by item.
+    """Estimate the drop of an accuracy, paired by item: 0.02 for two points, negative for a gain.
 
     Raises:
-        TritterError: the two did not score the same items.
+        TritterError: the items differ.
     """
     _check_paired(before, after)
     return _drop(before, after, out_of=before.weights[before.per].double())
 
 
 def performance_delta(before: PairedScores, after: PairedScores) -> float:
-    """Return how a score changed, as the lineage says it: no bounds, so nothing is resampled.
+    """Return the change of a score for the lineage, without bounds.
 
     Returns:
-        The relative rise of a loss per byte, or the points that an accuracy gained.
+        The relative rise of the loss per byte, or the gain in accuracy.
 
     Raises:
         TritterError: as `relative_forgetting`.
@@ -283,10 +290,10 @@ def performance_delta(before: PairedScores, after: PairedScores) -> float:
 
 
 def carrying_items(before: PairedScores, after: PairedScores) -> tuple[str, ...]:
-    """Return the fewest items whose changes make up half of the spread, the largest first.
+    """Return the smallest set of items that causes half of the spread, largest first.
 
-    The spread is the sum of squares behind the standard error; where few items make it, the
-    bounds rest on what those few happened to be.
+    The spread is the sum of squares in the standard error. If few items dominate it, the bounds
+    depend on those items.
     """
     ratio = after.values.sum() / before.values.sum()
     squares = (after.values - ratio * before.values).square()
@@ -298,7 +305,7 @@ def carrying_items(before: PairedScores, after: PairedScores) -> tuple[str, ...]
 
 
 def above_chance(scores: PairedScores) -> Estimate:
-    """Estimate the accuracy above that of guessing."""
+    """Estimate the accuracy above chance."""
     ratio = ratio_of_sums(scores.above_chance, scores.weights[scores.per].double())
     return replace(ratio, errors=_student_errors(ratio.n))
 
@@ -310,10 +317,10 @@ def _relative_value(before: PairedScores, after: PairedScores) -> float:
     total = before.above_chance.sum()
     is_finite = torch.isfinite(total) and torch.isfinite(after.values).all()
     if not (is_finite and total > 0):
-        what = "losses above zero" if before.unit == "nats" else "accuracies above chance"
+        required = "losses above zero" if before.unit == "nats" else "accuracies above chance"
         raise TritterError(
-            f"evaluation: a relative change needs finite {what}, got {float(total):g} before and "
-            f"{float(after.above_chance.sum()):g} after, summed"
+            f"evaluation: a relative change requires finite {required}; the sums are "
+            f"{float(total):g} before and {float(after.above_chance.sum()):g} after"
         )
     rise = float(after.above_chance.sum() / total) - 1
     return rise if before.unit == "nats" else -rise
@@ -322,10 +329,9 @@ def _relative_value(before: PairedScores, after: PairedScores) -> float:
 def _drop(before: PairedScores, after: PairedScores, *, out_of: Tensor) -> Estimate:
     """Return Σ (before − after) / Σ out_of with the adjusted Wald interval of Bonett and Price.
 
-    One answer more is gained and one more is lost (Bonett and Price 2012, Adjusted Wald confidence
-    interval for a difference of binomial proportions based on paired data): where few answers
-    changed, or none, their spread alone would be far too sure. Resamples of such items would know
-    no bound at all.
+    It adds one gained and one lost answer (Bonett and Price 2012, Adjusted Wald confidence
+    interval for a difference of binomial proportions based on paired data). Without them, the
+    interval would be far too narrow for few changed answers, and resampling has no bound.
     """
     import torch
 
@@ -338,12 +344,12 @@ def _drop(before: PairedScores, after: PairedScores, *, out_of: Tensor) -> Estim
 
 
 def _student_errors(n: int) -> Tensor | None:
-    """Return quantiles of Student's t with n − 1 degrees of freedom in place of resamples' errors.
+    """Return quantiles of Student's t with n − 1 degrees of freedom, float64 [R].
 
-    float64 [R]; None below two items, where nothing is known.
+    None for fewer than two items.
     """
     import torch
-    from scipy.special import stdtrit  # half a second, which no gate of losses needs
+    from scipy.special import stdtrit  # slow to import, and only needed for accuracies
 
     if n < 2:
         return None
@@ -356,62 +362,62 @@ def _check_paired(before: PairedScores, after: PairedScores) -> None:
 
     if (before.unit, before.chance) != (after.unit, after.chance):
         raise TritterError(
-            f"evaluation: {before.unit} with chance {before.chance:g} before stands against "
-            f"{after.unit} with chance {after.chance:g} after"
+            f"evaluation: the scores before are {before.unit} with chance {before.chance:g}, those "
+            f"after are {after.unit} with chance {after.chance:g}; both must agree"
         )
     if len(before) != len(after):
         raise TritterError(
             f"evaluation: {len(before)} items were scored before and {len(after)} after; "
-            "a paired comparison needs the same ones"
+            "a paired comparison requires the same items"
         )
     for first, second in zip(before.identifiers, after.identifiers, strict=True):
         if first != second:
             raise TritterError(
-                f"evaluation: {first!r} before stands against {second!r} after; "
-                "a paired comparison needs the same items in the same order"
+                f"evaluation: {first!r} before is paired with {second!r} after; "
+                "a paired comparison requires the same items in the same order"
             )
     old, new = before.weights[before.per], after.weights[after.per]
     if not torch.equal(old, new):
         index = int((old != new).nonzero()[0])
         raise TritterError(
             f"evaluation: {before.identifiers[index]!r} has {int(old[index])} {before.per} before "
-            f"and {int(new[index])} after; both must score the same"
+            f"and {int(new[index])} after; both must be equal"
         )
 
 
 # The studentised bootstrap of a ratio of sums (bootstrap-t; Efron 1979, Hall 1988).
 #
-# How far a ratio lies from the truth, in units of its own standard error, is learned from
-# resamples of the documents. Where a few documents carry the change, that distribution is far
-# from Student's t, whose bounds promise too much there.
+# Resampling estimates the distribution of the error in units of its standard error. If a few
+# documents dominate the change, this distribution is far from Student's t, whose bounds would
+# be too narrow.
 #
-# R resamples · n documents
+# R: resamples · n: documents
 
 NUM_RESAMPLES = 1999
-# One seed for every gate: the same scores have the same bounds
+# A fixed seed: the same scores have the same bounds in every run
 _SEED = 20261120
-_MOST_DRAWS_AT_ONCE = 2_000_000
-# A variance below this part of its terms is what rounding left of zero
+_MAX_DRAWS_AT_ONCE = 2_000_000
+# A variance below this fraction of its terms is a rounding error of zero
 _ROUNDING = 1e-12
 
 
 def studentised_errors(numerators: Tensor, denominators: Tensor) -> Tensor:
     """Return (ratio of a resample − ratio) / standard error of the resample, sorted.
 
-    The standard error is that of `ratio_of_sums`, with the leverages of the documents at hand. The
-    result does not depend on the order of the documents, nor on the units of either sum.
+    The standard error is that of `ratio_of_sums`, with the leverages of the original documents.
+    The result depends neither on the order of the documents nor on the units of the sums.
 
     Args:
         numerators: float64 [..., n], n ≥ 2.
         denominators: float64 [..., n], positive.
 
     Returns:
-        float64 [..., NUM_RESAMPLES]. Infinite where a resample moved although its documents agree
-        with each other: nothing is known of such an error.
+        float64 [..., NUM_RESAMPLES]. Infinite for a resample that differs from the ratio although
+        its documents agree with each other.
     """
     import torch
 
-    for is_last in (False, True):  # sorted by numerator, and by denominator where that is equal
+    for is_last in (False, True):  # sort by numerator, then by denominator
         order = (numerators if is_last else denominators).argsort(dim=-1, stable=True)
         numerators, denominators = numerators.gather(-1, order), denominators.gather(-1, order)
     total = denominators.sum(dim=-1, keepdim=True)
@@ -430,12 +436,12 @@ def studentised_errors(numerators: Tensor, denominators: Tensor) -> Tensor:
     )
     n = shares.shape[-1]
     generator, sums = torch.Generator().manual_seed(_SEED), []
-    at_once = max(1, _MOST_DRAWS_AT_ONCE // n)
+    at_once = max(1, _MAX_DRAWS_AT_ONCE // n)
     for start in range(0, NUM_RESAMPLES, at_once):
         rows = min(at_once, NUM_RESAMPLES - start)
         drawn = torch.randint(n, (rows, n), generator=generator)
         drawn += n * torch.arange(rows).unsqueeze(1)
-        # How often each resample holds each document
+        # Number of times that each resample contains each document
         counts_Rn = torch.bincount(drawn.flatten(), minlength=rows * n).view(rows, n).double()
         sums.append(torch.tensordot(counts_Rn, columns_nK, dims=([1], [-2])))
     residual, share, squares, products, shares = torch.cat(sums).movedim(0, -2).unbind(dim=-1)
@@ -448,24 +454,24 @@ def studentised_errors(numerators: Tensor, denominators: Tensor) -> Tensor:
     return torch.where(moved == 0, 0.0, moved / standard_error).sort(dim=-1).values
 
 
-# What learning one task after another does to every domain: the matrix of scores, and transfer.
+# Transfer matrix of sequential tasks.
 #
-# R[k, d] is the score of domain d after task k, R[0, d] that before the first one. Lopez-Paz and
-# Ranzato 2017 (arXiv 1706.08840, section 2) fill it with accuracies and compare with a model that
-# has learned nothing. Here it holds losses per byte, so that negative is good, and R[0] is the
-# base's own, which may know much already. What was learned before the run has the base's row as
-# its own and counts in backward transfer.
+# R[k, d] is the score of domain d after task k, R[0, d] the score before the first task.
+# Lopez-Paz and Ranzato 2017 (arXiv 1706.08840, section 2) use accuracies and a random model as
+# reference. Here the matrix contains losses per byte, so negative transfer is an improvement, and
+# R[0] is the base model. Domains learned before the run have row 0 as their own row and count in
+# backward transfer.
 
 ScoreRecords = Mapping[str, Mapping[str, Any]]  # domain or task → record, as in summary.json
 
 
 @dataclass(frozen=True, slots=True)
 class LearnedTask:
-    """A task that was learned.
+    """A completed task.
 
     Args:
-        domains: that it was about.
-        scores: of every domain afterwards.
+        domains: domains of the task.
+        scores: scores of all domains after the task.
     """
 
     domains: Sequence[str]
@@ -475,15 +481,16 @@ class LearnedTask:
 def transfer_matrix(
     baseline: ScoreRecords, tasks: Sequence[LearnedTask], *, learned_before: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """Return the matrix and its transfers, as summary.json has them.
+    """Return the transfer matrix and the transfers for summary.json.
 
-    A domain's own task is the first that was about it. Backward transfer is R[last] − R[own], of
-    what was learned before the last task; forward transfer R[own − 1] − R[0], of what was not
-    learned in the first one. A score that is not known is None, and so is what is computed of it.
+    A domain's own task is the first one that includes it. Backward transfer is R[last] − R[own]
+    of domains learned before the last task. Forward transfer is R[own − 1] − R[0] of domains not
+    learned in the first task. Missing scores, and values computed from them, are None.
 
     Args:
         baseline: scores before the first task.
-        learned_before: domains that the model had learned already.
+        tasks: the tasks in order.
+        learned_before: domains that the model learned before the run.
     """
     rows = [baseline, *(task.scores for task in tasks)]
     domains = [name for name, record in baseline.items() if "loss" in record]
@@ -493,9 +500,9 @@ def transfer_matrix(
         for name in task.domains:
             own.setdefault(name, number)
     last = len(tasks)
-    met = [(name, own[name], losses[name]) for name in domains if name in own]
-    backward = {name: _less(each[last], each[k]) for name, k, each in met if k < last}
-    forward = {name: _less(each[k - 1], each[0]) for name, k, each in met if k > 1}
+    learned = [(name, own[name], losses[name]) for name in domains if name in own]
+    backward = {name: _less(each[last], each[k]) for name, k, each in learned if k < last}
+    forward = {name: _less(each[k - 1], each[0]) for name, k, each in learned if k > 1}
     return {
         "rows": ["baseline", *(f"task {number}" for number in range(1, last + 1))],
         "trained": [[], *(list(task.domains) for task in tasks)],
@@ -506,7 +513,7 @@ def transfer_matrix(
             for name, record in baseline.items()
             if "accuracy" in record
         },
-        "own": {name: k for name, k, _ in met},
+        "own": {name: k for name, k, _ in learned},
         "backward_transfer": backward,
         "forward_transfer": forward,
         "mean_backward_transfer": _mean(backward),

@@ -1,10 +1,10 @@
-"""Tasks: questions with one right answer, and what part of them a model answers.
+"""Tasks: questions with one correct answer, scored by accuracy.
 
-Greedy decoding writes an answer exactly when each of its tokens is the likeliest one behind those
-before it, and an end of text or of a line behind the last. One pass over prompt and answer tells
-that of all tokens at once, and nothing has to be generated.
+Greedy decoding yields an answer if and only if each of its tokens has the highest probability
+after the preceding ones, and the next token ends the text or the line. A single forward pass over
+prompt and answer checks all tokens at once, without generation.
 
-B rows in a batch · T tokens of the longest row · V vocabulary
+B: rows per batch · T: tokens of the longest row · V: vocabulary size
 """
 
 import json
@@ -27,11 +27,12 @@ from tritter.evaluation.statistics import PairedScores
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Reader:
-    """How a model reads text.
+    """Options of reading text with a model.
 
     Args:
-        end_of_text_id: before each text, and behind it.
-        batch_size: texts in a forward pass; no score depends on it.
+        tokenizer: the tokenizer.
+        end_of_text_id: token before and after each text.
+        batch_size: texts per forward pass; scores do not depend on it.
     """
 
     tokenizer: Tokenizer
@@ -40,37 +41,38 @@ class Reader:
 
 
 class ScoredTask(Protocol):
-    """Something that a model is good at or not, item by item."""
+    """A task with items that a model answers correctly or not."""
 
     @property
     def name(self) -> str:
-        """What it is called; together with the domains', names differ."""
+        """Name of the task, unique among tasks and domains."""
 
     @property
     def domain(self) -> str | None:
-        """The domain whose text teaches it; None: it stands for itself and is to be kept."""
+        """The domain that teaches the task; None for a task to retain."""
 
     @property
     def digest(self) -> str:
-        """SHA-256 (hex) of all that its items are; two tasks with one digest score alike."""
+        """SHA-256 (hex) of all items; tasks with the same digest have the same scores."""
 
     def score(self, model: nn.Module, reader: Reader) -> PairedScores:
-        """Return what part of its items the model gets right: unit `accuracy`, with chance."""
+        """Return the accuracy per item, unit `accuracy`, with chance."""
 
     def lengths(self, reader: Reader) -> Sequence[int]:
-        """Return how many tokens each sequence has that is read to score it, for its FLOPs."""
+        """Return the length in tokens of each sequence to score, for FLOPs."""
 
 
 def subject_of(task: ScoredTask) -> str:
-    """Return what scores and checks of a task are called; no domain's name holds a slash."""
+    """Return the name of a task's scores and checks; domain names have no slash."""
     return f"{task.name}/accuracy"
 
 
 @dataclass(frozen=True, slots=True)
 class QuestionTask:
-    """Questions: an answer among choices is right when it is likeliest, another when it is exact.
+    """A task of questions, with or without choices.
 
-    Of choices the log-likelihood counts, summed over their tokens; of two alike the first.
+    With choices, the model selects the one with the highest log-likelihood, summed over its
+    tokens; ties select the first. Without choices, greedy decoding must yield the answer exactly.
     """
 
     name: str
@@ -84,17 +86,18 @@ class QuestionTask:
 
     @property
     def chance(self) -> float:
-        """The mean over all questions."""
+        """The mean chance of all questions."""
         return sum(question.chance for question in self.questions) / len(self.questions)
 
     def score(self, model: nn.Module, reader: Reader) -> PairedScores:
-        """Ask all questions.
+        """Score all questions.
 
         Args:
             model: `model(input_ids=[B, T], use_cache=False).logits` is [B, T, V], causal.
+            reader: options of reading text.
 
         Raises:
-            TritterError: there is no question.
+            TritterError: there are no questions.
         """
         if not self.questions:
             raise TritterError(f"evaluation: the task {self.name} has no questions")
@@ -130,7 +133,7 @@ class QuestionTask:
         )
         rows = []
         for prompt, ids in zip(prompts, texts, strict=True):
-            # Where the prompt's last token reaches into the answer it is predicted with it
+            # If the prompt's last token merges with the answer, it counts as answer
             shared = enumerate(zip(prompt, ids, strict=False))
             start = next((at for at, (one, other) in shared if one != other), len(prompt))
             rows.append(_Row(tuple(ids), start))
@@ -139,7 +142,7 @@ class QuestionTask:
 
 @dataclass(frozen=True, slots=True)
 class _Row:
-    """Tokens of a prompt with an answer, which begins at `start`."""
+    """Tokens of a prompt and an answer, which begins at `start`."""
 
     ids: tuple[int, ...]
     start: int
@@ -147,14 +150,14 @@ class _Row:
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    """What a model makes of an answer: whether greedy decoding gives it, and its −log p."""
+    """Scores of an answer: whether greedy decoding yields it, and its −log p."""
 
     is_greedy: bool
     nats: float
 
 
 def _read(model: nn.Module, rows: Sequence[_Row], reader: Reader) -> list[_Found]:
-    """Read all rows, those of like lengths together."""
+    """Score all rows, batched by similar length."""
     found: dict[int, _Found] = {}
     by_length = sorted(range(len(rows)), key=lambda index: len(rows[index].ids))
     with evaluating(model) as device:
@@ -170,10 +173,10 @@ def _read(model: nn.Module, rows: Sequence[_Row], reader: Reader) -> list[_Found
                 targets[number, row.start : len(ids)] = ids[row.start :]
             logits_BTV = model(input_ids=input_ids.to(device), use_cache=False).logits.float()
             nats_B = nats_per_row(logits_BTV, targets.to(device)).tolist()
-            said_BT = logits_BTV.argmax(dim=-1).cpu()
-            is_right_B = ((said_BT == targets) | (targets == IGNORED)).all(dim=1)
+            greedy_BT = logits_BTV.argmax(dim=-1).cpu()
+            is_right_B = ((greedy_BT == targets) | (targets == IGNORED)).all(dim=1)
             for number, (index, row) in enumerate(zip(batch, texts, strict=True)):
-                after = int(said_BT[number, len(row.ids)])
+                after = int(greedy_BT[number, len(row.ids)])
                 is_closed = after == reader.end_of_text_id or reader.tokenizer.decode(
                     [after]
                 ).startswith(("\n", "\r"))

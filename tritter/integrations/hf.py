@@ -104,7 +104,7 @@ def _component(method: str | ForgettingMethod) -> Component:
         return Component(name=method.name, kind=type(method), options=method.options)
     if kind := NAMED.get(str(method)):
         return Component(name=kind.name, kind=kind, options=kind.Options())
-    reason = f"allowed is one of {', '.join(NAMED)}, or a method such as EWC(ewc_lambda=1e3)"
+    reason = f"must be one of {', '.join(NAMED)}, or a method such as EWC(ewc_lambda=1e3)"
     near = nearest(str(method), NAMED)
     raise RequestError(Problem("methods", str(method), reason=reason, nearest=near))
 

@@ -1,1 +1,1 @@
-"""What is added to training: against forgetting, growth, experts, routing."""
+"""Methods that extend training: forgetting mitigation, growth, experts, routing."""

@@ -24,7 +24,7 @@ from tritter.config.schema import CheckpointModelConfig
 from tritter.config.validation import source_config, start_problems
 from tritter.core.families import Config, count_parameters, family_of, position_limit
 from tritter.core.models import named_tensors, new_model, read_config, save_tokenizer
-from tritter.data.cache import one_at_a_time, set_aside
+from tritter.data.cache import entry_lock, quarantine
 from tritter.data.tokens import END_OF_TEXT, read_tokenizer
 from tritter.errors import Problem, RequestError, TritterError, key_name, raise_problems
 from tritter.methods.forgetting.path_integral import PathIntegral
@@ -89,7 +89,7 @@ def obtain_base(context: RunContext) -> Base:
         context.say("baseline", "another run is training this base; waiting for it")
 
     if not _is_intact(folder):
-        with one_at_a_time(folder, waiting=wait):
+        with entry_lock(folder, on_wait=wait):
             if not _is_intact(folder):
                 seconds = _train_base(context, folder, made_from)
                 for path in (logged, here):
@@ -236,7 +236,7 @@ def _is_intact(folder: Path) -> bool:
         return False
     problem = next(checkpoint_changes(folder), None)
     if problem is not None:
-        set_aside(folder, reason=problem)
+        quarantine(folder, reason=problem)
     return problem is None
 
 
@@ -339,7 +339,7 @@ def check_teacher(context: RunContext) -> None:
         length, limit = context.config.data.sequence_length, position_limit(config)
         if own != wanted:
             reason = (
-                f"it has {own} tokens, the model that the run starts from {wanted}; allowed is a "
+                f"it has {own} tokens, the model that the run starts from {wanted}; must be a "
                 "teacher with the same tokenizer"
             )
         elif (
@@ -347,7 +347,7 @@ def check_teacher(context: RunContext) -> None:
             != context.corpus.tokenizer.get_vocab()
         ):
             reason = (
-                "its tokenizer has other words than that of the run; allowed is a teacher with the "
+                "its tokenizer has other words than that of the run; must be a teacher with the "
                 "same tokenizer"
             )
         elif limit is not None and length > limit:

@@ -24,11 +24,11 @@ from tritter.config.schema import CheckpointModelConfig, RunConfig
 from tritter.config.validation import known_config
 from tritter.core.families import Flops, position_limit
 from tritter.core.models import read_config, wrapped_tokenizer
-from tritter.data.batches import BatchStream, SequenceStream, drawn_equally
+from tritter.data.batches import BatchStream, SequenceStream, sample_equally
 from tritter.data.benchmark_names import CODE, benchmark_names
 from tritter.data.built_in import built_in_origin, is_built_in, questions_of
 from tritter.data.corpus import Corpus, build_corpus, stdlib_corpus
-from tritter.data.datamodule import EvaluationText
+from tritter.data.datamodule import ValidationSubset
 from tritter.data.datasets import dataset_names
 from tritter.data.documents import Documents
 from tritter.data.local_files import TextFileError
@@ -41,7 +41,7 @@ from tritter.errors import RequestError, TritterError, key_name
 from tritter.evaluation.benchmarks.files import Questions, TasksFolder, load
 from tritter.evaluation.benchmarks.formats import BENCHMARKS, Benchmark
 from tritter.evaluation.benchmarks.harness import (
-    Asking,
+    EvalOptions,
     require_harness,
     score_benchmark,
     score_from_hub,
@@ -324,13 +324,13 @@ class RunContext:
         """Let a model read the run's training sequences as they are packed, and return it."""
         return model if self.document_mask is None else mask_documents(model, self.document_mask)
 
-    def drawn_equally(self, domains: Sequence[str], count: int, *purpose: str) -> Tensor:
+    def sample_equally(self, domains: Sequence[str], count: int, *purpose: str) -> Tensor:
         """Return `count` training sequences [N, T] at random, of each domain as many.
 
         Fewer where a domain has not as many.
         """
         sequences = self.training_sequences(domains)
-        return drawn_equally(sequences, count, seed=lambda name: self.seed(*purpose, name))
+        return sample_equally(sequences, count, seed=lambda name: self.seed(*purpose, name))
 
     def check_text(self) -> None:
         """Refuse a domain that is too small to train on, before anything is trained.
@@ -395,12 +395,12 @@ class RunContext:
         return BatchStream(stream, batch_size=data.batch_size, num_batches=num_batches)
 
     @cached_property
-    def evaluation_text(self) -> EvaluationText | None:
+    def validation_subset(self) -> ValidationSubset | None:
         """What trainings are evaluated on on their way; None where that is switched off."""
         options = self.config.evaluation
         if not options.every_n_steps:
             return None
-        return EvaluationText.of(
+        return ValidationSubset.of(
             {name: self.corpus.domains[name].validation for name in self.domains},
             every_n_steps=options.every_n_steps,
             max_tokens=EVALUATED_TOKENS,
@@ -520,7 +520,7 @@ class BenchmarkTask:
 
     benchmark: Benchmark
     questions: Questions | None
-    asking: Asking
+    harness: EvalOptions
     positions: int
     domain: str | None = None
 
@@ -532,12 +532,12 @@ class BenchmarkTask:
     def digest(self) -> str:
         held: Any = f"hub: {self.benchmark.hub}"
         if self.questions is not None:
-            asked = self.questions.limited(self.asking.limit)
+            asked = self.questions.limited(self.harness.limit)
             held = [
                 (name, astuple(asked.questions[name]), asked.examples[name])
                 for name in asked.questions
             ]
-        return sha256(dumps([held, self.asking.limit, version("lm_eval")]).encode()).hexdigest()
+        return sha256(dumps([held, self.harness.limit, version("lm_eval")]).encode()).hexdigest()
 
     def score(self, model: nn.Module, reader: Reader) -> PairedScores:
         """Ask a model all questions.
@@ -546,12 +546,12 @@ class BenchmarkTask:
             RequestError: the hub does not give them.
             TritterError: the model computes what is not finite.
         """
-        asking = replace(self.asking, batch_size=reader.batch_size)
+        harness = replace(self.harness, batch_size=reader.batch_size)
         if self.questions is None:
-            found = score_from_hub(model, _tokenizer(reader), self.benchmark, asking)
+            found = score_from_hub(model, _tokenizer(reader), self.benchmark, harness)
         else:
-            found = score_benchmark(model, _tokenizer(reader), self.questions, asking)
-        return found.known_by
+            found = score_benchmark(model, _tokenizer(reader), self.questions, harness)
+        return found.primary
 
     def lengths(self, reader: Reader) -> Sequence[int]:
         """Return the tokens of each sequence; generated answers count as long as they may be.
@@ -560,7 +560,7 @@ class BenchmarkTask:
         """
         if self.questions is None:
             return ()
-        asked = self.questions.limited(self.asking.limit)
+        asked = self.questions.limited(self.harness.limit)
         return sequence_lengths(_tokenizer(reader), asked, length=self.positions)
 
 
@@ -586,8 +586,8 @@ def benchmark_tasks(asked: EvaluationConfig, *, positions: int) -> tuple[Benchma
         is_external = asked.code_sandbox == "external" and command is not None
         sandbox = ExternalSandbox(str(command)) if is_external else NamespaceSandbox()
         sandbox.check()
-    asking = Asking(limit=asked.task_limit, sandbox=sandbox, is_null_run=False)
-    return tuple(BenchmarkTask(each, held.get(each.name), asking, positions) for each in chosen)
+    harness = EvalOptions(limit=asked.task_limit, sandbox=sandbox, is_null_run=False)
+    return tuple(BenchmarkTask(each, held.get(each.name), harness, positions) for each in chosen)
 
 
 def _tokenizer(reader: Reader) -> StockTokenizer:

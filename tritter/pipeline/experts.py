@@ -43,17 +43,19 @@ class Trainee:
 
 def method_of(context: RunContext, branch: Branch) -> Experts | None:
     """Return what an arm trains; None: the whole model, as the control does."""
-    asked = context.config.experts
-    if asked is None or branch.is_control:
+    options = context.config.experts
+    if options is None or branch.is_control:
         return None
-    method: Experts = asked.kind(asked.options)
+    method: Experts = options.kind(options.options)
     return method
 
 
 def training_of(context: RunContext, branch: Branch) -> TrainingConfig:
     """Return what is asked of an arm's training: adapters have a rate of their own."""
-    method, asked = method_of(context, branch), context.config.training
-    return asked if method is None else replace(asked, learning_rate=method.asked.learning_rate)
+    method, options = method_of(context, branch), context.config.training
+    return (
+        options if method is None else replace(options, learning_rate=method.options.learning_rate)
+    )
 
 
 def load_start(context: RunContext, branch: Branch, source: Source) -> nn.Module:
@@ -61,7 +63,7 @@ def load_start(context: RunContext, branch: Branch, source: Source) -> nn.Module
     method = method_of(context, branch)
     if method is None:
         return load_model(source.folder, config=source.config)
-    bits = method.asked.base_bits
+    bits = method.options.base_bits
     return load_whole(source.folder, config=source.config, base_bits=bits)
 
 
@@ -102,7 +104,7 @@ def _callback(
             exemplars are of another length than this run's batches.
     """
     registry, shape = method.registry(max_steps=max_steps), method.shape(mixture.model)
-    for name in method.asked.freeze_projections or ():
+    for name in method.options.freeze_projections or ():
         if name not in shape.targets:
             raise RequestError(
                 f"experts.freeze_projections = {name}: experts stand on "
@@ -124,7 +126,7 @@ def _callback(
         domains=new,
         seed=context.seed("experts", *branch.purpose),
     )
-    callback.take_up(mixture.extra)
+    callback.load_exemplars(mixture.extra)
     if callback.exemplar_length not in (0, length):
         raise RequestError(
             f"data.sequence_length = {length}: the exemplars that the checkpoint keeps of its "
@@ -147,7 +149,7 @@ def _resume(context: RunContext, branch: Branch, mixture: ExpertMixture, method:
     for name, parameter in mixture.model.named_parameters():
         is_ours = is_of_adapter(name) or ROUTER in name
         parameter.requires_grad_(is_ours and name not in frozen)
-    asked = method.asked
+    options = method.options
     if isinstance(method, SingleLora):
         own = shape_of(mixture.model, mixture.names[0])
         wanted = method.shape(mixture.model)
@@ -157,19 +159,19 @@ def _resume(context: RunContext, branch: Branch, mixture: ExpertMixture, method:
                 f"alpha {own.alpha:g}, on {', '.join(own.targets)}."
             )
         return
-    if mixture.router != "evidence" and mixture.is_shared != asked.shared_router:
+    if mixture.router != "evidence" and mixture.is_shared != options.shared_router:
         raise RequestError(
-            f"experts.shared_router = {asked.shared_router}: the checkpoint has "
+            f"experts.shared_router = {options.shared_router}: the checkpoint has "
             f"{'one router' if mixture.is_shared else 'a router for each layer'}."
         )
     if mixture.evidence is not None:
         evidence = mixture.evidence
-        evidence.prior, evidence.scale = asked.prior, asked.evidence_scale
-        evidence.window = asked.evidence_window
+        evidence.prior, evidence.scale = options.prior, options.evidence_scale
+        evidence.window = options.evidence_window
     recorded = mixture.extra.get("boundaries")
-    if recorded is not None and recorded != asked.boundaries:
+    if recorded is not None and recorded != options.boundaries:
         raise RequestError(
-            f"experts.boundaries = {asked.boundaries}: the checkpoint's skills were {recorded}, "
+            f"experts.boundaries = {options.boundaries}: the checkpoint's skills were {recorded}, "
             f"which is all that is known of them; go on with experts.boundaries={recorded}."
         )
 
@@ -206,6 +208,6 @@ def reading_flops_of(context: RunContext, source: Source) -> Flops:
 def usage_sequences(context: RunContext) -> Mapping[str, Tensor]:
     """Return domain → the sequences in which its gates are measured, int64 [N, T]."""
     return {
-        domain: context.drawn_equally([domain], _USAGE_SEQUENCES, "usage").long()
+        domain: context.sample_equally([domain], _USAGE_SEQUENCES, "usage").long()
         for domain in context.domains
     }

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tritter.checkpoints.state import KeptSequences, LazyTensors, read_state, write_state
 from tritter.core.models import disk_tensors, live_tensors, load_model
 from tritter.core.parameter_map.carry import StateKind
-from tritter.data.batches import drawn_equally, read_sequences, write_sequences
+from tritter.data.batches import read_sequences, sample_equally, write_sequences
 from tritter.errors import RequestError
 from tritter.methods.forgetting import build_methods, needs_of
 from tritter.methods.forgetting.si import RECORDED
@@ -277,7 +277,7 @@ def kept_sequences_of(context: RunContext, branch: Branch) -> KeptSequences:
     text = (*context.old_of(branch), *context.new_of(branch)) if keep else ()
     held, left = context.training_sequences(text), beside.without(text)
     sampled = {
-        name: drawn_equally({name: each}, keep, seed=lambda name: context.seed("kept", name)).int()
+        name: sample_equally({name: each}, keep, seed=lambda name: context.seed("kept", name)).int()
         for name, each in held.items()
     }
     is_masked = context.config.data.packing == "documents"

@@ -222,7 +222,7 @@ def _objective(
     )
     old = None
     if settings.hold_old:  # where the arm's model sends old text before any of its trainings
-        held = context.drawn_equally(
+        held = context.sample_equally(
             context.old_of(branch), HELD_SEQUENCES, "hold_old", *branch.purpose
         )
         start = context.source(expanded_folder(branch))

@@ -17,8 +17,8 @@ from tritter.checkpoints import Source, lineage_of, record_step0_error
 from tritter.core.families import count_parameters, forward_flops, position_limit, training_flops
 from tritter.core.models import config_of, load_model
 from tritter.core.stock_routers import Routing
-from tritter.data.cache import one_at_a_time
-from tritter.data.datamodule import EvaluationText
+from tritter.data.cache import entry_lock
+from tritter.data.datamodule import ValidationSubset
 from tritter.data.packing import document_mask_of, lengths_of
 from tritter.errors import RequestError, TritterError
 from tritter.evaluation.inference import sample_text, whole_word_prompt
@@ -142,7 +142,7 @@ def expansion(context: RunContext, branch: Branch) -> StageResult:
     context.sources[place] = replace(grown, lineage=lineage)
     context.score(after, f"{branch.name}-expanded")
     evaluated, flops = dict[str, float](), dict[str, float]()
-    if (text := context.evaluation_text) is not None:
+    if (text := context.validation_subset) is not None:
         evaluated = losses_before(before, text, context.config.trainer)
         flops["validation"] = evaluation_flops(experts.reading_flops(before), text)
     flops["expand"] = context.scoring_flops(forward_flops(grown.config))
@@ -230,7 +230,7 @@ def training(context: RunContext, branch: Branch, *, loggers: Sequence[Logger]) 
             side_losses=setup.side_losses,
             moments=carried_moments(context, start, model),
         )
-        folder, text = context.folder / branch.name, context.evaluation_text
+        folder, text = context.folder / branch.name, context.validation_subset
         is_routed = bool(setup.side_losses)
         write = branch_writer(context, branch, is_routed=is_routed, frees_start=frees_start)
         result = _fit(
@@ -348,7 +348,7 @@ def _fit(
     write_result: WriteResult,
     setup: moe.Setup | None = None,
     task: Task | None = None,
-    evaluation: EvaluationText | None = None,
+    evaluation: ValidationSubset | None = None,
     loggers: Sequence[Logger] = (),
     observers: Sequence[Callback] = (),
     changers: Sequence[Callback] = (),
@@ -481,7 +481,7 @@ def score_baseline(context: RunContext, source: Source) -> None:
     place = context.config.cache_dir / "scores" / f"{content_key(made_from)}.json"
     target = context.folder / score_file(NAME)
     if (scores := _intact_scores(place)) is None:
-        with one_at_a_time(place):
+        with entry_lock(place):
             if (scores := _intact_scores(place)) is None:  # nor from a job beside this one
                 load = load_model if context.config.experts is None else load_whole
                 context.score(load(source.folder, config=source.config), NAME)

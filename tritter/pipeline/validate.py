@@ -17,7 +17,7 @@ from tritter.core.models import load_model, read_config
 from tritter.data.documents import Document, notes_of
 from tritter.data.options import TextSources
 from tritter.data.sources import source_documents
-from tritter.data.split import part_documents
+from tritter.data.split import split_documents
 from tritter.data.tokens import PretrainedTokenizer, pack, read_tokenizer, tokenise
 from tritter.errors import Problem, RequestError
 from tritter.evaluation.gate import (
@@ -85,7 +85,7 @@ def _recorded(kind: str, source: Lineage | None, result: Lineage | None) -> _Dom
         for name, domain in result.domains.items()
         if (name in new) == (kind == "target") and domain.paths
     }
-    parted = part_documents(documents, rule=result.split)
+    parted = split_documents(documents, rule=result.split)
     held_out = {name: split.validation for name, split in parted.items()}
     return _Domains(held_out, "the result records no such domain")
 

@@ -1,4 +1,4 @@
-"""Ways from one size to another: shapes that exist, what they cost, what a budget reaches."""
+"""Growth planning: reachable shapes, their costs, and the result of a budget."""
 
 from tritter.planning.memory import (
     ShardingPlan,

@@ -1,7 +1,7 @@
-"""The specification's size guide (its appendix A), with parameters counted from shapes.
+"""A size guide of common expansions, with parameters counted from shapes.
 
-Its shapes name layers and hidden sizes only. What is missing is taken from the published model
-that comes nearest; docs/reference/planning.md lists what the guide's own figures would need.
+The guide states only layers and hidden sizes. Missing sizes are those of the most similar
+published model; docs/reference/planning.md lists the stated figures that require other sizes.
 """
 
 from dataclasses import dataclass
@@ -16,12 +16,16 @@ class GuideRow:
     """One row of the guide.
 
     Args:
-        source: size as the guide calls it; `target` likewise.
-        layers: of source and target, as the guide writes them; `hidden_size` likewise.
-        stated: the guide's figure for the target.
-        shape: what the count assumes besides.
-        source_parameters: counted, as `target_parameters` is.
-        note: whether the figures follow.
+        source: name of the source size.
+        target: name of the target size.
+        method: expansion method.
+        layers: layers of source and target.
+        hidden_size: hidden sizes of source and target.
+        stated: parameters of the target as stated by the guide.
+        shape: further sizes that the count assumes.
+        source_parameters: counted parameters of the source.
+        target_parameters: counted parameters of the target.
+        note: comparison of stated and counted parameters.
     """
 
     source: str
@@ -37,33 +41,33 @@ class GuideRow:
 
 
 def size_guide() -> tuple[GuideRow, ...]:
-    """Return every row of the guide, for a vocabulary of 32,000 and an untied head."""
+    """Return all rows of the guide, for a vocabulary of 32,000 and untied embeddings."""
     small = llama(layers=24, hidden_size=2048, intermediate_size=8192, heads=16)
     medium = PRESETS["tritter_7b"].config()
     deeper, experts = Dus(target_layers=48), Moe(num_experts=8, experts_per_token=2)
     return (
         _row(
             *("3B", "7B", "DUS", "24→48", "2048", "6.7B", "FFN 8192, 16 heads"),
-            *(small, deeper, "Not 3 B, and DUS can't more than double it"),
+            *(small, deeper, "The source is not 3 B, and DUS at most doubles it"),
         ),
         _row(
             *("3B", "7B", "width", "24", "2048→3072", "6.9B", "FFN 8192→12288, 16→24 heads"),
-            *(small, Width(hidden_size=3072), "1.5 times the width is 2.25 times the parameters"),
+            *(small, Width(hidden_size=3072), "1.5 times the width has 2.25 times the parameters"),
         ),
         _row(
             *("7B", "10B", "DUS", "32→48", "4096", "10.7B"),
             *("FFN 14336, 32 heads, 8 key/value heads", medium, deeper),
-            "Follows, with Mistral's key/value heads and FFN",
+            "Correct with Mistral's key/value heads and FFN",
         ),
         _row(
             *("7B", "14B", "width", "32", "4096→5120", "13.8B"),
             *("FFN 14336→17920, 32→40 heads, 8→10 key/value heads", medium),
-            *(Width(hidden_size=5120), "14 B takes 40 layers"),
+            *(Width(hidden_size=5120), "14 B requires 40 layers"),
         ),
         _row(
             *("7B", "70B", "MoE (8x)", "32", "4096", "8x7B experts"),
-            *("FFN 14336 an expert, 8 experts, 2 per token", medium, experts),
-            "Only the FFNs exist eight times",
+            *("FFN 14336 per expert, 8 experts, 2 per token", medium, experts),
+            "Only the FFNs are replicated eight times",
         ),
     )
 
@@ -90,12 +94,12 @@ def _row(
         shape=shape,
         source_parameters=count_parameters(config),
         target_parameters=count_parameters(target_config(config, [spec])),
-        note=f"{note}: docs/reference/planning.md",
+        note=f"{note}: docs/planning.md",
     )
 
 
 def llama(*, layers: int, hidden_size: int, intermediate_size: int, heads: int) -> Config:
-    """Return a Llama of the guide, with as many key/value heads as heads."""
+    """Return a Llama config of the guide, without grouped-query attention."""
     return llama_config(
         vocab_size=VOCABULARY,
         hidden_size=hidden_size,

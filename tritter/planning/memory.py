@@ -1,8 +1,8 @@
-"""The memory that training takes: what is counted from shapes, and what can only be estimated.
+"""Memory requirements of training, computed from shapes.
 
-Parameters, gradients and optimizer states are exact, byte by byte; a test holds them against a
-real AdamW. Activations are an estimate of what stock transformers save for the backward pass with
-a fused attention kernel. What a GPU needs besides (CUDA's own context, fragmentation) is not in.
+Parameters, gradients and optimizer states are exact to the byte. Activations are an estimate for
+stock transformers with a fused attention kernel. The CUDA context and fragmentation are not
+included.
 """
 
 import math
@@ -25,8 +25,8 @@ from tritter.core.families import (
 )
 from tritter.errors import RequestError, nearest, refused
 
-# Lightning's name of a precision → bytes of a parameter, its gradient and each plain moment, and
-# bytes of an activation. Autocast keeps parameters in float32 and computes with halved copies.
+# Lightning's precision → bytes of a parameter (also of its gradient and each unquantised moment),
+# and bytes of an activation. Autocast keeps float32 parameters and computes with 16-bit copies.
 _BYTES = {
     "32-true": (4, 4),
     "bf16-true": (2, 2),
@@ -36,30 +36,30 @@ _BYTES = {
 }
 PRECISIONS = tuple(_BYTES)
 OPTIMIZERS = ("adamw", "adamw8bit")
-_STEP_BYTES = 4  # torch keeps each tensor's step counter in float32
-# bitsandbytes: 8-bit moments in blocks with one float32 scale each; small tensors stay in float32.
+_STEP_BYTES = 4  # torch has a float32 step counter per tensor
+# bitsandbytes: 8-bit moments in blocks with one float32 scale each; small tensors use float32.
 _BLOCK_SIZE = 256
 _SMALLEST_8BIT_TENSOR = 4096
 _MOMENTS = 2
 _FLOAT32 = 4
-_ACTIVATION = "activation_function"  # as GPT-2 calls it
-_STEPS = {"gelu_new": 3}  # what it keeps beside its input and its result
+_ACTIVATION = "activation_function"  # GPT-2's config key
+_STEPS = {"gelu_new": 3}  # intermediate tensors saved in addition to input and output
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingSetup:
-    """How a model is trained, as far as memory goes.
+    """Training options that determine memory requirements.
 
     Args:
-        precision: Lightning's name.
+        precision: precision of Lightning.
         optimizer: `adamw` or `adamw8bit` (bitsandbytes).
         is_attention_frozen: attention has no gradients and no optimizer state.
-        batch_size: sequences on the device at once.
-        sequence_length: tokens of a sequence.
-        is_checkpointed: activations of a layer are computed again in the backward pass.
+        batch_size: sequences per device and step.
+        sequence_length: tokens per sequence.
+        is_checkpointed: activation checkpointing per layer.
 
     Raises:
-        RequestError: names the value, and what is allowed.
+        RequestError: a value is not allowed.
     """
 
     precision: str = "bf16-mixed"
@@ -75,14 +75,14 @@ class TrainingSetup:
             ("optimizer", self.optimizer, OPTIMIZERS),
         ):
             if value not in allowed:
-                reason = f"allowed is one of {', '.join(allowed)}"
+                reason = f"must be one of {', '.join(allowed)}"
                 raise refused(key, value, reason, near=nearest(value, allowed))
         for key, count in (
             ("batch_size", self.batch_size),
             ("sequence_length", self.sequence_length),
         ):
             if count < 1:
-                raise refused(key, count, "a whole number, at least 1")
+                raise refused(key, count, "must be at least 1")
 
     @property
     def num_tokens(self) -> int:
@@ -91,7 +91,7 @@ class TrainingSetup:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingMemory:
-    """Bytes on the device; the first three are exact, activations are an estimate."""
+    """Bytes on the device; activations are an estimate, all others are exact."""
 
     parameters_bytes: int
     gradients_bytes: int
@@ -111,14 +111,16 @@ class TrainingMemory:
 def training_memory(
     config: Config, setup: TrainingSetup, *, kept_per_parameter: float = _MOMENTS
 ) -> TrainingMemory:
-    """Compute the memory of training a model of this config.
+    """Compute the memory requirements of training a model.
 
     Args:
-        kept_per_parameter: numbers that an optimizer which is no 8-bit one keeps for each
-            parameter: of Adam two.
+        config: config.json of the model.
+        setup: the training options.
+        kept_per_parameter: optimizer state per parameter, in numbers; 2 for Adam. Ignored for
+            8-bit optimizers.
 
     Raises:
-        RequestError: unknown family.
+        RequestError: the model family is unknown.
     """
     parameter_bytes, width = _BYTES[setup.precision]
 
@@ -132,7 +134,7 @@ def training_memory(
             _optimizer_bytes(math.prod(t.shape), setup, kept_per_parameter) for t in trained(config)
         )
 
-    # The peak is at the start of the backward pass: logits and their gradient besides
+    # The peak is at the start of the backward pass and includes logits and their gradient
     logits = family_of(config).dimensions(config).vocab_size * (width + _FLOAT32)
     return TrainingMemory(
         parameters_bytes=parameter_bytes * count_parameters(config),
@@ -149,41 +151,45 @@ def states_bytes(
     trained: Iterable[tuple[int, int]],
     kept_per_parameter: float = _MOMENTS,
 ) -> int:
-    """Return the bytes of parameters, gradients and optimizer states where some are trained.
+    """Return the bytes of parameters, gradients and optimizer states of a partly trained model.
 
     Args:
-        trained: sizes of parameters that are, each with how many have it.
+        config: config.json of the model.
+        setup: the training options.
+        trained: size and number of the trained tensors.
         kept_per_parameter: see `training_memory`.
 
     Raises:
-        RequestError: unknown family.
+        RequestError: the model family is unknown.
     """
     parameter_bytes, _ = _BYTES[setup.precision]
-    held = parameter_bytes * count_parameters(config)
+    total = parameter_bytes * count_parameters(config)
     for size, count in trained:
-        held += count * (parameter_bytes * size + _optimizer_bytes(size, setup, kept_per_parameter))
-    return held
+        optimizer_bytes = _optimizer_bytes(size, setup, kept_per_parameter)
+        total += count * (parameter_bytes * size + optimizer_bytes)
+    return total
 
 
 def over_layers(config: Config, measure: Callable[[Config], int]) -> int:
-    """Return what adds up over layers, measured where there is one of each kind.
+    """Return a sum over all layers, measuring each kind of layer only once.
 
     Args:
-        measure: of a config of the first layer, and of that layer and one more.
+        config: config.json of the model.
+        measure: an additive function of a config; it receives configs of one or two layers.
     """
     family = family_of(config)
     kinds = family.layer_kinds(config)
-    alike = list(zip(kinds, ffn_sizes(config) or [0] * len(kinds), strict=True))
+    layers = list(zip(kinds, ffn_sizes(config) or [0] * len(kinds), strict=True))
     one = measure(family.with_layers(config, [0]))
     each = {
-        kind: measure(family.with_layers(config, [0, alike.index(kind)])) - one
-        for kind in set(alike)
+        kind: measure(family.with_layers(config, [0, layers.index(kind)])) - one
+        for kind in set(layers)
     }
-    return one + sum(each[kind] for kind in alike[1:])
+    return one + sum(each[kind] for kind in layers[1:])
 
 
 def is_attention(tensor: LogicalTensor) -> bool:
-    """Return whether a tensor is a projection of attention, or a norm within it."""
+    """Return True for projections and norms of attention."""
     return tensor.kind.startswith("attention.")
 
 
@@ -202,15 +208,20 @@ def _optimizer_bytes(size: int, setup: TrainingSetup, kept: float) -> int:
 
 
 def saved_bytes(config: Config, setup: TrainingSetup) -> int:
-    """Return what the forward pass leaves for the backward pass, apart from parameters.
+    """Return the bytes of saved activations, an estimate.
 
-    A matrix product keeps its input, attention with a fused kernel q, k, v and its result, SwiGLU
-    gate, activated gate, up and their product, an FFN without a gate its sum and what becomes of
-    it, an RMSNorm its input in float32 and the normed value in the precision of parameters, a
-    LayerNorm its input alone, the loss its log-probabilities in float32. Where q, k and v come out
-    of one product, it stays whole for the sake of v. Autocast keeps halved copies of the matrices.
-    GPT-2's activation is put together of single steps, which keep three times their size besides;
-    the masks of dropout are left out.
+    Tensors saved for the backward pass:
+
+    - matrix products: their input;
+    - fused attention: q, k, v and the output; a fused qkv projection stays whole;
+    - SwiGLU: gate, activated gate, up and their product; an FFN without a gate: its
+      pre-activation and activation (GPT-2's unfused activation needs three more tensors);
+    - RMSNorm: its input in float32 and the normalised value in the precision of parameters;
+      LayerNorm: only its input;
+    - the loss: log-probabilities in float32;
+    - autocast: 16-bit copies of the matrices.
+
+    Dropout masks are not included.
     """
     family = family_of(config)
     sizes = family.dimensions(config)
@@ -227,7 +238,7 @@ def saved_bytes(config: Config, setup: TrainingSetup) -> int:
 
 
 def _layer_bytes(family: Family, config: Config, layer: int, setup: TrainingSetup) -> int:
-    """Return the bytes that one layer keeps per token."""
+    """Return the saved bytes of one layer per token."""
     sizes = family.dimensions(config, layer=layer)
     parameter_bytes, width = _BYTES[setup.precision]
     ffn_units = sizes.intermediate_size
@@ -243,58 +254,58 @@ def _layer_bytes(family: Family, config: Config, layer: int, setup: TrainingSetu
     products = 2 * sizes.hidden_size + attention + for_each_unit * ffn_units
     statistics = sizes.num_attention_heads * _FLOAT32
     norms_bytes = normed * (_FLOAT32 + parameter_bytes)
-    if family.subtracts_mean:  # two that read the same stream keep it once
-        is_parallel = bool(config.get(family.parallel_if, False))
+    if family.subtracts_mean:  # parallel norms share their saved input
+        is_parallel = bool(config.get(family.parallel_residual_key, False))
         norms_bytes = normed * parameter_bytes // (2 if is_parallel else 1)
     return norms_bytes + products * width + statistics
 
 
 def _autocast_bytes(config: Config, setup: TrainingSetup) -> int:
-    """Return the bytes of the halved copies of what autocast multiplies with."""
+    """Return the bytes of autocast's 16-bit copies of matrices."""
     if not setup.precision.endswith("-mixed"):
         return 0
     _, width = _BYTES[setup.precision]
-    only_looked_up = ["embed_positions"]
+    embeddings = ["embed_positions"]  # lookup tables without a matrix product
     if not config.get("tie_word_embeddings"):
-        only_looked_up.append("embed")
+        embeddings.append("embed")
 
-    def is_looked_up(stored: StoredTensor) -> bool:
-        return stored.parts[0].tensor.name in only_looked_up
+    def is_lookup(stored: StoredTensor) -> bool:
+        return stored.parts[0].tensor.name in embeddings
 
     def multiplied(config: Config) -> int:
         stored = layout(config, "live")
-        return _count([t for t in stored if len(t.shape) > 1 and not is_looked_up(t)])
+        return _count([t for t in stored if len(t.shape) > 1 and not is_lookup(t)])
 
     return width * over_layers(config, multiplied)
 
 
 PROCESS_GROUPS = Path("/proc/self/cgroup")
 GROUPS = Path("/sys/fs/cgroup")
-# Version 1 writes a huge number where there is no limit, rounded down to a page.
+# cgroup v1 reports a huge number if there is no limit, rounded down to a page.
 _NO_LIMIT = 2**62
 
 
 def machine_memory(*, process_groups: Path = PROCESS_GROUPS, groups: Path = GROUPS) -> int | None:
-    """Return the bytes that this process may use: the machine's, or its group's if that is less.
+    """Return the memory available to this process: that of the machine or of its cgroup.
 
     Args:
-        process_groups: the file that lists the groups of the process.
-        groups: where the groups' own files are mounted.
+        process_groups: file that lists the cgroups of the process.
+        groups: mount point of the cgroup file system.
 
     Returns:
-        None where the system does not tell.
+        The smaller of the limits in bytes; None if the system reports none.
     """
     found = [*_group_limits(process_groups, groups)]
-    with suppress(ValueError, OSError, AttributeError):  # a system that has no such numbers
+    with suppress(ValueError, OSError, AttributeError):  # not available on this system
         found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     return min(found, default=None)
 
 
 def _group_limits(process_groups: Path, groups: Path) -> Iterator[int]:
-    """Yield the limits of the process's group and of those above it, of both versions.
+    """Yield the limits of the process's cgroup and its parents, for cgroup v1 and v2.
 
-    In a container the path may be one of the host, which does not exist within: then the mount's
-    own file holds the limit.
+    In a container the path may be that of the host, which does not exist inside. Then the root of
+    the mount has the limit.
     """
     try:
         lines = process_groups.read_text(encoding="utf-8").splitlines()
@@ -319,20 +330,20 @@ def _group_limits(process_groups: Path, groups: Path) -> Iterator[int]:
                 break
 
 
-# How FSDP2 shares the parameters of a model out, from shapes alone.
+# FSDP2 sharding, computed from shapes.
 #
-# Every parameter is cut along its first dimension into as many pieces as there are ranks, of
-# equal height but for the last ones. A layer is whole on every rank while it computes.
+# Every parameter is sharded along its first dimension; the last shards may be smaller. During its
+# computation, a layer is gathered on every rank.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardingPlan:
-    """What each rank holds.
+    """Parameters per rank under FSDP2.
 
     Args:
-        parameters: by rank, of its own.
-        gathered: of the largest group that is whole on every rank for a time: a layer, or what
-            stands in none (embeddings, the last norm, the head).
+        parameters: sharded parameters of each rank.
+        gathered: parameters of the largest gathered group: a layer, or all parameters outside
+            layers (embeddings, the last norm, the head).
     """
 
     parameters: tuple[int, ...]
@@ -340,20 +351,24 @@ class ShardingPlan:
 
 
 def sharding_plan(config: Config, *, ranks: int) -> ShardingPlan:
-    """Return what each of so many ranks holds of a model of this config.
+    """Return the FSDP2 sharding of a model.
+
+    Args:
+        config: config.json of the model.
+        ranks: number of ranks.
 
     Raises:
-        RequestError: unknown family, or no ranks.
+        RequestError: the model family is unknown, or `ranks` is below 1.
     """
     if ranks < 1:
-        raise RequestError(f"ranks = {ranks}: a whole number, at least 1.")
+        raise RequestError(f"ranks = {ranks}: must be at least 1.")
     groups = Counter[int | None]()
     parts = [0] * ranks
     for stored in layout(config, "live"):
         size = math.prod(stored.shape)
         groups[stored.layer] += size
         height = -(-stored.shape[0] // ranks)
-        for rank in range(ranks):  # the last ones may have nothing
+        for rank in range(ranks):  # the last shards may be empty
             rows = max(0, min(height, stored.shape[0] - rank * height))
             parts[rank] += rows * size // stored.shape[0]
     return ShardingPlan(parameters=tuple(parts), gathered=max(groups.values()))

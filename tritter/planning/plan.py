@@ -1,4 +1,4 @@
-"""A plan: the steps to a size, what each costs, and what the budget pays for."""
+"""Growth plans: the steps to a target size, their costs, and the result of a budget."""
 
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
@@ -13,7 +13,7 @@ from tritter.planning.shapes import (
     GrowthMethods,
     Shape,
     named_shape,
-    reached,
+    reached_shape,
     specs_like,
 )
 from tritter.planning.strategy import (
@@ -25,12 +25,12 @@ from tritter.planning.strategy import (
     strategies_of,
 )
 
-# What a model of N parameters loses after D tokens, as published: a prediction, no measurement.
+# A published scaling law for the loss of a model with N parameters after D tokens.
 #
 # Chinchilla's parametric law L(N, D) = E + A/N^α + B/D^β (Hoffmann et al. 2022, arXiv 2203.15556,
 # equation 2) with the constants of the corrected fit to its data (Besiroglu et al. 2024, arXiv
-# 2404.10102). The constants belong to that study's text and tokenizer: differences between two
-# plans say more than the numbers do, and the law does not see a model's shape.
+# 2404.10102). The constants are specific to that study's data and tokenizer, so differences
+# between plans are more reliable than absolute values. The law ignores a model's shape.
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ class ScalingLaw:
     """L(N, D) = E + A/N^α + B/D^β, in nats per token.
 
     Args:
-        irreducible: E, the loss of a perfect model.
+        irreducible: E, the irreducible loss.
         parameter_scale: A.
         token_scale: B.
         parameter_exponent: α.
@@ -57,26 +57,26 @@ class ScalingLaw:
         return self._limit(parameters) + data_term
 
     def tokens_for(self, parameters: float, loss: float) -> float:
-        """Return after how many tokens a model of this size, from scratch, has this loss.
+        """Return the number of tokens after which a model trained from scratch has a loss.
 
         Raises:
-            ValueError: a model of this size never has it.
+            ValueError: a model of this size never reaches the loss.
         """
         gap = loss - self._limit(parameters)
         if gap <= 0:
-            raise ValueError(f"{parameters:,.0f} parameters never come to a loss of {loss}")
+            raise ValueError(f"{parameters:,.0f} parameters never reach a loss of {loss}")
         return float((self.token_scale / gap) ** (1 / self.token_exponent))
 
     def loss_after_growth(self, loss: float, *, parameters: float, tokens: float) -> float:
-        """Return the predicted loss of a grown model that started at `loss` and saw `tokens`.
+        """Return the predicted loss of a grown model after continued training.
 
-        It goes on like a model of its size from scratch that has just come to that loss. This
-        takes the expansion as exact; the jump of one that is not is not predicted.
+        Assumes that a grown model improves like a model of its size from scratch with the same
+        loss, and that the expansion is function-preserving.
 
         Args:
-            loss: of the model before it grew.
-            parameters: of the grown model.
-            tokens: of the training after the growth.
+            loss: loss of the source model.
+            parameters: size of the grown model.
+            tokens: training tokens after the expansion.
         """
         return self.loss(parameters, self.tokens_for(parameters, loss) + tokens)
 
@@ -84,7 +84,7 @@ class ScalingLaw:
         return self.irreducible + self.parameter_scale / parameters**self.parameter_exponent
 
 
-SMALLEST_MODEL = 44_000_000  # parameters; below it the law is stretched beyond its data
+SMALLEST_MODEL = 44_000_000  # parameters; below, the law extrapolates beyond its data
 CHINCHILLA = ScalingLaw(
     irreducible=1.8172,
     parameter_scale=482.01,
@@ -94,21 +94,21 @@ CHINCHILLA = ScalingLaw(
 )
 
 
-A100_BF16_FLOPS = 312e12  # dense, per second, as NVIDIA states it
+A100_BF16_FLOPS = 312e12  # dense, per second, as published by NVIDIA
 DEFAULT_MFU = 0.4
 _SECONDS_PER_HOUR = 3600
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Device:
-    """The hardware that GPU-hours are of.
+    """The hardware that GPU-hours refer to.
 
     Args:
-        flops_per_second: peak of one device in the precision trained in.
-        mfu: model FLOPs utilisation, the share of the peak that training reaches.
+        flops_per_second: peak of one device in the training precision.
+        mfu: model FLOPs utilisation: the share of the peak that training reaches.
 
     Raises:
-        RequestError: no device has such a speed.
+        RequestError: a value is out of range.
     """
 
     flops_per_second: float = A100_BF16_FLOPS
@@ -119,28 +119,28 @@ class Device:
             raise refused(
                 "device_flops",
                 f"{self.flops_per_second:g}",
-                f"FLOPs per second of one device, above 0, such as {A100_BF16_FLOPS:g} "
+                f"must be above 0: the FLOPs per second of one device, such as {A100_BF16_FLOPS:g} "
                 "(A100, bf16)",
             )
         if not 0 < self.mfu <= 1:
             raise refused(
                 "mfu",
                 f"{self.mfu:g}",
-                "the share of the device's peak that training reaches, above 0 and at "
-                f"most 1, such as {DEFAULT_MFU}",
+                "must be above 0 and at most 1: the share of the device's peak that training "
+                f"reaches, such as {DEFAULT_MFU}",
             )
 
     def hours(self, flops: float) -> float:
-        """Return the GPU-hours that so many FLOPs take."""
+        """Return the GPU-hours for a number of FLOPs."""
         return flops / (self.flops_per_second * self.mfu) / _SECONDS_PER_HOUR
 
     def flops(self, hours: float) -> float:
-        """Return the FLOPs that so many GPU-hours pay for."""
+        """Return the FLOPs of a number of GPU-hours."""
         return hours * _SECONDS_PER_HOUR * self.flops_per_second * self.mfu
 
 
 def training_flops_per_token(config: Config, setup: TrainingSetup) -> float:
-    """Return the mean FLOPs of a token in a training step: matrices, output head, attention."""
+    """Return the mean training FLOPs per token: matrices, output head, attention."""
     flops = training_flops(
         config,
         is_trained=lambda tensor: not (setup.is_attention_frozen and is_attention(tensor)),
@@ -148,25 +148,25 @@ def training_flops_per_token(config: Config, setup: TrainingSetup) -> float:
     return flops.per_token(setup.sequence_length)
 
 
-MAX_TOKENS_PER_PARAMETER = 1e6  # far beyond, no predicted loss differs from the limit it tends to
-TOKENS_PER_PARAMETER = 20.0  # compute-optimal after Hoffmann et al. 2022, table 3
+MAX_TOKENS_PER_PARAMETER = 1e6  # beyond, predicted losses equal their limit
+TOKENS_PER_PARAMETER = 20.0  # compute-optimal according to Hoffmann et al. 2022, table 3
 SMALL_MODEL_BEATEN_FROM = 10.0  # tokens per target parameter; experiments/2026-11-22_one_layer
-LAW_RESOLUTION = 0.002  # nats; below it the law does not tell two plans apart
+LAW_RESOLUTION = 0.002  # nats; smaller differences between plans are not meaningful
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Assumptions:
-    """What a plan takes for granted.
+    """Assumptions of a plan.
 
     Args:
-        device: the hardware that GPU-hours are of.
-        tokens_per_parameter: tokens that a parameter is due; the source's have had theirs, so a
-            step trains for so many tokens per parameter that it adds.
-        setup: how models are trained, for memory and for the length of sequences.
-        law: what predicts losses.
+        device: the hardware that GPU-hours refer to.
+        tokens_per_parameter: training tokens per parameter. The source is assumed to be fully
+            trained, so each step trains for this number of tokens per added parameter.
+        setup: training options that determine memory and sequence length.
+        law: the scaling law that predicts losses.
 
     Raises:
-        RequestError: a value that is not allowed.
+        RequestError: a value is out of range.
     """
 
     device: Device = field(default_factory=Device)
@@ -179,24 +179,27 @@ class Assumptions:
             raise refused(
                 "tokens_per_parameter",
                 f"{self.tokens_per_parameter:g}",
-                f"a number above 0 and at most {MAX_TOKENS_PER_PARAMETER:g}, such as "
+                f"must be above 0 and at most {MAX_TOKENS_PER_PARAMETER:g}, such as "
                 f"{TOKENS_PER_PARAMETER:g}",
             )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExpansionStep:
-    """One expansion and the training after it.
+    """An expansion and the training after it.
 
     Args:
-        spec: the expansion, its sizes filled in.
-        source_parameters: counted from shapes, as `target_parameters` is.
-        num_tokens: of the training after the expansion.
-        gpu_hours: that this training takes.
-        total_gpu_hours: of this step and all before it.
-        is_affordable: the budget covers `total_gpu_hours`.
-        predicted_loss: nats per token after the training, by the scaling law.
-        memory: of this training, on one device.
+        spec: the expansion with all sizes.
+        source_config: config.json before the expansion.
+        target_config: config.json after the expansion.
+        source_parameters: number of parameters before the expansion.
+        target_parameters: number of parameters after the expansion.
+        num_tokens: training tokens after the expansion.
+        gpu_hours: GPU-hours of this training.
+        total_gpu_hours: GPU-hours of this step and all earlier ones.
+        is_affordable: whether the budget covers `total_gpu_hours`.
+        predicted_loss: nats per token after the training, from the scaling law.
+        memory: memory requirements of this training on one device.
     """
 
     spec: ExpansionSpec
@@ -218,7 +221,7 @@ class ExpansionStep:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Point:
-    """Where a plan starts, in the words of the steps that follow."""
+    """The start of a plan, with the fields of later steps."""
 
     target_config: Config
     target_parameters: int
@@ -229,24 +232,27 @@ class _Point:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GrowthPlan:
-    """The way from a model to a size.
+    """A plan to grow a model to a target size.
 
     Args:
-        strategy: the one that was followed; under `auto` the one that was chosen.
-        steps: all steps to the target, also those that the budget does not cover.
+        strategy: the strategy; for `auto`, the selected one.
+        source_config: config.json of the source.
+        source_parameters: number of parameters of the source.
+        target_parameters: requested number of parameters.
+        steps: all steps to the target, including those beyond the budget.
         gpu_hours: the budget.
-        spare_gpu_hours: what is left of it after the last affordable step.
-        reached: the largest shape that the spare hours pay for, in place of the first step that
-            they do not; None when every step is affordable, or none is left.
-        predicted_loss: nats per token when the whole budget is spent.
-        from_scratch_gpu_hours: of the target's shape trained from scratch, for as many tokens per
-            parameter.
-        source_gpu_hours: what the source's own tokens cost, were it trained on this device.
-        ungrown_loss: of the source as it is, trained on for the whole budget: the control.
-        pays_from_gpu_hours: the least budget from which the first step, trained on for all of it,
-            is predicted below the source trained on likewise; 0 when it always is, None when the
-            law sees no difference between their sizes.
-        alternatives: strategy → predicted loss, of all that `auto` compared.
+        spare_gpu_hours: the rest of the budget after the last affordable step.
+        reached: the largest shape that the spare hours cover, as a replacement for the first step
+            beyond the budget; None if all steps are affordable or no shape fits.
+        predicted_loss: nats per token after the whole budget is spent.
+        from_scratch_gpu_hours: cost of training the target from scratch with the same number of
+            tokens per parameter.
+        source_gpu_hours: cost of training the source on this device.
+        ungrown_loss: predicted loss of the control: the source, trained for the whole budget.
+        pays_from_gpu_hours: the smallest budget for which the first step has a lower predicted
+            loss than the control; 0 if it is always lower, None if the law predicts no difference.
+        source_memory: memory requirements of training the source.
+        alternatives: strategy → predicted loss, for all strategies that `auto` compared.
     """
 
     strategy: str
@@ -260,7 +266,7 @@ class GrowthPlan:
     predicted_loss: float
     from_scratch_gpu_hours: float
     source_gpu_hours: float
-    ungrown_loss: float
+    control_loss: float
     pays_from_gpu_hours: float | None
     source_memory: TrainingMemory
     alternatives: dict[str, float]
@@ -271,7 +277,7 @@ class GrowthPlan:
 
     @property
     def reached_parameters(self) -> int:
-        """What the budget does reach; the source's count when it pays for no step."""
+        """The largest affordable number of parameters; that of the source without any step."""
         if self.reached is not None:
             return self.reached.target_parameters
         affordable = [step.target_parameters for step in self.steps if step.is_affordable]
@@ -294,23 +300,24 @@ def plan_growth(
     """Plan the expansions from a model to a number of parameters.
 
     Args:
-        source: config.json of the model that there is.
-        target_parameters: the nearest shape within 10 % is meant.
+        source: config.json of the source.
+        target_parameters: requested size; the plan uses the nearest shape within 10 %.
         gpu_hours: the budget.
-        strategy: `depth_first`, `width_first`, `balanced`, or `auto`: the one of least predicted
-            loss once the budget is spent; where the law sees no difference, the one whose shape is
-            nearest to the presets' proportions.
-        methods: the expansions that may be used; default: `dus` and `width`.
+        strategy: `depth_first`, `width_first`, `balanced` or `auto`. `auto` selects the lowest
+            predicted loss for the budget; ties select the shape that is closest to the presets'
+            proportions.
+        methods: allowed expansions; defaults to `dus` and `width`.
+        assumptions: assumptions of the plan.
 
     Raises:
         RequestError: the target is not larger than the source or can't be reached, the budget is
-            not above 0, there is no such strategy, or it has no method.
+            not above 0, or the strategy is unknown or has no method.
     """
     methods = methods or GrowthMethods.usual(source)
     assumptions = assumptions or Assumptions()
     check_strategy(strategy, methods)
     if not 0 < gpu_hours < float("inf"):
-        raise refused("gpu_hours", f"{gpu_hours:g}", "a budget is above 0")
+        raise refused("gpu_hours", f"{gpu_hours:g}", "must be above 0")
     plans: list[GrowthPlan] = []
     refusals: list[RequestError] = []
     for name in strategies_of(strategy, methods):
@@ -340,13 +347,14 @@ def plan_expansion_path(
     *,
     assumptions: Assumptions | None = None,
 ) -> list[ExpansionStep]:
-    """Return the expansions from one size to another, with what each costs.
+    """Return the expansions from one size to another, with their costs.
 
     Args:
-        source_params: a number of parameters (the nearest shape is meant), or a config.json.
+        source_params: a number of parameters, for the nearest preset shape, or a config.json.
         target_params: a number of parameters.
-        available_compute: the budget in GPU-hours; steps beyond it are marked.
+        available_compute: the budget in GPU-hours; steps beyond it have `is_affordable=False`.
         strategy: as in `plan_growth`.
+        assumptions: assumptions of the plan.
 
     Raises:
         RequestError: as in `plan_growth`.
@@ -367,7 +375,7 @@ def plan_expansion_path(
 def _priced(
     request: PathRequest, shapes: Sequence[Shape], gpu_hours: float, assumptions: Assumptions
 ) -> GrowthPlan:
-    """Say what a path costs, and what of it the budget pays for."""
+    """Return the plan of a path: costs and affordable steps."""
     parameters = count_parameters(request.source)
     due = assumptions.tokens_per_parameter * parameters
     start = _Point(
@@ -385,7 +393,7 @@ def _priced(
     spare = gpu_hours - last.total_gpu_hours
     missing = steps[num_affordable:]
     end = steps[-1]
-    ungrown = _loss_over_hours(
+    control = _loss_over_hours(
         start.predicted_loss, start.target_config, start.target_parameters, assumptions
     )
     from_scratch = assumptions.tokens_per_parameter * end.target_parameters
@@ -403,8 +411,8 @@ def _priced(
         )(spare),
         from_scratch_gpu_hours=_hours_for(end.target_config, from_scratch, assumptions),
         source_gpu_hours=_hours_for(request.source, due, assumptions),
-        ungrown_loss=ungrown(gpu_hours),
-        pays_from_gpu_hours=_pays_from(start, ungrown, steps[0], assumptions),
+        control_loss=control(gpu_hours),
+        pays_from_gpu_hours=_pays_from(start, control, steps[0], assumptions),
         source_memory=start.memory,
         alternatives={},
     )
@@ -440,24 +448,24 @@ def _reached(
     gpu_hours: float,
     assumptions: Assumptions,
 ) -> ExpansionStep | None:
-    """Return the largest smaller step of the missed one's kind that the budget pays for."""
+    """Return the largest affordable step in the direction of an unaffordable one."""
     specs = specs_like(before.target_config, missed.spec, request.methods)
 
     def hours(spec: ExpansionSpec) -> float:
-        shape = reached(before.target_config, spec)
+        shape = reached_shape(before.target_config, spec)
         return _hours_for(shape.config, _due_tokens(before, shape, assumptions), assumptions)
 
-    place = bisect_right(specs, gpu_hours - before.total_gpu_hours, key=hours)
-    if not place:
+    index = bisect_right(specs, gpu_hours - before.total_gpu_hours, key=hours)
+    if not index:
         return None
-    shape = reached(before.target_config, specs[place - 1])
+    shape = reached_shape(before.target_config, specs[index - 1])
     return _step(before, shape, gpu_hours, assumptions)
 
 
 def _loss_over_hours(
     loss: float, config: Config, parameters: int, assumptions: Assumptions
 ) -> Callable[[float], float]:
-    """Return GPU-hours → the predicted loss of a model at `loss` that trains on for so many."""
+    """Return a function from GPU-hours of continued training to the predicted loss."""
     per_token = training_flops_per_token(config, assumptions.setup)
 
     def predicted(hours: float) -> float:
@@ -468,25 +476,25 @@ def _loss_over_hours(
 
 
 def _pays_from(
-    start: _Point, ungrown: Callable[[float], float], first: ExpansionStep, assumptions: Assumptions
+    start: _Point, control: Callable[[float], float], first: ExpansionStep, assumptions: Assumptions
 ) -> float | None:
-    """Return where the grown model's curve over GPU-hours comes to lie below the source's own.
+    """Return the GPU-hours at which the grown model's predicted loss falls below the control's.
 
-    Both begin at the source's loss. At first the source may be the quicker, since a token costs it
-    less; the grown model's limit is lower, so that they cross once at most.
+    Both start at the source's loss. The control may improve faster at first, because its tokens
+    are cheaper. The grown model has a lower limit, so the curves cross at most once.
     """
     size = (first.target_config, first.target_parameters)
     grown = _loss_over_hours(start.predicted_loss, *size, assumptions)
     low, high = first.gpu_hours * 1e-9, first.gpu_hours
-    if grown(low) < ungrown(low):
+    if grown(low) < control(low):
         return 0.0
-    while grown(high) >= ungrown(high):
+    while grown(high) >= control(high):
         if isinf(high):
             return None
         low, high = high, 4 * high
     while high > 1.001 * low:
         middle = (low * high) ** 0.5
-        low, high = (low, middle) if grown(middle) < ungrown(middle) else (middle, high)
+        low, high = (low, middle) if grown(middle) < control(middle) else (middle, high)
     return high
 
 

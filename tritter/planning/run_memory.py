@@ -1,8 +1,7 @@
-"""Whether a run fits into memory: what each of its trainings holds at once, against what there is.
+"""Memory check of a run: compares the requirements of each training run with the available memory.
 
-What is refused for is exact, and no more than what surely lies there at the same time: parameters,
-gradients, the optimizer's state, and the copies that the start and the methods against forgetting
-keep. Activations are an estimate, so they only lead to a note.
+A run is refused only for exact requirements: parameters, gradients, optimizer states, and copies
+for the start and for forgetting mitigation. Activations are an estimate and only cause a note.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,25 +21,25 @@ from tritter.planning.strategy import planned_rounds
 from tritter.targets import Component
 
 _FLOAT32 = 4
-_PATH_COPIES = 4  # ω, the weights at the start and before a step, its gradients
+_PATH_COPIES = 4  # ω, the weights at the start and before a step, and gradients
 _FEWER_BYTES: Literal["bf16-true"] = "bf16-true"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingMemory:
-    """What one training holds at once, in bytes.
+    """Memory requirements of one training run, in bytes.
 
     Args:
-        model: which one is trained, in words.
-        parameters: of the model.
-        states: parameters, gradients and optimizer states, exact.
-        copies: of weights and gradients that methods against forgetting hold, where the model is;
+        model: description of the trained model.
+        parameters: number of its parameters.
+        states: parameters, gradients and optimizer states; exact.
+        copies: copies of weights and gradients for forgetting mitigation, on the model's device;
             exact.
-        start: the weights before the training, in the machine's memory.
-        teacher: the weights of a model to learn from, where the model is; processes share those
-            in the machine's memory.
-        activations: estimated.
-        processes: that hold all of it but `start`, each.
+        start: the initial weights, in host memory.
+        activations: activations; an estimate.
+        teacher: weights of a teacher, on the model's device; shared between processes in host
+            memory.
+        processes: number of processes; each needs all of the above except `start`.
     """
 
     model: str
@@ -54,13 +53,13 @@ class TrainingMemory:
 
     @property
     def device(self) -> int:
-        """Of one process, where the model is."""
+        """Bytes of one process on the model's device."""
         return self.states + self.copies
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """Where something is held: its name, its bytes, and how many are to be held there."""
+class MemoryUse:
+    """A memory: its name, its size, and the required bytes."""
 
     name: str
     limit: int
@@ -68,66 +67,68 @@ class Place:
 
 
 def memory_problems(config: RunRequest, source: Config) -> list[Problem]:
-    """Return why a run can't fit, or nothing when it can or is not to be asked.
+    """Return the problem of a run that exceeds the memory; empty if it fits or is not checked.
 
     Args:
-        source: config.json of what the run starts from.
+        config: the run.
+        source: config.json of its starting model.
     """
     if not config.trainer.check_memory:
         return []
     worst = _worst(config, source)
     if worst is None:
         return []
-    held, place = worst
-    fitting = held.parameters * place.limit // place.needed
-    copied = held.copies + held.start + held.teacher
-    advice = [*_what_fits(config, source), "trainer.check_memory=false tries it all the same"]
-    each = f"; each of {held.processes} processes holds its own" if held.processes > 1 else ""
+    need, use = worst
+    fitting = need.parameters * use.limit // use.needed
+    copied = need.copies + need.start + need.teacher
+    advice = [*_smaller_runs(config, source), "trainer.check_memory=false disables this check"]
+    each = f"; for each of {need.processes} processes" if need.processes > 1 else ""
     reason = (
-        f"training {held.model} of {_count(held.parameters)} parameters takes "
-        f"{_size(place.needed)} before any activation (weights, gradients and optimizer "
-        f"{_size(held.states)}, copies {_size(copied)}{each}), and "
-        f"{place.name} has {_size(place.limit)}; at most about {_count(fitting)} parameters fit"
+        f"training {need.model} with {_count(need.parameters)} parameters requires "
+        f"{_size(use.needed)} without activations (weights, gradients and optimizer "
+        f"{_size(need.states)}, copies {_size(copied)}{each}), but "
+        f"{use.name} has {_size(use.limit)}; at most about {_count(fitting)} parameters fit"
     )
     return [Problem("trainer.check_memory", True, reason, "; ".join(advice))]
 
 
 def memory_notes(config: RunRequest, source: Config) -> tuple[str, ...]:
-    """Say where a run may not fit once activations, which are estimated, are added."""
+    """Return a note on a run that may exceed the memory with estimated activations."""
     worst = _worst(config, source, with_activations=True)
     if worst is None:
         return ()
-    held, place = worst
-    less = "a smaller data.batch_size or data.sequence_length takes less"
+    need, use = worst
+    advice = "reduce data.batch_size or data.sequence_length"
     again = config.with_sections(trainer=replace(config.trainer, activation_checkpointing=True))
     if again != config and _worst(again, source, with_activations=True) is None:
-        less += ", and with trainer.activation_checkpointing=true it fits"
+        advice += ", or set trainer.activation_checkpointing=true, with which it fits"
     return (
-        f"memory: training {held.model} may take {_size(place.needed)} with activations "
-        f"(estimated), and {place.name} has {_size(place.limit)}; {less}",
+        f"memory: training {need.model} may require {_size(use.needed)} with activations "
+        f"(estimated), but {use.name} has {_size(use.limit)}; {advice}",
     )
 
 
 def side_by_side_problems(
     jobs: Sequence[tuple[RunRequest, Config]], *, launcher: str, at_once: int
 ) -> list[Problem]:
-    """Return why the largest jobs of a sweep can't be held at the same time, or nothing.
+    """Return the problem of a sweep whose largest jobs exceed the memory together; else empty.
 
     Args:
-        jobs: config and config.json of what it starts from; each fits alone.
-        at_once: jobs that run side by side on this machine.
+        jobs: run and config.json of its starting model; each run fits on its own.
+        launcher: name of the launcher, for messages.
+        at_once: number of parallel jobs on this machine.
     """
-    asked = [(config, source) for config, source in jobs if config.trainer.check_memory]
-    if at_once == 1 or not asked:
+    checked = [(config, source) for config, source in jobs if config.trainer.check_memory]
+    if at_once == 1 or not checked:
         return []
     needed: dict[str, list[int]] = {}
     limits: dict[str, int] = {}
-    for config, source in asked:
+    for config, source in checked:
         most: dict[str, int] = {}
-        for held in trainings(config, source):
-            for place in _places(config, held, 0):
-                limits[place.name] = place.limit
-                most[place.name] = max(most.get(place.name, 0), place.needed)
+        for need in training_needs(config, source):
+            for use in _memory_uses(config, need, 0):
+                limits[use.name] = use.limit
+                most[use.name] = max(most.get(use.name, 0), use.needed)
         for name, each in most.items():
             needed.setdefault(name, []).append(each)
     for name, of_jobs in needed.items():
@@ -135,38 +136,38 @@ def side_by_side_problems(
         if sum(largest[:at_once]) > limits[name]:
             fits = max(1, sum(total <= limits[name] for total in accumulate(largest)))
             reason = (
-                f"it runs {at_once} jobs at a time, which take {_size(sum(largest[:at_once]))} "
-                f"before any activation, and {name} has {_size(limits[name])}; {fits} at a time "
-                "fit; trainer.check_memory=false tries it all the same"
+                f"{at_once} parallel jobs require {_size(sum(largest[:at_once]))} "
+                f"without activations, but {name} has {_size(limits[name])}; {fits} in parallel "
+                "fit; trainer.check_memory=false disables this check"
             )
             return [Problem("hydra/launcher", launcher, reason=reason)]
     return []
 
 
-def trainings(config: RunRequest, source: Config) -> Iterator[TrainingMemory]:
-    """Yield what each training of a run holds: of the base, of what grew, of the control."""
+def training_needs(config: RunRequest, source: Config) -> Iterator[TrainingMemory]:
+    """Yield the memory requirements of training the base, the grown model and the control."""
     if config.model.model_type != "hf":
-        yield _held(config, source, model="the base")
+        yield _training_need(config, source, model="the base")
     name = "the grown model"
     if config.pipeline.target_params is not None:
         before = source
         for shape in planned_rounds(config, source):
             new = _parameters(shape.config) - _parameters(before)
             trained = new if shape.spec.new_blocks_only else None
-            yield _held(config, shape.config, model=name, before=before, trained=trained)
+            yield _training_need(config, shape.config, model=name, before=before, trained=trained)
             before = shape.config
     elif config.expansion:
         grown, trained = target_config(source, config.expansion), _trained(config, source)
-        yield _held(config, grown, model=name, before=source, trained=trained)
+        yield _training_need(config, grown, model=name, before=source, trained=trained)
     else:
-        yield _held(config, source, model="the model", before=source)
+        yield _training_need(config, source, model="the model", before=source)
     if config.control:
         of_control = config.with_sections(growth=None, experts=None)
-        yield _held(of_control, source, model="the control", before=source)
+        yield _training_need(of_control, source, model="the control", before=source)
 
 
 def _trained(config: RunRequest, source: Config) -> int | None:
-    """Return how many parameters are trained where new blocks alone are; else None: all."""
+    """Return the number of trained parameters if only new blocks are trained; None means all."""
     specs = config.expansion
     if not any(spec.new_blocks_only for spec in specs):
         return None
@@ -180,7 +181,7 @@ def _trained(config: RunRequest, source: Config) -> int | None:
     return _parameters(grown) - _parameters(without)
 
 
-def _held(
+def _training_need(
     config: RunRequest,
     model_config: Config,
     *,
@@ -203,7 +204,7 @@ def _held(
     of_one = memory.parameters_bytes // count
     states, moments = memory.states_bytes, memory.optimizer_bytes
     teacher = 0
-    if before is None:  # of a base what is recorded for the run's methods
+    if before is None:  # a base records state for the run's methods
         kinds = {kind for one in config.forgetting for kind in one.kind.needs(one.options).state}
         copies = _PATH_COPIES * memory.parameters_bytes if "path_integral" in kinds else 0
     else:
@@ -211,9 +212,9 @@ def _held(
             trained = max(0, (count if trained is None else trained) - frozen)
         copies = sum(_copies(one) for one in config.forgetting) * memory.parameters_bytes
         needs = [one.kind.needs(one.options) for one in config.forgetting]
-        places = {each.teacher_folder for each in needs if each.teacher}
-        teachers = (before if place is None else checkpoint_config(place) for place in places)
-        # Of a hub id, which is not at hand, the size is not known
+        folders = {each.teacher_folder for each in needs if each.teacher}
+        teachers = (before if folder is None else checkpoint_config(folder) for folder in folders)
+        # The size of an undownloaded hub model is unknown
         teacher = of_one * sum(_parameters(each) for each in teachers if each is not None)
     if trained is not None:
         states = memory.parameters_bytes + of_one * trained + moments * trained // count
@@ -230,7 +231,7 @@ def _held(
 
 
 def _num_frozen(config: RunRequest, trained: Config, before: Config) -> int:
-    """Return how many parameters of a training may stay out of the optimizer to its end."""
+    """Return the number of parameters that may never enter the optimizer."""
     growth = config.growth
     if growth is not None and (frozen := growth.kind.num_frozen(growth.options, trained)):
         return int(frozen)
@@ -239,7 +240,7 @@ def _num_frozen(config: RunRequest, trained: Config, before: Config) -> int:
 
 
 def _copies(one: Component) -> int:
-    """Return how many tensors as large as the model a method holds."""
+    """Return the number of model-sized copies of a method."""
     return int(one.kind.needs(one.options).copies)
 
 
@@ -249,34 +250,34 @@ def _parameters(config: Config) -> int:
 
 def _worst(
     config: RunRequest, source: Config, *, with_activations: bool = False
-) -> tuple[TrainingMemory, Place] | None:
-    """Return the training that is furthest above a limit, and where; None when all fit."""
+) -> tuple[TrainingMemory, MemoryUse] | None:
+    """Return the training run with the largest excess and the memory; None if all fit."""
     over = [
-        (held, place)
-        for held in trainings(config, source)
-        for place in _places(config, held, held.activations if with_activations else 0)
-        if place.needed > place.limit
+        (need, use)
+        for need in training_needs(config, source)
+        for use in _memory_uses(config, need, need.activations if with_activations else 0)
+        if use.needed > use.limit
     ]
     return max(over, key=lambda each: each[1].needed, default=None)
 
 
-def _places(config: RunRequest, held: TrainingMemory, activations: int) -> Iterator[Place]:
-    """Yield where a training is held, as far as it is known how much there is."""
+def _memory_uses(config: RunRequest, need: TrainingMemory, activations: int) -> Iterator[MemoryUse]:
+    """Yield the use of GPU and host memory, if their sizes are known."""
     import torch
 
-    machine, gpu, each = machine_memory(), None, held.device + activations
+    machine, gpu, each = machine_memory(), None, need.device + activations
     if config.trainer.accelerator != "cpu" and torch.cuda.is_available():
         devices = range(min(config.trainer.devices, torch.cuda.device_count()))
         gpu = min(int(torch.cuda.get_device_properties(n).total_memory) for n in devices)
     if gpu is not None:
-        yield Place("the GPU", gpu, each + held.teacher)
+        yield MemoryUse("the GPU", gpu, each + need.teacher)
     if machine is not None:
-        of_machine = held.processes * each + held.teacher if gpu is None else 0
-        yield Place("this machine", machine, of_machine + held.start)
+        of_machine = need.processes * each + need.teacher if gpu is None else 0
+        yield MemoryUse("this machine", machine, of_machine + need.start)
 
 
-def _what_fits(config: RunRequest, source: Config) -> Iterator[str]:
-    """Yield changes of the run, each of which alone lets it fit."""
+def _smaller_runs(config: RunRequest, source: Config) -> Iterator[str]:
+    """Yield single changes with which the run fits."""
     trainer = config.trainer
     others = tuple(
         one
@@ -286,22 +287,22 @@ def _what_fits(config: RunRequest, source: Config) -> Iterator[str]:
     names = ",".join(one.name for one in others) or "none"
     one = replace(trainer, strategy="auto", devices=1)
     fewer = replace(trainer, precision=_FEWER_BYTES)
-    for words, changed in (
+    for overrides, changed in (
         ("trainer.strategy=auto trainer.devices=1", config.with_sections(trainer=one)),
         (f"'forgetting=[{names}]'", config.with_sections(forgetting=others)),
         (f"trainer.precision={_FEWER_BYTES}", config.with_sections(trainer=fewer)),
     ):
         if changed != config and _worst(changed, source) is None:
-            yield f"with {words} it fits"
+            yield f"it fits with {overrides}"
     if config.model.model_type == "hf":
         return
     for preset in sorted(PRESETS.values(), key=lambda each: -each.nominal_parameters):
         smaller = preset.config(vocab_size=config.data.vocab_size)
         if _parameters(smaller) >= _parameters(source):
             continue
-        with suppress(RequestError):  # the sizes that are asked for can't be had from this one
+        with suppress(RequestError):  # this model can't reach the requested sizes
             if _worst(config, smaller) is None:
-                yield f"with model={preset.name} it fits"
+                yield f"it fits with model={preset.name}"
                 return
 
 
@@ -314,5 +315,5 @@ def _count(parameters: int) -> str:
 
 
 def _scaled(number: int, units: Mapping[str, int]) -> str | None:
-    told = (f"{number / size:,.1f}{unit}" for unit, size in units.items() if number >= size)
-    return next(told, None)
+    scaled = (f"{number / size:,.1f}{unit}" for unit, size in units.items() if number >= size)
+    return next(scaled, None)

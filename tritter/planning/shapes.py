@@ -1,4 +1,4 @@
-"""The shapes that one expansion can reach, in growing order, and the one nearest to a size."""
+"""Shapes reachable with one expansion, in ascending order, and the nearest shape to a size."""
 
 import math
 from bisect import bisect_left
@@ -13,10 +13,10 @@ from tritter.core.families.presets import PRESETS, Preset
 from tritter.errors import RequestError, refused
 from tritter.limits import MAX_LAYERS, MAX_WIDTH
 
-_LARGEST_MULTIPLE = 256  # FFN sizes stay multiples of what they were multiples of, up to this
-_FINEST_ROUNDING = 8  # an FFN is rounded to multiples of an eighth of itself at most
-_MOST_SIZES = 128  # looked at in one direction, or up to three times as many
-_COARSEST_STEP = 1 / 6  # of the hidden size; coarser ones would miss too many sizes
+_LARGEST_MULTIPLE = 256  # FFN sizes keep their power-of-two divisor, up to this value
+_FINEST_ROUNDING = 8  # round an FFN to multiples of at most an eighth of its size
+_NUM_SIZES = 128  # candidates per direction, or up to three times as many
+_COARSEST_STEP = 1 / 6  # of the hidden size; coarser steps would skip too many sizes
 _FINE_STEP = 1 / 16  # of the hidden size
 _SIZES = (
     "target_layers",
@@ -29,15 +29,15 @@ _SIZES = (
 )
 
 
-# Hidden sizes at which query and key/value heads grow in proportion, the rounder ones of them or
-# all; or steps of a sixteenth while the heads stay.
+# Candidate hidden sizes. `proportional`: all sizes at which query and key/value heads grow in
+# proportion; `round`: only the rounder ones; `fine`: steps of a sixteenth with constant heads.
 WidthGrid = Literal["round", "proportional", "fine"]
 WIDTH_GRIDS: tuple[WidthGrid, ...] = ("round", "proportional", "fine")
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """A model's shape, and the expansion that leads to it."""
+    """A model's shape and the expansion that yields it."""
 
     spec: ExpansionSpec
     config: Config
@@ -50,14 +50,14 @@ class Shape:
 
 @dataclass(frozen=True, slots=True)
 class GrowthMethods:
-    """The expansions that a plan may use, their sizes open; None: not that direction.
+    """The expansions of a plan, without sizes.
 
     Args:
-        depth: such as `Dus()` or `LlamaPro()`.
-        width: `Width()`.
+        depth: a depth expansion such as `Dus()` or `LlamaPro()`; None disables depth.
+        width: a width expansion such as `Width()`; None disables width.
 
     Raises:
-        RequestError: a method has a size of its own, or grows in no direction that is planned.
+        RequestError: a method already has sizes.
     """
 
     depth: ExpansionSpec | None = None
@@ -69,21 +69,21 @@ class GrowthMethods:
                 if (value := getattr(spec, name, None)) is not None:
                     raise RequestError(
                         f"expansion.{spec.name}.{name} = {value}: the plan chooses the sizes; "
-                        "leave it out, or expand without a plan."
+                        "remove it, or expand without a plan."
                     )
 
     @classmethod
     def usual(cls, config: Config) -> "GrowthMethods":
-        """Return `Dus` and the `Width` that models of a config's family take."""
+        """Return `Dus`, and `Width` with the initialisation for the model's family."""
         takes_copies = family_of(config).subtracts_mean
         return cls(depth=Dus(), width=Width(init="net2net" if takes_copies else "fresh"))
 
     @classmethod
     def of(cls, specs: Sequence[ExpansionSpec]) -> "GrowthMethods":
-        """Sort methods by direction; without any, `Dus` and `Width`.
+        """Group methods by direction; defaults to `Dus` and `Width`.
 
         Raises:
-            RequestError: a method has no sizes that can be planned, or two grow one direction.
+            RequestError: a method grows neither depth nor width, or two grow the same direction.
         """
         if not specs:
             return cls(depth=Dus(), width=Width())
@@ -92,20 +92,20 @@ class GrowthMethods:
             direction = _direction(spec)
             if direction is None:
                 raise RequestError(
-                    f"expansion = {spec.name}: a plan grows depth and width; it can't choose the "
-                    f"sizes of {spec.name}."
+                    f"expansion = {spec.name}: a plan grows only depth and width; it can't choose "
+                    f"the sizes of {spec.name}."
                 )
             if direction in found:
                 raise RequestError(
                     f"expansion = {found[direction].name}, {spec.name}: both grow {direction}; "
-                    "name one of them."
+                    "choose one of them."
                 )
             found[direction] = spec
         return cls(depth=found.get("depth"), width=found.get("width"))
 
 
 def aspect_ratio(config: Config) -> float:
-    """Return a model's hidden size per layer."""
+    """Return the hidden size divided by the number of layers."""
     sizes = family_of(config).dimensions(config)
     return sizes.hidden_size / sizes.num_hidden_layers
 
@@ -113,10 +113,12 @@ def aspect_ratio(config: Config) -> float:
 def depth_specs(
     config: Config, method: ExpansionSpec, *, least_aspect_ratio: float = 0.0
 ) -> list[ExpansionSpec]:
-    """Return the depth expansions of at most twice the layers, fewest first.
+    """Return the depth expansions to at most twice the layers, in ascending order.
 
     Args:
-        least_aspect_ratio: hidden size per layer that must be left.
+        config: config.json of the source.
+        method: the depth expansion.
+        least_aspect_ratio: minimum hidden size per layer.
     """
     sizes = family_of(config).dimensions(config)
     most = min(2 * sizes.num_hidden_layers, MAX_LAYERS)
@@ -136,11 +138,13 @@ def width_specs(
     grid: WidthGrid,
     most_aspect_ratio: float = math.inf,
 ) -> list[ExpansionSpec]:
-    """Return the width expansions of at most twice the hidden size, narrowest first.
+    """Return the width expansions to at most twice the hidden size, in ascending order.
 
     Args:
-        grid: which hidden sizes to consider.
-        most_aspect_ratio: hidden size per layer that must not be passed.
+        config: config.json of the source.
+        method: the width expansion.
+        grid: candidate hidden sizes.
+        most_aspect_ratio: maximum hidden size per layer.
     """
     sizes = family_of(config).dimensions(config)
     hidden, unit = sizes.hidden_size, _unit(sizes, grid)
@@ -161,7 +165,7 @@ def width_specs(
 
 
 def specs_like(config: Config, spec: ExpansionSpec, methods: GrowthMethods) -> list[ExpansionSpec]:
-    """Return the expansions in the direction of `spec` that grow a model of `config`."""
+    """Return the expansions of a model in the direction of `spec`."""
     if _direction(spec) == "depth":
         assert methods.depth is not None
         return depth_specs(config, methods.depth)
@@ -170,37 +174,39 @@ def specs_like(config: Config, spec: ExpansionSpec, methods: GrowthMethods) -> l
 
 
 def _thinned(sizes: range) -> range:
-    """Return every size or, of thousands, an odd part of them: methods may want even ones."""
-    return sizes[:: len(sizes) // _MOST_SIZES // 2 * 2 + 1]
+    """Return all sizes, or every n-th of many; n is odd, because methods may need even sizes."""
+    return sizes[:: len(sizes) // _NUM_SIZES // 2 * 2 + 1]
 
 
 def nearest_shape(
     config: Config, specs: Sequence[ExpansionSpec], parameters: float
 ) -> Shape | None:
-    """Return the shape whose count of parameters is nearest, by ratio.
+    """Return the shape with the nearest number of parameters, by ratio.
 
     Args:
-        specs: expansions of a model of `config`, in the order of the counts they lead to.
+        config: config.json of the source.
+        specs: expansions of the source, in ascending order of parameters.
+        parameters: the target size.
     """
     if not specs:
         return None
-    place = bisect_left(specs, parameters, key=lambda spec: reached(config, spec).parameters)
-    around = [reached(config, spec) for spec in specs[max(place - 1, 0) : place + 1]]
+    index = bisect_left(specs, parameters, key=lambda spec: reached_shape(config, spec).parameters)
+    around = [reached_shape(config, spec) for spec in specs[max(index - 1, 0) : index + 1]]
     return min(around, key=lambda shape: abs(math.log(shape.parameters / parameters)))
 
 
-def reached(config: Config, spec: ExpansionSpec) -> Shape:
-    """Return the shape that an expansion leads to.
+def reached_shape(config: Config, spec: ExpansionSpec) -> Shape:
+    """Return the shape that an expansion yields.
 
     Raises:
-        RequestError: it can't be had.
+        RequestError: the expansion is not possible.
     """
     target = target_config(config, [spec])
     return Shape(spec, target, count_parameters(target))
 
 
 def _unit(sizes: Dimensions, grid: WidthGrid) -> int:
-    """Return what the hidden sizes of a grid are multiples of."""
+    """Return the step between the hidden sizes of a grid."""
     hidden, heads = sizes.hidden_size, sizes.num_attention_heads
     if grid == "fine":
         return heads * max(1, round(hidden * _FINE_STEP / heads))
@@ -222,15 +228,15 @@ def _with_sizes(spec: Any, **sizes: int | None) -> ExpansionSpec:
 
 
 def _ffn_size(sizes: Dimensions, hidden_size: int) -> int | None:
-    """Return the FFN size in proportion, as round as the old one; experts follow by themselves."""
+    """Return the proportional FFN size, rounded like the old one; None with experts."""
     if sizes.num_experts:
         return None
     old = sizes.intermediate_size
-    wanted = old * hidden_size / sizes.hidden_size
+    exact = old * hidden_size / sizes.hidden_size
     multiple = math.gcd(old, _LARGEST_MULTIPLE)
-    while multiple > 1 and multiple > wanted / _FINEST_ROUNDING:
-        multiple //= 2  # else the proportion would drift from step to step
-    return max(old, round(wanted / multiple) * multiple)
+    while multiple > 1 and multiple > exact / _FINEST_ROUNDING:
+        multiple //= 2  # otherwise the proportion would drift from step to step
+    return max(old, round(exact / multiple) * multiple)
 
 
 TOLERANCE = 0.1
@@ -238,7 +244,7 @@ TOLERANCE = 0.1
 
 @dataclass(frozen=True, slots=True)
 class NamedShape:
-    """A shape, and what it is called."""
+    """A shape and its name."""
 
     name: str
     config: Config
@@ -246,10 +252,10 @@ class NamedShape:
 
 
 def named_shape(parameters: int) -> NamedShape:
-    """Return the preset of about so many parameters, or else one with fewer or more layers.
+    """Return the preset with about this many parameters, or a preset with another depth.
 
     Raises:
-        RequestError: neither comes within 10 %; names what there is.
+        RequestError: no shape is within 10 %; names the nearest.
     """
     whole = [preset_shape(preset) for preset in PRESETS.values()]
     near = [shape for shape in whole if _miss(shape, parameters) <= TOLERANCE]
@@ -259,20 +265,20 @@ def named_shape(parameters: int) -> NamedShape:
         raise refused(
             "source",
             f"{parameters:,} parameters",
-            "the presets, with up to twice their layers or fewer, "
-            f"come no nearer than {best.parameters:,}; give a checkpoint folder",
+            "the nearest preset, with up to twice its layers or fewer, has "
+            f"{best.parameters:,}; use a checkpoint folder",
         )
     return best
 
 
 def preset_shape(preset: Preset) -> NamedShape:
-    """Return a preset's shape, counted."""
+    """Return a preset's shape and its number of parameters."""
     config = preset.config()
     return NamedShape(preset.name, config, count_parameters(config))
 
 
 def _with_other_depth(preset: Preset, parameters: int) -> NamedShape:
-    """Return a preset with the number of layers that comes nearest, at most twice its own."""
+    """Return a preset with the nearest number of layers, at most twice its own."""
     config = preset.config()
     family = family_of(config)
     one, two = (family.count_parameters({**config, "num_hidden_layers": n}) for n in (1, 2))

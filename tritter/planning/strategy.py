@@ -1,4 +1,4 @@
-"""Which shape comes next on the way to a size: deeper, wider, or whatever keeps the proportions."""
+"""Strategies that choose the shapes between a source and a target size: depth, width or both."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -22,19 +22,19 @@ from tritter.planning.shapes import (
 AUTO = "auto"
 STRATEGIES = ("depth_first", "width_first", "balanced")
 TOLERANCE = 0.1
-MAX_STEP_GROWTH = 1.6  # parameters after a step over those before: 3 B to 10 B are three steps
+MAX_STEP_GROWTH = 1.6  # ratio of parameters per step: 3 B to 10 B are three steps
 MAX_STEPS = 64
-# depth_first and width_first go this far from the presets' and the source's proportions.
+# Limit of depth_first and width_first: ratio to the proportions of presets and source
 _MOST_LOPSIDED = 4.0
 _LEAST_STEP_GROWTH = 1.02
-# A shape is near enough to a waypoint, or to the target, within this factor; of such shapes the
-# rounder and the better proportioned are taken.
+# Shapes within this factor of a waypoint, or of the target, are equivalent; the rounder and
+# better proportioned ones are preferred.
 _WAYPOINT_SLACK, _TARGET_SLACK = 1.25, 1.05
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PathRequest:
-    """From where to how many parameters, how, and with which expansions."""
+    """A source, a target size, a strategy and the allowed expansions."""
 
     source: Config
     target_parameters: int
@@ -43,25 +43,25 @@ class PathRequest:
 
 
 def find_path(request: PathRequest) -> tuple[Shape, ...]:
-    """Return the shapes from the source, exclusive, to the target.
+    """Return the shapes after the source up to the target.
 
-    Each step grows the parameters by about the same factor, at most 1.6, where the methods have
-    such shapes.
+    Each step grows the parameters by about the same factor, at most 1.6 if the methods have such
+    shapes.
 
     Raises:
-        RequestError: the target is not larger than the source, or no shape within 10 % of it is
-            reached; names the nearest.
+        RequestError: the target is not larger than the source, or no shape within 10 % of it can
+            be reached; names the nearest.
     """
     config, target = request.source, request.target_parameters
     parameters = count_parameters(config)
     if target <= parameters:
-        reason = f"the source has {parameters:,} already; an expansion only grows"
+        reason = f"must be larger than the source, which has {parameters:,}"
         raise RequestError(Problem("target", f"{target:,} parameters", reason=reason))
     shapes: list[Shape] = []
     while not shapes or (parameters < target / (1 + TOLERANCE) and len(shapes) < MAX_STEPS):
-        steps_left = math.ceil(math.log(target / parameters) / math.log(MAX_STEP_GROWTH) - 1e-9)
-        waypoint = parameters * (target / parameters) ** (1 / steps_left)
-        shape = _next_shape(request, config, waypoint, is_last=steps_left == 1)
+        num_steps = math.ceil(math.log(target / parameters) / math.log(MAX_STEP_GROWTH) - 1e-9)
+        waypoint = parameters * (target / parameters) ** (1 / num_steps)
+        shape = _next_shape(request, config, waypoint, is_last=num_steps == 1)
         if shape is None:
             break
         shapes.append(shape)
@@ -72,10 +72,10 @@ def find_path(request: PathRequest) -> tuple[Shape, ...]:
 
 
 def find_best_path(request: PathRequest) -> tuple[Shape, ...]:
-    """Return the path of a strategy, under `auto` the one whose last shape is best proportioned.
+    """Return the path of a strategy; `auto` selects the best proportioned last shape.
 
     Raises:
-        RequestError: there is no such strategy, it has no method, or the target can't be reached.
+        RequestError: the strategy is unknown or has no method, or the target can't be reached.
     """
     check_strategy(request.strategy, request.methods)
     paths: list[tuple[Shape, ...]] = []
@@ -91,26 +91,26 @@ def find_best_path(request: PathRequest) -> tuple[Shape, ...]:
 
 
 def check_strategy(strategy: str, methods: GrowthMethods) -> None:
-    """Refuse a strategy that there is not, or that has no method.
+    """Check that a strategy exists and has the methods that it needs.
 
     Raises:
-        RequestError: says which.
+        RequestError: the strategy is unknown or lacks a method.
     """
     allowed = (AUTO, *STRATEGIES)
     if strategy not in allowed:
-        reason = f"allowed is one of {', '.join(allowed)}"
+        reason = f"must be one of {', '.join(allowed)}"
         near = nearest(strategy, allowed)
         raise RequestError(Problem("strategy", strategy, reason=reason, nearest=near))
     needed = {"depth_first": ("depth",), "width_first": ("width",), "balanced": ("depth", "width")}
     for direction in needed.get(strategy, ()):
         if getattr(methods, direction) is None:
             example = "dus" if direction == "depth" else "width"
-            reason = f"no method that grows {direction} is given; add one, such as {example}"
+            reason = f"requires a method that grows {direction}; add one, such as {example}"
             raise RequestError(Problem("strategy", strategy, reason=reason))
 
 
 def strategies_of(strategy: str, methods: GrowthMethods) -> Sequence[str]:
-    """Return the strategies that a name stands for, the better proportioned first."""
+    """Return the strategies to try for a name, the better proportioned first."""
     if strategy != AUTO:
         return (strategy,)
     if methods.depth is None:
@@ -121,7 +121,7 @@ def strategies_of(strategy: str, methods: GrowthMethods) -> Sequence[str]:
 def _next_shape(
     request: PathRequest, config: Config, waypoint: float, *, is_last: bool
 ) -> Shape | None:
-    """Return the next shape, larger than `config` and not beyond the target, if there is one."""
+    """Return the next shape, larger than `config` and not beyond the target; None without any."""
     usual = (aspect_ratio_at(request.target_parameters), aspect_ratio(request.source))
     least, most = count_parameters(config), request.target_parameters * (1 + TOLERANCE)
 
@@ -168,7 +168,7 @@ def _wider(
     *,
     slack: float = _TARGET_SLACK,
 ) -> Shape | None:
-    """Return a wider shape: the roundest one that is near enough, else the nearest."""
+    """Return a wider shape: the roundest one that is close enough, otherwise the nearest."""
     if methods.width is None:
         return None
     found: list[Shape] = []
@@ -183,7 +183,7 @@ def _wider(
 
 
 def lopsidedness(shape: Shape) -> float:
-    """Return how far a shape's proportions are from the presets' at its size, as |log ratio|."""
+    """Return the |log ratio| of a shape's aspect ratio to that of presets of its size."""
     return abs(math.log(shape.aspect_ratio / aspect_ratio_at(shape.parameters)))
 
 
@@ -192,7 +192,7 @@ def _miss(shape: Shape, parameters: float) -> float:
 
 
 def _refuse(request: PathRequest, shapes: list[Shape]) -> NoReturn:
-    """Raise what names the nearest size on the way to a target that is not reached."""
+    """Raise the error for an unreachable target; names the nearest size."""
     methods = [spec.name for spec in (request.methods.depth, request.methods.width) if spec]
     target, config = request.target_parameters, request.source
     nearest = [shapes[-1].parameters] if shapes else []
@@ -205,28 +205,28 @@ def _refuse(request: PathRequest, shapes: list[Shape]) -> NoReturn:
             nearest += [shape.parameters] if shape is not None else []
     found = min(nearest, key=lambda count: abs(count - target), default=None)
     ending = "there is no larger shape" if found is None else f"the nearest has {found:,}"
-    verb = "reach" if len(methods) > 1 else "reaches"
     reason = (
-        f"{' and '.join(methods)} ({request.strategy}) {verb} no shape within 10 % of it from "
+        f"{' and '.join(methods)} ({request.strategy}) can't reach a shape within 10 % of it from "
         f"{count_parameters(config):,}; {ending}"
     )
     raise RequestError(Problem("target", f"{target:,} parameters", reason=reason))
 
 
-_KEYS = {"target": "pipeline.target_params", "strategy": "pipeline.strategy"}  # where a run says it
+_KEYS = {"target": "pipeline.target_params", "strategy": "pipeline.strategy"}  # keys of a run
 
 
 def planned_rounds(config: RunRequest, source: Config) -> tuple[Shape, ...]:
-    """Return the shape after each round, no more of them than `pipeline.max_rounds`.
+    """Return the shape after each round, for at most `pipeline.max_rounds` rounds.
 
-    The methods of `expansion` are those that may be used, their options kept and their sizes
-    chosen; without any, `dus` and `width`.
+    The allowed methods are those of `expansion`, with their options; defaults to `dus` and
+    `width`.
 
     Args:
+        config: the run.
         source: config.json of the base.
 
     Raises:
-        RequestError: a method has sizes of its own or none to plan, the strategy lacks a method,
+        RequestError: a method already has sizes or has none to plan, the strategy lacks a method,
             or the target can't be reached.
     """
     pipeline = config.pipeline
@@ -246,14 +246,14 @@ def planned_rounds(config: RunRequest, source: Config) -> tuple[Shape, ...]:
 
 
 def pipeline_problems(config: RunRequest) -> Iterator[Problem]:
-    """Yield what is set about rounds that a run of one round would not look at."""
+    """Yield the problems of options that require, or exclude, `pipeline.target_params`."""
     pipeline = config.pipeline
-    reason = "without pipeline.target_params a run has one round, and expansion says what it "
-    reason += "does; give a target, or leave this out"
+    reason = "requires pipeline.target_params; without it a run has a single round with the "
+    reason += "methods of expansion"
     for key, value in (("max_rounds", pipeline.max_rounds), ("strategy", pipeline.strategy)):
         if value is not None and pipeline.target_params is None:
             yield Problem(f"pipeline.{key}", value, reason=reason)
     if pipeline.target_params is not None and len(config.text.tasks) > 1:
-        reason = "each round of a run that grows to a size is trained on one task; name it as "
-        reason += "data.new, or leave pipeline.target_params out"
+        reason = "pipeline.target_params supports only one task; set data.new, or remove "
+        reason += "pipeline.target_params"
         yield Problem("data.tasks", list(config.text.tasks), reason=reason)

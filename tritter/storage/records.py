@@ -43,7 +43,7 @@ R = TypeVar("R", bound="Record")
 def _is_inner_name(name: str) -> str:
     parts = name.split("/")
     if "\0" in name or len(name) > _LONGEST_TEXT or not all(parts) or {".", ".."} & set(parts):
-        raise ValueError("allowed is the name of a file inside the folder")
+        raise ValueError("must be the name of a file inside the folder")
     return name
 
 

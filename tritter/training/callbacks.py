@@ -26,7 +26,7 @@ from torch import Tensor, distributed
 from tritter.checkpoints.state import write_state
 from tritter.core.families import Flops
 from tritter.data.batches import this_rank
-from tritter.data.datamodule import EvaluationText
+from tritter.data.datamodule import ValidationSubset
 from tritter.data.packing import document_mask_of, lengths_read
 from tritter.errors import TritterError
 from tritter.seeds import derived_seed
@@ -634,7 +634,7 @@ class Validation(Callback):
         stop: a training that is asked to stop is not evaluated at its end.
     """
 
-    def __init__(self, text: EvaluationText, *, stop: StopRequest) -> None:
+    def __init__(self, text: ValidationSubset, *, stop: StopRequest) -> None:
         self._text = text
         self._stop = stop
         self._last: int | None = None  # the step of the last evaluation
@@ -685,7 +685,7 @@ class Validation(Callback):
         self._last, self.flops = state_dict["last"], float(state_dict["flops"])
 
 
-def evaluation_flops(reading: Flops, text: EvaluationText) -> float:
+def evaluation_flops(reading: Flops, text: ValidationSubset) -> float:
     """Count the FLOPs of one evaluation; padding is not counted.
 
     Args:

@@ -14,7 +14,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 
 from tritter.core.models import activations_recomputed
 from tritter.data.batches import BatchStream
-from tritter.data.datamodule import Batches, EvaluationText, TextModule
+from tritter.data.datamodule import Batches, TextDataModule, ValidationSubset
 from tritter.errors import TritterError
 from tritter.stopping import Stopped
 from tritter.storage.atomic import remove_folder
@@ -63,7 +63,7 @@ def fit(
     changers: Sequence[Callback] = (),
     theirs: Sequence[Component] = (),
     write_result: WriteResult | None = None,
-    evaluation: EvaluationText | None = None,
+    evaluation: ValidationSubset | None = None,
 ) -> FitResult:
     """Train `module` for the steps of its schedule, from where a killed training left off.
 
@@ -118,7 +118,7 @@ def fit(
     gc.collect()  # an earlier trainer, its module and callbacks hold each other, moments too
     since = time.perf_counter()
     with _told(stop, label):
-        data = TextModule(batches, evaluation)
+        data = TextDataModule(batches, evaluation)
         _run(module, data, settings, callbacks, saving=saving, folder=folder, loggers=loggers)
     result = conclusion.result
     assert result is not None
@@ -156,7 +156,7 @@ def discard_saved(folder: Path) -> None:
 
 def _run(
     module: BaseModule,
-    data: TextModule,
+    data: TextDataModule,
     settings: TrainerSettings,
     callbacks: list[Callback],
     *,

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from tritter.checkpoints.location import teacher_problems
 from tritter.core.families import Config
-from tritter.data.batches import BatchStream, drawn_equally
+from tritter.data.batches import BatchStream, sample_equally
 from tritter.errors import Problem
 from tritter.options import RunRequest, Start, options
 from tritter.seeds import derived_seed
@@ -159,7 +159,7 @@ class Task:
         """
         names = self.old_sequences if domains is None else domains
         sequences = {name: self.old_sequences[name] for name in names}
-        return drawn_equally(sequences, count, seed=partial(derived_seed, self.seed, *purpose))
+        return sample_equally(sequences, count, seed=partial(derived_seed, self.seed, *purpose))
 
 
 @options

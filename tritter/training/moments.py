@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from tritter.checkpoints.state import State, write_state
 from tritter.core.families import StoredTensor
-from tritter.core.parameter_map.carry import MOMENTS, STATE_KINDS, Policy, followed, has_state
+from tritter.core.parameter_map.carry import MOMENTS, STATE_KINDS, Policy, has_state, mapped_state
 from tritter.errors import TritterError
 from tritter.storage.atomic import atomic_folder
 from tritter.storage.tensors import is_finite
@@ -162,7 +162,7 @@ def carried_moments(
     moved: dict[str, Moments] = {}
 
     def moved_kind(name: str, kind: str) -> Tensor:
-        return followed(
+        return mapped_state(
             change.tensors[name], STATE_KINDS[kind], lambda n: held[n][kind], policy=policy
         )
 

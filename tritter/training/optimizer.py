@@ -230,7 +230,7 @@ def optimizer_class(raw: Mapping[str, Any]) -> type | str:
         with quietly():
             return resolve("optimizer.name", found, base=OPTIMIZER)
     names = {spelling: target.rpartition(".")[2] for spelling, target in classes.items()}
-    reason = f"allowed is one of {', '.join(sorted(names.values()))}, or optimizer.{TARGET}"
+    reason = f"must be one of {', '.join(sorted(names.values()))}, or optimizer.{TARGET}"
     near = names.get(nearest(spelled, names) or "")
     raise RequestError(Problem("optimizer.name", name, reason=reason, nearest=near))
 
@@ -272,7 +272,7 @@ def optimizer_problems(
     if weight_decay is not None and "weight_decay" not in parameters_of(kind):
         reason = f"{dotted(kind).rpartition('.')[2]} has none; set optimizer.weight_decay=null"
         return [Problem("optimizer.weight_decay", weight_decay, reason=reason)]
-    if found := list(argument_problems(kind, arguments, key="optimizer", given=_OWN)):
+    if found := list(argument_problems(kind, arguments, key="optimizer", reserved=_OWN)):
         return found
     own = (*field_keys(OptimizerValues, ""), "name")
     named = _spelling(dotted(kind).rpartition(".")[2])

@@ -23,7 +23,7 @@ from tritter.core.expansions import target_config
 from tritter.core.families import Config, count_parameters, family_of
 from tritter.errors import Problem, TritterError, nearest
 from tritter.limits import MAX_COUNT, NO_EPOCHS, parse_count
-from tritter.options import IN_WORDS, Count, RunRequest, WholeNumber, nearest_multiples, options
+from tritter.options import PARSED_COUNT, Count, RunRequest, WholeNumber, nearest_multiples, options
 from tritter.targets import (
     TARGET,
     Component,
@@ -49,7 +49,7 @@ class TrainingConfig:
     schedule: Literal["constant", "cosine", "wsd", "rewarm"]
     decay_ratio: Annotated[float, Field(gt=0, le=1)]
     minimum_ratio: Annotated[float, Field(ge=0, le=1)]
-    max_tokens: Annotated[int, Field(ge=1, le=MAX_COUNT), IN_WORDS] | None = None
+    max_tokens: Annotated[int, Field(ge=1, le=MAX_COUNT), PARSED_COUNT] | None = None
 
 
 @options
@@ -158,11 +158,11 @@ def trainer_argument_problems(name: str, value: object) -> Iterator[Problem]:
         yield Problem(key, value, reason=REFUSED[name])
         return
     if name == "profiler" and value is not None and value not in PROFILERS:
-        reason = f"allowed is one of {', '.join(PROFILERS)}, or null"
+        reason = f"must be one of {', '.join(PROFILERS)}, or null"
         yield Problem(key, value, reason=reason, nearest=nearest(str(value), PROFILERS))
         return
     if name == "accumulate_grad_batches" and not (type(value) is int and value >= 1):
-        yield Problem(key, value, reason="allowed is a whole number at least 1")
+        yield Problem(key, value, reason="must be a whole number at least 1")
         return
     trainer = imported(TRAINER)
     hint = get_type_hints(trainer.__init__)[name]
@@ -217,7 +217,7 @@ def device_problems(config: RunRequest) -> Iterator[Problem]:
     trainer, batch_size = config.trainer, config.data.batch_size
     if trainer.strategy == "auto":
         if trainer.devices > 1:
-            reason = "several devices train together with trainer=ddp; else allowed is 1"
+            reason = "several devices train together with trainer=ddp; else must be 1"
             yield Problem("trainer.devices", trainer.devices, reason=reason)
         return
     if trainer.devices == 1:
@@ -246,7 +246,7 @@ def schedule_problems(config: RunRequest, prefix: str) -> Iterator[Problem]:
     if training.schedule == "wsd" and training.warmup_ratio + training.decay_ratio > 1:
         reason = (
             f"with {prefix}.warmup_ratio = {training.warmup_ratio} more than all steps are spoken "
-            f"for; allowed is at most {1 - training.warmup_ratio:g}"
+            f"for; must be at most {1 - training.warmup_ratio:g}"
         )
         yield Problem(f"{prefix}.decay_ratio", training.decay_ratio, reason=reason)
 
@@ -514,7 +514,7 @@ def with_steps(
         elif tokens is not None and of_step is not None:  # else it is told where they are read
             steps = max(1, tokens // of_step)
             if tokens < of_step:
-                reason = f"one step takes {of_step:,} tokens; allowed is at least that"
+                reason = f"one step takes {of_step:,} tokens; must be at least that"
         if reason is not None:
             problems.append(Problem(f"{group}.{TOKENS}", asked, reason=reason))
         else:

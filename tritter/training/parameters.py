@@ -25,7 +25,13 @@ from tritter.core.families import (
     training_flops,
 )
 from tritter.core.families.layout import Part
-from tritter.core.models import backbone_of, config_of, set_parameter, state_sizes, weightless_model
+from tritter.core.models import (
+    backbone_of,
+    config_of,
+    set_parameter,
+    update_linear_sizes,
+    weightless_model,
+)
 from tritter.errors import RequestError, TritterError
 from tritter.transform import Change
 
@@ -231,7 +237,7 @@ def reshape(
     if config:
         model.tie_weights()  # type: ignore[operator]
     for module in model.modules():  # which may be narrower than stock
-        state_sizes(module)
+        update_linear_sizes(module)
 
 
 def entry_of(change: Change, *, step: int, reason: str) -> Entry:

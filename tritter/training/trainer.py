@@ -35,7 +35,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.multiprocessing import get_sharing_strategy, set_sharing_strategy
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
-from tritter.data.datamodule import EvaluationText, TextModule
+from tritter.data.datamodule import TextDataModule, ValidationSubset
 from tritter.errors import Problem, RequestError, TritterError
 from tritter.training.checkpoint_io import (
     SafetensorsCheckpointIO,
@@ -269,7 +269,7 @@ def settings_kept() -> Iterator[None]:
 
 
 def losses_before(
-    model: nn.Module, text: EvaluationText, settings: TrainerSettings
+    model: nn.Module, text: ValidationSubset, settings: TrainerSettings
 ) -> dict[str, float]:
     """Return `eval/<domain>/…` of a model as its training would log them.
 
@@ -283,7 +283,7 @@ def losses_before(
     random = random_state()
     with settings_kept():
         trainer = build_trainer(alone, [], never.max_steps, loggers=[])
-        trainer.validate(module, datamodule=TextModule((), text), verbose=False)
+        trainer.validate(module, datamodule=TextDataModule((), text), verbose=False)
     restore_random_state(random)
     model.to("cpu")
     logged = {name: float(value) for name, value in trainer.callback_metrics.items()}

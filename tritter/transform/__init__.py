@@ -1,4 +1,4 @@
-"""Expansion carried out: source folder → maps → destination folder, or on a live model."""
+"""Apply expansions: source folder → maps → destination folder, or on a live model."""
 
 from tritter.transform.change import Change, PlannedExpansion, declared
 from tritter.transform.folder import (

@@ -1,4 +1,4 @@
-"""What a model's parameters become, by the names that they have in memory."""
+"""The change of a model's parameters, by their names in memory."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -24,26 +24,26 @@ from tritter.core.parameter_map import (
     new_along,
     rounded_weight,
 )
-from tritter.core.parameter_map.carry import STATE_KINDS, Policy, followed, has_state
+from tritter.core.parameter_map.carry import STATE_KINDS, Policy, has_state, mapped_state
 from tritter.core.stock_routers import AddedExperts
 
-PeakBytes = Mapping[str, Tensor]
+Tensors = Mapping[str, Tensor]
 
 
 def declared(name: str, shape: tuple[int, ...]) -> StoredTensor:
-    """Return a parameter that no family knows, such as a factor of LoRA, known by its own name."""
+    """Return a parameter that no family defines, such as a LoRA factor, under its own name."""
     return StoredTensor(name, shape, (Part(LogicalTensor(kind=name, disk_name=name, axes=())),))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Change:
-    """A parameter map as those see it that know a model's parameters by name.
+    """A parameter map over the names of a live model's parameters.
 
     Args:
-        config: config.json of the model after it.
-        before: what each parameter holds that the change reads or takes away.
-        after: what each parameter holds then, in forward order.
-        tensors: name of what is held after it → how that follows from what was held before.
+        config: config.json of the changed model.
+        before: parameters that the change reads or removes.
+        after: parameters of the changed model, in forward order.
+        tensors: logical tensor of the changed model → its map from the tensors before.
     """
 
     config: Config
@@ -53,23 +53,23 @@ class Change:
 
     @classmethod
     def of(cls, parameter_map: ParameterMap, source: Config, target: Config) -> "Change":
-        """Return the change that a map makes to a model of the config `source`."""
+        """Return the change that a map applies to a model with the config `source`."""
         before, after = (layout(c, "live") for c in (source, target))
         return cls(config=target, before=before, after=after, tensors=parameter_map.tensors)
 
     @property
     def removed(self) -> tuple[str, ...]:
-        """Names of the parameters that go."""
+        """Names of the removed parameters."""
         names = {stored.name for stored in self.after}
         return tuple(stored.name for stored in self.before if stored.name not in names)
 
     def digest(self) -> str:
-        """SHA-256 of maps, fills and seeds, as that of a parameter map."""
+        """Return the SHA-256 of maps, fills and seeds, as for a parameter map."""
         return ParameterMap(self.tensors, ()).digest()
 
     @property
     def altered(self) -> tuple[StoredTensor, ...]:
-        """The parameters whose weights, state or name are not what they were."""
+        """The parameters whose weights, state or name change."""
         origins = {
             stored.name: tuple(part.tensor.name for part in stored.parts) for stored in self.before
         }
@@ -83,14 +83,18 @@ class Change:
 
     @property
     def stems(self) -> dict[str, str]:
-        """Name of each parameter that carries one on → name of that one, before the change."""
+        """Parameter of the changed model → the parameter that it derives from."""
         owners = {part.tensor.name: s.name for s in self.before for part in s.parts}
         origins = {s.name: self.tensors[s.parts[0].tensor.name].origin for s in self.after}
         return {name: owners[origin] for name, origin in origins.items() if origin is not None}
 
-    def weights(self, held: PeakBytes) -> Iterator[tuple[str, Tensor]]:
-        """Yield the altered parameters, of all those before the change."""
-        by_name, example = unpack_all(self.before, held), next(iter(held.values()))
+    def weights(self, old: Tensors) -> Iterator[tuple[str, Tensor]]:
+        """Yield name and value of each altered parameter.
+
+        Args:
+            old: all parameters before the change.
+        """
+        by_name, example = unpack_all(self.before, old), next(iter(old.values()))
         for stored in self.altered:
             maps = [self.tensors[part.tensor.name] for part in stored.parts]
             stems = [by_name[m.origin].dtype for m in maps if m.origin is not None]
@@ -99,11 +103,11 @@ class Change:
                 part.tensor.name: rounded_weight(tensor_map, by_name.__getitem__, dtype)
                 for part, tensor_map in zip(stored.parts, maps, strict=True)
             }
-            is_taken = stored.is_whole and maps[0].is_verbatim  # it stands elsewhere as well
-            yield stored.name, stored.pack(values.__getitem__).to(example.device, copy=is_taken)
+            is_shared = stored.is_whole and maps[0].is_verbatim  # else both models train it
+            yield stored.name, stored.pack(values.__getitem__).to(example.device, copy=is_shared)
 
     def masks(self) -> dict[str, Tensor]:
-        """Return by name, as bool masks, which entries carry on what was known before."""
+        """Return parameter → bool mask of the entries that derive from old weights."""
         everything = {s.name: torch.ones(s.shape, dtype=torch.bool) for s in self.before}
         by_name = unpack_all(self.before, everything)
         return pack_all(
@@ -112,9 +116,10 @@ class Change:
         )
 
     def new_units(self) -> dict[str, tuple[Tensor | None, ...]]:
-        """Return by name, of parameters that grew: along each dimension, bool [size], what is new.
+        """Return parameter → mask of new entries along each dimension, bool [size], if it grew.
 
-        None where nothing is. What several experts share is left out, and what is new as a whole.
+        A mask is None for a dimension without new entries. Tensors that several experts share and
+        entirely new parameters are omitted.
         """
         grown = {}
         for stored in self.after:
@@ -122,7 +127,7 @@ class Change:
                 continue
             maps = [self.tensors[part.tensor.name] for part in stored.parts]
             output = new_along(maps[0], 0)
-            if len(maps) > 1:  # its outputs are those of its parts, behind one another
+            if len(maps) > 1:  # the concatenated outputs of its parts
                 size = stored.shape[-1 if stored.is_transposed else 0]
                 whole = torch.zeros(size, dtype=torch.bool)
                 for part, tensor_map in zip(stored.parts, maps, strict=True):
@@ -135,19 +140,24 @@ class Change:
                 grown[stored.name] = flags[::-1] if stored.is_transposed else flags
         return grown
 
-    def state(self, kind: str, held: PeakBytes, *, policy: Policy = "carry") -> dict[str, Tensor]:
-        """Return what becomes of one kind of state, by the rule of that kind.
+    def state(self, kind: str, old: Tensors, *, policy: Policy = "carry") -> dict[str, Tensor]:
+        """Return one kind of state of the changed model, by the rule of that kind.
 
-        A parameter is absent where nothing that it holds has any; parts that have none are zero.
-        What the change does not name stays as it is.
+        A parameter is absent if none of its parts has state; parts without state are zero.
+        Parameters that the change does not name keep their state.
+
+        Args:
+            kind: a key of `STATE_KINDS`.
+            old: parameter → its state before the change.
+            policy: of Adam's moments.
         """
-        by_name, rule = unpack_all(self.before, held), STATE_KINDS[kind]
+        by_name, rule = unpack_all(self.before, old), STATE_KINDS[kind]
         named = {stored.name for stored in (*self.before, *self.after)}
-        others = {name: value for name, value in held.items() if name not in named}
+        others = {name: value for name, value in old.items() if name not in named}
         return others | pack_all(
             self.after,
             {
-                name: followed(tensor_map, rule, by_name.__getitem__, policy=policy)
+                name: mapped_state(tensor_map, rule, by_name.__getitem__, policy=policy)
                 for name, tensor_map in self.tensors.items()
                 if has_state(tensor_map, rule, by_name.__contains__, policy=policy)
             },
@@ -156,17 +166,17 @@ class Change:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class PlannedExpansion:
-    """What an expansion would make.
+    """The plan of an expansion.
 
     Args:
         config: config.json of the source.
-        steps: the expansions in order, with their maps; none leave everything as it is.
-        parameter_map: of all of them.
-        seed: what random fills and choices are drawn from.
-        parameters_before: counted from shapes, ties once.
-        parameters_after: the same of the result.
-        added_experts: those of the result that are not open yet, if any.
-        is_confirmed: transformers was asked; else `config` lacks the defaults that only it knows.
+        steps: the expansions in order, with their maps; an empty tuple changes nothing.
+        parameter_map: the composed map of all steps.
+        seed: of random fills and choices.
+        parameters_before: parameters of the source; tied tensors count once.
+        parameters_after: parameters of the result.
+        added_experts: new experts of the result that the router does not fully use yet, if any.
+        is_confirmed: transformers checked the configs; else `config` lacks its defaults.
     """
 
     config: Config
@@ -184,5 +194,5 @@ class PlannedExpansion:
 
     @property
     def change(self) -> Change:
-        """The same by the names of parameters in memory."""
+        """The change by names of parameters in memory."""
         return Change.of(self.parameter_map, self.config, self.target_config)

@@ -45,7 +45,7 @@ from tritter.core.families import (
     layout,
     padded_shapes,
 )
-from tritter.core.parameter_map.carry import Policy, StateKind, followed, has_state
+from tritter.core.parameter_map.carry import Policy, StateKind, has_state, mapped_state
 from tritter.core.parameter_map.rows import WeightReader, peak_bytes
 from tritter.core.stock_routers import AddedExperts
 from tritter.errors import Problem, RequestError, TritterError
@@ -65,23 +65,23 @@ from tritter.transform.change import PlannedExpansion
 
 # Disk and memory requirements
 
-_BYTES_OF_A_NAME = 512  # of one tensor in a file's header, in the index and in the record
-_BYTES_OF_RECORDS = 2**16  # the record, the card and the configs, without names
-_WIDE = 4  # bytes of what is computed in float32
-_AT_ONCE_PADDED = 3  # its pieces, the whole, and the one that is filled up
-_AT_ONCE_OF_STATE = 4  # gathered along each axis, multiplied, and with a mean in new entries
+_BYTES_OF_A_NAME = 512  # of one tensor in the header of a file, the index and the lineage
+_BYTES_OF_RECORDS = 2**16  # lineage, model card and configs, without names
+_WIDE = 4  # bytes of a float32 number
+_AT_ONCE_PADDED = 3  # copies of a padded tensor: its pieces, the whole, and the padded one
+_AT_ONCE_OF_STATE = 4  # copies: gathered along each axis, scaled, and filled with a mean
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DiskNeeds:
-    """Bytes that an expansion takes.
+    """Disk and memory requirements of an expansion, in bytes.
 
     Args:
-        weights: of the result on disk, padding included.
-        state: of what follows beside it: moments, importances, kept sequences.
-        others: tokenizer files, and headers, configs and records, estimated.
-        in_flight: memory at most for the tensors that are read, computed and written at a time.
-        process: memory that the process has held already.
+        weights: weights of the result on disk, padding included.
+        state: mapped state on disk: moments, importances, replay sequences.
+        others: tokenizer files, and an estimate for headers, configs and records.
+        in_flight: peak memory of the tensors that are read, computed and written at once.
+        process: peak memory of the process so far.
     """
 
     weights: int
@@ -92,7 +92,7 @@ class DiskNeeds:
 
     @property
     def disk(self) -> int:
-        """What the temporary folder takes that becomes the result: no byte is written twice."""
+        """Size of the temporary folder, which is renamed to the result."""
         return self.weights + self.state + self.others
 
     @property
@@ -101,35 +101,35 @@ class DiskNeeds:
 
 
 def free_bytes(destination: Path) -> int | None:
-    """Return what is free on the disk that a folder would lie on; None where it does not say."""
-    place = destination.absolute()
-    while not place.is_dir():
-        place = place.parent
+    """Return the free bytes on the disk of a future folder, or None if unknown."""
+    existing = destination.absolute()
+    while not existing.is_dir():
+        existing = existing.parent
     try:
-        usage = shutil.disk_usage(place)
+        usage = shutil.disk_usage(existing)
     except OSError:
         return None
     return usage.free if usage.total else None
 
 
 def check_disk_space(destination: str | os.PathLike[str], room: DiskNeeds) -> None:
-    """Refuse a result that the disk has no room for.
+    """Refuse a result that does not fit on the disk.
 
     Raises:
-        RequestError: says what it takes and what is free.
+        RequestError: names the required and the free space.
     """
     free = free_bytes(Path(destination))
     if free is not None and room.disk > free:
         raise RequestError(
             f"{destination}: the result takes {size_text(room.disk)} (weights "
-            f"{size_text(room.weights)}, state {size_text(room.state)}), and {size_text(free)} are "
-            "free on the disk there. What it replaces goes only once it is whole. Choose another "
-            "place, or a smaller dtype."
+            f"{size_text(room.weights)}, state {size_text(room.state)}), but {size_text(free)} are "
+            "free on the disk. A checkpoint that it replaces is removed only after the new one is "
+            "complete. Choose another folder, or a smaller dtype."
         )
 
 
 def size_text(num_bytes: int) -> str:
-    """Return a size as a person reads it: 1.53 GB."""
+    """Return a human-readable size: 1.53 GB."""
     value, unit = float(num_bytes), "bytes"
     for larger in ("kB", "MB", "GB", "TB", "PB"):
         if value < 999.5:
@@ -145,7 +145,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class Expanded:
-    """What an expansion made: where it lies, the plan that was carried out, and its record."""
+    """The result of an expansion: its folder, the executed plan and the lineage."""
 
     folder: Path
     plan: PlannedExpansion
@@ -163,7 +163,7 @@ class Expanded:
 
     @property
     def parameters_after(self) -> int:
-        """The same of the result."""
+        """Parameters of the result, counted from shapes, ties once."""
         return self.plan.parameters_after
 
 
@@ -172,10 +172,15 @@ def plan_expansion(
 ) -> PlannedExpansion:
     """Resolve `specs` against the checkpoint at `source`; reads no tensor.
 
+    Args:
+        source: a checkpoint folder, or an open one.
+        specs: the expansions in order.
+        seed: of random fills and choices.
+
     Raises:
-        RequestError: no spec, unknown family, targets that cannot be had, a config that
-            transformers can't build the result from, more experts for a source whose last ones
-            are not open yet, or a source with LoRA experts.
+        RequestError: no spec, unknown family, impossible targets, a result that transformers can't
+            build, more experts for a source whose last ones are not fully routed yet, or a source
+            with LoRA experts.
         TritterError: the source has no usable config or generation settings.
     """
     specs = checked_specs(specs)
@@ -188,7 +193,7 @@ def plan_expansion(
 
 
 def planned(source: Source, specs: Sequence[ExpansionSpec], *, seed: int) -> PlannedExpansion:
-    """Do the same for checked specs; none are allowed."""
+    """Return the plan for checked specs, which may be empty; see `plan_expansion`."""
     from tritter.core.models import check_loadable
 
     if specs:
@@ -202,9 +207,10 @@ def planned(source: Source, specs: Sequence[ExpansionSpec], *, seed: int) -> Pla
 def plan_by_tables(
     source: Source, specs: Sequence[ExpansionSpec], *, seed: int = 0
 ) -> PlannedExpansion:
-    """Do the same by the families' tables alone, since transformers takes seconds to import.
+    """Return the plan from the family tables alone: importing transformers takes seconds.
 
-    `expand` asks transformers once the tensors are written, before the result is placed.
+    `expand` checks the plan with transformers after it has written the tensors and before it moves
+    the result to the destination.
     """
     config = source.config
     steps = build_steps(config, specs, seed=seed)
@@ -222,7 +228,7 @@ def plan_by_tables(
 
 
 def _confirmed(plan: PlannedExpansion, source: Source) -> PlannedExpansion:
-    """Return a plan with all that configs say, after transformers was asked.
+    """Return the plan with the full configs of transformers.
 
     Raises:
         RequestError: transformers can't build the result.
@@ -237,7 +243,7 @@ def _confirmed(plan: PlannedExpansion, source: Source) -> PlannedExpansion:
     except TritterError as error:
         raise RequestError(str(error)) from error
     digests = [[step.parameter_map.digest() for step in each.steps] for each in (plan, found)]
-    assert digests[0] == digests[1], "the family's table and transformers read another model"
+    assert digests[0] == digests[1], "the family table and transformers disagree on the model"
     return found
 
 
@@ -257,29 +263,34 @@ def expand(
 ) -> Expanded:
     """Apply `specs` in order to the checkpoint at `source` and write the result.
 
-    Tensors are read, mapped and written one by one; nothing is loaded as a model. The result
-    loads in stock transformers. Tokenizer files travel along, and so does what lies in `state/`:
-    Adam's moments, Fisher and importances, anchors, averages.
+    Tensors are read, mapped and written one by one; the model is never instantiated. The result
+    loads in stock transformers. Tokenizer files are copied. The contents of `state/` are mapped
+    like the weights: Adam's moments, Fisher and importances, anchors, averages.
 
     Args:
-        source: a folder, or one that was opened by the config that a plan is of.
-        specs: the expansions, or what `plan_expansion` made of them.
-        seed: what random fills and choices are drawn from.
+        source: a folder, or an open one whose config the plan was made from.
+        destination: folder of the result.
+        specs: the expansions, or their plan by `plan_expansion`.
+        seed: of random fills and choices.
         dtype: of the result; by default each tensor keeps its own. Maps are applied in float32
             (float64 for float64) and rounded once.
         moments: `carry`, `zero` or `reset_new`; see `tritter.core.parameter_map.carry`.
-        expert_layout: `hub`, a tensor for each matrix of each expert, which every reader knows;
-            or `live`, the experts of a layer in one tensor, as transformers holds them.
-        overwrite: replace a checkpoint that stands at `destination`; nothing else is replaced.
-        progress: called with (tensors written, tensors in all).
-        before_placing: called with the result while it lies in a temporary folder; may write its
-            lineage anew, returns the one that is there then, and may raise.
+        expert_layout: `hub` writes one tensor per matrix and expert, which every reader supports;
+            `live` stacks the experts of a layer in one tensor, as transformers does in memory.
+        max_shard_bytes: size limit of one file of weights.
+        overwrite: replace a checkpoint at `destination`; other folders are never replaced.
+        progress: called with the number of written tensors and their total.
+        before_placing: called with the result in its temporary folder. It may rewrite the
+            lineage, returns the current one, and may raise.
+
+    Returns:
+        The folder, the plan and the lineage of the result.
 
     Raises:
-        RequestError: no spec, unknown family, targets that cannot be had, no place or room for a
-            result, a source changed since its lineage was written, or values in it that are not
-            finite; nothing is written.
-        TritterError: the source is damaged or does not fit its config.
+        RequestError: no spec, unknown family, impossible targets, a destination that can't be
+            written or lacks space, a source that changed since its lineage was written, or
+            non-finite values; nothing is written.
+        TritterError: the source is damaged or does not match its config.
     """
     folder = source.folder if isinstance(source, Source) else named_path(source, key="source")
     destination = named_path(destination, key="destination")
@@ -289,10 +300,10 @@ def expand(
         plan = plan_expansion(source, plan, seed=seed)
     opened = source if isinstance(source, Source) else Source.open(folder, plan.config)
     check_disk_space(destination, disk_needs(opened, plan, dtype=dtype, moments=moments))
-    stated = {} if dtype is None else {"dtype": str(dtype).removeprefix("torch.")}
+    new_dtype = {} if dtype is None else {"dtype": str(dtype).removeprefix("torch.")}
 
-    def look(place: Path, lineage: Lineage) -> Lineage:
-        return before_placing(Expanded(place, plan, lineage)) if before_placing else lineage
+    def call_back(folder: Path, lineage: Lineage) -> Lineage:
+        return before_placing(Expanded(folder, plan, lineage)) if before_placing else lineage
 
     confirmed = cache(partial(_confirmed, plan, opened))
     state = opened.state
@@ -300,14 +311,14 @@ def expand(
     lineage = write_checkpoint(
         destination,
         config=plan.target_config,
-        final_config=lambda: {**confirmed().target_config, **stated},
+        final_config=lambda: {**confirmed().target_config, **new_dtype},
         tensors=_stream(opened, plan, dtype=dtype, kind=expert_layout, progress=progress),
         lineage=lambda: _child_lineage(opened, confirmed(), destination),
         artifacts=(TokenizerFiles(opened.folder), carried, plan.added_experts, opened.kept),
         max_shard_bytes=max_shard_bytes,
         overwrite=overwrite,
         check=partial(check_replaceable, sources=[folder]),
-        before_placing=look,
+        before_placing=call_back,
     )
     return Expanded(destination, plan, lineage)
 
@@ -319,10 +330,10 @@ def disk_needs(
     dtype: torch.dtype | None = None,
     moments: Policy = "carry",
 ) -> DiskNeeds:
-    """Return what carrying a plan out takes of disk and memory; reads no tensor.
+    """Return the disk and memory requirements of a plan; reads no tensor.
 
     Raises:
-        TritterError: the state beside the source is damaged.
+        TritterError: the state of the source is damaged.
     """
     state = opened.state
     streams = {} if state is None else state_streams(plan, state, moments=moments)
@@ -335,8 +346,8 @@ def disk_needs(
         stored, number = opened.places[name]
         return opened.family.shape(stored.parts[number].tensor, opened.config)
 
-    # Each of the writer's threads makes a target in blocks of rows, or whole where its rows do not
-    # follow from rows. State comes whole: read and mapped, while the two before it are written.
+    # Each writer thread computes a target in blocks of rows, or whole if its rows do not derive
+    # from rows. State tensors are read and mapped whole while the two before them are written.
     usual, rare = [], 0
     for target in layout(plan.target_config, "hub"):
         parts = [peak_bytes(maps[part.tensor.name], shape_of) for part in target.parts]
@@ -376,8 +387,8 @@ def _stream(
     targets = layout(config, kind)
     dtypes = {}
     for target in targets:
-        # That of what it stems from; of the embedding, if it stems from nothing. Experts that
-        # share a tensor get the one that holds all of them without rounding.
+        # The dtype of its source, or of the embedding if it has none. Experts in one tensor get
+        # the dtype that represents all of them without rounding.
         origins = (maps[part.tensor.name].origin or "embed" for part in target.parts)
         dtypes[target.name] = dtype or reduce(torch.promote_types, map(source.dtype, origins))
     entries = tuple(TensorEntry(t.name, dtypes[t.name], t.shape) for t in targets)
@@ -387,22 +398,22 @@ def _stream(
         for part in target.parts_in_order:
             yield from reader.blocks(maps[part.tensor.name], dtypes[target.name])
 
-    def turned(target: StoredTensor) -> Iterator[Tensor]:
-        """Yield what can't come row by row, its rows being inputs, as a whole."""
+    def transposed(target: StoredTensor) -> Iterator[Tensor]:
+        """Yield a transposed tensor whole: its rows are inputs."""
         steps = [maps[part.tensor.name] for part in target.parts]
         origins = [step.origin if step.is_verbatim else None for step in steps]
-        held = source.holding(target, origins)
-        if held is not None:
-            yield source.read_stored(held).to(dtypes[target.name])
+        same = source.holding(target, origins)
+        if same is not None:
+            yield source.read_stored(same).to(dtypes[target.name])
             return
         whole = torch.cat([block.reshape(-1) for block in rows(target)])
         yield whole.view(-1, target.shape[0]).T.contiguous()
 
     def blocks(target: StoredTensor) -> Iterator[Tensor]:
-        for block in turned(target) if target.is_transposed else rows(target):
+        for block in transposed(target) if target.is_transposed else rows(target):
             if not is_finite(block):
                 raise RequestError(
-                    f"{source.folder}: {target.name} would hold values that are not finite."
+                    f"{source.folder}: {target.name} would contain values that are not finite."
                 )
             yield block
 
@@ -420,25 +431,26 @@ def _stream(
 
 
 def added_experts(
-    held: AddedExperts | None, steps: Sequence[ResolvedExpansion]
+    current: AddedExperts | None, steps: Sequence[ResolvedExpansion]
 ) -> AddedExperts | None:
-    """Return the experts of the result that are not open yet, or not wholly, if any.
+    """Return the new experts of the result whose router offset is not 0 yet, if any.
 
     Args:
-        held: those of the source.
+        current: those of the source.
+        steps: the expansions in order.
 
     Raises:
-        RequestError: experts are added while the last ones are not open yet.
+        RequestError: experts are added while the router offset of the last ones is not 0.
     """
-    is_open = held is None or held.is_settled
-    closed = () if held is None or is_open else held.experts
+    is_open = current is None or current.is_settled
+    closed = () if current is None or is_open else current.experts
     for step in steps:
         if not isinstance(step.spec, MoeAdd):
             continue
         if closed:
             reason = (
-                f"the router offset of experts {closed[0]} to {closed[-1]}, which were appended "
-                "before, is not 0 yet; train the model until it is, then add more"
+                f"the router offset of the appended experts {closed[0]} to {closed[-1]} is not 0 "
+                "yet; train the model until it is, then add more"
             )
             raise RequestError(Problem("expansion.moe_add", reason=reason))
         if step.spec.is_append:
@@ -448,7 +460,7 @@ def added_experts(
             )
             closed = tuple(range(old, new))
     if not is_open:
-        return held
+        return current
     return AddedExperts(experts=closed) if closed else None
 
 
@@ -496,7 +508,7 @@ def expansion_records(
 
 
 def known_digests(folder: Path) -> dict[str, str]:
-    """Digest the files that a plain Hugging Face folder needs, and no other it may hold."""
+    """Return file → checksum of the config and tokenizer files of a Hugging Face folder."""
     names = [name for name in ("config.json", *TOKENIZER_FILES) if (folder / name).is_file()]
     return {name: file_digest(folder / name) for name in names}
 
@@ -504,45 +516,50 @@ def known_digests(folder: Path) -> dict[str, str]:
 def state_stream(
     plan: PlannedExpansion, rule: StateKind, tensors: TensorFolder, *, moments: Policy = "carry"
 ) -> TensorStream:
-    """Return one kind of state of the expanded model, by name on disk; absent what starts anew."""
+    """Return one kind of state of the expanded model, by name on disk.
+
+    Tensors whose state is reset are absent.
+    """
     source_family, family = family_of(plan.config), family_of(plan.target_config)
     disk_names = {t.name: t.disk_name for t in source_family.logical_tensors(plan.config)}
-    held = {name: on_disk for name, on_disk in disk_names.items() if on_disk in tensors.headers}
+    known = {name: on_disk for name, on_disk in disk_names.items() if on_disk in tensors.headers}
     maps = plan.parameter_map.tensors
     targets = [
         t
         for t in family.logical_tensors(plan.target_config)
-        if has_state(maps[t.name], rule, held.__contains__, policy=moments)
+        if has_state(maps[t.name], rule, known.__contains__, policy=moments)
     ]
     entries = tuple(
         TensorEntry(
             t.disk_name,
-            tensors.torch_dtype(held[maps[t.name].origin or ""]),
+            tensors.torch_dtype(known[maps[t.name].origin or ""]),
             family.shape(t, plan.target_config),
         )
         for t in targets
     )
 
     def read(name: str) -> Tensor:
-        return tensors.get(held[name])
+        return tensors.get(known[name])
 
-    values = ((t.disk_name, followed(maps[t.name], rule, read, policy=moments)) for t in targets)
+    values = (
+        (t.disk_name, mapped_state(maps[t.name], rule, read, policy=moments)) for t in targets
+    )
     return TensorStream(entries, values)
 
 
 def state_streams(
     plan: PlannedExpansion, state: State, *, moments: Policy = "carry"
 ) -> dict[str, TensorStream]:
-    """Return all kinds of a state, of the expanded model."""
+    """Return every kind of state of the expanded model."""
     return {
-        kind: state_stream(plan, state.rules[kind], held, moments=moments)
-        for kind, held in state.kinds.items()
+        kind: state_stream(plan, state.rules[kind], tensors, moments=moments)
+        for kind, tensors in state.kinds.items()
     }
 
 
 @dataclass(frozen=True, slots=True)
 class MappedState:
-    """State that follows an expansion, tensor by tensor."""
+    """State of an expanded model, mapped tensor by tensor."""
 
     plan: PlannedExpansion
     state: State
@@ -551,7 +568,7 @@ class MappedState:
 
     def write(self, folder: Path) -> None:
         plan, state = self.plan, self.state
-        # Parameters whose steps are not those of most, by name on disk
+        # Parameters whose step count differs from most, by name on disk
         names = {t.name: t.disk_name for t in family_of(plan.config).logical_tensors(plan.config)}
         targets = family_of(plan.target_config).logical_tensors(plan.target_config)
         maps = plan.parameter_map.tensors

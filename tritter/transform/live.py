@@ -1,7 +1,7 @@
-"""Expansion of live models, by the names that the literature uses.
+"""Expansion of live models, under the names of the literature.
 
-The same pure functions as `tritter.transform.folder` on folders; each returns a new model on the
-CPU and leaves the one it was given as it was.
+These functions apply the same maps as `tritter.transform.folder`. Each returns a new model on the
+CPU and does not modify its argument.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -52,8 +52,8 @@ class ModelExpander:
     """Expansions in order, applied to live models.
 
     Args:
-        specs: what is to be done, such as `[Width(hidden_size=2048), LlamaPro()]`.
-        seed: what random fills and choices are drawn from.
+        specs: the expansions, such as `[Width(hidden_size=2048), LlamaPro()]`.
+        seed: of random fills and choices.
     """
 
     def __init__(self, specs: Sequence[ExpansionSpec], *, seed: int = 0) -> None:
@@ -64,15 +64,15 @@ class ModelExpander:
         """Resolve the expansions against a config.
 
         Raises:
-            RequestError: unknown family, or targets that cannot be had.
+            RequestError: unknown family, or impossible targets.
         """
         return build_steps(config, self.specs, seed=self.seed)
 
     def change(self, model: nn.Module) -> Change:
-        """Return what the expansions change of a live model; nothing is changed yet.
+        """Return the change of a live model without applying it.
 
         Raises:
-            RequestError: unknown family, or targets that cannot be had.
+            RequestError: unknown family, or impossible targets.
         """
         config = config_of(model)
         steps = self.steps(config)
@@ -82,7 +82,7 @@ class ModelExpander:
         """Return the expanded model.
 
         Raises:
-            RequestError: unknown family, or targets that cannot be had.
+            RequestError: unknown family, or impossible targets.
         """
         return self._expanded(model, self.steps(config_of(model)))
 
@@ -190,13 +190,14 @@ def depth_upscale(
     """Return a deeper model by SOLAR's rule (arXiv 2312.15166).
 
     Args:
-        target_layers: even, above the present count and at most twice it. Default: the even
-            count nearest to 1.5 times.
-        removal_layers: layers that each copy drops. Default: what the target asks for.
-        identity_init: zero what the copies write, so that the function is preserved.
+        model: the model to expand.
+        target_layers: even, above the current number of layers and at most twice that number.
+            Default: the even number nearest to 1.5 times.
+        removal_layers: layers that each copy drops. Default: derived from the target.
+        identity_init: zero the output projections of the copies, which preserves the function.
 
     Raises:
-        RequestError: the target cannot be had; names those that can.
+        RequestError: the target is impossible; lists the possible ones.
     """
     spec = Dus(target_layers=target_layers, drop_layers=removal_layers, identity_init=identity_init)
     return ModelExpander([spec]).expand(model)
@@ -214,20 +215,22 @@ def width_upscale(
     shares: Shares = "unequal",
     seed: int = 0,
 ) -> nn.Module:
-    """Return a wider model; it computes the same but for `aki` and `split`.
+    """Return a wider model; function-preserving except with `aki` and `split`.
 
     Args:
-        new_hidden_size: Default: doubled when no other target is given.
-        new_intermediate_size: Default: follows the hidden size by ratio.
-        new_num_heads: Default: follows where the proportion is whole, else stays.
-        new_num_kv_heads: as above.
-        head_strategy: `fresh`, `copy`, `gqa` or `split`. Default: what `init` implies.
+        model: the model to expand.
+        new_hidden_size: Default: twice the current size if no other target is set.
+        new_intermediate_size: Default: scaled with the hidden size.
+        new_num_heads: Default: scaled with the hidden size if the result is an integer, else
+            unchanged.
+        new_num_kv_heads: as `new_num_heads`.
+        head_strategy: `fresh`, `copy`, `gqa` or `split`. Default: derived from `init`.
         init: `fresh`, `net2net`, `zero_pad` or `aki`.
-        shares: `unequal` or `equal`, of the copies of neurons and heads.
+        shares: `unequal` or `equal` shares of the copies of neurons and heads.
         seed: of random fills and choices.
 
     Raises:
-        RequestError: a target is smaller than what is there or not accepted by the family.
+        RequestError: a target is smaller than the current size, or the family rejects it.
     """
     spec = Width(
         hidden_size=new_hidden_size,
@@ -252,31 +255,31 @@ def expand_attention_heads(
 ) -> nn.Module:
     """Return an attention module with more heads, its output projection included.
 
-    Input and output keep their sizes. It computes the same, but for `split`, which also halves
-    the size of a head, so that the new module wants rotary positions of that size.
+    Input and output keep their sizes. All strategies but `split` preserve the function. `split`
+    halves the head size, so the new module needs rotary embeddings of that size.
 
     Args:
         attention: of a model of a supported family, such as `model.model.layers[0].self_attn`.
+        new_num_heads: number of query heads.
         strategy: `fresh`, `copy`, `gqa` or `split`.
-        new_num_kv_heads: Default: as many as keep the size of a group where that is whole; under
-            `gqa` they stay.
-        shares: `unequal` or `equal`, of the copies under copy and gqa.
+        new_num_kv_heads: Default: keeps the group size if possible; unchanged under `gqa`.
+        shares: `unequal` or `equal` shares of the copies under `copy` and `gqa`.
         seed: of random fills.
 
     Raises:
-        RequestError: no attention module of a supported family, or head counts that cannot be
-            had; names the nearest.
+        RequestError: not an attention module of a supported family, or impossible head counts;
+            names the nearest possible ones.
     """
     config = config_of(attention)
     family = family_of(config)
     layer = getattr(attention, "layer_idx", None)
     if layer is None:
-        raise RequestError(f"{type(attention).__name__} has no layer_idx; it is no attention.")
+        raise RequestError(f"{type(attention).__name__} has no layer_idx: not an attention module.")
     old = family.dimensions(config)
     kv_heads = new_num_kv_heads
     if kv_heads is None and strategy in ("fresh", "copy"):
-        followed, rest = divmod(new_num_heads * old.num_key_value_heads, old.num_attention_heads)
-        kv_heads = None if rest else followed
+        scaled, rest = divmod(new_num_heads * old.num_key_value_heads, old.num_attention_heads)
+        kv_heads = None if rest else scaled
     spec = Width(
         num_attention_heads=new_num_heads,
         num_key_value_heads=kv_heads,
@@ -290,18 +293,18 @@ def expand_attention_heads(
         setattr(grown, key, step.target_config[key])
     new = type(attention)(grown, layer).train(attention.training)
     prefix = "model.layers.0.self_attn."
-    held = {prefix + name: value.detach() for name, value in attention.named_parameters()}
+    tensors = {prefix + name: value.detach() for name, value in attention.named_parameters()}
     before, after = (
         [stored for stored in layout(each, "live") if stored.name.startswith(prefix)]
         for each in (step.source_config, step.target_config)
     )
     for stored in before:
-        if stored.name not in held:
+        if stored.name not in tensors:
             raise RequestError(
-                f"{type(attention).__name__} has no {stored.name.removeprefix(prefix)}; it is no "
-                f"attention of {family.model_type}."
+                f"{type(attention).__name__} has no {stored.name.removeprefix(prefix)}: not an "
+                f"attention module of {family.model_type}."
             )
-    values, maps = unpack_all(before, held), step.parameter_map.tensors
+    values, maps = unpack_all(before, tensors), step.parameter_map.tensors
     for stored in after:
         value = stored.pack(lambda name: map_tensor(maps[name], values[name]))
         module, _, attribute = stored.name.removeprefix(prefix).rpartition(".")
@@ -320,17 +323,21 @@ def expand_linear(
 ) -> nn.Linear:
     """Return a larger linear layer that computes copies of the old outputs (Net2Net).
 
-    Rows are copied as they are; the share of each copied input is taken on the columns, so
-    `new(copy(x)) = copy(old(x))`. To chain two layers, give the second the first one's
-    `output_map` as its `input_map`.
+    Rows are copied unchanged and columns are scaled by the share of each copied input, so
+    `new(copy(x)) = copy(old(x))`. To chain two layers, pass the `output_map` of the first as the
+    `input_map` of the second.
 
     Args:
-        input_map: which old input each new one copies, with shares; default: drawn from `seed`.
-        output_map: the same of the outputs.
+        linear: the layer to expand.
+        new_in_features: number of inputs.
+        new_out_features: number of outputs.
+        input_map: the old input that each new one copies, with shares. Default: drawn from `seed`.
+        output_map: the old output that each new one copies. Default: drawn from `seed`.
+        seed: of the default maps.
 
     Raises:
         RequestError: a size shrinks.
-        ValueError: a map does not fit the layer.
+        ValueError: a map does not match the layer.
     """
     inputs = input_map or copied_axis(linear.in_features, new_in_features, seed=seed)
     outputs = output_map or copied_axis(linear.out_features, new_out_features, seed=seed + 1)
@@ -349,6 +356,12 @@ def expand_linear(
 def copied_axis(old_size: int, new_size: int, *, seed: int, equal: bool = False) -> AxisMap:
     """Return a map that copies coordinates in random rounds and splits their shares.
 
+    Args:
+        old_size: size of the axis.
+        new_size: size after the expansion.
+        seed: of the choice of copied coordinates.
+        equal: split shares equally among the copies.
+
     Raises:
         RequestError: the axis would shrink.
     """
@@ -365,25 +378,29 @@ def _mapped(tensor: Tensor, *axes: AxisFactor) -> Tensor:
 def _check_fit(axis_map: AxisMap, old_size: int, new_size: int) -> None:
     if (axis_map.old_size, axis_map.new_size) != (old_size, new_size):
         raise ValueError(
-            f"a map from {axis_map.old_size} to {axis_map.new_size} met a layer that goes from "
-            f"{old_size} to {new_size}"
+            f"a map from {axis_map.old_size} to {axis_map.new_size} features does not match a "
+            f"layer that grows from {old_size} to {new_size}"
         )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProgressiveCheckpoint:
-    """What a checkpoint holds; tensors are read when they are asked for.
+    """The contents of a checkpoint; tensors are read on access.
 
     Args:
         model_state_dict: name on disk → tensor.
-        optimizer_state_dict: kind (`exp_avg`, `exp_avg_sq`, and what methods against forgetting
-            keep) → name on disk → tensor; None where no state lies beside the model.
-        scheduler_state_dict: `last_epoch`, the steps taken, from which the rate follows; None
-            where no state lies beside the model.
-        base_model_hash: Merkle hash at the start of the chain.
-        training_config: what the last training was told; None where there was none.
-        best_loss: nats per token; None where none was taken.
-        benchmark_scores: domain or task → score, when it was last gated.
+        optimizer_state_dict: kind (`exp_avg`, `exp_avg_sq`, state of continual-learning methods) →
+            name on disk → tensor; None for a checkpoint without state.
+        scheduler_state_dict: `last_epoch`, the optimizer steps so far, which determine the
+            learning rate; None for a checkpoint without state.
+        expansion_history: its expansions, the oldest first.
+        base_model_hash: Merkle hash of the first model of the lineage.
+        model_config: config.json.
+        training_config: settings of the last training run; None if there was none.
+        step: optimizer steps of the last training run.
+        epoch: epochs of the last training run.
+        best_loss: validation loss in nats per token; None if it was never evaluated.
+        benchmark_scores: domain or task → score at the last gate.
     """
 
     model_state_dict: Mapping[str, Tensor]
@@ -400,14 +417,14 @@ class ProgressiveCheckpoint:
 
     @classmethod
     def load(cls, folder: str | PathLike[str]) -> "ProgressiveCheckpoint":
-        """Open a checkpoint folder; a plain one of Hugging Face begins a chain.
+        """Open a checkpoint folder; a plain Hugging Face folder starts a lineage.
 
         Raises:
-            TritterError: it is damaged, or of a newer format.
+            TritterError: the checkpoint is damaged, or its format is newer.
         """
-        place = named_path(folder, key="folder")
-        config, lineage = read_config(place), read_lineage(place)
-        source = Source(place, config, lineage)
+        path = named_path(folder, key="folder")
+        config, lineage = read_config(path), read_lineage(path)
+        source = Source(path, config, lineage)
         state = source.state
         if lineage is None:
             source.check()

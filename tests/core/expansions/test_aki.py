@@ -1,6 +1,6 @@
-"""AKI (bert2BERT): what second copies compute comes from the layer above, what reads them does not.
+"""AKI (bert2BERT): further copies take their weights from the layer above, their readers do not.
 
-Every number is compared with stock tensors by plain indexing; nothing of our maps stands between.
+Every number is compared with stock tensors by plain indexing, without our maps.
 """
 
 from pathlib import Path
@@ -25,7 +25,7 @@ EQUAL = Width(init="aki", shares="equal")
 
 
 def _grown(family: str = "llama") -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return a model's tensors before and after doubling everything, equal shares."""
+    """Return a model's tensors before and after doubling all sizes with equal shares."""
     model = tiny(family)
     steps = build_steps(oracle_growth.config_of(model), [EQUAL], seed=0)
     return oracle_growth.logical_state(model), oracle_growth.logical_state(
@@ -39,10 +39,10 @@ def _grown(family: str = "llama") -> tuple[dict[str, Tensor], dict[str, Tensor]]
 )
 def test_new_heads_are_those_of_the_layer_above(kind: str, rows: int) -> None:
     before, after = _grown()
-    for layer, above in ((0, 1), (1, 2), (2, 2)):  # the last has none above and copies its own
+    for layer, above in ((0, 1), (1, 2), (2, 2)):  # the last layer copies itself
         own, other = before[f"layers.{layer}.{kind}"], before[f"layers.{above}.{kind}"]
         grown = after[f"layers.{layer}.{kind}"]
-        # The doubled residual stream is read with halves, whichever layer the rows come from
+        # Consumers of the doubled residual stream are halved, regardless of the layer of their rows
         torch.testing.assert_close(grown[:rows], torch.cat([own, own], dim=1) / 2)
         torch.testing.assert_close(grown[rows:], torch.cat([other, other], dim=1) / 2)
 
@@ -52,10 +52,10 @@ def test_new_neurons_and_directions_are_those_of_the_layer_above() -> None:
     down, above = before["layers.0.ffn.down"], before["layers.1.ffn.down"]
     gate = before["layers.1.ffn.gate"]
     new_gate, new_down = after["layers.0.ffn.gate"][40:], after["layers.0.ffn.down"]
-    copied = torch.cdist(2 * new_gate[:, :24], gate).argmin(dim=1)  # which neuron each one is
+    copied = torch.cdist(2 * new_gate[:, :24], gate).argmin(dim=1)  # the source neuron of each
     assert sorted(copied.tolist()) == list(range(40))
     torch.testing.assert_close(new_gate[:, :24] * 2, gate[copied])
-    # The columns are the layer's own: each copied neuron is read as the one that it stands for
+    # Columns come from the same layer: each copied neuron is read like its source
     torch.testing.assert_close(new_down[:24, :40] * 2, down)
     torch.testing.assert_close(new_down[:24, 40:] * 2, down[:, copied])
     torch.testing.assert_close(new_down[24:, :40] * 2, above)
@@ -91,7 +91,7 @@ def test_it_changes_the_function_and_says_so(tmp_path: Path, family: str) -> Non
 
 
 def test_layers_of_the_same_kind_give_to_each_other() -> None:
-    """Qwen2-MoE with a dense layer 1: experts of layer 0 take from layer 2, its FFN has none."""
+    """Qwen2-MoE with a dense layer 1: layer 0 copies experts of layer 2; the FFN has no donor."""
     model = tiny("qwen2_moe")
     config = oracle_growth.config_of(model)
     above = tensors_above(family_of(config).logical_tensors(config))
@@ -116,7 +116,7 @@ def test_state_of_what_came_from_above_starts_anew() -> None:
 
 
 def test_anchors_follow_the_weights_from_above(tmp_path: Path) -> None:
-    """Whatever is kept as weights are is made as they are, donors included."""
+    """State of kind `as_weights` is mapped like weights, donors included."""
     model = tiny("llama")
     source = oracle.saved(model, tmp_path / "source")
     state = {name: p.detach() for name, p in model.named_parameters()}
@@ -127,8 +127,8 @@ def test_anchors_follow_the_weights_from_above(tmp_path: Path) -> None:
 
     write_state(source, {"anchor": stream()}, step=3, max_shard_bytes=10**9)
     result = expand(source, tmp_path / "result", [EQUAL])
-    held = read_state(result.folder)
-    assert held is not None
+    stored_state = read_state(result.folder)
+    assert stored_state is not None
     weights = oracle.stock(result.folder).state_dict()
     for name in state:
-        assert torch.equal(held.kinds["anchor"].get(name), weights[name]), name
+        assert torch.equal(stored_state.kinds["anchor"].get(name), weights[name]), name

@@ -1,4 +1,4 @@
-"""The depth methods: what they refuse, what their maps hold, what the result is made of."""
+"""Depth methods: refusals, maps and the layers of the result."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -37,7 +37,7 @@ def _config(layers: int, *, is_tied: bool = False) -> Config:
 
 
 @pytest.mark.parametrize(
-    ("layers", "options", "said"),
+    ("layers", "options", "expected"),
     [
         (4, {"target_layers": 7}, ["target_layers = 7", "6, 8", "nearest: 6"]),
         (4, {"target_layers": 4}, ["target_layers = 4", "nearest: 6"]),
@@ -53,37 +53,37 @@ def _config(layers: int, *, is_tied: bool = False) -> Config:
     ],
 )
 def test_dus_refuses_with_what_would_work(
-    layers: int, options: dict[str, int], said: list[str]
+    layers: int, options: dict[str, int], expected: list[str]
 ) -> None:
     with pytest.raises(RequestError) as error:
         Dus(**options).target_config(LLAMA, _config(layers))
     assert "expansion.dus." in str(error.value)
-    for words in said:
-        assert words in str(error.value)
+    for phrase in expected:
+        assert phrase in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("layers", "spec", "said"),
+    ("layers", "spec", "expected"),
     [
         (4, Stack(target_layers=10), ["target_layers = 10", "nearest: 8 or 12", "first 2 layers"]),
         (4, Stack(target_layers=6), ["whole copies of the 4", "nearest: 8.", "stack.partial"]),
         (4, Stack(target_layers=5), ["nearest: 8.", "first 1 layer."]),
-        (4, Stack(target_layers=4), ["has 4 layers already", "at least 8."]),
+        (4, Stack(target_layers=4), ["already has 4 layers", "at least 8."]),
         (4, Stack(target_layers=2), ["at least 8."]),
         (4, Stack(target_layers=4, partial=True), ["at least 5."]),
-        (4, Interpolate(target_layers=4), ["has 4 layers already", "at least 5."]),
+        (4, Interpolate(target_layers=4), ["already has 4 layers", "at least 5."]),
         (4, Interpolate(target_layers=2), ["at least 5."]),
     ],
     ids=str,
 )
 def test_stack_and_interpolate_refuse_with_what_would_work(
-    layers: int, spec: Stack | Interpolate, said: list[str]
+    layers: int, spec: Stack | Interpolate, expected: list[str]
 ) -> None:
     with pytest.raises(RequestError) as error:
         spec.target_config(LLAMA, _config(layers))
     assert f"expansion.{spec.name}.target_layers = {spec.target_layers}" in str(error.value)
-    for words in said:
-        assert words in str(error.value)
+    for phrase in expected:
+        assert phrase in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_what_was_decided_is_said(layers: int, spec: ExpansionSpec, notes: tuple
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "expected"),
     [
         ({"positions": (4,)}, "from 0 to 3"),
         ({"positions": (-1,)}, "from 0 to 3"),
@@ -133,11 +133,11 @@ def test_what_was_decided_is_said(layers: int, spec: ExpansionSpec, notes: tuple
         ({"target_layers": 2}, "at least 5"),
     ],
 )
-def test_llama_pro_refuses_with_what_would_work(options: dict[str, object], said: str) -> None:
+def test_llama_pro_refuses_with_what_would_work(options: dict[str, object], expected: str) -> None:
     with pytest.raises(RequestError) as error:
         LlamaPro(**options).target_config(LLAMA, _config(4))  # type: ignore[arg-type]
     assert "expansion.llama_pro." in str(error.value)
-    assert said in str(error.value)
+    assert expected in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -210,7 +210,7 @@ def test_embeddings_norm_and_head_are_carried(spec: ExpansionSpec) -> None:
 def test_weights_come_from_the_recorded_layers(
     tmp_path: Path, spec: ExpansionSpec, sources: tuple[int, ...]
 ) -> None:
-    """Stock models on both sides; no map of ours in between."""
+    """Compare stock models, without our maps."""
     model = oracle.tiny_llama(num_hidden_layers=4)
     result = expand(oracle.saved(model, tmp_path / "source"), tmp_path / "result", [spec])
     assert result.lineage.expansion_history[-1].layer_sources == sources

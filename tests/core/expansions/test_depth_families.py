@@ -1,4 +1,4 @@
-"""Depth in every family, against stock models: what layers are made of, which are identities.
+"""Depth in every family, against stock models: sources of layers, and identity layers.
 
 Per-layer patterns are mixed on purpose: kinds of attention, layers with experts and without.
 """
@@ -65,7 +65,7 @@ def tiny(family: str) -> PreTrainedModel:
 
 
 def _kinds(model: PreTrainedModel) -> list[tuple[str, str]]:
-    """Return by layer which attention it has, and which FFN."""
+    """Return the attention and FFN kind of each layer."""
     layers = oracle_families.layers_of(model)
     types = getattr(model.config, "layer_types", None) or ["full"] * len(layers)
     ffns = [type(layer.mlp).__name__ for layer in layers]
@@ -97,7 +97,7 @@ def test_every_layer_is_its_source_layer(tmp_path: Path, family: str, spec: Expa
 @pytest.mark.parametrize("family", oracle_families.generic(SHAPES))
 @pytest.mark.parametrize("spec", IDENTITIES, ids=lambda spec: spec.name)
 def test_identity_copies_add_nothing(tmp_path: Path, family: str, spec: ExpansionSpec) -> None:
-    """Not even rounding differs: an identity adds zeros, behind a norm of its own as well."""
+    """Equal bit for bit: an identity adds zeros, also through an output norm."""
     model = tiny(family)
     result = expand(oracle.saved(model, tmp_path / "source"), tmp_path / "result", [spec])
     after = oracle.stock(result.folder)
@@ -109,9 +109,9 @@ def test_identity_copies_add_nothing(tmp_path: Path, family: str, spec: Expansio
 
 
 def test_behind_an_output_norm_an_identity_opens_as_slowly_as_elsewhere(tmp_path: Path) -> None:
-    """A norm scales what a projection writes to full size at once, were it not its gain that is 0.
+    """The gain of the output norm is zeroed, since a norm would rescale zeroed projections at once.
 
-    With zeroed projections instead the first step moved the logits by 0.86 of their deviation.
+    With zeroed projections instead, the logit shift after one step was 0.86 σ.
     """
     moved = {}
     for name, specs in {"grown": [LlamaPro()], "plain": []}.items():
@@ -146,7 +146,7 @@ def test_depth_and_width_in_either_order(tmp_path: Path, family: str, first: str
 def test_every_parameter_of_an_identity_gets_a_gradient_within_two_steps(
     tmp_path: Path, family: str, is_widened: bool
 ) -> None:
-    """After a fresh width the copies write nothing to the new directions, norm or not."""
+    """After a fresh width, copies write zero to the new directions, with or without a norm."""
     source = oracle.saved(tiny(family), tmp_path / "source")
     specs = [*([oracle_families.doubled(family)] if is_widened else []), Stack(identity_init=True)]
     result = expand(source, tmp_path / "result", specs)
@@ -164,5 +164,5 @@ def test_every_parameter_of_an_identity_gets_a_gradient_within_two_steps(
     assert any(".5." in name for name in names)
     touched = disk_tensors(read_config(result.folder), touched)
     dead = {name: int((~mask).sum()) for name, mask in touched.items() if not bool(mask.all())}
-    # Without rotary positions, what is added to all keys alike changes no weights of attention
+    # Without rotary embeddings, a constant added to all keys changes no attention weights
     assert not [name for name in dead if not name.endswith("c_attn.k.bias")]

@@ -1,4 +1,4 @@
-"""The memory that an expansion is said to take, beside what it takes."""
+"""The estimated memory of an expansion, compared with its measured peak."""
 
 import ctypes
 import shutil
@@ -39,8 +39,8 @@ def anonymous_bytes() -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
 
 
-def taken(work: Callable[[], object]) -> int:
-    """Return how much more memory some work takes at its highest than there was before."""
+def peak_memory(work: Callable[[], object]) -> int:
+    """Return the peak memory of a call above the memory before it, in bytes."""
     ctypes.CDLL(None).malloc_trim(0)
     before = highest = anonymous_bytes()
     is_over = threading.Event()
@@ -61,10 +61,12 @@ def taken(work: Callable[[], object]) -> int:
     return highest - before
 
 
-def told_and_taken(source: Path, result: Path, specs: Sequence[ExpansionSpec]) -> tuple[int, int]:
+def estimate_and_peak(
+    source: Path, result: Path, specs: Sequence[ExpansionSpec]
+) -> tuple[int, int]:
     plan = plan_expansion(source, specs)
-    told = disk_needs(Source.open(source, read_config(source)), plan).in_flight
-    return told, taken(lambda: expand(source, result, plan))
+    estimated = disk_needs(Source.open(source, read_config(source)), plan).in_flight
+    return estimated, peak_memory(lambda: expand(source, result, plan))
 
 
 @pytest.mark.quick_cases(1)
@@ -81,9 +83,9 @@ def told_and_taken(source: Path, result: Path, specs: Sequence[ExpansionSpec]) -
 def test_what_is_told_is_of_the_size_of_what_is_taken(
     source: Path, tmp_path: Path, specs: list[ExpansionSpec], is_whole: bool
 ) -> None:
-    told, found = told_and_taken(source, tmp_path / "result", specs)
-    assert found <= told < 12 * found + 32 * 2**20, (found, told)
-    # What a second map is applied to is whole, and in float32; all else is made in rows
+    estimated, found = estimate_and_peak(source, tmp_path / "result", specs)
+    assert found <= estimated < 12 * found + 32 * 2**20, (found, estimated)
+    # The input of a second map is whole, in float32; the rest is computed in rows
     assert (found > 12 * LARGEST) == is_whole, found
 
 
@@ -92,5 +94,5 @@ def test_state_is_made_whole(source: Path, tmp_path: Path) -> None:
     name = "model.layers.0.mlp.up_proj.weight"
     moments = torch.ones(TensorFolder.open(source).shape(name))
     write_state(tmp_path / "source", {"exp_avg": TensorStream.of([(name, moments)])}, step=1)
-    told, found = told_and_taken(tmp_path / "source", tmp_path / "result", [WIDER])
-    assert 4 * LARGEST < found <= told < 12 * found, (found, told)
+    estimated, found = estimate_and_peak(tmp_path / "source", tmp_path / "result", [WIDER])
+    assert 4 * LARGEST < found <= estimated < 12 * found, (found, estimated)

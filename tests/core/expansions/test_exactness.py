@@ -97,7 +97,7 @@ def test_dus_changes_the_function_and_says_so(tmp_path: Path) -> None:
 
 
 def test_forgotten_eps_is_seen(tmp_path: Path) -> None:
-    """Negative control: keep eps as it was, and the oracle must notice at eps 1e-3."""
+    """Negative control: the oracle detects an unscaled eps of 1e-3."""
     model = oracle.tiny_llama(rms_norm_eps=1e-3, initializer_range=0.02)
     source = oracle.saved(model, tmp_path / "source")
     result = expand(source, tmp_path / "result", [Width()])

@@ -1,4 +1,4 @@
-"""Bad sources and bad places: `expand` says what is wrong, and nothing is written or lost."""
+"""Invalid sources and destinations: `expand` names the problem; nothing is written or lost."""
 
 import json
 import shutil
@@ -135,7 +135,7 @@ DAMAGED: dict[str, tuple[Callable[[Path], object], type[TritterError], list[str]
     "not a number": (
         _weights(**{"model.norm.weight": NAN}),
         RequestError,
-        ["model.norm.weight would hold values that are not finite"],
+        ["model.norm.weight would contain values that are not finite"],
     ),
     "truncated": (_half, TritterError, ["model.safetensors cannot be read"]),
     "garbage": (
@@ -160,17 +160,17 @@ DAMAGED: dict[str, tuple[Callable[[Path], object], type[TritterError], list[str]
 
 
 @pytest.mark.quick_cases(7)
-@pytest.mark.parametrize(("damage", "kind", "said"), DAMAGED.values(), ids=DAMAGED.keys())
+@pytest.mark.parametrize(("damage", "kind", "phrases"), DAMAGED.values(), ids=DAMAGED.keys())
 def test_a_bad_source_is_refused_and_nothing_is_written(
-    source: Path, damage: Callable[[Path], object], kind: type[TritterError], said: list[str]
+    source: Path, damage: Callable[[Path], object], kind: type[TritterError], phrases: list[str]
 ) -> None:
     damage(source)
     before = _snapshot(source.parent)
     with pytest.raises(TritterError) as error:
         expand(source, source.parent / "result", [Width()])
     assert type(error.value) is kind
-    for words in said:
-        assert words in str(error.value)
+    for phrase in phrases:
+        assert phrase in str(error.value)
     assert _snapshot(source.parent) == before
     assert [path.name for path in source.parent.iterdir()] == ["source"]
 
@@ -187,7 +187,10 @@ def test_the_sound_source_expands(source: Path) -> None:
         [Width(hidden_size=25)],
         [Dus(target_layers=99)],
         [LlamaPro(positions=(3,))],
-        [Width(), Width(hidden_size=24)],  # fits the source, not what stands after the first
+        [
+            Width(),
+            Width(hidden_size=24),
+        ],  # valid for the source, not for the result of the first expansion
     ],
     ids=str,
 )
@@ -262,7 +265,7 @@ def test_the_config_written_names_no_place_on_this_machine(source: Path) -> None
 
 
 def test_carried_masks_mark_the_old_block_through_two_expansions(source: Path) -> None:
-    """24 → 48 beside 3 → 5 layers (0 1 1 2 2): new blocks 2 and 4 carry nothing."""
+    """24 → 48 together with 3 → 5 layers (0 1 1 2 2): new blocks 2 and 4 have no old entries."""
     config = read_config(source)
     steps = build_steps(config, [Width(), LlamaPro()], seed=0)
     assert steps[-1].parameter_map.layer_sources == (0, 1, 1, 2, 2)

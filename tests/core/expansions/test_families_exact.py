@@ -1,4 +1,4 @@
-"""Every family computes the same after growth, and its gradient is the mapped gradient.
+"""Every family computes the same function after growth, and its gradient is the mapped one.
 
 Shapes, inits, shares, ties, biases and eps are drawn; the oracle is the stock class in float64
 with its float32 casts lifted (< 1e-10), then the stock class in float32 from disk (< 1e-4 of the
@@ -91,7 +91,7 @@ FLAGS = {
 
 @st.composite
 def experts(draw: st.DrawFn, layers: int) -> dict[str, Any]:
-    """Numbers and sizes of experts, and the layers that have none (Mixtral knows no such)."""
+    """Numbers and sizes of experts, and dense layers (Mixtral has none)."""
     number = draw(st.integers(2, 4))
     return {
         "num_local_experts": number,
@@ -115,13 +115,15 @@ def widths(draw: st.DrawFn, model: PreTrainedModel) -> Width:
     kv_heads = old.num_key_value_heads + draw(st.integers(0, 3))
     group = old.num_attention_heads // old.num_key_value_heads
     heads = kv_heads * (group if is_copied else group + draw(st.integers(0, 2)))
-    if family_of(config).norms_all_heads:  # all of them are copied, or none
+    if family_of(config).norms_all_heads:  # all heads are copied, or none
         kind = strategy or ("fresh" if init == "fresh" else "copy")
         times = 1 if kind == "fresh" else draw(st.integers(1, 3))
         heads = old.num_attention_heads * times
         kv_heads = old.num_key_value_heads * (times if kind == "copy" else 1)
     hidden_size = old.hidden_size + draw(st.integers(0, 2 * old.hidden_size + 3))
-    if family_of(config).subtracts_mean:  # whole copies of the stream, and heads as wide as it
+    if family_of(
+        config
+    ).subtracts_mean:  # whole copies of the stream, and heads of the same total width
         times = draw(st.integers(1, 3))
         init = "net2net" if times > 1 else init
         strategy = draw(st.sampled_from([None, "fresh", "copy"]))
@@ -228,7 +230,7 @@ LLAMA_STOCK: dict[str, list[ExpansionSpec]] = {
     "zero_pad then depth": [Width(init="zero_pad"), LlamaPro()],
     "depth then zero_pad": [LlamaPro(), Width(init="zero_pad", hidden_size=32)],
 }
-# Sizes of experts stay multiples of 4: torch's grouped product wants rows of 16 bytes.
+# Sizes of experts stay multiples of 4: torch's grouped product needs rows of 16 bytes.
 EACH_STOCK: dict[str, list[ExpansionSpec]] = {
     "fresh doubled": [Width()],
     "fresh 1.5x": [Width(hidden_size=36, intermediate_size=60)],
@@ -280,7 +282,7 @@ def test_stock_model_from_disk_computes_the_same(
 @pytest.mark.quick_cases(2)
 @pytest.mark.parametrize("init", INITS)
 def test_head_gains_keep_value_and_gradient(init: str) -> None:
-    """q and k are normed head by head, so widths leave those gains as they are: W' = W, G' = G."""
+    """q and k have norms per head, so width leaves their gains unchanged: W' = W, G' = G."""
     model = tiny_qwen3(rms_norm_eps=1e-3).double()
     ids = oracle.tokens()
     steps = build_steps(oracle_growth.config_of(model), [Width(init=init)], seed=0)

@@ -1,6 +1,6 @@
-"""What the further families add to the mechanisms that the others prove, and each of them once.
+"""Mechanisms that only the further families have, each tested once.
 
-Their part in the generic tests of every family is in the slow suite.
+The slow suite runs the generic tests over these families.
 """
 
 from dataclasses import replace
@@ -126,7 +126,7 @@ def test_heads_that_are_copied_alike_keep_their_common_norm(case: str, eps: floa
 )
 def test_heads_that_would_change_their_common_norm_are_refused(spec: Width) -> None:
     config = tiny("olmo2").config.to_dict()
-    with pytest.raises(RequestError, match="olmo2 norms the queries of all heads together"):
+    with pytest.raises(RequestError, match="olmo2 normalises queries and keys over all heads"):
         build_steps(config, [spec], seed=0)
 
 
@@ -162,7 +162,7 @@ def test_other_heads_shares_or_a_gain_that_follows_the_stream_are_seen(
     assert found.worst_gradient > 1e-3
 
 
-# Matrices that stand below one another in one tensor
+# Matrices stacked in one tensor
 
 
 @pytest.mark.parametrize("family", STACKED)
@@ -175,14 +175,14 @@ def test_rows_are_those_that_the_stock_class_takes_apart(tmp_path: Path, family:
     named = dict(named_tensors(model, config))
     assert named.keys() == saved.keys()
     assert all(torch.equal(named[name], saved[name]) for name in saved)
-    held = oracle_growth.logical_state(model)
+    logical = oracle_growth.logical_state(model)
     mlp, x = model.model.layers[1].mlp, torch.randn(5, 24)
-    gate, up, down = (held[f"layers.1.ffn.{part}"] for part in ("gate", "up", "down"))
+    gate, up, down = (logical[f"layers.1.ffn.{part}"] for part in ("gate", "up", "down"))
     with torch.no_grad():
         by_hand = (mlp.activation_fn(x @ gate.T) * (x @ up.T)) @ down.T
         torch.testing.assert_close(mlp(x), by_hand)
     again = disk_tensors(config, live_tensors(config, disk_tensors(config, model.state_dict())))
-    assert len(again) == len(held)
+    assert len(again) == len(logical)
 
 
 @pytest.mark.quick_cases(1)
@@ -216,7 +216,7 @@ def test_growth_says_why_it_has_no_place_there(family: str) -> None:
     with pytest.raises(RequestError, match=f"in {family} gate and up are one tensor"):
         ffn_blocks(tiny(family))
     config = {**tiny(family).config.to_dict(), "ffn_sizes": [40, 30, 20]}
-    with pytest.raises(RequestError, match=r"ffn_sizes: .*gate and up are one tensor"):
+    with pytest.raises(RequestError, match=r"ffn_sizes: .*gate and up in one tensor"):
         check_config(family_of(config), config)
 
 
@@ -243,28 +243,28 @@ def test_longrope_keeps_its_factors_where_heads_grow_in_proportion(tmp_path: Pat
     for length in (17, 40):  # within the original window and beyond
         ids = oracle.tokens(length=length)
         assert oracle.relative_difference(model, after, ids) < STOCK
-    with pytest.raises(RequestError, match=r"hidden_size // num_attention_heads = 8.* be 10"):
+    with pytest.raises(RequestError, match=r"hidden_size // num_attention_heads = 8.* become 10"):
         expand(source, tmp_path / "refused", [Width(hidden_size=40)])
     assert not (tmp_path / "refused").exists()
 
 
 @pytest.mark.parametrize(
-    ("family", "options", "said"),
+    ("family", "options", "message"),
     [
-        ("phi3", {}, "of each head 0.75 is turned"),
+        ("phi3", {}, "fraction of 0.75 of each head is rotated"),
         ("phi3", LONG, "LongRoPE"),
-        ("glm4", {}, r"glm4 turns coordinates 2i and 2i \+ 1 together"),
+        ("glm4", {}, r"glm4 rotates coordinates 2i and 2i \+ 1 together"),
     ],
 )
 def test_heads_are_not_split_where_other_pairs_are_turned(
-    family: str, options: dict[str, Any], said: str
+    family: str, options: dict[str, Any], message: str
 ) -> None:
     config = tiny(family, **{"head_dim": 8, **options}).config.to_dict()
-    with pytest.raises(RequestError, match=said):
+    with pytest.raises(RequestError, match=message):
         build_steps(config, [Width(head_strategy="split")], seed=0)
 
 
 @pytest.mark.parametrize("family", FURTHER)
 def test_none_has_a_partner_with_experts_that_would_compute_the_same(family: str) -> None:
-    with pytest.raises(RequestError, match="without a MoE partner"):
+    with pytest.raises(RequestError, match="has no MoE partner"):
         build_steps(tiny(family).config.to_dict(), [Moe()], seed=0)

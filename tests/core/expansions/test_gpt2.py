@@ -1,6 +1,6 @@
-"""GPT-2: matrices that lie transposed, learned positions, the hub's own names, and what is refused.
+"""GPT-2: transposed matrices, learned positions, names on the hub, and refusals.
 
-What it has in common with other families with LayerNorm is tested in test_layer_norm.py.
+test_layer_norm.py tests its common features with other LayerNorm families.
 """
 
 import json
@@ -46,7 +46,7 @@ GROWN: list[ExpansionSpec] = [Width(init="net2net"), LlamaPro()]
 
 
 def as_on_the_hub(model: PreTrainedModel, folder: Path) -> Path:
-    """Save a model as openai-community/gpt2 lies there: its body alone, and masks beside it."""
+    """Save a model as in openai-community/gpt2: the body only, with mask buffers."""
     oracle.saved(model, folder)
     file, text = folder / "model.safetensors", folder / "config.json"
     tensors = {name.removeprefix("transformer."): each for name, each in load_file(file).items()}
@@ -108,7 +108,7 @@ def test_a_tied_head_beside_the_hubs_names_is_the_embedding_or_is_refused(tmp_pa
 def test_what_lies_transposed_is_read_in_blocks_of_any_size(
     tmp_path: Path, is_padded: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rows of a few entries each, in bf16: the bits are those of maps on whole tensors."""
+    """Short rows in bf16: equal bit for bit to maps on whole tensors."""
     monkeypatch.setattr("tritter.core.parameter_map.rows.BLOCK_ENTRIES", 100)
     model = hub_model().bfloat16()
     source = oracle.saved(model, tmp_path / "source")
@@ -122,7 +122,7 @@ def test_what_lies_transposed_is_read_in_blocks_of_any_size(
 
 @pytest.mark.full
 def test_moments_and_importances_follow(tmp_path: Path) -> None:
-    """State lies outputs first, q, k and v apart, and comes back as the optimizer held it."""
+    """State is stored with outputs first and q, k and v separate, and restored unchanged."""
     model = hub_model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
     oracle.gradients(model, oracle.tokens())
@@ -132,9 +132,9 @@ def test_moments_and_importances_follow(tmp_path: Path) -> None:
     tensors = {part.tensor.name: part.tensor for s in live_layout(model) for part in s.parts}
     kinds = {}
     for kind in MOMENTS:
-        held = {tensors[name].disk_name: each[kind] for name, each in by_name.items()}
-        entries = tuple(TensorEntry(name, v.dtype, tuple(v.shape)) for name, v in held.items())
-        kinds[kind] = TensorStream(entries, iter(held.items()))
+        on_disk = {tensors[name].disk_name: each[kind] for name, each in by_name.items()}
+        entries = tuple(TensorEntry(name, v.dtype, tuple(v.shape)) for name, v in on_disk.items())
+        kinds[kind] = TensorStream(entries, iter(on_disk.items()))
     write_state(source, kinds, step=1, max_shard_bytes=10**9)
     state = read_state(source)
     assert state is not None
@@ -150,7 +150,7 @@ def test_moments_and_importances_follow(tmp_path: Path) -> None:
     oracle.gradients(grown, oracle.tokens())
     found = moments_of(carried, grown)
     for name, parameter in grown.named_parameters():
-        # A first moment after one step is a tenth of the gradient, which the grown model has anew
+        # After one step the first moment is a tenth of the gradient, also in the grown model
         assert parameter.grad is not None
         scale = parameter.grad.abs().max()
         error = (found[name]["exp_avg"] - 0.1 * parameter.grad).abs().max()
@@ -207,7 +207,7 @@ def test_one_permuted_index_is_seen(name: str, position: int) -> None:
 @pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("name", ["layers.0.attention.q", "layers.1.attention.o"])
 def test_a_square_matrix_that_is_not_turned_is_seen(name: str) -> None:
-    """Its shape says nothing: fresh heads are outputs of q, and inputs of o."""
+    """The shape of o is ambiguous: fresh heads are outputs of q, and inputs of o."""
     model = tiny("gpt2").double()
     step = _step(model, Width(init="net2net", head_strategy="fresh"))
     assert oracle_growth.errors(model, [step]).logits < IDENTITY
@@ -216,7 +216,7 @@ def test_a_square_matrix_that_is_not_turned_is_seen(name: str) -> None:
 
 
 def test_q_k_and_v_head_by_head_are_seen() -> None:
-    """The tensor holds all of q first, not q, k and v of one head and then of the next."""
+    """The tensor stores all of q first, not q, k and v head by head."""
     model = tiny("gpt2").double()
     step = _step(model, Width(init="net2net", shares="equal"))
     shifted = AxisFactor.writes_nonlinear(
@@ -236,7 +236,7 @@ def _spoiled(
     return replace(step, parameter_map=replace(step.parameter_map, tensors=tensors))
 
 
-# What layers compute by their number, and what else is refused
+# Layers that depend on their index, and other refusals
 
 
 @pytest.mark.quick_cases(2)
@@ -252,34 +252,34 @@ def test_layers_that_know_their_number_stay_where_they_are(spec: ExpansionSpec) 
 
 
 def test_moe_is_refused() -> None:
-    with pytest.raises(RequestError, match="gpt2 is one of the families without a MoE partner"):
+    with pytest.raises(RequestError, match="gpt2 has no MoE partner"):
         _step(tiny("gpt2"), Moe(num_experts=2))
 
 
 @pytest.mark.quick_cases(4)
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
-        ({"add_cross_attention": True}, "add_cross_attention = True; layers that read another"),
+        ({"add_cross_attention": True}, "add_cross_attention = True; cross-attention is not"),
         ({"hidden_size": 48}, "hidden_size = 48; gpt2 calls this n_embd"),
-        ({"n_positions": 0}, "n_positions = 0; a whole number ≥ 1"),
+        ({"n_positions": 0}, "n_positions = 0; must be a whole number ≥ 1"),
         ({"n_positions": None}, "'n_positions' expected int"),
-        ({"n_positions": 10**12}, "n_positions = 1000000000000; allowed is at most"),
+        ({"n_positions": 10**12}, "n_positions = 1000000000000; must be at most"),
         ({"n_positions": 63}, "wpe.weight has shape"),
         ({"n_embd": 25}, "n_embd = 25 is not a multiple of n_head = 4"),
-        ({"n_inner": "wide"}, "n_inner = 'wide'; a whole number"),
+        ({"n_inner": "wide"}, "n_inner = 'wide'; must be a whole number"),
         ({"n_head": 0}, "n_head = 0"),
         ({"layer_norm_epsilon": -1}, "layer_norm_epsilon = -1"),
     ],
     ids=str,
 )
 def test_a_config_that_is_none_names_the_key(
-    tmp_path: Path, change: dict[str, object], said: str
+    tmp_path: Path, change: dict[str, object], message: str
 ) -> None:
     source = as_on_the_hub(hub_model(), tmp_path / "source")
     text = source / "config.json"
     text.write_text(json.dumps({**json.loads(text.read_text()), **change}))
-    with pytest.raises(TritterError, match=said):
+    with pytest.raises(TritterError, match=message):
         expand(source, tmp_path / "result", [LlamaPro()])
     assert not (tmp_path / "result").exists()
 
@@ -306,7 +306,7 @@ def test_positions_alone_that_are_trained_take_gradients_down_to_them() -> None:
 
 
 def test_the_loss_is_named(tmp_path: Path) -> None:
-    """transformers tells the loss by a class's name, which this one's does not say, and warns."""
+    """transformers derives the loss from the class name, which fails for this class, and warns."""
     model = load_model(as_on_the_hub(hub_model(), tmp_path / "source"))
     ids = oracle.tokens()
     loss = model(input_ids=ids, labels=ids).loss

@@ -1,4 +1,4 @@
-"""Head strategies: which head copies which, where moments follow, what is refused."""
+"""Head strategies: sources of heads, mapped moments, refusals."""
 
 import pytest
 import torch
@@ -58,7 +58,7 @@ def test_gqa_with_more_groups_multiplies_the_shares() -> None:
 
 
 def test_gqa_spreads_the_queries_of_a_group_over_copies_of_its_key_value_head() -> None:
-    """4 heads in 2 groups become 4 in 4: nothing is copied but keys and values."""
+    """4 heads in 2 groups become 4 in 4: only keys and values are copied."""
     maps = copied_heads(_dimensions(4, 2), _dimensions(4, 4), equal_shares=False)
     assert _heads(maps.query.source) == [0, 2, 1, 3]
     assert _heads(maps.key_value.source) == [0, 1, 0, 1]
@@ -67,7 +67,7 @@ def test_gqa_spreads_the_queries_of_a_group_over_copies_of_its_key_value_head() 
 
 
 def test_split_keeps_rotary_pairs_together_and_every_other_frequency() -> None:
-    """Of 8 coordinates i and i + 4 turn by θ^(−2i/8); of 4 it is i and i + 2, by θ^(−2i/4)."""
+    """In 8 coordinates i and i + 4 rotate by θ^(−2i/8); in 4, i and i + 2 by θ^(−2i/4)."""
     maps = split_heads(_dimensions(2, 1, head_dim=8))
     even, odd = [0, 2, 4, 6], [1, 3, 5, 7]
     assert maps.key_value.source.tolist() == even + odd
@@ -86,7 +86,7 @@ def test_split_keeps_rotary_pairs_together_and_every_other_frequency() -> None:
 
 @given(data=st.data())
 def test_every_query_meets_a_copy_of_its_key_value_head(data: st.DataObject) -> None:
-    """Any counts that are let through: groups fit, no head is lost, shares add up to 1."""
+    """Any accepted counts: groups match, no head is lost, shares add up to 1."""
     kv_heads, group = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 5))
     new_kv, new_group = data.draw(st.integers(kv_heads, 12)), data.draw(st.integers(1, 9))
     old, new = _dimensions(kv_heads * group, kv_heads), _dimensions(new_kv * new_group, new_kv)
@@ -104,7 +104,7 @@ def test_every_query_meets_a_copy_of_its_key_value_head(data: st.DataObject) -> 
     torch.testing.assert_close(total, torch.ones_like(total))
 
 
-# What is exact, and what follows
+# Exactness and mapped state
 
 
 @pytest.mark.quick_cases(1)
@@ -112,10 +112,10 @@ def test_every_query_meets_a_copy_of_its_key_value_head(data: st.DataObject) -> 
 def test_fewer_queries_a_group_keep_the_function_but_not_the_moments_of_k_and_v(
     family: str,
 ) -> None:
-    """A copy of a key/value head that serves half the queries gets their part of the gradient.
+    """A copy of a key/value head with half the queries gets their part of the gradient.
 
-    The parts add up to the old gradient; which part is whose depends on the data, so each copy
-    carries the mean. Everything else follows exactly.
+    The parts add up to the old gradient. Their sizes depend on the data, so each copy gets the
+    mean. All other state maps exactly.
     """
     model = tiny(family).double()
     (step,) = build_steps(
@@ -157,7 +157,7 @@ def test_split_is_no_claim_of_exactness_and_only_moves_weights(family: str) -> N
 @pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("family", generic(SPLITTING))
 def test_split_with_a_wider_model_is_the_split_model(family: str) -> None:
-    """Not exact itself, it still lets everything beside it be: the two grow independently."""
+    """Split is not exact, but does not affect an expansion applied with it."""
     model = tiny(family, head_dim=8).double()
     config, ids = oracle_growth.config_of(model), oracle.tokens()
     alone = oracle_growth.grown(model, build_steps(config, [Width(head_strategy="split")], seed=0))
@@ -171,7 +171,7 @@ def test_split_with_a_wider_model_is_the_split_model(family: str) -> None:
 
 
 def test_the_even_pairs_see_the_positions_that_they_saw() -> None:
-    """With keys in even pairs alone, a split head's scores are the whole head's, but for √2."""
+    """With keys in even pairs only, the scores of a split head are those of the head times √2."""
     model = tiny("llama", head_dim=8, num_hidden_layers=1).double()
     config = oracle_growth.config_of(model)
     attention = model.model.layers[0].self_attn
@@ -246,27 +246,27 @@ def test_split_alone_leaves_all_other_sizes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("spec", "changes", "said"),
+    ("spec", "changes", "phrases"),
     [
         (
             Width(head_strategy="split"),
             {"head_dim": 6},
-            ["head_strategy = split", "head_dim 6", "no multiple of 4", "fresh, copy and gqa"],
+            ["head_strategy = split", "head_dim 6", "not a multiple of 4", "fresh, copy and gqa"],
         ),
         (
             Width(head_strategy="split"),
             {"head_dim": 5},
-            ["head_dim 5 is no multiple of 4"],
+            ["head_dim 5 is not a multiple of 4"],
         ),
         (
             Width(head_strategy="split", num_attention_heads=12),
             {},
-            ["num_attention_heads = 12", "only be 8"],
+            ["num_attention_heads = 12", "must be 8"],
         ),
         (
             Width(head_strategy="split", num_key_value_heads=2),
             {},
-            ["num_key_value_heads = 2", "only be 4"],
+            ["num_key_value_heads = 2", "must be 4"],
         ),
         (
             Width(head_strategy="gqa", num_attention_heads=7),
@@ -286,12 +286,12 @@ def test_split_alone_leaves_all_other_sizes() -> None:
         (
             Width(head_strategy="gqa", num_key_value_heads=3, num_attention_heads=6),
             {"num_attention_heads": 6, "num_key_value_heads": 2},
-            ["leaves 2 query heads a group where the model has 3", "at least 9"],
+            ["leaves 2 query heads per group, and the model has 3", "at least 9"],
         ),
         (
             Width(head_strategy="fresh", num_key_value_heads=4),
             {},
-            ["leaves 1 query heads a group", "at least 8"],
+            ["leaves 1 query heads per group", "at least 8"],
         ),
         (
             Width(head_strategy="split", noise=0.1),
@@ -301,17 +301,17 @@ def test_split_alone_leaves_all_other_sizes() -> None:
     ],
 )
 def test_impossible_heads_are_refused_with_what_is_possible(
-    spec: Width, changes: dict[str, object], said: list[str] | None
+    spec: Width, changes: dict[str, object], phrases: list[str] | None
 ) -> None:
     config = _config(**changes)
     family = family_of(config)
-    if said is None:
+    if phrases is None:
         assert spec.target_config(family, config)
         return
     with pytest.raises(RequestError) as error:
         spec.target_config(family, config)
-    for words in said:
-        assert words in str(error.value)
+    for phrase in phrases:
+        assert phrase in str(error.value)
 
 
 # Clones and new parameters
@@ -364,16 +364,16 @@ def test_every_parameter_gets_a_gradient_within_two_steps(
     grown = oracle_growth.grown(model, build_steps(oracle_growth.config_of(model), specs, seed=0))
     optimizer = torch.optim.AdamW(grown.parameters(), lr=1e-3, weight_decay=0.0)
     touched = {n: torch.zeros_like(p, dtype=torch.bool) for n, p in grown.named_parameters()}
-    for step in range(3):  # the third sees what two steps have made of the zeros
+    for step in range(3):  # after two steps the former zeros have values
         batch = oracle.tokens(31, batch=8, length=24, seed=step)
         for name, gradient in oracle.gradients(grown, batch).items():
             touched[name] |= gradient != 0
         optimizer.step()
     for mask in (mask for name, mask in touched.items() if name.endswith("wpe.weight")):
-        mask[-1] = True  # of the last token nothing is asked
+        mask[-1] = True  # the last token has no loss
     touched = disk_tensors(oracle_growth.config_of(grown), touched)
     dead = {name: int((~mask).sum()) for name, mask in touched.items() if not bool(mask.all())}
-    # Without rotary positions, what is added to all keys alike changes no weights of attention
+    # Without rotary embeddings, a constant added to all keys changes no attention weights
     assert not [name for name in dead if not name.endswith("c_attn.k.bias")]
 
 

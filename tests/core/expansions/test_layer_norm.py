@@ -1,7 +1,7 @@
-"""Families with LayerNorm: what is exact, what is refused, and the mistakes that they invite.
+"""Families with LayerNorm: exactness, refusals and typical mistakes.
 
-A LayerNorm subtracts the mean over the stream, so that the stream grows by whole copies alone.
-Their part in the generic tests of every family is in the slow suite.
+A LayerNorm subtracts the mean over the stream, so the stream only grows by whole copies. The slow
+suite runs the generic tests over these families.
 """
 
 import json
@@ -82,27 +82,27 @@ def test_new_heads_and_copies_get_a_gradient(family: str) -> None:
         gradients = oracle.gradients(grown, oracle.tokens(31, batch=8, length=24, seed=step))
         optimizer.step()
     if family == "gpt2":
-        gradients["transformer.wpe.weight"][-1] = 1.0  # of the last token nothing is asked
+        gradients["transformer.wpe.weight"][-1] = 1.0  # the last token has no loss
     by_name = disk_tensors(oracle_growth.config_of(grown), gradients)
     dead = {name for name, value in by_name.items() if not bool(value.ne(0).all())}
-    # Without rotary positions (half of the dimensions of gpt_neox), what is added to all keys alike
-    # changes no weights of attention: the gradient is zero but for rounding
+    # Without rotary embeddings (half of the dimensions of gpt_neox), a constant added to all keys
+    # changes no attention weights: the gradient is zero up to rounding
     keys = ("c_attn.k.bias", "query_key_value.bias")
     assert {name for name in dead if not name.endswith(keys)} == set()
 
 
-# What is refused
+# Refusals
 
 
 @pytest.mark.quick_cases(7)
 @pytest.mark.parametrize(
-    ("spec", "said"),
+    ("spec", "message"),
     [
         (Width(), "LayerNorm, which subtracts the mean.*init=net2net with .*hidden_size=48"),
         (Width(init="zero_pad"), "init = zero_pad: .*init=net2net with .*hidden_size=48"),
         (Width(init="net2net", hidden_size=36), "hidden_size = 36 .*hidden_size=48"),
         (Width(init="net2net", hidden_size=60), "hidden_size=48 or 72"),
-        (Width(num_attention_heads=8), "num_attention_heads = 8: .*size of 6, .*is only 4"),
+        (Width(num_attention_heads=8), "num_attention_heads = 8: .*size of 6, .*it must be 4"),
         (Width(num_key_value_heads=2, init="net2net"), "num_key_value_heads = 2"),
         (Width(init="net2net", head_strategy="gqa"), "head_strategy = gqa: .*use copy or fresh"),
         (Width(init="net2net", head_strategy="split"), "head_strategy = split"),
@@ -110,8 +110,8 @@ def test_new_heads_and_copies_get_a_gradient(family: str) -> None:
     ids=str,
 )
 @pytest.mark.parametrize("family", LAYER_NORM)
-def test_what_would_not_be_exact_says_what_is(family: str, spec: Width, said: str) -> None:
-    with pytest.raises(RequestError, match=said) as error:
+def test_what_would_not_be_exact_says_what_is(family: str, spec: Width, message: str) -> None:
+    with pytest.raises(RequestError, match=message) as error:
         _steps(tiny(family), spec)
     assert family in str(error.value) or "smaller than" in str(error.value)
 
@@ -133,7 +133,7 @@ def test_one_attention_alone_has_no_other_number_of_heads() -> None:
 
 
 def test_new_directions_beside_the_old_ones_are_seen() -> None:
-    """Why they are refused: the best that an RMSNorm takes, made by hand, and every eps."""
+    """The reason for the refusal: the map for an RMSNorm fails with every eps."""
     model = tiny("gpt_neox").double()
     (right,) = _steps(model, Width(init="net2net"))
     configs = (right.source_config, right.target_config)
@@ -178,7 +178,7 @@ def test_an_eps_that_follows_as_behind_an_rmsnorm_is_seen() -> None:
 
 
 def test_q_k_and_v_in_blocks_in_place_of_heads_are_seen() -> None:
-    """The tensor holds q, k and v of one head, then of the next; not all of q first."""
+    """The tensor stores q, k and v head by head, not all of q first."""
     model = tiny("gpt_neox").double()
     (step,) = _steps(model, Width(init="net2net"))
     block = torch.arange(24).repeat(2)
@@ -244,7 +244,7 @@ def test_one_output_that_is_not_zeroed_is_seen(kind: str, is_parallel: bool) -> 
 
 
 def as_on_the_hub(folder: Path) -> Path:
-    """Give a folder what Pythia's have: masks and frequencies, and keys of older configurations."""
+    """Add the masks, frequencies and older config keys of Pythia checkpoints to a folder."""
     file, text = folder / "model.safetensors", folder / "config.json"
     tensors = load_file(file)
     for layer in range(3):
@@ -306,7 +306,7 @@ def test_a_live_model_is_expanded_as_a_folder_is() -> None:
 
 
 def test_state_has_the_names_on_disk_and_follows(tmp_path: Path) -> None:
-    """Anchors are weights, so after the expansion they are still those of the model."""
+    """Anchors are mapped like weights, so they still equal the weights of the model."""
     model = tiny("gpt_neox")
     config = oracle_growth.config_of(model)
     state = disk_tensors(config, {name: p.detach() for name, p in model.named_parameters()})
@@ -318,10 +318,10 @@ def test_state_has_the_names_on_disk_and_follows(tmp_path: Path) -> None:
     kinds = {"anchor": TensorStream(entries, iter(state.items()))}
     write_state(source, kinds, step=3, max_shard_bytes=10**9)
     result = expand(source, tmp_path / "result", [Width(init="net2net"), LlamaPro()])
-    held, grown = read_state(result.folder), load_file(result.folder / "model.safetensors")
-    assert held is not None
+    stored_state, grown = read_state(result.folder), load_file(result.folder / "model.safetensors")
+    assert stored_state is not None
     for name in grown:
-        assert torch.equal(held.kinds["anchor"].get(name), grown[name]), name
+        assert torch.equal(stored_state.kinds["anchor"].get(name), grown[name]), name
 
 
 # Neurons
@@ -369,7 +369,7 @@ def _with_axis(tensor_map: TensorMap, position: int, factor: AxisFactor) -> Tens
 
 
 def _with_stream(step: ResolvedExpansion, stream: AxisMap) -> ResolvedExpansion:
-    """Let the residual stream, and what norms hand on of it, grow by another map."""
+    """Replace the map of the residual stream and of the outputs of its norms."""
     config, changed = step.source_config, {}
     for tensor in family_of(config).logical_tensors(config):
         tensor_map = step.parameter_map.tensors[tensor.name]

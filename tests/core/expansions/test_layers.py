@@ -1,4 +1,4 @@
-"""Which layer each target layer copies, under every depth rule."""
+"""The source of each target layer, under every depth rule."""
 
 from collections import Counter
 from itertools import pairwise
@@ -115,7 +115,7 @@ def test_interpolation_takes_every_target_as_evenly_as_can_be(
     gaps = {second - first for first, second in pairwise(more)}
     assert not gaps or max(gaps) - min(gaps) <= 1
     if target < 2 * layers:
-        assert counts[-1] == 1  # every copy stands between two layers
+        assert counts[-1] == 1  # every copy is between two layers
 
 
 @given(layers=LAYERS, times=st.integers(2, 5))

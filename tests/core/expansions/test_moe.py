@@ -1,4 +1,4 @@
-"""Dense models made sparse: exact where they claim it, bounded where they do not, and alive."""
+"""Upcycled models: exact where claimed, bounded otherwise, and trainable."""
 
 import dataclasses
 import math
@@ -107,7 +107,7 @@ def test_any_shape_any_number_of_experts(case: tuple[PreTrainedModel, Moe], seed
 @pytest.mark.parametrize("eps", [1e-3, 1e-6])
 @pytest.mark.parametrize("family", PARTNERS)
 def test_stock_class_from_disk(tmp_path: Path, family: str, eps: float, tied: bool) -> None:
-    """The default expert kernel of transformers, which the sizes here suit."""
+    """The default expert kernel of transformers, which supports these sizes."""
     model = tiny(family, tie_word_embeddings=tied, rms_norm_eps=eps)
     source = oracle.saved(model, tmp_path / "source")
     for name in ("8 experts, top 2", "halves"):
@@ -118,7 +118,7 @@ def test_stock_class_from_disk(tmp_path: Path, family: str, eps: float, tied: bo
         error = oracle.relative_difference(model, after, TOKENS)
         assert error < STOCK
         if family == "qwen2":
-            assert error == 0  # the shared expert is the FFN; the routed ones are silent
+            assert error == 0  # the shared expert is the FFN; the routed ones have zero output
         assert result.lineage.expansion_history[-1].claims_exact
 
 
@@ -180,7 +180,7 @@ def test_what_the_dense_config_says_the_partner_says_too(
 
 @pytest.mark.parametrize("family", PARTNERS)
 def test_no_default_of_the_partner_is_relied_on(tmp_path: Path, family: str) -> None:
-    """Every key that the partner's class reads stands in the config, and as the map needs it."""
+    """The config sets every key that the partner's class reads, with the value of the map."""
     config = read_config(oracle.saved(tiny(family), tmp_path / "source"))
     result = target_config(config, [Moe()])
     partner = type(AutoConfig.for_model(str(result["model_type"])))
@@ -198,7 +198,7 @@ def test_no_default_of_the_partner_is_relied_on(tmp_path: Path, family: str) -> 
     assert ours == theirs
 
 
-# Negative controls: the oracle sees what is wrong
+# Negative controls: the oracle detects each mistake
 
 
 def spoiled(model: PreTrainedModel, spec: Moe, **changes: Any) -> float:

@@ -1,4 +1,4 @@
-"""More experts: exact where it is claimed, against stock models; and stock classes that differ."""
+"""More experts, against stock models: exact where claimed, different where not."""
 
 import json
 import math
@@ -34,7 +34,7 @@ from tritter.core.expansions import (
 from tritter.core.expansions.targets import reach_parameters
 from tritter.core.families import family_of
 from tritter.core.models import disk_tensors, load_model, read_config
-from tritter.core.parameter_map.carry import MOMENTS, carry, starts_anew
+from tritter.core.parameter_map.carry import MOMENTS, carry, is_state_reset
 from tritter.core.stock_routers import AddedExperts, Routing
 from tritter.errors import RequestError, TritterError
 from tritter.storage.writer import TensorStream
@@ -98,7 +98,7 @@ def test_noise_makes_replicas_differ_and_the_claim_is_dropped(tmp_path: Path, fa
 
 
 def test_doubling_the_experts_alone_would_change_the_function(tmp_path: Path) -> None:
-    """Negative control: with k as it was a token meets two copies of one expert."""
+    """Negative control: with the old k a token is routed to two copies of one expert."""
     model = tiny_moe("qwen3_moe")
     result = _expanded(tmp_path, model, MoeAdd(addition="replicate", noise=0))
     path = result.folder / "config.json"
@@ -152,7 +152,7 @@ def test_appended_experts_keep_the_function_in_our_module_alone(
     assert oracle.relative_difference(model, _ours(result.folder), oracle.tokens()) < 1e-5
     wide = _ours(result.folder, torch.float64)
     assert _difference64(_stock64(tmp_path / "source"), wide) < 1e-10
-    # Negative control: the stock class sends tokens to what stands behind the offset
+    # Negative control: the stock class routes tokens to the disabled experts
     stock = oracle.stock(result.folder)
     assert num_experts(stock) == 4 + (spec.num_experts or 0)
     if spec.init != "mean":  # a mean of rows is seldom among the best two
@@ -196,46 +196,46 @@ def _experts(folder: Path) -> dict[str, Tensor]:
 
 def test_what_clones_hold(tmp_path: Path) -> None:
     spec = MoeAdd(num_experts=2, clone_from=(1, 3, 0), noise=0)
-    held = _experts(_expanded(tmp_path, tiny_moe("mixtral"), spec).folder)
+    found = _experts(_expanded(tmp_path, tiny_moe("mixtral"), spec).folder)
     for layer, source in enumerate(spec.clone_from or ()):
         for new in (4, 5):
             for part in ("gate", "up", "down"):
                 stem = f"layers.{layer}.experts"
-                assert torch.equal(held[f"{stem}.{new}.{part}"], held[f"{stem}.{source}.{part}"])
-            router = held[f"layers.{layer}.router"]
+                assert torch.equal(found[f"{stem}.{new}.{part}"], found[f"{stem}.{source}.{part}"])
+            router = found[f"layers.{layer}.router"]
             assert torch.equal(router[new], router[source])
 
 
 def test_what_means_hold(tmp_path: Path) -> None:
     spec = MoeAdd(num_experts=1, init="mean", noise=0)
-    held = _experts(_expanded(tmp_path, tiny_moe("qwen3_moe"), spec).folder)
+    found = _experts(_expanded(tmp_path, tiny_moe("qwen3_moe"), spec).folder)
     for part in ("gate", "up", "down"):
-        matrices = torch.stack([held[f"layers.2.experts.{e}.{part}"] for e in range(4)])
-        torch.testing.assert_close(held[f"layers.2.experts.4.{part}"], matrices.mean(0))
-    router = held["layers.2.router"]
+        matrices = torch.stack([found[f"layers.2.experts.{e}.{part}"] for e in range(4)])
+        torch.testing.assert_close(found[f"layers.2.experts.4.{part}"], matrices.mean(0))
+    router = found["layers.2.router"]
     torch.testing.assert_close(router[4], router[:4].mean(0))
 
 
 def test_what_random_experts_hold(tmp_path: Path) -> None:
     model = tiny_moe("mixtral", hidden_size=48, head_dim=12)
-    held = _experts(_expanded(tmp_path, model, MoeAdd(init="random")).folder)
+    found = _experts(_expanded(tmp_path, model, MoeAdd(init="random")).folder)
     for part in ("gate", "up", "down"):
-        new = [held[f"layers.0.experts.{e}.{part}"] for e in range(4, 8)]
-        old = held[f"layers.0.experts.0.{part}"]
+        new = [found[f"layers.0.experts.{e}.{part}"] for e in range(4, 8)]
+        old = found[f"layers.0.experts.0.{part}"]
         assert not torch.equal(new[0], new[1])
         assert float(torch.stack(new).std()) == pytest.approx(float(old.std()), rel=0.1)
-    router = held["layers.0.router"]
+    router = found["layers.0.router"]
     assert float(router[4:].std()) == pytest.approx(float(router[:4].std()), rel=0.3)
 
 
 def test_noise_is_relative_to_the_source_and_differs_between_clones(tmp_path: Path) -> None:
     result = _expanded(tmp_path, tiny_moe("mixtral"), MoeAdd(num_experts=2, noise=0.1))
-    held = _experts(result.folder)
+    found = _experts(result.folder)
     for part in ("gate", "up", "down"):
-        first, second, old = (held[f"layers.1.experts.{e}.{part}"] for e in (4, 5, 0))
+        first, second, old = (found[f"layers.1.experts.{e}.{part}"] for e in (4, 5, 0))
         assert float((first - old).std() / old.std()) == pytest.approx(0.1, rel=0.1)
         assert not torch.equal(first, second)
-    router = held["layers.1.router"]
+    router = found["layers.1.router"]
     assert torch.equal(router[4], router[0])
 
 
@@ -276,7 +276,7 @@ def test_any_number_may_be_appended(
     assert oracle.relative_difference(model, doubled.eval(), oracle.tokens()) < 1e-4
 
 
-# further expansions, lineage, state
+# Further expansions, lineage, state
 
 
 @pytest.mark.full
@@ -339,7 +339,7 @@ def test_moments_of_old_experts_are_carried_and_new_ones_start_anew(tmp_path: Pa
         name = stem + "experts.3.w1.weight"
         assert torch.equal(after.get(name), before.get(name))
         assert stem + "experts.4.w1.weight" not in after.files
-        router, grown = (held.get(stem + "gate.weight") for held in (before, after))
+        router, grown = (found.get(stem + "gate.weight") for found in (before, after))
         assert torch.equal(grown[:4], router)
         expected = router.mean() if kind == "exp_avg_sq" else torch.tensor(0.0)
         torch.testing.assert_close(grown[4:], expected.expand(2, 24))
@@ -350,8 +350,8 @@ def test_an_average_that_not_all_experts_have_is_no_mean_of_them(tmp_path: Path)
     source = oracle.saved(tiny_moe("mixtral"), tmp_path / "source")
     opened = Source.open(source, read_config(source))
     stem = "model.layers.0.block_sparse_moe.experts."
-    held = [(t.name, opened.tensors.get(t.name)) for t in opened.stored]
-    without = [(name, value) for name, value in held if name != f"{stem}2.w1.weight"]
+    found = [(t.name, opened.tensors.get(t.name)) for t in opened.stored]
+    without = [(name, value) for name, value in found if name != f"{stem}2.w1.weight"]
     write_state(source, {"ema": TensorStream.of(without)}, step=7)
     result = expand(source, tmp_path / "result", [MoeAdd(num_experts=1, init="mean"), LlamaPro()])
     state = read_state(result.folder)
@@ -377,9 +377,9 @@ def test_reset_new_gives_replicas_no_moments() -> None:
     (step,) = build_steps(config, [MoeAdd(addition="replicate", noise=0)], seed=0)
     tensors = step.parameter_map.tensors
     old, new = (tensors[f"layers.0.experts.{expert}.gate"] for expert in (1, 5))
-    assert not starts_anew(old, "exp_avg", policy="reset_new")
-    assert starts_anew(new, "exp_avg", policy="reset_new")
-    assert not starts_anew(new, "exp_avg", policy="carry")
+    assert not is_state_reset(old, "exp_avg", policy="reset_new")
+    assert is_state_reset(new, "exp_avg", policy="reset_new")
+    assert not is_state_reset(new, "exp_avg", policy="carry")
 
 
 def test_from_dense_in_one_go(tmp_path: Path) -> None:
@@ -417,15 +417,15 @@ def test_experts_that_share_a_tensor_are_not_rounded_to_the_first_one(tmp_path: 
     assert torch.equal(stored[1, : len(other)], other)
 
 
-# refusals
+# Refusals
 
 
 BAD: list[tuple[MoeAdd, str]] = [
-    (MoeAdd(clone_from=(4,)), "there is no expert 4; allowed are 0 to 3"),
+    (MoeAdd(clone_from=(4,)), "there is no expert 4; must be from 0 to 3"),
     (MoeAdd(clone_from=(0, 1)), "one for each of 3 layers"),
-    (MoeAdd(clone_from=(0,), init="mean"), "init=mean clones none"),
+    (MoeAdd(clone_from=(0,), init="mean"), "init=mean does not clone"),
     (MoeAdd(init="random", noise=0.5), "init=random makes none"),
-    (MoeAdd(init="distill", teacher="x", num_experts=1), "allowed is at least 2"),
+    (MoeAdd(init="distill", teacher="x", num_experts=1), "must be at least 2"),
     (MoeAdd(addition="replicate", num_experts=3), "doubles the 4 experts, so it adds 4"),
     (MoeAdd(addition="replicate", init="mean"), "expansion.moe_add.init = mean"),
     (MoeAdd(addition="replicate", clone_from=(1,)), "addition=replicate clones every expert"),
@@ -443,10 +443,10 @@ def test_targets_that_cannot_be_had(tmp_path: Path, spec: MoeAdd, words: str) ->
 
 def test_a_dense_model_is_sent_to_moe_first(tmp_path: Path) -> None:
     config = oracle.tiny_llama().config.to_dict()
-    with pytest.raises(RequestError, match="use moe first"):
+    with pytest.raises(RequestError, match="apply moe first"):
         target_config(config, [MoeAdd()])
     all_dense = tiny_moe("qwen3_moe", mlp_only_layers=[0, 1, 2]).config.to_dict()
-    with pytest.raises(RequestError, match="without experts"):
+    with pytest.raises(RequestError, match="has no experts"):
         target_config(all_dense, [MoeAdd()])
 
 
@@ -479,7 +479,7 @@ def test_replicas_may_be_followed_by_more(tmp_path: Path) -> None:
 def test_a_folder_whose_state_speaks_of_other_experts(tmp_path: Path) -> None:
     result = _expanded(tmp_path, tiny_moe("mixtral"), MoeAdd(num_experts=2))
     AddedExperts(experts=(6, 7)).write(result.folder)
-    with pytest.raises(TritterError, match="does not fit the model"):
+    with pytest.raises(TritterError, match="does not match the model"):
         load_model(result.folder)
 
 
@@ -488,7 +488,7 @@ def test_a_number_of_parameters_is_reached(tmp_path: Path) -> None:
     wanted = family_of(config).count_parameters(target_config(config, [MoeAdd(num_experts=5)]))
     (spec,) = reach_parameters(config, [MoeAdd()], wanted + 50)
     assert isinstance(spec, MoeAdd) and spec.num_experts == 5
-    with pytest.raises(RequestError, match="use moe first"):
+    with pytest.raises(RequestError, match="apply moe first"):
         reach_parameters(oracle.tiny_llama().config.to_dict(), [MoeAdd()], wanted)
 
 
@@ -502,7 +502,7 @@ def test_notes_say_what_stock_classes_need() -> None:
     assert EXPANSIONS["moe_add"] is MoeAdd
 
 
-# live models
+# Live models
 
 
 @pytest.mark.quick_cases(1)

@@ -1,4 +1,4 @@
-"""Dense to sparse on files and on live models, and what follows beside the weights."""
+"""Upcycling of folders and live models, with their optimizer state and importances."""
 
 from pathlib import Path
 
@@ -36,14 +36,14 @@ def test_live_models_and_files_grow_alike(tmp_path: Path, family: str, dtype: to
     live = ModelExpander(specs, seed=3).expand(model)
     assert type(live) is type(on_files)
     expected = dict(named_tensors(on_files, config_of(on_files)))
-    held = dict(named_tensors(live, config_of(live)))
-    assert held.keys() == expected.keys()
-    assert all(torch.equal(held[name], expected[name]) for name in held)
+    found = dict(named_tensors(live, config_of(live)))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in found)
     assert oracle.relative_difference(on_files, live, oracle.tokens()) < 1e-6
 
 
 def test_odd_sizes_run_where_the_default_kernel_refuses(tmp_path: Path) -> None:
-    """Ours computes the experts one by one there; stock transformers needs to be told."""
+    """Tritter runs experts one by one; stock transformers needs an option for it."""
     model = tiny("qwen3", hidden_size=23, intermediate_size=37)
     source = oracle.saved(model, tmp_path / "source")
     result = expand(source, tmp_path / "result", [Moe(noise=0.0)])
@@ -87,7 +87,7 @@ def test_a_bf16_source_stays_bf16_and_as_near(tmp_path: Path) -> None:
 
 
 def with_moments(model: PreTrainedModel, *, steps: int = 3) -> torch.optim.AdamW:
-    """Return an optimizer that saw some batches and, at rate 0, moved nothing."""
+    """Return an optimizer after some steps at learning rate 0."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.95))
     for step in range(steps):
         oracle.gradients(model, oracle.tokens(seed=step))
@@ -109,10 +109,10 @@ def transplanted(
     start_from(own, new, carried_moments(old, model, change, places=change.after, policy=policy))
     oracle.gradients(new, oracle.tokens())
     seconds = []
-    for held, optimizer in ((model, old), (new, own)):
-        state = {n: p for n, p in held.named_parameters() if p in optimizer.state}
+    for found, optimizer in ((model, old), (new, own)):
+        state = {n: p for n, p in found.named_parameters() if p in optimizer.state}
         kept = {name: optimizer.state[p]["exp_avg_sq"].clone() for name, p in state.items()}
-        seconds.append(by_logical_name(held, kept))
+        seconds.append(by_logical_name(found, kept))
     own.step()
     assert all(p.isfinite().all() for p in new.parameters())
     return seconds[0], seconds[1], new
@@ -145,11 +145,11 @@ def test_other_policies(tmp_path: Path) -> None:
     before, after, _ = transplanted(tmp_path / "reset", "llama", [FOUR], policy="reset_new")
     gate = before["layers.2.ffn.gate"] / 8
     torch.testing.assert_close(after["layers.2.experts.0.gate"], gate)
-    held = torch.stack([after[f"layers.2.experts.0.{part}"].mean() for part in ("gate", "up")])
-    # Copies that start anew share the first one's step count, and take the mean of what it has
+    found = torch.stack([after[f"layers.2.experts.0.{part}"].mean() for part in ("gate", "up")])
+    # Reset copies share the step count of the first one, and get the mean of its values
     for part in ("gate", "up"):
         copy = after[f"layers.2.experts.3.{part}"]
-        torch.testing.assert_close(copy, held.mean().expand_as(copy))
+        torch.testing.assert_close(copy, found.mean().expand_as(copy))
     _, after, _ = transplanted(tmp_path / "zero", "llama", [FOUR], policy="zero")
     assert not after
 
@@ -175,13 +175,13 @@ def test_importances_on_files_reach_the_experts(tmp_path: Path) -> None:
     result = expand(source, tmp_path / "result", [FOUR])
     state = read_state(result.folder)
     assert state is not None
-    held = {kind: dict(LazyTensors(folder)) for kind, folder in state.kinds.items()}
+    found = {kind: dict(LazyTensors(folder)) for kind, folder in state.kinds.items()}
     stem = "model.layers.1.block_sparse_moe.experts.2"
     gate = values["model.layers.1.mlp.gate_proj.weight"]
-    torch.testing.assert_close(held["fisher"][f"{stem}.w1.weight"], gate / 8)
-    torch.testing.assert_close(held["fisher_penalty"][f"{stem}.w1.weight"], gate / 4)
-    assert not any("gate.weight" in name for name in held["fisher"])
-    live = live_tensors(result.plan.target_config, held["fisher"])
+    torch.testing.assert_close(found["fisher"][f"{stem}.w1.weight"], gate / 8)
+    torch.testing.assert_close(found["fisher_penalty"][f"{stem}.w1.weight"], gate / 4)
+    assert not any("gate.weight" in name for name in found["fisher"])
+    live = live_tensors(result.plan.target_config, found["fisher"])
     assert live["model.layers.1.mlp.experts.gate_up_proj"].shape == (4, 80, 24)
 
 

@@ -1,4 +1,4 @@
-"""The number of experts: what is chosen, what is said, and what cannot be had."""
+"""The number of experts: defaults, notes and refusals."""
 
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,11 @@ def test_what_is_said() -> None:
     words = " ".join(step.notes)
     target = step.target_config
     family = family_of(target)
-    assert "qwen3 → qwen3_moe: 16 experts a layer, 4 a token" in words
+    assert "qwen3 → qwen3_moe: 16 experts per layer, 4 per token" in words
     assert f"{family.count_active_parameters(target):,}" in words
     assert f"of {family.count_parameters(target):,} parameters" in words
-    assert "no gradient until they differ" in words
-    assert "at the start only" in words
+    assert "until they differ, only a balance loss" in words
+    assert "only at the start" in words
     assert 'experts_implementation="eager"' in words
 
 
@@ -40,12 +40,12 @@ def test_target_params_chooses_the_number_of_experts() -> None:
     with pytest.raises(RequestError, match="num_experts 4"):
         reach_parameters(config, [Moe(num_experts=4)], count)
     gemma = oracle_growth.config_of(tiny("gemma3_text"))
-    with pytest.raises(RequestError, match="without a MoE partner"):
+    with pytest.raises(RequestError, match="has no MoE partner"):
         reach_parameters(gemma, [Moe()], count)
 
 
 REFUSED: dict[str, tuple[str, dict[str, Any], Moe, str]] = {
-    "no partner": ("gemma3_text", {}, Moe(), r"gemma3_text .*without a MoE partner.*llama \(mix"),
+    "no partner": ("gemma3_text", {}, Moe(), r"gemma3_text has no MoE partner.*llama \(mix"),
     "experts already": ("mixtral", {}, Moe(), "mixtral has experts already.*moe_add"),
     "biases": ("llama", {"mlp_bias": True}, Moe(), "mlp_bias = True.*mixtral.*no biases"),
     "attention biases": ("llama", {"attention_bias": True}, Moe(), "attention_bias = True"),
@@ -61,7 +61,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], Moe, str]] = {
         "llama",
         {},
         Moe(granularity=2, num_experts=7),
-        r"num_experts = 7: allowed is a multiple of expansion.moe.granularity = 2.*nearest: 6 or 8",
+        r"num_experts = 7: must be a multiple of expansion.moe.granularity = 2.*nearest: 6 or 8",
     ),
     "pieces of a token": (
         "llama",

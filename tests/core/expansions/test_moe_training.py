@@ -1,4 +1,4 @@
-"""Experts in training: their gradients, the router's, and that copies part."""
+"""Experts in training: gradients of experts and router, and diverging copies."""
 
 import dataclasses
 
@@ -24,7 +24,7 @@ TOKENS = oracle.tokens()
 
 
 def test_the_gradients_of_equal_experts_add_up_to_the_dense_one() -> None:
-    """So a balanced router gives each of E copies an E-th; that is what the carried state takes."""
+    """A balanced router gives each of E copies 1/E of the gradient, as the mapped state assumes."""
     model = tiny("llama").double()
     step = steps_of(model, Moe(noise=0.0, num_experts=4))[0]
     result = oracle_growth.grown(model, [step])
@@ -44,7 +44,7 @@ def test_the_gradients_of_equal_experts_add_up_to_the_dense_one() -> None:
 
 
 def test_pieces_take_their_part_of_the_gradient() -> None:
-    """Every token takes all pieces here, so the policy's shares are exact."""
+    """Every token is routed to all pieces here, so the assumed shares are exact."""
     model = tiny("llama").double()
     spec = Moe(noise=0.0, num_experts=4, experts_per_token=4, granularity=2)
     step = steps_of(model, spec)[0]
@@ -121,7 +121,7 @@ def test_every_new_parameter_moves_within_three_steps(family: str) -> None:
     ("family", "noise"), [*((family, 0.01) for family in PARTNERS), ("llama", 0.0)]
 )
 def test_clones_diverge(family: str, noise: float) -> None:
-    """Their tokens differ, so even equal copies part; noise only gives the router a start."""
+    """Their tokens differ, so even equal copies diverge; noise only starts the router."""
     model = tiny(family, initializer_range=0.1, num_hidden_layers=1)
     model = upcycled(model, [Moe(num_experts=4, noise=noise)])
     start = expert_gap(model)

@@ -1,8 +1,8 @@
-"""Wrong maps must fail: a mistake that code and test share would otherwise pass everything.
+"""Wrong maps must fail: otherwise a mistake in both code and tests would go unnoticed.
 
-Each control spoils a right map in one place and asserts that the oracle of
-`test_families_exact.py` sees it: in the logits, or in the gradients where the function happens to
-be kept. The last part bounds how fast clones diverge, from below.
+Each control corrupts a correct map in one entry and asserts that the oracle of
+`test_families_exact.py` detects it: in the logits, or in the gradients if the function is still
+preserved. The last part is a lower bound on the divergence of clones.
 """
 
 from collections.abc import Callable, Mapping
@@ -53,7 +53,7 @@ def _with_axis(tensor_map: TensorMap, position: int, factor: AxisFactor) -> Tens
 
 
 def _permuted(step: ResolvedExpansion, name: str, position: int) -> ResolvedExpansion:
-    """Let one axis of one tensor copy its neighbours' sources."""
+    """Make one axis of one tensor copy its neighbours' sources."""
     tensor_map = step.parameter_map.tensors[name]
     axis = tensor_map.axes[position]
     assert axis is not None
@@ -148,7 +148,7 @@ def test_a_wrong_source_layer_is_seen(family: str) -> None:
     assert found.worst_gradient > SEEN
 
 
-# A copy that is no identity, or takes the place of its original
+# A copy that is not an identity, or replaces its original
 
 IDENTITIES: list[ExpansionSpec] = [
     Dus(target_layers=4, identity_init=True),
@@ -175,7 +175,7 @@ def test_one_output_that_is_not_zeroed_is_seen(family: str, spec: ExpansionSpec,
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_original_and_copy_in_each_others_place_are_seen_by_their_gradients(family: str) -> None:
-    """Beside each other it makes no difference to the function which of the two is zero."""
+    """The function is the same whichever of two adjacent layers is zero; the state is not."""
     model = FAMILIES[family]().double()
     step = _step(model, Interpolate(target_layers=6, identity_init=True))
     maps = step.parameter_map.tensors
@@ -288,7 +288,7 @@ def test_an_embedding_scale_that_is_not_made_up_for_is_seen(
     assert oracle_growth.errors(model, [spoiled]).logits > 1e-2
 
 
-# A scale where none may stand
+# A scale in front of a nonlinearity
 
 
 @pytest.mark.quick_cases(1)
@@ -309,7 +309,7 @@ def test_a_scaled_router_is_seen(family: str, scale: float) -> None:
 def _scaled_neurons(
     step: ResolvedExpansion, *, gate: Callable[[AxisMap], AxisFactor]
 ) -> ResolvedExpansion:
-    """Write the copied neurons of layer 0 with p = 1.5 and read them back, the gate as given."""
+    """Write the copied neurons of layer 0 with p = 1.5 and read them back, the gate unscaled."""
     shares = torch.tensor([0.9, 0.1], dtype=torch.float64).repeat_interleave(40)
     neurons = AxisMap.copied(40, [*range(40), *range(40)], shares).rebalanced(scale=1.5)
     changed = {}
@@ -353,7 +353,7 @@ def test_a_gate_gradient_without_the_scale_is_seen() -> None:
     assert wrong == {"model.layers.0.mlp.gate_proj.weight"}
 
 
-# Shares that keep the function and spoil the moments
+# Shares that preserve the function but not the moments
 
 
 def _rewired(
@@ -480,7 +480,7 @@ def test_clones_diverge_by_unequal_shares_or_noise_and_not_otherwise() -> None:
           (at step 0)                       0.025  0.025   0.010
 
     The shares of the residual stream are always equal (its moments could not follow otherwise),
-    so without noise its copies never part; `fresh` and `zero_pad` make none.
+    so without noise its copies never diverge; `fresh` and `zero_pad` make none.
     """
     model = oracle.tiny_llama(initializer_range=0.1, num_hidden_layers=1)
     equal = _step(model, Width(init="net2net", shares="equal"))

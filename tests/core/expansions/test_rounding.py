@@ -1,4 +1,4 @@
-"""What rounding to bf16 costs: nothing beyond the weights' own, where factors are powers of two."""
+"""Rounding to bf16: no extra error if all factors are powers of two."""
 
 from itertools import product
 from pathlib import Path
@@ -18,8 +18,8 @@ INITS = ("fresh", "net2net", "zero_pad")
 STOCK = 1e-4
 
 # Case: specs; bound on max |Δ logits| / std(logits) between a bf16 checkpoint and the bf16
-# checkpoint made of it, both computed in float32: what rounding the mapped weights costs; and the
-# same bound for Gemma.
+# checkpoint made from it, both computed in float32: the rounding error of the mapped weights; and
+# the same bound for Gemma.
 BF16: dict[str, tuple[list[ExpansionSpec], float, float]] = {
     "llama_pro": ([LlamaPro()], 1e-6, 1e-6),
     "dus, identity": ([Dus(identity_init=True)], 1e-6, 1e-6),
@@ -35,7 +35,7 @@ BF16: dict[str, tuple[list[ExpansionSpec], float, float]] = {
     "fresh doubled": ([Width()], 1e-1, 1.2e-1),
     "zero_pad doubled": ([Width(init="zero_pad")], 1e-1, 1.2e-1),
 }
-# Each family meets every other case quickly, and each case every other family
+# The quick suite combines each family with every other case, and each case with every other family
 ROUNDED = [
     pytest.param(family, case, marks=(*marks_of(family), *(pytest.mark.slow,) * ((i + j) % 2)))
     for (i, case), (j, family) in product(enumerate(BF16), enumerate(OWN))
@@ -47,9 +47,9 @@ ROUNDED = [
 def test_bf16_stays_bf16_and_rounds_within_its_bound(
     tmp_path: Path, family: str, case: str
 ) -> None:
-    """A map whose factors are powers of two costs nothing; others cost one more rounding.
+    """Maps with powers of two add no error; others add one more rounding.
 
-    Measured at eps 1e-3 and 1e-6, beside what rounding the float32 model to bf16 had cost before
+    Measured at eps 1e-3 and 1e-6; rounding the float32 model to bf16 alone costs more
     (1.6e-2 to 5e-2, Gemma 4.4e-2 to 6.7e-2):
 
                                                        families       Gemma
@@ -62,9 +62,9 @@ def test_bf16_stays_bf16_and_rounds_within_its_bound(
         zero_pad doubled                               1.0 – 4.5e-2   4.2e-2, 5.5e-2
 
     Gemma has no free case with a grown hidden size: its factors act on 1 + w, and its embedding
-    takes √(d/D). In models of experts any rounding may send a token that stands near a tie
-    elsewhere (up to 1.4 for such a token, and what attends to it follows), so there the bound
-    holds for the median position.
+    is scaled by √(d/D). In models of experts rounding may reroute a token near a tie (up to 1.4
+    for such a token and those that attend to it), so there the bound holds for the median
+    position.
     """
     if family in LAYER_NORM and case.startswith(("fresh", "gqa", "zero_pad")):
         pytest.skip("it is refused")

@@ -1,4 +1,4 @@
-"""Maps that follow one another as one map, held to the steps applied in turn, over all methods."""
+"""Composed maps, compared with the steps applied one by one, over all methods."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -43,9 +43,9 @@ from tritter.core.parameter_map.carry import (
     STATE_KINDS,
     Policy,
     carry,
-    followed,
     has_state,
-    starts_anew,
+    is_state_reset,
+    mapped_state,
 )
 from tritter.errors import RequestError
 from tritter.transform import Change
@@ -84,7 +84,7 @@ def in_turn(
 
 
 def read_by(tensor_map: TensorMap) -> Iterator[str]:
-    """Yield what the weights are made of, donors included, of a map that stands alone."""
+    """Yield the sources of the weights of a single map, donors included."""
     yield from (source for source in (tensor_map.source, *tensor_map.blend) if source)
     if tensor_map.fill.donor is not None:
         yield from read_by(tensor_map.fill.donor)
@@ -93,11 +93,11 @@ def read_by(tensor_map: TensorMap) -> Iterator[str]:
 def state_in_turn(
     steps: Sequence[ResolvedExpansion], state: Values, kind: str, policy: Policy
 ) -> Values:
-    """Carry one kind of state step by step; what starts anew drops out."""
+    """Map one kind of state step by step; reset state is absent."""
     for step in steps:
         after: Values = {}
         for name, tensor_map in step.parameter_map.tensors.items():
-            if tensor_map.source is None or starts_anew(tensor_map, kind, policy=policy):
+            if tensor_map.source is None or is_state_reset(tensor_map, kind, policy=policy):
                 continue
             if STATE_KINDS[kind].new_entries == "as_weights":
                 if all(source in state for source in read_by(tensor_map)):
@@ -115,7 +115,7 @@ def assert_same(found: Values, expected: Values) -> None:
 
 
 def check_chain(config: Config, specs: Sequence[ExpansionSpec], *, policy: Policy) -> None:
-    """Hold the composed map to the chain, bit for bit, in everything that is sent through maps."""
+    """Compare the composed map with the chain, bit for bit, for all mapped quantities."""
     steps = build_steps(config, specs, seed=3)
     one, target = composed(steps, config), steps[-1].target_config
     values = drawn(config)
@@ -125,17 +125,17 @@ def check_chain(config: Config, specs: Sequence[ExpansionSpec], *, policy: Polic
     for quantity in set(Quantity) - {Quantity.WEIGHT}:
         moved = {n: mapped(m, read, quantity=quantity) for n, m in one.tensors.items()}
         assert_same(moved, in_turn(steps, values, quantity))
-    held = {name: v for i, (name, v) in enumerate(drawn(config, positive=True).items()) if i % 7}
-    live = pack_all(layout(config, "live"), held)
+    inputs = {name: v for i, (name, v) in enumerate(drawn(config, positive=True).items()) if i % 7}
+    live = pack_all(layout(config, "live"), inputs)
     change = Change.of(one, config, target)
     for kind, rule in STATE_KINDS.items():
         state = {
-            n: followed(m, rule, held.__getitem__, policy=policy)
+            n: mapped_state(m, rule, inputs.__getitem__, policy=policy)
             for n, m in one.tensors.items()
-            if has_state(m, rule, held.__contains__, policy=policy)
+            if has_state(m, rule, inputs.__contains__, policy=policy)
         }
-        assert_same(state, state_in_turn(steps, held, kind, policy))
-        if len(live) == len(held):  # nothing is fused, so that what is absent is the same
+        assert_same(state, state_in_turn(steps, inputs, kind, policy))
+        if len(live) == len(inputs):  # nothing is fused, so the same state is absent
             seen = change.state(kind, live, policy=policy)
             assert_same(seen, pack_all(change.after, state))
     masks = {n: v > 0 for n, v in drawn(config, seed=1).items()}
@@ -161,7 +161,7 @@ def test_a_chain_is_one_map(data: st.DataObject) -> None:
     pool = SPARSE if family == "qwen2_moe" else DENSE
     specs = data.draw(st.lists(st.sampled_from(pool), min_size=1, max_size=3))
     policy = data.draw(st.sampled_from(POLICIES))
-    with suppress(RequestError):  # a target that can't be had after the one before it
+    with suppress(RequestError):  # an impossible target after the previous expansion
         check_chain(CONFIGS[family] | sizes, specs, policy=policy)
 
 
@@ -193,7 +193,7 @@ def test_then_is_associative_and_leaves_what_no_map_touches() -> None:
 
 
 def first_of(parameter_map: ParameterMap) -> ParameterMap:
-    """Return the map that leaves alone what `parameter_map` makes."""
+    """Return the identity map of the result of `parameter_map`."""
     return ParameterMap.identity(parameter_map.tensors, num_layers=len(parameter_map.layer_sources))
 
 
@@ -202,17 +202,17 @@ def composed_digest(parameter_map: ParameterMap, _: ParameterMap) -> str:
 
 
 def test_a_product_of_factors_would_not_do() -> None:
-    """The negative control: new entries of the second moment take the mean that each map sees."""
+    """Negative control: new entries of the second moment get the mean of each map's input."""
     wider = TensorMap("w", (AxisFactor.writes(AxisMap.padded(2, 3)), None))
     once = TensorMap("w", (AxisFactor.writes(AxisMap.padded(2, 4)), None))
     chain = replace(wider, axes=(AxisFactor.writes(AxisMap.padded(3, 4)), None)).after({"w": wider})
-    held: Mapping[str, Tensor] = {"w": torch.tensor([[1.0, 2.0], [3.0, 4.0]])}
-    found = followed(chain, STATE_KINDS["exp_avg_sq"], held.__getitem__)
+    inputs: Mapping[str, Tensor] = {"w": torch.tensor([[1.0, 2.0], [3.0, 4.0]])}
+    found = mapped_state(chain, STATE_KINDS["exp_avg_sq"], inputs.__getitem__)
     assert torch.equal(found[2], torch.full((2,), 2.5)) and torch.equal(found[3], found[2])
     filled = replace(once, fill=Fill("random", std=1.0, seed=5))
     drawn_twice = replace(chain, fill=Fill("random", std=1.0, seed=5))
-    one, two = (mapped(m, held.__getitem__) for m in (filled, drawn_twice))
+    one, two = (mapped(m, inputs.__getitem__) for m in (filled, drawn_twice))
     assert torch.equal(one[:2], two[:2]) and not torch.equal(one[2:], two[2:])
     assert torch.equal(
-        two, map_tensor(replace(drawn_twice, source="w"), map_tensor(wider, held["w"]))
+        two, map_tensor(replace(drawn_twice, source="w"), map_tensor(wider, inputs["w"]))
     )

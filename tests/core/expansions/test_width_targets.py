@@ -1,4 +1,4 @@
-"""What width makes of its targets: defaults, what follows, what is refused and what is said."""
+"""Targets of width: defaults, derived sizes, refusals and notes."""
 
 import re
 from dataclasses import replace
@@ -44,7 +44,7 @@ def _sizes(spec: Width) -> list[object]:
         (Width(init="net2net"), [48, 80, 8, 4]),
         (Width(hidden_size=72), [72, 120, 12, 6]),
         (Width(hidden_size=36), [36, 60, 6, 3]),  # 1.5×: 6 and 3 are whole numbers
-        (Width(hidden_size=32), [32, 53, 4, 2]),  # 4/3: neither is; FFN by ratio, rounded
+        (Width(hidden_size=32), [32, 53, 4, 2]),  # 4/3: neither is whole; FFN by ratio, rounded
         (Width(hidden_size=28), [28, 47, 4, 2]),
         (Width(hidden_size=48, num_attention_heads=4, num_key_value_heads=2), [48, 80, 4, 2]),
         (Width(hidden_size=48, intermediate_size=41), [48, 41, 8, 4]),
@@ -58,7 +58,7 @@ def test_targets(spec: Width, sizes: list[int]) -> None:
 
 
 def test_query_and_key_value_heads_follow_together_or_not_at_all() -> None:
-    """Half as much again suits 4 query heads but not 1 key/value head: both stay."""
+    """A factor of 1.5 works for 4 query heads but not for 1 key/value head: both stay."""
     config = {**_config(), "num_key_value_heads": 1}
     target = Width(hidden_size=36).target_config(LLAMA, config)
     assert (target["num_attention_heads"], target["num_key_value_heads"]) == (4, 1)
@@ -77,7 +77,7 @@ def test_nothing_else_of_the_config_changes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("spec", "said"),
+    ("spec", "phrases"),
     [
         (Width(hidden_size=23), ["width.hidden_size = 23", "smaller", "at least 24"]),
         (Width(intermediate_size=39), ["width.intermediate_size = 39", "at least 40"]),
@@ -95,7 +95,7 @@ def test_nothing_else_of_the_config_changes() -> None:
         ),
         (
             Width(num_key_value_heads=4),
-            ["num_key_value_heads = 4", "leaves 1 query heads a group", "at least 8"],
+            ["num_key_value_heads = 4", "leaves 1 query heads per group", "at least 8"],
         ),
         (
             Width(num_attention_heads=6, init="net2net"),
@@ -113,12 +113,12 @@ def test_nothing_else_of_the_config_changes() -> None:
         ),
     ],
 )
-def test_refusals_name_key_value_and_what_works(spec: Width, said: list[str]) -> None:
+def test_refusals_name_key_value_and_what_works(spec: Width, phrases: list[str]) -> None:
     with pytest.raises(RequestError) as error:
         spec.target_config(LLAMA, _config())
     assert "expansion.width" in str(error.value)
-    for words in said:
-        assert words in str(error.value)
+    for phrase in phrases:
+        assert phrase in str(error.value)
 
 
 @given(hidden_size=st.integers(25, 200), ffn=st.none() | st.integers(40, 60))
@@ -147,9 +147,9 @@ def test_a_family_whose_heads_need_not_divide_takes_any_hidden_size() -> None:
         ),
         (
             Width(hidden_size=32),
-            "hidden_size 24 → 32; intermediate_size 40 → 53; head counts stay",
+            "hidden_size 24 → 32; intermediate_size 40 → 53; head counts unchanged",
         ),
-        (Width(intermediate_size=57), "intermediate_size 40 → 57; head counts stay"),
+        (Width(intermediate_size=57), "intermediate_size 40 → 57; head counts unchanged"),
     ],
 )
 def test_the_note_says_what_grows_and_which_heads_stay(spec: Width, note: str) -> None:
@@ -160,7 +160,7 @@ def test_the_note_says_where_moments_are_a_mean() -> None:
     spread = Width(num_key_value_heads=4, head_strategy="gqa")
     sizes, moments = build_steps(_config(), [spread], seed=0)[0].notes
     assert sizes == "num_key_value_heads 2 → 4"
-    assert "moments of k and v carry the mean" in moments
+    assert "moments of k and v are averaged" in moments
     whole = Width(num_attention_heads=8, head_strategy="gqa")
     assert build_steps(_config(), [whole], seed=0)[0].notes == ("num_attention_heads 4 → 8",)
 
@@ -212,7 +212,7 @@ def _of_family(model_type: str, **changes: object) -> Config:
                 "shared_expert_intermediate_size": 40,
             },
         ),
-        (  # 18/12 of all: the target is an expert's size
+        (  # 18/12 of every size: the target is the size of an expert
             "qwen2_moe",
             Width(intermediate_size=18),
             {
@@ -245,7 +245,7 @@ def test_an_experts_size_is_what_must_not_shrink_and_what_the_note_names() -> No
         Width(intermediate_size=11).target_config(FAMILIES["qwen3_moe"], config)
     (step,) = build_steps(config, [Width(intermediate_size=24)], seed=0)
     assert step.notes == (
-        "intermediate_size 40 → 80; moe_intermediate_size 12 → 24; head counts stay",
+        "intermediate_size 40 → 80; moe_intermediate_size 12 → 24; head counts unchanged",
     )
 
 

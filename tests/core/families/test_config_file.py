@@ -1,4 +1,4 @@
-"""config.json read as JSON says what transformers would make of it, as far as the tables read."""
+"""config.json read as JSON gives the values of transformers, for all keys of the tables."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ from tritter.core.families.config_file import read_config_file
 from tritter.core.models import read_config
 from tritter.errors import TritterError
 
-# What a config may leave out without having another size
+# Keys that a config may omit without changing its sizes
 SILENT = (
     ("tie_word_embeddings",),
     ("head_dim", "num_key_value_heads"),
@@ -31,8 +31,8 @@ SILENT = (
 )
 
 
-def told(config: Config) -> dict[str, Any]:
-    """Everything that a table says about a config."""
+def table_values(config: Config) -> dict[str, Any]:
+    """Return all values that a table derives from a config."""
     family = family_of(config)
     layers = range(family.dimensions(config).num_hidden_layers)
     return {
@@ -61,14 +61,14 @@ def test_what_is_left_out_is_what_transformers_takes(
         plain["num_experts"] = plain["num_local_experts"]
     kept = {key: value for key, value in plain.items() if key not in left_out}
     (tmp_path / "config.json").write_text(json.dumps(kept))
-    assert told(read_config_file(tmp_path)) == told(read_config(tmp_path))
+    assert table_values(read_config_file(tmp_path)) == table_values(read_config(tmp_path))
 
 
 def test_a_null_is_a_size_that_follows(tmp_path: Path) -> None:
     plain = json.loads(tiny("llama").config.to_json_string(use_diff=False))
     plain |= {"num_key_value_heads": None, "head_dim": None}
     (tmp_path / "config.json").write_text(json.dumps(plain))
-    assert told(read_config_file(tmp_path)) == told(read_config(tmp_path))
+    assert table_values(read_config_file(tmp_path)) == table_values(read_config(tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The tables against stock transformers: names, shapes, counts; and what is refused."""
+"""The tables against stock transformers: names, shapes, counts and refusals."""
 
 from itertools import product
 from pathlib import Path
@@ -37,12 +37,12 @@ def test_names_shapes_and_counts_are_those_of_the_stock_model(variant: dict[str,
     model = oracle.tiny_llama(**variant)
     config = _plain(model)
     shapes = {t.disk_name: LLAMA.shape(t, config) for t in LLAMA.logical_tensors(config)}
-    # named_parameters gives a tied head once, as the files do.
+    # named_parameters has a tied head once, as the files do.
     assert shapes == {name: tuple(p.shape) for name, p in model.named_parameters()}
     assert LLAMA.count_parameters(config) == sum(p.numel() for p in model.parameters())
 
 
-# Family → keys of its config that add or remove tensors, beside the tie
+# Family → config keys that add or remove tensors, except the tie
 FLAGS: dict[str, list[dict[str, object]]] = {
     "qwen3": [{"attention_bias": True}],
     "smollm3": [{"attention_bias": True, "mlp_bias": True}],
@@ -89,19 +89,19 @@ def test_names_in_memory_and_on_disk_are_those_of_the_stock_class(
 @pytest.mark.parametrize("family", OWN)
 @pytest.mark.parametrize("is_odd", [False, True])
 def test_the_class_refuses_what_the_table_says_it_refuses(family: str, is_odd: bool) -> None:
-    """Some want a hidden size that the head count divides; the others do not ask."""
+    """Some families require a hidden size divisible by the number of heads."""
     if not (is_odd and FAMILIES[family].heads_divide_hidden):
         assert tiny(family, hidden_size=23 if is_odd else 24).config.hidden_size in (23, 24)
         return
-    said = r"not (a multiple of|divisible by) the number of attention|divisible by num_heads"
-    with pytest.raises(Exception, match=said):
+    message = r"not (a multiple of|divisible by) the number of attention|divisible by num_heads"
+    with pytest.raises(Exception, match=message):
         tiny(family, hidden_size=23)
 
 
 @pytest.mark.quick_cases(6)
 @pytest.mark.parametrize("family", OWN)
 def test_what_a_block_adds_to_the_stream(family: str) -> None:
-    """With these tensors silent a model passes its embeddings on to the last norm."""
+    """With these tensors zeroed a model passes its embeddings to the final norm."""
     model, table = tiny(family), FAMILIES[family]
     config = _plain(model)
     silent = {
@@ -146,12 +146,12 @@ def test_every_axis_lives_in_a_space_and_logical_names_are_unique(
 def test_a_tensor_knows_its_kind_its_layer_and_its_expert() -> None:
     config = _plain(tiny("qwen2_moe"))
     known = {t.name: t for t in family_of(config).logical_tensors(config)}
-    places = {name: (t.kind, t.layer, t.expert) for name, t in known.items()}
-    assert len(set(places.values())) == len(places)
-    assert places["embed"] == ("embed", None, None)
-    assert places["layers.1.ffn.gate"] == ("ffn.gate", 1, None)
-    assert places["layers.2.experts.3.down"] == ("experts.down", 2, 3)
-    assert places["layers.0.shared_expert.up"] == ("shared_expert.up", 0, None)
+    keys = {name: (t.kind, t.layer, t.expert) for name, t in known.items()}
+    assert len(set(keys.values())) == len(keys)
+    assert keys["embed"] == ("embed", None, None)
+    assert keys["layers.1.ffn.gate"] == ("ffn.gate", 1, None)
+    assert keys["layers.2.experts.3.down"] == ("experts.down", 2, 3)
+    assert keys["layers.0.shared_expert.up"] == ("shared_expert.up", 0, None)
     spaces = [axis.space for axis in known["layers.2.experts.3.down"].axes]
     assert [space.name for space in spaces] == ["residual", "layers.2.experts.3.ffn"]
 
@@ -213,15 +213,15 @@ def test_an_unknown_family_is_refused_with_the_list(model_type: object) -> None:
         family_of({"model_type": model_type})
     assert f"'{model_type}'" in str(error.value)
     assert ", ".join(sorted(FAMILIES)) in str(error.value)
-    assert "Did you mean" not in str(error.value)  # a similar name is no similar model
+    assert "Did you mean" not in str(error.value)  # a similar name is not a similar model
 
 
-@pytest.mark.parametrize(("model_type", "said"), [("gemma3", "images")])
+@pytest.mark.parametrize(("model_type", "message"), [("gemma3", "images")])
 def test_a_family_that_people_ask_for_is_refused_with_the_reason(
-    model_type: str, said: str
+    model_type: str, message: str
 ) -> None:
     with pytest.raises(
-        RequestError, match=rf"'{model_type}' is not .*{said}.*; supported are gemma2, "
+        RequestError, match=rf"'{model_type}' is not .*{message}.*; supported are gemma2, "
     ):
         family_of({"model_type": model_type})
 

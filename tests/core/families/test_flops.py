@@ -1,8 +1,8 @@
-"""FLOPs from shapes against torch's own counter, and attention against a sum over places.
+"""FLOPs from shapes against torch's counter, and attention against a sum over positions.
 
-The counter sees eager attention, which computes all T × T scores whatever the mask says; so the
-matrices are compared in full and attention as a square. What the mask leaves of it is held to the
-weights that the stock model gives out.
+The counter measures eager attention, which computes all T × T scores regardless of the mask. So
+matrices are compared in full and attention as a square. The masked share is compared with the
+attention weights of the stock model.
 """
 
 from collections.abc import Callable
@@ -38,7 +38,7 @@ def eager(family: str, **changes: object) -> PreTrainedModel:
 
 
 def square(flops: Flops) -> float:
-    """Return what eager attention makes of a count: every token meets every key."""
+    """Return the count of eager attention, in which every token attends to every key."""
     return flops.matrices * LENGTH + sum(flops.attention.values()) * LENGTH**2
 
 
@@ -49,7 +49,7 @@ def counted(work: Callable[[], object]) -> int:
 
 
 def train_only(model: PreTrainedModel, is_trained: Callable[[LogicalTensor], bool]) -> None:
-    """Let parameters need a gradient whose tensors are trained."""
+    """Set requires_grad for the parameters of trained tensors."""
     config: Config = model.config.to_dict()
     for stored in layout(config, "live"):
         trained = {is_trained(part.tensor) for part in stored.parts}
@@ -141,8 +141,8 @@ def test_attention_beside_the_ffn_is_not_below_it(is_parallel: bool) -> None:
 
 
 def test_every_choice_above_trains_something_somewhere() -> None:
-    held = [t for f in OWN for t in FAMILIES[f].logical_tensors(tiny(f).config.to_dict())]
-    empty = {name for name, choice in CHOICES.items() if not any(map(choice, held))}
+    tensors = [t for f in OWN for t in FAMILIES[f].logical_tensors(tiny(f).config.to_dict())]
+    empty = {name for name, choice in CHOICES.items() if not any(map(choice, tensors))}
     assert empty == {"nothing"}
 
 
@@ -179,7 +179,7 @@ def _is_dense_above(family: str, choice: str) -> bool:
 @pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("family", SPARSE)
 def test_experts_that_are_held_apart_pay_for_the_tokens_that_come_to_them(family: str) -> None:
-    """With all tokens sent to the new experts, those alone have gradients of their weights."""
+    """With all tokens routed to the new experts, only these have weight gradients."""
     model = eager(family)
     config = model.config.to_dict()
     new = (2, 3)
@@ -196,7 +196,7 @@ def test_experts_that_are_held_apart_pay_for_the_tokens_that_come_to_them(family
     assert square(whole) == counted(lambda: step(model))
     with separate_experts(model, 2):
         assert square(whole) == counted(lambda: step(model))
-    # Of tokens that are spread evenly the new experts get half
+    # With evenly distributed tokens the new experts get half
     spread = training_flops(config, is_trained=is_trained)
     every = training_flops(config, is_trained=lambda t: t.expert is not None)
     assert forward_flops(config).matrices < spread.matrices < every.matrices
@@ -259,9 +259,9 @@ def test_attention_is_the_sum_over_places_of_the_keys_that_the_stock_mask_leaves
     by_hand = 0
     for layer, kept in enumerate(weights):  # [1, heads, T, T]
         window = table.attention_window(config, layer)
-        for place in range(LENGTH):
-            keys = min(place + 1, window or LENGTH)
-            assert int((kept[0, 0, place] > 0).sum()) == keys
+        for position in range(LENGTH):
+            keys = min(position + 1, window or LENGTH)
+            assert int((kept[0, 0, position] > 0).sum()) == keys
             by_hand += 2 * 2 * heads * head_dim * keys
     ours = forward_flops(config)
     assert ours.of(LENGTH) - ours.matrices * LENGTH == by_hand
@@ -272,7 +272,7 @@ def test_attention_is_the_sum_over_places_of_the_keys_that_the_stock_mask_leaves
 @pytest.mark.parametrize("length", [1, 2, 5, 17])
 @pytest.mark.parametrize("window", [None, 1, 2, 5, 16, 17, 18])
 def test_keys_are_those_of_a_loop(length: int, window: int | None) -> None:
-    looped = sum(min(place + 1, window or length) for place in range(length))
+    looped = sum(min(position + 1, window or length) for position in range(length))
     assert num_keys(length, window) == looped
 
 

@@ -1,4 +1,4 @@
-"""Experts on disk and in memory: one tensor each, or those of a layer in one; nothing is lost."""
+"""Experts on disk and in memory: separate tensors, or stacked per layer; nothing is lost."""
 
 import dataclasses
 from pathlib import Path
@@ -21,14 +21,14 @@ from tritter.transform import expand
 
 
 def fused(model: PreTrainedModel, folder: Path) -> Path:
-    """Save a model under the names that it has in memory, as some tools do."""
+    """Save a model under its names in memory, as some tools do."""
     oracle.saved(model, folder)
     state = {name: value.contiguous() for name, value in model.state_dict().items()}
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
 
-def held(folder: Path) -> dict[str, Tensor]:
+def tensors_of(folder: Path) -> dict[str, Tensor]:
     return {k: v for path in folder.glob("*.safetensors") for k, v in load_file(path).items()}
 
 
@@ -38,7 +38,7 @@ def test_the_hub_layout_is_what_stock_saves_and_the_live_one_what_it_holds(
 ) -> None:
     model = tiny(family)
     config = oracle_growth.config_of(model)
-    saved = held(oracle.saved(model, tmp_path / "source"))
+    saved = tensors_of(oracle.saved(model, tmp_path / "source"))
     hub = {stored.name: stored.shape for stored in layout(config, "hub")}
     live = {stored.name: stored.shape for stored in layout(config, "live")}
     assert hub == {name: tuple(value.shape) for name, value in saved.items()}
@@ -49,10 +49,10 @@ def test_the_hub_layout_is_what_stock_saves_and_the_live_one_what_it_holds(
 
 @pytest.mark.parametrize("family", SPARSE)
 def test_parts_are_those_that_stock_unfuses(tmp_path: Path, family: str) -> None:
-    """Gate rows stand above up rows; the experts follow each other."""
+    """Gate rows precede up rows; experts are stacked in order."""
     model = tiny(family)
     config = oracle_growth.config_of(model)
-    saved = held(oracle.saved(model, tmp_path / "source"))
+    saved = tensors_of(oracle.saved(model, tmp_path / "source"))
     named = dict(named_tensors(model, config))
     assert named.keys() == saved.keys()
     assert all(torch.equal(named[name], saved[name]) for name in saved)
@@ -118,12 +118,12 @@ def test_either_layout_in_and_out(tmp_path: Path, family: str, specs: list[Expan
             ours = load_model(folder)
             assert oracle.relative_difference(after, ours, oracle.tokens()) < 1e-5
     for goes in ("hub", "live"):
-        first, second = held(tmp_path / f"hub-{goes}"), held(tmp_path / f"live-{goes}")
+        first, second = tensors_of(tmp_path / f"hub-{goes}"), tensors_of(tmp_path / f"live-{goes}")
         assert first.keys() == second.keys()
         assert all(torch.equal(first[name], second[name]) for name in first)
         hashes = {results[came, goes].lineage.model_hash for came in sources}
         assert len(hashes) == 1
-    # The hash is over the tensors as they lie in the files
+    # The hash covers the tensors in their layout on disk
     assert len({result.lineage.model_hash for result in results.values()}) == 2
     assert len({result.lineage.parent_hash for result in results.values()}) == 2
 
@@ -136,7 +136,7 @@ def test_upcycling_writes_either_layout(tmp_path: Path, family: str) -> None:
     spec = Moe(noise=0.0, num_experts=4)
     hub = expand(source, tmp_path / "hub", [spec])
     live = expand(source, tmp_path / "live", [spec], expert_layout="live")
-    assert len(held(live.folder)) < len(held(hub.folder))
+    assert len(tensors_of(live.folder)) < len(tensors_of(hub.folder))
     assert hub.lineage.parent_hash == live.lineage.parent_hash
     first, second = oracle.stock(hub.folder), oracle.stock(live.folder)
     assert all(

@@ -1,4 +1,4 @@
-"""Size presets: names that fit their counts, and option files that say the same."""
+"""Size presets: names match parameter counts, and option files match the presets."""
 
 import math
 from pathlib import Path
@@ -39,7 +39,7 @@ def test_a_count_is_that_of_the_shapes_by_hand(preset: Preset) -> None:
 
 
 def test_published_shapes_have_their_published_counts() -> None:
-    """Mistral 7B and SOLAR 10.7B have this vocabulary themselves."""
+    """Mistral 7B and SOLAR 10.7B have this vocabulary size."""
     assert LLAMA.count_parameters(PRESETS["tritter_7b"].config()) == 7_241_732_096
     assert LLAMA.count_parameters(PRESETS["tritter_10b"].config()) == 10_731_524_096
 
@@ -62,7 +62,9 @@ def test_an_option_file_states_its_count(preset: Preset) -> None:
 
 def test_a_name_is_found_in_any_spelling() -> None:
     assert find_preset("Tritter-7B") is PRESETS["tritter_7b"]
-    with pytest.raises(RequestError, match=r"'tritter_8b' is no preset.*tritter_14b.*Did you mean"):
+    with pytest.raises(
+        RequestError, match=r"'tritter_8b' is not a preset.*tritter_14b.*Did you mean"
+    ):
         find_preset("tritter_8b")
 
 

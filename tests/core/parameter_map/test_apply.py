@@ -1,4 +1,4 @@
-"""Moving values: a case by hand, the matrix identities, fills, noise, masks."""
+"""Applying maps: a case by hand, matrix identities, fills, noise, masks."""
 
 from dataclasses import replace
 
@@ -66,7 +66,7 @@ def test_agrees_with_the_dense_matrices() -> None:
 
 
 def test_a_two_layer_network_is_kept_and_the_often_written_halving_is_not() -> None:
-    """Negative control of DESIGN 6: halving the copied neuron's own rows breaks the function."""
+    """Negative control: halving the rows of the copied neuron changes the function."""
     up, down = torch.randn(2, 2, dtype=torch.float64), torch.randn(2, 2, dtype=torch.float64)
     nonlinear = TensorMap("up", (AxisFactor.writes_nonlinear(NEURONS), None))
     out = TensorMap("down", (None, AxisFactor.reads(NEURONS)))
@@ -93,7 +93,7 @@ def test_a_gain_takes_the_ratio_and_its_gradient_the_inverse() -> None:
 
 
 def test_the_number_of_axes_must_fit() -> None:
-    with pytest.raises(ValueError, match=r"2 axes met a tensor of shape \(2,\)"):
+    with pytest.raises(ValueError, match=r"2 axes does not match a tensor of shape \(2,\)"):
         map_tensor(UP, torch.zeros(2))
 
 

@@ -1,4 +1,4 @@
-"""C·E = I for every way to build an axis map, and refusal of all that breaks it."""
+"""C·E = I for every constructor of axis maps, and refusal of invalid maps."""
 
 import pytest
 import torch
@@ -104,9 +104,9 @@ def test_identity(size: int) -> None:
     ("source", "share"),
     [
         ([0, 1, 0], [0.5, 1.0, 0.4]),  # the shares of 0 add up to 0.9
-        ([0, 1, 0], [1.0, 1.0, 1.0]),  # the classic: consumers of a copy are not split
-        ([0, 0, 0], [0.5, 0.25, 0.25]),  # nobody copies 1
-        ([0, 1, 0], [0.5, 1.0, 0.5 + 1e-9]),  # a rounding error is smaller than this
+        ([0, 1, 0], [1.0, 1.0, 1.0]),  # the classic mistake: consumers of a copy are not split
+        ([0, 0, 0], [0.5, 0.25, 0.25]),  # 1 has no copy
+        ([0, 1, 0], [0.5, 1.0, 0.5 + 1e-9]),  # more than a rounding error
     ],
 )
 def test_shares_that_do_not_add_up_are_refused(source: list[int], share: list[float]) -> None:
@@ -117,7 +117,7 @@ def test_shares_that_do_not_add_up_are_refused(source: list[int], share: list[fl
 @pytest.mark.parametrize("outside", [2, -2, -100])
 def test_a_source_outside_the_old_space_is_refused(outside: int) -> None:
     """A source of -2 would count as new here and as the last but one where it is an index."""
-    with pytest.raises(ValueError, match=f"source {outside} lies outside the old space of 2 "):
+    with pytest.raises(ValueError, match=f"source {outside} is outside the old space of 2 "):
         AxisMap.copied(2, [0, 1, outside], torch.tensor([1.0, 1.0, 0.0]))
 
 

@@ -1,4 +1,4 @@
-"""The digest of a map: what changes it, what does not, and that no process state enters it."""
+"""The digest of a map depends on its content only, not on process state."""
 
 import subprocess
 import sys
@@ -81,7 +81,7 @@ def test_a_map_without_chance_has_one_digest_for_all_seeds() -> None:
 
 @pytest.mark.full
 def test_the_digest_is_the_same_in_another_process() -> None:
-    """Python salts str hashes per process; nothing of that may enter."""
+    """Python salts str hashes per process; the digest must not depend on them."""
     output = subprocess.run(
         [sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True
     ).stdout

@@ -1,18 +1,18 @@
 """The table tensor kind × (weight factor, gradient factor), worked out by hand.
 
-Every number below is typed, not computed from an axis map. How they follow (DESIGN.md 2, d the
-old width of a space, D the new one, k copies of each coordinate, p what producers write, s what
-consumers read, Σ p·s = 1 over the copies of a coordinate, c = √(k·d/D)):
+Every number below is typed, not computed from an axis map. Derivation, with d the old width of a
+space, D the new one, k copies of each coordinate, p the scale of producers, s the share of
+consumers, Σ p·s = 1 over the copies of a coordinate, c = √(k·d/D):
 
     a tensor that writes O and reads I     weight p_O·s_I          gradient s_O·p_I
-    behind a nonlinearity (gate, q, k)     weight 1·s_I            gradient (p·s)_O·p_I
+    before a nonlinearity (gate, q, k)     weight 1·s_I            gradient (p·s)_O·p_I
     a norm's gain onto O                   weight p_O·c            gradient s_O/c
 
 Copies (net2net), everything doubled: residual p = 1, s = 1/2, c = √(2d/2d) = 1; neurons and
 heads p = 1, s = .9 for the first copy and .1 for the second. With a tied head the embedding
-serves twice: as the embedding its rows write the residual (gradient 1/2); as the head, which
-would read with 1/2, it is left unscaled, so the final norm writes p = 1/2, the head reads s = 1,
-and its gradient is that p = 1/2 as well: both roles agree.
+has two roles. As the embedding its rows write the residual (gradient 1/2). As the head, which
+would read with 1/2, it stays unscaled: the final norm writes p = 1/2, the head reads s = 1, and its
+gradient is p = 1/2 too. Both roles agree.
 
 A block is (rows that are first copies, rows that are second copies) × (columns, the same).
 """
@@ -62,12 +62,12 @@ UNTIED: dict[str, tuple[Block, Block]] = {
 }
 TIED: dict[str, tuple[Block, Block]] = {"final_norm": ([[0.5], [0.5]], [[1.0], [1.0]])}
 
-# fresh, everything doubled: the old block as it was (p = s = 1), and what the new entries hold.
+# fresh, everything doubled: the old block is unchanged (p = s = 1); then the new entries.
 # Gains: c = √(1·24/48) = √½ and its inverse √2.
 FRESH_NEW_ENTRIES = {
     "embed": "zero",  # writes the residual
     "attention_norm": "mean",
-    "attention.q": "random",  # computed from random directions, read by nobody
+    "attention.q": "random",  # random producers, zero consumers
     "attention.q_bias": "zero",
     "attention.k": "random",
     "attention.k_bias": "zero",
@@ -83,7 +83,7 @@ FRESH_NEW_ENTRIES = {
     "ffn.down": "zero",
     "ffn.down_bias": "zero",
     "final_norm": "mean",
-    "head": "random",  # reads new directions, which nobody writes
+    "head": "random",  # reads new directions, which are always zero
 }
 GAINS = ("attention_norm", "ffn_norm", "final_norm")
 
@@ -119,7 +119,7 @@ def _ones(is_tied: bool) -> Iterator[tuple[str, Tensor]]:
 
 
 def _spread(block: Block, shape: tuple[int, ...]) -> Tensor:
-    """Write a block's numbers over a tensor of the grown shape."""
+    """Expand the numbers of blocks to a tensor of the expanded shape."""
     rows = torch.tensor(block, dtype=torch.float64)
     rows = rows.repeat_interleave(shape[0] // rows.shape[0], dim=0)
     columns = shape[1] if len(shape) == 2 else 1
@@ -196,9 +196,9 @@ def test_fresh_doubled_fills_new_entries_as_the_table_says(is_tied: bool) -> Non
 
 
 def _old_entries(ones: Tensor) -> Tensor:
-    """Mark the old block, which stands in front along every axis.
+    """Return the mask of the old block, the first entries along every axis.
 
-    Heads too: 4 in 2 groups become 8 in 4, each old group keeps its 2, new groups stand behind.
+    4 heads in 2 groups become 8 in 4: each old group keeps its 2, new groups come last.
     """
     grown = [length if length == 97 else 2 * length for length in ones.shape]
     old = torch.zeros(grown, dtype=torch.bool)
@@ -289,7 +289,7 @@ def _index(tensors: object, name: str, axis: int) -> list[int]:
     return factor.index.tolist()
 
 
-# What other families have besides: same numbers, worked out as above.
+# Features of other families: same numbers, derived as above.
 #
 # Gemma: norms have the gain 1 + w, on which their factors act; the embedding is multiplied with
 # √(hidden size) by the model, so it writes with σ = √(d/D) = √½ and its gradient takes 1/σ; with
@@ -308,7 +308,7 @@ GEMMA_DOUBLED: dict[str, tuple[Block, Block]] = {
 }
 GEMMA_TIED: dict[str, tuple[Block, Block]] = {"final_norm": ([[ROOT], [ROOT]], [[ROOT], [ROOT]])}
 
-# Experts: router and shared gate read the stream and write where no scale may be; each expert is
+# Experts: router and shared gate read the stream and write before a nonlinearity; each expert is
 # an FFN with neurons of its own.
 EXPERTS_DOUBLED: dict[str, tuple[Block, Block]] = {
     "router": ([[0.5, 0.5]], [[1.0, 1.0]]),
@@ -338,7 +338,7 @@ def _of_family(model_type: str, *, is_tied: bool) -> Config:
 
 
 def _factors(spec: Width, config: Config) -> Iterator[tuple[str, Tensor, dict[Quantity, Tensor]]]:
-    """Yield kind, a tensor of ones, and what becomes of them, offsets taken out."""
+    """Yield kind, a tensor of ones and its mapped values without offsets."""
     family = family_of(config)
     maps = build_steps(config, [spec], seed=0)[0].parameter_map.tensors
     for tensor in family.logical_tensors(config):

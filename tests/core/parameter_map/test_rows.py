@@ -1,4 +1,4 @@
-"""Weights in blocks of rows are those of whole tensors, bit for bit."""
+"""Weights computed in blocks of rows equal those of whole tensors, bit for bit."""
 
 import math
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from torch import Tensor
 from tritter.core.parameter_map import AxisFactor, AxisMap, Fill, TensorMap, rounded_weight, rows
 from tritter.core.parameter_map.rows import WeightReader
 
-ROWS, COLUMNS = 70, 34  # neither is a multiple of the groups in which torch draws
+ROWS, COLUMNS = 70, 34  # not multiples of the group size of torch's generator
 TALL = AxisFactor.writes(AxisMap.tiled(ROWS, 105))
 COPIED = torch.cat([torch.arange(ROWS), torch.arange(0, ROWS, 2)])
 SHARES = torch.ones(105, dtype=torch.float64).index_put((COPIED,), torch.tensor(0.5).double())
@@ -60,20 +60,20 @@ def _tensors(dtype: torch.dtype) -> dict[str, Tensor]:
 @pytest.mark.parametrize("name", MAPS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_rows_make_the_whole(name: str, dtype: torch.dtype) -> None:
-    held, tensor_map = _tensors(dtype), MAPS[name]
-    before = {key: value.clone() for key, value in held.items()}
+    tensors, tensor_map = _tensors(dtype), MAPS[name]
+    before = {key: value.clone() for key, value in tensors.items()}
     for result in (dtype, torch.float16):
-        whole = rounded_weight(tensor_map, held.__getitem__, result)
-        pieces = list(WeightReader(held.__getitem__).blocks(tensor_map, result))
+        whole = rounded_weight(tensor_map, tensors.__getitem__, result)
+        pieces = list(WeightReader(tensors.__getitem__).blocks(tensor_map, result))
         assert all(piece.dtype == result for piece in pieces)
         assert torch.equal(torch.cat([p.reshape(-1) for p in pieces]), whole.reshape(-1))
-    assert all(torch.equal(held[key], value) for key, value in before.items())
+    assert all(torch.equal(tensors[key], value) for key, value in before.items())
 
 
 def test_large_tensors_come_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rows, "BLOCK_ENTRIES", 16)
-    held = _tensors(torch.bfloat16)
-    reader = WeightReader(held.__getitem__)
+    tensors = _tensors(torch.bfloat16)
+    reader = WeightReader(tensors.__getitem__)
     counts = {name: len(list(reader.blocks(MAPS[name], torch.bfloat16))) for name in MAPS}
     assert counts["kept"] == math.ceil(ROWS * COLUMNS / 16)
     assert counts["both"] == counts["repeated"] == 7
@@ -81,10 +81,10 @@ def test_large_tensors_come_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_another_seed_makes_another_tensor() -> None:
-    """Else equal bits would say nothing about draws."""
-    held = _tensors(torch.float32)
+    """Otherwise equal bits would not test the draws."""
+    tensors = _tensors(torch.float32)
     one, two = (
-        torch.cat(list(WeightReader(held.__getitem__).blocks(made, torch.float32)))
+        torch.cat(list(WeightReader(tensors.__getitem__).blocks(made, torch.float32)))
         for made in (MAPS["both"], replace(MAPS["both"], fill=replace(RANDOM, seed=6)))
     )
     assert not torch.equal(one, two)

@@ -1,4 +1,4 @@
-"""Small stock models with experts, of each family that has them."""
+"""Small stock models of each family with experts."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 
 def tiny_moe(family: str, **changes: Any) -> PreTrainedModel:
-    """Return a stock model with random weights and gains, its experts computed one by one."""
+    """Return a stock model with random weights and gains, and experts that run one by one."""
     return tiny(family, **{**FAMILIES[family], **changes})
 
 

@@ -1,4 +1,4 @@
-"""`state/router.json`: the way of an offset, and files that are not one."""
+"""`state/router.json`: the schedule of the offset, and invalid files."""
 
 import json
 import math
@@ -51,7 +51,7 @@ def test_it_is_set_in_a_live_model() -> None:
 def test_a_model_that_has_no_such_experts() -> None:
     with pytest.raises(TritterError, match="the model has none"):
         ADDED.apply(oracle.tiny_llama())
-    with pytest.raises(TritterError, match="does not fit the model"):
+    with pytest.raises(TritterError, match="does not match the model"):
         ADDED.apply(tiny_moe("mixtral"))
 
 
@@ -59,8 +59,8 @@ def test_a_model_that_has_no_such_experts() -> None:
     ("change", "word"),
     [
         ({"format_version": 2}, "format_version 2; this Tritter reads 1"),
-        ({"new_experts": []}, "one after the other"),
-        ({"new_experts": [4, 6]}, "one after the other"),
+        ({"new_experts": []}, "consecutive"),
+        ({"new_experts": [4, 6]}, "consecutive"),
         ({"new_experts": ["4"]}, "new_experts"),
         ({"new_experts": 4}, "new_experts"),
         ({"offset": 1.0}, "offset"),

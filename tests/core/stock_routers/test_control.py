@@ -1,4 +1,4 @@
-"""Routers within reach: stock outputs bit for bit, then what offset and bias change."""
+"""Control of routers: stock outputs bit for bit, then the effect of offset and bias."""
 
 import copy
 import math
@@ -89,7 +89,7 @@ def test_detaching_gives_the_stock_forward_back() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_offset_shifts_logits_in_the_log_domain(family: str) -> None:
-    """Against a hand calculation: probabilities are multiplied by its exponential."""
+    """Against a hand calculation: an offset multiplies probabilities by its exponential."""
     model = tiny_moe(family)
     routing = _routed(model)
     with routing.recording():
@@ -225,11 +225,11 @@ def test_state_goes_to_another_model_and_not_to_one_of_other_shape() -> None:
 @pytest.mark.parametrize(
     ("experts", "value", "word"),
     [
-        ([4], -1.0, "allowed are 0 to 3"),
-        ([-1], -1.0, "allowed are 0 to 3"),
-        ([0], math.nan, "any number"),
-        ([0], math.inf, "any number"),
-        ([0, 1, 2], -math.inf, "1 experts of layer 0 would stay open; each token needs 2"),
+        ([4], -1.0, "must be from 0 to 3"),
+        ([-1], -1.0, "must be from 0 to 3"),
+        ([0], math.nan, "must be a finite number"),
+        ([0], math.inf, "must be a finite number"),
+        ([0, 1, 2], -math.inf, "1 experts of layer 0 would remain enabled; each token needs 2"),
     ],
 )
 def test_offsets_that_cannot_be(experts: list[int], value: float, word: str) -> None:

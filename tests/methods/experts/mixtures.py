@@ -1,4 +1,4 @@
-"""Mixtures on tiny stock models, with experts that compute something."""
+"""Mixtures on tiny stock models, with experts that have nonzero output."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""Experts that come, grow and go in a live training: the others keep weights and moments."""
+"""Experts added, widened and removed during training: others keep weights and moments."""
 
 from pathlib import Path
 
@@ -26,7 +26,7 @@ AT = 6
 
 
 class Event(Callback):
-    """Change a mixture after some step, and keep what stood there before, after and at the end."""
+    """Change a mixture after a step, and record the state before, after and at the end."""
 
     def __init__(self, mixture: ExpertMixture) -> None:
         self.mixture = mixture
@@ -68,7 +68,7 @@ class Widen(Event):
 
 
 def held(trainer, model) -> dict[str, Tensor]:  # type: ignore[no-untyped-def]
-    """Weights and moments of what is trained, by name."""
+    """Weights and moments of trained parameters, by name."""
     (optimizer,) = trainer.optimizers
     found = {}
     for name, parameter in model.named_parameters():
@@ -79,7 +79,7 @@ def held(trainer, model) -> dict[str, Tensor]:  # type: ignore[no-untyped-def]
 
 
 def same(one: dict[str, Tensor], other: dict[str, Tensor], *parts: str) -> int:
-    """Return how many entries of these parts there are; all have the same bits."""
+    """Return the number of entries of these parts, which are all bit-identical."""
     names = [name for name in one if any(part in name for part in parts)]
     assert all(torch.equal(one[name], other[name]) for name in names)
     return len(names)
@@ -147,5 +147,5 @@ def test_a_doubled_rank_keeps_function_moments_and_scale(tmp_path: Path) -> None
                 moments = event.after[f"{key} {kind}"].narrow(dim, 0, 4)
                 assert torch.equal(moments, event.before[f"{key} {kind}"])
             assert (end[key].narrow(dim, 4, 4) != new).any()
-    with pytest.raises(RequestError, match="has rank 8 already; 8 is not larger"):
+    with pytest.raises(RequestError, match="already has rank 8; the new rank 8 must be larger"):
         widened(event.mixture, "e1", 8, seed=0)

@@ -1,4 +1,4 @@
-"""Gates by token counts: against a loop over tokens, causal, with caches, padding and documents."""
+"""Gates from token counts: compared with a loop, causality, caches, padding, documents."""
 
 import copy
 import io
@@ -32,7 +32,7 @@ def evidence(*, window: int = 6, number: int = 3) -> Evidence:
 
 
 def mixture_of(router: RouterKind = "evidence", *, top_k: int | None = None) -> ExpertMixture:
-    """Return experts beside the base that change logits much, in float64."""
+    """Return a mixture with the base and experts of strong effect, in float64."""
     model = tiny_llama().double().eval()
     options = {"end_of_text_id": END, "window": 6}
     mixture = ExpertMixture(model, router=router, has_base=True, evidence=options)
@@ -56,7 +56,7 @@ def mixture_of(router: RouterKind = "evidence", *, top_k: int | None = None) -> 
 
 
 def by_hand(made: Evidence, ids: list[int]) -> list[list[float]]:
-    """Return logits of a sequence, token by token as the definition has it."""
+    """Return the logits of a sequence, token by token from the definition."""
     counts = made.counts.double().tolist()
     totals = [sum(row) for row in counts]
     mean = [
@@ -132,7 +132,7 @@ def test_a_cache_goes_on_from_what_was_read() -> None:
     assert (torch.cat(parts, dim=1) - whole).abs().max() < 1e-12
     with mixture.off():
         foreign = mixture.model(input_ids=ids, use_cache=True).past_key_values
-    with pytest.raises(RequestError, match="did not read"):
+    with pytest.raises(RequestError, match="were not read"):
         mixture.model(input_ids=ids[:, :1], past_key_values=foreign, use_cache=True)
 
 
@@ -153,7 +153,7 @@ def test_beams_take_what_was_read_along() -> None:
     options = {"max_new_tokens": 12, "num_beams": 4, "do_sample": False, "pad_token_id": END}
     cached, plain = (mixture.model.generate(ids, use_cache=has, **options) for has in (True, False))
     assert torch.equal(cached, plain)
-    with pytest.raises(RequestError, match="assisted writing"):
+    with pytest.raises(RequestError, match="assisted generation"):
         mixture.model.generate(ids[:1], max_new_tokens=12, prompt_lookup_num_tokens=3)
 
 
@@ -166,9 +166,9 @@ def test_a_packed_document_has_the_logits_it_has_alone(top_k: int | None) -> Non
     one, two = (tokens(1, length, seed=length, high=63) + 1 for length in (7, 11))
     end = torch.full((1, 1), END)
     packed = torch.cat([end, one, end, two, end, end], dim=1)
-    alone = torch.cat([end, two], dim=1)
+    only = torch.cat([end, two], dim=1)
     found = mixture.model(input_ids=packed).logits[:, 8:20]
-    assert (found - mixture.model(input_ids=alone).logits).abs().max() < 1e-12
+    assert (found - mixture.model(input_ids=only).logits).abs().max() < 1e-12
     (other,) = mixture_of("both", top_k=top_k).model(input_ids=packed, use_cache=False).logits
     assert (found - other[8:20]).abs().max() > 1e-3, "as one stream it is another"
 

@@ -1,4 +1,4 @@
-"""FLOPs of experts against torch's own counter, forward and backward, whatever is trained."""
+"""FLOPs of experts compared with torch's counter, forward and backward."""
 
 from collections.abc import Callable
 from functools import cache
@@ -27,7 +27,7 @@ WHOLE = (*LAYERS, "embed_tokens", "lm_head")
 
 
 def square(flops: Flops) -> float:
-    """Return what eager attention makes of a count: every token meets every key."""
+    """Return a count for eager attention, in which every token attends to every key."""
     return flops.matrices * LENGTH + sum(flops.attention.values()) * LENGTH**2
 
 
@@ -62,7 +62,7 @@ def step(mixture: ExpertMixture) -> None:
 
 
 def check(mixture: ExpertMixture) -> None:
-    """Hold forward pass and training step to the counter."""
+    """Compare forward pass and training step with the counter."""
     with torch.no_grad():
         found = counted(lambda: mixture.model(input_ids=IDS, use_cache=False))
     assert square(forward_flops_of(mixture)) == pytest.approx(found, rel=1e-12)
@@ -140,21 +140,21 @@ def test_what_is_frozen_has_no_gradient_and_nothing_below_what_is_trained(
 
 
 def test_one_expert_is_trained_and_the_others_are_frozen() -> None:
-    """Each is computed apart, and a gradient of frozen factors is not counted."""
+    """Each is computed separately; gradients of frozen factors are not counted."""
     mixture = mixture_of(top_k=2, ranks=(3, 3))  # both are chosen, as if dense
     document_mask = mixture_of(top_k=1, ranks=(3,))
     for each in (mixture, document_mask):
         for name, parameter in each.model.named_parameters():
             parameter.requires_grad_(".e0." in name)
     both, one = step_flops_of(mixture).matrices, step_flops_of(document_mask).matrices
-    # Of a frozen expert: forward, and the gradients of the inputs of A and B, which all need one
-    # but those of A that reads the first embeddings, which nothing below asks for.
+    # A frozen expert has a forward pass and the gradients of the inputs of A and B,
+    # except for A of the first embeddings, below which nothing is trained.
     sizes = {"q": (24, 24), "k": (12, 24), "v": (12, 24), "o": (24, 24)}
     sizes |= {"gate": (40, 24), "up": (40, 24), "down": (24, 40)}
     frozen = 0
     for layer in range(3):
         frozen += 24  # a row of the router, forward
-        frozen += 24 * (layer > 0)  # and the gradient of what it reads
+        frozen += 24 * (layer > 0)  # and the gradient of its input
         for name, (rows, columns) in sizes.items():
             is_read = layer > 0 or name in ("o", "gate", "up", "down")
             frozen += 3 * (rows + columns) * (1 + is_read)
@@ -162,7 +162,7 @@ def test_one_expert_is_trained_and_the_others_are_frozen() -> None:
 
 
 def test_a_choice_costs_its_share_of_each_expert() -> None:
-    """Of ranks 2 and 6 each gets half of the tokens."""
+    """Experts of ranks 2 and 6 each get half of the tokens."""
     dense, one = (mixture_of(top_k=k, ranks=(2, 6)) for k in (None, 1))
     base = forward_flops(dense.model.config.to_dict()).matrices
     routers = 3 * 2 * 24 * 2

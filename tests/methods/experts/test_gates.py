@@ -1,4 +1,4 @@
-"""Gates in every mode: by brute force, by finite differences, and never from the future."""
+"""Gates in every mode: brute force, finite differences, causality."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Adapters merged into one: by the SVD of the whole sum, and what is lost of it."""
+"""Adapters merged into one: compared with the SVD of the full sum, and its error."""
 
 import pytest
 import torch

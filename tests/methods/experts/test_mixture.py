@@ -1,4 +1,4 @@
-"""A mixture on stock models: what PEFT computes, per token and causal, and only who is chosen."""
+"""A mixture on stock models: matches PEFT, per token and causal, chosen experts only."""
 
 import copy
 
@@ -24,7 +24,7 @@ def logits(mixture: ExpertMixture, ids: torch.Tensor) -> torch.Tensor:
 
 
 def with_deltas(layer: LoraLayer, x: torch.Tensor, gates: torch.Tensor, names: list[str]):
-    """Add up the experts one by one, as the formula has it."""
+    """Add up the experts one by one."""
     out = layer.get_base_layer()(x)
     for number, name in enumerate(names):
         if name in layer.lora_A:
@@ -65,7 +65,7 @@ def test_a_new_expert_changes_nothing_and_alone_it_is_pefts() -> None:
     mixture = mixture_of()
     logits(mixture, ids)
     assert len(mixture.gates()) == 3
-    with mixture.alone("e1"):
+    with mixture.only("e1"):
         own = logits(mixture, ids)
     assert mixture.gates() == []
     stock = copy.deepcopy(mixture.model)
@@ -94,7 +94,7 @@ def test_a_later_token_changes_no_earlier_logit(routing: Routing, is_training: b
     other = ids.clone()
     other[:, 7:] = (other[:, 7:] + 1) % 97
     change = (logits(mixture, ids) - logits(mixture, other)).abs()
-    assert change[:, :7].max() < 1e-12  # products of other sizes round otherwise
+    assert change[:, :7].max() < 1e-12  # products of other sizes have other rounding errors
     assert change[:, 7:].max() > 0.1
 
 
@@ -200,16 +200,16 @@ def test_the_base_keeps_its_names_and_weights() -> None:
 
 def test_refusals() -> None:
     mixture = mixture_of()
-    with pytest.raises(RequestError, match="has an adapter e0 already"):
+    with pytest.raises(RequestError, match="already has an adapter e0"):
         mixture.add("e0", AdapterShape(2, 4.0, TARGETS), seed=0)
     with pytest.raises(
-        RequestError, match=r"no linear layer or vocabulary of this name.*Did you mean 'q_proj'"
+        RequestError, match=r"no linear layer or vocabulary with this name.*Did you mean 'q_proj'"
     ):
         mixture.add("other", AdapterShape(2, 4.0, ("q_prj",)), seed=0)
     assert mixture.names == ["e0", "e1", "e2"]
-    with pytest.raises(RequestError, match="no expert e9"), mixture.alone("e9"):
+    with pytest.raises(RequestError, match="no expert e9"), mixture.only("e9"):
         pass
-    with pytest.raises(RequestError, match="has adapters already"):
+    with pytest.raises(RequestError, match="already has adapters"):
         ExpertMixture(mixture.model)
     with pytest.raises(RequestError, match="no decoder layers"):
         ExpertMixture(torch.nn.Linear(2, 2))

@@ -1,4 +1,4 @@
-"""Adapters as folders: stock PEFT loads ours with the same logits, and ours takes PEFT's."""
+"""Adapter folders: stock PEFT loads ours with equal logits, and we load PEFT's."""
 
 import json
 from pathlib import Path
@@ -45,7 +45,7 @@ def test_every_expert_is_a_stock_adapter(tmp_path: Path) -> None:
     mixture = mixture_of()
     for name in mixture.names:
         write_adapter(mixture.model, name, tmp_path / name, base="somebody/base")
-        with mixture.alone(name):
+        with mixture.only(name):
             expected = logits(mixture.model)
         stock = PeftModel.from_pretrained(tiny_llama(), tmp_path / name)
         assert (logits(stock) - expected).abs().max() < 1e-5 * expected.abs().max()
@@ -67,7 +67,7 @@ def test_an_adapter_of_theirs_is_an_expert(theirs: Path) -> None:
     assert (expected - logits(mixture.model)).abs().max() < 1e-5 * expected.abs().max()
     assert (logits(stock) - logits(tiny_llama())).abs().max() > 0.1
     mixture.add("wider", AdapterShape(3, 5.0, TARGETS), seed=0)
-    with pytest.raises(TritterError, match=r"down_proj is in the model alone"):
+    with pytest.raises(TritterError, match=r"down_proj is only in the model"):
         put_values(mixture.model, "wider", stored)
     mixture.add("larger", AdapterShape(4, 5.0, ("q_proj",)), seed=0)
     with pytest.raises(TritterError, match=r"\[3, 24\] in the folder and \[4, 24\]"):
@@ -75,7 +75,7 @@ def test_an_adapter_of_theirs_is_an_expert(theirs: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "said"),
+    ("key", "value", "message"),
     [
         ("peft_type", "IA3", "peft_type = 'IA3'"),
         ("use_dora", True, "use_dora = True is not read"),
@@ -84,23 +84,23 @@ def test_an_adapter_of_theirs_is_an_expert(theirs: Path) -> None:
         ("bias", "all", "bias = 'all'"),
         ("modules_to_save", ["lm_head"], "modules_to_save"),
         ("something_new", 3, "something_new"),
-        ("r", 4, "config says r = 4"),
+        ("r", 4, "config has r = 4"),
         ("r", True, "r = True; allowed is"),
-        ("r", 10**9, "allowed is 1 to 1024"),
+        ("r", 10**9, "must be 1 to 1024"),
         ("lora_alpha", "16", "lora_alpha = '16'"),
         ("lora_alpha", -1, "lora_alpha = -1"),
     ],
 )
-def test_what_a_config_may_not_ask_for(theirs: Path, key: str, value: object, said: str) -> None:
+def test_what_a_config_may_not_ask_for(theirs: Path, key: str, value: object, message: str) -> None:
     path = theirs / CONFIG_NAME
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
     with pytest.raises(TritterError, match="adapter") as caught:
         read_adapter(theirs)
-    assert said in str(caught.value)
+    assert message in str(caught.value)
 
 
 def test_the_defaults_of_peft_are_plain() -> None:
-    """Which `tritter inspect` knows without importing PEFT."""
+    """`tritter inspect` recognises it without importing PEFT."""
     refused = [k for k, v in LoraConfig().to_dict().items() if not is_plain_setting(k, v)]
     assert refused == []
 
@@ -109,13 +109,13 @@ def test_damaged_and_foreign_tensors(theirs: Path, tmp_path: Path) -> None:
     path = theirs / TENSORS_NAME
     own = load_file(path)
     name = next(iter(own))
-    for change, said in [
+    for change, message in [
         ({name: own[name] * float("nan")}, "not finite"),
-        ({"base_model.model.lm_head.weight": torch.zeros(2, 2)}, "no factor of LoRA"),
+        ({"base_model.model.lm_head.weight": torch.zeros(2, 2)}, "not a LoRA factor"),
         ({name: torch.zeros(5, 24)}, "r = 3"),
     ]:
         save_file(own | change, path)
-        with pytest.raises(TritterError, match=said):
+        with pytest.raises(TritterError, match=message):
             read_adapter(theirs)
     save_file({key: value for key, value in own.items() if key != name}, path)
     with pytest.raises(TritterError, match=r"lacks its [AB]"):

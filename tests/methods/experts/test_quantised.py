@@ -1,4 +1,4 @@
-"""A base in 8 or 4 bits: PEFT's own QLoRA, trainings that move adapters alone, folders."""
+"""A base in 8 or 4 bits: compared with PEFT's QLoRA, training, folders."""
 
 import pickle
 from math import prod
@@ -45,7 +45,7 @@ def base_in(folder: Path) -> Path:
 
 
 def dequantised(layer: nn.Module) -> Tensor:
-    """Return what a layer's weight is, from bitsandbytes' stored numbers."""
+    """Return the weight of a layer, decoded from bitsandbytes' stored values."""
     if isinstance(layer, bitsandbytes.nn.Linear8bitLt):
         return layer.weight.data.float() * layer.state.SCB[:, None] / 127
     state = layer.weight.quant_state
@@ -123,7 +123,7 @@ def test_an_expert_alone_is_what_pefts_qlora_computes(tmp_path: Path, bits: int)
     assert files is not None and files.head.base_bits == bits
     for name, layer in adapted_layers(mixture.model):
         assert type(layer).__module__ == "peft.tuners.lora.bnb", name
-    asked: dict[int, dict[str, Any]] = {
+    dynamic_options: dict[int, dict[str, Any]] = {
         8: {"load_in_8bit": True},
         4: {
             "load_in_4bit": True,
@@ -136,22 +136,22 @@ def test_an_expert_alone_is_what_pefts_qlora_computes(tmp_path: Path, bits: int)
     for name in ("e0", "e1"):
         stock = AutoModelForCausalLM.from_pretrained(
             folder,
-            quantization_config=BitsAndBytesConfig(**asked[bits]),
+            quantization_config=BitsAndBytesConfig(**dynamic_options[bits]),
             dtype=torch.float32,
             device_map={"": "cpu"},
         )
-        for layer in stock.modules():  # else in eval it repacks, which wants rows by 32s
+        for layer in stock.modules():  # no repacking in evaluation mode
             layer.support_avx512bf16_for_cpu = False
         theirs = logits(PeftModel.from_pretrained(stock, folder / "experts" / name).eval(), ids)
         for own in (mixture, again.expert_mixture):
-            with own.alone(name):
+            with own.only(name):
                 assert (logits(own.model.eval(), ids) - theirs).abs().max() < 1e-4
         full = logits(PeftModel.from_pretrained(load_model(folder), folder / "experts" / name), ids)
         assert (full - theirs).abs().max() > 1e-3, "rounding shows"
 
 
 def put_on(monkeypatch: pytest.MonkeyPatch, bits: int) -> None:
-    """Let the trainings of `train` begin on a quantised base."""
+    """Make `train` start from a quantised base."""
     built = test_training.oracle.tiny_llama
 
     def held(**changes: Any) -> nn.Module:
@@ -163,7 +163,7 @@ def put_on(monkeypatch: pytest.MonkeyPatch, bits: int) -> None:
 
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
-    """Return what the quantised layers of a model hold, by their names without adapters."""
+    """Return the weights of a model's quantised layers, by name without adapters."""
     return {
         name.replace(".base_layer", ""): dequantised(module).clone()
         for name, module in model.named_modules()
@@ -178,7 +178,9 @@ def test_killed_and_resumed_it_is_the_same_and_the_base_stays(
 ) -> None:
     put_on(monkeypatch, bits)
     start = weights_of(test_training.oracle.tiny_llama())
-    options = test_training.asked(max_experts=2, when_full="evict", stall_gain=9.0, stall_steps=2)
+    options = test_training.dynamic_options(
+        max_experts=2, when_full="evict", stall_gain=9.0, stall_steps=2
+    )
     module, result = train(tmp_path / "whole", options, stream=STREAM)
     assert {"spawned", "widened", "evicted"} <= {kind for kind, _ in kinds(result)}
     with pytest.raises(Killed):

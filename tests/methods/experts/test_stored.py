@@ -1,4 +1,4 @@
-"""Experts in a folder: the same logits after reading, stock classes beside them, hostile ones."""
+"""Experts in a folder: equal logits after reading, stock classes, damaged folders."""
 
 import json
 import shutil
@@ -12,7 +12,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from tests.methods.experts.mixtures import TARGETS, mixture_of
-from tests.methods.novelty.given import library
+from tests.methods.novelty.factories import library
 from tests.oracle import logits, saved, stock, tiny_llama, tokens
 from tritter.checkpoints import Source
 from tritter.checkpoints.expert_files import ADAPTER_FILES, HEAD, TENSORS, ExpertFiles
@@ -35,7 +35,7 @@ def base_in(folder: Path) -> Path:
 
 
 def made(place: Path, kind: str = "both") -> ExpertMixture:
-    """Return a mixture on the base that lies there."""
+    """Return a mixture on the base in this folder."""
     model = load_model(place, dtype=torch.float64)
     if kind in ("learned", "shared"):
         return mixture_of(model, is_shared=kind == "shared")
@@ -51,7 +51,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(written: Path, tmp_path: Path) -> Path:
-    """A checkpoint with experts beside the base, gated by both routers."""
+    """A checkpoint with the base and experts, gated by both routers."""
     return Path(shutil.copytree(written, tmp_path / "whole"))
 
 
@@ -68,7 +68,7 @@ def test_a_mixture_is_the_same_after_reading(tmp_path: Path, kind: str, top_k: i
     mixture.routing = Routing(top_k=top_k, temperature=0.7, capacity_factor=1.25)
     held = ExpertFolder.of(mixture)
     before = logits(mixture.model, tokens())
-    for router in mixture.routers():  # what was taken stays as it was
+    for router in mixture.routers():  # the snapshot is unchanged
         router.weight.data.zero_()
     held.write(place)
     whole = load_whole(place, dtype=torch.float64)
@@ -94,7 +94,7 @@ def test_stock_classes_read_the_base_and_every_expert(tmp_path: Path, kind: str)
         theirs = PeftModel.from_pretrained(
             stock(place, torch.float64), place / "experts" / name, autocast_adapter_dtype=False
         )
-        with mixture.alone(name):
+        with mixture.only(name):
             assert difference(theirs, mixture.model) < 1e-12
         assert difference(theirs, stock(place, torch.float64)) > 0.1
 
@@ -127,7 +127,7 @@ def test_what_a_training_leaves_comes_back_as_it_was(tmp_path: Path) -> None:
 
 def test_no_experts_are_no_experts(tmp_path: Path) -> None:
     place = base_in(tmp_path / "plain")
-    (place / "experts").mkdir()  # of somebody else
+    (place / "experts").mkdir()  # of another user
     assert ExpertFolder.read(place) is None and ExpertFiles.read(place) is None
     assert difference(load_whole(place, dtype=torch.float64), stock(place, torch.float64)) == 0
 
@@ -156,12 +156,12 @@ def test_experts_go_along_as_they_are(folder: Path, tmp_path: Path) -> None:
 def test_experts_of_another_model_are_refused(folder: Path) -> None:
     held = ExpertFolder.read(folder)
     assert held is not None
-    for changes, said in [
+    for changes, message in [
         ({"vocab_size": 98}, "count 97 tokens"),
-        ({"num_hidden_layers": 2}, r"layers\.2.* in the folder alone"),
-        ({"intermediate_size": 41}, "down_proj is of shape"),
+        ({"num_hidden_layers": 2}, r"layers\.2.* only in the folder"),
+        ({"intermediate_size": 41}, "down_proj has shape"),
     ]:
-        with pytest.raises(TritterError, match=said):
+        with pytest.raises(TritterError, match=message):
             held.apply(tiny_llama(**changes))
 
 
@@ -177,21 +177,21 @@ def test_a_name_that_is_no_folder_is_not_written(name: str) -> None:
 def test_what_is_not_finite_is_not_taken() -> None:
     mixture = mixture_of()
     next(mixture.routers()).bias.data[0] = torch.nan
-    with pytest.raises(TritterError, match="router holds values that are not finite"):
+    with pytest.raises(TritterError, match="router has values that are not finite"):
         ExpertFolder.of(mixture)
 
 
-# Folders from elsewhere
+# Folders from other sources
 
 
-def _said(folder: Path) -> str:
+def _error_of(folder: Path) -> str:
     with pytest.raises(TritterError) as caught:
         ExpertFolder.read(folder)
     return str(caught.value)
 
 
 def _rewrite(folder: Path, **changes: Any) -> None:
-    """Change the record as somebody would who knows of its digest."""
+    """Change the record and update its checksum."""
     path = folder / HEAD
     path.write_text(signed_text(json.loads(path.read_text()) | changes))
 
@@ -206,7 +206,7 @@ HEADS: list[tuple[dict[str, Any], str]] = [
     ({"names": "base"}, "names = 'base'"),
     ({"names": [f"e{n}" for n in range(300)]}, "1 to 256 names"),
     ({"names": ["base", "e0", "e1", "e3"]}, "e3/adapter_config.json"),
-    ({"names": ["base", "e0"]}, "of 2 experts"),
+    ({"names": ["base", "e0"]}, "match 2 experts"),
     ({"has_base": 1}, "has_base = 1"),
     ({"router": "mine"}, "router = 'mine'"),
     ({"router": "learned"}, "evidence = an object"),
@@ -229,16 +229,16 @@ HEADS: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("changes", "said"), HEADS, ids=str)
-def test_what_the_record_may_not_say(folder: Path, changes: dict[str, Any], said: str) -> None:
+@pytest.mark.parametrize(("changes", "message"), HEADS, ids=str)
+def test_what_the_record_may_not_say(folder: Path, changes: dict[str, Any], message: str) -> None:
     _rewrite(folder, **changes)
-    assert said in _said(folder)
+    assert message in _error_of(folder)
 
 
 def test_a_record_that_was_changed_by_accident(folder: Path) -> None:
     text = (folder / HEAD).read_text()
     (folder / HEAD).write_text(text.replace('"is_shared": false', '"is_shared": true'))
-    assert "digest does not fit" in _said(folder)
+    assert "digest does not fit" in _error_of(folder)
 
 
 def _tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], None]:
@@ -271,12 +271,18 @@ ADAPTER = f"experts/e0/{ADAPTER_FILES[1]}"
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "router not finite": (_set("router.0.weight", torch.full((4, 24), torch.inf)), "not finite"),
     "router of integers": (_set("router.0.weight", torch.ones(4, 24).int()), "not finite"),
-    "router too short": (_set("router.1.bias", torch.zeros(2)), "[4, 24] and [2], of 4 experts"),
-    "routers differ": (_set("router.1.weight", torch.zeros(4, 5)), "read [5, 24] numbers"),
+    "router too short": (
+        _set("router.1.bias", torch.zeros(2)),
+        "[4, 24] and [2], which don't match 4 experts",
+    ),
+    "routers differ": (
+        _set("router.1.weight", torch.zeros(4, 5)),
+        "different input sizes: [5, 24]",
+    ),
     "router gone": (_tensors(lambda held: held.pop("router.0.weight")), "router.0.weight"),
-    "counts below 0": (_set("evidence.counts", torch.full((4, 97), -1)), "below 0"),
+    "counts below 0": (_set("evidence.counts", torch.full((4, 97), -1)), "negative or empty"),
     "counts of floats": (_set("evidence.counts", torch.zeros(4, 97)), "torch.float32"),
-    "no counts": (_tensors(lambda held: held.pop("evidence.counts")), "counts of tokens are mis"),
+    "no counts": (_tensors(lambda held: held.pop("evidence.counts")), "token counts are mis"),
     "no tensors": (lambda folder: (folder / TENSORS).write_bytes(b"nothing"), "was changed"),
     "tensors gone": (_gone(TENSORS), "no such file"),
     "adapter gone": (_gone(ADAPTER), "no such file"),
@@ -290,25 +296,25 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
 }
 
 
-@pytest.mark.parametrize(("change", "said"), DAMAGES.values(), ids=DAMAGES.keys())
+@pytest.mark.parametrize(("change", "message"), DAMAGES.values(), ids=DAMAGES.keys())
 def test_a_damaged_folder_is_refused(
-    folder: Path, change: Callable[[Path], object], said: str
+    folder: Path, change: Callable[[Path], object], message: str
 ) -> None:
     change(folder)
-    assert said in _said(folder)
+    assert message in _error_of(folder)
 
 
 def test_an_expert_may_not_be_called_as_a_module_calls_its_own(folder: Path) -> None:
     (folder / "experts" / "e0").rename(folder / "experts" / "items")
     _rewrite(folder, names=["base", "items", "e1", "e2"])
-    assert "items can't be an expert's name" in _said(folder)
+    assert "items can't be the name of an expert" in _error_of(folder)
 
 
 def test_experts_that_can_t_stand_on_one_model(folder: Path) -> None:
     narrow = ExpertMixture(tiny_llama(hidden_size=12, head_dim=3))
     narrow.add("e1", AdapterShape(2, 4, ("q_proj",)), seed=0)
     write_adapter(narrow.model, "e1", folder / "experts" / "e1", base="x", overwrite=True)
-    assert "don't stand on one model" in _said(folder)
+    assert "don't fit one model" in _error_of(folder)
 
 
 def test_an_adapter_from_anywhere_becomes_an_expert(folder: Path, tmp_path: Path) -> None:
@@ -319,15 +325,19 @@ def test_an_adapter_from_anywhere_becomes_an_expert(folder: Path, tmp_path: Path
     theirs = PeftModel.from_pretrained(
         tiny_llama().double(), folder / "experts" / "e1", autocast_adapter_dtype=False
     )
-    with mixture.alone("theirs"):
+    with mixture.only("theirs"):
         assert difference(theirs, mixture.model) < 1e-12
     assert all(not router.weight[-1].any() for router in mixture.routers())
     assert all(len(router.weight) == len(router.bias) == 4 for router in mixture.routers())
-    for name, said in [("theirs", "already"), ("a.b", "names = 'a.b'"), ("keys", "torch's own")]:
-        with pytest.raises(RequestError, match=said):
+    for name, message in [
+        ("theirs", "already has"),
+        ("a.b", "names = 'a.b'"),
+        ("keys", "torch reserves"),
+    ]:
+        with pytest.raises(RequestError, match=message):
             adopt(mixture, name, folder / "experts" / "e0")
     wide = ExpertMixture(tiny_llama(intermediate_size=41))
-    with pytest.raises(TritterError, match="down_proj is of shape"):
+    with pytest.raises(TritterError, match="down_proj has shape"):
         adopt(wide, "theirs", folder / "experts" / "e0")
     assert wide.names == []
     assert difference(wide.model, tiny_llama(intermediate_size=41)) == 0

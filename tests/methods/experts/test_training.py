@@ -1,4 +1,4 @@
-"""Dynamic experts in trainings: found, known again, grown, resumed, on two processes."""
+"""Dynamic experts in training: detection, recognition, growth, resume, two processes."""
 
 import multiprocessing
 import signal
@@ -41,7 +41,7 @@ needs_fork = pytest.mark.skipif(
 )
 
 
-def asked(**changes: Any) -> DynamicOptions:
+def dynamic_options(**changes: Any) -> DynamicOptions:
     """Return the options of the file, with rarer samples and shorter schedules."""
     body = {
         k: v for k, v in body_of(option_files()["experts"]["dylora"]).items() if k != "_target_"
@@ -58,7 +58,7 @@ def asked(**changes: Any) -> DynamicOptions:
 
 
 def text(kind: str, count: int, *, seed: int) -> Tensor:
-    """Return sequences [N, T] of one skill: some of the vocabulary, more and less often."""
+    """Return sequences [N, T] of one skill: a subset of the vocabulary with its own frequencies."""
     low, high = RANGES[kind]
     generator = torch.Generator().manual_seed(seed)
     return low + (torch.rand(count, LENGTH, generator=generator) ** 2 * (high - low)).long()
@@ -73,7 +73,7 @@ class InOrder(SequenceStream):
 
 
 def batches(stream: str, *, accumulated: int = 1, mixed: str = "") -> BatchStream:
-    """Return a batch of a kind of text for each letter; of a step those behind are `mixed`."""
+    """Return one batch per letter; the later ones of a step are `mixed`."""
     names = {"o": "old", **dict(zip("abc", "abc", strict=True))}
     steps = (kind + (mixed or kind) * (accumulated - 1) for kind in stream)
     rows = [
@@ -84,7 +84,7 @@ def batches(stream: str, *, accumulated: int = 1, mixed: str = "") -> BatchStrea
 
 
 def _know(registry: ExpertRegistry, model: nn.Module, given: int) -> None:
-    """Let experts of before be known."""
+    """Register earlier experts as known."""
     assert registry.detector is not None
     for name, kind in (("old", "old"), *((f"expert_{n + 1}", "ab"[n]) for n in range(given))):
         seen = [observe(model, text(kind, BATCH, seed=n)) for n in range(30)]
@@ -102,12 +102,12 @@ def train(
     given: int = 0,
     mixed: str = "",
 ) -> tuple[ExpertModule, FitResult]:
-    """Train experts on a base, from what was saved if anything."""
+    """Train experts on a base; resume if there is a checkpoint."""
     torch.manual_seed(999 if (folder / "saved").exists() else 11)
-    method = DynamicExperts(options or asked())
+    method = DynamicExperts(options or dynamic_options())
     model = oracle.tiny_llama(tie_word_embeddings=True, attention_dropout=0.1)
     mixture = method.begin(model, end_of_text_id=0, seed=1)
-    for number in range(given):  # of a training before
+    for number in range(given):  # of an earlier run
         mixture.add(f"expert_{number + 1}", method.shape(model), seed=number)
     steps = len(stream)
     registry = method.registry(max_steps=steps)
@@ -122,7 +122,7 @@ def train(
     module = ExpertModule(
         mixture,
         losses=method.losses,
-        schedule=Schedule(learning_rate=method.asked.learning_rate, max_steps=steps),
+        schedule=Schedule(learning_rate=method.options.learning_rate, max_steps=steps),
         optimizer=OptimizerSettings(),
     )
     accumulated = settings.accumulate_grad_batches
@@ -188,7 +188,7 @@ def test_what_is_new_gets_an_expert_and_is_known_again(tmp_path: Path) -> None:
 
 
 class Moves(Callback):
-    """Keep whose parameters moved in each step."""
+    """Record the parameters that moved in each step."""
 
     def __init__(self) -> None:
         self.moved: list[set[str]] = []
@@ -214,27 +214,27 @@ def test_a_step_moves_the_expert_of_its_text_alone(tmp_path: Path) -> None:
     train(tmp_path, None, watching)
     found = ["".join(sorted(each)) for each in watching.moved]
     one, two = "expert_1", "expert_2"
-    # Of each new skill two batches are for nothing; old text is learned by the first
+    # The first two batches of each new skill train nothing; the first expert learns old data
     expected = ["", "", *[one] * 6, "", "", *[two] * 6, *[one] * 4, FIRST, FIRST, *[two] * 2]
     assert found == expected
 
 
 @pytest.mark.full
 def test_full_with_whatever_makes_room(tmp_path: Path) -> None:
-    _, stopped = train(tmp_path / "stop", asked(max_experts=2))
+    _, stopped = train(tmp_path / "stop", dynamic_options(max_experts=2))
     assert ("refused", "expert_1") in kinds(stopped), "the nearest learns it"
-    module, evicted = train(tmp_path / "evict", asked(max_experts=2, when_full="evict"))
+    module, evicted = train(tmp_path / "evict", dynamic_options(max_experts=2, when_full="evict"))
     assert kinds(evicted).count(("evicted", "expert_1")) == 1
     assert module.mixture.names[0] == FIRST and len(module.mixture.names) == 2
-    _, limited = train(tmp_path / "limit", asked(max_trainable_parameters=1))
+    _, limited = train(tmp_path / "limit", dynamic_options(max_trainable_parameters=1))
     assert all(kind == "refused" for kind, _ in kinds(limited))
-    _, worthless = train(tmp_path / "gain", asked(min_gain=1e3))
+    _, worthless = train(tmp_path / "gain", dynamic_options(min_gain=1e3))
     assert set(kinds(worthless)) == {("refused", FIRST)}
 
 
 @pytest.mark.full
 def test_the_most_similar_become_one(tmp_path: Path) -> None:
-    options = asked(max_experts=3, when_full="merge")
+    options = dynamic_options(max_experts=3, when_full="merge")
     module, result = train(tmp_path, options, stream="aaaabbbbccccaa")
     (event,) = [e for e in result.reports["experts"]["events"] if e["kind"] == "merged"]
     assert (event["expert"], event["gone"], event["step"]) == ("expert_1", "expert_2", 10)
@@ -253,7 +253,7 @@ def test_the_most_similar_become_one(tmp_path: Path) -> None:
     "killed_at", [pytest.param(4, marks=SLOW), 10, pytest.param(17, marks=SLOW)]
 )
 def test_resumed_it_ends_alike(tmp_path: Path, killed_at: int) -> None:
-    options = asked(stall_steps=2, stall_gain=10.0, max_rank=4, distill=0.1)
+    options = dynamic_options(stall_steps=2, stall_gain=10.0, max_rank=4, distill=0.1)
     _, expected = train(tmp_path / "whole", options)
     with pytest.raises(Killed):
         train(tmp_path / "parts", options, KillAt(killed_at))
@@ -279,7 +279,7 @@ def test_in_bfloat16_they_come_and_resume_too(tmp_path: Path) -> None:
 @pytest.mark.full
 @pytest.mark.parametrize("router", [pytest.param("learned", marks=SLOW), "both"])
 def test_learned_routers_resume_too(tmp_path: Path, router: str) -> None:
-    options = asked(router=router, targets=("q_proj",), entropy=0.01)
+    options = dynamic_options(router=router, targets=("q_proj",), entropy=0.01)
     module, _ = train(tmp_path / "whole", options)
     with pytest.raises(Killed):
         train(tmp_path / "parts", options, KillAt(13))
@@ -289,13 +289,13 @@ def test_learned_routers_resume_too(tmp_path: Path, router: str) -> None:
 
 
 def test_boundaries_that_are_told(tmp_path: Path) -> None:
-    _, result = train(tmp_path, asked(boundaries="told"), skill="sums", stream="aaaa")
+    _, result = train(tmp_path, dynamic_options(boundaries="told"), skill="sums", stream="aaaa")
     assert kinds(result) == [("spawned", "expert_1"), ("mature", "expert_1")]
     assert result.reports["experts"]["events"][0]["step"] == 1
 
 
 class Digests(Callback):
-    """Leave each rank's weights and moments behind."""
+    """Save the weights and moments of each rank."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -310,7 +310,7 @@ class Digests(Callback):
 @pytest.mark.full
 @needs_fork
 def test_two_processes_agree_and_resume(tmp_path: Path) -> None:
-    options = asked(stall_steps=2, stall_gain=10.0, max_rank=4)
+    options = dynamic_options(stall_steps=2, stall_gain=10.0, max_rank=4)
     _, expected = train(tmp_path / "whole", options, Digests(tmp_path), settings=TWO)
     first, second = (torch.load(tmp_path / f"rank{n}.pt") for n in (0, 1))
     assert_same(first, second, "")
@@ -325,8 +325,8 @@ def test_two_processes_agree_and_resume(tmp_path: Path) -> None:
 @pytest.mark.full
 @pytest.mark.parametrize("killed_at", [3, pytest.param(6, marks=SLOW)])
 def test_an_expert_of_before_is_widened_in_its_place(tmp_path: Path, killed_at: int) -> None:
-    """Optimizers match state by position, so that the order of adapters has to return too."""
-    options = asked(stall_steps=2, stall_gain=10.0, max_rank=4)
+    """Optimizers match state by position, so the order of adapters must be restored as well."""
+    options = dynamic_options(stall_steps=2, stall_gain=10.0, max_rank=4)
     given = 2
     train(tmp_path / "whole", options, stream="aaaaaaaa", given=given)
     with pytest.raises(Killed):
@@ -339,7 +339,7 @@ def test_an_expert_of_before_is_widened_in_its_place(tmp_path: Path, killed_at: 
 @pytest.mark.full
 def test_one_of_several_batches_of_a_step_may_be_new(tmp_path: Path) -> None:
     settings = replace(ONE, arguments={"accumulate_grad_batches": 2})
-    options = asked(in_a_row=1, min_samples=8)
+    options = dynamic_options(in_a_row=1, min_samples=8)
     _, result = train(tmp_path, options, stream="oaaaaa", settings=settings, mixed="a")
     assert ("spawned", "expert_1") in kinds(result)
     assert result.reports["experts"]["batches"]["idle"] >= 2
@@ -347,7 +347,7 @@ def test_one_of_several_batches_of_a_step_may_be_new(tmp_path: Path) -> None:
 
 @pytest.mark.full
 def test_a_refused_step_is_no_stall(tmp_path: Path) -> None:
-    options = asked(stall_steps=2, stall_gain=-100.0, max_rank=4)
+    options = dynamic_options(stall_steps=2, stall_gain=-100.0, max_rank=4)
     _, result = train(tmp_path, options, NotFinite(6), stream="aaaaaaaaaaaa")
     assert result.refused_steps == 1
     assert not [kind for kind, _ in kinds(result) if kind in ("widened", "frozen")]
@@ -355,7 +355,9 @@ def test_a_refused_step_is_no_stall(tmp_path: Path) -> None:
 
 @pytest.mark.full
 def test_a_teacher_leaves_usage_as_it_was(tmp_path: Path) -> None:
-    _, result = train(tmp_path, asked(distill=0.5, maturity_steps=20), stream="aaaaaaaaaaaa")
+    _, result = train(
+        tmp_path, dynamic_options(distill=0.5, maturity_steps=20), stream="aaaaaaaaaaaa"
+    )
     gates = result.reports["experts"]["usage_over_time"]["gates"]["expert_1"]
     assert min(gate for gate in gates[-2:] if gate is not None) > 0.5
 
@@ -376,7 +378,7 @@ def test_who_teaches_a_young_expert_drops_out_nothing() -> None:
 
 @pytest.mark.full
 def test_who_learns_another_skill_is_trained_again(tmp_path: Path) -> None:
-    options = asked(max_experts=2, stall_steps=2, stall_gain=10.0, max_rank=2)
+    options = dynamic_options(max_experts=2, stall_steps=2, stall_gain=10.0, max_rank=2)
     watching = Moves()
     _, result = train(tmp_path, options, watching, stream="a" * 8 + "b" * 5)
     assert [each for each in kinds(result) if each[0] != "mature"] == [
@@ -388,7 +390,7 @@ def test_who_learns_another_skill_is_trained_again(tmp_path: Path) -> None:
 
 
 class NotFinite(Callback):
-    """Make the loss of a step infinite, by a weight that comes back."""
+    """Make the loss of one step infinite by a weight that is restored afterwards."""
 
     def __init__(self, at: int) -> None:
         self.at = at

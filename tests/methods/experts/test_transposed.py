@@ -1,4 +1,4 @@
-"""LoRA experts on GPT-2, whose matrices lie inputs first: what PEFT computes, in and out."""
+"""LoRA experts on GPT-2, whose matrices are transposed: matches PEFT, folders."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from tritter.errors import RequestError
 from tritter.methods.experts.adapters import AdapterShape, adaptable
 from tritter.methods.experts.merged_mixture import deltas
 from tritter.methods.experts.mixture import ExpertMixture
-from tritter.methods.experts.stored import put_values, read_adapter, taken, write_adapter
+from tritter.methods.experts.stored import adapter_of, put_values, read_adapter, write_adapter
 
 TARGETS = ("c_attn", "c_proj", "c_fc", "wte", "lm_head")
 LINEAR = ("c_attn", "c_proj", "c_fc")
@@ -40,7 +40,7 @@ def test_every_expert_is_a_stock_adapter(tmp_path: Path) -> None:
     mixture = mixture_of(model(), targets=[TARGETS, LINEAR, ("c_attn",)], router="evidence")
     for name in mixture.names:
         write_adapter(mixture.model, name, tmp_path / name, base="somebody/base")
-        with mixture.alone(name):
+        with mixture.only(name):
             expected = logits(mixture.model)
         stock = PeftModel.from_pretrained(model(), tmp_path / name)
         assert (logits(stock) - expected).abs().max() < 1e-5 * expected.abs().max()
@@ -49,8 +49,8 @@ def test_every_expert_is_a_stock_adapter(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out")
 def test_an_adapter_of_theirs_is_an_expert(tmp_path: Path) -> None:
-    asked = LoraConfig(r=3, lora_alpha=5, target_modules=list(LINEAR), fan_in_fan_out=True)
-    theirs = get_peft_model(model(), asked)
+    config = LoraConfig(r=3, lora_alpha=5, target_modules=list(LINEAR), fan_in_fan_out=True)
+    theirs = get_peft_model(model(), config)
     for name, parameter in theirs.named_parameters():
         if "lora_" in name:
             torch.nn.init.normal_(parameter, std=0.3)
@@ -65,11 +65,11 @@ def test_an_adapter_of_theirs_is_an_expert(tmp_path: Path) -> None:
 
 
 def test_an_expert_is_added_to_the_weights_as_they_lie(tmp_path: Path) -> None:
-    """c_proj of attention is square: its shape does not say which way it lies."""
+    """c_proj of attention is square, so its shape does not reveal its orientation."""
     source = oracle.saved(model(), tmp_path / "source")
     mixture = mixture_of(model(), ranks=(3,), targets=[LINEAR])
     weights = Weights.of(Source.open(source, read_config(source)))
-    added = weights.with_added(deltas(taken(mixture.model, "e0")))
+    added = weights.with_added(deltas(adapter_of(mixture.model, "e0")))
     export_model(added, tmp_path / "out", dtype=torch.float32, artifacts=())
     after = oracle.stock(tmp_path / "out")
     assert (logits(after) - logits(mixture.model)).abs().max() < 1e-4
@@ -89,5 +89,5 @@ def test_new_experts_train_alone_and_change_nothing_at_first() -> None:
 def test_what_can_not_be_quantised_is_refused() -> None:
     from tritter.methods.experts.quantised import quantise
 
-    with pytest.raises(RequestError, match="no linear layer that bitsandbytes holds"):
+    with pytest.raises(RequestError, match="no linear layer that bitsandbytes can quantise"):
         quantise(model(), 8)

@@ -1,4 +1,4 @@
-"""Adapters on embeddings and head: what PEFT computes, in a model, its surgery and folders."""
+"""Adapters on embeddings and head: matches PEFT, in models, surgery and folders."""
 
 import copy
 import json
@@ -22,12 +22,12 @@ from tritter.methods.experts.adapters import (
     AdapterShape,
     Factors,
     adapted_layers,
+    add_adapter,
     factors,
     parameters_of,
-    put_on,
+    remove_adapter,
     set_rank,
     shape_of,
-    take_off,
 )
 from tritter.methods.experts.changes import (
     evicted,
@@ -37,7 +37,7 @@ from tritter.methods.experts.changes import (
     widened,
 )
 from tritter.methods.experts.gates import Routing, gates_of
-from tritter.methods.experts.mixture import Dispatch, ExpertMixture, mixed
+from tritter.methods.experts.mixture import Dispatch, ExpertMixture, mixture_output
 from tritter.methods.experts.stored import TENSORS_NAME, put_values, read_adapter, write_adapter
 from tritter.training import surgery
 from tritter.training.parameters import disk_values, replay
@@ -47,7 +47,7 @@ MODELS = [(family, tied) for family in ("llama", "gemma3_text") for tied in (Fal
 
 
 def drawn(model: nn.Module) -> None:
-    """Let adapters compute something."""
+    """Give adapters random nonzero values."""
     torch.manual_seed(3)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -56,14 +56,14 @@ def drawn(model: nn.Module) -> None:
 
 
 def adapted(family: str = "llama", *, tied: bool, targets: tuple[str, ...] = TARGETS) -> Any:
-    """Return a stock model with an adapter `own` of ours."""
+    """Return a stock model with our adapter `own`."""
     model = tiny(family, tie_word_embeddings=tied)
-    put_on(model, "own", AdapterShape(3, 5.0, targets), seed=0)
+    add_adapter(model, "own", AdapterShape(3, 5.0, targets), seed=0)
     return model
 
 
 def activated(model: nn.Module, name: str) -> nn.Module:
-    """Return a copy that PEFT's own forward pass computes, with an adapter."""
+    """Return a copy with an adapter that PEFT's forward pass computes."""
     model = copy.deepcopy(model)
     for module in model.modules():
         if isinstance(module, LoraLayer):
@@ -103,15 +103,15 @@ def test_put_on_and_taken_off(family: str, tied: bool) -> None:
     assert written.keys() == plain.keys()
     assert all(torch.equal(written[name], value) for name, value in plain.items())
     model.requires_grad_(False)
-    put_on(model, "other", AdapterShape(2, 2.0, ("embed_tokens",)), seed=1)
+    add_adapter(model, "other", AdapterShape(2, 2.0, ("embed_tokens",)), seed=1)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trained == set(parameters_of(model, "other")) and len(trained) == 2
-    take_off(model, "own")
+    remove_adapter(model, "own")
     assert parameters_of(model, "own") == {}
     assert [name for name, layer in adapted_layers(model) if factors(layer, "other")] == [
         "model.embed_tokens"
     ]
-    take_off(model, "other")
+    remove_adapter(model, "other")
     assert not any("lora_" in name for name, _ in model.named_parameters())
 
 
@@ -119,8 +119,8 @@ def test_put_on_and_taken_off(family: str, tied: bool) -> None:
 def test_names_that_no_adapter_can_have(name: str) -> None:
     model = oracle.tiny_llama()
     before = list(model.state_dict())
-    with pytest.raises(RequestError, match="no adapter can be called"):
-        put_on(model, name, AdapterShape(2, 2.0, TARGETS), seed=0)
+    with pytest.raises(RequestError, match="is not a valid adapter name"):
+        add_adapter(model, name, AdapterShape(2, 2.0, TARGETS), seed=0)
     assert list(model.state_dict()) == before
 
 
@@ -129,9 +129,9 @@ def test_what_a_target_may_be_is_said() -> None:
     model = adapted(tied=True)
     for each in (oracle.tiny_llama(), model):
         with pytest.raises(RequestError, match=said):
-            put_on(each, "other", AdapterShape(2, 2.0, ("lm_haed",)), seed=0)
+            add_adapter(each, "other", AdapterShape(2, 2.0, ("lm_haed",)), seed=0)
     with pytest.raises(RequestError, match=r"experts\.targets = base_layer"):
-        put_on(model, "other", AdapterShape(2, 2.0, ("base_layer",)), seed=0)
+        add_adapter(model, "other", AdapterShape(2, 2.0, ("base_layer",)), seed=0)
 
 
 @pytest.mark.parametrize("routing", [Routing(), Routing(top_k=2), Routing(top_k=1)])
@@ -154,7 +154,7 @@ def test_a_lookup_is_the_product_with_a_one_hot_vector(
     target = random(2, 7, 5)
     found = []
     for inputs in (ids, nn.functional.one_hot(ids, 11).double()):
-        out = mixed(inputs, experts, dispatch)
+        out = mixture_output(inputs, experts, dispatch)
         found.append((out, torch.autograd.grad((out * target).sum(), leaves)))
     (one, gradients), (other, expected) = found
     assert one.shape == (2, 7, 5)
@@ -174,12 +174,12 @@ def test_embeddings_merged_are_the_sum_of_what_they_add() -> None:
     ids = torch.arange(9)[None]
     whole = Dispatch(torch.ones(9, 1), None)
     gates = torch.tensor([[0.3, 0.7]], dtype=torch.float64).expand(9, 2)
-    summed = mixed(ids, dict(enumerate(parts)), Dispatch(gates, None))
-    assert (mixed(ids, {0: one}, whole) - summed).abs().max() < 1e-12 < summed.abs().max()
+    summed = mixture_output(ids, dict(enumerate(parts)), Dispatch(gates, None))
+    assert (mixture_output(ids, {0: one}, whole) - summed).abs().max() < 1e-12 < summed.abs().max()
 
 
 class Life(Callback):
-    """An expert comes after step 2, grows after 4, and another goes after 6."""
+    """An expert is added after step 2, widened after 4, and another removed after 6."""
 
     def __init__(self, mixture: ExpertMixture) -> None:
         self.mixture = mixture
@@ -194,10 +194,10 @@ class Life(Callback):
         model = mixture.model
         frozen = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
         if step == 2:
-            before = self.alone("first")
+            before = self.only("first")
             mixture.open("new", AdapterShape(3, 6.0, TARGETS), seed=7)
             surgery.apply(trainer, pl_module, spawned(mixture, "new"), reason="spawn")
-            after = self.alone("first")
+            after = self.only("first")
         elif step == 4:
             self.drawn_like_peft(model)
             before = oracle.logits(model, oracle.tokens())
@@ -208,27 +208,27 @@ class Life(Callback):
             self.grown(model)
             after = oracle.logits(model, oracle.tokens())
         else:
-            before = self.alone("new")
+            before = self.only("new")
             surgery.apply(trainer, pl_module, evicted(mixture, "first"), reason="evict")
             mixture.close("first")
-            after = self.alone("new")
+            after = self.only("new")
             assert not any(".first" in name for name in model.state_dict())
         assert torch.allclose(before, after, atol=1e-5)
         self.journal = list(pl_module.journal)
         assert len(frozen) > 9
         assert all(torch.equal(model.get_parameter(n), p) for n, p in frozen.items())
 
-    def alone(self, name: str) -> torch.Tensor:
-        with self.mixture.alone(name):
+    def only(self, name: str) -> torch.Tensor:
+        with self.mixture.only(name):
             return oracle.logits(self.mixture.model, oracle.tokens())
 
     def drawn_like_peft(self, model: nn.Module) -> None:
-        """Let the embedding's adapter compute something beside what a step made of it."""
+        """Give the embedding's adapter a nonzero output, in addition to that of a training step."""
         with torch.no_grad():
             parameters_of(model, "new")["model.embed_tokens.lora_embedding_A.new"].normal_(std=0.1)
 
     def grown(self, model: nn.Module) -> None:
-        """Half of what is new is zero, and the other is drawn: it can learn at once."""
+        """Half of a new adapter is zero and the other half random, so it can learn at once."""
         own = parameters_of(model, "new")
         assert (own["model.embed_tokens.lora_embedding_A.new"][3:] == 0).all()
         columns = own["model.embed_tokens.lora_embedding_B.new"][:, 3:]
@@ -254,18 +254,18 @@ def test_experts_on_the_vocabulary_come_grow_and_go(tmp_path: Path, tied: bool) 
     again = ExpertMixture(oracle.tiny_llama(tie_word_embeddings=tied), router="both")
     again.add("first", AdapterShape(2, 4.0, TARGETS), seed=0)
     again.add("new", AdapterShape(3, 6.0, TARGETS), seed=0)
-    replay(again.model, life.journal)  # as a resumed training does
+    replay(again.model, life.journal)  # as in a resumed run
     again.close("first")
     set_rank(again.model, "new", 5)
     again.model.load_state_dict(mixture.model.state_dict())
     ids = oracle.tokens()
     assert torch.equal(oracle.logits(again.model, ids), oracle.logits(mixture.model, ids))
-    take_off(mixture.model, "new")
+    remove_adapter(mixture.model, "new")
     assert not any("lora_" in name for name in mixture.model.state_dict())
 
 
 def theirs(folder: Path, family: str, *, tied: bool) -> Any:
-    """Return a model with an adapter that stock PEFT made, trained and saved."""
+    """Return a model with an adapter that was created, trained and saved by stock PEFT."""
     model = tiny(family, tie_word_embeddings=tied)
     options = LoraConfig(r=3, lora_alpha=5, target_modules=list(TARGETS))
     stock = get_peft_model(model, options)
@@ -295,7 +295,7 @@ def test_stock_peft_loads_our_folder_and_we_load_theirs(
     assert stored.shape == AdapterShape(3, 5.0, tuple(sorted(TARGETS)))
     assert stored.embeddings == {"model.embed_tokens"}
     assert stored.base.keys() == {"model.embed_tokens", "lm_head"}
-    put_on(model, "theirs", stored.shape, seed=0)
+    add_adapter(model, "theirs", stored.shape, seed=0)
     put_values(model, "theirs", stored)
     own = oracle.logits(activated(model, "theirs"), ids)
     assert (own - expected).abs().max() < 1e-5 * expected.abs().max()
@@ -310,7 +310,7 @@ def test_a_folder_of_another_base_is_refused(tmp_path: Path) -> None:
     save_file(held, path)
     model = tiny("llama")
     stored = read_adapter(tmp_path / "theirs")
-    put_on(model, "theirs", stored.shape, seed=0)
+    add_adapter(model, "theirs", stored.shape, seed=0)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(TritterError, match="other base weights of lm_head"):
         put_values(model, "theirs", stored)
@@ -328,11 +328,11 @@ def test_damaged_factors_of_a_vocabulary(tmp_path: Path) -> None:
     table, head = "base_model.model.model.embed_tokens", "base_model.model.lm_head"
     down, up = f"{table}.lora_embedding_A", f"{table}.lora_embedding_B"
     for change, said in [
-        ({down: own[down].T.contiguous()}, "config says r = 3"),
+        ({down: own[down].T.contiguous()}, "config has r = 3"),
         ({up: own[up] * float("inf")}, "not finite"),
         ({up: own[up].int()}, "of type I32"),
-        ({f"{table}.weight": own[up].clone()}, "no factor of LoRA"),
-        ({f"{table}.lora_A.weight": own[down].clone()}, "at once"),
+        ({f"{table}.weight": own[up].clone()}, "not a LoRA factor"),
+        ({f"{table}.lora_A.weight": own[down].clone()}, "both a linear layer"),
         ({"base_model.model.elsewhere.base_layer.weight": own[up].clone()}, "elsewhere lacks"),
     ]:
         save_file(own | change, path)
@@ -347,14 +347,14 @@ def test_damaged_factors_of_a_vocabulary(tmp_path: Path) -> None:
     save_file(own | looked_up, path)
     stored = read_adapter(path.parent)
     model = tiny("llama")
-    put_on(model, "theirs", stored.shape, seed=0)
-    with pytest.raises(TritterError, match="lm_head is an embedding in the folder alone"):
+    add_adapter(model, "theirs", stored.shape, seed=0)
+    with pytest.raises(TritterError, match="lm_head is an embedding only in the folder"):
         put_values(model, "theirs", stored)
     assert json.loads((path.parent / "adapter_config.json").read_text())["r"] == 3
 
 
 def evident(family: str, *, tied: bool) -> ExpertMixture:
-    """Return two experts beside the base, gated by evidence, on the vocabulary too."""
+    """Return the base and two experts, gated by evidence, with adapters on the vocabulary."""
     mixture = ExpertMixture(
         tiny(family, tie_word_embeddings=tied),
         router="evidence",
@@ -383,12 +383,12 @@ def test_an_expert_alone_is_the_adapter_that_stock_peft_loads(
     plain = copy.deepcopy(base).double()
     with oracle.float64_casts():
         for name in mixture.adapters:
-            with mixture.alone(name):
+            with mixture.only(name):
                 own = oracle.logits(mixture.model, ids)
             stock = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / name).double()
             assert (oracle.logits(stock, ids) - own).abs().max() < 1e-10
             assert (oracle.logits(plain, ids) - own).abs().max() > 0.1
-        with mixture.alone("base"):
+        with mixture.only("base"):
             assert torch.equal(oracle.logits(mixture.model, ids), oracle.logits(plain, ids))
 
 
@@ -421,8 +421,8 @@ def test_the_head_of_the_last_tokens_has_their_gates(top_k: int | None) -> None:
     with torch.no_grad():
         whole = mixture.model(input_ids=ids).logits
         last = mixture.model(input_ids=ids, logits_to_keep=2).logits
-        with mixture.alone("e0"):
-            alone = mixture.model(input_ids=ids).logits
+        with mixture.only("e0"):
+            only = mixture.model(input_ids=ids).logits
             end = mixture.model(input_ids=ids, logits_to_keep=1).logits
     assert (whole[:, -2:] - last).abs().max() < 1e-5 * last.abs().max()
-    assert (alone[:, -1:] - end).abs().max() < 1e-5 * end.abs().max()
+    assert (only[:, -1:] - end).abs().max() < 1e-5 * end.abs().max()

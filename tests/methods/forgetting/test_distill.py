@@ -1,4 +1,4 @@
-"""Distillation against the plain formula on whole models; the teacher stays outside."""
+"""Distillation compared with the plain formula on whole models; the teacher is not trained."""
 
 import copy
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""EWC: its penalty by another path, and what an expansion makes of it."""
+"""EWC: its penalty computed independently, and its mapping through an expansion."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -71,7 +71,7 @@ def test_a_fisher_of_zeros_cannot_be_normalised() -> None:
 def carried_fisher(
     plan: PlannedExpansion, fisher: dict[str, Tensor], kind: str = "fisher"
 ) -> dict[str, Tensor]:
-    """Return logical name → the Fisher carried through the plan; what starts anew is absent."""
+    """Return logical name → the Fisher mapped through the plan; new parameters are absent."""
     values = {t.name: fisher[t.disk_name] for t in LLAMA.logical_tensors(plan.config)}
     for step in plan.steps:
         maps = step.parameter_map.tensors
@@ -83,7 +83,7 @@ def carried_fisher(
 
 
 def pulls(model: nn.Module, task: Task) -> dict[str, Tensor]:
-    """Return what EWC adds to the gradients after every weight moved by the same distance."""
+    """Return the gradients that EWC adds after every weight has moved by the same distance."""
     method = EWC(ewc_lambda=3.0, normalise="mean")
     method.begin_task(model, task)
     with torch.no_grad():
@@ -95,7 +95,7 @@ def pulls(model: nn.Module, task: Task) -> dict[str, Tensor]:
 
 
 def test_what_an_expansion_adds_does_not_dilute_the_mean(tmp_path: Path) -> None:
-    """The same λ pulls a weight of the grown model as it pulled it in the model before."""
+    """The same λ has the same pull on a weight before and after the expansion."""
     model = oracle.tiny_llama()
     source = oracle.saved(model, tmp_path / "source")
     specs = [Width(init="fresh", intermediate_size=150)]
@@ -151,7 +151,7 @@ def test_the_same_move_of_the_function_costs_the_same_or_less(tmp_path: Path, sh
 
 
 def test_the_mapped_fisher_is_that_of_the_expanded_model(tmp_path: Path) -> None:
-    """For an exact width the grown model's own Fisher, estimated anew, is the mapped one."""
+    """For an exact width expansion, the grown model's own Fisher is the mapped one."""
     model = oracle.tiny_llama(tie_word_embeddings=True)
     source = oracle.saved(model, tmp_path / "source")
     specs = [Width(init="net2net"), LlamaPro()]
@@ -213,7 +213,7 @@ def test_it_holds_what_matters(tmp_path: Path) -> None:
 
 
 def test_the_class_for_loops_of_ones_own() -> None:
-    """The same Fisher and penalty as the method, with a graph; batches need not be equal."""
+    """Same Fisher and penalty as the method, with a graph; batches may have different sizes."""
     model = oracle.tiny_llama()
     sequences = oracle.tokens(batch=5)
     loader = [{"input_ids": batch} for batch in sequences.split(3)]
@@ -237,7 +237,7 @@ def test_the_class_for_loops_of_ones_own() -> None:
 
 
 def test_a_change_that_draws_on_what_has_no_importance_is_followed() -> None:
-    """Second copies of a layer below come from a block that is new, and has no anchor either."""
+    """Second copies of a layer below come from a new block, and have no anchor either."""
     model = oracle.tiny_llama()
     held = {n: p for n, p in model.named_parameters() if "layers.1." not in n}
     method = EWC(ewc_lambda=1.0, at="carried", refresh_steps=None)

@@ -1,4 +1,4 @@
-"""The Fisher against a loop over examples, and against its definition by another path."""
+"""The Fisher compared with a loop over examples, and with its definition."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ def test_equals_the_loop(tied: bool, batch_size: int) -> None:
 
 
 def test_squaring_the_batch_mean_is_too_small_by_about_the_batch() -> None:
-    """Negative control: the estimator that is often written."""
+    """Negative control: a common but wrong estimator."""
     model = oracle.tiny_llama()
     sequences = oracle.tokens(batch=16)
     fisher = diagonal_fisher(model, sequences)
@@ -108,7 +108,7 @@ def test_an_expert_without_tokens_has_none() -> None:
 
 @pytest.mark.parametrize("estimator", ["empirical", "true"])
 def test_the_two_ways_agree(estimator: str) -> None:
-    """A dense model, looked at in both."""
+    """A dense model, measured with both implementations."""
     model = oracle.tiny_llama()
     sequences = oracle.tokens(batch=4)
     at_once = diagonal_fisher(model, sequences, estimator=estimator)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""What is frozen stays, bit for bit, and leaves the optimizer; what thaws is trained from there."""
+"""Frozen values stay bit-identical and are not in the optimizer; unfrozen ones are trained."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +14,7 @@ from tests import oracle
 from tests.oracle.families import tiny
 from tests.training.test_fit import SCHEDULE, SETTINGS, task
 from tests.training.test_fit import batches as batches_of
-from tritter.core.families import Places, training_flops
+from tritter.core.families import ParameterSelection, training_flops
 from tritter.core.models import config_of
 from tritter.errors import RequestError
 from tritter.methods.forgetting import Freeze
@@ -25,7 +25,7 @@ UP = "model.layers.1.mlp.up_proj.weight"
 
 
 class Watch(Callback):
-    """Keeps, after every step, the weights, and what the optimizer holds."""
+    """Records the weights and the optimizer's parameters after every step."""
 
     def __init__(self) -> None:
         self.weights: list[dict[str, Tensor]] = []
@@ -49,7 +49,7 @@ class Watch(Callback):
 def trained(
     folder: Path, model: nn.Module, method: Freeze, *, told: Task | None = None
 ) -> tuple[Watch, dict[str, Tensor], FitResult]:
-    """Train with much weight decay; return what was seen, and the weights from before."""
+    """Train with strong weight decay; return the records, and the initial weights."""
     told, watch = told or task(model), Watch()
     method.freeze(model, told, max_steps=SCHEDULE.max_steps)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -134,7 +134,7 @@ def test_what_thaws_together_is_trained_from_that_step_on(tmp_path: Path) -> Non
     model = oracle.tiny_llama(initializer_range=0.05)
     watch, before, result = trained(tmp_path, model, Freeze(layers="0-1", until=0.5))
     frozen = {name for name in before if "layers.0." in name or "layers.1." in name}
-    # The watch stands before the thaw: what it saw at step 4 was held until then
+    # The recorder runs before unfreezing: at step 4 it still sees frozen weights
     assert [len(held) for held in watch.held] == [len(before) - len(frozen)] * 4 + [len(before)] * 4
     for name in frozen:
         values = [weights[name] for weights in watch.weights]
@@ -173,22 +173,22 @@ def test_from_the_top_down_layer_after_layer(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
-        ({"layers": "0-"}, "allowed are layers by number"),
+        ({"layers": "0-"}, "must be layer numbers"),
         ({"layers": ("embd",)}, "Did you mean 'embed'"),
-        ({"new_only": True, "thaw": "top_down"}, "nothing thaws"),
+        ({"new_only": True, "thaw": "top_down"}, "has no effect with"),
     ],
 )
-def test_options_that_make_no_sense_are_refused(options: dict[str, Any], said: str) -> None:
-    with pytest.raises(RequestError, match=said):
+def test_options_that_make_no_sense_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(RequestError, match=message):
         FreezeOptions(**options)
 
 
 def test_where_nothing_is_named_it_is_attention() -> None:
-    assert FreezeOptions().places == Places.read(["attention"])
+    assert FreezeOptions().places == ParameterSelection.read(["attention"])
     assert FreezeOptions(new_only=True).places is None
-    assert FreezeOptions(new_only=True, layers=1).places == Places.read([1])
+    assert FreezeOptions(new_only=True, layers=1).places == ParameterSelection.read([1])
 
 
 def test_a_share_of_the_steps_is_a_step() -> None:
@@ -218,5 +218,5 @@ def test_a_change_of_what_is_frozen_is_refused(tmp_path: Path) -> None:
     method.parameters_changed(plan.change)
     method = Freeze(layers="0")
     method.freeze(model, replace(task(model)), max_steps=8)
-    with pytest.raises(RequestError, match="is frozen, and can't change"):
+    with pytest.raises(RequestError, match="is frozen and can't change"):
         method.parameters_changed(plan.change)

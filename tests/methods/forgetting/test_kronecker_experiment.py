@@ -1,4 +1,4 @@
-"""The method of experiments/2026-11-21_kronecker computes what its README says."""
+"""The method of experiments/2026-11-21_kronecker matches its README."""
 
 import importlib
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Each method against an independent computation, and all of them in one training."""
+"""Each method compared with an independent computation, and all of them in one run."""
 
 from pathlib import Path
 
@@ -26,7 +26,7 @@ def test_options_become_methods_in_the_order_asked_for() -> None:
 
 
 def test_l2sp_gradient_is_that_of_its_penalty() -> None:
-    """The gradient added in place against autograd on the formula."""
+    """The gradient added in place equals autograd on the formula."""
     model = oracle.tiny_llama()
     method = L2SP(l2sp_lambda=0.7)
     own = task(model)

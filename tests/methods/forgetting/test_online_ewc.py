@@ -1,4 +1,4 @@
-"""Online EWC: one task is EWC, several are a sum that decays, and which text it looks at."""
+"""Online EWC: a single task equals EWC, several decay, and the data that it needs."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -33,7 +33,7 @@ def told(model: nn.Module, state: Mapping[str, Mapping[str, Tensor]], latest: st
 
 
 def prepared(method: EWC, model: nn.Module, state: Mapping[str, Mapping[str, Tensor]]) -> list[str]:
-    """Let a method prepare after a training on `b`; return the domains that it draws from."""
+    """Prepare a method after training on `b`; return the domains that it draws from."""
     drawn: list[str] = []
 
     def draw(count: int, *words: str, domains: tuple[str, ...]) -> Tensor:
@@ -117,7 +117,7 @@ def test_only_text_of_the_latest_task_is_looked_at_once_something_was_kept() -> 
 @pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("at", ["carried", "expanded"])
 def test_a_look_is_compared_with_the_latest_fisher_and_earlier_ones_stay_added(at: str) -> None:
-    """The text of the first task is gone: it is not even handed over."""
+    """The data of the first task is not available."""
     model = oracle.tiny_llama()
     latest = {n: torch.rand_like(p) * 1e-3 for n, p in model.named_parameters()}
     kept = {n: torch.rand_like(p) * 1e-3 for n, p in model.named_parameters()}

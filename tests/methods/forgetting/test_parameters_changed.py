@@ -1,4 +1,4 @@
-"""Quadratic penalties through a change of the live model, against those begun after it."""
+"""Quadratic penalties mapped through a live change equal those created after it."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +25,7 @@ METHODS = {
 
 
 def pulls(method: QuadraticPenalty, model: nn.Module) -> dict[str, Tensor]:
-    """Return what a method adds to the gradients once all weights have moved by a tenth."""
+    """Return the gradients that a method adds after all weights have moved by a tenth."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1)

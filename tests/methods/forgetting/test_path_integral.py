@@ -1,4 +1,4 @@
-"""ω of synaptic intelligence: by hand, against the fall of the loss, and through a resume."""
+"""ω of synaptic intelligence: by hand, compared with the fall of the loss, after a resume."""
 
 import shutil
 from dataclasses import replace
@@ -27,7 +27,7 @@ def test_one_step_by_hand() -> None:
     model.weight.data = torch.tensor([[1.0, 2.5]])
     path.after_step(model)
     assert path.path_integral["weight"].tolist() == [[0.5 + 3.0 * 0.5, 4.0 * 0.5]]
-    path.after_step(model)  # of a batch that no step was taken after
+    path.after_step(model)  # of a batch without a step
     assert path.path_integral["weight"].tolist() == [[2.0, 2.0]]
     assert path.displacement(model)["weight"].tolist() == [[-0.5, 0.5]]
 
@@ -113,7 +113,7 @@ def trained(
 
 
 def test_it_adds_up_to_the_fall_of_the_loss(tmp_path: Path) -> None:
-    """With all the data in every batch and small steps Σ ω is the loss that was taken away."""
+    """With all data in every batch and small steps, Σ ω equals the fall of the loss."""
     stream = SequenceStream(oracle.tokens(batch=40, length=16, seed=5).int(), seed=0)
     loader = BatchStream(stream, batch_size=40, num_batches=40)
     _, omega, fall = trained(tmp_path, learning_rate=3e-4, steps=40, loader=loader)
@@ -144,7 +144,7 @@ def test_it_changes_nothing_of_the_training(tmp_path: Path) -> None:
 
 @pytest.mark.full
 def test_it_is_written_also_when_nothing_was_left_to_train(tmp_path: Path) -> None:
-    """Killed after the last step: the resumed training takes none, and ω is the same."""
+    """Interrupted after the last step: the resumed run takes none, and ω is the same."""
     omegas = []
     for _ in range(2):
         module = BaseModule(

@@ -1,4 +1,4 @@
-"""EWC's Fisher where it is taken at the grown model, and taken again while that trains."""
+"""EWC's Fisher computed at the grown model, and refreshed during training."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +30,7 @@ def given(model: nn.Module, fisher: dict[str, Tensor], **further: object) -> Tas
 
 
 class Watched(EWC):
-    """Remembers the step, the FLOPs and the importances of every look."""
+    """Records step, FLOPs and importances of every refresh."""
 
     def __init__(self, **options: object) -> None:
         super().__init__(ewc_lambda=10.0, num_sequences=6, **options)  # type: ignore[arg-type]
@@ -63,7 +63,7 @@ def test_the_larger_of_the_two_stands_and_the_anchor_stays() -> None:
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
     flops = method.look(model, 1)
-    sequences = told.old_sequences["old"]  # fewer than were asked for, so all of them
+    sequences = told.old_sequences["old"]  # fewer than requested, so all of them
     now = diagonal_fisher(model, sequences)
     larger = 0
     for name, held in method.importance.items():
@@ -174,6 +174,6 @@ def test_killed_between_looks_it_ends_with_the_same_bits(tmp_path: Path, killed_
     again = Watched(at="expanded", refresh_steps=2)
     module = module_of(again, Kills(-1))
     run(module, tmp_path / "killed", settings=settings)
-    assert again.seen[0][0] == killed_at  # what was looked at before it was saved is kept
+    assert again.seen[0][0] == killed_at  # refreshes before the checkpoint are kept
     for name, parameter in whole.model.named_parameters():
         assert torch.equal(parameter, module.model.get_parameter(name)), name

@@ -1,4 +1,4 @@
-"""Text that a model writes: drawn as said, read as in training, sorted, and mixed in exactly."""
+"""Generated data: sampling, likelihoods, filtering, and exact mixing."""
 
 import math
 from collections import Counter
@@ -31,7 +31,7 @@ def wrote(model: nn.Module, **changes: Any) -> Written:
 
 
 def nats_by_hand(model: nn.Module, text: list[int], *, window: int) -> list[float]:
-    """Return −log p of every token but the first, each from a forward pass of its own."""
+    """Return −log p of every token but the first, each from a separate forward pass."""
     start, nats = 0, []
     for position in range(1, len(text)):
         if position - start > window - 1:
@@ -126,24 +126,26 @@ def written_of(nats: list[float], *, loops: tuple[int, ...] = ()) -> Written:
     return Written(sequences=sequences, nats=torch.tensor(nats, dtype=torch.float64))
 
 
-def test_what_is_dropped_is_told_by_reason() -> None:
+def test_dropped_sequences_are_reported_by_reason() -> None:
     method = SelfReplay(fraction=0.25)
     written = written_of([3.0, 0.1, 2.0, 0.1, 9.0], loops=(0, 1))
-    found = method.sort_out(written, vocab_size=97)
+    found = method.filter_sequences(written, vocab_size=97)
     assert torch.equal(found.kept, written.sequences[2:3])
     assert list(found.dropped.values()) == [2, 1, 1]
     assert found.note(5, 12) == (
-        "self_replay: the model wrote 5 sequences of 12 tokens at perplexity 7.39, 1 are "
-        "replayed; dropped were 2 repeat themselves, 1 of too low a perplexity, 1 of too high a "
+        "self_replay: the model generated 5 sequences of 12 tokens at perplexity 7.39, 1 are "
+        "replayed; dropped: 2 repetitive, 1 with too low a perplexity, 1 with too high a "
         "perplexity."
     )
     anything = SelfReplay(fraction=0.25, min_distinct=0, min_perplexity=1.0, max_perplexity=1e9)
-    assert len(anything.sort_out(written, vocab_size=97).kept) == 5
+    assert len(anything.filter_sequences(written, vocab_size=97).kept) == 5
 
 
-def test_nothing_left_is_refused() -> None:
-    with pytest.raises(RequestError, match="1 repeat themselves, 1 of too high"):
-        SelfReplay(fraction=0.25).sort_out(written_of([1.0, 8.0], loops=(0,)), vocab_size=97)
+def test_no_suitable_sequence_is_refused() -> None:
+    with pytest.raises(RequestError, match="1 repetitive, 1 with too high"):
+        SelfReplay(fraction=0.25).filter_sequences(
+            written_of([1.0, 8.0], loops=(0,)), vocab_size=97
+        )
 
 
 def prepared_by(method: SelfReplay, model: nn.Module) -> Any:

@@ -1,4 +1,4 @@
-"""Synaptic intelligence: penalty, two tasks by hand, what ω is of, maps, where Ω is from."""
+"""Synaptic intelligence: penalty, two tasks by hand, sources of ω and Ω, maps."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -25,7 +25,7 @@ State = Mapping[str, Mapping[str, Tensor]]
 
 
 def recorded(model: nn.Module, seed: int = 5) -> dict[str, dict[str, Tensor]]:
-    """Return made-up ω, some of it negative, Δ, and Ω of tasks before."""
+    """Return random ω, partly negative, Δ, and Ω of earlier tasks."""
     generator = torch.Generator().manual_seed(seed)
 
     def drawn() -> dict[str, Tensor]:
@@ -90,7 +90,7 @@ def loss_of(model: nn.Module, rows: Tensor) -> Tensor:
 
 
 def test_two_tasks_are_those_of_a_slow_loop() -> None:
-    """Plain SGD with momentum and decay, the penalty a term of the loss, everything remembered."""
+    """Plain SGD with momentum and decay, the penalty as a loss term, all gradients recorded."""
     data = [oracle.tokens(batch=6, seed=seed) for seed in (1, 2)]
     c, xi = 0.4, 0.01
     hand, model = (oracle.tiny_llama(initializer_range=0.1) for _ in range(2))
@@ -150,20 +150,20 @@ class Routers(SideLoss):
 
 
 @pytest.mark.quick_cases(1)
-@pytest.mark.parametrize("beside", ["nothing", "replay", "another loss", "a side loss"])
-def test_what_it_sees_is_the_new_text_alone(tmp_path: Path, beside: str) -> None:
+@pytest.mark.parametrize("extra", ["nothing", "replay", "another loss", "a side loss"])
+def test_omega_depends_on_the_new_data_only(tmp_path: Path, extra: str) -> None:
     """One step of several batches: ω is −g·Δθ with the mean gradient of their new rows."""
-    methods = {"replay": [Replay(fraction=0.3)], "another loss": [Added()]}.get(beside, [])
+    methods = {"replay": [Replay(fraction=0.3)], "another loss": [Added()]}.get(extra, [])
     method = SI(si_lambda=0.0)
     module = module_of(method, *methods, schedule=replace(SCHEDULE, max_steps=1))
-    module.side_losses = (Routers(),) if beside == "a side loss" else ()
-    assert module.is_task_alone is (beside == "nothing")
+    module.side_losses = (Routers(),) if extra == "a side loss" else ()
+    assert module.is_task_alone is (extra == "nothing")
     model, gathered = module.model, 3
     told = replace(task(model), state=recorded(model))
-    mixed = iter(Replay(fraction=0.3).mix(batches(), told) if beside == "replay" else batches())
+    mixed = iter(Replay(fraction=0.3).mix(batches(), told) if extra == "replay" else batches())
     drawn = [next(mixed) for _ in range(gathered)]
     rows = torch.cat([batch["input_ids"][~batch["is_replay"]] for batch in drawn])
-    assert len(rows) == (9 if beside == "replay" else 12)
+    assert len(rows) == (9 if extra == "replay" else 12)
     gradients = oracle.gradients(model, rows)
     model.zero_grad()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -184,13 +184,13 @@ def test_what_it_sees_is_the_new_text_alone(tmp_path: Path, beside: str) -> None
         assert torch.equal(moved[name], step) and bool(step.any())
         torch.testing.assert_close(omega[name], -gradients[name] * step, rtol=1e-3, atol=1e-9)
     plain = 12 * module.step_flops().of({16: 1})
-    own = 0 if beside == "nothing" else len(rows) * module.step_flops().of({16: 1})
+    own = 0 if extra == "nothing" else len(rows) * module.step_flops().of({16: 1})
     assert result.flops == pytest.approx(plain + own)
 
 
 @pytest.mark.parametrize("shares", ["equal", "unequal"])
 def test_the_same_move_of_the_function_costs_the_same_after_an_expansion(shares: str) -> None:
-    """Ω of the mapped ω and Δ, and the mapped Ω of earlier tasks, price all copies of a move."""
+    """Ω of the mapped ω and Δ, and the mapped Ω, penalise all copies of a move equally."""
     model = oracle.tiny_llama()
     expander = ModelExpander([Width(init="net2net", intermediate_size=80, shares=shares)])  # type: ignore[arg-type]
     tensor_map = expander.change(model).tensors["layers.1.ffn.down"]
@@ -246,17 +246,17 @@ def preparation(model: nn.Module, state: State, domains: tuple[str, ...]) -> Pre
     )
 
 
-def test_without_a_path_it_is_estimated_on_old_text_which_is_said() -> None:
+def test_without_a_path_it_is_estimated_on_old_data_with_a_note() -> None:
     model = oracle.tiny_llama()
     prepared = SI(si_lambda=1.0, num_sequences=5).prepare(preparation(model, {}, ("prose",)))
     assert prepared.notes == (
-        "si: no path of its training lies beside the model; its importances are estimated on 5 "
-        "sequences of prose.",
+        "si: no path was recorded for this model; its importances are estimated on 5 sequences of "
+        "prose.",
     )
     fisher = diagonal_fisher(model, oracle.tokens(batch=5))
     for name, value in prepared.state["si_importance"].items():
         torch.testing.assert_close(value, 8 * fisher[name])
-    with pytest.raises(RequestError, match=r"data\.old.*nobody recorded.*l2sp"):
+    with pytest.raises(RequestError, match=r"data\.old.*no path was recorded.*l2sp"):
         SI(si_lambda=1.0).prepare(preparation(model, {}, ()))
     with pytest.raises(TritterError, match="no path"):
         begun(model, {})
@@ -270,7 +270,7 @@ def test_with_a_path_no_text_is_looked_at() -> None:
 
 
 def test_the_estimate_is_the_recorded_importance_of_a_quadratic() -> None:
-    """Along the way down to a quadratic's minimum ω / Δ² is half of the Hessian's diagonal."""
+    """On the path to the minimum of a quadratic, ω / Δ² is half of the Hessian's diagonal."""
     curvature = torch.tensor([[1.0, 4.0, 9.0]], dtype=torch.float64)
     model = nn.Linear(3, 1, bias=False, dtype=torch.float64)
     model.weight.data = torch.tensor([[1.0, -2.0, 0.5]], dtype=torch.float64)
@@ -286,7 +286,7 @@ def test_the_estimate_is_the_recorded_importance_of_a_quadratic() -> None:
 
 
 def test_it_follows_a_change_in_mid_training_with_what_is_new() -> None:
-    """Blocks that came are met at the next step, and end with a way of their own."""
+    """New blocks are added at the next step, and have a path at the end."""
     model = oracle.tiny_llama()
     method = begun(model, recorded(model))
     expander = ModelExpander([Width(intermediate_size=60), Dus(target_layers=4)])

@@ -1,4 +1,4 @@
-"""The divergence from a teacher, chunk by chunk, against the plain formula; and what it holds."""
+"""Divergence from a teacher in chunks, compared with the plain formula; memory."""
 
 import gc
 import weakref
@@ -53,7 +53,7 @@ def test_value_and_gradient_are_those_of_the_formula(
         places,
         temperature=temperature,
         top_k=top_k,
-        left_out=gold,
+        excluded=gold,
         chunk_entries=chunk_entries,
     )
     (found,) = torch.autograd.grad(3 * loss, said)
@@ -76,7 +76,7 @@ def test_the_gradient_is_that_of_finite_differences() -> None:
             torch.arange(4),
             temperature=2.0,
             top_k=3,
-            left_out=torch.tensor([1, 2, 3, -1]),
+            excluded=torch.tensor([1, 2, 3, -1]),
         )
 
     leaf = said.clone().requires_grad_()
@@ -97,7 +97,7 @@ def test_one_who_says_the_same_loses_nothing_whatever_is_left_out() -> None:
             lambda part: said.detach().view(-1, V)[part],
             torch.arange(B * T),
             top_k=top_k,
-            left_out=torch.arange(B * T) % V,
+            excluded=torch.arange(B * T) % V,
         )
         (gradient,) = torch.autograd.grad(loss, said)
         assert abs(float(loss.detach())) < 1e-12 and float(gradient.abs().max()) < 1e-12
@@ -116,7 +116,7 @@ def test_extreme_and_half_precision_logits_stay_finite() -> None:
 
 
 class Held(TorchDispatchMode):
-    """Counts the bytes of tensors that are alive at once, of those made meanwhile."""
+    """Counts the bytes of all live tensors that were created inside the block."""
 
     def __init__(self, given: Tensor) -> None:
         super().__init__()
@@ -146,7 +146,7 @@ class Held(TorchDispatchMode):
 
 
 def peak(loss_of: Callable[[Tensor], Tensor], said: Tensor) -> int:
-    """Return how many bytes a loss and its gradient make at once."""
+    """Return the peak bytes of a loss and its gradient."""
     leaf = said.clone().requires_grad_()
     gc.collect()
     with Held(leaf) as held:

@@ -1,4 +1,4 @@
-"""Small models with a growable layer in front, and how they are trained."""
+"""Small models with a growable layer in front, and a training loop for them."""
 
 from collections.abc import Callable
 from typing import Any

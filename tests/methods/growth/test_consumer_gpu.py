@@ -1,4 +1,4 @@
-"""The recipe for one consumer GPU: its memory, counted for the model that it names."""
+"""The recipe for one consumer GPU: memory requirements of the model that it names."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -11,9 +11,9 @@ from tritter.core.families import count_parameters
 from tritter.core.models import save_tokenizer
 from tritter.data.documents import Document
 from tritter.data.tokens import END_OF_TEXT, train_tokenizer
-from tritter.planning.run_memory import trainings
+from tritter.planning.run_memory import training_needs
 
-# config.json of Qwen/Qwen2.5-1.5B-Instruct, what sizes follow from
+# config.json of Qwen/Qwen2.5-1.5B-Instruct, as far as sizes need it
 QWEN = {
     "model_type": "qwen2",
     "hidden_size": 1536,
@@ -30,7 +30,7 @@ LIMIT = 12 * 10**9
 
 
 def eight_bit(config: RunConfig) -> RunConfig:
-    """Return a config with the optimizer of the recipe, which needs not be installed here."""
+    """Return a config with the recipe's optimizer, which may not be installed here."""
     optimizer = replace(config.optimizer, target="bitsandbytes.optim.AdamW8bit")
     return replace(config, optimizer=optimizer)
 
@@ -50,13 +50,13 @@ def test_it_is_within_twelve_gigabytes(tmp_path: Path) -> None:
     )
     config = eight_bit(load_config([*words, "trainer.precision=bf16-true"]))
     assert config.growth is not None and config.growth.options.freeze_attention
-    (held,) = trainings(config, QWEN)
+    (held,) = training_needs(config, QWEN)
     assert held.parameters == count_parameters(QWEN) == 1_543_714_304
     ffns = 28 * 3 * 1536 * 8960
     # bfloat16 weights; bfloat16 gradients and two moments in 8 bits of the FFNs alone
-    counted = 2 * held.parameters + (2 + 2) * ffns
-    assert abs(held.device - counted) < 0.02 * counted
+    num_changed = 2 * held.parameters + (2 + 2) * ffns
+    assert abs(held.device - num_changed) < 0.02 * num_changed
     assert held.device + held.activations < LIMIT < held.device + 3 * held.activations
     with_attention = load_config([*words, "growth.freeze_attention=false"])
-    (more,) = trainings(with_attention, QWEN)
+    (more,) = training_needs(with_attention, QWEN)
     assert more.device > held.device + 10**9

@@ -1,4 +1,4 @@
-"""Neurons that grow under an Adam of 8 bits: resumed to the bit, and without a leap."""
+"""Growth with 8-bit Adam: bit-exact resume, no jump in the updates."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +8,7 @@ import torch
 from lightning import Callback
 from torch import Tensor
 
-from tests.methods.growth.given import scheduled
+from tests.methods.growth.factories import scheduled
 from tests.methods.growth.test_training import ONE, assert_same_end, often, train
 from tests.training.killed import KillAt, Killed
 from tests.training.test_surgery import assert_same
@@ -33,7 +33,7 @@ def test_resumed_after_events_it_ends_alike(
         train(tmp_path / "parts", options, KillAt(killed_at), optimizer=CODED, steps=15)
     parts, result = train(tmp_path / "parts", options, optimizer=CODED, steps=15)
     assert_same_end(tmp_path / "whole", tmp_path / "parts")
-    # Tables of codes, which all parameters share, come back once for each
+    # Code tables shared by all parameters are restored once each
     assert replace(result, seconds=0.0, held=None) == replace(expected, seconds=0.0, held=None)
     growth = expected.reports["growth"]
     assert len({event["step"] for event in growth["events"]}) >= 3
@@ -42,7 +42,7 @@ def test_resumed_after_events_it_ends_alike(
 
 
 class Moves(Callback):
-    """Note how far each row went in each step after one."""
+    """Record the update of each row in every step after a given one."""
 
     def __init__(self, at: int) -> None:
         self.at = at

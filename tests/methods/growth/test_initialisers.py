@@ -1,4 +1,4 @@
-"""New neurons: what they keep, how fast they begin to learn, what they differ from."""
+"""New neurons: preserved function, initial gradients, distance from existing neurons."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from tests import oracle
-from tests.methods.growth.given import layer_of, looked_at
+from tests.methods.growth.factories import layer_of, probes_of
 from tests.oracle.families import GROWABLE, generic, key_of, tiny
 from tritter.methods.growth.blocks import ffn_blocks
 from tritter.methods.growth.grower import LayerGrowth, growth_change
@@ -29,12 +29,12 @@ NONE = torch.empty(0, dtype=torch.int64)
 def grow(
     model: nn.Module, initialiser: Initialiser, ids: Tensor, *, layer: int = 0, count: int = 4
 ) -> NewNeurons:
-    """Let a layer grow by what one backward pass on `ids` says."""
-    place = ffn_blocks(model)[layer]
-    look = looked_at(model, ids)[place.layer]
-    neurons = initialiser.neurons(layer_of(model, place, look, count=count))
+    """Grow a layer from one backward pass on `ids`."""
+    block = ffn_blocks(model)[layer]
+    probe = probes_of(model, ids)[block.layer]
+    neurons = initialiser.neurons(layer_of(model, block, probe, count=count))
     apply_plain(
-        model, growth_change(model, {place.layer: LayerGrowth(neurons=neurons, recycled=NONE)})
+        model, growth_change(model, {block.layer: LayerGrowth(neurons=neurons, recycled=NONE)})
     )
     return neurons
 
@@ -51,7 +51,7 @@ def test_exact_ones_keep_the_function(family: str, initialiser: Initialiser) -> 
             grow(model, initialiser, ids, layer=layer, count=5)
         after = oracle.logits(model, ids)
     assert float((after - before).abs().max()) < 1e-10
-    widths = [place.width(model) for place in ffn_blocks(model)]
+    widths = [block.width(model) for block in ffn_blocks(model)]
     assert widths[0] == widths[1] == getattr(model.config, key_of(family, "intermediate_size"))
 
 
@@ -65,11 +65,11 @@ def test_the_readmes_does_not_and_says_so() -> None:
 
 
 def new_gradients(model: nn.Module, ids: Tensor, *, count: int = 4) -> dict[str, Tensor]:
-    looked_at(model, ids)
-    place = ffn_blocks(model)[0]
-    up = model.get_parameter(place.up).grad
-    gate = model.get_parameter(place.gate).grad
-    down = model.get_parameter(place.down).grad
+    probes_of(model, ids)
+    block = ffn_blocks(model)[0]
+    up = model.get_parameter(block.up).grad
+    gate = model.get_parameter(block.gate).grad
+    down = model.get_parameter(block.down).grad
     assert up is not None and gate is not None and down is not None
     return {"up": up[-count:], "gate": gate[-count:], "down": down[:, -count:]}
 
@@ -100,14 +100,14 @@ def test_gradmax_beats_random_directions_of_equal_norm() -> None:
 
 
 def test_gradmax_is_the_first_singular_vector() -> None:
-    """Held to torch's SVD of the matrix that the gradient of a new row is made with."""
+    """Compared with torch's SVD of the matrix that determines a new row's gradient."""
     ids = oracle.tokens(batch=8, length=24, seed=3)
     model = oracle.tiny_llama(initializer_range=0.2).double()
-    place = ffn_blocks(model)[0]
-    look = looked_at(model, ids)[0]
-    layer = layer_of(model, place, look, count=3)
+    block = ffn_blocks(model)[0]
+    probe = probes_of(model, ids)[0]
+    layer = layer_of(model, block, probe, count=3)
     neurons = GradMax().neurons(layer)
-    inputs, deltas = look.inputs.double(), look.output_gradients.double()
+    inputs, deltas = probe.inputs.double(), probe.output_gradients.double()
     moment = deltas.T @ inputs
     right = torch.linalg.svd(moment).Vh[:3]
     gates = neurons.gate.double() / neurons.gate.double().norm(dim=1, keepdim=True)
@@ -133,12 +133,12 @@ def test_new_gradients_are_as_large_as_the_median_of_the_layers() -> None:
 def test_the_whole_triple_moves_within_two_steps() -> None:
     ids, model = oracle.tokens(batch=8, length=24, seed=3), oracle.tiny_llama()
     grow(model, GradMax(), ids)
-    optimizer, place = torch.optim.AdamW(model.parameters(), lr=1e-3), ffn_blocks(model)[0]
-    before = [w.clone() for w in place.weights(model)]
+    optimizer, block = torch.optim.AdamW(model.parameters(), lr=1e-3), ffn_blocks(model)[0]
+    before = [w.clone() for w in block.weights(model)]
     for _ in range(2):
-        looked_at(model, ids)
+        probes_of(model, ids)
         optimizer.step()
-    gate, up, down = (now - old for now, old in zip(place.weights(model), before, strict=True))
+    gate, up, down = (now - old for now, old in zip(block.weights(model), before, strict=True))
     assert (gate[-4:].abs().amax(dim=1) > 1e-5).all() and (up[-4:].abs().amax(dim=1) > 1e-5).all()
     assert (down[:, -4:].abs().amax(dim=0) > 1e-5).all()
 

@@ -1,4 +1,4 @@
-"""Stock models that grow in loops of one's own, and the README's own snippets."""
+"""Stock models that grow in your own training loop, and the snippets of the README."""
 
 import copy
 from pathlib import Path
@@ -22,7 +22,7 @@ NOTHING = {"born": 0, "replaced": 0, "died": 0}
 
 @options
 class SecondLayer(Trigger):
-    """One of a person's own."""
+    """A user's own trigger."""
 
     def decide(self, view: View) -> dict[int, int]:
         return {1: 3}
@@ -61,7 +61,7 @@ def test_the_function_is_kept_in_two_events(family: str, initialiser: str) -> No
 
 
 def test_only_what_is_under_pressure_grows() -> None:
-    """The README's trigger, with the README's cadence in small."""
+    """The README's trigger, at a smaller scale."""
     model = GrowableCausalLM(tiny("llama"), growth_cooldown=6, max_growth_per_step=2)
     optimizer, born = adam(model), 0
     for step in range(60):
@@ -106,7 +106,7 @@ def test_a_state_goes_on_in_a_new_model() -> None:
     train(model, optimizer, ids)
     state = copy.deepcopy([model.state_dict(), optimizer.state_dict()])
     other = GrowableCausalLM(tiny("llama"), enable_replacement=True, **GROWING)
-    with pytest.raises(RequestError, match="an optimizer holds"):
+    with pytest.raises(RequestError, match="an optimizer refers to"):
         other.attach(kept := adam(other))
         other.load_state_dict(state[0])
     del kept
@@ -121,7 +121,7 @@ def test_a_state_goes_on_in_a_new_model() -> None:
         results.append((each.check_and_grow(), train(each, its, ids)))
     assert results[0] == results[1]
     assert all(map(torch.equal, model.parameters(), other.parameters()))
-    third = copy.deepcopy(model)  # on its own, with an optimizer of its own
+    third = copy.deepcopy(model)  # separately, with its own optimizer
     optimizer = adam(third)
     train(third, optimizer, ids)
     assert third.check_and_grow()["born"] > 0
@@ -172,7 +172,7 @@ def test_a_wrapped_model_is_the_stock_one() -> None:
 
 
 def test_what_is_seen_in_validation_is_no_batch() -> None:
-    """Tokens without a backward pass are not what new neurons learn from."""
+    """Tokens without a backward pass do not affect new neurons."""
     ids, results = oracle.tokens(), []
     for is_validated in (False, True):
         model = GrowableCausalLM(tiny("llama"), **GROWING)
@@ -233,7 +233,7 @@ def test_optimizers_made_anew_are_followed_from_their_first_step() -> None:
 
 @pytest.mark.full
 def test_the_readmes_snippets(tmp_path: Path) -> None:
-    """As they stand there, but for the import, the folder, and what a loop has around them."""
+    """Verbatim except for the import, the folder, and the loop around them."""
     folder = oracle.saved(tiny("qwen2"), tmp_path / "qwen")
 
     layer = GrowableLinear(768, 3072, enable_replacement=True)
@@ -283,7 +283,7 @@ def test_the_readmes_growth_to_the_letter() -> None:
 
 
 def test_a_model_is_taken_over_by_who_comes_last() -> None:
-    """As when a notebook's cell runs twice."""
+    """As if a notebook cell ran twice."""
     stock, ids = tiny("llama"), oracle.tokens()
     first = GrowableCausalLM(stock, **GROWING)
     optimizer = adam(first)
@@ -292,7 +292,7 @@ def test_a_model_is_taken_over_by_who_comes_last() -> None:
     train(second, optimizer, ids)
     assert second.check_and_grow()["born"] == 12
     train(second, optimizer, ids)
-    with pytest.raises(RequestError, match="another GrowableCausalLM"):
+    with pytest.raises(RequestError, match="newer GrowableCausalLM"):
         first.check_and_grow()
 
 

@@ -1,4 +1,4 @@
-"""Growth of layers that would leave something behind: it is refused, and says why."""
+"""Refusals of growth that would break surrounding modules or optimizers."""
 
 from collections.abc import Callable
 
@@ -35,7 +35,7 @@ def test_an_optimizer_left_behind_is_refused_at_its_next_step() -> None:
     train(model, optimizer)
     assert growing(model).check_and_grow()["born"] == 4
     train(model, optimizer)
-    with pytest.raises(RequestError, match="make it anew"):
+    with pytest.raises(RequestError, match="create it again"):
         behind.step()
 
 
@@ -57,7 +57,7 @@ def test_optimizers_that_grow_together_or_not_at_all() -> None:
 
 
 def test_an_optimizer_of_a_part_is_followed() -> None:
-    """What it does not hold is left out, as it was."""
+    """Parameters that it does not contain are unaffected."""
     model = MODELS["linear, relu"]()
     optimizer = adam(model[0])
     train(model, optimizer)
@@ -69,7 +69,7 @@ def test_an_optimizer_of_a_part_is_followed() -> None:
 
 
 class Adapter(nn.Module):
-    """As LoRA's layers are built."""
+    """Structured like a LoRA layer."""
 
     def __init__(self, base: nn.Linear) -> None:
         super().__init__()
@@ -80,21 +80,21 @@ class Adapter(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("make", "said"),
+    ("make", "message"),
     [
-        (lambda: GrowableLinear(8, 12, consumer=nn.Linear(11, 3)), "reads 11 features.*12"),
+        (lambda: GrowableLinear(8, 12, consumer=nn.Linear(11, 3)), "in_features = 11.*12"),
         (lambda: GrowableLinear(8, 12, consumer=Adapter(nn.Linear(12, 3))), "LoRA"),
-        (lambda: GrowableLinear(8, 12, consumer=nn.LayerNorm(12)), r"nn\.Linear is needed"),
+        (lambda: GrowableLinear(8, 12, consumer=nn.LayerNorm(12)), r"must be an nn\.Linear"),
         (lambda: GrowableLinear(8, 12, initialiser="gradmx"), "Did you mean gradmax"),
         (lambda: GrowableLinear(8, 12, trigger="percentil"), "Did you mean percentile"),
-        (lambda: GrowableLinear(8, 12, trigger="budget"), "end that a loop"),
+        (lambda: GrowableLinear(8, 12, trigger="budget"), "needs the number of steps"),
         (lambda: GrowableLinear(8, 12, growth_cooldwn=3), "Did you mean growth_cooldown"),
         (lambda: GrowableFFN(8, 12, gradient_percentile=100.0), "gradient_percentile = 100"),
         (lambda: GrowableFFN(8, 12, "sillu"), "Did you mean silu"),
     ],
 )
-def test_what_cant_be_is_refused(make: Callable[[], nn.Module], said: str) -> None:
-    with pytest.raises(RequestError, match=said):
+def test_what_cant_be_is_refused(make: Callable[[], nn.Module], message: str) -> None:
+    with pytest.raises(RequestError, match=message):
         make()
 
 
@@ -120,10 +120,10 @@ def test_growth_that_would_leave_others_behind_is_refused() -> None:
 def test_growth_by_hand_is_held_to_what_there_is() -> None:
     model = MODELS["gated"]()
     layer = growing(model)
-    with pytest.raises(RequestError, match="nothing was seen"):
+    with pytest.raises(RequestError, match="no training step was observed"):
         layer.perform_growth([0])
     train(model, adam(model))
-    with pytest.raises(RequestError, match=r"\[12\].*from 0 to 11"):
+    with pytest.raises(RequestError, match=r"\[12\].*between 0 and 11"):
         layer.perform_growth([3, 12])
     assert layer.perform_growth([]) == {"born": 0, "replaced": 0, "died": 0, "indices": []}
     model[0].down_proj.weight.requires_grad_(False)

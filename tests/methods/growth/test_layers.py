@@ -1,4 +1,4 @@
-"""Growable layers in loops of one's own: what they keep, what follows, what is refused."""
+"""Growable layers in your own training loop: function, optimizer state, refusals."""
 
 import copy
 import io
@@ -32,7 +32,7 @@ def test_the_function_is_kept_in_two_events(name: str, initialiser: str) -> None
 
 
 def test_the_readmes_noise_changes_the_function() -> None:
-    """The control: the bound of the test above can be missed."""
+    """Control: the bound of the test above can be exceeded."""
     model = MODELS["linear, relu"](initialiser="source_noise").double()
     optimizer, (x, _) = adam(model), data(model)
     train(model, optimizer)
@@ -104,7 +104,7 @@ def test_new_neurons_move_no_further_than_old_ones(name: str) -> None:
 @pytest.mark.parametrize("spelling", ["positional", "named"])
 @pytest.mark.parametrize("name", ["gated", "linear, relu"])
 def test_a_step_with_a_closure_is_a_step_without_one(name: str, spelling: str, kind: Any) -> None:
-    """Growth reads the gradients that the closure computes, not those of the step before."""
+    """Growth reads the gradients from the closure, not those of the step before."""
     models = [MODELS[name](maturation_factor=3.0, maturation_age=4, growth_cooldown=2)]
     models.append(copy.deepcopy(models[0]))
     x, y = data(models[0])
@@ -191,7 +191,7 @@ def test_dead_neurons_without_output_are_used_again_and_nothing_changes() -> Non
         new = optimizer.state[parameter]["exp_avg"].movedim(dim, 0)[[2, 9, 12]]
         assert not new.any()
     assert layer._loop.grower.maturity.young(0, 4).tolist() == [2, 9, 12]
-    # Young ones are not taken, however little they write
+    # Young neurons are not recycled, however small their output
     train(model, optimizer, 1)
     with torch.no_grad():
         model[2].weight[:, [2, 9, 12]] = 0.0
@@ -222,7 +222,7 @@ def test_without_a_consumer_it_gets_wider_and_says_so_once() -> None:
 
 @pytest.mark.parametrize("activation", [nn.Identity(), nn.ReLU(), nn.GELU()], ids=repr)
 def test_gradmax_begins_with_larger_gradients_than_random_rows(activation: nn.Module) -> None:
-    """Of a new column at the first step, for rows of one length; by autograd alone."""
+    """The first gradient of a new column, for rows of one norm; by autograd alone."""
     model = pair(activation)
     optimizer, layer = adam(model), growing(model)
     train(model, optimizer)
@@ -252,7 +252,7 @@ def test_a_narrow_layer_grows_by_more_than_it_has() -> None:
     assert len(layer.check_growth()[1]) == 10
     assert layer.perform_growth(layer.check_growth()[1])["born"] == 10
     rows = nn.functional.normalize(layer.weight.detach()[3:], dim=1)
-    assert float((rows @ rows.T - torch.eye(10)).max()) < 0.99  # none begins as another
+    assert float((rows @ rows.T - torch.eye(10)).max()) < 0.99  # all start differently
 
 
 def test_split_stems_from_the_neurons_that_are_named() -> None:
@@ -269,7 +269,7 @@ def test_split_stems_from_the_neurons_that_are_named() -> None:
 
 @pytest.mark.full
 def test_one_layer_fires_at_the_rate_of_its_own_history() -> None:
-    """Gradients that come in no order: one check in ten, and the first nine never."""
+    """Random gradients: one check in ten fires, and none of the first nine."""
     model = pair(nn.ReLU(), trigger=Percentile(), growth_cooldown=1)
     layer, optimizer = growing(model), torch.optim.SGD(model.parameters(), lr=0.0)
     generator, fired = torch.Generator().manual_seed(0), []
@@ -316,11 +316,11 @@ def test_a_grown_ones_state_loads_into_a_new_one(name: str) -> None:
     if isinstance(model[0], GrowableFFN):
         assert growing(other).growth_events == growing(model).growth_events
         assert growing(other)._loop.steps == 6
-        # The copy goes on as the model does, young neurons included
+        # The copy continues like the model, young neurons included
         assert train(other, again) == train(model, optimizer)
     holder = adam(fresh := MODELS[name]())
     growing(fresh).attach(holder)
-    with pytest.raises(RequestError, match="an optimizer holds"):
+    with pytest.raises(RequestError, match="an optimizer refers to"):
         fresh.load_state_dict(model.state_dict())
 
 
@@ -348,7 +348,7 @@ def test_two_growable_layers_in_a_row() -> None:
         train(model, optimizer)
         before = model(x).detach()
         assert first.check_and_grow()["born"] == 4
-        if not second.check_and_grow()["born"]:  # what it saw has another size since
+        if not second.check_and_grow()["born"]:  # its recorded activations have another size
             train(model, optimizer, 1)
             before = model(x).detach()
             assert second.check_and_grow()["born"] == 4

@@ -1,11 +1,11 @@
-"""Dead neurons: who is one, what using them again keeps, and what is forgotten of them."""
+"""Dead neurons: detection, effects of recycling them, and reset state."""
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from tests import oracle
-from tests.methods.growth.given import asked, grower, looked_at
+from tests.methods.growth.factories import grower, growth_options, probes_of
 from tests.oracle.families import tiny
 from tritter.methods.growth.blocks import ffn_blocks
 from tritter.methods.growth.grower import Grower, dead_neurons, wanda_scores
@@ -15,7 +15,7 @@ DEAD = (3, 7)
 
 
 def model_with_dead() -> nn.Module:
-    """Return a model in whose second layer two neurons write nothing."""
+    """Return a model with two neurons of zero output in its second layer."""
     model = oracle.tiny_llama()
     with torch.no_grad():
         model.get_parameter(ffn_blocks(model)[1].down)[:, list(DEAD)] = 0.0
@@ -25,25 +25,25 @@ def model_with_dead() -> nn.Module:
 def event(
     engine: Grower, model: nn.Module, optimizer: torch.optim.Optimizer, *, step: int, count: int
 ) -> dict[str, Tensor]:
-    """Let the second layer grow; return the moments of its up before that."""
+    """Grow the second layer; return the earlier moments of its up projection."""
     ids = oracle.tokens(batch=8, length=24, seed=3)
-    probes = looked_at(model, ids)
-    engine.pressure.observe(model, engine.places)
-    state = optimizer.state[model.get_parameter(engine.places[1].up)]
+    probes = probes_of(model, ids)
+    engine.pressure.observe(model, engine.blocks)
+    state = optimizer.state[model.get_parameter(engine.blocks[1].up)]
     before = {k: v.clone() for k, v in state.items()} if state else {}
     growth = engine.growth(model, {1: count}, probes, step=step)
     assert growth is not None
     apply_plain(model, growth.change, optimizer=optimizer)
-    engine.grown(model, growth, step=step)
+    engine.record_event(model, growth, step=step)
     return before
 
 
 def test_dead_ones_are_used_again_and_the_output_stays() -> None:
     model = model_with_dead()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
-    looked_at(model, oracle.tokens())
+    probes_of(model, oracle.tokens())
     optimizer.step()
-    engine = grower(asked("foam_v3", dead_quantile=0.01), max_steps=None)
+    engine = grower(growth_options("foam_v3", dead_quantile=0.01), max_steps=None)
     engine.begin(model)
     ids = oracle.tokens(batch=4, length=20, seed=9)
     logits = oracle.logits(model, ids)
@@ -52,9 +52,9 @@ def test_dead_ones_are_used_again_and_the_output_stays() -> None:
     assert float((after - logits).abs().max() / logits.std()) < 1e-5
     (record,) = engine.events
     assert (record["replaced"], record["born"], record["died"]) == (2, 3, 0)
-    assert engine.places[1].width(model) == 43
+    assert engine.blocks[1].width(model) == 43
 
-    state = optimizer.state[model.get_parameter(engine.places[1].up)]
+    state = optimizer.state[model.get_parameter(engine.blocks[1].up)]
     old = [n for n in range(40) if n not in DEAD]
     for kind in ("exp_avg", "exp_avg_sq"):
         assert torch.equal(state[kind][old], moments[kind][old])
@@ -65,18 +65,20 @@ def test_dead_ones_are_used_again_and_the_output_stays() -> None:
 
 
 def test_the_young_are_never_used_again() -> None:
-    """New neurons of gradmax write little at first, and would be the next to be taken."""
+    """New GradMax neurons have small outputs at first, and would be recycled next."""
     model = model_with_dead()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
-    engine = grower(asked("foam_v3", dead_quantile=0.2, maturation_age=100), max_steps=None)
+    engine = grower(
+        growth_options("foam_v3", dead_quantile=0.2, maturation_age=100), max_steps=None
+    )
     engine.begin(model)
     event(engine, model, optimizer, step=50, count=2)
     assert engine.events[-1]["replaced"] == 2
-    place = engine.places[1]
+    block = engine.blocks[1]
     with torch.no_grad():
-        model.get_parameter(place.down)[:, list(DEAD)] = 0.0  # as dead as can be, and young
-    probes = looked_at(model, oracle.tokens(batch=8, length=24, seed=3))
-    scores = {1: wanda_scores(model, place, probes[1])}
+        model.get_parameter(block.down)[:, list(DEAD)] = 0.0  # dead by score, but young
+    probes = probes_of(model, oracle.tokens(batch=8, length=24, seed=3))
+    scores = {1: wanda_scores(model, block, probes[1])}
     assert float(scores[1][list(DEAD)].max()) == 0.0
     found = {
         step: dead_neurons(scores, {1: engine.maturity.young(1, step)}, quantile=0.2)[1].tolist()
@@ -98,42 +100,42 @@ def test_the_young_are_never_used_again() -> None:
 def test_what_neurons_compute_is_what_their_readers_are_given(
     family: str, options: dict[str, object], down: str
 ) -> None:
-    """With the biases that neurons have."""
+    """With biases of the neurons."""
     model, given = tiny(family, **options), list[Tensor]()
-    place = ffn_blocks(model)[1]
-    reader = model.get_submodule(str(place.down).removesuffix(".weight"))
-    assert str(place.down).endswith(f"{down}.weight")
+    block = ffn_blocks(model)[1]
+    reader = model.get_submodule(str(block.down).removesuffix(".weight"))
+    assert str(block.down).endswith(f"{down}.weight")
     handle = reader.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0].detach()))
-    probes = looked_at(model, oracle.tokens(batch=4, length=20))
+    probes = probes_of(model, oracle.tokens(batch=4, length=20))
     handle.remove()
-    _, _, weight = place.weights(model)
+    _, _, weight = block.weights(model)
     assert weight is not None
     strength = given[0].flatten(0, 1).square().mean(dim=0).sqrt()
     expected = strength * torch.linalg.vector_norm(weight, dim=0)
-    assert torch.allclose(wanda_scores(model, place, probes[1]), expected, rtol=1e-4)
+    assert torch.allclose(wanda_scores(model, block, probes[1]), expected, rtol=1e-4)
 
 
 def test_grow_only_counts_who_is_dead_and_leaves_them() -> None:
     model = model_with_dead()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
-    engine = grower(asked("foam"), max_steps=None)
+    engine = grower(growth_options("foam"), max_steps=None)
     engine.begin(model)
     event(engine, model, optimizer, step=50, count=5)
     assert engine.events[-1] | {"pressure": 0} == {
         "step": 50, "layer": 1, "born": 5, "replaced": 0, "died": 0, "neurons": 45, "pressure": 0
     }  # fmt: skip
-    assert not model.get_parameter(engine.places[1].down)[:, list(DEAD)].any()
+    assert not model.get_parameter(engine.blocks[1].down)[:, list(DEAD)].any()
 
 
 def test_what_is_replaced_is_free_of_importances() -> None:
     model = model_with_dead()
-    engine = grower(asked("foam_v3"), max_steps=None)
+    engine = grower(growth_options("foam_v3"), max_steps=None)
     engine.begin(model)
-    probes = looked_at(model, oracle.tokens(batch=8, length=24, seed=3))
-    engine.pressure.observe(model, engine.places)
+    probes = probes_of(model, oracle.tokens(batch=8, length=24, seed=3))
+    engine.pressure.observe(model, engine.blocks)
     growth = engine.growth(model, {1: 3}, probes, step=50)
     assert growth is not None
-    name = engine.places[1].up
+    name = engine.blocks[1].up
     fisher = {n: torch.ones_like(p) for n, p in model.named_parameters()}
     followed = growth.change.state("fisher", fisher)[name]
     free = [*DEAD, 40]
@@ -143,10 +145,10 @@ def test_what_is_replaced_is_free_of_importances() -> None:
 
 def test_what_an_expansion_just_made_is_not_dead_yet() -> None:
     model = model_with_dead()
-    engine = grower(asked("foam_v3", maturation_age=100), max_steps=None)
+    engine = grower(growth_options("foam_v3", maturation_age=100), max_steps=None)
     engine.begin(model, new={1: torch.tensor(DEAD)})
-    probes = looked_at(model, oracle.tokens(batch=8, length=24, seed=3))
-    engine.pressure.observe(model, engine.places)
+    probes = probes_of(model, oracle.tokens(batch=8, length=24, seed=3))
+    engine.pressure.observe(model, engine.blocks)
     for step, replaced in ((99, 0), (100, 2)):
         growth = engine.growth(model, {1: 3}, probes, step=step)
         assert growth is not None

@@ -1,11 +1,11 @@
-"""The meeting point: curves that are known are found, and growth is told for where it pays."""
+"""The scaling-law trigger: known curves are recovered, and growth starts when it pays."""
 
 import pytest
 import torch
 
 from tests import oracle
-from tests.methods.growth.given import asked, grower
-from tritter.methods.growth.triggers import Curve, best_step, fitted
+from tests.methods.growth.factories import grower, growth_options
+from tritter.methods.growth.triggers import Curve, best_step, fit_curve
 
 
 def drawn(curve: Curve, *, first: int, last: int, noise: float, seed: int = 0) -> list[float]:
@@ -17,19 +17,19 @@ def drawn(curve: Curve, *, first: int, last: int, noise: float, seed: int = 0) -
 
 @pytest.mark.parametrize("curve", [Curve(3.2, 12.0, 0.6), Curve(2.0, 6.0, 0.35)])
 def test_a_curve_is_found_again(curve: Curve) -> None:
-    found = fitted(drawn(curve, first=20, last=800, noise=0.05), first_step=20)
+    found = fit_curve(drawn(curve, first=20, last=800, noise=0.05), first_step=20)
     assert found is not None
-    for step in (100, 800, 1600):  # twice as far as was seen
+    for step in (100, 800, 1600):  # twice the observed range
         assert found.loss(step) == pytest.approx(curve.loss(step), abs=0.06)
     assert curve.step(curve.loss(321.0)) == pytest.approx(321.0)
 
 
 def test_few_losses_tell_nothing() -> None:
-    assert fitted([3.0] * 39, first_step=1) is None
+    assert fit_curve([3.0] * 39, first_step=1) is None
 
 
 def simulated(curve: Curve, at: int, *, max_steps: int, ratio: float) -> float:
-    """Train step by step: small until `at`, then large, by the slopes of both curves."""
+    """Train step by step: small until `at`, then large, with the slopes of both curves."""
     larger = Curve(curve.floor * ratio**-0.076, curve.scale, curve.exponent)
     loss, spent = curve.loss(at), float(at)
     while spent + ratio <= max_steps:
@@ -50,14 +50,14 @@ def test_the_best_step_is_that_of_a_simulation(ratio: float) -> None:
 
 
 def test_where_it_does_not_pay_nothing_grows() -> None:
-    curve = Curve(0.5, 14.0, 0.3)  # far from its floor: each step is worth more than size
+    curve = Curve(0.5, 14.0, 0.3)  # far from its floor: steps are worth more than size
     assert best_step(curve, step=40, max_steps=400, ratio=3.0) is None
 
 
 @pytest.mark.full
 def test_an_engine_grows_once_there() -> None:
     curve, model = Curve(3.0, 10.0, 0.8), oracle.tiny_llama()
-    options = asked(
+    options = growth_options(
         trigger="scaling_law", check_every=10, growth_cooldown=10, warmup_steps=30,
         max_growth_per_step=40,
     )  # fmt: skip
@@ -67,7 +67,7 @@ def test_an_engine_grows_once_there() -> None:
         parameter.grad = torch.ones_like(parameter)
     found = []
     for step, loss in enumerate(drawn(curve, first=1, last=1900, noise=0.0), start=1):
-        engine.pressure.observe(model, engine.places)
+        engine.pressure.observe(model, engine.blocks)
         engine.note_loss(loss)
         if decided := engine.decide(model, step):
             found.append(step)

@@ -1,4 +1,4 @@
-"""Growth in trainings: resumed, on two processes, its optimizer rows, its young neurons."""
+"""Growth during training: resume, two processes, optimizer state, young neurons."""
 
 import multiprocessing
 import signal
@@ -14,7 +14,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from tests import oracle
-from tests.methods.growth.given import asked, grower, scheduled
+from tests.methods.growth.factories import grower, growth_options, scheduled
 from tests.training.killed import KillAt, Killed
 from tests.training.test_fit import SETTINGS
 from tests.training.test_surgery import assert_same
@@ -43,8 +43,8 @@ needs_fork = pytest.mark.skipif(
 
 
 def often(**changes: Any) -> GrowthOptions:
-    """Return options by which a short training grows several times, in layers that differ."""
-    return asked(
+    """Return options for which a short run grows several times, in different layers."""
+    return growth_options(
         **{
             "gradient_percentile": 60.0, "check_every": 1, "growth_cooldown": 3, "warmup_steps": 1,
             "max_growth_per_step": 3, "maturation_age": 5,
@@ -63,7 +63,7 @@ def train(
     optimizer: OptimizerSettings | None = None,
     rate: float = 1e-2,
 ) -> tuple[BaseModule, FitResult]:
-    """Train a model with dropout, so that the random state counts, from what was saved if any."""
+    """Train a model with dropout, so that the random state matters; resume if possible."""
     torch.manual_seed(999 if (folder / "saved").exists() else 11)
     module = BaseModule(
         model or oracle.tiny_llama(initializer_range=0.05, attention_dropout=0.2),
@@ -90,7 +90,7 @@ def train(
 
 
 def batches(count: int) -> BatchStream:
-    """Return batches of few sequences, so that an epoch ends within a training."""
+    """Return batches of few sequences, so that an epoch ends within the run."""
     sequences = oracle.tokens(batch=40, length=16, seed=5).int()
     return BatchStream(SequenceStream(sequences, seed=0), batch_size=4, num_batches=count)
 
@@ -165,7 +165,7 @@ def test_two_processes_resume_between_batches_of_a_step(tmp_path: Path) -> None:
 
 
 class NotFinite(Callback):
-    """Make the loss of a step infinite, by a weight that comes back."""
+    """Make the loss of one step infinite by a weight that is restored afterwards."""
 
     def __init__(self, at: int) -> None:
         self.at = at
@@ -192,7 +192,7 @@ def test_a_refused_step_at_an_event_grows_nothing(tmp_path: Path, trigger: str) 
 
 
 class Digests(Callback):
-    """Leave each rank's weights and moments behind."""
+    """Save the weights and moments of each rank."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -237,7 +237,7 @@ def test_killed_by_a_signal(tmp_path: Path) -> None:
 
 
 class Rows(Callback):
-    """Note moments around the event, and how far each row of up went in each step after it."""
+    """Record moments around the event, and the update of each row of up in each later step."""
 
     def __init__(self, at: int) -> None:
         self.at = at
@@ -247,7 +247,7 @@ class Rows(Callback):
         self._weights: Tensor | None = None
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:  # type: ignore[no-untyped-def]
-        if trainer.global_step == self.at:  # stands before the callback that changes the model
+        if trainer.global_step == self.at:  # runs before the callback that changes the model
             self.before = self._moments(trainer, pl_module)
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:  # type: ignore[no-untyped-def]
@@ -294,7 +294,7 @@ def test_optimizer_rows_neither_change_nor_spike(tmp_path: Path, factor: float) 
 
 @pytest.mark.full
 def test_updates_of_young_neurons_are_scaled_and_of_no_others(tmp_path: Path) -> None:
-    """Held to the same training without the factor, up to the first step after the event."""
+    """Compared with the same run without the factor, up to the first step after the event."""
     ends = []
     for factor in (1.0, 2.0):
         options = often(
@@ -328,7 +328,7 @@ def test_updates_of_young_neurons_are_scaled_and_of_no_others(tmp_path: Path) ->
 
 @pytest.mark.full
 def test_the_same_bits_whoever_draws_besides(tmp_path: Path) -> None:
-    """Growth draws from a generator of its own, and leaves the others where they are."""
+    """Growth uses its own random generator and does not affect others."""
     none = often(trigger=scheduled(5), max_new_parameters=1)
     some = often(trigger=scheduled(STEPS - 2))
     states = []

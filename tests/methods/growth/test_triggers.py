@@ -1,4 +1,4 @@
-"""When a model grows: rates that were computed, cooldowns, budgets, plateaus, schedules."""
+"""Triggers: firing rates, cooldowns, budgets, plateaus, schedules."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +9,7 @@ from scipy.stats import binom
 from torch import Tensor, nn
 
 from tests import oracle
-from tests.methods.growth.given import asked, grower, scheduled
+from tests.methods.growth.factories import grower, growth_options, scheduled
 from tritter.methods.growth.blocks import some_rows
 from tritter.methods.growth.grower import Grower
 from tritter.methods.growth.method import NeuronGrowth
@@ -20,7 +20,7 @@ HIDDEN_SIZE = 24  # of the oracle
 
 
 def view(pressures: Tensor, history: Tensor, options: GrowthOptions | None = None) -> View:
-    options = options or asked()
+    options = options or growth_options()
     return View(
         step=100,
         pressures=pressures.double(),
@@ -52,9 +52,9 @@ def long_tailed(count: int, *, generator: torch.Generator) -> Tensor:
 def test_independent_pressures_fire_at_the_computed_rate(
     num_layers: int, percentile: float, draw: Callable[..., Tensor]
 ) -> None:
-    """With the cooldown off: the share of checks lies in the 99 % binomial interval."""
+    """Without cooldown, the rate of firing is in its 99 % binomial interval."""
     generator = torch.Generator().manual_seed(num_layers)
-    options = asked(gradient_percentile=percentile)
+    options = growth_options(gradient_percentile=percentile)
     history: list[Tensor] = [draw(num_layers, generator=generator) for _ in range(100)]
     fired = 0
     for _ in range(CHECKS):
@@ -70,7 +70,7 @@ def test_independent_pressures_fire_at_the_computed_rate(
 
 @pytest.mark.full
 def test_the_rate_is_that_of_ranks() -> None:
-    """Held to counting: of n + L values in random order the k largest are all old."""
+    """Compared with enumeration: of n + L values in random order, the k largest are all old."""
     generator, fired, checks = torch.Generator().manual_seed(0), 0, 20_000
     for _ in range(checks):
         order = torch.randperm(33, generator=generator)  # 30 old, 3 new
@@ -85,13 +85,13 @@ def test_without_history_nothing_fires() -> None:
 
 
 def stepped(engine: Grower, model: nn.Module, steps: int, *, seed: int = 0) -> list[int]:
-    """Let an engine see gradients that are drawn; return the steps after which it would grow."""
+    """Feed random gradients to a grower; return the steps after which it would grow."""
     generator, found = torch.Generator().manual_seed(seed), []
     engine.begin(model)
     for step in range(1, steps + 1):
         for parameter in model.parameters():
             parameter.grad = torch.randn(parameter.shape, generator=generator)
-        engine.pressure.observe(model, engine.places)
+        engine.pressure.observe(model, engine.blocks)
         if decided := engine.decide(model, step):
             found.append(step)
             engine.counts.last_step = step
@@ -103,7 +103,7 @@ def stepped(engine: Grower, model: nn.Module, steps: int, *, seed: int = 0) -> l
 @pytest.mark.parametrize("cooldown", [7, 20, 50])
 @pytest.mark.parametrize("trigger", ["percentile", "within_layer", "schedule"])
 def test_no_more_events_than_the_cooldown_allows(cooldown: int, trigger: str) -> None:
-    options = asked(
+    options = growth_options(
         trigger=trigger, growth_cooldown=cooldown, check_every=1, warmup_steps=0,
         gradient_percentile=60.0,
     )  # fmt: skip
@@ -116,9 +116,9 @@ def test_no_more_events_than_the_cooldown_allows(cooldown: int, trigger: str) ->
 
 
 def test_warmup_and_checks() -> None:
-    options = asked(trigger="schedule", growth_cooldown=1, check_every=10, warmup_steps=45)
+    options = growth_options(trigger="schedule", growth_cooldown=1, check_every=10, warmup_steps=45)
     assert stepped(grower(options, max_steps=99), oracle.tiny_llama(), 90) == [50, 60, 70, 80, 90]
-    options = asked(trigger=scheduled(3, 8, 60), growth_cooldown=1)
+    options = growth_options(trigger=scheduled(3, 8, 60), growth_cooldown=1)
     assert stepped(grower(options, max_steps=99), oracle.tiny_llama(), 90) == [3, 8, 60]
 
 
@@ -127,7 +127,7 @@ def test_warmup_and_checks() -> None:
 def test_budgets_hold(trigger: str) -> None:
     model = oracle.tiny_llama()
     budget = 3 * HIDDEN_SIZE * 25 + 7
-    options = asked(
+    options = growth_options(
         trigger=trigger, growth_cooldown=5, check_every=5, warmup_steps=0,
         max_new_parameters=budget,
     )  # fmt: skip
@@ -141,14 +141,14 @@ def test_budgets_hold(trigger: str) -> None:
 
 def test_flops_are_a_budget_too() -> None:
     model = oracle.tiny_llama()
-    each = 3 * HIDDEN_SIZE * 6 * 64  # of a neuron and a step
+    each = 3 * HIDDEN_SIZE * 6 * 64  # per neuron and step
     flops = float(7 * each * 50)
-    options = asked(trigger=scheduled(50), growth_cooldown=1, max_extra_flops=flops)
+    options = growth_options(trigger=scheduled(50), growth_cooldown=1, max_extra_flops=flops)
     engine = grower(options, max_steps=100)
     engine.begin(model)
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
-    engine.pressure.observe(model, engine.places)
+    engine.pressure.observe(model, engine.blocks)
     assert sum(engine.decide(model, 50).values()) == 7
 
 
@@ -160,7 +160,7 @@ def losses(kind: str, count: int) -> list[float]:
 @pytest.mark.parametrize(("kind", "grows"), [("flat", True), ("falling", False)])
 @pytest.mark.parametrize("changes", [{"trigger": "plateau"}, {"trigger": "schedule"}])
 def test_a_plateau_is_waited_for(kind: str, grows: bool, changes: dict[str, Any]) -> None:
-    options = asked(
+    options = growth_options(
         **changes, plateau_threshold=0.01, plateau_steps=20, growth_cooldown=1, check_every=1,
         warmup_steps=0,
     )  # fmt: skip
@@ -168,41 +168,41 @@ def test_a_plateau_is_waited_for(kind: str, grows: bool, changes: dict[str, Any]
     engine.begin(model)
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
-    engine.pressure.observe(model, engine.places)
+    engine.pressure.observe(model, engine.blocks)
     for step, loss in enumerate(losses(kind, 40), start=1):
         engine.note_loss(loss)
         assert bool(engine.decide(model, step)) == (grows and step >= 20)
 
 
 def test_a_step_that_is_not_finite_leaves_no_trace() -> None:
-    model, engine = oracle.tiny_llama(), grower(asked())
+    model, engine = oracle.tiny_llama(), grower(growth_options())
     engine.begin(model)
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
-    engine.pressure.observe(model, engine.places)
+    engine.pressure.observe(model, engine.blocks)
     before = {layer: each.clone() for layer, each in engine.pressure.neurons.items()}
-    model.get_parameter(engine.places[0].up).grad[0, 0] = float("inf")  # type: ignore[index]
-    engine.pressure.observe(model, engine.places)
+    model.get_parameter(engine.blocks[0].up).grad[0, 0] = float("inf")  # type: ignore[index]
+    engine.pressure.observe(model, engine.blocks)
     assert all(torch.equal(before[layer], engine.pressure.neurons[layer]) for layer in before)
 
 
 def test_the_average_is_the_readmes() -> None:
-    model, engine = oracle.tiny_llama(), grower(asked())
+    model, engine = oracle.tiny_llama(), grower(growth_options())
     engine.begin(model)
-    expected, place = torch.zeros(place_width(engine, model)), engine.places[1]
+    expected, block = torch.zeros(place_width(engine, model)), engine.blocks[1]
     generator = torch.Generator().manual_seed(0)
     for _ in range(5):
         for parameter in model.parameters():
             parameter.grad = torch.randn(parameter.shape, generator=generator)
-        rows = [model.get_parameter(n).grad for n in (place.gate, place.up)]
+        rows = [model.get_parameter(n).grad for n in (block.gate, block.up)]
         norms = torch.cat([r for r in rows if r is not None], dim=1).norm(dim=1)
         expected = 0.9 * expected + 0.1 * norms
-        engine.pressure.observe(model, engine.places)
+        engine.pressure.observe(model, engine.blocks)
     assert torch.allclose(engine.pressure.neurons[1], expected, rtol=1e-5)
 
 
 def place_width(engine: Grower, model: nn.Module) -> int:
-    return engine.places[1].width(model)
+    return engine.blocks[1].width(model)
 
 
 @pytest.mark.parametrize(
@@ -210,19 +210,19 @@ def place_width(engine: Grower, model: nn.Module) -> int:
     [(None, (100, 200, 500)), (2_000, (100, 200, 500)), (250, (13, 25, 63))],
 )
 def test_schedules_fit_short_trainings(max_steps: int | None, expected: tuple[int, ...]) -> None:
-    timing = Timing.of(asked(), max_steps=max_steps)
+    timing = Timing.of(growth_options(), max_steps=max_steps)
     assert (timing.check_every, timing.cooldown, timing.maturation_age) == expected
-    options = asked(check_every=7, growth_cooldown=9, maturation_age=11)
+    options = growth_options(check_every=7, growth_cooldown=9, maturation_age=11)
     typed = Timing.of(options, max_steps=max_steps)
     assert (typed.check_every, typed.cooldown, typed.maturation_age) == (7, 9, 11)
 
 
 def test_after_the_last_step_nothing_is_born() -> None:
-    options = asked(trigger="schedule", growth_cooldown=1, check_every=10, warmup_steps=0)
+    options = growth_options(trigger="schedule", growth_cooldown=1, check_every=10, warmup_steps=0)
     assert stepped(grower(options, max_steps=30), oracle.tiny_llama(), 30) == [10, 20]
 
 
-@pytest.mark.parametrize(("words", "said"), [
+@pytest.mark.parametrize(("keywords", "message"), [
     ({"check_every": 300}, "nothing could grow"),
     ({"growth_cooldown": 250}, "nothing could grow"),
     ({"history_checks": 1}, "too few for growth.gradient_percentile"),
@@ -231,21 +231,21 @@ def test_after_the_last_step_nothing_is_born() -> None:
     ({"trigger": scheduled(5)}, ""),
     ({"trigger": "plateau", "plateau_steps": 100}, ""),
 ])  # fmt: skip
-def test_what_can_never_grow_is_told(words: dict[str, Any], said: str) -> None:
-    options = asked(**words)
-    why = NeuronGrowth(options).why_never(max_steps=250, num_layers=3)
-    assert said in why and bool(why) == bool(said)
+def test_what_can_never_grow_is_told(keywords: dict[str, Any], message: str) -> None:
+    options = growth_options(**keywords)
+    why = NeuronGrowth(options).inactivity_reason(max_steps=250, num_layers=3)
+    assert message in why and bool(why) == bool(message)
 
 
 @pytest.mark.full
 def test_a_layer_that_is_frozen_is_no_pressure() -> None:
     model = oracle.tiny_llama()
     engine = grower(
-        asked(gradient_percentile=75.0, check_every=1, growth_cooldown=1), max_steps=None
+        growth_options(gradient_percentile=75.0, check_every=1, growth_cooldown=1), max_steps=None
     )
     engine.begin(model)
-    for place in engine.places[:2]:
-        model.get_parameter(place.gate).requires_grad_(False)
+    for block in engine.blocks[:2]:
+        model.get_parameter(block.gate).requires_grad_(False)
     generator, fired = torch.Generator().manual_seed(0), 0
     for step in range(1, 601):
         engine.pressure.neurons = {
@@ -262,8 +262,8 @@ def test_a_layer_that_is_frozen_is_no_pressure() -> None:
 
 @pytest.mark.parametrize(("sequences", "length"), [(64, 128), (1024, 16), (16, 128)])
 def test_tokens_are_of_all_places_of_a_sequence(sequences: int, length: int) -> None:
-    places = torch.arange(length).repeat(sequences)[:, None].float()
-    seen = some_rows(places, 256)[:, 0]
-    assert len(seen) == 256 and torch.equal(seen, some_rows(places, 256)[:, 0])
+    blocks = torch.arange(length).repeat(sequences)[:, None].float()
+    seen = some_rows(blocks, 256)[:, 0]
+    assert len(seen) == 256 and torch.equal(seen, some_rows(blocks, 256)[:, 0])
     assert float(seen.mean()) == pytest.approx((length - 1) / 2, rel=0.15)
     assert len(seen.unique()) > min(length, 100) * 0.8

@@ -1,4 +1,4 @@
-"""Which expert is cloned, and what new experts learn from a teacher."""
+"""The choice of the cloned expert, and distillation of new experts."""
 
 import pytest
 import torch
@@ -47,7 +47,7 @@ def test_an_expert_that_no_token_meets_is_of_no_use() -> None:
 
 def test_what_data_has_to_choose_is_refused_without_data() -> None:
     model = tiny_moe("mixtral")
-    with pytest.raises(RequestError, match="domain data chooses"):
+    with pytest.raises(RequestError, match="domain data selects"):
         ModelExpander([MoeAdd(init="best")]).expand(model)
     chosen = MoeAdd(init="best", clone_from=(3, 0, 1), noise=0.0, num_experts=1)
     (step,) = build_steps(config_of(model), [chosen], seed=0)
@@ -81,7 +81,7 @@ def test_new_experts_come_nearer_to_the_teacher_and_stay_closed(family: str) -> 
 
 
 def taught_gap(model: torch.nn.Module, teacher: torch.nn.Module) -> float:
-    """Return the divergence where the new experts take every token."""
+    """Return the divergence when every token is routed to the new experts."""
     routing = Routing.of(model)
     assert routing is not None
     state = routing.state_dict()

@@ -1,4 +1,4 @@
-"""Distillation as a training like every other: killed, in processes, counted, in its precision."""
+"""Distillation as a training run: interruption, processes, FLOPs, precision."""
 
 import csv
 from collections.abc import Iterator
@@ -38,7 +38,7 @@ class Killed(Exception):
 def teach(
     folder: Path, *, settings: TrainerSettings = SETTINGS, kill_at: int | None = None
 ) -> tuple[dict[str, Tensor], FitResult]:
-    """Return the weights and what the fit says of itself, of five steps."""
+    """Return the weights and the fit's report after five steps."""
     model, teacher = grown(noise=0.5), oracle.tiny_llama()
     written = Written(folder / "written")
     with only_new_experts(model, (4, 5)):
@@ -69,7 +69,7 @@ def teach(
             write_result=written,
         )
     added = AddedExperts.of(model)
-    assert added is not None and added.offset == -torch.inf  # the door is closed again
+    assert added is not None and added.offset == -torch.inf  # the experts are closed again
     return written.read()["model"], result
 
 

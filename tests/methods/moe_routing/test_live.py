@@ -1,4 +1,4 @@
-"""Library calls on live models train as a loop by hand does, and leave all else as it was."""
+"""Library calls on live models match a manual training loop, and change nothing else."""
 
 import signal
 from collections.abc import Callable, Iterator
@@ -60,7 +60,7 @@ def by_hand(
     epochs: int,
     is_part: bool,
 ) -> None:
-    """Take plain AdamW steps; of a part, old rows have no gradient and are put back."""
+    """Take plain AdamW steps; in a part, old rows have no gradient and are restored."""
     trained = [model.get_parameter(name) for name in names]
     adamw = torch.optim.AdamW(trained, lr=RATE, betas=(0.9, 0.95), eps=1e-8, weight_decay=decay)
     for step, batch in enumerate(DOMAIN * epochs):
@@ -138,7 +138,7 @@ def test_new_experts_are_taught_as_by_hand() -> None:
 
 
 class Failing(list[Batch]):
-    """Says that it has six batches, and fails at the third."""
+    """Claims to have six batches, and fails at the third."""
 
     def __iter__(self) -> Iterator[Batch]:
         yield from self[:2]
@@ -182,7 +182,7 @@ def test_a_step_that_is_not_finite_is_not_taken(capfd: pytest.CaptureFixture[str
         train_new_experts(model, [4, 5], bad)
     hook.remove()
     assert not moved(model, before)
-    assert capfd.readouterr() == ("", "")  # no bar, no table, no advice of a library
+    assert capfd.readouterr() == ("", "")  # no progress bar, table or library advice
 
 
 @pytest.mark.full
@@ -235,7 +235,7 @@ STAGES: dict[str, Callable[[nn.Module, nn.Module, int], None]] = {
 @pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("stage", STAGES)
 def test_what_layers_draw_follows_from_the_seed(stage: str) -> None:
-    """Whatever torch's own generator was used for before, which stays as it is."""
+    """Torch's generators are restored, regardless of earlier use."""
     found = []
     for seed, before in ((3, 1), (3, 2), (4, 1)):
         model = tiny_moe("mixtral", attention_dropout=0.3, router_jitter_noise=0.3)

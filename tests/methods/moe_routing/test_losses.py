@@ -1,4 +1,4 @@
-"""Routing losses: by hand, against transformers, by finite differences in float64."""
+"""Routing losses: by hand, compared with transformers, finite differences in float64."""
 
 import math
 from collections.abc import Callable
@@ -44,7 +44,7 @@ def test_balance_is_k_when_even_and_e_when_all_go_to_the_same() -> None:
 
 
 def test_a_softmax_of_a_softmax_would_not_see_the_imbalance() -> None:
-    """The mistake that has shipped before: what it would give is not what we give."""
+    """A common mistake gives another value."""
     one = torch.tensor([[60.0, 0, 0, 0]]).repeat(8, 1)
     selected = torch.zeros(8, 1, dtype=torch.int64)
     assert load_balancing_loss(one.softmax(-1), selected) < 2 < load_balancing_loss(one, selected)
@@ -65,7 +65,7 @@ def test_divergence_by_hand_and_zero_where_nothing_moved() -> None:
 
 
 def test_closed_experts_leave_losses_finite() -> None:
-    """New experts behind an offset of −∞: no part of any loss, no NaN in a gradient."""
+    """New experts with an offset of −∞ do not affect any loss, and gradients have no NaN."""
     closed = torch.tensor([0.0, 0, 0, -math.inf, -math.inf], dtype=torch.float64)
     own = _logits().requires_grad_()
     logits = own + closed

@@ -1,4 +1,4 @@
-"""Training with experts: balance, held routing, opening and freezing, and going on after a kill."""
+"""Training with experts: balance, stable routing, opening and freezing, and resume."""
 
 import csv
 from collections.abc import Callable, Sequence
@@ -44,12 +44,12 @@ UNHELD = RoutingSettings(auxiliary_loss=0.0, z_loss=0.0)
 
 
 def collapsed() -> nn.Module:
-    """Return a model most of whose tokens go to the first experts of each layer."""
+    """Return a model that routes most tokens to the first experts of each layer."""
     model = tiny_moe("mixtral", initializer_range=0.05)
     routing = Routing.of(model)
     assert routing is not None
     with torch.no_grad():
-        model.model.embed_tokens.weight[:, 0] += 0.2  # a direction that all tokens share
+        model.model.embed_tokens.weight[:, 0] += 0.2  # a component shared by all tokens
         for layer in routing.layers:
             routing.router(layer).weight[:2, 0] += torch.tensor([0.6, 0.5])
     return model
@@ -145,7 +145,7 @@ def test_the_selection_bias_moves_once_a_step_by_the_load_of_all_its_batches(
     settings, counts = replace(UNHELD, bias_update_rate=0.01), list[Tensor]()
 
     class Counting(Callback):
-        """Adds up what the routers of the last layer chose, batch after batch."""
+        """Adds up the choices of the last layer's router, batch by batch."""
 
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:  # type: ignore[no-untyped-def]
             routing = Routing.of(pl_module.model)
@@ -225,12 +225,12 @@ def test_old_text_is_gone_through_in_turn() -> None:
 def test_a_dense_model_has_no_objective() -> None:
     with pytest.raises(TritterError, match="no experts"):
         RoutingObjective(oracle.tiny_llama(), UNHELD)
-    with pytest.raises(TritterError, match="old text"):
+    with pytest.raises(TritterError, match="old data"):
         OldRouting.of(tiny_moe("mixtral"), SEQUENCES[:0], batch_size=2)
 
 
 class Watch(Callback):
-    """Write down what the opening and the freezing did before each step."""
+    """Record the actions of opening and freezing before each step."""
 
     def __init__(self, model: nn.Module) -> None:
         self.routing = Routing.of(model)
@@ -262,7 +262,7 @@ def test_experts_are_opened_and_the_base_unfrozen_step_by_step(tmp_path: Path) -
 def test_bitwise_as_if_never_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kills: tuple[int, ...]
 ) -> None:
-    """With bias, held routing, opening and unfreezing; a killed training starts from the disk."""
+    """With bias, stable routing, opening and unfreezing; an interrupted run resumes from disk."""
 
     def train(folder: Path, kill_at: int | None = None) -> nn.Module:
         model = tiny_moe("mixtral", initializer_range=0.05)
@@ -314,7 +314,7 @@ def _kill_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.full
 @pytest.mark.skipif(start_method("cpu") != "fork", reason="spawning takes seconds")
 def test_two_processes_give_the_weights_and_the_routing_of_one(tmp_path: Path) -> None:
-    """The balance is that of the whole batch, and the opened experts come back open."""
+    """The balance is that of the whole batch, and opened experts stay open after a resume."""
     settings = RoutingSettings(bias_update_rate=0.01, encouragement=0.1, new_experts=(3,))
     models = {}
     for strategy, devices in (("auto", 1), ("ddp", 2)):
@@ -326,7 +326,7 @@ def test_two_processes_give_the_weights_and_the_routing_of_one(tmp_path: Path) -
             settings=settings,
             steps=6,
             learning_rate=1e-3,
-            replayed=0.75,  # so that the second process holds nothing new
+            replayed=0.75,  # so that the second process has no new rows
             controls=(ExpertOpening(AddedExperts(experts=(3,)), anneal_steps=12),),
             trainer=replace(SETTINGS, strategy=strategy, devices=devices),
             write_result=written,

@@ -1,4 +1,4 @@
-"""Experts for live models by the specification's names."""
+"""Experts for live models: `ProgressiveMoE` and its configuration."""
 
 from pathlib import Path
 
@@ -58,15 +58,15 @@ def test_with_text_they_are_trained_at_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("config", "said"),
+    ("config", "message"),
     [
         ({}, "base_experts = 8: the model has 4"),
         ({"base_experts": 4, "router_update": "none"}, "fine_tune, retrain, frozen"),
         ({"base_experts": 4, "domain_data_path": "nowhere"}, "no tokenizer"),
     ],
 )
-def test_wrong_requests(config: dict[str, object], said: str) -> None:
-    with pytest.raises(RequestError, match=said):
+def test_wrong_requests(config: dict[str, object], message: str) -> None:
+    with pytest.raises(RequestError, match=message):
         tritter.ProgressiveMoE().add_experts(
             tiny_moe("mixtral"),
             tritter.MoEExpansionConfig(**config),  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Experts taken apart and joined: same function and names, frozen bits, none in the optimizer."""
+"""Experts split and joined: same function and names, frozen bits, none in the optimizer."""
 
 import pickle
 
@@ -60,7 +60,7 @@ def test_a_forward_pass_that_fails_leaves_no_whole_behind() -> None:
 @pytest.mark.quick_cases(2)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_frozen_experts_stay_bit_for_bit_and_out_of_the_optimizer(family: str) -> None:
-    """The control: with gradients masked instead, weight decay moves them."""
+    """Control: with masked gradients instead, weight decay moves them."""
     model = tiny_moe(family)
     first_new = num_experts(model) - 1
     before = values(model)
@@ -134,7 +134,7 @@ def test_values_by_name_follow() -> None:
 @pytest.mark.parametrize("first_new", [0, 4, -1])
 def test_there_are_experts_on_both_sides(first_new: int) -> None:
     with (
-        pytest.raises(RequestError, match="1 to 3"),
+        pytest.raises(RequestError, match="between 1 and 3"),
         separate_experts(tiny_moe("mixtral"), first_new),
     ):
         pass

@@ -1,4 +1,4 @@
-"""The two stages on live models: who is trained, where tokens go, what stays."""
+"""The two stages on live models: trained parameters, routing, unchanged parameters."""
 
 from collections.abc import Iterator
 
@@ -20,7 +20,7 @@ Batch = dict[str, Tensor]
 
 
 def text(seed: int, *, batches: int = 6, low: int = 0) -> list[Batch]:
-    """Return batches of a small language: each token is followed by one that it decides."""
+    """Return batches of a small language in which each token determines the next."""
     generator = torch.Generator().manual_seed(seed)
     start = torch.randint(0, 40, (batches * 4, 1), generator=generator)
     ids = low + (start + 7 * torch.arange(16)) % 40
@@ -31,7 +31,7 @@ DOMAIN, OLD = text(3, low=50), text(4)
 
 
 def grown(family: str = "mixtral", **options: object) -> nn.Module:
-    """Return a model with two appended experts that are closed."""
+    """Return a model with two appended, closed experts."""
     return ModelExpander([MoeAdd(num_experts=2, **options)]).expand(tiny_moe(family))  # type: ignore[arg-type]
 
 
@@ -87,7 +87,7 @@ def test_encouragement_raises_the_new_experts_mass() -> None:
 
 @pytest.mark.full
 def test_encouragement_does_not_run_away() -> None:
-    """Raw logits, as in the specification, could be pushed without limit; probabilities can't."""
+    """Raw logits could be increased without limit; probabilities can't."""
     model = grown()
     adapt_router(model, [4, 5], DOMAIN, epochs=10, encouragement=10.0, learning_rate=0.2)
     assert 0.5 < mass(model, DOMAIN) <= 1
@@ -187,18 +187,18 @@ def test_the_base_is_unfrozen_on_schedule() -> None:
 
 @pytest.mark.quick_cases(2)
 @pytest.mark.parametrize(
-    ("indices", "options", "said"),
+    ("indices", "options", "message"),
     [
         ([3], {}, "the last of the 6"),
         ([], {}, "the last of the 6"),
-        ([0, 1, 2, 3, 4, 5], {}, "at least one stands before"),
+        ([0, 1, 2, 3, 4, 5], {}, "not all of them"),
         ([4, 5], {"router_update": "thaw"}, "fine_tune, retrain, frozen"),
     ],
 )
-def test_wrong_requests(indices: list[int], options: dict[str, str], said: str) -> None:
+def test_wrong_requests(indices: list[int], options: dict[str, str], message: str) -> None:
     model = grown()
     before = values(model)
-    with pytest.raises(RequestError, match=said):
+    with pytest.raises(RequestError, match=message):
         adapt_router(model, indices, DOMAIN, **options)  # type: ignore[arg-type]
     assert not moved(model, before)
 
@@ -208,7 +208,7 @@ def test_other_wrong_requests() -> None:
         adapt_router(oracle.tiny_llama(), [1], DOMAIN)
     with pytest.raises(RequestError, match="no length"):
         adapt_router(grown(), [4, 5], iter(DOMAIN))
-    with pytest.raises(RequestError, match="nothing is frozen"):
+    with pytest.raises(RequestError, match="has no effect with freeze_base=False"):
         train_new_experts(grown(), [4, 5], DOMAIN, freeze_base=False, unfreeze_after=1)
 
 

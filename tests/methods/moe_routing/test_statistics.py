@@ -1,4 +1,4 @@
-"""Load, entropy, drops: by hand, and their limits over random routings."""
+"""Load, entropy, dropped tokens: by hand, and their limits over random routings."""
 
 import math
 
@@ -32,7 +32,7 @@ def test_by_hand() -> None:
 
 
 def test_capacity_counts_in_whole_tokens() -> None:
-    counts = torch.tensor([4, 2, 0])  # even is 2; a factor of 1.25 lets an expert take 3
+    counts = torch.tensor([4, 2, 0])  # even is 2; a factor of 1.25 permits 3 per expert
     assert dropped_fraction(counts, capacity_factor=1.25) == pytest.approx(1 / 6)
     assert dropped_fraction(counts, capacity_factor=2.0) == 0
 

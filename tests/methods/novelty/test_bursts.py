@@ -1,15 +1,15 @@
-"""Novel samples of mixed batches: gathered, alike, handed over once they are enough."""
+"""Novel samples of mixed batches: collected in groups, reported as bursts."""
 
 import io
 
 import pytest
 import torch
 
-from tests.methods.novelty.given import centre_of, drawn, library
+from tests.methods.novelty.factories import centre_of, drawn, library
 from tritter.errors import RequestError, TritterError
 from tritter.methods.novelty import Observation
 from tritter.methods.novelty.detectors import Burst, BurstOptions, NovelSamples
-from tritter.methods.novelty.observation import joined
+from tritter.methods.novelty.observation import concatenated
 from tritter.methods.novelty.options import LossNovelty
 
 
@@ -21,7 +21,7 @@ def gatherer(generator: torch.Generator, **options: float) -> NovelSamples:
 
 def mixed(generator: torch.Generator, num_new: int, axis: int = 4) -> Observation:
     new = drawn(centre_of(axis, 8.0), generator=generator, loss=6, batch=num_new)
-    return joined([new, drawn(generator=generator, batch=16 - num_new)])
+    return concatenated([new, drawn(generator=generator, batch=16 - num_new)])
 
 
 def after(made: NovelSamples, generator: torch.Generator, num_new: int) -> tuple[int, Burst]:
@@ -47,7 +47,7 @@ def test_two_kinds_make_two_bursts() -> None:
     generator = torch.Generator().manual_seed(0)
     made, found = gatherer(generator), []
     for _ in range(12):
-        seen = joined([mixed(generator, 4, axis=4), mixed(generator, 4, axis=5)])
+        seen = concatenated([mixed(generator, 4, axis=4), mixed(generator, 4, axis=5)])
         burst = made.add(seen, [torch.tensor(0)] * 32)
         found += [] if burst is None else [int(burst.seen.features.mean(dim=0).argmax())]
     assert {*found} == {4, 5}
@@ -55,7 +55,7 @@ def test_two_kinds_make_two_bursts() -> None:
 
 @pytest.mark.full
 def test_known_samples_make_no_burst() -> None:
-    """5,000 batches of what is known, sorting in between."""
+    """5,000 known batches, with sorting in between."""
     generator = torch.Generator().manual_seed(0)
     made = gatherer(generator)
     rows = [torch.tensor(0)] * 16
@@ -65,7 +65,7 @@ def test_known_samples_make_no_burst() -> None:
         some = torch.randint(4000, (16,), generator=generator)
         assert made.add(prose.rows(some), rows) is None
     novel = made.novel(sorting).double().mean()
-    assert float(novel) < 0.3  # a known skill's samples are hardly more novel than prose's
+    assert float(novel) < 0.3  # samples of a known skill are hardly more novel than those of prose
 
 
 def test_old_samples_are_forgotten() -> None:
@@ -104,7 +104,7 @@ def test_a_resumed_gatherer_hands_over_the_same() -> None:
 def test_too_little_to_calibrate_by_is_refused() -> None:
     generator = torch.Generator().manual_seed(0)
     made = NovelSamples(LossNovelty(), library(generator), BurstOptions(usual_share=0.01))
-    with pytest.raises(RequestError, match="takes 101"):
+    with pytest.raises(RequestError, match="at least 101 samples"):
         made.calibrate([drawn(generator=generator)])
     with pytest.raises(RequestError, match="calibrate the bursts"):
         made.novel(drawn(generator=generator))

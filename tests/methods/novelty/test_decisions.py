@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from experiments.benchmarks.novelty import levels
-from tests.methods.novelty.given import centre_of, drawn, library
+from tests.methods.novelty.factories import centre_of, drawn, library
 from tritter import NoveltyDetector, SkillLibrary
 from tritter.errors import RequestError, TritterError
 from tritter.methods.novelty import NoveltyOptions, Observation
-from tritter.methods.novelty.observation import joined
+from tritter.methods.novelty.observation import concatenated
 from tritter.methods.novelty.statistics import CALIBRATION_BATCHES, share_bound
 
 STEPS = 5_000
@@ -29,7 +29,7 @@ def of_losses(losses: Tensor) -> Observation:
 
 
 def by_loss(options: NoveltyOptions | None = None) -> NoveltyDetector:
-    """Return a detector that looks at losses alone, around 4 with batch means of deviation 0.1."""
+    """Return a detector that uses losses alone, around 4 with batch means of deviation 0.1."""
     made = NoveltyDetector(detector={"name": "loss", "with_features": False}, options=options)
     ends = torch.tensor([-1.0, 1.0]).repeat(8)
     means = 4 + 0.1 * torch.tensor([-1.0, 1.0]).repeat(15) * (29 / 30) ** 0.5
@@ -63,12 +63,12 @@ def test_a_decision_rests_on_enough_samples():
 
 
 def test_the_lower_bound_lies_above_the_threshold():
-    """The same mean of single losses that spread more decides nothing, and the numbers say so."""
+    """The same mean of losses with a larger variance is inconclusive."""
     close, document_mask = by_loss(), by_loss()
     assert kinds(close, [8, 8]) == ["unsure", "new"]
     document_mask.observe(at_z(8, spread=1.0))
     decision = document_mask.observe(at_z(8, spread=1.0))
-    assert decision.kind == "unsure" and decision.reason == "the interval holds the threshold"
+    assert decision.kind == "unsure" and decision.reason == "the interval contains the threshold"
     assert decision.lower < decision.threshold == 6 < decision.score < decision.upper
     assert decision.score == pytest.approx(8, rel=1e-5)
 
@@ -99,7 +99,7 @@ def test_a_moving_average_delays():
 
 
 def _stationary(kind: str, seed: int, steps: int) -> Iterator[Observation]:
-    """Yield 30 held-out batches and then a stream of losses whose level moves as said."""
+    """Yield 30 held-out batches and then a stream of losses with a moving level."""
     generator = torch.Generator().manual_seed(seed)
     level = levels(kind, steps + 1000, generator)
     rows = torch.randperm(900, generator=generator)[:CALIBRATION_BATCHES]
@@ -136,7 +136,7 @@ def test_false_alarms_on_stationary_losses_are_fewer_than_one_in_a_thousand(kind
 
 @pytest.mark.full
 def test_a_rule_of_one_batch_above_three_is_seen_to_alarm() -> None:
-    """The negative control of the count above."""
+    """Negative control of the count above."""
     stream = _stationary("autocorrelated 0.8, t3", 0, 1000)
     detector = NoveltyDetector(
         detector={"name": "loss", "threshold": 2.0},
@@ -224,7 +224,7 @@ def _equal(one: object, two: object) -> bool:
 
 
 def test_a_library_of_two_processes_is_that_of_one(generator: torch.Generator) -> None:
-    """What each process would send is exchanged step by step; batches stand rank by rank."""
+    """Observations of all processes are exchanged at each step; batches are ordered by rank."""
     from threading import Barrier, Thread
 
     ranks = [[drawn(generator=generator) for _ in range(20)] for _ in range(2)]
@@ -266,36 +266,36 @@ def test_a_library_of_two_processes_is_that_of_one(generator: torch.Generator) -
 def test_decisions_do_not_depend_on_how_samples_lie_in_a_batch(generator: torch.Generator) -> None:
     novelty = NoveltyDetector(library(generator))
     parts = [drawn(centre_of(4), generator=generator, batch=8) for _ in range(2)]
-    one = novelty.detector.score(joined(parts), novelty.library)
-    other = novelty.detector.score(joined(parts[::-1]), novelty.library)
+    one = novelty.detector.score(concatenated(parts), novelty.library)
+    other = novelty.detector.score(concatenated(parts[::-1]), novelty.library)
     assert float(one.values.mean()) == pytest.approx(float(other.values.mean()))
 
 
 def test_wrong_uses_are_refused(generator: torch.Generator) -> None:
     novelty = NoveltyDetector()
     seen = drawn(generator=generator)
-    with pytest.raises(RequestError, match="nothing is known yet"):
+    with pytest.raises(RequestError, match="the library is empty"):
         novelty.observe(seen)
     with pytest.raises(RequestError, match="can't be the first"):
         novelty.add("sorting", [seen])
-    with pytest.raises(RequestError, match="12 batches of 'prose'"):
+    with pytest.raises(RequestError, match="'prose' has 12 batches"):
         novelty.add("prose", [seen] * 12, is_base=True)
     novelty = NoveltyDetector(library(generator))
-    with pytest.raises(RequestError, match="nothing new was seen"):
+    with pytest.raises(RequestError, match="there are no new batches"):
         novelty.add("adding")
     for _ in range(2):
         novelty.observe(seen)
-    with pytest.raises(RequestError, match="nothing new was seen"):
+    with pytest.raises(RequestError, match="there are no new batches"):
         novelty.add("adding")
-    with pytest.raises(RequestError, match="'sorting' is taken"):
+    with pytest.raises(RequestError, match="'sorting' is empty or already"):
         novelty.add("sorting", [seen])
     with pytest.raises(RequestError, match="Did you mean 'sorting'"):
         novelty.recalibrate("sortin", [seen])
-    with pytest.raises(RequestError, match="four samples"):
+    with pytest.raises(RequestError, match="at least four samples"):
         novelty.add("adding", [])
-    with pytest.raises(RequestError, match="one library belongs to one base"):
+    with pytest.raises(RequestError, match="a library belongs to one base"):
         novelty.add("adding", [drawn(generator=generator, size=9)])
-    with pytest.raises(RequestError, match="measured by"):
+    with pytest.raises(RequestError, match="the reference of the others"):
         novelty.library.remove("prose")
     with pytest.raises(RequestError, match=r"novelty\.confidence"):
         NoveltyDetector(options=NoveltyOptions(confidence=1.5))

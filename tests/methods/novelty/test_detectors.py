@@ -1,4 +1,4 @@
-"""Scores of each detector against formulas written another way; similarity over the right axis."""
+"""Scores of each detector compared with independent formulas; similarity over the right axis."""
 
 import math
 
@@ -9,14 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.methods.novelty.given import SIZE, centre_of, drawn, library
+from tests.methods.novelty.factories import SIZE, centre_of, drawn, library
 from tritter.errors import RequestError
 from tritter.methods.novelty import NoveltyDetector, Observation, SkillLibrary
 from tritter.methods.novelty.library import (
     Projection,
     ProjectionOptions,
     contrast,
-    embedded,
+    embed,
     train_projection,
 )
 from tritter.methods.novelty.options import (
@@ -37,7 +37,7 @@ def generator() -> torch.Generator:
 
 
 def _normed(rows: np.ndarray) -> np.ndarray:
-    """Layer-norm each row, then make its length one: over the features, not over the samples."""
+    """Layer-norm each row, then scale it to unit norm: over features, not samples."""
     offsets = rows - rows.mean(axis=1, keepdims=True)
     offsets /= np.sqrt(offsets.var(axis=1, keepdims=True) + 1e-5)
     return offsets / np.linalg.norm(offsets, axis=1, keepdims=True)
@@ -58,7 +58,7 @@ def test_the_loss_alone_is_a_z_score_of_held_out_batch_means(generator: torch.Ge
 def test_a_distance_is_held_against_batches_that_its_statistics_never_saw(
     generator: torch.Generator,
 ) -> None:
-    """Folds by hand, with an explicit inverse; features fitted and scored alike would be nearer."""
+    """Folds by hand, with an explicit inverse; in-sample distances would be smaller."""
     held = [drawn(generator=generator) for _ in range(40)]
     known = SkillLibrary()
     skill = known.add("prose", held, is_base=True)
@@ -107,7 +107,7 @@ def test_equal_losses_are_told_apart_by_features_and_equal_features_by_losses(
 def test_values_of_a_cosine_average_to_it_and_spread_as_jackknifed_ones(
     generator: torch.Generator,
 ) -> None:
-    samples = embedded(drawn(1.0, generator=generator, batch=40).features, None)
+    samples = embed(drawn(1.0, generator=generator, batch=40).features, None)
     skills = torch.randn(3, SIZE, generator=generator, dtype=torch.float64)
     values = mean_cosines(samples, skills)
     assert values.shape == (3, 40)
@@ -126,7 +126,7 @@ def test_values_of_a_cosine_average_to_it_and_spread_as_jackknifed_ones(
 
 
 def test_similarity_is_taken_over_the_features(generator: torch.Generator) -> None:
-    """Over the wrong axis it would be 1 whatever comes: opposite batches must not be alike."""
+    """Over the wrong axis it would always be 1: opposite batches must differ."""
     batch = drawn(generator=generator).features + torch.tensor([3.0, 0, 0, -3, 0, 0])
     seen = Observation(losses=torch.ones(16), features=batch)
     opposite = Observation(losses=torch.ones(16), features=-batch)
@@ -135,11 +135,11 @@ def test_similarity_is_taken_over_the_features(generator: torch.Generator) -> No
     cosine = CosineNovelty()
     assert float(cosine.score(seen, known).values.mean()) == pytest.approx(0, abs=1e-6)
     assert float(cosine.score(opposite, known).values.mean()) == pytest.approx(2, abs=1e-6)
-    assert np.allclose(embedded(batch, None), _normed(batch.double().numpy()), atol=1e-6)
+    assert np.allclose(embed(batch, None), _normed(batch.double().numpy()), atol=1e-6)
     mixed = cosine.score(
         Observation(losses=torch.ones(2), features=torch.stack([batch[0], -batch[0]])), known
     )
-    assert float(mixed.samples[1]) > 1 > float(mixed.samples[0])  # each by itself
+    assert float(mixed.samples[1]) > 1 > float(mixed.samples[0])  # each separately
 
 
 @pytest.mark.quick_cases(2)
@@ -205,7 +205,7 @@ def test_nt_xent_by_loops(generator: torch.Generator) -> None:
 def test_a_trained_head_draws_skills_apart_and_is_drawn_again_alike(
     generator: torch.Generator,
 ) -> None:
-    """Raw features that share a large part all look alike; a head learns what differs."""
+    """Raw features share a large component and are all similar; a head learns the differences."""
     shared = torch.tensor([9.0, -9, 9, -9, 9, -9])
     prose, sorting = (
         torch.cat([drawn(shared + c, generator=generator).features for _ in range(30)])
@@ -217,7 +217,7 @@ def test_a_trained_head_draws_skills_apart_and_is_drawn_again_alike(
     head = train_projection(held, mix, asked)
 
     def cosine(projection: Projection | None) -> float:
-        one, two = (embedded(x, projection).mean(dim=0) for x in (prose, sorting))
+        one, two = (embed(x, projection).mean(dim=0) for x in (prose, sorting))
         return float(torch.cosine_similarity(one, two, dim=0))
 
     assert cosine(None) > 0.95
@@ -240,7 +240,7 @@ def _weights(head: Projection) -> list[Tensor]:
 
 @given(st.integers(1, 9), st.integers(2, 7), st.integers(1, 3), st.integers(0, 99))
 def test_scores_follow_their_samples(batch: int, size: int, num_skills: int, seed: int) -> None:
-    """One value for each sample, wherever it stands; their mean is the novelty of the batch."""
+    """One value per sample, independent of its position; their mean is the novelty of the batch."""
     generator = torch.Generator().manual_seed(seed)
     known = SkillLibrary()
     for number in range(num_skills):
@@ -262,7 +262,7 @@ def test_scores_follow_their_samples(batch: int, size: int, num_skills: int, see
 
 @options
 class LongNovelty(Detector):
-    """From outside: the loss itself, whatever is known."""
+    """A user's detector: the loss itself, independent of the library."""
 
     nats: float = 5.0
 

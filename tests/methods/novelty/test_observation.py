@@ -1,4 +1,4 @@
-"""What the base says of a batch: stock losses and hidden states, padding and axes."""
+"""Observations of the base: stock losses and hidden states, padding and axes."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from tests.oracle import tiny_llama, tokens
 from tests.oracle.families import generic, tiny
 from tritter.errors import RequestError, TritterError
 from tritter.methods.novelty import Observation, observe
-from tritter.methods.novelty.observation import joined, middle_layer
+from tritter.methods.novelty.observation import concatenated, middle_layer
 
 
 @pytest.mark.parametrize("family", generic())
@@ -92,7 +92,7 @@ def test_what_is_no_batch_is_refused() -> None:
 def test_batches_of_processes_are_joined_and_parted() -> None:
     model, ids = tiny_llama(), tokens(batch=4)
     whole = observe(model, ids)
-    parts = joined([observe(model, ids[:2]), observe(model, ids[2:])])
+    parts = concatenated([observe(model, ids[:2]), observe(model, ids[2:])])
     torch.testing.assert_close(parts.features, whole.features)
     assert parts.digests == whole.digests
     assert whole.rows(torch.tensor([3])).digests == whole.digests[3:]

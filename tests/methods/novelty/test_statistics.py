@@ -1,4 +1,4 @@
-"""Statistics against numpy, scipy and sums by hand."""
+"""Statistics compared with numpy, scipy and sums by hand."""
 
 from functools import reduce
 from operator import add
@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from tests.methods.novelty.given import drawn
+from tests.methods.novelty.factories import drawn
 from tritter.methods.novelty.statistics import (
     CALIBRATION_BATCHES,
     Calibration,
@@ -88,7 +88,7 @@ def test_mean_scatter_and_distance_against_numpy():
 
 def test_shrinkage_is_the_oracle_approximating_one():
     covariance = pytest.importorskip("sklearn.covariance")
-    for n in (10, 40, 4000):  # scikit-learn leaves the formula's terms in 2/H out
+    for n in (10, 40, 4000):  # scikit-learn omits the terms in 2/H
         features = torch.randn(n, 60, generator=torch.Generator().manual_seed(n)).double()
         features[:, :20] *= 3
         features -= features.mean(dim=0)
@@ -100,7 +100,7 @@ def test_shrinkage_is_the_oracle_approximating_one():
 @pytest.mark.parametrize("n", [2, 3, 5])
 def test_a_covariance_of_too_few_samples_has_an_inverse(n: int) -> None:
     features = torch.randn(n, 24, generator=torch.Generator().manual_seed(n))
-    features[:, 3] = 1.0  # which never varies
+    features[:, 3] = 1.0  # a constant direction
     distances = Gaussian.of(
         Moments.of(features).mean, Moments.of(features).shrunk_covariance()
     ).distances(features)
@@ -110,9 +110,9 @@ def test_a_covariance_of_too_few_samples_has_an_inverse(n: int) -> None:
 @pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("kind", ["normal", "skewed"])
 def test_t_intervals_cover_as_they_promise(kind: str) -> None:
-    """2,000 samples of 32: how often the lower bound holds lies in the 99.9 % binomial interval.
+    """2,000 samples of 32: the coverage of the lower bound is in its 99.9 % binomial interval.
 
-    Of skewed samples it holds more often than promised: the side that a spawn rests on is safe.
+    For skewed samples the coverage is higher, so spawning an expert is conservative.
     """
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(2000, 32, generator=generator, dtype=torch.float64)

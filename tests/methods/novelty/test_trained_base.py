@@ -1,4 +1,4 @@
-"""On a base trained on the standard library's prose: shipped skills, repeats, no alarm."""
+"""A base trained on the standard library's prose: shipped skills, repeats, no false alarm."""
 
 from pathlib import Path
 

@@ -173,7 +173,7 @@ def split_searchpath(words: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, 
 
         value = parse([word])[0].value()
         if not isinstance(value, list) or not all(isinstance(entry, str) for entry in value):
-            reason = f"allowed is a list of folders, {SEARCHPATH}=[DIR], as --config-dir names them"
+            reason = f"must be a list of folders, {SEARCHPATH}=[DIR], as --config-dir names them"
             raise RequestError(Problem(SEARCHPATH, word.partition("=")[2], reason=reason))
         entries += map(str, value)
     return tuple(entries), tuple(others)

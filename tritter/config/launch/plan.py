@@ -343,7 +343,7 @@ def _plan_sweep(request: Request, composed: DictConfig) -> Plan:
     if len({job.folder for job in jobs}) < len(jobs):
         raise RequestError(
             f"hydra.sweep.subdir = {jobs[0].folder.name}: several jobs would share one folder; "
-            "allowed is what differs from job to job, as ${hydra.job.num}."
+            "must be what differs from job to job, as ${hydra.job.num}."
         )
     how = launching(hydra, num_jobs=len(jobs))
     return Plan(jobs, folder, how, notes=_notes(how, folder, num_jobs=len(jobs)))
@@ -425,7 +425,7 @@ def _device_problems(config: RunConfig) -> Iterator[Problem]:
         reason = "torch finds no GPU on this machine; allowed is cpu, or auto (trainer=cpu, "
         yield Problem("trainer.accelerator", "gpu", reason=f"{reason}trainer=auto)")
     elif devices > max(1, found):
-        reason = f"torch finds {found} GPUs on this machine; allowed is at most that"
+        reason = f"torch finds {found} GPUs on this machine; must be at most that"
         yield Problem("trainer.devices", devices, reason=reason)
 
 
@@ -479,7 +479,7 @@ def _job_folder(sweep_folder: Path, name: str) -> Path:
     if sweep_folder not in folder.parents:
         raise RequestError(
             f"hydra.sweep.subdir = {name}: a job's folder lies below that of its sweep "
-            "(hydra.sweep.dir); allowed is a name that differs from job to job, as "
+            "(hydra.sweep.dir); must be a name that differs from job to job, as "
             "${hydra.job.num}."
         )
     return folder

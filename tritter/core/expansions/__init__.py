@@ -1,4 +1,4 @@
-"""Expansions: pure functions from a config and options to a target config and a parameter map."""
+"""Expansions: pure functions from a config and options to a target config and parameter map."""
 
 from typing import Any
 

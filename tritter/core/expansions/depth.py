@@ -1,8 +1,8 @@
-"""Depth: layers copied into new places.
+"""Depth expansions, which copy layers.
 
-A depth expansion is a rule and a choice: what further copies of a
-layer begin as. As they are, they change the function; as identities, which write zeros to the
-residual stream, they keep it.
+A depth expansion has a rule for the source of each layer and an initialisation of the copies.
+Plain copies change the function. Identity copies write zeros to the residual stream and preserve
+it.
 """
 
 import math
@@ -19,11 +19,11 @@ from tritter.limits import MAX_LAYERS
 from tritter.options import options
 from tritter.seeds import derived_seed
 
-_SILENT_NOISE = 0.01
+_ZEROED_ROW_NOISE = 0.01
 
 
 class CopiedLayers(ABC):
-    """A depth method: its rule says where layers come from, its exactness what copies write."""
+    """Base of depth methods: a rule for layer sources, and whether copies are identities."""
 
     __slots__ = ()
     expansion_type: ClassVar[str] = "depth"
@@ -31,25 +31,28 @@ class CopiedLayers(ABC):
 
     @abstractmethod
     def layer_sources(self, layers: int) -> tuple[int, ...]:
-        """Return the source layer of every target layer.
+        """Return the source layer of each target layer.
 
-        The first occurrence of a layer is the layer itself; every further one is a copy.
+        The first occurrence of a layer is the layer itself; further ones are copies.
+
+        Args:
+            layers: number of source layers.
 
         Raises:
-            RequestError: the targets cannot be had from so many layers; names what would work.
+            RequestError: the target is impossible; names possible ones.
         """
 
     @property
     @abstractmethod
     def is_exact(self) -> bool:
-        """True when copies begin as identities, whose optimizer state starts anew."""
+        """True if copies start as identities with fresh optimizer state."""
 
     def target_config(self, family: Family, config: Config) -> Config:
-        if family.numbered_if and config.get(family.numbered_if):
+        if family.layer_index_key and config.get(family.layer_index_key):
             reason = (
-                f"config.json says {family.numbered_if} = true, so that each layer of this "
-                f"{family.model_type} divides its attention scores by its own number, and layers "
-                "at other places would compute something else; grow its width"
+                f"config.json has {family.layer_index_key} = true: each layer of this "
+                f"{family.model_type} divides its attention scores by its index, so a moved layer "
+                "would change its function; grow the width instead"
             )
             method = getattr(self, "name", "depth")
             raise RequestError(Problem(f"expansion.{method}", reason=reason))
@@ -59,9 +62,9 @@ class CopiedLayers(ABC):
     def parameter_map(
         self, family: Family, source: Config, target: Config, *, seed: int
     ) -> ParameterMap:
-        """Return the map that gives each target layer the tensors of its source layer."""
+        """Return the map from the tensors of each source layer to its target layers."""
         sources = self.layer_sources(family.dimensions(source).num_hidden_layers)
-        # What these write to the residual stream becomes zero; their state starts anew
+        # Layers with zeroed outputs to the residual stream and fresh state
         identities = repeated_layers(sources) if self.is_exact else frozenset()
         tensors: dict[str, TensorMap] = {}
         for tensor in family.logical_tensors(target):
@@ -71,19 +74,18 @@ class CopiedLayers(ABC):
             is_identity = tensor.layer in identities
             is_zeroed = is_identity and family.branch_output(tensor)
             output = tensor.axes[0]
-            # A row that writes nothing to a gain of zero would stay so: rows that an expansion
-            # before this one left zero are among what is copied. Silent as the norm is, noise
-            # costs nothing.
-            is_silenced = output.port is Port.WRITE and output.space.is_branch_output
+            # An earlier expansion may have left zero rows. Before a gain of zero they would never
+            # get a gradient, so they get noise, which the zeroed norm hides.
+            is_before_zeroed_norm = output.port is Port.WRITE and output.space.is_branch_output
             layer = sources[tensor.layer]
             tensors[tensor.name] = TensorMap(
                 source=logical_name(tensor.kind, layer=layer, expert=tensor.expert),
                 is_zeroed=is_zeroed,
                 offset=family.norm_offset if is_zeroed and tensor.is_norm else 0.0,
                 state="fresh" if is_identity else "carry",
-                is_copy=is_identity and is_silenced,
-                noise=_SILENT_NOISE if is_identity and is_silenced else 0.0,
-                noise_seed=derived_seed(seed, "noise", tensor.name) if is_silenced else 0,
+                is_copy=is_identity and is_before_zeroed_norm,
+                noise=_ZEROED_ROW_NOISE if is_identity and is_before_zeroed_norm else 0.0,
+                noise_seed=derived_seed(seed, "noise", tensor.name) if is_before_zeroed_norm else 0,
             )
         return ParameterMap(tensors=tensors, layer_sources=sources)
 
@@ -99,9 +101,9 @@ class Dus(CopiedLayers):
     m = n − t/2. Not function-preserving unless `identity_init`.
 
     Args:
-        target_layers: t, even, n < t ≤ 2n. Default: the even count nearest to 1.5 n.
-        drop_layers: m. Default: what t asks for; alone it sets t = 2 (n − m).
-        identity_init: zero what the copies write, so that the function is preserved.
+        target_layers: t, even, n < t ≤ 2n. Default: the even number nearest to 1.5 n.
+        drop_layers: m. Default: derived from t; without t, it sets t = 2 (n − m).
+        identity_init: zero the output projections of the copies, which preserves the function.
     """
 
     name: ClassVar[str] = "dus"
@@ -114,19 +116,19 @@ class Dus(CopiedLayers):
         return self.identity_init
 
     def layer_sources(self, layers: int) -> tuple[int, ...]:
-        asked, asked_drop = self.target_layers, self.drop_layers
+        chosen, chosen_drop = self.target_layers, self.drop_layers
         allowed = range(layers + 1 + (layers + 1) % 2, 2 * layers + 1, 2)
-        if asked is not None:
-            target = asked
-        elif asked_drop is not None:
-            target = 2 * (layers - asked_drop)
+        if chosen is not None:
+            target = chosen
+        elif chosen_drop is not None:
+            target = 2 * (layers - chosen_drop)
         else:
             target = 2 * round(1.5 * layers / 2)
             target = target if target in allowed else 2 * layers
         if target not in allowed:
             closest = min(allowed, key=lambda count: (abs(count - target), count))
-            by_drop = asked is None and asked_drop is not None
-            key, value = ("drop_layers", asked_drop) if by_drop else ("target_layers", target)
+            by_drop = chosen is None and chosen_drop is not None
+            key, value = ("drop_layers", chosen_drop) if by_drop else ("target_layers", target)
             raise refused(
                 f"expansion.dus.{key}",
                 value,
@@ -135,13 +137,13 @@ class Dus(CopiedLayers):
                 f"nearest: {layers - closest // 2 if by_drop else closest}",
             )
         drop = layers - target // 2
-        if asked_drop not in (None, drop):
+        if chosen_drop not in (None, drop):
             raise refused(
                 "expansion.dus.drop_layers",
-                asked_drop,
+                chosen_drop,
                 f"it contradicts {key_name('expansion.dus.target_layers')} = {target}: from "
-                f"{layers} layers, {target} need {drop}, and {asked_drop} gives "
-                f"{2 * (layers - asked_drop)}",
+                f"{layers} layers, {target} need {drop}, and {chosen_drop} gives "
+                f"{2 * (layers - chosen_drop)}",
             )
         return (*range(layers - drop), *range(drop, layers))
 
@@ -154,8 +156,8 @@ class Stack(CopiedLayers):
 
     Args:
         target_layers: a multiple of n. Default: 2n.
-        partial: allow any count above n; the last copy then holds its first layers only.
-        identity_init: zero what the copies write, so that the function is preserved.
+        partial: allow any number above n; the last copy is then cut after its first layers.
+        identity_init: zero the output projections of the copies, which preserves the function.
     """
 
     name: ClassVar[str] = "stack"
@@ -176,9 +178,9 @@ class Stack(CopiedLayers):
             raise refused(
                 "expansion.stack.target_layers",
                 target,
-                f"stack takes whole copies of the {layers} layers; nearest: "
-                f"{' or '.join(map(str, multiples))}. With {key_name('expansion.stack.partial')} "
-                f"the last copy may be cut, here after its first {_layers_text(rest)}",
+                f"stack makes whole copies of the {layers} layers; nearest: "
+                f"{' or '.join(map(str, multiples))}. {key_name('expansion.stack.partial')} allows "
+                f"a partial last copy, here its first {_layers_text(rest)}",
             )
         return tuple(layer % layers for layer in range(target))
 
@@ -190,15 +192,15 @@ class Stack(CopiedLayers):
 
 @options
 class Interpolate(CopiedLayers):
-    """Copies between the layers, each directly behind its own (interpolation, arXiv 2405.15319).
+    """Copies of each layer right after the layer (interpolation, arXiv 2405.15319).
 
-    Every layer stands ⌊t/n⌋ times in a row; what remains of t gives single layers one copy more,
-    spread evenly over the gaps between the layers, so that below 2n no copy follows the last one.
-    Not function-preserving unless `identity_init`.
+    Each layer is repeated ⌊t/n⌋ times. The remainder of t adds one copy to single layers, evenly
+    spread over the gaps between layers, so below 2n no copy follows the last layer. Not
+    function-preserving unless `identity_init`.
 
     Args:
-        target_layers: t, any count above n. Default: 1.5 n, rounded up.
-        identity_init: zero what the copies write, so that the function is preserved.
+        target_layers: t, any number above n. Default: 1.5 n, rounded up.
+        identity_init: zero the output projections of the copies, which preserves the function.
     """
 
     name: ClassVar[str] = "interpolate"
@@ -213,8 +215,8 @@ class Interpolate(CopiedLayers):
         target = self.target_layers or math.ceil(1.5 * layers)
         _check_grows("interpolate", target, layers, at_least=layers + 1)
         times, rest = divmod(target, layers)
-        once_more = {(2 * copy + 1) * (layers - 1) // (2 * rest) for copy in range(rest)}
-        return tuple(n for n in range(layers) for _ in range(times + (n in once_more)))
+        repeated = {(2 * copy + 1) * (layers - 1) // (2 * rest) for copy in range(rest)}
+        return tuple(n for n in range(layers) for _ in range(times + (n in repeated)))
 
     def notes(self, family: Family, source: Config, target: Config) -> tuple[str, ...]:
         layers = family.dimensions(source).num_hidden_layers
@@ -228,15 +230,16 @@ class Interpolate(CopiedLayers):
 class LlamaPro(CopiedLayers):
     """Block expansion as in LLaMA Pro (arXiv 2401.02415): identity copies between the layers.
 
-    A new block is a copy of the block below with attention output and FFN down projection zero,
-    so the function is preserved; its optimizer state starts anew.
+    A new block is a copy of the block below with zeroed attention output and FFN down projections,
+    which preserves the function. Its optimizer state is fresh.
 
     Args:
-        target_layers: layers afterwards. Default: n + ⌈n/2⌉, or n + the number of positions.
-        positions: source layers that a new block follows (a layer may stand more than once).
-            Default: evenly spread.
-        new_blocks_only: train the new blocks alone. A frozen weight is not a frozen function:
-            at our scale this forgets more and learns less, so the default trains everything.
+        target_layers: number of layers of the result. Default: n + ⌈n/2⌉, or n + the number of
+            positions.
+        positions: source layers after which new blocks are inserted; repeat a layer for several
+            blocks. Default: evenly spread.
+        new_blocks_only: freeze all other blocks during training. Frozen weights do not freeze the
+            function: in our benchmarks this forgets more and learns less, so it is off.
     """
 
     name: ClassVar[str] = "llama_pro"
@@ -255,8 +258,8 @@ class LlamaPro(CopiedLayers):
                 raise refused(
                     "expansion.llama_pro.positions",
                     list(positions),
-                    f"name at least one source layer from 0 to {layers - 1} that a new "
-                    "block is to follow",
+                    f"list at least one source layer from 0 to {layers - 1}; each gets a new "
+                    "block after it",
                 )
             if target not in (None, layers + len(positions)):
                 raise refused(
@@ -274,7 +277,7 @@ class LlamaPro(CopiedLayers):
 
 
 def repeated_layers(sources: Sequence[int]) -> frozenset[int]:
-    """Return the target layers that are further copies of a layer that stands already."""
+    """Return the target layers that repeat the source of an earlier layer."""
     first = {source: target for target, source in reversed(list(enumerate(sources)))}
     return frozenset(target for target, source in enumerate(sources) if first[source] != target)
 
@@ -284,7 +287,7 @@ def _check_grows(method: str, target: int, layers: int, *, at_least: int) -> Non
         raise refused(
             f"expansion.{method}.target_layers",
             target,
-            f"the model has {_layers_text(layers)} already; ask for at least {at_least}",
+            f"the model already has {_layers_text(layers)}; set at least {at_least}",
         )
 
 

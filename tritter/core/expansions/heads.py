@@ -1,9 +1,9 @@
-"""Attention heads: what may be asked for.
+"""Expansion of attention heads.
 
-Query heads stand in groups, one per key/value head. `fresh` puts new heads beside the old ones of
-a group and new groups behind them; `copy` clones whole groups; `gqa` clones query heads within
-their group, or spreads them over copies of its key/value head; `split` makes two heads of half
-the size out of each.
+Query heads form groups, one per key/value head. `fresh` appends new heads to each group and new
+groups after them. `copy` clones whole groups. `gqa` clones query heads within their group, or
+distributes them over copies of its key/value head. `split` splits each head into two of half the
+size.
 """
 
 from __future__ import annotations
@@ -30,12 +30,15 @@ def head_targets(
     heads: int | None,
     kv_heads: int | None,
 ) -> Dimensions:
-    """Return `old` with the head counts and the head size that a strategy leads to.
+    """Return `old` with the head counts and the head size of a strategy.
 
     Args:
-        hidden_size: of the target; counts that are not asked for follow it where the proportion
-            is whole. Under `gqa` key/value heads stay.
-        heads: query heads that are asked for, if any; `kv_heads` likewise.
+        old: sizes of the source.
+        hidden_size: of the target. Head counts that are not set are scaled with it if the result
+            is an integer; under `gqa` key/value heads stay.
+        strategy: see the module.
+        heads: number of query heads, if set.
+        kv_heads: number of key/value heads, if set.
     """
     if strategy == "split":
         return replace(
@@ -44,12 +47,12 @@ def head_targets(
             num_key_value_heads=kv_heads or 2 * old.num_key_value_heads,
             head_dim=old.head_dim // 2,
         )
-    count = _followed(old.num_attention_heads, old.hidden_size, hidden_size)
+    count = _scaled(old.num_attention_heads, old.hidden_size, hidden_size)
     kv_count = old.num_key_value_heads
     if strategy == "gqa":
         count = count if count and count % (kv_heads or kv_count) == 0 else None
     else:
-        kv_count = _followed(kv_count, old.hidden_size, hidden_size) or 0
+        kv_count = _scaled(kv_count, old.hidden_size, hidden_size) or 0
     if not (count and kv_count):
         count, kv_count = old.num_attention_heads, old.num_key_value_heads
     return replace(
@@ -58,28 +61,28 @@ def head_targets(
 
 
 def check_heads(old: Dimensions, new: Dimensions, *, strategy: Strategy) -> None:
-    """Check head counts that are no smaller than the old ones.
+    """Check head counts that are not smaller than the old ones.
 
     Raises:
-        RequestError: the strategy cannot make them; names the nearest that it can.
+        RequestError: the strategy cannot make them; names the nearest possible ones.
     """
     if strategy == "split":
         if old.head_dim % 4:
             raise refused(
                 "expansion.width.head_strategy",
                 "split",
-                "it halves the size of a head, and rotary positions need an even one: "
-                f"head_dim {old.head_dim} is no multiple of 4. fresh, copy and gqa "
+                "it halves the head size, and rotary embeddings need an even size: "
+                f"head_dim {old.head_dim} is not a multiple of 4. fresh, copy and gqa "
                 "keep the size",
             )
         for name in ("num_attention_heads", "num_key_value_heads"):
-            asked, made = getattr(new, name), 2 * getattr(old, name)
-            if asked != made:
+            count, doubled = getattr(new, name), 2 * getattr(old, name)
+            if count != doubled:
                 raise refused(
                     f"expansion.width.{name}",
-                    asked,
+                    count,
                     f"{key_name('expansion.width.head_strategy')}=split makes two heads of "
-                    f"each, so it can only be {made}; leave it out",
+                    f"each, so it must be {doubled}; omit it",
                 )
         return
     heads, kv_heads = new.num_attention_heads, new.num_key_value_heads
@@ -111,7 +114,7 @@ def check_heads(old: Dimensions, new: Dimensions, *, strategy: Strategy) -> None
         raise refused(
             "expansion.width.num_key_value_heads",
             f"{kv_heads} with {heads_key} = {heads}",
-            f"it leaves {group_size(new)} query heads a group where the model has "
+            f"it leaves {group_size(new)} query heads per group, and the model has "
             f"{group_size(old)}; {heads_key} must be at least {least * kv_heads}",
         )
 
@@ -119,41 +122,40 @@ def check_heads(old: Dimensions, new: Dimensions, *, strategy: Strategy) -> None
 def check_normed_heads(
     model_type: str, old: Dimensions, new: Dimensions, *, strategy: Strategy
 ) -> None:
-    """Check head counts of a model whose queries are normed over all heads, and its keys.
+    """Check head counts of a model that normalises queries and keys over all heads.
 
-    The mean square over all heads stays what it is where each is copied as often as the others.
+    The mean square over all heads is preserved if all heads have the same number of copies.
 
     Raises:
-        RequestError: it would not stay; says which counts can be had.
+        RequestError: it would change; names the possible counts.
     """
-    if strategy == "split" or are_copied_alike(old, new, strategy=strategy):
+    if strategy == "split" or have_equal_copies(old, new, strategy=strategy):
         return
     heads, kv_heads = old.num_attention_heads, old.num_key_value_heads
     _, kv_key, strategy_key = _keys()
     raise refused(
         "expansion.width.num_attention_heads",
         f"{new.num_attention_heads} with {kv_key} = {new.num_key_value_heads}",
-        f"{model_type} norms the queries of all heads together, and the keys, so each head is "
-        f"copied equally often or none; allowed are {strategy_key}=copy with {heads} and "
-        f"{kv_heads} times a whole number, {strategy_key}=gqa with a multiple of {heads}, or the "
-        "counts that the model has",
+        f"{model_type} normalises queries and keys over all heads, so each head needs the same "
+        f"number of copies; use {strategy_key}=copy with a multiple of {heads} and {kv_heads}, "
+        f"{strategy_key}=gqa with a multiple of {heads}, or the current counts",
     )
 
 
 def check_filling_heads(
     model_type: str, old: Dimensions, new: Dimensions, *, strategy: Strategy
 ) -> None:
-    """Check heads of a model in which they have no size of their own, nor fewer keys than queries.
+    """Check heads of a model without `head_dim` and without grouped queries.
 
     Raises:
-        RequestError: says which counts can be had.
+        RequestError: names the possible counts.
     """
     if strategy in ("gqa", "split"):
         raise refused(
             "expansion.width.head_strategy",
             strategy,
-            f"{model_type} has a key and a value for each query head, and the "
-            "three lie together in one tensor; use copy or fresh",
+            f"{model_type} has a key and a value for each query head and stores all "
+            "three in one tensor; use copy or fresh",
         )
     allowed = new.hidden_size // old.head_dim
     for name in ("num_attention_heads", "num_key_value_heads"):
@@ -162,14 +164,14 @@ def check_filling_heads(
             raise refused(
                 f"expansion.width.{name}",
                 getattr(new, name),
-                f"the heads of {model_type} are together as wide as the stream and "
-                f"keep their size of {old.head_dim}, so at {hidden_size} = "
-                f"{new.hidden_size} allowed is only {allowed}; leave it out",
+                f"the heads of {model_type} fill the hidden size and keep their size of "
+                f"{old.head_dim}, so with {hidden_size} = {new.hidden_size} it must be "
+                f"{allowed}; omit it",
             )
 
 
-def are_copied_alike(old: Dimensions, new: Dimensions, *, strategy: Strategy) -> bool:
-    """Return whether every head, of queries and of keys, has the same number of copies."""
+def have_equal_copies(old: Dimensions, new: Dimensions, *, strategy: Strategy) -> bool:
+    """Return True if all query heads, and all key heads, have the same number of copies."""
     counts = (new.num_attention_heads, new.num_key_value_heads)
     if counts == (old.num_attention_heads, old.num_key_value_heads):
         return True
@@ -181,28 +183,28 @@ def are_copied_alike(old: Dimensions, new: Dimensions, *, strategy: Strategy) ->
 
 
 def spreads_groups(old: Dimensions, new: Dimensions) -> bool:
-    """Return whether groups are smaller than they were: no new one holds all of its source."""
+    """Return True if groups become smaller, so that no new group has all heads of its source."""
     return group_size(new) < group_size(old)
 
 
 def _keys() -> tuple[str, str, str]:
-    """Return what a person types for the two counts of heads, and for the strategy."""
+    """Return the option names of query heads, key/value heads and strategy."""
     names = ("num_attention_heads", "num_key_value_heads", "head_strategy")
     heads, kv_heads, strategy = (key_name(f"expansion.width.{name}") for name in names)
     return heads, kv_heads, strategy
 
 
 def group_size(dimensions: Dimensions) -> int:
-    """Return how many query heads a key/value head serves."""
+    """Return the number of query heads per key/value head."""
     return dimensions.num_attention_heads // dimensions.num_key_value_heads
 
 
-def _followed(count: int, old_size: int, new_size: int) -> int | None:
-    """Return the count in proportion to a size, where that is a whole number."""
+def _scaled(count: int, old_size: int, new_size: int) -> int | None:
+    """Return the count scaled with a size, or None if the result is not an integer."""
     return count * new_size // old_size if count * new_size % old_size == 0 else None
 
 
-UNEQUAL_RATIO = 9.0  # shares .9/.1 for two copies; clones of equal share never diverge
+UNEQUAL_RATIO = 9.0  # shares .9/.1 for two copies; copies of equal share never diverge
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,29 +212,29 @@ class HeadMaps:
     """The maps of the spaces of attention.
 
     Args:
-        query: of what q writes and o reads.
-        key_value: of what k and v write.
-        together: of what q, k and v of one head write below one another, head by head.
-        per_head: factor of the gains that all heads share (norms on q and k); None keeps them.
+        query: of the output of q, which o reads.
+        key_value: of the outputs of k and v.
+        interleaved: of the stacked outputs of q, k and v, head by head.
+        per_head: factor of the gains that all heads share (norms of q and k); None keeps them.
     """
 
     query: AxisMap
     key_value: AxisMap
-    together: AxisMap | None = None
+    interleaved: AxisMap | None = None
     per_head: AxisFactor | None = None
 
 
 def head_maps(
     old: Dimensions, new: Dimensions, *, strategy: Strategy, equal_shares: bool
 ) -> HeadMaps:
-    """Return the maps from the old heads to the new ones, which `check_heads` has let through."""
+    """Return the maps from the old heads to the new ones, after `check_heads`."""
     import torch
 
     if strategy == "split":
         return split_heads(old)
     if strategy != "fresh":
         return copied_heads(old, new, equal_shares=equal_shares)
-    # Each old head stays at its place in its key/value group; heads beside it are new
+    # Each old head keeps its position in its key/value group; the other heads are new
     old_group, new_group = group_size(old), group_size(new)
     query = torch.full((new.num_attention_heads,), -1)
     for head in range(old.num_key_value_heads):
@@ -246,24 +248,24 @@ def head_maps(
 def copied_heads(old: Dimensions, new: Dimensions, *, equal_shares: bool) -> HeadMaps:
     """Copy query heads into groups whose key/value head is a copy of their own.
 
-    While a new group holds all query heads of its source, their shares add up to the same for
-    each of them there, so the moments of k and v follow exactly. In smaller groups they cannot:
-    the share of a key/value head is then the mean of what its queries carry.
+    If a new group contains all query heads of its source, they have equal total shares, and the
+    moments of k and v map exactly. In smaller groups the share of a key/value head is the mean of
+    the shares of its queries.
     """
     import torch
 
     old_group, new_group = group_size(old), group_size(new)
     key_value = torch.arange(new.num_key_value_heads) % old.num_key_value_heads
-    place = torch.arange(new_group)
+    slot = torch.arange(new_group)
     if not spreads_groups(old, new):
-        position = (place % old_group).expand(new.num_key_value_heads, -1)
+        position = (slot % old_group).expand(new.num_key_value_heads, -1)
         kv_share = split_shares(key_value, old.num_key_value_heads, equal=equal_shares)
-        within = split_shares(place % old_group, old_group, equal=equal_shares)
+        within = split_shares(slot % old_group, old_group, equal=equal_shares)
         share = torch.outer(kv_share, within)
         source = key_value[:, None] * old_group + position
     else:
         copy = torch.arange(new.num_key_value_heads) // old.num_key_value_heads
-        position = (copy[:, None] * new_group + place) % old_group
+        position = (copy[:, None] * new_group + slot) % old_group
         source = key_value[:, None] * old_group + position
         share = split_shares(source.flatten(), old.num_attention_heads, equal=equal_shares)
         share = share.view(source.shape)
@@ -274,11 +276,11 @@ def copied_heads(old: Dimensions, new: Dimensions, *, equal_shares: bool) -> Hea
 
 
 def split_heads(old: Dimensions) -> HeadMaps:
-    """Make two heads of every other rotary pair each out of one head, gains from the first.
+    """Split each head into two, with alternating rotary pairs; gains come from the first.
 
-    Rotary positions turn coordinates i and i + head_dim/2 together, ever slower as i grows. In
-    heads of half the size pair i turns as pair 2i did: the even pairs keep their frequency, the
-    odd ones turn as their neighbour does. Nothing is copied, all weights only move.
+    RoPE rotates coordinates i and i + head_dim/2 together, with a frequency that falls with i. In
+    heads of half the size, pair i rotates as pair 2i did: even pairs keep their frequency, odd
+    pairs take that of their neighbour. Weights are only moved, not copied.
     """
     import torch
 
@@ -299,12 +301,12 @@ def split_heads(old: Dimensions) -> HeadMaps:
 
 def _of_heads(query: AxisMap, key_value: AxisMap, *, head_dim: int) -> HeadMaps:
     """Return the maps of coordinates for maps of whole heads."""
-    together = key_value.repeated(3 * head_dim)
-    return HeadMaps(query.repeated(head_dim), key_value.repeated(head_dim), together)
+    interleaved = key_value.repeated(3 * head_dim)
+    return HeadMaps(query.repeated(head_dim), key_value.repeated(head_dim), interleaved)
 
 
 def copied_sources(old_size: int, new_size: int, *, seed: int) -> Tensor:
-    """Return which old neuron each new one copies: whole rounds, each in a random order."""
+    """Return the old neuron that each new one copies: whole rounds, each in a random order."""
     import torch
 
     generator = torch.Generator().manual_seed(seed)
@@ -315,10 +317,10 @@ def copied_sources(old_size: int, new_size: int, *, seed: int) -> Tensor:
 
 
 def split_shares(source: Tensor, old_size: int, *, equal: bool) -> Tensor:
-    """Return the share of each copy; the copies of one source add up to 1.
+    """Return the share of each copy; the shares of one source add up to 1.
 
-    Unequal shares fall by a factor of nine from copy to copy (.9/.1 for two), so that no two
-    copies of a source have the same.
+    Unequal shares fall by a factor of nine from copy to copy (.9/.1 for two), so all copies of a
+    source differ.
     """
     import torch
 

@@ -1,14 +1,14 @@
-"""A dense model into a mixture of experts (sparse upcycling, Komatsuzaki et al., arXiv 2212.05055).
+"""Sparse upcycling of a dense model to a mixture of experts (Komatsuzaki et al., arXiv 2212.05055).
 
-Every FFN is copied n times behind a new router. The weights of the k chosen copies add up to one,
-so equal copies compute what the one FFN did, whatever the router says. In Qwen2-MoE an expert that
-every token meets takes the FFN's place (twice its output, behind a gate that starts at one half),
-and the routed copies start with silent outputs.
+Each FFN is copied n times after a new router. The weights of the k selected copies add up to one,
+so equal copies compute the function of the FFN for any routing. In Qwen2-MoE the shared expert
+takes over the FFN (with doubled output and a gate that starts at one half), and the outputs of the
+routed copies start at zero.
 
-Moments and importances of the copies are a policy, not a theorem: which tokens an expert sees
-depends on the router. They are carried as a balanced router would have it: each of C copies, of
-which a token takes k, gets 1/C of the gradient and, since its tokens are k/C of all and count 1/k
-each, 1/(C·k) of the gradient's variance (measured with 8 and 2: 0.051–0.059 for 0.0625).
+The moments and importances of copies depend on the routing, so their map assumes a balanced router.
+Each of C copies gets 1/C of the gradient. A copy processes k/C of the tokens with weight 1/k each,
+so it gets 1/(C·k) of the gradient's variance (measured with C = 8 and k = 2: 0.051–0.059 instead of
+0.0625).
 """
 
 from __future__ import annotations
@@ -41,18 +41,18 @@ DEFAULT_COPIES, DEFAULT_COPIES_PER_TOKEN = 8, 2
 
 @options
 class Moe:
-    """Copy each FFN into experts behind a new router.
+    """Copy each FFN into experts after a new router.
 
     Args:
-        num_experts: of a layer, in all. Default: 8 copies of the FFN.
-        experts_per_token: k. Default: 2 copies' worth.
-        noise: standard deviation, relative to the source's, added to every copy but the first.
-            Without it all copies start equal and the text gives the router no gradient.
-        reinit_fraction: share of each expert's neurons drawn anew with the source's mean and
-            deviation, other ones in each expert (Drop-Upcycling, arXiv 2502.19261).
-        granularity: pieces that each copy is cut into. The pieces of a copy share their router
-            row, so that at the start a token takes all of them or none.
-        layers: that get experts; the others keep their FFN. Default: all.
+        num_experts: number of experts per layer. Default: 8 copies of the FFN.
+        experts_per_token: k. Default: 2 copies.
+        noise: relative standard deviation of the noise on every copy but the first. Without it all
+            copies start equal, and the language-modelling loss gives the router no gradient.
+        reinit_fraction: fraction of each expert's neurons that are reinitialised with the mean and
+            deviation of the source, different in each expert (Drop-Upcycling, arXiv 2502.19261).
+        granularity: number of pieces of each copy. The pieces of a copy share their router row, so
+            at first a token is routed to all of them or none.
+        layers: layers that get experts; the others keep their FFN. Default: all.
     """
 
     name: ClassVar[str] = "moe"
@@ -83,9 +83,9 @@ class Moe:
             raise RequestError(
                 Problem(
                     "expansion.moe",
-                    reason=f"the FFNs of this model are {min(widths)} to {max(widths)} wide, and "
-                    "experts have one width in all layers; export --format hf pads them "
-                    "to the widest, and what it writes can be expanded",
+                    reason=f"the FFNs of this model are {min(widths)} to {max(widths)} wide, but "
+                    "experts have one width in all layers; pad the FFNs with export --format hf, "
+                    "then expand the result",
                 )
             )
         total, chosen, pieces = self.total_experts, self.chosen_experts, self.granularity
@@ -95,8 +95,7 @@ class Moe:
             raise refused(
                 "expansion.moe.experts_per_token",
                 chosen,
-                f"a token cannot take more than the {total} experts of a layer; "
-                f"allowed is at most {total}",
+                f"a layer has {total} experts; must be at most {total}",
             )
         width = dimensions.intermediate_size
         size, rest = divmod(width, pieces)
@@ -111,7 +110,7 @@ class Moe:
         dense_layers = self._dense_layers(dimensions.num_hidden_layers)
         for key in ("rms_norm_eps", "rope_parameters"):
             if config.get(key) is None:
-                reason = f"{key} is missing, and {partner.model_type} needs it."
+                reason = f"{key} is missing, but {partner.model_type} needs it."
                 raise RequestError(f"config.json: {reason}")
         return {
             **{key: value for key, value in config.items() if key not in _DENSE_KEYS},
@@ -142,31 +141,31 @@ class Moe:
         dimensions = partner.dimensions(target)
         active, total = partner.count_active_parameters(target), partner.count_parameters(target)
         notes = [
-            f"{family.model_type} → {partner.model_type}: {dimensions.num_experts} experts a "
-            f"layer, {dimensions.experts_per_token} a token; {active:,} of {total:,} parameters "
-            "are active for a token"
+            f"{family.model_type} → {partner.model_type}: {dimensions.num_experts} experts per "
+            f"layer, {dimensions.experts_per_token} per token; {active:,} of {total:,} parameters "
+            "are active per token"
         ]
         if dimensions.shared_expert_size:
             notes.append(
-                "the shared expert computes what the FFN did and the routed ones start silent, so "
-                "nothing changes at step 0, whatever the noise"
+                "the shared expert replaces the FFN and the routed experts start with zero output, "
+                "so the function is preserved at step 0, with any noise"
             )
         dense = self._dense_layers(dimensions.num_hidden_layers)
         if dense:
             notes.append(f"dense layers: {', '.join(map(str, dense))}")
         if self.is_exact:
             notes.append(
-                "all copies start equal: the text gives the router no gradient until they differ, "
-                "only a balance loss does"
+                "all copies start equal: until they differ, only a balance loss gives the router a "
+                "gradient"
             )
         if self.granularity > 1:
             notes.append(
-                f"the {self.granularity} pieces of a copy are routed together at the start only"
+                f"the {self.granularity} pieces of a copy are routed together only at the start"
             )
         if dimensions.hidden_size % 8 or dimensions.expert_size % 8:
             notes.append(
                 f"hidden size {dimensions.hidden_size} and expert size {dimensions.expert_size} "
-                "are not both multiples of 8, which the default kernel of transformers wants; "
+                "are not both multiples of 8, which the default kernel of transformers needs; "
                 'load it with experts_implementation="eager"'
             )
         return tuple(notes)
@@ -179,7 +178,7 @@ class Moe:
             raise refused(
                 "expansion.moe.layers",
                 list(self.layers),
-                f"name at least one layer from 0 to {layers - 1} that is to get experts",
+                f"list at least one layer from 0 to {layers - 1} to get experts",
             )
         return tuple(sorted(set(range(layers)) - set(self.layers)))
 
@@ -194,18 +193,19 @@ def _check_count(name: str, value: int, *, at_least: int, multiple_of: int) -> N
     raise refused(
         f"expansion.moe.{name}",
         value,
-        f"allowed is {whole}at least {at_least}; nearest: {' or '.join(map(str, counts))}",
+        f"must be {whole}at least {at_least}; nearest: {' or '.join(map(str, counts))}",
     )
 
 
 @dataclass(frozen=True, slots=True)
 class Copies:
-    """The maps of one upcycling.
+    """The tensor maps of one upcycling.
 
     Args:
         spec: its options.
-        partner: the family with experts; `target` is a config of it.
-        seed: of fills, noise, and what is drawn anew.
+        partner: the family with experts.
+        target: config of the result.
+        seed: of fills, noise and reinitialised neurons.
     """
 
     spec: Moe
@@ -224,7 +224,7 @@ class Copies:
         if tensor.kind == "router":
             fill = Fill(
                 kind="random",
-                std=1 / math.sqrt(shape[1]),  # logits of about unit scale, whatever the hidden size
+                std=1 / math.sqrt(shape[1]),  # logits of about unit scale for any hidden size
                 seed=derived_seed(self.seed, "fill", tensor.name),
                 repeat=self.spec.granularity,
             )
@@ -242,14 +242,14 @@ class Copies:
         spec, dimensions = self.spec, self.partner.dimensions(self.target)
         copy, piece = divmod(expert, spec.granularity)
         is_down, is_silent = tensor.kind == "experts.down", dimensions.shared_expert_size > 0
-        # The k weights of a token are split over the pieces: what these write is as much larger
+        # The k weights of a token are split over the pieces, so their outputs are scaled up
         scale = float(spec.granularity) if is_down else 1.0
         factor = self._factors.get((piece, is_down))
         if factor is None:
             stem = f"layers.{tensor.layer}.experts.{expert}"
             factor = self._factor(piece, dimensions.expert_size, scale, stem)
         if not spec.reinit_fraction:
-            # The same for all copies: kept for each, they would take more than the largest tensor
+            # Shared by all copies: one per copy would need more memory than the largest tensor
             self._factors[piece, is_down] = factor
         fill = Fill("matched", scale=scale, seed=derived_seed(self.seed, "fill", tensor.name))
         return TensorMap(
@@ -257,7 +257,7 @@ class Copies:
             axes=(None, factor) if is_down else (factor, None),
             fill=fill if spec.reinit_fraction else Fill(),
             is_zeroed=is_down and is_silent,
-            # Behind silent outputs there is no gradient that dense moments could stand for
+            # Zero outputs have no gradient, so dense moments do not apply
             state="fresh" if is_silent else "carry",
             noise=scale * spec.noise if copy else 0.0,
             noise_seed=derived_seed(self.seed, "noise", tensor.name),
@@ -269,8 +269,8 @@ class Copies:
 
         Args:
             size: neurons of one expert.
-            scale: what the weights are multiplied with.
-            stem: name of the expert; neurons that are drawn anew are the same in all its tensors.
+            scale: factor of the weights.
+            stem: name of the expert; all its tensors reinitialise the same neurons.
         """
         import torch
 
@@ -279,7 +279,7 @@ class Copies:
         generator = torch.Generator().manual_seed(derived_seed(self.seed, "redrawn", stem))
         index[torch.randperm(size, generator=generator)[: round(spec.reinit_fraction * size)]] = -1
         kept = (index >= 0).double()
-        share = spec.granularity / spec.total_experts  # of the dense gradient, the router balanced
+        share = spec.granularity / spec.total_experts  # of the dense gradient, if balanced
         chosen = spec.chosen_experts / spec.granularity
         return AxisFactor(
             index,
@@ -289,11 +289,10 @@ class Copies:
         )
 
 
-# Dense families, and the family with experts that computes the same with one expert's weights.
+# Dense families and their partners with experts, which compute the same function per expert.
 #
-# A partner's config states every key that its class reads: where dense and sparse class have
-# other defaults (eps, rotary base, sliding window), a default would change the function in
-# silence.
+# A partner's config sets every key that its class reads: the defaults of dense and sparse classes
+# differ (eps, rotary base, sliding window), which would silently change the function.
 
 PARTNERS: Mapping[str, Family] = {
     "llama": MIXTRAL,
@@ -301,61 +300,61 @@ PARTNERS: Mapping[str, Family] = {
     "qwen2": QWEN2_MOE,
     "qwen3": QWEN3_MOE,
 }
-# What a dense class reads and its partner does not, or reads in another sense
+# Keys that the partner of a dense class does not read, or reads differently
 _DENSE_KEYS = ("pretraining_tp", "mlp_bias", "layer_types", "max_window_layers")
-# Why a family stays dense although there is one with experts that is named like it
+# Reasons that a family has no partner despite an MoE family of the same name
 _REASONS: Mapping[str, str] = {
-    "phi3": "phimoe has LayerNorm in place of RMSNorm and routes by a rule of its own",
-    "granite": "the experts of granitemoe share one tensor on disk, which is not read",
+    "phi3": "phimoe has LayerNorm instead of RMSNorm, and its own routing rule",
+    "granite": "granitemoe stores experts in one tensor on disk, which is not supported",
 }
-_MISTRAL_WINDOW = 4096  # what the class takes where the config is silent
+_MISTRAL_WINDOW = 4096  # default of the class
 
 
 def partner_of(family: Family) -> Family:
-    """Return the family that a dense family becomes.
+    """Return the family with experts that a dense family is upcycled to.
 
     Raises:
-        RequestError: it has experts already, or there is no partner; names those that have one.
+        RequestError: the family already has experts, or no partner; lists those that have one.
     """
     if family.model_type in PARTNERS:
         return PARTNERS[family.model_type]
-    having = ", ".join(f"{dense} ({sparse.model_type})" for dense, sparse in PARTNERS.items())
+    supported = ", ".join(f"{dense} ({sparse.model_type})" for dense, sparse in PARTNERS.items())
     if family.has_experts:
         raise RequestError(
             Problem(
                 "expansion.moe",
                 reason="it makes a dense model sparse, and "
-                f"{family.model_type} has experts already; it takes {having}. To add experts use "
-                f"{setting('expansion', 'moe_add')}",
+                f"{family.model_type} has experts already; it supports {supported}. To add "
+                f"experts use {setting('expansion', 'moe_add')}",
             )
         )
     reason = _REASONS.get(family.model_type, "transformers has none for it")
     raise RequestError(
         Problem(
             "expansion.moe",
-            reason=f"{family.model_type} is one of the families without a MoE partner ({reason}); "
-            f"those that have one: {having}",
+            reason=f"{family.model_type} has no MoE partner ({reason}); families that have one: "
+            f"{supported}",
         )
     )
 
 
 def _keys_of_partner(partner: Family, config: Config, dense_layers: tuple[int, ...]) -> Config:
-    """Return what the partner's config says besides, by a dense one.
+    """Return the remaining keys of the partner's config, derived from the dense config.
 
     Raises:
-        RequestError: the source has something that its partner has no place for.
+        RequestError: the source has a feature that its partner lacks.
     """
     if partner is MIXTRAL:
         biases = [key for key in ("attention_bias", "mlp_bias") if config.get(key)]
         if biases:
             raise RequestError(
-                f"config.json: {biases[0]} = True, and mixtral, the partner of "
+                f"config.json: {biases[0]} = True, but mixtral, the partner of "
                 f"{config['model_type']}, has no biases."
             )
         if dense_layers:
             reason = (
-                f"it leaves layers {', '.join(map(str, dense_layers))} dense, and in mixtral every "
-                "layer has experts; leave it out (qwen2 and qwen3 may have both)"
+                f"it leaves layers {', '.join(map(str, dense_layers))} dense, but in mixtral every "
+                "layer has experts; omit it (qwen2 and qwen3 support both)"
             )
             raise RequestError(Problem("expansion.moe.layers", reason=reason))
         is_llama = config["model_type"] == "llama"
@@ -364,7 +363,7 @@ def _keys_of_partner(partner: Family, config: Config, dense_layers: tuple[int, .
     pattern = {
         "decoder_sparse_step": 1,
         "mlp_only_layers": list(dense_layers),
-        "norm_topk_prob": True,  # without it k experts of equal weights add up to less than one
+        "norm_topk_prob": True,  # else the weights of k experts add up to less than one
     }
     kinds = _attention_kinds(config)
     if partner is QWEN2_MOE:
@@ -380,7 +379,7 @@ def _keys_of_partner(partner: Family, config: Config, dense_layers: tuple[int, .
         }
     if len(set(kinds)) > 1:
         raise RequestError(
-            "config.json: layer_types mixes full and sliding attention, and qwen3_moe, the partner "
+            "config.json: layer_types mixes full and sliding attention, but qwen3_moe, the partner "
             "of qwen3, has one kind for all layers."
         )
     is_windowed = set(kinds) == {"sliding_attention"}
@@ -393,11 +392,11 @@ def _keys_of_partner(partner: Family, config: Config, dense_layers: tuple[int, .
 
 
 def _attention_kinds(config: Config) -> list[object]:
-    """Return the kind of attention of every layer, derived as Qwen's classes do if not stated."""
-    layers, stated = config["num_hidden_layers"], config.get("layer_types")
+    """Return the kind of attention of each layer, by default as in Qwen's classes."""
+    layers, kinds = config["num_hidden_layers"], config.get("layer_types")
     assert isinstance(layers, int)
-    if isinstance(stated, list | tuple):
-        return list(stated)
+    if isinstance(kinds, list | tuple):
+        return list(kinds)
     first = config.get("max_window_layers", 28) if config.get("use_sliding_window") else layers
     assert isinstance(first, int)
     return ["full_attention" if layer < first else "sliding_attention" for layer in range(layers)]

@@ -1,11 +1,10 @@
-"""More experts in a model that has some: appended and closed at first, or all of them twice.
+"""More experts in a mixture-of-experts model: appended and disabled at first, or doubled.
 
-`append` adds any number of experts. Their logits get an offset of −∞, so that no token meets them
-and the function is kept whatever they hold; the training that follows raises the offset to 0. A
-stock class knows no offset: until then the folder is exact in Tritter alone. `replicate` doubles
-the experts and the experts per token: each token meets both copies of what it met before, at half
-the weight each (a softmax over twice the experts, or its top part renormalised), which stock
-classes compute as well.
+`append` adds any number of experts. A logit offset of −∞ keeps tokens away from them, which
+preserves the function for any weights; training raises the offset to 0. Stock classes ignore the
+offset, so until then the folder is exact in Tritter only. `replicate` doubles the experts and the
+experts per token: each token is routed to both copies of its experts at half the weight (a softmax
+over twice the experts, or a renormalised top-k). That is exact in stock classes too.
 """
 
 from __future__ import annotations
@@ -32,19 +31,18 @@ class MoeAdd:
     """More experts in every layer that has experts.
 
     Args:
-        num_experts: how many are added. Default: 4 for append; replicate adds as many as there
-            are.
+        num_experts: number of added experts. Default: 4 for append; replicate doubles the experts.
         addition: `append`, exact in Tritter, with a router offset that starts at −∞; or
             `replicate`, twice the experts and twice as many per token, exact in stock classes.
         init: of appended experts and their router rows: `clone` of one expert, `mean` of all,
-            `random` with the spread of what is there, `best`: a clone of the expert of each layer
-            that domain data moves most, or `distill`: clones, which are to be trained to answer
-            as `teacher` does before any token meets them.
-        clone_from: the expert that is cloned: one index, or one for each layer that has experts.
-            Default: 0; under `best` what the data chose.
-        teacher: under `distill` a folder or hub id of a model with the same vocabulary.
-        noise: on new copies of experts, relative to their deviation; without it copies stay
-            equal.
+            `random` with the mean and deviation of the existing ones, `best`: clone of the expert
+            of each layer with the largest gradient on domain data, or `distill`: clones that
+            learn from `teacher` before any token is routed to them.
+        clone_from: the expert to clone: one index, or one for each layer with experts. Default: 0;
+            under `best` the experts that the data selects.
+        teacher: folder or hub id of a model with the same vocabulary, for `distill`.
+        noise: relative standard deviation of the noise on new copies of experts; without it copies
+            stay equal.
     """
 
     name: ClassVar[str] = "moe_add"
@@ -63,34 +61,34 @@ class MoeAdd:
 
     @property
     def is_chosen_by_data(self) -> bool:
-        """True while only domain data can say which experts are cloned."""
+        """True if domain data must select the experts to clone."""
         return self.init == "best" and self.clone_from is None
 
     @property
     def is_exact(self) -> bool:
-        """True of append whatever the new experts hold: no token meets them at step 0."""
+        """True for append with any weights: no token is routed to new experts at step 0."""
         return self.is_append or self.noise == 0
 
     def problems(self, before: Sequence[ExpansionSpec], *, has_experts: bool) -> Iterator[Problem]:
-        """Yield why new experts can't begin in a run as was asked for.
+        """Yield the problems of the initialisation of new experts in a run.
 
         Args:
             before: expansions of the run before this one.
-            has_experts: the model that the run starts from has some.
+            has_experts: the initial model of the run has experts.
         """
         if not self.is_chosen_by_data:
             return
         key, reason = "expansion.moe_add.init", ""
         if not has_experts:
             reason = (
-                "the experts that moe makes of one FFN are alike; use clone, or add experts to a "
-                "model that has some"
+                "the experts that moe makes from one FFN are equal; use clone, or add experts to a "
+                "model that already has experts"
             )
             yield Problem(key, self.init, reason=reason)
         if deeper := [spec.name for spec in before if spec.expansion_type == "depth"]:
             reason = (
-                "the experts are chosen layer by layer in the model that the run starts from; let "
-                f"moe_add come before {' and '.join(deeper)}"
+                "the experts are chosen layer by layer in the initial model; put moe_add before "
+                f"{' and '.join(deeper)}"
             )
             yield Problem(key, self.init, reason=reason)
 
@@ -106,7 +104,7 @@ class MoeAdd:
                     "expansion.moe_add.num_experts",
                     added,
                     f"{key_name('expansion.moe_add.init')}=distill sends every token to "
-                    f"{size.experts_per_token} of the new experts; allowed is at least "
+                    f"{size.experts_per_token} of the new experts; must be at least "
                     f"{size.experts_per_token}",
                 )
             return {**config, key: size.num_experts + added}
@@ -131,7 +129,7 @@ class MoeAdd:
             raise refused(
                 "expansion.moe_add.init",
                 "best",
-                "domain data chooses the expert, so it works in a run of train.py, and with "
+                "domain data selects the expert, so it needs a run of train.py, or "
                 f"--domain-data; or use clone with {key_name('expansion.moe_add.clone_from')}",
             )
         import torch
@@ -150,7 +148,7 @@ class MoeAdd:
             elif self.is_append:
                 shape = family.shape(tensor, source)
                 tensors[name] = self._appended(tensor, cloned[tensor.layer], old, shape, seed)
-            else:  # one of two copies; each gets half of the gradient
+            else:  # one of two copies, each with half of the gradient
                 ones = torch.ones(family.shape(tensor, source)[0], dtype=torch.float64)
                 is_copy = tensor.expert >= old
                 tensors[name] = TensorMap(
@@ -166,13 +164,13 @@ class MoeAdd:
     def _appended(
         self, tensor: LogicalTensor, source: int, num_old: int, shape: Sequence[int], seed: int
     ) -> TensorMap:
-        """Return the map of a new expert's matrix; its state starts anew, whatever it holds."""
+        """Return the map of a new expert's matrix, with fresh state."""
         import torch
 
         if self.init == "random":
-            nothing = torch.zeros(shape[0], dtype=torch.float64)
+            zeros = torch.zeros(shape[0], dtype=torch.float64)
             axes: list[AxisFactor | None] = [None] * len(shape)
-            axes[0] = AxisFactor(torch.full((shape[0],), -1), nothing, nothing.clone())
+            axes[0] = AxisFactor(torch.full((shape[0],), -1), zeros, zeros.clone())
             fill = Fill("matched", seed=derived_seed(seed, "fill", tensor.name))
             return TensorMap(_of_expert(tensor, 0), tuple(axes), fill=fill, state="fresh")
         blend = tuple(_of_expert(tensor, e) for e in range(1, num_old))
@@ -213,8 +211,8 @@ class MoeAdd:
         if self.is_append:
             return (
                 f"{grown}, still {new.experts_per_token} per token ({after:,} active parameters)",
-                "the new ones are closed by a router offset of -inf, which lies in state/; stock "
-                "transformers computes the same only once training has raised it to 0",
+                "a router offset of -inf in state/ disables the new experts; stock transformers "
+                "computes the same function only after training has raised it to 0",
             )
         per_token = f"{old.experts_per_token} → {new.experts_per_token} per token"
         return (f"{grown}, {per_token} (active parameters {before:,} → {after:,})",)
@@ -230,34 +228,35 @@ class MoeAdd:
             raise refused(
                 f"expansion.moe_add.{key}",
                 value,
-                f"{addition}=replicate clones every expert; {addition}=append takes it",
+                f"it requires {addition}=append; {addition}=replicate clones every expert",
             )
         if (self.init == "distill") != (self.teacher is not None):
             raise refused(
                 "expansion.moe_add.teacher",
                 self.teacher,
-                f"{init}=distill learns from a teacher, a folder or hub id, and no other has one "
-                f"({init} = {self.init})",
+                f"{init}=distill requires a teacher, a folder or hub id, and other values do not "
+                f"use one ({init} = {self.init})",
             )
         if self.init in ("mean", "random") and self.clone_from is not None:
             raise refused(
                 "expansion.moe_add.clone_from",
                 list(self.clone_from),
-                f"{init}={self.init} clones none; use {init}=clone",
+                f"{init}={self.init} does not clone an expert; use {init}=clone",
             )
         if self.init == "random" and self.noise not in (0, DEFAULT_NOISE):
             raise refused(
                 "expansion.moe_add.noise",
                 self.noise,
-                f"it goes on copies, and {init}=random makes none; use {init}=clone or {init}=mean",
+                f"only copies get noise, and {init}=random makes none; use {init}=clone or "
+                f"{init}=mean",
             )
         donors = () if self.clone_from is None else self.clone_from
         wrong = [expert for expert in donors if not 0 <= expert < num_experts]
         reason = ""
         if self.clone_from is not None and len(donors) not in (1, num_layers):
-            reason = f"allowed is one expert, or one for each of {num_layers} layers with experts"
+            reason = f"must be one expert, or one for each of {num_layers} layers with experts"
         elif wrong:
-            reason = f"there is no expert {wrong[0]}; allowed are 0 to {num_experts - 1}"
+            reason = f"there is no expert {wrong[0]}; must be from 0 to {num_experts - 1}"
         if reason:
             raise refused("expansion.moe_add.clone_from", list(donors), reason)
 
@@ -266,7 +265,7 @@ def sparse_layers(family: Family, config: Config) -> tuple[int, ...]:
     """Return the layers that have experts.
 
     Raises:
-        RequestError: there are none.
+        RequestError: no layer has experts.
     """
     kinds = family.layer_kinds(config)
     sparse = tuple(layer for layer, kind in enumerate(kinds) if kind == "sparse")
@@ -274,8 +273,8 @@ def sparse_layers(family: Family, config: Config) -> tuple[int, ...]:
         raise RequestError(
             Problem(
                 "expansion.moe_add",
-                reason=f"a {family.model_type} model without experts has none to add to; use moe "
-                f"first ({setting('expansion', ['moe', 'moe_add'])})",
+                reason=f"this {family.model_type} model has no experts; apply moe first "
+                f"({setting('expansion', ['moe', 'moe_add'])})",
             )
         )
     return sparse

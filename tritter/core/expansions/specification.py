@@ -1,4 +1,4 @@
-"""What every expansion is: a record of options that yields a target config and a parameter map."""
+"""The interface of expansions: options that determine a target config and a parameter map."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -21,19 +21,19 @@ class ExpansionSpec(Protocol):
 
     @property
     def is_exact(self) -> bool:
-        """True when the method claims to preserve the function at step 0."""
+        """True if the method preserves the function at step 0."""
         ...
 
     @property
     def new_blocks_only(self) -> bool:
-        """True when only tensors without a history are to be trained."""
+        """True if training updates new tensors only."""
         ...
 
     def target_config(self, family: Family, config: Config) -> Config:
         """Return the config after the expansion.
 
         Raises:
-            RequestError: the targets cannot be had; names the nearest that can.
+            RequestError: the targets are impossible; names the nearest possible ones.
         """
         ...
 
@@ -44,13 +44,13 @@ class ExpansionSpec(Protocol):
         ...
 
     def notes(self, family: Family, source: Config, target: Config) -> tuple[str, ...]:
-        """Return what was decided on the person's behalf, a sentence each."""
+        """Return the decisions made by defaults, one sentence each."""
         ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ResolvedExpansion:
-    """One expansion, resolved against the model that it meets."""
+    """One expansion, resolved against its source model."""
 
     spec: ExpansionSpec
     source_config: Config
@@ -67,7 +67,7 @@ def target_config(source_config: Config, specs: Sequence[ExpansionSpec]) -> Conf
     """Return the config after all `specs` in order, without building any map.
 
     Raises:
-        RequestError: unknown family, or targets that cannot be had.
+        RequestError: unknown family, or impossible targets.
     """
     config = source_config
     for spec in specs:
@@ -76,7 +76,7 @@ def target_config(source_config: Config, specs: Sequence[ExpansionSpec]) -> Conf
 
 
 def is_possible(source_config: Config, spec: ExpansionSpec) -> bool:
-    """Return whether an expansion can be had of a model of `source_config`."""
+    """Return True if a model of `source_config` can be expanded by `spec`."""
     try:
         target_config(source_config, [spec])
     except RequestError:
@@ -85,7 +85,7 @@ def is_possible(source_config: Config, spec: ExpansionSpec) -> bool:
 
 
 def _checked_target(spec: ExpansionSpec, config: Config) -> Config:
-    """Return the config after an expansion, whose sizes no limit forbids."""
+    """Return the config after an expansion, after checking it against the size limits."""
     target = spec.target_config(family_of(config), config)
     try:
         check_size(family_of(target), target)
@@ -98,21 +98,21 @@ def _checked_target(spec: ExpansionSpec, config: Config) -> Config:
 
 
 def checked_specs(specs: object) -> tuple[ExpansionSpec, ...]:
-    """Return expansions as a program handed them over, once their options are right.
+    """Return the expansions of a Python call after checking their options.
 
     Raises:
-        RequestError: there is none, something else is among them, or an option is wrong.
+        RequestError: the list is empty, an entry is not an expansion, or an option is invalid.
     """
     if not isinstance(specs, list | tuple):
         raise RequestError(
-            f"specs = {brief(specs)}: give a list of expansions, such as [Width(), LlamaPro()]."
+            f"specs = {brief(specs)}: pass a list of expansions, such as [Width(), LlamaPro()]."
         )
     if not specs:
         raise RequestError("expand needs at least one expansion.")
     for spec in specs:
         if not is_options(type(spec)) or not hasattr(spec, "target_config"):
             raise RequestError(
-                f"specs: {brief(spec)} is no expansion; those of Tritter are Dus(), Stack(), "
+                f"specs: {brief(spec)} is not an expansion; expansions are Dus(), Stack(), "
                 "Interpolate(), LlamaPro(), Width(), Moe() and MoeAdd()."
             )
     raise_problems([p for spec in specs for p in checked(spec, prefix=f"expansion.{spec.name}")])
@@ -125,12 +125,12 @@ def build_steps(
     """Resolve `specs` one after the other against a model of `source_config`.
 
     Raises:
-        RequestError: unknown family, or targets that cannot be had.
+        RequestError: unknown family, or impossible targets.
     """
     steps: list[ResolvedExpansion] = []
     source = source_config
     for position, spec in enumerate(specs):
-        family = family_of(source)  # an expansion into experts changes it on the way
+        family = family_of(source)  # changes after an expansion into experts
         target = _checked_target(spec, source)
         parameter_map = spec.parameter_map(family, source, target, seed=seed + position)
         notes = spec.notes(family, source, target)
@@ -140,7 +140,7 @@ def build_steps(
 
 
 def composed(steps: Sequence[ResolvedExpansion], source_config: Config) -> "ParameterMap":
-    """Return the map of all steps in a row; of none, the one that leaves all as it is."""
+    """Return the composed map of all steps; the identity without steps."""
     from tritter.core.parameter_map import ParameterMap
 
     if steps:

@@ -1,4 +1,4 @@
-"""From a parameter count to a shape: the target of one method that comes nearest."""
+"""From a parameter count to a shape: the nearest target of one method."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -14,9 +14,9 @@ from tritter.errors import Problem, RequestError, refused
 from tritter.limits import MAX_EXPERTS, MAX_LAYERS, MAX_WIDTH
 
 TOLERANCE = 0.1
-_MAX_GROWTH = 64  # times the source, where the search for a shape gives up
-_MAX_COPIES = 1024  # of an FFN, likewise
-_MAX_WIDTHS = 2**14  # hidden sizes that are looked at; beyond 10 B parameters they get coarser
+_MAX_GROWTH = 64  # limit of the search, as a multiple of the source
+_MAX_COPIES = 1024  # limit of the search for copies of an FFN
+_MAX_WIDTHS = 2**14  # number of hidden sizes to try; coarser beyond 10 B parameters
 
 
 def reach_parameters(
@@ -24,19 +24,18 @@ def reach_parameters(
 ) -> tuple[ExpansionSpec, ...]:
     """Return `specs` with the one open target set to the shape nearest to `target` parameters.
 
-    Depth methods choose the number of layers, width the hidden size (the FFN and, where the
-    proportion is whole, the heads follow), moe and moe_add the number of experts.
+    Depth methods choose the number of layers, moe and moe_add the number of experts. Width chooses
+    the hidden size; the FFN is scaled with it, and so are the heads if the result is an integer.
 
     Raises:
-        RequestError: several methods leave it open what is to grow, the target is not above the
-            model's size, the method's own target is given too, or the nearest shape is more than
-            10 % off.
+        RequestError: there are several methods, the target does not exceed the model's size, the
+            method also has its own target, or the nearest shape is more than 10 % off.
     """
     if len(specs) != 1:
         names = ", ".join(spec.name for spec in specs)
         reason = (
-            f"with the methods {names} it is open which of them is to reach it; use it with one "
-            "method, or give each method its own target"
+            f"it needs exactly one method, not {names}; use one method, or set the target of each "
+            "method"
         )
         raise RequestError(Problem("target_params", reason=reason))
     (spec,) = specs
@@ -45,24 +44,22 @@ def reach_parameters(
         raise refused(
             "target_params",
             f"{target:,}",
-            f"the model has {source:,} already; an expansion only grows",
+            f"the model already has {source:,} parameters; set a larger target",
         )
     candidates: list[tuple[ExpansionSpec, int]] = []
     for candidate in _candidates(config, spec):
         if is_possible(config, candidate):
             candidates.append((candidate, count_parameters(target_config(config, [candidate]))))
-            if candidates[-1][1] > target:  # they come in growing order
+            if candidates[-1][1] > target:  # candidates are sorted by size
                 break
     if not candidates:
-        raise RequestError(
-            Problem("target_params", reason=f"{spec.name} has no shape to offer for this model")
-        )
+        raise RequestError(Problem("target_params", reason=f"{spec.name} can't expand this model"))
     best, count = min(candidates, key=lambda pair: abs(pair[1] - target))
     if abs(count - target) > TOLERANCE * target:
         raise refused(
             "target_params",
             f"{target:,}",
-            f"{spec.name} comes no nearer than {count:,} ({_describe(best)}), more "
+            f"the nearest shape of {spec.name} has {count:,} parameters ({_describe(best)}), more "
             f"than 10 % off; its smallest step gives {candidates[0][1]:,}",
         )
     return (best,)
@@ -99,7 +96,7 @@ def _candidates(config: Config, spec: ExpansionSpec) -> Iterator[ExpansionSpec]:
         case MoeAdd(num_experts=None):
             yield spec
         case _:
-            reason = f"{spec.name} has a target of its own ({_describe(spec)}); give one of them"
+            reason = f"{spec.name} already has a target ({_describe(spec)}); set only one of them"
             raise RequestError(Problem("target_params", reason=reason))
 
 

@@ -1,16 +1,16 @@
-"""Width: hidden size, FFN and attention heads grown, as a rule without changing the function.
+"""Width expansions of hidden size, FFN and attention heads, mostly function-preserving.
 
-`fresh` keeps the old model as a block and gives everything beside it new directions: producers
-write zero, consumers are random at natural scale. `net2net` (arXiv 1511.05641) copies neurons and
-heads and splits what consumers read between the copies; the residual stream is repeated as a
-whole. `zero_pad` copies neurons and heads and pads the residual stream as `fresh` does. In all of
-them the RMSNorm sees a root mean square that shrank by √(k·d/D) (k copies of d coordinates among
-D), so its gain is scaled by that and eps by k·d/D. Norms per head behind q and k share that eps,
-so q and k are scaled with it. `aki` (arXiv 2110.07143) reads as `net2net` does, but what its
-second copies compute comes from the layer above, so the function changes.
+`fresh` keeps the old model as a block and adds new directions: producers write zero to them,
+consumers are random at natural scale. `net2net` (arXiv 1511.05641) copies neurons and heads and
+splits the weights of consumers between the copies; the residual stream is repeated as a whole.
+`zero_pad` copies neurons and heads and pads the residual stream as `fresh` does. In all of them the
+RMS of the stream shrinks by √(k·d/D) (k copies of d coordinates among D). So the gain of an RMSNorm
+is scaled by that factor and eps by k·d/D. Norms per head after q and k share this eps, so q and k
+are scaled as well. `aki` (arXiv 2110.07143) works like `net2net`, but further copies take their
+weights from the layer above, so the function changes.
 
-A LayerNorm subtracts the mean over the stream besides, which directions of zeros would move. Whole
-copies of the stream alone, the same number of each coordinate, leave mean, deviation and eps.
+A LayerNorm also subtracts the mean over the stream, which zero directions would change. Only whole
+copies of the stream preserve mean, deviation and eps.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from pydantic import Field
 from tritter.core.expansions.heads import (
     HeadMaps,
     Strategy,
-    are_copied_alike,
     check_filling_heads,
     check_heads,
     check_normed_heads,
     copied_sources,
+    have_equal_copies,
     head_maps,
     head_targets,
     split_shares,
@@ -51,7 +51,7 @@ from tritter.limits import MAX_WIDTH
 from tritter.options import options
 from tritter.seeds import derived_seed
 
-# Spaces of units that are computed from the stream and read back into it
+# Spaces of units between a read from the stream and a write to it
 _UNITS = ("ffn", "shared_ffn", "query")
 _KEPT = ("vocab", "positions", "routes", "shared_gate")
 
@@ -61,15 +61,15 @@ class Spaces:
     """The maps of all spaces under one width expansion.
 
     Args:
-        residual: of the residual stream, and of all that a norm stands between it and.
-        rms_ratio: the grown stream's root mean square over the old one's.
+        residual: of the residual stream, and of the inputs and outputs of its norms.
+        rms_ratio: RMS of the expanded stream divided by RMS of the old one.
         heads: of attention.
-        is_tied: the embedding is the head as well.
-        embedding_scale: what the embedding is multiplied with, so that it writes the same stream
-            where the model scales it by the root of the hidden size; 1 where it does not.
+        is_tied: the embedding is also the head.
+        embedding_scale: factor of the embedding that compensates a scaling by the root of the
+            hidden size in the model; 1 without such a scaling.
         units_are_copied: new neurons of an FFN copy old ones.
-        equal_shares: copies divide what reads them equally.
-        seed: of the choice which neurons are copied.
+        equal_shares: copies have equal shares.
+        seed: of the choice of copied neurons.
     """
 
     residual: AxisMap
@@ -85,7 +85,7 @@ class Spaces:
     def factors(
         self, tensor: LogicalTensor, old_shape: Sequence[int], new_shape: Sequence[int]
     ) -> tuple[AxisFactor | None, ...]:
-        """Return the factors along each axis of a tensor, None where nothing changes."""
+        """Return the factor of each axis of a tensor; None for an unchanged axis."""
         factors: list[AxisFactor | None] = []
         for axis, old_size, new_size in zip(tensor.axes, old_shape, new_shape, strict=True):
             if axis.space.kind in (*_KEPT, "head_dim"):
@@ -104,7 +104,7 @@ class Spaces:
                 case Port.READ:
                     factor = AxisFactor.reads(axis_map)
                 case Port.GAIN:
-                    # q and k have the new eps's scale already, and their copies the old mean square
+                    # q and k are already scaled for the new eps; copies keep the mean square
                     is_of_heads = axis.space.kind in ("query", "key_value")
                     ratio = 1.0 if is_of_heads else self.rms_ratio
                     factor = AxisFactor.gain(axis_map, rms_ratio=ratio)
@@ -119,12 +119,11 @@ class Spaces:
             case "key_value":
                 return self.heads.key_value
             case "qkv":
-                assert self.heads.together is not None, "such heads are never split"
-                return self.heads.together
+                assert self.heads.interleaved is not None, "such heads are never split"
+                return self.heads.interleaved
             case "head_input" if self.is_tied:
-                # A tied embedding has one value in both of its roles: what the head's columns would
-                # have to lose to the copies, and to the embedding's own scale, goes into the final
-                # norm's gain
+                # A tied embedding has the same weights as the head, so the gain of the final norm
+                # absorbs the shares of the copies and the scale of the embedding
                 scale = 1 / (self.residual.num_copies * self.embedding_scale)
                 return self.residual.rebalanced(scale=scale)
             case "ffn" | "shared_ffn":
@@ -150,11 +149,10 @@ def width_fill(
     *,
     seed: int,
 ) -> Fill:
-    """Choose what new coordinates hold: whatever they write to old ones, or old ones to them, is 0.
+    """Return the fill of new coordinates, which preserves the function.
 
-    New directions of the residual stream are written by nobody and read at random; new neurons
-    and heads are computed at random and read by nobody. So one side of each is always zero, the
-    function is kept, and the other side gives the zero one a gradient.
+    New directions of the residual stream have zero producers and random consumers. New neurons and
+    heads have random producers and zero consumers. The random side gives the zero side a gradient.
     """
     if tensor.is_norm:
         return Fill(kind="mean")
@@ -170,7 +168,7 @@ def width_fill(
 
 
 def tensors_above(tensors: Sequence[LogicalTensor]) -> dict[str, str]:
-    """Return for each tensor of a layer the same one of the next layer up that has it."""
+    """Return tensor → tensor of the same kind in the next layer above that has it."""
     above: dict[str, str] = {}
     nearest: dict[tuple[str, int | None], str] = {}
     for tensor in reversed([tensor for tensor in tensors if tensor.layer is not None]):
@@ -183,7 +181,7 @@ def tensors_above(tensors: Sequence[LogicalTensor]) -> dict[str, str]:
 
 Init = Literal["fresh", "net2net", "zero_pad", "aki"]
 Shares = Literal["unequal", "equal"]
-_REPEATING = ("net2net", "aki")  # these repeat the residual stream as a whole
+_REPEATING = ("net2net", "aki")  # methods that repeat the residual stream as a whole
 _GROWING = (
     "hidden_size",
     "intermediate_size",
@@ -200,22 +198,21 @@ class Width:
     """Wider layers: hidden size, FFN, heads, each alone or together.
 
     Args:
-        hidden_size: Default: doubled when no other target is given, else unchanged.
-        intermediate_size: of the FFN (of the widest, where layers differ); in a model of experts,
-            of each expert, and whatever else is an FFN there follows by ratio. Default: follows
-            the hidden size by ratio.
-        num_attention_heads: Default: follows the hidden size where the proportion is a whole
-            number for query and key/value heads, else unchanged.
-        num_key_value_heads: as above; under `gqa` unchanged.
-        head_strategy: `fresh` adds new heads with zero output columns, `copy` clones whole
-            key/value groups, `gqa` clones query heads within their groups, `split` makes two
-            heads of half the size out of each (not exact). Default: what `init` implies.
-        init: `fresh` (new random directions beside the old block), `net2net` (copies),
-            `zero_pad` (copied neurons and heads, new directions in the residual stream) or `aki`
-            (copies whose values come from the layer above; not exact).
+        hidden_size: Default: doubled if no other target is set, else unchanged.
+        intermediate_size: of the widest FFN, or of each expert; other FFNs are scaled by the same
+            ratio. Default: scaled with the hidden size.
+        num_attention_heads: Default: scaled with the hidden size if query and key/value heads stay
+            integers, else unchanged.
+        num_key_value_heads: as `num_attention_heads`; unchanged under `gqa`.
+        head_strategy: `fresh` adds heads with zero output columns, `copy` clones whole key/value
+            groups, `gqa` clones query heads within their groups, `split` splits each head into
+            two of half the size (not exact). Default: derived from `init`.
+        init: `fresh` (new random directions), `net2net` (copies), `zero_pad` (copied neurons and
+            heads, new directions in the residual stream) or `aki` (copies with weights of the
+            layer above; not exact).
         shares: of the copies of a neuron or head: `unequal` (.9/.1, they diverge) or `equal`
-            (they stay equal for ever without noise).
-        noise: relative noise on second copies; breaks exactness by as much.
+            (without noise they stay equal).
+        noise: relative noise on further copies; changes the function accordingly.
     """
 
     name: ClassVar[str] = "width"
@@ -236,7 +233,7 @@ class Width:
 
     @property
     def strategy(self) -> Strategy:
-        """The strategy that is asked for, or the one that `init` implies."""
+        """The head strategy, by default derived from `init`."""
         implied = "fresh" if self.init == "fresh" else "copy"
         return cast(Strategy, self.head_strategy or implied)
 
@@ -248,15 +245,15 @@ class Width:
             raise refused(
                 "expansion.width.noise",
                 self.noise,
-                f"it goes on copies, and {init}=fresh makes none; use {init}=net2net or "
+                f"only copies get noise, and {init}=fresh makes none; use {init}=net2net or "
                 f"{init}=zero_pad, or {key_name('expansion.width.noise')}=0",
             )
         if self.init == "aki" and ffns:
             raise refused(
                 "expansion.width.init",
                 "aki",
-                "neurons come from the layer above, and here the FFNs of the layers "
-                "differ in width; use fresh, net2net or zero_pad",
+                "it copies neurons from the layer above, but the FFN widths of the layers differ; "
+                "use fresh, net2net or zero_pad",
             )
         _check_grows(old, new)
         self._check_mean(family, old, new)
@@ -291,8 +288,8 @@ class Width:
         spaces = Spaces(
             residual=residual(old.hidden_size, new.hidden_size),
             rms_ratio=self._rms_ratio(old, new),
-            # A norm over all heads hands the gradient of each on to all: shares that differ between
-            # copies would be mixed, and moments could not follow
+            # A norm over all heads mixes their gradients: with unequal shares the moments could
+            # not be mapped
             heads=head_maps(
                 old,
                 new,
@@ -321,10 +318,10 @@ class Width:
                 offset=family.norm_offset if is_scaled_gain else 0.0,
             )
         if self.init == "aki":
-            # Norms stand between a stream that is written and readers that stay the layer's own
+            # Norms connect the stream with readers of the same layer, so they are not replaced
             above = tensors_above([tensor for tensor in logical if not tensor.is_of_norm])
             for name, donor in above.items():
-                # What second copies compute comes from the layer above; their state starts anew
+                # Further copies take their weights from the layer above, with fresh state
                 output, *inputs = maps[name].axes
                 if output is None or not bool((is_copy := output.is_duplicate).any()):
                     continue
@@ -346,21 +343,21 @@ class Width:
         }
         counts = ("num_attention_heads", "num_key_value_heads")
         kept = all(getattr(old, name) == getattr(new, name) for name in counts)
-        said = ["head counts stay"] if kept else []
+        notes = ["head counts unchanged"] if kept else []
         if ffn_sizes(target):
-            said.append("FFNs that are narrower than the widest follow by ratio")
-        sizes = "; ".join([*grown.values(), *said])
+            notes.append("narrower FFNs are scaled by the same ratio")
+        sizes = "; ".join([*grown.values(), *notes])
         if self.strategy == "split" or not spreads_groups(old, new):
             return (sizes,)
-        return sizes, "a key/value head serves fewer queries: moments of k and v carry the mean"
+        return sizes, "fewer queries per key/value head: moments of k and v are averaged"
 
     def _rms_ratio(self, old: Dimensions, new: Dimensions) -> float:
-        """Return the grown stream's root mean square over the old one's: √(k·d/D)."""
+        """Return the RMS of the expanded stream divided by that of the old one: √(k·d/D)."""
         copies = new.hidden_size // old.hidden_size if self.init in _REPEATING else 1
         return math.sqrt(copies * old.hidden_size / new.hidden_size)
 
     def _check_mean(self, family: Family, old: Dimensions, new: Dimensions) -> None:
-        """Refuse other directions of the stream than whole copies where norms take their mean."""
+        """Refuse new directions other than whole copies if norms subtract the mean."""
         hidden_size = old.hidden_size
         copies, rest = divmod(new.hidden_size, hidden_size)
         are_copies = self.init in _REPEATING and not rest
@@ -373,9 +370,8 @@ class Width:
             "expansion.width.hidden_size",
             f"{new.hidden_size} with {init} = {self.init}",
             f"{family.model_type} has LayerNorm, which subtracts the mean over the stream, so new "
-            "directions beside the old ones would change what it computes, and whole copies of "
-            f"the stream would not: use {init}=net2net with "
-            f"{key_name('expansion.width.hidden_size')}={nearest}. FFN "
+            "directions would change its output, but whole copies of the stream would not: use "
+            f"{init}=net2net with {key_name('expansion.width.hidden_size')}={nearest}. FFN "
             f"({key_name('expansion.width.intermediate_size')}) and depth grow by any amount",
         )
 
@@ -384,7 +380,7 @@ class Width:
         if not family.heads_divide_hidden or new.hidden_size % heads == 0:
             return
         if self.hidden_size is None:
-            # Nobody asked for the hidden size: name head counts that fit it
+            # The hidden size is not set: name head counts that divide it
             counts = range(old.num_attention_heads + 1, new.hidden_size + 1)
             fitting = [
                 count
@@ -431,9 +427,9 @@ class Width:
             heads=self.num_attention_heads,
             kv_heads=self.num_key_value_heads,
         )
-        is_asked = self.num_attention_heads is not None or self.num_key_value_heads is not None
-        if family.norms_all_heads and self.strategy != "split" and not is_asked:
-            are_kept = not are_copied_alike(old, with_heads, strategy=self.strategy)
+        is_set = self.num_attention_heads is not None or self.num_key_value_heads is not None
+        if family.norms_all_heads and self.strategy != "split" and not is_set:
+            are_kept = not have_equal_copies(old, with_heads, strategy=self.strategy)
             with_heads = old if are_kept else with_heads
         return replace(
             with_heads,
@@ -445,12 +441,12 @@ class Width:
 
 
 def ffn_size(dimensions: Dimensions) -> int:
-    """Return the size that `intermediate_size` is about: of the FFN, or of an expert."""
+    """Return the size that `intermediate_size` sets: of an expert, or of the FFN."""
     return dimensions.expert_size or dimensions.intermediate_size
 
 
 def _check_grows(old: Dimensions, new: Dimensions) -> None:
-    """Refuse a size that shrinks, and sizes that are all what they were."""
+    """Refuse a size that shrinks, and targets that change nothing."""
     for name, before, after in (
         ("hidden_size", old.hidden_size, new.hidden_size),
         ("intermediate_size", ffn_size(old), ffn_size(new)),
@@ -461,51 +457,54 @@ def _check_grows(old: Dimensions, new: Dimensions) -> None:
             raise refused(
                 f"expansion.width.{name}",
                 after,
-                f"it is smaller than the model's {before}; an expansion only grows: at "
-                f"least {before}",
+                f"it is smaller than the model's {before}; must be at least {before}",
             )
     if old == new:
         raise RequestError(
             Problem(
                 "expansion.width",
-                reason="every target equals what the model has already (hidden_size "
+                reason="every target equals the current size (hidden_size "
                 f"{old.hidden_size}, intermediate_size {ffn_size(old)}, num_attention_heads "
-                f"{old.num_attention_heads}); ask for a larger one",
+                f"{old.num_attention_heads}); set a larger one",
             )
         )
 
 
-_FACTORS = ("short_factor", "long_factor")  # of LongRoPE, one for each pair that is turned
+_FACTORS = ("short_factor", "long_factor")  # of LongRoPE, one per rotary pair
 
 
 def check_rotary(
     family: Family, config: Config, old: Dimensions, new: Dimensions, *, is_split: bool
 ) -> None:
-    """Refuse sizes with which rotary positions would turn something else.
+    """Refuse sizes that would change the rotary embeddings.
 
     Args:
+        family: of the model.
+        config: of the source.
+        old: sizes of the source.
+        new: sizes of the target.
         is_split: heads are split in two.
 
     Raises:
-        RequestError: says what stands against it.
+        RequestError: names the reason.
     """
-    stated = config.get("rope_parameters") or config.get("rope_scaling")
-    rope: Mapping[str, object] = stated if isinstance(stated, Mapping) else {}
+    parameters = config.get("rope_parameters") or config.get("rope_scaling")
+    rope: Mapping[str, object] = parameters if isinstance(parameters, Mapping) else {}
     has_factors = any(rope.get(key) for key in _FACTORS)
     share = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
-    if is_split and (family.turns_neighbours or has_factors or share not in (None, 1)):
+    if is_split and (family.has_interleaved_rope or has_factors or share not in (None, 1)):
         reason = (
-            f"{family.model_type} turns coordinates 2i and 2i + 1 together"
-            if family.turns_neighbours
+            f"{family.model_type} rotates coordinates 2i and 2i + 1 together"
+            if family.has_interleaved_rope
             else f"{family.model_type} has a factor for each pair (LongRoPE)"
             if has_factors
-            else f"of each head {share} is turned"
+            else f"only a fraction of {share} of each head is rotated"
         )
         raise refused(
             "expansion.width.head_strategy",
             "split",
-            "it takes coordinates i and i + head_dim/2 for pairs that rotary "
-            f"positions turn, and {reason}; use fresh, copy or gqa",
+            "it assumes that rotary embeddings pair coordinates i and i + head_dim/2, but "
+            f"{reason}; use fresh, copy or gqa",
         )
     before = old.hidden_size // old.num_attention_heads
     after = new.hidden_size // new.num_attention_heads
@@ -514,6 +513,6 @@ def check_rotary(
         raise refused(
             "expansion.width.hidden_size",
             f"{new.hidden_size} with {heads} = {new.num_attention_heads}",
-            f"{family.model_type} counts the factors of its LongRoPE by hidden_size // "
-            f"num_attention_heads = {before}, which would be {after}; let them grow in proportion",
+            f"{family.model_type} derives the number of LongRoPE factors from hidden_size // "
+            f"num_attention_heads = {before}, which would become {after}; scale both in proportion",
         )

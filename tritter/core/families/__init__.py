@@ -1,4 +1,4 @@
-"""Family tables: one data file per architecture, and what can be counted from its shapes."""
+"""Family tables: one per architecture, with counts of parameters and FLOPs from shapes."""
 
 from tritter.core.families.config_file import (
     check_config,
@@ -19,7 +19,7 @@ from tritter.core.families.flops import (
 )
 from tritter.core.families.layout import (
     LayoutKind,
-    Places,
+    ParameterSelection,
     StoredTensor,
     layout,
     match,
@@ -58,7 +58,7 @@ __all__ = [
     "LayoutKind",
     "LogicalTensor",
     "LowRank",
-    "Places",
+    "ParameterSelection",
     "Port",
     "Space",
     "StoredTensor",

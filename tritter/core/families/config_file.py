@@ -1,8 +1,8 @@
-"""A folder's config.json read as JSON and checked against the family's table.
+"""Read a folder's config.json as JSON and check it against the family table.
 
-What a file leaves out is what the class in transformers takes then, as far as a table reads it.
-transformers builds what a config says: a name for each of a billion labels, an entry for each of
-a million layers. So nothing is handed to it that was not checked here.
+Missing keys that a table reads get the default of the transformers class. transformers builds
+everything that a config requests: a name for each of a billion labels, an entry for each of a
+million layers. So it only receives configs that were checked here.
 """
 
 import math
@@ -26,7 +26,7 @@ from tritter.storage.reading import LINEAGE_NAME, check_links, read_object
 from tritter.storage.tensors import SINGLE_NAME
 
 _LONGEST_REASON = 300
-# Whatever names code: a class beside the model, a kernel from the hub.
+# Keys that name code: a class in the model folder, a kernel from the hub.
 _NAMING_CODE = (
     "auto_map",
     "attn_implementation",
@@ -45,7 +45,7 @@ _QWEN: Config = {
     "max_window_layers": 28,
 }
 _PATTERN: Config = {"decoder_sparse_step": 1, "mlp_only_layers": None}
-_SILENT: Mapping[str, Config] = {
+_DEFAULTS: Mapping[str, Config] = {
     "llama": {"rms_norm_eps": 1e-6, "tie_word_embeddings": False},
     "mistral": {
         "rms_norm_eps": 1e-6,
@@ -102,61 +102,68 @@ _SILENT: Mapping[str, Config] = {
 
 
 def read_config_file(folder: Path) -> Config:
-    """Return what a folder's config.json says, with the silent values that its table reads.
+    """Return the config.json of a folder, with the defaults that its table reads.
 
     Raises:
-        RequestError: a family that there is no table for; names those there are.
-        TritterError: there is none, or its sizes are beyond all limits.
+        RequestError: the family has no table; lists those that have one.
+        TritterError: the file is missing, or its sizes exceed the limits.
     """
-    family, plain = sane_config(folder)
-    with refused_as(f"{folder / 'config.json'} is not a usable config"):
-        config = with_silent(plain)
+    family, plain = checked_config(folder)
+    with errors_as(f"{folder / 'config.json'} is not a usable config"):
+        config = with_defaults(plain)
         check_config(family, config)
     return with_live_sizes(family, config, folder)
 
 
-def no_config(folder: Path) -> str:
-    """Say that a folder has no config.json; of that of a run, where its checkpoint lies."""
+def missing_config(folder: Path) -> str:
+    """Return the message for a folder without config.json; of a run folder, with its checkpoint."""
     below = folder / "checkpoint"
     found = (below / "config.json").is_file()
-    return f"no config.json; one lies in {below}" if found else "no config.json"
+    return f"no config.json; the checkpoint is in {below}" if found else "no config.json"
 
 
-def sane_config(folder: Path) -> tuple[Family, Config]:
-    """Return a family and what the file says, less what names code or the folder's place.
+def checked_config(folder: Path) -> tuple[Family, Config]:
+    """Return the family and the config of a folder, without keys that name code or the folder.
 
     Raises:
-        RequestError: a family that there is no table for.
-        TritterError: there is no file, it means other weights, or a value is out of all bounds.
+        RequestError: the family has no table.
+        TritterError: the file is missing, names other weights, or a value exceeds its limit.
     """
     check_links(folder)
     path = folder / "config.json"
     if not path.exists():
-        lacks = f"holds {no_config(folder)}" if folder.is_dir() else "is not a folder"
+        lacks = f"holds {missing_config(folder)}" if folder.is_dir() else "is not a folder"
         raise TritterError(f"{folder} {lacks}.")
     plain = read_object(path)
     family = family_of(plain)
-    # With any of these, transformers would take other weights than `TensorFolder`
+    # With either of these, transformers would load other weights than `TensorFolder`
     named = plain.get("transformers_weights")
     if named is not None:
         raise TritterError(
-            f"{folder}: config.json names a file of weights itself (transformers_weights = "
-            f"{brief(named)}); take that out and call the file {SINGLE_NAME}."
+            f"{folder}: config.json names a file of weights (transformers_weights = "
+            f"{brief(named)}); remove that key and rename the file to {SINGLE_NAME}."
         )
     if (folder / "adapter_config.json").exists():
         raise TritterError(
-            f"{folder} holds an adapter (adapter_config.json) beside the model, which peft adds on "
-            "loading; merge it into the weights, or take it out."
+            f"{folder} also holds an adapter (adapter_config.json), which peft would load with the "
+            "model; merge it into the weights, or remove it."
         )
-    with refused_as(f"{path} is not a usable config"):
+    with errors_as(f"{path} is not a usable config"):
         check_values(family, plain)
     skipped = (*_NAMING_CODE, "_name_or_path")
     return family, {key: value for key, value in plain.items() if key not in skipped}
 
 
 @contextmanager
-def refused_as(what: str) -> Iterator[None]:
-    """Turn what libraries raise over a damaged file into one line that names the file."""
+def errors_as(what: str) -> Iterator[None]:
+    """Convert any error of a block into a one-line TritterError that names the file.
+
+    Args:
+        what: beginning of the message, such as `FILE is not a usable config`.
+
+    Raises:
+        TritterError: the block raised.
+    """
     try:
         yield
     except RequestError as error:
@@ -164,17 +171,17 @@ def refused_as(what: str) -> Iterator[None]:
         raise TritterError(f"{what}: {reason}") from error
     except TritterError:
         raise
-    # The border to libraries that build what a file says: packages that are not installed, bad
-    # ranges, endless nesting and failed assertions come out of them as whatever they happen to be
+    # Libraries raise anything over a damaged file: missing packages, bad ranges, endless nesting,
+    # failed assertions
     except Exception as error:
         reason = " ".join(str(error).split())  # without the advice on further lines
         raise TritterError(f"{what}: {reason[:_LONGEST_REASON] or type(error).__name__}") from error
 
 
-def with_silent(plain: Config) -> Config:
-    """Return a config with what its family's table reads and the file may leave out."""
+def with_defaults(plain: Config) -> Config:
+    """Return a config with the defaults of optional keys that the family table reads."""
     model_type = str(plain["model_type"])
-    config = {**_SILENT.get(model_type, family_of(plain).silent), **plain}
+    config = {**_DEFAULTS.get(model_type, family_of(plain).defaults), **plain}
     if model_type in ("mixtral", "qwen3_moe") and "num_experts" in config:
         config.setdefault("num_local_experts", config["num_experts"])
     if config.get("use_sliding_window", True) is False:
@@ -191,7 +198,7 @@ def with_silent(plain: Config) -> Config:
     return config
 
 
-# Family → whether a layer's attention is windowed where the config does not list the layers
+# Family → whether a layer has sliding-window attention, for configs without `layer_types`
 _IS_WINDOWED: Mapping[str, Callable[[Any, int], bool]] = {
     "qwen2": lambda c, layer: c["sliding_window"] is not None and layer >= c["max_window_layers"],
     "qwen3": lambda c, layer: c["sliding_window"] is not None and layer >= c["max_window_layers"],
@@ -206,9 +213,9 @@ _IS_WINDOWED: Mapping[str, Callable[[Any, int], bool]] = {
 
 # Checks of values and sizes
 
-_MAX_INTEGER = 2**63 - 1  # what a tensor's index holds
+_MAX_INTEGER = 2**63 - 1  # the largest index of a tensor
 _MAX_TEXT = 2**16
-# Of the keys that are read here or decide how long something gets: type, and limit of numbers.
+# Limits of the numbers that are read here or determine the length of something
 _COUNTS: Mapping[str, int] = {
     "num_labels": MAX_LABELS,
     "max_position_embeddings": MAX_POSITIONS,
@@ -228,19 +235,19 @@ _FLAGS = (
 _EPSILONS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon")
 _DTYPE_KEYS = ("dtype", "torch_dtype")
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
-# Other weights than the tensors of the table, or other code than transformers' own.
+# Weights that the table lacks, or code outside transformers
 _REFUSED: Mapping[str, str] = {
-    "quantization_config": "quantised weights are not read; save the model without quantisation",
-    "per_layer_config": "layers of different sizes are not read",
-    "add_cross_attention": "layers that read another model's states are not read",
+    "quantization_config": "quantised weights are not supported; save the model unquantised",
+    "per_layer_config": "layers of different sizes are not supported",
+    "add_cross_attention": "cross-attention is not supported",
 }
 
 
 def check_values(family: Family, config: Config) -> None:
-    """Refuse single values that are too large or of another kind; keys may be missing.
+    """Refuse single values that are too large or of the wrong type; keys may be missing.
 
     Raises:
-        RequestError: names the key, the value and what is allowed.
+        RequestError: names the key, the value and the allowed values.
     """
     for key, value in config.items():
         is_whole = isinstance(value, int) and not isinstance(value, bool)
@@ -249,19 +256,19 @@ def check_values(family: Family, config: Config) -> None:
             allowed = _REFUSED[key]
         elif key in _COUNTS and value is not None:
             if not is_whole or not 0 <= value <= _COUNTS[key]:  # type: ignore[operator]
-                allowed = f"allowed is a whole number from 0 to {_COUNTS[key]:,}"
+                allowed = f"must be a whole number from 0 to {_COUNTS[key]:,}"
         elif key in _FLAGS and not isinstance(value, bool | None):
-            allowed = "allowed is true or false"
+            allowed = "must be true or false"
         elif key in _DTYPE_KEYS and value is not None:
             if not isinstance(value, str) or value.removeprefix("torch.") not in _DTYPES:
-                allowed = f"allowed is one of {', '.join(_DTYPES)}"
+                allowed = f"must be one of {', '.join(_DTYPES)}"
         elif key in _LISTS and value is not None:
             if not isinstance(value, dict) or len(value) > _LISTS[key]:
-                allowed = f"allowed is an object of at most {_LISTS[key]:,} entries"
+                allowed = f"must be an object of at most {_LISTS[key]:,} entries"
         elif isinstance(value, int) and abs(value) > _MAX_INTEGER:
-            allowed = "no whole number is that large"
+            allowed = f"must be a whole number of at most {_MAX_INTEGER:,}"
         elif isinstance(value, str) and len(value) > _MAX_TEXT:
-            allowed = f"allowed is text of at most {_MAX_TEXT:,} characters"
+            allowed = f"must be text of at most {_MAX_TEXT:,} characters"
         if allowed:
             raise RequestError(f"config.json: {key[:60]} = {brief(value)}; {allowed}.")
     for name, key in family.sizes.items():
@@ -270,22 +277,22 @@ def check_values(family: Family, config: Config) -> None:
         if key != name and config.get(name) is not None and not family.has_experts:
             raise RequestError(
                 f"config.json: {name} = {brief(config[name])}; {family.model_type} calls this "
-                f"{key}, and one name is enough: state {key} alone."
+                f"{key}: set {key} only."
             )
     for key in _EPSILONS:
         value = config.get(key, 0)
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         if not is_number or not 0 <= value < math.inf:  # type: ignore[operator]
             raise RequestError(
-                f"config.json: {key} = {brief(value)}; allowed is a number from 0 on."
+                f"config.json: {key} = {brief(value)}; must be a number of at least 0."
             )
 
 
 def check_config(family: Family, config: Config) -> None:
-    """Refuse a config that is too large as a whole, that lacks a size, or has a wrong value.
+    """Refuse a config that describes too large a model, lacks a size, or has an invalid value.
 
     Raises:
-        RequestError: names the key, the value and what is allowed.
+        RequestError: names the key, the value and the allowed values.
     """
     check_values(family, config)
     layers = family.dimensions(config).num_hidden_layers
@@ -295,7 +302,7 @@ def check_config(family: Family, config: Config) -> None:
             continue
         if not isinstance(values, list | tuple) or len(values) != layers:
             raise RequestError(
-                f"config.json: {key} = {brief(values)}; allowed is a list of num_hidden_layers = "
+                f"config.json: {key} = {brief(values)}; must be a list of num_hidden_layers = "
                 f"{layers} entries."
             )
     _check_ffn_sizes(family, config)
@@ -304,27 +311,27 @@ def check_config(family: Family, config: Config) -> None:
     is_list = isinstance(exempt, list | tuple) and len(exempt) <= layers
     if not is_list or not all(isinstance(layer, int) for layer in exempt):  # type: ignore[attr-defined]
         raise RequestError(
-            f"config.json: mlp_only_layers = {brief(exempt)}; allowed is a list of layers."
+            f"config.json: mlp_only_layers = {brief(exempt)}; must be a list of layers."
         )
     check_size(family, config)
 
 
 def check_size(family: Family, config: Config) -> None:
-    """Refuse a model that is too large to be listed; counts, and lists nothing.
+    """Refuse a model with too many tensors or parameters, which are only counted.
 
     Raises:
-        RequestError: names the size, and what is allowed.
+        RequestError: names the size and its limit.
     """
     family.dimensions(config)
     tensors, parameters = family.count_tensors(config), family.count_parameters(config)
     if tensors > MAX_TENSORS:
         raise RequestError(
-            f"config.json: its layers and experts make {tensors:,} tensors; allowed is at most "
+            f"config.json: layers and experts amount to {tensors:,} tensors; must be at most "
             f"{MAX_TENSORS:,}."
         )
     if parameters > MAX_PARAMETERS:
         raise RequestError(
-            f"config.json: its sizes make {parameters:,} parameters; allowed is at most "
+            f"config.json: the sizes amount to {parameters:,} parameters; must be at most "
             f"{MAX_PARAMETERS:,}."
         )
 
@@ -332,19 +339,22 @@ def check_size(family: Family, config: Config) -> None:
 def with_live_sizes(
     family: Family, config: Config, folder: Path, *, ffn_sizes: Sequence[int] | None = None
 ) -> Config:
-    """Return the config of a folder's config.json with the widths that its tritter.json states.
+    """Return the config of a folder with the FFN widths of its tritter.json.
 
     Args:
-        ffn_sizes: those widths; None: the file was not read yet.
+        family: of the model.
+        config: of the folder's config.json.
+        folder: the checkpoint folder.
+        ffn_sizes: FFN width per layer; None reads tritter.json.
 
     Raises:
-        RequestError: config.json states them itself.
-        TritterError: tritter.json can't be read, or its widths are none of this model.
+        RequestError: config.json sets the widths itself.
+        TritterError: tritter.json can't be read, or its widths do not match the model.
     """
     if FFN_SIZES in config:
         raise RequestError(
             f"config.json: {FFN_SIZES} = {brief(config[FFN_SIZES])}; the widths of single layers "
-            f"stand in {LINEAGE_NAME}, beside a model that is padded to the widest."
+            f"belong in {LINEAGE_NAME}, next to a model that is padded to the widest."
         )
     path = folder / LINEAGE_NAME
     if ffn_sizes is None and path.exists():
@@ -364,20 +374,20 @@ def _check_ffn_sizes(family: Family, config: Config) -> None:
         return
     if family.has_experts:
         raise RequestError(
-            f"{FFN_SIZES}: in {family.model_type} the experts of a layer share one tensor in "
-            "memory, and all layers one width; allowed are families without experts."
+            f"{FFN_SIZES}: {family.model_type} stacks the experts of a layer in one tensor, so all "
+            "layers have one width; use a family without experts."
         )
     if family.has_stacked_ffn:
         raise RequestError(
-            f"{FFN_SIZES}: in {family.model_type} gate and up are one tensor, and all layers have "
-            "one width; allowed are families in which they are two."
+            f"{FFN_SIZES}: {family.model_type} stores gate and up in one tensor, so all layers "
+            "have one width; use a family that stores them separately."
         )
-    stated, widest = ffn_sizes(config), family.dimensions(config)
+    sizes, widest = ffn_sizes(config), family.dimensions(config)
     layers = widest.num_hidden_layers
-    are_sizes = len(stated) == layers and all(type(size) is int and size >= 1 for size in stated)
-    if not are_sizes or max(stated) != widest.intermediate_size:
+    are_valid = len(sizes) == layers and all(type(size) is int and size >= 1 for size in sizes)
+    if not are_valid or max(sizes) != widest.intermediate_size:
         raise RequestError(
-            f"{FFN_SIZES} = {brief(config.get(FFN_SIZES))}; allowed is a width from 1 for each of "
-            f"the {layers} layers, the widest of them {family.sizes['intermediate_size']} = "
+            f"{FFN_SIZES} = {brief(config.get(FFN_SIZES))}; must be a width of at least 1 for each "
+            f"of the {layers} layers, the widest {family.sizes['intermediate_size']} = "
             f"{widest.intermediate_size}."
         )

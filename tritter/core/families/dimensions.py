@@ -1,4 +1,4 @@
-"""The sizes that a decoder's config states, whatever its family calls them."""
+"""Sizes of a decoder's config, under the same names for all families."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -32,15 +32,15 @@ _LIMITS: Mapping[str, int] = {
 
 @dataclass(frozen=True, slots=True)
 class Dimensions:
-    """Sizes of a decoder; those of experts are 0 where it has none.
+    """Sizes of a decoder; the sizes of experts are 0 for dense models.
 
     Args:
-        intermediate_size: of a dense FFN; where every layer has experts, of an expert.
-        num_experts: routed experts of a layer.
-        experts_per_token: experts that a token is routed to, k.
+        intermediate_size: of a dense FFN; of an expert if every layer has experts.
+        num_experts: routed experts per layer.
+        experts_per_token: experts that a token is routed to (top-k).
         expert_size: intermediate size of a routed expert.
-        shared_expert_size: intermediate size of the expert that every token meets.
-        max_position_embeddings: rows of the table of learned positions; 0: there is none.
+        shared_expert_size: intermediate size of the shared expert, which processes every token.
+        max_position_embeddings: rows of the learned position embedding; 0 if there is none.
     """
 
     num_hidden_layers: int
@@ -76,20 +76,21 @@ class Dimensions:
 
 
 def require_size(name: str, key: str, value: object) -> int:
-    """Return a size that a config states.
+    """Return a size after checking it.
 
     Args:
         name: attribute of `Dimensions`.
-        key: what the config calls it.
+        key: its key in the config.
+        value: its value in the config.
 
     Raises:
-        RequestError: it is no positive whole number, or above its limit.
+        RequestError: the value is not a positive whole number, or exceeds its limit.
     """
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise RequestError(f"config.json: {key} = {brief(value)}; a whole number ≥ 1 is needed.")
+        raise RequestError(f"config.json: {key} = {brief(value)}; must be a whole number ≥ 1.")
     limit = _LIMITS.get(name, MAX_WIDTH)
     if value > limit:
-        raise RequestError(f"config.json: {key} = {brief(value)}; allowed is at most {limit:,}.")
+        raise RequestError(f"config.json: {key} = {brief(value)}; must be at most {limit:,}.")
     return value
 
 
@@ -97,12 +98,14 @@ def read_dimensions(config: Config, sizes: Mapping[str, str], *, ffn_ratio: int 
     """Read the sizes from a config, with the defaults that transformers would derive.
 
     Args:
+        config: the config.json.
         sizes: attribute of `Dimensions` → config key.
-        ffn_ratio: of an FFN that the config does not state; 0: it has to.
+        ffn_ratio: default of the FFN width, as a multiple of the hidden size; 0 if the config must
+            set it.
 
     Raises:
-        RequestError: a size is missing, no positive whole number, or above its limit; or heads
-            that have no size of their own don't divide the hidden size.
+        RequestError: a size is missing, not a positive whole number or above its limit, or the
+            heads don't divide the hidden size of a family without `head_dim`.
     """
 
     def size(name: str, default: int | None = None) -> int:
@@ -121,46 +124,48 @@ def read_dimensions(config: Config, sizes: Mapping[str, str], *, ffn_ratio: int 
     values = {**derived, **{name: size(name, derived.get(name)) for name in sizes}}
     if values.get("experts_per_token", 0) > values.get("num_experts", 0):
         raise RequestError(
-            f"config.json: {sizes['experts_per_token']} = {values['experts_per_token']}; allowed "
-            f"is at most {sizes['num_experts']} = {values['num_experts']}."
+            f"config.json: {sizes['experts_per_token']} = {values['experts_per_token']}; must "
+            f"be at most {sizes['num_experts']} = {values['num_experts']}."
         )
     read = Dimensions(**values)
     if max(read.query_size, read.key_value_size) > MAX_WIDTH:
         raise RequestError(
             f"config.json: {max(heads, read.num_key_value_heads)} heads of head_dim = "
-            f"{read.head_dim} are wider than {MAX_WIDTH:,} together, which is allowed at most."
+            f"{read.head_dim} exceed the total width of {MAX_WIDTH:,}."
         )
     return read
 
 
-# FFNs of different width in one model: stated per layer in memory, padded to the widest on disk.
+# FFNs of different width in one model: listed per layer in memory, padded to the widest on disk.
 #
-# In memory a config may state `ffn_sizes`, the width of each layer's FFN; `intermediate_size`, or
-# what its family calls it, is the widest of them. Stock classes know one width for all, so on
-# disk the narrower FFNs are padded with zeros, which changes nothing that they compute:
-# config.json never holds the key, tritter.json does.
+# In memory a config may have `ffn_sizes`, the width of each layer's FFN; `intermediate_size` (or
+# the family's name for it) is the largest. Stock classes support one width only, so narrower FFNs
+# are zero-padded on disk, which preserves their function. tritter.json has the key, config.json
+# never does.
 
 FFN_SIZES = "ffn_sizes"
 
 
 def ffn_sizes(config: Config) -> tuple[int, ...]:
-    """Return the width of each layer's FFN; nothing where all are alike."""
-    stated = config.get(FFN_SIZES)
-    return tuple(stated) if isinstance(stated, list | tuple) else ()
+    """Return the FFN width of each layer; empty if all layers have the same."""
+    sizes = config.get(FFN_SIZES)
+    return tuple(sizes) if isinstance(sizes, list | tuple) else ()
 
 
 def with_ffn_sizes(
     config: Config, sizes: Sequence[int], *, key: str = "intermediate_size"
 ) -> Config:
-    """Return the config of a model whose layers' FFNs have these widths.
+    """Return the config of a model with the given FFN width per layer.
 
     Args:
-        key: what the config calls the widest.
+        config: of the model.
+        sizes: FFN width of each layer.
+        key: config key of the widest.
     """
     same: Config = {**on_disk(config), key: max(sizes)}
     return same if min(sizes) == max(sizes) else {**same, FFN_SIZES: list(sizes)}
 
 
 def on_disk(config: Config) -> Config:
-    """Return the config of the padded model, which stock classes build."""
+    """Return the config of the padded model, which stock classes can build."""
     return {key: value for key, value in config.items() if key != FFN_SIZES}

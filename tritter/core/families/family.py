@@ -1,4 +1,4 @@
-"""What a family's table says, written out for a config: tensors, their shapes, their number."""
+"""A family's table, expanded for a config: tensors, their shapes and their number."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,26 +27,25 @@ class Family:
     Args:
         model_type: the `model_type` of its config.json.
         architecture: the class in config.json's `architectures`.
-        tensors: all logical tensors, one for all layers and experts, in forward order.
-        heads_divide_hidden: the config class refuses a hidden size that the head count does
-            not divide.
-        sizes: attribute of `Dimensions` → config key that states it.
+        tensors: all logical tensors in forward order, one template for all layers and experts.
+        heads_divide_hidden: the config class requires a hidden size divisible by the number of
+            heads.
+        sizes: attribute of `Dimensions` → its config key.
         per_layer_config_keys: config lists with one entry per layer.
-        sparse_layers: which layers have experts; `pattern`: as `mlp_only_layers` and
-            `decoder_sparse_step` say.
-        windows: which layers attend to the last `sliding_window` tokens only, where the config
-            states so many: `none`, `all`, or those that `layer_types` names.
-        norm_offset: what a norm adds to its weight to get its gain.
+        sparse_layers: the layers that have experts; `pattern` follows `mlp_only_layers` and
+            `decoder_sparse_step`.
+        windows: the layers with sliding-window attention if the config sets `sliding_window`:
+            `none`, `all`, or those in `layer_types`.
+        norm_offset: offset between the weight of a norm and its gain.
         subtracts_mean: its norms are LayerNorms.
-        parallel_if: config key with which attention and FFN of a layer read the same stream;
-            empty: the FFN reads what attention has added to.
-        turns_neighbours: rotary positions turn coordinates 2i and 2i + 1 together, and not i and
+        parallel_residual_key: config key that makes attention and FFN read the same residual
+            stream; empty if the FFN always follows attention.
+        has_interleaved_rope: rotary embeddings pair coordinates 2i and 2i + 1 instead of i and
             i + head_dim / 2.
-        ffn_ratio: how many times as wide as the stream an FFN is whose width the config leaves
-            out; 0: it has to be stated.
-        numbered_if: config key with which a layer computes by its number; empty: none does.
-        omitted_prefix: what all names but the head's begin with, and in some files do not.
-        silent: config keys that the table reads → their values where config.json leaves them out.
+        ffn_ratio: default FFN width as a multiple of the hidden size; 0 if the config must set it.
+        layer_index_key: config key that makes a layer depend on its index; empty if there is none.
+        omitted_prefix: prefix of all names but the head's that some files omit.
+        defaults: optional config keys that the table reads → their default values.
     """
 
     model_type: str
@@ -59,12 +58,12 @@ class Family:
     windows: Literal["none", "all", "layer_types"] = "none"
     norm_offset: float = 0.0
     subtracts_mean: bool = False
-    parallel_if: str = ""
-    turns_neighbours: bool = False
+    parallel_residual_key: str = ""
+    has_interleaved_rope: bool = False
     ffn_ratio: int = 0
-    numbered_if: str = ""
+    layer_index_key: str = ""
     omitted_prefix: str = ""
-    silent: Mapping[str, object] = field(default_factory=dict)
+    defaults: Mapping[str, object] = field(default_factory=dict)
 
     @property
     def has_experts(self) -> bool:
@@ -72,22 +71,22 @@ class Family:
 
     @property
     def norms_all_heads(self) -> bool:
-        """A norm behind the queries takes the mean square over all heads."""
+        """The norm of the queries takes the mean square over all heads."""
         return any(t.is_norm and t.axes[0].space.kind == "query" for t in self.tensors)
 
     @property
     def heads_fill_hidden(self) -> bool:
-        """Heads have no size of their own: together they are as wide as the stream."""
+        """The total width of the heads equals the hidden size."""
         return "head_dim" not in self.sizes
 
     @property
     def positions_key(self) -> str:
-        """Config key that states how many tokens a model reads."""
+        """Config key of the context length."""
         return self.sizes.get("max_position_embeddings", "max_position_embeddings")
 
     @property
     def has_gate(self) -> bool:
-        """FFNs, or experts, multiply what they compute with a gate."""
+        """FFNs or experts are gated."""
         return any(tensor.kind in ("ffn.gate", "experts.gate") for tensor in self.tensors)
 
     @property
@@ -99,22 +98,23 @@ class Family:
         """Read the sizes from a config, with the defaults that transformers would derive.
 
         Args:
-            layer: whose sizes are wanted; without it the FFN's is that of the widest.
+            config: the config.json.
+            layer: sets `intermediate_size` to the FFN width of this layer. Default: the widest.
 
         Raises:
-            RequestError: a size is missing or no positive whole number.
+            RequestError: a size is missing or not a positive whole number.
         """
         sizes = read_dimensions(config, self.sizes, ffn_ratio=self.ffn_ratio)
-        stated = config.get(FFN_SIZES)
-        if layer is None or not isinstance(stated, list | tuple):
+        widths = config.get(FFN_SIZES)
+        if layer is None or not isinstance(widths, list | tuple):
             return sizes
-        return replace(sizes, intermediate_size=stated[layer])
+        return replace(sizes, intermediate_size=widths[layer])
 
     def layer_kinds(self, config: Config) -> list[Literal["dense", "sparse"]]:
-        """Return of every layer whether it has experts (sparse) or one FFN (dense).
+        """Return the kind of each layer: with experts (sparse) or one FFN (dense).
 
         Raises:
-            RequestError: the config's pattern is none.
+            RequestError: the config's pattern of sparse layers is invalid.
         """
         layers = range(self.dimensions(config).num_hidden_layers)
         if self.sparse_layers != "pattern":
@@ -122,14 +122,14 @@ class Family:
         exempt, step = config.get("mlp_only_layers"), config.get("decoder_sparse_step", 1)
         if not isinstance(step, int) or step < 1:
             raise RequestError(
-                f"config.json: decoder_sparse_step = {brief(step)}; a whole number ≥ 1 is needed."
+                f"config.json: decoder_sparse_step = {brief(step)}; must be a whole number ≥ 1."
             )
         listed = exempt if isinstance(exempt, list | tuple) else ()
         dense = {layer for layer in listed if isinstance(layer, int)}
         return ["dense" if layer in dense or (layer + 1) % step else "sparse" for layer in layers]
 
     def logical_tensors(self, config: Config) -> tuple[LogicalTensor, ...]:
-        """Return every tensor that a model of this config has, layers and experts written out."""
+        """Return all tensors of a model with this config, one for each layer and expert."""
         before, per_layer, after = self._sections
         dimensions = self.dimensions(config)
         tensors = list(before)
@@ -139,7 +139,7 @@ class Family:
             for template in templates:
                 if not template.is_per_expert:
                     tensors.append(template)
-                elif template is per_expert[0]:  # all are written out in its place
+                elif template is per_expert[0]:  # the first template stands for all of them
                     for expert in range(dimensions.num_experts):
                         tensors += [each.for_expert(expert) for each in per_expert]
         tensors += after
@@ -148,8 +148,7 @@ class Family:
     def with_layers(self, config: Config, layer_sources: Sequence[int]) -> Config:
         """Return the config of a model whose layer t is a copy of layer `layer_sources[t]`.
 
-        Whatever the config states per layer follows: kinds of attention, which layers have
-        experts, widths of FFNs.
+        Settings per layer are copied too: kinds of attention, layers with experts, FFN widths.
         """
         deeper: Config = {**config, self.sizes["num_hidden_layers"]: len(layer_sources)}
         for key in self.per_layer_config_keys:
@@ -172,11 +171,10 @@ class Family:
         return tuple(getattr(dimensions, axis.space.size) for axis in tensor.axes)
 
     def branch_output(self, tensor: LogicalTensor) -> bool:
-        """Return whether a tensor writes what a block adds to the residual stream.
+        """Return True if a tensor writes the output of a block to the residual stream.
 
-        True of the output projections of attention, FFN and experts and of their biases, or of
-        the norms that stand behind them: with all of them zero (a norm's gain zero, that is) a
-        block is the identity.
+        These are the output projections of attention, FFN and experts with their biases, or the
+        norms after them. If all of them are zero (for a norm: its gain), the block is the identity.
         """
         output = tensor.axes[0]
         is_written = output.port in (Port.WRITE, Port.GAIN) and output.space.kind == "residual"
@@ -187,7 +185,7 @@ class Family:
         return sum(size for _, size in self._sizes_of_tensors(config))
 
     def count_active_parameters(self, config: Config) -> int:
-        """Count the parameters that one token meets: of the experts, those it is routed to."""
+        """Count the active parameters of a token: of the experts, those it is routed to."""
         sizes = self.dimensions(config)
         share = sizes.experts_per_token / sizes.num_experts if sizes.num_experts else 1.0
         return round(
@@ -198,7 +196,7 @@ class Family:
         )
 
     def attention_window(self, config: Config, layer: int) -> int | None:
-        """Return how many tokens a layer's attention goes back, the own included; None: to all."""
+        """Return the sliding window of a layer in tokens, or None for full attention."""
         if self.windows == "none" or config.get("use_sliding_window") is False:
             return None
         kinds = config.get("layer_types")
@@ -210,7 +208,7 @@ class Family:
         return window if isinstance(window, int) and window > 0 else None
 
     def tied_names(self, config: Config) -> set[str]:
-        """Return names that a file may hold although the tie makes them redundant."""
+        """Return the names of tied tensors, which a file may hold redundantly."""
         tied = (t for t in self.tensors if t.unless and not t.exists(config))
         return {name for t in tied for name in (t.disk_name, t.live_name or t.disk_name)}
 
@@ -219,14 +217,14 @@ class Family:
         return sum(times for _, times, _ in self._multiplicities(config))
 
     def _sizes_of_tensors(self, config: Config) -> Iterator[tuple[LogicalTensor, int]]:
-        """Yield the templates of the tensors, and how many parameters all that follow one have."""
+        """Yield each template, and the number of parameters of all its tensors."""
         for template, times, dimensions in self._multiplicities(config):
             yield template, times * prod(self._shape(template, dimensions))
 
     def _multiplicities(self, config: Config) -> Iterator[tuple[LogicalTensor, int, Dimensions]]:
-        """Yield the templates of the tensors that a model has, how many follow each, and sizes.
+        """Yield each template of a model, its number of tensors, and their sizes.
 
-        A template comes once for each width that its layers' FFNs have.
+        A template is repeated for each FFN width among its layers.
         """
         same = self.dimensions(config)
         kinds = self.layer_kinds(config)

@@ -1,16 +1,15 @@
-"""What a pass through a model costs in model FLOPs, counted from shapes.
+"""Model FLOPs of a forward and backward pass, counted from shapes.
 
-Counted are matrix products and attention, 2 FLOPs a multiply-add: each token meets every matrix
-once (of the experts, those that it is routed to), and attends to itself and to the tokens before
-it, in a window where its layer has one. Norms, rotary positions, softmax, the lookup of embeddings
-and the optimizer are left out, and so is whatever a kernel computes twice or throws away.
+Counted are matrix products and attention, with 2 FLOPs per multiply-add. Each token is multiplied
+by every matrix once (of the experts, those it is routed to) and attends to itself and the tokens
+before it, within the sliding window of its layer. Norms, rotary embeddings, softmax, embedding
+lookups, the optimizer and recomputation are not counted.
 
-A backward pass computes a gradient of the weights for a matrix that is trained, and one of its
-input where something that is trained lies below it. With everything trained that is twice the
-forward pass.
+A backward pass computes the gradient of each trained matrix, and the gradient of its input if a
+trained parameter precedes it. With all parameters trained it costs twice the forward pass.
 
-Low-rank adapters stand beside matrices, as two of their own: of rank r they cost r · (in + out)
-multiply-adds for the tokens that come to them, on an embedding r · out, the lookup being free.
+A low-rank adapter adds two matrices: at rank r it costs r · (in + out) multiply-adds for the tokens
+that are routed to it; on an embedding r · out, since the lookup is free.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -27,27 +26,27 @@ IsTrained = Callable[[LogicalTensor], bool]
 
 @dataclass(frozen=True, slots=True)
 class Flops:
-    """FLOPs of a pass over a sequence, for any length of it.
+    """FLOPs of a pass over a sequence of any length.
 
     Args:
-        matrices: of each token.
-        attention: of each token and key, by the window that the keys lie in; None: there is none.
+        matrices: FLOPs per token.
+        attention: sliding window (None for full attention) → FLOPs per token and key.
     """
 
     matrices: float = 0.0
     attention: Mapping[int | None, int] = field(default_factory=dict)
 
     def of(self, length: int) -> float:
-        """Return the FLOPs of one sequence of so many tokens."""
+        """Return the FLOPs of one sequence of `length` tokens."""
         keys = sum(flops * num_keys(length, window) for window, flops in self.attention.items())
         return length * self.matrices + keys
 
     def of_all(self, lengths: Mapping[int, int]) -> float:
-        """Return the FLOPs of sequences, by length how many."""
+        """Return the FLOPs of several sequences: length → number of sequences."""
         return sum(number * self.of(length) for length, number in lengths.items())
 
     def per_token(self, length: int) -> float:
-        """Return the mean over the tokens of a sequence of so many."""
+        """Return the mean FLOPs per token of a sequence of `length` tokens."""
         return self.of(length) / length
 
     def __add__(self, other: "Flops") -> "Flops":
@@ -60,12 +59,14 @@ class Flops:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LowRank:
-    """An adapter beside a matrix, of a rank: B A x.
+    """A low-rank adapter of a matrix: B A x.
 
     Args:
-        trains_down, trains_up: A is trained, B is.
-        share: of the tokens, those that come to it.
-        has_down: False where A x is counted at another matrix, which B x stands below.
+        rank: of A and B.
+        trains_down: A is trained.
+        trains_up: B is trained.
+        share: fraction of the tokens that it processes.
+        has_down: False if A x is already counted at another matrix with the same input.
     """
 
     rank: int
@@ -77,7 +78,7 @@ class LowRank:
 
 @dataclass(frozen=True, slots=True)
 class Gating:
-    """What says in a decoder layer how much each adapter counts: a matrix [size, hidden]."""
+    """The gate of the adapters in a decoder layer: a matrix [size, hidden]."""
 
     size: int
     is_trained: bool
@@ -85,11 +86,11 @@ class Gating:
 
 @dataclass(frozen=True, slots=True)
 class Adapters:
-    """What stands beside a model's own tensors.
+    """Adapters added to a model's own tensors.
 
     Args:
-        low_rank: by the logical name of a matrix, `embed`, or `head` whether tied or not.
-        gating: by decoder layer, where gates are learned.
+        low_rank: logical name of a matrix, `embed` or `head` (tied or not) → its adapters.
+        gating: decoder layer → its learned gate.
     """
 
     low_rank: Mapping[str, Sequence[LowRank]] = field(default_factory=dict)
@@ -100,16 +101,16 @@ NO_ADAPTERS = Adapters()
 
 
 def num_keys(length: int, window: int | None = None) -> int:
-    """Return how many keys the tokens of a sequence attend to, all together.
+    """Return the total number of keys that the tokens of a sequence attend to.
 
-    The token at place t, from 0, attends to t + 1 keys, or to `window` of them.
+    The token at position t (from 0) attends to t + 1 keys, at most `window`.
     """
     full = length if window is None else min(length, window)
     return full * (full + 1) // 2 + (length - full) * full
 
 
 def everything(tensor: LogicalTensor) -> bool:
-    """Return that a tensor is trained, as all are."""
+    """Return True: every tensor is trained."""
     return True
 
 
@@ -119,11 +120,12 @@ def forward_flops(
     routed_to: Collection[int] | None = None,
     adapters: Adapters = NO_ADAPTERS,
 ) -> Flops:
-    """Count a forward pass, output head included.
+    """Return the FLOPs of a forward pass, output head included.
 
     Args:
+        config: config.json of the model.
         routed_to: the experts that share the tokens evenly. Default: all.
-        adapters: what stands beside the model's own tensors.
+        adapters: of the model.
     """
     return _Walk(config, everything, routed_to, adapters).sum(lambda product: product.forward)
 
@@ -136,13 +138,15 @@ def backward_flops(
     routed_to: Collection[int] | None = None,
     adapters: Adapters = NO_ADAPTERS,
 ) -> Flops:
-    """Count the backward pass of a loss.
+    """Return the FLOPs of the backward pass of a loss.
 
     Args:
-        is_trained: says so of a tensor.
-        loss_at: `head`, a loss of the logits; or `routers`, one of what routers say, whose
-            gradient passes through nothing that stands above the last of them.
-        routed_to, adapters: as for `forward_flops`.
+        config: config.json of the model.
+        is_trained: returns True for a trained tensor.
+        loss_at: `head` for a loss of the logits, or `routers` for a loss of the router outputs,
+            whose gradient skips everything above the last router.
+        routed_to: see `forward_flops`.
+        adapters: of the model.
     """
     walk = _Walk(config, is_trained, routed_to, adapters)
     if loss_at == "head":
@@ -157,7 +161,7 @@ def training_flops(
     routed_to: Collection[int] | None = None,
     adapters: Adapters = NO_ADAPTERS,
 ) -> Flops:
-    """Count a forward and a backward pass; arguments as for `backward_flops`."""
+    """Return the FLOPs of a forward and a backward pass; arguments as in `backward_flops`."""
     forward = forward_flops(config, routed_to=routed_to, adapters=adapters)
     return forward + backward_flops(
         config, is_trained=is_trained, routed_to=routed_to, adapters=adapters
@@ -166,17 +170,17 @@ def training_flops(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Product:
-    """Products of the forward pass that are alike, and those that their gradients take.
+    """A matrix product of the forward pass, with the products of its gradients.
 
     Args:
-        size: multiply-adds of one, for each token; in attention for each token and key.
-        forward: how many of them the forward pass has.
-        backward: how many the backward pass has.
-        is_below_router: a router's decision depends on it.
-        is_routed: each token meets a share of it.
-        share: of the tokens, those that meet it.
-        is_attention: its size is that of a key.
-        window: that the keys lie in.
+        size: multiply-adds per token; for attention, per token and key.
+        forward: number of products in the forward pass.
+        backward: number of products in the backward pass.
+        is_below_router: a router depends on its output.
+        is_routed: it belongs to a routed expert.
+        share: fraction of the tokens that it processes.
+        is_attention: its size counts per key.
+        window: sliding window of its keys.
     """
 
     size: int
@@ -190,7 +194,7 @@ class _Product:
 
 
 class _Walk:
-    """The products of a model from the embedding up, with what needs a gradient on the way."""
+    """The matrix products of a model from the embedding up, and the gradients that they need."""
 
     def __init__(
         self,
@@ -200,13 +204,13 @@ class _Walk:
         adapters: Adapters,
     ) -> None:
         family = family_of(config)
-        is_parallel = bool(config.get(family.parallel_if, False))
+        is_parallel = bool(config.get(family.parallel_residual_key, False))
         self._sizes = family.dimensions(config)
         self._experts = range(self._sizes.num_experts) if routed_to is None else routed_to
-        self._held: dict[str, tuple[int, ...]] = {}  # name → shape
+        self._shapes: dict[str, tuple[int, ...]] = {}  # name → shape
         self._trained: set[str] = set()
         for tensor in family.logical_tensors(config):
-            self._held[tensor.name] = family.shape(tensor, config)
+            self._shapes[tensor.name] = family.shape(tensor, config)
             if is_trained(tensor):
                 self._trained.add(tensor.name)
         kinds = family.layer_kinds(config)
@@ -216,7 +220,7 @@ class _Walk:
         self._products: list[_Product] = []
         self._adapters = adapters
         self._gates = False  # whether the gates of adapters need a gradient
-        vocabulary, hidden = self._held["embed"]
+        vocabulary, hidden = self._shapes["embed"]
         # Whether the residual stream needs a gradient
         stream = self._low_rank("embed", hidden, vocabulary, read=False, is_lookup=True)
         stream |= not self._trained.isdisjoint(("embed", "embed_positions"))
@@ -227,11 +231,11 @@ class _Walk:
             stream = added | self._ffn(f"layers.{layer}.", stream if is_parallel else added)
         self._gates = False
         read = self._normed(stream, "final_norm")
-        self._matrix("head" if "head" in self._held else "embed", read)
+        self._matrix("head" if "head" in self._shapes else "embed", read)
         self._low_rank("head", vocabulary, hidden, read)
 
     def sum(self, times: Callable[[_Product], int]) -> Flops:
-        """Add the products up, each taken so many times."""
+        """Return the sum of all products, each multiplied by `times`."""
         whole: float = 0
         routed: float = 0
         attention: dict[int | None, int] = {}
@@ -247,9 +251,9 @@ class _Walk:
         return Flops(whole + share, attention)
 
     def _attention(self, layer: str, stream: bool, window: int | None) -> bool:
-        """Add the products of a layer's attention; return whether the stream needs a gradient."""
+        """Add the products of a layer's attention; return True if the stream needs one."""
         read, part = self._normed(stream, layer + "attention_norm"), layer + "attention."
-        names = ("qkv",) if part + "qkv" in self._held else ("q", "k", "v")
+        names = ("qkv",) if part + "qkv" in self._shapes else ("q", "k", "v")
         found = [
             self._matrix(part + name, read, part + name + "_bias", part + name + "_norm")
             for name in names
@@ -272,44 +276,44 @@ class _Walk:
         return stream or added
 
     def _ffn(self, layer: str, stream: bool) -> bool:
-        """Add the products of a layer's FFN or experts; return as `_attention` does."""
+        """Add the products of a layer's FFN or experts; return value as in `_attention`."""
         read = self._normed(stream, layer + "ffn_norm")
-        if layer + "router" not in self._held:
+        if layer + "router" not in self._shapes:
             added = self._dense(layer + "ffn", read, layer + "ffn_output_norm")
             return stream or added
         added = self._matrix(layer + "router", read)
         self._is_below_router &= layer != self._last_sparse
         for expert in self._experts:
             added |= self._dense(f"{layer}experts.{expert}", read, is_routed=True)
-        if layer + "shared_expert.gate" in self._held:
+        if layer + "shared_expert.gate" in self._shapes:
             added |= self._dense(layer + "shared_expert", read)
             added |= self._matrix(layer + "shared_expert_gate", read)
         return stream or added
 
-    def _dense(self, name: str, read: bool, *behind: str, is_routed: bool = False) -> bool:
+    def _dense(self, name: str, read: bool, *after: str, is_routed: bool = False) -> bool:
         gate, up, down = (f"{name}.{part}" for part in ("gate", "up", "down"))
         inner = self._matrix(up, read, up + "_bias", is_routed=is_routed)
-        if gate in self._held:
+        if gate in self._shapes:
             inner |= self._matrix(gate, read, gate + "_bias", is_routed=is_routed)
-        return self._matrix(down, inner, down + "_bias", *behind, is_routed=is_routed)
+        return self._matrix(down, inner, down + "_bias", *after, is_routed=is_routed)
 
-    def _matrix(self, name: str, read: bool, *behind: str, is_routed: bool = False) -> bool:
+    def _matrix(self, name: str, read: bool, *after: str, is_routed: bool = False) -> bool:
         """Add the product with a matrix.
 
         Args:
             read: its input needs a gradient.
-            behind: vectors that its output meets.
+            after: names of the vectors that are applied to its output.
 
         Returns:
-            Whether what comes out needs a gradient.
+            True if its output needs a gradient.
         """
-        rows, columns = self._held[name]
+        rows, columns = self._shapes[name]
         self._add(rows * columns, read + (name in self._trained), is_routed=is_routed)
         added = name not in ("head", "embed") and self._low_rank(name, rows, columns, read)
-        return self._needs(read or added, name, *behind)
+        return self._needs(read or added, name, *after)
 
     def _gating(self, layer: int, hidden: int, stream: bool) -> bool:
-        """Add the product that gates come from; return whether these need a gradient."""
+        """Add the product of a layer's gate; return True if the gate needs a gradient."""
         own = self._adapters.gating.get(layer)
         if own is None:
             return False
@@ -319,10 +323,10 @@ class _Walk:
     def _low_rank(
         self, name: str, rows: int, columns: int, read: bool, *, is_lookup: bool = False
     ) -> bool:
-        """Add the products of the adapters beside a matrix [rows, columns].
+        """Add the products of the adapters of a matrix [rows, columns].
 
         Returns:
-            Whether what they add needs a gradient, be it only for their gates.
+            True if their output needs a gradient, even if only for their gates.
         """
         needs = False
         for each in self._adapters.low_rank.get(name, ()):

@@ -1,10 +1,10 @@
-"""Where logical tensors lie: on disk as the hub keeps them, or in a model's memory.
+"""Layout of logical tensors in stored ones: on disk as on the hub, or in memory.
 
-On disk every expert's matrix is a tensor of its own; in memory, and in files that were saved from
-there, the experts of a layer share one tensor. Dense families lie alike in both places, but for a
-head's name; in some of them matrices that read the same stand below one another in one tensor (q, k
-and v; gate and up), in some matrices lie transposed. A logical tensor has its outputs first
-wherever it lies: `pack` and `unpack` turn it.
+On disk each matrix of each expert is a tensor. In memory, and in files saved from memory, the
+experts of a layer are stacked in one tensor. Dense families have the same layout in both, except
+for the name of a head. Some families stack matrices with the same input (q, k and v; gate and up)
+in one tensor; some store matrices transposed. A logical tensor always has its outputs first:
+`pack` and `unpack` transpose it.
 """
 
 from __future__ import annotations
@@ -31,30 +31,30 @@ class Part:
     """One logical tensor within a stored one.
 
     Args:
-        index: its place there, in the order of dimensions that is stored; empty when it is the
-            whole.
+        tensor: the logical tensor.
+        index: its index in the stored tensor; empty if it is the whole.
     """
 
     tensor: LogicalTensor
     index: tuple[int | slice, ...] = ()
 
     def of(self, stored: Tensor) -> Tensor:
-        """Return what a stored tensor holds of it, as a view."""
-        return self.turned(stored[self.index] if self.index else stored)
+        """Return this part of a stored tensor, as a view."""
+        return self.transposed(stored[self.index] if self.index else stored)
 
-    def turned(self, value: Tensor) -> Tensor:
-        """Return a value as it is stored for one as its table has it, and the other way round."""
+    def transposed(self, value: Tensor) -> Tensor:
+        """Convert a value between its stored and its logical orientation."""
         return value.T if self.tensor.is_transposed and value.ndim else value
 
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """A tensor as it is stored: one logical tensor, or several.
+    """A stored tensor: one logical tensor, or several.
 
     Args:
         name: on disk, or in the model's memory.
-        shape: of the whole.
-        parts: what it holds.
+        shape: of the stored tensor.
+        parts: its logical tensors.
     """
 
     name: str
@@ -77,12 +77,12 @@ class StoredTensor:
 
     @property
     def parts_in_order(self) -> tuple[Part, ...]:
-        """The parts as they lie one behind the other, in row-major order."""
+        """The parts in row-major order."""
 
-        def place(part: Part) -> tuple[int, ...]:
+        def start(part: Part) -> tuple[int, ...]:
             return tuple((i.start or 0) if isinstance(i, slice) else i for i in part.index)
 
-        return tuple(sorted(self.parts, key=place))
+        return tuple(sorted(self.parts, key=start))
 
     @property
     def is_transposed(self) -> bool:
@@ -91,19 +91,19 @@ class StoredTensor:
 
     @property
     def axes(self) -> tuple[Axis, ...]:
-        """The axes of its first part, in the order that is stored."""
+        """The axes of its first part, in stored order."""
         axes = self.parts[0].tensor.axes
         return axes[::-1] if self.is_transposed else axes
 
     def pack(self, read: Read) -> Tensor:
-        """Return the stored tensor, its parts read by logical name."""
+        """Return the stored tensor, with its parts read by logical name."""
         if self.is_whole:
             (part,) = self.parts
             value = read(part.tensor.name)
-            return part.turned(value).contiguous() if self.is_transposed else value
+            return part.transposed(value).contiguous() if self.is_transposed else value
         stored: Tensor | None = None
         for part in self.parts:
-            value = part.turned(read(part.tensor.name))
+            value = part.transposed(read(part.tensor.name))
             if stored is None:
                 stored = value.new_empty(self.shape)
             stored[part.index] = value
@@ -111,14 +111,14 @@ class StoredTensor:
         return stored
 
     def unpack(self, stored: Tensor) -> Iterator[tuple[LogicalTensor, Tensor]]:
-        """Yield what the stored tensor holds, as views."""
+        """Yield each logical tensor and its values, as a view."""
         for part in self.parts:
             yield part.tensor, part.of(stored)
 
 
 def layout(config: Config, kind: LayoutKind) -> tuple[StoredTensor, ...]:
     """Return all stored tensors of a model, in forward order."""
-    family, places = family_of(config), dict[str, list[Part]]()
+    family, parts_by_name = family_of(config), dict[str, list[Part]]()
     shapes: dict[str, tuple[int, ...]] = {}
     num_experts = family.dimensions(config).num_experts
     for tensor in family.logical_tensors(config):
@@ -136,17 +136,17 @@ def layout(config: Config, kind: LayoutKind) -> tuple[StoredTensor, ...]:
             part, shape = Part(tensor, (*before, slice(first, end))), (end, *shape[1:])
         elif kind == "live":
             name = tensor.live_name or name
-        places.setdefault(name, []).append(part)
+        parts_by_name.setdefault(name, []).append(part)
         shapes[name] = shape
     stored = []
-    for name, parts in places.items():
+    for name, parts in parts_by_name.items():
         shape = shapes[name][::-1] if parts[0].tensor.is_transposed else shapes[name]
         stored.append(StoredTensor(name, shape, tuple(parts)))
     return tuple(stored)
 
 
 def padded_shapes(config: Config) -> dict[str, tuple[int, ...]]:
-    """Return name → shape on disk of the tensors that are padded there; most models have none."""
+    """Return name → shape of the tensors that are padded on disk; usually empty."""
     if FFN_SIZES not in config:
         return {}
     live = {tensor.name: tensor.shape for tensor in layout(config, "hub")}
@@ -155,24 +155,25 @@ def padded_shapes(config: Config) -> dict[str, tuple[int, ...]]:
 
 
 def match(config: Config, names: Iterable[str]) -> tuple[StoredTensor, ...]:
-    """Return the layout that a checkpoint's tensors have.
+    """Return the layout of a checkpoint's tensors.
 
     Args:
-        names: of all tensors that the checkpoint holds.
+        config: of the checkpoint.
+        names: of all tensors in the checkpoint.
 
     Raises:
-        TritterError: a name has no place in the family's table, or one is missing.
+        TritterError: the family's table lacks a name, or a tensor is missing.
     """
     family = family_of(config)
-    held = set(names) - family.tied_names(config)
+    found = set(names) - family.tied_names(config)
     expected = layout(config, "hub")
-    if held != {stored.name for stored in expected}:
+    if found != {stored.name for stored in expected}:
         others = [layout(config, "live")]
         if prefix := family.omitted_prefix:
             others.append(tuple(replace(s, name=s.name.removeprefix(prefix)) for s in expected))
-        expected = max((expected, *others), key=lambda each: len(held & {s.name for s in each}))
+        expected = max((expected, *others), key=lambda each: len(found & {s.name for s in each}))
     names = {stored.name for stored in expected}
-    extra, missing = sorted(held - names), sorted(names - held)
+    extra, missing = sorted(found - names), sorted(names - found)
     problems = []
     if extra:
         problems.append(
@@ -181,30 +182,30 @@ def match(config: Config, names: Iterable[str]) -> tuple[StoredTensor, ...]:
     if missing:
         problems.append(f"{len(missing)} tensors are missing: {_some(missing)}")
     if problems:
-        raise TritterError("The checkpoint does not fit its config.json: " + "; ".join(problems))
+        raise TritterError("The checkpoint does not match its config.json: " + "; ".join(problems))
     return expected
 
 
-def pack_all(places: Iterable[StoredTensor], values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def pack_all(tensors: Iterable[StoredTensor], values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return stored name → tensor, for values by logical name.
 
-    A stored tensor none of whose parts has a value is absent; parts without a value are zero.
+    A stored tensor is absent if none of its parts has a value; parts without a value are zero.
     """
     packed = {}
-    for stored in places:
-        held = [part for part in stored.parts if part.tensor.name in values]
-        if held:
-            zero = values[held[0].tensor.name].new_zeros(())
+    for stored in tensors:
+        known = [part for part in stored.parts if part.tensor.name in values]
+        if known:
+            zero = values[known[0].tensor.name].new_zeros(())
             parts = {p.tensor.name: values.get(p.tensor.name, zero) for p in stored.parts}
             packed[stored.name] = stored.pack(parts.__getitem__)
     return packed
 
 
-def unpack_all(places: Iterable[StoredTensor], values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def unpack_all(tensors: Iterable[StoredTensor], values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return logical name → tensor, for values by stored name; absent ones stay absent."""
     return {
         tensor.name: value
-        for stored in places
+        for stored in tensors
         if stored.name in values
         for tensor, value in stored.unpack(values[stored.name])
     }
@@ -215,7 +216,7 @@ def _some(names: list[str], limit: int = 5) -> str:
     return shown if len(names) <= limit else f"{shown}, … ({len(names) - limit} more)"
 
 
-# Word → kinds of logical tensors, whole or up to a dot or a dash; norms go with what they feed
+# Keyword → kinds of logical tensors, or their prefixes; norms belong to the module they feed
 PARTS: dict[str, tuple[str, ...]] = {
     "embed": ("embed",),
     "head": ("head",),
@@ -226,15 +227,17 @@ PARTS: dict[str, tuple[str, ...]] = {
     "router": ("router",),
 }
 _RANGE = re.compile(r"(\d{1,9})(?:\s*-\s*(\d{1,9}))?")
-_ALLOWED = f"allowed are layers by number, 0 or 0-3, and {', '.join(PARTS)}"
+_ALLOWED = f"must be layer numbers, such as 0 or 0-3, or any of {', '.join(PARTS)}"
 
 
 @dataclass(frozen=True, slots=True)
-class Places:
-    """What some words mean; a tied head is the embedding, by either name.
+class ParameterSelection:
+    """A selection of parameters by layer and kind.
+
+    `embed` and `head` both select a tied embedding.
 
     Args:
-        parts: words of `PARTS`.
+        parts: keys of `PARTS`.
         layers: first and last layer of each range.
     """
 
@@ -242,11 +245,11 @@ class Places:
     layers: tuple[tuple[int, int], ...]
 
     @classmethod
-    def read(cls, words: Sequence[str | int]) -> Places:
-        """Read words such as `0-3`, `7` and `embed`; commas within one part it, too.
+    def read(cls, words: Sequence[str | int]) -> ParameterSelection:
+        """Parse words such as `0-3`, `7` and `embed`; a word may list several, with commas.
 
         Raises:
-            RequestError: there are none, or one is no such word.
+            RequestError: the list is empty, or a word is invalid.
         """
         single = [each.strip() for word in words for each in str(word).split(",")]
         if not single:
@@ -265,11 +268,11 @@ class Places:
 
     @property
     def last_layer(self) -> int:
-        """The highest number of all; -1 where there is none."""
+        """The highest layer number; -1 if there is none."""
         return max((last for _, last in self.layers), default=-1)
 
     def has(self, tensor: LogicalTensor, *, is_tied: bool) -> bool:
-        """Say whether a tensor lies at one of the places."""
+        """Return True if a tensor is selected."""
         layer = tensor.layer
         if layer is not None and any(first <= layer <= last for first, last in self.layers):
             return True

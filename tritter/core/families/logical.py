@@ -1,9 +1,9 @@
-"""A tensor as a family's table knows it: its kind and layer, its axes, its names.
+"""Logical tensors, the entries of family tables: kind, layer, axes and names.
 
-A *logical* tensor has one name in every family (`layers.3.ffn.gate`, `layers.3.experts.7.down`);
-its axes live in named spaces (`residual`, `layers.3.ffn`), and each axis has a port, which says
-what an expansion may do to it there. Nobody has to take a name apart: kind, layer and expert are
-fields, and a table's entry, which stands for many tensors, has no numbers yet.
+A *logical* tensor has the same name in every family (`layers.3.ffn.gate`,
+`layers.3.experts.7.down`). Its axes belong to named spaces (`residual`, `layers.3.ffn`), and the
+port of each axis determines how an expansion may scale it. Kind, layer and expert are fields, so
+names need no parsing. A table entry is a template of many tensors and has no layer or expert yet.
 """
 
 from dataclasses import dataclass, replace
@@ -16,25 +16,26 @@ LayerKind = Literal["none", "all", "dense", "sparse"]
 
 
 class Port(Enum):
-    """How a tensor touches the space of one of its axes."""
+    """How a tensor uses the space of one of its axes."""
 
     WRITE = "write"  # a linear producer: any scale
     WRITE_SCALED = "write, then scaled"  # an embedding that the model multiplies by √hidden_size
-    WRITE_NONLINEAR = "write through a nonlinearity"  # FFN gate, router, q, k: scale 1 forced
-    ABSORBED = "write into a norm"  # q and k before a norm per head, which shares the model's eps
+    WRITE_NONLINEAR = "write through a nonlinearity"  # FFN gate, router, q, k: scale must be 1
+    ABSORBED = "write into a norm"  # q and k before a norm per head with the model's eps
     READ = "read"  # a consumer
     GAIN = "gain"  # a norm: reads one space and writes the axis's space diagonally
 
 
 @dataclass(frozen=True, slots=True)
 class Space:
-    """What an axis lives in: there is one of it per model, per layer or per expert.
+    """The vector space of an axis: one per model, per layer or per expert.
 
     Args:
         kind: such as `residual`, `query`, `ffn`.
-        size: attribute of `Dimensions` that is its size.
-        scope: what has one of its own.
-        layer: which layer it belongs to, once written out; `expert` likewise.
+        size: attribute of `Dimensions` with its size.
+        scope: its owner: the model, each layer or each expert.
+        layer: index of its layer; None in a template.
+        expert: index of its expert; None in a template.
     """
 
     kind: str
@@ -49,17 +50,17 @@ class Space:
 
     @property
     def is_branch_output(self) -> bool:
-        """A norm stands between it and the residual stream."""
+        """A norm separates it from the residual stream."""
         return self.kind in ("attention_output", "ffn_output")
 
     @property
     def is_norm_output(self) -> bool:
-        """A norm writes it, and what it hands the stream's values on to reads it."""
+        """It is the output of a norm over the residual stream."""
         return self.kind in ("attention_input", "ffn_input", "head_input")
 
     @property
     def is_stream(self) -> bool:
-        """It is the residual stream, or a branch's output on the way to it."""
+        """It is the residual stream, or the output of a branch before its norm."""
         return self.kind == "residual" or self.is_branch_output
 
 
@@ -73,12 +74,12 @@ class Axis:
 
 @dataclass(frozen=True, slots=True)
 class Fused:
-    """Where an expert's matrix lies in the tensor that transformers holds in memory.
+    """Location of an expert's matrix in the stacked tensor of transformers.
 
     Args:
-        name: of the tensor, which has one slice per expert along its first dimension.
-        block: which part of the slice's rows it is.
-        num_blocks: how many parts of equal size stand one below the other.
+        name: of the stacked tensor, whose first dimension is the experts.
+        block: index of its block of rows within the expert's slice.
+        num_blocks: number of blocks of equal size in the slice.
     """
 
     name: str
@@ -88,23 +89,24 @@ class Fused:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LogicalTensor:
-    """One tensor of a family, or in its table all of one kind.
+    """One tensor of a family, or the template of all tensors of one kind.
 
     Args:
-        kind: its logical name without numbers: `embed`, `attention.q`, `router`, `experts.gate`.
-        disk_name: name in the safetensors files of Hugging Face checkpoints; in a table it holds
-            `{layer}` and `{expert}`.
-        axes: one per dimension; of a matrix the outputs first.
-        layers: which layers have it: those with a dense FFN, with experts, or both; none: it
-            stands outside of them.
+        kind: its logical name without indices: `embed`, `attention.q`, `router`, `experts.gate`.
+        disk_name: name in the safetensors files of Hugging Face checkpoints; a template has
+            `{layer}` and `{expert}` in it.
+        axes: one per dimension, the outputs of a matrix first.
+        layers: the layers that have it: those with a dense FFN, those with experts, or all; `none`
+            for tensors outside the layers.
         only_if: config key that must be true for the tensor to exist; empty: always.
         unless: config key that must be false for the tensor to exist; empty: always.
-        live_name: name in the model's memory; empty: as on disk.
-        is_transposed: on disk and in memory its inputs come first.
-        within: name, on disk and in memory, of a tensor that it is outputs of, behind those that
-            the table names before it; `disk_name` is then what its state is called. Empty: its own.
-        fused: where it lies in memory when the experts of a layer share one tensor there.
-        layer: which layer it belongs to, once written out; `expert` likewise.
+        live_name: name in the model's memory; empty if it equals `disk_name`.
+        is_transposed: stored with its inputs first, on disk and in memory.
+        within: name of the stored tensor whose rows it is a block of, in the order of the table;
+            `disk_name` then only names its state. Empty if it is stored separately.
+        fused: its location in memory if the experts of a layer are stacked in one tensor.
+        layer: index of its layer; None in a template.
+        expert: index of its expert; None in a template.
     """
 
     kind: str
@@ -139,7 +141,7 @@ class LogicalTensor:
 
     @property
     def is_of_norm(self) -> bool:
-        """It is a norm's gain, or the bias beside it."""
+        """It is the gain or the bias of a norm."""
         is_bias = self.axes[0].port is Port.WRITE and self.axes[0].space.is_norm_output
         return self.is_norm or is_bias
 
@@ -150,8 +152,8 @@ class LogicalTensor:
         return self._filled("{expert}", layer=self.layer, expert=expert)
 
     def exists(self, config: Config) -> bool:
-        wanted = not self.only_if or bool(config.get(self.only_if))
-        return wanted and not (self.unless and bool(config.get(self.unless)))
+        is_enabled = not self.only_if or bool(config.get(self.only_if))
+        return is_enabled and not (self.unless and bool(config.get(self.unless)))
 
     def _filled(
         self, mark: str, *, layer: int | None, expert: int | None = None
@@ -176,7 +178,7 @@ class LogicalTensor:
 
 
 def logical_name(kind: str, *, layer: int | None = None, expert: int | None = None) -> str:
-    """Return the logical name of the tensor, or the space, of a kind at a place."""
+    """Return the logical name of a tensor or a space."""
     if expert is not None:
         kind = f"experts.{expert}.{kind.removeprefix('experts.')}"
     return kind if layer is None else f"layers.{layer}.{kind}"

@@ -1,6 +1,6 @@
 """Size presets: shapes of Llama from 125 million to 14 billion parameters.
 
-They are the options `conf/model/tritter_*.yaml`, whose first lines say what models they are like.
+The presets are the options `conf/model/tritter_*.yaml`, whose first lines name similar models.
 """
 
 import math
@@ -20,7 +20,7 @@ from tritter.limits import MAX_LAYERS, MAX_POSITIONS, MAX_WIDTH
 from tritter.options import RunRequest, nearest_multiples, options
 
 _UNITS = {"m": 10**6, "b": 10**9}
-VOCABULARY = 32_000  # what the parameter counts in the presets' names are for
+VOCABULARY = 32_000  # vocabulary size behind the parameter counts in the names of presets
 
 
 @options
@@ -53,11 +53,11 @@ class ModelConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Preset(ModelConfig):
-    """One size.
+    """One size preset.
 
     Args:
-        name: `tritter_` and the rounded count of parameters.
-        nominal_parameters: the count that the name stands for, within 10 % of the true one.
+        name: `tritter_` and the rounded parameter count.
+        nominal_parameters: the parameter count in the name, within 10 % of the true one.
     """
 
     name: str
@@ -69,11 +69,11 @@ def _read_all() -> dict[str, Preset]:
     for path in (config_folder() / "model").glob("tritter_*.yaml"):
         size = path.stem.removeprefix("tritter_")
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        wanted = [field.name for field in fields(Preset) if field.name in values]
+        names = [field.name for field in fields(Preset) if field.name in values]
         preset = Preset(
             name=path.stem,
             nominal_parameters=int(size[:-1]) * _UNITS[size[-1]],
-            **{name: values[name] for name in wanted},
+            **{name: values[name] for name in names},
         )
         presets.append(preset)
     by_size = sorted(presets, key=lambda preset: preset.nominal_parameters)
@@ -87,20 +87,21 @@ def find_preset(name: str) -> Preset:
     """Return a preset by its name, spelled with - or _.
 
     Raises:
-        RequestError: there is none; names those there are and the nearest.
+        RequestError: the preset does not exist; lists all of them and the nearest.
     """
     spelled = name.lower().replace("-", "_")
     if spelled in PRESETS:
         return PRESETS[spelled]
     raise RequestError(
-        f"'{name}' is no preset; there are {', '.join(PRESETS)}.{did_you_mean(spelled, PRESETS)}"
+        f"'{name}' is not a preset; presets are {', '.join(PRESETS)}."
+        f"{did_you_mean(spelled, PRESETS)}"
     )
 
 
 def aspect_ratio_at(parameters: float) -> float:
-    """Return the presets' hidden size per layer at a size, interpolated in its logarithm.
+    """Return the hidden size per layer at a parameter count, log-interpolated between presets.
 
-    Below the smallest and above the largest preset it is theirs.
+    Outside the range of the presets it is constant.
     """
     presets = list(PRESETS.values())
     position = math.log(max(parameters, 1))
@@ -113,7 +114,7 @@ def aspect_ratio_at(parameters: float) -> float:
 
 
 def model_problems(config: RunRequest) -> Iterator[Problem]:
-    """Yield sizes of a base of our own that do not go together."""
+    """Yield the problems of a new base model whose sizes do not match each other."""
     model = config.model
     if not isinstance(model, ModelConfig):
         return
@@ -125,13 +126,13 @@ def model_problems(config: RunRequest) -> Iterator[Problem]:
     ):
         if value % divisor:
             reason = (
-                f"it has to be a multiple of model.{divisor_key} = {divisor}; nearest: "
+                f"it must be a multiple of model.{divisor_key} = {divisor}; nearest: "
                 f"{nearest_multiples(value, divisor)}"
             )
             yield Problem(f"model.{key}", value, reason=reason)
     if hidden_size % heads == heads % kv_heads == 0 and hidden_size % (2 * heads):
         reason = (
-            f"rotary positions turn pairs, so each of the {heads} heads needs an even width; "
+            f"rotary embeddings pair coordinates, so each of the {heads} heads needs an even size; "
             f"nearest: {nearest_multiples(hidden_size, 2 * heads)}"
         )
         yield Problem("model.hidden_size", hidden_size, reason=reason)

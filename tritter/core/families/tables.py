@@ -1,4 +1,4 @@
-"""All tables of families, and the one that a config.json means."""
+"""All family tables, and the lookup of the table for a config.json."""
 
 import re
 from pathlib import Path
@@ -41,7 +41,8 @@ def decoder_tensors(
     """Return a whole decoder: embedding, the parts of a layer, final norm, head.
 
     Args:
-        embedding_port: how the embedding writes the residual stream.
+        layer: the tensors of a layer.
+        embedding_port: port by which the embedding writes the residual stream.
     """
     return (
         embedding("model.embed_tokens", embedding_port),
@@ -62,16 +63,15 @@ def attention(
     bias_key: str = "",
     within: str = "",
 ) -> tuple[LogicalTensor, ...]:
-    """Return the norm before attention, its projections, and what stands behind them.
+    """Return the tensors of attention: its norms, projections and biases.
 
     Args:
-        has_input_norm: an RMSNorm stands between the residual stream and q, k and v.
-        query_norm: whether an RMSNorm, which shares the config's eps, follows q and k, and
-            whether its mean square is that of a head or of all.
-        output_norm: name of an RMSNorm between o and the residual stream; empty: there is none.
-        biases: which projections have biases.
-        bias_key: config key that adds them; empty: always.
-        within: name of the layer in which q, k and v stand below one another, if there is one.
+        has_input_norm: an RMSNorm precedes q, k and v.
+        query_norm: RMSNorm after q and k with the config's eps, over each head or all heads.
+        output_norm: name of the RMSNorm after o; empty if there is none.
+        biases: the projections with biases.
+        bias_key: config key that enables them; empty: always.
+        within: name of the layer that stacks q, k and v; empty if they are separate.
     """
     port = Port.WRITE_NONLINEAR if query_norm == "none" else Port.ABSORBED
     read = Axis(ATTENTION_INPUT, Port.READ)
@@ -113,13 +113,13 @@ def dense_ffn(
     layers: Literal["all", "dense"] = "all",
     within: str = "",
 ) -> tuple[LogicalTensor, ...]:
-    """Return gate, up and down of a SwiGLU FFN, and a norm behind it if there is one.
+    """Return gate, up and down of a SwiGLU FFN, and the norm after it if there is one.
 
     Args:
-        output_norm: name of the RMSNorm between down and the residual stream, if any.
-        bias_key: config key that adds biases; empty: there are none.
-        layers: `dense` where other layers have experts instead.
-        within: name of the layer in which up stands below gate, if there is one.
+        output_norm: name of the RMSNorm after down; empty if there is none.
+        bias_key: config key that enables biases; empty if there are none.
+        layers: `dense` if other layers have experts instead.
+        within: name of the layer that stacks gate and up; empty if they are separate.
     """
     biases: Biases = "qkvo" if bias_key else "none"
     output = Axis(_FFN_OUTPUT, Port.WRITE) if output_norm else RESIDUAL
@@ -139,12 +139,14 @@ def dense_ffn(
 def experts(
     *, module: str, gate: str, up: str, down: str, layers: Literal["all", "sparse"]
 ) -> tuple[LogicalTensor, ...]:
-    """Return router and experts; in memory the experts of a layer share two tensors.
+    """Return router and experts; in memory two tensors stack the experts of a layer.
 
     Args:
         module: of router and experts on disk; in memory it is `mlp`.
-        gate: name on disk of an expert's gate projection; `up` and `down` likewise.
-        layers: `sparse` where other layers have one FFN instead.
+        gate: name on disk of an expert's gate projection.
+        up: name on disk of an expert's up projection.
+        down: name on disk of an expert's down projection.
+        layers: `sparse` if other layers have one FFN instead.
     """
     read = Axis(FFN_INPUT, Port.READ)
     live, stem = _LAYER + "mlp.", _LAYER + module + "."
@@ -171,7 +173,7 @@ def experts(
 
 
 def shared_expert() -> tuple[LogicalTensor, ...]:
-    """Return the expert that every token meets, and the gate that scales it by a sigmoid."""
+    """Return the shared expert of all tokens, and the gate that scales it by a sigmoid."""
     read = Axis(FFN_INPUT, Port.READ)
     gate, up = Axis(_SHARED_FFN, Port.WRITE_NONLINEAR), Axis(_SHARED_FFN, Port.WRITE)
     down = Axis(_SHARED_FFN, Port.READ)
@@ -195,9 +197,9 @@ def _dense(
     layers: Literal["all", "dense", "sparse"] = "all",
     within: str = "",
 ) -> tuple[LogicalTensor, ...]:
-    place = _LAYER + within if within else ""
+    stacked = _LAYER + within if within else ""
     weight, bias = _linear(
-        kind, _LAYER + disk_name, output, read, bias_key, layers=layers, within=place
+        kind, _LAYER + disk_name, output, read, bias_key, layers=layers, within=stacked
     )
     return (weight,) if biases == "none" else (weight, bias)
 
@@ -209,24 +211,24 @@ def _norm(kind: str, disk_name: str, space: Space) -> LogicalTensor:
 
 # The families
 
-# The parts of decoders with LayerNorm: norms with biases, one tensor for q, k and v, a plain FFN.
+# Parts of decoders with LayerNorm: norms with biases, one tensor for q, k and v, a plain FFN.
 #
-# A LayerNorm subtracts the mean over the residual stream and divides by its deviation. Whole
-# copies of the stream leave both as they are, and eps with them.
+# A LayerNorm subtracts the mean over the residual stream and divides by its standard deviation.
+# Whole copies of the stream change neither of them, nor the effect of eps.
 
-# Of each head its q, its k and its v; heads are copied unscaled, so one port does for all three
+# q, k and v of each head; heads are copied unscaled, so one port suffices for all three
 QKV = Space("qkv", "qkv_size")
 _POSITIONS = Space("positions", "max_position_embeddings", "model")
 
 
 def embedding(name: str, port: Port = Port.WRITE) -> LogicalTensor:
-    """Return the embedding of tokens, called so on disk, which writes the stream by a port."""
+    """Return the token embedding with this name on disk and this port to the residual stream."""
     axes = (Axis(VOCABULARY, Port.READ), Axis(RESIDUAL.space, port))
     return LogicalTensor(kind="embed", disk_name=f"{name}.weight", axes=axes)
 
 
 def learned_positions(name: str) -> LogicalTensor:
-    """Return the embedding of places in a sequence, called so on disk."""
+    """Return the learned position embedding with this name on disk."""
     axes = (Axis(_POSITIONS, Port.READ), RESIDUAL)
     return LogicalTensor(kind="embed_positions", disk_name=f"{name}.weight", axes=axes)
 
@@ -237,17 +239,20 @@ def layer_norm_attention(
     qkv: str,
     output: str,
     bias_key: str = "",
-    are_masked: bool = False,
+    has_qkv_blocks: bool = False,
     is_transposed: bool = False,
 ) -> tuple[LogicalTensor, ...]:
-    """Return the norm before attention and its projections, called so on disk.
+    """Return the norm before attention and its projections.
 
     Args:
-        bias_key: config key that adds biases to the projections; empty: always.
-        are_apart: the tensor of q, k and v holds all of q, then k, then v, not head by head.
-        is_transposed: matrices lie inputs first.
+        norm: name of the norm on disk.
+        qkv: name of the projection to q, k and v on disk.
+        output: name of the output projection on disk.
+        bias_key: config key that enables biases of the projections; empty: always.
+        has_qkv_blocks: the tensor of q, k and v stores all of q, then k, then v, not head by head.
+        is_transposed: matrices are stored with inputs first.
     """
-    read, together = Axis(ATTENTION_INPUT, Port.READ), Axis(QKV, Port.WRITE_NONLINEAR)
+    read, interleaved = Axis(ATTENTION_INPUT, Port.READ), Axis(QKV, Port.WRITE_NONLINEAR)
     written = {
         "q": Axis(QUERY, Port.WRITE_NONLINEAR),
         "k": Axis(KEY_VALUE, Port.WRITE_NONLINEAR),
@@ -260,8 +265,8 @@ def layer_norm_attention(
             for tensor in _linear(f"attention.{name}", f"{qkv}.{name}", axis, read, bias_key,
                                   within=qkv, is_transposed=is_transposed)
         ]
-        if are_masked
-        else _linear("attention.qkv", qkv, together, read, bias_key, is_transposed=is_transposed)
+        if has_qkv_blocks
+        else _linear("attention.qkv", qkv, interleaved, read, bias_key, is_transposed=is_transposed)
     )  # fmt: skip
     return (
         *layer_norm("attention_norm", norm, ATTENTION_INPUT),
@@ -274,7 +279,7 @@ def layer_norm_attention(
 def plain_ffn(
     *, norm: str, up: str, down: str, is_transposed: bool = False
 ) -> tuple[LogicalTensor, ...]:
-    """Return the norm before an FFN without a gate and its projections, called so on disk."""
+    """Return the norm before an ungated FFN and its projections, with these names on disk."""
     read, written = Axis(FFN_INPUT, Port.READ), Axis(FFN, Port.WRITE_NONLINEAR)
     return (
         *layer_norm("ffn_norm", norm, FFN_INPUT),
@@ -284,7 +289,12 @@ def plain_ffn(
 
 
 def head(disk_name: str, live_name: str = "") -> LogicalTensor:
-    """Return the head, absent where it is tied; its name in memory where that is another."""
+    """Return the head, absent if it is tied.
+
+    Args:
+        disk_name: name on disk.
+        live_name: name in memory, if it differs.
+    """
     return LogicalTensor(
         kind="head",
         disk_name=f"{disk_name}.weight",
@@ -297,7 +307,7 @@ def head(disk_name: str, live_name: str = "") -> LogicalTensor:
 def layer_norm(
     kind: str, name: str, space: Space, *, layers: LayerKind = "all"
 ) -> tuple[LogicalTensor, ...]:
-    """Return the gain of a LayerNorm and its bias, which lies in what the norm writes."""
+    """Return the gain of a LayerNorm and its bias, which belongs to the norm's output space."""
     gain, bias = (Axis(space, port) for port in (Port.GAIN, Port.WRITE))
     return (
         LogicalTensor(kind=kind, disk_name=f"{name}.weight", axes=(gain,), layers=layers),
@@ -408,8 +418,8 @@ QWEN2_MOE = Family(
 
 # Phi-3 and Phi-4: q, k and v are one tensor, and so are gate and up.
 #
-# Heads keep their size whatever grows, and with it the share of it that is turned (Phi-4-mini
-# turns three quarters) and LongRoPE's factor for each turned pair.
+# Heads never change their size, so the rotated fraction (three quarters in Phi-4-mini) and
+# LongRoPE's factor per rotated pair stay valid.
 
 PHI3 = Family(
     model_type="phi3",
@@ -423,11 +433,10 @@ PHI3 = Family(
 )
 
 
-# OLMo 2: norms behind attention and FFN and none before; one norm over the queries of all heads.
+# OLMo 2: norms after attention and FFN and none before; one norm over the queries of all heads.
 #
-# That norm takes the mean square over all heads, and so does the one over the keys. Copies of all
-# of them leave it as it is; other heads beside the old ones would change what the old ones
-# compute.
+# The norms of queries and keys take the mean square over all heads. Copying every head preserves
+# it; additional heads would change the output of the old ones.
 
 OLMO2 = Family(
     model_type="olmo2",
@@ -523,11 +532,11 @@ def llama_config(
     }
 
 
-# Granite: Llama's tensors, and four constants that the model multiplies with.
+# Granite: Llama's tensors, and four constant multipliers.
 #
-# `embedding_multiplier`, `attention_multiplier`, `residual_multiplier` and `logits_scaling`
-# depend on no size, so whatever grows they stay: a map that keeps what each of them is multiplied
-# with keeps the function. (Under μP another width would get others, and compute something else.)
+# `embedding_multiplier`, `attention_multiplier`, `residual_multiplier` and `logits_scaling` do not
+# depend on a size, so they stay: a map that preserves the values they scale preserves the
+# function. (Under μP another width would need other multipliers and change the function.)
 
 GRANITE = Family(
     model_type="granite",
@@ -542,8 +551,8 @@ GRANITE = Family(
 
 # GPT-NeoX (Pythia): LayerNorm, q, k and v of each head together, a plain FFN, an untied head.
 #
-# Attention and FFN of a layer read the same stream, or one after the other. A share of each head
-# is turned, a quarter in Pythia.
+# Attention and FFN of a layer read the same stream in parallel, or in sequence. RoPE rotates a
+# fraction of each head, a quarter in Pythia.
 
 _NEOX_LAYER = "gpt_neox.layers.{layer}."
 _OF_HEADS = ("num_key_value_heads", "head_dim")  # one of each per query head; hidden size by heads
@@ -570,14 +579,14 @@ GPT_NEOX = Family(
     ),
     sizes={name: key for name, key in DENSE_SIZES.items() if name not in _OF_HEADS},
     subtracts_mean=True,
-    parallel_if="use_parallel_residual",
+    parallel_residual_key="use_parallel_residual",
 )
 
 
-# GPT-2: LayerNorm, learned positions, q, k and v side by side, a plain FFN, a tied head.
+# GPT-2: LayerNorm, learned positions, q, k and v in blocks, a plain FFN, a tied head.
 #
-# Its matrices lie transposed. The table of positions has a row for each place in a sequence, and
-# grows with the stream alone.
+# Its matrices are stored transposed. The position embedding has one row per position and only
+# grows with the hidden size.
 
 _MODEL = "transformer."
 _GPT2_LAYER = _MODEL + "h.{layer}."
@@ -593,7 +602,7 @@ GPT2 = Family(
             norm=_GPT2_LAYER + "ln_1",
             qkv=_GPT2_LAYER + "attn.c_attn",
             output=_GPT2_LAYER + "attn.c_proj",
-            are_masked=True,
+            has_qkv_blocks=True,
             is_transposed=True,
         ),
         *plain_ffn(
@@ -615,7 +624,7 @@ GPT2 = Family(
     },
     subtracts_mean=True,
     ffn_ratio=4,
-    numbered_if="scale_attn_by_inverse_layer_idx",
+    layer_index_key="scale_attn_by_inverse_layer_idx",
     omitted_prefix=_MODEL,
 )
 
@@ -628,7 +637,7 @@ GLM4 = Family(
         ffn_norm(),
         *dense_ffn(output_norm="post_mlp_layernorm", within="mlp.gate_up_proj"),
     ),
-    turns_neighbours=True,
+    has_interleaved_rope=True,
 )
 
 
@@ -653,10 +662,10 @@ GEMMA3_TEXT = Family(
 )
 
 
-# Gemma 2: as Gemma 3 without norms per head; scores and logits are capped by a tanh.
+# Gemma 2: as Gemma 3 without norms per head; a tanh caps scores and logits.
 #
-# The caps, and `query_pre_attn_scalar` in place of the size of a head, are constants: heads that
-# are kept or copied have the same scores, and a head that reads the same stream the same logits.
+# The caps and `query_pre_attn_scalar` are constants. So kept and copied attention heads have the
+# same scores, and an output head that reads the same stream has the same logits.
 
 GEMMA2 = Family(
     model_type="gemma2",
@@ -697,9 +706,9 @@ FAMILIES: dict[str, Family] = {
         QWEN3_MOE,
     )
 }
-# Why a family that people ask for has no table
+# Reasons for the lack of a table
 _REASONS = {
-    "gemma3": "it reads images besides; its text part alone, gemma3_text, has a table",
+    "gemma3": "it also reads images; its text model, gemma3_text, is supported",
 }
 
 
@@ -734,10 +743,10 @@ def _registered(model_type: str, path: Path) -> Family:
 
 
 def family_of(config: Config) -> Family:
-    """Return the family that a config.json names.
+    """Return the family of a config.json.
 
     Raises:
-        RequestError: no table for its `model_type`; names the tables there are.
+        RequestError: its `model_type` has no table; lists the supported ones.
     """
     model_type = str(config.get("model_type"))
     family = find_family(model_type)
@@ -751,9 +760,9 @@ def family_of(config: Config) -> Family:
 
 
 def position_limit(config: Config) -> int | None:
-    """Return how many tokens a model of this config reads; None where it does not say."""
-    stated = config.get(family_of(config).positions_key)
-    return stated if isinstance(stated, int) else None
+    """Return the context length of a model in tokens, or None if the config does not set it."""
+    limit = config.get(family_of(config).positions_key)
+    return limit if isinstance(limit, int) else None
 
 
 def count_parameters(config: Config) -> int:

@@ -1,8 +1,7 @@
-"""The parameter map: how each tensor of an expanded model follows from the source's tensors.
+"""The parameter map: how each tensor of an expanded model derives from the source tensors.
 
-Everything that lives on parameters (weights, gradients, moments, importances) goes through the
-same map; `axis_map` says how one space grows, `tensor_map` what that means for one tensor,
-`apply` moves values.
+All values on parameters (weights, gradients, moments, importances) go through the same map.
+`tensor_map` defines the maps of spaces and tensors, `apply` maps values, `carry` maps state.
 """
 
 from tritter.core.parameter_map.apply import (

@@ -1,4 +1,4 @@
-"""Move values through a tensor map: weights, and all that lives on them."""
+"""Apply a tensor map to values: weights, gradients, moments and importances."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ Read = Callable[[str], "Tensor"]
 
 
 class Quantity(Enum):
-    """What a tensor holds, which decides the factors that it is mapped with."""
+    """The quantity in a tensor, which determines the factors of its map."""
 
-    WEIGHT = "weight"  # anchors, averages, teachers as well
-    GRADIENT = "gradient"  # Adam's first moment as well
+    WEIGHT = "weight"  # also anchors, averages, teachers
+    GRADIENT = "gradient"  # also Adam's first moment
     SQUARED_GRADIENT = "squared_gradient"  # Adam's second moment, diagonal Fisher
     PATH_INTEGRAL = "path_integral"  # gradient × step, synaptic intelligence's ω
-    PENALTY = "penalty"  # a Fisher that is to price the same move of the function the same
+    PENALTY = "penalty"  # a Fisher that penalises the same change of the function equally
     DISPLACEMENT = "displacement"  # the difference of two states of a weight
 
     def factor(self, axis: AxisFactor) -> Tensor:
@@ -45,9 +45,9 @@ class Quantity(Enum):
 
 
 def mapped(tensor_map: TensorMap, read: Read, *, quantity: Quantity = Quantity.WEIGHT) -> Tensor:
-    """Return the target tensor, its sources read by logical name.
+    """Return the target tensor, with its sources read by logical name.
 
-    Quantities other than weights know nothing of fills; of a blend they take the mean as well.
+    Quantities other than weights ignore fills; for a blend they take the mean too.
     """
 
     def value_of(source: str | TensorMap) -> Tensor:
@@ -69,7 +69,7 @@ def mapped(tensor_map: TensorMap, read: Read, *, quantity: Quantity = Quantity.W
 def rounded_weight(tensor_map: TensorMap, read: Read, dtype: torch.dtype) -> Tensor:
     """Return the target's weights, computed in float32 or wider and rounded once, at the end.
 
-    What no map touches keeps its bits.
+    Weights that no map changes keep their bits.
     """
 
     import torch
@@ -89,14 +89,20 @@ def map_tensor(
     quantity: Quantity = Quantity.WEIGHT,
     donor: Tensor | None = None,
 ) -> Tensor:
-    """Return the target tensor for `source`; None where the map has no source.
+    """Return the target tensor for `source`.
 
-    Weights get their fills; every other quantity is zero where a coordinate has no source, and
-    everywhere when the map's state is `fresh`. Factors are applied in float32, or float64 for a
-    float64 source, on the source's device; the result has the source's dtype.
+    Weights get their fills. Other quantities are zero in coordinates without a source, and
+    everywhere if the map's state is `fresh`. Factors are applied in float32 (float64 for a float64
+    source) on the source's device; the result has the source's dtype.
 
     Args:
-        donor: what a fill of kind `copy` takes its values from, in the target's shape.
+        tensor_map: the map.
+        source: the source tensor; None if the map has no source.
+        quantity: of the values.
+        donor: values of a fill of kind `copy`, in the target's shape.
+
+    Raises:
+        ValueError: the number of dimensions differs between map and source.
     """
     import torch
 
@@ -107,11 +113,13 @@ def map_tensor(
         return _filled(created, nowhere, tensor_map.fill) if is_filled else created
     axes = tensor_map.axes or (None,) * source.ndim
     if len(axes) != source.ndim:
-        raise ValueError(f"a map of {len(axes)} axes met a tensor of shape {tuple(source.shape)}")
+        raise ValueError(
+            f"a map of {len(axes)} axes does not match a tensor of shape {tuple(source.shape)}"
+        )
     if quantity is not Quantity.WEIGHT:
         gathered = _gather(source, axes, quantity)
         return torch.zeros_like(gathered) if tensor_map.state == "fresh" else gathered
-    if offset := tensor_map.offset:  # the map acts on the sum, which is what the model uses
+    if offset := tensor_map.offset:  # the model uses the sum, so map the sum
         effective = map_tensor(
             replace(tensor_map, offset=0.0),
             source.to(compute_dtype(source)) + offset,
@@ -133,13 +141,14 @@ def map_tensor(
 
 
 def carried(tensor_map: TensorMap, source_mask: Tensor | None) -> Tensor:
-    """Return which entries of the target carry on what `source_mask` marks in the source.
+    """Return the mask of target entries that derive from the marked entries of the source.
 
-    New coordinates, zeroed copies and tensors whose state is fresh carry nothing: penalties that
-    hold old knowledge leave them free. Maps in a row are followed by applying this in a row.
+    New coordinates, zeroed copies and tensors with fresh state are not marked, so penalties on old
+    weights leave them free. For a chain of maps, apply this function repeatedly.
 
     Args:
-        source_mask: bool, the source tensor's shape; None where the map has no source.
+        tensor_map: the map.
+        source_mask: bool, in the source's shape; None if the map has no source.
     """
     import torch
 
@@ -155,7 +164,7 @@ def carried(tensor_map: TensorMap, source_mask: Tensor | None) -> Tensor:
 
 
 def carried_mask(tensor_map: TensorMap, read: Read) -> Tensor:
-    """Return `carried` of a whole chain, the masks of the first model read by logical name."""
+    """Return `carried` for a whole chain, with masks of the first model read by logical name."""
     before = tensor_map.source
     if before is None:
         return carried(tensor_map, None)
@@ -164,9 +173,9 @@ def carried_mask(tensor_map: TensorMap, read: Read) -> Tensor:
 
 
 def new_along(tensor_map: TensorMap, dimension: int) -> Tensor | None:
-    """Return bool [size], which coordinates of a dimension are new at any map of the chain.
+    """Return the mask [size] of coordinates of a dimension that are new at any map of the chain.
 
-    None where none is.
+    Return None if no coordinate is new.
     """
     before, axes = tensor_map.source, tensor_map.axes
     earlier = new_along(before, dimension) if isinstance(before, TensorMap) else None
@@ -180,15 +189,16 @@ def new_along(tensor_map: TensorMap, dimension: int) -> Tensor | None:
 
 
 def is_new(axis: AxisFactor) -> Tensor:
-    """Return bool [N], which coordinates of an axis have no source."""
+    """Return the mask [N] of coordinates of an axis without a source."""
     return axis.index < 0
 
 
 def flagged(axes: Sequence[AxisFactor | None], flags: Callable[[AxisFactor], Tensor]) -> Tensor:
-    """Return where some axis flags its coordinate, in a shape that broadcasts to the target's.
+    """Return the mask of entries flagged along any axis, broadcastable to the target's shape.
 
     Args:
-        flags: of an axis, bool [N].
+        axes: of the target.
+        flags: returns the mask [N] of an axis.
     """
     import torch
 
@@ -202,20 +212,20 @@ def flagged(axes: Sequence[AxisFactor | None], flags: Callable[[AxisFactor], Ten
 
 
 def compute_dtype(source: Tensor) -> torch.dtype:
-    """Return what a tensor is computed on in."""
+    """Return the dtype of computations on a tensor."""
     import torch
 
     return torch.float64 if source.dtype == torch.float64 else torch.float32
 
 
 def _gather(source: Tensor, axes: Sequence[AxisFactor | None], quantity: Quantity) -> Tensor:
-    """Return the source's entries at their places, each times the factors of its axes."""
+    """Return the source entries at their target coordinates, scaled by the factors of the axes."""
     wide_dtype = compute_dtype(source)
     values = source
     for dimension, axis in enumerate(axes):
         if axis is None:
             continue
-        values = taken(values, dimension, axis.index.to(source.device))
+        values = take_along(values, dimension, axis.index.to(source.device))
         factor = quantity.factor(axis)
         if bool((factor == 1).all()):
             continue
@@ -227,10 +237,10 @@ def _gather(source: Tensor, axes: Sequence[AxisFactor | None], quantity: Quantit
     return values.to(source.dtype) if values is not source else source.clone()
 
 
-def taken(values: Tensor, dimension: int, index: Tensor) -> Tensor:
-    """Return `values` at an index along one dimension, zero or anything where it is negative.
+def take_along(values: Tensor, dimension: int, index: Tensor) -> Tensor:
+    """Return `values` at an index along one dimension; undefined where the index is negative.
 
-    What the index leaves in place, which is most of it, is copied in one piece.
+    The leading entries that stay at their coordinate, usually most of them, are copied at once.
     """
     import torch
 
@@ -242,14 +252,14 @@ def taken(values: Tensor, dimension: int, index: Tensor) -> Tensor:
         return values
     shape = list(values.shape)
     shape[dimension] = new_size
-    taken = values.new_empty(shape)
-    taken.narrow(dimension, 0, kept).copy_(values.narrow(dimension, 0, kept))
-    rest, place = index[kept:], taken.narrow(dimension, kept, new_size - kept)
+    result = values.new_empty(shape)
+    result.narrow(dimension, 0, kept).copy_(values.narrow(dimension, 0, kept))
+    rest, target = index[kept:], result.narrow(dimension, kept, new_size - kept)
     if bool((rest < 0).all()):
-        place.zero_()
+        target.zero_()
     else:
-        place.copy_(values.index_select(dimension, rest.clamp(min=0)))
-    return taken
+        target.copy_(values.index_select(dimension, rest.clamp(min=0)))
+    return result
 
 
 def _filled(
@@ -260,7 +270,7 @@ def _filled(
     like: Tensor | None = None,
     donor: Tensor | None = None,
 ) -> Tensor:
-    """Fill the entries without a source; `like` is the source, whose spread `matched` takes."""
+    """Fill the entries without a source; `matched` takes mean and deviation from `like`."""
     import torch
 
     match fill.kind:
@@ -285,16 +295,16 @@ def _filled(
             draw = normal_numbers(fill.seed, std=float(wide.std()), mean=float(wide.mean()))
             return torch.where(has_source, values, draw(values.shape).to(values))
         case "copy":
-            assert donor is not None, "a fill that copies needs a donor"
+            assert donor is not None, "a copy fill needs a donor"
             return torch.where(has_source, values, donor.to(values))
         case "given":
-            assert fill.values is not None, "a given fill holds values"
-            lacking = ~has_source.expand(values.shape)
-            return values.masked_scatter_(lacking, fill.values.to(values))
+            assert fill.values is not None, "a given fill needs values"
+            is_new_entry = ~has_source.expand(values.shape)
+            return values.masked_scatter_(is_new_entry, fill.values.to(values))
 
 
 def normal_numbers(seed: int, *, std: float, mean: float = 0.0) -> Callable[[torch.Size], Tensor]:
-    """Return what goes on drawing normal numbers, block by block as one draw of all would."""
+    """Return a function that draws normal numbers in blocks, equal to one draw of all blocks."""
     import torch
 
     generator = torch.Generator().manual_seed(seed)

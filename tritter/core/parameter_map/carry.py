@@ -1,4 +1,4 @@
-"""What lives on parameters beside the weights, carried through one expansion or several."""
+"""Map state of parameters (moments, importances, anchors) through one expansion or several."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ if TYPE_CHECKING:
 Policy = Literal["carry", "zero", "reset_new"]
 POLICIES: tuple[Policy, ...] = ("carry", "zero", "reset_new")
 
-_NAME = re.compile(r"[a-z][a-z0-9_]{0,59}")  # it names a folder
+_NAME = re.compile(r"[a-z][a-z0-9_]{0,59}")  # also the name of a folder
 
 
 @dataclass(frozen=True, slots=True)
 class StateKind:
-    """The rule of one kind of state: how it maps, and what stands where a coordinate is new.
+    """The rule of one kind of state: its factors, and the values of new coordinates.
 
     Args:
-        quantity: decides the factors.
-        new_entries: `zero`; `mean` of the carried entries; or `as_weights`, what the expansion
-            writes into the weights there.
-        is_moment: it is Adam's, and follows a policy.
+        quantity: determines the factors.
+        new_entries: `zero`, `mean` of the mapped entries, or `as_weights`: mapped and filled like
+            the weights.
+        is_moment: it is a moment of Adam, to which a policy applies.
     """
 
     quantity: Quantity
@@ -44,31 +44,33 @@ STATE_KINDS: dict[str, StateKind] = {}
 
 
 def register(kind: str, rule: StateKind) -> None:
-    """Make a kind of state known: from then on it follows every map by its rule.
+    """Register a kind of state, so that every expansion maps it by its rule.
 
-    Meant for the module of the method that leaves it. Registering the same again does nothing.
+    The module of the method that writes the state calls this. Repeated calls with the same rule
+    have no effect.
 
     Args:
         kind: lower-case letters, digits and `_`.
+        rule: of this kind.
 
     Raises:
-        TritterError: the name is of another form, or has another rule already.
+        TritterError: the name is invalid, or is registered with a different rule.
     """
     if not is_kind_name(kind):
         raise TritterError(
-            f"{kind!r} names no kind of state; allowed are lower-case letters, digits and _."
+            f"{kind!r} is not a kind of state; use lower-case letters, digits and _."
         )
     if STATE_KINDS.setdefault(kind, rule) != rule:
-        raise TritterError(f"the kind of state {kind} is registered with another rule already.")
+        raise TritterError(f"the kind of state {kind} is already registered with a different rule.")
 
 
 def is_kind_name(name: str) -> bool:
-    """Say whether a kind of state, and the folder that holds it, may have this name."""
+    """Return True if the name is valid for a kind of state and its folder."""
     return _NAME.fullmatch(name) is not None
 
 
 register("exp_avg", StateKind(Quantity.GRADIENT, "zero", is_moment=True))
-# Zeros would give new entries updates several times too large under an old step count
+# With zeros and an old step count, updates of new entries would be several times too large
 register("exp_avg_sq", StateKind(Quantity.SQUARED_GRADIENT, "mean", is_moment=True))
 register("fisher", StateKind(Quantity.SQUARED_GRADIENT, "zero"))
 register("fisher_penalty", StateKind(Quantity.PENALTY, "zero"))
@@ -82,11 +84,13 @@ register("si_importance", StateKind(Quantity.PENALTY, "zero"))  # ω / Δ², map
 register("anchor", StateKind(Quantity.WEIGHT, "as_weights"))
 register("ema", StateKind(Quantity.WEIGHT, "as_weights"))
 MOMENTS = tuple(kind for kind, rule in STATE_KINDS.items() if rule.is_moment)
-OURS = frozenset(STATE_KINDS)  # what every Tritter knows
+BUILT_IN_KINDS = frozenset(STATE_KINDS)  # known to every installation of Tritter
 
 
-def starts_anew(tensor_map: TensorMap, kind: str | StateKind, *, policy: Policy = "carry") -> bool:
-    """Return whether the target has no state of this kind: it is absent, not zero."""
+def is_state_reset(
+    tensor_map: TensorMap, kind: str | StateKind, *, policy: Policy = "carry"
+) -> bool:
+    """Return True if the target has no state of this kind; it is absent then, not zero."""
     rule = _rule(kind)
     if rule.is_as_weights:
         return False
@@ -97,13 +101,15 @@ def starts_anew(tensor_map: TensorMap, kind: str | StateKind, *, policy: Policy 
 def carry(
     tensor_map: TensorMap, source: Tensor, kind: str | StateKind, *, policy: Policy = "carry"
 ) -> Tensor:
-    """Return the target's state for the source's; meant where state does not start anew.
+    """Return the target's state for the source's state, unless it is reset.
 
     Args:
-        kind: a registered one, or a rule.
-        policy: of Adam's moments; other kinds are always carried. `carry` maps them exactly,
-            copies included; `zero` starts all anew; `reset_new` carries the first copy of each
-            coordinate and treats further copies as new (asymmetric, as in arXiv 2602.02472).
+        tensor_map: the map.
+        source: state of the source tensor.
+        kind: a registered kind, or a rule.
+        policy: of Adam's moments; other kinds are always mapped. `carry` maps all entries, copies
+            included; `zero` resets all; `reset_new` maps the first copy of each coordinate and
+            resets further copies (asymmetric, as in arXiv 2602.02472).
     """
     import torch
 
@@ -111,16 +117,16 @@ def carry(
     state = map_tensor(tensor_map, source, quantity=rule.quantity)
     if rule.is_as_weights:
         return state
-    starts = flagged(tensor_map.axes, is_new)
+    is_fresh = flagged(tensor_map.axes, is_new)
     if rule.is_moment and policy == "reset_new":
-        starts = starts | flagged(tensor_map.axes, lambda axis: axis.is_duplicate)
-    if not bool(starts.any()):
+        is_fresh = is_fresh | flagged(tensor_map.axes, lambda axis: axis.is_duplicate)
+    if not bool(is_fresh.any()):
         return state
-    starts = starts.to(state.device)
+    is_fresh = is_fresh.to(state.device)
     value = torch.zeros((), dtype=state.dtype, device=state.device)
-    if rule.new_entries == "mean" and not bool(starts.all()):
-        value = state[~starts.expand(state.shape)].double().mean().to(state.dtype)
-    return torch.where(starts, value, state)
+    if rule.new_entries == "mean" and not bool(is_fresh.all()):
+        value = state[~is_fresh.expand(state.shape)].double().mean().to(state.dtype)
+    return torch.where(is_fresh, value, state)
 
 
 def _rule(kind: str | StateKind) -> StateKind:
@@ -130,35 +136,38 @@ def _rule(kind: str | StateKind) -> StateKind:
 def has_state(
     tensor_map: TensorMap,
     rule: StateKind,
-    is_held: Callable[[str], bool],
+    exists: Callable[[str], bool],
     *,
     policy: Policy = "carry",
 ) -> bool:
-    """Return whether the target has state by a rule; what starts anew has none.
+    """Return True if the target has state of a kind, which is not reset.
 
     Args:
-        is_held: says of a logical name of the first model whether that has some.
+        tensor_map: the map.
+        rule: of the kind of state.
+        exists: returns True if a logical tensor of the first model has state.
+        policy: of Adam's moments.
     """
     before, donor = tensor_map.source, tensor_map.fill.donor
-    if before is None or starts_anew(tensor_map, rule, policy=policy):
+    if before is None or is_state_reset(tensor_map, rule, policy=policy):
         return False
     needed: list[str | TensorMap] = [before]
     if rule.is_as_weights:
         needed += [*tensor_map.blend, *([] if donor is None else [donor])]
     return all(
-        is_held(one) if isinstance(one, str) else has_state(one, rule, is_held, policy=policy)
+        exists(one) if isinstance(one, str) else has_state(one, rule, exists, policy=policy)
         for one in needed
     )
 
 
-def followed(
+def mapped_state(
     tensor_map: TensorMap, rule: StateKind, read: Read, *, policy: Policy = "carry"
 ) -> Tensor:
-    """Return the state of a target that has some, that of the first model read by logical name."""
+    """Return the state of a target, with that of the first model read by logical name."""
     if rule.is_as_weights:
         return mapped(tensor_map, read)
     before = tensor_map.source
-    assert before is not None, "what has no source starts anew"
+    assert before is not None, "state without a source is reset"
     if isinstance(before, str):
         return carry(tensor_map, read(before), rule, policy=policy)
-    return carry(tensor_map, followed(before, rule, read, policy=policy), rule, policy=policy)
+    return carry(tensor_map, mapped_state(before, rule, read, policy=policy), rule, policy=policy)

@@ -1,6 +1,6 @@
-"""A target's weights, a few rows at a time: the same bits as `rounded_weight`, in little memory.
+"""Compute a target's weights in blocks of rows: the same bits as `rounded_weight`, less memory.
 
-What is computed on stays in the processor's cache, and nothing is as large as a whole tensor.
+Intermediate values fit in the CPU cache; none is as large as a whole tensor.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tritter.core.parameter_map.apply import (
     mapped,
     normal_numbers,
     rounded_weight,
-    taken,
+    take_along,
 )
 from tritter.core.parameter_map.tensor_map import AxisFactor, TensorMap
 
@@ -27,22 +27,22 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 BLOCK_ENTRIES = 2**17
-# torch draws normal numbers in groups of so many: blocks of whole groups follow one another as one
-# draw, and the last one has to hold a group
-_DRAWN_TOGETHER = 16
-_SUMMATION_ERROR = 1e-10  # of sums in another order, relative; with a wide margin
+# torch draws normal numbers in groups of 16. Blocks of whole groups equal a single draw if the last
+# block has at least one group
+_DRAW_GROUP = 16
+_SUMMATION_ERROR = 1e-10  # relative error of sums in another order, with a wide margin
 
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """Mean and standard deviation of a source's entries, as far as another order of sums allows."""
+    """Mean and standard deviation of a source, up to the error of another order of summation."""
 
     mean: float
     std: float
 
 
-def in_order(tensor_map: TensorMap) -> TensorMap:
-    """Return the last map of a chain that touches the weights."""
+def last_change(tensor_map: TensorMap) -> TensorMap:
+    """Return the last map of a chain that changes the weights."""
     step = tensor_map
     while step.keeps_weights and isinstance(step.source, TensorMap) and not step.offset:
         step = step.source
@@ -50,18 +50,18 @@ def in_order(tensor_map: TensorMap) -> TensorMap:
 
 
 def makes_rows(step: TensorMap) -> bool:
-    """Return whether a map's rows follow each from rows of its source, if these have columns."""
+    """Return True if each target row depends on single rows of a two-dimensional source."""
     is_local = step.fill.kind not in ("mean", "given") and step.fill.repeat == 1
     return step.source is not None and not step.blend and not step.offset and is_local
 
 
 @dataclass(frozen=True, slots=True)
 class WeightReader:
-    """Weights of target tensors, in blocks of rows.
+    """Reads the weights of target tensors in blocks of rows.
 
     Args:
-        read: gives a source tensor, as it lies in its file, by logical name.
-        spreads: of sources by name, for all targets that stem from them.
+        read: returns a stored source tensor by logical name.
+        spreads: cache of source statistics by name, shared by all targets.
     """
 
     read: Read
@@ -70,9 +70,9 @@ class WeightReader:
     def blocks(self, tensor_map: TensorMap, dtype: torch.dtype) -> Iterator[Tensor]:
         """Yield the weights of a target in order, computed wide and rounded once, at the end.
 
-        Maps that follow one another are applied to whole tensors, all but the last.
+        In a chain of maps, all but the last are applied to whole tensors.
         """
-        step = in_order(tensor_map)
+        step = last_change(tensor_map)
         name = step.origin if step.is_verbatim else None
         if name is not None:
             for block in self.read(name).reshape(-1).split(BLOCK_ENTRIES):
@@ -89,7 +89,7 @@ class WeightReader:
         yield rounded_weight(step, self.read, dtype)
 
     def _value(self, source: str | TensorMap) -> tuple[str, Tensor]:
-        """Return a tensor of the first model with its name, or what a map made of some, wide."""
+        """Return a tensor of the first model with its name, or a mapped tensor in a wide dtype."""
 
         def read_wide(name: str) -> Tensor:
             tensor = self.read(name)
@@ -102,7 +102,7 @@ class WeightReader:
         return name, self.read(name)
 
     def _spread(self, name: str, source: Tensor) -> Spread:
-        """Sum up block by block; what is small, and what would cancel out, is summed up exactly."""
+        """Sum in blocks; small tensors and sums with cancellation are computed exactly."""
         if name in self.spreads:
             return self.spreads[name]
         count, total, squares = source.numel(), 0.0, 0.0
@@ -123,7 +123,7 @@ class WeightReader:
 
 
 class _Rows:
-    """What makes the weights of one target, of two dimensions, from its source."""
+    """Computes the weights of a two-dimensional target from its source."""
 
     def __init__(
         self, step: TensorMap, source: Tensor, donor: Tensor | None, spread: Callable[[], Spread]
@@ -137,12 +137,12 @@ class _Rows:
         self._dtype = compute_dtype(source)
 
     def blocks(self) -> Iterator[Tensor]:
-        """Yield the weights in order, in the dtype that they are computed in."""
+        """Yield the weights in order, in the dtype of the computation."""
         import torch
 
         (rows, columns), (row_axis, column_axis) = self._shape, self._axes
-        height = max(BLOCK_ENTRIES // max(columns, 1) // _DRAWN_TOGETHER, 1) * _DRAWN_TOGETHER
-        if columns < _DRAWN_TOGETHER:
+        height = max(BLOCK_ENTRIES // max(columns, 1) // _DRAW_GROUP, 1) * _DRAW_GROUP
+        if columns < _DRAW_GROUP:
             height = max(rows, 1)
         row_factor, column_factor = (
             None if axis is None or bool((axis.weight == 1).all()) else axis.weight.to(self._dtype)
@@ -158,7 +158,7 @@ class _Rows:
             if is_zeroed:
                 yield torch.zeros((end - begin, columns), dtype=self._dtype)
                 continue
-            # Source entries at their places; anything where there are none
+            # Source entries at their target coordinates; new coordinates are undefined
             part = self._source[begin:end]
             if row_axis is not None:
                 index = row_axis.index[begin:end].clamp(min=0)
@@ -166,7 +166,7 @@ class _Rows:
                 is_slice = bool((index == torch.arange(first, last)).all())
                 part = self._source[first:last] if is_slice else self._source.index_select(0, index)
             if column_axis is not None:
-                part = taken(part, 1, column_axis.index)
+                part = take_along(part, 1, column_axis.index)
             values = part.to(self._dtype, copy=True)
             if row_factor is not None:
                 values.mul_(row_factor[begin:end, None])
@@ -175,19 +175,19 @@ class _Rows:
             if add_noise is not None:
                 values = add_noise(values, begin, end)
             if fill is not None:
-                lacking = new_rows[begin:end, None] | new_columns
-                values = torch.where(lacking, fill(begin, end).to(values), values)
+                has_no_source = new_rows[begin:end, None] | new_columns
+                values = torch.where(has_no_source, fill(begin, end).to(values), values)
             yield values
 
     def _flags(self, flags: Callable[[AxisFactor], Tensor]) -> list[Tensor]:
-        """Return what is flagged along rows and columns, bool [rows] and [columns]."""
+        """Return the masks of flagged rows [rows] and columns [columns]."""
         import torch
 
         axes = zip(self._axes, self._shape, strict=True)
         return [torch.zeros(n, dtype=torch.bool) if a is None else flags(a) for a, n in axes]
 
     def _noise(self) -> Callable[[Tensor, int, int], Tensor] | None:
-        """Return what adds noise to rows; None where nothing is a copy."""
+        """Return the function that adds noise to rows, or None if nothing is a copy."""
         import torch
 
         step = self._step
@@ -209,7 +209,7 @@ class _Rows:
         return add
 
     def _filler(self) -> Callable[[int, int], Tensor]:
-        """Return what gives rows of which the new entries are taken."""
+        """Return the function that computes the fill of a block of rows."""
         import torch
 
         fill, source, columns = self._step.fill, self._source, self._shape[1]
@@ -230,7 +230,7 @@ class _Rows:
                 return lambda begin, end: row
             case "copy":
                 donor = self._donor
-                assert donor is not None, "a fill that copies needs a donor"
+                assert donor is not None, "a copy fill needs a donor"
                 return lambda begin, end: donor[begin:end]
             case _:
                 zero = torch.zeros((), dtype=self._dtype)
@@ -239,26 +239,26 @@ class _Rows:
 
 
 def _as_float32(value: float, error: float, exact: Callable[[], float]) -> float:
-    """Return a number that float32 rounds as it rounds the exact one, which is slow to compute."""
+    """Return `value` if float32 rounds it like the exact number, else the slow exact number."""
     import torch
 
     low, high = torch.tensor([value - error, value + error], dtype=torch.float64).float()
     return value if bool(low == high) else exact()
 
 
-_WIDE, _DOUBLE = 4, 8  # bytes of a number that is computed on, of one that is summed up
-_AT_A_TIME = 6  # of a block, or of a whole target: taken, drawn, added, chosen, rounded, written
+_WIDE, _DOUBLE = 4, 8  # bytes of a number in computations, and in sums
+_AT_A_TIME = 6  # copies of a block or target: taken, drawn, added, chosen, rounded, written
 
 Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class PeakBytes:
-    """Bytes in memory while one target is made; what is mapped from its file takes none.
+    """Peak memory of computing one target, in bytes; memory-mapped files do not count.
 
     Args:
-        usual: by each thread that makes one.
-        rare: on top, where sums in another order might round otherwise, and are taken anew of a
+        usual: per thread.
+        rare: in addition, if sums in another order may round differently and are recomputed over a
             whole tensor.
     """
 
@@ -267,12 +267,13 @@ class PeakBytes:
 
 
 def peak_bytes(tensor_map: TensorMap, shape_of: Callable[[str], Shape]) -> PeakBytes:
-    """Return what `WeightReader.blocks` holds at most at a time.
+    """Return the peak memory of `WeightReader.blocks`.
 
     Args:
-        shape_of: gives the shape of a source tensor by logical name.
+        tensor_map: map of the target.
+        shape_of: returns the shape of a source tensor by logical name.
     """
-    step = in_order(tensor_map)
+    step = last_change(tensor_map)
     if step.is_verbatim:
         return PeakBytes(BLOCK_ENTRIES * _DOUBLE, 0)
     if not makes_rows(step) or len(_shape(step, shape_of)) != 2:
@@ -286,22 +287,22 @@ def peak_bytes(tensor_map: TensorMap, shape_of: Callable[[str], Shape]) -> PeakB
         usual += _whole(before, shape_of)
     if step.fill.kind == "row_mean":
         usual += _DOUBLE * entries
-    is_spread_asked = bool(step.noise) or step.fill.kind == "matched"
-    return PeakBytes(usual, 2 * _DOUBLE * entries if is_spread_asked else 0)
+    needs_spread = bool(step.noise) or step.fill.kind == "matched"
+    return PeakBytes(usual, 2 * _DOUBLE * entries if needs_spread else 0)
 
 
 def _whole(step: TensorMap, shape_of: Callable[[str], Shape]) -> int:
-    """Return what a map takes that is applied to whole tensors, its sources included."""
+    """Return the memory of a map over whole tensors, its sources included, in bytes."""
     sources = [source for source in (step.source, *step.blend, step.fill.donor) if source]
-    taken = sum(
+    num_bytes = sum(
         _whole(source, shape_of)
         if isinstance(source, TensorMap)
         else _WIDE * prod(shape_of(source))
         for source in sources
     )
     if step.source is not None and (step.noise or step.fill.kind in ("matched", "row_mean")):
-        taken += 2 * _DOUBLE * prod(_source_shape(step, shape_of))
-    return taken + _AT_A_TIME * _WIDE * prod(_shape(step, shape_of))
+        num_bytes += 2 * _DOUBLE * prod(_source_shape(step, shape_of))
+    return num_bytes + _AT_A_TIME * _WIDE * prod(_shape(step, shape_of))
 
 
 def _source_shape(step: TensorMap, shape_of: Callable[[str], Shape]) -> Shape:

@@ -1,4 +1,4 @@
-"""What an expansion does to each tensor: its source, its factors, what fills its gaps."""
+"""Maps of spaces and tensors: the source, factors and fill of each expanded tensor."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
-# One space of a model, grown: which old coordinate each new one copies, and in which share.
+# The map of one space: the old coordinate that each new one copies, and its share.
 #
-# For a space of size n that becomes N the map stands for a pair of matrices, E (N×n), by which
-# producers write, and C (n×N), by which consumers read, with C·E = I. In the sparse form kept
-# here new coordinate j copies one old coordinate g(j), is written p(j) times as large and is read
-# with share s(j), so that Σ_{j: g(j)=k} p(j)·s(j) = 1 for each old k. A coordinate without a
-# source is new: its row of E and its column of C are zero, and a fill says what stands there
-# instead.
+# Growing a space from n to N is described by two matrices: producers write through E (N×n) and
+# consumers read through C (n×N), with C·E = I. Here both are sparse: new coordinate j copies one
+# old coordinate g(j), is written with scale p(j) and read with share s(j), and
+# Σ_{j: g(j)=k} p(j)·s(j) = 1 for each old k. A coordinate without a source is new: its row of E
+# and its column of C are zero, and a fill defines its values.
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,9 +29,9 @@ class AxisMap:
 
     Args:
         old_size: n, the number of old coordinates.
-        source: int64 [N], g(j), or -1 where coordinate j is new.
-        scale: float64 [N], p(j): what producers write, relative to the source.
-        share: float64 [N], s(j): what consumers read, relative to the source.
+        source: int64 [N], g(j), or -1 if coordinate j is new.
+        scale: float64 [N], p(j): factor of producers, relative to the source.
+        share: float64 [N], s(j): factor of consumers, relative to the source.
 
     Raises:
         ValueError: C·E is not the identity, or a source is neither -1 nor in the old space.
@@ -49,8 +48,8 @@ class AxisMap:
         is_inside = (self.source >= NO_SOURCE) & (self.source < self.old_size)
         if not bool(is_inside.all()):
             raise ValueError(
-                f"source {int(self.source[~is_inside][0])} lies outside the old space of "
-                f"{self.old_size} coordinates; {NO_SOURCE} is allowed for a new one"
+                f"source {int(self.source[~is_inside][0])} is outside the old space of "
+                f"{self.old_size} coordinates; use {NO_SOURCE} for a new one"
             )
         kept = self.source >= 0
         total = torch.zeros(self.old_size, dtype=torch.float64)
@@ -74,7 +73,7 @@ class AxisMap:
 
     @property
     def num_copies(self) -> int:
-        """How many copies each old coordinate has.
+        """Number of copies of each old coordinate.
 
         Raises:
             ValueError: the coordinates do not all have the same number of copies.
@@ -92,7 +91,7 @@ class AxisMap:
 
     @classmethod
     def padded(cls, old_size: int, new_size: int) -> AxisMap:
-        """Keep the old block in front and add new coordinates behind it."""
+        """Keep the old block and append new coordinates."""
         import torch
 
         source = torch.arange(new_size)
@@ -104,8 +103,8 @@ class AxisMap:
     def tiled(cls, old_size: int, new_size: int) -> AxisMap:
         """Repeat the whole block ⌊N/n⌋ times with equal shares; the remainder is new.
 
-        The residual stream has to grow this way: an RMSNorm is exact only if each coordinate has
-        the same number of copies, and its backward pass mixes copies of unequal share.
+        The residual stream must grow this way: an RMSNorm is exact only if all coordinates have the
+        same number of copies, and its backward pass mixes copies of unequal share.
         """
         import torch
 
@@ -125,7 +124,7 @@ class AxisMap:
         return cls(old_size=old_size, source=source, scale=kept, share=share.double() * kept)
 
     def repeated(self, width: int) -> AxisMap:
-        """Let each coordinate stand for `width` consecutive ones (heads of `width` dimensions)."""
+        """Expand each coordinate to `width` consecutive ones (heads of `width` dimensions)."""
         import torch
 
         inner = torch.arange(width)
@@ -139,7 +138,7 @@ class AxisMap:
         )
 
     def rebalanced(self, *, scale: float) -> AxisMap:
-        """Write every coordinate `scale` times as large and let consumers read it back."""
+        """Multiply the scale of producers by `scale` and divide the share of consumers by it."""
         return AxisMap(
             old_size=self.old_size,
             source=self.source,
@@ -169,12 +168,12 @@ class AxisFactor:
     """One dimension of one tensor under an axis map.
 
     Args:
-        index: int64 [N], the source coordinate of each new one, -1 where it is new.
+        index: int64 [N], the source coordinate of each coordinate; -1 if it is new.
         weight: float64 [N], factor on weights, anchors, averages.
         gradient: float64 [N], factor on gradients; squared for second moments and Fisher.
-        squared: float64 [N], factor on squared gradients where it is not the square: a new
-            coordinate that sees some of the tokens takes a share of the variance, which is more
-            than the share squared.
+        squared: float64 [N], factor on squared gradients if it is not the square: a coordinate
+            that processes a fraction of the tokens gets that fraction of the variance, which
+            exceeds the fraction squared.
     """
 
     index: Tensor
@@ -184,44 +183,44 @@ class AxisFactor:
 
     @classmethod
     def writes(cls, axis_map: AxisMap) -> AxisFactor:
-        """A linear producer: weights by p, gradients by s."""
+        """Return the factor of a linear producer: p on weights, s on gradients."""
         return cls(axis_map.source, axis_map.scale, axis_map.share)
 
     @classmethod
     def writes_nonlinear(cls, axis_map: AxisMap) -> AxisFactor:
-        """A producer behind a nonlinearity (FFN gate, q, k): unscaled, gradients by p·s."""
+        """Return the factor of a producer before a nonlinearity: 1 on weights, p·s on gradients."""
         kept = (axis_map.source >= 0).double()
         return cls(axis_map.source, kept, axis_map.scale * axis_map.share)
 
     @classmethod
     def writes_into_norm(cls, axis_map: AxisMap, *, scale: float) -> AxisFactor:
-        """A producer whose scale the norm behind it takes out again.
+        """Return the factor of a producer whose scale a following norm removes.
 
         Args:
-            scale: what the producer is multiplied with, so that it meets the norm's new eps as
-                it met the old one.
+            axis_map: map of the producer's space.
+            scale: factor of the producer that compensates the norm's new eps.
         """
         kept = (axis_map.source >= 0).double()
         return cls(axis_map.source, kept * scale, axis_map.scale * axis_map.share / scale)
 
     @classmethod
     def reads(cls, axis_map: AxisMap) -> AxisFactor:
-        """A consumer: weights by s, gradients by p."""
+        """Return the factor of a consumer: s on weights, p on gradients."""
         return cls(axis_map.source, axis_map.share, axis_map.scale)
 
     @classmethod
     def gain(cls, output: AxisMap, *, rms_ratio: float) -> AxisFactor:
-        """A norm's gain, which reads one space and writes another diagonally.
+        """Return the factor of a norm's gain, which reads one space and writes another.
 
         Args:
-            output: the map of the space that the norm writes.
-            rms_ratio: root mean square of the grown input over that of the old one.
+            output: map of the space that the norm writes.
+            rms_ratio: RMS of the expanded input divided by RMS of the old input.
         """
         return cls(output.source, output.scale * rms_ratio, output.share / rms_ratio)
 
     @property
     def parts(self) -> tuple[Tensor, ...]:
-        """What determines the factor."""
+        """The tensors that determine the factor."""
         parts = (self.index, self.weight, self.gradient)
         return parts if self.squared is None else (*parts, self.squared)
 
@@ -237,7 +236,7 @@ class AxisFactor:
 
     @property
     def is_duplicate(self) -> Tensor:
-        """Bool [N]: the coordinate copies a source that an earlier coordinate copies already."""
+        """Mask [N] of coordinates whose source an earlier coordinate already copies."""
         import torch
 
         seen: set[int] = set()
@@ -250,21 +249,19 @@ class AxisFactor:
 
 @dataclass(frozen=True, slots=True)
 class Fill:
-    """What stands in coordinates without a source.
+    """The values of coordinates without a source.
 
     Args:
-        kind: `zero`; `random` (normal, mean 0, `std`); `matched` (normal with the mean and
-            deviation of the source's values); `mean` (of the carried values, or 1 where they
-            are all zero: behind zero weights a gain of zero would never move); `row_mean` (the
-            mean of the source's rows); `copy`, what `donor` makes of another tensor; or `given`,
-            `values`.
+        kind: `zero`; `random` (normal, mean 0, `std`); `matched` (normal with the mean and standard
+            deviation of the source); `mean` (of the mapped values, or 1 if they are all zero: after
+            zero weights a gain of zero would have no gradient); `row_mean` (mean of the source's
+            rows); `copy` (another tensor mapped by `donor`); or `given` (`values`).
         std: standard deviation of `random`.
-        seed: seed of `random` and `matched`; each tensor has its own.
-        scale: factor on what `matched` draws, as on the source's values.
-        repeat: rows in a row that share one draw of `random` (router rows of a group).
-        donor: a map from another tensor to the whole target; where it has no source either, its
-            own fill counts.
-        values: of `given`: one for each entry without a source, in the target's order.
+        seed: of `random` and `matched`; each tensor has its own.
+        scale: factor on the source's statistics in `matched`.
+        repeat: number of consecutive rows that share one draw of `random` (router rows of a group).
+        donor: a map from another tensor to the whole target, with its own fill.
+        values: of `given`: one per entry without a source, in the target's order.
     """
 
     kind: Literal["zero", "random", "matched", "mean", "row_mean", "copy", "given"] = "zero"
@@ -276,7 +273,7 @@ class Fill:
     values: Tensor | None = field(default=None, compare=False)
 
     def description(self) -> list[object]:
-        """Return plain data that determines the fill."""
+        """Return the fill as plain data, for checksums."""
         plain: list[object] = [self.kind, self.std, self.seed]
         if self.scale != 1 or self.repeat != 1:
             plain += [self.scale, self.repeat]
@@ -287,23 +284,23 @@ class Fill:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TensorMap:
-    """How one target tensor follows from one source tensor, or from several.
+    """How one target tensor derives from one source tensor, or from several.
 
     Args:
-        source: logical name in the source model; the map that makes it, where maps follow one
-            another; None for a tensor that has no source at all and is made of its fill.
-        axes: one factor per dimension; None keeps the dimension as it is.
-        fill: for coordinates without a source.
+        source: logical name in the source model; in a chain, the map before this one; None for a
+            tensor without a source, which only consists of its fill.
+        axes: one factor per dimension; None leaves the dimension unchanged.
+        fill: of coordinates without a source.
         shape: of a target without a source.
-        blend: further sources; the mean of all stands in for the one.
-        is_zeroed: keep the shape, not the values (the output projections of an identity block);
-            with the offset they are zero.
-        state: `carry` lets moments and importances follow; `fresh` starts them anew.
-        noise: standard deviation, relative to the source's, added to further copies.
+        blend: further sources, which are averaged with the first.
+        is_zeroed: keep the shape and zero the values (the output projections of an identity
+            block); with an offset, the sum is zero.
+        state: `carry` maps moments and importances; `fresh` resets them.
+        noise: standard deviation of the noise on further copies, relative to the source's.
         noise_seed: seed of that noise.
-        is_copy: the whole tensor is a further copy of one that stands elsewhere.
-        offset: what the model adds to the weight before it uses it, on which the factors act
-            (Gemma's norms: 1).
+        is_copy: the whole tensor is a further copy of another target tensor.
+        offset: constant that the model adds to the weight; the factors act on the sum (Gemma's
+            norms: 1).
     """
 
     source: str | TensorMap | None
@@ -320,54 +317,54 @@ class TensorMap:
 
     @classmethod
     def created(cls, shape: tuple[int, ...], fill: Fill) -> TensorMap:
-        """Return the map of a tensor that the source has not."""
+        """Return the map of a tensor that the source model lacks."""
         return cls(source=None, shape=shape, fill=fill, state="fresh")
 
     @property
     def origin(self) -> str | None:
-        """The tensor of the first model that the target stems from, if any."""
+        """The tensor of the first model that the target derives from, if any."""
         return self.source.origin if isinstance(self.source, TensorMap) else self.source
 
     @property
     def is_verbatim(self) -> bool:
-        """The weights are those of `origin`, bit for bit."""
+        """The weights equal those of `origin`, bit for bit."""
         before = self.source
         return self.keeps_weights and (not isinstance(before, TensorMap) or before.is_verbatim)
 
     def after(self, maps: Mapping[str, TensorMap]) -> TensorMap:
-        """Return this map behind those that make its source model, as one from their own source.
+        """Return the chain of this map after the maps that make its source model.
 
-        The parts are kept and applied in turn: fills, noise and mean moments are taken of what
-        each of them sees, so no product of factors could stand for two of them.
+        The maps are applied one by one: fills, noise and mean moments depend on the input of each,
+        so the factors of two maps cannot be multiplied.
         """
 
-        def behind(source: str | TensorMap) -> str | TensorMap:
+        def chained(source: str | TensorMap) -> str | TensorMap:
             found = maps[source] if isinstance(source, str) else source.after(maps)
-            return found.source if found._is_nothing and found.source is not None else found
+            return found.source if found._is_identity and found.source is not None else found
 
-        if self._is_nothing and isinstance(self.source, str):
+        if self._is_identity and isinstance(self.source, str):
             return maps[self.source]
         donor = self.fill.donor
         return replace(
             self,
-            source=None if self.source is None else behind(self.source),
-            blend=tuple(map(behind, self.blend)),
+            source=None if self.source is None else chained(self.source),
+            blend=tuple(map(chained, self.blend)),
             fill=self.fill if donor is None else replace(self.fill, donor=donor.after(maps)),
         )
 
     @property
     def keeps_weights(self) -> bool:
-        """The weights are those of `source`."""
+        """The weights equal those of `source`."""
         is_computed = self.noise or self.blend or self.is_zeroed or self.source is None
         return not is_computed and all(axis is None for axis in self.axes)
 
     @property
-    def _is_nothing(self) -> bool:
-        """What it makes of its source is the source, with its state."""
+    def _is_identity(self) -> bool:
+        """The target equals the source, including its state."""
         return self.keeps_weights and self.state == "carry" and not self.is_copy
 
     def description(self) -> list[object]:
-        """Return plain data that determines the map, tensors as their SHA-256."""
+        """Return the map as plain data, with tensors as their SHA-256, for checksums."""
         axes = [
             None if axis is None else [_tensor_digest(*axis.parts), axis.index.numel()]
             for axis in self.axes
@@ -379,26 +376,26 @@ class TensorMap:
             for each in (self.source, *self.blend)
         )
         plain: list[object] = [source, axes, fill, self.is_zeroed, self.state, *noise]
-        # What few maps have is left out where it is absent, so that old digests stay what they are
+        # Rare fields are omitted if empty, so that old checksums stay valid
         rare = {
             "shape": self.shape,
             "blend": blend,
             "is_copy": self.is_copy,
             "offset": self.offset,
         }
-        given = {name: value for name, value in rare.items() if value}
-        return [*plain, given] if given else plain
+        extra = {name: value for name, value in rare.items() if value}
+        return [*plain, extra] if extra else plain
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ParameterMap:
-    """Every logical tensor of the target, and the layer that each layer copies.
+    """The maps of all logical tensors of the target, and the source layer of each layer.
 
-    One expansion, or several that follow one another: `first.then(second)`.
+    `first.then(second)` composes several expansions.
 
     Args:
         tensors: target logical name → its map, in the target's order.
-        layer_sources: for each target layer the source layer.
+        layer_sources: source layer of each target layer.
     """
 
     tensors: Mapping[str, TensorMap]
@@ -406,18 +403,18 @@ class ParameterMap:
 
     @classmethod
     def identity(cls, names: Iterable[str], *, num_layers: int) -> ParameterMap:
-        """Return the map that leaves all tensors as they are."""
+        """Return the identity map of some tensors."""
         return cls({name: TensorMap(source=name) for name in names}, tuple(range(num_layers)))
 
     def then(self, other: ParameterMap) -> ParameterMap:
-        """Return the map that does this one's work and then the other's."""
+        """Return the composition: this map, then the other."""
         return ParameterMap(
             {name: tensor_map.after(self.tensors) for name, tensor_map in other.tensors.items()},
             tuple(self.layer_sources[layer] for layer in other.layer_sources),
         )
 
     def digest(self) -> str:
-        """SHA-256 over maps, fills and seeds: equal digests, equal expansions."""
+        """Return the SHA-256 of maps, fills and seeds; equal digests mean equal expansions."""
         plain = {name: tensor_map.description() for name, tensor_map in self.tensors.items()}
         text = json.dumps([plain, self.layer_sources], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
@@ -429,5 +426,5 @@ def _tensor_digest(*tensors: Tensor) -> str:
     digest = hashlib.sha256()
     for tensor in tensors:
         flat = tensor.detach().cpu().contiguous().flatten()
-        digest.update(flat.view(torch.uint8).numpy().tobytes())  # numpy knows no bfloat16
+        digest.update(flat.view(torch.uint8).numpy().tobytes())  # numpy has no bfloat16
     return digest.hexdigest()

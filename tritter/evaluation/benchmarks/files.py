@@ -1,7 +1,6 @@
-"""Benchmarks from files in the formats that they are published in, found by name, checked by field.
+"""Benchmarks from files in their published formats, found by name.
 
-The files are somebody else's: regular ones of bounded size, whose records are looked at one by one
-before anything is made of them.
+The files are untrusted: only regular files of bounded size are read, and each record is validated.
 """
 
 import os
@@ -15,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from tritter.data.local_files import (
+    ByteLimitError,
     Reading,
-    SpentError,
     TextFileError,
     parquet_records,
     records,
@@ -28,14 +27,14 @@ from tritter.errors import Problem, RequestError, TritterError, brief, nearest, 
 from tritter.evaluation.benchmarks.formats import Benchmark, Folder, Format, Question, Row
 from tritter.storage.reading import check_inside, read_text
 
-MAX_FILE_BYTES = 256 * 2**20  # unpacked
+MAX_FILE_BYTES = 256 * 2**20  # decompressed
 MAX_QUESTION_CHARACTERS = 2**20
-MAX_FILES = 20_000  # looked at below a folder
+MAX_FILES = 20_000  # in a folder and its subfolders
 MAX_PROBLEMS_OF_FILE = 5
-SPREAD_ROWS = 50_000  # of a .parquet, over which a limited number of questions is spread
-_ROW_BYTES, _VALUE_BYTES = 256, 64  # of a record in memory, without what its values hold
+SPREAD_ROWS = 50_000  # rows of a .parquet to sample a limited number of questions from
+_ROW_BYTES, _VALUE_BYTES = 256, 64  # overhead of a record and of a value in memory
 _SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet", ".txt")
-_ROWS_BELOW = "examples"  # of BBH, whose records stand in an object
+_ROWS_BELOW = "examples"  # key of the records in BBH's files
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,10 +42,11 @@ class Questions:
     """The questions of a benchmark.
 
     Args:
-        questions: name → question, in their order.
-        examples: name → what stands before its prompt.
-        files: where they lay.
-        total: questions that there are; more than `questions` where they were limited.
+        benchmark: the benchmark.
+        questions: name → question, in order.
+        examples: name → few-shot examples before its prompt.
+        files: the files of the questions.
+        total: number of questions before any limit.
     """
 
     benchmark: Benchmark
@@ -56,18 +56,18 @@ class Questions:
     total: int
 
     def prompt(self, name: str) -> str:
-        """Return what the model reads of a question, examples and all."""
+        """Return the complete prompt of a question, including examples."""
         return self.examples[name] + self.questions[name].prompt
 
     def limited(self, limit: int | None) -> "Questions":
-        """Return at most so many, spread over all: files are sorted by subject or language."""
+        """Return at most `limit` questions, spread evenly because files are sorted by subject."""
         names = list(self.questions)
         if limit is None or len(names) <= limit:
             return self
         return self.only([names[index * len(names) // limit] for index in range(limit)])
 
     def only(self, names: Sequence[str]) -> "Questions":
-        """Return some of the questions."""
+        """Return the questions with some names."""
         return replace(
             self,
             questions={name: self.questions[name] for name in names},
@@ -79,7 +79,11 @@ class TasksFolder:
     """A folder with files of benchmarks, at any depth.
 
     Args:
-        key: what the folder is called in messages.
+        path: the folder.
+        key: the option that names it, for messages.
+
+    Raises:
+        RequestError: the folder does not exist.
     """
 
     def __init__(self, path: Path, *, key: str) -> None:
@@ -89,13 +93,13 @@ class TasksFolder:
 
     @cached_property
     def _files(self) -> dict[str, Path]:
-        """Path below the folder in small letters → file; links to folders are not followed."""
+        """Relative path in lower case → file; links to folders are not followed."""
         found: dict[str, Path] = {}
-        for place, folders, names in os.walk(self.path):
+        for parent, folders, names in os.walk(self.path):
             folders.sort()
             for name in sorted(names):
                 if name.lower().endswith(_SUFFIXES):
-                    path = Path(place, name)
+                    path = Path(parent, name)
                     try:
                         if path.is_symlink():
                             check_inside(self.path, str(path.relative_to(self.path)))
@@ -103,12 +107,12 @@ class TasksFolder:
                         raise RequestError(Problem("", reason=f"{self.key}: {error}")) from error
                     found[path.relative_to(self.path).as_posix().lower()] = path
             if len(found) > MAX_FILES:
-                reason = f"more than {MAX_FILES} files lie there; name the folder of the benchmarks"
+                reason = f"it has more than {MAX_FILES} files; set the folder of the benchmarks"
                 raise RequestError(Problem(self.key, str(self.path), reason=reason))
         return found
 
     def all(self, *patterns: str) -> list[Path]:
-        """Return the files of the first pattern that any path matches."""
+        """Return all files that match the first pattern with a match."""
         for pattern in patterns:
             found = [path for name, path in self._files.items() if re.search(pattern, name)]
             if found:
@@ -116,17 +120,18 @@ class TasksFolder:
         return []
 
     def first(self, *patterns: str) -> Path | None:
-        """Return the first file of the first pattern that any path matches."""
+        """Return the first file that matches the first pattern with a match."""
         return next(iter(self.all(*patterns)), None)
 
     def rows(self, path: Path, *, limit: int | None = None) -> Sequence[Row]:
         """Return a file's records.
 
         Args:
-            limit: records that suffice if the file is too large to be read whole.
+            path: the file.
+            limit: number of records that suffice if the file exceeds the size limit.
 
         Raises:
-            TextFileError: it can't be read as what it is, or is too large.
+            TextFileError: the file is invalid or too large.
         """
         reading = Reading(key=self.key, max_bytes=MAX_FILE_BYTES, is_strict=True)
         is_parquet = path.suffix.lower() == ".parquet"
@@ -137,10 +142,10 @@ class TasksFolder:
                 found.append(row)
                 if is_parquet:
                     reading.count(_ROW_BYTES + _VALUE_BYTES * len(row))
-        except SpentError as error:
+        except ByteLimitError as error:
             if limit is None or len(found) < limit:
                 size = f"{MAX_FILE_BYTES // 2**20} MiB"
-                line = f"{self.key}: {path} is larger than {size} when unpacked."
+                line = f"{self.key}: {path} is larger than {size} when decompressed."
                 raise TextFileError([line]) from error
         if reading.problems:
             raise TextFileError(reading.problems)
@@ -150,7 +155,7 @@ class TasksFolder:
         """Return a small file's text.
 
         Raises:
-            TritterError: it can't be read.
+            TritterError: the file can't be read.
         """
         return read_text(path)
 
@@ -161,10 +166,12 @@ def load(
     """Read the benchmarks' questions from files.
 
     Args:
-        limit: questions that suffice of a file that is too large to be read whole.
+        benchmarks: the benchmarks to read.
+        folder: the folder of their files.
+        limit: number of questions that suffice of a file that exceeds the size limit.
 
     Raises:
-        RequestError: names all benchmarks without a file and all that is wrong with the others'.
+        RequestError: lists all benchmarks without a file and all problems of files.
     """
     loaded, problems = [], []
     for benchmark in benchmarks:
@@ -172,8 +179,8 @@ def load(
         files = folder.all(*patterns)
         if not files:
             reason = (
-                f"no file of {benchmark.name} lies there: allowed are .jsonl, .json (both may be "
-                f"packed, .gz) and .parquet with {benchmark.name} in their path"
+                f"it has no file of {benchmark.name}: allowed are .jsonl, .json (both also as "
+                f".gz) and .parquet with {benchmark.name} in their path"
             )
             problems.append(Problem(folder.key, str(folder.path), reason=reason))
             continue
@@ -203,10 +210,10 @@ def load(
 
 
 def questions_of(benchmark: Benchmark, rows: Sequence[Row], *, origin: str) -> Questions:
-    """Return the questions of records that lie in no folder.
+    """Return the questions of records in memory.
 
     Raises:
-        RequestError: they hold something else.
+        RequestError: the records do not have a format of the benchmark.
     """
     try:
         found = dict(_questions(benchmark, Path(origin), rows, is_alone=True))
@@ -217,7 +224,7 @@ def questions_of(benchmark: Benchmark, rows: Sequence[Row], *, origin: str) -> Q
 
 
 class WrongFileError(Exception):
-    """What is wrong with a file's records, a line each."""
+    """Records of a file are invalid; `lines` has one line per problem."""
 
     def __init__(self, lines: Sequence[str]) -> None:
         super().__init__("; ".join(lines))
@@ -229,15 +236,15 @@ def _problem(folder: TasksFolder, line: str) -> Problem:
 
 
 def _examples(benchmark: Benchmark, folder: Folder | None, path: Path, rows: Sequence[Row]) -> str:
-    """Return what stands before all questions of a file.
+    """Return the few-shot examples for all questions of a file.
 
     Raises:
-        WrongFileError: the records that are shown hold something else.
+        WrongFileError: the records of the examples are invalid.
     """
     try:
         return _as_text(benchmark.examples(folder, path, rows))
     except (KeyError, TypeError, AttributeError, UnicodeEncodeError) as error:
-        raise WrongFileError([f"{path}: no examples can be shown, {_said(error)}"]) from error
+        raise WrongFileError([f"{path}: invalid few-shot examples: {_reason(error)}"]) from error
 
 
 def _questions(
@@ -246,21 +253,21 @@ def _questions(
     """Yield the name and the question of every record.
 
     Raises:
-        WrongFileError: names the records that hold something else.
+        WrongFileError: lists the invalid records.
     """
     if not rows:
-        raise WrongFileError([f"{path} holds no record"])
+        raise WrongFileError([f"{path} has no records"])
     form = next((form for form in benchmark.formats if form.fits(rows[0])), None)
     if form is None:
         allowed = " or ".join(", ".join(form.fields) for form in benchmark.formats)
-        held = list(rows[0]) if isinstance(rows[0], dict) else []
-        missing = [name for name in benchmark.formats[0].fields if name not in held]
-        near = next((n for name in missing if (n := nearest(name, held, cutoff=0.7))), None)
-        advice = f"; {near} may be meant" if near else ""
-        fields = f"its records have the fields {', '.join(map(brief, held))}"
-        said = fields if held else "it holds no objects"
+        names_found = list(rows[0]) if isinstance(rows[0], dict) else []
+        missing = [name for name in benchmark.formats[0].fields if name not in names_found]
+        near = next((n for name in missing if (n := nearest(name, names_found, cutoff=0.7))), None)
+        advice = f". Did you mean {near}?" if near else ""
+        fields = f"its records have the fields {', '.join(map(brief, names_found))}"
+        problem = fields if names_found else "its records are not objects"
         raise WrongFileError(
-            [f"{path} is no file of {benchmark.name}: {said}, allowed are {allowed}{advice}"]
+            [f"{path} is not a file of {benchmark.name}: {problem}; required: {allowed}{advice}"]
         )
     wrong: list[str] = []
     names: Counter[str] = Counter()
@@ -268,33 +275,33 @@ def _questions(
         try:
             question = _question(form, row, path.name)
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-            wrong.append(f"{path}, record {number}: {_said(error)}")
+            wrong.append(f"{path}, record {number}: {_reason(error)}")
             continue
         if question is not None:
             part = question.part or ("" if is_alone else path.name.partition(".")[0])
             name = question.name or (f"{part}/{number}" if part else str(number))
             names[name] += 1
-            yield (name if names[name] == 1 else f"{name} again {names[name]}"), question
+            yield (name if names[name] == 1 else f"{name} again {names[name]}"), question  # unique
     if wrong:
         more = len(wrong) - MAX_PROBLEMS_OF_FILE
         shown = wrong[:MAX_PROBLEMS_OF_FILE]
         raise WrongFileError(
-            [*shown, *([f"{path} has {more} more such records"] if more > 0 else [])]
+            [*shown, *([f"{path} has {more} more invalid records"] if more > 0 else [])]
         )
     if not names:
-        raise WrongFileError([f"{path} holds no record of the test split"])
+        raise WrongFileError([f"{path} has no records of the test split"])
 
 
 def _question(form: Format, row: object, file: str) -> Question | None:
     if not isinstance(row, dict):
-        raise TypeError("it is no object")
+        raise TypeError("it is not an object")
     for name, kind in form.fields.items():
         if name not in row:
             raise KeyError(name)
         kinds = kind if isinstance(kind, tuple) else (kind,)
         if not isinstance(row[name], kinds) or (isinstance(row[name], bool) and bool not in kinds):
             allowed = " or ".join(each.__name__ for each in kinds)
-            raise TypeError(f"{name} = {brief(row[name])} is no {allowed}")
+            raise TypeError(f"{name} = {brief(row[name])} must be of type {allowed}")
     question = form.question(row, file)
     if question is None:
         return None
@@ -305,20 +312,21 @@ def _question(form: Format, row: object, file: str) -> Question | None:
             raise ValueError("there are fewer than two choices")
         if not 0 <= question.right < len(question.choices):
             raise ValueError(
-                f"the right choice has the number {question.right}, of {len(question.choices)}"
+                f"the index of the correct choice is {question.right}, but there are "
+                f"{len(question.choices)} choices"
             )
     return question
 
 
-def _as_text(words: str) -> str:
-    """Return what a model is to read, which tokenizers take whole characters of only."""
-    words.encode()
-    return words
+def _as_text(text: str) -> str:
+    """Return a text if it can be encoded, as tokenizers require."""
+    text.encode()
+    return text
 
 
-def _said(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     if isinstance(error, UnicodeEncodeError):
-        return "it holds half of a character (a lone surrogate)"
+        return "it contains an unpaired surrogate"
     if isinstance(error, KeyError):
         return f"the field {error} is missing"
     return " ".join(str(error).split())[:300] or type(error).__name__
@@ -328,10 +336,10 @@ def _records(path: Path, reading: Reading) -> Iterator[Any]:
     """Yield the records of a file.
 
     Raises:
-        WrongRecordError: it can't be read as what its name says.
+        WrongRecordError: the content does not match the file's extension.
     """
     kind = text_suffix(path).removesuffix(".gz")
-    if kind == ".parquet":  # limited by its decoded size alone
+    if kind == ".parquet":  # limited only by its decoded size
         yield from parquet_records(path, count=reading.count)
         return
     if kind == ".jsonl":
@@ -341,5 +349,5 @@ def _records(path: Path, reading: Reading) -> Iterator[Any]:
     if isinstance(whole, dict) and isinstance(whole.get(_ROWS_BELOW), list):
         whole = whole[_ROWS_BELOW]
     if not isinstance(whole, list):
-        raise WrongRecordError("cannot be read: it holds no list of records")
+        raise WrongRecordError("is not a list of records")
     yield from whole

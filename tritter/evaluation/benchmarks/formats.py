@@ -1,6 +1,6 @@
-"""What benchmarks are: their published formats, their prompts, how an answer is judged.
+"""Definitions of benchmarks: published formats, prompts and scoring of answers.
 
-The prompts are those of lm-evaluation-harness 0.4.13, word for word, where it has the benchmark.
+Prompts equal those of lm-evaluation-harness 0.4.13 for all benchmarks that it has.
 """
 
 import ast
@@ -45,7 +45,7 @@ A: Telescopes use lenses or mirrors to focus light and make objects appear close
 
 Q: Where were the 1992 Olympics held?
 A: The 1992 Olympics were held in Barcelona, Spain."""
-# Language → what joins a premise to its cause and to its effect
+# Language → connectors between a premise and its cause, and between a premise and its effect
 _CONNECTORS = {
     "et": ("sest", "seetõttu"),
     "ht": ("poukisa", "donk sa"),
@@ -61,7 +61,7 @@ _CONNECTORS = {
 }
 _NUMBER = re.compile(r"(-?[$0-9.,]{2,})|(-?[0-9]+)")
 _SHOTS = 5
-# Language → what stands before the question and before the answer
+# Language → prefixes of the question and of the answer
 _WORDS = {
     "bn": ("প্রশ্ন: ", "Answer:"),
     "de": ("Frage: ", "Antwort:"),
@@ -78,22 +78,22 @@ _WORDS = {
 MGSM_UNTIL = tuple(sorted({words[0].strip() for words in _WORDS.values()}))
 HUMANEVAL_UNTIL = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
 MBPP_UNTIL = ("[DONE]",)
-_PROMPT_IDS, _TEST_IDS = range(1, 11), range(11, 511)  # of MBPP, as its authors parted it
+_PROMPT_IDS, _TEST_IDS = range(1, 11), range(11, 511)  # the official splits of MBPP
 _MBPP_SHOTS = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
-    """One question.
+    """A question of a benchmark.
 
     Args:
-        prompt: what the model reads; of kind `context` what it is to predict after each choice.
-        choices: what may follow (`choice`), or what may come before (`context`).
-        right: index of the right choice.
-        answer: the right one, in words (`word`, `answer`).
-        tests: program that fails unless the answer is right (`code`).
-        part: of the benchmark: a subject, a language, a subtask.
-        name: of its own, where its file has one.
+        prompt: the prompt; for kind `context`, the continuation to predict after each choice.
+        choices: possible continuations (`choice`) or contexts (`context`).
+        right: index of the correct choice.
+        answer: the correct answer (`word`, `answer`).
+        tests: program that fails unless the answer is correct (`code`).
+        part: subject, language or subtask.
+        name: identifier in the file, if there is one.
     """
 
     prompt: str
@@ -107,27 +107,27 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """One form in which a benchmark is published.
+    """A published format of a benchmark.
 
     Args:
-        fields: name → type that a record has there.
-        question: makes a question of a record and its file's name; None of a record that is not
-            asked. What it raises says that the record does not hold what it should.
+        fields: name → type of the required fields.
+        question: converts a record and the name of its file to a question; None skips the
+            record. Its exceptions mean that the record is invalid.
     """
 
     fields: Mapping[str, type | tuple[type, ...]]
     question: Callable[[Row, str], Question | None]
 
     def fits(self, row: object) -> bool:
-        """Say whether a record has the fields, whatever they hold."""
+        """Return True if a record has all fields; their types are not checked."""
         return isinstance(row, Mapping) and set(self.fields) <= set(row)
 
 
 class Folder(Protocol):
-    """Files to look for examples in."""
+    """A source of files with few-shot examples."""
 
     def first(self, *patterns: str) -> Path | None:
-        """Return the first file whose path matches one of the patterns, in their order."""
+        """Return the first file that matches the first pattern with a match."""
 
     def rows(self, path: Path) -> Sequence[Row]:
         """Return a file's records."""
@@ -136,7 +136,7 @@ class Folder(Protocol):
         """Return a small file's text."""
 
 
-# Of a folder, a file of it and its records; None: they lie in no folder
+# Function of a folder (None: records in memory), a file in it and its records
 Examples = Callable[[Folder | None, Path, Sequence[Row]], str]
 
 
@@ -145,15 +145,16 @@ class Benchmark:
     """A benchmark.
 
     Args:
-        metric: the one that it is known by, that is gated.
-        files: patterns of paths below the folder of files, the best first: the first one that any
-            file has decides.
-        formats: that its records may have.
-        hub_filter: of lm-eval's filters, the one whose scores count; empty: the only one.
-        examples: what stands before all questions of a file.
-        until: what ends an answer that is generated.
-        max_new_tokens: of an answer.
-        is_right: judges a generated answer.
+        name: name of the benchmark.
+        kind: kind of its questions.
+        metric: primary metric, which the gate checks.
+        files: patterns of relative paths; the first pattern with a match selects the files.
+        formats: formats of its records.
+        hub_filter: the lm-eval filter whose scores count; empty if there is only one.
+        examples: returns the few-shot examples of a file.
+        until: stop strings of generated answers.
+        max_new_tokens: limit of tokens per answer.
+        is_right: scores a generated answer.
     """
 
     name: str
@@ -169,24 +170,24 @@ class Benchmark:
 
     @property
     def hub(self) -> str:
-        """What it is called on the hub; empty where it is not there."""
+        """Name of the lm-eval task or data set; empty if there is none."""
         return HUB_NAMES[self.name]
 
     def answer_tokens(self, length: int) -> int:
-        """Return how many tokens are generated at most; half of the `length` that a model reads."""
+        """Return the limit of generated tokens: at most half of the model's context `length`."""
         return min(self.max_new_tokens, length // 2) if self.kind in ("answer", "code") else 0
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """All that are counted, the one that it is known by first."""
+        """All metrics, the primary one first."""
         return (self.metric, *(name for name in METRICS[self.kind] if name != self.metric))
 
 
-def queried(prompt: Callable[[str], str]) -> Format:
-    """Return llm-foundry's form (`query`, `choices`, `gold`).
+def foundry_format(prompt: Callable[[str], str]) -> Format:
+    """Return the format of llm-foundry (`query`, `choices`, `gold`).
 
     Args:
-        prompt: makes the prompt of a query.
+        prompt: converts a query to a prompt.
     """
 
     def question(row: Row, file: str) -> Question:
@@ -197,15 +198,15 @@ def queried(prompt: Callable[[str], str]) -> Format:
     return Format({"query": TEXT, "choices": CHOICES, "gold": NUMBER}, question)
 
 
-def labelled(
+def ai2_format(
     field: str, prompt: Callable[[str, Mapping[str, Any]], str], *, is_by_letter: bool = False
 ) -> Format:
-    """Return AI2's form: choices with labels, and the label of the right one.
+    """Return the format of AI2: labelled choices and the label of the correct one.
 
     Args:
-        field: that holds the question.
-        prompt: makes the prompt of the question and the choices.
-        is_by_letter: the label is what is predicted.
+        field: field of the question.
+        prompt: converts question and choices to a prompt.
+        is_by_letter: the model predicts the label instead of the text.
     """
 
     def question(row: Row, file: str) -> Question:
@@ -220,13 +221,13 @@ def labelled(
     return Format({field: TEXT, "choices": OBJECT, "answerKey": TEXT}, question)
 
 
-def asked(query: str) -> str:
-    """Return `Question: … Answer:`; the query may begin with its `Question:` itself."""
+def question_prompt(query: str) -> str:
+    """Return `Question: … Answer:`; the query may already begin with `Question:`."""
     return f"Question: {query.strip().removeprefix('Question:').strip()}\nAnswer:"
 
 
-def by_letters(question: str, choices: Sequence[str]) -> str:
-    """Return the question with its choices lettered."""
+def lettered_prompt(question: str, choices: Sequence[str]) -> str:
+    """Return a question with lettered choices."""
     lines = [f"{letter}. {text}" for letter, text in zip(_LETTERS, choices, strict=False)]
     return "\n".join([question, *lines, "Answer:"])
 
@@ -258,7 +259,9 @@ def _winogrande_foundry(row: Row, file: str) -> Question:
 
 def _piqa(row: Row, file: str) -> Question:
     return Question(
-        prompt=asked(row["goal"]), choices=(row["sol1"], row["sol2"]), right=row["label"]
+        prompt=question_prompt(row["goal"]),
+        choices=(row["sol1"], row["sol2"]),
+        right=row["label"],
     )
 
 
@@ -270,8 +273,8 @@ def _boolq(field: str) -> Callable[[Row, str], Question]:
     return question
 
 
-def passage(query: str) -> str:
-    """Return llm-foundry's query of BoolQ in lm-eval's words."""
+def passage_prompt(query: str) -> str:
+    """Return lm-eval's prompt for a BoolQ query of llm-foundry."""
     return query.strip().removeprefix("Passage:").strip() + "\nAnswer:"
 
 
@@ -280,13 +283,13 @@ def _mmlu(row: Row, file: str) -> Question:
     about = "The following are multiple choice questions (with answers)"
     head = f"{about} about {subject.replace('_', ' ')}.\n\n" if subject else ""
     choices = _texts(row["choices"])
-    prompt = head + by_letters(row["question"].strip(), choices)
+    prompt = head + lettered_prompt(row["question"].strip(), choices)
     letters = tuple(_LETTERS[: len(choices)])
     return Question(prompt=prompt, choices=letters, right=row["answer"], part=subject)
 
 
 def _truthfulqa(row: Row, file: str) -> Question:
-    """Shuffle the choices: the right one always stands first, where an undecided model ends too."""
+    """Shuffle the choices: the correct one is always first, and ties select the first choice."""
     targets = row["mc1_targets"]
     if "choices" in targets:
         pairs = list(zip(_texts(targets["choices"]), targets["labels"], strict=True))
@@ -295,7 +298,7 @@ def _truthfulqa(row: Row, file: str) -> Question:
     random.Random(row["question"]).shuffle(pairs)
     labels = [label for _, label in pairs]
     if labels.count(1) != 1:
-        raise ValueError("mc1_targets has not one right answer")
+        raise ValueError("mc1_targets must have exactly one correct answer")
     return Question(
         prompt=f"{_TRUTHFUL_EXAMPLES}\n\nQ: {row['question']}\nA:",
         choices=tuple(text for text, _ in pairs),
@@ -306,7 +309,7 @@ def _truthfulqa(row: Row, file: str) -> Question:
 def _xcopa(row: Row, file: str) -> Question:
     language = next((part for part in re.split(r"\W", file) if part in _CONNECTORS), None)
     if language is None:
-        raise ValueError(f"the file's name says none of the languages {', '.join(_CONNECTORS)}")
+        raise ValueError(f"the file's name contains none of {', '.join(_CONNECTORS)}")
     cause, effect = _CONNECTORS[language]
     connector = {"cause": cause, "effect": effect}[row["question"]]
     choices = (row["choice1"], row["choice2"])
@@ -329,23 +332,26 @@ def _lambada_foundry(row: Row, file: str) -> Question:
 
 def _texts(values: Any) -> tuple[str, ...]:
     if not isinstance(values, list) or not all(isinstance(v, str) and v for v in values):
-        raise TypeError(f"{values!r} is no list of texts")
+        raise TypeError(f"{values!r} must be a list of strings")
     return tuple(values)
 
 
-ARC = (labelled("question", lambda question, choices: asked(question)), queried(asked))
+ARC = (
+    ai2_format("question", lambda question, choices: question_prompt(question)),
+    foundry_format(question_prompt),
+)
 
 
 def is_number_right(question: Question, text: str) -> bool:
-    """Say whether the last number of an answer is the right one."""
+    """Return True if the last number of an answer is correct."""
     found = [one or other for one, other in _NUMBER.findall(text)]
     number = _number(found[-1]) if found else None
     return number is not None and number == _number(question.answer)
 
 
 def is_formula_right(question: Question, text: str) -> bool:
-    """Compare a formula as lm-eval's hendrycks_math does; what is boxed counts first."""
-    # lm-eval's own table of spellings; it brings the data sets library
+    """Compare a formula as lm-eval's hendrycks_math does; a boxed formula takes precedence."""
+    # lm-eval's normalisation of formulas; importing it also imports `datasets`
     from lm_eval.tasks.hendrycks_math.utils import is_equiv, last_boxed_only_string
 
     boxed = last_boxed_only_string(text)
@@ -358,20 +364,20 @@ def is_formula_right(question: Question, text: str) -> bool:
 
 
 def is_conclusion_right(question: Question, text: str) -> bool:
-    """Compare what follows `the answer is`, up to the sentence's last character."""
+    """Compare the text after `the answer is`, without the last character of the sentence."""
     found = re.search(r"(?<=the answer is )(.*)(?=.)", text)
     return found is not None and found[0].strip() == question.answer
 
 
 def train_examples(folder: Folder | None, path: Path, rows: Sequence[Row]) -> str:
-    """Return the first five records of GSM8K's training file, or nothing without one."""
+    """Return the first five records of GSM8K's training file; empty if there is none."""
     found = folder and folder.first(r"gsm8k.*train", r"train.*gsm8k")
     shown = folder.rows(found)[:_SHOTS] if folder and found else []
     return "".join(f"Question: {row['question']}\nAnswer: {row['answer']}\n\n" for row in shown)
 
 
 def thought_examples(folder: Folder | None, path: Path, rows: Sequence[Row]) -> str:
-    """Return BBH's own prompt for a subtask (three worked examples), or nothing without one."""
+    """Return BBH's prompt for a subtask (three worked examples); empty if there is none."""
     name = re.escape(path.name.partition(".")[0])
     found = folder and folder.first(rf"prompts?/{name}\.txt$")
     if not folder or not found:
@@ -393,32 +399,32 @@ def _svamp(row: Row, file: str) -> Question:
     prompt = f"Question: {body} {row['Question'].strip()}\nAnswer:"
     answer = _number(str(row["Answer"]))
     if answer is None:
-        raise ValueError("Answer is no number")
+        raise ValueError("Answer is not a number")
     return Question(prompt=prompt, answer=str(answer))
 
 
 def _mgsm(row: Row, file: str) -> Question:
     language = row.get("lang") or next((p for p in re.split(r"[\W_]", file) if p in _WORDS), None)
     if language not in _WORDS:
-        raise ValueError(f"lang is none of {', '.join(_WORDS)}")
+        raise ValueError(f"lang must be one of {', '.join(_WORDS)}")
     before, after = _WORDS[language]
     answer = row.get("answer_number", row.get("answer"))
     if _number(str(answer)) is None:
-        raise ValueError("answer is no number")
+        raise ValueError("answer is not a number")
     question = str(row["question"]).removeprefix(before)
     return Question(prompt=f"{before}{question}\n{after}", answer=str(answer), part=str(language))
 
 
 def _math(row: Row, file: str) -> Question:
     answer = row.get("answer")
-    if not answer:  # what the last \boxed of the solution holds, braces in pairs
+    if not answer:  # the content of the solution's last \boxed, with balanced braces
         _, mark, boxed = row["solution"].rpartition("\\boxed{")
         if not mark:
             raise ValueError("solution has no \\boxed answer")
         depths = accumulate(({"{": 1, "}": -1}.get(each, 0) for each in boxed), initial=1)
         end = next((position for position, depth in enumerate(depths) if depth == 0), None)
         if end is None:
-            raise ValueError("solution has an open brace")
+            raise ValueError("solution has an unclosed brace")
         answer = boxed[: end - 1]
     part = str(row.get("subject") or row.get("type") or "")
     return Question(prompt=f"Problem: {row['problem']}\nAnswer:", answer=answer, part=part)
@@ -439,20 +445,20 @@ def _number(text: str) -> Decimal | None:
 
 
 def is_passed(sandbox: Sandbox, question: Question, answer: str) -> bool:
-    """Return whether a program that answers a question passes the question's tests."""
+    """Return True if the program of an answer passes the question's tests."""
     return sandbox.run(f"{question.answer}{answer}\n", question.tests).is_passed
 
 
 def mbpp_examples(folder: Folder | None, path: Path, rows: Sequence[Row]) -> str:
-    """Return the file's first three tasks of those that are meant for prompts, or nothing."""
+    """Return the first three tasks of the prompt split; empty if there are none."""
     shown = [row for row in rows if row["task_id"] in _PROMPT_IDS][:_MBPP_SHOTS]
     return "".join(f"{_mbpp_prompt(row)}{row['code']}\n[DONE]\n\n" for row in shown)
 
 
 def _humaneval(row: Row, file: str) -> Question:
     if not row["entry_point"].isidentifier():
-        raise ValueError("entry_point is no name")
-    try:  # what the prompt defines besides the function that it asks for, tests may call
+        raise ValueError("entry_point is not a valid name")
+    try:  # tests may call other definitions of the prompt
         body = ast.parse(row["prompt"]).body
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         body = []
@@ -487,7 +493,7 @@ def _mbpp_prompt(row: Row) -> str:
 
 
 def _test_files(name: str) -> tuple[str, ...]:
-    """Return patterns of a benchmark's files: its test split, else its validation split."""
+    """Return patterns for a benchmark's test split, otherwise its validation split."""
     return (rf"{name}.*test", rf"{name}.*(val|dev)", rf"{name}(?!.*(train|prompt))")
 
 
@@ -508,7 +514,7 @@ _ALL = (
                 },
                 _hellaswag,
             ),
-            queried(lambda query: query),
+            foundry_format(lambda query: query),
         ),
     ),
     Benchmark(
@@ -561,7 +567,7 @@ _ALL = (
         files=(r"piqa.*val", *_test_files("piqa")),
         formats=(
             Format({"goal": TEXT, "sol1": TEXT, "sol2": TEXT, "label": NUMBER}, _piqa),
-            queried(asked),
+            foundry_format(question_prompt),
         ),
     ),
     Benchmark(
@@ -572,7 +578,7 @@ _ALL = (
         formats=(
             Format({"passage": TEXT, "question": TEXT, "answer": bool}, _boolq("answer")),
             Format({"passage": TEXT, "question": TEXT, "label": NUMBER}, _boolq("label")),
-            queried(passage),
+            foundry_format(passage_prompt),
         ),
     ),
     Benchmark(
@@ -581,8 +587,8 @@ _ALL = (
         metric="acc_norm",
         files=_test_files("openbook.?qa"),
         formats=(
-            labelled("question_stem", lambda question, choices: question),
-            queried(lambda query: query),
+            ai2_format("question_stem", lambda question, choices: question),
+            foundry_format(lambda query: query),
         ),
     ),
     Benchmark(
@@ -591,14 +597,14 @@ _ALL = (
         metric="acc",
         files=(r"commonsense.?qa.*val", *_test_files("commonsense.?qa")),
         formats=(
-            labelled(
+            ai2_format(
                 "question",
-                lambda question, choices: by_letters(
+                lambda question, choices: lettered_prompt(
                     f"Question: {question.strip()}", choices["text"]
                 ),
                 is_by_letter=True,
             ),
-            queried(lambda query: query.replace("\nChoices:", "", 1)),
+            foundry_format(lambda query: query.replace("\nChoices:", "", 1)),
         ),
     ),
     Benchmark(
@@ -709,9 +715,9 @@ BENCHMARKS: dict[str, Benchmark] = {benchmark.name: benchmark for benchmark in _
 
 
 def benchmarks_of(words: Sequence[str], *, key: str) -> tuple[Benchmark, ...]:
-    """Return the benchmarks that names mean; see `benchmark_names`.
+    """Resolve names to benchmarks; see `benchmark_names`.
 
     Raises:
-        RequestError: names what is none, all at once.
+        RequestError: lists all unknown names.
     """
     return tuple(BENCHMARKS[name] for name in benchmark_names(words, key=key))

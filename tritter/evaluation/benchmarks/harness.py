@@ -1,4 +1,4 @@
-"""Questions put to a model by lm-evaluation-harness: those of files, and its own tasks."""
+"""Benchmark scores from lm-evaluation-harness, for questions from files and for its own tasks."""
 
 import logging
 import math
@@ -22,22 +22,22 @@ from tritter.evaluation.statistics import PairedScores
 
 Tokenizer = Any  # of transformers
 MISSING = (
-    "lm-evaluation-harness is not installed, which scores benchmarks: "
+    "benchmarks require lm-evaluation-harness, which is not installed: "
     "pip install 'tritter[evaluation]'"
 )
-_FEWSHOT_SEED = 1234  # lm-eval's own default
-NO_NAME = "lm-evaluation-harness has no task for it; name a folder with its file, --tasks-path DIR"
+_FEWSHOT_SEED = 1234  # lm-eval's default
+NO_NAME = "lm-evaluation-harness has no such task; set a folder with its file, --tasks-path DIR"
 
 
 @dataclass(frozen=True, slots=True)
 class NullScores:
-    """Shares of right answers.
+    """Accuracies of null models.
 
     Args:
-        uniform: of one who picks among the choices at random; None where there are none.
-        constant: of one who always gives the commonest answer; of a benchmark in words the
-            commonest of the part that a question is of, as each subtask has its own answers.
-        empty: of one who answers nothing; None where there are choices.
+        uniform: accuracy of random choices; None without choices.
+        constant: accuracy of the most common answer; without choices, the most common one of
+            each subtask.
+        empty: accuracy of empty answers; None with choices.
     """
 
     uniform: float | None
@@ -46,47 +46,47 @@ class NullScores:
 
     @property
     def chance(self) -> float:
-        """What guessing reaches; who answers nothing guesses nothing."""
+        """The accuracy of guessing; empty answers do not count as guesses."""
         return max(self.uniform or 0.0, self.constant or 0.0)
 
 
 def null_scores(
     questions: Questions, *, of: Questions | None = None, sandbox: Sandbox | None
 ) -> NullScores:
-    """Score the null models on the questions as they are asked.
+    """Score the null models on some questions.
 
     Args:
-        of: all questions, of which these are some; what is common among them is known from these.
-        sandbox: where programs are run; the empty answer to a question of `code` is one too.
-            None: it is not run.
+        questions: the questions to score.
+        of: all questions of the benchmark, to find the most common answers.
+        sandbox: runs the empty program for kind `code`; None skips it.
 
     Raises:
         TritterError: the sandbox can't be set up.
     """
-    asked = list(questions.questions.values())
+    scored = list(questions.questions.values())
     everything = list((of or questions).questions.values())
     kind = questions.benchmark.kind
     if kind in ("choice", "context"):
-        uniform = sum(1 / len(question.choices) for question in asked) / len(asked)
+        uniform = sum(1 / len(question.choices) for question in scored) / len(scored)
         answers = [("", each.choices[each.right]) for each in everything]
         return NullScores(uniform, commonest_share(answers), None)
     if kind == "code":
         if sandbox is None:
             return NullScores(None, None, None)
-        passed = sum(is_passed(sandbox, question, "") for question in asked)
-        return NullScores(None, None, passed / len(asked))
+        passed = sum(is_passed(sandbox, question, "") for question in scored)
+        return NullScores(None, None, passed / len(scored))
     constant = commonest_share([(each.part, each.answer) for each in everything])
     if kind == "word":
         return NullScores(None, constant, 0.0)
-    empty = sum(questions.benchmark.is_right(question, "") for question in asked)
-    return NullScores(None, constant, empty / len(asked))
+    empty = sum(questions.benchmark.is_right(question, "") for question in scored)
+    return NullScores(None, constant, empty / len(scored))
 
 
 def commonest_share(answers: Sequence[tuple[str, str]]) -> float:
-    """Return the share of the commonest answer, part by part.
+    """Return the accuracy of giving the most common answer of each part.
 
     Args:
-        answers: the part and the answer of each question.
+        answers: part and answer of each question.
     """
     parts: dict[str, Counter[str]] = {}
     for part, answer in answers:
@@ -95,15 +95,16 @@ def commonest_share(answers: Sequence[tuple[str, str]]) -> float:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Asking:
-    """How a model is asked.
+class EvalOptions:
+    """Options of a benchmark evaluation.
 
     Args:
-        limit: ask so many, spread over all; of a benchmark from the hub the first of each subtask.
-        batch_size: requests at a time.
-        sandbox: where programs are run; needed for those of kind `code`.
-        is_null_run: the empty program is run as well, for the null models.
-        is_shown: lm-eval's progress bars are, on a terminal.
+        limit: number of questions, spread evenly; for a task from the hub, the first ones of each
+            subtask.
+        batch_size: requests per batch.
+        sandbox: runs the programs of kind `code`.
+        is_null_run: also run the empty program for the null models.
+        is_shown: show lm-eval's progress bars on a terminal.
     """
 
     limit: int | None = None
@@ -115,14 +116,14 @@ class Asking:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BenchmarkScores:
-    """What a model scored.
+    """A model's scores on a benchmark.
 
     Args:
-        name: of the benchmark.
-        metric: the one that it is known by.
-        scores: metric → right answers by question.
-        nulls: what models without knowledge score.
-        notes: what was cut or limited, a sentence each.
+        name: name of the benchmark.
+        metric: primary metric.
+        scores: metric → scores per question.
+        nulls: scores of the null models.
+        notes: one sentence per limit or truncation that applied.
     """
 
     name: str
@@ -132,8 +133,8 @@ class BenchmarkScores:
     notes: tuple[str, ...]
 
     @property
-    def known_by(self) -> PairedScores:
-        """The scores by the metric that the benchmark is known by."""
+    def primary(self) -> PairedScores:
+        """The scores of the primary metric."""
         return self.scores[self.metric]
 
 
@@ -141,7 +142,7 @@ def require_harness() -> None:
     """Import lm-eval, which takes seconds.
 
     Raises:
-        RequestError: it is not installed.
+        RequestError: lm-eval is not installed.
     """
     try:
         import lm_eval.models.huggingface  # noqa: F401
@@ -153,39 +154,42 @@ def score_benchmark(
     model: nn.Module,
     tokenizer: Tokenizer,
     questions: Questions,
-    asking: Asking,
+    harness: EvalOptions,
 ) -> BenchmarkScores:
-    """Ask a model all questions of a benchmark.
+    """Score a model on all questions of a benchmark.
 
     Args:
-        model: of transformers, on its device; its modes are set back.
+        model: a model of transformers, on its device; its training modes are restored.
+        tokenizer: its tokenizer, from transformers.
+        questions: the questions.
+        asking: the options.
 
     Raises:
-        RequestError: lm-eval is not installed, or the model reads too little.
-        TritterError: the model computes what is not finite, or the sandbox can't be set up.
+        RequestError: lm-eval is not installed, or the model's context is too short.
+        TritterError: logits are not finite, or the sandbox can't be set up.
     """
     require_harness()
     length = max_length(model)
-    limited = questions.limited(asking.limit)
-    asked, notes = _readable(tokenizer, limited, length=length)
+    limited = questions.limited(harness.limit)
+    readable, notes = _readable(tokenizer, limited, length=length)
     if len(limited.questions) < questions.total:
         notes.append(
-            f"{len(limited.questions)} of {questions.total} questions were asked, spread evenly."
+            f"Scored {len(limited.questions)} of {questions.total} questions, spread evenly."
         )
-    sandbox = asking.sandbox if asking.is_null_run else None
-    nulls = null_scores(asked, of=questions, sandbox=sandbox)
-    config = task_config(asked, length=length, sandbox=asking.sandbox)
-    name = asked.benchmark.name
+    sandbox = harness.sandbox if harness.is_null_run else None
+    nulls = null_scores(readable, of=questions, sandbox=sandbox)
+    config = task_config(readable, length=length, sandbox=harness.sandbox)
+    name = readable.benchmark.name
 
     def tasks() -> dict[str, Any]:
         from lm_eval.api.task import ConfigurableTask
 
         return {"tasks": {name: ConfigurableTask(config=config)}, "groups": {}}
 
-    samples = evaluated(model, tokenizer, tasks, asking)[name]
-    notes += _notes(tokenizer, asked, length=length)
-    names = [f"{name}:{each}" for each in asked.questions]
-    return _scored(asked.benchmark, names, samples, nulls=nulls, notes=notes)
+    samples = evaluated(model, tokenizer, tasks, harness)[name]
+    notes += _notes(tokenizer, readable, length=length)
+    names = [f"{name}:{each}" for each in readable.questions]
+    return _scored(readable.benchmark, names, samples, nulls=nulls, notes=notes)
 
 
 def _scored(
@@ -196,7 +200,7 @@ def _scored(
     nulls: NullScores,
     notes: Sequence[str],
 ) -> BenchmarkScores:
-    """Return lm-eval's records of questions as scores, by each metric that all of them have."""
+    """Convert lm-eval's samples to scores, for each metric that all samples have."""
     assert len(samples) == len(names)
     values = {
         metric: torch.tensor([float(each[metric]) for each in samples], dtype=torch.float64)
@@ -213,7 +217,7 @@ def _scored(
 
 
 def paired(names: Sequence[str], right: Tensor, *, chance: float) -> PairedScores:
-    """Return right answers, float64 [n], as scores that can be compared question by question."""
+    """Return per-question accuracies, float64 [n], as paired scores."""
     ones = torch.ones(len(names), dtype=torch.int64)
     return PairedScores(
         identifiers=tuple(names),
@@ -228,15 +232,18 @@ def evaluated(
     model: nn.Module,
     tokenizer: Tokenizer,
     tasks: Callable[[], dict[str, Any]],
-    asking: Asking,
+    harness: EvalOptions,
     *,
     limit: int | None = None,
 ) -> dict[str, list[dict[str, Any]]]:
-    """Return lm-eval's records of all questions, in their order, by task.
+    """Run lm-eval and return its samples by task, in order.
 
     Args:
-        tasks: gives lm-eval's tasks and groups.
-        limit: lm-eval asks so many of each task, the first ones.
+        model: the model.
+        tokenizer: its tokenizer.
+        tasks: returns lm-eval's tasks and groups.
+        asking: the options.
+        limit: number of first questions of each task.
 
     Raises:
         TritterError: a likelihood is not finite.
@@ -245,18 +252,18 @@ def evaluated(
     from lm_eval.models.huggingface import HFLM
 
     length = max_length(model)
-    # lm-eval looks at tensors outside of its own no_grad, so inference mode would not do
+    # lm-eval uses tensors outside its no_grad block, which inference mode does not allow
     with evaluating(model), torch.inference_mode(False), torch.no_grad():
-        # Else every choice would be as likely as any other, and not a number
+        # With NaN logits, all choices would tie
         first = torch.zeros(1, 2, dtype=torch.int64, device=next(model.parameters()).device)
         if not model(input_ids=first).logits.isfinite().all():
             raise TritterError("the model's logits are not finite, so no benchmark can be scored.")
-        with _quiet(is_shown=asking.is_shown):
+        with _quiet(is_shown=harness.is_shown):
             task_dict = tasks()
             lm = HFLM(
                 pretrained=model,
                 tokenizer=tokenizer,
-                batch_size=asking.batch_size,
+                batch_size=harness.batch_size,
                 max_length=length,
             )
             results = evaluate(
@@ -269,15 +276,17 @@ def evaluated(
         answers = [answer for each in of_task for answer in each["filtered_resps"]]
         found = [answer[0] for answer in answers if isinstance(answer, tuple | list)]
         if not all(map(math.isfinite, found)):
-            raise TritterError(f"{name}: the model gives a likelihood that is not finite.")
+            raise TritterError(f"{name}: a likelihood is not finite.")
     return samples
 
 
 def task_config(questions: Questions, *, length: int, sandbox: Sandbox | None) -> dict[str, Any]:
-    """Return lm-eval's configuration of the questions, in memory: nothing is fetched or written.
+    """Return lm-eval's configuration of questions in memory.
 
     Args:
-        length: tokens that the model reads; half of them are left to a generated answer.
+        questions: the questions.
+        length: context length; half of it is reserved for a generated answer.
+        sandbox: runs the programs of kind `code`.
     """
     import datasets
 
@@ -293,7 +302,7 @@ def task_config(questions: Questions, *, length: int, sandbox: Sandbox | None) -
             "test": datasets.Dataset.from_dict({"number": range(len(names))})
         },
         "test_split": "test",
-        "num_fewshot": 0,  # examples stand in the prompt
+        "num_fewshot": 0,  # the prompt already contains examples
         "target_delimiter": " ",
         "doc_to_text": lambda doc: questions.prompt(names[doc["number"]]),
         "metric_list": [
@@ -346,10 +355,10 @@ def task_config(questions: Questions, *, length: int, sandbox: Sandbox | None) -
 def _readable(
     tokenizer: Tokenizer, questions: Questions, *, length: int
 ) -> tuple[Questions, list[str]]:
-    """Leave out the questions of which a choice alone is more than the model reads.
+    """Drop questions with a choice that exceeds the context length.
 
     Raises:
-        RequestError: none is left.
+        RequestError: no question remains.
     """
     if questions.benchmark.kind in ("answer", "code"):
         return questions, []
@@ -362,19 +371,22 @@ def _readable(
     number = len(questions.questions) - len(kept)
     if not kept:
         raise RequestError(
-            f"{questions.benchmark.name}: the model reads {length} tokens, too few for any choice."
+            f"{questions.benchmark.name}: the context length of {length} tokens is too short for "
+            "any choice."
         )
     if not number:
         return questions, []
-    note = f"{number} of {len(questions.questions)} questions were left out: one of their choices"
-    return questions.only(kept), [f"{note} alone is longer than the {length} tokens that are read."]
+    note = f"Skipped {number} of {len(questions.questions)} questions: one of their choices exceeds"
+    return questions.only(kept), [f"{note} the context length of {length} tokens."]
 
 
 def sequence_lengths(tokenizer: Tokenizer, questions: Questions, *, length: int) -> list[int]:
-    """Return how many tokens each sequence has that is read, answers as long as they may be.
+    """Return the number of tokens of each sequence, assuming answers of maximum length.
 
     Args:
-        length: tokens that the model reads.
+        tokenizer: the tokenizer.
+        questions: the questions.
+        length: context length.
     """
     benchmark = questions.benchmark
     return [
@@ -385,7 +397,7 @@ def sequence_lengths(tokenizer: Tokenizer, questions: Questions, *, length: int)
 
 
 def _read(prompt: str, question: Question, benchmark: Benchmark) -> list[str]:
-    """Return the texts that are put to a model for a question."""
+    """Return the texts that a model reads for a question."""
     if benchmark.kind == "context":
         return [f"{choice} {prompt}" for choice in question.choices]
     if benchmark.kind == "word":
@@ -394,21 +406,21 @@ def _read(prompt: str, question: Question, benchmark: Benchmark) -> list[str]:
 
 
 def _notes(tokenizer: Tokenizer, questions: Questions, *, length: int) -> Iterator[str]:
-    """Say what was limited, and what of the prompts did not fit."""
-    benchmark, asked = questions.benchmark, list(questions.questions)
-    answered = benchmark.answer_tokens(length)
-    room = length - answered
-    if answered and answered < benchmark.max_new_tokens:
+    """Yield notes on shortened answers and truncated prompts."""
+    benchmark, names = questions.benchmark, list(questions.questions)
+    answer_length = benchmark.answer_tokens(length)
+    prompt_length = length - answer_length
+    if answer_length and answer_length < benchmark.max_new_tokens:
         yield (
-            f"Answers end after {answered} tokens in place of {benchmark.max_new_tokens}: "
-            f"the model reads {length}."
+            f"Answers are limited to {answer_length} instead of {benchmark.max_new_tokens} tokens: "
+            f"the context length is {length}."
         )
-    texts = [_read(questions.prompt(n), questions.questions[n], benchmark) for n in asked]
-    cut = sum(_num_tokens(tokenizer, max(each, key=len)) > room for each in texts)
+    texts = [_read(questions.prompt(n), questions.questions[n], benchmark) for n in names]
+    cut = sum(_num_tokens(tokenizer, max(each, key=len)) > prompt_length for each in texts)
     if cut:
         yield (
-            f"{cut} of {len(asked)} prompts are longer than the {room} tokens that the model reads "
-            "of one and lost their beginning."
+            f"Truncated {cut} of {len(names)} prompts on the left: they exceed {prompt_length} "
+            "tokens."
         )
 
 
@@ -417,21 +429,23 @@ def _num_tokens(tokenizer: Tokenizer, text: str) -> int:
 
 
 def max_length(model: nn.Module) -> int:
-    """Return how many tokens a model reads.
+    """Return a model's context length.
 
     Raises:
-        RequestError: too few for any question.
+        RequestError: the context is too short for any question.
     """
     config = model.config
     length = getattr(config, "max_position_embeddings", None) or 2048
     if length < 16:
-        raise RequestError(f"the model reads {length} tokens, too few for any benchmark.")
+        raise RequestError(
+            f"the model's context length of {length} tokens is too short for any benchmark."
+        )
     return int(length)
 
 
 @contextmanager
 def _quiet(*, is_shown: bool) -> Iterator[None]:
-    """Keep lm-eval's notices off the screen, and its bars where nobody watches."""
+    """Silence lm-eval's output, and its progress bars without a terminal."""
     loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets", "accelerate")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -451,26 +465,34 @@ def score_from_hub(
     model: nn.Module,
     tokenizer: Tokenizer,
     benchmark: Benchmark,
-    asking: Asking,
+    harness: EvalOptions,
     *,
     manager: Any = None,
 ) -> BenchmarkScores:
-    """Ask a model the questions of lm-eval's own task; programs are run in the sandbox alone.
+    """Score a model on lm-eval's own task; programs run only in the sandbox.
 
     Args:
-        manager: of lm-eval's tasks; its own by default.
+        model: the model.
+        tokenizer: its tokenizer.
+        benchmark: the benchmark.
+        asking: the options.
+        manager: lm-eval's task manager; defaults to a new one.
 
     Raises:
-        RequestError: the hub or lm-eval does not give it.
+        RequestError: the hub or lm-eval does not provide the benchmark.
         TritterError: as `score_benchmark`.
     """
     require_harness()
     if not benchmark.hub:
         raise RequestError(f"--tasks = {benchmark.name}: {NO_NAME}.")
     if benchmark.kind == "code":
-        return score_benchmark(model, tokenizer, _rows_from_hub(benchmark), asking)
+        return score_benchmark(model, tokenizer, _rows_from_hub(benchmark), harness)
     found = evaluated(
-        model, tokenizer, lambda: _tasks(benchmark, manager), asking, limit=asking.limit
+        model,
+        tokenizer,
+        lambda: _tasks(benchmark, manager),
+        harness,
+        limit=harness.limit,
     )
     samples = [
         (task, sample)
@@ -485,19 +507,19 @@ def score_from_hub(
         constant = commonest_share([(task, str(sample["target"])) for task, sample in samples])
         nulls = NullScores(None, constant, 0.0 if benchmark.kind == "word" else None)
     names = [f"{benchmark.name}:{task}/{sample['doc_id']}" for task, sample in samples]
-    limited = [f"At most {asking.limit} questions of each subtask were asked."]
-    notes = limited if asking.limit else []
+    limited = [f"Scored at most {harness.limit} questions of each subtask."]
+    notes = limited if harness.limit else []
     return _scored(benchmark, names, [each for _, each in samples], nulls=nulls, notes=notes)
 
 
 def _tasks(benchmark: Benchmark, manager: Any) -> dict[str, Any]:
-    """Return lm-eval's own tasks of a benchmark, as its own evaluation would set them."""
+    """Return lm-eval's tasks of a benchmark, configured as in lm-eval's own evaluation."""
     from lm_eval.tasks import TaskManager
 
     try:
         loaded: dict[str, Any] = (manager or TaskManager()).load([benchmark.hub])
-    except (OSError, ValueError) as error:  # offline, not there, of another form
-        raise _not_given(benchmark, error) from error
+    except (OSError, ValueError) as error:  # offline, missing, or invalid
+        raise _unavailable(benchmark, error) from error
     for task in loaded["tasks"].values():
         if task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
@@ -506,20 +528,20 @@ def _tasks(benchmark: Benchmark, manager: Any) -> dict[str, Any]:
 
 
 def _rows_from_hub(benchmark: Benchmark) -> Questions:
-    """Return the questions of a data set of the hub, in the format of its files."""
+    """Return the questions of a data set from the hub."""
     import datasets
 
     name, _, split = benchmark.hub.partition(" ")
     try:
         rows: Iterable[Any] = datasets.load_dataset(name, split=split)
     except (OSError, ValueError) as error:
-        raise _not_given(benchmark, error) from error
+        raise _unavailable(benchmark, error) from error
     return questions_of(benchmark, list(rows), origin=name)
 
 
-def _not_given(benchmark: Benchmark, error: Exception) -> RequestError:
-    said = " ".join(str(error).split())[:300]
+def _unavailable(benchmark: Benchmark, error: Exception) -> RequestError:
+    message = " ".join(str(error).split())[:300]
     return RequestError(
-        f"--tasks = {benchmark.name}: the hub does not give {benchmark.hub} "
-        f"({type(error).__name__}: {said}); name a folder with its files, --tasks-path DIR."
+        f"--tasks = {benchmark.name}: can't load {benchmark.hub} from the hub "
+        f"({type(error).__name__}: {message}); set a folder with its files, --tasks-path DIR."
     )

@@ -1,9 +1,9 @@
-"""Runs the tests of a program in a process that never runs the program itself.
+"""Runs the tests of a program in a separate process from the program itself.
 
-The sandbox gets this file as text, with a call of `judge` at its end. `judge` starts a second
-interpreter, which receives the program through a pipe and runs `serve`. The tests, what they
-expect and the word that reports their end never enter that interpreter: it receives calls and
-answers them with plain data. The file uses the standard library alone.
+The sandbox receives this file as text, followed by a call of `judge`. `judge` starts a second
+interpreter, which reads the program from a pipe and runs `serve`. That interpreter never sees the
+tests, their expected values or the word that reports success: it only receives calls and answers
+them with plain data. The file uses only the standard library.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import signal
 import sys
 import types
 
-TYPE_CHECKING = False  # each import takes its time twice for every program
+TYPE_CHECKING = False  # avoid imports: each one runs twice per program
 if TYPE_CHECKING:
     import ast
     from collections.abc import Callable
@@ -41,19 +41,19 @@ _PR_SET_DUMPABLE = 4
 
 
 class _EndedError(BaseException):
-    """The process of the program has ended; no test can catch it as an Exception."""
+    """The program's process ended; a BaseException, so tests can't catch it as an Exception."""
 
 
 class Channel:
-    """Two pipes between two processes: a message a line, in JSON.
+    """Two pipes between two processes, with one JSON message per line.
 
-    Plain data are copied. Any other object stays in the process of the program, and the message
-    holds its number.
+    Plain data are copied. Other objects stay in the program's process, and messages refer to
+    them by number.
 
     Args:
-        reading: descriptor.
-        writing: descriptor.
-        is_judge: whether this is the process of the tests, which keeps no objects.
+        reading: file descriptor.
+        writing: file descriptor.
+        is_judge: whether this is the process of the tests, which has no objects of its own.
     """
 
     def __init__(self, *, reading: int, writing: int, is_judge: bool) -> None:
@@ -88,14 +88,14 @@ class Channel:
         """Return the answer of the program's process to a request.
 
         Raises:
-            Exception: the program raised; of the same built-in type where there is one.
+            Exception: the program raised; the type is the same built-in type, or RuntimeError.
         """
         self.send(*request)
         raised, answer = self.receive()
         if raised is None:
             return answer
         kind = _TYPES.get(raised, RuntimeError)
-        # A call that raises StopIteration would end a loop over its answers without an error
+        # A StopIteration from a call would silently end a loop
         is_end = kind is StopIteration and request[0] != "next"
         if is_end or not issubclass(kind, Exception):
             kind = RuntimeError
@@ -119,7 +119,7 @@ class Channel:
             return ["type", [value.__name__]]
         if self._is_judge:
             raise TypeError(f"the tests pass a {type(value).__name__}, which cannot be copied")
-        if not isinstance(value, type) and hasattr(value, "__index__"):  # an integer of a library
+        if not isinstance(value, type) and hasattr(value, "__index__"):  # such as numpy integers
             return operator.index(value)
         if id(value) not in self._numbers:
             self._numbers[id(value)] = len(self._objects)
@@ -138,10 +138,10 @@ class Channel:
 
 
 class Remote:
-    """An object of the program, which stays in the program's process.
+    """A proxy of an object in the program's process.
 
-    It equals nothing but itself. The program must not compare, since it would learn what the tests
-    expect and could answer as it likes.
+    It equals only itself. Comparisons never run in the program's process, because they would
+    reveal the expected values to the program.
     """
 
     channel_: Channel
@@ -184,7 +184,7 @@ class Remote:
 
 
 def serve(reading: int, writing: int) -> None:
-    """Run a program, then answer the requests of its tests; both come through a pipe."""
+    """Run a program from a pipe, then answer the requests of its tests."""
     channel = Channel(reading=reading, writing=writing, is_judge=False)
     (program,) = channel.receive()
     main = types.ModuleType("__main__")
@@ -205,15 +205,17 @@ def serve(reading: int, writing: int) -> None:
 
 
 def judge(*, source: str, program: str, tests: str, word: list[str]) -> None:
-    """Run the tests of a program, and write a word if they pass.
+    """Run the tests of a program, and write a secret word if they pass.
 
     Args:
-        source: this file.
-        word: in pieces, so that no error that quotes a line shows it whole.
+        source: text of this file.
+        program: the program.
+        tests: its tests.
+        word: the word in pieces, so that no traceback shows it completely.
     """
     import subprocess
 
-    try:  # keep other processes of the same user from the memory of this process
+    try:  # protect this process's memory from other processes of the user
         import ctypes
 
         ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
@@ -231,7 +233,7 @@ def judge(*, source: str, program: str, tests: str, word: list[str]) -> None:
     process.stdin.close()
     os.close(requests[0])
     os.close(answers[1])
-    # Kept until the program is killed: at the end of its pipe it would end by itself
+    # Keep the pipe open until the program is killed; otherwise the program would exit
     channel = Channel(reading=answers[0], writing=requests[1], is_judge=True)
     code = 1
     try:
@@ -244,7 +246,7 @@ def judge(*, source: str, program: str, tests: str, word: list[str]) -> None:
     process.kill()
     process.wait()
     sys.stdout.flush()
-    if code == 0 and process.returncode == -signal.SIGKILL:  # it lived until its tests ended
+    if code == 0 and process.returncode == -signal.SIGKILL:  # it ran until the end of its tests
         os.write(1, "".join(word).encode())
     os._exit(code if code >= 0 else 128 - code)
 
@@ -268,10 +270,10 @@ def _test(channel: Channel, program: str, tests: str) -> None:
 
 
 def _free_names(tree: ast.Module) -> tuple[list[str], list[str]]:
-    """Return the names that the tests do not bind: modules, and those of the program.
+    """Return the free names of the tests: modules, and names of the program.
 
-    The program must not replace `math`, `set` or `abs` for its tests. A built-in name counts as the
-    program's if there is no other, since some tests call a function with the name `sum`.
+    The program can't replace `math`, `set` or `abs` in its tests. A built-in name belongs to the
+    program only if it is the only candidate, because some tests call a function named `sum`.
     """
     import ast
 

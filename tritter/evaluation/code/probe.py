@@ -1,6 +1,6 @@
-"""A program that tries to leave its sandbox; run inside it, as text, before anything else is.
+"""A program that tries to escape from its sandbox; it runs there, as text, before any other.
 
-It fails, with a line that says what was possible, unless everything was held.
+It exits with a list of successful attempts unless the sandbox blocks them all.
 """
 
 import os
@@ -9,36 +9,36 @@ from pathlib import Path
 
 
 def try_all(attempts: dict) -> None:
-    """Try everything.
+    """Try all ways to escape.
 
     Args:
-        attempts: the `folder` outside that everybody may read and write, the `home`, the `port`
-            on which somebody listens, and how much memory and how many processes are too many.
+        attempts: an outside `folder` that is readable and writable for all users, an open `port`,
+            and excessive values of `memory_bytes` and `processes`.
     """
     possible = []
     secret = Path(attempts["folder"], "secret")
-    for what, attempt in {
+    for escape, attempt in {
         "it reads files outside": lambda: secret.read_text(),
         "it writes files outside": lambda: secret.with_name("new").touch(),
         "it writes the libraries": lambda: Path(f"{os.__file__}.new").touch(),
         "it reaches the network": lambda: socket.create_connection(
             ("127.0.0.1", attempts["port"]), timeout=2
         ).close(),
-        "it gets more memory than it may": lambda: bytearray(attempts["memory_bytes"]) and None,
-        "it inherited an environment": lambda: _refuse_unless({*os.environ} - {"LC_CTYPE"}),
-        "it starts as many processes as it likes": lambda: _fork(attempts["processes"]),
+        "it exceeds the memory limit": lambda: bytearray(attempts["memory_bytes"]) and None,
+        "it inherits an environment": lambda: _refuse_unless({*os.environ} - {"LC_CTYPE"}),
+        "it exceeds the process limit": lambda: _fork(attempts["processes"]),
     }.items():
         try:
             attempt()
         except (OSError, MemoryError):
             continue
-        possible.append(what)
+        possible.append(escape)
     if possible:
         raise SystemExit(", ".join(possible))
 
 
 def _refuse_unless(names: set) -> None:
-    """Fail where there is no variable but the one that Python itself sets."""
+    """Raise an error if there are no environment variables except Python's own."""
     if not names:
         raise OSError
 
@@ -49,7 +49,7 @@ def _fork(number: int) -> None:
         for _ in range(number):
             if os.fork() == 0:
                 os.close(started)
-                os.read(ended, 1)  # stays until the first one is gone
+                os.read(ended, 1)  # blocks until the parent ends
                 os._exit(0)
     finally:
         os.close(started)

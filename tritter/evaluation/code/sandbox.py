@@ -1,7 +1,7 @@
-"""Run a program that nobody read: within limits, and where it reaches nothing.
+"""Sandboxes for programs that a model wrote.
 
-HumanEval and MBPP ask a model for programs and execute them. They run in namespaces of their own
-(`warden`), and their tests in another process there (`judge`). Without namespaces nothing is run.
+HumanEval and MBPP execute generated programs. They run in separate namespaces (`warden`), and
+their tests run in another process there (`judge`). Without namespaces, no program runs.
 """
 
 import json
@@ -25,24 +25,24 @@ from tritter.errors import RequestError, TritterError
 from tritter.evaluation.code import judge, probe, warden
 
 ADVICE = (
-    "run Tritter where unprivileged user namespaces are allowed (Linux 5.12 or newer; in a "
-    "container they often are not), or name a command that reads a program on its standard input "
-    'and runs it in a sandbox of yours: --code-sandbox "CMD", in a run '
+    "run Tritter on a system with unprivileged user namespaces (Linux 5.12 or newer; containers "
+    "often disable them), or set a command that reads a program from standard input "
+    'and runs it in your own sandbox: --code-sandbox "CMD", in a run '
     "evaluation.code_sandbox=external evaluation.code_sandbox_command=CMD"
 )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What a program may use.
+    """Resource limits of a program.
 
     Args:
-        seconds: from its start to its end.
-        cpu_seconds: of computing, each process.
-        memory_bytes: of addresses, each process.
-        file_bytes: of a file that it writes, and of its folder.
-        processes: at a time, the three that watch and test it and all threads included.
-        output_bytes: that it prints.
+        seconds: wall time.
+        cpu_seconds: CPU time per process.
+        memory_bytes: address space per process.
+        file_bytes: size of each file, and of the working folder.
+        processes: number of processes and threads, including the three of the sandbox.
+        output_bytes: size of the output.
     """
 
     seconds: float = 10.0
@@ -55,53 +55,53 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How a program ended.
+    """The result of running a program.
 
     Args:
-        is_passed: it ran to its last line, and so did its tests.
-        said: why not, in words; empty where it did.
-        output: what it printed, errors too, as far as it was read.
+        is_passed: program and tests ran to their end.
+        reason: the reason of a failure; empty if passed.
+        output: stdout and stderr, up to the limit.
     """
 
     is_passed: bool
-    said: str = ""
+    reason: str = ""
     output: str = ""
 
 
 class Sandbox(Protocol):
-    """Where programs are run."""
+    """Runs programs."""
 
     def run(self, program: str, tests: str = "") -> Outcome:
-        """Run a Python program, then its tests, to their end or to the limits.
+        """Run a Python program and its tests within the limits.
 
         Args:
-            tests: Python as well; they run in another process, with the names that they take from
-                the program.
+            program: the program.
+            tests: Python code that runs in another process and uses names of the program.
         """
 
     def check(self) -> None:
-        """Try whether it holds.
+        """Check that the sandbox works.
 
         Raises:
-            RequestError: it does not.
+            RequestError: the sandbox does not work.
         """
 
 
 @dataclass(frozen=True, slots=True)
 class NamespaceSandbox:
-    """Tritter's own: namespaces, a root of its own, limits of the system."""
+    """Tritter's sandbox: Linux namespaces, a separate root and resource limits."""
 
     limits: Limits = Limits()
 
     def run(self, program: str, tests: str = "") -> Outcome:
         interpreter = Path(sys.executable).resolve()
-        # What of the system an interpreter needs: its own folder and the libraries
+        # The interpreter needs its own folder and the system's libraries
         own, system = str(interpreter.parents[1]), ["/usr", "/lib", "/lib64", "/nix/store"]
         needed = [] if own == "/" or Path(own).is_relative_to("/usr") else [own]
         with tempfile.TemporaryDirectory(prefix="tritter-code-") as root:
-            asked = {
+            request = {
                 "root": root,
-                "places": [place for place in (*system, *needed) if os.path.lexists(place)],
+                "folders": [folder for folder in (*system, *needed) if os.path.lexists(folder)],
                 "interpreter": str(interpreter),
                 "folder_bytes": self.limits.file_bytes,
                 "limits": {
@@ -113,24 +113,22 @@ class NamespaceSandbox:
                     "NOFILE": 64,
                 },
             }
-            command = [str(interpreter), "-I", "-S", "-B", warden.__file__, json.dumps(asked)]
+            command = [str(interpreter), "-I", "-S", "-B", warden.__file__, json.dumps(request)]
             return _run(command, program, tests, self.limits)
 
     def check(self) -> None:
-        """Try to break out: read, write and connect outside, fork and allocate without end.
+        """Try to escape: read, write and connect outside, fork and allocate beyond the limits.
 
         Raises:
-            RequestError: the system gives no such sandbox, or it holds less than it should.
+            RequestError: the system has no such sandbox, or an attempt succeeds.
         """
         if not sys.platform.startswith("linux"):
-            raise RequestError(
-                f"code: {sys.platform} has no namespaces to run programs in; {ADVICE}."
-            )
+            raise RequestError(f"code: {sys.platform} has no namespaces; {ADVICE}.")
         with (
             tempfile.TemporaryDirectory(prefix="tritter-outside-") as outside,
             socket.create_server(("127.0.0.1", 0)) as server,
         ):
-            Path(outside).chmod(0o777)  # so that nothing but the sandbox keeps it from there
+            Path(outside).chmod(0o777)  # so that only the sandbox blocks access
             secret = Path(outside, "secret")
             secret.write_text("secret")
             secret.chmod(0o666)
@@ -149,16 +147,17 @@ class NamespaceSandbox:
             is_written = list(Path(outside).iterdir()) != [secret] or secret.read_text() != "secret"
         if is_written or not outcome.is_passed:
             last = outcome.output.strip().rpartition("\n")[2]
-            why = "it wrote outside" if outcome.is_passed else last or outcome.said
-            raise RequestError(f"code: this system gives no sandbox that holds ({why}); {ADVICE}.")
+            reason = "it wrote outside" if outcome.is_passed else last or outcome.reason
+            raise RequestError(f"code: the sandbox of this system leaks ({reason}); {ADVICE}.")
 
 
 @dataclass(frozen=True, slots=True)
 class ExternalSandbox:
-    """A command of the user's, which reads a program on its standard input and runs it.
+    """A user-defined command that reads a program from standard input and runs it.
 
     Args:
-        command: split as a shell would, run without one; its environment is this process's.
+        command: split like a shell command and run without a shell, in the current environment.
+        limits: limits of time and output.
     """
 
     command: str
@@ -169,21 +168,21 @@ class ExternalSandbox:
         return _run(command, program, tests, self.limits, environment=dict(os.environ))
 
     def check(self) -> None:
-        """See that it runs a program, and says so when one fails.
+        """Check that the command runs programs and reports failures.
 
         Raises:
-            RequestError: it does not.
+            RequestError: the command fails the check.
         """
         try:
             is_right, is_wrong = (self.run("x = 1", f"assert x == {n}").is_passed for n in (1, 2))
         except (OSError, ValueError) as error:
             raise RequestError(
-                f"--code-sandbox = {self.command}: cannot be run ({error})."
+                f"--code-sandbox = {self.command}: the command can't be run ({error})."
             ) from error
         if is_wrong or not is_right:
             raise RequestError(
-                f"--code-sandbox = {self.command}: it must read a Python program on its standard "
-                "input, run it, print its output and end with its exit code. The program starts "
+                f"--code-sandbox = {self.command}: it must read a Python program from standard "
+                "input, run it, print its output and return its exit code. The program starts "
                 "a second Python process."
             )
 
@@ -196,17 +195,17 @@ def _run(
     *,
     environment: dict[str, str] | None = None,
 ) -> Outcome:
-    """Run a command with a program and its tests on its standard input; end all that it started.
+    """Run a command with a program and its tests on standard input, then kill its processes.
 
     Raises:
-        TritterError: the sandbox could not be set up.
+        TritterError: the sandbox can't be set up.
     """
     word = [secrets.token_hex(8), secrets.token_hex(8)]
     source = Path(judge.__file__).read_text(encoding="utf-8")
     request = {"source": source, "program": program, "tests": tests, "word": word}
     process = subprocess.Popen(
         command,
-        stdin=subprocess.PIPE,  # a file could be read again, or written
+        stdin=subprocess.PIPE,  # the program could read or write a file again
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         env=environment or {},
@@ -214,7 +213,7 @@ def _run(
         start_new_session=True,
     )
     try:
-        output, why = _exchange(process, f"{source}\njudge(**{request!a})\n".encode(), limits)
+        output, reason = _exchange(process, f"{source}\njudge(**{request!a})\n".encode(), limits)
     finally:
         if process.returncode is None:
             with suppress(ProcessLookupError):
@@ -224,27 +223,27 @@ def _run(
             if stream is not None:
                 stream.close()
     text = output.decode("utf-8", errors="replace")
-    if process.returncode == warden.COULD_NOT_SHUT_IN and not why:
-        raise TritterError(f"code: the sandbox could not be set up ({text}); {ADVICE}.")
+    if process.returncode == warden.SETUP_FAILED and not reason:
+        raise TritterError(f"code: the sandbox can't be set up ({text}); {ADVICE}.")
     # A program may end early or print anything, but only its judge knows the word
-    is_passed = not why and process.returncode == 0 and "".join(word) in text
+    is_passed = not reason and process.returncode == 0 and "".join(word) in text
     if is_passed:
         return Outcome(True, output=text.replace("".join(word), ""))
-    return Outcome(False, why or f"it ended early, exit code {process.returncode}", text)
+    return Outcome(False, reason or f"it ended early, exit code {process.returncode}", text)
 
 
 def _exchange(
     process: "subprocess.Popen[bytes]", content: bytes, limits: Limits
 ) -> tuple[bytes, str]:
-    """Write to a process and return its output until it ends, and why it has to be ended, if so."""
+    """Write to a process; return its output, and the reason to kill it, if there is one."""
     assert process.stdin is not None and process.stdout is not None
     deadline = time.monotonic() + limits.seconds
     output, written = bytearray(), 0
     reading, writing = process.stdout.fileno(), process.stdin.fileno()
     os.set_blocking(writing, False)
     while (remaining := deadline - time.monotonic()) > 0:
-        waiting = [] if process.stdin.closed else [writing]
-        readable, writable, _ = select.select([reading], waiting, [], remaining)
+        writers = [] if process.stdin.closed else [writing]
+        readable, writable, _ = select.select([reading], writers, [], remaining)
         if writable:
             with suppress(BrokenPipeError):
                 written += os.write(writing, content[written : written + 2**16])

@@ -1,1 +1,1 @@
-"""LoRA experts on a frozen base: adapters mixed per token by a router, grown while training."""
+"""LoRA experts on a frozen base: adapters mixed per token by a router, added in training."""

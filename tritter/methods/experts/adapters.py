@@ -1,7 +1,8 @@
-"""PEFT's LoRA layers in a model: put on, named, taken off. All that we know of them stands here.
+"""PEFT's LoRA layers on a live model: adding, naming and removing them.
 
-PEFT's own forward pass runs with no adapter active, so that a layer computes what its base does,
-quantised or not; what the adapters add is computed in `tritter.methods.experts.mixture`.
+This is the only module that depends on PEFT's layers. Their own forward pass runs with no adapter
+active, so that a layer computes its base output, quantised or not. The output of the adapters is
+added in `tritter.methods.experts.mixture`.
 """
 
 import re
@@ -21,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from tritter.errors import RequestError, did_you_mean
 from tritter.training.parameters import WRAPPED
 
-# Tensors of all experts of a layer → what PEFT takes for a part of them
+# Fused tensors of a layer's experts → names that PEFT would mistake for parts of them
 _FUSED = {"down_proj": ("down_proj",), "gate_up_proj": ("gate_proj", "up_proj")}
 _LAYER = re.compile(r"(?:^|.*\.)(?:layers|h)\.(\d+)(?=\.)")  # h in GPT-2
 _OWN = re.compile(r".*\.lora_(?:embedding_)?[AB]\.(?P<adapter>[^.]+)(?:\.weight)?")
@@ -31,13 +32,13 @@ _NAME = re.compile(r"[A-Za-z0-9_-]{1,100}")
 
 @dataclass(frozen=True, slots=True)
 class AdapterShape:
-    """The size of one adapter, equal in all layers that it stands on.
+    """The size of one adapter, equal in all its layers.
 
     Args:
         rank: r, rows of A and columns of B.
-        alpha: α; what the adapter adds is multiplied with α / r.
-        targets: last names of the layers that it stands on: linear layers of decoder layers, such
-            as `q_proj`, and the vocabulary, `embed_tokens` and `lm_head`.
+        alpha: α; the output of the adapter is scaled by α / r.
+        targets: last names of its layers: linear layers of decoder layers, such as `q_proj`, and
+            the vocabulary, `embed_tokens` and `lm_head`.
     """
 
     rank: int
@@ -55,11 +56,11 @@ class Factors:
     """One adapter in one layer; an embedding is a linear layer of one-hot tokens.
 
     Args:
-        down: A [r, in_features]; of an embedding [r, V].
+        down: A [r, in_features]; for an embedding [r, V].
         up: B [out_features, r].
         scaling: factor on B·A.
-        gain: what the layer multiplies its output with, the adapter's included (Gemma's
-            embeddings have one); None: nothing.
+        gain: factor on the layer's output, the adapter's included (Gemma's embeddings have one);
+            None: 1.
     """
 
     down: Tensor
@@ -72,40 +73,40 @@ class Factors:
         return self.down.shape[0]
 
     def delta(self) -> Tensor:
-        """Return what the adapter adds to the weight, [out_features, in_features].
+        """Return the change of the weight, [out_features, in_features].
 
-        The weight of an embedding lies transposed, [V, out_features].
+        The weight of an embedding is stored transposed, [V, out_features].
         """
         return self.scaling * (self.up @ self.down)
 
 
-def put_on(model: nn.Module, name: str, shape: AdapterShape, *, seed: int) -> None:
-    """Put an adapter on a live model, drawn as PEFT draws it, so that nothing changes.
+def add_adapter(model: nn.Module, name: str, shape: AdapterShape, *, seed: int) -> None:
+    """Add an adapter to a live model, initialised as by PEFT, so that the function is unchanged.
 
-    In a linear layer B = 0, in an embedding A = 0. Embeddings and a head that are tied stay so, and
-    each has an adapter of its own. Whether the model is trained or not stays as it is; the
-    adapter's parameters are trained.
+    A linear layer starts with B = 0, an embedding with A = 0. A tied embedding and head stay tied,
+    and each gets its own adapter. The training mode of the model does not change; the parameters of
+    the adapter require gradients.
 
     Raises:
-        RequestError: the model has no layer of a name in `targets` that takes an adapter, or an
-            adapter `name` already; or nothing can be called so.
+        RequestError: the model has no layer of a name in `targets` that supports an adapter, or
+            already has an adapter `name`; or the name is not valid.
     """
     is_taken = hasattr(nn.ModuleDict(), name) or hasattr(nn.ParameterDict(), name)
     if _NAME.fullmatch(name) is None or is_taken:
-        why = "it is a name of torch's own" if is_taken else "allowed are letters, digits, _ and -"
-        raise RequestError(f"no adapter can be called {name!r}: {why}.")
+        why = "torch reserves this name" if is_taken else "use only letters, digits, _ and -"
+        raise RequestError(f"{name!r} is not a valid adapter name: {why}.")
     if name in adapter_names(model):
-        raise RequestError(f"the model has an adapter {name} already.")
+        raise RequestError(f"the model already has an adapter {name}.")
     known = adaptable(model)
     if unknown := [target for target in shape.targets if target not in known]:
         raise RequestError(
-            f"experts.targets = {unknown[0]}: the model has no linear layer or vocabulary of this "
-            f"name; it has {_listed(known)}.{did_you_mean(unknown[0], known)}"
+            f"experts.targets = {unknown[0]}: the model has no linear layer or vocabulary with "
+            f"this name; it has {_listed(known)}.{did_you_mean(unknown[0], known)}"
         )
     trained = {key for key, parameter in model.named_parameters() if parameter.requires_grad}
     config = LoraConfig(
         r=shape.rank,
-        lora_alpha=shape.alpha,  # type: ignore[arg-type] # PEFT divides it and asks no more
+        lora_alpha=shape.alpha,  # type: ignore[arg-type] # a float works: PEFT only divides it
         target_modules=list(shape.targets),
         lora_dropout=0.0,
         bias="none",
@@ -114,10 +115,10 @@ def put_on(model: nn.Module, name: str, shape: AdapterShape, *, seed: int) -> No
         warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")
         warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")
         warnings.filterwarnings("ignore", "fan_in_fan_out is set")  # PEFT sets it for each layer
-        torch.default_generator.manual_seed(seed)  # the GPUs' generators stay as they are
+        torch.default_generator.manual_seed(seed)  # GPU generators are unaffected
         inject_adapter_in_model(config, model, adapter_name=name)
     for _, layer in adapted_layers(model):
-        layer.set_adapter([])  # which freezes all adapters
+        layer.set_adapter([])  # this freezes all adapters
         layer.train(model.training)
     own = {id(parameter) for parameter in parameters_of(model, name).values()}
     for key, parameter in model.named_parameters():
@@ -125,11 +126,11 @@ def put_on(model: nn.Module, name: str, shape: AdapterShape, *, seed: int) -> No
         parameter.requires_grad_(was_trained or id(parameter) in own)
 
 
-def take_off(model: nn.Module, name: str) -> None:
-    """Take an adapter off a live model, with its weights.
+def remove_adapter(model: nn.Module, name: str) -> None:
+    """Remove an adapter and its weights from a live model.
 
     Raises:
-        RequestError: there is none of this name.
+        RequestError: there is no adapter of this name.
     """
     _check_known(model, name)
     frozen = {key for key, p in model.named_parameters() if not p.requires_grad}
@@ -143,7 +144,7 @@ def take_off(model: nn.Module, name: str) -> None:
 
 
 def adapter_names(model: nn.Module) -> tuple[str, ...]:
-    """Return the adapters on a model, in the order in which they came."""
+    """Return the adapters on a model, in the order in which they were added."""
     return tuple(_configs(model))
 
 
@@ -151,11 +152,11 @@ def adapted_layers(model: nn.Module) -> Iterator[tuple[str, LoraLinear]]:
     """Yield (name, layer) of the layers with adapters, in forward order."""
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):
-            yield name, cast(LoraLinear, module)  # or its like, quantised or of an embedding
+            yield name, cast(LoraLinear, module)  # or a quantised layer or an embedding
 
 
 def factors(layer: LoraLinear, name: str) -> Factors | None:
-    """Return one adapter of a layer; None where it does not stand on this layer."""
+    """Return one adapter of a layer; None if the layer does not have it."""
     if name in layer.lora_embedding_A:
         gain = getattr(layer.get_base_layer(), "embed_scale", None)
         down, up = layer.lora_embedding_A[name], layer.lora_embedding_B[name]
@@ -170,12 +171,12 @@ def factors(layer: LoraLinear, name: str) -> Factors | None:
 
 
 def is_embedding(layer: LoraLinear) -> bool:
-    """Say whether a layer with adapters looks tokens up."""
+    """Return True if a layer with adapters is an embedding."""
     return isinstance(layer, LoraEmbedding)
 
 
 def parameters_of(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
-    """Return the parameters of an adapter by their names in the model, A before B."""
+    """Return the parameters of an adapter by name, A before B."""
     named = ((n, p, _OWN.fullmatch(n)) for n, p in model.named_parameters())
     return {n: p for n, p, own in named if own is not None and own["adapter"] == name}
 
@@ -184,7 +185,7 @@ def shape_of(model: nn.Module, name: str) -> AdapterShape:
     """Return the size of an adapter.
 
     Raises:
-        RequestError: there is none of this name.
+        RequestError: there is no adapter of this name.
     """
     _check_known(model, name)
     config = _configs(model)[name]
@@ -192,10 +193,10 @@ def shape_of(model: nn.Module, name: str) -> AdapterShape:
 
 
 def set_rank(model: nn.Module, name: str, rank: int) -> None:
-    """State another rank of an adapter whose parameters are changed already; α / r is kept.
+    """Set the rank of an adapter whose parameters were already resized; α / r is kept.
 
     Raises:
-        RequestError: there is none of this name.
+        RequestError: there is no adapter of this name.
     """
     shape = shape_of(model, name)
     alpha = shape.scaling * rank
@@ -210,37 +211,38 @@ def set_rank(model: nn.Module, name: str, rank: int) -> None:
 
 
 def base_bits(model: nn.Module) -> Literal[8, 4] | None:
-    """Return in how many bits bitsandbytes holds the base of a model; None: it does not."""
+    """Return the number of bits that the base is quantised to by bitsandbytes; None: it is not."""
     if vars(model).get("is_loaded_in_8bit"):
         return 8
     return 4 if vars(model).get("is_loaded_in_4bit") else None
 
 
 def layer_number(name: str) -> int | None:
-    """Return which decoder layer a module of this name stands in; None: in none."""
+    """Return the index of the decoder layer that a module belongs to; None: it has none."""
     found = _LAYER.match(name)
     return None if found is None else int(found[1])
 
 
 def decoder_layers(model: nn.Module) -> dict[int, nn.Module]:
-    """Return the decoder layers of a model by number."""
+    """Return the decoder layers of a model by index."""
     named = dict(model.named_modules())
     paths = {int(m[1]): m[0] for name in named if (m := _LAYER.match(name)) is not None}
     return {number: named[path] for number, path in sorted(paths.items())}
 
 
 def adaptable(model: nn.Module, *, whole: bool = True) -> set[str]:
-    """Return the last names of the layers that adapters can stand on.
+    """Return the last names of the layers that can get adapters.
 
-    Where a model holds experts as one tensor, PEFT would take `down_proj` and the like for parts of
-    it; there these names are left out.
+    In models that store all experts of a layer as one tensor, PEFT would mistake `down_proj` and
+    similar names for parts of it; there these names are excluded.
 
     Args:
-        whole: with the vocabulary.
+        model: the model.
+        whole: include the vocabulary.
     """
     ends = ("get_input_embeddings", "get_output_embeddings") if whole else ()
     vocabulary = [getattr(model, each)() for each in ends if hasattr(model, each)]
-    held = {name.rpartition(".")[2] for name, _ in model.named_parameters()}
+    parameter_names = {name.rpartition(".")[2] for name, _ in model.named_parameters()}
     return {
         name.rpartition(".")[2]
         for name, module in model.named_modules()
@@ -251,30 +253,30 @@ def adaptable(model: nn.Module, *, whole: bool = True) -> set[str]:
             and not name.endswith(WRAPPED)
         )
         or any(module is each for each in vocabulary)
-    } - {part for fused, parts in _FUSED.items() if fused in held for part in parts}
+    } - {part for fused, parts in _FUSED.items() if fused in parameter_names for part in parts}
 
 
 def base_name(name: str) -> str:
-    """Return what a parameter of the base is called where no adapters are."""
+    """Return the name that a parameter of the base has in a model without adapters."""
     return name.replace(f"{WRAPPED}.", ".")
 
 
 def is_of_adapter(name: str) -> bool:
-    """Say whether a parameter of this name belongs to some adapter."""
+    """Return True if a parameter of this name belongs to an adapter."""
     return any(part in name for part in _PARTS)
 
 
 def _configs(model: nn.Module) -> dict[str, Any]:
-    """Return PEFT's configs of the adapters on a model, which it holds itself."""
-    held: dict[str, Any] = getattr(model, "peft_config", {})
-    return held
+    """Return PEFT's configs of the adapters on a model."""
+    configs: dict[str, Any] = getattr(model, "peft_config", {})
+    return configs
 
 
 def _check_known(model: nn.Module, name: str) -> None:
     known = adapter_names(model)
     if name not in known:
         raise RequestError(
-            f"no adapter {name}; there are {_listed(known)}.{did_you_mean(name, known)}"
+            f"no adapter {name}; the model has {_listed(known)}.{did_you_mean(name, known)}"
         )
 
 

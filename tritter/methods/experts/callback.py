@@ -1,4 +1,4 @@
-"""Dynamic experts as a callback of a training: what is new gets an expert of its own."""
+"""The callback of dynamic experts: every new skill gets its own expert."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -30,7 +30,7 @@ from tritter.methods.experts.module import ExpertModule
 from tritter.methods.experts.options import FIRST
 from tritter.methods.experts.registry import ExpertRegistry, Novel
 from tritter.methods.novelty import Observation, observe
-from tritter.methods.novelty.observation import joined
+from tritter.methods.novelty.observation import concatenated
 from tritter.seeds import derived_seed
 from tritter.training import surgery
 from tritter.training.callbacks import ends_step, work_of
@@ -40,11 +40,11 @@ EXPERTS = "experts"
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Known:
-    """What the base knows already, for a training that no other went before.
+    """Data that the base knows already, for the first run with experts.
 
     Args:
-        batches: domain → batches [B, T] of its text, of the size that decisions will see.
-        tokens: int64, all that is counted of it.
+        batches: domain → batches [B, T], in the size of later decisions.
+        tokens: int64, all tokens that are counted as evidence.
     """
 
     batches: Mapping[str, Sequence[Tensor]] = field(default_factory=dict)
@@ -52,16 +52,17 @@ class Known:
 
 
 class ExpertCallback(Callback):
-    """Look at every batch, decide what it is for, and change the mixture between two steps.
+    """Inspect every batch, choose its expert, and change the mixture between steps.
 
-    Stands behind what counts the step that was taken, and before evaluations and what saves.
+    It runs after the callback that counts the step, and before evaluation and checkpointing.
 
     Args:
-        shape: of new experts.
-        known: looked at before the first step, where nothing is known yet.
-        skill: that all batches are told to be of; None: that is found out.
-        domains: what the text is called, for the record.
-        seed: of what new adapters are drawn from.
+        registry: the expert registry.
+        shape: size of new adapters.
+        known: data of the base; used before the first step if no skill is known yet.
+        skill: the skill of all batches, if it is given; None: skills are detected.
+        domains: names of the data, for the records.
+        seed: seed of new adapters.
     """
 
     report_name = EXPERTS
@@ -79,8 +80,8 @@ class ExpertCallback(Callback):
         self.registry = registry
         self._shape, self._known, self._skill = shape, known or Known(), skill
         self._domains, self._seed = tuple(domains), seed
-        asked = registry.asked
-        self._exemplars = Exemplars(asked.exemplars, seed=seed) if asked.rehearsal else None
+        options = registry.options
+        self._exemplars = Exemplars(options.exemplars, seed=seed) if options.rehearsal else None
         self.events: list[dict[str, Any]] = []
         self._figures = Figures()
         self._restored: Mapping[str, Any] | None = None
@@ -93,8 +94,8 @@ class ExpertCallback(Callback):
             self.registry.load_state_dict(state["roster"])
             self.events = [dict(event) for event in state["events"]]
             self._figures.load_state_dict(state["figures"])
-            self.take_up(state)
-        elif not self.registry.expert_of:  # what the base knows is measured, and its tokens counted
+            self.load_exemplars(state)
+        elif not self.registry.expert_of:  # measure the base's data and count its tokens
             registry, known, module = self.registry, self._known, _module(pl_module)
             if module.mixture.evidence is not None:
                 number = module.mixture.names.index(FIRST)
@@ -106,7 +107,7 @@ class ExpertCallback(Callback):
                     registry.detector.add(domain, seen, is_base=True)
                     for ids in batches:
                         work_of(trainer).flops += _observation_flops(module, *ids.shape)
-        self.registry.stay_within(_module(pl_module).mixture.adapters)
+        self.registry.sync_with(_module(pl_module).mixture.adapters)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -115,12 +116,12 @@ class ExpertCallback(Callback):
         is_old = batch.get("is_replay", torch.zeros_like(ids[:, 0], dtype=torch.bool))
         own = ids[~is_old]
         everywhere = torch.cat(_of_all(own.cpu()))
-        expert = None  # of old text alone nothing is said
+        expert = None  # if all rows are replayed
         if len(everywhere) and self._skill is not None:
-            expert = self.registry.tell(self._skill, everywhere)
+            expert = self.registry.see_named(self._skill, everywhere)
         elif len(everywhere):
             seen = _of_all(_observed(module, own) if len(own) else None)
-            expert = self.registry.see(joined([each for each in seen if each]), everywhere)
+            expert = self.registry.see(concatenated([each for each in seen if each]), everywhere)
             work_of(trainer).flops += _observation_flops(module, *everywhere.shape)
         if expert is not None:
             self._take(module, expert, everywhere)
@@ -135,7 +136,7 @@ class ExpertCallback(Callback):
             self._rehearse(batch, is_old)
 
     def _take(self, module: ExpertModule, expert: str, sequences: Tensor) -> None:
-        """Count sequences [N, T] as text of an expert, and keep some of them."""
+        """Count sequences [N, T] as evidence for an expert, and keep some as exemplars."""
         mixture = module.mixture
         if mixture.evidence is not None:
             mixture.evidence.count(mixture.names.index(expert), sequences.to(module.device))
@@ -143,19 +144,23 @@ class ExpertCallback(Callback):
             self._exemplars.add(expert, sequences)
 
     def _rehearse(self, batch: dict[str, Tensor], is_old: Tensor) -> None:
-        """Put text of other experts in the place of the last rows of a batch."""
+        """Replace the last rows of a batch by exemplars of other experts."""
         assert self._exemplars is not None and self.registry.active is not None
-        rank, ids, held = this_rank(), batch["input_ids"], self._exemplars
-        held.owed = min(held.owed + self.registry.asked.rehearsal * len(ids), float(len(ids)))
-        count = int(held.owed)
-        rows = held.sample(count * rank.count, without=self.registry.active)
-        places = (~is_old).nonzero().flatten()
-        places = places[len(places) - min(count, len(places) // 2) :]  # its own text is half of it
-        held.owed -= count if len(rows) else 0  # in every process alike
-        if len(rows) and len(places):
+        rank, ids, exemplars = this_rank(), batch["input_ids"], self._exemplars
+        exemplars.owed = min(
+            exemplars.owed + self.registry.options.rehearsal * len(ids), float(len(ids))
+        )
+        count = int(exemplars.owed)
+        rows = exemplars.sample(count * rank.count, without=self.registry.active)
+        positions = (~is_old).nonzero().flatten()
+        positions = positions[
+            len(positions) - min(count, len(positions) // 2) :
+        ]  # at least half of the new rows stay
+        exemplars.owed -= count if len(rows) else 0  # equal in every process
+        if len(rows) and len(positions):
             ids, is_old = ids.clone(), is_old.clone()
-            ids[places] = rows[rank.index :: rank.count][: len(places)].to(ids)
-            is_old[places] = True
+            ids[positions] = rows[rank.index :: rank.count][: len(positions)].to(ids)
+            is_old[positions] = True
             batch["input_ids"], batch["is_replay"] = ids, is_old
 
     def on_before_optimizer_step(
@@ -163,14 +168,14 @@ class ExpertCallback(Callback):
     ) -> None:
         module = _module(pl_module)
         active = self._aims[0] if len(set(self._aims)) == 1 else None
-        if active is None:  # of the batches of a step all were for one, or none is trained on
+        if active is None:  # train only if all batches of the step are for one expert
             self.registry.batches["idle"] += len([each for each in self._aims if each is not None])
         if (trainer.global_step + 1) % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             for name in module.mixture.adapters:
                 own = parameters_of(module.model, name).values()
                 norm = nn.utils.get_total_norm([p.grad for p in own if p.grad is not None])
                 pl_module.log(f"experts/gradient_norm/{name}", float(norm))
-        # What gets no gradient is left alone by the optimizer, momentum and weight decay too
+        # The optimizer skips parameters without gradient, including momentum and weight decay
         for name in module.mixture.adapters:
             if name != active:
                 for parameter in parameters_of(module.model, name).values():
@@ -193,21 +198,21 @@ class ExpertCallback(Callback):
         if not ends_step(trainer, batch_idx):
             return
         loss = sum(self._losses) / len(self._losses)
-        if math.isfinite(loss):  # else the step was refused
-            self.registry.stepped(loss, now)
+        if math.isfinite(loss):  # otherwise the step was skipped
+            self.registry.record_step(loss, now)
         if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             values = self._figures.logged(mixture, gates, step=trainer.global_step)
             if self.registry.score is not None:
                 values["experts/novelty"] = self.registry.score
             module.log_dict(values, sync_dist=True)
         self._aims, self._losses = [], []
-        # What is due between two steps
+        # Changes between two steps
         registry = self.registry
         for name in registry.matured():
             why = f"trained for {registry.members[name].steps} steps"
             self._note(trainer, "mature", name, why)
         if registry.novel is not None:
-            self._take_in(trainer, module, registry.novel)
+            self._assign_expert(trainer, module, registry.novel)
         elif registry.active is not None and registry.active in mixture.adapters:
             self._grow(trainer, module, registry.active)
         if registry.routing != mixture.routing:
@@ -221,7 +226,7 @@ class ExpertCallback(Callback):
             "roster": self.registry.state_dict(),
             "usage": self.registry.usage(),
             "maturity": {name: member.is_mature for name, member in members.items()},
-            "boundaries": self.registry.asked.boundaries,
+            "boundaries": self.registry.options.boundaries,
             "frozen": [
                 name
                 for expert in mixture.adapters
@@ -231,18 +236,18 @@ class ExpertCallback(Callback):
             "exemplars": None if self._exemplars is None else self._exemplars.state_dict(),
         }
 
-    def take_up(self, state: Mapping[str, Any]) -> None:
-        """Have the exemplars that a training before left, or this one before it was killed."""
+    def load_exemplars(self, state: Mapping[str, Any]) -> None:
+        """Load the exemplars of an earlier run, or of this run before an interruption."""
         if self._exemplars is not None and state.get("exemplars") is not None:
             self._exemplars.load_state_dict(state["exemplars"])
 
     @property
     def exemplar_length(self) -> int:
-        """Tokens of an exemplar; 0 where there are none."""
+        """Tokens of an exemplar; 0 if there are none."""
         return 0 if self._exemplars is None else self._exemplars.sequence_length
 
     def report(self) -> dict[str, Any]:
-        """Return what became of the experts, as summary.json has it."""
+        """Return the report of experts, in the format of summary.json."""
         batches = dict(self.registry.batches)
         return {"events": self.events, "batches": batches, **self._figures.report()}
 
@@ -255,50 +260,50 @@ class ExpertCallback(Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        # Lightning loads callbacks before on_fit_start, where the model has its experts again
+        # Lightning loads callbacks before on_fit_start, which restores the experts of the model
         self._restored = state_dict
 
-    def _take_in(self, trainer: Trainer, module: ExpertModule, novel: Novel) -> None:
-        """Give a new skill an expert: one of its own, if it is worth one and there is room."""
-        registry, asked, mixture, model = (
+    def _assign_expert(self, trainer: Trainer, module: ExpertModule, novel: Novel) -> None:
+        """Assign an expert to a new skill: a new expert if it is worth one and there is room."""
+        registry, options, mixture, model = (
             self.registry,
-            self.registry.asked,
+            self.registry.options,
             module.mixture,
             module.model,
         )
         skill = self._skill or f"skill_{len(registry.expert_of)}_{trainer.global_step}"
-        if novel.gain < asked.min_gain:
-            registry.enrol(skill, FIRST)
+        if novel.gain < options.min_gain:
+            registry.assign(skill, FIRST)
             why = f"gains at most {novel.gain:.3f} nats, below experts.min_gain"
             self._note(trainer, "refused", FIRST, why)
             return
-        limit, first = asked.max_trainable_parameters, mixture.adapters[0]
+        limit, first = options.max_trainable_parameters, mixture.adapters[0]
         new = _size(model, first) // shape_of(model, first).rank * self._shape.rank
 
         def obstacle() -> str:
-            """Return why there is no room for another expert; empty: there is."""
-            if len(mixture.adapters) >= asked.max_experts:
-                return f"experts.max_experts = {asked.max_experts} is reached"
+            """Return the limit that prevents another expert; empty if there is none."""
+            if len(mixture.adapters) >= options.max_experts:
+                return f"experts.max_experts = {options.max_experts} is reached"
             if limit is not None and _size(model, *mixture.adapters) + new > limit:
                 return f"experts.max_trainable_parameters = {limit:,} is reached"
             return ""
 
         is_of_use = limit is None or _size(model, first) + new <= limit
-        is_of_use &= asked.when_full != "stop"
+        is_of_use &= options.when_full != "stop"
         while (why := obstacle()) and is_of_use and len(mixture.adapters) > 1:
             self._make_room(trainer, module)
         if why:
             heir = registry.nearest(novel)
             self._thaw(trainer, module, heir)
-            registry.enrol(skill, heir)
+            registry.assign(skill, heir)
             self._take(module, heir, novel.sequences)
-            self._note(trainer, "refused", heir, f"{why}; it learns the new skill too")
+            self._note(trainer, "refused", heir, f"{why}; it also learns the new skill")
             return
         name = registry.next_name()
         mixture.open(name, self._shape, seed=derived_seed(self._seed, name))
         surgery.apply(trainer, module, spawned(mixture, name), reason="spawned")
         skill = self._skill or name
-        registry.enrol(skill, name)
+        registry.assign(skill, name)
         self._take(module, name, novel.sequences)
         found: dict[str, Any] = {"skill": skill, "domain": ", ".join(self._domains)}
         if (decision := novel.decision) is not None and registry.detector is not None:
@@ -311,17 +316,17 @@ class ExpertCallback(Callback):
                 "samples": decision.num_samples,
                 "gain": novel.gain,
             }
-        self._note(trainer, "spawned", name, "something new", **found)
+        self._note(trainer, "spawned", name, "new skill", **found)
 
     def _make_room(self, trainer: Trainer, module: ExpertModule) -> None:
-        """Let the least used expert go, or the two most similar become one."""
+        """Remove the least used expert, or merge the two most similar."""
         registry, mixture = self.registry, module.mixture
-        pair = registry.most_similar() if registry.asked.when_full == "merge" else None
+        pair = registry.most_similar() if registry.options.when_full == "merge" else None
         if pair is None:
             others = {name: each.usage for name, each in registry.members.items() if name != FIRST}
             gone = min(others, key=others.__getitem__)
             self._evict(trainer, module, gone, heir=None)
-            self._note(trainer, "evicted", gone, "the least used, to make room")
+            self._note(trainer, "evicted", gone, "least used expert, removed to make room")
             return
         kept, gone = pair
         weights = [max(registry.members[name].usage, 1e-6) for name in pair]
@@ -336,14 +341,14 @@ class ExpertCallback(Callback):
             for parameter, value in ((both[0].down, one.down), (both[0].up, one.up)):
                 with torch.no_grad():
                     parameter.copy_(value)
-                optimizer.state.pop(parameter, None)  # its moments were of other factors
+                optimizer.state.pop(parameter, None)  # its moments belong to the old factors
         if mixture.evidence is not None:
             numbers = [mixture.names.index(name) for name in pair]
             mixture.evidence.counts[numbers[0]] += mixture.evidence.counts[numbers[1]]
         self._thaw(trainer, module, kept)
         self._evict(trainer, module, gone, heir=kept)
         share = 100 * sum(lost) / max(1, len(lost))
-        why = f"the most similar, {gone} and {kept}, are one; {share:.0f} % of it is lost"
+        why = f"{gone} and {kept} were the most similar; {share:.0f} % of their sum is lost"
         self._note(trainer, "merged", kept, why, gone=gone)
 
     def _thaw(self, trainer: Trainer, module: ExpertModule, name: str) -> None:
@@ -355,29 +360,29 @@ class ExpertCallback(Callback):
     def _evict(
         self, trainer: Trainer, module: ExpertModule, gone: str, *, heir: str | None
     ) -> None:
-        """Take an expert off, with all that is kept of it and no other expert inherits."""
+        """Remove an expert, with its exemplars and skills unless an heir takes them."""
         surgery.apply(trainer, module, evicted(module.mixture, gone), reason="evicted")
         module.mixture.close(gone)
-        self.registry.dismiss(gone, heir=heir)
+        self.registry.remove(gone, heir=heir)
         if self._exemplars is not None:
             self._exemplars.move(gone, heir=heir)
 
     def _grow(self, trainer: Trainer, module: ExpertModule, name: str) -> None:
-        """Let an expert that stalls have a larger rank, or be."""
+        """Widen or freeze an expert that has stalled."""
         registry, model, mixture = self.registry, module.model, module.mixture
         rank = shape_of(model, name).rank
         due = registry.stalled(rank)
         if due == "widen":
-            limit = registry.asked.max_trainable_parameters
+            limit = registry.options.max_trainable_parameters
             if limit is not None and _size(model, *mixture.adapters, name) > limit:
                 return
             seed = derived_seed(self._seed, name, str(rank))
             change = widened(mixture, name, 2 * rank, seed=seed)
             surgery.apply(trainer, module, change, reason="widened")
             set_rank(model, name, 2 * rank)
-            self._note(trainer, "widened", name, f"it stalled; rank {rank} → {2 * rank}")
+            self._note(trainer, "widened", name, f"stalled; rank {rank} → {2 * rank}")
         elif due == "freeze":
-            member, parts = registry.members[name], registry.asked.freeze_projections
+            member, parts = registry.members[name], registry.options.freeze_projections
             own = parameters_of(model, name)
             chosen = [
                 key for key in own if parts is None or any(f".{each}." in key for each in parts)
@@ -385,7 +390,7 @@ class ExpertCallback(Callback):
             surgery.freeze(trainer, module, chosen)
             member.is_frozen, member.is_whole = True, len(chosen) == len(own)
             what = "it" if member.is_whole else " and ".join(parts or ())
-            self._note(trainer, "frozen", name, f"it stalled at rank {rank}; {what} stays as it is")
+            self._note(trainer, "frozen", name, f"stalled at rank {rank}; {what} is frozen")
 
     def _note(self, trainer: Trainer, kind: str, expert: str, why: str, **more: Any) -> None:
         record = {"step": trainer.global_step, "kind": kind, "expert": expert, "why": why}
@@ -393,7 +398,7 @@ class ExpertCallback(Callback):
 
 
 def _size(model: nn.Module, *names: str) -> int:
-    """Count the parameters of adapters."""
+    """Return the number of parameters of adapters."""
     return sum(p.numel() for name in names for p in parameters_of(model, name).values())
 
 
@@ -403,7 +408,7 @@ def _module(module: LightningModule) -> ExpertModule:
 
 
 def _observed(module: ExpertModule, ids: Tensor) -> Observation:
-    """Return what the frozen base says of sequences [B, T]."""
+    """Return losses and features of sequences [B, T] under the frozen base."""
     kept = kept_tokens(module.model, ids)
     mask = None if kept is None else kept.long()
     with module.mixture.off():
@@ -415,30 +420,30 @@ def _observation_flops(module: ExpertModule, number: int, length: int) -> float:
 
 
 def _of_all(own: Any) -> list[Any]:
-    """Return what each process holds, in the order of their ranks."""
+    """Return the values of all processes, in rank order."""
     rank = this_rank()
-    held = [own] * rank.count
+    gathered = [own] * rank.count
     if rank.count > 1:
-        distributed.all_gather_object(held, own)
-    return held
+        distributed.all_gather_object(gathered, own)
+    return gathered
 
 
 class Figures:
-    """Mean gates between two entries of the log, and what became of gates and ranks."""
+    """Collects mean gates between two log entries, and gates and ranks over time."""
 
     def __init__(self) -> None:
-        self._usage: dict[str, list[float]] = {}  # since it was logged last
+        self._usage: dict[str, list[float]] = {}  # since the last log entry
         self._over_time: dict[str, Any] = {"steps": [], "usage": [], "ranks": []}
 
     def note(self, usage: Mapping[str, float]) -> None:
-        """Take the mean gate of each expert in a batch."""
+        """Add the mean gate of each expert in a batch."""
         for name, value in usage.items():
             self._usage.setdefault(name, []).append(value)
 
     def logged(
         self, mixture: ExpertMixture, gates: Sequence[Gates], *, step: int
     ) -> dict[str, float]:
-        """Return metrics since the last entry, and of the last gates; the next begins anew."""
+        """Return the metrics since the last entry, and start the next entry."""
         model, times = mixture.model, self._over_time
         means = {n: sum(v) / len(v) for n, v in self._usage.items() if n in mixture.names}
         ranks = {name: shape_of(model, name).rank for name in mixture.adapters}
@@ -453,13 +458,13 @@ class Figures:
         values["experts/number"] = float(len(mixture.adapters))
         values["experts/trainable_share"] = trained / whole
         if gates:
-            told = torch.stack([entropies(each.probabilities.detach()).mean() for each in gates])
-            values["experts/routing_entropy"] = float(told.mean())
+            entropy = torch.stack([entropies(each.probabilities.detach()).mean() for each in gates])
+            values["experts/routing_entropy"] = float(entropy.mean())
             values["experts/dropped"] = sum(each.dropped for each in gates) / len(gates)
         return values
 
     def report(self) -> dict[str, Any]:
-        """Return gates and ranks over time, as summary.json has them; null where there was none."""
+        """Return gates and ranks over time, as in summary.json; null before an expert existed."""
         times, found = self._over_time, {}
         for kind, unit in (("usage", "gates"), ("ranks", "ranks")):
             names = dict.fromkeys(name for row in times[kind] for name in row)
@@ -475,69 +480,69 @@ class Figures:
         self._over_time = {name: list(each) for name, each in state["over_time"].items()}
 
 
-# A few sequences of each expert's text, seen again while others learn.
+# A few sequences of each expert's data, rehearsed while others learn.
 #
-# Where a token does not tell yet whose text it begins, all experts take part, and what one learns
-# there would push out what the others said. A small share of their text in each batch holds it.
+# At the start of a sequence the skill is not yet known, so all experts contribute. Training one
+# expert there would change the output on data of the others; a few exemplars prevent it.
 
 
 class Exemplars:
-    """A reservoir of sequences for each expert.
+    """A reservoir sample of sequences for each expert.
 
     Args:
-        capacity: sequences of each.
-        seed: of which are kept and drawn.
+        capacity: sequences per expert.
+        seed: seed of the reservoirs and of sampling.
     """
 
     def __init__(self, capacity: int, *, seed: int) -> None:
         self.capacity, self._seed = capacity, seed
-        self._held: dict[str, Reservoir] = {}
+        self._reservoirs: dict[str, Reservoir] = {}
         self._turn = 0
-        self.owed = 0.0  # rows of a batch that are not given yet
+        self.owed = 0.0  # fractional rows that are still due
 
     def add(self, expert: str, sequences: Tensor) -> None:
-        """Offer sequences [N, T] of an expert's text."""
-        if expert not in self._held:
+        """Add sequences [N, T] of an expert's data to its reservoir."""
+        if expert not in self._reservoirs:
             own = derived_seed(self._seed, "exemplars", expert)
-            self._held[expert] = Reservoir(self.capacity, seed=own)
-        self._held[expert].add(sequences)
+            self._reservoirs[expert] = Reservoir(self.capacity, seed=own)
+        self._reservoirs[expert].add(sequences)
 
     def sample(self, count: int, *, without: str) -> Tensor:
-        """Return sequences of all experts but one in turn, int64 [count, T]; of none, none."""
-        others = [name for name in self._held if name != without]
+        """Return sequences of all other experts in turn, int64 [count, T]; empty if none exist."""
+        others = [name for name in self._reservoirs if name != without]
         if not others:
             return torch.empty(0, 0, dtype=torch.int64)
         turns = [others[(self._turn + number) % len(others)] for number in range(count)]
         self._turn += count
-        return torch.cat([self._held[name].next_sequences(1) for name in turns])
+        return torch.cat([self._reservoirs[name].next_sequences(1) for name in turns])
 
     @property
     def sequence_length(self) -> int:
-        """Tokens of one sequence; 0 while there is none."""
-        return max((each.sequence_length for each in self._held.values()), default=0)
+        """Tokens of one sequence; 0 if there are none."""
+        return max((each.sequence_length for each in self._reservoirs.values()), default=0)
 
     def move(self, expert: str, *, heir: str | None) -> None:
-        """Forget an expert's, or let another have them."""
-        gone = self._held.pop(expert, None)
+        """Remove the exemplars of an expert, or pass them to an heir."""
+        gone = self._reservoirs.pop(expert, None)
         if gone is not None and heir is not None:
             self.add(heir, gone.sequences)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all of it, in plain containers and tensors."""
+        """Return the state in plain containers and tensors."""
         return {
-            "held": {name: each.state_dict() for name, each in self._held.items()},
+            "held": {name: each.state_dict() for name, each in self._reservoirs.items()},
             "turn": self._turn,
             "owed": self.owed,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Become what was saved, as far as there is room."""
-        self._held, self._turn = {}, int(state["turn"])
+        """Restore a state, up to the current capacity."""
+        self._reservoirs, self._turn = {}, int(state["turn"])
         self.owed = float(state["owed"])
         for name, each in state["held"].items():
             own = derived_seed(self._seed, "exemplars", name)
-            self._held[name] = Reservoir(self.capacity, seed=own)
-            if len(each["sequences"]) > self.capacity:  # fewer are kept from here on
-                self._held[name].add(each["sequences"])
+            self._reservoirs[name] = Reservoir(self.capacity, seed=own)
+            if len(each["sequences"]) > self.capacity:  # the capacity is smaller now
+                self._reservoirs[name].add(each["sequences"])
             else:
-                self._held[name].load_state_dict(each)
+                self._reservoirs[name].load_state_dict(each)

@@ -1,7 +1,7 @@
-"""What becomes of a mixture's parameters when experts come, grow and go, for the one surgery.
+"""Changes of a mixture's parameters when experts are added, widened, merged and removed.
 
-Each is a change of parameters by name: moments and all other state follow its maps, and what it
-does not name stays as it is, bit for bit.
+Each is a change of parameters by name. Moments and all other state are mapped with them, and all
+other parameters are unchanged, bit for bit.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,12 +22,13 @@ from tritter.transform.change import declared
 
 
 def spawned(mixture: ExpertMixture, name: str) -> Change:
-    """Return the change that an expert is new, whose adapter was put on already.
+    """Return the change that adds an expert, whose adapter is already on the model.
 
-    Its rows of the routers are zeros.
+    Its router rows are zero.
 
     Args:
-        name: of the mixture's last expert.
+        mixture: the mixture.
+        name: the mixture's last expert.
     """
     parts = _Parts()
     for key, parameter in parameters_of(mixture.model, name).items():
@@ -38,12 +39,12 @@ def spawned(mixture: ExpertMixture, name: str) -> Change:
 
 
 def evicted(mixture: ExpertMixture, name: str) -> Change:
-    """Return the change that takes an expert's weights, with its rows of the routers.
+    """Return the change that removes an expert's weights, with its router rows.
 
-    The mixture closes its adapter afterwards.
+    Close its adapter afterwards.
 
     Raises:
-        RequestError: there is none of this name, or it is the only one.
+        RequestError: there is no expert of this name, or no other one.
     """
     mixture.check_can_go(name)
     model, parts = mixture.model, _Parts()
@@ -54,24 +55,25 @@ def evicted(mixture: ExpertMixture, name: str) -> Change:
 
 
 def widened(mixture: ExpertMixture, name: str, rank: int, *, seed: int) -> Change:
-    """Return the change that gives an expert a larger rank; the function is kept.
+    """Return the change that gives an expert a larger rank; the function is preserved.
 
-    New rows of A are drawn as the old ones were and new columns of B are zero, in an embedding the
-    other way round, as PEFT begins them. α / r stays, which
-    `tritter.methods.experts.adapters.set_rank` states afterwards.
+    New rows of A are random and new columns of B are zero (reversed in an embedding), as PEFT
+    initialises them. α / r is kept; call `tritter.methods.experts.adapters.set_rank` afterwards.
 
     Raises:
-        RequestError: the rank is not larger than the expert's own.
+        RequestError: the rank is not larger than the current one.
     """
     model, own = mixture.model, shape_of(mixture.model, name).rank
     if rank <= own:
-        raise RequestError(f"{name} has rank {own} already; {rank} is not larger.")
+        raise RequestError(f"{name} already has rank {own}; the new rank {rank} must be larger.")
     source = torch.cat([torch.arange(own), torch.full((rank - own,), NO_SOURCE)])
     axis, parts = _plain_factor(source), _Parts()
     generator = torch.Generator().manual_seed(seed)
     for key, parameter in parameters_of(model, name).items():
         if ".lora_A." in key:
-            bound = sqrt(1 / parameter.shape[1])  # of Kaiming's uniform law with a = √5, as PEFT
+            bound = sqrt(
+                1 / parameter.shape[1]
+            )  # Kaiming uniform initialisation with a = √5, as in PEFT
             drawn = torch.rand(rank - own, parameter.shape[1], generator=generator)
             fill = Fill(kind="given", values=(2 * drawn - 1) * bound)
             parts.follow(model, key, (axis, None), fill)
@@ -86,7 +88,7 @@ def widened(mixture: ExpertMixture, name: str, rank: int, *, seed: int) -> Chang
 
 
 def router_names(mixture: ExpertMixture) -> Iterator[str]:
-    """Yield the names of a mixture's routers in its model."""
+    """Yield the module names of a mixture's routers."""
     for name, _ in mixture.model.named_modules():
         if name.rpartition(".")[2] == ROUTER:
             yield name
@@ -130,7 +132,7 @@ class _Parts:
 
 
 def _plain_factor(source: Tensor) -> AxisFactor:
-    """Return the factor of an axis whose coordinates are kept, dropped or new, none scaled."""
+    """Return the factor of an axis whose coordinates are kept, dropped or new, without scaling."""
     kept = (source != NO_SOURCE).double()
     return AxisFactor(source, kept, kept)
 
@@ -138,15 +140,16 @@ def _plain_factor(source: Tensor) -> AxisFactor:
 def merged(
     parts: Sequence[Factors], weights: Sequence[float], *, rank: int, alpha: float
 ) -> Factors:
-    """Return the adapter of a rank that is nearest to Σ wᵢ · (α/r)ᵢ · Bᵢ Aᵢ (Eckart–Young).
+    """Return the adapter of a given rank that is nearest to Σ wᵢ · (α/r)ᵢ · Bᵢ Aᵢ (Eckart–Young).
 
-    The sum is never formed: with [B₁ …] = Q S and [A₁ …]ᵀ = P T it is Q (S Tᵀ) Pᵀ, so that only a
-    matrix of the sum of the ranks is decomposed.
+    The sum is never computed: with [B₁ …] = Q S and [A₁ …]ᵀ = P T it is Q (S Tᵀ) Pᵀ, so the SVD is
+    of a matrix whose size is the sum of the ranks.
 
     Args:
-        weights: how much each counts, such as its mean gate.
-        rank: of the result; where the sum has less, the rest is zero.
-        alpha: of the result; α / rank is part of it, and taken out of B.
+        parts: the adapters.
+        weights: weight of each, such as its mean gate.
+        rank: rank of the result; if the sum has a lower one, the rest is zero.
+        alpha: α of the result; B is divided by α / rank.
     """
     scaled = zip(parts, weights, strict=True)
     up = torch.cat([w * each.scaling * each.up.double() for each, w in scaled], dim=1)  # [out, R]
@@ -163,7 +166,7 @@ def merged(
 
 
 def lost_share(parts: Sequence[Factors], weights: Sequence[float], result: Factors) -> float:
-    """Return ‖sum − result‖ / ‖sum‖ (Frobenius): what a merge leaves out; 0 of a sum of zeros."""
+    """Return ‖sum − result‖ / ‖sum‖ (Frobenius), the loss of a merge; 0 for a sum of zeros."""
     whole = sum((w * each.delta().double() for each, w in zip(parts, weights, strict=True)))
     assert isinstance(whole, Tensor)
     norm = float(whole.norm())

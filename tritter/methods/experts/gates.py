@@ -1,7 +1,7 @@
-"""How much each expert counts at each token: gates from router logits.
+"""Gates: the weight of each expert for each token, computed from router logits.
 
-Gates of a token depend on that token alone, and, where a capacity is set, on which experts earlier
-tokens of its sequence took; never on later ones.
+The gates of a token depend on that token alone. With a capacity limit, they also depend on the
+experts chosen by earlier tokens of its sequence; never on later ones.
 """
 
 from collections.abc import Sequence
@@ -15,12 +15,12 @@ from torch.nn.functional import softmax
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Routing:
-    """How logits become gates.
+    """How logits are converted to gates.
 
     Args:
-        top_k: experts that a token takes; None: all of them (dense).
-        temperature: τ, which logits are divided by.
-        capacity_factor: in training with `top_k`, an expert takes at most
+        top_k: experts per token; None: all of them (dense).
+        temperature: τ, divisor of the logits.
+        capacity_factor: in training with `top_k`, an expert processes at most
             ⌈factor · top_k · T / n⌉ tokens of a sequence of T, the earliest first; None: no limit.
     """
 
@@ -34,11 +34,11 @@ class Gates:
     """The gates of one layer for the tokens of a batch.
 
     Args:
-        weights: [B, T, n], what each expert's output is multiplied with; 0 where not chosen.
-        chosen: bool [B, T, n], which experts compute a token; None: all of them.
+        weights: [B, T, n], factor of each expert's output; 0 if not chosen.
+        chosen: bool [B, T, n], experts that process a token; None: all of them.
         probabilities: [B, T, n], softmax of the logits over τ, for losses and reports.
-        logits: [B, T, n], before τ.
-        dropped: share of the choices that capacity left out.
+        logits: [B, T, n], before division by τ.
+        dropped: share of the choices dropped by the capacity limit.
     """
 
     weights: Tensor
@@ -51,26 +51,28 @@ class Gates:
 def gates_of(logits: Tensor, routing: Routing, *, is_training: bool = False) -> Gates:
     """Return the gates for router logits.
 
-    Dense gates are the probabilities. Of top-k ≥ 2 they are the probabilities of the chosen over
-    their sum. Of top-1 the gate is the probability itself (Switch, arXiv 2101.03961, equation 2):
-    over its own sum it would be 1, and the router would get no gradient.
+    Dense gates are the probabilities. For top-k ≥ 2, they are the probabilities of the chosen
+    experts, normalised to sum to 1. For top-1 the gate is the probability itself (Switch,
+    arXiv 2101.03961, equation 2): normalised it would be 1, and the router would get no gradient.
 
     Args:
-        logits: [B, T, n], in float32 at least.
+        logits: [B, T, n], in float32 or wider.
+        routing: how logits are converted.
+        is_training: apply the capacity limit.
     """
     probabilities = softmax(logits / routing.temperature, dim=-1)
     number = logits.shape[-1]
     if routing.top_k is None or routing.top_k >= number:
         return Gates(probabilities, None, probabilities, logits)
-    places = logits.topk(routing.top_k, dim=-1).indices  # [B, T, k]
-    chosen = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, places, True)
+    experts = logits.topk(routing.top_k, dim=-1).indices  # [B, T, k]
+    chosen = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, experts, True)
     weights = probabilities * chosen
     if routing.top_k > 1:
         weights = weights / weights.sum(-1, keepdim=True)
     if not is_training or routing.capacity_factor is None:
         return Gates(weights, chosen, probabilities, logits)
     limit = ceil(routing.capacity_factor * routing.top_k * logits.shape[1] / number)
-    kept = chosen & (chosen.cumsum(dim=1) <= limit)  # the earliest of each sequence
+    kept = chosen & (chosen.cumsum(dim=1) <= limit)  # the earliest tokens of each sequence
     dropped = 1 - float(kept.sum()) / float(chosen.sum())
     return Gates(weights * kept, kept, probabilities, logits, dropped)
 
@@ -78,8 +80,8 @@ def gates_of(logits: Tensor, routing: Routing, *, is_training: bool = False) -> 
 def balance_loss(gates: Gates) -> Tensor:
     """Return n · Σₑ fₑ · Pₑ, the load balancing loss of Switch (arXiv 2101.03961, equation 4).
 
-    f is the share of choices that fall on an expert (in dense mode, of tokens that prefer it) and P
-    its mean probability. It is 1 where all are used alike, and n where one alone is.
+    f is the share of choices that fall on an expert (in dense mode, of tokens that prefer it), and
+    P its mean probability. The loss is 1 for even use, and n if a single expert is used.
     """
     number = gates.probabilities.shape[-1]
     probabilities = gates.probabilities.flatten(0, -2)  # [N, n]
@@ -93,7 +95,7 @@ def balance_loss(gates: Gates) -> Tensor:
 
 
 def entropy_loss(gates: Gates) -> Tensor:
-    """Return the mean entropy of a token's probabilities, nats: small where the router decides."""
+    """Return the mean entropy of a token's probabilities in nats; low if routing is decisive."""
     return entropies(gates.probabilities).mean()
 
 
@@ -103,7 +105,7 @@ def z_loss(gates: Gates) -> Tensor:
 
 
 def entropies(probabilities: Tensor) -> Tensor:
-    """Return the entropy along the last dimension, nats; [..., n] → [...]."""
+    """Return the entropy along the last dimension in nats; [..., n] → [...]."""
     return -(probabilities * probabilities.clamp_min(1e-30).log()).sum(-1)
 
 

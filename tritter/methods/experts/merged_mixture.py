@@ -1,4 +1,4 @@
-"""A mixture as one adapter, by fixed gates in place of the router's; and what that changes."""
+"""Merging a mixture into one adapter with fixed gates, and the resulting change of the logits."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,12 +19,11 @@ NAME = "merged"
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MergedAdapter:
-    """Several adapters as one.
+    """Several adapters merged into one.
 
     Args:
-        adapter: nearest to the sum of all, each times its gate.
-        lost: ‖sum − adapter‖ / ‖sum‖ of the layer where that is largest; 0 where the rank holds
-            everything.
+        adapter: nearest to the sum of all adapters times their gates.
+        lost: ‖sum − adapter‖ / ‖sum‖, maximum over layers; 0 if the rank suffices.
     """
 
     adapter: StoredAdapter
@@ -33,13 +32,13 @@ class MergedAdapter:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LogitChange:
-    """How far a merged mixture is from the mixture, on some tokens.
+    """Difference of a merged adapter from the mixture, on some tokens.
 
     Args:
         largest: max |Δ logit| in standard deviations of the mixture's logits.
-        mean: root mean square of Δ logit, in the same.
-        same_best: share of the tokens after which the likeliest next token is the same.
-        num_tokens: that were read.
+        mean: root mean square of Δ logit, in the same unit.
+        same_best: share of tokens with the same most probable next token.
+        num_tokens: number of tokens.
     """
 
     largest: float
@@ -49,27 +48,28 @@ class LogitChange:
 
 
 def merged_adapter(
-    held: ExpertFolder, gates: Mapping[str, float], *, rank: int | None = None
+    experts: ExpertFolder, gates: Mapping[str, float], *, rank: int | None = None
 ) -> MergedAdapter:
-    """Return the experts as one adapter, each times its gate.
+    """Merge experts into one adapter, each weighted by its gate.
 
     Args:
-        gates: expert → gate; the base's share, if it has one, is what the others lack of 1.
-        rank: None: as much as loses nothing.
+        experts: the experts of a checkpoint.
+        gates: expert → gate; the gates of adapters plus the base's share sum to 1.
+        rank: rank of the adapter. None: the smallest that loses nothing.
 
     Raises:
         RequestError: there is no expert to merge.
     """
     layers: dict[str, list[tuple[str, Factors]]] = {}
     embeddings: set[str] = set()
-    for name, stored in held.adapters.items():
+    for name, stored in experts.adapters.items():
         embeddings |= stored.embeddings
         for layer, (down, up) in stored.factors.items():
             wide = torch.promote_types(down.dtype, torch.float32)
             own = Factors(down.to(wide), up.to(wide), stored.shape.scaling)
             layers.setdefault(layer, []).append((name, own))
     if not layers:
-        raise RequestError("there is no expert to merge: the mixture is its base alone.")
+        raise RequestError("there is no expert to merge: the mixture consists of its base only.")
     whole = max(_whole_rank([part for _, part in parts]) for parts in layers.values())
     size, lost, found = rank or whole, 0.0, {}
     for layer, parts in layers.items():
@@ -84,17 +84,18 @@ def merged_adapter(
 
 
 def deltas(adapter: StoredAdapter) -> dict[str, Tensor]:
-    """Return layer → what an adapter adds to its weight, of an embedding [V, H]."""
+    """Return layer → change of its weight by an adapter; for an embedding [V, H]."""
     scaling = adapter.shape.scaling
     found = {n: Factors(down, up, scaling).delta() for n, (down, up) in adapter.factors.items()}
     return {n: delta.T if n in adapter.embeddings else delta for n, delta in found.items()}
 
 
 def mean_gates(mixture: ExpertMixture, texts: Sequence[Tensor]) -> dict[str, float]:
-    """Return expert → mean gate over layers and tokens, texts counted evenly.
+    """Return expert → mean gate over layers and tokens, with equal weight per batch of data.
 
     Args:
-        texts: int64 [B, T] each, one at least.
+        mixture: the mixture.
+        texts: int64 [B, T] each, at least one.
     """
     found = torch.zeros(len(mixture.names), dtype=torch.float64)
     with evaluating(mixture.model) as device:
@@ -105,11 +106,13 @@ def mean_gates(mixture: ExpertMixture, texts: Sequence[Tensor]) -> dict[str, flo
 
 
 def logit_change(mixture: ExpertMixture, adapter: StoredAdapter, input_ids: Tensor) -> LogitChange:
-    """Measure what one adapter in place of the mixture changes, in the model's dtype.
+    """Measure the change of the logits if one adapter replaces the mixture, in the model's dtype.
 
-    The adapter stays on the model, which is of no use afterwards.
+    The adapter stays on the model, so do not use the model afterwards.
 
     Args:
+        mixture: the mixture.
+        adapter: the merged adapter.
         input_ids: int64 [B, T].
     """
     model = mixture.model
@@ -120,7 +123,7 @@ def logit_change(mixture: ExpertMixture, adapter: StoredAdapter, input_ids: Tens
         before = model(input_ids=ids, use_cache=False).logits.double()
         mixture.open(name, adapter.shape, seed=0)
         put_values(model, name, adapter)
-        with mixture.alone(name):
+        with mixture.only(name):
             after = model(input_ids=ids, use_cache=False).logits.double()
     difference, deviation = after - before, before.std()
     return LogitChange(
@@ -132,6 +135,6 @@ def logit_change(mixture: ExpertMixture, adapter: StoredAdapter, input_ids: Tens
 
 
 def _whole_rank(parts: list[Factors]) -> int:
-    """Return the rank that a sum of adapters of one layer has at most."""
+    """Return the maximum rank of a sum of adapters of one layer."""
     sizes = parts[0].down.shape[1], parts[0].up.shape[0]
     return min(sum(part.rank for part in parts), *sizes)

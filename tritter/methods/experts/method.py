@@ -1,4 +1,4 @@
-"""LoRA experts as a choice of a run: what is asked of them, and what they put into a training."""
+"""LoRA experts in a run: options, rules, and the mixture that is trained."""
 
 from __future__ import annotations
 
@@ -21,73 +21,74 @@ if TYPE_CHECKING:
     from tritter.methods.experts.module import ExpertLosses
     from tritter.methods.experts.registry import ExpertRegistry
 
-ONLY = "lora"  # what the one adapter of single_lora is called
+ONLY = "lora"  # name of the adapter of single_lora
 
 
 class Experts(ABC):
-    """What a config names by `_target_` in the group `experts`.
+    """The component that a config selects by `_target_` in the group `experts`.
 
     Args:
-        asked: its options.
+        options: the options of the group.
     """
 
     Options: ClassVar[type[AdapterOptions]]
     name: ClassVar[str]
-    first: ClassVar[str]  # what its first expert is called
+    first: ClassVar[str]  # name of its first expert
     is_dynamic: ClassVar[bool]
-    whole_weights: ClassVar[str] = (  # why it can't train with trainer=fsdp
-        "adapters are spawned beside whole weights, and each process holds a part"
+    whole_weights: ClassVar[str] = (  # the reason to refuse trainer=fsdp
+        "adapters are added to whole weights, and each process holds only a shard"
     )
 
-    def __init__(self, asked: Any) -> None:
-        self.asked = asked
+    def __init__(self, options: Any) -> None:
+        self.options = options
 
     @classmethod
-    def problems(cls, asked: Any, run: RunRequest) -> Iterator[Problem]:
-        """Yield what of a run does not go together with experts."""
+    def problems(cls, options: Any, run: RunRequest) -> Iterator[Problem]:
+        """Yield problems of combining experts with other settings of a run."""
         if run.pipeline.target_params is not None:
-            reason = "a run that grows to a size trains all of it; leave it out, or experts=none"
+            reason = "growing to a size trains the whole model; remove it, or use experts=none"
             yield Problem("pipeline.target_params", run.pipeline.target_params, reason=reason)
         if run.growth is not None:
-            reason = "neurons grow in a base that is trained, and under experts it is frozen"
+            reason = "neurons grow in a trained base, and experts freeze the base; use experts=none"
             yield Problem("growth", run.growth.kind.__name__, reason=reason)
-        yield from adam_problems(run.optimizer, doing="experts come and go with Adam's two moments")
+        yield from adam_problems(
+            run.optimizer,
+            doing="experts are added and removed together with the two moments of Adam",
+        )
         if run.optimizer.carry:
-            reason = "moments of the base are carried, which is frozen; those of experts begin anew"
+            reason = "carries moments of the base, which is frozen; experts start without moments"
             yield Problem("optimizer.carry", True, reason=reason)
 
     @classmethod
-    def start_problems(cls, asked: Any, run: RunRequest, start: Start) -> Iterator[Problem]:
-        """Yield why experts can't be put on, or gone on with, in what a run starts from."""
+    def start_problems(cls, options: Any, run: RunRequest, start: Start) -> Iterator[Problem]:
+        """Yield reasons why experts can't be added to, or continued from, the starting model."""
         family = family_of(start.source)
-        if asked.base_bits is not None and any(each.is_transposed for each in family.tensors):
-            reason = (
-                f"the matrices of {family.model_type} lie transposed, and none would be quantised"
-            )
-            yield Problem("experts.base_bits", asked.base_bits, reason=reason, nearest="null")
+        if options.base_bits is not None and any(each.is_transposed for each in family.tensors):
+            reason = f"{family.model_type} stores transposed matrices, which can't be quantised"
+            yield Problem("experts.base_bits", options.base_bits, reason=reason, nearest="null")
         files = experts_in(start.folder, key="model.path")
         if files is None:
             return
         names = files.head.names
         if names[0] != cls.first:
             reason = (
-                f"the checkpoint has the experts {', '.join(names)}, none of which is its "
+                f"the checkpoint has the experts {', '.join(names)}; the first one must be "
                 f"{cls.first}"
             )
             yield Problem("experts", cls.name, reason=reason)
-        if asked.base_bits != (bits := files.head.base_bits):
-            held = "as it stands in the folder" if bits is None else f"in {bits} bits"
-            reason = f"the experts of the checkpoint were trained on a base {held}"
+        if options.base_bits != (bits := files.head.base_bits):
+            state = "unquantised" if bits is None else f"{bits}-bit"
+            reason = f"the experts of the checkpoint were trained on a base that is {state}"
             near = "null" if bits is None else str(bits)
-            yield Problem("experts.base_bits", asked.base_bits, reason=reason, nearest=near)
-        router = getattr(asked, "router", "evidence")
+            yield Problem("experts.base_bits", options.base_bits, reason=reason, nearest=near)
+        router = getattr(options, "router", "evidence")
         if router != files.head.router:
-            reason = f"the experts of the checkpoint are mixed by {files.head.router}"
+            reason = f"the experts of the checkpoint use the router {files.head.router}"
             yield Problem("experts.router", router, reason=reason, nearest=files.head.router)
 
     @abstractmethod
     def begin(self, model: nn.Module, *, end_of_text_id: int, seed: int) -> ExpertMixture:
-        """Put a mixture on a model that has none, in which nothing changes at first.
+        """Add a mixture to a model without experts; its function does not change at first.
 
         Raises:
             RequestError: the model has no layer of a name in `experts.targets`.
@@ -95,22 +96,22 @@ class Experts(ABC):
 
     @property
     def losses(self) -> ExpertLosses:
-        """What is added to the loss of the task."""
+        """Weights of the additional losses."""
         from tritter.methods.experts.module import ExpertLosses
 
         return ExpertLosses()
 
     def shape(self, model: nn.Module) -> AdapterShape:
-        """Return what an adapter on a model is at first."""
+        """Return the initial size of an adapter on a model."""
         from tritter.methods.experts.adapters import AdapterShape, adaptable
 
-        asked: AdapterOptions = self.asked
-        targets = asked.targets or tuple(sorted(adaptable(model)))
-        return AdapterShape(asked.rank, float(asked.alpha), tuple(targets))
+        options: AdapterOptions = self.options
+        targets = options.targets or tuple(sorted(adaptable(model)))
+        return AdapterShape(options.rank, float(options.alpha), tuple(targets))
 
 
 class SingleLora(Experts):
-    """One adapter that learns all there is to learn: the control that experts are held against."""
+    """A single adapter that is trained throughout: the control for dynamic experts."""
 
     Options = AdapterOptions
     name = "single_lora"
@@ -120,13 +121,13 @@ class SingleLora(Experts):
     def begin(self, model: nn.Module, *, end_of_text_id: int, seed: int) -> ExpertMixture:
         from tritter.methods.experts.mixture import ExpertMixture
 
-        mixture = ExpertMixture(model, router="evidence")  # of one expert, whose gates are 1
+        mixture = ExpertMixture(model, router="evidence")  # a single expert has gates of 1
         mixture.add(ONLY, self.shape(model), seed=seed)
         return mixture
 
 
 class DynamicExperts(Experts):
-    """An expert for each skill that is found new, on what the base knew."""
+    """One expert per skill that is detected as new, on top of a frozen base."""
 
     Options = DynamicOptions
     name = "dylora"
@@ -134,52 +135,56 @@ class DynamicExperts(Experts):
     is_dynamic = True
 
     @classmethod
-    def problems(cls, asked: Any, run: RunRequest) -> Iterator[Problem]:
-        yield from super().problems(asked, run)
-        if asked.max_rank < asked.rank:
-            reason = f"below experts.rank = {asked.rank}, that experts begin with"
-            yield Problem("experts.max_rank", asked.max_rank, reason=reason)
-        if asked.router == "evidence" and asked.shared_router:
-            reason = "experts.router=evidence has no learned router; allowed with learned and both"
+    def problems(cls, options: Any, run: RunRequest) -> Iterator[Problem]:
+        yield from super().problems(options, run)
+        if options.max_rank < options.rank:
+            reason = f"must be at least the initial rank, experts.rank = {options.rank}"
+            yield Problem("experts.max_rank", options.max_rank, reason=reason)
+        if options.router == "evidence" and options.shared_router:
+            reason = "experts.router=evidence has no learned router; use learned or both"
             yield Problem("experts.shared_router", True, reason=reason)
-        if asked.boundaries == "detected":
+        if options.boundaries == "detected":
             batch, steps, least = run.data.batch_size, run.training.max_steps, 2
             if batch < least:
-                reason = f"novelty is told by the spread of a batch; allowed is at least {least}"
+                reason = (
+                    f"detecting novelty needs the variance within a batch; use at least {least}"
+                )
                 yield Problem("data.batch_size", batch, reason=reason)
             seen = steps * run.trainer.accumulate_grad_batches * batch
-            if asked.min_samples > seen:
-                reason = f"a training of {steps} steps sees {seen:,} sequences, too few for any "
+            if options.min_samples > seen:
+                reason = f"a run of {steps} steps sees only {seen:,} sequences, too few for a "
                 reason += "decision"
-                yield Problem("experts.min_samples", asked.min_samples, reason=reason)
-        elif asked.when_full == "merge":
-            reason = "similarity is that of what novelty looks at; with boundaries=told use evict"
+                yield Problem("experts.min_samples", options.min_samples, reason=reason)
+        elif options.when_full == "merge":
+            reason = (
+                "merging needs the similarities of detected skills; use experts.when_full=evict"
+            )
             yield Problem("experts.when_full", "merge", reason=reason)
 
     @classmethod
-    def start_problems(cls, asked: Any, run: RunRequest, start: Start) -> Iterator[Problem]:
-        yield from super().start_problems(asked, run, start)
+    def start_problems(cls, options: Any, run: RunRequest, start: Start) -> Iterator[Problem]:
+        yield from super().start_problems(options, run, start)
         is_new = experts_in(start.folder, key="model.path") is None
-        if is_new and asked.boundaries == "detected" and not run.text.old:
+        if is_new and options.boundaries == "detected" and not run.text.old:
             reason = (
-                "what is new is told by what the base knows, of which text is looked at, and "
-                "never trained on; name some, or say experts.boundaries=told"
+                "novelty is detected relative to data of the base, which is never trained on; "
+                "set data.old, or experts.boundaries=told"
             )
             yield Problem("data.old", {}, reason=reason)
 
     def begin(self, model: nn.Module, *, end_of_text_id: int, seed: int) -> ExpertMixture:
         from tritter.methods.experts.mixture import ExpertMixture
 
-        asked: DynamicOptions = self.asked
+        options: DynamicOptions = self.options
         mixture = ExpertMixture(
             model,
-            router=asked.router,
-            is_shared=asked.shared_router,
+            router=options.router,
+            is_shared=options.shared_router,
             evidence={
                 "end_of_text_id": end_of_text_id,
-                "window": asked.evidence_window,
-                "scale": asked.evidence_scale,
-                "prior": asked.prior,
+                "window": options.evidence_window,
+                "scale": options.evidence_scale,
+                "prior": options.prior,
             },
         )
         mixture.add(FIRST, self.shape(model), seed=seed)
@@ -189,28 +194,28 @@ class DynamicExperts(Experts):
     def losses(self) -> ExpertLosses:
         from tritter.methods.experts.module import ExpertLosses
 
-        asked: DynamicOptions = self.asked
+        options: DynamicOptions = self.options
         return ExpertLosses(
-            balance=asked.balance, entropy=asked.entropy, z=asked.z, distill=asked.distill
+            balance=options.balance, entropy=options.entropy, z=options.z, distill=options.distill
         )
 
     def shape(self, model: nn.Module) -> AdapterShape:
         from tritter.methods.experts.adapters import AdapterShape, adaptable
 
         shape = super().shape(model)
-        asked: DynamicOptions = self.asked
-        if asked.router != "learned" or asked.targets is not None:
+        options: DynamicOptions = self.options
+        if options.router != "learned" or options.targets is not None:
             return shape
         return AdapterShape(shape.rank, shape.alpha, tuple(sorted(adaptable(model, whole=False))))
 
     def registry(self, *, max_steps: int) -> ExpertRegistry:
-        """Return who is who before anything is known."""
+        """Return the expert registry of a run that starts without known skills."""
         from tritter.methods.experts.registry import ExpertRegistry
         from tritter.methods.novelty import NoveltyDetector
 
-        asked: DynamicOptions = self.asked
-        timing = Timing.of(asked, max_steps=max_steps)
-        if asked.boundaries == "told":
-            return ExpertRegistry(asked, timing=timing, detector=None)
-        detector = NoveltyDetector(detector=asked.detector, options=asked.novelty)
-        return ExpertRegistry(asked, timing=timing, detector=detector)
+        options: DynamicOptions = self.options
+        timing = Timing.of(options, max_steps=max_steps)
+        if options.boundaries == "told":
+            return ExpertRegistry(options, timing=timing, detector=None)
+        detector = NoveltyDetector(detector=options.detector, options=options.novelty)
+        return ExpertRegistry(options, timing=timing, detector=detector)

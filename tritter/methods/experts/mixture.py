@@ -19,45 +19,44 @@ from tritter.methods.experts.adapters import (
     Factors,
     adapted_layers,
     adapter_names,
+    add_adapter,
     decoder_layers,
     factors,
     layer_number,
-    put_on,
-    take_off,
+    remove_adapter,
 )
 from tritter.methods.experts.gates import Gates, Routing, gates_of
 
-# What the tokens so far say of whose text this is: naive Bayes on token counts, as router logits.
+# Evidence: naive Bayes on the counts of tokens so far, as router logits.
 #
-# No gradient makes these gates and no old text keeps them: a skill is known by how often each
-# token came in it, and a token counts with the log of its share in one skill over that in
-# another.
+# These gates have no gradient and need no old data to be retained: a skill is identified by its
+# token frequencies. Each token contributes the log-ratio of its probabilities under two skills.
 #
 # B sequences · T tokens · n experts · V vocabulary
 
-NO_TOKEN = -1  # stands where there is padding
-_STRENGTH = 1000.0  # tokens of the mean skill that each skill is smoothed with
-_SEEN = "seen_by_experts"  # what a cache of keys and values is told
-_LEAST = -8.0  # of a logit beside the largest, so that no expert's share is nothing at all
+NO_TOKEN = -1  # marks padding
+_STRENGTH = 1000.0  # pseudo-counts of the mean skill that smooth each skill
+_SEEN = "seen_by_experts"  # attribute of a key-value cache
+_LEAST = -8.0  # minimum of a logit relative to the largest, so that no gate vanishes
 
 
 class Evidence(nn.Module):
     """Router logits [B, T, n] of token ids [B, T].
 
-    A logit is, up to what all experts share, prior + scale · Σ log p(token | expert) over the last
-    `window` tokens of the document, this one included; never over later ones. Documents begin at
-    the end of text. It is scaled down since neighbouring tokens are not independent. p is that of
-    counts, smoothed by the mean of all skills (Dirichlet): what no skill has seen says nothing.
+    Up to a constant shared by all experts, a logit is prior + scale · Σ log p(token | expert) over
+    the last `window` tokens of the document, the current one included. Documents start after an
+    end-of-text token. The scale is small because neighbouring tokens are dependent. p is computed
+    from counts, smoothed by the mean of all skills (Dirichlet): unseen tokens are no evidence.
 
     Args:
         vocab_size: V.
         end_of_text_id: None: a sequence is one document.
-        window: tokens that count.
+        window: number of tokens that count.
         scale: of the sum.
-        prior: of every expert beside the first, nats.
+        prior: of every expert except the first, in nats.
 
     Attributes:
-        counts: int64 [n, V], how often each token came in the text of each expert.
+        counts: int64 [n, V], number of occurrences of each token in the data of each expert.
     """
 
     counts: Tensor
@@ -74,50 +73,50 @@ class Evidence(nn.Module):
         super().__init__()
         self.end_of_text_id = end_of_text_id
         self.window, self.scale, self.prior = window, scale, prior
-        # Whole numbers, which no change of a model's dtype rounds
+        # Integers are not rounded if the model's dtype changes
         self.register_buffer("counts", torch.zeros(0, vocab_size, dtype=torch.int64))
         self._table: tuple[tuple[int, torch.device], Tensor] | None = None
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Return logits [B, T, n] in float64, the largest of a token at 0.
+        """Return logits [B, T, n] in float64; the maximum of each token is 0.
 
         Args:
-            ids: int64 [B, T]; NO_TOKEN where there is padding.
+            ids: int64 [B, T]; NO_TOKEN for padding.
         """
         number, (_, length) = len(self.counts), ids.shape
         is_start = ids == NO_TOKEN
         if self.end_of_text_id is not None:
-            is_start = is_start | (ids == self.end_of_text_id)  # which tells no skill from another
+            is_start = is_start | (ids == self.end_of_text_id)  # the same for all skills
         version = (self.counts._version, self.counts.device)
         if self._table is None or self._table[0] != version:  # log p(token | expert), [n, V]
             counts = self.counts.double()
             totals, size = counts.sum(1, keepdim=True), counts.shape[1]
             mean = ((counts + 0.5) / (totals + 0.5 * size)).mean(0)
             self._table = version, ((counts + _STRENGTH * mean) / (totals + _STRENGTH)).log()
-        told = self._table[1][:, ids.clamp_min(0)].permute(1, 2, 0)  # [B, T, n]
-        sums = (told * ~is_start.unsqueeze(-1)).cumsum(1)
-        places = torch.arange(length, device=ids.device)
-        begin = (places * is_start).cummax(dim=1).values  # of the document
-        first = torch.maximum(begin, places - self.window + 1)  # [B, T], the first that counts
+        log_likelihoods = self._table[1][:, ids.clamp_min(0)].permute(1, 2, 0)  # [B, T, n]
+        sums = (log_likelihoods * ~is_start.unsqueeze(-1)).cumsum(1)
+        positions = torch.arange(length, device=ids.device)
+        begin = (positions * is_start).cummax(dim=1).values  # start of the document
+        first = torch.maximum(begin, positions - self.window + 1)  # [B, T], first token that counts
         before = pad(sums, (0, 0, 1, 0)).gather(1, first.unsqueeze(-1).expand(-1, -1, number))
         logits = self.scale * (sums - before)
         logits = logits + self.prior * (torch.arange(number, device=ids.device) > 0)
         return (logits - logits.amax(-1, keepdim=True)).clamp_min(_LEAST)
 
     def add_row(self) -> None:
-        """Make room for an expert, of whose text nothing was counted."""
+        """Add a row for an expert without counts."""
         self.counts = torch.cat([self.counts, self.counts.new_zeros(1, self.counts.shape[1])])
         self._table = None
 
     def keep_rows(self, kept: Sequence[int]) -> None:
-        """Keep the rows of some experts, in this order."""
+        """Keep the rows of these experts, in this order."""
         self.counts = self.counts[list(kept)].clone()
         self._table = None
 
     def count(self, number: int, ids: Tensor) -> None:
-        """Count tokens, int64 of any shape, as text of an expert; no padding, no end of text."""
+        """Count tokens, int64 of any shape, for an expert; padding and end of text are ignored."""
         is_text = ids != NO_TOKEN
-        if self.end_of_text_id is not None:  # it is no evidence, and what padding is made of
+        if self.end_of_text_id is not None:  # no evidence, and possibly padding
             is_text &= ids != self.end_of_text_id
         found = ids[is_text]
         self.counts[number] += torch.bincount(found, minlength=self.counts.shape[1]).to(self.counts)
@@ -125,11 +124,11 @@ class Evidence(nn.Module):
 
 @dataclass(slots=True)
 class _Seen:
-    """What a cache is told of the tokens that it holds keys and values of.
+    """Tokens that a key-value cache covers.
 
     Args:
-        tail: the last of them, int64 [B, ≤ window].
-        number: of all.
+        tail: the latest tokens, int64 [B, ≤ window].
+        number: number of all tokens.
     """
 
     tail: Tensor
@@ -137,7 +136,7 @@ class _Seen:
 
 
 def _reordered(cache: Any, reorder: Callable[[Tensor], None], beams: Tensor) -> None:
-    """Let what a cache is told follow its beams."""
+    """Reorder the tokens of a cache with its beams."""
     reorder(beams)
     seen: _Seen = getattr(cache, _SEEN)
     seen.tail = seen.tail.index_select(0, beams.to(seen.tail.device))
@@ -146,15 +145,15 @@ def _reordered(cache: Any, reorder: Callable[[Tensor], None], beams: Tensor) -> 
 class ExpertRouter(nn.Module):
     """Logits of n experts for each token.
 
-    The hidden state is brought to a root mean square of 1, so that logits mean the same in all
-    layers. It depends on the tokens up to its own, so that routing is causal.
+    The hidden state is normalised to a root mean square of 1, so that logits have the same scale in
+    all layers. It depends only on tokens up to its own, so routing is causal.
 
     Args:
         hidden_size: H.
         num_experts: n.
 
     Attributes:
-        weight: [n, H]; `bias`: [n]. Zeros at first: all experts count alike.
+        weight: [n, H]; `bias`: [n]. Zero at first: all experts have equal gates.
     """
 
     def __init__(self, hidden_size: int, num_experts: int) -> None:
@@ -163,26 +162,26 @@ class ExpertRouter(nn.Module):
         self.bias = nn.Parameter(torch.zeros(num_experts))
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Return logits [B, T, n] for hidden states [B, T, H], in float32 at least."""
+        """Return logits [B, T, n] for hidden states [B, T, H], in float32 or wider."""
         hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
         hidden = hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + 1e-6)
         return linear(hidden, self.weight.to(hidden.dtype), self.bias.to(hidden.dtype))
 
 
-# What adapters add to the output of a layer, each token by its own gates.
+# Adding the adapters' outputs to a layer's output, with gates per token.
 #
 # N tokens of a batch, n experts, r the rank of one and R the sum of all.
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Dispatch:
-    """Which tokens go to which expert, made once for all linear layers of a decoder layer.
+    """Assignment of tokens to experts, shared by all linear layers of a decoder layer.
 
     Args:
         weights: [N, n], gates.
-        tokens: int64 [P], a place in the batch for each choice, expert by expert and in order of
-            tokens; None: every expert computes every token.
-        choices: for each expert where its choices lie in `tokens`.
+        tokens: int64 [P], flat token index of each choice, sorted by expert and then token; None:
+            every expert processes every token.
+        choices: for each expert, the slice of its choices in `tokens`.
     """
 
     weights: Tensor
@@ -202,11 +201,11 @@ class Dispatch:
         return cls(weights, tokens, slices)
 
     def last(self, batch: int, length: int) -> "Dispatch":
-        """Return the dispatch of the last tokens of each sequence, as the head may be given them.
+        """Return the dispatch of the last tokens of each sequence, as needed by the head.
 
         Args:
             batch: B, number of sequences.
-            length: how many tokens of each.
+            length: number of tokens per sequence.
         """
         own = len(self.weights) // batch
         weights = self.weights.unflatten(0, (batch, own))[:, own - length :].flatten(0, 1)
@@ -215,33 +214,34 @@ class Dispatch:
         kept, choices, end = [], [], 0
         for choice in self.choices:
             tokens = self.tokens[choice]
-            sequence, place = tokens // own, tokens % own - (own - length)
-            kept.append((sequence * length + place)[place >= 0])
+            sequence, position = tokens // own, tokens % own - (own - length)
+            kept.append((sequence * length + position)[position >= 0])
             choices.append(slice(end, end := end + len(kept[-1])))
         return Dispatch(weights, torch.cat(kept), tuple(choices))
 
 
-def mixed(inputs: Tensor, factors: Mapping[int, Factors], dispatch: Dispatch) -> Tensor:
-    """Return Σₑ gₑ · (α/r)ₑ · Bₑ Aₑ x for every token, times what the layer multiplies it with.
+def mixture_output(inputs: Tensor, factors: Mapping[int, Factors], dispatch: Dispatch) -> Tensor:
+    """Return Σₑ gₑ · (α/r)ₑ · Bₑ Aₑ x for every token, times the gain of the layer.
 
     Args:
-        inputs: [..., in_features], N tokens in all; or integers [...], tokens that stand for
-            one-hot vectors, so that A x is a column of A. Where there are fewer than gates,
-            [B, t, in_features], they are the last of each sequence.
-        factors: of the experts that stand on this layer, by number.
+        inputs: [..., in_features], N tokens in total; or integers [...], which denote one-hot
+            vectors, so that A x is a column of A. With fewer tokens than gates,
+            [B, t, in_features], they are the last ones of each sequence.
+        factors: adapters of the layer, by index of the expert.
+        dispatch: assignment of tokens to experts.
 
     Returns:
         [..., out_features], in the dtype of the factors.
     """
     example = next(iter(factors.values()))
     if inputs.is_floating_point():
-        places, tokens = inputs.shape[:-1], inputs.flatten(0, -2).to(example.down.dtype)  # [N, in]
+        shape, tokens = inputs.shape[:-1], inputs.flatten(0, -2).to(example.down.dtype)  # [N, in]
     else:
-        places, tokens = inputs.shape, inputs.flatten()  # [N]
+        shape, tokens = inputs.shape, inputs.flatten()  # [N]
     if len(tokens) < len(dispatch.weights):
-        dispatch = dispatch.last(*places)
+        dispatch = dispatch.last(*shape)
     weights = dispatch.weights.to(example.down.dtype)  # [N, n]
-    if dispatch.tokens is None:  # all experts as one low-rank product of the rank R
+    if dispatch.tokens is None:  # all experts as one product of rank R
         up = torch.cat([each.up for each in factors.values()], dim=1)  # [out, R]
         gates = [
             (weights[:, number] * each.scaling).unsqueeze(-1).expand(-1, each.rank)
@@ -249,23 +249,23 @@ def mixed(inputs: Tensor, factors: Mapping[int, Factors], dispatch: Dispatch) ->
         ]
         if tokens.is_floating_point():
             low = linear(tokens, torch.cat([each.down for each in factors.values()]))  # [N, R]
-        else:  # looked up one by one: a sum of ranks by the whole vocabulary is never copied
+        else:  # separate look-ups, so that no [R, V] copy is made
             low = torch.cat([_low(tokens, each) for each in factors.values()], dim=1)
         added = linear(low * torch.cat(gates, dim=1), up)
-    else:  # each expert for the tokens that chose it, which are gathered and added up once
-        standing = [dispatch.tokens[dispatch.choices[number]] for number in factors]
+    else:  # each expert for its own tokens, with one gather and one scatter
+        assigned = [dispatch.tokens[dispatch.choices[number]] for number in factors]
         is_everywhere = len(factors) == len(dispatch.choices)
-        where = dispatch.tokens if is_everywhere else torch.cat(standing)
-        gathered = tokens.index_select(0, where).split([len(own) for own in standing])
+        where = dispatch.tokens if is_everywhere else torch.cat(assigned)
+        gathered = tokens.index_select(0, where).split([len(own) for own in assigned])
         parts = []
-        for own, chosen, (number, each) in zip(standing, gathered, factors.items(), strict=True):
+        for own, chosen, (number, each) in zip(assigned, gathered, factors.items(), strict=True):
             gate = (weights[own, number] * each.scaling).unsqueeze(-1)  # [n_e, 1]
             parts.append(linear(_low(chosen, each) * gate, each.up))  # [n_e, out]
         summed = torch.cat(parts)
         added = summed.new_zeros(len(tokens), summed.shape[1]).index_add(0, where, summed)
-    if example.gain is not None:  # of the layer, and so of all alike
+    if example.gain is not None:  # the gain belongs to the layer
         added = added * example.gain.to(added.dtype)
-    return added.unflatten(0, places)
+    return added.unflatten(0, shape)
 
 
 def _low(tokens: Tensor, factors: Factors) -> Tensor:
@@ -290,7 +290,7 @@ class _Mix:
         self.dispatch: Dispatch | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy has made no forward pass, and gates of one may be part of a graph
+        # A copy starts without gates, which may belong to a graph
         return {"router": self.router, "gates": None, "dispatch": None}
 
     def forget(self) -> None:
@@ -303,26 +303,26 @@ class _Mix:
 class ExpertMixture:
     """LoRA experts on a model, mixed per token in one forward pass.
 
-    The base is frozen. Everything hangs on the model by hooks: calling the model runs the mixture,
-    and its output is that of the stock class.
+    The base is frozen. The mixture is attached by hooks: calling the model runs it, and the output
+    has the type of the stock class.
 
     Args:
         model: a causal language model whose decoder layers are named `…layers.N`.
-        router: what makes the gates: `learned`, a linear map of the hidden state in each layer;
-            `evidence`, see `tritter.methods.experts.mixture`, for all layers and the vocabulary; or
-            `both`, the sum of their logits.
+        router: source of the gates: `learned`, a linear map of the hidden state in each layer;
+            `evidence`, see `Evidence`, for all layers and the vocabulary; or `both`, the sum of
+            their logits.
         has_base: the first expert is the base itself, and adds nothing.
-        is_shared: one learned router for all layers, in place of one for each.
-        evidence: how it is weighed, keywords of `Evidence`.
+        is_shared: one learned router for all layers instead of one per layer.
+        evidence: keyword arguments of `Evidence`.
 
     Attributes:
-        names: the experts, in the order of gates.
-        routing: how logits become gates from now on.
-        evidence: counts of tokens; None where the router is learned alone.
-        extra: what a training leaves for the next, in plain values and tensors.
+        names: the experts, in the order of the gates.
+        routing: how logits are converted to gates.
+        evidence: token counts; None if the router is `learned`.
+        extra: state that a run leaves for the next one, as plain values and tensors.
 
     Raises:
-        RequestError: the model has adapters or experts already, or no decoder layers.
+        RequestError: the model already has adapters or experts, or has no decoder layers.
     """
 
     def __init__(
@@ -335,7 +335,7 @@ class ExpertMixture:
         evidence: Mapping[str, Any] | None = None,
     ) -> None:
         if adapter_names(model):
-            raise RequestError(f"the model has adapters already: {', '.join(adapter_names(model))}")
+            raise RequestError(f"the model already has adapters: {', '.join(adapter_names(model))}")
         self.model = model
         vars(model)[_MIXTURE] = self
         self.names: list[str] = [BASE_EXPERT] if has_base else []
@@ -344,18 +344,18 @@ class ExpertMixture:
         self.has_base, self.is_shared = has_base, is_shared
         self.evidence: Evidence | None = None
         self.extra: dict[str, Any] = {}
-        self._alone: str | None = None
-        self._left_out: str | None = None
+        self._only_expert: str | None = None
+        self._excluded: str | None = None
         self._is_off = False
         self._seen: Tensor | None = None  # token ids [B, ≥ T] of the forward pass
         self._hooked: set[str] = set()
         layers = decoder_layers(model)
         if not layers:
-            raise RequestError("the model has no decoder layers named layers.N to put experts on.")
+            raise RequestError("the model has no decoder layers named layers.N for experts.")
         model.requires_grad_(False)
-        self._whole = _Mix()  # of what stands in no layer, or in all alike
+        self._whole = _Mix()  # for modules outside the layers, or shared by all
         if router != "learned":
-            # Tokens are weighed as they enter the backbone
+            # Evidence is computed from the inputs of the backbone
             vocab_size: int = model.config.vocab_size  # type: ignore[union-attr, assignment]
             self.evidence = Evidence(vocab_size, **(evidence or {}))
             if has_base:
@@ -377,25 +377,25 @@ class ExpertMixture:
             layer.register_forward_pre_hook(partial(self._route, mix), with_kwargs=True)
 
     def add(self, name: str, shape: AdapterShape, *, seed: int) -> None:
-        """Add an expert that computes nothing yet (B = 0), with router rows of zeros.
+        """Add an expert with zero output (B = 0) and router rows of zeros.
 
         Raises:
-            RequestError: there is one of this name, or a target that the model has not.
+            RequestError: the name is already in use, or a target does not exist in the model.
         """
         self.open(name, shape, seed=seed)
         self.add_router_rows()
 
     def add_router_rows(self) -> None:
-        """Give the learned routers rows of zeros for an expert that was opened."""
+        """Add zero rows to the learned routers, for an expert that was opened."""
         for router in self.routers():
             router.weight = nn.Parameter(pad(router.weight.detach(), (0, 0, 0, 1)))
             router.bias = nn.Parameter(pad(router.bias.detach(), (0, 1)))
 
     def remove(self, name: str) -> None:
-        """Take an expert off, with its rows of the routers.
+        """Remove an expert with its router rows.
 
         Raises:
-            RequestError: there is none of this name, or it is the only one.
+            RequestError: there is no expert of this name, or no other one.
         """
         self.check_can_go(name)
         kept = [number for number, each in enumerate(self.names) if each != name]
@@ -405,21 +405,21 @@ class ExpertMixture:
             router.bias = nn.Parameter(router.bias.detach()[kept].clone())
 
     def open(self, name: str, shape: AdapterShape, *, seed: int) -> None:
-        """Put an expert's adapter on; its rows of the routers are the caller's.
+        """Add an expert's adapter; the caller adds its router rows.
 
         Raises:
-            RequestError: there is one of this name, or a target that the model has not, or whose
-                gates a learned router can't say.
+            RequestError: the name is already in use, a target does not exist in the model, or a
+                learned router can't gate it.
         """
         if name in self.names:
-            raise RequestError(f"the model has an adapter {name} already.")
+            raise RequestError(f"the model already has an adapter {name}.")
         vocabulary = [target for target in shape.targets if target in VOCABULARY]
         if vocabulary and self.evidence is None:
             raise RequestError(
-                f"experts.targets = {vocabulary[0]}: a learned router reads hidden states, which "
-                "the vocabulary has none of; allowed with experts.router=evidence or both."
+                f"experts.targets = {vocabulary[0]}: a learned router needs hidden states, which "
+                "the vocabulary does not have; use experts.router=evidence or both."
             )
-        put_on(self.model, name, shape, seed=seed)
+        add_adapter(self.model, name, shape, seed=seed)
         self.names.append(name)
         if self.evidence is not None:
             self.evidence.add_row()
@@ -431,71 +431,71 @@ class ExpertMixture:
                 self._hooked.add(layer_name)
 
     def close(self, name: str) -> None:
-        """Take an expert's adapter off; its rows of the routers are the caller's."""
-        take_off(self.model, name)
+        """Remove an expert's adapter; the caller removes its router rows."""
+        remove_adapter(self.model, name)
         if self.evidence is not None:
             self.evidence.keep_rows([n for n, each in enumerate(self.names) if each != name])
         self.names.remove(name)
 
     def check_can_go(self, name: str) -> None:
-        """Raise a RequestError where there is no expert of a name, or no other one."""
+        """Raise a RequestError if there is no expert of this name, or no other one."""
         self._check_known(name)
         if len(self.names) == 1:
-            raise RequestError(f"{name} is the only expert; a mixture has one at least.")
+            raise RequestError(f"{name} is the only expert; a mixture needs at least one.")
         if self.has_base and name == BASE_EXPERT:
-            raise RequestError(f"{name} is the base itself, which stays.")
+            raise RequestError(f"{name} is the base itself, which can't be removed.")
 
     @property
     def adapters(self) -> tuple[str, ...]:
-        """The experts that have an adapter: all but the base."""
+        """The experts with an adapter: all except the base."""
         return tuple(self.names[1:] if self.has_base else self.names)
 
     def routers(self) -> Iterator[ExpertRouter]:
-        """Yield the learned routers, a shared one once."""
+        """Yield the learned routers; a shared one only once."""
         found = dict.fromkeys(mix.router for mix in self._mixes.values())
         yield from (router for router in found if router is not None)
 
     def gates(self) -> list[Gates]:
-        """Return the gates of the last forward pass, layer by layer, of all once if they are alike.
+        """Return the gates of the last forward pass per layer; gates shared by layers only once.
 
-        None without routers.
+        Empty without routers.
         """
         mixes = dict.fromkeys(self._mixes.values())
         return [mix.gates for mix in mixes if mix.gates is not None]
 
     @contextmanager
-    def alone(self, name: str) -> Iterator[None]:
-        """Let one expert compute every token with a gate of 1, as an adapter by itself would.
+    def only(self, name: str) -> Iterator[None]:
+        """Context manager in which one expert processes every token with a gate of 1.
 
         Raises:
-            RequestError: there is none of this name.
+            RequestError: there is no expert of this name.
         """
         self._check_known(name)
-        before, self._alone = self._alone, name
+        before, self._only_expert = self._only_expert, name
         try:
             yield
         finally:
-            self._alone = before
+            self._only_expert = before
 
     @contextmanager
     def without(self, name: str) -> Iterator[None]:
-        """Let all others compute as if an expert were not there.
+        """Context manager that excludes an expert.
 
         Raises:
-            RequestError: there is none of this name, or no other one.
+            RequestError: there is no expert of this name, or no other one.
         """
         self._check_known(name)
         if len(self.names) == 1:
-            raise RequestError(f"{name} is the only expert; nothing is left without it.")
-        before, self._left_out = self._left_out, name
+            raise RequestError(f"{name} is the only expert, so it can't be excluded.")
+        before, self._excluded = self._excluded, name
         try:
             yield
         finally:
-            self._left_out = before
+            self._excluded = before
 
     @contextmanager
     def off(self) -> Iterator[None]:
-        """Let the base compute without experts."""
+        """Context manager that disables all experts."""
         before, self._is_off = self._is_off, True
         try:
             yield
@@ -505,20 +505,20 @@ class ExpertMixture:
     def _check_known(self, name: str) -> None:
         if name not in self.names:
             raise RequestError(
-                f"no expert {name}; there are {', '.join(self.names) or 'none'}."
+                f"no expert {name}; the experts are {', '.join(self.names) or 'none'}."
                 f"{did_you_mean(name, self.names)}"
             )
 
     def _read(self, backbone: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
-        """Weigh the tokens that a forward pass is of; before it, what a cache has read of them."""
+        """Compute evidence from the tokens of a forward pass, and earlier tokens in the cache."""
         self._whole.forget()
         self._seen = None
         if self._is_off or not self.names:
             return
         ids = args[0] if args else kwargs.get("input_ids")
         if ids is None:
-            raise RequestError("experts.router=evidence reads token ids, and was given none.")
-        if self._alone is not None:
+            raise RequestError("experts.router=evidence needs token ids (input_ids).")
+        if self._only_expert is not None:
             self._whole.dispatch = self._only(ids)
             return
         seen, mask, cache = ids, kwargs.get("attention_mask"), kwargs.get("past_key_values")
@@ -528,8 +528,8 @@ class ExpertMixture:
             earlier: _Seen | None = getattr(cache, _SEEN, None)
             if earlier is None or earlier.number != number or len(earlier.tail) != len(ids):
                 raise RequestError(
-                    "experts.router=evidence: keys and values of tokens that it did not read, or "
-                    "of which some were taken back, as in assisted writing; write with "
+                    "experts.router=evidence: the key-value cache covers tokens that were not read "
+                    "with these experts, or was cropped, as in assisted generation; set "
                     "use_cache=False."
                 )
             seen = torch.cat([earlier.tail.to(ids.device), seen], dim=1)
@@ -541,13 +541,13 @@ class ExpertMixture:
     def _remember(
         self, backbone: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], output: Any
     ) -> None:
-        """Leave what was read with the cache of its keys and values."""
+        """Store the tokens that were read in the key-value cache."""
         cache = getattr(output, "past_key_values", None)
         if self._seen is None or self.evidence is None or cache is None:
             return
         if not hasattr(cache, _SEEN):
             cache.reorder_cache = partial(_reordered, cache, cache.reorder_cache)
-        # What later tokens depend on: the last ones
+        # Later tokens depend only on these
         tail = self._seen[:, -self.evidence.window :]
         setattr(cache, _SEEN, _Seen(tail, cache.get_seq_length()))
 
@@ -558,7 +558,7 @@ class ExpertMixture:
         if self._is_off or not self.names:
             return
         hidden: Tensor = args[0] if args else kwargs["hidden_states"]
-        if self._alone is not None:
+        if self._only_expert is not None:
             mix.dispatch = self._only(hidden[..., 0])
             return
         assert mix.router is not None
@@ -568,22 +568,22 @@ class ExpertMixture:
         mix.set(self._gates_of(logits, is_training=layer.training))
 
     def _gates_of(self, logits: Tensor, *, is_training: bool) -> Gates:
-        if self._left_out is not None:
-            place = torch.arange(len(self.names), device=logits.device)
-            is_out = place == self.names.index(self._left_out)
-            logits = logits.masked_fill(is_out, -torch.inf)
+        if self._excluded is not None:
+            indices = torch.arange(len(self.names), device=logits.device)
+            is_excluded = indices == self.names.index(self._excluded)
+            logits = logits.masked_fill(is_excluded, -torch.inf)
         return gates_of(logits, self.routing, is_training=is_training)
 
     def _only(self, tokens: Tensor) -> Dispatch:
-        """Return the dispatch of the one expert that computes every token of [B, T]."""
-        assert self._alone is not None
-        number = self.names.index(self._alone)
-        places = torch.arange(tokens.numel(), device=tokens.device)
-        weights = torch.zeros(len(places), len(self.names), device=tokens.device)
+        """Return the dispatch if one expert processes every token of [B, T]."""
+        assert self._only_expert is not None
+        number = self.names.index(self._only_expert)
+        all_tokens = torch.arange(tokens.numel(), device=tokens.device)
+        weights = torch.zeros(len(all_tokens), len(self.names), device=tokens.device)
         weights[:, number] = 1.0
         choices = [slice(0, 0)] * len(self.names)
-        choices[number] = slice(0, len(places))
-        return Dispatch(weights, places, tuple(choices))
+        choices[number] = slice(0, len(all_tokens))
+        return Dispatch(weights, all_tokens, tuple(choices))
 
     def _add(self, mix: _Mix, layer: LoraLinear, args: Sequence[Any], output: Tensor) -> Tensor:
         dispatch = mix.dispatch
@@ -592,15 +592,17 @@ class ExpertMixture:
         found = {n: each for n, name in enumerate(self.names) if (each := factors(layer, name))}
         if not found:
             return output
-        return output + mixed(args[0], found, dispatch).to(output.dtype)
+        return output + mixture_output(args[0], found, dispatch).to(output.dtype)
 
 
 def mixture_on(model: nn.Module) -> ExpertMixture | None:
-    """Return the mixture that hangs on a live model; None: there is none."""
+    """Return the mixture on a live model; None: there is none."""
     return vars(model).get(_MIXTURE)
 
 
 def _refuse_chosen_logits(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
-    """Refuse a choice of places for the head, whose gates could not be told from the last ones."""
+    """Refuse chosen positions of the head, whose gates would be unknown."""
     if isinstance(kwargs.get("logits_to_keep"), Tensor):
-        raise RequestError("logits_to_keep: with experts a number of last tokens is allowed.")
+        raise RequestError(
+            "logits_to_keep: with experts, only a number of last tokens is supported."
+        )

@@ -1,4 +1,4 @@
-"""The LightningModule of a mixture of LoRA experts: what its loss is, and what is saved of it."""
+"""The LightningModule of a mixture of LoRA experts: its losses and its saved state."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -30,10 +30,12 @@ from tritter.training.parameters import WRAPPED, StepFlops, flops_of_sequence, l
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertLosses:
-    """Weights of what is added to the loss of the task; 0: it is left out.
+    """Weights of the additional losses; 0: the loss is not computed.
 
     Args:
-        balance, entropy, z: of the gates of learned routers, see `tritter.methods.experts.gates`.
+        balance: of the load balancing loss, see `tritter.methods.experts.gates`.
+        entropy: of the entropy loss, see `tritter.methods.experts.gates`.
+        z: of the z-loss, see `tritter.methods.experts.gates`.
         distill: of KL(mixture without the young expert ‖ mixture), nats per token.
     """
 
@@ -47,13 +49,13 @@ class ExpertModule(BaseModule):
     """Next-token training of the experts of a mixture; the base is frozen.
 
     Args:
-        mixture: on the model that is trained.
-        losses: what is added to the loss of the task.
-        options: those of `BaseModule`.
+        mixture: the experts on the trained model.
+        losses: weights of the additional losses.
+        options: arguments of `BaseModule`.
 
     Attributes:
-        gates: of the forward pass of the task.
-        young: the expert that is held to the mature ones; None: no one is.
+        gates: gates of the task's forward pass.
+        young: the expert that is distilled towards the mature ones; None: there is none.
     """
 
     def __init__(
@@ -67,22 +69,22 @@ class ExpertModule(BaseModule):
         self._task: TaskLoss | None = None
 
     def task_loss(self, batch: Mapping[str, Tensor]) -> TaskLoss:
-        """Return the loss of the task, and keep what it is of for the losses besides."""
+        """Return the loss of the task, and store its forward pass for the additional losses."""
         self._task = super().task_loss(batch)
-        self.gates = self.mixture.gates()  # a teacher's pass has others
+        self.gates = self.mixture.gates()  # a teacher's pass overwrites them
         return self._task
 
     def training_step(self, batch: Mapping[str, Tensor], batch_index: int) -> Tensor:
-        """Return the loss of the task with all that is added to it; each is logged alone."""
+        """Return the loss of the task plus the additional losses, each of which is logged."""
         loss = super().training_step(batch, batch_index)
-        asked, found = self.losses, {}
+        weights, found = self.losses, {}
         gates = self.gates if next(self.mixture.routers(), None) is not None else []
         for name, measure in (("balance", balance_loss), ("entropy", entropy_loss), ("z", z_loss)):
-            weight = getattr(asked, name)
+            weight = getattr(weights, name)
             if weight and gates:
                 found[name] = (weight, torch.stack([measure(each) for each in gates]).mean())
-        if asked.distill and self.young is not None:
-            found["distill"] = (asked.distill, self._distance(self.young, batch))
+        if weights.distill and self.young is not None:
+            found["distill"] = (weights.distill, self._distance(self.young, batch))
         for name, (weight, value) in found.items():
             self.log(f"experts/{name}_loss", value.detach().float(), sync_dist=True)
             loss = loss + weight * value.to(loss.dtype)
@@ -91,11 +93,11 @@ class ExpertModule(BaseModule):
 
     @property
     def is_task_alone(self) -> bool:
-        asked = self.losses
-        return super().is_task_alone and not (asked.balance or asked.entropy or asked.z)
+        weights = self.losses
+        return super().is_task_alone and not (weights.balance or weights.entropy or weights.z)
 
     def step_flops(self) -> StepFlops:
-        """Count the model FLOPs of a step, with what needs a gradient now."""
+        """Return the model FLOPs of a step, given the parameters that currently need gradients."""
         besides = sum(side.step_flops(self.model) for side in self.side_losses)
         sequence = step_flops_of(self.mixture)
         if self.losses.distill and self.young is not None:
@@ -103,11 +105,11 @@ class ExpertModule(BaseModule):
         return StepFlops(sequence, besides)
 
     def reading_flops(self) -> Flops:
-        """Count the model FLOPs of reading a sequence with the experts."""
+        """Return the model FLOPs of reading a sequence with the experts."""
         return forward_flops_of(self.mixture)
 
     def get_extra_state(self) -> dict[str, Any]:
-        """Return the journal, who the experts are and how large, and what is trained."""
+        """Return the journal, the names and sizes of the experts, and the trained parameters."""
         mixture = self.mixture
         shapes = {name: shape_of(self.model, name) for name in mixture.adapters}
         routing = mixture.routing
@@ -123,30 +125,30 @@ class ExpertModule(BaseModule):
         }
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Make the experts of a saved training, with their final ranks, before weights come."""
-        held, mixture = state["experts"], self.mixture
-        shapes = {n: AdapterShape(r, a, tuple(t)) for n, (r, a, t) in held["shapes"].items()}
-        if held["order"] != list(adapter_names(self.model)) or any(
+        """Recreate the experts of a saved run with their final ranks, before weights are loaded."""
+        saved, mixture = state["experts"], self.mixture
+        shapes = {n: AdapterShape(r, a, tuple(t)) for n, (r, a, t) in saved["shapes"].items()}
+        if saved["order"] != list(adapter_names(self.model)) or any(
             shape != shape_of(self.model, name) for name, shape in shapes.items()
         ):
-            # All anew, in the order in which they came: optimizers match state by position
+            # Recreate all in their original order: optimizers match state by position
             for name in adapter_names(self.model):
                 mixture.close(name)
-            for name in held["order"]:
+            for name in saved["order"]:
                 mixture.open(name, shapes[name], seed=0)
-        assert sorted(held["names"]) == sorted(mixture.names)
-        mixture.names = list(held["names"])
+        assert sorted(saved["names"]) == sorted(mixture.names)
+        mixture.names = list(saved["names"])
         for router in map(self.model.get_submodule, router_names(mixture)):
             size = len(mixture.names)
             for key in ("weight", "bias"):
                 old = router.get_parameter(key)
                 shape_of_rows = (size, *old.shape[1:])
                 setattr(router, key, torch.nn.Parameter(old.new_zeros(shape_of_rows)))
-        top_k, temperature, capacity = held["routing"]
+        top_k, temperature, capacity = saved["routing"]
         mixture.routing = Routing(top_k=top_k, temperature=temperature, capacity_factor=capacity)
         self.journal, self.moments = [dict(entry) for entry in state["journal"]], {}
-        self.young = held["young"]
-        trained = set(held["trained"])
+        self.young = saved["young"]
+        trained = set(saved["trained"])
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(name in trained)
 
@@ -155,23 +157,23 @@ class ExpertModule(BaseModule):
         assert self._task is not None
         input_ids = batch["input_ids"]
         with torch.no_grad(), self.mixture.without(young), modes_kept(self.model):
-            self.model.eval()  # or the two would differ by what each drops out
+            self.model.eval()  # no dropout in either pass
             teacher = self.model(input_ids=input_ids, use_cache=False).logits
         own, kept = self._task.logits, labels_of(self.model, input_ids) != IGNORED  # [B, T]
-        told = log_softmax(teacher[kept].float(), dim=-1)
+        target = log_softmax(teacher[kept].float(), dim=-1)
         return kl_div(
-            log_softmax(own[kept].float(), dim=-1), told, reduction="batchmean", log_target=True
+            log_softmax(own[kept].float(), dim=-1), target, reduction="batchmean", log_target=True
         )
 
 
-# What a mixture of experts costs in model FLOPs: the base, the adapters and what gates them.
+# Model FLOPs of a mixture of experts: the base, the adapters and their gates.
 #
-# Counted as in `tritter.core.families.flops`. Where experts are chosen (`top_k`), each is counted
-# with an even share of the tokens; the lookups of evidence are free.
+# Counted as in `tritter.core.families.flops`. With `top_k`, each expert is counted with an even
+# share of the tokens. Table look-ups of evidence are free.
 
 
 def step_flops_of(mixture: ExpertMixture) -> Flops:
-    """Return the FLOPs of a training step on one sequence, with what needs a gradient now."""
+    """Return the FLOPs of a training step on one sequence, for the parameters trained now."""
     return flops_of_sequence(mixture.model, adapters=adapters_of(mixture))
 
 
@@ -181,20 +183,20 @@ def forward_flops_of(mixture: ExpertMixture) -> Flops:
 
 
 def adapters_of(mixture: ExpertMixture) -> Adapters:
-    """Return what stands beside the base's own tensors in a mixture."""
+    """Return the adapters and routers of a mixture, for counting FLOPs."""
     number, top_k = len(mixture.names), mixture.routing.top_k
     share = 1 if top_k is None or top_k >= number else top_k / number
-    model, places, low_rank = mixture.model, {}, {}
+    model, matrices, low_rank = mixture.model, {}, {}
     for stored in live_layout(model):  # name of a layer with adapters → its logical matrices
         layer_name, is_wrapped, _ = stored.name.partition(f"{WRAPPED}.weight")
         if is_wrapped:
-            places[layer_name] = [part.tensor.name for part in stored.parts]
+            matrices[layer_name] = [part.tensor.name for part in stored.parts]
     head = model.get_output_embeddings()  # type: ignore[operator]
-    # Where the head is tied, its weight is the embedding's
-    places |= {name: ["head"] for name, layer in adapted_layers(model) if layer is head}
+    # A tied head has the weight of the embedding
+    matrices |= {name: ["head"] for name, layer in adapted_layers(model) if layer is head}
     for name, layer in adapted_layers(model):
         found = (factors(layer, expert) for expert in mixture.adapters)
-        beside = [
+        adapters = [
             LowRank(
                 rank=each.rank,
                 trains_down=each.down.requires_grad,
@@ -204,9 +206,11 @@ def adapters_of(mixture: ExpertMixture) -> Adapters:
             for each in found
             if each is not None
         ]
-        first, *others = places[name]
-        low_rank[first] = beside
-        low_rank |= {other: [replace(each, has_down=False) for each in beside] for other in others}
+        first, *others = matrices[name]
+        low_rank[first] = adapters
+        low_rank |= {
+            other: [replace(each, has_down=False) for each in adapters] for other in others
+        }
     gating = {}
     for n, decoder_layer in decoder_layers(model).items():
         router = getattr(decoder_layer, ROUTER, None) or getattr(model, ROUTER, None)

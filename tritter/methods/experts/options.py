@@ -1,4 +1,4 @@
-"""What experts may be asked, and how their schedules fit a training."""
+"""Options of experts, and their schedules in steps."""
 
 from dataclasses import dataclass
 from math import ceil
@@ -11,7 +11,7 @@ from tritter.methods.novelty.options import DETECTORS, Detector, NoveltyOptions
 from tritter.options import Count, Text, WholeNumber, options, part_field
 
 MAX_RANK, MAX_EXPERTS = 1024, 256
-FIRST = "expert_0"  # the expert of what the base knows
+FIRST = "expert_0"  # the expert of the base's own data
 _Rank = Annotated[int, Field(ge=1, le=MAX_RANK)]
 _Weight = Annotated[float, Field(ge=0)]
 _Names = Annotated[tuple[Text, ...], Field(min_length=1)]
@@ -19,16 +19,16 @@ _Names = Annotated[tuple[Text, ...], Field(min_length=1)]
 
 @options
 class AdapterOptions:
-    """An adapter, and how it is trained.
+    """An adapter and its training.
 
     Args:
         rank: r.
-        alpha: α; what an adapter adds is multiplied with α / r.
-        targets: last names of the layers that adapters stand on. None: every linear layer of the
-            decoder layers, the embedding and the head.
-        learning_rate: of adapters and routers, in the place of `training.learning_rate`.
-        base_bits: that bitsandbytes holds the linear layers of the frozen base's decoder layers in.
-            None: as they are.
+        alpha: α; the output of an adapter is scaled by α / r.
+        targets: last names of the layers that get adapters. None: every linear layer of the decoder
+            layers, the embedding and the head.
+        learning_rate: of adapters and routers, instead of `training.learning_rate`.
+        base_bits: quantise the linear layers of the frozen base's decoder layers to this many bits
+            with bitsandbytes. None: no quantisation.
     """
 
     rank: _Rank
@@ -68,35 +68,44 @@ class AddedOptions:
 
 @options
 class DynamicOptions(AdapterOptions):
-    """The keys of `experts=dylora`.
+    """The options of `experts=dylora`.
 
     Args:
-        max_experts: with the first, which is the base's.
-        top_k: experts that a token takes once all are mature; before it takes all.
+        max_experts: maximum number of experts, including the first one, that of the base.
+        top_k: experts per token once all are mature; before, every token uses all experts.
         router: see `tritter.methods.experts.mixture`.
         shared_router: one learned router for all layers.
-        prior, evidence_scale, evidence_window: of `Evidence`.
-        detector: of novelty, as `tritter.options.read_part` reads it.
-        min_samples, in_a_row, confidence, cooldown, moving_average: of a decision on novelty.
-        min_gain: nats per token that a new skill is harder for the base than its own text, at
-            least; below it an expert is not worth its weights.
+        prior: of `Evidence`.
+        evidence_scale: of `Evidence`.
+        evidence_window: of `Evidence`.
+        detector: of novelty, see `tritter.options.read_part`.
+        min_samples: of `NoveltyOptions`, as are the next four.
+        in_a_row: see there.
+        confidence: see there.
+        cooldown: see there.
+        moving_average: see there.
+        min_gain: a skill gets an expert only if its loss under the base exceeds that of the base's
+            own data by at least this, in nats per token.
         max_trainable_parameters: of all experts together; None: no limit.
-        when_full: what makes room where a limit is met: nothing (the nearest expert learns the
-            skill too), the least used expert goes, or the two most similar become one.
-        boundaries: `told`: each task is a skill, and no novelty is looked for (an oracle).
-        exemplars: sequences of each expert's text that are kept, and beside the checkpoint too.
-        rehearsal: share of a batch that is exemplars of other experts; 0: none are kept.
-        maturity_steps: that an expert is trained until it is mature. None: a tenth of the training.
-        temperature: of the gates at last, from 1 within `anneal_steps` (None: likewise) of the step
-            at which all experts are mature.
+        when_full: what happens when a limit is reached: `stop`: the nearest expert also learns the
+            new skill; `evict`: the least used expert is removed; `merge`: the two most similar
+            experts are merged.
+        boundaries: `told`: each task is a skill, and novelty is not detected (an oracle).
+        exemplars: sequences of each expert's data that are kept and saved with the checkpoint.
+        rehearsal: share of a batch that consists of exemplars of other experts; 0: none are kept.
+        maturity_steps: training steps until an expert is mature. None: a tenth of the run.
+        temperature: final temperature of the gates, which starts at 1.
+        anneal_steps: steps to reach it once all experts are mature. None: a tenth of the run.
         capacity_factor: see `Routing`.
-        balance, entropy, z: weights of the losses of learned routers.
-        max_rank: the rank doubles up to it while an expert stalls.
-        stall_steps: of an expert's training, whose mean loss is compared with that of as many
-            before. None: a fifth of the training.
-        stall_gain: nats per token; an expert that gains less stalls.
-        freeze_converged: an expert that stalls at its largest rank is trained no more.
-        freeze_projections: only in the layers of these names. None: whole.
+        balance: weight of a loss of learned routers, see `ExpertLosses`.
+        entropy: weight of a loss of learned routers, see `ExpertLosses`.
+        z: weight of a loss of learned routers, see `ExpertLosses`.
+        max_rank: the rank of a stalled expert doubles up to this.
+        stall_steps: window of an expert's training steps, whose mean loss is compared with that of
+            the window before. None: a fifth of the run.
+        stall_gain: an expert stalls if its loss falls by less than this, in nats per token.
+        freeze_converged: freeze an expert that stalls at its largest rank.
+        freeze_projections: freeze only layers of these names. None: all of them.
         distill: weight of KL(mixture without it ‖ mixture) while an expert is young.
     """
 
@@ -135,7 +144,7 @@ class DynamicOptions(AdapterOptions):
 
     @property
     def novelty(self) -> NoveltyOptions:
-        """What a decision on novelty rests on."""
+        """Options of the decision on novelty."""
         return NoveltyOptions(
             min_samples=self.min_samples,
             in_a_row=self.in_a_row,
@@ -147,18 +156,18 @@ class DynamicOptions(AdapterOptions):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timing:
-    """The schedules of experts in steps of one training."""
+    """The schedules of experts, in steps of one training run."""
 
     maturity: int
     anneal: int
     stall: int
 
     @classmethod
-    def of(cls, asked: DynamicOptions, *, max_steps: int) -> "Timing":
-        """Return what `asked` means in a training of so many steps."""
+    def of(cls, options: DynamicOptions, *, max_steps: int) -> "Timing":
+        """Return the schedules that options imply for a run of `max_steps` steps."""
         tenth, fifth = ceil(max_steps / 10), max(2, ceil(max_steps / 5))
         return cls(
-            maturity=tenth if asked.maturity_steps is None else asked.maturity_steps,
-            anneal=tenth if asked.anneal_steps is None else asked.anneal_steps,
-            stall=fifth if asked.stall_steps is None else asked.stall_steps,
+            maturity=tenth if options.maturity_steps is None else options.maturity_steps,
+            anneal=tenth if options.anneal_steps is None else options.anneal_steps,
+            stall=fifth if options.stall_steps is None else options.stall_steps,
         )

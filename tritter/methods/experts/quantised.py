@@ -1,9 +1,9 @@
-"""A frozen base whose linear layers are held by bitsandbytes in 8 or 4 bits, as QLoRA has it.
+"""A frozen base with linear layers quantised to 8 or 4 bits by bitsandbytes, as in QLoRA.
 
-Dettmers et al. 2023, arXiv:2305.14314: NF4 with double quantisation; 8 bits are LLM.int8(),
-arXiv:2208.07339, with its outliers apart. Quantised is what stands in decoder layers, on the CPU
-and once, when the model is loaded: wherever it goes then, the values are the same. Whoever resumes
-a training loads the start again, so that no saved state holds a quantised weight.
+Dettmers et al. 2023, arXiv:2305.14314: NF4 with double quantisation. 8 bits are LLM.int8(),
+arXiv:2208.07339, with separate outliers. Linear layers of decoder layers are quantised once, on the
+CPU, when the model is loaded, so that the values are the same on every device. A resumed run loads
+the base again, so no saved state contains quantised weights.
 """
 
 import logging
@@ -18,14 +18,14 @@ from torch import Tensor, nn
 from tritter.errors import RequestError
 from tritter.methods.experts.adapters import decoder_layers
 
-_OUTLIER = 6.0  # from which an input is computed in float16, as transformers has it
+_OUTLIER = 6.0  # larger inputs are computed in float16, as in transformers
 
-# Of each layer in each forward pass, that inputs are rounded: which is what was asked for
+# Suppress a warning per layer and forward pass that inputs are rounded, which is intended
 logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
 
 
-class _Held:
-    """A layer of the start, which has it: no state does; mixed into what bitsandbytes saves."""
+class _Stateless:
+    """Mixin that excludes a layer from the state: the base is loaded from its checkpoint."""
 
     def _save_to_state_dict(self, *_: Any) -> None:
         pass
@@ -34,8 +34,8 @@ class _Held:
         pass
 
 
-class EightBit(_Held, Linear8bitLt):
-    """A frozen linear layer, one scale for each row of int8."""
+class EightBit(_Stateless, Linear8bitLt):
+    """A frozen linear layer, int8 with one scale per row."""
 
     def __init__(self, plain: nn.Linear) -> None:
         super().__init__(
@@ -47,21 +47,21 @@ class EightBit(_Held, Linear8bitLt):
             device="meta",
         )
         weight = plain.weight.detach().cpu()
-        held = Int8Params(weight, requires_grad=False, has_fp16_weights=False).to("cpu")
-        self.weight, self.bias = held, plain.bias
+        weights = Int8Params(weight, requires_grad=False, has_fp16_weights=False).to("cpu")
+        self.weight, self.bias = weights, plain.bias
         self.init_8bit_state()
         self.to(plain.weight.device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "EightBit":
-        # What it computes with lies beside the parameter, and would stay where it was
+        # The tensors used in forward are not parameters, so move them, too
         super()._apply(fn, recurse)
         self.state.CB = self.weight.data
         self.state.SCB = self.state.SCB.to(self.weight.device)
         return self
 
 
-class FourBit(_Held, Linear4bit):
-    """A frozen linear layer of NF4, whose scales are quantised too; computes in bf16 on a GPU."""
+class FourBit(_Stateless, Linear4bit):
+    """A frozen linear layer, NF4 with quantised scales; computes in bf16 on a GPU."""
 
     def __init__(self, plain: nn.Linear) -> None:
         super().__init__(plain.in_features, plain.out_features, bias=False, device="meta")
@@ -69,11 +69,13 @@ class FourBit(_Held, Linear4bit):
         self.weight = Params4bit(weight, quant_type="nf4", module=self).to("cpu")
         self.bias = plain.bias
         self.compute_type_is_set = True
-        self.support_avx512bf16_for_cpu = False  # in eval it would repack the weights, in bf16
+        self.support_avx512bf16_for_cpu = (
+            False  # in evaluation mode it would repack the weights in bf16
+        )
         self.to(plain.weight.device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FourBit":
-        # Another process gets a weight of torch's own class, which would leave the scales behind
+        # Unpickling in another process restores a plain torch parameter without scales
         super()._apply(fn, recurse)
         self.quant_state.to(self.weight.device)
         fix_4bit_weight_quant_state_from_module(self)
@@ -86,12 +88,12 @@ class FourBit(_Held, Linear4bit):
 
 
 def quantise(model: nn.Module, bits: int) -> None:
-    """Hold the linear layers of a model's decoder layers in 8 or 4 bits; nothing else changes.
+    """Quantise the linear layers of a model's decoder layers to 8 or 4 bits.
 
-    Meant for a model just loaded. Experts that share a tensor, norms, embeddings and the head stay.
+    Call it on a model just loaded. Fused experts, norms, embeddings and the head are unchanged.
 
     Raises:
-        RequestError: there is none, as in GPT-2, whose matrices lie transposed.
+        RequestError: there are no such layers, as in GPT-2, whose matrices are transposed.
     """
     kinds: dict[int, Any] = {8: EightBit, 4: FourBit}
     found = [
@@ -103,8 +105,8 @@ def quantise(model: nn.Module, bits: int) -> None:
     if not found:
         raise RequestError(
             f"experts.base_bits = {bits}: {type(model).__name__} has no linear layer that "
-            "bitsandbytes holds; leave it out."
+            "bitsandbytes can quantise; remove the option."
         )
     for layer, name, module in found:
         layer.set_submodule(name, kinds[bits](module).train(module.training))
-    setattr(model, f"is_loaded_in_{bits}bit", True)  # which PEFT asks for
+    setattr(model, f"is_loaded_in_{bits}bit", True)  # PEFT reads this flag

@@ -1,7 +1,7 @@
-"""Who is who among a run's experts: which skill is whose, how old each is, what is trained now.
+"""The expert registry: the skills of each expert, its age, and the expert to train now.
 
-Decisions only, on numbers that all processes share; `tritter.methods.experts.callback` carries them
-out.
+It only decides, based on numbers that all processes share; `tritter.methods.experts.callback`
+applies the decisions.
 """
 
 from collections.abc import Collection, Mapping
@@ -28,12 +28,13 @@ Stall = Literal["", "widen", "freeze"]
 class Member:
     """One expert.
 
-    Args:
-        steps: that it was trained.
-        usage: moving average of its mean gate.
-        losses: of its steps since the last look at whether it stalls; `before` the mean then.
-        is_frozen: it is trained no more, at least in part.
-        is_whole: nothing of a frozen one is trained.
+    steps: number of its training steps.
+    usage: moving average of its mean gate.
+    losses: of its steps in the current stall window.
+    before: mean loss of the previous stall window.
+    is_mature: it was trained for `maturity_steps`.
+    is_frozen: it is frozen, at least in part.
+    is_whole: it is frozen as a whole.
     """
 
     steps: int = 0
@@ -47,12 +48,13 @@ class Member:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Novel:
-    """A skill that was found new.
+    """A skill that was detected as new.
 
     Args:
-        decision: None where it was told; `batches` are those that it rests on.
-        sequences: int64 [N, T] of these.
-        gain: nats per token that the base finds it harder than the text it knows.
+        decision: the decision; None if the skill was given by name.
+        sequences: int64 [N, T], its data so far.
+        gain: loss under the base minus that of the base's own data, in nats per token.
+        batches: the batches that the decision is based on.
     """
 
     decision: Decision | None
@@ -62,37 +64,38 @@ class Novel:
 
 
 class ExpertRegistry:
-    """Skills, experts, and what the batch at hand is for.
+    """Skills, experts, and the expert that the current batch is for.
 
     Args:
-        asked: the options of experts.
-        timing: its schedules.
-        detector: with what is known so far; None: boundaries are told.
+        options: the options of experts.
+        timing: the schedules.
+        detector: with the skills known so far; None: boundaries are given.
     """
 
     def __init__(
-        self, asked: DynamicOptions, *, timing: Timing, detector: NoveltyDetector | None
+        self, options: DynamicOptions, *, timing: Timing, detector: NoveltyDetector | None
     ) -> None:
-        self.asked, self.timing, self.detector = asked, timing, detector
+        self.options, self.timing, self.detector = options, timing, detector
         self.members: dict[str, Member] = {FIRST: Member(is_mature=True)}
         self.expert_of: dict[str, str] = {}  # skill → expert
-        self.counter = 1  # experts that ever were
-        self.settled_steps = 0  # since all experts are mature
+        self.counter = 1  # number of experts created so far
+        self.settled_steps = 0  # steps since all experts are mature
         self.batches = dict.fromkeys(("known", "new", "unsure", "idle"), 0)
         self.active: str | None = None
         self.score: float | None = None  # novelty of the latest batch
         self.novel: Novel | None = None
         self._sequences: list[Tensor] = []  # of the batches of the detector's run
-        self._young: dict[str, list[Observation]] = {}  # batches that a new skill is measured by
+        self._young: dict[str, list[Observation]] = {}  # skill → batches to recalibrate it
 
     def see(self, seen: Observation, sequences: Tensor) -> str | None:
-        """Take what the base says of a batch; set what it is for.
+        """Classify a batch, and choose the expert that it trains.
 
         Args:
+            seen: losses and features of the batch under the base.
             sequences: int64 [N, T] of the batch.
 
         Returns:
-            The expert whose text the batch is, where that is sure.
+            The expert whose data the batch is, if the decision is certain.
         """
         assert self.detector is not None
         decision = self.detector.observe(seen)
@@ -110,52 +113,52 @@ class ExpertRegistry:
                 gain=gain,
                 batches=run,
             )
-        self.aim(None if self.detector.is_run_new else expert)
+        self.activate(None if self.detector.is_run_new else expert)
         if decision.kind != "known":
             return None
-        # A new skill is measured again once there is more of it than the burst it was found in
-        held = self._young.get(decision.skill)
-        if held is not None:
-            held.append(seen)
-            if len(held) >= CALIBRATION_BATCHES:
-                self.detector.recalibrate(decision.skill, held)
+        # Recalibrate a new skill once there are more samples than the burst that revealed it
+        batches = self._young.get(decision.skill)
+        if batches is not None:
+            batches.append(seen)
+            if len(batches) >= CALIBRATION_BATCHES:
+                self.detector.recalibrate(decision.skill, batches)
                 del self._young[decision.skill]
         return expert
 
-    def tell(self, skill: str, sequences: Tensor) -> str | None:
-        """Take the name of the skill that a batch is of; see `see`."""
+    def see_named(self, skill: str, sequences: Tensor) -> str | None:
+        """Choose the expert of a batch whose skill is known by name; see `see`."""
         expert = self.expert_of.get(skill)
         if expert is None:
             self.novel = Novel(decision=None, sequences=sequences, gain=float("inf"))
         self.batches["new" if expert is None else "known"] += 1
-        self.aim(expert)
+        self.activate(expert)
         return expert
 
-    def aim(self, expert: str | None) -> None:
-        """Let a batch train an expert, or none."""
+    def activate(self, expert: str | None) -> None:
+        """Set the expert that the batch trains, or none."""
         is_trained = expert is not None and not self.members[expert].is_whole
         self.active = expert if is_trained else None
         self.batches["idle"] += self.active is None
 
     def usage(self) -> dict[str, float]:
-        """Return expert → mean gate of the last steps: averages that began at 0, as shares of 1."""
+        """Return expert → share of the recent mean gates."""
         total = sum(member.usage for member in self.members.values()) or 1.0
         return {name: member.usage / total for name, member in self.members.items()}
 
-    def stepped(self, loss: float, usage: Mapping[str, float]) -> None:
-        """Take note of a step: its loss, nats per token, and the mean gate of each expert."""
+    def record_step(self, loss: float, usage: Mapping[str, float]) -> None:
+        """Record a step: its loss in nats per token, and the mean gate of each expert."""
         for name, member in self.members.items():
             now = usage.get(name, 0.0)
             member.usage = _USAGE_DECAY * member.usage + (1 - _USAGE_DECAY) * now
         if self.active is not None:
             member = self.members[self.active]
             member.steps += 1
-            if self.active != FIRST:  # of which nobody asks whether it stalls
+            if self.active != FIRST:  # the first expert never stalls
                 member.losses.append(loss)
         self.settled_steps = self.settled_steps + 1 if self.are_mature else 0
 
     def matured(self) -> list[str]:
-        """Return who became mature just now."""
+        """Return the experts that have just become mature."""
         found = []
         for name, member in self.members.items():
             if not member.is_mature and member.steps >= self.timing.maturity:
@@ -164,7 +167,7 @@ class ExpertRegistry:
         return found
 
     def stalled(self, rank: int) -> Stall:
-        """Return what is to be done about the active expert, of a rank, if it gains no more."""
+        """Return the action for the active expert if it stalls: `widen`, `freeze` or none."""
         if self.active in (None, FIRST):
             return ""
         assert self.active is not None
@@ -173,12 +176,12 @@ class ExpertRegistry:
             return ""
         mean, before = fmean(member.losses), member.before
         member.losses, member.before = [], mean
-        if before is None or before - mean >= self.asked.stall_gain or member.is_frozen:
+        if before is None or before - mean >= self.options.stall_gain or member.is_frozen:
             return ""
-        if 2 * rank <= self.asked.max_rank:
-            member.before = None  # it is another expert from here on
+        if 2 * rank <= self.options.max_rank:
+            member.before = None  # start a new comparison
             return "widen"
-        return "freeze" if self.asked.freeze_converged else ""
+        return "freeze" if self.options.freeze_converged else ""
 
     @property
     def are_mature(self) -> bool:
@@ -186,24 +189,26 @@ class ExpertRegistry:
 
     @property
     def routing(self) -> Routing:
-        """How gates are made in the next step: dense, then top-2, then `top_k`, ever colder."""
-        asked, anneal = self.asked, self.timing.anneal
+        """Routing of the next step: dense, then top-2, then `top_k`, at falling temperature."""
+        options, anneal = self.options, self.timing.anneal
         if not self.are_mature:
-            return Routing(capacity_factor=asked.capacity_factor)
+            return Routing(capacity_factor=options.capacity_factor)
         share = min(1.0, self.settled_steps / anneal) if anneal else 1.0
-        top_k = asked.top_k if share == 1.0 else max(2, asked.top_k)
-        temperature = 1 + share * (asked.temperature - 1)
-        return Routing(top_k=top_k, temperature=temperature, capacity_factor=asked.capacity_factor)
+        top_k = options.top_k if share == 1.0 else max(2, options.top_k)
+        temperature = 1 + share * (options.temperature - 1)
+        return Routing(
+            top_k=top_k, temperature=temperature, capacity_factor=options.capacity_factor
+        )
 
     def next_name(self) -> str:
-        """Return the name of the next expert, which no other ever had."""
+        """Return a new name for the next expert."""
         while (name := f"expert_{self.counter}") in {*self.members, *self.expert_of}:
             self.counter += 1
         self.counter += 1
         return name
 
-    def enrol(self, skill: str, expert: str) -> None:
-        """Let a skill be an expert's, maybe a new one's; it is known from here on."""
+    def assign(self, skill: str, expert: str) -> None:
+        """Assign a skill to an expert, which may be new; the skill is known afterwards."""
         assert self.novel is not None
         if expert not in self.members:
             self.members[expert] = Member(is_mature=not self.timing.maturity)
@@ -214,8 +219,8 @@ class ExpertRegistry:
             self._young[skill] = []
         self.novel = None
 
-    def dismiss(self, expert: str, *, heir: str | None = None) -> None:
-        """Forget an expert, with its skills unless there is an heir to them."""
+    def remove(self, expert: str, *, heir: str | None = None) -> None:
+        """Remove an expert, and its skills unless an heir takes them."""
         del self.members[expert]
         for skill in [skill for skill, own in self.expert_of.items() if own == expert]:
             if heir is not None:
@@ -227,7 +232,7 @@ class ExpertRegistry:
                 self.detector.library.remove(skill)
 
     def most_similar(self) -> tuple[str, str] | None:
-        """Return two experts, the older first, whose skills are most alike; None: there are not."""
+        """Return the experts of the two most similar skills, the older first; None: no pair."""
         if self.detector is None:
             return None
         library = self.detector.library
@@ -250,9 +255,9 @@ class ExpertRegistry:
         return first, second
 
     def nearest(self, novel: Novel) -> str:
-        """Return the expert of the known skill that a new one is most like.
+        """Return the expert that should learn a new skill: that of the most similar known skill.
 
-        The base's last, and before it those that are trained no more.
+        Frozen experts come after all others, and the expert of the base comes last.
         """
         by_skill = {} if novel.decision is None else novel.decision.by_skill
         distances = {
@@ -267,20 +272,20 @@ class ExpertRegistry:
         return max(order, key=suits)
 
     def thaw(self, name: str) -> None:
-        """Let an expert be trained again, as one that has not stalled."""
+        """Unfreeze an expert, and reset its stall window."""
         member = self.members[name]
         member.is_frozen = member.is_whole = False
         member.losses, member.before = [], None
 
-    def stay_within(self, names: Collection[str]) -> None:
-        """Forget experts that a mixture has not, and take up those that came from elsewhere."""
+    def sync_with(self, names: Collection[str]) -> None:
+        """Remove experts that a mixture does not have, and add those that it has."""
         for name in [name for name in self.members if name not in names]:
-            self.dismiss(name)
+            self.remove(name)
         for name in names:
             self.members.setdefault(name, Member(is_mature=True))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything but options and schedules as plain values."""
+        """Return everything except options and schedules as plain values."""
         return {
             "format_version": FORMAT_VERSION,
             "members": {name: asdict(member) for name, member in self.members.items()},
@@ -290,17 +295,17 @@ class ExpertRegistry:
             "batches": dict(self.batches),
             "sequences": list(self._sequences),
             "young": {
-                skill: [replace(each, digests=()).state_dict() for each in held]
-                for skill, held in self._young.items()
+                skill: [replace(each, digests=()).state_dict() for each in batches]
+                for skill, batches in self._young.items()
             },
             "detector": None if self.detector is None else self.detector.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` gave.
+        """Restore the state that `state_dict` returned.
 
         Raises:
-            TritterError: it is of another format.
+            TritterError: the state has another format.
         """
         check_format(state, "experts: a state")
         self.members = {
@@ -313,8 +318,8 @@ class ExpertRegistry:
         self.batches = dict(state["batches"])
         self._sequences = list(state["sequences"])
         self._young = {
-            skill: [Observation.of_state(each) for each in held]
-            for skill, held in state["young"].items()
+            skill: [Observation.of_state(each) for each in batches]
+            for skill, batches in state["young"].items()
         }
         if self.detector is not None and state["detector"] is not None:
             self.detector.load_state_dict(state["detector"])

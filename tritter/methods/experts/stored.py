@@ -1,8 +1,8 @@
-"""A mixture of experts in a checkpoint folder: taken from a live model, written, read, put back.
+"""Experts in a checkpoint folder: capturing a live mixture, writing, reading and applying it.
 
-The base stands at the root, as if there were no experts. `experts/NAME/` is one expert as stock
-PEFT reads it; `state/experts.*` says how they are mixed. `tritter.checkpoints.expert_files` knows
-where everything lies and what may stand in the JSON; tensors and live models are known here.
+The base is in the root folder, as without experts. `experts/NAME/` is one expert in the format of
+stock PEFT, and `state/experts.*` describes the mixture. `tritter.checkpoints.expert_files` defines
+the files and validates the JSON; this module handles tensors and live models.
 """
 
 import json
@@ -48,15 +48,14 @@ from tritter.storage.records import record_text
 from tritter.storage.tensors import TensorFolder, is_finite
 from tritter.training.checkpoint_io import decode, encode
 
-# One adapter as a folder of PEFT's format: written for stock PEFT, and read from anywhere.
+# One adapter as a folder in PEFT's format, written for stock PEFT and read from any source.
 #
-# Only plain LoRA of linear layers and embeddings is read; whatever else a config asks for would
-# be left out in silence, and is refused by name. Nothing in such a folder is run or unpickled.
+# Only plain LoRA of linear layers and embeddings is read. Other settings in a config are refused by
+# name instead of being ignored. Nothing in such a folder is run or unpickled.
 #
-# Where an adapter stands on the vocabulary, stock PEFT writes the base's own weights of it beside
-# the factors, and puts them in the place of a model's when it loads them. Here a base is never
-# written, and one that is read has to be the model's: then it says nothing, and else the adapter
-# belongs to another base.
+# If an adapter targets the vocabulary, stock PEFT also writes the base's weights of it, which
+# replace those of the model on loading. Here they are never written. If they are read, they must
+# equal those of the model; otherwise the adapter belongs to another base.
 
 CONFIG_NAME, TENSORS_NAME = ADAPTER_FILES
 _PREFIX = "base_model.model."
@@ -68,14 +67,13 @@ _KEY = re.compile(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StoredAdapter:
-    """What a folder holds.
+    """One adapter as plain tensors.
 
     Args:
-        shape: its targets are the last names of the layers below.
-        factors: name of the layer in the stock model → A [r, in_features] and
-            B [out_features, r].
-        embeddings: the layers of these that look tokens up.
-        base: name of a layer → the base's weight of it, where the folder holds one.
+        shape: its size; the targets are the last names of the layers below.
+        factors: layer of the stock model → A [r, in_features] and B [out_features, r].
+        embeddings: those of the layers that are embeddings.
+        base: layer → the base's weight, if the folder contains it.
     """
 
     shape: AdapterShape
@@ -87,20 +85,24 @@ class StoredAdapter:
 def write_adapter(
     model: nn.Module, name: str, folder: Path, *, base: str, overwrite: bool = False
 ) -> None:
-    """Write an adapter of a live model, as PEFT's `save_pretrained` would.
+    """Write an adapter of a live model in the format of PEFT's `save_pretrained`.
 
     Args:
-        base: hub id or path of the model that it belongs on, as its config says it.
+        model: the model.
+        name: the adapter.
+        folder: destination.
+        base: hub id or path of the base model, for the adapter's config.
+        overwrite: replace an existing adapter.
 
     Raises:
-        RequestError: there is no adapter of this name, or something stands at `folder`.
-        TritterError: a weight is not finite, or the disk refuses.
+        RequestError: there is no adapter of this name, or `folder` exists.
+        TritterError: a weight is not finite, or writing fails.
     """
-    write_stored(taken(model, name), folder, base=base, overwrite=overwrite)
+    write_stored(adapter_of(model, name), folder, base=base, overwrite=overwrite)
 
 
-def taken(model: nn.Module, name: str) -> StoredAdapter:
-    """Return an adapter of a live model as it is now, copied to the CPU.
+def adapter_of(model: nn.Module, name: str) -> StoredAdapter:
+    """Return a copy of a live model's adapter on the CPU.
 
     Raises:
         RequestError: there is no adapter of this name.
@@ -108,10 +110,13 @@ def taken(model: nn.Module, name: str) -> StoredAdapter:
     """
     shape, found, embeddings = shape_of(model, name), {}, set()
     for layer_name, layer in adapted_layers(model):
-        held = factors(layer, name)
-        if held is None:
+        found_factors = factors(layer, name)
+        if found_factors is None:
             continue
-        found[layer_name] = held.down.detach().cpu().clone(), held.up.detach().cpu().clone()
+        found[layer_name] = (
+            found_factors.down.detach().cpu().clone(),
+            found_factors.up.detach().cpu().clone(),
+        )
         if not all(map(is_finite, found[layer_name])):
             raise TritterError(f"the adapter {name} of {layer_name} is not finite.")
         if is_embedding(layer):
@@ -122,11 +127,11 @@ def taken(model: nn.Module, name: str) -> StoredAdapter:
 def write_stored(
     stored: StoredAdapter, folder: Path, *, base: str, overwrite: bool = False
 ) -> None:
-    """Write an adapter that is no model's any more; see `write_adapter`.
+    """Write an adapter that is detached from a model; see `write_adapter`.
 
     Raises:
-        RequestError: something stands at `folder`.
-        TritterError: the disk refuses.
+        RequestError: `folder` exists.
+        TritterError: writing fails.
     """
     shape, tensors = stored.shape, {}
     for layer, (down, up) in stored.factors.items():
@@ -142,54 +147,58 @@ def write_stored(
         base_model_name_or_path=base,
         inference_mode=True,
     )
-    with atomic_folder(folder, overwrite=overwrite) as place:
-        save_file(tensors, place / TENSORS_NAME, metadata={"format": "pt"})
-        (place / TENSORS_NAME).chmod(0o644)  # as other files; it is made for its owner alone
-        # What a newer PEFT adds is at its default, which needs no entry
+    with atomic_folder(folder, overwrite=overwrite) as temporary:
+        save_file(tensors, temporary / TENSORS_NAME, metadata={"format": "pt"})
+        (temporary / TENSORS_NAME).chmod(0o644)  # save_file restricts it to the owner
+        # Options of newer PEFT versions have their defaults and need no entry
         settings = {k: v for k, v in config.to_dict().items() if is_plain_setting(k, v)}
         plain = {k: sorted(v) if isinstance(v, set) else v for k, v in settings.items()}
-        (place / CONFIG_NAME).write_text(json.dumps(plain, indent=2, sort_keys=True) + "\n")
+        (temporary / CONFIG_NAME).write_text(json.dumps(plain, indent=2, sort_keys=True) + "\n")
 
 
 def read_adapter(folder: Path) -> StoredAdapter:
-    """Read an adapter folder, of ours or of stock PEFT.
+    """Read an adapter folder written by Tritter or stock PEFT.
 
     Raises:
-        TritterError: it is none, asks for more than plain LoRA, or its tensors don't fit its
-            config; names the key or the tensor.
+        TritterError: it is not an adapter, requires more than plain LoRA, or its tensors don't
+            match its config; names the key or the tensor.
     """
     config = AdapterConfig.read(folder)
     tensors = TensorFolder.open_file(folder, TENSORS_NAME)
     path = folder / TENSORS_NAME
     layers: dict[str, dict[str, str]] = {}  # layer → A, B and base → name of the tensor
-    embeddings: dict[str, set[bool]] = {}  # layer → whether its factors look tokens up
+    embeddings: dict[
+        str, set[bool]
+    ] = {}  # layer → {True} for an embedding, {False} for a linear layer
     for name in tensors.headers:
         match = _KEY.fullmatch(name)
         if match is None:
             raise TritterError(
-                f"{path}: {name} is no factor of LoRA on a linear layer or an embedding."
+                f"{path}: {name} is not a LoRA factor of a linear layer or an embedding."
             )
         part = match["part"] or match["looked_up"]
         layers.setdefault(match["layer"], {})[part or "base"] = name
         if part:
             embeddings.setdefault(match["layer"], set()).add(match["part"] is None)
     if not layers:
-        raise TritterError(f"{path} holds no tensors.")
+        raise TritterError(f"{path} contains no tensors.")
     found = {}
     for layer, own in layers.items():
         if len(embeddings.get(layer, ())) > 1:
-            raise TritterError(f"{path}: {layer} is a linear layer and an embedding at once.")
+            raise TritterError(
+                f"{path}: {layer} has factors of both a linear layer and an embedding."
+            )
         if missing := [part for part in ("B", "A") if part not in own]:
             raise TritterError(f"{path}: {layer} lacks its {missing[0]}.")
         down, up = tensors.shape(own["A"]), tensors.shape(own["B"])
         if (len(down), len(up)) != (2, 2) or (down[0], up[1]) != (config.rank, config.rank):
             raise TritterError(
-                f"{path}: {layer} has factors of shapes {[list(down), list(up)]}; its config says "
+                f"{path}: {layer} has factors of shapes {[list(down), list(up)]}; its config has "
                 f"r = {config.rank}."
             )
         found[layer] = tensors.get(own["A"]), tensors.get(own["B"])
         if not all(map(is_finite, found[layer])):
-            raise TritterError(f"{path}: {layer} holds values that are not finite.")
+            raise TritterError(f"{path}: {layer} has values that are not finite.")
     targets = tuple(sorted({layer.rpartition(".")[2] for layer in found}))
     return StoredAdapter(
         AdapterShape(config.rank, config.alpha, targets),
@@ -200,37 +209,39 @@ def read_adapter(folder: Path) -> StoredAdapter:
 
 
 def put_values(model: nn.Module, name: str, stored: StoredAdapter) -> None:
-    """Give an adapter that a model has already the values of a folder.
+    """Load the values of a stored adapter into an adapter on a model.
 
     Raises:
-        TritterError: the adapter stands on other layers, or has other sizes, than the folder's; or
-            the folder is of another base.
+        TritterError: layers or sizes differ from the stored adapter's, or it belongs to another
+            base.
     """
     layers = dict(adapted_layers(model))
     own = {n: f for n, layer in layers.items() if (f := factors(layer, name)) is not None}
     if own.keys() != stored.factors.keys():
         first = sorted(own.keys() ^ stored.factors.keys())[0]
         where = "the folder" if first in stored.factors else "the model"
-        raise TritterError(f"the adapter does not fit the model: {first} is in {where} alone.")
+        raise TritterError(f"the adapter does not fit the model: {first} is only in {where}.")
     for layer, (down, up) in stored.factors.items():
         if is_embedding(layers[layer]) != (layer in stored.embeddings):
             raise TritterError(
-                f"the adapter does not fit the model: {layer} is an embedding in the "
-                f"{'folder' if layer in stored.embeddings else 'model'} alone."
+                f"the adapter does not fit the model: {layer} is an embedding only in the "
+                f"{'folder' if layer in stored.embeddings else 'model'}."
             )
         base = layers[layer].get_base_layer().get_parameter("weight").detach()
-        theirs = stored.base.get(layer, base)
-        narrower = min(base.dtype, theirs.dtype, key=lambda dtype: dtype.itemsize)
-        if theirs is not base and not torch.equal(base.cpu().to(narrower), theirs.to(narrower)):
+        stored_base = stored.base.get(layer, base)
+        narrower = min(base.dtype, stored_base.dtype, key=lambda dtype: dtype.itemsize)
+        if stored_base is not base and not torch.equal(
+            base.cpu().to(narrower), stored_base.to(narrower)
+        ):
             raise TritterError(
-                f"the adapter does not fit the model: the folder holds other base weights of "
+                f"the adapter does not fit the model: the folder contains other base weights of "
                 f"{layer}."
             )
-        for held, value in ((own[layer].down, down), (own[layer].up, up)):
-            if held.shape != value.shape:
+        for parameter, value in ((own[layer].down, down), (own[layer].up, up)):
+            if parameter.shape != value.shape:
                 raise TritterError(
-                    f"the adapter does not fit the model: {layer} is of shape "
-                    f"{list(value.shape)} in the folder and {list(held.shape)} in the model."
+                    f"the adapter does not fit the model: {layer} has shape "
+                    f"{list(value.shape)} in the folder and {list(parameter.shape)} in the model."
                 )
     with torch.no_grad():
         for layer, (down, up) in stored.factors.items():
@@ -238,22 +249,22 @@ def put_values(model: nn.Module, name: str, stored: StoredAdapter) -> None:
             own[layer].up.copy_(up)
 
 
-ROOT_OF_AN_EXPERT = "../.."  # what an expert in a checkpoint folder stands on
+ROOT_OF_AN_EXPERT = "../.."  # base of an expert in a checkpoint folder
 _COUNTS, _ROUTER, _EXTRA = "evidence.counts", "router", "extra"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ExpertFolder:
-    """Experts and how they are mixed, as plain tensors: no part of a live model.
+    """Experts and their mixing as plain tensors, independent of a live model.
 
     Args:
-        head: everything that is no tensor.
-        adapters: expert → its adapter, of all but the base.
-        routers: (weight [n, H], bias [n]) of each learned router, in the order of layers.
-        counts: int64 [n, V], of evidence; None where the router is learned alone.
-        extra: whatever else a training leaves: nested dictionaries with text as keys, lists,
-            numbers, text, tensors. It is read back as it was given, and not looked into.
-        base: what the adapters' own configs say they stand on.
+        head: everything except tensors.
+        adapters: expert → its adapter, for all except the base.
+        routers: (weight [n, H], bias [n]) of each learned router, in layer order.
+        counts: int64 [n, V], token counts of evidence; None if the router is `learned`.
+        extra: further state of a run: nested dictionaries with string keys, lists, numbers,
+            strings, tensors. It is read back unchanged, without validation.
+        base: base model named in the adapters' configs.
     """
 
     head: ExpertsHead
@@ -271,15 +282,16 @@ class ExpertFolder:
         usage: Mapping[str, Mapping[str, float]] | None = None,
         extra: Mapping[str, Any] | None = None,
     ) -> "ExpertFolder":
-        """Take a mixture from a live model, as it is now.
+        """Return a snapshot of a live mixture.
 
         Args:
-            usage: domain → expert → mean gate on its text, by which experts are merged later.
+            mixture: the mixture.
+            usage: domain → expert → mean gate on its data, used when experts are merged later.
             extra: see above.
 
         Raises:
-            TritterError: a weight is not finite, or a name is no name of a folder.
-            TypeError: something in `extra` is neither plain nor a tensor; names the place.
+            TritterError: a weight is not finite, or a name is not a valid folder name.
+            TypeError: something in `extra` is neither plain nor a tensor; names its position.
         """
         routing, evidence = mixture.routing, mixture.evidence
         head = ExpertsHead(
@@ -301,23 +313,23 @@ class ExpertFolder:
             usage={domain: dict(gates) for domain, gates in (usage or {}).items()},
             base_bits=base_bits(mixture.model),
         )
-        held: dict[str, Tensor] = {}
-        plain = encode(extra or {}, held, place=_EXTRA)
+        tensors: dict[str, Tensor] = {}
+        plain = encode(extra or {}, tensors, place=_EXTRA)
         made = cls(
             head=head,
-            adapters={name: taken(mixture.model, name) for name in head.adapters},
+            adapters={name: adapter_of(mixture.model, name) for name in head.adapters},
             routers=tuple(
                 (router.weight.detach().cpu().clone(), router.bias.detach().cpu().clone())
                 for router in mixture.routers()
             ),
             counts=None if evidence is None else evidence.counts.detach().cpu().clone(),
-            extra=decode(plain, held),
+            extra=decode(plain, tensors),
         )
         _check_tensors(made)
         return made
 
     def write(self, folder: Path) -> None:
-        """Write it beside a model; meant for a checkpoint folder that is still being made."""
+        """Write the experts to a checkpoint folder that is under construction."""
         for name, adapter in self.adapters.items():
             write_stored(adapter, folder / EXPERTS_FOLDER / name, base=self.base)
         tensors: dict[str, Tensor] = {}
@@ -329,28 +341,28 @@ class ExpertFolder:
         extra = encode(self.extra, tensors, place=_EXTRA)
         (folder / TENSORS).parent.mkdir(exist_ok=True)
         save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
-        (folder / TENSORS).chmod(0o644)  # as all files of a checkpoint; it is made for its owner
+        (folder / TENSORS).chmod(0o644)  # as all files of a checkpoint
         digest = file_digest(folder / TENSORS)
         head = replace(self.head, extra=extra, tensors_sha256=digest)
         (folder / HEAD).write_text(record_text(head), encoding="utf-8")
 
     @classmethod
     def read(cls, folder: Path) -> "ExpertFolder | None":
-        """Return the experts of a checkpoint folder; None where there are none.
+        """Return the experts of a checkpoint folder; None if there are none.
 
         Raises:
-            TritterError: a file is missing, damaged, too large or of a newer format, values are
-                not finite, sizes don't fit each other, or a link leads out of the folder.
+            TritterError: a file is missing, damaged, too large or in a newer format, values are not
+                finite, sizes don't match, or a link leads out of the folder.
         """
         files = ExpertFiles.read(folder)
         return None if files is None else cls.of_files(files)
 
     @classmethod
     def of_files(cls, files: ExpertFiles) -> "ExpertFolder":
-        """Return the experts of files whose heads were read.
+        """Return the experts of files whose heads were already read.
 
         Raises:
-            TritterError: as `read`.
+            TritterError: as for `read`.
         """
         folder = files.source
         require_file(folder / TENSORS)
@@ -363,7 +375,7 @@ class ExpertFolder:
         try:
             extra = decode(files.head.extra, tensors)
             if not isinstance(extra, dict):
-                raise ValueError("it is no table")
+                raise ValueError("it is not a JSON object")
         except (KeyError, TypeError, ValueError) as error:
             raise TritterError(f"{folder / HEAD} is damaged: extra ({error!r}).") from error
         number = sum(name.endswith(".bias") for name in tensors if name.startswith(_ROUTER))
@@ -386,16 +398,16 @@ class ExpertFolder:
         return made
 
     def apply(self, model: nn.Module) -> ExpertMixture:
-        """Put the mixture on a model just loaded, which runs it from then on.
+        """Add the mixture to a model that was just loaded.
 
         Raises:
-            TritterError: the model is not the one that the experts were taken from: sizes differ.
+            TritterError: sizes differ from those of the model.
         """
         head, size = self.head, model.config.vocab_size  # type: ignore[union-attr]
         if self.counts is not None and self.counts.shape[1] != size:
             raise TritterError(
-                f"the experts don't fit the model: they count {self.counts.shape[1]} tokens, its "
-                f"vocabulary has {size}."
+                f"the experts don't fit the model: they count {self.counts.shape[1]} tokens, and "
+                f"its vocabulary has {size}."
             )
         mixture = ExpertMixture(
             model,
@@ -410,15 +422,15 @@ class ExpertFolder:
         live = list(mixture.routers())
         if len(live) != len(self.routers):
             raise TritterError(
-                f"the experts don't fit the model: they have {len(self.routers)} routers, it takes "
-                f"{len(live)}."
+                f"the experts don't fit the model: they have {len(self.routers)} routers, and it "
+                f"needs {len(live)}."
             )
         device = next(model.parameters()).device
         for own, (weight, bias) in zip(live, self.routers, strict=True):
             if weight.shape[1] != own.weight.shape[1]:
                 raise TritterError(
-                    f"the experts don't fit the model: their routers read {weight.shape[1]} "
-                    f"numbers, its layers give {own.weight.shape[1]}."
+                    f"the experts don't fit the model: their routers have input size "
+                    f"{weight.shape[1]}, and its hidden size is {own.weight.shape[1]}."
                 )
             own.weight = nn.Parameter(weight.to(device, copy=True))
             own.bias = nn.Parameter(bias.to(device, copy=True))
@@ -432,15 +444,15 @@ class ExpertFolder:
 
 
 def adopt(mixture: ExpertMixture, name: str, folder: Path) -> None:
-    """Let a PEFT adapter, of ours or from anywhere, be one more expert of a mixture.
+    """Add a PEFT adapter, from Tritter or elsewhere, to a mixture as another expert.
 
-    Its rows of the learned routers are zeros, as those of any new expert.
+    Its rows of the learned routers are zeros, as for any new expert.
 
     Raises:
-        RequestError: there is an expert of this name, or the adapter asks for a target that the
-            model has not; the mixture is as it was.
-        TritterError: the folder is no plain LoRA, is damaged, or its sizes are others than the
-            model's; the mixture is as it was.
+        RequestError: the name is already in use, or a target does not exist in the model; the
+            mixture is unchanged.
+        TritterError: the folder is not a plain LoRA adapter, is damaged, or has other sizes than
+            the model; the mixture is unchanged.
     """
     try:
         check_names([name])
@@ -456,51 +468,51 @@ def adopt(mixture: ExpertMixture, name: str, folder: Path) -> None:
     mixture.add_router_rows()
 
 
-def _check_tensors(held: ExpertFolder) -> None:
-    """Refuse tensors that are not finite, or that don't fit each other.
+def _check_tensors(experts: ExpertFolder) -> None:
+    """Refuse tensors that are not finite or don't match each other.
 
     Raises:
-        TritterError: says which.
+        TritterError: names the problem.
     """
-    head, number = held.head, len(held.head.names)
-    for name in head.adapters:  # PEFT's layers hold them in such
+    head, number = experts.head, len(experts.head.names)
+    for name in head.adapters:  # PEFT stores adapters in these containers
         if hasattr(nn.ModuleDict(), name) or hasattr(nn.ParameterDict(), name):
-            raise TritterError(
-                f"{name} can't be an expert's name: something of torch's is called so."
-            )
-    if (head.router == "evidence") != (not held.routers):
-        raise TritterError(f"router = {head.router}, and there are {len(held.routers)} of them.")
-    if (head.router == "learned") != (held.counts is None):
-        there = "are missing" if held.counts is None else "are there"
-        raise TritterError(f"router = {head.router}, and counts of tokens {there}.")
+            raise TritterError(f"{name} can't be the name of an expert: torch reserves it.")
+    if (head.router == "evidence") != (not experts.routers):
+        raise TritterError(
+            f"router = {head.router}, but there are {len(experts.routers)} learned routers."
+        )
+    if (head.router == "learned") != (experts.counts is None):
+        state = "missing" if experts.counts is None else "present"
+        raise TritterError(f"router = {head.router}, but token counts are {state}.")
     sizes = set()
-    for weight, bias in held.routers:
+    for weight, bias in experts.routers:
         if weight.ndim != 2 or bias.shape != weight.shape[:1] or len(weight) != number:
             raise TritterError(
-                f"a router has shapes {list(weight.shape)} and {list(bias.shape)}, of {number} "
-                "experts."
+                f"a router has shapes {list(weight.shape)} and {list(bias.shape)}, which don't "
+                f"match {number} experts."
             )
         if not all(value.is_floating_point() and is_finite(value) for value in (weight, bias)):
-            raise TritterError("a router holds values that are not finite.")
+            raise TritterError("a router has values that are not finite.")
         sizes.add(weight.shape[1])
     if len(sizes) > 1:
-        raise TritterError(f"the routers read {sorted(sizes)} numbers; they stand on one model.")
-    counts = held.counts
+        raise TritterError(f"the routers have different input sizes: {sorted(sizes)}.")
+    counts = experts.counts
     if counts is not None:
         if counts.dtype != torch.int64 or counts.ndim != 2 or len(counts) != number:
             raise TritterError(
-                f"the counts of tokens are {counts.dtype}, {list(counts.shape)}; allowed is int64, "
-                f"a row for each of {number} experts."
+                f"the token counts are {counts.dtype}, {list(counts.shape)}; they must be int64 "
+                f"with one row for each of {number} experts."
             )
         if not counts.numel() or int(counts.min()) < 0:
-            raise TritterError("a count of tokens is below 0, or there is none.")
+            raise TritterError("token counts are negative or empty.")
     layers: dict[str, tuple[str, tuple[int, int]]] = {}
-    for name, adapter in held.adapters.items():
+    for name, adapter in experts.adapters.items():
         for layer, (down, up) in adapter.factors.items():
             size = down.shape[1], up.shape[0]
             other, known = layers.setdefault(layer, (name, size))
             if known != size:
                 raise TritterError(
-                    f"{name} and {other} don't stand on one model: {layer} is {size[0]} → "
-                    f"{size[1]} for the one, {known[0]} → {known[1]} for the other."
+                    f"{name} and {other} don't fit one model: {layer} is {size[0]} → "
+                    f"{size[1]} in the first and {known[0]} → {known[1]} in the second."
                 )

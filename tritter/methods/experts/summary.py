@@ -1,4 +1,4 @@
-"""What the lineage and summary.json say of a run's LoRA experts."""
+"""Records of a run's LoRA experts for the lineage and summary.json."""
 
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -26,11 +26,14 @@ _BATCH = 8
 def expert_records(
     before: Config, after: Config, result: FitResult, *, options: Mapping[str, Any], seed: int
 ) -> list[ExpansionRecord]:
-    """Return the lineage's record of experts that came in a training, if any did.
+    """Return the lineage record of the experts added in a training run, if there are any.
 
     Args:
-        before: config of the base when it began; `after` when it ended.
-        options: of `experts`, with the name.
+        before: config of the base at the start of the run.
+        after: config of the base at its end.
+        result: of the run.
+        options: the options of `experts`, with the name.
+        seed: of the run.
     """
     events = result.reports.get(EXPERTS, {}).get("events", [])
     born = [event["expert"] for event in events if event["kind"] == "spawned"]
@@ -46,16 +49,17 @@ def expert_records(
         target_config=after,
         layer_sources=tuple(range(family_of(after).dimensions(after).num_hidden_layers)),
         map_digest=sha256(" ".join(born).encode()).hexdigest(),
-        claims_exact=True,  # an expert that is new computes nothing
+        claims_exact=True,  # a new expert has zero output
         step0_error=0.0,
     )
     return [record]
 
 
 def expert_usage(model: nn.Module, sequences: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Return the experts of a model, and the mean gate of each in the text of each domain.
+    """Return the experts of a model, and the mean gate of each on the data of each domain.
 
     Args:
+        model: the model, with a mixture.
         sequences: domain → int64 [N, T].
     """
     mixture = mixture_on(model)
@@ -95,17 +99,17 @@ def expert_usage(model: nn.Module, sequences: Mapping[str, Tensor]) -> dict[str,
 
 
 def experts_summary(
-    trainings: Sequence[tuple[int, Mapping[str, Any]]],
+    fits: Sequence[tuple[int, Mapping[str, Any]]],
     usages: Sequence[Mapping[str, Any]],
     *,
     options: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Return `experts` of summary.json: one record of all trainings of an attempt.
+    """Return `experts` of summary.json: one record for all training runs of a branch.
 
     Args:
-        trainings: steps and report of each, in order; without a report where nothing changed.
-        usages: of `expert_usage` after each training.
-        options: of `experts`, with the name.
+        fits: steps and report of each run, in order; runs without changes have no report.
+        usages: results of `expert_usage` after each run.
+        options: the options of `experts`, with the name.
     """
     record = {
         "kind": options["name"],
@@ -113,10 +117,10 @@ def experts_summary(
         **usages[-1],
         "phases": [each["usage"] for each in usages],
     }
-    reports = [report for _, report in trainings if report]
-    if len(reports) < len(trainings):
+    reports = [report for _, report in fits if report]
+    if len(reports) < len(fits):
         return record
-    before = list(accumulate((steps for steps, _ in trainings), initial=0))
+    before = list(accumulate((steps for steps, _ in fits), initial=0))
     events = [
         {**event, "task": number, "step": event["step"] + before[number]}
         for number, report in enumerate(reports)
@@ -128,7 +132,7 @@ def experts_summary(
         parts = [report[name] for report in reports]
         steps = [step + before[n] for n, part in enumerate(parts) for step in part["steps"]]
         experts = dict.fromkeys(expert for part in parts for expert in part[values])
-        rows = {  # null where there was nothing
+        rows = {  # null if the expert did not exist
             expert: [
                 value
                 for part in parts

@@ -1,4 +1,4 @@
-"""A checkpoint's model as it is to be run: with its experts where it has any."""
+"""Loading a checkpoint's model together with its experts."""
 
 from pathlib import Path
 
@@ -17,11 +17,13 @@ def load_whole(
     base_bits: int | None = None,
     config: Config | None = None,
 ) -> nn.Module:
-    """Load a checkpoint's model, which runs its experts where it has any.
+    """Load a checkpoint's model, including its experts if it has any.
 
     Args:
-        base_bits: 8 or 4, in which the base is to be held for experts that it will get; those that
-            it has run on a base held as it was when they were trained.
+        folder: the checkpoint.
+        dtype: data type of the weights.
+        base_bits: 8 or 4, to quantise the base for new experts. Existing experts run on a base
+            quantised as during their training.
         config: as `load_model`.
 
     Raises:
@@ -35,7 +37,7 @@ def load_whole(
 
         quantise(model, bits)
     if files is not None:
-        from tritter.methods.experts.stored import ExpertFolder  # slow to import, and seldom needed
+        from tritter.methods.experts.stored import ExpertFolder  # slow to import, rarely needed
 
         ExpertFolder.of_files(files).apply(model)
     return model

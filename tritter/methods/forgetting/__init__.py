@@ -1,4 +1,4 @@
-"""Methods against forgetting: a plain function each, and the method that applies it."""
+"""Continual-learning methods that mitigate forgetting, and the plain functions that they apply."""
 
 from tritter.methods.forgetting.distill import Distill
 from tritter.methods.forgetting.ewc import EWC, OnlineEWC

@@ -1,12 +1,12 @@
-"""Distillation: answer as the model did before (Li & Hoiem 2016, LwF, arXiv 1606.09282).
+"""Distillation: match the model before training (Li & Hoiem 2016, LwF, arXiv 1606.09282).
 
 weight · T² · KL(teacher ‖ student) at temperature T (Hinton et al. 2015, arXiv 1503.02531), added
-to the loss of the task. The teacher is the model before the expansion, or any other with the same
-tokenizer. As in LwF the text that it is asked about is the new one: no old text is needed.
+to the loss of the task. The teacher is the model before the expansion, or any other model with the
+same tokenizer. As in LwF the teacher sees the new data: no old data is needed.
 
-When to use: there is no old text, or beside replay. Cost: the teacher's forward pass, a third of a
-training step's FLOPs where it is as large as what is trained; its weights; the student's logits
-are those of the task, and their gradient is all that is held of that size.
+When to use: there is no old data, or in addition to replay. Cost: the teacher's weights and its
+forward pass, a third of a training step's FLOPs for a teacher as large as the student. The student
+reuses the logits of the task; the only extra tensor of their size is their gradient.
 """
 
 from __future__ import annotations
@@ -30,80 +30,81 @@ if TYPE_CHECKING:
 
 # T² · KL(teacher ‖ student) at temperature T, a few tokens at a time (arXiv 1503.02531, sec. 2).
 #
-# A vocabulary is large: written down plainly, this loss holds half a dozen tensors [tokens, V] in
-# float32 beside the student's logits. Here the teacher's logits are made, used and dropped for as
-# many tokens at a time as fill a chunk of fixed size; of the size [tokens, V] there is the
-# gradient of the student's logits, in their own precision, and nothing else.
+# With a large vocabulary a plain implementation needs half a dozen float32 tensors [tokens, V] in
+# addition to the student's logits. Here the teacher's logits are computed, used and freed in chunks
+# of a fixed size. The only tensor of size [tokens, V] is the gradient of the student's logits, in
+# their own precision.
 #
-# Shapes: N tokens, V entries of the vocabulary; k of them where only the teacher's best count.
+# Shapes: N tokens, V entries of the vocabulary; k entries if only the teacher's top k count.
 
-CHUNK_ENTRIES = 2**20  # of one tensor of a chunk, tokens times vocabulary
-_NEVER = -1e30  # as a logit: no probability, and finite, so that no product with it is undefined
+CHUNK_ENTRIES = 2**20  # entries of one tensor of a chunk, tokens times vocabulary
+_NEVER = -1e30  # a logit with probability zero; finite, so that products with it are defined
 
 Logits = Callable[[slice], "Tensor"]
 
 
 def soft_target_loss(
-    said: Tensor,
-    wanted: Logits,
-    places: Tensor,
+    student: Tensor,
+    teacher: Logits,
+    tokens: Tensor,
     *,
     temperature: float = 1.0,
     top_k: int | None = None,
-    left_out: Tensor | None = None,
+    excluded: Tensor | None = None,
     chunk_entries: int = CHUNK_ENTRIES,
 ) -> Tensor:
-    """Return T² · KL(wanted ‖ said), summed over tokens, in float32 or wider; nats.
+    """Return T² · KL(teacher ‖ student) in nats, summed over tokens, in float32 or wider.
 
-    Its gradient goes to `said` alone, once.
+    Gradients flow to the student's logits only, and only once.
 
     Args:
-        said: logits of the student [..., V], contiguous.
-        wanted: slice of `places` → logits of the teacher [n, V]; asked for each of them once.
-        places: int64 [N], which of the student's tokens, counted through all dimensions but the
-            last, each at most once.
+        student: logits of the student [..., V], contiguous.
+        teacher: slice of `tokens` → logits of the teacher [n, V]; called once for each slice.
+        tokens: int64 [N], flat indices of the student's tokens (all dimensions but the last), each
+            at most once.
         temperature: T.
-        top_k: the teacher's k most probable entries count one by one, and all others as one: both
-            models' mass there is a bucket of its own. What is learned is then right where it is
-            learned, which it is not where the k are renormalised (arXiv 2503.16870, sec. 3).
-            None: all entries.
-        left_out: int64 [N], an entry of each token that neither distribution has, both being
+        top_k: the teacher's k most probable entries count individually, and all others as one
+            bucket. The result is then unbiased for these k, unlike renormalising them
+            (arXiv 2503.16870, sec. 3). None: all entries.
+        excluded: int64 [N], one entry per token to exclude from both distributions, which are then
             renormalised; negative: none.
-        chunk_entries: bound on n · V.
+        chunk_entries: upper bound on n · V.
     """
-    options = (temperature, top_k, left_out, chunk_entries)
-    loss: Tensor = _autograd_function().apply(said, wanted, places, options)
+    options = (temperature, top_k, excluded, chunk_entries)
+    loss: Tensor = _autograd_function().apply(student, teacher, tokens, options)
     return loss
 
 
 @cache
 def _autograd_function() -> type[torch.autograd.Function]:
-    """Return the loss with its gradient, which is made with it: the teacher is asked once."""
+    """Return the loss as an autograd function: forward also computes the gradient."""
     import torch
 
     class SoftTargetLoss(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, said: Tensor, wanted: Logits, places: Tensor, options: Any) -> Tensor:
-            temperature, top_k, left_out, chunk_entries = options
-            flat = said.view(-1, said.shape[-1])
-            dtype = torch.promote_types(said.dtype, torch.float32)
-            total = torch.zeros((), dtype=dtype, device=said.device)
+        def forward(
+            ctx: Any, student: Tensor, teacher: Logits, tokens: Tensor, options: Any
+        ) -> Tensor:
+            temperature, top_k, excluded, chunk_entries = options
+            flat = student.view(-1, student.shape[-1])
+            dtype = torch.promote_types(student.dtype, torch.float32)
+            total = torch.zeros((), dtype=dtype, device=student.device)
             gradient = torch.zeros_like(flat) if ctx.needs_input_grad[0] else None
             step = max(1, chunk_entries // flat.shape[-1])
-            for start in range(0, len(places), step):
+            for start in range(0, len(tokens), step):
                 part = slice(start, start + step)
-                logits = [flat[places[part]], wanted(part)]
+                logits = [flat[tokens[part]], teacher(part)]
                 scaled = [each.to(dtype) / temperature for each in logits]
-                if left_out is not None:
-                    token = (left_out[part] >= 0).nonzero().squeeze(-1)
+                if excluded is not None:
+                    token = (excluded[part] >= 0).nonzero().squeeze(-1)
                     for each in scaled:
-                        each[token, left_out[part][token]] = _NEVER
+                        each[token, excluded[part][token]] = _NEVER
                 log_q, log_p = (each.log_softmax(dim=-1) for each in scaled)
                 divergence, slope = _divergence(log_p, log_q, top_k)
                 total += divergence
                 if gradient is not None:
-                    gradient[places[part]] = slope.to(gradient.dtype)
-            ctx.temperature, ctx.shape = temperature, said.shape
+                    gradient[tokens[part]] = slope.to(gradient.dtype)
+            ctx.temperature, ctx.shape = temperature, student.shape
             if gradient is not None:
                 ctx.save_for_backward(gradient)
             loss: Tensor = temperature**2 * total
@@ -112,7 +113,7 @@ def _autograd_function() -> type[torch.autograd.Function]:
         @staticmethod
         def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None, None, None]:
             (gradient,) = ctx.saved_tensors
-            # In place: nobody comes here twice, which torch would tell by the version of the tensor
+            # In place: backward is called only once, which torch checks by the tensor's version
             gradient.mul_(outer[0] * ctx.temperature)
             return gradient.view(ctx.shape), None, None, None
 
@@ -120,7 +121,7 @@ def _autograd_function() -> type[torch.autograd.Function]:
 
 
 def _divergence(log_p: Tensor, log_q: Tensor, top_k: int | None) -> tuple[Tensor, Tensor]:
-    """Return KL(p ‖ q), summed over tokens, and its slope in the logits of q; both [n, V]."""
+    """Return KL(p ‖ q), summed over tokens, and its gradient in the logits of q; both [n, V]."""
     import torch
 
     if top_k is None or top_k >= log_p.shape[-1]:
@@ -145,7 +146,7 @@ Rows = Literal["new", "old", "both"]
 
 @options
 class DistillOptions:
-    """Whom the model is to answer like, how firmly, and on which text."""
+    """Teacher, weight and rows of the distillation loss."""
 
     weight: Annotated[float, Field(ge=0)] = 2.0
     temperature: Annotated[float, Field(gt=0)] = 2.0
@@ -156,15 +157,15 @@ class DistillOptions:
 
 
 class Distill(ForgettingMethod):
-    """Distillation from a teacher, which stands outside of what is trained and saved.
+    """Distillation from a teacher, which is neither trained nor saved.
 
     Args:
-        weight: of the divergence, the loss of the task being 1.
+        weight: of the divergence; the loss of the task has weight 1.
         temperature: of both models' probabilities.
-        rows: of a batch: `new`, `old` (those that another method replays) or `both`.
+        rows: rows of a batch: `new`, `old` (replayed by another method) or `both`.
         top_k: see `soft_target_loss`.
-        mask_gold: the text's own next token is left out of both distributions: about it the task
-            has its own say.
+        mask_gold: exclude the actual next token from both distributions, since the loss of the task
+            already covers it.
         teacher: a checkpoint; None: the model before the expansion.
     """
 
@@ -174,7 +175,7 @@ class Distill(ForgettingMethod):
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)
         self._teacher: nn.Module | None = None
-        self._flops = 0.0  # since the last look
+        self._flops = 0.0  # since the last call of the hook
 
     @classmethod
     def needs(cls, options: Any) -> Needs:
@@ -185,24 +186,24 @@ class Distill(ForgettingMethod):
         is_mixed = any(one.kind.needs(one.options).mixes for one in run.forgetting)
         if options.rows == "old" and not is_mixed:
             reason = (
-                "there are no old rows, as no method replays any; allowed is new, or replay "
-                "beside it: forgetting=[replay,distill]"
+                "there are no old rows, because no method replays any; use new, or add "
+                "replay: forgetting=[replay,distill]"
             )
             yield Problem("forgetting.distill.rows", options.rows, reason=reason)
 
     def begin_task(self, model: nn.Module, task: Task) -> None:
         if task.teacher is None:
-            raise TritterError("forgetting=distill was given no teacher.")
+            raise TritterError("forgetting=distill has no teacher.")
         self._teacher = task.teacher.to(next(model.parameters()).dtype).eval()
 
     def extra_loss(self, model: nn.Module, batch: Mapping[str, Tensor], logits: Tensor) -> Tensor:
-        """Return weight · T² · KL, averaged over the tokens of the rows that it is of.
+        """Return weight · T² · KL, averaged over the tokens of the chosen rows.
 
-        Over those of all processes: each averages its own gradients with the others'.
+        The average is over all processes: each averages its own gradients with the others'.
         """
         import torch
 
-        from tritter.core.models import config_of  # transformers, which a refusal does not wait for
+        from tritter.core.models import config_of  # imports transformers, so not at the top
 
         assert self._teacher is not None
         of_batch, length = batch["input_ids"], batch["input_ids"].shape[1]
@@ -216,22 +217,22 @@ class Distill(ForgettingMethod):
         lengths = lengths_read(model, input_ids, mask)
         self._flops += forward_flops(config_of(self._teacher)).of_all(lengths)
         tokens = torch.arange(length, device=rows.device)
-        places = (length * rows[:, None] + tokens).flatten()
+        positions = (length * rows[:, None] + tokens).flatten()
         kept = kept_tokens(model, input_ids, mask)
-        left_out = None
-        if self.options.mask_gold:  # the token behind each; behind a row's last one is none
+        excluded = None
+        if self.options.mask_gold:  # the next token; the last token of a row has none
             none = torch.full_like(input_ids[:, :1], -1)
-            left_out = torch.cat([input_ids[:, 1:], none], dim=1).flatten()
+            excluded = torch.cat([input_ids[:, 1:], none], dim=1).flatten()
         if kept is not None:
             kept = kept.flatten()
-            places, left_out = places[kept], None if left_out is None else left_out[kept]
+            positions, excluded = positions[kept], None if excluded is None else excluded[kept]
         total = soft_target_loss(
             logits,
             self._answers(input_ids, reading, kept),
-            places,
+            positions,
             temperature=self.options.temperature,
             top_k=self.options.top_k,
-            left_out=left_out,
+            excluded=excluded,
         )
         count = sum(at * number for at, number in lengths.items())
         return self.options.weight * total / max(1.0, count / this_rank().count)
@@ -247,19 +248,19 @@ class Distill(ForgettingMethod):
     def _answers(
         self, input_ids: Tensor, reading: Mapping[str, Tensor], kept: Tensor | None
     ) -> Logits:
-        """Let the teacher read rows [n, T], and return what gives its logits, some at a time.
+        """Run the teacher on rows [n, T] and return a function from a slice to its logits.
 
         Args:
-            reading: what else it is called with.
-            kept: bool [n·T], the tokens that are asked about; None: all.
+            reading: further inputs of the teacher's forward pass.
+            kept: bool [n·T], the tokens that are used; None: all.
         """
         import torch
 
-        from tritter.core.models import backbone_of, head_of  # transformers, as above
+        from tritter.core.models import backbone_of, head_of  # imports transformers
 
         assert self._teacher is not None
         if not len(input_ids):
-            return lambda part: input_ids  # nobody asks
+            return lambda part: input_ids  # never called
         head = head_of(self._teacher)
         with torch.no_grad():
             read = backbone_of(self._teacher)(input_ids=input_ids, use_cache=False, **reading)

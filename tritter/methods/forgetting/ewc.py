@@ -1,18 +1,17 @@
-"""EWC (Kirkpatrick et al. 2017, arXiv 1612.00796): hold each weight as firmly as it mattered.
+"""EWC (Kirkpatrick et al. 2017, arXiv 1612.00796): anchor each weight by its importance.
 
-½ λ Σ F (θ − θ*)², where F is the diagonal Fisher of the old domains at the weights that the
-training starts from. λ multiplies the raw per-sequence Fisher of the mean token loss, with the ½
-that the original has and many copies drop; `normalise=mean` divides F by its mean in the model
-before the expansion, so that one λ means the same for models of different size, and for a model
-and what it grows into.
+½ λ Σ F (θ − θ*)², where F is the diagonal Fisher of the old domains at the initial weights of the
+run. λ multiplies the raw per-sequence Fisher of the mean token loss, with the ½ of the paper, which
+many implementations drop. `normalise=mean` divides F by its mean in the model before the expansion,
+so that one λ fits models of different sizes, and a model and its expansion.
 
-F comes through the expansion by the parameter map, by which all that is new is free, or is taken
-at the grown model, where new directions that write have a gradient. What new rows compute has
-none at first, and drifts until it matters: F is taken again while the model trains, and the
-larger of the two stands, entry by entry; θ* stays.
+F is either mapped through the expansion by the parameter map, which leaves all new entries free, or
+computed at the expanded model, where new weights that write to the output have a gradient. Rows
+that compute new features have no gradient at first and may drift until they matter. F is therefore
+recomputed during training, and the entrywise maximum is used; θ* stays fixed.
 
-When to use: some old text may be kept, and not be trained on. Cost: passes over it, two copies of
-the weights (four while F is taken), one pass over them per step.
+When to use: some old data may be kept but not trained on. Cost: passes over the old data, two
+copies of the weights (four while F is computed), one pass over the weights per step.
 """
 
 from __future__ import annotations
@@ -42,13 +41,13 @@ if TYPE_CHECKING:
 
     from tritter.transform import Change
 
-_PURPOSE = "fisher"  # of the draw that the first Fisher and all later ones share
+_PURPOSE = "fisher"  # the first Fisher and all later ones share this sample
 KINDS = {"diagonal": "fisher", "penalty_preserving": "fisher_penalty"}
 
 
 @options
 class EWCOptions:
-    """How firm the pull is, and how its Fisher is estimated."""
+    """Strength of the penalty, and how its Fisher is estimated."""
 
     ewc_lambda: Annotated[float, Field(ge=0)] = 3e3
     normalise: Literal["none", "mean"] = "none"
@@ -65,12 +64,13 @@ class EWC(QuadraticPenalty):
     Args:
         ewc_lambda: λ.
         normalise: `none` or `mean`.
-        estimator: `empirical` or `true`, see `fisher`.
-        num_sequences: that the Fisher is averaged over.
-        carry: through an expansion, `diagonal` or `penalty_preserving`.
-        at: which Fisher a training starts with: `carried`, `expanded` (taken at the model that is
-            trained), or `auto`: the larger of both where new entries are not zero, else carried.
-        refresh_steps: the Fisher is taken again after so many steps, twice as many, and so on;
+        estimator: `empirical` or `true`, see `diagonal_fisher`.
+        num_sequences: number of old sequences that the Fisher is averaged over.
+        carry: rule that maps the Fisher through an expansion: `diagonal` or `penalty_preserving`.
+        at: the initial Fisher: `carried` (mapped through the expansion), `expanded` (computed at
+            the trained model), or `auto`: the maximum of both if new entries are nonzero, else
+            carried.
+        refresh_steps: recompute the Fisher after so many steps, twice as many, and so on;
             None: never.
     """
 
@@ -94,17 +94,20 @@ class EWC(QuadraticPenalty):
             copies=2,
         )
 
-    def prepare(self, given: Preparation) -> Prepared:
-        """Take the Fisher at the weights before the expansion."""
-        domains = self._fisher_domains(given, given.domains)
-        chosen = given.draw(self.options.num_sequences, _PURPOSE, domains=domains)
-        given.say(f"Fisher of {len(chosen)} sequences of {', '.join(domains)}")
+    def prepare(self, preparation: Preparation) -> Prepared:
+        """Compute the Fisher at the weights before the expansion."""
+        domains = self._fisher_domains(preparation, preparation.domains)
+        chosen = preparation.draw(self.options.num_sequences, _PURPOSE, domains=domains)
+        preparation.say(f"Fisher information of {len(chosen)} sequences of {', '.join(domains)}")
         fisher = diagonal_fisher(
-            given.model, chosen, estimator=self.options.estimator, progress=given.progress
+            preparation.model,
+            chosen,
+            estimator=self.options.estimator,
+            progress=preparation.progress,
         )
         return Prepared(
             state={self.kind: fisher},
-            flops=self._flops(given.model, chosen),
+            flops=self._flops(preparation.model, chosen),
             found={"sequences": len(chosen)},
         )
 
@@ -121,16 +124,16 @@ class EWC(QuadraticPenalty):
         at, fisher = self.options.at, task.state.get(self.kind)
         if fisher is None and at != "expanded":
             raise TritterError(
-                f"forgetting={self.name} was given no Fisher information of the old domains."
+                f"forgetting={self.name} has no Fisher information of the old domains."
             )
         self._carried = task.carried
         if self.options.normalise == "mean":
-            # Before the expansion: copies and new entries don't move it
+            # Before the expansion, so that copies and new entries don't change it
             self._scale = mean_importance(task.state_before[self.kind])
-        given = {} if fisher is None or at == "expanded" else fisher
-        importance = {name: value / self._scale for name, value in given.items()}
+        mapped = {} if fisher is None or at == "expanded" else fisher
+        importance = {name: value / self._scale for name, value in mapped.items()}
         if at != "carried" or self.options.refresh_steps is not None:
-            # What has no Fisher yet may get one: its anchor is where it begins
+            # Parameters without Fisher may get one later; their anchor is the initial value
             free = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
             importance = {**free, **importance}
             domains = self._fisher_domains(task, tuple(task.old_sequences))
@@ -138,13 +141,13 @@ class EWC(QuadraticPenalty):
         self.hold(model, importance)
 
     def _fisher_domains(self, of: Preparation | Task, domains: tuple[str, ...]) -> tuple[str, ...]:
-        """Return the old domains that each Fisher, the first and the later ones, is taken on."""
+        """Return the old domains that every Fisher, first or refreshed, is computed on."""
         return domains
 
     def look(self, model: nn.Module, step: int) -> float:
         import torch
 
-        if step == 0:  # before anything but the expansion changed the model
+        if step == 0:  # only the expansion has changed the model
             at = self.options.at
             is_due = at == "expanded" or (at == "auto" and has_new_values(model, self._carried))
         else:
@@ -152,13 +155,17 @@ class EWC(QuadraticPenalty):
             is_due = rest == 0 and times.bit_count() == 1
         if not is_due:
             return 0.0
-        taken = shared_fisher(model, self._sequences, estimator=self.options.estimator)
-        for name, held in self.importance.items():
-            torch.maximum(held, self._looked(name, taken[name] / self._scale).to(held), out=held)
+        fisher = shared_fisher(model, self._sequences, estimator=self.options.estimator)
+        for name, importance in self.importance.items():
+            torch.maximum(
+                importance,
+                self._with_earlier(name, fisher[name] / self._scale).to(importance),
+                out=importance,
+            )
         return self._flops(model, self._sequences)
 
-    def _looked(self, name: str, fisher: Tensor) -> Tensor:
-        """Return the importance that a parameter has by the Fisher of a look alone."""
+    def _with_earlier(self, name: str, fisher: Tensor) -> Tensor:
+        """Return the importance of a parameter that a refreshed Fisher alone implies."""
         return fisher
 
     def state_dict(self) -> dict[str, Any]:
@@ -169,25 +176,25 @@ class EWC(QuadraticPenalty):
         self._scale = float(state.get("scale", self._scale))
 
     def _flops(self, model: nn.Module, sequences: Tensor) -> float:
-        """Return what the gradients of a training step take, and no update."""
-        from tritter.core.models import config_of  # transformers, which a refusal does not wait for
+        """Return the FLOPs of the gradients of a training step, without the update."""
+        from tritter.core.models import config_of  # imports transformers, so not at the top
 
         config = config_of(model)
         flops = training_flops(config)
-        if self.options.estimator == "true":  # labels take a pass of their own
+        if self.options.estimator == "true":  # sampling labels takes another forward pass
             flops += forward_flops(config)
         return flops.of_all(lengths_of(document_mask_of(model), sequences))
 
 
 def has_new_values(model: nn.Module, carried: Mapping[str, Tensor]) -> bool:
-    """Say whether entries that carry nothing old are other than zero: they may come to write."""
+    """Return True if new entries are nonzero, so that their outputs may matter."""
     return any(
         bool(p.detach()[~carried[n].to(p.device)].any()) for n, p in model.named_parameters()
     )
 
 
 def mean_importance(importance: Mapping[str, Tensor]) -> float:
-    """Return the mean over all entries of all parameters, in float64.
+    """Return the mean importance over all entries of all parameters, in float64.
 
     Raises:
         TritterError: all of them are zero.
@@ -204,10 +211,10 @@ def mean_importance(importance: Mapping[str, Tensor]) -> float:
 
 
 class ElasticWeightConsolidation:
-    """EWC for a training loop of one's own; in Tritter's, `EWC` does the same without a graph.
+    """EWC for your own training loop; in Tritter's, `EWC` does the same without a graph.
 
     Args:
-        model: a causal language model at the weights to be held.
+        model: a causal language model with the weights that become the anchor.
         dataloader: yields batches of old data, `{"input_ids": integers [B, T]}`.
         lambda_ewc: λ.
 
@@ -223,7 +230,7 @@ class ElasticWeightConsolidation:
         batches = (batch["input_ids"] for batch in dataloader)
         self.fisher = mean_over(batches, partial(diagonal_fisher, model))
         if not self.fisher:
-            raise TritterError("ElasticWeightConsolidation: the dataloader yields no sequence.")
+            raise TritterError("ElasticWeightConsolidation: the dataloader yields no sequences.")
         self.optimal_params = {n: p.detach().clone() for n, p in model.named_parameters()}
 
     def penalty(self) -> Tensor:
@@ -239,30 +246,30 @@ class ElasticWeightConsolidation:
 
 # Online EWC (Schwarz et al. 2018, arXiv 1805.06370, section 4): one Fisher for all earlier tasks.
 #
-# ½ λ Σ F (θ − θ*)² with F = γ F_earlier + F_latest and θ* the latest weights: what an earlier
-# training held its weights by is kept beside what it trained, decays, and the Fisher of the task
-# that it trained on is added. So text of the latest task alone is needed; of the first training,
-# that of all old domains. (The paper multiplies the sum by γ once more in the penalty; here one
-# task is EWC.)
+# ½ λ Σ F (θ − θ*)² with F = γ F_earlier + F_latest and θ* the latest weights. The Fisher of earlier
+# tasks is saved with the trained model and decays by γ with each task; the Fisher of the latest
+# task is added to it. Only data of the latest task is needed; the first run needs data of all old
+# domains. (The paper multiplies the sum by γ once more in the penalty; here the first task equals
+# EWC.)
 #
-# When to use: task after task is trained, and text of those before the latest is gone. Cost: that
-# of EWC, with one more copy of the weights.
+# When to use: tasks are trained in sequence, and only data of the latest one is available. Cost:
+# that of EWC, with one more copy of the weights.
 
 
 @options
 class OnlineEWCOptions(EWCOptions):
-    """Those of EWC, and how fast the Fisher of earlier tasks fades."""
+    """Options of EWC, and the decay of the Fisher of earlier tasks."""
 
     gamma: Annotated[float, Field(ge=0, le=1)] = 1.0
 
 
 class OnlineEWC(EWC):
-    """EWC across tasks in a row.
+    """EWC across a sequence of tasks.
 
     Args:
-        gamma: γ, what is left of the earlier Fisher at each further task.
-        ewc_lambda, normalise, estimator, num_sequences, carry, at, refresh_steps: as of `EWC`;
-            each task's own Fisher is normalised, and is what looks are compared with.
+        gamma: γ, the factor by which the earlier Fisher decays with each further task.
+        ewc_lambda, normalise, estimator, num_sequences, carry, at, refresh_steps: as in `EWC`;
+            each task's own Fisher is normalised, and refreshed values are compared with it.
     """
 
     name = "online_ewc"
@@ -295,10 +302,10 @@ class OnlineEWC(EWC):
         )
 
     def _fisher_domains(self, of: Preparation | Task, domains: tuple[str, ...]) -> tuple[str, ...]:
-        """Return those of the latest task; all where no earlier training left a Fisher."""
+        """Return the domains of the latest task; all if no earlier run saved a Fisher."""
         return of.latest or domains if self.kept_kind in of.state else domains
 
-    def _looked(self, name: str, fisher: Tensor) -> Tensor:
+    def _with_earlier(self, name: str, fisher: Tensor) -> Tensor:
         earlier = self._earlier.get(name)
         return fisher if earlier is None else fisher + earlier
 
@@ -318,5 +325,5 @@ class OnlineEWC(EWC):
 
 
 def kept_kind(kind: str, normalise: str) -> str:
-    """Return the kind of state that is kept from task to task: one for each unit and rule."""
+    """Return the kind of state that is saved between tasks, one for each unit and rule."""
     return f"online_{kind}_mean" if normalise == "mean" else f"online_{kind}"

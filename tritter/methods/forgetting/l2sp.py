@@ -1,8 +1,8 @@
-"""L2-SP (Li et al. 2018, arXiv 1802.01483): decay towards the starting point, not towards zero.
+"""L2-SP (Li et al. 2018, arXiv 1802.01483): weight decay towards the starting point, not zero.
 
-When to use: no old data at hand, and the cheapest protection will do; it is also the control for
-every importance-weighted penalty, which it equals with all importances one. What the expansion
-added is free: it has no past to return to. Cost: one copy of the weights.
+When to use: no old data is available, and the cheapest mitigation suffices. It is also the control
+for every importance-weighted penalty: it is the penalty with all importances equal to one. Weights
+that the expansion added are free: they have no earlier value. Cost: one copy of the weights.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 
 @options
 class L2SPOptions:
-    """How firm the pull towards the start is."""
+    """Strength of the pull towards the starting point."""
 
     l2sp_lambda: Annotated[float, Field(ge=0)] = 0.03
 
 
 class L2SP(QuadraticPenalty):
-    """½ λ Σ (θ − θ*)² over all entries that carry old knowledge.
+    """½ λ Σ (θ − θ*)² over all entries that existed before the expansion.
 
     Args:
         l2sp_lambda: λ.
@@ -58,4 +58,4 @@ class L2SP(QuadraticPenalty):
 
     def parameters_changed(self, change: Change) -> None:
         super().parameters_changed(change)
-        self.importance = {name: (held != 0).to(held) for name, held in self.importance.items()}
+        self.importance = {name: (value != 0).to(value) for name, value in self.importance.items()}

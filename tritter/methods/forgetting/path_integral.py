@@ -1,8 +1,8 @@
-"""The path of a base's training, recorded for synaptic intelligence (arXiv 1703.04200).
+"""The path of a base model's pretraining, recorded for synaptic intelligence (arXiv 1703.04200).
 
-It can't be had afterwards, so it is recorded while a base is trained for a run whose methods ask
-for it, and kept beside the base: ω, how much of the fall of the loss each weight did, and Δ, how
-far it came. Cost: four copies of the weights and a few passes over them per step.
+It can't be computed afterwards. It is therefore recorded while a base is pretrained for a run whose
+methods need it, and saved with the base: ω, the contribution of each weight to the fall of the
+loss, and Δ, its displacement. Cost: four copies of the weights and a few passes over them per step.
 """
 
 from collections.abc import Mapping
@@ -21,12 +21,12 @@ from tritter.transform import Change
 
 
 class PathIntegral(Callback):
-    """Record ω and Δ of a training and leave them in a folder, as its `state/`.
+    """Record ω and Δ of a training run and save them in a folder, as its `state/`.
 
-    Stands before all methods, so that it reads the gradients of the task alone, unclipped.
+    It runs before all methods, so that it reads the unclipped gradients of the task alone.
 
     Args:
-        folder: where `state/` is written when the training ends; replaced whole.
+        folder: where `state/` is written at the end of training; replaced as a whole.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -35,11 +35,11 @@ class PathIntegral(Callback):
 
     @property
     def path_integral(self) -> Mapping[str, Tensor]:
-        """ω so far, by parameter name."""
+        """The running ω, by parameter name."""
         return self._path.path_integral
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._path.take_up(base_of(pl_module).model)
+        self._path.add_parameters(base_of(pl_module).model)
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Any
@@ -52,17 +52,20 @@ class PathIntegral(Callback):
         self._path.after_step(base_of(pl_module).model)
 
     def parameters_changed(self, change: Change) -> None:
-        """Follow a change of the live model."""
+        """Map ω and the starting weights through a change of the live model."""
         self._path.parameters_changed(change, start=change.state("anchor", self._path.start))
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         model = base_of(pl_module).model
-        self._path.take_up(model)
+        self._path.add_parameters(model)
         if trainer.is_global_zero:
-            left = {PATH_INTEGRAL: self.path_integral, DISPLACEMENT: self._path.displacement(model)}
+            recorded = {
+                PATH_INTEGRAL: self.path_integral,
+                DISPLACEMENT: self._path.displacement(model),
+            }
             kinds = {
                 kind: TensorStream.of((name, value.cpu()) for name, value in values.items())
-                for kind, values in left.items()
+                for kind, values in recorded.items()
             }
             with atomic_folder(self._folder, overwrite=True) as temporary:
                 write_state(temporary, kinds, step=trainer.global_step)

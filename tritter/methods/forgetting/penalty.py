@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from typing import TYPE_CHECKING, Any, cast
 
-from tritter.data.batches import drawn_equally
+from tritter.data.batches import sample_equally
 from tritter.data.tokens import PretrainedTokenizer, pack, tokenised
 from tritter.errors import Problem, RequestError, brief, refused
 from tritter.methods.forgetting.quadratic import QuadraticPenalty
@@ -95,7 +95,7 @@ def _sequences(
     import torch
 
     if isinstance(old_data, str):
-        reason = "allowed is a list of documents, or batches with input_ids"
+        reason = "must be a list of documents, or batches with input_ids"
         raise refused("old_data", brief(old_data), reason)
     if old_data is None:
         return
@@ -131,4 +131,4 @@ def _packed(
     documents = tokenised(texts, tokenizer)
     length = min(sequence_length, documents.num_tokens + len(documents))
     packed = pack(documents, sequence_length=length, end_of_text_id=tokenizer.end_of_text_id)
-    return drawn_equally({"old": packed}, count, seed=lambda name: 0)
+    return sample_equally({"old": packed}, count, seed=lambda name: 0)

@@ -1,7 +1,7 @@
 """Quadratic penalties: ½ λ Σ importance · (θ − θ*)², the common form of L2-SP and EWC.
 
-The penalty's gradient is added in place of a term in the loss: the same step, without a second
-graph over all parameters.
+The gradient of the penalty is added directly instead of a term in the loss. The step is the same,
+without a second graph over all parameters.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 
 
 class QuadraticPenalty(ForgettingMethod):
-    """Pull every parameter back to its anchor, as firmly as its importance says.
+    """Pull every parameter towards its anchor, weighted by its importance.
 
-    A method fills both when a task begins, by parameter name; what has none is free.
+    A method sets both by parameter name when a task begins; a parameter without them is free.
     """
 
-    kind = "fisher"  # the rule by which an importance follows a map
-    importance_key = "importance"  # in what a resumed training goes on from
-    strength: float  # λ, which a method takes from its options
+    kind = "fisher"  # the rule that maps an importance through an expansion
+    importance_key = "importance"  # key in `state_dict`
+    strength: float  # λ, set by the method from its options
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)
@@ -38,7 +38,7 @@ class QuadraticPenalty(ForgettingMethod):
         self.importance: dict[str, Tensor] = {}
 
     def hold(self, model: nn.Module, importance: Mapping[str, Tensor]) -> None:
-        """Take the present weights for anchors, wherever there is an importance."""
+        """Set the current weights as anchors, for every parameter that has an importance."""
         for name, parameter in model.named_parameters():
             if name in importance:
                 self.anchor[name] = parameter.detach().clone()
@@ -67,7 +67,7 @@ class QuadraticPenalty(ForgettingMethod):
         return 0.5 * self.strength * total
 
     def add_to_gradients(self, model: nn.Module) -> None:
-        """Add λ · importance · (θ − θ*) to the gradient of every parameter that has one."""
+        """Add λ · importance · (θ − θ*) to the gradient of every parameter that has a gradient."""
         for name, parameter in model.named_parameters():
             if parameter.grad is None or name not in self.importance:
                 continue
@@ -83,19 +83,19 @@ class QuadraticPenalty(ForgettingMethod):
             if name in self.importance:
                 moved = parameter.detach() - self.anchor[name]
                 importance = self.importance[name]
-                if moved.device.type == "mps":  # which has no float64
+                if moved.device.type == "mps":  # MPS has no float64
                     moved, importance = moved.cpu(), importance.cpu()
                 total += (importance * moved.double().square()).sum().cpu()
         return 0.5 * self.strength * float(total)
 
     def parameters_changed(self, change: Change) -> None:
-        """Map anchors as weights and importances by their rule; what is new is free."""
+        """Map anchors as weights, and importances by their rule; new entries are free."""
         import torch
 
-        # What was never held may be copied from: there the importance is zero, and no anchor counts
-        unheld = (stored for stored in change.before if stored.name not in self.anchor)
+        # A map may copy from entries without an anchor: their importance is zero, so zeros will do
+        unanchored = (stored for stored in change.before if stored.name not in self.anchor)
         device = next((value.device for value in self.anchor.values()), None)
-        zeros = {stored.name: torch.zeros(stored.shape, device=device) for stored in unheld}
+        zeros = {stored.name: torch.zeros(stored.shape, device=device) for stored in unanchored}
         anchor = change.state("anchor", zeros | self.anchor)
         importance = change.state(self.kind, self.importance)
         self.anchor = {name: anchor[name] for name in importance if name in anchor}
@@ -119,13 +119,13 @@ def placed_like(present: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> 
 # The diagonal Fisher information of a causal language model, from per-sequence gradients.
 #
 # F = E[(∂L/∂θ)²], where L is the mean next-token loss of one sequence. Squaring the gradient of a
-# batch's mean instead gives about a B-th of it for a batch of B (arXiv 2502.11756 compares the
-# estimators in use). `empirical` takes the tokens of the text as labels; `true` draws them from
-# the model itself, which is the Fisher in the strict sense.
+# batch mean instead gives about F / B for a batch of B (arXiv 2502.11756 compares common
+# estimators). `empirical` uses the tokens of the data as labels; `true` samples the labels from
+# the model itself, which gives the Fisher in the strict sense.
 
 Estimator = Literal["empirical", "true"]
 Parameters = Mapping[str, "Tensor"]
-_HELD_VALUES = 2**19  # of gradients: more of them wait for memory, fewer for the next call
+_HELD_VALUES = 2**19  # gradient values per batch: more are bound by memory, fewer by call overhead
 
 
 def diagonal_fisher(
@@ -137,22 +137,22 @@ def diagonal_fisher(
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Tensor]:
-    """Estimate the Fisher of every parameter.
+    """Estimate the diagonal Fisher of every parameter.
 
     Args:
-        model: `model(input_ids=[B, T], use_cache=False).logits` is [B, T, V]; its modules' own
-            randomness (dropout) is off while it is looked at.
+        model: `model(input_ids=[B, T], use_cache=False).logits` is [B, T, V]; it runs in evaluation
+            mode, so dropout is off.
         sequences: integers [N, T].
-        batch_size: sequences whose gradients are held at a time (a model with experts, or that
-            reads documents apart, takes one after the other), else 8, and up to 32 of a small
-            model; the result does not depend on it.
+        batch_size: sequences whose gradients are in memory at once. None: 8, and up to 32 for a
+            small model. A model with experts or document masks processes one sequence at a time.
+            The result does not depend on it.
         estimator: `empirical` or `true`.
-        seed: of the labels that `true` draws.
-        progress: called with (sequences done, sequences in all) after each batch.
+        seed: seed of the labels that `true` samples.
+        progress: called with (sequences done, sequences in total) after each batch.
 
     Returns:
         Parameter name → float32 tensor of the parameter's shape, averaged over the sequences. A
-        tied parameter stands once, with the sum of what it does in both roles.
+        tied parameter appears once, with the gradients of both roles summed.
     """
     import torch
 
@@ -201,7 +201,7 @@ def mean_over(
 def shared_fisher(
     model: nn.Module, sequences: Tensor, *, estimator: Estimator = "empirical", seed: int = 0
 ) -> dict[str, Tensor]:
-    """Return the same, the sequences dealt out to the processes of a training; on all of them."""
+    """Return `diagonal_fisher` of all sequences, computed in shares by all processes of a run."""
     import torch
     from torch import distributed
 
@@ -220,7 +220,7 @@ def shared_fisher(
 
 
 def has_experts(model: nn.Module) -> bool:
-    """Return whether tokens choose experts: then what is computed depends on the data."""
+    """Return True if tokens are routed to experts, so that the computation depends on the data."""
     family = find_family(getattr(getattr(model, "config", None), "model_type", ""))
     return family is not None and family.has_experts
 
@@ -233,7 +233,7 @@ def _squares(
     from torch.func import grad, vmap
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    # Routing has no batching rule, nor has the look for boundaries between documents
+    # Neither routing nor finding document boundaries has a batching rule
     if not has_experts(model) and document_mask_of(model) is None:
         per_sequence = vmap(grad(_sequence_loss, argnums=1), in_dims=(None, None, 0, 0))
         with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no batching rule
@@ -244,7 +244,7 @@ def _squares(
     for sequence, wanted in zip(input_ids, labels, strict=True):
         with torch.enable_grad():
             loss = _sequence_loss(model, leaves, sequence, wanted)
-        # An expert that no token chose has no gradient
+        # An expert that received no token has no gradient
         found = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
         for name, gradient in zip(leaves, found, strict=True):
             total[name] += gradient.square()
@@ -254,7 +254,7 @@ def _squares(
 def _sequence_loss(
     model: nn.Module, parameters: Parameters, input_ids: Tensor, labels: Tensor
 ) -> Tensor:
-    """Mean next-token loss of one sequence; input_ids [T], labels [T - 1], or IGNORED."""
+    """Return the mean next-token loss of one sequence; input_ids [T], labels [T - 1] or IGNORED."""
     from torch import nn
     from torch.func import functional_call
 

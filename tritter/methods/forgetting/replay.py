@@ -1,9 +1,9 @@
 """Replay: a fixed share of every batch comes from the old domains.
 
-When to use: whenever old data is at hand; at our scale two fifths cost a tenth of the gain in the
-same steps and lose nothing of the old domain (compare arXiv 2403.08763). The share is exact over
-time, and so is that of each old domain among them; the new data keeps its order: a run with replay
-sees a prefix of what a run without it sees. Cost: a share of the steps.
+When to use: whenever old data is available. At our scale a fraction of two fifths costs a tenth of
+the gain at equal steps and loses nothing on the old domain (compare arXiv 2403.08763). The fraction
+is exact over time, and so is the share of each old domain. The new data keeps its order: a run with
+replay sees a prefix of the new data that a run without replay sees. Cost: a fraction of the steps.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-# Text that a model writes by itself, and what of it is worth reading again.
+# Generating old data with the model itself, and filtering it.
 #
-# A text begins with an end of text and goes on past every other one, as packed training text does
-# (where a model reads documents apart, it begins anew there); what is longer than a sequence goes
-# on from the half sequence before it. Each token is read once (keys and values are kept) and
-# drawn from softmax(logits / temperature), cut to the fewest tokens whose chances add up to
-# `top_p` (arXiv 1904.09751).
+# Each text starts with an end-of-text token and may contain further ones, as packed training data
+# does; with a document mask, each of them starts a new document. A text longer than a sequence is
+# continued from its last half sequence. Each token is read once (keys and values are cached) and
+# sampled from softmax(logits / temperature), restricted to the smallest set of tokens whose
+# probabilities sum to `top_p` (arXiv 1904.09751).
 #
-# Models at low temperatures fall into loops, at high ones into noise. Both are told by numbers
-# that need no other model: the share of distinct runs of four tokens, and the text's perplexity
-# under the model that wrote it.
+# Models loop at low temperatures and produce noise at high ones. Two numbers detect both without
+# another model: the share of distinct runs of four tokens, and the perplexity of the text under
+# the model that generated it.
 #
-# B  texts at a time      T  tokens of a sequence      V  vocabulary
+# B  texts in a batch      T  tokens of a sequence      V  vocabulary
 
 RUN_TOKENS = 4
 _SAY_EVERY_SECONDS = 10.0
@@ -50,12 +50,12 @@ _SAY_EVERY_SECONDS = 10.0
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Written:
-    """Sequences that a model wrote.
+    """Sequences that a model generated.
 
     Attributes:
         sequences: int32 [N, T].
-        nats: float64 [N], mean −log p of a sequence's tokens under the model as it is, whatever
-            the temperature was; of what an end of text, which begins a text, nothing is counted.
+        nats: float64 [N], mean −log p of a sequence's tokens at temperature 1, under the model that
+            generated it. The end-of-text token at the start of a text is not counted.
     """
 
     sequences: Tensor
@@ -73,14 +73,14 @@ def write_text(
     sequences_per_text: int = 1,
     batch_size: int = 64,
     seed: int = 0,
-    say: Callable[[str], None] = lambda line: None,
+    log: Callable[[str], None] = lambda line: None,
 ) -> Written:
-    """Let a causal language model write.
+    """Generate sequences with a causal language model.
 
     Args:
-        sequences_per_text: in a row, before the next text begins.
-        batch_size: texts that are written at a time; another number draws other texts.
-        say: told how long it may take, and now and then how far it is.
+        sequences_per_text: number of consecutive sequences cut from one text.
+        batch_size: texts that are generated at once; another value yields other texts.
+        log: prints a line of progress.
 
     Raises:
         TritterError: the model's logits are not finite.
@@ -96,15 +96,15 @@ def write_text(
         draw = _Draw(temperature=temperature, top_p=top_p, generator=generator)
         for first in range(0, num_texts, batch_size):
             count = min(batch_size, num_texts - first)
-            begin = torch.full((count, 1), end_of_text_id, device=device)
+            first_token = torch.full((count, 1), end_of_text_id, device=device)
             length = sequences_per_text * sequence_length
-            texts, costs = _texts(model, begin, length, sequence_length, draw)
+            texts, costs = _texts(model, first_token, length, sequence_length, draw)
             pieces.append(texts.view(-1, sequence_length).int().cpu())
             nats.append(costs.view(-1, sequence_length).cpu())
             done, now = first + count, time.perf_counter()
             if done < num_texts and (latest == since or now - latest > _SAY_EVERY_SECONDS):
-                left = (now - since) / done * (num_texts - done)
-                say(f"{done} of {num_texts} texts written, about {left:.0f} s left")
+                remaining = (now - since) / done * (num_texts - done)
+                log(f"{done} of {num_texts} texts generated, about {remaining:.0f} s remaining")
                 latest = now
     costs_NT = torch.cat(nats)[:num_sequences].double()
     counted = costs_NT.isfinite()
@@ -113,7 +113,7 @@ def write_text(
 
 
 def lengths_read(num_sequences: int, sequence_length: int) -> tuple[int, ...]:
-    """Return how many tokens are read in one go, each time, for a text of so many sequences."""
+    """Return the number of tokens read in each cached stretch of a text of `num_sequences`."""
     left, lengths = num_sequences * sequence_length - 1, list[int]()
     begins_with = 1
     while left > 0:
@@ -124,10 +124,10 @@ def lengths_read(num_sequences: int, sequence_length: int) -> tuple[int, ...]:
 
 
 def distinct_share(sequences: Tensor) -> Tensor:
-    """Return of each sequence [N, T] the share of its runs of four tokens that differ, [N].
+    """Return the share of distinct runs of four tokens in each sequence [N, T], as [N].
 
-    1 where no run comes twice; 1 / (T − 3) where one token is repeated all along; 1 of a sequence
-    that is too short for a run.
+    1 if no run occurs twice; 1 / (T − 3) if one token is repeated throughout; 1 for a sequence
+    shorter than a run.
     """
     import torch
 
@@ -138,46 +138,53 @@ def distinct_share(sequences: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Draw:
-    """How the next token is drawn."""
+    """Sampling of the next token."""
 
     temperature: float
     top_p: float
     generator: torch.Generator
 
     def __call__(self, logits_BV: Tensor) -> Tensor:
-        """Return int64 [B, 1]."""
+        """Return sampled token ids, int64 [B, 1]."""
         import torch
 
-        chances = (logits_BV / self.temperature).softmax(dim=-1)
+        probabilities = (logits_BV / self.temperature).softmax(dim=-1)
         if self.top_p < 1:
-            ordered, places = chances.sort(dim=-1, descending=True)
+            ordered, entries = probabilities.sort(dim=-1, descending=True)
             before = ordered.cumsum(dim=-1) - ordered
-            chances = torch.zeros_like(chances).scatter(
-                -1, places, torch.where(before < self.top_p, ordered, 0.0)
+            probabilities = torch.zeros_like(probabilities).scatter(
+                -1, entries, torch.where(before < self.top_p, ordered, 0.0)
             )
-        return torch.multinomial(chances, 1, generator=self.generator)
+        return torch.multinomial(probabilities, 1, generator=self.generator)
 
 
 def _texts(
-    model: nn.Module, begin: Tensor, length: int, window: int, draw: _Draw
+    model: nn.Module, first_token: Tensor, length: int, window: int, draw: _Draw
 ) -> tuple[Tensor, Tensor]:
-    """Return texts, int64 [B, length], and −log p of each token [B, length], NaN for the first."""
+    """Return texts, int64 [B, length], and −log p of each token [B, length], NaN at first."""
     import torch
 
     document_mask = document_mask_of(model)
-    tokens, costs = [begin], [torch.full(begin.shape, math.nan, device=begin.device)]
-    read, cache, held = begin, None, 0
+    tokens, costs = (
+        [first_token],
+        [torch.full(first_token.shape, math.nan, device=first_token.device)],
+    )
+    read, cache, num_cached = first_token, None, 0
     for _ in range(length - 1):
-        if held + read.shape[1] > window - 1:  # as much before a token as in training, at most
-            read, cache, held = torch.cat(tokens[-max(1, window // 2) :], dim=1), None, 0
-        held += read.shape[1]
-        told: dict[str, Tensor] = {}
+        if num_cached + read.shape[1] > window - 1:  # no more context than in training
+            read, cache, num_cached = torch.cat(tokens[-max(1, window // 2) :], dim=1), None, 0
+        num_cached += read.shape[1]
+        document_arguments: dict[str, Tensor] = {}
         if document_mask is not None:
-            told = document_mask.going_on(torch.cat(tokens[-held:], dim=1), num_read=read.shape[1])
-        output = model(input_ids=read, past_key_values=cache, use_cache=True, **told)
+            document_arguments = document_mask.generation_inputs(
+                torch.cat(tokens[-num_cached:], dim=1), num_read=read.shape[1]
+            )
+        output = model(input_ids=read, past_key_values=cache, use_cache=True, **document_arguments)
         cache, logits = output.past_key_values, output.logits[:, -1].float()  # [B, V]
         if not bool(logits.isfinite().all()):
-            raise TritterError("the model's logits are not finite: it can't write text to replay.")
+            raise TritterError(
+                "the model's logits are not finite: it can't generate data for replay."
+            )
         read = draw(logits)
         tokens.append(read)
         costs.append(-logits.log_softmax(dim=-1).gather(1, read))
@@ -186,13 +193,13 @@ def _texts(
 
 @options
 class ReplayOptions:
-    """The exact share of each batch that comes from the old domains.
+    """Options of replay: the exact share of each batch that comes from the old domains.
 
     Args:
-        weights: old domain → its weight among them; 1 where it is not named.
-        weighting: of sequences that an earlier training kept, within their domain: `uniform`, or
-            `loss`, in proportion to the loss that they were left with.
-        keep: sequences of each domain that are left beside the trained model.
+        weights: old domain → its weight among the old sequences; 1 if it is not listed.
+        weighting: how sequences kept from an earlier run are drawn within their domain: `uniform`,
+            or `loss`, in proportion to their loss at the end of that run.
+        keep: training sequences of each domain that are saved with the trained model.
     """
 
     fraction: Annotated[float, Field(ge=0, lt=1)] = 0.4
@@ -202,13 +209,13 @@ class ReplayOptions:
 
 
 def _fraction_problems(name: str, options: Any, run: RunRequest) -> Iterator[Problem]:
-    """Yield that not one sequence of a training would be replayed."""
+    """Yield a problem if not one sequence of a run would be replayed."""
     gathered = run.trainer.accumulate_grad_batches
     sequences = run.training.max_steps * gathered * run.data.batch_size
     if math.floor(sequences * options.fraction) < 1:
         reason = (
-            f"of the {sequences} sequences that are trained on not one would be replayed; "
-            f"use at least {1 / sequences:.2g}, or leave {name} out"
+            f"of the {sequences} training sequences none would be replayed; "
+            f"use at least {1 / sequences:.2g}, or remove {name}"
         )
         yield Problem(f"forgetting.{name}.fraction", options.fraction, reason=reason)
 
@@ -218,9 +225,9 @@ class Replay(ForgettingMethod):
 
     Args:
         fraction: share of all sequences that are old, 0 ≤ fraction < 1.
-        weights: old domain → its weight among them; 1 where it is not named.
-        weighting: `uniform` or `loss`, of kept sequences within their domain.
-        keep: sequences of each domain that the training leaves for others.
+        weights: old domain → its weight among the old sequences; 1 if it is not listed.
+        weighting: `uniform` or `loss`, for kept sequences within their domain.
+        keep: sequences of each domain that are saved with the trained model.
     """
 
     name = "replay"
@@ -239,15 +246,15 @@ class Replay(ForgettingMethod):
         known = tuple(dict.fromkeys([*old, *earlier, *run.text.kept.sequences]))
         unknown = [name for name in weights if name not in known]
         for name in unknown:
-            reason = f"there is no such old domain; there are {', '.join(known) or 'none'}"
+            reason = f"not an old domain of this run; its old domains: {', '.join(known) or 'none'}"
             near = nearest(name, known)
             yield Problem(f"{key}.{name}", weights[name], reason=reason, nearest=near)
         if not unknown and old and not any(weights.get(name, 1) for name in old):
-            reason = "every old domain has the weight 0; leave replay out instead"
+            reason = "every old domain has the weight 0; remove replay instead"
             yield Problem(key, dict(weights), reason=reason)
 
     def mix(self, batches: BatchStream, task: Task) -> BatchStream:
-        # The place in the buffer is part of the batches' place, which checkpoints keep
+        # The position in the buffer is part of the stream's position, which checkpoints save
         buffer = ReplayBuffer.of_domains(
             task.old_sequences,
             seed=task.seed,
@@ -257,20 +264,20 @@ class Replay(ForgettingMethod):
         return batches.with_replay(buffer, self.options.fraction)
 
 
-# Self-replay (arXiv 2605.26097): the model writes its old text before it learns the new one.
+# Self-replay (arXiv 2605.26097): the model generates its own old data before it learns new data.
 #
-# What it writes at the weights that the training starts from is sorted, kept in the run's folder,
-# and mixed into the batches as replay mixes old text. Rehearsal of what a network itself puts out
-# is as old as Robins 1995 (pseudorehearsal); of language models see also LAMOL, arXiv 1909.03329.
+# The sequences are generated with the initial weights of the run, filtered, saved in the run folder
+# and mixed into the batches like real old data. Rehearsal of a network's own output dates back to
+# Robins 1995 (pseudorehearsal); for language models see also LAMOL, arXiv 1909.03329.
 #
-# When to use: the old text is gone, or was never at hand. What the model says worst it says
-# seldom, so it protects less than real old text does. Cost: one forward pass over each token that
-# is written, one token at a time, before the training; then as replay.
+# When to use: the old data is not available. The model rarely generates what it models worst, so
+# self-replay mitigates less forgetting than real old data. Cost: one forward pass per generated
+# token before training, one token at a time; then as replay.
 
 
 @options
 class SelfReplayOptions:
-    """What share of the batches the model writes, how it writes, and what of it is kept."""
+    """Share of generated sequences in the batches, how they are generated and filtered."""
 
     fraction: Annotated[float, Field(ge=0, lt=1)] = 0.25
     num_sequences: Count = 512
@@ -283,17 +290,17 @@ class SelfReplayOptions:
 
 
 class SelfReplay(ForgettingMethod):
-    """Mix sequences that the model wrote into the batches.
+    """Mix sequences that the model generated into the batches.
 
     Args:
-        fraction: share of all sequences that it wrote, 0 ≤ fraction < 1.
-        num_sequences: that it writes.
-        temperature: by which logits are divided.
-        top_p: tokens are drawn from the fewest whose chances add up to it.
-        sequences_per_text: in a row, before the next text begins.
-        min_distinct: least share of distinct runs of four tokens; what has less repeats itself.
-        min_perplexity: least perplexity of a sequence under the model that wrote it.
-        max_perplexity: largest one; None: the size of the vocabulary, where guessing is.
+        fraction: share of all sequences that are generated, 0 ≤ fraction < 1.
+        num_sequences: number of sequences to generate.
+        temperature: divisor of the logits.
+        top_p: sample from the smallest set of tokens whose probabilities sum to this.
+        sequences_per_text: number of consecutive sequences cut from one text.
+        min_distinct: minimum share of distinct runs of four tokens; below, a text is repetitive.
+        min_perplexity: minimum perplexity of a sequence under the model that generated it.
+        max_perplexity: maximum perplexity; None: the vocabulary size, that of random guessing.
     """
 
     name = "self_replay"
@@ -307,38 +314,42 @@ class SelfReplay(ForgettingMethod):
     def problems(cls, options: Any, run: RunRequest) -> Iterator[Problem]:
         yield from _fraction_problems(cls.name, options, run)
 
-    def prepare(self, given: Preparation) -> Prepared:
-        from tritter.core.models import config_of  # transformers, which a refusal does not wait for
+    def prepare(self, preparation: Preparation) -> Prepared:
+        from tritter.core.models import config_of  # imports transformers, so not at the top
 
-        config, length, asked = config_of(given.model), given.sequence_length, self.options
+        config, length, options = (
+            config_of(preparation.model),
+            preparation.sequence_length,
+            self.options,
+        )
         vocab_size = family_of(config).dimensions(config).vocab_size
-        count, per_text = asked.num_sequences, asked.sequences_per_text
-        given.say(f"the model writes {count} sequences of {length} tokens to replay")
+        count, per_text = options.num_sequences, options.sequences_per_text
+        preparation.say(f"the model generates {count} sequences of {length} tokens for replay")
         written = write_text(
-            given.model,
+            preparation.model,
             num_sequences=count,
             sequence_length=length,
-            end_of_text_id=given.end_of_text_id,
-            temperature=asked.temperature,
-            top_p=asked.top_p,
+            end_of_text_id=preparation.end_of_text_id,
+            temperature=options.temperature,
+            top_p=options.top_p,
             sequences_per_text=per_text,
-            seed=given.seed("self_replay"),
-            say=given.say,
+            seed=preparation.seed("self_replay"),
+            log=preparation.say,
         )
-        sorted_out = self.sort_out(written, vocab_size=vocab_size)
-        flops, kept = forward_flops(config), sorted_out.kept
+        filtered = self.filter_sequences(written, vocab_size=vocab_size)
+        flops, kept = forward_flops(config), filtered.kept
         return Prepared(
             written=kept,
             flops=-(-count // per_text) * sum(map(flops.of, lengths_read(per_text, length))),
-            found={"written": {**sorted_out.dropped, "kept": len(kept)}},
-            notes=(sorted_out.note(count, length),),
+            found={"written": {**filtered.dropped, "kept": len(kept)}},
+            notes=(filtered.note(count, length),),
         )
 
-    def sort_out(self, written: Written, *, vocab_size: int) -> SortedOut:
-        """Drop what repeats itself, and what the model finds too likely or too unlikely.
+    def filter_sequences(self, written: Written, *, vocab_size: int) -> FilteredSequences:
+        """Drop repetitive sequences, and those whose perplexity is too low or too high.
 
         Raises:
-            RequestError: nothing is left.
+            RequestError: no sequence remains.
         """
         import torch
 
@@ -355,14 +366,14 @@ class SelfReplay(ForgettingMethod):
         if not kept.any():
             reasons = [f"{count} {_WORDS[why]}" for why, count in dropped.items() if count]
             raise RequestError(
-                f"forgetting.self_replay: of {len(kept)} sequences that the model wrote none is "
-                f"fit to be replayed ({', '.join(reasons)}; their mean perplexity is "
-                f"{float(written.nats.mean().exp()):.4g}). Give old text (data.old), try another "
-                "forgetting.self_replay.temperature, or widen min_distinct, min_perplexity and "
+                f"forgetting.self_replay: none of the {len(kept)} generated sequences is "
+                f"suitable for replay ({', '.join(reasons)}; mean perplexity "
+                f"{float(written.nats.mean().exp()):.4g}). Set data.old, try another "
+                "forgetting.self_replay.temperature, or relax min_distinct, min_perplexity and "
                 "max_perplexity."
             )
         nats = float(written.nats[kept].mean())
-        return SortedOut(written.sequences[torch.where(kept)[0]], dropped, nats)
+        return FilteredSequences(written.sequences[torch.where(kept)[0]], dropped, nats)
 
     def mix(self, batches: BatchStream, task: Task) -> BatchStream:
         assert task.written is not None
@@ -371,18 +382,18 @@ class SelfReplay(ForgettingMethod):
 
 
 _WORDS = {
-    "repeat_themselves": "repeat themselves",
-    "perplexity_too_low": "of too low a perplexity",
-    "perplexity_too_high": "of too high a perplexity",
+    "repeat_themselves": "repetitive",
+    "perplexity_too_low": "with too low a perplexity",
+    "perplexity_too_high": "with too high a perplexity",
 }
 
 
 @dataclass(frozen=True, slots=True)
-class SortedOut:
-    """What was kept, int32 [N, T], and how many sequences were dropped, by reason.
+class FilteredSequences:
+    """The sequences that were kept, int32 [N, T], and the number dropped for each reason.
 
     Args:
-        nats: mean −log p of a token of what was kept, under the model that wrote it.
+        nats: mean −log p per kept token, under the model that generated it.
     """
 
     kept: Tensor
@@ -390,10 +401,10 @@ class SortedOut:
     nats: float
 
     def note(self, count: int, length: int) -> str:
-        """Say what there was and what was dropped."""
-        told = [f"{number} {_WORDS[why]}" for why, number in self.dropped.items() if number]
-        dropped = f"; dropped were {', '.join(told)}" if told else ""
+        """Return a sentence with the numbers of generated, replayed and dropped sequences."""
+        reasons = [f"{number} {_WORDS[why]}" for why, number in self.dropped.items() if number]
+        dropped = f"; dropped: {', '.join(reasons)}" if reasons else ""
         return (
-            f"self_replay: the model wrote {count} sequences of {length} tokens at perplexity "
+            f"self_replay: the model generated {count} sequences of {length} tokens at perplexity "
             f"{math.exp(self.nats):.3g}, {len(self.kept)} are replayed{dropped}."
         )

@@ -1,19 +1,19 @@
-"""Synaptic intelligence (Zenke et al. 2017, arXiv 1703.04200): hold what did the learning.
+"""Synaptic intelligence (Zenke et al. 2017, arXiv 1703.04200): anchor what drove earlier learning.
 
-c Σ Ω (θ − θ*)², without a half (eq. 4). Ω is the sum over earlier tasks of ω / (Δ² + ξ) (eq. 5),
-where ω is how much of the fall of a task's loss a weight did and Δ how far it came in that task;
-where ω is negative it counts as zero. What ω of the present training sees is the new text's
-next-token loss alone: with side losses, losses of other methods or replayed rows in the batch that
-loss is taken once more by itself, at the cost of a pass over the new rows.
+c Σ Ω (θ − θ*)², without a factor ½ (eq. 4). Ω is the sum over earlier tasks of ω / (Δ² + ξ)
+(eq. 5). ω is the contribution of a weight to the fall of a task's loss, and Δ its displacement
+during that task; a negative ω counts as zero. During the current run, ω is computed from the
+next-token loss of the new data alone. With side losses, losses of other methods or replayed rows in
+the batch, that loss is computed separately, at the cost of one more pass over the new rows.
 
-ω and Δ of the latest task follow an expansion each by its rule, and Ω is computed of what comes of
-them; that of earlier tasks follows as what both make of it. What is new is free.
+An expansion maps ω and Δ of the latest task each by its own rule, and Ω is computed from the mapped
+values; Ω of earlier tasks is mapped like their ratio. New weights are free.
 
-Of a model whose path nobody recorded Ω is estimated: where the loss is quadratic and at its
-minimum, ω / Δ² is half of the Hessian's diagonal, for which the Fisher of old text stands.
+If no path was recorded for a model, Ω is estimated: where the loss is quadratic and at its minimum,
+ω / Δ² is half of the Hessian's diagonal, which the Fisher of old data approximates.
 
-When to use: no old text is at hand, and the model's own training was recorded. Cost: five copies of
-the weights, a few passes over them per step.
+When to use: no old data is available, and the path of the model's own training was recorded.
+Cost: five copies of the weights, a few passes over them per step.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 @options
 class SIOptions:
-    """How firm the pull is, and what keeps Ω finite."""
+    """Strength of the penalty, and the damping that keeps Ω finite."""
 
     si_lambda: Annotated[float, Field(ge=0)] = 5.0
     xi: Annotated[float, Field(gt=0)] = 1e-4
@@ -59,7 +59,7 @@ class SI(QuadraticPenalty):
     Args:
         si_lambda: c.
         xi: ξ, in squared units of a weight.
-        num_sequences: of old text that Ω is estimated on where no path was recorded.
+        num_sequences: number of old sequences that Ω is estimated on if no path was recorded.
     """
 
     name = "si"
@@ -69,9 +69,9 @@ class SI(QuadraticPenalty):
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)
-        self.strength = 2 * self.options.si_lambda  # of a penalty with a half
+        self.strength = 2 * self.options.si_lambda  # the base class has a factor ½
         self.path = WeightPath(start={})
-        self._own: dict[str, Tensor] | None = None  # gradient of the new rows, their loss summed up
+        self._own: dict[str, Tensor] | None = None  # gradient of the new rows' summed loss
         self._own_tokens, self._own_lengths = 0.0, Counter[int]()
         self._flops = 0.0
 
@@ -87,29 +87,31 @@ class SI(QuadraticPenalty):
             copies=5,
         )
 
-    def prepare(self, given: Preparation) -> Prepared:
-        """Pass on Ω of the tasks before the latest, or estimate that of all."""
-        if all(kind in given.state for kind in RECORDED):
-            return Prepared(state={self.kind: given.state.get(self.kind, {})})
-        from tritter.training.parameters import flops_of_sequence  # transformers, for no refusal
+    def prepare(self, preparation: Preparation) -> Prepared:
+        """Pass on Ω of all tasks before the latest, or estimate Ω of all tasks."""
+        if all(kind in preparation.state for kind in RECORDED):
+            return Prepared(state={self.kind: preparation.state.get(self.kind, {})})
+        from tritter.training.parameters import (
+            flops_of_sequence,
+        )  # imports transformers, so not at the top
 
-        if not given.domains:
+        if not preparation.domains:
             raise RequestError(
-                "data.old = null: nobody recorded the path of this model's training, and si "
-                "estimates it on old text; name it, or choose forgetting=l2sp."
+                "data.old = null: no path was recorded for this model's training, so si must "
+                "estimate it on old data; set data.old, or choose forgetting=l2sp."
             )
-        chosen = given.draw(self.options.num_sequences, "si")
+        chosen = preparation.draw(self.options.num_sequences, "si")
         fisher = diagonal_fisher(
-            given.model, chosen, seed=given.seed("si"), progress=given.progress
+            preparation.model, chosen, seed=preparation.seed("si"), progress=preparation.progress
         )
         return Prepared(
             state={self.kind: estimated_importance(fisher, length=chosen.shape[1])},
-            flops=flops_of_sequence(given.model).of_all(
-                lengths_of(document_mask_of(given.model), chosen)
+            flops=flops_of_sequence(preparation.model).of_all(
+                lengths_of(document_mask_of(preparation.model), chosen)
             ),
             notes=(
-                "si: no path of its training lies beside the model; its importances are estimated "
-                f"on {len(chosen)} sequences of {', '.join(given.domains)}.",
+                "si: no path was recorded for this model; its importances are estimated "
+                f"on {len(chosen)} sequences of {', '.join(preparation.domains)}.",
             ),
         )
 
@@ -128,12 +130,12 @@ class SI(QuadraticPenalty):
         for name, latest in recorded_importance(omega, moved, xi=self.options.xi).items():
             importance[name] = importance.get(name, 0) + latest
         if not importance:
-            raise TritterError("forgetting=si was given no path of an earlier training.")
+            raise TritterError("forgetting=si received no path of an earlier training run.")
         self.hold(model, importance)
         self.path = WeightPath(start=self.anchor)
 
     def observe_batch(self, model: nn.Module, batch: Mapping[str, Tensor]) -> None:
-        """Add the gradient of the new rows' loss to what the step is to be seen by."""
+        """Add the gradient of the new rows' loss to the one that ω is computed from."""
         import torch
         from torch import nn
 
@@ -145,7 +147,7 @@ class SI(QuadraticPenalty):
         self._own_lengths.update(lengths_read(model, rows, reading.get("attention_mask")))
         labels = batch["labels"][is_new] if "labels" in batch else labels_of(model, rows)
         targets = labels[:, 1:]  # [B, T - 1]
-        # Batches count by what is to be predicted of them
+        # Batches count in proportion to their predicted tokens
         weight = float((targets != IGNORED).sum())
         if not weight:
             return
@@ -153,15 +155,17 @@ class SI(QuadraticPenalty):
         loss = nn.functional.cross_entropy(
             logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED
         )
-        taken = torch.autograd.grad(loss * weight, list(trained.values()), materialize_grads=True)
-        torch._foreach_add_([self._own[name] for name in trained], list(taken))
+        row_gradients = torch.autograd.grad(
+            loss * weight, list(trained.values()), materialize_grads=True
+        )
+        torch._foreach_add_([self._own[name] for name in trained], list(row_gradients))
         self._own_tokens += weight
 
     def observe_gradients(self, model: nn.Module) -> None:
         import torch
         from torch import distributed
 
-        from tritter.training.parameters import flops_of_sequence  # likewise
+        from tritter.training.parameters import flops_of_sequence  # imports transformers
 
         if self._own is None:
             self.path.before_step(model)
@@ -186,13 +190,13 @@ class SI(QuadraticPenalty):
         return flops
 
     def parameters_changed(self, change: Change) -> None:
-        start = change.state("anchor", self.anchor)  # of what has no importance too
+        start = change.state("anchor", self.anchor)  # of parameters without importance too
         super().parameters_changed(change)
         self.anchor = start
         self.path.parameters_changed(change, start=start)
 
     def end_task(self, model: nn.Module) -> Mapping[str, Values]:
-        self.path.take_up(model)
+        self.path.add_parameters(model)
         return {
             PATH_INTEGRAL: self.path.path_integral,
             DISPLACEMENT: self.path.displacement(model),
@@ -208,7 +212,7 @@ class SI(QuadraticPenalty):
 
 
 def recorded_importance(path_integral: Values, displacement: Values, *, xi: float) -> Values:
-    """Return max(ω, 0) / (Δ² + ξ) of one task, by the names that both have."""
+    """Return max(ω, 0) / (Δ² + ξ) of one task, for the parameters that both have."""
     return {
         name: omega.clamp(min=0) / (displacement[name].square() + xi)
         for name, omega in path_integral.items()
@@ -217,30 +221,30 @@ def recorded_importance(path_integral: Values, displacement: Values, *, xi: floa
 
 
 def estimated_importance(fisher: Values, *, length: int) -> Values:
-    """Return half of the Hessian's diagonal as the Fisher of single sequences tells it.
+    """Return half of the Hessian's diagonal, approximated by the Fisher of single sequences.
 
     Args:
-        fisher: mean of the squared gradients of the sequences' mean losses: at a minimum the
-            gradients of single tokens are about independent, so that it is a (T - 1)-th of theirs.
+        fisher: mean squared gradient of the sequences' mean losses. At a minimum the gradients of
+            single tokens are about independent, so it is 1 / (T - 1) of the per-token value.
         length: T.
     """
     return {name: value * (0.5 * (length - 1)) for name, value in fisher.items()}
 
 
-# The way that the weights of a training go, and how much of the fall of a loss each did.
+# The path of the weights during training, and the contribution of each to the fall of the loss.
 #
-# ω = Σ −g·Δθ over the steps of a training (Zenke et al. 2017, arXiv 1703.04200, eq. 3), where g
+# ω = Σ −g·Δθ over the steps of a training run (Zenke et al. 2017, arXiv 1703.04200, eq. 3), where g
 # is the gradient at the start of a step.
 PATH_INTEGRAL, DISPLACEMENT = "path_integral", "displacement"
-RECORDED = (PATH_INTEGRAL, DISPLACEMENT)  # kinds of state: ω, and Δ, how far each weight came
+RECORDED = (PATH_INTEGRAL, DISPLACEMENT)  # kinds of state: ω and Δ
 
 
 class WeightPath:
-    """The way that the weights of one training go.
+    """The path of the weights during one training run.
 
     Args:
-        start: parameter name → weights that it began with; what is absent is taken from the model
-            when it is first seen.
+        start: parameter name → initial weights; missing ones are read from the model when it is
+            first seen.
         path_integral: parameter name → ω so far.
     """
 
@@ -249,38 +253,38 @@ class WeightPath:
     ) -> None:
         self.start = start
         self.path_integral = dict(path_integral or {})
-        self._before: dict[str, Tensor] = {}  # room for the weights before a step
-        self._gradients: dict[str, Tensor] = {}  # room for those of a step
-        self._pending: tuple[str, ...] = ()  # what has a gradient in the step that is taken
+        self._before: dict[str, Tensor] = {}  # buffer for the weights before a step
+        self._gradients: dict[str, Tensor] = {}  # buffer for the gradients of a step
+        self._pending: tuple[str, ...] = ()  # parameters with a gradient in the current step
 
     def before_step(self, model: nn.Module, gradients: Mapping[str, Tensor] | None = None) -> None:
-        """Take the gradients of a step that is about to be taken.
+        """Store the weights and gradients of a step that is about to be taken.
 
         Args:
-            gradients: by parameter name; None: those that the parameters hold.
+            gradients: by parameter name; None: the parameters' own `.grad`.
         """
         import torch
         from torch import nn
 
         with torch.no_grad():
-            self.take_up(model)
+            self.add_parameters(model)
             if gradients is None:
                 held = ((name, p.grad) for name, p in model.named_parameters())
                 gradients = {name: gradient for name, gradient in held if gradient is not None}
-            given = list(gradients.values())
-            # A step that is not finite is refused, and moves nothing
-            is_finite = bool(torch.isfinite(nn.utils.get_total_norm(given)))
+            preparation = list(gradients.values())
+            # A step with a non-finite gradient is skipped and moves nothing
+            is_finite = bool(torch.isfinite(nn.utils.get_total_norm(preparation)))
             self._pending = tuple(gradients) if is_finite else ()
             for name in gradients.keys() - self._gradients.keys():
                 self._gradients[name] = torch.empty_like(self._before[name])
             if self._pending:
-                torch._foreach_copy_([self._gradients[name] for name in gradients], given)
+                torch._foreach_copy_([self._gradients[name] for name in gradients], preparation)
                 torch._foreach_copy_(
                     [self._before[name] for name in gradients], self._weights(model)
                 )
 
     def after_step(self, model: nn.Module) -> None:
-        """Add the step's −g·Δθ; nothing where none was taken."""
+        """Add the step's −g·Δθ; nothing if no step was taken."""
         import torch
 
         with torch.no_grad():
@@ -292,12 +296,12 @@ class WeightPath:
             self._pending = ()
 
     def _weights(self, model: nn.Module) -> list[Tensor]:
-        """Return the weights of what has a gradient in the step."""
+        """Return the weights of the parameters that have a gradient in the step."""
         held: dict[str, Tensor] = dict(model.named_parameters())
         return [held[name] for name in self._pending]
 
-    def take_up(self, model: nn.Module) -> None:
-        """Begin for what is trained and was not met before."""
+    def add_parameters(self, model: nn.Module) -> None:
+        """Add the trained parameters that were not seen before."""
         import torch
 
         with torch.no_grad():
@@ -311,7 +315,7 @@ class WeightPath:
                     self.path_integral[name] = omega.to(self._before[name])
 
     def displacement(self, model: nn.Module) -> dict[str, Tensor]:
-        """Return Δ by parameter name: how far each weight is from where it began."""
+        """Return Δ by parameter name: the distance of each weight from its initial value."""
         return {
             name: p.detach().to(self.path_integral[name]) - self.start[name]
             for name, p in model.named_parameters()
@@ -319,10 +323,10 @@ class WeightPath:
         }
 
     def parameters_changed(self, change: Change, *, start: dict[str, Tensor]) -> None:
-        """Follow a change of the live model; what is new has done nothing yet.
+        """Map the path through a change of the live model; new entries have no contribution yet.
 
         Args:
-            start: where the weights that are there then began.
+            start: initial values of the mapped weights.
         """
         self.start = start
         self.path_integral = change.state(PATH_INTEGRAL, self.path_integral)

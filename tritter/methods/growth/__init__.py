@@ -1,1 +1,1 @@
-"""Neurons that grow while a model is trained: when, where, what they begin as, how they mature."""
+"""Neuron growth during training: triggers, initial weights, maturity, growable modules."""

@@ -1,4 +1,4 @@
-"""Where neurons can grow, in live models and modules of one's own, and which tokens they saw."""
+"""The FFNs whose neurons can grow, and the activations recorded for them."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.utils.hooks import RemovableHandle
 
-FFN = "ffn"  # kind of the space that grows
+FFN = "ffn"  # kind of the growing space
 
 
 @dataclass(frozen=True, slots=True)
 class FfnBlock:
-    """One FFN: a neuron of it is a row of gate, a row of up and a column of down.
+    """One FFN. A neuron is a row of gate, a row of up and a column of down.
 
     Args:
-        layer: which layer's it is.
-        gate: name of the parameter [intermediate_size, hidden_size]; `up` likewise. Without up a
-            neuron computes σ(gate·x) alone.
-        down: name of the parameter [hidden_size, intermediate_size]; None: whoever reads the
+        layer: index of its layer.
+        gate: name of the parameter [intermediate_size, hidden_size].
+        up: name of another; None: a neuron computes σ(gate·x) alone.
+        down: name of the parameter [hidden_size, intermediate_size]; None: the reader of the
             neurons is not known.
-        is_transposed: all of them lie the other way round, inputs first.
+        is_transposed: the weights are stored with inputs first.
     """
 
     layer: int
@@ -38,49 +38,49 @@ class FfnBlock:
 
     @property
     def module(self) -> str:
-        """Name of the module that holds the three."""
+        """Name of the module that contains the three."""
         return self.gate.rpartition(".")[0].rpartition(".")[0]
 
     @property
     def rows(self) -> tuple[str, ...]:
-        """Names of the parameters that compute neurons, of which each is a row."""
+        """Names of the parameters with one row per neuron."""
         return (self.gate,) if self.up is None else (self.gate, self.up)
 
     @property
-    def of_rows(self) -> int:
-        """The dimension that neurons lie along in `rows`; in down it is the other."""
+    def neuron_dim(self) -> int:
+        """The neuron dimension in `rows`; down has the other one."""
         return 1 if self.is_transposed else 0
 
     @property
     def parts(self) -> tuple[tuple[str, int], ...]:
-        """Names of the weights, and the dimension that neurons lie along in each."""
-        columns = () if self.down is None else ((self.down, 1 - self.of_rows),)
-        return (*((name, self.of_rows) for name in self.rows), *columns)
+        """Names of the weights, and the neuron dimension of each."""
+        columns = () if self.down is None else ((self.down, 1 - self.neuron_dim),)
+        return (*((name, self.neuron_dim) for name in self.rows), *columns)
 
     def axes(self, model: nn.Module) -> Iterator[tuple[str, int]]:
-        """Yield the same of all parameters, biases included."""
+        """Yield name and neuron dimension of all parameters, biases included."""
         for name, dim in self.parts:
             yield name, dim
-            if name in self.rows and _owner(model, name).bias is not None:
+            if name in self.rows and _module_of(model, name).bias is not None:
                 yield f"{name.removesuffix('.weight')}.bias", 0
 
     def weights(self, model: nn.Module) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Return gate [F, H], up [F, H] and down [H, F], detached, in float32."""
         gate, up, down = (
-            None if name is None else self.turned(model.get_parameter(name).detach().float())
+            None if name is None else self.outputs_first(model.get_parameter(name).detach().float())
             for name in (self.gate, self.up, self.down)
         )
         assert gate is not None
         return gate, up, down
 
     def bias(self, model: nn.Module, name: str) -> Tensor | None:
-        """Return what neurons add to what one of `rows` reads [F], detached, in float32."""
+        """Return the bias of one of `rows`, [F], detached, in float32; None if there is none."""
         from torch import Tensor
 
-        held = _owner(model, name).bias
-        return held.detach().float() if isinstance(held, Tensor) else None
+        bias = _module_of(model, name).bias
+        return bias.detach().float() if isinstance(bias, Tensor) else None
 
-    def turned(self, weight: Tensor) -> Tensor:
+    def outputs_first(self, weight: Tensor) -> Tensor:
         """Return a weight, or its gradient, with its outputs first."""
         return weight.T if self.is_transposed else weight
 
@@ -88,26 +88,26 @@ class FfnBlock:
         return all(model.get_parameter(name).requires_grad for name, _ in self.parts)
 
     def activation(self, model: nn.Module) -> Callable[[Tensor], Tensor]:
-        """Return σ, by which a gate opens; where the module has none, nothing stands for it."""
+        """Return σ; the identity if the module has no activation."""
         module = model.get_submodule(self.module)
         name = "act_fn" if hasattr(module, "act_fn") else "act"
         activation: Callable[[Tensor], Tensor] = getattr(module, name, lambda values: values)
         return activation
 
     def width(self, model: nn.Module) -> int:
-        return model.get_parameter(self.gate).shape[self.of_rows]
+        return model.get_parameter(self.gate).shape[self.neuron_dim]
 
 
-def _owner(model: nn.Module, name: str) -> nn.Module:
+def _module_of(model: nn.Module, name: str) -> nn.Module:
     """Return the module that a weight belongs to."""
     return model.get_submodule(name.removesuffix(".weight"))
 
 
 def ffn_blocks(model: nn.Module) -> tuple[FfnBlock, ...]:
-    """Return the FFNs of a model, in the order of its layers.
+    """Return the FFNs of a model, in layer order.
 
     Raises:
-        RequestError: it has experts, adapters, or no config of a family that is known.
+        RequestError: the model has experts or adapters, or an unknown family.
     """
     import torch
 
@@ -117,13 +117,13 @@ def ffn_blocks(model: nn.Module) -> tuple[FfnBlock, ...]:
     family = family_of(config)
     if family.has_experts:
         raise RequestError(
-            f"growth: {config['model_type']} has experts in place of FFNs, and neurons grow in "
-            "dense FFNs only; add experts instead (expansion=moe_add)."
+            f"growth: {config['model_type']} has experts instead of FFNs, and neurons grow only in "
+            "dense FFNs; add experts instead (expansion=moe_add)."
         )
     if family.has_stacked_ffn:
         raise RequestError(
-            f"growth: in {config['model_type']} gate and up are one tensor, and neurons grow in "
-            "FFNs in which they are two; width makes them wider."
+            f"growth: {config['model_type']} stores gate and up as one tensor, and growth requires "
+            "two; use expansion=width instead."
         )
     names: dict[int, dict[str, str]] = {}
     is_transposed = False
@@ -132,7 +132,7 @@ def ffn_blocks(model: nn.Module) -> tuple[FfnBlock, ...]:
             assert tensor.layer is not None
             part, is_transposed = tensor.kind.removeprefix("ffn."), tensor.is_transposed
             names.setdefault(tensor.layer, {})[part] = tensor.live_name or tensor.disk_name
-    places = tuple(
+    blocks = tuple(
         FfnBlock(
             layer,
             gate=parts.get("gate", parts["up"]),
@@ -144,39 +144,39 @@ def ffn_blocks(model: nn.Module) -> tuple[FfnBlock, ...]:
     )
     parameters = dict(model.named_parameters())
     plain = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-    for name in (name for place in places for name, _ in place.parts):
-        if name not in parameters:  # something stands in front of it, such as an adapter
+    for name in (name for block in blocks for name, _ in block.parts):
+        if name not in parameters:  # wrapped, for example by an adapter
             owner = name.removesuffix(".weight")
             found = [other for other in parameters if other.startswith(f"{owner}.")]
             has = f"it has {', '.join(found[:3])}" if found else "there is none"
             raise RequestError(
-                f"growth: {name} is no plain weight of a linear layer ({has}): neurons can't "
-                "grow below LoRA adapters; merge them into the model before, or leave them out."
+                f"growth: {name} is not a plain weight of a linear layer ({has}). Neurons can't "
+                "grow below LoRA adapters; merge or remove the adapters first."
             )
         if parameters[name].dtype not in plain:
-            raise RequestError(f"growth: {name} is quantised; load the model without it.")
-    return places
+            raise RequestError(f"growth: {name} is quantised; load the model without quantisation.")
+    return blocks
 
 
 def freeze_all_but_ffns(model: nn.Module) -> None:
-    """Let the FFNs alone be trained; what is frozen already stays so."""
-    places = ffn_blocks(model)
-    names = {name for place in places for name, _ in place.axes(model)}
+    """Freeze all parameters except the FFNs; frozen parameters stay frozen."""
+    blocks = ffn_blocks(model)
+    names = {name for block in blocks for name, _ in block.axes(model)}
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(parameter.requires_grad and name in names)
 
 
-MAX_TOKENS = 1024  # of a step, of all processes
+MAX_TOKENS = 1024  # per step, over all processes
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ActivationProbe:
-    """Some tokens of a step, as one FFN saw them.
+    """Sampled activations of one FFN in a step.
 
     Args:
-        inputs: float32 [T, H], what the FFN reads.
-        output_gradients: float32 [T, H], of the loss by what it writes.
-        computed: float32 [T, F], what its neurons computed; None: it follows from the weights.
+        inputs: float32 [T, H], inputs of the FFN.
+        output_gradients: float32 [T, H], gradient of the loss in its outputs.
+        computed: float32 [T, F], activations of its neurons; None: computed from the weights.
     """
 
     inputs: Tensor
@@ -190,10 +190,10 @@ class ActivationProbe:
 
 @dataclass(slots=True)
 class ActivationRecorder:
-    """Collects tokens of FFNs during the forward and backward passes of a step.
+    """Records activations of FFNs during the forward and backward passes of a step.
 
     Args:
-        max_tokens: of each batch; spread over it.
+        max_tokens: number of sampled tokens per batch.
     """
 
     max_tokens: int = MAX_TOKENS
@@ -201,7 +201,7 @@ class ActivationRecorder:
     _gradients: dict[int, list[Tensor]] = field(default_factory=dict)
 
     def hook(self, layer: int) -> Callable[..., None]:
-        """Return a forward hook of the FFN of a layer."""
+        """Return a forward hook for the FFN of a layer."""
 
         import torch
 
@@ -220,7 +220,7 @@ class ActivationRecorder:
         return see
 
     def probes(self) -> dict[int, ActivationProbe]:
-        """Return layer → what was seen of it; a pass without a backward one counts for nothing."""
+        """Return layer → its probe; forward passes without a backward pass are ignored."""
         import torch
 
         found = {}
@@ -235,22 +235,22 @@ class ActivationRecorder:
         return found
 
     def clear(self) -> None:
-        """Forget what was seen."""
+        """Discard all recorded activations."""
         self._inputs.clear()
         self._gradients.clear()
 
 
 def some_rows(values: Tensor, count: int) -> Tensor:
-    """Return at most so many tokens of values [..., H] as rows: always those of the same places.
+    """Return at most `count` tokens of values [..., H] as rows, always at the same positions.
 
-    At random places of the batch: evenly spaced ones may all begin a sequence.
+    The positions are random: evenly spaced ones may all be first tokens of sequences.
     """
     rows = values.detach().reshape(-1, values.shape[-1])
-    return rows[_places(len(rows), count).to(rows.device)]
+    return rows[_random_positions(len(rows), count).to(rows.device)]
 
 
 @lru_cache(maxsize=16)
-def _places(size: int, count: int) -> Tensor:
+def _random_positions(size: int, count: int) -> Tensor:
     import torch
 
     drawn = torch.randperm(size, generator=torch.Generator().manual_seed(size))
@@ -258,10 +258,10 @@ def _places(size: int, count: int) -> Tensor:
 
 
 def attach(
-    model: nn.Module, places: Iterable[FfnBlock], seen: ActivationRecorder
+    model: nn.Module, blocks: Iterable[FfnBlock], seen: ActivationRecorder
 ) -> list[RemovableHandle]:
-    """Let `seen` collect until the handles that are returned are removed."""
+    """Record activations with `seen` until the returned handles are removed."""
     return [
-        model.get_submodule(place.module).register_forward_hook(seen.hook(place.layer))
-        for place in places
+        model.get_submodule(block.module).register_forward_hook(seen.hook(block.layer))
+        for block in blocks
     ]

@@ -1,4 +1,4 @@
-"""Growth as callbacks of a training: one reads the gradients of the task, one changes the model."""
+"""Growth as two callbacks: one reads the gradients of the task, one changes the model."""
 
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -27,11 +27,11 @@ from tritter.training.callbacks import ends_step, work_of
 from tritter.training.gradient_flow import NewUnits
 from tritter.training.module import BaseModule, base_of
 
-_TRIED_SEQUENCES = 2  # of a batch, in which the change of the function is measured
+_PROBE_SEQUENCES = 2  # sequences of a batch that the change of the function is measured on
 
 
 class GradientPressure(Callback):
-    """Take the gradients of the task, before any method changes them."""
+    """Record the gradients of the task before any method changes them."""
 
     def __init__(self, grower: Grower) -> None:
         self._grower = grower
@@ -39,16 +39,16 @@ class GradientPressure(Callback):
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Any
     ) -> None:
-        self._grower.pressure.observe(base_of(pl_module).model, self._grower.places)
+        self._grower.pressure.observe(base_of(pl_module).model, self._grower.blocks)
 
 
 class NeuronGrowthCallback(Callback):
-    """Let a model grow during its training; all processes alike.
+    """Grow a model during training, identically in all processes.
 
-    Stands behind what counts the step that was taken, and before evaluations and what saves.
+    It runs after the callback that counts the step, and before evaluation and checkpointing.
 
     Args:
-        new: along which dimensions of which parameters an expansion set new coordinates.
+        new: parameter name → by dimension, the coordinates that an expansion added.
     """
 
     report_name = GROWTH
@@ -59,14 +59,14 @@ class NeuronGrowthCallback(Callback):
         self._restored: Mapping[str, Any] | None = None
         self._seen = ActivationRecorder()
         self._handles: list[RemovableHandle] = []
-        self._losses: list[float] = []  # of the batches of a step
+        self._losses: list[float] = []  # of the batches in a step
         self._after: dict[str, Any] = {}
         self._last_step = 0
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         model = base_of(pl_module).model
         flags = {
-            p.layer: self._new[p.gate][p.of_rows] if self._new.get(p.gate) else None
+            p.layer: self._new[p.gate][p.neuron_dim] if self._new.get(p.gate) else None
             for p in ffn_blocks(model)
         }
         new = {layer: each.nonzero()[:, 0] for layer, each in flags.items() if each is not None}
@@ -81,11 +81,11 @@ class NeuronGrowthCallback(Callback):
         def before(*_: object) -> None:
             step = trainer.global_step
             is_logged = (step + 1) % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
-            grower.maturity.before_update(model, grower.places, step, is_measured=is_logged)
+            grower.maturity.before_update(model, grower.blocks, step, is_measured=is_logged)
 
         optimizer.register_step_pre_hook(before)
         optimizer.register_step_post_hook(
-            lambda *_: grower.maturity.after_update(model, grower.places)
+            lambda *_: grower.maturity.after_update(model, grower.blocks)
         )
 
     def on_train_batch_start(
@@ -93,14 +93,14 @@ class NeuronGrowthCallback(Callback):
     ) -> None:
         if not self._handles and self.grower.may_grow_after(trainer.global_step + 1):
             module = base_of(pl_module)
-            self._handles = attach(module.model, self.grower.places, self._seen)
+            self._handles = attach(module.model, self.grower.blocks, self._seen)
             if module.compiled is not None:
                 module.compiled.is_watched = True
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self.grower.keeps_losses:
+        if self.grower.needs_losses:
             self._losses.append(float(trainer.callback_metrics["train/loss"]))
         if not ends_step(trainer, batch_idx):
             return
@@ -114,19 +114,19 @@ class NeuronGrowthCallback(Callback):
             decided = trainer.strategy.broadcast(grower.decide(model, step))
         if decided:
             probes = self._seen.probes()
-            if trainer.world_size > 1:  # the tokens of all processes, in the same order in each
-                for layer, look in probes.items():
-                    own = (look.inputs, look.output_gradients)
+            if trainer.world_size > 1:  # gather the tokens of all processes, in the same order
+                for layer, probe in probes.items():
+                    own = (probe.inputs, probe.output_gradients)
                     gathered = (torch.as_tensor(module.all_gather(each)) for each in own)
                     probes[layer] = ActivationProbe(*(each.flatten(0, 1) for each in gathered))
             growth = grower.growth(model, decided, probes, step=step)
         if growth is not None:
-            self._grow(trainer, module, growth, batch["input_ids"][:_TRIED_SEQUENCES])
+            self._grow(trainer, module, growth, batch["input_ids"][:_PROBE_SEQUENCES])
         self._clear_probes(pl_module)
         if step % trainer.log_every_n_steps:  # type: ignore[attr-defined]
             return
         counts, ages = grower.counts, grower.maturity.ages(step)
-        widths = [place.width(model) for place in grower.places]
+        widths = [block.width(model) for block in grower.blocks]
         metrics = {
             "growth/neurons": sum(widths),
             "growth/born": counts.born,
@@ -142,10 +142,10 @@ class NeuronGrowthCallback(Callback):
             for name, norm in grower.maturity.update_norms.items():
                 metrics[f"growth/update_norm/{name}"] = norm
         if grower.pressure.neurons:
-            pressures = grower.pressure.of_layers(grower.places).tolist()
-            for place, width, pressure in zip(grower.places, widths, pressures, strict=True):
-                metrics[f"growth/layers/{place.layer}/neurons"] = width
-                metrics[f"growth/layers/{place.layer}/pressure"] = pressure
+            pressures = grower.pressure.of_layers(grower.blocks).tolist()
+            for block, width, pressure in zip(grower.blocks, widths, pressures, strict=True):
+                metrics[f"growth/layers/{block.layer}/neurons"] = width
+                metrics[f"growth/layers/{block.layer}/pressure"] = pressure
         pl_module.log_dict({name: float(value) for name, value in metrics.items()})
 
     def on_exception(
@@ -158,14 +158,14 @@ class NeuronGrowthCallback(Callback):
         module = base_of(pl_module)
         self._last_step = trainer.global_step
         self._after = {
-            "neurons": [place.width(module.model) for place in self.grower.places],
+            "neurons": [block.width(module.model) for block in self.grower.blocks],
             "parameters": sum(parameter.numel() for parameter in module.model.parameters()),
             "flops": work_of(trainer).flops,
             "map_digest": map_digest(module.journal),
         }
 
     def report(self) -> dict[str, Any]:
-        """Return what growth did, as summary.json has it."""
+        """Return the report of growth, in the format of summary.json."""
         grower, counts = self.grower, self.grower.counts
         changes = [event["function_change"] for event in grower.events]
         timing = grower.timing
@@ -200,18 +200,18 @@ class NeuronGrowthCallback(Callback):
         return self.grower.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        # Lightning loads callbacks before on_fit_start, where the model has its shapes again
+        # Lightning loads callbacks before on_fit_start, which restores the shapes of the model
         self._restored = state_dict
 
     def _grow(self, trainer: Trainer, module: BaseModule, growth: Growth, tokens: Tensor) -> None:
-        """Change the model, and take down how far its logits moved on some tokens [B, T]."""
+        """Change the model, and record the relative change of its logits on tokens [B, T]."""
         model, work = module.model, work_of(trainer)
         before, flops = logits_of(model, tokens), _reading_flops(model, tokens)
         surgery.apply(trainer, module, growth.change, reason=GROWTH)
         work.flops += flops + _reading_flops(model, tokens)
         largest = (logits_of(model, tokens) - before).abs().max()
         change = (largest / before.std().clamp_min(1e-30)).to(module.device)
-        self.grower.grown(
+        self.grower.record_event(
             model,
             growth,
             step=trainer.global_step,
@@ -230,5 +230,5 @@ class NeuronGrowthCallback(Callback):
 
 
 def _reading_flops(model: nn.Module, input_ids: Tensor) -> float:
-    """Count the FLOPs of reading sequences [B, T] of this process and of all others."""
+    """Return the FLOPs of reading sequences [B, T]."""
     return forward_flops(config_of(model)).of_all(lengths_read(model, input_ids))

@@ -1,4 +1,4 @@
-"""What growable modules have in common: the calls of a training loop."""
+"""Growable modules for your own training loop: a linear layer, an FFN, a causal language model."""
 
 import os
 import warnings
@@ -46,117 +46,122 @@ Counts = dict[str, int]
 
 
 class Growable:
-    """A module that is asked to grow from a training loop.
+    """Base of modules that grow when your training loop calls them.
 
-    Between an optimizer's step and the next forward pass, before or after `zero_grad`; of an
-    accumulation that is not finished the gradients would be lost.
+    Call `check_and_grow` between an optimizer step and the next forward pass, before or after
+    `zero_grad`. In the middle of gradient accumulation, the gradients would be lost.
     """
 
     _loop: PlainLoop
-    _grows = True  # else nothing happens
+    _is_enabled = True  # if False, no call has an effect
 
     def attach(self, optimizer: Optimizer | None) -> None:
-        """Say which optimizer trains this: its moments follow every growth.
+        """Set the optimizer that trains this module; every growth maps its moments.
 
-        One of torch's is found at its first step, without this. None: nothing holds the parameters
-        beyond an event, and what does is made anew of `parameters()`.
+        An optimizer of torch is detected at its first step without this call.
+
+        Args:
+            optimizer: None: nothing keeps the parameters beyond a growth event, because you rebuild
+                the optimizer from `parameters()` after each.
 
         Raises:
-            RequestError: it is no optimizer of what grows here.
+            RequestError: the optimizer trains none of the parameters that grow.
         """
         self._loop.attach(optimizer)
 
     def update_loss(self, loss: float | Tensor) -> None:
-        """Take the loss of a step: triggers that wait for a plateau need it."""
+        """Record the loss of a step; triggers that detect a plateau need it."""
         self._loop.note_loss(float(loss.detach() if isinstance(loss, Tensor) else loss))
 
     def check_and_grow(self, *, optimizer: Optimizer | None = None) -> Counts:
-        """Look whether growth is called for, and let it happen.
+        """Grow if the trigger fires.
 
         Args:
-            optimizer: as for `attach`, where that was not called.
+            optimizer: as for `attach`, if that was not called.
 
         Returns:
-            `born`, `replaced` and `died`: neurons that were added, that took the place of dead
-            ones, and dead ones that stay.
+            Numbers of neurons: `born` (added), `replaced` (dead neurons that were reinitialised)
+            and `died` (dead neurons that remain).
 
         Raises:
-            RequestError: it would grow, and it is not known what trains it.
+            RequestError: growth is due, and the optimizer is not known.
         """
-        if not self._grows:
-            return counted(None)
+        if not self._is_enabled:
+            return num_changed(None)
         if optimizer is not None:
             self.attach(optimizer)
         decided = self._loop.decide()
         if not decided:
-            return counted(None)
+            return num_changed(None)
         self._check_growth_is_safe()
-        return counted(self._loop.grow(decided))
+        return num_changed(self._loop.grow(decided))
 
     @property
     def growth_events(self) -> list[dict[str, Any]]:
-        """What grew, event by event: step, layer, born, replaced, died, neurons, pressure."""
+        """One record per event and layer: step, layer, born, replaced, died, neurons, pressure."""
         return [dict(event) for event in self._loop.grower.events]
 
     def get_extra_state(self) -> dict[str, Any]:
-        """Return the growth so far, which goes along in `state_dict`."""
+        """Return the state of growth, which is part of `state_dict`."""
         return self._loop.state_dict()
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Take the shapes of what grew before its weights are loaded."""
+        """Restore the shapes of grown parameters before their weights are loaded."""
         self._loop.load_state_dict(state)
 
     def _check_growth_is_safe(self) -> None:
-        """Raise where others rely on the shapes that there are."""
+        """Raise if other modules rely on the current shapes."""
 
 
 class GrowableLayer(Growable):
-    """A growable module with one row of neurons."""
+    """A growable module with a single layer of neurons."""
 
     def check_growth(self) -> tuple[bool, list[int]]:
-        """Say whether growth is called for, and from which neurons new ones should stem."""
+        """Return True and the source neurons of new ones if growth is due, else False and []."""
         decided = self._loop.decide()
         return (True, self._loop.sources(0, decided[0])) if decided else (False, [])
 
     def perform_growth(self, source_indices: Sequence[int]) -> dict[str, Any]:
-        """Let as many neurons be born as indices are named.
+        """Add one neuron per source index.
 
         Args:
-            source_indices: neurons that new ones stem from, where the initialiser copies; those
-                that are dead and used again are passed over.
+            source_indices: neurons that new ones are copied from, if the initialiser copies. Dead
+                neurons that are reinitialised are skipped.
 
         Returns:
-            As `check_and_grow`, and `indices`: where the new neurons stand.
+            As `check_and_grow`, and `indices`: positions of the new neurons.
 
         Raises:
-            RequestError: there is no such neuron; it is frozen; nothing was seen of it; it is not
-                known what trains it.
+            RequestError: an index is out of range; a weight is frozen; no training step was
+                observed; the optimizer is not known.
         """
         sources = [int(index) for index in source_indices]
-        (place,), module = self._loop.grower.places, self._loop.module
-        width = place.width(module)
+        (block,), module = self._loop.grower.blocks, self._loop.module
+        width = block.width(module)
         if not sources:
-            return {**counted(None), "indices": []}
+            return {**num_changed(None), "indices": []}
         if wrong := [index for index in sources if not 0 <= index < width]:
-            reason = f"allowed are neurons from 0 to {width - 1}"
+            reason = f"indices must be between 0 and {width - 1}"
             raise RequestError(Problem("source_indices", wrong, reason=reason))
-        if not place.is_trained(module):
-            raise RequestError("growth: a weight that would grow is frozen; new neurons need all.")
+        if not block.is_trained(module):
+            raise RequestError(
+                "growth: a growing weight is frozen; all weights of neurons must be trainable."
+            )
         self._check_growth_is_safe()
         growth = None
         if self._loop.grower.pressure.neurons:
-            growth = self._loop.grow({0: len(sources)}, sources={place.layer: sources})
+            growth = self._loop.grow({0: len(sources)}, sources={block.layer: sources})
         if growth is None:
             raise RequestError(
-                "growth: nothing was seen of the neurons since they are as many as they are; take "
-                "a step of training before."
+                "growth: no training step was observed since the layer has its current size; take "
+                "a training step first."
             )
-        places = growth.layers[place.layer].places(width)
-        return {**counted(growth), "indices": places.tolist()}
+        indices = growth.layers[block.layer].new_indices(width)
+        return {**num_changed(growth), "indices": indices.tolist()}
 
 
-def counted(growth: Growth | None) -> Counts:
-    """Return how many neurons were born, replaced, and died."""
+def num_changed(growth: Growth | None) -> Counts:
+    """Return the numbers of neurons that were born, replaced, and died."""
     layers = () if growth is None else growth.layers.values()
     return {
         "born": sum(each.born for each in layers),
@@ -166,26 +171,27 @@ def counted(growth: Growth | None) -> Counts:
 
 
 class GrowthKeywords(TypedDict, total=False):
-    """The keywords of all growable modules; what is left out is as the README has it.
+    """Keyword arguments of all growable modules, with their defaults.
 
     Args:
-        gradient_percentile: of the pressures at earlier checks, above which a layer grows: 90.
-        max_growth_per_step: neurons of a layer in one event: 10.
-        growth_cooldown: steps from the beginning and between events: 200.
+        gradient_percentile: a layer grows if its pressure exceeds this percentile of the pressures
+            at earlier checks: 90.
+        max_growth_per_step: maximum neurons per layer and event: 10.
+        growth_cooldown: steps before the first event and between events: 200.
         maturation_age: steps until a neuron is mature: 500.
-        maturation_factor: on the updates of young neurons: 2.
-        enable_replacement: dead neurons are used again before others are added: False.
-        dead_quantile: of all Wanda scores, below which a mature neuron is dead: 0.01.
+        maturation_factor: multiplies the updates of young neurons: 2.
+        enable_replacement: reinitialise dead neurons before adding others: False.
+        dead_quantile: a mature neuron is dead if its Wanda score is below this quantile: 0.01.
         trigger: percentile | plateau | schedule | within_layer, or a `Trigger`.
         initialiser: gradmax | split | random | source_noise, or an `Initialiser`.
-        check_every: calls sooner than so many steps after a check do nothing: 1, each is one.
-        warmup_steps: before the first check: 0.
-        pressure_decay: of the moving average of each neuron's gradient norm: 0.9.
-        history_checks: earlier checks that pressures are compared with: 100.
-        plateau_threshold: growth waits until the loss changes by less than this part: None.
-        plateau_steps: that the change is taken over: 100.
-        max_new_parameters: that growth adds in all: None.
-        seed: of what new neurons are drawn from: 0.
+        check_every: minimum number of steps between checks; earlier calls do nothing: 1.
+        warmup_steps: steps before the first check: 0.
+        pressure_decay: decay of the moving average of each neuron's gradient norm: 0.9.
+        history_checks: number of earlier checks that pressures are compared with: 100.
+        plateau_threshold: growth waits until the relative change of the loss is smaller: None.
+        plateau_steps: window of steps for that change: 100.
+        max_new_parameters: limit on the parameters that growth adds in total: None.
+        seed: seed of the random numbers for new neurons: 0.
     """
 
     gradient_percentile: float
@@ -225,27 +231,27 @@ _USUAL: Mapping[str, Any] = {
     "plateau_steps": 100,
     "max_new_parameters": None,
 }
-# Of a training whose end is known, or asked elsewhere
+# Options that need a known end of training, or that have an argument elsewhere
 _ELSEWHERE: Mapping[str, Any] = {"max_extra_flops": None, "freeze_attention": False}
 
 
-def made_grower(asked: GrowthKeywords) -> Grower:
-    """Return the engine of what was asked.
+def build_grower(keywords: GrowthKeywords) -> Grower:
+    """Return the grower for keyword arguments.
 
     Raises:
-        RequestError: names every keyword that is wrong, and the nearest there is.
+        RequestError: names every wrong keyword, with its nearest match.
     """
-    given: dict[str, Any] = dict(asked)
-    seed = given.pop("seed", 0)
+    named: dict[str, Any] = dict(keywords)
+    seed = named.pop("seed", 0)
     problems = [
-        Problem(key, value, reason="there is no such keyword", nearest=nearest(key, _USUAL))
-        for key, value in given.items()
+        Problem(key, value, reason="unknown keyword", nearest=nearest(key, _USUAL))
+        for key, value in named.items()
         if key not in _USUAL
     ]
     raise_problems(problems)
-    values = {**_USUAL, **given}
+    values = {**_USUAL, **named}
     if (kind := TRIGGERS.get(str(values["trigger"]))) is not None and kind.needs_end:
-        reason = "it acts until an end that a loop of one's own doesn't say; allowed is one of "
+        reason = "this trigger needs the number of steps, unknown in your own loop; use one of "
         reason += f"{', '.join(_TRIGGERS)}, or a Trigger"
         raise RequestError(Problem("trigger", kind.name, reason=reason))
     trigger = read_part("trigger", values["trigger"], _TRIGGERS, base=Trigger)
@@ -253,9 +259,9 @@ def made_grower(asked: GrowthKeywords) -> Grower:
     values |= {"trigger": Percentile.name, "initialiser": GradMax.name, **_ELSEWHERE}
     options = read_options(GrowthOptions, values, prefix="", problems=problems)
     raise_problems(problems)
-    assert options is not None, "there would be a problem"
+    assert options is not None, "problems were raised above"
     timing = Timing(
-        # Whoever calls says when; how long to wait at least, the loop sees to
+        # The caller decides when to check; the loop enforces the minimum interval
         check_every=1,
         cooldown=values["growth_cooldown"],
         warmup=values["warmup_steps"],
@@ -267,24 +273,24 @@ def made_grower(asked: GrowthKeywords) -> Grower:
     )
 
 
-# Others have to know where a training ends
+# Other triggers need to know the number of steps
 _TRIGGERS = {name: kind for name, kind in TRIGGERS.items() if not kind.needs_end}
 
 
 class GrowableLinear(GrowableLayer, nn.Linear):
-    """`nn.Linear` that gets more outputs while it is trained, and whoever reads them more inputs.
+    """`nn.Linear` that gets more outputs during training, while its consumer gets more inputs.
 
-    With a consumer both are widened in one event, and what the two compute together is kept. With
-    none the layer returns the indices of its new outputs and is wider than before, which the rest
-    of the model has to follow. Saved as any `nn.Linear`; a wider one's state makes it as wide.
+    With a consumer both layers are widened in one event, and their composition is preserved.
+    Without one the layer returns the indices of its new outputs, and you must widen the modules
+    that read it. The state has the format of `nn.Linear`; loading a wider state widens the layer.
 
     Args:
-        consumer: a linear layer that reads all outputs and nothing else, directly or through a
-            function of each element.
+        consumer: a linear layer that reads all outputs and nothing else, directly or through an
+            elementwise function.
         growth: see `tritter.methods.growth.growable.GrowthKeywords`.
 
     Raises:
-        RequestError: a keyword or a value that there is not, or a consumer that can't follow.
+        RequestError: a keyword or value is invalid, or the consumer can't be widened.
     """
 
     def __init__(
@@ -301,27 +307,27 @@ class GrowableLinear(GrowableLayer, nn.Linear):
         super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
         self._has_warned = False
         self._read: Tensor | None = None
-        self._reader = () if consumer is None else (consumer,)  # no module of this one
+        self._reader = () if consumer is None else (consumer,)  # not registered as a submodule
         modules: dict[str, nn.Module] = {"layer": self}
         if consumer is not None:
             if hasattr(consumer, "base_layer"):
                 raise RequestError(
-                    f"consumer = {type(consumer).__name__}: LoRA adapters stand around it, and "
-                    "can't follow; merge them before."
+                    f"consumer = {type(consumer).__name__}: a layer inside LoRA adapters can't be "
+                    "widened; merge the adapters first."
                 )
             if not isinstance(consumer, nn.Linear):
                 raise RequestError(
-                    f"consumer = {type(consumer).__name__}: an nn.Linear is needed, whose columns "
-                    "read the outputs; experts and others can't follow."
+                    f"consumer = {type(consumer).__name__}: must be an nn.Linear whose columns "
+                    "read the outputs; other modules can't be widened."
                 )
             if consumer.in_features != out_features:
                 raise RequestError(
-                    f"consumer reads {consumer.in_features} features, and the layer has "
-                    f"out_features = {out_features}; it has to read all of them, and nothing else."
+                    f"consumer has in_features = {consumer.in_features}, and the layer has "
+                    f"out_features = {out_features}; they must be equal."
                 )
-            consumer.register_forward_hook(self._see_consumer)
+            consumer.register_forward_hook(self._record_consumer)
             modules["consumer"] = consumer
-        place = FfnBlock(
+        block = FfnBlock(
             layer=0,
             gate="layer.weight",
             up=None,
@@ -329,17 +335,17 @@ class GrowableLinear(GrowableLayer, nn.Linear):
         )
         self._loop = PlainLoop(
             nn.ModuleDict(modules),
-            made_grower(growth),
-            places=[place],
+            build_grower(growth),
+            blocks=[block],
         )
 
-    # Saved as any nn.Linear
+    # The state has the format of nn.Linear
     get_extra_state = nn.Module.get_extra_state
     set_extra_state = nn.Module.set_extra_state
 
     @property
     def consumer(self) -> nn.Linear | None:
-        """The layer that reads the outputs."""
+        """The layer that reads the outputs, if any."""
         return self._reader[0] if self._reader else None
 
     def forward(self, input: Tensor) -> Tensor:
@@ -350,36 +356,38 @@ class GrowableLinear(GrowableLayer, nn.Linear):
             self._loop.tokens.see(0, input, output, computed=output)
         return output
 
-    def _see_consumer(self, module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
+    def _record_consumer(
+        self, module: nn.Module, arguments: tuple[Any, ...], output: Tensor
+    ) -> None:
         if self._read is not None:
             self._loop.tokens.see(0, self._read, output, computed=arguments[0])
         self._read = None
 
     def _check_growth_is_safe(self) -> None:
-        """Refuse growth that leaves others behind.
+        """Refuse growth that would break the shapes of a surrounding module.
 
         Raises:
-            RequestError: this is a part of an adapter, or of a model with a config.
+            RequestError: the layer is part of an adapter, or of a model with a config.
         """
         for parent in _PARENTS.get(self, ()):
             if not any(child is self for child in parent.children()):
-                continue  # another stands in its place by now
+                continue  # was replaced by another module
             if hasattr(parent, "lora_A"):
                 raise RequestError(
-                    "growth: LoRA adapters stand around this layer, and neurons can't grow below "
-                    "them; merge them before."
+                    "growth: neurons can't grow below the LoRA adapters around this layer; merge "
+                    "the adapters first."
                 )
             if hasattr(getattr(parent, "config", None), "to_dict"):
                 raise RequestError(
-                    f"growth: this layer is a part of a Hugging Face model ({type(parent).__name__}"
-                    "), whose other tensors and config have to follow; let the whole model grow "
+                    f"growth: this layer is part of a Hugging Face model ({type(parent).__name__}"
+                    "), whose other tensors and config must change with it; wrap the whole model "
                     "with GrowableCausalLM(model)."
                 )
         if not self._reader and not self._has_warned:
             self._has_warned = True
             warnings.warn(
-                "growth: this GrowableLinear has no consumer: it gets more outputs, and whatever "
-                "reads them has to be widened by you; name it with consumer= to have that done.",
+                "growth: this GrowableLinear has no consumer: it gets more outputs, and you must "
+                "widen the modules that read them; pass consumer= to have that done.",
                 stacklevel=4,
             )
 
@@ -415,18 +423,18 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
 
 
 class GrowableFFN(GrowableLayer, nn.Module):
-    """y = down(σ(gate(x)) · up(x)), or down(σ(up(x))), whose neurons grow while it is trained.
+    """y = down(σ(gate(x)) · up(x)), or down(σ(up(x))), with neurons that grow during training.
 
     Args:
-        hidden_size: of x and of y.
-        intermediate_size: neurons that it begins with.
-        activation: σ, by name or as a function of each element.
+        hidden_size: size of x and y.
+        intermediate_size: initial number of neurons.
+        activation: σ, a name or an elementwise function.
         gated: whether neurons have a gate.
-        bias: of all projections.
+        bias: whether the projections have biases.
         growth: see `tritter.methods.growth.growable.GrowthKeywords`.
 
     Raises:
-        RequestError: a keyword or a value that there is not.
+        RequestError: a keyword or value is invalid.
     """
 
     def __init__(
@@ -441,24 +449,24 @@ class GrowableFFN(GrowableLayer, nn.Module):
     ) -> None:
         super().__init__()
         if isinstance(activation, str) and activation not in ACTIVATIONS:
-            reason = f"allowed is one of {', '.join(ACTIVATIONS)}, or a function"
+            reason = f"must be one of {', '.join(ACTIVATIONS)}, or a function"
             near = nearest(activation, ACTIVATIONS)
             raise RequestError(Problem("activation", activation, reason=reason, nearest=near))
         self.act_fn = ACTIVATIONS[activation] if isinstance(activation, str) else activation
         self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=bias) if gated else None
         self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=bias)
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=bias)
-        place = FfnBlock(
+        block = FfnBlock(
             layer=0,
             gate="gate_proj.weight" if gated else "up_proj.weight",
             up="up_proj.weight" if gated else None,
             down="down_proj.weight",
         )
-        self._loop = PlainLoop(self, made_grower(growth), places=[place])
+        self._loop = PlainLoop(self, build_grower(growth), blocks=[block])
 
     @property
     def intermediate_size(self) -> int:
-        """How many neurons there are."""
+        """The current number of neurons."""
         return self.up_proj.out_features
 
     def forward(self, x: Tensor) -> Tensor:
@@ -479,22 +487,21 @@ QWEN = "Qwen/Qwen2.5-1.5B-Instruct"
 
 
 class GrowableCausalLM(Growable, nn.Module):
-    """A stock model, called as it is, whose layers get neurons while it is trained.
+    """A stock model whose FFNs grow during training.
 
-    What is not found here is the model's own: `generate`, `config`, `device`.
+    Other attributes are those of the model: `generate`, `config`, `device`.
 
     Args:
-        path_or_model: a folder, a hub id, or a Hugging Face model that is grown in place. No code
-            of a folder is run.
-        enable_growth: `check_and_grow` may change the model.
-        freeze_attention: train the FFNs alone.
-        dtype: that a folder's weights are loaded in.
+        path_or_model: a folder, a hub id, or a Hugging Face model that is grown in place. Code in
+            the folder is never run.
+        enable_growth: whether `check_and_grow` may change the model.
+        freeze_attention: train only the FFNs.
+        dtype: data type that the weights of a folder are loaded in.
         growth: see `tritter.methods.growth.growable.GrowthKeywords`.
 
     Raises:
-        RequestError: no such folder, and the hub does not give it; a model of experts, with LoRA
-            experts beside it, below adapters, or of a family that is not known; a keyword or a
-            value that there is not.
+        RequestError: the folder or hub id does not exist; the model has experts, LoRA experts or
+            adapters, or an unknown family; a keyword or value is invalid.
     """
 
     model: nn.Module
@@ -509,7 +516,7 @@ class GrowableCausalLM(Growable, nn.Module):
         **growth: Unpack[GrowthKeywords],
     ) -> None:
         super().__init__()
-        grower = made_grower(growth)
+        grower = build_grower(growth)
         self._folder: Path | None = None
         if isinstance(path_or_model, nn.Module):
             self.model = path_or_model
@@ -520,35 +527,35 @@ class GrowableCausalLM(Growable, nn.Module):
         for name, module in self.model.named_modules():
             if isinstance(module, GrowableLinear):
                 raise RequestError(
-                    f"growth: {name} is a GrowableLinear, whose neurons other tensors of the model "
-                    "have to follow; leave a plain nn.Linear there, and the whole model grows."
+                    f"growth: {name} is a GrowableLinear inside a model; use a plain nn.Linear "
+                    "there, because GrowableCausalLM grows the whole model."
                 )
-        self._grows = enable_growth
+        self._is_enabled = enable_growth
         self._loop = PlainLoop(self.model, grower, is_watched=enable_growth)
         self._start = config_of(self.model)
         if freeze_attention:
             freeze_all_but_ffns(self.model)
-        for place in grower.places if enable_growth else ():
-            self._loop.hook_into(self.model.get_submodule(place.module), place.layer)
+        for block in grower.blocks if enable_growth else ():
+            self._loop.hook_into(self.model.get_submodule(block.module), block.layer)
 
     @property
     def neurons(self) -> list[int]:
-        """How many each layer has."""
-        return [place.width(self.model) for place in self._loop.grower.places]
+        """The number of neurons in each layer."""
+        return [block.width(self.model) for block in self._loop.grower.blocks]
 
     def forward(self, *arguments: Any, **named: Any) -> Any:
-        """Return what the stock model does."""
+        """Return the output of the stock model."""
         return self.model(*arguments, **named)
 
     def save_pretrained(self, folder: str | PathLike[str], *, overwrite: bool = False) -> None:
-        """Write a folder that stock transformers loads, and that `GrowableCausalLM` goes on from.
+        """Write a folder that stock transformers loads and `GrowableCausalLM` continues from.
 
-        FFNs that are narrower than the widest are padded with zeros, which changes nothing;
-        tritter.json says how wide they are. A tokenizer comes along from where the model does.
+        FFNs narrower than the widest are padded with zeros, which does not change the output;
+        tritter.json records their sizes. The tokenizer is copied from the model's original folder.
 
         Raises:
-            RequestError: something stands there and `overwrite` is off, or it is no checkpoint; the
-                folder that the model comes from was changed since its lineage was written.
+            RequestError: the folder exists and `overwrite` is off, or it is not a checkpoint; the
+                model's original folder was changed since its lineage was written.
         """
         target, origin = named_path(folder, key="folder"), self._folder
         sources = () if origin is None else (origin,)
@@ -559,7 +566,7 @@ class GrowableCausalLM(Growable, nn.Module):
             record = growth_record(
                 self._start,
                 known,
-                options=plain(values_of(grower.asked)),
+                options=plain(values_of(grower.options)),
                 seed=grower.seed,
                 digest=map_digest(journal),
                 is_exact=grower.is_exact,
@@ -578,16 +585,16 @@ class GrowableCausalLM(Growable, nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name in ("model", "_loop"):  # it is not there yet
+            if name in ("model", "_loop"):  # not set yet
                 raise
             return getattr(self.model, name)
 
 
-GrowableQwen = GrowableCausalLM  # the README's name
+GrowableQwen = GrowableCausalLM  # earlier name of the class
 
 
 def _lineage(origin: Path | None, target: Path, records: tuple[ExpansionRecord, ...]) -> Lineage:
-    """Return the lineage of a model that grew; one that came from nowhere is its own base."""
+    """Return the lineage of a grown model; a model without an original folder is its own base."""
     if origin is None:
         return Lineage(
             model_hash="",

@@ -1,7 +1,7 @@
-"""Growth of one model: what is seen of it, when it grows, and what becomes of it.
+"""Growth of one model: its statistics, its decisions, and the changes that follow.
 
-The callback of a run and the models of a plain loop stand on the same engine; it changes nothing
-itself, but says what `tritter.training.surgery` is to do.
+The callback of a run and the growable modules share this engine. It does not change the model
+itself, but returns the change for `tritter.training.surgery`.
 """
 
 from collections import deque
@@ -29,18 +29,18 @@ from tritter.training.parameters import Entry
 from tritter.transform import Change
 from tritter.transform.change import declared
 
-GROWTH = "growth"  # type and method in the lineage, reason in a training's journal
+GROWTH = "growth"  # type and method in the lineage, reason in a run's journal
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class LayerGrowth:
-    """What becomes of one FFN.
+    """The growth of one FFN in one event.
 
     Args:
-        neurons: k new ones.
-        recycled: int64 [r], r ≤ k: the places of dead neurons that the first of them take; the
-            others are appended.
-        died: dead neurons that stay what they are.
+        neurons: k new neurons.
+        recycled: int64 [r], r ≤ k: indices of the dead neurons that the first r replace; the others
+            are appended.
+        died: number of dead neurons that remain unchanged.
     """
 
     neurons: NewNeurons
@@ -49,16 +49,16 @@ class LayerGrowth:
 
     @property
     def born(self) -> int:
-        """How many are appended."""
+        """The number of appended neurons."""
         return self.neurons.gate.shape[0] - len(self.recycled)
 
-    def places(self, width: int) -> Tensor:
-        """Return where the new neurons stand, int64 [k], in an FFN that was `width` wide."""
+    def new_indices(self, width: int) -> Tensor:
+        """Return the indices of the new neurons, int64 [k], in an FFN that had `width` neurons."""
         return torch.cat([self.recycled, torch.arange(width, width + self.born)])
 
 
 def growth_change(model: nn.Module, growths: Mapping[int, LayerGrowth]) -> Change:
-    """Return the change of a live model whose layers get new neurons."""
+    """Return the change of a live model whose FFNs get new neurons."""
     config = config_of(model)
     family = family_of(config)
     logical = family.logical_tensors(config)
@@ -76,7 +76,7 @@ def growth_change(model: nn.Module, growths: Mapping[int, LayerGrowth]) -> Chang
                 for axis in tensor.axes
             )
             part = tensor.kind.removeprefix("ffn.") if len(axes) == 2 else None
-            fill = _given(growth, part)
+            fill = _initial_values(growth, part)
             maps[tensor.name] = TensorMap(source=tensor.name, axes=axes, fill=fill)
         widths[layer] += growth.born
     parameter_map = ParameterMap(maps, tuple(range(len(widths))))
@@ -85,26 +85,26 @@ def growth_change(model: nn.Module, growths: Mapping[int, LayerGrowth]) -> Chang
 
 
 def module_change(
-    model: nn.Module, places: Mapping[int, FfnBlock], growths: Mapping[int, LayerGrowth]
+    model: nn.Module, blocks: Mapping[int, FfnBlock], growths: Mapping[int, LayerGrowth]
 ) -> Change:
-    """Return the same change of a module that no family knows.
+    """Return the change of a module that is not a model of a known family.
 
     Args:
-        places: layer → where its neurons lie.
+        blocks: layer → its FFN.
     """
     before, after, maps = [], [], {}
     for layer, growth in growths.items():
-        place = places[layer]
-        unit_map = neuron_map(growth, place.width(model))
-        parts = {place.gate: "gate", place.up: "up", place.down: "down"}
-        for name, dim in place.axes(model):
+        block = blocks[layer]
+        unit_map = neuron_map(growth, block.width(model))
+        parts = {block.gate: "gate", block.up: "up", block.down: "down"}
+        for name, dim in block.axes(model):
             shape = list(model.get_parameter(name).shape)
             before.append(declared(name, tuple(shape)))
             shape[dim] += growth.born
             after.append(declared(name, tuple(shape)))
             axes: list[AxisFactor | None] = [None] * len(shape)
             axes[dim] = unit_map.factor(Port.WRITE if dim == 0 else Port.READ)
-            fill = _given(growth, parts.get(name))
+            fill = _initial_values(growth, parts.get(name))
             source = before[-1].parts[0].tensor.name
             maps[source] = TensorMap(source=source, axes=tuple(axes), fill=fill)
     return Change(config={}, before=tuple(before), after=tuple(after), tensors=maps)
@@ -112,10 +112,11 @@ def module_change(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class NeuronMap:
-    """The map of an FFN's neurons, in which recycled ones have lost what they were.
+    """The map of an FFN's neurons; recycled ones have no source.
 
     Args:
-        source: int64 [N], as in AxisMap; `share` likewise, float64 [N].
+        source: int64 [N], as in AxisMap.
+        share: float64 [N], as in AxisMap.
     """
 
     source: Tensor
@@ -126,50 +127,50 @@ class NeuronMap:
         kept = (self.source != NO_SOURCE).double()
         if port is Port.READ:
             return AxisFactor(self.source, self.share, kept)
-        # Of WRITE_NONLINEAR p = 1, so that gradients have the share as well
+        # WRITE_NONLINEAR has p = 1, so gradients are scaled by the share, too
         return AxisFactor(self.source, kept, self.share)
 
 
 def neuron_map(growth: LayerGrowth, width: int) -> NeuronMap:
-    """Return the map of the neurons of an FFN that was `width` wide.
+    """Return the map of the neurons of an FFN that had `width` neurons.
 
-    Without recycled ones it is an AxisMap: what copies share adds up to what their source wrote.
+    Without recycled neurons it is a valid AxisMap: the shares of copies and source sum to one.
     """
     source = torch.cat([torch.arange(width), torch.full((growth.born,), NO_SOURCE)])
     share = torch.ones(len(source), dtype=torch.float64)
     source[growth.recycled] = NO_SOURCE
-    places = growth.places(width)
-    share[places] = 0.0
+    indices = growth.new_indices(width)
+    share[indices] = 0.0
     if growth.neurons.source is not None:
-        source[places] = growth.neurons.source
-        for place, copied in zip(places.tolist(), growth.neurons.source.tolist(), strict=True):
-            taken = growth.neurons.share * float(share[copied])
-            share[place] = taken
-            share[copied] -= taken
+        source[indices] = growth.neurons.source
+        for index, copied in zip(indices.tolist(), growth.neurons.source.tolist(), strict=True):
+            copied_share = growth.neurons.share * float(share[copied])
+            share[index] = copied_share
+            share[copied] -= copied_share
     if not len(growth.recycled):
-        AxisMap.copied(width, source, share)  # raises where the function would not be kept
+        AxisMap.copied(width, source, share)  # raises if the function would change
     return NeuronMap(source, share)
 
 
-def _given(growth: LayerGrowth, part: str | None) -> Fill:
-    """Return what stands in new neurons; biases, which are no part, begin at zero."""
+def _initial_values(growth: LayerGrowth, part: str | None) -> Fill:
+    """Return the initial values of one part of new neurons; biases start at zero."""
     if growth.neurons.source is not None or part is None:
         return Fill()
     if part == "up" and growth.neurons.up is None:
-        part = "gate"  # where there is no gate, up is all that neurons read by
+        part = "gate"  # without a gate, `gate` stores the weights of up
     values: Tensor = getattr(growth.neurons, part)
     return Fill(kind="given", values=values.contiguous())
 
 
-MAX_LOSSES = 20_000  # of the last steps
-MAX_ROWS = 1_000  # of the growth map
-_UNTRAINED = -1.0  # in the place of a pressure
-TRAINING_FLOPS = 6  # of a parameter and a token
+MAX_LOSSES = 20_000  # of the most recent steps
+MAX_ROWS = 1_000  # rows of the growth map
+_UNTRAINED = -1.0  # marks a layer without a pressure
+TRAINING_FLOPS = 6  # per parameter and token
 
 
 @dataclass(slots=True)
 class Counts:
-    """What growth has done so far."""
+    """Totals of growth so far."""
 
     born: int = 0
     replaced: int = 0
@@ -182,11 +183,11 @@ class Counts:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Growth:
-    """What a model is to become at an event.
+    """One growth event of a model.
 
     Args:
-        change: for `tritter.training.surgery`.
-        layers: layer → what becomes of its FFN.
+        change: the change for `tritter.training.surgery`.
+        layers: layer → growth of its FFN.
     """
 
     change: Change
@@ -195,14 +196,14 @@ class Growth:
 
 @dataclass(slots=True)
 class GrowthMap:
-    """What the growth map is drawn of: a row for each check, thinned where there are many."""
+    """Data of the growth map: one row per check, thinned to `MAX_ROWS`."""
 
     steps: list[int] = field(default_factory=list)
     neurons: list[list[int]] = field(default_factory=list)
     pressure: list[list[float]] = field(default_factory=list)
 
     def add(self, step: int, neurons: list[int], pressure: list[float]) -> None:
-        """Take down a check."""
+        """Add the row of a check."""
         if len(self.steps) == MAX_ROWS:
             for rows in (self.steps, self.neurons, self.pressure):
                 del rows[1::2]
@@ -212,65 +213,65 @@ class GrowthMap:
 
 
 class Grower:
-    """Watches a model and says how it grows.
+    """Observes a model and decides when, where and how it grows.
 
     Args:
-        asked: the keys of `growth`.
-        timing: of this training.
-        seed: of what new neurons are drawn from.
-        tokens_per_step: of all processes; 0: not known, and FLOPs are not counted.
+        options: the options of `growth`.
+        timing: schedule of this training run.
+        seed: seed of the random numbers for new neurons.
+        tokens_per_step: tokens of all processes; 0 if unknown, so that FLOPs are not counted.
     """
 
     def __init__(
         self,
-        asked: GrowthOptions,
+        options: GrowthOptions,
         *,
         timing: Timing,
         seed: int,
         tokens_per_step: int = 0,
     ) -> None:
-        self.asked, self.timing = asked, timing
-        self.trigger, self.initialiser = asked.trigger, asked.initialiser
-        self.pressure = Pressure(asked.pressure_decay)
-        self.maturity = Maturity(age=timing.maturation_age, factor=asked.maturation_factor)
+        self.options, self.timing = options, timing
+        self.trigger, self.initialiser = options.trigger, options.initialiser
+        self.pressure = Pressure(options.pressure_decay)
+        self.maturity = Maturity(age=timing.maturation_age, factor=options.maturation_factor)
         self.counts, self.map = Counts(), GrowthMap()
         self.events: list[dict[str, Any]] = []
         self.start: list[int] = []
-        self.places: tuple[FfnBlock, ...] = ()
+        self.blocks: tuple[FfnBlock, ...] = ()
         self._new: dict[int, Tensor] = {}
         self._is_whole_model = True
         self.seed = seed
         self._tokens_per_step = tokens_per_step
         self._history: list[list[float]] = []
-        has_losses = asked.trigger.needs_losses or asked.plateau_threshold is not None
+        has_losses = options.trigger.needs_losses or options.plateau_threshold is not None
         self._losses: deque[float] = deque(
-            maxlen=max(asked.plateau_steps, MAX_LOSSES) if has_losses else 0
+            maxlen=max(options.plateau_steps, MAX_LOSSES) if has_losses else 0
         )
 
     def begin(
         self,
         model: nn.Module,
         *,
-        places: Sequence[FfnBlock] | None = None,
+        blocks: Sequence[FfnBlock] | None = None,
         restored: Mapping[str, Any] | None = None,
         new: Mapping[int, Tensor] | None = None,
     ) -> None:
-        """Begin to watch a model, or go on.
+        """Start to observe a model, or resume.
 
         Args:
-            places: of a module that no family knows; None: the FFNs of a whole model.
-            restored: what `state_dict` returned.
-            new: layer → int64 [k], neurons that an expansion has just made: until they can have
-                matured they are not dead, however little they write yet.
+            blocks: the FFNs of a module that is not a model; None: those of a whole model.
+            restored: the result of `state_dict`.
+            new: layer → int64 [k], neurons that an expansion has just added. They do not count as
+                dead before they could have matured.
 
         Raises:
-            RequestError: the model is none that can grow.
+            RequestError: this kind of model can't grow.
         """
-        self._is_whole_model = places is None
-        self.places = ffn_blocks(model) if places is None else tuple(places)
+        self._is_whole_model = blocks is None
+        self.blocks = ffn_blocks(model) if blocks is None else tuple(blocks)
         self._new = dict(new or {})
         if restored is None:
-            widths = {place.layer: place.width(model) for place in self.places}
+            widths = {block.layer: block.width(model) for block in self.blocks}
             self.maturity.begin(widths)
             self.start = list(widths.values())
             return
@@ -284,48 +285,50 @@ class Grower:
 
     @property
     def is_exact(self) -> bool:
-        """Every event claims to keep the function."""
-        return self.initialiser.is_exact and not self.asked.enable_replacement
+        """True if every event claims to preserve the function."""
+        return self.initialiser.is_exact and not self.options.enable_replacement
 
     @property
-    def keeps_losses(self) -> bool:
+    def needs_losses(self) -> bool:
         return self._losses.maxlen != 0
 
     def note_loss(self, loss: float) -> None:
-        """Keep the loss of a step, nats per token, the same in all processes.
+        """Record the loss of a step in nats per token, the same in all processes.
 
-        In place of one that is not finite the last one stands, as its step is refused.
+        A loss that is not finite is replaced by the previous one, because its step is skipped.
         """
         if isfinite(loss) or self._losses:
             self._losses.append(loss if isfinite(loss) else self._losses[-1])
 
     def may_grow_after(self, step: int) -> bool:
-        """Say whether the model may grow after so many steps, so that it has to be looked at."""
-        is_last = step == self.timing.max_steps  # what is born then would never be trained
-        is_cool = step - self.counts.last_step >= self.timing.cooldown or not self.trigger.waits()
+        """Return True if the model may grow after step `step`, so that activations are needed."""
+        is_last = step == self.timing.max_steps  # new neurons would never be trained
+        is_cool = (
+            step - self.counts.last_step >= self.timing.cooldown or not self.trigger.has_cooldown()
+        )
         return self.trigger.is_due(step, self.timing) and is_cool and not is_last
 
     def is_check(self, step: int) -> bool:
-        """Say whether the trigger is asked after so many steps."""
+        """Return True if the trigger is evaluated after step `step`."""
         return self.trigger.is_due(step, self.timing) and bool(self.pressure.neurons)
 
     def decide(self, model: nn.Module, step: int) -> dict[int, int]:
-        """Return layer → how many neurons it gets after so many steps; a check, if one is due."""
+        """Return {layer: number of new neurons} after step `step`; a check, if one is due."""
         if not self.is_check(step):
             return {}
-        # The trigger is shown the layers that are trained, as if they were all
-        pressures = self.pressure.of_layers(self.places).tolist()
-        trained = [n for n, place in enumerate(self.places) if place.is_trained(model)]
-        places = [self.places[n] for n in trained]
-        parameters = [self._neuron_parameters(model, place) for place in places]
+        # The trigger sees only the trained layers
+        pressures = self.pressure.of_layers(self.blocks).tolist()
+        trained = [n for n, block in enumerate(self.blocks) if block.is_trained(model)]
+        blocks = [self.blocks[n] for n in trained]
+        parameters = [self._neuron_parameters(model, block) for block in blocks]
         flops_left = self._flops_left(step)
         rows = [[row[n] for n in trained] for row in self._history]
         known = [row for row in rows if _UNTRAINED not in row]
         view = View(
             step=step,
             pressures=torch.tensor([pressures[n] for n in trained], dtype=torch.float64),
-            neuron_pressures=[self.pressure.neurons[place.layer] for place in places],
-            history=torch.tensor(known, dtype=torch.float64).reshape(-1, len(places)),
+            neuron_pressures=[self.pressure.neurons[block.layer] for block in blocks],
+            history=torch.tensor(known, dtype=torch.float64).reshape(-1, len(blocks)),
             losses=list(self._losses),
             neuron_parameters=parameters,
             neuron_flops=[each * flops_left for each in parameters],
@@ -333,23 +336,23 @@ class Grower:
             extra_flops=self.counts.extra_flops,
             num_events=len({event["step"] for event in self.events}),
             parameters=sum(parameter.numel() for parameter in model.parameters()),
-            options=self.asked,
+            options=self.options,
             timing=self.timing,
         )
         decided = dict(self.trigger.decide(view)) if trained and self.may_grow_after(step) else {}
-        threshold = self.asked.plateau_threshold
+        threshold = self.options.plateau_threshold
         if threshold is not None and decided and not is_plateau(view, threshold):
             decided = {}
         self.counts.checks += 1
         now = [each if n in trained else _UNTRAINED for n, each in enumerate(pressures)]
-        self._history = [*self._history, now][-self.asked.history_checks :]
-        self.map.add(step, [place.width(model) for place in self.places], pressures)
-        # What the budgets leave of it, layers of high pressure first
+        self._history = [*self._history, now][-self.options.history_checks :]
+        self.map.add(step, [block.width(model) for block in self.blocks], pressures)
+        # Apply the budgets, layers of high pressure first
         counts = dict[int, int]()
         new_parameters, extra_flops = view.new_parameters, view.extra_flops
         for n in sorted(decided, key=lambda n: -float(view.pressures[n])):
             most = affordable(view, n, new_parameters=new_parameters, extra_flops=extra_flops)
-            count = min(decided[n], self.asked.max_growth_per_step)
+            count = min(decided[n], self.options.max_growth_per_step)
             count = count if most is None else min(count, most)
             if count > 0:
                 counts[trained[n]] = count
@@ -366,47 +369,48 @@ class Grower:
         step: int,
         sources: Mapping[int, Sequence[int]] | None = None,
     ) -> Growth | None:
-        """Return what the model is to become; None where nothing finite was seen of the layers.
+        """Return the growth of the model; None if no finite activations were recorded.
 
         Args:
-            decided: number of an FFN → neurons.
-            looks: layer → tokens of the step, of all processes.
-            sources: layer → neurons that new ones may stem from; absent: those of the highest
-                pressure.
+            decided: index of an FFN → number of new neurons.
+            probes: layer → activations of the step, of all processes.
+            sources: layer → preferred source neurons; by default those with the highest pressure.
         """
-        if not all(look.is_finite for look in probes.values()):
-            return None  # the step was refused
-        places = {self.places[n].layer: self.places[n] for n in decided}
-        counts = {self.places[n].layer: count for n, count in decided.items()}
+        if not all(probe.is_finite for probe in probes.values()):
+            return None  # the step was skipped
+        blocks = {self.blocks[n].layer: self.blocks[n] for n in decided}
+        counts = {self.blocks[n].layer: count for n, count in decided.items()}
         dead: dict[int, Tensor] = {}
-        if self.asked.enable_replacement:
+        if self.options.enable_replacement:
             scores = {
-                place.layer: wanda_scores(model, place, probes[place.layer])
-                for place in self.places
-                if place.layer in probes
+                block.layer: wanda_scores(model, block, probes[block.layer])
+                for block in self.blocks
+                if block.layer in probes
             }
             young = {layer: self.maturity.young(layer, step) for layer in scores}
-            if step < self.timing.maturation_age:  # nor are those of an expansion old enough
+            if step < self.timing.maturation_age:  # neurons of an expansion are not mature either
                 for layer in young.keys() & self._new.keys():
                     young[layer] = torch.cat([young[layer], self._new[layer]]).unique()
-            dead = dead_neurons(scores, young, quantile=self.asked.dead_quantile)
+            dead = dead_neurons(scores, young, quantile=self.options.dead_quantile)
         layers = {}
-        for layer, place in places.items():
+        for layer, block in blocks.items():
             if layer not in probes:
                 continue
             found = dead.get(layer, torch.empty(0, dtype=torch.int64))
-            recycled = found[: min(counts[layer], place.width(model) - 1)]
-            gate, up, down = place.weights(model)
-            asked = (sources or {}).get(layer, ())
+            recycled = found[: min(counts[layer], block.width(model) - 1)]
+            gate, up, down = block.weights(model)
+            preferred = (sources or {}).get(layer, ())
             neurons = self.initialiser.neurons(
                 Layer(
                     gate=gate,
                     up=up,
                     down=down,
-                    gate_bias=place.bias(model, place.gate),
-                    activation=place.activation(model),
-                    look=probes[layer],
-                    sources=self._sources(layer, recycled, count=counts[layer], asked=asked),
+                    gate_bias=block.bias(model, block.gate),
+                    activation=block.activation(model),
+                    probe=probes[layer],
+                    sources=self._sources(
+                        layer, recycled, count=counts[layer], preferred=preferred
+                    ),
                     seed=derived_seed(self.seed, "growth", layer, step),
                 )
             )
@@ -415,23 +419,23 @@ class Grower:
         if not layers:
             return None
         is_whole = self._is_whole_model
-        change = growth_change(model, layers) if is_whole else module_change(model, places, layers)
+        change = growth_change(model, layers) if is_whole else module_change(model, blocks, layers)
         return Growth(change=change, layers=layers)
 
-    def grown(self, model: nn.Module, growth: Growth, *, step: int, **said: Any) -> None:
-        """Take down an event, when the model has changed.
+    def record_event(self, model: nn.Module, growth: Growth, *, step: int, **extra: Any) -> None:
+        """Record an event after the model has changed.
 
         Args:
-            said: what else its records say.
+            extra: further fields of its records.
         """
-        of_layer = {place.layer: n for n, place in enumerate(self.places)}
+        of_layer = {block.layer: n for n, block in enumerate(self.blocks)}
         for layer, each in growth.layers.items():
-            place = self.places[of_layer[layer]]
-            width = place.width(model)
-            slots = each.places(width - each.born)
+            block = self.blocks[of_layer[layer]]
+            width = block.width(model)
+            indices = each.new_indices(width - each.born)
             pressure = self.map.pressure[-1][of_layer[layer]] if self.map.pressure else 0.0
-            self.pressure.grow(layer, slots, width)
-            self.maturity.grow(layer, slots, width, step=step)
+            self.pressure.grow(layer, indices, width)
+            self.maturity.grow(layer, indices, width, step=step)
             record = {
                 "step": step,
                 "layer": layer,
@@ -441,17 +445,17 @@ class Grower:
                 "neurons": width,
                 "pressure": pressure,
             }
-            self.events.append(record | said)
+            self.events.append(record | extra)
             self.counts.born += each.born
             self.counts.replaced += len(each.recycled)
             self.counts.died += each.died
-            added = each.born * self._neuron_parameters(model, place)
+            added = each.born * self._neuron_parameters(model, block)
             self.counts.new_parameters += added
             self.counts.extra_flops += added * self._flops_left(step)
         self.counts.last_step = step
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed training needs, in plain containers and tensors."""
+        """Return the state that a resumed run needs, in plain containers and tensors."""
         return {
             "pressure": self.pressure.state_dict(),
             "maturity": self.maturity.state_dict(),
@@ -464,20 +468,22 @@ class Grower:
         }
 
     def _flops_left(self, step: int) -> float:
-        """Return the training FLOPs of one parameter from here on."""
+        """Return the FLOPs of training one parameter until the end of the run."""
         steps = 0 if self.timing.max_steps is None else max(0, self.timing.max_steps - step)
         return float(TRAINING_FLOPS * self._tokens_per_step * steps)
 
-    def _neuron_parameters(self, model: nn.Module, place: FfnBlock) -> int:
-        """Return of how many parameters one neuron is made."""
-        names = (name for name, _ in place.axes(model))
-        return sum(model.get_parameter(name).numel() for name in names) // place.width(model)
+    def _neuron_parameters(self, model: nn.Module, block: FfnBlock) -> int:
+        """Return the number of parameters of one neuron."""
+        names = (name for name, _ in block.axes(model))
+        return sum(model.get_parameter(name).numel() for name in names) // block.width(model)
 
-    def _sources(self, layer: int, recycled: Tensor, *, count: int, asked: Sequence[int]) -> Tensor:
-        """Return which neurons new ones may stem from, int64 [k]; those asked for come first."""
+    def _sources(
+        self, layer: int, recycled: Tensor, *, count: int, preferred: Sequence[int]
+    ) -> Tensor:
+        """Return the source neurons of new ones, int64 [k]; preferred ones come first."""
         pressures = self.pressure.neurons[layer].clone()
-        pressures[list(asked)] = torch.inf
-        pressures[recycled.to(pressures.device)] = -1.0  # what is taken away is no source
+        pressures[list(preferred)] = torch.inf
+        pressures[recycled.to(pressures.device)] = -1.0  # recycled neurons are no sources
         sources = pressures.topk(min(count, len(pressures) - len(recycled))).indices
         if len(sources) < count:
             sources = sources.repeat(-(-count // len(sources)))[:count]
@@ -485,13 +491,13 @@ class Grower:
 
 
 class Pressure:
-    """Moving averages of the gradient norms of every neuron, and of the whole gradient.
+    """Moving averages of the gradient norm of every neuron, and of the whole gradient.
 
-    ema ← decay · ema + (1 − decay) · |∇w|, of a neuron over its rows of gate and up. A step whose
-    gradient is not finite is left out, as it is refused.
+    ema ← decay · ema + (1 − decay) · |∇w|, for a neuron over its rows of gate and up. Steps with a
+    non-finite gradient are ignored, because they are skipped.
 
     Args:
-        decay: of both averages.
+        decay: decay of both averages.
     """
 
     def __init__(self, decay: float) -> None:
@@ -501,12 +507,12 @@ class Pressure:
 
     @torch.no_grad()
     def observe(
-        self, model: nn.Module, places: Sequence[FfnBlock], *, whole: Tensor | None = None
+        self, model: nn.Module, blocks: Sequence[FfnBlock], *, whole: Tensor | None = None
     ) -> None:
-        """Take the gradients that the parameters hold.
+        """Update the averages with the gradients of the parameters.
 
         Args:
-            whole: norm of the whole gradient, where `model` is a part of what is trained.
+            whole: norm of the whole gradient, if `model` is only part of what is trained.
         """
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         if not gradients:
@@ -514,37 +520,37 @@ class Pressure:
         norm = (nn.utils.get_total_norm(gradients) if whole is None else whole).float()
         is_finite = torch.isfinite(norm)
         self._whole = self._next(self._whole.to(norm), norm, is_finite)
-        for place in places:
-            parts = [model.get_parameter(name) for name in place.rows]
+        for block in blocks:
+            parts = [model.get_parameter(name) for name in block.rows]
             rows = [
                 torch.linalg.vector_norm(
-                    place.turned(part.grad),
+                    block.outputs_first(part.grad),
                     dim=1,
                     dtype=torch.promote_types(part.dtype, torch.float32),
                 ).float()
                 for part in parts
                 if part.grad is not None
             ]
-            norms = parts[0].new_zeros(place.width(model), dtype=torch.float32)
+            norms = parts[0].new_zeros(block.width(model), dtype=torch.float32)
             if rows:
                 norms = torch.stack(rows).square().sum(dim=0).sqrt()
-            before = self.neurons.get(place.layer, torch.zeros_like(norms)).to(norms)
-            self.neurons[place.layer] = self._next(before, norms, is_finite)
+            before = self.neurons.get(block.layer, torch.zeros_like(norms)).to(norms)
+            self.neurons[block.layer] = self._next(before, norms, is_finite)
 
-    def of_layers(self, places: Sequence[FfnBlock]) -> Tensor:
-        """Return each layer's mean in proportion to the whole gradient's norm, float64 [L].
+    def of_layers(self, blocks: Sequence[FfnBlock]) -> Tensor:
+        """Return each layer's mean relative to the norm of the whole gradient, float64 [L].
 
-        What is common to all, a falling loss or a hard batch, is no sign of one layer.
+        The ratio cancels effects common to all layers, such as a falling loss or a hard batch.
         """
-        means = torch.stack([self.neurons[place.layer].mean() for place in places])
+        means = torch.stack([self.neurons[block.layer].mean() for block in blocks])
         return (means / self._whole.clamp_min(1e-30)).double().cpu()
 
-    def grow(self, layer: int, places: Tensor, width: int) -> None:
-        """Let new neurons begin with the mean of their layer."""
+    def grow(self, layer: int, indices: Tensor, width: int) -> None:
+        """Initialise new neurons with the mean of their layer."""
         old = self.neurons[layer]
         new = old.new_full((width,), float(old.mean()))
         new[: len(old)] = old
-        new[places.to(new.device)] = old.mean()
+        new[indices.to(new.device)] = old.mean()
         self.neurons[layer] = new
 
     def state_dict(self) -> dict[str, Any]:
@@ -558,19 +564,19 @@ class Pressure:
         return torch.where(is_finite, torch.lerp(now, before, self._decay), before)
 
 
-def wanda_scores(model: nn.Module, place: FfnBlock, look: ActivationProbe) -> Tensor:
+def wanda_scores(model: nn.Module, block: FfnBlock, probe: ActivationProbe) -> Tensor:
     """Return |w|·‖x‖ of every neuron, float32 [F]: Sun et al. 2023, arXiv 2306.11695.
 
-    x is what a neuron computes of the tokens, as a root mean square; w its column of down, 1 where
-    nobody knows it.
+    x is the activation of a neuron over the tokens, as a root mean square. w is its column of down,
+    or 1 if that is unknown.
     """
-    gate, up, down = place.weights(model)
-    computed = look.computed
+    gate, up, down = block.weights(model)
+    computed = probe.computed
     if computed is None:
-        summed = F.linear(look.inputs, gate, place.bias(model, place.gate))  # [T, F]
-        computed = place.activation(model)(summed)
-        if up is not None and place.up is not None:
-            computed = computed * F.linear(look.inputs, up, place.bias(model, place.up))
+        summed = F.linear(probe.inputs, gate, block.bias(model, block.gate))  # [T, F]
+        computed = block.activation(model)(summed)
+        if up is not None and block.up is not None:
+            computed = computed * F.linear(probe.inputs, up, block.bias(model, block.up))
     strength = computed.square().mean(dim=0).sqrt()
     return strength if down is None else strength * torch.linalg.vector_norm(down, dim=0)
 
@@ -578,68 +584,68 @@ def wanda_scores(model: nn.Module, place: FfnBlock, look: ActivationProbe) -> Te
 def dead_neurons(
     scores: Mapping[int, Tensor], young: Mapping[int, Tensor], *, quantile: float
 ) -> dict[int, Tensor]:
-    """Return layer → int64 [d], its dead neurons, those of the lowest score first.
+    """Return {layer: int64 [d]}, the dead neurons of each layer, lowest score first.
 
     Args:
         scores: layer → float32 [F].
-        young: layer → int64 [k], neurons that can't be dead.
-        quantile: of the scores of all layers together, each in proportion to its layer's median,
-            below which a mature neuron is dead.
+        young: layer → int64 [k], neurons that are exempt.
+        quantile: a mature neuron is dead if its score, relative to the median of its layer, is
+            below this quantile of all layers' relative scores.
     """
     relative = {n: each / each.median().clamp_min(1e-30) for n, each in scores.items()}
     row = torch.cat(list(relative.values()))
-    # Evenly thinned: torch takes no quantile of more than 2**24 values
+    # Subsampled evenly: torch.quantile is limited to 2**24 values
     threshold = torch.quantile(row[:: -(-len(row) // 2**20)], quantile)
     found = {}
     for layer, each in relative.items():
         is_dead = each < threshold
         is_dead |= each == 0
         is_dead[young[layer].to(each.device)] = False
-        places = is_dead.nonzero().squeeze(1)
-        found[layer] = places[each[places].argsort(stable=True)].cpu()
+        candidates = is_dead.nonzero().squeeze(1)
+        found[layer] = candidates[each[candidates].argsort(stable=True)].cpu()
     return found
 
 
-# How old neurons are, and larger updates for the young ones.
+# The age of neurons, and larger updates for young ones.
 #
-# The update is scaled, not the gradient: Adam does not see how large a gradient is.
+# The update is scaled, not the gradient: Adam is invariant to the scale of the gradient.
 
-OLD = -(2**31)  # when neurons were born that stood there before
+OLD = -(2**31)  # birth step of neurons that the model started with
 
 
 class Maturity:
-    """When each neuron was born.
+    """Birth steps of all neurons, and scaled updates of young ones.
 
     Args:
         age: steps after which a neuron is mature.
-        factor: on the updates of young ones.
+        factor: multiplies the updates of young neurons.
     """
 
     def __init__(self, *, age: int, factor: float) -> None:
         self._age = age
         self._factor = factor
         self._latest = OLD  # step of the last birth
-        self._born: dict[int, Tensor] = {}  # layer → int64 [F], the steps taken then
+        self._born: dict[int, Tensor] = {}  # layer → int64 [F], birth step
         self._before: dict[tuple[str, int], Tensor] = {}
         self._young: dict[int, Tensor] = {}
         self._measured: tuple[FfnBlock, ...] = ()
         self._whole: dict[str, Tensor] = {}
-        self.update_norms: dict[str, float] = {}  # of the last step that was measured
-        self._sums: dict[str, list[float]] = {}  # of all of them: sum, number
+        self.update_norms: dict[str, float] = {}  # of the last measured step
+        self._sums: dict[str, list[float]] = {}  # sum and number of all measurements
 
     def begin(self, widths: Mapping[int, int]) -> None:
-        """Take the neurons of a model that begins for mature."""
+        """Mark all neurons of a model as mature."""
         self._born = {n: torch.full((w,), OLD, dtype=torch.int64) for n, w in widths.items()}
 
-    def grow(self, layer: int, places: Tensor, width: int, *, step: int) -> None:
-        """Let neurons be born."""
+    def grow(self, layer: int, indices: Tensor, width: int, *, step: int) -> None:
+        """Add newborn neurons."""
         old = self._born[layer]
         self._born[layer] = torch.cat([old, old.new_full((width - len(old),), step)])
-        self._born[layer][places] = step
+        self._born[layer][indices] = step
         self._latest = max(self._latest, step)
 
     def young(self, layer: int, step: int) -> Tensor:
-        """Return which neurons of a layer are not mature after so many steps, int64 [k]."""
+        """Return the indices of a layer's neurons that are not yet mature, int64 [k]."""
         return (step - self._born[layer] < self._age).nonzero().squeeze(1)
 
     def ages(self, step: int) -> list[int]:
@@ -649,35 +655,35 @@ class Maturity:
 
     @torch.no_grad()
     def before_update(
-        self, model: nn.Module, places: Sequence[FfnBlock], step: int, *, is_measured: bool = False
+        self, model: nn.Module, blocks: Sequence[FfnBlock], step: int, *, is_measured: bool = False
     ) -> None:
-        """Keep what young neurons are, right before the optimizer's step.
+        """Store the weights of young neurons right before the optimizer step.
 
         Args:
-            step: steps taken.
-            is_measured: find `update_norms`, of the layers that have young neurons.
+            step: number of steps taken.
+            is_measured: compute `update_norms` for the layers with young neurons.
         """
         self._before, self._young, self._measured = {}, {}, ()
         if step - self._latest >= self._age:
             return
-        for place in places:
-            if len(young := self.young(place.layer, step)):
-                self._young[place.layer] = young
-                for name, dim in place.parts:
+        for block in blocks:
+            if len(young := self.young(block.layer, step)):
+                self._young[block.layer] = young
+                for name, dim in block.parts:
                     parameter = model.get_parameter(name)
                     index = young.to(parameter.device)
                     self._before[name, dim] = parameter.detach().index_select(dim, index)
-        self._measured = tuple(p for p in places if is_measured and p.layer in self._young)
+        self._measured = tuple(p for p in blocks if is_measured and p.layer in self._young)
         self._whole = {
             name: model.get_parameter(name).detach().clone()
-            for place in self._measured
-            for name in place.rows
+            for block in self._measured
+            for name in block.rows
         }
 
     @torch.no_grad()
-    def after_update(self, model: nn.Module, places: Sequence[FfnBlock]) -> None:
-        """Let young neurons go further the way that the optimizer took them."""
-        by_name = {name: p.layer for p in places for name, _ in p.parts}
+    def after_update(self, model: nn.Module, blocks: Sequence[FfnBlock]) -> None:
+        """Scale the updates that the optimizer applied to young neurons."""
+        by_name = {name: p.layer for p in blocks for name, _ in p.parts}
         for (name, dim), before in self._before.items():
             parameter = model.get_parameter(name)
             index = self._young[by_name[name]].to(parameter.device)
@@ -686,18 +692,19 @@ class Maturity:
             parameter.detach().index_copy_(dim, index, scaled)
         self._before = {}
         if self._measured:
-            # The mean norm of a neuron's update, of young and of mature ones
+            # The mean update norm of young and of mature neurons
             sums = {"young": [0.0, 0], "old": [0.0, 0]}
-            for place in self._measured:
+            for block in self._measured:
                 moves = [
                     torch.linalg.vector_norm(
-                        place.turned(model.get_parameter(name).detach() - self._whole[name]), dim=1
+                        block.outputs_first(model.get_parameter(name).detach() - self._whole[name]),
+                        dim=1,
                     )
-                    for name in place.rows
+                    for name in block.rows
                 ]
                 norms = torch.stack(moves).square().sum(dim=0).sqrt()
                 is_young = torch.zeros_like(norms, dtype=torch.bool)
-                is_young[self._young[place.layer].to(norms.device)] = True
+                is_young[self._young[block.layer].to(norms.device)] = True
                 for name, chosen in (("young", norms[is_young]), ("old", norms[~is_young])):
                     sums[name][0] += float(chosen.sum())
                     sums[name][1] += len(chosen)
@@ -708,7 +715,7 @@ class Maturity:
                 self._sums[name] = [total + norm, number + 1]
 
     def mean_update_norm(self, name: str) -> float | None:
-        """Return the mean of `update_norms` over a training; None where nothing was measured."""
+        """Return the mean of `update_norms` over a run; None if nothing was measured."""
         total, number = self._sums.get(name, [0.0, 0.0])
         return total / number if number else None
 
@@ -724,7 +731,7 @@ class Maturity:
 
 
 def map_digest(journal: Iterable[Entry]) -> str:
-    """Return the SHA-256 over the maps of all events of growth in a journal."""
+    """Return the SHA-256 over the maps of all growth events in a journal."""
     maps = (entry["map_digest"] for entry in journal if entry["reason"] == GROWTH)
     return sha256("".join(maps).encode()).hexdigest()
 
@@ -739,13 +746,14 @@ def growth_record(
     is_exact: bool,
     function_change: float | None = None,
 ) -> ExpansionRecord:
-    """Return the record of what grew in one training.
+    """Return the lineage record of the growth in one training run.
 
     Args:
-        before: config when it began; `after` when it ended.
-        digest: of its maps.
-        is_exact: every event claims to keep the function.
-        function_change: the largest that was measured.
+        before: config at the start of the run.
+        after: config at its end.
+        digest: checksum of all maps.
+        is_exact: True if every event claims to preserve the function.
+        function_change: the largest measured change.
     """
     return ExpansionRecord(
         timestamp=datetime.now(UTC).isoformat(timespec="seconds"),

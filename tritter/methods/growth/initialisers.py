@@ -1,8 +1,8 @@
-"""What new neurons begin as.
+"""Initial weights of new neurons.
 
-A neuron of a gated FFN is y += down · σ(gate·x) · (up·x). With up = 0, or down = 0, it changes
-nothing at first; with both it would never learn. Without a gate it is y += down · σ(gate·x), which
-begins with down = 0.
+A neuron of a gated FFN adds y += down · σ(gate·x) · (up·x). With up = 0 or down = 0 it leaves the
+output unchanged at first; with both zero it would never learn. Without a gate a neuron adds
+y += down · σ(gate·x) and starts with down = 0.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ MAX_NEIGHBOURS = 16
 def orthogonalised(
     rows: Tensor, existing: Tensor, *, against: Against, inputs: Tensor | None = None
 ) -> Tensor:
-    """Return new rows without what their nearest neighbours look at, of the length they had.
+    """Return rows made orthogonal to their nearest existing rows, with their original norm.
 
-    Against as many rows as there are dimensions nothing would be left, so only the nearest count,
-    at most a quarter of the dimensions.
+    Only the nearest rows count, at most a quarter of the dimensions: nothing would remain after
+    projecting out as many rows as there are dimensions.
 
     Args:
         rows: [k, H], each made orthogonal to its neighbours and to the rows before it.
         existing: [F, H].
-        against: `neighbours`: as directions; `activations`: what they compute of the inputs is
-            uncorrelated.
-        inputs: [T, H], of `activations`.
+        against: `neighbours`: orthogonal directions; `activations`: uncorrelated activations on the
+            inputs.
+        inputs: [T, H], needed for `activations`.
     """
     import torch
     from torch import Tensor
@@ -46,7 +46,7 @@ def orthogonalised(
         return rows
     metric = None
     if against == "activations":
-        assert inputs is not None, "activations are those of some inputs"
+        assert inputs is not None, "against=activations needs inputs"
         metric = inputs.T @ inputs / len(inputs)  # [H, H]
     count = max(1, min(MAX_NEIGHBOURS, existing.shape[1] // 4))
     seen = existing if metric is None else existing @ metric
@@ -56,54 +56,55 @@ def orthogonalised(
         nearest = existing[((seen @ row).abs() / norms).topk(min(count, len(existing))).indices]
         others = torch.stack([*nearest, *made[-count:]])
         viewed = others if metric is None else others @ metric  # [m, H]
-        # Minus the projection on the span of the others, by the inner product of the metric
+        # Minus the projection on the span of the others, in the inner product of the metric
         coefficients = torch.linalg.lstsq(
             (viewed @ others.T).double(), (viewed @ row).double()[:, None], driver="gelsd"
         ).solution
-        left = row - (coefficients.squeeze(1).to(row) @ others)
-        length = torch.linalg.vector_norm(left)
+        remainder = row - (coefficients.squeeze(1).to(row) @ others)
+        length = torch.linalg.vector_norm(remainder)
         if float(length) > 1e-6 * float(torch.linalg.vector_norm(row)):
-            row = left * (torch.linalg.vector_norm(row) / length)
+            row = remainder * (torch.linalg.vector_norm(row) / length)
         made.append(row)
     return torch.stack(made) if made else rows
 
 
 _POWER_STEPS, _SUBSPACE = 12, 6
-_LONGEST = 10.0  # of a new row or column, beside the median of the old ones
+_LONGEST = 10.0  # maximum norm of a new row or column, relative to the median of the old ones
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Layer:
-    """An FFN that grows, as an initialiser sees it; all in float32 on one device.
+    """Weights and activations of an FFN that grows; all in float32 on one device.
 
     Args:
-        gate: [F, H]; `up` likewise, None where neurons have no gate and `gate` is all they read by.
-        down: [H, F]; None where nobody knows who reads the neurons.
-        gate_bias: [F], added before σ; new neurons have none at first.
+        gate: [F, H].
+        up: [F, H]; None if neurons have no gate and `gate` stores their only input weights.
+        down: [H, F]; None if the reader of the neurons is not known.
         activation: σ.
-        look: tokens of the step, of all processes.
-        sources: int64 [k], the neurons of the highest pressure, which new ones may stem from.
-        seed: of what is drawn.
+        probe: activations of the step, of all processes.
+        sources: int64 [k], the neurons of the highest pressure, which may serve as sources.
+        seed: seed of random numbers.
+        gate_bias: [F], added before σ; new neurons start without one.
     """
 
     gate: Tensor
     up: Tensor | None
     down: Tensor | None
     activation: Callable[[Tensor], Tensor]
-    look: ActivationProbe
+    probe: ActivationProbe
     sources: Tensor
     seed: int
     gate_bias: Tensor | None = None
 
     def drawn(self, count: int, size: int) -> Tensor:
-        """Return standard normal numbers [count, size], by the seed alone."""
+        """Return standard normal numbers [count, size] that depend on the seed alone."""
         import torch
 
         generator = torch.Generator().manual_seed(self.seed)
         return torch.randn(count, size, generator=generator).to(self.gate)
 
-    def drawn_rows(self) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """Yield (name, rows [F, H], standard normal numbers [k, H]) of what neurons read by."""
+    def random_rows(self) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Yield (name, rows [F, H], standard normal numbers [k, H]) for each input weight."""
         width = self.gate.shape[1]
         drawn = self.drawn(len(self.sources), 2 * width)
         yield "gate", self.gate, drawn[:, :width]
@@ -111,26 +112,26 @@ class Layer:
             yield "up", self.up, drawn[:, width:]
 
     def computed(self) -> Tensor:
-        """Return what the neurons of an FFN without gates computed, [T, F]."""
-        return self.opened() if self.look.computed is None else self.look.computed
+        """Return the activations of the neurons of an FFN without gates, [T, F]."""
+        return self.gate_activations() if self.probe.computed is None else self.probe.computed
 
-    def opened(self) -> Tensor:
-        """Return σ of what gates read, [T, F]."""
+    def gate_activations(self) -> Tensor:
+        """Return the activations σ(gate·x) of the gates, [T, F]."""
         from torch.nn import functional as F
 
-        return self.activation(F.linear(self.look.inputs, self.gate, self.gate_bias))
+        return self.activation(F.linear(self.probe.inputs, self.gate, self.gate_bias))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class NewNeurons:
     """k new neurons.
 
-    Args:
-        gate: [k, H]; `up` likewise, None as in the layer.
-        down: [H, k]; None as in the layer.
-        source: int64 [k], where they are copies that share the output of these neurons; None:
-            they are made of the three above alone.
-        share: what a copy takes over of its source's output, 0 to 1; the source keeps the rest.
+    gate: [k, H].
+    up: [k, H]; None as in the layer.
+    down: [H, k]; None as in the layer.
+    source: int64 [k], the neurons whose output the new ones share as copies; None: the new
+        neurons consist of the three weights alone.
+    share: share of the source's output that a copy takes over, 0 to 1.
     """
 
     gate: Tensor
@@ -142,35 +143,35 @@ class NewNeurons:
 
 @options
 class Initialiser(ABC):
-    """Makes new neurons: from outside, a record of options with this base.
+    """Base class of initialisers; subclass it as a record of options to add your own.
 
     Args:
-        orthogonalise: new directions against those that the layer has.
+        orthogonalise: make new directions orthogonal to existing ones.
     """
 
-    name: ClassVar[str] = ""  # of ours, in `INITIALISERS`
-    is_exact: ClassVar[bool] = True  # the function is kept
+    name: ClassVar[str] = ""  # key in `INITIALISERS` of built-in initialisers
+    is_exact: ClassVar[bool] = True  # True if the function is preserved
 
     orthogonalise: Against = "none"
 
     @abstractmethod
     def neurons(self, layer: Layer) -> NewNeurons:
-        """Return as many new neurons as the layer names sources."""
+        """Return one new neuron per source of the layer."""
 
 
 @options
 class GradMax(Initialiser):
-    """The largest gradient that a neuron can begin with: Evci et al. 2022, arXiv 2201.05125.
+    """Maximise the initial gradient of new neurons: Evci et al. 2022, arXiv 2201.05125.
 
-    The gradient of a new row of up is downᵀ·M_g, with M_g = Σ_t σ(gate·x_t) δ_t x_tᵀ over tokens:
-    of all down of one length the first left singular vector of M_g makes it longest. Gates look
-    at the right singular vectors of M = Σ_t δ_t x_tᵀ, in the strength that the layer's gates have.
-    up is zero, so the function is kept; down is as long as lets the new gradients be as large as
-    the median of the layer's.
+    The gradient of a new row of up is downᵀ·M_g, with M_g = Σ_t σ(gate·x_t) δ_t x_tᵀ over tokens.
+    Among all down of equal norm, the first left singular vector of M_g maximises it. Gates are set
+    to the right singular vectors of M = Σ_t δ_t x_tᵀ, scaled like the existing gates. up is zero,
+    so the function is preserved. down is scaled so that the norm of the new gradients equals the
+    median of the layer, within limits.
 
-    Without gates it is down that is zero. The gradient of a new column is Σ_t δ_t σ(gate·x_t), and
-    rows along the right singular vectors of M make it long: as long as the median of the layer's
-    columns, and no row answers more strongly than the layer's do.
+    Without gates down is zero. The gradient of a new column is Σ_t δ_t σ(gate·x_t), and rows along
+    the right singular vectors of M make it large. Its norm is limited to the median of the layer's
+    columns, and the responses of new rows to those of existing ones.
     """
 
     name: ClassVar[str] = "gradmax"
@@ -180,22 +181,24 @@ class GradMax(Initialiser):
 
         if layer.up is None or layer.down is None:
             return self._without_gates(layer)
-        inputs, deltas = layer.look.inputs, layer.look.output_gradients  # [T, H]
+        inputs, deltas = layer.probe.inputs, layer.probe.output_gradients  # [T, H]
         count = len(layer.sources)
         existing, width = layer.gate, layer.gate.shape[1]
-        led = min(count, max(1, width // 2))  # the gradient leads so far; further ones are drawn
+        led = min(
+            count, max(1, width // 2)
+        )  # directions from the gradient; further ones are random
         gates = _directions(deltas.T @ inputs, layer.drawn(width, led + 2), led)
         gates = torch.cat([gates, layer.drawn(count, width)[led:]])
         gates = orthogonalised(gates, existing, against=self.orthogonalise, inputs=inputs)
         gates = gates * _strength(layer.gate, gates, inputs)
-        # As long a gradient as the median of those of the rows of up, over the tokens looked at
-        wanted = _median_norm(((deltas @ layer.down) * layer.opened()).T @ inputs)
+        # Target: the median gradient norm of the rows of up, over the recorded tokens
+        target_norm = _median_norm(((deltas @ layer.down) * layer.gate_activations()).T @ inputs)
         longest = _LONGEST * _median_norm(layer.down.T)
         columns: list[Tensor] = []
         for gate in gates:
-            opened = layer.activation(inputs @ gate)[:, None]  # [T, 1]
-            moment = (deltas * opened).T @ inputs  # [H, H], M_g
-            for column in columns[len(columns) // led * led :]:  # or all would write alike
+            gate_activations = layer.activation(inputs @ gate)[:, None]  # [T, 1]
+            moment = (deltas * gate_activations).T @ inputs  # [H, H], M_g
+            for column in columns[len(columns) // led * led :]:  # so that the columns differ
                 moment = moment - torch.outer(column, column @ moment)
             # The first left singular vector of the moment
             start = layer.drawn(moment.shape[1], _SUBSPACE)
@@ -209,17 +212,17 @@ class GradMax(Initialiser):
                 for gate, column in zip(gates, columns, strict=True)
             ]
         )
-        lengths = (wanted / reached.clamp_min(1e-30)).clamp(max=longest)
+        lengths = (target_norm / reached.clamp_min(1e-30)).clamp(max=longest)
         return NewNeurons(gate=gates, up=torch.zeros_like(gates), down=down * lengths)
 
     def _without_gates(self, layer: Layer) -> NewNeurons:
         import torch
 
-        inputs, deltas = layer.look.inputs, layer.look.output_gradients  # [T, H], [T, O]
+        inputs, deltas = layer.probe.inputs, layer.probe.output_gradients  # [T, H], [T, O]
         count, width = len(layer.sources), layer.gate.shape[1]
         drawn = layer.drawn(width + count, count + 2)
         rows = _directions(deltas.T @ inputs, drawn[:width], count)  # [k, H]
-        if count > width:  # neurons that begin alike would stay alike
+        if count > width:  # equal neurons would stay equal
             rows = torch.cat([rows[:width], layer.drawn(count, width)[width:]])
         rows = orthogonalised(rows, layer.gate, against=self.orthogonalise, inputs=inputs)
         rows = rows * _strength(layer.gate, rows, inputs)
@@ -227,26 +230,26 @@ class GradMax(Initialiser):
             return NewNeurons(gate=rows, up=None, down=None)
 
         def reached(rows: Tensor) -> Tensor:
-            """Return the norms of the gradients of new columns, [k, 1]."""
+            """Return the gradient norms of new columns, [k, 1]."""
             computed = layer.activation(inputs @ rows.T)
             return torch.linalg.vector_norm(deltas.T @ computed, dim=0)[:, None]
 
-        # The sign of a singular vector says nothing, and σ tells the two apart
+        # The sign of a singular vector is arbitrary, but σ is not symmetric
         rows = torch.where(reached(rows) < reached(-rows), -rows, rows)
-        wanted = _median_norm((deltas.T @ layer.computed()).T)
-        rows = rows * (wanted / reached(rows).clamp_min(1e-30)).clamp(max=1.0)
+        target_norm = _median_norm((deltas.T @ layer.computed()).T)
+        rows = rows * (target_norm / reached(rows).clamp_min(1e-30)).clamp(max=1.0)
         down = layer.down.new_zeros(layer.down.shape[0], count)
         return NewNeurons(gate=rows, up=None, down=down)
 
 
 @options
 class Split(Initialiser):
-    """Copies of the neurons of the highest pressure, which share what those wrote.
+    """Copy the neurons of the highest pressure and share their output.
 
-    Unequal shares, or the two would stay alike for ever.
+    The shares are unequal; otherwise both copies would stay equal forever.
 
     Args:
-        share: of the output, of the new one.
+        share: share of the output that the new neuron takes over.
     """
 
     name: ClassVar[str] = "split"
@@ -266,10 +269,10 @@ class Split(Initialiser):
 
 @options
 class SourceNoise(Initialiser):
-    """The README's: the weights of a source and noise, orthogonalised; it changes the function.
+    """Copy the weights of a source, add noise and orthogonalise; changes the function.
 
     Args:
-        noise: its standard deviation, relative to that of the layer's weights.
+        noise: standard deviation, relative to that of the layer's weights.
     """
 
     name: ClassVar[str] = "source_noise"
@@ -282,8 +285,8 @@ class SourceNoise(Initialiser):
     def neurons(self, layer: Layer) -> NewNeurons:
         from torch import Tensor
 
-        source, inputs, made = layer.sources, layer.look.inputs, dict[str, Tensor]()
-        for name, existing, part in layer.drawn_rows():
+        source, inputs, made = layer.sources, layer.probe.inputs, dict[str, Tensor]()
+        for name, existing, part in layer.random_rows():
             rows = existing[source] + self.noise * existing.std() * part
             made[name] = orthogonalised(rows, existing, against=self.orthogonalise, inputs=inputs)
         down = None if layer.down is None else layer.down[:, source]
@@ -292,15 +295,15 @@ class SourceNoise(Initialiser):
 
 @options
 class Random(Initialiser):
-    """New directions of the strength that the layer's have; they write nothing at first."""
+    """Random directions scaled like existing ones, with zero output weights."""
 
     name: ClassVar[str] = "random"
 
     def neurons(self, layer: Layer) -> NewNeurons:
         from torch import Tensor
 
-        inputs, made = layer.look.inputs, dict[str, Tensor]()
-        for name, existing, part in layer.drawn_rows():
+        inputs, made = layer.probe.inputs, dict[str, Tensor]()
+        for name, existing, part in layer.random_rows():
             rows = orthogonalised(part, existing, against=self.orthogonalise, inputs=inputs)
             made[name] = rows * _strength(existing, rows, inputs)
         down = layer.down
@@ -310,9 +313,9 @@ class Random(Initialiser):
 
 
 def _strength(existing: Tensor, rows: Tensor, inputs: Tensor) -> Tensor:
-    """Return factors [k, 1] that let rows answer to the inputs as strongly as the median does.
+    """Return factors [k, 1] that scale rows to the median response of existing rows to the inputs.
 
-    A direction that hardly any input has would be stretched without end, so there is one.
+    The factor is limited, because a direction that hardly occurs in the inputs would diverge.
     """
     import torch
 
@@ -329,7 +332,7 @@ def _median_norm(rows: Tensor) -> Tensor:
 
 
 def _directions(moment: Tensor, start: Tensor, count: int) -> Tensor:
-    """Return the first right singular vectors of a matrix, as rows [count, H], unit length."""
+    """Return the first right singular vectors of a matrix as rows [count, H] of unit length."""
     found = _subspace(moment.T @ moment, start)
     if count > found.shape[1]:  # more new neurons than dimensions
         found = found.repeat(1, -(-count // found.shape[1]))

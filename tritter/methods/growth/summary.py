@@ -1,4 +1,4 @@
-"""What the lineage and summary.json say of the neurons that grew in a run."""
+"""Records of neuron growth for the lineage and summary.json."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,11 +12,11 @@ from tritter.training import FitResult
 def growth_records(
     before: Config, after: Config, result: FitResult, *, options: Mapping[str, Any], seed: int
 ) -> list[ExpansionRecord]:
-    """Return the lineage's record of what grew in one training, if anything did.
+    """Return the lineage record of the growth in one training run, if there was any.
 
     Args:
-        before: config when it began; `after` when it ended.
-        options: of `growth`.
+        before: config at the start of the run; `after`: at its end.
+        options: the options of `growth`.
     """
     report = result.reports[GROWTH]
     if not report["events"]:
@@ -34,26 +34,26 @@ def growth_records(
 
 
 def growth_summary(
-    trainings: Sequence[tuple[int, Mapping[str, Any]]], *, options: Mapping[str, Any], advice: str
+    fits: Sequence[tuple[int, Mapping[str, Any]]], *, options: Mapping[str, Any], advice: str
 ) -> dict[str, Any]:
-    """Return `growth` of summary.json: one record of all trainings of an attempt.
+    """Return `growth` of summary.json: one record for all training runs of a branch.
 
     Args:
-        trainings: steps and report of each, in order; steps and FLOPs are counted on.
-        options: of `growth`.
-        advice: what to try where nothing grew.
+        fits: steps and report of each run, in order; steps and FLOPs are cumulative.
+        options: the options of `growth`.
+        advice: what to change if nothing grew.
     """
-    reports = [report for _, report in trainings]
+    reports = [report for _, report in fits]
     first, last, steps_before, flops_before = reports[0], reports[-1], 0, 0.0
     events, steps = [], []
-    for number, (num_steps, report) in enumerate(trainings):
+    for number, (num_steps, report) in enumerate(fits):
         for event in report["events"]:
-            counted = {
+            cumulative = {
                 "step": event["step"] + steps_before,
                 "flops": event["flops"] + flops_before,
             }
-            task = {"task": number} if len(trainings) > 1 else {}
-            events.append({**event, **task, **counted})
+            task = {"task": number} if len(fits) > 1 else {}
+            events.append({**event, **task, **cumulative})
         steps += [step + steps_before for step in report["map"]["steps"]]
         steps_before += num_steps
         flops_before += report["flops"]

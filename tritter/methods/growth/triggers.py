@@ -1,7 +1,7 @@
-"""When a model grows, and in which of its layers.
+"""Triggers: when a model grows, and in which layers.
 
-A trigger is asked at each check and decides by what it is shown, which is saved with the training:
-it has no state of its own.
+A trigger is evaluated at each check and decides from a view, which is saved with the run. It has no
+state of its own.
 """
 
 from __future__ import annotations
@@ -19,17 +19,21 @@ from tritter.limits import MAX_PARAMETERS
 from tritter.methods.growth.initialisers import GradMax, Initialiser, Random, SourceNoise, Split
 from tritter.options import Count, WholeNumber, options, part_field
 
-REFERENCE_STEPS = 2_000  # of a training that the README's numbers are for
-COOLDOWN, CHECK_EVERY, MATURATION_AGE = 200, 100, 500  # the README's
-WARMUP_SHARE = 0.05  # of a training; its first gradients say little
+REFERENCE_STEPS = 2_000  # length of run that the next three defaults are for
+COOLDOWN, CHECK_EVERY, MATURATION_AGE = 200, 100, 500
+WARMUP_SHARE = 0.05  # share of a run; the first gradients are not informative
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timing:
-    """The schedules of growth in steps of one training.
+    """The schedule of growth, in steps of one training run.
 
     Args:
-        max_steps: of the training; None: not known, as in a loop of one's own.
+        check_every: steps between checks.
+        cooldown: steps before the first event and between events.
+        warmup: steps before the first check.
+        maturation_age: steps until a neuron is mature.
+        max_steps: length of the run; None: unknown, as in your own loop.
     """
 
     check_every: int
@@ -39,21 +43,21 @@ class Timing:
     max_steps: int | None
 
     @classmethod
-    def of(cls, asked: GrowthOptions, *, max_steps: int | None) -> Timing:
-        """Return what `asked` means in a training of so many steps."""
+    def of(cls, options: GrowthOptions, *, max_steps: int | None) -> Timing:
+        """Return the schedule that options imply for a run of `max_steps` steps."""
         part = 1.0 if max_steps is None else min(1.0, max_steps / REFERENCE_STEPS)
 
         def scaled(value: int | None, usual: int) -> int:
             return max(1, ceil(usual * part)) if value is None else value
 
-        warmup = asked.warmup_steps
+        warmup = options.warmup_steps
         if warmup is None:
             warmup = ceil(WARMUP_SHARE * (max_steps or REFERENCE_STEPS))
         return cls(
-            check_every=scaled(asked.check_every, CHECK_EVERY),
-            cooldown=scaled(asked.growth_cooldown, COOLDOWN),
+            check_every=scaled(options.check_every, CHECK_EVERY),
+            cooldown=scaled(options.growth_cooldown, COOLDOWN),
             warmup=warmup,
-            maturation_age=scaled(asked.maturation_age, MATURATION_AGE),
+            maturation_age=scaled(options.maturation_age, MATURATION_AGE),
             max_steps=max_steps,
         )
 
@@ -64,20 +68,23 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class View:
-    """What a trigger is shown at a check.
+    """The data that a trigger decides from.
 
     Args:
         step: optimizer steps taken.
-        pressures: float64 [L], of each layer now: the mean norm of its neurons' gradients, as a
-            moving average, in proportion to the norm of the whole gradient.
-        neuron_pressures: of each layer float32 [F], its neurons' own.
-        history: float64 [n, L], the pressures of earlier checks.
-        losses: of the last steps, nats per token, the latest last; kept where `needs_losses`.
-        neuron_parameters: that one more neuron of each layer is made of.
-        neuron_flops: that it adds to the rest of the training; 0 where nobody counts them.
-        new_parameters: that growth has added so far; `extra_flops` likewise.
-        num_events: steps after which something grew.
-        parameters: of the model now.
+        pressures: float64 [L], current pressure of each layer: moving average of the mean gradient
+            norm of its neurons, relative to the norm of the whole gradient.
+        neuron_pressures: for each layer float32 [F], the gradient norms of its neurons.
+        history: float64 [n, L], the pressures at earlier checks.
+        losses: losses of recent steps in nats per token, the latest last; only if `needs_losses`.
+        neuron_parameters: parameters of one neuron, for each layer.
+        neuron_flops: FLOPs that one neuron adds until the end of the run; 0 if not counted.
+        new_parameters: parameters that growth has added so far.
+        extra_flops: FLOPs that growth has added so far.
+        num_events: number of steps after which the model grew.
+        parameters: current number of parameters of the model.
+        options: the options of `growth`.
+        timing: the schedule.
     """
 
     step: int
@@ -96,50 +103,50 @@ class View:
 
     @property
     def highest(self) -> int:
-        """The layer of the highest pressure."""
+        """Index of the layer with the highest pressure."""
         return int(self.pressures.argmax())
 
 
 @options
 class Trigger(ABC):
-    """Decides at a check; from outside, a record of options with this base."""
+    """Base class of triggers; subclass it as a record of options to add your own."""
 
-    name: ClassVar[str] = ""  # of ours, in `TRIGGERS`
-    advice: ClassVar[str] = ""  # what to try where nothing grew
+    name: ClassVar[str] = ""  # key in `TRIGGERS` of built-in triggers
+    advice: ClassVar[str] = ""  # what to change if nothing grew
     needs_losses: ClassVar[bool] = False
-    needs_end: ClassVar[bool] = False  # it has to know where the training ends
+    needs_end: ClassVar[bool] = False  # True if it needs the number of steps
 
-    def problems(self, asked: GrowthOptions, *, max_steps: int) -> Iterator[Problem]:
-        """Yield why it can't decide in a training of so many steps, whatever the model."""
+    def problems(self, options: GrowthOptions, *, max_steps: int) -> Iterator[Problem]:
+        """Yield reasons why it can't work in a run of `max_steps` steps, for any model."""
         yield from ()
 
     def is_due(self, step: int, timing: Timing) -> bool:
-        """Say whether the trigger is asked after so many steps."""
+        """Return True if the trigger is evaluated after step `step`."""
         return step >= timing.warmup and step % timing.check_every == 0
 
-    def waits(self) -> bool:
-        """Say whether the cooldown holds for it."""
+    def has_cooldown(self) -> bool:
+        """Return True if the cooldown applies to it."""
         return True
 
-    def why_never(self, asked: GrowthOptions, *, num_checks: int, num_layers: int) -> str:
-        """Return why it can't decide for growth in a training with so many checks; empty: it can.
+    def inactivity_reason(self, options: GrowthOptions, *, num_checks: int, num_layers: int) -> str:
+        """Return the reason if it can never fire in a run with `num_checks` checks, else ''.
 
         Args:
-            num_checks: before the last step.
+            num_checks: number of checks before the last step.
         """
         return ""
 
     @abstractmethod
     def decide(self, view: View) -> Mapping[int, int]:
-        """Return layer → how many neurons it gets; nothing: the model stays as it is."""
+        """Return {layer: number of new neurons}; empty: the model is unchanged."""
 
 
 @options
 class Percentile(Trigger):
-    """The layers whose pressure is among the highest of all layers at all checks so far.
+    """Grow layers whose pressure is in the top percentile of all layers at earlier checks.
 
-    For pressures that come in no particular order a layer grows at `rate` of the checks: the rank
-    of a new value among n old ones is uniform.
+    For exchangeable pressures, growth occurs at a fraction `rate` of the checks: the rank of a new
+    value among n old ones is uniform.
     """
 
     name: ClassVar[str] = "percentile"
@@ -154,22 +161,22 @@ class Percentile(Trigger):
         chosen = (view.pressures > threshold).nonzero().squeeze(1).tolist()
         return dict.fromkeys(chosen, view.options.max_growth_per_step)
 
-    def why_never(self, asked: GrowthOptions, *, num_checks: int, num_layers: int) -> str:
-        known = min(asked.history_checks, num_checks - 1) * num_layers
-        if _rank(known, asked.gradient_percentile):
+    def inactivity_reason(self, options: GrowthOptions, *, num_checks: int, num_layers: int) -> str:
+        known = min(options.history_checks, num_checks - 1) * num_layers
+        if _rank(known, options.gradient_percentile):
             return ""
         return (
-            f"{num_checks} checks of {num_layers} layers leave {max(known, 0)} earlier pressures "
-            f"to compare with, too few for growth.gradient_percentile = "
-            f"{asked.gradient_percentile:g}; check more often (growth.check_every), or keep more "
-            "(growth.history_checks)"
+            f"{num_checks} checks of {num_layers} layers yield {max(known, 0)} earlier pressures "
+            f"for comparison, too few for growth.gradient_percentile = "
+            f"{options.gradient_percentile:g}; check more often (growth.check_every), or keep more "
+            "of them (growth.history_checks)"
         )
 
     @staticmethod
     def rate(num_old: int, num_layers: int, percentile: float) -> float:
-        """Return the chance that any layer grows at a check, of exchangeable pressures.
+        """Return the probability that any layer grows at a check, for exchangeable pressures.
 
-        None of L new values exceeds the k-th largest of n old ones if the k largest of all n + L
+        No value of L new ones exceeds the k-th largest of n old ones if the k largest of all n + L
         are old: C(n, k) / C(n + L, k).
         """
         rank = _rank(num_old, percentile)
@@ -178,9 +185,9 @@ class Percentile(Trigger):
 
 @options
 class WithinLayer(Trigger):
-    """The README's to the letter: neurons above a percentile of their own layer.
+    """Grow neurons above a percentile within their own layer.
 
-    There are always some, so every layer grows whenever the cooldown allows it.
+    Some neurons always are, so every layer grows whenever the cooldown permits.
     """
 
     name: ClassVar[str] = "within_layer"
@@ -198,10 +205,10 @@ class WithinLayer(Trigger):
 
 @options
 class Plateau(Trigger):
-    """The layer of the highest pressure, when the loss falls no longer.
+    """Grow the layer of the highest pressure when the loss stops falling.
 
     Args:
-        threshold: relative change of the loss within `growth.plateau_steps`, below which it grows.
+        threshold: relative change of the loss within `growth.plateau_steps` below which it grows.
     """
 
     name: ClassVar[str] = "plateau"
@@ -218,23 +225,23 @@ class Plateau(Trigger):
 
 @options
 class Scheduled(Trigger):
-    """All layers, after certain steps, or whenever the cooldown allows it.
+    """Grow all layers after given steps, or whenever the cooldown permits.
 
     Args:
-        at: the steps, whatever the cooldown; None: at each check.
+        at: steps of growth, regardless of the cooldown; None: at each check.
     """
 
     name: ClassVar[str] = "schedule"
-    advice: ClassVar[str] = "steps of growth.trigger.at that the training reaches"
+    advice: ClassVar[str] = "steps in growth.trigger.at that the run reaches"
 
     at: Annotated[tuple[Count, ...], Field(min_length=1)] | None = None
 
-    def problems(self, asked: GrowthOptions, *, max_steps: int) -> Iterator[Problem]:
+    def problems(self, options: GrowthOptions, *, max_steps: int) -> Iterator[Problem]:
         if late := [step for step in self.at or () if step >= max_steps]:
-            reason = f"the training has training.max_steps = {max_steps}; allowed are steps before"
+            reason = f"must be below training.max_steps = {max_steps}"
             yield Problem("growth.trigger.at", late, reason=reason)
 
-    def waits(self) -> bool:
+    def has_cooldown(self) -> bool:
         return self.at is None
 
     def is_due(self, step: int, timing: Timing) -> bool:
@@ -246,38 +253,39 @@ class Scheduled(Trigger):
 
 @options
 class Budget(Trigger):
-    """Spends a budget evenly over a training, each time in the layer of the highest pressure.
+    """Spend a budget evenly over a run, each time in the layer of the highest pressure.
 
-    The budget is `growth.max_new_parameters` or `growth.max_extra_flops`; the cooldown says how
-    often, and `max_growth_per_step` how much at most in one event.
+    The budget is `growth.max_new_parameters` or `growth.max_extra_flops`. The cooldown determines
+    how often it grows, and `max_growth_per_step` permitted each event.
     """
 
     name: ClassVar[str] = "budget"
     advice: ClassVar[str] = "a larger budget"
     needs_end: ClassVar[bool] = True
 
-    def problems(self, asked: GrowthOptions, *, max_steps: int) -> Iterator[Problem]:
-        if not (asked.max_new_parameters or asked.max_extra_flops):
-            reason = "say what it may spend: growth.max_new_parameters or growth.max_extra_flops"
+    def problems(self, options: GrowthOptions, *, max_steps: int) -> Iterator[Problem]:
+        if not (options.max_new_parameters or options.max_extra_flops):
+            reason = "requires growth.max_new_parameters or growth.max_extra_flops"
             yield Problem("growth.trigger", self.name, reason=reason)
 
     def decide(self, view: View) -> Mapping[int, int]:
-        timing, asked = view.timing, view.options
-        assert timing.max_steps is not None, "a budget is of a training whose end is known"
+        timing, options = view.timing, view.options
+        assert timing.max_steps is not None, "a budget needs the number of steps"
         every = -(-timing.cooldown // timing.check_every) * timing.check_every
         times = max(1, (timing.max_steps - 1 - view.step) // every + 1)
         layer = view.highest
-        left = affordable(
+        permitted = affordable(
             view, layer, new_parameters=view.new_parameters, extra_flops=view.extra_flops
         )
-        assert left is not None, "there is a budget, or the request would have been refused"
-        return {layer: min(asked.max_growth_per_step, -(-left // times))}
+        assert permitted is not None, "requests without a budget are refused"
+        return {layer: min(options.max_growth_per_step, -(-permitted // times))}
 
 
 def is_plateau(view: View, threshold: float) -> bool:
-    """Say whether the loss changed by less than a part of it from one half of a window to the next.
+    """Return True if the mean loss of the two halves of a window differs by less than `threshold`.
 
-    The window is `growth.plateau_steps` long; as long as it is not full there is no plateau.
+    The window has `growth.plateau_steps` steps; before it is full there is no plateau. The
+    difference is relative to the first half.
     """
     import torch
 
@@ -290,32 +298,33 @@ def is_plateau(view: View, threshold: float) -> bool:
 
 
 def affordable(view: View, layer: int, *, new_parameters: int, extra_flops: float) -> int | None:
-    """Return how many neurons of a layer are left of the budgets; None where there are none.
+    """Return the number of neurons that the budgets permit in a layer; None without one.
 
     Args:
-        new_parameters: that growth has added; `extra_flops` likewise.
+        new_parameters: parameters that growth has added so far.
+        extra_flops: FLOPs that growth has added so far.
     """
-    asked, left = view.options, []
-    if asked.max_new_parameters is not None:
-        free = asked.max_new_parameters - new_parameters
-        left.append(free // view.neuron_parameters[layer])
-    if asked.max_extra_flops is not None and view.neuron_flops[layer]:
-        left.append(int((asked.max_extra_flops - extra_flops) / view.neuron_flops[layer]))
-    return max(0, min(left)) if left else None
+    options, limits = view.options, []
+    if options.max_new_parameters is not None:
+        free = options.max_new_parameters - new_parameters
+        limits.append(free // view.neuron_parameters[layer])
+    if options.max_extra_flops is not None and view.neuron_flops[layer]:
+        limits.append(int((options.max_extra_flops - extra_flops) / view.neuron_flops[layer]))
+    return max(0, min(limits)) if limits else None
 
 
 def _rank(num_old: int, percentile: float) -> int:
-    """Return the k for which a new value exceeds the k-th largest of n old ones often enough."""
+    """Return k such that a new value exceeds the k-th largest of n old ones at the wanted rate."""
     return int((1 - percentile / 100) * (num_old + 1) + 1e-9)
 
 
-# Grow where the small model's curve is about to gain less than a larger one's would.
+# Grow when the expected gain of the small model falls below that of a larger one.
 #
-# The loss of a training at a constant rate is fitted by E + B·s^-β over its steps s. A larger
-# model has a lower floor, E·(N'/N)^-0.076 (Kaplan et al. 2020, arXiv 2001.08361, eq. 1.5: of a
-# well trained model's parameters), the same B and β, and steps that cost N'/N as much. Growth
-# keeps the function, so it goes on from the step of its own curve at which that has the present
-# loss.
+# The losses of a run at a constant learning rate are fitted by E + B·s^-β over its steps s. A
+# larger model has a lower floor, E·(N'/N)^-0.076 (Kaplan et al. 2020, arXiv 2001.08361, eq. 1.5,
+# for parameters of a well-trained model), the same B and β, and steps that cost N'/N as much.
+# Growth preserves the function, so the larger model continues from the step of its own curve that
+# has the current loss.
 
 SIZE_EXPONENT = 0.076
 _LEAST_STEPS, _BINS, _MOMENTS = 40, 24, 64
@@ -323,7 +332,7 @@ _LEAST_STEPS, _BINS, _MOMENTS = 40, 24, 64
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """E + B·s^-β, nats per token after s steps."""
+    """E + B·s^-β, in nats per token, after s steps."""
 
     floor: float
     scale: float
@@ -333,15 +342,15 @@ class Curve:
         return self.floor + self.scale * step**-self.exponent
 
     def step(self, loss: float) -> float:
-        """Return after how many steps the curve has a loss above its floor."""
+        """Return the number of steps after which the curve reaches a loss above its floor."""
         return ((loss - self.floor) / self.scale) ** (-1 / self.exponent)
 
 
-def fitted(losses: Sequence[float], *, first_step: int) -> Curve | None:
-    """Return the curve of the losses of steps in a row; None where they tell none.
+def fit_curve(losses: Sequence[float], *, first_step: int) -> Curve | None:
+    """Return the curve fitted to the losses of consecutive steps; None if no fit is possible.
 
-    By least squares over means of bins that grow with the step, so that late steps, of which there
-    are many, do not decide alone.
+    Least squares over bin means. Bins widen with the step, so that the many late steps do not
+    dominate.
     """
     import torch
 
@@ -351,12 +360,18 @@ def fitted(losses: Sequence[float], *, first_step: int) -> Curve | None:
     edges = torch.logspace(
         float(steps[0].log10()), float(steps[-1].log10()), _BINS + 1, dtype=torch.float64
     )
-    place = torch.bucketize(steps, edges[1:-1])
-    count = torch.bincount(place, minlength=_BINS).double()
-    held = count > 0
+    bin_of_step = torch.bucketize(steps, edges[1:-1])
+    count = torch.bincount(bin_of_step, minlength=_BINS).double()
+    is_filled = count > 0
     values = torch.tensor(losses, dtype=torch.float64)
-    means = torch.zeros(_BINS, dtype=torch.float64).index_add_(0, place, values)[held] / count[held]
-    at = torch.zeros(_BINS, dtype=torch.float64).index_add_(0, place, steps)[held] / count[held]
+    means = (
+        torch.zeros(_BINS, dtype=torch.float64).index_add_(0, bin_of_step, values)[is_filled]
+        / count[is_filled]
+    )
+    at = (
+        torch.zeros(_BINS, dtype=torch.float64).index_add_(0, bin_of_step, steps)[is_filled]
+        / count[is_filled]
+    )
     best: tuple[float, Curve] | None = None
     for exponent in torch.linspace(0.05, 1.5, 59, dtype=torch.float64).tolist():
         powers = torch.stack([torch.ones_like(at), at**-exponent], dim=1)
@@ -369,13 +384,13 @@ def fitted(losses: Sequence[float], *, first_step: int) -> Curve | None:
 
 
 def best_step(curve: Curve, *, step: int, max_steps: int, ratio: float) -> int | None:
-    """Return after how many steps growth ends with the lowest loss; None: it pays at none.
+    """Return the step at which growth leads to the lowest final loss; None if it never pays.
 
-    Each way has the FLOPs of `max_steps` steps of the small model.
+    All alternatives have the FLOPs of `max_steps` steps of the small model.
 
     Args:
-        step: the first that is left.
-        ratio: parameters of the grown model over those of the small one.
+        step: the first candidate step.
+        ratio: parameters of the grown model divided by those of the small one.
     """
     larger = Curve(curve.floor * ratio**-SIZE_EXPONENT, curve.scale, curve.exponent)
     best, at = curve.loss(max_steps), None
@@ -390,13 +405,13 @@ def best_step(curve: Curve, *, step: int, max_steps: int, ratio: float) -> int |
 
 @options
 class ScalingLaw(Trigger):
-    """Once, in all layers: at the step from which growth is predicted to end best.
+    """Grow all layers once, at the step that is predicted to give the lowest final loss.
 
-    Meant for `training.schedule=constant` or the flat part of `wsd`; a rate that falls bends the
-    curve. `growth.max_growth_per_step` neurons a layer are what is grown.
+    Use it with `training.schedule=constant` or the flat part of `wsd`: a decaying learning rate
+    distorts the curve. Each layer grows by `growth.max_growth_per_step` neurons.
 
     Args:
-        times: how often it may grow.
+        times: maximum number of growth events.
     """
 
     name: ClassVar[str] = "scaling_law"
@@ -411,7 +426,7 @@ class ScalingLaw(Trigger):
             return {}
         since = view.step - len(view.losses) + 1
         settled = max(timing.warmup, since) - since
-        curve = fitted(view.losses[settled:], first_step=since + settled)
+        curve = fit_curve(view.losses[settled:], first_step=since + settled)
         added = count * sum(view.neuron_parameters)
         ratio = (view.parameters + added) / view.parameters
         if curve is None:
@@ -435,27 +450,31 @@ _Share = Annotated[float, Field(gt=0, lt=1)]
 
 @options
 class GrowthOptions:
-    """The keys of `growth`.
+    """The options of `growth`.
 
     Args:
-        trigger: as `tritter.options.read_part` reads it; `initialiser` likewise.
-        growth_cooldown: steps from the beginning, and between two events. None: 200, or in a
-            training shorter than 2,000 steps in proportion less; `check_every` (100) and
-            `maturation_age` (500) likewise.
-        warmup_steps: None: a twentieth of the training.
-        gradient_percentile: of the pressures of all layers at earlier checks.
-        pressure_decay: of the moving average of gradients.
-        history_checks: earlier checks that count.
-        max_growth_per_step: neurons, of a layer in an event.
-        maturation_factor: on the updates of young neurons.
-        plateau_threshold: relative change of the loss below which growth waits no longer; None:
+        trigger: a name or component, see `tritter.options.read_part`.
+        initialiser: a name or component, see `tritter.options.read_part`.
+        gradient_percentile: percentile of the pressures of all layers at earlier checks.
+        pressure_decay: decay of the moving average of gradient norms.
+        history_checks: number of earlier checks that count.
+        check_every: steps between checks. None: 100, or less in proportion for runs below 2,000
+            steps.
+        growth_cooldown: steps before the first event and between events. None: 200, or less in
+            proportion.
+        warmup_steps: steps before the first check. None: a twentieth of the run.
+        max_growth_per_step: maximum neurons per layer and event.
+        maturation_age: steps until a neuron is mature. None: 500, or less in proportion.
+        maturation_factor: multiplies the updates of young neurons.
+        plateau_threshold: growth waits until the relative change of the loss is smaller; None:
             growth does not wait for a plateau.
-        plateau_steps: that the change is taken over.
-        max_new_parameters: of a training; None: no limit.
-        max_extra_flops: of what new neurons add to a training; None: no limit.
-        enable_replacement: dead neurons are used again, before others are added.
-        dead_quantile: of all layers' Wanda scores, below which a mature neuron is dead.
-        freeze_attention: the FFNs alone are trained.
+        plateau_steps: window of steps for that change.
+        max_new_parameters: limit on added parameters per run; None: no limit.
+        max_extra_flops: limit on the FLOPs that new neurons add to a run; None: no limit.
+        enable_replacement: reinitialise dead neurons before adding others.
+        dead_quantile: a mature neuron is dead if its Wanda score is below this quantile of all
+            layers' scores.
+        freeze_attention: train only the FFNs.
     """
 
     trigger: Annotated[Trigger, *part_field("growth.trigger", TRIGGERS, base=Trigger)]
@@ -481,6 +500,6 @@ class GrowthOptions:
 
     @property
     def name(self) -> str:
-        """Its trigger and its initialiser, as reports name it."""
+        """Names of the trigger and the initialiser, as in reports."""
         parts = (type(self.trigger), type(self.initialiser))
         return "+".join(kind.name or kind.__name__ for kind in parts)

@@ -1,4 +1,4 @@
-"""Routers of mixtures of experts: options, losses, statistics; the trainings that open new ones."""
+"""Routers of MoE models: options, losses, statistics, and training of appended experts."""
 
 from typing import TYPE_CHECKING
 

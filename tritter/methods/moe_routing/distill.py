@@ -1,8 +1,8 @@
-"""New experts that learn from a teacher (Hinton et al. 2015, arXiv 1503.02531) before they open.
+"""Distillation of new experts from a teacher (Hinton et al. 2015, arXiv 1503.02531) before opening.
 
-All tokens are sent to the new experts meanwhile, by closing the others; only the new experts are
-trained. Afterwards the offsets are what they were: closed experts stay closed, and the model
-computes what it did.
+During distillation all tokens are routed to the new experts, by closing the others; only the new
+experts are trained. Afterwards the router offsets are restored: closed experts stay closed, and the
+function of the model is unchanged.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -33,14 +33,16 @@ from tritter.training.parameters import StepFlops, flops_of_sequence
 
 
 class DistillationModule(BaseModule):
-    """Training of new experts, which take every token, to answer as a teacher does.
+    """Training of new experts, which receive every token, to match a teacher.
 
     Args:
         model: prepared by `only_new_experts`.
-        teacher: a causal language model with the same vocabulary; it is not changed.
-        new_experts: their indices.
+        teacher: a causal language model with the same vocabulary; not changed.
+        new_experts: indices of the new experts.
         temperature: of both models' probabilities.
         auxiliary_loss: weight of the load balancing loss among the new experts.
+        schedule: of the learning rate.
+        optimizer: its settings.
     """
 
     def __init__(
@@ -63,20 +65,22 @@ class DistillationModule(BaseModule):
         )
         self.new_experts = tuple(new_experts)
         self.temperature = temperature
-        self._teacher = (teacher.eval(),)  # in a tuple it is no part of what is trained and saved
+        self._teacher = (teacher.eval(),)  # in a tuple, so that it is not a submodule
 
     def on_fit_start(self) -> None:
         self._teacher[0].to(self.device)
 
     def task_loss(self, batch: Mapping[str, Tensor]) -> TaskLoss:
-        """Return the divergence from the teacher, nats per token."""
+        """Return the divergence from the teacher in nats per token."""
         (teacher,), input_ids = self._teacher, batch["input_ids"]
         with torch.no_grad():
-            wanted = teacher(input_ids=input_ids, use_cache=False).logits
-        said = self.model(input_ids=input_ids, use_cache=False).logits
-        counted = kept_tokens(self.model, input_ids)
-        both = (each if counted is None else each[counted][None] for each in (wanted, said))
-        return TaskLoss(soft_divergence(*both, temperature=self.temperature), said)
+            teacher_logits = teacher(input_ids=input_ids, use_cache=False).logits
+        student_logits = self.model(input_ids=input_ids, use_cache=False).logits
+        kept = kept_tokens(self.model, input_ids)
+        both = (
+            each if kept is None else each[kept][None] for each in (teacher_logits, student_logits)
+        )
+        return TaskLoss(soft_divergence(*both, temperature=self.temperature), student_logits)
 
     def step_flops(self) -> StepFlops:
         flops = forward_flops(config_of(self._teacher[0]))
@@ -96,26 +100,29 @@ def distill_experts(
     weight_decay: float = 0.01,
     seed: int = 0,
 ) -> None:
-    """Train new experts so that the model answers as a teacher does where they take every token.
+    """Train new experts to match a teacher while every token is routed to them.
 
     Args:
         model: a stock model with experts.
         teacher: a causal language model with the same vocabulary.
-        new_expert_indices: the last ones of each layer, at least as many as a token is sent to.
-        domain_dataloader: `{"input_ids": integers [B, T]}`.
+        new_expert_indices: the last experts of each layer, at least as many as experts per token.
+        domain_dataloader: yields `{"input_ids": integers [B, T]}`.
+        epochs: number of passes over it.
         temperature: of both models' probabilities.
         auxiliary_loss: weight of the load balancing loss among the new experts.
-        seed: of what layers draw in training, as for dropout.
+        learning_rate: constant learning rate.
+        weight_decay: of AdamW.
+        seed: seed of random layers in training, such as dropout.
 
     Raises:
-        RequestError: no such experts, too few of them, or another vocabulary.
+        RequestError: the experts don't exist or are too few, or the vocabularies differ.
     """
     experts = checked_experts(model, new_expert_indices)
     vocabularies = [config_of(each)["vocab_size"] for each in (model, teacher)]
     if vocabularies[0] != vocabularies[1]:
         raise RequestError(
-            f"expansion.moe_add.teacher has a vocabulary of {vocabularies[1]} tokens, the model "
-            f"one of {vocabularies[0]}; allowed is a teacher with the same tokenizer."
+            f"expansion.moe_add.teacher has a vocabulary of {vocabularies[1]} tokens, and the "
+            f"model one of {vocabularies[0]}; use a teacher with the same tokenizer."
         )
     batches = LoaderBatches(domain_dataloader, epochs)
     with only_new_experts(model, experts), modes_kept(teacher):
@@ -131,26 +138,30 @@ def distill_experts(
         fit_live(module, batches, seed=seed)
 
 
-def soft_divergence(wanted: Tensor, said: Tensor, *, temperature: float) -> Tensor:
-    """Return T² · KL(wanted ‖ said) at temperature T, nats per token; logits [B, T, V]."""
-    goal = (wanted.float() / temperature).log_softmax(dim=-1).flatten(0, 1)
-    log_said = (said.float() / temperature).log_softmax(dim=-1).flatten(0, 1)
-    return temperature**2 * F.kl_div(log_said, goal, reduction="batchmean", log_target=True)
+def soft_divergence(
+    teacher_logits: Tensor, student_logits: Tensor, *, temperature: float
+) -> Tensor:
+    """Return T² · KL(teacher ‖ student) at temperature T, nats per token; logits [B, T, V]."""
+    log_teacher = (teacher_logits.float() / temperature).log_softmax(dim=-1).flatten(0, 1)
+    log_student = (student_logits.float() / temperature).log_softmax(dim=-1).flatten(0, 1)
+    return temperature**2 * F.kl_div(
+        log_student, log_teacher, reduction="batchmean", log_target=True
+    )
 
 
 @contextmanager
 def only_new_experts(model: nn.Module, experts: Sequence[int]) -> Iterator[None]:
-    """Send all tokens to some experts inside the block, which alone are trained there.
+    """Context manager that routes all tokens to some experts, and trains only these.
 
     Raises:
-        RequestError: they are fewer than a token is sent to.
+        RequestError: they are fewer than the experts per token.
     """
     routing = Routing.of(model)
     assert routing is not None
     if len(experts) < routing.top_k:
         raise RequestError(
-            f"expansion.moe_add.num_experts = {len(experts)}: init=distill sends every token to "
-            f"{routing.top_k} of the new experts; allowed is at least {routing.top_k}."
+            f"expansion.moe_add.num_experts = {len(experts)}: init=distill routes every token to "
+            f"{routing.top_k} of the new experts, so at least {routing.top_k} are required."
         )
     before = routing.state_dict()
     try:

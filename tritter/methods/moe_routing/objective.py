@@ -1,7 +1,7 @@
-"""What the training of a model with experts asks of its routers, as terms of the loss.
+"""Router terms in the training loss of a model with experts.
 
-Balance (Switch), small logits (z), tokens for experts that are new, and old tokens where they
-were. All terms are taken from raw logits and averaged over the layers that have experts.
+Load balance (Switch), small logits (z-loss), tokens for new experts, and stable routing of old
+data. All terms are computed from raw logits and averaged over the layers with experts.
 
 Shapes: N sequences of T tokens, E experts.
 """
@@ -31,11 +31,11 @@ from tritter.training.parameters import trained_tensors
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoutingSettings(RoutingOptions):
-    """Weights of the terms, and of the probability of new experts.
+    """Weights of the terms, including the probability of new experts.
 
     Args:
-        encouragement: of the probability of `new_experts`, which is subtracted from the loss.
-        new_experts: whose probability that is.
+        encouragement: weight of the probability of `new_experts`, subtracted from the loss.
+        new_experts: indices of the new experts.
     """
 
     encouragement: float = 0.0
@@ -44,13 +44,13 @@ class RoutingSettings(RoutingOptions):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class OldRouting:
-    """Where routers sent old text before a training.
+    """The routing of old data before training.
 
     Args:
         sequences: int [N, T].
-        probabilities: one [N, T, E] for each layer that has experts.
-        batch_size: sequences that each step is held against.
-        flops: that the look took.
+        probabilities: one [N, T, E] for each layer with experts.
+        batch_size: sequences that are compared in each step.
+        flops: FLOPs of computing it.
     """
 
     sequences: Tensor
@@ -60,43 +60,45 @@ class OldRouting:
 
     @classmethod
     def of(cls, model: nn.Module, sequences: Tensor, *, batch_size: int) -> "OldRouting":
-        """Look at a model before it is trained; it is in evaluation mode meanwhile.
+        """Compute the routing of a model before it is trained, in evaluation mode.
 
         Raises:
-            TritterError: the model has no experts, or there is no sequence.
+            TritterError: the model has no experts, or there are no sequences.
         """
         routing = Routing.of(model)
         if routing is None or not len(sequences):
-            raise TritterError("moe_routing.hold_old needs a model with experts, and old text.")
+            raise TritterError("moe_routing.hold_old needs a model with experts, and old data.")
         seen: list[list[Tensor]] = [[] for _ in routing.layers]
         with routing.recording(), evaluating(model) as device:
             for batch in sequences.split(max(1, batch_size)):
                 model(input_ids=batch.long().to(device), use_cache=False)
-                for held, record in zip(seen, routing.recorded(), strict=True):
-                    held.append(record.probabilities.view(*batch.shape, -1).cpu())
+                for layer, record in zip(seen, routing.recorded(), strict=True):
+                    layer.append(record.probabilities.view(*batch.shape, -1).cpu())
         config = config_of(model)
         flops = forward_flops(config).of_all(lengths_of(document_mask_of(model), sequences))
-        return cls(sequences, tuple(torch.cat(held) for held in seen), batch_size, flops)
+        return cls(sequences, tuple(torch.cat(layer) for layer in seen), batch_size, flops)
 
     def rows(self, step: int) -> Tensor:
-        """Return which sequences a step is held against: all in turn."""
+        """Return the indices of the sequences compared in a step: all in turn."""
         return torch.arange(step * self.batch_size, (step + 1) * self.batch_size) % len(
             self.sequences
         )
 
 
 class RoutingObjective(SideLoss):
-    """The routing terms of one training, and what its last step decided.
+    """The routing terms of a training run, and the routing of its last step.
 
     Args:
-        model: has experts; its routers are attached to, see `tritter.core.stock_routers.Routing`.
-        old: what `hold_old` is measured against.
+        model: a model with experts; attaches to its routers, see
+            `tritter.core.stock_routers.Routing`.
+        settings: weights of the terms.
+        old: reference for `hold_old`.
 
     Raises:
         TritterError: the model has no experts.
     """
 
-    # With router logits in its output a stock model adds a balance loss of its own
+    # With router logits in the output, a stock model adds its own balance loss
     forward_options: Mapping[str, bool] = {"output_router_logits": False}
 
     def __init__(
@@ -109,18 +111,18 @@ class RoutingObjective(SideLoss):
         self.settings = settings
         self.records: tuple[Record, ...] = ()
         self.counts: tuple[Tensor, ...] = ()  # [E] of each layer, of all processes together
-        self.flops = 0.0 if old is None else old.flops  # of the look at the old routing
-        self._held = old if settings.hold_old else None
-        self._apart = document_mask_of(model)
+        self.flops = 0.0 if old is None else old.flops  # of computing the old routing
+        self._old = old if settings.hold_old else None
+        self._document_mask = document_mask_of(model)
 
     def terms(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the terms of the forward pass that was recorded last, without their weights.
+        """Return the terms of the last recorded forward pass, without their weights.
 
-        Also keeps what was decided, without its graph, as `records`, and the load as `counts`.
-        Padding is in none of it.
+        Also stores the detached routing as `records`, and the load as `counts`. Padding is excluded
+        from both.
 
         Args:
-            batch: what the pass was of; new experts are not encouraged on what is replayed of it.
+            batch: the batch of the pass; replayed rows do not count for new experts.
         """
         records = self._recorded(batch["input_ids"])
         decided = ("own_logits", "logits", "probabilities")
@@ -139,8 +141,8 @@ class RoutingObjective(SideLoss):
             "z_loss": _mean([router_z_loss(r.logits) for r in records]),
         }
         if self.settings.new_experts:
-            # Of tokens that are not replayed, all alike, in all processes: one may hold none of
-            # them, and a small batch none at all
+            # Average over new rows of all processes: a process may have none of them, and a small
+            # batch none at all
             input_ids, is_replay = batch["input_ids"], batch.get("is_replay")
             is_new = torch.ones(len(input_ids), device=input_ids.device)
             if is_replay is not None:
@@ -154,7 +156,7 @@ class RoutingObjective(SideLoss):
         return terms
 
     def weighted(self, terms: Mapping[str, Tensor]) -> Tensor:
-        """Return what `terms` adds to the loss."""
+        """Return the weighted sum of the terms, without `hold_old`."""
         settings = self.settings
         loss = settings.auxiliary_loss * terms["auxiliary_loss"]
         loss = loss + settings.z_loss * terms["z_loss"]
@@ -174,42 +176,48 @@ class RoutingObjective(SideLoss):
         return loss, {f"routing/{name}": value for name, value in terms.items()}
 
     def step_flops(self, model: nn.Module) -> float:
-        if self._held is None:
+        if self._old is None:
             return 0.0
         config, trained = config_of(model), trained_tensors(model)
         flops = forward_flops(config) + backward_flops(
             config, is_trained=lambda tensor: tensor.name in trained, loss_at="routers"
         )
-        # Each process looks at the same old text, which is counted once; the mean over all of it
-        sequences = self._held.sequences
-        mean = flops.of_all(lengths_of(self._apart, sequences)) / len(sequences)
-        return len(self._held.rows(0)) * mean
+        # Each process reads the same old data, which is counted once; the mean over all of it
+        sequences = self._old.sequences
+        mean = flops.of_all(lengths_of(self._document_mask, sequences)) / len(sequences)
+        return len(self._old.rows(0)) * mean
 
     def callbacks(self) -> tuple[Callback, ...]:
         return (RoutingCallback(self),)
 
     def divergence(self, model: nn.Module, step: int) -> Tensor | None:
-        """Return how far old text is from its old routing, nats per token; None if not asked for.
+        """Return the divergence of old data from its old routing in nats per token, if enabled.
 
         It costs a forward and a backward pass over some old sequences.
         """
-        if self._held is None:
+        if self._old is None:
             return None
-        rows = self._held.rows(step)
-        input_ids = self._held.sequences[rows].long().to(device_of(model))
+        rows = self._old.rows(step)
+        input_ids = self._old.sequences[rows].long().to(device_of(model))
         model(input_ids=input_ids, use_cache=False)
         kept, terms = self._kept(input_ids), list[Tensor]()
-        for held, record in zip(self._held.probabilities, self._recorded(input_ids), strict=True):
-            old = held[rows].flatten(0, 1).to(input_ids.device)
+        for probabilities, record in zip(
+            self._old.probabilities, self._recorded(input_ids), strict=True
+        ):
+            old = probabilities[rows].flatten(0, 1).to(input_ids.device)
             terms.append(routing_divergence(old if kept is None else old[kept], record.logits))
         return _mean(terms)
 
     def _kept(self, input_ids: Tensor) -> Tensor | None:
-        """Return which tokens are no padding, bool [N·T]; None: there can be none."""
-        return None if self._apart is None else ~self._apart.padding(input_ids).flatten()
+        """Return the mask of tokens that are not padding, bool [N·T]; None: there is no padding."""
+        return (
+            None
+            if self._document_mask is None
+            else ~self._document_mask.padding(input_ids).flatten()
+        )
 
     def _recorded(self, input_ids: Tensor) -> tuple[Record, ...]:
-        """Return what the last pass, which was of these, decided; of padding nothing."""
+        """Return the routing recorded in the last pass, which read `input_ids`, without padding."""
         records, kept = tuple(self.routing.recorded()), self._kept(input_ids)
         if kept is None:
             return records
@@ -220,10 +228,10 @@ class RoutingObjective(SideLoss):
 
 
 class RoutingCallback(Callback):
-    """Record what the routers decide, log how even it is, and move the selection bias.
+    """Record the routing, log load statistics, and update the selection bias.
 
     Args:
-        objective: that of the module which is trained.
+        objective: the objective of the trained module.
     """
 
     def __init__(self, objective: RoutingObjective) -> None:
@@ -248,7 +256,7 @@ class RoutingCallback(Callback):
                 objective.routing.set_selection_bias(record.layer, moved)
         self._counts.clear()
         if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            # Means over the layers, of this process's part of the batch
+            # Means over the layers, for this process's share of the batch
             factor = objective.settings.capacity_factor
             layers = [layer_statistics(r, capacity_factor=factor) for r in objective.records]
             for name in ("entropy", "max_load", "dropped_fraction"):
@@ -259,7 +267,7 @@ class RoutingCallback(Callback):
         self._objective.routing.stop_recording()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, error: Any) -> None:
-        self._objective.routing.stop_recording()  # Lightning tears no callback down then
+        self._objective.routing.stop_recording()  # Lightning does not call teardown then
 
     def state_dict(self) -> dict[str, Any]:
         return {"routing": self._objective.routing.state_dict()}
@@ -269,7 +277,7 @@ class RoutingCallback(Callback):
 
 
 def _summed(counts: Tensor) -> Tensor:
-    """Return counts of all processes together, in place."""
+    """Return counts summed over all processes, in place."""
     if this_rank().count > 1:
         distributed.all_reduce(counts)
     return counts
@@ -281,26 +289,26 @@ def _mean(values: Sequence[Tensor]) -> Tensor:
 
 # Losses on router logits, each a pure function of one layer's tensors.
 #
-# All of them start from raw logits: a softmax of a softmax would be nearly uniform whatever the
-# router does. They compute in float32, or float64 for float64 logits, and average over tokens.
+# All of them start from raw logits: a softmax of a softmax would always be nearly uniform. They
+# compute in float32, or float64 for float64 logits, and average over tokens.
 #
-# Shapes: N tokens, E experts, k experts per token. Tokens of several layers may stand in one
-# tensor, as transformers has it, or each layer may have its own loss.
+# Shapes: N tokens, E experts, k experts per token. The tokens of several layers may be in one
+# tensor, as in transformers, or each layer may have its own loss.
 
 
 def load_balancing_loss(
     logits: Tensor, selected: Tensor, *, counts: Tensor | None = None
 ) -> Tensor:
-    """Return E · Σ f_e · P_e: the price of an unequal load (arXiv 2101.03961, eq. 4-6).
+    """Return E · Σ f_e · P_e, the load balancing loss (arXiv 2101.03961, eq. 4-6).
 
-    f_e is the number of tokens sent to expert e over N, P_e the mean of its probability; even
-    routing gives k. Where transformers computes it over the same tokens it has the same value.
+    f_e is the number of tokens sent to expert e divided by N, and P_e its mean probability; even
+    routing gives k. The value equals that of transformers for the same tokens.
 
     Args:
         logits: [N, E].
         selected: int64 [N, k], the experts that the tokens were sent to.
-        counts: int64 [E], the load of a batch that these tokens are a part of, as processes that
-            train together have it: the mean of their losses is then that of the whole batch.
+        counts: int64 [E], the load of a larger batch that contains these tokens, in distributed
+            training: the mean of the processes' losses is then that of the whole batch.
     """
     num_experts = logits.shape[-1]
     probabilities = _wide(logits).softmax(dim=-1)
@@ -320,9 +328,9 @@ def router_z_loss(logits: Tensor) -> Tensor:
 
 
 def routing_divergence(old_probabilities: Tensor, logits: Tensor) -> Tensor:
-    """Return KL(old ‖ new), nats per token: how far a router has moved from where it was.
+    """Return KL(old ‖ new) in nats per token, the shift of a router.
 
-    Experts that were added since have no old probability, so whatever they take counts as moved.
+    Experts that were added since have no old probability, so all of theirs counts as shift.
 
     Args:
         old_probabilities: [N, E_old] of the old router on the same tokens, E_old ≤ E.
@@ -338,12 +346,12 @@ def routing_divergence(old_probabilities: Tensor, logits: Tensor) -> Tensor:
 def new_expert_mass(
     logits: Tensor, experts: Sequence[int], *, weights: Tensor | None = None
 ) -> Tensor:
-    """Return the mean probability that the router gives to some experts together, from 0 to 1.
+    """Return the mean probability of some experts together, from 0 to 1.
 
     Args:
         logits: [N, E].
         experts: their indices.
-        weights: [N], of the tokens in the mean; equal ones of 1/N by default.
+        weights: [N], weights of the tokens in the mean; default: 1/N each.
     """
     mass = _wide(logits).softmax(dim=-1)[:, list(experts)].sum(dim=-1)
     return mass.mean() if weights is None else (weights.to(mass.dtype) * mass).sum()
@@ -353,7 +361,7 @@ def _wide(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-# How evenly the routers of a model use their experts.
+# Load statistics of a model's routers.
 #
 # Shapes: N tokens, E experts, k experts per token.
 
@@ -363,9 +371,9 @@ class LayerStatistics:
     """The use of one layer's experts over some tokens.
 
     Args:
-        max_load: the largest load over the mean one; 1 is even, E/k all to the same experts.
-        entropy: of the router's probabilities for one token, nats, on average; 0 is certain.
-        dropped_fraction: of all assignments, those that experts of limited capacity would drop.
+        max_load: largest load divided by the mean load; 1 is even, E/k is all to the same experts.
+        entropy: mean entropy of the router's probabilities per token, nats; 0 is certain.
+        dropped_fraction: share of assignments that a limited capacity would drop.
     """
 
     max_load: float
@@ -377,8 +385,9 @@ def layer_statistics(record: Record, *, capacity_factor: float) -> LayerStatisti
     """Return the statistics of one layer over the tokens of a forward pass.
 
     Args:
-        capacity_factor: an expert takes at most that many times its even part. Stock models drop
-            nothing: this says what a deployment with such a limit would lose.
+        record: routing of the layer.
+        capacity_factor: capacity of an expert relative to an even load. Stock models drop nothing:
+            the statistic predicts the loss of a deployment with this limit.
     """
     probabilities = record.probabilities.detach()
     num_experts = probabilities.shape[-1]
@@ -393,19 +402,21 @@ def layer_statistics(record: Record, *, capacity_factor: float) -> LayerStatisti
 
 
 def expert_counts(selected: Tensor, num_experts: int) -> Tensor:
-    """Return int64 [E], how many tokens each expert got; counts of several batches add up.
+    """Return the number of tokens sent to each expert, int64 [E]; counts of batches add up.
 
     Args:
         selected: int64 [N, k].
+        num_experts: E.
     """
     return torch.bincount(selected.flatten(), minlength=num_experts)
 
 
 def dropped_fraction(counts: Tensor, *, capacity_factor: float) -> float:
-    """Return the part of all assignments beyond a capacity of ⌈factor · N · k / E⌉ per expert.
+    """Return the share of all assignments beyond a capacity of ⌈factor · N · k / E⌉ per expert.
 
     Args:
         counts: [E], of the tokens that share the capacity.
+        capacity_factor: capacity relative to an even load.
     """
     total = int(counts.sum())
     capacity = math.ceil(capacity_factor * total / len(counts))
@@ -417,7 +428,7 @@ def bias_update(selection_bias: Tensor, load: Tensor, *, rate: float) -> Tensor:
 
     Args:
         selection_bias: [E].
-        load: [E], counts or parts of the step's assignments.
+        load: [E], counts or shares of the step's assignments.
         rate: u of the paper, in probability per step.
     """
     load = load.to(selection_bias.dtype)

@@ -1,4 +1,4 @@
-"""The sections `moe_routing` and `adaptation` of a run: their records and their rules; no torch."""
+"""Options and rules of the sections `moe_routing` and `adaptation`; does not import torch."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,17 +16,15 @@ from tritter.targets import values_of
 
 @options
 class RoutingOptions:
-    """What a training asks of the routers of a model with experts: weights of terms of its loss.
-
-    Zero leaves a term out.
+    """Weights of router terms in the training loss of a model with experts; 0 disables a term.
 
     Args:
         auxiliary_loss: of the load balancing loss (arXiv 2101.03961, eq. 4-6).
         z_loss: of the router z-loss (arXiv 2202.08906, eq. 5).
-        bias_update_rate: step of the selection bias of balancing without a loss (arXiv
-            2408.15664), in probability; the bias is gone when the model is saved.
-        hold_old: of the divergence from the old routing of old text, which `OldRouting` holds.
-        capacity_factor: of the dropped fraction that is logged; nothing is dropped.
+        bias_update_rate: step of the selection bias in loss-free balancing (arXiv 2408.15664), in
+            units of probability; the bias is not saved with the model.
+        hold_old: of the divergence from the original routing of old data, see `OldRouting`.
+        capacity_factor: for the logged dropped fraction; no token is dropped.
     """
 
     auxiliary_loss: Annotated[float, Field(ge=0)] = 0.01
@@ -38,7 +36,7 @@ class RoutingOptions:
 
 @options
 class AdaptationOptions:
-    """The two trainings that open appended experts: of the routers, then of the experts."""
+    """The two training stages for appended experts: first the routers, then the experts."""
 
     router_update: Literal["fine_tune", "retrain", "frozen"] = "fine_tune"
     router_epochs: Count = 3
@@ -53,26 +51,27 @@ class AdaptationOptions:
 
 
 _ROUTER_KEYS = ("router_epochs", "router_max_steps", "router_learning_rate", "encouragement")
-_PLACE_OF_ADDED = Path("state", "router.json")
+_ADDED_EXPERTS_FILE = Path("state", "router.json")
 
 
 def expert_problems(config: RunRequest, source: Config) -> Iterator[Problem]:
-    """Yield which keys of `moe_routing` and `adaptation` would have no effect, or a wrong one.
+    """Yield keys of `moe_routing` and `adaptation` that would have no effect, or a wrong one.
 
     Args:
-        source: config.json of the model that the run starts from.
+        config: the run.
+        source: config.json of the starting model.
     """
     has_experts = family_of(source).has_experts
     if not family_of(target_config(source, config.expansion)).has_experts:
         reason = "the model is dense and has no routers; use expansion=moe"
         yield from _without_effect("moe_routing", config.moe_routing, reason)
-    elif held := config.moe_routing.hold_old:
+    elif weight := config.moe_routing.hold_old:
         key = "moe_routing.hold_old"
         if not has_experts:
-            reason = "the model that the run starts from is dense, so there is no old routing to "
-            yield Problem(key, held, reason=f"{reason}hold; allowed is 0")
+            reason = "the starting model is dense and has no old routing to preserve; use 0"
+            yield Problem(key, weight, reason=reason)
         if not config.text.old:
-            yield Problem(key, held, reason="it needs old text, data.old; or leave it at 0")
+            yield Problem(key, weight, reason="requires data.old; or leave it at 0")
     for position, spec in enumerate(config.expansion):
         before = config.expansion[:position]
         if (own_rules := getattr(spec, "problems", None)) is not None:
@@ -94,28 +93,28 @@ def _without_effect(
 
 
 def _changed(record: RoutingOptions | AdaptationOptions) -> dict[str, tuple[object, object]]:
-    """Return the keys that are not at their defaults: key → value, default."""
+    """Return the keys that differ from their defaults: key → (value, default)."""
     values, usual = values_of(record), values_of(type(record)())
     return {key: (value, usual[key]) for key, value in values.items() if value != usual[key]}
 
 
 def appends_experts(config: RunRequest) -> bool:
-    """Return whether experts are appended, or were and are not open yet."""
+    """Return True if experts are appended, or were appended and are not open yet."""
     model = config.model
     return any(getattr(spec, "is_append", False) for spec in config.expansion) or (
-        model.model_type == "hf" and Path(model.path, _PLACE_OF_ADDED).is_file()
+        model.model_type == "hf" and Path(model.path, _ADDED_EXPERTS_FILE).is_file()
     )
 
 
 def _adaptation_problems(config: RunRequest) -> Iterator[Problem]:
     adaptation = config.adaptation
-    reason = "with adaptation.router_update = frozen there is no router stage; use fine_tune or "
+    reason = "adaptation.router_update = frozen skips the router stage; use fine_tune or "
     for key, (value, _) in _changed(adaptation).items():
         if key in _ROUTER_KEYS and adaptation.router_update == "frozen":
             yield Problem(f"adaptation.{key}", value, reason=f"{reason}retrain")
     grown = [s.name for s in config.expansion if s.expansion_type in ("depth", "width")]
     if adaptation.freeze_base and grown:
-        reason = f"what {' and '.join(grown)} added would be frozen as well; use "
+        reason = f"weights added by {' and '.join(grown)} would also be frozen; use "
         yield Problem(
             "adaptation.freeze_base", True, reason=f"{reason}adaptation.freeze_base=false"
         )
@@ -123,12 +122,12 @@ def _adaptation_problems(config: RunRequest) -> Iterator[Problem]:
     if after is None:
         return
     if not adaptation.freeze_base:
-        reason = "with adaptation.freeze_base = false nothing is frozen"
+        reason = "has no effect with adaptation.freeze_base = false"
     elif after >= steps:
-        reason = f"the training has training.max_steps = {steps}; allowed is less, or null for "
+        reason = f"must be below training.max_steps = {steps}, or null for "
         reason += "never"
     elif config.trainer.strategy != "auto":
-        reason = "processes that train together need the same parameters throughout; use "
+        reason = "distributed training needs a fixed set of parameters; use "
         reason += "trainer=cpu or trainer=gpu"
     else:
         return

@@ -1,8 +1,8 @@
-"""The two trainings that make appended experts useful, on live models and loaders of one's own.
+"""Two training stages for appended experts, on live models and your own data loaders.
 
-First the routers alone learn to send the new domain's tokens to the new experts, then the new
-experts learn the domain while the base stays as it is. The main job does the same with its own
-batches, methods against forgetting and saved state.
+First the routers alone learn to send tokens of the new domain to the new experts. Then the new
+experts learn the domain while the base is frozen. `tritter train` does the same with its own
+batches, forgetting mitigation and saved state.
 """
 
 import logging
@@ -47,11 +47,12 @@ _OLD = "old_input_ids"
 
 
 class LoaderBatches:
-    """What a loader gives in some epochs; one without a length is read whole first.
+    """The batches of a loader in several epochs; a loader without a length is first read in full.
 
     Args:
-        loader: `{"input_ids": integers [B, T]}`; iterated once for each epoch.
-        replay: the same of old text; each batch takes one of them along.
+        loader: yields `{"input_ids": integers [B, T]}`; iterated once per epoch.
+        epochs: number of epochs.
+        replay: the same for old data; each batch gets one of its batches.
     """
 
     def __init__(
@@ -61,7 +62,7 @@ class LoaderBatches:
             loader, epochs = [*chain.from_iterable(repeat(loader, epochs))], 1
         self._loader, self._epochs, self._replay = loader, epochs, replay
         self._length = len(loader) * epochs
-        self.side_losses = () if replay is None else (OldText(),)
+        self.side_losses = () if replay is None else (OldDataLoss(),)
 
     def __len__(self) -> int:
         return self._length
@@ -72,8 +73,8 @@ class LoaderBatches:
             yield batch if old is None else {**batch, _OLD: next(old)["input_ids"]}
 
 
-class OldText(SideLoss):
-    """The next-token loss of the old text that `LoaderBatches` sends along."""
+class OldDataLoss(SideLoss):
+    """The next-token loss of the old data that `LoaderBatches` adds."""
 
     def loss(
         self, model: nn.Module, batch: Mapping[str, Tensor], *, step: int
@@ -86,12 +87,15 @@ class OldText(SideLoss):
 def fit_live(
     module: BaseModule, batches: LoaderBatches, *, seed: int, controls: Sequence[Callback] = ()
 ) -> None:
-    """Train a live model where it lies; it stays there, in the modes that it was in.
+    """Train a live model in place; its device and its training mode are restored.
 
-    Torch's global generators are left as they were.
+    Torch's global generators are restored as well.
 
     Args:
-        seed: of what layers draw in training, as for dropout.
+        module: the model with its losses.
+        batches: of the run.
+        seed: seed of random layers in training, such as dropout.
+        controls: further callbacks.
 
     Raises:
         TritterError: a step was not finite; the weights are those from before it.
@@ -105,7 +109,7 @@ def fit_live(
             result = fit(
                 module,
                 batches,
-                # Of a model as it is: in its own dtype, on its own device
+                # Use the model's own dtype and device
                 settings=TrainerSettings(
                     accelerator="gpu" if home.type == "cuda" else home.type,  # type: ignore[arg-type]
                     devices=1,
@@ -159,29 +163,32 @@ def adapt_router(
     anneal_steps: int | None = None,
     seed: int = 0,
 ) -> None:
-    """Train the routers of a model, and nothing else, to send a domain to its new experts.
+    """Train only the routers of a model to send a domain to its new experts.
 
-    The loss is that of the task, minus `encouragement` times the probability of the new experts
-    (a mean between 0 and 1, so that it can't be had without limit), plus balance. A router offset
-    that keeps the new experts back is raised to 0 meanwhile. Afterwards parameters need gradients
-    as they did before, also when an error came up.
+    The loss is that of the task plus balance, minus `encouragement` times the mean probability of
+    the new experts (at most 1, so it is bounded). A router offset that keeps the new experts closed
+    is raised to 0 during training. `requires_grad` of all parameters is restored afterwards, also
+    after an error.
 
     Args:
         model: a stock model with experts.
-        new_expert_indices: the last ones of each layer.
-        domain_dataloader: `{"input_ids": integers [B, T]}`; iterated once for each epoch.
+        new_expert_indices: the last experts of each layer.
+        domain_dataloader: yields `{"input_ids": integers [B, T]}`; iterated once per epoch.
+        epochs: number of epochs.
+        encouragement: see above.
         auxiliary_loss: weight of the load balancing loss.
         z_loss: weight of the router z-loss.
-        replay: batches of old text; one is trained on beside each of the domain.
-        router_update: `fine_tune` from the rows as they are, `retrain` with new rows drawn anew,
-            or `frozen`: the routers stay, and only an offset is raised.
-        anneal_steps: after which the offset is 0. Default: all steps, for which the loader needs
-            a length.
-        seed: of rows drawn anew, and of what layers draw in training, as for dropout.
+        replay: batches of old data; each batch of the domain is trained together with one of them.
+        router_update: `fine_tune` from the current rows, `retrain` from random new rows, or
+            `frozen`: routers are not trained, and only an offset is raised.
+        learning_rate: constant learning rate.
+        anneal_steps: steps after which the offset is 0. Default: all steps, for which the loader
+            needs a length.
+        seed: seed of random rows, and of random layers in training, such as dropout.
 
     Raises:
-        RequestError: no experts, no such experts, an unknown `router_update`, or a loader without
-            the length that is needed.
+        RequestError: the model has no experts or not these, `router_update` is unknown, or the
+            loader lacks a length that is needed.
     """
     check_router_update(router_update)
     experts = checked_experts(model, new_expert_indices)
@@ -194,8 +201,8 @@ def adapt_router(
             steps = epochs * len(domain_dataloader)
         else:
             raise RequestError(
-                "anneal_steps: the loader has no length; say after how many steps the router "
-                "offset is to be 0."
+                "anneal_steps: required because the loader has no length; it is the number of "
+                "steps after which the router offset is 0."
             )
         controls = [ExpertOpening(added, anneal_steps=steps)]
     if router_update == "retrain":
@@ -229,23 +236,30 @@ def train_new_experts(
     weight_decay: float = 0.01,
     seed: int = 0,
 ) -> None:
-    """Train new experts on a domain, while the base stays as it is, bit for bit.
+    """Train new experts on a domain, while the base is frozen, bit for bit.
 
     Args:
         model: a stock model with experts.
-        new_expert_indices: the last ones of each layer.
+        new_expert_indices: the last experts of each layer.
         domain_dataloader: as for `adapt_router`.
+        epochs: number of epochs.
         freeze_base: False trains all parameters.
-        train_routers: let the routers go on learning.
-        unfreeze_after: steps after which the base is trained too. Default: never.
-        seed: of what layers draw in training, as for dropout.
+        train_routers: also train the routers.
+        unfreeze_after: number of steps after which the base is trained as well. Default: never.
+        auxiliary_loss: weight of the load balancing loss.
+        z_loss: weight of the router z-loss.
+        replay: as for `adapt_router`.
+        learning_rate: constant learning rate.
+        weight_decay: of AdamW.
+        seed: seed of random layers in training, such as dropout.
 
     Raises:
-        RequestError: no experts, no such experts, or `unfreeze_after` without a frozen base.
+        RequestError: the model has no experts or not these, or `unfreeze_after` is set without a
+            frozen base.
     """
     experts = checked_experts(model, new_expert_indices)
     if unfreeze_after is not None and not freeze_base:
-        raise RequestError("unfreeze_after: with freeze_base=False nothing is frozen.")
+        raise RequestError("unfreeze_after: has no effect with freeze_base=False.")
     batches = LoaderBatches(domain_dataloader, epochs, replay=replay)
 
     def is_trained(tensor: LogicalTensor) -> bool:
@@ -256,8 +270,8 @@ def train_new_experts(
     with separated, only_trainable(model, is_trained):
         controls: list[Callback] = []
         if unfreeze_after is not None:
-            held = [p for p in model.parameters() if not p.requires_grad]
-            controls.append(Unfreezing(held, after_steps=unfreeze_after))
+            frozen = [p for p in model.parameters() if not p.requires_grad]
+            controls.append(Unfreezing(frozen, after_steps=unfreeze_after))
         _train(
             model,
             batches,
@@ -269,20 +283,20 @@ def train_new_experts(
         )
 
 
-def check_router_update(word: str) -> None:
-    """Refuse a word that says nothing about routers.
+def check_router_update(update: str) -> None:
+    """Refuse an unknown kind of router update.
 
     Raises:
-        RequestError: names those that do.
+        RequestError: lists the known ones.
     """
-    if word not in ROUTER_UPDATES:
+    if update not in ROUTER_UPDATES:
         raise RequestError(
-            f"router_update = {word!r}: allowed is one of {', '.join(ROUTER_UPDATES)}."
+            f"router_update = {update!r}: must be one of {', '.join(ROUTER_UPDATES)}."
         )
 
 
 def checked_experts(model: nn.Module, indices: Sequence[int]) -> tuple[int, ...]:
-    """Return indices of new experts in their order.
+    """Return the sorted indices of new experts.
 
     Raises:
         RequestError: the model has no experts, or these are not its last ones.
@@ -294,14 +308,14 @@ def checked_experts(model: nn.Module, indices: Sequence[int]) -> tuple[int, ...]
     last = tuple(range(routing.num_experts - len(experts), routing.num_experts))
     if not experts or experts != last or not last[0] > 0:
         raise RequestError(
-            f"new_expert_indices = {list(indices)}: new experts are the last of the "
-            f"{routing.num_experts} of a layer, and at least one stands before them."
+            f"new_expert_indices = {list(indices)}: must be the last of the {routing.num_experts} "
+            "experts of a layer, and not all of them."
         )
     return experts
 
 
 def redraw_rows(model: nn.Module, experts: Sequence[int], *, seed: int) -> None:
-    """Draw the router rows of new experts anew, with the deviation of each router's other rows."""
+    """Draw random router rows for new experts, with the deviation of the other rows."""
     routing = Routing.of(model)
     assert routing is not None
     for layer in routing.layers:
@@ -309,8 +323,8 @@ def redraw_rows(model: nn.Module, experts: Sequence[int], *, seed: int) -> None:
         weight = routing.router(layer).weight
         assert isinstance(weight, nn.Parameter)
         with torch.no_grad():
-            drawn = torch.randn(len(experts), weight.shape[1], generator=generator)
-            weight[list(experts)] = (drawn * weight[: experts[0]].std().cpu()).to(weight)
+            rows = torch.randn(len(experts), weight.shape[1], generator=generator)
+            weight[list(experts)] = (rows * weight[: experts[0]].std().cpu()).to(weight)
 
 
 def _train(
@@ -323,7 +337,7 @@ def _train(
     controls: Sequence[Callback],
     seed: int,
 ) -> None:
-    """Train what needs a gradient at one rate, the terms of the routers in the loss."""
+    """Train the parameters that need gradients at one learning rate, with the router terms."""
     module = BaseModule(
         model,
         schedule=Schedule.constant(learning_rate, max_steps=len(batches)),
@@ -334,11 +348,11 @@ def _train(
 
 
 class ExpertOpening(Callback):
-    """Raise the router offset of appended experts before each step of a training.
+    """Raise the router offset of appended experts before each training step.
 
     Args:
-        added: what they are when the training begins.
-        anneal_steps: steps from the appending on, after which the offset is 0.
+        added: the appended experts at the start of training.
+        anneal_steps: steps since they were appended after which the offset is 0.
     """
 
     def __init__(self, added: AddedExperts, *, anneal_steps: int) -> None:
@@ -358,15 +372,15 @@ class ExpertOpening(Callback):
 
 
 class Unfreezing(Callback):
-    """Hold parameters still until a step, then let them be trained.
+    """Freeze parameters until a step, then train them.
 
-    They need gradients from now on, so that the optimizer takes them in at the start; one that has
-    none in a step is passed over there: it is not decayed and has no state. In one process only:
-    DDP waits for the gradients of all that it was shown.
+    They need gradients when the optimizer is created, so that it includes them. In a step without
+    their gradient, the optimizer skips them: no weight decay and no state. Only for a single
+    process, because DDP waits for the gradients of all its parameters.
 
     Args:
-        parameters: those that are held.
-        after_steps: of this training.
+        parameters: the frozen parameters.
+        after_steps: number of steps of this run.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], *, after_steps: int) -> None:
@@ -383,17 +397,18 @@ class Unfreezing(Callback):
 
 
 def is_router(tensor: LogicalTensor) -> bool:
-    """Return whether a tensor is a router's."""
+    """Return True if a tensor belongs to a router."""
     return tensor.kind == "router"
 
 
 @contextmanager
 def only_trainable(model: nn.Module, is_trained: Callable[[LogicalTensor], bool]) -> Iterator[None]:
-    """Let only some tensors of a live model need a gradient inside the block, whatever happens.
+    """Context manager in which only some tensors of a live model need gradients.
 
     Args:
-        is_trained: says so of a tensor; a parameter that holds several needs a gradient for all
-            of them, or none.
+        model: the model.
+        is_trained: returns True for a trained tensor; a parameter that stores several needs a
+            gradient only if all of them do.
     """
     before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     known = {stored.name: stored for stored in live_layout(model)}
@@ -407,23 +422,22 @@ def only_trainable(model: nn.Module, is_trained: Callable[[LogicalTensor], bool]
             parameter.requires_grad_(needed)
 
 
-# Some experts of a layer on their own, so that the others can be frozen.
+# The experts of a layer split into two parameters, so that one part can be frozen.
 #
-# A stock model holds all experts of a layer in one parameter, which is trained whole or not at
-# all: with a gradient of zero its old part would still move under weight decay and old momentum.
-# Here the parameter is taken apart into that of the base's experts, which needs no gradient and
-# so stays out of the optimizer, and that of the new ones; each forward pass puts them together.
-# Cost: a copy of the experts' weights in every forward pass.
+# A stock model stores all experts of a layer in one parameter. Zeroing the gradient of its old part
+# is not enough: weight decay and momentum would still move it. Here the parameter is split into
+# that of the base's experts, which needs no gradient and is not in the optimizer, and that of the
+# new ones; each forward pass concatenates them. Cost: a copy of the experts' weights per forward.
 
 _HANDLES = "separate_experts_handles"
 
 
 class SeparateExperts:
-    """The experts of a model, taken apart at one index.
+    """The experts of a model, split at one index.
 
     Args:
         model: a stock model with experts, which is changed.
-        first_new: experts from this one on are new.
+        first_new: index of the first new expert.
 
     Raises:
         RequestError: the model has no experts, or none on one of the sides.
@@ -435,8 +449,8 @@ class SeparateExperts:
             raise RequestError("adaptation: the model has no experts.")
         if not 0 < first_new < routing.num_experts:
             raise RequestError(
-                f"adaptation: new experts from {first_new} on; of {routing.num_experts} experts "
-                f"allowed is 1 to {routing.num_experts - 1}."
+                f"adaptation: the first new expert is {first_new}; with {routing.num_experts} "
+                f"experts it must be between 1 and {routing.num_experts - 1}."
             )
         self.first_new = first_new
         self.names = shared_names(model)
@@ -446,7 +460,7 @@ class SeparateExperts:
             self._attributes.setdefault(model.get_submodule(module), []).append(attribute)
 
     def split_shared(self) -> None:
-        """Replace each shared parameter by its two parts; the base's needs no gradient."""
+        """Split each shared parameter in two; the base's part needs no gradient."""
         for module, attributes in self._attributes.items():
             for attribute in attributes:
                 whole = module.get_parameter(attribute)
@@ -455,16 +469,16 @@ class SeparateExperts:
                 module.register_parameter(attribute + BASE, nn.Parameter(base, requires_grad=False))
                 needs_grad = whole.requires_grad
                 module.register_parameter(attribute + NEW, nn.Parameter(new, needs_grad))
-            # During its forward pass a module finds the whole under its old name
-            before = partial(_put_together, tuple(attributes))
-            after = partial(_forget, tuple(attributes))
+            # During the forward pass the module has the whole tensor under its old name
+            before = partial(_concatenate_parts, tuple(attributes))
+            after = partial(_drop_whole, tuple(attributes))
             module.__dict__[_HANDLES] = [
                 module.register_forward_pre_hook(before),
                 module.register_forward_hook(after, always_call=True),
             ]
 
     def join(self) -> None:
-        """Put the parts together again; the base's values are those from before, bit for bit."""
+        """Concatenate the parts again; the base's values are unchanged, bit for bit."""
         for module, attributes in self._attributes.items():
             for handle in module.__dict__.pop(_HANDLES):
                 handle.remove()
@@ -477,7 +491,7 @@ class SeparateExperts:
                 module.register_parameter(attribute, nn.Parameter(whole, needs_grad))
 
     def follow(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return values by parameter name for the parts in place of the whole."""
+        """Return values by parameter name, split like the parameters."""
         followed = dict(values)
         for name in self.names:
             if name in followed:
@@ -489,7 +503,7 @@ class SeparateExperts:
 
 @contextmanager
 def separate_experts(model: nn.Module, first_new: int) -> Iterator[SeparateExperts]:
-    """Take the experts of a model apart inside the block, and join them whatever happens.
+    """Context manager that splits the experts of a model, and joins them on exit.
 
     Raises:
         RequestError: the model has no experts, or none on one of the sides.
@@ -508,38 +522,40 @@ def shared_names(model: nn.Module) -> tuple[str, ...]:
     return tuple(tensor.name for tensor in stored if tensor.is_of_experts)
 
 
-def _put_together(attributes: Sequence[str], module: nn.Module, arguments: Any) -> None:
+def _concatenate_parts(attributes: Sequence[str], module: nn.Module, arguments: Any) -> None:
     for attribute in attributes:
-        # Tensors that are no parameters where gradients are taken of a functional call
+        # In a functional call these are tensors, not parameters
         parts = (getattr(module, attribute + ending) for ending in (BASE, NEW))
         setattr(module, attribute, torch.cat(tuple(parts)))
 
 
-def _forget(attributes: Sequence[str], module: nn.Module, arguments: Any, output: Any) -> None:
+def _drop_whole(attributes: Sequence[str], module: nn.Module, arguments: Any, output: Any) -> None:
     for attribute in attributes:
         module.__dict__.pop(attribute, None)
 
 
-# Which expert a domain moves most: the one to clone for it.
+# The best expert to clone for a domain.
 #
-# Utility of an expert = mean over batches of Σ |∂L/∂w · w| over its weights: the first-order
-# change of the loss if they were taken away (Molchanov et al. 2019, arXiv 1906.10771, without the
-# square). The choice of what to clone by gradients is that of Expert Upcycling (arXiv
-# 2604.19835); here the most useful expert of each layer gives all the new ones of it.
+# Utility of an expert = mean over batches of Σ |∂L/∂w · w| over its weights: the first-order change
+# of the loss if they were removed (Molchanov et al. 2019, arXiv 1906.10771, without the square).
+# Choosing the source by gradients follows Expert Upcycling (arXiv 2604.19835); here the most useful
+# expert of each layer is the source of all its new experts.
 
 
 def expert_utility(model: nn.Module, sequences: Tensor, *, batch_size: int = 8) -> Tensor:
-    """Return the utility of every expert, [layers that have experts, E].
+    """Return the utility of every expert, [number of layers with experts, E].
 
     Args:
+        model: a model with experts.
         sequences: integers [N, T], of the domain.
+        batch_size: sequences per batch.
 
     Raises:
-        RequestError: the model has no experts, or there is no sequence.
+        RequestError: the model has no experts, or there are no sequences.
     """
     routing = Routing.of(model)
     if routing is None or not len(sequences):
-        raise RequestError("expert utility needs a model with experts, and text.")
+        raise RequestError("expert utility needs a model with experts, and sequences.")
     shared = [stored for stored in live_layout(model) if stored.is_of_experts]
     weights = [model.get_parameter(stored.name) for stored in shared]
     rows: dict[int | None, int] = {layer: row for row, layer in enumerate(routing.layers)}
@@ -559,7 +575,7 @@ def expert_utility(model: nn.Module, sequences: Tensor, *, batch_size: int = 8) 
 
 
 def best_experts(model: nn.Module, sequences: Tensor, *, batch_size: int = 8) -> tuple[int, ...]:
-    """Return the expert of the highest utility, for each layer that has experts."""
+    """Return the expert of the highest utility for each layer with experts."""
     return tuple(expert_utility(model, sequences, batch_size=batch_size).argmax(dim=1).tolist())
 
 
@@ -571,15 +587,15 @@ BATCH_SIZE = 8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MoEExpansionConfig:
-    """More experts in a model that has some.
+    """Options of `ProgressiveMoE.add_experts`.
 
     Args:
-        base_experts: how many it has; another number is refused, so that none is mistaken.
-        new_experts: how many are appended.
-        freeze_base: keep everything but routers and new experts as it is while they are trained.
-        router_update: `fine_tune`, `retrain` (rows of new experts drawn anew) or `frozen`.
-        domain: what the new experts are for; a name.
-        domain_data_path: text of the domain; a file, folder or glob. With it they are trained.
+        base_experts: number of experts that the model has, as a safeguard.
+        new_experts: number of experts to append.
+        freeze_base: freeze everything except routers and new experts during training.
+        router_update: `fine_tune`, `retrain` (random rows for new experts) or `frozen`.
+        domain: name of the new experts' domain.
+        domain_data_path: data of the domain: a file, folder or glob. If set, experts are trained.
     """
 
     base_experts: int = 8
@@ -591,13 +607,13 @@ class MoEExpansionConfig:
 
 
 class ProgressiveMoE:
-    """Appends experts to live models, and trains them where there is text.
+    """Appends experts to live models, and trains them if there is data.
 
     Args:
-        tokenizer: of the models, needed for text (`tokenizers.Tokenizer`, as
+        tokenizer: of the models, needed for data (`tokenizers.Tokenizer`, such as
             `transformers_tokenizer.backend_tokenizer`).
         end_of_text_id: the token between documents.
-        seed: what is drawn from it.
+        seed: seed of all random numbers.
     """
 
     def __init__(
@@ -608,26 +624,26 @@ class ProgressiveMoE:
         self.seed = seed
 
     def add_experts(self, model: nn.Module, config: MoEExpansionConfig) -> nn.Module:
-        """Return a model with more experts; the one that is given stays as it was.
+        """Return a model with more experts; the input model is unchanged.
 
-        Without text the new experts are closed by a router offset of −∞ and the model computes
-        what it did: `adapt_router` opens them and `train_new_experts` trains them, which
-        `freeze_base` and `router_update` are for. With text both are done here.
+        Without data, a router offset of −∞ closes the new experts, and the function is preserved.
+        Open them with `adapt_router` and train them with `train_new_experts`. With data, both are
+        done here, according to `freeze_base` and `router_update`.
 
         Raises:
-            RequestError: another number of experts than was said, none, an unknown
-                `router_update`, or text that can't be read, or not without a tokenizer.
+            RequestError: the number of experts differs from `base_experts`, `router_update` is
+                unknown, or the data can't be read, or there is no tokenizer.
         """
         routing = Routing.of(model)
         num_experts = 0 if routing is None else routing.num_experts
         if num_experts != config.base_experts:
             raise RequestError(
-                f"base_experts = {config.base_experts}: the model has {num_experts} experts a "
+                f"base_experts = {config.base_experts}: the model has {num_experts} experts per "
                 "layer."
             )
         check_router_update(config.router_update)
-        place, seed = config.domain_data_path, self.seed
-        batches = None if place is None else self._batches(model, place)
+        path, seed = config.domain_data_path, self.seed
+        batches = None if path is None else self._batches(model, path)
         grown = ModelExpander([MoeAdd(num_experts=config.new_experts)], seed=seed).expand(model)
         if batches is not None:
             new = range(config.base_experts, config.base_experts + config.new_experts)
@@ -638,11 +654,11 @@ class ProgressiveMoE:
     def _batches(self, model: nn.Module, path: str) -> list[dict[str, Tensor]]:
         if self.tokenizer is None:
             raise RequestError(
-                f"domain_data_path = {path}: a live model has no tokenizer; give one, "
+                f"domain_data_path = {path}: a live model has no tokenizer; pass one to "
                 "ProgressiveMoE(tokenizer)."
             )
-        place = str(Path(path).expanduser().resolve())
-        documents = source_documents([place], key="domain_data_path", text_field="text")
+        path = str(Path(path).expanduser().resolve())
+        documents = source_documents([path], key="domain_data_path", text_field="text")
         for note in notes_of(documents):
             logger.warning(note)
         limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)

@@ -1,4 +1,4 @@
-"""What summary.json says of a mixture's experts: how much each is used."""
+"""Records of the use of a MoE model's experts for summary.json."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,10 +13,10 @@ from tritter.methods.moe_routing.objective import expert_counts
 
 
 def moe_usage(model: nn.Module, sequences: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Return which experts of a mixture the text of each domain goes to.
+    """Return the use of a MoE model's experts on the data of each domain.
 
-    `usage` is [layer][expert] by domain: each expert's part of the assignments in a layer, those of
-    padding left out.
+    `usage` is [layer][expert] by domain: each expert's share of the assignments in a layer, without
+    padding.
     """
     routing = Routing.of(model)
     assert routing is not None

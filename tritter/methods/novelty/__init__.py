@@ -1,7 +1,7 @@
-"""Is what a frozen base sees new? Detectors, a library of known skills, decisions with intervals.
+"""Novelty of batches for a frozen base: detectors, a library of known skills, decisions.
 
-All statistics are taken in the space of the frozen base, which no training moves: a skill looks the
-same before and after its expert has learned it.
+All statistics are computed in the feature space of the frozen base, which training never changes: a
+skill has the same features before and after its expert has learned it.
 """
 
 from typing import TYPE_CHECKING

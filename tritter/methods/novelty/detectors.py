@@ -1,4 +1,4 @@
-"""How unlike what is known a batch is, by its loss or its features, and whether that is new.
+"""Decisions whether batches are new, and bursts of novel samples in mixed batches.
 
 B samples of a batch
 """
@@ -18,10 +18,10 @@ from tritter.methods.novelty.library import (
     Gather,
     Skill,
     SkillLibrary,
-    alone,
     check_format,
+    single_process,
 )
-from tritter.methods.novelty.observation import Observation, joined
+from tritter.methods.novelty.observation import Observation, concatenated
 from tritter.methods.novelty.options import DETECTORS, Confidence, Detector, NoveltyOptions
 from tritter.methods.novelty.statistics import share_bound, t_interval
 from tritter.options import Count, checked, options, read_part
@@ -29,14 +29,14 @@ from tritter.options import Count, checked, options, read_part
 
 @options
 class BurstOptions:
-    """When novel samples of mixed batches are handed over.
+    """When novel samples of mixed batches are reported as a burst.
 
     Args:
-        min_samples: alike ones, of a burst.
-        window_samples: seen last, among which they are.
-        usual_share: of samples of known skills that may look novel.
-        confidence: with which their share is above that of the largest group of known samples.
-        similarity: cosine of whitened features with the mean of those it joins, at least.
+        min_samples: minimum number of similar samples in a burst.
+        window_samples: number of recent samples that are searched.
+        usual_share: share of known samples that may count as novel.
+        confidence: confidence that their share exceeds that of the largest group of known samples.
+        similarity: minimum cosine of a sample's whitened features with the mean of its group.
     """
 
     min_samples: Annotated[int, Field(ge=2, le=1_000_000)] = 32
@@ -46,20 +46,22 @@ class BurstOptions:
     similarity: Annotated[float, Field(ge=-1, le=1)] = 0.3
 
 
-# Novelty of single samples: novel ones of mixed batches are gathered until they make a burst.
+# Novelty of single samples: novel samples of mixed batches are collected until they form a burst.
 #
-# A batch of which a tenth is new looks hardly unusual as a whole. Here each sample counts by
-# itself, and those that are alike are handed over together, for training on them alone.
+# A batch with a tenth of new samples is hardly unusual as a whole. Here each sample counts on its
+# own, and similar samples are reported together, so that they can be trained on separately.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Burst:
-    """Alike novel samples.
+    """A group of similar novel samples.
 
     Args:
-        seen: what the base says of them.
-        rows: what the caller gave of each, as its token ids.
-        share: of all samples of the window; its lower bound lies above `usual`.
+        seen: losses and features of the samples.
+        rows: tensors that were passed with the samples, such as token ids.
+        share: share of all samples in the window.
+        lower: its lower bound, which is above `usual`.
+        usual: upper bound of the share for known samples.
     """
 
     seen: Observation
@@ -71,7 +73,7 @@ class Burst:
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class _Group:
-    """Alike samples, and when each was seen; `direction` [H] is the sum of their unit offsets."""
+    """Similar samples and their positions; `directions` are their unit offsets, each [H]."""
 
     seen: list[Observation]
     rows: list[Tensor]
@@ -80,46 +82,46 @@ class _Group:
 
 
 class NovelSamples:
-    """Gathers novel samples, whichever batches they come in.
+    """Collects novel samples across batches.
 
-    A sample is novel if it is less like anything known than all but `usual_share` of held-out
-    samples are. Of those that lie in one direction from what the base knows, `min_samples` are a
-    burst, once they are more of the samples seen last than the largest such group was of the
-    held-out ones: with a confidence, against the upper bound of that.
+    A sample is novel if it is less similar to every skill than all but `usual_share` of held-out
+    samples. At least `min_samples` novel samples with a similar direction form a burst, once the
+    lower bound of their share in the window exceeds the upper bound of the largest such group among
+    held-out samples.
     """
 
     def __init__(
-        self, detector: Detector, library: SkillLibrary, asked: BurstOptions | None = None
+        self, detector: Detector, library: SkillLibrary, options: BurstOptions | None = None
     ) -> None:
         self.detector, self.library = detector, library
-        self.options = asked or BurstOptions()
+        self.options = options or BurstOptions()
         self._threshold, self._usual, self._count = float("nan"), 1.0, 0
         self._groups: list[_Group] = []
 
     def calibrate(self, batches: Sequence[Observation]) -> None:
-        """Learn from held-out batches of known skills what samples of these look like.
+        """Set the threshold from held-out batches of known skills.
 
-        They are to be others than those that the library rests on.
+        The batches must not be those that the library was computed from.
 
         Raises:
-            RequestError: they are too few to tell the usual share.
+            RequestError: there are too few samples to estimate the usual share.
         """
         samples = torch.cat([self.detector.score(each, self.library).samples for each in batches])
         share = self.options.usual_share
         if len(samples) * share < 1:
             raise RequestError(
-                f"novelty: {len(samples)} samples don't tell what a share of {share:g} of them "
-                f"looks like; that takes {int(1 / share) + 1}."
+                f"novelty: calibration with usual_share = {share:g} needs at least "
+                f"{int(1 / share) + 1} samples, and there are {len(samples)}."
             )
         self._threshold = float(samples.quantile(1 - share))
         groups: list[_Group] = []
         for each in batches:
             self._gather(each, [torch.zeros(0)] * len(each), groups, at=0)
-        alike = max((len(group.at) for group in groups), default=0)
-        self._usual = share_bound(alike, len(samples), confidence=0.95, is_lower=False)
+        largest = max((len(group.at) for group in groups), default=0)
+        self._usual = share_bound(largest, len(samples), confidence=0.95, is_lower=False)
 
     def novel(self, seen: Observation) -> Tensor:
-        """Return which samples are novel, bool [B].
+        """Return a mask of novel samples, bool [B].
 
         Raises:
             RequestError: `calibrate` was not called.
@@ -129,12 +131,12 @@ class NovelSamples:
         return self.detector.score(seen, self.library).samples > self._threshold
 
     def add(self, seen: Observation, rows: Sequence[Tensor]) -> Burst | None:
-        """Take a batch; return a burst as soon as there is one, and forget its samples.
+        """Add a batch; if that completes a burst, return it and drop its samples.
 
         Args:
-            rows: whatever training on a sample takes, one tensor for each.
+            rows: one tensor per sample, with the data needed to train on it.
         """
-        assert len(rows) == len(seen), "each sample has something that it can be trained on by"
+        assert len(rows) == len(seen), "one row per sample"
         self._gather(seen, rows, self._groups, at=self._count)
         self._count += len(seen)
         first = self._count - self.options.window_samples
@@ -143,14 +145,14 @@ class NovelSamples:
             for name in ("seen", "rows", "directions", "at"):
                 setattr(group, name, [getattr(group, name)[index] for index in kept])
         self._groups = [group for group in self._groups if group.at]
-        asked, window = self.options, min(self._count, self.options.window_samples)
+        options, window = self.options, min(self._count, self.options.window_samples)
         for group in self._groups:
             n = len(group.at)
-            lower = share_bound(n, window, confidence=asked.confidence, is_lower=True)
-            if n >= asked.min_samples and lower > self._usual:
+            lower = share_bound(n, window, confidence=options.confidence, is_lower=True)
+            if n >= options.min_samples and lower > self._usual:
                 self._groups.remove(group)
                 return Burst(
-                    seen=joined(group.seen),
+                    seen=concatenated(group.seen),
                     rows=tuple(group.rows),
                     share=n / window,
                     lower=lower,
@@ -177,28 +179,28 @@ class NovelSamples:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` gave.
+        """Restore the state that `state_dict` returned.
 
         Raises:
-            TritterError: it is of another format.
+            TritterError: the state has another format.
         """
         check_format(state, "novelty: gathered samples")
         self._threshold, self._usual = state["threshold"], state["usual"]
         self._count = state["count"]
         self._groups = [
             _Group(
-                seen=[Observation.of_state(each) for each in held["seen"]],
-                rows=list(held["rows"]),
-                directions=list(held["directions"]),
-                at=list(held["at"]),
+                seen=[Observation.of_state(one) for one in each["seen"]],
+                rows=list(each["rows"]),
+                directions=list(each["directions"]),
+                at=list(each["at"]),
             )
-            for held in state["groups"]
+            for each in state["groups"]
         ]
 
     def _gather(
         self, seen: Observation, rows: Sequence[Tensor], groups: list[_Group], *, at: int
     ) -> None:
-        """Put the novel samples of a batch into the groups they are like, or into new ones."""
+        """Add the novel samples of a batch to similar groups, or to new ones."""
         novel = self.novel(seen).nonzero().flatten()
         centre = self.library.gaussian(self.library.reference.name)
         directions = normalize(centre.whitened(seen.features[novel]), dim=1)
@@ -216,24 +218,26 @@ class NovelSamples:
             group.at.append(at + index)
 
 
-_NEW = ""  # the name of a run of batches that are like no skill
+_NEW = ""  # label of batches that match no skill
 
 Kind = Literal["known", "new", "unsure"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decision:
-    """What is decided after a batch, and by which numbers.
+    """The decision after a batch, and the numbers it is based on.
 
     Args:
-        kind: known (as `skill`), new, or unsure as yet.
-        skill: the one that the latest batch is most like.
-        score: novelty of the samples that the decision rests on, the mean; one-sided bounds of it
-            are `lower` and `upper`.
-        threshold: that they are held against.
-        num_samples: that it rests on; `num_batches` likewise.
-        by_skill: novelty of the latest batch against each known skill.
-        reason: why it is unsure.
+        kind: known (as `skill`), new, or unsure so far.
+        skill: the skill that the latest batch is most similar to.
+        score: mean novelty of the samples that the decision is based on.
+        lower: one-sided lower bound of the score.
+        upper: one-sided upper bound of the score.
+        threshold: the threshold that the bounds are compared with.
+        num_samples: number of samples that the decision is based on.
+        num_batches: number of batches that the decision is based on.
+        by_skill: novelty of the latest batch relative to each known skill.
+        reason: reason for `unsure`.
     """
 
     kind: Kind
@@ -249,17 +253,17 @@ class Decision:
 
 
 class NoveltyDetector:
-    """Decides batch by batch whether what a frozen base sees is new.
+    """Decides batch by batch whether the data of a frozen base is new.
 
-    Batches that are alike (unusual, or most like the same skill) follow each other as a run; a
-    decision rests on the latest of a run, as many as hold `min_samples`, and is made where the
-    bound of their mean novelty lies beyond the threshold: the lower one for something new, which
-    takes `in_a_row` batches as well, the upper one for something known.
+    Consecutive batches of the same kind (unusual, or nearest to the same skill) form a run. A
+    decision uses the latest batches of a run, as many as are needed for `min_samples`. They are new
+    if the lower bound of their mean novelty exceeds the threshold and they are at least `in_a_row`
+    batches, and known if the upper bound is below the threshold.
 
     Args:
-        library: what is known; an empty one by default.
+        library: the known skills; an empty library by default.
         detector: a name (loss, mahalanobis, cosine), `name` and options, or a `Detector`.
-        options: of the decision.
+        options: options of the decision.
     """
 
     def __init__(
@@ -280,17 +284,17 @@ class NoveltyDetector:
         self._cooldown = 0
 
     def observe(self, seen: Observation) -> Decision:
-        """Take the next batch, of all processes together, and decide.
+        """Add the next batch, of all processes together, and decide.
 
         Raises:
-            RequestError: nothing is known yet.
+            RequestError: the library is empty.
         """
-        asked = self.options
-        assert self.library.reference.is_base, "a library begins with what the base knows"
+        options = self.options
+        assert self.library.reference.is_base, "the first skill is that of the base"
         scores = self.detector.score(seen, self.library)
         mean = float(scores.values.mean())
         old = mean if self._average is None else self._average
-        self._average = asked.moving_average * old + (1 - asked.moving_average) * mean
+        self._average = options.moving_average * old + (1 - options.moving_average) * mean
         values = scores.values + (self._average - mean)
         like = _NEW if float(values.mean()) > scores.threshold else scores.nearest
         if like != self._run:
@@ -298,28 +302,28 @@ class NoveltyDetector:
         self._run = like
         self._seen.append(seen)
         self._values.append(values)
-        # The latest batches of a run are kept, as many as a decision takes
-        while len(self._seen) > max(1, asked.in_a_row):
-            if sum(map(len, self._seen[1:])) < asked.min_samples:
+        # Keep the latest batches of a run, as many as a decision needs
+        while len(self._seen) > max(1, options.in_a_row):
+            if sum(map(len, self._seen[1:])) < options.min_samples:
                 break
             del self._seen[0], self._values[0]
         num_batches, gathered = len(self._values), torch.cat(self._values)
-        found = t_interval(gathered, confidence=asked.confidence)
+        found = t_interval(gathered, confidence=options.confidence)
         kind: Kind = "unsure"
         reason = ""
-        if len(gathered) < asked.min_samples:
-            reason = f"{len(gathered)} of {asked.min_samples} samples"
+        if len(gathered) < options.min_samples:
+            reason = f"{len(gathered)} of {options.min_samples} samples"
         elif like != _NEW:
             kind = "known" if found.upper <= scores.threshold else "unsure"
-        elif num_batches < asked.in_a_row:
-            reason = f"{num_batches} of {asked.in_a_row} batches in a row"
+        elif num_batches < options.in_a_row:
+            reason = f"{num_batches} of {options.in_a_row} batches in a row"
         elif self._cooldown:
             reason = f"cooldown for {self._cooldown} more batches"
         elif found.lower > scores.threshold:
             kind = "new"
         if kind == "unsure" and not reason:
-            reason = "the interval holds the threshold"
-        self._cooldown = asked.cooldown if kind == "new" else max(0, self._cooldown - 1)
+            reason = "the interval contains the threshold"
+        self._cooldown = options.cooldown if kind == "new" else max(0, self._cooldown - 1)
         return Decision(
             kind=kind,
             skill=scores.nearest,
@@ -335,12 +339,12 @@ class NoveltyDetector:
 
     @property
     def is_run_new(self) -> bool:
-        """Say whether the latest batches are like nothing known, decided or not."""
+        """True if the latest batches match no known skill, whether decided or not."""
         return self._run == _NEW and bool(self._seen)
 
     @property
     def run(self) -> tuple[Observation, ...]:
-        """The batches that the latest decision rests on."""
+        """The batches that the latest decision is based on."""
         return tuple(self._seen)
 
     def add(
@@ -349,33 +353,33 @@ class NoveltyDetector:
         batches: Sequence[Observation] | None = None,
         *,
         is_base: bool = False,
-        gather: Gather = alone,
+        gather: Gather = single_process,
     ) -> Skill:
-        """Make something known under a name, by default the batches just called new.
+        """Add a skill to the library, by default from the batches just called new.
 
         Raises:
-            RequestError: as `SkillLibrary.add`; or there are no new batches.
+            RequestError: as for `SkillLibrary.add`; or there are no new batches.
         """
         if batches is None:
             if self._run != _NEW or not self._seen:
                 raise RequestError(
-                    f"novelty: nothing new was seen that '{name}' could name; give batches."
+                    f"novelty: there are no new batches to name '{name}'; pass batches."
                 )
             batches = self.run
         skill = self.library.add(name, batches, is_base=is_base, gather=gather)
-        self._begin_anew()
+        self._restart()
         return skill
 
     def recalibrate(
-        self, name: str, batches: Sequence[Observation], *, gather: Gather = alone
+        self, name: str, batches: Sequence[Observation], *, gather: Gather = single_process
     ) -> Skill:
-        """Replace what is known of a skill; see `SkillLibrary.recalibrate`."""
+        """Replace the statistics of a skill; see `SkillLibrary.recalibrate`."""
         skill = self.library.recalibrate(name, batches, gather=gather)
-        self._begin_anew()
+        self._restart()
         return skill
 
     def state_dict(self) -> dict[str, Any]:
-        """Return library, run, average and cooldown as plain values; options are the caller's."""
+        """Return library, run, average and cooldown as plain values; options are not included."""
         return {
             "format_version": FORMAT_VERSION,
             "library": self.library.state_dict(),
@@ -387,10 +391,10 @@ class NoveltyDetector:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` gave.
+        """Restore the state that `state_dict` returned.
 
         Raises:
-            TritterError: it is of another format.
+            TritterError: the state has another format.
         """
         check_format(state, "novelty: a state")
         self.library.load_state_dict(state["library"])
@@ -399,6 +403,6 @@ class NoveltyDetector:
         self._values = list(state["values"])
         self._average, self._cooldown = state["average"], state["cooldown"]
 
-    def _begin_anew(self) -> None:
-        """Drop what was measured against an older library."""
+    def _restart(self) -> None:
+        """Discard measurements that refer to an older library."""
         self._seen, self._values, self._average = [], [], None

@@ -1,4 +1,4 @@
-"""The skills that are known, as a frozen base sees them: sums, no text."""
+"""The library of known skills: statistics of the frozen base's features, without any data."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -21,7 +21,7 @@ from tritter.methods.novelty.statistics import (
 )
 from tritter.options import Count, WholeNumber, options
 
-# The space that cosines are taken in: layer-normed features, or a small head's view of them.
+# Cosines are computed on layer-normed features, or on embeddings of a small head.
 #
 # n samples · H hidden size · E size of the embedding
 
@@ -30,15 +30,17 @@ _TRAINED = ("first", "first_bias", "second", "second_bias")
 
 @options
 class ProjectionOptions:
-    """How a head is trained.
+    """Training of the projection head.
 
     Args:
-        size: of the embedding, E.
-        hidden_size: of the head's one hidden layer.
-        temperature: of the contrast.
-        view_dropout: share of a sample's features that each of its two views lacks.
-        pairs: of a step.
-        seed: of weights, draws and views.
+        size: size of the embedding, E.
+        hidden_size: size of the head's hidden layer.
+        steps: number of training steps.
+        pairs: pairs per step.
+        learning_rate: of Adam.
+        temperature: of the contrastive loss.
+        view_dropout: share of a sample's features that is dropped in each of its two views.
+        seed: seed of weights, samples and views.
     """
 
     size: Count = 32
@@ -56,9 +58,10 @@ class Projection:
     """A head of two layers over standardised features.
 
     Args:
-        centre, scale: [H], mean and deviation of the features it was trained on: what all text
-            shares would otherwise be most of every feature.
-        first, second: weights [hidden, H] and [E, hidden]; biases [hidden] and [E].
+        centre: [H], mean of the training features; without it, what all data shares would dominate.
+        scale: [H], standard deviation of the training features.
+        first: weight [hidden, H]; `first_bias`: [hidden].
+        second: weight [E, hidden]; `second_bias`: [E].
     """
 
     centre: Tensor
@@ -69,12 +72,12 @@ class Projection:
     second_bias: Tensor
 
     @classmethod
-    def drawn(cls, normed: Tensor, asked: ProjectionOptions) -> "Projection":
-        """Return a head for features like `normed` [n, H].
+    def initialised(cls, normed: Tensor, options: ProjectionOptions) -> "Projection":
+        """Return an untrained head for features such as `normed` [n, H].
 
-        Its weights are drawn by the options' seed, of variance 2 / fan_in.
+        Its weights are random, with variance 2 / fan_in.
         """
-        generator = torch.Generator().manual_seed(asked.seed)
+        generator = torch.Generator().manual_seed(options.seed)
 
         def weight(rows: int, columns: int) -> Tensor:
             return torch.randn(rows, columns, generator=generator) * (2 / columns) ** 0.5
@@ -82,17 +85,17 @@ class Projection:
         return cls(
             normed.mean(dim=0),
             normed.std(dim=0, correction=0) + 1e-6,
-            weight(asked.hidden_size, normed.shape[1]),
-            torch.zeros(asked.hidden_size),
-            weight(asked.size, asked.hidden_size),
-            torch.zeros(asked.size),
+            weight(options.hidden_size, normed.shape[1]),
+            torch.zeros(options.hidden_size),
+            weight(options.size, options.hidden_size),
+            torch.zeros(options.size),
         )
 
     def standardised(self, normed: Tensor) -> Tensor:
         return (normed - self.centre) / self.scale
 
     def of_standardised(self, features: Tensor) -> Tensor:
-        """Return [n, E] of standardised features [n, H]."""
+        """Return the embeddings [n, E] of standardised features [n, H]."""
         hidden = torch.relu(features @ self.first.T + self.first_bias)
         return hidden @ self.second.T + self.second_bias
 
@@ -103,8 +106,8 @@ class Projection:
         return {name: getattr(self, name) for name in self.__slots__}
 
 
-def embedded(features: Tensor, projection: Projection | None) -> Tensor:
-    """Return unit vectors float64 [n, E] of features [n, H]: layer-normed, through the head."""
+def embed(features: Tensor, projection: Projection | None) -> Tensor:
+    """Return unit vectors float64 [n, E]: layer-normed features [n, H], projected by the head."""
     normed = layer_norm(features.float(), features.shape[-1:])
     return normalize((normed if projection is None else projection(normed)).double(), dim=-1)
 
@@ -112,10 +115,11 @@ def embedded(features: Tensor, projection: Projection | None) -> Tensor:
 def contrast(one_nE: Tensor, two_nE: Tensor, groups: Tensor, *, temperature: float) -> Tensor:
     """Return the NT-Xent loss of n pairs (SimCLR, Chen et al. 2020, equation 1).
 
-    Differs from there: other samples of a pair's own skill are no negatives of it.
+    Unlike there, other samples of the same skill do not count as negatives.
 
     Args:
-        one_nE, two_nE: unit vectors, a pair in each row.
+        one_nE: unit vectors, the first view of each pair.
+        two_nE: unit vectors, the second view of each pair.
         groups: int64 [n], the skill of each pair.
     """
     n = len(one_nE)
@@ -123,65 +127,65 @@ def contrast(one_nE: Tensor, two_nE: Tensor, groups: Tensor, *, temperature: flo
     partner = torch.arange(2 * n).roll(n)
     logits = views @ views.T / temperature
     both = groups.repeat(2)
-    is_left_out = both.unsqueeze(0) == both.unsqueeze(1)
-    is_left_out[torch.arange(2 * n), partner] = False
-    return cross_entropy(logits.masked_fill(is_left_out, -torch.inf), partner)
+    is_masked = both.unsqueeze(0) == both.unsqueeze(1)
+    is_masked[torch.arange(2 * n), partner] = False
+    return cross_entropy(logits.masked_fill(is_masked, -torch.inf), partner)
 
 
 def train_projection(
-    features: Mapping[str, Tensor], mix: Tensor, asked: ProjectionOptions
+    features: Mapping[str, Tensor], mix: Tensor, options: ProjectionOptions
 ) -> Projection:
-    """Return a head trained to hold samples of a skill together, apart from others and from a mix.
+    """Return a head trained to separate samples of each skill from others and from a mix.
 
-    A pair is two samples of one skill, or one sample of the mix twice, each seen with some of its
-    features left out.
+    A pair consists of two samples of one skill, or of one sample of the mix twice. Each view drops
+    some features.
 
     Args:
-        features: skill → [n, H], two samples at least.
-        mix: [n, H], random text; every sample stands for itself.
+        features: skill → [n, H], with n ≥ 2.
+        mix: [n, H], random data; every sample is its own class.
 
     Raises:
         RequestError: there are too few samples.
     """
-    few = [name for name, held in features.items() if len(held) < 2]
+    few = [name for name, samples in features.items() if len(samples) < 2]
     if not features or few or not len(mix):
         raise RequestError(
-            f"novelty: a projection needs two samples of each skill and a mix of others; "
+            f"novelty: a projection needs at least two samples of each skill and a mix of others; "
             f"{', '.join(few) or 'the mix'} has too few."
         )
-    skills = [layer_norm(held.float(), held.shape[-1:]) for held in features.values()]
+    skills = [layer_norm(samples.float(), samples.shape[-1:]) for samples in features.values()]
     others = layer_norm(mix.float(), mix.shape[-1:])
-    generator = torch.Generator().manual_seed(asked.seed + 1)
-    drawn = Projection.drawn(torch.cat([*skills, others]), asked)
-    skills, others = [drawn.standardised(each) for each in skills], drawn.standardised(others)
-    weights = [nn.Parameter(getattr(drawn, name)) for name in _TRAINED]
-    optimizer = torch.optim.Adam(weights, lr=asked.learning_rate)
-    for _ in range(asked.steps):
-        # Half of the pairs, at least one, are of the mix
-        rows = torch.randint(len(others), (max(1, asked.pairs // 2),), generator=generator)
-        which = torch.randint(len(skills), (asked.pairs - len(rows),), generator=generator)
+    generator = torch.Generator().manual_seed(options.seed + 1)
+    initial = Projection.initialised(torch.cat([*skills, others]), options)
+    skills, others = [initial.standardised(each) for each in skills], initial.standardised(others)
+    weights = [nn.Parameter(getattr(initial, name)) for name in _TRAINED]
+    optimizer = torch.optim.Adam(weights, lr=options.learning_rate)
+    for _ in range(options.steps):
+        # Half of the pairs, at least one, come from the mix
+        rows = torch.randint(len(others), (max(1, options.pairs // 2),), generator=generator)
+        which = torch.randint(len(skills), (options.pairs - len(rows),), generator=generator)
         one, two = [others[rows]], [others[rows]]
         for skill in which.tolist():
-            held = skills[skill]
-            pair = torch.randperm(len(held), generator=generator)[:2]
-            one.append(held[pair[:1]])
-            two.append(held[pair[1:]])
+            samples = skills[skill]
+            pair = torch.randperm(len(samples), generator=generator)[:2]
+            one.append(samples[pair[:1]])
+            two.append(samples[pair[1:]])
         groups = torch.cat([len(skills) + rows, which])
-        head = Projection(drawn.centre, drawn.scale, *weights)
+        head = Projection(initial.centre, initial.scale, *weights)
         views = []
         for samples in (torch.cat(one), torch.cat(two)):
-            kept = torch.rand(samples.shape, generator=generator) >= asked.view_dropout
-            viewed = head.of_standardised(samples * kept / (1 - asked.view_dropout))
+            kept = torch.rand(samples.shape, generator=generator) >= options.view_dropout
+            viewed = head.of_standardised(samples * kept / (1 - options.view_dropout))
             views.append(normalize(viewed, dim=-1))
-        loss = contrast(views[0], views[1], groups, temperature=asked.temperature)
+        loss = contrast(views[0], views[1], groups, temperature=options.temperature)
         for weight, gradient in zip(weights, torch.autograd.grad(loss, weights), strict=True):
             weight.grad = gradient
         optimizer.step()
-    return Projection(drawn.centre, drawn.scale, *(weight.detach() for weight in weights))
+    return Projection(initial.centre, initial.scale, *(weight.detach() for weight in weights))
 
 
 FORMAT_VERSION = 1
-MOST_DIGESTS = 64  # of a skill
+MOST_DIGESTS = 64  # per skill
 _MOST_FOLDS = 5
 
 Measure = Literal["loss", "centre", "distance"]
@@ -191,17 +195,18 @@ Gather = Callable[[Any], Sequence[Any]]
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Skill:
-    """What is known of a skill; everything is of the frozen base's space.
+    """Statistics of a skill in the feature space of the frozen base.
 
     Args:
-        is_base: the base itself knows it; otherwise there is an expert for it.
-        moments: of its features.
-        embedding: float64 [E], sum of its embeddings.
-        loss: of its losses.
-        centre: of the distances of its batches' means, `distance` of its samples' distances, each
-            from statistics of batches that it is none of.
-        similarity_at_creation: skill known before → cosine of the two mean embeddings.
-        digests: of exemplars.
+        name: name in the library.
+        is_base: True if the base itself knows the skill; otherwise it has an expert.
+        moments: of the features.
+        embedding: float64 [E], sum of the embeddings.
+        loss: of the losses.
+        centre: of the distances of batch means, cross-validated.
+        distance: of the distances of samples, cross-validated.
+        similarity_at_creation: earlier skill → cosine of the two mean embeddings.
+        digests: checksums of exemplars.
     """
 
     name: str
@@ -216,7 +221,7 @@ class Skill:
 
     @property
     def n(self) -> int:
-        """Samples that its statistics rest on."""
+        """Number of samples in its statistics."""
         return self.moments.n
 
     @property
@@ -251,25 +256,31 @@ class Skill:
 
 
 def check_format(state: Mapping[str, Any], what: str) -> None:
-    """Refuse what a `state_dict` of another format gave, such as "novelty: a library".
+    """Refuse a state of another format.
+
+    Args:
+        state: a result of `state_dict`.
+        what: its name in the message, such as "novelty: a library".
 
     Raises:
-        TritterError: it is of another format.
+        TritterError: the state has another format.
     """
     if (version := state.get("format_version")) != FORMAT_VERSION:
-        raise TritterError(f"{what} of format {version}; this Tritter reads {FORMAT_VERSION}")
+        raise TritterError(
+            f"{what} has format {version}; this version of Tritter reads format {FORMAT_VERSION}"
+        )
 
 
-def alone(own: Part) -> Sequence[Part]:
-    """Gather nothing: there is one process."""
+def single_process(own: Part) -> Sequence[Part]:
+    """Gather from a single process."""
     return [own]
 
 
 class SkillLibrary:
-    """Skills by name, in the order in which they became known.
+    """Skills by name, in the order in which they were added.
 
-    The first is what the base was trained on. Its covariance is what those of others are shrunk
-    towards, as long as they rest on few samples.
+    The first one describes the base's own training data. Covariances of other skills are shrunk
+    towards its covariance while they are based on few samples.
     """
 
     def __init__(self) -> None:
@@ -299,45 +310,46 @@ class SkillLibrary:
         batches: Sequence[Observation],
         *,
         is_base: bool = False,
-        gather: Gather = alone,
+        gather: Gather = single_process,
     ) -> Skill:
-        """Take up a skill.
+        """Add a skill.
 
         Args:
-            batches: of a process, in the size and order that decisions will see; of what the base
-                knows 30 at least, held out from its training.
-            is_base: the base knows it. The first skill must be such a one.
-            gather: returns what all processes hold, in the order of their ranks, from one's own.
+            name: its name.
+            batches: batches of this process, in the size and order of later decisions; for a skill
+                of the base at least 30, held out from its training.
+            is_base: True if the base knows the skill, as it must for the first one.
+            gather: returns the values of all processes in rank order, from the local value.
 
         Raises:
-            RequestError: the name is taken, it is the first and not the base's, or there are too
-                few batches or samples.
+            RequestError: the name is empty or exists, the first skill is not the base's, or there
+                are too few batches or samples.
         """
         if name in self._skills or not name:
-            raise RequestError(f"novelty: '{name}' is taken, or empty; each skill has a name.")
+            raise RequestError(f"novelty: '{name}' is empty or already the name of a skill.")
         if not self._skills and not is_base:
             raise RequestError(
-                f"novelty: '{name}' can't be the first skill; begin with what the base was "
+                f"novelty: '{name}' can't be the first skill; first add data that the base was "
                 "trained on (is_base=True)."
             )
-        skill = self._measured(name, batches, is_base=is_base, gather=gather)
+        skill = self._measure_skill(name, batches, is_base=is_base, gather=gather)
         mean = skill.embedding / skill.embedding.norm()
         similar = {old.name: float(mean @ old.embedding / old.embedding.norm()) for old in self}
-        return self._put(replace(skill, similarity_at_creation=similar))
+        return self._store(replace(skill, similarity_at_creation=similar))
 
     def recalibrate(
-        self, name: str, batches: Sequence[Observation], *, gather: Gather = alone
+        self, name: str, batches: Sequence[Observation], *, gather: Gather = single_process
     ) -> Skill:
-        """Replace a skill's statistics by those of other batches; arguments as of `add`.
+        """Replace a skill's statistics by those of other batches; arguments as for `add`.
 
-        Training an expert moves none of them, as they are the frozen base's. But those of a burst
-        rest on few samples, and after a change of the base itself all skills need it, the first
-        skill first.
+        Training an expert does not change them, because they are those of the frozen base. But
+        bursts have few samples, and a change of the base affects all skills; then recalibrate the
+        first skill first.
         """
         old = self[name]
-        new = self._measured(name, batches, is_base=old.is_base, gather=gather)
+        new = self._measure_skill(name, batches, is_base=old.is_base, gather=gather)
         digests = (*old.digests, *(d for d in new.digests if d not in old.digests))
-        return self._put(
+        return self._store(
             replace(
                 new,
                 similarity_at_creation=old.similarity_at_creation,
@@ -346,14 +358,14 @@ class SkillLibrary:
         )
 
     def remove(self, name: str) -> None:
-        """Forget a skill, as when its expert is evicted.
+        """Remove a skill, for example when its expert is evicted.
 
         Raises:
-            RequestError: there is none, or it is the first, which others rest on.
+            RequestError: the skill does not exist, or it is the first one, which others depend on.
         """
         if name == self.reference.name or name not in self:
             raise RequestError(
-                f"novelty: '{self[name].name}' is what other skills are measured by."
+                f"novelty: '{self[name].name}' can't be removed: it is the reference of the others."
             )
         del self._skills[name]
         self._gaussians.pop(name, None)
@@ -367,7 +379,8 @@ class SkillLibrary:
         """
         if not self._skills:
             raise RequestError(
-                "novelty: nothing is known yet; add what the base was trained on (is_base=True)."
+                "novelty: the library is empty; first add data that the base was trained on "
+                "(is_base=True)."
             )
         return next(iter(self))
 
@@ -376,14 +389,14 @@ class SkillLibrary:
         if name not in self._gaussians:
             skill, reference = self[name], self.reference
             is_first = skill.name == reference.name
-            towards = None if is_first else reference.moments.shrunk_covariance()
-            self._gaussians[name] = _fitted(skill.moments, towards)
+            prior = None if is_first else reference.moments.shrunk_covariance()
+            self._gaussians[name] = _gaussian_of(skill.moments, prior)
         return self._gaussians[name]
 
     def z(self, measure: Measure, name: str, seen: Observation) -> Tensor:
-        """Return how far samples lie above what is usual of a skill, float64 [B].
+        """Return z-scores of samples relative to a skill, float64 [B].
 
-        In deviations of batch means, so that their mean is the z-score of the batch.
+        They are in deviations of batch means, so their mean is the z-score of the batch.
         """
         skill = self[name]
         calibration: Calibration = getattr(skill, measure)
@@ -394,20 +407,22 @@ class SkillLibrary:
         return calibration.z(_measure(self.gaussian(name), measure, seen), usual=usual)
 
     def train_projection(
-        self, features: Mapping[str, Tensor], mix: Tensor, asked: ProjectionOptions
+        self, features: Mapping[str, Tensor], mix: Tensor, options: ProjectionOptions
     ) -> None:
-        """Train the head of `cosine` on samples of all known skills; see `projection`.
+        """Train the head of `cosine` on samples of all known skills; see `train_projection`.
 
         Raises:
-            RequestError: samples [n, H] of a skill are missing, since its place in the new space
-                can't be told from the old one's.
+            RequestError: samples [n, H] of a skill are missing, without which its embedding can't
+                be recomputed.
         """
         missing = [skill.name for skill in self if skill.name not in features]
         if missing:
-            raise RequestError(f"novelty: a projection needs samples of {', '.join(missing)} too.")
-        self.projection = train_projection(features, mix, asked)
+            raise RequestError(
+                f"novelty: a projection needs samples of {', '.join(missing)} as well."
+            )
+        self.projection = train_projection(features, mix, options)
         for skill in list(self):
-            total = embedded(features[skill.name], self.projection).sum(dim=0)
+            total = embed(features[skill.name], self.projection).sum(dim=0)
             self._skills[skill.name] = replace(skill, embedding=total)
 
     def state_dict(self) -> dict[str, Any]:
@@ -416,29 +431,29 @@ class SkillLibrary:
         return {"format_version": FORMAT_VERSION, "skills": skills, "projection": head}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Put back what `state_dict` gave.
+        """Restore the state that `state_dict` returned.
 
         Raises:
-            TritterError: it is of another format.
+            TritterError: the state has another format.
         """
         check_format(state, "novelty: a library")
         head = state["projection"]
         self.projection = None if head is None else Projection(**head)
-        self._skills = {held["name"]: Skill.of_state(held) for held in state["skills"]}
+        self._skills = {each["name"]: Skill.of_state(each) for each in state["skills"]}
         self._gaussians = {}
 
-    def _put(self, skill: Skill) -> Skill:
+    def _store(self, skill: Skill) -> Skill:
         self._skills[skill.name] = skill
         if skill.name == self.reference.name:
             self._gaussians = {}
         self._gaussians.pop(skill.name, None)
         return skill
 
-    def _measured(
+    def _measure_skill(
         self, name: str, batches: Sequence[Observation], *, is_base: bool, gather: Gather
     ) -> Skill:
         if sum(map(len, batches)) < 4:
-            raise RequestError(f"novelty: '{name}' needs four samples at least.")
+            raise RequestError(f"novelty: '{name}' needs at least four samples.")
         whole = list(batches)
         if len(whole) == 1:
             halves = torch.arange(len(whole[0])).chunk(2)
@@ -451,12 +466,12 @@ class SkillLibrary:
         size = len(self.reference.mean) if self._skills else len(moments.mean)
         if len(moments.mean) != size:
             raise RequestError(
-                f"novelty: features of '{name}' have {len(moments.mean)} entries, those that are "
-                f"known {size}; one library belongs to one base."
+                f"novelty: features of '{name}' have size {len(moments.mean)}, those of the "
+                f"library {size}; a library belongs to one base."
             )
         is_first = not self._skills or name == self.reference.name
-        towards = None if is_first else self.reference.moments.shrunk_covariance()
-        others = [_fitted(moments - fold, towards) for fold in folds]
+        prior = None if is_first else self.reference.moments.shrunk_covariance()
+        others = [_gaussian_of(moments - fold, prior) for fold in folds]
         held_out = {
             measure: Calibration.of(
                 _measure(other, measure, batch)
@@ -465,14 +480,16 @@ class SkillLibrary:
             )
             for measure in ("centre", "distance")
         }
-        embedding = embedded(torch.cat([b.features for b in batches]), self.projection).sum(dim=0)
+        embedding = embed(torch.cat([b.features for b in batches]), self.projection).sum(dim=0)
         loss = reduce(add, gather(Calibration.of(b.losses for part in parts for b in part)))
         if is_base and loss.batches < CALIBRATION_BATCHES:
             raise RequestError(
-                f"novelty: {loss.batches} batches of '{name}'; to know what is usual of what the "
-                f"base knows takes {CALIBRATION_BATCHES}."
+                f"novelty: '{name}' has {loss.batches} batches; a skill of the base needs at "
+                f"least {CALIBRATION_BATCHES}."
             )
-        digests = [d for held in gather([d for b in batches for d in b.digests]) for d in held]
+        digests = [
+            d for digests in gather([d for b in batches for d in b.digests]) for d in digests
+        ]
         return Skill(
             name=name,
             is_base=is_base,
@@ -492,9 +509,7 @@ def _measure(gaussian: Gaussian, measure: str, seen: Observation) -> Tensor:
     return gaussian.distances(seen.features)
 
 
-def _fitted(moments: Moments, towards: Tensor | None) -> Gaussian:
+def _gaussian_of(moments: Moments, prior: Tensor | None) -> Gaussian:
     """Return the Gaussian of a skill, its covariance shrunk; None: towards the identity."""
-    covariance = (
-        moments.shrunk_covariance() if towards is None else moments.covariance_towards(towards)
-    )
+    covariance = moments.shrunk_covariance() if prior is None else moments.covariance_towards(prior)
     return Gaussian.of(moments.mean, covariance)

@@ -1,4 +1,4 @@
-"""What the frozen base says of a batch, in one forward pass without gradients.
+"""Losses and features of a batch under the frozen base, from one forward pass without gradients.
 
 B sequences · T positions · H hidden size
 """
@@ -19,20 +19,20 @@ from tritter.evaluation.inference import device_of, modes_kept
 from tritter.evaluation.losses import nats_per_row
 
 MOST_FEATURES = 512
-_SEED = 20261121  # of the directions; libraries that exist rest on it
+_SEED = 20261121  # of the random directions; changing it breaks existing libraries
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Observation:
-    """A batch as the frozen base sees it.
+    """Losses and features of a batch under the frozen base.
 
     Args:
         losses: float64 [B], mean cross-entropy of each sequence, nats per token.
         features: float32 [B, H], mean over each sequence of the middle layer's hidden states.
-        digests: of the sequences' tokens, B of them or none.
+        digests: checksums of the sequences' tokens, B of them or none.
 
     Raises:
-        TritterError: sizes disagree, it is empty, or a number is not finite.
+        TritterError: sizes disagree, the batch is empty, or a number is not finite.
     """
 
     losses: Tensor
@@ -45,17 +45,17 @@ class Observation:
         if not batch or not is_whole or len(self.digests) not in (0, batch):
             raise TritterError(
                 f"novelty: losses {tuple(self.losses.shape)}, features "
-                f"{tuple(self.features.shape)} and {len(self.digests)} digests are no batch; "
-                "[B], [B, H] and B (or no) digests are"
+                f"{tuple(self.features.shape)} and {len(self.digests)} digests don't match; "
+                "[B], [B, H] and B (or no) digests are required"
             )
         if not (self.losses.isfinite().all() and self.features.isfinite().all()):
-            raise TritterError("novelty: the base gave losses or features that are not finite")
+            raise TritterError("novelty: losses or features of the base are not finite")
 
     def __len__(self) -> int:
         return len(self.losses)
 
     def rows(self, index: Tensor) -> "Observation":
-        """Return some of the sequences, by their places."""
+        """Return the sequences with these indices."""
         kept = tuple(self.digests[row] for row in index.tolist()) if self.digests else ()
         return Observation(losses=self.losses[index], features=self.features[index], digests=kept)
 
@@ -71,8 +71,8 @@ class Observation:
         return cls(**{**state, "digests": tuple(state["digests"])})
 
 
-def joined(observations: Sequence[Observation]) -> Observation:
-    """Return batches as one, as of all processes; digests only where each has them."""
+def concatenated(observations: Sequence[Observation]) -> Observation:
+    """Return several batches as one; digests are kept only if all batches have them."""
     has_digests = all(each.digests for each in observations)
     return Observation(
         losses=torch.cat([each.losses for each in observations]),
@@ -92,51 +92,53 @@ def observe(
 ) -> Observation:
     """Return pooled features of the middle decoder layer and the loss of each sequence.
 
-    The layer is the ⌈L/2⌉-th of L. Pooled over a sequence are the positions that hold a token and
-    whose label is not −100; a loss counts the tokens of these that have a token before them.
+    The layer is number ⌈L/2⌉ of L. Features are pooled over the tokens of a sequence whose label is
+    not −100. The loss counts those of them that follow another token.
 
     Args:
-        model: a stock model of any family; adapters are the caller's to switch off.
+        model: a stock model of any family; disable adapters before the call.
         input_ids: int [B, T].
-        attention_mask: [B, T], 0 where a position is padding, on either side.
-        labels: int [B, T], −100 where a token is only read; default: every token is predicted.
-        most_features: of a wider model as many random directions are looked at, always the same:
-            a library holds a matrix of their number squared for each skill.
+        attention_mask: [B, T], 0 for padding, on either side.
+        labels: int [B, T], −100 for tokens that are not predicted; default: all are predicted.
+        most_features: wider features are projected to this many fixed random directions, because a
+            library stores a matrix of this size squared for each skill.
 
     Raises:
-        RequestError: it is no model with decoder layers.
+        RequestError: the model has no decoder layers.
         TritterError: a sequence has no token to predict.
     """
     device = device_of(model)
     ids = input_ids.to(device).long()
-    there = torch.ones_like(ids) if attention_mask is None else attention_mask.to(device)
-    counted = there.bool() if labels is None else there.bool() & (labels.to(device) != IGNORED)
-    predicted = counted[:, 1:] & there[:, :-1].bool()
+    is_token = torch.ones_like(ids) if attention_mask is None else attention_mask.to(device)
+    is_counted = (
+        is_token.bool() if labels is None else is_token.bool() & (labels.to(device) != IGNORED)
+    )
+    predicted = is_counted[:, 1:] & is_token[:, :-1].bool()
     if not predicted.any(dim=1).all():
         rows = (~predicted.any(dim=1)).nonzero().flatten().tolist()
         raise TritterError(f"novelty: sequences {rows} of the batch have no token to predict")
     seen: list[Tensor] = []
     hook = middle_layer(model).register_forward_hook(
-        lambda _layer, _given, output: seen.append(
+        lambda _layer, _inputs, output: seen.append(
             output[0] if isinstance(output, tuple) else output
         )
     )
     try:
         with modes_kept(model):
             model.eval()
-            logits_BTV = model(input_ids=ids, attention_mask=there, use_cache=False).logits
+            logits_BTV = model(input_ids=ids, attention_mask=is_token, use_cache=False).logits
     finally:
         hook.remove()
     hidden_BTH = seen[0].float()
-    weight_BT1 = counted.unsqueeze(-1)
+    weight_BT1 = is_counted.unsqueeze(-1)
     features_BH = (hidden_BTH * weight_BT1).sum(dim=1) / weight_BT1.sum(dim=1)
     targets_BT = torch.where(predicted, ids[:, 1:], IGNORED)
     nats_B = nats_per_row(logits_BTV[:, :-1], targets_BT)
     losses_B = nats_B / predicted.sum(dim=1).to(nats_B.device)
     features_BH = features_BH.cpu()
-    if (width := features_BH.shape[1]) > most_features:  # lengths are kept on average
+    if (width := features_BH.shape[1]) > most_features:  # norms are preserved on average
         features_BH = features_BH @ _directions(width, most_features)
-    tokens = [row[own].numpy() for row, own in zip(ids.cpu(), there.bool().cpu(), strict=True)]
+    tokens = [row[own].numpy() for row, own in zip(ids.cpu(), is_token.bool().cpu(), strict=True)]
     return Observation(
         losses=losses_B.cpu(),
         features=features_BH,
@@ -145,10 +147,10 @@ def observe(
 
 
 def middle_layer(model: nn.Module) -> nn.Module:
-    """Return the ⌈L/2⌉-th of a stock model's L decoder layers.
+    """Return decoder layer number ⌈L/2⌉ of a stock model with L layers.
 
     Raises:
-        RequestError: it has none.
+        RequestError: the model has no decoder layers.
     """
     layers = None
     if hasattr(model, str(getattr(model, "base_model_prefix", ""))):
@@ -156,8 +158,8 @@ def middle_layer(model: nn.Module) -> nn.Module:
         layers = next(lists, None)
     if not layers:
         raise RequestError(
-            f"novelty: {type(model).__name__} has no decoder layers; a stock causal language "
-            "model of transformers is needed."
+            f"novelty: {type(model).__name__} has no decoder layers; use a stock causal language "
+            "model of transformers."
         )
     return layers[(len(layers) - 1) // 2]
 

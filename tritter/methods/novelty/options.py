@@ -1,6 +1,6 @@
-"""When a batch is called new, and how unlike what is known it is: by its loss, or by its features.
+"""Options of novelty detection, and the detectors: loss, Mahalanobis distance, cosine.
 
-Options alone are read before a run is judged, so torch is imported by what touches tensors.
+Options are read before a run is validated, so torch is imported only by functions that use tensors.
 
 B samples of a batch
 """
@@ -28,14 +28,14 @@ Confidence = Annotated[float, Field(ge=0.5, lt=1)]
 
 @options
 class NoveltyOptions:
-    """When a run of batches is called new, or known.
+    """When a sequence of batches is called new or known.
 
     Args:
-        min_samples: that a decision rests on, at least.
-        in_a_row: batches above the threshold, one after the other.
-        confidence: of the bound that has to lie beyond the threshold, one-sided.
-        cooldown: batches behind something new in which nothing else is called so.
-        moving_average: share of its old value in the novelty that is compared; 0: none.
+        min_samples: minimum number of samples for a decision.
+        in_a_row: number of consecutive batches above the threshold.
+        confidence: confidence of the one-sided bound that is compared with the threshold.
+        cooldown: number of batches after something new in which nothing else is called new.
+        moving_average: weight of the previous value in the smoothed novelty; 0: no smoothing.
     """
 
     min_samples: Annotated[int, Field(ge=2, le=1_000_000)] = 32
@@ -50,14 +50,14 @@ THRESHOLD = 6.0  # deviations of batch means
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Scores:
-    """How unlike what is known a batch is.
+    """The novelty of a batch.
 
     Args:
-        values: float64 [B], whose mean is the batch's novelty.
-        samples: float64 [B], of each sample against what is nearest to it.
-        threshold: novelty above it is unusual.
-        nearest: the skill that the batch is most like.
-        by_skill: skill → novelty against it alone.
+        values: float64 [B], whose mean is the novelty of the batch.
+        samples: float64 [B], novelty of each sample relative to its nearest skill.
+        threshold: a batch with a higher novelty is unusual.
+        nearest: the skill that the batch is most similar to.
+        by_skill: skill → novelty relative to this skill alone.
     """
 
     values: Tensor
@@ -69,27 +69,27 @@ class Scores:
 
 @options
 class Detector(ABC):
-    """Says how unlike each known skill samples are; from outside, options with this base."""
+    """Base class of detectors; subclass it as a record of options to add your own."""
 
-    name: ClassVar[str] = ""  # of ours, in `DETECTORS`
+    name: ClassVar[str] = ""  # key in `DETECTORS` of built-in detectors
 
     @abstractmethod
     def against(self, seen: Observation, library: SkillLibrary) -> Mapping[str, Tensor]:
-        """Return skill → novelty of each sample against it, float64 [B]; large is unlike.
+        """Return skill → novelty of each sample relative to it, float64 [B]; larger is newer.
 
-        A skill that is left out is not what the batch could be.
+        Skills that are excluded as candidates may be omitted.
         """
 
     @abstractmethod
     def limit(self, library: SkillLibrary) -> float:
-        """Return the novelty above which a batch is unusual, with so many skills known."""
+        """Return the novelty above which a batch is unusual, given the known skills."""
 
     def samples_against(self, seen: Observation, library: SkillLibrary) -> Mapping[str, Tensor]:
-        """Return skill → novelty of each sample by itself, whatever else is in its batch."""
+        """Return skill → novelty of each sample, independent of the rest of its batch."""
         return self.against(seen, library)
 
     def score(self, seen: Observation, library: SkillLibrary) -> Scores:
-        """Return the novelty of a batch: that against the skill it is most like."""
+        """Return the novelty of a batch relative to the most similar skill."""
         import torch
 
         against = self.against(seen, library)
@@ -107,7 +107,7 @@ class Detector(ABC):
 
 @options
 class MahalanobisNovelty(Detector):
-    """The z-score of the distance of a batch's mean features from each known skill."""
+    """Z-score of the Mahalanobis distance of a batch's mean features from each known skill."""
 
     name: ClassVar[str] = "mahalanobis"
 
@@ -125,14 +125,14 @@ class MahalanobisNovelty(Detector):
 
 @options
 class LossNovelty(Detector):
-    """The z-score of the batch loss, or that of the distance of its features if it is larger.
+    """Z-score of the batch loss, or of the distance of its features if that is larger.
 
-    A batch is like a skill if neither lies above what is usual of that. By its loss alone nothing
-    that the base finds no harder than its own text is ever new, and no skill has a name: a repeated
-    one is as hard for the frozen base as it was, and two may be equally hard.
+    A batch matches a skill if both are usual for that skill. The loss alone never detects novel
+    data that the base predicts as well as its own, and can't identify skills: the loss of a
+    repeated skill under the frozen base does not change, and two skills may have equal losses.
 
     Args:
-        with_features: False: the loss alone.
+        with_features: False: use the loss alone.
     """
 
     name: ClassVar[str] = "loss"
@@ -162,7 +162,7 @@ class LossNovelty(Detector):
         return self.threshold
 
 
-# The detector of the DyLoRA plan: cosine of mean embeddings, against a falling threshold.
+# Cosine of mean embeddings against a decreasing threshold.
 #
 # B samples of a batch · K skills · E size of an embedding
 
@@ -172,17 +172,18 @@ _Similarity = Annotated[float, Field(ge=-1, le=1)]
 
 @options
 class CosineNovelty(Detector):
-    """A batch is unusual if the cosine of its mean embedding with the library's is too small.
+    """A batch is unusual if the cosine of its mean embedding with the library is too small.
 
-    Novelty is 1 − cosine. Raw features all look alike, so that without a trained head little is
-    ever below 0.75; with `mean` and `median` a repeated skill may count as new, since the other
-    skills take part in it.
+    Novelty is 1 − cosine. Cosines of raw features are all high: without a trained head they are
+    rarely below 0.75. With `mean` and `median`, other skills contribute, so a repeated skill may
+    count as new.
 
     Args:
-        threshold: of the cosine, with no skill known.
-        decay: δ of τ_k = threshold − δ · log(1 + k) with k skills known.
-        lowest, highest: between which τ_k stays.
-        reduction: over the library.
+        threshold: threshold of the cosine if no skill is known.
+        decay: δ in τ_k = threshold − δ · log(1 + k) with k known skills.
+        lowest: lower bound of τ_k.
+        highest: upper bound of τ_k.
+        reduction: over the skills of the library.
     """
 
     name: ClassVar[str] = "cosine"
@@ -194,7 +195,7 @@ class CosineNovelty(Detector):
     reduction: Reduction = "max"
 
     def tau(self, num_skills: int) -> float:
-        """Return τ_k."""
+        """Return the threshold τ_k for k known skills."""
         tau = self.threshold - self.decay * math.log1p(num_skills)
         return min(max(tau, self.lowest), self.highest)
 
@@ -204,24 +205,24 @@ class CosineNovelty(Detector):
     def against(self, seen: Observation, library: SkillLibrary) -> Mapping[str, Tensor]:
         import torch
 
-        from tritter.methods.novelty.library import embedded
+        from tritter.methods.novelty.library import embed
 
         skills = torch.stack([skill.embedding for skill in library])
-        values_KB = mean_cosines(embedded(seen.features, library.projection), skills)
+        values_KB = mean_cosines(embed(seen.features, library.projection), skills)
         return {skill.name: 1 - each for skill, each in zip(library, values_KB, strict=True)}
 
     def score(self, seen: Observation, library: SkillLibrary) -> Scores:
         import torch
 
-        from tritter.methods.novelty.library import embedded
+        from tritter.methods.novelty.library import embed
 
         against = self.against(seen, library)
         by_skill = {name: float(values.mean()) for name, values in against.items()}
         values_KB = torch.stack(list(against.values()))
         skills_KE = torch.stack([skill.embedding for skill in library])
-        samples_KB = 1 - _unit(skills_KE) @ embedded(seen.features, library.projection).T
+        samples_KB = 1 - _unit(skills_KE) @ embed(seen.features, library.projection).T
         order, count = values_KB.mean(dim=1).argsort(), len(values_KB)
-        # Of a median the one or two skills in the middle are the batch's, for all its samples
+        # The median uses the batch's one or two middle skills for all its samples
         chosen = {
             "max": order[:1],
             "mean": order,
@@ -238,14 +239,14 @@ class CosineNovelty(Detector):
 
 
 def mean_cosines(samples_BE: Tensor, skills_KE: Tensor) -> Tensor:
-    """Return the cosines of a batch's mean with each skill, as values [K, B] of its samples.
+    """Return the cosine of a batch's mean with each skill, as values [K, B] of its samples.
 
-    The mean of a row is the cosine itself, exactly; what a sample's value differs from it by is the
-    sample's influence on it (the infinitesimal jackknife), so that intervals can be taken.
+    The mean of a row is exactly the cosine. The difference of a sample's value from it is the
+    sample's influence (the infinitesimal jackknife), which allows intervals.
 
     Args:
         samples_BE: float64, unit vectors.
-        skills_KE: float64, of any length.
+        skills_KE: float64, of any norm.
     """
     mean_E = samples_BE.mean(dim=0)
     norm = mean_E.norm().clamp_min(1e-12)

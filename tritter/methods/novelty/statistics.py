@@ -1,4 +1,4 @@
-"""Sums that statistics follow from, so that those of several processes add up; intervals.
+"""Sufficient statistics as sums that add up over processes; confidence intervals.
 
 n samples · H hidden size
 """
@@ -11,17 +11,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-DEVIATION_FLOOR = 0.01  # of the mean: few held-out batches may agree by chance
-CALIBRATION_BATCHES = 30  # from which on their own deviation is trusted alone
+DEVIATION_FLOOR = 0.01  # relative to the mean: few held-out batches may agree by chance
+CALIBRATION_BATCHES = 30  # with this many, their own deviation is used alone
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Calibration:
-    """What a number is usually, of one skill: sums over batch means and over samples.
+    """Usual values of a quantity for one skill: sums over batch means and over samples.
 
     Args:
-        batches: how many; `total` and `squares` sum their means and the squares of these.
-        samples: how many; `sample_total` and `sample_squares` likewise.
+        batches: number of batches.
+        total: sum of batch means.
+        squares: sum of squared batch means.
+        samples: number of samples.
+        sample_total: sum over samples.
+        sample_squares: sum of squares over samples.
     """
 
     batches: int
@@ -33,10 +37,10 @@ class Calibration:
 
     @classmethod
     def of(cls, batches: Iterable[Tensor]) -> "Calibration":
-        """Sum up batches of samples, each [B]."""
-        held = [each.double() for each in batches]
-        means = torch.stack([each.mean() for each in held])
-        samples = torch.cat(held)
+        """Return the sums of batches of samples, each [B]."""
+        wide = [each.double() for each in batches]
+        means = torch.stack([each.mean() for each in wide])
+        samples = torch.cat(wide)
         return cls(
             batches=len(means),
             total=float(means.sum()),
@@ -52,19 +56,19 @@ class Calibration:
 
     @property
     def mean(self) -> float:
-        """Of batch means."""
+        """Mean of batch means."""
         return self.total / self.batches
 
     @property
     def own_deviation(self) -> float:
-        """Of batch means, unbiased and not floored; 0 of a single one."""
+        """Unbiased standard deviation of batch means, without a floor; 0 for a single batch."""
         return _deviation(self.batches, self.total, self.squares)
 
     def deviation(self, usual: float = 0.0) -> float:
-        """Return the deviation of batch means, at least a hundredth of the mean.
+        """Return the standard deviation of batch means, at least a hundredth of the mean.
 
-        Of fewer than 30 batches it is filled up: by the deviation that independent samples give,
-        or, where that is larger, by what is `usual` for other skills, relative to the mean.
+        With fewer than 30 batches, it is combined with a prior: the deviation for independent
+        samples or, if larger, `usual`: the deviation for other skills, relative to the mean.
         """
         missing = max(0, CALIBRATION_BATCHES - self.batches)
         spread = _deviation(self.samples, self.sample_total, self.sample_squares)
@@ -75,13 +79,13 @@ class Calibration:
         return max(filled, DEVIATION_FLOOR * abs(self.mean), 1e-12)
 
     def z(self, values: Tensor, *, usual: float = 0.0, size: int | None = None) -> Tensor:
-        """Return how many deviations of batch means values lie above the mean; the shape kept.
+        """Return z-scores of values in deviations of batch means; the shape is kept.
 
-        The mean of a batch's is the z-score of its mean.
+        The mean over a batch is the z-score of the batch mean.
 
         Args:
             usual: as for `deviation`.
-            size: of the batch, where means of fewer samples than were summed up spread more.
+            size: size of the batch, since means of fewer samples vary more.
         """
         few = 1.0 if size is None else max(1.0, self.samples / self.batches / size)
         return (values.double() - self.mean) / (self.deviation(usual) * math.sqrt(few))
@@ -123,8 +127,8 @@ class Moments:
     def shrunk_covariance(self) -> Tensor:
         """Return the covariance, shrunk towards a multiple of the identity.
 
-        By how much, the oracle approximating estimator says (Chen et al. 2010, equation 23), which
-        needs no more than these sums.
+        The weight is that of the oracle approximating shrinkage estimator (Chen et al. 2010,
+        equation 23), which needs only these sums.
         """
         size = len(self.total)
         sample = self.scatter / self.n
@@ -137,7 +141,7 @@ class Moments:
         return _regular((1 - share) * sample + share * target)
 
     def covariance_towards(self, reference: Tensor) -> Tensor:
-        """Return the covariance with H samples' worth of another one, [H, H], mixed in."""
+        """Return the covariance combined with another one, [H, H], at the weight of H samples."""
         weight = len(self.total)
         return _regular((self.scatter + weight * reference) / (self.n - 1 + weight))
 
@@ -157,20 +161,20 @@ class Gaussian:
         return cls(mean, torch.linalg.cholesky(covariance))
 
     def whitened(self, features: Tensor) -> Tensor:
-        """Return features [n, H] in units of the deviation in every direction, float64."""
+        """Return features [n, H] scaled to unit deviation in every direction, float64."""
         offsets = (features.double() - self.mean).T
         return torch.linalg.solve_triangular(self.factor, offsets, upper=False).T
 
     def distances(self, features: Tensor) -> Tensor:
-        """Return Mahalanobis distances by √H, float64 [n]: about 1 where the Gaussian is true."""
+        """Return Mahalanobis distances by √H, float64 [n]: about 1 for samples of the Gaussian."""
         return self.whitened(features).square().mean(dim=1).sqrt()
 
     def centre_distance(self, features: Tensor) -> Tensor:
-        """Return the distance of a batch's mean as values float64 [n] of its samples.
+        """Return the distance of a batch mean, as values float64 [n] of its samples.
 
-        It is Mahalanobis' by √(H/n) (Hotelling's T by √H): about 1 for n independent samples of the
-        Gaussian, however many. A sample's value is its part along the direction of the mean; their
-        mean is the distance itself, exactly.
+        It is the Mahalanobis distance divided by √(H/n) (Hotelling's T divided by √H): about 1 for
+        n independent samples of the Gaussian, for any n. The value of a sample is its component
+        along the mean's direction; the mean of the values is exactly the distance.
         """
         whitened = self.whitened(features)
         mean = whitened.mean(dim=0)
@@ -180,7 +184,7 @@ class Gaussian:
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """A mean with one-sided bounds, each of which holds with the confidence."""
+    """A mean with one-sided bounds, each at the given confidence."""
 
     value: float
     lower: float
@@ -188,12 +192,12 @@ class Interval:
 
 
 def t_interval(values: Tensor, *, confidence: float) -> Interval:
-    """Return the mean of independent samples [n] with Student's bounds; infinite for one sample.
+    """Return the mean of independent samples [n] with Student bounds; infinite for one sample.
 
-    Of losses, whose long tail lies above, the lower bound errs to the safe side: an outlier that
-    lifts the mean widens the interval by more.
+    For losses, which have a long upper tail, the lower bound is conservative: an outlier raises the
+    mean but widens the interval by more.
     """
-    from scipy.special import stdtrit  # half a second, which importing this room need not take
+    from scipy.special import stdtrit  # takes half a second to import
 
     n, value = len(values), float(values.double().mean())
     if n < 2:
@@ -204,7 +208,7 @@ def t_interval(values: Tensor, *, confidence: float) -> Interval:
 
 
 def share_bound(count: int, n: int, *, confidence: float, is_lower: bool) -> float:
-    """Return the one-sided bound of a share of which `count` of n were seen (Clopper, Pearson)."""
+    """Return the one-sided Clopper–Pearson bound of a share with `count` of n observed."""
     from scipy.special import betaincinv
 
     if is_lower:
@@ -217,7 +221,7 @@ def _deviation(n: int, total: float, squares: float) -> float:
 
 
 def _regular(covariance: Tensor) -> Tensor:
-    """Return a covariance that has an inverse, though a direction never varied."""
+    """Return a regularised covariance that is invertible even if a direction never varied."""
     size = len(covariance)
     least = 1e-8 * covariance.trace() / size + 1e-12
     return covariance + least * torch.eye(size, dtype=covariance.dtype)

@@ -1,9 +1,9 @@
-"""Places in plain words, against the tensors of every family."""
+"""Selection of parameters by words, against the tensors of every family."""
 
 import pytest
 
 from tests.oracle.families import DENSE, SPARSE, tiny
-from tritter.core.families import Places, family_of
+from tritter.core.families import ParameterSelection, family_of
 from tritter.core.models import config_of
 from tritter.errors import RequestError
 
@@ -16,7 +16,9 @@ def test_the_parts_of_a_model_are_all_of_it_once(family: str) -> None:
     words = ("embed", "norm", "attention", "ffn", "experts", "router")
     words = words if is_tied else ("head", *words)
     for tensor in family_of(config).logical_tensors(config):
-        found = [word for word in words if Places.read([word]).has(tensor, is_tied=is_tied)]
+        found = [
+            word for word in words if ParameterSelection.read([word]).has(tensor, is_tied=is_tied)
+        ]
         assert len(found) == 1, (tensor.name, found)
 
 
@@ -25,8 +27,8 @@ def test_words_mean_what_they_say() -> None:
     tensors = family_of(config).logical_tensors(config)
 
     def names(*words: str | int) -> set[str]:
-        places = Places.read(words)
-        return {t.name for t in tensors if places.has(t, is_tied=True)}
+        selection = ParameterSelection.read(words)
+        return {t.name for t in tensors if selection.has(t, is_tied=True)}
 
     layers = {n: {t.name for t in tensors if t.layer == n} for n in range(5)}
     assert (
@@ -36,11 +38,11 @@ def test_words_mean_what_they_say() -> None:
     assert names("norm", 4) == {"final_norm"} | layers[4]
     assert names("attention") == {t.name for t in tensors if "attention" in t.name}
     assert names("5-9") == set()
-    assert Places.read(["0-7", "embed"]).last_layer == 7
-    assert Places.read(["embed"]).last_layer == -1
+    assert ParameterSelection.read(["0-7", "embed"]).last_layer == 7
+    assert ParameterSelection.read(["embed"]).last_layer == -1
 
 
 @pytest.mark.parametrize("words", [[], [""], ["3-1"], ["-1"], ["1-"], ["attn"], ["1,,2"], ["1.5"]])
 def test_other_words_are_refused(words: list[str]) -> None:
-    with pytest.raises(RequestError, match="allowed are layers by number"):
-        Places.read(words)
+    with pytest.raises(RequestError, match="must be layer numbers"):
+        ParameterSelection.read(words)

@@ -1,4 +1,4 @@
-"""Made-up observations: Gaussian features around a centre, losses around a level."""
+"""Random observations: Gaussian features around a centre, losses around a level."""
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ def drawn(
     size: int = SIZE,
     batch: int = BATCH,
 ) -> Observation:
-    """Return a batch: losses of deviation 0.2, features of deviation 1 and a correlation."""
+    """Return a batch: losses of deviation 0.2, correlated features of deviation 1."""
     noise = torch.randn(batch, size, generator=generator)
     noise[:, 1] += 0.8 * noise[:, 0]
     losses = loss + 0.2 * torch.randn(batch, generator=generator, dtype=torch.float64)

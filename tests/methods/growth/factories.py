@@ -1,4 +1,4 @@
-"""What the tests of growth begin from: options, engines, layers with tokens."""
+"""Options, growers and layers for the tests of growth."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -24,7 +24,7 @@ from tritter.methods.growth.triggers import GrowthOptions, Timing, Trigger
 from tritter.options import read_options
 
 
-def asked(name: str = "foam", **changes: Any) -> GrowthOptions:
+def growth_options(name: str = "foam", **changes: Any) -> GrowthOptions:
     """Return the options of `conf/growth`, with changes."""
     path: Path = config_folder() / f"growth/{name}.yaml"
     body = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -59,10 +59,10 @@ def grower(
     )
 
 
-def looked_at(
+def probes_of(
     model: nn.Module, input_ids: Tensor, *, max_tokens: int = 4096
 ) -> dict[int, ActivationProbe]:
-    """Train a model for one backward pass; return what its FFNs saw, its gradients in place."""
+    """Run one forward and backward pass; return the probes of the FFNs, with gradients in place."""
     seen, was = ActivationRecorder(max_tokens), model.training
     handles = attach(model, ffn_blocks(model), seen)
     model.zero_grad()
@@ -75,16 +75,16 @@ def looked_at(
 
 
 def layer_of(
-    model: nn.Module, place: FfnBlock, look: ActivationProbe, *, count: int = 4, seed: int = 0
+    model: nn.Module, block: FfnBlock, probe: ActivationProbe, *, count: int = 4, seed: int = 0
 ) -> Layer:
-    gate, up, down = place.weights(model)
-    activation: Callable[[Tensor], Tensor] = place.activation(model)
+    gate, up, down = block.weights(model)
+    activation: Callable[[Tensor], Tensor] = block.activation(model)
     return Layer(
         gate=gate,
         up=up,
         down=down,
         activation=activation,
-        look=look,
+        probe=probe,
         sources=torch.arange(count),
         seed=seed,
     )
