@@ -390,7 +390,7 @@ class RunRequest:
     moe_routing: Any
     optimizer: Any
     pipeline: Any
-    rungs: Any
+    fallbacks: Any
     text: Any
     trainer: Any
     training: Any

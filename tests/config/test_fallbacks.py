@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.config.conftest import FakePipeline, Result
-from tritter.config.fallbacks import on_top
+from tritter.config.fallbacks import with_fallback
 from tritter.config.folders import composing_from, search_path_of
 from tritter.config.launch.composition import Composer, composer
 from tritter.config.run_folder import changes_between, fingerprint
@@ -64,7 +64,7 @@ def test_rungs_stand_on_the_runs_own_words_and_not_on_each_other(tmp_path: Path)
 def test_what_a_rung_stands_in_place_of(
     words: list[str], fallback: list[str], left: list[str]
 ) -> None:
-    assert on_top(words, fallback) == [*left, *fallback]
+    assert with_fallback(words, fallback) == [*left, *fallback]
 
 
 @pytest.mark.full

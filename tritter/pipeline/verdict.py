@@ -1,4 +1,4 @@
-"""The end of a run: the gate's checks, and the checkpoint that follows from them."""
+"""The end of a run: the checks of the gate, and the published checkpoint."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -42,11 +42,12 @@ from tritter.storage.atomic import atomic_folder, copy_tree
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """What the gate is asked about: a round, or an attempt, with what it has of its own.
+    """A round or an attempt that the gate evaluates.
 
     Args:
-        arms: those of its tasks that were trained, one after the other.
-        overrides: what an attempt does otherwise than the first.
+        context: the context of the attempt.
+        branches: trained branches in the order of tasks.
+        overrides: overrides of a retry.
     """
 
     context: RunContext
@@ -55,34 +56,34 @@ class Candidate:
 
     @property
     def status(self) -> Status:
-        """What the gate said of it.
+        """The verdict of the gate.
 
         Raises:
-            KeyError: it has not come to that.
+            KeyError: the gate has not run yet.
         """
         return self.context.ledger.found(self.branches[0].key("gate"), GateFound).status
 
 
 def judge(candidate: Candidate) -> GateFound:
-    """Return what the gate says of a trial, kept or not."""
+    """Return the gate's verdict and checks for a round or attempt."""
     made = checks(candidate.context, candidate.branches)
     status = decide(made) if candidate.context.config.gate.enabled else "ungated"
     return GateFound(status=status, checks=tuple(check.to_dict() for check in made))
 
 
 def gate(candidate: Candidate) -> StageResult:
-    """Judge a trial, as a stage of the run."""
+    """Run the gate as a stage of the run."""
     return StageResult(judge(candidate))
 
 
 def checks(context: RunContext, branches: Sequence[Branch]) -> list[Check]:
-    """Hold an attempt against the gate's questions.
+    """Return the checks of the gate for an attempt.
 
-    An old domain may not lose against what the attempt began with, the domain of a task that others
-    followed not against what it was when it was learned.
+    Old domains are compared with the start of the attempt, domains of earlier tasks with their
+    scores after that task.
 
     Args:
-        arms: those that were trained, task after task.
+        branches: trained branches in the order of tasks.
     """
     gate, first = context.config.gate, branches[0]
     before = context.read_scores(first.start_scores)
@@ -102,11 +103,11 @@ def checks(context: RunContext, branches: Sequence[Branch]) -> list[Check]:
     bounds = {"bound": gate.retention, "confidence": gate.confidence}
     for subject in context.subjects_of([*context.old_domains, None]):
         made.append(retention_check(subject, before[subject], after[subject], **bounds))
-    learned: dict[str, PairedScores] = {}  # what each task is about, when it was learned last
+    learned: dict[str, PairedScores] = {}  # scores of each task's domains right after it
     for branch in branches:
         scores = context.read_scores(f"{branch.name}-trained")
         learned |= {name: scores[name] for name in context.subjects_of(context.new_of(branch))}
-    # What is old as a whole has its check above, and what the last task is about is new
+    # Old domains have a check above; domains of the last task are new
     checked = context.subjects_of((*context.old_domains, *context.new_of(branches[-1])))
     for subject in (name for name in learned if name not in checked):
         made.append(retention_check(subject, learned[subject], after[subject], **bounds))
@@ -117,7 +118,7 @@ def checks(context: RunContext, branches: Sequence[Branch]) -> list[Check]:
 
 
 def complete(context: RunContext, branch: Branch) -> StageResult:
-    """Write into a kept round's own folder what its training made of it: the next starts there."""
+    """Add the training result to the lineage of a kept round, from which the next round starts."""
     place = f"{branch.name}/trained"
     trained = context.source(place)
     lineage = trained.own_lineage
@@ -128,12 +129,13 @@ def complete(context: RunContext, branch: Branch) -> StageResult:
 
 
 def publish(context: RunContext, branches: Sequence[Branch], *, keep: bool) -> StageResult:
-    """Put what was kept at `checkpoint/`: the trained model, or after a rollback its start.
+    """Write `checkpoint/`: the trained model, or after a rollback the initial model.
 
-    Weights that are in the dtype of the run already are linked, others rounded.
+    Weights that already have the run's dtype are hard-linked; others are converted.
 
     Args:
-        arms: those of the attempt, task after task.
+        branches: branches of the attempt in the order of tasks.
+        keep: publish the trained model.
     """
     first, last = branches[0], branches[-1]
     source = context.source(f"{last.name}/trained" if keep else first.start)
@@ -171,14 +173,14 @@ def publish(context: RunContext, branches: Sequence[Branch], *, keep: bool) -> S
 
 
 def _completed(context: RunContext, branches: Sequence[Branch], lineage: Lineage) -> Lineage:
-    """Return a lineage whose newest expansion records say what the training made of them."""
+    """Return a lineage whose newest expansion records contain the results of training."""
     first, last = branches[0], branches[-1]
     before = context.read_scores(first.start_scores)
     after = context.read_scores(f"{last.name}-trained")
     delta = {d: performance_delta(before[d], after[d]) for d in context.domains}
     history = list(lineage.expansion_history)
     start, steps_before = len(context.source(first.start).own_lineage.expansion_history), 0
-    for branch in branches:  # in each of which experts or neurons may have come
+    for branch in branches:  # each may have added experts or neurons
         made = context.source(f"{branch.name}/trained").own_lineage
         for position in range(start, len(made.expansion_history)):
             history[position] = replace(
@@ -198,15 +200,15 @@ def _completed(context: RunContext, branches: Sequence[Branch], lineage: Lineage
 
 
 def training_checks(context: RunContext, branches: Sequence[Branch]) -> Iterator[Check]:
-    """Yield the checks of gradient flow and memory of an attempt.
+    """Yield the gradient-flow and memory checks of an attempt.
 
-    Of several tasks it is enough that a parameter was reached in one of them, and the one whose
-    memory differs most from what its shapes say stands for all.
+    With several tasks, a parameter needs a gradient in only one of them, and the memory check uses
+    the task with the largest deviation from the estimate.
     """
     fits = [context.ledger.found(f"{branch.name}.fit", TrainingFound) for branch in branches]
     added = moe.appended(context, branches[0])
     watched = [fit.flow for fit in fits if fit.flow]
-    flow: dict[str, Any] = {}  # what none of the trainings reached
+    flow: dict[str, Any] = {}  # parameters without gradient in all training runs
     if watched:
         flow["steps"] = sum(each["steps"] for each in watched)
         for kind in ("without_gradient", "without_tokens"):
@@ -214,7 +216,7 @@ def training_checks(context: RunContext, branches: Sequence[Branch]) -> Iterator
             flow[kind] = [name for name in first if all(name in other for other in others)]
     check = flow_check(flow, new_experts=() if added is None else added.experts)
     if check is not None and (context.config.experts is None or branches[0].is_control):
-        yield check  # of experts, which take turns, it would say nothing
+        yield check  # not meaningful for experts, which alternate
     optimizer, trainer = context.config.optimizer, context.config.trainer
     setup = TrainingSetup(
         precision=trainer.precision,

@@ -580,7 +580,7 @@ def rate_notes(config: RunRequest, source: Config) -> tuple[str, ...]:
     raised = tuple(
         f"gate.ladder = {config.gate.ladder}: rung {number} raises training.learning_rate from "
         f"{rate:g} to {rung.training.learning_rate:g}; gate.max_attempts={number} leaves it out."
-        for number, rung in enumerate(config.rungs, start=1)
+        for number, rung in enumerate(config.fallbacks, start=1)
         if rung.training.learning_rate > rate
     )
     is_adam = "adam" in config.optimizer.target.lower()

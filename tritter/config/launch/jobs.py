@@ -1,7 +1,7 @@
-"""Jobs as Hydra starts them: each with its folder and `status.json`, those of a sweep side by side.
+"""Jobs started by Hydra: each has a folder and `status.json`; jobs of a sweep may run in parallel.
 
-A launcher is a plugin of Hydra's. Of joblib, submitit and ray it is known how many jobs they run at
-once; all else of their settings is Hydra's business.
+A launcher is a Hydra plugin. For joblib, submitit and ray the number of parallel jobs is known;
+all other launcher settings are passed to Hydra.
 """
 
 import math
@@ -44,20 +44,22 @@ from tritter.targets import TARGET
 from tritter.terminal import say
 
 STATUS_FILE = "status.json"
-STOPPING_FILE = ".stopping"  # in a sweep's folder: no further job begins
+STOPPING_FILE = ".stopping"  # in a sweep's folder: start no further job
 
 ENDS = ("kept", "rolled_back", "undecided", "ungated")
 
 
 @record
 class RunStatus:
-    """How a job ended, or that it is running.
+    """Status of a job.
 
     Args:
-        status: what the gate said; or running, failed, interrupted, not run, unknown.
-        metric: what a sweep minimises; None where there is none, or none that is finite.
-        summary: where summary.json is.
-        error: why it failed.
+        status: verdict of the gate, or running, failed, interrupted, not run, unknown.
+        exit_code: exit code of the job.
+        overrides: overrides of the job, as typed.
+        metric: value that a sweep minimises; None if missing or not finite.
+        summary: path of summary.json.
+        error: error message of a failed or interrupted job.
     """
 
     FORMAT: ClassVar[str] = "run status"
@@ -75,10 +77,13 @@ EXIT_DONE, EXIT_FAILED, EXIT_REQUEST, EXIT_NOT_KEPT = 0, 1, 2, 3
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One run that is about to start.
+    """A run that is about to start.
 
     Args:
-        state: what is in its folder.
+        overrides: overrides of the job.
+        config: validated configuration.
+        folder: run folder.
+        state: state of the run in that folder.
     """
 
     overrides: tuple[str, ...]
@@ -88,7 +93,7 @@ class Job:
 
 
 class Outcome(Protocol):
-    """What the pipeline returns of a run that finished."""
+    """Result of a finished run."""
 
     @property
     def status(self) -> str:
@@ -97,12 +102,12 @@ class Outcome(Protocol):
 
     @property
     def metric(self) -> float:
-        """The number that a sweeper minimises."""
+        """The value that a sweeper minimises."""
         ...
 
     @property
     def leaves(self) -> tuple[str, ...]:
-        """What a finished run leaves, relative to its folder: by it a run is known as finished."""
+        """Outputs of a finished run, relative to its folder; they identify the run as finished."""
         ...
 
 
@@ -114,43 +119,47 @@ class Pipeline(Protocol):
 
 @dataclass(slots=True, kw_only=True)
 class Task:
-    """What Hydra calls with each composed job; it travels to a launcher's processes.
+    """The task function that Hydra calls with each composed job; picklable for launchers.
 
     Attributes:
-        jobs: those that are planned; set when they are judged.
-        keeps_failed: a job that failed before stays as it is: what followed was chosen by it.
+        pipeline: runs the stages of a job.
+        jobs: planned jobs, set after validation.
+        keeps_failed: do not rerun failed jobs, because the sweeper has used their results.
+        search_path: search path of the command.
+        process: id of the main process.
+        program: name of the program in printed commands.
     """
 
     pipeline: Pipeline
     jobs: Sequence[Job] = ()
     keeps_failed: bool = False
-    asked_from: SearchPath = field(default_factory=search_path)
+    search_path: SearchPath = field(default_factory=search_path)
     process: int = field(default_factory=os.getpid)
     program: str = field(default_factory=lambda: sys.argv[0] if sys.argv else "")
 
     def __call__(self, cfg: DictConfig) -> float | None:
         """Run a job and return its metric.
 
-        Where it failed or did not begin, that is NaN, and for Optuna, which takes no NaN, None.
+        If the job fails or does not start, the result is NaN; for Optuna, which rejects NaN, None.
         """
         hydra = HydraConfig.get()
-        with composing_from(self.asked_from):  # which other processes don't know
+        with composing_from(self.search_path):  # worker processes do not have it
             if hydra.mode != RunMode.MULTIRUN:
                 return run_job(cfg, self.pipeline, jobs=self.jobs)
             if os.getpid() == self.process:
                 metric = self._run_alone(cfg)
-            else:  # in a launcher's process, which may be stopped by itself
-                sys.argv[:1] = [self.program]  # by which commands are printed
+            else:  # a launcher's worker process, which handles its own signals
+                sys.argv[:1] = [self.program]  # used in printed commands
                 folder, metric = Path(hydra.runtime.output_dir), math.nan
-                say(f"job {hydra.job.num} begins: {' '.join(_words(hydra))}")
-                # What stopped it stands in its status
+                say(f"job {hydra.job.num} started: {' '.join(_typed_overrides(hydra))}")
+                # The reason is in its status
                 with suppress(Stopped), stopping(), _printing_into(folder):
                     metric = self._run_alone(cfg)
-                say(f"job {hydra.job.num} is over: {read_status(folder).status}")
+                say(f"job {hydra.job.num} finished: {read_status(folder).status}")
         return None if self.keeps_failed and math.isnan(metric) else metric
 
     def _run_alone(self, cfg: DictConfig) -> float:
-        """Run a job of a sweep unless another process began in its folder."""
+        """Run a job of a sweep, unless another process runs in its folder."""
         hydra = HydraConfig.get()
         folder = Path(hydra.runtime.output_dir)
         try:
@@ -158,7 +167,7 @@ class Task:
                 if (Path(hydra.sweep.dir) / STOPPING_FILE).exists():
                     return math.nan
                 if self.keeps_failed and read_status(folder).status == "failed":
-                    say(f"job {hydra.job.num} failed before; what followed was chosen by that")
+                    say(f"job {hydra.job.num} failed earlier and is not rerun")
                     return math.nan
                 return run_job(cfg, self.pipeline, jobs=self.jobs)
         except RequestError as error:
@@ -166,14 +175,14 @@ class Task:
             return math.nan
 
 
-def _words(hydra: HydraConf) -> list[str]:
-    """Return a job's overrides as they were typed."""
-    return [str(word).removeprefix("++") for word in hydra.overrides.task]
+def _typed_overrides(hydra: HydraConf) -> list[str]:
+    """Return a job's overrides as typed."""
+    return [str(override).removeprefix("++") for override in hydra.overrides.task]
 
 
 @contextmanager
 def _printing_into(folder: Path) -> Iterator[None]:
-    """Let what is printed inside go to a file of the job: others print at the same time."""
+    """Redirect the output of a parallel job to a file in its folder."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
     descriptor = os.open(folder / OUTPUT_FILE, flags, 0o644)
     with (
@@ -185,56 +194,59 @@ def _printing_into(folder: Path) -> Iterator[None]:
 
 
 def run_job(cfg: DictConfig, pipeline: Pipeline, *, jobs: Sequence[Job]) -> float:
-    """Run one composed job in the folder that Hydra made for it and return the sweeper's metric.
+    """Run one composed job in its folder and return its metric.
 
-    A failure goes to the job's `status.json`. In a sweep the other jobs go on, and the failed
-    one counts as NaN; in a single run an error that is not ours is raised again.
+    A failure is stored in the job's `status.json`. In a sweep, the other jobs continue and the
+    failed job has the metric NaN. In a single run, unexpected errors are raised again.
 
     Args:
-        jobs: those that were planned; one that a sweeper thinks of as it goes is judged here.
+        jobs: planned jobs; a job proposed by an adaptive sweeper is validated here.
 
     Raises:
-        Stopped: by a signal, after the status was written; in a sweep no other job follows.
+        Stopped: by a signal, after the status was written; no further job of a sweep starts.
     """
     hydra = HydraConfig.get()
     folder = Path(hydra.runtime.output_dir)
-    words = _words(hydra)
+    overrides = _typed_overrides(hydra)
     is_sweep = hydra.mode == RunMode.MULTIRUN
     if is_sweep:
-        say(f"\njob {hydra.job.num}: {' '.join(words)}")
+        say(f"\njob {hydra.job.num}: {' '.join(overrides)}")
     try:
         planned = {os.path.normpath(job.folder.absolute()): job for job in jobs}.get(str(folder))
-        config = _judged(cfg, words) if planned is None else planned.config
-        is_of_sweep = is_sweep or (folder.parent / "multirun.yaml").is_file()  # a job resumed alone
+        config = _validated(cfg, overrides) if planned is None else planned.config
+        # A job of a sweep may be resumed alone
+        is_of_sweep = is_sweep or (folder.parent / "multirun.yaml").is_file()
         sweep = Path(hydra.sweep.dir) if is_sweep else folder.parent
         group = sweep.name if is_of_sweep else hydra.runtime.choices.get("experiment")
         if (wandb := config.logger.wandb) is not None and wandb.group is None:
             loggers = replace(config.logger, wandb=replace(wandb, group=group))
             config = replace(config, logger=loggers)
         is_finished = check_run_folder(folder, config) is RunState.FINISHED
-        if is_finished and (ended := read_status(folder)).status in ENDS:
+        if is_finished and (previous := read_status(folder)).status in ENDS:
             if is_sweep:
-                say(f"job {hydra.job.num} was over before: {ended.status}")
-            return math.nan if ended.metric is None else float(ended.metric)
-        typed = words if planned is None or is_sweep else planned.overrides
+                say(f"job {hydra.job.num} is already finished: {previous.status}")
+            return math.nan if previous.metric is None else float(previous.metric)
+        typed = overrides if planned is None or is_sweep else planned.overrides
         recorded = recorded_overrides(typed)
         write_run_file(folder, config, status="running", overrides=recorded)
-        _write_status(folder, words, status="running", exit_code=EXIT_FAILED)
+        _write_status(folder, overrides, status="running", exit_code=EXIT_FAILED)
         outcome = pipeline(config, run_folder=folder)
     except Stopped as stop:
         where = None if stop.where is None else f"stopped {stop.where}"
-        _write_status(folder, words, status="interrupted", exit_code=stop.exit_code, error=where)
+        _write_status(
+            folder, overrides, status="interrupted", exit_code=stop.exit_code, error=where
+        )
         raise
     except TritterError as error:
         code = EXIT_REQUEST if isinstance(error, RequestError) else EXIT_FAILED
-        _write_status(folder, words, status="failed", exit_code=code, error=str(error))
+        _write_status(folder, overrides, status="failed", exit_code=code, error=str(error))
         if is_sweep:
             say(f"job {hydra.job.num} failed: {error}")
         return math.nan
     except Exception as error:
-        # The job's border: whatever a library raised, the other jobs of a sweep go on.
+        # Errors of any library: the other jobs of a sweep continue
         text = f"{type(error).__name__}: {error}"
-        _write_status(folder, words, status="failed", exit_code=EXIT_FAILED, error=text)
+        _write_status(folder, overrides, status="failed", exit_code=EXIT_FAILED, error=text)
         if not is_sweep:
             raise
         traceback.print_exc()
@@ -242,7 +254,7 @@ def run_job(cfg: DictConfig, pipeline: Pipeline, *, jobs: Sequence[Job]) -> floa
     is_refused = config.gate.strict and outcome.status != "kept"
     _write_status(
         folder,
-        words,
+        overrides,
         status=outcome.status,
         exit_code=EXIT_NOT_KEPT if is_refused else EXIT_DONE,
         metric=outcome.metric,
@@ -252,24 +264,24 @@ def run_job(cfg: DictConfig, pipeline: Pipeline, *, jobs: Sequence[Job]) -> floa
     return outcome.metric
 
 
-def _judged(cfg: DictConfig, words: Sequence[str]) -> RunConfig:
-    """Judge a job that a sweeper thought of.
+def _validated(cfg: DictConfig, overrides: Sequence[str]) -> RunConfig:
+    """Validate a job proposed by an adaptive sweeper.
 
     Raises:
-        RequestError: whatever is wrong with it, or with what it tries after a rollback.
+        RequestError: the job or one of its fallbacks is invalid.
     """
     config = validate(plain_config(cfg))
     if config.gate.ladder is None:
         return config
     with composer() as composing:
-        return composing.with_fallbacks(config, words)
+        return composing.with_fallbacks(config, overrides)
 
 
 def read_status(folder: Path) -> RunStatus:
-    """Return what `status.json` says of a job; of one that left none, or a damaged one, that."""
+    """Return the content of a job's `status.json`; "not run" or "unknown" without it."""
     path = folder / STATUS_FILE
     if not path.exists():
-        error = f"it left no {STATUS_FILE}"
+        error = f"there is no {STATUS_FILE}"
         return RunStatus(status="not run", exit_code=EXIT_FAILED, error=error)
     try:
         return read_record(path, RunStatus)
@@ -279,7 +291,7 @@ def read_status(folder: Path) -> RunStatus:
 
 def _write_status(
     folder: Path,
-    words: Sequence[str],
+    overrides: Sequence[str],
     *,
     status: str,
     exit_code: int,
@@ -290,7 +302,7 @@ def _write_status(
     content = RunStatus(
         status=status,
         exit_code=exit_code,
-        overrides=list(words),
+        overrides=list(overrides),
         metric=metric if metric is not None and math.isfinite(metric) else None,
         summary=summary,
         error=error,
@@ -305,18 +317,18 @@ _OF_CLASS = {
     "SlurmLauncher": "submitit_slurm",
     "RayLauncher": "ray",
 }
-_SECONDS_BETWEEN_LOOKS = 0.2
+_POLL_SECONDS = 0.2
 _THREADS = "OMP_NUM_THREADS"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Launching:
-    """How a launcher runs jobs.
+class LaunchSettings:
+    """Settings of a launcher.
 
     Args:
-        launcher: its name; that of its class where it is none of those that are known.
-        at_once: jobs side by side on this machine, as far as that is known.
-        threads: of each job, where jobs share this machine.
+        launcher: name of the launcher, or its class name if unknown.
+        at_once: number of parallel jobs on this machine, if known.
+        threads: threads per job if jobs share this machine.
     """
 
     launcher: str = "basic"
@@ -325,70 +337,71 @@ class Launching:
 
     @property
     def is_in_processes(self) -> bool:
-        """Whether jobs run in other processes than the one that was started."""
+        """Whether jobs run in worker processes."""
         return self.launcher != "basic"
 
 
-ONE_BY_ONE = Launching()
+SEQUENTIAL = LaunchSettings()
 
 
-def launching(hydra: DictConfig, *, num_jobs: int) -> Launching:
-    """Return how a sweep's launcher runs its jobs.
+def launching(hydra: DictConfig, *, num_jobs: int) -> LaunchSettings:
+    """Return the settings of a sweep's launcher.
 
     Args:
-        hydra: Hydra's own settings of a job.
-        num_jobs: that the sweeper gives it together.
+        hydra: Hydra settings of a job.
+        num_jobs: number of jobs in one batch of the sweeper.
     """
     plain = OmegaConf.to_container(hydra.launcher)
     settings: Mapping[Any, Any] = plain if isinstance(plain, dict) else {}
     kind, cores = str(settings.get(TARGET)).rpartition(".")[2], num_cores()
     name = _OF_CLASS.get(kind, kind)
     if name == "joblib":
-        asked = settings.get("n_jobs") or 1
-        at_once = asked if asked > 0 else max(1, cores + 1 + asked)
+        n_jobs = settings.get("n_jobs") or 1
+        at_once = n_jobs if n_jobs > 0 else max(1, cores + 1 + n_jobs)
     elif name == "submitit_local":
-        at_once = num_jobs  # it starts all at once
+        at_once = num_jobs  # it starts all jobs at once
     elif name == "ray":
         ray = settings.get("ray") or {}
-        of_all = (ray.get("init") or {}).get("num_cpus") or cores
-        of_each = (ray.get("remote") or {}).get("num_cpus") or 1
-        at_once = max(1, int(of_all / of_each))
+        total = (ray.get("init") or {}).get("num_cpus") or cores
+        per_job = (ray.get("remote") or {}).get("num_cpus") or 1
+        at_once = max(1, int(total / per_job))
     else:
-        return Launching(launcher=name)
+        return LaunchSettings(launcher=name)
     at_once = max(1, min(at_once, num_jobs))
-    return Launching(launcher=name, at_once=at_once, threads=max(1, cores // at_once))
+    return LaunchSettings(launcher=name, at_once=at_once, threads=max(1, cores // at_once))
 
 
 def num_cores() -> int:
-    """Return the cores that this process may use."""
+    """Return the number of CPU cores available to this process."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 @contextmanager
-def side_by_side(folder: Path, how: Launching) -> Iterator[None]:
-    """Set what the processes of a launcher start from, and let a signal end their jobs first.
+def parallel_jobs(folder: Path, launcher: LaunchSettings) -> Iterator[None]:
+    """Prepare the environment of worker processes; on a signal, stop their jobs first.
 
     Args:
-        folder: of the sweep.
+        folder: folder of the sweep.
+        launcher: settings of the launcher.
 
     Raises:
-        Stopped: a signal came, and no job of this machine runs any more; or a second one came.
+        Stopped: after a signal, once all jobs on this machine have ended; or after a second one.
     """
     (folder / STOPPING_FILE).unlink(missing_ok=True)
     with ExitStack() as inside:
-        if how.is_in_processes:
-            inside.enter_context(_environment(how))
+        if launcher.is_in_processes:
+            inside.enter_context(_environment(launcher))
             inside.enter_context(_jobs_stop_first(folder))
         yield
 
 
 @contextmanager
-def _environment(how: Launching) -> Iterator[None]:
+def _environment(launcher: LaunchSettings) -> Iterator[None]:
     own = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    if how.threads is not None and _THREADS not in os.environ:
-        own[_THREADS] = str(how.threads)
+    if launcher.threads is not None and _THREADS not in os.environ:
+        own[_THREADS] = str(launcher.threads)
     before = {name: os.environ.get(name) for name in own}
     os.environ.update(own)
     try:
@@ -400,31 +413,34 @@ def _environment(how: Launching) -> Iterator[None]:
 
 @contextmanager
 def _jobs_stop_first(folder: Path) -> Iterator[None]:
-    is_asked = False
+    is_stopping = False
 
     def running() -> set[int]:
-        places = {path.parent for path in folder.rglob(LOCK_NAME)} - {folder}
-        return {process for place in places if (process := process_in(place)) is not None}
+        folders = {path.parent for path in folder.rglob(LOCK_NAME)} - {folder}
+        return {process for path in folders if (process := process_in(path)) is not None}
 
     def stop(number: int, frame: FrameType | None) -> None:
-        nonlocal is_asked
-        if is_asked:
+        nonlocal is_stopping
+        if is_stopping:
             _end(running())
             raise Stopped(number)
-        is_asked, ended = True, set[int]()
+        is_stopping, ended = True, set[int]()
         (folder / STOPPING_FILE).touch()
-        say("Stopping: the jobs that run save their states; once more ends them.", is_error=True)
+        say(
+            "Stopping: running jobs save their state; interrupt again to end them now.",
+            is_error=True,
+        )
         while found := running():
             _end(found - ended)
             ended |= found
-            time.sleep(_SECONDS_BETWEEN_LOOKS)
+            time.sleep(_POLL_SECONDS)
         raise Stopped(number)
 
     numbers = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) != signal.SIG_IGN]
     is_main = threading.current_thread() is threading.main_thread()
     before = {number: signal.signal(number, stop) for number in numbers if is_main}
     try:
-        with _children_deaf_to_the_terminal():
+        with _shield_workers_from_ctrl_c():
             yield
     finally:
         for number, handler in before.items():
@@ -439,19 +455,20 @@ def _end(processes: set[int]) -> None:
 
 
 @contextmanager
-def _children_deaf_to_the_terminal() -> Iterator[None]:
-    """Keep Ctrl-C, which a terminal sends to all processes, from those that are started inside.
+def _shield_workers_from_ctrl_c() -> Iterator[None]:
+    """Block Ctrl-C in worker processes, because a terminal sends it to all processes.
 
-    They inherit what the thread that starts them has blocked; another thread takes it for us.
+    Child processes inherit the signal mask of the thread that starts them. Another thread of this
+    process receives the signal.
     """
     is_over = threading.Event()
 
-    def take() -> None:
+    def receive() -> None:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         is_over.wait()
 
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    threading.Thread(target=take, daemon=True).start()
+    threading.Thread(target=receive, daemon=True).start()
     try:
         yield
     finally:
