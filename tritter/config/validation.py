@@ -197,7 +197,7 @@ def validate(
     if has_no_rate:
         bodies["training"] = {**bodies["training"], "learning_rate": PRESET_RATE}
     classes = find_classes(reader, bodies)
-    num_of_classes = len(reader.problems)
+    num_class_problems = len(reader.problems)
     values = _read(reader, raw, bodies, classes)
     if has_no_rate and {"model", "training"} <= values.keys():
         rate, reason = default_rate(values["model"])
@@ -206,7 +206,7 @@ def validate(
     problems, unread = list(found), set[str]()
     for number, problem in enumerate(reader.problems):
         where = problem.origin or (origin and origin(problem.key))
-        found_by = 1 if number < num_of_classes else 2
+        found_by = 1 if number < num_class_problems else 2
         problems.append(replace(problem, origin=where, found_by=found_by))
     sound = cast(RunConfig, _Sound(values, unread))
 
@@ -215,10 +215,10 @@ def validate(
         return ()
 
     chosen = (*values.get("forgetting", ()), values.get("growth"), values.get("experts"))
-    of_features: list[Rule] = [
+    feature_rules: list[Rule] = [
         partial(one.kind.problems, one.options) for one in chosen if one is not None
     ]
-    for stage in ((set_text,), (*_RULES, *of_features, *rules), (_begin_problems,)):
+    for stage in ((set_text,), (*_RULES, *feature_rules, *rules), (_begin_problems,)):
         unread |= {problem.key.partition(".")[0] for problem in problems}
         found_here = [problem for rule in stage for problem in _found(rule, sound)]
         problems += [replace(problem, found_by=3) for problem in found_here]

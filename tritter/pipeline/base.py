@@ -144,7 +144,7 @@ def _train_base(context: RunContext, folder: Path, made_from: Mapping[str, Any])
         f"{', '.join(context.old_domains)} for {pretraining.max_steps} steps (cached)",
     )
     module = BaseModule(
-        context.reading(new_model(config, seed=context.seed("initialisation"))),
+        context.masked(new_model(config, seed=context.seed("initialisation"))),
         schedule=schedule_of(pretraining),
         optimizer=context.config.optimizer,
     )
@@ -332,15 +332,15 @@ def check_teacher(context: RunContext) -> None:
     Raises:
         RequestError: the teacher does not match, or is not a valid checkpoint.
     """
-    place = importance.teacher_folder(context)
-    if place is None:
+    location = importance.teacher_folder(context)
+    if location is None:
         return
     (key,) = {
         f"forgetting.{one.name}.teacher"
         for one in context.config.forgetting
-        if one.kind.needs(one.options).teacher_folder == place
+        if one.kind.needs(one.options).teacher_folder == location
     }
-    folder, reason = locate(place), ""
+    folder, reason = locate(location), ""
     checkpoint_config(str(folder), key=key)
     try:
         config, start = read_config(folder), context.given
@@ -367,7 +367,7 @@ def check_teacher(context: RunContext) -> None:
     except TritterError as error:
         reason = str(error)
     if reason:
-        raise RequestError(Problem(key, place, reason=reason))
+        raise RequestError(Problem(key, location, reason=reason))
 
 
 def schedule_of(training: TrainingConfig, *, start_rate: float = 0.0) -> Schedule:

@@ -24,13 +24,13 @@ _BEFORE_FIT = ("expanded", "distilled", "adapted")
 _AGAIN = "expanded_again"
 
 
-def remove(context: RunContext, *places: str) -> None:
+def remove(context: RunContext, *locations: str) -> None:
     """Remove stage folders that are no longer needed, unless `pipeline.keep_stages` is set."""
     if context.config.pipeline.keep_stages:
         return
-    for place in places:
-        if (folder := context.folder / place).is_dir():
-            context.ledger.mark_removed(place)
+    for location in locations:
+        if (folder := context.folder / location).is_dir():
+            context.ledger.mark_removed(location)
             strip(folder)
 
 
@@ -72,21 +72,21 @@ def release_start(context: RunContext, branch: Branch) -> bool:
     This holds for an expanded checkpoint: if the run is killed, the next call repeats the expansion
     from the same source and seed.
     """
-    place = f"{branch.name}/expanded"
-    if moe.start_folder(context, branch) != place:
+    location = f"{branch.name}/expanded"
+    if moe.start_folder(context, branch) != location:
         return False
-    folder = context.folder / place
-    if context.ledger.is_incomplete(place):
+    folder = context.folder / location
+    if context.ledger.is_incomplete(location):
         context.say("expand", f"the weights of {folder} were removed; expanding again")
         again = context.folder / branch.name / _AGAIN
         write_expanded(context, branch, again)
         for path in sorted(again.glob("*.safetensors")):
             path.replace(folder / path.name)
         remove_folder(again)
-        context.ledger.check_complete(place)
+        context.ledger.check_complete(location)
     if context.config.pipeline.keep_stages or context.config.experts is not None:
         return False
-    context.ledger.mark_released(place)
+    context.ledger.mark_released(location)
     return True
 
 
@@ -98,8 +98,8 @@ def record(context: RunContext) -> dict[str, dict[str, int]]:
     end = disk_bytes(context.folder)
     peak = context.ledger.peak
     use = {kind: {"peak": peak(kind), "end": end[kind]} for kind in ("weights", "state")}
-    for name, place in (("source", "baseline"), ("result", "checkpoint")):
-        use["weights"][name] = disk_bytes(context.folder / place)["weights"]
+    for name, location in (("source", "baseline"), ("result", "checkpoint")):
+        use["weights"][name] = disk_bytes(context.folder / location)["weights"]
     return use
 
 

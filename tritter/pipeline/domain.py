@@ -98,8 +98,8 @@ def expand_for_domain(
     key = "expansion.moe_add.teacher"
     sources = [source, *(named_path(teacher, key=key) for teacher in teachers)]
     check_output(destination, sources=sources, overwrite=overwrite)
-    place = next(folder for folder in destination.absolute().parents if folder.is_dir())
-    with tempfile.TemporaryDirectory(prefix=f".{destination.name}.", dir=place) as name:
+    parent = next(folder for folder in destination.absolute().parents if folder.is_dir())
+    with tempfile.TemporaryDirectory(prefix=f".{destination.name}.", dir=parent) as name:
         folder = Path(name)
         config = replace(_config(source, task, folder), expansion=tuple(specs))
         context = RunContext(config=config, folder=folder, console=console, ledger=Ledger(folder))

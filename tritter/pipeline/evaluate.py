@@ -54,12 +54,13 @@ def named_domains(
     }
     documents = {
         name: tokenise(
-            of_domain, tokenizer.tokenizer, max_tokens_per_document=MAX_TOKENS_PER_DOCUMENT
+            domain_documents, tokenizer.tokenizer, max_tokens_per_document=MAX_TOKENS_PER_DOCUMENT
         )
-        for name, of_domain in found.items()
+        for name, domain_documents in found.items()
     }
     return DomainsToScore(
-        documents, tuple(note for of_domain in found.values() for note in notes_of(of_domain))
+        documents,
+        tuple(note for domain_documents in found.values() for note in notes_of(domain_documents)),
     )
 
 
@@ -91,8 +92,8 @@ def learned_domains(
             if problem.key != "data.old":
                 raise
             advice = "pass data with --data NAME=PATH"
-            of_folder = replace(problem, key="--checkpoint", value=folder, advice=advice)
-            raise RequestError(of_folder) from error
+            replaced = replace(problem, key="--checkpoint", value=folder, advice=advice)
+            raise RequestError(replaced) from error
     if text is None or not text.domains:
         raise RequestError(
             f"--checkpoint = {folder}: its lineage records no training data; pass data with "

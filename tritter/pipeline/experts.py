@@ -144,8 +144,8 @@ def _resume(context: RunContext, branch: Branch, mixture: ExpertMixture, method:
     mixture.extra = dict(ExpertFolder.of_files(files).extra)
     frozen = set(mixture.extra.get("frozen", ()))
     for name, parameter in mixture.model.named_parameters():
-        is_ours = is_of_adapter(name) or ROUTER in name
-        parameter.requires_grad_(is_ours and name not in frozen)
+        is_trained = is_of_adapter(name) or ROUTER in name
+        parameter.requires_grad_(is_trained and name not in frozen)
     options = method.asked
     if isinstance(method, SingleLora):
         own = shape_of(mixture.model, mixture.names[0])

@@ -281,38 +281,40 @@ class Ledger:
         """Record the current size of the run folder, which may be its peak."""
         self._watched |= disk_bytes(self._folder)
 
-    def mark_removed(self, place: str) -> None:
+    def mark_removed(self, location: str) -> None:
         """Record that a folder's weights are removed; its checksums stay in the ledger.
 
         Call this before removing them.
         """
-        self._released.discard(place)
-        self._mark(self._removed, place)
+        self._released.discard(location)
+        self._mark(self._removed, location)
 
-    def mark_released(self, place: str) -> None:
+    def mark_released(self, location: str) -> None:
         """Record that a folder's weights may be removed during the next stage."""
-        self._mark(self._released, place)
+        self._mark(self._released, location)
 
-    def is_incomplete(self, place: str) -> bool:
+    def is_incomplete(self, location: str) -> bool:
         """Return True if a killed run has removed the weights of a released folder."""
-        return place in self._incomplete
+        return location in self._incomplete
 
-    def check_complete(self, place: str) -> None:
+    def check_complete(self, location: str) -> None:
         """Compare a recreated folder with its checksums.
 
         Raises:
             TritterError: the contents differ.
         """
-        checksums = next(each.left for each in self._stages.values() if place in each.left)
-        for damage in find_damage(self._folder, {place: checksums[place]}):
+        checksums = next(each.left for each in self._stages.values() if location in each.left)
+        for damage in find_damage(self._folder, {location: checksums[location]}):
             raise TritterError(
                 f"{damage.what}. The stage is not reproducible here; start in another folder."
             )
-        self._incomplete.discard(place)
+        self._incomplete.discard(location)
 
-    def _mark(self, marked: set[str], place: str) -> None:
+    def _mark(self, marked: set[str], location: str) -> None:
         known = {name for each in self._stages.values() for name in each.left}
-        new = {name for name in known if name == place or name.startswith(f"{place}/")} - marked
+        new = {
+            name for name in known if name == location or name.startswith(f"{location}/")
+        } - marked
         if new:
             marked |= new
             self._write()
@@ -348,18 +350,18 @@ class Ledger:
             TritterError: an output was modified; names files and tensors.
         """
         changed: list[str] = []
-        places: list[str] = []
+        locations: list[str] = []
         gone: dict[str, str] = {}
         for stage, done in self._stages.items():
-            for place in (place for place in done.left if place not in self._removed):
-                damages = find_damage(self._folder, {place: done.left[place]})
-                if place in self._released and any(each.is_missing for each in damages):
-                    self._incomplete.add(place)
+            for location in (location for location in done.left if location not in self._removed):
+                damages = find_damage(self._folder, {location: done.left[location]})
+                if location in self._released and any(each.is_missing for each in damages):
+                    self._incomplete.add(location)
                     continue
                 for damage in damages:
                     if not damage.is_gone:
                         changed.append(f"  {damage.what}")
-                        places.append(str(self._folder / damage.place))
+                        locations.append(str(self._folder / damage.place))
                     elif not damage.place.endswith(_LOG):
                         gone.setdefault(stage, damage.what)
         if changed:
@@ -367,13 +369,13 @@ class Ledger:
                 "outputs of this run were modified:\n"
                 + "\n".join(changed)
                 + "\nThe run was not changed. Delete "
-                + " and ".join(dict.fromkeys(places))
+                + " and ".join(dict.fromkeys(locations))
                 + " to recreate them, or start in another folder."
             )
         names = list(self._stages)
         for stage in names[: max((names.index(name) for name in gone), default=0)]:
-            for place in sorted(self._removed.intersection(self._stages[stage].left)):
-                gone.setdefault(stage, f"{self._folder / place} was removed")
+            for location in sorted(self._removed.intersection(self._stages[stage].left)):
+                gone.setdefault(stage, f"{self._folder / location} was removed")
         self._again = set(gone)
         return tuple(f"{what}: repeating {stage}" for stage, what in gone.items())
 
@@ -392,7 +394,9 @@ class Ledger:
 
 def _outcome(result: StageResult) -> str:
     """Return the result of a stage as text, for comparing two results."""
-    kept = {place: digest for place, digest in result.left.items() if not place.endswith(_LOG)}
+    kept = {
+        location: digest for location, digest in result.left.items() if not location.endswith(_LOG)
+    }
     return json.dumps([asdict(result.found), kept], sort_keys=True)
 
 

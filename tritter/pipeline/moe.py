@@ -226,7 +226,7 @@ def _objective(
             context.old_of(branch), HELD_SEQUENCES, "hold_old", *branch.purpose
         )
         start = context.source(expanded_folder(branch))
-        before = context.reading(load_model(start.folder, config=start.config)).to(context.device)
+        before = context.masked(load_model(start.folder, config=start.config)).to(context.device)
         batch_size = max(1, context.config.data.batch_size // 4)
         old = OldRouting.of(before, sequences, batch_size=batch_size)
     return RoutingObjective(model, settings, old=old)

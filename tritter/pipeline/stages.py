@@ -86,8 +86,8 @@ def baseline(context: RunContext) -> StageResult:
     folder = context.folder / "baseline"
     seconds = {}
     if context.given is not None:
-        place = context.given.folder
-        context.say("baseline", f"checkpoint {place}; no pretraining")
+        location = context.given.folder
+        context.say("baseline", f"checkpoint {location}; no pretraining")
         lineage = copy_source(context, folder)
     else:
         base = obtain_base(context)
@@ -95,7 +95,7 @@ def baseline(context: RunContext) -> StageResult:
         with atomic_folder(folder, overwrite=True) as temporary:
             copy_tree(base.folder, temporary)
         lineage = lineage_of(folder)
-    source = context.wrote("baseline", lineage)
+    source = context.register("baseline", lineage)
     score_baseline(context, source)
     reading = experts.reading_flops_of(context, source)
     flops = {"baseline": context.scoring_flops(reading)}
@@ -115,12 +115,12 @@ def baseline(context: RunContext) -> StageResult:
 
 def expansion(context: RunContext, branch: Branch) -> StageResult:
     """Expand the branch's initial model, measure the logit shift and score the result."""
-    source, place = context.source(branch.start), f"{branch.name}/expanded"
+    source, location = context.source(branch.start), f"{branch.name}/expanded"
     if not branch.specs:
         return StageResult(ExpansionFound(parameters=count_parameters(source.config)))
     plan = context.planned(branch)
-    made = write_expanded(context, branch, context.folder / place)
-    grown = context.wrote(place, made.lineage)
+    made = write_expanded(context, branch, context.folder / location)
+    grown = context.register(location, made.lineage)
     notes = [f"{step.spec.name}: {note}" for step in plan.steps for note in step.notes]
     for step in plan.steps:
         layers = step.parameter_map.layer_sources
@@ -139,7 +139,7 @@ def expansion(context: RunContext, branch: Branch) -> StageResult:
     jump = logit_jump(before, after, tokens)
     error, num_new = jump.to_dict()["relative_to_std"], len(branch.specs)
     lineage = record_step0_error(grown.folder, made.lineage, error, grown.config, num_new=num_new)
-    context.sources[place] = replace(grown, lineage=lineage)
+    context.sources[location] = replace(grown, lineage=lineage)
     context.score(after, f"{branch.name}-expanded")
     evaluated, flops = dict[str, float](), dict[str, float]()
     if (text := context.evaluation_text) is not None:
@@ -156,7 +156,7 @@ def expansion(context: RunContext, branch: Branch) -> StageResult:
             before=evaluated,
         ),
         flops=flops,
-        leaves=(place, score_file(f"{branch.name}-expanded")),
+        leaves=(location, score_file(f"{branch.name}-expanded")),
     )
 
 
@@ -169,12 +169,12 @@ def adaptation(context: RunContext, branch: Branch) -> StageResult:
     options, steps = context.config.adaptation, moe.router_steps(context, branch)
     added = moe.appended(context, branch)
     assert added is not None
-    model = context.reading(load_model(start.folder, config=start.config))
+    model = context.masked(load_model(start.folder, config=start.config))
     if options.router_update == "retrain":
         redraw_rows(model, added.experts, seed=context.seed("router", *branch.purpose))
-    place = f"{branch.name}/adapted"
+    location = f"{branch.name}/adapted"
     write = replace(
-        child_writer(context, branch, start, place, stage="router adaptation", added=added),
+        child_writer(context, branch, start, location, stage="router adaptation", added=added),
         anneal_steps=moe.anneal_steps(context, branch, added),
         moments=moments_of_rest(context, start, is_trained=is_router),
     )
@@ -202,7 +202,7 @@ def adaptation(context: RunContext, branch: Branch) -> StageResult:
             label="router",
             write_result=write,
         )
-    return _accepted(context, place, result, folder=folder, label=branch.label("adapt"))
+    return _accepted(context, location, result, folder=folder, label=branch.label("adapt"))
 
 
 def training(context: RunContext, branch: Branch, *, loggers: Sequence[Logger]) -> StageResult:
@@ -211,7 +211,7 @@ def training(context: RunContext, branch: Branch, *, loggers: Sequence[Logger]) 
     start = context.source(moe.start_folder(context, branch))
     options = experts.training_of(context, branch)
     settings = replace(options, max_steps=options.max_steps * branch.num_trainings)
-    model = context.reading(experts.load_start(context, branch, start))
+    model = context.masked(experts.load_start(context, branch, start))
     if any(spec.new_blocks_only for spec in branch.specs):
         mapped = context.planned(branch).change.masks()
         for name, parameter in model.named_parameters():
@@ -247,17 +247,17 @@ def training(context: RunContext, branch: Branch, *, loggers: Sequence[Logger]) 
             observers=observers,
             changers=(*changers, *trainee.changers),
         )
-    place = f"{branch.name}/trained"
-    accept(context, place)
+    location = f"{branch.name}/trained"
+    accept(context, location)
     context.ledger.watch_disk()
-    flops = result.flops + measuring_flops(context, write, place)
+    flops = result.flops + measuring_flops(context, write, location)
     if result.stopped_because is not None:
         context.say("", f"training stopped: {result.stopped_because}")
     if result.ended_early is not None:
         context.say("", f"training ended early, at step {result.steps}: {result.ended_early}")
     if write.routing_state is not None:
         context.say("", "scores with the selection bias, which is not saved:")
-        biased = with_routing(context.source(place), write.routing_state)
+        biased = with_routing(context.source(location), write.routing_state)
         context.score(biased, f"{branch.name}-biased")
         flops += context.scoring_flops(forward_flops(start.config))
         shutil.rmtree(write.routing_state)
@@ -280,7 +280,7 @@ def training(context: RunContext, branch: Branch, *, loggers: Sequence[Logger]) 
         found,
         flops=spent,
         seconds={evaluating: result.evaluation_seconds} if text else {},
-        leaves=(place, *metrics),
+        leaves=(location, *metrics),
     )
 
 
@@ -379,19 +379,19 @@ def _fit(
 
 
 def _accepted(
-    context: RunContext, place: str, result: FitResult, *, folder: Path, label: str
+    context: RunContext, location: str, result: FitResult, *, folder: Path, label: str
 ) -> StageResult:
     """Accept the result of a training stage that precedes the main training run."""
-    accept(context, place)
+    accept(context, location)
     context.ledger.watch_disk()
     discard_saved(folder)
-    return StageResult(TrainingFound.of(result), flops={label: result.flops}, leaves=(place,))
+    return StageResult(TrainingFound.of(result), flops={label: result.flops}, leaves=(location,))
 
 
 def evaluation(context: RunContext, branch: Branch) -> StageResult:
     """Score the trained model and generate samples from both models."""
     source = context.source(f"{branch.name}/trained")
-    trained = context.reading(experts.load_start(context, branch, source))
+    trained = context.masked(experts.load_start(context, branch, source))
     if not branch.is_final:
         round_weights(trained, context.published_dtype)
     subject = "control" if branch.is_control else "trained model"
@@ -481,11 +481,11 @@ def score_baseline(context: RunContext, source: Source) -> None:
         RequestError: the cache is not writable.
     """
     made_from = _made_from(context, source)
-    place = context.config.cache_dir / "scores" / f"{content_key(made_from)}.json"
+    location = context.config.cache_dir / "scores" / f"{content_key(made_from)}.json"
     target = context.folder / score_file(NAME)
-    if (scores := _intact_scores(place)) is None:
-        with one_at_a_time(place):
-            if (scores := _intact_scores(place)) is None:  # a parallel job may have written it
+    if (scores := _intact_scores(location)) is None:
+        with one_at_a_time(location):
+            if (scores := _intact_scores(location)) is None:  # a parallel job may have written it
                 load = load_model if context.config.experts is None else load_whole
                 context.score(load(source.folder, config=source.config), NAME)
                 scores = json.loads(target.read_text(encoding="utf-8"))
@@ -495,7 +495,7 @@ def score_baseline(context: RunContext, source: Source) -> None:
                     "sha256": content_key(scores),
                     "scores": scores,
                 }
-                write_text_atomic(place, json.dumps(content))
+                write_text_atomic(location, json.dumps(content))
                 return
     write_text_atomic(target, json.dumps(scores))
     known = {name: PairedScores.from_dict(record) for name, record in scores.items()}
@@ -506,14 +506,14 @@ def _made_from(context: RunContext, source: Source) -> dict[str, Any]:
     """Return everything that determines the scores bit by bit."""
     is_gpu, text = context.device.type == "cuda", {}
     for name in context.domains:  # the tokenised documents in their order
-        of_domain = context.corpus.domains[name].validation
+        validation = context.corpus.domains[name].validation
         parts = {
-            "tokens": of_domain.tokens,
-            "offsets": of_domain.offsets,
-            "bytes": of_domain.num_bytes,
+            "tokens": validation.tokens,
+            "offsets": validation.offsets,
+            "bytes": validation.num_bytes,
         }
         digests = {part: tensor_digest(part, tensor) for part, tensor in parts.items()}
-        text[name] = content_key({**digests, "identifiers": list(of_domain.identifiers)})
+        text[name] = content_key({**digests, "identifiers": list(validation.identifiers)})
     made_from = {
         "format": "scores",
         "format_version": FORMAT_VERSION,
@@ -535,18 +535,18 @@ def _made_from(context: RunContext, source: Source) -> dict[str, Any]:
     return made_from
 
 
-def _intact_scores(place: Path) -> dict[str, Any] | None:
+def _intact_scores(location: Path) -> dict[str, Any] | None:
     """Return the cached scores; None if they are missing or damaged."""
-    if not place.exists():
+    if not location.exists():
         return None
     try:
-        content = read_object(place, limit_bytes=MAX_SCORE_BYTES)
+        content = read_object(location, limit_bytes=MAX_SCORE_BYTES)
     except TritterError as error:
-        logger.warning("scoring again, because the cached file is damaged: %s: %s", place, error)
+        logger.warning("scoring again, because the cached file is damaged: %s: %s", location, error)
         return None
     scores = content.get("scores")
     if not isinstance(scores, dict) or content.get("sha256") != content_key(scores):
-        logger.warning("scoring again, because the checksum of %s differs", place)
+        logger.warning("scoring again, because the checksum of %s differs", location)
         return None
     return scores
 
@@ -555,7 +555,7 @@ def choice(context: RunContext, branch: Branch) -> StageResult:
     """Select the expert of each layer that the new domains' data affects most."""
     start = context.source(branch.start)
     sequences = moe.spread(context, context.new_of(branch), moe.UTILITY_SEQUENCES)
-    model = context.reading(load_model(start.folder, config=start.config)).to(context.device)
+    model = context.masked(load_model(start.folder, config=start.config)).to(context.device)
     chosen = best_experts(model, sequences)
     context.say("choose", f"experts to clone, layer by layer: {' '.join(map(str, chosen))}")
     flops = training_flops(start.config, is_trained=lambda tensor: tensor.is_per_expert)
@@ -571,18 +571,18 @@ def distillation(context: RunContext, branch: Branch) -> StageResult:
     start = context.source(moe.expanded_folder(branch))
     added = moe.appended(context, branch)
     assert teacher is not None and added is not None
-    model = context.reading(load_model(start.folder, config=start.config))
+    model = context.masked(load_model(start.folder, config=start.config))
     folder, steps = context.folder / branch.name / "distill", options.distill_steps
-    place, stage = f"{branch.name}/distilled", "distillation of new experts"
+    location, stage = f"{branch.name}/distilled", "distillation of new experts"
     rest = moments_of_rest(context, start, is_trained=lambda each: each.expert in added.experts)
     write = replace(
-        child_writer(context, branch, start, place, stage=stage, added=added), moments=rest
+        child_writer(context, branch, start, location, stage=stage, added=added), moments=rest
     )
     context.say("distill", f"{steps} steps of the new experts; teacher: {teacher}")
     with only_new_experts(model, added.experts):
         module = DistillationModule(
             model,
-            context.reading(load_model(locate(teacher))),
+            context.masked(load_model(locate(teacher))),
             new_experts=added.experts,
             temperature=options.distill_temperature,
             auxiliary_loss=context.config.moe_routing.auxiliary_loss,
@@ -590,4 +590,4 @@ def distillation(context: RunContext, branch: Branch) -> StageResult:
             optimizer=context.config.optimizer,
         )
         result = _fit(context, branch, module, folder=folder, label="distill", write_result=write)
-    return _accepted(context, place, result, folder=folder, label=branch.label("distill"))
+    return _accepted(context, location, result, folder=folder, label=branch.label("distill"))

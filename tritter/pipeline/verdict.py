@@ -66,9 +66,9 @@ class Candidate:
 
 def judge(candidate: Candidate) -> GateFound:
     """Return the gate's verdict and checks for a round or attempt."""
-    made = checks(candidate.context, candidate.branches)
-    status = decide(made) if candidate.context.config.gate.enabled else "ungated"
-    return GateFound(status=status, checks=tuple(check.to_dict() for check in made))
+    results = checks(candidate.context, candidate.branches)
+    status = decide(results) if candidate.context.config.gate.enabled else "ungated"
+    return GateFound(status=status, checks=tuple(check.to_dict() for check in results))
 
 
 def gate(candidate: Candidate) -> StageResult:
@@ -90,19 +90,19 @@ def checks(context: RunContext, branches: Sequence[Branch]) -> list[Check]:
     after = context.read_scores(f"{branches[-1].name}-trained")
     fits = [context.ledger.found(f"{branch.name}.fit", TrainingFound) for branch in branches]
     reasons = (fit.stopped_because for fit in fits)
-    made = [
+    results = [
         training_check(
             sum(fit.refused_steps for fit in fits),
             aborted_reason=next(filter(None, reasons), None),
         )
     ]
-    made += training_checks(context, branches)
+    results += training_checks(context, branches)
     if (jump := context.ledger.found(f"{first.name}.expand", ExpansionFound).jump) is not None:
         values = {key: math.nan if value is None else value for key, value in jump.items()}
-        made.append(preservation_check(Jump(**values), claims_exact=first.claims_exact))
+        results.append(preservation_check(Jump(**values), claims_exact=first.claims_exact))
     bounds = {"bound": gate.retention, "confidence": gate.confidence}
     for subject in context.subjects_of([*context.old_domains, None]):
-        made.append(retention_check(subject, before[subject], after[subject], **bounds))
+        results.append(retention_check(subject, before[subject], after[subject], **bounds))
     learned: dict[str, PairedScores] = {}  # scores of each task's domains right after it
     for branch in branches:
         scores = context.read_scores(f"{branch.name}-trained")
@@ -110,21 +110,21 @@ def checks(context: RunContext, branches: Sequence[Branch]) -> list[Check]:
     # Old domains have a check above; domains of the last task are new
     checked = context.subjects_of((*context.old_domains, *context.new_of(branches[-1])))
     for subject in (name for name in learned if name not in checked):
-        made.append(retention_check(subject, learned[subject], after[subject], **bounds))
+        results.append(retention_check(subject, learned[subject], after[subject], **bounds))
     for subject in context.subjects_of(context.new_domains):
         check = new_capability_check if before[subject].unit == "nats" else new_task_check
-        made.append(check(subject, before[subject], after[subject], confidence=gate.confidence))
-    return made if gate.enabled else [report_only(each) for each in made]
+        results.append(check(subject, before[subject], after[subject], confidence=gate.confidence))
+    return results if gate.enabled else [report_only(each) for each in results]
 
 
 def complete(context: RunContext, branch: Branch) -> StageResult:
     """Add the training result to the lineage of a kept round, from which the next round starts."""
-    place = f"{branch.name}/trained"
-    trained = context.source(place)
+    location = f"{branch.name}/trained"
+    trained = context.source(location)
     lineage = trained.own_lineage
     completed = replace(_completed(context, (branch,), lineage), parent_path=lineage.parent_path)
     completed = write_lineage(trained.folder, completed, trained.config)
-    context.sources[place] = replace(trained, lineage=completed)
+    context.sources[location] = replace(trained, lineage=completed)
     return StageResult(KeptFound(model_hash=completed.model_hash))
 
 
@@ -181,14 +181,14 @@ def _completed(context: RunContext, branches: Sequence[Branch], lineage: Lineage
     history = list(lineage.expansion_history)
     start, steps_before = len(context.source(first.start).own_lineage.expansion_history), 0
     for branch in branches:  # each may have added experts or neurons
-        made = context.source(f"{branch.name}/trained").own_lineage
-        for position in range(start, len(made.expansion_history)):
+        trained = context.source(f"{branch.name}/trained").own_lineage
+        for position in range(start, len(trained.expansion_history)):
             history[position] = replace(
                 history[position],
                 continued_training_steps=lineage.step - steps_before,
                 performance_delta=delta,
             )
-        start, steps_before = len(made.expansion_history), made.step
+        start, steps_before = len(trained.expansion_history), trained.step
     means = {name: scores.mean() for name, scores in after.items()}
     return replace(
         lineage,
@@ -222,7 +222,7 @@ def training_checks(context: RunContext, branches: Sequence[Branch]) -> Iterator
         precision=trainer.precision,
         optimizer="adamw8bit" if "8bit" in optimizer.target else "adamw",
     )
-    made = []
+    results = []
     for branch, fit in zip(branches, fits, strict=True):
         if fit.held and (context.config.experts is None or branch.is_control):
             expected = states_bytes(
@@ -231,6 +231,6 @@ def training_checks(context: RunContext, branches: Sequence[Branch]) -> Iterator
                 trained=[(size, count) for size, count in fit.held["trained"]],
                 kept_per_parameter=optimizer.kept_per_parameter(),
             )
-            made.append(memory_check(fit.held, expected=expected))
-    if made:
-        yield max(made, key=lambda check: abs(check.value or 0.0))
+            results.append(memory_check(fit.held, expected=expected))
+    if results:
+        yield max(results, key=lambda check: abs(check.value or 0.0))

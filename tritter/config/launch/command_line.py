@@ -146,11 +146,11 @@ def read_command_line(arguments: Sequence[str]) -> CommandLine:
     )
 
 
-def takes_value(flag: str, word: str) -> bool:
+def takes_value(flag: str, argument: str) -> bool:
     """Return True if the next argument is, or may be, the value of a flag (known or unknown)."""
     if any(flag in names for names in _SWITCHES):
         return False
-    return flag not in ("-i", "--info") or word in _WHAT
+    return flag not in ("-i", "--info") or argument in _WHAT
 
 
 def split_searchpath(overrides: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
