@@ -149,11 +149,11 @@ def test_unrelated_checkpoints_are_named_with_both_numbers(run: Run, place: Path
     assert run("expand other --method width --output far").code == 0
     numbers = re.compile(r"; mean squared .*, allowed 1e-06; largest .*, allowed 0.0001")
     for words, said in {
-        "base other": "no lineage says that the result was made from the source",
+        "base other": "the result has no lineage that links it to the source",
         "other wide": "unrelated checkpoints: the result starts from another model",
         "far wide": "unrelated checkpoints: they start from different models",
-        "wide deep": "unrelated checkpoints: neither was made from the other",
-        "deep base": "no lineage says that the result was made from the source",
+        "wide deep": "unrelated checkpoints: neither is derived from the other",
+        "deep base": "the result has no lineage that links it to the source",
     }.items():
         detail = checks_of(run(f"validate {words} --json"))["forward_equivalence"]["detail"]
         assert detail.startswith(said) and numbers.search(detail), words

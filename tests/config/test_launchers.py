@@ -58,7 +58,7 @@ def test_a_plugin_that_is_missing_is_named_with_its_extra(
 def test_processes_do_not_meet_on_the_same_devices(run: Run) -> None:
     result = run("-m", "seed=0,3", "hydra/launcher=joblib", "trainer=ddp")
     assert (result.code, result.written) == (2, [])
-    assert "a sweep's launcher may run its jobs side by side" in result.err
+    assert "a launcher may run the jobs of a sweep in parallel" in result.err
 
 
 def test_jobs_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,7 +144,7 @@ def test_a_launcher_that_can_not_start_at_all_is_told_once(
     result = run("-m", "seed=0,3", "hydra.sweep.dir=here")
     assert result.code == 1
     assert "error: the sweep was broken off: OSError: no more processes" in result.err
-    assert "Go on with the sweep:\n" in result.err and "hydra.sweep.dir=" in result.err
+    assert "Resume the sweep with:\n" in result.err and "hydra.sweep.dir=" in result.err
 
 
 @pytest.mark.full

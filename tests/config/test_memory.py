@@ -1,4 +1,4 @@
-"""A run that can't fit into memory is refused first; what is counted, and what is said."""
+"""Runs that do not fit into memory are rejected early: estimates and messages."""
 
 import json
 from collections.abc import Callable
@@ -193,10 +193,10 @@ def test_what_would_fit_is_tried_before_it_is_said(has: Callable[[int], None]) -
     has(model.device + model.start)
     assert not problems(config)
     has(base.device + base.start - 10**6)
-    said = problems(config)
-    assert "'forgetting=" not in said  # the base would not fit either
-    assert "with trainer.precision=bf16-true it fits" in said
-    assert "with model=tritter_125m it fits" in said
+    message = problems(config)
+    assert "'forgetting=" not in message  # the base would not fit either
+    assert "with trainer.precision=bf16-true it fits" in message
+    assert "with model=tritter_125m it fits" in message
     config = load_config(["model=tritter_350m", "expansion=width", "forgetting=[ewc,replay]",
                           "trainer=cpu"])  # fmt: skip
     grown = list(trainings(config, source_config(config)))[1]
@@ -234,7 +234,7 @@ def test_on_a_gpu_its_memory_counts(
     config = load_config(["model=tiny", "expansion=none", "trainer=gpu"])
     base, _ = trainings(config, source_config(config))
     size = SimpleNamespace(total_memory=base.device)
-    # A torch that knows of GPUs asks theirs at each step once it says that there is one
+    # torch built for GPUs queries them at each step once it reports one
     kept = config.optimizer.kept_per_parameter()
     monkeypatch.setattr(OptimizerSettings, "kept_per_parameter", lambda optimizer: kept)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

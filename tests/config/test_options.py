@@ -32,7 +32,7 @@ NEEDED = {
         *("model.path=owner/name", "data.old=stdlib:prose", "data.new=stdlib:code")
     ],
 }
-# Options that need another one before them, whatever the base: a dense model has no experts.
+# Options that require an earlier one for any base model: a dense model has no experts.
 FIRST = {"expansion=moe_add": "moe"}
 
 

@@ -1,4 +1,4 @@
-"""Whatever is wrong with a request: exit 2, one message with key and remedy, nothing written."""
+"""Invalid requests: exit code 2, one message with key and remedy, nothing written."""
 
 import os
 import subprocess
@@ -73,7 +73,7 @@ REFUSALS: dict[str, tuple[str, ...]] = {
     "experts=dylora growth=foam": ("under experts it is frozen",),
     "experts=dylora optimizer=sgd": ("SGD has other state", "AdamW8bit"),
     "experts=dylora pipeline.target_params=1M": ("pipeline.target_params",),
-    "experts=dylora callbacks=ema": ("an average has no experts",),
+    "experts=dylora callbacks=ema": ("averaging misses experts",),
     "growth=foam optimizer=sgd": ("SGD has other state", "AdamW8bit"),
     "growth=foam optimizer.amsgrad=true": ("without amsgrad",),
     "growth=foam expansion=moe": ("mixtral has experts", "growth=none"),
@@ -101,8 +101,8 @@ REFUSALS: dict[str, tuple[str, ...]] = {
     "trainer=ddp trainer.devices=1": ("trainer.devices = 1", "2 or more"),
     "trainer=ddp trainer.accelerator=auto": ("trainer.accelerator = auto", "cpu and gpu"),
     "trainer=ddp trainer.devices=3": ("data.batch_size = 16", "nearest: 15 or 18"),
-    "-m trainer=ddp": ("trainer.strategy = ddp", "leave -m out"),
-    "-m trainer=cpu,ddp": ("job 1 (trainer=ddp)", "leave -m out"),
+    "-m trainer=ddp": ("trainer.strategy = ddp", "omit -m"),
+    "-m trainer=cpu,ddp": ("job 1 (trainer=ddp)", "omit -m"),
     "trainer=fsdp trainer.devices=1": ("trainer=fsdp is for 2 or more",),
     "trainer=fsdp forgetting=[ewc,replay]": ("whole weights", "allowed are none and replay"),
     "trainer=fsdp growth=foam": ("growth = NeuronGrowth", "expansion=width", "trainer=ddp"),
@@ -113,7 +113,7 @@ REFUSALS: dict[str, tuple[str, ...]] = {
     "trainer=fsdp callbacks=ema": ("callbacks.ema._target_", "an average is of whole weights"),
     "trainer=fsdp trainer.precision=bf16-true": ("allowed are 32-true and bf16-mixed",),
     "trainer=fsdp trainer.compile=true": ("trainer.compile = true: gathering a layer",),
-    "-m trainer=fsdp": ("trainer.strategy = fsdp", "leave -m out"),
+    "-m trainer=fsdp": ("trainer.strategy = fsdp", "omit -m"),
     "training.compile=true": ("Did you mean trainer.compile?",),
     "training.activation_checkpointing=true": ("mean trainer.activation_checkpointing?",),
     "trainer.gradient_checkpointing=true": ("mean trainer.activation_checkpointing?",),
@@ -140,7 +140,7 @@ REFUSALS: dict[str, tuple[str, ...]] = {
     ),
     "expansion=[width,dsu]": ("expansion = dsu", "Did you mean dus?"),
     "expansion=[dus,dus]": ("expansion = [dus,dus]", "[dus]"),
-    "forgetting=[none,replay]": ("forgetting = [none,replay]", "none stands alone"),
+    "forgetting=[none,replay]": ("forgetting = [none,replay]", "none can't be combined"),
     "forgetting=gem": (
         "forgetting = gem",
         "distill, ewc, freeze, l2sp, none, online_ewc, replay, self_replay, si",
@@ -216,7 +216,7 @@ REFUSALS: dict[str, tuple[str, ...]] = {
     "hydra/launcher=nothing": ("hydra/launcher = nothing", "basic"),
     "-m hydra/launcher=joblb seed=0,3": ("hydra/launcher = joblb", "Did you mean joblib?"),
     "hydra.run.dri=x": ("hydra.run.dri = x", "Did you mean hydra.run.dir?"),
-    "resume=latest": ("resume = latest", "no run below"),
+    "resume=latest": ("resume = latest", "no run in"),
     "resume=elsewhere": ("resume = elsewhere", "latest"),
     "resume=latest hydra.run.dir=x": ("resume = latest", "hydra.run.dir"),
     "-m seed=0,1 training.max_stps=3": ("error: training.max_stps = 3", "training.max_steps?"),

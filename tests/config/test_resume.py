@@ -93,7 +93,7 @@ def test_what_differs_is_refused_with_a_command_that_works(
     refused = run("resume=latest", word)
     assert refused.code == 2 and change in refused.err
     again = run(*printed_words(refused.err))
-    assert again.code == 1 and "not finite 10 times" in again.err  # what the run itself says
+    assert again.code == 1 and "not finite 10 times" in again.err  # the message of the run itself
 
 
 CODE = ("evaluation.allow_code=[humaneval]", "evaluation.tasks=[humaneval]")
@@ -120,7 +120,7 @@ def test_what_is_not_replayed_is_printed_whole_and_works_when_typed(
 ) -> None:
     first = run(*JOB, *words, "hydra.run.dir=outputs/runs/one")
     assert first.code == 1, first.err
-    assert run(*printed_words(first.err)).code == 1  # "Go on with:"
+    assert run(*printed_words(first.err)).code == 1  # "Resume with:"
     refused = run("resume=latest")
     assert refused.code == 2 and refused.out == "" and len(pipeline.configs) == 2
     again = run(*printed_words(refused.err))
@@ -355,7 +355,9 @@ def test_sources_are_printed_before_they_are_opened(
     seen: list[str] = []
     monkeypatch.setattr(plan, "say", lambda text, **_: seen.append(text))
     place, sources = components.checkpoint_location, options.read_sources
-    monkeypatch.setattr(components, "checkpoint_place", lambda p: seen.append("model") or place(p))
+    monkeypatch.setattr(
+        components, "checkpoint_location", lambda p: seen.append("model") or place(p)
+    )
     monkeypatch.setattr(
         options, "read_sources", lambda *a, **o: seen.append("data") or sources(*a, **o)
     )
@@ -407,7 +409,7 @@ def test_latest_skips_what_is_no_run_and_says_which_it_takes(run: Run, tmp_path:
     runs = tmp_path / "outputs/runs"
     assert f"resume     {runs / 'old'}: seed=1" in ended.out
     for name in ("torn", "older_format", "pipe"):
-        assert f"resume     not {runs / name}: " in ended.out
+        assert f"resume     skipped {runs / name}: " in ended.out
     (runs / "old/run.json").unlink()
     refused = run("resume=latest")
     assert refused.code == 2 and str(runs / "torn/run.json") in refused.err

@@ -58,7 +58,7 @@ def test_failed_and_killed_jobs_stand_in_the_table(tmp_path: Path, launcher: tup
     sweep = started(tmp_path, *words)
     out, errors = sweep.communicate(timeout=_SECONDS)
     assert sweep.returncode == 1, errors
-    assert "killed" in out and "the sweep was broken off" in errors
+    assert "killed" in out and "the sweep failed" in errors
     assert {line[4] for line in begun(tmp_path)} == {"sweep"}
     assert "a line of the run" in (tmp_path / "sweep/0/output.txt").read_text()
     assert "a line of the run" not in out
@@ -81,7 +81,7 @@ def test_a_signal_ends_all_jobs_in_order(
         os.kill(sweep.pid, number)
     _, errors = sweep.communicate(timeout=_SECONDS)
     assert sweep.returncode == 128 + number, errors
-    assert "Go on with the sweep:\n" in errors and "Traceback" not in errors
+    assert "Resume the sweep with:\n" in errors and "Traceback" not in errors
     assert statuses(tmp_path) == ["interrupted", "interrupted"]
     assert not (tmp_path / "sweep/.stopping").exists()
     (tmp_path / "go").touch()

@@ -55,7 +55,7 @@ def test_two_jobs_of_a_sweep_score_their_base_once(tmp_path: Path, scored: list[
     begin(tmp_path / "3", tmp_path / "cache", "seed=1")
     assert scored == ["baseline"] * 3
 
-    # One digit changed: scored anew, with the same result
+    # One digit changed: scored again, with the same result
     held.write_text(held.read_text().replace('"values": [', '"values": [1', 1))
     assert begin(tmp_path / "4", tmp_path / "cache") == first
     held.write_text("{")

@@ -1,4 +1,4 @@
-"""Whole runs beside torch's counter: no pass of any stage is left out, none is charged twice.
+"""FLOPs of whole runs compared with torch's counter: every pass is counted exactly once.
 
 The models compute attention and experts eagerly here and attention is counted as the square that
 they compute; batches of one leave no padding. Then the two have to agree to the last FLOP.
@@ -62,7 +62,7 @@ def as_computed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(folder: Path, *words: str) -> tuple[dict[str, Any], int]:
-    """Return a run's summary, and the FLOPs that torch counted meanwhile."""
+    """Return a run's summary, and the FLOPs that torch counted during it."""
     folder.mkdir()
     config = load_config([*words, f"cache_dir={folder}/cache"])
     with FlopCounterMode(display=False) as counter:
@@ -145,11 +145,11 @@ def test_a_sample_reads_each_token_once(tmp_path: Path, places: tuple[str, ...])
     words = [*QUICK, *SMALL_MODEL, *places, "expansion=none"]
     long, _ = run(tmp_path / "long", *words, "evaluation.sample_tokens=5")
     none, _ = run(tmp_path / "none", *words, "evaluation.sample_tokens=0")
-    told = long["flops"]["evaluate"] - none["flops"]["evaluate"]
+    reported = long["flops"]["evaluate"] - none["flops"]["evaluate"]
     config = read_config(tmp_path / "long/checkpoint")
     forward = counting.forward_flops(config)
     # Two domains, two models; 1 + 24 + up to 4 of 5 tokens
-    assert 4 * forward.of(25) <= told <= 4 * forward.of(29)
+    assert 4 * forward.of(25) <= reported <= 4 * forward.of(29)
 
 
 @pytest.mark.full

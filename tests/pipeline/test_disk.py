@@ -95,7 +95,7 @@ def digest(path: Path) -> str:
 
 @dataclass
 class Meter:
-    """The most bytes of weights below a folder, looked at whenever a name is changed there."""
+    """Peak bytes of weights in a folder, measured at every rename in it."""
 
     folder: Path
     peak: int = 0
@@ -218,7 +218,7 @@ def test_weights_are_linked_and_outlive_their_other_names(
     assert not (folder / "baseline/config.json").samefile(cached.parent / "config.json")
     shutil.rmtree(cached.parent)
     shutil.rmtree(folder / "attempt_1")
-    run(name="again")  # trains the base anew
+    run(name="again")  # trains the base model again
     assert {place: digest(path) for place, path in weights.items()} == before
     # A checkpoint of a run is the baseline of the next, and loses nothing to it
     run("model=hf", f"model.path={folder / 'checkpoint'}", name="next", model=folder / "checkpoint")

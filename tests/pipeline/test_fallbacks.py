@@ -23,7 +23,7 @@ from tritter.report.tables import summary_lines
 Run = Callable[..., Outcome]
 LADDER = """\
 # One with another rate, one with other methods
-rungs:
+fallbacks:
   - [training.learning_rate=1e-3]
   - [forgetting=ewc, forgetting.ewc.ewc_lambda=3, expansion=llama_pro, training.max_steps=4]
 """
@@ -62,7 +62,7 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[str]]:
 def test_attempts_are_what_runs_of_their_own_would_be(
     run_tiny: Run, tmp_path: Path, failing: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Cut off in the last, and gone on with; held against plain runs with the rungs' own words."""
+    """Killed in the last attempt and resumed; compared with plain runs of the same overrides."""
     failing |= {"attempt_1", "attempt_2"}
     evaluation, broken = stages.evaluation, ["attempt_3"]
 

@@ -1,4 +1,4 @@
-"""Growth in whole runs: what the summary says, what lies on disk, and growing on from there."""
+"""Growth in whole runs: summary, files on disk, and continued growth."""
 
 import csv
 import json

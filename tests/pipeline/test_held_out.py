@@ -204,9 +204,9 @@ def test_text_that_was_learned_is_trained_again_under_its_name(
     assert (again.old_domains, again.new_domains) == (("past",), ("notes",))
     assert fed(again).train["notes"] == first.train["notes"]
     both = [f"data.new={tmp_path}/elsewhere", f"data.old=[{place}/new]", "forgetting=none"]
-    said = context_of(tmp_path, *continued(checkpoint, *both))
-    assert (said.old_domains, said.new_domains) == ((), ("notes",))
-    assert "notes is trained on again, so it is not old." in said.text.notes
+    message = context_of(tmp_path, *continued(checkpoint, *both))
+    assert (message.old_domains, message.new_domains) == ((), ("notes",))
+    assert "notes is trained on again, so it is not old." in message.text.notes
 
 
 @pytest.mark.full

@@ -12,7 +12,7 @@ from tritter.config.launch.composition import load_config
 from tritter.errors import RequestError
 from tritter.pipeline import run_pipeline
 
-STEPS = 6  # of each training; that of the control is broken off at its fifth, and goes on there
+STEPS = 6  # per training run; the control is killed at its fifth step and resumed
 
 
 def words(tmp_path: Path, loggers: str) -> tuple[str, ...]:
@@ -59,8 +59,8 @@ def test_tensorboard_has_each_training_once(tmp_path: Path) -> None:
         events = EventAccumulator(str(folder / "tensorboard" / part)).Reload()
         curves = {n: [each.step for each in events.Scalars(n)] for n in events.Tags()["scalars"]}
         check(curves, is_grown=not part)
-        told = events.PluginTagToContent("hparams")["_hparams_/session_start_info"]
-        values = HParamsPluginData.FromString(told).session_start_info.hparams
+        reported = events.PluginTagToContent("hparams")["_hparams_/session_start_info"]
+        values = HParamsPluginData.FromString(reported).session_start_info.hparams
         assert values["training/max_steps"].number_value == STEPS
 
 

@@ -1,4 +1,4 @@
-"""Sequences that a training leaves beside its model stand for text that the next one has not."""
+"""Sequences stored with a model replace data that the next run does not have."""
 
 import json
 from collections.abc import Callable
@@ -102,11 +102,11 @@ def test_the_next_training_replays_it_where_text_is_gone(
     context = RunContext(
         config=config, folder=tmp_path, console=Console(quiet=True), ledger=Ledger(tmp_path)
     )
-    told = task(context, Branch("attempt_1", ()), follow=dict)
-    assert set(told.old_sequences) == {"old", "new"} == set(told.old_losses)
-    rows = {tuple(row.tolist()) for each in told.old_sequences.values() for row in each}
+    reported = task(context, Branch("attempt_1", ()), follow=dict)
+    assert set(reported.old_sequences) == {"old", "new"} == set(reported.old_losses)
+    rows = {tuple(row.tolist()) for each in reported.old_sequences.values() for row in each}
     new = context.batches(("third",), purpose="training", max_steps=6)
-    for batch in islice(Replay(fraction=0.5, weighting="loss").mix(new, told), 6):
+    for batch in islice(Replay(fraction=0.5, weighting="loss").mix(new, reported), 6):
         old = batch["input_ids"][batch["is_replay"]]
         assert len(old) == 2 and {tuple(row.tolist()) for row in old} <= rows
 

@@ -71,7 +71,7 @@ class Job:
 
     @property
     def state(self) -> tuple[tuple[str, int], ...]:
-        """What says that a stage ended or a training saved its state."""
+        """Files that mark the end of a stage or a saved training state."""
         marks = [self.folder / "ledger.json", *self.folder.glob("**/saved/*")]
         return tuple((str(p), p.stat().st_mtime_ns) for p in sorted(marks) if p.exists())
 
@@ -96,19 +96,19 @@ class Job:
 
 
 def kept(folder: Path) -> dict[str, str]:
-    """Digest what lies in the checkpoint, but for the record and card, which name times."""
+    """Return the checksum of the checkpoint, without lineage and card, which contain times."""
     place = folder / "checkpoint"
     paths = [path for path in sorted(place.rglob("*")) if path.is_file()]
-    told = ("tritter.json", "README.md")
+    reported = ("tritter.json", "README.md")
     return {
         path.relative_to(place).as_posix(): file_digest(path)
         for path in paths
-        if path.name not in told
+        if path.name not in reported
     }
 
 
 def killed_often(job: Job, *, kills: int, seed: int) -> int:
-    """Kill the job in turn at a mark and at random until it ends; return how often it was hit."""
+    """Kill the job at marks and at random times until it ends; return the number of kills."""
     wait, hits = random.Random(seed), 0
     for number in range(kills):
         hits += job.killed(wait, at_once=bool(number % 2))

@@ -34,7 +34,7 @@ class FailOnce(Callback):
 
 
 class FakeRun:
-    """What wandb.init was given, and what the run was told."""
+    """Arguments of wandb.init, and the logged rows."""
 
     def __init__(self, **given: Any) -> None:
         self.given, self.rows, self.summary = given, list[dict[str, Any]](), dict[str, Any]()
@@ -176,7 +176,7 @@ def test_each_training_is_a_run_of_its_own_and_stays_it(
     assert [run.given["job_type"] for run in runs] == ["pretraining", "run", "control"]
     assert [run.exit_codes for run in runs] == [[0], [1], [1]]
     run_pipeline(config, run_folder=folder)
-    again = runs[3:]  # the control goes on, and the run is told its summary
+    again = runs[3:]  # the control resumes, and the summary is logged to the run
     assert [run.given["job_type"] for run in again] == ["control", "run"]
     assert [run.given["id"] for run in again] == [runs[2].given["id"], runs[1].given["id"]]
     assert len({run.given["id"] for run in runs}) == 3
@@ -186,15 +186,15 @@ def test_each_training_is_a_run_of_its_own_and_stays_it(
         "llama_pro ewc+replay seed 0",
         "control ewc+replay seed 0",
     ]
-    for told in (runs[0].rows, runs[1].rows, runs[2].rows + again[0].rows):
-        steps = {row["trainer/global_step"] for row in told if "train/loss" in row}
+    for reported in (runs[0].rows, runs[1].rows, runs[2].rows + again[0].rows):
+        steps = {row["trainer/global_step"] for row in reported if "train/loss" in row}
         assert len(steps) == 6
     assert any("score/new/loss" in row for row in again[0].rows)
     for part in ("", "pretraining", "control"):
         rows = (folder / "rows" / part / "metrics.csv").read_text().splitlines()
         assert "train/loss" in rows[0] and len(rows) > 1
-        told = yaml.safe_load((folder / "rows" / part / "hparams.yaml").read_text())
-        assert told == runs[0].given["config"] == fingerprint(config)
+        reported = yaml.safe_load((folder / "rows" / part / "hparams.yaml").read_text())
+        assert reported == runs[0].given["config"] == fingerprint(config)
     opened = len(runs)
     (tmp_path / "other").mkdir()
     run_pipeline(load_config([*TINY, *words, "control=false"]), run_folder=tmp_path / "other")

@@ -19,7 +19,7 @@ from tritter.planning.run_memory import trainings
 from tritter.training.callbacks import FiniteGuard
 
 # Measured: 1.001 for a base, 1.04 with L2-SP, 1.18 with EWC. What is counted is a lower bound:
-# masks, and a method's importances as they were carried, are not in it, nor is anything that is
+# masks, and a method's carried importances are not in it, nor is anything that is
 # smaller than the model.
 LARGEST_FACTOR = 1.3
 WIDE = ("model.hidden_size=160", "model.intermediate_size=480", "model.num_hidden_layers=4")

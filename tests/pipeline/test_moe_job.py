@@ -43,7 +43,7 @@ def sparse(run_job: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def add(sparse: Path, cache: Path) -> Run:
-    """Return what adds two experts to that model, for code."""
+    """Return overrides that add two experts for code to that model."""
 
     def run(folder: Path, *overrides: str) -> Outcome:
         folder.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,7 @@ Run = Callable[..., Outcome]
 
 
 def moved(folder: Path, part: str) -> float:
-    """Return how far the training took the tensors of a part, relative to their size."""
+    """Return the distance that training moved some tensors, relative to their norm."""
     before = load_file(folder / "attempt_1/expanded/model.safetensors")
     after = load_file(folder / "attempt_1/trained/model.safetensors")
     names = [name for name in before if part in name]

@@ -22,7 +22,7 @@ from tritter.pipeline.context import RunContext
 from tritter.training import read_metrics
 
 Run = Callable[..., Outcome]
-# Two rounds from the small job's 60,576 parameters; the gate keeps whatever comes.
+# Two rounds from the small job's 60,576 parameters; the gate keeps every result.
 GROW = ("pipeline.target_params=110k", "training.max_steps=10", "gate='off'")
 PROTECTED = (*GROW, "forgetting=[ewc,replay]", "forgetting.ewc.num_sequences=32")
 

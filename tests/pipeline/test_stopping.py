@@ -94,7 +94,7 @@ def signal_at(monkeypatch: pytest.MonkeyPatch) -> During:
 
 
 def printed_words(ended: Ended) -> list[str]:
-    """Return the words of the command that is printed to go on, without the program."""
+    """Return the arguments of the printed resume command, without the program."""
     program, _, *words = shlex.split(ended.err.strip().splitlines()[-1])
     assert program.rpartition("/")[2].startswith("python")
     return words
@@ -135,7 +135,7 @@ def test_a_training_stops_at_its_step_and_goes_on_to_the_same_weights(
         ended = run(f"""hydra.run.dir="{folder}" """.strip())
     assert ended.code == code
     where = f"at step {step + 1} of 8 of the training, which goes on from there"
-    assert f"\nStopped {where}.\nGo on with:\n  " in ended.err and "Traceback" not in ended.err
+    assert f"\nStopped {where}.\nResume with:\n  " in ended.err and "Traceback" not in ended.err
     status = status_of(folder)
     assert (status["status"], status["exit_code"]) == ("interrupted", code)
     assert status["error"] == f"stopped {where}"
@@ -184,7 +184,7 @@ def test_a_sweep_ends_and_says_how_it_goes_on(run: Run, tmp_path: Path, signal_a
     words = ("-m", "seed=0,1", f"hydra.sweep.dir={tmp_path / 'sweep'}")
     with signal_at(SignalAt(3, signal.SIGTERM)):
         ended = run(*words)
-    assert ended.code == 143 and "Go on with the sweep:" in ended.err
+    assert ended.code == 143 and "Resume the sweep with:" in ended.err
     assert not (tmp_path / "sweep/1").exists()
     again = run(*printed_words(ended), is_alone=True)
     assert again.code == 0, again.err
@@ -236,7 +236,7 @@ def test_signals_from_outside_at_any_moment(
         codes.append(process.returncode)
         if process.returncode == 0:
             break
-        assert process.returncode == code and "Go on with:\n" in errors, errors
+        assert process.returncode == code and "Resume with:\n" in errors, errors
         command = shlex.split(errors.strip().splitlines()[-1])
     assert codes[-1] == 0 and codes.count(code) >= 2
     assert result(folder) == result(tmp_path / "whole")

@@ -26,7 +26,7 @@ def check(name: str, verdict: str, **more: Any) -> dict[str, Any]:
 
 @pytest.fixture
 def commands(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
-    """Return what is suggested for a verdict, and see that each command would be accepted."""
+    """Return the suggestions for a verdict, after checking that each command is valid."""
     monkeypatch.setattr(sys, "argv", ["train.py"])
     monkeypatch.setenv("PATH", "/nowhere")
 
@@ -114,7 +114,7 @@ def test_what_was_not_kept_is_found(tmp_path: Path) -> None:
     (tmp_path / "attempt_2" / "trained").mkdir(parents=True)
     (tmp_path / "attempt_2" / "trained" / "model.safetensors").touch()
     two, one = (summary_of("rolled_back", attempts=number) for number in (2, 1))
-    told = next_commands(load_config(()), two, words=(), folder=tmp_path)
-    assert f"inspect {tmp_path}/attempt_2/trained   # what was trained and not kept" in told[-3]
+    reported = next_commands(load_config(()), two, words=(), folder=tmp_path)
+    assert f"inspect {tmp_path}/attempt_2/trained   # what was trained and not kept" in reported[-3]
     gone = next_commands(load_config(()), one, words=(), folder=tmp_path)
     assert not any("trained" in line for line in gone)

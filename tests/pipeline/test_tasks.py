@@ -221,7 +221,7 @@ def test_each_task_stops_by_a_named_domain_also_when_gone_on_with(
 ) -> None:
     """Nothing is enough of an improvement, so patience ends with the third evaluation after step 0.
 
-    The second task is broken off when it has waited twice: anew, it would not end before its last.
+    The second task is killed after two evaluations without improvement; a restart would run to its end.
     """
     failing = "{_target_: tests.pipeline.test_loggers.FailOnce, folder: attempt_1_task_2, marker: "
     words = (
@@ -266,7 +266,7 @@ def test_what_is_broken_off_is_followed_by_no_task_and_rolled_back(
 
 @pytest.mark.full
 def test_an_old_domain_that_comes_again_is_kept_until_then(run_tasks: Run, tmp_path: Path) -> None:
-    """It is replayed in the tasks before its own, and held against the beginning at the end."""
+    """It is replayed in the tasks before its own, and compared with the start at the end."""
     old = FIXTURES / "text/old"
     outcome = run_tasks(tmp_path / "run", f"data.tasks=[{NEW},{old}]", "forgetting=replay")
     summary = summary_of(tmp_path / "run")

@@ -1,4 +1,4 @@
-"""What a run finds in its folder is held against digests before it is used, or it is refused."""
+"""Files in a run folder are compared with their checksums before use."""
 
 import json
 import random
@@ -19,7 +19,7 @@ from tritter.pipeline.trained import TrainedWriter
 from tritter.storage import hashing, reading, records
 
 FLIPS_PER_FILE = 3
-# Never read again: the run's own log and what is rewritten when it goes on
+# Never read again: the run's own log, and files that a resume rewrites
 UNREAD = ("README.md",)
 
 
@@ -95,7 +95,7 @@ def finished(left: Path, tmp_path: Path) -> Path:
 
 
 def result(folder: Path) -> tuple[str, object, object]:
-    """Return what has to be as if nothing had happened: weights, scores, verdict."""
+    """Return the results that must not differ: weights, scores, verdict."""
     lineage = read_lineage(folder / "checkpoint")
     assert lineage is not None
     summary = json.loads((folder / "summary.json").read_text())
@@ -109,7 +109,7 @@ def flip_a_bit(path: Path, draw: random.Random) -> None:
 
 
 def flip_each(run: Run, unfinished: Path, place: Path, names: list[str], seed: int) -> list[str]:
-    """Flip one bit in each file, go on, and return the files that were refused by name."""
+    """Flip one bit in each file, resume, and return the files named in an error."""
     whole = place / "whole"
     shutil.copytree(unfinished, whole)
     assert run(whole).code == 0
@@ -176,7 +176,7 @@ def test_a_flipped_bit_in_a_trained_model_is_not_published(run: Run, trained: Pa
     ended = run(trained)
     assert ended.code == 1 and not (trained / "checkpoint").exists()
     assert f"{path}, tensor " in ended.err and "changed" in ended.err
-    assert f"Delete {path.parent}, and the run makes it again" in ended.err
+    assert f"Delete {path.parent} to recreate them" in ended.err
     shutil.rmtree(path.parent)
     again = run(trained)
     assert again.code == 0
@@ -237,7 +237,7 @@ def test_a_finished_run_is_believed_when_what_it_names_is_whole(
     ended = run(finished)
     assert ended.code == 1 and str(path) in ended.err
     place = path.parent if name.startswith("checkpoint") else path
-    assert f"Delete {place}, and it is made again by: " in ended.err
+    assert f"Delete {place} and recreate it with: " in ended.err
     shutil.rmtree(place) if place.is_dir() else place.unlink()
     assert run(finished).code == 0
     assert result(finished) == before

@@ -390,7 +390,7 @@ def _data_problems(config: RunConfig) -> Iterator[Problem]:
         # self_replay needs no old data and replaces other replay methods
         writing = f"[{','.join(['self_replay', *others])}]" if others else "self_replay"
         reason = (
-            f"{' and '.join(needing)} requires old data; set it, let the model generate it "
+            f"it is required by {' and '.join(needing)}; set it, let the model generate it "
             f"(forgetting={writing}), or choose forgetting=none"
         )
         yield Problem("data.old", typed, reason=reason)

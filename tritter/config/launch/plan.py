@@ -144,7 +144,7 @@ class RequestValidation(Callback):
                 (job,), key, folder = plan.jobs, "hydra.run.dir", plan.jobs[0].folder
                 if job.state is RunState.FINISHED:
                     summary = folder / SUMMARY_FILE
-                    say(f"This run is already finished. Summary: {summary}")
+                    say(f"This run is finished, nothing to do. Summary: {summary}")
                     raise Refused
                 hydra.run.dir = str(folder)
             else:
