@@ -169,7 +169,7 @@ REFUSALS: dict[str, tuple[str, ...]] = {
     "forgetting=freeze forgetting.freeze.new_only=true control=true": ("does not grow",),
     "forgetting=freeze forgetting.freeze.old_experts=true": ("the model is dense",),
     "forgetting=[ewc,online_ewc]": (
-        "forgetting = [ewc,online_ewc]: more than one of them prepares fisher; leave one out",
+        "forgetting = [ewc,online_ewc]: several of them prepare fisher; leave one out",
     ),
     "forgetting=freeze forgetting.freeze.until=250": (
         "forgetting.freeze.until = 250: the training has training.max_steps = 250",

@@ -115,7 +115,7 @@ def test_two_methods_that_prepare_one_kind_are_refused(cache: Path) -> None:
     config = load_config([*TINY, "forgetting=none", f"cache_dir={cache}"])
     config = replace(config, forgetting=(OUTSIDE,) * 2)
     reported = " ".join(map(str, method_problems(config)))
-    assert "forgetting = " in reported and "more than one of them prepares omega" in reported
+    assert "forgetting = " in reported and "several of them prepare omega" in reported
 
 
 @pytest.mark.full

@@ -19,7 +19,7 @@ from tritter.pipeline import Outcome, run, run_pipeline, stages
 from tritter.pipeline.branch import Branch
 from tritter.pipeline.context import RunContext
 from tritter.pipeline.ledger import StageResult, TrainingFound
-from tritter.pipeline.metrics import CountedOn
+from tritter.pipeline.metrics import OffsetLogger
 
 NEW = FIXTURES / "text/new.jsonl"
 JOB = [word for word in TINY if not word.startswith("data.new=")]
@@ -189,7 +189,7 @@ def test_what_came_in_a_later_task_was_trained_from_there_on(
 @pytest.mark.full
 def test_a_logger_of_a_later_task_counts_on(tmp_path: Path) -> None:
     logger = CSVLogger(tmp_path, name="", version="")
-    later = CountedOn(logger, 40)
+    later = OffsetLogger(logger, 40)
     later.log_metrics({"loss": 1.0}, step=2)
     later.log_metrics({"loss": 0.5})
     later.finalize("success")
@@ -221,7 +221,8 @@ def test_each_task_stops_by_a_named_domain_also_when_gone_on_with(
 ) -> None:
     """Nothing is enough of an improvement, so patience ends with the third evaluation after step 0.
 
-    The second task is killed after two evaluations without improvement; a restart would run to its end.
+    The second task is killed after two evaluations without improvement. A restart of the task
+    would run to its end.
     """
     failing = "{_target_: tests.pipeline.test_loggers.FailOnce, folder: attempt_1_task_2, marker: "
     words = (

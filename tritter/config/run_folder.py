@@ -1,6 +1,6 @@
 """Run folders: their record, their state, and the most recent one.
 
-The fingerprint of a run holds every setting that determines its result. Two runs with the same
+The fingerprint of a run contains every setting that determines its result. Two runs with the same
 fingerprint are the same run.
 """
 
@@ -313,7 +313,7 @@ def fingerprint(config: RunConfig) -> dict[str, Any]:
 
     Omitted are `resume`, `cache_dir`, `logger`, Trainer arguments without effect on the weights,
     and these keys of `trainer`: `devices`, `strategy`, `progress`, `save_every_n_steps`,
-    `check_memory`, `activation_checkpointing`. An ordered group holds the list of its methods and
+    `check_memory`, `activation_checkpointing`. An ordered group lists its methods and
     their options. For third-party classes (sources, methods, callbacks, optimizers) the
     fingerprint includes the dotted name and the SHA-256 of the file. Tritter's own classes are
     identified by its version, so that an edited comment does not prevent resuming.

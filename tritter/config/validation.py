@@ -338,10 +338,10 @@ def _begin_problems(config: RunConfig) -> Iterator[Problem]:
 def method_problems(config: RunConfig) -> Iterator[Problem]:
     """Yield problems of methods that conflict with each other or require trainable weights."""
     needs = [one.kind.needs(one.options) for one in config.forgetting]
-    for what in ("prepares", "leaves"):
+    for what, verb in (("prepares", "prepare"), ("leaves", "save")):
         counts = Counter(kind for each in needs for kind in getattr(each, what))
         if twice := [kind for kind, count in counts.items() if count > 1]:
-            reason = f"several of them write {', '.join(twice)}; leave one out"
+            reason = f"several of them {verb} {', '.join(twice)}; leave one out"
             yield Problem("forgetting", [one.name for one in config.forgetting], reason=reason)
     names = [one.name for one in config.forgetting if one.kind.uses_weights]
     reasons = []

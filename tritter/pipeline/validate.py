@@ -194,7 +194,7 @@ class _Answers:
 
     Args:
         logits: float32 [B, T, V] on the shared sequences; None without any.
-        held: bytes of its parameters.
+        num_bytes: bytes of its parameters.
         scores: `kept` or `target` → domain → losses; None without a matching tokenizer.
     """
 

@@ -11,10 +11,10 @@ from tritter.errors import RequestError, did_you_mean
 _WIDTH = 79
 
 _HEAD = """\
-Tritter grows a language model, trains it on new data without forgetting the
-old, and keeps the result only if it passes a gate. The default job needs no
-download: it trains a small base model on the Python documentation, makes it
-wider, and teaches it Python source code.
+Tritter grows a language model, trains it on new data while limiting
+forgetting, and keeps the result only if it passes a gate. The default job
+needs no download: it trains a small base model on the Python documentation,
+makes it wider, and teaches it Python source code.
 
 Usage
   python train.py [GROUP=OPTION ...] [KEY=VALUE ...] [-m]
