@@ -282,7 +282,9 @@ def read_model(reader: Reader, raw: Mapping[str, Any], classes: Mapping[str, Any
         return None
     keys = {option: field_keys(record, "") for option, record in _MODELS.items()}
     choice = "model=hf (the checkpoint defines the shape)"
-    values = _only_of(reader, "model", keys, raw, choice=choice, own=field_keys(kind, ""))
+    values = _without_other_options(
+        reader, "model", keys, raw, choice=choice, own=field_keys(kind, "")
+    )
     if kind is CheckpointModelConfig and values.get("path") is None:
         reason = "set the checkpoint: model.path=DIR, a folder or a Hub id"
         reader.report("model.path", None, reason=reason)
@@ -304,7 +306,7 @@ def read_data(
     own, choice = field_keys(kind, ""), f"data={raw.get('source')} (the current source)"
     if "source" not in own:
         choice = dotted(kind)
-    body = _only_of(reader, "data", data_keys(), raw, choice=choice, own=own)
+    body = _without_other_options(reader, "data", data_keys(), raw, choice=choice, own=own)
     del body[TARGET]
     if issubclass(kind, SkillsDataConfig):
         is_new = classes.get("model") is not CheckpointModelConfig
@@ -363,7 +365,7 @@ def data_keys() -> dict[str, tuple[str, ...]]:
     return {n: tuple(key for key in body_of(p) if key != TARGET) for n, p in files.items()}
 
 
-def _only_of(
+def _without_other_options(
     reader: Reader,
     name: str,
     keys: Mapping[str, Collection[str]],

@@ -301,7 +301,7 @@ def tritter_command(arguments: Sequence[str]) -> str:
 
 def tool_command(program: str, arguments: Sequence[str]) -> str:
     """Return a command line of a program in the environment of this one."""
-    start = [program] if _is_ours(program) else [_python(), "-m", program]
+    start = [program] if _is_in_environment(program) else [_python(), "-m", program]
     return shlex.join([*start, *arguments])
 
 
@@ -319,10 +319,10 @@ def resume_command(folder: Path, overrides: Sequence[str] = ()) -> str:
 
 
 def _python() -> str:
-    return "python" if _is_ours("python") else sys.executable
+    return "python" if _is_in_environment("python") else sys.executable
 
 
-def _is_ours(program: str) -> bool:
+def _is_in_environment(program: str) -> bool:
     """Return True if the shell finds a program in the environment of this one."""
     found = shutil.which(program)
     return found is not None and Path(found).parent == Path(sys.executable).parent

@@ -163,10 +163,10 @@ def check_run_folder(folder: Path, config: RunConfig) -> RunState:
         )
     if run.status != "finished":
         return RunState.STARTED
-    return RunState.FINISHED if _is_whole(folder, run) else RunState.STARTED
+    return RunState.FINISHED if _is_complete(folder, run) else RunState.STARTED
 
 
-def _is_whole(folder: Path, run: RunRecord) -> bool:
+def _is_complete(folder: Path, run: RunRecord) -> bool:
     """Return True if all outputs of a finished run are complete.
 
     Raises:
@@ -301,7 +301,7 @@ _WITHOUT_EFFECT = {
         *("device_index", "seed", "arguments"),  # the seed is a root key
     ),
 }
-_OF_BENCHMARKS = {
+_BENCHMARK_KEYS = {
     *("tasks", "tasks_path", "task_limit"),
     *("allow_code", "code_sandbox", "code_sandbox_command"),
 }
@@ -329,7 +329,7 @@ def fingerprint(config: RunConfig) -> dict[str, Any]:
         result[section] = {key: values[key] for key in values if key not in without}
     if not config.evaluation.tasks:
         result["evaluation"] = {
-            key: value for key, value in result["evaluation"].items() if key not in _OF_BENCHMARKS
+            key: value for key, value in result["evaluation"].items() if key not in _BENCHMARK_KEYS
         }
     if config.gate.ladder is not None:
         kept = [*result["training"]]

@@ -10,7 +10,7 @@ from pathlib import Path
 from tritter.errors import is_short_for, show
 from tritter.limits import NO_EPOCHS
 
-_OF_SOME_RUNS = ("experts", "growth")  # offered last: most runs do not use them
+_OPTIONAL_GROUPS = ("experts", "growth")  # offered last: most runs do not use them
 _PRESET = re.compile(r"tiny|small|tritter_\w+")
 
 
@@ -113,13 +113,13 @@ def nearest_key(key: str, known: Collection[str], *, first: Collection[str] = ()
     Keys in `first` come first, then those in the section of `key`, then all others.
     """
     section, _, leaf = key.rpartition(".")
-    by_length = sorted(known, key=lambda k: (_is_of_some_runs(k), len(k), k))
+    by_length = sorted(known, key=lambda k: (_is_in_optional_group(k), len(k), k))
     inside = [other for other in by_length if section and other.startswith(f"{section}.")]
     leaves = {other: other.rpartition(".")[2] for other in by_length}
     ordered = ([other for other in by_length if other in first], inside, by_length)
     for candidates in ordered:
         same_leaf = [other for other in candidates if leaves[other] == leaf]
-        usual = [other for other in same_leaf if not _is_of_some_runs(other)]
+        usual = [other for other in same_leaf if not _is_in_optional_group(other)]
         if same_leaf := usual or same_leaf:
             return (get_close_matches(key, same_leaf, n=1, cutoff=0.0) or same_leaf)[0]
     siblings = {leaves[o]: o for o in by_length if o.rpartition(".")[0] == section}
@@ -138,8 +138,8 @@ def nearest_key(key: str, known: Collection[str], *, first: Collection[str] = ()
     return matches[0] if matches else None
 
 
-def _is_of_some_runs(key: str) -> bool:
-    return key.partition(".")[0] in _OF_SOME_RUNS
+def _is_in_optional_group(key: str) -> bool:
+    return key.partition(".")[0] in _OPTIONAL_GROUPS
 
 
 def flag_advice(flag: str, arguments: Sequence[str], *, command: str) -> str | None:

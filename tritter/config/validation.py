@@ -72,13 +72,13 @@ from tritter.training.options import (
 
 Bodies = Mapping[str, Mapping[str, Any]]  # group → its body
 
-_OF_ONE: Mapping[str, Callable[..., object]] = {
+_SINGLE_CLASS: Mapping[str, Callable[..., object]] = {
     "model": model_class,
     "data": data_class,
     "optimizer": optimizer_class,
     **{group: partial(chosen_class, group) for group in CHOSEN_GROUPS},
 }
-_OF_SEVERAL: Mapping[str, Callable[..., type]] = {
+_CLASS_PER_ENTRY: Mapping[str, Callable[..., type]] = {
     **dict.fromkeys(METHOD_GROUPS, method_class),
     **dict.fromkeys(BASES, named_class),
 }
@@ -88,15 +88,15 @@ _NOTHING = {"logger": "csv"}  # the option that selects nothing; `none` in other
 def group_bodies(reader: Reader, raw: Mapping[str, Any]) -> Bodies:
     """Return the body of each group, without the option `none` and disabled entries."""
     bodies = {}
-    for group in (*SECTIONS, "optimizer", *CHOSEN_GROUPS, *_OF_SEVERAL):
+    for group in (*SECTIONS, "optimizer", *CHOSEN_GROUPS, *_CLASS_PER_ENTRY):
         body = raw.get(group)
-        if body is None and group in (*_OF_SEVERAL, *CHOSEN_GROUPS):
+        if body is None and group in (*_CLASS_PER_ENTRY, *CHOSEN_GROUPS):
             body = {}
         if not isinstance(body, Mapping):
             reader.report(group, body, reason="it must be a mapping; choose an option")
             continue
         bodies[group] = body
-        if group not in _OF_SEVERAL:
+        if group not in _CLASS_PER_ENTRY:
             continue
         none, names = _NOTHING.get(group, "none"), [str(name) for name in body]
         # callbacks.NAME=… adds to the default option none, which the user did not type
@@ -121,11 +121,11 @@ def find_classes(reader: Reader, bodies: Bodies) -> dict[str, Any]:
     """
     found: dict[str, Any] = {}
     for group, body in bodies.items():
-        if group in _OF_ONE:
-            found[group] = reader.call(_OF_ONE[group], body)
-        for name in body if group in _OF_SEVERAL else ():
+        if group in _SINGLE_CLASS:
+            found[group] = reader.call(_SINGLE_CLASS[group], body)
+        for name in body if group in _CLASS_PER_ENTRY else ():
             if (key := f"{group}.{name}") != "logger.wandb":
-                found[key] = reader.call(_OF_SEVERAL[group], group, name, body)
+                found[key] = reader.call(_CLASS_PER_ENTRY[group], group, name, body)
     return {key: kind for key, kind in found.items() if kind is not None}
 
 
@@ -153,19 +153,19 @@ _READERS: Mapping[str, Callable[[Reader, Mapping[str, Any], Mapping[str, Any]], 
 }
 
 
-class _Unread(Exception):
+class _InvalidSection(Exception):
     """A rule reads a section that could not be read."""
 
 
-class _Sound:
-    """The valid sections of a config; rules that read any other section get `_Unread`."""
+class _ValidSections:
+    """The valid sections of a config; rules that read any other section get `_InvalidSection`."""
 
     def __init__(self, values: Mapping[str, Any], unread: set[str]) -> None:
         self._values, self._unread = values, unread
 
     def __getattr__(self, name: str) -> Any:
         if name not in self._values or name in self._unread:
-            raise _Unread(name)
+            raise _InvalidSection(name)
         return self._values[name]
 
 
@@ -198,7 +198,7 @@ def validate(
         bodies["training"] = {**bodies["training"], "learning_rate": PRESET_RATE}
     classes = find_classes(reader, bodies)
     num_class_problems = len(reader.problems)
-    values = _read(reader, raw, bodies, classes)
+    values = _read_sections(reader, raw, bodies, classes)
     if has_no_rate and {"model", "training"} <= values.keys():
         rate, reason = default_rate(values["model"])
         values["training"] = replace(values["training"], learning_rate=rate)
@@ -208,7 +208,7 @@ def validate(
         where = problem.origin or (origin and origin(problem.key))
         found_by = 1 if number < num_class_problems else 2
         problems.append(replace(problem, origin=where, found_by=found_by))
-    sound = cast(RunConfig, _Sound(values, unread))
+    sound = cast(RunConfig, _ValidSections(values, unread))
 
     def set_text(config: RunConfig) -> Iterable[Problem]:
         values["text"] = run_text(start_checkpoint(config.model), config.data, seed=config.seed)
@@ -220,26 +220,26 @@ def validate(
     ]
     for stage in ((set_text,), (*_RULES, *feature_rules, *rules), (_begin_problems,)):
         unread |= {problem.key.partition(".")[0] for problem in problems}
-        found_here = [problem for rule in stage for problem in _found(rule, sound)]
+        found_here = [problem for rule in stage for problem in _problems_of(rule, sound)]
         problems += [replace(problem, found_by=3) for problem in found_here]
     raise_problems(problems)
     return RunConfig(**values)
 
 
-def _found(rule: Rule, config: RunConfig) -> Sequence[Problem]:
+def _problems_of(rule: Rule, config: RunConfig) -> Sequence[Problem]:
     """Return the problems of a rule, up to the first invalid section that it reads."""
     found: list[Problem] = []
     try:
         for problem in rule(config):
             found.append(problem)  # keep the problems found before an error
-    except _Unread:
+    except _InvalidSection:
         pass
     except RequestError as error:
         found += error.problems
     return found
 
 
-def _read(
+def _read_sections(
     reader: Reader, raw: Mapping[str, Any], bodies: Bodies, classes: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return the values of a RunConfig without `text`; problems are recorded by the reader."""

@@ -61,7 +61,7 @@ WHICH_TEXT |= {
     "weights",
 }  # `weights` applies to new domains only
 FORMAT_VERSION = 1
-_OF_TRAINER = ("accelerator", "precision", "gradient_clip_val", "devices", "compile")
+_TRAINER_KEYS = ("accelerator", "precision", "gradient_clip_val", "devices", "compile")
 
 
 def base_config(context: RunContext) -> Config:
@@ -126,7 +126,7 @@ def _made_from(context: RunContext) -> dict[str, Any]:
         "warmup_steps": schedule_of(config.pretraining).warmup_steps,
         "optimizer": optimizer_record(config),
         # Several processes sum in another order, and sharding changes rounding
-        "trainer": {key: trainer[key] for key in _OF_TRAINER}
+        "trainer": {key: trainer[key] for key in _TRAINER_KEYS}
         | {"is_sharded": trainer["strategy"] == "fsdp"}
         | effective_arguments(config),
         "seed": config.seed,

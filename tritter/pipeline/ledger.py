@@ -351,7 +351,7 @@ class Ledger:
         """
         changed: list[str] = []
         locations: list[str] = []
-        gone: dict[str, str] = {}
+        missing: dict[str, str] = {}
         for stage, done in self._stages.items():
             for location in (location for location in done.left if location not in self._removed):
                 damages = find_damage(self._folder, {location: done.left[location]})
@@ -363,7 +363,7 @@ class Ledger:
                         changed.append(f"  {damage.what}")
                         locations.append(str(self._folder / damage.place))
                     elif not damage.place.endswith(_LOG):
-                        gone.setdefault(stage, damage.what)
+                        missing.setdefault(stage, damage.what)
         if changed:
             raise TritterError(
                 "outputs of this run were modified:\n"
@@ -373,11 +373,11 @@ class Ledger:
                 + " to recreate them, or start in another folder."
             )
         names = list(self._stages)
-        for stage in names[: max((names.index(name) for name in gone), default=0)]:
+        for stage in names[: max((names.index(name) for name in missing), default=0)]:
             for location in sorted(self._removed.intersection(self._stages[stage].left)):
-                gone.setdefault(stage, f"{self._folder / location} was removed")
-        self._again = set(gone)
-        return tuple(f"{what}: repeating {stage}" for stage, what in gone.items())
+                missing.setdefault(stage, f"{self._folder / location} was removed")
+        self._again = set(missing)
+        return tuple(f"{what}: repeating {stage}" for stage, what in missing.items())
 
     def flops(self) -> dict[str, float]:
         """Return FLOPs per stage and in total."""

@@ -301,16 +301,16 @@ def _equivalence(source: Side, result: Side, before: Tensor | None, after: Tenso
         check = equivalence_check(
             before,
             after,
-            reason_not_asked=_why_not_same(source, result),
+            reason_not_asked=_inexact_reason(source, result),
             rounded=" and ".join(rounded),
             rounded_bound=rounded_jump(has_experts=family_of(result.config).has_experts),
         )
-    if check.verdict == "passed" or (reason := _why_unrelated(source, result)) is None:
+    if check.verdict == "passed" or (reason := _unrelated_reason(source, result)) is None:
         return check
     return replace(check, detail=f"{reason}; {check.detail}")
 
 
-def _why_unrelated(source: Side, result: Side) -> str | None:
+def _unrelated_reason(source: Side, result: Side) -> str | None:
     """Return the reason why the result is not derived from the source; None if it is."""
     before, after = source.lineage, result.lineage
     if after is None:
@@ -330,7 +330,7 @@ def _why_unrelated(source: Side, result: Side) -> str | None:
     return "unrelated checkpoints: neither is derived from the other"
 
 
-def _why_not_same(source: Side, result: Side) -> str | None:
+def _inexact_reason(source: Side, result: Side) -> str | None:
     """Return the reason why logits may differ; None if they must be equal."""
     before, after = source.lineage, result.lineage
     sizes = [family_of(each.config).dimensions(each.config) for each in (source, result)]

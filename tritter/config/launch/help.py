@@ -74,7 +74,7 @@ def help_text(overrides: Sequence[str] = ()) -> str:
     selected = [override.lstrip("+").partition("=") for override in overrides]
     requested = [(group, name) for group, _, name in selected if group.replace("-", "_") in files]
     if requested:
-        return "\n\n".join(_of_group(group, names, files) for group, names in requested)
+        return "\n\n".join(_group_help(group, names, files) for group, names in requested)
     text = (config_folder() / "config.yaml").read_text(encoding="utf-8")
     entries = [line.strip() for line in text.splitlines() if line.startswith("  - ")]
     pairs = [entry[2:].partition(": ") for entry in entries if ": " in entry]
@@ -97,7 +97,7 @@ def help_text(overrides: Sequence[str] = ()) -> str:
     return "\n\n".join([blocks[0] + "\n" + blocks[1], *blocks[2:], _TAIL])
 
 
-def _of_group(group: str, names: str, files: Options) -> str:
+def _group_help(group: str, names: str, files: Options) -> str:
     """Return the keys of options with the comments of their option files."""
     group, pages = group.replace("-", "_"), []
     for name in names.strip("[]").split(","):

@@ -215,9 +215,9 @@ def run_job(cfg: DictConfig, pipeline: Pipeline, *, jobs: Sequence[Job]) -> floa
         planned = {os.path.normpath(job.folder.absolute()): job for job in jobs}.get(str(folder))
         config = _validated(cfg, overrides) if planned is None else planned.config
         # A job of a sweep may be resumed alone
-        is_of_sweep = is_sweep or (folder.parent / "multirun.yaml").is_file()
+        is_sweep_job = is_sweep or (folder.parent / "multirun.yaml").is_file()
         sweep = Path(hydra.sweep.dir) if is_sweep else folder.parent
-        group = sweep.name if is_of_sweep else hydra.runtime.choices.get("experiment")
+        group = sweep.name if is_sweep_job else hydra.runtime.choices.get("experiment")
         if (wandb := config.logger.wandb) is not None and wandb.group is None:
             loggers = replace(config.logger, wandb=replace(wandb, group=group))
             config = replace(config, logger=loggers)
@@ -310,7 +310,7 @@ def _write_status(
     write_text_atomic(folder / STATUS_FILE, record_text(content))
 
 
-_OF_CLASS = {
+_LAUNCHER_NAMES = {
     "BasicLauncher": "basic",
     "JoblibLauncher": "joblib",
     "LocalLauncher": "submitit_local",
@@ -354,7 +354,7 @@ def launching(hydra: DictConfig, *, num_jobs: int) -> LaunchSettings:
     plain = OmegaConf.to_container(hydra.launcher)
     settings: Mapping[Any, Any] = plain if isinstance(plain, dict) else {}
     kind, cores = str(settings.get(TARGET)).rpartition(".")[2], num_cores()
-    name = _OF_CLASS.get(kind, kind)
+    name = _LAUNCHER_NAMES.get(kind, kind)
     if name == "joblib":
         n_jobs = settings.get("n_jobs") or 1
         at_once = n_jobs if n_jobs > 0 else max(1, cores + 1 + n_jobs)

@@ -283,7 +283,7 @@ def _check_resources(plan: Plan) -> None:
         for number, fallback in enumerate(() if found[n] else config.fallbacks, start=1):
             attempt_problems = memory_problems(fallback, shape)
             found[n] += (for_fallback(problem, config.gate, number) for problem in attempt_problems)
-    _raise_of_jobs(found, [job.overrides for job in jobs])
+    _raise_job_problems(found, [job.overrides for job in jobs])
     raise_problems(
         side_by_side_problems(
             [(todo[n].config, shape) for n, shape in known.items()],
@@ -293,12 +293,12 @@ def _check_resources(plan: Plan) -> None:
     )
     check_contents(request for job in todo.values() for request in text_requests(job.config.data))
     sides = {n: list(side_problems(job.config.text)) for n, job in todo.items()}
-    _raise_of_jobs(sides, [job.overrides for job in jobs])
+    _raise_job_problems(sides, [job.overrides for job in jobs])
 
 
 def _plan_run(request: Request, composed: DictConfig) -> Plan:
     resumed, hydra = request.resumed, composed.hydra
-    rules = _OF_RUNS[:1] if resumed else _OF_RUNS
+    rules = _RUN_RULES[:1] if resumed else _RUN_RULES
     config = request.composing.validated(composed, request.overrides, rules=rules)
     is_single = not request.is_shown and resumed is None  # jobs of a sweep resume as single runs
     if is_single and (swept := hydra.sweeper.get("params")):
@@ -394,7 +394,9 @@ def _plan_jobs(
     found: dict[int, Sequence[Problem]] = dict.fromkeys(range(len(split)), ())
     for number, overrides in enumerate(split):
         try:
-            composed = composing.compose([*shared, *overrides], job_number=number, rules=_OF_SWEEPS)
+            composed = composing.compose(
+                [*shared, *overrides], job_number=number, rules=_SWEEP_RULES
+            )
             sweep = composed.hydra.sweep
             folder = _job_folder(Path(sweep.dir).absolute(), str(sweep.subdir))
             state = RunState.NEW if is_example else check_run_folder(folder, composed.config)
@@ -403,7 +405,7 @@ def _plan_jobs(
             found[number] = error.problems
         except TritterError as error:
             raise type(error)(f"{_jobs([number], split)}: {error}") from error
-    _raise_of_jobs(found, split)
+    _raise_job_problems(found, split)
     return tuple(jobs)
 
 
@@ -440,20 +442,24 @@ def _device_problems(config: RunConfig) -> Iterator[Problem]:
         yield Problem("trainer.devices", devices, reason=reason)
 
 
-_IN_A_FILE = "it is set in an option file; set it on the command line"
-_IN_A_SWEEP = (
+_RESUME_IN_FILE = "it is set in an option file; set it on the command line"
+_RESUME_IN_SWEEP = (
     "to resume a sweep, set its folder (hydra.sweep.dir=FOLDER); resume is for single runs"
 )
-_OF_RUNS = (_device_problems, compiler_problems, partial(_resume_problems, reason=_IN_A_FILE))
-_OF_SWEEPS = (
-    partial(_resume_problems, reason=_IN_A_SWEEP),
+_RUN_RULES = (
+    _device_problems,
+    compiler_problems,
+    partial(_resume_problems, reason=_RESUME_IN_FILE),
+)
+_SWEEP_RULES = (
+    partial(_resume_problems, reason=_RESUME_IN_SWEEP),
     _process_problems,
     _device_problems,
     compiler_problems,
 )
 
 
-def _raise_of_jobs(
+def _raise_job_problems(
     found: Mapping[int, Sequence[Problem]], overrides: Sequence[Sequence[str]]
 ) -> None:
     """Raise the problems of all jobs, each once, in order of the validation pass.
