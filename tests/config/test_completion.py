@@ -63,7 +63,7 @@ def test_the_shell_asks_hydra(run: Run, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 class Bash:
-    """An interactive bash at a terminal of its own, as a person sits before one."""
+    """An interactive bash in its own terminal."""
 
     def __init__(self, folder: Path) -> None:
         self._process, self._terminal = pty.fork()

@@ -1,4 +1,4 @@
-"""`data=hf`: what data sets compose to, and what is refused before anything runs."""
+"""`data=hf`: composed configs, and requests rejected before anything runs."""
 
 from collections.abc import Callable
 from dataclasses import asdict
@@ -28,7 +28,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def run_there(run: Run, place: Path) -> Run:
-    """Run words in which @ stands for the folder of the data sets."""
+    """Run a command in which @ is the folder of the datasets."""
     return lambda *words: run("data=hf", *(word.replace("@/", f"{place}/") for word in words))
 
 

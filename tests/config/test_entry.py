@@ -1,4 +1,4 @@
-"""Runs and sweeps from the command line to the exit code, with a pipeline that takes notes."""
+"""Runs and sweeps from the command line to the exit code, with a recording stub pipeline."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""`gate.ladder`: what further attempts do otherwise, and what is refused before the first."""
+"""`gate.ladder`: overrides of retries, and requests rejected before the first attempt."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Flags: each of Hydra's works or is refused by name, and none is passed over."""
+"""Flags of Hydra: each works or is rejected by name; none is ignored."""
 
 import os
 import subprocess

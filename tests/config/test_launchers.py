@@ -1,4 +1,4 @@
-"""Launchers: what their processes are given, which settings they take, and what they break."""
+"""Launchers: environment of their processes, accepted settings, and failures."""
 
 import contextvars
 import json
@@ -101,7 +101,7 @@ class _Killed(BaseException):
 def test_the_same_sweep_goes_on_after_a_job_killed_its_process(
     run: Run, pipeline: FakePipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As joblib: what the process of one job breaks off, breaks off the launcher."""
+    """Like joblib: if the process of one job dies, the launcher fails."""
     run_job, call = basic_launcher.run_job, FakePipeline.__call__
 
     def die(self: FakePipeline, config: RunConfig, *, run_folder: Path) -> FakeOutcome:

@@ -25,7 +25,7 @@ GB = 10**9
 
 @pytest.fixture
 def has(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Let the machine have so many bytes."""
+    """Set the memory of the machine to a number of bytes."""
     return lambda size: monkeypatch.setattr(memory, "machine_memory", lambda: size)
 
 
@@ -72,7 +72,7 @@ def test_a_finished_run_is_not_looked_at(run: Run, has: Callable[[int], None]) -
 
 
 def test_what_a_training_holds_by_hand() -> None:
-    """In float32: weights, gradients and two moments are 16 bytes; a step counter each tensor."""
+    """In float32: weights, gradients and two moments in 16 bytes, a step counter per tensor."""
     found = held("model=tiny", "trainer=cpu", "expansion=llama_pro", "forgetting=[ewc,l2sp]",
                  "control=true")  # fmt: skip
     assert list(found) == ["the base", "the grown model", "the control"]

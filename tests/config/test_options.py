@@ -1,4 +1,4 @@
-"""Every shipped option file composes, and the keys of the interface are the frozen list."""
+"""Every shipped option file composes, and its keys equal the frozen list."""
 
 import dataclasses
 from itertools import product

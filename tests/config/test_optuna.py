@@ -17,7 +17,7 @@ RATE = "training.learning_rate=tag(log,interval(1e-4,1e-2))"
 
 @pytest.fixture
 def measuring(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the metric of a run be how far its learning rate is from 0.001."""
+    """Set the metric of a run to the distance of its learning rate from 0.001."""
     call = FakePipeline.__call__
 
     def run(self: FakePipeline, config: RunConfig, *, run_folder: Path) -> FakeOutcome:

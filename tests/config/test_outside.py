@@ -1,4 +1,4 @@
-"""A package of somebody else's: the examples of docs/extending.md, found in both ways."""
+"""A third-party package: the examples of docs/extending.md, found in both ways."""
 
 import io
 import os
@@ -35,7 +35,7 @@ SMALL = [
 
 
 def write_examples(folder: Path, *, conf: Path) -> None:
-    """Write the files that the page shows."""
+    """Write the files shown on the docs page."""
     text = (ROOT / "docs/extending.md").read_text()
     for name, body in re.findall(r"```\w+ file=(\S+)\n(.*?)```", text, re.DOTALL):
         inner = Path(name)
@@ -46,7 +46,7 @@ def write_examples(folder: Path, *, conf: Path) -> None:
 
 
 def install(folder: Path) -> None:
-    """Leave what an installer leaves of a package with an entry point."""
+    """Write the metadata of an installed package with an entry point."""
     record = folder / "mine-1.0.dist-info"
     record.mkdir()
     (record / "METADATA").write_text("Metadata-Version: 2.1\nName: mine\nVersion: 1.0\n")
@@ -55,7 +55,7 @@ def install(folder: Path) -> None:
 
 @pytest.fixture(params=["--config-dir", "entry point"])
 def outside(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, list[str]]:
-    """The folder of the package, and the words that let its options be found."""
+    """The folder of the package, and the arguments that add its options."""
     folder = tmp_path / "site"
     if request.param == "--config-dir":
         write_examples(folder, conf=tmp_path / "conf")
@@ -78,7 +78,7 @@ def train(outside: tuple[Path, list[str]], *words: str) -> "subprocess.Completed
 
 
 def import_from(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let this process find the classes there, and no others of the same name."""
+    """Make the classes there importable in this process, without others of the same name."""
     monkeypatch.syspath_prepend(str(folder))
     for name in [name for name in sys.modules if name.partition(".")[0] == "mine"]:
         monkeypatch.delitem(sys.modules, name)
@@ -296,7 +296,7 @@ def test_a_config_of_ones_own_composes(tmp_path: Path) -> None:
 
 @pytest.fixture
 def conf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of their options, whose classes this process finds."""
+    """The folder of the package's options, with importable classes."""
     write_examples(tmp_path / "site", conf=tmp_path / "conf")
     import_from(tmp_path / "site", monkeypatch)
     return tmp_path / "conf"

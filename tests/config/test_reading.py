@@ -132,7 +132,7 @@ def test_refusals_hold_their_problems() -> None:
 
 @options
 class Own(Trigger):
-    """From outside: no growth at all."""
+    """A third-party class without growth."""
 
     patience: Annotated[int, Field(ge=1)] = 3
 

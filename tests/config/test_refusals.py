@@ -330,7 +330,7 @@ def test_a_wrong_section_hides_no_rule_that_does_not_read_it(run: Callable[..., 
 
 @pytest.fixture
 def experiments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of conf/ whose experiments a test may write."""
+    """A copy of conf/ with experiments that a test may change."""
     import shutil
 
     folder = tmp_path.parent / f"{tmp_path.name}-conf"

@@ -1,4 +1,4 @@
-"""`data=skills` and `skills:NAME`: what they compose to, and what is refused."""
+"""`data=skills` and `skills:NAME`: composed configs and rejected requests."""
 
 from pathlib import Path
 from typing import Any

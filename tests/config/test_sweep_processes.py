@@ -1,4 +1,4 @@
-"""Sweeps in processes of their own: failures, kills, signals, and threads; runs are stubs."""
+"""Sweeps in separate processes: failures, kills, signals and threads, with stub runs."""
 
 import json
 import os
@@ -23,7 +23,7 @@ _SECONDS = 900  # on a machine that does much else
 
 
 def started(place: Path, *words: str) -> subprocess.Popen[str]:
-    """Begin a sweep in a session of its own, as a terminal does."""
+    """Start a sweep in its own session, like a terminal."""
     own = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     return subprocess.Popen(
         [*PROGRAM, *words, "hydra.sweep.dir=sweep"], cwd=place, stdout=subprocess.PIPE,
@@ -33,7 +33,7 @@ def started(place: Path, *words: str) -> subprocess.Popen[str]:
 
 
 def begun(place: Path) -> list[list[str]]:
-    """Job, seed, process, threads and group of what began."""
+    """Job, seed, process, threads and process group of a started run."""
     file = place / "begun.txt"
     return [line.split() for line in file.read_text().splitlines()] if file.exists() else []
 

@@ -1,4 +1,4 @@
-"""`data=text` and `model=hf`: what they compose to, and what is refused before anything runs."""
+"""`data=text` and `model=hf`: composed configs, and requests rejected before anything runs."""
 
 import gzip
 import json
@@ -54,7 +54,7 @@ def write_checkpoint(folder: Path, **changes: Any) -> None:
 
 @pytest.fixture
 def run_there(run: Run, place: Path) -> Run:
-    """Run words in which @ stands for the folder of the texts."""
+    """Run a command in which @ is the folder of the data."""
     return lambda *words: run(*(word.replace("@", f"{place}/") for word in words))
 
 

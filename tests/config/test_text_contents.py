@@ -30,7 +30,7 @@ def place(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def run_there(run: Run, place: Path) -> Run:
-    """Run data=text with words in which @ stands for the folder of the texts."""
+    """Run data=text with arguments in which @ is the folder of the data."""
     return lambda *words: run("data=text", *(word.replace("@", f"{place}/") for word in words))
 
 
@@ -261,7 +261,7 @@ def test_forms_of_records_are_read_by_a_run(run_there: Run, place: Path) -> None
 
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The folders that are listed; a path of a record is searched through 40 entries at most."""
+    """The listed folders; a recorded path is searched through at most 40 entries."""
     listed: list[str] = []
     scandir, listdir = os.scandir, os.listdir
 

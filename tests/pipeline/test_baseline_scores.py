@@ -1,4 +1,4 @@
-"""The base is scored once per cache, and what the cache holds is believed by its digest alone."""
+"""The base model is scored once per cache, and cached scores are verified by checksum."""
 
 import json
 from pathlib import Path
@@ -29,7 +29,7 @@ def scored(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def begin(folder: Path, cache: Path, *overrides: str) -> dict[str, Any]:
-    """Get the baseline of one job and return its scores."""
+    """Run the baseline stage of a job and return its scores."""
     folder.mkdir(parents=True)
     texts = {name: folder.parent / f"{name}.jsonl" for name in ("old", "new")}
     for name, path in texts.items():

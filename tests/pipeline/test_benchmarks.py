@@ -1,4 +1,4 @@
-"""Benchmarks in a run: asked of the baseline and of what was trained, gated as retention."""
+"""Benchmarks in a run: scored for the baseline and the trained model, gated like retention."""
 
 import json
 from collections.abc import Callable

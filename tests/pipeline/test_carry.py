@@ -168,7 +168,7 @@ def test_growth_control_and_rounds_carry_through_their_maps(
 def test_a_given_state_is_kept_beside_the_start_whether_it_is_used_or_not(
     run: Run, place: Path, carried: Path
 ) -> None:
-    """What a rollback publishes is a copy of that start."""
+    """After a rollback, the published checkpoint is a copy of the initial one."""
     words = ("expansion=none", "training.max_steps=1", "pipeline.keep_stages=true")
     run("kept", *words, given="carried/checkpoint")
     state, given = read_state(place / "kept/baseline"), read_state(carried / "checkpoint")
@@ -233,7 +233,7 @@ def test_a_checkpoint_without_moments_is_refused(place: Path, run: Run, tmp_path
 def test_moments_of_nothing_that_is_trained_are_refused_when_it_is_known(
     place: Path, run: Run, carried: Path
 ) -> None:
-    """A checkpoint whose moments are of another part of the model than what is trained."""
+    """A checkpoint with moments only for parameters that are not trained."""
     other = place / "other"
     shutil.copytree(carried / "checkpoint", other)
     (

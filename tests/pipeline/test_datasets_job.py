@@ -1,4 +1,4 @@
-"""A run on data sets, and what a further one finds of them."""
+"""A run on datasets, and their records in a later run."""
 
 import json
 import shutil

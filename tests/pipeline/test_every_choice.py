@@ -53,7 +53,7 @@ def tiny_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def growing() -> Iterator[ParameterSet]:
-    """Yield triples in which each growth stands, and each dense expansion and method in turn.
+    """Yield triples with each growth option, cycling through dense expansions and methods.
 
     Only the first case of each growth option is quick; the pairs cover the others.
     """

@@ -1,4 +1,4 @@
-"""What is rolled back is tried again, otherwise: attempts of a run, each like a run of its own."""
+"""Retries after a rollback: each attempt equals a run with the same overrides."""
 
 import csv
 import json
@@ -47,7 +47,7 @@ def ladder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture
 def failing(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[str]]:
-    """Let attempts be rolled back by name."""
+    """Roll back attempts by name."""
     names, original = set[str](), verdict.checks
 
     def checks(context: RunContext, branches: Sequence[Branch]) -> list[Check]:

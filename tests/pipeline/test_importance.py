@@ -114,7 +114,7 @@ def test_what_one_training_leaves_the_next_takes_up(
 def test_every_fisher_is_taken_on_the_sequences_of_the_first(
     run_tiny: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, estimator: str
 ) -> None:
-    """At unmoved weights a later Fisher then equals the first, and their maximum keeps its bits."""
+    """With unchanged weights, a later Fisher equals the first, and the maximum is bit-identical."""
     taken: list[Tensor] = []
     begin, estimate = EWC.begin_task, quadratic.diagonal_fisher
 

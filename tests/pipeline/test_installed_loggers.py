@@ -1,4 +1,4 @@
-"""TensorBoard and MLflow themselves, where they are installed: what they hold after a resume."""
+"""TensorBoard and MLflow, if installed: their contents after a resume."""
 
 import os
 from collections.abc import Mapping
@@ -42,7 +42,7 @@ def broken_off_and_resumed(tmp_path: Path, loggers: str) -> Path:
 
 
 def check(curves: Mapping[str, list[int]], *, is_grown: bool) -> None:
-    """Hold the steps at which a run has metrics against what was trained, each step once."""
+    """Compare the steps with metrics in a run with the trained steps, each step once."""
     assert curves["train/loss"] == list(range(STEPS))
     assert curves["eval/old/loss"] == [*([-1] if is_grown else []), 0, 3, STEPS]
     assert curves["score/old/loss"] == [STEPS]

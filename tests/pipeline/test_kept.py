@@ -30,7 +30,7 @@ from tritter.training import Task
 
 @pytest.fixture(scope="module")
 def left(run_tiny: Callable[..., Outcome], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the folder of a run that keeps five sequences of each domain."""
+    """Return the folder of a run that stores five sequences of each domain."""
     folder = tmp_path_factory.mktemp("left") / "run"
     run_tiny(folder, "forgetting=replay", "forgetting.replay.keep=5", "expansion=none")
     return folder
@@ -38,7 +38,7 @@ def left(run_tiny: Callable[..., Outcome], tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture(scope="module")
 def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a text that no earlier run had."""
+    """Return data that no earlier run used."""
     path = tmp_path_factory.mktemp("text") / "third.jsonl"
     lines = (json.dumps({"text": f"the third text has line {n} of many " * 9}) for n in range(40))
     path.write_text("\n".join(lines))

@@ -1,4 +1,4 @@
-"""The run, its control and its pretraining are runs of one group in W&B, and of other loggers."""
+"""The run, its control and its pretraining are in one group, in W&B and other loggers."""
 
 import subprocess
 from pathlib import Path
@@ -21,7 +21,7 @@ from tritter.pipeline.metrics import wandb_logger
 
 
 class FailOnce(Callback):
-    """Break one training off, the first time."""
+    """Kill one training run, the first time."""
 
     def __init__(self, folder: str, marker: str) -> None:
         self.folder, self.marker = folder, Path(marker)
@@ -67,7 +67,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[FakeRun]:
 def test_one_process_leaves_one_folder_of_each_run_over_the_training_step(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A run that broke off and was resumed, read back from what W&B wrote offline."""
+    """A run that was killed and resumed, read from W&B's offline files."""
     folder = tmp_path / "a run"
     folder.mkdir()
     failing = f"{{_target_: {__name__}.FailOnce, folder: attempt_1, marker: {tmp_path / 'failed'}}}"
@@ -107,7 +107,7 @@ def steps_of(run: OfflineRun, name: str) -> list[int]:
 def test_what_a_killed_process_did_not_finish_is_cut_off(
     runs: list[FakeRun], tmp_path: Path
 ) -> None:
-    """`wandb sync` 0.31 stops at a file without a record, and at one that ends within a record."""
+    """`wandb sync` 0.31 stops at a file without a record, and at a truncated record."""
     context = RunContext(
         config=load_config([*TINY, "logger=wandb"]),
         folder=tmp_path,
@@ -136,7 +136,7 @@ def test_what_a_killed_process_did_not_finish_is_cut_off(
 
 
 def log_of(records: list[bytes]) -> bytes:
-    """Write records as a LevelDB log has them, after W&B's header."""
+    """Write records in a LevelDB log, after W&B's header."""
     log = b":W&B\x00\x00\x00"
     for record in records:
         left, is_first = record, True

@@ -1,4 +1,4 @@
-"""A method that Tritter does not know, through a run, its end in mid-step, and the run after it."""
+"""A third-party method through a run, a kill during a step, and a following run."""
 
 import json
 from dataclasses import replace
@@ -122,7 +122,7 @@ def test_two_methods_that_prepare_one_kind_are_refused(cache: Path) -> None:
 def test_what_it_does_not_need_is_not_made(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The default job: no masks, no path of the base's training, nothing prepared."""
+    """The default job: no masks, no path integral of pretraining, no preparation."""
 
     def refused(*args: Any) -> Any:
         raise AssertionError("nobody asked for it")

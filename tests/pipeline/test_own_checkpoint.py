@@ -41,7 +41,7 @@ def texts(seed: int, *, count: int = 20) -> list[str]:
 
 @pytest.fixture(scope="session")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Texts (`old/*.txt`, `new.jsonl`, `third.jsonl`) and checkpoints (`llama`, `qwen3`)."""
+    """Data (`old/*.txt`, `new.jsonl`, `third.jsonl`) and checkpoints (`llama`, `qwen3`)."""
     place = tmp_path_factory.mktemp("library")
     (place / "old").mkdir()
     for number, text in enumerate(texts(0)):
@@ -215,7 +215,7 @@ def test_a_checkpoint_of_ours_goes_on_in_its_lineage(
 def test_with_the_installations_text(
     run: Run, library: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A part of it: in the words of this tokenizer the whole is long."""
+    """Only a part, because this tokenizer makes the data long."""
     whole = built_in.source_files
     monkeypatch.setattr(built_in, "source_files", lambda root: whole(root)[::8])
     summary = run("model=hf", f"model.path={library}/llama", "evaluation.sample_tokens=0")
@@ -373,7 +373,7 @@ def _dies_at(step: int, training_step: Any) -> Any:
 
 @pytest.mark.full
 def test_a_teacher_that_is_named_is_learned_from(run: Run, library: Path, tmp_path: Path) -> None:
-    """The model before the expansion by its place: the same bits; one of other words: refused."""
+    """A teacher given by path is equivalent; one with another vocabulary is rejected."""
     words = (*TEXT_MODEL, *text_words(library), "expansion=width", "forgetting=distill")
     run(*words, name="before")
     run(*words, f"forgetting.distill.teacher={tmp_path}/before/baseline", name="named")

@@ -1,4 +1,4 @@
-"""The main job end to end on a small scale: what it leaves, keeps, rolls back and resumes."""
+"""The main job end to end on a small scale: outputs, verdicts and resumes."""
 
 import csv
 import json
@@ -63,7 +63,7 @@ def test_summary_holds_what_the_contract_names(default_run: Path) -> None:
 
 
 def test_its_losses_lie_beside_those_of_its_base_and_of_its_control(default_run: Path) -> None:
-    """The base's also where it came from the cache."""
+    """Also for a base model from the cache."""
     for name in ("metrics", "metrics_control", "metrics_pretraining"):
         curves = {each.name: each for each in curves_of(metric_rows(default_run / f"{name}.csv"))}
         assert curves["train/loss"].steps[-1] > 0, name
@@ -93,7 +93,7 @@ def test_checkpoint_is_a_stock_model_with_a_lineage(default_run: Path) -> None:
 
 
 def test_retention_is_the_paired_change_per_byte(default_run: Path) -> None:
-    """The gate's number, from the per-document losses on disk by another path."""
+    """The gate's value, computed independently from the per-document losses on disk."""
     scores = {
         name: json.loads((default_run / "scores" / f"{name}.json").read_text())["prose"]
         for name in ("baseline", "attempt_1-trained")
@@ -124,7 +124,7 @@ def test_metrics_and_plots_are_left(default_run: Path) -> None:
 def test_a_list_of_expansions_is_carried_out_in_order(
     run_job: Run, tmp_path: Path, expansion: str
 ) -> None:
-    """Each alone, with every method: test_every_choice.py."""
+    """test_every_choice.py tests each of them with every method."""
     words = (f"expansion={expansion}", "forgetting=[l2sp,replay]", "training.max_steps=3")
     outcome = run_job(tmp_path / "run", *words, "pipeline.keep_stages=true")
     summary = summary_of(tmp_path / "run")

@@ -1,4 +1,4 @@
-"""Runs that grow to a size: round after round, each from what the one before it kept."""
+"""Runs that grow to a size: each round starts from the result of the previous one."""
 
 import csv
 import json

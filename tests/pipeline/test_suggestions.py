@@ -1,4 +1,4 @@
-"""What a run suggests when it has ended: what suits the verdict, and can be pasted."""
+"""Commands suggested at the end of a run: they suit the verdict and are valid."""
 
 import shlex
 import sys

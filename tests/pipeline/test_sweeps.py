@@ -1,4 +1,4 @@
-"""Real sweeps side by side: one base for all, and the results of one job after the other."""
+"""Real parallel sweeps: one base model for all, and the results of sequential jobs."""
 
 import json
 import os
@@ -54,7 +54,7 @@ def compared(place: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The sweep, one job after the other, and what it printed."""
+    """The sequential sweep, and its output."""
     place = tmp_path_factory.mktemp("alone")
     sweep = begun(place)
     message, _ = sweep.communicate(timeout=_SECONDS)

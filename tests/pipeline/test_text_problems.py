@@ -41,7 +41,7 @@ def test_what_is_found_when_the_run_reads_it_is_listed_whole(
 
 
 def of_side(side: str, *, seed: int = 0, fraction: float = 0.2) -> list[str]:
-    """Return texts that the split puts on one side, by the documented rule."""
+    """Return documents that the split puts on one side, by the documented rule."""
     found: dict[str, list[str]] = {"train": [], "validation": []}
     for number in range(60):
         text = f"text {number}"

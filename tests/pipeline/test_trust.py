@@ -25,7 +25,7 @@ UNREAD = ("README.md",)
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """How a command ended."""
+    """Result of a command."""
 
     code: int
     out: str
@@ -36,7 +36,7 @@ Run = Callable[..., Ended]
 
 
 class Killed(BaseException):
-    """Stands for a kill: nothing catches it."""
+    """Simulates a kill: no code catches it."""
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def run_program(folder: Path, cache: Path) -> int:
 
 @pytest.fixture(scope="module")
 def left(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Runs to be copied: `finished`; killed before its result was written, and before its scores.
+    """Runs to copy: `finished`; killed before its result was written, and before its scores.
 
     The first was killed after its last saved state.
     """
@@ -279,7 +279,7 @@ def test_a_log_may_go_and_a_damaged_one_is_told(run: Run, trained: Path) -> None
 def test_each_folder_is_read_once(
     run_tiny: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Config and lineage of what the run wrote are parsed once; weights are not hashed again."""
+    """Config and lineage are parsed once; weights are not hashed again."""
     reads, hashed = Counter[str](), list[str]()
     read, digest = reading.read_text, hashing.tensor_digest
 
