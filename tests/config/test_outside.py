@@ -366,7 +366,9 @@ def test_commands_that_are_printed_find_the_same_options(
     with composing_from(search_path_of([str(conf)], name)):
         plain = {"status": "kept", "domains": {}, "baseline": {}, "attempts": []}
         summary = Summary.of(plain)
-        lines = next_commands(pipeline.configs[0], summary, words=words, folder=conf.parent / "one")
+        lines = next_commands(
+            pipeline.configs[0], summary, overrides=words, folder=conf.parent / "one"
+        )
     assert "control=true" in lines[0]
     pasted = run(*printed_words(lines[0].partition("   #")[0]), "hydra.run.dir=two")
     assert pasted.code == 1, pasted.err

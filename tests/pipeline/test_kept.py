@@ -121,7 +121,7 @@ def test_methods_that_need_old_text_take_it(left: Path, other: Path, method: str
     words = [word for word in without_text(left, other) if "forgetting" not in word]
     assert load_config([*words, f"forgetting={method}"]).forgetting[0].name == method
     at_hand = [word for word in words if "data." not in word]
-    with pytest.raises(RequestError, match="needs old text"):
+    with pytest.raises(RequestError, match="required by"):
         load_config([*at_hand, "data.old={}", f"data.new={{a:{other}}}", f"forgetting={method}",
                      f"model.path={left}/baseline"])  # fmt: skip
 
