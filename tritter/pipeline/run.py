@@ -354,7 +354,7 @@ def next_commands(
     """Return commands that suit the verdict, each with a comment.
 
     Args:
-        words: overrides of the run, in Hydra's syntax.
+        overrides: overrides of the run, in Hydra's syntax.
         folder: run folder.
     """
     advice = {"rolled_back": _after_rollback, "undecided": _after_undecided}
