@@ -241,7 +241,7 @@ def test_a_sweep_goes_on_in_its_folder(run: Run, pipeline: FakePipeline) -> None
     run("-m", "seed=0,1", "hydra.sweep.dir=here")
     result = run("-m", "seed=0,1", "hydra.sweep.dir=here")
     assert [config.seed for config in pipeline.configs] == [0, 1, 1]
-    assert "job 0 was over before: kept" in result.out and "job 1 was" not in result.out
+    assert "job 0 is already finished: kept" in result.out and "job 1 was" not in result.out
     assert result.code == 1
     refused = run("-m", "seed=0,2", "hydra.sweep.dir=here")
     assert refused.code == 2
@@ -255,7 +255,7 @@ def test_an_ungated_job_is_finished(run: Run, pipeline: FakePipeline) -> None:
     first = run(*words)
     assert first.code == 0 and "ungated" in first.out
     again = run(*words)
-    assert again.code == 0 and "job 1 was over before: ungated" in again.out
+    assert again.code == 0 and "job 1 is already finished: ungated" in again.out
     assert [config.seed for config in pipeline.configs] == [0, 4]
     assert read_status(Path("here/1")).status == "ungated"
 

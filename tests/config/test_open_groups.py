@@ -95,7 +95,7 @@ def test_what_is_wrong_is_told(word: str, message: str) -> None:
         ),
         (("ema", "ema.decy=0.5"), "Did you mean callbacks.ema.decay?"),
         (("model_checkpoint", "model_checkpoint.dirpath=/tmp/x"), "below the folder"),
-        (("lr_monitor,lr_monitor", "lr_monitor.log_momentum=true"), "stands twice"),
+        (("lr_monitor,lr_monitor", "lr_monitor.log_momentum=true"), "duplicate entry"),
     ],
 )
 def test_callbacks_are_judged_by_their_classes(words: tuple[str, str], message: str) -> None:

@@ -423,7 +423,7 @@ def test_one_file_may_hold_several_callbacks_or_loggers(
     assert config.callbacks[2].arguments == {"path": "losses.txt", "every_n_steps": 3}
     assert [one.name for one in config.logger.others] == ["one", "two"]
     for word, message in (
-        ("callbacks=[both,again]", "both and again both hold log; leave one of them out"),
+        ("callbacks=[both,again]", "both and again both define log; leave one out"),
         ("callbacks=both callbacks.both.path=x", "both defines rate, log; write the key below one"),
         ("callbacks=flat", "write it below a name, callbacks.NAME._target_"),
     ):

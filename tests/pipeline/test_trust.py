@@ -180,7 +180,7 @@ def test_a_flipped_bit_in_a_trained_model_is_not_published(run: Run, trained: Pa
     shutil.rmtree(path.parent)
     again = run(trained)
     assert again.code == 0
-    assert f"{path.parent} is gone: attempt_1.fit is done again" in again.out
+    assert f"{path.parent} is gone: repeating attempt_1.fit" in again.out
 
 
 @pytest.mark.quick_cases(1)
@@ -215,12 +215,12 @@ def test_what_is_made_again_leaves_what_follows_as_it_is(run: Run, finished: Pat
     (finished / "scores/baseline.json").unlink()
     ended = run(finished)
     assert ended.code == 0 and result(finished) == before
-    assert "baseline is done again" in ended.out and "fit        done before" in ended.out
+    assert "repeating baseline" in ended.out and "fit        already finished" in ended.out
     shutil.rmtree(finished / "checkpoint")
     ended = run(finished)
     assert ended.code == 0 and result(finished) == before
-    assert "publish is done again" in ended.out
-    assert f"{finished}/attempt_1/trained was removed: attempt_1.fit is done again" in ended.out
+    assert "repeating publish" in ended.out
+    assert f"{finished}/attempt_1/trained was removed: repeating attempt_1.fit" in ended.out
     assert "gate       done before" in ended.out
     assert "nothing to do" in run(finished).out
 

@@ -349,7 +349,7 @@ def method_problems(config: RunConfig) -> Iterator[Problem]:
         reason = "they read whole weights or gradients, but each process has a shard; "
         reasons.append(f"{reason}use trainer=ddp, otherwise")
     if config.experts is not None:
-        reasons.append("they protect weights of the base, which is frozen; with experts")
+        reasons.append("they protect weights of the base, which is frozen; with experts,")
     for reason in reasons if names else ():
         allowed = " or ".join(["none", *weightless_methods()])
         yield Problem("forgetting", names, reason=f"{reason} choose {allowed}")
