@@ -242,8 +242,8 @@ REFUSALS: dict[str, tuple[str, ...]] = {
     "-m hydra.sweep.subdir=/tmp/x${hydra.job.num} seed=0,3": ("hydra.sweep.subdir = /tmp/x0",),
     "-m hydra.sweep.subdir=. seed=0": ("hydra.sweep.subdir = .",),
     "experiment=ablation": ("hydra.sweeper.params", "expansion, forgetting", "add -m"),
-    "-m --cfg job seed=0,1": ("--cfg and --multirun: each",),
-    "data.source={a:{b:1}}": ("data.source = ", "allowed is one of hf, skills, stdlib, text"),
+    "-m --cfg job seed=0,1": ("--cfg and --multirun: these flags",),
+    "data.source={a:{b:1}}": ("data.source = ", "allowed: hf, skills, stdlib, text"),
 }
 
 

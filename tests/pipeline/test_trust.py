@@ -221,7 +221,7 @@ def test_what_is_made_again_leaves_what_follows_as_it_is(run: Run, finished: Pat
     assert ended.code == 0 and result(finished) == before
     assert "repeating publish" in ended.out
     assert f"{finished}/attempt_1/trained was removed: repeating attempt_1.fit" in ended.out
-    assert "gate       done before" in ended.out
+    assert "gate       already finished" in ended.out
     assert "nothing to do" in run(finished).out
 
 
