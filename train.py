@@ -1,7 +1,7 @@
-"""Grow a language model on real text, check it, and keep it or roll it back.
+"""Grow a language model, train it on new data, and keep it or roll it back.
 
-What `@hydra.main` does, `main` does with refusals and exit codes of its own; by that word Hydra's
-shell completion knows that it may ask this file.
+This file replaces `@hydra.main` by `main`, which has its own error messages and exit codes.
+Hydra's shell completion recognizes this file by the text `@hydra.main`.
 """
 
 import sys
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def pipeline(config: "RunConfig", *, run_folder: Path) -> "Outcome":
-    """Run the stages; imported here so that help and refusals don't wait for Lightning."""
+    """Run the pipeline; imported lazily so that help and errors do not wait for Lightning."""
     with loading("lightning"):
         from tritter.pipeline import run_pipeline
 

@@ -528,7 +528,7 @@ def test_a_run_that_fails_or_stops_raises(
     fake: FakePipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = surroundings()
-    with pytest.raises(TritterError, match=r"not finite 10 times in a row\nThe run so far: "):
+    with pytest.raises(TritterError, match=r"not finite 10 times in a row\nRun folder: "):
         tritter.run("seed=1", output="failed")
     with pytest.raises(KeyError, match="a bug"):
         tritter.run("seed=2", output="bug")

@@ -45,7 +45,7 @@ def _installed_folders(_path: tuple[str, ...]) -> dict[str, Path]:  # reading al
         folder = package_folder(f"{point.module}.{point.attr}")
         if folder is None:
             top = point.module.partition(".")[0]
-            reason = f"the package {top} has no such folder; reinstall or remove it"
+            reason = f"{top} is not a package with this folder; reinstall or uninstall it"
             key = f"entry point {point.name} of {ENTRY_POINTS}"
             raise RequestError(Problem(key, point.value, reason=reason))
         folders[f"the package's entry point {point.name} = {point.value}"] = folder

@@ -110,8 +110,8 @@ def test_without_a_sandbox_no_program_is_run(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("", "--data NAME=PATH, or benchmarks, --tasks NAMES"),
-        ("--data notes", "allowed is NAME=PATH"),
+        ("", "--data NAME=PATH, or benchmarks with --tasks NAMES"),
+        ("--data notes", "use NAME=PATH"),
         ("--data a=nowhere.txt", "nowhere.txt"),
         ("--tasks arc_eazy", "Did you mean arc_easy?"),
         (

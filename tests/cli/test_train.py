@@ -529,5 +529,5 @@ def test_evaluate_takes_the_losses_of_what_was_held_out(
     moved = {key: value for key, value in json.loads(text).items() if key != "record_digest"}
     (grown / "grown/tritter.json").write_text(json.dumps(moved))
     refused = run("evaluate --checkpoint grown")
-    assert refused.code == 2 and "name text, --data NAME=PATH" in refused.err
+    assert refused.code == 2 and "pass data with --data NAME=PATH" in refused.err
     assert "data.old" not in refused.err and "= null" not in refused.err

@@ -58,7 +58,7 @@ def test_an_exact_pair_passes_and_nothing_is_written(run: Run, place: Path, text
     checks = checks_of(result)
     verdicts = [checks[name]["verdict"] for name in TESTS]
     assert verdicts == ["passed"] * 4 + ["not_asked"]
-    assert "name it as --target-data" in checks["new_capability"]["detail"]
+    assert "pass --target-data" in checks["new_capability"]["detail"]
     assert checks["benchmark_retention"]["subject"] == "text"
     assert snapshot(place) == before
 
@@ -70,7 +70,8 @@ def test_what_is_not_exact_is_measured_and_not_asked(run: Run, place: Path, text
     checks = checks_of(run("validate --source base --result deep --data kept=text --json"))
     equivalence = checks["forward_equivalence"]
     assert (
-        equivalence["verdict"] == "not_asked" and "dus does not claim it" in equivalence["detail"]
+        equivalence["verdict"] == "not_asked"
+        and "dus is not function-preserving" in equivalence["detail"]
     )
     assert equivalence["value"] > 1e-6
     assert checks["gradient_flow"]["verdict"] == checks["memory_scaling"]["verdict"] == "passed"
@@ -149,16 +150,16 @@ def test_unrelated_checkpoints_are_named_with_both_numbers(run: Run, place: Path
     assert run("expand other --method width --output far").code == 0
     numbers = re.compile(r"; mean squared .*, allowed 1e-06; largest .*, allowed 0.0001")
     for words, said in {
-        "base other": "no lineage says that the result was made from the source",
+        "base other": "the result has no lineage that links it to the source",
         "other wide": "unrelated checkpoints: the result starts from another model",
         "far wide": "unrelated checkpoints: they start from different models",
-        "wide deep": "unrelated checkpoints: neither was made from the other",
-        "deep base": "no lineage says that the result was made from the source",
+        "wide deep": "unrelated checkpoints: neither is derived from the other",
+        "deep base": "the result has no lineage that links it to the source",
     }.items():
         detail = checks_of(run(f"validate {words} --json"))["forward_equivalence"]["detail"]
         assert detail.startswith(said) and numbers.search(detail), words
     related = checks_of(run("validate base deep --json"))["forward_equivalence"]
-    assert related["detail"].startswith("dus does not claim it; mean squared difference")
+    assert related["detail"].startswith("dus is not function-preserving; mean squared difference")
     assert checks_of(run("validate base wide --json"))["forward_equivalence"]["verdict"] == "passed"
     assert run("validate --source base --result wide").out == run("validate base wide").out
 

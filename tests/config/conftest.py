@@ -1,4 +1,4 @@
-"""A command line run in this process, with a pipeline that only takes notes."""
+"""Runs a command line in this process, with a recording stub for the pipeline."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -25,7 +25,7 @@ class FakeOutcome:
 
 @dataclass
 class FakePipeline:
-    """Records what it is given; seed 1 fails as ours, seed 2 as a bug, seed 3 is rolled back."""
+    """Records its arguments; seed 1 raises a TritterError, seed 2 a bug, seed 3 is rolled back."""
 
     configs: list[RunConfig] = field(default_factory=list)
     folders: list[Path] = field(default_factory=list)
@@ -63,7 +63,7 @@ def run(
     capsys: pytest.CaptureFixture[str],
     pipeline: FakePipeline,
 ) -> Callable[..., Result]:
-    """Run words as a command line in an empty folder; returns code, output and what was written.
+    """Run a command line in an empty folder; returns exit code, output and written files.
 
     Its texts are too few to be split, which `tests/pipeline/test_text_problems.py` looks at.
     """
@@ -89,7 +89,7 @@ def composing() -> Iterator[Composer]:
 
 
 def planned(typed: CommandLine) -> plan.Plan:
-    """Return the checked jobs of a command line; nothing is written."""
+    """Return the validated jobs of a command line; writes nothing."""
     with composer() as one:
         request = plan.read_request(typed, one)
         mode = RunMode.MULTIRUN if typed.is_multirun else RunMode.RUN

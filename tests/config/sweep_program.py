@@ -1,6 +1,6 @@
-"""train.py with runs that are stubs: what launchers make of them is looked at, and no model.
+"""train.py with stub runs, for testing launchers without a model.
 
-A run's seed says what becomes of it, and `begun.txt` beside the sweep which ones began, where.
+The seed of a run selects its outcome. `begun.txt` next to the sweep lists started runs and folders.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Completion: what may stand where the cursor is, and that a real bash puts it there."""
+"""Shell completion: its suggestions, and their insertion by a real bash."""
 
 import os
 import pty
@@ -63,7 +63,7 @@ def test_the_shell_asks_hydra(run: Run, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 class Bash:
-    """An interactive bash at a terminal of its own, as a person sits before one."""
+    """An interactive bash in its own terminal."""
 
     def __init__(self, folder: Path) -> None:
         self._process, self._terminal = pty.fork()
@@ -76,7 +76,7 @@ class Bash:
         self._seen = ""
 
     def type(self, text: str, *, until: str) -> str:
-        """Type, and return what the terminal showed from there on when it shows `until`."""
+        """Type `text`, and return the terminal output up to `until`."""
         self._seen = ""
         os.write(self._terminal, text.encode())
         end = time.monotonic() + 60
@@ -86,7 +86,7 @@ class Bash:
         return self._seen
 
     def complete(self, line: str, *, until: str) -> str:
-        """Type a line and TAB; return what is there, and clear the line."""
+        """Type a line and TAB; return the completed line, and clear it."""
         seen = self.type(f"{line}\t", until=until)
         self.type("\x15echo CLEA''R\n", until="CLEAR\r\n")
         return seen

@@ -1,4 +1,4 @@
-"""`data=hf`: what data sets compose to, and what is refused before anything runs."""
+"""`data=hf`: composed configs, and requests rejected before anything runs."""
 
 from collections.abc import Callable
 from dataclasses import asdict
@@ -17,7 +17,7 @@ Run = Callable[..., Result]
 
 @pytest.fixture(autouse=True)
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder beside the empty one that commands run in, with data sets."""
+    """A folder with datasets, next to the empty folder in which commands run."""
     place = tmp_path.parent / f"{tmp_path.name}-texts"
     rows = datasets.Dataset.from_dict({"text": ["a", "b"], "body": ["c", "d"], "n": [1, 2]})
     datasets.DatasetDict(train=rows, test=rows).save_to_disk(place / "saved")
@@ -28,7 +28,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def run_there(run: Run, place: Path) -> Run:
-    """Run words in which @ stands for the folder of the data sets."""
+    """Run a command in which @ is the folder of the datasets."""
     return lambda *words: run("data=hf", *(word.replace("@/", f"{place}/") for word in words))
 
 
@@ -84,7 +84,7 @@ def test_all_that_is_wrong_is_listed_before_anything_is_written(
 
 @pytest.mark.quick_cases(2)
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "reported"),
     [
         (["data.new=@/savd"], "data.new = @/savd: there is no such file or folder. Did you mean"),
         (["data.new=@/rows.csv", "data.streming=true"], "Did you mean data.streaming?"),
@@ -99,10 +99,10 @@ def test_all_that_is_wrong_is_listed_before_anything_is_written(
         ([], "data.new = null: set the data to train on"),
     ],
 )  # fmt: skip
-def test_what_is_refused(run_there: Run, place: Path, words: list[str], told: str) -> None:
+def test_what_is_refused(run_there: Run, place: Path, words: list[str], reported: str) -> None:
     result = run_there("data.old=@/saved", *words)
     assert (result.code, result.written) == (2, [])
-    assert told in result.err.replace(str(place), "@")
+    assert reported in result.err.replace(str(place), "@")
 
 
 def test_data_sets_are_for_hf_alone(run: Run) -> None:

@@ -1,4 +1,4 @@
-"""Runs and sweeps from the command line to the exit code, with a pipeline that takes notes."""
+"""Runs and sweeps from the command line to the exit code, with a recording stub pipeline."""
 
 import json
 import math
@@ -257,8 +257,8 @@ def test_the_table_of_a_sweep_has_experts_where_some_job_has_them(
     rows = sweep_rows((), tmp_path)
     assert [row.experts for row in rows] == [(3, 0.0312), None, None, None]
     print_sweep(rows, tmp_path)
-    said = capsys.readouterr().out
-    assert "experts" in said and "3.12%" in said
+    message = capsys.readouterr().out
+    assert "experts" in message and "3.12%" in message
     print_sweep(rows[1:], tmp_path)
     assert "experts" not in capsys.readouterr().out
 
@@ -347,7 +347,7 @@ def test_a_run_that_is_stopped_says_with_what_signal(
     monkeypatch.setattr(FakePipeline, "__call__", stop)
     result = run("hydra.run.dir=here")
     assert result.code == code
-    assert "Go on with:\n  " in result.err and f"train.py resume={tmp_path}/here\n" in result.err
+    assert "Resume with:\n  " in result.err and f"train.py resume={tmp_path}/here\n" in result.err
     assert json.loads(Path("here/run.json").read_text())["status"] == "running"
 
 
@@ -376,7 +376,7 @@ def test_what_no_record_holds_is_refused_before_anything_is_written(
 ) -> None:
     result = run("data=text", f"data.old='a{sign}b'", "data.new=x", "hydra.run.dir=here")
     assert result.code == 2 and not pipeline.configs and not (tmp_path / "here").exists()
-    assert f"it holds the character {sign!a}" in result.err
+    assert f"it contains the character {sign!a}" in result.err
 
 
 def test_a_name_with_an_unbroken_space_is_recorded(
@@ -393,17 +393,17 @@ def test_a_name_with_an_unbroken_space_is_recorded(
 
 @pytest.mark.quick_cases(2)
 @pytest.mark.parametrize(
-    ("make", "said"),
+    ("make", "message"),
     [
         (lambda place: (place / ".hydra" / "hydra.yaml").mkdir(parents=True), "hydra.yaml is a f"),
-        (lambda place: (place / ".hydra").write_text("x"), ".hydra is a file, where Hydra writes"),
+        (lambda place: (place / ".hydra").write_text("x"), ".hydra is a file, but Hydra needs"),
         (lambda place: (place / "train.log").symlink_to("train.log"), "leads in a circle"),
     ],
 )
 def test_what_hydra_would_fail_over_is_refused(
-    run: Run, tmp_path: Path, make: Callable[[Path], object], said: str
+    run: Run, tmp_path: Path, make: Callable[[Path], object], message: str
 ) -> None:
     (tmp_path / "here").mkdir()
     make(tmp_path / "here")
     result = run("hydra.run.dir=here")
-    assert result.code == 2 and said in result.err
+    assert result.code == 2 and message in result.err

@@ -1,4 +1,4 @@
-"""`gate.ladder`: what further attempts do otherwise, and what is refused before the first."""
+"""`gate.ladder`: overrides of retries, and requests rejected before the first attempt."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.config.conftest import FakePipeline, Result
-from tritter.config.fallbacks import on_top
+from tritter.config.fallbacks import with_fallback
 from tritter.config.folders import composing_from, search_path_of
 from tritter.config.launch.composition import Composer, composer
 from tritter.config.run_folder import changes_between, fingerprint
@@ -15,7 +15,7 @@ from tritter.errors import RequestError
 
 MINE = """\
 # Two things to try
-rungs:
+fallbacks:
   - [training.learning-rate=1e-3]
   - ['forgetting=[l2sp,replay]', forgetting.l2sp.l2sp_lambda=3, expansion=llama-pro]
 """
@@ -35,7 +35,7 @@ def refused(folder: Path, text: str, *words: str) -> str:
 
 
 @pytest.mark.full
-def test_rungs_stand_on_the_runs_own_words_and_not_on_each_other(tmp_path: Path) -> None:
+def test_fallbacks_replace_overrides_of_the_run_and_not_of_each_other(tmp_path: Path) -> None:
     words = ("forgetting=replay", "forgetting.replay.fraction=0.4", "training.max_steps=7")
     config = composed(tmp_path, MINE, *words, "expansion=dus")
     first, second, third = config.attempts
@@ -61,50 +61,56 @@ def test_rungs_stand_on_the_runs_own_words_and_not_on_each_other(tmp_path: Path)
         (["forgetting.replay.fraction=.5"], ["forgetting.replay.fraction=.4"], []),
     ],
 )  # fmt: skip
-def test_what_a_rung_stands_in_place_of(
+def test_overrides_that_a_fallback_replaces(
     words: list[str], fallback: list[str], left: list[str]
 ) -> None:
-    assert on_top(words, fallback) == [*left, *fallback]
+    assert with_fallback(words, fallback) == [*left, *fallback]
 
 
 @pytest.mark.full
-def test_everything_wrong_of_all_rungs_is_told_at_once(tmp_path: Path) -> None:
+def test_all_problems_of_all_fallbacks_are_reported_together(tmp_path: Path) -> None:
     text = MINE.replace("learning-rate=1e-3", "lerning_rate=1e-3").replace("=3,", "=-3,")
-    told = refused(tmp_path, text)
-    assert "training.lerning_rate = 0.001 (in ladder/mine.yaml, rung 1)" in told
-    assert "forgetting.l2sp.l2sp_lambda = -3 (in ladder/mine.yaml, rung 2)" in told
-    told = refused(tmp_path, "rungs: [[seed=1, training], [data.batch_size=3], []]")
+    reported = refused(tmp_path, text)
+    assert "training.lerning_rate = 0.001 (in ladder/mine.yaml, fallback 1)" in reported
+    assert "forgetting.l2sp.l2sp_lambda = -3 (in ladder/mine.yaml, fallback 2)" in reported
+    reported = refused(tmp_path, "fallbacks: [[seed=1, training], [data.batch_size=3], []]")
     for line in (
-        "seed = 1 (in ladder/mine.yaml, rung 1): an attempt has its own keys of training",
-        "training = (empty) (in ladder/mine.yaml, rung 1): an override is written KEY=VALUE",
-        "data.batch_size = 3 (in ladder/mine.yaml, rung 2)",
-        "rung 3): a rung is a list of overrides",
+        "seed = 1 (in ladder/mine.yaml, fallback 1): a fallback may override training",
+        "training = (empty) (in ladder/mine.yaml, fallback 1): write an override as KEY=VALUE",
+        "data.batch_size = 3 (in ladder/mine.yaml, fallback 2)",
+        "fallback 3): a fallback is a list of overrides",
     ):
-        assert line in told
-    told = refused(tmp_path, "rungs: ['training.learning_rate=1,2']")
-    assert "a rung is a list" in told
-    assert "several values" in refused(tmp_path, "rungs: [['training.learning_rate=1,2']]")
-    assert "holds rungs" in refused(tmp_path, "steps: [[training.max_steps=3]]")
-    told = refused(tmp_path, "rungs: [['forgetting=[replay,self_replay]'], [expansion=moe_add]]")
-    assert "rung 1" in told and "rung 2" in told
+        assert line in reported
+    reported = refused(tmp_path, "fallbacks: ['training.learning_rate=1,2']")
+    assert "a fallback is a list" in reported
+    assert "several values" in refused(tmp_path, "fallbacks: [['training.learning_rate=1,2']]")
+    for key in ("steps", "rungs"):
+        reported = refused(tmp_path, f"{key}: [[training.max_steps=3]]")
+        assert f"has the key {key}; " in reported and "Did you mean fallbacks?" in reported
+    reported = refused(
+        tmp_path, "fallbacks: [['forgetting=[replay,self_replay]'], [expansion=moe_add]]"
+    )
+    assert "fallback 1" in reported and "fallback 2" in reported
 
 
 @pytest.mark.quick_cases(1)
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "reported"),
     [
         (["gate.ladder=gentle"], "Did you mean gentler?"),
-        (["gate.max_attempts=2"], "name one as gate.ladder (gentler"),
-        (["gate.ladder=gentler", "gate=off"], "no rung is tried"),
-        (["gate.ladder=gentler", "gate.max_attempts=9"], "rungs for 3 attempts"),
+        (["gate.max_attempts=2"], "set gate.ladder (gentler"),
+        (["gate.ladder=gentler", "gate=off"], "no fallback is tried"),
+        (["gate.ladder=gentler", "gate.max_attempts=9"], "fallbacks for 3 attempts"),
         (["gate.ladder=gentler", "pipeline.target_params=200k"], "a run that grows to a size"),
         (["ladder=gentler"], "gate.ladder"),
     ],
 )
-def test_what_makes_no_sense_is_refused(composing: Composer, words: list[str], told: str) -> None:
+def test_conflicting_keys_are_rejected(
+    composing: Composer, words: list[str], reported: str
+) -> None:
     with pytest.raises(RequestError, match=r".") as caught:
         composing.compose(words)
-    assert told in str(caught.value)
+    assert reported in str(caught.value)
 
 
 @pytest.mark.full
@@ -112,7 +118,7 @@ def test_the_content_of_a_ladder_counts(tmp_path: Path) -> None:
     one = fingerprint(composed(tmp_path, MINE))
     other = fingerprint(composed(tmp_path, MINE.replace("1e-3", "2e-3")))
     ((key, values),) = changes_between(one, other).items()
-    assert key.startswith("gate.rungs") and "0.001" in str(values) and "0.002" in str(values)
+    assert key.startswith("gate.fallbacks") and "0.001" in str(values) and "0.002" in str(values)
 
 
 @pytest.mark.full

@@ -1,4 +1,4 @@
-"""Flags: each of Hydra's works or is refused by name, and none is passed over."""
+"""Flags of Hydra: each works or is rejected by name; none is ignored."""
 
 import os
 import subprocess
@@ -41,16 +41,16 @@ def test_hydra_prints_its_help(run: Run, pipeline: FakePipeline) -> None:
 
 @pytest.mark.quick_cases(8)
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
-        ("-m seed=0,0", "jobs 0 and 1 are equal (seed=0): list a value once."),
+        ("-m seed=0,0", "jobs 0 and 1 are identical (seed=0): remove one."),
         ("-m seed=0,1 gate=off,off", "jobs 2 and 3 are equal (seed=1 gate=off)"),
-        ("--package model", "--package and --resolve go with --cfg job"),
-        ("--resolve seed=1", "--package and --resolve go with --cfg job"),
+        ("--package model", "--package and --resolve require --cfg job"),
+        ("--resolve seed=1", "--package and --resolve require --cfg job"),
         ("--cfg job --info", "--cfg and --info: each asks for something else"),
-        ("--hydra-help -c job", "--cfg and --hydra-help: each"),
+        ("--hydra-help -c job", "--cfg and --hydra-help: these flags exclude"),
         ("-m -sc install=bash", "--shell-completion and --multirun: each"),
-        ("-m --cfg job", "--cfg and --multirun: each asks for something else"),
+        ("-m --cfg job", "--cfg and --multirun: these flags exclude"),
         ("--info nothing", "invalid choice: 'nothing'"),
         ("--cfg job -p modl", "--cfg job: package 'modl' not found in config."),
         (
@@ -63,15 +63,15 @@ def test_hydra_prints_its_help(run: Run, pipeline: FakePipeline) -> None:
         ("--config-name confg", "there are config. Did you mean config?"),
         ("--config-dir", "expected one argument"),
         ("--config-dir nowhere", "there is no such folder"),
-        (f"--config-dir {__file__}", "it is no folder"),
+        (f"--config-dir {__file__}", "it is not a folder"),
         ("-sc", "Expecting one subcommand from"),
         ("-sc install=nothing", "No completion plugin for 'nothing' found"),
     ],
 )
-def test_what_would_be_passed_over_is_refused(run: Run, words: str, said: str) -> None:
+def test_what_would_be_passed_over_is_refused(run: Run, words: str, message: str) -> None:
     refused = run(*words.split())
     assert refused.code == 2 and refused.written == []
-    assert said in refused.err and refused.err.startswith("error: ")
+    assert message in refused.err and refused.err.startswith("error: ")
 
 
 def test_what_hydra_shows(run: Run, pipeline: FakePipeline) -> None:
@@ -97,11 +97,11 @@ def test_help_answers_without_what_is_slow() -> None:
         "print(sorted(slow & {*sys.modules}))"
     )
     for words in ([], ["forgetting=ewc"], ["expansion=width"], ["callbacks=[ema,lr_monitor]"]):
-        said = subprocess.run(
+        message = subprocess.run(
             [sys.executable, "-c", program, *words, "--help"],
             capture_output=True,
             text=True,
             check=True,
             env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
         ).stdout
-        assert said.splitlines()[-1] == "[]", words
+        assert message.splitlines()[-1] == "[]", words

@@ -1,4 +1,4 @@
-"""Launchers: what their processes are given, which settings they take, and what they break."""
+"""Launchers: environment of their processes, accepted settings, and failures."""
 
 import contextvars
 import json
@@ -58,7 +58,7 @@ def test_a_plugin_that_is_missing_is_named_with_its_extra(
 def test_processes_do_not_meet_on_the_same_devices(run: Run) -> None:
     result = run("-m", "seed=0,3", "hydra/launcher=joblib", "trainer=ddp")
     assert (result.code, result.written) == (2, [])
-    assert "a sweep's launcher may run its jobs side by side" in result.err
+    assert "a launcher may run the jobs of a sweep in parallel" in result.err
 
 
 def test_jobs_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,7 +101,7 @@ class _Killed(BaseException):
 def test_the_same_sweep_goes_on_after_a_job_killed_its_process(
     run: Run, pipeline: FakePipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As joblib: what the process of one job breaks off, breaks off the launcher."""
+    """Like joblib: if the process of one job dies, the launcher fails."""
     run_job, call = basic_launcher.run_job, FakePipeline.__call__
 
     def die(self: FakePipeline, config: RunConfig, *, run_folder: Path) -> FakeOutcome:
@@ -143,8 +143,8 @@ def test_a_launcher_that_can_not_start_at_all_is_told_once(
     monkeypatch.setattr(basic_launcher, "run_job", launched)
     result = run("-m", "seed=0,3", "hydra.sweep.dir=here")
     assert result.code == 1
-    assert "error: the sweep was broken off: OSError: no more processes" in result.err
-    assert "Go on with the sweep:\n" in result.err and "hydra.sweep.dir=" in result.err
+    assert "error: the sweep failed: OSError: no more processes" in result.err
+    assert "Resume the sweep with:\n" in result.err and "hydra.sweep.dir=" in result.err
 
 
 @pytest.mark.full

@@ -1,4 +1,4 @@
-"""A run that can't fit into memory is refused first; what is counted, and what is said."""
+"""Runs that do not fit into memory are rejected early: estimates and messages."""
 
 import json
 from collections.abc import Callable
@@ -30,7 +30,7 @@ GB = 10**9
 
 @pytest.fixture
 def has(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Let the machine have so many bytes."""
+    """Set the memory of the machine to a number of bytes."""
     return lambda size: monkeypatch.setattr(memory, "machine_memory", lambda: size)
 
 
@@ -77,7 +77,7 @@ def test_a_finished_run_is_not_looked_at(run: Run, has: Callable[[int], None]) -
 
 
 def test_what_a_training_holds_by_hand() -> None:
-    """In float32: weights, gradients and two moments are 16 bytes; a step counter each tensor."""
+    """In float32: weights, gradients and two moments in 16 bytes, a step counter per tensor."""
     found = held("model=tiny", "trainer=cpu", "expansion=llama_pro", "forgetting=[ewc,l2sp]",
                  "control=true")  # fmt: skip
     assert list(found) == ["the base", "the grown model", "the control"]
@@ -198,10 +198,10 @@ def test_what_would_fit_is_tried_before_it_is_said(has: Callable[[int], None]) -
     has(model.device + model.start)
     assert not problems(config)
     has(base.device + base.start - 10**6)
-    said = problems(config)
-    assert "'forgetting=" not in said  # the base would not fit either
-    assert "it fits with trainer.precision=bf16-true" in said
-    assert "it fits with model=tritter_125m" in said
+    message = problems(config)
+    assert "'forgetting=" not in message  # the base would not fit either
+    assert "it fits with trainer.precision=bf16-true" in message
+    assert "it fits with model=tritter_125m" in message
     config = load_config(["model=tritter_350m", "expansion=width", "forgetting=[ewc,replay]",
                           "trainer=cpu"])  # fmt: skip
     grown = list(training_needs(config, source_config(config)))[1]
@@ -239,7 +239,7 @@ def test_on_a_gpu_its_memory_counts(
     config = load_config(["model=tiny", "expansion=none", "trainer=gpu"])
     base, _ = training_needs(config, source_config(config))
     size = SimpleNamespace(total_memory=base.device)
-    # A torch that knows of GPUs asks theirs at each step once it says that there is one
+    # torch built for GPUs queries them at each step once it reports one
     kept = config.optimizer.kept_per_parameter()
     monkeypatch.setattr(OptimizerSettings, "kept_per_parameter", lambda optimizer: kept)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -1,5 +1,4 @@
-"""`trainer`, `callbacks`, `logger`, `optimizer`: whatever their classes take, and what a run can't
-bear."""
+"""`trainer`, `callbacks`, `logger`, `optimizer`: arguments of their classes, and rejected ones."""
 
 import inspect
 from collections.abc import Iterator
@@ -61,7 +60,7 @@ def test_what_resume_can_not_bear_is_refused_with_the_reason(name: str) -> None:
 
 @pytest.mark.quick_cases(3)
 @pytest.mark.parametrize(
-    ("word", "said"),
+    ("word", "message"),
     [
         ("trainer.acumulate_grad_batches=2", "Did you mean trainer.accumulate_grad_batches?"),
         ("trainer.accumulate_grad_batches=0", "a whole number at least 1"),
@@ -73,7 +72,7 @@ def test_what_resume_can_not_bear_is_refused_with_the_reason(name: str) -> None:
         ("optimizer.name=nadan", "Did you mean NAdam?"),
         ("optimizer.lr=1", "say training.learning_rate"),
         ("optimizer._target_=torch.optim.NAdam", "set optimizer.name=null"),
-        ("logger.wandb=off", "it is called logger.wandb.mode now"),
+        ("logger.wandb=off", "use logger.wandb.mode"),
         ("callbacks.early_stopping.patience=3", "select it with callbacks=[early_stopping]"),
         ("callbacks.x._target_=nowhere.Y", "there is no module nowhere"),
         ("callbacks.x._target_=torch.optim.Adamm", "torch.optim has no Adamm"),
@@ -81,13 +80,13 @@ def test_what_resume_can_not_bear_is_refused_with_the_reason(name: str) -> None:
         ("callbacks.t._target_=lightning.pytorch.callbacks.Timer", "say training.max_steps"),
     ],
 )
-def test_what_is_wrong_is_told(word: str, said: str) -> None:
-    assert said in refusal(word)
+def test_what_is_wrong_is_told(word: str, message: str) -> None:
+    assert message in refusal(word)
 
 
 @pytest.mark.quick_cases(1)
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (("early_stopping", "early_stopping.mode=mn"), "`mode` can be min, max, got mn"),
         (
@@ -96,12 +95,12 @@ def test_what_is_wrong_is_told(word: str, said: str) -> None:
         ),
         (("ema", "ema.decy=0.5"), "Did you mean callbacks.ema.decay?"),
         (("model_checkpoint", "model_checkpoint.dirpath=/tmp/x"), "below the folder"),
-        (("lr_monitor,lr_monitor", "lr_monitor.log_momentum=true"), "stands twice"),
+        (("lr_monitor,lr_monitor", "lr_monitor.log_momentum=true"), "duplicate entry"),
     ],
 )
-def test_callbacks_are_judged_by_their_classes(words: tuple[str, str], said: str) -> None:
+def test_callbacks_are_judged_by_their_classes(words: tuple[str, str], message: str) -> None:
     names, key = words
-    assert said in refusal(f"callbacks=[{names}]", f"callbacks.{key}")
+    assert message in refusal(f"callbacks=[{names}]", f"callbacks.{key}")
 
 
 def test_two_that_save_their_state_under_one_name_are_refused() -> None:
@@ -112,7 +111,7 @@ def test_two_that_save_their_state_under_one_name_are_refused() -> None:
 
 @pytest.mark.quick_cases(1)
 @pytest.mark.parametrize(
-    ("names", "word", "said"),
+    ("names", "word", "message"),
     [
         ("early_stopping", "early_stopping.monitor=train/los", "Did you mean train/loss?"),
         ("early_stopping", "early_stopping.monitor=eval/cod/loss", "Did you mean eval/code/loss?"),
@@ -124,9 +123,9 @@ def test_two_that_save_their_state_under_one_name_are_refused() -> None:
         ("model_checkpoint", "model_checkpoint.monitor=eval/los", "no training logs it"),
     ],
 )
-def test_a_metric_that_never_comes_is_not_waited_for(names: str, word: str, said: str) -> None:
+def test_a_metric_that_never_comes_is_not_waited_for(names: str, word: str, message: str) -> None:
     words = (f"callbacks=[{names}]", "forgetting=[ewc,replay]")
-    assert said in refusal(*words, f"callbacks.{word}")
+    assert message in refusal(*words, f"callbacks.{word}")
     stranger = "callbacks.own={_target_: tests.training.test_module_callbacks.StopAt, batch: 1}"
     load(*words, f"callbacks.{word}", stranger)  # which may log it
 
@@ -137,12 +136,12 @@ def test_a_domain_of_any_task_can_be_watched() -> None:
     for domain in ("prose", "sorting", "identity"):
         load(*words, f"{key}=eval/{domain}/loss")
     assert "Did you mean eval/identity/loss?" in refusal(*words, f"{key}=eval/identiy/loss")
-    said = refusal(*words, f"{key}=eval/arithmetic/loss")
-    assert "eval/prose/loss, eval/sorting/loss, eval/identity/loss" in said
+    message = refusal(*words, f"{key}=eval/arithmetic/loss")
+    assert "eval/prose/loss, eval/sorting/loss, eval/identity/loss" in message
 
 
 def test_what_is_not_there_at_the_beginning_is_not_insisted_on() -> None:
-    """Lightning raises when a strict one is asked before the first step has logged anything."""
+    """Lightning raises if a strict callback runs before the first step has logged metrics."""
     words = ("callbacks=early_stopping", "callbacks.early_stopping.strict=true")
     assert "there is no train/loss yet" in refusal(*words)
     load(*words, "callbacks.early_stopping.monitor=eval/code/loss")
@@ -150,16 +149,16 @@ def test_what_is_not_there_at_the_beginning_is_not_insisted_on() -> None:
 
 def test_frozen_weights_are_not_averaged() -> None:
     words = ("expansion=llama_pro", "expansion.llama_pro.new_blocks_only=true")
-    assert "old weights are frozen" in refusal("callbacks=ema", *words)
+    assert "freezes weights" in refusal("callbacks=ema", *words)
     load("callbacks=ema", "expansion=llama_pro")
     appended = ("callbacks=ema", "expansion=[moe,moe_add]")
-    assert "adaptation.freeze_base = true old weights are frozen" in refusal(*appended)
+    assert "adaptation.freeze_base = true freezes weights" in refusal(*appended)
     load(*appended, "adaptation.freeze_base=false")
 
 
 def test_who_stops_early_has_to_be_asked() -> None:
-    said = refusal("callbacks=early_stopping", "evaluation.every_n_steps=0")
-    assert "evaluation.every_n_steps = 0" in said
+    message = refusal("callbacks=early_stopping", "evaluation.every_n_steps=0")
+    assert "evaluation.every_n_steps = 0" in message
 
 
 def test_callbacks_keep_their_order_and_null_switches_one_off() -> None:
@@ -202,8 +201,8 @@ def test_an_optimizer_by_name_and_by_target() -> None:
 
 def test_only_moments_of_adam_are_carried() -> None:
     assert "SGD has other state" in refusal("optimizer=sgd", "optimizer.carry=true")
-    said = refusal("optimizer.amsgrad=true", "optimizer.carry=true")
-    assert "optimizer.amsgrad = true there is a third moment" in said
+    message = refusal("optimizer.amsgrad=true", "optimizer.carry=true")
+    assert "optimizer.amsgrad = true there is a third moment" in message
     assert load("optimizer.carry=true").optimizer.carry
 
 
@@ -223,7 +222,7 @@ def test_memory_counts_what_an_optimizer_keeps() -> None:
 
 @pytest.mark.full
 def test_nothing_is_imported_from_lightning_where_nothing_asks_for_it() -> None:
-    """The dry construction is for what is asked for besides."""
+    """Only additional callbacks and loggers are built for trial."""
     import subprocess
     import sys
 
@@ -231,8 +230,10 @@ def test_nothing_is_imported_from_lightning_where_nothing_asks_for_it() -> None:
         "import sys; from tritter.config.launch.composition import load_config; "
         "load_config(['logger=csv']); print('lightning' in sys.modules)"
     )
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert said.stdout.strip() == "False"
+    message = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert message.stdout.strip() == "False"
 
 
 def test_what_is_tried_sets_nothing_for_the_process() -> None:

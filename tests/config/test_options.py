@@ -1,4 +1,4 @@
-"""Every shipped option file composes, and the keys of the interface are the frozen list."""
+"""Every shipped option file composes, and its keys equal the frozen list."""
 
 import dataclasses
 import re
@@ -33,7 +33,7 @@ NEEDED = {
         *("model.path=owner/name", "data.old=stdlib:prose", "data.new=stdlib:code")
     ],
 }
-# Options that need another one before them, whatever the base: a dense model has no experts.
+# Options that require an earlier one for any base model: a dense model has no experts.
 FIRST = {"expansion=moe_add": "moe"}
 
 

@@ -1,4 +1,4 @@
-"""The Optuna sweeper: its jobs are checked one by one, and a sweep that goes on is the same."""
+"""The Optuna sweeper: its jobs are validated one by one, and a resumed sweep is identical."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ RATE = "training.learning_rate=tag(log,interval(1e-4,1e-2))"
 
 @pytest.fixture
 def measuring(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the metric of a run be how far its learning rate is from 0.001."""
+    """Set the metric of a run to the distance of its learning rate from 0.001."""
     call = FakePipeline.__call__
 
     def run(self: FakePipeline, config: RunConfig, *, run_folder: Path) -> FakeOutcome:
@@ -40,7 +40,7 @@ def test_a_sweep_that_goes_on_thinks_of_the_same_jobs(run: Run, pipeline: FakePi
     finished = [abs(rate - 1e-3) for rate, seed in asked if seed == 0]
     assert best["best_value"] == pytest.approx(min(finished))
     assert (
-        f"Least metric: job {[abs(r - 1e-3) for r, _ in asked].index(min(finished))}" in whole.out
+        f"Lowest metric: job {[abs(r - 1e-3) for r, _ in asked].index(min(finished))}" in whole.out
     )
 
     pipeline.configs.clear()
@@ -58,7 +58,7 @@ def test_a_sweep_that_goes_on_thinks_of_the_same_jobs(run: Run, pipeline: FakePi
 
 @pytest.mark.quick_cases(2)
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["training.learning_rate=interval(-1,0.1)"], "training.learning_rate = -1"),
         (["trainer=ddp,cpu"], "trainer.strategy = ddp"),
@@ -66,10 +66,12 @@ def test_a_sweep_that_goes_on_thinks_of_the_same_jobs(run: Run, pipeline: FakePi
     ],
     ids=str,
 )
-def test_an_example_is_checked_before_the_first_job(run: Run, words: list[str], said: str) -> None:
+def test_an_example_is_checked_before_the_first_job(
+    run: Run, words: list[str], message: str
+) -> None:
     result = run(*OPTUNA, *words)
     assert (result.code, result.written) == (2, [])
-    assert said in result.err
+    assert message in result.err
 
 
 def test_a_job_that_is_wrong_all_the_same_fails_alone(run: Run, pipeline: FakePipeline) -> None:

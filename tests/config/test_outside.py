@@ -1,4 +1,4 @@
-"""A package from outside: the examples of docs/how-to/write_an_*.md, found in both ways."""
+"""A third-party package: the examples of docs/how-to/write_an_*.md, found in both ways."""
 
 import io
 import os
@@ -36,7 +36,7 @@ SMALL = [
 
 
 def write_examples(folder: Path, *, conf: Path) -> None:
-    """Write the files that the page shows."""
+    """Write the files shown on the docs page."""
     pages = sorted((ROOT / "docs/how-to").glob("write_an_*.md"))
     text = "".join(page.read_text() for page in pages)
     for name, body in re.findall(r"```\w+ file=(\S+)\n(.*?)```", text, re.DOTALL):
@@ -48,7 +48,7 @@ def write_examples(folder: Path, *, conf: Path) -> None:
 
 
 def install(folder: Path) -> None:
-    """Leave what an installer leaves of a package with an entry point."""
+    """Write the metadata of an installed package with an entry point."""
     record = folder / "mine-1.0.dist-info"
     record.mkdir()
     (record / "METADATA").write_text("Metadata-Version: 2.1\nName: mine\nVersion: 1.0\n")
@@ -57,7 +57,7 @@ def install(folder: Path) -> None:
 
 @pytest.fixture(params=["--config-dir", "entry point"])
 def outside(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, list[str]]:
-    """The folder of the package, and the words that let its options be found."""
+    """The folder of the package, and the arguments that add its options."""
     folder = tmp_path / "site"
     if request.param == "--config-dir":
         write_examples(folder, conf=tmp_path / "conf")
@@ -80,7 +80,7 @@ def train(outside: tuple[Path, list[str]], *words: str) -> "subprocess.Completed
 
 
 def import_from(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let this process find the classes there, and no others of the same name."""
+    """Make the classes there importable in this process, without others of the same name."""
     monkeypatch.syspath_prepend(str(folder))
     for name in [name for name in sys.modules if name.partition(".")[0] == "mine"]:
         monkeypatch.delitem(sys.modules, name)
@@ -88,7 +88,7 @@ def import_from(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.quick_cases(1)
 def test_it_stands_in_the_help(outside: tuple[Path, list[str]]) -> None:
-    """Of a process that is started anew, which imports little for it."""
+    """The option files as seen by a new process, with few imports."""
     folder, found_by = outside
 
     def train(*words: str) -> str:
@@ -99,14 +99,14 @@ def test_it_stands_in_the_help(outside: tuple[Path, list[str]]) -> None:
             command, cwd=folder.parent, capture_output=True, text=True, env=environment, check=True
         ).stdout
 
-    said = train()
-    assert re.search(r"    damp +Damp: every gradient", said)
-    assert re.search(r"    one_more +The last layer once more", said)
-    assert re.search(r"    letters +Made-up letters", said)
-    assert re.search(r"    loss_log +Writes step and loss", said)
-    said = train("forgetting=damp")
-    assert "share: 0.5 # of each gradient that is taken away" in said
-    assert "_target_" not in said
+    message = train()
+    assert re.search(r"    damp +Damp: every gradient", message)
+    assert re.search(r"    one_more +The last layer once more", message)
+    assert re.search(r"    letters +Made-up letters", message)
+    assert re.search(r"    loss_log +Writes step and loss", message)
+    message = train("forgetting=damp")
+    assert "share: 0.5 # of each gradient that is taken away" in message
+    assert "_target_" not in message
 
 
 GROWTH = (
@@ -141,7 +141,7 @@ def test_an_expansion_from_outside_is_a_method_of_the_command(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """By an entry point in processes started anew: a process reads those of its path once."""
+    """By an entry point, in new processes: a process reads the entry points of its path once."""
     folder, found_by = outside
     base = saved(tiny_llama(), folder.parent / "base")
     monkeypatch.chdir(folder.parent)
@@ -255,14 +255,14 @@ def test_a_run_with_it_goes_on_only_with_the_same_class(
     learned = read_object(place / "checkpoint/tritter.json")["domains"]
     assert learned["recipes"]["origin"] == "mine.sources.Letters"
     assert learned["letters"]["num_documents"] == 200
-    # Without the source nothing says where its text lies
+    # Without the source, the location of its data is unknown
     import_from(folder, monkeypatch)
-    said = run(*outside[1], "model=hf", f"model.path={place}/checkpoint").err
-    assert "letters can't be used: the record does not say where it lay" in said
+    message = run(*outside[1], "model=hf", f"model.path={place}/checkpoint").err
+    assert "letters can't be used: the record does not say where it lay" in message
     logs = held["callbacks"]["loss_log"]
     assert logs["_target_"] == "mine.callbacks.LossLog"
     assert (logs["every_n_steps"], len(logs["sha256"])) == (1, 64)
-    # The run says itself where its options came from; who trusts it types the command
+    # The run records its search path; a user who trusts it types the command
     typed = printed_words(run(f"resume={place}").err)
     assert typed[:5] == [f"--config-dir={tmp_path / 'conf'}", *words[:2], *words[3:5]]
     assert "This run is finished" in run(*typed).out
@@ -284,21 +284,21 @@ def test_what_stands_twice_or_elsewhere_is_refused(
     mine.with_name("other.yaml").rename(mine.with_name("ewc.yaml"))
     refused = run(*found_by, "seed=1")
     assert refused.code == 2
-    assert "has this option already" in refused.err
+    assert "already defines this option" in refused.err
     assert "no such folder" in run("-cd", "nowhere").err
 
 
 def test_a_config_of_ones_own_composes(tmp_path: Path) -> None:
     write_examples(tmp_path / "site", conf=tmp_path / "conf")
     outside = tmp_path / "site", ["--config-dir", str(tmp_path / "conf")]
-    said = train(outside, "--config-name", "my_run", "--cfg", "job").stdout
-    assert "_target_: mine.forgetting.Damp" in said
-    assert "max_steps: 20" in said
+    message = train(outside, "--config-name", "my_run", "--cfg", "job").stdout
+    assert "_target_: mine.forgetting.Damp" in message
+    assert "max_steps: 20" in message
 
 
 @pytest.fixture
 def conf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of their options, whose classes this process finds."""
+    """The folder of the package's options, with importable classes."""
     write_examples(tmp_path / "site", conf=tmp_path / "conf")
     import_from(tmp_path / "site", monkeypatch)
     return tmp_path / "conf"
@@ -326,7 +326,7 @@ def test_hydras_own_spelling_finds_the_same_options(
     assert failed.code == 1 and run("-cd", str(place), *words, "hydra.run.dir=two").code == 1
     assert pipeline.configs[0] == pipeline.configs[1]
     assert printed_words(failed.err)[0] == f"--config-dir={place}"
-    assert run(*printed_words(failed.err)).code == 1  # "Go on with:"
+    assert run(*printed_words(failed.err)).code == 1  # "Resume with:"
     refused = run("resume=one")  # what is recorded is not searched
     assert refused.code == 2 and printed_words(refused.err)[0] == f"--config-dir={place}"
     assert run("resume=one", word, *words).code == 1
@@ -341,7 +341,7 @@ def test_hydras_own_spelling_finds_the_same_options(
 
 
 def run_tritter(words: str) -> str:
-    """Return what a command line of `tritter` prints as errors."""
+    """Return the error output of a `tritter` command."""
     with redirect_stderr(io.StringIO()) as errors:
         tritter(words.split())
     return errors.getvalue()
@@ -361,21 +361,23 @@ def test_commands_that_are_printed_find_the_same_options(
 ) -> None:
     words = ["forgetting=[replay,damp]", "expansion=one_more", "seed=1"]
     failed = run(*found_by, *words, "hydra.run.dir=one")
-    again = run(*printed_words(failed.err))  # "Go on with:"
+    again = run(*printed_words(failed.err))  # "Resume with:"
     assert (failed.code, again.code, len(pipeline.configs)) == (1, 1, 2), again.err
     assert replace(pipeline.configs[1], resume=None) == pipeline.configs[0]
     name = "my_run" if len(found_by[1:]) and "my_run" in found_by[1] else None
     with composing_from(search_path_of([str(conf)], name)):
         plain = {"status": "kept", "domains": {}, "baseline": {}, "attempts": []}
         summary = Summary.of(plain)
-        lines = next_commands(pipeline.configs[0], summary, words=words, folder=conf.parent / "one")
+        lines = next_commands(
+            pipeline.configs[0], summary, overrides=words, folder=conf.parent / "one"
+        )
     assert "control=true" in lines[0]
     pasted = run(*printed_words(lines[0].partition("   #")[0]), "hydra.run.dir=two")
     assert pasted.code == 1, pasted.err
     grown, control = pipeline.configs[0], pipeline.configs[2]
     assert control.control and control.training == grown.training
     assert [one.name for one in control.forgetting] == ["replay", "damp"]
-    # What is not replayed is to be typed, and finds them as well
+    # Overrides that are not replayed must be typed; they find the same options
     target = "forgetting.damp._target_=mine.forgetting.Damp"
     assert run(*found_by, *words, target, "hydra.run.dir=three").code == 1
     refused = run("resume=three")
@@ -422,13 +424,13 @@ def test_one_file_may_hold_several_callbacks_or_loggers(
     assert [one.name for one in config.callbacks] == ["lr_monitor", "rate", "log"]
     assert config.callbacks[2].arguments == {"path": "losses.txt", "every_n_steps": 3}
     assert [one.name for one in config.logger.others] == ["one", "two"]
-    for word, said in (
-        ("callbacks=[both,again]", "both and again both hold log; leave one of them out"),
-        ("callbacks=both callbacks.both.path=x", "both holds rate, log; a key stands below one"),
-        ("callbacks=flat", "it stands below a name, as callbacks.NAME._target_"),
+    for word, message in (
+        ("callbacks=[both,again]", "both and again both define log; leave one out"),
+        ("callbacks=both callbacks.both.path=x", "both defines rate, log; write the key below one"),
+        ("callbacks=flat", "write it below a name, callbacks.NAME._target_"),
     ):
         refused = run("-cd", "conf", *word.split())
-        assert refused.code == 2 and said in refused.err, refused.err
+        assert refused.code == 2 and message in refused.err, refused.err
 
 
 def test_a_name_from_outside_is_not_replayed(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The default learning rate, and the warning where a large checkpoint is trained at a high one."""
+"""The default learning rate, and the warning for a large checkpoint with a high learning rate."""
 
 import json
 import shutil
@@ -53,7 +53,7 @@ DATA = ("model=hf", "data=text", f"data.old={FIXTURES}/text/old", f"data.new={FI
 
 
 def checkpoint(place: Path, record: dict[str, Any] | None) -> Path:
-    """Copy a checkpoint; its lineage records some training, or there is none."""
+    """Copy a checkpoint with or without a training run in its lineage."""
     shutil.copytree(FIXTURES / "finished/checkpoint", place)
     path = place / "tritter.json"
     if record is None:

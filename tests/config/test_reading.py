@@ -132,7 +132,7 @@ def test_refusals_hold_their_problems() -> None:
 
 @options
 class Own(Trigger):
-    """From outside: no growth at all."""
+    """A third-party class without growth."""
 
     patience: Annotated[int, Field(ge=1)] = 3
 
@@ -166,7 +166,7 @@ def test_a_part_is_a_name_or_a_class_with_options(
 
 
 @pytest.mark.parametrize(
-    ("typed", "said"),
+    ("typed", "message"),
     [
         ("platau", "Did you mean plateau?"),
         (None, "must be one of percentile"),
@@ -175,6 +175,6 @@ def test_a_part_is_a_name_or_a_class_with_options(
         ({"_target_": "tritter.options.options"}, "not a subclass of"),
     ],
 )
-def test_a_part_that_there_is_not_is_refused(typed: object, said: str) -> None:
-    with pytest.raises(RequestError, match=said):
+def test_a_part_that_there_is_not_is_refused(typed: object, message: str) -> None:
+    with pytest.raises(RequestError, match=message):
         read_part("growth.trigger", typed, TRIGGERS, base=Trigger)

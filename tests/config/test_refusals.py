@@ -1,4 +1,4 @@
-"""Whatever is wrong with a request: exit 2, one message with key and remedy, nothing written."""
+"""Invalid requests: exit code 2, one message with key and remedy, nothing written."""
 
 import os
 import subprocess
@@ -41,8 +41,8 @@ REFUSALS: dict[str, tuple[str, ...]] = {
     "optimizr.weight_decay=1": ("Did you mean optimizer.weight_decay?",),
     "+training.foo=3": ("training.foo = 3", "no such key", "max_steps"),
     "growth=fom": ("growth = fom", "Did you mean foam?"),
-    "growth=[foam,gradmax]": ("one at a time", "-m growth=foam,gradmax"),
-    "growth.check_every=3": ("growth.check_every = 3", "nothing grows with growth=none"),
+    "growth=[foam,gradmax]": ("select one", "-m growth=foam,gradmax"),
+    "growth.check_every=3": ("growth.check_every = 3", "growth=none has no keys"),
     "growth=foam growth.trigger=percentil": ("growth.trigger = percentil", "mean percentile?"),
     "growth=foam growth.initialiser=gradmx": ("gradmax, split", "Did you mean gradmax?"),
     "growth=foam growth.trigger={_target_:os.system}": (
@@ -66,8 +66,8 @@ REFUSALS: dict[str, tuple[str, ...]] = {
     "growth=foam forgetting=freeze forgetting.freeze.layers=[ffn,attention]": ("the FFNs",),
     "growth=foam forgetting=freeze forgetting.freeze.new_only=true": ("partly frozen",),
     "experts=dylor": ("experts = dylor", "Did you mean dylora?"),
-    "experts=[dylora,single_lora]": ("one at a time", "-m experts=dylora,single_lora"),
-    "experts.rank=4": ("experts.rank = 4", "there are no adapters with experts=none"),
+    "experts=[dylora,single_lora]": ("select one", "-m experts=dylora,single_lora"),
+    "experts.rank=4": ("experts.rank = 4", "experts=none has no keys"),
     "experts=dylora experts.rnk=4": ("Did you mean experts.rank?",),
     "experts=single_lora experts.base_bits=5": ("experts.base_bits = 5", "8", "4"),
     "experts=single_lora experts.top_k=2": ("experts.top_k", "no such key"),
@@ -78,7 +78,7 @@ REFUSALS: dict[str, tuple[str, ...]] = {
     "experts=dylora growth=foam": ("experts freeze the base",),
     "experts=dylora optimizer=sgd": ("SGD has other state", "AdamW8bit"),
     "experts=dylora pipeline.target_params=1M": ("pipeline.target_params",),
-    "experts=dylora callbacks=ema": ("an average has no experts",),
+    "experts=dylora callbacks=ema": ("averaging misses experts",),
     "growth=foam optimizer=sgd": ("SGD has other state", "AdamW8bit"),
     "growth=foam optimizer.amsgrad=true": ("without amsgrad",),
     "growth=foam expansion=moe": ("mixtral has experts", "growth=none"),
@@ -99,17 +99,17 @@ REFUSALS: dict[str, tuple[str, ...]] = {
     "forgetting.replay.fraction=1": ("forgetting.replay.fraction = 1", "below 1"),
     "forgetting.replay.fraction=0": ("forgetting.replay.fraction = 0.0", "remove replay"),
     "forgetting=self_replay forgetting.self_replay.fraction=0": ("remove self_replay",),
-    "forgetting=[replay,self_replay]": ("replay and self_replay both mix old text",),
+    "forgetting=[replay,self_replay]": ("replay and self_replay both mix old data",),
     "trainer.precision=bf16-mixd": ("trainer.precision = bf16-mixd", "Did you mean bf16-mixed?"),
     "trainer.precision=16-mixed": ("trainer.precision = 16-mixed", "bf16-mixed"),
     "trainer.devices=2": ("trainer.devices = 2", "trainer=ddp"),
     "trainer=ddp trainer.devices=1": ("trainer.devices = 1", "2 or more"),
     "trainer=ddp trainer.accelerator=auto": ("trainer.accelerator = auto", "cpu and gpu"),
     "trainer=ddp trainer.devices=3": ("data.batch_size = 16", "nearest: 15 or 18"),
-    "-m trainer=ddp": ("trainer.strategy = ddp", "leave -m out"),
-    "-m trainer=cpu,ddp": ("job 1 (trainer=ddp)", "leave -m out"),
+    "-m trainer=ddp": ("trainer.strategy = ddp", "omit -m"),
+    "-m trainer=cpu,ddp": ("job 1 (trainer=ddp)", "omit -m"),
     "trainer=fsdp trainer.devices=1": ("trainer=fsdp is for 2 or more",),
-    "trainer=fsdp forgetting=[ewc,replay]": ("whole weights", "allowed are none and replay"),
+    "trainer=fsdp forgetting=[ewc,replay]": ("whole weights", "choose none or replay"),
     "trainer=fsdp growth=foam": ("growth = NeuronGrowth", "expansion=width", "trainer=ddp"),
     "trainer=fsdp experts=dylora": ("experts = DynamicExperts", "trainer=ddp"),
     "trainer=fsdp expansion=moe": ("mixtral has experts", "trainer=ddp"),
@@ -118,7 +118,7 @@ REFUSALS: dict[str, tuple[str, ...]] = {
     "trainer=fsdp callbacks=ema": ("callbacks.ema._target_", "an average is of whole weights"),
     "trainer=fsdp trainer.precision=bf16-true": ("allowed are 32-true and bf16-mixed",),
     "trainer=fsdp trainer.compile=true": ("trainer.compile = true: gathering a layer",),
-    "-m trainer=fsdp": ("trainer.strategy = fsdp", "leave -m out"),
+    "-m trainer=fsdp": ("trainer.strategy = fsdp", "omit -m"),
     "training.compile=true": ("Did you mean trainer.compile?",),
     "training.activation_checkpointing=true": ("mean trainer.activation_checkpointing?",),
     "trainer.gradient_checkpointing=true": ("mean trainer.activation_checkpointing?",),
@@ -145,7 +145,7 @@ REFUSALS: dict[str, tuple[str, ...]] = {
     ),
     "expansion=[width,dsu]": ("expansion = dsu", "Did you mean dus?"),
     "expansion=[dus,dus]": ("expansion = [dus,dus]", "[dus]"),
-    "forgetting=[none,replay]": ("forgetting = [none,replay]", "none stands alone"),
+    "forgetting=[none,replay]": ("forgetting = [none,replay]", "none can't be combined"),
     "forgetting=gem": (
         "forgetting = gem",
         "distill, ewc, freeze, l2sp, none, online_ewc, replay, self_replay, si",
@@ -174,7 +174,7 @@ REFUSALS: dict[str, tuple[str, ...]] = {
     "forgetting=freeze forgetting.freeze.new_only=true control=true": ("does not grow",),
     "forgetting=freeze forgetting.freeze.old_experts=true": ("the model is dense",),
     "forgetting=[ewc,online_ewc]": (
-        "forgetting = [ewc,online_ewc]: more than one of them prepares fisher; leave one out",
+        "forgetting = [ewc,online_ewc]: several of them prepare fisher; leave one out",
     ),
     "forgetting=freeze forgetting.freeze.until=250": (
         "forgetting.freeze.until = 250: the training run has training.max_steps = 250",
@@ -184,7 +184,7 @@ REFUSALS: dict[str, tuple[str, ...]] = {
     "forgetting=freeze forgetting.freeze.new_only=true optimizer.carry=true": (
         "with forgetting.freeze.new_only = true only what is new is trained",
     ),
-    "forgetting=freeze callbacks=ema": ("with forgetting=freeze old weights are frozen",),
+    "forgetting=freeze callbacks=ema": ("forgetting=freeze freezes weights",),
     "forgetting.l2sp.l2sp_lambda=3": ("not selected", "forgetting=[replay,l2sp]"),
     "expansion.llama_pro=3": ("expansion.llama_pro = 3", "expansion=[width,llama_pro]"),
     "expansion=width expansion.width.int=fresh": ("Did you mean expansion.width.init?",),
@@ -221,7 +221,7 @@ REFUSALS: dict[str, tuple[str, ...]] = {
     "hydra/launcher=nothing": ("hydra/launcher = nothing", "basic"),
     "-m hydra/launcher=joblb seed=0,3": ("hydra/launcher = joblb", "Did you mean joblib?"),
     "hydra.run.dri=x": ("hydra.run.dri = x", "Did you mean hydra.run.dir?"),
-    "resume=latest": ("resume = latest", "no run below"),
+    "resume=latest": ("resume = latest", "no run in"),
     "resume=elsewhere": ("resume = elsewhere", "latest"),
     "resume=latest hydra.run.dir=x": ("resume = latest", "hydra.run.dir"),
     "-m seed=0,1 training.max_stps=3": ("error: training.max_stps = 3", "training.max_steps?"),
@@ -247,8 +247,8 @@ REFUSALS: dict[str, tuple[str, ...]] = {
     "-m hydra.sweep.subdir=/tmp/x${hydra.job.num} seed=0,3": ("hydra.sweep.subdir = /tmp/x0",),
     "-m hydra.sweep.subdir=. seed=0": ("hydra.sweep.subdir = .",),
     "experiment=ablation": ("hydra.sweeper.params", "expansion, forgetting", "add -m"),
-    "-m --cfg job seed=0,1": ("--cfg and --multirun: each",),
-    "data.source={a:{b:1}}": ("data.source = ", "must be one of hf, skills, stdlib, text"),
+    "-m --cfg job seed=0,1": ("--cfg and --multirun: these flags",),
+    "data.source={a:{b:1}}": ("data.source = ", "allowed: hf, skills, stdlib, text"),
 }
 
 
@@ -335,7 +335,7 @@ def test_a_wrong_section_hides_no_rule_that_does_not_read_it(run: Callable[..., 
 
 @pytest.fixture
 def experiments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of conf/ whose experiments a test may write."""
+    """A copy of conf/ with experiments that a test may change."""
     import shutil
 
     folder = tmp_path.parent / f"{tmp_path.name}-conf"

@@ -1,4 +1,4 @@
-"""resume=latest and resume=DIR alone: the run's own overrides, and none that could do harm."""
+"""resume=latest and resume=DIR: overrides of the run are replayed, harmful ones are not."""
 
 import json
 import os
@@ -30,13 +30,13 @@ JOB = ("seed=1", "expansion=dus", "expansion.dus.target_layers=4", "training.max
 
 
 def printed_words(text: str) -> list[str]:
-    """Return the words of the last command that a text prints, without the program."""
+    """Return the arguments of the last printed command, without the program."""
     line = next(line for line in reversed(text.splitlines()) if "train.py " in line)
     return shlex.split(line[line.index("train.py ") + len("train.py ") :])
 
 
 def edit(folder: Path, **changes: Any) -> None:
-    """Change a run file as somebody would who can compute its digest."""
+    """Change a run file like an attacker who recomputes its checksum."""
     plain = json.loads((folder / "run.json").read_text())
     (folder / "run.json").write_text(signed_text({**plain, **changes}))
 
@@ -93,7 +93,7 @@ def test_what_differs_is_refused_with_a_command_that_works(
     refused = run("resume=latest", word)
     assert refused.code == 2 and change in refused.err
     again = run(*printed_words(refused.err))
-    assert again.code == 1 and "not finite 10 times" in again.err  # what the run itself says
+    assert again.code == 1 and "not finite 10 times" in again.err  # the message of the run itself
 
 
 CODE = ("evaluation.allow_code=[humaneval]", "evaluation.tasks=[humaneval]")
@@ -120,7 +120,7 @@ def test_what_is_not_replayed_is_printed_whole_and_works_when_typed(
 ) -> None:
     first = run(*JOB, *words, "hydra.run.dir=outputs/runs/one")
     assert first.code == 1, first.err
-    assert run(*printed_words(first.err)).code == 1  # "Go on with:"
+    assert run(*printed_words(first.err)).code == 1  # "Resume with:"
     refused = run("resume=latest")
     assert refused.code == 2 and refused.out == "" and len(pipeline.configs) == 2
     again = run(*printed_words(refused.err))
@@ -204,7 +204,7 @@ SPELLINGS = [
 def test_a_folder_beside_the_run_names_no_code(
     run: Run, pipeline: FakePipeline, tmp_path: Path
 ) -> None:
-    """A nested class of an option there would be called while the request is checked."""
+    """A nested class in an option there would be called during validation."""
     folder, mark = Path("outputs/runs/one"), tmp_path / "executed"
     assert run(*JOB, f"hydra.run.dir={folder}").code == 1
     (tmp_path / "outputs/runs/conf/callbacks").mkdir(parents=True)
@@ -304,7 +304,7 @@ NEVER_REPLAYED = {
 
 
 def every_key() -> set[str]:
-    """Return the keys of the schema, of the bodies of all shipped options, and of the Trainer."""
+    """Return the keys of the schema, of all shipped options, and of the Trainer."""
     found = {*known_keys(), *(f"trainer.{n}" for n in trainer_parameters() if n not in REFUSED)}
     for group in shipped_options().keys() - {"experiment", "ladder"}:
         for path in shipped_options()[group].values():
@@ -315,7 +315,7 @@ def every_key() -> set[str]:
 
 
 def test_every_key_is_replayed_or_not_by_decision() -> None:
-    """A new key of an option is replayed once it is listed; until then this test fails."""
+    """A new option key is replayed only if it is listed; until then this test fails."""
     assert every_key() - NEVER_REPLAYED == REPLAYED_KEYS
     assert NEVER_REPLAYED.issubset(every_key()) and "pipeline.max_rounds" in REPLAYED_KEYS
     documented = (ROOT / "docs/how-to/resume.md").read_text(encoding="utf-8")
@@ -409,7 +409,7 @@ def test_latest_skips_what_is_no_run_and_says_which_it_takes(run: Run, tmp_path:
     runs = tmp_path / "outputs/runs"
     assert f"resume     {runs / 'old'}: seed=1" in ended.out
     for name in ("torn", "older_format", "pipe"):
-        assert f"resume     not {runs / name}: " in ended.out
+        assert f"resume     skipped {runs / name}: " in ended.out
     (runs / "old/run.json").unlink()
     refused = run("resume=latest")
     assert refused.code == 2 and str(runs / "torn/run.json") in refused.err

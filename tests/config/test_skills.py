@@ -1,4 +1,4 @@
-"""`data=skills` and `skills:NAME`: what they compose to, and what is refused."""
+"""`data=skills` and `skills:NAME`: composed configs and rejected requests."""
 
 from pathlib import Path
 from typing import Any
@@ -63,7 +63,7 @@ def test_a_skill_is_text_like_any_other() -> None:
 
 @pytest.mark.quick_cases(3)
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["data=skills", "data.new=sortin"], "data.new = sortin: there is no such skill, file"),
         (["data=skills", "data.new=sortin"], "Did you mean sorting?"),
@@ -75,14 +75,14 @@ def test_a_skill_is_text_like_any_other() -> None:
         (["data=text", "data.old=stdlib:prose", "data.new=skills:sorting:x"], "1 to 10,000,000"),
     ],
 )  # fmt: skip
-def test_what_is_refused(words: list[str], said: str) -> None:
+def test_what_is_refused(words: list[str], message: str) -> None:
     with pytest.raises(RequestError) as raised:
         load_config(words)
-    assert said in str(raised.value)
+    assert message in str(raised.value)
 
 
 def test_questions_are_part_of_a_run_only_where_they_are_asked() -> None:
-    """So that runs go on that began before there were any."""
+    """Runs from before the option existed still resume."""
     for words, changed in ((["data=skills"], ["evaluation.task_questions"]), ([], [])):
         first, then = (
             fingerprint(load_config([*words, f"evaluation.task_questions={n}"])) for n in (10, 20)

@@ -1,4 +1,4 @@
-"""Habits from other tools: each is refused with what to type here, through the real command."""
+"""Options of other tools: each is rejected with a replacement, through the real command."""
 
 from collections.abc import Callable
 from pathlib import Path

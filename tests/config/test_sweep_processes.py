@@ -1,4 +1,4 @@
-"""Sweeps in processes of their own: failures, kills, signals, and threads; runs are stubs."""
+"""Sweeps in separate processes: failures, kills, signals and threads, with stub runs."""
 
 import json
 import os
@@ -23,7 +23,7 @@ _SECONDS = 900  # on a machine that does much else
 
 
 def started(place: Path, *words: str) -> subprocess.Popen[str]:
-    """Begin a sweep in a session of its own, as a terminal does."""
+    """Start a sweep in its own session, like a terminal."""
     own = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     return subprocess.Popen(
         [*PROGRAM, *words, "hydra.sweep.dir=sweep"], cwd=place, stdout=subprocess.PIPE,
@@ -33,7 +33,7 @@ def started(place: Path, *words: str) -> subprocess.Popen[str]:
 
 
 def begun(place: Path) -> list[list[str]]:
-    """Job, seed, process, threads and group of what began."""
+    """Job, seed, process, threads and process group of a started run."""
     file = place / "begun.txt"
     return [line.split() for line in file.read_text().splitlines()] if file.exists() else []
 
@@ -58,7 +58,7 @@ def test_failed_and_killed_jobs_stand_in_the_table(tmp_path: Path, launcher: tup
     sweep = started(tmp_path, *words)
     out, errors = sweep.communicate(timeout=_SECONDS)
     assert sweep.returncode == 1, errors
-    assert "killed" in out and "the sweep was broken off" in errors
+    assert "killed" in out and "the sweep failed" in errors
     assert {line[4] for line in begun(tmp_path)} == {"sweep"}
     assert "a line of the run" in (tmp_path / "sweep/0/output.txt").read_text()
     assert "a line of the run" not in out
@@ -84,7 +84,7 @@ def test_a_signal_ends_all_jobs_in_order(
         os.kill(sweep.pid, number)
     _, errors = sweep.communicate(timeout=_SECONDS)
     assert sweep.returncode == 128 + number, errors
-    assert "Go on with the sweep:\n" in errors and "Traceback" not in errors
+    assert "Resume the sweep with:\n" in errors and "Traceback" not in errors
     assert statuses(tmp_path) == ["interrupted", "interrupted"]
     assert not (tmp_path / "sweep/.stopping").exists()
     (tmp_path / "go").touch()

@@ -1,4 +1,4 @@
-"""`data=text` and `model=hf`: what they compose to, and what is refused before anything runs."""
+"""`data=text` and `model=hf`: composed configs, and requests rejected before anything runs."""
 
 import gzip
 import json
@@ -35,7 +35,7 @@ SHAPES = {
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder beside the empty one that commands run in, with texts and a checkpoint's files."""
+    """A folder with data and a checkpoint, next to the empty folder in which commands run."""
     place = tmp_path.parent / f"{tmp_path.name}-texts"
     for name in ("old/deep/a.txt", "old/b.jsonl", "old/.hidden/c.txt", "old/d.tsv", "new/e.txt.gz"):
         (place / name).parent.mkdir(parents=True, exist_ok=True)
@@ -54,7 +54,7 @@ def write_checkpoint(folder: Path, **changes: Any) -> None:
 
 @pytest.fixture
 def run_there(run: Run, place: Path) -> Run:
-    """Run words in which @ stands for the folder of the texts."""
+    """Run a command in which @ is the folder of the data."""
     return lambda *words: run(*(word.replace("@", f"{place}/") for word in words))
 
 
@@ -194,12 +194,12 @@ def test_without_old_text_methods_that_need_none_run(run_there: Run) -> None:
 def test_what_a_training_recorded_does_in_place_of_old_text(run_there: Run, place: Path) -> None:
     words = ("model=hf", "model.path=@base", "data=text", "data.new=@new", "data.sequence_length=9")
     refused = run_there(*words, "forgetting=si")
-    assert refused.code == 2 and "si against forgetting needs old text" in refused.err
+    assert refused.code == 2 and "required by si" in refused.err
     (place / "base/state").mkdir()
     head = StateHead(step=3, kinds=("path_integral", "displacement"))
     (place / "base/state/state.json").write_text(record_text(head))
     assert run_there(*words, "forgetting=si").code == 0
-    assert "ewc against forgetting needs" in run_there(*words, "forgetting=[si,ewc]").err
+    assert "required by ewc" in run_there(*words, "forgetting=[si,ewc]").err
 
 
 HF = "model=hf model.path=@base data.sequence_length=64"
@@ -258,12 +258,12 @@ REFUSALS: dict[str, tuple[str, ...]] = {
     "model=hf model.path=@base": ("data.sequence_length = 128", "max_position_embeddings = 64"),
     f"{HF} expansion.width.hidden_size=25": ("expansion.width.hidden_size = 25",),
     f"{HF} expansion=dus expansion.dus.target_layers=9": ("expansion.dus.target_layers = 9",),
-    f"{HF} data=text data.new=@new": ("data.old = null", "replay against forgetting needs old"),
+    f"{HF} data=text data.new=@new": ("data.old = null", "required by replay"),
     f"{HF} data=text data.new=@new forgetting=[l2sp,ewc]": (
-        "ewc against forgetting needs", "let the model write it (forgetting=[self_replay,l2sp,ewc])"
+        "required by ewc", "let the model generate it (forgetting=[self_replay,l2sp,ewc])"
     ),
     f"{HF} data=text data.new=@new forgetting=replay": ("(forgetting=self_replay)",),
-    f"{HF} data=text data.new=@new forgetting=[ewc,si]": ("ewc and si against forgetting",),
+    f"{HF} data=text data.new=@new forgetting=[ewc,si]": ("required by ewc and si",),
 }  # fmt: skip
 
 
@@ -326,7 +326,7 @@ def test_no_run_lies_in_the_checkpoint_that_it_starts_from(
     (place / "link").symlink_to(place / "base")
     result = run_there(*HF.split(), f"hydra.run.dir={folder}")
     assert (result.code, result.written) == (2, [])
-    assert "in the checkpoint that the run starts from" in result.err
+    assert "inside the initial checkpoint" in result.err
 
 
 GPT2 = {"model_type": "gpt2", "vocab_size": 97, "n_embd": 24, "n_layer": 2, "n_head": 4}

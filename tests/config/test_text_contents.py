@@ -1,4 +1,4 @@
-"""What text files hold is looked at before anything is written, and folders say what they skip."""
+"""Data files are parsed before anything is written, and skipped files are reported."""
 
 import gzip
 import json
@@ -19,7 +19,7 @@ Run = Callable[..., Result]
 
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
-    """A folder of texts beside the empty one that commands run in."""
+    """A folder with data files, next to the empty folder in which commands run."""
     place = tmp_path.parent / f"{tmp_path.name}-texts"
     (place / "old").mkdir(parents=True)
     (place / "new").mkdir()
@@ -30,7 +30,7 @@ def place(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def run_there(run: Run, place: Path) -> Run:
-    """Run data=text with words in which @ stands for the folder of the texts."""
+    """Run data=text with arguments in which @ is the folder of the data."""
     return lambda *words: run("data=text", *(word.replace("@", f"{place}/") for word in words))
 
 
@@ -261,7 +261,7 @@ def test_forms_of_records_are_read_by_a_run(run_there: Run, place: Path) -> None
 
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The listed folders; the search of a recorded path is limited to 40 entries."""
+    """The listed folders; a recorded path is searched through at most 40 entries."""
     listed: list[str] = []
     scandir, listdir = os.scandir, os.listdir
 
@@ -304,7 +304,7 @@ def test_a_small_folder_that_a_record_names_is_read(tmp_path: Path, counted: lis
     (tmp_path / "texts/deep").mkdir(parents=True)
     for number in range(20):
         (tmp_path / f"texts/deep/{number}.txt").write_text("text")
-    for name in range(60):  # beside it, which no pattern looks at
+    for name in range(60):  # next to it, matched by no pattern
         (tmp_path / f"other{name}").mkdir()
     for word in ("texts", "texts/*/*.txt", "texts/**/*.txt", "texts/deep/1*.txt"):
         place = str(tmp_path / word)

@@ -1,4 +1,4 @@
-"""`max_tokens` beside `max_steps`: what follows from it, and which of the two stands."""
+"""`max_tokens` and `max_steps`: the number of steps, and precedence between the two."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -34,7 +34,7 @@ def test_tokens_become_steps(words: list[str], steps: int) -> None:
 
 @pytest.mark.quick_cases(2)
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "reported"),
     [
         (["training.max_tokens=9k", "training.max_steps=3"],
          ("training.max_tokens = 9k", "training.max_steps = 3", "one of them")),
@@ -47,10 +47,10 @@ def test_tokens_become_steps(words: list[str], steps: int) -> None:
         (["pretraining.schedule=rewarm"], ("pretraining.schedule = rewarm", "constant, cosine")),
     ],
 )  # fmt: skip
-def test_refused(words: list[str], told: tuple[str, ...]) -> None:
+def test_refused(words: list[str], reported: tuple[str, ...]) -> None:
     with pytest.raises(RequestError) as refused:
         load_config(words)
-    assert all(part in str(refused.value) for part in told), refused.value
+    assert all(part in str(refused.value) for part in reported), refused.value
 
 
 @pytest.mark.quick_cases(1)

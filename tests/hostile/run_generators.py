@@ -107,7 +107,7 @@ def _write_evil_options(conf: Path, command: str, *, has_shadow: bool) -> None:
             f"# Evil\ndus:\n  _target_: os.system\n  x: {call}\n"
         )
     (conf / "ladder").mkdir()
-    (conf / "ladder/evil.yaml").write_text("# Evil\nrungs: [[forgetting=evil]]\n")
+    (conf / "ladder/evil.yaml").write_text("# Evil\nfallbacks: [[forgetting=evil]]\n")
     (conf / "evil.yaml").write_text(
         "defaults:\n  - config\n  - override callbacks: evil\n  - _self_\n"
     )

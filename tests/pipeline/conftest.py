@@ -1,4 +1,4 @@
-"""A small real job: the embedded corpus, a base of a few thousand parameters, seconds each."""
+"""A small real job: the embedded corpus and a base model of a few thousand parameters."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,7 +29,7 @@ SMALL = (
 
 @pytest.fixture(scope="module", autouse=True)
 def unpainted() -> Iterator[None]:
-    """Let plots be put together and saved, but not painted; `tests/report` looks at whole ones."""
+    """Build and save plots without drawing them; `tests/report` checks complete plots."""
 
     def print_png(canvas: FigureCanvasAgg, path: Path) -> None:
         Image.new("RGB", (1, 1)).save(path)

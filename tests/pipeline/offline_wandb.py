@@ -1,4 +1,4 @@
-"""Reads what W&B left offline: a LevelDB log of protobuf records."""
+"""Reads offline runs of W&B: a LevelDB log of protobuf records."""
 
 import json
 from collections.abc import Iterator
@@ -34,7 +34,7 @@ class OfflineRun:
 
 
 def offline_runs(run_folder: Path) -> list[OfflineRun]:
-    """Return the W&B runs in a run folder, by the time when they were opened."""
+    """Return the W&B runs in a run folder, in the order of their start."""
     files = sorted(run_folder.glob("wandb/offline-run-*/run-*.wandb"))
     return [_read(path) for path in sorted(files, key=lambda path: path.parent.stat().st_ctime_ns)]
 
@@ -70,7 +70,7 @@ def _values(items: Any) -> dict[str, Any]:
 
 
 def _records(data: bytes) -> Iterator[bytes]:
-    """Yield the payloads of a LevelDB log whose first block begins with W&B's own header."""
+    """Yield the payloads of a LevelDB log whose first block starts with W&B's header."""
     assert data[:4] == b":W&B"
     at, parts = _FILE_HEADER, b""
     while at + _HEADER <= len(data):

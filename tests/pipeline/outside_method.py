@@ -1,4 +1,4 @@
-"""A method against forgetting as somebody else may write it: all that a method can ask for."""
+"""A third-party forgetting method that uses every input a method can request."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ class Options:
 
 
 class Outside(ForgettingMethod):
-    """Squared gradients on old text, added up over all trainings, and a teacher's opinion."""
+    """Squared gradients on old data, summed over all training runs, and a teacher."""
 
     name = "outside"
     dies_at: ClassVar[int | None] = None  # a step of a training, counted from one
@@ -73,8 +73,8 @@ class Outside(ForgettingMethod):
         ids = batch["input_ids"].long()
         with torch.no_grad():
             wanted = self.teacher(input_ids=ids, use_cache=False).logits.softmax(dim=-1)
-        said = model(input_ids=ids, use_cache=False).logits.log_softmax(dim=-1)
-        return 0.1 * nn.functional.kl_div(said, wanted, reduction="batchmean") / ids.shape[1]
+        message = model(input_ids=ids, use_cache=False).logits.log_softmax(dim=-1)
+        return 0.1 * nn.functional.kl_div(message, wanted, reduction="batchmean") / ids.shape[1]
 
     def add_to_gradients(self, model: nn.Module) -> None:
         self.steps += 1

@@ -1,4 +1,4 @@
-"""A run whose plug is pulled at a stage, to be gone on with."""
+"""A run that is killed at a stage, for tests that resume it."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,11 +17,11 @@ class _Pulled(Exception):
 
 @contextmanager
 def plug_pulled(module: ModuleType, stage: str, *, of: str) -> Iterator[None]:
-    """Let the run inside end where a stage of an arm would begin, which it has to reach.
+    """Kill the run inside this context when it reaches a stage of a branch.
 
     Args:
         module: that holds the stage.
-        of: name of the arm.
+        of: name of the branch.
     """
     original = getattr(module, stage)
 

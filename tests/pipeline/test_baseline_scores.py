@@ -1,4 +1,4 @@
-"""The base is scored once per cache, and what the cache holds is believed by its digest alone."""
+"""The base model is scored once per cache, and cached scores are verified by checksum."""
 
 import json
 from pathlib import Path
@@ -29,7 +29,7 @@ def scored(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def begin(folder: Path, cache: Path, *overrides: str) -> dict[str, Any]:
-    """Get the baseline of one job and return its scores."""
+    """Run the baseline stage of a job and return its scores."""
     folder.mkdir(parents=True)
     texts = {name: folder.parent / f"{name}.jsonl" for name in ("old", "new")}
     for name, path in texts.items():
@@ -55,7 +55,7 @@ def test_two_jobs_of_a_sweep_score_their_base_once(tmp_path: Path, scored: list[
     begin(tmp_path / "3", tmp_path / "cache", "seed=1")
     assert scored == ["baseline"] * 3
 
-    # One digit changed: scored anew, with the same result
+    # One digit changed: scored again, with the same result
     held.write_text(held.read_text().replace('"values": [', '"values": [1', 1))
     assert begin(tmp_path / "4", tmp_path / "cache") == first
     held.write_text("{")

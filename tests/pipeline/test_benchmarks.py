@@ -1,4 +1,4 @@
-"""Benchmarks in a run: asked of the baseline and of what was trained, gated as retention."""
+"""Benchmarks in a run: scored for the baseline and the trained model, gated like retention."""
 
 import json
 from collections.abc import Callable
@@ -38,7 +38,7 @@ def test_a_run_asks_them_before_and_after(
         assert record["n"] == 20 and 0 <= record["accuracy"] <= 1
     (check,) = [one for one in summary["gate"] if one["subject"] == "arc_easy/accuracy"]
     assert check["check"] == "retention" and check["n"] == 20
-    # The same that the command says of the folder
+    # The same scores as those of the command
     config = load_config([*words, "evaluation.task_limit=20"])
     (task,) = benchmark_tasks(config.evaluation, positions=512)
     assert task.questions is not None
@@ -68,7 +68,7 @@ def test_what_a_task_is_made_of_is_its_digest(files: Path) -> None:
 
 @pytest.mark.quick_cases(2)
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["evaluation.tasks=[arc_eazy]"], "evaluation.tasks = arc_eazy: allowed are"),
         (["evaluation.tasks=[code]"], "allow it with evaluation.allow_code=[humaneval,mbpp]"),
@@ -82,10 +82,10 @@ def test_what_a_task_is_made_of_is_its_digest(files: Path) -> None:
         (["evaluation.task_limit=0"], "evaluation.task_limit = 0"),
     ],
 )
-def test_what_cannot_be_asked_is_refused_before_the_run(words: list[str], said: str) -> None:
+def test_what_cannot_be_asked_is_refused_before_the_run(words: list[str], message: str) -> None:
     with pytest.raises(RequestError) as refused:
         load_config(words)
-    assert said in str(refused.value)
+    assert message in str(refused.value)
 
 
 def test_an_external_sandbox_needs_its_command(files: Path) -> None:

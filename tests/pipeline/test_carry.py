@@ -1,4 +1,4 @@
-"""`optimizer.carry`: trainings that go on with the moments of those before, and what is refused."""
+"""`optimizer.carry`: training that continues with earlier moments, and rejected requests."""
 
 import json
 import shutil
@@ -47,7 +47,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(place: Path) -> Run:
-    """Return what runs a job on those texts in a folder below; every base is cached there."""
+    """Return a function that runs a job on this data in a subfolder, with cached base models."""
 
     def _run(folder: str, *words: str, given: str = "") -> dict[str, Any]:
         (place / folder).mkdir()
@@ -69,13 +69,13 @@ def _config(place: Path, *words: str, given: str = "") -> Any:
 
 @pytest.fixture(scope="module")
 def carried(run: Run, place: Path) -> Path:
-    """A finished run whose training went on with the moments of its base."""
+    """A finished run whose training started from the moments of its base model."""
     run("carried", "expansion=none", "optimizer.carry=true", *CONSTANT)
     return place / "carried"
 
 
 def _expected(place: Path, folder: Path, *words: str) -> dict[str, torch.Tensor]:
-    """Return what a bare AdamW makes of a run's start, its moments and its batches."""
+    """Return the result of a bare AdamW loop from a run's start, moments and batches."""
     config = _config(place, *words)
     context = RunContext(
         config=config, folder=folder, console=Console(quiet=True), ledger=Ledger(folder)
@@ -152,10 +152,10 @@ def test_growth_control_and_rounds_carry_through_their_maps(
     run: Run, place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run("grown", "expansion=[width,llama_pro]", "optimizer.carry=true", "control=true")
-    told = capsys.readouterr().out
+    reported = capsys.readouterr().out
     # Of 5 layers two are new: 9 parameters each; the embedding and the last norm are old
-    assert "Adam's moments carried for 29 of 47 parameters; 18 begin anew" in told
-    assert "Adam's moments carried for 29 of 29 parameters" in told  # the control
+    assert "Adam moments carried over for 29 of 47 parameters; 18 start at zero" in reported
+    assert "Adam moments carried over for 29 of 29 parameters" in reported  # the control
     left = read_state(place / "grown/checkpoint")
     assert left is not None
     assert sorted(set(left.other_steps.values()) | {left.step}) == [4, 8]
@@ -168,7 +168,7 @@ def test_growth_control_and_rounds_carry_through_their_maps(
 def test_a_given_state_is_kept_beside_the_start_whether_it_is_used_or_not(
     run: Run, place: Path, carried: Path
 ) -> None:
-    """What a rollback publishes is a copy of that start."""
+    """After a rollback, the published checkpoint is a copy of the initial one."""
     words = ("expansion=none", "training.max_steps=1", "pipeline.keep_stages=true")
     run("kept", *words, given="carried/checkpoint")
     state, given = read_state(place / "kept/baseline"), read_state(carried / "checkpoint")
@@ -233,13 +233,15 @@ def test_a_checkpoint_without_moments_is_refused(place: Path, run: Run, tmp_path
 def test_moments_of_nothing_that_is_trained_are_refused_when_it_is_known(
     place: Path, run: Run, carried: Path
 ) -> None:
-    """A checkpoint whose moments are of another part of the model than what is trained."""
+    """A checkpoint with moments only for parameters that are not trained."""
     other = place / "other"
     shutil.copytree(carried / "checkpoint", other)
-    (other / "tritter.json").unlink()  # which would tell that the moments are not its own
+    (
+        other / "tritter.json"
+    ).unlink()  # its lineage would show that the moments belong to another model
     for kind in MOMENTS:
         folder = other / "state" / kind
         save_file({"elsewhere": torch.zeros(3)}, folder / "model.safetensors")
-    with pytest.raises(RequestError, match="nothing that is trained from"):
+    with pytest.raises(RequestError, match="the trained parameters in"):
         run("refused", "expansion=none", "optimizer.carry=true", given="other")
     assert read_config(place / "refused/baseline")

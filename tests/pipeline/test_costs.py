@@ -1,4 +1,4 @@
-"""Whole runs beside torch's counter: no pass of any stage is left out, none is charged twice.
+"""FLOPs of whole runs compared with torch's counter: every pass is counted exactly once.
 
 The models compute attention and experts eagerly here and attention is counted as the square that
 they compute; batches of one leave no padding. Then the two have to agree to the last FLOP.
@@ -31,7 +31,7 @@ SMALL_MODEL = tuple(word for word in SMALL if word.startswith("model."))
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
-    """Where a few texts lie, in the words of a run."""
+    """Return overrides with a few small data files."""
     place = tmp_path_factory.mktemp("texts")
     for name, seed in (("old", 0), ("new", 1)):
         (place / name).mkdir()
@@ -42,7 +42,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
 
 @pytest.fixture
 def as_computed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let stock models compute what is counted, and count what they compute."""
+    """Run the counted passes with stock models, and count their FLOPs."""
     stock = models._made_ready
 
     def eager(model: PreTrainedModel) -> PreTrainedModel:
@@ -62,7 +62,7 @@ def as_computed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(folder: Path, *words: str) -> tuple[dict[str, Any], int]:
-    """Return a run's summary, and the FLOPs that torch counted meanwhile."""
+    """Return a run's summary, and the FLOPs that torch counted during it."""
     folder.mkdir()
     config = load_config([*words, f"cache_dir={folder}/cache"])
     with FlopCounterMode(display=False) as counter:
@@ -130,7 +130,7 @@ def test_every_pass_of_appended_experts_is_counted(tmp_path: Path, places: tuple
 def test_every_pass_of_experts_that_are_gone_on_with_is_counted(
     tmp_path: Path, places: tuple[str, ...]
 ) -> None:
-    """The baseline is scored with the experts that it has."""
+    """The baseline is scored with its experts."""
     words = (*QUICK, *places, "evaluation.sample_tokens=0", "expansion=none")
     asked = ("experts=single_lora", "experts.rank=4")
     run(tmp_path / "first", *words, *SMALL_MODEL, *asked)
@@ -141,15 +141,15 @@ def test_every_pass_of_experts_that_are_gone_on_with_is_counted(
 
 @pytest.mark.full
 def test_a_sample_reads_each_token_once(tmp_path: Path, places: tuple[str, ...]) -> None:
-    """Stock models read the whole prefix again for each word, which is recomputation."""
+    """Stock models recompute the whole prefix for each token."""
     words = [*QUICK, *SMALL_MODEL, *places, "expansion=none"]
     long, _ = run(tmp_path / "long", *words, "evaluation.sample_tokens=5")
     none, _ = run(tmp_path / "none", *words, "evaluation.sample_tokens=0")
-    told = long["flops"]["evaluate"] - none["flops"]["evaluate"]
+    reported = long["flops"]["evaluate"] - none["flops"]["evaluate"]
     config = read_config(tmp_path / "long/checkpoint")
     forward = counting.forward_flops(config)
     # Two domains, two models; 1 + 24 + up to 4 of 5 tokens
-    assert 4 * forward.of(25) <= told <= 4 * forward.of(29)
+    assert 4 * forward.of(25) <= reported <= 4 * forward.of(29)
 
 
 @pytest.mark.full

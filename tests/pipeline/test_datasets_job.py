@@ -1,4 +1,4 @@
-"""A run on data sets, and what a further one finds of them."""
+"""A run on datasets, and their records in a later run."""
 
 import json
 import shutil
@@ -68,7 +68,7 @@ def test_a_run_on_data_sets_and_another_after_it(
 
     after = [*JOB, "model=hf", f"model.path={checkpoint}", "expansion=none", "forgetting=l2sp"]
     after = [word for word in after if not word.startswith(("model.h", "model.i", "model.n"))]
-    # What was learned is old, whatever the next text is, and where it lies now
+    # Learned domains are old, regardless of the next data and its location
     text = load_config([*after, "data=text", "data.new=stdlib:code"]).text
     assert (text.old, text.new) == (("old", "a", "b"), ("new",))
     moved = load_config([*after, "data=hf", f"data.new={tmp_path}/b"]).text

@@ -1,4 +1,4 @@
-"""The small job with two processes: only the trainings run in them, and the verdict is one's."""
+"""The small job with two processes: only training uses both, and the verdict is the same."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What a run leaves on disk: linked weights, removed stages, published dtypes, bytes."""
+"""Files of a run: linked weights, removed stages, published dtypes, bytes."""
 
 import errno
 import hashlib
@@ -47,7 +47,7 @@ Run = Callable[..., dict[str, Any]]
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint in bfloat16 that Tritter did not write."""
+    """A checkpoint in bfloat16 that was not written by Tritter."""
     folder = tmp_path_factory.mktemp("source") / "llama"
     model = oracle.tiny_llama(vocab_size=280, initializer_range=0.05).to(torch.bfloat16)
     oracle.saved(model, folder)
@@ -95,7 +95,7 @@ def digest(path: Path) -> str:
 
 @dataclass
 class Meter:
-    """The most bytes of weights below a folder, looked at whenever a name is changed there."""
+    """Peak bytes of weights in a folder, measured at every rename in it."""
 
     folder: Path
     peak: int = 0
@@ -119,7 +119,7 @@ class Meter:
             self.is_on = True
 
     def look(self) -> None:
-        """Sample the size, and compare the content of each inode with what it was."""
+        """Sample the size, and compare the content of each inode with earlier content."""
         self.peak = max(self.peak, num_bytes(self.folder))
         for path in weight_files(self.folder):
             found = path.stat().st_ino, digest(path)
@@ -140,7 +140,7 @@ def metered(folder: Path) -> Iterator[Meter]:
 
 
 def test_the_meter_sees_a_file_that_is_written_in_place(tmp_path: Path) -> None:
-    """The negative control of the test below."""
+    """Negative control of the next test."""
     (tmp_path / "config.json").write_text("{}")
     path = tmp_path / "model.safetensors"
     path.write_bytes(b"12345678")
@@ -187,7 +187,7 @@ def test_the_weights_of_a_run_take_twice_source_and_result(
 def test_a_run_that_is_rolled_back_ends_with_its_baseline_alone(
     run: Run, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its result is what it tried; each retry starts from the baseline."""
+    """Each retry starts from the baseline."""
     original, folder = verdict.checks, tmp_path / "run"
 
     def failed(*arguments: Any) -> list[Check]:
@@ -218,7 +218,7 @@ def test_weights_are_linked_and_outlive_their_other_names(
     assert not (folder / "baseline/config.json").samefile(cached.parent / "config.json")
     shutil.rmtree(cached.parent)
     shutil.rmtree(folder / "attempt_1")
-    run(name="again")  # trains the base anew
+    run(name="again")  # trains the base model again
     assert {place: digest(path) for place, path in weights.items()} == before
     # A checkpoint of a run is the baseline of the next, and loses nothing to it
     run("model=hf", f"model.path={folder / 'checkpoint'}", name="next", model=folder / "checkpoint")
@@ -229,7 +229,7 @@ def test_weights_are_linked_and_outlive_their_other_names(
 
 @pytest.mark.full
 def test_a_source_of_another_tool_is_copied(run: Run, source: Path, tmp_path: Path) -> None:
-    """That tool may save over it in place."""
+    """Another tool may overwrite its files in place."""
     run(*WIDTH, model=source)
     path = source / "model.safetensors"
     assert path.stat().st_nlink == 1
@@ -331,11 +331,11 @@ def test_a_round_that_is_rolled_back_publishes_the_rounded_one_before(
 
 
 class Killed(BaseException):
-    """Stands for a kill: nothing catches it."""
+    """Simulates a kill: no code catches it."""
 
 
 def end_after(owner: Any, name: str, monkeypatch: pytest.MonkeyPatch, *, is_before: bool) -> None:
-    """Let the run end where a function is called, before or after it does its work."""
+    """Kill the run at a function call, before or after the call."""
     original = getattr(owner, name)
 
     def ended(*arguments: Any, **options: Any) -> Any:
@@ -420,7 +420,7 @@ def test_keep_stages_keeps_them_and_may_be_changed_on_the_way(run: Run, tmp_path
 
 
 def die_at_removal(number: int, folder: Path) -> None:
-    """Kill this process just before it removes its `number`-th weight file below a folder."""
+    """Kill this process just before it removes the `number`-th weight file in a folder."""
     seen = 0
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
@@ -438,7 +438,7 @@ def die_at_removal(number: int, folder: Path) -> None:
 def test_a_run_killed_at_any_removal_goes_on_to_the_same_files(
     run: Run, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed with SIGKILL at every removal after the expansion, one after the other."""
+    """Killed with SIGKILL at every removal after the expansion in turn."""
     words = (*TASKS, "evaluation.sample_tokens=0")
     run(*words, name="whole", model=source)
     expected = digest(tmp_path / "whole/checkpoint/model.safetensors")

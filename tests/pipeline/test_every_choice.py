@@ -38,7 +38,7 @@ ALL_PAIRS = list(product(EXPANSIONS, METHODS))
 
 
 def pairs() -> Iterator[tuple[str, str]]:
-    """Yield pairs in which each expansion and each method stands at least once."""
+    """Yield pairs that cover each expansion and each method at least once."""
     for number in range(max(len(EXPANSIONS), len(METHODS))):
         yield EXPANSIONS[number % len(EXPANSIONS)], METHODS[number % len(METHODS)]
 
@@ -53,9 +53,9 @@ def tiny_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def growing() -> Iterator[ParameterSet]:
-    """Yield triples in which each growth stands, and each dense expansion and method in turn.
+    """Yield triples with each growth option, cycling through dense expansions and methods.
 
-    The first time that a growth stands there is quick; the pairs meet the others quickly.
+    Only the first case of each growth option is quick; the pairs cover the others.
     """
     dense = [name for name in EXPANSIONS if name not in WITH_EXPERTS]
     for number in range(max(len(dense), len(METHODS), len(GROWTHS))):
@@ -68,7 +68,7 @@ def growing() -> Iterator[ParameterSet]:
 
 
 def run(folder: Path, cache: Path, expansion: str, forgetting: str, growth: str) -> str:
-    """Run the job, or go on with it, and return the hash of what was trained."""
+    """Run or resume the job, and return the hash of the trained model."""
     folder.mkdir(exist_ok=True)
     words = [word for word in TINY if not word.startswith(("forgetting=", "model.num_hidden"))]
     words += ["model.num_hidden_layers=3", f"cache_dir={cache}"]

@@ -1,4 +1,4 @@
-"""A given checkpoint whose appended experts are closed: what a run leaves, and what it refuses."""
+"""A checkpoint with closed appended experts: outputs and rejections of a run."""
 
 import json
 from pathlib import Path
@@ -24,7 +24,7 @@ from tritter.transform import expand
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Texts, and `closed`: a model to which experts were appended."""
+    """Data, and `closed`: a model with appended experts."""
     place = tmp_path_factory.mktemp("experts")
     (place / "old").mkdir()
     for number, text in enumerate(texts(0)):

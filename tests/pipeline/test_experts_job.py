@@ -1,4 +1,4 @@
-"""LoRA experts in whole runs: killed and resumed, on disk, task after task, gone on with."""
+"""LoRA experts in whole runs: killed and resumed, on disk, over several tasks, continued."""
 
 import json
 from collections.abc import Sequence
@@ -67,7 +67,7 @@ def test_killed_and_resumed_it_leaves_the_same(tmp_path: Path, experts: Sequence
     one, two = (tmp_path / name / "checkpoint" for name in ("whole", "parts"))
     assert files(one) == files(two) and len(files(one)) >= 3
     base = tmp_path / "whole/baseline"
-    assert files(base)["model.safetensors"] == files(one)["model.safetensors"], "as it was"
+    assert files(base)["model.safetensors"] == files(one)["model.safetensors"], "unchanged"
     ids = torch.arange(24).reshape(2, 12) + 40
     stock = AutoModelForCausalLM.from_pretrained(one).eval()
     model = load_whole(one)
@@ -103,8 +103,8 @@ def test_tasks_and_a_checkpoint_that_is_gone_on_with(
         f"data.tasks=[{{new: {new}}},{{old: {old}}},{{new: {new}}}]",
     ]
     summary = run(tmp_path / "run", tmp_path / "cache", [*kept, *tasks, *DYLORA])
-    said = capsys.readouterr().out
-    assert "experts=dylora  seed=" in said and "protected by the frozen base" in said
+    message = capsys.readouterr().out
+    assert "experts=dylora  seed=" in message and "forgetting mitigation: frozen base" in message
     events = summary["experts"]["events"]
     assert summary["experts"]["spawned"][0]["task"] == 0
     assert [event["step"] for event in events] == sorted(event["step"] for event in events)

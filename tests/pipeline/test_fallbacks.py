@@ -1,4 +1,4 @@
-"""What is rolled back is tried again, otherwise: attempts of a run, each like a run of its own."""
+"""Retries after a rollback: each attempt equals a run with the same overrides."""
 
 import csv
 import json
@@ -23,7 +23,7 @@ from tritter.report.tables import summary_lines
 Run = Callable[..., Outcome]
 LADDER = """\
 # One with another rate, one with other methods
-rungs:
+fallbacks:
   - [training.learning_rate=1e-3]
   - [forgetting=ewc, forgetting.ewc.ewc_lambda=3, expansion=llama_pro, training.max_steps=4]
 """
@@ -47,7 +47,7 @@ def ladder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture
 def failing(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[str]]:
-    """Let attempts be rolled back by name."""
+    """Roll back attempts by name."""
     names, original = set[str](), verdict.checks
 
     def checks(context: RunContext, branches: Sequence[Branch]) -> list[Check]:
@@ -62,7 +62,7 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[str]]:
 def test_attempts_are_what_runs_of_their_own_would_be(
     run_tiny: Run, tmp_path: Path, failing: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Cut off in the last, and gone on with; held against plain runs with the rungs' own words."""
+    """Killed in the last attempt and resumed; compared with plain runs of the same overrides."""
     failing |= {"attempt_1", "attempt_2"}
     evaluation, broken = stages.evaluation, ["attempt_3"]
 

@@ -1,4 +1,4 @@
-"""Growth in whole runs: what the summary says, what lies on disk, and growing on from there."""
+"""Growth in whole runs: summary, files on disk, and continued growth."""
 
 import csv
 import json
@@ -64,7 +64,7 @@ def test_what_a_run_tells_and_leaves(tmp_path: Path) -> None:
 
 @pytest.mark.full
 def test_flops_are_those_of_the_shapes_that_each_step_had(tmp_path: Path) -> None:
-    """With what is read before and after each event, to see that the function is kept."""
+    """Includes forward passes before and after each event, to check function preservation."""
     from tritter.core.families import forward_flops, training_flops
 
     summary = run(tmp_path / "run", *OFTEN, "forgetting=none", "evaluation.every_n_steps=0")
@@ -145,7 +145,7 @@ def test_only_the_ffns_are_trained(tmp_path: Path) -> None:
 @pytest.mark.full
 @pytest.mark.parametrize("method", ["ewc", "si", "l2sp"])
 def test_old_neurons_are_held_and_new_ones_are_free(tmp_path: Path, method: str) -> None:
-    """A firm λ holds what is old, through an event, and leaves what is new to the training."""
+    """A large λ preserves old weights through an event and leaves new ones trainable."""
     moved = {}
     for name, strength in (("free", 0.0), ("held", 1e8 if method == "ewc" else 1e4)):
         words = (f"forgetting.{method}.{method}_lambda={strength}", f"forgetting={method}")
@@ -182,7 +182,7 @@ def test_a_thaw_does_not_train_what_growth_leaves_out(tmp_path: Path) -> None:
 
 @pytest.mark.full
 def test_gradients_of_what_grew_late_are_seen(tmp_path: Path) -> None:
-    """However rarely steps are logged."""
+    """Independent of the logging interval."""
     words = ("training.max_steps=28", "growth.trigger={name:schedule,at:[21]}")
     summary = run(tmp_path / "run", "expansion=none", "growth=foam", *words, "forgetting=none")
     assert is_within(summary)["gradient_flow"] and summary["growth"]["born"] == 20

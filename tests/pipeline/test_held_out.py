@@ -1,4 +1,4 @@
-"""What an ancestor held out is never trained on, and what one trained on never validates.
+"""Documents held out by an ancestor are never trained on, and trained ones never validate.
 
 The oracle reads what runs really feed: the tokens of both sides of every domain, decoded.
 """
@@ -52,7 +52,7 @@ def write_records(path: Path, found: Sequence[str]) -> Path:
 
 @dataclass
 class Fed:
-    """The texts that a run trains on and validates with, by domain, as keys."""
+    """The training and validation documents of a run, by domain, as keys."""
 
     train: dict[str, set[str]]
     validation: dict[str, set[str]]
@@ -84,7 +84,7 @@ def fed(context: RunContext) -> Fed:
 
 
 def run(folder: Path, name: str, *words: str) -> tuple[Path, Fed, dict[str, Any]]:
-    """Train, and return the checkpoint, what was fed and the summary."""
+    """Train, and return the checkpoint, the training data and the summary."""
     context = context_of(folder, *words)
     (folder / name).mkdir()
     outcome = run_pipeline(context.config, run_folder=folder / name)
@@ -98,7 +98,7 @@ def continued(checkpoint: Path, *words: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Fed]:
-    """A folder with `old/`, `new/` and a run on them; its checkpoint, and what it was fed."""
+    """A folder with `old/`, `new/` and a run on them; its checkpoint, and its training data."""
     place = tmp_path_factory.mktemp("base")
     write_files(place / "old", texts("of old"))
     write_files(place / "new", texts("and now"))
@@ -120,7 +120,7 @@ def with_neighbours(place: Path) -> list[str]:
 
 
 def in_other_files(place: Path) -> list[str]:
-    """Every second text moved from the old domain to the new one, and the reverse."""
+    """Every second document moved from the old domain to the new one, and the reverse."""
     mixed = [*texts("and now")[::2], *texts("of old")[1::2]]
     write_files(place / "moved", [f"\r\n {text} \n" for text in mixed])
     return [f"data.new={place}/moved"]
@@ -204,9 +204,9 @@ def test_text_that_was_learned_is_trained_again_under_its_name(
     assert (again.old_domains, again.new_domains) == (("past",), ("notes",))
     assert fed(again).train["notes"] == first.train["notes"]
     both = [f"data.new={tmp_path}/elsewhere", f"data.old=[{place}/new]", "forgetting=none"]
-    said = context_of(tmp_path, *continued(checkpoint, *both))
-    assert (said.old_domains, said.new_domains) == ((), ("notes",))
-    assert "notes is trained on again, so it is not old." in said.text.notes
+    message = context_of(tmp_path, *continued(checkpoint, *both))
+    assert (message.old_domains, message.new_domains) == ((), ("notes",))
+    assert "notes is trained on again, so it is not old." in message.text.notes
 
 
 @pytest.mark.full
@@ -235,7 +235,7 @@ def test_a_run_that_is_rolled_back_has_learned_nothing(
 def test_learned_text_that_is_not_at_hand(
     base: tuple[Path, Path, Fed], tmp_path: Path, damage: Any, reason: str
 ) -> None:
-    """It is refused unless old text is typed, which then comes under the lineage's split."""
+    """It is rejected unless old data is set, which then uses the lineage's split."""
     place, _, first = base
     shutil.copytree(place / "run", tmp_path / "run")
     for name in ("old", "new"):

@@ -1,4 +1,4 @@
-"""What the trainings of a run are told of the importances that one stage estimated."""
+"""Importances estimated by one stage and passed to the training runs."""
 
 import io
 import re
@@ -73,7 +73,7 @@ def state_of(folder: Path) -> dict[str, dict[str, Tensor]]:
 def test_what_one_training_leaves_the_next_takes_up(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of old text only that of the latest task is looked at, and for `si` none at all."""
+    """Of the old data only that of the latest task is read, and for `si` none at all."""
 
     def run(name: str, *words: str) -> dict[str, dict[str, Tensor]]:
         (tmp_path / name).mkdir()
@@ -96,8 +96,8 @@ def test_what_one_training_leaves_the_next_takes_up(
 
     given = ("model=hf", f"model.path={tmp_path}/first/checkpoint", "expansion=none")
     after = run("second", *given, f"data.new={{third:{FIXTURES}/text/old}}")
-    said = capsys.readouterr().out
-    assert re.search(r"Fisher of \d+ sequences of new\n", said) and "si: no path" not in said
+    message = capsys.readouterr().out
+    assert re.search(r"Fisher of \d+ sequences of new\n", message) and "si: no path" not in message
     for name, omega in left["path_integral"].items():
         latest = omega.clamp(min=0) / (left["displacement"][name].square() + 0.1)
         earlier = left["si_importance"].get(name, torch.zeros_like(latest))
@@ -114,7 +114,7 @@ def test_what_one_training_leaves_the_next_takes_up(
 def test_every_fisher_is_taken_on_the_sequences_of_the_first(
     run_tiny: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, estimator: str
 ) -> None:
-    """At unmoved weights a later Fisher then equals the first, and their maximum keeps its bits."""
+    """With unchanged weights, a later Fisher equals the first, and the maximum is bit-identical."""
     taken: list[Tensor] = []
     begin, estimate = EWC.begin_task, quadratic.diagonal_fisher
 

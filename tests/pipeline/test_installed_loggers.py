@@ -1,4 +1,4 @@
-"""TensorBoard and MLflow themselves, where they are installed: what they hold after a resume."""
+"""TensorBoard and MLflow, if installed: their contents after a resume."""
 
 import os
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from tritter.config.launch.composition import load_config
 from tritter.errors import RequestError
 from tritter.pipeline import run_pipeline
 
-STEPS = 6  # of each training; that of the control is broken off at its fifth, and goes on there
+STEPS = 6  # per training run; the control is killed at its fifth step and resumed
 
 
 def words(tmp_path: Path, loggers: str) -> tuple[str, ...]:
@@ -42,7 +42,7 @@ def broken_off_and_resumed(tmp_path: Path, loggers: str) -> Path:
 
 
 def check(curves: Mapping[str, list[int]], *, is_grown: bool) -> None:
-    """Hold the steps at which a run has metrics against what was trained, each step once."""
+    """Compare the steps with metrics in a run with the trained steps, each step once."""
     assert curves["train/loss"] == list(range(STEPS))
     assert curves["eval/old/loss"] == [*([-1] if is_grown else []), 0, 3, STEPS]
     assert curves["score/old/loss"] == [STEPS]
@@ -59,8 +59,8 @@ def test_tensorboard_has_each_training_once(tmp_path: Path) -> None:
         events = EventAccumulator(str(folder / "tensorboard" / part)).Reload()
         curves = {n: [each.step for each in events.Scalars(n)] for n in events.Tags()["scalars"]}
         check(curves, is_grown=not part)
-        told = events.PluginTagToContent("hparams")["_hparams_/session_start_info"]
-        values = HParamsPluginData.FromString(told).session_start_info.hparams
+        reported = events.PluginTagToContent("hparams")["_hparams_/session_start_info"]
+        values = HParamsPluginData.FromString(reported).session_start_info.hparams
         assert values["training/max_steps"].number_value == STEPS
 
 

@@ -1,4 +1,4 @@
-"""Sequences that a training leaves beside its model stand for text that the next one has not."""
+"""Sequences stored with a model replace data that the next run does not have."""
 
 import json
 from collections.abc import Callable
@@ -30,7 +30,7 @@ from tritter.training import Task
 
 @pytest.fixture(scope="module")
 def left(run_tiny: Callable[..., Outcome], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the folder of a run that keeps five sequences of each domain."""
+    """Return the folder of a run that stores five sequences of each domain."""
     folder = tmp_path_factory.mktemp("left") / "run"
     run_tiny(folder, "forgetting=replay", "forgetting.replay.keep=5", "expansion=none")
     return folder
@@ -38,7 +38,7 @@ def left(run_tiny: Callable[..., Outcome], tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture(scope="module")
 def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a text that no earlier run had."""
+    """Return data that no earlier run used."""
     path = tmp_path_factory.mktemp("text") / "third.jsonl"
     lines = (json.dumps({"text": f"the third text has line {n} of many " * 9}) for n in range(40))
     path.write_text("\n".join(lines))
@@ -102,11 +102,11 @@ def test_the_next_training_replays_it_where_text_is_gone(
     context = RunContext(
         config=config, folder=tmp_path, console=Console(quiet=True), ledger=Ledger(tmp_path)
     )
-    told = task(context, Branch("attempt_1", ()), follow=dict)
-    assert set(told.old_sequences) == {"old", "new"} == set(told.old_losses)
-    rows = {tuple(row.tolist()) for each in told.old_sequences.values() for row in each}
+    reported = task(context, Branch("attempt_1", ()), follow=dict)
+    assert set(reported.old_sequences) == {"old", "new"} == set(reported.old_losses)
+    rows = {tuple(row.tolist()) for each in reported.old_sequences.values() for row in each}
     new = context.batches(("third",), purpose="training", max_steps=6)
-    for batch in islice(Replay(fraction=0.5, weighting="loss").mix(new, told), 6):
+    for batch in islice(Replay(fraction=0.5, weighting="loss").mix(new, reported), 6):
         old = batch["input_ids"][batch["is_replay"]]
         assert len(old) == 2 and {tuple(row.tolist()) for row in old} <= rows
 
@@ -121,7 +121,7 @@ def test_methods_that_need_old_text_take_it(left: Path, other: Path, method: str
     words = [word for word in without_text(left, other) if "forgetting" not in word]
     assert load_config([*words, f"forgetting={method}"]).forgetting[0].name == method
     at_hand = [word for word in words if "data." not in word]
-    with pytest.raises(RequestError, match="needs old text"):
+    with pytest.raises(RequestError, match="required by"):
         load_config([*at_hand, "data.old={}", f"data.new={{a:{other}}}", f"forgetting={method}",
                      f"model.path={left}/baseline"])  # fmt: skip
 

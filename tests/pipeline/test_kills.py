@@ -46,13 +46,13 @@ KILLS = {"wider": 14, "neurons": 12, "experts": 12, "rounds": 6, "rolled back": 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A command with a run folder and a cache of its own."""
+    """A command with its own run folder and cache."""
 
     words: tuple[str, ...]
     folder: Path
 
     def start(self) -> "subprocess.Popen[bytes]":
-        """Start the job as a person would, in a process of its own."""
+        """Start the job in a separate process."""
         own = [f"cache_dir={self.folder}-cache", f"hydra.run.dir={self.folder}"]
         return subprocess.Popen(
             [sys.executable, str(ROOT / "train.py"), *self.words, *own],
@@ -63,7 +63,7 @@ class Job:
         )
 
     def finish(self) -> dict[str, str]:
-        """Let the job run to its end and return the digest of every file that it kept."""
+        """Run the job to its end and return the checksums of all its files."""
         process = self.start()
         _, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors.decode()
@@ -71,12 +71,12 @@ class Job:
 
     @property
     def state(self) -> tuple[tuple[str, int], ...]:
-        """What says that a stage ended or a training saved its state."""
+        """Files that mark the end of a stage or a saved training state."""
         marks = [self.folder / "ledger.json", *self.folder.glob("**/saved/*")]
         return tuple((str(p), p.stat().st_mtime_ns) for p in sorted(marks) if p.exists())
 
     def killed(self, wait: random.Random, *, at_once: bool) -> bool:
-        """Kill the job at its next mark, or up to two seconds later; return whether it ran."""
+        """Kill the job at its next mark or within two seconds; return True if it was running."""
         before, process, since = self.state, self.start(), time.monotonic()
         while process.poll() is None and time.monotonic() - since < 120:
             try:
@@ -96,19 +96,19 @@ class Job:
 
 
 def kept(folder: Path) -> dict[str, str]:
-    """Digest what lies in the checkpoint, but for the record and card, which name times."""
+    """Return the checksum of the checkpoint, without lineage and card, which contain times."""
     place = folder / "checkpoint"
     paths = [path for path in sorted(place.rglob("*")) if path.is_file()]
-    told = ("tritter.json", "README.md")
+    reported = ("tritter.json", "README.md")
     return {
         path.relative_to(place).as_posix(): file_digest(path)
         for path in paths
-        if path.name not in told
+        if path.name not in reported
     }
 
 
 def killed_often(job: Job, *, kills: int, seed: int) -> int:
-    """Kill the job in turn at a mark and at random until it ends; return how often it was hit."""
+    """Kill the job at marks and at random times until it ends; return the number of kills."""
     wait, hits = random.Random(seed), 0
     for number in range(kills):
         hits += job.killed(wait, at_once=bool(number % 2))
@@ -121,7 +121,7 @@ def killed_often(job: Job, *, kills: int, seed: int) -> int:
 def test_a_killed_run_ends_with_the_weights_of_one_that_was_not(
     run_job: Callable[..., Outcome], tmp_path: Path
 ) -> None:
-    """The whole one ran in this process, the killed one in others."""
+    """The uninterrupted run used this process, the killed one other processes."""
     run_job(tmp_path / "whole", *JOB)
     job = Job(JOB, tmp_path / "parts")
     assert killed_often(job, kills=3, seed=0) >= 2
@@ -135,7 +135,7 @@ def test_the_kills_are_at_least_fifty() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", JOBS)
 def test_however_often_it_is_killed_it_ends_with_the_same_files(name: str, tmp_path: Path) -> None:
-    """Several runs, each killed until it ends, until the job was hit as often as it should be."""
+    """Several runs, each killed until it ends, up to the required number of kills."""
     whole = Job(JOBS[name], tmp_path / "whole").finish()
     assert "model.safetensors" in whole
     hits = 0

@@ -1,4 +1,4 @@
-"""A callback widens the model while a run trains it: what the run leaves is the wider model."""
+"""A callback widens the model during training, and the run publishes the wider model."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The run, its control and its pretraining are runs of one group in W&B, and of other loggers."""
+"""The run, its control and its pretraining are in one group, in W&B and other loggers."""
 
 import subprocess
 from pathlib import Path
@@ -21,7 +21,7 @@ from tritter.pipeline.metrics import wandb_logger
 
 
 class FailOnce(Callback):
-    """Break one training off, the first time."""
+    """Kill one training run, the first time."""
 
     def __init__(self, folder: str, marker: str) -> None:
         self.folder, self.marker = folder, Path(marker)
@@ -34,7 +34,7 @@ class FailOnce(Callback):
 
 
 class FakeRun:
-    """What wandb.init was given, and what the run was told."""
+    """Arguments of wandb.init, and the logged rows."""
 
     def __init__(self, **given: Any) -> None:
         self.given, self.rows, self.summary = given, list[dict[str, Any]](), dict[str, Any]()
@@ -67,7 +67,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[FakeRun]:
 def test_one_process_leaves_one_folder_of_each_run_over_the_training_step(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A run that broke off and was resumed, read back from what W&B wrote offline."""
+    """A run that was killed and resumed, read from W&B's offline files."""
     folder = tmp_path / "a run"
     folder.mkdir()
     failing = f"{{_target_: {__name__}.FailOnce, folder: attempt_1, marker: {tmp_path / 'failed'}}}"
@@ -107,7 +107,7 @@ def steps_of(run: OfflineRun, name: str) -> list[int]:
 def test_what_a_killed_process_did_not_finish_is_cut_off(
     runs: list[FakeRun], tmp_path: Path
 ) -> None:
-    """`wandb sync` 0.31 stops at a file without a record, and at one that ends within a record."""
+    """`wandb sync` 0.31 stops at a file without a record, and at a truncated record."""
     context = RunContext(
         config=load_config([*TINY, "logger=wandb"]),
         folder=tmp_path,
@@ -136,7 +136,7 @@ def test_what_a_killed_process_did_not_finish_is_cut_off(
 
 
 def log_of(records: list[bytes]) -> bytes:
-    """Write records as a LevelDB log has them, after W&B's header."""
+    """Write records in a LevelDB log, after W&B's header."""
     log = b":W&B\x00\x00\x00"
     for record in records:
         left, is_first = record, True
@@ -176,7 +176,7 @@ def test_each_training_is_a_run_of_its_own_and_stays_it(
     assert [run.given["job_type"] for run in runs] == ["pretraining", "run", "control"]
     assert [run.exit_codes for run in runs] == [[0], [1], [1]]
     run_pipeline(config, run_folder=folder)
-    again = runs[3:]  # the control goes on, and the run is told its summary
+    again = runs[3:]  # the control resumes, and the summary is logged to the run
     assert [run.given["job_type"] for run in again] == ["control", "run"]
     assert [run.given["id"] for run in again] == [runs[2].given["id"], runs[1].given["id"]]
     assert len({run.given["id"] for run in runs}) == 3
@@ -186,15 +186,15 @@ def test_each_training_is_a_run_of_its_own_and_stays_it(
         "llama_pro ewc+replay seed 0",
         "control ewc+replay seed 0",
     ]
-    for told in (runs[0].rows, runs[1].rows, runs[2].rows + again[0].rows):
-        steps = {row["trainer/global_step"] for row in told if "train/loss" in row}
+    for reported in (runs[0].rows, runs[1].rows, runs[2].rows + again[0].rows):
+        steps = {row["trainer/global_step"] for row in reported if "train/loss" in row}
         assert len(steps) == 6
     assert any("score/new/loss" in row for row in again[0].rows)
     for part in ("", "pretraining", "control"):
         rows = (folder / "rows" / part / "metrics.csv").read_text().splitlines()
         assert "train/loss" in rows[0] and len(rows) > 1
-        told = yaml.safe_load((folder / "rows" / part / "hparams.yaml").read_text())
-        assert told == runs[0].given["config"] == fingerprint(config)
+        reported = yaml.safe_load((folder / "rows" / part / "hparams.yaml").read_text())
+        assert reported == runs[0].given["config"] == fingerprint(config)
     opened = len(runs)
     (tmp_path / "other").mkdir()
     run_pipeline(load_config([*TINY, *words, "control=false"]), run_folder=tmp_path / "other")

@@ -1,4 +1,4 @@
-"""What a real run holds in tensors, against what is counted before it starts."""
+"""Memory of a real run in tensors, compared with the estimate before its start."""
 
 import gc
 import random
@@ -19,7 +19,7 @@ from tritter.planning.run_memory import training_needs
 from tritter.training.callbacks import FiniteGuard
 
 # Measured: 1.001 for a base, 1.04 with L2-SP, 1.18 with EWC. What is counted is a lower bound:
-# masks, and a method's importances as they were carried, are not in it, nor is anything that is
+# masks, and a method's carried importances are not in it, nor is anything that is
 # smaller than the model.
 LARGEST_FACTOR = 1.3
 WIDE = ("model.hidden_size=160", "model.intermediate_size=480", "model.num_hidden_layers=4")
@@ -27,7 +27,7 @@ DEEP = ("model.hidden_size=96", "model.intermediate_size=320", "model.num_hidden
 
 
 def tensor_bytes() -> int:
-    """Return the bytes of all tensors alive, each storage once."""
+    """Return the bytes of all live tensors, each storage once."""
     storages = {}
     for each in gc.get_objects():
         is_tensor = type(each) in (torch.Tensor, torch.nn.Parameter)
@@ -39,7 +39,7 @@ def tensor_bytes() -> int:
 
 @pytest.fixture
 def measured(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """The tensors alive before each update of each training, beyond those from before."""
+    """The live tensors before each update of each training run, without earlier ones."""
     gc.collect()
     before, found = tensor_bytes(), list[int]()
     update: Callable[..., Any] = FiniteGuard.on_before_optimizer_step

@@ -1,4 +1,4 @@
-"""The main job with experts: dense to sparse, then experts for a new domain, opened and checked."""
+"""The main job with experts: dense to sparse, then experts for a new domain."""
 
 import json
 from collections.abc import Callable
@@ -32,7 +32,7 @@ def summary_of(folder: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def sparse(run_job: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run that made a dense base sparse."""
+    """A finished run that converted a dense base model to MoE."""
     folder = tmp_path_factory.mktemp("sparse") / "run"
     run_job(
         folder, "expansion=moe", "expansion.moe.num_experts=4", "gate='off'",
@@ -43,7 +43,7 @@ def sparse(run_job: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def add(sparse: Path, cache: Path) -> Run:
-    """Return what adds two experts to that model, for code."""
+    """Return overrides that add two experts for code to that model."""
 
     def run(folder: Path, *overrides: str) -> Outcome:
         folder.mkdir(parents=True, exist_ok=True)
@@ -60,7 +60,7 @@ def add(sparse: Path, cache: Path) -> Run:
 
 @pytest.fixture(scope="module")
 def cloned(add: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run that added them."""
+    """A finished run that added these experts."""
     folder = tmp_path_factory.mktemp("cloned") / "run"
     add(folder)
     return folder
@@ -243,7 +243,7 @@ def test_half_open_experts_are_opened_by_the_next_run(
 
 @pytest.mark.slow
 def test_new_experts_carry_the_domain_and_the_old_one_stays(cache: Path, tmp_path: Path) -> None:
-    """A model that knows prose gets experts for code: they take code more than prose."""
+    """A model trained on prose gets experts for code, which receive code more than prose."""
     small = [
         *(w for w in SMALL if "max_steps" not in w and "sequence_length" not in w),
         "data.sequence_length=64", f"cache_dir={cache}",

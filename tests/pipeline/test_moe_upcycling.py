@@ -1,4 +1,4 @@
-"""The main job with experts in place of FFNs: its jump, its methods, what it leaves."""
+"""The main job with experts in place of FFNs: logit shift, methods, outputs."""
 
 import json
 from collections.abc import Callable
@@ -14,7 +14,7 @@ Run = Callable[..., Outcome]
 
 
 def moved(folder: Path, part: str) -> float:
-    """Return how far the training took the tensors of a part, relative to their size."""
+    """Return the distance that training moved some tensors, relative to their norm."""
     before = load_file(folder / "attempt_1/expanded/model.safetensors")
     after = load_file(folder / "attempt_1/trained/model.safetensors")
     names = [name for name in before if part in name]
@@ -46,7 +46,7 @@ def test_a_sparse_model_comes_out_and_its_jump_is_reported(plain: Path) -> None:
 
 @pytest.mark.slow
 def test_ewc_holds_the_copies_as_it_held_the_ffn(run_job: Run, plain: Path, tmp_path: Path) -> None:
-    """The base's Fisher reaches the experts, and leaves the router free."""
+    """The Fisher of the base model is mapped to the experts; the router is unconstrained."""
     options = ("expansion=moe", "expansion.moe.num_experts=4", "forgetting=ewc")
     run_job(tmp_path, *options, "forgetting.ewc.ewc_lambda=1e9", "pipeline.keep_stages=true")
     for part in ("experts.0.w1", "experts.3.w2", "self_attn.v_proj"):

@@ -1,4 +1,4 @@
-"""A real job with callbacks, an optimizer and Trainer arguments of its own."""
+"""A real job with custom callbacks, optimizer and Trainer arguments."""
 
 import json
 from collections.abc import Callable
@@ -47,7 +47,7 @@ def test_a_job_with_all_of_them(run_job: Callable[..., Outcome], tmp_path: Path)
 
 
 class Logged(Callback):
-    """Leave the names of what callbacks could have monitored."""
+    """Record the names of all metrics available to callbacks."""
 
     def __init__(self, path: str) -> None:
         self.path = path

@@ -1,4 +1,4 @@
-"""A method that Tritter does not know, through a run, its end in mid-step, and the run after it."""
+"""A third-party method through a run, a kill during a step, and a following run."""
 
 import json
 from dataclasses import replace
@@ -83,7 +83,7 @@ def test_what_it_leaves_is_taken_up_by_the_next_training(
     after = run(tmp_path / "next", cache, *words, given=kept)
     assert after["forgetting"] == ["outside"]
     added_up = state_of(tmp_path / "next/importance", "omega")
-    assert added_up.keys() >= left.keys()  # routers, which began anew, have one now
+    assert added_up.keys() >= left.keys()  # routers started at zero, and have one now
     assert all(bool((added_up[name] >= left[name]).all()) for name in left)
     assert any(bool((added_up[name] > left[name]).any()) for name in left)
 
@@ -114,15 +114,15 @@ def test_killed_in_mid_step_it_ends_with_the_same_bits(
 def test_two_methods_that_prepare_one_kind_are_refused(cache: Path) -> None:
     config = load_config([*TINY, "forgetting=none", f"cache_dir={cache}"])
     config = replace(config, forgetting=(OUTSIDE,) * 2)
-    told = " ".join(map(str, method_problems(config)))
-    assert "forgetting = " in told and "more than one of them prepares omega" in told
+    reported = " ".join(map(str, method_problems(config)))
+    assert "forgetting = " in reported and "several of them prepare omega" in reported
 
 
 @pytest.mark.full
 def test_what_it_does_not_need_is_not_made(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The default job: no masks, no path of the base's training, nothing prepared."""
+    """The default job: no masks, no path integral of pretraining, no preparation."""
 
     def refused(*args: Any) -> Any:
         raise AssertionError("nobody asked for it")

@@ -1,4 +1,4 @@
-"""`data.packing=documents` through a whole job, and in what goes on from it."""
+"""`data.packing=documents` through a whole job, and in runs that continue from it."""
 
 import json
 from collections.abc import Callable
@@ -46,7 +46,7 @@ def test_its_base_is_another_than_that_of_a_stream(done: Path) -> None:
     assert before.training_config["data"] == {"sequence_length": 32, "packing": "documents"}
     stream, documents = (fingerprint(load_config([*TINY, word])) for word in (TINY[0], APART))
     assert list(changes_between(stream, documents)) == ["data.packing"]
-    # A command that goes on with the checkpoint packs as it was packed
+    # A command that continues from the checkpoint uses the same packing
     assert _recorded_settings(done / "checkpoint", is_text=True)["data.packing"] == "documents"
 
 

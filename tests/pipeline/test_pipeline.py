@@ -1,4 +1,4 @@
-"""The main job end to end on a small scale: what it leaves, keeps, rolls back and resumes."""
+"""The main job end to end on a small scale: outputs, verdicts and resumes."""
 
 import csv
 import json
@@ -63,7 +63,7 @@ def test_summary_holds_what_the_contract_names(default_run: Path) -> None:
 
 
 def test_its_losses_lie_beside_those_of_its_base_and_of_its_control(default_run: Path) -> None:
-    """The base's also where it came from the cache."""
+    """Also for a base model from the cache."""
     for name in ("metrics", "metrics_control", "metrics_pretraining"):
         curves = {each.name: each for each in curves_of(metric_rows(default_run / f"{name}.csv"))}
         assert curves["train/loss"].steps[-1] > 0, name
@@ -93,7 +93,7 @@ def test_checkpoint_is_a_stock_model_with_a_lineage(default_run: Path) -> None:
 
 
 def test_retention_is_the_paired_change_per_byte(default_run: Path) -> None:
-    """The gate's number, from the per-document losses on disk by another path."""
+    """The gate's value, computed independently from the per-document losses on disk."""
     scores = {
         name: json.loads((default_run / "scores" / f"{name}.json").read_text())["prose"]
         for name in ("baseline", "attempt_1-trained")
@@ -124,7 +124,7 @@ def test_metrics_and_plots_are_left(default_run: Path) -> None:
 def test_a_list_of_expansions_is_carried_out_in_order(
     run_job: Run, tmp_path: Path, expansion: str
 ) -> None:
-    """Each alone, with every method: test_every_choice.py."""
+    """test_every_choice.py tests each of them with every method."""
     words = (f"expansion={expansion}", "forgetting=[l2sp,replay]", "training.max_steps=3")
     outcome = run_job(tmp_path / "run", *words, "pipeline.keep_stages=true")
     summary = summary_of(tmp_path / "run")
@@ -178,8 +178,8 @@ def test_shuffled_labels_are_rolled_back(
         order = torch.randperm(
             ids.shape[1], generator=torch.Generator().manual_seed(int(ids.sum()))
         )
-        said = self.model(input_ids=ids, labels=ids[:, order], use_cache=False)
-        return TaskLoss(said.loss, said.logits)
+        message = self.model(input_ids=ids, labels=ids[:, order], use_cache=False)
+        return TaskLoss(message.loss, message.logits)
 
     from tritter.pipeline import base
 
@@ -232,18 +232,18 @@ def test_gate_off_keeps_any_result_and_reports_its_checks(
     assert summary["final"] == summary["attempts"][0]["final"] != summary["baseline"]
     assert read_lineage(tmp_path / "run/checkpoint").expansion_history  # type: ignore[union-attr]
     assert re.search(r"^status +ungated: gate=off keeps any result *$", printed, re.MULTILINE)
-    told = wandb_summary(Summary.of(summary))
-    assert (told["status"], told["prose/verdict"]) == ("ungated", "reported")
+    reported = wandb_summary(Summary.of(summary))
+    assert (reported["status"], reported["prose/verdict"]) == ("ungated", "reported")
 
 
 def test_a_base_that_explodes_is_not_cached(run_tiny: Run, tmp_path: Path) -> None:
-    with pytest.raises(TritterError, match=r"pretraining was broken off.*learning_rate"):
+    with pytest.raises(TritterError, match=r"pretraining stopped.*learning_rate"):
         run_tiny(
             tmp_path / "run", "pretraining.learning_rate=1e30", "trainer.gradient_clip_val=null",
             "trainer.max_non_finite_steps=2", cache_dir=tmp_path / "cache",
         )  # fmt: skip
     bases = tmp_path / "cache" / "bases"
-    assert not any(bases.glob("**/*.safetensors")), "what lies there is the lock of the entry"
+    assert not any(bases.glob("**/*.safetensors")), "only the lock of the entry is left"
 
 
 class Stopped(Exception):
@@ -259,7 +259,7 @@ def test_a_run_stopped_between_stages_goes_on_to_the_same_weights(
     monkeypatch: pytest.MonkeyPatch,
     before: str,
 ) -> None:
-    """The whole one has a control beside it, which changes nothing of it."""
+    """The uninterrupted run has a control, which does not affect it."""
 
     def stop(*arguments: Any, **options: Any) -> None:
         raise Stopped

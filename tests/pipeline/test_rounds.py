@@ -1,4 +1,4 @@
-"""Runs that grow to a size: round after round, each from what the one before it kept."""
+"""Runs that grow to a size: each round starts from the result of the previous one."""
 
 import csv
 import json
@@ -22,7 +22,7 @@ from tritter.pipeline.context import RunContext
 from tritter.training import read_metrics
 
 Run = Callable[..., Outcome]
-# Two rounds from the small job's 60,576 parameters; the gate keeps whatever comes.
+# Two rounds from the small job's 60,576 parameters; the gate keeps every result.
 GROW = ("pipeline.target_params=110k", "training.max_steps=10", "gate='off'")
 PROTECTED = (*GROW, "forgetting=[ewc,replay]", "forgetting.ewc.num_sequences=32")
 

@@ -1,4 +1,4 @@
-"""What models say to a prompt, where they read few tokens."""
+"""Samples of models with few positions."""
 
 from types import SimpleNamespace
 from typing import Any

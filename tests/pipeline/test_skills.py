@@ -1,4 +1,4 @@
-"""`data=skills`: accuracies wherever domains are scored, in the gate, and in what goes on later."""
+"""`data=skills`: accuracies in scores, in the gate, and in later runs."""
 
 import csv
 import json
@@ -81,7 +81,7 @@ def test_a_skill_has_its_accuracy_beside_its_loss_wherever_it_is_scored(trained:
 
 @pytest.mark.full
 def test_the_gate_asks_for_each_domain_and_each_task(trained: Path) -> None:
-    """After six steps nothing is known yet: reported, and the losses alone decide."""
+    """After six steps accuracy is at chance: it is reported, and only losses decide."""
     checks = {(check["check"], check["subject"]): check for check in summary_of(trained)["gate"]}
     tasks = {key: check for key, check in checks.items() if key[1].endswith("/accuracy")}
     assert set(tasks) == {
@@ -124,7 +124,7 @@ def test_a_run_that_was_stopped_between_tasks_ends_alike(
 def test_a_checkpoint_is_asked_the_same_again(
     trained: Path, run_skills: Job, tmp_path: Path
 ) -> None:
-    """All that it learned is old, generated anew from what the lineage recorded."""
+    """All learned skills are old, and are generated again from the lineage."""
     job = tuple(word for word in JOB if not word.startswith(("model.", "data.vocab")))
     words = ("model=hf", f"model.path={trained}/checkpoint", "data.new=reversing:150")
     run_skills(tmp_path / "run", *words, "expansion=none", job=job)

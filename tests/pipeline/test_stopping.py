@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM in a run: the exit code, the words, the command, and the same weights."""
+"""Ctrl-C and SIGTERM in a run: exit code, message, resume command, and the same weights."""
 
 import contextlib
 import csv
@@ -33,7 +33,7 @@ During = Callable[[Callback], contextlib.AbstractContextManager[None]]
 
 
 class SignalAt(Callback):
-    """Send this process signals just before an optimizer step, as somebody outside would."""
+    """Send this process signals just before an optimizer step."""
 
     def __init__(self, step: int, *numbers: int, rank: int | None = None) -> None:
         self.step, self.numbers, self.rank = step, numbers, rank
@@ -50,7 +50,7 @@ class SignalAt(Callback):
 
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str], cache: Path) -> Run:
-    """Run the tiny job, or words alone, through the program."""
+    """Run the tiny job, or only the given arguments, through the program."""
 
     def run_words(*words: str, is_alone: bool = False) -> Ended:
         job = [*TINY, f"cache_dir={cache}", "training.max_steps=8"]
@@ -63,7 +63,7 @@ def run(capsys: pytest.CaptureFixture[str], cache: Path) -> Run:
 
 @pytest.fixture(scope="module")
 def whole(run_tiny: Callable[..., Outcome], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same job, stopped by nobody."""
+    """The same job, uninterrupted."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     run_tiny(folder, "training.max_steps=8")
     return folder
@@ -71,14 +71,14 @@ def whole(run_tiny: Callable[..., Outcome], tmp_path_factory: pytest.TempPathFac
 
 @pytest.fixture(scope="module")
 def whole_by_two(run_tiny: Callable[..., Outcome], whole: Path) -> Path:
-    """And on two processes."""
+    """The same on two processes."""
     run_tiny(whole.with_name("by_two"), "training.max_steps=8", *DDP)
     return whole.with_name("by_two")
 
 
 @pytest.fixture
 def signal_at(monkeypatch: pytest.MonkeyPatch) -> During:
-    """Put a callback first in every training inside."""
+    """Put a callback first in every training run inside this context."""
     whole = fitting.build_trainer
 
     @contextlib.contextmanager
@@ -94,14 +94,14 @@ def signal_at(monkeypatch: pytest.MonkeyPatch) -> During:
 
 
 def printed_words(ended: Ended) -> list[str]:
-    """Return the words of the command that is printed to go on, without the program."""
+    """Return the arguments of the printed resume command, without the program."""
     program, _, *words = shlex.split(ended.err.strip().splitlines()[-1])
     assert program.rpartition("/")[2].startswith("python")
     return words
 
 
 def logged(folder: Path) -> list[dict[str, str]]:
-    """Return the rows of metrics.csv without what a clock or the machine's memory measured."""
+    """Return the rows of metrics.csv without times and memory."""
     with (folder / "metrics.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     return [{k: v for k, v in row.items() if not k.startswith("performance/")} for row in rows]
@@ -135,7 +135,7 @@ def test_a_training_stops_at_its_step_and_goes_on_to_the_same_weights(
         ended = run(f"""hydra.run.dir="{folder}" """.strip())
     assert ended.code == code
     where = f"at step {step + 1} of 8 of the training, which goes on from there"
-    assert f"\nStopped {where}.\nGo on with:\n  " in ended.err and "Traceback" not in ended.err
+    assert f"\nStopped {where}.\nResume with:\n  " in ended.err and "Traceback" not in ended.err
     status = status_of(folder)
     assert (status["status"], status["exit_code"]) == ("interrupted", code)
     assert status["error"] == f"stopped {where}"
@@ -184,7 +184,7 @@ def test_a_sweep_ends_and_says_how_it_goes_on(run: Run, tmp_path: Path, signal_a
     words = ("-m", "seed=0,1", f"hydra.sweep.dir={tmp_path / 'sweep'}")
     with signal_at(SignalAt(3, signal.SIGTERM)):
         ended = run(*words)
-    assert ended.code == 143 and "Go on with the sweep:" in ended.err
+    assert ended.code == 143 and "Resume the sweep with:" in ended.err
     assert not (tmp_path / "sweep/1").exists()
     again = run(*printed_words(ended), is_alone=True)
     assert again.code == 0, again.err
@@ -212,7 +212,7 @@ def test_processes_stop_together_and_go_on(
 def test_signals_from_outside_at_any_moment(
     run: Run, tmp_path: Path, cache: Path, number: int, code: int
 ) -> None:
-    """The program in a process of its own, stopped again and again until it is done."""
+    """The program in a separate process, stopped repeatedly until it ends."""
     long = ("training.max_steps=1500", "trainer.save_every_n_steps=200")
     assert run(f"hydra.run.dir={tmp_path / 'whole'}", *long).code == 0
     folder = tmp_path / "run"
@@ -236,7 +236,7 @@ def test_signals_from_outside_at_any_moment(
         codes.append(process.returncode)
         if process.returncode == 0:
             break
-        assert process.returncode == code and "Go on with:\n" in errors, errors
+        assert process.returncode == code and "Resume with:\n" in errors, errors
         command = shlex.split(errors.strip().splitlines()[-1])
     assert codes[-1] == 0 and codes.count(code) >= 2
     assert result(folder) == result(tmp_path / "whole")

@@ -1,4 +1,4 @@
-"""What a run suggests when it has ended: what suits the verdict, and can be pasted."""
+"""Commands suggested at the end of a run: they suit the verdict and are valid."""
 
 import shlex
 import sys
@@ -26,14 +26,14 @@ def check(name: str, verdict: str, **more: Any) -> dict[str, Any]:
 
 @pytest.fixture
 def commands(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
-    """Return what is suggested for a verdict, and see that each command would be accepted."""
+    """Return the suggestions for a verdict, after checking that each command is valid."""
     monkeypatch.setattr(sys, "argv", ["train.py"])
     monkeypatch.setenv("PATH", "/nowhere")
 
     def suggested(status: str, *checks: dict[str, Any], words: tuple[str, ...] = ()) -> list[str]:
         config = load_config(words)
         summary = summary_of(status, *checks)
-        lines = next_commands(config, summary, words=words, folder=FOLDER)
+        lines = next_commands(config, summary, overrides=words, folder=FOLDER)
         for line in lines:
             program, _, rest = line.partition("train.py ")
             if rest:
@@ -114,7 +114,10 @@ def test_what_was_not_kept_is_found(tmp_path: Path) -> None:
     (tmp_path / "attempt_2" / "trained").mkdir(parents=True)
     (tmp_path / "attempt_2" / "trained" / "model.safetensors").touch()
     two, one = (summary_of("rolled_back", attempts=number) for number in (2, 1))
-    told = next_commands(load_config(()), two, words=(), folder=tmp_path)
-    assert f"inspect {tmp_path}/attempt_2/trained   # what was trained and not kept" in told[-3]
-    gone = next_commands(load_config(()), one, words=(), folder=tmp_path)
+    reported = next_commands(load_config(()), two, overrides=(), folder=tmp_path)
+    assert (
+        f"inspect {tmp_path}/attempt_2/trained   # the trained model, which was not kept"
+        in reported[-3]
+    )
+    gone = next_commands(load_config(()), one, overrides=(), folder=tmp_path)
     assert not any("trained" in line for line in gone)

@@ -1,4 +1,4 @@
-"""Real sweeps side by side: one base for all, and the results of one job after the other."""
+"""Real parallel sweeps: one base model for all, and the results of sequential jobs."""
 
 import json
 import os
@@ -38,28 +38,28 @@ def results(place: Path) -> list[Any]:
     return [result(place / "sweep" / str(number)) for number in range(4)]
 
 
-def rows(said: str) -> list[str]:
-    return [line for line in said.splitlines() if line.startswith("│")]
+def rows(message: str) -> list[str]:
+    return [line for line in message.splitlines() if line.startswith("│")]
 
 
 def compared(place: Path) -> Any:
-    """What `tritter compare` says of the sweep, but for time and memory."""
+    """The output of `tritter compare` for the sweep, without time and memory."""
     page = ["--output", str(place / "page.html"), "--overwrite"]
     own = ["compare", str(place / "sweep"), "--json", *page]
     command = [sys.executable, "-m", "tritter", *own]
-    said = json.loads(subprocess.run(command, check=True, capture_output=True, cwd=ROOT).stdout)
+    message = json.loads(subprocess.run(command, check=True, capture_output=True, cwd=ROOT).stdout)
     kept = ("name", "status", "seed", "training_flops", "training_tokens", "steps", "subjects")
-    return [{key: run[key] for key in kept} for run in said["runs"]]
+    return [{key: run[key] for key in kept} for run in message["runs"]]
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The sweep, one job after the other, and what it printed."""
+    """The sequential sweep, and its output."""
     place = tmp_path_factory.mktemp("alone")
     sweep = begun(place)
-    said, _ = sweep.communicate(timeout=_SECONDS)
-    assert sweep.returncode == 0, said
-    return place, said
+    message, _ = sweep.communicate(timeout=_SECONDS)
+    assert sweep.returncode == 0, message
+    return place, message
 
 
 @pytest.mark.slow
@@ -76,13 +76,13 @@ def test_a_killed_sweep_of_jobs_side_by_side_ends_as_one_by_one(
     cut = [p for p in tmp_path.glob("sweep/*/status.json") if '"running"' in p.read_text()]
     assert cut, "it was killed too late"
     again = begun(tmp_path, *LAUNCHERS[launcher])
-    said, _ = again.communicate(timeout=_SECONDS)
-    assert again.returncode == 0, said
+    message, _ = again.communicate(timeout=_SECONDS)
+    assert again.returncode == 0, message
     assert results(tmp_path) == results(alone[0])
-    assert rows(said) == rows(alone[1]) and len(rows(said)) == 4
+    assert rows(message) == rows(alone[1]) and len(rows(message)) == 4
     assert compared(tmp_path) == compared(alone[0])
     printed = [path.read_text() for path in tmp_path.glob("sweep/*/output.txt")]
-    assert sum("training a base of" in text for text in printed) == 1
+    assert sum("training a base model with" in text for text in printed) == 1
     (base,) = (path for path in (tmp_path / "cache/bases").iterdir() if path.is_dir())
     (kept,) = (path for path in (alone[0] / "cache/bases").iterdir() if path.is_dir())
     hashes = [json.loads((p / "tritter.json").read_text())["model_hash"] for p in (base, kept)]

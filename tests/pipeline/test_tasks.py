@@ -1,4 +1,4 @@
-"""`data.tasks`: one task after the other from what the one before left, and what the gate asks."""
+"""`data.tasks`: each task starts from the previous result, and the checks of the gate."""
 
 import csv
 import json
@@ -19,7 +19,7 @@ from tritter.pipeline import Outcome, run, run_pipeline, stages
 from tritter.pipeline.branch import Branch
 from tritter.pipeline.context import RunContext
 from tritter.pipeline.ledger import StageResult, TrainingFound
-from tritter.pipeline.metrics import CountedOn
+from tritter.pipeline.metrics import OffsetLogger
 
 NEW = FIXTURES / "text/new.jsonl"
 JOB = [word for word in TINY if not word.startswith("data.new=")]
@@ -88,7 +88,7 @@ def test_each_task_has_its_record_and_the_last_stands_in_front(trained: Path) ->
 
 @pytest.mark.full
 def test_the_matrix_has_every_domain_after_every_task(trained: Path) -> None:
-    """From the scores on disk; `new` comes twice, and its first task is its own."""
+    """From the scores on disk; `new` occurs twice, and its first task counts."""
     summary = summary_of(trained)
     for matrix, branch in (
         (summary["matrix"], "attempt_1"),
@@ -119,7 +119,7 @@ def _per_byte(folder: Path, name: str, domain: str) -> float:
 def test_a_task_that_others_followed_is_held_against_what_it_was_when_it_was_learned(
     trained: Path,
 ) -> None:
-    """By hand, from the scores on disk. What comes last is new, and has nothing to keep yet."""
+    """Computed from the scores on disk. The last task is new and has nothing to retain."""
     checks = {(check["check"], check["subject"]): check for check in summary_of(trained)["gate"]}
     assert [name for name in checks if name[0] == "retention"] == [
         ("retention", "old"), ("retention", "code"),
@@ -139,7 +139,7 @@ def test_a_task_that_others_followed_is_held_against_what_it_was_when_it_was_lea
 
 @pytest.mark.full
 def test_each_task_starts_from_what_the_one_before_left(trained: Path) -> None:
-    """Weights and moments; the lineage holds one node for each, and all text that was learned."""
+    """Weights and moments; the lineage has one node per task, and all learned domains."""
     nodes = [trained / f"attempt_1{part}/trained" for part in ("", "_task_2", "_task_3")]
     lineages = [read_lineage(node) for node in nodes]
     published = read_lineage(trained / "checkpoint")
@@ -189,7 +189,7 @@ def test_what_came_in_a_later_task_was_trained_from_there_on(
 @pytest.mark.full
 def test_a_logger_of_a_later_task_counts_on(tmp_path: Path) -> None:
     logger = CSVLogger(tmp_path, name="", version="")
-    later = CountedOn(logger, 40)
+    later = OffsetLogger(logger, 40)
     later.log_metrics({"loss": 1.0}, step=2)
     later.log_metrics({"loss": 0.5})
     later.finalize("success")
@@ -219,9 +219,10 @@ def test_a_run_that_was_stopped_between_tasks_ends_with_the_same_weights(
 def test_each_task_stops_by_a_named_domain_also_when_gone_on_with(
     run_tasks: Run, code: Path, tmp_path: Path
 ) -> None:
-    """Nothing is enough of an improvement, so patience ends with the third evaluation after step 0.
+    """No improvement is large enough, so patience ends with the third evaluation after step 0.
 
-    The second task is broken off when it has waited twice: anew, it would not end before its last.
+    The second task is killed after two evaluations without improvement. A restart of the task
+    would run to its end.
     """
     failing = "{_target_: tests.pipeline.test_loggers.FailOnce, folder: attempt_1_task_2, marker: "
     words = (
@@ -266,7 +267,7 @@ def test_what_is_broken_off_is_followed_by_no_task_and_rolled_back(
 
 @pytest.mark.full
 def test_an_old_domain_that_comes_again_is_kept_until_then(run_tasks: Run, tmp_path: Path) -> None:
-    """It is replayed in the tasks before its own, and held against the beginning at the end."""
+    """It is replayed in the tasks before its own, and compared with the start at the end."""
     old = FIXTURES / "text/old"
     outcome = run_tasks(tmp_path / "run", f"data.tasks=[{NEW},{old}]", "forgetting=replay")
     summary = summary_of(tmp_path / "run")

@@ -1,4 +1,4 @@
-"""Text that goes bad after it was looked at, or was too much for that, fails a run by a list."""
+"""Data that breaks after validation, or is too large to validate, fails a run with a list."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -35,13 +35,13 @@ def test_what_is_found_when_the_run_reads_it_is_listed_whole(
     for name in ("old", "new"):
         assert f"data.{name}: {tmp_path}/{name}/b.jsonl, line 2 has no field text" in errors
         assert f"data.{name}: {tmp_path}/{name}/b.jsonl, line 3 is a number" in errors
-    assert f"The run so far: {run}" in errors
+    assert f"Run folder: {run}" in errors
     status = read_status(run)
     assert (status.status, status.exit_code) == ("failed", 1)
 
 
 def of_side(side: str, *, seed: int = 0, fraction: float = 0.2) -> list[str]:
-    """Return texts that the split puts on one side, by the documented rule."""
+    """Return documents that the split puts on one side, by the documented rule."""
     found: dict[str, list[str]] = {"train": [], "validation": []}
     for number in range(60):
         text = f"text {number}"
@@ -97,9 +97,9 @@ def test_a_text_of_one_side_is_refused_before_anything_is_written(
     named = "data.tasks.b" if key == "data.tasks" else key
     for name, texts in (("one", train[:1]), ("train", train[:9]), ("held", validation[:4])):
         assert code(write(tmp_path / name, texts)) == 2
-        said = capsys.readouterr().err
-        assert f"error: {named} = " in said and f"(of {len(texts)})" in said
-        assert "Nothing was written." in said
+        message = capsys.readouterr().err
+        assert f"error: {named} = " in message and f"(of {len(texts)})" in message
+        assert "Nothing was written." in message
         assert not run.exists() and not (tmp_path / "cache").exists() and not started
     other = f"seed={next(s for s in range(99) if train[0] in of_side('validation', seed=s))}"
     assert code(write(tmp_path / "again", train[:1]), other) == 2

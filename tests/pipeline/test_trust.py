@@ -1,4 +1,4 @@
-"""What a run finds in its folder is held against digests before it is used, or it is refused."""
+"""Files in a run folder are compared with their checksums before use."""
 
 import json
 import random
@@ -19,13 +19,13 @@ from tritter.pipeline.trained import TrainedWriter
 from tritter.storage import hashing, reading, records
 
 FLIPS_PER_FILE = 3
-# Never read again: the run's own log and what is rewritten when it goes on
+# Never read again: the run's own log, and files that a resume rewrites
 UNREAD = ("README.md",)
 
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """How a command ended."""
+    """Result of a command."""
 
     code: int
     out: str
@@ -36,7 +36,7 @@ Run = Callable[..., Ended]
 
 
 class Killed(BaseException):
-    """Stands for a kill: nothing catches it."""
+    """Simulates a kill: no code catches it."""
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def run_program(folder: Path, cache: Path) -> int:
 
 @pytest.fixture(scope="module")
 def left(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Runs to be copied: `finished`; killed before its result was written, and before its scores.
+    """Runs to copy: `finished`; killed before its result was written, and before its scores.
 
     The first was killed after its last saved state.
     """
@@ -95,7 +95,7 @@ def finished(left: Path, tmp_path: Path) -> Path:
 
 
 def result(folder: Path) -> tuple[str, object, object]:
-    """Return what has to be as if nothing had happened: weights, scores, verdict."""
+    """Return the results that must not differ: weights, scores, verdict."""
     lineage = read_lineage(folder / "checkpoint")
     assert lineage is not None
     summary = json.loads((folder / "summary.json").read_text())
@@ -109,7 +109,7 @@ def flip_a_bit(path: Path, draw: random.Random) -> None:
 
 
 def flip_each(run: Run, unfinished: Path, place: Path, names: list[str], seed: int) -> list[str]:
-    """Flip one bit in each file, go on, and return the files that were refused by name."""
+    """Flip one bit in each file, resume, and return the files named in an error."""
     whole = place / "whole"
     shutil.copytree(unfinished, whole)
     assert run(whole).code == 0
@@ -176,11 +176,11 @@ def test_a_flipped_bit_in_a_trained_model_is_not_published(run: Run, trained: Pa
     ended = run(trained)
     assert ended.code == 1 and not (trained / "checkpoint").exists()
     assert f"{path}, tensor " in ended.err and "changed" in ended.err
-    assert f"Delete {path.parent}, and the run makes it again" in ended.err
+    assert f"Delete {path.parent} to recreate them" in ended.err
     shutil.rmtree(path.parent)
     again = run(trained)
     assert again.code == 0
-    assert f"{path.parent} is gone: attempt_1.fit is done again" in again.out
+    assert f"{path.parent} is gone: repeating attempt_1.fit" in again.out
 
 
 @pytest.mark.quick_cases(1)
@@ -215,13 +215,13 @@ def test_what_is_made_again_leaves_what_follows_as_it_is(run: Run, finished: Pat
     (finished / "scores/baseline.json").unlink()
     ended = run(finished)
     assert ended.code == 0 and result(finished) == before
-    assert "baseline is done again" in ended.out and "fit        done before" in ended.out
+    assert "repeating baseline" in ended.out and "fit        already finished" in ended.out
     shutil.rmtree(finished / "checkpoint")
     ended = run(finished)
     assert ended.code == 0 and result(finished) == before
-    assert "publish is done again" in ended.out
-    assert f"{finished}/attempt_1/trained was removed: attempt_1.fit is done again" in ended.out
-    assert "gate       done before" in ended.out
+    assert "repeating publish" in ended.out
+    assert f"{finished}/attempt_1/trained was removed: repeating attempt_1.fit" in ended.out
+    assert "gate       already finished" in ended.out
     assert "nothing to do" in run(finished).out
 
 
@@ -237,7 +237,7 @@ def test_a_finished_run_is_believed_when_what_it_names_is_whole(
     ended = run(finished)
     assert ended.code == 1 and str(path) in ended.err
     place = path.parent if name.startswith("checkpoint") else path
-    assert f"Delete {place}, and it is made again by: " in ended.err
+    assert f"Delete {place} and recreate it with: " in ended.err
     shutil.rmtree(place) if place.is_dir() else place.unlink()
     assert run(finished).code == 0
     assert result(finished) == before
@@ -279,7 +279,7 @@ def test_a_log_may_go_and_a_damaged_one_is_told(run: Run, trained: Path) -> None
 def test_each_folder_is_read_once(
     run_tiny: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Config and lineage of what the run wrote are parsed once; weights are not hashed again."""
+    """Config and lineage are parsed once; weights are not hashed again."""
     reads, hashed = Counter[str](), list[str]()
     read, digest = reading.read_text, hashing.tensor_digest
 

@@ -1,4 +1,4 @@
-"""The smallest real job: a tenth of a second a stage, on text of the fixtures."""
+"""The smallest real job: a tenth of a second per stage, on the data of the fixtures."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -36,7 +36,7 @@ _BOUNDS = {"gradient_flow": 0.0, "memory": MEMORY_BOUND, "preservation": EXACT_J
 
 
 def is_within(summary: Mapping[str, Any]) -> dict[str, bool]:
-    """Return check → whether its value is within the gate's bound, of an ungated run too."""
+    """Return check → True if its value is within the gate's bound, also for an ungated run."""
     values = {check["check"]: check["value"] for check in summary["gate"]}
     return {
         name: values[name] is None or abs(values[name]) <= bound

@@ -26,7 +26,7 @@ from tritter.cli.plan import plan
 from tritter.cli.report import report
 from tritter.cli.train import TrainCommand, train
 from tritter.cli.validate import validate
-from tritter.config.launch.command_line import UNFORESEEN, check_encodable, said
+from tritter.config.launch.command_line import SYSTEM_ERRORS, check_encodable, one_line
 from tritter.config.suggestions import flag_advice
 from tritter.errors import RequestError, TritterError
 from tritter.stopping import Stopped, stopping
@@ -102,8 +102,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     # What the system refuses on the way (a full disk, a name too long, no memory) is no fault of
     # the program, and needs no traceback
-    except UNFORESEEN as error:
-        say(f"error: {said(error)}", is_error=True)
+    except SYSTEM_ERRORS as error:
+        say(f"error: {one_line(error)}", is_error=True)
         return 1
     except Stopped as stop:
         if stop.signal_number == signal.SIGPIPE:  # nobody reads on, as behind `| head`

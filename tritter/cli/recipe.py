@@ -289,7 +289,7 @@ class _Methods:
         if name not in self._read:
             body, reader = body_of(self._bodies[name])[name], Reader(self.keys)
             assert isinstance(body, Mapping)
-            kind = reader.ask(method_class, "expansion", name, {name: body})
+            kind = reader.call(method_class, "expansion", name, {name: body})
             self._read[name] = body, kind, reader.problems
         return self._read[name]
 

@@ -1,1 +1,1 @@
-"""What a run is asked to do: its record, the rules that hold it together, and what starts it."""
+"""Configuration of a run: schema, validation, and launch."""

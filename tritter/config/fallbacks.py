@@ -1,4 +1,4 @@
-"""`gate.ladder`: what a run that is rolled back tries next, a list of overrides per attempt."""
+"""Fallback chains (`gate.ladder`): overrides for each retry after a rollback."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -13,87 +13,94 @@ from tritter.errors import Problem, brief, nearest
 from tritter.evaluation.options import GateConfig
 from tritter.training.options import STEPS, TOKENS
 
-FALLBACK_GROUPS = ("training", "forgetting", "expansion")  # what an attempt may have of its own
+FALLBACK_GROUPS = ("training", "forgetting", "expansion")  # groups that a retry may override
 LADDER = "gate.ladder"
-RETRYING = (f"{LADDER}=", "gate.max_attempts=")  # what overrides that ask for attempts begin with
-_BODY = "rungs"
+RETRYING = (f"{LADDER}=", "gate.max_attempts=")  # prefixes of overrides that request retries
+_BODY = "fallbacks"
 _ORDERED = ("forgetting", "expansion")
-_LENGTHS = {f"training.{STEPS}", f"training.{TOKENS}"}  # of which one is given
+_LENGTHS = {f"training.{STEPS}", f"training.{TOKENS}"}  # mutually exclusive
 
-Words = tuple[str, ...]
+Overrides = tuple[str, ...]
 
 
 def ladder_names() -> list[str]:
+    """Return the names of all fallback chains."""
     return list(option_files().get(LADDERS, {}))
 
 
-def fallbacks_of(gate: GateConfig) -> tuple[Words, ...]:
-    """Return the overrides of each attempt after the first, no more than `gate.max_attempts` asks.
+def fallbacks_of(gate: GateConfig) -> tuple[Overrides, ...]:
+    """Return the overrides of each retry, limited by `gate.max_attempts`.
 
-    What is not as a ladder is, `ladder_problems` tells; here it has no rungs.
+    An invalid chain has no retries; `ladder_problems` reports it.
     """
     if gate.ladder is None or any(_file_problems(gate.ladder)):
         return ()
-    fallbacks = tuple(tuple(words) for words in _fallbacks(gate.ladder))
+    fallbacks = tuple(tuple(overrides) for overrides in _fallbacks(gate.ladder))
     return fallbacks if gate.max_attempts is None else fallbacks[: gate.max_attempts - 1]
 
 
 def ladder_problems(config: RunConfig) -> Iterator[Problem]:
-    """Yield what is wrong with a ladder by itself, or with when it is asked for."""
+    """Yield the problems of the selected fallback chain, including conflicts with other keys."""
     gate = config.gate
     if gate.ladder is None:
         if gate.max_attempts is not None and gate.max_attempts > 1:
-            reason = "without a ladder a further attempt would be the first again; name one as "
-            reason += f"{LADDER} ({', '.join(ladder_names())}), or leave this out"
+            reason = "without a fallback chain, a retry would repeat the first attempt; set "
+            reason += f"{LADDER} ({', '.join(ladder_names())}), or omit this key"
             yield Problem("gate.max_attempts", gate.max_attempts, reason=reason)
         return
     if not gate.enabled:
-        reason = "with gate.enabled = false nothing is rolled back, and no rung is tried"
+        reason = "with gate.enabled = false there is no rollback, so no fallback is tried"
         yield Problem(LADDER, gate.ladder, reason=reason)
     problems = list(_file_problems(gate.ladder))
     yield from problems
     if not problems and gate.max_attempts is not None:
         most = 1 + len(_fallbacks(gate.ladder))
         if gate.max_attempts > most:
-            reason = f"{gate.ladder} has rungs for {most} attempts, the first among them; allowed "
-            yield Problem("gate.max_attempts", gate.max_attempts, f"{reason}is at most that")
+            reason = (
+                f"{gate.ladder} has fallbacks for {most} attempts, including the first; allowed: "
+            )
+            yield Problem("gate.max_attempts", gate.max_attempts, f"{reason}at most that")
     if config.pipeline.target_params is not None:
-        reason = "a run that grows to a size ends with the round that is rolled back; leave "
-        reason += "pipeline.target_params out, or go on from its checkpoint in a run of its own"
+        reason = "a run that grows to a size ends with the round that is rolled back; omit "
+        reason += "pipeline.target_params, or continue from its checkpoint in a new run"
         yield Problem(LADDER, gate.ladder, reason=reason)
 
 
 def choice_problems(overrides: Sequence[Override]) -> Iterator[Problem]:
-    """Yield a ladder that was chosen as if it were the option of a group."""
+    """Yield a fallback chain that was selected like the option of a group."""
     for override in overrides:
         if override.key_or_group == LADDERS:
             name = str(override.value())
-            reason = f"a ladder is named as {LADDER}=NAME; there are {', '.join(ladder_names())}"
+            reason = f"select a fallback chain with {LADDER}=NAME; available: "
+            reason += ", ".join(ladder_names())
             yield Problem(LADDERS, name, reason=reason, nearest=f"{LADDER}={name}")
 
 
-def on_top(words: Sequence[str], fallback: Sequence[str]) -> list[str]:
-    """Return overrides with those of a rung, which stand instead of what they set or leave out.
+def with_fallback(overrides: Sequence[str], fallback: Sequence[str]) -> list[str]:
+    """Return the overrides of a run with those of a fallback applied.
 
-    A rung that chooses methods takes along the keys of those that it does not choose, and one that
-    says how long the training is says it alone.
+    A fallback replaces each key that it sets. If it selects methods, it also removes the options
+    of methods that it does not select. If it sets the length of training, it removes the run's.
     """
-    asked = {override_key(word): word.partition("=")[2] for word in fallback}
+    replacing = {override_key(override): override.partition("=")[2] for override in fallback}
 
     def is_replaced(key: str) -> bool:
-        if key in asked or (key in _LENGTHS and _LENGTHS & asked.keys()):
+        if key in replacing or (key in _LENGTHS and _LENGTHS & replacing.keys()):
             return True
         group, _, inner = key.partition(".")
-        if group not in _ORDERED or group not in asked or not inner:
+        if group not in _ORDERED or group not in replacing or not inner:
             return False
-        return inner.partition(".")[0] not in re.findall(r"\w+", asked[group].replace("-", "_"))
+        return inner.partition(".")[0] not in re.findall(r"\w+", replacing[group].replace("-", "_"))
 
-    return [*(word for word in words if not is_replaced(override_key(word))), *fallback]
+    return [
+        *(override for override in overrides if not is_replaced(override_key(override))),
+        *fallback,
+    ]
 
 
 def for_fallback(problem: Problem, gate: GateConfig, number: int) -> Problem:
-    """Return what is wrong with an attempt as what it is of, a rung counted from 1."""
-    where = f"{LADDERS}/{gate.ladder}.yaml, rung {number}"
+    """Return a problem of a retry with its location; fallbacks are numbered from 1."""
+    where = f"{LADDERS}/{gate.ladder}.yaml, fallback {number}"
     return replace(problem, origin=where) if problem.key else replace(problem, job=where)
 
 
@@ -103,34 +110,38 @@ def _fallbacks(name: str) -> list[list[str]]:
 
 
 def _file_problems(name: str) -> Iterator[Problem]:
-    """Yield what is wrong with a ladder's name and file."""
+    """Yield the problems of a fallback chain's name and file."""
     names = ladder_names()
     if name not in names:
-        reason = f"there is no such ladder; allowed is {', '.join(names)}, or null for none"
+        reason = f"there is no such fallback chain; allowed: {', '.join(names)}, or null"
         yield Problem(LADDER, name, reason=reason, nearest=nearest(name, names))
         return
     path = option_files()[LADDERS][name]
     body = body_of(path)
     fallbacks = body.get(_BODY)
-    if list(body) != [_BODY] or not isinstance(fallbacks, list) or not fallbacks:
-        reason = f"{path} holds {_BODY}, a list with the overrides of each further attempt"
-        yield Problem(LADDER, name, reason=f"{reason}, and nothing else")
+    unknown = next((str(key) for key in body if key != _BODY), None)
+    if unknown is not None:
+        reason = f"{path} has the key {unknown}; the only key allowed is {_BODY}"
+        yield Problem(LADDER, name, reason=reason, nearest=_BODY)
+        return
+    if not isinstance(fallbacks, list) or not fallbacks:
+        reason = f"{path} requires {_BODY}, a list with the overrides of each fallback"
+        yield Problem(LADDER, name, reason=reason)
         return
     for number, fallback in enumerate(fallbacks, start=1):
-        where = f"{LADDERS}/{name}.yaml, rung {number}"
+        where = f"{LADDERS}/{name}.yaml, fallback {number}"
         if not isinstance(fallback, list) or not fallback:
-            reason = f"a rung is a list of overrides, as [{FALLBACK_GROUPS[0]}.learning_rate=1e-3]"
+            reason = "a fallback is a list of overrides, such as "
+            reason += f"[{FALLBACK_GROUPS[0]}.learning_rate=1e-3]"
             yield Problem(LADDER, brief(fallback), reason=reason, origin=where)
             continue
-        for word in fallback:
-            if not isinstance(word, str) or "=" not in word:
-                reason = (
-                    "an override is written KEY=VALUE, with quotes around one that holds a list"
-                )
-            elif override_key(word).partition(".")[0] not in FALLBACK_GROUPS:
-                reason = f"an attempt has its own keys of {', '.join(FALLBACK_GROUPS)}; "
-                reason += "all else is the run's"
+        for override in fallback:
+            if not isinstance(override, str) or "=" not in override:
+                reason = "write an override as KEY=VALUE, in quotes if it contains a list"
+            elif override_key(override).partition(".")[0] not in FALLBACK_GROUPS:
+                reason = f"a fallback may override {', '.join(FALLBACK_GROUPS)}; "
+                reason += "all other keys belong to the run"
             else:
                 continue
-            key, _, value = str(word).partition("=")
+            key, _, value = str(override).partition("=")
             yield Problem(key, value, reason=reason, origin=where)

@@ -1,9 +1,9 @@
-"""Where option files are: ours, those of installed packages, and those of the command line.
+"""Folders of option files: Tritter's own, those of installed packages, and `--config-dir`.
 
-All are treated alike, and by one scan: composition, help, nearest matches, spelling and completion
-see the same. Nothing is imported for it: the folder of a package is found by its metadata (entry
-points of the group `tritter.config`, as `mine = "minepkg:conf"`). On the command line
-`hydra.searchpath=[DIR]`, Hydra's own spelling, means the same as `--config-dir DIR`.
+A single scan serves composition, help, nearest matches, spelling and completion, so all of them
+see the same options. No package is imported: its folder is located through its metadata (entry
+points of the group `tritter.config`, for example `mine = "minepkg:conf"`). On the command line,
+Hydra's `hydra.searchpath=[DIR]` is equivalent to `--config-dir DIR`.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,7 +19,7 @@ from tritter.errors import Problem, RequestError, nearest, raise_problems
 SEARCHPATH = "hydra.searchpath"
 CONFIG_NAME = "config"
 LADDERS, FAMILIES = "ladder", "family"
-# Folders of option files that are no groups of Hydra's → the key that chooses one
+# Folder of option files that is not a config group → the key that selects one of its files
 CHOSEN_BY = {
     LADDERS: "gate.ladder",
     "trigger": "growth.trigger",
@@ -32,11 +32,11 @@ Options = Mapping[str, Mapping[str, Path]]  # group → option → its file
 
 @dataclass(frozen=True, slots=True)
 class SearchPath:
-    """What a command adds to the options that are installed.
+    """Search path of a command, in addition to the installed options.
 
     Args:
-        folders: of `--config-dir` and `hydra.searchpath`, absolute.
-        config_name: the file at the root that composition begins with.
+        folders: absolute folders from `--config-dir` and `hydra.searchpath`.
+        config_name: root file at which composition starts.
     """
 
     folders: tuple[Path, ...] = ()
@@ -44,17 +44,17 @@ class SearchPath:
 
     @property
     def flags(self) -> list[str]:
-        """The flags of a command line that finds the same options."""
+        """The command-line flags that reproduce this search path."""
         named = [] if self.config_name == CONFIG_NAME else [f"--config-name={self.config_name}"]
         return [*(f"--config-dir={folder}" for folder in self.folders), *named]
 
 
-_SEARCH_PATH: ContextVar[SearchPath | None] = ContextVar("front", default=None)
+_SEARCH_PATH: ContextVar[SearchPath | None] = ContextVar("search_path", default=None)
 
 
 @contextmanager
 def composing_from(search_path: SearchPath) -> Iterator[None]:
-    """Let everything here speak of this front, for one command."""
+    """Use this search path in all functions of this module, for one command."""
     token = _SEARCH_PATH.set(search_path)
     try:
         yield
@@ -63,62 +63,63 @@ def composing_from(search_path: SearchPath) -> Iterator[None]:
 
 
 def search_path() -> SearchPath:
+    """Return the search path of the current command."""
     return _SEARCH_PATH.get() or SearchPath()
 
 
 def search_path_of(
     folders: Sequence[str], config_name: str | None, *, searchpath: Sequence[str] = ()
 ) -> SearchPath:
-    """Return what `--config-dir`, `--config-name` and `hydra.searchpath` mean.
+    """Return the search path of `--config-dir`, `--config-name` and `hydra.searchpath`.
 
     Raises:
-        RequestError: a folder is none, or none holds the file.
+        RequestError: a folder does not exist, or no folder has a file of that name.
     """
-    asked = [("--config-dir", Path(folder)) for folder in folders]
-    asked += [(SEARCHPATH, _searched_folder(entry)) for entry in searchpath]
-    found = [(key, place.expanduser().absolute()) for key, place in asked]
+    requested = [("--config-dir", Path(folder)) for folder in folders]
+    requested += [(SEARCHPATH, _search_path_folder(entry)) for entry in searchpath]
+    found = [(key, folder.expanduser().absolute()) for key, folder in requested]
     problems = [
         Problem(
             key,
-            place,
-            reason="it is no folder" if place.exists() else "there is no such folder",
+            folder,
+            reason="it is not a folder" if folder.exists() else "there is no such folder",
         )
-        for key, place in found
-        if not place.is_dir()
+        for key, folder in found
+        if not folder.is_dir()
     ]
     raise_problems(problems)
-    places = tuple(place for _, place in found)
-    meant = SearchPath(places, (config_name or CONFIG_NAME).removesuffix(".yaml"))
-    with composing_from(meant):
+    paths = tuple(folder for _, folder in found)
+    result = SearchPath(paths, (config_name or CONFIG_NAME).removesuffix(".yaml"))
+    with composing_from(result):
         roots = option_folders().values()
         names = sorted({path.stem for folder in roots for path in folder.glob("*.yaml")})
-        if config_name is not None and meant.config_name not in names:
-            reason = f"no folder of options holds {meant.config_name}.yaml; there are "
-            near = nearest(meant.config_name, names)
+        if config_name is not None and result.config_name not in names:
+            reason = f"no config folder has {result.config_name}.yaml; available: "
+            near = nearest(result.config_name, names)
             raise RequestError(
                 Problem("--config-name", config_name, reason + ", ".join(names), nearest=near)
             )
-    return meant
+    return result
 
 
 def option_folders() -> dict[str, Path]:
-    """Return provider → folder, ours first.
+    """Return provider → folder, Tritter's own first.
 
     Raises:
-        RequestError: an installed package names a folder that is not there.
+        RequestError: an installed package names a missing folder.
     """
     folders = {"tritter": config_folder(), **installed_folders()}
     for folder in search_path().folders:
         folders[f"--config-dir {folder}"] = folder
-    by_place = {folder.resolve(): provider for provider, folder in reversed(folders.items())}
-    return {p: folder for p, folder in folders.items() if by_place[folder.resolve()] == p}
+    by_folder = {folder.resolve(): provider for provider, folder in reversed(folders.items())}
+    return {p: folder for p, folder in folders.items() if by_folder[folder.resolve()] == p}
 
 
 def option_files() -> Options:
-    """Return all options, sorted.
+    """Return the option files of all config folders, sorted.
 
     Raises:
-        RequestError: two folders have the same option; names both.
+        RequestError: two folders define the same option; the message names both files.
     """
     folders = tuple(option_folders().values())
     return shipped_options() if folders == (config_folder(),) else _options_in(folders)
@@ -144,17 +145,17 @@ def _options_in(folders: Iterable[Path]) -> Options:
                 continue
             other = found.setdefault(group, {}).setdefault(name, path)
             if other != path:
-                reason = f"{other} has this option already; give one of them another name"
+                reason = f"{other} already defines this option; rename one of them"
                 problems.append(Problem(f"{group}={name}", path, reason=reason))
     raise_problems(problems)
     return {group: dict(sorted(found[group].items())) for group in sorted(found)}
 
 
 def body_of(path: Path) -> Mapping[str, object]:
-    """Return what an option file holds, read once.
+    """Return the content of an option file, cached until the file changes.
 
     Raises:
-        RequestError: it is no YAML, or no mapping.
+        RequestError: the file is not valid YAML, or not a mapping.
     """
     return _body(path, path.stat().st_mtime_ns)
 
@@ -166,23 +167,23 @@ def _body(path: Path, _version: int) -> Mapping[str, object]:
     try:
         body = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.CSafeLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        told = " ".join(str(error).split())
-        raise RequestError(f"{path} is no YAML: {told}") from error
+        message = " ".join(str(error).split())
+        raise RequestError(f"{path} is not valid YAML: {message}") from error
     if not isinstance(body, Mapping):
-        raise RequestError(f"{path} holds no keys.")
+        raise RequestError(f"{path} has no keys.")
     return body
 
 
-def _searched_folder(entry: str) -> Path:
+def _search_path_folder(entry: str) -> Path:
     """Return the folder that an entry of Hydra's search path names.
 
     Raises:
-        RequestError: no installed package holds it.
+        RequestError: no installed package has this folder.
     """
     if not entry.startswith("pkg://"):
         return Path(entry.removeprefix("file://"))
     folder = package_folder(entry.removeprefix("pkg://").replace("/", "."))
     if folder is None:
-        reason = "no installed package has this folder; install the package, or name a path"
+        reason = "no installed package has this folder; install the package or pass a path"
         raise RequestError(Problem(SEARCHPATH, entry, reason=reason))
     return folder

@@ -1,4 +1,4 @@
-"""The words of a command line: the two spellings of a name, sweeps, and the jobs they make."""
+"""Command-line overrides: spelling, sweeps and the jobs of a sweep."""
 
 import re
 import shlex
@@ -27,11 +27,11 @@ from tritter.errors import Problem, RequestError, brief, nearest, raise_problems
 
 Options = Mapping[str, Sequence[str]]
 
-# The name of a data set whose #COLUMN or [FROM:TO] Hydra would not read without quotes
+# A dataset name with #COLUMN or [FROM:TO], which Hydra accepts only in quotes
 _DATASET = re.compile(r"(?<![\w'\"/.-])hf:[^\s,{}\[\]'\"#]+(?:\[[^\]\s]*\](?:#[\w.-]+)?|#[\w.-]+)")
 _PLAIN = re.compile(r"[\w./+-]+")  # needs no quotes in an override, nor within a list of one
 _NOTHING = ("null", "none", "off")
-# Group=option → the extra of ours that brings it
+# Group=option → the extra of Tritter that installs it
 _EXTRAS = {
     "hydra/launcher=joblib": "sweeps",
     "hydra/launcher=submitit_local": "sweeps",
@@ -42,7 +42,7 @@ _EXTRAS = {
 
 
 def normalise(override: str, options: Options) -> str:
-    """Write one override with underscores where the config has them.
+    """Return an override with underscores in place of dashes, as in the config.
 
     Args:
         override: as typed, `forgetting.l2sp.l2sp-lambda=3` or `expansion=llama-pro`.
@@ -58,14 +58,14 @@ def normalise(override: str, options: Options) -> str:
     known = options.get(group)
     if known is None:
         return key + equals + value
-    # A group without such an option needs a choice
+    # Other groups require an option
     nothing = next((name for name in ("none", "off", "csv") if name in known), None)
     if nothing is not None and (override == f"~{group}" or value in _NOTHING):
         return f"{group}={nothing}"
     if group == "experiment":
         if value == "null":
-            return "~experiment"  # no option of this group stands for none
-        key = key.lstrip("+")  # how Hydra's own examples choose one
+            return "~experiment"  # this group has no option for none
+        key = key.lstrip("+")  # +experiment=NAME, as in Hydra's examples
 
     def spelled(found: re.Match[str]) -> str:
         spelling = found[0].replace("-", "_")
@@ -75,12 +75,12 @@ def normalise(override: str, options: Options) -> str:
 
 
 def quoted(value: str) -> str:
-    """Return a text as an override's value, whatever characters it holds."""
+    """Return a text as a quoted override value; all characters are allowed."""
     return QuotedString(value, Quote.single).with_quotes()
 
 
 def as_value(text: str) -> str:
-    """Return a text as an override's value, in quotes only where it would be read otherwise."""
+    """Return a text as an override value, quoted only if Hydra would parse it differently."""
     try:
         (parsed,) = OverridesParser.create().parse_overrides([f"key={text}"])
         is_read = not parsed.is_sweep_override() and parsed.value() == text
@@ -90,7 +90,7 @@ def as_value(text: str) -> str:
 
 
 def nested_value(value: object) -> str:
-    """Return mappings, lists and texts, in each other, as an override's value."""
+    """Return nested mappings, lists and strings as the value of an override."""
     if isinstance(value, Mapping):
         return f"{{{','.join(f'{name}:{nested_value(each)}' for name, each in value.items())}}}"
     if isinstance(value, list | tuple):
@@ -99,22 +99,22 @@ def nested_value(value: object) -> str:
     return as_value(text) if _PLAIN.fullmatch(text) else quoted(text)
 
 
-def override_key(word: str) -> str:
-    """Return what an override sets, with underscores."""
-    return word.partition("=")[0].lstrip("+~").replace("-", "_")
+def override_key(override: str) -> str:
+    """Return the key of an override, with underscores."""
+    return override.partition("=")[0].lstrip("+~").replace("-", "_")
 
 
 def recorded_overrides(overrides: Sequence[str]) -> tuple[str, ...]:
-    """Return what a run records of its overrides: not where it lies."""
-    left_out = ("resume", "hydra.run.dir", "hydra.sweep.dir")
-    return tuple(word for word in overrides if override_key(word) not in left_out)
+    """Return the overrides that a run records: all except the location of the run."""
+    omitted = ("resume", "hydra.run.dir", "hydra.sweep.dir")
+    return tuple(override for override in overrides if override_key(override) not in omitted)
 
 
 def parse(overrides: Sequence[str], *, loader: ConfigLoader | None = None) -> list[Override]:
     """Parse overrides.
 
     Raises:
-        RequestError: names every word that is no override.
+        RequestError: names each invalid override.
     """
     parser = OverridesParser.create(config_loader=loader)
     parsed: list[Override] = []
@@ -132,51 +132,53 @@ def parse(overrides: Sequence[str], *, loader: ConfigLoader | None = None) -> li
 
 def _parse_problem(override: str, message: str) -> Problem:
     if "=" not in override:
-        text = f"{brief(override)} is no setting; settings are written KEY=VALUE (see --help)."
+        text = f"{brief(override)} is not a setting; write KEY=VALUE (see --help)."
         return Problem("", reason=text)
     key, _, value = override.partition("=")
-    reason = (message.splitlines() or ["it is too large"])[0].rstrip(".")
+    reason = (message.splitlines() or ["the value is too large"])[0].rstrip(".")
     advice = "put quotes around a value with special characters: 'KEY=\"VALUE\"'"
     return Problem(key, value, reason=f"the value can't be read ({reason}); {advice}")
 
 
 def check_command_line(overrides: Sequence[Override], options: Options) -> None:
-    """Refuse what composes into something else than was meant.
+    """Reject overrides that Hydra would accept with an unintended meaning.
 
     Raises:
-        RequestError: a group that is added, not chosen, or given something that is no option.
+        RequestError: a group is added instead of selected, or set to a value that is no option.
     """
     problems = []
     for override in overrides:
         group, known = override.key_or_group, options.get(override.key_or_group)
         if override.is_hydra_override() and override.is_sweep_override():
-            reason = "Hydra's own settings can't be swept; must be one value"
+            reason = "Hydra's settings can't be swept; set one value"
             problems.append(
                 Problem(group, (override.input_line or "=")[len(group) + 1 :], reason=reason)
             )
         if override.is_hydra_override() and "/" in group and override.value() is None:
-            reason = "it takes the name of an option; leave it out for the usual one"
+            reason = "it requires the name of an option; omit it for the default"
             problems.append(Problem(group, None, reason=reason))
         if known is None:
             continue
         if override.is_delete():
             if (deleted := override.value()) is not None:
-                reason = f"~{group} takes no value; name what stays: {group}=[A,B]"
+                reason = f"~{group} takes no value; list the options to keep: {group}=[A,B]"
                 problems.append(Problem(f"~{group}", deleted, reason=reason))
             continue
         value = override.input_line.partition("=")[2] if override.input_line else ""
         allowed = f"one of {', '.join(known)}"
         if override.type in (OverrideType.ADD, OverrideType.FORCE_ADD):
-            reason = f"a group is chosen without +; allowed is {allowed}"
+            reason = f"select a group without +; allowed: {allowed}"
             problems.append(Problem(f"+{group}", value, reason=reason, nearest=f"{group}={value}"))
         elif not override.is_sweep_override() and not isinstance(override.value(), str | list):
-            reason = f"{group} takes the name of an option, {allowed}; single keys as {group}.KEY"
+            reason = (
+                f"{group} requires the name of an option, {allowed}; set single keys as {group}.KEY"
+            )
             problems.append(Problem(group, value, reason=reason))
     raise_problems(problems)
 
 
 def option_problems(overrides: Sequence[Override], options: Options) -> Iterator[Problem]:
-    """Yield what was chosen in groups that have no such option."""
+    """Yield a problem for each selected option that its group does not have."""
     for override in overrides:
         known = options.get(override.key_or_group)
         if known is None or override.is_delete() or override.is_sweep_override():
@@ -188,40 +190,40 @@ def option_problems(overrides: Sequence[Override], options: Options) -> Iterator
 
 
 def no_option(group: str, name: str, options: Sequence[str]) -> Problem:
-    """Say which options a group has in place of one."""
-    reason = f"there is no such option; allowed is {', '.join(options) or 'none here'}"
+    """Return the problem of a missing option, with the available options of its group."""
+    reason = f"there is no such option; allowed: {', '.join(options) or 'none'}"
     if (extra := _EXTRAS.get(f"{group}={name}")) is not None:
-        advice = f"it comes with an extra: pip install 'tritter[{extra}]'"
+        advice = f"install the extra: pip install 'tritter[{extra}]'"
         return Problem(group, name, reason=reason, advice=advice)
     if (hint := hint_for(group, name)) is not None:
         return Problem(group, name, reason=reason, nearest=hint.advice)
     return Problem(group, name, reason=reason, nearest=nearest(name, options))
 
 
-def not_replayed(words: Sequence[str]) -> list[str]:
-    """Return the words among a run's overrides that `resume` does not take from its folder.
+def not_replayed(overrides: Sequence[str]) -> list[str]:
+    """Return the overrides of a run that `resume` does not replay from its folder.
 
-    It takes options that are part of Tritter, and plain values of `REPLAYED_KEYS`.
+    Replayed are options that are part of Tritter, and plain values of `REPLAYED_KEYS`.
     """
-    choices = {group: [*names] for group, names in shipped_options().items()}
-    choices[f"gate.{LADDERS}"] = ["null", *choices.pop(LADDERS)]
+    options = {group: [*names] for group, names in shipped_options().items()}
+    options[f"gate.{LADDERS}"] = ["null", *options.pop(LADDERS)]
 
-    def is_replayed(word: str) -> bool:
+    def is_replayed(one: str) -> bool:
         try:
-            (override,) = parse([word])
+            (override,) = parse([one])
         except RequestError:
             return False
         key, value = override.key_or_group, override.value()
         if override.is_sweep_override() or override.package is not None:
             return False
-        if key not in choices:
+        if key not in options:
             return key in REPLAYED_KEYS and _is_plain(value) and not _names_file(key, value)
         if override.is_delete():
             return value is None
         names = value if isinstance(value, list) else ["null" if value is None else value]
-        return all(name in choices[key] for name in names)
+        return all(name in options[key] for name in names)
 
-    return [word for word in words if not is_replayed(word)]
+    return [one for one in overrides if not is_replayed(one)]
 
 
 def _names_file(key: str, value: object) -> bool:
@@ -233,7 +235,7 @@ def _names_file(key: str, value: object) -> bool:
 
 
 def _is_plain(value: object) -> bool:
-    """Return whether a value names no class and refers to nothing, at any depth."""
+    """Return True if a value contains no class name and no interpolation, at any depth."""
     if isinstance(value, dict):
         is_named = any(str(key).startswith("_") for key in value)
         return not is_named and _is_plain([*value, *value.values()])
@@ -243,36 +245,36 @@ def _is_plain(value: object) -> bool:
 
 
 def refuse_sweeps(overrides: Sequence[Override]) -> None:
-    """Refuse sweeps where one run was asked for.
+    """Reject sweeps in a single run.
 
     Raises:
-        RequestError: names each sweep and the two ways to mean it.
+        RequestError: names each sweep and how to run it.
     """
     problems = []
     for override in overrides:
         if override.is_sweep_override():
             key, _, value = (override.input_line or "").partition("=")
-            reason = f"several values are several runs: add -m (or write a list, {key}=[{value}])"
+            reason = f"several values mean several runs: add -m (or pass a list, {key}=[{value}])"
             if override.value_type is not ValueType.SIMPLE_CHOICE_SWEEP:
-                reason = "a sweep is several runs: add -m"
+                reason = "a sweep requires -m"
             problems.append(Problem(key, value, reason=reason))
     raise_problems(problems)
 
 
 def first_value(override: Override) -> str:
-    """Return the override of one job: of a sweep, with its first value."""
+    """Return an override with a single value: for a sweep, its first value."""
     if not override.is_sweep_override():
         return override.input_line or ""
     key = override.get_key_element()
     if override.is_discrete_sweep():
         return f"{key}={next(override.sweep_string_iterator(), '')}"
     interval = override.value()
-    assert isinstance(interval, IntervalSweep), "Hydra has choices, ranges and intervals"
+    assert isinstance(interval, IntervalSweep), "Hydra sweeps are choices, ranges or intervals"
     return f"{key}={interval.start}"
 
 
 def forced(override: Override, options: Options) -> str:
-    """Return the override so that Hydra sets any key and leaves the judgement to our schema."""
+    """Return the override in a form that lets Hydra set any key; Tritter's schema validates it."""
     line = override.input_line or ""
     is_ours = not override.is_hydra_override() and override.key_or_group not in options
     if is_ours and not override.is_delete() and override.package is None:
@@ -281,21 +283,21 @@ def forced(override: Override, options: Options) -> str:
 
 
 def split_sweep(overrides: Sequence[Override]) -> list[list[str]]:
-    """Return the overrides of each job of Hydra's basic sweeper, in its order.
+    """Return the overrides of each job, in the order of Hydra's basic sweeper.
 
     Raises:
-        RequestError: a sweep that has no list of values.
+        RequestError: the sweep has no discrete values.
     """
     for override in overrides:
         if override.is_sweep_override() and not override.is_discrete_sweep():
             key, _, value = (override.input_line or "").partition("=")
-            reason = "the basic sweeper tries listed values; allowed is A,B or range(START,STOP)"
+            reason = "the basic sweeper requires discrete values: A,B or range(START,STOP)"
             raise RequestError(Problem(key, value, reason=reason))
     return BasicSweeper.split_arguments(list(overrides), None)[0]
 
 
 def program_command() -> tuple[str, ...]:
-    """Return how this program was called, so that it can be called again from the same place."""
+    """Return the command that started this program; it works again in the same folder."""
     called = sys.argv[0] if sys.argv else ""
     name = Path(called).name
     if name == "tritter":
@@ -305,30 +307,30 @@ def program_command() -> tuple[str, ...]:
     return (_python(), called if name == "train.py" else "train.py")
 
 
-def command(words: Sequence[str]) -> str:
-    """Return a command line with these words, quoted for a shell; it finds the same options."""
-    return shlex.join([*program_command(), *search_path().flags, *words])
+def command(arguments: Sequence[str]) -> str:
+    """Return a command line of this program, quoted for a shell, with the same search path."""
+    return shlex.join([*program_command(), *search_path().flags, *arguments])
 
 
-def tritter_command(words: Sequence[str]) -> str:
-    """Return a command line of `tritter`, which may be called beside this program."""
+def tritter_command(arguments: Sequence[str]) -> str:
+    """Return a command line of `tritter`, also if this program was started in another way."""
     is_found = program_command()[0] == "tritter"
-    return shlex.join(["tritter", *words]) if is_found else tool_command("tritter", words)
+    return shlex.join(["tritter", *arguments]) if is_found else tool_command("tritter", arguments)
 
 
-def tool_command(program: str, words: Sequence[str]) -> str:
-    """Return a command line of a program that is installed beside this one."""
-    start = [program] if _is_ours(program) else [_python(), "-m", program]
-    return shlex.join([*start, *words])
+def tool_command(program: str, arguments: Sequence[str]) -> str:
+    """Return a command line of a program in the environment of this one."""
+    start = [program] if _is_in_environment(program) else [_python(), "-m", program]
+    return shlex.join([*start, *arguments])
 
 
 def resume_command(folder: Path, overrides: Sequence[str] = ()) -> str:
     """Return the command that resumes the run in a folder.
 
     Args:
-        folder: of the run.
-        overrides: those of the run; they are part of the command if `resume` alone does not replay
-            all of them.
+        folder: folder of the run.
+        overrides: overrides of the run. The command includes them if `resume` alone does not
+            replay all of them.
     """
     recorded = recorded_overrides(overrides)
     needed = recorded if not_replayed(recorded) else ()
@@ -336,10 +338,10 @@ def resume_command(folder: Path, overrides: Sequence[str] = ()) -> str:
 
 
 def _python() -> str:
-    return "python" if _is_ours("python") else sys.executable
+    return "python" if _is_in_environment("python") else sys.executable
 
 
-def _is_ours(program: str) -> bool:
-    """Say whether a shell finds a program in the environment that runs this one."""
+def _is_in_environment(program: str) -> bool:
+    """Return True if the shell finds a program in the environment of this one."""
     found = shutil.which(program)
     return found is not None and Path(found).parent == Path(sys.executable).parent

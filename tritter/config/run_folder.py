@@ -1,6 +1,7 @@
-"""A run's folder: may this config write here, has it been here before, where is the last one.
+"""Run folders: their record, their state, and the most recent one.
 
-Two runs with one fingerprint are the same run: it holds what of a config determines the result.
+The fingerprint of a run contains every setting that determines its result. Two runs with the same
+fingerprint are the same run.
 """
 
 import os
@@ -36,44 +37,45 @@ from tritter.storage.records import InnerName, read_record, record, record_text
 from tritter.targets import Component, identity
 from tritter.training.options import WITHOUT_EFFECT as NO_EFFECT
 
-RUNS_FOLDER = Path("outputs/runs")  # hydra.run.dir of conf/config.yaml, without the time
+RUNS_FOLDER = Path("outputs/runs")  # hydra.run.dir of conf/config.yaml, without the timestamp
 
-OUTPUT_FILE = "output.txt"  # log of a job of a sweep
+OUTPUT_FILE = "output.txt"  # output of a job of a sweep
 
-# Hydra's, and what holds the folder
+# Files of Hydra and of the launch, including the folder lock
 _BEFORE_RUN_FILE = {".hydra", "train.log", LOCK_NAME, OUTPUT_FILE}
 _NO_TEXT = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # categories of Unicode
 _LOGGER_FOLDERS = {"wandb"}  # W&B links to logs in its own cache
 
 
 class RunState(Enum):
-    """What a run folder holds of the run that is asked for."""
+    """State of the requested run in its folder."""
 
     NEW = "new"
     STARTED = "started"
     FINISHED = "finished"
 
 
-def _recordable(word: str) -> str:
-    found = next((sign for sign in word if unicodedata.category(sign) in _NO_TEXT), None)
+def _recordable(text: str) -> str:
+    found = next(
+        (character for character in text if unicodedata.category(character) in _NO_TEXT), None
+    )
     if found is not None:
-        raise ValueError(f"it holds the character {found!a}, which no record of a run holds")
-    return word
+        raise ValueError(f"it contains the character {found!a}, which a run record can't store")
+    return text
 
 
-def check_overrides(words: Sequence[str]) -> None:
-    """Refuse overrides that the run's record can't hold: they stand wherever the run is told of.
+def check_overrides(overrides: Sequence[str]) -> None:
+    """Reject overrides that the run record can't store; they are printed with every run.
 
     Raises:
-        RequestError: one holds what is no text to a terminal: control characters, marks that turn
-            the direction, halves of characters.
+        RequestError: an override contains control characters, bidirectional marks or surrogates.
     """
-    for word in words:
+    for override in overrides:
         try:
-            _recordable(word)
+            _recordable(override)
         except ValueError as error:
-            key, _, value = word.partition("=")
-            advice = "give what it stands for another name"
+            key, _, value = override.partition("=")
+            advice = "rename the file or object"
             raise RequestError(Problem(key, value, reason=str(error), advice=advice)) from error
 
 
@@ -82,15 +84,16 @@ _Word = Annotated[str, AfterValidator(_recordable)]
 
 @record
 class RunRecord:
-    """What the run file says of a run.
+    """Content of the run file.
 
     Args:
-        fingerprint: of its configuration.
-        program: how it was called.
-        overrides: of its command line, but for the folder.
-        left: of a finished run: place → digest of what it leaves.
-        config_folders: of --config-dir and hydra.searchpath.
-        config_name: of --config-name.
+        fingerprint: fingerprint of the configuration.
+        status: "running" or "finished".
+        program: command that started the run.
+        overrides: overrides of the command line, without the folder.
+        left: for a finished run: file or folder → checksum of what the run leaves.
+        config_folders: folders of --config-dir and hydra.searchpath.
+        config_name: value of --config-name.
     """
 
     FORMAT: ClassVar[str] = "run"
@@ -105,45 +108,45 @@ class RunRecord:
 
     @property
     def search_path(self) -> SearchPath:
-        """Where its options came from."""
+        """The search path of the run's options."""
         return SearchPath(tuple(map(Path, self.config_folders)), self.config_name or CONFIG_NAME)
 
     def resume_command(self, folder: Path) -> str:
-        """Return the command that resumes it, given its folder."""
+        """Return the command that resumes the run in `folder`."""
         with composing_from(self.search_path):
             return resume_command(folder, self.overrides)
 
 
 def check_run_folder(folder: Path, config: RunConfig) -> RunState:
-    """Say whether `config` starts in `folder`, goes on there, or has finished there.
+    """Return the state of a run with this configuration in `folder`.
 
-    A run that says it is finished, and of whose things one is gone, goes on.
+    A finished run with a missing output counts as started, so it resumes.
 
     Raises:
-        RequestError: the folder holds something else, or a run of another configuration (lists
-            the keys that changed), or can't be a folder at all.
-        TritterError: what a finished run left was changed; names files and tensors.
+        RequestError: the folder contains other files, contains a run of another configuration
+            (lists the keys that changed), or can't be created.
+        TritterError: outputs of a finished run were modified; names files and tensors.
     """
-    _check_place(folder, config)
+    _check_path(folder, config)
     is_run = os.path.lexists(folder / RUN_FILE)
-    held = folder.iterdir() if folder.exists() else ()
-    if not is_run and any(path.name not in _BEFORE_RUN_FILE for path in held):
+    entries = folder.iterdir() if folder.exists() else ()
+    if not is_run and any(path.name not in _BEFORE_RUN_FILE for path in entries):
         reason = (
-            f"output exists and is no run of Tritter (it has no {RUN_FILE}); nothing was touched. "
-            "Allowed is a new or empty folder, or one of an earlier run of the same configuration"
+            f"output exists and is not a Tritter run (it has no {RUN_FILE}); nothing was changed. "
+            "Use a new or empty folder, or the folder of an earlier run of the same configuration"
         )
         raise refused("hydra.run.dir", folder, reason)
     try:
-        # What is written below it has to stay there
+        # No link may lead out of the folder
         check_tree(folder, passed_over=_LOGGER_FOLDERS)
     except TritterError as error:
         raise refused("hydra.run.dir", folder, f"{error}") from error
-    # Before anything else Hydra writes its settings
+    # Hydra writes its settings first
     settings = folder / ".hydra"
     wrong = [settings] if settings.is_file() else [p for p in settings.glob("*") if p.is_dir()]
     for path in wrong:
-        is_, wanted = ("a file", "folder") if path == settings else ("a folder", "file")
-        reason = f"{path} is {is_}, where Hydra writes a {wanted} of its own"
+        is_, expected = ("a file", "folder") if path == settings else ("a folder", "file")
+        reason = f"{path} is {is_}, but Hydra needs a {expected} there"
         raise refused("hydra.run.dir", folder, reason)
     if not is_run:
         return RunState.NEW
@@ -152,30 +155,31 @@ def check_run_folder(folder: Path, config: RunConfig) -> RunState:
     if changes:
         key = key_name("hydra.run.dir")
         raise RequestError(
-            f"{key} = {folder}: it holds a run of another configuration (there → now):\n"
+            f"{key} = {folder}: the folder contains a run of another configuration "
+            "(recorded → requested):\n"
             + "\n".join(f"  {key}: {show(a)} → {show(b)}" for key, (a, b) in changes.items())
-            + f"\nLeave them out to resume it: {run.resume_command(folder)}\n"
-            f"Or give another folder as {key} to start another run."
+            + f"\nTo resume that run, omit these overrides: {run.resume_command(folder)}\n"
+            f"To start a new run, set {key} to another folder."
         )
     if run.status != "finished":
         return RunState.STARTED
-    return RunState.FINISHED if _is_whole(folder, run) else RunState.STARTED
+    return RunState.FINISHED if _is_complete(folder, run) else RunState.STARTED
 
 
-def _is_whole(folder: Path, run: RunRecord) -> bool:
-    """Say whether what a finished run left is all there.
+def _is_complete(folder: Path, run: RunRecord) -> bool:
+    """Return True if all outputs of a finished run are complete.
 
     Raises:
-        TritterError: something is there and was changed.
+        TritterError: an output was modified.
     """
     damages = find_damage(folder, run.left)
     changed = [damage for damage in damages if not damage.is_gone]
     if changed:
-        places = dict.fromkeys(str(folder / damage.place) for damage in changed)
+        paths = dict.fromkeys(str(folder / damage.place) for damage in changed)
         raise TritterError(
-            "the run is finished, and what it left is not as it was left:\n"
+            "the run is finished, but its outputs were modified:\n"
             + "\n".join(f"  {damage.what}" for damage in changed)
-            + f"\nDelete {' and '.join(places)}, and it is made again by: "
+            + f"\nDelete {' and '.join(paths)} and recreate it with: "
             + run.resume_command(folder)
         )
     return not damages and SUMMARY_FILE in run.left
@@ -189,11 +193,11 @@ def write_run_file(
     overrides: Sequence[str] = (),
     leaves: Sequence[str] = (),
 ) -> None:
-    """Record in `folder`, atomically, whose run it is.
+    """Record the identity of a run in `folder`, atomically.
 
     Args:
-        overrides: of the command line; those of a run that is gone on with stay.
-        leaves: what a finished run leaves, relative to its folder.
+        overrides: overrides of the command line; a resumed run keeps its first ones.
+        leaves: outputs of a finished run, relative to its folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
     run = RunRecord(
@@ -206,32 +210,32 @@ def write_run_file(
         config_name=search_path().config_name,
     )
     if (folder / RUN_FILE).exists():
-        held = read_run(folder)
-        words = ("program", "overrides", "config_folders", "config_name")
-        run = replace(run, **{name: getattr(held, name) for name in words})
+        recorded = read_run(folder)
+        kept = ("program", "overrides", "config_folders", "config_name")
+        run = replace(run, **{name: getattr(recorded, name) for name in kept})
     write_text_atomic(folder / RUN_FILE, record_text(run))
 
 
 def require_writable(folder: Path, *, key: str) -> None:
-    """Make the folder, as Hydra would do with a traceback where it can't.
+    """Create the folder before Hydra does, which would fail with a traceback.
 
     Raises:
-        RequestError: the system does not allow it.
+        RequestError: the folder can't be created or written to.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         is_writable = os.access(folder, os.W_OK)
     except OSError as error:
-        raise refused(key, folder, f"no folder can be made there ({error.strerror})") from error
+        raise refused(key, folder, f"the folder can't be created ({error.strerror})") from error
     if not is_writable:
-        raise refused(key, folder, "nothing can be written there")
+        raise refused(key, folder, "the folder is not writable")
 
 
 def find_run(resume: str) -> tuple[Path, tuple[str, ...]]:
-    """Return the folder that `resume` (latest, or a folder) means, and what to tell of others.
+    """Return the folder that `resume` refers to (latest, or a folder), and notes on skipped runs.
 
     Raises:
-        RequestError: there is no such run; names what there is.
+        RequestError: there is no such run; lists the available ones.
     """
     found = RUNS_FOLDER.glob(f"*/{RUN_FILE}")
     runs = sorted(found, key=lambda path: (path.lstat().st_mtime_ns, str(path)), reverse=True)
@@ -243,61 +247,61 @@ def find_run(resume: str) -> tuple[Path, tuple[str, ...]]:
                 read_run(folder)
                 return folder, tuple(skipped)
             except RequestError as error:
-                skipped.append(f"resume     not {folder}: {error}")
-        none = f"resume = latest: there is no run below {RUNS_FOLDER.absolute()}; must be the "
-        none += "folder of a run, or nothing to start a new one."
+                skipped.append(f"resume     skipped {folder}: {error}")
+        none = f"resume = latest: there is no run in {RUNS_FOLDER.absolute()}; set the folder of a "
+        none += "run, or omit resume to start a new one."
         raise RequestError("\n".join([none, *skipped]))
     folder = named_path(resume, key="resume").absolute()
     if not os.path.lexists(folder / RUN_FILE):
-        known = ["latest", *(str(place.relative_to(Path.cwd())) for place in folders)]
+        known = ["latest", *(str(path.relative_to(Path.cwd())) for path in folders)]
         raise RequestError(
-            f"resume = {resume}: that folder holds no run ({RUN_FILE} is missing); allowed is "
+            f"resume = {resume}: the folder contains no run ({RUN_FILE} is missing); allowed: "
             f"latest, or the folder of a run.{did_you_mean(resume, known)}"
         )
     return folder, ()
 
 
 def read_run(folder: Path) -> RunRecord:
-    """Return what a folder's run file says.
+    """Return the content of a folder's run file.
 
     Raises:
-        RequestError: it can't be read, was changed, or is of another format.
+        RequestError: the file can't be read, was modified, or has another format.
     """
-    advice = f"To run it again, start in another folder: {command(['hydra.run.dir=NEW'])}"
+    advice = f"To run it again, use another folder: {command(['hydra.run.dir=NEW'])}"
     try:
         return read_record(folder / RUN_FILE, RunRecord)
     except TritterError as error:
         raise RequestError(f"{error} {advice}") from error
 
 
-def _check_place(folder: Path, config: RunConfig) -> None:
-    """Refuse a path that can't become a folder, or lies in the checkpoint that is trained on."""
+def _check_path(folder: Path, config: RunConfig) -> None:
+    """Reject a path that can't become a folder or is inside the initial checkpoint."""
     model = config.model
     if isinstance(model, CheckpointModelConfig) and is_within(folder, Path(model.path)):
-        reason = f"it is in the checkpoint that the run starts from, {model.path}; choose a place"
+        reason = f"it is inside the initial checkpoint, {model.path}; choose a folder"
         raise refused("hydra.run.dir", folder, f"{reason} next to it")
-    place = folder
-    while not place.exists() and place != place.parent:
-        place = place.parent
-    if not place.is_dir():
-        raise refused("hydra.run.dir", folder, f"{place} is a file; a folder is needed")
-    if not os.access(place, os.W_OK):
-        raise refused("hydra.run.dir", folder, f"{place} can't be written to")
+    parent = folder
+    while not parent.exists() and parent != parent.parent:
+        parent = parent.parent
+    if not parent.is_dir():
+        raise refused("hydra.run.dir", folder, f"{parent} is a file, not a folder")
+    if not os.access(parent, os.W_OK):
+        raise refused("hydra.run.dir", folder, f"{parent} is not writable")
 
 
-# What may differ between the parts of one run: where it is, who watches, and how.
+# Settings that may change when a run resumes: hardware, logging and monitoring
 _WITHOUT_EFFECT = {
-    # The steps that follow from it are what is trained
+    # max_steps, derived from it, is part of the fingerprint
     "pretraining": ("max_tokens",),
     "training": ("max_tokens",),
     "pipeline": ("keep_stages",),
     "trainer": (
         *("devices", "strategy", "progress", "save_every_n_steps", "check_memory"),
-        "activation_checkpointing",  # the same bits
-        *("device_index", "seed", "arguments"),  # the seed is at the root
+        "activation_checkpointing",  # bit-identical results
+        *("device_index", "seed", "arguments"),  # the seed is a root key
     ),
 }
-_OF_BENCHMARKS = {
+_BENCHMARK_KEYS = {
     *("tasks", "tasks_path", "task_limit"),
     *("allow_code", "code_sandbox", "code_sandbox_command"),
 }
@@ -305,14 +309,14 @@ _ABSENT = "(absent)"
 
 
 def fingerprint(config: RunConfig) -> dict[str, Any]:
-    """Return, as plain JSON values, everything of a config that determines the result.
+    """Return all settings that determine the result of a run, as plain JSON values.
 
-    `resume`, `cache_dir`, `logger` and, of `trainer`, `devices`, `strategy`, `progress`,
-    `save_every_n_steps`, `check_memory`, `activation_checkpointing` and arguments that only watch
-    are left out. The methods of an ordered group stand beside the list of their names; of a class
-    from outside (a source, method, callback or optimizer) also its dotted name and the SHA-256 of
-    its file. Of ours the version of Tritter tells, or every edit of a comment would keep runs from
-    going on.
+    Omitted are `resume`, `cache_dir`, `logger`, Trainer arguments without effect on the weights,
+    and these keys of `trainer`: `devices`, `strategy`, `progress`, `save_every_n_steps`,
+    `check_memory`, `activation_checkpointing`. An ordered group lists its methods and
+    their options. For third-party classes (sources, methods, callbacks, optimizers) the
+    fingerprint includes the dotted name and the SHA-256 of the file. Tritter's own classes are
+    identified by its version, so that an edited comment does not prevent resuming.
     """
     paths = [path for domain in config.text.domains for path in domain.paths]
     asks_questions = any(path.startswith(PREFIX) for path in paths)
@@ -325,11 +329,11 @@ def fingerprint(config: RunConfig) -> dict[str, Any]:
         result[section] = {key: values[key] for key in values if key not in without}
     if not config.evaluation.tasks:
         result["evaluation"] = {
-            key: value for key, value in result["evaluation"].items() if key not in _OF_BENCHMARKS
+            key: value for key, value in result["evaluation"].items() if key not in _BENCHMARK_KEYS
         }
     if config.gate.ladder is not None:
         kept = [*result["training"]]
-        result["gate"]["rungs"] = [
+        result["gate"]["fallbacks"] = [
             {
                 "training": {key: getattr(fallback.training, key) for key in kept},
                 **_methods(fallback),
@@ -358,13 +362,13 @@ def _methods(config: RunConfig) -> dict[str, Any]:
 
 
 def effective_arguments(config: RunConfig) -> dict[str, Any]:
-    """Return the further arguments of the Trainer that determine what is trained."""
+    """Return the additional Trainer arguments that affect the trained weights."""
     arguments = config.trainer.arguments
     return {name: arguments[name] for name in arguments if name not in NO_EFFECT}
 
 
 def optimizer_record(config: RunConfig) -> dict[str, Any]:
-    """Return the optimizer's class and all its keys side by side."""
+    """Return the optimizer's class and all its options."""
     optimizer = config.optimizer
     return {
         "target": optimizer.target,
@@ -376,7 +380,7 @@ def optimizer_record(config: RunConfig) -> dict[str, Any]:
 
 
 def changes_between(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Return dotted key → both values, of those that differ between two fingerprints."""
+    """Return dotted key → (old value, new value) of the differences between two fingerprints."""
     before, after = leaves(old), leaves(new)
     both = {key: (before.get(key, _ABSENT), after.get(key, _ABSENT)) for key in before | after}
     return {key: (a, b) for key, (a, b) in both.items() if a != b}

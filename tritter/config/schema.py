@@ -1,6 +1,6 @@
-"""The validated record of a run: one frozen dataclass per config group.
+"""The validated configuration of a run: one frozen dataclass per config group.
 
-The defaults live in `conf/`, nowhere else; a field's type says what a value may be.
+Defaults are in `conf/` only. The type of a field defines its allowed values.
 """
 
 from dataclasses import dataclass
@@ -30,10 +30,10 @@ if TYPE_CHECKING:
 
 @options
 class CheckpointModelConfig:
-    """A checkpoint that stands in for a base of our own, with its own tokenizer.
+    """A base model loaded from a checkpoint, with the checkpoint's tokenizer.
 
     Args:
-        path: a folder, absolute once validated, or a hub id.
+        path: folder (absolute after validation) or Hub id.
     """
 
     model_type: Literal["hf"]
@@ -44,19 +44,22 @@ Model = ModelConfig | CheckpointModelConfig
 
 
 def start_checkpoint(model: Model) -> str | None:
-    """Return the folder or hub id of the checkpoint that a run starts from; None: it has a base."""
+    """Return the folder or Hub id of the initial checkpoint; None for a new base model."""
     return model.path if isinstance(model, CheckpointModelConfig) else None
 
 
 @options
 class PipelineConfig:
-    """How often a run expands, and what it keeps on disk.
+    """How often a run expands its model, and which checkpoints it keeps.
 
     Args:
-        target_params: the size; a count, which may be written as 2M.
-        strategy: as in `tritter plan`; None: `auto` among the methods of `expansion`.
-        keep_stages: keep the weights of every stage; else they go when the next one is verified.
-        dtype: of the weights that the run publishes; `source`: that of the model it starts from.
+        target_params: parameter count to grow to; may be written as 2M.
+        max_rounds: maximum number of rounds; None means no limit.
+        strategy: growth strategy, as in `tritter plan`; None means `auto` among the methods of
+            `expansion`.
+        keep_stages: keep the weights of every stage. Otherwise the weights of a stage are deleted
+            once the next stage is verified.
+        dtype: dtype of the published weights; `source` keeps the dtype of the initial model.
     """
 
     target_params: Annotated[int, Field(ge=1, le=MAX_PARAMETERS), PARSED_COUNT] | None
@@ -68,7 +71,7 @@ class PipelineConfig:
 
 @options
 class WandbConfig:
-    """The run in Weights & Biases."""
+    """Settings of the Weights & Biases logger."""
 
     mode: Literal["off", "offline", "online"]
     project: Text
@@ -78,10 +81,11 @@ class WandbConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoggerConfig:
-    """Where metrics go besides metrics.csv, which is always written.
+    """Loggers in addition to metrics.csv, which is always written.
 
     Args:
-        wandb: None: not there.
+        wandb: Weights & Biases settings; None if it is off.
+        others: the other loggers.
     """
 
     wandb: WandbConfig | None
@@ -90,7 +94,7 @@ class LoggerConfig:
 
 @options
 class RootValues:
-    """The keys of the root that belong to no group, as they stand in config.yaml."""
+    """The keys of the config root that belong to no group, as written in config.yaml."""
 
     seed: Annotated[int, Field(ge=0, le=MAX_SEED)]
     control: bool
@@ -100,16 +104,15 @@ class RootValues:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunConfig(RootValues, RunRequest):
-    """Everything a run is asked to do; `expansion` and `forgetting` are ordered.
+    """The complete configuration of a run; `expansion` and `forgetting` are ordered.
 
-    `text` is worked out from `model`, `data` and what the checkpoint at `model.path` learned.
+    `text` is derived from `model`, `data` and the lineage of the checkpoint at `model.path`.
 
-    `expansion` holds the records that its options name, which are no import of this room's,
-    `rungs` what is tried, one after the other, when the gate rolls back; `growth` is None where
-    nothing grows, and so is `experts` without LoRA experts.
+    `expansion` holds the typed options of the expansion methods. `fallbacks` are the retries after
+    a rollback, in order. `growth` and `experts` are None if they are not selected.
     """
 
-    cache_dir: Path  # type: ignore[assignment] # found by now
+    cache_dir: Path  # type: ignore[assignment] # resolved by validation
     model: Model
     data: DataConfig
     text: RunText
@@ -129,12 +132,12 @@ class RunConfig(RootValues, RunRequest):
     growth: Component | None = None
     experts: Component | None = None
     fallbacks: "tuple[RunConfig, ...]" = ()
-    fallback_overrides: tuple[str, ...] = ()  # of one of them: its overrides
-    rate_note: str = ""  # why training.learning_rate has its value, where nobody set one
+    fallback_overrides: tuple[str, ...] = ()  # set on a fallback: its own overrides
+    rate_note: str = ""  # explains a default training.learning_rate
 
     @property
     def attempts(self) -> "tuple[RunConfig, ...]":
-        """What each attempt is asked to do: the run itself, then its rungs."""
+        """The configuration of each attempt: the run itself, then its fallbacks."""
         return (self, *self.fallbacks)
 
 
@@ -150,13 +153,13 @@ SECTIONS: dict[str, type | UnionType] = {
     "moe_routing": RoutingOptions,
     "adaptation": AdaptationOptions,
 }
-ONE_OF = ("growth", "experts")  # of which a list makes no sense
-OPEN_GROUPS = ("optimizer", "callbacks", "logger", *ONE_OF)  # hold arguments of classes of others
+ONE_OF = ("growth", "experts")  # groups with exactly one option
+OPEN_GROUPS = ("optimizer", "callbacks", "logger", *ONE_OF)  # arguments of third-party classes
 
-# Section → the keys in it that `resume` replays from a run folder, which may come from anywhere.
-# A listed key holds numbers, or names that Tritter knows; it names no class, program, folder,
-# server or account. Only the sources of data and weights are places: they are printed first.
-# A key that is not listed is never replayed.
+# Section → keys that `resume` replays from a run folder, which may be untrusted.
+# A listed key holds a number or a name that Tritter defines; it never names a class, program,
+# folder, server or account. Only data sources and checkpoints are paths; they are printed first.
+# Keys that are not listed are never replayed.
 _REPLAYED = {
     "": "seed control",
     "model": "path model_type hidden_size intermediate_size num_hidden_layers num_attention_heads "
@@ -218,5 +221,5 @@ _REPLAYED = {
     "encouragement anneal_steps freeze_base unfreeze_after distill_steps distill_temperature",
 }
 REPLAYED_KEYS = frozenset(
-    join(place, key) for place in _REPLAYED for key in _REPLAYED[place].split()
+    join(section, key) for section in _REPLAYED for key in _REPLAYED[section].split()
 )

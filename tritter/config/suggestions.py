@@ -1,4 +1,4 @@
-"""Which key was probably meant, and what to type in place of habits from other tools."""
+"""Nearest matches for unknown keys, and replacements for options of other tools."""
 
 import re
 from collections.abc import Callable, Collection, Sequence
@@ -10,26 +10,26 @@ from pathlib import Path
 from tritter.errors import is_short_for, show
 from tritter.limits import NO_EPOCHS
 
-_OF_SOME_RUNS = ("experts", "growth")  # whose keys are meant least
+_OPTIONAL_GROUPS = ("experts", "growth")  # offered last: most runs do not use them
 _PRESET = re.compile(r"tiny|small|tritter_\w+")
 
 
-def _is_place(value: str) -> bool:
-    """Return whether a value names a folder or a hub id."""
+def _is_path_or_hub_id(value: str) -> bool:
+    """Return whether a value looks like a folder or a Hub id."""
     return "/" in value or value in (".", "..") or Path(value).is_dir()
 
 
 @dataclass(frozen=True, slots=True)
 class Hint:
-    """Advice for what people type who know another tool better.
+    """Advice for users who type the option of another tool.
 
     Args:
         typed: pattern of a key, a group or an option with its dashes, matched as a whole.
-        advice: what to type instead. A word in capitals stands for the typed value, `{NAME}` for
+        advice: replacement to type. A word in capitals is replaced by the typed value, `{NAME}` by
             a named group of the pattern.
-        reason: why the typed word is wrong. Default: the caller's own words.
-        command: the command that it is for, `train` or another one of `tritter`; default: all.
-        is_meant: returns whether the advice fits the typed value.
+        reason: why the typed word is wrong. Default: the caller's message.
+        command: the subcommand of `tritter` that it applies to; default: all.
+        is_meant: predicate on the typed value; the advice applies if it returns True.
     """
 
     typed: str
@@ -42,7 +42,7 @@ class Hint:
 _MODEL = (
     r"--(model|model[-_]path|model[-_]name[-_]or[-_]path|base[-_]model|ckpt|from[-_]pretrained)"
 )
-# The first that fits counts
+# The first match wins
 HINTS = (
     Hint("--model", "model=NAME", command="train", is_meant=lambda v: bool(_PRESET.fullmatch(v))),
     Hint(
@@ -61,7 +61,7 @@ HINTS = (
         command="train",
     ),
     Hint("--expansion", "--method METHOD", command="expand"),
-    Hint("model", "model=hf model.path=DIR", is_meant=_is_place),
+    Hint("model", "model=hf model.path=DIR", is_meant=_is_path_or_hub_id),
     Hint(r"model\.path", "model=hf model.path=DIR"),
     Hint(
         r"(?P<key>data\.(new|old|tasks))",
@@ -79,12 +79,12 @@ HINTS = (
 
 
 def hint_for(typed: str, value: object = None, *, command: str = "train") -> Hint | None:
-    """Return what the table advises in place of a typed word, the value filled in.
+    """Return the advice for a typed word, with the value filled in; None if there is none.
 
     Args:
         typed: a key, a group or an option with its dashes.
-        value: what was typed after it; None: nothing.
-        command: the command that refuses it.
+        value: the value typed after it; None for no value.
+        command: the subcommand that rejects it.
     """
     text = "" if value is None else show(value)
     for hint in HINTS:
@@ -99,55 +99,55 @@ def hint_for(typed: str, value: object = None, *, command: str = "train") -> Hin
 
 
 def child_names(keys: Collection[str], section: str) -> list[str]:
-    """Return the words that may follow `section`, or stand at the root when it is empty."""
+    """Return the keys directly below `section`, or the keys of the root if it is empty."""
     start = f"{section}." if section else ""
     return sorted({key[len(start) :].split(".")[0] for key in keys if key.startswith(start)})
 
 
 def nearest_key(key: str, known: Collection[str], *, first: Collection[str] = ()) -> str | None:
-    """Return the known dotted key that `key` most likely means.
+    """Return the known dotted key that is closest to `key`, or None.
 
-    The same last word counts most (`learning_rate` → `training.learning_rate`), then a similar
-    word in the same place, then what the word is short for (`lr`), then a similar word in another
-    section (`trainer.max_stepz` → `training.max_steps`), then a similar key anywhere.
-    Each is looked for among `first`, then in the section of `key` and below it, then anywhere.
+    In order of preference: the same last part (`learning_rate` → `training.learning_rate`), a
+    similar name in the same section, a name that it abbreviates (`lr`), a similar name in another
+    section (`trainer.max_stepz` → `training.max_steps`), and a similar key anywhere.
+    Keys in `first` come first, then those in the section of `key`, then all others.
     """
     section, _, leaf = key.rpartition(".")
-    by_length = sorted(known, key=lambda k: (_is_of_some_runs(k), len(k), k))
+    by_length = sorted(known, key=lambda k: (_is_in_optional_group(k), len(k), k))
     inside = [other for other in by_length if section and other.startswith(f"{section}.")]
     leaves = {other: other.rpartition(".")[2] for other in by_length}
     ordered = ([other for other in by_length if other in first], inside, by_length)
-    for places in ordered:
-        same_leaf = [other for other in places if leaves[other] == leaf]
-        usual = [other for other in same_leaf if not _is_of_some_runs(other)]
+    for candidates in ordered:
+        same_leaf = [other for other in candidates if leaves[other] == leaf]
+        usual = [other for other in same_leaf if not _is_in_optional_group(other)]
         if same_leaf := usual or same_leaf:
             return (get_close_matches(key, same_leaf, n=1, cutoff=0.0) or same_leaf)[0]
     siblings = {leaves[o]: o for o in by_length if o.rpartition(".")[0] == section}
     matches = get_close_matches(leaf, siblings, n=1, cutoff=0.6)
     if matches:
         return siblings[matches[0]]
-    for places in ordered:
-        longer = [other for other in places if is_short_for(leaf, leaves[other])]
+    for candidates in ordered:
+        longer = [other for other in candidates if is_short_for(leaf, leaves[other])]
         if longer:
             return longer[0]
-    # In another section; the shortest key has the word
-    words = {leaves[other]: other for other in reversed(by_length)}
-    if matches := get_close_matches(leaf, words, n=1, cutoff=0.8):
-        return words[matches[0]]
+    # In another section; the shortest key wins
+    names = {leaves[other]: other for other in reversed(by_length)}
+    if matches := get_close_matches(leaf, names, n=1, cutoff=0.8):
+        return names[matches[0]]
     matches = get_close_matches(key, by_length, n=1, cutoff=0.5)
     return matches[0] if matches else None
 
 
-def _is_of_some_runs(key: str) -> bool:
-    return key.partition(".")[0] in _OF_SOME_RUNS
+def _is_in_optional_group(key: str) -> bool:
+    return key.partition(".")[0] in _OPTIONAL_GROUPS
 
 
 def flag_advice(flag: str, arguments: Sequence[str], *, command: str) -> str | None:
-    """Return what to type in place of an unknown option, as a sentence.
+    """Return a sentence with the replacement for an unknown option, or None.
 
     Args:
-        flag: as it was typed, `--expansion` or `--expansion=dus`.
-        arguments: all that was typed, among which the value may be the next word.
+        flag: the option as typed, `--expansion` or `--expansion=dus`.
+        arguments: the whole command line; the value of the option may be the next argument.
     """
     name = flag.partition("=")[0]
     values = [word[len(name) + 1 :] for word in arguments if word.startswith(f"{name}=")]
@@ -156,5 +156,5 @@ def flag_advice(flag: str, arguments: Sequence[str], *, command: str) -> str | N
         return None
     if not hint.advice:
         return f"{hint.reason[:1].upper()}{hint.reason[1:]}."
-    words = f": {hint.advice}" if " " in hint.advice else f" {hint.advice}?"
-    return f"Did you mean{words}"
+    advice = f": {hint.advice}" if " " in hint.advice else f" {hint.advice}?"
+    return f"Did you mean{advice}"

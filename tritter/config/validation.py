@@ -1,4 +1,4 @@
-"""The judgement on a composed config: one RunConfig, or one error that lists all that is wrong."""
+"""Validates a composed config: returns one RunConfig, or raises one error with all problems."""
 
 import os
 from collections import Counter
@@ -73,61 +73,65 @@ from tritter.training.options import (
 
 Bodies = Mapping[str, Mapping[str, Any]]  # group → its body
 
-_OF_ONE: Mapping[str, Callable[..., object]] = {
+_SINGLE_CLASS: Mapping[str, Callable[..., object]] = {
     "model": model_class,
     "data": data_class,
     "optimizer": optimizer_class,
     **{group: partial(chosen_class, group) for group in CHOSEN_GROUPS},
 }
-_OF_SEVERAL: Mapping[str, Callable[..., type]] = {
+_CLASS_PER_ENTRY: Mapping[str, Callable[..., type]] = {
     **dict.fromkeys(METHOD_GROUPS, method_class),
     **dict.fromkeys(BASES, named_class),
 }
-_NOTHING = {"logger": "csv"}  # what stands for nothing in a group of several; else none
+_NOTHING = {"logger": "csv"}  # the option that selects nothing; `none` in other groups
 
 
 def group_bodies(reader: Reader, raw: Mapping[str, Any]) -> Bodies:
-    """Return the body of each group, without what stands for nothing and what is switched off."""
+    """Return the body of each group, without the option `none` and disabled entries."""
     bodies = {}
-    for group in (*SECTIONS, "optimizer", *CHOSEN_GROUPS, *_OF_SEVERAL):
+    for group in (*SECTIONS, "optimizer", *CHOSEN_GROUPS, *_CLASS_PER_ENTRY):
         body = raw.get(group)
-        if body is None and group in (*_OF_SEVERAL, *CHOSEN_GROUPS):
+        if body is None and group in (*_CLASS_PER_ENTRY, *CHOSEN_GROUPS):
             body = {}
         if not isinstance(body, Mapping):
-            reader.report(group, body, reason="it holds keys; choose an option of it")
+            reader.report(group, body, reason="it must be a mapping; choose an option")
             continue
         bodies[group] = body
-        if group not in _OF_SEVERAL:
+        if group not in _CLASS_PER_ENTRY:
             continue
-        nothing, names = _NOTHING.get(group, "none"), [str(name) for name in body]
-        # One more callback by its key stands beside the option none, which nobody typed
-        if group in METHOD_GROUPS and nothing in names and len(names) > 1:
-            reader.report(group, names, reason="none stands alone; leave it out of the list")
-        if given := body.get(nothing):
-            for key, value in leaves(given, f"{group}.{nothing}").items():
-                reader.report(key, value, reason=f"{nothing} has no keys")
-        off = [nothing, *(name for name in body if body[name] is None and group in BASES)]
+        none, names = _NOTHING.get(group, "none"), [str(name) for name in body]
+        # callbacks.NAME=… adds to the default option none, which the user did not type
+        if group in METHOD_GROUPS and none in names and len(names) > 1:
+            reader.report(
+                group,
+                names,
+                reason="none can't be combined with other options; remove it from the list",
+            )
+        if options := body.get(none):
+            for key, value in leaves(options, f"{group}.{none}").items():
+                reader.report(key, value, reason=f"{none} has no keys")
+        off = [none, *(name for name in body if body[name] is None and group in BASES)]
         bodies[group] = {str(name): each for name, each in body.items() if name not in off}
     return bodies
 
 
 def find_classes(reader: Reader, bodies: Bodies) -> dict[str, Any]:
-    """Return key → class of those that are found; what is wrong with others is reported.
+    """Return key → class for all classes that exist; problems are recorded by the reader.
 
-    A key is that of a group, or of an entry of a group of several.
+    A key is the name of a group, or GROUP.NAME for an entry of a group with several options.
     """
     found: dict[str, Any] = {}
     for group, body in bodies.items():
-        if group in _OF_ONE:
-            found[group] = reader.ask(_OF_ONE[group], body)
-        for name in body if group in _OF_SEVERAL else ():
+        if group in _SINGLE_CLASS:
+            found[group] = reader.call(_SINGLE_CLASS[group], body)
+        for name in body if group in _CLASS_PER_ENTRY else ():
             if (key := f"{group}.{name}") != "logger.wandb":
-                found[key] = reader.ask(_OF_SEVERAL[group], group, name, body)
+                found[key] = reader.call(_CLASS_PER_ENTRY[group], group, name, body)
     return {key: kind for key, kind in found.items() if kind is not None}
 
 
 def known_keys() -> tuple[str, ...]:
-    """Return every dotted key of a config, the bodies of all methods included, sorted."""
+    """Return every dotted key of a config, including the options of all methods, sorted."""
     keys = [*field_keys(RootValues, ""), "optimizer.name"]
     for name, section in SECTIONS.items():
         records = get_args(section) or (section,)
@@ -150,19 +154,19 @@ _READERS: Mapping[str, Callable[[Reader, Mapping[str, Any], Mapping[str, Any]], 
 }
 
 
-class _Unread(Exception):
-    """A rule asks for a section that could not be read."""
+class _InvalidSection(Exception):
+    """A rule reads a section that could not be read."""
 
 
-class _Sound:
-    """What could be read of a config, for rules; who asks for anything else gets `_Unread`."""
+class _ValidSections:
+    """The valid sections of a config; rules that read any other section get `_InvalidSection`."""
 
     def __init__(self, values: Mapping[str, Any], unread: set[str]) -> None:
         self._values, self._unread = values, unread
 
     def __getattr__(self, name: str) -> Any:
         if name not in self._values or name in self._unread:
-            raise _Unread(name)
+            raise _InvalidSection(name)
         return self._values[name]
 
 
@@ -173,20 +177,20 @@ def validate(
     found: Sequence[Problem] = (),
     rules: Sequence[Rule] = (),
 ) -> RunConfig:
-    """Return the record of a composed config, given as plain values.
+    """Return the validated configuration for a composed config.
 
-    In three passes: classes are found; sections are read one by one; then every rule across them
-    is asked that reads none which is wrong by itself, and of these last whether a run can start.
-    What all of them find is told at once.
+    Validation has three passes: find classes, read sections, apply the rules across sections. A
+    rule is skipped if it reads an invalid section. The checks of the initial model run last.
+    All problems are reported together.
 
     Args:
-        raw: nested plain values, interpolations resolved, without the `hydra` node.
-        origin: tells which file a dotted key came from, for the messages.
-        found: what is known to be wrong already.
-        rules: further ones, of who asks.
+        raw: nested plain values, with interpolations resolved and without the `hydra` node.
+        origin: function that returns the file in which a dotted key is set, for messages.
+        found: problems found earlier.
+        rules: additional rules of the caller.
 
     Raises:
-        RequestError: lists every problem with key, value, what is allowed and the nearest match.
+        RequestError: lists every problem with key, value, allowed values and nearest match.
     """
     reader = Reader(known_keys)
     bodies = with_steps(group_bodies(reader, raw), reader.problems)
@@ -194,8 +198,8 @@ def validate(
     if has_no_rate:
         bodies["training"] = {**bodies["training"], "learning_rate": PRESET_RATE}
     classes = find_classes(reader, bodies)
-    num_of_classes = len(reader.problems)
-    values = _read(reader, raw, bodies, classes)
+    num_class_problems = len(reader.problems)
+    values = _read_sections(reader, raw, bodies, classes)
     if has_no_rate and {"model", "training"} <= values.keys():
         rate, reason = default_rate(values["model"])
         values["training"] = replace(values["training"], learning_rate=rate)
@@ -203,78 +207,78 @@ def validate(
     problems, unread = list(found), set[str]()
     for number, problem in enumerate(reader.problems):
         where = problem.origin or (origin and origin(problem.key))
-        found_by = 1 if number < num_of_classes else 2
+        found_by = 1 if number < num_class_problems else 2
         problems.append(replace(problem, origin=where, found_by=found_by))
-    sound = cast(RunConfig, _Sound(values, unread))
+    sound = cast(RunConfig, _ValidSections(values, unread))
 
     def set_text(config: RunConfig) -> Iterable[Problem]:
         values["text"] = run_text(start_checkpoint(config.model), config.data, seed=config.seed)
         return ()
 
     chosen = (*values.get("forgetting", ()), values.get("growth"), values.get("experts"))
-    of_features: list[Rule] = [
+    feature_rules: list[Rule] = [
         partial(one.kind.problems, one.options) for one in chosen if one is not None
     ]
-    for asked in ((set_text,), (*_RULES, *of_features, *rules), (_begin_problems,)):
+    for stage in ((set_text,), (*_RULES, *feature_rules, *rules), (_begin_problems,)):
         unread |= {problem.key.partition(".")[0] for problem in problems}
-        told = [problem for rule in asked for problem in _found(rule, sound)]
-        problems += [replace(problem, found_by=3) for problem in told]
+        found_here = [problem for rule in stage for problem in _problems_of(rule, sound)]
+        problems += [replace(problem, found_by=3) for problem in found_here]
     raise_problems(problems)
     return RunConfig(**values)
 
 
-def _found(rule: Rule, config: RunConfig) -> Sequence[Problem]:
-    """Return what a rule finds, until it reads a section that is wrong by itself."""
+def _problems_of(rule: Rule, config: RunConfig) -> Sequence[Problem]:
+    """Return the problems of a rule, up to the first invalid section that it reads."""
     found: list[Problem] = []
     try:
         for problem in rule(config):
-            found.append(problem)  # what was found before an error stays
-    except _Unread:
+            found.append(problem)  # keep the problems found before an error
+    except _InvalidSection:
         pass
     except RequestError as error:
         found += error.problems
     return found
 
 
-def _read(
+def _read_sections(
     reader: Reader, raw: Mapping[str, Any], bodies: Bodies, classes: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return the values of a RunConfig but for its text; what is wrong goes to the reader."""
+    """Return the values of a RunConfig without `text`; problems are recorded by the reader."""
     values: dict[str, Any] = {}
     for name, body in bodies.items():
         if name in METHOD_GROUPS:
             values[name] = read_methods(reader, name, body, classes)
         elif name in CHOSEN_GROUPS:
-            found = reader.ask(with_parts_of_files, name, body) or {}
+            found = reader.call(with_parts_of_files, name, body) or {}
             values[name] = reader.component(name, classes.get(name), found)
         elif name in _READERS:
             values[name] = _READERS[name](reader, body, classes)
         else:
             values[name] = reader.read(cast(type, SECTIONS[name]), body, prefix=name)
     values["expansion"] = tuple(selected.options for selected in values.get("expansion", ()))
-    given = {name: value for name, value in raw.items() if name not in _GROUPS}
-    root: RootValues | None = reader.read(RootValues, given, prefix="")
+    root_values = {name: value for name, value in raw.items() if name not in _GROUPS}
+    root: RootValues | None = reader.read(RootValues, root_values, prefix="")
     if root is not None and values.get("trainer") is not None:
         values["trainer"] = replace(values["trainer"], seed=root.seed)
-    values["cache_dir"] = root and reader.ask(cache_folder, root.cache_dir)
+    values["cache_dir"] = root and reader.call(cache_folder, root.cache_dir)
     read = {name: value for name, value in values.items() if value is not None}
-    # Nothing was chosen: so it was asked, and read
+    # An empty selection is valid
     read |= {group: None for group in CHOSEN_GROUPS if not bodies.get(group, True)}
     return read if root is None else {**asdict(root), **read}
 
 
 def source_config(config: RunConfig) -> Config:
-    """Return the base model's config.json, as the family's builder writes it."""
+    """Return the base model's config.json, as written by the model family."""
     model = config.model
-    assert isinstance(model, ModelConfig), "a checkpoint has a config.json of its own"
+    assert isinstance(model, ModelConfig), "a checkpoint has its own config.json"
     return model.config(vocab_size=config.data.vocab_size)
 
 
 def known_config(config: RunConfig) -> Config | None:
-    """Return the config.json that a run starts from, as far as it is at hand; None for a hub id.
+    """Return the config.json of the initial model; None for a checkpoint on the Hub.
 
     Raises:
-        RequestError: the checkpoint at `model.path` can't be trained on.
+        RequestError: the checkpoint at `model.path` can't be trained.
     """
     if isinstance(config.model, CheckpointModelConfig):
         return checkpoint_config(config.model.path, with_experts=True)
@@ -284,17 +288,17 @@ def known_config(config: RunConfig) -> Config | None:
 def start_problems(
     config: RunConfig, source: Config, *, folder: Path | None = None
 ) -> Sequence[Problem]:
-    """Return why a run can't start from a model of this config.json.
+    """Return the reasons why a run can't start from a model with this config.json.
 
     Args:
-        folder: where it lies; None: it is not at hand, or made by the run.
+        folder: checkpoint folder; None if it is not local, or created by the run.
     """
     length, limit = config.data.sequence_length, position_limit(source)
     if limit is not None and length > limit:
         where = "model" if isinstance(config.model, ModelConfig) else "config.json"
         reason = (
-            f"the model has positions for {where}.{family_of(source).positions_key} = {limit}; "
-            "must be at most that"
+            f"the model supports {where}.{family_of(source).positions_key} = {limit} positions; "
+            "allowed: at most that"
         )
         return [Problem("data.sequence_length", length, reason=reason)]
     trained = [source] if config.control else []
@@ -307,7 +311,7 @@ def start_problems(
         return error.problems
     if config.experts is None and experts_in(folder, key="model.path") is not None:
         assert folder is not None
-        refuse_experts(folder, doing="a training with experts=none", key="model.path")
+        refuse_experts(folder, doing="training with experts=none", key="model.path")
     start = Start(source=source, trained=tuple(trained), folder=folder)
     chosen = (*config.forgetting, config.growth, config.experts)
     features = [one for one in chosen if one is not None]
@@ -320,7 +324,7 @@ def start_problems(
 
 
 def cache_folder(value: str | None) -> Path:
-    """Return the folder of all caches: named, in the environment, or the usual one."""
+    """Return the cache folder: from the config, the environment, or the default."""
     folder = value or os.environ.get("TRITTER_CACHE") or "~/.cache/tritter"
     return named_path(folder, key="cache_dir" if value else "TRITTER_CACHE").absolute()
 
@@ -329,31 +333,31 @@ def _begin_problems(config: RunConfig) -> Iterator[Problem]:
     if (source := known_config(config)) is not None:
         check_size(family_of(source), source)
         model = config.model
-        given = Path(model.path) if isinstance(model, CheckpointModelConfig) else None
-        yield from start_problems(config, source, folder=given)
+        path = Path(model.path) if isinstance(model, CheckpointModelConfig) else None
+        yield from start_problems(config, source, folder=path)
 
 
 def method_problems(config: RunConfig) -> Iterator[Problem]:
-    """Yield which methods make what another makes too, or use weights that are frozen."""
+    """Yield problems of methods that conflict with each other or require trainable weights."""
     needs = [one.kind.needs(one.options) for one in config.forgetting]
-    for what in ("prepares", "leaves"):
+    for what, verb in (("prepares", "prepare"), ("leaves", "save")):
         counts = Counter(kind for each in needs for kind in getattr(each, what))
         if twice := [kind for kind, count in counts.items() if count > 1]:
-            reason = f"more than one of them {what} {', '.join(twice)}; leave one out"
+            reason = f"several of them {verb} {', '.join(twice)}; leave one out"
             yield Problem("forgetting", [one.name for one in config.forgetting], reason=reason)
     names = [one.name for one in config.forgetting if one.kind.uses_weights]
     reasons = []
     if config.trainer.strategy == "fsdp":
-        reason = "they look at whole weights or gradients, and each process holds a part; with "
-        reasons.append(f"{reason}whole weights in each, use trainer=ddp, else")
+        reason = "they read whole weights or gradients, but each process has a shard; "
+        reasons.append(f"{reason}use trainer=ddp, otherwise")
     if config.experts is not None:
-        reasons.append("they hold weights of the base, which is frozen; with experts")
+        reasons.append("they protect weights of the base, which is frozen; with experts,")
     for reason in reasons if names else ():
-        allowed = " and ".join(["none", *weightless_methods()])
-        yield Problem("forgetting", names, reason=f"{reason} allowed are {allowed}")
+        allowed = " or ".join(["none", *weightless_methods()])
+        yield Problem("forgetting", names, reason=f"{reason} choose {allowed}")
     mixing = [one.name for one, each in zip(config.forgetting, needs, strict=True) if each.mixes]
     if len(mixing) > 1:
-        reason = f"{' and '.join(mixing)} both mix old text into the batches; choose one of them"
+        reason = f"{' and '.join(mixing)} both mix old data into the batches; choose one of them"
         yield Problem("forgetting", [one.name for one in config.forgetting], reason=reason)
 
 
@@ -361,33 +365,35 @@ def _data_problems(config: RunConfig) -> Iterator[Problem]:
     old, new = config.data.old_sources, config.data.new_sources
     for name in new:
         if name in old:
-            reason = "an old domain has that name already"
+            reason = "an old domain already has that name"
             has_tasks = isinstance(config.data, NamedTextConfig) and config.data.tasks
             side = "tasks" if has_tasks else "new"
             yield Problem(f"data.{side}.{name}", new[name], reason=reason)
     if config.text.old:
         return
     if isinstance(config.model, ModelConfig):
-        reason = "the base is pretrained on old text; name it, or start from a checkpoint: model=hf"
+        reason = (
+            "the base model is pretrained on old data; set it, or start from a checkpoint: model=hf"
+        )
         yield Problem("data.old", None, reason=reason)
         return
     typed = config.data.old if isinstance(config.data, NamedTextConfig) else None
-    asked = {one.name: one.kind.needs(one.options) for one in config.forgetting}
+    needs_of = {one.name: one.kind.needs(one.options) for one in config.forgetting}
     folder = Path(config.model.path)
     needing = [
         name
-        for name, needs in asked.items()
+        for name, needs in needs_of.items()
         if needs.old_text
         and not config.text.kept.sequences
         and not (needs.instead and state_kinds_of(folder) >= set(needs.instead))
     ]
-    if needing and not any(needs.writes for needs in asked.values()):
-        others = [name for name, needs in asked.items() if not needs.mixes]
-        # The method that needs no old text replays alone
+    if needing and not any(needs.writes for needs in needs_of.values()):
+        others = [name for name, needs in needs_of.items() if not needs.mixes]
+        # self_replay needs no old data and replaces other replay methods
         writing = f"[{','.join(['self_replay', *others])}]" if others else "self_replay"
         reason = (
-            f"{' and '.join(needing)} against forgetting needs old text; name it, let the model "
-            f"write it (forgetting={writing}), or choose forgetting=none"
+            f"it is required by {' and '.join(needing)}; set it, let the model generate it "
+            f"(forgetting={writing}), or choose forgetting=none"
         )
         yield Problem("data.old", typed, reason=reason)
 

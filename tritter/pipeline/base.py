@@ -1,6 +1,6 @@
-"""The model that a run starts from: a checkpoint that is given, or a base that is trained.
+"""The initial model of a run: a checkpoint, or a pretrained base model.
 
-A base is trained once on the old domains, and cached by the hash of what made it.
+A base model is trained once on the old domains and cached under the hash of its settings.
 """
 
 import math
@@ -52,57 +52,64 @@ from tritter.training.optimizer import moment_problems
 from tritter.training.options import TrainingConfig
 from tritter.transform import plan_expansion
 
-# Options of `data` that say which text it is: the digest of the corpus says it as well
+# Options of `data` that select the data; the corpus checksum covers them
 WHICH_TEXT = {"old", "new", "text_field", "validation_fraction"}
-WHICH_TEXT |= {"text_column", "max_rows", "streaming", "weights"}  # the last of new domains alone
+WHICH_TEXT |= {
+    "text_column",
+    "max_rows",
+    "streaming",
+    "weights",
+}  # `weights` applies to new domains only
 FORMAT_VERSION = 1
-_OF_TRAINER = ("accelerator", "precision", "gradient_clip_val", "devices", "compile")
+_TRAINER_KEYS = ("accelerator", "precision", "gradient_clip_val", "devices", "compile")
 
 
 def base_config(context: RunContext) -> Config:
-    """Return the config.json of the base model that the run describes."""
+    """Return the config.json of the run's base model."""
     vocab_size = context.corpus.tokenizer.get_vocab_size()
     return {**source_config(context.config), "vocab_size": vocab_size}
 
 
 @dataclass(frozen=True, slots=True)
 class Base:
-    """The base model in the cache, and the seconds that this run spent on training it."""
+    """A base model in the cache, and the seconds that this run spent training it."""
 
     folder: Path
     seconds: float
 
 
 def obtain_base(context: RunContext) -> Base:
-    """Train the base model, or find it in the cache; of jobs side by side one trains it.
+    """Load the base model from the cache, or train it; parallel jobs train it once.
 
     Raises:
-        RequestError: the cache cannot be written.
-        TritterError: the training of the base was broken off.
+        RequestError: the cache is not writable.
+        TritterError: pretraining failed.
     """
     made_from = _made_from(context)
     folder = context.config.cache_dir / "bases" / content_key(made_from)
-    logged = folder.with_name(f"{folder.name}.metrics.csv")  # beside the base, for later runs
-    here = context.folder / "metrics_pretraining.csv"
+    logged = folder.with_name(
+        f"{folder.name}.metrics.csv"
+    )  # next to the base model, for later runs
+    own = context.folder / "metrics_pretraining.csv"
 
     def wait() -> None:
-        context.say("baseline", "another run is training this base; waiting for it")
+        context.say("baseline", "another run is training this base model; waiting")
 
     if not _is_intact(folder):
         with entry_lock(folder, on_wait=wait):
             if not _is_intact(folder):
                 seconds = _train_base(context, folder, made_from)
-                for path in (logged, here):
+                for path in (logged, own):
                     write_rows(path, read_metrics(context.folder / "pretraining"))
                 return Base(folder, seconds=seconds)
     context.say("baseline", f"base model from the cache ({folder.name[:12]})")
     if logged.is_file():
-        write_text_atomic(here, read_text(logged, limit_bytes=MAX_METRICS_BYTES))
+        write_text_atomic(own, read_text(logged, limit_bytes=MAX_METRICS_BYTES))
     return Base(folder, seconds=0.0)
 
 
 def _made_from(context: RunContext) -> dict[str, Any]:
-    """Return everything that determines the base's weights."""
+    """Return everything that determines the weights of the base model."""
     config, trainer = context.config, asdict(context.config.trainer)
     text = {key: value for key, value in asdict(config.data).items() if key not in WHICH_TEXT}
     pretraining = {k: v for k, v in asdict(config.pretraining).items() if k != "max_tokens"}
@@ -118,8 +125,8 @@ def _made_from(context: RunContext) -> dict[str, Any]:
         "pretraining": pretraining,
         "warmup_steps": schedule_of(config.pretraining).warmup_steps,
         "optimizer": optimizer_record(config),
-        # Several processes add up in another order, and sharded ones round in another way
-        "trainer": {key: trainer[key] for key in _OF_TRAINER}
+        # Several processes sum in another order, and sharding changes rounding
+        "trainer": {key: trainer[key] for key in _TRAINER_KEYS}
         | {"is_sharded": trainer["strategy"] == "fsdp"}
         | effective_arguments(config),
         "seed": config.seed,
@@ -127,17 +134,17 @@ def _made_from(context: RunContext) -> dict[str, Any]:
 
 
 def _train_base(context: RunContext, folder: Path, made_from: Mapping[str, Any]) -> float:
-    """Train a base into the cache and return the seconds it took."""
+    """Train a base model into the cache and return the training time in seconds."""
     config = base_config(context)
     parameters = count_parameters(config)
     pretraining = context.config.pretraining
     context.say(
         "baseline",
-        f"training a base of {parameters:,} parameters on {', '.join(context.old_domains)} for "
-        f"{pretraining.max_steps} steps (cached for the next run)",
+        f"training a base model with {parameters:,} parameters on "
+        f"{', '.join(context.old_domains)} for {pretraining.max_steps} steps (cached)",
     )
     module = BaseModule(
-        context.reading(new_model(config, seed=context.seed("initialisation"))),
+        context.masked(new_model(config, seed=context.seed("initialisation"))),
         schedule=schedule_of(pretraining),
         optimizer=context.config.optimizer,
     )
@@ -180,7 +187,7 @@ def _train_base(context: RunContext, folder: Path, made_from: Mapping[str, Any])
         )
         if result.stopped_because is not None:
             raise TritterError(
-                f"pretraining was broken off: {result.stopped_because}. Nothing was cached; lower "
+                f"pretraining stopped: {result.stopped_because}. Nothing was cached; lower "
                 f"pretraining.learning_rate ({pretraining.learning_rate})."
             )
     check_trained(context, folder)
@@ -192,13 +199,16 @@ def _train_base(context: RunContext, folder: Path, made_from: Mapping[str, Any])
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BaseWriter:
-    """Writes a base into the cache, unless its training was broken off.
+    """Writes a base model into the cache, unless its training stopped early.
 
-    Who trains it holds the lock of its entry.
+    The caller holds the lock of the cache entry.
 
     Args:
-        lineage: all but the steps and their FLOPs.
-        state: what the training left.
+        folder: cache entry.
+        config: config.json of the base model.
+        lineage: lineage without the steps and FLOPs.
+        tokenizer: tokenizer of the base model.
+        state: writes the training state.
     """
 
     folder: Path
@@ -222,15 +232,15 @@ class BaseWriter:
             )
 
     def write(self, folder: Path) -> None:
-        """Write the tokenizer beside the model."""
+        """Write the tokenizer next to the model."""
         save_tokenizer(self.tokenizer, folder, end_of_text=END_OF_TEXT)
 
 
 def _is_intact(folder: Path) -> bool:
-    """Check a cached base against its own hashes; put a damaged one aside.
+    """Return True if a cached base model matches its hashes; move a damaged one away.
 
     Raises:
-        RequestError: the cache cannot be written.
+        RequestError: the cache is not writable.
     """
     if not folder.exists():
         return False
@@ -241,11 +251,11 @@ def _is_intact(folder: Path) -> bool:
 
 
 def check_source(context: RunContext) -> None:
-    """Refuse checkpoints that the run can't start or learn from, before anything is made of them.
+    """Reject checkpoints that the run can't start or learn from, before using them.
 
     Raises:
-        RequestError: what `checkpoint_config` and `check_teacher` refuse, a config that
-            transformers doesn't take, or targets that its shapes don't allow.
+        RequestError: a checkpoint is invalid, transformers rejects its config, or its shapes do
+            not allow the expansion.
     """
     attempts = [context.of_attempt(n) for n in range(1, 1 + len(context.config.attempts))]
     for each in attempts:
@@ -259,21 +269,21 @@ def check_source(context: RunContext) -> None:
         raise_problems(moment_problems(given.folder))
     for expansion in dict.fromkeys(each.config.expansion for each in attempts):
         if expansion and context.config.pipeline.target_params is None:
-            # Which expert is cloned may be chosen by data later; for what is checked here it is one
+            # The expert to clone may be selected by data later; any expert will do for this check
             branch = moe.with_choice(Branch("given", expansion), [0])
             plan_expansion(given, branch.specs)
 
 
 def copy_source(context: RunContext, target: Path) -> Lineage:
-    """Write the given checkpoint to `target`, tensors unchanged, as the start of the run.
+    """Write the initial checkpoint to `target` with unchanged tensors.
 
-    One with a lineage goes on in it; a plain Hugging Face folder becomes the root of a chain.
+    A checkpoint with a lineage continues it; a plain Hugging Face folder starts a new lineage.
 
     Returns:
         The lineage as written.
 
     Raises:
-        RequestError: the checkpoint is damaged, does not fit its config, or was changed since
+        RequestError: the checkpoint is damaged, does not match its config, or was modified after
             its lineage was written.
     """
     model, source = context.config.model, context.given
@@ -292,15 +302,15 @@ def copy_source(context: RunContext, target: Path) -> Lineage:
         lineage = replace(lineage, parent_path=os.path.relpath(parent, target.resolve()))
 
     def checked() -> Lineage:
-        source.read_digests()  # refuses tensors that are not what the lineage says
+        source.read_digests()  # raises if tensors differ from the lineage
         return lineage
 
     try:
         source.check()
         tensors: TensorStream | LinkedTensors = source.stream()
-        # Nothing will ever write into weight files that the run shares: Tritter and the hub's cache
-        # replace files whole. A folder of another tool may be saved over in place. A file with
-        # tensors that the model does not have is written anew.
+        # Weight files can be shared by hard links if nothing writes into them: Tritter and the Hub
+        # cache replace whole files. Other tools may overwrite files in place. A file with tensors
+        # that the model does not have is written again.
         is_stable = source.lineage is not None or source.folder.parent.name == "snapshots"
         if is_stable and {t.name for t in source.stored} == set(source.tensors.files):
             tensors = LinkedTensors(source.folder, source.read_digests())
@@ -317,29 +327,31 @@ def copy_source(context: RunContext, target: Path) -> Lineage:
 
 
 def check_teacher(context: RunContext) -> None:
-    """Refuse a teacher that reads other tokens than the run's models, or too few of them.
+    """Reject a teacher with another tokenizer or too few positions.
 
     Raises:
-        RequestError: that, or what `checkpoint_config` refuses.
+        RequestError: the teacher does not match, or is not a valid checkpoint.
     """
-    place = importance.teacher_folder(context)
-    if place is None:
+    location = importance.teacher_folder(context)
+    if location is None:
         return
     (key,) = {
         f"forgetting.{one.name}.teacher"
         for one in context.config.forgetting
-        if one.kind.needs(one.options).teacher_folder == place
+        if one.kind.needs(one.options).teacher_folder == location
     }
-    folder, reason = locate(place), ""
+    folder, reason = locate(location), ""
     checkpoint_config(str(folder), key=key)
     try:
         config, start = read_config(folder), context.given
-        of_run = base_config(context) if start is None else start.config
-        own, wanted = (family_of(each).dimensions(each).vocab_size for each in (config, of_run))
+        run_config = base_config(context) if start is None else start.config
+        own, expected = (
+            family_of(each).dimensions(each).vocab_size for each in (config, run_config)
+        )
         length, limit = context.config.data.sequence_length, position_limit(config)
-        if own != wanted:
+        if own != expected:
             reason = (
-                f"it has {own} tokens, the model that the run starts from {wanted}; must be a "
+                f"it has {own} tokens, but the initial model of the run has {expected}; use a "
                 "teacher with the same tokenizer"
             )
         elif (
@@ -347,22 +359,22 @@ def check_teacher(context: RunContext) -> None:
             != context.corpus.tokenizer.get_vocab()
         ):
             reason = (
-                "its tokenizer has other words than that of the run; must be a teacher with the "
-                "same tokenizer"
+                "its tokenizer has a different vocabulary than the tokenizer of the run; use a "
+                "teacher with the same tokenizer"
             )
         elif limit is not None and length > limit:
-            reason = f"it has positions for {limit} tokens, and data.sequence_length = {length}"
+            reason = f"it supports {limit} positions, but data.sequence_length = {length}"
     except TritterError as error:
         reason = str(error)
     if reason:
-        raise RequestError(Problem(key, place, reason=reason))
+        raise RequestError(Problem(key, location, reason=reason))
 
 
 def schedule_of(training: TrainingConfig, *, start_rate: float = 0.0) -> Schedule:
-    """Return the schedule that a training's config describes.
+    """Return the learning-rate schedule of a training config.
 
     Args:
-        start_rate: that the training before it ended with.
+        start_rate: final learning rate of the previous training run.
     """
     return Schedule(
         learning_rate=training.learning_rate,
@@ -376,14 +388,14 @@ def schedule_of(training: TrainingConfig, *, start_rate: float = 0.0) -> Schedul
 
 
 def last_rate(context: RunContext, branch: Branch) -> float:
-    """Return the rate of the last step of what an arm starts from; 0 where it is not recorded."""
+    """Return the final learning rate of a branch's initial model; 0 if it is not recorded."""
     return recorded_rate(context.source(branch.start).own_lineage.training_config)
 
 
 def recorded_rate(config: Mapping[str, Any]) -> float:
-    """Return the last rate of the training that a lineage's record tells of.
+    """Return the final learning rate recorded in a lineage.
 
-    Where an older record does not say it, it is that of the last step that was asked for.
+    Older records lack it; then it is computed from the recorded schedule.
     """
     rate = config.get("last_rate")
     if isinstance(rate, int | float) and 0 <= rate < math.inf:
@@ -399,5 +411,5 @@ def recorded_rate(config: Mapping[str, Any]) -> float:
             minimum_ratio=float(training["minimum_ratio"]),
         )
         return schedule.last_rate
-    except (KeyError, TypeError, ValueError):  # of a model from elsewhere, or damaged
+    except (KeyError, TypeError, ValueError):  # a model of another tool, or a damaged record
         return 0.0

@@ -1,4 +1,4 @@
-"""An arm of a run: one way of continuing from the baseline, or from what a round before it kept."""
+"""A branch of a run: one way to continue from the baseline or from a kept round."""
 
 from dataclasses import dataclass, replace
 
@@ -7,20 +7,20 @@ from tritter.core.expansions import ExpansionSpec
 
 @dataclass(frozen=True, slots=True)
 class Branch:
-    """One way of continuing: the expansion asked for, or none as the control.
+    """One way to continue: with the selected expansion, or without any as the control.
 
     Args:
-        name: of the arm's folder, scores and stages.
+        name: name of the branch's folder, scores and stages.
         specs: its expansions in order.
-        is_control: it stands beside the attempt, for comparison.
-        follows: the round whose result it starts from; None: it starts from the baseline.
-        is_round: it is one of the rounds of a run that grows to a size.
-        num_trainings: how many times the training's steps it is trained for.
-        attempt: which of the run's, from 1; each starts from the baseline.
-        prepared_by: the first attempt whose methods are the same, and for which they prepared.
-        task: which of the run's tasks it learns, from 0; the others have arms of their own, each of
-            which follows the one before.
-        is_final: no later round or task of the run starts from its result.
+        is_control: True for the control, which is trained for comparison.
+        follows: branch from whose result it starts; None for the baseline.
+        is_round: True for a round of a run that grows to a target size.
+        num_trainings: multiple of the configured training steps.
+        attempt: number of the attempt, from 1; each starts from the baseline.
+        prepared_by: first attempt with the same forgetting methods, whose preparation is shared.
+        task: number of the task, from 0. Each task has its own branch, which follows the previous
+            one.
+        is_final: True if no later round or task starts from its result.
     """
 
     name: str
@@ -36,41 +36,42 @@ class Branch:
 
     @property
     def start(self) -> str:
-        """Where the checkpoint lies that it starts from, relative to the run folder."""
+        """The folder of its initial checkpoint, relative to the run folder."""
         return f"{self.follows}/trained" if self.follows else "baseline"
 
     @property
     def start_scores(self) -> str:
-        """The name of that checkpoint's scores."""
+        """The name of the initial checkpoint's scores."""
         return f"{self.follows}-trained" if self.follows else "baseline"
 
     @property
     def purpose(self) -> tuple[str, ...]:
-        """What sets its seeds apart from those of the rounds before it."""
+        """Components of its random seeds that distinguish it from earlier rounds."""
         return (self.name,) if self.follows else ()
 
     def key(self, stage: str) -> str:
-        """Return the ledger's name of a stage that a run of one round and attempt has once."""
+        """Return the ledger's name of a stage that occurs once per round and attempt."""
         return f"{self.name}.{stage}" if self.is_round or self.attempt > 1 else stage
 
     @property
     def part(self) -> str | None:
-        """What loggers call it that stands beside the run itself; None: the run."""
+        """The part of the run in loggers: control, a retry, or None for the run itself."""
         if self.is_control:
             return "control"
         return f"attempt_{self.attempt}" if self.attempt > 1 else None
 
     @property
     def claims_exact(self) -> bool:
+        """Return True if all of its expansions are function-preserving."""
         return all(spec.is_exact for spec in self.specs)
 
     def label(self, stage: str) -> str:
-        """Return what reports call a stage of this arm: everything of the control is one."""
+        """Return the report label of a stage; the control has a single label."""
         return "control" if self.is_control else stage
 
 
 def tasks_of(first: Branch, count: int) -> tuple[Branch, ...]:
-    """Return an arm and those that go on from it, task after task, which grow no further."""
+    """Return a branch per task; later tasks continue from the previous one without expansion."""
     branches = [replace(first, is_final=first.is_final and count == 1)]
     for number in range(2, count + 1):
         name, follows = f"{first.name}_task_{number}", branches[-1].name

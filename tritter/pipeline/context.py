@@ -1,4 +1,4 @@
-"""What every stage of a run has at hand: the config, the folder, the text, a console."""
+"""The shared context of all stages: config, run folder, data and console."""
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -67,18 +67,22 @@ from tritter.terminal import Console, NewBar, progress_bars, shows_bar
 from tritter.training.options import rate_notes
 from tritter.transform import PlannedExpansion, planned
 
-MAX_POSITIONS = 2048  # of a model that does not say
+MAX_POSITIONS = 2048  # for a model without position limit
 PUBLISHED_DTYPES = ("float32", "bfloat16", "float16")
-EVALUATED_TOKENS = 4096  # of a domain, each time: 3 % of the default training, all together
+EVALUATED_TOKENS = 4096  # per domain and evaluation; in total 3 % of the cost of default training
 
 
 @dataclass(frozen=True)
 class RunContext:
-    """One run: asked for by `config`, living in `folder`.
+    """The context of a run with configuration `config` in `folder`.
 
     Args:
-        wandb_loggers: of the W&B runs that are open, one for all attempts: part → logger.
-        sources: place in the folder → the checkpoint there, as far as it was opened.
+        config: validated configuration.
+        folder: run folder.
+        console: console for output.
+        ledger: results of finished stages.
+        wandb_loggers: part → logger of its open W&B run, shared by all attempts.
+        sources: folder, relative to the run folder → opened checkpoint.
     """
 
     config: RunConfig
@@ -93,12 +97,12 @@ class RunContext:
     _packed: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def of_attempt(self, number: int) -> "RunContext":
-        """Return the context of an attempt, from 1: with what it has of its own."""
+        """Return the context of an attempt, numbered from 1, with its configuration."""
         if number == 1:
             return self
         other = replace(self, config=self.config.attempts[number - 1])
         known = {name: value for name, value in vars(self).items() if name not in vars(other)}
-        vars(other).update(known)  # the text, which is the same for all
+        vars(other).update(known)  # cached data, shared by all attempts
         return other
 
     @property
@@ -110,20 +114,20 @@ class RunContext:
         return self.text.new
 
     def new_of(self, branch: Branch) -> tuple[str, ...]:
-        """Return the domains that an arm's task is about."""
+        """Return the domains of a branch's task."""
         return self.text.tasks[branch.task]
 
     def old_of(self, branch: Branch) -> tuple[str, ...]:
-        """Return what an arm is to keep: the old domains, and those of the tasks before its own."""
-        met = [*self.old_domains, *chain.from_iterable(self.text.tasks[: branch.task])]
-        return tuple(dict.fromkeys(name for name in met if name not in self.new_of(branch)))
+        """Return the domains to retain: the old domains, and those of earlier tasks."""
+        earlier = [*self.old_domains, *chain.from_iterable(self.text.tasks[: branch.task])]
+        return tuple(dict.fromkeys(name for name in earlier if name not in self.new_of(branch)))
 
     @cached_property
     def given(self) -> Source | None:
-        """The checkpoint that the run starts from; None when it pretrains a base.
+        """The initial checkpoint of the run; None if it pretrains a base model.
 
         Raises:
-            RequestError: it can't be opened as what it is: the wrong thing to ask for.
+            RequestError: the checkpoint can't be opened.
         """
         model = self.config.model
         if not isinstance(model, CheckpointModelConfig):
@@ -139,7 +143,7 @@ class RunContext:
 
     @cached_property
     def text(self) -> RunText:
-        """The run's text; what a checkpoint from the hub learned is known once it is here."""
+        """The run's domains; those of a Hub checkpoint are known once it is downloaded."""
         config = self.config
         if self.given is None or Path(config.model.path).is_dir():  # type: ignore[union-attr]
             return config.text
@@ -147,6 +151,7 @@ class RunContext:
 
     @cached_property
     def source_tokenizer(self) -> PretrainedTokenizer | None:
+        """The tokenizer of the initial checkpoint, if any."""
         if self.given is None:
             return None
         vocab_size = self.given.family.dimensions(self.given.config).vocab_size
@@ -154,40 +159,40 @@ class RunContext:
 
     @cached_property
     def corpus(self) -> Corpus:
-        """The old and new domains, tokenised; without a checkpoint a tokenizer is trained on them.
+        """The tokenised domains; without a checkpoint, a tokenizer is trained on them.
 
         Raises:
-            TextFileError: files can't be read as what they are.
-            RequestError: a domain is too small, or the cache can't be written.
+            TextFileError: files can't be parsed.
+            RequestError: a domain is too small, or the cache is not writable.
         """
-        config, split, given = self.config, self.text.split, self.source_tokenizer
-        asked: dict[str, Any] = {
+        config, split, tokenizer = self.config, self.text.split, self.source_tokenizer
+        settings: dict[str, Any] = {
             "vocab_size": config.data.vocab_size,
             "validation_fraction": split.validation_fraction,
             "max_validation_tokens_per_document": config.evaluation.max_tokens_per_document,
             "seed": split.seed,
             "cache_dir": config.cache_dir,
-            "tokenizer": given.tokenizer if given else None,
+            "tokenizer": tokenizer.tokenizer if tokenizer else None,
         }
         domains = self.text.domains
-        # Of the embedded corpus alone the cache keeps a note
+        # Only the embedded corpus has an index in the cache
         if [(domain.name, domain.paths) for domain in domains] == _STDLIB_DOMAINS:
-            return stdlib_corpus(**asked)
+            return stdlib_corpus(**settings)
         origin = {domain.name: _origin(domain, config) for domain in domains}
-        return build_corpus(all_documents(domains), origin=origin, **asked)
+        return build_corpus(all_documents(domains), origin=origin, **settings)
 
     @cached_property
     def notes(self) -> tuple[str, ...]:
-        """What a person should know of what the run is made from, a sentence each."""
+        """Notes on the inputs of the run, a sentence each."""
         source = known_config(self.config) if self.given is None else self.given.config
-        assert source is not None  # only that of a hub id is not known, and it is given
-        # Of each domain whose paths mean other files too, what was skipped
+        assert source is not None  # only the config of a Hub id is unknown, and then `given` is set
+        # Skipped files of each domain
         notes = [find_texts(each.key, each.paths).note(each.name) for each in self.text.domains]
         notes += [*self.text.notes, *self.corpus.notes]
         if count := sum(each.held_out_before for each in self.corpus.counts.values()):
             notes.append(
-                f"Documents that were met before: {count} held out before, so that they are not "
-                "trained on."
+                f"{count} documents were held out by an earlier run, so they are not used "
+                "for training."
             )
         length = self.config.data.sequence_length
         is_masked = self.config.data.packing == "documents"
@@ -198,103 +203,109 @@ class RunContext:
             longer = padding_fraction(domain.train, sequence_length=2 * length)
             if share > MUCH_PADDING:
                 notes.append(
-                    f"Of the training sequences of {name} {share:.0%} is padding: its documents "
-                    f"fill no {length} tokens; data.sequence_length={2 * length} leaves "
-                    f"{longer:.0%}."
+                    f"{name}: {share:.0%} of the training sequences is padding, because its "
+                    f"documents are shorter than {length} tokens; "
+                    f"data.sequence_length={2 * length} gives {longer:.0%}."
                 )
         optimizer = self.config.optimizer.target.rpartition(".")[2]
         if optimizer.startswith("Paged") and self.device.type == "cpu":
             same = optimizer.removeprefix("Paged")
-            notes.append(f"On the CPU nothing is paged: {optimizer} does what {same} does.")
+            notes.append(f"There is no paging on the CPU: {optimizer} is equivalent to {same}.")
         notes.append(self.config.rate_note)
         notes += [*memory_notes(self.config, source), *rate_notes(self.config, source)]
         return tuple(filter(None, notes))
 
     @cached_property
     def published_dtype(self) -> str:
-        """The dtype of the weights that the run publishes; the baseline must be there."""
-        asked = self.config.pipeline.dtype
-        if asked != "source" or self.given is None:
-            return "float32" if asked == "source" else asked
+        """The dtype of the published weights; requires the baseline stage."""
+        dtype = self.config.pipeline.dtype
+        if dtype != "source" or self.given is None:
+            return "float32" if dtype == "source" else dtype
         found = self.source("baseline").tensors.main_dtype
         return found if found in PUBLISHED_DTYPES else "float32"
 
     @property
     def domains(self) -> tuple[str, ...]:
+        """Old and new domains."""
         return (*self.old_domains, *self.new_domains)
 
     @property
     def end_of_text_id(self) -> int:
-        given = self.source_tokenizer
-        end_of_text = given.end_of_text if given else END_OF_TEXT
+        """The token id that ends a document."""
+        tokenizer = self.source_tokenizer
+        end_of_text = tokenizer.end_of_text if tokenizer else END_OF_TEXT
         token_id = self.corpus.tokenizer.token_to_id(end_of_text)
         assert token_id is not None
         return token_id
 
     @cached_property
     def device(self) -> torch.device:
+        """The device for evaluation."""
         wants_gpu = self.config.trainer.accelerator in ("gpu", "auto")
         return torch.device("cuda" if wants_gpu and torch.cuda.is_available() else "cpu")
 
     def seed(self, *purpose: str) -> int:
-        """Return the seed of one purpose: data order, growth and replay have their own."""
+        """Return the seed for one purpose, such as data order, growth or replay."""
         return derived_seed(self.config.seed, *purpose)
 
     def stage(self, key: str, work: Callable[[], StageResult], *, label: str) -> StageResult:
-        """Do a stage, or take what the ledger has of it.
+        """Run a stage, or return its result from the ledger.
 
         Args:
-            key: of the ledger's entry.
-            label: what reports call it; time that `work` does not account for counts here.
+            key: name in the ledger.
+            work: runs the stage.
+            label: name in reports, to which remaining time is assigned.
         """
         done = self.ledger.get(key)
         if done is not None:
-            self.say(label, "done before; going on from there")
+            self.say(label, "already finished")
             return done
         since = time.perf_counter()
         try:
             result = work()
         except Stopped as stopped:
-            stopped.where = stopped.where or f"during {key}, which starts again"
+            stopped.where = stopped.where or f"during {key}, which will restart"
             raise
         elapsed = time.perf_counter() - since - sum(result.seconds.values())
         seconds = {**result.seconds, label: elapsed + result.seconds.get(label, 0.0)}
         result = replace(result, seconds=seconds)
-        lineages = {place: s.lineage for place, s in self.sources.items() if s.lineage is not None}
+        lineages = {
+            location: s.lineage for location, s in self.sources.items() if s.lineage is not None
+        }
         self.ledger.record(key, result, lineages=lineages)
         return result
 
-    def source(self, place: str) -> Source:
-        """Return a checkpoint of the run folder; it was checked when the run began, or written."""
-        if place not in self.sources:
-            self.wrote(place, lineage_of(self.folder / place))
-        return self.sources[place]
+    def source(self, location: str) -> Source:
+        """Return a verified checkpoint of the run folder."""
+        if location not in self.sources:
+            self.register(location, lineage_of(self.folder / location))
+        return self.sources[location]
 
-    def wrote(self, place: str, lineage: Lineage) -> Source:
-        """Take up a checkpoint that was written to the run folder just now."""
-        folder = self.folder / place
+    def register(self, location: str, lineage: Lineage) -> Source:
+        """Register a checkpoint that was just written to the run folder."""
+        folder = self.folder / location
         config = read_config(folder, ffn_sizes=list(lineage.ffn_sizes))
-        self.sources[place] = Source.written(folder, config, lineage)
-        return self.sources[place]
+        self.sources[location] = Source.written(folder, config, lineage)
+        return self.sources[location]
 
     def planned(self, branch: Branch) -> PlannedExpansion:
-        """Return what an arm's expansions make of where it starts; its map is built once."""
+        """Return the planned expansions of a branch; parameter maps are built once."""
         if branch not in self._planned:
             seed = self.seed("expansion", *branch.purpose)
             self._planned[branch] = planned(self.source(branch.start), branch.specs, seed=seed)
         return self._planned[branch]
 
     def say(self, label: str, text: str) -> None:
-        """Print one line of what goes on."""
+        """Print one line of progress."""
         self.console.print(f"{label:<11}{text}", highlight=False, markup=False, soft_wrap=True)
 
     def progress_bars(self) -> AbstractContextManager[NewBar]:
-        """Return progress bars, shown where a training would show its own."""
+        """Return progress bars, shown under the same conditions as those of training."""
         is_shown = shows_bar(self.config.trainer.progress, self.console)
         return progress_bars(self.console, is_shown=is_shown)
 
     def training_sequences(self, domains: Sequence[str]) -> dict[str, Tensor]:
-        """Return, by domain, packed training sequences [N, T]."""
+        """Return domain → packed training sequences [N, T]."""
         for name in domains:
             if name not in self._packed:
                 self._packed[name] = packed(
@@ -306,34 +317,34 @@ class RunContext:
         return {name: self._packed[name] for name in domains}
 
     def num_sequences(self, domain: str) -> int:
-        """Return how many training sequences a domain has, without making them.
+        """Return the number of training sequences of a domain, without packing them.
 
         Raises:
-            RequestError: it is too small to have one.
+            RequestError: the domain is too small for one sequence.
         """
         train, data = self.corpus.domains[domain].train, self.config.data
         return num_packed(train, packing=data.packing, sequence_length=data.sequence_length)
 
     @property
     def document_mask(self) -> DocumentMask | None:
-        """How documents of a training sequence are told apart; None: they are one stream."""
+        """The mask between documents of a training sequence; None to treat them as one stream."""
         is_masked = self.config.data.packing == "documents"
         return DocumentMask(self.end_of_text_id) if is_masked else None
 
-    def reading(self, model: nn.Module) -> nn.Module:
-        """Let a model read the run's training sequences as they are packed, and return it."""
+    def masked(self, model: nn.Module) -> nn.Module:
+        """Return a model with the document mask of the run's training sequences."""
         return model if self.document_mask is None else mask_documents(model, self.document_mask)
 
     def sample_equally(self, domains: Sequence[str], count: int, *purpose: str) -> Tensor:
-        """Return `count` training sequences [N, T] at random, of each domain as many.
+        """Return `count` random training sequences [N, T], equally many per domain.
 
-        Fewer where a domain has not as many.
+        Domains with fewer sequences contribute all of them.
         """
         sequences = self.training_sequences(domains)
         return sample_equally(sequences, count, seed=lambda name: self.seed(*purpose, name))
 
     def check_text(self) -> None:
-        """Refuse a domain that is too small to train on, before anything is trained.
+        """Reject a domain that is too small, before any training.
 
         Raises:
             RequestError: names the domain.
@@ -345,19 +356,19 @@ class RunContext:
                 raise RequestError(f"{error} (Domain {name}.)") from error
 
     def source_records(self, domains: Sequence[str]) -> dict[str, dict[str, Any]]:
-        """Return what a checkpoint records of some domains' text: hash, and where it lay."""
-        places = {domain.name: domain for domain in self.text.domains}
+        """Return the records of some domains in a checkpoint's lineage: hash and paths."""
+        domain_of = {domain.name: domain for domain in self.text.domains}
         return {
             name: {
                 **asdict(self.corpus.sources[name]),
-                "paths": list(recorded_paths(places[name].paths, key=places[name].key)),
-                "text_field": places[name].text_field,
+                "paths": list(recorded_paths(domain_of[name].paths, key=domain_of[name].key)),
+                "text_field": domain_of[name].text_field,
             }
             for name in domains
         }
 
     def split_record(self) -> dict[str, Any]:
-        """Return what a further training is to take over besides the split."""
+        """Return the settings that a later training run adopts, except the split."""
         data = self.config.data
         packing = {} if data.packing == "stream" else {"packing": data.packing}
         return {
@@ -366,26 +377,26 @@ class RunContext:
         }
 
     def learned(self, domains: Sequence[str]) -> dict[str, LearnedDomain]:
-        """Return what the lineage has learned once some domains of the run are trained on."""
-        places = {domain.name: domain for domain in self.text.domains}
+        """Return the learned domains of the lineage after training on some domains of the run."""
+        domain_of = {domain.name: domain for domain in self.text.domains}
         records = {}
         for name in domains:
             source = asdict(self.corpus.sources[name])
             del source["name"]
             records[name] = LearnedDomain(
                 **source,
-                paths=recorded_paths(places[name].paths, key=places[name].key),
-                text_field=places[name].text_field,
+                paths=recorded_paths(domain_of[name].paths, key=domain_of[name].key),
+                text_field=domain_of[name].text_field,
             )
         return {**self.text.learned, **records}
 
     def batches(self, domains: Sequence[str], *, purpose: str, max_steps: int) -> BatchStream:
-        """Return endless batches of some domains in an order of their own."""
+        """Return endless batches of some domains in a random order."""
         sequences, seed = self.training_sequences(domains), self.seed("order", purpose)
         data = self.config.data
-        # New domain → its weight among those of its task; nothing where all are mixed
-        asked = (data.weights or {}) if isinstance(data, DatasetsConfig) else {}
-        weights = {name: each for name, each in asked.items() if name in domains}
+        # New domain → its weight within the task; empty to mix domains by size
+        configured = (data.weights or {}) if isinstance(data, DatasetsConfig) else {}
+        weights = {name: each for name, each in configured.items() if name in domains}
         stream = (
             ReplayBuffer.of_domains(sequences, weights=weights, seed=seed, purpose="domain")
             if weights
@@ -396,7 +407,7 @@ class RunContext:
 
     @cached_property
     def validation_subset(self) -> ValidationSubset | None:
-        """What trainings are evaluated on on their way; None where that is switched off."""
+        """The validation subset for evaluation during training; None if it is switched off."""
         options = self.config.evaluation
         if not options.every_n_steps:
             return None
@@ -412,17 +423,21 @@ class RunContext:
 
     @cached_property
     def tasks(self) -> tuple[ScoredTask, ...]:
-        """What is asked of every model beside the losses."""
+        """The tasks on which every model is scored, in addition to the losses."""
         options = self.config.evaluation
-        asked = {d.name: questions_of(d.paths, options.task_questions) for d in self.text.domains}
-        skills = (QuestionTask(name, name, asked[name]) for name in asked if asked[name])
+        questions = {
+            d.name: questions_of(d.paths, options.task_questions) for d in self.text.domains
+        }
+        skills = (
+            QuestionTask(name, name, questions[name]) for name in questions if questions[name]
+        )
         source = known_config(self.config) if self.given is None else self.given.config
         length = (source and position_limit(source)) or MAX_POSITIONS
         return (*skills, *benchmark_tasks(options, positions=length))
 
     @cached_property
     def scoring(self) -> Scoring:
-        """What every model of the run is scored on."""
+        """The documents and tasks on which every model of the run is scored."""
         return Scoring(
             documents={name: self.corpus.domains[name].validation for name in self.domains},
             tasks=self.tasks,
@@ -435,7 +450,7 @@ class RunContext:
         )
 
     def subjects_of(self, domains: Sequence[str | None]) -> list[str]:
-        """Return what scores of some domains are called, their tasks included; None: of none."""
+        """Return the score names of some domains and their tasks; None selects other tasks."""
         return [
             subject
             for domain in domains
@@ -446,7 +461,7 @@ class RunContext:
         ]
 
     def score(self, model: nn.Module, name: str) -> Scores:
-        """Score a model, which ends on the CPU, and keep the result in a file."""
+        """Score a model, move it to the CPU, and store the result in a file."""
         with self.progress_bars() as new_bar:
             scores = self.scoring.score(model.to(self.device), new_bar=new_bar)
         model.to("cpu")
@@ -456,11 +471,11 @@ class RunContext:
         return scores
 
     def read_scores(self, name: str) -> Scores:
-        """Return the scores that `score` kept under a name."""
+        """Return the scores that `score` stored under a name."""
         return self.scoring.read(self.folder / score_file(name))
 
     def scoring_flops(self, reading: Flops) -> float:
-        """Count the FLOPs of one scoring, given those of reading a sequence."""
+        """Return the FLOPs of one scoring pass, given those of reading a sequence."""
         return self.scoring.flops(reading)
 
 
@@ -473,7 +488,7 @@ def all_documents(domains: Iterable[DomainText]) -> dict[str, Documents]:
     """Return the documents of all domains.
 
     Raises:
-        TextFileError: lists what can't be read, of all domains.
+        TextFileError: lists unreadable files of all domains.
     """
     documents: dict[str, Documents] = {}
     problems: list[str] = []
@@ -511,11 +526,14 @@ def _origin(domain: DomainText, config: RunConfig) -> str:
 
 @dataclass(frozen=True, eq=False)
 class BenchmarkTask:
-    """A benchmark, scored by the metric that it is known by.
+    """A benchmark, scored by its usual metric.
 
     Args:
-        questions: None: the hub has them.
-        positions: tokens that the run's models read.
+        benchmark: the benchmark.
+        questions: its questions; None to load them from the Hub.
+        asking: settings of lm-eval.
+        positions: maximum number of tokens of the run's models.
+        domain: domain of the task; None for benchmarks.
     """
 
     benchmark: Benchmark
@@ -526,25 +544,27 @@ class BenchmarkTask:
 
     @property
     def name(self) -> str:
+        """The name of the benchmark."""
         return self.benchmark.name
 
     @cached_property
     def digest(self) -> str:
-        held: Any = f"hub: {self.benchmark.hub}"
+        """The checksum of the questions and settings."""
+        content: Any = f"hub: {self.benchmark.hub}"
         if self.questions is not None:
-            asked = self.questions.limited(self.harness.limit)
-            held = [
-                (name, astuple(asked.questions[name]), asked.examples[name])
-                for name in asked.questions
+            limited = self.questions.limited(self.harness.limit)
+            content = [
+                (name, astuple(limited.questions[name]), limited.examples[name])
+                for name in limited.questions
             ]
-        return sha256(dumps([held, self.harness.limit, version("lm_eval")]).encode()).hexdigest()
+        return sha256(dumps([content, self.harness.limit, version("lm_eval")]).encode()).hexdigest()
 
     def score(self, model: nn.Module, reader: Reader) -> PairedScores:
-        """Ask a model all questions.
+        """Score a model on all questions.
 
         Raises:
-            RequestError: the hub does not give them.
-            TritterError: the model computes what is not finite.
+            RequestError: the Hub does not provide the questions.
+            TritterError: the model's outputs are not finite.
         """
         harness = replace(self.harness, batch_size=reader.batch_size)
         if self.questions is None:
@@ -554,40 +574,42 @@ class BenchmarkTask:
         return found.primary
 
     def lengths(self, reader: Reader) -> Sequence[int]:
-        """Return the tokens of each sequence; generated answers count as long as they may be.
+        """Return the length of each sequence in tokens, with generated answers at their maximum.
 
-        Of a benchmark from the hub nothing is known before.
+        Empty for a benchmark on the Hub, whose questions are not known in advance.
         """
         if self.questions is None:
             return ()
-        asked = self.questions.limited(self.harness.limit)
-        return sequence_lengths(_tokenizer(reader), asked, length=self.positions)
+        limited = self.questions.limited(self.harness.limit)
+        return sequence_lengths(_tokenizer(reader), limited, length=self.positions)
 
 
-def benchmark_tasks(asked: EvaluationConfig, *, positions: int) -> tuple[BenchmarkTask, ...]:
-    """Return the benchmarks of a run, once their files, lm-eval and the sandbox were tried.
+def benchmark_tasks(options: EvaluationConfig, *, positions: int) -> tuple[BenchmarkTask, ...]:
+    """Return the benchmarks of a run, after checking their files, lm-eval and the sandbox.
 
     Raises:
-        RequestError: one of them can't be had.
+        RequestError: a benchmark is not available.
     """
-    names = benchmark_names(asked.tasks, key=TASKS_KEY)
+    names = benchmark_names(options.tasks, key=TASKS_KEY)
     if not names:
         return ()
     chosen = [BENCHMARKS[name] for name in names]
-    held: Mapping[str, Questions] = {}
-    if asked.tasks_path is not None:
-        folder = TasksFolder(Path(asked.tasks_path), key="evaluation.tasks_path")
-        loaded = load(chosen, folder, limit=asked.task_limit)
-        held = {each.benchmark.name: each for each in loaded}
+    questions: Mapping[str, Questions] = {}
+    if options.tasks_path is not None:
+        folder = TasksFolder(Path(options.tasks_path), key="evaluation.tasks_path")
+        loaded = load(chosen, folder, limit=options.task_limit)
+        questions = {each.benchmark.name: each for each in loaded}
     require_harness()
     sandbox: Sandbox | None = None
     if set(names) & set(CODE):
-        command = asked.code_sandbox_command
-        is_external = asked.code_sandbox == "external" and command is not None
+        command = options.code_sandbox_command
+        is_external = options.code_sandbox == "external" and command is not None
         sandbox = ExternalSandbox(str(command)) if is_external else NamespaceSandbox()
         sandbox.check()
-    harness = EvalOptions(limit=asked.task_limit, sandbox=sandbox, is_null_run=False)
-    return tuple(BenchmarkTask(each, held.get(each.name), harness, positions) for each in chosen)
+    harness = EvalOptions(limit=options.task_limit, sandbox=sandbox, is_null_run=False)
+    return tuple(
+        BenchmarkTask(each, questions.get(each.name), harness, positions) for each in chosen
+    )
 
 
 def _tokenizer(reader: Reader) -> StockTokenizer:

@@ -1,8 +1,8 @@
-"""What a run keeps on disk: which stage folders it removes, and how many bytes there are.
+"""Disk use of a run: removal of stage folders, and the number of bytes.
 
 A stage folder that no later stage needs loses its weights, state and tokenizer. Its records
-(`config.json`, `tritter.json`) stay, so that `history` and the rest of the run can read them. The
-ledger is marked first: after a kill the removal is repeated, never missed.
+(`config.json`, `tritter.json`) stay, because `history` and later stages read them. The ledger is
+marked first: after a kill the removal is repeated, never missed.
 """
 
 import shutil
@@ -24,18 +24,18 @@ _BEFORE_FIT = ("expanded", "distilled", "adapted")
 _AGAIN = "expanded_again"
 
 
-def remove(context: RunContext, *places: str) -> None:
-    """Remove stage folders that nothing needs any more, unless `pipeline.keep_stages` is on."""
+def remove(context: RunContext, *locations: str) -> None:
+    """Remove stage folders that are no longer needed, unless `pipeline.keep_stages` is set."""
     if context.config.pipeline.keep_stages:
         return
-    for place in places:
-        if (folder := context.folder / place).is_dir():
-            context.ledger.mark_removed(place)
+    for location in locations:
+        if (folder := context.folder / location).is_dir():
+            context.ledger.mark_removed(location)
             strip(folder)
 
 
 def strip(folder: Path) -> None:
-    """Remove all of a checkpoint but its records, or the whole of a folder that is none."""
+    """Remove everything except a checkpoint's records; remove other folders completely."""
     if not (folder / LINEAGE_NAME).is_file():
         shutil.rmtree(folder)
         return
@@ -47,7 +47,7 @@ def strip(folder: Path) -> None:
 
 
 def remove_before_fit(context: RunContext, branch: Branch) -> None:
-    """Remove what an arm's training started from, once the trained model is verified."""
+    """Remove the initial checkpoint of a branch's training, once the trained model is verified."""
     remove_folder(context.folder / branch.name / _AGAIN)
     remove(context, *(f"{branch.name}/{name}" for name in _BEFORE_FIT))
     if branch.task:
@@ -55,7 +55,7 @@ def remove_before_fit(context: RunContext, branch: Branch) -> None:
 
 
 def remove_rest(context: RunContext, *branches: Branch) -> None:
-    """Remove all that is left of arms when the run no longer needs them."""
+    """Remove the remaining folders of branches that the run no longer needs."""
     for branch in branches:
         remove_before_fit(context, branch)
         remove(context, f"{branch.name}/trained", f"{branch.name}/importance")
@@ -67,55 +67,55 @@ def remove_rest(context: RunContext, *branches: Branch) -> None:
 
 
 def release_start(context: RunContext, branch: Branch) -> bool:
-    """Say whether the weights of a training's start may go before its result is written.
+    """Return True if the weights at the start of training may be removed before it ends.
 
-    Those of an expanded checkpoint may: if the run is killed in between, the next call expands
-    again, from the same source and seed.
+    This holds for an expanded checkpoint: if the run is killed, the next call repeats the expansion
+    from the same source and seed.
     """
-    place = f"{branch.name}/expanded"
-    if moe.start_folder(context, branch) != place:
+    location = f"{branch.name}/expanded"
+    if moe.start_folder(context, branch) != location:
         return False
-    folder = context.folder / place
-    if context.ledger.is_incomplete(place):
+    folder = context.folder / location
+    if context.ledger.is_incomplete(location):
         context.say("expand", f"the weights of {folder} were removed; expanding again")
         again = context.folder / branch.name / _AGAIN
         write_expanded(context, branch, again)
         for path in sorted(again.glob("*.safetensors")):
             path.replace(folder / path.name)
         remove_folder(again)
-        context.ledger.check_complete(place)
+        context.ledger.check_complete(location)
     if context.config.pipeline.keep_stages or context.config.experts is not None:
         return False
-    context.ledger.mark_released(place)
+    context.ledger.mark_released(location)
     return True
 
 
 def record(context: RunContext) -> dict[str, dict[str, int]]:
-    """Return, for summary.json, the bytes of weights and training state in the run folder.
+    """Return the bytes of weights and training state in the run folder, for summary.json.
 
-    `peak` and `end` are of the whole folder; `source` and `result` of two checkpoints in it.
+    `peak` and `end` cover the whole folder; `source` and `result` are two checkpoints in it.
     """
     end = disk_bytes(context.folder)
     peak = context.ledger.peak
     use = {kind: {"peak": peak(kind), "end": end[kind]} for kind in ("weights", "state")}
-    for name, place in (("source", "baseline"), ("result", "checkpoint")):
-        use["weights"][name] = disk_bytes(context.folder / place)["weights"]
+    for name, location in (("source", "baseline"), ("result", "checkpoint")):
+        use["weights"][name] = disk_bytes(context.folder / location)["weights"]
     return use
 
 
 def report(use: Mapping[str, Mapping[str, int]]) -> str:
-    """Return one line about the disk that a run used."""
+    """Return one line about the disk use of a run."""
     weights, state = use["weights"], use["state"]
     return (
-        f"weights {size_text(weights['end'])} (at most {size_text(weights['peak'])}; source "
+        f"weights {size_text(weights['end'])} (peak {size_text(weights['peak'])}; source "
         f"{size_text(weights['source'])}, result {size_text(weights['result'])}), training state "
-        f"{size_text(state['end'])} (at most {size_text(state['peak'])})"
+        f"{size_text(state['end'])} (peak {size_text(state['peak'])})"
     )
 
 
 def write_expanded(context: RunContext, branch: Branch, folder: Path) -> Expanded:
-    """Expand what an arm starts from into a folder."""
-    # In float32 whatever the source is stored in: an exact map is exact only before rounding
+    """Expand the initial checkpoint of a branch into a folder."""
+    # In float32 for any source dtype: rounding would break function preservation
     return expand(
         context.source(branch.start),
         folder,

@@ -1,7 +1,7 @@
-"""Experts for a domain in one go: expand, adapt routers, train new experts, write one folder.
+"""Adds experts for a domain: expand, train the routers, train the experts, write a checkpoint.
 
-The stages are those of the main job, in a working folder beside the destination that is gone at
-the end. What is written is one checkpoint whose parent is the source.
+It runs the stages of the main job in a temporary folder next to the destination. The result is one
+checkpoint whose parent is the source.
 """
 
 import os
@@ -43,15 +43,15 @@ BATCH_SIZE = 8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DomainTask:
-    """What new experts are to learn.
+    """The training task of new experts.
 
     Args:
-        new: domain → paths of its text.
-        old: domain → paths of old text, of which `replay` mixes in its share; when empty it is what
-            the checkpoint learned before, if anything.
-        steps: of the training of the new experts; the routers have their own.
-        learning_rate: its peak.
-        seed: of everything that is drawn.
+        new: domain → paths of its data.
+        old: domain → paths of old data for `replay`. If empty, replay uses the data recorded in the
+            checkpoint's lineage, if any.
+        steps: training steps of the new experts; the routers have their own.
+        learning_rate: peak learning rate.
+        seed: random seed.
     """
 
     new: TextSources
@@ -63,13 +63,13 @@ class DomainTask:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DomainExpansion:
-    """What came of it.
+    """Result of an expansion for a domain.
 
     Args:
-        plan: the expansions, with their maps.
-        lineage: of the checkpoint as written.
+        plan: the expansions with their parameter maps.
+        lineage: lineage of the checkpoint as written.
         scores: `before` and `after` → domain → record, as in summary.json.
-        experts: use of the experts by domain, as in summary.json.
+        experts: expert usage by domain, as in summary.json.
     """
 
     plan: PlannedExpansion
@@ -90,16 +90,16 @@ def expand_for_domain(
     """Add experts to a checkpoint and train them on a domain.
 
     Raises:
-        RequestError: the checkpoint, its tokenizer, the text or a target can't be had, or the
-            destination is no place for a result; nothing is written.
-        TritterError: a stage failed; nothing is left.
+        RequestError: the checkpoint, tokenizer, data or a target is invalid, or the destination
+            can't be used; nothing is written.
+        TritterError: a stage failed; nothing is written.
     """
     teachers = [spec.teacher for spec in specs if isinstance(spec, MoeAdd) and spec.teacher]
     key = "expansion.moe_add.teacher"
     sources = [source, *(named_path(teacher, key=key) for teacher in teachers)]
     check_output(destination, sources=sources, overwrite=overwrite)
-    place = next(folder for folder in destination.absolute().parents if folder.is_dir())
-    with tempfile.TemporaryDirectory(prefix=f".{destination.name}.", dir=place) as name:
+    parent = next(folder for folder in destination.absolute().parents if folder.is_dir())
+    with tempfile.TemporaryDirectory(prefix=f".{destination.name}.", dir=parent) as name:
         folder = Path(name)
         config = replace(_config(source, task, folder), expansion=tuple(specs))
         context = RunContext(config=config, folder=folder, console=console, ledger=Ledger(folder))
@@ -116,10 +116,10 @@ def expand_for_domain(
         used = moe.summary_record(context, (branch,))
         assert used is not None
         plan = context.planned(branch)
-        domains = " and ".join(context.new_of(branch))  # as the run calls them, which may differ
-        trained = f"on {domains}: {used.router_steps} steps of the routers, {task.steps} of the "
+        domains = " and ".join(context.new_of(branch))  # names in the run, which may differ
+        trained = f"on {domains}: {used.router_steps} router steps, {task.steps} steps of the "
         trained += "new experts; open to all tokens"
-        steps = [  # which say what became of their experts, in place of what was to be done
+        steps = [  # replace the planned steps in the notes by the result
             replace(step, notes=(step.notes[0], trained)) if isinstance(step.spec, MoeAdd) else step
             for step in plan.steps
         ]
@@ -131,7 +131,7 @@ def expand_for_domain(
         check = partial(check_replaceable, sources=sources)
         with atomic_folder(destination, overwrite=overwrite, check=check) as temporary:
             shutil.copytree(folder / "checkpoint", temporary, dirs_exist_ok=True)
-            # The child of the source, in place of folders that will be gone
+            # The parent is the source, because the stage folders are temporary
             root, made = context.source("baseline").own_lineage, context.source("checkpoint")
             adopted = replace(
                 made.own_lineage,
@@ -149,9 +149,9 @@ def expand_for_domain(
 
 
 def _config(source: Path, task: DomainTask, folder: Path) -> RunConfig:
-    """Return the run that the task is; caches lie in its folder."""
+    """Return the run configuration of a task; its caches are in the task's folder."""
     limit = position_limit(read_config(source)) or MAX_SEQUENCE_LENGTH
-    words = {
+    settings = {
         "model": "hf",
         "model.path": quoted(str(source.resolve())),
         "expansion": "none",
@@ -170,12 +170,12 @@ def _config(source: Path, task: DomainTask, folder: Path) -> RunConfig:
         "seed": task.seed,
         "cache_dir": quoted(str(folder / "cache")),
     }
-    config = load_config([f"{key}={value}" for key, value in words.items()])
-    # Old text is what was named, else what the source learned
+    config = load_config([f"{key}={value}" for key, value in settings.items()])
+    # Replay old data if there is any
     if not config.text.old:
         return config
-    words["forgetting"] = "replay"
-    return load_config([f"{key}={value}" for key, value in words.items()])
+    settings["forgetting"] = "replay"
+    return load_config([f"{key}={value}" for key, value in settings.items()])
 
 
 def _value(sources: TextSources) -> str:

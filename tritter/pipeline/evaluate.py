@@ -1,4 +1,4 @@
-"""A checkpoint's losses, domain by domain: of text that is named, or of what it learned."""
+"""Losses of a checkpoint by domain, for given data or for the domains in its lineage."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,17 +22,17 @@ from tritter.pipeline.context import all_documents
 from tritter.pipeline.scoring import Scoring
 from tritter.terminal import NewBar, no_bar
 
-MAX_TOKENS_PER_DOCUMENT = 1024  # as conf/evaluation/default.yaml has it
+MAX_TOKENS_PER_DOCUMENT = 1024  # as in conf/evaluation/default.yaml
 MAX_SEQUENCE_LENGTH = 1024
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DomainsToScore:
-    """Documents that are scored.
+    """Documents to score.
 
     Args:
-        documents: domain → its documents; of what a lineage learned those that were held out.
-        notes: what is worth telling, a sentence each.
+        documents: domain → its documents; for domains of a lineage, the held-out documents.
+        notes: sentences for the report.
     """
 
     documents: Mapping[str, TokenisedDocuments]
@@ -42,11 +42,11 @@ class DomainsToScore:
 def named_domains(
     sources: Mapping[str, Sequence[str]], tokenizer: PretrainedTokenizer
 ) -> DomainsToScore:
-    """Return all documents of text that is named, each up to its first tokens.
+    """Return all documents in some files, each truncated to its first tokens.
 
     Raises:
-        RequestError: a path means no text.
-        TextFileError: files can't be read as what they are.
+        RequestError: a path has no documents.
+        TextFileError: a file can't be parsed.
     """
     found = {
         name: source_documents(paths, key=f"--data {name}", text_field=DEFAULT_FIELD)
@@ -54,22 +54,23 @@ def named_domains(
     }
     documents = {
         name: tokenise(
-            of_domain, tokenizer.tokenizer, max_tokens_per_document=MAX_TOKENS_PER_DOCUMENT
+            domain_documents, tokenizer.tokenizer, max_tokens_per_document=MAX_TOKENS_PER_DOCUMENT
         )
-        for name, of_domain in found.items()
+        for name, domain_documents in found.items()
     }
     return DomainsToScore(
-        documents, tuple(note for of_domain in found.values() for note in notes_of(of_domain))
+        documents,
+        tuple(note for domain_documents in found.values() for note in notes_of(domain_documents)),
     )
 
 
 def learned_domains(
     folder: Path, lineage: Lineage | None, tokenizer: PretrainedTokenizer
 ) -> DomainsToScore:
-    """Return what was held out of every domain that a lineage learned.
+    """Return the held-out documents of every domain in a lineage.
 
     Raises:
-        RequestError: it learned none, or its text is not at hand.
+        RequestError: the lineage has no domains, or their data is not available.
     """
     text = None
     if lineage is not None:
@@ -90,17 +91,17 @@ def learned_domains(
             problem = error.problems[0]
             if problem.key != "data.old":
                 raise
-            advice = "name text, --data NAME=PATH"
-            of_folder = replace(problem, key="--checkpoint", value=folder, advice=advice)
-            raise RequestError(of_folder) from error
+            advice = "pass data with --data NAME=PATH"
+            replaced = replace(problem, key="--checkpoint", value=folder, advice=advice)
+            raise RequestError(replaced) from error
     if text is None or not text.domains:
         raise RequestError(
-            f"--checkpoint = {folder}: its lineage records no text that it learned; name text, "
-            "--data NAME=PATH, or benchmarks, --tasks NAMES."
+            f"--checkpoint = {folder}: its lineage records no training data; pass data with "
+            "--data NAME=PATH, or benchmarks with --tasks NAMES."
         )
     corpus = build_corpus(
         all_documents(text.domains),
-        origin="what the lineage learned",
+        origin="the domains in the lineage",
         vocab_size=tokenizer.tokenizer.get_vocab_size(),
         validation_fraction=text.split.validation_fraction,
         max_validation_tokens_per_document=MAX_TOKENS_PER_DOCUMENT,
@@ -109,18 +110,18 @@ def learned_domains(
         tokenizer=tokenizer.tokenizer,
     )
     documents = {name: domain.validation for name, domain in corpus.domains.items()}
-    held_out = f"Documents that no training of this checkpoint saw: of {', '.join(documents)}."
+    held_out = f"Documents held out from all training of this checkpoint: {', '.join(documents)}."
     others = (note for note in text.notes if not note.startswith("Old text as"))
     return DomainsToScore(documents, (held_out, *corpus.notes, *others))
 
 
 def sequence_length(lineage: Lineage | None, positions: int | None) -> int:
-    """Return into how long windows documents are cut: as in the last training, where recorded."""
+    """Return the window length for documents: that of the last training run, if recorded."""
     data = lineage.training_config.get("data") if lineage is not None else None
     recorded = data.get("sequence_length") if isinstance(data, Mapping) else None
     longest = positions or MAX_SEQUENCE_LENGTH
-    wanted = recorded if isinstance(recorded, int) and recorded >= 2 else MAX_SEQUENCE_LENGTH
-    return min(wanted, longest)
+    preferred = recorded if isinstance(recorded, int) and recorded >= 2 else MAX_SEQUENCE_LENGTH
+    return min(preferred, longest)
 
 
 def domain_losses(
@@ -135,28 +136,28 @@ def domain_losses(
     """Score the documents of each domain.
 
     Args:
-        length: of the windows that documents are cut into.
+        length: length of the windows into which documents are cut.
 
     Raises:
-        TritterError: a domain has no token.
+        TritterError: a domain has no tokens.
     """
     reader = Reader(tokenizer.tokenizer, tokenizer.end_of_text_id, batch_size)
     return Scoring(domains, (), reader, length).score(model, new_bar=new_bar)
 
 
-def read_domain_paths(words: Iterable[str]) -> dict[str, list[str]]:
-    """Return domain → paths of words NAME=PATH; a name may come again.
+def read_domain_paths(arguments: Iterable[str]) -> dict[str, list[str]]:
+    """Return domain → paths for NAME=PATH arguments; a name may occur several times.
 
     Raises:
-        RequestError: a word names no domain.
+        RequestError: an argument does not have this form.
     """
     sources: dict[str, list[str]] = {}
-    for word in words:
-        name, sign, path = word.partition("=")
+    for argument in arguments:
+        name, sign, path = argument.partition("=")
         if not (sign and path and name.replace("-", "_").isidentifier()):
-            example = "" if sign else f" Did you mean 'text={word}'?"
+            example = "" if sign else f" Did you mean 'text={argument}'?"
             raise RequestError(
-                f"--data = {word}: allowed is NAME=PATH, with a name of letters, digits, - and _."
+                f"--data = {argument}: use NAME=PATH, where NAME has letters, digits, - and _."
                 f"{example}"
             )
         sources.setdefault(name, []).append(path)

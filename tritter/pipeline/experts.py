@@ -1,4 +1,4 @@
-"""LoRA experts in a run: which trainings they are part of, and what they are trained on."""
+"""LoRA experts in a run: which training runs use them, and which weights are trained."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,15 +25,15 @@ from tritter.pipeline.context import RunContext
 from tritter.training import BaseModule
 from tritter.training.options import TrainingConfig
 
-_USAGE_SEQUENCES = 16  # of a domain, in which the gates are measured
+_USAGE_SEQUENCES = 16  # per domain, to measure the gates
 
 
 @dataclass(frozen=True, slots=True)
 class Trainee:
-    """What an arm trains: a model, or the experts on it.
+    """The trainable part of a branch: a model, or the experts on it.
 
     Args:
-        module: makes the module of it, given the options of `BaseModule`.
+        module: builds the Lightning module, given the options of `BaseModule`.
         changers: callbacks that change the model.
     """
 
@@ -42,16 +42,16 @@ class Trainee:
 
 
 def method_of(context: RunContext, branch: Branch) -> Experts | None:
-    """Return what an arm trains; None: the whole model, as the control does."""
-    options = context.config.experts
-    if options is None or branch.is_control:
+    """Return the expert method of a branch; None if the whole model is trained."""
+    experts = context.config.experts
+    if experts is None or branch.is_control:
         return None
-    method: Experts = options.kind(options.options)
+    method: Experts = experts.kind(experts.options)
     return method
 
 
 def training_of(context: RunContext, branch: Branch) -> TrainingConfig:
-    """Return what is asked of an arm's training: adapters have a rate of their own."""
+    """Return the training options of a branch; adapters have their own learning rate."""
     method, options = method_of(context, branch), context.config.training
     return (
         options if method is None else replace(options, learning_rate=method.options.learning_rate)
@@ -59,7 +59,7 @@ def training_of(context: RunContext, branch: Branch) -> TrainingConfig:
 
 
 def load_start(context: RunContext, branch: Branch, source: Source) -> nn.Module:
-    """Load what an arm's training starts from: experts and all, or for the control the base."""
+    """Load the initial model of a branch, with its experts; for the control, the base only."""
     method = method_of(context, branch)
     if method is None:
         return load_model(source.folder, config=source.config)
@@ -68,11 +68,10 @@ def load_start(context: RunContext, branch: Branch, source: Source) -> nn.Module
 
 
 def begin(context: RunContext, branch: Branch, model: nn.Module, *, max_steps: int) -> Trainee:
-    """Return what is trained of a model; experts are put on one that has none, if asked for.
+    """Return the trainable part of a model; adds experts if they are selected and missing.
 
     Raises:
-        RequestError: the model has other experts than can be gone on with, or no layer that
-            adapters are to stand on.
+        RequestError: the model has incompatible experts, or no layer for adapters.
     """
     method = method_of(context, branch)
     if method is None:
@@ -97,17 +96,17 @@ def _callback(
     *,
     max_steps: int,
 ) -> ExpertCallback:
-    """Return what spawns experts, which goes on from what a checkpoint's experts were.
+    """Return the callback that spawns experts, with the state of a checkpoint's experts.
 
     Raises:
-        RequestError: no expert stands on layers that are to be frozen, or the checkpoint's
-            exemplars are of another length than this run's batches.
+        RequestError: there is no expert on a layer to freeze, or the checkpoint's exemplars have
+            another length than this run's batches.
     """
     registry, shape = method.registry(max_steps=max_steps), method.shape(mixture.model)
     for name in method.options.freeze_projections or ():
         if name not in shape.targets:
             raise RequestError(
-                f"experts.freeze_projections = {name}: experts stand on "
+                f"experts.freeze_projections = {name}: experts are on "
                 f"{', '.join(shape.targets)}.{did_you_mean(name, shape.targets)}"
             )
     known, stored = None, mixture.extra.get("roster")
@@ -115,7 +114,7 @@ def _callback(
         known = _known(context, is_measured=registry.detector is not None)
     else:
         registry.load_state_dict(stored)
-        if not branch.task:  # what an earlier run did is its own
+        if not branch.task:  # counters of an earlier run start again at zero
             registry.batches = dict.fromkeys(registry.batches, 0)
     new, length = context.new_of(branch), context.config.data.sequence_length
     callback = ExpertCallback(
@@ -129,31 +128,31 @@ def _callback(
     callback.load_exemplars(mixture.extra)
     if callback.exemplar_length not in (0, length):
         raise RequestError(
-            f"data.sequence_length = {length}: the exemplars that the checkpoint keeps of its "
-            f"experts' text have {callback.exemplar_length} tokens; take that, or "
+            f"data.sequence_length = {length}: the exemplars stored in the checkpoint "
+            f"have {callback.exemplar_length} tokens; use that length, or "
             "experts.rehearsal=0."
         )
     return callback
 
 
 def _resume(context: RunContext, branch: Branch, mixture: ExpertMixture, method: Experts) -> None:
-    """Let the experts of a checkpoint be trained again, with their state.
+    """Continue training the experts of a checkpoint, with their state.
 
     Raises:
-        RequestError: they are other than what is asked for.
+        RequestError: they do not match the options.
     """
     files = context.source(branch.start).experts
     assert files is not None
     mixture.extra = dict(ExpertFolder.of_files(files).extra)
     frozen = set(mixture.extra.get("frozen", ()))
     for name, parameter in mixture.model.named_parameters():
-        is_ours = is_of_adapter(name) or ROUTER in name
-        parameter.requires_grad_(is_ours and name not in frozen)
+        is_trained = is_of_adapter(name) or ROUTER in name
+        parameter.requires_grad_(is_trained and name not in frozen)
     options = method.options
     if isinstance(method, SingleLora):
         own = shape_of(mixture.model, mixture.names[0])
-        wanted = method.shape(mixture.model)
-        if own != replace(wanted, targets=tuple(sorted(wanted.targets))):
+        expected = method.shape(mixture.model)
+        if own != replace(expected, targets=tuple(sorted(expected.targets))):
             raise RequestError(
                 f"experts.rank, .alpha or .targets: the checkpoint's adapter has rank {own.rank}, "
                 f"alpha {own.alpha:g}, on {', '.join(own.targets)}."
@@ -171,42 +170,42 @@ def _resume(context: RunContext, branch: Branch, mixture: ExpertMixture, method:
     recorded = mixture.extra.get("boundaries")
     if recorded is not None and recorded != options.boundaries:
         raise RequestError(
-            f"experts.boundaries = {options.boundaries}: the checkpoint's skills were {recorded}, "
-            f"which is all that is known of them; go on with experts.boundaries={recorded}."
+            f"experts.boundaries = {options.boundaries}: the checkpoint was trained with "
+            f"{recorded}; use experts.boundaries={recorded}."
         )
 
 
 def _known(context: RunContext, *, is_measured: bool) -> Known:
-    """Return text of what the base knows, to be counted, perhaps measured, and never trained on."""
+    """Return data of the old domains, for statistics of the novelty detector; never trained on."""
     sequences = context.training_sequences(context.old_domains)
     size = context.config.data.batch_size
     batches: dict[str, Sequence[Tensor]] = dict.fromkeys(sequences, ())
     for domain, each in sequences.items() if is_measured else ():
-        # As many as it takes to know what is usual; each as rarely as can be
+        # Enough batches for calibration, with as few repetitions as possible
         generator = torch.Generator().manual_seed(context.seed("known", domain))
-        wanted, order = CALIBRATION_BATCHES * size, torch.empty(0, dtype=torch.int64)
-        while len(order) < wanted:
+        count, order = CALIBRATION_BATCHES * size, torch.empty(0, dtype=torch.int64)
+        while len(order) < count:
             order = torch.cat([order, torch.randperm(len(each), generator=generator)])
-        batches[domain] = each[order[:wanted]].long().split(size)
+        batches[domain] = each[order[:count]].long().split(size)
     tokens = (each.flatten().long() for each in sequences.values())
     return Known(batches=batches, tokens=torch.cat([torch.empty(0, dtype=torch.int64), *tokens]))
 
 
 def reading_flops(model: nn.Module) -> Flops:
-    """Return the FLOPs of reading a sequence, with a model's experts where it has any."""
+    """Return the FLOPs of reading a sequence, including LoRA experts."""
     mixture = mixture_on(model)
     return forward_flops(config_of(model)) if mixture is None else forward_flops_of(mixture)
 
 
 def reading_flops_of(context: RunContext, source: Source) -> Flops:
-    """Return the same of a checkpoint that a run starts from, as the run reads it."""
+    """Return the FLOPs of reading a sequence with a checkpoint, as this run loads it."""
     if context.config.experts is None or source.experts is None:
         return forward_flops(source.config)
     return reading_flops(load_whole(source.folder, config=source.config))
 
 
 def usage_sequences(context: RunContext) -> Mapping[str, Tensor]:
-    """Return domain → the sequences in which its gates are measured, int64 [N, T]."""
+    """Return domain → the sequences for measuring its gates, int64 [N, T]."""
     return {
         domain: context.sample_equally([domain], _USAGE_SEQUENCES, "usage").long()
         for domain in context.domains

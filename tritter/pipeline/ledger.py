@@ -1,4 +1,4 @@
-"""The ledger: which stages of a run are done, what they found, what they cost, what they left."""
+"""The ledger of a run: finished stages with their results, costs and outputs."""
 
 import hashlib
 import json
@@ -18,15 +18,17 @@ from tritter.storage.reading import LEDGER_NAME
 from tritter.storage.records import read_record, record, record_text, validated
 from tritter.training import FitResult
 
-_LOG = ".csv"  # what is only looked at: it may be gone, and holds times that differ
+_LOG = ".csv"  # logs contain times and may be missing
 
 
 @record
 class BaselineFound:
-    """What the run starts from.
+    """Result of the baseline stage.
 
     Args:
-        corpus: digest of the run's text.
+        parameters: number of parameters of the initial model.
+        model_hash: hash of the initial model.
+        corpus: checksum of the run's data.
     """
 
     parameters: int
@@ -36,17 +38,18 @@ class BaselineFound:
 
 @record
 class ChoiceFound:
-    """The expert of each layer that new ones are cloned from."""
+    """For each layer, the expert from which new experts are cloned."""
 
     clone_from: tuple[int, ...]
 
 
 @record
 class ImportanceFound:
-    """What methods against forgetting prepared.
+    """Results of preparing the forgetting methods.
 
     Args:
-        methods: what they found; plain data.
+        notes: lines for the report.
+        methods: method → its results as plain data.
     """
 
     notes: tuple[str, ...] = ()
@@ -55,12 +58,13 @@ class ImportanceFound:
 
 @record
 class ExpansionFound:
-    """What an expansion did.
+    """Result of an expansion.
 
     Args:
-        parameters: of the expanded model.
-        jump: of the logits; None where nothing was expanded.
-        before: metric → what was evaluated of the model before it.
+        parameters: number of parameters of the expanded model.
+        notes: lines for the report.
+        jump: statistics of the logit shift; None without an expansion.
+        before: metric → value before the expansion.
     """
 
     parameters: int
@@ -71,7 +75,7 @@ class ExpansionFound:
 
 @record
 class TrainingFound:
-    """What a training did; see `FitResult`."""
+    """Result of a training run; see `FitResult`."""
 
     steps: int
     refused_steps: int
@@ -85,18 +89,18 @@ class TrainingFound:
 
     @classmethod
     def of(cls, result: FitResult) -> "TrainingFound":
-        """Return what the ledger keeps of a training."""
+        """Return the part of a training result that the ledger stores."""
         return cls(**{each.name: getattr(result, each.name) for each in fields(cls)})
 
 
 @record
 class EvaluationFound:
-    """What an evaluation found besides scores.
+    """Results of an evaluation, without the scores.
 
     Args:
-        samples: of each domain a prompt and how the models continue it.
-        moe: use of a mixture's experts; None of a dense model.
-        experts: use of LoRA experts; None without them.
+        samples: for each domain, a prompt and its continuations.
+        moe: usage of MoE experts; None for a dense model.
+        experts: usage of LoRA experts; None without them.
     """
 
     samples: tuple[Mapping[str, str], ...]
@@ -106,7 +110,7 @@ class EvaluationFound:
 
 @record
 class GateFound:
-    """What the gate decided, and by which checks."""
+    """Verdict and checks of the gate."""
 
     status: Status
     checks: tuple[Mapping[str, Any], ...]
@@ -124,7 +128,10 @@ class PublishedFound:
     """The model that a run keeps.
 
     Args:
-        expansions: methods that made it, oldest first.
+        model_hash: hash of the published model.
+        parent_hash: hash of its parent.
+        base_model_hash: hash of the first model of its lineage.
+        expansions: applied methods, oldest first.
     """
 
     model_hash: str
@@ -145,7 +152,7 @@ Found = (
     | PublishedFound
 )
 F = TypeVar("F", bound=Found)
-# Last word of a stage's name, without its number → what it finds
+# Last part of a stage's name, without its number → type of its result
 _FOUND: dict[str, type[Found]] = {
     "baseline": BaselineFound,
     "choose": ChoiceFound,
@@ -163,16 +170,16 @@ _FOUND: dict[str, type[Found]] = {
 
 @dataclass(frozen=True, slots=True)
 class StageResult:
-    """What a stage hands on.
+    """Result of a stage.
 
     Args:
-        found: what later stages read; larger things are in files.
-        flops: floating-point operations by name of the stage as reports show it.
-        seconds: wall time by the same names.
-        leaves: what it left that later stages use: checkpoints, folders and files, relative to
-            the run's folder.
-        left: their digests, which the ledger adds.
-        disk: kind → the most bytes of it in the run folder during the stage; likewise.
+        found: results for later stages; larger results are stored in files.
+        flops: report label of the stage → floating-point operations.
+        seconds: report label of the stage → wall time.
+        leaves: outputs for later stages: checkpoints, folders and files, relative to the run
+            folder.
+        left: output → checksum; set by the ledger.
+        disk: kind → peak number of bytes in the run folder during the stage; set by the ledger.
     """
 
     found: Found
@@ -184,22 +191,22 @@ class StageResult:
 
 
 class Ledger:
-    """Stage results on disk, written whole after each stage."""
+    """Stage results on disk; the whole file is rewritten after each stage."""
 
     def __init__(self, folder: Path) -> None:
-        """Open the ledger of a run folder, or start one.
+        """Open the ledger of a run folder, or create a new one.
 
         Raises:
-            TritterError: it is damaged or of another format.
+            TritterError: the ledger is damaged or has another format.
         """
         self._folder = folder
         self._path = folder / LEDGER_NAME
         self._stages: dict[str, StageResult] = {}
-        self._watched: Counter[str] = Counter()  # the most bytes of a kind during this stage
-        self._again: set[str] = set()  # stages that are done, and of whose things one is gone
-        self._removed: set[str] = set()  # places whose weights no later stage needs
-        self._released: set[str] = set()  # places whose weights can be made again, and may be gone
-        self._incomplete: set[str] = set()  # those of them that are
+        self._watched: Counter[str] = Counter()  # peak bytes per kind during this stage
+        self._again: set[str] = set()  # finished stages with missing outputs
+        self._removed: set[str] = set()  # folders whose weights no later stage needs
+        self._released: set[str] = set()  # folders whose weights can be recreated
+        self._incomplete: set[str] = set()  # released folders without their weights
         if not self._path.exists():
             return
         try:
@@ -215,29 +222,30 @@ class Ledger:
                 )
         except TritterError as error:
             raise TritterError(
-                f"{error} Nothing was made of it; start in another folder."
+                f"{error} The run was not changed; start in another folder."
             ) from error
         self._removed |= set(content.removed)
         self._released |= set(content.released)
 
     def get(self, stage: str) -> StageResult | None:
+        """Return the result of a stage, or None if it has to run."""
         return None if stage in self._again else self._stages.get(stage)
 
     def __getitem__(self, stage: str) -> StageResult:
-        """Return what a stage that is done found.
+        """Return the result of a finished stage.
 
         Raises:
-            KeyError: it is not.
+            KeyError: the stage is not finished.
         """
         if (done := self.get(stage)) is None:
             raise KeyError(stage)
         return done
 
     def found(self, stage: str, kind: type[F]) -> F:
-        """Return what a stage that is done found, which is of this kind.
+        """Return the typed result of a finished stage.
 
         Raises:
-            KeyError: it is not done.
+            KeyError: the stage is not finished.
         """
         found = self[stage].found
         assert isinstance(found, kind), f"{stage} found {type(found).__name__}"
@@ -246,17 +254,17 @@ class Ledger:
     def record(
         self, stage: str, result: StageResult, *, lineages: Mapping[str, Lineage] | None = None
     ) -> None:
-        """Add a finished stage, with the digests of what it left, and write the ledger.
+        """Add a finished stage with the checksums of its outputs, and write the ledger.
 
-        A stage that was done again keeps its place. When it came out otherwise, the stages after
-        it went by what is no more, and are forgotten.
+        A repeated stage keeps its position. If its result differs, the stages after it are invalid
+        and are removed.
 
         Args:
-            lineages: place → lineage, of checkpoints in the run folder that are open.
+            lineages: folder → lineage, for checkpoints in the run folder that are open.
         """
-        left = digests_of(self._folder, result.leaves, lineages=lineages)
+        checksums = digests_of(self._folder, result.leaves, lineages=lineages)
         self.watch_disk()
-        result = replace(result, left=left, disk=dict(self._watched))
+        result = replace(result, left=checksums, disk=dict(self._watched))
         if stage in self._again:
             self._again.remove(stage)
             if _outcome(self._stages[stage]) != _outcome(result):
@@ -266,45 +274,47 @@ class Ledger:
                     self._again.discard(name)
         self._stages[stage], self._watched = result, Counter()
         for marked in (self._removed, self._released, self._incomplete):
-            marked.difference_update(left)
+            marked.difference_update(checksums)
         self._write()
 
     def watch_disk(self) -> None:
-        """Note how many bytes the run folder holds, at a moment when they may be the most."""
+        """Record the current size of the run folder, which may be its peak."""
         self._watched |= disk_bytes(self._folder)
 
-    def mark_removed(self, place: str) -> None:
+    def mark_removed(self, location: str) -> None:
         """Record that a folder's weights are removed; its checksums stay in the ledger.
 
-        Call this before anything is removed.
+        Call this before removing them.
         """
-        self._released.discard(place)
-        self._mark(self._removed, place)
+        self._released.discard(location)
+        self._mark(self._removed, location)
 
-    def mark_released(self, place: str) -> None:
-        """Record that a folder's weights may be removed while the next stage runs."""
-        self._mark(self._released, place)
+    def mark_released(self, location: str) -> None:
+        """Record that a folder's weights may be removed during the next stage."""
+        self._mark(self._released, location)
 
-    def is_incomplete(self, place: str) -> bool:
-        """Say whether a run that was killed has removed a released folder's weights."""
-        return place in self._incomplete
+    def is_incomplete(self, location: str) -> bool:
+        """Return True if a killed run has removed the weights of a released folder."""
+        return location in self._incomplete
 
-    def check_complete(self, place: str) -> None:
-        """Compare a folder that was made again with its checksums.
+    def check_complete(self, location: str) -> None:
+        """Compare a recreated folder with its checksums.
 
         Raises:
-            TritterError: it came out otherwise.
+            TritterError: the contents differ.
         """
-        left = next(each.left for each in self._stages.values() if place in each.left)
-        for damage in find_damage(self._folder, {place: left[place]}):
+        checksums = next(each.left for each in self._stages.values() if location in each.left)
+        for damage in find_damage(self._folder, {location: checksums[location]}):
             raise TritterError(
-                f"{damage.what}. This stage does not come out as before; start in another folder."
+                f"{damage.what}. The stage is not reproducible here; start in another folder."
             )
-        self._incomplete.discard(place)
+        self._incomplete.discard(location)
 
-    def _mark(self, marked: set[str], place: str) -> None:
+    def _mark(self, marked: set[str], location: str) -> None:
         known = {name for each in self._stages.values() for name in each.left}
-        new = {name for name in known if name == place or name.startswith(f"{place}/")} - marked
+        new = {
+            name for name in known if name == location or name.startswith(f"{location}/")
+        } - marked
         if new:
             marked |= new
             self._write()
@@ -328,46 +338,46 @@ class Ledger:
         write_text_atomic(self._path, record_text(content))
 
     def verify_outputs(self) -> tuple[str, ...]:
-        """Hold what finished stages left against what the ledger says of it.
+        """Compare the outputs of finished stages with their checksums.
 
-        A stage of whose things one is gone altogether counts as not done. So do the stages before
-        it whose things the run itself removed: it may need them again.
+        A stage with a missing output is not finished. Earlier stages whose outputs the run itself
+        removed are repeated too, because the stage may need them.
 
         Returns:
-            The stages that are done again, each with what is gone.
+            A message for each stage to repeat.
 
         Raises:
-            TritterError: something was changed; names files and tensors.
+            TritterError: an output was modified; names files and tensors.
         """
         changed: list[str] = []
-        places: list[str] = []
-        gone: dict[str, str] = {}
+        locations: list[str] = []
+        missing: dict[str, str] = {}
         for stage, done in self._stages.items():
-            for place in (place for place in done.left if place not in self._removed):
-                damages = find_damage(self._folder, {place: done.left[place]})
-                if place in self._released and any(each.is_missing for each in damages):
-                    self._incomplete.add(place)
+            for location in (location for location in done.left if location not in self._removed):
+                damages = find_damage(self._folder, {location: done.left[location]})
+                if location in self._released and any(each.is_missing for each in damages):
+                    self._incomplete.add(location)
                     continue
                 for damage in damages:
                     if not damage.is_gone:
                         changed.append(f"  {damage.what}")
-                        places.append(str(self._folder / damage.place))
+                        locations.append(str(self._folder / damage.place))
                     elif not damage.place.endswith(_LOG):
-                        gone.setdefault(stage, damage.what)
+                        missing.setdefault(stage, damage.what)
         if changed:
             raise TritterError(
-                "what the run left is not as it was left:\n"
+                "outputs of this run were modified:\n"
                 + "\n".join(changed)
-                + "\nNothing was made of it. Delete "
-                + " and ".join(dict.fromkeys(places))
-                + ", and the run makes it again; or start in another folder."
+                + "\nThe run was not changed. Delete "
+                + " and ".join(dict.fromkeys(locations))
+                + " to recreate them, or start in another folder."
             )
         names = list(self._stages)
-        for stage in names[: max((names.index(name) for name in gone), default=0)]:
-            for place in sorted(self._removed.intersection(self._stages[stage].left)):
-                gone.setdefault(stage, f"{self._folder / place} was removed")
-        self._again = set(gone)
-        return tuple(f"{what}: {stage} is done again" for stage, what in gone.items())
+        for stage in names[: max((names.index(name) for name in missing), default=0)]:
+            for location in sorted(self._removed.intersection(self._stages[stage].left)):
+                missing.setdefault(stage, f"{self._folder / location} was removed")
+        self._again = set(missing)
+        return tuple(f"{what}: repeating {stage}" for stage, what in missing.items())
 
     def flops(self) -> dict[str, float]:
         """Return FLOPs per stage and in total."""
@@ -378,13 +388,15 @@ class Ledger:
         return _with_total(result.seconds for result in self._stages.values())
 
     def peak(self, kind: str) -> int:
-        """Return the most bytes of `weights` or `state` that the run folder had so far."""
+        """Return the peak number of bytes of `weights` or `state` in the run folder so far."""
         return max((each.disk.get(kind, 0) for each in self._stages.values()), default=0)
 
 
 def _outcome(result: StageResult) -> str:
-    """Return what later stages go by, as text that two outcomes can be compared by."""
-    kept = {place: digest for place, digest in result.left.items() if not place.endswith(_LOG)}
+    """Return the result of a stage as text, for comparing two results."""
+    kept = {
+        location: digest for location, digest in result.left.items() if not location.endswith(_LOG)
+    }
     return json.dumps([asdict(result.found), kept], sort_keys=True)
 
 
@@ -397,10 +409,10 @@ def _with_total(parts: Iterable[Mapping[str, float]]) -> dict[str, float]:
 
 
 def disk_bytes(folder: Path) -> Counter[str]:
-    """Return the bytes of the `weights` and the training `state` below a folder.
+    """Return the number of bytes of `weights` and training `state` in a folder.
 
-    Weights are the safetensors next to a config.json and those of LoRA experts. A file with
-    several names counts once.
+    Weights are the safetensors files next to a config.json and those of LoRA experts. Hard links
+    count once.
     """
     counts, seen = Counter[str](), set[int]()
     for path in sorted(folder.rglob("*.safetensors")):
@@ -414,5 +426,5 @@ def disk_bytes(folder: Path) -> Counter[str]:
 
 
 def content_key(content: Mapping[str, object]) -> str:
-    """SHA-256 of plain data, the name of what it made."""
+    """Return the SHA-256 of plain data, used as the name of a cache entry."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""Metrics of a run beside its summary: one CSV, and W&B where it is asked for."""
+"""Metrics of a run: one CSV file, and W&B and other loggers if selected."""
 
 import csv
 import inspect
@@ -28,31 +28,31 @@ from tritter.storage.atomic import write_text_atomic
 from tritter.targets import Component, built
 from tritter.training import read_metrics
 
-WANDB_STEP = "trainer/global_step"  # as Lightning's logger calls it
-BEFORE = -1  # the step that stands for the model before its expansion
+WANDB_STEP = "trainer/global_step"  # name used by Lightning's logger
+BEFORE = -1  # step of the model before its expansion
 
 
 def score_metrics(context: RunContext, arm_name: str) -> dict[str, float]:
-    """Return `score/<domain>/loss` of a trained arm, over all validation documents.
+    """Return `score/<domain>/loss` and `score/<task>/accuracy` of a trained branch.
 
-    Of its tasks `score/<task>/accuracy`.
+    Scores cover all validation documents.
     """
     scores = context.read_scores(f"{arm_name}-trained")
-    means = {subject: finite_or_none(held.mean()) or 0.0 for subject, held in scores.items()}
-    of_answers = [subject for subject, held in scores.items() if held.unit == "accuracy"]
+    means = {subject: finite_or_none(score.mean()) or 0.0 for subject, score in scores.items()}
+    accuracies = [subject for subject, score in scores.items() if score.unit == "accuracy"]
     return {
-        **{f"score/{name}/loss": mean for name, mean in means.items() if name not in of_answers},
-        **{f"score/{n.removesuffix(ACCURACY)}/accuracy": means[n] for n in of_answers},
+        **{f"score/{name}/loss": mean for name, mean in means.items() if name not in accuracies},
+        **{f"score/{n.removesuffix(ACCURACY)}/accuracy": means[n] for n in accuracies},
     }
 
 
 def num_steps(context: RunContext, arm_name: str) -> int:
-    """Return the steps that an arm was trained for."""
+    """Return the number of steps for which a branch was trained."""
     return context.ledger.found(f"{arm_name}.fit", TrainingFound).steps
 
 
 def before_metrics(context: RunContext, arm_name: str) -> dict[str, float]:
-    """Return `eval/<domain>/…` of what an arm expanded; of one that did not grow nothing."""
+    """Return `eval/<domain>/…` before a branch's expansion; empty if it did not expand."""
     stage = f"{arm_name}.expand"
     if context.ledger.get(stage) is None:
         return {}
@@ -60,15 +60,15 @@ def before_metrics(context: RunContext, arm_name: str) -> dict[str, float]:
 
 
 def first_step(context: RunContext, branches: Sequence[Branch], branch: Branch) -> int:
-    """Return where an arm's steps stand among those of the arms that are trained in a row."""
+    """Return the number of steps before a branch in a sequence of branches."""
     before = takewhile(lambda each: each.name != branch.name, branches)
     return sum(num_steps(context, each.name) for each in before)
 
 
 def joined_rows(context: RunContext, branches: Sequence[Branch]) -> list[dict[str, str]]:
-    """Return what arms logged that were trained in a row, steps counted on, scores at each end.
+    """Return the logged rows of consecutive branches with continuous steps and final scores.
 
-    What was evaluated before a task's first step is what stands at the end of the one before.
+    Rows before the first step of a later task are omitted: they repeat the previous task's end.
     """
     rows: list[dict[str, str]] = []
     for branch in branches:
@@ -89,10 +89,10 @@ def joined_rows(context: RunContext, branches: Sequence[Branch]) -> list[dict[st
 def write_metrics(
     context: RunContext, branches: Sequence[Branch], *, of: str = ""
 ) -> list[dict[str, str]]:
-    """Write what arms logged in a row: the step before them, their trainings, their scores.
+    """Write the logged rows of consecutive branches, with their scores.
 
     Args:
-        of: what they are, where they are not the run itself: `control` in metrics_control.csv.
+        of: suffix of the file name, such as `control` in metrics_control.csv; empty for the run.
 
     Returns:
         The rows.
@@ -103,7 +103,7 @@ def write_metrics(
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
-    """Write rows as a metrics.csv has them: `step` first, the other columns by name."""
+    """Write rows in the format of metrics.csv: `step` first, other columns by name."""
     columns = ["step", *sorted({name for row in rows for name in row} - {"step"})]
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=columns, restval="", lineterminator="\n")
@@ -113,7 +113,7 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
 
 
 def wandb_summary(summary: Summary) -> dict[str, Any]:
-    """Return what stands beside a run in W&B's tables."""
+    """Return the summary values of a run in W&B's tables."""
     values: dict[str, Any] = {
         "status": summary.status,
         "parameters/before": summary.parameters["baseline"],
@@ -153,10 +153,10 @@ def wandb_summary(summary: Summary) -> dict[str, Any]:
 def log_result_to_wandb(
     context: RunContext, summary: Summary, plots: Sequence[Path], *, step: int
 ) -> None:
-    """Log summary, samples and plots of a finished run to its W&B run, if there is one.
+    """Log the summary, samples and plots of a finished run to its W&B run, if any.
 
     Args:
-        step: the last one of the run.
+        step: last step of the run.
     """
     logger = wandb_logger(context)
     if logger is None:
@@ -191,7 +191,7 @@ def log_result_to_wandb(
 
 
 def run_name(context: RunContext, part: str | None = None) -> str:
-    """Return what loggers call a run, or a part that stands beside it."""
+    """Return the name of a run in loggers, or of a separate part of it."""
     config, seed = context.config, f"seed {context.config.seed}"
     if part == "pretraining":
         return f"{part} {seed}"
@@ -202,10 +202,10 @@ def run_name(context: RunContext, part: str | None = None) -> str:
 
 
 def wandb_logger(context: RunContext, part: str | None = None) -> WandbLogger | None:
-    """Return the logger of a W&B run, which stays open until `wandb_finished` ends; None when off.
+    """Return the logger of a W&B run, open until `wandb_finished` ends; None if W&B is off.
 
     Args:
-        part: control, pretraining or a further attempt, which are runs of their own; None: the run
+        part: control, pretraining or a retry, which are separate W&B runs; None for the run
             itself.
     """
     if (settings := context.config.logger.wandb) is None:
@@ -215,12 +215,12 @@ def wandb_logger(context: RunContext, part: str | None = None) -> WandbLogger | 
     import wandb
 
     config = context.config
-    kept = context.folder / ("wandb_id" if part is None else f"wandb_id.{part}")
-    if not kept.exists():
-        write_text_atomic(kept, uuid4().hex[:8])
-    run_id = kept.read_text(encoding="utf-8")  # the same when the run is resumed
-    _mend_killed_wandb(context.folder / "wandb", run_id)
-    # Not through Lightning, which passes an option that W&B warns about; so its axis is set here
+    id_file = context.folder / ("wandb_id" if part is None else f"wandb_id.{part}")
+    if not id_file.exists():
+        write_text_atomic(id_file, uuid4().hex[:8])
+    run_id = id_file.read_text(encoding="utf-8")  # unchanged when the run resumes
+    _truncate_killed_wandb(context.folder / "wandb", run_id)
+    # Lightning would pass an option that W&B warns about; so the step metric is set here
     run = wandb.init(
         project=settings.project,
         name=run_name(context, part),
@@ -235,7 +235,7 @@ def wandb_logger(context: RunContext, part: str | None = None) -> WandbLogger | 
         dir=context.folder,
         id=run_id,
         resume="allow",
-        reinit="create_new",  # the control is trained while the run is open
+        reinit="create_new",  # the control trains while the run is open
         mode="offline" if settings.mode == "offline" else "online",
         config=fingerprint(config),
         settings=wandb.Settings(silent=True),
@@ -248,7 +248,7 @@ def wandb_logger(context: RunContext, part: str | None = None) -> WandbLogger | 
 
 @contextmanager
 def wandb_finished(context: RunContext) -> Iterator[None]:
-    """Finish the W&B runs that were opened inside: each leaves one folder per process."""
+    """Finish the W&B runs opened inside; each process writes one folder per run."""
     exit_code = 1
     try:
         yield
@@ -258,8 +258,8 @@ def wandb_finished(context: RunContext) -> Iterator[None]:
             context.wandb_loggers.popitem()[1].experiment.finish(exit_code=exit_code)
 
 
-def _mend_killed_wandb(folder: Path, run_id: str) -> None:
-    """Cut the unfinished end off the files of killed processes: `wandb sync` would stop there.
+def _truncate_killed_wandb(folder: Path, run_id: str) -> None:
+    """Truncate unfinished records in the files of killed processes; `wandb sync` stops at them.
 
     The files are LevelDB logs: blocks of 32 KiB, and records with a header of 7 bytes (checksum,
     length, type) that do not cross blocks. W&B writes block by block, so a file may have no record.
@@ -271,10 +271,10 @@ def _mend_killed_wandb(folder: Path, run_id: str) -> None:
         if not data.startswith(b":W&B"):
             continue
         while at + 7 <= len(data):
-            if (room := -at % 2**15) and room < 7:  # too little for a header
-                at += room
+            if (rest := -at % 2**15) and rest < 7:  # too little for a header
+                at += rest
                 continue
-            is_last = data[at + 6] in (1, 4)  # of the parts of a record
+            is_last = data[at + 6] in (1, 4)  # the last fragment of a record
             at += 7 + int.from_bytes(data[at + 4 : at + 6], "little")
             whole = at if is_last and at <= len(data) else whole
         if whole == 7:
@@ -287,12 +287,12 @@ def _names(options: Sequence[Any]) -> list[str]:
     return [one.name for one in options] or ["none"]
 
 
-class CountedOn(Logger):
-    """A logger for a training that others came before.
+class OffsetLogger(Logger):
+    """A logger that adds an offset to all steps.
 
     Args:
-        logger: takes what is logged.
-        first_step: is added to every step.
+        logger: the wrapped logger.
+        first_step: offset of the steps.
     """
 
     def __init__(self, logger: Logger, first_step: int) -> None:
@@ -325,7 +325,7 @@ class CountedOn(Logger):
 
     @property
     def experiment(self) -> Any:
-        """What the logger writes to."""
+        """The experiment object of the wrapped logger."""
         return self._logger.experiment  # type: ignore[attr-defined]
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
@@ -351,14 +351,14 @@ class CountedOn(Logger):
 def open_loggers(
     context: RunContext, part: str | None = None, *, first_step: int = 0
 ) -> Iterator[list[Logger]]:
-    """Yield W&B if it is chosen, which stays open, and then the other loggers in their order.
+    """Yield the W&B logger, if selected, and then the other loggers in order.
 
-    The first training of a part logs the configuration; W&B has it from its start.
+    The first training run of a part logs the configuration; W&B has it from the start.
 
     Args:
-        part: control, pretraining or a further attempt, each beside the run in the same group;
-            None: the run itself.
-        first_step: from where steps are counted: those of the trainings of the part before.
+        part: control, pretraining or a retry, logged separately in the same group; None for the
+            run itself.
+        first_step: number of steps of the part's earlier training runs.
     """
     loggers: list[Logger] = []
     with ExitStack() as opened:
@@ -369,7 +369,7 @@ def open_loggers(
             opened.push(partial(_close, logger))
             if not first_step:
                 logger.log_hyperparams(fingerprint(context.config))
-        yield [CountedOn(logger, first_step) if first_step else logger for logger in loggers]
+        yield [OffsetLogger(logger, first_step) if first_step else logger for logger in loggers]
 
 
 def _close(logger: Logger, error: type[BaseException] | None, *_: object) -> None:
@@ -377,37 +377,37 @@ def _close(logger: Logger, error: type[BaseException] | None, *_: object) -> Non
 
 
 def _built(named: Component, context: RunContext, part: str | None) -> Logger:
-    """Build a logger that writes below the run folder, unless it is told another place.
+    """Build a logger that writes into the run folder, unless its options set another folder.
 
-    One that names its runs is told the part's name; of others each part has a folder.
+    A logger with run names gets the name of the part; others get a folder per part.
     """
     body = dict(named.options)
-    takes = inspect.signature(named.kind).parameters
-    has_names = "run_name" in takes
-    if "save_dir" in takes:
+    parameters = inspect.signature(named.kind).parameters
+    has_names = "run_name" in parameters
+    if "save_dir" in parameters:
         folder = context.folder / str(body.get("save_dir") or named.name)
         body["save_dir"] = str(folder if part is None or has_names else folder / part)
     if has_names:
         body["run_name"] = body.get("run_name") or run_name(context, part)
     if issubclass(named.kind, MLFlowLogger) and body.get("run_id") is None:
-        kept = f"{named.name}_id" if part is None else f"{named.name}_id.{part}"
-        return _same_mlflow_run(body, context.folder / kept)
+        id_name = f"{named.name}_id" if part is None else f"{named.name}_id.{part}"
+        return _same_mlflow_run(body, context.folder / id_name)
     logger = built(body)
     assert isinstance(logger, Logger)
     return logger
 
 
-def _same_mlflow_run(body: Mapping[str, Any], kept: Path) -> MLFlowLogger:
-    """Open the run in MLflow whose id is kept, or a new one where MLflow does not have it."""
+def _same_mlflow_run(body: Mapping[str, Any], id_file: Path) -> MLFlowLogger:
+    """Open the MLflow run with the stored id, or a new run if MLflow does not have it."""
     from mlflow.exceptions import MlflowException
 
-    known = kept.read_text(encoding="utf-8") if kept.exists() else None
+    known = id_file.read_text(encoding="utf-8") if id_file.exists() else None
     logger: MLFlowLogger = built({**body, "run_id": known})
     try:
         logger.experiment.update_run(logger.run_id, status="RUNNING")
     except MlflowException as error:
         if known is None or error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
-        logger = built(body)  # it was deleted there, or another server is named now
-    write_text_atomic(kept, str(logger.run_id))
+        logger = built(body)  # deleted on the server, or the server has changed
+    write_text_atomic(id_file, str(logger.run_id))
     return logger

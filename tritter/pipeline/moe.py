@@ -1,4 +1,4 @@
-"""What a run does about experts: their routers' losses, their opening, their use at the end."""
+"""MoE experts in a run: router losses, opening of new experts, and expert usage."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,18 +33,18 @@ from tritter.report.summary import MoeRecord
 from tritter.training import SideLoss
 
 USAGE_SEQUENCES = 64
-UTILITY_SEQUENCES = 64  # of the new domains, by which the expert to clone is chosen
-HELD_SEQUENCES = 256  # old sequences whose routing is held
+UTILITY_SEQUENCES = 64  # of the new domains, to select the expert to clone
+HELD_SEQUENCES = 256  # old sequences whose routing is preserved
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Setup:
-    """What a training of a model with experts needs besides what every training needs.
+    """Additions to the training run of a model with experts.
 
     Args:
-        side_losses: the routers' part of the loss; of a dense model none.
-        controls: callbacks that open experts, and hold others still.
-        parts: of experts that were taken apart.
+        side_losses: loss terms of the routers; empty for a dense model.
+        controls: callbacks that open new experts and freeze others.
+        parts: experts stored as separate parameters, if any.
     """
 
     side_losses: tuple[SideLoss, ...] = ()
@@ -52,37 +52,37 @@ class Setup:
     parts: SeparateExperts | None = None
 
     def follow(self, values: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Return values by the names that parameters have during the training."""
+        """Return values under the parameter names used during training."""
         return values if self.parts is None else self.parts.follow(values)
 
 
 def expanded_folder(branch: Branch) -> str:
-    """Return where the checkpoint of an arm is before any training of it."""
+    """Return the folder of a branch's checkpoint before any training."""
     return f"{branch.name}/expanded" if branch.specs else branch.start
 
 
 def start_folder(context: RunContext, branch: Branch) -> str:
-    """Return where the checkpoint is that an arm's training starts from."""
+    """Return the folder of the checkpoint from which a branch's training starts."""
     return f"{branch.name}/adapted" if router_steps(context, branch) else before_routers(branch)
 
 
 def before_routers(branch: Branch) -> str:
-    """Return where the checkpoint is that an arm's router stage starts from, if it has one."""
+    """Return the folder of the checkpoint from which a branch's router stage starts."""
     return expanded_folder(branch) if teacher_of(branch) is None else f"{branch.name}/distilled"
 
 
 def teacher_of(branch: Branch) -> str | None:
-    """Return the teacher that an arm's new experts learn from, if any."""
+    """Return the teacher of a branch's new experts, if any."""
     return next((spec.teacher for spec in branch.specs if isinstance(spec, MoeAdd)), None)
 
 
 def chooses(branch: Branch) -> bool:
-    """Return whether the new domains' text says which experts an arm clones."""
+    """Return True if the experts that a branch clones are selected by data."""
     return any(isinstance(spec, MoeAdd) and spec.is_chosen_by_data for spec in branch.specs)
 
 
 def with_choice(branch: Branch, clone_from: Sequence[int]) -> Branch:
-    """Return an arm whose experts to clone are chosen."""
+    """Return a branch with the selected experts to clone."""
     chosen = tuple(clone_from)
     specs = tuple(
         replace(spec, clone_from=chosen)
@@ -94,19 +94,19 @@ def with_choice(branch: Branch, clone_from: Sequence[int]) -> Branch:
 
 
 def spread(context: RunContext, domains: Sequence[str], count: int) -> Tensor:
-    """Return at most so many training sequences [N, T], evenly spread over some domains' text."""
+    """Return up to `count` training sequences [N, T], evenly spaced over some domains."""
     sequences = joined(list(context.training_sequences(domains).values()))
     return sequences[:: max(1, len(sequences) // count)][:count]
 
 
 def appended(context: RunContext, branch: Branch) -> AddedExperts | None:
-    """Return the experts that an arm has to open; None where it has none of that kind."""
+    """Return the appended experts that a branch still has to open; None if there are none."""
     added = context.source(expanded_folder(branch)).added
     return None if added is None or added.is_settled else added
 
 
 def router_steps(context: RunContext, branch: Branch) -> int:
-    """Return the steps of the router stage; 0 where there is none."""
+    """Return the number of steps of the router stage; 0 without one."""
     added, options = appended(context, branch), context.config.adaptation
     if added is None or added.step or options.router_update == "frozen":
         return 0
@@ -116,13 +116,13 @@ def router_steps(context: RunContext, branch: Branch) -> int:
 
 
 def opened(context: RunContext, branch: Branch, added: AddedExperts, *, steps: int) -> AddedExperts:
-    """Return what the appended experts of an arm are after so many steps of it."""
+    """Return the state of a branch's appended experts after a number of steps."""
     return added.at(added.step + steps, anneal_steps=anneal_steps(context, branch, added))
 
 
 @contextmanager
 def ready_for_routers(context: RunContext, branch: Branch, model: nn.Module) -> Iterator[Setup]:
-    """Prepare a model for the router stage: routers alone are trained, new experts encouraged."""
+    """Prepare a model for the router stage: train only routers, and encourage new experts."""
     added = appended(context, branch)
     assert added is not None
     routing = _objective(
@@ -139,7 +139,7 @@ def ready_for_routers(context: RunContext, branch: Branch, model: nn.Module) -> 
 
 @contextmanager
 def ready_for_training(context: RunContext, branch: Branch, model: nn.Module) -> Iterator[Setup]:
-    """Prepare a model for an arm's training: the base of appended experts held, if asked for."""
+    """Prepare a model for a branch's training, with a frozen base if requested."""
     if Routing.of(model) is None:
         yield Setup()
         return
@@ -165,15 +165,15 @@ def ready_for_training(context: RunContext, branch: Branch, model: nn.Module) ->
 
 
 def usage_sequences(context: RunContext) -> dict[str, Tensor]:
-    """Return domain → training sequences in which the use of experts is measured."""
+    """Return domain → training sequences for measuring expert usage."""
     return {domain: spread(context, [domain], USAGE_SEQUENCES) for domain in context.domains}
 
 
 def summary_record(context: RunContext, branches: Sequence[Branch]) -> MoeRecord | None:
-    """Return `moe` of summary.json for arms that were evaluated; None for a dense model.
+    """Return `moe` of summary.json for evaluated branches; None for a dense model.
 
     Args:
-        arms: those of an attempt, task after task.
+        branches: branches of an attempt in the order of tasks.
     """
     first, last = branches[0], branches[-1]
     found = context.ledger.found(f"{last.name}.evaluate", EvaluationFound)
@@ -202,10 +202,10 @@ def summary_record(context: RunContext, branches: Sequence[Branch]) -> MoeRecord
 
 
 def anneal_steps(context: RunContext, branch: Branch, added: AddedExperts) -> int:
-    """Return after how many steps since the appending the offset is 0."""
-    begun, asked = added.anneal_steps, context.config.adaptation.anneal_steps
+    """Return the number of steps until the router offset of appended experts reaches 0."""
+    begun, configured = added.anneal_steps, context.config.adaptation.anneal_steps
     steps = router_steps(context, branch) or max(1, context.config.training.max_steps // 2)
-    return asked or begun or steps
+    return configured or begun or steps
 
 
 def _objective(
@@ -221,12 +221,12 @@ def _objective(
         **values, encouragement=encouragement, new_experts=tuple(new_experts)
     )
     old = None
-    if settings.hold_old:  # where the arm's model sends old text before any of its trainings
-        held = context.sample_equally(
+    if settings.hold_old:  # routing of old data before any training of the branch
+        sequences = context.sample_equally(
             context.old_of(branch), HELD_SEQUENCES, "hold_old", *branch.purpose
         )
         start = context.source(expanded_folder(branch))
-        before = context.reading(load_model(start.folder, config=start.config)).to(context.device)
+        before = context.masked(load_model(start.folder, config=start.config)).to(context.device)
         batch_size = max(1, context.config.data.batch_size // 4)
-        old = OldRouting.of(before, held, batch_size=batch_size)
+        old = OldRouting.of(before, sequences, batch_size=batch_size)
     return RoutingObjective(model, settings, old=old)

@@ -1,4 +1,4 @@
-"""One run from its config to a summary, a table and a checkpoint that was kept or rolled back."""
+"""Runs a pipeline from its config to a summary, a table and a published checkpoint."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -10,7 +10,7 @@ from pathlib import Path
 from lightning.pytorch.loggers import Logger
 
 from tritter.checkpoints.run_text import DEFAULT_FRACTION
-from tritter.config.fallbacks import RETRYING, on_top
+from tritter.config.fallbacks import RETRYING, with_fallback
 from tritter.config.launch.jobs import read_status
 from tritter.config.overrides import command, tool_command, tritter_command
 from tritter.config.schema import CheckpointModelConfig, RunConfig
@@ -49,14 +49,14 @@ SUMMARY_NAME = "summary.json"
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How a run ended.
+    """Result of a run.
 
     Args:
         status: kept, rolled_back, undecided or ungated (`gate=off`).
-        metric: mean loss over old and new domains of what was trained last, kept or not, nats
-            per byte; what a sweeper minimises. Not a number when the training broke the model.
-        summary_path: where summary.json lies.
-        leaves: by what the run is known as finished, relative to its folder.
+        metric: mean loss over old and new domains of the last trained model, kept or not, in nats
+            per byte; a sweeper minimises it. NaN if training diverged.
+        summary_path: path of summary.json.
+        leaves: outputs that identify the run as finished, relative to its folder.
     """
 
     status: Status
@@ -66,18 +66,18 @@ class Outcome:
 
 
 def run_pipeline(config: RunConfig, *, run_folder: Path) -> Outcome:
-    """Run all stages that the ledger does not have yet and leave the contract's files.
+    """Run all stages that are not in the ledger, and write the files of a run.
 
     Raises:
-        RequestError: the request turned out to be wrong (cache not writable).
-        TritterError: a stage failed; the ledger keeps what is done.
+        RequestError: the request is invalid (for example, the cache is not writable).
+        TritterError: a stage failed; the ledger keeps finished stages.
     """
     context = RunContext(
         config=config, folder=run_folder, console=Console(), ledger=Ledger(run_folder)
     )
     with wandb_finished(context):
-        for gone in context.ledger.verify_outputs():
-            context.say("run", gone)
+        for message in context.ledger.verify_outputs():
+            context.say("run", message)
         check_source(context)
         _announce(context)
         run_baseline(context)
@@ -97,12 +97,12 @@ def run_pipeline(config: RunConfig, *, run_folder: Path) -> Outcome:
 
 
 def _report(context: RunContext, trials: Sequence[Candidate], control: Candidate) -> Outcome:
-    """Write the run's summary, metrics and plots, print its table and what to do next."""
+    """Write the summary, metrics and plots of a run, and print its table and next commands."""
     last = trials[-1]
-    gate, beside = None, []
+    gate, control_rows = None, []
     if control.branches:
         gate = verdict.judge(control)
-        beside = write_metrics(context, control.branches, of="control")
+        control_rows = write_metrics(context, control.branches, of="control")
     summary = summary_record(context, trials, control=control, control_gate=gate)
     path = context.folder / SUMMARY_NAME
     write_text_atomic(path, summary.text())
@@ -115,7 +115,7 @@ def _report(context: RunContext, trials: Sequence[Candidate], control: Candidate
         curves_of(rows),
         context.folder / "plots",
         earlier=[curves_of(joined_rows(context, each.branches)) for each in before],
-        control=curves_of(beside),
+        control=curves_of(control_rows),
     )
     own = [
         branch.name for candidate in trials for branch in candidate.branches if branch.part is None
@@ -128,13 +128,19 @@ def _report(context: RunContext, trials: Sequence[Candidate], control: Candidate
     for plot in plots:
         context.say("plot", str(plot))
     context.say("summary", str(path))
-    words = read_status(context.folder).overrides
-    if tried := summary.last_attempt.overrides:
-        words = [word for word in on_top(words, tried) if not word.lstrip("+").startswith(RETRYING)]
+    overrides = read_status(context.folder).overrides
+    if retried := summary.last_attempt.overrides:
+        overrides = [
+            override
+            for override in with_fallback(overrides, retried)
+            if not override.lstrip("+").startswith(RETRYING)
+        ]
     context.console.print("\nNext:", highlight=False)
-    for line in next_commands(last.context.config, summary, words=words, folder=context.folder):
+    for line in next_commands(
+        last.context.config, summary, overrides=overrides, folder=context.folder
+    ):
         context.console.print(f"  {line}", highlight=False, soft_wrap=True, markup=False)
-    # Of what was trained: of what was kept, all that are rolled back have the number of their base
+    # Of the trained model: after a rollback, the published model is the initial one
     final = summary.last_attempt.final
     losses = [final[name].loss_per_byte for name in (*summary.domains.old, *summary.domains.new)]
     known = [loss for loss in losses if loss is not None]
@@ -147,18 +153,18 @@ def _report(context: RunContext, trials: Sequence[Candidate], control: Candidate
 
 
 def _run_candidates(context: RunContext) -> list[Candidate]:
-    """Run round after round until one is rolled back, or attempt after attempt until one is not.
+    """Run rounds until one is rolled back, or attempts until one is not rolled back.
 
     Returns:
-        Those that ran.
+        The rounds or attempts that ran.
     """
     planned = planned_candidates(context)
     run: list[Candidate] = []
     for number, each in enumerate(planned, start=1):
         first, is_last = each.branches[0], number == len(planned)
         if first.attempt > 1:
-            words = " ".join(each.overrides)
-            context.say("attempt", f"{number} of {len(planned)}, from the baseline: {words}")
+            overrides = " ".join(each.overrides)
+            context.say("attempt", f"{number} of {len(planned)}, from the baseline: {overrides}")
         so_far = (
             [branch for candidate in run for branch in candidate.branches] if first.is_round else []
         )
@@ -180,18 +186,18 @@ def _run_candidates(context: RunContext) -> list[Candidate]:
 
 
 def planned_candidates(context: RunContext) -> list[Candidate]:
-    """Return the attempts that the run may come to, each the next of the chain, or its rounds.
+    """Return the attempts of the run (each is the next fallback), or its rounds.
 
-    The baseline must be there.
+    The baseline stage must be finished.
 
     Raises:
-        RequestError: the target can't be reached from the baseline's shape.
+        RequestError: the target size can't be reached from the baseline's shape.
     """
     config, trials = context.config, []
     if config.pipeline.target_params is None:
         for number, own in enumerate(config.attempts, start=1):
-            alike = [one.forgetting == own.forgetting for one in config.attempts]
-            prepared_by = 1 + alike.index(True)
+            has_same_methods = [one.forgetting == own.forgetting for one in config.attempts]
+            prepared_by = 1 + has_same_methods.index(True)
             name = f"attempt_{number}"
             first = Branch(name, own.expansion, attempt=number, prepared_by=prepared_by)
             branches = tasks_of(first, len(context.text.tasks))
@@ -215,14 +221,14 @@ def planned_candidates(context: RunContext) -> list[Candidate]:
 def _run_tasks(
     context: RunContext, branches: Sequence[Branch], *, so_far: Sequence[Branch] = ()
 ) -> tuple[Branch, ...]:
-    """Train arms in a row, until one is broken off; return those that were.
+    """Train consecutive branches until one stops early, and return the trained ones.
 
     Args:
-        so_far: arms of the rounds before, whose steps loggers count on from.
+        so_far: branches of earlier rounds, whose steps precede in loggers.
     """
     row = [*so_far, *branches]
     for number, branch in enumerate(branches, start=1):
-        # The control begins where the attempt did, for which it was made
+        # The control starts like the attempt, whose preparation it uses
         is_prepared = branch.is_control and not branch.follows
         if importance.is_needed(context) and not is_prepared:
             prepare = partial(importance.prepare, context, branch)
@@ -234,11 +240,11 @@ def _run_tasks(
 
 
 def _run_control(last: Candidate, *, num_rounds: int) -> Candidate:
-    """Train the control as the last attempt was, where it is asked for; else it has no arms."""
+    """Train the control like the last attempt, if requested; otherwise it has no branches."""
     context = last.context
     if not context.config.control:
         return replace(last, branches=())
-    context.say("control", "the un-grown base, trained in the same way")
+    context.say("control", "control (not grown), trained in the same way")
     prepared_by = last.branches[0].prepared_by
     first = Branch(
         "control", (), is_control=True, num_trainings=num_rounds, prepared_by=prepared_by
@@ -249,15 +255,15 @@ def _run_control(last: Candidate, *, num_rounds: int) -> Candidate:
 
 
 def run_baseline(context: RunContext) -> None:
-    """Get the model that the run starts from."""
+    """Create the initial model of the run."""
     context.stage("baseline", lambda: stages.baseline(context), label="baseline")
 
 
 def run_branch(context: RunContext, branch: Branch, *, first_step: int = 0) -> Branch:
-    """Expand, train and score one arm; return it with what was chosen by its data.
+    """Expand, train and score a branch; return it with the experts selected by its data.
 
     Args:
-        first_step: from where loggers count its steps: those of the trainings before it.
+        first_step: number of earlier steps in loggers.
     """
     key, label = branch.name, branch.label
     if moe.chooses(branch):
@@ -295,10 +301,10 @@ def run_branch(context: RunContext, branch: Branch, *, first_step: int = 0) -> B
 
 
 def _announce(context: RunContext) -> None:
-    """Print what the run is made from.
+    """Print the inputs of the run.
 
     Raises:
-        RequestError: its text can't be trained on, or is not what the run began with.
+        RequestError: the data can't be used for training, or has changed since the run began.
     """
     config = context.config
     chosen = {
@@ -324,45 +330,47 @@ def _announce(context: RunContext) -> None:
         named = (" and ".join(domains) for domains in tasks)
         context.say("tasks", f"{', then '.join(named)}; {config.training.max_steps} steps each")
     if not context.old_domains:
-        context.say("", "no old text (data.old): forgetting is not measured, and not gated")
+        context.say("", "no old data (data.old): forgetting is neither measured nor gated")
     context.check_text()
     if context.tasks:
         scored = ", ".join(task.name for task in context.tasks)
-        context.say("answers", f"right ones are counted of {scored}")
+        context.say("answers", f"accuracy is measured on {scored}")
     if context.ledger.get("baseline") is None:
         return
     if context.ledger.found("baseline", BaselineFound).corpus != context.corpus.digest:
         raise RequestError(
-            f"data: the text has changed since the run in {context.folder} began; put it back, "
-            "or begin another run."
+            f"data: the data has changed since the run in {context.folder} began; restore it, "
+            "or start another run."
         )
 
 
 _WITH_BODY = ("expansion", "experts")
-_LARGEST_FRACTION = 0.5  # of replayed or of validation text: beyond it the other half suffers
+_LARGEST_FRACTION = 0.5  # of replayed or validation data; more would starve the rest
 
 
 def next_commands(
-    config: RunConfig, summary: Summary, *, words: Sequence[str], folder: Path
+    config: RunConfig, summary: Summary, *, overrides: Sequence[str], folder: Path
 ) -> list[str]:
-    """Return commands that suit the verdict, each with a comment why.
+    """Return commands that suit the verdict, each with a comment.
 
     Args:
-        words: the overrides that were typed, as Hydra reads them.
-        folder: of the run.
+        overrides: overrides of the run, in Hydra's syntax.
+        folder: run folder.
     """
     advice = {"rolled_back": _after_rollback, "undecided": _after_undecided}
     changes = advice.get(summary.status, _after_kept)(config, summary)
-    typed = [word for word in words if word.partition("=")[0].lstrip("+") != "resume"]
+    typed = [
+        override for override in overrides if override.partition("=")[0].lstrip("+") != "resume"
+    ]
     lines = []
     for change, why in changes:
-        # An option of another method goes with the method
+        # Options of a replaced method are removed with it
         bodies = tuple(f"{key}." for key in change if key in _WITH_BODY)
         kept = [
-            word
-            for word in typed
-            if word.lstrip("+~").partition("=")[0] not in change
-            and not word.lstrip("+~").startswith(bodies)
+            override
+            for override in typed
+            if override.lstrip("+~").partition("=")[0] not in change
+            and not override.lstrip("+~").startswith(bodies)
         ]
         changed = command([*kept, *(f"{key}={value}" for key, value in change.items())])
         lines.append(f"{changed}   # {why}")
@@ -371,13 +379,15 @@ def next_commands(
     if summary.status != "rolled_back":
         lines.append(tritter_command(["generate", "--checkpoint", checkpoint, "--prompt", "TEXT"]))
     elif any(trained.glob("*.safetensors")):
-        refused = tritter_command(["inspect", str(trained)])
-        lines.append(f"{refused}   # what was trained and not kept")
+        inspection = tritter_command(["inspect", str(trained)])
+        lines.append(f"{inspection}   # the trained model, which was not kept")
     lines.append(tritter_command(["history", checkpoint, "--verify"]))
     wandb = config.logger.wandb
     if wandb is not None and wandb.mode == "offline":
         runs = tool_command("wandb", ["sync", str(folder / "wandb")])
-        lines.append(f"{runs}/offline-run-*   # upload to W&B")  # unquoted: the shell expands it
+        lines.append(
+            f"{runs}/offline-run-*   # upload to W&B"
+        )  # unquoted, so that the shell expands it
     return lines
 
 
@@ -386,15 +396,15 @@ Advice = Iterator[tuple[dict[str, str], str]]
 
 def _after_kept(config: RunConfig, summary: Summary) -> Advice:
     if not config.control and config.expansion:
-        yield {"control": "true"}, "the base that does not grow beside it"
+        yield {"control": "true"}, "compare with the control (not grown)"
     if not isinstance(config.model, CheckpointModelConfig):
-        yield {"seed": str(config.seed + 1)}, "whether it holds with another seed"
+        yield {"seed": str(config.seed + 1)}, "check with another seed"
     is_dynamic = config.experts is not None and config.experts.kind.is_dynamic
     if is_dynamic and not isinstance(config.model, CheckpointModelConfig):
-        yield {"experts": "single_lora"}, "one adapter for everything, beside it"
+        yield {"experts": "single_lora"}, "compare with a single adapter"
     elif not isinstance(config.model, CheckpointModelConfig) and config.experts is None:
         used = {spec.name for spec in config.expansion}
-        # A model without experts has none to add to
+        # moe_add requires a model with experts
         other = next(n for n in [*EXPANSIONS, "none"] if n not in used and n != "moe_add")
         yield {"expansion": other}, "another expansion"
 
@@ -405,24 +415,24 @@ def _after_rollback(config: RunConfig, summary: Summary) -> Advice:
     if "retention" in failed:
         replay = next((one for one in config.forgetting if one.kind.needs(one.options).mixes), None)
         if replay is None:
-            yield {"forgetting": _listed([*names, "replay"])}, "old text mixed in"
+            yield {"forgetting": _listed([*names, "replay"])}, "mix in old data"
         elif (fraction := getattr(replay.options, "fraction", 1.0)) < _LARGEST_FRACTION:
             more = min(_LARGEST_FRACTION, 2 * fraction)
-            yield {f"forgetting.{replay.name}.fraction": f"{more:g}"}, "more old text mixed in"
-        # Beside replay the one that kept most: experiments/2026-11-21_forgetting_methods
+            yield {f"forgetting.{replay.name}.fraction": f"{more:g}"}, "mix in more old data"
+        # Best combination with replay: experiments/2026-11-21_forgetting_methods
         if "distill" not in names and config.experts is None:
-            protected = ["distill", *names] if names else ["distill", "replay"]
-            yield {"forgetting": _listed(protected)}, "the old answers held as well"
+            methods = ["distill", *names] if names else ["distill", "replay"]
+            yield {"forgetting": _listed(methods)}, "also distill from the old model"
     if "new_capability" in failed:
         yield _twice_as_long(config), "more steps"
     if failed & {"retention", "training"}:
-        asked = config.training if config.experts is None else config.experts.options
+        options = config.training if config.experts is None else config.experts.options
         group = "training" if config.experts is None else "experts"
-        yield {f"{group}.learning_rate": f"{asked.learning_rate / 2:g}"}, "smaller steps"
+        yield {f"{group}.learning_rate": f"{options.learning_rate / 2:g}"}, "lower learning rate"
 
 
 def _twice_as_long(config: RunConfig) -> dict[str, str]:
-    """Return the key that says how long the run trains, doubled."""
+    """Return the override that doubles the length of training."""
     training = config.training
     if training.max_tokens is not None:
         return {"training.max_tokens": str(2 * training.max_tokens)}
@@ -433,7 +443,7 @@ def _after_undecided(config: RunConfig, summary: Summary) -> Advice:
     undecided = [check for check in summary.gate if check.verdict == "undecided"]
     for check in undecided:
         upper = check.bounds[1]
-        # With the whole interval below the bound only documents are missing
+        # If the whole interval is below the bound, only documents are missing
         is_below = upper is not None and check.bound is not None and upper < check.bound
         if check.check == "new_capability" and not is_below:
             yield _twice_as_long(config), "more steps"
@@ -444,11 +454,11 @@ def _after_undecided(config: RunConfig, summary: Summary) -> Advice:
         if check.documents_needed and check.n
     ]
     if not needs or isinstance(config.model, CheckpointModelConfig):
-        return  # a checkpoint keeps the split that its lineage records
+        return  # a checkpoint keeps the split of its lineage
     factor, check = max(needs, key=lambda need: need[0])
     fraction = factor * (config.data.validation_fraction or DEFAULT_FRACTION)
     if factor > 1 and fraction <= _LARGEST_FRACTION:
-        advice = f"{check.documents_needed} documents of {check.subject} to decide on"
+        advice = f"{check.documents_needed} validation documents of {check.subject} are needed"
         yield {"data.validation_fraction": f"{fraction + 0.005:.2f}"}, advice
 
 

@@ -1,4 +1,4 @@
-"""What a run scores of each of its models: every domain's held-out documents, and its tasks."""
+"""Scores of a run's models: held-out documents of each domain, and tasks."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -17,16 +17,18 @@ from tritter.evaluation.tasks import Reader, ScoredTask, subject_of
 from tritter.storage.reading import read_object
 from tritter.terminal import NewBar, no_bar
 
-Scores = dict[str, PairedScores]  # of domains by their name, of tasks by their subject
+Scores = dict[str, PairedScores]  # domain name or task subject → scores
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Scoring:
-    """What is scored, and how it is read.
+    """The documents and tasks to score, and how to read them.
 
     Args:
-        documents: domain → those that validate.
-        sequence_length: of the windows that documents are cut into.
+        documents: domain → validation documents.
+        tasks: benchmarks and question sets.
+        reader: tokenizer and batch size.
+        sequence_length: length of the windows into which documents are cut.
     """
 
     documents: Mapping[str, TokenisedDocuments]
@@ -40,10 +42,10 @@ class Scoring:
         return (*self.documents, *map(subject_of, self.tasks))
 
     def score(self, model: nn.Module, *, new_bar: NewBar = no_bar) -> Scores:
-        """Score a model, where it is.
+        """Score a model on its current device.
 
         Raises:
-            TritterError: a domain has no token.
+            TritterError: a domain has no tokens.
         """
         scores = {
             domain: document_losses(
@@ -60,22 +62,24 @@ class Scoring:
         return scores
 
     def read(self, path: Path) -> Scores:
-        """Return the scores that a file holds.
+        """Return the scores in a file.
 
         Raises:
-            TritterError: it lacks some, or is damaged.
+            TritterError: scores are missing or damaged.
         """
         plain = read_object(path, limit_bytes=MAX_SCORE_BYTES)
         try:
             return {subject: PairedScores.from_dict(plain[subject]) for subject in self.subjects}
         except (KeyError, TritterError) as error:
-            raise TritterError(f"{path} holds no scores of this run: {error}.") from error
+            raise TritterError(
+                f"{path} does not contain the scores of this run: {error}."
+            ) from error
 
     def flops(self, reading: Flops) -> float:
-        """Count the FLOPs of one scoring; padding is not counted.
+        """Return the FLOPs of one scoring pass, without padding.
 
         Args:
-            reading: of a sequence.
+            reading: FLOPs of reading a sequence.
         """
         lengths = Counter(
             window
@@ -88,28 +92,28 @@ class Scoring:
 
 
 def scores_text(scores: Mapping[str, PairedScores]) -> str:
-    """Return scores as one line: nats per token, then the right answers."""
-    losses = [f"{n} {held.mean():.3f}" for n, held in scores.items() if held.unit == "nats"]
+    """Return scores as one line: losses, then accuracies."""
+    losses = [f"{n} {score.mean():.3f}" for n, score in scores.items() if score.unit == "nats"]
     parts = [
-        f"{n.removesuffix('/accuracy')} {held.mean():.1%}"
-        for n, held in scores.items()
-        if held.unit == "accuracy"
+        f"{n.removesuffix('/accuracy')} {score.mean():.1%}"
+        for n, score in scores.items()
+        if score.unit == "accuracy"
     ]
-    text = f"loss, nats per token: {', '.join(losses)}"
-    return f"{text}; right answers: {', '.join(parts)}" if parts else text
+    text = f"loss [nats/token]: {', '.join(losses)}"
+    return f"{text}; accuracy: {', '.join(parts)}" if parts else text
 
 
 def score_records(scores: Mapping[str, PairedScores]) -> dict[str, dict[str, Any]]:
-    """Return domain or task → record, as in summary.json; a domain's own holds its accuracy too."""
+    """Return domain or task → record, as in summary.json; a domain may also have an accuracy."""
     records: dict[str, dict[str, Any]] = {}
-    for subject, held in scores.items():
-        record, name = held.record(), subject.removesuffix("/accuracy")
-        if held.unit == "accuracy" and name in records:
+    for subject, score in scores.items():
+        record, name = score.record(), subject.removesuffix("/accuracy")
+        if score.unit == "accuracy" and name in records:
             records[name] |= {
                 "accuracy": record["accuracy"],
                 "accuracy_standard_error": record["standard_error"],
                 "num_questions": record["n"],
-                "chance": held.chance,
+                "chance": score.chance,
             }
         else:
             records[name] = record

@@ -1,4 +1,4 @@
-"""What the stages do; each reads what earlier ones left on disk, so a run can stop between."""
+"""The stages of a run; each reads earlier results from disk, so that a run can resume."""
 
 import json
 import logging
@@ -78,16 +78,16 @@ from tritter.training.trainer import losses_before
 
 JUMP_SEQUENCES = 8
 ROUTER_WARMUP = 0.05
-_EARLIER = ("adapt", "distill")  # trainings of an arm before the one that its checks are of
+_EARLIER = ("adapt", "distill")  # stages that train a branch before its main training run
 
 
 def baseline(context: RunContext) -> StageResult:
-    """Get the base model into the run folder and score it."""
+    """Write the initial model to the run folder and score it."""
     folder = context.folder / "baseline"
     seconds = {}
     if context.given is not None:
-        place = context.given.folder
-        context.say("baseline", f"the checkpoint {place}; pretraining does not apply")
+        location = context.given.folder
+        context.say("baseline", f"checkpoint {location}; no pretraining")
         lineage = copy_source(context, folder)
     else:
         base = obtain_base(context)
@@ -95,12 +95,12 @@ def baseline(context: RunContext) -> StageResult:
         with atomic_folder(folder, overwrite=True) as temporary:
             copy_tree(base.folder, temporary)
         lineage = lineage_of(folder)
-    source = context.wrote("baseline", lineage)
+    source = context.register("baseline", lineage)
     score_baseline(context, source)
     reading = experts.reading_flops_of(context, source)
     flops = {"baseline": context.scoring_flops(reading)}
-    if (stated := lineage.training_config.get("flops")) is not None:
-        flops = {"pretraining": float(stated), **flops}
+    if (pretraining_flops := lineage.training_config.get("flops")) is not None:
+        flops = {"pretraining": float(pretraining_flops), **flops}
     return StageResult(
         BaselineFound(
             parameters=count_parameters(source.config),
@@ -114,13 +114,13 @@ def baseline(context: RunContext) -> StageResult:
 
 
 def expansion(context: RunContext, branch: Branch) -> StageResult:
-    """Expand what the arm starts from, measure the jump and score the result."""
-    source, place = context.source(branch.start), f"{branch.name}/expanded"
+    """Expand the branch's initial model, measure the logit shift and score the result."""
+    source, location = context.source(branch.start), f"{branch.name}/expanded"
     if not branch.specs:
         return StageResult(ExpansionFound(parameters=count_parameters(source.config)))
     plan = context.planned(branch)
-    made = write_expanded(context, branch, context.folder / place)
-    grown = context.wrote(place, made.lineage)
+    made = write_expanded(context, branch, context.folder / location)
+    grown = context.register(location, made.lineage)
     notes = [f"{step.spec.name}: {note}" for step in plan.steps for note in step.notes]
     for step in plan.steps:
         layers = step.parameter_map.layer_sources
@@ -139,7 +139,7 @@ def expansion(context: RunContext, branch: Branch) -> StageResult:
     jump = logit_jump(before, after, tokens)
     error, num_new = jump.to_dict()["relative_to_std"], len(branch.specs)
     lineage = record_step0_error(grown.folder, made.lineage, error, grown.config, num_new=num_new)
-    context.sources[place] = replace(grown, lineage=lineage)
+    context.sources[location] = replace(grown, lineage=lineage)
     context.score(after, f"{branch.name}-expanded")
     evaluated, flops = dict[str, float](), dict[str, float]()
     if (text := context.validation_subset) is not None:
@@ -156,12 +156,12 @@ def expansion(context: RunContext, branch: Branch) -> StageResult:
             before=evaluated,
         ),
         flops=flops,
-        leaves=(place, score_file(f"{branch.name}-expanded")),
+        leaves=(location, score_file(f"{branch.name}-expanded")),
     )
 
 
 def adaptation(context: RunContext, branch: Branch) -> StageResult:
-    """Train the routers alone to send the new domains to the experts that were appended."""
+    """Train only the routers, so that they send new domains to the appended experts."""
     start, folder = (
         context.source(moe.before_routers(branch)),
         context.folder / branch.name / "router",
@@ -169,16 +169,16 @@ def adaptation(context: RunContext, branch: Branch) -> StageResult:
     options, steps = context.config.adaptation, moe.router_steps(context, branch)
     added = moe.appended(context, branch)
     assert added is not None
-    model = context.reading(load_model(start.folder, config=start.config))
+    model = context.masked(load_model(start.folder, config=start.config))
     if options.router_update == "retrain":
         redraw_rows(model, added.experts, seed=context.seed("router", *branch.purpose))
-    place = f"{branch.name}/adapted"
+    location = f"{branch.name}/adapted"
     write = replace(
-        child_writer(context, branch, start, place, stage="router adaptation", added=added),
+        child_writer(context, branch, start, location, stage="router adaptation", added=added),
         anneal_steps=moe.anneal_steps(context, branch, added),
         moments=moments_of_rest(context, start, is_trained=is_router),
     )
-    context.say("adapt", f"{steps} steps of the routers on {', '.join(context.new_of(branch))}")
+    context.say("adapt", f"{steps} router steps on {', '.join(context.new_of(branch))}")
     with moe.ready_for_routers(context, branch, model) as setup:
         module = BaseModule(
             model,
@@ -202,20 +202,20 @@ def adaptation(context: RunContext, branch: Branch) -> StageResult:
             label="router",
             write_result=write,
         )
-    return _taken_up(context, place, result, folder=folder, label=branch.label("adapt"))
+    return _accepted(context, location, result, folder=folder, label=branch.label("adapt"))
 
 
 def training(context: RunContext, branch: Branch, *, loggers: Sequence[Logger]) -> StageResult:
-    """Continue on the new domains under the methods against forgetting."""
+    """Continue training on the new domains with the selected forgetting mitigation."""
     frees_start = release_start(context, branch)
     start = context.source(moe.start_folder(context, branch))
-    asked = experts.training_of(context, branch)
-    settings = replace(asked, max_steps=asked.max_steps * branch.num_trainings)
-    model = context.reading(experts.load_start(context, branch, start))
+    options = experts.training_of(context, branch)
+    settings = replace(options, max_steps=options.max_steps * branch.num_trainings)
+    model = context.masked(experts.load_start(context, branch, start))
     if any(spec.new_blocks_only for spec in branch.specs):
-        carried = context.planned(branch).change.masks()
+        mapped = context.planned(branch).change.masks()
         for name, parameter in model.named_parameters():
-            parameter.requires_grad &= not bool(carried[name].any())
+            parameter.requires_grad &= not bool(mapped[name].any())
     methods = build_methods(context.config.forgetting)
     _announce(context, branch, methods, max_steps=settings.max_steps)
     with moe.ready_for_training(context, branch, model) as setup:
@@ -247,17 +247,17 @@ def training(context: RunContext, branch: Branch, *, loggers: Sequence[Logger]) 
             observers=observers,
             changers=(*changers, *trainee.changers),
         )
-    place = f"{branch.name}/trained"
-    accept(context, place)
+    location = f"{branch.name}/trained"
+    accept(context, location)
     context.ledger.watch_disk()
-    flops = result.flops + measuring_flops(context, write, place)
+    flops = result.flops + measuring_flops(context, write, location)
     if result.stopped_because is not None:
-        context.say("", f"training was broken off: {result.stopped_because}")
+        context.say("", f"training stopped: {result.stopped_because}")
     if result.ended_early is not None:
         context.say("", f"training ended early, at step {result.steps}: {result.ended_early}")
     if write.routing_state is not None:
-        context.say("", "with the selection bias, which is not saved:")
-        biased = with_routing(context.source(place), write.routing_state)
+        context.say("", "scores with the selection bias, which is not saved:")
+        biased = with_routing(context.source(location), write.routing_state)
         context.score(biased, f"{branch.name}-biased")
         flops += context.scoring_flops(forward_flops(start.config))
         shutil.rmtree(write.routing_state)
@@ -273,29 +273,29 @@ def training(context: RunContext, branch: Branch, *, loggers: Sequence[Logger]) 
                 stopped_because=earlier.stopped_because or found.stopped_because,
             )
     spent, evaluating = {branch.label("fit"): flops}, branch.label("validation")
-    if result.evaluation_flops:  # of the control all is one
+    if result.evaluation_flops:  # the control has a single entry
         spent[evaluating] = spent.get(evaluating, 0.0) + result.evaluation_flops
     metrics = [path.relative_to(context.folder).as_posix() for path in metrics_files(folder)]
     return StageResult(
         found,
         flops=spent,
         seconds={evaluating: result.evaluation_seconds} if text else {},
-        leaves=(place, *metrics),
+        leaves=(location, *metrics),
     )
 
 
 def _growth(
     context: RunContext, branch: Branch, model: nn.Module, *, max_steps: int
 ) -> tuple[Sequence[Callback], Sequence[Callback]]:
-    """Return what reads gradients and what grows neurons in an arm's training.
+    """Return the callbacks that observe gradients and that grow neurons in a branch's training.
 
-    The control grows nothing. What growth does not train is frozen here, before methods against
-    forgetting, which thaw only what they froze.
+    The control does not grow. Weights that growth does not train are frozen here, before the
+    forgetting methods, which unfreeze only weights that they froze themselves.
     """
-    asked = context.config.growth
-    if asked is None or branch.is_control:
+    growth = context.config.growth
+    if growth is None or branch.is_control:
         return (), ()
-    method = asked.kind(asked.options)
+    method = growth.kind(growth.options)
     method.freeze(model)
     data, trainer = context.config.data, context.config.trainer
     tokens = data.batch_size * data.sequence_length * trainer.accumulate_grad_batches
@@ -312,29 +312,31 @@ def _announce(
     context: RunContext, branch: Branch, methods: Sequence[ForgettingMethod], *, max_steps: int
 ) -> None:
     has_frozen_base = context.config.experts is not None and not branch.is_control
-    names = ["the frozen base"] if has_frozen_base else []
+    names = ["frozen base"] if has_frozen_base else []
     names += [method.name for method in methods]
-    protection = " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]])) or "nothing"
+    mitigation = " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]])) or "none"
     domains, tasks = ", ".join(context.new_of(branch)), len(context.text.tasks)
-    place = f" (task {branch.task + 1} of {tasks})" if tasks > 1 else ""
-    context.say("train", f"{max_steps} steps on {domains}{place}, protected by {protection}")
+    which = f" (task {branch.task + 1} of {tasks})" if tasks > 1 else ""
+    context.say(
+        "train", f"{max_steps} steps on {domains}{which}; forgetting mitigation: {mitigation}"
+    )
 
 
 def _freeze(
     model: nn.Module, methods: Sequence[ForgettingMethod], task: Task, *, max_steps: int
 ) -> None:
-    """Let methods freeze what they do.
+    """Freeze the weights that each method freezes.
 
     Raises:
-        RequestError: nothing is left to train.
+        RequestError: no trainable weights remain.
     """
     for method in methods:
         method.freeze(model, task, max_steps=max_steps)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         names = " and ".join(method.name for method in methods)
         raise RequestError(
-            f"forgetting = {names}: all of the model is frozen, and nothing is left to train; "
-            "an expansion that only copies adds nothing that is new."
+            f"forgetting = {names}: the whole model is frozen, so there is nothing to train; "
+            "the expansion only copies layers and adds no new weights."
         )
 
 
@@ -353,7 +355,7 @@ def _fit(
     observers: Sequence[Callback] = (),
     changers: Sequence[Callback] = (),
 ) -> FitResult:
-    """Train an arm's module on the new domains."""
+    """Train a branch's module on the new domains."""
     max_steps = module.schedule.max_steps
     return fit(
         module,
@@ -366,7 +368,7 @@ def _fit(
         console=context.console,
         task=task,
         loggers=loggers,
-        # What starts from moments leaves its own; the stages of routers do neither
+        # Save moments if training started from moments; router stages have none
         observers=[*(moment_keepers(context, folder) if module.moments else ()), *observers],
         controls=setup.controls if setup is not None else (),
         changers=changers,
@@ -376,24 +378,24 @@ def _fit(
     )
 
 
-def _taken_up(
-    context: RunContext, place: str, result: FitResult, *, folder: Path, label: str
+def _accepted(
+    context: RunContext, location: str, result: FitResult, *, folder: Path, label: str
 ) -> StageResult:
-    """Take up what a training before the last one wrote, and end its stage."""
-    accept(context, place)
+    """Accept the result of a training stage that precedes the main training run."""
+    accept(context, location)
     context.ledger.watch_disk()
     discard_saved(folder)
-    return StageResult(TrainingFound.of(result), flops={label: result.flops}, leaves=(place,))
+    return StageResult(TrainingFound.of(result), flops={label: result.flops}, leaves=(location,))
 
 
 def evaluation(context: RunContext, branch: Branch) -> StageResult:
-    """Score the trained model, and let both models say something."""
+    """Score the trained model and generate samples from both models."""
     source = context.source(f"{branch.name}/trained")
-    trained = context.reading(experts.load_start(context, branch, source))
+    trained = context.masked(experts.load_start(context, branch, source))
     if not branch.is_final:
         round_weights(trained, context.published_dtype)
-    who = "the control" if branch.is_control else "the trained model"
-    context.say("evaluate", f"{who} on {', '.join(context.domains)}")
+    subject = "control" if branch.is_control else "trained model"
+    context.say("evaluate", f"{subject} on {', '.join(context.domains)}")
     context.score(trained, f"{branch.name}-trained")
     reading = experts.reading_flops(trained)
     samples, flops = [], context.scoring_flops(reading)
@@ -429,17 +431,18 @@ SAMPLE_PROMPT_TOKENS = 24
 
 @dataclass(frozen=True, slots=True)
 class Continued:
-    """How two models continue one prompt, as in summary.json, and the FLOPs of it."""
+    """Continuations of a prompt by two models, as in summary.json, and their FLOPs."""
 
     texts: dict[str, str]
     flops: float
 
 
 def continued(context: RunContext, domain: str, before: Any, after: Any) -> Continued:
+    """Return a sample prompt of a domain with the continuations of both models."""
     document = context.corpus.domains[domain].validation.document(0)
-    # Documents begin with headings and imports, which show less than what comes after them.
+    # Skip the beginning of the document, which is usually a heading or imports
     tokenizer, max_new = context.corpus.tokenizer, context.config.evaluation.sample_tokens
-    # Of learned positions there are no more; the last token that is generated is not read
+    # Learned positions are limited; the last generated token is not read
     positions = position_limit(config_of(before)) or MAX_POSITIONS
     prompt = whole_word_prompt(
         document[: 4 * SAMPLE_PROMPT_TOKENS].tolist(),
@@ -457,7 +460,7 @@ def continued(context: RunContext, domain: str, before: Any, after: Any) -> Cont
             end_of_text_id=context.end_of_text_id,
         )
         texts[name] = str(tokenizer.decode(tokens))
-        # End of text, the prompt and what was generated; the last token is not read any more
+        # End of text, the prompt and the generated tokens except the last
         generated = min(len(tokens), max_new - 1)
         flops += experts.reading_flops(model).of(1 + len(prompt) + generated)
     record = {"domain": domain, "prompt": str(tokenizer.decode(prompt)), **texts}
@@ -472,17 +475,17 @@ logger = logging.getLogger(__name__)
 
 
 def score_baseline(context: RunContext, source: Source) -> None:
-    """Put the scores of the run's base into the run folder, from the cache where it has them.
+    """Score the run's initial model, or load its scores from the cache.
 
     Raises:
-        RequestError: the cache cannot be written.
+        RequestError: the cache is not writable.
     """
     made_from = _made_from(context, source)
-    place = context.config.cache_dir / "scores" / f"{content_key(made_from)}.json"
+    location = context.config.cache_dir / "scores" / f"{content_key(made_from)}.json"
     target = context.folder / score_file(NAME)
-    if (scores := _intact_scores(place)) is None:
-        with entry_lock(place):
-            if (scores := _intact_scores(place)) is None:  # nor from a job beside this one
+    if (scores := _intact_scores(location)) is None:
+        with entry_lock(location):
+            if (scores := _intact_scores(location)) is None:  # a parallel job may have written it
                 load = load_model if context.config.experts is None else load_whole
                 context.score(load(source.folder, config=source.config), NAME)
                 scores = json.loads(target.read_text(encoding="utf-8"))
@@ -492,25 +495,25 @@ def score_baseline(context: RunContext, source: Source) -> None:
                     "sha256": content_key(scores),
                     "scores": scores,
                 }
-                write_text_atomic(place, json.dumps(content))
+                write_text_atomic(location, json.dumps(content))
                 return
     write_text_atomic(target, json.dumps(scores))
-    known = {name: PairedScores.from_dict(held) for name, held in scores.items()}
-    context.say("", f"{scores_text(known)} (scored before)")
+    known = {name: PairedScores.from_dict(record) for name, record in scores.items()}
+    context.say("", f"{scores_text(known)} (cached)")
 
 
 def _made_from(context: RunContext, source: Source) -> dict[str, Any]:
-    """Return everything that determines the scores, to the last bit."""
+    """Return everything that determines the scores bit by bit."""
     is_gpu, text = context.device.type == "cuda", {}
-    for name in context.domains:  # as the documents were cut into tokens, in their order
-        of_domain = context.corpus.domains[name].validation
+    for name in context.domains:  # the tokenised documents in their order
+        validation = context.corpus.domains[name].validation
         parts = {
-            "tokens": of_domain.tokens,
-            "offsets": of_domain.offsets,
-            "bytes": of_domain.num_bytes,
+            "tokens": validation.tokens,
+            "offsets": validation.offsets,
+            "bytes": validation.num_bytes,
         }
         digests = {part: tensor_digest(part, tensor) for part, tensor in parts.items()}
-        text[name] = content_key({**digests, "identifiers": list(of_domain.identifiers)})
+        text[name] = content_key({**digests, "identifiers": list(validation.identifiers)})
     made_from = {
         "format": "scores",
         "format_version": FORMAT_VERSION,
@@ -532,27 +535,27 @@ def _made_from(context: RunContext, source: Source) -> dict[str, Any]:
     return made_from
 
 
-def _intact_scores(place: Path) -> dict[str, Any] | None:
-    """Return what the cache holds; None where it holds nothing, or not what it once held."""
-    if not place.exists():
+def _intact_scores(location: Path) -> dict[str, Any] | None:
+    """Return the cached scores; None if they are missing or damaged."""
+    if not location.exists():
         return None
     try:
-        content = read_object(place, limit_bytes=MAX_SCORE_BYTES)
+        content = read_object(location, limit_bytes=MAX_SCORE_BYTES)
     except TritterError as error:
-        logger.warning("%s is scored anew: %s", place, error)
+        logger.warning("scoring again, because the cached file is damaged: %s: %s", location, error)
         return None
     scores = content.get("scores")
     if not isinstance(scores, dict) or content.get("sha256") != content_key(scores):
-        logger.warning("%s is scored anew: it is not what was once written there", place)
+        logger.warning("scoring again, because the checksum of %s differs", location)
         return None
     return scores
 
 
 def choice(context: RunContext, branch: Branch) -> StageResult:
-    """Choose the expert of each layer that the new domains' text moves most."""
+    """Select the expert of each layer that the new domains' data affects most."""
     start = context.source(branch.start)
     sequences = moe.spread(context, context.new_of(branch), moe.UTILITY_SEQUENCES)
-    model = context.reading(load_model(start.folder, config=start.config)).to(context.device)
+    model = context.masked(load_model(start.folder, config=start.config)).to(context.device)
     chosen = best_experts(model, sequences)
     context.say("choose", f"experts to clone, layer by layer: {' '.join(map(str, chosen))}")
     flops = training_flops(start.config, is_trained=lambda tensor: tensor.is_per_expert)
@@ -563,23 +566,23 @@ def choice(context: RunContext, branch: Branch) -> StageResult:
 
 
 def distillation(context: RunContext, branch: Branch) -> StageResult:
-    """Let the new experts learn from the teacher on the new domains, while no token meets them."""
+    """Distill the new experts from the teacher on the new domains, before routers use them."""
     options, teacher = context.config.adaptation, moe.teacher_of(branch)
     start = context.source(moe.expanded_folder(branch))
     added = moe.appended(context, branch)
     assert teacher is not None and added is not None
-    model = context.reading(load_model(start.folder, config=start.config))
+    model = context.masked(load_model(start.folder, config=start.config))
     folder, steps = context.folder / branch.name / "distill", options.distill_steps
-    place, stage = f"{branch.name}/distilled", "distillation of new experts"
+    location, stage = f"{branch.name}/distilled", "distillation of new experts"
     rest = moments_of_rest(context, start, is_trained=lambda each: each.expert in added.experts)
     write = replace(
-        child_writer(context, branch, start, place, stage=stage, added=added), moments=rest
+        child_writer(context, branch, start, location, stage=stage, added=added), moments=rest
     )
-    context.say("distill", f"{steps} steps of the new experts, after {teacher}")
+    context.say("distill", f"{steps} steps of the new experts; teacher: {teacher}")
     with only_new_experts(model, added.experts):
         module = DistillationModule(
             model,
-            context.reading(load_model(locate(teacher))),
+            context.masked(load_model(locate(teacher))),
             new_experts=added.experts,
             temperature=options.distill_temperature,
             auxiliary_loss=context.config.moe_routing.auxiliary_loss,
@@ -587,4 +590,4 @@ def distillation(context: RunContext, branch: Branch) -> StageResult:
             optimizer=context.config.optimizer,
         )
         result = _fit(context, branch, module, folder=folder, label="distill", write_result=write)
-    return _taken_up(context, place, result, folder=folder, label=branch.label("distill"))
+    return _accepted(context, location, result, folder=folder, label=branch.label("distill"))

@@ -51,19 +51,19 @@ def summary_record(
     control: Candidate,
     control_gate: GateFound | None,
 ) -> Summary:
-    """Return the contents of summary.json; the last round or attempt stands in front.
+    """Return the contents of summary.json; top-level values are those of the last round or attempt.
 
     Args:
-        trials: the rounds that ran, or the attempts.
-        control: that of the un-grown base, without arms where there is none.
-        control_gate: what the gate would say of it; None where there is none.
+        trials: the rounds or attempts that ran.
+        control: the control (not grown); it has no branches if it was not requested.
+        control_gate: the gate's verdict on the control, if any.
     """
     branches = trials[-1].branches
     first, last = branches[0], branches[-1]
     records = [_attempt_record(each) for each in trials]
     attempt = records[-1]
-    places = {"baseline": "baseline", "final": "checkpoint"}
-    sizes = {name: context.source(place).config for name, place in places.items()}
+    locations = {"baseline": "baseline", "final": "checkpoint"}
+    sizes = {name: context.source(location).config for name, location in locations.items()}
     is_kept = attempt.status != "rolled_back"
     evaluated = context.ledger.found(f"{last.name}.evaluate", EvaluationFound)
     own = trials[-1].context
@@ -109,25 +109,25 @@ def summary_record(
 
 
 def _known(**parts: Any) -> dict[str, Any]:
-    """Return the parts that there are; a summary does not name the others."""
+    """Return the parts that are not None; a summary omits the others."""
     return {name: part for name, part in parts.items() if part is not None}
 
 
 def _growth(context: RunContext, branches: Sequence[Branch]) -> GrowthRecord | None:
-    """Return what grew in the trainings of an attempt, task after task."""
-    if (asked := context.config.growth) is None:
+    """Return the growth record of an attempt, over all tasks."""
+    if (growth := context.config.growth) is None:
         return None
     record = growth_summary(
         [(fit.steps, fit.reports[GROWTH]) for fit in _fits(context, branches)],
-        options=asked.plain(),
-        advice=asked.options.trigger.advice,
+        options=growth.plain(),
+        advice=growth.options.trigger.advice,
     )
     return validated(record, GrowthRecord, what="summary.json: growth")
 
 
 def _experts(context: RunContext, branches: Sequence[Branch]) -> ExpertsRecord | None:
-    """Return what became of experts in the trainings of an attempt, task after task."""
-    if (asked := context.config.experts) is None:
+    """Return the LoRA-expert record of an attempt, over all tasks."""
+    if (experts := context.config.experts) is None:
         return None
     evaluated = [
         context.ledger.found(f"{branch.name}.evaluate", EvaluationFound) for branch in branches
@@ -135,7 +135,7 @@ def _experts(context: RunContext, branches: Sequence[Branch]) -> ExpertsRecord |
     record = experts_summary(
         [(fit.steps, fit.reports.get(EXPERTS, {})) for fit in _fits(context, branches)],
         [each.experts or {} for each in evaluated],
-        options={"name": asked.name, **asked.plain()},
+        options={"name": experts.name, **experts.plain()},
     )
     return validated(record, ExpertsRecord, what="summary.json: experts")
 
@@ -145,7 +145,7 @@ def _fits(context: RunContext, branches: Sequence[Branch]) -> list[TrainingFound
 
 
 def _target(last: Candidate) -> Target:
-    """Return how far a run that grows to a size has come with its last round."""
+    """Return the size after the last round of a run that grows to a target."""
     context, branch = last.context, last.branches[0]
     target = context.config.pipeline.target_params
     assert target is not None
@@ -181,7 +181,7 @@ def _attempt_record(candidate: Candidate) -> Attempt:
 def _branch_record(
     context: RunContext, branches: Sequence[Branch], gate: GateFound
 ) -> dict[str, Any]:
-    """Return what attempts and the control have alike."""
+    """Return the fields shared by attempts and the control."""
     first, last = branches[0], branches[-1]
     grown, ended = (
         context.ledger.found(f"{branch.name}.expand", ExpansionFound) for branch in (first, last)
@@ -212,7 +212,7 @@ def _branch_record(
 
 
 def _task_record(context: RunContext, branch: Branch) -> TaskRecord:
-    """Return what one task's training did, and the scores of every domain after it."""
+    """Return the record of one task's training, with the scores of every domain after it."""
     fitted = context.ledger[f"{branch.name}.fit"]
     found = context.ledger.found(f"{branch.name}.fit", TrainingFound)
     return TaskRecord(

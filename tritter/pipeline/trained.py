@@ -1,4 +1,4 @@
-"""What a training leaves in the run folder: a checkpoint, with `optimizer.carry` its moments."""
+"""Writes the results of training to the run folder: checkpoint, and optimizer moments."""
 
 import os
 import shutil
@@ -41,30 +41,33 @@ from tritter.training.fitting import LEFTOVERS_NAME
 from tritter.training.moments import MomentKeeper, Moments, moments_of
 from tritter.training.parameters import whole_state
 
-# Returns what the lineage says of changes during a training: config before, after, and the result
+# (config before, config after, training result) → lineage records of changes during training
 Records = Callable[[Config, Config, FitResult], list[ExpansionRecord]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainedWriter:
-    """Writes a trained model as the child of the checkpoint that its training started from.
+    """Writes a trained model as the child of the checkpoint from which its training started.
 
-    A record, which goes to the process that trains.
+    It is a picklable record, because it is sent to the training processes.
 
     Args:
-        dtype: of its weights. Training is in float32; only what the run publishes is rounded.
-        frees_start: the start's weights can be made again, and go before the result is written.
-        lineage: of the child, all but the steps and what follows from them; tensor digests and
-            FFN widths are the start's.
-        steps_before: optimizer steps of the arm before this training.
-        earlier_steps: those of the tasks before, since the last expansion.
-        added: appended experts as the expansion left them; settled ones are forgotten.
-        anneal_steps: after how many steps they are open; None: this training opens them no further.
-        moments: those of the optimizer.
-        routing_state: where the routers' biases, which no checkpoint holds, are left.
-        kept: sequences that stay beside the model.
-        records: what adds to the lineage's expansions: neurons that grew, experts that came.
-        has_frozen_base: LoRA experts were trained, and their base is written as it was.
+        start: folder of the initial checkpoint.
+        start_config: its config.json.
+        target: folder to write.
+        lineage: lineage of the child without the steps; tensor checksums and FFN widths are those
+            of the initial checkpoint.
+        dtype: dtype of the weights. Training is in float32; only published weights are converted.
+        frees_start: delete the initial weights before writing, because they can be recreated.
+        steps_before: optimizer steps of the branch before this training run.
+        earlier_steps: optimizer steps of earlier tasks since the last expansion.
+        added: appended experts after the expansion; fully open experts are dropped.
+        anneal_steps: steps until they are open; None if this training run does not open them.
+        moments: optimizer moments.
+        routing_state: folder for the routers' biases, which a checkpoint does not store.
+        kept: sequences to store with the model.
+        records: functions that return lineage records: grown neurons, spawned experts.
+        has_frozen_base: only LoRA experts were trained, so the base is written unchanged.
     """
 
     start: Path
@@ -84,7 +87,7 @@ class TrainedWriter:
     has_frozen_base: bool = False
 
     def __call__(self, model: nn.Module, result: FitResult) -> None:
-        """Write `model` as this training left it."""
+        """Write `model` after this training run."""
         steps, added = self.steps_before + result.steps, self.added
         if added is not None and self.anneal_steps is not None:
             added = added.at(added.step + steps, anneal_steps=self.anneal_steps)
@@ -95,7 +98,7 @@ class TrainedWriter:
         config, base = start, Source.written(self.start, start, self.lineage)
         tensors: TensorStream | LinkedTensors
         if not self.has_frozen_base:
-            config = _followed(start, model)
+            config = _config_after(start, model)
             trained = dict(stored_tensors(whole_state(model), config))
             dtype = fitting_dtype(trained.values(), self.dtype)
             config["dtype"], tensors = dtype, TensorStream.of(trained.items()).to(_torch(dtype))
@@ -145,7 +148,7 @@ def _torch(name: str) -> torch.dtype:
 
 
 def fitting_dtype(values: Iterable[Tensor], dtype: str) -> str:
-    """Return `dtype`, or float32 where float16, which has a shorter range, can't hold a value."""
+    """Return `dtype`, or float32 if a value overflows in float16."""
     if dtype == "float16" and not all(is_finite(value.detach().half()) for value in values):
         return "float32"
     return dtype
@@ -153,9 +156,9 @@ def fitting_dtype(values: Iterable[Tensor], dtype: str) -> str:
 
 @torch.no_grad()
 def round_weights(model: nn.Module, dtype: str) -> None:
-    """Round a model's weights to the dtype that is published, and keep computing in theirs.
+    """Round a model's weights to the published dtype; computation keeps its dtype.
 
-    LoRA experts are published as they are.
+    LoRA experts are published unrounded.
     """
     dtype = fitting_dtype(model.parameters(), dtype)
     for name, parameter in model.named_parameters():
@@ -166,7 +169,7 @@ def round_weights(model: nn.Module, dtype: str) -> None:
 def _unlink_weights(folder: Path, model: nn.Module) -> None:
     """Remove the weights that a model was loaded from.
 
-    The disk is free only when no mapped file is left, and safetensors maps what it loads.
+    safetensors maps files into memory; disk space is freed only after the last mapping ends.
     """
     with torch.no_grad():
         for parameter in model.parameters():
@@ -175,18 +178,18 @@ def _unlink_weights(folder: Path, model: nn.Module) -> None:
         path.unlink()
 
 
-def measuring_flops(context: RunContext, written: TrainedWriter, place: str) -> float:
-    """Count the FLOPs of the losses that a writer has left its kept sequences with."""
+def measuring_flops(context: RunContext, written: TrainedWriter, location: str) -> float:
+    """Return the FLOPs of measuring the losses of a writer's kept sequences."""
     kept = written.kept
-    looked = [rows for name, rows in kept.sequences.items() if name not in kept.losses]
-    if not looked:
+    measured = [rows for name, rows in kept.sequences.items() if name not in kept.losses]
+    if not measured:
         return 0.0
-    flops = reading_flops_of(context, context.source(place))
-    return sum(flops.of_all(lengths_of(context.document_mask, rows)) for rows in looked)
+    flops = reading_flops_of(context, context.source(location))
+    return sum(flops.of_all(lengths_of(context.document_mask, rows)) for rows in measured)
 
 
-def _followed(config: Config, model: nn.Module) -> Config:
-    """Return the config of a training's start, with what has changed of the live model since."""
+def _config_after(config: Config, model: nn.Module) -> Config:
+    """Return the config of the initial checkpoint, updated by changes of the live model."""
     before, after = config_of(weightless_model(config)), config_of(model)
     changed = {key: value for key, value in after.items() if before.get(key) != value}
     return {key: config[key] for key in config if key in after or key not in before} | changed
@@ -196,19 +199,19 @@ def child_writer(
     context: RunContext,
     branch: Branch,
     start: Source,
-    place: str,
+    location: str,
     *,
     stage: str,
     added: AddedExperts | None,
 ) -> TrainedWriter:
-    """Return what writes the result of one of an arm's trainings.
+    """Return the writer for the result of one training run of a branch.
 
     Args:
-        place: in the run folder, of the result.
-        stage: what the training is called in the lineage.
-        added: appended experts, which are opened on the way.
+        location: folder of the result, relative to the run folder.
+        stage: name of the training run in the lineage.
+        added: appended experts, which open during training.
     """
-    config, parent, target = context.config, start.own_lineage, context.folder / place
+    config, parent, target = context.config, start.own_lineage, context.folder / location
     sections: tuple[str, ...] = ()
     if start.family.has_experts:
         sections = ("moe_routing",) if added is None else ("moe_routing", "adaptation")
@@ -236,16 +239,16 @@ def child_writer(
 def branch_writer(
     context: RunContext, branch: Branch, *, is_routed: bool, frees_start: bool
 ) -> TrainedWriter:
-    """Return what writes an arm when it is trained."""
+    """Return the writer for the trained model of a branch."""
     start, folder = context.source(moe.start_folder(context, branch)), context.folder / branch.name
-    place, added = f"{branch.name}/trained", moe.appended(context, branch)
+    location, added = f"{branch.name}/trained", moe.appended(context, branch)
     has_bias = is_routed and context.config.moe_routing.bias_update_rate
     has_frozen_base = context.config.experts is not None and not branch.is_control
     dtype = context.published_dtype
-    if not branch.is_final:  # later trainings start from float32
+    if not branch.is_final:  # later training runs start from float32
         dtype = start.tensors.main_dtype if has_frozen_base else "float32"
     return replace(
-        child_writer(context, branch, start, place, stage="continued training", added=added),
+        child_writer(context, branch, start, location, stage="continued training", added=added),
         dtype=dtype,
         frees_start=frees_start,
         steps_before=moe.router_steps(context, branch),
@@ -269,43 +272,43 @@ def _records(context: RunContext, branch: Branch) -> Iterator[Records]:
         yield partial(expert_records, options={"name": experts.name, **experts.plain()}, seed=seed)
 
 
-PATH = "path"  # where the path of a base's training is left
+PATH = "path"  # file with the path integral of pretraining
 _MOMENTS = "moments"
 
 
 def moment_keepers(context: RunContext, folder: Path) -> tuple[Callback, ...]:
-    """Return what leaves the moments of a training in its folder, if they are asked for."""
+    """Return the callbacks that save optimizer moments, if requested."""
     return (MomentKeeper(folder / _MOMENTS),) if context.config.optimizer.carry else ()
 
 
 def carried_moments(context: RunContext, start: Source, model: nn.Module) -> Mapping[str, Moments]:
-    """Return the moments that a training starts from, by parameter name.
+    """Return parameter name → the moments from which training starts.
 
     Args:
-        start: the checkpoint that the training starts from.
-        model: loaded from it, with what is not trained frozen.
+        start: checkpoint from which training starts.
+        model: model loaded from it, with untrained parameters frozen.
 
     Raises:
-        RequestError: they were asked for, and nothing that is trained has any.
-        TritterError: they are damaged.
+        RequestError: moments were requested, but no trained parameter has any.
+        TritterError: the moments are damaged.
     """
     if not context.config.optimizer.carry:
         return {}
     found = {} if start.state is None else moments_of(start.state, model)
     if not found:
         raise RequestError(
-            f"optimizer.carry = true: nothing that is trained from {start.folder} has moments of "
-            "Adam's; leave optimizer.carry out."
+            f"optimizer.carry = true: the trained parameters in {start.folder} have no Adam "
+            "moments; omit optimizer.carry."
         )
     trained = sum(parameter.requires_grad for parameter in model.parameters())
-    anew = f"; {trained - len(found)} begin anew" if trained > len(found) else ""
-    context.say("", f"Adam's moments carried for {len(found)} of {trained} parameters{anew}")
+    others = f"; {trained - len(found)} start at zero" if trained > len(found) else ""
+    context.say("", f"Adam moments carried over for {len(found)} of {trained} parameters{others}")
     return found
 
 
 @dataclass(frozen=True, slots=True)
 class StateWriter:
-    """Writes the state that a training left in its folder, moments and others, beside its model."""
+    """Writes training state (moments and others) next to the model."""
 
     folder: Path
 
@@ -316,7 +319,7 @@ class StateWriter:
 
 @dataclass(frozen=True, slots=True)
 class MomentsOfRest:
-    """Writes the moments of a checkpoint beside a model of which a stage trained a part."""
+    """Writes the moments of parameters that a stage did not train next to its model."""
 
     state: State
     trained: frozenset[str]
@@ -332,10 +335,10 @@ class MomentsOfRest:
 def moments_of_rest(
     context: RunContext, start: Source, *, is_trained: Callable[[LogicalTensor], bool]
 ) -> Artifact | None:
-    """Return what writes a checkpoint's moments beside a model of which a stage trained a part.
+    """Return a writer for the moments of parameters that a stage did not train.
 
-    Routers and new experts have moments of their own in the stages before the training, so those
-    of a part that was trained are dropped: it begins anew there.
+    Routers and new experts have their own moments in the stages before the main training run.
+    Moments of parameters trained there are dropped: they start at zero afterwards.
     """
     if not context.config.optimizer.carry or start.state is None:
         return None
@@ -344,35 +347,35 @@ def moments_of_rest(
 
 
 def discard_moments(folder: Path) -> None:
-    """Remove what a training left, after it was written beside its model."""
+    """Remove saved moments, after they were written next to the model."""
     shutil.rmtree(folder / _MOMENTS, ignore_errors=True)
 
 
-def accept(context: RunContext, place: str) -> None:
-    """Take up what a training wrote to the run folder.
+def accept(context: RunContext, location: str) -> None:
+    """Verify and register the checkpoint that a training run wrote.
 
     Raises:
-        TritterError: several processes wrote it, and its digests are not those of its record.
+        TritterError: several processes wrote it, and its checksums differ from its lineage.
     """
-    check_trained(context, context.folder / place)
-    context.wrote(place, lineage_of(context.folder / place))
+    check_trained(context, context.folder / location)
+    context.register(location, lineage_of(context.folder / location))
 
 
 def check_trained(context: RunContext, folder: Path) -> None:
-    """Check the digests of what processes of a training wrote; this one's own is trusted.
+    """Verify the checksums of a checkpoint written by several processes.
 
     Raises:
-        TritterError: they are not those of its record.
+        TritterError: the checksums differ from its lineage.
     """
     if context.config.trainer.devices == 1:
         return
     problem = next(checkpoint_changes(folder), None)
     if problem is not None:
-        raise TritterError(f"what was trained is not as it was written: {problem}")
+        raise TritterError(f"the trained checkpoint is damaged: {problem}")
 
 
 def with_routing(source: Source, routing_state: Path) -> nn.Module:
-    """Load a trained model with its routers' biases."""
+    """Load a trained model with the biases of its routers."""
     model = load_model(source.folder, config=source.config)
     routing = Routing.of(model)
     assert routing is not None

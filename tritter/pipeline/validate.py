@@ -1,6 +1,6 @@
-"""`tritter validate`: the specification's five tests (section 9.1) on a pair of checkpoints.
+"""`tritter validate`: five tests that compare an expanded checkpoint with its source.
 
-One model is in memory at a time: the source answers and goes before the result is loaded.
+Only one model is in memory at a time: the source is released before the result is loaded.
 """
 
 import logging
@@ -40,17 +40,17 @@ from tritter.training.gradient_flow import NewUnits, tried
 
 logger = logging.getLogger(__name__)
 
-DOCUMENT_CHARACTERS = 4000  # of a document, from its beginning
+DOCUMENT_CHARACTERS = 4000  # per document, from the start
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ValidationText:
-    """The text of a validation.
+    """The documents for a validation.
 
     Args:
-        kept: domain → where the text lies that is to be kept; None: what the lineage recorded.
-        target: domain → the same of what was to be learned.
-        limit: documents of a domain.
+        kept: domain → paths of documents to retain; None uses the domains in the lineage.
+        target: domain → paths of documents to learn; None uses the domains in the lineage.
+        limit: maximum number of documents per domain.
     """
 
     kept: TextSources | None
@@ -60,23 +60,23 @@ class ValidationText:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Domains:
-    """Domain → documents that are asked about, and why there are none."""
+    """Domain → its documents, with the reason if there are none."""
 
     documents: Mapping[str, Sequence[Document]]
-    why_not: str
+    missing_reason: str
 
 
 def _recorded(kind: str, source: Lineage | None, result: Lineage | None) -> _Domains:
-    """Return what the result's lineage holds out of the domains that it records.
+    """Return the held-out documents of the domains in the result's lineage.
 
     Raises:
-        RequestError: they can't be read.
+        RequestError: the documents can't be read.
     """
     if result is None or result.split is None or not result.domains:
-        return _Domains({}, "the result records no text")
+        return _Domains({}, "the result's lineage records no data")
     trained = is_trained(source, result)
     if kind == "target" and not trained:
-        return _Domains({}, "the result was not trained on since the source")
+        return _Domains({}, "the result was not trained after the source")
     new = set(result.training_config.get("new") or ()) if trained else set()
     documents = {
         name: source_documents(
@@ -93,10 +93,10 @@ def _recorded(kind: str, source: Lineage | None, result: Lineage | None) -> _Dom
 def _read(
     kind: str, source: Lineage | None, result: Lineage | None, text: ValidationText
 ) -> _Domains:
-    """Return the documents of what is `kept`, or of the `target`, each up to its limit.
+    """Return the documents of the `kept` or `target` domains, up to the limit.
 
     Raises:
-        RequestError: named text can't be read.
+        RequestError: a file can't be read.
     """
     named: TextSources | None = getattr(text, kind)
     option = "--data" if kind == "kept" else "--target-data"
@@ -107,14 +107,14 @@ def _read(
         }
         for note in (note for documents in whole.values() for note in notes_of(documents)):
             logger.warning(note)
-        found = _Domains(whole, f"{option} names no text")
+        found = _Domains(whole, f"{option} contains no documents")
     else:
         try:
             found = _recorded(kind, source, result)
         except RequestError as error:
-            found = _Domains({}, f"recorded text can't be read: {str(error).rstrip('.')}")
+            found = _Domains({}, f"the recorded data can't be read: {str(error).rstrip('.')}")
         if not found.documents:
-            found = replace(found, why_not=f"{found.why_not}; name it as {option}")
+            found = replace(found, missing_reason=f"{found.missing_reason}; pass {option}")
     limited = {
         name: [
             replace(each, text=each.text[:DOCUMENT_CHARACTERS]) for each in documents[: text.limit]
@@ -125,22 +125,26 @@ def _read(
 
 
 def is_trained(source: Lineage | None, result: Lineage) -> bool:
-    """Say whether the result was trained after what the source is; an expansion changes nothing."""
+    """Return True if the result was trained after the source; expansions do not count."""
     return dict(result.training_config) != dict(source.training_config if source else {})
 
 
-RETENTION, CONFIDENCE = 0.05, 0.95  # of the specification, and of the gate's default
-FLOW_STEPS = 3  # the last with what two steps have moved away from zero
+RETENTION, CONFIDENCE = 0.05, 0.95  # defaults of the gate
+FLOW_STEPS = 3  # two steps move zero-initialised weights away from zero
 SEQUENCES, SEQUENCE_LENGTH, BATCH_SIZE = 8, 128, 16
 _FLOAT32 = 4  # bytes
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Side:
-    """One of the two checkpoints, as it lies on disk.
+    """One of the two checkpoints on disk.
 
     Args:
-        dtypes: of its tensors, as torch calls them.
+        folder: checkpoint folder.
+        config: config.json.
+        lineage: lineage, if any.
+        tokenizer: tokenizer, if any.
+        dtypes: names of the tensor dtypes in torch.
     """
 
     folder: Path
@@ -151,12 +155,12 @@ class Side:
 
     @classmethod
     def open(cls, folder: Path) -> "Side":
-        """Read all but the weights of a checkpoint of a supported family.
+        """Open a checkpoint of a supported family; reads everything except the weights.
 
-        It may have no lineage and no tokenizer.
+        The lineage and the tokenizer are optional.
 
         Raises:
-            TritterError: it is none, or damaged.
+            TritterError: it is not a checkpoint, or damaged.
         """
         config, tokenizer = read_config(folder), None
         vocab_size = family_of(config).dimensions(config).vocab_size
@@ -166,42 +170,44 @@ class Side:
         return cls(folder, config, read_lineage(folder), tokenizer, dtypes)
 
     def load(self) -> nn.Module:
-        """Return the model in float32, on the GPU where there is one.
+        """Return the model in float32, on the GPU if available.
 
         Raises:
-            TritterError: it is damaged.
+            TritterError: the checkpoint is damaged.
         """
         return load_model(self.folder).to("cuda" if torch.cuda.is_available() else "cpu")
 
     @property
     def vocab_size(self) -> int:
+        """Return the size of the vocabulary."""
         return family_of(self.config).dimensions(self.config).vocab_size
 
     @property
     def longest(self) -> int:
+        """Return the length of validation sequences."""
         return min(SEQUENCE_LENGTH, position_limit(self.config) or SEQUENCE_LENGTH)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Answers:
-    """What one model said.
+    """Outputs of one model.
 
     Args:
-        logits: float32 [B, T, V], on sequences that both read.
-        held: bytes of its parameters.
-        scores: kind of text → domain → losses; None where no tokenizer fits.
+        logits: float32 [B, T, V] on the shared sequences; None without any.
+        num_bytes: bytes of its parameters.
+        scores: `kept` or `target` → domain → losses; None without a matching tokenizer.
     """
 
     logits: Tensor | None
-    held: int
+    num_bytes: int
     scores: Mapping[str, Mapping[str, PairedScores | None]]
 
 
 def validate(source: Side, result: Side, text: ValidationText) -> list[Check]:
-    """Return the answers to all five tests, in the specification's order.
+    """Return the checks of all five tests.
 
     Raises:
-        RequestError: named text can't be read, or the machine has not the memory for one of both.
+        RequestError: a file can't be read, or a model does not fit into memory.
         TritterError: a checkpoint is damaged.
     """
     new = _new_units(source.config, result.config)
@@ -213,7 +219,7 @@ def validate(source: Side, result: Side, text: ValidationText) -> list[Check]:
     before = _answers(source.load(), source, result, ids, texts)
     model = result.load()
     after = _answers(model, result, source, ids, texts)
-    if new:  # are tried, which moves the weights of `model`
+    if new:  # this changes the weights of `model`
         own = _sequences(result, result, documents)
         assert own is not None
         gradients = tried(model, own.to(next(model.parameters()).device), new, steps=FLOW_STEPS)
@@ -225,24 +231,24 @@ def validate(source: Side, result: Side, text: ValidationText) -> list[Check]:
     return [
         _equivalence(source, result, before.logits, after.logits),
         flow,
-        scaling_check((before.held, after.held), counted),
-        *_compared("kept", before, after, why_not=texts["kept"].why_not),
-        *_compared("target", before, after, why_not=texts["target"].why_not),
+        scaling_check((before.num_bytes, after.num_bytes), counted),
+        *_compared("kept", before, after, missing_reason=texts["kept"].missing_reason),
+        *_compared("target", before, after, missing_reason=texts["target"].missing_reason),
     ]
 
 
 def _check_memory(side: Side, *, is_tried: bool, option: str) -> None:
-    """Refuse a model that has no room: its parameters, and the gradients of a trial on a CPU."""
+    """Reject a model that does not fit into memory, including gradients on a CPU."""
     has_gradients = is_tried and not torch.cuda.is_available()
     needed = _FLOAT32 * count_parameters(side.config) * (2 if has_gradients else 1)
     limit = machine_memory()
     if limit is not None and needed > limit:
-        held = "parameters and gradients" if has_gradients else "parameters"
+        contents = "parameters and gradients" if has_gradients else "parameters"
         reason = (
-            f"its {held} take {needed / 1e9:.1f} GB in float32, and this machine has "
+            f"its {contents} require {needed / 1e9:.1f} GB in float32, but this machine has "
             f"{limit / 1e9:.1f} GB"
         )
-        advice = "whether an expansion kept the function, tritter expand checks at any size"
+        advice = "tritter expand checks function preservation for models of any size"
         raise RequestError(Problem(option, str(side.folder), reason=reason, advice=advice))
 
 
@@ -253,8 +259,8 @@ def _answers(
     ids: Tensor | None,
     texts: Mapping[str, _Domains],
 ) -> _Answers:
-    """Score a model under its tokenizer, or under the other's where it has none and that fits."""
-    logits, held = None if ids is None else logits_of(model, ids), parameter_bytes(model)
+    """Score a model with its tokenizer, or with the other one if the vocabulary size matches."""
+    logits, num_bytes = None if ids is None else logits_of(model, ids), parameter_bytes(model)
     tokenizer = side.tokenizer
     if tokenizer is None and side.vocab_size == other.vocab_size:
         tokenizer = other.tokenizer
@@ -271,44 +277,44 @@ def _answers(
                 end_of_text_id=tokenizer.end_of_text_id,
                 batch_size=BATCH_SIZE,
             )
-    return _Answers(logits, held, scores)
+    return _Answers(logits, num_bytes, scores)
 
 
 def _equivalence(source: Side, result: Side, before: Tensor | None, after: Tensor | None) -> Check:
-    """Return whether both models say the same, and first when one was not made from the other."""
+    """Return the check of equal logits, with a note if the checkpoints are unrelated."""
     if before is None or after is None:
         check = _skipped(
             "forward_equivalence",
             "logits",
-            f"vocabularies of {source.vocab_size:,} and {result.vocab_size:,} tokens have no "
-            "logits to compare",
+            f"vocabularies of {source.vocab_size:,} and {result.vocab_size:,} tokens: the "
+            "logits are not comparable",
         )
     else:
-        # Types below float32 that weights were computed for since the source
+        # Low-precision dtypes to which new weights were rounded
         rounded = [name for name in ("bfloat16", "float16") if name in result.dtypes]
         is_one_type = len(result.dtypes) == 1 and source.dtypes == result.dtypes
         if result.lineage is not None and is_one_type:
             known = len(source.lineage.expansion_history) if source.lineage else 0
             made = result.lineage.expansion_history[known:]
             if all(record.expansion_type == "depth" for record in made):
-                rounded = []  # layers that are only copied, in the type of the source
+                rounded = []  # layers were only copied, in the dtype of the source
         check = equivalence_check(
             before,
             after,
-            reason_not_asked=_why_not_same(source, result),
+            reason_not_asked=_inexact_reason(source, result),
             rounded=" and ".join(rounded),
             rounded_bound=rounded_jump(has_experts=family_of(result.config).has_experts),
         )
-    if check.verdict == "passed" or (reason := _why_unrelated(source, result)) is None:
+    if check.verdict == "passed" or (reason := _unrelated_reason(source, result)) is None:
         return check
     return replace(check, detail=f"{reason}; {check.detail}")
 
 
-def _why_unrelated(source: Side, result: Side) -> str | None:
-    """Return why the result does not count as made from the source; None: it was."""
+def _unrelated_reason(source: Side, result: Side) -> str | None:
+    """Return the reason why the result is not derived from the source; None if it is."""
     before, after = source.lineage, result.lineage
     if after is None:
-        return "no lineage says that the result was made from the source"
+        return "the result has no lineage that links it to the source"
     if before is None:
         tensors = TensorFolder.open(source.folder)
         found = merkle_hash({n: tensor_digest(n, tensors.get(n)) for n in tensors.files})
@@ -320,29 +326,29 @@ def _why_unrelated(source: Side, result: Side) -> str | None:
     if old == new[: len(old)]:
         return None
     if new == old[: len(new)]:
-        return "the source was made from the result: swap the two"
-    return "unrelated checkpoints: neither was made from the other"
+        return "the source is derived from the result: swap the two"
+    return "unrelated checkpoints: neither is derived from the other"
 
 
-def _why_not_same(source: Side, result: Side) -> str | None:
-    """Return why the result need not say what the source says; None when it has to."""
+def _inexact_reason(source: Side, result: Side) -> str | None:
+    """Return the reason why logits may differ; None if they must be equal."""
     before, after = source.lineage, result.lineage
     sizes = [family_of(each.config).dimensions(each.config) for each in (source, result)]
     if after is None or (before and before.base_model_hash != after.base_model_hash):
         if sizes[0].num_hidden_layers == sizes[1].num_hidden_layers:
             return None
-        return "no lineage says that the layers were added exactly"
+        return "there is no lineage, so the added layers may not be function-preserving"
     if is_trained(before, after):
-        return "the result was trained on since the source"
+        return "the result was trained after the source"
     made = after.expansion_history[len(before.expansion_history) if before else 0 :]
     lossy = [record.method for record in made if not record.claims_exact]
-    return f"{' and '.join(lossy)} does not claim it" if lossy else None
+    return f"{' and '.join(lossy)} is not function-preserving" if lossy else None
 
 
 def _new_units(before: Config, after: Config) -> NewUnits:
-    """Return, by parameter that is new or grew, its new coordinates; of a new one none by name.
+    """Return new or enlarged parameter → its new coordinates per axis.
 
-    New tokens are not among them: a text has to hold them.
+    A new parameter has none. New tokens are skipped, because the data may not contain them.
     """
     shapes = {stored.name: stored.shape for stored in layout(before, "live")}
     new: dict[str, tuple[Tensor | None, ...]] = {}
@@ -352,17 +358,17 @@ def _new_units(before: Config, after: Config) -> NewUnits:
             continue
         is_grown = old is not None and stored.is_whole
         new[stored.name] = tuple(
-            torch.arange(size) >= was if was < size and axis.space.kind != "vocab" else None
-            for size, was, axis in zip(stored.shape, old or (), stored.axes, strict=is_grown)
+            torch.arange(size) >= before if before < size and axis.space.kind != "vocab" else None
+            for size, before, axis in zip(stored.shape, old or (), stored.axes, strict=is_grown)
             if is_grown
         )
     return new
 
 
 def _sequences(source: Side, result: Side, documents: Sequence[Document]) -> Tensor | None:
-    """Return tokens that both read, int64 [B, T]: of the text, else at random.
+    """Return tokens for both models, int64 [B, T]: from the documents, otherwise random.
 
-    None where the vocabularies differ.
+    None if the vocabularies differ.
     """
     if source.vocab_size != result.vocab_size:
         return None
@@ -377,15 +383,17 @@ def _sequences(source: Side, result: Side, documents: Sequence[Document]) -> Ten
     return torch.randint(source.vocab_size, (SEQUENCES, length), generator=generator)
 
 
-def _compared(kind: str, before: _Answers, after: _Answers, *, why_not: str) -> Iterator[Check]:
-    """Yield how the losses of domains changed, per byte: tokenizers may differ."""
+def _compared(
+    kind: str, before: _Answers, after: _Answers, *, missing_reason: str
+) -> Iterator[Check]:
+    """Yield checks of the change in loss per byte, which is comparable across tokenizers."""
     name = {"kept": "benchmark_retention", "target": "new_capability"}[kind]
     if not before.scores[kind]:
-        yield _skipped(name, "text", why_not)
+        yield _skipped(name, "text", missing_reason)
     for domain, old in before.scores[kind].items():
         new = after.scores[kind][domain]
         if old is None or new is None:
-            yield _skipped(name, domain, "a checkpoint has no tokenizer, nor one that fits")
+            yield _skipped(name, domain, "a checkpoint has no matching tokenizer")
             continue
         bounds = {"confidence": CONFIDENCE}
         if kind == "kept":

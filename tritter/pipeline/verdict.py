@@ -1,4 +1,4 @@
-"""The end of a run: the gate's checks, and the checkpoint that follows from them."""
+"""The end of a run: the checks of the gate, and the published checkpoint."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -42,11 +42,12 @@ from tritter.storage.atomic import atomic_folder, copy_tree
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """What the gate is asked about: a round, or an attempt, with what it has of its own.
+    """A round or an attempt that the gate evaluates.
 
     Args:
-        arms: those of its tasks that were trained, one after the other.
-        overrides: what an attempt does otherwise than the first.
+        context: the context of the attempt.
+        branches: trained branches in the order of tasks.
+        overrides: overrides of a retry.
     """
 
     context: RunContext
@@ -55,85 +56,86 @@ class Candidate:
 
     @property
     def status(self) -> Status:
-        """What the gate said of it.
+        """The verdict of the gate.
 
         Raises:
-            KeyError: it has not come to that.
+            KeyError: the gate has not run yet.
         """
         return self.context.ledger.found(self.branches[0].key("gate"), GateFound).status
 
 
 def judge(candidate: Candidate) -> GateFound:
-    """Return what the gate says of a trial, kept or not."""
-    made = checks(candidate.context, candidate.branches)
-    status = decide(made) if candidate.context.config.gate.enabled else "ungated"
-    return GateFound(status=status, checks=tuple(check.to_dict() for check in made))
+    """Return the gate's verdict and checks for a round or attempt."""
+    results = checks(candidate.context, candidate.branches)
+    status = decide(results) if candidate.context.config.gate.enabled else "ungated"
+    return GateFound(status=status, checks=tuple(check.to_dict() for check in results))
 
 
 def gate(candidate: Candidate) -> StageResult:
-    """Judge a trial, as a stage of the run."""
+    """Run the gate as a stage of the run."""
     return StageResult(judge(candidate))
 
 
 def checks(context: RunContext, branches: Sequence[Branch]) -> list[Check]:
-    """Hold an attempt against the gate's questions.
+    """Return the checks of the gate for an attempt.
 
-    An old domain may not lose against what the attempt began with, the domain of a task that others
-    followed not against what it was when it was learned.
+    Old domains are compared with the start of the attempt, domains of earlier tasks with their
+    scores after that task.
 
     Args:
-        arms: those that were trained, task after task.
+        branches: trained branches in the order of tasks.
     """
     gate, first = context.config.gate, branches[0]
     before = context.read_scores(first.start_scores)
     after = context.read_scores(f"{branches[-1].name}-trained")
     fits = [context.ledger.found(f"{branch.name}.fit", TrainingFound) for branch in branches]
     reasons = (fit.stopped_because for fit in fits)
-    made = [
+    results = [
         training_check(
             sum(fit.refused_steps for fit in fits),
             aborted_reason=next(filter(None, reasons), None),
         )
     ]
-    made += training_checks(context, branches)
+    results += training_checks(context, branches)
     if (jump := context.ledger.found(f"{first.name}.expand", ExpansionFound).jump) is not None:
         values = {key: math.nan if value is None else value for key, value in jump.items()}
-        made.append(preservation_check(Jump(**values), claims_exact=first.claims_exact))
+        results.append(preservation_check(Jump(**values), claims_exact=first.claims_exact))
     bounds = {"bound": gate.retention, "confidence": gate.confidence}
     for subject in context.subjects_of([*context.old_domains, None]):
-        made.append(retention_check(subject, before[subject], after[subject], **bounds))
-    learned: dict[str, PairedScores] = {}  # what each task is about, when it was learned last
+        results.append(retention_check(subject, before[subject], after[subject], **bounds))
+    learned: dict[str, PairedScores] = {}  # scores of each task's domains right after it
     for branch in branches:
         scores = context.read_scores(f"{branch.name}-trained")
         learned |= {name: scores[name] for name in context.subjects_of(context.new_of(branch))}
-    # What is old as a whole has its check above, and what the last task is about is new
+    # Old domains have a check above; domains of the last task are new
     checked = context.subjects_of((*context.old_domains, *context.new_of(branches[-1])))
     for subject in (name for name in learned if name not in checked):
-        made.append(retention_check(subject, learned[subject], after[subject], **bounds))
+        results.append(retention_check(subject, learned[subject], after[subject], **bounds))
     for subject in context.subjects_of(context.new_domains):
         check = new_capability_check if before[subject].unit == "nats" else new_task_check
-        made.append(check(subject, before[subject], after[subject], confidence=gate.confidence))
-    return made if gate.enabled else [report_only(each) for each in made]
+        results.append(check(subject, before[subject], after[subject], confidence=gate.confidence))
+    return results if gate.enabled else [report_only(each) for each in results]
 
 
 def complete(context: RunContext, branch: Branch) -> StageResult:
-    """Write into a kept round's own folder what its training made of it: the next starts there."""
-    place = f"{branch.name}/trained"
-    trained = context.source(place)
+    """Add the training result to the lineage of a kept round, from which the next round starts."""
+    location = f"{branch.name}/trained"
+    trained = context.source(location)
     lineage = trained.own_lineage
     completed = replace(_completed(context, (branch,), lineage), parent_path=lineage.parent_path)
     completed = write_lineage(trained.folder, completed, trained.config)
-    context.sources[place] = replace(trained, lineage=completed)
+    context.sources[location] = replace(trained, lineage=completed)
     return StageResult(KeptFound(model_hash=completed.model_hash))
 
 
 def publish(context: RunContext, branches: Sequence[Branch], *, keep: bool) -> StageResult:
-    """Put what was kept at `checkpoint/`: the trained model, or after a rollback its start.
+    """Write `checkpoint/`: the trained model, or after a rollback the initial model.
 
-    Weights that are in the dtype of the run already are linked, others rounded.
+    Weights that already have the run's dtype are hard-linked; others are converted.
 
     Args:
-        arms: those of the attempt, task after task.
+        branches: branches of the attempt in the order of tasks.
+        keep: publish the trained model.
     """
     first, last = branches[0], branches[-1]
     source = context.source(f"{last.name}/trained" if keep else first.start)
@@ -171,22 +173,22 @@ def publish(context: RunContext, branches: Sequence[Branch], *, keep: bool) -> S
 
 
 def _completed(context: RunContext, branches: Sequence[Branch], lineage: Lineage) -> Lineage:
-    """Return a lineage whose newest expansion records say what the training made of them."""
+    """Return a lineage whose newest expansion records contain the results of training."""
     first, last = branches[0], branches[-1]
     before = context.read_scores(first.start_scores)
     after = context.read_scores(f"{last.name}-trained")
     delta = {d: performance_delta(before[d], after[d]) for d in context.domains}
     history = list(lineage.expansion_history)
     start, steps_before = len(context.source(first.start).own_lineage.expansion_history), 0
-    for branch in branches:  # in each of which experts or neurons may have come
-        made = context.source(f"{branch.name}/trained").own_lineage
-        for position in range(start, len(made.expansion_history)):
+    for branch in branches:  # each may have added experts or neurons
+        trained = context.source(f"{branch.name}/trained").own_lineage
+        for position in range(start, len(trained.expansion_history)):
             history[position] = replace(
                 history[position],
                 continued_training_steps=lineage.step - steps_before,
                 performance_delta=delta,
             )
-        start, steps_before = len(made.expansion_history), made.step
+        start, steps_before = len(trained.expansion_history), trained.step
     means = {name: scores.mean() for name, scores in after.items()}
     return replace(
         lineage,
@@ -198,15 +200,15 @@ def _completed(context: RunContext, branches: Sequence[Branch], lineage: Lineage
 
 
 def training_checks(context: RunContext, branches: Sequence[Branch]) -> Iterator[Check]:
-    """Yield the checks of gradient flow and memory of an attempt.
+    """Yield the gradient-flow and memory checks of an attempt.
 
-    Of several tasks it is enough that a parameter was reached in one of them, and the one whose
-    memory differs most from what its shapes say stands for all.
+    With several tasks, a parameter needs a gradient in only one of them, and the memory check uses
+    the task with the largest deviation from the estimate.
     """
     fits = [context.ledger.found(f"{branch.name}.fit", TrainingFound) for branch in branches]
     added = moe.appended(context, branches[0])
     watched = [fit.flow for fit in fits if fit.flow]
-    flow: dict[str, Any] = {}  # what none of the trainings reached
+    flow: dict[str, Any] = {}  # parameters without gradient in all training runs
     if watched:
         flow["steps"] = sum(each["steps"] for each in watched)
         for kind in ("without_gradient", "without_tokens"):
@@ -214,13 +216,13 @@ def training_checks(context: RunContext, branches: Sequence[Branch]) -> Iterator
             flow[kind] = [name for name in first if all(name in other for other in others)]
     check = flow_check(flow, new_experts=() if added is None else added.experts)
     if check is not None and (context.config.experts is None or branches[0].is_control):
-        yield check  # of experts, which take turns, it would say nothing
+        yield check  # not meaningful for experts, which alternate
     optimizer, trainer = context.config.optimizer, context.config.trainer
     setup = TrainingSetup(
         precision=trainer.precision,
         optimizer="adamw8bit" if "8bit" in optimizer.target else "adamw",
     )
-    made = []
+    results = []
     for branch, fit in zip(branches, fits, strict=True):
         if fit.held and (context.config.experts is None or branch.is_control):
             expected = states_bytes(
@@ -229,6 +231,6 @@ def training_checks(context: RunContext, branches: Sequence[Branch]) -> Iterator
                 trained=[(size, count) for size, count in fit.held["trained"]],
                 kept_per_parameter=optimizer.kept_per_parameter(),
             )
-            made.append(memory_check(fit.held, expected=expected))
-    if made:
-        yield max(made, key=lambda check: abs(check.value or 0.0))
+            results.append(memory_check(fit.held, expected=expected))
+    if results:
+        yield max(results, key=lambda check: abs(check.value or 0.0))

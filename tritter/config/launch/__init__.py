@@ -1,1 +1,1 @@
-"""The way from the command line to jobs that run: words, composition, plan, sweep, exit code."""
+"""From the command line to running jobs: arguments, composition, plan, sweep and exit code."""

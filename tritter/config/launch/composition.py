@@ -1,4 +1,4 @@
-"""From overrides to plain values through Hydra's composition, with its errors in our words."""
+"""Composes overrides into plain values with Hydra, and rewrites Hydra's error messages."""
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -32,7 +32,7 @@ from tritter.config.fallbacks import (
     choice_problems,
     fallbacks_of,
     for_fallback,
-    on_top,
+    with_fallback,
 )
 from tritter.config.folders import (
     CHOSEN_BY,
@@ -60,13 +60,13 @@ from tritter.targets import dotted
 from tritter.training.options import settled
 
 VERSION_BASE = "1.3"
-_JUDGE = "tritter.config.launch.plan.Judge"
+_VALIDATION = "tritter.config.launch.plan.RequestValidation"
 _SECTIONS_WITH_CODE = ("callbacks", "launcher", "sweeper", "hydra_logging", "job_logging")
 _NAMES_OF_CODE = ("_target_", "()", "class")
-_REFERENCE = re.compile(r"\$\{(?!hydra\.|now:|oc\.env:)")  # to what may hold code
+_REFERENCE = re.compile(r"\$\{(?!hydra\.|now:|oc\.env:)")  # references that may resolve to code
 _KNOWN_CODE = ("logging.", "colorlog.", "optuna.samplers.")
 
-# Values of kinds that Hydra does not expect come out of it as whatever they lead it to
+# Exceptions that Hydra raises for values of unexpected types
 _HYDRA_ERRORS = (
     HydraException,
     OmegaConfBaseException,
@@ -83,22 +83,22 @@ _HYDRA_NOISE = re.compile(r"To append|object_type|reference_type|Config search p
 
 
 class SweepInConfig(Exception):
-    """What was composed for one run says `hydra.mode: MULTIRUN`."""
+    """A single run was composed, but its config has `hydra.mode: MULTIRUN`."""
 
 
 class Loader(ConfigLoaderImpl):
-    """Hydra's, whose errors are ours, and to which every key can be set: our schema judges them.
+    """Hydra's config loader with Tritter's errors; accepts any key, for the schema to validate.
 
-    What was typed of groups that have no such option is left out, so that all else is judged too.
-    A launcher takes it to its processes, so it knows by itself where options are.
+    Selections of missing options are reported and skipped, so that everything else is validated
+    too. A launcher sends the loader to its worker processes, so it stores the search path.
 
     Attributes:
-        front: where options of the user's own are.
-        options: group → its options; Hydra's own groups are left out.
-        files: option files of the job that was composed last, which take as long to ask for.
-        problems: what was left out of it.
-        is_sweep: composes the jobs of a sweep.
-        judged: what Hydra gets when it asks again for what was composed and judged, to print it.
+        search_path: folders with options of the user.
+        options: group → its options, without Hydra's own groups.
+        files: option files of the last composed job.
+        problems: skipped selections of the last composed job.
+        is_sweep: True while it composes the jobs of a sweep.
+        validated: config that Hydra prints without composing it again.
     """
 
     def __init__(self, config_search_path: ConfigSearchPath) -> None:
@@ -109,7 +109,7 @@ class Loader(ConfigLoaderImpl):
         self.files: Sequence[ResultDefault] = ()
         self.problems: tuple[Problem, ...] = ()
         self.is_sweep = True
-        self.judged: DictConfig | None = None
+        self.validated: DictConfig | None = None
 
     def load_configuration(
         self,
@@ -119,37 +119,37 @@ class Loader(ConfigLoaderImpl):
         from_shell: bool = True,
         validate_sweep_overrides: bool = True,
     ) -> DictConfig:
-        """Compose as Hydra does.
+        """Compose a job like Hydra.
 
         Raises:
-            RequestError: Hydra can't.
-            SweepAsked: a sweep comes of it, where one run was asked for.
+            RequestError: composition failed.
+            SweepInConfig: the config of a single run selects a sweep.
         """
-        if self.judged is not None:
-            return self.judged
+        if self.validated is not None:
+            return self.validated
         parsed = parse(overrides, loader=self)
-        with composing_from(self.search_path):  # a launcher's process knows nothing of it
+        with composing_from(self.search_path):  # a launcher's worker process does not have it
             problems = [*option_problems(parsed, self.options), *choice_problems(parsed)]
-        wrong = {problem.key for problem in problems}
-        if "experiment" in wrong:  # it would choose options of all groups
+        rejected = {problem.key for problem in problems}
+        if "experiment" in rejected:  # an experiment selects options of all groups
             raise refusal(problems)
-        sound = [o for o in parsed if o.key_or_group.partition(".")[0] not in wrong]
-        words = [forced(override, self.options) for override in sound]
+        sound = [o for o in parsed if o.key_or_group.partition(".")[0] not in rejected]
+        forced_overrides = [forced(override, self.options) for override in sound]
         try:
             composed = super().load_configuration(
-                config_name, words, run_mode, from_shell, validate_sweep_overrides
+                config_name, forced_overrides, run_mode, from_shell, validate_sweep_overrides
             )
             origins = _Origins(parsed, self.files, composed.hydra.runtime.config_sources)
-            named = [*_code_problems(composed.hydra, parsed, origins)]
+            code = [*_code_problems(composed.hydra, parsed, origins)]
         except _HYDRA_ERRORS as error:
             raise refusal([*problems, _explain(error, parsed, self)]) from error
-        if named:
-            raise refusal([*problems, *named])
+        if code:
+            raise refusal([*problems, *code])
         if not self.is_sweep and composed.hydra.mode == RunMode.MULTIRUN:
             raise SweepInConfig
         others = dict(composed.hydra.callbacks or {})
         with open_dict(composed.hydra):
-            composed.hydra.callbacks = {"tritter": {"_target_": _JUDGE}, **others}
+            composed.hydra.callbacks = {"tritter": {"_target_": _VALIDATION}, **others}
         self.problems = tuple(problems)
         return composed
 
@@ -162,7 +162,7 @@ class Loader(ConfigLoaderImpl):
 
 @dataclass(frozen=True, slots=True)
 class Composition:
-    """One composed and validated job, and Hydra's own settings for it."""
+    """A composed and validated job, and its Hydra settings."""
 
     config: RunConfig
     hydra: DictConfig
@@ -170,14 +170,14 @@ class Composition:
 
 @dataclass(frozen=True, slots=True)
 class Composer:
-    """Composes jobs over the option files; made by `composer()`."""
+    """Composes jobs from the option files; created by `composer()`."""
 
     hydra: Hydra
     loader: Loader
 
     @property
     def options(self) -> Mapping[str, Sequence[str]]:
-        """Group → its options; Hydra's own groups are left out."""
+        """Group → its options, without Hydra's own groups."""
         return self.loader.options
 
     def compose(
@@ -190,13 +190,13 @@ class Composer:
         """Compose one job and validate it.
 
         Args:
-            rules: to be asked besides those of every run.
+            rules: rules in addition to those of every run.
 
         Raises:
-            RequestError: whatever is wrong with it, in the words of the contract.
+            RequestError: the job is invalid.
         """
         composed = self.composed(overrides)
-        config = self.judged(composed, overrides, rules=rules)
+        config = self.validated(composed, overrides, rules=rules)
         if job_number is not None:
             with open_dict(composed.hydra):
                 composed.hydra.job.num = job_number
@@ -204,26 +204,26 @@ class Composer:
         return Composition(config, composed.hydra)
 
     def composed(self, overrides: Sequence[str], *, mode: RunMode = RunMode.RUN) -> DictConfig:
-        """Compose a job, Hydra's own settings too, and judge nothing.
+        """Compose a job including Hydra's settings, without validation.
 
         Raises:
-            RequestError: the options can't be put together.
+            RequestError: composition failed.
         """
         return self.loader.load_configuration(
             search_path().config_name, list(overrides), mode, from_shell=False
         )
 
-    def judged(
+    def validated(
         self, composed: DictConfig, overrides: Sequence[str], *, rules: Sequence[Rule] = ()
     ) -> RunConfig:
-        """Return the config of the job that Hydra composed last.
+        """Return the validated config of the last composed job.
 
         Args:
-            overrides: those that it was composed of.
-            rules: to be asked besides those of every run.
+            overrides: overrides of the job.
+            rules: rules in addition to those of every run.
 
         Raises:
-            RequestError: whatever is wrong with it, in the words of the contract.
+            RequestError: the job is invalid.
         """
         check_overrides(overrides)
         config = self._validated(composed, overrides, rules=rules)
@@ -232,23 +232,23 @@ class Composer:
     def with_fallbacks(
         self, config: RunConfig, overrides: Sequence[str], *, rules: Sequence[Rule] = ()
     ) -> RunConfig:
-        """Return a run's config with what it tries after a rollback, composed and validated.
+        """Return a run's config with its fallbacks, composed and validated.
 
         Args:
-            overrides: those that `config` was composed of.
+            overrides: overrides of `config`.
 
         Raises:
-            RequestError: whatever is wrong with any of the rungs.
+            RequestError: a fallback is invalid.
         """
         fallbacks, problems = list[RunConfig](), list[Problem]()
         for number, typed in enumerate(fallbacks_of(config.gate), start=1):
             try:
-                words = tuple(normalise(word, self.options) for word in typed)
-                refuse_sweeps(parse(words))
-                tried_words = on_top(overrides, words)
-                own = self._validated(self.composed(tried_words), tried_words, rules=rules)
-                tried = {group: getattr(own, group) for group in FALLBACK_GROUPS}
-                fallbacks.append(replace(config, **tried, fallback_overrides=words))
+                own_overrides = tuple(normalise(override, self.options) for override in typed)
+                refuse_sweeps(parse(own_overrides))
+                all_overrides = with_fallback(overrides, own_overrides)
+                attempt = self._validated(self.composed(all_overrides), all_overrides, rules=rules)
+                values = {group: getattr(attempt, group) for group in FALLBACK_GROUPS}
+                fallbacks.append(replace(config, **values, fallback_overrides=own_overrides))
             except RequestError as error:
                 problems += (for_fallback(each, config.gate, number) for each in error.problems)
         raise_problems(problems)
@@ -264,7 +264,7 @@ class Composer:
             raw = plain_config(OmegaConf.masked_copy(composed, own))
         except _HYDRA_ERRORS as error:
             raise refusal([*problems, _explain(error, parsed, self.loader)]) from error
-        # The options that the defaults lists select for each ordered group
+        # The options selected by the defaults lists for each ordered group
         paths = [(file.config_path or "").partition("/") for file in files]
         selected = {
             group: [option for first, _, option in paths if first == group]
@@ -289,20 +289,22 @@ def _explain(error: Exception, overrides: Sequence[Override], loader: Loader) ->
         key = merged.group(1)
         usual = loader.load_configuration(loader.search_path.config_name, [], RunMode.RUN).hydra
         keys = list(leaves(OmegaConf.to_container(usual), "hydra"))
-        reason = "Hydra has no such setting (python train.py --cfg hydra)"
+        reason = "Hydra has no such setting; list them with python train.py --cfg hydra"
         value = _value_of(key, overrides)
         return Problem(key, value, reason=reason, nearest=nearest_key(key, keys))
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
         mark = error.problem_mark
-        return Problem("", reason=f"{mark.name}, line {mark.line + 1} is no YAML: {error.problem}.")
+        return Problem(
+            "", reason=f"{mark.name}, line {mark.line + 1} is not valid YAML: {error.problem}."
+        )
     cause = str(error.__cause__ or "")
     lines = [line.strip().replace("++", "") for line in f"{text}\n{cause}".splitlines()]
-    said = [line for line in dict.fromkeys(lines) if line and not _HYDRA_NOISE.match(line)]
-    return Problem("", reason="the options can't be put together: " + "; ".join(said))
+    messages = [line for line in dict.fromkeys(lines) if line and not _HYDRA_NOISE.match(line)]
+    return Problem("", reason="composition failed: " + "; ".join(messages))
 
 
 class OutsideFolders(SearchPathPlugin):
-    """Lets Hydra find the options of installed packages and of `--config-dir`."""
+    """Adds option folders of installed packages and `--config-dir` to Hydra's search path."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
         _, *outside = option_folders().items()
@@ -315,9 +317,9 @@ Plugins.instance().register(OutsideFolders)
 
 @contextmanager
 def composer() -> Iterator[Composer]:
-    """Yield a Composer over `conf/`; Hydra's global state is as before afterwards."""
+    """Yield a Composer for `conf/`; Hydra's global state is restored afterwards."""
     raise_problems(nesting_problems())
-    # A Hydra that is running already (we may be called from one) is set aside
+    # This may be called from inside a Hydra app: suspend it
     running, folder = GlobalHydra.instance().hydra, str(config_folder())
     GlobalHydra.instance().clear()
     try:
@@ -331,24 +333,24 @@ def composer() -> Iterator[Composer]:
 
 
 def load_config(overrides: Sequence[str] = ()) -> RunConfig:
-    """Return the RunConfig of a command line, without running anything.
+    """Return the RunConfig of a command line, without running it.
 
     Raises:
-        RequestError: whatever is wrong with it.
+        RequestError: the request is invalid.
     """
     with composer() as composing:
         return composing.compose(overrides).config
 
 
 def plain_config(config: DictConfig) -> dict[str, Any]:
-    """Return a job's config as plain values, interpolations resolved."""
+    """Return a job's config as plain values with interpolations resolved."""
     plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items()}
 
 
 class _Origins:
-    """Tells which option file a dotted key came from; None for the command line."""
+    """Maps a dotted key to the option file that sets it, or to None for the command line."""
 
     def __init__(
         self,
@@ -364,11 +366,11 @@ class _Origins:
         if any(f"{key}.".startswith(f"{typed}.") for typed in self._command_line):
             return None
         if any(typed.startswith(f"{key}.") for typed in self._command_line):
-            return None  # a key below a value was set, which replaced the value
+            return None  # a nested key was set, which replaced the value
         return self._file_of(key)
 
     def exactly(self, key: str) -> str | None:
-        """Tell the same of a value whose group may have been typed, but not it itself."""
+        """Return the file of a key that was not typed itself, even if its group was."""
         return None if key in self._command_line else self._file_of(key)
 
     def _file_of(self, key: str) -> str | None:
@@ -386,9 +388,9 @@ class _Origins:
 def _code_problems(
     hydra: DictConfig, overrides: Sequence[Override], origins: Origin
 ) -> Iterator[Problem]:
-    """Yield code and folders that option files name among Hydra's own settings.
+    """Yield code and folders that option files set in Hydra's own settings.
 
-    Hydra runs such code before a request is judged, so only the command line may name it.
+    Hydra would run such code before validation, so only the command line may set it.
     """
     plugins = Plugins.instance()
     own = {dotted(kind) for base in (Launcher, Sweeper) for kind in plugins.discover(base)}
@@ -399,11 +401,11 @@ def _code_problems(
     for key, value in leaves(sections, "hydra").items():
         is_code = key.rpartition(".")[2] in _NAMES_OF_CODE or _REFERENCE.match(str(value))
         is_known = str(value) in own or str(value).startswith(_KNOWN_CODE)
-        if is_code and not is_known and not any(f"{key}.".startswith(word) for word in typed):
-            reason = "only the command line names classes of Hydra's; choose an installed one"
+        if is_code and not is_known and not any(f"{key}.".startswith(prefix) for prefix in typed):
+            reason = "set Hydra classes on the command line only, or use an installed one"
             yield Problem(key, value, reason=reason, origin=origins(key))
     if folders := [*(hydra.searchpath or ())]:
-        reason = "only the command line adds folders: hydra.searchpath=[DIR] or --config-dir DIR"
+        reason = "set folders on the command line only: hydra.searchpath=[DIR] or --config-dir DIR"
         key = "hydra.searchpath"
         yield Problem(key, folders, reason=reason, origin=origins(key))
 
@@ -411,31 +413,31 @@ def _code_problems(
 def _selection_problems(
     raw: Mapping[str, Any], selected: Mapping[str, list[str]], origins: Origin
 ) -> list[Problem]:
-    """Return what Hydra lets pass in the ordered lists, and take it out of `raw`.
+    """Return problems of selections that Hydra accepts, and remove these entries from `raw`.
 
-    A method that stands twice is merged into one, and a file may hold the body of a method that
-    no list selects, which would then be selected without a word.
+    Hydra merges a method that is listed twice. It also accepts the options of a method that no
+    list selects, which would select the method silently.
     """
     problems = []
     for group, names in selected.items():
         if len(set(names)) < len(names):
-            reason = f"each once, as in {show(list(dict.fromkeys(names)))}"
-            problems.append(Problem(group, names, reason=f"one stands twice; {reason}"))
+            reason = f"list each once: {show(list(dict.fromkeys(names)))}"
+            problems.append(Problem(group, names, reason=f"duplicate entry; {reason}"))
         if group in ONE_OF and len(names) > 1:
-            reason = f"one at a time; -m {group}={','.join(names)} tries them one after the other"
+            reason = f"select one; -m {group}={','.join(names)} runs them in turn"
             problems.append(Problem(group, names, reason=reason))
         elif group in OPEN_GROUPS:
             problems += clashes(group, names)
     for group in METHOD_GROUPS:
         names = selected[group]
         for name in set(method_names(group)) & set(raw.get(group) or ()) - set(names):
-            wanted = [*(other for other in names if other != "none"), name]
-            reason = f"{name} is not selected; select it with {group}={show(wanted)}"
+            selection = [*(other for other in names if other != "none"), name]
+            reason = f"{name} is not selected; select it with {group}={show(selection)}"
             body = raw[group].pop(name)
             keys = list(body) if isinstance(body, Mapping) else []
-            for place in [f"{group}.{name}.{key}" for key in keys] or [f"{group}.{name}"]:
-                value = body[place.rpartition(".")[2]] if keys else body
-                problems.append(Problem(place, value, reason=reason, origin=origins(place)))
+            for full_key in [f"{group}.{name}.{key}" for key in keys] or [f"{group}.{name}"]:
+                value = body[full_key.rpartition(".")[2]] if keys else body
+                problems.append(Problem(full_key, value, reason=reason, origin=origins(full_key)))
     return problems
 
 

@@ -1,4 +1,4 @@
-"""The specification's record of a continued pretraining, which yields the config of a run."""
+"""Typed options of continued pretraining, which return the configuration of a run."""
 
 from dataclasses import dataclass
 
@@ -7,17 +7,16 @@ from tritter.config.schema import RunConfig
 
 @dataclass(frozen=True, slots=True)
 class ContinuedPretrainingConfig:
-    """Train an expanded model on, with less of a rate than its base had (specification, 3.3).
+    """Options for training an expanded model with a lower learning rate than its base model.
 
-    The defaults are the specification's, made for models of billions of parameters; the default
-    job's are others.
+    The defaults suit models with billions of parameters; the default job uses other values.
 
     Args:
-        learning_rate: the peak.
-        warmup_ratio: share of the steps over which the rate rises.
-        max_steps: of the optimizer.
-        use_ewc: hold the old weights by elastic weight consolidation; else nothing is held.
-        ewc_lambda: λ of it.
+        learning_rate: peak learning rate.
+        warmup_ratio: fraction of the steps with learning-rate warmup.
+        max_steps: number of optimizer steps.
+        use_ewc: use elastic weight consolidation; otherwise no forgetting mitigation.
+        ewc_lambda: weight λ of the EWC penalty.
     """
 
     learning_rate: float = 1e-5
@@ -27,27 +26,27 @@ class ContinuedPretrainingConfig:
     ewc_lambda: float = 1000.0
 
     def overrides(self) -> list[str]:
-        """Return it as overrides of a command line."""
-        words = [
+        """Return these options as overrides of a command line."""
+        overrides = [
             f"training.learning_rate={self.learning_rate}",
             f"training.warmup_ratio={self.warmup_ratio}",
             f"training.max_steps={self.max_steps}",
         ]
         if not self.use_ewc:
-            return [*words, "forgetting=none"]
-        return [*words, "forgetting=ewc", f"forgetting.ewc.ewc_lambda={self.ewc_lambda}"]
+            return [*overrides, "forgetting=none"]
+        return [*overrides, "forgetting=ewc", f"forgetting.ewc.ewc_lambda={self.ewc_lambda}"]
 
     def run_config(self, *overrides: str) -> RunConfig:
-        """Return the config of a run that trains so.
+        """Return the configuration of a run with these options.
 
         Args:
-            overrides: of all else, such as `expansion=dus`; they win.
+            overrides: further overrides, such as `expansion=dus`; they take precedence.
 
         Raises:
-            RequestError: lists all that is wrong with it.
+            RequestError: lists all problems.
         """
         from tritter.config.launch.composition import (
-            load_config,  # hydra, which the record needs not
+            load_config,  # imports Hydra, which is slow
         )
 
         return load_config([*self.overrides(), *overrides])

@@ -1,8 +1,8 @@
-"""The program behind `python train.py`: Hydra, with refusals and exit codes of ours around it.
+"""The program `python train.py`: Hydra with Tritter's error messages and exit codes.
 
-`hydra.main` composes every job twice to learn its mode, prints what is raised, and exits 1. So its
-`run` and `multirun` are called here, which tell a callback of ours (`plan.Judge`) what was composed
-before they make a folder.
+`hydra.main` composes every job twice to find its mode, prints exceptions, and exits with 1.
+Therefore `main` calls Hydra's `run` and `multirun` directly. They pass the composed config to the
+callback `plan.RequestValidation` before they create a folder.
 """
 
 import argparse
@@ -20,11 +20,11 @@ from tritter import __version__
 from tritter.config.folders import composing_from, search_path, search_path_of
 from tritter.config.launch.command_line import (
     FLAGS,
-    UNFORESEEN,
+    SYSTEM_ERRORS,
     CommandLine,
     check_encodable,
+    one_line,
     read_command_line,
-    said,
 )
 from tritter.errors import RequestError, TritterError
 from tritter.stopping import Stopped, stopping
@@ -40,32 +40,31 @@ if TYPE_CHECKING:
 
 
 def main(pipeline: "Pipeline", *, arguments: Sequence[str] | None = None) -> int:
-    """Run a command line and return its exit code (0, 1, 2 or 3 as in `--help`).
+    """Run a command line and return its exit code (0, 1, 2 or 3, see `--help`).
 
-    After Ctrl-C it is 130, after SIGTERM 143.
+    The exit code is 130 after Ctrl-C and 143 after SIGTERM.
 
     Args:
-        pipeline: `tritter.pipeline.run_pipeline`, or something that imports it when called.
-        arguments: the words of the command line; default: those of the process.
+        pipeline: `tritter.pipeline.run_pipeline`, or a function that imports it lazily.
+        arguments: command-line arguments; default: those of the process.
     """
-    words = list(sys.argv[1:] if arguments is None else arguments)
+    typed = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        check_encodable(words)
+        check_encodable(typed)
         with stopping():
-            return _run(words, pipeline)
+            return _run(typed, pipeline)
     except RequestError as error:
         say(f"error: {error}\nNothing was written.", is_error=True)
         return 2
     except TritterError as error:
         say(f"error: {error}", is_error=True)
         return 1
-    # What the system refuses on the way (a full disk, a name too long, no memory) is no fault of
-    # the program, and needs no traceback
-    except UNFORESEEN as error:
-        say(f"error: {said(error)}", is_error=True)
+    # Errors of the system (disk full, file name too long, out of memory) need no traceback
+    except SYSTEM_ERRORS as error:
+        say(f"error: {one_line(error)}", is_error=True)
         return 1
     except Stopped as stop:
-        if stop.signal_number == signal.SIGPIPE:  # nobody reads on, as behind `| head`
+        if stop.signal_number == signal.SIGPIPE:  # the reader has closed the pipe, as in `| head`
             close_pipe()
             return stop.exit_code
         where = f" {stop.where}" if stop.where else ""
@@ -73,46 +72,46 @@ def main(pipeline: "Pipeline", *, arguments: Sequence[str] | None = None) -> int
         return stop.exit_code
 
 
-def _run(words: list[str], pipeline: "Pipeline") -> int:
-    command = read_command_line(words)
+def _run(typed: list[str], pipeline: "Pipeline") -> int:
+    command = read_command_line(typed)
     if command.is_version:
         say(f"tritter {__version__}")
         return 0
-    meant = search_path_of(
+    path = search_path_of(
         command.config_folders, command.config_name, searchpath=command.searchpath
     )
-    with composing_from(meant):
+    with composing_from(path):
         if command.is_help:
             from tritter.config.launch.help import help_text
 
             say(help_text(command.overrides, is_whole=command.is_help_whole))
             return 0
-        # Hydra and the checks of targets take half a second to import, which --help does not need
+        # Importing Hydra and the target checks takes half a second, which --help does not need
         from tritter.config.launch.composition import composer
 
         with composer() as composing:
             if command.shows in ("hydra_help", "shell_completion"):
                 return _answer(command, composing.hydra)
-            return _act(command, composing, pipeline, words)
+            return _act(command, composing, pipeline, typed)
 
 
 def _answer(command: CommandLine, hydra: "Hydra") -> int:
-    """Let Hydra print its own help, or what a shell asks."""
+    """Print Hydra's own help, or the answer to a shell's completion request."""
     from hydra._internal.utils import get_args_parser
 
-    words = list(command.overrides)
+    overrides = list(command.overrides)
     try:
         if command.shows == "hydra_help":
-            hydra.hydra_help(None, get_args_parser(), argparse.Namespace(overrides=words))
+            hydra.hydra_help(None, get_args_parser(), argparse.Namespace(overrides=overrides))
         else:
-            hydra.shell_completion(search_path().config_name, words)
+            hydra.shell_completion(search_path().config_name, overrides)
     except ValueError as error:
-        raise RequestError(f"{' '.join(words)}: {' '.join(str(error).split())}.") from error
+        raise RequestError(f"{' '.join(overrides)}: {' '.join(str(error).split())}.") from error
     return 0
 
 
 def _act(
-    command: CommandLine, composing: "Composer", pipeline: "Pipeline", words: list[str]
+    command: CommandLine, composing: "Composer", pipeline: "Pipeline", arguments: list[str]
 ) -> int:
     from tritter.config.launch.composition import SweepInConfig
     from tritter.config.launch.jobs import Task
@@ -122,7 +121,7 @@ def _act(
     if command.shows is not None:
         composed = composing.composed(request.overrides)
         plan_of(request, composed)
-        composing.loader.judged = composed
+        composing.loader.validated = composed
         return _show(command, request, composing.hydra)
     request.task = task = Task(pipeline=pipeline)
     with _answers_of_hydra(request), requested(request):
@@ -133,7 +132,7 @@ def _act(
                 request.is_multirun = composing.loader.is_sweep = True
         from tritter.config.launch.sweep import run_sweep
 
-        return run_sweep(request, task, composing.hydra, typed=words)
+        return run_sweep(request, task, composing.hydra, typed=arguments)
     return 0  # it was finished before
 
 
@@ -150,12 +149,12 @@ def _answers_of_hydra(request: "Request") -> Iterator[None]:
     except Refused as refused:
         if refused.error is not None:
             raise refused.error from None
-    except (TritterError, *UNFORESEEN):
+    except (TritterError, *SYSTEM_ERRORS):
         raise
     except Exception as error:
         if request.plan is not None:
             raise
-        # A setting that Hydra itself can't take
+        # A setting that Hydra rejects
         reason = " ".join(str(error).split())
         raise RequestError(f"Hydra can't start: {reason} ({type(error).__name__}).") from error
 
@@ -214,7 +213,7 @@ def run_once(words: Sequence[str], pipeline: "Pipeline") -> Path:
     status = read_status(folder)
     if status.error is not None:
         kind = RequestError if status.exit_code == 2 else TritterError
-        raise kind(f"{status.error}\nThe run so far: {folder}")
+        raise kind(f"{status.error}\nRun folder: {folder}")
     return folder
 
 
@@ -238,26 +237,26 @@ def _log_file(path: Path) -> Iterator[None]:
 
 
 def _show(command: CommandLine, request: "Request", hydra: "Hydra") -> int:
-    """Let Hydra answer --cfg and --info, on a command line that is right.
+    """Print the output of --cfg or --info for a valid command line.
 
     Raises:
-        RequestError: what is asked for is not there.
+        RequestError: the requested node does not exist.
     """
-    words, told = list(request.overrides), StringIO()
+    overrides, errors = list(request.overrides), StringIO()
     name, what = search_path().config_name, command.what or "all"
     if command.shows == "info":
-        hydra.show_info(what, name, words)
+        hydra.show_info(what, name, overrides)
         return 0
     try:
-        with redirect_stderr(told):
-            hydra.show_cfg(name, words, what, command.package, resolve=command.is_resolved)
+        with redirect_stderr(errors):
+            hydra.show_cfg(name, overrides, what, command.package, resolve=command.is_resolved)
     except SystemExit as end:
-        raise RequestError(f"--cfg {what}: {' '.join(told.getvalue().split())}.") from end
+        raise RequestError(f"--cfg {what}: {' '.join(errors.getvalue().split())}.") from end
     return 0
 
 
 def _run_one(request: "Request", task: "Task", hydra: "Hydra") -> int:
-    """Run a single run, tell how it ended and how it goes on, and return the exit code."""
+    """Run a single run, print its outcome and the command that resumes it; return the exit code."""
     from tritter.config.launch.jobs import read_status
     from tritter.config.overrides import resume_command
 
@@ -267,7 +266,7 @@ def _run_one(request: "Request", task: "Task", hydra: "Hydra") -> int:
     except Stopped as stop:
         if request.plan is not None:
             (job,) = request.plan.jobs
-            stop.advice = (f"Go on with:\n  {resume_command(job.folder, job.overrides)}",)
+            stop.advice = (f"Resume with:\n  {resume_command(job.folder, job.overrides)}",)
         raise
     except Exception:
         if request.plan is None:  # composition failed
@@ -278,35 +277,35 @@ def _run_one(request: "Request", task: "Task", hydra: "Hydra") -> int:
     status = read_status(job.folder)
     if status.error is not None:
         say(f"error: {status.error}", is_error=True)
-        # The same words on the same text are refused again
-        once = "Once that is mended, go on with" if status.exit_code == 2 else "Go on with"
-        again = resume_command(job.folder, job.overrides)
-        say(f"The run so far: {job.folder}\n{once}:\n  {again}", is_error=True)
+        # The same request on the same data would be rejected again
+        action = "Fix this, then resume with" if status.exit_code == 2 else "Resume with"
+        resuming = resume_command(job.folder, job.overrides)
+        say(f"Run folder: {job.folder}\n{action}:\n  {resuming}", is_error=True)
     return status.exit_code
 
 
-def completions(words: Sequence[str]) -> list[str]:
-    """Return what the last of some words may become; nothing behind what is wrong.
+def completions(arguments: Sequence[str]) -> list[str]:
+    """Return the completions of the last argument; none after an invalid argument.
 
     Args:
-        words: those behind the program; the last one is begun, and may be empty.
+        words: arguments after the program name; the last one is incomplete and may be empty.
     """
-    *before, word = words or [""]
-    if word.startswith("-"):
-        return sorted(flag for names in FLAGS for flag in names if flag.startswith(word))
+    *before, incomplete = arguments or [""]
+    if incomplete.startswith("-"):
+        return sorted(flag for names in FLAGS for flag in names if flag.startswith(incomplete))
     from hydra.plugins.completion_plugin import DefaultCompletionPlugin
 
     from tritter.config.launch.composition import composer
 
     try:
         command = read_command_line(before)
-        meant = search_path_of(
+        path = search_path_of(
             command.config_folders, command.config_name, searchpath=command.searchpath
         )
-        with composing_from(meant), composer() as composing:
-            line = " ".join([*command.overrides, word])
+        with composing_from(path), composer() as composing:
+            line = " ".join([*command.overrides, incomplete])
             plugin = DefaultCompletionPlugin(composing.loader)
             found: list[str] = plugin._query(search_path().config_name, line)
     except RequestError:
         return []
-    return [one for one in found if one != word]
+    return [one for one in found if one != incomplete]

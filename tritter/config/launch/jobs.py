@@ -341,7 +341,7 @@ _THREADS = "OMP_NUM_THREADS"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Launching:
+class LaunchSettings:
     """How a launcher runs jobs.
 
     Args:
@@ -360,10 +360,10 @@ class Launching:
         return self.launcher != "basic"
 
 
-ONE_BY_ONE = Launching()
+SEQUENTIAL = LaunchSettings()
 
 
-def launching(hydra: DictConfig, *, num_jobs: int) -> Launching:
+def launching(hydra: DictConfig, *, num_jobs: int) -> LaunchSettings:
     """Return how a sweep's launcher runs its jobs.
 
     Args:
@@ -385,9 +385,9 @@ def launching(hydra: DictConfig, *, num_jobs: int) -> Launching:
         of_each = (ray.get("remote") or {}).get("num_cpus") or 1
         at_once = max(1, int(of_all / of_each))
     else:
-        return Launching(launcher=name)
+        return LaunchSettings(launcher=name)
     at_once = max(1, min(at_once, num_jobs))
-    return Launching(launcher=name, at_once=at_once, threads=max(1, cores // at_once))
+    return LaunchSettings(launcher=name, at_once=at_once, threads=max(1, cores // at_once))
 
 
 def num_cores() -> int:
@@ -398,7 +398,7 @@ def num_cores() -> int:
 
 
 @contextmanager
-def side_by_side(folder: Path, how: Launching) -> Iterator[None]:
+def parallel_jobs(folder: Path, how: LaunchSettings) -> Iterator[None]:
     """Set what the processes of a launcher start from, and let a signal end their jobs first.
 
     Args:
@@ -416,7 +416,7 @@ def side_by_side(folder: Path, how: Launching) -> Iterator[None]:
 
 
 @contextmanager
-def _environment(how: Launching) -> Iterator[None]:
+def _environment(how: LaunchSettings) -> Iterator[None]:
     own = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     if how.threads is not None and _THREADS not in os.environ:
         own[_THREADS] = str(how.threads)

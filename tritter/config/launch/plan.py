@@ -1,4 +1,4 @@
-"""What a command line asks for, job by job, checked whole before anything is written."""
+"""Turns a command line into a plan of jobs, validated completely before anything is written."""
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +18,14 @@ from tritter.config.fallbacks import for_fallback
 from tritter.config.folders import SearchPath, composing_from, search_path
 from tritter.config.launch.command_line import CommandLine
 from tritter.config.launch.composition import Composer
-from tritter.config.launch.jobs import ONE_BY_ONE, Job, Launching, Task, launching, side_by_side
+from tritter.config.launch.jobs import (
+    SEQUENTIAL,
+    Job,
+    LaunchSettings,
+    Task,
+    launching,
+    parallel_jobs,
+)
 from tritter.config.overrides import (
     as_value,
     check_command_line,
@@ -56,43 +63,43 @@ _BASIC_SWEEPER = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The checked jobs of a command line.
+    """The validated jobs of a command line.
 
     Args:
-        jobs: one of a run; all of a sweep whose sweeper lists them; none when the sweeper
-            decides as it goes.
-        sweep_folder: None for a single run.
-        launching: how the jobs of a sweep are run.
-        examples: of a sweeper that decides as it goes, a job that shows what it tries.
-        notes: what to tell before it starts, a line each.
+        jobs: the job of a single run, or all jobs of a sweep; empty if the sweeper is adaptive.
+        sweep_folder: folder of the sweep; None for a single run.
+        launching: settings of the sweep's launcher.
+        examples: a representative job of an adaptive sweeper.
+        notes: lines to print before the start.
     """
 
     jobs: tuple[Job, ...]
     sweep_folder: Path | None = None
-    launching: Launching = ONE_BY_ONE
+    launching: LaunchSettings = SEQUENTIAL
     examples: tuple[Job, ...] = ()
     notes: tuple[str, ...] = ()
 
     @property
     def is_adaptive(self) -> bool:
-        """Whether a sweeper decides by each job what the next ones are."""
+        """Whether the sweeper chooses new jobs from the results of earlier ones."""
         return not self.jobs
 
 
 @dataclass(slots=True)
 class Request:
-    """A command that Hydra is asked to run.
+    """A command for Hydra.
 
     Args:
-        overrides: of the command line, and what a resumed run recorded.
-        resumed: the folder of the run that is resumed, if any.
-        is_multirun: -m was typed.
-        is_shown: nothing is run.
-        task: what Hydra calls with each job.
+        composing: composes the jobs.
+        overrides: overrides of the command line and of the resumed run.
+        resumed: folder of the resumed run, if any.
+        is_multirun: True with -m.
+        is_shown: print the config without running.
+        task: task function that Hydra calls with each job.
 
     Attributes:
-        plan: what it asks for, once that is judged.
-        until_over: holds the folder against other processes.
+        plan: the plan, once the request is validated.
+        until_over: holds the folder lock until the command ends.
     """
 
     composing: Composer
@@ -106,10 +113,10 @@ class Request:
 
 
 class Refused(BaseException):
-    """What the callback raises: Hydra only warns of an Exception, and goes on.
+    """Raised by the callback, because Hydra only warns about an Exception and continues.
 
     Args:
-        error: why; None: the run is finished already.
+        error: the reason; None if the run is already finished.
     """
 
     def __init__(self, error: Exception | None = None) -> None:
@@ -120,14 +127,14 @@ class Refused(BaseException):
 _REQUEST: ContextVar[Request] = ContextVar("request")
 
 
-class Judge(Callback):
-    """Judges a request whole, and holds its folder, before Hydra makes that folder.
+class RequestValidation(Callback):
+    """Hydra callback that validates a request and locks its folder before Hydra creates it.
 
-    `Loader` puts it before all callbacks of any other configuration.
+    `Loader` puts it before all other callbacks.
     """
 
     def on_run_start(self, config: DictConfig, **_kwargs: Any) -> None:
-        """Judge a run, or all jobs of a sweep; of a sweeper that decides as it goes, an example."""
+        """Validate a run or all jobs of a sweep; for an adaptive sweeper, an example."""
         request, hydra = _REQUEST.get(), config.hydra
         try:
             request.plan = plan = plan_of(request, config)
@@ -137,18 +144,18 @@ class Judge(Callback):
                 (job,), key, folder = plan.jobs, "hydra.run.dir", plan.jobs[0].folder
                 if job.state is RunState.FINISHED:
                     summary = folder / SUMMARY_FILE
-                    say(f"This run is finished; nothing to do. Its summary: {summary}")
+                    say(f"This run is finished, nothing to do. Summary: {summary}")
                     raise Refused
                 hydra.run.dir = str(folder)
             else:
                 key, folder = "hydra.sweep.dir", plan.sweep_folder
                 hydra.sweep.dir = str(folder)
-                # By Hydra's time resolver a job in another process would have another one
+                # A worker process would resolve the time to another folder
                 hydra.overrides.hydra.append(f"hydra.sweep.dir={quoted(str(folder))}")
             require_writable(folder, key=key)
             request.until_over.enter_context(alone_in(folder, key=key))
             if plan.sweep_folder is not None:
-                request.until_over.enter_context(side_by_side(folder, plan.launching))
+                request.until_over.enter_context(parallel_jobs(folder, plan.launching))
             if request.task is not None:
                 request.task.jobs, request.task.keeps_failed = plan.jobs, plan.is_adaptive
         except Exception as error:
@@ -159,7 +166,7 @@ class Judge(Callback):
 
 @contextmanager
 def requested(request: Request) -> Iterator[Request]:
-    """Let Hydra run a request inside."""
+    """Run a request with Hydra inside this context."""
     token = _REQUEST.set(request)
     try:
         with request.until_over:
@@ -169,15 +176,15 @@ def requested(request: Request) -> Iterator[Request]:
 
 
 def read_request(typed: CommandLine, composing: Composer) -> Request:
-    """Return what a command line asks for, before anything is composed.
+    """Return the request of a command line, before composition.
 
-    What a resumed run replays is printed first, before any data or weights are opened.
+    Overrides replayed from a resumed run are printed first, before data or weights are opened.
 
     Raises:
-        RequestError: a word is no override, or there is no such run.
+        RequestError: an override is invalid, or the run to resume does not exist.
     """
     is_shown, folder = typed.shows is not None, None
-    overrides = [normalise(word, composing.options) for word in typed.overrides]
+    overrides = [normalise(override, composing.options) for override in typed.overrides]
     if not typed.is_multirun:
         overrides, folder = _with_resumed(composing, overrides, is_shown=is_shown)
     parsed = parse(overrides, loader=composing.loader)
@@ -190,59 +197,59 @@ def read_request(typed: CommandLine, composing: Composer) -> Request:
 def _with_resumed(
     composing: Composer, overrides: list[str], *, is_shown: bool
 ) -> tuple[list[str], Path | None]:
-    """Return overrides with those of the run that `resume` among them means, and its folder.
+    """Return the overrides with those of the resumed run, and its folder.
 
-    The folder may come from anywhere. Of what it records only options that are part of Tritter and
-    plain values of listed keys are replayed (`schema.REPLAYED_KEYS`). Everything else, the folders
-    of its options included, has to be typed by somebody who trusts it.
+    A run folder may be untrusted. Only options that are part of Tritter and plain values of listed
+    keys are replayed (`schema.REPLAYED_KEYS`). The user must type everything else, including
+    folders of options.
 
     Raises:
-        RequestError: there is no such run, or it recorded what is not replayed.
+        RequestError: the run does not exist, or has overrides that are not replayed.
     """
     typed = parse(overrides, loader=composing.loader)
-    asked = [o for o in typed if o.key_or_group == "resume" and not o.is_delete()]
-    value = asked[-1].value() if asked and not asked[-1].is_sweep_override() else None
+    resumes = [o for o in typed if o.key_or_group == "resume" and not o.is_delete()]
+    value = resumes[-1].value() if resumes and not resumes[-1].is_sweep_override() else None
     if value is None:
         return overrides, None
     if any(o.key_or_group == "hydra.run.dir" for o in typed):
         raise RequestError(
-            f"resume = {value}: it chooses the folder, and so does hydra.run.dir; give one of them."
+            f"resume = {value}: it sets the folder, and so does hydra.run.dir; use one of them."
         )
     folder, notes = find_run(str(value))
     run = read_run(folder)
 
-    def is_overridden(word: str) -> bool:  # by its key typed again, or by another group
-        key = override_key(word)
+    def is_overridden(text: str) -> bool:  # by the same key, or by its group
+        key = override_key(text)
         return any(
             key == other.key_or_group
             or (key.startswith(f"{other.key_or_group}.") and other.input_line not in run.overrides)
             for other in typed
         )
 
-    kept = [word for word in run.overrides if not is_overridden(word)]
-    words = [*kept, *(o.input_line or "" for o in typed if o.key_or_group != "resume")]
-    meant = search_path() if search_path() != SearchPath() else run.search_path
-    if refused := [*(meant.flags if search_path() == SearchPath() else ()), *not_replayed(kept)]:
-        with composing_from(meant):
-            whole = command([*words, f"resume={as_value(str(folder))}"])
+    kept = [text for text in run.overrides if not is_overridden(text)]
+    combined = [*kept, *(o.input_line or "" for o in typed if o.key_or_group != "resume")]
+    path = search_path() if search_path() != SearchPath() else run.search_path
+    if refused := [*(path.flags if search_path() == SearchPath() else ()), *not_replayed(kept)]:
+        with composing_from(path):
+            full_command = command([*combined, f"resume={as_value(str(folder))}"])
         raise RequestError(
             f"resume = {value}: the run was started with {', '.join(map(brief, refused))}. A run "
-            "folder may come from anywhere, so only shipped options and plain settings are "
-            f"replayed. If you trust the rest, type the whole command:\n  {whole}"
+            "folder may be untrusted, so only shipped options and plain settings are replayed. "
+            f"If you trust the rest, type the full command:\n  {full_command}"
         )
     for note in (*notes, f"resume     {folder}{': ' if kept else ''}{' '.join(kept)}"):
         say(note, is_error=is_shown)
-    return [*words, asked[-1].input_line or ""], folder
+    return [*combined, resumes[-1].input_line or ""], folder
 
 
 def plan_of(request: Request, composed: DictConfig) -> Plan:
-    """Judge a request: all of its jobs, with their text, weights, folders and machine.
+    """Return the validated plan of a request, including its data, checkpoints, folders and devices.
 
     Args:
-        composed: what Hydra composed of it last.
+        composed: the config that Hydra composed last.
 
     Raises:
-        RequestError: whatever is wrong with any of its jobs.
+        RequestError: a job is invalid.
     """
     is_sweep = request.is_multirun or composed.hydra.mode == RunMode.MULTIRUN
     plan = _plan_sweep(request, composed) if is_sweep else _plan_run(request, composed)
@@ -253,30 +260,30 @@ def plan_of(request: Request, composed: DictConfig) -> Plan:
             folder = plan.sweep_folder
             if os.path.lexists(folder / RUN_FILE):
                 raise RequestError(
-                    f"hydra.sweep.dir = {folder}: it is the folder of a run, below which no report "
-                    "looks for others; name a folder of the sweep's own."
+                    f"hydra.sweep.dir = {folder}: it is the folder of a run; set a new folder "
+                    "for the sweep."
                 )
             check_free(folder, key="hydra.sweep.dir")
-            for held in sorted(folder.rglob(LOCK_NAME)):  # a job may run on by itself
-                check_free(held.parent, key="hydra.sweep.dir")
-        _check_means(plan)
+            for lock in sorted(folder.rglob(LOCK_NAME)):  # a job may still be running
+                check_free(lock.parent, key="hydra.sweep.dir")
+        _check_resources(plan)
     return plan
 
 
-def _check_means(plan: Plan) -> None:
-    """Refuse jobs that the machine can't hold, and text that can't be read or split."""
+def _check_resources(plan: Plan) -> None:
+    """Reject jobs that do not fit into memory, and data that can't be read or split."""
     jobs = plan.jobs or plan.examples
     todo = {n: job for n, job in enumerate(jobs) if job.state is not RunState.FINISHED}
-    # Of a hub id the shapes are known later
+    # The shape of a Hub model is known later
     known = {n: shape for n, job in todo.items() if (shape := known_config(job.config)) is not None}
     found: dict[int, list[Problem]] = {n: [] for n in todo}
     for n, shape in known.items():
         config = todo[n].config
         found[n] += memory_problems(config, shape)
         for number, fallback in enumerate(() if found[n] else config.fallbacks, start=1):
-            of_attempt = memory_problems(fallback, shape)
-            found[n] += (for_fallback(problem, config.gate, number) for problem in of_attempt)
-    _raise_of_jobs(found, [job.overrides for job in jobs])
+            attempt_problems = memory_problems(fallback, shape)
+            found[n] += (for_fallback(problem, config.gate, number) for problem in attempt_problems)
+    _raise_job_problems(found, [job.overrides for job in jobs])
     raise_problems(
         side_by_side_problems(
             [(todo[n].config, shape) for n, shape in known.items()],
@@ -286,22 +293,22 @@ def _check_means(plan: Plan) -> None:
     )
     check_contents(request for job in todo.values() for request in text_requests(job.config.data))
     sides = {n: list(side_problems(job.config.text)) for n, job in todo.items()}
-    _raise_of_jobs(sides, [job.overrides for job in jobs])
+    _raise_job_problems(sides, [job.overrides for job in jobs])
 
 
 def _plan_run(request: Request, composed: DictConfig) -> Plan:
     resumed, hydra = request.resumed, composed.hydra
-    rules = _OF_RUNS[:1] if resumed else _OF_RUNS
-    config = request.composing.judged(composed, request.overrides, rules=rules)
-    is_single = not request.is_shown and resumed is None  # a job of a sweep is resumed by itself
+    rules = _RUN_RULES[:1] if resumed else _RUN_RULES
+    config = request.composing.validated(composed, request.overrides, rules=rules)
+    is_single = not request.is_shown and resumed is None  # jobs of a sweep resume as single runs
     if is_single and (swept := hydra.sweeper.get("params")):
         names = ", ".join(map(str, swept))
         raise RequestError(
-            f"hydra.sweeper.params names values of {names} for a sweep, and this is a single run: "
+            f"hydra.sweeper.params sets values of {names} for a sweep, but this is a single run: "
             "add -m."
         )
     if not hydra.run.dir:
-        raise_problems([Problem("hydra.run.dir", "", reason="name a folder, or leave it out")])
+        raise_problems([Problem("hydra.run.dir", "", reason="set a folder, or omit this key")])
     folder = resumed or Path(hydra.run.dir).absolute()
     return Plan((Job(request.overrides, config, folder, check_run_folder(folder, config)),))
 
@@ -309,58 +316,63 @@ def _plan_run(request: Request, composed: DictConfig) -> Plan:
 def _plan_sweep(request: Request, composed: DictConfig) -> Plan:
     composing, hydra = request.composing, composed.hydra
     if hydra.mode == RunMode.RUN:
-        raise RequestError("hydra.mode = RUN: -m asks for a sweep; give one of them.")
+        raise RequestError("hydra.mode = RUN: -m starts a sweep; use one of them.")
     folder = Path(hydra.sweep.dir).absolute()
     parameters = [f"{key}={value}" for key, value in (hydra.sweeper.get("params") or {}).items()]
     typed = parse([*parameters, *request.overrides], loader=composing.loader)
     shared = [o.input_line or "" for o in typed if o.is_hydra_override()]
-    # Hydra's time resolver would give every job a sweep folder of its own
+    # Hydra's time resolver would give each job a different sweep folder
     shared.append(f"hydra.sweep.dir={quoted(str(folder))}")
     task = [override for override in typed if not override.is_hydra_override()]
     if hydra.sweeper.get("_target_") != _BASIC_SWEEPER:
-        # It decides by each job what the next ones are, and each is judged when it starts
+        # An adaptive sweeper: each job is validated when it starts
         example = _plan_jobs(composing, [[*map(first_value, task)]], shared, is_example=True)
-        how = launching(hydra, num_jobs=int(hydra.sweeper.get("n_jobs") or 1))
-        notes = _notes(how, folder)
+        launcher = launching(hydra, num_jobs=int(hydra.sweeper.get("n_jobs") or 1))
+        notes = _notes(launcher, folder)
         sampler = hydra.sweeper.get("sampler") if hydra.sweeper.get("storage") is None else None
         if sampler is not None and "seed" in sampler and sampler.seed is None:
-            # A sweep that is begun again thinks of the same jobs; a stored study goes on elsewhere
+            # A restarted sweep proposes the same jobs again; a stored study resumes on its own
             sampler.seed = 0
-            notes += ("sweep      hydra.sweeper.sampler.seed=0, so that it can go on",)
-        return Plan((), folder, how, example, notes)
+            notes += ("sweep      hydra.sweeper.sampler.seed=0, so that the sweep can resume",)
+        return Plan((), folder, launcher, example, notes)
     split = split_sweep(task)
     numbers: dict[tuple[str, ...], list[int]] = {}
-    for number, words in enumerate(split):
-        numbers.setdefault(tuple(words), []).append(number)
+    for number, job_overrides in enumerate(split):
+        numbers.setdefault(tuple(job_overrides), []).append(number)
     raise_problems(
         [
-            Problem("", reason=f"jobs {listed} are equal ({' '.join(words)}): list a value once.")
-            for words, equal in numbers.items()
+            Problem(
+                "",
+                reason=f"jobs {listed} are identical ({' '.join(job_overrides)}): remove one.",
+            )
+            for job_overrides, equal in numbers.items()
             if len(equal) > 1 and (listed := f"{', '.join(map(str, equal[:-1]))} and {equal[-1]}")
         ]
     )
     jobs = _plan_jobs(composing, split, shared)
     if len({job.folder for job in jobs}) < len(jobs):
         raise RequestError(
-            f"hydra.sweep.subdir = {jobs[0].folder.name}: several jobs would share one folder; "
-            "must be what differs from job to job, as ${hydra.job.num}."
+            f"hydra.sweep.subdir = {jobs[0].folder.name}: several jobs would share this folder; "
+            "use a name that differs between jobs, such as ${hydra.job.num}."
         )
-    how = launching(hydra, num_jobs=len(jobs))
-    return Plan(jobs, folder, how, notes=_notes(how, folder, num_jobs=len(jobs)))
+    launcher = launching(hydra, num_jobs=len(jobs))
+    return Plan(jobs, folder, launcher, notes=_notes(launcher, folder, num_jobs=len(jobs)))
 
 
-def _notes(how: Launching, folder: Path, *, num_jobs: int | None = None) -> tuple[str, ...]:
+def _notes(
+    launcher: LaunchSettings, folder: Path, *, num_jobs: int | None = None
+) -> tuple[str, ...]:
     output = f"output of each: {folder}/JOB/{OUTPUT_FILE}"
-    if not how.is_in_processes:
+    if not launcher.is_in_processes:
         number = "jobs" if num_jobs is None else f"{num_jobs} job{'s' * (num_jobs != 1)}"
         return (f"sweep      {number}, one at a time; {output}",)
-    if how.threads is None:
-        return (f"sweep      {how.launcher} runs the jobs; {output}",)
-    each = "1 thread" if how.threads == 1 else f"{how.threads} threads"
-    if asked := os.environ.get("OMP_NUM_THREADS"):
-        each = f"OMP_NUM_THREADS={asked}"
-    at_once = f"{how.at_once} {'job' if how.at_once == 1 else 'jobs'} at a time, {each} each"
-    return (f"sweep      {how.launcher}: {at_once}; {output}",)
+    if launcher.threads is None:
+        return (f"sweep      {launcher.launcher} runs the jobs; {output}",)
+    each = "1 thread" if launcher.threads == 1 else f"{launcher.threads} threads"
+    if num_threads := os.environ.get("OMP_NUM_THREADS"):
+        each = f"OMP_NUM_THREADS={num_threads}"
+    jobs = f"{launcher.at_once} job{'s' * (launcher.at_once != 1)}"
+    return (f"sweep      {launcher.launcher}: {jobs} at a time, {each} each; {output}",)
 
 
 def _plan_jobs(
@@ -370,29 +382,31 @@ def _plan_jobs(
     *,
     is_example: bool = False,
 ) -> tuple[Job, ...]:
-    """Compose, validate and place jobs.
+    """Compose and validate jobs, and assign their folders.
 
     Args:
-        shared: overrides of Hydra's own settings.
-        is_example: they only show what a sweeper may try; no folder is theirs.
+        shared: Hydra overrides of all jobs.
+        is_example: the jobs are examples without a folder.
 
     Raises:
-        RequestError: what is wrong with any of them.
+        RequestError: a job is invalid.
     """
     jobs: list[Job] = []
     found: dict[int, Sequence[Problem]] = dict.fromkeys(range(len(split)), ())
-    for number, words in enumerate(split):
+    for number, overrides in enumerate(split):
         try:
-            composed = composing.compose([*shared, *words], job_number=number, rules=_OF_SWEEPS)
+            composed = composing.compose(
+                [*shared, *overrides], job_number=number, rules=_SWEEP_RULES
+            )
             sweep = composed.hydra.sweep
             folder = _job_folder(Path(sweep.dir).absolute(), str(sweep.subdir))
             state = RunState.NEW if is_example else check_run_folder(folder, composed.config)
-            jobs.append(Job(tuple(words), composed.config, folder, state))
+            jobs.append(Job(tuple(overrides), composed.config, folder, state))
         except RequestError as error:
             found[number] = error.problems
         except TritterError as error:
             raise type(error)(f"{_jobs([number], split)}: {error}") from error
-    _raise_of_jobs(found, split)
+    _raise_job_problems(found, split)
     return tuple(jobs)
 
 
@@ -404,8 +418,8 @@ def _resume_problems(config: RunConfig, *, reason: str) -> Iterator[Problem]:
 def _process_problems(config: RunConfig) -> Iterator[Problem]:
     if config.trainer.strategy != "auto":
         reason = (
-            "a sweep's launcher may run its jobs side by side, and their processes would meet on "
-            "the same devices; leave -m out, or sweep with trainer=cpu or trainer=gpu"
+            "a launcher may run the jobs of a sweep in parallel, and their processes would use the "
+            "same devices; omit -m, or sweep with trainer=cpu or trainer=gpu"
         )
         yield Problem("trainer.strategy", config.trainer.strategy, reason=reason)
 
@@ -416,55 +430,62 @@ def _device_problems(config: RunConfig) -> Iterator[Problem]:
     import torch
 
     if config.trainer.accelerator == "mps" and not torch.backends.mps.is_available():
-        reason = "torch finds no Apple GPU on this machine; allowed is cpu, or auto (trainer=cpu, "
+        reason = "torch finds no Apple GPU on this machine; use cpu or auto (trainer=cpu, "
         yield Problem("trainer.accelerator", "mps", reason=f"{reason}trainer=auto)")
     if config.trainer.accelerator != "gpu":
         return
     found, devices = torch.cuda.device_count(), config.trainer.devices
     if not torch.cuda.is_available() and not torch.backends.mps.is_available():
-        reason = "torch finds no GPU on this machine; allowed is cpu, or auto (trainer=cpu, "
+        reason = "torch finds no GPU on this machine; use cpu or auto (trainer=cpu, "
         yield Problem("trainer.accelerator", "gpu", reason=f"{reason}trainer=auto)")
     elif devices > max(1, found):
-        reason = f"torch finds {found} GPUs on this machine; must be at most that"
+        reason = f"torch finds {found} GPUs on this machine; use at most that many"
         yield Problem("trainer.devices", devices, reason=reason)
 
 
-_IN_A_FILE = "it stands in an option file; it is for the command line"
-_IN_A_SWEEP = (
-    "a sweep goes on when it is given its own folder again (hydra.sweep.dir=FOLDER); resume is for "
-    "single runs"
+_RESUME_IN_FILE = "it is set in an option file; set it on the command line"
+_RESUME_IN_SWEEP = (
+    "to resume a sweep, set its folder (hydra.sweep.dir=FOLDER); resume is for single runs"
 )
-_OF_RUNS = (_device_problems, compiler_problems, partial(_resume_problems, reason=_IN_A_FILE))
-_OF_SWEEPS = (
-    partial(_resume_problems, reason=_IN_A_SWEEP),
+_RUN_RULES = (
+    _device_problems,
+    compiler_problems,
+    partial(_resume_problems, reason=_RESUME_IN_FILE),
+)
+_SWEEP_RULES = (
+    partial(_resume_problems, reason=_RESUME_IN_SWEEP),
     _process_problems,
     _device_problems,
     compiler_problems,
 )
 
 
-def _raise_of_jobs(found: Mapping[int, Sequence[Problem]], words: Sequence[Sequence[str]]) -> None:
-    """Refuse what is wrong with jobs, pass by pass, each thing once; of all jobs it names none.
+def _raise_job_problems(
+    found: Mapping[int, Sequence[Problem]], overrides: Sequence[Sequence[str]]
+) -> None:
+    """Raise the problems of all jobs, each once, in order of the validation pass.
 
     Args:
         found: number of a job → its problems.
-        words: of all jobs.
+        overrides: overrides of each job.
     """
-    told: dict[str, tuple[Problem, list[int]]] = {}
+    unique: dict[str, tuple[Problem, list[int]]] = {}
     for number, problems in found.items():
         for line, problem in {str(each): each for each in problems}.items():
-            told.setdefault(line, (problem, []))[1].append(number)
+            unique.setdefault(line, (problem, []))[1].append(number)
     raise_problems(
         [
-            problem if len(numbers) == len(found) else replace(problem, job=_jobs(numbers, words))
-            for problem, numbers in sorted(told.values(), key=lambda each: each[0].found_by)
+            problem
+            if len(numbers) == len(found)
+            else replace(problem, job=_jobs(numbers, overrides))
+            for problem, numbers in sorted(unique.values(), key=lambda each: each[0].found_by)
         ]
     )
 
 
-def _jobs(numbers: Sequence[int], words: Sequence[Sequence[str]]) -> str:
+def _jobs(numbers: Sequence[int], overrides: Sequence[Sequence[str]]) -> str:
     if len(numbers) == 1:
-        return f"job {numbers[0]} ({' '.join(words[numbers[0]])})"
+        return f"job {numbers[0]} ({' '.join(overrides[numbers[0]])})"
     return f"jobs {', '.join(map(str, numbers))}"
 
 
@@ -472,14 +493,14 @@ def _job_folder(sweep_folder: Path, name: str) -> Path:
     """Return a job's folder.
 
     Raises:
-        RequestError: it is not below the sweep's.
+        RequestError: the folder is not inside the sweep's folder.
     """
     sweep_folder = Path(os.path.normpath(sweep_folder))
     folder = Path(os.path.normpath(sweep_folder / name))
     if sweep_folder not in folder.parents:
         raise RequestError(
-            f"hydra.sweep.subdir = {name}: a job's folder lies below that of its sweep "
-            "(hydra.sweep.dir); must be a name that differs from job to job, as "
+            f"hydra.sweep.subdir = {name}: a job's folder must be inside the sweep's folder "
+            "(hydra.sweep.dir); use a name that differs between jobs, such as "
             "${hydra.job.num}."
         )
     return folder
