@@ -44,7 +44,7 @@ def test_the_default_rate_on_a_large_checkpoint(
         assert notes == ()
     else:
         (note,) = notes
-        assert note.startswith("training.learning_rate = 0.003 is a rate for small bases")
+        assert note.startswith("training.learning_rate = 0.003 is a learning rate for small bases")
         assert f"training.learning_rate={start} is a start" in note
 
 

@@ -246,7 +246,7 @@ def test_a_card_names_nothing_outside(place: Path, file: str, entry: str) -> Non
             (place / "data" / file).write_text(text)
             said = problem("data")
             if entry.startswith("inner"):
-                assert "inner leads out of the folder" in said
+                assert "inner leaves the folder" in said
             else:
                 assert f"@/data/{file} names" in said and "not in the folder" in said
                 assert entry.replace(str(place), "@") in said

@@ -167,7 +167,7 @@ def test_all_that_is_wrong_is_told_at_once(tmp_path: Path) -> None:
         "svamp.jsonl, record 2: Answer is no number",
         "mbpp.jsonl is no file of mbpp: its records have the fields 'task_id', 'text'",
         "winogrande_val.jsonl, record 1: sentence has no _ to put an option in",
-        "hellaswag_val.jsonl, record 2: it holds half of a character (a lone surrogate)",
+        "hellaswag_val.jsonl, record 2: it contains half of a character (a lone surrogate)",
         "no file of mmlu lies there",
     ):
         assert said in str(refused.value), said
@@ -262,7 +262,7 @@ def test_a_link_out_of_the_folder_is_not_read(tmp_path: Path) -> None:
     (tmp_path / "secret.jsonl").write_text('{"passage": "p", "question": "q", "answer": true}\n')
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks/boolq.jsonl").symlink_to("../secret.jsonl")
-    with pytest.raises(RequestError, match=r"--tasks-path: .*boolq.jsonl leads out of the folder"):
+    with pytest.raises(RequestError, match=r"--tasks-path: .*boolq.jsonl leaves the folder"):
         load([BENCHMARKS["boolq"]], TasksFolder(tmp_path / "tasks", key="--tasks-path"))
 
 

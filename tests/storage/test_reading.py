@@ -101,5 +101,5 @@ def test_what_is_no_text_or_no_object_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TritterError, match="not UTF-8"):
         read_text(tmp_path / "state.json")
     (tmp_path / "state.json").write_text(json.dumps([1]))
-    with pytest.raises(TritterError, match="no JSON object"):
+    with pytest.raises(TritterError, match="is not a JSON object"):
         read_object(tmp_path / "state.json")

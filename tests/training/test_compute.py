@@ -25,7 +25,7 @@ HELD = RoutingSettings(auxiliary_loss=0.01, z_loss=1e-3, hold_old=1.0)
 
 
 def square(flops: Flops) -> float:
-    """Return what eager attention makes of a count: every token meets every key."""
+    """Return the FLOPs of eager attention, in which every token attends to every key."""
     return flops.matrices * LENGTH + sum(flops.attention.values()) * LENGTH**2
 
 

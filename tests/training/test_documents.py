@@ -1,4 +1,4 @@
-"""Trainings on whole documents: what is learned, held, counted and gone on with is theirs alone."""
+"""Training on whole documents: what is learned, held, counted and gone on with is theirs alone."""
 
 from collections import Counter
 from dataclasses import replace

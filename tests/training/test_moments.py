@@ -39,7 +39,7 @@ def train(
     settings: TrainerSettings = PLAIN,
     optimizer: OptimizerSettings | None = None,
 ) -> State:
-    """Train on batches [N, B, T], from a state or anew; return what is left."""
+    """Train on batches [N, B, T], from a state or from scratch; return the final state."""
     num_batches, batch_size, length = batches.shape
     stream = _InOrder(batches.reshape(num_batches * batch_size, length), seed=0)
     module = BaseModule(
@@ -65,7 +65,7 @@ def train(
 
 
 class _InOrder(SequenceStream):
-    """Sequences as they stand, so that two trainings can share them."""
+    """Sequences as they stand, so that two training runs can share them."""
 
     def _move_to(self, *, epoch: int, position: int) -> None:
         super()._move_to(epoch=epoch, position=position)

@@ -13,7 +13,7 @@ from tritter.training.checkpoint_io import SafetensorsCheckpointIO
 
 @dataclass(frozen=True)
 class Written:
-    """Writes a model's tensors, and what its routers hold besides, into a folder."""
+    """Writes a model's tensors, and the additional state of its routers, into a folder."""
 
     path: Path
 

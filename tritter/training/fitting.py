@@ -67,19 +67,15 @@ def fit(
 ) -> FitResult:
     """Train `module` for the steps of its schedule, resuming from a saved state in `folder`.
 
-    `discard_saved` removes the saved state once the result is written. With several processes,
-    only the fit runs in them; `module` and its methods in this process do not change.
+    With several processes, `module` and its methods in this process do not change.
 
     Args:
         module: Module to train.
         batches: Training batches.
-        settings: Settings of the Trainer.
         folder: Folder for `metrics.csv` and the saved state of this stage.
         label: Label in the progress bar.
-        console: Console for progress.
         task: Data and state for continual-learning methods, if the module has any.
-        loggers: Loggers in addition to the CSV. With several processes, they receive its rows
-            after the fit.
+        loggers: Loggers in addition to the CSV; with several processes, written after the fit.
         observers: Callbacks that read the task gradients before any method changes them.
         controls: Callbacks that configure the model for a batch, depending on the step only.
         changers: Callbacks that change the model between two steps with `surgery`.
@@ -87,13 +83,9 @@ def fit(
         write_result: Writes the trained model, unless the run was stopped.
         evaluation: Validation subset for `eval/<domain>/loss` during training.
 
-    Returns:
-        The result of the training run.
-
     Raises:
         TritterError: The saved state is damaged, a process was killed, or a write failed.
-        Stopped: A signal stopped the run. Its state was saved at the end of the step, unless a
-            second signal arrived.
+        Stopped: A signal stopped the run, with its state saved unless a second signal arrived.
     """
     guard, work = FiniteGuard(max_consecutive=settings.max_non_finite_steps), WorkCount()
     max_steps, mode, stop = module.schedule.max_steps, settings.progress, StopRequest()
