@@ -178,9 +178,9 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
 }
 
 
-@pytest.mark.parametrize(("damage", "said"), DAMAGES.values(), ids=DAMAGES.keys())
+@pytest.mark.parametrize(("damage", "message"), DAMAGES.values(), ids=DAMAGES.keys())
 def test_damage_is_refused_and_named(
-    tmp_path: Path, damage: Callable[[Path], object], said: str
+    tmp_path: Path, damage: Callable[[Path], object], message: str
 ) -> None:
     _written(tmp_path / "out", max_shard_bytes=400)
     save_file({"layer.1": torch.ones(1)}, tmp_path / "stolen.safetensors")
@@ -188,7 +188,7 @@ def test_damage_is_refused_and_named(
     damage(tmp_path / "out")
     with pytest.raises(TritterError) as error:
         TensorFolder.open(tmp_path / "out")
-    assert said in str(error.value)
+    assert message in str(error.value)
 
 
 def test_damage_after_opening_is_refused_when_read(tmp_path: Path) -> None:

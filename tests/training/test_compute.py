@@ -1,4 +1,4 @@
-"""FLOPs of real training steps: what is trained in them, and what is looked at besides."""
+"""FLOPs of real training steps: of the trained parameters and of additional forward passes."""
 
 import csv
 from pathlib import Path

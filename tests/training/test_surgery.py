@@ -1,4 +1,4 @@
-"""A live training is changed: held to one that was stopped, expanded on disk and resumed."""
+"""Changes during training, compared with runs that are stopped, expanded on disk and resumed."""
 
 import multiprocessing
 import signal
@@ -54,7 +54,7 @@ SPECS: dict[str, list[ExpansionSpec]] = {
     "ffn": WIDER,
     "hidden": [Width(hidden_size=36)],
     "depth": [Dus(identity_init=True)],
-    "blocks that start anew, then wider": [LlamaPro(), Width(init="net2net")],
+    "blocks with reset state, then wider": [LlamaPro(), Width(init="net2net")],
 }
 
 needs_fork = pytest.mark.skipif(
@@ -113,7 +113,7 @@ def train(
 
 
 def expanded_on_disk(saved: Path, folder: Path, specs: Sequence[ExpansionSpec]) -> nn.Module:
-    """Expand what a training saved, weights, moments and step, and put it where the run resumes from.
+    """Expand the saved weights, moments and step of a run into the state to resume from.
 
     Names of the moments come from their positions: matrices of the stock model, then vectors.
     """
@@ -154,7 +154,7 @@ def _names_in_groups(model: nn.Module) -> list[str]:
 
 
 def assert_same_end(first: Path, second: Path) -> None:
-    """Hold weights, moments, step counts and generators of the last states of two training runs together."""
+    """Compare weights, moments, step counts and generators of the last states of two runs."""
     kept = ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "loops")
     held = []
     for folder in (first, second):

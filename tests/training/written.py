@@ -1,4 +1,4 @@
-"""What a training leaves, written where it was trained and read where it was asked for."""
+"""A result writer for tests: written by the training process, read by the test."""
 
 from dataclasses import dataclass
 from pathlib import Path
