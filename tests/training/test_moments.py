@@ -104,15 +104,15 @@ def test_two_trainings_with_carried_moments_are_one_of_a_bare_adamw(
     tmp_path: Path, family: str
 ) -> None:
     options = {"initializer_range": 0.05}
-    whole, parts, anew = (tiny(family, **options) for _ in range(3))
+    whole, parts, without = (tiny(family, **options) for _ in range(3))
     adam = bare(whole, BATCHES)
     first = train(parts, tmp_path / "first", batches=BATCHES[:7])
-    anew.load_state_dict(parts.state_dict())
+    without.load_state_dict(parts.state_dict())
     last = train(parts, tmp_path / "second", batches=BATCHES[7:], state=first)
-    train(anew, tmp_path / "anew", batches=BATCHES[7:])
+    train(without, tmp_path / "without", batches=BATCHES[7:])
     assert first.step == 7 and last.step == 12 and not last.other_steps
     assert distance(parts, whole) < 2e-6
-    assert distance(anew, whole) > 1e-3  # what is lost without them
+    assert distance(without, whole) > 1e-3  # what is lost without them
     held = {kind: dict(LazyTensors(tensors)) for kind, tensors in last.kinds.items()}
     assert set(held) == set(MOMENTS)
     config = whole.config.to_dict()

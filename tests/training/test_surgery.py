@@ -261,10 +261,10 @@ def test_moments_that_are_not_mapped_end_elsewhere(tmp_path: Path) -> None:
         assert_same_end(tmp_path / "live", tmp_path / "disk")
 
 
-class Told(ForgettingMethod):
+class Observer(ForgettingMethod):
     """Keeps an anchor, a Fisher and a mask, as methods do."""
 
-    name = "told"
+    name = "observer"
 
     def __init__(self, model: nn.Module) -> None:
         self.anchor = {n: p.detach().clone() for n, p in model.named_parameters()}
@@ -290,7 +290,7 @@ class ToldCallback(Callback):
 def test_listeners_are_told(tmp_path: Path) -> None:
     model, callback = model_of(), ToldCallback()
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    method = Told(model)
+    method = Observer(model)
     train(tmp_path, Grow(), callback, model=model, methods=[method])
     (change,) = callback.changes
     assert change.config["intermediate_size"] == 60 and not change.removed
