@@ -287,8 +287,8 @@ def test_moments_that_are_none_are_refused(tmp_path: Path) -> None:
     for number, (first, second, message) in enumerate(
         [
             (torch.zeros(5), torch.zeros(5), "shape"),
-            (torch.full((24,), float("nan")), torch.zeros(24), "no moment"),
-            (torch.zeros(24), -torch.ones(24), "no moment"),
+            (torch.full((24,), float("nan")), torch.zeros(24), "not a valid Adam moment"),
+            (torch.zeros(24), -torch.ones(24), "not a valid Adam moment"),
         ]
     ):
         folder = tmp_path / str(number)
