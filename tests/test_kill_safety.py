@@ -204,7 +204,7 @@ def test_without_an_exchange_of_names_the_old_one_is_never_lost(
     call, put_back = 0, 0
     while kill_at(scene, call, is_overwriting=True):
         is_aside = scene.state() is None
-        with pytest.raises(RequestError, match="exists already"):
+        with pytest.raises(RequestError, match="already exists"):
             scene.expand(is_overwriting=False)
         assert scene.state() == OLD_SEED or not is_aside
         put_back += is_aside

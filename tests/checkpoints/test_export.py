@@ -235,7 +235,7 @@ def test_what_stands_there_stays(tmp_path: Path) -> None:
     base = saved(tiny_llama(), tmp_path / "base")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").touch()
-    with pytest.raises(RequestError, match="exists already"):
+    with pytest.raises(RequestError, match="already exists"):
         export(base, tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine"]
     with pytest.raises(RequestError, match=r"more than a checkpoint.*: mine"):

@@ -123,7 +123,7 @@ def test_a_failing_tensor_stream_leaves_nothing(model: LlamaForCausalLM, tmp_pat
 
 def test_an_existing_checkpoint_is_kept(model: LlamaForCausalLM, tmp_path: Path) -> None:
     first = _write(model, tmp_path / "out")
-    with pytest.raises(RequestError, match="exists already"):
+    with pytest.raises(RequestError, match="already exists"):
         _write(oracle.tiny_llama(), tmp_path / "out")
     assert read_lineage(tmp_path / "out") == first
 

@@ -83,7 +83,7 @@ def test_no_command_follows_a_link_out_of_the_folder(
     for words in COMMANDS:
         result = run(words)
         assert result.code == 2, words
-        assert "leads out of the folder" in result.err, words
+        assert "leaves the folder" in result.err, words
         assert SECRET not in result.out + result.err
     assert snapshot(place) == before
     assert not (place / "out").exists()
@@ -99,7 +99,7 @@ def test_a_ckpt_takes_nothing_from_a_folder_with_such_a_link(run: Run, place: Pa
     (place / "base" / "merges.txt").symlink_to("../secret.txt")
     result = run("export --checkpoint last.ckpt --config base --output out")
     assert result.code == 2
-    assert "merges.txt leads out of the folder" in result.err
+    assert "merges.txt leaves the folder" in result.err
     assert not (place / "out").exists()
 
 
@@ -153,7 +153,7 @@ def test_a_snapshot_that_links_to_another_download_is_refused(place: Path) -> No
     other.mkdir(parents=True)
     (other / "1").write_text(SECRET)
     (revision / "merges.txt").symlink_to("../../../models--owner--other/blobs/1")
-    with pytest.raises(TritterError, match=r"merges\.txt leads out of the folder"):
+    with pytest.raises(TritterError, match=r"merges\.txt leaves the folder"):
         check_links(revision)
 
 
@@ -173,10 +173,10 @@ def test_a_record_names_no_file_behind_a_link(run: Run, place: Path) -> None:
     path.write_text(signed_text(plain))
     refused = run("export --checkpoint grown --output out")
     assert refused.code == 2
-    assert "notes/a.txt leads out of the folder" in refused.err
+    assert "notes/a.txt leaves the folder" in refused.err
     verified = run("history grown --verify")
     assert verified.code == 3
-    assert "leads out of the folder" in " ".join(verified.out.split())
+    assert "leaves the folder" in " ".join(verified.out.split())
 
 
 def test_a_record_names_no_file_outside(run: Run, place: Path) -> None:

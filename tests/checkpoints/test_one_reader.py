@@ -141,7 +141,7 @@ def _adapter(base: Path) -> None:
 REFUSED: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "integers": (_integers, ["model.norm.weight is of type I32"]),
     "float8": (_bytes, ["model.norm.weight is of type F8_E4M3"]),
-    "a tensor in two files": (_twice, ["'model.norm.weight' lies in model-00001", "take it out"]),
+    "a tensor in two files": (_twice, ["'model.norm.weight' is in both model-00001", "remove it"]),
     "an index without metadata": (_index_without_metadata, ["is not a safetensors index"]),
     "an index of lists": (_index_of_lists, ["is not a safetensors index"]),
     "another file, by config": (_named_in_config, ["transformers_weights = 'other.safetensors'"]),

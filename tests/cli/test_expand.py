@@ -106,7 +106,7 @@ def test_a_dry_run_looks_past_an_output_that_exists(run: Run, place: Path) -> No
     (place / "base-width").mkdir()
     result = run("expand --checkpoint base --method width --dry-run")
     assert result.code == 0
-    assert "refused base-width exists already; choose" in " ".join(result.out.split())
+    assert "refused base-width already exists; choose" in " ".join(result.out.split())
     result = run("expand --checkpoint base --method width --dry-run --overwrite")
     assert "refused base-width holds no checkpoint" in " ".join(result.out.split())
     assert "refused" not in run("expand --checkpoint base --method dus --dry-run").out
@@ -415,7 +415,7 @@ def test_an_existing_output_is_kept_unless_it_is_to_be_replaced(run: Run, place:
     before = snapshot(place)
     refused = run("expand --checkpoint base --method width")
     assert refused.code == 2
-    assert "base-width exists already" in refused.err
+    assert "base-width already exists" in refused.err
     assert "--overwrite" in refused.err
     refused = run("expand --checkpoint base --method width --overwrite")
     assert refused.code == 2

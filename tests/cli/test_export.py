@@ -116,7 +116,7 @@ def test_what_is_left_out_is_told(run: Run, place: Path) -> None:
         ("--checkpoint nowhere --output out", "--checkpoint = nowhere: no such folder"),
         ("--checkpoint base --output out --format peft", "peft: base has no LoRA experts"),
         ("--checkpoint base --output out --dtype bf16", "Did you mean bfloat16?"),
-        ("--checkpoint base --output base", "base exists already"),
+        ("--checkpoint base --output base", "base already exists"),
         ("--checkpoint base --output base --overwrite", "neither in it nor in its place"),
         ("--checkpoint base --output base/out", "neither in it nor in its place"),
         ("--checkpoint base --output . --overwrite", "neither in it nor in its place"),

@@ -230,7 +230,7 @@ def test_neither_a_folder_nor_on_the_hub(run: Run, hub: Path) -> None:
     for words, reason in {
         "inspect owner/other": "checkpoint = owner/other: no such folder, and HF_HUB_OFFLINE is",
         "history owner/other": "checkpoint = owner/other: no such folder, and HF_HUB_OFFLINE is",
-        "inspect nowhere": "checkpoint = nowhere: no such folder, and no hub id (owner/name).",
+        "inspect nowhere": "checkpoint = nowhere: no such folder, and not a hub id (owner/name).",
     }.items():
         refused = run(words)
         assert (refused.code, refused.out) == (2, "")

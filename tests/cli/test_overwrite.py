@@ -170,7 +170,7 @@ def test_anything_else_is_refused_and_stays(
     assert result.err.endswith("Nothing was written.\n")
     without = run(f"{words} --output old")
     assert without.code == 2
-    assert "old exists already" in without.err
+    assert "old already exists" in without.err
     assert (snapshot(place / "base"), _tree(place)) == (before, tree)
 
 

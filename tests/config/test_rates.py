@@ -44,8 +44,8 @@ def test_the_default_rate_on_a_large_checkpoint(
         assert notes == ()
     else:
         (note,) = notes
-        assert note.startswith("training.learning_rate = 0.003 is a rate for small bases")
-        assert f"training.learning_rate={start} is a start" in note
+        assert note.startswith("training.learning_rate = 0.003 is a learning rate for small bases")
+        assert f"Start with training.learning_rate={start}" in note
 
 
 MODELS = sorted(path.stem for path in (config_folder() / "model").glob("*.yaml"))
@@ -70,7 +70,7 @@ def test_a_preset_keeps_its_rate(model: str, training: str) -> None:
     words = [f"model={model}", f"training={training}", "trainer.check_memory=false"]
     config = load_config(words)
     assert config.training.learning_rate == config.pretraining.learning_rate == 3e-3
-    assert "0.003" in config.rate_note and "trained here" in config.rate_note
+    assert "0.003" in config.rate_note and "from scratch" in config.rate_note
     typed = load_config([*words, "training.learning_rate=3e-3"])
     assert typed.rate_note == "" and fingerprint(typed) == fingerprint(config)
 

@@ -76,10 +76,10 @@ REFUSALS: dict[str, tuple[str, ...]] = {
     "experts=dylora experts.detector=los": ("experts.detector = los", "Did you mean loss?"),
     "experts=dylora forgetting=[ewc,replay]": ("which is frozen", "allowed are none and replay"),
     "experts=dylora growth=foam": ("experts freeze the base",),
-    "experts=dylora optimizer=sgd": ("SGD has other state", "AdamW8bit"),
+    "experts=dylora optimizer=sgd": ("SGD has a different state", "AdamW8bit"),
     "experts=dylora pipeline.target_params=1M": ("pipeline.target_params",),
     "experts=dylora callbacks=ema": ("averaging misses experts",),
-    "growth=foam optimizer=sgd": ("SGD has other state", "AdamW8bit"),
+    "growth=foam optimizer=sgd": ("SGD has a different state", "AdamW8bit"),
     "growth=foam optimizer.amsgrad=true": ("without amsgrad",),
     "growth=foam expansion=moe": ("mixtral has experts", "growth=none"),
     "growth=foam pipeline.target_params=1M": ("pipeline.target_params",),
@@ -108,7 +108,7 @@ REFUSALS: dict[str, tuple[str, ...]] = {
     "trainer=ddp trainer.devices=3": ("data.batch_size = 16", "nearest: 15 or 18"),
     "-m trainer=ddp": ("trainer.strategy = ddp", "omit -m"),
     "-m trainer=cpu,ddp": ("job 1 (trainer=ddp)", "omit -m"),
-    "trainer=fsdp trainer.devices=1": ("trainer=fsdp is for 2 or more",),
+    "trainer=fsdp trainer.devices=1": ("trainer=fsdp requires at least 2",),
     "trainer=fsdp forgetting=[ewc,replay]": ("whole weights", "choose none or replay"),
     "trainer=fsdp growth=foam": ("growth = NeuronGrowth", "expansion=width", "trainer=ddp"),
     "trainer=fsdp experts=dylora": ("experts = DynamicExperts", "trainer=ddp"),
@@ -467,6 +467,6 @@ def test_compiling_without_a_compiler_is_refused_before_anything_is_written(
     monkeypatch.setenv("CXX", "no-such-compiler")
     result = run("trainer.compile=true")
     assert (result.code, result.written, pipeline.configs) == (2, [], [])
-    assert "trainer.compile = true: torch.compile needs a C++ compiler" in result.err
+    assert "trainer.compile = true: torch.compile requires a C++ compiler" in result.err
     assert "no-such-compiler" in result.err and "trainer.compile=false" in result.err
     assert run("trainer.compile=false").code == 0

@@ -101,7 +101,7 @@ def test_jobs_of_submitit_run_on_and_hold_their_folders(tmp_path: Path) -> None:
     sweep.wait()  # the jobs hold what it printed to
     refused = started(tmp_path, *words)
     _, errors = refused.communicate(timeout=_SECONDS)
-    assert refused.returncode == 2 and "is running there" in errors
+    assert refused.returncode == 2 and "is using it" in errors
     (tmp_path / "go").touch()
     wait_for(lambda: statuses(tmp_path) == ["kept", "kept"])
     again = started(tmp_path, *words)

@@ -250,7 +250,7 @@ REFUSALS: dict[str, tuple[str, ...]] = {
     "data.old=@old": ("data.old is not a key of data=stdlib (the current source).",),
     "data.source=text": ("data.source = text", "choose it with data=text"),
     "model=hf": ("model.path = null", "model.path=DIR"),
-    "model=hf model.path=@bsae": ("model.path", "no hub id", "Did you mean 'base'?"),
+    "model=hf model.path=@bsae": ("model.path", "not a hub id", "Did you mean 'base'?"),
     "model=hf model.path=@old/b.jsonl": ("it is a file",),
     "model=hf model.path=@old": ("holds no config.json",),
     "model.path=@base": ("model.path requires model=hf. Did you mean: model=hf model.path=",),

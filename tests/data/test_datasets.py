@@ -251,7 +251,7 @@ def test_a_card_names_nothing_outside(place: Path, file: str, entry: str) -> Non
             (place / "data" / file).write_text(text)
             message = problem("data")
             if entry.startswith("inner"):
-                assert "inner leads out of the folder" in message
+                assert "inner leaves the folder" in message
             else:
                 assert f"@/data/{file} refers to" in message and "outside the folder" in message
                 assert entry.replace(str(place), "@") in message

@@ -262,7 +262,7 @@ def test_a_link_out_of_the_folder_is_not_read(tmp_path: Path) -> None:
     (tmp_path / "secret.jsonl").write_text('{"passage": "p", "question": "q", "answer": true}\n')
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks/boolq.jsonl").symlink_to("../secret.jsonl")
-    with pytest.raises(RequestError, match=r"--tasks-path: .*boolq.jsonl leads out of the folder"):
+    with pytest.raises(RequestError, match=r"--tasks-path: .*boolq.jsonl leaves the folder"):
         load([BENCHMARKS["boolq"]], TasksFolder(tmp_path / "tasks", key="--tasks-path"))
 
 

@@ -33,7 +33,7 @@ def test_a_job_with_all_of_them(run_job: Callable[..., Outcome], tmp_path: Path)
     summary = json.loads(outcome.summary_path.read_text())
     (attempt,) = summary["attempts"]
     assert attempt["steps"] == 21
-    assert attempt["ended_early"] == "a callback asked the training to stop"
+    assert attempt["ended_early"] == "a callback stopped the training run"
     folders = {path.name for path in (tmp_path / "run/attempt_1/checkpoints").iterdir()}
     assert "last.ckpt" in folders and len(folders) == 2
     header = (tmp_path / "run/attempt_1/metrics.csv").read_text().splitlines()[0]

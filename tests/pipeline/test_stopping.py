@@ -134,7 +134,7 @@ def test_a_training_stops_at_its_step_and_goes_on_to_the_same_weights(
     with signal_at(SignalAt(step, number)):
         ended = run(f"""hydra.run.dir="{folder}" """.strip())
     assert ended.code == code
-    where = f"at step {step + 1} of 8 of the training, which goes on from there"
+    where = f"at step {step + 1} of 8 of the training, which can be resumed"
     assert f"\nStopped {where}.\nResume with:\n  " in ended.err and "Traceback" not in ended.err
     status = status_of(folder)
     assert (status["status"], status["exit_code"]) == ("interrupted", code)
@@ -152,7 +152,7 @@ def test_a_second_signal_ends_it_at_once(
 ) -> None:
     with signal_at(SignalAt(5, signal.SIGINT, signal.SIGINT)):
         ended = run(f"hydra.run.dir={tmp_path / 'run'}")
-    assert ended.code == 130 and "goes on from the last state it saved" in ended.err
+    assert ended.code == 130 and "resumes from its last saved state" in ended.err
     assert status_of(tmp_path / "run")["status"] == "interrupted"
     head = json.loads((tmp_path / "run/attempt_1/saved/checkpoint.json").read_text())
     steps = [value for key, value in head["content"]["pairs"] if key == "global_step"]

@@ -56,7 +56,7 @@ def test_what_exists_is_refused_before_the_block_runs(tmp_path: Path, is_file: b
         target.mkdir()
         (target / "mine.txt").write_text("mine")
     before = _contents(tmp_path)
-    with pytest.raises(RequestError, match="exists already"), atomic_folder(target):
+    with pytest.raises(RequestError, match="already exists"), atomic_folder(target):
         pytest.fail("the block ran")
     assert _contents(tmp_path) == before
 

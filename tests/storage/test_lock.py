@@ -32,7 +32,7 @@ def test_a_folder_is_held_until_its_process_is_killed(tmp_path: Path) -> None:
         for _ in range(2):  # asking does not free it
             with pytest.raises(RequestError, match=rf"^dir = .*: process {holder.pid} on .* is"):
                 check_free(tmp_path, key="dir")
-        with pytest.raises(RequestError, match="is running there"), alone_in(tmp_path, key="dir"):
+        with pytest.raises(RequestError, match="is using it"), alone_in(tmp_path, key="dir"):
             pass
         os.kill(holder.pid, signal.SIGKILL)
         holder.wait()

@@ -50,16 +50,16 @@ def _touched(path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize(("make", "said"), SPECIAL.values(), ids=SPECIAL.keys())
+@pytest.mark.parametrize(("make", "message"), SPECIAL.values(), ids=SPECIAL.keys())
 @pytest.mark.parametrize("read", [read_text, read_object, require_file])
 def test_everything_else_is_refused_at_once(
-    tmp_path: Path, make: Callable[[Path], object], said: str, read: Callable[[Path], object]
+    tmp_path: Path, make: Callable[[Path], object], message: str, read: Callable[[Path], object]
 ) -> None:
     path = tmp_path / "config.json"
     make(path)
     with pytest.raises(TritterError) as error:
         read(path)
-    assert said in str(error.value)
+    assert message in str(error.value)
     assert str(path) in str(error.value)
 
 
@@ -88,12 +88,12 @@ CONTENTS = {
 }
 
 
-@pytest.mark.parametrize(("content", "said"), CONTENTS.values(), ids=CONTENTS.keys())
-def test_json_that_breaks_things_is_refused(tmp_path: Path, content: str, said: str) -> None:
+@pytest.mark.parametrize(("content", "message"), CONTENTS.values(), ids=CONTENTS.keys())
+def test_json_that_breaks_things_is_refused(tmp_path: Path, content: str, message: str) -> None:
     (tmp_path / "tritter.json").write_text(content)
     with pytest.raises(TritterError) as error:
         read_object(tmp_path / "tritter.json")
-    assert said in str(error.value)
+    assert message in str(error.value)
 
 
 def test_what_is_no_text_or_no_object_is_refused(tmp_path: Path) -> None:
@@ -101,5 +101,5 @@ def test_what_is_no_text_or_no_object_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TritterError, match="not UTF-8"):
         read_text(tmp_path / "state.json")
     (tmp_path / "state.json").write_text(json.dumps([1]))
-    with pytest.raises(TritterError, match="no JSON object"):
+    with pytest.raises(TritterError, match="is not a JSON object"):
         read_object(tmp_path / "state.json")

@@ -1,4 +1,4 @@
-"""The settings of `trainer=cpu`, for trainings that no config asks for."""
+"""The settings of `trainer=cpu`, for training runs without a config."""
 
 from typing import Any
 
@@ -9,6 +9,6 @@ from tritter.training import TrainerSettings
 
 
 def trainer_settings(**changes: Any) -> TrainerSettings:
-    """Return what `conf/trainer/cpu.yaml` says, without bars, and with some changes."""
+    """Return the settings of `conf/trainer/cpu.yaml` with changes and without progress bars."""
     stated = yaml.safe_load((config_folder() / "trainer/cpu.yaml").read_text(encoding="utf-8"))
     return TrainerSettings(**{**stated, "progress": "off", **changes})

@@ -1,4 +1,4 @@
-"""FLOPs of real training steps: what is trained in them, and what is looked at besides."""
+"""FLOPs of real training steps: of the trained parameters and of additional forward passes."""
 
 import csv
 from pathlib import Path
@@ -25,7 +25,7 @@ HELD = RoutingSettings(auxiliary_loss=0.01, z_loss=1e-3, hold_old=1.0)
 
 
 def square(flops: Flops) -> float:
-    """Return what eager attention makes of a count: every token meets every key."""
+    """Return the FLOPs of eager attention, in which every token attends to every key."""
     return flops.matrices * LENGTH + sum(flops.attention.values()) * LENGTH**2
 
 

@@ -323,7 +323,7 @@ def _is_running(process_id: int) -> bool:
         state = Path(f"/proc/{process_id}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
         return False
-    return state != "Z"  # whoever adopts it may not have looked yet
+    return state != "Z"  # its parent may not have checked yet
 
 
 @pytest.mark.full
@@ -395,4 +395,4 @@ def test_a_refusal_keeps_what_it_speaks_of_on_its_way_out_of_a_process() -> None
     assert isinstance(sent, RequestError) and str(sent) == str(refusal)
     assert [problem.key for problem in sent.problems] == ["data.batch_size"]
     told = str(_Failure.of(OSError("full")).error())
-    assert told == "the training was refused by the system: full."
+    assert told == "the training run failed with a system error: full."

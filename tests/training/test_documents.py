@@ -1,4 +1,4 @@
-"""Trainings on whole documents: what is learned, held, counted and gone on with is theirs alone."""
+"""Training on whole documents: loss, masks, counts and resuming respect document boundaries."""
 
 from collections import Counter
 from dataclasses import replace
@@ -144,7 +144,7 @@ def test_si_sees_the_gradient_of_the_loss_that_is_trained() -> None:
     ones = {name: torch.ones_like(p) for name, p in model.named_parameters()}
     method.begin_task(model, Task(seed=0, state={"si_importance": ones}))
     module.task_loss(batch_of(ROWS)).value.backward()
-    for rows in (ROWS[:1], ROWS[1:]):  # of two batches of a step: by what is to be predicted
+    for rows in (ROWS[:1], ROWS[1:]):  # two batches of a step, weighted by predicted tokens
         method.observe_batch(model, batch_of(rows))
     assert method._own is not None
     for name, parameter in model.named_parameters():
@@ -163,7 +163,7 @@ def test_what_a_model_writes_begins_anew_at_each_end_of_text() -> None:
             ids = text.tolist()
             begins = [0, *(at for at in range(1, 60) if ids[at] == EOT), 60]
             for first, end in pairwise(begins):
-                # Of what is longer than the half that is read again the beginning is looked at
+                # Of documents longer than the half that is read again, only the start is checked
                 stop = end if end < 40 else min(end, first + 20)
                 said = alone(text[None, first:stop], use_cache=False).logits[0].float()
                 wanted = -said.log_softmax(-1)[:-1].gather(1, text[first + 1 : stop, None])

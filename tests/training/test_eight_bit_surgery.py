@@ -45,7 +45,7 @@ def settings(smallest: int = CODED, name: str = "AdamW8bit") -> OptimizerSetting
 
 
 def numbers(state: dict[str, Any], suffix: str) -> Tensor:
-    """Return what the codes stand for, entry by entry from the tables."""
+    """Return the values of the codes, entry by entry from the tables."""
     held = state[f"state{suffix}"]
     if held.dtype == torch.float32:
         return held
@@ -54,7 +54,7 @@ def numbers(state: dict[str, Any], suffix: str) -> Tensor:
 
 
 def bound(state: dict[str, Any], suffix: str) -> Tensor:
-    """Return how far a number may be from what its code stands for."""
+    """Return the maximum quantisation error of a value."""
     held = state[f"state{suffix}"]
     if held.dtype == torch.float32:
         return torch.zeros_like(held)
@@ -206,7 +206,7 @@ def test_other_changes_go_on_as_well(tmp_path: Path, specs: Any) -> None:
 def with_random_gradients(
     optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter], *, steps: int, seed: int
 ) -> Iterator[dict[str, Tensor]]:
-    """Yield what each step changes; gradients of all entries are of one size."""
+    """Yield the update of each step; all gradient entries have the same magnitude."""
     generator = torch.Generator().manual_seed(seed)
     for _ in range(steps):
         before = {name: p.detach().clone() for name, p in parameters.items()}
@@ -262,7 +262,7 @@ def test_what_is_not_finite_gets_no_code(tmp_path: Path) -> None:
                 held["absmax1"][1] = float("nan")
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
-    with pytest.raises(TritterError, match="exp_avg holds values that are not finite"):
+    with pytest.raises(TritterError, match="exp_avg is not finite"):
         train(tmp_path, Spoiling(), optimizer=settings())
 
 

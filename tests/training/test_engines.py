@@ -96,7 +96,7 @@ def test_recomputed_activations_give_the_same_bits_and_dropout(tmp_path: Path) -
 def test_without_the_random_state_of_the_first_pass_the_bits_are_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The negative control: dropout is drawn anew when a layer computes again."""
+    """The negative control: dropout differs when a layer is recomputed."""
     whole = torch.utils.checkpoint.checkpoint
 
     def careless(*args: Any, **options: Any) -> Any:

@@ -90,7 +90,7 @@ def test_same_seed_same_weights(tmp_path: Path) -> None:
 
 @pytest.mark.full
 def test_what_layers_drop_out_follows_from_the_seed(tmp_path: Path) -> None:
-    """Whatever torch's own generator was used for before; stock GPT-2 drops out a tenth."""
+    """Regardless of the earlier use of torch's generator; stock GPT-2 drops out a tenth."""
     found = []
     for number, (seed, before) in enumerate([(3, 1), (3, 2), (4, 1)]):
         model = oracle.tiny_llama(initializer_range=0.05, attention_dropout=0.2)
@@ -162,7 +162,7 @@ class Witness(ForgettingMethod):
 
 
 def test_observers_see_the_gradients_of_the_task_alone(tmp_path: Path) -> None:
-    """Whatever the order of the methods, none sees what another has added."""
+    """Regardless of the order of the methods, none sees what another has added."""
     alone = Witness(0.0)
     run(module_of(alone, schedule=replace(SCHEDULE, max_steps=1)), tmp_path / "alone")
     first, second = Witness(5.0), Witness(7.0)

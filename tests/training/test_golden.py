@@ -1,6 +1,6 @@
-"""One loss curve for ever: whatever changes how we train shows here, also where no bound fails.
+"""One golden loss curve: every change of the training shows here, also where no bound fails.
 
-`python -m tests.training.test_golden` writes it anew; say in the commit why it moved.
+`python -m tests.training.test_golden` rewrites it; explain the change in the commit message.
 """
 
 import json

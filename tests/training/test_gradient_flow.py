@@ -66,7 +66,7 @@ def grown(spec: Any) -> tuple[nn.Module, Task]:
 def test_what_is_new_is_reached_in_the_steps_that_a_verdict_takes(
     tmp_path: Path, spec: Any
 ) -> None:
-    """Also behind zeros; before that nobody says anything."""
+    """Also behind zeros; before that nothing is reported."""
     model, task = grown(spec)
     flow = train(model, tmp_path / "long", task=task, steps=ENOUGH_STEPS).flow
     assert flow == {"steps": ENOUGH_STEPS, "without_gradient": [], "without_tokens": []}

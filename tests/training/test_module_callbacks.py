@@ -203,7 +203,7 @@ def test_an_early_end_is_at_the_end_of_a_step_and_is_not_trained_on_from(
     assert result.steps == 3 and result.num_tokens == 3 * GATHERED * 4 * 16
     _, short = train(tmp_path / "short", gathered=GATHERED, steps=3)
     assert result.flops == short.flops
-    assert result.ended_early == "a callback asked the training to stop"
+    assert result.ended_early == "a callback stopped the training run"
     assert result.stopped_because is None
     again, resumed = train(tmp_path, stop, gathered=GATHERED, devices=devices)
     assert same_weights(model, again)

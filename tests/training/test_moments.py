@@ -39,7 +39,7 @@ def train(
     settings: TrainerSettings = PLAIN,
     optimizer: OptimizerSettings | None = None,
 ) -> State:
-    """Train on batches [N, B, T], from a state or anew; return what is left."""
+    """Train on batches [N, B, T], from a state or from scratch; return the final state."""
     num_batches, batch_size, length = batches.shape
     stream = _InOrder(batches.reshape(num_batches * batch_size, length), seed=0)
     module = BaseModule(
@@ -65,7 +65,7 @@ def train(
 
 
 class _InOrder(SequenceStream):
-    """Sequences as they stand, so that two trainings can share them."""
+    """Sequences as they stand, so that two training runs can share them."""
 
     def _move_to(self, *, epoch: int, position: int) -> None:
         super()._move_to(epoch=epoch, position=position)
@@ -104,15 +104,15 @@ def test_two_trainings_with_carried_moments_are_one_of_a_bare_adamw(
     tmp_path: Path, family: str
 ) -> None:
     options = {"initializer_range": 0.05}
-    whole, parts, anew = (tiny(family, **options) for _ in range(3))
+    whole, parts, without = (tiny(family, **options) for _ in range(3))
     adam = bare(whole, BATCHES)
     first = train(parts, tmp_path / "first", batches=BATCHES[:7])
-    anew.load_state_dict(parts.state_dict())
+    without.load_state_dict(parts.state_dict())
     last = train(parts, tmp_path / "second", batches=BATCHES[7:], state=first)
-    train(anew, tmp_path / "anew", batches=BATCHES[7:])
+    train(without, tmp_path / "without", batches=BATCHES[7:])
     assert first.step == 7 and last.step == 12 and not last.other_steps
     assert distance(parts, whole) < 2e-6
-    assert distance(anew, whole) > 1e-3  # what is lost without them
+    assert distance(without, whole) > 1e-3  # what is lost without them
     held = {kind: dict(LazyTensors(tensors)) for kind, tensors in last.kinds.items()}
     assert set(held) == set(MOMENTS)
     config = whole.config.to_dict()
@@ -287,8 +287,8 @@ def test_moments_that_are_none_are_refused(tmp_path: Path) -> None:
     for number, (first, second, message) in enumerate(
         [
             (torch.zeros(5), torch.zeros(5), "shape"),
-            (torch.full((24,), float("nan")), torch.zeros(24), "no moment"),
-            (torch.zeros(24), -torch.ones(24), "no moment"),
+            (torch.full((24,), float("nan")), torch.zeros(24), "not a valid Adam moment"),
+            (torch.zeros(24), -torch.ones(24), "not a valid Adam moment"),
         ]
     ):
         folder = tmp_path / str(number)

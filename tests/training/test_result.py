@@ -66,13 +66,13 @@ class Fails(Callback):
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:  # type: ignore[no-untyped-def]
         if trainer.global_rank == self.rank and trainer.global_step == 3:
-            raise RequestError(f"optimizer.x = 3: rank {self.rank} says no.")
+            raise RequestError(f"optimizer.x = 3: rank {self.rank} refuses.")
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_fails_in_the_middle_is_told(tmp_path: Path, rank: int) -> None:
-    with pytest.raises(RequestError, match=rf"^optimizer\.x = 3: rank {rank} says no\.$"):
+    with pytest.raises(RequestError, match=rf"^optimizer\.x = 3: rank {rank} refuses\.$"):
         train(tmp_path, TWO, Fails(rank))
 
 
@@ -106,7 +106,7 @@ class Slow:
 
 
 class SeenBy(Callback):
-    """Note on every rank whether the result lies there when the fit has ended."""
+    """Note on every rank whether the result exists after the fit."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -194,7 +194,7 @@ def test_codec_keeps_what_it_is_given() -> None:
         },
     }
     tensors: dict[str, torch.Tensor] = {}
-    text = json.dumps(encode(given, tensors, place="it"))
+    text = json.dumps(encode(given, tensors, key_path="it"))
     back = decode(json.loads(text), tensors)
     assert back["numbers"] == given["numbers"] and back["keys"] == given["keys"]
     assert list(back["keys"]) == list(given["keys"])  # type: ignore[arg-type]
@@ -203,7 +203,7 @@ def test_codec_keeps_what_it_is_given() -> None:
         if isinstance(tensor, torch.Tensor):
             assert other.dtype == tensor.dtype and torch.equal(other, tensor)
     with pytest.raises(TypeError, match=r"it\.where\.1 is a set"):
-        encode({"where": [0, {1}]}, {}, place="it")
+        encode({"where": [0, {1}]}, {}, key_path="it")
 
 
 @pytest.mark.full
@@ -239,7 +239,7 @@ def test_a_training_that_goes_on_says_from_which_step(mode: str, is_told: bool) 
         module: Any = None
         progress.on_train_start(trainer, module)
         progress.teardown(trainer, module, "fit")
-        assert ("training: goes on from step 7/9" in file.getvalue()) == (is_told and step > 0)
+        assert ("training: resuming from step 7/9" in file.getvalue()) == (is_told and step > 0)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""A live training is changed: held to one that was stopped, expanded on disk and gone on with."""
+"""Changes during training, compared with runs that are stopped, expanded on disk and resumed."""
 
 import multiprocessing
 import signal
@@ -54,7 +54,7 @@ SPECS: dict[str, list[ExpansionSpec]] = {
     "ffn": WIDER,
     "hidden": [Width(hidden_size=36)],
     "depth": [Dus(identity_init=True)],
-    "blocks that start anew, then wider": [LlamaPro(), Width(init="net2net")],
+    "blocks with reset state, then wider": [LlamaPro(), Width(init="net2net")],
 }
 
 needs_fork = pytest.mark.skipif(
@@ -113,7 +113,7 @@ def train(
 
 
 def expanded_on_disk(saved: Path, folder: Path, specs: Sequence[ExpansionSpec]) -> nn.Module:
-    """Expand what a training saved, weights, moments and step, and put it where it goes on from.
+    """Expand the saved weights, moments and step of a run into the state to resume from.
 
     Names of the moments come from their positions: matrices of the stock model, then vectors.
     """
@@ -154,7 +154,7 @@ def _names_in_groups(model: nn.Module) -> list[str]:
 
 
 def assert_same_end(first: Path, second: Path) -> None:
-    """Hold weights, moments, step counts and generators of two trainings' last saves together."""
+    """Compare weights, moments, step counts and generators of the last states of two runs."""
     kept = ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "loops")
     held = []
     for folder in (first, second):
@@ -261,10 +261,10 @@ def test_moments_that_are_not_mapped_end_elsewhere(tmp_path: Path) -> None:
         assert_same_end(tmp_path / "live", tmp_path / "disk")
 
 
-class Told(ForgettingMethod):
+class Observer(ForgettingMethod):
     """Keeps an anchor, a Fisher and a mask, as methods do."""
 
-    name = "told"
+    name = "observer"
 
     def __init__(self, model: nn.Module) -> None:
         self.anchor = {n: p.detach().clone() for n, p in model.named_parameters()}
@@ -290,7 +290,7 @@ class ToldCallback(Callback):
 def test_listeners_are_told(tmp_path: Path) -> None:
     model, callback = model_of(), ToldCallback()
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    method = Told(model)
+    method = Observer(model)
     train(tmp_path, Grow(), callback, model=model, methods=[method])
     (change,) = callback.changes
     assert change.config["intermediate_size"] == 60 and not change.removed
@@ -369,7 +369,7 @@ def test_averages_follow_by_the_rule_of_weights_and_through_a_resume(tmp_path: P
 
 
 class OneLayer(Grow):
-    """Widen the FFN of one layer; two others stay as narrow as they were."""
+    """Widen the FFN of one layer; two others keep their width."""
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:  # type: ignore[no-untyped-def]
         if trainer.global_step == self.at:
@@ -402,7 +402,7 @@ LOW, HIGH, GAIN = f"{RANK}.low", f"{RANK}.high", f"{RANK}.gain"
 
 
 def with_factors() -> nn.Module:
-    """Return a model in which a low-rank term stands beside one layer, as no family knows it."""
+    """Return a model with a low-rank term next to one layer, which no family has."""
     model = model_of()
     module = model.get_submodule(RANK)
     torch.manual_seed(4)
@@ -479,10 +479,10 @@ class Wrong(Callback):
 @pytest.mark.parametrize(
     ("hook", "specs", "reason"),
     [
-        ("on_before_optimizer_step", WIDER, "can't change in on_before_optimizer_step"),
-        ("on_train_epoch_start", WIDER, "can't change in on_train_epoch_start"),
+        ("on_before_optimizer_step", WIDER, "cannot change in on_before_optimizer_step"),
+        ("on_train_epoch_start", WIDER, "cannot change in on_train_epoch_start"),
         ("twice", WIDER, r"gate_proj.weight of shape \[40, 24\]; the model has \[60, 24\]"),
-        ("on_train_batch_end", [Moe(num_experts=2)], "between two trainings"),
+        ("on_train_batch_end", [Moe(num_experts=2)], "between two training runs"),
     ],
 )
 def test_what_cannot_be_is_refused(
@@ -526,7 +526,7 @@ def test_between_two_batches_of_a_step_nothing_changes() -> None:
 @pytest.mark.full
 @needs_fork
 def test_processes_that_disagree_are_told(tmp_path: Path) -> None:
-    with pytest.raises(TritterError, match="disagree on how the model is to change"):
+    with pytest.raises(TritterError, match="requested different model changes"):
         train(tmp_path, Grow(seeds=(3, 4)), settings=TWO)
 
 
@@ -540,7 +540,7 @@ def test_what_is_wrong_afterwards_is_told(tmp_path: Path) -> None:
                 change = replace(change, tensors={**change.tensors, name: spoiled})
                 surgery.apply(trainer, pl_module, change, reason="test")
 
-    with pytest.raises(TritterError, match="it holds values that are not finite"):
+    with pytest.raises(TritterError, match="it has values that are not finite"):
         train(tmp_path, Cut())
 
 

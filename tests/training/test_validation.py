@@ -1,4 +1,4 @@
-"""Evaluations on the way: the same text each time, and the weights of a training without."""
+"""Validation during training: the same text each time, and the weights of a training without."""
 
 import math
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""What a training leaves, written where it was trained and read where it was asked for."""
+"""A result writer for tests: written by the training process, read by the test."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ from tritter.training.checkpoint_io import SafetensorsCheckpointIO
 
 @dataclass(frozen=True)
 class Written:
-    """Writes a model's tensors, and what its routers hold besides, into a folder."""
+    """Writes a model's tensors, and the additional state of its routers, into a folder."""
 
     path: Path
 

@@ -1,1 +1,1 @@
-"""Bytes on disk: lazy tensors, shards in and out, atomic folders, hashes. Knows no models."""
+"""Storage: lazy tensor reading, sharded writing, atomic folders and hashes, for any model."""

@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all: temporary sibling, fsync, rename."""
+"""Atomic writes of files and folders: temporary sibling, fsync, rename."""
 
 import ctypes
 import errno
@@ -24,39 +24,40 @@ _NO_LINKS = {
     *(errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK),
     *(errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP),
 }
-_ASIDE = "old-"  # mkdtemp's own characters hold no hyphen
-_TAKEN = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR)  # why a rename finds its new name taken
+_ASIDE = "old-"  # mkdtemp never generates a hyphen
+_TAKEN = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR)  # errors of a rename onto an existing name
 Identity = tuple[int, int]  # device and inode of a file or folder
-_PLACED: set[Identity] = set()  # folders that this process has put in place
+_PLACED: set[Identity] = set()  # folders that this process has published
 
 
 @contextmanager
 def atomic_folder(
     target: Path, *, overwrite: bool = False, check: Callable[[Path], None] | None = None
 ) -> Iterator[Path]:
-    """Yield a temporary folder beside `target` that becomes `target` when the block ends well.
+    """Yield a temporary folder next to `target` that becomes `target` when the block succeeds.
 
-    When the block raises, the temporary folder goes and what stood at `target` stays. Only a real
-    folder is ever replaced, and only the one that was there when the block began.
+    If the block raises, the temporary folder is removed and `target` is unchanged. Only a real
+    folder is ever replaced, and only the one that existed when the block began.
 
     Args:
-        check: called with a folder that is to be replaced; raises when it may not be. It is asked
-            at the end, too, of what has been moved away and is about to be deleted.
+        target: Folder to write.
+        overwrite: Whether an existing folder at `target` is replaced.
+        check: Called with the folder to replace; raises if it must not be replaced. It is called
+            again at the end with the old folder, just before that is deleted.
 
     Raises:
-        RequestError: something stands at `target` already and `overwrite` is off, or it may not
-            be replaced, or the place cannot be written; or another process wrote `target`
-            meanwhile, whose result stays.
-        TritterError: the disk refused a write on the way (full, read-only).
+        RequestError: `target` exists and `overwrite` is off, it must not be replaced, it cannot
+            be written, or another process wrote it in the meantime (that result is kept).
+        TritterError: A write failed, for example on a full or read-only disk.
     """
     check = check or (lambda folder: None)
-    if target.name in ("", ".."):  # other spellings of a folder, which has a name
+    if target.name in ("", ".."):  # other spellings of a named folder
         target = target.resolve()
     _refuse(target, overwrite=overwrite, check=check)
     with _parents_of(target):
         try:
             _remove_leftovers(target)
-            _refuse(target, overwrite=overwrite, check=check)  # what was moved aside stands again
+            _refuse(target, overwrite=overwrite, check=check)  # a leftover may be back
             before = identity_of(target) if overwrite else None
             temporary = Path(tempfile.mkdtemp(prefix=_prefix(target), dir=target.parent))
         except OSError as error:
@@ -77,11 +78,13 @@ def atomic_folder(
 def write_text_atomic(
     path: Path, text: str, *, check: Callable[[Path], None] | None = None
 ) -> None:
-    """Write a small text file so that a reader sees the old content or the new, never a part.
+    """Write a small text file atomically: readers see the old content or the new, never a part.
 
     Args:
-        check: called with a file that is to be replaced; raises when it may not be. It is called
-            again with the file that was moved away and is about to be deleted.
+        path: File to write.
+        text: Its new content.
+        check: Called with the file to replace; raises if it must not be replaced. It is called
+            again with the old file, just before that is deleted.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(path)
@@ -105,9 +108,9 @@ def write_text_atomic(
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Give a file a second name; copy it where the file system has no hard links.
+    """Hard-link a file, or copy it where the file system has no hard links.
 
-    Meant for weights, which nothing opens for writing: they are replaced by a rename.
+    Intended for weights: they are never opened for writing, only replaced by a rename.
     """
     try:
         os.link(source.resolve(), target)
@@ -120,17 +123,17 @@ def link_or_copy(source: Path, target: Path) -> None:
 def copy_tree(source: Path, target: Path) -> None:
     """Copy a checkpoint folder into an existing one: weights as hard links, the rest as copies."""
 
-    def copy(path: str, place: str) -> None:
+    def copy(path: str, destination: str) -> None:
         if path.endswith(".safetensors"):
-            link_or_copy(Path(path), Path(place))
+            link_or_copy(Path(path), Path(destination))
         else:
-            shutil.copyfile(path, place)
+            shutil.copyfile(path, destination)
 
     shutil.copytree(source, target, dirs_exist_ok=True, copy_function=copy)
 
 
 def remove_folder(target: Path) -> None:
-    """Remove a folder that `atomic_folder` wrote, and what killed writers of it left beside it."""
+    """Remove a folder written by `atomic_folder`, and the leftovers of its killed writers."""
     if target.parent.is_dir():
         _remove_leftovers(target)
     shutil.rmtree(target, ignore_errors=True)
@@ -138,7 +141,7 @@ def remove_folder(target: Path) -> None:
 
 @contextmanager
 def _parents_of(target: Path) -> Iterator[None]:
-    """Make the folders above `target`; those that are empty when the block ends go again."""
+    """Create the parent folders of `target`; remove those still empty when the block ends."""
     missing = [folder for folder in target.parents if not folder.exists()]
     try:
         try:
@@ -148,7 +151,7 @@ def _parents_of(target: Path) -> Iterator[None]:
         yield
     finally:
         for folder in missing:
-            with suppress(OSError):  # it is not empty, or was never made
+            with suppress(OSError):  # it is not empty, or was never created
                 folder.rmdir()
 
 
@@ -158,10 +161,15 @@ def _unwritable(target: Path, error: OSError | ValueError) -> RequestError:
 
 
 def refuse_existing(target: Path, *, overwrite: bool) -> None:
-    """Refuse a place where something stands that will not be replaced; opens and follows nothing.
+    """Refuse a target that exists and must not be replaced, without opening or following it.
+
+    Args:
+        target: Path to write.
+        overwrite: Whether an existing folder may be replaced.
 
     Raises:
-        RequestError: `overwrite` is off, or it is no real folder; or no file can be called so.
+        RequestError: `target` exists and `overwrite` is off, it is not a real folder, or no file
+            can have this name.
     """
     try:
         mode = target.lstat().st_mode
@@ -172,10 +180,10 @@ def refuse_existing(target: Path, *, overwrite: bool) -> None:
     if not overwrite:
         what = "" if stat.S_ISDIR(mode) else f" and is {kind_of(mode)}"
         way = ", or replace it (--overwrite)" if stat.S_ISDIR(mode) else ""
-        raise RequestError(f"{target} exists already{what}; choose another place{way}.")
+        raise RequestError(f"{target} already exists{what}; choose another path{way}.")
     if not stat.S_ISDIR(mode):
         raise RequestError(
-            f"{target} is {kind_of(mode)}; only a folder is ever replaced. Choose another place."
+            f"{target} is {kind_of(mode)}; only folders can be replaced. Choose another path."
         )
 
 
@@ -188,15 +196,15 @@ def _refuse(target: Path, *, overwrite: bool, check: Callable[[Path], None]) -> 
 def _replace_folder(
     new: Path, target: Path, *, before: Identity | None, check: Callable[[Path], None]
 ) -> None:
-    """Put `new` at `target`; a folder cannot be renamed onto one that is not empty.
+    """Move `new` to `target`; a folder cannot be renamed onto a folder that is not empty.
 
-    Where the system can exchange two names in one step, a kill leaves the old folder or the new
-    one. Elsewhere there is a moment at which the old one has moved aside and lies in a hidden
-    folder beside `target`, from where the next writer puts it back.
+    Where the system can exchange two names atomically, a kill leaves the old folder or the new
+    one. Elsewhere the old folder is briefly in a hidden folder next to `target`; after a kill at
+    that moment, the next writer restores it.
 
     Args:
-        before: the folder at `target` that is to be replaced; None: there was none. What another
-            process has put there since is left alone.
+        before: Identity of the folder to replace, or None if there was none. A folder that
+            another process has put there since is not replaced.
     """
     own = identity_of(new)
     if before is None or not os.path.lexists(target):
@@ -223,13 +231,13 @@ def _replace_folder(
 
 def _exists_now(target: Path) -> RequestError:
     return RequestError(
-        f"{target} exists now: another process wrote it after this command began, and it is left "
-        "as it is. Choose another place."
+        f"{target} exists now: another process wrote it after this command started. It was not "
+        "changed. Choose another path."
     )
 
 
 def identity_of(path: Path) -> Identity | None:
-    """Return what tells a file or folder from all others; None: there is none."""
+    """Return the device and inode of a file or folder, or None if it does not exist."""
     try:
         found = path.lstat()
     except (OSError, ValueError):
@@ -238,12 +246,12 @@ def identity_of(path: Path) -> Identity | None:
 
 
 def is_published_here(target: Path) -> bool:
-    """Return whether the folder at `target` is one that this process put there."""
+    """Return True if this process published the folder at `target`."""
     return identity_of(target) in _PLACED
 
 
 def _check_old(old: Path, target: Path, before: Identity, check: Callable[[Path], None]) -> None:
-    """Check what is, or was until now, at `target` and is about to be deleted."""
+    """Check the old folder of `target`, which is about to be deleted."""
     if identity_of(old) != before:
         raise _exists_now(target)
     try:
@@ -253,7 +261,7 @@ def _check_old(old: Path, target: Path, before: Identity, check: Callable[[Path]
 
 
 def _remove(folder: Path) -> None:
-    """Remove a folder, also when somebody stops the process meanwhile: that happens once."""
+    """Remove a folder, even if a stop signal arrives during the removal."""
     try:
         shutil.rmtree(folder, ignore_errors=True)
     except Stopped:
@@ -262,12 +270,12 @@ def _remove(folder: Path) -> None:
 
 
 def _exchange(first: Path, second: Path) -> bool:
-    """Swap two names in one step; return False where that cannot be done."""
+    """Swap two names atomically; return False where the system cannot."""
     return _renameat2(first, second, _RENAME_EXCHANGE) == 0
 
 
 def _exchange_checked(new: Path, target: Path, check: Callable[[Path], None]) -> bool:
-    """Do the same; the names are swapped back if `check` refuses what was at `target`."""
+    """Swap two names atomically; swap them back if `check` refuses the old target."""
     if not _exchange(new, target):
         return False
     try:
@@ -280,7 +288,7 @@ def _exchange_checked(new: Path, target: Path, check: Callable[[Path], None]) ->
 
 
 def _rename_new(first: Path, second: Path) -> bool:
-    """Rename a file or folder; return False when something has the new name already."""
+    """Rename a file or folder; return False if the new name is taken."""
     failure = _renameat2(first, second, _RENAME_NEW)
     if failure in (0, errno.EEXIST):
         return failure == 0
@@ -289,14 +297,14 @@ def _rename_new(first: Path, second: Path) -> bool:
     try:
         first.rename(second)
     except OSError as error:
-        if error.errno in _TAKEN:  # it came in between
+        if error.errno in _TAKEN:  # another process was faster
             return False
         raise
     return True
 
 
 def _renameat2(first: Path, second: Path, flag: int) -> int:
-    """Call Linux's renameat2 and return the number of its error; 0 when it is done."""
+    """Call Linux's renameat2 and return its error number, or 0 on success."""
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if renameat2 is None:
         return errno.ENOSYS
@@ -310,14 +318,14 @@ def _prefix(target: Path) -> str:
 
 
 def _host() -> str:
-    """Name this machine, whose process numbers say nothing about another's on a shared disk."""
+    """Return a name for this machine: process ids are only unique per machine."""
     return hashlib.sha256(platform.node().encode()).hexdigest()[:8]
 
 
 def _remove_leftovers(target: Path) -> None:
     """Remove temporary folders and files of processes that were killed while writing `target`.
 
-    A folder that one of them had moved aside and not replaced yet is put back first.
+    A folder that was moved aside and not yet replaced is restored first.
     """
     pattern = re.compile(rf"\.{re.escape(target.name)}\.{_host()}-(\d+)\.({_ASIDE})?")
     for path in sorted(target.parent.iterdir()):

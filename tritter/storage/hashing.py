@@ -1,4 +1,4 @@
-"""Content hashes: per tensor, over a whole model, per file."""
+"""Content hashes of tensors, models and files."""
 
 from __future__ import annotations
 
@@ -16,67 +16,71 @@ from tritter.storage.reading import MAX_HEADER_BYTES, open_file, require_file
 if TYPE_CHECKING:
     from torch import Tensor
 
-_MAX_WAITING = 4  # tensors; those of a folder are mapped, and take no memory
-_PIECE_BYTES = 16 * 2**20  # after which a queue that nobody needs any more stops
+_MAX_WAITING = 4  # tensors in memory; those of a folder are mapped
+_PIECE_BYTES = 16 * 2**20  # a closed queue stops after a piece
 
 
 @dataclass(frozen=True, slots=True)
 class RawTensor:
-    """A tensor as it lies in a file.
+    """The raw bytes of a tensor in a file.
 
     Args:
-        dtype: as torch calls it, without "torch.".
-        held: its values, in row-major order.
+        name: Name of the tensor.
+        dtype: Name of the torch dtype without "torch.".
+        shape: Shape of the tensor.
+        data: Its values in row-major order.
     """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
-    held: memoryview
+    data: memoryview
 
 
 def tensor_digest(name: str, tensor: Tensor) -> str:
-    """SHA-256 over name, dtype, shape and bytes."""
+    """Return the SHA-256 of a tensor's name, dtype, shape and bytes."""
     digest = begun_digest(name, str(tensor.dtype), tuple(tensor.shape))
     digest.update(bytes_of(tensor))
     return digest.hexdigest()
 
 
 def begun_digest(name: str, dtype: str, shape: tuple[int, ...]) -> hashlib._Hash:
-    """Return the digest of a tensor whose bytes are still to come.
+    """Return a hash object that is ready for the bytes of a tensor.
 
     Args:
-        dtype: as torch writes it, "torch.bfloat16".
+        name: Name of the tensor.
+        dtype: Name of the torch dtype, such as "torch.bfloat16".
+        shape: Shape of the tensor.
     """
     return hashlib.sha256(f"{name}\0{dtype}\0{shape}\0".encode())
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
-    """Return a tensor's values as they lie in memory, in row-major order."""
-    import torch  # a lineage is read without it
+    """Return the bytes of a tensor in row-major order."""
+    import torch  # reading a lineage does not need it
 
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().data
 
 
 def merkle_hash(tensor_digests: Mapping[str, str]) -> str:
-    """SHA-256 over the sorted tensor digests: independent of sharding and order."""
+    """Return the SHA-256 of the sorted tensor checksums: independent of sharding and order."""
     lines = "\n".join(f"{name} {tensor_digests[name]}" for name in sorted(tensor_digests))
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
+    """Return the SHA-256 of a file."""
     with open_file(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def bounded_digest(path: Path) -> str:
-    """SHA-256 of a file of a checkpoint folder, which may come from anywhere.
+    """Return the SHA-256 of a file in an untrusted checkpoint folder.
 
     Raises:
-        TritterError: it is larger than any file of its name, or tensors without a header: hashing
-            it could take hours and say nothing.
+        TritterError: The file is larger than any valid file of that name, or a safetensors file
+            without a header. Hashing it could take hours.
     """
     if path.suffix == ".safetensors":
         header_digest(path)
@@ -86,10 +90,10 @@ def bounded_digest(path: Path) -> str:
 
 
 def header_digest(path: Path) -> str:
-    """SHA-256 of a safetensors file's header, which names and places its tensors.
+    """Return the SHA-256 of a safetensors header, which lists the tensors and their offsets.
 
     Raises:
-        TritterError: the file cannot be read, or no header is as long as it says.
+        TritterError: The file cannot be read, or states an impossible header length.
     """
     with open_file(path) as file:
         start = file.read(8)
@@ -106,9 +110,9 @@ def _known(digest: str) -> Future[str]:
 
 
 class DigestQueue:
-    """Digests of tensors, computed in a worker thread while its callers go on.
+    """Checksums of tensors, computed in a worker thread while the caller continues.
 
-    Few tensors wait: whoever adds more waits with them.
+    The queue is short: `add` blocks when it is full.
     """
 
     def __init__(self) -> None:
@@ -121,7 +125,7 @@ class DigestQueue:
 
     @classmethod
     def of(cls, digests: Mapping[str, str]) -> DigestQueue:
-        """Return a queue of known digests: tensors of these names are not hashed."""
+        """Return a queue of known checksums: tensors with these names are not hashed."""
         queue = cls()
         for name, digest in digests.items():
             queue._digests[name] = _known(digest)
@@ -130,22 +134,23 @@ class DigestQueue:
     def begin(
         self, tensors: Iterable[RawTensor], *, check: Callable[[], None] = lambda: None
     ) -> None:
-        """Hash tensors, one after the other, until the first is added or the queue is closed.
+        """Hash tensors one by one until the first `add` or `close`.
 
-        What is wrong with them is found by those who add them.
+        Errors are ignored here; reading the same tensors for `add` raises them again.
 
         Args:
-            check: raises where these are no longer the tensors that will have been added.
+            tensors: Tensors that will be added later.
+            check: Raises if these tensors have changed in the meantime.
         """
         self._check = check
         self._worker.submit(self._hash_ahead, tensors)
 
     def close(self) -> None:
-        """Hash no further ahead; the end of the process would wait for it."""
+        """Stop hashing ahead, which would delay the end of the process."""
         self._is_over.set()
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Hash a tensor, unless one of its name was added before."""
+        """Hash a tensor, unless its name was added before."""
         self._are_added.set()
         if name in self._digests:
             return
@@ -157,14 +162,14 @@ class DigestQueue:
         self._room.release()
 
     def digest(self, name: str) -> str:
-        """Wait for the digest of a tensor that was added."""
+        """Wait for the checksum of an added tensor and return it."""
         return self._digests[name].result()
 
     def results(self) -> dict[str, str]:
-        """Wait for what was added and return name → digest.
+        """Wait for all added tensors and return their checksums by name.
 
         Raises:
-            TritterError: what was hashed ahead has become something else since.
+            TritterError: A file that was hashed ahead has changed since.
         """
         self._check()
         return {name: digest.result() for name, digest in dict(self._digests).items()}
@@ -172,10 +177,10 @@ class DigestQueue:
     def _hash_ahead(self, tensors: Iterable[RawTensor]) -> None:
         for tensor in tensors:
             digest = begun_digest(tensor.name, f"torch.{tensor.dtype}", tensor.shape)
-            for begin in range(0, len(tensor.held), _PIECE_BYTES):
+            for begin in range(0, len(tensor.data), _PIECE_BYTES):
                 if self._is_over.is_set():
                     return
-                digest.update(tensor.held[begin : begin + _PIECE_BYTES])
+                digest.update(tensor.data[begin : begin + _PIECE_BYTES])
             self._digests.setdefault(tensor.name, _known(digest.hexdigest()))
             if self._are_added.is_set():
                 return

@@ -1,4 +1,4 @@
-"""A checkpoint by its name: a folder as it is, or one that the hub gives."""
+"""Find a checkpoint: a local folder, or a download from the Hugging Face Hub."""
 
 import logging
 import re
@@ -11,21 +11,22 @@ from tritter.storage.reading import named_path
 
 
 def locate(checkpoint: str, *, key: str = "checkpoint") -> Path:
-    """Return the folder of a checkpoint: a folder as it is, a hub id downloaded.
+    """Return the local folder of a checkpoint, downloading it if it is a hub id.
 
-    Of a hub id only configs, tokenizer files and safetensors are fetched; nothing is executed.
+    Only configs, tokenizer files and safetensors are downloaded. No code is executed.
 
     Args:
-        key: that named it, for messages.
+        checkpoint: Folder or hub id (`owner/name`).
+        key: Option that named the checkpoint, for error messages.
 
     Raises:
-        RequestError: neither a folder nor a hub id that can be reached.
+        RequestError: It is neither a folder nor a reachable hub id.
     """
     folder = named_path(checkpoint, key=key)
     if folder.exists():
         return folder
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", checkpoint):
-        raise refused(key, checkpoint, "no such folder, and no hub id (owner/name)")
+        raise refused(key, checkpoint, "no such folder, and not a hub id (owner/name)")
     from huggingface_hub import constants, errors, snapshot_download
 
     try:
@@ -34,12 +35,12 @@ def locate(checkpoint: str, *, key: str = "checkpoint") -> Path:
             return Path(snapshot_download(checkpoint, allow_patterns=patterns))
     except (errors.HfHubHTTPError, OSError, ValueError) as error:
         if isinstance(error, errors.GatedRepoError):
-            reason = "on the hub it is gated: accept its terms there, then run `hf auth login`"
+            reason = "it is gated on the hub: accept its terms there, then run `hf auth login`"
         elif isinstance(error, errors.RepositoryNotFoundError):
             reason = "the hub has no such model; a private one needs `hf auth login`"
         elif isinstance(error, errors.LocalEntryNotFoundError) and constants.HF_HUB_OFFLINE:
             cached = constants.HF_HUB_CACHE
-            reason = f"HF_HUB_OFFLINE is set and the hub's cache lacks it ({cached})"
+            reason = f"HF_HUB_OFFLINE is set and it is not in the hub cache ({cached})"
         else:
             reached = (str(error).strip().splitlines() or [type(error).__name__])[0]
             reason = f"the hub cannot be reached ({reached.removeprefix('Got: ')})"
@@ -48,7 +49,7 @@ def locate(checkpoint: str, *, key: str = "checkpoint") -> Path:
 
 @contextmanager
 def quiet_hub() -> Iterator[None]:
-    """Keep the hub client's own lines, one for each retry, from the terminal; errors are raised."""
+    """Silence the hub client's log, one line per retry; errors are still raised."""
     log = logging.getLogger("huggingface_hub")
     before = log.level
     log.setLevel(logging.CRITICAL)

@@ -1,4 +1,4 @@
-"""One process at a time in a folder: a lock that ends with the process that holds it."""
+"""A folder lock for one process at a time; the system releases it when that process ends."""
 
 import fcntl
 import os
@@ -16,22 +16,23 @@ _MAX_BYTES = 200
 
 @contextmanager
 def alone_in(folder: Path, *, key: str) -> Iterator[None]:
-    """Hold a folder against other processes while the block runs.
+    """Lock a folder while the block runs.
 
-    The system takes the lock back when this process ends, however that comes about; processes
-    that it forks don't hold it. A file system without locks holds nobody off.
+    The system releases the lock when this process ends, even by a kill. Forked processes do not
+    hold it. On a file system without locks it has no effect.
 
     Args:
-        key: what named the folder, for messages.
+        folder: Folder to lock.
+        key: Option that named the folder, for error messages.
 
     Raises:
-        RequestError: another process holds it.
+        RequestError: Another process holds the lock.
     """
     path = folder / LOCK_NAME
     while True:
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
-        except OSError:  # it belongs to somebody else, or none can be made
+        except OSError:  # another user owns the file, or it cannot be created
             yield
             return
         if (holder := _lock(descriptor)) is not None:
@@ -40,9 +41,9 @@ def alone_in(folder: Path, *, key: str) -> Iterator[None]:
         with suppress(FileNotFoundError):
             if os.path.samestat(os.lstat(path), os.fstat(descriptor)):
                 break
-        os.close(descriptor)  # its last holder took the file away meanwhile
+        os.close(descriptor)  # the last holder has removed the file
     try:
-        with suppress(OSError):  # a full disk: the holder has no name
+        with suppress(OSError):  # a full disk: the lock names no process
             os.truncate(descriptor, 0)
             os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
         yield
@@ -52,21 +53,21 @@ def alone_in(folder: Path, *, key: str) -> Iterator[None]:
 
 
 def check_free(folder: Path, *, key: str) -> None:
-    """Refuse a folder that another process holds; writes nothing.
+    """Refuse a folder that another process has locked, without writing anything.
 
-    It is not for the process that holds it itself, which would lose the lock.
+    The process that holds the lock must not call this: it would lose the lock.
 
     Raises:
-        RequestError: says which process.
+        RequestError: Another process holds the lock; the message names it.
     """
     if (holder := _holder(folder)) is not None:
         raise _is_taken(folder, holder, key=key)
 
 
 def process_in(folder: Path) -> int | None:
-    """Return the id of the process of this machine that holds a folder; None: there is none.
+    """Return the id of the local process that has locked a folder, or None.
 
-    It is not for the process that holds it itself, which would lose the lock.
+    The process that holds the lock must not call this: it would lose the lock.
     """
     holder = re.fullmatch(r"process ([1-9]\d{0,9}) on (\S+)", _holder(folder) or "")
     if holder is None or holder[2] != socket.gethostname():
@@ -75,12 +76,12 @@ def process_in(folder: Path) -> int | None:
 
 
 def is_held(folder: Path) -> bool:
-    """Say whether another process, of whatever machine, holds a folder."""
+    """Return True if another process, on any machine, has locked a folder."""
     return _holder(folder) is not None
 
 
 def _holder(folder: Path) -> str | None:
-    """Return how another process that holds a folder names itself; None: nobody holds it."""
+    """Return the name of the process that has locked a folder, or None."""
     try:
         descriptor = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_NOFOLLOW)
     except OSError:
@@ -92,17 +93,17 @@ def _holder(folder: Path) -> str | None:
 
 
 def _lock(descriptor: int) -> str | None:
-    """Take a lock, or return who has it."""
+    """Acquire a lock, or return the name of the process that holds it."""
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         content = os.pread(descriptor, _MAX_BYTES, 0).decode(errors="replace")
         return content or "another process"
-    except OSError:  # no locks here
+    except OSError:  # the file system has no locks
         pass
     return None
 
 
 def _is_taken(folder: Path, holder: str, *, key: str) -> RequestError:
-    reason = f"{holder} is running there; wait until it has ended, or name another folder"
+    reason = f"{holder} is using it; wait until it ends, or choose another folder"
     return refused(key, folder, reason)

@@ -1,10 +1,11 @@
-"""The door for files and folders that somebody else may have written: all are opened here.
+"""Safe reading of untrusted files and folders. All such files are opened here.
 
-A checkpoint folder comes from anywhere. A pipe in it would never end, a device may do anything, a
-link to the zero device or a file that was blown up would fill memory. A link could name any file of
-this machine, and what is read is copied into results. So files are opened here, regular ones of
-bounded size and depth; a file that a library opens by itself is checked here first; and links may
-not lead out of their folder. Code behind this door trusts what it gets.
+A checkpoint folder can come from anywhere. A pipe in it would never end. A device can do anything.
+A link to the zero device or an oversized file would fill memory. A link could point to any file of
+this machine, and results contain copies of what is read.
+
+So only regular files of bounded size and depth are opened. Files that a library opens are checked
+here first. Links must not leave their folder. Other code trusts the result.
 """
 
 import json
@@ -21,9 +22,9 @@ from tritter.errors import RequestError, TritterError, brief, key_name
 
 LINEAGE_NAME = "tritter.json"
 RUN_FILE, SUMMARY_FILE = "run.json", "summary.json"  # of a run folder
-LEDGER_NAME = "ledger.json"  # of a run folder: what its stages left
+LEDGER_NAME = "ledger.json"  # of a run folder: the results of its stages
 
-# File name → bytes up to which it is read; the largest real ones are a tenth of that.
+# File name → maximum size; the largest real files have a tenth of it.
 _MAX_BYTES = {
     "config.json": 4 * 2**20,
     "state.json": 16 * 2**20,
@@ -42,9 +43,9 @@ _MAX_BYTES = {
     "tokenizer.model": 64 * 2**20,
 }
 _MAX_BYTES_OF_OTHERS = 16 * 2**20
-MAX_HEADER_BYTES = 100_000_000  # of safetensors, as its own reader has it
-_MAX_DEPTH = 64  # of lists in lists; a saved training nests 22 deep
-_MAX_NUMBER = 10**100  # far below what no float holds; tokenizers write 10³⁰ for "no limit"
+MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
+_MAX_DEPTH = 64  # of nested lists; a saved training state nests 22 deep
+_MAX_NUMBER = 10**100  # still a finite float; tokenizers write 10³⁰ for "no limit"
 
 _KINDS = {
     stat.S_IFREG: "a file",
@@ -58,26 +59,26 @@ _KINDS = {
 
 
 def kind_of(mode: int) -> str:
-    """Say what a file's mode makes of it: a file, a folder, a pipe."""
+    """Return the kind of a file by its mode: a file, a folder, a pipe."""
     return _KINDS.get(stat.S_IFMT(mode), "something else")
 
 
 def max_bytes(path: Path) -> int:
-    """Return how large a file of this name may be to be read whole."""
+    """Return the maximum size of a file with this name that is read into memory."""
     return _MAX_BYTES.get(path.name, _MAX_BYTES_OF_OTHERS)
 
 
 @contextmanager
 def open_file(path: Path) -> Iterator[BufferedReader]:
-    """Open a regular file for reading; never waits for a pipe and never touches a device.
+    """Open a regular file for reading, without waiting for a pipe or touching a device.
 
     Raises:
-        TritterError: there is none, it is something else than a regular file, or the system does
-            not let it be read; also while the block reads from it.
+        TritterError: The file does not exist, is not a regular file or cannot be read; also for
+            read errors inside the block.
     """
     try:
-        # Opening a device can do things by itself, so its kind is looked at before, and again
-        # afterwards: what is opened is what counts
+        # Opening a device can have side effects, so check the kind before opening it, and again
+        # afterwards, in case the file was replaced in between
         _require_regular(path, path.stat().st_mode)
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         with os.fdopen(descriptor, "rb") as file:
@@ -90,13 +91,14 @@ def open_file(path: Path) -> Iterator[BufferedReader]:
 
 
 def require_file(path: Path, *, is_read_whole: bool = True) -> None:
-    """Refuse what a library should not be given to open.
+    """Refuse a file that is not safe for a library to open.
 
     Args:
-        is_read_whole: its size is limited too.
+        path: File to check.
+        is_read_whole: Whether to limit its size too.
 
     Raises:
-        TritterError: as `open_file`, or it is too large.
+        TritterError: As `open_file`, or the file is too large.
     """
     with open_file(path) as file:
         size = os.fstat(file.fileno()).st_size
@@ -105,13 +107,14 @@ def require_file(path: Path, *, is_read_whole: bool = True) -> None:
 
 
 def read_text(path: Path, *, limit_bytes: int | None = None) -> str:
-    """Return the text of a small file.
+    """Return the content of a small text file.
 
     Args:
-        limit_bytes: of a file whose name does not say how large it may be.
+        path: File to read.
+        limit_bytes: Maximum size. Default: the limit for files of this name.
 
     Raises:
-        TritterError: as `open_file`; it is too large for its name, or not UTF-8.
+        TritterError: As `open_file`, or the file is too large or not UTF-8.
     """
     limit = max_bytes(path) if limit_bytes is None else limit_bytes
     with open_file(path) as file:
@@ -125,25 +128,25 @@ def read_text(path: Path, *, limit_bytes: int | None = None) -> str:
 
 
 def read_object(path: Path, *, limit_bytes: int | None = None) -> dict[str, Any]:
-    """Return the JSON object that a small file holds.
+    """Return the JSON object in a small file.
 
     Raises:
-        TritterError: as `read_text`; it is no JSON object, is nested too deeply, or holds numbers
-            or text that nothing after this could handle.
+        TritterError: As `read_text`, or the content is not a JSON object, is nested too deeply,
+            or contains numbers or text that Tritter cannot handle.
     """
     return parse_object(read_text(path, limit_bytes=limit_bytes), path=path)
 
 
 def parse_object(text: str, *, path: Path) -> dict[str, Any]:
-    """Return the JSON object that a text is, which was read from `path`.
+    """Parse the text of the JSON file at `path` and return its object.
 
     Raises:
-        TritterError: as `read_object`.
+        TritterError: As `read_object`.
     """
     try:
         content = json.loads(text)
         waiting: list[tuple[object, int]] = [(content, 1)]
-        while waiting:  # for values that pass as JSON and break what is done with them
+        while waiting:  # find values that are valid JSON but cannot be handled later
             value, depth = waiting.pop()
             if isinstance(value, dict | list):
                 if depth > _MAX_DEPTH:
@@ -153,15 +156,17 @@ def parse_object(text: str, *, path: Path) -> dict[str, Any]:
                     waiting += [(item, depth + 1) for item in value.values()]
             elif isinstance(value, str):
                 if not value.isascii():
-                    value.encode()  # halves of a pair of surrogates are no text
+                    value.encode()  # raises for lone surrogates
             elif isinstance(value, int) and abs(value) > _MAX_NUMBER:
-                raise ValueError(f"it holds a number of {int(math.log10(abs(value))) + 1} digits")
+                raise ValueError(
+                    f"it contains a number of {int(math.log10(abs(value))) + 1} digits"
+                )
     except RecursionError as error:
         raise TritterError(f"{path} cannot be read: it is nested too deeply.") from error
     except ValueError as error:
         raise TritterError(f"{path} cannot be read: {_reason(error)}.") from error
     if not isinstance(content, dict):
-        raise TritterError(f"{path} cannot be read: it holds no JSON object.")
+        raise TritterError(f"{path} cannot be read: it is not a JSON object.")
     return content
 
 
@@ -181,45 +186,46 @@ def _reason(error: OSError | ValueError) -> str:
     if isinstance(error, OSError):
         return error.strerror or str(error)
     if isinstance(error, UnicodeEncodeError):
-        return "it holds half of a character (a lone surrogate)"
+        return "it contains half of a character (a lone surrogate)"
     return str(error)
 
 
-_MAX_NAME_BYTES, _MAX_PATH_BYTES = 255, 4095  # as Linux has them
+_MAX_NAME_BYTES, _MAX_PATH_BYTES = 255, 4095  # the limits of Linux
 
 
 def named_path(name: str | os.PathLike[str], *, key: str) -> Path:
-    """Return the path that a person named.
+    """Return a path that the user typed.
 
     Args:
-        key: what asked for it, for messages.
+        name: The path as typed.
+        key: Option that it was typed for, for error messages.
 
     Raises:
-        RequestError: it is no path, or no file could have that name.
+        RequestError: It is not a path, or no file can have that name.
     """
     reason = _why_not(name)
     if reason is not None:
         raise RequestError(f"{key_name(key)} = {brief(name)}: {reason}.")
     path = Path(name).expanduser()
-    # What stands before a .. need not exist, and then the system finds nothing behind it
+    # The folder before a .. need not exist; then the system could not follow the path
     return path.resolve() if ".." in path.parts else path
 
 
 def _why_not(name: object) -> str | None:
     if not isinstance(name, str | os.PathLike):
-        return "a path is needed"
+        return "a path is required"
     try:
         text = os.fspath(name)
         if not isinstance(text, str):
-            return "a path is text"
+            return "a path must be a string"
         path = Path(text).expanduser()
         sizes = [len(os.fsencode(part)) for part in path.parts]
     except UnicodeError:
-        return "no file's name holds half of a character"
+        return "file names cannot contain half of a character (a lone surrogate)"
     except RuntimeError:
         return f"there is no user {text.partition('/')[0]}"
     if "\0" in text:
-        return "no file's name holds a NUL character"
+        return "file names cannot contain a NUL character"
     if max(sizes, default=0) > _MAX_NAME_BYTES or sum(sizes) + len(sizes) > _MAX_PATH_BYTES:
         return f"a name has at most {_MAX_NAME_BYTES} bytes, a path at most {_MAX_PATH_BYTES}"
     return None
@@ -227,20 +233,20 @@ def _why_not(name: object) -> str | None:
 
 # Links within a folder
 
-# Folders inside a checkpoint in which something is read, by us or by transformers.
+# Subfolders of a checkpoint that Tritter or transformers reads.
 _INNER_FOLDERS = ("state", "experts", "additional_chat_templates")
 
 
 def check_links(folder: Path) -> None:
-    """Refuse a checkpoint folder with a link that ends outside; reads no file.
+    """Refuse a checkpoint folder with a link that leaves it, without reading any file.
 
-    The folder itself may be a link. In a snapshot of the hub's cache, links may end among the
-    blobs that belong to it, as all of its files do.
+    The folder itself may be a link. In a snapshot of the hub cache, all files are links to the
+    blobs of the same repository; these are allowed.
 
     Raises:
-        TritterError: names the link and where it ends.
+        TritterError: A link leaves the folder; the message names it and its target.
     """
-    with suppress(OSError):  # no folder, or unreadable: whoever reads a file of it says so
+    with suppress(OSError):  # no folder, or unreadable: reading a file of it raises the error
         for entry in os.scandir(folder):
             paths = [Path(entry.path)]
             if entry.name in _INNER_FOLDERS and entry.is_dir(follow_symlinks=False):
@@ -251,15 +257,16 @@ def check_links(folder: Path) -> None:
 
 
 def check_tree(folder: Path, *, passed_over: Container[str] = ()) -> None:
-    """Refuse a folder with a link that leads out of it, or with what is neither file nor folder.
+    """Refuse a folder that contains a link out of it, a pipe, a socket or a device.
 
-    Looks at names alone: a pipe or a device is not opened.
+    No file is opened.
 
     Args:
-        passed_over: folders directly in it whose contents belong to somebody else.
+        folder: Folder to check.
+        passed_over: Names of subfolders to skip.
 
     Raises:
-        TritterError: names it.
+        TritterError: The folder contains such an entry; the message names it.
     """
     for above, folders, files in os.walk(folder):
         if Path(above).parent == folder and Path(above).name in passed_over:
@@ -274,23 +281,23 @@ def check_tree(folder: Path, *, passed_over: Container[str] = ()) -> None:
 
 
 def check_inside(folder: Path, name: str) -> None:
-    """Refuse a name, as a record may hold it, that leads out of a checkpoint folder, or nowhere.
+    """Refuse a file name from a record that leaves the checkpoint folder or is a circular link.
 
     Raises:
-        TritterError: says where it leads.
+        TritterError: The name leaves the folder; the message names its target.
     """
-    place, end = os.path.realpath(folder), os.path.realpath(folder / name)
-    if Path(end).is_symlink():  # no end was found
-        raise TritterError(f"{folder}: {name} is a link that leads in a circle.")
-    roots = [place]
+    root, end = os.path.realpath(folder), os.path.realpath(folder / name)
+    if Path(end).is_symlink():  # realpath could not resolve it
+        raise TritterError(f"{folder}: {name} is a circular link.")
+    roots = [root]
     # In the hub's cache, CACHE/models--OWNER--NAME/snapshots/REVISION links to
     # CACHE/models--OWNER--NAME/blobs, whose entries may link to CACHE/blobs
-    for snapshots in Path(place).parents:
+    for snapshots in Path(root).parents:
         repository = snapshots.parent
         if snapshots.name == "snapshots" and repository.name.startswith(("models--", "datasets--")):
             roots += [str(repository / "blobs"), str(repository.parent / "blobs")]
     if not any(end == root or end.startswith(root + os.sep) for root in roots):
         raise TritterError(
-            f"{folder}: {name} leads out of the folder, to {end}; nothing there is read. Put the "
-            "file itself into the folder."
+            f"{folder}: {name} leaves the folder and points to {end}, which is not read. Copy the "
+            "file into the folder."
         )

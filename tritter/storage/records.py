@@ -1,9 +1,8 @@
-"""Records: the JSON files in which Tritter keeps what it knows of its folders.
+"""Records: the JSON files that describe Tritter's folders.
 
-All are written and read here. On disk a record names its kind (`format`) and its version
-(`format_version`), holds the fields of its class, and ends with the SHA-256 of the rest
-(`record_digest`). The first released version is 1. Folders from before the release have no
-`format`, and are refused as such.
+All records are written and read here. On disk, a record contains its kind (`format`), its version
+(`format_version`), the fields of its class and the SHA-256 of all of these (`record_digest`). The
+first released version is 1. Folders from before the release have no `format` and are refused.
 """
 
 import dataclasses
@@ -47,7 +46,7 @@ def _is_inner_name(name: str) -> str:
     return name
 
 
-# Types of fields, each with the limits of what any command can handle
+# Field types, limited to the values that the commands can handle
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Text = Annotated[str, Field(max_length=_LONGEST_TEXT, pattern=r"^[^\x00]*$")]
 Count = Annotated[int, Field(ge=1, le=MAX_COUNT)]
@@ -61,29 +60,29 @@ InnerName = Annotated[str, AfterValidator(_is_inner_name)]
     frozen_default=True, kw_only_default=True, field_specifiers=(dataclasses.field,)
 )
 def record(kind: type[Kind]) -> type[Kind]:
-    """Make a class a record: frozen, by keyword only, refusing keys that it has no field for.
+    """Turn a class into a record: frozen, keyword-only, without unknown keys.
 
-    As a decorator, in the place of `dataclass`. A record that is a file of its own has a `FORMAT`.
-    Its annotations are checked when it is read, not when a program makes one.
+    Use it as a decorator instead of `dataclass`. A record with its own file has a `FORMAT`.
+    Annotations are checked when a record is read, not when it is constructed.
     """
     kind.__pydantic_config__ = _CONFIG  # type: ignore[attr-defined]
     return dataclasses.dataclass(frozen=True, slots=True, kw_only=True)(kind)
 
 
 def plain_record(content: "Record") -> dict[str, Any]:
-    """Return a record as plain values, without its digest."""
+    """Return a record as plain values, without its checksum."""
     head = {"format": content.FORMAT, "format_version": FORMAT_VERSION}
     plain: dict[str, Any] = {**head, **dataclasses.asdict(content)}
     return plain
 
 
 def record_text(content: "Record") -> str:
-    """Return the one text that a record has on disk, its own digest included."""
+    """Return the text of a record on disk, including its checksum."""
     return signed_text(plain_record(content))
 
 
 def signed_text(plain: Mapping[str, Any]) -> str:
-    """Return the text of plain values with their digest, as files of records have it."""
+    """Return the text of a record file for plain values, including its checksum."""
     read_again = json.loads(json.dumps(plain))  # tuples become lists
     rest = {key: value for key, value in read_again.items() if key != _DIGEST}
     digest = hashlib.sha256(json.dumps(rest).encode()).hexdigest()
@@ -91,16 +90,21 @@ def signed_text(plain: Mapping[str, Any]) -> str:
 
 
 def read_record(path: Path, kind: type[R], *, advice: str = "", is_signed: bool = True) -> R:
-    """Read a file that somebody else may have written.
+    """Read and validate an untrusted record file.
 
     Args:
-        kind: class of the record that the file has to hold.
-        advice: sentence on what to do with a file from before the release.
-        is_signed: False accepts a record that was edited; see `is_unchanged`.
+        path: File to read.
+        kind: Expected class of the record.
+        advice: Sentence with advice for files from before the first release.
+        is_signed: Whether the checksum must match. False accepts edited records; see
+            `is_unchanged`.
+
+    Returns:
+        The record.
 
     Raises:
-        TritterError: it cannot be read, is of another kind or version, was changed since it was
-            written, or a field is missing, unknown, of another type or out of range.
+        TritterError: The file cannot be read, has another kind or version, was edited, or a field
+            is missing, unknown, of the wrong type or out of range.
     """
     text = read_text(path)
     plain = parse_object(text, path=path)
@@ -117,29 +121,34 @@ def read_record(path: Path, kind: type[R], *, advice: str = "", is_signed: bool 
             f"{path}: format_version {brief(version)}; this Tritter reads {FORMAT_VERSION}."
         )
     if is_signed and text != signed_text(plain):
-        raise TritterError(f"{path} was changed since it was written: its digest does not fit.")
+        raise TritterError(f"{path} was edited: its checksum does not match.")
     fields = {key: value for key, value in plain.items() if key not in _HEAD}
     return validated(fields, kind, what=f"{path} is not a {kind.FORMAT}")
 
 
 def is_unchanged(path: Path) -> bool:
-    """Say whether a record is as it was written; its digest tells.
+    """Return True if the checksum of a record file matches.
 
     Raises:
-        TritterError: the file cannot be read.
+        TritterError: The file cannot be read.
     """
     text = read_text(path)
     return text == signed_text(parse_object(text, path=path))
 
 
 def validated(plain: object, kind: type[Kind], *, what: str) -> Kind:
-    """Return plain values as the annotation `kind` has them.
+    """Validate plain values against a type.
 
     Args:
-        what: begins the message, such as `run.json is not a run`.
+        plain: JSON values.
+        kind: Type or annotation to validate against.
+        what: Start of the error message, such as `run.json is not a run`.
+
+    Returns:
+        The values as an instance of `kind`.
 
     Raises:
-        TritterError: names the first field that is wrong.
+        TritterError: A field is invalid; the message names the first one.
     """
     try:
         read: Kind = _adapter(kind).validate_json(json.dumps(plain), strict=True)  # type: ignore[arg-type]

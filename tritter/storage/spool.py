@@ -1,6 +1,6 @@
-"""What is written once, piece by piece, and then read: in memory while it is small, else a file.
+"""Append-only buffers for temporary data: in memory while small, then in an unnamed file.
 
-The file has no name and is gone with the process, however that ends. It lies where `TMPDIR` says.
+The file is in `TMPDIR`. The system deletes it when the process ends, even by a kill.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ IN_MEMORY_BYTES = 64 * 2**20  # of one spool
 
 
 def is_large(num_bytes: int) -> bool:
-    """Say whether so much lies on disk."""
+    """Return True if a spool of this size is on disk."""
     return num_bytes > IN_MEMORY_BYTES
 
 
 def mapped(file: IO[bytes]) -> mmap.mmap:
-    """Return a file's bytes, whose pages come when they are read; none can be written.
+    """Return a read-only memory map of a file.
 
-    Shared, since what is private counts against the memory that the system promises, so that a
-    file larger than memory would be refused.
+    The map is shared: private maps count towards committed memory, so the system would refuse a
+    file larger than memory.
     """
     return mmap.mmap(file.fileno(), 0, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
 
 
 def tensor_of(array: np.ndarray) -> Tensor:
-    """Return an array as a tensor over the same memory, which nobody is to write to."""
-    import torch  # bytes are spooled without it
+    """Return a read-only tensor that shares the memory of an array."""
+    import torch  # spooling bytes does not need it
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")
@@ -44,7 +44,7 @@ def tensor_of(array: np.ndarray) -> Tensor:
 
 
 class Spool:
-    """Bytes, appended and then read at any place."""
+    """Bytes that are appended and then read at any offset."""
 
     def __init__(self) -> None:
         self._held = bytearray()
@@ -55,10 +55,10 @@ class Spool:
         return self._size
 
     def append(self, content: bytes | memoryview) -> None:
-        """Put bytes behind those that are there.
+        """Append bytes.
 
         Raises:
-            TritterError: the disk refused them.
+            TritterError: The write failed.
         """
         self._size += len(content)
         if self._file is None and not is_large(self._size):
@@ -81,10 +81,7 @@ class Spool:
         return os.pread(self._file.fileno(), stop - start, start)
 
     def array(self, dtype: str) -> np.ndarray:
-        """Return all of it as one array that can't be written to; of a file it is mapped.
-
-        What is appended later is not in it.
-        """
+        """Return all bytes so far as one read-only array, memory-mapped if they are on disk."""
         import numpy as np
 
         if not self._size:
@@ -108,7 +105,7 @@ class Spool:
 
 def _refused(error: OSError) -> TritterError:
     return TritterError(
-        f"{tempfile.gettempdir()} cannot be written ({error.strerror or error}); text and tokens "
-        "that memory should not hold are kept there meanwhile. Set TMPDIR to a folder with room "
-        "for three times the text."
+        f"{tempfile.gettempdir()} cannot be written ({error.strerror or error}); Tritter stores "
+        "temporary data there while it prepares a dataset. Set TMPDIR to a folder with space for "
+        "three times the dataset."
     )

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
-# torch's word → that of safetensors; weights are of the first four
+# torch dtype → safetensors dtype; weights use the first four
 WRITTEN_DTYPES = {
     "float64": "F64",
     "float32": "F32",
@@ -41,8 +41,9 @@ WRITTEN_DTYPES = {
 }
 WEIGHT_DTYPES = tuple(WRITTEN_DTYPES)[:4]
 _READ_DTYPES = {WRITTEN_DTYPES[dtype]: dtype for dtype in WEIGHT_DTYPES}
-# Causal masks and rotary frequencies that older releases of transformers saved beside the weights
-# (as on the hub in Pythia and GPT-2); it computes them and reads none, and nor is one read here
+# Causal masks and rotary frequencies that older releases of transformers saved with the weights
+# (for example in Pythia and GPT-2). Models compute them, so neither transformers nor Tritter reads
+# them
 _COMPUTED = (
     ".attention.bias",
     ".attention.masked_bias",
@@ -55,12 +56,13 @@ _RANK_FILE = re.compile(r"shard-[0-9]{5}-model-[0-9]{5}-of-[0-9]{5}\.safetensors
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What a safetensors file says of one tensor.
+    """The header of one tensor in a safetensors file.
 
     Args:
-        file: name of the file in its folder.
-        dtype: as torch calls it.
-        stamp: the file's size, and when it was changed last.
+        file: Name of the file in its folder.
+        dtype: Name of the torch dtype without "torch.".
+        shape: Shape of the tensor.
+        stamp: Size and modification time of the file.
     """
 
     file: str
@@ -71,11 +73,11 @@ class Header:
 
 @dataclass(frozen=True, slots=True)
 class TensorFolder:
-    """The tensors of a Hugging Face folder, read lazily; the same ones that transformers takes.
+    """The tensors of a Hugging Face folder, read lazily: the ones that transformers would load.
 
     Args:
-        folder: where the files lie.
-        headers: by name of the tensor.
+        folder: Folder of the files.
+        headers: Tensor name → header.
     """
 
     folder: Path
@@ -83,29 +85,29 @@ class TensorFolder:
 
     @classmethod
     def open(cls, folder: Path) -> TensorFolder:
-        """Read the headers: of the single file, or else of the files that the index names.
+        """Read the headers of the single file, or else of the files in the index.
 
-        Transformers goes by the same order, and takes whatever lies in a file that it opens.
+        transformers uses the same order, and loads all tensors of a file that it opens.
 
         Raises:
-            TritterError: no safetensors, an unreadable file, a link or an index that leads out of
-                the folder, a shard that lacks what the index promises, a tensor in two shards,
-                or one of a type that models are not made of.
+            TritterError: There are no safetensors, a file cannot be read, a link or the index
+                leaves the folder, a shard lacks a tensor of the index, two shards contain the
+                same tensor, or a tensor has a dtype that models do not use.
         """
         check_links(folder)
-        # What torch.distributed left of a model: transformers takes it before anything else
+        # Shards of torch.distributed: transformers would prefer them to all other files
         ranks = sorted(path.name for path in folder.glob("shard-*.safetensors"))
         if any(_RANK_FILE.fullmatch(name) for name in ranks):
             raise TritterError(
-                f"{folder} holds parts of a distributed checkpoint ({ranks[0]}), which are not "
-                f"read; save the whole model as {SINGLE_NAME} in a folder of its own."
+                f"{folder} contains shards of a distributed checkpoint ({ranks[0]}), which "
+                f"Tritter does not read. Save the whole model as {SINGLE_NAME} in another folder."
             )
         if os.path.lexists(folder / SINGLE_NAME):
             return cls(folder, _headers_in(folder, SINGLE_NAME))
         if not os.path.lexists(folder / INDEX_NAME):
             pickles = sorted(path.name for path in folder.glob("*.bin"))
-            hint = f" ({', '.join(pickles)} hold pickles, which are never read)" if pickles else ""
-            raise TritterError(f"{folder} holds no {SINGLE_NAME} and no {INDEX_NAME}{hint}.")
+            hint = f" ({', '.join(pickles)}: Tritter never reads pickles)" if pickles else ""
+            raise TritterError(f"{folder} contains no {SINGLE_NAME} and no {INDEX_NAME}{hint}.")
         index = folder / INDEX_NAME
         try:
             content = read_object(index)
@@ -125,25 +127,23 @@ class TensorFolder:
             for name, header in _headers_in(folder, file).items():
                 if name in headers:
                     raise TritterError(
-                        f"{folder}: the tensor '{name}' lies in {headers[name].file} and in "
-                        f"{file}; take it out of one of them."
+                        f"{folder}: the tensor '{name}' is in both {headers[name].file} and "
+                        f"{file}; remove it from one of them."
                     )
                 headers[name] = header
         for name, file in files.items():
             if is_computed(name):
                 continue
             if name not in headers or headers[name].file != file:
-                raise TritterError(
-                    f"{folder / file} lacks the tensor '{name}' that the index names."
-                )
+                raise TritterError(f"{folder / file} lacks the tensor '{name}' of the index.")
         return cls(folder, headers)
 
     @classmethod
     def open_file(cls, folder: Path, file_name: str) -> TensorFolder:
-        """Read the header of one file that lies in a folder.
+        """Read the header of one file in a folder.
 
         Raises:
-            TritterError: as `open`.
+            TritterError: As `open`.
         """
         check_links(folder)
         return cls(folder, _headers_in(folder, file_name))
@@ -154,42 +154,42 @@ class TensorFolder:
         return {name: header.file for name, header in self.headers.items()}
 
     def get(self, name: str, *, index: tuple[int | slice, ...] = ()) -> Tensor:
-        """Read one tensor, or what `index` selects of it.
+        """Read one tensor, or the part that `index` selects.
 
         Raises:
-            TritterError: the file is damaged.
+            TritterError: The file is damaged.
         """
         return TensorReader(self).get(name, index=index)
 
     def raw(self) -> Iterator[RawTensor]:
-        """Yield every tensor's bytes as they lie in the mapped files; torch is not needed.
+        """Yield the memory-mapped bytes of every tensor, without importing torch.
 
         Raises:
-            TritterError: a file has become another one since its header was read.
+            TritterError: A file has changed since its header was read.
         """
         for file_name in sorted(set(self.files.values())):
             path = self.folder / file_name
             try:
                 with open_file(path) as file:
                     start = 8 + int.from_bytes(file.read(8), "little")
-                    places = json.loads(file.read(min(start, MAX_HEADER_BYTES) - 8))
-                    held = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+                    entries = json.loads(file.read(min(start, MAX_HEADER_BYTES) - 8))
+                    content = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
                 names = (name for name, header in self.headers.items() if header.file == file_name)
-                spans = {name: places[name]["data_offsets"] for name in names}
+                spans = {name: entries[name]["data_offsets"] for name in names}
                 for name, (begin, end) in sorted(spans.items(), key=lambda item: item[1]):
-                    if start + end > len(held):
-                        raise EOFError("it has become shorter")
+                    if start + end > len(content):
+                        raise EOFError("it was truncated")
                     header = self.headers[name]
-                    values = held[start + begin : start + end]
+                    values = content[start + begin : start + end]
                     yield RawTensor(name, header.dtype, header.shape, values)
             except (OSError, EOFError, ValueError, LookupError, TypeError) as error:
-                raise TritterError(f"{path} has changed while it was read ({error}).") from error
+                raise TritterError(f"{path} changed while it was being read ({error}).") from error
 
     def check_unchanged(self) -> None:
-        """Refuse files that are no longer those whose headers were read.
+        """Check that no file has changed since its header was read.
 
         Raises:
-            TritterError: names the file.
+            TritterError: A file has changed; the message names it.
         """
         for file_name, stamp in {(header.file, header.stamp) for header in self.headers.values()}:
             path = self.folder / file_name
@@ -197,7 +197,7 @@ class TensorFolder:
                 raise TritterError(f"{path} has changed since its header was read.")
 
     def torch_dtype(self, name: str) -> torch.dtype:
-        import torch  # headers are read without it
+        import torch  # reading headers does not need it
 
         found: torch.dtype = getattr(torch, self.headers[name].dtype)
         return found
@@ -207,12 +207,12 @@ class TensorFolder:
 
     @property
     def dtypes(self) -> frozenset[str]:
-        """All dtypes of its tensors, as torch calls them without "torch."."""
+        """Names of the torch dtypes of all tensors, without "torch."."""
         return frozenset(header.dtype for header in self.headers.values())
 
     @property
     def main_dtype(self) -> str:
-        """The dtype of most values, as torch calls it without "torch."."""
+        """Name of the torch dtype of most values, without "torch."."""
         counts = Counter[str]()
         for header in self.headers.values():
             counts[header.dtype] += prod(header.shape)
@@ -220,7 +220,7 @@ class TensorFolder:
 
 
 class TensorReader:
-    """Reads many tensors of a folder: the last file stays open, its header was read once."""
+    """Reads many tensors of a folder, keeping the last file open."""
 
     def __init__(self, folder: TensorFolder) -> None:
         self._folder = folder
@@ -228,10 +228,10 @@ class TensorReader:
         self._name = ""
 
     def get(self, name: str, *, index: tuple[int | slice, ...] = ()) -> Tensor:
-        """Read one tensor, or what `index` selects of it.
+        """Read one tensor, or the part that `index` selects.
 
         Raises:
-            TritterError: the file is damaged.
+            TritterError: The file is damaged.
         """
         from safetensors import SafetensorError, safe_open
 
@@ -249,13 +249,13 @@ class TensorReader:
 
 
 def is_computed(name: str) -> bool:
-    """Return whether a tensor is one that models compute, which some files hold besides."""
+    """Return True for a tensor that models compute, although some files contain it."""
     return name.endswith(_COMPUTED)
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Return whether a tensor of numbers holds neither infinities nor NaN."""
-    # The extremes of a tensor with a NaN are NaN; this is 20 times quicker than isfinite in bf16.
+    """Return True if a tensor contains neither infinities nor NaN."""
+    # aminmax propagates NaN, and is 20 times faster than isfinite in bf16.
     low, high = tensor.aminmax()
     return bool(low.isfinite() & high.isfinite())
 
@@ -276,7 +276,7 @@ def _headers_in(folder: Path, file_name: str) -> dict[str, Header]:
                 if written not in _READ_DTYPES:
                     allowed = ", ".join(_READ_DTYPES)
                     raise TritterError(
-                        f"{path}: {name} is of type {written}; weights are of {allowed}."
+                        f"{path}: {name} has dtype {written}; allowed for weights are {allowed}."
                     )
                 shape = tuple(part.get_shape())
                 headers[name] = Header(file_name, _READ_DTYPES[written], shape, stamp)

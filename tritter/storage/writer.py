@@ -1,10 +1,10 @@
-"""Safetensors folders, written tensor by tensor: memory holds a few tensors, never a shard.
+"""Write safetensors folders tensor by tensor, with a few tensors in memory and never a shard.
 
-The format puts all names, dtypes, shapes and offsets into a header before the data, so a stream
-states them first. safetensors' own writer takes whole dictionaries, hence the few lines here.
+The header of the format lists all names, dtypes, shapes and offsets before the data, so a stream
+announces its tensors first. The writer of the safetensors library needs whole dictionaries.
 
-Threads share the work by tensors. Each makes, hashes and writes its own a piece at a time: a piece
-stays in the processor's cache, and its memory is used again for the next.
+Each thread computes, hashes and writes one tensor at a time, piece by piece. A piece fits into the
+CPU cache, and its memory is reused for the next piece.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _HEADER_ALIGNMENT = 8
 PIECE_BYTES = 2**20
 _LARGE_PIECE_BYTES = 4 * PIECE_BYTES
 _MAX_THREADS = 4
-HELD_TENSORS = 2  # of those that come whole, while the next one is made
+HELD_TENSORS = 2  # whole tensors that wait in memory while the next one is computed
 _BYTES_UNTIL_TRIM = 32 * 2**20
 _BYTES_UNTIL_SYNC = 16 * 2**20
 KEPT_BYTES = 16 * 2**20  # freed memory that the allocator may keep for the next piece
@@ -45,7 +45,7 @@ _SYNC_FILE_RANGE_WRITE = 2  # from linux/fs.h
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """What the header says of one tensor."""
+    """The header entry of one tensor."""
 
     name: str
     dtype: torch.dtype
@@ -58,19 +58,19 @@ class TensorEntry:
 
 @dataclass(frozen=True, slots=True)
 class Pieces:
-    """A tensor that is made while it is written, in one of the writer's threads.
+    """A tensor that is computed while it is written, in one of the writer's threads.
 
     Args:
-        make: yields its values in row-major order, in pieces of any shape.
-        digest: waits for its digest, where somebody hashes the same bytes by the same name.
+        make: Yields its values in row-major order, in pieces of any shape.
+        digest: Waits for its checksum, if the same bytes are hashed elsewhere under this name.
     """
 
     make: Callable[[], Iterator[Tensor]]
     digest: Callable[[], str] | None = None
 
     def whole(self, shape: tuple[int, ...]) -> Tensor:
-        """Make all of it."""
-        import torch  # headers are written without it
+        """Compute the whole tensor."""
+        import torch  # writing headers does not need it
 
         pieces = [piece.reshape(-1) for piece in self.make()]
         return (pieces[0] if len(pieces) == 1 else torch.cat(pieces)).view(shape)
@@ -78,11 +78,11 @@ class Pieces:
 
 @dataclass(frozen=True, slots=True)
 class TensorStream:
-    """Tensors that come one by one, announced beforehand.
+    """A stream of tensors that is announced in advance.
 
     Args:
-        entries: what will come, in order.
-        tensors: (name, tensor) in the order of the entries.
+        entries: Header entries of the tensors, in order.
+        tensors: (name, tensor) in the same order.
     """
 
     entries: tuple[TensorEntry, ...]
@@ -90,10 +90,10 @@ class TensorStream:
 
     @classmethod
     def of(cls, pairs: Iterable[tuple[str, Tensor]]) -> TensorStream:
-        """Announce tensors that are in memory already."""
-        held = list(pairs)
-        entries = tuple(TensorEntry(name, t.dtype, tuple(t.shape)) for name, t in held)
-        return cls(entries, held)
+        """Return a stream of tensors that are already in memory."""
+        tensors = list(pairs)
+        entries = tuple(TensorEntry(name, t.dtype, tuple(t.shape)) for name, t in tensors)
+        return cls(entries, tensors)
 
     def to(self, dtype: torch.dtype) -> TensorStream:
         """Return the stream with its floating-point tensors rounded to `dtype`."""
@@ -101,11 +101,12 @@ class TensorStream:
             replace(entry, dtype=dtype) if entry.dtype.is_floating_point else entry
             for entry in self.entries
         )
-        held = zip(entries, self.whole(), strict=True)
-        return TensorStream(entries, ((name, value.to(each.dtype)) for each, (name, value) in held))
+        pairs = zip(entries, self.whole(), strict=True)
+        tensors = ((name, value.to(entry.dtype)) for entry, (name, value) in pairs)
+        return TensorStream(entries, tensors)
 
     def whole(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the tensors; those that come in pieces are put together."""
+        """Yield all tensors whole, joining those that come in pieces."""
         for entry, (name, content) in zip(self.entries, self.tensors, strict=True):
             if isinstance(content, Pieces):
                 yield name, content.whole(entry.shape)
@@ -116,13 +117,21 @@ class TensorStream:
 def write_tensors(
     folder: Path, stream: TensorStream, *, max_shard_bytes: int = 5 * 10**9
 ) -> dict[str, str]:
-    """Write a stream in shards of bounded size and return the digest of every tensor.
+    """Write a stream in shards of bounded size.
 
-    One shard gives `model.safetensors`; several give numbered files and an index, as
-    transformers reads them.
+    One shard becomes `model.safetensors`. Several shards become numbered files and an index in
+    the format of transformers.
+
+    Args:
+        folder: Existing folder to write to.
+        stream: Tensors to write.
+        max_shard_bytes: Maximum size of a shard; a larger tensor has its own shard.
+
+    Returns:
+        Tensor name → checksum.
 
     Raises:
-        OSError: the disk refused a write.
+        OSError: A write failed.
     """
     shards: list[list[TensorEntry]] = [[]]
     size = 0
@@ -143,7 +152,7 @@ def write_tensors(
                 for entry in entries:
                     name, content = next(pending)
                     announced: tuple[object, ...] = (entry.name, entry.dtype, entry.shape)
-                    came: tuple[object, ...] = (name, *announced[1:])  # all that pieces say yet
+                    came: tuple[object, ...] = (name, *announced[1:])  # pieces only have a name
                     if not isinstance(content, Pieces):
                         came = (name, content.dtype, tuple(content.shape))
                     assert announced == came, f"announced {announced}, came {came}"
@@ -163,18 +172,18 @@ def write_tensors(
 
 
 def num_threads() -> int:
-    """Return how many tensors that come in pieces are made at a time."""
+    """Return the number of threads that compute tensors in pieces."""
     return min(_MAX_THREADS, os.cpu_count() or 1)
 
 
 @contextmanager
 def _one_thread_each() -> Iterator[None]:
-    """Let each of our threads compute by itself, and freed pieces stay with the process.
+    """Limit torch to one thread per worker thread, and let the process keep freed pieces.
 
-    glibc gives memory back to the system as soon as more of it is free than the largest block
-    that was ever freed, so one is; the system's fresh pages cost more than all arithmetic.
+    glibc returns free memory to the system once it exceeds the largest block freed so far.
+    Freeing a large block here raises that threshold: fresh pages cost more than the arithmetic.
     """
-    import torch  # headers are written without it
+    import torch  # writing headers does not need it
 
     before = torch.get_num_threads()
     torch.empty(KEPT_BYTES, dtype=torch.uint8)
@@ -204,7 +213,7 @@ class _Crew:
 
     @contextmanager
     def shard(self, path: Path, entries: Sequence[TensorEntry]) -> Iterator[_Shard]:
-        """Open a file; when the block ends, all that was to go into it has been written."""
+        """Open a shard; the block ends after all of its tensors are written."""
         with path.open("wb", buffering=0) as file:
             try:
                 yield _Shard(file, entries)
@@ -213,14 +222,14 @@ class _Crew:
                 self._is_over.set()
                 raise
             finally:
-                wait(self._running)  # a closed file's number may soon be another's
+                wait(self._running)  # the system may reuse the descriptor of a closed file
 
     def write(
         self, shard: _Shard, entry: TensorEntry, content: Tensor | Pieces
     ) -> Callable[[], str]:
-        """Have a tensor written, and return what waits for its digest.
+        """Start writing a tensor and return a function that waits for its checksum.
 
-        Waits itself while too many others are not written yet.
+        Blocks while too many other tensors are not written yet.
         """
         future = self._threads.submit(self._write, shard, entry, content)
         self._running.add(future)
@@ -231,7 +240,7 @@ class _Crew:
         return content.digest or future.result
 
     def _join(self, most: int) -> None:
-        """Wait until no more than so many tensors are not written yet."""
+        """Wait until at most `most` tensors are not written yet."""
         while len(self._running) > most:
             done, self._running = wait(self._running, return_when=FIRST_COMPLETED)
             for future in done:
@@ -240,28 +249,28 @@ class _Crew:
     def _write(self, shard: _Shard, entry: TensorEntry, content: Tensor | Pieces) -> str:
         is_hashed = not isinstance(content, Pieces) or content.digest is None
         digest = begun_digest(entry.name, str(entry.dtype), entry.shape)
-        place = shard.place(entry)
+        span = shard.span(entry)
         for piece in content.make() if isinstance(content, Pieces) else (content,):
             assert piece.dtype == entry.dtype, f"{entry} came as {piece.dtype}"
-            held = bytes_of(piece)
-            for begin in range(0, len(held), PIECE_BYTES):
+            content_bytes = bytes_of(piece)
+            for begin in range(0, len(content_bytes), PIECE_BYTES):
                 if self._is_over.is_set():
                     return ""
-                part = held[begin : begin + PIECE_BYTES]
+                part = content_bytes[begin : begin + PIECE_BYTES]
                 if is_hashed:
                     digest.update(part)
-                place.write(part)
-            if len(held) > _LARGE_PIECE_BYTES:
-                self._freed(len(held))
-        place.finish()
+                span.write(part)
+            if len(content_bytes) > _LARGE_PIECE_BYTES:
+                self._trim(len(content_bytes))
+        span.finish()
         return digest.hexdigest()
 
-    def _freed(self, num_bytes: int) -> None:
-        """Return freed pages to the system, once in a while.
+    def _trim(self, num_bytes: int) -> None:
+        """Return freed pages to the system from time to time.
 
-        glibc keeps what whole tensors leave behind in pieces that the next ones do not fit into,
-        so that memory would grow with the model after all (480 MB for a source of 0.5 GB, 850 MB
-        for 1.5 GB; so 340 and 350 MB). Other allocators have no such call.
+        glibc's heap fragments: without trimming, memory grows with the model (480 MB for a model
+        of 0.5 GB, 850 MB for 1.5 GB; with trimming 340 and 350 MB). Other allocators have no such
+        call.
         """
         self._until_trim -= num_bytes
         if self._until_trim <= 0:
@@ -272,10 +281,10 @@ class _Crew:
 
 
 class _Shard:
-    """A file whose header is written, and in which each tensor has its place."""
+    """A safetensors file with its header written and a span of bytes for each tensor."""
 
     def __init__(self, file: FileIO, entries: Sequence[TensorEntry]) -> None:
-        # Wide types first keeps every tensor aligned to its own width, as safetensors does.
+        # Wide dtypes first, as in safetensors: this aligns every tensor to its item size.
         order = sorted(entries, key=lambda entry: -entry.dtype.itemsize)
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
         self._begin: dict[str, int] = {}
@@ -294,23 +303,23 @@ class _Shard:
         start = struct.pack("<Q", len(text)) + text
         self._file = file
         self._data_begin = len(start)
-        _Place(file, 0, len(start)).write(memoryview(start))
+        _Span(file, 0, len(start)).write(memoryview(start))
 
-    def place(self, entry: TensorEntry) -> _Place:
-        """Return where in the file a tensor goes."""
+    def span(self, entry: TensorEntry) -> _Span:
+        """Return the span of a tensor in the file."""
         begin = self._data_begin + self._begin[entry.name]
-        return _Place(self._file, begin, begin + entry.num_bytes)
+        return _Span(self._file, begin, begin + entry.num_bytes)
 
 
-class _Place:
-    """A stretch of a file, written from its begin to its end."""
+class _Span:
+    """A span of a file that is written from begin to end."""
 
     def __init__(self, file: FileIO, begin: int, end: int) -> None:
         self._file, self._end = file, end
         self._written = self._begun = begin
 
     def write(self, part: memoryview) -> None:
-        """Append, and have the disk begin before there is much to wait for at the end."""
+        """Append bytes, and start writeback early to shorten the final sync."""
         while part:
             count = os.pwrite(self._file.fileno(), part, self._written)
             self._written += count
@@ -319,7 +328,7 @@ class _Place:
             self._begin_writeback()
 
     def finish(self) -> None:
-        assert self._written == self._end, f"{self._end - self._written} bytes did not come"
+        assert self._written == self._end, f"{self._end - self._written} bytes are missing"
         if self._written - self._begun >= PIECE_BYTES:
             self._begin_writeback()
 
@@ -332,7 +341,12 @@ class _Place:
 
 
 def padded(stream: TensorStream, shapes: Mapping[str, tuple[int, ...]]) -> TensorStream:
-    """Return a stream whose tensors fill these shapes, by name; others come as they are."""
+    """Return a stream whose tensors are zero-padded to the given shapes.
+
+    Args:
+        stream: Tensors to pad.
+        shapes: Tensor name → shape; other tensors are unchanged.
+    """
     if not shapes:
         return stream
 
@@ -360,15 +374,20 @@ def _padded(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def stripped(tensor: Tensor, shape: Sequence[int], *, name: str) -> Tensor:
-    """Return the tensor that was padded.
+    """Remove zero padding from a tensor.
+
+    Args:
+        tensor: The padded tensor.
+        shape: Shape without padding.
+        name: Name of the tensor, for error messages.
 
     Raises:
-        TritterError: behind it stands something else than zeros.
+        TritterError: The padding is not zero.
     """
     live = tensor[_within(shape)]
     if tuple(live.shape) != tuple(shape) or live.count_nonzero() != tensor.count_nonzero():
         raise TritterError(
-            f"{name} of shape {tuple(tensor.shape)} is not padded with zeros behind {tuple(shape)}"
+            f"{name} of shape {tuple(tensor.shape)} is not zero outside {tuple(shape)}"
         )
     return live.contiguous()
 

@@ -1,7 +1,7 @@
-"""Training: LightningModules, the protocol of forgetting methods, one fit per stage.
+"""Training: LightningModules, the protocol of continual-learning methods, one fit per stage.
 
-What takes Lightning is imported when it is first asked for: a refusal of a method's options, which
-only needs the protocol, doesn't wait for it.
+Names that need Lightning are imported on first use, so that checking the options of a method stays
+fast.
 """
 
 from typing import TYPE_CHECKING

@@ -1,7 +1,7 @@
-"""Callbacks of every training.
+"""Callbacks of every training run.
 
-They count what its steps take, drive methods against forgetting, refuse steps, keep the random
-state, show progress, evaluate on the way, save states, and see whether the training ends.
+They count tokens and FLOPs, drive continual-learning methods, skip steps that are not finite, keep
+the random state, show progress, run validation, save states and stop the run.
 """
 
 import multiprocessing
@@ -43,29 +43,30 @@ from tritter.transform import Change
 
 
 def ends_step(trainer: Trainer, batch_idx: int) -> bool:
-    """Say whether a batch is the last of those whose gradients are gathered for one step."""
+    """Return True for the last batch of an accumulated optimizer step."""
     return (batch_idx + 1) % trainer.accumulate_grad_batches == 0
 
 
 def work_of(trainer: Trainer) -> "WorkCount":
-    """Return what counts the work of a training."""
+    """Return the `WorkCount` of a trainer."""
     return next(c for c in trainer.callbacks if isinstance(c, WorkCount))  # type: ignore[attr-defined]
 
 
 class WorkCount(Callback):
-    """Count the tokens that were trained on, and the FLOPs of it, by all processes.
+    """Count training tokens and FLOPs over all processes.
 
     Attributes:
-        tokens: padding left out.
-        padding: tokens of it.
-        lengths: of documents that were read apart, by length how many.
+        tokens: Number of tokens without padding.
+        padding: Number of padding tokens.
+        lengths: Length → number of documents, if documents are masked from each other.
+        flops: Model FLOPs.
     """
 
     def __init__(self) -> None:
         self.tokens, self.padding = 0, 0
         self.lengths = Counter[int]()
         self.flops = 0.0
-        self._step: tuple[object, StepFlops | None] = (None, None)  # what is trained, its FLOPs
+        self._step: tuple[object, StepFlops | None] = (None, None)  # trainable flags, FLOPs
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -87,22 +88,22 @@ class WorkCount(Callback):
         self.flops += flops.of(lengths)
 
     def parameters_changed(self, change: Change) -> None:
-        """Count the next step anew."""
+        """Recompute the FLOPs of a step after a change of the model."""
         self.count_anew()
 
     def count_anew(self) -> None:
-        """Count what the next step takes, which another way of computing may change too."""
+        """Recompute the FLOPs of a step, after any change of how the model computes."""
         self._step = (None, None)
 
     def packing(self) -> dict[str, Any]:
-        """Return how full sequences of documents were; nothing of a stream, which is always full.
+        """Return padding fraction and length histogram of packed documents; empty for a stream.
 
-        The lengths, as powers of two, are those of documents and of the pieces of long ones, with
-        the end of text that each begins at.
+        The histogram has powers of two. It counts documents and pieces of long documents, each
+        including the end-of-text token that it starts with.
         """
         histogram = Counter[str]()
         for length, number in sorted(self.lengths.items()):
-            if length > 1:  # the end of text behind the last document is none
+            if length > 1:  # the last end-of-text token starts no document
                 low = 1 << (length.bit_length() - 1)
                 histogram[f"{low}-{2 * low - 1}"] += number
         if not self.lengths:
@@ -125,10 +126,10 @@ class WorkCount(Callback):
 class Performance(Callback):
     """Log tokens, steps and FLOPs per second, seconds per step and peak memory.
 
-    Evaluations on the way are left out of the time.
+    The time of validation is excluded.
 
     Args:
-        work: counts them; stands before this callback.
+        work: Counter of tokens and FLOPs; must precede this callback.
     """
 
     def __init__(self, work: WorkCount) -> None:
@@ -175,7 +176,7 @@ class Performance(Callback):
 
 
 def peak_memory_bytes() -> int:
-    """Return the peak of this process: of the accelerator where there is one, else resident."""
+    """Return the peak memory of this process: GPU memory with CUDA, else resident memory."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     import resource
@@ -185,12 +186,13 @@ def peak_memory_bytes() -> int:
 
 
 class ForgettingCallback(Callback):
-    """Drive the methods of a module, and keep their state in checkpoints.
+    """Drive the continual-learning methods of a module, and keep their state in checkpoints.
 
     Args:
-        folder: where rank 0 leaves, as its `state/`, what the methods leave for the next training;
-            replaced whole.
-        work: counts what looking at the model takes.
+        methods: Methods in their order.
+        task: Data and state for the methods.
+        folder: Folder whose `state/` rank 0 replaces with the state for the next training run.
+        work: Counter to add the FLOPs of the methods to.
     """
 
     def __init__(
@@ -207,7 +209,7 @@ class ForgettingCallback(Callback):
             self._task.teacher.to(pl_module.device)
         for method in self._methods:
             method.begin_task(base_of(pl_module).model, self._task)
-            if self._restored is not None:  # it goes on: what began it was of earlier weights
+            if self._restored is not None:  # resumed: replace state of the initial weights
                 method.load_state_dict(self._restored[method.name])
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -231,13 +233,13 @@ class ForgettingCallback(Callback):
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        # Before the optimizer is built, which is to hold what the saved one held
+        # Before the optimizer is built: it must hold the same parameters as the saved one
         module = base_of(pl_module)
         for name in self._still_frozen(module, checkpoint["global_step"]):
             module.model.get_parameter(name).requires_grad_(True)
 
     def _still_frozen(self, module: BaseModule, step: int) -> list[str]:
-        """Return the parameters that thaw at a step, or thawed before, and need no gradient yet."""
+        """Return the frozen parameters that should be trainable at a step."""
         names = {name for method in self._methods for name in method.thawed(step)}
         return [n for n, p in module.model.named_parameters() if n in names and not p.requires_grad]
 
@@ -273,13 +275,13 @@ class ForgettingCallback(Callback):
 
 
 class FiniteGuard(Callback):
-    """Refuse steps whose loss or gradient is not finite; stop after too many in a row.
+    """Skip steps whose loss or gradient is not finite; stop after too many in a row.
 
-    A refused step has its gradients taken away, so that neither weights nor moments move. Of
-    several processes all refuse it, or none.
+    A skipped step has no gradients, so neither weights nor moments change. All processes skip the
+    same steps.
 
     Args:
-        max_consecutive: refused steps in a row after which the training ends.
+        max_consecutive: Maximum number of consecutive skipped steps.
     """
 
     def __init__(self, *, max_consecutive: int) -> None:
@@ -329,13 +331,14 @@ class FiniteGuard(Callback):
 
 
 class RandomState(Callback):
-    """Keep the global random state of every process in checkpoints, and go on from it.
+    """Save the global random state of every process in checkpoints, and restore it on resume.
 
-    It is set before the first batch, not earlier: making the loader's iterator draws from it.
+    The state is set right before the first batch, because creating the loader's iterator draws
+    from it.
 
     Args:
-        seed: of the run; None: it begins as it is found, of all processes but the first elsewhere.
-        label: of the training, each of which begins from its own.
+        seed: Seed of the run. None keeps the current state on rank 0 and derives the others.
+        label: Label of the training run; each label has a different initial state.
     """
 
     def __init__(self, seed: int | None = None, *, label: str = "") -> None:
@@ -354,7 +357,7 @@ class RandomState(Callback):
             self._restored = None
         elif self._seed is not None or trainer.global_rank:
             start = torch.initial_seed() if self._seed is None else self._seed
-            # Or all processes would drop out the same units
+            # Otherwise all processes would drop the same units
             torch.manual_seed(derived_seed(start, "rank", trainer.global_rank))
 
     def state_dict(self) -> dict[str, Any]:
@@ -368,20 +371,20 @@ class RandomState(Callback):
         rank, states = this_rank(), state_dict["ranks"]
         if len(states) != rank.count:
             raise TritterError(
-                f"trainer.devices = {rank.count}: the saved state is of {len(states)} processes; "
-                f"go on with trainer.devices={len(states)}."
+                f"trainer.devices = {rank.count}: the saved state has {len(states)} processes; "
+                f"resume with trainer.devices={len(states)}."
             )
         self._restored = states[rank.index]
 
 
 class StepProgress(Callback):
-    """One bar with loss, speed and the time left; a line now and then where there is no terminal.
+    """Progress bar with loss, speed and remaining time; without a terminal, occasional lines.
 
     Args:
-        label: what is being trained.
-        max_steps: steps in all.
+        label: Label of the training run.
+        max_steps: Total number of steps.
         mode: `on`, `off`, or `auto` (a bar on a terminal, lines elsewhere).
-        console: where to write.
+        console: Console to print to.
     """
 
     def __init__(self, *, label: str, max_steps: int, mode: str, console: Console) -> None:
@@ -396,7 +399,7 @@ class StepProgress(Callback):
         self._bar: Progress | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        # A console holds locks; a process that is spawned makes one of its own
+        # A console has locks, so a spawned process creates its own
         return {**self.__dict__, "_console": self._console.quiet}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -409,7 +412,7 @@ class StepProgress(Callback):
         self._use_bar = self._use_bar and trainer.is_global_zero
         self._use_lines = self._use_lines and trainer.is_global_zero
         if self._first and (self._use_bar or self._use_lines):
-            text = f"  {self._label}: goes on from step {self._first}/{self._max_steps}"
+            text = f"  {self._label}: resuming from step {self._first}/{self._max_steps}"
             self._console.print(text, highlight=False)
         if self._use_bar:
             self._bar = Progress(
@@ -440,9 +443,9 @@ class StepProgress(Callback):
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=step, note=note)
         else:
-            left = elapsed / (step - self._first) * (self._max_steps - step)
+            remaining = elapsed / (step - self._first) * (self._max_steps - step)
             self._console.print(
-                f"  {self._label}: step {step}/{self._max_steps}  {note}  {left:.0f} s left",
+                f"  {self._label}: step {step}/{self._max_steps}  {note}  {remaining:.0f} s left",
                 highlight=False,
             )
 
@@ -452,12 +455,12 @@ class StepProgress(Callback):
 
 
 def rate_text(rate: float) -> str:
-    """Return how many per second: 1.5k, 37, 0.42."""
+    """Return a number per second in short form: 1.5k, 37, 0.42."""
     return f"{rate / 1000:.1f}k" if rate >= 999.5 else f"{rate:.2g}" if rate < 1 else f"{rate:.0f}"
 
 
 def _is_logged(trainer: Trainer) -> bool:
-    """Return whether the step that is about to be taken is logged."""
+    """Return True if the upcoming step is logged."""
     return (trainer.global_step + 1) % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
 
 
@@ -466,10 +469,10 @@ _SECONDS_TO_DIE = 10.0
 
 
 class StopRequest:
-    """Whether Ctrl-C or SIGTERM asked this training to stop.
+    """A request to stop the training run by Ctrl-C or SIGTERM.
 
-    The first signal is noted and passed on to worker processes, the second ends the training at
-    once. Workers only take note: who started them decides.
+    The first signal is recorded and forwarded to worker processes. The second one ends the run at
+    once. Workers only record signals; their parent process decides.
     """
 
     def __init__(self) -> None:
@@ -482,10 +485,10 @@ class StopRequest:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Take signals inside.
+        """Handle signals inside the block.
 
         Raises:
-            Stopped: a second signal came.
+            Stopped: A second signal arrived.
         """
         is_main = threading.current_thread() is threading.main_thread()
         before = {number: signal.getsignal(number) for number in _SIGNALS if is_main}
@@ -497,7 +500,7 @@ class StopRequest:
                 signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def listen(self) -> None:
-        """Take signals from now on; Lightning sets handlers of its own when a fit begins."""
+        """Install the signal handlers, again after Lightning has installed its own in a fit."""
         if threading.current_thread() is not threading.main_thread():
             return
         for number in _SIGNALS:
@@ -505,7 +508,7 @@ class StopRequest:
                 signal.signal(number, self._take)
 
     def note(self, number: int) -> None:
-        """Take note of a signal; the first one counts."""
+        """Record a signal; the first one counts."""
         if self.signal_number is None:
             self.signal_number = number
 
@@ -515,33 +518,35 @@ class StopRequest:
             self.note(number)
             if not is_worker:
                 for worker in multiprocessing.active_children():
-                    worker.terminate()  # which it takes as this process took its signal
+                    worker.terminate()  # which it records as this process did
             return
         workers = multiprocessing.active_children()
         for worker in workers:
             worker.kill()
-        for worker in workers:  # none of them writes any more when this one says it is over
+        for worker in workers:  # none of them may write after this process has reported the end
             worker.join(_SECONDS_TO_DIE)
         raise Stopped(number)
 
 
 class SaveState(Checkpoint):
-    """Save what the training needs to go on, every so many steps and when it is to end early.
+    """Save the training state every few steps, and before the run ends early.
 
-    Stands last among the callbacks, behind all that write checkpoints, so that it sees what the
-    others did in the step, and in its evaluation if there is one. A training ends where
-    a step does: whoever asks for it between two batches of a step is heard at its end. Of several
-    processes all end at the same step.
+    It must be the last callback, after all that write checkpoints: the state then includes the
+    work of all others in the step, including its validation.
+
+    A run only ends after a complete optimizer step, even if a stop is requested between two of
+    its batches. All processes end at the same step.
 
     Args:
-        path: of the checkpoint folder, which is replaced whole.
-        every_n_steps: 0 saves only when the training is to end early.
-        stop: whether it is asked to stop, to go on later.
-        guard: whether it is broken off.
+        path: Checkpoint folder, which is replaced.
+        every_n_steps: Interval in steps. 0 saves only before the run ends early.
+        stop: Stop request by a signal, after which the run can be resumed.
+        guard: Guard that may abort the run.
 
     Attributes:
-        ended_early: which callback ended the training before its last step, and why. One that is
-            resumed after that does not train on.
+        ended_early: Name and reason of the callback that ended the run before its last step.
+            Resuming such a run does not continue training.
+        has_trained: Whether a batch was trained since the fit began.
     """
 
     def __init__(
@@ -561,7 +566,7 @@ class SaveState(Checkpoint):
             trainer.should_stop = True
         for callback in trainer.checkpoint_callbacks:
             if hasattr(callback, "_last_global_step_saved"):
-                # Else it would save the step it is resumed from again, in the midst of the next
+                # Otherwise it would save the resumed step again, within the next step
                 callback._last_global_step_saved = trainer.global_step
 
     def on_train_batch_end(
@@ -576,12 +581,12 @@ class SaveState(Checkpoint):
         trainer.should_stop = agree(self._is_to_end or self._stop.is_asked, all=False)
         is_stopped = trainer.should_stop and agree(self._stop.is_asked, all=False)
         if is_stopped:
-            self._stop.note(signal.SIGTERM)  # another process was asked
+            self._stop.note(signal.SIGTERM)  # another process received a signal
         every = self._every_n_steps
         is_due = is_stopped or bool(every and trainer.global_step % every == 0)
         is_ours = self._stop.is_asked or self._guard.stopped_because is not None
         if trainer.should_stop and not is_ours and trainer.global_step < trainer.max_steps:
-            self.ended_early = "a callback asked the training to stop"
+            self.ended_early = "a callback stopped the training run"
             for callback in trainer.callbacks:  # type: ignore[attr-defined]
                 if reason := getattr(callback, "stopping_reason_message", None):
                     reason = reason.removesuffix(" Signaling Trainer to stop.")
@@ -598,9 +603,9 @@ class SaveState(Checkpoint):
 
 
 class EndOfTraining(Callback):
-    """Let callbacks end a training that is resumed from its last step, which Lightning passes over.
+    """Call `on_train_end` for a run resumed from its last step, where Lightning skips it.
 
-    Stands first, so that what they leave then is there for those that write it when the fit ends.
+    It must be the first callback: the others write their results when the fit ends.
     """
 
     def __init__(self) -> None:
@@ -615,29 +620,29 @@ class EndOfTraining(Callback):
                 callback.on_train_end(trainer, pl_module)
 
 
-# When a training is evaluated on its way: at its beginning, every so many steps, at its end.
+# Validation during training: at the beginning, every few steps and at the end.
 #
-# Lightning's own validation loop does it, so that loggers and other people's callbacks meet what
-# they know. It is started here: Lightning counts batches instead of steps, would start it behind
-# the saving of a state (a training that goes on from there would miss it), and at step 0 not at
-# all. Weights are the bits of a training without: the loop sets the modes of all modules back,
-# and what is drawn from the random generators is undone.
+# It uses Lightning's validation loop, so that loggers and third-party callbacks work as usual. The
+# loop is started here for three reasons. Lightning counts batches instead of steps. It would
+# validate after a state is saved, so a resumed run would miss the validation. And it would not
+# validate at step 0. Validation does not change the weights of the run: the loop restores the modes
+# of all modules, and the random state is restored afterwards.
 
 
 class Validation(Callback):
-    """Start the evaluations of a training, and count their FLOPs and this process's seconds.
+    """Run validation, and count its FLOPs and the seconds of this process.
 
-    Stands before the callback that saves states, so that a saved state has its evaluation.
+    It must precede the callback that saves states, so that a saved state includes its validation.
 
     Args:
-        text: what it is evaluated on.
-        stop: a training that is asked to stop is not evaluated at its end.
+        text: Validation subset.
+        stop: Stop request; a stopped run is not validated at its end.
     """
 
     def __init__(self, text: ValidationSubset, *, stop: StopRequest) -> None:
         self._text = text
         self._stop = stop
-        self._last: int | None = None  # the step of the last evaluation
+        self._last: int | None = None  # step of the last validation
         self._has_begun = False
         self.flops, self.seconds = 0.0, 0.0
 
@@ -655,18 +660,18 @@ class Validation(Callback):
             self._validate(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Of one that ends early; what had nothing left to train was evaluated before
+        # For a run that ends early; one with no steps to train was validated before
         if trainer.global_step == self._last or not self._has_begun:
             return
         if not trainer.strategy.reduce_boolean_decision(self._stop.is_asked, all=False):
             self._validate(trainer)
 
     def _validate(self, trainer: Trainer) -> None:
-        """Run the validation loop as the training loop does, and leave no trace in the training."""
+        """Run the validation loop as the training loop does, without side effects on training."""
         since = time.perf_counter()
         loop, connector = trainer.fit_loop.epoch_loop.val_loop, trainer._logger_connector
         random, is_first = random_state(), connector._first_loop_iter
-        loop.restarting = False  # a training that was resumed would leave batches out
+        loop.restarting = False  # otherwise a resumed run would skip batches
         trainer.validating = True
         loop.run()
         trainer.training = True
@@ -686,9 +691,10 @@ class Validation(Callback):
 
 
 def evaluation_flops(reading: Flops, text: ValidationSubset) -> float:
-    """Count the FLOPs of one evaluation; padding is not counted.
+    """Return the FLOPs of one validation without padding.
 
     Args:
-        reading: of a sequence.
+        reading: FLOPs of a forward pass.
+        text: Validation subset.
     """
     return sum(reading.of(length) for length in text.lengths)

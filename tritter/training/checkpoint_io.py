@@ -1,8 +1,8 @@
-"""Lightning checkpoints as folders of safetensors and JSON: nothing is pickled, nothing unpickled.
+"""Lightning checkpoints as folders of safetensors and JSON, without pickle.
 
-Tensors go into one safetensors file, everything else into JSON, in which a tensor is a reference.
-Dictionaries are lists of pairs, so that keys may be whole numbers; tuples are marked. The JSON
-holds the digest of the tensors' file and one of itself, which are checked before either is used.
+Tensors are in one safetensors file, everything else is in a JSON file that refers to them. The JSON
+stores dictionaries as lists of pairs, because keys may be integers, and marks tuples. It contains
+the checksums of both files, which are verified before use.
 """
 
 import shutil
@@ -26,7 +26,7 @@ _TENSORS, _REST = "tensors.safetensors", "checkpoint.json"
 
 @record
 class _SavedHead:
-    """What `checkpoint.json` says: the digest of the tensors, and all that is no tensor."""
+    """The content of `checkpoint.json`: the checksum of the tensors, and all other values."""
 
     FORMAT: ClassVar[str] = "saved training"
 
@@ -35,19 +35,19 @@ class _SavedHead:
 
 
 class SafetensorsCheckpointIO(CheckpointIO):
-    """Write each checkpoint whole, or not at all; read it without running anything."""
+    """Write checkpoints atomically; read them without executing code."""
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
     ) -> None:
-        """Write a checkpoint folder in place of the one before.
+        """Write a checkpoint folder, replacing the previous one.
 
         Raises:
-            TypeError: it holds something that is neither plain data nor a tensor; names the place.
-            TritterError: the disk refused a write.
+            TypeError: A value is neither plain data nor a tensor; the message names its key.
+            TritterError: A write failed.
         """
         tensors: dict[str, Tensor] = {}
-        plain = encode(checkpoint, tensors, place="checkpoint")
+        plain = encode(checkpoint, tensors, key_path="checkpoint")
         with atomic_folder(Path(path), overwrite=True) as folder:
             save_file(tensors, folder / _TENSORS, metadata={"format": "pt"})
             head = _SavedHead(tensors_sha256=file_digest(folder / _TENSORS), content=plain)
@@ -59,56 +59,64 @@ class SafetensorsCheckpointIO(CheckpointIO):
         """Read a checkpoint folder.
 
         Raises:
-            TritterError: it is damaged, or of another format.
+            TritterError: The checkpoint is damaged or has another format.
         """
         folder = Path(path)
         try:
             head = read_record(folder / _REST, _SavedHead)
             if file_digest(folder / _TENSORS) != head.tensors_sha256:
-                raise TritterError(f"{folder / _TENSORS} was changed since it was written.")
+                raise TritterError(f"{folder / _TENSORS} was edited: its checksum does not match.")
             tensors = load_file(folder / _TENSORS, device="cpu")
             content = decode(head.content, tensors)
             if not isinstance(content, dict):
-                raise ValueError("it holds no mapping")
+                raise ValueError("it is not a mapping")
             return content
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise TritterError(
                 f"the saved state {folder} is damaged: {error}\n"
-                f"Delete {folder}, and this training starts again from its beginning."
+                f"Delete {folder} to restart this training run from the beginning."
             ) from error
 
     def remove_checkpoint(self, path: Any) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def encode(value: Any, tensors: dict[str, Tensor], *, place: str) -> Any:
-    """Return JSON for nested plain data; tensors move to `tensors`, named by their place.
+def encode(value: Any, tensors: dict[str, Tensor], *, key_path: str) -> Any:
+    """Return JSON values for nested plain data, moving tensors to `tensors`.
+
+    Args:
+        value: Data to encode.
+        tensors: Receives the tensors by their key path.
+        key_path: Dotted path of `value` in the checkpoint.
 
     Raises:
-        TypeError: something is neither plain nor a tensor; names the place.
+        TypeError: A value is neither plain nor a tensor; the message names its key path.
     """
     if isinstance(value, Tensor):
-        tensors[place] = value.detach().cpu().contiguous().clone()
-        return {"tensor": place}
+        tensors[key_path] = value.detach().cpu().contiguous().clone()
+        return {"tensor": key_path}
     if isinstance(value, Mapping):
         pairs = [
-            [encode(key, tensors, place=f"{place}.key"), _child(value[key], tensors, place, key)]
+            [
+                encode(key, tensors, key_path=f"{key_path}.key"),
+                _child(value[key], tensors, key_path, key),
+            ]
             for key in value
         ]
         return {"pairs": pairs}
     if isinstance(value, (list, tuple)):
-        items = [_child(item, tensors, place, index) for index, item in enumerate(value)]
+        items = [_child(item, tensors, key_path, index) for index, item in enumerate(value)]
         return items if isinstance(value, list) else {"tuple": items}
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     raise TypeError(
-        f"{place} is a {type(value).__name__}; a checkpoint holds tensors, text, numbers, lists "
-        "and dictionaries"
+        f"{key_path} is a {type(value).__name__}; checkpoints can contain tensors, strings, "
+        "numbers, lists and dictionaries"
     )
 
 
 def decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """Return what `encode` was given."""
+    """Return the data that `encode` has encoded."""
     if isinstance(value, list):
         return [decode(item, tensors) for item in value]
     if not isinstance(value, dict):
@@ -120,12 +128,12 @@ def decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     return {decode(key, tensors): decode(item, tensors) for key, item in value["pairs"]}
 
 
-def _child(value: Any, tensors: dict[str, Tensor], place: str, name: Any) -> Any:
-    return encode(value, tensors, place=f"{place}.{name}")
+def _child(value: Any, tensors: dict[str, Tensor], key_path: str, name: Any) -> Any:
+    return encode(value, tensors, key_path=f"{key_path}.{name}")
 
 
 def random_state() -> dict[str, Any]:
-    """Return the state of torch's global generators, the GPU's that is in use included."""
+    """Return the state of torch's global generators, including the current GPU."""
     state: dict[str, Any] = {"torch": torch.get_rng_state()}
     if torch.cuda.is_initialized():
         state["cuda"] = torch.cuda.get_rng_state()
@@ -133,7 +141,7 @@ def random_state() -> dict[str, Any]:
 
 
 def restore_random_state(state: Mapping[str, Any]) -> None:
-    """Set torch's global generators to what `random_state` returned."""
+    """Set torch's global generators to a state from `random_state`."""
     torch.set_rng_state(state["torch"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])

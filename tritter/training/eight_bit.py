@@ -1,7 +1,8 @@
-"""Adam of bitsandbytes: its moments read as plain numbers, and written down as it holds them.
+"""The moments of bitsandbytes' Adam: dequantise them, and quantise them again.
 
-It keeps them in codes of 8 bits, one scale to a block of the flattened tensor, which no map of axes
-could follow; those of small parameters in float32. All that we know of its insides stands here.
+bitsandbytes stores moments as 8-bit codes with one scale per block of the flattened tensor, which
+axis maps cannot transform. Small parameters have float32 moments. Only this module knows the
+internals of bitsandbytes.
 """
 
 from collections.abc import Mapping
@@ -15,27 +16,27 @@ from tritter.core.parameter_map.carry import MOMENTS
 from tritter.errors import TritterError
 from tritter.storage.tensors import is_finite
 
-_BLOCK = 256  # numbers to a scale, in all its blockwise optimizers
+_BLOCK = 256  # values per scale, in all of its blockwise optimizers
 _SUFFIXES = dict(zip(MOMENTS, "12", strict=True))  # of state, absmax (scales), qmap (code → value)
 
 State = Mapping[str, Any]
 
 
 def is_of_bitsandbytes(optimizer: torch.optim.Optimizer) -> bool:
-    """Return whether this is an Adam of bitsandbytes, paged or not; AdEMAMix and LAMB are not."""
+    """Return True for any Adam of bitsandbytes, also paged, but not for AdEMAMix or LAMB."""
     has_its_hooks = hasattr(optimizer, "init_state") and hasattr(optimizer, "update_step")
     return has_its_hooks and getattr(optimizer, "optimizer_name", None) == "adam"
 
 
 def read(state: State, device: torch.device) -> dict[str, Tensor]:
-    """Return the moments and the step count of one parameter, as torch's Adam would hold them.
+    """Return the moments and the step count of one parameter in the format of torch's Adam.
 
     Args:
-        state: what the optimizer holds for it.
-        device: where the parameter is; paged state is elsewhere.
+        state: Optimizer state of the parameter.
+        device: Device of the parameter; paged state can be on another one.
 
     Raises:
-        TritterError: blocks have another size than they had in all versions we know.
+        TritterError: The block size is not that of the known versions.
     """
     moments = {kind: _values(state, suffix, device) for kind, suffix in _SUFFIXES.items()}
     return moments | {"step": torch.tensor(float(state["step"]))}
@@ -48,30 +49,32 @@ def write(
     *,
     before: State | None = None,
 ) -> None:
-    """Let the optimizer hold moments for a parameter that is in its groups.
+    """Set the moments of a parameter in the optimizer's groups.
 
-    The optimizer itself makes the state, so that its own rule decides between 8 bits and float32.
-    Pages on a GPU it never gives back, those of the parameter before included.
+    The optimizer creates the state, so its own rule chooses between 8 bits and float32. It never
+    frees GPU pages, including those of a replaced parameter.
 
     Args:
-        before: what it held of the parameter that this one stems from. Blocks that still stand for
-            the same numbers keep their codes and scales to the bit: a second rounding would take
-            0.7 % from the largest number of a block if that is negative, as there is no code for
-            −1.
+        optimizer: An Adam of bitsandbytes.
+        parameter: Parameter in one of its groups.
+        moments: Moments and step count in the format of torch's Adam.
+        before: State of the parameter that this one replaces. Blocks with unchanged values keep
+            their exact codes and scales. Quantising again would shrink the largest value of a
+            block by 0.7 % if it is negative, because there is no code for −1.
 
     Raises:
-        TritterError: a moment that is to be coded is not finite.
+        TritterError: A moment to quantise is not finite.
     """
     from bitsandbytes.functional import quantize_blockwise
 
-    (place,) = (
+    (slot,) = (
         (group, group_index, index)
         for group_index, group in enumerate(optimizer.param_groups)
-        for index, held in enumerate(group["params"])
-        if held is parameter
+        for index, candidate in enumerate(group["params"])
+        if candidate is parameter
     )
     optimizer.state.pop(parameter, None)
-    optimizer.init_state(place[0], parameter, *place[1:])  # type: ignore[attr-defined]
+    optimizer.init_state(slot[0], parameter, *slot[1:])  # type: ignore[attr-defined]
     state = optimizer.state[parameter]
     state["step"] = int(moments["step"])
     for kind, suffix in _SUFFIXES.items():
@@ -79,11 +82,11 @@ def write(
         if not _is_coded(state, suffix):
             state[f"state{suffix}"].copy_(values)
             continue
-        if not is_finite(values):  # there are codes for numbers only
-            raise TritterError(f"{kind} holds values that are not finite; 8 bits can't hold them.")
+        if not is_finite(values):  # there are no codes for inf and NaN
+            raise TritterError(f"{kind} is not finite; 8-bit optimizers cannot store such values.")
         code = state[f"qmap{suffix}"]
         codes, rest = quantize_blockwise(values, code=code, blocksize=_BLOCK)
-        # On the CPU it takes a zero for the smallest number above zero
+        # On the CPU, bitsandbytes quantises zero to the smallest positive number
         codes.masked_fill_(values == 0, int(code.abs().argmin()))
         scales = rest.absmax
         if before is not None and _is_coded(before, suffix):
@@ -98,26 +101,26 @@ def _is_coded(state: State, suffix: str) -> bool:
 
 def _values(state: State, suffix: str, device: torch.device) -> Tensor:
     """Return one moment in float32."""
-    held = state[f"state{suffix}"].to(device)
+    stored = state[f"state{suffix}"].to(device)
     if not _is_coded(state, suffix):
-        return held
+        return stored
     from bitsandbytes.functional import dequantize_blockwise
 
     scales, code = state[f"absmax{suffix}"], state[f"qmap{suffix}"]
-    if scales.numel() != -(held.numel() // -_BLOCK):
+    if scales.numel() != -(stored.numel() // -_BLOCK):
         raise TritterError(
-            f"bitsandbytes holds {scales.numel()} scales of {held.numel()} numbers; blocks of "
-            f"{_BLOCK} are known."
+            f"this version of bitsandbytes has {scales.numel()} scales for {stored.numel()} "
+            f"values; Tritter supports blocks of {_BLOCK} values."
         )
     return dequantize_blockwise(
-        held, absmax=scales.to(device), code=code.to(device), blocksize=_BLOCK
+        stored, absmax=scales.to(device), code=code.to(device), blocksize=_BLOCK
     )
 
 
 def _keep_blocks(codes: Tensor, scales: Tensor, values: Tensor, before: State, suffix: str) -> None:
-    """Take the codes and scales from before where a block's numbers [256] are what they were.
+    """Copy the old codes and scales of all blocks [256] with unchanged values.
 
-    A block that was not full, and is longer now, is another.
+    A last block that was partial and has grown counts as changed.
     """
     old_codes = before[f"state{suffix}"].to(codes.device).view(-1)
     old_values = _values(before, suffix, codes.device).view(-1)

@@ -1,4 +1,4 @@
-"""One stage, one Trainer: fit a module on batches under the run's settings."""
+"""Fit a module on batches with one Trainer per stage."""
 
 import csv
 import gc
@@ -44,8 +44,8 @@ from tritter.training.trainer import (
     worker_processes,
 )
 
-SAVED_NAME = "saved"  # what a killed training goes on from
-LEFTOVERS_NAME = "left"  # what methods against forgetting leave for the next training
+SAVED_NAME = "saved"  # state from which a killed training run resumes
+LEFTOVERS_NAME = "left"  # state of continual-learning methods for the next training run
 
 
 def fit(
@@ -65,26 +65,27 @@ def fit(
     write_result: WriteResult | None = None,
     evaluation: ValidationSubset | None = None,
 ) -> FitResult:
-    """Train `module` for the steps of its schedule, from where a killed training left off.
+    """Train `module` for the steps of its schedule, resuming from a saved state in `folder`.
 
-    What it left is in `folder`; `discard_saved` removes it once the result is safe. With several
-    processes only the fit runs in them; `module` and the methods stay in this one as they were.
+    With several processes, `module` and its methods in this process do not change.
 
     Args:
-        folder: where `metrics.csv` of this stage is written.
-        label: what the progress bar calls it.
-        task: what methods against forgetting are told, where the module has some.
-        loggers: besides the CSV; with several processes they get its rows when the fit has ended.
-        observers: callbacks that read the gradients of the task before any method changes them.
-        controls: callbacks that set what the model may do in a batch, by the step alone.
-        changers: callbacks that change the model between two steps, by `surgery`.
-        theirs: callbacks that the run is asked for, which stand behind all of ours.
-        write_result: writes what the training leaves, unless it is asked to stop.
-        evaluation: text on which `eval/<domain>/loss` is measured on the way.
+        module: Module to train.
+        batches: Training batches.
+        folder: Folder for `metrics.csv` and the saved state of this stage.
+        label: Label in the progress bar.
+        task: Data and state for continual-learning methods, if the module has any.
+        loggers: Loggers in addition to the CSV; with several processes, written after the fit.
+        observers: Callbacks that read the task gradients before any method changes them.
+        controls: Callbacks that configure the model for a batch, depending on the step only.
+        changers: Callbacks that change the model between two steps with `surgery`.
+        theirs: Callbacks of the user, which run after Tritter's own.
+        write_result: Writes the trained model, unless the run was stopped.
+        evaluation: Validation subset for `eval/<domain>/loss` during training.
 
     Raises:
-        TritterError: what it would go on from is damaged, a process was killed, or nothing written.
-        Stopped: by a signal; its state was saved at the end of the step, unless one came twice.
+        TritterError: The saved state is damaged, a process was killed, or a write failed.
+        Stopped: A signal stopped the run, with its state saved unless a second signal arrived.
     """
     guard, work = FiniteGuard(max_consecutive=settings.max_non_finite_steps), WorkCount()
     max_steps, mode, stop = module.schedule.max_steps, settings.progress, StopRequest()
@@ -115,27 +116,27 @@ def fit(
             batches = method.mix(batches, task)
     callbacks += filter(None, ours)
     module.module_callbacks = partial(module_callbacks, theirs, folder=folder, last=saving)
-    gc.collect()  # an earlier trainer, its module and callbacks hold each other, moments too
+    gc.collect()  # an earlier trainer, its module and callbacks are a reference cycle with moments
     since = time.perf_counter()
-    with _told(stop, label):
+    with _stoppable(stop, label):
         data = TextDataModule(batches, evaluation)
         _run(module, data, settings, callbacks, saving=saving, folder=folder, loggers=loggers)
     result = conclusion.result
     assert result is not None
     if stop.signal_number is not None:
-        where = f"at step {result.steps} of {max_steps} of the {label}, which goes on from there"
+        where = f"at step {result.steps} of {max_steps} of the {label}, which can be resumed"
         raise Stopped(stop.signal_number, where=where)
     return replace(result, seconds=time.perf_counter() - since)
 
 
 @contextmanager
-def _told(stop: StopRequest, label: str) -> Iterator[None]:
-    """Take signals inside; say of an end without a saved step where the training goes on.
+def _stoppable(stop: StopRequest, label: str) -> Iterator[None]:
+    """Handle signals inside the block; report from where a run resumes that could not be saved.
 
     Raises:
-        Stopped: a second signal came, or the first before there was anything to save.
+        Stopped: A second signal arrived, or the first one before there was a state to save.
     """
-    where = f"during the {label}, which goes on from the last state it saved"
+    where = f"during the {label}, which resumes from its last saved state"
     try:
         with stop.listening():
             yield
@@ -145,11 +146,11 @@ def _told(stop: StopRequest, label: str) -> Iterator[None]:
     except TritterError as error:
         if stop.signal_number is None:
             raise
-        raise Stopped(stop.signal_number, where=where) from error  # workers that hardly began
+        raise Stopped(stop.signal_number, where=where) from error  # the workers were just starting
 
 
 def discard_saved(folder: Path) -> None:
-    """Remove what a training would go on from, after its result was written elsewhere."""
+    """Remove the saved state of a training run after its result was written elsewhere."""
     for name in (SAVED_NAME, LEFTOVERS_NAME):
         remove_folder(folder / name)
 
@@ -164,7 +165,7 @@ def _run(
     folder: Path,
     loggers: Sequence[Logger],
 ) -> None:
-    """Run one Trainer, from the saved state if there is one, here or in processes of its own."""
+    """Run one Trainer from the saved state, if any, in this process or in worker processes."""
     saved, has_workers = folder / SAVED_NAME, settings.has_workers
     start = str(saved) if saved.exists() else None
     if start is not None:
@@ -181,12 +182,12 @@ def _run(
         except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             if isinstance(error, TritterError) or saving.has_trained or start is None:
                 raise
-            # It ended before its first step: the state is whole, and not that of this training
+            # It failed before its first step: the state is intact but belongs to another run
             raise TritterError(
-                f"the training can't go on from the saved state {start}: {error}\n"
-                f"Delete {start}, and it starts again from its beginning."
+                f"the training run cannot resume from the saved state {start}: {error}\n"
+                f"Delete {start} to restart it from the beginning."
             ) from error
-    if has_workers and loggers:  # which worker processes can't share
+    if has_workers and loggers:  # worker processes cannot share them
         with (folder / METRICS_NAME).open(encoding="utf-8", newline="") as file:
             for row in csv.DictReader(file):
                 values = {name: float(row[name]) for name in row if name != "step" and row[name]}

@@ -1,7 +1,7 @@
-"""Whether every parameter that is trained got a gradient, watched until it did.
+"""Monitor that every trainable parameter receives a gradient.
 
-A step looks at those alone that none has reached yet, which after the first few are none. An expert
-gets one from the tokens alone that it is sent.
+Each step only checks parameters without a gradient so far, usually none after the first few steps.
+An expert only has a gradient from the tokens routed to it.
 """
 
 from collections.abc import Mapping
@@ -19,19 +19,21 @@ from tritter.training.parameters import live_layout, whole
 from tritter.transform import Change
 
 _TRIAL_RATE = 1e-4
-_CLOSELY = 16  # steps, from the first and from a change, that are looked at one by one
+_CLOSELY = 16  # steps after the start or a change that are all checked
 
-# By parameter: along each dimension, bool [size], which coordinates no weight stood in before
+# Parameter name → for each dimension, bool [size], the coordinates that an expansion has added
 NewUnits = Mapping[str, tuple[Tensor | None, ...]]
 
 
 @dataclass(slots=True)
 class _Waiting:
-    """What of one parameter had no gradient yet.
+    """The part of a parameter without a gradient so far.
 
     Args:
-        dims: dimension → bool [size], coordinates of it; without any the whole is waited for.
-        since: the step from which it has been trained.
+        dims: Dimension → bool [size], coordinates without a gradient. Empty: the parameter as a
+            whole.
+        since: Step from which it has been trained.
+        is_done: Whether all of it had a gradient.
     """
 
     dims: dict[int, Tensor]
@@ -39,7 +41,7 @@ class _Waiting:
     is_done: bool = False
 
     def see(self, values: Tensor) -> None:
-        """Take off what has a value that is not zero."""
+        """Mark the coordinates with nonzero values as done."""
         found = whole(values.detach()) != 0
         for dim, pending in self.dims.items():
             others = [each for each in range(found.ndim) if each != dim]
@@ -50,22 +52,28 @@ class _Waiting:
 
 
 class Flow:
-    """Which parameters, experts and new coordinates of a model have had no gradient yet.
+    """Record of parameters, experts and new coordinates of a model without a gradient so far.
 
     Args:
-        new: along which dimensions of which parameters an expansion set new coordinates.
+        new: Coordinates that the expansion has added.
     """
 
     def __init__(self, new: NewUnits) -> None:
         self._new = new
         self._waiting: dict[str, _Waiting] = {}
-        self._changed: set[str] = set()  # since the training began: what `new` does not tell
+        self._changed: set[str] = set()  # parameters changed since the start of training
         self._restored: dict[str, Any] = {}
         self._step = 0
         self._closely_until = _CLOSELY
 
     def look(self, model: nn.Module, *, step: int, is_looked_at: bool = True) -> None:
-        """Take the gradients of a step, counted from 0."""
+        """Check the gradients of a step.
+
+        Args:
+            model: Model in training.
+            step: Number of the step, from 0.
+            is_looked_at: Whether to check the gradients, or only count the step.
+        """
         self._enter(model, step)
         self._step = step + 1
         for name, waiting in self._waiting.items() if is_looked_at else ():
@@ -73,21 +81,26 @@ class Flow:
                 waiting.see(gradient)
 
     def found(self, model: nn.Module, *, enough: int = ENOUGH_STEPS) -> dict[str, Any]:
-        """Return by name what had no gradient in so many steps and more.
+        """Return the names of parameters and experts without a gradient.
 
-        `without_gradient` holds parameters and parts of them, `without_tokens` experts, `steps` is
-        how many were taken.
+        Args:
+            model: Model in training.
+            enough: Minimum number of steps without a gradient.
+
+        Returns:
+            `without_gradient`: parameters and parts of them, `without_tokens`: experts, `steps`:
+            number of steps.
         """
-        self._enter(model, self._step)  # a training that goes on from its last step has seen none
+        self._enter(model, self._step)  # a run resumed from its last step has checked nothing
         parameters, experts = list[str](), dict[str, None]()
         for stored in live_layout(model):
             waiting = self._waiting.get(stored.name)
             if waiting is None or waiting.is_done or self._step - waiting.since < enough:
                 continue
             if stored.is_of_experts:
-                by_place = {part.index[0]: part.tensor for part in stored.parts}
-                for place in waiting.dims[0].nonzero()[:, 0]:
-                    tensor = by_place[int(place)]
+                by_index = {part.index[0]: part.tensor for part in stored.parts}
+                for index in waiting.dims[0].nonzero()[:, 0]:
+                    tensor = by_index[int(index)]
                     experts[f"layers.{tensor.layer}.experts.{tensor.expert}"] = None
                 continue
             parts = [
@@ -103,7 +116,7 @@ class Flow:
         }
 
     def parameters_changed(self, change: Change) -> None:
-        """Watch what was changed from here on anew."""
+        """Restart the check of all changed parameters."""
         changed = {*(stored.name for stored in change.altered), *change.removed}
         new = change.new_units()
         self._new = {**self._new, **{name: new.get(name, ()) for name in changed}}
@@ -127,15 +140,15 @@ class Flow:
         self._new = {**self._new, **state_dict["new"]}
 
     def _enter(self, model: nn.Module, step: int) -> None:
-        """Begin to wait for what is trained and was not before."""
+        """Start the check of parameters that have become trainable."""
         trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
         if trained.keys() <= self._waiting.keys():
             return
         for stored in live_layout(model):
             if stored.name not in trained or stored.name in self._waiting:
                 continue
-            if (held := self._restored.pop(stored.name, None)) is not None:
-                entered = _Waiting(**held)
+            if (restored := self._restored.pop(stored.name, None)) is not None:
+                entered = _Waiting(**restored)
             elif stored.is_of_experts:
                 entered = _Waiting({0: torch.ones(stored.shape[0], dtype=torch.bool)}, step)
             else:
@@ -145,7 +158,7 @@ class Flow:
 
 
 class GradientFlow(Flow, Callback):
-    """Watch a training; stands before what changes the gradients of the task."""
+    """Check the gradients of a training run; must precede callbacks that change them."""
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Any
@@ -158,7 +171,7 @@ class GradientFlow(Flow, Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         module = base_of(pl_module)
         if module.moments or not trainer.optimizers:
-            return  # moments that were carried on know of earlier tokens
+            return  # carried moments contain earlier tokens
         (optimizer,) = trainer.optimizers
         experts = {stored.name for stored in live_layout(module.model) if stored.is_of_experts}
         for name in experts & self._waiting.keys():
@@ -166,30 +179,33 @@ class GradientFlow(Flow, Callback):
             for value in optimizer.state.get(parameter, {}).values():
                 is_like = isinstance(value, Tensor) and value.shape == parameter.shape
                 if is_like and not self._waiting[name].is_done:
-                    self._waiting[name].see(value)  # tokens of steps between those looked at
+                    self._waiting[name].see(value)  # tokens of steps that were not checked
 
 
 def tried(model: nn.Module, input_ids: Tensor, new: NewUnits, *, steps: int) -> dict[str, Any]:
-    """Train a model for a few steps, for trial; return what `Flow` found of it.
+    """Train a model for a few trial steps and return the result of `Flow.found`.
 
-    A step moves each parameter against the sign of its gradient, as Adam's first step does, but
-    holds no moments.
+    A step moves each parameter against the sign of its gradient, like Adam's first step, but
+    without storing moments.
 
     Args:
-        input_ids: int64 [B, T], where the model is; the same in each step.
+        model: Model to train; its weights change.
+        input_ids: Batch for every step, int64 [B, T], on the device of the model.
+        new: Coordinates that the expansion has added.
+        steps: Number of steps.
     """
     parameters = list(model.parameters())
     flow = Flow(new)
     model.train()
     with torch.random.fork_rng():
-        torch.manual_seed(0)  # the same units drop out at each call
+        torch.manual_seed(0)  # the same dropout in each call
         for step in range(steps):
             labels = labels_of(model, input_ids)
             loss = model(input_ids=input_ids, labels=labels, use_cache=False).loss
             gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 parameter.grad = gradient
-            del gradients  # which are the parameters' now
+            del gradients  # now owned by the parameters
             flow.look(model, step=step)
             with torch.no_grad():
                 for parameter in parameters:

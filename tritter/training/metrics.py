@@ -1,4 +1,4 @@
-"""What trainings log, part by part: a part ends where one was stopped or killed."""
+"""Logged metrics of a training run, in one part per uninterrupted stretch."""
 
 import csv
 import io
@@ -13,10 +13,10 @@ MAX_METRICS_BYTES = 2**30
 
 
 def set_metrics_aside(folder: Path) -> None:
-    """Keep the metrics of the part that was killed, as `metrics.0.csv`, `metrics.1.csv`, …
+    """Rename the metrics of an interrupted part to `metrics.0.csv`, `metrics.1.csv`, …
 
     Raises:
-        TritterError: a part is damaged; better told now than when the training has ended.
+        TritterError: A part is damaged. Reading all parts now avoids an error after training.
     """
     read_metrics(folder)
     current = folder / METRICS_NAME
@@ -26,7 +26,7 @@ def set_metrics_aside(folder: Path) -> None:
 
 
 def metrics_files(folder: Path) -> tuple[Path, ...]:
-    """Return the metrics of all parts of a training, in their order."""
+    """Return the metrics files of all parts of a training run, in order."""
     parts = {path.name.split(".")[1]: path for path in folder.glob("metrics.*.csv")}
     numbered = sorted((int(number), path) for number, path in parts.items() if number.isdecimal())
     last = folder / METRICS_NAME
@@ -34,19 +34,19 @@ def metrics_files(folder: Path) -> tuple[Path, ...]:
 
 
 def read_metrics(folder: Path) -> list[dict[str, str]]:
-    """Return the rows of all parts by step; where parts overlap, the later one counts.
+    """Return the rows of all parts by step; later parts override earlier ones.
 
-    At the step that a part resumes from, the earlier part may have logged what the later one does
-    not log again, such as the evaluation. A part may be empty or absent: it was killed before it
-    logged, or had nothing left to train.
+    At the step from which a part resumes, metrics of the earlier part that the later one does not
+    log again are kept, for example those of validation. A part can be empty or absent if it was
+    killed before its first row or had no steps to train.
 
     Raises:
-        TritterError: a part is damaged.
+        TritterError: A part is damaged.
     """
     rows: list[dict[str, str]] = []
     for part in map(_metrics_part, metrics_files(folder)):
-        # Some Lightning logged only because an earlier part stopped there. `FiniteGuard` logs the
-        # learning rate of the steps that are due, and of these alone.
+        # Drop rows that Lightning logged only because an earlier part stopped there: `FiniteGuard`
+        # logs the learning rate of regularly logged steps only.
         rows = [row for row in rows if row.get("train/learning_rate") or not row.get("train/loss")]
         if part:
             first = min(int(row["step"]) for row in part)
@@ -68,12 +68,13 @@ def _metrics_part(path: Path) -> list[dict[str, str]]:
         part = list(csv.DictReader(io.StringIO(whole), strict=True))
         for row in part:
             if None in row or None in row.values():
-                raise ValueError("a row of another length")
+                raise ValueError("a row has the wrong number of columns")
             int(row["step"])
             for value in row.values():
                 float(value or 0)
     except (ValueError, KeyError, csv.Error) as error:
         raise TritterError(
-            f"{path} is damaged ({error}). It is a log: delete it, and the same command goes on."
+            f"{path} is damaged ({error}). It is only a log: delete it and rerun the command to "
+            "resume."
         ) from error
     return part

@@ -33,15 +33,15 @@ from tritter.training.parameters import (
     shard,
 )
 
-_SUMMED = ("nats", "right", "tokens")  # of a domain's windows in an evaluation
+_SUMMED = ("nats", "right", "tokens")  # per domain, over the windows of a validation
 
 
 class SideLoss:
-    """Base of all of them; the LightningModule holds them as a list.
+    """Base class of losses that are added to the task loss.
 
-    Args:
-        forward_options: what the model is called with besides, in the forward pass of the task.
-        flops: model FLOPs that it took before the first step.
+    Attributes:
+        forward_options: Additional arguments of the model in the task's forward pass.
+        flops: Model FLOPs before the first step.
     """
 
     forward_options: Mapping[str, bool] = {}
@@ -50,45 +50,45 @@ class SideLoss:
     def loss(
         self, model: nn.Module, batch: Mapping[str, Tensor], *, step: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return what is added to the loss, and its terms by the names of their metrics.
+        """Return the loss to add, and its terms by metric name.
 
         Args:
-            batch: what the task's forward pass was of, which lies right behind.
-            step: optimizer steps of this training so far.
+            model: Model in training.
+            batch: Batch of the task's forward pass, which has just run.
+            step: Number of finished optimizer steps of this training run.
         """
         raise NotImplementedError
 
     def step_flops(self, model: nn.Module) -> float:
-        """Count the FLOPs of a step besides those of the task, of all processes together."""
+        """Return the FLOPs of a step in addition to those of the task, over all processes."""
         return 0.0
 
     def callbacks(self) -> tuple[Callback, ...]:
-        """Return what drives it."""
+        """Return the callbacks that drive the loss."""
         return ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TaskLoss:
-    """The loss of the task, and the logits [B, T, V] of the forward pass that it is of."""
+    """The task loss, and the logits [B, T, V] of its forward pass."""
 
     value: Tensor
     logits: Tensor
 
 
 class BaseModule(LightningModule):
-    """Next-token training of a causal language model, with methods that keep it from forgetting.
+    """Next-token training of a causal language model, with continual-learning methods.
 
     Args:
-        model: a stock transformers model.
-        schedule: learning rate over the steps.
-        optimizer: everything else of the optimizer.
-        methods: in the order in which they were asked for.
-        side_losses: what is added to the loss of the task.
-        moments: of Adam, that the optimizer starts from, by the model's parameter names; those
-            of a training that is resumed take their place.
+        model: A stock transformers model.
+        schedule: Learning-rate schedule.
+        optimizer: All other settings of the optimizer.
+        methods: Continual-learning methods in the requested order.
+        side_losses: Losses that are added to the task loss.
+        moments: Parameter name → initial Adam moments; a resumed run loads its own instead.
 
     Attributes:
-        journal: what changed the model during the training; `tritter.training.surgery` writes it.
+        journal: Changes of the model during training, recorded by `tritter.training.surgery`.
     """
 
     def __init__(
@@ -109,20 +109,20 @@ class BaseModule(LightningModule):
         self.side_losses = tuple(side_losses)
         self.moments = moments or {}
         self.journal: list[Entry] = []
-        self.module_callbacks: Callable[[], list[Callback]] = list  # set for the time of a fit
-        self.compiled: CompiledModel | None = None  # the same
+        self.module_callbacks: Callable[[], list[Callback]] = list  # set during a fit
+        self.compiled: CompiledModel | None = None  # set during a fit
 
     def configure_model(self) -> None:
-        """Keep a part of the weights alone, in a process of several that share them."""
+        """Shard the weights if several processes share them."""
         if self.device_mesh is not None and not is_sharded(self.model):
             shard(self.model, self.device_mesh["data_parallel"])
 
     def configure_callbacks(self) -> list[Callback]:
-        """Return what stands behind Tritter's own callbacks, built in the process that trains."""
+        """Build the callbacks that run after Tritter's own, in the process that trains."""
         return self.module_callbacks()
 
     def training_step(self, batch: Mapping[str, Tensor], batch_index: int) -> Tensor:
-        """Return the loss of the task, of side losses and of the methods; each is logged alone."""
+        """Return the sum of task loss, side losses and losses of methods; each one is logged."""
         if not self.is_task_alone:
             for method in self.methods:
                 method.observe_batch(self.model, batch)
@@ -142,14 +142,14 @@ class BaseModule(LightningModule):
 
     @property
     def is_task_alone(self) -> bool:
-        """Say whether the loss is that of the next tokens of new text, and of nothing else."""
+        """Whether the loss is the next-token loss of new data only."""
         return not self.side_losses and not any(one.is_in_gradients() for one in self.methods)
 
     def task_loss(self, batch: Mapping[str, Tensor]) -> TaskLoss:
-        """Return the mean next-token loss of a batch, nats per token that is to be predicted.
+        """Return the mean next-token loss of a batch in nats per predicted token.
 
-        Where padding makes the numbers of these differ, it is the mean over those of all processes
-        once their gradients are averaged.
+        With padding, processes have different numbers of tokens. The loss is scaled so that the
+        averaged gradients are those of the mean over the tokens of all processes.
         """
         input_ids = batch["input_ids"]  # [B, T]
         options: dict[str, Any] = {}
@@ -157,14 +157,14 @@ class BaseModule(LightningModule):
             options.update(side.forward_options)
         labels = labels_of(self.model, input_ids)
         if labels is not input_ids:
-            # How many there are, as a mean over processes, and at least one among all
+            # Mean number of predicted tokens per process, with at least one over all processes
             count, ranks = (labels[:, 1:] != IGNORED).sum(), this_rank().count
             if ranks > 1:
                 distributed.all_reduce(count)
             options["num_items_in_batch"] = count.clamp(min=1) / ranks
         model = self.compiled or self.model
-        said = model(input_ids=input_ids, labels=labels, use_cache=False, **options)
-        return TaskLoss(said.loss, said.logits)
+        output = model(input_ids=input_ids, labels=labels, use_cache=False, **options)
+        return TaskLoss(output.loss, output.logits)
 
     def on_validation_epoch_start(self) -> None:
         domains = self.trainer.datamodule.evaluation.domains  # type: ignore[attr-defined]
@@ -176,7 +176,7 @@ class BaseModule(LightningModule):
         }
 
     def validation_step(self, batch: Mapping[str, Any], batch_index: int) -> None:
-        """Add up nats, right predictions and tokens of a domain's windows."""
+        """Add up nats, correct predictions and tokens of a domain's windows."""
         targets, sums = batch["targets"], self._sums[batch["domain"]]  # [B, T]
         logits = self.model(input_ids=batch["input_ids"], use_cache=False).logits  # [B, T, V]
         sums["nats"].update(nats_per_row(logits, targets).sum())
@@ -186,7 +186,7 @@ class BaseModule(LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Log each domain's mean next-token loss in nats, perplexity and accuracy.
 
-        They are means over the tokens of all processes, which torchmetrics adds up.
+        These are means over the tokens of all processes, synchronised by torchmetrics.
         """
         let_go(self.model)
         for domain, sums in self._sums.items():
@@ -200,34 +200,34 @@ class BaseModule(LightningModule):
         self._log_finished_steps()
 
     def _log_finished_steps(self) -> None:
-        """Let loggers count finished steps, in training and evaluation alike.
+        """Make loggers use the number of finished steps, in training and validation.
 
-        Lightning takes a metric of this name; its own count is one step behind in training.
+        Lightning uses a metric of this name; its own count lags by one step in training.
         """
         self.log("step", float(self.global_step))
 
     def step_flops(self) -> StepFlops:
-        """Count the model FLOPs of a step, with what needs a gradient now."""
-        besides = sum(side.step_flops(self.model) for side in self.side_losses)
-        return StepFlops(flops_of_sequence(self.model), besides)
+        """Return the model FLOPs of a step with the current trainable parameters."""
+        additional = sum(side.step_flops(self.model) for side in self.side_losses)
+        return StepFlops(flops_of_sequence(self.model), additional)
 
     def reading_flops(self) -> Flops:
-        """Count the model FLOPs of reading a sequence, as evaluations do."""
+        """Return the model FLOPs of a forward pass, as in validation."""
         return forward_flops(config_of(self.model))
 
     def get_extra_state(self) -> dict[str, Any]:
-        """Return the journal, which stands in every checkpoint beside the weights."""
+        """Return the journal, which every checkpoint contains in addition to the weights."""
         return {"journal": [dict(entry) for entry in self.journal]}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Make the shapes of a journal; torch calls this before it loads the weights."""
+        """Replay a journal to restore parameter shapes; torch calls this before loading weights."""
         journal = [dict(entry) for entry in state["journal"]]
         if len(journal) > len(self.journal):
             replay(self.model, journal)
             self.journal, self.moments = journal, {}
 
     def new_optimizer(self) -> torch.optim.Optimizer:
-        """Return an optimizer that has not taken a step over what is trained now."""
+        """Return a new optimizer for the current trainable parameters."""
         return build_optimizer(
             self.named_parameters(),
             self.optimizer_settings,
@@ -237,7 +237,7 @@ class BaseModule(LightningModule):
     def configure_optimizers(self) -> Any:
         optimizer = self.new_optimizer()
         start_from(optimizer, self.model, self.moments)
-        # A plain function, which the scheduler's state leaves out; the step is all there is to save
+        # The scheduler's state excludes plain functions, so it contains only the step
         scheduler = LambdaLR(optimizer, lambda step: self.schedule.factor(step))
         return {
             "optimizer": optimizer,
@@ -245,7 +245,7 @@ class BaseModule(LightningModule):
         }
 
     def apply_methods_to_gradients(self) -> None:
-        """Let every method read the task's gradients before any method changes them."""
+        """Let all methods read the task gradients, then let them change the gradients."""
         with torch.no_grad():
             for method in self.methods:
                 method.observe_gradients(self.model)
@@ -254,15 +254,15 @@ class BaseModule(LightningModule):
 
 
 def _sum() -> SumMetric:
-    """Return a sum that is NaN where a value is: torchmetrics would leave it out.
+    """Return a sum that propagates NaN, which torchmetrics ignores by default.
 
-    MeanMetric is of no use here: with this setting it forgets its weights (torchmetrics 1.9).
+    MeanMetric loses its weights with this setting (torchmetrics 1.9).
     """
     return SumMetric(nan_strategy="disable")
 
 
 def base_of(module: LightningModule) -> BaseModule:
-    """Return a module that a callback of ours is called with, as what it is."""
+    """Return the module of a callback hook as a `BaseModule`."""
     assert isinstance(module, BaseModule)
     return module
 
@@ -271,17 +271,17 @@ BACKEND = "inductor"
 
 
 class CompiledModel:
-    """Calls a model as torch.compile makes it: the same modules, parameters and names.
+    """A torch.compile wrapper that keeps the modules, parameters and names of the model.
 
-    Compiled at the first call, in the process that trains. Evaluations are better off with the
-    model itself: each shape of theirs would be compiled too.
+    The model is compiled at the first call, in the process that trains. Validation uses the model
+    itself, because each of its shapes would be compiled too.
 
     Args:
-        model: it stays as it is.
+        model: Model to compile; it is not changed.
 
     Attributes:
-        is_watched: hooks stand on modules inside, which compiled code would pass over: the model
-            itself computes until they are gone.
+        is_watched: Whether submodules have hooks, which compiled code would skip. If so, calls use
+            the uncompiled model.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -297,45 +297,44 @@ class CompiledModel:
         return self._compiled(**inputs)
 
     def forget(self) -> None:
-        """Compile at the next call what the model is then.
+        """Compile the model again at the next call.
 
-        By itself torch would do so a few times, and then never compile the model again.
+        torch does this a few times on its own, and then never compiles the model again.
         """
         if self._compiled is not None:
             self._compiled = None
             torch.compiler.reset()
 
 
-CHECKPOINTS_NAME = "checkpoints"  # where a ModelCheckpoint writes, below the training's folder
+CHECKPOINTS_NAME = "checkpoints"  # folder of a ModelCheckpoint, inside that of the training run
 
 
 def module_callbacks(
     options: Sequence[Component], *, folder: Path, last: Callback
 ) -> list[Callback]:
-    """Return what a LightningModule adds to the callbacks of its Trainer, when the fit begins.
+    """Build the callbacks that a LightningModule adds to its Trainer when the fit begins.
 
     Args:
-        options: in the order in which they were asked for.
-        folder: of the training.
-        last: stands behind them all, those included that write checkpoints.
+        options: Callbacks in the requested order.
+        folder: Folder of the training run.
+        last: Callback to append after all others, including those that write checkpoints.
 
     Raises:
-        RequestError: two of them save their state under one name.
+        RequestError: Two callbacks save their state under the same key.
     """
     callbacks: list[Callback] = []
     first: dict[str, str] = {}  # state → name of the callback that saves it
     for one in options:
         body = dict(one.options)
-        if issubclass(one.kind, ModelCheckpoint):  # which would take it from the cwd
+        if issubclass(one.kind, ModelCheckpoint):  # its default is the working directory
             body["dirpath"] = str(folder / (body.get("dirpath") or CHECKPOINTS_NAME))
         callback = built(body)
         assert isinstance(callback, Callback)
         other = first.setdefault(callback.state_key, one.name)
         if other != one.name and type(callback).state_dict is not Callback.state_dict:
             raise RequestError(
-                f"callbacks.{one.name} and callbacks.{other} are both {callback.state_key}: "
-                "nothing tells their saved states apart; let them differ in what they monitor, "
-                "or leave one out."
+                f"callbacks.{one.name} and callbacks.{other} are both {callback.state_key}, so "
+                "their saved states would collide. Set different `monitor` values or remove one."
             )
         callbacks.append(callback)
     return [*callbacks, last]

@@ -1,9 +1,9 @@
-"""Adam's moments from one training to the next: taken up where it starts, left where it ends.
+"""Adam moments across training runs: loaded at the start, saved at the end.
 
-They lie in the `state/` of a checkpoint by name on disk, each parameter with the number of steps
-behind it, which corrects the bias of both moments. What has none begins anew, with a step count of
-its own; what is frozen has none and leaves none. Adams of torch and of bitsandbytes are met here
-alone; elsewhere moments are tensors of the parameter's shape.
+The `state/` of a checkpoint contains them by name on disk, with the step count of each parameter
+for bias correction. A parameter without moments starts with zero moments and its own step count. A
+frozen parameter has none. Only this module distinguishes the Adams of torch and bitsandbytes;
+elsewhere moments are tensors with the shape of the parameter.
 """
 
 from collections import Counter
@@ -29,10 +29,13 @@ Moments = dict[str, Tensor]
 
 
 def moments_of(state: State, model: nn.Module) -> dict[str, Moments]:
-    """Return the moments of a model's trainable parameters, by parameter name; few may have some.
+    """Return the saved moments of a model's trainable parameters.
+
+    Returns:
+        Parameter name → moments; parameters without saved moments are absent.
 
     Raises:
-        TritterError: a moment has another shape than its parameter, or is not finite.
+        TritterError: A moment does not have the shape of its parameter, or is not finite.
     """
     if not state.kinds.keys() >= set(MOMENTS):
         return {}
@@ -42,14 +45,14 @@ def moments_of(state: State, model: nn.Module) -> dict[str, Moments]:
         parameter = model.get_parameter(stored.name)
         if not parameter.requires_grad:
             continue
-        held = [part for part in stored.parts if part.tensor.disk_name in both]
+        saved = [part for part in stored.parts if part.tensor.disk_name in both]
         by_name = {
             part.tensor.name: {
                 kind: _moment(state, kind, part.tensor.disk_name, part.of(parameter).shape)
                 for kind in MOMENTS
             }
             | {"step": torch.tensor(float(state.step_of(part.tensor.disk_name)))}
-            for part in held
+            for part in saved
         }
         if by_name:
             found[stored.name] = packed_moments(stored, by_name)
@@ -60,24 +63,24 @@ def _moment(state: State, kind: str, name: str, shape: torch.Size) -> Tensor:
     tensors = state.kinds[kind]
     if tensors.shape(name) != tuple(shape):
         raise TritterError(
-            f"{tensors.folder}: {name} has shape {list(tensors.shape(name))}; the model's is "
+            f"{tensors.folder}: {name} has shape {list(tensors.shape(name))}; the model expects "
             f"{list(shape)}."
         )
     value = tensors.get(name)
     is_moment = value.is_floating_point() and is_finite(value)
     if not is_moment or (kind == MOMENTS[1] and bool((value < 0).any())):
-        raise TritterError(f"{tensors.folder}: {name} is no moment of Adam's.")
+        raise TritterError(f"{tensors.folder}: {name} is not a valid Adam moment.")
     return value
 
 
 def start_from(
     optimizer: torch.optim.Optimizer, model: nn.Module, moments: Mapping[str, Moments]
 ) -> None:
-    """Let an Adam go on from moments, by parameter name; the others begin anew."""
-    held = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+    """Initialise an Adam with moments by parameter name; other parameters start without."""
+    trained = {parameter for group in optimizer.param_groups for parameter in group["params"]}
     for name, values in moments.items():
         parameter = model.get_parameter(name)
-        assert parameter in held, f"{name} is frozen"
+        assert parameter in trained, f"{name} is frozen"
         put_moments(optimizer, parameter, values)
 
 
@@ -88,11 +91,14 @@ def put_moments(
     *,
     before: eight_bit.State | None = None,
 ) -> None:
-    """Let an Adam go on from moments of a parameter that is in its groups.
+    """Set an Adam's moments of a parameter in its groups.
 
     Args:
-        before: what it held of the parameter that this one stems from, if that is known; lets one
-            of 8 bits keep the bits of what did not change.
+        optimizer: An Adam of torch or bitsandbytes.
+        parameter: Parameter in one of its groups.
+        moments: Moments and step count.
+        before: Optimizer state of the parameter that this one replaces, if known. An 8-bit
+            optimizer uses it to keep the exact codes of unchanged blocks.
     """
     if eight_bit.is_of_bitsandbytes(optimizer):
         eight_bit.write(optimizer, parameter, moments, before=before)
@@ -107,31 +113,37 @@ def put_moments(
 def moments_by_name(
     optimizer: torch.optim.Optimizer, model: nn.Module, places: Iterable[StoredTensor]
 ) -> dict[str, Moments]:
-    """Return what an Adam holds of a live model, by logical name; the rest is absent.
+    """Return an Adam's moments by logical name.
 
     Args:
-        places: the parameters that are asked about.
+        optimizer: An Adam of torch or bitsandbytes.
+        model: Live model that it trains.
+        places: Parameters to read.
+
+    Returns:
+        Logical name → moments; tensors without moments are absent.
 
     Raises:
-        TritterError: it holds something else than Adam's moments.
+        TritterError: The optimizer state is not that of Adam.
     """
     found: dict[str, Moments] = {}
     for stored in places:
         parameter = model.get_parameter(stored.name)
-        held = optimizer.state.get(parameter)
-        if not held:
+        state = optimizer.state.get(parameter)
+        if not state:
             continue
         if eight_bit.is_of_bitsandbytes(optimizer):
-            held = eight_bit.read(held, parameter.device)
-        missing = {*MOMENTS, "step"} - set(held)
+            state = eight_bit.read(state, parameter.device)
+        missing = {*MOMENTS, "step"} - set(state)
         if missing:
             raise TritterError(
-                f"{type(optimizer).__name__} holds no {', '.join(sorted(missing))} for "
-                f"{stored.name}; the moments of Adam and AdamW can be carried, those in 8 bits too."
+                f"{type(optimizer).__name__} has no {', '.join(sorted(missing))} for "
+                f"{stored.name}. Tritter can carry the moments of Adam and AdamW, including their "
+                "8-bit variants."
             )
         for part in stored.parts:
-            own = {kind: part.of(held[kind]) for kind in MOMENTS}
-            found[part.tensor.name] = own | {"step": held["step"]}
+            own = {kind: part.of(state[kind]) for kind in MOMENTS}
+            found[part.tensor.name] = own | {"step": state["step"]}
     return found
 
 
@@ -143,27 +155,30 @@ def carried_moments(
     places: Sequence[StoredTensor],
     policy: Policy = "carry",
 ) -> dict[str, Moments]:
-    """Return what becomes of an Adam's moments by a change, by the new parameters' names.
+    """Return an Adam's moments after a change, by the names of the new parameters.
 
-    A parameter whose state starts anew has none: the optimizer makes it at its first step, with a
-    step count of its own.
+    A parameter whose state is reset has no moments: the optimizer creates them at its first step,
+    with a new step count.
 
     Args:
-        optimizer: over `model`, which is as it was before the change.
-        places: the parameters after the change that are asked about.
+        optimizer: Optimizer of `model`.
+        model: Live model before the change.
+        change: Change of the model.
+        places: Parameters after the change to return moments for.
+        policy: Policy for the moments, as in `tritter.core.parameter_map.carry`.
 
     Raises:
-        TritterError: the optimizer does not hold Adam's moments.
+        TritterError: The optimizer state is not that of Adam.
     """
     origins = {change.tensors[part.tensor.name].origin for s in places for part in s.parts}
-    # Of no others: in 8 bits, reading them takes eight bytes a parameter
+    # Only these: reading 8-bit moments needs eight bytes per parameter
     read = [s for s in change.before if any(part.tensor.name in origins for part in s.parts)]
-    held = moments_by_name(optimizer, model, read)
+    old = moments_by_name(optimizer, model, read)
     moved: dict[str, Moments] = {}
 
     def moved_kind(name: str, kind: str) -> Tensor:
         return mapped_state(
-            change.tensors[name], STATE_KINDS[kind], lambda n: held[n][kind], policy=policy
+            change.tensors[name], STATE_KINDS[kind], lambda n: old[n][kind], policy=policy
         )
 
     found = {}
@@ -171,8 +186,8 @@ def carried_moments(
         for name in (part.tensor.name for part in stored.parts):
             tensor_map = change.tensors[name]
             rule = STATE_KINDS[MOMENTS[0]]
-            if has_state(tensor_map, rule, held.__contains__, policy=policy):
-                step = held[tensor_map.origin or ""]["step"].clone()
+            if has_state(tensor_map, rule, old.__contains__, policy=policy):
+                step = old[tensor_map.origin or ""]["step"].clone()
                 moved[name] = {kind: moved_kind(name, kind) for kind in MOMENTS} | {"step": step}
         if any(part.tensor.name in moved for part in stored.parts):
             found[stored.name] = packed_moments(stored, moved)
@@ -180,29 +195,29 @@ def carried_moments(
 
 
 def packed_moments(stored: StoredTensor, state: Mapping[str, Moments]) -> Moments:
-    """Return the state of one parameter, of what it holds by logical name.
+    """Return the moments of one parameter from those of its parts by logical name.
 
-    Some of its parts may have none yet: zero and the mean of the others stand in. Where parts
-    differ in their steps, the most that one has had counts.
+    Parts without moments get a zero first moment and the mean second moment of the other parts.
+    The step count is the maximum over the parts.
     """
     first, second = MOMENTS
-    held = [part.tensor.name for part in stored.parts if part.tensor.name in state]
-    example = state[held[0]]
-    mean = torch.stack([state[name][second].double().mean() for name in held]).mean()
+    names = [part.tensor.name for part in stored.parts if part.tensor.name in state]
+    example = state[names[0]]
+    mean = torch.stack([state[name][second].double().mean() for name in names]).mean()
     absent = {first: torch.zeros((), dtype=example[first].dtype), second: mean.to(example[second])}
 
     def moment(kind: str) -> Tensor:
         return stored.pack(lambda name: state[name][kind] if name in state else absent[kind])
 
-    step = torch.stack([state[name]["step"] for name in held]).max()
+    step = torch.stack([state[name]["step"] for name in names]).max()
     return {first: moment(first), second: moment(second), "step": step}
 
 
 class MomentKeeper(Callback):
-    """Leave the moments that a training ends with in a folder, as its `state/`.
+    """Save the final moments of a training run.
 
     Args:
-        folder: where `state/` is written; replaced whole.
+        folder: Folder to replace; its `state/` contains the moments.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -216,15 +231,15 @@ class MomentKeeper(Callback):
         places = live_layout(model)
         tensors = [part.tensor for stored in places for part in stored.parts]
         by_name = moments_by_name(trainer.optimizers[0], model, places)
-        held = {t.disk_name: by_name[t.name] for t in tensors if t.name in by_name}
-        steps = {name: int(moments["step"]) for name, moments in held.items()}
-        # Of most parameters: what differs is told one by one
+        saved = {t.disk_name: by_name[t.name] for t in tensors if t.name in by_name}
+        steps = {name: int(moments["step"]) for name, moments in saved.items()}
+        # The step count of most parameters; others are listed by name
         step = Counter(steps.values()).most_common(1)[0][0] if steps else 0
         with atomic_folder(self._folder, overwrite=True) as temporary:
             write_state(
                 temporary,
                 {
-                    kind: TensorStream.of((name, m[kind].cpu()) for name, m in held.items())
+                    kind: TensorStream.of((name, m[kind].cpu()) for name, m in saved.items())
                     for kind in MOMENTS
                 },
                 step=step,

@@ -1,4 +1,4 @@
-"""The optimizer: which class, and which parameters it holds, in which groups, in which order."""
+"""The optimizer: its class, parameter groups and learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-_SIDE = 16  # of the matrix that a step is tried with
+_SIDE = 16  # size of the matrix for trial steps
 
 
 @options
 class OptimizerValues:
-    """The keys of `optimizer` that are no arguments of its class.
+    """The keys of `optimizer` that are not arguments of its class.
 
     Args:
-        weight_decay: on matrices; vectors (norm gains, biases) are not decayed. None: the default
-            of the class.
-        carry: trainings start from the moments beside the checkpoint.
+        weight_decay: Weight decay of matrices; vectors (norm gains, biases) have none. None: the
+            default of the class.
+        carry: Whether training starts from the moments in the checkpoint.
     """
 
     weight_decay: Annotated[float, Field(ge=0)] | None = None
@@ -49,20 +49,20 @@ class OptimizerValues:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OptimizerSettings(OptimizerValues):
-    """An optimizer but for the learning rate, which the schedule gives.
+    """An optimizer without its learning rate, which the schedule sets.
 
     Args:
-        target: dotted name of its class.
-        arguments: those of the class besides `weight_decay`.
+        target: Dotted name of the class.
+        arguments: Arguments of the class except `weight_decay`.
     """
 
     target: str = "torch.optim.AdamW"  # arXiv 1711.05101
     arguments: Mapping[str, Any] = field(default_factory=lambda: {"betas": (0.9, 0.95)})
 
     def kept_per_parameter(self) -> float:
-        """Return how many numbers it keeps for each parameter of a matrix: of Adam two."""
-        held = _after_a_step(imported(self.target), self.arguments)
-        state = held.state[held.param_groups[0]["params"][0]].values()
+        """Return the number of state values per parameter of a matrix; 2 for Adam."""
+        optimizer = _after_a_step(imported(self.target), self.arguments)
+        state = optimizer.state[optimizer.param_groups[0]["params"][0]].values()
         sizes = [value.numel() for value in state if hasattr(value, "numel")]
         return sum(size for size in sizes if size > 1) / _SIDE**2
 
@@ -71,16 +71,17 @@ _ADAMS = ("Adam", "AdamW", "Adam8bit", "AdamW8bit", "PagedAdam8bit", "PagedAdamW
 
 
 def adam_problems(optimizer: Any, *, doing: str) -> Iterator[Problem]:
-    """Yield that an optimizer is no Adam whose moments can follow a change of the model.
+    """Yield a problem if an optimizer is not an Adam whose moments can be mapped.
 
     Args:
-        optimizer: as a config has it.
-        doing: what needs it.
+        optimizer: The `optimizer` section of a config.
+        doing: Start of the message: the feature that needs the moments.
     """
     name = optimizer.target.rpartition(".")[2]
     if name not in _ADAMS or optimizer.arguments.get("amsgrad"):
         reason = (
-            f"{doing}, and {name} has other state; allowed are {', '.join(_ADAMS)} without amsgrad"
+            f"{doing}, and {name} has a different state; allowed are {', '.join(_ADAMS)}, without "
+            "amsgrad"
         )
         yield Problem("optimizer", name, reason=reason)
 
@@ -91,10 +92,16 @@ def build_optimizer(
     *,
     learning_rate: float,
 ) -> torch.optim.Optimizer:
-    """Return an optimizer over the parameters that require a gradient.
+    """Return an optimizer for the parameters that require a gradient.
 
-    A frozen parameter stays out altogether: inside, weight decay and momentum would move it.
-    Two groups always, each in the order given, so that saved state finds its place by position.
+    Frozen parameters are excluded: weight decay and momentum would change them. There are always
+    two groups (matrices, vectors) in the order of `parameters`, because saved state is matched by
+    position.
+
+    Args:
+        parameters: (name, parameter) of the model.
+        settings: Class and arguments of the optimizer.
+        learning_rate: Peak learning rate.
     """
     kind = imported(settings.target)
     trainable = [parameter for _, parameter in parameters if parameter.requires_grad]
@@ -113,28 +120,28 @@ def build_optimizer(
     return kind(groups, lr=learning_rate, **arguments)
 
 
-# A share of a short training rounds to no step or one: the first update would be at full rate,
-# while Adam's second moments rest on a single gradient.
+# In a short run, the warm-up ratio rounds to 0 or 1 steps. The first update would use the full
+# learning rate while Adam's second moments come from a single gradient.
 MINIMUM_WARMUP_STEPS = 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Schedule:
-    """Warm-up, then constant, cosine or warmup-stable-decay.
+    """Learning-rate schedule: warm-up, then constant, cosine or warmup-stable-decay.
 
-    `rewarm` is `cosine` whose warm-up begins at the rate that an earlier training ended with:
-    re-warming and re-decaying (Ibrahim et al. 2024, arXiv 2403.08763).
+    `rewarm` is `cosine` with a warm-up from the final learning rate of an earlier run: re-warming
+    and re-decaying (Ibrahim et al. 2024, arXiv 2403.08763).
 
     Args:
-        learning_rate: the peak.
-        max_steps: optimizer steps of the whole training.
-        warmup_ratio: share of the steps over which the rate rises linearly to its peak; above 0
-            at least `MINIMUM_WARMUP_STEPS`, or a quarter of a training too short for them.
-        shape: `constant`, `cosine`, `rewarm`, or `wsd` (arXiv 2404.06395: constant, then a linear
+        learning_rate: Peak learning rate.
+        max_steps: Total number of optimizer steps.
+        warmup_ratio: Fraction of the steps with linear warm-up. If positive, the warm-up has at
+            least `MINIMUM_WARMUP_STEPS` steps, or a quarter of a run too short for them.
+        shape: `constant`, `cosine`, `rewarm`, or `wsd` (arXiv 2404.06395: constant, then linear
             decay).
-        decay_ratio: share of the steps that decay, for `wsd`.
-        minimum_ratio: what is left of the peak at the end of all but `constant`.
-        start_rate: where the warm-up of `rewarm` begins.
+        decay_ratio: Fraction of the steps with decay, for `wsd`.
+        minimum_ratio: Final learning rate relative to the peak, for all shapes but `constant`.
+        start_rate: Initial learning rate of the warm-up, for `rewarm`.
     """
 
     learning_rate: float
@@ -147,7 +154,7 @@ class Schedule:
 
     @classmethod
     def constant(cls, learning_rate: float, *, max_steps: int) -> Schedule:
-        """Return one rate from the first step to the last."""
+        """Return a schedule with a constant learning rate and no warm-up."""
         return cls(
             learning_rate=learning_rate, max_steps=max_steps, warmup_ratio=0.0, shape="constant"
         )
@@ -156,20 +163,20 @@ class Schedule:
     def warmup_steps(self) -> int:
         if not self.warmup_ratio:
             return 0
-        asked = round(self.warmup_ratio * self.max_steps)
-        return max(asked, min(MINIMUM_WARMUP_STEPS, self.max_steps // 4))
+        rounded = round(self.warmup_ratio * self.max_steps)
+        return max(rounded, min(MINIMUM_WARMUP_STEPS, self.max_steps // 4))
 
     @property
     def last_rate(self) -> float:
-        """The rate of the last step."""
+        """Learning rate of the last step."""
         return self.rate(self.max_steps - 1)
 
     def rate(self, step: int) -> float:
-        """Return the rate of step `step` (from 0)."""
+        """Return the learning rate of step `step` (from 0)."""
         return self.learning_rate * self.factor(step)
 
     def factor(self, step: int) -> float:
-        """Return the share of the peak rate that step `step` (from 0) uses."""
+        """Return the learning rate of step `step` (from 0) relative to the peak."""
         if step < self.warmup_steps:
             risen = (step + 1) / self.warmup_steps
             start = self.start_rate / self.learning_rate if self.shape == "rewarm" else 0.0
@@ -179,18 +186,20 @@ class Schedule:
                 return 1.0
             case "cosine" | "rewarm":
                 progress = (step - self.warmup_steps) / max(1, self.max_steps - self.warmup_steps)
-                left = (1 + math.cos(math.pi * min(1.0, progress))) / 2
-                return self.minimum_ratio + (1 - self.minimum_ratio) * left
+                decay = (1 + math.cos(math.pi * min(1.0, progress))) / 2
+                return self.minimum_ratio + (1 - self.minimum_ratio) * decay
             case "wsd":
                 decay_steps = max(1, round(self.decay_ratio * self.max_steps))
-                left = min(1.0, max(0.0, (self.max_steps - step) / decay_steps))
-                return self.minimum_ratio + (1 - self.minimum_ratio) * left
-        raise ValueError(f"training.schedule = '{self.shape}': constant, cosine, wsd or rewarm.")
+                decay = min(1.0, max(0.0, (self.max_steps - step) / decay_steps))
+                return self.minimum_ratio + (1 - self.minimum_ratio) * decay
+        raise ValueError(
+            f"training.schedule = '{self.shape}'; allowed are constant, cosine, wsd and rewarm."
+        )
 
 
 OPTIMIZER = "torch.optim.Optimizer"
 _TORCH, _EIGHT_BIT = "torch.optim", "bitsandbytes.optim"
-# By name: to import bitsandbytes takes long
+# Listed by name, because importing bitsandbytes is slow
 _OF_BITSANDBYTES = (
     "Adam8bit",
     "AdamW8bit",
@@ -205,21 +214,25 @@ _OF_BITSANDBYTES = (
     "AdEMAMix",
     "AdEMAMix8bit",
 )
-_OWN = ("params", "lr")  # which Tritter gives
+_OWN = ("params", "lr")  # set by Tritter
 
 
 def optimizer_class(raw: Mapping[str, Any]) -> type | str:
-    """Return the class of an optimizer, by its name or by `_target_`; of one of torch its name.
+    """Return the class of an optimizer by its `name` or `_target_`.
+
+    For an optimizer of torch, return the dotted name instead, without importing torch.
 
     Raises:
-        RequestError: there is none of this name, or both are given, or neither.
+        RequestError: No optimizer has this name, or the section has both keys or neither.
     """
     name, target = raw.get("name"), raw.get(TARGET)
     if name is None and target is None:
-        reason = "choose an option of it, or name a class of torch.optim or bitsandbytes.optim"
+        reason = (
+            "choose an option of optimizer, or name a class of torch.optim or bitsandbytes.optim"
+        )
         raise RequestError(Problem("optimizer.name", None, reason=reason))
     if name is not None and target is not None:
-        reason = f"optimizer.name = {name} names another; set optimizer.name=null besides"
+        reason = f"it conflicts with optimizer.name = {name}; also set optimizer.name=null"
         raise RequestError(Problem(f"optimizer.{TARGET}", target, reason=reason))
     if name is None:
         return resolve(f"optimizer.{TARGET}", target, base=OPTIMIZER)
@@ -236,7 +249,7 @@ def optimizer_class(raw: Mapping[str, Any]) -> type | str:
 
 
 def _classes() -> dict[str, str]:
-    """Return, by spelling, the dotted names of torch's optimizers and bitsandbytes'."""
+    """Return spelling → dotted name of the optimizers of torch and bitsandbytes."""
     names, renamed = list[str](), list[str]()
     for node in parsed_module(_TORCH).body:  # `from torch.optim.sgd import SGD as SGD`
         if isinstance(node, ast.ImportFrom):
@@ -260,59 +273,65 @@ def optimizer_problems(
     *,
     shipped: Iterable[Mapping[str, Any]],
 ) -> list[Problem]:
-    """Return what is wrong with the arguments of an optimizer; a step is taken for trial.
+    """Return the problems of an optimizer's arguments, found by a trial step.
 
     Args:
-        kind: the class, or the dotted name of one of torch's.
-        shipped: the bodies of options that a test has tried, so that torch need not be imported.
+        kind: The class, or the dotted name of a class of torch.
+        arguments: Arguments of the class.
+        weight_decay: Weight decay of matrices, if set.
+        shipped: Bodies of the shipped options. The tests run these, so that torch need not be
+            imported here.
     """
     if "lr" in arguments:
-        reason = "the schedule gives it; say training.learning_rate"
+        reason = "the schedule sets it; use training.learning_rate"
         return [Problem("optimizer.lr", arguments["lr"], reason=reason)]
     if weight_decay is not None and "weight_decay" not in parameters_of(kind):
-        reason = f"{dotted(kind).rpartition('.')[2]} has none; set optimizer.weight_decay=null"
+        reason = (
+            f"{dotted(kind).rpartition('.')[2]} has no weight decay; set "
+            "optimizer.weight_decay=null"
+        )
         return [Problem("optimizer.weight_decay", weight_decay, reason=reason)]
     if found := list(argument_problems(kind, arguments, key="optimizer", reserved=_OWN)):
         return found
     own = (*field_keys(OptimizerValues, ""), "name")
     named = _spelling(dotted(kind).rpartition(".")[2])
-    alike = [body for body in shipped if _spelling(str(body["name"])) == named]
-    if any({k: body[k] for k in body if k not in own} == arguments for body in alike):
+    same_class = [body for body in shipped if _spelling(str(body["name"])) == named]
+    if any({k: body[k] for k in body if k not in own} == arguments for body in same_class):
         return []
     made: Any = imported(kind) if isinstance(kind, str) else kind
-    whole = _failure(made, arguments)
-    if whole is None:
+    failure = _failure(made, arguments)
+    if failure is None:
         return []
-    # It is told of the first argument that alone leads to it
-    alone = ((name, _failure(made, {name: value})) for name, value in arguments.items())
-    name, said = next(((n, told) for n, told in alone if told), (None, whole))
+    # Report the first argument that fails on its own
+    single = ((name, _failure(made, {name: value})) for name, value in arguments.items())
+    name, reason = next(((n, found) for n, found in single if found), (None, failure))
     key = "optimizer" if name is None else f"optimizer.{name}"
     value = f"{made.__module__}.{made.__name__}" if name is None else arguments[name]
-    return [Problem(key, value, reason=said or whole)]
+    return [Problem(key, value, reason=reason or failure)]
 
 
 def _failure(kind: Any, arguments: Mapping[str, Any]) -> str | None:
     try:
         _after_a_step(kind, arguments)
-    except Exception as error:  # whatever a class of somebody else raises
+    except Exception as error:  # third-party classes can raise any error
         return " ".join(str(error).split()).rstrip(".") or type(error).__name__
     return None
 
 
 def _after_a_step(kind: Any, arguments: Mapping[str, Any]) -> Any:
-    """Return an optimizer that took a step with a matrix and a vector."""
+    """Return an optimizer after a trial step on a matrix and a vector."""
     ones = imported("torch.ones")
-    held = [imported("torch.nn.Parameter")(ones(*shape)) for shape in ((_SIDE, _SIDE), (_SIDE,))]
-    for each in held:
+    trial = [imported("torch.nn.Parameter")(ones(*shape)) for shape in ((_SIDE, _SIDE), (_SIDE,))]
+    for each in trial:
         each.grad = ones(each.shape)
     with quietly():
-        made = kind([{"params": held[:1]}, {"params": held[1:]}], lr=1e-3, **arguments)
+        made = kind([{"params": trial[:1]}, {"params": trial[1:]}], lr=1e-3, **arguments)
         made.step()
     return made
 
 
 _MOMENTS_KEY = "optimizer.carry"
-# Beginnings of dotted names: bitsandbytes' have bits and pages in theirs
+# Prefixes of dotted names: bitsandbytes has 8-bit and paged variants
 _WITH_MOMENTS = tuple(
     f"{library}.optim.{name}"
     for library in ("torch", "bitsandbytes")
@@ -322,32 +341,32 @@ _MOMENTS = {"exp_avg", "exp_avg_sq"}
 
 
 def carry_problems(config: RunRequest) -> Iterator[Problem]:
-    """Yield why trainings can't start from moments, as far as files are at hand."""
+    """Yield the reasons why training cannot start from saved moments, as far as files are local."""
     if not config.optimizer.carry:
         return
     optimizer, options = config.optimizer, config.adaptation
     name = optimizer.target.rpartition(".")[2]
-    other = "; choose optimizer=adamw, or leave optimizer.carry out"
+    other = "; use optimizer=adamw, or remove optimizer.carry"
     reasons: list[str] = []
     if not optimizer.target.startswith(_WITH_MOMENTS):
         reasons.append(
-            f"{name} has other state than the two moments of Adam and AdamW, which are carried"
-            f"{other}"
+            f"only the two moments of Adam and AdamW can be carried, and {name} has a different "
+            f"state{other}"
         )
     elif optimizer.arguments.get("amsgrad"):
         reasons.append(
-            f"with optimizer.amsgrad = true there is a third moment, which is not carried{other}"
+            f"optimizer.amsgrad = true has a third moment, which cannot be carried{other}"
         )
     if any(spec.new_blocks_only for spec in config.expansion):
         reasons.append(
-            "with expansion.llama_pro.new_blocks_only = true only new blocks are trained, and "
-            "they have no moments yet; leave one of the two out"
+            "expansion.llama_pro.new_blocks_only = true only trains new blocks, which have no "
+            "moments yet; remove one of the two"
         )
     appends = any(getattr(spec, "is_append", False) for spec in config.expansion)
     if appends and options.freeze_base and options.unfreeze_after is None:
         reasons.append(
-            "with adaptation.freeze_base = true only appended experts are trained, and they have "
-            "no moments yet; leave it out, or set adaptation.freeze_base=false or "
+            "adaptation.freeze_base = true only trains appended experts, which have no moments "
+            "yet; remove optimizer.carry, or set adaptation.freeze_base=false or "
             "adaptation.unfreeze_after"
         )
     for reason in reasons:
@@ -357,15 +376,15 @@ def carry_problems(config: RunRequest) -> Iterator[Problem]:
 
 
 def moment_problems(folder: Path) -> list[Problem]:
-    """Return why trainings can't start from the moments beside a checkpoint."""
+    """Return the reasons why training cannot start from the moments of a checkpoint."""
     try:
         if state_kinds_of(folder) >= _MOMENTS:
             return []
     except TritterError as error:
         return [Problem(_MOMENTS_KEY, True, reason=str(error))]
     reason = (
-        f"{folder} has no state/ with Adam's moments (exp_avg and exp_avg_sq); a run with "
-        "optimizer.carry=true leaves them beside what it trained, and tritter export takes "
-        "them from a .ckpt. Leave optimizer.carry out to start without"
+        f"{folder} has no state/ with Adam moments (exp_avg and exp_avg_sq); runs with "
+        "optimizer.carry=true save them, and tritter export reads them from a .ckpt. Remove "
+        "optimizer.carry to start without moments"
     )
     return [Problem(_MOMENTS_KEY, True, reason=reason)]

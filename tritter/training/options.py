@@ -1,6 +1,6 @@
-"""The sections `training` and `trainer` of a run: their records, and what does not go together.
+"""The sections `training` and `trainer` of a run: records and validation.
 
-Nothing here needs torch or Lightning: a request is judged before they are imported.
+Requests are validated without importing torch or Lightning, as far as possible.
 """
 
 import json
@@ -36,11 +36,16 @@ from tritter.targets import (
 
 @options
 class TrainingConfig:
-    """One training: of the base (`pretraining`) or of the grown model (`training`).
+    """A training run of the base (`pretraining`) or of the grown model (`training`).
 
     Args:
-        max_steps: of the optimizer; where `max_tokens` is given, what follows from it.
-        max_tokens: None: not what was given.
+        learning_rate: Peak learning rate.
+        warmup_ratio: Fraction of the steps with warm-up.
+        max_steps: Number of optimizer steps; computed from `max_tokens` if that is set.
+        schedule: Shape of the learning-rate schedule.
+        decay_ratio: Fraction of the steps with decay, for `wsd`.
+        minimum_ratio: Final learning rate relative to the peak.
+        max_tokens: Number of tokens, as an alternative to `max_steps`.
     """
 
     learning_rate: Annotated[float, Field(gt=0)]
@@ -54,17 +59,22 @@ class TrainingConfig:
 
 @options
 class TrainerValues:
-    """The keys that every option of `trainer` states.
+    """The keys that every option of `trainer` sets.
 
     Args:
-        devices: how many.
-        strategy: `auto`, one process; or one for each of `devices`, by `ddp` with whole weights, by
-            `fsdp` with parts of them.
-        max_non_finite_steps: refused steps in a row that are borne.
-        save_every_n_steps: steps between two states that a killed run goes on from; 0: none.
-        check_memory: a run that can't fit is refused.
-        activation_checkpointing: layers compute again what the backward pass needs of them.
-        compile: the forward and backward pass of a step go through torch.compile.
+        accelerator: Lightning accelerator.
+        devices: Number of devices.
+        strategy: `auto` for one process; `ddp` or `fsdp` for one process per device, with
+            replicated or sharded weights.
+        precision: Lightning precision.
+        gradient_clip_val: Maximum gradient norm; None: no clipping.
+        log_every_n_steps: Steps between logged rows.
+        max_non_finite_steps: Maximum number of consecutive skipped steps.
+        save_every_n_steps: Steps between saved states to resume from; 0: none.
+        progress: Progress bar: `on`, `off`, or `auto` (only on a terminal).
+        check_memory: Whether to refuse a run that does not fit into memory.
+        activation_checkpointing: Whether layers recompute activations in the backward pass.
+        compile: Whether training steps use torch.compile.
     """
 
     accelerator: Literal["cpu", "gpu", "mps", "auto"]
@@ -83,12 +93,12 @@ class TrainerValues:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainerSettings(TrainerValues):
-    """What Lightning's Trainer is given.
+    """Settings of Lightning's Trainer.
 
     Args:
-        device_index: of the one device, where it is not the first.
-        seed: of what layers draw in training, as for dropout; None: as torch's generators stand.
-        arguments: further ones of Lightning's Trainer, checked before.
+        device_index: Index of a single device other than the first.
+        seed: Seed for the randomness of layers, such as dropout; None: the current state of torch.
+        arguments: Further arguments of the Trainer, already validated.
     """
 
     device_index: int | None = None
@@ -97,62 +107,61 @@ class TrainerSettings(TrainerValues):
 
     @property
     def has_workers(self) -> bool:
-        """Whether a fit runs in processes of its own."""
+        """Whether a fit runs in worker processes."""
         return self.strategy in ("ddp", "fsdp")
 
     @property
     def accumulate_grad_batches(self) -> int:
-        """Batches whose gradients are gathered for one step."""
+        """Number of batches per optimizer step."""
         return int(self.arguments.get("accumulate_grad_batches", 1))
 
 
 TRAINER = "lightning.pytorch.Trainer"
 PROFILERS = ("simple", "advanced", "pytorch")
-# What changes no weights, so that a run may go on with another value
+# Options that do not affect the weights, so that a resumed run may change them
 WITHOUT_EFFECT = ("profiler", "enable_model_summary", "detect_anomaly", "enable_autolog_hparams")
 
-_ENDS = "a run ends by its steps alone, else a resumed one would end elsewhere; say "
-_ENDS += "training.max_steps and pretraining.max_steps"
-_STOPS = "a training that is asked to stop, or by a callback to end, ends with its step"
-_DATA = "Tritter deals out the batches itself, and saves its place in them"
-_EVALUATION = "a training is evaluated by Tritter itself, on text that is always the same"
-_FOLDER = "everything lies in the run folder; say hydra.run.dir"
-_SAVED = "what a run goes on from is always saved; say trainer.save_every_n_steps, and "
-_SAVED += "callbacks=model_checkpoint for further files"
+_ENDS = "set training.max_steps and pretraining.max_steps"
+_STOPS = "a run that is stopped by a signal or a callback always finishes its step"
+_DATA = "Tritter distributes the batches and saves its position in the data"
+_EVALUATION = "Tritter runs the validation, always on the same data"
+_FOLDER = "all files are in the run folder; set hydra.run.dir"
+_SAVED = "the state to resume from is always saved; set trainer.save_every_n_steps, and use "
+_SAVED += "callbacks=model_checkpoint for further checkpoints"
 REFUSED = {
     "max_epochs": NO_EPOCHS,
     "min_epochs": NO_EPOCHS,
-    "max_time": _ENDS,
-    "max_steps": _ENDS,
+    "max_time": f"a resumed run could not reproduce it; {_ENDS}",
+    "max_steps": f"each training run has its own; {_ENDS}",
     "min_steps": _STOPS,
-    "fast_dev_run": f"it saves nothing and switches callbacks off; {_ENDS}",
-    "overfit_batches": f"{_DATA}; name less text, data.new",
+    "fast_dev_run": f"it saves nothing and disables callbacks; {_ENDS}",
+    "overfit_batches": f"{_DATA}; use a smaller dataset in data.new",
     "limit_train_batches": f"{_DATA}; {_ENDS}",
-    "plugins": "a checkpoint is written by Tritter's own, without pickle",
-    "num_nodes": "the processes of a run are on one machine; say trainer.devices",
-    "callbacks": "they are a group of their own; say callbacks=NAME",
-    "logger": "they are a group of their own; say logger=NAME",
+    "plugins": "Tritter writes checkpoints with its own plugin, without pickle",
+    "num_nodes": "all processes of a run are on one machine; set trainer.devices",
+    "callbacks": "callbacks are a config group; use callbacks=NAME",
+    "logger": "loggers are a config group; use logger=NAME",
     "enable_checkpointing": _SAVED,
     "default_root_dir": _FOLDER,
-    "enable_progress_bar": "Tritter has a bar of its own; say trainer.progress",
+    "enable_progress_bar": "Tritter has its own progress bar; set trainer.progress",
     "use_distributed_sampler": _DATA,
     "reload_dataloaders_every_n_epochs": _DATA,
     "num_sanity_val_steps": _EVALUATION,
-    "inference_mode": "what a model keeps from an evaluation may meet a gradient afterwards",
+    "inference_mode": "tensors that a model caches in validation may later need a gradient",
     "val_check_interval": _EVALUATION,
     "check_val_every_n_epoch": _EVALUATION,
-    "barebones": "it leaves out callbacks, metrics and what a run goes on from",
-    "model_registry": "a run sends no model anywhere",
+    "barebones": "it disables callbacks, metrics and saved states",
+    "model_registry": "runs do not upload models",
 }
 
 
 def trainer_parameters() -> tuple[str, ...]:
-    """Return the arguments of Lightning's Trainer, read from its source: importing it is slow."""
+    """Return the arguments of Lightning's Trainer, read from its source without importing it."""
     return tuple(parameters_of("lightning.pytorch.trainer.trainer.Trainer"))
 
 
 def trainer_argument_problems(name: str, value: object) -> Iterator[Problem]:
-    """Yield what is wrong with one of `trainer_parameters`."""
+    """Yield the problems of one argument of Lightning's Trainer."""
     key = f"trainer.{name}"
     if name in REFUSED:
         yield Problem(key, value, reason=REFUSED[name])
@@ -162,7 +171,7 @@ def trainer_argument_problems(name: str, value: object) -> Iterator[Problem]:
         yield Problem(key, value, reason=reason, nearest=nearest(str(value), PROFILERS))
         return
     if name == "accumulate_grad_batches" and not (type(value) is int and value >= 1):
-        yield Problem(key, value, reason="must be a whole number at least 1")
+        yield Problem(key, value, reason="allowed are integers of at least 1")
         return
     trainer = imported(TRAINER)
     hint = get_type_hints(trainer.__init__)[name]
@@ -171,17 +180,17 @@ def trainer_argument_problems(name: str, value: object) -> Iterator[Problem]:
         adapter.validate_json(json.dumps(value), strict=True)
     except ValidationError as error:
         needs_object = ("is_instance_of", "needs_python_object")
-        said = [e["msg"] for e in error.errors() if e["type"] not in needs_object]
-        if said:
+        messages = [e["msg"] for e in error.errors() if e["type"] not in needs_object]
+        if messages:
             reason = "; ".join(
-                dict.fromkeys(text.removeprefix("Input should be ") for text in said)
+                dict.fromkeys(text.removeprefix("Input should be ") for text in messages)
             )
             yield Problem(key, value, reason=f"allowed is {reason}")
             return
     except PydanticUserError:
-        pass  # a type that is left to the constructor
+        pass  # the constructor checks this type
     if name in ("deterministic", "benchmark"):
-        return  # they would be set for the whole process
+        return  # the constructor would set them for the whole process
     dry = {"accelerator": "cpu", "devices": 1, "logger": False, "enable_checkpointing": False}
     dry |= {"enable_progress_bar": False, "enable_model_summary": False, name: value}
     made = building_problem(trainer, dry, key="trainer")
@@ -189,26 +198,26 @@ def trainer_argument_problems(name: str, value: object) -> Iterator[Problem]:
         yield Problem(key, value, reason=made.reason)
 
 
-_SHARDED_OPTIMIZERS = ("AdamW", "Adam", "NAdam", "SGD")  # entry by entry
-_SHARDED_PRECISIONS = ("32-true", "bf16-mixed")  # the others are not tried
+_SHARDED_OPTIMIZERS = ("AdamW", "Adam", "NAdam", "SGD")  # elementwise
+_SHARDED_PRECISIONS = ("32-true", "bf16-mixed")  # the tested ones
 
 
 def trainer_problems(config: RunRequest) -> Iterator[Problem]:
-    """Yield what this way of computing can't do."""
+    """Yield unsupported combinations of trainer options."""
     trainer = config.trainer
     if trainer.precision == "16-mixed" and trainer.accelerator == "cpu":
         reason = "float16 needs a GPU; on trainer=cpu use bf16-mixed or 32-true"
         yield Problem("trainer.precision", "16-mixed", reason=reason)
     if trainer.accelerator == "mps" and trainer.strategy != "auto":
-        reason = "there is one Apple GPU in a machine; use trainer=mps, which trains in one process"
+        reason = "a machine has only one Apple GPU; use trainer=mps, which trains in one process"
         yield Problem("trainer.strategy", trainer.strategy, reason=reason)
     if trainer.accelerator == "mps" and trainer.precision == "64-true":
         reason = "Apple's GPUs have no float64; on trainer=mps use 32-true or bf16-mixed"
         yield Problem("trainer.precision", trainer.precision, reason=reason)
     if trainer.compile and config.experts is not None:
         reason = (
-            "which tokens an adapter computes is another question in each batch, and every "
-            "answer would be compiled; with experts use trainer.compile=false"
+            "adapters process different tokens in each batch, which would compile again every "
+            "time; with experts use trainer.compile=false"
         )
         yield Problem("trainer.compile", True, reason=reason)
 
@@ -217,44 +226,48 @@ def device_problems(config: RunRequest) -> Iterator[Problem]:
     trainer, batch_size = config.trainer, config.data.batch_size
     if trainer.strategy == "auto":
         if trainer.devices > 1:
-            reason = "several devices train together with trainer=ddp; else must be 1"
+            reason = "several devices require trainer=ddp or trainer=fsdp; otherwise allowed is 1"
             yield Problem("trainer.devices", trainer.devices, reason=reason)
         return
     if trainer.devices == 1:
         reason = (
-            f"trainer={trainer.strategy} is for 2 or more; for one device use trainer=cpu or "
+            f"trainer={trainer.strategy} requires at least 2; for one device use trainer=cpu or "
             "trainer=gpu"
         )
         yield Problem("trainer.devices", 1, reason=reason)
     if trainer.accelerator == "auto":
-        reason = f"trainer={trainer.strategy} has to be told which devices; allowed are cpu and gpu"
+        reason = f"trainer={trainer.strategy} requires a choice; allowed are cpu and gpu"
         yield Problem("trainer.accelerator", "auto", reason=reason)
     if batch_size % trainer.devices:
         reason = (
-            f"each of trainer.devices = {trainer.devices} takes an equal part; nearest: "
+            f"it must be a multiple of trainer.devices = {trainer.devices}; nearest: "
             f"{nearest_multiples(batch_size, trainer.devices)}"
         )
         yield Problem("data.batch_size", batch_size, reason=reason)
 
 
 def schedule_problems(config: RunRequest, prefix: str) -> Iterator[Problem]:
-    """Yield why `pretraining` or `training`, the prefix, has no such schedule."""
+    """Yield problems of the schedule of `pretraining` or `training`, the prefix."""
     training: TrainingConfig = getattr(config, prefix)
     if prefix == "pretraining" and training.schedule == "rewarm":
-        reason = "a base has no rate to warm up from again; allowed are constant, cosine and wsd"
+        reason = (
+            "a new base has no earlier learning rate to warm up from; allowed are constant, "
+            "cosine and wsd"
+        )
         yield Problem(f"{prefix}.schedule", training.schedule, reason=reason)
     if training.schedule == "wsd" and training.warmup_ratio + training.decay_ratio > 1:
         reason = (
-            f"with {prefix}.warmup_ratio = {training.warmup_ratio} more than all steps are spoken "
-            f"for; must be at most {1 - training.warmup_ratio:g}"
+            f"with {prefix}.warmup_ratio = {training.warmup_ratio} the sum exceeds 1; allowed is "
+            f"at most {1 - training.warmup_ratio:g}"
         )
         yield Problem(f"{prefix}.decay_ratio", training.decay_ratio, reason=reason)
 
 
 def trainer_start_problems(config: RunRequest, source: Config) -> Iterator[Problem]:
-    """Yield why the model that is trained can't be compiled, or its weights not be shared out.
+    """Yield the reasons why the trained model cannot be compiled or sharded.
 
     Args:
+        config: Options of the run.
         source: config.json of the model that the run starts from.
     """
     is_sharded = config.trainer.strategy == "fsdp"
@@ -265,81 +278,80 @@ def trainer_start_problems(config: RunRequest, source: Config) -> Iterator[Probl
         return
     if config.trainer.compile:
         reason = (
-            f"{grown['model_type']} has experts, and how many tokens each gets is another number "
-            "in each batch, every one of which would be compiled; use trainer.compile=false"
+            f"{grown['model_type']} has experts with a different number of tokens in each batch, "
+            "which would compile again every time; use trainer.compile=false"
         )
         yield Problem("trainer.compile", True, reason=reason)
     if is_sharded:
         reason = (
-            f"{grown['model_type']} has experts, whose routers are watched and opened in whole "
+            f"{grown['model_type']} has experts, and monitoring their routers requires whole "
             "weights; use trainer=ddp"
         )
         yield Problem("trainer.strategy", "fsdp", reason=reason)
 
 
 def sharding_problems(config: RunRequest) -> Iterator[Problem]:
-    """Yield what of a run needs whole weights, of which a process of trainer=fsdp holds a part."""
+    """Yield options that require whole weights, with trainer=fsdp."""
     if config.trainer.strategy != "fsdp":
         return
     for key, value, reason in _of_whole_weights(config):
-        yield Problem(key, value, reason=f"{reason}; with whole weights in each, use trainer=ddp")
+        yield Problem(key, value, reason=f"{reason}; use trainer=ddp, which replicates the weights")
     if config.trainer.precision not in _SHARDED_PRECISIONS:
         reason = f"with trainer=fsdp allowed are {' and '.join(_SHARDED_PRECISIONS)}"
         yield Problem("trainer.precision", config.trainer.precision, reason=reason)
     if config.trainer.compile:
-        reason = "gathering a layer breaks the graph; compile, or share the weights"
+        reason = "gathering a layer breaks the graph; remove trainer.compile or use trainer=ddp"
         yield Problem("trainer.compile", True, reason=reason)
 
 
 def _of_whole_weights(config: RunRequest) -> Iterator[tuple[str, object, str]]:
-    """Yield key, value and reason of what has to see whole weights."""
+    """Yield key, value and reason of options that require whole weights."""
     for group, chosen in (("growth", config.growth), ("experts", config.experts)):
         if chosen is not None:
             yield group, chosen.kind.__name__, chosen.kind.whole_weights
     name = config.optimizer.target.rpartition(".")[2]
     if config.optimizer.target.partition(".")[0] != "torch" or name not in _SHARDED_OPTIMIZERS:
         reason = (
-            f"{name} may look at more of a parameter than one entry, and each process holds a "
-            f"part; allowed are {', '.join(_SHARDED_OPTIMIZERS)}"
+            f"{name} may not be elementwise, and each process only has a shard of a parameter; "
+            f"allowed are {', '.join(_SHARDED_OPTIMIZERS)}"
         )
         yield "optimizer", name, reason
     if config.optimizer.carry:
-        reason = "moments follow whole weights, and each process holds a part; leave it out"
+        reason = "mapping moments requires whole weights; remove optimizer.carry"
         yield "optimizer.carry", True, reason
     for one in callbacks_of("WeightAveraging", config):
-        reason = "an average is of whole weights, and each process holds a part"
+        reason = "weight averaging requires whole weights, and each process only has a shard"
         yield f"callbacks.{one.name}.{TARGET}", one.options[TARGET], reason
 
 
 def callbacks_of(name: str, config: RunRequest) -> list[Component]:
-    """Return the callbacks whose class is one of Lightning's, or made from it."""
+    """Return the callbacks of a class of Lightning, including subclasses."""
     return [one for one in config.callbacks if name in (k.__name__ for k in one.kind.__mro__)]
 
 
 def compiler_problems(config: RunRequest) -> Iterator[Problem]:
-    """Yield that this machine can't compile; asked of what is to be run, not of what is shown."""
+    """Yield a problem if this machine cannot compile; checked for runs, not for previews."""
     if not config.trainer.compile:
         return
     usual = "clang++" if sys.platform == "darwin" else "g++"
     compiler = os.environ.get("CXX", usual)
     if shutil.which(compiler) is None:
         reason = (
-            f"torch.compile needs a C++ compiler, and there is no {compiler} on this machine; "
-            f"install {usual} or name another in CXX, or use trainer.compile=false"
+            f"torch.compile requires a C++ compiler, and this machine has no {compiler}; install "
+            f"{usual}, set CXX to another compiler, or use trainer.compile=false"
         )
         yield Problem("trainer.compile", True, reason=reason)
 
 
 _REFUSED_CALLBACKS = {
-    "Timer": "no decision rests on the clock, else a resumed run would end elsewhere; say "
+    "Timer": "it depends on wall time, which a resumed run could not reproduce; set "
     "training.max_steps",
-    "GradientAccumulationScheduler": "it counts epochs, and a training is one without end; say "
+    "GradientAccumulationScheduler": "it depends on epochs, which are not supported; set "
     "trainer.accumulate_grad_batches",
-    "StochasticWeightAveraging": "it counts epochs, and a training is one without end; use "
-    "callbacks=ema",
-    "BatchSizeFinder": "it tries steps of its own, which a resumed run can't repeat; say "
+    "StochasticWeightAveraging": "it depends on epochs, which are not supported; use callbacks=ema",
+    "BatchSizeFinder": "it runs trial steps, which a resumed run could not reproduce; set "
     "data.batch_size",
-    "LearningRateFinder": "it tries steps of its own, which a resumed run can't repeat; say "
+    "LearningRateFinder": "it runs trial steps, which a resumed run could not reproduce; set "
     "training.learning_rate",
 }
 _METRICS = (
@@ -371,7 +383,7 @@ _OF_EXPERTS = (
 
 
 def metric_names(config: RunRequest) -> tuple[str, ...]:
-    """Return what a callback can monitor of a training, but for what callbacks log themselves."""
+    """Return the metrics that a callback can monitor, except those logged by callbacks."""
     domains = config.text.domains if config.evaluation.every_n_steps else ()
     is_dense = config.model.model_type != "hf" and not any(
         spec.name == "moe" for spec in config.expansion
@@ -388,29 +400,35 @@ def metric_names(config: RunRequest) -> tuple[str, ...]:
 
 
 def monitor_problems(config: RunRequest) -> Iterator[Problem]:
-    """Yield who would wait for a metric that never comes; strangers may log what they like."""
-    is_strange = any(not dotted(one.kind).startswith("lightning.") for one in config.callbacks)
-    if is_strange or any(asking_problems(config)):
+    """Yield callbacks that monitor a metric that is never logged.
+
+    Nothing is checked if there are third-party callbacks, which can log any metric.
+    """
+    is_custom = any(not dotted(one.kind).startswith("lightning.") for one in config.callbacks)
+    if is_custom or any(asking_problems(config)):
         return
     known = metric_names(config)
     checkpoints = callbacks_of("ModelCheckpoint", config)
     for one in (*callbacks_of("EarlyStopping", config), *checkpoints):
         monitor = one.options.get("monitor")
         allowed = (*known, "step", "epoch") if one in checkpoints else known
-        # Before the first step of a training there are only metrics of evaluations
+        # Before the first step of a run there are only validation metrics
         is_too_early = one.options.get("strict", True) and not str(monitor).startswith("eval/")
         if monitor is not None and monitor not in allowed:
-            reason = f"no training logs it; it is one of {', '.join(known)}"
+            reason = f"this metric is not logged; allowed are {', '.join(known)}"
             key, near = f"callbacks.{one.name}.monitor", nearest(monitor, allowed)
             yield Problem(key, monitor, reason=reason, nearest=near)
         elif one not in checkpoints and is_too_early:
-            reason = f"before the first step, when it is first asked, there is no {monitor} yet"
+            reason = (
+                f"the first check is before the first step, when there is no {monitor} yet; set "
+                "strict=false"
+            )
             yield Problem(f"callbacks.{one.name}.strict", True, reason=reason)
 
 
 def asking_problems(config: RunRequest) -> Iterator[Problem]:
-    """Yield callbacks that wait for an evaluation where there is none."""
-    reason = "it is asked when the training is evaluated, and evaluation.every_n_steps = 0"
+    """Yield callbacks that need validation in a run without it."""
+    reason = "it only checks after validation, and evaluation.every_n_steps = 0 disables that"
     for one in () if config.evaluation.every_n_steps else callbacks_of("EarlyStopping", config):
         yield Problem(f"callbacks.{one.name}.{TARGET}", one.options[TARGET], reason=reason)
 
@@ -418,12 +436,13 @@ def asking_problems(config: RunRequest) -> Iterator[Problem]:
 def callback_problems(
     key: str, made: Any, body: Mapping[str, Any], owners: dict[str, str]
 ) -> Iterator[Problem]:
-    """Yield what a run can't bear of a callback.
+    """Yield problems of a callback in a run.
 
     Args:
-        made: an instance of it.
-        body: its class and arguments.
-        owners: name of a saved state → key of the callback whose it is; gets that of this one.
+        key: Dotted key of the callback in the config.
+        made: Instance of the callback.
+        body: Its class and arguments.
+        owners: Key of a saved state → dotted key of its callback; updated with this one.
     """
     names = [kind.__name__ for kind in type(made).__mro__]
     for name in names:
@@ -432,23 +451,23 @@ def callback_problems(
     if "ModelCheckpoint" in names:
         folder = body.get("dirpath")
         if folder is not None and (Path(folder).is_absolute() or ".." in Path(folder).parts):
-            reason = "it is below the folder of each training, as in checkpoints"
+            reason = "it must be relative to the folder of the training run, such as checkpoints"
             yield Problem(f"{key}.dirpath", folder, reason=reason)
         if (interval := body.get("train_time_interval")) is not None:
-            reason = "nothing rests on the clock; say every_n_train_steps"
+            reason = "it depends on wall time; set every_n_train_steps"
             yield Problem(f"{key}.train_time_interval", interval, reason=reason)
     owner = owners.setdefault(made.state_key, key)
     # The base of all callbacks has no state
     base: Any = next(kind for kind in type(made).__mro__ if kind.__name__ == "Callback")
     if owner != key and type(made).state_dict is not base.state_dict:
         reason = (
-            f"it saves its state as {owner} does ({made.state_key}); let them differ "
-            "in what they monitor, or leave one out"
+            f"its saved state would collide with that of {owner} ({made.state_key}); set "
+            "different `monitor` values or remove one"
         )
         yield Problem(key, body[TARGET], reason=reason)
 
 
-# What does not go together in these sections
+# Validation rules of these sections
 RULES = (
     trainer_problems,
     device_problems,
@@ -461,17 +480,18 @@ RULES = (
 
 TRAININGS = ("pretraining", "training")
 STEPS, TOKENS = "max_steps", "max_tokens"
-_EVALUATIONS = 10  # of a training, after the one before its first step
+_EVALUATIONS = 10  # validations per run, after the one before the first step
 
 
 def settled(raw: Mapping[str, Any], origin: Callable[[str], str | None]) -> dict[str, Any]:
-    """Return a config without the less particular of `max_steps` and `max_tokens`.
+    """Return a config without the less specific one of `max_steps` and `max_tokens`.
 
-    What was typed stands instead of what an option file says, and what any other file says
-    instead of what the training's own option says. Of two that stand beside each other both stay.
+    A typed value overrides one from a file. A value from another file overrides one from the
+    option of `training` itself. If both are equally specific, both are kept.
 
     Args:
-        origin: dotted key → the file that sets it; None: it was typed.
+        raw: The composed config.
+        origin: Dotted key → file that sets it, or None if it was typed.
     """
     result = dict(raw)
     for group in TRAININGS:
@@ -487,15 +507,22 @@ def settled(raw: Mapping[str, Any], origin: Callable[[str], str | None]) -> dict
 def with_steps(
     bodies: Mapping[str, Mapping[str, Any]], problems: list[Problem]
 ) -> dict[str, Mapping[str, Any]]:
-    """Return bodies of groups with the steps that follow from other keys.
+    """Compute steps from other keys.
 
-    `max_tokens` is also `max_steps`, rounded down; of the two exactly one is to be given.
-    `evaluation.every_n_steps = null` is a tenth of the training.
+    `max_tokens` sets `max_steps`, rounded down; the two keys exclude each other.
+    `evaluation.every_n_steps = null` is a tenth of the training steps.
+
+    Args:
+        bodies: Config group → body.
+        problems: Receives the problems.
+
+    Returns:
+        The bodies with computed steps.
     """
     result = dict(bodies)
     for group in TRAININGS:
         body = bodies.get(group, {})
-        if (asked := body.get(TOKENS)) is None:
+        if (requested := body.get(TOKENS)) is None:
             continue
         data, trainer = bodies.get("data", {}), bodies.get("trainer", {})
         factors = [
@@ -505,36 +532,38 @@ def with_steps(
         ]
         known = [factor for factor in factors if factor is not None]
         of_step = math.prod(known) if len(known) == len(factors) else None
-        tokens, reason, steps = _count(asked), None, 1
+        tokens, reason, steps = _count(requested), None, 1
         if body.get(STEPS) is not None:
             reason = (
-                f"{group}.{STEPS} = {body[STEPS]} says as well how long the training is; allowed "
-                "is one of them, the other being null"
+                f"{group}.{STEPS} = {body[STEPS]} also sets the length of the run; set one of "
+                "them to null"
             )
-        elif tokens is not None and of_step is not None:  # else it is told where they are read
+        elif tokens is not None and of_step is not None:  # otherwise reported by their own checks
             steps = max(1, tokens // of_step)
             if tokens < of_step:
-                reason = f"one step takes {of_step:,} tokens; must be at least that"
+                reason = f"one step has {of_step:,} tokens; allowed is at least that number"
         if reason is not None:
-            problems.append(Problem(f"{group}.{TOKENS}", asked, reason=reason))
+            problems.append(Problem(f"{group}.{TOKENS}", requested, reason=reason))
         else:
             result[group] = {**body, STEPS: steps}
     evaluation, key = bodies.get("evaluation", {}), "every_n_steps"
     if evaluation.get(key, 0) is None:
-        steps = _count(result.get("training", {}).get(STEPS)) or 1  # a wrong one is reported
+        steps = (
+            _count(result.get("training", {}).get(STEPS)) or 1
+        )  # an invalid value is reported elsewhere
         result["evaluation"] = {**evaluation, key: max(1, steps // _EVALUATIONS)}
     return result
 
 
 def _rank(file: str | None, group: str) -> int:
-    """Return how particular to the run a value is: of its option, of another file, typed."""
+    """Return the precedence of a value: 0 from its option, 1 from another file, 2 typed."""
     if file is None:
         return 2
     return 0 if file.startswith(f"{group}/") else 1
 
 
 def _count(value: object) -> int | None:
-    """Return a whole number above 0, which may be written as 2M."""
+    """Return a positive integer, which may be written as 2M, or None."""
     found = parse_count(value) if isinstance(value, str) else value
     is_count = isinstance(found, int) and not isinstance(found, bool) and found > 0
     return found if is_count else None  # type: ignore[return-value]
@@ -542,27 +571,26 @@ def _count(value: object) -> int | None:
 
 PRESET_RATE = 3e-3
 CHECKPOINT_RATE = 1e-5
-# Models of this many parameters were pretrained at less than this rate of Adam's
+# Models of at least this size were pretrained with a lower learning rate of Adam than this
 _LARGE, _HIGH = 10_000_000, 1e-3
-# Below so many parameters → a rate to begin with: the table of docs/how-to/grow_a_checkpoint.md
+# Upper bound of the parameters → initial learning rate; the table of docs/how-to/grow_a_checkpoint.md
 _STARTS = ((1_000_000_000, "1e-4"), (None, "2e-5"))
 
 
 def default_rate(model: Any) -> tuple[float, str]:
-    """Return what `training.learning_rate = null` means, and why.
+    """Return the value of `training.learning_rate = null`, and its explanation.
 
-    The record of a hub id is not read: the rate of a resumed run would depend on what was
-    downloaded since.
+    The record of a hub checkpoint is not read: a resumed run could see another revision.
 
     Args:
-        model: the section.
+        model: The `model` section of a config.
     """
     if model.model_type != "hf":
-        return PRESET_RATE, "the default for a base that is trained here"
+        return PRESET_RATE, "the default for a base that the run trains from scratch"
     folder = Path(model.path)
     if not folder.is_dir():
         return CHECKPOINT_RATE, "the default for a checkpoint from the hub"
-    with suppress(TritterError):  # a damaged record is refused where its text is read
+    with suppress(TritterError):  # a damaged record is reported elsewhere
         lineage = read_lineage(folder)
         rate = training_record(lineage.training_config if lineage else {}).get("learning_rate")
         if isinstance(rate, float) and 0 < rate < math.inf:
@@ -571,10 +599,13 @@ def default_rate(model: Any) -> tuple[float, str]:
 
 
 def rate_notes(config: RunRequest, source: Config) -> tuple[str, ...]:
-    """Return warnings: a rate for small bases on a large checkpoint, a rung that raises the rate.
+    """Return warnings about the learning rate.
+
+    It may be too high for a large checkpoint, or a fallback may raise it.
 
     Args:
-        source: config of what the run starts from.
+        config: Options of the run.
+        source: config.json of the model that the run starts from.
     """
     rate, parameters = config.training.learning_rate, count_parameters(source)
     raised = tuple(
@@ -591,7 +622,7 @@ def rate_notes(config: RunRequest, source: Config) -> tuple[str, ...]:
     start = next(text for limit, text in _STARTS if limit is None or parameters < limit)
     return (
         *raised,
-        f"training.learning_rate = {rate:g} is a rate for small bases, at which a pretrained model "
-        f"of {parameters / 1e6:,.0f} M parameters forgets; training.learning_rate={start} is a "
-        "start.",
+        f"training.learning_rate = {rate:g} is a learning rate for small bases; a pretrained model "
+        f"of {parameters / 1e6:,.0f} M parameters forgets with it. Start with "
+        f"training.learning_rate={start}.",
     )

@@ -1,6 +1,6 @@
-"""The parameters of a live model: what each holds, in parts on processes, in other shapes.
+"""The parameters of a live model: their layout, sharding and reshaping.
 
-Experts that stand apart are included, as the model's family knows them.
+Separate parameters for appended experts are included in the layout of the model's family.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -35,29 +35,29 @@ from tritter.core.models import (
 from tritter.errors import RequestError, TritterError
 from tritter.transform import Change
 
-BASE, NEW = "_base", "_new"  # what the two parts of a parameter end in whose experts stand apart
-WRAPPED = ".base_layer"  # what PEFT calls a linear layer that it put adapters on
+BASE, NEW = "_base", "_new"  # suffixes of a parameter split into old and appended experts
+WRAPPED = ".base_layer"  # PEFT's name of a linear layer with adapters
 
 
 def live_layout(model: nn.Module) -> tuple[StoredTensor, ...]:
-    """Return what each parameter of a live model but adapters' holds, in forward order."""
+    """Return the layout of a live model's parameters in forward order, without adapters."""
     config, parameters = config_of(model), dict(model.named_parameters())
-    places: list[StoredTensor] = []
+    found: list[StoredTensor] = []
     for stored in layout(config, "live"):
         owner, _, last = stored.name.rpartition(".")
         wrapped = f"{owner}{WRAPPED}.{last}"
         if stored.name in parameters:
-            places.append(stored)
+            found.append(stored)
         elif wrapped in parameters:
-            places.append(replace(stored, name=wrapped))
+            found.append(replace(stored, name=wrapped))
         else:
             num_base = len(parameters[stored.name + BASE])
-            places += [_part_of(stored, BASE, 0, num_base), _part_of(stored, NEW, num_base, None)]
-    return tuple(places)
+            found += [_part_of(stored, BASE, 0, num_base), _part_of(stored, NEW, num_base, None)]
+    return tuple(found)
 
 
 def disk_values(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Yield (name on disk, value) for values by name of a live model's parameters."""
+    """Yield (name on disk, value) for values by parameter name of a live model."""
     for stored in live_layout(model):
         if stored.name in values:
             for tensor, value in stored.unpack(values[stored.name].detach().cpu()):
@@ -65,7 +65,7 @@ def disk_values(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[tupl
 
 
 def _part_of(stored: StoredTensor, ending: str, first: int, end: int | None) -> StoredTensor:
-    """Return the parameter that holds the experts from `first` on, up to `end`."""
+    """Return the part of a parameter for the experts from `first` up to `end`."""
     parts = []
     for part in stored.parts:
         expert, rows = part.index
@@ -78,7 +78,7 @@ def _part_of(stored: StoredTensor, ending: str, first: int, end: int | None) -> 
 
 
 def whole_state(model: nn.Module) -> dict[str, Tensor]:
-    """Return a live model's state dict, in which no experts stand apart."""
+    """Return a live model's state dict, with split experts joined."""
     state = model.state_dict()
     for name in [name.removesuffix(BASE) for name in state if name.endswith(BASE)]:
         state[name] = torch.cat([state.pop(name + BASE), state.pop(name + NEW)])
@@ -87,19 +87,23 @@ def whole_state(model: nn.Module) -> dict[str, Tensor]:
 
 @dataclass(frozen=True, slots=True)
 class StepFlops:
-    """FLOPs of a step, whatever it reads.
+    """FLOPs of a step as a function of its sequence lengths.
 
     Args:
-        sequence: of each sequence, or document where models read these apart.
-        besides: of the step, of all processes together.
+        sequence: FLOPs per sequence, or per document if documents are masked from each other.
+        additional: Further FLOPs of the step, over all processes.
     """
 
     sequence: Flops
-    besides: float = 0.0
+    additional: float = 0.0
 
     def of(self, lengths: Mapping[int, int]) -> float:
-        """Return the FLOPs of a step on sequences, by length how many of all processes."""
-        return self.sequence.of_all(lengths) + self.besides
+        """Return the FLOPs of a step.
+
+        Args:
+            lengths: Length → number of sequences over all processes.
+        """
+        return self.sequence.of_all(lengths) + self.additional
 
 
 def flops_of_sequence(
@@ -108,11 +112,12 @@ def flops_of_sequence(
     routed_to: Collection[int] | None = None,
     adapters: Adapters = NO_ADAPTERS,
 ) -> Flops:
-    """Return the FLOPs of a step on one sequence, with what needs a gradient now.
+    """Return the FLOPs of a step on one sequence with the current trainable parameters.
 
     Args:
-        routed_to: the experts that share the tokens evenly. Default: all.
-        adapters: what stands beside the model's own tensors.
+        model: Live model.
+        routed_to: Experts that share the tokens evenly. Default: all.
+        adapters: Adapters of the model.
     """
     config, trained = config_of(model), trained_tensors(model)
     return training_flops(
@@ -124,7 +129,7 @@ def flops_of_sequence(
 
 
 def trained_tensors(model: nn.Module) -> frozenset[str]:
-    """Return the logical names of what needs a gradient in a live model."""
+    """Return the logical names of the trainable tensors of a live model."""
     return frozenset(
         part.tensor.name
         for stored in live_layout(model)
@@ -133,18 +138,18 @@ def trained_tensors(model: nn.Module) -> frozenset[str]:
     )
 
 
-# A model of which each of several processes holds a part (FSDP2).
+# Sharding over several processes (FSDP2).
 #
-# Each decoder layer is gathered before it computes and let go behind it, so that a process holds
-# its part of all layers and the whole of one.
+# Each decoder layer is gathered before it computes and freed afterwards, so a process holds its
+# shards of all layers and one whole layer.
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 def shard(model: nn.Module, mesh: DeviceMesh) -> None:
-    """Put a part of every parameter on each process of a mesh, decoder layer by decoder layer.
+    """Shard every parameter over the processes of a mesh, decoder layer by decoder layer.
 
-    What stands in no layer, embeddings that may be tied among it, is gathered together.
+    Parameters outside of the layers, such as tied embeddings, are gathered together.
     """
     lists = (each for each in backbone_of(model).children() if isinstance(each, nn.ModuleList))
     for layer in next(lists):
@@ -153,21 +158,24 @@ def shard(model: nn.Module, mesh: DeviceMesh) -> None:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Say whether parts of a model lie on other processes."""
+    """Return True if a model is sharded over several processes."""
     return isinstance(model, FSDPModule)
 
 
 def let_go(model: nn.Module) -> None:
-    """Let a process hold its part alone after passes that no backward pass followed."""
+    """Free gathered layers after forward passes without a backward pass."""
     if isinstance(model, FSDPModule):
         model.reshard()
 
 
 def gather(model: nn.Module, *, is_kept: bool) -> None:
-    """Let a model that is no longer trained hold whole weights, on the CPU; all processes ask.
+    """Gather the whole weights of a sharded model on the CPU, after training.
+
+    All processes must call it.
 
     Args:
-        is_kept: whether this process is one that wants them.
+        model: Sharded model.
+        is_kept: Whether this process receives the weights.
     """
     names = [name for name, _ in model.named_parameters()]
     whole: Mapping[str, Any] = get_model_state_dict(model, options=WHOLE)
@@ -176,26 +184,26 @@ def gather(model: nn.Module, *, is_kept: bool) -> None:
     for name in names:
         set_parameter(model, name, whole[name])
     model.tie_weights()  # type: ignore[operator]
-    for module in model.modules():  # `to` asks for the parts that were there
+    for module in model.modules():  # `to` would move the old shards
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.cpu())
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Return a tensor whose parts lie on several processes, all of which ask; others as is."""
+    """Return the whole tensor of a sharded one; all processes must call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def own_part(tensor: Tensor) -> Tensor:
-    """Return what of a tensor lies on this process."""
+    """Return the shard of a tensor on this process."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-# The shapes of a live model: changed once, written down, and made again where weights come back.
+# Reshaping a live model, and replaying the changes from a journal.
 #
-# A journal says what a model became, in plain data. Weights of a changed model return to one that
-# is not changed when a training is resumed, and when worker processes hand them over: the shapes
-# are made again from the journal before anything is loaded.
+# The journal records changes of a model as plain data. Weights of a changed model are loaded into
+# an unchanged one when a run is resumed and when worker processes return them. The journal is
+# replayed first to restore the shapes.
 
 Entry = dict[str, Any]
 
@@ -203,30 +211,31 @@ Entry = dict[str, Any]
 def reshape(
     model: nn.Module, config: Config, values: Mapping[str, Tensor], *, removed: Sequence[str] = ()
 ) -> None:
-    """Give a live model other parameters, and let its modules follow a config; ties are kept.
+    """Replace parameters of a live model and update its modules to a config; ties are kept.
 
     Args:
-        config: empty: `model` is a module that no family knows, and has none.
-        values: by parameter name, of those that are new or not what they were.
-        removed: names of parameters that go.
+        model: Live model.
+        config: New config; empty for a module without a known family.
+        values: Parameter name → value of new and changed parameters.
+        removed: Names of parameters to remove.
 
     Raises:
-        RequestError: the config needs modules of another class.
-        TritterError: there is no module for a parameter to stand in.
+        RequestError: The config requires modules of another class.
+        TritterError: The model has no module for a parameter.
     """
     like = next(model.parameters())
     if config:
         _adopt_config(model, config)
     for name in removed:
         owner, key = _place(model, name)
-        if isinstance(owner, nn.ParameterDict):  # which keeps a list of its names besides
+        if isinstance(owner, nn.ParameterDict):  # it also keeps a list of its names
             del owner[key]
         else:
             delattr(owner, key)
-    held = dict(model.named_parameters())
+    existing = dict(model.named_parameters())
     for name, value in values.items():
-        if name in held:
-            set_parameter(model, name, value.to(held[name]))
+        if name in existing:
+            set_parameter(model, name, value.to(existing[name]))
         else:
             owner, key = _place(model, name)
             parameter = nn.Parameter(value.to(like))
@@ -236,12 +245,12 @@ def reshape(
                 owner.register_parameter(key, parameter)
     if config:
         model.tie_weights()  # type: ignore[operator]
-    for module in model.modules():  # which may be narrower than stock
+    for module in model.modules():  # they may be narrower than in the stock model
         update_linear_sizes(module)
 
 
 def entry_of(change: Change, *, step: int, reason: str) -> Entry:
-    """Return what the journal says of a change, in plain data."""
+    """Return the journal entry of a change, as plain data."""
     known = _stock_shapes(change.config)
     return {
         "step": step,
@@ -254,64 +263,64 @@ def entry_of(change: Change, *, step: int, reason: str) -> Entry:
 
 
 def replay(model: nn.Module, entries: Sequence[Entry]) -> None:
-    """Give a model the shapes that journal entries say; what it holds there is arbitrary."""
+    """Give a model the parameter shapes after all journal entries, with arbitrary values."""
     config: Config = entries[-1]["config"]
     shapes = _stock_shapes(config)
     removed: set[str] = set()
     for entry in entries:
         shapes |= {name: tuple(shape) for name, shape in entry["others"].items()}
         removed = (removed | set(entry["removed"])) - set(entry["others"])
-    held = dict(model.named_parameters())
+    old = dict(model.named_parameters())
     values = {
         name: torch.zeros(shape)
         for name, shape in shapes.items()
-        if name not in removed and (name not in held or tuple(held[name].shape) != tuple(shape))
+        if name not in removed and (name not in old or tuple(old[name].shape) != tuple(shape))
     }
-    reshape(model, config, values, removed=[name for name in removed if name in held])
+    reshape(model, config, values, removed=[name for name in removed if name in old])
 
 
 def _stock_shapes(config: Config) -> dict[str, tuple[int, ...]]:
-    """Return the shapes that a family states; none where a change is of parts that none knows."""
+    """Return the parameter shapes of a config's family; empty without a config."""
     return {stored.name: stored.shape for stored in layout(config, "live")} if config else {}
 
 
 def _place(model: nn.Module, name: str) -> tuple[nn.Module, str]:
-    """Return the module that a parameter belongs to, and what it is called there."""
+    """Return the module of a parameter, and its name in that module."""
     owner, _, key = name.rpartition(".")
     try:
         return model.get_submodule(owner), key
     except AttributeError as error:
         raise TritterError(
-            f"{name}: the model has no module {owner}; whoever adds parameters that the family "
-            "does not know makes their modules before."
+            f"{name}: the model has no module {owner}. Add the modules of new parameters that the "
+            "family does not have before the change."
         ) from error
 
 
 def _adopt_config(model: nn.Module, config: Config) -> None:
-    """Let a live model's modules be those of another config; its parameters are the caller's.
+    """Update the modules of a live model to another config; the caller replaces parameters.
 
-    What a stock class would hold otherwise (`out_features`, buffers) is set, and modules that it
-    would have besides are added. All else stays as it is: hooks, modes, what was put in between.
+    Changed attributes (`out_features`, buffers) are set and missing modules are added. Hooks,
+    modes and wrapper modules are unchanged.
 
     Raises:
-        RequestError: some module would be of another class.
+        RequestError: The config requires another class for a module.
     """
-    own = on_disk(config_of(model))  # widths by layer are stated by the weights themselves
+    own = on_disk(config_of(model))  # the weights define the widths of the layers
     before, after = weightless_model(own), weightless_model(config)
-    held, known = dict(model.named_modules()), dict(before.named_modules())
+    live, known = dict(model.named_modules()), dict(before.named_modules())
     for name, stock in after.named_modules():
         if name in known and type(known[name]) is not type(stock):
             raise RequestError(
                 f"{name or 'the model'} would be {type(stock).__name__} instead of "
-                f"{type(known[name]).__name__}; that is for between two trainings."
+                f"{type(known[name]).__name__}; expand between two training runs instead."
             )
     for name, stock in after.named_modules():
         parent, _, last = name.rpartition(".")
         if name not in known and parent in known:
             like = next(model.parameters())
-            held[parent].add_module(last, stock.to(like).train(model.training))
-        elif name in known and name in held:
-            module, old = held[name], known[name]
+            live[parent].add_module(last, stock.to(like).train(model.training))
+        elif name in known and name in live:
+            module, old = live[name], known[name]
             for key, value in vars(stock).items():
                 is_plain = isinstance(value, bool | int | float | str | tuple)
                 if is_plain and vars(old).get(key) != value:
@@ -321,6 +330,6 @@ def _adopt_config(model: nn.Module, config: Config) -> None:
                 if was.shape != buffer.shape or not torch.equal(was, buffer):
                     setattr(module, key, buffer.to(getattr(module, key).device))
     changed = {key: value for key, value in on_disk(config).items() if own.get(key) != value}
-    for stated in {id(c): c for m in held.values() if (c := getattr(m, "config", None))}.values():
+    for each in {id(c): c for m in live.values() if (c := getattr(m, "config", None))}.values():
         for key, value in changed.items():
-            setattr(stated, key, value)
+            setattr(each, key, value)

@@ -1,4 +1,4 @@
-"""What a training did, and the writing of what it leaves, where it was trained."""
+"""The result of a training run, and the callback that writes the trained model."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -25,14 +25,14 @@ from tritter.training.parameters import gather, is_sharded, live_layout, own_par
 
 
 class MemoryMeter(Callback):
-    """Add up parameters, gradients and the optimizer's state, where they lie.
+    """Measure the memory of parameters, gradients and optimizer state on their device.
 
-    At the end of the first step, and of each after which something else is trained.
+    It measures after the first step, and after each change of the trainable parameters.
 
     Attributes:
-        held: in bytes `parameters`, `gradients`, `optimizer`, and of a GPU the `peak`, activations
-            included; in `trained` pairs of a parameter's size and how many have it, by the shapes
-            that the family says. Empty before the first step.
+        held: Bytes of `parameters`, `gradients`, `optimizer` and, on a GPU, the `peak` including
+            activations. `trained` has pairs of a parameter size and the number of parameters of
+            that size, by the shapes of the family. Empty before the first step.
     """
 
     def __init__(self) -> None:
@@ -49,7 +49,7 @@ class MemoryMeter(Callback):
             return
         gradients = [each.grad for each in parameters if each.grad is not None]
         if not gradients:
-            return  # the step was refused
+            return  # the step was skipped
         self._trained = trained
         (optimizer,) = trainer.optimizers
         states = (value for state in optimizer.state.values() for value in state.values())
@@ -74,40 +74,41 @@ class MemoryMeter(Callback):
         self.held = dict(state_dict["held"])
 
     def parameters_changed(self, change: object) -> None:
-        """Add up the next step anew."""
+        """Measure again after the next step."""
         self._trained = ()
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
-    """Return the bytes of tensors, each storage once, in all processes that share them."""
-    by_place = {(own_part(t).data_ptr(), t.numel()): t.numel() * t.element_size() for t in tensors}
-    return sum(by_place.values())
+    """Return the total bytes of tensors over all processes, counting each storage once."""
+    sizes = {(own_part(t).data_ptr(), t.numel()): t.numel() * t.element_size() for t in tensors}
+    return sum(sizes.values())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FitResult:
-    """What a training did.
+    """The result of a training run.
 
     Args:
-        steps: optimizer steps taken, refused ones included.
-        num_tokens: tokens seen, by all processes.
-        flops: model FLOPs of all steps, and of a look at the routing that they hold; what is
-            counted stands in `tritter.core.families.flops`.
-        seconds: wall time of the fit; 0 while it is not over.
-        evaluation_flops: model FLOPs of the evaluations on its way; `evaluation_seconds` are part
-            of `seconds`.
-        refused_steps: steps with a loss or gradient that was not finite.
-        stopped_because: why it was broken off; None when it was not.
-        ended_early: which callback ended it before its last step, and why; None when none did.
-        last_rate: learning rate of the last step that was taken; 0 where none was.
-        flow: what got no gradient (`without_gradient`), which experts no token (`without_tokens`),
-            and the number of steps in which that was looked at (`steps`).
-        packing: `padding_fraction` and `packed_sequence_length_histogram` of documents that were
-            read apart; empty of a stream.
-        held: bytes of parameters, gradients and optimizer, as `MemoryMeter` found them.
-        reports: what callbacks say that they did, by their `report_name`; plain data.
-        update_norms: top-level part of the model → norm of (weights after − before) relative to
-            the norm before; shows what moved.
+        steps: Number of optimizer steps, including skipped ones.
+        num_tokens: Number of training tokens over all processes.
+        flops: Model FLOPs of all steps, including the routing probe of `moe_routing.hold_old`. See
+            `tritter.core.families.flops` for the operations that are counted.
+        seconds: Wall time of the fit; 0 until it has ended.
+        evaluation_flops: Model FLOPs of validation during training.
+        evaluation_seconds: Wall time of validation, which is part of `seconds`.
+        refused_steps: Number of steps skipped because the loss or gradient was not finite.
+        stopped_because: Reason why the run was aborted, or None.
+        ended_early: Name and reason of the callback that ended the run before its last step, or
+            None.
+        last_rate: Learning rate of the last step, or 0 without steps.
+        flow: Parameters without a gradient (`without_gradient`), experts without a token
+            (`without_tokens`) and the number of monitored steps (`steps`).
+        packing: `padding_fraction` and `packed_sequence_length_histogram` of packed documents;
+            empty for a stream.
+        held: Bytes of parameters, gradients and optimizer state from `MemoryMeter`.
+        reports: `report_name` → plain data of callbacks with a report.
+        update_norms: Top-level part of the model → norm of (weights after − before) relative to
+            the norm before.
     """
 
     steps: int
@@ -129,46 +130,47 @@ class FitResult:
 
 @runtime_checkable
 class Reports(Protocol):
-    """A callback that says at the end of a training what it did."""
+    """A callback that reports its work at the end of a training run."""
 
     report_name: str
 
     def report(self) -> dict[str, Any]:
-        """Return plain data, for summary.json."""
+        """Return plain data for summary.json."""
 
 
 class WriteResult(Protocol):
-    """Writes what a training leaves; called once, on rank 0, in the process that trained.
+    """Writes a trained model; called once, on rank 0, in the process that trained.
 
-    It may be sent to a process that is spawned: a module-level function or a frozen record.
+    It must be picklable for spawned processes: a module-level function or a frozen record.
     """
 
     def __call__(self, model: nn.Module, result: FitResult) -> None:
-        """Write `model`, as trained and on the CPU.
+        """Write the trained model, which is on the CPU.
 
         Raises:
-            TritterError: it could not; OSErrors are told as one.
+            TritterError: The write failed; an OSError is converted to a TritterError.
         """
 
 
 class Conclusion(Callback):
-    """Take stock at the end of a fit, and let rank 0 write what it leaves.
+    """Collect the result at the end of a fit, and write the trained model on rank 0.
 
-    Stands behind those that leave something. The other ranks wait until
-    it is written, or was not; nobody writes for a training that was asked to stop.
+    It must follow all callbacks that contribute to the result. The other ranks wait until the
+    write has succeeded or failed. Nothing is written for a stopped run.
 
     Args:
-        guard: counts refused steps.
-        work: counts tokens and FLOPs.
-        flow: knows what got no gradient.
-        held: counts bytes.
-        validation: counts FLOPs and seconds of evaluations, if there are any.
-        saving: knows whether it ended early.
-        stop: whether the training is asked to stop.
-        write: None: nothing is left.
+        guard: Counter of skipped steps.
+        work: Counter of tokens and FLOPs.
+        flow: Record of parameters without a gradient.
+        held: Memory measurement.
+        validation: Counter of FLOPs and seconds of validation, if any.
+        saving: Record of an early end.
+        stop: Stop request by a signal.
+        write: Writer of the trained model, if any.
 
     Attributes:
-        result: None before the end; in the process that started others it comes back by `take`.
+        result: Result of the run, None before its end. With worker processes, `take` sets it in
+            the main process.
     """
 
     def __init__(
@@ -189,7 +191,7 @@ class Conclusion(Callback):
         self.result: FitResult | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        # A saved state is not loaded yet: what moved is told of the whole training
+        # Before a saved state is loaded: update norms cover the whole run
         if trainer.is_global_zero:
             parameters = base_of(pl_module).model.named_parameters()
             self._before = {n: p.detach().to("cpu", copy=True) for n, p in parameters}
@@ -210,21 +212,21 @@ class Conclusion(Callback):
             except TritterError as raised:
                 error = raised
             except OSError as raised:
-                error = TritterError(f"what was trained could not be written: {raised}.")
+                error = TritterError(f"the trained model could not be written: {raised}.")
         trainer.strategy.reduce_boolean_decision(error is None)
         if error is not None:
             raise error
 
-    def given(self) -> dict[str, Any]:
-        """Return what `take` needs in the process that started this one, as plain data."""
+    def exported(self) -> dict[str, Any]:
+        """Return the result as plain data for `take` in the main process."""
         assert self.result is not None
         return {"result": asdict(self.result), "stopped_by": self._stop.signal_number}
 
-    def take(self, given: Mapping[str, Any]) -> None:
-        """Take what rank 0 found; the processes may have been asked to stop, and this one not."""
-        self.result = FitResult(**given["result"])
-        if given["stopped_by"] is not None:
-            self._stop.note(given["stopped_by"])
+    def take(self, exported: Mapping[str, Any]) -> None:
+        """Adopt the result of rank 0, and its stop signal, which this process may have missed."""
+        self.result = FitResult(**exported["result"])
+        if exported["stopped_by"] is not None:
+            self._stop.note(exported["stopped_by"])
 
     def _taken_stock(self, trainer: Trainer, module: BaseModule) -> FitResult:
         validation, callbacks = self._validation, trainer.callbacks  # type: ignore[attr-defined]
@@ -247,7 +249,7 @@ class Conclusion(Callback):
 
 
 def _update_norms(before: dict[str, Tensor], model: nn.Module) -> dict[str, float]:
-    """Compare parameters that have kept their shape."""
+    """Return the relative update norms of parameters with an unchanged shape."""
     moved: dict[str, float] = {}
     size: dict[str, float] = {}
     for stored in live_layout(model):

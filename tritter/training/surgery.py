@@ -1,8 +1,8 @@
-"""Change a live training: the one place that does.
+"""Change a model during training. All such changes go through this module.
 
-Parameters are replaced in their slots of the optimizer, moments and all other state follow the
-map, the model is wrapped for DDP again, and whoever keeps something about parameters is told. The
-journal that the module keeps in its checkpoints lets a resumed training make the shapes again.
+Parameters are replaced in the optimizer's groups, and moments and other state are mapped. The model
+is wrapped for DDP again, and callbacks and methods with parameter state are notified. Checkpoints
+contain a journal of the changes, which a resumed run replays.
 """
 
 from collections.abc import Collection, Mapping
@@ -33,29 +33,35 @@ def apply(
     reason: str,
     policy: Policy = "carry",
 ) -> None:
-    """Change the model of a live training, between two optimizer steps.
+    """Change the model of a running training, between two optimizer steps.
 
-    Meant for a callback's `on_train_batch_end`; of several processes all call it at the same step
-    with the same change. Afterwards it holds that the optimizer has what is trained and nothing
-    else, that ties are tied, that nothing changed is not finite, and that the number of parameters
-    is the one that the shapes say.
+    Call it from a callback's `on_train_batch_end`. All processes must call it at the same step
+    with the same change. It checks afterwards that
+
+    - the optimizer holds exactly the trainable parameters;
+    - tied parameters are still tied;
+    - all changed values are finite;
+    - the number of parameters matches the shapes.
 
     Args:
-        reason: what the journal says why.
-        policy: of Adam's moments, as in `tritter.core.parameter_map.carry`.
+        trainer: Trainer of the run.
+        module: Module with the model.
+        change: Change of the model.
+        reason: Reason for the journal.
+        policy: Policy for Adam's moments, as in `tritter.core.parameter_map.carry`.
 
     Raises:
-        RequestError: not between two optimizer steps, a strategy that can't bear it, or a change
-            that is not about this model.
-        TritterError: the optimizer does not hold Adam's moments, processes disagree, or what
-            holds afterwards does not.
+        RequestError: The call is not between two optimizer steps, the strategy is not supported,
+            or the change does not match the model.
+        TritterError: The optimizer state is not that of Adam, the processes disagree, or a check
+            afterwards failed.
     """
     model = module.model
     _check_moment(trainer, module)
     _check_shapes(model, change)
     digest, strategy = change.digest(), trainer.strategy
     if not strategy.reduce_boolean_decision(strategy.broadcast(digest) == digest):
-        raise TritterError("the processes of the training disagree on how the model is to change.")
+        raise TritterError("the processes of the training run requested different model changes.")
     (optimizer,) = trainer.optimizers
     ties, others = _ties(model), _count_others(model, change)
     moments = carried_moments(optimizer, model, change, places=change.altered, policy=policy)
@@ -79,8 +85,8 @@ def apply(
     slots = [id(p) for group in optimizer.param_groups for p in group["params"]]
     if sorted(slots) != sorted(id(p) for p in module.parameters() if p.requires_grad):
         raise TritterError(
-            "the model was not changed as it should be: the optimizer does not hold what is "
-            "trained."
+            "the model change is inconsistent: the optimizer does not hold exactly the trainable "
+            "parameters."
         )
     _check_model(optimizer, model, change, ties=ties, num_others=others)
 
@@ -92,30 +98,32 @@ def apply_plain(
     optimizer: torch.optim.Optimizer | None = None,
     policy: Policy = "carry",
 ) -> None:
-    """Change a model that is trained in a plain loop, between a step and the next forward pass.
+    """Change a model in a plain training loop, between a step and the next forward pass.
 
-    Groups keep their order: each new parameter stands in the slot of the old one.
+    Each new parameter replaces the old one at its position in the optimizer's groups.
 
     Args:
-        optimizer: what trains the model; its moments follow. None: it is not known, and is to be
-            made anew of `model.parameters()`.
+        model: Model to change.
+        change: Change of the model.
+        optimizer: Optimizer of the model, whose moments are mapped. If None, the caller must
+            create a new optimizer from `model.parameters()`.
+        policy: Policy for Adam's moments, as in `tritter.core.parameter_map.carry`.
 
     Raises:
-        RequestError: the change is not about this model, or adds parameters of other names.
-        TritterError: the optimizer does not hold Adam's moments, or what holds afterwards
-            does not.
+        RequestError: The change does not match the model, or adds or removes parameters.
+        TritterError: The optimizer state is not that of Adam, or a check afterwards failed.
     """
     _check_shapes(model, change)
     ties, others = _ties(model), _count_others(model, change)
     old = dict(model.named_parameters())
     if change.removed or any(stored.name not in old for stored in change.after):
-        raise RequestError("a plain loop's optimizer has slots for parameters of the same names.")
+        raise RequestError("in a plain training loop, a change cannot add or remove parameters.")
     moments = {}
     if optimizer is not None:
         moments = carried_moments(optimizer, model, change, places=change.altered, policy=policy)
     _take_on(model, change)
     new = dict(model.named_parameters())
-    if optimizer is not None:  # each new parameter, with its state, where the old one stood
+    if optimizer is not None:  # each new parameter, with its state, replaces the old one
         follows = {id(old[name]): new[name] for name in old if new[name] is not old[name]}
         for group in optimizer.param_groups:
             group["params"] = [follows.get(id(each), each) for each in group["params"]]
@@ -125,46 +133,49 @@ def apply_plain(
         for name, state in moments.items():
             optimizer.state[new[name]] = state
     for name in new:
-        new[name].grad = None  # those of old shapes are of no use to the new ones
+        new[name].grad = None  # old gradients have the old shapes
     _check_model(optimizer, model, change, ties=ties, num_others=others)
 
 
 def thaw(trainer: Trainer, module: BaseModule, names: Collection[str]) -> None:
-    """Let frozen parameters of a live training be trained from its next step on.
+    """Unfreeze parameters of a running training from its next step.
 
-    They enter the optimizer where a new one would hold them, and begin without moments.
+    They take the positions that they would have in a new optimizer, without moments.
 
     Raises:
-        RequestError: not between two optimizer steps, or a strategy that can't bear it.
+        RequestError: The call is not between two optimizer steps, or the strategy is not
+            supported.
     """
     _check_moment(trainer, module)
-    (optimizer,), held = trainer.optimizers, dict(module.model.named_parameters())
+    (optimizer,), parameters = trainer.optimizers, dict(module.model.named_parameters())
     for name in names:
-        held[name].requires_grad_(True)
-    _follow_groups(optimizer, module, held, {}, {})
+        parameters[name].requires_grad_(True)
+    _follow_groups(optimizer, module, parameters, {}, {})
     _wrap(trainer, module)
 
 
 def freeze(trainer: Trainer, module: BaseModule, names: Collection[str]) -> None:
-    """Let parameters of a live training be trained no more from its next step on.
+    """Freeze parameters of a running training from its next step.
 
-    They leave the optimizer, with their moments: neither weight decay nor momentum moves them.
+    They are removed from the optimizer with their moments, so neither weight decay nor momentum
+    changes them.
 
     Raises:
-        RequestError: not between two optimizer steps, or a strategy that can't bear it.
+        RequestError: The call is not between two optimizer steps, or the strategy is not
+            supported.
     """
     _check_moment(trainer, module)
-    (optimizer,), held = trainer.optimizers, dict(module.model.named_parameters())
+    (optimizer,), parameters = trainer.optimizers, dict(module.model.named_parameters())
     for name in names:
-        held[name].requires_grad_(False)
-        held[name].grad = None
-        optimizer.state.pop(held[name], None)
-    _follow_groups(optimizer, module, held, {}, {})
+        parameters[name].requires_grad_(False)
+        parameters[name].grad = None
+        optimizer.state.pop(parameters[name], None)
+    _follow_groups(optimizer, module, parameters, {}, {})
     _wrap(trainer, module)
 
 
 def _wrap(trainer: Trainer, module: BaseModule) -> None:
-    """Let DDP wait for the gradients of what is trained now, and of nothing else; compile that."""
+    """Wrap the model for DDP again with the current trainable parameters, and recompile it."""
     if module.compiled is not None:
         module.compiled.forget()
     if isinstance(trainer.strategy, DDPStrategy):
@@ -173,36 +184,38 @@ def _wrap(trainer: Trainer, module: BaseModule) -> None:
 
 
 def _check_moment(trainer: Trainer, module: LightningModule) -> None:
-    """Refuse a moment at which gradients are on their way, or a model that is wrapped otherwise."""
-    hook = module._current_fx_name  # tests hold both private names to the pinned version
+    """Refuse a call within an optimizer step, or with an unsupported strategy."""
+    hook = module._current_fx_name  # tests check both private names with the pinned version
     if hook != "on_train_batch_end" or trainer.fit_loop._should_accumulate():
         where = "between two batches of one step" if hook == "on_train_batch_end" else f"in {hook}"
         raise RequestError(
-            f"a model can't change {where}: change it in on_train_batch_end, after the optimizer's "
+            f"a model cannot change {where}; change it in on_train_batch_end, after the optimizer "
             "step."
         )
     if not isinstance(trainer.strategy, DDPStrategy | SingleDeviceStrategy):
         raise RequestError(
-            f"trainer.strategy = {type(trainer.strategy).__name__}: a model can change during a "
-            "training on one device and under ddp; elsewhere expand between two trainings."
+            f"trainer.strategy = {type(trainer.strategy).__name__}: a model can only change during "
+            "training on one device or with ddp; otherwise expand between two training runs."
         )
     if len(trainer.optimizers) != 1:
-        raise RequestError(f"{len(trainer.optimizers)} optimizers; a model changes under one.")
+        raise RequestError(
+            f"the module has {len(trainer.optimizers)} optimizers; model changes require one."
+        )
 
 
 def _check_shapes(model: nn.Module, change: Change) -> None:
-    held = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     for stored in change.before:
-        if held.get(stored.name) != stored.shape:
-            has = list(held[stored.name]) if stored.name in held else "none"
+        if shapes.get(stored.name) != stored.shape:
+            found = list(shapes[stored.name]) if stored.name in shapes else "none"
             raise RequestError(
-                f"the change is about {stored.name} of shape {list(stored.shape)}; the model has "
-                f"{has}."
+                f"the change expects {stored.name} of shape {list(stored.shape)}; the model has "
+                f"{found}."
             )
 
 
 def _take_on(model: nn.Module, change: Change) -> None:
-    """Give a model the parameters that a change makes of its own."""
+    """Apply a change to the parameters of a model."""
     weights = dict(change.weights({n: p.detach() for n, p in model.named_parameters()}))
     reshape(model, change.config, weights, removed=change.removed)
 
@@ -214,30 +227,31 @@ def _follow_groups(
     moments: Mapping[str, Moments],
     before: Mapping[str, State | None],
 ) -> None:
-    """Let the groups hold what a new optimizer's would, and every parameter its own state.
+    """Update groups and state of the optimizer to those of a new one.
 
-    Groups stay the dictionaries they are, which schedulers and Lightning hold as well; a resumed
-    training matches state by position, so that the order has to be that of a new optimizer.
+    The group dictionaries are kept, because schedulers and Lightning refer to them. A resumed run
+    matches state by position, so the order must be that of a new optimizer.
     """
     optimizer.zero_grad(set_to_none=True)
-    module.moments = {}  # what the training started from lies behind
-    wanted = module.new_optimizer().param_groups
-    if len(wanted) != len(optimizer.param_groups):
+    module.moments = {}  # the initial moments are obsolete
+    new_groups = module.new_optimizer().param_groups
+    if len(new_groups) != len(optimizer.param_groups):
         raise TritterError(
-            f"the optimizer has {len(optimizer.param_groups)} groups; a new one has {len(wanted)}."
+            f"the optimizer has {len(optimizer.param_groups)} groups; a new one has "
+            f"{len(new_groups)}."
         )
     new = dict(module.model.named_parameters())
     for name, parameter in old.items():
         if new.get(name) is not parameter:
             optimizer.state.pop(parameter, None)
-    for group, other in zip(optimizer.param_groups, wanted, strict=True):
+    for group, other in zip(optimizer.param_groups, new_groups, strict=True):
         group["params"] = list(other["params"])
     for name, values in moments.items():
         put_moments(optimizer, new[name], values, before=before.get(name))
 
 
 def _ties(model: nn.Module) -> set[frozenset[str]]:
-    """Return the names that one parameter goes by, where it has several."""
+    """Return the sets of names of tied parameters."""
     names: dict[int, set[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), set()).add(name)
@@ -245,13 +259,13 @@ def _ties(model: nn.Module) -> set[frozenset[str]]:
 
 
 def _count_others(model: nn.Module, change: Change) -> int:
-    """Count the parameters that neither the family nor the change knows."""
+    """Return the size of all parameters that belong to neither the family nor the change."""
     known = {s.name for s in (*change.before, *change.after, *_stock(change))}
     return sum(p.numel() for name, p in model.named_parameters() if name not in known)
 
 
 def _stock(change: Change) -> tuple[StoredTensor, ...]:
-    """Return the parameters that the family knows; none of a module that is no whole model."""
+    """Return the parameters of the family; none for a module without a config."""
     return layout(change.config, "live") if change.config else ()
 
 
@@ -263,11 +277,11 @@ def _check_model(
     ties: set[frozenset[str]],
     num_others: int,
 ) -> None:
-    """Check what has to hold of a model, and of the state of its optimizer, after every change."""
+    """Check the consistency of a model and its optimizer state after a change."""
     state = {} if optimizer is None else optimizer.state
     groups = [] if optimizer is None else optimizer.param_groups
     slots = {id(p) for group in groups for p in group["params"]}
-    # From shapes: what the model then holds of its family's, of the change's own, and of others
+    # Expected size: parameters of the family, of the change, and others
     stock = {s.name for s in _stock(change)}
     counted = num_others + sum(prod(s.shape) for s in change.after if s.name not in stock)
     counted += count_parameters(change.config) if change.config else 0
@@ -277,12 +291,12 @@ def _check_model(
     states = (state.get(parameter, {}).values() for parameter in altered)
     values = [*altered, *(v for each in states for v in each if isinstance(v, torch.Tensor))]
     problems = {
-        "state is left of parameters that are gone": not set(map(id, state)) <= slots,
-        "ties are cut": not ties <= _ties(model),
-        "parameters share their values": len({p.data_ptr() for p in own}) < len(own),
+        "the optimizer has state of removed parameters": not set(map(id, state)) <= slots,
+        "tied parameters are no longer tied": not ties <= _ties(model),
+        "parameters share memory": len({p.data_ptr() for p in own}) < len(own),
         f"it has {found} parameters instead of {counted}": found != counted,
-        "it holds values that are not finite": not all(is_finite(v.detach()) for v in values),
+        "it has values that are not finite": not all(is_finite(v.detach()) for v in values),
     }
     if any(problems.values()):
         reasons = "; ".join(reason for reason, is_so in problems.items() if is_so)
-        raise TritterError(f"the model was not changed as it should be: {reasons}.")
+        raise TritterError(f"the model change is inconsistent: {reasons}.")

@@ -1,4 +1,4 @@
-"""Lightning's Trainer, made from the settings of a run."""
+"""Build Lightning's Trainer and its strategies from the settings of a run."""
 
 import logging
 import math
@@ -48,21 +48,20 @@ from tritter.training.options import TrainerSettings
 from tritter.training.parameters import WHOLE
 from tritter.training.result import Conclusion
 
-# A fit in several processes (DDP), and what of it comes back to the one that started them.
+# A fit in several worker processes (DDP).
 #
-# Only the fit runs in them: each computes its rows of every batch, all hold the same weights.
-# Rank 0 writes what is trained; to the one that started it come a record of what was done, and
-# failures, as data.
+# Only the fit runs in workers. Each computes its rows of every batch with the same weights. Rank 0
+# writes the trained model. The main process receives the result and errors as plain data.
 
 _PORT = "MASTER_PORT"
 
 
 class WorkerStrategy(DDPStrategy):
-    """DDP whose processes are started by, and die with, the one that calls fit."""
+    """DDP with worker processes that the main process starts and that die with it."""
 
     def __init__(self, accelerator: str) -> None:
         self.method = start_method(accelerator)
-        # Named, so that a cluster's variables can't make the stages around the fit run twice
+        # Explicit: a cluster environment would run the stages around the fit in every process
         environment = LightningEnvironment()
         super().__init__(cluster_environment=environment, start_method=self.method)
 
@@ -75,13 +74,13 @@ class WorkerStrategy(DDPStrategy):
 
 
 def begin_worker(method: str) -> None:
-    """Make ready a process that was started for a fit, before it meets the others."""
+    """Initialise a worker process before it connects to the others."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
-    # It ends at once when its parent has ended, however that came about. Torch sends an interrupt,
-    # which a process that was started in the background ignores: it would go on, and write into a
-    # folder in which the run has been started again.
+    # A worker ends immediately when its parent ends, even by a kill. Torch sends an interrupt,
+    # which background processes ignore. Such a worker would continue to write into the folder of a
+    # restarted run.
     if (parent := multiprocessing.parent_process()) is not None:
         sentinel = parent.sentinel
 
@@ -91,24 +90,24 @@ def begin_worker(method: str) -> None:
 
         threading.Thread(target=watch, daemon=True).start()
     if method == "fork":
-        # A fork inherits OpenMP's pool without its threads, and waits for them forever
+        # A fork inherits OpenMP's pool without its threads, and would wait for them forever
         torch.set_num_threads(1)
 
 
 def start_method(accelerator: str) -> Literal["fork", "spawn"]:
-    """Return `fork` where it is safe, which is quicker: on Linux without a GPU; else `spawn`."""
+    """Return `fork`, which is faster, where it is safe (Linux without a GPU), else `spawn`."""
     is_safe = sys.platform == "linux" and not torch.cuda.is_available()
     return "fork" if accelerator == "cpu" and is_safe else "spawn"
 
 
 @dataclass(frozen=True, slots=True)
 class _Failure:
-    """An error of a process as data, for the process that started it.
+    """An error of a worker process as plain data for the main process.
 
     Args:
-        kind: name of its class, of ours or OSError.
-        key: what of the request it speaks of; empty where it does not say so.
-        text: what it says.
+        kind: Name of its class: OSError or an error class of Tritter.
+        key: Config key that caused it, or empty.
+        text: Error message.
     """
 
     kind: str
@@ -123,7 +122,7 @@ class _Failure:
 
     def error(self) -> TritterError:
         if self.kind == OSError.__name__:
-            return TritterError(f"the training was refused by the system: {self.text}.")
+            return TritterError(f"the training run failed with a system error: {self.text}.")
         if self.kind == RequestError.__name__:
             return RequestError(self.text, problems=[Problem(self.key, reason=self.text)])
         return TritterError(self.text)
@@ -133,10 +132,10 @@ _KINDS = (RequestError, TritterError, OSError)
 
 
 class WorkerLauncher(_MultiProcessingLauncher):
-    """Starts the processes; brings back what was concluded and what failed, and no weights.
+    """Start worker processes and return their result or error, but no weights.
 
-    Lightning would load the weights into the module of the process that started the others, where
-    a new parameter is dropped in silence and a grown one does not fit.
+    Lightning would load the weights into the module of the main process. That silently drops new
+    parameters, and grown ones do not fit.
     """
 
     def launch(self, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
@@ -163,7 +162,7 @@ class WorkerLauncher(_MultiProcessingLauncher):
 
     def get_extra_results(self, trainer: Trainer) -> dict[str, Any]:
         extra = super().get_extra_results(trainer)
-        return {**extra, "conclusion": _conclusion(trainer).given()}
+        return {**extra, "conclusion": _conclusion(trainer).exported()}
 
     def update_main_process_results(self, trainer: Trainer, extra: dict[str, Any]) -> None:
         super().update_main_process_results(trainer, extra)
@@ -176,23 +175,23 @@ def _conclusion(trainer: Trainer) -> Conclusion:
 
 @contextmanager
 def worker_processes() -> Iterator[None]:
-    """Let processes be started within, and tell their ends in our words.
+    """Prepare for starting worker processes inside the block, and report killed ones.
 
     Raises:
-        TritterError: a process was killed.
+        TritterError: A worker process was killed.
     """
     port, sharing = os.environ.get(_PORT), get_sharing_strategy()
-    set_sharing_strategy("file_system")  # the other one spends an open file on every tensor
+    set_sharing_strategy("file_system")  # the other one opens a file for every tensor
     try:
         yield
     except ProcessExitedException as error:
         raise TritterError(
             f"training process {error.error_index} ended unexpectedly ({error.signal_name or error}"
-            "); the same command goes on from the last saved state."
+            "); rerun the command to resume from the last saved state."
         ) from error
     finally:
         set_sharing_strategy(sharing)
-        os.environ.pop(_PORT, None)  # the next fit looks for a free one
+        os.environ.pop(_PORT, None)  # the next fit finds a free port
         if port is not None:
             os.environ[_PORT] = port
 
@@ -203,7 +202,7 @@ PROFILERS: dict[str, Any] = {
     "pytorch": PyTorchProfiler,
 }
 NEVER = 2**40  # epochs
-_SAID_OF_PAGES = "Paged optimizers are not supported on CPU"  # which is a note of the run
+_PAGING_WARNING = "Paged optimizers are not supported on CPU"  # Tritter prints its own note
 
 
 def build_trainer(
@@ -213,10 +212,17 @@ def build_trainer(
     *,
     loggers: list[Logger],
 ) -> Trainer:
-    """Return the trainer of one stage; what saving and resuming rest on is fixed here."""
+    """Return the Trainer of one stage, with the fixed settings that saving and resuming need.
+
+    Args:
+        settings: Settings of the Trainer.
+        callbacks: Callbacks in their order.
+        max_steps: Number of optimizer steps.
+        loggers: Loggers of the stage.
+    """
     arguments = {"enable_model_summary": False, **settings.arguments}
     if isinstance(name := arguments.get("profiler"), str):
-        arguments["profiler"] = PROFILERS[name](filename="profile")  # beside the metrics
+        arguments["profiler"] = PROFILERS[name](filename="profile")  # next to the metrics
     strategy: Strategy | str = "auto"
     if settings.strategy == "ddp":
         strategy = WorkerStrategy(settings.accelerator)
@@ -232,8 +238,8 @@ def build_trainer(
         max_steps=max_steps,
         max_epochs=-1,
         log_every_n_steps=min(settings.log_every_n_steps, max_steps),
-        check_val_every_n_epoch=NEVER,  # a callback of ours starts evaluations
-        inference_mode=False,  # what a model keeps from an evaluation may meet a gradient
+        check_val_every_n_epoch=NEVER,  # the Validation callback runs validation
+        inference_mode=False,  # tensors cached in validation may later need a gradient
         callbacks=callbacks,
         logger=loggers,
         enable_checkpointing=False,
@@ -247,10 +253,10 @@ def build_trainer(
 
 @contextmanager
 def settings_kept() -> Iterator[None]:
-    """Keep the process as it is around a trainer, and Lightning's notices away.
+    """Restore process-wide settings after a Trainer, and silence Lightning's log.
 
-    `deterministic` and `benchmark` set something for the whole process. Lightning tells what
-    devices it found, and gives advice that does not apply.
+    `deterministic` and `benchmark` are process-wide. Lightning logs the devices that it found and
+    advice that does not apply.
     """
     logger = logging.getLogger("lightning.pytorch")
     level = logger.level
@@ -260,7 +266,7 @@ def settings_kept() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module="lightning")
-            warnings.filterwarnings("ignore", message=_SAID_OF_PAGES)
+            warnings.filterwarnings("ignore", message=_PAGING_WARNING)
             yield
     finally:
         logger.setLevel(level)
@@ -271,10 +277,15 @@ def settings_kept() -> Iterator[None]:
 def losses_before(
     model: nn.Module, text: ValidationSubset, settings: TrainerSettings
 ) -> dict[str, float]:
-    """Return `eval/<domain>/…` of a model as its training would log them.
+    """Return the metrics `eval/<domain>/…` of a model as its training run would log them.
 
-    By the same loop in the same precision, in one process. One that is not finite is left out.
-    No random generator moves; the model comes back on the CPU, in that precision.
+    The same loop runs in the same precision in one process. Values that are not finite are
+    omitted. Random states do not change. Afterwards, the model is on the CPU in that precision.
+
+    Args:
+        model: Model to validate.
+        text: Validation subset.
+        settings: Settings of the Trainer.
     """
     arguments = {name: value for name, value in settings.arguments.items() if name != "profiler"}
     alone = replace(settings, strategy="auto", devices=1, arguments=arguments)
@@ -294,18 +305,19 @@ def losses_before(
     }
 
 
-# A fit whose weights, gradients and moments lie in parts on several processes.
+# A fit with sharded weights, gradients and moments (FSDP2).
 #
-# What is saved and what is written are whole tensors, the same as of one process.
+# Saved states and trained models contain whole tensors, as with one process.
 
 
 class ShardedStrategy(ModelParallelStrategy):
-    """FSDP2 whose processes are started by, and die with, the one that calls fit.
+    """FSDP2 with worker processes that the main process starts and that die with it.
 
-    Rank 0 writes states of whole tensors; every rank reads them when the training goes on.
+    Rank 0 writes states with whole tensors; every rank reads them when a run is resumed.
 
     Args:
-        devices: how many processes share the weights.
+        accelerator: Lightning accelerator.
+        devices: Number of processes that share the weights.
     """
 
     def __init__(self, accelerator: str, *, devices: int) -> None:
@@ -323,7 +335,7 @@ class ShardedStrategy(ModelParallelStrategy):
         self._launcher = WorkerLauncher(self, start_method=self.method)
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
-        """Return the state by names of parameters, whole; on other ranks than 0 nothing."""
+        """Return the whole state by parameter name on rank 0, and nothing on other ranks."""
         if isinstance(optimizer, LightningOptimizer):
             optimizer = optimizer._optimizer
         assert self.model is not None
@@ -338,10 +350,10 @@ class ShardedStrategy(ModelParallelStrategy):
     def load_checkpoint(
         self, checkpoint_path: Any, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Read a state, and take each process's part of weights and moments from it."""
+        """Read a state and load the shards of weights and moments for this process."""
         checkpoint = self.checkpoint_io.load_checkpoint(Path(checkpoint_path))
         assert self.model is not None
-        # What torch reads of them it takes out
+        # Copies: torch removes the entries that it loads
         set_model_state_dict(self.model, dict(checkpoint["state_dict"]), options=WHOLE)
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             set_optimizer_state_dict(self.model, optimizer, dict(state), options=WHOLE)

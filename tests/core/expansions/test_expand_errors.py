@@ -205,14 +205,14 @@ def test_an_existing_destination_is_refused_and_untouched(source: Path) -> None:
     result.mkdir()
     (result / "mine.txt").write_text("mine")
     before = _snapshot(source.parent)
-    with pytest.raises(RequestError, match="result exists already"):
+    with pytest.raises(RequestError, match="result already exists"):
         expand(source, result, [Width()])
     assert _snapshot(source.parent) == before
 
 
 def test_the_source_is_never_its_own_destination_by_accident(source: Path) -> None:
     before = _snapshot(source)
-    with pytest.raises(RequestError, match="exists already"):
+    with pytest.raises(RequestError, match="already exists"):
         expand(source, source, [Width()])
     assert _snapshot(source) == before
 

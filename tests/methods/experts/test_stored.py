@@ -288,11 +288,11 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "adapter gone": (_gone(ADAPTER), "no such file"),
     "adapter config gone": (_gone(f"experts/e1/{ADAPTER_FILES[0]}"), "no such file"),
     "adapter damaged": (lambda folder: (folder / ADAPTER).write_bytes(b""), "cannot be read"),
-    "adapter linked": (_linked(ADAPTER), "leads out of the folder"),
-    "expert linked": (_linked("experts/e0"), "leads out of the folder"),
-    "experts linked": (_linked("experts"), "leads out of the folder"),
-    "tensors linked": (_linked(TENSORS), "leads out of the folder"),
-    "record linked": (_linked(HEAD), "leads out of the folder"),
+    "adapter linked": (_linked(ADAPTER), "leaves the folder"),
+    "expert linked": (_linked("experts/e0"), "leaves the folder"),
+    "experts linked": (_linked("experts"), "leaves the folder"),
+    "tensors linked": (_linked(TENSORS), "leaves the folder"),
+    "record linked": (_linked(HEAD), "leaves the folder"),
 }
 
 

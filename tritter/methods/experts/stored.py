@@ -314,7 +314,7 @@ class ExpertFolder:
             base_bits=base_bits(mixture.model),
         )
         tensors: dict[str, Tensor] = {}
-        plain = encode(extra or {}, tensors, place=_EXTRA)
+        plain = encode(extra or {}, tensors, key_path=_EXTRA)
         made = cls(
             head=head,
             adapters={name: adapter_of(mixture.model, name) for name in head.adapters},
@@ -338,7 +338,7 @@ class ExpertFolder:
             tensors[f"{_ROUTER}.{number}.bias"] = bias.contiguous()
         if self.counts is not None:
             tensors[_COUNTS] = self.counts.contiguous()
-        extra = encode(self.extra, tensors, place=_EXTRA)
+        extra = encode(self.extra, tensors, key_path=_EXTRA)
         (folder / TENSORS).parent.mkdir(exist_ok=True)
         save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
         (folder / TENSORS).chmod(0o644)  # as all files of a checkpoint
