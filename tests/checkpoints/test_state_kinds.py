@@ -69,7 +69,7 @@ def test_a_folder_of_an_unknown_kind_beside_a_plain_model_is_not_replaced(source
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rules": {}}, "names a kind that is not known, and states no rule for it: 'sigma'"),
+        ({"rules": {}}, "names an unknown kind of state without a mapping rule: 'sigma'"),
         ({"rules": []}, r"rules = \[\]; allowed is"),
         (
             {"rules": {"sigma": {"quantity": "noise", "new_entries": "zero"}}},
@@ -89,7 +89,7 @@ def test_a_folder_of_an_unknown_kind_beside_a_plain_model_is_not_replaced(source
                 "kinds": ["../source"],
                 "rules": {"../source": {"quantity": "weight", "new_entries": "zero"}},
             },
-            r"not known, and states no rule for it: '\.\./source'",
+            r"without a mapping rule: '\.\./source'",
         ),
     ],
 )

@@ -95,6 +95,7 @@ def test_weights_that_are_not_finite_are_named(run: Run, place: Path, temperatur
     result = run(f"generate --checkpoint base --prompt hello --temperature {temperature}")
     assert result.code == 2
     assert "model.norm.weight holds values that are not finite" in result.err
+    assert "model.norm.weight holds values that are not finite" in result.err
     assert result.out == ""
 
 

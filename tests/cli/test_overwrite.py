@@ -78,13 +78,13 @@ def _socket(place: Path) -> str:
 
 def _empty(place: Path) -> str:
     (place / "old").mkdir()
-    return "holds no checkpoint"
+    return "contains no checkpoint"
 
 
 def _config_alone(place: Path) -> str:
     (place / "old").mkdir()
     shutil.copy(place / "base" / "config.json", place / "old")
-    return "holds no checkpoint"
+    return "contains no checkpoint"
 
 
 def _plain_with(*names: str) -> Callable[[Path], str]:
@@ -94,7 +94,7 @@ def _plain_with(*names: str) -> Callable[[Path], str]:
             path = place / "old" / name
             path.parent.mkdir(exist_ok=True)
             path.write_text("mine")
-        return "more than a checkpoint"
+        return "contains other files"
 
     return make
 
@@ -104,7 +104,7 @@ def _ours_with(name: str) -> Callable[[Path], str]:
         path = _old(place) / name
         path.parent.mkdir(exist_ok=True)
         path.write_text("mine")
-        return "more than a checkpoint"
+        return "contains other files"
 
     return make
 
@@ -416,7 +416,7 @@ def test_a_ckpt_does_not_replace_the_folder_that_says_what_it_is(run: Run, place
 def test_the_library_asks_as_well(place: Path) -> None:
     before = snapshot(place)
     for target in (place / "base", place, place / "base" / "sub"):
-        with pytest.raises(RequestError, match="neither in it nor in its place"):
+        with pytest.raises(RequestError, match="outside the source"):
             expand(place / "base", target, [Width()], overwrite=True)
     assert snapshot(place) == before
     assert read_lineage(_old(place)) is not None

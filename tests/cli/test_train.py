@@ -330,7 +330,7 @@ def test_the_settings_are_those_of_the_recorded_training(trained: Path, texts: P
     [
         ("seed=9", "seed = 9: the checkpoint's text was split with seed 5"),
         ("++seed=9", "text that was held out would be trained on"),
-        ("data.validation_fraction=0.2", "the checkpoint's lineage holds out 0.3"),
+        ("data.validation_fraction=0.2", "the checkpoint's lineage uses 0.3"),
         ("data.validation-fraction=0.31", "data.validation_fraction = 0.31"),
     ],
 )
@@ -378,7 +378,7 @@ def forget_place(record: dict[str, Any]) -> None:
     [
         (move_text, "no such file or folder"),
         (change_text, "has changed since"),
-        (forget_place, "does not say where it lay"),
+        (forget_place, "its paths were not recorded"),
     ],
 )
 def test_recorded_text_that_is_not_what_it_was(

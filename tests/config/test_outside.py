@@ -257,7 +257,7 @@ def test_a_run_with_it_goes_on_only_with_the_same_class(
     # Without the source nothing says where its text lies
     import_from(folder, monkeypatch)
     said = run(*outside[1], "model=hf", f"model.path={place}/checkpoint").err
-    assert "letters can't be used: the record does not say where it lay" in said
+    assert "letters can't be used: its paths were not recorded" in said
     logs = held["callbacks"]["loss_log"]
     assert logs["_target_"] == "mine.callbacks.LossLog"
     assert (logs["every_n_steps"], len(logs["sha256"])) == (1, 64)

@@ -200,7 +200,7 @@ def export(
                 has_lineage=not ignore_lineage,
             )
         model = origin.weights.config
-        check_loadable(model, folder=origin.weights.places[-1])
+        check_loadable(model, folder=origin.weights.source_paths[-1])
     if expert_layout is not None and not family_of(model).has_experts:
         raise RequestError(
             f"--expert-layout = {expert_layout}: a {model['model_type']} model has no experts."
@@ -320,7 +320,7 @@ def _of_file(
     has_tokenizer = not config_path.is_file()
     folder = locate(config, key="--config") if has_tokenizer else config_path.parent
     found = read_lightning_file(path, read_config(folder), prefix=prefix)
-    weights, notes = replace(found.weights, places=(path, folder)), [found.left_out]
+    weights, notes = replace(found.weights, source_paths=(path, folder)), [found.skipped]
     if with_state:
         notes.append(found.why_no_moments)
     else:
