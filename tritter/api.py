@@ -219,10 +219,10 @@ def _spelled(method: object) -> str:
 
 
 def _expansions(methods: Sequence[object], options: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Return typed options of expansions, whichever way they were asked for.
+    """Return typed options of expansions from names, dicts or option objects.
 
     Raises:
-        RequestError: lists all problems.
+        RequestError: an option is invalid. The message lists all problems.
     """
     from tritter.core.expansions import checked_specs
 
@@ -315,7 +315,7 @@ def load(path: Place, *, dtype: torch.dtype | None = None) -> PreTrainedModel:
         from tritter.storage.tensors import TensorFolder
 
     if dtype is None:
-        read_config(folder)  # before the tensors: it says what is wrong with a folder
+        read_config(folder)  # first, since its errors about the folder are more specific
         dtype = getattr(torch, TensorFolder.open(folder).main_dtype)
     return cast("PreTrainedModel", load_whole(folder, dtype=dtype))
 
@@ -323,7 +323,7 @@ def load(path: Place, *, dtype: torch.dtype | None = None) -> PreTrainedModel:
 def grow(
     model: Place | nn.Module, trigger: str | Trigger = "plateau", **options: Any
 ) -> GrowableCausalLM:
-    """Let the FFNs of a model get neurons while a training loop of one's own trains it.
+    """Prepare a model whose FFNs gain neurons in your own training loop.
 
     The loop calls `update_loss(loss)` and `check_and_grow()` after each optimizer step.
 
@@ -450,7 +450,7 @@ def run(
     """Run the pipeline of `python train.py` in this process.
 
     Ctrl-C saves the state. The run continues with the same call and the same `output`, or with
-    `run("resume=latest")`. The working directory and `sys.argv` stay as they are.
+    `run("resume=latest")`. The working directory and `sys.argv` do not change.
 
     Args:
         overrides: as on the command line, such as `"expansion=width"`; also `--config-dir=DIR`.
@@ -618,7 +618,7 @@ def _check_gate(retention: object, confidence: object, kept: Documents, new: Doc
 def _scores(
     model: Model, documents: Documents, tokenizer: Tokenizer, sequence_length: int, batch_size: int
 ) -> dict[str, PairedScores]:
-    """Score a model on all documents; one from a folder is in memory only meanwhile."""
+    """Score a model on all documents. A model from a folder is released afterwards."""
     from tritter.core.models import refuse_peft
     from tritter.data.tokens import tokenised
     from tritter.evaluation.losses import document_losses
@@ -674,8 +674,8 @@ def protect(
 ) -> Penalty:
     """Return a loss term that keeps a model close to its present weights.
 
-    `loss = task_loss + penalty()` in a training loop of one's own. The importance of each weight
-    is estimated once, now, on old data.
+    Use `loss = task_loss + penalty()` in your own training loop. The importance of each weight is
+    estimated once, by this call, on old data.
 
     Args:
         model: at the weights to protect.

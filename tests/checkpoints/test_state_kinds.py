@@ -82,7 +82,7 @@ def test_a_folder_of_an_unknown_kind_beside_a_plain_model_is_not_replaced(source
                 "kinds": ["fisher"],
                 "rules": {"fisher": {"quantity": "weight", "new_entries": "zero"}},
             },
-            "the rule of fisher is another",
+            "the rule of fisher differs",
         ),
         (
             {

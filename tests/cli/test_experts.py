@@ -155,7 +155,7 @@ def test_an_expansion_by_experts_has_no_map(run: Run, place: Path, mixture: Expe
         "problem": None,
         "rows": [],
     }
-    assert "none: the base is as it was" in run("inspect whole").out
+    assert "none: the base is unchanged" in run("inspect whole").out
     shown = " ".join(run("history whole --verify").out.split())
     assert "whole (dylora, LoRA experts e0, e1, e2)" in shown and "2 intact" in shown
 

@@ -100,7 +100,7 @@ def test_a_mixture_becomes_one_adapter(run: Run, place: Path, mixture: ExpertMix
     narrow = run(f"{words} --rank 2 --overwrite")
     assert narrow.code == 0, narrow.err
     shown = " ".join(narrow.out.split())
-    assert "lossy: logits move by up to" in shown and "% of a layer is left out" in shown
+    assert "lossy: logit shift up to" in shown and "% of a layer's update" in shown
     assert json.loads((place / "out/adapter_config.json").read_text())["r"] == 2
 
 
@@ -172,7 +172,7 @@ def test_one_expert_alone_is_merged_exactly(run: Run, place: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("--checkpoint whole", "--format peft writes each as an adapter, --merge puts"),
+        ("--checkpoint whole", "--format peft writes each as an adapter, --merge merges"),
         ("--checkpoint root --merge", "--merge: root has no LoRA experts"),
         ("--checkpoint root --format peft", "--format = peft: root has no LoRA experts"),
         ("--checkpoint whole --format pefd", "Did you mean peft?"),

@@ -328,8 +328,8 @@ def test_the_settings_are_those_of_the_recorded_training(trained: Path, texts: P
 @pytest.mark.parametrize(
     ("word", "reason"),
     [
-        ("seed=9", "seed = 9: the checkpoint's text was split with seed 5"),
-        ("++seed=9", "text that was held out would be trained on"),
+        ("seed=9", "seed = 9: the checkpoint's data was split with seed 5"),
+        ("++seed=9", "would train on its validation data"),
         ("data.validation_fraction=0.2", "the checkpoint's lineage uses 0.3"),
         ("data.validation-fraction=0.31", "data.validation_fraction = 0.31"),
     ],

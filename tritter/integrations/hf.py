@@ -7,7 +7,7 @@
   gradients of penalties (EWC, L2-SP, SI), once per step and before clipping;
 - `get_train_dataloader` mixes old rows into the batches (replay);
 - `save_model` and `train` write the methods' state into `checkpoint-N` and read it again;
-- a callback tells methods that a step was taken, and runs the gate when the training ends.
+- a callback notifies methods after each step, and runs the gate at the end of training.
 
 Callbacks alone cannot do this: they do not see the loss, and their hook on gradients comes after
 clipping. Only public methods of the Trainer are overridden.
@@ -185,7 +185,7 @@ class ForgettingMixin(Trainer):  # in front of the trainer class
     def train(
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
     ) -> Any:
-        """Train; a resumed training takes up the methods' state from the checkpoint.
+        """Train. A resumed run restores the methods' state from the checkpoint.
 
         Raises:
             RequestError: the checkpoint has no state of these methods.
@@ -241,7 +241,7 @@ class ForgettingMixin(Trainer):  # in front of the trainer class
         return (result[0] + extra, result[1]) if return_outputs else result + extra
 
     def _is_loss_averaged(self, num_items_in_batch: Any) -> bool:
-        """Return whether the trainer leaves the loss as it is: it averages over the whole step."""
+        """Return True if the loss is already averaged over the whole step."""
         if self.loss_is_scaled_for_ga is not None:
             return bool(self.loss_is_scaled_for_ga)
         has_count = self.model_accepts_loss_kwargs and num_items_in_batch is not None
@@ -277,7 +277,7 @@ class ForgettingMixin(Trainer):  # in front of the trainer class
 
 
 class _AfterSteps(TrainerCallback):
-    """Tell methods of each step taken, and of the end of the training."""
+    """Notify methods after each step and at the end of training."""
 
     def __init__(self, trainer: ForgettingMixin) -> None:
         self._trainer = trainer
@@ -346,7 +346,7 @@ def _method_batch(inputs: Mapping[str, Any], is_replay: Tensor | None) -> dict[s
     if is_replay is None:
         is_replay = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
     elif len(is_replay) != len(rows):
-        reason = "it joins new and replayed rows, which distill and si tell apart; set it to False"
+        reason = "it joins new and replayed rows, but distill and si need them apart; use False"
         raise RequestError(Problem("args.padding_free", True, reason=reason))
     return {**inputs, "is_replay": is_replay}
 
@@ -530,7 +530,7 @@ class Forgetting:
             self._before = saved["gate"]
 
     def _old_sequences(self, written: Tensor | None) -> dict[str, Tensor]:
-        """Return what methods other than replay read of old data."""
+        """Return the old sequences that methods other than replay read."""
         reads = any(needs.old_text and not needs.mixes for needs in self._needs)
         if self._old:
             return self._sequences if reads else {}
@@ -593,7 +593,7 @@ class Forgetting:
         return found is not None and set(kinds) <= found.kinds.keys()
 
     def _teacher(self) -> nn.Module | None:
-        """Return the model to distill from: another checkpoint, or this model as it is now."""
+        """Return the model to distill from: another checkpoint, or a copy of this model."""
         asked = [needs.teacher_folder for needs in self._needs if needs.teacher]
         if not asked:
             return None
@@ -626,7 +626,7 @@ class Forgetting:
     def extra_loss(
         self, model: nn.Module, batch: Mapping[str, Tensor], logits: Tensor, *, scale: float
     ) -> Tensor:
-        """Return what methods add to the loss of a micro-batch, times `scale`."""
+        """Return the sum of the methods' loss terms for a micro-batch, times `scale`."""
         total = logits.new_zeros((), dtype=torch.float32)
         for method in self.methods:
             extra = method.extra_loss(model, batch, logits)
@@ -702,7 +702,7 @@ class Forgetting:
             }
 
     def _setup(self) -> dict[str, Any]:
-        """Return what has to be the same where a run is resumed."""
+        """Return the settings that must be equal when a run is resumed."""
         return {
             "methods": {one.name: one.plain() for one in self._components},
             "old_data": {name: len(data) for name, data in self._old.items()},
@@ -722,10 +722,10 @@ class Forgetting:
         SafetensorsCheckpointIO().save_checkpoint(content, folder)
 
     def _read(self, folder: Path) -> dict[str, Any]:
-        """Return what `save` wrote.
+        """Return the state that `save` wrote.
 
         Raises:
-            RequestError: there is nothing, or it is of another setup.
+            RequestError: there is no state, or it belongs to another setup.
             TritterError: it is damaged.
         """
         key = "resume_from_checkpoint"
