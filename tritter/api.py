@@ -1,4 +1,4 @@
-"""What people import: `expand`, `load`, `run`, `grow`, `add_experts`, `gate` and `protect`.
+"""The public Python API: `expand`, `load`, `run`, `grow`, `add_experts`, `gate` and `protect`.
 
 Importing this module imports neither torch nor transformers. Each function imports what it needs.
 """
@@ -56,7 +56,7 @@ R = TypeVar("R")
 
 
 def _suggesting(function: Callable[P, R]) -> Callable[P, R]:
-    """Refuse keywords that a function does not have with the nearest one that it has."""
+    """Reject unknown keywords of a function with the nearest known one."""
     names = [
         name
         for name, each in signature(function).parameters.items()
@@ -65,7 +65,7 @@ def _suggesting(function: Callable[P, R]) -> Callable[P, R]:
 
     @wraps(function)
     def called(*args: P.args, **kwargs: P.kwargs) -> R:
-        reason = f"{function.__name__} has no such keyword; it has {', '.join(names)}"
+        reason = f"unknown keyword of {function.__name__}; allowed are {', '.join(names)}"
         raise_problems(
             [
                 Problem(key, brief(value), reason=reason, nearest=nearest(key, names))
@@ -132,18 +132,18 @@ def expand(
         source: a checkpoint folder, a hub id, or a live Hugging Face model.
         method: a name such as `"width"`, typed options such as `Width(hidden_size=96)`, or a list
             of either, applied in order. Names of installed extensions work too.
-        specs: only in the form with three positional arguments.
+        specs: expansions of the form with three positional arguments.
         output: folder to write. Default: nothing is written.
-        seed: seed of random fills and choices.
+        seed: random seed of new weights and choices.
         overwrite: replace a checkpoint at `output`.
         options: options of the method, if `method` is one name.
 
     Returns:
-        The grown model; with `output`, the path of the folder.
+        The grown model, or the path of the folder if `output` is set.
 
     Raises:
-        RequestError: an unknown method or option, an impossible target, an unknown family, a
-            PeftModel, or an `output` that may not be written.
+        RequestError: the method, an option or the model family is unknown, the target is
+            impossible, the model is a PeftModel, or `output` may not be written.
     """
     if specs is not None:
         return _expanded_folder(source, method, specs, seed, overwrite, options)
@@ -201,7 +201,7 @@ def _expanded_checkpoint(
 
 
 def _option_names(group: str, methods: Sequence[object]) -> Names:
-    """Return names of keys for messages: `hidden_size` of one method, `width.hidden_size` else."""
+    """Return key names for messages: `hidden_size` for one method, else `width.hidden_size`."""
     start = f"{group}."
     if len(methods) == 1:
         start += f"{_spelled(methods[0])}."
@@ -228,7 +228,7 @@ def _expansions(methods: Sequence[object], options: Mapping[str, Any]) -> tuple[
 
     if options and (len(methods) != 1 or not isinstance(methods[0], str)):
         key, value = next(iter(options.items()))
-        reason = "options go with one method name; pass typed options, such as [Width("
+        reason = "keyword options require a single method name; pass typed options, such as [Width("
         raise refused(key, value, f"{reason}hidden_size=96), LlamaPro()]")
     problems: list[Problem] = []
     chosen = [
@@ -240,12 +240,12 @@ def _expansions(methods: Sequence[object], options: Mapping[str, Any]) -> tuple[
 
 
 def _component(group: str, method: str, options: Mapping[str, Any], problems: list[Problem]) -> Any:
-    """Return a method and its options by their names, as a configuration reads them.
+    """Return a method and its options by name, with the defaults of its option file.
 
-    Option files state the defaults; those of installed packages are found as well.
+    Option files of installed packages are included.
 
     Raises:
-        RequestError: there is no such method.
+        RequestError: the method is unknown.
     """
     from tritter.config.components import method_class, method_names
     from tritter.config.folders import body_of, option_files
@@ -253,7 +253,7 @@ def _component(group: str, method: str, options: Mapping[str, Any], problems: li
 
     name, names = _spelled(method), method_names(group)
     if name not in names:
-        reason = f"there is no such method; there are {', '.join(names)}"
+        reason = f"unknown method; allowed is one of {', '.join(names)}"
         raise RequestError(Problem(group, method, reason=reason, nearest=nearest(name, names)))
     body: Any = body_of(option_files()[group][name])[name]
     kind = method_class(group, name, {name: body})
@@ -264,10 +264,10 @@ def _component(group: str, method: str, options: Mapping[str, Any], problems: li
 
 
 def _live(model: object) -> nn.Module:
-    """Return a live model without what of ours wraps it.
+    """Return a live model without Tritter's wrapper.
 
     Raises:
-        RequestError: it is no model, a PeftModel, or has LoRA experts.
+        RequestError: the argument is not a model, is a PeftModel, or has LoRA experts.
     """
     from torch import nn
 
@@ -287,18 +287,18 @@ def _live(model: object) -> nn.Module:
 
 @_suggesting
 def load(path: Place, *, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """Load the model of a checkpoint, ours or Hugging Face's, in eval mode.
+    """Load a Tritter or Hugging Face checkpoint as a model in eval mode.
 
-    FFNs that are padded on disk get their own width, LoRA experts and their router run in the
-    forward pass, and experts that are still being added keep their router offset. Code in the
-    folder is never run.
+    FFNs that are padded on disk get their true width. LoRA experts and their router are part of
+    the forward pass, and appended experts keep their router offset. Code in the folder is never
+    executed.
 
     Args:
         path: a checkpoint folder or a hub id.
-        dtype: of the weights. Default: the checkpoint's.
+        dtype: dtype of the weights. Default: the checkpoint's.
 
     Raises:
-        RequestError: no such checkpoint, or an unknown family.
+        RequestError: the checkpoint does not exist, or its model family is unknown.
         TritterError: the checkpoint is damaged.
     """
     from tritter.storage.hub import locate
@@ -335,7 +335,8 @@ def grow(
             `tritter.methods.growth.growable.GrowthKeywords`.
 
     Raises:
-        RequestError: an unknown keyword or value, a family whose FFNs can't grow, a PeftModel.
+        RequestError: a keyword or value is invalid, the FFNs of this model family can't grow, or
+            the model is a PeftModel.
     """
     from tritter.config.components import with_parts_of_files
 
@@ -348,8 +349,8 @@ def grow(
 def add_experts(model: Model, rank: int = 8, **options: Any) -> PreTrainedModel:
     """Add LoRA experts and their router to a model and freeze its base.
 
-    The output is unchanged until the experts are trained. A model that has experts gets further
-    ones. `model.expert_mixture` names, mixes and removes them.
+    The output is unchanged until the experts are trained. Calling it again adds more experts.
+    `model.expert_mixture` lists, mixes and removes them.
 
     Args:
         model: a checkpoint folder, a hub id, or a live model, which is changed in place.
@@ -362,7 +363,8 @@ def add_experts(model: Model, rank: int = 8, **options: Any) -> PreTrainedModel:
         The model. Its parameters with `requires_grad` are those of the experts and routers.
 
     Raises:
-        RequestError: an unknown keyword or value, a target that the model lacks, a PeftModel.
+        RequestError: a keyword or value is invalid, the model has no such target, or is a
+            PeftModel.
     """
     from tritter.methods.experts.options import AddedOptions
     from tritter.options import read_options
@@ -382,7 +384,7 @@ def add_experts(model: Model, rank: int = 8, **options: Any) -> PreTrainedModel:
     config_of(live)
     mixture = mixture_on(live)
     if mixture is not None and asked.router not in (None, mixture.router):
-        reason = f"the model's experts are mixed by {mixture.router}, which stays"
+        reason = f"the model's experts already use the router {mixture.router}"
         raise refused("router", asked.router, reason)
     targets = asked.targets or tuple(sorted(adaptable(live, whole=False)))
     if mixture is None:
@@ -411,7 +413,7 @@ class RunResult:
     """A finished run.
 
     Args:
-        folder: of the run.
+        folder: the run folder.
     """
 
     folder: Path
@@ -453,15 +455,16 @@ def run(
     `run("resume=latest")`. The working directory and `sys.argv` do not change.
 
     Args:
-        overrides: as on the command line, such as `"expansion=width"`; also `--config-dir=DIR`.
+        overrides: command-line overrides such as `"expansion=width"`; also `--config-dir=DIR`.
         data: `old`, `new` and `tasks`: a path, a list of paths, or domain → paths. Implies
             `data=text`, or `data=hf` for `hf:NAME`.
-        output: folder of the run. Default: a new one below `outputs/runs`.
+        output: the run folder. Default: a new folder in `outputs/runs`.
 
     Raises:
-        RequestError: lists all problems of the request; nothing was written.
+        RequestError: the request is invalid and nothing was written. The message lists all
+            problems.
         TritterError: the run failed.
-        KeyboardInterrupt: Ctrl-C; names the call that continues the run.
+        KeyboardInterrupt: Ctrl-C. The message names the call that continues the run.
     """
     import signal
 

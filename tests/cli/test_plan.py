@@ -25,9 +25,7 @@ def test_a_preset_is_named_and_every_step_shown(run: Run, place: Path) -> None:
 
 
 @pytest.mark.quick_cases(1)
-@pytest.mark.parametrize(
-    "due,advice", [(5, "continue training the source"), (20, "keep steps small")]
-)
+@pytest.mark.parametrize("due,advice", [(5, "continue training"), (20, "keep steps small")])
 def test_the_control_and_what_was_measured_stand_below(run: Run, due: int, advice: str) -> None:
     out = run(f"plan --source 3B --target 3.6B --gpu-hours 500 --tokens-per-parameter {due}").out
     said = " ".join(out.split())
