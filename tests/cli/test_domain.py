@@ -178,8 +178,8 @@ def test_what_the_source_learned_is_old_and_its_split_goes_on(run: Run, base: Pa
     result = run(f"expand {again} --domain code --domain-data old --seed 4")
     assert result.code == 0, result.err
     said = " ".join(result.out.split())
-    assert "Old text as the checkpoint recorded it, with its split: code." in said
-    assert "The domain code is called code_2: another code was learned before." in said
+    assert "Old data and split from the checkpoint's lineage: code." in said
+    assert "The domain code is renamed code_2: another code was learned before." in said
     before, after = (
         read_lineage(base.with_name("base-moe-add")),
         read_lineage(base.with_name("again")),

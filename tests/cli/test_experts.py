@@ -212,14 +212,14 @@ def test_what_would_leave_them_behind_is_refused(
     before = snapshot(place)
     result = run(words)
     assert result.code == 2
-    assert "holds experts (base, e0, e1, e2)" in result.err and "--merge" in result.err
+    assert "contains experts (base, e0, e1, e2)" in result.err and "--merge" in result.err
     assert snapshot(place) == before
 
 
 def test_a_library_that_grows_refuses_them(place: Path, mixture: ExpertMixture) -> None:
-    with pytest.raises(RequestError, match="holds experts"):
+    with pytest.raises(RequestError, match="contains experts"):
         GrowableCausalLM(place / "whole")
-    with pytest.raises(RequestError, match="holds experts"):
+    with pytest.raises(RequestError, match="contains experts"):
         plan_expansion(place / "whole", [Dus()])
 
 

@@ -109,7 +109,7 @@ def test_a_mixture_becomes_a_plain_model(run: Run, place: Path, mixture: ExpertM
     assert result.code == 0, result.err
     expected = merged_by_hand(stock(place / "root"), mixture, GATES)
     assert (logits(stock(place / "out"), TOKENS) - logits(expected, TOKENS)).abs().max() < 1e-4
-    assert result.json["merged"]["gates_from"] == "means on prose, code, as the folder has them"
+    assert result.json["merged"]["gates_from"] == "recorded means on prose, code"
     names = {path.name for path in (place / "out").iterdir()}
     assert not {"experts", "state", "tritter.json"} & names
     card = (place / "out/README.md").read_text()

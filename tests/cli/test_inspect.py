@@ -152,7 +152,7 @@ def test_right_answers_are_no_loss(run: Run, place: Path) -> None:
     scores = {"sorting": 3.75, "sorting/accuracy": 0.042}
     path.write_text(json.dumps(json.loads(path.read_text()) | {"benchmark_scores": scores}))
     text = " ".join(run("inspect base-width").out.split())
-    assert "loss sorting 3.7500 nats per token right sorting 4.2% of the answers" in text
+    assert "loss sorting 3.7500 nats per token accuracy sorting 4.2%" in text
 
 
 def test_grown_neurons_have_no_map_that_could_be_missed(run: Run, place: Path) -> None:

@@ -163,10 +163,10 @@ def test_thousands_of_steps_are_refused_at_the_first_that_is_too_large(
         ),
         ("steps: [llama_pro]\ntarget_params: 7B", "7,000,000,000 (in grow.yaml, line 2): "),
         ("steps: [dus, stack]\ntarget_params: 7B", "target_params (in grow.yaml, line 2): with"),
-        ("steps: []", "a recipe holds steps"),
-        ("width: {hidden_size: 48}", "a recipe holds steps"),
-        ("- width", "a recipe holds steps"),
-        ("", "a recipe holds steps"),
+        ("steps: []", "a recipe needs steps"),
+        ("width: {hidden_size: 48}", "a recipe needs steps"),
+        ("- width", "a recipe needs steps"),
+        ("", "a recipe needs steps"),
         ("steps: dus", "steps = dus (in grow.yaml, line 1): allowed is a list"),
         ("steps: [dus]\nsteps: [width]", "grow.yaml, line 2: the key 'steps' is duplicated"),
         ("steps: [width: {noise: 0, noise: 1}]", "the key 'noise' is duplicated"),
@@ -211,7 +211,7 @@ def test_words_that_say_something_else_are_refused(run: Run, place: Path) -> Non
     assert run(f"{line} --seed 3 --dry-run").code == 0
     assert run(f"{line} --dtype float16 --dry-run --json").json["dtype"] == "float16"
     told = " ".join(run(f"{line} --dry-run").out.split())
-    assert "no: dus (exact with identity_init: true) may change" in told
+    assert "no: dus (exact with identity_init: true). Expect" in told
 
 
 def test_a_recipe_that_is_not_there(run: Run, place: Path) -> None:
