@@ -372,9 +372,9 @@ def add_experts(model: Model, rank: int = 8, **options: Any) -> PreTrainedModel:
     problems: list[Problem] = []
     key, values = "add_experts", {"rank": rank, **options}
     with naming(Names(lambda name: name.removeprefix(f"{key}."))):
-        asked = read_options(AddedOptions, values, prefix=key, problems=problems)
+        requested = read_options(AddedOptions, values, prefix=key, problems=problems)
         raise_problems(problems)
-    assert asked is not None, "there would be a problem"
+    assert requested is not None, "there would be a problem"
     with loading("transformers"):
         from tritter.core.models import config_of
         from tritter.methods.experts.adapters import AdapterShape, adaptable
@@ -383,24 +383,26 @@ def add_experts(model: Model, rank: int = 8, **options: Any) -> PreTrainedModel:
     live = load(model) if isinstance(model, str | PathLike) else model
     config_of(live)
     mixture = mixture_on(live)
-    if mixture is not None and asked.router not in (None, mixture.router):
+    if mixture is not None and requested.router not in (None, mixture.router):
         reason = f"the model's experts already use the router {mixture.router}"
-        raise refused("router", asked.router, reason)
-    targets = asked.targets or tuple(sorted(adaptable(live, whole=False)))
+        raise refused("router", requested.router, reason)
+    targets = requested.targets or tuple(sorted(adaptable(live, whole=False)))
     if mixture is None:
         missing = sorted(set(targets) - adaptable(live))
         if missing:  # before the base is frozen
             reason = f"the model has no such layer; it has {', '.join(sorted(adaptable(live)))}"
             near = nearest(missing[0], adaptable(live))
             raise refused("targets", missing, reason, near=near)
-        mixture = ExpertMixture(live, router=asked.router or "learned")
-    shape = AdapterShape(asked.rank, asked.alpha or 2.0 * asked.rank, targets)
-    names = (f"expert_{number}" for number in range(len(mixture.names) + asked.num_experts))
+        mixture = ExpertMixture(live, router=requested.router or "learned")
+    shape = AdapterShape(requested.rank, requested.alpha or 2.0 * requested.rank, targets)
+    names = (f"expert_{number}" for number in range(len(mixture.names) + requested.num_experts))
     free = [name for name in names if name not in mixture.names]
-    for number, name in enumerate(free[: asked.num_experts]):
-        mixture.add(name, shape, seed=asked.seed + number)
+    for number, name in enumerate(free[: requested.num_experts]):
+        mixture.add(name, shape, seed=requested.seed + number)
     mixture.routing = Routing(
-        top_k=asked.top_k, temperature=asked.temperature, capacity_factor=asked.capacity_factor
+        top_k=requested.top_k,
+        temperature=requested.temperature,
+        capacity_factor=requested.capacity_factor,
     )
     return live
 
@@ -494,30 +496,30 @@ def _pipeline(config: RunConfig, *, run_folder: Path) -> Outcome:
 
 
 def _data_words(data: Mapping[str, Sources], overrides: Sequence[str]) -> list[str]:
-    """Return the overrides that `data` stands for.
+    """Return the overrides for `data`.
 
     Raises:
-        RequestError: an unknown key, or one that an override sets as well.
+        RequestError: a key is unknown, or an override also sets it.
     """
     from tritter.config.overrides import nested_value, override_key
     from tritter.data.datasets import dataset_names
 
     allowed, typed = ("old", "new", "tasks"), {override_key(word) for word in overrides}
-    problems, words, places = [], list[str](), list[str]()
+    problems, words, paths = [], list[str](), list[str]()
     for key, value in data.items():
         if key not in allowed:
             reason = f"there is no such key; there are {', '.join(allowed)}"
             problems.append(Problem(f"data[{key!r}]", reason=reason, nearest=nearest(key, allowed)))
         elif f"data.{key}" in typed:
-            reason = "an override and the keyword data both set it; leave one out"
+            reason = "an override and the keyword data both set it; remove one"
             problems.append(Problem(f"data.{key}", reason=reason))
         inner = list(value.values()) if isinstance(value, Mapping) else [value]
         for each in inner:
-            places += map(str, each if isinstance(each, list | tuple) else [each])
+            paths += map(str, each if isinstance(each, list | tuple) else [each])
         words.append(f"data.{key}={nested_value(value)}")
     raise_problems(problems)
     if words and "data" not in typed:
-        words.insert(0, f"data={'hf' if dataset_names(places) else 'text'}")
+        words.insert(0, f"data={'hf' if dataset_names(paths) else 'text'}")
     return words
 
 
@@ -526,11 +528,11 @@ def _data_words(data: Mapping[str, Sources], overrides: Sequence[str]) -> list[s
 
 @dataclass(frozen=True, slots=True)
 class GateResult:
-    """The gate's answer.
+    """The result of the gate.
 
     Args:
         status: `kept`, `rolled_back` or `undecided`.
-        checks: one for each domain, with value, bounds and verdict.
+        checks: one check per domain, with value, bounds and verdict.
     """
 
     status: Status
@@ -550,26 +552,26 @@ def gate(
     sequence_length: int = 128,
     batch_size: int = 16,
 ) -> GateResult:
-    """Compare two models on documents as the gate of a run does.
+    """Compare two models on documents, like the gate of a run.
 
     A domain passes if the upper bound of the relative increase of its loss per byte is at most
     `retention`, and fails if the lower bound is above it. With fewer than 30 documents it is
     `undecided`.
 
     Args:
-        before: a folder, a hub id or a live model.
-        after: the same of the model to judge.
+        before: the model before training: a folder, a hub id or a live model.
+        after: the model to evaluate, in the same forms.
         documents: domain → documents that must not be forgotten.
-        retention: allowed relative increase of the loss.
-        confidence: of each one-sided bound.
-        new_documents: domain → documents whose loss must have fallen.
-        tokenizer: of live models: a Hugging Face tokenizer, or a folder that holds one. Default:
-            that of the checkpoint folder.
-        sequence_length: tokens of a window; longer documents are cut into several.
-        batch_size: windows in a forward pass.
+        retention: maximum relative increase of the loss.
+        confidence: confidence of each one-sided bound.
+        new_documents: domain → documents on which the loss must decrease.
+        tokenizer: a Hugging Face tokenizer, or a folder with one. Required for live models.
+            Default: that of the checkpoint folder.
+        sequence_length: window length in tokens; longer documents are split.
+        batch_size: windows per forward pass.
 
     Raises:
-        RequestError: a value that is not allowed, no documents, or no tokenizer.
+        RequestError: a value is not allowed, or documents or a tokenizer are missing.
     """
     _check_gate(retention, confidence, documents, new_documents or {})
     with loading("transformers"):
@@ -578,7 +580,7 @@ def gate(
     everything = {**documents, **(new_documents or {})}
     known = tokenizer or next((m for m in (after, before) if isinstance(m, str | PathLike)), None)
     if known is None:
-        reason = "live models need one: pass a Hugging Face tokenizer or a folder that holds one"
+        reason = "live models need one: pass a Hugging Face tokenizer or a folder with one"
         raise RequestError(Problem("tokenizer", reason=reason))
     scores = [
         _scores(model, everything, tokenizer or known, sequence_length, batch_size)
@@ -654,12 +656,12 @@ def _tokenizer(tokenizer: Tokenizer, *, vocab_size: int) -> PretrainedTokenizer:
 # Forgetting mitigation
 
 
-# Options that only a training loop of ours can follow
-_OF_OUR_LOOP = ("at", "carry", "refresh_steps", "xi")
+# Options that only Tritter's own training loop supports
+_RUN_ONLY_OPTIONS = ("at", "carry", "refresh_steps", "xi")
 _IN_A_RUN = "use tritter.run('forgetting={}', ...) or tritter.integrations.hf.with_forgetting"
 _NO_PENALTY = {
     "replay": "it changes the batches; mix old documents into your DataLoader, or",
-    "self_replay": "it changes the batches; mix text that the model wrote into them, or",
+    "self_replay": "it changes the batches; mix text generated by the model into them, or",
     "distill": "it needs the logits of each batch and a teacher; choose l2sp or ewc, or",
     "freeze": "it chooses what the optimizer trains; set requires_grad yourself, or",
     "online_ewc": "it carries its Fisher information from task to task; choose ewc, or",
@@ -675,25 +677,26 @@ def protect(
     sequence_length: int = 128,
     **options: Any,
 ) -> Penalty:
-    """Return a loss term that keeps a model close to its present weights.
+    """Return a loss term that keeps a model close to its current weights.
 
     Use `loss = task_loss + penalty()` in your own training loop. The importance of each weight is
     estimated once, by this call, on old data.
 
     Args:
-        model: at the weights to protect.
+        model: the model with the weights to protect.
         method: `ewc` (arXiv 1612.00796), `si` (arXiv 1703.04200, estimated on old data), `l2sp`
-            (arXiv 1802.01483, needs no old data), or one with its options, `EWC(ewc_lambda=1e3)`.
+            (arXiv 1802.01483, needs no old data), or one with options, `EWC(ewc_lambda=1e3)`.
         old_data: documents (texts), or batches: a DataLoader or a list of integers [N, T] or of
-            mappings with `input_ids`. Padding that an `attention_mask` marks is left out. The
-            first `num_sequences` sequences count.
-        tokenizer: of documents: a Hugging Face tokenizer or a folder that holds one.
-        sequence_length: that documents are packed to.
+            mappings with `input_ids`. Padding is skipped according to `attention_mask`. Only the
+            first `num_sequences` sequences are used.
+        tokenizer: a Hugging Face tokenizer or a folder with one, required for documents.
+        sequence_length: sequence length for packing documents.
         options: options of the method, such as `ewc_lambda`.
 
     Raises:
-        RequestError: an unknown method or option, missing old data or tokenizer, a PeftModel, or a
-            method that needs more than a penalty; names the alternative.
+        RequestError: the method or an option is unknown, old data or the tokenizer is missing, the
+            model is a PeftModel, or the method needs more than a penalty. The message names the
+            alternative.
     """
     from tritter.methods.forgetting.penalty import Penalty, old_sequences
 
@@ -721,10 +724,10 @@ def protect(
 
 
 def _penalty_method(method: object, options: Mapping[str, Any]) -> QuadraticPenalty:
-    """Return a method whose penalty alone means something, with its options.
+    """Return a method that consists only of a penalty, with its options.
 
     Raises:
-        RequestError: there is none, or not by a penalty alone; lists all problems.
+        RequestError: the method is unknown, needs more than a penalty, or an option is invalid.
     """
     from tritter.methods.forgetting.quadratic import QuadraticPenalty
 
@@ -739,7 +742,7 @@ def _penalty_method(method: object, options: Mapping[str, Any]) -> QuadraticPena
         why = _NO_PENALTY.get(name, "it is more than a penalty;")
         reason = f"{name} can't be a loss term alone: {why} {_IN_A_RUN.format(name)}"
         raise refused("method", method if isinstance(method, str) else brief(method), reason)
-    fields = [key for key in _field_names(kind.Options) if key not in _OF_OUR_LOOP]
+    fields = [key for key in _field_names(kind.Options) if key not in _RUN_ONLY_OPTIONS]
     start = f"forgetting.{name}"
     if not isinstance(method, str):
         if options:
@@ -747,14 +750,14 @@ def _penalty_method(method: object, options: Mapping[str, Any]) -> QuadraticPena
             raise refused(f"{start}.{key}", value, f"set it in {kind.__name__}({key}=...)")
         from tritter.options import checked
 
-        asked, usual = cast(Any, method).options, kind.Options()
-        reason = "only a run can follow it; leave it out"
+        requested, default = cast(Any, method).options, kind.Options()
+        reason = "only a run supports it; remove it"
         problems = [
-            Problem(f"{start}.{key}", getattr(asked, key), reason=reason)
+            Problem(f"{start}.{key}", getattr(requested, key), reason=reason)
             for key in _field_names(kind.Options)
-            if key in _OF_OUR_LOOP and getattr(asked, key) != getattr(usual, key)
+            if key in _RUN_ONLY_OPTIONS and getattr(requested, key) != getattr(default, key)
         ]
-        raise_problems([*problems, *checked(asked, prefix=start)])
+        raise_problems([*problems, *checked(requested, prefix=start)])
         return cast("QuadraticPenalty", method)
     reason = f"protect takes {', '.join(fields)} with {name}"
     unknown = [
