@@ -113,7 +113,7 @@ def test_a_mixture_becomes_a_plain_model(run: Run, place: Path, mixture: ExpertM
     names = {path.name for path in (place / "out").iterdir()}
     assert not {"experts", "state", "tritter.json"} & names
     card = (place / "out/README.md").read_text()
-    assert "LoRA experts are merged into these weights, times base 0.35, e0 0.05" in card
+    assert "LoRA experts are merged into these weights with gates base 0.35, e0 0.05" in card
     assert "lossy" in run("export --checkpoint whole --output two --merge").out
     assert run("expand --checkpoint out --method dus --dry-run").code == 0
 

@@ -58,7 +58,10 @@ def test_a_seed_decides_what_is_drawn(run: Run, place: Path) -> None:
     ("words", "said"),
     [
         (["--prompt", ""], "at least one token"),
-        (["--prompt", "data", "--max-new-tokens", "64"], "the model reads 64; at most"),
+        (
+            ["--prompt", "data", "--max-new-tokens", "64"],
+            "the model supports 64 positions; at most",
+        ),
         (["--prompt", "data " * 80], "a shorter --prompt"),
     ],
 )

@@ -177,7 +177,7 @@ def test_anything_else_is_refused_and_stays(
 def test_strays_are_listed_a_few_and_a_count(run: Run, place: Path) -> None:
     _plain_with(*"abcdefg")(place)
     result = run(f"{COMMANDS['export']} --output old --overwrite")
-    assert "not replaced: a, b, c, d and 3 more." in result.err
+    assert "contains other files: a, b, c, d and 3 more." in result.err
 
 
 INSIDE_OR_ABOVE = {
@@ -301,7 +301,7 @@ def test_the_slower_of_two_leaves_what_the_faster_wrote(
     result = run(f"{words} --output old {flag}")
     assert (result.code, result.out) == (2, "")
     assert "old exists now: another process wrote it" in result.err
-    assert "was written" not in result.err
+    assert "was written and is complete" not in result.err
     if what == "a file":
         assert (place / "old").read_text() == "years"
     else:
@@ -319,7 +319,7 @@ def test_an_error_does_not_claim_what_another_process_wrote(
     monkeypatch.setattr(atomic, "_sync_tree", interfere)
     result = run(f"{COMMANDS['export']} --output old")
     assert result.code == 1 and "No space left" in result.err
-    assert "was written" not in result.err
+    assert "was written and is complete" not in result.err
     assert snapshot(place / "old") == snapshot(place / "base")
 
 
