@@ -423,7 +423,7 @@ def _model() -> Any:
         (lambda m: tritter.gate(m, m, {"a": ["text"]}), ["tokenizer: live models need one"]),
         (lambda m: tritter.gate(m, m, {"a": ["x"]}, retnetion=1), ["Did you mean retention?"]),
         (lambda m: tritter.run(data={"odl": "x"}), ["data['odl']", "Did you mean old?"]),
-        (lambda m: tritter.run("data.old=x", data={"old": "x"}), ["data.old", "leave one out"]),
+        (lambda m: tritter.run("data.old=x", data={"old": "x"}), ["data.old", "remove one"]),
         (lambda m: tritter.run("-m", "expansion=dus,width"), ["a sweep is several runs"]),
         (lambda m: tritter.run("hydra.mode=MULTIRUN"), ["a sweep is several runs"]),
         (lambda m: tritter.run("--help"), ["python train.py for help"]),

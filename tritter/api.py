@@ -1,4 +1,4 @@
-"""What people import: `expand`, `load`, `run`, `grow`, `add_experts`, `gate` and `protect`.
+"""The public Python API: `expand`, `load`, `run`, `grow`, `add_experts`, `gate` and `protect`.
 
 Importing this module imports neither torch nor transformers. Each function imports what it needs.
 """
@@ -56,7 +56,7 @@ R = TypeVar("R")
 
 
 def _suggesting(function: Callable[P, R]) -> Callable[P, R]:
-    """Refuse keywords that a function does not have with the nearest one that it has."""
+    """Reject unknown keywords of a function with the nearest known one."""
     names = [
         name
         for name, each in signature(function).parameters.items()
@@ -65,7 +65,7 @@ def _suggesting(function: Callable[P, R]) -> Callable[P, R]:
 
     @wraps(function)
     def called(*args: P.args, **kwargs: P.kwargs) -> R:
-        reason = f"{function.__name__} has no such keyword; it has {', '.join(names)}"
+        reason = f"unknown keyword of {function.__name__}; allowed are {', '.join(names)}"
         raise_problems(
             [
                 Problem(key, brief(value), reason=reason, nearest=nearest(key, names))
@@ -132,18 +132,18 @@ def expand(
         source: a checkpoint folder, a hub id, or a live Hugging Face model.
         method: a name such as `"width"`, typed options such as `Width(hidden_size=96)`, or a list
             of either, applied in order. Names of installed extensions work too.
-        specs: only in the form with three positional arguments.
+        specs: expansions of the form with three positional arguments.
         output: folder to write. Default: nothing is written.
-        seed: seed of random fills and choices.
+        seed: random seed of new weights and choices.
         overwrite: replace a checkpoint at `output`.
         options: options of the method, if `method` is one name.
 
     Returns:
-        The grown model; with `output`, the path of the folder.
+        The grown model, or the path of the folder if `output` is set.
 
     Raises:
-        RequestError: an unknown method or option, an impossible target, an unknown family, a
-            PeftModel, or an `output` that may not be written.
+        RequestError: the method, an option or the model family is unknown, the target is
+            impossible, the model is a PeftModel, or `output` may not be written.
     """
     if specs is not None:
         return _expanded_folder(source, method, specs, seed, overwrite, options)
@@ -201,7 +201,7 @@ def _expanded_checkpoint(
 
 
 def _option_names(group: str, methods: Sequence[object]) -> Names:
-    """Return names of keys for messages: `hidden_size` of one method, `width.hidden_size` else."""
+    """Return key names for messages: `hidden_size` for one method, else `width.hidden_size`."""
     start = f"{group}."
     if len(methods) == 1:
         start += f"{_spelled(methods[0])}."
@@ -219,16 +219,16 @@ def _spelled(method: object) -> str:
 
 
 def _expansions(methods: Sequence[object], options: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Return typed options of expansions, whichever way they were asked for.
+    """Return typed options of expansions from names, dicts or option objects.
 
     Raises:
-        RequestError: lists all problems.
+        RequestError: an option is invalid. The message lists all problems.
     """
     from tritter.core.expansions import checked_specs
 
     if options and (len(methods) != 1 or not isinstance(methods[0], str)):
         key, value = next(iter(options.items()))
-        reason = "options go with one method name; pass typed options, such as [Width("
+        reason = "keyword options require a single method name; pass typed options, such as [Width("
         raise refused(key, value, f"{reason}hidden_size=96), LlamaPro()]")
     problems: list[Problem] = []
     chosen = [
@@ -240,12 +240,12 @@ def _expansions(methods: Sequence[object], options: Mapping[str, Any]) -> tuple[
 
 
 def _component(group: str, method: str, options: Mapping[str, Any], problems: list[Problem]) -> Any:
-    """Return a method and its options by their names, as a configuration reads them.
+    """Return a method and its options by name, with the defaults of its option file.
 
-    Option files state the defaults; those of installed packages are found as well.
+    Option files of installed packages are included.
 
     Raises:
-        RequestError: there is no such method.
+        RequestError: the method is unknown.
     """
     from tritter.config.components import method_class, method_names
     from tritter.config.folders import body_of, option_files
@@ -253,7 +253,7 @@ def _component(group: str, method: str, options: Mapping[str, Any], problems: li
 
     name, names = _spelled(method), method_names(group)
     if name not in names:
-        reason = f"there is no such method; there are {', '.join(names)}"
+        reason = f"unknown method; allowed is one of {', '.join(names)}"
         raise RequestError(Problem(group, method, reason=reason, nearest=nearest(name, names)))
     body: Any = body_of(option_files()[group][name])[name]
     kind = method_class(group, name, {name: body})
@@ -264,10 +264,10 @@ def _component(group: str, method: str, options: Mapping[str, Any], problems: li
 
 
 def _live(model: object) -> nn.Module:
-    """Return a live model without what of ours wraps it.
+    """Return a live model without Tritter's wrapper.
 
     Raises:
-        RequestError: it is no model, a PeftModel, or has LoRA experts.
+        RequestError: the argument is not a model, is a PeftModel, or has LoRA experts.
     """
     from torch import nn
 
@@ -287,18 +287,18 @@ def _live(model: object) -> nn.Module:
 
 @_suggesting
 def load(path: Place, *, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """Load the model of a checkpoint, ours or Hugging Face's, in eval mode.
+    """Load a Tritter or Hugging Face checkpoint as a model in eval mode.
 
-    FFNs that are padded on disk get their own width, LoRA experts and their router run in the
-    forward pass, and experts that are still being added keep their router offset. Code in the
-    folder is never run.
+    FFNs that are padded on disk get their true width. LoRA experts and their router are part of
+    the forward pass, and appended experts keep their router offset. Code in the folder is never
+    executed.
 
     Args:
         path: a checkpoint folder or a hub id.
-        dtype: of the weights. Default: the checkpoint's.
+        dtype: dtype of the weights. Default: the checkpoint's.
 
     Raises:
-        RequestError: no such checkpoint, or an unknown family.
+        RequestError: the checkpoint does not exist, or its model family is unknown.
         TritterError: the checkpoint is damaged.
     """
     from tritter.storage.hub import locate
@@ -315,7 +315,7 @@ def load(path: Place, *, dtype: torch.dtype | None = None) -> PreTrainedModel:
         from tritter.storage.tensors import TensorFolder
 
     if dtype is None:
-        read_config(folder)  # before the tensors: it says what is wrong with a folder
+        read_config(folder)  # first, since its errors about the folder are more specific
         dtype = getattr(torch, TensorFolder.open(folder).main_dtype)
     return cast("PreTrainedModel", load_whole(folder, dtype=dtype))
 
@@ -323,7 +323,7 @@ def load(path: Place, *, dtype: torch.dtype | None = None) -> PreTrainedModel:
 def grow(
     model: Place | nn.Module, trigger: str | Trigger = "plateau", **options: Any
 ) -> GrowableCausalLM:
-    """Let the FFNs of a model get neurons while a training loop of one's own trains it.
+    """Prepare a model whose FFNs gain neurons in your own training loop.
 
     The loop calls `update_loss(loss)` and `check_and_grow()` after each optimizer step.
 
@@ -335,7 +335,8 @@ def grow(
             `tritter.methods.growth.growable.GrowthKeywords`.
 
     Raises:
-        RequestError: an unknown keyword or value, a family whose FFNs can't grow, a PeftModel.
+        RequestError: a keyword or value is invalid, the FFNs of this model family can't grow, or
+            the model is a PeftModel.
     """
     from tritter.config.components import with_parts_of_files
 
@@ -348,8 +349,8 @@ def grow(
 def add_experts(model: Model, rank: int = 8, **options: Any) -> PreTrainedModel:
     """Add LoRA experts and their router to a model and freeze its base.
 
-    The output is unchanged until the experts are trained. A model that has experts gets further
-    ones. `model.expert_mixture` names, mixes and removes them.
+    The output is unchanged until the experts are trained. Calling it again adds more experts.
+    `model.expert_mixture` lists, mixes and removes them.
 
     Args:
         model: a checkpoint folder, a hub id, or a live model, which is changed in place.
@@ -362,7 +363,8 @@ def add_experts(model: Model, rank: int = 8, **options: Any) -> PreTrainedModel:
         The model. Its parameters with `requires_grad` are those of the experts and routers.
 
     Raises:
-        RequestError: an unknown keyword or value, a target that the model lacks, a PeftModel.
+        RequestError: a keyword or value is invalid, the model has no such target, or is a
+            PeftModel.
     """
     from tritter.methods.experts.options import AddedOptions
     from tritter.options import read_options
@@ -370,9 +372,9 @@ def add_experts(model: Model, rank: int = 8, **options: Any) -> PreTrainedModel:
     problems: list[Problem] = []
     key, values = "add_experts", {"rank": rank, **options}
     with naming(Names(lambda name: name.removeprefix(f"{key}."))):
-        asked = read_options(AddedOptions, values, prefix=key, problems=problems)
+        requested = read_options(AddedOptions, values, prefix=key, problems=problems)
         raise_problems(problems)
-    assert asked is not None, "there would be a problem"
+    assert requested is not None, "there would be a problem"
     with loading("transformers"):
         from tritter.core.models import config_of
         from tritter.methods.experts.adapters import AdapterShape, adaptable
@@ -381,24 +383,26 @@ def add_experts(model: Model, rank: int = 8, **options: Any) -> PreTrainedModel:
     live = load(model) if isinstance(model, str | PathLike) else model
     config_of(live)
     mixture = mixture_on(live)
-    if mixture is not None and asked.router not in (None, mixture.router):
-        reason = f"the model's experts are mixed by {mixture.router}, which stays"
-        raise refused("router", asked.router, reason)
-    targets = asked.targets or tuple(sorted(adaptable(live, whole=False)))
+    if mixture is not None and requested.router not in (None, mixture.router):
+        reason = f"the model's experts already use the router {mixture.router}"
+        raise refused("router", requested.router, reason)
+    targets = requested.targets or tuple(sorted(adaptable(live, whole=False)))
     if mixture is None:
         missing = sorted(set(targets) - adaptable(live))
         if missing:  # before the base is frozen
             reason = f"the model has no such layer; it has {', '.join(sorted(adaptable(live)))}"
             near = nearest(missing[0], adaptable(live))
             raise refused("targets", missing, reason, near=near)
-        mixture = ExpertMixture(live, router=asked.router or "learned")
-    shape = AdapterShape(asked.rank, asked.alpha or 2.0 * asked.rank, targets)
-    names = (f"expert_{number}" for number in range(len(mixture.names) + asked.num_experts))
+        mixture = ExpertMixture(live, router=requested.router or "learned")
+    shape = AdapterShape(requested.rank, requested.alpha or 2.0 * requested.rank, targets)
+    names = (f"expert_{number}" for number in range(len(mixture.names) + requested.num_experts))
     free = [name for name in names if name not in mixture.names]
-    for number, name in enumerate(free[: asked.num_experts]):
-        mixture.add(name, shape, seed=asked.seed + number)
+    for number, name in enumerate(free[: requested.num_experts]):
+        mixture.add(name, shape, seed=requested.seed + number)
     mixture.routing = Routing(
-        top_k=asked.top_k, temperature=asked.temperature, capacity_factor=asked.capacity_factor
+        top_k=requested.top_k,
+        temperature=requested.temperature,
+        capacity_factor=requested.capacity_factor,
     )
     return live
 
@@ -411,7 +415,7 @@ class RunResult:
     """A finished run.
 
     Args:
-        folder: of the run.
+        folder: the run folder.
     """
 
     folder: Path
@@ -450,18 +454,19 @@ def run(
     """Run the pipeline of `python train.py` in this process.
 
     Ctrl-C saves the state. The run continues with the same call and the same `output`, or with
-    `run("resume=latest")`. The working directory and `sys.argv` stay as they are.
+    `run("resume=latest")`. The working directory and `sys.argv` do not change.
 
     Args:
-        overrides: as on the command line, such as `"expansion=width"`; also `--config-dir=DIR`.
+        overrides: command-line overrides such as `"expansion=width"`; also `--config-dir=DIR`.
         data: `old`, `new` and `tasks`: a path, a list of paths, or domain → paths. Implies
             `data=text`, or `data=hf` for `hf:NAME`.
-        output: folder of the run. Default: a new one below `outputs/runs`.
+        output: the run folder. Default: a new folder in `outputs/runs`.
 
     Raises:
-        RequestError: lists all problems of the request; nothing was written.
+        RequestError: the request is invalid and nothing was written. The message lists all
+            problems.
         TritterError: the run failed.
-        KeyboardInterrupt: Ctrl-C; names the call that continues the run.
+        KeyboardInterrupt: Ctrl-C. The message names the call that continues the run.
     """
     import signal
 
@@ -491,30 +496,30 @@ def _pipeline(config: RunConfig, *, run_folder: Path) -> Outcome:
 
 
 def _data_words(data: Mapping[str, Sources], overrides: Sequence[str]) -> list[str]:
-    """Return the overrides that `data` stands for.
+    """Return the overrides for `data`.
 
     Raises:
-        RequestError: an unknown key, or one that an override sets as well.
+        RequestError: a key is unknown, or an override also sets it.
     """
     from tritter.config.overrides import nested_value, override_key
     from tritter.data.datasets import dataset_names
 
     allowed, typed = ("old", "new", "tasks"), {override_key(word) for word in overrides}
-    problems, words, places = [], list[str](), list[str]()
+    problems, words, paths = [], list[str](), list[str]()
     for key, value in data.items():
         if key not in allowed:
             reason = f"there is no such key; there are {', '.join(allowed)}"
             problems.append(Problem(f"data[{key!r}]", reason=reason, nearest=nearest(key, allowed)))
         elif f"data.{key}" in typed:
-            reason = "an override and the keyword data both set it; leave one out"
+            reason = "an override and the keyword data both set it; remove one"
             problems.append(Problem(f"data.{key}", reason=reason))
         inner = list(value.values()) if isinstance(value, Mapping) else [value]
         for each in inner:
-            places += map(str, each if isinstance(each, list | tuple) else [each])
+            paths += map(str, each if isinstance(each, list | tuple) else [each])
         words.append(f"data.{key}={nested_value(value)}")
     raise_problems(problems)
     if words and "data" not in typed:
-        words.insert(0, f"data={'hf' if dataset_names(places) else 'text'}")
+        words.insert(0, f"data={'hf' if dataset_names(paths) else 'text'}")
     return words
 
 
@@ -523,11 +528,11 @@ def _data_words(data: Mapping[str, Sources], overrides: Sequence[str]) -> list[s
 
 @dataclass(frozen=True, slots=True)
 class GateResult:
-    """The gate's answer.
+    """The result of the gate.
 
     Args:
         status: `kept`, `rolled_back` or `undecided`.
-        checks: one for each domain, with value, bounds and verdict.
+        checks: one check per domain, with value, bounds and verdict.
     """
 
     status: Status
@@ -547,26 +552,26 @@ def gate(
     sequence_length: int = 128,
     batch_size: int = 16,
 ) -> GateResult:
-    """Compare two models on documents as the gate of a run does.
+    """Compare two models on documents, like the gate of a run.
 
     A domain passes if the upper bound of the relative increase of its loss per byte is at most
     `retention`, and fails if the lower bound is above it. With fewer than 30 documents it is
     `undecided`.
 
     Args:
-        before: a folder, a hub id or a live model.
-        after: the same of the model to judge.
+        before: the model before training: a folder, a hub id or a live model.
+        after: the model to evaluate, in the same forms.
         documents: domain → documents that must not be forgotten.
-        retention: allowed relative increase of the loss.
-        confidence: of each one-sided bound.
-        new_documents: domain → documents whose loss must have fallen.
-        tokenizer: of live models: a Hugging Face tokenizer, or a folder that holds one. Default:
-            that of the checkpoint folder.
-        sequence_length: tokens of a window; longer documents are cut into several.
-        batch_size: windows in a forward pass.
+        retention: maximum relative increase of the loss.
+        confidence: confidence of each one-sided bound.
+        new_documents: domain → documents on which the loss must decrease.
+        tokenizer: a Hugging Face tokenizer, or a folder with one. Required for live models.
+            Default: that of the checkpoint folder.
+        sequence_length: window length in tokens; longer documents are split.
+        batch_size: windows per forward pass.
 
     Raises:
-        RequestError: a value that is not allowed, no documents, or no tokenizer.
+        RequestError: a value is not allowed, or documents or a tokenizer are missing.
     """
     _check_gate(retention, confidence, documents, new_documents or {})
     with loading("transformers"):
@@ -575,7 +580,7 @@ def gate(
     everything = {**documents, **(new_documents or {})}
     known = tokenizer or next((m for m in (after, before) if isinstance(m, str | PathLike)), None)
     if known is None:
-        reason = "live models need one: pass a Hugging Face tokenizer or a folder that holds one"
+        reason = "live models need one: pass a Hugging Face tokenizer or a folder with one"
         raise RequestError(Problem("tokenizer", reason=reason))
     scores = [
         _scores(model, everything, tokenizer or known, sequence_length, batch_size)
@@ -618,7 +623,7 @@ def _check_gate(retention: object, confidence: object, kept: Documents, new: Doc
 def _scores(
     model: Model, documents: Documents, tokenizer: Tokenizer, sequence_length: int, batch_size: int
 ) -> dict[str, PairedScores]:
-    """Score a model on all documents; one from a folder is in memory only meanwhile."""
+    """Score a model on all documents. A model from a folder is released afterwards."""
     from tritter.core.models import refuse_peft
     from tritter.data.tokens import tokenised
     from tritter.evaluation.losses import document_losses
@@ -651,12 +656,12 @@ def _tokenizer(tokenizer: Tokenizer, *, vocab_size: int) -> PretrainedTokenizer:
 # Forgetting mitigation
 
 
-# Options that only a training loop of ours can follow
-_OF_OUR_LOOP = ("at", "carry", "refresh_steps", "xi")
+# Options that only Tritter's own training loop supports
+_RUN_ONLY_OPTIONS = ("at", "carry", "refresh_steps", "xi")
 _IN_A_RUN = "use tritter.run('forgetting={}', ...) or tritter.integrations.hf.with_forgetting"
 _NO_PENALTY = {
     "replay": "it changes the batches; mix old documents into your DataLoader, or",
-    "self_replay": "it changes the batches; mix text that the model wrote into them, or",
+    "self_replay": "it changes the batches; mix text generated by the model into them, or",
     "distill": "it needs the logits of each batch and a teacher; choose l2sp or ewc, or",
     "freeze": "it chooses what the optimizer trains; set requires_grad yourself, or",
     "online_ewc": "it carries its Fisher information from task to task; choose ewc, or",
@@ -672,25 +677,26 @@ def protect(
     sequence_length: int = 128,
     **options: Any,
 ) -> Penalty:
-    """Return a loss term that keeps a model close to its present weights.
+    """Return a loss term that keeps a model close to its current weights.
 
-    `loss = task_loss + penalty()` in a training loop of one's own. The importance of each weight
-    is estimated once, now, on old data.
+    Use `loss = task_loss + penalty()` in your own training loop. The importance of each weight is
+    estimated once, by this call, on old data.
 
     Args:
-        model: at the weights to protect.
+        model: the model with the weights to protect.
         method: `ewc` (arXiv 1612.00796), `si` (arXiv 1703.04200, estimated on old data), `l2sp`
-            (arXiv 1802.01483, needs no old data), or one with its options, `EWC(ewc_lambda=1e3)`.
+            (arXiv 1802.01483, needs no old data), or one with options, `EWC(ewc_lambda=1e3)`.
         old_data: documents (texts), or batches: a DataLoader or a list of integers [N, T] or of
-            mappings with `input_ids`. Padding that an `attention_mask` marks is left out. The
-            first `num_sequences` sequences count.
-        tokenizer: of documents: a Hugging Face tokenizer or a folder that holds one.
-        sequence_length: that documents are packed to.
+            mappings with `input_ids`. Padding is skipped according to `attention_mask`. Only the
+            first `num_sequences` sequences are used.
+        tokenizer: a Hugging Face tokenizer or a folder with one, required for documents.
+        sequence_length: sequence length for packing documents.
         options: options of the method, such as `ewc_lambda`.
 
     Raises:
-        RequestError: an unknown method or option, missing old data or tokenizer, a PeftModel, or a
-            method that needs more than a penalty; names the alternative.
+        RequestError: the method or an option is unknown, old data or the tokenizer is missing, the
+            model is a PeftModel, or the method needs more than a penalty. The message names the
+            alternative.
     """
     from tritter.methods.forgetting.penalty import Penalty, old_sequences
 
@@ -718,10 +724,10 @@ def protect(
 
 
 def _penalty_method(method: object, options: Mapping[str, Any]) -> QuadraticPenalty:
-    """Return a method whose penalty alone means something, with its options.
+    """Return a method that consists only of a penalty, with its options.
 
     Raises:
-        RequestError: there is none, or not by a penalty alone; lists all problems.
+        RequestError: the method is unknown, needs more than a penalty, or an option is invalid.
     """
     from tritter.methods.forgetting.quadratic import QuadraticPenalty
 
@@ -736,7 +742,7 @@ def _penalty_method(method: object, options: Mapping[str, Any]) -> QuadraticPena
         why = _NO_PENALTY.get(name, "it is more than a penalty;")
         reason = f"{name} can't be a loss term alone: {why} {_IN_A_RUN.format(name)}"
         raise refused("method", method if isinstance(method, str) else brief(method), reason)
-    fields = [key for key in _field_names(kind.Options) if key not in _OF_OUR_LOOP]
+    fields = [key for key in _field_names(kind.Options) if key not in _RUN_ONLY_OPTIONS]
     start = f"forgetting.{name}"
     if not isinstance(method, str):
         if options:
@@ -744,14 +750,14 @@ def _penalty_method(method: object, options: Mapping[str, Any]) -> QuadraticPena
             raise refused(f"{start}.{key}", value, f"set it in {kind.__name__}({key}=...)")
         from tritter.options import checked
 
-        asked, usual = cast(Any, method).options, kind.Options()
-        reason = "only a run can follow it; leave it out"
+        requested, default = cast(Any, method).options, kind.Options()
+        reason = "only a run supports it; remove it"
         problems = [
-            Problem(f"{start}.{key}", getattr(asked, key), reason=reason)
+            Problem(f"{start}.{key}", getattr(requested, key), reason=reason)
             for key in _field_names(kind.Options)
-            if key in _OF_OUR_LOOP and getattr(asked, key) != getattr(usual, key)
+            if key in _RUN_ONLY_OPTIONS and getattr(requested, key) != getattr(default, key)
         ]
-        raise_problems([*problems, *checked(asked, prefix=start)])
+        raise_problems([*problems, *checked(requested, prefix=start)])
         return cast("QuadraticPenalty", method)
     reason = f"protect takes {', '.join(fields)} with {name}"
     unknown = [

@@ -141,7 +141,7 @@ def test_write_lineage_replaces_record_and_card_alone(
     assert changed == {"README.md", "tritter.json"}
     text = (folder / "README.md").read_text()
     assert "| domain | loss (nats per token) |\n|---|---|\n| code | 3.2500 |\n\n" in text
-    assert "| task | right answers |\n|---|---|\n| sorting | 12.5% |\n\n" in text
+    assert "| task | accuracy |\n|---|---|\n| sorting | 12.5% |\n\n" in text
     read = read_lineage(folder)
     assert read is not None
     assert read.step == 10

@@ -168,7 +168,7 @@ def test_widths_that_would_cut_weights_off_are_refused(tmp_path: Path, sizes: li
         load_model(folder)
     source = Source.open(folder, read_config(folder))
     with pytest.raises(TritterError, match=r"mlp\.gate_proj\.weight.* is not zero outside"):
-        for name in source.places:
+        for name in source.stored_parts:
             source.read(name)
 
 

@@ -71,7 +71,7 @@ def convert(path: Path, model: nn.Module, destination: Path, **options: Any) -> 
     found = read_lightning_file(path, config_of(model), **options)
     dtype = found.weights.widest_dtype
     export_model(found.weights, destination, dtype=dtype, artifacts=())
-    return tuple(filter(None, (found.left_out, found.why_no_moments)))
+    return tuple(filter(None, (found.skipped, found.why_no_moments)))
 
 
 @pytest.mark.quick_cases(2)
@@ -131,7 +131,7 @@ def test_names_are_found_behind_any_prefix(tmp_path: Path, rename: Callable[[str
     torch.save(named, tmp_path / "weights.pt")
     for name in ("run.ckpt", "weights.pt"):
         (note,) = convert(tmp_path / name, model, tmp_path / f"{name}-out")
-        assert note == "the optimizer's state was left out: the file holds none"
+        assert note == "the optimizer state was skipped: the file contains none"
         assert torch.equal(
             logits(stock(tmp_path / f"{name}-out"), tokens()), logits(model, tokens())
         )
@@ -147,12 +147,14 @@ def _two_models(path: Path) -> nn.Module:
 
 def test_of_two_models_one_is_named(tmp_path: Path) -> None:
     student = _two_models(tmp_path / "run.ckpt")
-    with pytest.raises(RequestError, match=r"2 models, under 'student.', 'teacher.'; --prefix"):
+    with pytest.raises(
+        RequestError, match=r"2 models with the prefixes 'student.', 'teacher.'; .* --prefix"
+    ):
         convert(tmp_path / "run.ckpt", student, tmp_path / "out")
     with pytest.raises(RequestError, match=r"--prefix = studnt: .* Did you mean 'student\.'"):
         convert(tmp_path / "run.ckpt", student, tmp_path / "out", prefix="studnt")
     notes = convert(tmp_path / "run.ckpt", student, tmp_path / "out", prefix="student")
-    assert "30 tensors outside 'student' were left out: teacher.model.embed" in notes[0]
+    assert "30 tensors outside 'student' were skipped: teacher.model.embed" in notes[0]
     assert torch.equal(logits(stock(tmp_path / "out"), tokens()), logits(student, tokens()))
 
 
@@ -173,12 +175,12 @@ def _with(name: str, value: Tensor | None) -> Callable[[dict[str, Tensor]], None
     ("change", "words"),
     [
         (_with("loss.weight", torch.ones(3)), ["1 tensors that llama does not have: loss.weight",
-                                               "--prefix model. leaves out"]),
+                                               "--prefix model. skips"]),
         (_with("model.model.norm.weight", None), ["1 tensors are missing: model.norm.weight"]),
         (_with("model.model.norm.weight", torch.ones(5)), ["norm.weight has shape (5,)", "(24,)"]),
         (_with("model.model.norm.weight", torch.ones(24, dtype=torch.int8)), ["torch.int8"]),
         (_with("model.model.norm.weight", torch.eye(24).to_sparse()), ["no state_dict"]),
-        (_with("model.model.embed_tokens.weight", None), ["whose name ends in model.embed_tok"]),
+        (_with("model.model.embed_tokens.weight", None), ["whose name ends with model.embed_t"]),
     ],
 )  # fmt: skip
 def test_tensors_that_do_not_fit_are_named(
@@ -226,9 +228,9 @@ def _backwards(module: nn.Module) -> Any:
     ("optimize", "reason"),
     [
         (lambda module: torch.optim.SGD(module.parameters(), lr=1e-3, momentum=0.9), "not Adam's"),
-        (_frozen, "its groups of 29 parameters are neither all 30 of the model nor its 23 matr"),
+        (_frozen, "its groups have 29 parameters, but the model has 30: 23 matrices"),
         (_backwards, "its order is not the model's: model.layers.0.input_layernorm.weight of sha"),
-        (lambda module: None, "the file holds none"),
+        (lambda module: None, "the file contains none"),
     ],
 )
 def test_moments_without_certain_owners_are_left_out(
@@ -237,7 +239,7 @@ def test_moments_without_certain_owners_are_left_out(
     model = tiny_llama()
     trained(tmp_path / "run.ckpt", model, optimize)
     (note,) = convert(tmp_path / "run.ckpt", model, tmp_path / "out")
-    assert note.startswith("the optimizer's state was left out: ")
+    assert note.startswith("the optimizer state was skipped: ")
     assert reason in note
     assert not (tmp_path / "out" / "state").exists()
     assert torch.equal(logits(stock(tmp_path / "out"), tokens()), logits(model, tokens()))
@@ -245,13 +247,16 @@ def test_moments_without_certain_owners_are_left_out(
 
 STATES: dict[str, tuple[Callable[[list[Any]], object], str]] = {
     "two": (lambda states: states.append(states[0]), "2 optimizers"),
-    "no groups": (lambda states: states[0].pop("param_groups"), "not laid out"),
-    "no positions": (lambda s: s[0]["param_groups"][0].update(params=["a"]), "not laid out"),
-    "state of text": (lambda states: states[0]["state"].update({0: "x"}), "not laid out"),
-    "a number": (lambda states: states.__setitem__(0, 3), "not laid out"),
+    "no groups": (lambda states: states[0].pop("param_groups"), "its format is not"),
+    "no positions": (lambda s: s[0]["param_groups"][0].update(params=["a"]), "its format is not"),
+    "state of text": (lambda states: states[0]["state"].update({0: "x"}), "its format is not"),
+    "a number": (lambda states: states.__setitem__(0, 3), "its format is not"),
     "steps differ": (lambda s: s[0]["state"][0].update(step=torch.tensor(7.0)), "from 3 to 7"),
-    "no step": (lambda s: s[0]["state"][0].pop("step"), "after how many steps"),
-    "step is no number": (lambda s: s[0]["state"][0].update(step=float("nan")), "how many steps"),
+    "no step": (lambda s: s[0]["state"][0].pop("step"), "no valid step count"),
+    "step is no number": (
+        lambda s: s[0]["state"][0].update(step=float("nan")),
+        "no valid step count",
+    ),
     "nothing yet": (lambda states: states[0]["state"].clear(), "one step count (none)"),
     "not finite": (lambda s: s[0]["state"][0]["exp_avg"].fill_(float("nan")), "not finite"),
 }
@@ -296,7 +301,7 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path, is_zip: bool, p
         convert(path, model, tmp_path / "out")
     assert not sprung.exists()
     assert "system" in str(error.value)
-    assert "would have to be run" in str(error.value)
+    assert "execute code when loaded" in str(error.value)
     torch.load(path, weights_only=False)  # the trap is a real one
     assert sprung.exists()
     assert not (tmp_path / "out").exists()
@@ -307,7 +312,7 @@ def test_no_setting_of_the_environment_opens_the_door(
 ) -> None:
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     torch.save({"state_dict": {}, "x": Trap(tmp_path / "sprung")}, tmp_path / "run.ckpt")
-    with pytest.raises(TritterError, match="would have to be run"):
+    with pytest.raises(TritterError, match="execute code when loaded"):
         convert(tmp_path / "run.ckpt", tiny_llama(), tmp_path / "out")
     assert not (tmp_path / "sprung").exists()
 
@@ -333,7 +338,9 @@ FILES: dict[str, Callable[[Path], object]] = {
 @pytest.mark.parametrize("name", FILES)
 def test_what_is_no_checkpoint_is_told(tmp_path: Path, name: str) -> None:
     FILES[name](tmp_path / "run.ckpt")
-    with pytest.raises(TritterError, match=r"run\.ckpt (is not a|holds no|holds obj|cannot be r)"):
+    with pytest.raises(
+        TritterError, match=r"run\.ckpt (is not a|contains no|contains obj|cannot be r)"
+    ):
         convert(tmp_path / "run.ckpt", tiny_llama(), tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run.ckpt"]
 
@@ -346,7 +353,7 @@ def test_an_archive_that_unpacks_to_more_than_it_holds_is_refused(tmp_path: Path
     ):
         for entry in plain.infolist():
             packed.writestr(entry.filename, plain.read(entry) + bytes(10**6))
-    with pytest.raises(TritterError, match=r"run\.ckpt is a packed archive .* unpack to 10"):
+    with pytest.raises(TritterError, match=r"run\.ckpt is a compressed archive .* expand to 10"):
         convert(tmp_path / "run.ckpt", tiny_llama(), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -31,7 +31,7 @@ def _with_head(folder: Path, *, change: float) -> Path:
 def test_a_redundant_head_is_left_out(tmp_path: Path) -> None:
     folder = _with_head(tmp_path / "tied", change=0.0)
     source = Source.open(folder, read_config(folder))
-    assert "head" not in source.places
+    assert "head" not in source.stored_parts
 
 
 def test_a_head_that_the_files_untie_is_refused(tmp_path: Path) -> None:

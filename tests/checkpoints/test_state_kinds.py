@@ -69,7 +69,7 @@ def test_a_folder_of_an_unknown_kind_beside_a_plain_model_is_not_replaced(source
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rules": {}}, "names a kind that is not known, and states no rule for it: 'sigma'"),
+        ({"rules": {}}, "names an unknown kind of state without a mapping rule: 'sigma'"),
         ({"rules": []}, r"rules = \[\]; allowed is"),
         (
             {"rules": {"sigma": {"quantity": "noise", "new_entries": "zero"}}},
@@ -82,14 +82,14 @@ def test_a_folder_of_an_unknown_kind_beside_a_plain_model_is_not_replaced(source
                 "kinds": ["fisher"],
                 "rules": {"fisher": {"quantity": "weight", "new_entries": "zero"}},
             },
-            "the rule of fisher is another",
+            "the rule of fisher differs",
         ),
         (
             {
                 "kinds": ["../source"],
                 "rules": {"../source": {"quantity": "weight", "new_entries": "zero"}},
             },
-            r"not known, and states no rule for it: '\.\./source'",
+            r"without a mapping rule: '\.\./source'",
         ),
     ],
 )

@@ -210,7 +210,7 @@ def test_settings_and_names_that_files_have_no_signs_for(run: Run, runs: Path, k
         ),
         (
             lambda path: path.write_text(json.dumps({"prose": scored(5.0, seed=0).to_dict()})),
-            "is not what its summary tells",
+            "contradicts summary.json",
         ),
         (lambda path: (path.unlink(), os.mkfifo(path)), "a pipe"),
     ],
@@ -228,7 +228,7 @@ def test_damaged_scores_leave_the_rest(run: Run, runs: Path, damage: Any, said: 
     [
         ("first", "needs two or more"),
         ("first first", "needs two or more"),
-        ("first better base", "RUN = base: no finished run is in it"),
+        ("first better base", "RUN = base: it contains no finished run"),
         ("nowhere first", "it is not a folder"),
         ("first better --output page.pdf", "must be one of .html, .csv, .json"),
         ("first better --output base.csv", "it is a folder"),

@@ -43,7 +43,7 @@ def test_experts_are_added_and_trained_in_one_go(run: Run, base: Path) -> None:
         "base", "base-moe-add", "data", "old",
     ]  # fmt: skip
     text = " ".join(result.out.split())
-    assert "exact yes: the model computes what it computed before at step 0" in text
+    assert "exact yes: function-preserving at step 0" in text
     assert "open to all tokens" in text and "Experts: % of a domain's assignments" in text
     folder = base.with_name("base-moe-add")
     assert stock_obstacle(folder) is None
@@ -102,9 +102,9 @@ REFUSED = {
     f"{ADD} --steps 3": "--domain-data is missing",
     f"{ADD} --domain-data nowhere": "nowhere: there is no such file",
     f"{ADD} --domain-data data/empty": "the folder is empty",
-    f"{ADD} --domain-data data/code --dtype bfloat16": "--dtype = bfloat16: not with --domain-data",
-    f"{ADD} --domain-data data/code --moments zero": "--moments = zero: not with --domain-data",
-    f"{TRAIN} --old-data old --domain old": "--domain = old: that is what the old text",
+    f"{ADD} --domain-data data/code --dtype bfloat16": "--dtype = bfloat16: not allowed with",
+    f"{ADD} --domain-data data/code --moments zero": "--moments = zero: not allowed with",
+    f"{TRAIN} --old-data old --domain old": "--domain = old: the old data already has",
     f"{ADD} --expert-init best": "--expert-init = best: domain data selects the expert",
     f"{ADD} --expert-init distill --teacher base": "--expert-init = distill: new experts learn",
     f"{TRAIN} --expert-init distill": "--teacher = null: --expert-init=distill requires a",
@@ -178,8 +178,8 @@ def test_what_the_source_learned_is_old_and_its_split_goes_on(run: Run, base: Pa
     result = run(f"expand {again} --domain code --domain-data old --seed 4")
     assert result.code == 0, result.err
     said = " ".join(result.out.split())
-    assert "Old text as the checkpoint recorded it, with its split: code." in said
-    assert "The domain code is called code_2: another code was learned before." in said
+    assert "Old data and split from the checkpoint's lineage: code." in said
+    assert "The domain code is renamed code_2: another code was learned before." in said
     before, after = (
         read_lineage(base.with_name("base-moe-add")),
         read_lineage(base.with_name("again")),

@@ -119,7 +119,7 @@ def test_without_a_sandbox_no_program_is_run(
             "--tasks-path = nowhere: there is no such folder",
         ),
         ("--tasks piqa --tasks-path files", "it has no file of piqa"),
-        ("--tasks-path files", "name the benchmarks, --tasks NAMES"),
+        ("--tasks-path files", "requires --tasks NAMES"),
         ("--tasks arc_easy --allow-code piqa", "--allow-code = piqa: allowed are humaneval, mbpp"),
         ("--tasks arc_easy --limit 0", "'--limit'"),
         ("--tasks arc_easy --output base", "base"),

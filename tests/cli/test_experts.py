@@ -155,7 +155,7 @@ def test_an_expansion_by_experts_has_no_map(run: Run, place: Path, mixture: Expe
         "problem": None,
         "rows": [],
     }
-    assert "none: the base is as it was" in run("inspect whole").out
+    assert "none: the base is unchanged" in run("inspect whole").out
     shown = " ".join(run("history whole --verify").out.split())
     assert "whole (dylora, LoRA experts e0, e1, e2)" in shown and "2 intact" in shown
 
@@ -212,14 +212,14 @@ def test_what_would_leave_them_behind_is_refused(
     before = snapshot(place)
     result = run(words)
     assert result.code == 2
-    assert "holds experts (base, e0, e1, e2)" in result.err and "--merge" in result.err
+    assert "contains experts (base, e0, e1, e2)" in result.err and "--merge" in result.err
     assert snapshot(place) == before
 
 
 def test_a_library_that_grows_refuses_them(place: Path, mixture: ExpertMixture) -> None:
-    with pytest.raises(RequestError, match="holds experts"):
+    with pytest.raises(RequestError, match="contains experts"):
         GrowableCausalLM(place / "whole")
-    with pytest.raises(RequestError, match="holds experts"):
+    with pytest.raises(RequestError, match="contains experts"):
         plan_expansion(place / "whole", [Dus()])
 
 

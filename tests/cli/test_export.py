@@ -102,7 +102,7 @@ def test_what_is_left_out_is_told(run: Run, place: Path) -> None:
     result = run("export --checkpoint run.ckpt --config base --output out")
     assert result.code == 0
     said = " ".join(result.out.split())
-    assert "note the optimizer's state was left out: the file holds none" in said
+    assert "note the optimizer state was skipped: the file contains none" in said
 
 
 # Refusals
@@ -117,9 +117,9 @@ def test_what_is_left_out_is_told(run: Run, place: Path) -> None:
         ("--checkpoint base --output out --format peft", "peft: base has no LoRA experts"),
         ("--checkpoint base --output out --dtype bf16", "Did you mean bfloat16?"),
         ("--checkpoint base --output base", "base already exists"),
-        ("--checkpoint base --output base --overwrite", "neither in it nor in its place"),
-        ("--checkpoint base --output base/out", "neither in it nor in its place"),
-        ("--checkpoint base --output . --overwrite", "neither in it nor in its place"),
+        ("--checkpoint base --output base --overwrite", "outside the source"),
+        ("--checkpoint base --output base/out", "outside the source"),
+        ("--checkpoint base --output . --overwrite", "outside the source"),
         ("--checkpoint base --output out --expert-layout hub", "llama model has no experts"),
         ("--checkpoint base --output out --config base --no-state", "--config, --no-state: "),
         ("--checkpoint run.ckpt --output out", "--config is missing"),
@@ -127,8 +127,8 @@ def test_what_is_left_out_is_told(run: Run, place: Path) -> None:
         ("--checkpoint run.ckpt --output out --config elsewhere", "elsewhere: no such folder"),
         ("--checkpoint run.ckpt --output out --config empty", "holds no config.json"),
         ("--checkpoint run.ckpt --output out --config base --prefix a.", "--prefix = a.: "),
-        ("--checkpoint trap.ckpt --output out --config base", "Nothing was run"),
-        ("--checkpoint wide --output out --dtype float16", "--dtype = float16: wide holds"),
+        ("--checkpoint trap.ckpt --output out --config base", "Nothing was executed"),
+        ("--checkpoint wide --output out --dtype float16", "--dtype = float16: the largest value"),
     ],
 )
 def test_a_wrong_request_is_told_and_nothing_is_written(

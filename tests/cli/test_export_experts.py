@@ -100,7 +100,7 @@ def test_a_mixture_becomes_one_adapter(run: Run, place: Path, mixture: ExpertMix
     narrow = run(f"{words} --rank 2 --overwrite")
     assert narrow.code == 0, narrow.err
     shown = " ".join(narrow.out.split())
-    assert "lossy: logits move by up to" in shown and "% of a layer is left out" in shown
+    assert "lossy: logit shift up to" in shown and "% of a layer's update" in shown
     assert json.loads((place / "out/adapter_config.json").read_text())["r"] == 2
 
 
@@ -109,11 +109,11 @@ def test_a_mixture_becomes_a_plain_model(run: Run, place: Path, mixture: ExpertM
     assert result.code == 0, result.err
     expected = merged_by_hand(stock(place / "root"), mixture, GATES)
     assert (logits(stock(place / "out"), TOKENS) - logits(expected, TOKENS)).abs().max() < 1e-4
-    assert result.json["merged"]["gates_from"] == "means on prose, code, as the folder has them"
+    assert result.json["merged"]["gates_from"] == "recorded means on prose, code"
     names = {path.name for path in (place / "out").iterdir()}
     assert not {"experts", "state", "tritter.json"} & names
     card = (place / "out/README.md").read_text()
-    assert "LoRA experts are merged into these weights, times base 0.35, e0 0.05" in card
+    assert "LoRA experts are merged into these weights with gates base 0.35, e0 0.05" in card
     assert "lossy" in run("export --checkpoint whole --output two --merge").out
     assert run("expand --checkpoint out --method dus --dry-run").code == 0
 
@@ -172,7 +172,7 @@ def test_one_expert_alone_is_merged_exactly(run: Run, place: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("--checkpoint whole", "--format peft writes each as an adapter, --merge puts"),
+        ("--checkpoint whole", "--format peft writes each as an adapter, --merge merges"),
         ("--checkpoint root --merge", "--merge: root has no LoRA experts"),
         ("--checkpoint root --format peft", "--format = peft: root has no LoRA experts"),
         ("--checkpoint whole --format pefd", "Did you mean peft?"),

@@ -107,7 +107,7 @@ def test_qwen3_heads_have_norms(run: Run, sources: Path, tmp_path: Path) -> None
     [
         ({"seed": 1}, "differs from the recorded"),
         ({"options": {"init": "net2net"}}, "differs from the recorded"),
-        ({"method": "mow"}, "this Tritter has no method 'mow'"),
+        ({"method": "mow"}, "this version of Tritter has no method 'mow'"),
         ({"options": {"bogus": 1}}, "cannot be rebuilt"),
         ({"options": {"init": "bogus"}}, "differs from the recorded"),
     ],
@@ -152,7 +152,7 @@ def test_right_answers_are_no_loss(run: Run, place: Path) -> None:
     scores = {"sorting": 3.75, "sorting/accuracy": 0.042}
     path.write_text(json.dumps(json.loads(path.read_text()) | {"benchmark_scores": scores}))
     text = " ".join(run("inspect base-width").out.split())
-    assert "loss sorting 3.7500 nats per token right sorting 4.2% of the answers" in text
+    assert "loss sorting 3.7500 nats per token accuracy sorting 4.2%" in text
 
 
 def test_grown_neurons_have_no_map_that_could_be_missed(run: Run, place: Path) -> None:
@@ -162,7 +162,7 @@ def test_grown_neurons_have_no_map_that_could_be_missed(run: Run, place: Path) -
     content["expansion_history"][-1] |= {"method": "growth", "expansion_type": "growth"}
     path.write_text(json.dumps(content))
     text = run("inspect base-width").out
-    assert "none: neurons came one event after the other" in " ".join(text.split())
+    assert "none: neurons were added during training" in " ".join(text.split())
     assert "cannot be rebuilt" not in text
 
 
@@ -179,12 +179,12 @@ def test_what_lies_beside_the_weights_is_told(run: Run, place: Path) -> None:
     beside = ["tokenizer.json", "tokenizer_config.json", "generation_config.json"]
     assert run("inspect base --json").json["beside"] == beside
     text = run("inspect base").out
-    assert "beside       tokenizer.json" in text and "no tokenizer" not in text
+    assert "other files  tokenizer.json" in text and "no tokenizer" not in text
     (place / "base" / "tokenizer.json").unlink()
-    assert "no tokenizer.json, which text is read with" in run("inspect base").out
+    assert "no tokenizer.json, which training needs" in run("inspect base").out
     for name in beside[1:]:
         (place / "base" / name).unlink()
-    assert "beside       no tokenizer, no state" in run("inspect base").out
+    assert "other files  no tokenizer, no state" in run("inspect base").out
 
 
 def test_the_folder_of_a_run_is_answered_with_its_checkpoint(run: Run, place: Path) -> None:

@@ -127,7 +127,7 @@ def test_usage_errors_exit_2_in_one_message(run: Run, words: str, said: str) -> 
     assert result.out == ""
     assert result.err.startswith("error: ")
     assert said in result.err
-    assert "--help` lists what there is." in result.err
+    assert "--help` lists the options." in result.err
 
 
 def test_expand_without_a_method_says_both_ways_to_name_one(run: Run) -> None:

@@ -39,8 +39,8 @@ def test_a_broken_promise_exits_3(
     monkeypatch.setattr(measure, "folder_jump", _damaged)
     result = run(f"expand --checkpoint base --method llama-pro --dtype {dtype} --output deep")
     assert result.code == 3
-    assert "claims to keep the function" in result.err
-    assert "parts from the source at layer 2" in " ".join(result.err.split())
+    assert "the method is function-preserving, but" in result.err
+    assert "differs from the source at layer 2" in " ".join(result.err.split())
     record = read_lineage(rounded / "deep").expansion_history[-1]  # type: ignore[union-attr]
     assert record.step0_error is not None and record.step0_error > 1e-3
 
@@ -55,7 +55,7 @@ def test_copies_before_a_norm_of_zeros_are_held_to_their_claim_too(
     assert whole.code == 0 and "rounding" not in whole.out
     monkeypatch.setattr(measure, "folder_jump", _damaged)
     result = run("expand --checkpoint normed --method llama-pro --target-layers 4 --output deep")
-    assert result.code == 3 and "claims to keep the function" in result.err
+    assert result.code == 3 and "the method is function-preserving, but" in result.err
 
 
 def _ruined(source: Path, result: Path, *arguments: Any, **keywords: Any) -> Any:
@@ -71,7 +71,7 @@ def test_what_no_rounding_does_is_broken_in_16_bits_too(
 ) -> None:
     monkeypatch.setattr(measure, "folder_jump", _ruined)
     result = run("expand --checkpoint base --method width --output wide")
-    assert result.code == 3 and "claims to keep the function" in result.err
+    assert result.code == 3 and "the method is function-preserving, but" in result.err
 
 
 def test_rounding_is_said_where_there_is_any(run: Run, rounded: Path) -> None:

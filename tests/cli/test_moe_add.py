@@ -34,7 +34,7 @@ def test_append_is_measured_exact_and_told_to_be_ours_alone(run: Run, base: Path
     record = lineage.expansion_history[-1]
     assert record.step0_error is not None and record.step0_error < 1e-4
     assert record.options["clone_from"] == [1, 0, 2]
-    assert "not wholly open" in (folder / "README.md").read_text()
+    assert "not fully open" in (folder / "README.md").read_text()
     inspected = run("inspect base-moe-add")
     assert inspected.code == 0 and "after adaptation" in inspected.out
     assert run("inspect base-moe-add --json").json["last_map"]["problem"] is None
@@ -104,7 +104,7 @@ def test_export_refuses_closed_experts_and_leaves_them_out_when_asked(run: Run, 
     result = run("export --checkpoint base-moe-add --output out --drop-new-experts --dtype float32")
     assert result.code == 0 and "without the 2 appended experts" in result.out
     out = base.with_name("out")
-    assert "not wholly open" not in (out / "README.md").read_text()
+    assert "not fully open" not in (out / "README.md").read_text()
     dropped = stock(out)
     assert num_experts(dropped) == 4
     assert torch.equal(logits(dropped, tokens()), logits(stock(base), tokens()))

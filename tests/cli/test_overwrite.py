@@ -78,13 +78,13 @@ def _socket(place: Path) -> str:
 
 def _empty(place: Path) -> str:
     (place / "old").mkdir()
-    return "holds no checkpoint"
+    return "contains no checkpoint"
 
 
 def _config_alone(place: Path) -> str:
     (place / "old").mkdir()
     shutil.copy(place / "base" / "config.json", place / "old")
-    return "holds no checkpoint"
+    return "contains no checkpoint"
 
 
 def _plain_with(*names: str) -> Callable[[Path], str]:
@@ -94,7 +94,7 @@ def _plain_with(*names: str) -> Callable[[Path], str]:
             path = place / "old" / name
             path.parent.mkdir(exist_ok=True)
             path.write_text("mine")
-        return "more than a checkpoint"
+        return "contains other files"
 
     return make
 
@@ -104,7 +104,7 @@ def _ours_with(name: str) -> Callable[[Path], str]:
         path = _old(place) / name
         path.parent.mkdir(exist_ok=True)
         path.write_text("mine")
-        return "more than a checkpoint"
+        return "contains other files"
 
     return make
 
@@ -177,7 +177,7 @@ def test_anything_else_is_refused_and_stays(
 def test_strays_are_listed_a_few_and_a_count(run: Run, place: Path) -> None:
     _plain_with(*"abcdefg")(place)
     result = run(f"{COMMANDS['export']} --output old --overwrite")
-    assert "not replaced: a, b, c, d and 3 more." in result.err
+    assert "contains other files: a, b, c, d and 3 more." in result.err
 
 
 INSIDE_OR_ABOVE = {
@@ -301,7 +301,7 @@ def test_the_slower_of_two_leaves_what_the_faster_wrote(
     result = run(f"{words} --output old {flag}")
     assert (result.code, result.out) == (2, "")
     assert "old exists now: another process wrote it" in result.err
-    assert "was written all the same" not in result.err
+    assert "was written and is complete" not in result.err
     if what == "a file":
         assert (place / "old").read_text() == "years"
     else:
@@ -319,7 +319,7 @@ def test_an_error_does_not_claim_what_another_process_wrote(
     monkeypatch.setattr(atomic, "_sync_tree", interfere)
     result = run(f"{COMMANDS['export']} --output old")
     assert result.code == 1 and "No space left" in result.err
-    assert "was written all the same" not in result.err
+    assert "was written and is complete" not in result.err
     assert snapshot(place / "old") == snapshot(place / "base")
 
 
@@ -377,7 +377,9 @@ def test_what_comes_between_the_last_look_and_the_exchange_is_put_back(
 
     monkeypatch.setattr(atomic, "_exchange", late)
     before = snapshot(place / "old")
-    with pytest.raises(RequestError, match=r"/old holds more than a checkpoint.*thesis\.tex"):
+    with pytest.raises(
+        RequestError, match=r"/old is not replaced, because it contains other files.*thesis\.tex"
+    ):
         expand(place / "base", place / "old", [Width()], overwrite=True)
     assert snapshot(place / "old") == {**before, "thesis.tex": b"years"}
     assert sorted(path.name for path in place.iterdir()) == ["base", "old"]
@@ -416,7 +418,7 @@ def test_a_ckpt_does_not_replace_the_folder_that_says_what_it_is(run: Run, place
 def test_the_library_asks_as_well(place: Path) -> None:
     before = snapshot(place)
     for target in (place / "base", place, place / "base" / "sub"):
-        with pytest.raises(RequestError, match="neither in it nor in its place"):
+        with pytest.raises(RequestError, match="outside the source"):
             expand(place / "base", target, [Width()], overwrite=True)
     assert snapshot(place) == before
     assert read_lineage(_old(place)) is not None

@@ -25,14 +25,14 @@ def test_a_preset_is_named_and_every_step_shown(run: Run, place: Path) -> None:
 
 
 @pytest.mark.quick_cases(1)
-@pytest.mark.parametrize("due,advice", [(5, "train the source on"), (20, "keep steps small")])
+@pytest.mark.parametrize("due,advice", [(5, "continue training"), (20, "keep steps small")])
 def test_the_control_and_what_was_measured_stand_below(run: Run, due: int, advice: str) -> None:
     out = run(f"plan --source 3B --target 3.6B --gpu-hours 500 --tokens-per-parameter {due}").out
     said = " ".join(out.split())
     assert f"advice {advice}" in said
-    start = "from the first hour on" if due == 20 else "GPU-hours on"
-    assert "alone the source as it is" in said and start in said
-    assert "with what the source cost" in said
+    start = "pays off at any budget" if due == 20 else "pays off from"
+    assert "alone continued training of the source" in said and start in said
+    assert "including the cost of the source" in said
 
 
 @pytest.mark.full
@@ -175,9 +175,9 @@ def test_what_is_refused_is_refused_by_name(
 def test_what_the_commands_need_is_told(run: Run, place: Path) -> None:
     preset = run("plan --source 3B --target 10B --gpu-hours 20000 --json").json["notes"]
     assert "tritter_3b is a shape, not a checkpoint" in preset[0]
-    assert "Each result is to be trained before the next step" in preset[1]
+    assert "Train each result before the next step" in preset[1]
     (only,) = run("plan --source base --target 40k --gpu-hours 1 --json").json["notes"]
-    assert only.startswith("The result is to be trained: tritter train --checkpoint base-")
+    assert only.startswith("Train the result: tritter train --checkpoint base-")
     shown = run("plan --source 3B --target 4B --gpu-hours 1e4").out
     assert "tritter_3b is a shape" in shown
 
@@ -185,7 +185,7 @@ def test_what_the_commands_need_is_told(run: Run, place: Path) -> None:
 def test_a_model_with_learned_positions_reads_no_more(run: Run, place: Path) -> None:
     saved(tiny("gpt2"), place / "gpt2")
     words = "plan --source gpt2 --target 40k --gpu-hours 1"
-    assert "1 x 64 tokens at once" in run(words).out
+    assert "1 x 64 tokens per micro-batch" in run(words).out
     assert "1 x 32 tokens at once" in run(f"{words} --sequence-length 32").out
     result = run(f"{words} --sequence-length 65")
     assert result.code == 2

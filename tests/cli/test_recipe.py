@@ -73,14 +73,14 @@ def test_only_the_last_command_of_a_chain_is_printed(run: Run, place: Path) -> N
     assert recipe["seed"] == 0 and "dtype" not in recipe
     (place / "wide").rename(place / "base" / "wide")
     result = run("history deep --recipe")
-    assert result.code == 2 and "its parent is not there" in result.err
+    assert result.code == 2 and "its parent is missing" in result.err
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
         ("history base --recipe", "plain folder"),
-        ("history base --recipe --json", "--recipe: it prints a file and nothing else"),
+        ("history base --recipe --json", "--recipe can't be combined with --json"),
     ],
 )
 def test_what_has_no_recipe_says_so(run: Run, place: Path, words: str, said: str) -> None:
@@ -106,16 +106,16 @@ dtype: int8
     assert result.code == 2
     for said in (
         "10 things",
-        "sed = 3 (in grow.yaml, line 9): there is no such key; a recipe has steps, seed",
+        "sed = 3 (in grow.yaml, line 9): unknown key; allowed is one of steps, seed",
         "Did you mean seed?",
-        "dtype = int8 (in grow.yaml, line 10): must be one of float32",
-        "widht = {hidden_size:48} (in grow.yaml, line 2): there is no such method",
+        "dtype = int8 (in grow.yaml, line 10): allowed is one of float32",
+        "widht = {hidden_size:48} (in grow.yaml, line 2): unknown method",
         "Did you mean width?",
         "width.hidden_siz = 48 (in grow.yaml, line 3)",
         "Did you mean width.hidden_size?",
         "width.noise = -1 (in grow.yaml, line 3)",
         "width.init = net2nt (in grow.yaml, line 4)",
-        "llama-pro = null (in grow.yaml, line 5): it is spelled so here. Did you mean llama_pro?",
+        "llama-pro = null (in grow.yaml, line 5): recipes use underscores. Did you mean llama_pro?",
         "dus = 3 (in grow.yaml, line 6)",
         "steps = [a] (in grow.yaml, line 7)",
         "width._target_ = os.system (in grow.yaml, line 8)",
@@ -163,14 +163,14 @@ def test_thousands_of_steps_are_refused_at_the_first_that_is_too_large(
         ),
         ("steps: [llama_pro]\ntarget_params: 7B", "7,000,000,000 (in grow.yaml, line 2): "),
         ("steps: [dus, stack]\ntarget_params: 7B", "target_params (in grow.yaml, line 2): with"),
-        ("steps: []", "a recipe holds steps"),
-        ("width: {hidden_size: 48}", "a recipe holds steps"),
-        ("- width", "a recipe holds steps"),
-        ("", "a recipe holds steps"),
-        ("steps: dus", "steps = dus (in grow.yaml, line 1): it is a list"),
-        ("steps: [dus]\nsteps: [width]", "grow.yaml, line 2: 'steps' stands twice"),
-        ("steps: [width: {noise: 0, noise: 1}]", "'noise' stands twice"),
-        ("a: &a [dus]\nsteps: *a", "grow.yaml, line 2: aliases (*) are not read here"),
+        ("steps: []", "a recipe needs steps"),
+        ("width: {hidden_size: 48}", "a recipe needs steps"),
+        ("- width", "a recipe needs steps"),
+        ("", "a recipe needs steps"),
+        ("steps: dus", "steps = dus (in grow.yaml, line 1): allowed is a list"),
+        ("steps: [dus]\nsteps: [width]", "grow.yaml, line 2: the key 'steps' is duplicated"),
+        ("steps: [width: {noise: 0, noise: 1}]", "the key 'noise' is duplicated"),
+        ("a: &a [dus]\nsteps: *a", "grow.yaml, line 2: aliases (*) are not supported"),
         ("steps: [!!python/object/apply:os.system [ls]]", "grow.yaml, line 1"),
         ("steps: [width: {noise: !!python/name:os.system x}]", "the tag"),
         ("steps: !!python/object/apply:os.system [dus]", "the tag"),
@@ -182,7 +182,7 @@ def test_thousands_of_steps_are_refused_at_the_first_that_is_too_large(
         ("steps: [width: {hidden_size: !!int 12a}]", "'12a' is no number"),
         ("steps: [width: {noise: .nan}]", "width.noise"),
         ("steps: [width: {hidden_size: '48'}]", "width.hidden_size = 48"),
-        ("steps: [dus\nseed: 3", "it is no YAML"),
+        ("steps: [dus\nseed: 3", "invalid YAML"),
         ("steps: " + "[" * 2000, "grow.yaml, line 1: it is nested too deeply"),
         (f"steps: [dus, dus]\nseed: {2**64 - 1}", "seed = 18446744073709551615 (in grow.yaml"),
         ("steps: [dus]\nseed: -1", "seed = -1 (in grow.yaml, line 2)"),
@@ -206,12 +206,12 @@ def test_words_that_say_something_else_are_refused(run: Run, place: Path) -> Non
     result = run(f"{line} --seed 4 --method width --noise 0.1 --output grown --dry-run")
     assert result.code == 2
     assert "3 things" in result.err  # the output is the same
-    assert "--seed = 4: grow.yaml, line 2 says seed = 3; leave one of the two out." in result.err
-    assert "--method = width: --recipe grow.yaml says what the steps are." in result.err
+    assert "--seed = 4: grow.yaml, line 2 sets seed = 3; remove one of the two." in result.err
+    assert "--method = width: --recipe grow.yaml already sets the steps." in result.err
     assert run(f"{line} --seed 3 --dry-run").code == 0
     assert run(f"{line} --dtype float16 --dry-run --json").json["dtype"] == "float16"
     told = " ".join(run(f"{line} --dry-run").out.split())
-    assert "no: dus (exact with identity_init: true) may change" in told
+    assert "no: dus (exact with identity_init: true). Expect" in told
 
 
 def test_a_recipe_that_is_not_there(run: Run, place: Path) -> None:

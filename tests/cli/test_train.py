@@ -286,7 +286,7 @@ def test_the_specifications_example(run: Run, grown: Path, trained: Path) -> Non
         f"--data ./data/pretraining cache_dir={trained}/cache {QUICK} gate='off'"
     )
     assert result.code == 0, result.err
-    assert "Old text as the checkpoint recorded it, with its split: past, new." in result.out
+    assert "Old data and split from the checkpoint's lineage: past, new." in result.out
     summary = json.loads((grown / "grown-continued/summary.json").read_text())
     assert summary["domains"] == {"old": ["past", "new"], "new": ["new_2"]}
     assert "The domain new is called new_2" in result.out
@@ -328,9 +328,9 @@ def test_the_settings_are_those_of_the_recorded_training(trained: Path, texts: P
 @pytest.mark.parametrize(
     ("word", "reason"),
     [
-        ("seed=9", "seed = 9: the checkpoint's text was split with seed 5"),
-        ("++seed=9", "text that was held out would be trained on"),
-        ("data.validation_fraction=0.2", "the checkpoint's lineage holds out 0.3"),
+        ("seed=9", "seed = 9: the checkpoint's data was split with seed 5"),
+        ("++seed=9", "would train on its validation data"),
+        ("data.validation_fraction=0.2", "the checkpoint's lineage uses 0.3"),
         ("data.validation-fraction=0.31", "data.validation_fraction = 0.31"),
     ],
 )
@@ -348,7 +348,7 @@ def test_another_seed_orders_the_data_and_leaves_the_split(trained: Path, texts:
     words = ["model=hf", f"model.path={trained}/run/checkpoint", "data=text", "data.new=old"]
     config = load_config([*words, "data.sequence_length=32", "seed=9"])
     assert (config.seed, config.text.split.seed) == (9, 5)
-    assert any("lineage's seed 5; seed=9 orders" in note for note in config.text.notes)
+    assert any("lineage's seed 5; seed=9 only" in note for note in config.text.notes)
     with pytest.raises(RequestError, match=r"data\.validation_fraction = 0.4"):
         load_config([*words, "data.validation_fraction=0.4"])
 
@@ -378,7 +378,7 @@ def forget_place(record: dict[str, Any]) -> None:
     [
         (move_text, "no such file or folder"),
         (change_text, "has changed since"),
-        (forget_place, "does not say where it lay"),
+        (forget_place, "its paths were not recorded"),
     ],
 )
 def test_recorded_text_that_is_not_what_it_was(
@@ -394,7 +394,10 @@ def test_recorded_text_that_is_not_what_it_was(
     alone = run(f"train --checkpoint grown --data data/pretraining {nothing}")
     assert alone.code == 0, alone.err
     assert configs[-1].text.old == ()
-    assert "Nothing protects past, new, which the checkpoint learned." in configs[-1].text.notes
+    assert (
+        "No forgetting mitigation covers past, new, which the checkpoint learned."
+        in configs[-1].text.notes
+    )
     named = run("train --checkpoint grown --data data/pretraining --old-data old --output there")
     assert named.code == 0
     assert data_of(configs[-1]).old == {"old": [f"{grown}/old"]}
@@ -403,7 +406,10 @@ def test_recorded_text_that_is_not_what_it_was(
     again = run(f"train --checkpoint grown --data data/pretraining {words}")
     assert again.code == 0, again.err
     assert configs[-1].text.old == ("past",)
-    assert "Nothing protects new, which the checkpoint learned." in configs[-1].text.notes
+    assert (
+        "No forgetting mitigation covers new, which the checkpoint learned."
+        in configs[-1].text.notes
+    )
 
 
 @pytest.mark.quick_cases(1)

@@ -258,7 +258,7 @@ def test_a_run_with_it_goes_on_only_with_the_same_class(
     # Without the source, the location of its data is unknown
     import_from(folder, monkeypatch)
     message = run(*outside[1], "model=hf", f"model.path={place}/checkpoint").err
-    assert "letters can't be used: the record does not say where it lay" in message
+    assert "letters can't be used: its paths were not recorded" in message
     logs = held["callbacks"]["loss_log"]
     assert logs["_target_"] == "mine.callbacks.LossLog"
     assert (logs["every_n_steps"], len(logs["sha256"])) == (1, 64)

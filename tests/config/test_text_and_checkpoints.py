@@ -286,7 +286,7 @@ def test_refused(run_there: Run, pipeline: FakePipeline, command: str) -> None:
         ({"model_type": "bloom"}, (), ("bloom", "llama, mistral, mixtral")),
         ({"num_hidden_layers": 0}, (), ("num_hidden_layers = 0",)),
         ({}, ("tokenizer.json",), ("no tokenizer.json", "save_pretrained")),
-        ({}, ("model.safetensors",), ("holds no safetensors",)),
+        ({}, ("model.safetensors",), ("contains no safetensors",)),
     ],
 )
 def test_a_checkpoint_that_cannot_be_trained_on(

@@ -79,4 +79,4 @@ def test_a_run_on_data_sets_and_another_after_it(
         load_config([*after, "data=text", "data.new=stdlib:code"])
     changed = load_config([*after, "data=hf", f"data.new={tmp_path}/a", "data.old={}"]).text
     assert changed.new == ("a",)
-    assert "The text of a has changed since the checkpoint learned it." in changed.notes
+    assert "The data of a has changed since the checkpoint learned it." in changed.notes

@@ -115,7 +115,7 @@ def test_tasks_and_a_checkpoint_that_is_gone_on_with(
     checkpoint = tmp_path / "run/checkpoint"
     on = [w for w in kept if not w.startswith(("model.", "data.vocab_size", "pretraining."))]
     on += ["model=hf", f"model.path={checkpoint}", f"data.new={{again: {new}}}"]
-    with pytest.raises(RequestError, match="it holds experts"):
+    with pytest.raises(RequestError, match="it contains experts"):
         run(tmp_path / "whole_model", tmp_path / "cache", on)
     with pytest.raises(RequestError, match=r"experts\.router = learned.*mixed by evidence"):
         words = [*DYLORA, "experts.router=learned"]

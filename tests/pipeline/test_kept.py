@@ -88,8 +88,8 @@ def test_the_next_training_replays_it_where_text_is_gone(
     config = load_config([*words, f"cache_dir={cache}"])
     run_pipeline(config, run_folder=tmp_path)
     notes = " ".join(json.loads((tmp_path / "summary.json").read_text())["notes"])
-    assert "Sequences of old, new lie beside the checkpoint" in notes
-    assert "Nothing protects" not in notes
+    assert "The checkpoint contains sequences of old, new" in notes
+    assert "No forgetting mitigation" not in notes
     before, after = (
         KeptSequences.read(left / "checkpoint"),
         KeptSequences.read(tmp_path / "checkpoint"),

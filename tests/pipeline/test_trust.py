@@ -180,7 +180,7 @@ def test_a_flipped_bit_in_a_trained_model_is_not_published(run: Run, trained: Pa
     shutil.rmtree(path.parent)
     again = run(trained)
     assert again.code == 0
-    assert f"{path.parent} is gone: repeating attempt_1.fit" in again.out
+    assert f"{path.parent} is missing: repeating attempt_1.fit" in again.out
 
 
 @pytest.mark.quick_cases(1)
@@ -206,7 +206,7 @@ def test_another_checkpoint_with_a_record_of_its_own_is_told(run: Run, trained: 
     shutil.rmtree(trained / "attempt_1/trained")
     shutil.copytree(trained / "baseline", trained / "attempt_1/trained")
     ended = run(trained)
-    assert ended.code == 1 and "is another checkpoint" in ended.err
+    assert ended.code == 1 and "is not the checkpoint" in ended.err
 
 
 @pytest.mark.full

@@ -1,4 +1,4 @@
-"""Checkpoint folders: what stock transformers loads, plus the lineage in tritter.json."""
+"""Checkpoint folders: the files that stock transformers loads, plus the lineage in tritter.json."""
 
 from tritter.checkpoints.folder import (
     lineage_of,

@@ -1,4 +1,4 @@
-"""The model card: README.md of a checkpoint folder, readable on the hub and by a person."""
+"""The model card: README.md of a checkpoint folder, in the Hugging Face Hub's format."""
 
 import re
 from collections.abc import Sequence
@@ -8,23 +8,23 @@ from tritter.core.families import Config, family_of, ffn_sizes
 from tritter.terminal import harmless
 
 _LONGEST_CELL = 200
-_ACCURACY = "/accuracy"  # behind the name of a task whose right answers were scored
+_ACCURACY = "/accuracy"  # suffix of a task that was scored by accuracy
 
 
 def model_card(lineage: Lineage, config: Config, *, experts: Sequence[str] = ()) -> str:
-    """Return the card's Markdown: what the model is, how it grew, what it scored.
+    """Return the card's Markdown: architecture, expansion history and scores.
 
     Args:
-        experts: adapters that lie in `experts/`.
+        experts: names of the adapters in `experts/`.
     """
     lines = _introduction(config, "Made with Tritter; `tritter.json` holds the lineage.")
     if experts:
         names = [_cell(name) for name in experts]
         listed = ", ".join(f"`{name}`" for name in names)
         lines += [
-            "The model above is the base alone. `experts/` holds LoRA adapters on it, each as "
-            f"stock PEFT loads it ({listed}); `state/experts.*` says how they are mixed for each "
-            "token.",
+            "The snippet above loads the base model only. `experts/` contains LoRA adapters that "
+            f"stock PEFT loads one at a time ({listed}). `state/experts.*` contains the router "
+            "that mixes them for each token.",
             "",
             "```python",
             "from peft import PeftModel",
@@ -32,8 +32,8 @@ def model_card(lineage: Lineage, config: Config, *, experts: Sequence[str] = ())
             f'one = PeftModel.from_pretrained(model, "PATH_OF_THIS_FOLDER/experts/{names[0]}")',
             "```",
             "",
-            "All together, mixed: `tritter generate --checkpoint PATH_OF_THIS_FOLDER "
-            "--prompt TEXT`, and `tritter evaluate`.",
+            "To use the whole mixture: `tritter generate --checkpoint PATH_OF_THIS_FOLDER "
+            "--prompt TEXT`, or `tritter evaluate`.",
             "",
         ]
     lines += _history(lineage) + _scores(lineage)
@@ -50,14 +50,14 @@ def export_card(
     lineage: Lineage | None,
     notes: Sequence[str] = (),
 ) -> str:
-    """Return the card of an exported folder, which keeps no other record of where it comes from.
+    """Return the card of an exported folder, which is the only record of its origin.
 
     Args:
         origin: name of the checkpoint that was exported.
         origin_hash: its model hash, or the SHA-256 of its file.
         model_hash: Merkle hash over the exported tensors.
-        lineage: what the checkpoint said of itself, if anything.
-        notes: sentences on what was made of it.
+        lineage: lineage of the exported checkpoint, if it has one.
+        notes: sentences that describe the conversion.
     """
     dtype = config["dtype"]
     lines = _introduction(config, f"Exported with Tritter: all tensors in {dtype}.")
@@ -105,12 +105,13 @@ def _introduction(config: Config, origin: str) -> list[str]:
 
 def _history(lineage: Lineage) -> list[str]:
     if not lineage.expansion_history:
-        return ["Not expanded: this is the start of its chain.", ""]
+        return ["Not expanded: this checkpoint is the start of its chain.", ""]
     warning = []
     if lineage.stock_loadable != "yes":
         warning = [
-            "Appended experts are not wholly open yet: Tritter computes the right function, the "
-            "classes above another one until further training has opened them.",
+            "The gates of the appended experts are not fully open yet. Until further training "
+            "opens them, only Tritter computes the correct function; the stock classes above "
+            "compute a different one.",
             "",
         ]
     lines = ["| expansion | kind | step-0 error | steps after | source of each layer |"]
@@ -129,17 +130,18 @@ def _scores(lineage: Lineage) -> list[str]:
     if not lineage.benchmark_scores:
         return []
     lines = ["| domain | loss (nats per token) |", "|---|---|"]
-    answers = ["| task | right answers |", "|---|---|"]
-    num_heads = len(answers)
+    accuracies = ["| task | accuracy |", "|---|---|"]
+    num_header_lines = len(accuracies)
     for name, score in lineage.benchmark_scores.items():
         if name.endswith(_ACCURACY):
-            answers.append(f"| {_cell(name.removesuffix(_ACCURACY))} | {score:.1%} |")
+            accuracies.append(f"| {_cell(name.removesuffix(_ACCURACY))} | {score:.1%} |")
         else:
             lines.append(f"| {_cell(name)} | {score:.4f} |")
-    return [each for table in (lines, answers) if len(table) > num_heads for each in (*table, "")]
+    tables = [table for table in (lines, accuracies) if len(table) > num_header_lines]
+    return [line for table in tables for line in (*table, "")]
 
 
 def _cell(name: str) -> str:
-    """Return a name as text of a Markdown table: no markup, no HTML, no line of its own."""
+    """Return a name escaped for a Markdown table cell: one line, no markup, no HTML."""
     text = " ".join(harmless(name).split())[:_LONGEST_CELL]
     return re.sub(r"[\\`*\[\]|]", r"\\\g<0>", text).replace("<", "&lt;")

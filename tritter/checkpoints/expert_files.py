@@ -1,8 +1,7 @@
-"""LoRA experts as files beside a model: `experts/NAME/` for each, `state/experts.*` for the rest.
+"""LoRA expert files of a checkpoint: `experts/NAME/` per adapter, `state/experts.*` for routing.
 
-What can be said of them without opening a tensor stands here, so that a checkpoint is copied,
-listed and checked by whatever needs no model. `tritter.methods.experts.stored` makes a mixture of
-them.
+This module opens no tensors, so checkpoints can be copied, listed and checked without a model.
+`tritter.methods.experts.stored` builds the mixture from these files.
 """
 
 import re
@@ -25,19 +24,19 @@ from tritter.storage.tensors import TensorFolder
 
 HEAD, TENSORS = "state/experts.json", "state/experts.safetensors"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
-BASE = "base"  # the expert without an adapter, the first where there is one
+BASE = "base"  # the expert without an adapter; always the first
 MAX_EXPERTS = 256
 RouterKind = Literal["learned", "evidence", "both"]
 _MAX_RANK = 1024
-# Keys of PEFT's LoRA config that change neither the function nor how an adapter is read
+# Keys of PEFT's LoRA config that affect neither the function nor the loading of an adapter
 _HARMLESS = {
     "auto_mapping", "base_model_name_or_path", "inference_mode", "init_lora_weights", "peft_type",
     "peft_version", "r", "lora_alpha", "lora_dropout", "revision", "target_modules", "task_type",
     "ephemeral_gpu_offload", "runtime_config", "eva_config", "corda_config", "loftq_config",
     "lora_ga_config", "qalora_group_size",
-    "fan_in_fan_out",  # PEFT goes by the layer: true where its matrix lies transposed
+    "fan_in_fan_out",  # PEFT derives it from the layer: true if the matrix is stored transposed
 }  # fmt: skip
-# The other keys whose default in PEFT is neither null, false nor empty
+# Other keys with a PEFT default that is not null, false or empty
 _DEFAULTS = {"bias": "none", "megatron_core": "megatron.core"}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 _Positive = Annotated[float, Field(gt=0, le=MAX_COUNT)]
@@ -46,7 +45,7 @@ _Share = Annotated[float, Field(ge=0, le=1)]
 
 @record
 class EvidenceHead:
-    """How evidence routes: the keywords of `tritter.methods.experts.mixture.Evidence`."""
+    """Evidence router settings: the keywords of `tritter.methods.experts.mixture.Evidence`."""
 
     window: Count
     scale: _Positive
@@ -56,25 +55,25 @@ class EvidenceHead:
 
 @record
 class ExpertsHead:
-    """What `state/experts.json` says.
+    """The content of `state/experts.json`.
 
     Args:
-        names: experts in the order of gates, the base first where it is one of them.
-        has_base: it is.
-        is_shared: one learned router for all layers.
-        router: what routes tokens to experts.
-        top_k: experts that a token takes; None: all.
-        temperature: which logits are divided by.
-        capacity_factor: in training; None: no limit.
-        evidence: its settings, where evidence routes.
-        usage: domain → expert → mean gate on its text, as far as it was measured.
-        base_bits: 8 or 4, that bitsandbytes held the base in when they were trained, and in which
-            it is run; None: as it is in the folder.
-        extra: whatever else a training left, as `tritter.training.checkpoint_io` encodes it.
-        tensors_sha256: of the file of tensors next to it.
+        names: experts in gate order. If the base is one of them, it comes first.
+        has_base: True if the base is one of the experts.
+        is_shared: True if all layers share one learned router.
+        router: kind of router that assigns tokens to experts.
+        top_k: experts per token; None means all.
+        temperature: divisor of the router logits.
+        capacity_factor: expert capacity factor during training; None means no limit.
+        evidence: settings of the evidence router, if there is one.
+        usage: domain → expert → mean gate on the domain's data, where measured.
+        base_bits: 8 or 4 if bitsandbytes quantised the base during training; inference uses the
+            same. None means unquantised.
+        extra: other data from training, encoded by `tritter.training.checkpoint_io`.
+        tensors_sha256: SHA-256 of the tensor file next to it.
 
     Raises:
-        TritterError: the values do not fit each other; names one of them.
+        TritterError: two values contradict each other. The message names one of them.
     """
 
     FORMAT: ClassVar[str] = "mixture of experts"
@@ -97,13 +96,13 @@ class ExpertsHead:
     def __post_init__(self) -> None:
         check_names(self.names)
         if self.has_base and self.names[0] != BASE:
-            raise TritterError(f"names = {brief(self.names)}: the first is {BASE}.")
+            raise TritterError(f"names = {brief(self.names)}: the first must be {BASE}.")
         if (self.evidence is None) != (self.router == "learned"):
             found, allowed = "null", "an object"
             if self.router == "learned":
                 found, allowed = allowed, found
             raise TritterError(
-                f"evidence = {found}; allowed is {allowed} where router = {self.router}."
+                f"evidence = {found}; allowed is {allowed} if router = {self.router}."
             )
 
     @property
@@ -114,7 +113,7 @@ class ExpertsHead:
 
 @dataclass(frozen=True, slots=True)
 class AdapterConfig:
-    """The config of a plain LoRA adapter, ours or stock PEFT's."""
+    """The config of a plain LoRA adapter, saved by Tritter or stock PEFT."""
 
     rank: int
     alpha: float
@@ -122,10 +121,10 @@ class AdapterConfig:
 
     @classmethod
     def read(cls, folder: Path) -> "AdapterConfig":
-        """Read the config of an adapter folder; the one check of all commands.
+        """Read and check the config of an adapter folder.
 
         Raises:
-            TritterError: it can't be read, or asks for more than plain LoRA; names the key.
+            TritterError: the file can't be read, or a key requires more than plain LoRA.
         """
         path = folder / ADAPTER_FILES[0]
         config = read_object(path)
@@ -135,7 +134,7 @@ class AdapterConfig:
         for key, value in config.items():
             if not is_plain_setting(key, value):
                 raise TritterError(
-                    f"{path}: {show(key)} = {brief(value)} is not read; plain LoRA is."
+                    f"{path}: {show(key)} = {brief(value)} is not supported; only plain LoRA is."
                 )
         rank, alpha, targets = (config.get(key) for key in ("r", "lora_alpha", "target_modules"))
         if type(rank) is not int or not 1 <= rank <= _MAX_RANK:
@@ -151,17 +150,19 @@ class AdapterConfig:
 
 
 def is_plain_setting(key: str, value: object) -> bool:
-    """Return whether an adapter's config with this setting is one of plain LoRA."""
+    """Return True if plain LoRA allows this setting in an adapter's config."""
     return key in _HARMLESS or value in (_DEFAULTS.get(key), None, False, {}, [])
 
 
 @dataclass(frozen=True, slots=True)
 class ExpertFiles:
-    """The experts of a checkpoint folder, as they lie there.
+    """The expert files of a checkpoint folder.
 
     Args:
-        configs: expert that has an adapter → its config.
-        num_parameters: expert → parameters of its adapter.
+        source: the checkpoint folder.
+        head: the content of `state/experts.json`.
+        configs: adapter name → its config.
+        num_parameters: adapter name → number of parameters.
     """
 
     source: Path
@@ -171,10 +172,11 @@ class ExpertFiles:
 
     @classmethod
     def read(cls, folder: Path, *, recorded: Collection[str] | None = None) -> "ExpertFiles | None":
-        """Return the experts of a folder, None where there are none; opens no tensor.
+        """Return the experts of a folder, or None if there are none. Opens no tensor.
 
         Args:
-            recorded: files that the folder's lineage names; None: the lineage was not read yet.
+            folder: the checkpoint folder.
+            recorded: files that the folder's lineage names; None if it was not read yet.
 
         Raises:
             TritterError: a file is missing, damaged, too large or of a newer format, or a link
@@ -184,35 +186,35 @@ class ExpertFiles:
         path = folder / HEAD
         if not path.exists():
             if HEAD in (_recorded(folder) if recorded is None else recorded):
-                raise TritterError(f"{path} is missing: the experts in {folder} can't be read.")
+                raise TritterError(f"{path} is missing; the experts in {folder} can't be read.")
             patterns = (*(f"{EXPERTS_FOLDER}/*/{file}" for file in ADAPTER_FILES), TENSORS)
             unlisted = [path for pattern in patterns for path in folder.glob(pattern)]
             if found := sorted(str(path.relative_to(folder)) for path in unlisted):
                 raise TritterError(
-                    f"{folder} contains {found[0]}, but {HEAD} is missing: its experts can't be "
+                    f"{folder} contains {found[0]}, but {HEAD} is missing, so its experts can't be "
                     f"read. Restore that file, or remove {TENSORS} and {EXPERTS_FOLDER}/ to use "
-                    "the base alone."
+                    "only the base."
                 )
             return None
         head = read_record(path, ExpertsHead)
-        places = {name: folder / EXPERTS_FOLDER / name for name in head.adapters}
+        adapters = {name: folder / EXPERTS_FOLDER / name for name in head.adapters}
         for file in _paths(head):
             require_file(folder / file, is_read_whole=not file.startswith(EXPERTS_FOLDER))
         sizes = {}
-        for name, place in places.items():
-            headers = TensorFolder.open_file(place, ADAPTER_FILES[1]).headers.values()
+        for name, adapter in adapters.items():
+            headers = TensorFolder.open_file(adapter, ADAPTER_FILES[1]).headers.values()
             sizes[name] = sum(prod(header.shape) for header in headers)
-        configs = {name: AdapterConfig.read(place) for name, place in places.items()}
+        configs = {name: AdapterConfig.read(adapter) for name, adapter in adapters.items()}
         return cls(folder, head, configs, sizes)
 
     def write(self, folder: Path) -> None:
-        """Copy them beside another copy of the model, as they are."""
+        """Copy the files unchanged to another checkpoint folder."""
         for name in _paths(self.head):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(self.source / name, folder / name)
 
     def mean_gates(self) -> dict[str, float] | None:
-        """Return name → mean gate over the domains that it was measured on; None of none."""
+        """Return name → mean gate over all measured domains, or None if none was measured."""
         measured = self.head.usage.values()
         if not measured:
             return None
@@ -221,7 +223,7 @@ class ExpertFiles:
 
 
 def _paths(head: ExpertsHead) -> Iterator[str]:
-    """Yield the files of experts, relative to their checkpoint folder."""
+    """Yield the paths of the experts' files, relative to their checkpoint folder."""
     for name in head.adapters:
         yield from (f"{EXPERTS_FOLDER}/{name}/{file}" for file in ADAPTER_FILES)
     yield from (HEAD, TENSORS)
@@ -236,14 +238,15 @@ def _recorded(folder: Path) -> Collection[str]:
 def experts_in(
     folder: Path | None, *, key: str, recorded: Collection[str] | None = None
 ) -> ExpertFiles | None:
-    """Return the experts of a checkpoint; None where it has none, or is not at hand.
+    """Return the experts of a checkpoint, or None without experts or without a local folder.
 
     Args:
-        key: that named the folder.
-        recorded: as `ExpertFiles.read`.
+        folder: the checkpoint folder; None for a hub id.
+        key: the key that named the folder.
+        recorded: see `ExpertFiles.read`.
 
     Raises:
-        RequestError: they are damaged.
+        RequestError: the expert files are damaged.
     """
     if folder is None or not folder.is_dir():
         return None
@@ -256,23 +259,25 @@ def experts_in(
 def refuse_experts(
     folder: Path, *, doing: str, key: str = "checkpoint", recorded: Collection[str] | None = None
 ) -> None:
-    """Refuse a checkpoint with experts for what would leave them behind, or break them.
+    """Reject a checkpoint with experts for an operation that would drop or break them.
 
     Args:
-        doing: what was asked for, as `an expansion`.
-        key: that named the folder.
-        recorded: as `ExpertFiles.read`.
+        folder: the checkpoint folder.
+        doing: the operation, for example `an expansion`.
+        key: the key that named the folder.
+        recorded: see `ExpertFiles.read`.
 
     Raises:
-        RequestError: it has experts, or they are damaged; says what to do instead.
-        TritterError: its lineage is damaged, or of a newer format.
+        RequestError: the checkpoint has experts, or they are damaged. The message suggests an
+            alternative.
+        TritterError: the lineage is damaged, or has a newer format.
     """
     if recorded is None:
-        recorded = _recorded(folder)  # what is wrong with that is no matter of experts
+        recorded = _recorded(folder)  # here, so that its errors are not blamed on the experts
     if (files := experts_in(folder, key=key, recorded=recorded)) is not None:
         reason = (
-            f"it holds experts ({', '.join(files.head.names)}), which stand on its base as it is; "
-            f"{doing} would leave them behind"
+            f"it contains experts ({', '.join(files.head.names)}) that require its unchanged base; "
+            f"{doing} would drop them"
         )
         advice = (
             "merge them into a plain model first: tritter export --checkpoint "
@@ -282,10 +287,10 @@ def refuse_experts(
 
 
 def check_names(names: Sequence[str]) -> None:
-    """Refuse names of experts that are no names of folders, or that occur twice.
+    """Check that expert names are distinct and valid folder names.
 
     Raises:
-        TritterError: names the first.
+        TritterError: a name is invalid or occurs twice. The message names the first.
     """
     if not 1 <= len(names) <= MAX_EXPERTS:
         allowed = f"a list of 1 to {MAX_EXPERTS} names"

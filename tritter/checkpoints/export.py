@@ -1,7 +1,7 @@
-"""Export: a plain Hugging Face folder of one dtype, which any reader of such folders loads.
+"""Export a checkpoint as a plain Hugging Face folder with a single dtype.
 
-Nothing of ours stays in it but the model card, which says what the weights were made from. Tensors
-go through one by one; nothing is loaded as a model.
+The model card records the origin of the weights; no other Tritter file is written. Tensors are
+streamed one at a time, so the model is never loaded.
 """
 
 from collections import Counter
@@ -41,8 +41,8 @@ class Moments:
     """An optimizer's state, by kind and by name on disk.
 
     Args:
-        step: optimizer steps behind it.
-        kinds: kind, as `tritter.core.parameter_map.carry` names it → name on disk → tensor.
+        step: optimizer steps taken so far.
+        kinds: kind (see `tritter.core.parameter_map.carry`) → name on disk → tensor.
     """
 
     step: int
@@ -51,18 +51,18 @@ class Moments:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Weights:
-    """A model that can be read tensor by tensor, wherever it lies.
+    """A model that is read tensor by tensor from any storage.
 
     Args:
-        name: what the card calls it.
-        config: its config.json.
+        name: the model's name on the card.
+        config: the model's config.json.
         read: logical name → tensor.
         dtype: logical name → dtype.
-        finish: called once all is read; returns a hash of the origin, and raises when the origin
-            is not what its own record says.
-        lineage: what it says of itself, if anything.
-        moments: what a training can go on from; written only where an origin brings it.
-        places: folders and files that all this is read from, where nothing may be written.
+        finish: called after the last read. Returns a hash of the origin, and raises if the origin
+            does not match its own lineage.
+        lineage: the model's lineage, if it has one.
+        moments: optimizer state to continue training from, if the origin has any.
+        source_paths: folders and files that are read, where nothing may be written.
         notes: sentences for the card.
     """
 
@@ -73,12 +73,12 @@ class Weights:
     finish: Callable[[], str]
     lineage: Lineage | None = None
     moments: Moments | None = None
-    places: tuple[Path, ...] = ()
+    source_paths: tuple[Path, ...] = ()
     notes: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, source: Source) -> "Weights":
-        """Return the weights of an opened checkpoint folder, checked against its lineage."""
+        """Return the weights of an opened checkpoint folder, verified against its lineage."""
         return cls(
             name=source.folder.resolve().name,
             config=source.config,
@@ -86,11 +86,11 @@ class Weights:
             dtype=source.dtype,
             finish=lambda: merkle_hash(source.read_digests()),
             lineage=source.lineage,
-            places=(source.folder,),
+            source_paths=(source.folder,),
         )
 
     def without_experts(self, first: int) -> "Weights":
-        """Return the same model without the experts from number `first` on, in every layer."""
+        """Return the same model with only the first `first` experts of every layer."""
         family = family_of(self.config)
         key = family.sizes["num_experts"]
         routers = {t.name for t in family.logical_tensors(self.config) if t.kind == "router"}
@@ -103,16 +103,16 @@ class Weights:
         return replace(self, config={**self.config, key: first}, read=read, lineage=lineage)
 
     def with_added(self, added: Mapping[str, Tensor]) -> "Weights":
-        """Return the same model with something added to the weights of layers.
+        """Return the same model with a delta added to the weights of some layers.
 
-        A head that was tied is a tensor of its own where the vocabulary is added to.
+        If the embedding or the head gets a delta, a tied head is untied.
 
         Args:
-            added: by the layer's name in memory, of the weight's shape, outputs first where it
-                lies transposed.
+            added: module name → delta in the weight's shape, with outputs first for weights that
+                are stored transposed.
 
         Raises:
-            TritterError: the model has no such layer, or it is of another shape.
+            TritterError: the model has no such layer, or its weight has a different shape.
         """
         family, config = family_of(self.config), self.config
         embedding = family.tensors[0]
@@ -121,10 +121,10 @@ class Weights:
         if tied and vocabulary & added.keys():
             config = {**config, **{tensor.unless: False for tensor in tied}}
         live = (stored for stored in layout(config, "live") if not stored.is_of_experts)
-        places = {stored.name.removesuffix(".weight"): stored for stored in live}
+        stored_layers = {stored.name.removesuffix(".weight"): stored for stored in live}
         of_name: dict[str, Tensor] = {}
         for layer, delta in added.items():
-            stored = places.get(layer)
+            stored = stored_layers.get(layer)
             if stored is not None:
                 delta = stored.parts[0].transposed(delta)
             if stored is None or stored.shape != tuple(delta.shape):
@@ -146,13 +146,13 @@ class Weights:
 
     @property
     def widest_dtype(self) -> torch.dtype:
-        """The dtype that holds every tensor without rounding."""
+        """The dtype that represents every tensor without rounding."""
         tensors = family_of(self.config).logical_tensors(self.config)
         return reduce(torch.promote_types, (self.dtype(tensor.name) for tensor in tensors))
 
     @property
     def main_dtype(self) -> torch.dtype:
-        """The dtype of most values."""
+        """The most common dtype, weighted by tensor size."""
         counts: Counter[torch.dtype] = Counter()
         for stored in layout(self.config, "hub"):
             counts[self.dtype(stored.parts[0].tensor.name)] += prod(stored.shape)
@@ -161,13 +161,15 @@ class Weights:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Exported:
-    """What an export wrote.
+    """The result of an export.
 
     Args:
-        origin_hash: of what was exported.
+        folder: the exported folder.
+        config: its config.json.
+        origin_hash: hash of the exported model.
         model_hash: Merkle hash over the written tensors.
-        num_bytes: of the written tensors.
-        num_files: that they are in.
+        num_bytes: size of the written tensors.
+        num_files: number of safetensors files.
     """
 
     folder: Path
@@ -189,22 +191,26 @@ def export_model(
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Exported:
-    """Write a plain folder whole, or not at all.
+    """Write a plain Hugging Face folder atomically.
 
     Args:
-        dtype: of every tensor; None: that of most values of the origin.
-        expert_layout: `hub`, a tensor for each matrix of each expert; or `live`, the experts of a
-            layer in one tensor, as transformers holds them.
-        artifacts: what stands beside the model.
-        progress: called with (tensors written, tensors in all).
+        weights: the model to export.
+        destination: the folder to write.
+        dtype: dtype of every tensor; None means the most common dtype of the origin.
+        expert_layout: `hub` for one tensor per matrix of each expert, or `live` for one tensor
+            with all experts of a layer, as in transformers' modules.
+        artifacts: other files to write next to the model, such as the tokenizer.
+        max_shard_bytes: maximum size of a safetensors file.
+        overwrite: replace an existing checkpoint at `destination`.
+        progress: called with the number of tensors written and their total number.
 
     Raises:
-        RequestError: `destination` is no place for a result (`check_output`); a tensor holds
-            values that are not finite, or that `dtype` cannot hold; the origin was changed since
-            its lineage was written.
-        TritterError: the origin is damaged, or the disk refused a write.
+        RequestError: `destination` can't be written (see `check_output`), a tensor has values that
+            are not finite or overflow `dtype`, or the origin changed since its lineage was
+            written.
+        TritterError: the origin is damaged, or a write failed.
     """
-    check_output(destination, sources=weights.places, overwrite=overwrite)
+    check_output(destination, sources=weights.source_paths, overwrite=overwrite)
     dtype = dtype or weights.main_dtype
     config = {
         **weights.config,
@@ -214,7 +220,7 @@ def export_model(
     stock, stored = on_disk(config), layout(config, expert_layout)
     unpadded = _stream(weights, stored, dtype=dtype, progress=progress)
     stream = padded(unpadded, padded_shapes(config))
-    check = partial(check_replaceable, sources=weights.places)
+    check = partial(check_replaceable, sources=weights.source_paths)
     with atomic_folder(destination, overwrite=overwrite, check=check) as folder:
         digests = write_tensors(folder, stream, max_shard_bytes=max_shard_bytes)
         write_config(folder, stock)
@@ -249,16 +255,16 @@ def _stream(
 ) -> TensorStream:
     def rounded(name: str) -> Tensor:
         value = weights.read(name)
-        as_asked = value.to(dtype)
-        if is_finite(as_asked):
-            return as_asked
+        converted = value.to(dtype)
+        if is_finite(converted):
+            return converted
         if not is_finite(value):
-            reason = f"{name} holds values that are not finite"
+            reason = f"{name} has values that are not finite"
             raise RequestError(Problem(weights.name, reason=reason))
         raise refused(
             "dtype",
             str(dtype).removeprefix("torch."),
-            f"{weights.name} holds {name}, whose largest value is {float(value.abs().max()):.3g}; "
+            f"the largest value of {name} in {weights.name} is {float(value.abs().max()):.3g}; "
             "allowed is bfloat16 or float32",
         )
 

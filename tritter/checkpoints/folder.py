@@ -1,4 +1,4 @@
-"""Write and read checkpoint folders: model, tokenizer, model card and tritter.json as one."""
+"""Write and read checkpoint folders: model, tokenizer, model card and tritter.json."""
 
 import json
 import os
@@ -38,25 +38,25 @@ _SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "generation_con
 
 @dataclass(frozen=True, slots=True)
 class TokenizerFiles:
-    """Tokenizer and generation files, as they stand beside a model in `source`."""
+    """Tokenizer and generation files of the checkpoint folder `source`."""
 
     source: Path
 
     def write(self, folder: Path) -> None:
-        """Copy them.
+        """Copy the files.
 
         Raises:
-            TritterError: what `check_tokenizer_files` refuses.
+            TritterError: see `check_tokenizer_files`.
         """
         for path in check_tokenizer_files(self.source):
             shutil.copyfile(path, folder / path.name)
 
 
 def check_tokenizer_files(source: Path) -> list[Path]:
-    """Return the files that there are to copy, of a folder that was opened.
+    """Return the tokenizer and generation files of a checkpoint folder, checked.
 
     Raises:
-        TritterError: one is no file, or too large, or settings that are no JSON object.
+        TritterError: a path is not a file or too large, or a settings file is not a JSON object.
     """
     paths = [source / name for name in TOKENIZER_FILES if os.path.lexists(source / name)]
     for path in paths:
@@ -73,33 +73,33 @@ CARD_NAME = "README.md"
 HEADER_MARK = "#header"
 EXPERTS_FOLDER = "experts"
 _ADVICE = (
-    "To use its weights, write them as a plain Hugging Face folder: tritter export --checkpoint "
+    "To use its weights, export them as a plain Hugging Face folder: tritter export --checkpoint "
     "FOLDER --output NEW --format hf --ignore-lineage"
 )
 _EXPERT = re.compile(rf"{EXPERTS_FOLDER}/(?P<name>[A-Za-z0-9][A-Za-z0-9_-]*)/adapter_config\.json")
 
 
 class Artifact(Protocol):
-    """Tokenizer files, state, experts that are not open yet: one piece, as it is to stand there."""
+    """Files next to a model, such as tokenizer files, training state or appended experts."""
 
     def write(self, folder: Path) -> None:
-        """Write it into a checkpoint folder that is still being made."""
+        """Write the files into a checkpoint folder that is still being created."""
 
 
 @dataclass(frozen=True, slots=True)
 class LinkedTensors:
-    """Weights that a checkpoint shares with another folder, by hard links.
+    """Weights that a checkpoint shares with another folder by hard links.
 
     Args:
-        folder: whose weight files they are in.
-        digests: name on disk → SHA-256 of each tensor in them.
+        folder: the folder with the weight files.
+        digests: name on disk → SHA-256 of each tensor.
     """
 
     folder: Path
     digests: Mapping[str, str]
 
     def write(self, folder: Path) -> dict[str, str]:
-        """Link the files into a folder that is still being made, and return the digests."""
+        """Link the files into a folder that is still being created and return the digests."""
         for name in dict.fromkeys(TensorFolder.open(self.folder).files.values()):
             link_or_copy(self.folder / name, folder / name)
         if (self.folder / INDEX_NAME).is_file():
@@ -120,27 +120,31 @@ def write_checkpoint(
     check: Callable[[Path], None] | None = None,
     before_placing: Callable[[Path, Lineage], Lineage] | None = None,
 ) -> Lineage:
-    """Write a checkpoint folder whole, or not at all.
+    """Write a checkpoint folder atomically.
 
-    FFNs that are narrower than the widest are padded on disk, beside a stock config.json.
+    FFNs narrower than the widest one are padded on disk, so that a stock config.json fits.
 
     Args:
-        tensors: by name on disk, streamed; or files of another folder that are written already.
-        final_config: asked once the tensors are written, for what config.json is to state.
-        lineage: asked once the tensors are written where they come from; hashes and digests of
-            the answer are filled in from what was written. One without a base hash starts a chain.
-        artifacts: what stands beside the model; None where there is none of a kind.
-        check: raises when a folder that stands at `target` may not be replaced.
-        before_placing: called with the finished folder and its lineage while the old one still
-            stands; may write the lineage anew, returns what is in the folder then, and may raise.
+        target: the checkpoint folder to write.
+        config: the model's config.
+        tensors: stream of tensors by name on disk, or links to the files of another folder.
+        lineage: called after the tensors are written. Its hashes and digests are filled in from
+            the written files. A lineage without a base hash starts a chain.
+        final_config: called after the tensors are written; returns the config to store.
+        artifacts: other files to write next to the model; None entries are skipped.
+        max_shard_bytes: maximum size of a safetensors file.
+        overwrite: replace an existing folder at `target`.
+        check: raises if the existing folder at `target` may not be replaced.
+        before_placing: called with the finished folder and its lineage before the old folder is
+            replaced. It may rewrite the lineage, returns the final one, and may raise.
 
     Returns:
         The lineage as written.
 
     Raises:
-        RequestError: `target` exists and `overwrite` is off, or may not be replaced, or its place
-            cannot be written.
-        TritterError: the disk refused a write.
+        RequestError: `target` exists and `overwrite` is off, `target` may not be replaced, or its
+            parent folder is not writable.
+        TritterError: a write failed.
     """
     with atomic_folder(target, overwrite=overwrite, check=check) as folder:
         if isinstance(tensors, LinkedTensors):
@@ -172,13 +176,13 @@ def write_checkpoint(
 
 
 def write_config(folder: Path, config: Config) -> None:
-    """Write config.json as stock classes read it."""
+    """Write config.json in the format of the stock classes."""
     text = json.dumps(on_disk(config), indent=2, sort_keys=True) + "\n"
     (folder / "config.json").write_text(text, encoding="utf-8")
 
 
 def write_lineage(folder: Path, lineage: Lineage, config: Config) -> Lineage:
-    """Replace a checkpoint's record and card without touching its tensors; return the record."""
+    """Rewrite a checkpoint's lineage and card, but not its tensors. Return the lineage."""
     card = model_card(lineage, config, experts=expert_names(lineage.file_digests))
     write_text_atomic(folder / CARD_NAME, card)
     digests = {**lineage.file_digests, CARD_NAME: file_digest(folder / CARD_NAME)}
@@ -190,11 +194,14 @@ def write_lineage(folder: Path, lineage: Lineage, config: Config) -> Lineage:
 def record_step0_error(
     folder: Path, lineage: Lineage, error: float | None, config: Config, *, num_new: int
 ) -> Lineage:
-    """Write the measured error of a whole expansion into its `num_new` newest records.
+    """Write the measured error of an expansion into its `num_new` newest records.
 
     Args:
-        lineage: of the folder.
-        error: max |Δ logits| / std(logits); None when it is not finite.
+        folder: the checkpoint folder.
+        lineage: the folder's lineage.
+        error: max |Δ logits| / std(logits); None if it is not finite.
+        config: the model's config.
+        num_new: number of records that the expansion added.
 
     Returns:
         The lineage as written.
@@ -208,8 +215,8 @@ def read_lineage(folder: Path) -> Lineage | None:
     """Return a folder's lineage, or None for a plain Hugging Face folder.
 
     Raises:
-        TritterError: tritter.json is unreadable or of another format, or a link leads out of the
-            folder.
+        TritterError: tritter.json is unreadable or has another format, or a link points outside
+            the folder.
     """
     check_links(folder)
     path = folder / LINEAGE_NAME
@@ -221,27 +228,28 @@ def read_lineage(folder: Path) -> Lineage | None:
 
 @lru_cache(maxsize=32)
 def _lineage_in(path: Path, state: tuple[int, ...]) -> Lineage:
-    """Return the lineage in a file, which is read once as long as its state stays."""
-    # One that was edited is read all the same: `history --verify` names what changed
+    """Return the lineage in a file, cached until the file changes."""
+    # An edited file is read too: `history --verify` lists the changes
     return read_record(path, Lineage, advice=_ADVICE, is_signed=False)
 
 
 def expert_names(files: Iterable[str]) -> tuple[str, ...]:
-    """Return the adapters among the names of a checkpoint's files."""
+    """Return the adapter names found in the file names of a checkpoint."""
     return tuple(match["name"] for name in files if (match := _EXPERT.fullmatch(name)))
 
 
 def lineage_of(folder: Path) -> Lineage:
-    """Return the lineage of a folder that Tritter wrote; see `read_lineage`."""
+    """Return the lineage of a folder written by Tritter; see `read_lineage`."""
     lineage = read_lineage(folder)
     assert lineage is not None, f"{folder} has no {LINEAGE_NAME}"
     return lineage
 
 
 def file_digests(folder: Path) -> dict[str, str]:
-    """Digest everything that neither tensor digests nor the lineage itself cover.
+    """Return the digests of all files except the lineage, without the model's tensors.
 
-    Of the model's own safetensors that is the header, named with `HEADER_MARK` behind.
+    Of the model's own safetensors files only the header is hashed, under its file name followed by
+    `HEADER_MARK`.
     """
     digests: dict[str, str] = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):

@@ -1,4 +1,4 @@
-"""The chain of checkpoints behind one: found by hash, and hashed again when asked."""
+"""The chain of a checkpoint's ancestors: found by hash, and verified on request."""
 
 import hashlib
 import json
@@ -36,14 +36,14 @@ class Link:
     """One checkpoint of a chain.
 
     Args:
-        folder: where it lies; None when it was not found.
-        model_hash: what it has to have; None for a plain folder that nobody speaks of.
-        lineage: what it says of itself; None for a plain folder, or one that was not found.
-        problem: why its tritter.json says nothing.
-        made_by: the expansions that made it out of its parent, oldest first; none when it was
-            trained, or starts the chain.
-        tensor_digests: tensor name → SHA-256 that it has to have, where known.
-        file_digests: file name → the same, of everything but tensors.
+        folder: the checkpoint folder; None if it was not found.
+        model_hash: the expected model hash; None for a plain folder without a descendant.
+        lineage: the checkpoint's lineage; None for a plain folder, or if it was not found.
+        problem: the reason why tritter.json can't be read, if so.
+        made_by: expansions between the parent and this checkpoint, oldest first; empty after a
+            training run and at the start of the chain.
+        tensor_digests: tensor name → expected SHA-256, where known.
+        file_digests: file name → expected SHA-256 of all other files.
     """
 
     folder: Path | None
@@ -61,7 +61,7 @@ class Link:
 
     @property
     def is_removed(self) -> bool:
-        """Whether a run removed the weights of this stage, as its ledger says."""
+        """True if the run removed the weights of this stage, according to its ledger."""
         if self.folder is None or self.lineage is None or any(self.folder.glob("*.safetensors")):
             return False
         folder = self.folder.resolve()
@@ -74,12 +74,12 @@ class Link:
 
     @property
     def experts(self) -> tuple[str, ...]:
-        """The adapters that its record names."""
+        """The adapters listed in the lineage."""
         return expert_names(self.file_digests or ())
 
     @property
     def num_parameters(self) -> int | None:
-        """Count the parameters, without what pads them on disk; None where that can't be read."""
+        """The number of parameters without padding; None if the folder can't be read."""
         is_padded = self.lineage is not None and bool(self.lineage.ffn_sizes)
         if self.folder is None or not (is_padded or self.is_removed):
             return self.num_parameters_on_disk
@@ -90,7 +90,7 @@ class Link:
 
     @property
     def num_parameters_on_disk(self) -> int | None:
-        """Count the parameters from the files' headers; None where they cannot be read."""
+        """The number of parameters in the file headers; None if they can't be read."""
         if self.folder is None:
             return None
         try:
@@ -102,12 +102,12 @@ class Link:
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """One thing in a folder that is not as it was written.
+    """A difference between a folder and its lineage.
 
     Args:
-        file: name in the folder; empty when it is not known which.
-        tensor: its name, when it is a tensor.
-        what: changed, missing, added, or why it cannot be read.
+        file: file name in the folder; empty if unknown.
+        tensor: tensor name, if the difference is in a tensor.
+        what: `changed`, `missing`, `added`, or the reason why it can't be read.
     """
 
     file: str
@@ -118,18 +118,18 @@ class Difference:
 def read_chain(folder: Path) -> tuple[Link, ...]:
     """Return the checkpoints from the start of the chain to `folder`, oldest first.
 
-    A parent is looked for where its child says it lay, then beside the child; its hash decides.
-    The chain ends at a parent that is not found, which is the first link then. A checkpoint to
-    which experts came has the hash of its parent, since the base is the same.
+    A parent is searched at the path in its child's lineage, then next to the child, and identified
+    by its hash. If a parent is not found, the chain starts with a link without a folder. Adding
+    experts keeps the model hash, since the base does not change.
 
     Raises:
-        RequestError: there is no such folder, or no checkpoint in it.
+        RequestError: the folder does not exist, or contains no checkpoint.
     """
     if not folder.is_dir():
         raise RequestError(f"{folder} is not a folder.")
     if not any((folder / name).exists() for name in (LINEAGE_NAME, "config.json")):
         lacks = f"no {LINEAGE_NAME} and {missing_config(folder)}"
-        raise RequestError(f"{folder} holds no checkpoint: {lacks}.")
+        raise RequestError(f"{folder} contains no checkpoint: {lacks}.")
     try:
         check_links(folder)
     except TritterError as error:
@@ -139,14 +139,14 @@ def read_chain(folder: Path) -> tuple[Link, ...]:
     while (child := links[-1]).lineage is not None and child.lineage.parent_hash is not None:
         if _hint(child) in seen:
             break
-        parent = _parent(child, passed_over=seen)
+        parent = _parent(child, excluded=seen)
         history = child.lineage.expansion_history
         if parent.lineage is not None:
             own = history[len(parent.lineage.expansion_history) :]
         elif child.lineage.parent_hash == child.lineage.base_model_hash:
-            own = history  # what is at the start has no expansions before it
+            own = history  # the start of a chain has no expansions
         else:
-            # Its parent would say how many are its own; one is, unless it was trained.
+            # Without the parent's record: one expansion, or none after a training run
             own = () if child.lineage.step else history[-1:]
         links[-1] = replace(child, made_by=own)
         if parent.folder is not None:
@@ -158,22 +158,22 @@ def read_chain(folder: Path) -> tuple[Link, ...]:
 
 
 def verify(link: Link) -> tuple[Difference, ...]:
-    """Hash a checkpoint's tensors and files again and return what is not as it was written.
+    """Hash a checkpoint's tensors and files again and return all differences.
 
     Args:
-        link: one that `can_be_checked`.
+        link: a link with `can_be_checked`.
     """
     assert link.folder is not None
     changes = [] if link.problem is None else [Difference(LINEAGE_NAME, None, link.problem)]
     if link.lineage is not None:
         if merkle_hash(link.lineage.tensor_digests) != link.lineage.model_hash:
-            what = "its hash does not follow from its tensors' digests"
+            what = "the model hash does not match the tensors' digests"
             changes.append(Difference(LINEAGE_NAME, None, what))
         if not is_unchanged(link.folder / LINEAGE_NAME):
             changes.append(Difference(LINEAGE_NAME, None, "changed"))
     tensors = tuple(_tensor_changes(link.folder, link))
     changes += tensors
-    explained = {change.file for change in tensors}  # whose header says no more than that
+    explained = {change.file for change in tensors}  # their headers add no information
     for name, digest in (link.file_digests or {}).items():
         file = name.removesuffix(HEADER_MARK)
         path = link.folder / file
@@ -192,7 +192,7 @@ def verify(link: Link) -> tuple[Difference, ...]:
 
 
 def link_of(folder: Path) -> Link:
-    """Return a checkpoint as a link by itself: without its parent, and what it was made from."""
+    """Return a checkpoint as a link, without its parent and expansions."""
     try:
         lineage = read_lineage(folder)
     except TritterError as error:
@@ -208,21 +208,21 @@ def link_of(folder: Path) -> Link:
     )
 
 
-def _parent(child: Link, *, passed_over: Collection[Path]) -> Link:
+def _parent(child: Link, *, excluded: Collection[Path]) -> Link:
     assert child.lineage is not None and child.folder is not None
     lineage, wanted = child.lineage, child.lineage.parent_hash
     hinted, own = _hint(child), child.folder.resolve()
     candidates = [] if hinted is None or not hinted.is_dir() else [hinted]
     with suppress(OSError):
-        # Hidden ones are being written, or were left behind by a kill
+        # Hidden folders are incomplete: being written, or from a killed process
         near = sorted(path for path in own.parent.iterdir() if path.is_dir())
         candidates += [path for path in near if path != own and not path.name.startswith(".")]
-    candidates = [folder for folder in candidates if folder not in passed_over]
+    candidates = [folder for folder in candidates if folder not in excluded]
     for folder in candidates:
         link = link_of(folder)
         if link.lineage is None:
             continue
-        # The hash that it states, or the one that follows from its digests
+        # The recorded hash, or the one computed from its digests
         if wanted in (link.lineage.model_hash, merkle_hash(link.lineage.tensor_digests)):
             return link
     recorded = (lineage.parent_file_digests or {}).get("config.json")
@@ -230,9 +230,9 @@ def _parent(child: Link, *, passed_over: Collection[Path]) -> Link:
         config = folder / "config.json"
         if (folder / LINEAGE_NAME).exists() or not config.is_file():
             continue
-        # Its tensors would tell, but hashing them is what `verify` is for: next to the child, a
-        # config of the recorded digest is enough
-        with suppress(TritterError):  # whatever it is, nothing is taken from it
+        # Hashing the tensors is left to `verify`: next to the child, a config with the recorded
+        # digest is enough
+        with suppress(TritterError):  # an unreadable candidate is skipped
             check_links(folder)
             if folder == hinted or (recorded is not None and bounded_digest(config) == recorded):
                 return Link(
@@ -247,7 +247,7 @@ def _parent(child: Link, *, passed_over: Collection[Path]) -> Link:
 
 
 def _hint(child: Link) -> Path | None:
-    """Return where a checkpoint says that its parent lay."""
+    """Return the recorded path of a checkpoint's parent."""
     assert child.lineage is not None
     if child.folder is None or not child.lineage.parent_path:
         return None
@@ -276,25 +276,24 @@ def _tensor_changes(folder: Path, link: Link) -> Iterator[Difference]:
             yield Difference("", name, "missing")
         elif found[name] and found[name] != digest:
             yield Difference(tensors.files[name], name, "changed")
-    if link.lineage is not None:  # a plain folder may hold a tied head twice
+    if link.lineage is not None:  # a plain folder may contain a tied head twice
         for name in found.keys() - link.tensor_digests.keys():
             yield Difference(tensors.files[name], name, "added")
 
 
-# What a stage leaves in a run's folder, by digest, and whether it is still there as it was left. A
-# checkpoint is known by its own record, which names each of its tensors and files, so that nothing
-# large is hashed to take note of it. Of everything else each file is known by the SHA-256 of its
-# bytes.
+# Digests of a stage's outputs in the run folder. The digest of a checkpoint is computed from its
+# lineage, which lists the digests of its tensors and files, so no large file is hashed. All other
+# files are identified by their SHA-256.
 
 
 @dataclass(frozen=True, slots=True)
 class Damage:
-    """One thing that does not lie there as it was left.
+    """A changed or missing output of a stage.
 
     Args:
-        place: what was left, relative to the run's folder: a checkpoint, or a file.
-        what: what is the matter with it, its file and tensor named.
-        is_gone: there is nothing at all at its place.
+        place: path of the checkpoint or file, relative to the run folder.
+        what: description of the damage with its file and tensor.
+        is_gone: True if nothing exists at the path.
     """
 
     place: str
@@ -303,45 +302,46 @@ class Damage:
 
     @property
     def is_missing(self) -> bool:
-        """Whether the folder is there and a file of it is not."""
+        """True if the folder exists and one of its files does not."""
         return not self.is_gone and self.what.endswith(": missing")
 
 
 def digests_of(
-    folder: Path, places: Iterable[str], *, lineages: Mapping[str, Lineage] | None = None
+    folder: Path, outputs: Iterable[str], *, lineages: Mapping[str, Lineage] | None = None
 ) -> dict[str, str]:
-    """Return place → digest of what was left: checkpoints, files, and all files of other folders.
+    """Return path → digest of checkpoints and files, and of every file in other folders.
 
     Args:
-        places: relative to `folder`.
-        lineages: place → lineage, of checkpoints that this process wrote or has open.
+        folder: the run folder.
+        outputs: paths relative to `folder`.
+        lineages: path → lineage of checkpoints that this process wrote or has already opened.
     """
     digests: dict[str, str] = {}
     known = lineages or {}
-    for place in places:
-        path = folder / place
+    for output in outputs:
+        path = folder / output
         if path.is_file():
-            digests[place] = file_digest(path)
-        elif (lineage := known.get(place) or read_lineage(path)) is not None:
-            digests[place] = _checkpoint_digest(lineage)
+            digests[output] = file_digest(path)
+        elif (lineage := known.get(output) or read_lineage(path)) is not None:
+            digests[output] = _checkpoint_digest(lineage)
         else:
             files = sorted(file for file in path.rglob("*") if file.is_file())
             digests |= {f.relative_to(folder).as_posix(): file_digest(f) for f in files}
     return digests
 
 
-def find_damage(folder: Path, left: Mapping[str, str]) -> tuple[Damage, ...]:
-    """Hash what was left again and return what is not as `digests_of` found it."""
+def find_damage(folder: Path, digests: Mapping[str, str]) -> tuple[Damage, ...]:
+    """Compare outputs with the digests that `digests_of` returned, and return all damage."""
     found = []
-    for place, digest in left.items():
+    for place, digest in digests.items():
         path = folder / place
         if not path.exists():
-            found.append(Damage(place, f"{path} is gone", is_gone=True))
+            found.append(Damage(place, f"{path} is missing", is_gone=True))
         elif path.is_dir():
             changes = list(checkpoint_changes(path))
             found += [Damage(place, what) for what in changes]
             if not changes and _checkpoint_digest(lineage_of(path)) != digest:
-                what = f"{path} is another checkpoint than the one that was left there"
+                what = f"{path} is not the checkpoint that the stage wrote"
                 found.append(Damage(place, what))
         else:
             try:
@@ -353,13 +353,13 @@ def find_damage(folder: Path, left: Mapping[str, str]) -> tuple[Damage, ...]:
 
 
 def checkpoint_changes(folder: Path) -> Iterator[str]:
-    """Yield what is not as a checkpoint's own record says, each with its file and tensor."""
+    """Yield the differences between a checkpoint and its lineage, with file and tensor."""
     link = link_of(folder)
     if link.problem is None and link.lineage is None:
         yield f"{folder / LINEAGE_NAME}: missing"
         return
     for change in verify(link):
-        if change.file != CARD_NAME:  # prose, and written anew with every record
+        if change.file != CARD_NAME:  # rewritten with every lineage
             tensor = f", tensor {change.tensor}" if change.tensor else ""
             yield f"{folder / change.file}{tensor}: {change.what}"
     if link.file_digests is not None:
@@ -372,8 +372,9 @@ def checkpoint_changes(folder: Path) -> Iterator[str]:
 
 
 def _checkpoint_digest(lineage: Lineage) -> str:
-    """Return the digest of a checkpoint's tensors and files; its card and its record may be
-    written anew when its training has been judged.
+    """Return the digest of a checkpoint's tensors and files, without its card and its lineage.
+
+    The gate may rewrite these two after training.
     """
     files = {name: d for name, d in lineage.file_digests.items() if name != CARD_NAME}
     text = json.dumps([lineage.model_hash, sorted(files.items())])

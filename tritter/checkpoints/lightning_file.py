@@ -1,8 +1,8 @@
-"""A training checkpoint of Lightning (.ckpt), read without running anything that it holds.
+"""Read a Lightning training checkpoint (.ckpt) without executing any code in it.
 
-Such a file is a pickle. It is opened with torch's restricted unpickler, which knows tensors and
-plain data and nothing else: a file that asks for more is refused, and what it asks for is named.
-Tensors are mapped from the file, so that memory does not grow with the model.
+Such a file is a pickle. It is read with torch's restricted unpickler, which allows only tensors
+and plain data; the error for any other file names its objects. Tensors are memory-mapped, so
+memory does not grow with the model.
 """
 
 import re
@@ -25,48 +25,49 @@ from tritter.storage.hashing import file_digest
 from tritter.storage.reading import require_file
 from tritter.storage.tensors import is_finite
 
-# What torch.compile, FSDP and activation checkpointing put between the names of modules.
+# Name parts that torch.compile, FSDP and activation checkpointing insert between module names.
 _WRAPPERS = re.compile(r"\b(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-# Rotary frequencies follow from the config; old versions of transformers saved them.
+# Rotary frequencies are computed from the config; old versions of transformers saved them.
 _DERIVED = re.compile(r"rotary_emb\.(?:original_)?inv_freq$")
 
 
 @dataclass(frozen=True, slots=True)
 class LightningFile:
-    """What was found in a .ckpt.
+    """The content of a .ckpt file.
 
     Args:
-        weights: the model, with moments where their owners are known.
-        left_out: the tensors that `prefix` does not stand before, in words; empty: none.
-        why_no_moments: empty: they were found.
+        weights: the model, with moments if they can be assigned to parameters.
+        skipped: note on tensors without `prefix` in their names; empty if there are none.
+        why_no_moments: the reason for missing moments; empty if they were found.
     """
 
     weights: Weights
-    left_out: str
+    skipped: str
     why_no_moments: str
 
 
 def read_lightning_file(path: Path, config: Config, *, prefix: str | None = None) -> LightningFile:
-    """Read a .ckpt of Lightning, or a saved state dict, as a model of this config.
+    """Read a Lightning .ckpt, or a saved state dict, as a model with this config.
 
     Args:
-        prefix: what stands before the model's own names, such as `model.`; tensors that it does
-            not stand before are left out. By default it is found, and every tensor has to have
-            its place in the family's table.
+        path: the .ckpt file.
+        config: the model's config.
+        prefix: prefix of the model's parameter names, such as `model.`; tensors without it are
+            skipped. By default it is detected, and every tensor must belong to the model.
 
     Raises:
-        RequestError: `prefix` fits no tensor, or several models are in the file.
-        TritterError: the file is no checkpoint, holds objects that would have to be run to be
-            read, or tensors that are left over, missing or of another shape.
+        RequestError: no tensor has the prefix, or the file contains several models.
+        TritterError: the file is not a checkpoint, contains objects other than tensors and plain
+            data, or its tensors are unexpected, missing or of the wrong shape.
     """
     content = _load(path)
     tensors = _state_dict(path, content)
     family = family_of(config)
     embedding = family.logical_tensors(config)[0].disk_name
-    chosen = _prefix(path, tensors, embedding, given=prefix)
-    left_out = why_no_moments = ""
+    chosen = _prefix(path, tensors, embedding, requested=prefix)
+    skipped = why_no_moments = ""
     if prefix is not None and (others := [n for n in tensors if not n.startswith(chosen)]):
-        left_out = f"{len(others)} tensors outside '{prefix}' were left out: {_some(others)}"
+        skipped = f"{len(others)} tensors outside '{prefix}' were skipped: {_some(others)}"
         tensors = {name: value for name, value in tensors.items() if name.startswith(chosen)}
     stored = _matched(path, config, tensors, chosen)
     for name in family.tied_names(config):
@@ -85,7 +86,7 @@ def read_lightning_file(path: Path, config: Config, *, prefix: str | None = None
         moments = named_moments(content, tensors, stored=stored, prefix=chosen)
     except UnusableMoments as reason:
         moments = None
-        why_no_moments = f"the optimizer's state was left out: {reason}"
+        why_no_moments = f"the optimizer state was skipped: {reason}"
     weights = Weights(
         name=path.name,
         config=config,
@@ -93,63 +94,63 @@ def read_lightning_file(path: Path, config: Config, *, prefix: str | None = None
         dtype=lambda name: values[name].dtype,
         finish=lambda: file_digest(path),
         moments=moments,
-        places=(path,),
+        source_paths=(path,),
     )
-    return LightningFile(weights, left_out, why_no_moments)
+    return LightningFile(weights, skipped, why_no_moments)
 
 
 def _load(path: Path) -> Mapping[str, Any]:
     require_file(path, is_read_whole=False)
-    # torch never packs what it writes, and an archive that has to be unpacked may be endless
-    if is_zipfile(path):  # otherwise of torch before 1.6, or damaged, which its reader says
+    # torch.save never compresses, and a compressed archive could be a zip bomb
+    if is_zipfile(path):  # other files are from torch before 1.6, or torch.load rejects them
         with suppress(BadZipFile), ZipFile(path) as archive:
             for entry in archive.infolist():
                 if entry.compress_type != ZIP_STORED:
                     raise TritterError(
-                        f"{path} is a packed archive ({entry.filename}: {entry.compress_size} "
-                        f"bytes unpack to {entry.file_size}); torch.save packs nothing."
+                        f"{path} is a compressed archive ({entry.filename}: {entry.compress_size} "
+                        f"bytes expand to {entry.file_size}); torch.save never compresses."
                     )
     try:
         try:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError:  # files of torch before 1.6 cannot be mapped
+        except RuntimeError:  # files from torch before 1.6 cannot be memory-mapped
             content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise TritterError(f"{path} cannot be read ({error.strerror or error}).") from error
-    # A hostile or cut-off pickle makes the unpickler raise whatever its bytes lead it to
+    # A malicious or truncated pickle can make the unpickler raise any exception
     except Exception as error:
         try:
             objects = get_unsafe_globals_in_checkpoint(path)
-        # As above: this reads the same bytes, and runs nothing either
+        # As above: this parses the same bytes and executes nothing either
         except Exception:
             objects = re.findall(r"GLOBAL (\S+)", str(error))
-        if objects:  # torch's own words advise to run what the file holds
+        if objects:  # torch's own message suggests executing the file's code
             raise TritterError(
-                f"{path} holds objects beside tensors and plain data, which would have to be run "
-                f"to be read: {_some(sorted(set(objects)))}. Nothing was run. Where the file can "
-                "be trusted, load it and save its state_dict alone: "
+                f"{path} contains objects other than tensors and plain data, which execute code "
+                f"when loaded: {_some(sorted(set(objects)))}. Nothing was executed. If you trust "
+                "the file, load it and save only its state_dict: "
                 "torch.save(checkpoint['state_dict'], PATH)."
             ) from error
         what = re.search(r"WeightsUnpickler error: ([^\n]+)", str(error))
         reason = (what[1] if what else str(error).partition("\n")[0]).strip()
         raise TritterError(
-            f"{path} is not a checkpoint, or a damaged one ({reason or 'it is empty'})."
+            f"{path} is not a checkpoint, or is damaged ({reason or 'it is empty'})."
         ) from error
     if not isinstance(content, Mapping):
-        raise TritterError(f"{path} is not a checkpoint: it holds a {type(content).__name__}.")
+        raise TritterError(f"{path} is not a checkpoint: it contains a {type(content).__name__}.")
     return content
 
 
 def _state_dict(path: Path, content: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return the tensors of a model by name: Lightning's `state_dict`, or the whole content."""
-    held = content.get("state_dict", content)
-    if not isinstance(held, Mapping) or not held:
-        raise TritterError(f"{path} holds no state_dict.")
-    # What a module says of itself beside its tensors, under the name that torch gives to it
-    held = {n: value for n, value in held.items() if not str(n).endswith("_extra_state")}
+    """Return the tensors of a model by name, from Lightning's `state_dict` or the whole content."""
+    found = content.get("state_dict", content)
+    if not isinstance(found, Mapping) or not found:
+        raise TritterError(f"{path} contains no state_dict.")
+    # `Module.get_extra_state` is not a tensor of the model
+    found = {n: value for n, value in found.items() if not str(n).endswith("_extra_state")}
     wrong = [
         str(name)
-        for name, value in held.items()
+        for name, value in found.items()
         if not isinstance(name, str)
         or not isinstance(value, Tensor)
         or value.layout != torch.strided
@@ -157,34 +158,36 @@ def _state_dict(path: Path, content: Mapping[str, Any]) -> dict[str, Tensor]:
     ]
     if wrong:
         raise TritterError(
-            f"{path} holds no state_dict: there are {_some(sorted(wrong))} beside tensors of "
-            "numbers."
+            f"{path} contains no state_dict: {_some(sorted(wrong))} are not plain dense tensors."
         )
-    named = {_WRAPPERS.sub("", name): value for name, value in held.items()}
+    named = {_WRAPPERS.sub("", name): value for name, value in found.items()}
     return {name: value for name, value in named.items() if not _DERIVED.search(name)}
 
 
-def _prefix(path: Path, tensors: Mapping[str, Tensor], anchor: str, *, given: str | None) -> str:
-    """Return what stands before the model's names, from where its embedding is found."""
+def _prefix(
+    path: Path, tensors: Mapping[str, Tensor], anchor: str, *, requested: str | None
+) -> str:
+    """Return the prefix of the model's parameter names, found by the name of its embedding."""
     found = [name.removesuffix(anchor) for name in tensors if name.endswith(anchor)]
     found = [prefix for prefix in found if not prefix or prefix.endswith(".")]
-    if given is not None:
-        wanted = given if not given or given.endswith(".") else given + "."
+    if requested is not None:
+        wanted = requested if not requested or requested.endswith(".") else requested + "."
         if wanted in found:
             return wanted
         raise RequestError(
-            f"--prefix = {given}: {path} holds no {wanted}{anchor}; there are "
-            f"{', '.join(map(repr, found)) or 'no embeddings at all'}.{did_you_mean(wanted, found)}"
+            f"--prefix = {requested}: {path} contains no {wanted}{anchor}; its prefixes are "
+            f"{', '.join(map(repr, found)) or 'unknown'}.{did_you_mean(wanted, found)}"
         )
     if len(found) == 1:
         return found[0]
     if found:
         raise RequestError(
-            f"{path} holds {len(found)} models, under {', '.join(map(repr, found))}; --prefix says "
-            "which is meant."
+            f"{path} contains {len(found)} models with the prefixes {', '.join(map(repr, found))}; "
+            "choose one with --prefix."
         )
     raise TritterError(
-        f"{path} holds no tensor whose name ends in {anchor}; it holds {_some(list(tensors))}."
+        f"{path} contains no tensor whose name ends with {anchor}; it contains "
+        f"{_some(list(tensors))}."
     )
 
 
@@ -196,17 +199,19 @@ def _matched(
     try:
         stored = match(config, [*names, *elsewhere])
     except TritterError as error:
-        hint = f" (--prefix {prefix} leaves out what stands elsewhere)" if elsewhere else ""
+        hint = f" (--prefix {prefix} skips tensors without that prefix)" if elsewhere else ""
         raise TritterError(f"{path}: {error}{hint}") from error
     for tensor in stored:
         found = tuple(tensors[prefix + tensor.name].shape)
         if found != tensor.shape:
             raise TritterError(
-                f"{path}: {tensor.name} has shape {found}, but the config asks for {tensor.shape}."
+                f"{path}: {tensor.name} has shape {found}, but the config requires {tensor.shape}."
             )
         if not tensors[prefix + tensor.name].is_floating_point():
             dtype = tensors[prefix + tensor.name].dtype
-            raise TritterError(f"{path}: {tensor.name} is of type {dtype}.")
+            raise TritterError(
+                f"{path}: {tensor.name} has dtype {dtype}; allowed are floating-point dtypes."
+            )
     return stored
 
 
@@ -215,14 +220,14 @@ def _some(names: list[str], limit: int = 5) -> str:
     return shown if len(names) <= limit else f"{shown}, … ({len(names) - limit} more)"
 
 
-# Whose moments are whose: an optimizer's state keeps no names, only positions. Positions are given
-# names only where one order explains all of them: that of the model's own parameters, in one group,
-# or in two with matrices in one and vectors in the other, as decay and no decay are often parted.
-# Each shape is checked. Elsewhere the moments are left out, and why.
+# Assigning moments to parameters: an optimizer's state has positions instead of names. Positions
+# are named only if the model's parameter order explains all of them, with a single group or with
+# one group of matrices and one of vectors, the usual split for weight decay. Every shape is
+# checked. Otherwise the moments are skipped and the reason is reported.
 
 
 class UnusableMoments(Exception):
-    """The optimizer's state cannot be used; says why."""
+    """The optimizer state cannot be used; the message is the reason."""
 
 
 def named_moments(
@@ -235,28 +240,29 @@ def named_moments(
     """Return Adam's moments of a Lightning checkpoint by name on disk.
 
     Args:
-        content: of the whole file.
-        tensors: its model's tensors, named as in the file, in the file's order.
-        stored: what they are.
-        prefix: what stands before the model's own names.
+        content: the content of the file.
+        tensors: the model's tensors by name, in the file's order.
+        stored: their specifications.
+        prefix: prefix of the model's parameter names.
 
     Raises:
-        MomentsLeftOut: there are none, they are not Adam's, or their owners are not certain.
+        UnusableMoments: there are no moments, they are not Adam's, or they can't be assigned to
+            parameters.
     """
     optimizers = content.get("optimizer_states")
     if not isinstance(optimizers, Sequence) or optimizers in ([], [{}]):
-        raise UnusableMoments("the file holds none")
+        raise UnusableMoments("the file contains none")
     if len(optimizers) > 1:
-        raise UnusableMoments(f"the file holds {len(optimizers)} optimizers")
+        raise UnusableMoments(f"the file contains {len(optimizers)} optimizers")
     try:
         groups = [[int(at) for at in group["params"]] for group in optimizers[0]["param_groups"]]
         state = dict(optimizers[0]["state"])  # position → moments
     except (KeyError, TypeError, ValueError) as error:
-        raise UnusableMoments("it is not laid out as torch's optimizers are") from error
-    if not all(isinstance(held, Mapping) for held in state.values()):
-        raise UnusableMoments("it is not laid out as torch's optimizers are")
+        raise UnusableMoments("its format is not that of torch's optimizers") from error
+    if not all(isinstance(moments, Mapping) for moments in state.values()):
+        raise UnusableMoments("its format is not that of torch's optimizers")
     owned = {prefix + tensor.name for tensor in stored}
-    names = [name for name in tensors if name in owned]  # a tied head is no parameter of its own
+    names = [name for name in tensors if name in owned]  # a tied head is not a separate parameter
     matrices = [name for name in names if tensors[name].ndim >= 2]
     vectors = [name for name in names if tensors[name].ndim < 2]
     sizes = [len(group) for group in groups]
@@ -264,8 +270,8 @@ def named_moments(
     owners = next((split for split in splits if [*map(len, split)] == sizes), None)
     if owners is None:
         raise UnusableMoments(
-            f"its groups of {', '.join(map(str, sizes))} parameters are neither all {len(names)} "
-            f"of the model nor its {len(matrices)} matrices and {len(vectors)} vectors"
+            f"its groups have {', '.join(map(str, sizes))} parameters, but the model has "
+            f"{len(names)}: {len(matrices)} matrices and {len(vectors)} vectors"
         )
     by_name = {
         name: state[position]
@@ -276,26 +282,26 @@ def named_moments(
     kinds: dict[str, dict[str, Tensor]] = {kind: {} for kind in MOMENTS}
     steps = set()
     for tensor in stored:
-        held = by_name.get(prefix + tensor.name)
-        if held is None:
+        own = by_name.get(prefix + tensor.name)
+        if own is None:
             continue
         for kind in MOMENTS:
-            moment = held.get(kind)
+            moment = own.get(kind)
             if not isinstance(moment, Tensor) or not moment.is_floating_point():
-                raise UnusableMoments(f"it is not Adam's: it holds {', '.join(map(str, held))}")
+                raise UnusableMoments(f"it is not Adam's; its keys are {', '.join(map(str, own))}")
             if tuple(moment.shape) != tensor.shape:
                 raise UnusableMoments(
                     f"its order is not the model's: {tensor.name} of shape {tensor.shape} would "
                     f"get moments of shape {tuple(moment.shape)}"
                 )
             if not is_finite(moment):
-                raise UnusableMoments(f"{kind} of {tensor.name} holds values that are not finite")
+                raise UnusableMoments(f"{kind} of {tensor.name} has values that are not finite")
             for part, value in tensor.unpack(moment):
                 kinds[kind][part.disk_name] = value
         try:
-            steps.add(int(held["step"]))
+            steps.add(int(own["step"]))
         except (KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
-            raise UnusableMoments("it does not say after how many steps it stands") from error
+            raise UnusableMoments("it has no valid step count") from error
     if len(steps) != 1:
         counts = f"from {min(steps)} to {max(steps)}" if steps else "none"
         raise UnusableMoments(f"its parameters do not share one step count ({counts})")

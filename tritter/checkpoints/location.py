@@ -1,7 +1,7 @@
-"""Where checkpoints are and may be written, and what may be replaced there: a checkpoint alone.
+"""Input and output locations of checkpoints. Only a checkpoint folder may be replaced.
 
-Every command and library function that writes where a person says so asks here, before anything is
-read at length, moved or deleted.
+Every command and library function with a user-supplied output path calls `check_output` before it
+reads much, moves or deletes anything.
 """
 
 import os
@@ -40,23 +40,24 @@ def check_output(
     overwrite: bool,
     check: Callable[[Path], None] | None = None,
 ) -> None:
-    """Refuse a place where a checkpoint may not be written.
+    """Reject an output path where a checkpoint may not be written.
 
     Args:
-        sources: folders and files that it is made from.
-        check: raises where a folder that stands there may not be replaced; `check_replaceable` by
-            default.
+        target: the output path.
+        sources: input folders and files.
+        overwrite: allow an existing checkpoint at `target`.
+        check: raises if an existing folder may not be replaced; `check_replaceable` by default.
 
     Raises:
-        RequestError: it is a source, lies in one or holds one; something stands there and
-            `overwrite` is off, or something else than a checkpoint stands there.
+        RequestError: `target` is a source, is in one or contains one, exists although `overwrite`
+            is off, or is not a checkpoint.
     """
     refuse_existing(target, overwrite=overwrite)
     for source in sources:
         if is_within(target, source):
             raise RequestError(
-                f"{target} is {source}, which the result is made from, or lies in it; a result "
-                "stands beside its source, neither in it nor in its place."
+                f"{target} is the source {source} or is in it. Choose an output folder outside "
+                "the source."
             )
         if is_within(source, target):
             raise _holds_source(target, source)
@@ -65,12 +66,12 @@ def check_output(
 
 
 def check_replaceable(folder: Path, *, sources: Sequence[Path] = ()) -> None:
-    """Refuse to replace a folder that is or holds anything but one checkpoint.
+    """Reject a folder that contains anything other than one checkpoint.
 
-    Opens nothing but its tritter.json, and follows no link.
+    Reads only tritter.json and follows no links.
 
     Raises:
-        RequestError: says what else is there.
+        RequestError: the folder contains other files, or no checkpoint.
     """
     for source in sources:
         if is_within(source, folder):
@@ -83,8 +84,7 @@ def check_replaceable(folder: Path, *, sources: Sequence[Path] = ()) -> None:
         strays = sorted(_strays(folder, listed))
     except TritterError as error:
         raise RequestError(
-            f"{folder} is not replaced: what else than a checkpoint it may hold is not known. "
-            f"{error}"
+            f"{folder} is not replaced, because its content can't be checked. {error}"
         ) from error
     except OSError as error:
         raise RequestError(f"{folder} cannot be read: {error.strerror or error}.") from error
@@ -92,8 +92,8 @@ def check_replaceable(folder: Path, *, sources: Sequence[Path] = ()) -> None:
         shown = ", ".join(strays[:_MAX_SHOWN])
         more = f" and {len(strays) - _MAX_SHOWN} more" if len(strays) > _MAX_SHOWN else ""
         raise RequestError(
-            f"{folder} holds more than a checkpoint, and is not replaced: {shown}{more}. Choose "
-            "another place, or move them away."
+            f"{folder} is not replaced, because it contains other files: {shown}{more}. Choose "
+            "another folder, or move them away."
         )
     if listed is not None:
         return
@@ -101,36 +101,35 @@ def check_replaceable(folder: Path, *, sources: Sequence[Path] = ()) -> None:
     has_shards = INDEX_NAME in names and any(_SHARD.fullmatch(name) for name in names)
     if "config.json" not in names or not (SINGLE_NAME in names or has_shards):
         raise RequestError(
-            f"{folder} holds no checkpoint (config.json and {SINGLE_NAME}), and nothing else is "
-            "replaced. Choose another place."
+            f"{folder} is not replaced, because it contains no checkpoint (config.json and "
+            f"{SINGLE_NAME}). Choose another folder."
         )
 
 
 def _holds_source(target: Path, source: Path) -> RequestError:
     return RequestError(
-        f"{target} holds {source}, which the result is made from; a result stands beside its "
-        "source, neither in it nor in its place."
+        f"{target} contains the source {source}. Choose an output folder outside the source."
     )
 
 
 def is_within(path: Path, folder: Path) -> bool:
-    """Say whether a path is a folder or lies in it, however the two are spelled."""
+    """Return True if a path is a folder or is in it, regardless of spelling and links."""
     try:
         wanted = folder.stat()
-        place = path.resolve()
-    except (OSError, ValueError, RuntimeError):  # what is not there holds nothing
+        resolved = path.resolve()
+    except (OSError, ValueError, RuntimeError):  # a missing folder contains nothing
         return False
-    for above in (place, *place.parents):
+    for above in (resolved, *resolved.parents):
         try:
             if os.path.samestat(above.stat(), wanted):
                 return True
-        except OSError:  # it is yet to be made
+        except OSError:  # does not exist yet
             continue
     return False
 
 
 def _strays(folder: Path, listed: set[str] | None, above: str = "") -> Iterator[str]:
-    """Yield what is no file of the checkpoint; of a folder that has no business there its name."""
+    """Yield names that do not belong to the checkpoint; for a foreign folder only its name."""
     states = {f"{STATE_FOLDER}/{kind}" for kind in STATE_KINDS}
     for entry in os.scandir(folder):
         name = above + entry.name
@@ -154,14 +153,14 @@ def _strays(folder: Path, listed: set[str] | None, above: str = "") -> Iterator[
             yield f"{name}/" if stat.S_ISDIR(mode) else name
 
 
-# What can be known of a checkpoint folder from its file names and config.json alone
+# Checks of a checkpoint folder that need only its file names and config.json
 
 
 def checkpoint_location(path: str, *, key: str = "model.path") -> str:
-    """Return the absolute path of a checkpoint folder; a hub id stays as it is.
+    """Return the absolute path of a checkpoint folder, or a hub id unchanged.
 
     Raises:
-        RequestError: neither a folder nor the form of a hub id.
+        RequestError: the value is neither a folder nor a valid hub id.
     """
     folder = named_path(path, key=key)
     if folder.is_dir():
@@ -170,7 +169,7 @@ def checkpoint_location(path: str, *, key: str = "model.path") -> str:
         raise refused(key, path, "it is a file; a checkpoint is a folder")
     if not _HUB_ID.fullmatch(path):
         near = [entry.name for entry in folder.parent.iterdir()] if folder.parent.is_dir() else []
-        reason = f"no such folder, and no hub id (owner/name).{did_you_mean(folder.name, near)}"
+        reason = f"no such folder, and not a hub id (owner/name).{did_you_mean(folder.name, near)}"
         raise refused(key, path, reason.removesuffix("."))
     return path
 
@@ -178,11 +177,16 @@ def checkpoint_location(path: str, *, key: str = "model.path") -> str:
 def checkpoint_config(
     path: str, *, key: str = "model.path", with_experts: bool = False
 ) -> Config | None:
-    """Return the config.json of a checkpoint folder that can be trained on; None for a hub id.
+    """Return the config of a checkpoint folder to train; None for a hub id.
+
+    Args:
+        path: folder or hub id.
+        key: the key that named it.
+        with_experts: allow LoRA experts, which training would drop.
 
     Raises:
-        RequestError: no usable config.json, an unknown family, weights that are not in
-            safetensors, no tokenizer.json, or experts, which a training would leave behind.
+        RequestError: config.json is unusable, the family is unknown, weights are not in
+            safetensors, tokenizer.json is missing, or the folder contains experts.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -194,24 +198,26 @@ def checkpoint_config(
         raise refused(key, path, str(error).rstrip(".")) from error
     if not any(folder.glob("*.safetensors")):
         pickles = sorted(file.name for kind in _PICKLES for file in folder.glob(kind))
-        reason = "it holds no safetensors"
+        reason = "it contains no safetensors files"
         if pickles:
-            reason += f", and {', '.join(pickles)} may run code when loaded; save it with "
+            reason += f", and {', '.join(pickles)} may run code when loaded; convert it with "
             reason += "save_pretrained of transformers first"
         raise refused(key, path, reason)
     if not (folder / "tokenizer.json").is_file():
-        reason = "it holds no tokenizer.json; save its tokenizer there with save_pretrained of "
+        reason = "it contains no tokenizer.json; save its tokenizer there with save_pretrained of "
         raise refused(key, path, f"{reason}transformers")
     if not with_experts:
-        refuse_experts(folder, doing="a training", key=key)
+        refuse_experts(folder, doing="training", key=key)
     return config
 
 
 def teacher_problems(teacher: str, source: Config | None, *, key: str) -> Iterator[Problem]:
-    """Yield why a teacher can't be learned from, as far as its config.json says.
+    """Yield the problems of a teacher that its config.json shows.
 
     Args:
-        source: that of the model that learns; None where its vocabulary is not known yet.
+        teacher: folder or hub id of the teacher.
+        source: config of the student; None if its vocabulary is not known yet.
+        key: the key that named the teacher.
     """
     try:
         config = checkpoint_config(checkpoint_location(teacher, key=key), key=key)
@@ -222,17 +228,17 @@ def teacher_problems(teacher: str, source: Config | None, *, key: str) -> Iterat
         return
     if config["vocab_size"] != source["vocab_size"]:
         reason = (
-            f"it has {config['vocab_size']} tokens, the model that the run starts from "
-            f"{source['vocab_size']}; must be a teacher with the same tokenizer"
+            f"its vocabulary has {config['vocab_size']} tokens, that of the trained model "
+            f"{source['vocab_size']}; allowed is a teacher with the same tokenizer"
         )
         yield Problem(key, teacher, reason=reason)
 
 
 def state_kinds_of(folder: Path) -> set[str]:
-    """Return the kinds of state that lie beside a checkpoint's weights.
+    """Return the kinds of training state in a checkpoint.
 
     Raises:
-        TritterError: what says so is damaged.
+        TritterError: `state/state.json` is damaged.
     """
     path = folder / _STATE_HEAD
     return set(read_record(path, StateHead).kinds) if path.exists() else set()

@@ -1,4 +1,4 @@
-"""Records in checkpoint and run folders: lineage, training state, ledger. Plain data."""
+"""JSON records in checkpoint and run folders: lineage, training state and ledger."""
 
 from collections.abc import Mapping
 from dataclasses import field
@@ -20,22 +20,22 @@ _Layer = Annotated[int, Field(ge=0, lt=MAX_LAYERS)]
 
 @record
 class ExpansionRecord:
-    """One expansion, and what the training after it made of it.
+    """One expansion, with the results of the training run after it.
 
     Args:
         timestamp: UTC, ISO 8601.
         expansion_type: depth, width, moe, growth or experts.
-        method: the option's name, such as `llama_pro`.
-        options: the method's options as given.
-        seed: what random fills and choices were drawn from.
-        source_config: config.json before.
-        target_config: config.json after.
-        layer_sources: the source layer of every target layer.
-        map_digest: SHA-256 of the parameter map; the map itself follows from the entries above.
-        claims_exact: the method claims to preserve the function.
-        step0_error: measured max |Δ logits| / std(logits) of the whole expansion, when measured.
-        continued_training_steps: optimizer steps taken after it, once gated.
-        performance_delta: domain → relative change of the loss per byte, once gated.
+        method: method name, such as `llama_pro`.
+        options: options of the method, as requested.
+        seed: seed of random initialisation and choices.
+        source_config: config.json before the expansion.
+        target_config: config.json after the expansion.
+        layer_sources: source layer of every target layer.
+        map_digest: SHA-256 of the parameter map, which can be rebuilt from the fields above.
+        claims_exact: True if the method claims to preserve the function.
+        step0_error: max |Δ logits| / std(logits) of the whole expansion, if measured.
+        continued_training_steps: optimizer steps after the expansion, set by the gate.
+        performance_delta: domain → relative change of the loss per byte, set by the gate.
     """
 
     timestamp: Text
@@ -55,13 +55,15 @@ class ExpansionRecord:
 
 @record
 class LearnedDomain:
-    """A domain that a lineage was trained on.
+    """A data domain that a checkpoint was trained on.
 
     Args:
-        origin: in words.
-        num_documents: of all its documents; `num_bytes` and `sha256` likewise.
-        paths: where it was; none where that was not recorded.
-        text_field: of its records.
+        origin: description of the data source.
+        num_documents: number of documents.
+        num_bytes: size of all documents.
+        sha256: checksum of all documents.
+        paths: recorded paths of the data; empty if unknown.
+        text_field: field of the records with the text.
     """
 
     origin: str = ""
@@ -78,24 +80,24 @@ class Lineage:
 
     Args:
         model_hash: Merkle hash over the tensors.
-        parent_hash: the model hash of the checkpoint that this one was made from.
-        parent_path: where the parent lay, relative to this folder; a hint, the hash decides.
-        parent_tensor_digests: tensor name → SHA-256 of a parent that keeps no lineage itself.
-        parent_file_digests: the same of the files beside its tensors.
-        base_model_hash: the model hash at the start of the chain.
+        base_model_hash: model hash at the start of the chain.
         tensor_digests: tensor name → SHA-256.
-        file_digests: file name → SHA-256 of everything else in the folder.
+        file_digests: file name → SHA-256 of all other files in the folder.
+        parent_hash: model hash of the parent checkpoint.
+        parent_path: path of the parent relative to this folder. Only a hint: the hash decides.
+        parent_tensor_digests: tensor name → SHA-256 for a parent without a lineage.
+        parent_file_digests: file name → SHA-256 for a parent without a lineage.
         expansion_history: every expansion since the base, oldest first.
-        step: optimizer steps of the last training.
-        epoch: passes over its new data that the last training completed.
-        best_loss: lowest mean loss over the new domains' validation documents, nats per token.
+        step: optimizer steps of the last training run.
+        epoch: completed epochs of the last training run over its new data.
+        best_loss: lowest mean validation loss over the new domains, in nats per token.
         benchmark_scores: domain or task → score.
-        training_config: what the last training was told, with data sources and their hashes.
-        split: how texts are held out, the same in all trainings; None before the first one.
-        domains: name → every domain that this checkpoint or an ancestor learned, oldest first.
-        stock_loadable: `yes`, or `after adaptation` while appended experts are not wholly open:
-            until then stock classes load the tensors and compute something else.
-        ffn_sizes: width of each layer's FFN where they differ; the files are padded to the widest.
+        training_config: config of the last training run, with data sources and their hashes.
+        split: validation split, shared by all training runs; None before the first one.
+        domains: name → domain learned by this checkpoint or an ancestor, oldest first.
+        stock_loadable: `yes`, or `after adaptation` until appended experts are fully open. Until
+            then stock classes load the tensors but compute a different function.
+        ffn_sizes: FFN width of each layer if widths differ; the files are padded to the widest.
     """
 
     FORMAT: ClassVar[str] = "lineage"
@@ -122,7 +124,7 @@ class Lineage:
 
 @record
 class StateRule:
-    """How a kind of state follows a map, as a checkpoint states it; see `StateKind`."""
+    """The rule by which an expansion maps a kind of state; see `StateKind`."""
 
     quantity: Literal[
         "weight", "gradient", "squared_gradient", "path_integral", "penalty", "displacement"
@@ -135,10 +137,10 @@ class StateHead:
     """The content of `state/state.json`.
 
     Args:
-        step: optimizer steps behind the state.
-        kinds: what there is, each in a folder of its name.
-        other_steps: name on disk → steps, of parameters that have another number of them.
-        rules: how kinds follow a map that are not Tritter's own.
+        step: optimizer steps taken so far.
+        kinds: kinds of state, each in a subfolder of the same name.
+        other_steps: name on disk → steps of parameters with a different step count.
+        rules: kind → mapping rule, for kinds not built into Tritter.
     """
 
     FORMAT: ClassVar[str] = "training state"
@@ -151,12 +153,14 @@ class StateHead:
 
 @record
 class StageRecord:
-    """A finished stage of a run, as its ledger has it.
+    """A finished stage in a run's ledger.
 
     Args:
         found: fields of the stage's own record.
-        left: place in the run folder → digest of what the stage left there.
-        disk: kind → the most bytes of it in the run folder during the stage.
+        flops: stage name in reports → FLOPs.
+        seconds: stage name in reports → wall time in seconds.
+        left: path in the run folder → digest of an output of the stage.
+        disk: kind → peak disk usage in the run folder during the stage, in bytes.
     """
 
     found: Mapping[str, Any]
@@ -171,9 +175,9 @@ class LedgerRecord:
     """The content of `ledger.json` in a run folder.
 
     Args:
-        stages: finished ones, in the order in which they ended.
-        removed: places whose weights no later stage needs.
-        released: places whose weights can be made again, and may be gone.
+        stages: finished stages, in order of completion.
+        removed: paths of checkpoints whose weights no later stage needs.
+        released: paths of checkpoints whose weights can be recomputed and may be deleted.
     """
 
     FORMAT: ClassVar[str] = "ledger"
@@ -184,10 +188,7 @@ class LedgerRecord:
 
 
 def training_record(training_config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the keys of `training`, or of a base's `pretraining`, that a lineage records.
-
-    Empty where it records neither.
-    """
+    """Return the `training` section of a lineage, or a base's `pretraining`; empty without both."""
     made_from = training_config.get("made_from")
     base = made_from.get("pretraining") if isinstance(made_from, Mapping) else None
     found = training_config.get("training", base)

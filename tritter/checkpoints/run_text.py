@@ -1,6 +1,7 @@
-"""The text of a run: what is old, what is new, and the split that both come under.
+"""The data of a run: old and new domains, and the validation split of both.
 
-A checkpoint of ours says what it learned: all of that is old from then on, and its split goes on.
+A Tritter checkpoint records the domains that it learned. A run that starts from it treats them as
+old data and keeps the recorded split.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -28,18 +29,22 @@ from tritter.data.sources import CHECKED_BYTES, quick_pieces, recorded_paths, so
 from tritter.data.split import SplitRule, one_sided
 from tritter.errors import Problem, RequestError, TritterError, key_name
 
-DEFAULT_FRACTION = 0.2  # of a split that begins; a lineage's own goes on
+DEFAULT_FRACTION = 0.2  # for a new split; a lineage keeps its own
 Texts = Callable[[], Iterable[str]] | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DomainText:
-    """One domain of a run: where its text lies, and how it is read.
+    """One data domain of a run: its location and how to read it.
 
     Args:
-        key: what named it, for messages.
-        texts: yields its texts, where no path says where they lie.
-        is_streamed: data sets of the hub are read as they come, not fetched first.
+        name: name of the domain.
+        key: config key that defines it, for messages.
+        is_old: True if the domain was learned before this run.
+        paths: files and folders of its documents.
+        text_field: field of the records with the text.
+        texts: yields the documents of a domain without paths.
+        is_streamed: stream datasets from the hub instead of downloading them first.
     """
 
     name: str
@@ -53,15 +58,15 @@ class DomainText:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunText:
-    """All text of a run.
+    """All data of a run.
 
     Args:
-        split: of the lineage, or the one that begins here.
-        domains: old ones first.
-        tasks: what is learned one after the other, each as the names of its domains.
-        learned: name → what the checkpoint learned before.
-        kept: sequences beside the checkpoint, of what it learned and the run has no text of.
-        notes: what is worth telling, a sentence each.
+        split: validation split of the lineage, or a new one.
+        domains: old domains first.
+        tasks: tasks in training order, each as the names of its domains.
+        learned: name → domain that the checkpoint learned before.
+        kept: sequences stored in the checkpoint for learned domains whose data the run lacks.
+        notes: sentences to print.
     """
 
     split: SplitRule
@@ -80,18 +85,19 @@ class RunText:
         return tuple(domain.name for domain in self.domains if not domain.is_old)
 
 
-def run_text(given: str | None, data: DataConfig, *, seed: int) -> RunText:
-    """Return what a run's text is, given the checkpoint that it starts from.
+def run_text(checkpoint: str | None, data: DataConfig, *, seed: int) -> RunText:
+    """Resolve the data of a run that starts from a checkpoint.
 
     Args:
-        given: folder or hub id of the checkpoint; None: there is none.
-        seed: of the run; the split's own where a split begins.
+        checkpoint: folder or hub id of the checkpoint; None for a new model.
+        data: the data config.
+        seed: seed of the run, also used for a new split.
 
     Raises:
-        RequestError: the lineage can't be read, its split would be left, or text that it learned
-            is not at hand and `data.old` names none.
+        RequestError: the lineage can't be read, its split would change, or data that it learned
+            is unavailable and `data.old` does not replace it.
     """
-    lineage, kept = _learned(given)
+    lineage, kept = _learned(checkpoint)
     learned = {} if lineage is None else lineage.domains
     notes: list[str] = []
     split = _split(lineage, data, seed=seed, notes=notes)
@@ -99,13 +105,16 @@ def run_text(given: str | None, data: DataConfig, *, seed: int) -> RunText:
     names = {each.name for each in domains}
     rest = [name for name in learned if name not in names]
     kept = kept.without(names)
-    if stood_for := [name for name in rest if name in kept.sequences]:
+    if with_sequences := [name for name in rest if name in kept.sequences]:
         notes.append(
-            f"Sequences of {', '.join(stood_for)} lie beside the checkpoint; methods against "
-            "forgetting take them in place of text."
+            f"The checkpoint contains sequences of {', '.join(with_sequences)}; forgetting "
+            "mitigation uses them instead of the original data."
         )
-    if bare := [name for name in rest if name not in kept.sequences]:
-        notes.append(f"Nothing protects {', '.join(bare)}, which the checkpoint learned.")
+    if unprotected := [name for name in rest if name not in kept.sequences]:
+        notes.append(
+            f"No forgetting mitigation covers {', '.join(unprotected)}, which the checkpoint "
+            "learned."
+        )
     return RunText(
         split=split,
         domains=domains,
@@ -117,10 +126,10 @@ def run_text(given: str | None, data: DataConfig, *, seed: int) -> RunText:
 
 
 def side_problems(text: RunText) -> Iterator[Problem]:
-    """Yield the domains of which all documents would train, or all would validate.
+    """Yield the domains whose documents would all be on one side of the split.
 
-    Left to the run: a class that yields texts, as its code runs with the run alone, and what
-    `quick_pieces` doesn't read.
+    Domains without paths are checked by the run itself, since only the run may execute their
+    class. So are documents that `quick_pieces` does not read.
     """
     for domain in text.domains:
         if domain.texts is not None:
@@ -132,7 +141,7 @@ def side_problems(text: RunText) -> Iterator[Problem]:
             max_bytes=CHECKED_BYTES,
         )
         reason = None
-        with suppress(TextFileError, ByteLimitError):  # what can't be read, the run lists
+        with suppress(TextFileError, ByteLimitError):  # the run reports unreadable files
             if found is not None:
                 reason = one_sided(found, rule=text.split)
         if reason is not None:
@@ -140,11 +149,11 @@ def side_problems(text: RunText) -> Iterator[Problem]:
             yield Problem(domain.key, paths, reason=reason)
 
 
-def _learned(given: str | None) -> tuple[Lineage | None, KeptSequences]:
-    """Return what a checkpoint says of what it learned, and the sequences beside it."""
-    if given is None:
+def _learned(checkpoint: str | None) -> tuple[Lineage | None, KeptSequences]:
+    """Return a checkpoint's lineage and its stored sequences."""
+    if checkpoint is None:
         return None, KeptSequences()
-    folder = Path(given)
+    folder = Path(checkpoint)
     try:
         return read_lineage(folder) if folder.is_dir() else None, KeptSequences.read(folder)
     except TritterError as error:
@@ -152,26 +161,26 @@ def _learned(given: str | None) -> tuple[Lineage | None, KeptSequences]:
 
 
 def _split(lineage: Lineage | None, data: DataConfig, *, seed: int, notes: list[str]) -> SplitRule:
-    asked, held = data.validation_fraction, None if lineage is None else lineage.split
-    if held is None:
-        fraction = DEFAULT_FRACTION if asked is None else asked
+    requested, recorded = data.validation_fraction, None if lineage is None else lineage.split
+    if recorded is None:
+        fraction = DEFAULT_FRACTION if requested is None else requested
         return SplitRule(seed=seed, validation_fraction=fraction)
-    if asked is not None and asked != held.validation_fraction:
+    if requested is not None and requested != recorded.validation_fraction:
         reason = (
-            f"the checkpoint's lineage holds out {held.validation_fraction}; with another share "
-            "text that was held out would be trained on, or validate after it was trained on. "
-            "Leave it out"
+            f"the checkpoint's lineage uses {recorded.validation_fraction}; another fraction "
+            "would mix training and validation documents. Remove the key"
         )
-        raise RequestError(Problem("data.validation_fraction", asked, reason=reason))
-    if seed != held.seed:
+        raise RequestError(Problem("data.validation_fraction", requested, reason=reason))
+    if seed != recorded.seed:
         notes.append(
-            f"The split goes on with the lineage's seed {held.seed}; seed={seed} orders the data."
+            f"The split keeps the lineage's seed {recorded.seed}; seed={seed} only shuffles the "
+            "data."
         )
-    return held
+    return recorded
 
 
 class _Domains:
-    """The domains of a run, worked out from what was typed and what the checkpoint learned."""
+    """Resolves the domains of a run from the config and the checkpoint's lineage."""
 
     def __init__(
         self, learned: Mapping[str, LearnedDomain], data: DataConfig, notes: list[str]
@@ -184,27 +193,29 @@ class _Domains:
         self._is_streamed = isinstance(data, DatasetsConfig) and data.streaming
 
     def resolved(self) -> tuple[tuple[DomainText, ...], tuple[tuple[str, ...], ...]]:
-        """Return old domains, then new ones; and of each task the names of its domains.
+        """Return old and new domains, and the domain names of each task.
 
         Raises:
-            RequestError: learned text is not at hand, and no old text was typed.
+            RequestError: learned data is unavailable, and the config names no old data.
         """
         typed_new, typed_old = self._data.new_sources, self._data.old_sources
         new = self._typed(typed_new, is_old=False)
-        called = {typed: domain.name for typed, domain in zip(typed_new, new, strict=True)}
-        # What comes again in a later task alone is to be kept until then
-        again = {called[name] for name in self._data.task_sources[0] if name in called}
+        final_name = {typed: domain.name for typed, domain in zip(typed_new, new, strict=True)}
+        # A learned domain that only a later task trains on counts as old until then
+        first = self._data.task_sources[0]
+        again = {final_name[name] for name in first if name in final_name}
         old = [] if self._data.is_old_named else self._all_learned(without=again)
         named = {domain.name for domain in old}
         kept = self._typed(typed_old, is_old=True)
         for typed, domain in zip(typed_old, kept, strict=True):
-            called.setdefault(typed, domain.name)
+            final_name.setdefault(typed, domain.name)
             if domain.name in again:
                 self._notes.append(f"{domain.name} is trained on again, so it is not old.")
             elif domain.name not in named:
                 old.append(domain)
         named = {domain.name for domain in old}
-        tasks = tuple(tuple(called[name] for name in task) for task in self._data.task_sources)
+        sources = self._data.task_sources
+        tasks = tuple(tuple(final_name[name] for name in task) for task in sources)
         return (*old, *(domain for domain in new if domain.name not in named)), tasks
 
     def _typed(self, sources: TextSources, *, is_old: bool) -> list[DomainText]:
@@ -217,7 +228,7 @@ class _Domains:
                 known = unused_name(name, {**others, **typed})
             if known != name and known not in self._learned:
                 self._notes.append(
-                    f"The domain {name} is called {known}: another {name} was learned before."
+                    f"The domain {name} is renamed {known}: another {name} was learned before."
                 )
             typed[known] = DomainText(
                 name=known,
@@ -233,25 +244,25 @@ class _Domains:
     def _known_as(
         self, name: str, paths: tuple[str, ...], texts: Texts, *, is_old: bool
     ) -> str | None:
-        """Return the learned domain that a typed one is: of the same text, else the same place."""
+        """Return the name of the learned domain with the same text, or else with the same paths."""
         if not self._learned:
             return None
         if texts is None and all(map(is_built_in, paths)):
             return next((n for n, d in self._learned.items() if set(d.paths) == set(paths)), None)
-        # What can't be read is told with all that is wrong with the files
+        # Unreadable files are reported later, together with all other problems of the files
         with suppress(TextFileError):
             digest = _digest(paths, self._text_field, texts=texts, is_streamed=self._is_streamed)
             same_text = (n for n, domain in self._learned.items() if domain.sha256 == digest)
             if (known := next(same_text, None)) is not None:
                 return known
-        places = {paths}
+        spellings = {paths}
         with suppress(TextFileError):
-            places.add(recorded_paths(paths, key="data"))
-        same_place = (n for n, d in self._learned.items() if paths and d.paths in places)
+            spellings.add(recorded_paths(paths, key="data"))
+        same_paths = (n for n, d in self._learned.items() if paths and d.paths in spellings)
         is_named = is_old and name in self._learned
-        found = next(same_place, name if is_named else None)
+        found = next(same_paths, name if is_named else None)
         if found is not None:
-            self._notes.append(f"The text of {found} has changed since the checkpoint learned it.")
+            self._notes.append(f"The data of {found} has changed since the checkpoint learned it.")
         return found
 
     def _all_learned(self, *, without: set[str]) -> list[DomainText]:
@@ -263,21 +274,21 @@ class _Domains:
         wrong = [f"{name} can't be used: {why}" for name, why in problems.items() if why]
         if wrong:
             key = "data.old" if self._is_text else "data"
-            advice = "name what is to be kept, data.old=PATHS, or nothing, data.old={}"
+            advice = "set data.old=PATHS to name the old data, or data.old={} for none"
             if not self._is_text:
                 advice = f"with data=text {advice}"
-            reason = f"of the text that the checkpoint learned {'; '.join(wrong)}"
+            reason = f"the checkpoint learned data that is unavailable: {'; '.join(wrong)}"
             value = None if self._is_text else "stdlib"
             raise RequestError(Problem(key, value, reason=reason, advice=advice))
         if domains:
             self._notes.append(
-                f"Old text as the checkpoint recorded it, with its split: {', '.join(domains)}."
+                f"Old data and split from the checkpoint's lineage: {', '.join(domains)}."
             )
         for name, domain in domains.items():
-            here = built_in_origin(domain.paths)
-            if all(map(is_built_in, domain.paths)) and domain.origin not in ("", here):
+            current = built_in_origin(domain.paths)
+            if all(map(is_built_in, domain.paths)) and domain.origin not in ("", current):
                 self._notes.append(
-                    f"Its {name} was that of {domain.origin}; here it is that of {here}."
+                    f"The checkpoint learned {name} from {domain.origin}; this run uses {current}."
                 )
         return [
             DomainText(
@@ -293,9 +304,9 @@ class _Domains:
 
 
 def _problem(domain: LearnedDomain, *, is_streamed: bool = False) -> str | None:
-    """Return why a recorded domain does not hold what it held; None when it does."""
+    """Return the reason why a recorded domain is unavailable or changed, or None."""
     if not domain.paths:
-        return "the record does not say where it lay"
+        return "its paths were not recorded"
     try:
         if all(map(is_built_in, domain.paths)):
             for path in domain.paths:

@@ -1,4 +1,4 @@
-"""A checkpoint folder opened for reading: matched to its family, hashed while it is read."""
+"""Read a checkpoint folder: match it to its model family and hash tensors during reading."""
 
 from __future__ import annotations
 
@@ -34,14 +34,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint folder that is opened once: each of its records and headers is read once.
+    """An open checkpoint folder. Records and headers are read once.
 
-    Its tensors are read by logical name, one at a time.
+    Tensors are read by logical name, one at a time.
 
     Args:
-        config: of its model.
-        lineage: its tritter.json; None for a plain Hugging Face folder.
-        digests: of the tensors, computed while they are read.
+        folder: the checkpoint folder.
+        config: the model's config.
+        lineage: content of tritter.json; None for a plain Hugging Face folder.
+        digests: digests of the tensors, computed while they are read.
     """
 
     folder: Path
@@ -51,15 +52,17 @@ class Source:
 
     @classmethod
     def open(cls, folder: Path, config: Config, *, has_lineage: bool = True) -> Source:
-        """Open a folder from anywhere and check it against its config and its lineage.
+        """Open a folder and check it against its config and its lineage.
 
         Args:
-            has_lineage: False takes it for a plain folder, whatever tritter.json says.
+            folder: the checkpoint folder.
+            config: the model's config.
+            has_lineage: False ignores tritter.json and treats the folder as a plain one.
 
         Raises:
-            RequestError: the family is not known.
-            TritterError: files are damaged or missing, tensors are left over, missing or of
-                another shape, or files beside them changed since the lineage was written.
+            RequestError: the model family is unknown.
+            TritterError: files are damaged or missing, tensors are unexpected, missing or of the
+                wrong shape, or other files changed since the lineage was written.
         """
         lineage = read_lineage(folder) if has_lineage else None
         source = cls(folder, config, lineage)
@@ -68,15 +71,15 @@ class Source:
 
     @classmethod
     def written(cls, folder: Path, config: Config, lineage: Lineage) -> Source:
-        """Return a folder that this process wrote or has checked; it is not checked again."""
+        """Open a folder that this process wrote or already checked, without a check."""
         return cls(folder, config, lineage, DigestQueue.of(lineage.tensor_digests))
 
     def check(self) -> None:
         """Check the folder's files and headers against its config and its lineage.
 
         Raises:
-            RequestError: the family is not known.
-            TritterError: as `open`.
+            RequestError: the model family is unknown.
+            TritterError: see `open`.
         """
         folder, on_disk = self.folder, padded_shapes(self.config)
         for tensor in self.stored:
@@ -84,24 +87,24 @@ class Source:
             wanted = on_disk.get(tensor.name, tensor.shape)
             if wanted != found:
                 raise TritterError(
-                    f"{folder}: {tensor.name} has shape {found}, but config.json asks for {wanted}."
+                    f"{folder}: {tensor.name} has shape {found}, but config.json requires {wanted}."
                 )
-        # transformers cuts such a tie when it loads the folder; leaving the head out would change
-        # the function in silence
+        # transformers unties such a head when it loads the folder; skipping the head would silently
+        # change the function
         tensors, embedding = self.tensors, self.stored[0].name
         for name in sorted(self.family.tied_names(self.config) & set(tensors.files)):
             if not tensors.get(name).equal(tensors.get(embedding)):
                 raise TritterError(
                     f"{folder}: {name} differs from {embedding}, although config.json ties "
-                    "them. Say which it is: set tie_word_embeddings to false there to keep both, "
-                    f"or take {name} out of the files."
+                    "them. To keep both, set tie_word_embeddings to false in config.json. To tie "
+                    f"them, remove {name} from the files."
                 )
         check_tokenizer_files(folder)
         changed = []
         for name, digest in ({} if self.lineage is None else self.lineage.file_digests).items():
             check_inside(folder, name)
             path = folder / name
-            # The card may be edited; `history --verify` names every change
+            # The card may be edited; `history --verify` lists every change
             if name != CARD_NAME and path.is_file() and bounded_digest(path) != digest:
                 changed.append(name)
         if changed:
@@ -115,17 +118,17 @@ class Source:
 
     @cached_property
     def tensors(self) -> TensorFolder:
-        """The tensors as they are in the files."""
+        """The tensors in the files, by name on disk."""
         return TensorFolder.open(self.folder)
 
     @cached_property
     def stored(self) -> tuple[StoredTensor, ...]:
-        """The model's tensors as the files hold them, the embedding first."""
+        """Specifications of the stored tensors, the embedding first."""
         return match(self.config, self.tensors.files)
 
     @cached_property
-    def places(self) -> dict[str, tuple[StoredTensor, int]]:
-        """Logical name → (stored tensor, number of its part)."""
+    def stored_parts(self) -> dict[str, tuple[StoredTensor, int]]:
+        """Logical name → (stored tensor, index of the part)."""
         return {
             part.tensor.name: (tensor, number)
             for tensor in self.stored
@@ -134,70 +137,70 @@ class Source:
 
     @cached_property
     def live_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name in the files → shape without padding, of tensors that are padded there."""
+        """Name on disk → shape without padding, for padded tensors."""
         on_disk = padded_shapes(self.config)
         return {tensor.name: tensor.shape for tensor in self.stored if tensor.name in on_disk}
 
     @cached_property
     def added(self) -> AddedExperts | None:
-        """Appended experts and their router offset; None without any."""
+        """Appended experts and their router offset, or None."""
         from tritter.core.stock_routers import AddedExperts  # needs torch
 
         return AddedExperts.read(self.folder)
 
     @cached_property
     def experts(self) -> ExpertFiles | None:
-        """The LoRA experts next to the model; None without any."""
+        """The LoRA experts of the checkpoint, or None."""
         return ExpertFiles.read(self.folder, recorded=self.recorded_files)
 
     @property
     def own_lineage(self) -> Lineage:
-        """The lineage of a folder that Tritter wrote."""
+        """The lineage of a folder written by Tritter."""
         assert self.lineage is not None, f"{self.folder} has no lineage"
         return self.lineage
 
     @property
     def recorded_files(self) -> Collection[str]:
-        """Names of the files that the lineage has digests of."""
+        """Names of the files with a digest in the lineage."""
         return () if self.lineage is None else self.lineage.file_digests
 
     @cached_property
     def state(self) -> State | None:
-        """The training state next to the model; None without any."""
+        """The training state of the checkpoint, or None."""
         from tritter.checkpoints.state import read_state  # needs torch
 
         return read_state(self.folder)
 
     @cached_property
     def kept(self) -> KeptSequences:
-        """The sequences kept next to the model for later training."""
+        """The training sequences stored in the checkpoint for later runs."""
         from tritter.checkpoints.state import KeptSequences  # needs torch
 
         return KeptSequences.read(self.folder)
 
     def artifacts(self) -> tuple[Artifact, ...]:
-        """Return everything next to the model, each piece as it writes itself.
+        """Return all artifacts of the checkpoint, which are all files except the model.
 
         Raises:
-            TritterError: one is damaged, or of another format.
+            TritterError: an artifact is damaged, or has another format.
         """
         tokenizer = TokenizerFiles(self.folder)
         found = (tokenizer, self.state, self.added, self.kept, self.experts)
         return tuple(each for each in found if each is not None)
 
     def read(self, name: str) -> Tensor:
-        """Read one tensor by its logical name; of experts that share one, its part alone."""
-        stored, number = self.places[name]
+        """Read one tensor by its logical name; for stacked experts, only that expert's part."""
+        stored, number = self.stored_parts[name]
         part = stored.parts[number]
         if stored.is_whole:
             return part.transposed(self.read_stored(stored.name))
         return part.transposed(self.tensors.get(stored.name, index=part.index))
 
     def read_stored(self, name: str) -> Tensor:
-        """Read one tensor by its name in the files, without its padding there.
+        """Read one tensor by its name on disk and remove the padding.
 
         Raises:
-            TritterError: the file is damaged, or what should be padding is none.
+            TritterError: the file is damaged, or its padding is not zero.
         """
         tensor = self.tensors.get(name)
         self.digests.add(name, tensor)
@@ -206,7 +209,7 @@ class Source:
         return tensor
 
     def stream(self) -> TensorStream:
-        """Return all tensors as they are, to be written elsewhere."""
+        """Return a stream of all tensors, unchanged."""
         entries = tuple(
             TensorEntry(stored.name, self.tensors.torch_dtype(stored.name), stored.shape)
             for stored in self.stored
@@ -214,43 +217,44 @@ class Source:
         return TensorStream(entries, ((e.name, self._unread(e.name)) for e in entries))
 
     def _unread(self, name: str) -> Tensor | Pieces:
-        """Return a tensor to be written as it is; one without padding keeps its digest."""
+        """Return a tensor to copy unchanged; without padding its digest is reused."""
         if name in self.live_shapes:
             return self.read_stored(name)
         return Pieces(lambda: iter([self.read_stored(name)]), partial(self.digests.digest, name))
 
     def dtype(self, name: str) -> torch.dtype:
         """Return the dtype of a tensor by its logical name."""
-        return self.tensors.torch_dtype(self.places[name][0].name)
+        return self.tensors.torch_dtype(self.stored_parts[name][0].name)
 
     def holds(self, target: StoredTensor, name: str, dtype: torch.dtype) -> bool:
-        """Return whether the bytes of a target that is the tensor `name` lie in a file as they are.
+        """Return True if the target is the tensor `name` and a file contains its exact bytes.
 
-        Under the target's own name, so that they have its digest.
+        The name on disk must be the target's as well, so that the digests are equal.
         """
-        stored, _ = self.places[name]
+        stored, _ = self.stored_parts[name]
         is_whole = target.is_whole and stored.is_whole and target.name not in self.live_shapes
         return is_whole and stored.name == target.name and self.dtype(name) == dtype
 
     def holding(self, target: StoredTensor, names: Sequence[str | None]) -> str | None:
-        """Return the name in the files of what is a target, part by part; None where nothing is.
+        """Return the name on disk of a stored tensor with the target's parts in order, or None.
 
         Args:
-            names: the tensors that the target's parts are; None: a part is no tensor of the source.
+            target: the tensor to write.
+            names: source tensors equal to the target's parts; None for a part without one.
         """
-        places = [(None, 0) if name is None else self.places[name] for name in names]
-        stored = places[0][0]
-        is_all = stored is not None and len(stored.parts) == len(places)
-        if not is_all or places != [(stored, number) for number in range(len(places))]:
+        parts = [(None, 0) if name is None else self.stored_parts[name] for name in names]
+        stored = parts[0][0]
+        is_all = stored is not None and len(stored.parts) == len(parts)
+        if not is_all or parts != [(stored, number) for number in range(len(parts))]:
             return None
         return stored.name if stored is not None and stored.shape == target.shape else None
 
     def read_digests(self) -> dict[str, str]:
-        """Return name on disk → SHA-256 of every tensor, reading those not read so far.
+        """Return name on disk → SHA-256 of every tensor. Reads tensors that were not read yet.
 
         Raises:
-            RequestError: names the tensors that changed since the lineage was written.
-            TritterError: a file was changed since the folder was opened.
+            RequestError: tensors changed since the lineage was written; the message lists them.
+            TritterError: a file changed since the folder was opened.
         """
         known = self.digests.results()
         for tensor in self.stored:

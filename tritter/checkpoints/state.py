@@ -1,9 +1,9 @@
-"""The `state/` folder of a checkpoint: what a training can go on from, by kind and parameter.
+"""The `state/` folder of a checkpoint: training state by kind and parameter.
 
-One subfolder of safetensors for each kind (`exp_avg`, `fisher`, …), tensors named as on disk, and
-`state.json` with the step. A parameter that is absent from a kind has no state yet. A kind that is
-not Tritter's own states its rule there, so that it follows an expansion by any command, whoever
-left it: what registered it isn't asked for.
+Each kind (`exp_avg`, `fisher`, …) has a subfolder of safetensors with the tensor names of the
+model files. `state.json` contains the step. A parameter that is missing from a kind has no state
+yet. For a kind that is not built into Tritter, `state.json` also records the mapping rule, so any
+command can expand it without the code that registered it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 STATE_FOLDER = "state"
 _HEAD = "state.json"
 KEPT_FILE = "replay.safetensors"
-_OF_DOCUMENTS = "of_documents/"  # before a domain's name
+_OF_DOCUMENTS = "of_documents/"  # prefix of a domain's name
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,11 +38,11 @@ class State:
     """State on disk, read lazily.
 
     Args:
-        step: optimizer steps behind it.
+        step: optimizer steps taken so far.
         kinds: kind → its tensors.
-        other_steps: name on disk → steps, of parameters that have another number of them behind
-            them: an optimizer counts for each parameter, and what is new begins later.
-        rules: kind → how it follows a map.
+        other_steps: name on disk → steps of parameters with a different step count, such as
+            parameters that an expansion added.
+        rules: kind → mapping rule.
     """
 
     step: int
@@ -51,11 +51,11 @@ class State:
     rules: Mapping[str, StateKind] = field(default_factory=dict)
 
     def step_of(self, name: str) -> int:
-        """Return the optimizer steps behind one parameter, by name on disk."""
+        """Return the optimizer steps of one parameter, by name on disk."""
         return self.other_steps.get(name, self.step)
 
     def write(self, folder: Path) -> None:
-        """Write it beside another model as it is, tensor by tensor."""
+        """Copy the state unchanged to another checkpoint folder, tensor by tensor."""
         copy_states([self], folder)
 
 
@@ -68,19 +68,24 @@ def write_state(
     rules: Mapping[str, StateKind] = STATE_KINDS,
     max_shard_bytes: int = 5 * 10**9,
 ) -> None:
-    """Write `folder/state`; meant for a checkpoint folder that is still being made.
+    """Write `folder/state` in a checkpoint folder that is still being created.
 
     Args:
-        rules: of kinds that nobody need have registered: those of the state that this stems from.
+        folder: the checkpoint folder.
+        kinds: kind → its tensors.
+        step: optimizer steps taken so far.
+        other_steps: name on disk → steps of parameters with a different step count.
+        rules: mapping rules of the kinds, including kinds that are not registered.
+        max_shard_bytes: maximum size of a safetensors file.
     """
-    place = folder / STATE_FOLDER
-    place.mkdir()
+    state_folder = folder / STATE_FOLDER
+    state_folder.mkdir()
     written = []
     for kind, stream in kinds.items():
         assert kind in rules, kind
         if stream.entries:
-            (place / kind).mkdir()
-            write_tensors(place / kind, stream, max_shard_bytes=max_shard_bytes)
+            (state_folder / kind).mkdir()
+            write_tensors(state_folder / kind, stream, max_shard_bytes=max_shard_bytes)
             written.append(kind)
     head = StateHead(
         step=step,
@@ -94,21 +99,21 @@ def write_state(
             if kind not in BUILT_IN_KINDS
         },
     )
-    (place / _HEAD).write_text(record_text(head), encoding="utf-8")
+    (state_folder / _HEAD).write_text(record_text(head), encoding="utf-8")
 
 
 def read_state(folder: Path) -> State | None:
-    """Return the state beside a model, or None where there is none.
+    """Return the training state of a checkpoint, or None if it has none.
 
     Raises:
-        TritterError: it is damaged, or of another format.
+        TritterError: the state is damaged, or has another format.
     """
     path = folder / STATE_FOLDER / _HEAD
     if not path.exists():
         return None
     head = read_record(path, StateHead)
     rules = {}
-    for kind in head.kinds:  # which follow a map as registered, or else as the file states
+    for kind in head.kinds:  # the registered rule, or else the rule in the file
         registered, stated = STATE_KINDS.get(kind), head.rules.get(kind)
         if stated is not None:
             rule = StateKind(Quantity(stated.quantity), stated.new_entries)
@@ -116,12 +121,10 @@ def read_state(folder: Path) -> State | None:
             rule = registered
         if not is_kind_name(kind) or (registered is None and stated is None):
             raise TritterError(
-                f"{path} names a kind that is not known, and states no rule for it: {brief(kind)}."
+                f"{path} names an unknown kind of state without a mapping rule: {brief(kind)}."
             )
         if registered not in (None, rule):
-            raise TritterError(
-                f"{path}: the rule of {kind} is another than the one registered for it."
-            )
+            raise TritterError(f"{path}: the rule of {kind} differs from the registered one.")
         rules[kind] = rule
     opened = {kind: TensorFolder.open(folder / STATE_FOLDER / kind) for kind in head.kinds}
     return State(head.step, opened, head.other_steps, rules)
@@ -133,11 +136,12 @@ def copy_states(
     *,
     is_kept: Callable[[str, str], bool] = lambda kind, name: True,
 ) -> None:
-    """Write states beside a model as one, tensor by tensor; steps are those of the last. Of no
-    state nothing is written.
+    """Merge states into a checkpoint folder, tensor by tensor, with the steps of the last state.
 
     Args:
-        is_kept: says of a kind and a name on disk whether it goes along.
+        states: states with distinct tensors; nothing is written if there are none.
+        folder: the checkpoint folder.
+        is_kept: returns True if a tensor, given by kind and name on disk, is copied.
     """
     if not states:
         return
@@ -155,7 +159,7 @@ def copy_states(
 
 @dataclass(frozen=True, slots=True)
 class LazyTensors(Mapping[str, "Tensor"]):
-    """The tensors of one kind by name on disk, each read whenever it is asked for."""
+    """The tensors of one kind by name on disk, read on access."""
 
     folder: TensorFolder
 
@@ -172,21 +176,21 @@ class LazyTensors(Mapping[str, "Tensor"]):
         return len(self.folder.headers)
 
 
-# Training sequences next to a model for later training runs: `state/replay.safetensors`. Written
-# where `forgetting.replay.keep` asks for it, a uniform sample of each domain's training text, for
-# runs that no longer have the text of a domain. The file is that of a `ReplayBuffer`.
+# Training sequences for later training runs: `state/replay.safetensors`. With
+# `forgetting.replay.keep` a checkpoint contains a uniform sample of each domain's training data,
+# for runs that no longer have that data. The file format is that of `ReplayBuffer`.
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class KeptSequences:
-    """What is kept of each domain; where nothing is, nothing is written.
+    """Training sequences stored in a checkpoint. Without any, no file is written.
 
     Args:
         sequences: domain → int32 [N, T].
-        losses: domain → float32 [N], mean nats per token under the model that was trained on it;
-            absent of what was not measured yet.
-        num_seen: domain → sequences that they were drawn from.
-        of_documents: domains that were packed as whole documents, with padding.
+        losses: domain → float32 [N], mean nats per token under the model that was trained on them;
+            missing if not measured yet.
+        num_seen: domain → number of sequences that the sample was drawn from.
+        of_documents: domains packed as whole documents, with padding.
     """
 
     sequences: Mapping[str, Tensor] = field(default_factory=dict)
@@ -195,7 +199,7 @@ class KeptSequences:
     of_documents: frozenset[str] = frozenset()
 
     def write(self, folder: Path) -> None:
-        """Write it beside a model; meant for a checkpoint folder that is still being made."""
+        """Write the sequences into a checkpoint folder that is still being created."""
         import torch
 
         if not self.sequences:
@@ -210,7 +214,7 @@ class KeptSequences:
 
     @classmethod
     def read(cls, folder: Path) -> KeptSequences:
-        """Return what lies beside a model.
+        """Return the sequences stored in a checkpoint.
 
         Raises:
             TritterError: the file is damaged, or too large.
@@ -218,48 +222,48 @@ class KeptSequences:
         path = folder / STATE_FOLDER / KEPT_FILE
         if not path.exists():
             return cls()
-        held = ReplayBuffer.load(path, seed=0).reservoirs
+        reservoirs = ReplayBuffer.load(path, seed=0).reservoirs
         marked = (key for key in read_sequences(path) if key.startswith(_OF_DOCUMENTS))
-        for name, each in held.items():
+        for name, each in reservoirs.items():
             if not each.sequences.numel() or int(each.sequences.min()) < 0:
-                raise TritterError(f"{path} is damaged: {name} has no sequence, or no tokens.")
+                raise TritterError(f"{path} is damaged: {name} has no valid sequences.")
         return cls(
-            {name: each.sequences for name, each in held.items()},
-            {name: each.losses for name, each in held.items()},
-            {name: each.num_seen for name, each in held.items()},
+            {name: each.sequences for name, each in reservoirs.items()},
+            {name: each.losses for name, each in reservoirs.items()},
+            {name: each.num_seen for name, each in reservoirs.items()},
             frozenset(key.removeprefix(_OF_DOCUMENTS) for key in marked),
         )
 
     def without(self, names: Collection[str]) -> KeptSequences:
-        """Return the same without some domains."""
-        left = [name for name in self.sequences if name not in names]
+        """Return a copy without some domains."""
+        others = [name for name in self.sequences if name not in names]
         return KeptSequences(
-            {name: self.sequences[name] for name in left},
-            {name: self.losses[name] for name in left if name in self.losses},
-            {name: self.num_seen[name] for name in left},
-            self.of_documents.intersection(left),
+            {name: self.sequences[name] for name in others},
+            {name: self.losses[name] for name in others if name in self.losses},
+            {name: self.num_seen[name] for name in others},
+            self.of_documents.intersection(others),
         )
 
     def misfits(
         self, *, sequence_length: int, packing: Packing, vocab_size: int | None = None
     ) -> Iterator[Problem]:
-        """Yield what keeps a training from taking them.
+        """Yield the reasons why a training run can't use the sequences.
 
         Args:
-            sequence_length: tokens of its sequences.
-            packing: of its sequences. What was one stream may be read as documents, not the other
-                way round: padding would be learned.
-            vocab_size: of its model.
+            sequence_length: sequence length of the run.
+            packing: packing of the run. Streamed sequences may be used as documents, but not the
+                reverse, since the model would learn padding.
+            vocab_size: vocabulary size of the run's model.
         """
         key = "data.sequence_length"
         for name, each in self.sequences.items():
-            kept = f"the sequences of {name} that lie beside the checkpoint"
+            kept = f"the sequences of {name} in the checkpoint"
             if each.shape[1] != sequence_length:
-                reason = f"{kept} have {each.shape[1]} tokens; allowed is that"
+                reason = f"{kept} have {each.shape[1]} tokens; allowed is that length"
                 yield Problem(key, sequence_length, reason=reason)
             if vocab_size is not None and int(each.max()) >= vocab_size:
-                reason = f"{kept} have tokens that the model does not know"
+                reason = f"{kept} contain token ids outside the model's vocabulary"
                 yield Problem(key, sequence_length, reason=reason)
             if packing == "stream" and name in self.of_documents:
-                reason = f"{kept} are documents, and padding; allowed is documents"
+                reason = f"{kept} are padded documents; allowed is documents"
                 yield Problem("data.packing", packing, reason=reason)

@@ -1,4 +1,4 @@
-"""The `tritter` command: thin, and importing only what the command at hand needs."""
+"""The `tritter` command: thin, and importing only what the command in use needs."""
 
 from tritter.cli.main import main
 

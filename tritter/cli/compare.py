@@ -1,4 +1,4 @@
-"""`tritter compare`: finished runs compared in the terminal, on a page or in a file."""
+"""`tritter compare`: compare finished runs in the terminal, on a page or in a file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from rich.text import Text
 
-from tritter.cli.options import AsJson, ReportOverwrite, Runs, option, place
+from tritter.cli.options import AsJson, ReportOverwrite, Runs, option, typed_path
 from tritter.cli.output import new_console, print_json, print_table, shown_path
 from tritter.cli.report import FoundRuns, find_runs, metric_rows, read_runs
 from tritter.errors import Problem, RequestError, TritterError
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from tritter.report.compared import Comparison, Scores
     from tritter.report.runs import Run
 
-_DEEPEST = 2  # a checkpoint below its run: attempt_1/trained
-_WHOLE = ("role", "run", "status", "verdict")  # columns that stay whole on a narrow terminal
+_DEEPEST = 2  # levels between a run and its checkpoint: attempt_1/trained
+_WHOLE = ("role", "run", "status", "verdict")  # columns never wrapped on a narrow terminal
 _PEAK = "performance/peak_memory_bytes"
 
 
@@ -37,7 +37,7 @@ def compare(
             "--output",
             "FILE",
             "Also write a page (.html), or the numbers (.csv, .json).",
-            parser=place,
+            parser=typed_path,
         ),
     ] = None,
     overwrite: ReportOverwrite = False,
@@ -55,15 +55,15 @@ def compare(
             reason = f"the ending selects the format; must be one of {', '.join(FORMATS)}"
             raise RequestError(Problem("--output", str(output), reason=reason))
         file = ReportFile(output, "compare", format, overwrite=overwrite)
-    places = []
+    run_folders = []
     for folder in folders:
         if (folder / LINEAGE_NAME).is_file() and not (folder / SUMMARY_FILE).exists():
-            above = list(folder.resolve().parents)[:_DEEPEST]  # a checkpoint stands for its run
+            above = list(folder.resolve().parents)[:_DEEPEST]  # a checkpoint identifies its run
             folder = next((each for each in above if (each / SUMMARY_FILE).is_file()), folder)
-        places.append(folder)
-    found = find_runs(places)
+        run_folders.append(folder)
+    found = find_runs(run_folders)
     if len(found.finished) < 2:
-        reason = "one finished run is in it; a comparison needs two or more"
+        reason = "it contains one finished run; a comparison needs two or more"
         raise RequestError(Problem("RUN", ", ".join(map(str, folders)), reason=reason))
     runs = read_runs(found.finished, are_drawn=file is not None and file.format == "html")
     compared = []
@@ -87,15 +87,15 @@ def compare(
 def _numbers(comparison: Comparison, found: FoundRuns) -> dict[str, Any]:
     from tritter.cli.report_file import mark
 
-    left_out = [str(path) for path in found.unfinished]
-    return {**mark("compare"), **comparison.to_dict(), "left_out": left_out}
+    unfinished = [str(path) for path in found.unfinished]
+    return {**mark("compare"), **comparison.to_dict(), "left_out": unfinished}
 
 
-def _scores(place: Path, run: Run) -> Scores:
-    """Return what the last model of a run scored, item by item.
+def _scores(folder: Path, run: Run) -> Scores:
+    """Return the scores of a run's last model, item by item.
 
     Raises:
-        TritterError: it is not there, damaged, or not what its summary says.
+        TritterError: the file is missing or damaged, or contradicts the run's summary.
     """
     from tritter.evaluation.statistics import MAX_SCORE_BYTES, PairedScores, score_file
     from tritter.report.rows import score_of
@@ -105,27 +105,27 @@ def _scores(place: Path, run: Run) -> Scores:
     name = f"round_{len(rounds)}" if rounds else f"attempt_{max(1, len(attempts))}"
     tasks = len(summary.last_attempt.tasks)
     task = f"_task_{tasks}" if tasks > 1 else ""
-    path = place / score_file(f"{name}{task}-trained")
+    path = folder / score_file(f"{name}{task}-trained")
     if not os.path.lexists(path):
-        raise TritterError(f"no {path.relative_to(place)}")
+        raise TritterError(f"no {path.relative_to(folder)}")
     plain = read_object(path, limit_bytes=MAX_SCORE_BYTES)
-    scores = {subject: PairedScores.from_dict(held) for subject, held in plain.items()}
+    scores = {subject: PairedScores.from_dict(record) for subject, record in plain.items()}
     for row in run.rows:
-        told = scores.get(row.domain)
+        own = scores.get(row.domain)
         stated = score_of((rounds or [summary.last_attempt])[-1].final, row.domain).value
-        if told is None or stated is None:
+        if own is None or stated is None:
             continue
-        if not math.isclose(told.mean(), stated, rel_tol=1e-6, abs_tol=1e-9):
-            raise TritterError(f"{path.relative_to(place)} is not what its summary tells")
+        if not math.isclose(own.mean(), stated, rel_tol=1e-6, abs_tol=1e-9):
+            raise TritterError(f"{path.relative_to(folder)} contradicts summary.json")
     return scores
 
 
-def _peak_memory(place: Path) -> float | None:
-    """Return the most memory that a run wrote down; None where it did not."""
+def _peak_memory(folder: Path) -> float | None:
+    """Return the peak memory in a run's metrics, or None if it was not logged."""
     from tritter.report.summary import LARGEST
 
     try:
-        cells = [row.get(_PEAK) for row in metric_rows(place / "metrics.csv")]
+        cells = [row.get(_PEAK) for row in metric_rows(folder / "metrics.csv")]
         values = [float(cell) for cell in cells if cell]
     except (TritterError, ValueError, TypeError):
         return None
@@ -139,13 +139,13 @@ def _content(comparison: Comparison, format: str, found: FoundRuns) -> str:
     if format == "csv":
         stream = io.StringIO()
         csv.writer(stream, lineterminator="\n").writerows(comparison.rows())
-        # The name of a folder may be no text
+        # A folder name may not be valid Unicode
         return stream.getvalue().encode(errors="backslashreplace").decode()
     from tritter.report.compared import BY_SEED, OVER_SEEDS
     from tritter.report.page import page
 
     runs = [each.run for each in comparison.runs]
-    own = {OVER_SEEDS, BY_SEED}  # which every page has
+    own = {OVER_SEEDS, BY_SEED}  # on every page already
     tables = {title: table for title, table in comparison.tables().items() if title not in own}
     return page(runs, title="Runs compared", notes=found.notes, tables=tables)[0]
 
@@ -159,7 +159,7 @@ def _print(comparison: Comparison, notes: Sequence[str], output: Path | None) ->
         console.print(Text(f"{letter(number)}  {console.printable(each.name)}"), soft_wrap=True)
     console.print()
     for title, table in comparison.lettered().tables().items():
-        # What a row has in common with the one before is left out of it
+        # A label equal to the one in the row before is not repeated
         rows, before, is_grouped = [], "", table.header[0] in ("domain", "setting")
         for first, *others in table.rows:
             rows.append(("" if is_grouped and first == before else label(first), *others))

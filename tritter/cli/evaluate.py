@@ -1,4 +1,4 @@
-"""`tritter evaluate`: a checkpoint's losses on text, and its scores on benchmarks."""
+"""`tritter evaluate`: losses of a checkpoint on data, and its benchmark scores."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from tritter.cli.options import AsJson, Checkpoint, ReportOverwrite, of_list, option, place
+from tritter.cli.options import AsJson, Checkpoint, ReportOverwrite, of_list, option, typed_path
 from tritter.cli.output import (
     new_console,
     print_json,
@@ -58,7 +58,7 @@ TasksPath = Annotated[
         "--tasks-path",
         "DIR",
         "Folder with the files of the benchmarks, at any depth. Default: the hub.",
-        parser=place,
+        parser=typed_path,
     ),
 ]
 Data = Annotated[
@@ -92,7 +92,7 @@ CodeSandbox = Annotated[
 ]
 ResultFile = Annotated[
     Path | None,
-    option("--output", "FILE.json", "Also write the result to this file.", parser=place),
+    option("--output", "FILE.json", "Also write the result to this file.", parser=typed_path),
 ]
 
 
@@ -127,11 +127,11 @@ def evaluate(
         from tritter.pipeline import evaluate as losses_of
 
     sources = losses_of.read_domain_paths(data or ())
-    places = [named_path(checkpoint, key="--checkpoint"), *filter(None, [tasks_path])]
-    places += [named_path(word, key="--data") for words in sources.values() for word in words]
+    inputs = [named_path(checkpoint, key="--checkpoint"), *filter(None, [tasks_path])]
+    inputs += [named_path(word, key="--data") for words in sources.values() for word in words]
     file = None
     if output is not None:
-        file = ReportFile(output, "evaluate", "json", overwrite=overwrite, sources=places)
+        file = ReportFile(output, "evaluate", "json", overwrite=overwrite, sources=inputs)
     chosen = benchmarks_of(_listed(tasks), key="--tasks")
     sandbox = _sandbox(chosen, _listed(allow_code), code_sandbox)
     questions = _questions(chosen, tasks_path, limit)
@@ -147,7 +147,7 @@ def evaluate(
             domains = losses_of.learned_domains(folder, lineage, tokenizer)
         model = load_whole(folder)
         if broken := non_finite(model):
-            raise RequestError(f"{folder}: {broken[0]} holds values that are not finite.")
+            raise RequestError(f"{folder}: {broken[0]} has values that are not finite.")
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     length = losses_of.sequence_length(lineage, position_limit(config))
     with progress_bars(is_shown=not as_json) as new_bar:
@@ -185,17 +185,17 @@ def _listed(words: Sequence[str] | None) -> list[str]:
 def _questions(
     chosen: Sequence[Benchmark], tasks_path: Path | None, limit: int | None
 ) -> dict[str, Questions]:
-    """Return the questions of benchmarks, where they come from files.
+    """Return the questions of benchmarks that are read from files.
 
     Raises:
-        RequestError: a file is missing or damaged, or no benchmark is named.
+        RequestError: a file is missing or damaged, or no benchmark was requested.
         TritterError: lm-eval is not installed.
     """
     from tritter.evaluation.benchmarks.files import TasksFolder, load
     from tritter.evaluation.benchmarks.harness import require_harness
 
     if tasks_path is not None and not chosen:
-        raise RequestError(f"--tasks-path = {tasks_path}: name the benchmarks, --tasks NAMES.")
+        raise RequestError(f"--tasks-path = {tasks_path}: requires --tasks NAMES.")
     questions = {}
     if tasks_path is not None:
         files = TasksFolder(tasks_path, key="--tasks-path")
@@ -208,10 +208,10 @@ def _questions(
 def _sandbox(
     chosen: Sequence[Benchmark], allowed: Sequence[str], command: str | None
 ) -> Sandbox | None:
-    """Return where programs are run, once it was tried; None where there are none.
+    """Return a working sandbox for benchmark programs, or None if no benchmark runs any.
 
     Raises:
-        RequestError: a benchmark is not allowed to run programs, or no sandbox can be had.
+        RequestError: a benchmark is not allowed to run programs, or no sandbox is available.
     """
     from tritter.data.benchmark_names import code_problems
     from tritter.evaluation.code.sandbox import ExternalSandbox, NamespaceSandbox
@@ -260,7 +260,7 @@ def _record(
             "constant": nulls.constant,
             "empty": nulls.empty,
         },
-        "metrics": {metric: held.mean() for metric, held in scores.scores.items()},
+        "metrics": {metric: paired.mean() for metric, paired in scores.scores.items()},
         "source": f"hub: {benchmark.hub}" if of_files is None else list(of_files.files),
         "limited": list(scores.notes),
     }
@@ -288,16 +288,16 @@ def _print(
     if losses and scores:
         say()
     rows = []
-    for held in scores:
-        record, nulls = held.primary.record(), held.nulls
+    for each in scores:
+        record, nulls = each.primary.record(), each.nulls
         shares = (record["accuracy"], record["standard_error"])
         guesses = (nulls.uniform, nulls.constant, nulls.empty)
         cells = [number_text(share, ".1%") for share in (*shares, *guesses)]
-        rows.append((held.name, held.metric, *cells[:2], str(record["n"]), *cells[2:]))
+        rows.append((each.name, each.metric, *cells[:2], str(record["n"]), *cells[2:]))
     if rows:
         header = ("benchmark", "metric", "score", "±", "questions", "uniform", "constant", "empty")
         print_table(console, Table(header, tuple(rows), numbers=tuple(range(2, 8))))
-    limited = [f"{held.name}: {note}" for held in scores for note in held.notes]
+    limited = [f"{each.name}: {note}" for each in scores for note in each.notes]
     for line in ["", *limited] if limited else ():
         say(line)
     if output is not None:

@@ -1,4 +1,4 @@
-"""`tritter expand`: read the request, show what comes of it, write it."""
+"""`tritter expand`: read the request, expand the checkpoint and print the result."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ from tritter.cli.options import (
     of_list,
     option,
     parameter_count,
-    place,
     spelled,
+    typed_path,
 )
 from tritter.cli.output import (
     EXIT_NO,
     SHAPES,
     new_console,
+    note_if_written,
     print_command,
     print_json,
     print_lines,
     print_table,
     progress_bars,
     refuse_damage,
-    says_if_written,
     shapes_of,
     short,
     shown_path,
@@ -74,7 +74,7 @@ if TYPE_CHECKING:
     from tritter.pipeline.domain import DomainExpansion
     from tritter.transform import DiskNeeds, Expanded, PlannedExpansion
 
-# Field, the value that leaves the function alone, and the words that ask for it.
+# Field, its function-preserving value, and the option that sets it.
 _EXACT_CHOICES: tuple[tuple[str, Any, str], ...] = (
     ("noise", 0.0, "--noise 0"),
     ("identity_init", True, "--identity-init"),
@@ -82,7 +82,7 @@ _EXACT_CHOICES: tuple[tuple[str, Any, str], ...] = (
     ("init", "fresh", "--width-init fresh"),
     ("head_strategy", "copy", "--head-strategy copy"),
 )
-# Keys of the run that trains experts on a domain, and of the expansion itself
+# Keys of the expansion, and of the run that trains experts on a domain
 _NAMES = {
     "data.new": "--domain-data",
     "data.old": "--old-data",
@@ -94,8 +94,7 @@ _NAMES = {
     "dtype": "--dtype",
 }
 _NO_METHOD = (
-    "--method is missing: name what is to grow, --method width, or a file of steps, --recipe "
-    "grow.yaml."
+    "--method is missing: name a method (--method width) or a file of steps (--recipe grow.yaml)."
 )
 _SHARD_BYTES = 5 * 10**9
 DEFAULT_STEPS = 200
@@ -119,11 +118,11 @@ RecipeFile = Annotated[
         "--recipe",
         "FILE",
         "YAML file with a list of steps and their options, instead of --method.",
-        parser=place,
+        parser=typed_path,
     ),
 ]
 Output = Annotated[
-    Path | None, option("--output", "DST", "New folder. Default: SRC-METHOD.", parser=place)
+    Path | None, option("--output", "DST", "New folder. Default: SRC-METHOD.", parser=typed_path)
 ]
 ConfigDir = Annotated[
     list[str] | None,
@@ -260,7 +259,7 @@ def expand(
                 digests.begin(job.source.tensors.raw(), check=job.source.tensors.check_unchanged)
             with loading("torch"):
                 import tritter.transform  # noqa: F401 # while digests are computed
-            with says_if_written(job.destination):
+            with note_if_written(job.destination):
                 if dry_run:
                     result = _planned(job, overwrite=overwrite)
                 elif text is not None:
@@ -276,36 +275,35 @@ def expand(
     if result.measured is None or not result.measured.is_broken:
         return 0
     say(
-        "error: the method claims to keep the function, and the result does not: it parts from "
-        f"the source at {result.measured.first_difference}; please report this with the output of "
-        "`tritter inspect`.",
+        "error: the method is function-preserving, but the result differs from the source at "
+        f"{result.measured.first_difference}; please report this with the output of `tritter inspect`.",
         is_error=True,
     )
     return EXIT_NO
 
 
 def _names(file: Recipe | None, step: int | None = None) -> Names:
-    """Return how refusals call keys: by options, or by the keys and lines of a recipe."""
+    """Return the names of keys in errors: options, or the keys and lines of a recipe."""
     return Names.of({**option_names(), **_NAMES}) if file is None else file.names(step)
 
 
 def _settings(context: typer.Context, file: Recipe | None) -> Settings:
-    """Return what else decides the result, from the command line or from the recipe.
+    """Return all other settings, from the command line or from the recipe.
 
     Raises:
-        RequestError: they state different things, or options say what the steps are as well.
+        RequestError: the two contradict each other, or options name steps in addition to a recipe.
     """
     from tritter.cli.recipe import Settings
     from tritter.core.parameter_map.carry import POLICIES
 
-    typed, stated = context.params, {} if file is None else file.given()
+    typed, stated = context.params, {} if file is None else file.stated_settings()
     if "output" in stated:
         stated["output"] = named_path(stated["output"], key="output")
     if file is not None:
         methods = {"method": ",".join(typed["method"] or ()), **context.obj}
         problems = [
             Problem(
-                f"--{spelled(name)}", value, f"--recipe {file.origin.path} says what the steps are"
+                f"--{spelled(name)}", value, f"--recipe {file.origin.path} already sets the steps"
             )
             for name, value in methods.items()
             if value
@@ -314,7 +312,7 @@ def _settings(context: typer.Context, file: Recipe | None) -> Settings:
             Problem(
                 f"--{spelled(name)}",
                 typed[name],
-                f"{file.origin.origin(name)} says {name} = {show(value)}; leave one of the two out",
+                f"{file.origin.origin(name)} sets {name} = {show(value)}; remove one of the two",
             )
             for name, value in stated.items()
             if is_typed(context, name) and typed[name] != value
@@ -329,10 +327,10 @@ def _settings(context: typer.Context, file: Recipe | None) -> Settings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Job:
-    """An expansion that can be had, as far as configs tell.
+    """An expansion that is valid according to the configs.
 
     Args:
-        recipe: that named the steps; None: options did.
+        recipe: recipe with the steps; None if options set them.
     """
 
     source: Source
@@ -342,7 +340,7 @@ class _Job:
     recipe: Recipe | None
 
     def obstacle(self, *, overwrite: bool) -> str:
-        """Return why the result can't be written there as things are; empty: it can."""
+        """Return the reason why the result can't be written; empty if it can."""
         from tritter.checkpoints.location import check_output
 
         try:
@@ -364,10 +362,10 @@ def _located(
     settings: Settings,
     recipe: Recipe | None,
 ) -> _Job:
-    """Find the source and the destination, and resolve the sizes of expansions; writes nothing.
+    """Locate source and destination and resolve the sizes of expansions. Writes nothing.
 
     Raises:
-        RequestError: one of them can't be had.
+        RequestError: the source is unusable, or an expansion is invalid.
     """
     from tritter.checkpoints import Source
     from tritter.checkpoints.expert_files import refuse_experts
@@ -381,7 +379,7 @@ def _located(
             config = read_config_file(folder)
         except RequestError:
             raise
-        except TritterError:  # it leaves out what the family's table needs
+        except TritterError:  # it lacks keys that the family's table needs
             from tritter.core.models import read_config
 
             config = read_config(folder)
@@ -394,7 +392,7 @@ def _located(
     for number, spec in enumerate(specs):
         with naming(_names(recipe, number)):
             config = target_config(config, [spec])
-    near = Path(checkpoint.rstrip("/").rpartition("/")[2])  # here, for a model from the hub
+    near = Path(checkpoint.rstrip("/").rpartition("/")[2])  # a hub model: the current folder
     if Path(checkpoint).is_dir():
         near = folder if folder.name not in ("", "..") else folder.resolve()
     ending = "-".join(spelled(spec.name) for spec in specs)
@@ -407,12 +405,12 @@ def _located(
     )
 
 
-# Experts that are trained on a domain
+# Training new experts on a domain
 
 
 @dataclass(frozen=True, slots=True)
 class _DomainText:
-    """Domain → absolute paths: of text to be learned, and of text to be kept."""
+    """New and old data (domain → absolute paths) and settings of the training run."""
 
     new: TextSources
     old: TextSources
@@ -427,16 +425,16 @@ def _domain_text(
     steps: int | None,
     learning_rate: float | None,
 ) -> _DomainText:
-    """Return the text that the options name.
+    """Return the data that the options name.
 
     Raises:
-        RequestError: there is none, a path means none, or old and new text share a name.
+        RequestError: no data is named, a path is invalid, or old and new data share a name.
     """
     from tritter.data.options import read_sources
 
     if not data:
         raise RequestError(
-            "--domain-data is missing: name the text that the new experts are to learn, "
+            "--domain-data is missing: name the training data of the new experts, "
             "--domain-data PATH."
         )
     name = domain or DEFAULT_DOMAIN
@@ -447,17 +445,17 @@ def _domain_text(
     )
     raise_problems(problems)
     if name in old:
-        raise RequestError(f"--domain = {name}: that is what the old text is called.")
+        raise RequestError(f"--domain = {name}: the old data already has this name.")
     rate = DEFAULT_LEARNING_RATE if learning_rate is None else learning_rate
     return _DomainText(new, old, steps or DEFAULT_STEPS, rate)
 
 
 def _check_domain(job: _Job, text: _DomainText | None, *, is_measured: bool | None) -> None:
-    """Refuse a training on a domain that can't be had; writes nothing.
+    """Check a request to train experts on a domain. Writes nothing.
 
     Raises:
-        RequestError: no text, or none that can be read; no experts to train on it; or an option
-            that a training can't honour.
+        RequestError: data is missing or unreadable, the method appends no experts, or an option
+            does not apply to training.
     """
     from tritter.data.records import DEFAULT_FIELD
     from tritter.data.sources import TextRequest, check_contents
@@ -465,14 +463,14 @@ def _check_domain(job: _Job, text: _DomainText | None, *, is_measured: bool | No
     if text is None:
         if any(getattr(spec, "teacher", None) for spec in job.specs):
             raise RequestError(
-                "--expert-init = distill: new experts learn from a teacher on text; name it, "
-                "--domain-data PATH."
+                "--expert-init = distill: new experts learn from a teacher and need training "
+                "data, --domain-data PATH."
             )
         return
     if not any(getattr(spec, "is_append", False) for spec in job.specs):
         methods = ",".join(spelled(spec.name) for spec in job.specs)
         raise RequestError(
-            f"--domain-data: --method {methods} appends no experts that could learn it; moe-add "
+            f"--domain-data: --method {methods} appends no experts to train; moe-add "
             "does, with --addition append."
         )
     settings = job.settings
@@ -485,8 +483,8 @@ def _check_domain(job: _Job, text: _DomainText | None, *, is_measured: bool | No
     for name, value, default in unsupported:
         if value not in (None, default):
             raise RequestError(
-                f"--{name} = {value}: not with --domain-data, which trains the model and writes "
-                "it in float32; `tritter export` converts it."
+                f"--{name} = {value}: not allowed with --domain-data, which trains and writes the "
+                "model in float32; `tritter export` converts it."
             )
     check_contents(
         TextRequest(key, tuple(paths), DEFAULT_FIELD)
@@ -500,12 +498,16 @@ def _check_domain(job: _Job, text: _DomainText | None, *, is_measured: bool | No
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Result:
-    """What came of a job, or what would.
+    """The result of a job or of its dry run.
 
     Args:
-        lineage: of the checkpoint that was written; None: nothing was.
-        room: that a dry run found to be needed.
-        training: of experts on a domain.
+        job: the job.
+        plan: the planned expansion.
+        lineage: lineage of the written checkpoint; None after a dry run.
+        measured: step-0 error, if measured.
+        room: disk and memory requirements, from a dry run.
+        training: result of training experts on a domain.
+        obstacles: from a dry run, the reasons why the job would be rejected.
     """
 
     job: _Job
@@ -517,7 +519,7 @@ class _Result:
     obstacles: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """Return it as JSON shows it."""
+        """Return the JSON output."""
         plan, lineage, destination = self.plan, self.lineage, self.job.destination
         first, last = plan.steps[0].source_config, plan.steps[-1].target_config
         plain = {
@@ -560,8 +562,8 @@ class _Result:
         return plain
 
     def print(self) -> None:
-        """Print it for a person."""
-        console, settings, here = new_console(), self.job.settings, self.job.destination
+        """Print a readable summary."""
+        console, settings, destination = new_console(), self.job.settings, self.job.destination
         _print_shapes(console, self.plan)
         lines: list[tuple[str, str]] = []
         for step in self.plan.steps:
@@ -573,7 +575,7 @@ class _Result:
             lines += zip(labels, texts, strict=True)
         exactness = _exactness(self)
         if self.training is not None:
-            exactness += " at step 0, before the new experts were trained"
+            exactness += " at step 0, before training the new experts"
         lines.append(("exact", exactness))
         if self.measured is not None:
             lines.append(("step 0", self.measured.text))
@@ -582,16 +584,16 @@ class _Result:
         if self.lineage is not None:
             lines.append(("hash", short(self.lineage.model_hash)))
         if self.room is not None:
-            lines += _disk_lines(self.room, here)
+            lines += _disk_lines(self.room, destination)
         console.print()
         print_lines(console, lines)
         console.print()
-        place = shlex.quote(shown_path(here))
+        quoted = shlex.quote(shown_path(destination))
         if self.lineage is not None:
-            print_command(console, "written", shown_path(here))
-            print_command(console, "next   ", f"tritter inspect {place}")
+            print_command(console, "written", shown_path(destination))
+            print_command(console, "next   ", f"tritter inspect {quoted}")
         else:
-            print_command(console, "dry run", f"nothing was written; it would go to {place}")
+            print_command(console, "dry run", f"nothing was written; the output is {quoted}")
         for obstacle in self.obstacles:
             print_command(console, "refused", obstacle)
         if self.training is not None:
@@ -599,7 +601,7 @@ class _Result:
 
 
 def _planned(job: _Job, *, overwrite: bool) -> _Result:
-    """Return what the job would come to; writes nothing."""
+    """Return the result of a dry run. Writes nothing."""
     from tritter.transform import check_disk_space, disk_needs, plan_by_tables
 
     plan = plan_by_tables(job.source, job.specs, seed=job.settings.seed or 0)
@@ -614,10 +616,10 @@ def _planned(job: _Job, *, overwrite: bool) -> _Result:
 
 
 def _written(job: _Job, *, measures: bool, overwrite: bool, is_quiet: bool) -> _Result:
-    """Expand the checkpoint, and compare the result with it before it appears.
+    """Expand the checkpoint and measure the result before it replaces the destination.
 
     Raises:
-        TritterError: writing failed, or a tensor turned out damaged while it was read.
+        TritterError: a write failed, or a tensor is damaged.
     """
     from tritter.transform import expand, plan_by_tables
 
@@ -626,7 +628,7 @@ def _written(job: _Job, *, measures: bool, overwrite: bool, is_quiet: bool) -> _
     plan = plan_by_tables(job.source, job.specs, seed=settings.seed or 0)
     with progress_bars(is_shown=not is_quiet) as new_bar:
 
-        def look(made: Expanded) -> Lineage:
+        def measure_result(made: Expanded) -> Lineage:
             from tritter.cli.measure import measure
 
             bar = new_bar("MB checked") if measures else None
@@ -644,18 +646,17 @@ def _written(job: _Job, *, measures: bool, overwrite: bool, is_quiet: bool) -> _
             overwrite=overwrite,
             moments=settings.moments or "carry",
             progress=new_bar("tensors"),
-            before_placing=look,
+            before_placing=measure_result,
         )
     return _Result(job=job, plan=plan, lineage=made.lineage, measured=measured[0])
 
 
 def _trained(job: _Job, text: _DomainText, *, overwrite: bool, is_quiet: bool) -> _Result:
-    """Add the experts and train them.
+    """Add the experts and train them. After an error no output remains.
 
     Raises:
-        RequestError: the checkpoint has no tokenizer, or the text is too small; nothing is
-            written.
-        TritterError: a stage failed; nothing is left.
+        RequestError: the checkpoint has no tokenizer, or there is not enough data.
+        TritterError: a stage failed.
     """
     from tritter.cli.measure import Measurement
     from tritter.pipeline.domain import DomainTask, expand_for_domain
@@ -676,8 +677,8 @@ def _trained(job: _Job, text: _DomainText, *, overwrite: bool, is_quiet: bool) -
         overwrite=overwrite,
     )
     error = made.lineage.expansion_history[-1].step0_error
-    words = "not finite" if error is None else f"{error:.1e} of the logits' deviation on its text"
-    measured = Measurement(made.lineage, error, False, words)
+    text_of_error = "not finite" if error is None else f"logit shift {error:.1e} σ on its data"
+    measured = Measurement(made.lineage, error, False, text_of_error)
     return _Result(job=job, plan=made.plan, lineage=made.lineage, measured=measured, training=made)
 
 
@@ -686,19 +687,16 @@ def _disk_lines(room: DiskNeeds, destination: Path) -> list[tuple[str, str]]:
     from tritter.transform import free_bytes, size_text
 
     free = free_bytes(destination)
-    rest = "what is free there is not known" if free is None else f"{size_text(free)} free"
+    rest = "free space unknown" if free is None else f"{size_text(free)} free"
     parts = [f"weights {size_text(room.weights)}"]
     parts += [f"state {size_text(room.state)}"] * bool(room.state)
     disk = f"{size_text(room.disk)} ({', '.join(parts)}), written once; {rest}"
-    memory = (
-        f"at most {size_text(room.memory)} to write it, of which {size_text(room.process)} are "
-        "the program"
-    )
+    memory = f"at most {size_text(room.memory)}, including {size_text(room.process)} for Python"
     return [("disk", disk), ("memory", memory)]
 
 
 def _print_domain(console: Console, made: DomainExpansion) -> None:
-    """Print the loss of each domain and where its tokens go."""
+    """Print the loss of each domain and the routing of its tokens."""
     from tritter.report.tables import moe_table
 
     before, after = made.scores["before"], made.scores["after"]
@@ -736,7 +734,7 @@ def _print_shapes(console: Console, plan: PlannedExpansion) -> None:
 
 
 def _exactness(result: _Result) -> str:
-    """Say whether the function is kept; if not, which one option alone would make it so."""
+    """Return a sentence on function preservation, with the option that would ensure it."""
     lossy: list[str] = []
     is_recipe = result.job.recipe is not None
     for spec in (step.spec for step in result.plan.steps if not step.spec.is_exact):
@@ -747,8 +745,5 @@ def _exactness(result: _Result) -> str:
         )
         lossy.append(spelled(spec.name) + next(ways, ""))
     if not lossy:
-        return "yes: the model computes what it computed before"
-    return (
-        f"no: {', '.join(lossy)} may change what the model computes; measure the jump on your own "
-        "text, and train on"
-    )
+        return "yes: function-preserving"
+    return f"no: {', '.join(lossy)}. Expect a higher loss until you continue training."

@@ -1,4 +1,4 @@
-"""`tritter export`: a checkpoint, or a .ckpt of Lightning, as a plain stock folder."""
+"""`tritter export`: write a checkpoint or a Lightning .ckpt as a plain Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from tritter.cli.options import (
     flag,
     is_typed,
     option,
-    place,
     spelled,
+    typed_path,
 )
 from tritter.cli.output import (
     new_console,
+    note_if_written,
     print_command,
     print_json,
     print_lines,
     progress_bars,
     refuse_damage,
-    says_if_written,
     short,
     shown_path,
 )
@@ -55,14 +55,14 @@ _CKPT = "For a .ckpt"
 _OF_FILE: tuple[str, ...] = ("config", "prefix", "no_state")
 _OF_FOLDER = ("drop_new_experts", "ignore_lineage")
 _NO_FILE = (
-    "--checkpoint {} is no file; a folder has a config and names of its own, and its state/ is "
-    "never exported."
+    "--checkpoint {} is not a file; a folder has its own config and tensor names, and its state/ "
+    "is never exported."
 )
 
 ExportSource = Annotated[
     str, option("--checkpoint", "SRC", "Folder or hub id of the model, or a Lightning .ckpt.")
 ]
-ExportOutput = Annotated[Path, option("--output", "DST", "New folder.", parser=place)]
+ExportOutput = Annotated[Path, option("--output", "DST", "New folder.", parser=typed_path)]
 Format = Annotated[
     str,
     option(
@@ -137,7 +137,7 @@ NoState = Annotated[bool, flag("--no-state", "Do not export the optimizer state.
 
 @dataclass(frozen=True, slots=True)
 class _Origin:
-    """What is to be exported, what goes along, and what there is to say about it."""
+    """The weights and artifacts to export, with notes on the conversion."""
 
     weights: Weights
     artifacts: Sequence[Artifact]
@@ -200,13 +200,13 @@ def export(
                 has_lineage=not ignore_lineage,
             )
         model = origin.weights.config
-        check_loadable(model, folder=origin.weights.places[-1])
+        check_loadable(model, folder=origin.weights.source_paths[-1])
     if expert_layout is not None and not family_of(model).has_experts:
         raise RequestError(
             f"--expert-layout = {expert_layout}: a {model['model_type']} model has no experts."
         )
     layout = LAYOUTS[choice("--expert-layout", expert_layout or "hub", list(LAYOUTS))]
-    with says_if_written(output):
+    with note_if_written(output):
         with progress_bars(is_shown=not as_json) as new_bar, naming(_NAMES):
             exported = export_model(
                 origin.weights,
@@ -226,21 +226,22 @@ def export(
 
 
 def _check_options(context: typer.Context) -> bool:
-    """Return whether the checkpoint is a file.
+    """Return True if the checkpoint is a file.
 
     Raises:
-        RequestError: options don't go with what is exported, or with its format.
+        RequestError: an option does not apply to this checkpoint or format.
     """
-    asked = context.params
-    checkpoint, is_merged, is_peft = asked["checkpoint"], asked["merge"], asked["format"] == "peft"
+    options = context.params
+    checkpoint, is_merged = options["checkpoint"], options["merge"]
+    is_peft = options["format"] == "peft"
     is_file = named_path(checkpoint, key="--checkpoint").is_file()
     if is_file and (is_merged or is_peft):
         raise RequestError(
             f"{'--merge' if is_merged else '--format = peft'}: --checkpoint {checkpoint} is a "
             "file; must be a folder with LoRA experts."
         )
-    if asked["rank"] is not None and not (is_merged and is_peft):
-        raise RequestError(f"--rank = {asked['rank']}: allowed with --format peft --merge.")
+    if options["rank"] is not None and not (is_merged and is_peft):
+        raise RequestError(f"--rank = {options['rank']}: allowed with --format peft --merge.")
     names, reason = _OF_FILE, _NO_FILE.format(checkpoint)
     if is_peft:
         names = (*_OF_FILE, "expert_layout", *_OF_FOLDER)
@@ -266,20 +267,20 @@ def _of_folder(
     source = Source.open(folder, read_config(folder), has_lineage=has_lineage)
     weights = Weights.of(source)
     if not named_path(checkpoint, key="--checkpoint").exists():
-        weights = replace(weights, name=checkpoint)  # a download is in a folder of its commit
+        weights = replace(weights, name=checkpoint)  # the folder of a download is named by commit
     obstacle, notes = stock_obstacle(folder), tuple[str, ...]()
     if is_without_new:
         added = source.added
         if added is None or added.is_settled:
             raise RequestError(
                 f"--drop-new-experts: {source.folder} has no appended experts that are not "
-                "wholly open."
+                "fully open."
             )
         weights = weights.without_experts(added.num_settled_experts)
         notes = (f"without the {len(added.experts)} appended experts of each layer",)
     elif obstacle is not None:
         raise RequestError(
-            f"{folder}: {obstacle}. Train the model until the offset is 0, or leave them out with "
+            f"{folder}: {obstacle}. Train the model until the offset is 0, or drop them with "
             "--drop-new-experts."
         )
     is_plain = not has_lineage and not (folder / HEAD).exists()
@@ -290,9 +291,9 @@ def _of_folder(
     if experts is not None:
         if not is_merged:
             raise RequestError(
-                f"{folder} holds LoRA experts ({', '.join(experts.head.names)}), which a plain "
-                "folder can't mix: --format peft writes each as an adapter, --merge puts them into "
-                "the base (lossy; it says how much)."
+                f"{folder} contains LoRA experts ({', '.join(experts.head.names)}), which a plain "
+                "folder can't mix: --format peft writes each as an adapter, --merge merges them "
+                "into the base (lossy; the loss is reported)."
             )
         from tritter.cli.export_experts import merge, with_merged
 
@@ -311,8 +312,8 @@ def _of_file(
     path = named_path(checkpoint, key="--checkpoint")
     if config is None:
         raise RequestError(
-            f"--config is missing: {path.name} does not say what its model is; a config.json, or "
-            "a folder that holds one, does."
+            f"--config is missing: {path.name} does not contain the model's config; name a "
+            "config.json, or a folder with one."
         )
     config_path = named_path(config, key="--config")
     if config_path.is_file() and config_path.name != "config.json":
@@ -320,7 +321,7 @@ def _of_file(
     has_tokenizer = not config_path.is_file()
     folder = locate(config, key="--config") if has_tokenizer else config_path.parent
     found = read_lightning_file(path, read_config(folder), prefix=prefix)
-    weights, notes = replace(found.weights, places=(path, folder)), [found.left_out]
+    weights, notes = replace(found.weights, source_paths=(path, folder)), [found.skipped]
     if with_state:
         notes.append(found.why_no_moments)
     else:
@@ -372,5 +373,5 @@ def _print(origin: _Origin, exported: Exported) -> None:
     print_lines(console, lines)
     console.print()
     print_command(console, "written", shown_path(exported.folder))
-    here = shlex.quote(shown_path(exported.folder))
-    print_command(console, "next   ", f"tritter inspect {here}")
+    quoted = shlex.quote(shown_path(exported.folder))
+    print_command(console, "next   ", f"tritter inspect {quoted}")

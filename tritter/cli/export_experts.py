@@ -1,4 +1,4 @@
-"""`tritter export` of a folder with LoRA experts: as stock adapters, or merged."""
+"""`tritter export` for LoRA experts: as stock PEFT adapters, or merged."""
 
 import os
 import re
@@ -19,12 +19,12 @@ from tritter.checkpoints.history import read_chain
 from tritter.checkpoints.location import check_output, is_within
 from tritter.cli.output import (
     new_console,
+    note_if_written,
     print_command,
     print_json,
     print_lines,
     print_table,
     refuse_damage,
-    says_if_written,
     shown_path,
 )
 from tritter.core.families import family_of, position_limit
@@ -49,20 +49,20 @@ from tritter.storage.hub import locate
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _OF_STOCK = {*ADAPTER_FILES, "README.md"}
-_SEQUENCES, _LENGTH, _DOCUMENTS = 8, 128, 16  # of a domain, for what a merge is measured on
-LARGEST_RANK = 1024  # of an adapter that is read
+_SEQUENCES, _LENGTH, _DOCUMENTS = 8, 128, 16  # per domain, to measure a merge
+LARGEST_RANK = 1024  # of a readable adapter
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Merge:
-    """What became of experts that were merged.
+    """The result of merging experts.
 
     Args:
-        gates: expert → what it was multiplied with.
-        gates_from: where these are from, in words.
-        made: the one adapter.
-        change: what it computes otherwise than the mixture.
-        text: that this was measured on, in words.
+        gates: expert → its fixed gate.
+        gates_from: description of the gates' origin.
+        made: the merged adapter.
+        change: difference between the logits of the merged adapter and of the mixture.
+        text: description of the data for this measurement.
     """
 
     gates: Mapping[str, float]
@@ -74,12 +74,12 @@ class Merge:
     @property
     def sentence(self) -> str:
         change, lost = self.change, self.made.lost
-        cut = f"; of the adapters' sum up to {lost:.1%} of a layer is left out" if lost else ""
-        word = "lossy" if change.largest > EXACT_JUMP else "exact but for rounding"
+        cut = f"; the limited rank drops up to {lost:.1%} of a layer's update" if lost else ""
+        kind = "lossy" if change.largest > EXACT_JUMP else "exact up to rounding"
         return (
-            f"{word}: logits move by up to {change.largest:.2g} of their deviation, "
-            f"{change.mean:.2g} in the mean (RMS); the likeliest next token stays at "
-            f"{change.same_best:.1%} of {change.num_tokens:,} tokens of {self.text}{cut}"
+            f"{kind}: logit shift up to {change.largest:.2g} σ, RMS {change.mean:.2g} σ; greedy "
+            f"decoding agrees on {change.same_best:.1%} of {change.num_tokens:,} tokens of "
+            f"{self.text}{cut}"
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -94,40 +94,42 @@ class Merge:
 
 
 def merge(files: ExpertFiles, *, rank: int | None = None, largest_rank: int | None = None) -> Merge:
-    """Merge the experts of a folder by mean gates, and measure what that changes.
+    """Merge the experts of a folder by mean gates, and measure the logit shift.
 
     Args:
-        rank: None: as much as loses nothing, up to `largest_rank`.
+        files: the experts.
+        rank: rank of the merged adapter; None for the lossless one, up to `largest_rank`.
+        largest_rank: maximum rank; None for no limit.
 
     Raises:
-        RequestError: it has no adapter.
+        RequestError: the folder has no adapter.
         TritterError: the experts are damaged, or the model can't be loaded.
     """
-    held = ExpertFolder.of_files(files)
+    experts = ExpertFolder.of_files(files)
     config = read_config(files.source)
     length = min(_LENGTH, position_limit(config) or _LENGTH)
     vocab_size = family_of(config).dimensions(config).vocab_size
     texts = _texts(files.source, length=length, vocab_size=vocab_size)
-    mixture, stored = held.apply(load_model(files.source)), files.mean_gates()
+    mixture, stored = experts.apply(load_model(files.source)), files.mean_gates()
     if texts:
         input_ids, named = torch.cat(list(texts.values())), ", ".join(texts)
         gates, gates_from = mean_gates(mixture, list(texts.values())), f"means on {named}"
     else:
-        generator, named = torch.Generator().manual_seed(0), "no text: they are drawn at random"
+        generator, named = torch.Generator().manual_seed(0), "random data"
         input_ids = torch.randint(vocab_size, (_SEQUENCES, length), generator=generator)
         gates = stored or dict.fromkeys(files.head.names, 1 / len(files.head.names))
-        gates_from = "equal: no text is at hand, and the folder keeps no usage"
+        gates_from = "equal: neither data nor recorded usage is available"
         if stored is not None:
-            gates_from = f"means on {', '.join(files.head.usage)}, as the folder has them"
-    made = merged_adapter(held, gates, rank=rank)
+            gates_from = f"recorded means on {', '.join(files.head.usage)}"
+    made = merged_adapter(experts, gates, rank=rank)
     if largest_rank is not None and made.adapter.shape.rank > largest_rank:
-        made = merged_adapter(held, gates, rank=largest_rank)
+        made = merged_adapter(experts, gates, rank=largest_rank)
     change = logit_change(mixture, made.adapter, input_ids)
     return Merge(gates=gates, gates_from=gates_from, made=made, change=change, text=named)
 
 
 def _texts(folder: Path, *, length: int, vocab_size: int) -> dict[str, Tensor]:
-    """Return domain → tokens int64 [B, T] of what the checkpoint learned, as far as at hand."""
+    """Return domain → tokens int64 [B, T] for each learned domain with available data."""
     found: dict[str, Tensor] = {}
     if not (folder / "tokenizer.json").is_file():
         return found
@@ -139,7 +141,7 @@ def _texts(folder: Path, *, length: int, vocab_size: int) -> dict[str, Tensor]:
         try:
             documents = source_documents(paths, key="domains", text_field=field, is_recorded=True)
             first = list(islice(documents, _DOCUMENTS)) if paths else []
-        except TritterError:  # its text is not at hand
+        except TritterError:  # its data is unavailable
             continue
         tokens = tokenise(first, tokenizer.tokenizer, max_tokens_per_document=length)
         if end is not None and tokens.num_tokens + len(tokens) >= length:
@@ -149,9 +151,9 @@ def _texts(folder: Path, *, length: int, vocab_size: int) -> dict[str, Tensor]:
 
 
 def with_merged(weights: Weights, merged: Merge) -> Weights:
-    """Return a base's weights with merged experts in them."""
+    """Return the base's weights with the merged experts added."""
     shares = ", ".join(f"{name} {gate:.3g}" for name, gate in merged.gates.items())
-    note = f"LoRA experts are merged into these weights, times {shares} ({merged.gates_from})"
+    note = f"LoRA experts are merged into these weights with gates {shares} ({merged.gates_from})"
     added = weights.with_added(deltas(merged.made.adapter))
     return replace(added, notes=(f"{note}; {merged.sentence}.",))
 
@@ -166,40 +168,46 @@ def export_adapters(
     overwrite: bool,
     as_json: bool,
 ) -> None:
-    """Write each expert as a stock adapter below `output`, or the merged one there, and print it.
+    """Write each expert as a stock adapter in a subfolder of `output`, or one merged adapter.
 
     Args:
-        dtype: of their factors; None: as they are.
+        checkpoint: folder or hub id of the checkpoint.
+        output: the folder to write.
+        is_merged: write one merged adapter.
+        rank: rank of the merged adapter; None for the lossless one.
+        dtype: dtype of the factors; None keeps it.
+        overwrite: replace an earlier export at `output`.
+        as_json: print one JSON object.
 
     Raises:
-        RequestError: there is no expert; or `output` is no place for them.
-        TritterError: the experts are damaged, or the disk refused a write.
+        RequestError: the checkpoint has no experts, or `output` may not be written.
+        TritterError: the experts are damaged, or a write failed.
     """
     with refuse_damage():
         folder = locate(checkpoint, key="--checkpoint")
         check = partial(check_adapters, source=folder)
         check_output(output, sources=[folder], overwrite=overwrite, check=check)
-        source = Source.open(folder, read_config(folder))  # compares it with its own record
+        source = Source.open(folder, read_config(folder))  # verifies its lineage
         if source.experts is None:
             raise RequestError(
                 f"--format = peft: {folder} has no LoRA experts; allowed is hf, a plain folder."
             )
         merged = merge(source.experts, rank=rank, largest_rank=LARGEST_RANK) if is_merged else None
-    held = ExpertFolder.of_files(source.experts)
-    if not held.adapters:
-        raise RequestError(f"{folder} has no adapter to export: the mixture is its base alone.")
+    experts = ExpertFolder.of_files(source.experts)
+    if not experts.adapters:
+        raise RequestError(f"{folder} has no adapter to export: its only expert is the base.")
     base = base_of(checkpoint, folder)
-    adapters = dict(held.adapters) if merged is None else {"": merged.made.adapter}
+    adapters = dict(experts.adapters) if merged is None else {"": merged.made.adapter}
     if dtype is not None:
         to = getattr(torch, dtype)
         for name, adapter in adapters.items():
             factors = {key: (a.to(to), b.to(to)) for key, (a, b) in adapter.factors.items()}
             adapters[name] = replace(adapter, factors=factors)
     records = [_record(name, adapter, output) for name, adapter in adapters.items()]
-    with says_if_written(output):
-        with atomic_folder(output, overwrite=overwrite, check=check) as place:
+    with note_if_written(output):
+        with atomic_folder(output, overwrite=overwrite, check=check) as temporary:
             for name, adapter in adapters.items():
-                write_stored(adapter, place / name, base=base, overwrite=not name)
+                write_stored(adapter, temporary / name, base=base, overwrite=not name)
         if as_json:
             print_json(
                 {
@@ -240,19 +248,19 @@ def _record(name: str, adapter: StoredAdapter, output: Path) -> dict[str, Any]:
 
 
 def merge_lines(merged: Merge) -> list[tuple[str, str]]:
-    """Return what there is to say of a merge, for a person."""
+    """Return the lines that describe a merge."""
     shares = ", ".join(f"{name} {gate:.2f}" for name, gate in merged.gates.items())
     return [("gates", f"{shares} ({merged.gates_from})"), ("merged", merged.sentence)]
 
 
 def base_of(checkpoint: str, folder: Path) -> str:
-    """Return what adapters of a folder stand on: a hub id where one is known, else its path."""
+    """Return the base of a folder's adapters: its hub id if known, otherwise its path."""
     if not Path(checkpoint).expanduser().exists():
         return checkpoint  # downloaded, with the base at its root
     links = read_chain(folder)
     for link in links:
-        given = link.lineage.training_config if link.lineage is not None else {}
-        path = given.get("path") if given.get("stage") == "given" else None
+        settings = link.lineage.training_config if link.lineage is not None else {}
+        path = settings.get("path") if settings.get("stage") == "given" else None
         is_same = link.model_hash == links[-1].model_hash
         if is_same and isinstance(path, str) and _HUB_ID.fullmatch(path):
             return path
@@ -260,17 +268,17 @@ def base_of(checkpoint: str, folder: Path) -> str:
 
 
 def check_adapters(folder: Path, *, source: Path) -> None:
-    """Refuse to replace a folder that holds anything but adapters; opens nothing.
+    """Reject a folder that contains anything other than adapters. Opens no file.
 
     Raises:
-        RequestError: says what else is there.
+        RequestError: the folder contains other files, or no adapter.
     """
     if is_within(source, folder):
-        raise RequestError(f"{folder} holds {source}, which the result is made from.")
+        raise RequestError(f"{folder} contains the source {source}.")
     strays = sorted(_strays(folder))
     if strays or not any(folder.rglob(ADAPTER_FILES[0])):
-        what = f"holds more than adapters ({strays[0]})" if strays else "holds no adapter"
-        raise RequestError(f"{folder} {what}, and is not replaced. Choose another place.")
+        what = f"contains other files ({strays[0]})" if strays else "contains no adapter"
+        raise RequestError(f"{folder} {what}, and is not replaced. Choose another folder.")
 
 
 def _strays(folder: Path, depth: int = 0) -> Iterator[str]:

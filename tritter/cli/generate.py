@@ -1,4 +1,4 @@
-"""`tritter generate`: a checkpoint continues a text, through stock transformers."""
+"""`tritter generate`: generate text from a prompt with stock transformers."""
 
 from __future__ import annotations
 
@@ -47,20 +47,20 @@ def generate(
         config = read_config(folder)
         if not any((folder / name).is_file() for name in _TOKENIZERS):
             raise RequestError(
-                f"{folder} holds no tokenizer ({', '.join(_TOKENIZERS)}); generate needs one."
+                f"{folder} contains no tokenizer ({', '.join(_TOKENIZERS)}); generate needs one."
             )
         tokenizer = load_tokenizer(folder)
-        with errors_as(f"{folder} holds no usable tokenizer"):
+        with errors_as(f"{folder} contains no usable tokenizer"):
             input_ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
         num_tokens, positions = input_ids.shape[-1], position_limit(config)
         if num_tokens == 0:
-            raise RequestError("--prompt = (empty): give the model at least one token to continue.")
+            raise RequestError("--prompt = (empty): the prompt must have at least one token.")
         if positions is not None and num_tokens + max_new_tokens > positions:
             room = positions - num_tokens
             allowed = f"at most {room}" if room > 0 else "a shorter --prompt"
             raise RequestError(
                 f"--max-new-tokens = {max_new_tokens}: the prompt has {num_tokens} tokens and the "
-                f"model reads {positions}; {allowed}."
+                f"model supports {positions} positions; {allowed}."
             )
         is_known = config.get("dtype") in WEIGHT_DTYPES
         dtype = getattr(torch, str(config["dtype"])) if is_known else torch.float32
@@ -68,8 +68,8 @@ def generate(
         if broken := non_finite(model):
             more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
             raise RequestError(
-                f"{folder}: {broken[0]}{more} holds values that are not finite (NaN or infinity), "
-                "so the model can't say anything; take the checkpoint before it."
+                f"{folder}: {broken[0]}{more} has values that are not finite (NaN or infinity). "
+                "Use an earlier checkpoint."
             )
     with errors_as(f"transformers can't generate from {folder}"):
         new_ids = continuation(
@@ -98,13 +98,13 @@ def continuation(
     seed: int,
     pad_token_id: int | None,
 ) -> list[int]:
-    """Return the new tokens only; greedy at temperature 0, else drawn from `seed`."""
+    """Return only the new tokens: greedy at temperature 0, otherwise sampled with `seed`."""
     import torch
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     assert isinstance(model, torch.nn.Module)
     model.to(device).eval()
-    # What generation_config.json adds to a temperature is switched off: the options say it all.
+    # Sampling settings of generation_config.json are disabled; only the options count.
     sampling: dict[str, Any] = {"do_sample": False, "temperature": None}
     if temperature > 0:
         sampling = {"do_sample": True, "temperature": temperature}
@@ -113,8 +113,8 @@ def continuation(
         logits = model(input_ids=input_ids, use_cache=False).logits[:, -1]
     if not logits.isfinite().all():
         raise TritterError(
-            "the model's logits for the prompt are not finite, although its weights are: it "
-            f"overflows in {logits.dtype}. There is nothing to generate from."
+            "the model's logits for the prompt are not finite although its weights are: it "
+            f"overflows in {logits.dtype}."
         )
     with torch.random.fork_rng(), torch.inference_mode():
         torch.manual_seed(seed)

@@ -1,4 +1,4 @@
-"""`tritter history`: the chain of checkpoints as a table and a tree, and whether it holds."""
+"""`tritter history`: print the chain of a checkpoint as a table and a tree, and verify it."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from tritter.terminal import Console, say
 if TYPE_CHECKING:
     from tritter.checkpoints.history import Difference, Link
 
-NOT_THERE = "not there: not checked"
-_FEW_EXPERTS = 2  # that are named in the table; those of more stand in the tree
+NOT_THERE = "missing: not checked"
+_FEW_EXPERTS = 2  # named in the table; longer lists only in the tree
 
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """A checkpoint of the chain, and what a check of it found (None: it was not checked)."""
+    """A checkpoint of the chain and its differences; None if it was not checked."""
 
     link: Link
     changes: tuple[Difference, ...] | None
@@ -68,15 +68,15 @@ def history(
 
         if verify or as_json:
             other = "--verify" if verify else "--json"
-            raise RequestError(f"--recipe: it prints a file and nothing else, not with {other}.")
+            raise RequestError(f"--recipe can't be combined with {other}.")
         say(recorded_recipe(locate(folder)).rstrip("\n"))
         return 0
     from tritter.checkpoints.history import read_chain
     from tritter.checkpoints.history import verify as differences
 
-    place = locate(folder)
-    chain = read_chain(place)
-    # A check reports damage as a change
+    located = locate(folder)
+    chain = read_chain(located)
+    # --verify reports damage as a change
     if not verify and chain[-1].problem:
         raise RequestError(chain[-1].problem)
     console = Console(stderr=True)
@@ -90,7 +90,7 @@ def history(
     if as_json:
         print_json(
             {
-                "folder": str(place),
+                "folder": str(located),
                 "verified": verify,
                 "intact": is_intact if verify else None,
                 "chain": [_row_json(row, chain[-1]) for row in rows],
@@ -102,10 +102,11 @@ def history(
 
 
 def made_by(link: Link, *, most_experts: int | None = None) -> str:
-    """Say in a few words what made a checkpoint.
+    """Return a short description of a checkpoint's origin.
 
     Args:
-        most_experts: of more than these the number is told in place of their names.
+        link: the checkpoint.
+        most_experts: maximum number of experts to list by name; otherwise only their number.
     """
     lineage = link.lineage
     if link.problem:
@@ -121,14 +122,14 @@ def made_by(link: Link, *, most_experts: int | None = None) -> str:
         return ", ".join(filter(None, [*methods, experts, removed]))
     steps = f" of {lineage.step} steps" if lineage.step else ""
     if lineage.parent_hash is None:
-        words = f"pretraining{steps}" if steps else "start"
+        origin = f"pretraining{steps}" if steps else "start"
     else:
-        words = f"training{steps}"
-    return ", ".join(filter(None, [words, experts, removed]))
+        origin = f"training{steps}"
+    return ", ".join(filter(None, [origin, experts, removed]))
 
 
 def steps_after(link: Link, newest: Link) -> int | None:
-    """Return the training after a checkpoint's expansions, as its newest descendant knows it."""
+    """Return the training steps after a checkpoint's expansions, from its newest descendant."""
     if link.lineage is None or not link.made_by:
         return None
     last = len(link.lineage.expansion_history) - 1
@@ -179,23 +180,23 @@ def _print(rows: Sequence[Checked], *, is_verified: bool) -> None:
     wrapped = ("checkpoint", "made by", "steps after")
     print_table(console, table, wrapped=wrapped, breaks_words=False)
     console.print()
-    # What a checkpoint is made of stands above it. Rich's own tree cuts long lines off, and names
-    # of folders are to be copied whole
+    # Parents come first. Rich's own tree truncates long lines, but folder names must be complete
+    # for copying
     corner = "+-- " if console.options.ascii_only else "└── "
     for depth, row in enumerate(rows):
         link = row.link
-        place = shown_path(link.folder) if link.folder else _name(link)
+        name = shown_path(link.folder) if link.folder else _name(link)
         guide = "    " * (depth - 1) + corner if depth else ""
-        label = Text(guide + console.printable(f"{place}  ({made_by(link)})"))
+        label = Text(guide + console.printable(f"{name}  ({made_by(link)})"))
         console.print(label, soft_wrap=True)
     if not is_verified:
         return
     console.print()
     for row in rows:
         for change in row.changes or ():
-            place = shown_path(row.link.folder) if row.link.folder else ""
-            words = [f"{place}/{change.file}" if change.file else place, change.tensor or ""]
-            text = f"{' '.join(filter(None, words))}: {change.what}"
+            folder = shown_path(row.link.folder) if row.link.folder else ""
+            names = [f"{folder}/{change.file}" if change.file else folder, change.tensor or ""]
+            text = f"{' '.join(filter(None, names))}: {change.what}"
             console.print(Text(console.printable(text), style="red"), soft_wrap=True)
     states = Counter(row.state for row in rows)
     parts = [f"{states[state]} {state}" for state in ("intact", "changed", "not checked")]

@@ -1,4 +1,4 @@
-"""`tritter inspect`: what a checkpoint is, and how its last expansion made it."""
+"""`tritter inspect`: describe a checkpoint and the parameter map of its last expansion."""
 
 from __future__ import annotations
 
@@ -48,25 +48,25 @@ _PART_OF = {
     "head": "output head",
 }
 _WITHOUT_MAP = {
-    "experts": "none: the base is as it was",
-    "growth": "none: neurons came one event after the other, while it was trained",
+    "experts": "none: the base is unchanged",
+    "growth": "none: neurons were added during training",
 }
 _MOST_FACTORS = 3
 
 
 @dataclass(frozen=True, slots=True)
 class MapRow:
-    """Tensors of one kind that one expansion treats alike.
+    """Tensors of one kind with the same mapping.
 
     Args:
-        kind: of a logical tensor.
+        kind: kind of the logical tensors.
         layers: target layers, such as `0, 2-4`; empty for a tensor outside the layers.
         source_shape: shape before.
         target_shape: shape after.
-        weight: factors that weights are multiplied with where they have a source.
-        gradient: the same of gradients.
-        fill: what stands where there is no source; random with its standard deviation.
-        state: whether moments and importances follow.
+        weight: factors of mapped weights.
+        gradient: factors of mapped gradients.
+        fill: value of entries without a source; for random ones the standard deviation.
+        state: mapping of optimizer moments and importances.
     """
 
     kind: str
@@ -84,8 +84,9 @@ class RecordedMap:
     """The map of an expansion, rebuilt from its record.
 
     Args:
-        digest: of the map as rebuilt; None when it could not be, or when there is none.
-        problem: why it could not be rebuilt, or that it is not the one that was recorded.
+        digest: digest of the rebuilt map; None without a map or if rebuilding failed.
+        problem: the reason of the failure, or a note that the digest differs from the record.
+        rows: rows of the map's table.
     """
 
     digest: str | None = None
@@ -114,8 +115,8 @@ def inspect(folder: Folder, as_json: AsJson = False) -> int:
         from tritter.core.families.config_file import read_config_file
 
     with refuse_damage():
-        place = locate(folder)
-        source = Source.open(place, read_config_file(place))
+        located = locate(folder)
+        source = Source.open(located, read_config_file(located))
         dtypes = Counter(source.tensors.headers[t.name].dtype for t in source.stored)
         experts = source.experts
         experts_record = None if experts is None else _experts_json(experts)
@@ -171,14 +172,14 @@ def _as_json(
         "ffn_sizes": list(ffn_sizes(source.config)),
         "dtypes": dict(dtypes),
         "is_tied": bool(source.config.get("tie_word_embeddings")),
-        "beside": _beside(source.folder),
+        "beside": _other_files(source.folder),
         "lineage": lineage,
         "last_map": None if last_map is None else asdict(last_map),
     }
 
 
 def _experts_json(files: ExpertFiles) -> dict[str, Any]:
-    """Return everything that the files say without a tensor being opened."""
+    """Return the experts' records without opening a tensor."""
     head = files.head
     return {
         "names": list(head.names),
@@ -217,10 +218,10 @@ def _print_model(console: Console, source: Source, dtypes: Mapping[str, int]) ->
     tie = "tied to the embedding" if source.config.get("tie_word_embeddings") else "untied"
     lines = [("family", f"{source.family.model_type} ({source.family.architecture})")]
     lines += [("on disk", ", ".join(kinds)), ("output head", tie)]
-    names = _beside(source.folder)
-    lines.append(("beside", ", ".join(names) or "no tokenizer, no state"))
+    names = _other_files(source.folder)
+    lines.append(("other files", ", ".join(names) or "no tokenizer, no state"))
     if names and "tokenizer.json" not in names:
-        lines.append(("", "no tokenizer.json, which text is read with"))
+        lines.append(("", "no tokenizer.json, which training needs"))
     if sizes := ffn_sizes(source.config):
         padded = count_text(source.family.count_parameters(on_disk(source.config)))
         lines += [
@@ -230,8 +231,8 @@ def _print_model(console: Console, source: Source, dtypes: Mapping[str, int]) ->
     print_lines(console, lines)
 
 
-def _beside(folder: Path) -> list[str]:
-    """Return what lies beside config and weights: tokenizer files, then what is in `state/`."""
+def _other_files(folder: Path) -> list[str]:
+    """Return the names of tokenizer files and of the content of `state/`."""
     from tritter.checkpoints.folder import TOKENIZER_FILES
 
     names = [name for name in TOKENIZER_FILES if (folder / name).is_file()]
@@ -254,8 +255,8 @@ def _print_lineage(console: Console, source: Source) -> None:
         if lineage.step:
             lines.append(("trained", f"{lineage.step} steps"))
         for name, score in lineage.benchmark_scores.items():
-            if name.endswith(ACCURACY):  # of a task; else it is the loss on a domain
-                label, text = f"right {name.removesuffix(ACCURACY)}", f"{score:.1%} of the answers"
+            if name.endswith(ACCURACY):  # other scores are losses on a domain
+                label, text = f"accuracy {name.removesuffix(ACCURACY)}", f"{score:.1%}"
             else:
                 label, text = f"loss {name}", f"{score:.4f} nats per token"
             lines.append((label, text))
@@ -269,7 +270,7 @@ def _print_expansion(console: Console, record: ExpansionRecord, last: RecordedMa
     lines = [
         ("last expansion", f"{spelled(record.method)} ({record.timestamp}, seed {record.seed})"),
         ("layers from", " ".join(map(str, record.layer_sources))),
-        ("exact", "yes, by its method" if record.claims_exact else "no"),
+        ("exact", "yes, according to its method" if record.claims_exact else "no"),
         ("step-0 error", "not measured" if error is None else f"{error:.1e}"),
         ("steps after", str(record.continued_training_steps)),
     ]
@@ -291,18 +292,18 @@ def _print_expansion(console: Console, record: ExpansionRecord, last: RecordedMa
     print_table(console, Table(header, tuple(rows)), wrapped=("tensor", "shape", "fill"))
     console.print()
     console.print(
-        "weight, gradient: factors where an entry has a source; fill: what stands where it has "
-        "none, random with its standard deviation; state: whether moments follow"
+        "weight, gradient: factors of mapped entries; fill: value of new entries (random: "
+        "standard deviation); state: mapping of optimizer moments"
     )
 
 
 def _print_experts(console: Console, files: ExpertFiles) -> None:
-    """Print the experts as a table, and how they are mixed."""
+    """Print a table of the experts and the settings of the router."""
     head = files.head
     rows = []
     for name in head.names:
         if (shape := files.configs.get(name)) is None:
-            rows.append((name, MISSING, MISSING, MISSING, "the base itself"))
+            rows.append((name, MISSING, MISSING, MISSING, "base model"))
         else:
             count = count_text(files.num_parameters[name])
             rows.append((name, str(shape.rank), f"{shape.alpha:g}", count, " ".join(shape.targets)))
@@ -310,9 +311,13 @@ def _print_experts(console: Console, files: ExpertFiles) -> None:
     header = ("expert", "rank", "alpha", "parameters", "on")
     print_table(console, Table(header, tuple(rows), numbers=(1, 2, 3)), wrapped=("on",))
     console.print()
-    mixed = "all" if head.top_k is None else f"the best {head.top_k}"
-    whose = "one for all layers" if head.is_shared else "one in each layer"
-    router = {"learned": whose, "evidence": "token counts", "both": f"{whose}, and token counts"}
+    mixed = "all" if head.top_k is None else f"top {head.top_k}"
+    learned = "one for all layers" if head.is_shared else "one per layer"
+    router = {
+        "learned": learned,
+        "evidence": "token counts",
+        "both": f"{learned}, and token counts",
+    }
     lines = [
         ("router", router[head.router]),
         ("mixed", f"{mixed}, temperature {head.temperature:g}"),
@@ -330,14 +335,14 @@ def rebuilt_map(record: ExpansionRecord) -> ParameterMap:
     """Return the parameter map that a record describes.
 
     Raises:
-        TritterError: the method or its options are not ones that this Tritter has.
+        TritterError: this version of Tritter does not have the method or its options.
     """
     from tritter.core.expansions import EXPANSIONS
     from tritter.core.families import check_config, family_of
 
     spec_type = EXPANSIONS.get(record.method)
     if spec_type is None:
-        raise TritterError(f"this Tritter has no method '{record.method}'")
+        raise TritterError(f"this version of Tritter has no method '{record.method}'")
     options = {k: tuple(v) if isinstance(v, list) else v for k, v in record.options.items()}
     source: Config = dict(record.source_config)
     target: Config = dict(record.target_config)
@@ -348,15 +353,15 @@ def rebuilt_map(record: ExpansionRecord) -> ParameterMap:
         rebuilt: ParameterMap = spec.parameter_map(
             family_of(source), source, target, seed=record.seed
         )
-    # Options and configs stand in a file that anybody may have written, and whatever does not fit
-    # comes out of the map's arithmetic as whatever it happens to be
+    # The options and configs come from an untrusted file, so the map's arithmetic may raise any
+    # exception
     except Exception as error:
         raise TritterError(f"its record does not describe a map ({error})") from error
     return rebuilt
 
 
 def map_rows(parameter_map: ParameterMap, source: Config, target: Config) -> tuple[MapRow, ...]:
-    """Return the rows of a map's table, in the order of a forward pass, layers joined."""
+    """Return the rows of a map's table in forward order, with equal layers joined."""
     from tritter.core.families import family_of
 
     family, source_family = family_of(target), family_of(source)
@@ -394,7 +399,7 @@ def _ranges(numbers: list[int]) -> str:
 
 
 def _factors(tensor_map: TensorMap, quantity: str) -> str:
-    """Return the different products of the axes' factors over entries that have a source."""
+    """Return the distinct products of the axes' factors over mapped entries."""
     import torch
 
     values = torch.ones(1, dtype=torch.float64)
@@ -409,7 +414,7 @@ def _factors(tensor_map: TensorMap, quantity: str) -> str:
 
 
 def _fill(tensor_map: TensorMap) -> str:
-    """Return what new entries hold, and what is added to copies."""
+    """Return the value of new entries and the noise on copies."""
     has_gaps = tensor_map.source is None or any(
         axis is not None and bool((axis.index < 0).any()) for axis in tensor_map.axes
     )

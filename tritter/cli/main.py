@@ -1,6 +1,6 @@
-"""The commands and their exit codes; each has a file of its own, with its options.
+"""The `tritter` commands and their exit codes. Each command and its options have their own module.
 
-Nothing here imports torch: `tritter --help` and refused words answer at once.
+Nothing here imports torch, so `tritter --help` and rejected requests return immediately.
 """
 
 import signal
@@ -52,12 +52,12 @@ _HELP_ALL = "--help-all"
 
 
 class Commands(TyperGroup):
-    """All commands. Typer asks pydantic, half a second, what a flag is that was not given."""
+    """All commands. Flags get a default: without one, Typer imports pydantic, which is slow."""
 
     def get_params(self, ctx: Any) -> list[Any]:
         params = super().get_params(ctx)
         for flag in params:
-            if flag.default is None:  # --help, and those of completion
+            if flag.default is None:  # --help and the completion flags
                 flag.default = False
         return params
 
@@ -77,12 +77,13 @@ app = typer.Typer(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command line and return its exit code: 0 done, 1 failed, 2 wrong request, 3 no.
+    """Run a command line and return its exit code.
 
-    After Ctrl-C it is 130, after SIGTERM 143.
+    The exit codes are 0 (done), 1 (failed), 2 (invalid request), 3 (a check failed), 130 (Ctrl-C),
+    141 (broken pipe) and 143 (SIGTERM).
 
     Args:
-        arguments: the words of the command line; default: those of the process.
+        arguments: command-line arguments; those of the process by default.
     """
     words = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     try:
@@ -90,23 +91,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with stopping():
             command = typer.main.get_command(app)
             is_folded = _HELP_ALL not in words
-            if words[0] != "train":  # whose help is that of train.py
+            if words[0] != "train":  # train prints the help of train.py
                 words = ["--help" if word == _HELP_ALL else word for word in words]
             run = partial(command.main, words, prog_name="tritter", standalone_mode=False)
             return run(obj=is_folded) or 0
     except RequestError as error:
         say(f"error: {error}\nNothing was written.", is_error=True)
         return 2
-    except TritterError as error:  # and that something was written after all
+    except TritterError as error:  # its notes list files that were written
         say("\n".join([f"error: {error}", *getattr(error, "__notes__", ())]), is_error=True)
         return 1
-    # What the system refuses on the way (a full disk, a name too long, no memory) is no fault of
-    # the program, and needs no traceback
+    # System errors (a full disk, a name that is too long, no memory) are not bugs and need no
+    # traceback
     except SYSTEM_ERRORS as error:
         say(f"error: {one_line(error)}", is_error=True)
         return 1
     except Stopped as stop:
-        if stop.signal_number == signal.SIGPIPE:  # nobody reads on, as behind `| head`
+        if stop.signal_number == signal.SIGPIPE:  # the reader closed the pipe, as in `| head`
             close_pipe()
             return stop.exit_code
         written = " ".join(getattr(stop, "__notes__", ())) or "Nothing was written."
@@ -115,17 +116,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except typer.TyperException as error:
         possibilities = getattr(error, "possibilities", None)
         context, flag = getattr(error, "ctx", None), getattr(error, "option_name", None)
-        place = context.command_path if context is not None else "tritter"
+        command_path = context.command_path if context is not None else "tritter"
         near = f". Did you mean {possibilities[0]}?" if possibilities else ""
-        if flag and (advice := flag_advice(flag, words, command=place.rpartition(" ")[2])):
+        if flag and (advice := flag_advice(flag, words, command=command_path.rpartition(" ")[2])):
             near, possibilities = f". {advice}", True
         message = error.message if possibilities else error.format_message()
-        say(f"error: {message}{near}\n`{place} --help` lists what there is.", is_error=True)
+        hint = f"`{command_path} --help` lists the options."
+        say(f"error: {message}{near}\n{hint}", is_error=True)
         return error.exit_code
 
 
-def _print_version(is_asked: bool) -> None:
-    if is_asked:
+def _print_version(is_requested: bool) -> None:
+    if is_requested:
         say(f"tritter {__version__}")
         raise typer.Exit
 
@@ -137,7 +139,7 @@ def everything(
         typer.Option("--version", help="Show the version.", callback=_print_version, is_eager=True),
     ] = False,
 ) -> None:
-    """Take the options that stand before a command."""
+    """Parse the options before the command."""
 
 
 for _function, _kind in _COMMANDS:

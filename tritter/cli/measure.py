@@ -1,4 +1,4 @@
-"""The step-0 error of an expansion, measured layer by layer in stock models of any size."""
+"""Measure the step-0 error of an expansion in stock models, layer by layer."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -15,22 +15,22 @@ from tritter.evaluation.jump import folder_jump
 from tritter.storage.tensors import TensorFolder
 from tritter.transform import Expanded
 
-# Each weight is read once whatever the tokens; of experts, a token meets a few
+# Each weight is read once for all tokens. With experts, more tokens are needed to reach them all
 SEQUENCES, SEQUENCES_OF_EXPERTS, LENGTH = 2, 8, 32
 _MB = 10**6
 
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """What was measured, in words as well.
+    """The measured step-0 error.
 
     Args:
-        lineage: of the result, with the error.
-        error: max |Δ logits| / std(logits) on random tokens; None when not measured.
-        is_broken: a method that claims exactness missed it by more than rounding; of a dense
-            result in 16 bits, whose rounding is not known, by a deviation of the logits.
-        text: for a person.
-        parting: where a broken result leaves what the source computes.
+        lineage: lineage of the result, with the error.
+        error: max |Δ logits| / std(logits) on random tokens; None if not measured.
+        is_broken: True if a function-preserving method differs by more than rounding. For a 16-bit
+            result the bound is that of 16-bit rounding.
+        text: readable description.
+        parting: first layer at which a broken result differs from the source.
     """
 
     lineage: Lineage
@@ -50,11 +50,13 @@ def measure(
     """Compare source and result on random tokens and write the error into the record.
 
     Args:
-        result: in a folder that does not stand at its place yet.
-        progress: called with megabytes read so far and how many there are.
+        source: the source checkpoint.
+        result: the result in a temporary folder.
+        is_wanted: False skips the measurement.
+        progress: called with the megabytes read and their total.
 
     Raises:
-        TritterError: transformers can't build one of them, or it computes nothing.
+        TritterError: transformers can't build or run one of the models.
     """
     if not is_wanted:
         return Measurement(result.lineage, None, False, "not measured")
@@ -68,11 +70,11 @@ def measure(
         found = folder_jump(source.folder, result.folder, random_tokens(config), progress=show)
     except TritterError:
         raise
-    # The border to classes that trust their config: a value of it may break them in any way
+    # Stock classes trust their config, so a bad value may raise any exception
     except Exception as raised:
         raise TritterError(
             f"{source.folder} cannot be measured: its model fails on tokens ({raised!r}); "
-            "--no-measure expands it all the same."
+            "--no-measure expands it without measuring."
         ) from raised
     jump = found.jump
     error = jump.to_dict()["relative_to_std"]
@@ -81,14 +83,14 @@ def measure(
     claims_exact = all(step.spec.is_exact for step in result.steps)
     before, after = source.tensors.dtypes, TensorFolder.open(result.folder).dtypes
     maps = list(result.plan.parameter_map.tensors.values())
-    if claims_exact:  # whose noise lies where nothing reads it: before a norm of zeros
+    if claims_exact:  # noise has no effect then: a norm with zero weight follows it
         maps = [replace(each, noise=0.0) for each in maps]
     is_copied = len(before | after) == 1 and all(m.is_verbatim or m.is_zeroed for m in maps)
     rounded = [] if is_copied else [n for n in ("bfloat16", "float16") if n in after]
     bound = rounded_jump(has_experts=family_of(config).has_experts) if rounded else EXACT_JUMP
     is_broken = claims_exact and not jump.relative_to_std < bound
-    note = f", rounding to {' and '.join(rounded)} included" if rounded else ""
-    text = f"{jump.relative_to_std:.1e} of the logits' deviation on random tokens{note}"
+    note = f", including rounding to {' and '.join(rounded)}" if rounded else ""
+    text = f"logit shift {jump.relative_to_std:.1e} σ on random tokens{note}"
     first_difference = (
         found.first_difference(result.plan.parameter_map.layer_sources) if is_broken else ""
     )
@@ -96,7 +98,7 @@ def measure(
 
 
 def random_tokens(config: Config) -> Tensor:
-    """Return tokens that a model's function is compared on, int64 [B, T], always the same."""
+    """Return fixed random tokens for comparing models, int64 [B, T]."""
     family = family_of(config)
     vocab_size = family.dimensions(config).vocab_size
     generator = torch.Generator().manual_seed(0)

@@ -1,7 +1,7 @@
-"""Options of `tritter expand` that belong to a method, and the expansions that they describe.
+"""The method options of `tritter expand`, and the expansions that they describe.
 
-Options are the keys that a method's option file states. Help reads the files and imports nothing;
-what a value may be is judged by the method's own record, when the command runs.
+The options are the keys in a method's option file. Help only reads these files and imports
+nothing; the method's own options class validates the values when the command runs.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ from tritter.targets import TARGET
 if TYPE_CHECKING:
     from tritter.core.expansions import ExpansionSpec
 
-# Keys that the command line calls otherwise: by fewer words, or by which `init` is meant
-_CALLED = {
+# Keys with another option name: shorter, or unambiguous between methods
+_OPTION_OF_KEY = {
     "width.num_attention_heads": "num_heads",
     "width.num_key_value_heads": "num_kv_heads",
     "width.init": "width_init",
     "moe.layers": "sparse_layers",
     "moe_add.init": "expert_init",
 }
-_OF_THE_TRAINING = "new_blocks_only"
-# Keys of ctx.meta: the methods that were typed (None: all), the options that help describes
+_TRAINING_KEY = "new_blocks_only"
+# Keys of ctx.meta: the requested methods (None: all), and the options that help describes
 _METHODS, _SHOWN = "tritter.methods", "tritter.shown"
 
 
 class MethodCommand(CheckpointCommand):
-    """A command that also has the options of all methods; their values go to `ctx.obj`."""
+    """A command with the options of all methods; their values are stored in `ctx.obj`."""
 
     def get_params(self, ctx: Any) -> list[Any]:
         options = _parameters(search_path())
@@ -54,7 +54,7 @@ class MethodCommand(CheckpointCommand):
         return [*super().get_params(ctx), *options]
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
-        """Print the options of the methods that were typed, and only list those of the others."""
+        """Describe the options of the requested methods, and only list those of the others."""
         words = ctx.meta[_METHODS]
         if words is None:  # --help-all
             return super().format_help(ctx, formatter)
@@ -69,7 +69,7 @@ class MethodCommand(CheckpointCommand):
         return super().format_help(ctx, formatter)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        # The folders of --config-dir say what other options there are
+        # The folders of --config-dir may define more options
         parser = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
         parser.add_argument("--config-dir", "--config_dir", "-cd", action="append", default=[])
         parser.add_argument("--method", action="append", default=[])
@@ -82,13 +82,13 @@ class MethodCommand(CheckpointCommand):
             ctx.meta[_METHODS] = None
         ctx.with_resource(composing_from(search_path_of(folders, None)))
         rest = super().parse_args(ctx, args)
-        given = {name: ctx.params.pop(name) for name in method_options()}
-        ctx.obj = {name: value for name, value in given.items() if value is not None}
+        values = {name: ctx.params.pop(name) for name in method_options()}
+        ctx.obj = {name: value for name, value in values.items() if value is not None}
         return rest
 
 
 def method_bodies() -> dict[str, dict[str, Any]]:
-    """Return method → key → default, as the option files state them."""
+    """Return method → key → default from the option files."""
     return _bodies(search_path())
 
 
@@ -100,19 +100,19 @@ def _bodies(_of: SearchPath) -> dict[str, dict[str, Any]]:
 
 
 def method_options() -> dict[str, dict[str, str]]:
-    """Return option → method that takes it → what it is called there."""
+    """Return option → method that has it → its key in that method."""
     options: dict[str, dict[str, str]] = {}
     for method, body in method_bodies().items():
         for key in body:
-            if key not in (TARGET, _OF_THE_TRAINING):
-                option = _CALLED.get(f"{method}.{key}", key)
+            if key not in (TARGET, _TRAINING_KEY):
+                option = _OPTION_OF_KEY.get(f"{method}.{key}", key)
                 options.setdefault(option, {})[method] = key
     return options
 
 
 @cache
 def _parameters(_of: SearchPath) -> list[Any]:
-    """Return the options as Typer makes them of a function's parameters."""
+    """Return the options as Typer builds them from a function's parameters."""
 
     bodies, parameters = method_bodies(), []
     notes = {method: comments(option_files()["expansion"][method]) for method in bodies}
@@ -122,7 +122,7 @@ def _parameters(_of: SearchPath) -> list[Any]:
             comment, default = notes[method].get(key, ""), bodies[method][key]
             stated = [] if default is None or default is False else [f"default: {default}"]
             line = "; ".join([*filter(None, [comment]), *stated])
-            line = line.replace("null = ", "default: ").replace("[", r"\[")  # which is markup else
+            line = line.replace("null = ", "default: ").replace("[", r"\[")  # no markup
             helps.setdefault(line, []).append(method)
         is_flag = all(bodies[method][key] is False for method, key in takers.items())
         declared = typer.Option(
@@ -146,7 +146,7 @@ def _parameters(_of: SearchPath) -> list[Any]:
 
 
 def option_names() -> dict[str, str | None]:
-    """Return dotted key → option, of all methods."""
+    """Return dotted key → option name for all methods."""
     names: dict[str, str | None] = {"expansion": "--method"}
     for method in method_bodies():
         names[f"expansion.{method}"] = f"--method {spelled(method)}"
@@ -159,34 +159,35 @@ def method_names(words: Sequence[str]) -> tuple[str, ...]:
     """Return the methods named by `--method`, in order.
 
     Raises:
-        RequestError: one does not exist; names those that do.
+        RequestError: a method does not exist. The message lists the known ones.
     """
     names = [name.strip().replace("-", "_") for word in words for name in word.split(",")]
     for name in names:
         if name not in method_bodies():
             shown, allowed = spelled(name), [*map(spelled, method_bodies())]
-            reason = f"there are {', '.join(allowed)}; several are joined by commas"
+            reason = f"allowed is one of {', '.join(allowed)}, or several joined by commas"
             near = nearest(shown, allowed)
             raise RequestError(Problem("expansion", shown, reason, nearest=near))
     return tuple(names)
 
 
-def specs_of(methods: Sequence[str], given: Mapping[str, Any]) -> tuple[ExpansionSpec, ...]:
+def specs_of(methods: Sequence[str], typed: Mapping[str, Any]) -> tuple[ExpansionSpec, ...]:
     """Return the expansions that methods and options describe.
 
     Args:
-        given: option → what was typed.
+        methods: names of the methods, in order.
+        typed: option → typed value.
 
     Raises:
-        RequestError: an option that no method takes, or that several would; a value that is not
-            allowed. All problems at once.
+        RequestError: an option belongs to no requested method or to several, or a value is not
+            allowed. All problems are reported together.
     """
     from tritter.config.components import Reader, method_class, read_methods
     from tritter.options import from_word
 
     problems = []
     fields: dict[str, dict[str, Any]] = {name: {} for name in methods}
-    for option, value in given.items():
+    for option, value in typed.items():
         takers = method_options()[option]
         taking = [name for name in methods if name in takers]
         if len(taking) == 1:
@@ -194,18 +195,18 @@ def specs_of(methods: Sequence[str], given: Mapping[str, Any]) -> tuple[Expansio
             continue
         if taking:
             reason = (
-                f"{_listed(taking)} would {'both' if len(taking) == 2 else 'all'} take it; expand "
-                "in commands of their own to say which"
+                f"{_listed(taking)} {'both' if len(taking) == 2 else 'all'} have this option; use "
+                "a separate command for each method"
             )
         else:
             reason = (
-                f"--method {','.join(map(spelled, methods))} does not take it; "
+                f"--method {','.join(map(spelled, methods))} does not have this option; "
                 f"{_listed(takers)} {'does' if len(takers) == 1 else 'do'}"
             )
         problems.append(Problem(f"--{spelled(option)}", value, reason=reason))
     raise_problems(problems)
     reader, specs = Reader(tuple), []
-    for name in methods:  # its options are read as a configuration's are, defaults filled in
+    for name in methods:  # options are read like those of a config file, with defaults
         body = method_bodies()[name]
         record = method_class("expansion", name, {name: body})
         values = {key: from_word(record, key, word) for key, word in fields[name].items()}

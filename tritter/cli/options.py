@@ -1,4 +1,4 @@
-"""Options that several commands share: how one is declared, and what is typed after it."""
+"""Options that several commands share, and the parsers of their values."""
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -11,14 +11,14 @@ from tritter.errors import Problem, RequestError, brief, nearest
 from tritter.limits import BYTE_UNITS, COUNT_UNITS, MAX_BYTES, MAX_PARAMETERS, MAX_SEED, parse_count
 from tritter.storage.reading import named_path
 
-# Options that name a checkpoint, in the order of their plain words
+# Options that name a checkpoint, in the order of the positional arguments
 _CHECKPOINTS = ("checkpoint", "source", "result")
-_MAX_FLOPS = 10**24  # a second, of one device
+_MAX_FLOPS = 10**24  # per second and device
 Name = TypeVar("Name", bound=str)
 
 
 class CheckpointCommand(TyperCommand):
-    """A command whose checkpoints are typed as plain words, or after their options."""
+    """A command that accepts checkpoints as positional arguments or as options."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -38,7 +38,7 @@ class CheckpointCommand(TyperCommand):
         if words and options:
             names = " and ".join(each.opts[0] for each in options)
             plain = " ".join(words.values())
-            ctx.fail(f"{plain} together with {names}: use plain words (`{shown}`) or options.")
+            ctx.fail(f"{plain} together with {names}: use arguments (`{shown}`) or options.")
         ctx.params |= words
         missing = [each for each in self._named if ctx.params[each.name] is None]
         if missing and self._is_required and not ctx.resilient_parsing:
@@ -50,7 +50,7 @@ class CheckpointCommand(TyperCommand):
 
 
 def _plain_word(option: Any) -> TyperArgument:
-    """Return the plain word that stands for an option, which then refers to it in the help."""
+    """Return a positional argument for an option, whose help then refers to the argument."""
     word = TyperArgument(
         param_decls=[f"{option.name}_word"],
         type_descriptor=option.type_descriptor,
@@ -64,7 +64,7 @@ def _plain_word(option: Any) -> TyperArgument:
 def option(
     names: str,
     metavar: str,
-    told: str,
+    help_text: str,
     *,
     panel: str | None = None,
     parser: Callable[[str], Any] | None = None,
@@ -73,19 +73,23 @@ def option(
     shows_default: bool = True,
     completes: Callable[[str], list[str]] | None = None,
 ) -> Any:
-    """Return Typer's description of an option.
+    """Declare an option for Typer.
 
     Args:
-        names: as it is typed, one or two, parted by a blank.
-        metavar: what stands for its value in the help.
-        told: its line of help.
-        panel: under which heading it stands.
-        completes: returns what a shell may put in place of a value that is begun.
+        names: spellings of the option, separated by blanks.
+        metavar: placeholder of the value in the help.
+        help_text: its help.
+        panel: its heading in the help.
+        parser: converts the typed text.
+        least: smallest allowed value.
+        most: largest allowed value.
+        shows_default: show the default in the help.
+        completes: returns completions of an incomplete value.
     """
     return typer.Option(
         *names.split(),
         metavar=metavar,
-        help=told,
+        help=help_text,
         rich_help_panel=panel,
         parser=parser,
         min=least,
@@ -96,7 +100,7 @@ def option(
 
 
 def of_list(names: Callable[[], Iterable[str]]) -> Callable[[str], list[str]]:
-    """Return what `completes` the last word of a list whose words are joined by commas."""
+    """Return a completion function for the last name in a comma-separated list."""
 
     def completes(incomplete: str) -> list[str]:
         done = incomplete[: incomplete.rfind(",") + 1]
@@ -105,21 +109,21 @@ def of_list(names: Callable[[], Iterable[str]]) -> Callable[[str], list[str]]:
     return completes
 
 
-def flag(names: str, told: str, *, panel: str | None = None) -> Any:
-    """Return Typer's description of an option without a value."""
-    return option(names, " ", told, panel=panel)
+def flag(names: str, help_text: str, *, panel: str | None = None) -> Any:
+    """Declare an option without a value for Typer."""
+    return option(names, " ", help_text, panel=panel)
 
 
 def spelled(name: str) -> str:
-    """Return a name as the command line writes it: dashes for underscores."""
+    """Return a name in command-line spelling, with dashes instead of underscores."""
     return name.replace("_", "-")
 
 
 def choice(option: str, word: str, allowed: Sequence[Name]) -> Name:
-    """Return the allowed word that an option's value spells, with - or _.
+    """Return the allowed value that matches the typed one, spelled with - or _.
 
     Raises:
-        RequestError: it is none of them.
+        RequestError: the value is not allowed.
     """
     for name in allowed:
         if name == word.replace("-", "_"):
@@ -130,40 +134,40 @@ def choice(option: str, word: str, allowed: Sequence[Name]) -> Name:
 
 
 def parameter_count(text: str) -> int:
-    """Return a count: 7B, 1.5b, 350M, 7e9, 7_000_000.
+    """Parse a count such as 7B, 1.5b, 350M, 7e9 or 7_000_000.
 
     Raises:
-        typer.BadParameter: it is none.
+        typer.BadParameter: the text is not a count.
     """
     example = "a count above 0, such as 7B, 350M or 7e9"
     return _scaled(str(text), COUNT_UNITS, example=example, limit=MAX_PARAMETERS)
 
 
 def flops_rate(text: str) -> int:
-    """Return FLOPs per second: 312T, 9.89e14.
+    """Parse FLOPs per second, such as 312T or 9.89e14.
 
     Raises:
-        typer.BadParameter: it is none.
+        typer.BadParameter: the text is not a count.
     """
     example = "FLOPs per second above 0, such as 312T or 9.89e14"
     return _scaled(str(text), COUNT_UNITS, example=example, limit=_MAX_FLOPS)
 
 
 def byte_count(text: str) -> int:
-    """Return a number of bytes: 5GB, 500MB (powers of 1000), 4GiB (of 1024).
+    """Parse a size such as 5GB, 500MB (powers of 1000) or 4GiB (powers of 1024).
 
     Raises:
-        typer.BadParameter: it is none.
+        typer.BadParameter: the text is not a size.
     """
     example = "a size above 0, such as 5GB, 500MB or 4GiB"
     return _scaled(str(text), BYTE_UNITS, example=example, limit=MAX_BYTES)
 
 
-def place(text: str) -> Path:
-    """Return a path as it was typed, `~` opened.
+def typed_path(text: str) -> Path:
+    """Parse a path and expand `~`.
 
     Raises:
-        typer.BadParameter: no file could have that name.
+        typer.BadParameter: the text is not a valid file name.
     """
     try:
         return named_path(str(text), key="path")
@@ -176,7 +180,7 @@ def _scaled(text: str, units: dict[str, int], *, example: str, limit: int) -> in
     if value is None:
         raise typer.BadParameter(f"{brief(text)} is not {example}.")
     if value > limit:
-        raise typer.BadParameter(f"{brief(text)} is above {limit:.0e}, the most that is allowed.")
+        raise typer.BadParameter(f"{brief(text)} is above the maximum of {limit:.0e}.")
     return value
 
 
@@ -210,7 +214,9 @@ Overwrite = Annotated[bool, flag("--overwrite", "Replace the checkpoint at DST."
 Runs = Annotated[
     list[Path],
     typer.Argument(
-        help="Run folders, or folders that contain them.", metavar="RUN_OR_SWEEP...", parser=place
+        help="Run folders, or folders that contain them.",
+        metavar="RUN_OR_SWEEP...",
+        parser=typed_path,
     ),
 ]
 ReportOverwrite = Annotated[
@@ -219,6 +225,6 @@ ReportOverwrite = Annotated[
 
 
 def is_typed(context: typer.Context, name: str) -> bool:
-    """Return whether an option is on the command line, in place of a default."""
+    """Return True if an option was typed on the command line."""
     source = context.get_parameter_source(name)
     return source is not None and source.name == "COMMANDLINE"

@@ -1,4 +1,4 @@
-"""What all commands print with: tables that survive a pipe, or one JSON object."""
+"""Shared output of all commands: tables that also work in pipes, or one JSON object."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from tritter.core.families import Config
 
 HASH_CHARACTERS = 12
-EXIT_NO = 3  # a check said no
-# config.json's word → what a person calls it, in the order shown.
+EXIT_NO = 3  # a check failed
+# Key of config.json → label, in display order
 SHAPES = {
     "num_hidden_layers": "layers",
     "hidden_size": "hidden size",
@@ -41,7 +41,7 @@ SHAPES = {
 
 
 def shapes_of(config: Config) -> dict[str, int]:
-    """Return the sizes of a model by config.json's words; what it does not have is left out."""
+    """Return the sizes of a model by config.json key, without those that it does not have."""
     from tritter.core.families import family_of
 
     dimensions = family_of(config).dimensions(config)
@@ -50,7 +50,7 @@ def shapes_of(config: Config) -> dict[str, int]:
 
 
 def short(digest: str | None) -> str:
-    """Return the start of a hash, enough to tell checkpoints apart."""
+    """Return the first characters of a hash, enough to identify a checkpoint."""
     return digest[:HASH_CHARACTERS] if digest else "-"
 
 
@@ -60,7 +60,7 @@ def print_json(content: Mapping[str, Any]) -> None:
 
 
 def new_console() -> Console:
-    """Return a console for standard output; nothing is coloured or marked up by chance."""
+    """Return a console for standard output without highlighting, markup or emoji."""
     return Console(highlight=False, markup=False, emoji=False)
 
 
@@ -74,8 +74,10 @@ def print_table(
     """Print a table.
 
     Args:
-        wrapped: headers of columns that give way when the terminal is narrow.
-        breaks_words: False lets the table be wider than the terminal if need be.
+        console: where to print.
+        table: the table.
+        wrapped: headers of columns to wrap on a narrow terminal.
+        breaks_words: False allows a table wider than the terminal.
     """
     whole = [at for at, name in enumerate(table.header) if name not in wrapped]
     shown = table.to_rich(console, whole=whole)
@@ -87,7 +89,7 @@ def print_table(
 
 
 def print_lines(console: Console, lines: Sequence[tuple[str, str]]) -> None:
-    """Print labels and what they say, wrapped beside the label; a label may be empty."""
+    """Print labels and their texts in two columns; a label may be empty."""
     grid = RichTable.grid(padding=(0, 2))
     grid.add_column(no_wrap=True)
     grid.add_column(overflow="fold")
@@ -97,19 +99,19 @@ def print_lines(console: Console, lines: Sequence[tuple[str, str]]) -> None:
 
 
 def print_command(console: Console, label: str, command: str) -> None:
-    """Print something to be copied: never broken into lines."""
+    """Print a label and a command to copy, without line breaks."""
     console.print(Text(f"{label}  {console.printable(command)}"), soft_wrap=True)
 
 
 def progress_bars(*, is_shown: bool) -> AbstractContextManager[NewBar]:
-    """Return progress bars on standard error, if that is a terminal."""
+    """Return progress bars on standard error, shown only on a terminal."""
     console = Console(stderr=True)
     return bars_on(console, is_shown=is_shown and console.is_terminal)
 
 
 @contextmanager
 def refuse_damage() -> Iterator[None]:
-    """Refuse a checkpoint that cannot be opened as what it is: the wrong thing to ask for."""
+    """Turn errors about a damaged checkpoint into request errors."""
     try:
         yield
     except RequestError:
@@ -119,22 +121,22 @@ def refuse_damage() -> Iterator[None]:
 
 
 @contextmanager
-def says_if_written(target: Path) -> Iterator[None]:
-    """Add to an error that ends the block early that `target` was written, if this process did so.
+def note_if_written(target: Path) -> Iterator[None]:
+    """Add a note to an error in the block if this process has already written `target`.
 
-    Folders appear whole or not at all, so nothing else needs to be reported.
+    Folders are written atomically, so no other note is needed.
     """
     before = identity_of(target)
     try:
         yield
     except (Stopped, TritterError) as error:
         if identity_of(target) != before and is_published_here(target):
-            error.add_note(f"{shown_path(target)} was written all the same, and is whole.")
+            error.add_note(f"{shown_path(target)} was written and is complete.")
         raise
 
 
 def shown_path(path: Path) -> str:
-    """Return a path as it is best typed: relative when it lies below the current folder."""
+    """Return a path for display, relative if it is in the current folder."""
     try:
         return str(path.resolve().relative_to(Path.cwd().resolve()))
     except ValueError:

@@ -1,4 +1,4 @@
-"""`tritter plan`: the steps to a size, what each costs, and the commands that carry them out."""
+"""`tritter plan`: plan the expansions to a target size, with their costs and commands."""
 
 from __future__ import annotations
 
@@ -193,36 +193,37 @@ def plan(
     return 0
 
 
-def _sequence_length(asked: int | None, source: NamedShape) -> int:
-    """Return how long sequences are: no longer than a model has learned positions.
+def _sequence_length(requested: int | None, source: NamedShape) -> int:
+    """Return the sequence length, limited by the model's learned positions.
 
     Raises:
-        RequestError: a longer one is asked for.
+        RequestError: the requested length is above that limit.
     """
     from tritter.core.families import family_of
     from tritter.planning import TrainingSetup
 
     family = family_of(source.config)
     learned = family.dimensions(source.config).max_position_embeddings
-    if asked is not None and 0 < learned < asked:
+    if requested is not None and 0 < learned < requested:
         reason = (
-            f"{source.name} has learned {family.positions_key} = {learned} positions; allowed is "
+            f"{source.name} has {family.positions_key} = {learned} learned positions; allowed is "
             "at most that"
         )
-        raise RequestError(Problem("sequence_length", asked, reason))
-    usual = TrainingSetup().sequence_length
-    return asked or min(usual, learned or usual)
+        raise RequestError(Problem("sequence_length", requested, reason))
+    default = TrainingSetup().sequence_length
+    return requested or min(default, learned or default)
 
 
 def _expand_commands(plan: GrowthPlan, text: str, source: NamedShape) -> Iterator[str]:
-    """Yield the `tritter expand` command of each step, each reading what the one before wrote.
+    """Yield the `tritter expand` command of each step; each reads the output of the last one.
 
     Args:
-        text: the source as it was typed.
-        source: what it means; without a checkpoint, the commands read a folder of its name.
+        plan: the plan.
+        text: the typed value of --source.
+        source: its shape. Without a checkpoint, the first command reads a folder of that name.
     """
-    name = Path(source.name if _is_place(text) else source.name.split()[0]).resolve().name
-    checkpoint = text if _is_place(text) else name
+    name = Path(source.name if _is_checkpoint(text) else source.name.split()[0]).resolve().name
+    checkpoint = text if _is_checkpoint(text) else name
     for step in plan.steps:
         spec = step.spec
         takers = method_options().items()
@@ -241,37 +242,37 @@ def _expand_commands(plan: GrowthPlan, text: str, source: NamedShape) -> Iterato
 
 
 def _command_notes(commands: Sequence[str]) -> Iterator[str]:
-    """Yield what a person has to supply for the commands of a plan, a sentence each."""
+    """Yield notes on manual steps between the commands of a plan."""
     words = shlex.split(commands[0])
     source, result = words[words.index("--checkpoint") + 1], words[-1]
-    if not _is_place(source):
-        yield f"{source} is a shape, not a checkpoint: put a folder or hub id in its place."
-    train = shlex.join(["tritter", "train", "--checkpoint", result, "--data", "TEXT"])
-    told = f"{train} leaves it in {shlex.quote(f'{result}-continued/checkpoint')}"
+    if not _is_checkpoint(source):
+        yield f"{source} is a shape, not a checkpoint: replace it with a folder or hub id."
+    train = shlex.join(["tritter", "train", "--checkpoint", result, "--data", "PATH"])
+    trained = shlex.quote(f"{result}-continued/checkpoint")
     if len(commands) == 1:
-        yield f"The result is to be trained: {told}."
+        yield f"Train the result: {train} writes it to {trained}."
     else:
         yield (
-            f"Each result is to be trained before the next step: {told}, and that is then the "
-            "next step's --checkpoint."
+            f"Train each result before the next step: {train} writes it to {trained}. Use that "
+            "folder as --checkpoint of the next step."
         )
 
 
-def _is_place(source: str) -> bool:
+def _is_checkpoint(source: str) -> bool:
     return Path(source).is_dir() or "/" in source
 
 
 def _read_source(text: str) -> NamedShape:
-    """Return the shape that `--source` means.
+    """Return the shape of `--source`.
 
     Raises:
-        RequestError: it is no checkpoint, preset or count.
+        RequestError: the value is not a checkpoint, preset or count.
     """
     from tritter.core.families import count_parameters
     from tritter.core.families.config_file import read_config_file
     from tritter.planning import NamedShape, named_shape
 
-    if _is_place(text):
+    if _is_checkpoint(text):
         with refuse_damage():
             folder = locate(text, key="--source")
             config = read_config_file(folder)
@@ -296,10 +297,10 @@ def _count(key: str, text: str, *, near: Sequence[str] = ()) -> int:
     try:
         return parameter_count(text)
     except typer.BadParameter as error:
-        places = ", a checkpoint folder" if key == "source" else ""
-        reason = f"give a count of parameters such as 3B{places} or a preset: {', '.join(PRESETS)}"
-        meant = nearest(text.lower().replace("-", "_"), [*PRESETS, *near])
-        raise RequestError(Problem(key, text, reason, nearest=meant)) from error
+        folder = ", a checkpoint folder" if key == "source" else ""
+        reason = f"give a count of parameters such as 3B{folder} or a preset: {', '.join(PRESETS)}"
+        close = nearest(text.lower().replace("-", "_"), [*PRESETS, *near])
+        raise RequestError(Problem(key, text, reason, nearest=close)) from error
 
 
 def _print_guide(*, as_json: bool) -> int:
@@ -356,8 +357,8 @@ def _print(
     if plan.alternatives:
         losses = ", ".join(f"{name} {loss:.4f}" for name, loss in plan.alternatives.items())
         chosen = (
-            f"chosen by predicted loss once the budget is spent: {losses}; within "
-            f"{LAW_RESOLUTION:g} the best proportioned"
+            f"lowest predicted loss for the budget: {losses}; ties within "
+            f"{LAW_RESOLUTION:g} go to the best proportions"
         )
         lines.append(("", chosen))
     print_lines(console, lines)
@@ -367,15 +368,15 @@ def _print(
     print_table(console, _memory_table(plan))
     setup = assumptions.setup
     frozen = ", attention frozen" if setup.is_attention_frozen else ""
-    again = ", activations computed again" if setup.is_checkpointed else ""
+    checkpointing = ", gradient checkpointing" if setup.is_checkpointed else ""
     console.print(
         f"training in {setup.precision} with {setup.optimizer}{frozen}, {setup.batch_size} x "
-        f"{setup.sequence_length} tokens at once{again}"
+        f"{setup.sequence_length} tokens per micro-batch{checkpointing}"
     )
     console.print()
     print_lines(console, _verdict(plan, assumptions))
     console.print()
-    console.print("Carry it out:")
+    console.print("Commands:")
     for number, command in enumerate(commands, start=1):
         print_command(console, f"{number:<2}", command)
     for note in notes:
@@ -418,72 +419,74 @@ def _memory_table(plan: GrowthPlan) -> Table:
 
 
 def _verdict(plan: GrowthPlan, assumptions: Assumptions) -> list[tuple[str, str]]:
-    """Say what the budget reaches, and what it comes to without the plan."""
+    """Return lines on the budget, the alternatives to the plan and its assumptions."""
     from tritter.planning.plan import LAW_RESOLUTION, SMALLEST_MODEL
 
     device, method = assumptions.device, spelled(plan.steps[0].method)
     budget, needed = _hours(plan.gpu_hours), _hours(plan.needed_gpu_hours)
     if plan.reaches_target:
         text = f"{budget} GPU-hours reach the target, which needs {needed}; "
-        text += f"{_hours(plan.spare_gpu_hours)} are left for more tokens"
+        text += f"the other {_hours(plan.spare_gpu_hours)} can train on more tokens"
     else:
         text = f"{budget} GPU-hours reach {count_text(plan.reached_parameters)} parameters"
         text += f", not the target, which needs {needed}"
         if (reached := plan.reached) is not None:
             shape = _size(shapes_of(reached.target_config))
             first_missing = 1 + sum(step.is_affordable for step in plan.steps)
-            text += f": {spelled(reached.method)} to {shape} in place of step {first_missing}"
+            text += f": {spelled(reached.method)} to {shape} instead of step {first_missing}"
         elif plan.reached_parameters == plan.source_parameters:
-            text += ": they pay for no expansion at all, only for training the source on"
+            text += ": they cover no expansion, only continued training of the source"
     needed_hours = (plan.needed_gpu_hours, plan.needed_gpu_hours + plan.source_gpu_hours)
     sunk, counted = (1 - hours / plan.from_scratch_gpu_hours for hours in needed_hours)
     gap = plan.control_loss - plan.predicted_loss
-    beside = "no other than the plan's"
+    difference = "the same as the plan's"
     if abs(gap) >= LAW_RESOLUTION:
-        beside = f"{abs(gap):.3f} {'above' if gap > 0 else 'below'} the plan's"
-    start = "for no budget"
+        difference = f"{abs(gap):.3f} {'above' if gap > 0 else 'below'} the plan's"
+    start = "does not pay off at any budget"
     if (hours := plan.pays_from_gpu_hours) is not None:
-        start = f"from {_hours(hours)} GPU-hours on" if hours else "from the first hour on"
-    stretched = ""
+        start = f"pays off from {_hours(hours)} GPU-hours" if hours else "pays off at any budget"
+    extrapolated = ""
     if plan.source_parameters < SMALLEST_MODEL:
-        stretched = ", and the source is smaller than any model behind it"
+        extrapolated = ", and the source is smaller than any model it was fitted to"
     return [
         ("budget", text),
         (
             "scratch",
-            f"the last shape from nothing, for as many tokens a parameter: "
+            f"training the last shape from scratch, with as many tokens per parameter: "
             f"{_hours(plan.from_scratch_gpu_hours)} GPU-hours; the plan saves {sunk:.0%}, or "
-            f"{counted:.0%} with what the source cost",
+            f"{counted:.0%} including the cost of the source",
         ),
         (
             "alone",
-            f"the source as it is, trained on for the whole budget: loss {plan.control_loss:.3f}, "
-            f"{beside}; {method} pays {start}",
+            f"continued training of the source for the whole budget: loss "
+            f"{plan.control_loss:.3f}, {difference}; {method} {start}",
         ),
         ("advice", _advice(assumptions.tokens_per_parameter)),
         (
             "assumed",
             f"{device.flops_per_second:.3g} FLOPs per second at {device.mfu:.0%} utilisation; "
-            f"{assumptions.tokens_per_parameter:g} tokens for each parameter of the source, and "
-            "that a step adds. "
-            f"Losses are predictions of a published scaling law, not measured{stretched}",
+            f"{assumptions.tokens_per_parameter:g} tokens for each parameter of the source and "
+            "each parameter that a step adds. "
+            f"Losses are predictions of a published scaling law, not measured{extrapolated}",
         ),
     ]
 
 
 def _advice(tokens_per_parameter: float) -> str:
-    """Say what our experiments measured of growth with so many tokens a parameter."""
+    """Return the advice from our experiments for this number of tokens per parameter."""
     from tritter.planning.plan import SMALL_MODEL_BEATEN_FROM
 
     if tokens_per_parameter < SMALL_MODEL_BEATEN_FROM:
         return (
-            "train the source on where that comes out level: one layer grown to eight, with "
-            f"fewer than {SMALL_MODEL_BEATEN_FROM:g} tokens for each parameter of the eight, ended "
-            f"above one layer alone of the same FLOPs ({_MEASURED})"
+            "continue training the source if both predictions are equal: one layer grown to "
+            f"eight, with fewer than {SMALL_MODEL_BEATEN_FROM:g} tokens per parameter of the "
+            "eight, had a higher loss than a single layer trained with the same FLOPs "
+            f"({_MEASURED})"
         )
     return (
-        "keep steps small: doublings saved 10 to 26% of the FLOPs from scratch, at 5 to 15 tokens "
-        f"a parameter, one layer grown to eight at once nothing, at 20 to 60 ({_MEASURED})"
+        "keep steps small: doublings saved 10 to 26% of the FLOPs from scratch (5 to 15 tokens "
+        "per parameter); growing one layer to eight at once saved nothing (20 to 60 tokens per "
+        f"parameter) ({_MEASURED})"
     )
 
 

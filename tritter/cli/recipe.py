@@ -1,10 +1,10 @@
-"""A recipe of `tritter expand`: the steps with their options, and what else decides the result.
+"""A recipe of `tritter expand`: a YAML file of steps with their options and other settings.
 
-The file says what a command line can't: two steps of one method, or the same option of two.
+A recipe can express more than the command line: two steps of one method, or the same option for
+two methods.
 
-A file holds plain values, each with its line. Nothing but mappings, lists, texts, numbers, booleans
-and null is made of it, whatever its tags say. A key that stands twice, which YAML would let the
-last one win, is refused, and so are aliases, by which a small file means a huge one.
+Only mappings, lists, strings, numbers, booleans and null are read; other tags are errors. So are
+duplicate keys, which YAML would silently accept, and aliases, which can expand to a huge document.
 """
 
 import re
@@ -39,38 +39,42 @@ from tritter.storage.reading import named_path, read_text
 from tritter.storage.tensors import WEIGHT_DTYPES, TensorFolder
 from tritter.targets import TARGET
 
-Place = tuple[str | int, ...]  # keys and positions from the root
+KeyPath = tuple[str | int, ...]  # keys and positions from the root
 
 _MOST_BYTES = 2**20
 _DEEPEST = 16
-_MOST_LINES = 4  # that a message names
+_MOST_LINES = 4  # in a message
 _COLLECTIONS = {f"tag:yaml.org,2002:{kind}" for kind in ("map", "seq")}
 _MADE = {f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "int", "float")}
 _TEXTS = {f"tag:yaml.org,2002:{kind}" for kind in ("str", "timestamp", "merge", "value")}
-_POWER_OF_TEN = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]{1,3}")  # YAML 1.1 wants the dot
+_POWER_OF_TEN = re.compile(
+    r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]{1,3}"
+)  # YAML 1.1 requires the dot
 
 
 @dataclass(frozen=True, slots=True)
 class LinedYaml:
-    """What a file holds.
+    """The content of a YAML file with line numbers.
 
     Args:
-        lines: place → the line that it begins at, counted from 1.
+        path: the file.
+        value: its content.
+        lines: path of keys → first line of the value, from 1.
     """
 
     path: Path
     value: Any
-    lines: Mapping[Place, int]
+    lines: Mapping[KeyPath, int]
 
-    def origin(self, *place: str | int) -> str:
-        """Say where something stands: its line, or that of what it would stand in."""
-        return self.origin_of([place])
+    def origin(self, *key_path: str | int) -> str:
+        """Return file and line of a value, or of its nearest parent."""
+        return self.origin_of([key_path])
 
-    def origin_of(self, places: Sequence[Place]) -> str:
-        """Say where something stands that may be meant by several places."""
+    def origin_of(self, key_paths: Sequence[KeyPath]) -> str:
+        """Return the file and the lines of several values, or of their nearest parents."""
         lines: set[int] = set()
-        for place in places:
-            ends = (place[:end] for end in range(len(place), -1, -1))
+        for key_path in key_paths:
+            ends = (key_path[:end] for end in range(len(key_path), -1, -1))
             lines.add(next(self.lines[end] for end in ends if end in self.lines))
         named = [str(line) for line in sorted(lines)[:_MOST_LINES]]
         named += [f"{len(lines) - _MOST_LINES} more"] * (len(lines) > _MOST_LINES)
@@ -81,7 +85,7 @@ def read_lined_yaml(path: Path) -> LinedYaml:
     """Read a file.
 
     Raises:
-        RequestError: it can't be read, is no YAML, or holds what no such file needs.
+        RequestError: the file can't be read, is not valid YAML, or uses unsupported YAML features.
     """
     try:
         text = read_text(path, limit_bytes=_MOST_BYTES)
@@ -89,10 +93,10 @@ def read_lined_yaml(path: Path) -> LinedYaml:
         raise RequestError(str(error)) from error
     try:
         depth = 0
-        for event in yaml.parse(text, Loader=yaml.CSafeLoader):  # before any tree is made of it
+        for event in yaml.parse(text, Loader=yaml.CSafeLoader):  # before the tree is built
             line = 1 if event.start_mark is None else event.start_mark.line + 1
             if isinstance(event, yaml.AliasEvent):
-                raise _refusal(path, line, "aliases (*) are not read here")
+                raise _refusal(path, line, "aliases (*) are not supported")
             depth += isinstance(event, yaml.CollectionStartEvent)
             depth -= isinstance(event, yaml.CollectionEndEvent)
             if depth > _DEEPEST:
@@ -100,35 +104,35 @@ def read_lined_yaml(path: Path) -> LinedYaml:
         root = yaml.compose(text, Loader=yaml.CSafeLoader)
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise _refusal(path, line, f"it is no YAML ({error.problem})") from error
+        raise _refusal(path, line, f"invalid YAML ({error.problem})") from error
     except yaml.YAMLError as error:
-        told = " ".join(str(error).split())
-        raise RequestError(f"{path} is no YAML: {told}") from error
-    lines: dict[Place, int] = {(): 1}
+        reason = " ".join(str(error).split())
+        raise RequestError(f"{path} is not valid YAML: {reason}") from error
+    lines: dict[KeyPath, int] = {(): 1}
     value = None if root is None else _value(path, root, (), lines)
     return LinedYaml(path, value, lines)
 
 
-def _value(path: Path, node: yaml.Node, place: Place, lines: dict[Place, int]) -> Any:
+def _value(path: Path, node: yaml.Node, key_path: KeyPath, lines: dict[KeyPath, int]) -> Any:
     line = node.start_mark.line + 1
-    lines.setdefault(place, line)
+    lines.setdefault(key_path, line)
     is_scalar = isinstance(node, yaml.ScalarNode)
     if node.tag not in ({*_TEXTS, *_MADE} if is_scalar else _COLLECTIONS):
-        raise _refusal(path, line, f"the tag {node.tag} is not read here")
+        raise _refusal(path, line, f"the tag {node.tag} is not supported")
     if isinstance(node, yaml.MappingNode):
         table: dict[str, Any] = {}
         for key_node, value_node in node.value:
             line = key_node.start_mark.line + 1
             if not isinstance(key_node, yaml.ScalarNode):
-                raise _refusal(path, line, "a key is a word")
+                raise _refusal(path, line, "keys must be plain words")
             key = str(key_node.value)
             if key in table:
-                raise _refusal(path, line, f"{brief(key)} stands twice")
-            lines[(*place, key)] = line
-            table[key] = _value(path, value_node, (*place, key), lines)
+                raise _refusal(path, line, f"the key {brief(key)} is duplicated")
+            lines[(*key_path, key)] = line
+            table[key] = _value(path, value_node, (*key_path, key), lines)
         return table
     if isinstance(node, yaml.SequenceNode):
-        return [_value(path, item, (*place, i), lines) for i, item in enumerate(node.value)]
+        return [_value(path, item, (*key_path, i), lines) for i, item in enumerate(node.value)]
     assert isinstance(node, yaml.ScalarNode)
     if node.tag in _TEXTS:
         is_number = not node.style and _POWER_OF_TEN.fullmatch(node.value)
@@ -136,7 +140,7 @@ def _value(path: Path, node: yaml.Node, place: Place, lines: dict[Place, int]) -
     try:
         return yaml.SafeLoader("").construct_object(node)
     except (ValueError, yaml.YAMLError, KeyError) as error:
-        raise _refusal(path, line, f"{brief(node.value)} is no number") from error
+        raise _refusal(path, line, f"{brief(node.value)} is not a number") from error
 
 
 def _refusal(path: Path, line: int, reason: str) -> RequestError:
@@ -144,16 +148,21 @@ def _refusal(path: Path, line: int, reason: str) -> RequestError:
 
 
 _STEPS = "steps"
-_MAX_SEED = 2**64 - 1  # runs derive the seeds of their expansions, which have so many bits
-_GROUP = "expansion."  # of the keys of a run, in which a recipe's methods have no group
+_MAX_SEED = 2**64 - 1  # the 64-bit seeds that runs derive for their expansions
+_GROUP = "expansion."  # prefix of a run's keys, which a recipe's methods do not have
 
 
 @options
 class Settings:
-    """What a recipe says beside its steps; None what it leaves to the command line.
+    """The settings of a recipe other than its steps. None leaves one to the command line.
 
     Args:
-        target_params: a number of parameters that its one step is to come near to.
+        seed: random seed.
+        dtype: dtype of the result.
+        moments: mapping of optimizer moments.
+        max_shard_size: maximum size of a file in bytes.
+        target_params: target number of parameters for a recipe with one step.
+        output: the folder to write.
     """
 
     seed: Annotated[int, Field(ge=0, le=_MAX_SEED)] | None = None
@@ -170,55 +179,62 @@ _KEYS = (_STEPS, *(field.name for field in fields(Settings)))
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """A recipe that was read and found right, as far as no model need be known for it."""
+    """A validated recipe. Checks that need the model are done later."""
 
     steps: tuple[ExpansionSpec, ...]
     settings: Settings
     origin: LinedYaml
 
-    def given(self) -> dict[str, Any]:
-        """Return what it says beside its steps."""
+    def stated_settings(self) -> dict[str, Any]:
+        """Return the settings in the file, without the steps."""
         values = {field.name: getattr(self.settings, field.name) for field in fields(Settings)}
         return {name: value for name, value in values.items() if value is not None}
 
     def names(self, step: int | None = None) -> Names:
-        """Return how refusals call what it asks for: by its keys and lines.
+        """Return the names of keys in errors: the recipe's keys with their lines.
 
         Args:
-            step: the one that is refused; None: any.
+            step: number of the step with the error; None for any step.
         """
 
         def name(key: str) -> str:
-            is_typed = key in ("target_params", "dtype", "checkpoint") and key not in self.given()
+            is_typed = (
+                key in ("target_params", "dtype", "checkpoint")
+                and key not in self.stated_settings()
+            )
             return f"--{key.replace('_', '-')}" if is_typed else key.removeprefix(_GROUP)
 
         def origin(key: str) -> str | None:
             method, _, field = key.removeprefix(_GROUP).partition(".")
-            steps: list[Place] = [
+            steps: list[KeyPath] = [
                 (_STEPS, number, method)
                 for number, each in enumerate(self.steps)
                 if key.startswith(_GROUP) and each.name == method and step in (None, number)
             ]
-            if steps:  # or the lines of its key, where they state it
-                keys = [(*place, field) for place in steps if (*place, field) in self.origin.lines]
+            if steps:  # the lines of the key if the file has it, otherwise of the step
+                keys = [
+                    (*key_path, field)
+                    for key_path in steps
+                    if (*key_path, field) in self.origin.lines
+                ]
                 return self.origin.origin_of(keys or steps)
-            return self.origin.origin(key) if key in self.given() else None
+            return self.origin.origin(key) if key in self.stated_settings() else None
 
         return Names(name, origin)
 
 
 def read_recipe(path: Path) -> Recipe:
-    """Return the recipe in a file.
+    """Read a recipe.
 
     Raises:
-        RequestError: it can't be read, or says something that there is not; all that is wrong at
-            once, each with its line.
+        RequestError: the file can't be read or is invalid. The message lists all problems with
+            their lines.
     """
     origin = read_lined_yaml(path)
     raw = origin.value
     if not isinstance(raw, Mapping) or not raw.get(_STEPS):
         reason = (
-            f"{path}: a recipe holds {_STEPS}, a list such as [width: {{hidden_size: 96}}, dus]"
+            f"{path}: a recipe needs {_STEPS}, a list such as [width: {{hidden_size: 96}}, dus]"
         )
         raise RequestError(f"{reason}.")
     with naming(Names(lambda key: key.removeprefix(_GROUP))):
@@ -230,7 +246,7 @@ def _read(origin: LinedYaml) -> Recipe:
     raw = origin.value
     for name in raw:
         if name not in _KEYS:
-            reason = f"there is no such key; a recipe has {', '.join(_KEYS)}"
+            reason = f"unknown key; allowed is one of {', '.join(_KEYS)}"
             near = nearest(name, _KEYS)
             problems.append(
                 Problem(name, raw[name], reason, nearest=near, origin=origin.origin(name))
@@ -249,7 +265,7 @@ def _read(origin: LinedYaml) -> Recipe:
     problems += [replace(each, origin=origin.origin(each.key)) for each in found]
     steps = _steps(origin, problems)
     if settings is not None and (settings.seed or 0) + len(steps) - 1 > _MAX_SEED:
-        reason = f"each step takes the next one; must be one from which {len(steps)} lie below 2⁶⁴"
+        reason = f"each step uses the next seed, and all {len(steps)} must be below 2⁶⁴"
         problems.append(Problem("seed", settings.seed, reason, origin=origin.origin("seed")))
     raise_problems(problems)
     assert settings is not None
@@ -259,7 +275,7 @@ def _read(origin: LinedYaml) -> Recipe:
 def _steps(origin: LinedYaml, problems: list[Problem]) -> tuple[ExpansionSpec, ...]:
     raw = origin.value[_STEPS]
     if not isinstance(raw, list):
-        reason = "it is a list of steps, each a method with its options: - width: {hidden_size: 96}"
+        reason = "allowed is a list of methods with their options: - width: {hidden_size: 96}"
         problems.append(Problem(_STEPS, raw, reason, origin=origin.origin(_STEPS)))
         return ()
     steps: list[ExpansionSpec] = []
@@ -276,7 +292,7 @@ def _steps(origin: LinedYaml, problems: list[Problem]) -> tuple[ExpansionSpec, .
 
 
 class _Methods:
-    """The expansion methods that there are; their option files are found once for all steps."""
+    """The available expansion methods; their option files are read once for all steps."""
 
     def __init__(self) -> None:
         self.names = method_names("expansion")
@@ -285,7 +301,7 @@ class _Methods:
         self._read: dict[str, tuple[Mapping[str, Any], type[Any] | None, list[Problem]]] = {}
 
     def named(self, name: str) -> tuple[Mapping[str, Any], type[Any] | None, list[Problem]]:
-        """Return the keys that a method's option file states, its class, and what is wrong."""
+        """Return the keys in a method's option file, its class, and a list of problems."""
         if name not in self._read:
             body, reader = body_of(self._bodies[name])[name], Reader(self.keys)
             assert isinstance(body, Mapping)
@@ -295,55 +311,56 @@ class _Methods:
 
 
 def _step(item: object, problems: list[Problem], methods: _Methods) -> ExpansionSpec | None:
-    """Return an item of the list, a method's name or that above its options, as an expansion."""
+    """Return the expansion of a list item, which is a method's name or maps it to its options."""
     table = {item: None} if isinstance(item, str) else item
     if not isinstance(table, Mapping) or len(table) != 1:
-        reason = "a step is one method with its options, as in - width: {hidden_size: 96}"
+        reason = "allowed is one method with its options, as in - width: {hidden_size: 96}"
         problems.append(Problem(_STEPS, item, reason))
         return None
-    ((name, given),) = table.items()
-    given = {} if given is None else given
+    ((name, stated),) = table.items()
+    stated = {} if stated is None else stated
     if (near := name.replace("-", "_")) in methods.names and near != name:
-        problems.append(Problem(name, given or None, "it is spelled so here", nearest=near))
+        problems.append(Problem(name, stated or None, "recipes use underscores", nearest=near))
     elif name not in methods.names:
-        reason = f"there is no such method; there are {', '.join(methods.names)}"
-        problems.append(Problem(name, given, reason, nearest=nearest(near, methods.names)))
-    elif not isinstance(given, Mapping):
-        problems.append(Problem(name, given, "it holds keys, as in {target_layers: 6}"))
-    elif TARGET in given:
-        reason = "a step is a method by name; other classes come in by --config-dir"
-        problems.append(Problem(f"{name}.{TARGET}", given[TARGET], reason))
+        reason = f"unknown method; allowed is one of {', '.join(methods.names)}"
+        problems.append(Problem(name, stated, reason, nearest=nearest(near, methods.names)))
+    elif not isinstance(stated, Mapping):
+        problems.append(Problem(name, stated, "allowed is a mapping, as in {target_layers: 6}"))
+    elif TARGET in stated:
+        reason = "a step must be a method's name; --config-dir adds classes of your own"
+        problems.append(Problem(f"{name}.{TARGET}", stated[TARGET], reason))
     else:
         body, kind, unfit = methods.named(name)
         reader = Reader(methods.keys)
         classes = {} if kind is None else {f"expansion.{name}": kind}
-        read = read_methods(reader, "expansion", {name: {**body, **given}}, classes)
+        read = read_methods(reader, "expansion", {name: {**body, **stated}}, classes)
         problems += (*unfit, *reader.problems)
         return read[0].options if read else None
     return None
 
 
 def recorded_recipe(folder: Path) -> str:
-    """Return the text of a recipe by which the parent of a checkpoint becomes it once more.
+    """Return the text of a recipe that makes a checkpoint from its parent.
 
     Raises:
-        RequestError: there is no checkpoint, its lineage can't be read, or what made it is no
-            expansion, or several with a training between them.
+        RequestError: the folder is not a checkpoint, its lineage can't be read, or it was not made
+            by expansions in a single command.
     """
     chain = read_chain(folder)
     link = chain[-1]
     if link.problem:
         raise RequestError(link.problem)
     if link.lineage is None:
-        raise RequestError(f"{folder} is a plain folder: no record says what made it.")
+        raise RequestError(f"{folder} is a plain folder and records no expansion.")
     records = link.made_by
     if not records:
-        raise RequestError(f"{folder} was trained or stands at the start: no expansion made it.")
+        raise RequestError(f"{folder} is a base or a trained model: no expansion made it.")
     parent = chain[-2] if len(chain) > 1 else None
     starts = link.lineage.parent_hash == link.lineage.base_model_hash
     if not starts and (parent is None or parent.lineage is None):
         raise RequestError(
-            f"{folder}: its parent is not there, whose record says which of these came before it: "
+            f"{folder}: its parent is missing. Without its lineage it is unknown which of these "
+            "expansions came after it: "
             f"{', '.join(record.method for record in link.lineage.expansion_history)}."
         )
     _check_steps(folder, records)
@@ -351,18 +368,18 @@ def recorded_recipe(folder: Path) -> str:
     own = _dtypes(folder)
     before = None if parent is None or parent.folder is None else _dtypes(parent.folder)
     if len(own) == 1 and own != before and own <= set(WEIGHT_DTYPES):
-        settings["dtype"] = next(iter(own))  # it does not follow from the source
+        settings["dtype"] = next(iter(own))  # differs from the source
     assert link.folder is not None
     name = f"{_word(parent.folder)}, " if parent is not None and parent.folder is not None else ""
     comments = [f"of {name}the checkpoint {link.lineage.parent_hash}"]
     if link.lineage.step:
         comments.append(
-            f"a training of {link.lineage.step} steps followed, which no recipe of expand holds"
+            f"a training run of {link.lineage.step} steps followed, which a recipe can't express"
         )
     else:
         comments.append(f"it makes {_word(link.folder)}, {link.lineage.model_hash}")
     lines = [*(f"# {line}" for line in comments), f"{_STEPS}:"]
-    for record in records:  # what is None follows from the rest
+    for record in records:  # an option of None is derived from the others
         stated = {key: value for key, value in record.options.items() if value is not None}
         lines.append(f"- {record.method}: {_inline(stated)}" if stated else f"- {record.method}")
     lines += [f"{name}: {_inline(value)}" for name, value in settings.items()]
@@ -377,21 +394,21 @@ def _inline(value: object) -> str:
 
 
 def _check_steps(folder: Path, records: Sequence[ExpansionRecord]) -> None:
-    """Refuse what `expand` doesn't make in one go."""
+    """Check that one `expand` command made the checkpoint."""
     known = option_files()["expansion"]
     for record in records:
         if record.method not in known:
             raise RequestError(
-                f"{folder}: {record.method} made it, which no recipe of expand holds; there are "
-                f"{', '.join(name for name in known if name != 'none')}."
+                f"{folder} was made by {record.method}, which is not a method of expand; allowed "
+                f"is one of {', '.join(name for name in known if name != 'none')}."
             )
     seeds = [record.seed for record in records]
     sizes = [(a.target_config, b.source_config) for a, b in pairwise(records)]
     if seeds != list(range(seeds[0], seeds[0] + len(seeds))) or any(a != b for a, b in sizes):
         methods = ", ".join(record.method for record in records)
         raise RequestError(
-            f"{folder}: {methods} were carried out by several commands, and the checkpoints "
-            "between them are not there; no one recipe makes it of what is."
+            f"{folder}: {methods} were applied by several commands, and the checkpoints between "
+            "them are missing, so no single recipe can reproduce it."
         )
 
 
@@ -403,6 +420,6 @@ def _dtypes(folder: Path) -> set[str]:
 
 
 def _word(folder: Path) -> str:
-    """Return a folder's name; a line break in it would end the YAML comment it is written in."""
+    """Return a folder's name escaped for a YAML comment, which a line break would end."""
     name = folder.resolve().name
     return name if name.isprintable() else ascii(name)

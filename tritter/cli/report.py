@@ -1,6 +1,6 @@
-"""`tritter report`: finished runs and sweeps as one self-contained HTML page.
+"""`tritter report`: write finished runs and sweeps as one self-contained HTML page.
 
-Run folders are found below the folders that a person names, and read without trust.
+Run folders are found in the requested folders and their subfolders. Their content is untrusted.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from tritter.cli.options import AsJson, ReportOverwrite, Runs, option, place
+from tritter.cli.options import AsJson, ReportOverwrite, Runs, option, typed_path
 from tritter.cli.output import new_console, print_json, short
 from tritter.errors import Problem, RequestError, TritterError, raise_problems
 from tritter.storage.atomic import atomic_folder, refuse_existing
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from tritter.report.runs import Run
 
 MAX_RUNS = 1000
-_DEPTH = 3  # below a folder that is named: a sweep of sweeps
+_DEPTH = 3  # levels below a requested folder: a sweep of sweeps
 _MAX_METRICS_BYTES = 2**26
-_NO_RUN = f"no finished run is in it: no {SUMMARY_FILE}"
+_NO_RUN = f"it contains no finished run (no {SUMMARY_FILE})"
 
 
 def report(
@@ -40,18 +40,18 @@ def report(
             "--output",
             "FILE.html",
             "The page. Default: report.html in the folder, or in the current one for several.",
-            parser=place,
+            parser=typed_path,
         ),
     ] = None,
     figures: Annotated[
         Path | None,
-        option("--figures", "DIR", "New folder for the figures as PNG files.", parser=place),
+        option("--figures", "DIR", "New folder for the figures as PNG files.", parser=typed_path),
     ] = None,
     overwrite: ReportOverwrite = False,
     as_json: AsJson = False,
 ) -> int:
     """Write one HTML page that compares finished runs and sweeps."""
-    from tritter.cli.report_file import PAGE_NAME, ReportFile, check_place
+    from tritter.cli.report_file import PAGE_NAME, ReportFile, check_report_path
     from tritter.report.page import page
 
     found = find_runs(folders)
@@ -59,7 +59,7 @@ def report(
     file = ReportFile(target, "report", "html", overwrite=overwrite)
     if figures is not None:
         refuse_existing(figures, overwrite=False)
-        check_place(figures, key="--figures")
+        check_report_path(figures, key="--figures")
     runs = read_runs(found.finished)
     name = folders[0].resolve().name
     title = f"Runs in {name}" if len(folders) == 1 else f"{len(runs)} runs"
@@ -72,9 +72,9 @@ def report(
             for name, picture in pictures.items():
                 (temporary / name).write_bytes(picture)
     if as_json:
-        left_out = [str(path) for path in found.unfinished]
+        unfinished = [str(path) for path in found.unfinished]
         names = [run.name for run in runs]
-        print_json({"output": str(target), "runs": names, "left_out": left_out})
+        print_json({"output": str(target), "runs": names, "left_out": unfinished})
         return 0
     number = "one run" if len(runs) == 1 else f"{len(runs)} runs"
     console = new_console()
@@ -85,22 +85,22 @@ def report(
 
 @dataclass(frozen=True, slots=True)
 class FoundRuns:
-    """Folders of runs below what was named."""
+    """The run folders found in the requested folders."""
 
     finished: tuple[Path, ...]
     unfinished: tuple[Path, ...]
 
     @property
     def notes(self) -> list[str]:
-        """What a reader should know of those that are left out."""
-        return [f"Not finished, and left out: {path}" for path in self.unfinished]
+        """One note per unfinished run."""
+        return [f"Skipped an unfinished run: {path}" for path in self.unfinished]
 
 
 def find_runs(folders: Sequence[Path]) -> FoundRuns:
-    """Return the runs in some folders and below them; links are not followed.
+    """Return the runs in some folders and their subfolders. Links are not followed.
 
     Raises:
-        RequestError: there is no such folder, one holds no run, or there is no finished one.
+        RequestError: a folder does not exist or contains no run, or no run is finished.
     """
     finished: dict[Path, None] = {}
     unfinished: dict[Path, None] = {}
@@ -108,8 +108,8 @@ def find_runs(folders: Sequence[Path]) -> FoundRuns:
         try:
             if not folder.is_dir():
                 raise _refused([folder], "it is not a folder")
-            found = list(_places(folder, depth=_DEPTH))
-        except OSError as error:  # below it is what the system does not let be read
+            found = list(_run_folders(folder, depth=_DEPTH))
+        except OSError as error:  # a subfolder is not readable
             raise _refused([folder], f"{error.filename}: {error.strerror}") from error
         if not found:
             raise _refused([folder], _NO_RUN)
@@ -119,11 +119,11 @@ def find_runs(folders: Sequence[Path]) -> FoundRuns:
         from tritter.config.overrides import resume_command
 
         several = f"{len(unfinished)} are not finished, the first"
-        told = "one is not finished" if len(unfinished) == 1 else several
+        states = "one is not finished" if len(unfinished) == 1 else several
         command = resume_command(next(iter(unfinished)))
-        raise _refused(folders, f"{_NO_RUN}; {told}: {command} goes on with it")
+        raise _refused(folders, f"{_NO_RUN}; {states}: {command} resumes it")
     if len(finished) > MAX_RUNS:
-        reason = f"{len(finished)} runs are in it; allowed are {MAX_RUNS}, name fewer"
+        reason = f"it contains {len(finished)} runs; allowed is at most {MAX_RUNS}"
         raise _refused(folders, reason)
     return FoundRuns(tuple(finished), tuple(unfinished))
 
@@ -132,8 +132,8 @@ def _refused(folders: Sequence[Path], reason: str) -> RequestError:
     return RequestError(Problem("RUN", ", ".join(map(str, folders)), reason=reason))
 
 
-def _places(folder: Path, *, depth: int) -> Iterator[Path]:
-    """Yield the runs among a folder and those below it; what a run holds is no run."""
+def _run_folders(folder: Path, *, depth: int) -> Iterator[Path]:
+    """Yield a run folder, or the run folders in its subfolders. Runs do not nest."""
     if any((folder / name).is_file() for name in (SUMMARY_FILE, RUN_FILE)):
         yield folder
         return
@@ -146,23 +146,24 @@ def _places(folder: Path, *, depth: int) -> Iterator[Path]:
     # Jobs of a sweep are sorted by number, 2 before 10
     by_number = partial(re.sub, "[0-9]+", lambda digits: digits[0].zfill(20))
     for each in sorted(inner, key=lambda path: by_number(path.name)):
-        yield from _places(each, depth=depth - 1)
+        yield from _run_folders(each, depth=depth - 1)
 
 
-def read_runs(places: Sequence[Path], *, are_drawn: bool = True) -> list[Run]:
-    """Return the runs, by names that tell them apart.
+def read_runs(folders: Sequence[Path], *, are_drawn: bool = True) -> list[Run]:
+    """Read runs and give them distinct names.
 
     Args:
-        are_drawn: their curves and the histories of their checkpoints are read, too.
+        folders: the run folders.
+        are_drawn: also read the curves of the runs and the history of their checkpoints.
 
     Raises:
-        RequestError: lists those that can't be read, each with what is wrong.
+        RequestError: runs can't be read. The message lists them with the reasons.
     """
     from tritter.options import leaves
     from tritter.report.runs import Run
     from tritter.report.summary import Summary
 
-    resolved = [folder.resolve() for folder in places]
+    resolved = [folder.resolve() for folder in folders]
     above = Path(os.path.commonpath([folder.parent for folder in resolved]))
     runs: list[Run] = []
     problems = []
@@ -190,21 +191,21 @@ def read_runs(places: Sequence[Path], *, are_drawn: bool = True) -> list[Run]:
 
 
 def _plain(value: Any) -> Any:
-    """Return a setting; what is not finite, which JSON has no number for, as text."""
+    """Return a setting as plain JSON; numbers that are not finite become strings."""
     if isinstance(value, list | tuple):
         return [_plain(each) for each in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _curves(place: Path, of: str = "") -> tuple[Curve, ...]:
-    """Return the losses of a run, or of a part of it; none where it has no such file.
+def _curves(folder: Path, of: str = "") -> tuple[Curve, ...]:
+    """Return the loss curves of a run or of one of its parts; empty without a metrics file.
 
     Raises:
-        TritterError: it is damaged.
+        TritterError: the file is damaged.
     """
     from tritter.report.plots import curves_of
 
-    path = place / (f"metrics_{of}.csv" if of else "metrics.csv")
+    path = folder / (f"metrics_{of}.csv" if of else "metrics.csv")
     try:
         return curves_of(metric_rows(path))
     except TritterError:
@@ -214,10 +215,10 @@ def _curves(place: Path, of: str = "") -> tuple[Curve, ...]:
 
 
 def metric_rows(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a table of metrics; none where there is no such file.
+    """Return the rows of a metrics file; empty if it does not exist.
 
     Raises:
-        TritterError: it can't be read, or is no such table.
+        TritterError: the file can't be read, or is not a CSV table.
     """
     if not os.path.lexists(path):
         return []
@@ -229,7 +230,7 @@ def metric_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def _history(checkpoint: Path) -> tuple[str, ...]:
-    """Return the chain of a checkpoint, a line each; nothing where it is gone."""
+    """Return the chain of a checkpoint, one line per link; empty if it was deleted."""
     from tritter.checkpoints.history import read_chain
     from tritter.cli.history import made_by, steps_after
 

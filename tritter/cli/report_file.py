@@ -1,4 +1,4 @@
-"""Report files of `evaluate`, `compare` and `report`: where one may be written, and over what."""
+"""Report files of `evaluate`, `compare` and `report`: allowed paths and safe overwriting."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -18,8 +18,8 @@ PAGE_NAME = "report.html"  # the one report that a run folder may contain
 MARK = "tritter_report"
 _FORMAT_VERSION = 1
 _GENERATOR = b'<meta name="generator" content="tritter '
-_HEAD_BYTES = 4096  # of a page, in which its generator is named
-_MAX_BYTES = 2**26  # of a JSON report
+_HEAD_BYTES = 4096  # part of a page with the name of its generator
+_MAX_BYTES = 2**26  # size of a JSON report
 _CHECKPOINT_FILES = (LINEAGE_NAME, *ADAPTER_FILES)
 _DATASET_FILES = ("dataset_info.json", "dataset_dict.json")  # of a folder saved by `datasets`
 
@@ -29,18 +29,18 @@ FORMATS: Mapping[str, Format] = {".html": "html", ".csv": "csv", ".json": "json"
 
 @dataclass(frozen=True, slots=True)
 class ReportFile:
-    """A file that a command writes its report to; it replaces an earlier report of its kind only.
-
-    Nothing is opened but an earlier report.
+    """The output file of a report. It may replace only an earlier report of the same kind.
 
     Args:
-        kind: the command that writes it, as a JSON report states it.
-        overwrite: an earlier report may be replaced.
-        sources: files and folders that the command reads, in which nothing is written.
+        path: the file.
+        kind: the command that writes it.
+        format: its format.
+        overwrite: replace an earlier report.
+        sources: input files and folders, where nothing may be written.
 
     Raises:
-        RequestError: as `check_place`; or the file exists, and `overwrite` is off or it is not an
-            earlier report of this kind.
+        RequestError: see `check_report_path`; or the file exists, and `overwrite` is off or it is
+            not a report of this kind.
     """
 
     path: Path
@@ -51,16 +51,16 @@ class ReportFile:
     sources: Sequence[Path] = ()
 
     def __post_init__(self) -> None:
-        check_place(self.path, key=_KEY, sources=self.sources)
+        check_report_path(self.path, key=_KEY, sources=self.sources)
         if os.path.lexists(self.path):
             self._check_old(self.path)
 
     def write(self, text: str) -> None:
-        """Write the report, if the path still permits it.
+        """Check the path again and write the report.
 
         Raises:
-            RequestError: as when it was made.
-            TritterError: the disk refuses.
+            RequestError: see the class.
+            TritterError: the write failed.
         """
         self.__post_init__()
         try:
@@ -69,7 +69,7 @@ class ReportFile:
             raise TritterError(f"{self.path} could not be written: {error}.") from error
 
     def _check_old(self, old: Path) -> None:
-        """Refuse to replace a file; `old` is where it is now."""
+        """Check that the existing file may be replaced; `old` is its current path."""
         mode = old.lstat().st_mode
         if kind_of(mode) != "a file":
             raise _refused(_KEY, self.path, f"it is {kind_of(mode)}")
@@ -103,25 +103,26 @@ def _is_report(path: Path, kind: str, format: Format) -> bool:
         return file.read(len(header)) == header
 
 
-def check_place(path: Path, *, key: str, sources: Sequence[Path] = ()) -> None:
-    """Refuse a path for a report, or for its figures, because of the folder that it is in.
+def check_report_path(path: Path, *, key: str, sources: Sequence[Path] = ()) -> None:
+    """Check that the path of a report or of its figures is in an allowed folder.
 
     Args:
+        path: the path.
         key: the option that named it.
-        sources: files and folders that the command reads.
+        sources: input files and folders of the command.
 
     Raises:
-        RequestError: it is in a source, a checkpoint, a dataset or a run (but for the page of
-            the run itself); or its folder can't be written to.
+        RequestError: the path is in a source, a checkpoint, a dataset or a run (except for the
+            run's own page), or its folder is not writable.
     """
     for source in sources:
         if is_within(path, source):
             raise _refused(key, path, f"it is in {source}, which this command reads")
     folder = Path(os.path.realpath(path.absolute().parent))
     for above in (folder, *folder.parents):
-        what = _what_it_is(above)
+        what = _kind_of_folder(above)
         if what and not (what == "a run" and above == folder and path.name == PAGE_NAME):
-            raise _refused(key, path, f"{above} is {what}, where no report is written")
+            raise _refused(key, path, f"{above} is {what}, which may not contain reports")
     parent = next((above for above in path.absolute().parents if os.path.lexists(above)), path)
     if not parent.is_dir():
         raise _refused(key, path, f"{parent} is not a folder")
@@ -136,12 +137,12 @@ def _refused(
 
 
 def mark(kind: str) -> dict[str, Any]:
-    """Return the key by which a JSON report of a command is recognised."""
+    """Return the entry that identifies a JSON report of a command."""
     return {MARK: {"kind": kind, "format_version": _FORMAT_VERSION}}
 
 
-def _what_it_is(folder: Path) -> str:
-    """Return what a folder is if no report may be written in it; empty: nothing known."""
+def _kind_of_folder(folder: Path) -> str:
+    """Return the kind of a folder that may not contain reports, or an empty string."""
     has_weights = os.path.lexists(folder / "config.json") and any(folder.glob("*.safetensors"))
     if has_weights or any(os.path.lexists(folder / name) for name in _CHECKPOINT_FILES):
         return "a checkpoint"

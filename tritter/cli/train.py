@@ -1,4 +1,4 @@
-"""`tritter train`: the program of train.py, and continued training of a checkpoint."""
+"""`tritter train`: run train.py, or continue training a checkpoint."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from tritter.cli.options import option, place
+from tritter.cli.options import option, typed_path
 from tritter.config.launch.command_line import HELP_FLAGS, takes_value
 from tritter.config.suggestions import flag_advice
 from tritter.errors import Names, Problem, RequestError, TritterError, did_you_mean, naming
@@ -74,13 +74,13 @@ RunDir = Annotated[
         "--output",
         "DIR",
         "Run folder; the result is in its checkpoint/. Default: DIR-continued.",
-        parser=place,
+        parser=typed_path,
     ),
 ]
 
 
 class TrainCommand(TyperCommand):
-    """A command that passes words it does not know, and --help, to train.py."""
+    """A command that passes unknown arguments and --help to train.py."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         settings = {"ignore_unknown_options": True, "allow_extra_args": True}
@@ -90,16 +90,16 @@ class TrainCommand(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if not HELP_FLAGS & set(args):
             return super().parse_args(ctx, args)
-        # Help needs no values, which Typer reads with pydantic
+        # Help needs no values; parsing them would import pydantic
         _, ctx.args, _ = self.make_parser(ctx).parse_args(list(args))
         ctx.params = {each.name: None for each in self.params}
         return list(ctx.args)
 
     def shell_complete(self, ctx: Any, incomplete: str) -> list[Any]:
-        """Return what a shell may put in the place of the word that is begun.
+        """Return the completions of an incomplete argument.
 
-        Of the words before it bash makes several at each = and each colon. What it begins with is
-        not returned with it.
+        Bash splits arguments at each = and each colon. Completions are returned without the part
+        before the split.
         """
         from typer._click.shell_completion import CompletionItem
 
@@ -107,14 +107,14 @@ class TrainCommand(TyperCommand):
 
         words = list(ctx.args)
         if not incomplete and os.environ.get("COMP_WORDS", "").endswith("\n="):
-            words.append("=")  # which Typer leaves out
+            words.append("=")  # Typer drops it
         whole: list[str] = []
         for before, word in pairwise(["", *words, incomplete]):
             is_part = bool(whole) and not {word, before}.isdisjoint({"=", ":"})
             whole = [*whole[:-1], whole[-1] + word] if is_part else [*whole, word]
         *earlier, last = whole
         found = completions([*earlier, last])
-        if len(found) == 1 and found[0][-1] in "=.":  # else the shell puts a blank after it
+        if len(found) == 1 and found[0][-1] in "=.":  # otherwise the shell appends a blank
             found = completions([*earlier, *found]) or found
         found += _VALUED if last.startswith("-") else ()
         start = last.removesuffix(incomplete)
@@ -134,7 +134,7 @@ def train(
     """Grow and train a model, or continue training a checkpoint (the program of train.py)."""
     from tritter.config.launch.entry import main
 
-    plain, words = _parted(context.args)
+    plain, words = _split_arguments(context.args)
     if HELP_FLAGS & set(words):
         _print_options(context)
         return main(_pipeline, arguments=words)
@@ -183,35 +183,35 @@ def continuation(
     settings: Mapping[str, str | None],
     words: Sequence[str] = (),
 ) -> list[str]:
-    """Return the words of train.py that train a checkpoint; what was typed as KEY=VALUE wins.
+    """Return the arguments of train.py that continue training a checkpoint.
 
     Args:
         checkpoint: a folder or hub id.
         data: paths of new data.
-        old_data: paths of old data; empty: what the checkpoint recorded.
-        settings: key → value of other options; None: not typed.
-        words: flags, GROUP=OPTION and KEY=VALUE words.
+        old_data: paths of old data; empty for the data that the checkpoint recorded.
+        settings: key → value of other options; None if not typed.
+        words: flags, GROUP=OPTION and KEY=VALUE arguments, which take precedence.
 
     Raises:
-        RequestError: there is no such checkpoint, no new data is named, or another seed than the
-            split's was typed.
+        RequestError: the checkpoint does not exist, no new data is named, or the seed differs
+            from that of the split.
     """
     from tritter.checkpoints.location import checkpoint_location
 
     folder = checkpoint_location(checkpoint, key="--checkpoint")
     keys = _typed_keys(words)
     if not data and not any(_is_typed(key, keys) for key in ("data.new", "data.tasks")):
-        raise RequestError("--data is missing: name the text to train on, --data PATH.")
+        raise RequestError("--data is missing: name the training data, --data PATH.")
     new, old, is_of_hub = _sources(data, old_data, words)
     recorded = _recorded_settings(Path(folder), is_text=not is_of_hub)
     seed = recorded.get("seed")
-    for word in words:  # with another seed than the split's, held-out text would be trained on
+    for word in words:  # another seed than the split's would train on validation data
         key, _, value = word.lstrip("+").partition("=")
         if key == "seed" and seed is not None and value.isdecimal() and int(value) != seed:
             raise RequestError(
-                f"seed = {value}: the checkpoint's text was split with seed {seed}, and text "
-                "that was held out would be trained on. Leave seed out; with train.py model=hf "
-                "another seed orders the data, and the split stays."
+                f"seed = {value}: the checkpoint's data was split with seed {seed}; another seed "
+                "would train on its validation data. Remove seed. To shuffle differently with the "
+                "same split, use train.py model=hf."
             )
     groups = {"experiment": "continued"}
     if "experiment" in keys:  # there is one at a time
@@ -229,52 +229,52 @@ def continuation(
     return [*stated, *words]
 
 
-def _parted(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Return plain words, which are checkpoints, and all others."""
+def _split_arguments(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Split arguments into positional ones, which are checkpoints, and all others."""
     plain: list[str] = []
     others: list[str] = []
     for before, word in pairwise(["", *words]):
         is_plain = word[:1] not in ("", "-", "~") and "=" not in word
         is_after_flag = before[:1] == "-" and "=" not in before
-        is_value = is_after_flag and takes_value(before, word)  # or may be: of an unknown flag
+        is_value = is_after_flag and takes_value(before, word)  # possibly of an unknown flag
         (plain if is_plain and not is_value else others).append(word)
     return plain, others
 
 
 def _named_checkpoint(plain: Sequence[str], checkpoint: str | None, typed: Sequence[str]) -> str:
-    """Return the one checkpoint that was named.
+    """Return the requested checkpoint.
 
     Raises:
-        RequestError: there are several, or options that need one and have none.
+        RequestError: several checkpoints are named, or an option needs one and none is named.
     """
     if len(plain) > 1:
         raise RequestError(
-            f"{' and '.join(plain)}: tritter train takes one checkpoint; settings are written "
+            f"{' and '.join(plain)}: tritter train takes one checkpoint; settings have the form "
             "KEY=VALUE (--help)."
         )
     if plain and checkpoint is not None:
         raise RequestError(
-            f"{plain[0]} together with --checkpoint: use a plain word (`tritter train DIR`) or the "
+            f"{plain[0]} together with --checkpoint: use the argument (`tritter train DIR`) or the "
             "option, not both."
         )
     if plain or checkpoint is not None:
         return plain[0] if plain else str(checkpoint)
     raise RequestError(
-        f"--{typed[0].replace('_', '-')} goes with the checkpoint to train, `tritter train DIR`; "
-        "without a checkpoint everything is set by KEY=VALUE (--help)."
+        f"--{typed[0].replace('_', '-')} requires a checkpoint to train, `tritter train DIR`; "
+        "without a checkpoint, settings have the form KEY=VALUE (--help)."
     )
 
 
 def _check_flags(words: Sequence[str]) -> None:
-    """Refuse flags that don't go with a checkpoint, and `resume`.
+    """Reject `resume` and flags that can't be combined with a checkpoint.
 
     Raises:
-        RequestError: names the first.
+        RequestError: there is one. The message names the first.
     """
     for word in words:
         if word.lstrip("+").startswith("resume="):
             raise RequestError(
-                f"{word}: a run is gone on with by itself, with its own checkpoint and text: "
+                f"{word}: a resumed run uses its own checkpoint and data. Resume it with "
                 f"{shlex.join(['tritter', 'train', word])}"
             )
         name = word.partition("=")[0].replace("_", "-")
@@ -291,10 +291,10 @@ def _check_flags(words: Sequence[str]) -> None:
 def _sources(
     data: Sequence[str], old_data: Sequence[str], words: Sequence[str]
 ) -> tuple[TextSources, TextSources, bool]:
-    """Return domain → paths of new and of old data, and whether they are data sets.
+    """Return domain → paths of new and of old data, and True if they are hub datasets.
 
     Raises:
-        RequestError: a path means no data.
+        RequestError: a path contains no data.
     """
     from tritter.data.datasets import dataset_names
     from tritter.data.options import DatasetsConfig, TextDataConfig, path_resolver, read_sources
@@ -318,10 +318,11 @@ def _sources(
 
 
 def _recorded_settings(folder: Path, *, is_text: bool) -> dict[str, Any]:
-    """Return key → value of what a continued training takes from the one before.
+    """Return key → value of settings that continued training reuses from the lineage.
 
     Args:
-        is_text: the data are texts, whose records have a field.
+        folder: the checkpoint folder.
+        is_text: True if the data are text files, whose records have a text field.
 
     Raises:
         RequestError: the lineage can't be read.
@@ -353,26 +354,26 @@ def _typed_keys(words: Sequence[str]) -> set[str]:
 
 
 def _is_typed(key: str, keys: set[str]) -> bool:
-    """Return whether a key, or one below it, was typed; of a group its name alone counts."""
+    """Return True if a key or one of its subkeys was typed; for a group only its name counts."""
     return key in keys or ("." in key and any(each.startswith(f"{key}.") for each in keys))
 
 
 def _value(sources: TextSources) -> str | None:
-    """Return domains and paths as Hydra reads them."""
+    """Return domains and paths in Hydra's override syntax."""
     from tritter.config.overrides import nested_value
 
     return nested_value(sources) if sources else None
 
 
 def _word(text: str) -> str:
-    """Return a text as Hydra reads it, in quotes where it is no plain path or name."""
+    """Return a string in Hydra's override syntax, quoted if necessary."""
     from tritter.config.overrides import nested_value
 
     return nested_value(text)
 
 
 def _pipeline(config: RunConfig, *, run_folder: Path) -> Outcome:
-    """Run the stages; imported here so that help and refusals don't wait for Lightning."""
+    """Run the stages. The import is here so that help and errors don't wait for Lightning."""
     with loading("lightning"):
         from tritter.pipeline import run_pipeline
 

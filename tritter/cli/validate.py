@@ -1,4 +1,4 @@
-"""`tritter validate`: five questions about a pair of checkpoints, each with number and bound."""
+"""`tritter validate`: five checks of an expansion, each with a measured value and a bound."""
 
 from __future__ import annotations
 
@@ -97,29 +97,29 @@ def validate(
     return EXIT_NO if is_failed else 0
 
 
-def _folder(place: str, option: str) -> Path:
+def _folder(name: str, option: str) -> Path:
     """Return the folder of a checkpoint.
 
     Raises:
-        RequestError: there is none, or it has experts.
+        RequestError: the checkpoint does not exist, or has experts.
     """
     from tritter.checkpoints.expert_files import refuse_experts
     from tritter.core.families.config_file import missing_config
 
     with refuse_damage():
-        folder = locate(place, key=option)
+        folder = locate(name, key=option)
     if not (folder / "config.json").is_file():
-        held = f"the folder holds {missing_config(folder)}"
-        reason = held if folder.is_dir() else "there is no such folder"
-        raise RequestError(Problem(option, place, reason=reason))
-    refuse_experts(folder, doing="a validation", key=option)
+        content = f"the folder has {missing_config(folder)}"
+        reason = content if folder.is_dir() else "there is no such folder"
+        raise RequestError(Problem(option, name, reason=reason))
+    refuse_experts(folder, doing="validation", key=option)
     return folder
 
 
 def _sources(
     option: str, words: Sequence[str] | None, problems: list[Problem]
 ) -> TextSources | None:
-    """Return domain → paths of what was typed, as [NAME=]PATH; None where nothing was."""
+    """Parse [NAME=]PATH values into domain → paths; None without any value."""
     from tritter.data.options import named_after, read_sources, unused_name
 
     if not words:

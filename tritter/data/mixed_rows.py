@@ -183,7 +183,7 @@ _FIELDS: dict[str, Callable[[list[int]], list[int]]] = {
 
 @dataclass(frozen=True, slots=True)
 class _Marked:
-    """A collator that also says which rows of a batch are replayed, as bool [B] `is_replay`."""
+    """A collator that also marks the replayed rows of a batch, as bool [B] `is_replay`."""
 
     collate: Callable[[list[Any]], Any]
 
@@ -237,16 +237,16 @@ class PackedText:
             raise RequestError(
                 Problem("processing_class", type(self._outer).__name__, reason=reason)
             )
-        tokenizer = Tokenizer.from_str(backend.to_str())  # its settings stay as they are
+        tokenizer = Tokenizer.from_str(backend.to_str())  # a copy: the original keeps its settings
         tokenizer.no_truncation()
         tokenizer.no_padding()
         return tokenise([Document(str(at), text) for at, text in enumerate(texts)], tokenizer)
 
     def sequences(self, name: str, data: OldData) -> Tensor:
-        """Return int32 [N, T]: texts or rows packed, or rows of that length as they are.
+        """Return int32 [N, T]: packed texts or rows, or unchanged rows of that length.
 
         Raises:
-            RequestError: they do not fill one sequence.
+            RequestError: the data does not fill one sequence.
         """
         length = self.sequence_length
         is_text = isinstance(data, tuple)
@@ -270,16 +270,16 @@ def joined_rows(rows: Any) -> TokenisedDocuments:
     return TokenisedDocuments(
         tokens=torch.tensor(list(chain.from_iterable(kept)), dtype=torch.int32),
         offsets=torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]),
-        num_bytes=lengths,  # nothing is said per byte
+        num_bytes=lengths,  # byte counts are not used here
         identifiers=[str(number) for number in range(len(kept))],
     )
 
 
 def checked_old(name: str, data: OldData) -> Any:
-    """Return texts as a tuple, tokenised rows as they are.
+    """Return texts as a tuple, tokenised rows unchanged.
 
     Raises:
-        RequestError: it is neither, or empty.
+        RequestError: the data is neither texts nor tokenised rows, or is empty.
     """
     if hasattr(data, "column_names"):
         if "input_ids" in data.column_names:

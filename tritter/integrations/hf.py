@@ -7,7 +7,7 @@
   gradients of penalties (EWC, L2-SP, SI), once per step and before clipping;
 - `get_train_dataloader` mixes old rows into the batches (replay);
 - `save_model` and `train` write the methods' state into `checkpoint-N` and read it again;
-- a callback tells methods that a step was taken, and runs the gate when the training ends.
+- a callback notifies methods after each step, and runs the gate at the end of training.
 
 Callbacks alone cannot do this: they do not see the loss, and their hook on gradients comes after
 clipping. Only public methods of the Trainer are overridden.
@@ -79,12 +79,12 @@ def with_forgetting(
 
     Args:
         trainer_class: `transformers.Trainer`, `trl.SFTTrainer` or another subclass of Trainer.
-        methods: names with default options, or objects such as `EWC(ewc_lambda=1e3)`. Each trainer
-            gets methods of its own.
+        methods: names for default options, or objects such as `EWC(ewc_lambda=1e3)`. Each trainer
+            builds its own instances.
 
     Raises:
-        RequestError: a method is unknown or has wrong options, two do not go together, or
-            `trainer_class` is no Trainer.
+        RequestError: a method is unknown or has invalid options, two methods can't be combined, or
+            `trainer_class` is not a Trainer.
     """
     if not (isinstance(trainer_class, type) and issubclass(trainer_class, Trainer)):
         reason = "allowed is transformers.Trainer or a subclass of it"
@@ -110,12 +110,12 @@ def _component(method: str | ForgettingMethod) -> Component:
 
 
 def _method_problems(components: Sequence[Component]) -> Iterator[Problem]:
-    """Yield the methods that do not go together."""
+    """Yield problems of the methods and their combination."""
     names = [one.name for one in components]
     mixing = [one.name for one in components if one.kind.needs(one.options).mixes]
     for one in components:
         if names.count(one.name) > 1:
-            yield Problem("methods", one.name, reason="each method may be there once")
+            yield Problem("methods", one.name, reason="a method may occur only once")
             return
         if one.kind.freezes:
             reason = "not available in the Hugging Face Trainer; call requires_grad_(False) instead"
@@ -128,10 +128,10 @@ def _method_problems(components: Sequence[Component]) -> Iterator[Problem]:
 
 @dataclass(frozen=True, slots=True)
 class GateResult:
-    """What the gate found when a training ended.
+    """The result of the gate at the end of training.
 
     Attributes:
-        status: `kept`, `rolled_back` or `undecided`; nothing is rolled back by itself.
+        status: `kept`, `rolled_back` or `undecided`. The model is never rolled back automatically.
         checks: one retention check per domain.
     """
 
@@ -143,18 +143,18 @@ class ForgettingMixin(Trainer):  # in front of the trainer class
     """A Hugging Face trainer with forgetting mitigation.
 
     Args:
-        old_data: data of earlier training, as domain → a list of texts or a tokenised
-            `datasets.Dataset`, or one of these alone.
-        sequence_length: tokens of a sequence into which old texts are packed. Default: the
-            longest of the first 256 training rows.
-        gate_documents: domain → texts that the gate scores before and after the training.
-        retention: the largest allowed relative rise of the loss on a domain of `gate_documents`.
+        old_data: data of earlier training: a list of texts, a tokenised `datasets.Dataset`, or a
+            mapping of domains to these.
+        sequence_length: sequence length for packing old texts. Default: the longest of the first
+            256 training rows.
+        gate_documents: domain → texts that the gate scores before and after training.
+        retention: maximum relative increase of the loss on a domain of `gate_documents`.
 
     Attributes:
-        gate: what the gate found; None before the end, or without `gate_documents`.
+        gate: result of the gate; None before the end of training, or without `gate_documents`.
 
     Raises:
-        RequestError: a setting of the trainer does not go together with the methods.
+        RequestError: a setting of the trainer can't be combined with the methods.
     """
 
     forgetting_components: tuple[Component, ...] = ()
@@ -185,7 +185,7 @@ class ForgettingMixin(Trainer):  # in front of the trainer class
     def train(
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
     ) -> Any:
-        """Train; a resumed training takes up the methods' state from the checkpoint.
+        """Train. A resumed run restores the methods' state from the checkpoint.
 
         Raises:
             RequestError: the checkpoint has no state of these methods.
@@ -196,7 +196,7 @@ class ForgettingMixin(Trainer):  # in front of the trainer class
             if checkpoint is None:
                 reason = f"{self.args.output_dir} has no checkpoint to resume from"
                 raise RequestError(Problem("resume_from_checkpoint", True, reason=reason))
-        with _stock_forward(self.model):  # of an earlier training, it may have been changed
+        with _stock_forward(self.model):  # an earlier training run may have patched it
             self.forgetting.begin(Path(checkpoint) / FORGETTING_FOLDER if checkpoint else None)
         try:
             return super().train(checkpoint, *args, **kwargs)
@@ -204,7 +204,7 @@ class ForgettingMixin(Trainer):  # in front of the trainer class
             self.forgetting.is_running = False
 
     def get_train_dataloader(self) -> Any:
-        """Return the trainer's loader, or one over the same rows with a share of old ones."""
+        """Return the trainer's loader, with old rows mixed in if a method replays them."""
         return self.forgetting.mixed(super().get_train_dataloader())
 
     def compute_loss(
@@ -214,10 +214,10 @@ class ForgettingMixin(Trainer):  # in front of the trainer class
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """Return the trainer's loss, plus that of methods which need the batch.
+        """Return the trainer's loss plus the losses of methods that need the batch.
 
-        What is added is scaled so that the micro-batches of an optimizer step average it, whether
-        the trainer divides the loss by their number later or not.
+        The added losses are scaled to be averaged over the micro-batches of an optimizer step,
+        whether or not the trainer divides the loss by their number later.
         """
         inputs = dict(inputs)
         is_replay = inputs.pop("is_replay", None)
@@ -241,7 +241,7 @@ class ForgettingMixin(Trainer):  # in front of the trainer class
         return (result[0] + extra, result[1]) if return_outputs else result + extra
 
     def _is_loss_averaged(self, num_items_in_batch: Any) -> bool:
-        """Return whether the trainer leaves the loss as it is: it averages over the whole step."""
+        """Return True if the loss is already averaged over the whole step."""
         if self.loss_is_scaled_for_ga is not None:
             return bool(self.loss_is_scaled_for_ga)
         has_count = self.model_accepts_loss_kwargs and num_items_in_batch is not None
@@ -255,16 +255,16 @@ class ForgettingMixin(Trainer):  # in front of the trainer class
         return loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log, next to the training loss, `forgetting/<method>/loss`."""
+        """Log `forgetting/<method>/loss` in addition to the training loss."""
         if "loss" in logs and self.forgetting.is_running:
             logs = {**logs, **self.forgetting.losses(self.model)}
         super().log(logs, *args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the model, and next to it the state of the methods.
+        """Save the model and the state of the methods.
 
-        A checkpoint of a running training gets `forgetting/`, from which `train` resumes; a model
-        that is saved after the training gets `state/`, which the next training builds on.
+        During training, the state is in `forgetting/`, from which `train` resumes. After training,
+        it is in `state/`, which later training runs use.
         """
         super().save_model(output_dir, _internal_call=_internal_call)
         if not self.args.should_save:
@@ -277,7 +277,7 @@ class ForgettingMixin(Trainer):  # in front of the trainer class
 
 
 class _AfterSteps(TrainerCallback):
-    """Tell methods of each step taken, and of the end of the training."""
+    """Notify methods after each step and at the end of training."""
 
     def __init__(self, trainer: ForgettingMixin) -> None:
         self._trainer = trainer
@@ -297,7 +297,7 @@ class _AfterSteps(TrainerCallback):
 
 
 def _trainer_problems(trainer: Trainer, components: Sequence[Component]) -> Iterator[Problem]:
-    """Yield settings of a trainer that do not go together with the methods."""
+    """Yield settings of a trainer that can't be combined with the methods."""
     args, kinds = trainer.args, [one.kind for one in components]
     kind = getattr(trainer.accelerator.distributed_type, "value", "NO")
     if (
@@ -328,7 +328,7 @@ def _trainer_problems(trainer: Trainer, components: Sequence[Component]) -> Iter
             yield Problem("args.use_liger_kernel", True, reason=reason)
         family_of(config_of(trainer.model))  # refuses PEFT models and unknown architectures
     if args.torch_compile and Distill in kinds:
-        reason = "distillation reads hidden states with a hook; leave one of the two out"
+        reason = "distillation reads hidden states with a hook; remove one of the two"
         yield Problem("args.torch_compile", True, reason=reason)
 
 
@@ -337,39 +337,39 @@ def _changes_gradients(kind: type[ForgettingMethod]) -> bool:
 
 
 def _method_batch(inputs: Mapping[str, Any], is_replay: Tensor | None) -> dict[str, Any]:
-    """Return a batch as methods read it: each row new or replayed.
+    """Return a batch for the methods, with `is_replay` for each row.
 
     Raises:
-        RequestError: rows were joined into one.
+        RequestError: the trainer joined several rows into one.
     """
     rows = inputs["input_ids"]
     if is_replay is None:
         is_replay = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
     elif len(is_replay) != len(rows):
-        reason = "it joins new and replayed rows, which distill and si tell apart; set it to False"
+        reason = "it joins new and replayed rows, but distill and si need them apart; use False"
         raise RequestError(Problem("args.padding_free", True, reason=reason))
     return {**inputs, "is_replay": is_replay}
 
 
 @dataclass(slots=True)
 class _Caught:
-    """What a forward pass computed, with its graph."""
+    """Outputs of a forward pass with their graph."""
 
     logits: Tensor | None = None
     hidden: Tensor | None = None
 
     def of(self, model: nn.Module) -> Tensor:
-        """Return the logits [B, T, V]; TRL's fused head makes none, so they are made here."""
+        """Return the logits [B, T, V], computed here if TRL's fused head skipped them."""
         if self.logits is not None:
             return self.logits
         if self.hidden is None:
-            raise RequestError("methods: the model's forward pass gave no logits to distill on.")
+            raise RequestError("methods: the model's forward pass returned no logits to distill.")
         return head_of(model)(self.hidden)
 
 
 @contextmanager
 def _caught_logits(model: nn.Module, *, is_wanted: bool) -> Iterator[_Caught]:
-    """Catch logits, or else the last hidden states, of the task's own forward pass."""
+    """Capture the logits, or else the last hidden states, of the task's forward pass."""
     caught, handles = _Caught(), []
 
     def catch(module: nn.Module, arguments: Any, output: Any) -> None:
@@ -388,14 +388,14 @@ def _caught_logits(model: nn.Module, *, is_wanted: bool) -> Iterator[_Caught]:
 
 
 class Forgetting:
-    """The methods of one trainer, the data and state that they work with, and the gate.
+    """The methods of one trainer with their data and state, and the gate.
 
     Args:
-        trainer: whose model, arguments, data and tokenizer are used.
+        trainer: the trainer with model, arguments, data and tokenizer.
         old_data: domain → texts or tokenised rows.
         sequence_length: see `ForgettingMixin`.
-        gate_documents: the same.
-        retention: the same.
+        gate_documents: see `ForgettingMixin`.
+        retention: see `ForgettingMixin`.
     """
 
     def __init__(
@@ -440,9 +440,7 @@ class Forgetting:
                 yield Problem("old_data", None, reason=reason)
             for name in getattr(one.options, "weights", None) or {}:
                 if name not in self._old:
-                    reason = (
-                        f"there is no such domain in old_data; there are {', '.join(self._old)}"
-                    )
+                    reason = f"unknown domain of old_data; allowed is one of {', '.join(self._old)}"
                     near = nearest(name, self._old)
                     yield Problem(f"methods.{one.name}.weights", name, reason=reason, nearest=near)
             if needs.mixes and self._trainer.args.train_sampling_strategy != "random":
@@ -458,11 +456,11 @@ class Forgetting:
 
     @cached_property
     def _sequences(self) -> dict[str, Tensor]:
-        """Old domain → int [N, T]: texts and rows, packed as training sequences."""
+        """Old domain → int [N, T]: texts and rows packed into training sequences."""
         return {name: self._packing.sequences(name, data) for name, data in self._old.items()}
 
     def mixed(self, loader: Any) -> Any:
-        """Return a loader with a share of old rows, where a method replays some."""
+        """Return a loader with old rows mixed in if a method replays them."""
         mixing = [m for m, needs in zip(self.methods, self._needs, strict=False) if needs.mixes]
         if not (self.is_running and mixing):
             return loader
@@ -492,7 +490,7 @@ class Forgetting:
         """Begin a training run, or resume one.
 
         Args:
-            folder: with the methods' state of a checkpoint; None: a new run.
+            folder: folder with the methods' state in a checkpoint; None for a new run.
         """
         model, seed = self._trainer.model, self._seed()
         if any(one.kind.uses_weights for one in self._components):
@@ -501,7 +499,7 @@ class Forgetting:
         saved = None if folder is None else self._read(folder)
         if saved is None:
             state, written = self._prepared()
-        else:  # what methods read off their first state is in what is loaded below
+        else:  # the loaded state below already includes the first state
             ones = {name: value.float() for name, value in _all_old(model).items()}
             state, written = dict.fromkeys(saved["kinds"], ones), saved["written"]
         self._kinds = tuple(state)
@@ -530,14 +528,14 @@ class Forgetting:
             self._before = saved["gate"]
 
     def _old_sequences(self, written: Tensor | None) -> dict[str, Tensor]:
-        """Return what methods other than replay read of old data."""
+        """Return the old sequences that methods other than replay read."""
         reads = any(needs.old_text and not needs.mixes for needs in self._needs)
         if self._old:
             return self._sequences if reads else {}
         return {} if written is None else {_WRITTEN: written}
 
     def _prepared(self) -> tuple[dict[str, Values], Tensor | None]:
-        """Return the state that methods begin with, and what the model wrote."""
+        """Return the initial state of the methods, and the text that the model generated."""
         model = self._trainer.model
         state, written = self._earlier_state(), None
         methods = zip(build_methods(self._components), self._needs, strict=True)
@@ -560,7 +558,7 @@ class Forgetting:
             )
             written = prepared.written if needs.writes else written
             state |= {kind: dict(prepared.state[kind]) for kind in needs.prepares}
-        if this_rank().count > 1:  # the same in every process, to the last bit
+        if this_rank().count > 1:  # bitwise identical in every process
             tensors = chain.from_iterable(values.values() for values in state.values())
             for tensor in (*tensors, *([] if written is None else [written])):
                 sent = tensor.to(self._trainer.args.device)
@@ -569,7 +567,7 @@ class Forgetting:
         return state, written
 
     def _earlier_state(self) -> dict[str, Values]:
-        """Return the state next to the model's checkpoint that methods ask for."""
+        """Return the state in the model's checkpoint that methods need."""
         wanted = {kind for needs in self._needs for kind in needs.state}
         found = read_state(self._model_folder) if wanted and self._model_folder else None
         if found is None:
@@ -577,8 +575,8 @@ class Forgetting:
         model = self._trainer.model
         config, device = config_of(model), self._trainer.args.device
         return {
-            kind: {n: v.to(device) for n, v in live_tensors(config, LazyTensors(held)).items()}
-            for kind, held in found.kinds.items()
+            kind: {n: v.to(device) for n, v in live_tensors(config, LazyTensors(own)).items()}
+            for kind, own in found.kinds.items()
             if kind in wanted
         }
 
@@ -593,12 +591,12 @@ class Forgetting:
         return found is not None and set(kinds) <= found.kinds.keys()
 
     def _teacher(self) -> nn.Module | None:
-        """Return the model to distill from: another checkpoint, or this model as it is now."""
-        asked = [needs.teacher_folder for needs in self._needs if needs.teacher]
-        if not asked:
+        """Return the model to distill from: another checkpoint, or a copy of this model."""
+        folders = [needs.teacher_folder for needs in self._needs if needs.teacher]
+        if not folders:
             return None
         model = self._trainer.model
-        teacher = deepcopy(model) if asked[0] is None else load_model(locate(asked[0]))
+        teacher = deepcopy(model) if folders[0] is None else load_model(locate(folders[0]))
         teacher = teacher.to(self._trainer.args.device).eval().requires_grad_(False)
         self._teacher_hash = merkle_hash({n: tensor_digest(n, p) for n, p in _named(teacher)})
         return teacher
@@ -607,12 +605,12 @@ class Forgetting:
 
     @cached_property
     def adds_losses(self) -> bool:
-        """Whether a method needs the logits of the task."""
+        """True if a method needs the logits of the task."""
         return any(_overrides(one.kind, "extra_loss") for one in self._components)
 
     @cached_property
     def observes_batches(self) -> bool:
-        """Whether a method computes the loss of the new rows alone."""
+        """True if a method computes the loss of only the new rows."""
         is_task_alone = not any(one.kind.is_in_gradients() for one in self._components)
         observing = any(_overrides(one.kind, "observe_batch") for one in self._components)
         return observing and not is_task_alone
@@ -626,7 +624,7 @@ class Forgetting:
     def extra_loss(
         self, model: nn.Module, batch: Mapping[str, Tensor], logits: Tensor, *, scale: float
     ) -> Tensor:
-        """Return what methods add to the loss of a micro-batch, times `scale`."""
+        """Return the sum of the methods' loss terms for a micro-batch, times `scale`."""
         total = logits.new_zeros((), dtype=torch.float32)
         for method in self.methods:
             extra = method.extra_loss(model, batch, logits)
@@ -652,9 +650,9 @@ class Forgetting:
                 method.look(model, step)
 
     def losses(self, model: nn.Module) -> dict[str, float]:
-        """Return penalties at the present weights, and added losses as means since the last call.
+        """Return the current penalties, and the mean of added losses since the last call.
 
-        All processes call it together.
+        All processes must call it together.
         """
         found = {}
         for method in self.methods:
@@ -670,7 +668,7 @@ class Forgetting:
     # The end, and files
 
     def end(self, model: nn.Module) -> None:
-        """Keep what methods leave for the next training."""
+        """Collect the methods' state for later training runs."""
         self._left = {
             kind: values
             for method in self.methods
@@ -702,7 +700,7 @@ class Forgetting:
             }
 
     def _setup(self) -> dict[str, Any]:
-        """Return what has to be the same where a run is resumed."""
+        """Return the settings that must be equal when a run is resumed."""
         return {
             "methods": {one.name: one.plain() for one in self._components},
             "old_data": {name: len(data) for name, data in self._old.items()},
@@ -722,11 +720,11 @@ class Forgetting:
         SafetensorsCheckpointIO().save_checkpoint(content, folder)
 
     def _read(self, folder: Path) -> dict[str, Any]:
-        """Return what `save` wrote.
+        """Return the state that `save` wrote.
 
         Raises:
-            RequestError: there is nothing, or it is of another setup.
-            TritterError: it is damaged.
+            RequestError: there is no state, or it belongs to another setup.
+            TritterError: the state is damaged.
         """
         key = "resume_from_checkpoint"
         if not folder.is_dir():
@@ -740,12 +738,12 @@ class Forgetting:
                 reason = f"it was saved with {name} = {before}, and the trainer has {value}"
                 if name == "teacher":
                     reason = "it was saved with another teacher; create the trainer with the "
-                    reason += "model that the training began with"
+                    reason += "model that training started with"
                 raise RequestError(Problem(key, str(folder.parent), reason=reason))
         return saved
 
     def write_end(self, folder: Path) -> None:
-        """Write next to a trained model what methods leave for the next training."""
+        """Write the methods' state for later training runs into a trained model's folder."""
         if self._left:
             model = self._trainer.model
             kinds = {k: TensorStream.of(disk_values(model, self._left[k])) for k in self._left}
@@ -756,13 +754,13 @@ class Forgetting:
 
 @contextmanager
 def _stock_forward(model: nn.Module) -> Iterator[None]:
-    """Take away what a trainer puts around the forward pass: autocast, TRL's head, input hooks.
+    """Temporarily remove a trainer's patches of the forward pass: autocast, TRL's head, hooks.
 
-    Per-sequence gradients cannot be computed through them.
+    Per-sequence gradients can't be computed through them.
     """
     patched = model.__dict__.pop("forward", None)
     on_inputs = model.get_input_embeddings()._forward_hooks  # type: ignore[operator]
-    hooks = dict(on_inputs)  # of gradient checkpointing and NEFTune
+    hooks = dict(on_inputs)  # from gradient checkpointing and NEFTune
     on_inputs.clear()
     try:
         yield
@@ -777,7 +775,7 @@ def _named(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _all_old(model: nn.Module) -> dict[str, Tensor]:
-    """Return masks by which every entry counts as old; they take no memory."""
+    """Return masks that mark every entry as old; expanded views, so they need no memory."""
     one = torch.ones((), dtype=torch.bool)
     return {name: one.to(value.device).expand(value.shape) for name, value in _named(model)}
 

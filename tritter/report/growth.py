@@ -243,7 +243,7 @@ def flops_course(
         for event in growth.events
         if event.flops is not None and event.parameters is not None
     ]
-    # A cumulative sum never falls, whatever a summary holds
+    # A cumulative sum never falls, even with invalid values in a summary
     spent = list(accumulate((max(0.0, flops) for flops, _ in known), max, initial=0.0))
     values = [growth.parameters.before, *(value for _, value in known)]
     if end_flops is not None and end_flops > spent[-1]:

@@ -623,7 +623,7 @@ def _label_course(axes: Axes, title: str, *, is_in_tokens: bool) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Course:
-    """A curve as it is drawn, a running mean if it has many points."""
+    """A curve to draw: a running mean if it has many points."""
 
     positions: tuple[float, ...]
     values: tuple[float, ...]

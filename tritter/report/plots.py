@@ -232,7 +232,7 @@ def _courses(row: DomainRow, rounds: Sequence[Sequence[Curve]]) -> list[_Course]
 
 
 def _draw_courses(axes: Axes, courses: Sequence[_Course], *, is_grown: bool) -> str:
-    """Draw all rounds and the level of the loss before them; return what the level is."""
+    """Draw all rounds and the level of the loss before them; return the label of the level."""
     first = courses[0]
     gap = 0.08 * max(courses[-1].steps[-1], 1)  # between the first step and the loss before it
     for number, course in enumerate(courses):

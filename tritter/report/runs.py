@@ -19,7 +19,7 @@ from tritter.report.summary import Attempt, Summary, ends_of
 from tritter.report.wording import MISSING
 
 _SEED = "seed"
-_MOST_NAMED = 8  # settings in the name of a group, besides the methods
+_MOST_NAMED = 8  # settings in the name of a group, in addition to the methods
 CONFIDENCE = 0.95  # of the intervals over seeds, two-sided
 FEWEST_SEEDS = 3  # for an interval; below, the values of the seeds are shown
 # Stages that belong to a method as its training does

@@ -274,7 +274,7 @@ class ExpertRow:
 
     Args:
         usage: Its mean gate over all domains.
-        state: young, mature, frozen, evicted or merged; empty if no event tells.
+        state: young, mature, frozen, evicted or merged; empty if unknown.
     """
 
     name: str

@@ -573,7 +573,7 @@ PRESET_RATE = 3e-3
 CHECKPOINT_RATE = 1e-5
 # Models of at least this size were pretrained with a lower learning rate of Adam than this
 _LARGE, _HIGH = 10_000_000, 1e-3
-# Upper bound of the parameters → initial learning rate; the table of docs/how-to/grow_a_checkpoint.md
+# Upper bound of the parameters → initial learning rate, as in docs/how-to/grow_a_checkpoint.md
 _STARTS = ((1_000_000_000, "1e-4"), (None, "2e-5"))
 
 

@@ -343,7 +343,7 @@ def disk_needs(
     weights = padded(stream, shapes).entries
 
     def shape_of(name: str) -> tuple[int, ...]:
-        stored, number = opened.places[name]
+        stored, number = opened.stored_parts[name]
         return opened.family.shape(stored.parts[number].tensor, opened.config)
 
     # Each writer thread computes a target in blocks of rows, or whole if its rows do not derive
@@ -352,7 +352,7 @@ def disk_needs(
     for target in layout(plan.target_config, "hub"):
         parts = [peak_bytes(maps[part.tensor.name], shape_of) for part in target.parts]
         origins = {maps[part.tensor.name].origin for part in target.parts}
-        copied = [o for o in origins if o and opened.places[o][0].name in opened.live_shapes]
+        copied = [o for o in origins if o and opened.stored_parts[o][0].name in opened.live_shapes]
         is_whole = target.name in shapes or target.is_transposed
         usual.append(
             max(part.usual for part in parts)

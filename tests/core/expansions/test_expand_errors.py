@@ -94,7 +94,7 @@ DAMAGED: dict[str, tuple[Callable[[Path], object], type[TritterError], list[str]
     "config lacks the hidden size": (
         _configured(hidden_size=..., head_dim=...),
         TritterError,
-        ["model.embed_tokens.weight has shape (97, 24)", "config.json asks for (97, 4096)"],
+        ["model.embed_tokens.weight has shape (97, 24)", "config.json requires (97, 4096)"],
     ),
     "config asks for another FFN": (
         _configured(intermediate_size=44),
