@@ -1,6 +1,6 @@
 """What people read follows the glossary in tests/language.py: plain words of the field.
 
-The count may only fall. `python -m tests.language PATH` lists the places and what to write.
+`python -m tests.language PATH` lists the places and what to write.
 """
 
 from pathlib import Path
@@ -10,22 +10,30 @@ import pytest
 from tests.language import ROOT, hits, readable_files
 
 READ = ("tritter", "conf", "docs", "README.md", "train.py")
-MOST = 2_511
-# Path and words → why they are right there
-ALLOWED: dict[tuple[str, str], str] = {}
+# Path → words that are right there: data, keys of files and values of options
+ALLOWED = {
+    "conf/experts/dylora.yaml": {"told"},  # experts.boundaries=told
+    "docs/reference.md": {"told"},
+    "tritter/cli/inspect.py": {"beside"},  # key of `inspect --json`
+    "tritter/data/skills.py": {"say", "tell"},  # exercises
+    "tritter/methods/experts/callback.py": {"roster"},  # key of a checkpoint
+    "tritter/methods/experts/method.py": {"told"},
+    "tritter/methods/experts/options.py": {"told"},
+    "tritter/pipeline/experts.py": {"roster"},
+}
 
 
-def test_the_old_voice_only_fades() -> None:
+def test_the_glossary_is_followed() -> None:
     found = [
         hit
         for hit in hits(readable_files([ROOT / name for name in READ]))
-        if (hit.path.relative_to(ROOT).as_posix(), hit.words.lower()) not in ALLOWED
+        if hit.words.lower() not in ALLOWED.get(hit.path.relative_to(ROOT).as_posix(), set())
     ]
     listed = "\n".join(
         f"{hit.path.relative_to(ROOT)}:{hit.line}: {hit.words!r}, write: {hit.better}"
         for hit in found[:40]
     )
-    assert len(found) <= MOST, listed
+    assert not found, listed
 
 
 @pytest.mark.parametrize(

@@ -242,7 +242,7 @@ def test_a_sweep_that_is_stopped_prints_its_table(
         ["1", "seed=3", "interrupted"],
         ["2", "seed=4", "not run"],
     ]
-    assert "Go on with the sweep" in result.err and not Path("here/2").exists()
+    assert "Resume the sweep with" in result.err and not Path("here/2").exists()
 
 
 def test_the_table_of_a_sweep_has_experts_where_some_job_has_them(

@@ -55,7 +55,7 @@ class Outside(ForgettingMethod):
         omega = {name: g.square() for name, g in zip(names, gradients, strict=True)}
         for name, earlier in given.state.get("omega", {}).items():
             omega[name] = omega[name] + earlier
-        given.say(f"omega of {len(ids)} sequences, after {len(given.state)} kinds")
+        given.log(f"omega of {len(ids)} sequences, after {len(given.state)} kinds")
         return Prepared(state={"omega": omega}, flops=7.0, found={"omega": len(ids)})
 
     def begin_task(self, model: nn.Module, task: Task) -> None:

@@ -276,7 +276,8 @@ def expand(
         return 0
     say(
         "error: the method is function-preserving, but the result differs from the source at "
-        f"{result.measured.first_difference}; please report this with the output of `tritter inspect`.",
+        f"{result.measured.first_difference}; please report this with the output of "
+        "`tritter inspect`.",
         is_error=True,
     )
     return EXIT_NO

@@ -553,7 +553,7 @@ class Forgetting:
                     end_of_text_id=self._packing.end_of_text_id,
                     seed=partial(derived_seed, self._seed()),
                     state=state,
-                    say=_logger.info,
+                    log=_logger.info,
                 )
             )
             written = prepared.written if needs.writes else written

@@ -134,7 +134,7 @@ def _preparation(
         end_of_text_id=context.end_of_text_id,
         seed=lambda *purpose: context.seed(*purpose, *branch.purpose),
         state=state,
-        say=partial(context.say, "importance"),
+        log=partial(context.say, "importance"),
     )
 
 

@@ -81,7 +81,7 @@ class Preparation:
         end_of_text_id: Token that ends a document.
         seed: Labels → seed for the randomness of the method.
         state: Kind → values, of the kinds in the checkpoint that the method needs.
-        say: Prints a line.
+        log: Prints a line.
         progress: Reports finished and total sequences of a draw; None without a progress bar.
     """
 
@@ -93,7 +93,7 @@ class Preparation:
     end_of_text_id: int
     seed: Callable[..., int]
     state: Mapping[str, Values]
-    say: Callable[[str], None]
+    log: Callable[[str], None]
     progress: Callable[[int, int], None] | None = None
 
 

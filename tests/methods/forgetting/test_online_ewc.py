@@ -49,7 +49,7 @@ def prepared(method: EWC, model: nn.Module, state: Mapping[str, Mapping[str, Ten
         sequence_length=17,
         end_of_text_id=0,
         state=state,
-        say=lambda line: None,
+        log=lambda line: None,
     )
     method.prepare(given)
     return drawn

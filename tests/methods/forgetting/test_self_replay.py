@@ -155,7 +155,7 @@ def prepared_by(method: SelfReplay, model: nn.Module) -> Any:
     return method.prepare(
         Preparation(
             model=model, domains=(), draw=draw, sequence_length=16, end_of_text_id=5,
-            seed=lambda *words: 0, state={}, say=lambda text: None,
+            seed=lambda *words: 0, state={}, log=lambda text: None,
         )
     )  # fmt: skip
 

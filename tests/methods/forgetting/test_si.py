@@ -242,7 +242,7 @@ def preparation(model: nn.Module, state: State, domains: tuple[str, ...]) -> Pre
         sequence_length=17,
         end_of_text_id=0,
         state=state,
-        say=lambda line: None,
+        log=lambda line: None,
     )
 
 

@@ -59,7 +59,7 @@ Flags
   -sc install=bash     with eval "$(python train.py -sc install=bash)", TAB completes all of this
 
 Exit codes
-  0 finished, whatever the gate decided    2 invalid request, nothing was written
+  0 finished, also after a rollback        2 invalid request, nothing was written
   1 failed                                 3 gate=strict and the grown model was not kept"""
 
 

@@ -54,10 +54,10 @@ class RunStatus:
     """How a job ended, or that it is running.
 
     Args:
-        status: what the gate said; or running, failed, interrupted, not run, unknown.
-        metric: what a sweep minimises; None where there is none, or none that is finite.
-        summary: where summary.json is.
-        error: why it failed.
+        status: the gate's status; or running, failed, interrupted, not run, unknown.
+        metric: the value that a sweep minimises; None if it is missing or not finite.
+        summary: path of summary.json.
+        error: reason of a failure.
     """
 
     FORMAT: ClassVar[str] = "run status"
@@ -117,8 +117,8 @@ class Task:
     """What Hydra calls with each composed job; it travels to a launcher's processes.
 
     Attributes:
-        jobs: those that are planned; set when they are judged.
-        keeps_failed: a job that failed before stays as it is: what followed was chosen by it.
+        jobs: the planned jobs, set when they are validated.
+        keeps_failed: do not repeat a failed job; the sweeper's later jobs depend on its result.
         on_end: called after each job of a sweep that this process ran, with the job's folder, the
             sweep's folder and `jobs`.
     """
@@ -172,7 +172,7 @@ class Task:
 
 
 def _words(hydra: HydraConf) -> list[str]:
-    """Return a job's overrides as they were typed."""
+    """Return the overrides of a job, as typed."""
     return [str(word).removeprefix("++") for word in hydra.overrides.task]
 
 
@@ -220,11 +220,11 @@ def _redirected(number: int, stream: TextIO, descriptor: int) -> Iterator[None]:
 def run_job(cfg: DictConfig, pipeline: Pipeline, *, jobs: Sequence[Job]) -> float:
     """Run one composed job in the folder that Hydra made for it and return the sweeper's metric.
 
-    A failure goes to the job's `status.json`. In a sweep the other jobs go on, and the failed
-    one counts as NaN; in a single run an error that is not ours is raised again.
+    A failure is written to the job's `status.json`. In a sweep the other jobs continue, and the
+    failed one counts as NaN; in a single run an unexpected error is raised again.
 
     Args:
-        jobs: those that were planned; one that a sweeper thinks of as it goes is judged here.
+        jobs: the planned jobs; a job that the sweeper proposes later is validated here.
 
     Raises:
         Stopped: by a signal, after the status was written; in a sweep no other job follows.
@@ -263,7 +263,7 @@ def run_job(cfg: DictConfig, pipeline: Pipeline, *, jobs: Sequence[Job]) -> floa
             say(f"job {hydra.job.num} failed: {error}")
         return math.nan
     except Exception as error:
-        # The job's border: whatever a library raised, the other jobs of a sweep go on.
+        # The job's border: any library may raise here, and the other jobs of a sweep continue
         text = f"{type(error).__name__}: {error}"
         _write_status(folder, words, status="failed", exit_code=EXIT_FAILED, error=text)
         if not is_sweep:
@@ -284,10 +284,10 @@ def run_job(cfg: DictConfig, pipeline: Pipeline, *, jobs: Sequence[Job]) -> floa
 
 
 def _judged(cfg: DictConfig, words: Sequence[str]) -> RunConfig:
-    """Judge a job that a sweeper thought of.
+    """Validate a job that a sweeper proposed.
 
     Raises:
-        RequestError: whatever is wrong with it, or with what it tries after a rollback.
+        RequestError: lists the problems of the job and of its fallbacks.
     """
     config = validate(plain_config(cfg))
     if config.gate.ladder is None:
@@ -297,7 +297,7 @@ def _judged(cfg: DictConfig, words: Sequence[str]) -> RunConfig:
 
 
 def read_status(folder: Path) -> RunStatus:
-    """Return what `status.json` says of a job; of one that left none, or a damaged one, that."""
+    """Return the content of a job's `status.json`, or an error if it is missing or damaged."""
     path = folder / STATUS_FILE
     if not path.exists():
         error = f"it left no {STATUS_FILE}"
@@ -364,7 +364,7 @@ SEQUENTIAL = LaunchSettings()
 
 
 def launching(hydra: DictConfig, *, num_jobs: int) -> LaunchSettings:
-    """Return how a sweep's launcher runs its jobs.
+    """Return the settings of a sweep's launcher.
 
     Args:
         hydra: Hydra's own settings of a job.

@@ -73,7 +73,7 @@ def run_sweep(request: Request, task: Task, hydra: Hydra, *, typed: Sequence[str
             if stop.signal_number != signal.SIGPIPE:
                 print_sweep(sweep_rows(plan.jobs, plan.sweep_folder), plan.sweep_folder)
         raise
-    except Exception as error:  # the launcher's and the sweeper's border: whatever they raise
+    except Exception as error:  # the launcher and the sweeper may raise anything
         if request.plan is None:
             raise
         reason = _first_line(str(error).strip())
@@ -99,7 +99,7 @@ def _goes_on(request: Request, typed: Sequence[str]) -> str:
     assert request.plan is not None and request.plan.sweep_folder is not None
     own = [word for word in typed if not word.lstrip("+").startswith("hydra.sweep.dir=")]
     folder = as_value(str(request.plan.sweep_folder))
-    return f"Go on with the sweep:\n  {command([*own, f'hydra.sweep.dir={folder}'])}"
+    return f"Resume the sweep with:\n  {command([*own, f'hydra.sweep.dir={folder}'])}"
 
 
 def sweep_rows(jobs: Sequence[Job], folder: Path) -> tuple[SweepRow, ...]:

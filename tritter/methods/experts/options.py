@@ -40,7 +40,7 @@ class AdapterOptions:
 
 @options
 class AddedOptions:
-    """Experts that are added to a live model for a training loop of one's own.
+    """Experts that are added to a live model for your own training loop.
 
     Args:
         rank: r of each adapter.

@@ -98,7 +98,7 @@ class EWC(QuadraticPenalty):
         """Compute the Fisher at the weights before the expansion."""
         domains = self._fisher_domains(preparation, preparation.domains)
         chosen = preparation.draw(self.options.num_sequences, _PURPOSE, domains=domains)
-        preparation.say(f"Fisher information of {len(chosen)} sequences of {', '.join(domains)}")
+        preparation.log(f"Fisher information of {len(chosen)} sequences of {', '.join(domains)}")
         fisher = diagonal_fisher(
             preparation.model,
             chosen,

@@ -1,4 +1,4 @@
-"""Penalties as a loss term for a training loop of one's own, and the old data that they read."""
+"""Penalties as a loss term for your own training loop, and the old data they need."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Penalty:
         return self.method.anchor
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed training needs."""
+        """Return the state that a resumed training run needs."""
         return self.method.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -324,7 +324,7 @@ class SelfReplay(ForgettingMethod):
         )
         vocab_size = family_of(config).dimensions(config).vocab_size
         count, per_text = options.num_sequences, options.sequences_per_text
-        preparation.say(f"the model generates {count} sequences of {length} tokens for replay")
+        preparation.log(f"the model generates {count} sequences of {length} tokens for replay")
         written = write_text(
             preparation.model,
             num_sequences=count,
@@ -334,7 +334,7 @@ class SelfReplay(ForgettingMethod):
             top_p=options.top_p,
             sequences_per_text=per_text,
             seed=preparation.seed("self_replay"),
-            log=preparation.say,
+            log=preparation.log,
         )
         filtered = self.filter_sequences(written, vocab_size=vocab_size)
         flops, kept = forward_flops(config), filtered.kept
