@@ -253,7 +253,7 @@ def _component(group: str, method: str, options: Mapping[str, Any], problems: li
 
     name, names = _spelled(method), method_names(group)
     if name not in names:
-        reason = f"unknown method; allowed is one of {', '.join(names)}"
+        reason = f"unknown method; must be one of {', '.join(names)}"
         raise RequestError(Problem(group, method, reason=reason, nearest=nearest(name, names)))
     body: Any = body_of(option_files()[group][name])[name]
     kind = method_class(group, name, {name: body})

@@ -70,10 +70,10 @@ def test_a_folder_of_an_unknown_kind_beside_a_plain_model_is_not_replaced(source
     ("changes", "message"),
     [
         ({"rules": {}}, "names an unknown kind of state without a mapping rule: 'sigma'"),
-        ({"rules": []}, r"rules = \[\]; allowed is"),
+        ({"rules": []}, r"rules = \[\]; must be"),
         (
             {"rules": {"sigma": {"quantity": "noise", "new_entries": "zero"}}},
-            "rules.sigma.quantity = 'noise'; allowed is 'weight'",
+            "rules.sigma.quantity = 'noise'; must be 'weight'",
         ),
         ({"rules": {"sigma": {"quantity": "penalty", "new_entries": []}}}, "new_entries = "),
         ({"rules": {"sigma": "zero"}}, "rules.sigma = 'zero'"),

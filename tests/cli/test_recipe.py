@@ -106,9 +106,9 @@ dtype: int8
     assert result.code == 2
     for said in (
         "10 things",
-        "sed = 3 (in grow.yaml, line 9): unknown key; allowed is one of steps, seed",
+        "sed = 3 (in grow.yaml, line 9): unknown key; must be one of steps, seed",
         "Did you mean seed?",
-        "dtype = int8 (in grow.yaml, line 10): allowed is one of float32",
+        "dtype = int8 (in grow.yaml, line 10): must be one of float32",
         "widht = {hidden_size:48} (in grow.yaml, line 2): unknown method",
         "Did you mean width?",
         "width.hidden_siz = 48 (in grow.yaml, line 3)",
@@ -167,7 +167,7 @@ def test_thousands_of_steps_are_refused_at_the_first_that_is_too_large(
         ("width: {hidden_size: 48}", "a recipe needs steps"),
         ("- width", "a recipe needs steps"),
         ("", "a recipe needs steps"),
-        ("steps: dus", "steps = dus (in grow.yaml, line 1): allowed is a list"),
+        ("steps: dus", "steps = dus (in grow.yaml, line 1): must be a list"),
         ("steps: [dus]\nsteps: [width]", "grow.yaml, line 2: the key 'steps' is duplicated"),
         ("steps: [width: {noise: 0, noise: 1}]", "the key 'noise' is duplicated"),
         ("a: &a [dus]\nsteps: *a", "grow.yaml, line 2: aliases (*) are not supported"),

@@ -91,7 +91,9 @@ def test_help_names_every_option(run: Run) -> None:
     said = run("train --help").out
     for option in train_module._VALUED:
         assert f"{option} " in said.partition("Tritter grows")[0]  # before the groups
-    assert "Deeper by" not in said and "Deeper by" in run("train --help-all").out
+    assert (
+        "Deeper: two overlapp" not in said and "Deeper: two overlapp" in run("train --help-all").out
+    )
     assert set(train_module._OPTIONS.values()) <= set(train_module._VALUED)
     assert max(map(len, said.splitlines())) <= 100
 

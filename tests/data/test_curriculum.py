@@ -251,8 +251,8 @@ def test_few_examples_are_drawn_all_the_same(count: int) -> None:
         (["a"], "lenght", "Did you mean length"),
         ([{"text": "a"}], "loss", "needs a model and a tokenizer"),
         ([{"text": "a", "difficulty": 1}, {"text": "b"}], None, "example 1 has no 'difficulty'"),
-        (["a", 3], None, "example 1 is a number; allowed is.*set difficulty to"),
-        ([("a", 3)], None, "example 0 is tuple; allowed"),
+        (["a", 3], None, "example 1 is a number; must be.*set difficulty to"),
+        ([("a", 3)], None, "example 0 is tuple; must"),
         ([{"body": "a"}], None, "example 0 has no field text"),
     ],
 )

@@ -130,7 +130,7 @@ def test_kept_domains_may_be_weighed(left: Path, other: Path) -> None:
     words = without_text(left, other)
     config = load_config([*words, "forgetting.replay.weights={old:3}"])
     assert config.forgetting[0].options.weights == {"old": 3}
-    with pytest.raises(RequestError, match="there are new, old"):
+    with pytest.raises(RequestError, match="its old domains: new, old"):
         load_config([*words, "forgetting.replay.weights={olf:3}"])
 
 

@@ -65,7 +65,7 @@ def test_what_it_keeps_is_refused_as_a_stream(
         "model=hf", f"model.path={done}/checkpoint", "data.old={}", f"data.new={{third:{text}}}",
         "forgetting=replay", "forgetting.replay.keep=2", "expansion=none", f"cache_dir={cache}",
     ]  # fmt: skip
-    with pytest.raises(RequestError, match=r"data\.packing = stream: .* allowed is documents"):
+    with pytest.raises(RequestError, match=r"data\.packing = stream: .* must be documents"):
         load_config(words)
     (tmp_path / "run").mkdir()
     run_pipeline(load_config([*words, APART]), run_folder=tmp_path / "run")

@@ -101,9 +101,7 @@ class ExpertsHead:
             found, allowed = "null", "an object"
             if self.router == "learned":
                 found, allowed = allowed, found
-            raise TritterError(
-                f"evidence = {found}; allowed is {allowed} if router = {self.router}."
-            )
+            raise TritterError(f"evidence = {found}; must be {allowed} if router = {self.router}.")
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -130,7 +128,7 @@ class AdapterConfig:
         config = read_object(path)
         if config.get("peft_type") != "LORA":
             found = brief(config.get("peft_type"))
-            raise TritterError(f"{path}: peft_type = {found}; allowed is 'LORA'.")
+            raise TritterError(f"{path}: peft_type = {found}; must be 'LORA'.")
         for key, value in config.items():
             if not is_plain_setting(key, value):
                 raise TritterError(
@@ -294,10 +292,10 @@ def check_names(names: Sequence[str]) -> None:
     """
     if not 1 <= len(names) <= MAX_EXPERTS:
         allowed = f"a list of 1 to {MAX_EXPERTS} names"
-        raise TritterError(f"names = {brief(names)}; allowed is {allowed}.")
+        raise TritterError(f"names = {brief(names)}; must be {allowed}.")
     for name in names:
         if _NAME.fullmatch(name) is None:
             allowed = "1 to 64 letters, digits, - and _, a letter or digit first"
-            raise TritterError(f"names = {brief(name)}; allowed is {allowed}.")
+            raise TritterError(f"names = {brief(name)}; must be {allowed}.")
     if len(set(names)) < len(names):
         raise TritterError(f"names = {brief(names)}: one occurs twice.")

@@ -265,7 +265,7 @@ def _stream(
             "dtype",
             str(dtype).removeprefix("torch."),
             f"the largest value of {name} in {weights.name} is {float(value.abs().max()):.3g}; "
-            "allowed is bfloat16 or float32",
+            "must be bfloat16 or float32",
         )
 
     def tensors() -> Iterator[tuple[str, Tensor]]:

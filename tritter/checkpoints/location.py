@@ -229,7 +229,7 @@ def teacher_problems(teacher: str, source: Config | None, *, key: str) -> Iterat
     if config["vocab_size"] != source["vocab_size"]:
         reason = (
             f"its vocabulary has {config['vocab_size']} tokens, that of the trained model "
-            f"{source['vocab_size']}; allowed is a teacher with the same tokenizer"
+            f"{source['vocab_size']}; must be a teacher with the same tokenizer"
         )
         yield Problem(key, teacher, reason=reason)
 

@@ -259,11 +259,11 @@ class KeptSequences:
         for name, each in self.sequences.items():
             kept = f"the sequences of {name} in the checkpoint"
             if each.shape[1] != sequence_length:
-                reason = f"{kept} have {each.shape[1]} tokens; allowed is that length"
+                reason = f"{kept} have {each.shape[1]} tokens; must be that length"
                 yield Problem(key, sequence_length, reason=reason)
             if vocab_size is not None and int(each.max()) >= vocab_size:
                 reason = f"{kept} contain token ids outside the model's vocabulary"
                 yield Problem(key, sequence_length, reason=reason)
             if packing == "stream" and name in self.of_documents:
-                reason = f"{kept} are padded documents; allowed is documents"
+                reason = f"{kept} are padded documents; must be documents"
                 yield Problem("data.packing", packing, reason=reason)

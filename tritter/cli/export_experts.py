@@ -190,7 +190,7 @@ def export_adapters(
         source = Source.open(folder, read_config(folder))  # verifies its lineage
         if source.experts is None:
             raise RequestError(
-                f"--format = peft: {folder} has no LoRA experts; allowed is hf, a plain folder."
+                f"--format = peft: {folder} has no LoRA experts; must be hf, a plain folder."
             )
         merged = merge(source.experts, rank=rank, largest_rank=LARGEST_RANK) if is_merged else None
     experts = ExpertFolder.of_files(source.experts)

@@ -165,7 +165,7 @@ def method_names(words: Sequence[str]) -> tuple[str, ...]:
     for name in names:
         if name not in method_bodies():
             shown, allowed = spelled(name), [*map(spelled, method_bodies())]
-            reason = f"allowed is one of {', '.join(allowed)}, or several joined by commas"
+            reason = f"must be one of {', '.join(allowed)}, or several joined by commas"
             near = nearest(shown, allowed)
             raise RequestError(Problem("expansion", shown, reason, nearest=near))
     return tuple(names)

@@ -206,7 +206,7 @@ def _sequence_length(requested: int | None, source: NamedShape) -> int:
     learned = family.dimensions(source.config).max_position_embeddings
     if requested is not None and 0 < learned < requested:
         reason = (
-            f"{source.name} has {family.positions_key} = {learned} learned positions; allowed is "
+            f"{source.name} has {family.positions_key} = {learned} learned positions; must be "
             "at most that"
         )
         raise RequestError(Problem("sequence_length", requested, reason))

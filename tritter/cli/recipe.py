@@ -246,7 +246,7 @@ def _read(origin: LinedYaml) -> Recipe:
     raw = origin.value
     for name in raw:
         if name not in _KEYS:
-            reason = f"unknown key; allowed is one of {', '.join(_KEYS)}"
+            reason = f"unknown key; must be one of {', '.join(_KEYS)}"
             near = nearest(name, _KEYS)
             problems.append(
                 Problem(name, raw[name], reason, nearest=near, origin=origin.origin(name))
@@ -275,7 +275,7 @@ def _read(origin: LinedYaml) -> Recipe:
 def _steps(origin: LinedYaml, problems: list[Problem]) -> tuple[ExpansionSpec, ...]:
     raw = origin.value[_STEPS]
     if not isinstance(raw, list):
-        reason = "allowed is a list of methods with their options: - width: {hidden_size: 96}"
+        reason = "must be a list of methods with their options: - width: {hidden_size: 96}"
         problems.append(Problem(_STEPS, raw, reason, origin=origin.origin(_STEPS)))
         return ()
     steps: list[ExpansionSpec] = []
@@ -314,7 +314,7 @@ def _step(item: object, problems: list[Problem], methods: _Methods) -> Expansion
     """Return the expansion of a list item, which is a method's name or maps it to its options."""
     table = {item: None} if isinstance(item, str) else item
     if not isinstance(table, Mapping) or len(table) != 1:
-        reason = "allowed is one method with its options, as in - width: {hidden_size: 96}"
+        reason = "must be one method with its options, as in - width: {hidden_size: 96}"
         problems.append(Problem(_STEPS, item, reason))
         return None
     ((name, stated),) = table.items()
@@ -322,10 +322,10 @@ def _step(item: object, problems: list[Problem], methods: _Methods) -> Expansion
     if (near := name.replace("-", "_")) in methods.names and near != name:
         problems.append(Problem(name, stated or None, "recipes use underscores", nearest=near))
     elif name not in methods.names:
-        reason = f"unknown method; allowed is one of {', '.join(methods.names)}"
+        reason = f"unknown method; must be one of {', '.join(methods.names)}"
         problems.append(Problem(name, stated, reason, nearest=nearest(near, methods.names)))
     elif not isinstance(stated, Mapping):
-        problems.append(Problem(name, stated, "allowed is a mapping, as in {target_layers: 6}"))
+        problems.append(Problem(name, stated, "must be a mapping, as in {target_layers: 6}"))
     elif TARGET in stated:
         reason = "a step must be a method's name; --config-dir adds classes of your own"
         problems.append(Problem(f"{name}.{TARGET}", stated[TARGET], reason))

@@ -123,7 +123,7 @@ def find_runs(folders: Sequence[Path]) -> FoundRuns:
         command = resume_command(next(iter(unfinished)))
         raise _refused(folders, f"{_NO_RUN}; {states}: {command} resumes it")
     if len(finished) > MAX_RUNS:
-        reason = f"it contains {len(finished)} runs; allowed is at most {MAX_RUNS}"
+        reason = f"it contains {len(finished)} runs; must be at most {MAX_RUNS}"
         raise _refused(folders, reason)
     return FoundRuns(tuple(finished), tuple(unfinished))
 

@@ -144,7 +144,7 @@ def train(
     checkpoint = _named_checkpoint(plain, checkpoint, typed)
     _check_flags(words)
     if mode not in (None, "continue"):
-        raise RequestError(f"--mode = {mode}: allowed is continue.")
+        raise RequestError(f"--mode = {mode}: must be continue.")
     if output is None:  # DIR-continued next to a folder; of a hub id, in the current one
         folder = named_path(checkpoint, key="--checkpoint")
         near = folder.resolve() if folder.is_dir() else Path(folder.name)

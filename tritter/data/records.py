@@ -59,7 +59,7 @@ def text_of(record: object, *, field: str) -> str:
         for number, message in enumerate(messages, start=1):
             if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
                 raise WrongRecordError(
-                    f"messages: number {number} is not a message; allowed is "
+                    f"messages: number {number} is not a message; must be "
                     '{"role": "...", "content": "..."}'
                 )
             where = f"messages: number {number},"

@@ -87,7 +87,7 @@ def with_forgetting(
             `trainer_class` is not a Trainer.
     """
     if not (isinstance(trainer_class, type) and issubclass(trainer_class, Trainer)):
-        reason = "allowed is transformers.Trainer or a subclass of it"
+        reason = "must be transformers.Trainer or a subclass of it"
         raise RequestError(Problem("trainer_class", repr(trainer_class), reason=reason))
     components = tuple(_component(method) for method in methods)
     raise_problems(list(_method_problems(components)))
@@ -440,12 +440,12 @@ class Forgetting:
                 yield Problem("old_data", None, reason=reason)
             for name in getattr(one.options, "weights", None) or {}:
                 if name not in self._old:
-                    reason = f"unknown domain of old_data; allowed is one of {', '.join(self._old)}"
+                    reason = f"unknown domain of old_data; must be one of {', '.join(self._old)}"
                     near = nearest(name, self._old)
                     yield Problem(f"methods.{one.name}.weights", name, reason=reason, nearest=near)
             if needs.mixes and self._trainer.args.train_sampling_strategy != "random":
                 value = self._trainer.args.train_sampling_strategy
-                reason = f"{one.name} sets the order of the rows; allowed is random"
+                reason = f"{one.name} sets the order of the rows; must be random"
                 yield Problem("args.train_sampling_strategy", value, reason=reason)
 
     # Old data

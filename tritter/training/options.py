@@ -185,7 +185,7 @@ def trainer_argument_problems(name: str, value: object) -> Iterator[Problem]:
             reason = "; ".join(
                 dict.fromkeys(text.removeprefix("Input should be ") for text in messages)
             )
-            yield Problem(key, value, reason=f"allowed is {reason}")
+            yield Problem(key, value, reason=f"must be {reason}")
             return
     except PydanticUserError:
         pass  # the constructor checks this type
@@ -226,7 +226,7 @@ def device_problems(config: RunRequest) -> Iterator[Problem]:
     trainer, batch_size = config.trainer, config.data.batch_size
     if trainer.strategy == "auto":
         if trainer.devices > 1:
-            reason = "several devices require trainer=ddp or trainer=fsdp; otherwise allowed is 1"
+            reason = "several devices require trainer=ddp or trainer=fsdp; otherwise it must be 1"
             yield Problem("trainer.devices", trainer.devices, reason=reason)
         return
     if trainer.devices == 1:
@@ -257,7 +257,7 @@ def schedule_problems(config: RunRequest, prefix: str) -> Iterator[Problem]:
         yield Problem(f"{prefix}.schedule", training.schedule, reason=reason)
     if training.schedule == "wsd" and training.warmup_ratio + training.decay_ratio > 1:
         reason = (
-            f"with {prefix}.warmup_ratio = {training.warmup_ratio} the sum exceeds 1; allowed is "
+            f"with {prefix}.warmup_ratio = {training.warmup_ratio} the sum exceeds 1; must be "
             f"at most {1 - training.warmup_ratio:g}"
         )
         yield Problem(f"{prefix}.decay_ratio", training.decay_ratio, reason=reason)
@@ -541,7 +541,7 @@ def with_steps(
         elif tokens is not None and of_step is not None:  # otherwise reported by their own checks
             steps = max(1, tokens // of_step)
             if tokens < of_step:
-                reason = f"one step has {of_step:,} tokens; allowed is at least that number"
+                reason = f"one step has {of_step:,} tokens; must be at least that number"
         if reason is not None:
             problems.append(Problem(f"{group}.{TOKENS}", requested, reason=reason))
         else:

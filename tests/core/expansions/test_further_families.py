@@ -213,7 +213,7 @@ def test_a_live_model_is_expanded_as_a_folder_is() -> None:
 
 @pytest.mark.parametrize("family", STACKED)
 def test_growth_says_why_it_has_no_place_there(family: str) -> None:
-    with pytest.raises(RequestError, match=f"in {family} gate and up are one tensor"):
+    with pytest.raises(RequestError, match=f"{family} stores gate and up as one tensor"):
         ffn_blocks(tiny(family))
     config = {**tiny(family).config.to_dict(), "ffn_sizes": [40, 30, 20]}
     with pytest.raises(RequestError, match=r"ffn_sizes: .*gate and up in one tensor"):
