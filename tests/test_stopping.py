@@ -104,7 +104,7 @@ def test_a_command_that_is_stopped_too_late_says_what_stands(
     monkeypatch.setattr("tritter.cli.export._print", stop)
     result = run(words)
     assert result.code == 143
-    assert result.err == "\nStopped. new was written all the same, and is whole.\n"
+    assert result.err == "\nStopped. new was written and is complete.\n"
     assert run("inspect new").code == 0
 
 

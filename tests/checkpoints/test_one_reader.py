@@ -139,7 +139,7 @@ def _adapter(base: Path) -> None:
 
 
 REFUSED: dict[str, tuple[Callable[[Path], object], list[str]]] = {
-    "integers": (_integers, ["model.norm.weight is of type I32"]),
+    "integers": (_integers, ["model.norm.weight has dtype I32"]),
     "float8": (_bytes, ["model.norm.weight is of type F8_E4M3"]),
     "a tensor in two files": (_twice, ["'model.norm.weight' is in both model-00001", "remove it"]),
     "an index without metadata": (_index_without_metadata, ["is not a safetensors index"]),
@@ -182,4 +182,4 @@ def test_verifying_names_weights_of_another_type(run: Run, place: Path) -> None:
     _integers(place / "grown")
     result = run("history grown --verify")
     assert result.code == 3
-    assert "model.norm.weight is of type I32" in " ".join(result.out.split())
+    assert "model.norm.weight has dtype I32" in " ".join(result.out.split())

@@ -144,8 +144,8 @@ def _in_history(**changes: object) -> Callable[[dict[str, Any]], object]:
         (_with(expansion_history=None), "not a lineage"),
         (_with(expansion_history=[{"method": "dus"}]), "timestamp is missing"),
         (_with(expansion_history=["dus"]), "not a lineage"),
-        (lambda plain: [plain], "no JSON object"),
-        (lambda plain: "lineage", "no JSON object"),
+        (lambda plain: [plain], "not a JSON object"),
+        (lambda plain: "lineage", "not a JSON object"),
     ],
 )
 def test_what_is_no_lineage_is_refused(

@@ -86,7 +86,7 @@ def test_a_disk_that_says_nothing_is_tried(
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(total=0, used=0, free=0))
     words = "expand --checkpoint base --method width"
-    assert "not known" in run(f"{words} --dry-run").out
+    assert "unknown" in run(f"{words} --dry-run").out
     assert run(words).code == 0
 
 

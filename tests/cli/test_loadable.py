@@ -104,7 +104,7 @@ def test_something_written_after_all_is_said(
     monkeypatch.setattr(atomic, "_remove", fails)
     result = run("expand --checkpoint base --method dus --output out --no-measure")
     assert result.code == 1
-    assert result.err == ("error: the disk is gone\nout was written all the same, and is whole.\n")
+    assert result.err == ("error: the disk is gone\nout was written and is complete.\n")
     assert (place / "out" / "tritter.json").exists()
 
 

@@ -186,7 +186,7 @@ def test_a_model_with_learned_positions_reads_no_more(run: Run, place: Path) -> 
     saved(tiny("gpt2"), place / "gpt2")
     words = "plan --source gpt2 --target 40k --gpu-hours 1"
     assert "1 x 64 tokens per micro-batch" in run(words).out
-    assert "1 x 32 tokens at once" in run(f"{words} --sequence-length 32").out
+    assert "1 x 32 tokens per micro-batch" in run(f"{words} --sequence-length 32").out
     result = run(f"{words} --sequence-length 65")
     assert result.code == 2
     assert "--sequence-length = 65" in result.err and "n_positions = 64" in result.err

@@ -209,7 +209,7 @@ REFUSALS = {
     "--checkpoint base": ("--data is missing",),
     "--steps 10": ("--steps goes with the checkpoint to train, `tritter train DIR`",),
     "base": ("--data is missing",),
-    "base --checkpoint base --data old": ("base together with --checkpoint: use a plain word",),
+    "base --checkpoint base --data old": ("base together with --checkpoint: use the argument",),
     "base old --data old": ("base and old: tritter train takes one checkpoint",),
     "bsae --data old": ("--checkpoint = bsae", "Did you mean 'base'?"),
     "--model base": ("Did you mean: tritter train --checkpoint base",),

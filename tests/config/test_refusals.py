@@ -115,7 +115,10 @@ REFUSALS: dict[str, tuple[str, ...]] = {
     "trainer=fsdp expansion=moe": ("mixtral has experts", "trainer=ddp"),
     "trainer=fsdp optimizer=adafactor": ("optimizer = Adafactor", "AdamW, Adam, NAdam, SGD"),
     "trainer=fsdp optimizer.carry=true": ("optimizer.carry = true", "whole weights"),
-    "trainer=fsdp callbacks=ema": ("callbacks.ema._target_", "an average is of whole weights"),
+    "trainer=fsdp callbacks=ema": (
+        "callbacks.ema._target_",
+        "weight averaging requires whole weights",
+    ),
     "trainer=fsdp trainer.precision=bf16-true": ("allowed are 32-true and bf16-mixed",),
     "trainer=fsdp trainer.compile=true": ("trainer.compile = true: gathering a layer",),
     "-m trainer=fsdp": ("trainer.strategy = fsdp", "omit -m"),
@@ -166,7 +169,7 @@ REFUSALS: dict[str, tuple[str, ...]] = {
         "Did you mean 'attention'?",
     ),
     "forgetting=freeze forgetting.freeze.layers=experts": ("the model has no experts",),
-    "forgetting=freeze forgetting.freeze.layers=[0-2,head,norm]": ("nothing is left to train",),
+    "forgetting=freeze forgetting.freeze.layers=[0-2,head,norm]": ("nothing would be trained",),
     "forgetting=freeze forgetting.freeze.new_only=true expansion=dus": (
         "forgetting.freeze.new_only = true: dus only copies layers",
     ),
@@ -182,7 +185,7 @@ REFUSALS: dict[str, tuple[str, ...]] = {
     "forgetting=freeze forgetting.freeze.thaw=top_down": ("set forgetting.freeze.until to a step",),
     "forgetting=freeze forgetting.freeze.until=0": ("forgetting.freeze.until = 0",),
     "forgetting=freeze forgetting.freeze.new_only=true optimizer.carry=true": (
-        "with forgetting.freeze.new_only = true only what is new is trained",
+        "forgetting.freeze.new_only = true trains only new weights",
     ),
     "forgetting=freeze callbacks=ema": ("forgetting=freeze freezes weights",),
     "forgetting.l2sp.l2sp_lambda=3": ("not selected", "forgetting=[replay,l2sp]"),

@@ -248,7 +248,7 @@ REFUSALS: dict[str, tuple[str, ...]] = {
     "data=text data.old=stdlib:prosa data.new=@new": ("stdlib:code", "Did you mean stdlib:prose?"),
     "data=text data.old=@old data.new=@new data.text_feild=a": ("Did you mean data.text_field?",),
     "data.old=@old": ("data.old is not a key of data=stdlib (the current source).",),
-    "data.source=text": ("data.source = text", "choose it with data=text"),
+    "data.source=text": ("data.source = text", "select it with data=text"),
     "model=hf": ("model.path = null", "model.path=DIR"),
     "model=hf model.path=@bsae": ("model.path", "not a hub id", "Did you mean 'base'?"),
     "model=hf model.path=@old/b.jsonl": ("it is a file",),

@@ -79,4 +79,4 @@ def test_a_run_says_that_a_cpu_has_no_pages(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     outcome = run_pipeline(load_config([*TINY, *words]), run_folder=tmp_path / "run")
     notes = json.loads(outcome.summary_path.read_text())["notes"]
-    assert "On the CPU nothing is paged: PagedAdamW8bit does what AdamW8bit does." in notes
+    assert "There is no paging on the CPU: PagedAdamW8bit is equivalent to AdamW8bit." in notes

@@ -250,7 +250,7 @@ def test_others_of_bitsandbytes_are_refused(name: str) -> None:
     optimizer = getattr(bitsandbytes.optim, name)(model.parameters(), lr=0.0)
     oracle.gradients(model, oracle.tokens())
     optimizer.step()
-    with pytest.raises(TritterError, match=f"{name} holds no exp_avg, exp_avg_sq"):
+    with pytest.raises(TritterError, match=f"{name} has no exp_avg, exp_avg_sq"):
         moments_by_name(optimizer, model, live_layout(model))
 
 
@@ -272,5 +272,7 @@ def test_blocks_of_another_size_are_told() -> None:
     parameter.grad = torch.ones_like(parameter)
     optimizer.step()
     state = {**optimizer.state[parameter], "absmax1": torch.zeros(1)}
-    with pytest.raises(TritterError, match="1 scales of 1500 numbers; blocks of 256 are known"):
+    with pytest.raises(
+        TritterError, match="1 scales for 1500 values; Tritter supports blocks of 256 values"
+    ):
         eight_bit.read(state, parameter.device)

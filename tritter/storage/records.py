@@ -162,7 +162,7 @@ def validated(plain: object, kind: type[Kind], *, what: str) -> Kind:
             reason = f"{place} is unknown"
         else:
             reason = first["msg"].removeprefix("Value error, ").removesuffix(".")
-            reason = reason.replace("Input should be", "allowed is", 1)
+            reason = reason.replace("Input should be", "must be", 1)
             reason = f"{place} = {brief(first['input'])}; {reason}" if place else reason
         raise TritterError(f"{what}: {reason}.") from error
 

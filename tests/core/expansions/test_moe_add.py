@@ -191,7 +191,7 @@ def test_an_open_offset_is_the_stock_class(tmp_path: Path) -> None:
 
 def _experts(folder: Path) -> dict[str, Tensor]:
     source = Source.open(folder, read_config(folder))
-    return {name: source.read(name) for name in source.places}
+    return {name: source.read(name) for name in source.stored_parts}
 
 
 def test_what_clones_hold(tmp_path: Path) -> None:

@@ -238,7 +238,7 @@ def test_what_the_record_may_not_say(folder: Path, changes: dict[str, Any], mess
 def test_a_record_that_was_changed_by_accident(folder: Path) -> None:
     text = (folder / HEAD).read_text()
     (folder / HEAD).write_text(text.replace('"is_shared": false', '"is_shared": true'))
-    assert "digest does not fit" in _error_of(folder)
+    assert "its checksum does not match" in _error_of(folder)
 
 
 def _tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], None]:

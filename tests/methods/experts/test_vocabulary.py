@@ -330,7 +330,7 @@ def test_damaged_factors_of_a_vocabulary(tmp_path: Path) -> None:
     for change, said in [
         ({down: own[down].T.contiguous()}, "config has r = 3"),
         ({up: own[up] * float("inf")}, "not finite"),
-        ({up: own[up].int()}, "of type I32"),
+        ({up: own[up].int()}, "has dtype I32"),
         ({f"{table}.weight": own[up].clone()}, "not a LoRA factor"),
         ({f"{table}.lora_A.weight": own[down].clone()}, "both a linear layer"),
         ({"base_model.model.elsewhere.base_layer.weight": own[up].clone()}, "elsewhere lacks"),
