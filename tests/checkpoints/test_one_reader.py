@@ -140,7 +140,7 @@ def _adapter(base: Path) -> None:
 
 REFUSED: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "integers": (_integers, ["model.norm.weight has dtype I32"]),
-    "float8": (_bytes, ["model.norm.weight is of type F8_E4M3"]),
+    "float8": (_bytes, ["model.norm.weight has dtype F8_E4M3"]),
     "a tensor in two files": (_twice, ["'model.norm.weight' is in both model-00001", "remove it"]),
     "an index without metadata": (_index_without_metadata, ["is not a safetensors index"]),
     "an index of lists": (_index_of_lists, ["is not a safetensors index"]),

@@ -125,7 +125,7 @@ def test_the_guide(run: Run, place: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "messages"),
     [
-        ("--source 7B --target 3B --gpu-hours 1", ["--target = 3,000,000,000", "only grows"]),
+        ("--source 7B --target 3B --gpu-hours 1", ["--target = 3,000,000,000", "must be larger"]),
         ("--source tritter_8b --target 10B --gpu-hours 1", ["--source = tritter_8b", *PRESETS]),
         ("--source tritter_7c --target 10B --gpu-hours 1", ["Did you mean tritter_7b?"]),
         ("--source bas --target 60k --gpu-hours 1", ["--source = bas", "Did you mean base?"]),

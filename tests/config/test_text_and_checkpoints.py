@@ -137,7 +137,7 @@ def test_replay_may_weigh_what_earlier_tasks_are_about(run_there: Run) -> None:
     )
     assert run_there(*words, "forgetting.replay.weights={a:2}").code == 0
     last = run_there(*words, "forgetting.replay.weights={b:2}")
-    assert last.code == 2 and "there are old, a" in last.err
+    assert last.code == 2 and "its old domains: old, a" in last.err
 
 
 def test_a_single_task_is_what_new_is(run_there: Run, pipeline: FakePipeline) -> None:
@@ -210,7 +210,7 @@ REFUSALS: dict[str, tuple[str, ...]] = {
     "data=text data.old=@x/y data.new=@new": ("no such file or folder", "is not a folder either"),
     "data=text data.old=@old/d.tsv data.new=@new": ("d.tsv", ".parquet", "found .tsv 1"),
     "data=text data.old=@base/*s data.new=@new": ("found .safetensors 1",),
-    "data=text data.old=@base/c* data.new=@new": ("config.json holds an object; must be an",),
+    "data=text data.old=@base/c* data.new=@new": ("config.json is an object; must be an",),
     "data=text data.old=@old/*.pdf data.new=@new": ("*.pdf", "the glob matches no file"),
     "data=text data.old=@old/*.tsv data.new=@new": ("found .tsv 1",),
     "data=text data.old=@old/**x data.new=@new": (

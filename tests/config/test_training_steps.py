@@ -38,7 +38,7 @@ def test_tokens_become_steps(words: list[str], steps: int) -> None:
     [
         (["training.max_tokens=9k", "training.max_steps=3"],
          ("training.max_tokens = 9k", "training.max_steps = 3", "one of them")),
-        (["pretraining.max_tokens=2047"], ("pretraining.max_tokens = 2047", "takes 2,048 tokens")),
+        (["pretraining.max_tokens=2047"], ("pretraining.max_tokens = 2047", "has 2,048 tokens")),
         (["training.max_tokens=many"], ("training.max_tokens = many",)),
         (["training.max_tokens=0"], ("training.max_tokens = 0",)),
         (["training.max_tokens=9k", "data.batch_size=x"], ("data.batch_size = x",)),

@@ -86,7 +86,7 @@ def test_what_one_training_leaves_the_next_takes_up(
 
     texts = (f"data.old={FIXTURES}/text/old", f"data.new={FIXTURES}/text/new.jsonl")
     left = run("first", *texts, "expansion=width")
-    assert re.search(r"Fisher of \d+ sequences of old\n", capsys.readouterr().out)
+    assert re.search(r"Fisher information of \d+ sequences of old\n", capsys.readouterr().out)
     path = state_of(tmp_path / "first/attempt_1/expanded")
     assert set(path) == {"path_integral", "displacement"}
     assert set(left) == {*path, "si_importance", "online_fisher"}
@@ -97,7 +97,10 @@ def test_what_one_training_leaves_the_next_takes_up(
     given = ("model=hf", f"model.path={tmp_path}/first/checkpoint", "expansion=none")
     after = run("second", *given, f"data.new={{third:{FIXTURES}/text/old}}")
     message = capsys.readouterr().out
-    assert re.search(r"Fisher of \d+ sequences of new\n", message) and "si: no path" not in message
+    assert (
+        re.search(r"Fisher information of \d+ sequences of new\n", message)
+        and "si: no path" not in message
+    )
     for name, omega in left["path_integral"].items():
         latest = omega.clamp(min=0) / (left["displacement"][name].square() + 0.1)
         earlier = left["si_importance"].get(name, torch.zeros_like(latest))

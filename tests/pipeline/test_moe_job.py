@@ -289,7 +289,7 @@ REFUSED = {
     "expansion=[moe,moe_add] expansion.moe_add.init=distill expansion.moe_add.teacher=x":
         "teacher = x: no such folder",
     "expansion=[moe,llama_pro,moe_add] expansion.moe_add.init=best":
-        "let moe_add come before llama_pro",
+        "put moe_add before llama_pro",
     "expansion=[moe,moe_add,width]": "freeze_base = true: weights added by width",
     "expansion=[moe,moe_add] adaptation.unfreeze_after=30": "unfreeze_after = 30: must be below",
     "expansion=[moe,moe_add] adaptation.unfreeze_after=3 adaptation.freeze_base=false":

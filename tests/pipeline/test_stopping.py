@@ -174,7 +174,7 @@ def test_any_other_stage_says_that_it_starts_again(
     with monkeypatch.context() as patch:
         patch.setattr(stages, stage, stop)
         ended = run(f"hydra.run.dir={tmp_path / 'run'}")
-    assert ended.code == code and f"Stopped during {key}, which starts again." in ended.err
+    assert ended.code == code and f"Stopped during {key}, which will restart." in ended.err
     assert run(*printed_words(ended), is_alone=True).code == 0
     assert (tmp_path / "run/summary.json").exists()
 

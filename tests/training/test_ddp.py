@@ -329,7 +329,7 @@ def _is_running(process_id: int) -> bool:
 @pytest.mark.full
 def test_another_number_of_processes_is_refused_in_our_words(tmp_path: Path) -> None:
     train(tmp_path, TWO)
-    with pytest.raises(TritterError, match=r"^trainer\.devices = 1: .* of 2 processes"):
+    with pytest.raises(TritterError, match=r"^trainer\.devices = 1: .* has 2 processes"):
         train(tmp_path, ONE)
     with pytest.raises(TritterError, match=r"^trainer\.devices = 4: .* trainer\.devices=2\.$"):
         train(tmp_path, replace(TWO, devices=4))

@@ -99,7 +99,7 @@ DAMAGED: dict[str, tuple[Callable[[Path], object], type[TritterError], list[str]
     "config asks for another FFN": (
         _configured(intermediate_size=44),
         TritterError,
-        ["gate_proj.weight has shape (40, 24)", "asks for (44, 24)"],
+        ["gate_proj.weight has shape (40, 24)", "requires (44, 24)"],
     ),
     "config asks for more layers": (
         _configured(num_hidden_layers=4),
