@@ -44,7 +44,7 @@ def test_experts_are_added_and_trained_in_one_go(run: Run, base: Path) -> None:
     ]  # fmt: skip
     text = " ".join(result.out.split())
     assert "exact yes: function-preserving at step 0" in text
-    assert "open to all tokens" in text and "Experts: % of a domain's assignments" in text
+    assert "open to all tokens" in text and "[% of assignments], 2 per token" in text
     folder = base.with_name("base-moe-add")
     assert stock_obstacle(folder) is None
     model, before = load_model(folder), load_model(base)

@@ -99,7 +99,7 @@ def test_the_experts_of_a_result_go_on(run: Run, place: Path) -> None:
         ("--method moe --reinit-fraction 1", "--reinit-fraction = 1:"),
         ("--method moe --sparse-layers 1", "--sparse-layers: it leaves layers 0, 2 dense"),
         ("--method width --num-experts 4", "--method width does not have this option; moe"),
-        ("--method width,moe --noise 0.1", "--noise = 0.1: width and moe would both take it"),
+        ("--method width,moe --noise 0.1", "--noise = 0.1: width and moe both have this option"),
         ("--method moe,moe", "mixtral has experts already"),
     ],
 )

@@ -207,15 +207,15 @@ def test_places_with_spaces_and_signs(run: Run, texts: Path, configs: list[RunCo
 
 REFUSALS = {
     "--checkpoint base": ("--data is missing",),
-    "--steps 10": ("--steps goes with the checkpoint to train, `tritter train DIR`",),
+    "--steps 10": ("--steps requires a checkpoint to train, `tritter train DIR`",),
     "base": ("--data is missing",),
     "base --checkpoint base --data old": ("base together with --checkpoint: use the argument",),
     "base old --data old": ("base and old: tritter train takes one checkpoint",),
     "bsae --data old": ("--checkpoint = bsae", "Did you mean 'base'?"),
     "--model base": ("Did you mean: tritter train --checkpoint base",),
     "base --expansion dus --data old": ("Did you mean expansion=dus?",),
-    "--checkpoint base --data old": ("--old-data = null", "replay against forgetting needs"),
-    "--checkpoint base --data old --ewc-lambda 3": ("--old-data = null", "ewc against"),
+    "--checkpoint base --data old": ("--old-data = null", "it is required by replay"),
+    "--checkpoint base --data old --ewc-lambda 3": ("--old-data = null", "it is required by ewc"),
     "--checkpoint base --data old --ewc-lambda x": ("--ewc-lambda = x",),
     "--checkpoint base --data old forgetting=none --steps 0": ("--steps = 0", "at least 1"),
     "--checkpoint base --data old --mode grow": ("--mode = grow", "continue"),
@@ -230,7 +230,7 @@ REFUSALS = {
         "--old-data = ", "found .safetensors 1",
     ),
     "--checkpoint base --data old --old-data base data.sequence_length=32": (
-        "--old-data: ", "config.json holds an object",
+        "--old-data: ", "config.json is an object",
     ),
     "--checkpoint base --data old forgetting=none": (
         "data.sequence_length = 128", "max_position_embeddings = 64",
@@ -291,7 +291,7 @@ def test_the_specifications_example(run: Run, grown: Path, trained: Path) -> Non
     assert "Old data and split from the checkpoint's lineage: past, new." in result.out
     summary = json.loads((grown / "grown-continued/summary.json").read_text())
     assert summary["domains"] == {"old": ["past", "new"], "new": ["new_2"]}
-    assert "The domain new is called new_2" in result.out
+    assert "The domain new is renamed new_2" in result.out
     assert (summary["forgetting"], summary["seed"]) == (["ewc"], 5)
     before, after = (read_lineage(grown / name) for name in ("grown", "grown-continued/checkpoint"))
     assert before is not None and after is not None

@@ -397,7 +397,7 @@ def test_a_name_with_an_unbroken_space_is_recorded(
     [
         (lambda place: (place / ".hydra" / "hydra.yaml").mkdir(parents=True), "hydra.yaml is a f"),
         (lambda place: (place / ".hydra").write_text("x"), ".hydra is a file, but Hydra needs"),
-        (lambda place: (place / "train.log").symlink_to("train.log"), "leads in a circle"),
+        (lambda place: (place / "train.log").symlink_to("train.log"), "is a circular link"),
     ],
 )
 def test_what_hydra_would_fail_over_is_refused(

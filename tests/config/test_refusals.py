@@ -74,7 +74,7 @@ REFUSALS: dict[str, tuple[str, ...]] = {
     "experts=dylora experts.rank=64": ("experts.max_rank = 32", "experts.rank = 64"),
     "experts=dylora experts.router=evidense": ("experts.router", "Did you mean evidence?"),
     "experts=dylora experts.detector=los": ("experts.detector = los", "Did you mean loss?"),
-    "experts=dylora forgetting=[ewc,replay]": ("which is frozen", "allowed are none and replay"),
+    "experts=dylora forgetting=[ewc,replay]": ("which is frozen", "choose none or replay"),
     "experts=dylora growth=foam": ("experts freeze the base",),
     "experts=dylora optimizer=sgd": ("SGD has a different state", "AdamW8bit"),
     "experts=dylora pipeline.target_params=1M": ("pipeline.target_params",),
@@ -103,7 +103,7 @@ REFUSALS: dict[str, tuple[str, ...]] = {
     "trainer.precision=bf16-mixd": ("trainer.precision = bf16-mixd", "Did you mean bf16-mixed?"),
     "trainer.precision=16-mixed": ("trainer.precision = 16-mixed", "bf16-mixed"),
     "trainer.devices=2": ("trainer.devices = 2", "trainer=ddp"),
-    "trainer=ddp trainer.devices=1": ("trainer.devices = 1", "2 or more"),
+    "trainer=ddp trainer.devices=1": ("trainer.devices = 1", "requires at least 2"),
     "trainer=ddp trainer.accelerator=auto": ("trainer.accelerator = auto", "cpu and gpu"),
     "trainer=ddp trainer.devices=3": ("data.batch_size = 16", "nearest: 15 or 18"),
     "-m trainer=ddp": ("trainer.strategy = ddp", "omit -m"),
@@ -162,7 +162,7 @@ REFUSALS: dict[str, tuple[str, ...]] = {
         "no such folder",
     ),
     "forgetting=freeze forgetting.freeze.layers=0-9": (
-        "forgetting.freeze.layers = 0-9: the model that is trained has 3 layers; allowed are 0 to",
+        "forgetting.freeze.layers = 0-9: the trained model has 3 layers; allowed are 0 to",
     ),
     "forgetting=freeze forgetting.freeze.layers=[0,atention]": (
         "forgetting.freeze.layers = [0,atention]",
@@ -174,7 +174,9 @@ REFUSALS: dict[str, tuple[str, ...]] = {
         "forgetting.freeze.new_only = true: dus only copies layers",
     ),
     "forgetting=freeze forgetting.freeze.new_only=true expansion=none": ("nothing is new",),
-    "forgetting=freeze forgetting.freeze.new_only=true control=true": ("does not grow",),
+    "forgetting=freeze forgetting.freeze.new_only=true control=true": (
+        "the control is not expanded",
+    ),
     "forgetting=freeze forgetting.freeze.old_experts=true": ("the model is dense",),
     "forgetting=[ewc,online_ewc]": (
         "forgetting = [ewc,online_ewc]: several of them prepare fisher; leave one out",

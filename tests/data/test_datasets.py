@@ -180,10 +180,10 @@ def test_rows_that_hold_no_text_are_skipped_and_counted() -> None:
 @pytest.mark.parametrize(
     ("word", "expected"),
     [
-        ("split:tset", "has no split tset; it has test, dev. Did you mean test?"),
+        ("split:tset", "has no split tset; available: test, dev. Did you mean test?"),
         ("split", "has several splits: test, dev; append one, :test."),
         ("alone:train", "has no split train; it was saved without splits."),
-        ("alone#boddy", "has no column boddy; it has body, length. Did you mean body?"),
+        ("alone#boddy", "has no column boddy; available: body, length. Did you mean body?"),
         ("alone#length", "has int64 in column length, not text."),
         (
             "two",

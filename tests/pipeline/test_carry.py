@@ -218,7 +218,7 @@ def test_nothing_to_carry_is_refused_before_anything_is_written(case: str, place
 @pytest.mark.full
 def test_a_checkpoint_without_moments_is_refused(place: Path, run: Run, tmp_path: Path) -> None:
     run("plain", "expansion=none", "training.max_steps=1")
-    with pytest.raises(RequestError, match=r"plain/checkpoint has no state/ with Adam's moments"):
+    with pytest.raises(RequestError, match=r"plain/checkpoint has no state/ with Adam moments"):
         _config(place, "optimizer.carry=true", given="plain/checkpoint")
     broken = tmp_path / "broken"
     oracle.saved(tiny_moe("mixtral"), broken)

@@ -189,7 +189,7 @@ def test_all_that_was_learned_is_old_in_every_generation(
     write_files(tmp_path / "fourth", [*texts("fourth"), *texts("third"), *texts("and now")])
     third = context_of(tmp_path, *continued(grown.folder, f"data.new={tmp_path}/fourth"))
     assert (third.old_domains, third.new_domains) == (("past", "notes", "new"), ("new_2",))
-    assert any("is called new_2" in note for note in third.text.notes)
+    assert any("is renamed new_2" in note for note in third.text.notes)
     now = fed(third)
     learned, held_out = first.learned | second.learned, first.held_out | second.held_out
     assert not now.held_out & learned and not now.learned & held_out

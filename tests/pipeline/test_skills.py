@@ -104,7 +104,7 @@ def test_accuracies_are_logged_and_shown(
     run_skills(trained, *WORDS)  # it is done, and shown again
     shown = capsys.readouterr().out
     assert "sorting accuracy" in shown and "points" in shown
-    assert "answers    right ones are counted of key_value, identity, sorting" in shown
+    assert "answers    accuracy is measured on key_value, identity, sorting" in shown
 
 
 @pytest.mark.full

@@ -201,7 +201,7 @@ HEADS: list[tuple[dict[str, Any], str]] = [
     ({"names": ["base", "../../e0"]}, "names = '../../e0'"),
     ({"names": ["base", "/etc"]}, "names = '/etc'"),
     ({"names": ["base", "e0", "e0"]}, "twice"),
-    ({"names": ["e0", "e1", "base"]}, "the first is base"),
+    ({"names": ["e0", "e1", "base"]}, "the first must be base"),
     ({"names": ["base", 3]}, "names.1 = 3"),
     ({"names": "base"}, "names = 'base'"),
     ({"names": [f"e{n}" for n in range(300)]}, "1 to 256 names"),
