@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from tritter.config.schema import RunConfig
     from tritter.core.expansions import ExpansionSpec
     from tritter.data.tokens import PretrainedTokenizer
-    from tritter.evaluation.gate import Check, Status
+    from tritter.evaluation.gate import GateResult
     from tritter.evaluation.statistics import PairedScores
     from tritter.methods.forgetting.penalty import OldData, Penalty
     from tritter.methods.forgetting.quadratic import QuadraticPenalty
@@ -526,19 +526,6 @@ def _data_words(data: Mapping[str, Sources], overrides: Sequence[str]) -> list[s
 # The gate
 
 
-@dataclass(frozen=True, slots=True)
-class GateResult:
-    """The result of the gate.
-
-    Args:
-        status: `kept`, `rolled_back` or `undecided`.
-        checks: one check per domain, with value, bounds and verdict.
-    """
-
-    status: Status
-    checks: tuple[Check, ...]
-
-
 @_suggesting
 def gate(
     before: Model,
@@ -575,7 +562,7 @@ def gate(
     """
     _check_gate(retention, confidence, documents, new_documents or {})
     with loading("transformers"):
-        from tritter.evaluation.gate import decide, new_capability_check, retention_check
+        from tritter.evaluation.gate import GateResult, new_capability_check, retention_check
 
     everything = {**documents, **(new_documents or {})}
     known = tokenizer or next((m for m in (after, before) if isinstance(m, str | PathLike)), None)
@@ -593,7 +580,7 @@ def gate(
         new_capability_check(name, old[name], new[name], confidence=confidence)
         for name in new_documents or {}
     ]
-    return GateResult(decide(checks), tuple(checks))
+    return GateResult.of(checks)
 
 
 def _check_gate(retention: object, confidence: object, kept: Documents, new: Documents) -> None:

@@ -263,6 +263,24 @@ def decide(checks: Iterable[Check]) -> Status:
     return "undecided" if "undecided" in verdicts else "kept"
 
 
+@dataclass(frozen=True, slots=True)
+class GateResult:
+    """The result of the gate outside of a run. Nothing is rolled back.
+
+    Args:
+        status: `kept`, `rolled_back` or `undecided`.
+        checks: one per domain, with value, bound and verdict.
+    """
+
+    status: Status
+    checks: tuple[Check, ...]
+
+    @classmethod
+    def of(cls, checks: Sequence[Check]) -> GateResult:
+        """Return the result of these checks."""
+        return cls(decide(checks), tuple(checks))
+
+
 def report_only(check: Check) -> Check:
     """Return a check for `gate=off`: its numbers without bound and verdict."""
     detail = f"{check.detail}; gate=off enforces nothing"

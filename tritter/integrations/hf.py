@@ -36,7 +36,7 @@ from tritter.core.models import backbone_of, config_of, head_of, live_tensors, l
 from tritter.data.batches import BatchStream, this_rank
 from tritter.data.mixed_rows import OldData, PackedText, checked_old, mixed_loader
 from tritter.errors import Problem, RequestError, nearest, raise_problems
-from tritter.evaluation.gate import Check, Status, decide, retention_check
+from tritter.evaluation.gate import GateResult, retention_check
 from tritter.evaluation.losses import document_losses
 from tritter.evaluation.statistics import PairedScores
 from tritter.methods.forgetting import (
@@ -124,19 +124,6 @@ def _method_problems(components: Sequence[Component]) -> Iterator[Problem]:
             yield Problem("methods.distill.rows", "old", reason="no method replays old rows")
     if len(mixing) > 1:
         yield Problem("methods", names, reason="only one method can mix old rows into the batches")
-
-
-@dataclass(frozen=True, slots=True)
-class GateResult:
-    """The result of the gate at the end of training.
-
-    Attributes:
-        status: `kept`, `rolled_back` or `undecided`. The model is never rolled back automatically.
-        checks: one retention check per domain.
-    """
-
-    status: Status
-    checks: tuple[Check, ...]
 
 
 class ForgettingMixin(Trainer):  # in front of the trainer class
@@ -684,7 +671,7 @@ class Forgetting:
                 name, before, after, bound=self._retention, confidence=GATE_CONFIDENCE
             )
             checks.append(check)
-        return GateResult(decide(checks), tuple(checks)) if checks else None
+        return GateResult.of(checks) if checks else None
 
     def _scores(self) -> dict[str, PairedScores]:
         with self._trainer.accelerator.autocast():
