@@ -622,7 +622,7 @@ def _scores(
     return {
         name: document_losses(
             live,
-            tokenised(texts, own),
+            tokenised(texts, own.tokenizer),
             sequence_length=min(sequence_length, limit),
             end_of_text_id=own.end_of_text_id,
             batch_size=batch_size,

@@ -15,13 +15,11 @@ from itertools import chain, compress
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler
 
 from tritter.data.batches import BatchStream, SequenceStream
-from tritter.data.documents import Document
-from tritter.data.tokens import TokenisedDocuments, pack, tokenise
+from tritter.data.tokens import TokenisedDocuments, pack, plain_copy, tokenised
 from tritter.errors import Problem, RequestError
 from tritter.seeds import derived_seed
 
@@ -237,10 +235,7 @@ class PackedText:
             raise RequestError(
                 Problem("processing_class", type(self._outer).__name__, reason=reason)
             )
-        tokenizer = Tokenizer.from_str(backend.to_str())  # a copy: the original keeps its settings
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-        return tokenise([Document(str(at), text) for at, text in enumerate(texts)], tokenizer)
+        return tokenised(texts, plain_copy(backend))
 
     def sequences(self, name: str, data: OldData) -> Tensor:
         """Return int32 [N, T]: packed texts or rows, or unchanged rows of that length.

@@ -127,10 +127,15 @@ def copied_tokenizer(tokenizer: Any) -> PretrainedTokenizer:
     if not isinstance(backend, Tokenizer) or tokenizer.eos_token is None:
         reason = "pass a fast Hugging Face tokenizer with an eos_token, or a folder that holds one"
         raise refused("tokenizer", type(tokenizer).__name__, reason)
-    copied = Tokenizer.from_str(backend.to_str())
+    return PretrainedTokenizer(plain_copy(backend), str(tokenizer.eos_token))
+
+
+def plain_copy(tokenizer: Tokenizer) -> Tokenizer:
+    """Return a copy of a tokenizer without truncation and padding."""
+    copied: Tokenizer = type(tokenizer).from_str(tokenizer.to_str())
     copied.no_truncation()
     copied.no_padding()
-    return PretrainedTokenizer(copied, str(tokenizer.eos_token))
+    return copied
 
 
 def _stated(folder: Path, tokenizer: Tokenizer) -> Iterator[str]:
@@ -274,10 +279,10 @@ def tokenise(
     )
 
 
-def tokenised(texts: Iterable[str], tokenizer: PretrainedTokenizer) -> TokenisedDocuments:
+def tokenised(texts: Iterable[str], tokenizer: Tokenizer) -> TokenisedDocuments:
     """Tokenise texts in memory; each is a document named by its number."""
     documents = [Document(str(number), text) for number, text in enumerate(texts)]
-    return tokenise(documents, tokenizer.tokenizer)
+    return tokenise(documents, tokenizer)
 
 
 def check_packs(documents: TokenisedDocuments, *, sequence_length: int) -> int:
