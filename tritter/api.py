@@ -44,11 +44,11 @@ if TYPE_CHECKING:
     from tritter.report.summary import Summary
     from tritter.transform import Expanded, PlannedExpansion
 
-    Place: TypeAlias = str | PathLike[str]
-    Model: TypeAlias = Place | PreTrainedModel
-    Tokenizer: TypeAlias = Place | PreTrainedTokenizerBase
+    StrPath: TypeAlias = str | PathLike[str]
+    Model: TypeAlias = StrPath | PreTrainedModel
+    Tokenizer: TypeAlias = StrPath | PreTrainedTokenizerBase
     Method: TypeAlias = str | ExpansionSpec
-    Sources: TypeAlias = Place | Sequence[Place] | Mapping[str, Place | Sequence[Place]]
+    Sources: TypeAlias = StrPath | Sequence[StrPath] | Mapping[str, StrPath | Sequence[StrPath]]
     Documents: TypeAlias = Mapping[str, Sequence[str]]
 
 P = ParamSpec("P")
@@ -97,7 +97,7 @@ def expand(
     source: Model,
     method: Method | Sequence[Method],
     *,
-    output: Place,
+    output: StrPath,
     seed: int = 0,
     overwrite: bool = False,
     **options: Any,
@@ -106,8 +106,8 @@ def expand(
 
 @overload
 def expand(
-    source: Place,
-    method: Place,
+    source: StrPath,
+    method: StrPath,
     specs: Sequence[ExpansionSpec] | PlannedExpansion,
     **options: Any,
 ) -> Expanded: ...
@@ -118,7 +118,7 @@ def expand(
     method: Any,
     specs: Any = None,
     *,
-    output: Place | None = None,
+    output: StrPath | None = None,
     seed: int = 0,
     overwrite: bool = False,
     **options: Any,
@@ -181,9 +181,9 @@ def _expanded_folder(
 
 
 def _expanded_checkpoint(
-    source: Place,
+    source: StrPath,
     specs: Sequence[ExpansionSpec],
-    output: Place | None,
+    output: StrPath | None,
     *,
     seed: int,
     overwrite: bool,
@@ -286,7 +286,7 @@ def _live(model: object) -> nn.Module:
 
 
 @_suggesting
-def load(path: Place, *, dtype: torch.dtype | None = None) -> PreTrainedModel:
+def load(path: StrPath, *, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """Load a Tritter or Hugging Face checkpoint as a model in eval mode.
 
     FFNs that are padded on disk get their true width. LoRA experts and their router are part of
@@ -321,7 +321,7 @@ def load(path: Place, *, dtype: torch.dtype | None = None) -> PreTrainedModel:
 
 
 def grow(
-    model: Place | nn.Module, trigger: str | Trigger = "plateau", **options: Any
+    model: StrPath | nn.Module, trigger: str | Trigger = "plateau", **options: Any
 ) -> GrowableCausalLM:
     """Prepare a model whose FFNs gain neurons in your own training loop.
 
@@ -449,7 +449,7 @@ class RunResult:
 
 @_suggesting
 def run(
-    *overrides: str, data: Mapping[str, Sources] | None = None, output: Place | None = None
+    *overrides: str, data: Mapping[str, Sources] | None = None, output: StrPath | None = None
 ) -> RunResult:
     """Run the pipeline of `python train.py` in this process.
 
@@ -484,7 +484,7 @@ def run(
         if stop.signal_number != signal.SIGINT:
             raise SystemExit(stop.exit_code) from stop
         where = f" {stop.where}" if stop.where else ""
-        again = "".join(f"; continue with tritter.run('resume={place}')" for place in stop.advice)
+        again = "".join(f"; continue with tritter.run('resume={folder}')" for folder in stop.advice)
         raise KeyboardInterrupt(f"stopped{where}{again}") from stop
 
 

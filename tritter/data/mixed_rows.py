@@ -1,7 +1,7 @@
 """Batches of rows of any data set, a share of them old, for trainers with loaders of their own.
 
 The order is that of `BatchStream`, over the numbers of rows: exact shares, a random order of each
-domain, a place that follows from the epoch. Rows are made into batches by the trainer's collator.
+domain, a position that follows from the epoch. Rows are made into batches by the trainer's collator.
 """
 
 from __future__ import annotations
@@ -221,8 +221,8 @@ class PackedText:
     @cached_property
     def end_of_text_id(self) -> int:
         """The token that closes a document."""
-        for place in (self._outer, self._config):
-            if (value := getattr(place, "eos_token_id", None)) is not None:
+        for owner in (self._outer, self._config):
+            if (value := getattr(owner, "eos_token_id", None)) is not None:
                 return int(value[0] if isinstance(value, list) else value)
         reason = "neither the tokenizer nor the model's config has an eos_token_id"
         raise RequestError(Problem("processing_class", reason=reason))
