@@ -143,7 +143,7 @@ def test_a_launcher_that_can_not_start_at_all_is_told_once(
     monkeypatch.setattr(basic_launcher, "run_job", launched)
     result = run("-m", "seed=0,3", "hydra.sweep.dir=here")
     assert result.code == 1
-    assert "error: the sweep was broken off: OSError: no more processes" in result.err
+    assert "error: the sweep failed: OSError: no more processes" in result.err
     assert "Resume the sweep with:\n" in result.err and "hydra.sweep.dir=" in result.err
 
 

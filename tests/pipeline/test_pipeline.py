@@ -143,6 +143,7 @@ def test_a_list_of_expansions_is_carried_out_in_order(
         assert torch.equal(oracle.logits(kept, ids), oracle.logits(trained, ids))
 
 
+@pytest.mark.full
 def test_learning_rate_one_is_rolled_back(run_job: Run, tmp_path: Path) -> None:
     outcome = run_job(tmp_path / "run", "training.learning_rate=1")
     summary = summary_of(tmp_path / "run")

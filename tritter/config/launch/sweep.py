@@ -60,7 +60,7 @@ def run_sweep(request: Request, task: Task, hydra: Hydra, *, typed: Sequence[str
         Stopped: A signal came; the jobs that ran have saved their states, the table is printed.
         Refused: The callback refused the request.
     """
-    broken_off: str | None = None
+    failure: str | None = None
     task.on_end = lines = JobLines()
     try:
         # First, so that a mode that is typed wins, and is refused
@@ -69,7 +69,7 @@ def run_sweep(request: Request, task: Task, hydra: Hydra, *, typed: Sequence[str
             hydra.multirun(search_path().config_name, task, words)
     except Stopped as stop:
         if (plan := request.plan) is not None and plan.sweep_folder is not None:
-            stop.advice = (_goes_on(request, typed),)
+            stop.advice = (_resume_advice(request, typed),)
             if stop.signal_number != signal.SIGPIPE:
                 print_sweep(sweep_rows(plan.jobs, plan.sweep_folder), plan.sweep_folder)
         raise
@@ -77,9 +77,9 @@ def run_sweep(request: Request, task: Task, hydra: Hydra, *, typed: Sequence[str
         if request.plan is None:
             raise
         reason = _first_line(str(error).strip())
-        broken_off = f"the sweep was broken off: {type(error).__name__}: {reason}"
+        failure = f"the sweep failed: {type(error).__name__}: {reason}"
         if isinstance(error, TritterError):
-            broken_off = str(error)
+            failure = str(error)
     plan = request.plan
     assert plan is not None and plan.sweep_folder is not None, "Hydra called the callback"
     rows = sweep_rows(plan.jobs, plan.sweep_folder)
@@ -87,15 +87,15 @@ def run_sweep(request: Request, task: Task, hydra: Hydra, *, typed: Sequence[str
     known = [row for row in rows if row.metric is not None]
     if plan.is_adaptive and known:
         say(f"Least metric: job {min(known, key=lambda row: row.metric or 0.0).name}")
-    if broken_off is not None:
-        say(f"error: {broken_off}\n{_goes_on(request, typed)}", is_error=True)
+    if failure is not None:
+        say(f"error: {failure}\n{_resume_advice(request, typed)}", is_error=True)
     codes = {row.exit_code for row in rows}
-    if broken_off is not None or codes & {1, 2, 130, 143}:
+    if failure is not None or codes & {1, 2, 130, 143}:
         return 1
     return 3 if 3 in codes else 0
 
 
-def _goes_on(request: Request, typed: Sequence[str]) -> str:
+def _resume_advice(request: Request, typed: Sequence[str]) -> str:
     assert request.plan is not None and request.plan.sweep_folder is not None
     own = [word for word in typed if not word.lstrip("+").startswith("hydra.sweep.dir=")]
     folder = as_value(str(request.plan.sweep_folder))
