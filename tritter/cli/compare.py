@@ -43,7 +43,7 @@ def compare(
     overwrite: ReportOverwrite = False,
     as_json: AsJson = False,
 ) -> int:
-    """Compare finished runs with the first: settings, losses paired by document, cost."""
+    """Compare finished runs with the first one: settings, losses paired by document, cost."""
     from tritter.report.compared import Compared, Comparison
 
     file = None

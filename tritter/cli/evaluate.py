@@ -72,7 +72,7 @@ Data = Annotated[
 ]
 Limit = Annotated[
     int | None,
-    option("--limit", "N", "Largest number of questions per benchmark.", least=1, most=MAX_COUNT),
+    option("--limit", "N", "Maximum number of questions per benchmark.", least=1, most=MAX_COUNT),
 ]
 BatchSize = Annotated[int, option("--batch-size", "N", "Batch size.", least=1, most=MAX_COUNT)]
 AllowCode = Annotated[

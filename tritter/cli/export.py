@@ -127,7 +127,7 @@ MergedRank = Annotated[
     option(
         "--rank",
         "R",
-        "With --format peft --merge: rank of the adapter. Default: the lossless one.",
+        "With --format peft --merge: rank of the adapter. Default: a lossless rank.",
         least=1,
         most=1024,
     ),

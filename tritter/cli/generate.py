@@ -24,7 +24,7 @@ def generate(
     max_new_tokens: Annotated[
         int,
         option(
-            "--max-new-tokens", "N", "Largest number of new tokens.", least=1, most=MAX_NEW_TOKENS
+            "--max-new-tokens", "N", "Maximum number of new tokens.", least=1, most=MAX_NEW_TOKENS
         ),
     ] = 50,
     temperature: Annotated[
@@ -33,7 +33,7 @@ def generate(
     seed: Seed = 0,
     as_json: AsJson = False,
 ) -> int:
-    """Continue a text with a checkpoint, in stock transformers."""
+    """Generate text from a prompt with a checkpoint, in stock transformers."""
     with loading("transformers"):
         import torch
 

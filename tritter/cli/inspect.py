@@ -109,7 +109,7 @@ class RecordedMap:
 
 
 def inspect(folder: Folder, as_json: AsJson = False) -> int:
-    """Show the shapes and parameters of a checkpoint, and the map of its last expansion."""
+    """Show shapes and parameters of a checkpoint, and the parameter map of its last expansion."""
     with loading("torch"):
         from tritter.checkpoints import Source
         from tritter.core.families.config_file import read_config_file

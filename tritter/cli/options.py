@@ -195,7 +195,7 @@ MaxShardSize = Annotated[
     option(
         "--max-shard-size",
         "SIZE",
-        "Largest size of a file, such as 500MB or 4GiB. Default: 5GB.",
+        "Maximum size of a file, such as 500MB or 4GiB. Default: 5GB.",
         parser=byte_count,
         shows_default=False,
         panel=WRITING,
@@ -206,7 +206,7 @@ DType = Annotated[
     option(
         "--dtype",
         "float32|bfloat16|float16|float64",
-        "Type of the result. Default: that of the source.",
+        "dtype of the result. Default: that of the source.",
         panel=WRITING,
     ),
 ]

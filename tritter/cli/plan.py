@@ -89,7 +89,7 @@ TokensPerParameter = Annotated[
     option(
         "--tokens-per-parameter",
         "X",
-        "Training tokens per parameter that a step adds.",
+        "Training tokens per added parameter.",
         panel=_COST,
     ),
 ]

@@ -39,7 +39,7 @@ def report(
         option(
             "--output",
             "FILE.html",
-            "The page. Default: report.html in the folder, or in the current one for several.",
+            "Output page. Default: report.html in the folder; in the current folder for several.",
             parser=typed_path,
         ),
     ] = None,

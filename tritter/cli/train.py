@@ -131,7 +131,7 @@ def train(
     old_data: OldData = None,
     output: RunDir = None,
 ) -> int:
-    """Grow and train a model, or continue training a checkpoint (the program of train.py)."""
+    """Grow and train a model, or continue training a checkpoint (same as train.py)."""
     from tritter.config.launch.entry import main
 
     plain, words = _split_arguments(context.args)

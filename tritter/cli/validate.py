@@ -43,7 +43,7 @@ TargetData = Annotated[
     list[str] | None, option("--target-data", "[NAME=]PATH", "New data. Repeatable.")
 ]
 Limit = Annotated[
-    int, option("--limit", "N", "Largest number of documents per domain.", least=30, most=10**6)
+    int, option("--limit", "N", "Maximum number of documents per domain.", least=30, most=10**6)
 ]
 
 
@@ -55,7 +55,7 @@ def validate(
     limit: Limit = 200,
     as_json: AsJson = False,
 ) -> int:
-    """Run the five checks of an expansion on two checkpoints; exit code 3 if one fails.
+    """Compare an expanded checkpoint with its source in five tests; exit code 3 if one fails.
 
     tritter validate base grown
     """

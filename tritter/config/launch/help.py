@@ -22,7 +22,7 @@ Examples
   python train.py
       the default job: 90 seconds on two cores
   python train.py 'expansion=[width,llama_pro]' 'forgetting=[l2sp,replay]' control=true
-      two expansions in order, two forgetting mitigations, and a control that is not grown
+      two expansions in order, two forgetting mitigation methods, and a control that is not grown
   python train.py -m expansion=dus,llama_pro forgetting=none,replay seed=0,1,2
       a sweep of 12 runs: all are validated before the first starts, one table at the end
 
@@ -53,10 +53,10 @@ Flags
   --cfg job|hydra|all  show the configuration, run nothing
   --hydra-help         flags of Hydra
   --version            version of Tritter
-  --config-dir DIR     folder with options of your own, the same as hydra.searchpath=[DIR]
+  --config-dir DIR     folder with your own options, the same as hydra.searchpath=[DIR]
                        (docs/how-to/write_an_extension.md)
   --config-name F      start from F.yaml instead of config.yaml
-  -sc install=bash     with eval "$(python train.py -sc install=bash)", TAB completes all of this
+  -sc install=bash     TAB completion in bash: eval "$(python train.py -sc install=bash)"
 
 Exit codes
   0 finished, also after a rollback        2 invalid request, nothing was written
