@@ -81,8 +81,8 @@ TORCH_ONLY_ROOMS = {"core.parameter_map", "core.stock_routers"}  # the standard 
 RATCHET = {
     "(top)": (12, 2_189),
     "checkpoints": (12, 3_020),
-    "cli": (20, 5_417),
-    "config": (18, 4_844),
+    "cli": (20, 5_418),
+    "config": (18, 4_845),
     "core": (26, 7_217),
     "data": (20, 6_131),
     "evaluation": (17, 4_026),

@@ -325,8 +325,9 @@ def _print_guide(*, as_json: bool) -> int:
     header = ("", "method", "layers", "hidden size", "stated", "counted")
     print_table(console, Table(header, tuple(cells), numbers=(5,)))
     console.print()
-    lines = [(f"{row.source} → {row.target}", f"{row.shape}. {row.note}") for row in rows]
+    lines = [(f"{row.source} → {row.target}", f"{row.shape}. {row.note}.") for row in rows]
     print_lines(console, lines)
+    console.print("\ndocs/reference/planning.md explains the differences.")
     return 0
 
 

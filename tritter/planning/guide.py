@@ -94,7 +94,7 @@ def _row(
         shape=shape,
         source_parameters=count_parameters(config),
         target_parameters=count_parameters(target_config(config, [spec])),
-        note=f"{note}: docs/reference/planning.md",
+        note=note,
     )
 
 

@@ -341,7 +341,10 @@ class Comparison:
         return [(domain, group, each) for domain, group, each in found if each is not None]
 
     def _costs(self) -> Table:
-        header = ("run", "FLOPs", "total", "tokens", "steps", "seconds", "total", "peak memory")
+        header = (
+            *("run", "training FLOPs", "run FLOPs", "tokens", "steps"),
+            *("training time [s]", "run time [s]", "peak memory [B]"),
+        )
         rows = []
         for each in self.runs:
             cells = [
@@ -349,10 +352,7 @@ class Comparison:
                 for name, value in list(each.costs().items())[:7]
             ]
             rows.append((each.name, *cells))
-        caption = (
-            "training, and total of the run; seconds depend on the load of the machine; memory in "
-            "bytes"
-        )
+        caption = "times depend on the load of the machine"
         return Table(header, tuple(rows), tuple(range(1, 8)), caption)
 
 

@@ -11,9 +11,10 @@ from tritter.errors import RequestError, did_you_mean
 _WIDTH = 99  # of a line; a page of help has at most 100 lines
 
 _HEAD = """\
-Tritter grows a language model, trains it on new data, and keeps the result only if the gate
-passes: no old domain gets worse by more than a bound. The default job pretrains a small base on
-the Python documentation, widens it, and trains it on Python source. It downloads nothing.
+Tritter grows a language model, trains it on new data, and rolls the result back if the gate
+fails, for example if an old domain got worse by more than a bound. The default job pretrains a
+small base on the Python documentation, widens it, and trains it on Python source. It downloads
+nothing.
 
 Usage
   python train.py [GROUP=OPTION ...] [KEY=VALUE ...] [-m]
