@@ -706,7 +706,7 @@ def protect(
             if not batches:
                 reason = f"{chosen.name} needs data of the old domains, and there is none"
                 raise RequestError(Problem("old_data", reason=reason, advice="or choose l2sp"))
-        chosen.hold(model, chosen.importance_on(model, batches))
+        chosen.anchor_weights(model, chosen.importance_on(model, batches))
     return Penalty(model, chosen)
 
 

@@ -130,7 +130,7 @@ def train(
         folder=folder,
         label="test",
         console=Console(quiet=True),
-        theirs=theirs,
+        user_callbacks=theirs,
         write_result=partial(leave, folder / "weights.safetensors"),
     )
     model.load_state_dict(load_file(folder / "weights.safetensors"))

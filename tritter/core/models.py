@@ -308,7 +308,7 @@ def quiet() -> Iterator[None]:
 
 
 @contextmanager
-def activations_recomputed(model: nn.Module) -> Iterator[None]:
+def checkpoint_activations(model: nn.Module) -> Iterator[None]:
     """Enable activation checkpointing of each decoder layer inside the block.
 
     It has no effect in evaluation mode, which stores no activations.

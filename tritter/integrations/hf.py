@@ -634,7 +634,7 @@ class Forgetting:
         """Let methods see the model after an optimizer step; step 0 is before the first."""
         with _stock_forward(model):
             for method in self.methods:
-                method.look(model, step)
+                method.observe_step(model, step)
 
     def losses(self, model: nn.Module) -> dict[str, float]:
         """Return the current penalties, and the mean of added losses since the last call.

@@ -34,11 +34,11 @@ class Trainee:
 
     Args:
         module: builds the Lightning module, given the options of `BaseModule`.
-        changers: callbacks that change the model.
+        surgery_callbacks: callbacks that change the model.
     """
 
     module: Callable[..., BaseModule]
-    changers: tuple[Callback, ...] = ()
+    surgery_callbacks: tuple[Callback, ...] = ()
 
 
 def method_of(context: RunContext, branch: Branch) -> Experts | None:
@@ -82,10 +82,10 @@ def begin(context: RunContext, branch: Branch, model: nn.Module, *, max_steps: i
         mixture = method.begin(model, end_of_text_id=context.end_of_text_id, seed=seed)
     else:
         _resume(context, branch, mixture, method)
-    changers: tuple[Callback, ...] = ()
+    surgery_callbacks: tuple[Callback, ...] = ()
     if isinstance(method, DynamicExperts):
-        changers = (_callback(context, branch, mixture, method, max_steps=max_steps),)
-    return Trainee(partial(ExpertModule, mixture, losses=method.losses), changers)
+        surgery_callbacks = (_callback(context, branch, mixture, method, max_steps=max_steps),)
+    return Trainee(partial(ExpertModule, mixture, losses=method.losses), surgery_callbacks)
 
 
 def _callback(

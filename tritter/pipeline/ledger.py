@@ -90,7 +90,8 @@ class TrainingFound:
     @classmethod
     def of(cls, result: FitResult) -> "TrainingFound":
         """Return the part of a training result that the ledger stores."""
-        return cls(**{each.name: getattr(result, each.name) for each in fields(cls)})
+        names = {each.name: each.name for each in fields(cls)} | {"held": "memory"}
+        return cls(**{key: getattr(result, name) for key, name in names.items()})
 
 
 @record

@@ -74,7 +74,7 @@ from tritter.training import (
     metrics_files,
 )
 from tritter.training.callbacks import evaluation_flops
-from tritter.training.trainer import losses_before
+from tritter.training.trainer import validation_metrics
 
 JUMP_SEQUENCES = 8
 ROUTER_WARMUP = 0.05
@@ -143,7 +143,7 @@ def expansion(context: RunContext, branch: Branch) -> StageResult:
     context.score(after, f"{branch.name}-expanded")
     evaluated, flops = dict[str, float](), dict[str, float]()
     if (text := context.validation_subset) is not None:
-        evaluated = losses_before(before, text, context.config.trainer)
+        evaluated = validation_metrics(before, text, context.config.trainer)
         flops["validation"] = evaluation_flops(experts.reading_flops(before), text)
     flops["expand"] = context.scoring_flops(forward_flops(grown.config))
     passes = [forward_flops(each.config).of(tokens.shape[1]) for each in (source, grown)]
@@ -220,7 +220,7 @@ def training(context: RunContext, branch: Branch, *, loggers: Sequence[Logger]) 
     _announce(context, branch, methods, max_steps=settings.max_steps)
     with moe.ready_for_training(context, branch, model) as setup:
         task = importance.task(context, branch, follow=setup.follow)
-        observers, changers = _growth(context, branch, model, max_steps=settings.max_steps)
+        observers, surgery_callbacks = _growth(context, branch, model, max_steps=settings.max_steps)
         trainee = experts.begin(context, branch, model, max_steps=settings.max_steps)
         _freeze(model, methods, task, max_steps=settings.max_steps)
         module = trainee.module(
@@ -245,7 +245,7 @@ def training(context: RunContext, branch: Branch, *, loggers: Sequence[Logger]) 
             write_result=write,
             evaluation=text,
             observers=observers,
-            changers=(*changers, *trainee.changers),
+            surgery_callbacks=(*surgery_callbacks, *trainee.surgery_callbacks),
         )
     location = f"{branch.name}/trained"
     accept(context, location)
@@ -272,14 +272,14 @@ def training(context: RunContext, branch: Branch, *, loggers: Sequence[Logger]) 
                 refused_steps=found.refused_steps + earlier.refused_steps,
                 stopped_because=earlier.stopped_because or found.stopped_because,
             )
-    spent, evaluating = {branch.label("fit"): flops}, branch.label("validation")
+    spent, eval_mode = {branch.label("fit"): flops}, branch.label("validation")
     if result.evaluation_flops:  # the control has a single entry
-        spent[evaluating] = spent.get(evaluating, 0.0) + result.evaluation_flops
+        spent[eval_mode] = spent.get(eval_mode, 0.0) + result.evaluation_flops
     metrics = [path.relative_to(context.folder).as_posix() for path in metrics_files(folder)]
     return StageResult(
         found,
         flops=spent,
-        seconds={evaluating: result.evaluation_seconds} if text else {},
+        seconds={eval_mode: result.evaluation_seconds} if text else {},
         leaves=(location, *metrics),
     )
 
@@ -353,7 +353,7 @@ def _fit(
     evaluation: ValidationSubset | None = None,
     loggers: Sequence[Logger] = (),
     observers: Sequence[Callback] = (),
-    changers: Sequence[Callback] = (),
+    surgery_callbacks: Sequence[Callback] = (),
 ) -> FitResult:
     """Train a branch's module on the new domains."""
     max_steps = module.schedule.max_steps
@@ -371,8 +371,8 @@ def _fit(
         # Save moments if training started from moments; router stages have none
         observers=[*(moment_keepers(context, folder) if module.moments else ()), *observers],
         controls=setup.controls if setup is not None else (),
-        changers=changers,
-        theirs=context.config.callbacks if label == "training" else (),
+        surgery_callbacks=surgery_callbacks,
+        user_callbacks=context.config.callbacks if label == "training" else (),
         write_result=write_result,
         evaluation=evaluation,
     )

@@ -36,7 +36,7 @@ from tritter.evaluation.statistics import PairedScores
 from tritter.planning.memory import machine_memory
 from tritter.storage.hashing import merkle_hash, tensor_digest
 from tritter.storage.tensors import TensorFolder
-from tritter.training.gradient_flow import NewUnits, tried
+from tritter.training.gradient_flow import NewUnits, run_trial_steps
 
 logger = logging.getLogger(__name__)
 
@@ -222,7 +222,9 @@ def validate(source: Side, result: Side, text: ValidationText) -> list[Check]:
     if new:  # this changes the weights of `model`
         own = _sequences(result, result, documents)
         assert own is not None
-        gradients = tried(model, own.to(next(model.parameters()).device), new, steps=FLOW_STEPS)
+        gradients = run_trial_steps(
+            model, own.to(next(model.parameters()).device), new, steps=FLOW_STEPS
+        )
         flow = flow_check(gradients, least_steps=FLOW_STEPS)
         assert flow is not None
     else:

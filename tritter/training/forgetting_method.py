@@ -230,7 +230,7 @@ class ForgettingMethod:
         own, none = (cls.mix, cls.extra_loss), ForgettingMethod
         return own != (none.mix, none.extra_loss)
 
-    def prepare(self, given: Preparation) -> Prepared:
+    def prepare(self, preparation: Preparation) -> Prepared:
         """Compute the state, or generate the text, that `needs` declares."""
         raise NotImplementedError(f"{self.name} prepares nothing")
 
@@ -264,7 +264,7 @@ class ForgettingMethod:
         """Return the training batches; the new data must keep its order."""
         return batches
 
-    def look(self, model: nn.Module, step: int) -> float:
+    def observe_step(self, model: nn.Module, step: int) -> float:
         """Observe the model after a step, and before the first.
 
         All processes call it at the same steps and must get the same result. A resumed run does

@@ -28,8 +28,8 @@ from tritter.training.parameters import (
     StepFlops,
     flops_of_sequence,
     is_sharded,
-    let_go,
     replay,
+    reshard_layers,
     shard,
 )
 
@@ -188,7 +188,7 @@ class BaseModule(LightningModule):
 
         These are means over the tokens of all processes, synchronised by torchmetrics.
         """
-        let_go(self.model)
+        reshard_layers(self.model)
         for domain, sums in self._sums.items():
             nats, right, tokens = (float(sums[name].compute()) for name in _SUMMED)
             self.log(f"eval/{domain}/loss", nats / tokens)

@@ -162,7 +162,7 @@ def is_sharded(model: nn.Module) -> bool:
     return isinstance(model, FSDPModule)
 
 
-def let_go(model: nn.Module) -> None:
+def reshard_layers(model: nn.Module) -> None:
     """Free gathered layers after forward passes without a backward pass."""
     if isinstance(model, FSDPModule):
         model.reshard()
@@ -194,7 +194,7 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def own_part(tensor: Tensor) -> Tensor:
+def local_shard(tensor: Tensor) -> Tensor:
     """Return the shard of a tensor on this process."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 

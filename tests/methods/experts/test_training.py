@@ -134,7 +134,7 @@ def train(
         label="test",
         console=Console(quiet=True),
         controls=watching,
-        changers=[callback],
+        surgery_callbacks=[callback],
     )
     return module, result
 

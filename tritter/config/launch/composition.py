@@ -57,7 +57,7 @@ from tritter.config.validation import Rule, validate
 from tritter.errors import Problem, RequestError, raise_problems, refusal, show
 from tritter.options import leaves
 from tritter.targets import dotted
-from tritter.training.options import settled
+from tritter.training.options import resolve_training_limits
 
 VERSION_BASE = "1.3"
 _VALIDATION = "tritter.config.launch.plan.RequestValidation"
@@ -271,7 +271,7 @@ class Composer:
             for group in (*METHOD_GROUPS, *OPEN_GROUPS)
         }
         problems += _selection_problems(raw, selected, origins)
-        raw = settled(raw, origins.exactly)
+        raw = resolve_training_limits(raw, origins.exactly)
         return validate(raw, origin=origins, found=problems, rules=rules)
 
 

@@ -431,18 +431,18 @@ def _environment(how: LaunchSettings) -> Iterator[None]:
 
 @contextmanager
 def _jobs_stop_first(folder: Path) -> Iterator[None]:
-    is_asked = False
+    is_stopping = False
 
     def running() -> set[int]:
         places = {path.parent for path in folder.rglob(LOCK_NAME)} - {folder}
         return {process for place in places if (process := process_in(place)) is not None}
 
     def stop(number: int, frame: FrameType | None) -> None:
-        nonlocal is_asked
-        if is_asked:
+        nonlocal is_stopping
+        if is_stopping:
             _end(running())
             raise Stopped(number)
-        is_asked, ended = True, set[int]()
+        is_stopping, ended = True, set[int]()
         (folder / STOPPING_FILE).touch()
         say("Stopping: the jobs that run save their states; once more ends them.", is_error=True)
         while found := running():

@@ -17,7 +17,7 @@ from tritter.errors import RequestError, TritterError
 from tritter.evaluation.benchmarks.files import Questions, questions_of
 from tritter.evaluation.benchmarks.formats import Benchmark, Question, is_passed
 from tritter.evaluation.code.sandbox import Sandbox
-from tritter.evaluation.inference import evaluating
+from tritter.evaluation.inference import eval_mode
 from tritter.evaluation.statistics import PairedScores
 
 Tokenizer = Any  # of transformers
@@ -253,7 +253,7 @@ def evaluated(
 
     length = max_length(model)
     # lm-eval uses tensors outside its no_grad block, which inference mode does not allow
-    with evaluating(model), torch.inference_mode(False), torch.no_grad():
+    with eval_mode(model), torch.inference_mode(False), torch.no_grad():
         # With NaN logits, all choices would tie
         first = torch.zeros(1, 2, dtype=torch.int64, device=next(model.parameters()).device)
         if not model(input_ids=first).logits.isfinite().all():

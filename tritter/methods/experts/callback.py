@@ -131,7 +131,7 @@ class ExpertCallback(Callback):
         young = active if is_young and len(module.mixture.names) > 1 else None
         if young != module.young:
             module.young = young
-            work_of(trainer).count_anew()
+            work_of(trainer).reset_step_flops()
         if active is not None and self._exemplars is not None:
             self._rehearse(batch, is_old)
 
@@ -217,7 +217,7 @@ class ExpertCallback(Callback):
             self._grow(trainer, module, registry.active)
         if registry.routing != mixture.routing:
             mixture.routing = registry.routing
-            work_of(trainer).count_anew()
+            work_of(trainer).reset_step_flops()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         mixture = _module(pl_module).mixture

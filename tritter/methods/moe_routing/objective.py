@@ -22,7 +22,7 @@ from tritter.core.stock_routers import Record, Routing
 from tritter.data.batches import this_rank
 from tritter.data.packing import document_mask_of, lengths_of
 from tritter.errors import TritterError
-from tritter.evaluation.inference import device_of, evaluating
+from tritter.evaluation.inference import device_of, eval_mode
 from tritter.methods.moe_routing.options import RoutingOptions
 from tritter.training import SideLoss
 from tritter.training.callbacks import ends_step
@@ -69,7 +69,7 @@ class OldRouting:
         if routing is None or not len(sequences):
             raise TritterError("moe_routing.hold_old needs a model with experts, and old data.")
         seen: list[list[Tensor]] = [[] for _ in routing.layers]
-        with routing.recording(), evaluating(model) as device:
+        with routing.recording(), eval_mode(model) as device:
             for batch in sequences.split(max(1, batch_size)):
                 model(input_ids=batch.long().to(device), use_cache=False)
                 for layer, record in zip(seen, routing.recorded(), strict=True):

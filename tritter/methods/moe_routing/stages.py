@@ -30,7 +30,7 @@ from tritter.data.packing import labels_of
 from tritter.data.sources import source_documents
 from tritter.data.tokens import pack, tokenise
 from tritter.errors import RequestError, TritterError
-from tritter.evaluation.inference import device_of, modes_kept
+from tritter.evaluation.inference import device_of, preserve_modes
 from tritter.methods.moe_routing.objective import RoutingObjective, RoutingSettings
 from tritter.seeds import derived_seed
 from tritter.stopping import Stopped
@@ -105,7 +105,7 @@ def fit_live(
     model = module.model
     home, random = device_of(model), random_state()
     try:
-        with modes_kept(model), TemporaryDirectory(prefix="tritter-") as folder:
+        with preserve_modes(model), TemporaryDirectory(prefix="tritter-") as folder:
             result = fit(
                 module,
                 batches,
@@ -561,7 +561,7 @@ def expert_utility(model: nn.Module, sequences: Tensor, *, batch_size: int = 8) 
     rows: dict[int | None, int] = {layer: row for row, layer in enumerate(routing.layers)}
     utility = torch.zeros(len(rows), routing.num_experts)
     device, batches = weights[0].device, sequences.split(batch_size)
-    with modes_kept(model):
+    with preserve_modes(model):
         model.eval()
         for batch in batches:
             ids = batch.long().to(device)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tritter.core.models import backbone_of
 from tritter.data.packing import IGNORED
 from tritter.errors import RequestError, TritterError
-from tritter.evaluation.inference import device_of, modes_kept
+from tritter.evaluation.inference import device_of, preserve_modes
 from tritter.evaluation.losses import nats_per_row
 
 MOST_FEATURES = 512
@@ -124,7 +124,7 @@ def observe(
         )
     )
     try:
-        with modes_kept(model):
+        with preserve_modes(model):
             model.eval()
             logits_BTV = model(input_ids=ids, attention_mask=is_token, use_cache=False).logits
     finally:
