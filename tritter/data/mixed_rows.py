@@ -1,7 +1,7 @@
 """Batches of rows of any data set, a share of them old, for trainers with loaders of their own.
 
 The order is that of `BatchStream`, over the numbers of rows: exact shares, a random order of each
-domain, a position that follows from the epoch. Rows are made into batches by the trainer's collator.
+domain, a position that follows from the epoch. The trainer's collator makes batches of rows.
 """
 
 from __future__ import annotations
