@@ -39,7 +39,7 @@ _NAMES = ContextVar("names", default=Names())  # noqa: B039 # it is frozen
 
 
 @contextmanager
-def naming(names: Names) -> Iterator[None]:
+def use_names(names: Names) -> Iterator[None]:
     """Name keys in the errors of a block as the user typed them."""
     token = _NAMES.set(names)
     try:

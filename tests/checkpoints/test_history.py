@@ -56,7 +56,7 @@ def _edit_lineage(folder: Path, **changes: object) -> None:
 def test_the_chain_from_its_start(place: Path) -> None:
     links = read_chain(place / "deep")
     assert _names(links) == ["base", "wide", "deep"]
-    methods = [[record.method for record in link.made_by] for link in links]
+    methods = [[record.method for record in link.expansion_records] for link in links]
     assert methods == [[], ["width", "llama_pro"], ["dus"]]
     assert [link.num_parameters for link in links] == [
         sum(p.numel() for p in oracle.stock(place / name).parameters())
@@ -85,7 +85,7 @@ def test_a_parent_that_is_not_there_is_known_by_its_hash(place: Path) -> None:
     deep = read_lineage(place / "deep")
     assert deep is not None and links[0].model_hash == deep.parent_hash
     # How many expansions were the parent's is not known; one is its own
-    assert [record.method for record in links[1].made_by] == ["dus"]
+    assert [record.method for record in links[1].expansion_records] == ["dus"]
 
 
 def test_another_model_in_the_parents_place_is_not_the_parent(place: Path) -> None:
@@ -101,7 +101,7 @@ def test_training_makes_a_link_without_expansions(place: Path) -> None:
         wide, model_hash="7" * 64, parent_hash=wide.model_hash, parent_path="../wide", step=9
     )
     write_lineage(place / "trained", trained, read_config(place / "wide"))
-    assert [len(link.made_by) for link in read_chain(place / "trained")] == [0, 2, 0]
+    assert [len(link.expansion_records) for link in read_chain(place / "trained")] == [0, 2, 0]
 
 
 def test_a_chain_that_bites_its_tail_ends(place: Path) -> None:

@@ -15,7 +15,7 @@ from tritter.data.datamodule import ValidationSubset
 from tritter.data.packing import IGNORED
 from tritter.data.tokens import TokenisedDocuments
 from tritter.evaluation.losses import document_losses
-from tritter.targets import Component, imported
+from tritter.targets import Component, import_object
 from tritter.training import TrainerSettings, module, read_metrics
 from tritter.training.trainer import start_method, validation_metrics
 
@@ -166,7 +166,7 @@ def test_early_stopping_goes_by_what_is_evaluated(
     """The loss on random text rises; its patience is counted on through a resume."""
     target = "lightning.pytorch.callbacks.EarlyStopping"
     body = {"_target_": target, "monitor": "eval/new/loss", "patience": 2}
-    stopping = [Component(name="stopping", kind=imported(target), options=body)]
+    stopping = [Component(name="stopping", kind=import_object(target), options=body)]
     settings = replace(settings, save_every_n_steps=EVERY)
     if kill_at is not None:
         with pytest.raises(Exception, match="killed"):

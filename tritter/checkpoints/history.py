@@ -40,8 +40,8 @@ class Link:
         model_hash: the expected model hash; None for a plain folder without a descendant.
         lineage: the checkpoint's lineage; None for a plain folder, or if it was not found.
         problem: the reason why tritter.json can't be read, if so.
-        made_by: expansions between the parent and this checkpoint, oldest first; empty after a
-            training run and at the start of the chain.
+        expansion_records: expansions between the parent and this checkpoint, oldest first; empty
+            after a training run and at the start of the chain.
         tensor_digests: tensor name → expected SHA-256, where known.
         file_digests: file name → expected SHA-256 of all other files.
     """
@@ -50,7 +50,7 @@ class Link:
     model_hash: str | None
     lineage: Lineage | None = None
     problem: str | None = None
-    made_by: tuple[ExpansionRecord, ...] = ()
+    expansion_records: tuple[ExpansionRecord, ...] = ()
     tensor_digests: Mapping[str, str] | None = None
     file_digests: Mapping[str, str] | None = None
 
@@ -148,7 +148,7 @@ def read_chain(folder: Path) -> tuple[Link, ...]:
         else:
             # Without the parent's record: one expansion, or none after a training run
             own = () if child.lineage.step else history[-1:]
-        links[-1] = replace(child, made_by=own)
+        links[-1] = replace(child, expansion_records=own)
         if parent.folder is not None:
             seen.add(parent.folder.resolve())
         elif parent.model_hash in {link.model_hash for link in links if not link.experts}:

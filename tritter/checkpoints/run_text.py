@@ -26,7 +26,7 @@ from tritter.data.options import (
     unused_name,
 )
 from tritter.data.sources import CHECKED_BYTES, quick_pieces, recorded_paths, source_documents
-from tritter.data.split import SplitRule, one_sided
+from tritter.data.split import SplitRule, split_problem
 from tritter.errors import Problem, RequestError, TritterError, key_name
 
 DEFAULT_FRACTION = 0.2  # for a new split; a lineage keeps its own
@@ -101,7 +101,7 @@ def run_text(checkpoint: str | None, data: DataConfig, *, seed: int) -> RunText:
     learned = {} if lineage is None else lineage.domains
     notes: list[str] = []
     split = _split(lineage, data, seed=seed, notes=notes)
-    domains, tasks = _Domains(learned, data, notes).resolved()
+    domains, tasks = _Domains(learned, data, notes).resolve()
     names = {each.name for each in domains}
     rest = [name for name in learned if name not in names]
     kept = kept.without(names)
@@ -143,7 +143,7 @@ def side_problems(text: RunText) -> Iterator[Problem]:
         reason = None
         with suppress(TextFileError, ByteLimitError):  # the run reports unreadable files
             if found is not None:
-                reason = one_sided(found, rule=text.split)
+                reason = split_problem(found, rule=text.split)
         if reason is not None:
             paths = domain.paths[0] if len(domain.paths) == 1 else list(domain.paths)
             yield Problem(domain.key, paths, reason=reason)
@@ -192,21 +192,21 @@ class _Domains:
         self._text_field = text_field(data)
         self._is_streamed = isinstance(data, DatasetsConfig) and data.streaming
 
-    def resolved(self) -> tuple[tuple[DomainText, ...], tuple[tuple[str, ...], ...]]:
+    def resolve(self) -> tuple[tuple[DomainText, ...], tuple[tuple[str, ...], ...]]:
         """Return old and new domains, and the domain names of each task.
 
         Raises:
             RequestError: learned data is unavailable, and the config names no old data.
         """
         typed_new, typed_old = self._data.new_sources, self._data.old_sources
-        new = self._typed(typed_new, is_old=False)
+        new = self._domains_of(typed_new, is_old=False)
         final_name = {typed: domain.name for typed, domain in zip(typed_new, new, strict=True)}
         # A learned domain that only a later task trains on counts as old until then
         first = self._data.task_sources[0]
         again = {final_name[name] for name in first if name in final_name}
         old = [] if self._data.is_old_named else self._all_learned(without=again)
         named = {domain.name for domain in old}
-        kept = self._typed(typed_old, is_old=True)
+        kept = self._domains_of(typed_old, is_old=True)
         for typed, domain in zip(typed_old, kept, strict=True):
             final_name.setdefault(typed, domain.name)
             if domain.name in again:
@@ -218,11 +218,11 @@ class _Domains:
         tasks = tuple(tuple(final_name[name] for name in task) for task in sources)
         return (*old, *(domain for domain in new if domain.name not in named)), tasks
 
-    def _typed(self, sources: TextSources, *, is_old: bool) -> list[DomainText]:
+    def _domains_of(self, sources: TextSources, *, is_old: bool) -> list[DomainText]:
         typed: dict[str, DomainText] = {}
         for name, paths in sources.items():
             texts = None if paths else partial(self._data.texts, name)
-            known = self._known_as(name, tuple(paths), texts, is_old=is_old)
+            known = self._learned_name(name, tuple(paths), texts, is_old=is_old)
             if known is None or known in typed:
                 others = {} if is_old else {**self._learned, **self._data.old_sources}
                 known = unused_name(name, {**others, **typed})
@@ -241,7 +241,7 @@ class _Domains:
             )
         return list(typed.values())
 
-    def _known_as(
+    def _learned_name(
         self, name: str, paths: tuple[str, ...], texts: Texts, *, is_old: bool
     ) -> str | None:
         """Return the name of the learned domain with the same text, or else with the same paths."""

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from rich.text import Text
 
-from tritter.cli.options import AsJson, ReportOverwrite, Runs, option, typed_path
-from tritter.cli.output import new_console, print_json, print_table, shown_path
+from tritter.cli.options import AsJson, ReportOverwrite, Runs, option, parse_path
+from tritter.cli.output import display_path, new_console, print_json, print_table
 from tritter.cli.report import FoundRuns, find_runs, metric_rows, read_runs
 from tritter.errors import Problem, RequestError, TritterError
 from tritter.storage.reading import LINEAGE_NAME, SUMMARY_FILE, read_object
@@ -37,7 +37,7 @@ def compare(
             "--output",
             "FILE",
             "Also write a page (.html), or the numbers (.csv, .json).",
-            parser=typed_path,
+            parser=parse_path,
         ),
     ] = None,
     overwrite: ReportOverwrite = False,
@@ -174,4 +174,4 @@ def _print(comparison: Comparison, notes: Sequence[str], output: Path | None) ->
     for note in notes:
         console.print(note, soft_wrap=True)
     if output is not None:
-        console.print(Text(f"written  {console.printable(shown_path(output))}"))
+        console.print(Text(f"written  {console.printable(display_path(output))}"))

@@ -18,6 +18,7 @@ from tritter.checkpoints.export import Weights
 from tritter.checkpoints.history import read_chain
 from tritter.checkpoints.location import check_output, is_within
 from tritter.cli.output import (
+    display_path,
     new_console,
     note_if_written,
     print_command,
@@ -25,7 +26,6 @@ from tritter.cli.output import (
     print_lines,
     print_table,
     refuse_damage,
-    shown_path,
 )
 from tritter.core.families import family_of, position_limit
 from tritter.core.models import load_model, read_config
@@ -231,7 +231,7 @@ def export_adapters(
         lines = [("base", base)]
         print_lines(console, lines + ([] if merged is None else merge_lines(merged)))
         console.print()
-        print_command(console, "written", shown_path(output))
+        print_command(console, "written", display_path(output))
 
 
 def _record(name: str, adapter: StoredAdapter, output: Path) -> dict[str, Any]:
@@ -275,15 +275,15 @@ def check_adapters(folder: Path, *, source: Path) -> None:
     """
     if is_within(source, folder):
         raise RequestError(f"{folder} contains the source {source}.")
-    strays = sorted(_strays(folder))
+    strays = sorted(_unexpected_names(folder))
     if strays or not any(folder.rglob(ADAPTER_FILES[0])):
         what = f"contains other files ({strays[0]})" if strays else "contains no adapter"
         raise RequestError(f"{folder} {what}, and is not replaced. Choose another folder.")
 
 
-def _strays(folder: Path, depth: int = 0) -> Iterator[str]:
+def _unexpected_names(folder: Path, depth: int = 0) -> Iterator[str]:
     for entry in os.scandir(folder):
         if entry.is_dir(follow_symlinks=False) and depth == 0:
-            yield from _strays(folder / entry.name, depth=1)
+            yield from _unexpected_names(folder / entry.name, depth=1)
         elif not entry.is_file(follow_symlinks=False) or entry.name not in _OF_STOCK:
             yield entry.name

@@ -99,7 +99,7 @@ def option(
     )
 
 
-def of_list(names: Callable[[], Iterable[str]]) -> Callable[[str], list[str]]:
+def list_completer(names: Callable[[], Iterable[str]]) -> Callable[[str], list[str]]:
     """Return a completion function for the last name in a comma-separated list."""
 
     def completes(incomplete: str) -> list[str]:
@@ -114,7 +114,7 @@ def flag(names: str, help_text: str, *, panel: str | None = None) -> Any:
     return option(names, " ", help_text, panel=panel)
 
 
-def spelled(name: str) -> str:
+def with_dashes(name: str) -> str:
     """Return a name in command-line spelling, with dashes instead of underscores."""
     return name.replace("_", "-")
 
@@ -128,9 +128,11 @@ def choice(option: str, word: str, allowed: Sequence[Name]) -> Name:
     for name in allowed:
         if name == word.replace("-", "_"):
             return name
-    shown = [spelled(name) for name in allowed]
+    shown = [with_dashes(name) for name in allowed]
     reason = f"must be one of {', '.join(shown)}"
-    raise RequestError(Problem(option, word, reason=reason, nearest=nearest(spelled(word), shown)))
+    raise RequestError(
+        Problem(option, word, reason=reason, nearest=nearest(with_dashes(word), shown))
+    )
 
 
 def parameter_count(text: str) -> int:
@@ -163,7 +165,7 @@ def byte_count(text: str) -> int:
     return _scaled(str(text), BYTE_UNITS, example=example, limit=MAX_BYTES)
 
 
-def typed_path(text: str) -> Path:
+def parse_path(text: str) -> Path:
     """Parse a path and expand `~`.
 
     Raises:
@@ -216,7 +218,7 @@ Runs = Annotated[
     typer.Argument(
         help="Run folders, or folders that contain them.",
         metavar="RUN_OR_SWEEP...",
-        parser=typed_path,
+        parser=parse_path,
     ),
 ]
 ReportOverwrite = Annotated[

@@ -29,9 +29,9 @@ from tritter.errors import (
     RequestError,
     TritterError,
     brief,
-    naming,
     nearest,
     raise_problems,
+    use_names,
 )
 from tritter.limits import BYTE_UNITS, COUNT_UNITS, MAX_BYTES, MAX_PARAMETERS, parse_count
 from tritter.options import options, read_options
@@ -237,7 +237,7 @@ def read_recipe(path: Path) -> Recipe:
             f"{path}: a recipe needs {_STEPS}, a list such as [width: {{hidden_size: 96}}, dus]"
         )
         raise RequestError(f"{reason}.")
-    with naming(Names(lambda key: key.removeprefix(_GROUP))):
+    with use_names(Names(lambda key: key.removeprefix(_GROUP))):
         return _read(origin)
 
 
@@ -352,7 +352,7 @@ def recorded_recipe(folder: Path) -> str:
         raise RequestError(link.problem)
     if link.lineage is None:
         raise RequestError(f"{folder} is a plain folder and records no expansion.")
-    records = link.made_by
+    records = link.expansion_records
     if not records:
         raise RequestError(f"{folder} is a base or a trained model: no expansion made it.")
     parent = chain[-2] if len(chain) > 1 else None

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from tritter.cli.options import option, typed_path
+from tritter.cli.options import option, parse_path
 from tritter.config.launch.command_line import HELP_FLAGS, takes_value
 from tritter.config.suggestions import flag_advice
-from tritter.errors import Names, Problem, RequestError, TritterError, did_you_mean, naming
+from tritter.errors import Names, Problem, RequestError, TritterError, did_you_mean, use_names
 from tritter.loading import loading
 from tritter.storage.reading import named_path
 from tritter.terminal import say
@@ -74,7 +74,7 @@ RunDir = Annotated[
         "--output",
         "DIR",
         "Run folder; the result is in its checkpoint/. Default: DIR-continued.",
-        parser=typed_path,
+        parser=parse_path,
     ),
 ]
 
@@ -159,7 +159,7 @@ def train(
         checkpoint, data=data or (), old_data=old_data or (), settings=settings, words=words
     )
     keys = _typed_keys(context.args)
-    with naming(Names.of({k: o for k, o in _OPTIONS.items() if not _is_typed(k, keys)})):
+    with use_names(Names.of({k: o for k, o in _OPTIONS.items() if not _is_typed(k, keys)})):
         return main(_pipeline, arguments=words)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler
 
 from tritter.data.batches import BatchStream, SequenceStream
-from tritter.data.tokens import TokenisedDocuments, pack, plain_copy, tokenised
+from tritter.data.tokens import TokenisedDocuments, copy_backend, pack, tokenised
 from tritter.errors import Problem, RequestError
 from tritter.seeds import derived_seed
 
@@ -204,13 +204,13 @@ class PackedText:
         self, processing_class: Any, *, config: Any, rows: Any, sequence_length: int | None
     ) -> None:
         self._outer, self._config, self._rows = processing_class, config, rows
-        self._asked_length = sequence_length
+        self._requested_length = sequence_length
 
     @cached_property
     def sequence_length(self) -> int:
         """Tokens of a sequence."""
-        if self._asked_length is not None:
-            return self._asked_length
+        if self._requested_length is not None:
+            return self._requested_length
         try:
             count = min(len(self._rows), _ROWS_MEASURED)
             return max(len(self._rows[at]["input_ids"]) for at in range(count))
@@ -235,7 +235,7 @@ class PackedText:
             raise RequestError(
                 Problem("processing_class", type(self._outer).__name__, reason=reason)
             )
-        return tokenised(texts, plain_copy(backend))
+        return tokenised(texts, copy_backend(backend))
 
     def sequences(self, name: str, data: OldData) -> Tensor:
         """Return int32 [N, T]: packed texts or rows, or unchanged rows of that length.
@@ -270,7 +270,7 @@ def joined_rows(rows: Any) -> TokenisedDocuments:
     )
 
 
-def checked_old(name: str, data: OldData) -> Any:
+def check_old_data(name: str, data: OldData) -> Any:
     """Return texts as a tuple, tokenised rows unchanged.
 
     Raises:

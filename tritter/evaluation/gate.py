@@ -210,9 +210,9 @@ def flow_check(
     dead, idle = flow["without_gradient"], flow["without_tokens"]
     findings = []
     if dead:
-        findings.append(f"no gradient reached {_listed(dead)}")
+        findings.append(f"no gradient reached {_join_names(dead)}")
     if idle:
-        findings.append(f"no token was routed to {_listed(idle)}")
+        findings.append(f"no token was routed to {_join_names(idle)}")
     detail = "; ".join(findings) or "all trained parameters received a gradient"
     if flow["steps"] < least_steps:
         detail = f"this check requires at least {least_steps} training steps"
@@ -287,7 +287,7 @@ def report_only(check: Check) -> Check:
     return replace(check, verdict="reported", detail=detail, bound=None, documents_needed=None)
 
 
-def _listed(names: Sequence[str]) -> str:
+def _join_names(names: Sequence[str]) -> str:
     more = f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""
     return ", ".join(names[:_MAX_NAMES]) + more
 

@@ -34,7 +34,7 @@ from tritter.checkpoints.state import STATE_FOLDER, LazyTensors, read_state, wri
 from tritter.core.families import family_of
 from tritter.core.models import backbone_of, config_of, head_of, live_tensors, load_model
 from tritter.data.batches import BatchStream, this_rank
-from tritter.data.mixed_rows import OldData, PackedText, checked_old, mixed_loader
+from tritter.data.mixed_rows import OldData, PackedText, check_old_data, mixed_loader
 from tritter.errors import Problem, RequestError, nearest, raise_problems
 from tritter.evaluation.gate import GateResult, retention_check
 from tritter.evaluation.losses import document_losses
@@ -397,7 +397,7 @@ class Forgetting:
         self._trainer = trainer
         self._components = trainer.forgetting_components
         self._needs = needs_of(self._components)
-        self._old = {name: checked_old(name, data) for name, data in old_data.items()}
+        self._old = {name: check_old_data(name, data) for name, data in old_data.items()}
         self._packing = PackedText(
             trainer.processing_class,
             config=trainer.model.config,

@@ -36,7 +36,7 @@ from tritter.data.options import DatasetsConfig
 from tritter.data.packing import DocumentMask, mask_documents, num_packed, packed, padding_fraction
 from tritter.data.replay import ReplayBuffer
 from tritter.data.sources import find_texts, recorded_paths, source_documents
-from tritter.data.tokens import END_OF_TEXT, PretrainedTokenizer, joined, read_tokenizer
+from tritter.data.tokens import END_OF_TEXT, PretrainedTokenizer, concatenate, read_tokenizer
 from tritter.errors import RequestError, TritterError, key_name
 from tritter.evaluation.benchmarks.files import Questions, TasksFolder, load
 from tritter.evaluation.benchmarks.formats import BENCHMARKS, Benchmark
@@ -400,7 +400,7 @@ class RunContext:
         stream = (
             ReplayBuffer.of_domains(sequences, weights=weights, seed=seed, purpose="domain")
             if weights
-            else SequenceStream(joined(list(sequences.values())), seed=seed)
+            else SequenceStream(concatenate(list(sequences.values())), seed=seed)
         )
         num_batches = max_steps * self.config.trainer.accumulate_grad_batches
         return BatchStream(stream, batch_size=data.batch_size, num_batches=num_batches)

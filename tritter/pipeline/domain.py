@@ -16,7 +16,7 @@ from typing import Any
 from tritter.checkpoints import Lineage, write_lineage
 from tritter.checkpoints.location import check_output, check_replaceable
 from tritter.config.launch.composition import load_config
-from tritter.config.overrides import quoted
+from tritter.config.overrides import quote
 from tritter.config.schema import RunConfig
 from tritter.core.expansions import ExpansionSpec, MoeAdd
 from tritter.core.families import position_limit
@@ -153,7 +153,7 @@ def _config(source: Path, task: DomainTask, folder: Path) -> RunConfig:
     limit = position_limit(read_config(source)) or MAX_SEQUENCE_LENGTH
     settings = {
         "model": "hf",
-        "model.path": quoted(str(source.resolve())),
+        "model.path": quote(str(source.resolve())),
         "expansion": "none",
         "data": "text",
         "data.new": _value(task.new),
@@ -168,7 +168,7 @@ def _config(source: Path, task: DomainTask, folder: Path) -> RunConfig:
         "evaluation.sample_tokens": 0,
         "evaluation.every_n_steps": 0,
         "seed": task.seed,
-        "cache_dir": quoted(str(folder / "cache")),
+        "cache_dir": quote(str(folder / "cache")),
     }
     config = load_config([f"{key}={value}" for key, value in settings.items()])
     # Replay old data if there is any
@@ -179,5 +179,5 @@ def _config(source: Path, task: DomainTask, folder: Path) -> RunConfig:
 
 
 def _value(sources: TextSources) -> str:
-    parts = [f"{name}:[{','.join(map(quoted, paths))}]" for name, paths in sources.items()]
+    parts = [f"{name}:[{','.join(map(quote, paths))}]" for name, paths in sources.items()]
     return "{" + ",".join(parts) + "}"

@@ -259,7 +259,7 @@ def kept_text(context: RunContext, branch: Branch) -> KeptSequences:
         return KeptSequences()
     start, data = context.source(branch.start), context.config.data
     kept = start.kept.without((*context.old_of(branch), *context.new_of(branch)))
-    for problem in kept.misfits(
+    for problem in kept.problems(
         sequence_length=data.sequence_length,
         packing=data.packing,
         vocab_size=start.family.dimensions(start.config).vocab_size,

@@ -25,7 +25,7 @@ from tritter.report.rows import domain_rows
 from tritter.report.summary import Summary
 from tritter.report.wording import ACCURACY
 from tritter.storage.atomic import write_text_atomic
-from tritter.targets import Component, built
+from tritter.targets import Component, instantiate
 from tritter.training import read_metrics
 
 WANDB_STEP = "trainer/global_step"  # name used by Lightning's logger
@@ -392,7 +392,7 @@ def _built(named: Component, context: RunContext, part: str | None) -> Logger:
     if issubclass(named.kind, MLFlowLogger) and body.get("run_id") is None:
         id_name = f"{named.name}_id" if part is None else f"{named.name}_id.{part}"
         return _same_mlflow_run(body, context.folder / id_name)
-    logger = built(body)
+    logger = instantiate(body)
     assert isinstance(logger, Logger)
     return logger
 
@@ -402,12 +402,12 @@ def _same_mlflow_run(body: Mapping[str, Any], id_file: Path) -> MLFlowLogger:
     from mlflow.exceptions import MlflowException
 
     known = id_file.read_text(encoding="utf-8") if id_file.exists() else None
-    logger: MLFlowLogger = built({**body, "run_id": known})
+    logger: MLFlowLogger = instantiate({**body, "run_id": known})
     try:
         logger.experiment.update_run(logger.run_id, status="RUNNING")
     except MlflowException as error:
         if known is None or error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
-        logger = built(body)  # deleted on the server, or the server has changed
+        logger = instantiate(body)  # deleted on the server, or the server has changed
     write_text_atomic(id_file, str(logger.run_id))
     return logger

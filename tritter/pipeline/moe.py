@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tritter.core.expansions import MoeAdd
 from tritter.core.models import load_model
 from tritter.core.stock_routers import AddedExperts, Routing
-from tritter.data.tokens import joined
+from tritter.data.tokens import concatenate
 from tritter.methods.moe_routing.objective import (
     OldRouting,
     RoutingObjective,
@@ -95,7 +95,7 @@ def with_choice(branch: Branch, clone_from: Sequence[int]) -> Branch:
 
 def spread(context: RunContext, domains: Sequence[str], count: int) -> Tensor:
     """Return up to `count` training sequences [N, T], evenly spaced over some domains."""
-    sequences = joined(list(context.training_sequences(domains).values()))
+    sequences = concatenate(list(context.training_sequences(domains).values()))
     return sequences[:: max(1, len(sequences) // count)][:count]
 
 

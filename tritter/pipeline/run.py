@@ -415,14 +415,14 @@ def _after_rollback(config: RunConfig, summary: Summary) -> Advice:
     if "retention" in failed:
         replay = next((one for one in config.forgetting if one.kind.needs(one.options).mixes), None)
         if replay is None:
-            yield {"forgetting": _listed([*names, "replay"])}, "mix in old data"
+            yield {"forgetting": _override_value([*names, "replay"])}, "mix in old data"
         elif (fraction := getattr(replay.options, "fraction", 1.0)) < _LARGEST_FRACTION:
             more = min(_LARGEST_FRACTION, 2 * fraction)
             yield {f"forgetting.{replay.name}.fraction": f"{more:g}"}, "mix in more old data"
         # Best combination with replay: experiments/2026-11-21_forgetting_methods
         if "distill" not in names and config.experts is None:
             methods = ["distill", *names] if names else ["distill", "replay"]
-            yield {"forgetting": _listed(methods)}, "also distill from the old model"
+            yield {"forgetting": _override_value(methods)}, "also distill from the old model"
     if "new_capability" in failed:
         yield _twice_as_long(config), "more steps"
     if failed & {"retention", "training"}:
@@ -462,5 +462,5 @@ def _after_undecided(config: RunConfig, summary: Summary) -> Advice:
         yield {"data.validation_fraction": f"{fraction + 0.005:.2f}"}, advice
 
 
-def _listed(names: Sequence[str]) -> str:
+def _override_value(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"[{','.join(names)}]"

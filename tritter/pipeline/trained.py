@@ -16,7 +16,7 @@ from tritter.checkpoints.folder import Artifact, LinkedTensors, TokenizerFiles
 from tritter.checkpoints.history import checkpoint_changes
 from tritter.checkpoints.state import KeptSequences, State, copy_states, read_state
 from tritter.core.families import Config, LogicalTensor
-from tritter.core.models import config_of, load_model, stored_tensors, weightless_model
+from tritter.core.models import config_of, load_model, stored_tensors, uninitialised_model
 from tritter.core.parameter_map.carry import MOMENTS
 from tritter.core.stock_routers import AddedExperts, Routing
 from tritter.data.packing import lengths_of
@@ -190,7 +190,7 @@ def measuring_flops(context: RunContext, written: TrainedWriter, location: str) 
 
 def _config_after(config: Config, model: nn.Module) -> Config:
     """Return the config of the initial checkpoint, updated by changes of the live model."""
-    before, after = config_of(weightless_model(config)), config_of(model)
+    before, after = config_of(uninitialised_model(config)), config_of(model)
     changed = {key: value for key, value in after.items() if before.get(key) != value}
     return {key: config[key] for key in config if key in after or key not in before} | changed
 

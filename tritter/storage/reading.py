@@ -256,20 +256,20 @@ def check_links(folder: Path) -> None:
                 check_inside(folder, str(path.relative_to(folder)))
 
 
-def check_tree(folder: Path, *, passed_over: Container[str] = ()) -> None:
+def check_tree(folder: Path, *, skipped: Container[str] = ()) -> None:
     """Refuse a folder that contains a link out of it, a pipe, a socket or a device.
 
     No file is opened.
 
     Args:
         folder: Folder to check.
-        passed_over: Names of subfolders to skip.
+        skipped: Names of subfolders to skip.
 
     Raises:
         TritterError: The folder contains such an entry; the message names it.
     """
     for above, folders, files in os.walk(folder):
-        if Path(above).parent == folder and Path(above).name in passed_over:
+        if Path(above).parent == folder and Path(above).name in skipped:
             folders.clear()
             continue
         for path in (Path(above, name) for name in (*folders, *files)):

@@ -19,7 +19,7 @@ from tritter.data.batches import this_rank
 from tritter.data.packing import IGNORED, labels_of
 from tritter.errors import RequestError
 from tritter.evaluation.losses import nats_per_row
-from tritter.targets import Component, built
+from tritter.targets import Component, instantiate
 from tritter.training.forgetting_method import ForgettingMethod
 from tritter.training.moments import Moments, start_from
 from tritter.training.optimizer import OptimizerSettings, Schedule, build_optimizer
@@ -328,7 +328,7 @@ def module_callbacks(
         body = dict(one.options)
         if issubclass(one.kind, ModelCheckpoint):  # its default is the working directory
             body["dirpath"] = str(folder / (body.get("dirpath") or CHECKPOINTS_NAME))
-        callback = built(body)
+        callback = instantiate(body)
         assert isinstance(callback, Callback)
         other = first.setdefault(callback.state_key, one.name)
         if other != one.name and type(callback).state_dict is not Callback.state_dict:

@@ -29,7 +29,7 @@ from tritter.targets import (
     Component,
     building_problem,
     dotted,
-    imported,
+    import_object,
     parameters_of,
 )
 
@@ -173,7 +173,7 @@ def trainer_argument_problems(name: str, value: object) -> Iterator[Problem]:
     if name == "accumulate_grad_batches" and not (type(value) is int and value >= 1):
         yield Problem(key, value, reason="allowed are integers of at least 1")
         return
-    trainer = imported(TRAINER)
+    trainer = import_object(TRAINER)
     hint = get_type_hints(trainer.__init__)[name]
     try:
         adapter = TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True))

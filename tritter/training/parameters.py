@@ -29,8 +29,8 @@ from tritter.core.models import (
     backbone_of,
     config_of,
     set_parameter,
+    uninitialised_model,
     update_linear_sizes,
-    weightless_model,
 )
 from tritter.errors import RequestError, TritterError
 from tritter.transform import Change
@@ -306,7 +306,7 @@ def _adopt_config(model: nn.Module, config: Config) -> None:
         RequestError: The config requires another class for a module.
     """
     own = on_disk(config_of(model))  # the weights define the widths of the layers
-    before, after = weightless_model(own), weightless_model(config)
+    before, after = uninitialised_model(own), uninitialised_model(config)
     live, known = dict(model.named_modules()), dict(before.named_modules())
     for name, stock in after.named_modules():
         if name in known and type(known[name]) is not type(stock):

@@ -34,8 +34,8 @@ from tritter.core.expansions import (
     MoeAdd,
     ResolvedExpansion,
     build_steps,
-    checked_specs,
-    composed,
+    check_specs,
+    compose_maps,
 )
 from tritter.core.families import (
     LayoutKind,
@@ -183,7 +183,7 @@ def plan_expansion(
             with LoRA experts.
         TritterError: the source has no usable config or generation settings.
     """
-    specs = checked_specs(specs)
+    specs = check_specs(specs)
     if not isinstance(source, Source):
         folder = named_path(source, key="source")
         from tritter.core.models import read_config
@@ -218,7 +218,7 @@ def plan_by_tables(
     return PlannedExpansion(
         config=config,
         steps=steps,
-        parameter_map=composed(steps, config),
+        parameter_map=compose_maps(steps, config),
         seed=seed,
         parameters_before=count_parameters(config),
         parameters_after=count_parameters(target),
@@ -259,7 +259,7 @@ def expand(
     max_shard_bytes: int = 5 * 10**9,
     overwrite: bool = False,
     progress: Progress | None = None,
-    before_placing: Callable[["Expanded"], Lineage] | None = None,
+    before_publish: Callable[["Expanded"], Lineage] | None = None,
 ) -> Expanded:
     """Apply `specs` in order to the checkpoint at `source` and write the result.
 
@@ -280,7 +280,7 @@ def expand(
         max_shard_bytes: size limit of one file of weights.
         overwrite: replace a checkpoint at `destination`; other folders are never replaced.
         progress: called with the number of written tensors and their total.
-        before_placing: called with the result in its temporary folder. It may rewrite the
+        before_publish: called with the result in its temporary folder. It may rewrite the
             lineage, returns the current one, and may raise.
 
     Returns:
@@ -303,7 +303,7 @@ def expand(
     new_dtype = {} if dtype is None else {"dtype": str(dtype).removeprefix("torch.")}
 
     def call_back(folder: Path, lineage: Lineage) -> Lineage:
-        return before_placing(Expanded(folder, plan, lineage)) if before_placing else lineage
+        return before_publish(Expanded(folder, plan, lineage)) if before_publish else lineage
 
     confirmed = cache(partial(_confirmed, plan, opened))
     state = opened.state
@@ -318,7 +318,7 @@ def expand(
         max_shard_bytes=max_shard_bytes,
         overwrite=overwrite,
         check=partial(check_replaceable, sources=[folder]),
-        before_placing=call_back,
+        before_publish=call_back,
     )
     return Expanded(destination, plan, lineage)
 
@@ -402,7 +402,7 @@ def _stream(
         """Yield a transposed tensor whole: its rows are inputs."""
         steps = [maps[part.tensor.name] for part in target.parts]
         origins = [step.origin if step.is_verbatim else None for step in steps]
-        same = source.holding(target, origins)
+        same = source.stored_name(target, origins)
         if same is not None:
             yield source.read_stored(same).to(dtypes[target.name])
             return

@@ -31,8 +31,8 @@ from tritter.core.expansions import (
     ResolvedExpansion,
     Width,
     build_steps,
-    checked_specs,
-    composed,
+    check_specs,
+    compose_maps,
 )
 from tritter.core.expansions.heads import Strategy, copied_sources, split_shares
 from tritter.core.expansions.width import Init, Shares
@@ -57,7 +57,7 @@ class ModelExpander:
     """
 
     def __init__(self, specs: Sequence[ExpansionSpec], *, seed: int = 0) -> None:
-        self.specs = checked_specs(specs)
+        self.specs = check_specs(specs)
         self.seed = seed
 
     def steps(self, config: Config) -> tuple[ResolvedExpansion, ...]:
@@ -76,7 +76,7 @@ class ModelExpander:
         """
         config = config_of(model)
         steps = self.steps(config)
-        return Change.of(composed(steps, config), config, steps[-1].target_config)
+        return Change.of(compose_maps(steps, config), config, steps[-1].target_config)
 
     def expand(self, model: nn.Module) -> nn.Module:
         """Return the expanded model.
@@ -125,7 +125,7 @@ class ModelExpander:
     def _expanded(self, model: nn.Module, steps: Sequence[ResolvedExpansion]) -> nn.Module:
         config, state = config_of(model), model.state_dict()
         held = unpack_all(match(config, state), state)
-        maps = composed(steps, config).tensors
+        maps = compose_maps(steps, config).tensors
 
         def read(name: str) -> Tensor:
             stem = held[maps[name].origin or "embed"]

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tritter import __version__
-from tritter.config.folders import composing_from, search_path, search_path_of
+from tritter.config.folders import search_path, search_path_of, use_search_path
 from tritter.config.launch.command_line import (
     FLAGS,
     SYSTEM_ERRORS,
@@ -80,7 +80,7 @@ def _run(typed: list[str], pipeline: "Pipeline") -> int:
     path = search_path_of(
         command.config_folders, command.config_name, searchpath=command.searchpath
     )
-    with composing_from(path):
+    with use_search_path(path):
         if command.is_help:
             from tritter.config.launch.help import help_text
 
@@ -91,11 +91,11 @@ def _run(typed: list[str], pipeline: "Pipeline") -> int:
 
         with composer() as composing:
             if command.shows in ("hydra_help", "shell_completion"):
-                return _answer(command, composing.hydra)
-            return _act(command, composing, pipeline, typed)
+                return _print_hydra_answer(command, composing.hydra)
+            return _execute(command, composing, pipeline, typed)
 
 
-def _answer(command: CommandLine, hydra: "Hydra") -> int:
+def _print_hydra_answer(command: CommandLine, hydra: "Hydra") -> int:
     """Print Hydra's own help, or the answer to a shell's completion request."""
     from hydra._internal.utils import get_args_parser
 
@@ -110,7 +110,7 @@ def _answer(command: CommandLine, hydra: "Hydra") -> int:
     return 0
 
 
-def _act(
+def _execute(
     command: CommandLine, composing: "Composer", pipeline: "Pipeline", arguments: list[str]
 ) -> int:
     from tritter.config.launch.composition import SweepInConfig
@@ -124,7 +124,7 @@ def _act(
         composing.loader.validated = composed
         return _show(command, request, composing.hydra)
     request.task = task = Task(pipeline=pipeline)
-    with _answers_of_hydra(request), requested(request):
+    with _convert_hydra_errors(request), requested(request):
         if not request.is_multirun:
             try:
                 return _run_one(request, task, composing.hydra)
@@ -137,16 +137,16 @@ def _act(
 
 
 @contextmanager
-def _answers_of_hydra(request: "Request") -> Iterator[None]:
+def _convert_hydra_errors(request: "Request") -> Iterator[None]:
     """Raise what the callback refused, and errors of Hydra before the run began as bad requests.
 
     A run that is finished already ends the block without an error.
     """
-    from tritter.config.launch.plan import Refused
+    from tritter.config.launch.plan import RequestRefused
 
     try:
         yield
-    except Refused as refused:
+    except RequestRefused as refused:
         if refused.error is not None:
             raise refused.error from None
     except (TritterError, *SYSTEM_ERRORS):
@@ -183,7 +183,7 @@ def run_once(words: Sequence[str], pipeline: "Pipeline") -> Path:
     meant = search_path_of(
         command.config_folders, command.config_name, searchpath=command.searchpath
     )
-    with composing_from(meant):
+    with use_search_path(meant):
         from tritter.config.launch.composition import SweepInConfig, composer
         from tritter.config.launch.jobs import Task, read_status
         from tritter.config.launch.plan import read_request, requested
@@ -193,15 +193,15 @@ def run_once(words: Sequence[str], pipeline: "Pipeline") -> Path:
             request.task = task = Task(pipeline=pipeline)
             composing.loader.is_sweep = False
 
-            def logged(config: "DictConfig") -> float | None:
+            def run_logged(config: "DictConfig") -> float | None:
                 with _log_file(task.jobs[0].folder / "train.log"):
                     return task(config)
 
             words = list(request.overrides)
-            with _answers_of_hydra(request), requested(request):
+            with _convert_hydra_errors(request), requested(request):
                 try:
                     name = search_path().config_name
-                    composing.hydra.run(name, logged, words, with_log_configuration=False)
+                    composing.hydra.run(name, run_logged, words, with_log_configuration=False)
                 except SweepInConfig as error:
                     raise RequestError(_NO_SWEEP) from error
                 except Stopped as stop:
@@ -302,7 +302,7 @@ def completions(arguments: Sequence[str]) -> list[str]:
         path = search_path_of(
             command.config_folders, command.config_name, searchpath=command.searchpath
         )
-        with composing_from(path), composer() as composing:
+        with use_search_path(path), composer() as composing:
             line = " ".join([*command.overrides, incomplete])
             plugin = DefaultCompletionPlugin(composing.loader)
             found: list[str] = plugin._query(search_path().config_name, line)

@@ -16,11 +16,11 @@ from rich.text import Text
 from tritter.config.folders import search_path
 from tritter.config.launch.jobs import ENDS, STATUS_FILE, Job, Task, read_status
 from tritter.config.launch.plan import Request
-from tritter.config.overrides import as_value, command
+from tritter.config.overrides import command, override_value
 from tritter.config.run_folder import OUTPUT_FILE
 from tritter.errors import TritterError
 from tritter.stopping import Stopped
-from tritter.storage.lock import is_held
+from tritter.storage.lock import is_locked
 from tritter.storage.reading import SUMMARY_FILE, read_object
 from tritter.terminal import Console, say
 
@@ -58,18 +58,18 @@ def run_sweep(request: Request, task: Task, hydra: Hydra, *, typed: Sequence[str
 
     Raises:
         Stopped: A signal came; the jobs that ran have saved their states, the table is printed.
-        Refused: The callback refused the request.
+        RequestRefused: The callback refused the request.
     """
-    broken_off: str | None = None
+    interruption: str | None = None
     task.on_end = lines = JobLines()
     try:
         # First, so that a mode that is typed wins, and is refused
         words = ["hydra.mode=MULTIRUN", *request.overrides]
-        with _watching(request, lines):
+        with _print_finished_jobs(request, lines):
             hydra.multirun(search_path().config_name, task, words)
     except Stopped as stop:
         if (plan := request.plan) is not None and plan.sweep_folder is not None:
-            stop.advice = (_goes_on(request, typed),)
+            stop.advice = (_resume_hint(request, typed),)
             if stop.signal_number != signal.SIGPIPE:
                 print_sweep(sweep_rows(plan.jobs, plan.sweep_folder), plan.sweep_folder)
         raise
@@ -77,9 +77,9 @@ def run_sweep(request: Request, task: Task, hydra: Hydra, *, typed: Sequence[str
         if request.plan is None:
             raise
         reason = _first_line(str(error).strip())
-        broken_off = f"the sweep was broken off: {type(error).__name__}: {reason}"
+        interruption = f"the sweep was broken off: {type(error).__name__}: {reason}"
         if isinstance(error, TritterError):
-            broken_off = str(error)
+            interruption = str(error)
     plan = request.plan
     assert plan is not None and plan.sweep_folder is not None, "Hydra called the callback"
     rows = sweep_rows(plan.jobs, plan.sweep_folder)
@@ -87,18 +87,18 @@ def run_sweep(request: Request, task: Task, hydra: Hydra, *, typed: Sequence[str
     known = [row for row in rows if row.metric is not None]
     if plan.is_adaptive and known:
         say(f"Least metric: job {min(known, key=lambda row: row.metric or 0.0).name}")
-    if broken_off is not None:
-        say(f"error: {broken_off}\n{_goes_on(request, typed)}", is_error=True)
+    if interruption is not None:
+        say(f"error: {interruption}\n{_resume_hint(request, typed)}", is_error=True)
     codes = {row.exit_code for row in rows}
-    if broken_off is not None or codes & {1, 2, 130, 143}:
+    if interruption is not None or codes & {1, 2, 130, 143}:
         return 1
     return 3 if 3 in codes else 0
 
 
-def _goes_on(request: Request, typed: Sequence[str]) -> str:
+def _resume_hint(request: Request, typed: Sequence[str]) -> str:
     assert request.plan is not None and request.plan.sweep_folder is not None
     own = [word for word in typed if not word.lstrip("+").startswith("hydra.sweep.dir=")]
-    folder = as_value(str(request.plan.sweep_folder))
+    folder = override_value(str(request.plan.sweep_folder))
     return f"Resume the sweep with:\n  {command([*own, f'hydra.sweep.dir={folder}'])}"
 
 
@@ -114,7 +114,7 @@ def sweep_rows(jobs: Sequence[Job], folder: Path) -> tuple[SweepRow, ...]:
 
 def _row(job: Path, *, sweep: Path, overrides: tuple[str, ...] | None) -> SweepRow:
     status = read_status(job)
-    is_killed = status.status == "running" and not is_held(job)
+    is_killed = status.status == "running" and not is_locked(job)
     return SweepRow(
         name=os.path.relpath(job, sweep),
         overrides=tuple(status.overrides) if overrides is None else overrides,
@@ -186,7 +186,7 @@ class JobLines:
 
 
 @contextmanager
-def _watching(request: Request, lines: JobLines) -> Iterator[None]:
+def _print_finished_jobs(request: Request, lines: JobLines) -> Iterator[None]:
     """Print the lines of jobs that a launcher runs in other processes, as their statuses appear."""
     is_over = threading.Event()
 
@@ -253,12 +253,12 @@ def _first_line(text: str) -> str:
 
 def _changes(summary: Path) -> dict[str, float]:
     """Return domain → relative change of the loss per byte, as in the last attempt's gate."""
-    asked = ("retention", "new_capability")
+    shown_checks = ("retention", "new_capability")
     try:
         return {
             str(check["subject"]): float(check["value"])
             for check in read_object(summary)["attempts"][-1]["gate"]
-            if check["check"] in asked and check["value"] is not None
+            if check["check"] in shown_checks and check["value"] is not None
         }
     except (ValueError, LookupError, TypeError):  # a job without a summary, or with another's
         return {}
