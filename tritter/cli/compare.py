@@ -158,7 +158,7 @@ def _print(comparison: Comparison, notes: Sequence[str], output: Path | None) ->
     for number, each in enumerate(comparison.runs):
         console.print(Text(f"{letter(number)}  {console.printable(each.name)}"), soft_wrap=True)
     console.print()
-    for title, table in comparison.lettered().tables().items():
+    for title, table in comparison.with_letters().tables().items():
         # A label equal to the one in the row before is not repeated
         rows, before, is_grouped = [], "", table.header[0] in ("domain", "setting")
         for first, *others in table.rows:

@@ -192,7 +192,7 @@ class ForgettingMixin(Trainer):  # in front of the trainer class
 
     def get_train_dataloader(self) -> Any:
         """Return the trainer's loader, with old rows mixed in if a method replays them."""
-        return self.forgetting.mixed(super().get_train_dataloader())
+        return self.forgetting.mix_loader(super().get_train_dataloader())
 
     def compute_loss(
         self,
@@ -216,7 +216,7 @@ class ForgettingMixin(Trainer):  # in front of the trainer class
         batch = _method_batch(inputs, is_replay)
         with self.accelerator.autocast():
             running.observe_batch(self.model, batch)
-        with _caught_logits(self.model, is_wanted=running.adds_losses) as caught:
+        with _capture_logits(self.model, is_wanted=running.adds_losses) as captured:
             result = super().compute_loss(model, inputs, **arguments)
         if not running.adds_losses:
             return result
@@ -224,7 +224,7 @@ class ForgettingMixin(Trainer):  # in front of the trainer class
         if self._is_loss_averaged(num_items_in_batch):
             scale = 1 / self.current_gradient_accumulation_steps
         with self.accelerator.autocast():
-            extra = running.extra_loss(self.model, batch, caught.of(self.model), scale=scale)
+            extra = running.extra_loss(self.model, batch, captured.of(self.model), scale=scale)
         return (result[0] + extra, result[1]) if return_outputs else result + extra
 
     def _is_loss_averaged(self, num_items_in_batch: Any) -> bool:
@@ -339,7 +339,7 @@ def _method_batch(inputs: Mapping[str, Any], is_replay: Tensor | None) -> dict[s
 
 
 @dataclass(slots=True)
-class _Caught:
+class _CapturedOutputs:
     """Outputs of a forward pass with their graph."""
 
     logits: Tensor | None = None
@@ -355,20 +355,20 @@ class _Caught:
 
 
 @contextmanager
-def _caught_logits(model: nn.Module, *, is_wanted: bool) -> Iterator[_Caught]:
+def _capture_logits(model: nn.Module, *, is_wanted: bool) -> Iterator[_CapturedOutputs]:
     """Capture the logits, or else the last hidden states, of the task's forward pass."""
-    caught, handles = _Caught(), []
+    captured, handles = _CapturedOutputs(), []
 
-    def catch(module: nn.Module, arguments: Any, output: Any) -> None:
+    def capture(module: nn.Module, arguments: Any, output: Any) -> None:
         for name, key in (("logits", "logits"), ("hidden", "last_hidden_state")):
             value = getattr(output, key, None)
             if isinstance(value, Tensor) and value.requires_grad:
-                setattr(caught, name, value)
+                setattr(captured, name, value)
 
     if is_wanted:
-        handles = [each.register_forward_hook(catch) for each in (model, backbone_of(model))]
+        handles = [each.register_forward_hook(capture) for each in (model, backbone_of(model))]
     try:
-        yield caught
+        yield captured
     finally:
         for handle in handles:
             handle.remove()
@@ -419,7 +419,7 @@ class Forgetting:
     def _data_problems(self) -> Iterator[Problem]:
         writes = any(needs.writes for needs in self._needs)
         for one, needs in zip(self._components, self._needs, strict=True):
-            if needs.old_text and not (self._old or writes or self._has_earlier(needs.instead)):
+            if needs.old_text and not (self._old or writes or self._has_saved_state(needs.instead)):
                 reason = (
                     f"{one.name} needs old_data: texts or tokenised rows; without old data use "
                     "l2sp, distill or self_replay"
@@ -446,7 +446,7 @@ class Forgetting:
         """Old domain → int [N, T]: texts and rows packed into training sequences."""
         return {name: self._packing.sequences(name, data) for name, data in self._old.items()}
 
-    def mixed(self, loader: Any) -> Any:
+    def mix_loader(self, loader: Any) -> Any:
         """Return a loader with old rows mixed in if a method replays them."""
         mixing = [m for m, needs in zip(self.methods, self._needs, strict=False) if needs.mixes]
         if not (self.is_running and mixing):
@@ -573,7 +573,7 @@ class Forgetting:
         name = str(getattr(self._trainer.model, "name_or_path", "") or "")
         return Path(name) if name and Path(name).is_dir() else None
 
-    def _has_earlier(self, kinds: Sequence[str]) -> bool:
+    def _has_saved_state(self, kinds: Sequence[str]) -> bool:
         found = read_state(self._model_folder) if kinds and self._model_folder else None
         return found is not None and set(kinds) <= found.kinds.keys()
 

@@ -113,17 +113,19 @@ class RunContext:
     def new_domains(self) -> tuple[str, ...]:
         return self.text.new
 
-    def new_of(self, branch: Branch) -> tuple[str, ...]:
+    def new_domains_of(self, branch: Branch) -> tuple[str, ...]:
         """Return the domains of a branch's task."""
         return self.text.tasks[branch.task]
 
-    def old_of(self, branch: Branch) -> tuple[str, ...]:
+    def old_domains_of(self, branch: Branch) -> tuple[str, ...]:
         """Return the domains to retain: the old domains, and those of earlier tasks."""
         earlier = [*self.old_domains, *chain.from_iterable(self.text.tasks[: branch.task])]
-        return tuple(dict.fromkeys(name for name in earlier if name not in self.new_of(branch)))
+        return tuple(
+            dict.fromkeys(name for name in earlier if name not in self.new_domains_of(branch))
+        )
 
     @cached_property
-    def given(self) -> Source | None:
+    def initial_checkpoint(self) -> Source | None:
         """The initial checkpoint of the run; None if it pretrains a base model.
 
         Raises:
@@ -145,17 +147,19 @@ class RunContext:
     def text(self) -> RunText:
         """The run's domains; those of a Hub checkpoint are known once it is downloaded."""
         config = self.config
-        if self.given is None or Path(config.model.path).is_dir():  # type: ignore[union-attr]
+        if self.initial_checkpoint is None or Path(config.model.path).is_dir():  # type: ignore[union-attr]
             return config.text
-        return run_text(str(self.given.folder), config.data, seed=config.seed)
+        return run_text(str(self.initial_checkpoint.folder), config.data, seed=config.seed)
 
     @cached_property
     def source_tokenizer(self) -> PretrainedTokenizer | None:
         """The tokenizer of the initial checkpoint, if any."""
-        if self.given is None:
+        if self.initial_checkpoint is None:
             return None
-        vocab_size = self.given.family.dimensions(self.given.config).vocab_size
-        return read_tokenizer(self.given.folder, vocab_size=vocab_size)
+        vocab_size = self.initial_checkpoint.family.dimensions(
+            self.initial_checkpoint.config
+        ).vocab_size
+        return read_tokenizer(self.initial_checkpoint.folder, vocab_size=vocab_size)
 
     @cached_property
     def corpus(self) -> Corpus:
@@ -184,7 +188,11 @@ class RunContext:
     @cached_property
     def notes(self) -> tuple[str, ...]:
         """Notes on the inputs of the run, a sentence each."""
-        source = known_config(self.config) if self.given is None else self.given.config
+        source = (
+            known_config(self.config)
+            if self.initial_checkpoint is None
+            else self.initial_checkpoint.config
+        )
         assert source is not None  # only the config of a Hub id is unknown, and then `given` is set
         # Skipped files of each domain
         notes = [find_texts(each.key, each.paths).note(each.name) for each in self.text.domains]
@@ -219,7 +227,7 @@ class RunContext:
     def published_dtype(self) -> str:
         """The dtype of the published weights; requires the baseline stage."""
         dtype = self.config.pipeline.dtype
-        if dtype != "source" or self.given is None:
+        if dtype != "source" or self.initial_checkpoint is None:
             return "float32" if dtype == "source" else dtype
         found = self.source("baseline").tensors.main_dtype
         return found if found in PUBLISHED_DTYPES else "float32"
@@ -431,7 +439,11 @@ class RunContext:
         skills = (
             QuestionTask(name, name, questions[name]) for name in questions if questions[name]
         )
-        source = known_config(self.config) if self.given is None else self.given.config
+        source = (
+            known_config(self.config)
+            if self.initial_checkpoint is None
+            else self.initial_checkpoint.config
+        )
         length = (source and position_limit(source)) or MAX_POSITIONS
         return (*skills, *benchmark_tasks(options, positions=length))
 

@@ -36,7 +36,7 @@ from tritter.terminal import Console
 from tritter.transform import PlannedExpansion
 from tritter.transform.folder import known_digests
 
-ARM = "adapted"
+BRANCH = "adapted"
 MAX_SEQUENCE_LENGTH = 256
 BATCH_SIZE = 8
 
@@ -103,10 +103,10 @@ def expand_for_domain(
         folder = Path(name)
         config = replace(_config(source, task, folder), expansion=tuple(specs))
         context = RunContext(config=config, folder=folder, console=console, ledger=Ledger(folder))
-        branch = Branch(ARM, config.expansion)
+        branch = Branch(BRANCH, config.expansion)
         check_source(context)
-        given = context.given
-        assert given is not None
+        initial_checkpoint = context.initial_checkpoint
+        assert initial_checkpoint is not None
         context.check_text()
         for note in context.notes:
             context.say("data", note)
@@ -116,7 +116,7 @@ def expand_for_domain(
         used = moe.summary_record(context, (branch,))
         assert used is not None
         plan = context.planned(branch)
-        domains = " and ".join(context.new_of(branch))  # names in the run, which may differ
+        domains = " and ".join(context.new_domains_of(branch))  # names in the run, which may differ
         trained = f"on {domains}: {used.router_steps} router steps, {task.steps} steps of the "
         trained += "new experts; open to all tokens"
         steps = [  # replace the planned steps in the notes by the result
@@ -126,7 +126,7 @@ def expand_for_domain(
         plan = replace(plan, steps=tuple(steps))
         scores = {
             "before": score_records(context.read_scores("baseline")),
-            "after": score_records(context.read_scores(f"{ARM}-trained")),
+            "after": score_records(context.read_scores(f"{BRANCH}-trained")),
         }
         check = partial(check_replaceable, sources=sources)
         with atomic_folder(destination, overwrite=overwrite, check=check) as temporary:
@@ -138,7 +138,7 @@ def expand_for_domain(
                 parent_hash=root.model_hash,
                 parent_path=os.path.relpath(source.resolve(), destination.resolve()),
             )
-            if given.lineage is None:
+            if initial_checkpoint.lineage is None:
                 adopted = replace(
                     adopted,
                     parent_tensor_digests=root.tensor_digests,

@@ -13,7 +13,7 @@ from tritter.core.families import Flops, forward_flops
 from tritter.core.models import config_of, load_model
 from tritter.errors import RequestError, did_you_mean
 from tritter.methods.experts.adapters import is_of_adapter, shape_of
-from tritter.methods.experts.callback import ExpertCallback, Known
+from tritter.methods.experts.callback import BaseData, ExpertCallback
 from tritter.methods.experts.method import DynamicExperts, Experts, SingleLora
 from tritter.methods.experts.mixture import ROUTER, ExpertMixture, mixture_on
 from tritter.methods.experts.module import ExpertModule, forward_flops_of
@@ -116,7 +116,7 @@ def _callback(
         registry.load_state_dict(stored)
         if not branch.task:  # counters of an earlier run start again at zero
             registry.batches = dict.fromkeys(registry.batches, 0)
-    new, length = context.new_of(branch), context.config.data.sequence_length
+    new, length = context.new_domains_of(branch), context.config.data.sequence_length
     callback = ExpertCallback(
         registry,
         shape=shape,
@@ -175,7 +175,7 @@ def _resume(context: RunContext, branch: Branch, mixture: ExpertMixture, method:
         )
 
 
-def _known(context: RunContext, *, is_measured: bool) -> Known:
+def _known(context: RunContext, *, is_measured: bool) -> BaseData:
     """Return data of the old domains, for statistics of the novelty detector; never trained on."""
     sequences = context.training_sequences(context.old_domains)
     size = context.config.data.batch_size
@@ -188,7 +188,7 @@ def _known(context: RunContext, *, is_measured: bool) -> Known:
             order = torch.cat([order, torch.randperm(len(each), generator=generator)])
         batches[domain] = each[order[:count]].long().split(size)
     tokens = (each.flatten().long() for each in sequences.values())
-    return Known(batches=batches, tokens=torch.cat([torch.empty(0, dtype=torch.int64), *tokens]))
+    return BaseData(batches=batches, tokens=torch.cat([torch.empty(0, dtype=torch.int64), *tokens]))
 
 
 def reading_flops(model: nn.Module) -> Flops:

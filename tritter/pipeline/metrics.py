@@ -32,12 +32,12 @@ WANDB_STEP = "trainer/global_step"  # name used by Lightning's logger
 BEFORE = -1  # step of the model before its expansion
 
 
-def score_metrics(context: RunContext, arm_name: str) -> dict[str, float]:
+def score_metrics(context: RunContext, branch_name: str) -> dict[str, float]:
     """Return `score/<domain>/loss` and `score/<task>/accuracy` of a trained branch.
 
     Scores cover all validation documents.
     """
-    scores = context.read_scores(f"{arm_name}-trained")
+    scores = context.read_scores(f"{branch_name}-trained")
     means = {subject: finite_or_none(score.mean()) or 0.0 for subject, score in scores.items()}
     accuracies = [subject for subject, score in scores.items() if score.unit == "accuracy"]
     return {
@@ -46,14 +46,14 @@ def score_metrics(context: RunContext, arm_name: str) -> dict[str, float]:
     }
 
 
-def num_steps(context: RunContext, arm_name: str) -> int:
+def num_steps(context: RunContext, branch_name: str) -> int:
     """Return the number of steps for which a branch was trained."""
-    return context.ledger.found(f"{arm_name}.fit", TrainingFound).steps
+    return context.ledger.found(f"{branch_name}.fit", TrainingFound).steps
 
 
-def before_metrics(context: RunContext, arm_name: str) -> dict[str, float]:
+def before_metrics(context: RunContext, branch_name: str) -> dict[str, float]:
     """Return `eval/<domain>/…` before a branch's expansion; empty if it did not expand."""
-    stage = f"{arm_name}.expand"
+    stage = f"{branch_name}.expand"
     if context.ledger.get(stage) is None:
         return {}
     return dict(context.ledger.found(stage, ExpansionFound).before)

@@ -224,12 +224,12 @@ def child_writer(
             "training": asdict(config.training),
             **{name: asdict(getattr(config, name)) for name in sections},
             "forgetting": [{"name": one.name, **plain(one.arguments)} for one in config.forgetting],
-            "old": context.source_records(context.old_of(branch)),
-            "new": context.source_records(context.new_of(branch)),
+            "old": context.source_records(context.old_domains_of(branch)),
+            "new": context.source_records(context.new_domains_of(branch)),
             **context.split_record(),
         },
         split=context.text.split,
-        domains=context.learned((*context.old_of(branch), *context.new_of(branch))),
+        domains=context.learned((*context.old_domains_of(branch), *context.new_domains_of(branch))),
     )
     return TrainedWriter(
         start=start.folder, start_config=start.config, target=target, lineage=lineage, added=added
@@ -241,7 +241,7 @@ def branch_writer(
 ) -> TrainedWriter:
     """Return the writer for the trained model of a branch."""
     start, folder = context.source(moe.start_folder(context, branch)), context.folder / branch.name
-    location, added = f"{branch.name}/trained", moe.appended(context, branch)
+    location, added = f"{branch.name}/trained", moe.pending_experts(context, branch)
     has_bias = is_routed and context.config.moe_routing.bias_update_rate
     has_frozen_base = context.config.experts is not None and not branch.is_control
     dtype = context.published_dtype
@@ -318,7 +318,7 @@ class StateWriter:
 
 
 @dataclass(frozen=True, slots=True)
-class MomentsOfRest:
+class UntrainedMoments:
     """Writes the moments of parameters that a stage did not train next to its model."""
 
     state: State
@@ -332,7 +332,7 @@ class MomentsOfRest:
         )
 
 
-def moments_of_rest(
+def untrained_moments(
     context: RunContext, start: Source, *, is_trained: Callable[[LogicalTensor], bool]
 ) -> Artifact | None:
     """Return a writer for the moments of parameters that a stage did not train.
@@ -343,7 +343,7 @@ def moments_of_rest(
     if not context.config.optimizer.carry or start.state is None:
         return None
     tensors = start.family.logical_tensors(start.config)
-    return MomentsOfRest(start.state, frozenset(t.disk_name for t in tensors if is_trained(t)))
+    return UntrainedMoments(start.state, frozenset(t.disk_name for t in tensors if is_trained(t)))
 
 
 def discard_moments(folder: Path) -> None:

@@ -189,7 +189,7 @@ class Side:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Answers:
+class _Outputs:
     """Outputs of one model.
 
     Args:
@@ -211,14 +211,14 @@ def validate(source: Side, result: Side, text: ValidationText) -> list[Check]:
         TritterError: a checkpoint is damaged.
     """
     new = _new_units(source.config, result.config)
-    _check_memory(source, is_tried=False, option="--source")
-    _check_memory(result, is_tried=bool(new), option="--result")
+    _check_memory(source, has_trial_steps=False, option="--source")
+    _check_memory(result, has_trial_steps=bool(new), option="--result")
     texts = {kind: _read(kind, source.lineage, result.lineage, text) for kind in ("kept", "target")}
     documents = [one for kind in texts.values() for each in kind.documents.values() for one in each]
     ids = _sequences(source, result, documents)
-    before = _answers(source.load(), source, result, ids, texts)
+    before = _evaluate_side(source.load(), source, result, ids, texts)
     model = result.load()
-    after = _answers(model, result, source, ids, texts)
+    after = _evaluate_side(model, result, source, ids, texts)
     if new:  # this changes the weights of `model`
         own = _sequences(result, result, documents)
         assert own is not None
@@ -239,9 +239,9 @@ def validate(source: Side, result: Side, text: ValidationText) -> list[Check]:
     ]
 
 
-def _check_memory(side: Side, *, is_tried: bool, option: str) -> None:
+def _check_memory(side: Side, *, has_trial_steps: bool, option: str) -> None:
     """Reject a model that does not fit into memory, including gradients on a CPU."""
-    has_gradients = is_tried and not torch.cuda.is_available()
+    has_gradients = has_trial_steps and not torch.cuda.is_available()
     needed = _FLOAT32 * count_parameters(side.config) * (2 if has_gradients else 1)
     limit = machine_memory()
     if limit is not None and needed > limit:
@@ -254,13 +254,13 @@ def _check_memory(side: Side, *, is_tried: bool, option: str) -> None:
         raise RequestError(Problem(option, str(side.folder), reason=reason, advice=advice))
 
 
-def _answers(
+def _evaluate_side(
     model: nn.Module,
     side: Side,
     other: Side,
     ids: Tensor | None,
     texts: Mapping[str, _Domains],
-) -> _Answers:
+) -> _Outputs:
     """Score a model with its tokenizer, or with the other one if the vocabulary size matches."""
     logits, num_bytes = None if ids is None else logits_of(model, ids), parameter_bytes(model)
     tokenizer = side.tokenizer
@@ -279,7 +279,7 @@ def _answers(
                 end_of_text_id=tokenizer.end_of_text_id,
                 batch_size=BATCH_SIZE,
             )
-    return _Answers(logits, num_bytes, scores)
+    return _Outputs(logits, num_bytes, scores)
 
 
 def _equivalence(source: Side, result: Side, before: Tensor | None, after: Tensor | None) -> Check:
@@ -303,7 +303,7 @@ def _equivalence(source: Side, result: Side, before: Tensor | None, after: Tenso
         check = equivalence_check(
             before,
             after,
-            reason_not_asked=_inexact_reason(source, result),
+            skip_reason=_inexact_reason(source, result),
             rounded=" and ".join(rounded),
             rounded_bound=rounded_jump(has_experts=family_of(result.config).has_experts),
         )
@@ -386,7 +386,7 @@ def _sequences(source: Side, result: Side, documents: Sequence[Document]) -> Ten
 
 
 def _compared(
-    kind: str, before: _Answers, after: _Answers, *, missing_reason: str
+    kind: str, before: _Outputs, after: _Outputs, *, missing_reason: str
 ) -> Iterator[Check]:
     """Yield checks of the change in loss per byte, which is comparable across tokenizers."""
     name = {"kept": "benchmark_retention", "target": "new_capability"}[kind]

@@ -25,8 +25,8 @@ from tritter.report.runs import (
     Interval,
     Run,
     differing_keys,
+    differs_between,
     grouped,
-    tells,
 )
 from tritter.report.summary import LARGEST
 from tritter.report.table import Table
@@ -113,7 +113,7 @@ class Comparison:
 
     runs: tuple[Compared, ...]
 
-    def lettered(self) -> "Comparison":
+    def with_letters(self) -> "Comparison":
         """Return the same with a letter as the name of each run, for narrow terminals."""
         named = (replace(r.run, name=letter(n)) for n, r in enumerate(self.runs))
         return Comparison(tuple(replace(c, run=r) for c, r in zip(self.runs, named, strict=True)))
@@ -226,7 +226,7 @@ class Comparison:
         if len(runs) <= _FEW_RUNS:
             columns = ((key, *(r.run.setting(key, _CELL_CHARACTERS) for r in runs)) for key in keys)
             return Table(("setting", *(each.name for each in runs)), tuple(columns))
-        independent = _telling(keys, [each.run for each in runs])
+        independent = _independent_keys(keys, [each.run for each in runs])
         shorter = "without settings that follow from others; --json has all"
         caption = "" if independent == keys else shorter
         if len(independent) <= _FEW_SETTINGS:
@@ -362,14 +362,14 @@ def letter(number: int) -> str:
     return (letter(rest - 1) if rest else "") + chr(ord("A") + last)
 
 
-def _telling(keys: Sequence[str], runs: Sequence[Run]) -> tuple[str, ...]:
+def _independent_keys(keys: Sequence[str], runs: Sequence[Run]) -> tuple[str, ...]:
     """Return the keys without those that follow from a choice in another column."""
     found: dict[str, tuple[str, tuple[bool, ...]]] = {}
     for key in keys:
         group = key.partition(".")[0]
         who = (group, tuple(key in run.settings for run in runs))
-        is_said = f"{group}.methods" in keys and key != f"{group}.methods"
-        if tells(key, runs) or not (is_said or who in found.values()):
+        is_implied = f"{group}.methods" in keys and key != f"{group}.methods"
+        if differs_between(key, runs) or not (is_implied or who in found.values()):
             found[key] = who
     return tuple(found)
 

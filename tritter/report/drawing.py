@@ -72,7 +72,7 @@ def panel(*, height: float) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def say(axes: Axes, text: str) -> None:
+def write_note(axes: Axes, text: str) -> None:
     """Print in an empty panel why it is empty."""
     axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", color=GREY)
     axes.set_yticks([])
@@ -124,7 +124,7 @@ def numbers(rows: Iterable[Iterable[float | None]]) -> NDArray[np.float64]:
     return np.asarray([[np.nan if v is None else v for v in row] for row in rows], dtype=float)
 
 
-def some(values: Sequence[_T]) -> Sequence[_T]:
+def subsample(values: Sequence[_T]) -> Sequence[_T]:
     """Return all values, or `MAX_COLUMNS` of them, evenly spaced and with the last one."""
     import numpy as np
 

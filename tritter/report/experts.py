@@ -14,12 +14,12 @@ from tritter.report.drawing import (
     new_figure,
     numbers,
     panel,
-    say,
-    some,
+    subsample,
     wrapped,
+    write_note,
 )
-from tritter.report.summary import BASE, Course, ExpertsRecord, Spawn
-from tritter.report.table import Table, left_out
+from tritter.report.summary import BASE, ExpertHistory, ExpertsRecord, Spawn
+from tritter.report.table import Table, omitted_note
 from tritter.report.wording import MISSING, count_text, number_text
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def experts_table(experts: ExpertsRecord, *, most: int = MAX_ROWS) -> Table:
     header = ("expert", "domain", "step", "batches", "novelty", "limit", "rank", "usage %", "state")
     lines = ["spawned on a domain at a step, after so many batches above the novelty limit; "]
     lines[0] += "usage: mean gate"
-    lines += filter(None, [left_out(len(experts.rows), most)])
+    lines += filter(None, [omitted_note(len(experts.rows), most)])
     rows = []
     for row in experts.rows[:most]:
         spawn = row.spawn or Spawn()
@@ -75,8 +75,8 @@ def usage_table(
         for domain, shares in list(experts.usage.items())[:most]
     )
     lines = (
-        left_out(len(experts.names), len(shown), of="experts "),
-        left_out(len(experts.usage), most, of="domains "),
+        omitted_note(len(experts.names), len(shown), of="experts "),
+        omitted_note(len(experts.usage), most, of="domains "),
     )
     return Table(
         ("domain", *shown),
@@ -127,7 +127,7 @@ def page_tables(experts: ExpertsRecord) -> list[Table]:
         (number_text(event.step), event.kind, event.expert, event.why)
         for event in experts.events[:_MOST]
     )
-    lines = ["Events of the experts", left_out(len(experts.events), _MOST)]
+    lines = ["Events of the experts", omitted_note(len(experts.events), _MOST)]
     caption = "; ".join(filter(None, lines))
     events = Table(("step", "event", "expert", "reason"), rows, (0,), caption)
     return [experts_table(experts, most=_MOST), usage, similarity, events]
@@ -210,7 +210,7 @@ def draw_routing(axes: Axes, experts: ExpertsRecord) -> None:
     names = [name for name in experts.names if name in most]
     domains = list(experts.usage)[:_DRAWN]
     if not names or not domains:
-        _say(axes, "no data")
+        _write_note(axes, "no data")
         return
     shares = [[experts.usage[domain].get(name) for name in names] for domain in domains]
     _draw_cells(axes, domains, names, shares, scale=100, colours="Blues")
@@ -222,7 +222,7 @@ def draw_similarity(axes: Axes, experts: ExpertsRecord) -> None:
     found = experts.similarities[:_DRAWN]
     known = list(dict.fromkeys(name for _, similarity in found for name in similarity))[:_DRAWN]
     if not found:
-        _say(axes, "no expert was spawned" if not experts.spawned else "no data")
+        _write_note(axes, "no expert was spawned" if not experts.spawned else "no data")
         return
     values = [[similarity.get(name) for name in known] for _, similarity in found]
     _draw_cells(axes, [expert for expert, _ in found], known, values, scale=1, colours="Purples")
@@ -238,14 +238,14 @@ def draw_ranks(
     course = experts.ranks_over_time
     if not course.steps:
         ranks = {name: (rank, rank) for name, rank in experts.ranks.items()}
-        course = Course(steps=(0, end), ranks=ranks)
+        course = ExpertHistory(steps=(0, end), ranks=ranks)
     if not course.values:
-        _say(axes, "no data")
+        _write_note(axes, "no data")
         return
     if course.steps[-1] < end:
         longer = {name: (*each, each[-1]) for name, each in course.values.items()}
-        course = Course(steps=(*course.steps, end), ranks=longer)
-    _draw_courses(axes, course, experts, is_stepped=True)
+        course = ExpertHistory(steps=(*course.steps, end), ranks=longer)
+    _draw_history(axes, course, experts, is_stepped=True)
     axes.yaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.set_ylim(bottom=0)
     axes.set_ylabel("rank")
@@ -256,23 +256,25 @@ def draw_usage(axes: Axes, experts: ExpertsRecord, *, mark: Callable[[Axes], Non
     """Draw each expert's mean gate over the steps."""
     axes.set_title("usage during training", fontsize=10)
     if not experts.usage_over_time.steps or not experts.usage_over_time.values:
-        _say(axes, "no data")
+        _write_note(axes, "no data")
         return
-    _draw_courses(axes, experts.usage_over_time, experts, is_stepped=False)
+    _draw_history(axes, experts.usage_over_time, experts, is_stepped=False)
     axes.set_ylim(0, 105)
     axes.set_ylabel("mean gate [%]")
     mark(axes)
 
 
-def _draw_courses(axes: Axes, course: Course, experts: ExpertsRecord, *, is_stepped: bool) -> None:
+def _draw_history(
+    axes: Axes, course: ExpertHistory, experts: ExpertsRecord, *, is_stepped: bool
+) -> None:
     import numpy as np
 
-    steps = some(course.steps)
+    steps = subsample(course.steps)
     order = dict.fromkeys((*experts.names, *course.values))
     shown = [name for name in order if name in course.values][:_DRAWN]
     adapters = [name for name in shown if name != BASE]
     for name in shown:
-        values = [np.nan if v is None else float(v) for v in some(course.values[name])]
+        values = [np.nan if v is None else float(v) for v in subsample(course.values[name])]
         number = 0 if name == BASE else adapters.index(name)
         color = GREY if name == BASE else CYCLE[number % len(CYCLE)]
         style = _STYLES[number // len(CYCLE) % len(_STYLES)]
@@ -297,8 +299,8 @@ def _draw_courses(axes: Axes, course: Course, experts: ExpertsRecord, *, is_step
     axes.set_xlabel("training step")
 
 
-def _say(axes: Axes, text: str) -> None:
-    say(axes, text)
+def _write_note(axes: Axes, text: str) -> None:
+    write_note(axes, text)
     axes.set_xticks([])
 
 

@@ -24,11 +24,11 @@ from tritter.report.growth import (
     draw_parameters,
     draw_pressure,
     events_table,
-    flops_course,
     growth_table,
     growth_text,
     label_flops,
     mark_growth,
+    parameters_over_flops,
 )
 from tritter.report.matrix import matrix_figure, transfer_table
 from tritter.report.plots import SMOOTHED_FROM_POINTS, Curve, last_flops, running_mean
@@ -129,7 +129,7 @@ def page(
     text = environment.get_template("page.html.j2").render(
         version=__version__,
         title=title,
-        lead=_lead(groups),
+        lead=_subtitle(groups),
         notes=notes,
         verdicts=_VERDICTS,
         groups=_group_table(lines) if len(groups) < len(runs) else Table((), ()),
@@ -150,7 +150,7 @@ def page(
             for name, found in pictures.items()
         ],
         lineage="\n".join(_tree(runs)),
-        differing=Table((), ()) if tables else _differing(runs),
+        differing=Table((), ()) if tables else _settings_table(runs),
         runs=[_details(run) for run in runs],
     )
     files = {
@@ -169,7 +169,7 @@ def _png(figure: Figure) -> bytes:
     return stream.getvalue()
 
 
-def _lead(groups: Sequence[Group]) -> str:
+def _subtitle(groups: Sequence[Group]) -> str:
     """Return the line below the title."""
     num_runs = sum(len(group.runs) for group in groups)
     lead = "One finished run" if num_runs == 1 else f"{num_runs} finished runs"
@@ -289,7 +289,7 @@ def _words(status: object) -> str:
     return str(status).replace("_", " ")
 
 
-def _differing(runs: Sequence[Run]) -> Table:
+def _settings_table(runs: Sequence[Run]) -> Table:
     """Return the settings that differ; the longer of settings and runs becomes the rows."""
     keys = differing_keys(runs)
     if len(runs) > len(keys):
@@ -568,7 +568,7 @@ def _losses(lines: Sequence[_Line]) -> list[Figure]:
     named["train/loss"] = "training loss"
     runs = [run for line in lines for run in line.group.runs]
     is_in_tokens = all(run.tokens_per_step for run in runs)
-    made = [_course(lines, name, title, is_in_tokens) for name, title in named.items()]
+    made = [_draw_losses(lines, name, title, is_in_tokens) for name, title in named.items()]
     bases: dict[tuple[Curve, float], None] = {}  # each once: runs of a sweep share them
     for run in runs:
         scale = _scale(run, is_in_tokens=is_in_tokens)
@@ -584,14 +584,16 @@ def _losses(lines: Sequence[_Line]) -> list[Figure]:
     return [figure for figure in made if figure is not None]
 
 
-def _course(lines: Sequence[_Line], name: str, title: str, is_in_tokens: bool) -> Figure | None:
+def _draw_losses(
+    lines: Sequence[_Line], name: str, title: str, is_in_tokens: bool
+) -> Figure | None:
     """Draw one loss of all runs, and mark expansions, growth and the start of tasks."""
     figure, axes = panel(height=2.9)
     is_empty = True
     is_alone = sum(len(line.group.runs) for line in lines if not line.group.is_control) == 1
     marked: dict[tuple[float, str], None] = {}
     for line in lines:
-        courses: list[_Course] = []
+        courses: list[_Curve] = []
         for run in line.group.runs:
             scale = _scale(run, is_in_tokens=is_in_tokens)
             for curve in (each for each in run.curves if each.name == name):
@@ -622,14 +624,14 @@ def _label_course(axes: Axes, title: str, *, is_in_tokens: bool) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class _Course:
+class _Curve:
     """A curve to draw: a running mean if it has many points."""
 
     positions: tuple[float, ...]
     values: tuple[float, ...]
 
 
-def _draw(axes: Axes, curve: Curve, scale: float, line: _Line, *, is_pale: bool = False) -> _Course:
+def _draw(axes: Axes, curve: Curve, scale: float, line: _Line, *, is_pale: bool = False) -> _Curve:
     """Draw a curve; below a running mean its points are pale.
 
     Args:
@@ -650,17 +652,17 @@ def _draw(axes: Axes, curve: Curve, scale: float, line: _Line, *, is_pale: bool 
             "markersize": 3,
         }
         plot(positions, values, alpha=alpha, linewidth=width, **({} if is_pale else marks))
-        return _Course(tuple(positions), tuple(values))
+        return _Curve(tuple(positions), tuple(values))
     window = len(values) // 20
     mean = running_mean(values, window)
     centres = positions[window // 2 : window // 2 + len(mean)]
     if not is_pale:
         plot(positions, values, alpha=0.2)
     plot(centres, mean, alpha=alpha, linewidth=width)
-    return _Course(tuple(centres), tuple(mean))
+    return _Curve(tuple(centres), tuple(mean))
 
 
-def _draw_mean(axes: Axes, courses: Sequence[_Course], line: _Line) -> None:
+def _draw_mean(axes: Axes, courses: Sequence[_Curve], line: _Line) -> None:
     """Draw the mean of several seeds' curves over the positions that all of them have."""
     if len(courses) < 2:
         return
@@ -716,7 +718,7 @@ def _growth(lines: Sequence[_Line]) -> list[Figure]:
     figure, axes = panel(height=2.9)
     is_empty = True
     for line, run, growth in found:
-        course = flops_course(growth, end_flops=last_flops(run.curves))
+        course = parameters_over_flops(growth, end_flops=last_flops(run.curves))
         if course[0]:
             draw_parameters(axes, *course, color=line.color, marker=line.marker)
             is_empty = False

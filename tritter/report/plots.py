@@ -155,7 +155,7 @@ def _draw_stages(axes: Axes, scores: Sequence[Score | None], *, label: str, colo
 
 
 @dataclass(frozen=True, slots=True)
-class _Course:
+class _RoundCurve:
     """A domain's validation loss during one round of a run.
 
     Args:
@@ -190,14 +190,14 @@ def _forgetting_figure(
         born: Steps of the last round at which neurons were born.
         is_grown: The model was expanded.
     """
-    grown = [(row, _courses(row, rounds)) for row in rows if not row.is_control]
+    grown = [(row, _round_curves(row, rounds)) for row in rows if not row.is_control]
     shown = [(row, courses) for row, courses in grown if courses]
     if not shown:
         return None
     figure, panels = new_figure(columns=len(shown), width=1.2 + 3.2 * len(shown), height=4.0)
     for (row, courses), axes in zip(shown, panels, strict=True):
-        level = _draw_courses(axes, courses, is_grown=is_grown)
-        for course in _courses(row, [control]):
+        level = _draw_rounds(axes, courses, is_grown=is_grown)
+        for course in _round_curves(row, [control]):
             label = "control (not grown)"
             axes.plot(course.steps, course.values, "s--", color=ORANGE, markersize=3, label=label)
         for step in borders:
@@ -218,20 +218,20 @@ def _forgetting_figure(
     return figure
 
 
-def _courses(row: DomainRow, rounds: Sequence[Sequence[Curve]]) -> list[_Course]:
+def _round_curves(row: DomainRow, rounds: Sequence[Sequence[Curve]]) -> list[_RoundCurve]:
     """Return a domain's losses in each round; steps are counted over all rounds."""
-    courses: list[_Course] = []
+    courses: list[_RoundCurve] = []
     for curve in (each for curves in rounds for each in curves):
         if curve.name == f"eval/{row.domain}/loss" and curve.steps[-1] >= 0:
             first_step = courses[-1].steps[-1] if courses else 0
             num_before = sum(step < 0 for step in curve.steps)
             before = curve.values[0] if num_before else None
             steps = tuple(first_step + step for step in curve.steps[num_before:])
-            courses.append(_Course(before, first_step, steps, curve.values[num_before:]))
+            courses.append(_RoundCurve(before, first_step, steps, curve.values[num_before:]))
     return courses
 
 
-def _draw_courses(axes: Axes, courses: Sequence[_Course], *, is_grown: bool) -> str:
+def _draw_rounds(axes: Axes, courses: Sequence[_RoundCurve], *, is_grown: bool) -> str:
     """Draw all rounds and the level of the loss before them; return the label of the level."""
     first = courses[0]
     gap = 0.08 * max(courses[-1].steps[-1], 1)  # between the first step and the loss before it

@@ -266,7 +266,7 @@ def grouped(runs: Iterable[Run]) -> tuple[Group, ...]:
         by_settings.setdefault(key, []).append(run)
     groups = [tuple(each) for each in by_settings.values()]
     firsts = [each[0] for each in groups]
-    keys = [key for key in differing_keys(firsts) if key != _SEED and tells(key, firsts)]
+    keys = [key for key in differing_keys(firsts) if key != _SEED and differs_between(key, firsts)]
     ways = {"growth": any(run.summary.growth is not None for run in firsts)}
     ways["experts"] = any(run.summary.experts is not None for run in firsts)
     named = [way for way, is_there in ways.items() if is_there]
@@ -328,7 +328,7 @@ def _name(run: Run, keys: Sequence[str], *, ways: Collection[str]) -> str:
     return cut(name, _NAME_CHARACTERS)
 
 
-def tells(key: str, runs: Sequence[Run]) -> bool:
+def differs_between(key: str, runs: Sequence[Run]) -> bool:
     """Return whether a setting differs between the runs that have it, methods excluded."""
     values = {repr(run.settings[key]) for run in runs if key in run.settings}
     return len(values) > 1 and not key.endswith(".methods")

@@ -244,7 +244,7 @@ class ExpertEvent(Part):
     gone: str | None = None
 
 
-class Course(Part):
+class ExpertHistory(Part):
     """A number of each expert over the steps; None before it exists, or if unknown."""
 
     steps: Annotated[tuple[Count, ...], Field(max_length=_MOST_EVENTS)] = ()
@@ -305,9 +305,9 @@ class ExpertsRecord(Part):
     spawned: Annotated[tuple[Spawn, ...], _MOST_OF_THEM] = ()
     events: Annotated[tuple[ExpertEvent, ...], _MOST_OF_THEM] = ()
     usage: Annotated[dict[str, _Shares], Field(max_length=_MOST)] = {}
-    usage_over_time: Course = Course()
+    usage_over_time: ExpertHistory = ExpertHistory()
     ranks: dict[str, Count] = {}
-    ranks_over_time: Course = Course()
+    ranks_over_time: ExpertHistory = ExpertHistory()
     parameters: _Parameters = _Parameters()
     batches: dict[str, Count] = {}
     routing: _Routing = _Routing()

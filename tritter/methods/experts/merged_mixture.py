@@ -12,7 +12,7 @@ from tritter.methods.experts.adapters import AdapterShape, Factors
 from tritter.methods.experts.changes import lost_share, merged
 from tritter.methods.experts.gates import usage
 from tritter.methods.experts.mixture import ExpertMixture
-from tritter.methods.experts.stored import ExpertFolder, StoredAdapter, put_values
+from tritter.methods.experts.stored import ExpertFolder, StoredAdapter, load_values
 
 NAME = "merged"
 
@@ -122,7 +122,7 @@ def logit_change(mixture: ExpertMixture, adapter: StoredAdapter, input_ids: Tens
         ids = input_ids.to(device)
         before = model(input_ids=ids, use_cache=False).logits.double()
         mixture.open(name, adapter.shape, seed=0)
-        put_values(model, name, adapter)
+        load_values(model, name, adapter)
         with mixture.only(name):
             after = model(input_ids=ids, use_cache=False).logits.double()
     difference, deviation = after - before, before.std()
