@@ -476,16 +476,16 @@ def run(
     from tritter.config.overrides import quote
     from tritter.stopping import Stopped, stopping
 
-    words = [*_data_overrides(data or {}, overrides), *overrides]
+    all_overrides = [*_data_overrides(data or {}, overrides), *overrides]
     if output is not None:
-        words.append(f"hydra.run.dir={quote(fspath(output))}")
+        all_overrides.append(f"hydra.run.dir={quote(fspath(output))}")
     try:
         with stopping():
-            return RunResult(run_once(words, _pipeline))
+            return RunResult(run_once(all_overrides, _pipeline))
     except Stopped as stop:
         if stop.signal_number != signal.SIGINT:
             raise SystemExit(stop.exit_code) from stop
-        where = f" {stop.where}" if stop.where else ""
+        where = f" {stop.location}" if stop.location else ""
         again = "".join(f"; continue with tritter.run('resume={folder}')" for folder in stop.advice)
         raise KeyboardInterrupt(f"stopped{where}{again}") from stop
 
@@ -506,8 +506,8 @@ def _data_overrides(data: Mapping[str, Sources], overrides: Sequence[str]) -> li
     from tritter.config.overrides import nested_value, override_key
     from tritter.data.datasets import dataset_names
 
-    allowed, typed = ("old", "new", "tasks"), {override_key(word) for word in overrides}
-    problems, words, paths = [], list[str](), list[str]()
+    allowed, typed = ("old", "new", "tasks"), {override_key(each) for each in overrides}
+    problems, found, paths = [], list[str](), list[str]()
     for key, value in data.items():
         if key not in allowed:
             reason = f"there is no such key; there are {', '.join(allowed)}"
@@ -518,11 +518,11 @@ def _data_overrides(data: Mapping[str, Sources], overrides: Sequence[str]) -> li
         inner = list(value.values()) if isinstance(value, Mapping) else [value]
         for each in inner:
             paths += map(str, each if isinstance(each, list | tuple) else [each])
-        words.append(f"data.{key}={nested_value(value)}")
+        found.append(f"data.{key}={nested_value(value)}")
     raise_problems(problems)
-    if words and "data" not in typed:
-        words.insert(0, f"data={'hf' if dataset_names(paths) else 'text'}")
-    return words
+    if found and "data" not in typed:
+        found.insert(0, f"data={'hf' if dataset_names(paths) else 'text'}")
+    return found
 
 
 # The gate

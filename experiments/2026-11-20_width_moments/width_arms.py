@@ -230,7 +230,7 @@ def optimizer_after(
             base.optimizer,
             base.model,
             change,
-            places=change.after,
+            stored_tensors=change.after,
             policy=policy.removesuffix(ZERO_SECOND),  # type: ignore[arg-type]
         )
         start_from(optimizer, grown.model, moments)

@@ -156,7 +156,7 @@ def test_a_changed_byte_in_the_data_is_named(place: Path, name: str) -> None:
     content[-1] ^= 1
     path.write_bytes(content)
     (change,) = _changes(place)[name]
-    assert change.file == "model.safetensors" and change.tensor and change.what == "changed"
+    assert change.file == "model.safetensors" and change.tensor and change.detail == "changed"
 
 
 @pytest.mark.quick_cases(1)
@@ -178,7 +178,7 @@ def test_changes_of_tensors_in_number_and_kind(place: Path) -> None:
     del tensors[GAIN]
     tensors["lm_head.weight"] = tensors["lm_head.weight"].double()
     save_file(tensors, path, metadata={"format": "pt"})
-    assert {(change.tensor, change.what) for change in _changes(place)["deep"]} == {
+    assert {(change.tensor, change.detail) for change in _changes(place)["deep"]} == {
         ("stray", "added"),
         (GAIN, "missing"),
         ("lm_head.weight", "changed"),
@@ -189,7 +189,7 @@ def test_a_truncated_file_is_named(place: Path) -> None:
     path = place / "wide" / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-5])
     (change,) = _changes(place)["wide"]
-    assert "wide/model.safetensors cannot be read" in change.what
+    assert "wide/model.safetensors cannot be read" in change.detail
 
 
 @pytest.mark.parametrize("name", ["wide", "deep"])
@@ -206,7 +206,7 @@ def test_any_byte_of_a_record_counts(place: Path, old: str, new: str) -> None:
     assert old in text
     path.write_text(text.replace(old, new, 1))
     ((found, (change,)),) = _changes(place).items()
-    assert (found, change.file, change.what) == ("deep", "tritter.json", "changed")
+    assert (found, change.file, change.detail) == ("deep", "tritter.json", "changed")
 
 
 def test_a_byte_of_the_header_that_moves_no_tensor_counts(place: Path) -> None:
@@ -250,4 +250,4 @@ def test_a_plain_parent_whose_digests_nobody_kept_is_held_against_its_hash(place
     assert verify(base) == ()
     _change_tensor(place / "base")
     (change,) = verify(base)
-    assert change.tensor is None and str(base.model_hash) in change.what
+    assert change.tensor is None and str(base.model_hash) in change.detail

@@ -17,7 +17,7 @@ from tests.report.growing import growth
 from tests.report.test_runs import SETTINGS
 from tests.report.test_tables import ungated
 from tritter.report.drawing import DPI
-from tritter.report.page import MOST_PANELS, _lines, figures, page
+from tritter.report.page import MAX_PANELS, _lines, figures, page
 from tritter.report.plots import Curve
 from tritter.report.runs import Run, grouped
 from tritter.report.summary import Summary
@@ -235,7 +235,7 @@ def test_as_much_is_drawn_as_a_picture_can_hold(summary: dict[str, Any]) -> None
     scores = {f"d{number}": summary["baseline"]["prose"] for number in range(60)}
     domains = {"old": list(scores), "new": []}
     wide = summary | {"baseline": scores, "domains": domains, "attempts": [{"final": scores}]}
-    assert len(figures(grouped([Run("a", Summary.of(wide), SETTINGS)]))["changes"]) == MOST_PANELS
+    assert len(figures(grouped([Run("a", Summary.of(wide), SETTINGS)]))["changes"]) == MAX_PANELS
 
 
 @pytest.mark.full

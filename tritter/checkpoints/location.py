@@ -115,13 +115,13 @@ def _contains_source_error(target: Path, source: Path) -> RequestError:
 def is_within(path: Path, folder: Path) -> bool:
     """Return True if a path is a folder or is in it, regardless of spelling and links."""
     try:
-        wanted = folder.stat()
+        allowed_names = folder.stat()
         resolved = path.resolve()
     except (OSError, ValueError, RuntimeError):  # a missing folder contains nothing
         return False
     for above in (resolved, *resolved.parents):
         try:
-            if os.path.samestat(above.stat(), wanted):
+            if os.path.samestat(above.stat(), allowed_names):
                 return True
         except OSError:  # does not exist yet
             continue

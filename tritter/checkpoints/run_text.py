@@ -65,7 +65,8 @@ class RunText:
         domains: old domains first.
         tasks: tasks in training order, each as the names of its domains.
         learned: name → domain that the checkpoint learned before.
-        kept: sequences stored in the checkpoint for learned domains whose data the run lacks.
+        kept_sequences: sequences stored in the checkpoint for learned domains whose data the run
+            lacks.
         notes: sentences to print.
     """
 
@@ -73,7 +74,7 @@ class RunText:
     domains: tuple[DomainText, ...]
     tasks: tuple[tuple[str, ...], ...]
     learned: Mapping[str, LearnedDomain]
-    kept: KeptSequences = field(compare=False)
+    kept_sequences: KeptSequences = field(compare=False)
     notes: tuple[str, ...] = ()
 
     @property
@@ -97,20 +98,20 @@ def run_text(checkpoint: str | None, data: DataConfig, *, seed: int) -> RunText:
         RequestError: the lineage can't be read, its split would change, or data that it learned
             is unavailable and `data.old` does not replace it.
     """
-    lineage, kept = _learned(checkpoint)
+    lineage, kept_sequences = _learned(checkpoint)
     learned = {} if lineage is None else lineage.domains
     notes: list[str] = []
     split = _split(lineage, data, seed=seed, notes=notes)
     domains, tasks = _Domains(learned, data, notes).resolve()
     names = {each.name for each in domains}
     rest = [name for name in learned if name not in names]
-    kept = kept.without(names)
-    if with_sequences := [name for name in rest if name in kept.sequences]:
+    kept_sequences = kept_sequences.without(names)
+    if with_sequences := [name for name in rest if name in kept_sequences.sequences]:
         notes.append(
             f"The checkpoint contains sequences of {', '.join(with_sequences)}; forgetting "
             "mitigation uses them instead of the original data."
         )
-    if unprotected := [name for name in rest if name not in kept.sequences]:
+    if unprotected := [name for name in rest if name not in kept_sequences.sequences]:
         notes.append(
             f"No forgetting mitigation covers {', '.join(unprotected)}, which the checkpoint "
             "learned."
@@ -120,7 +121,7 @@ def run_text(checkpoint: str | None, data: DataConfig, *, seed: int) -> RunText:
         domains=domains,
         tasks=tasks,
         learned=learned,
-        kept=kept,
+        kept_sequences=kept_sequences,
         notes=tuple(notes),
     )
 
@@ -206,8 +207,8 @@ class _Domains:
         again = {final_name[name] for name in first if name in final_name}
         old = [] if self._data.is_old_named else self._all_learned(without=again)
         named = {domain.name for domain in old}
-        kept = self._domains_of(typed_old, is_old=True)
-        for typed, domain in zip(typed_old, kept, strict=True):
+        typed_domains = self._domains_of(typed_old, is_old=True)
+        for typed, domain in zip(typed_old, typed_domains, strict=True):
             final_name.setdefault(typed, domain.name)
             if domain.name in again:
                 self._notes.append(f"{domain.name} is trained on again, so it is not old.")

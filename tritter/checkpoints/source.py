@@ -172,7 +172,7 @@ class Source:
         return read_state(self.folder)
 
     @cached_property
-    def kept(self) -> KeptSequences:
+    def kept_sequences(self) -> KeptSequences:
         """The training sequences stored in the checkpoint for later runs."""
         from tritter.checkpoints.state import KeptSequences  # needs torch
 
@@ -185,7 +185,7 @@ class Source:
             TritterError: an artifact is damaged, or has another format.
         """
         tokenizer = TokenizerFiles(self.folder)
-        found = (tokenizer, self.state, self.added, self.kept, self.experts)
+        found = (tokenizer, self.state, self.added, self.kept_sequences, self.experts)
         return tuple(each for each in found if each is not None)
 
     def read(self, name: str) -> Tensor:

@@ -636,7 +636,7 @@ def _expand(job: _Job, *, measures: bool, overwrite: bool, is_quiet: bool) -> _R
 
             bar = new_bar("MB checked") if measures else None
             with refuse_damage():
-                found = measure(job.source, made, is_wanted=measures, progress=bar)
+                found = measure(job.source, made, is_requested=measures, progress=bar)
             measured.append(found)
             return found.lineage
 

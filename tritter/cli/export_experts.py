@@ -50,7 +50,7 @@ from tritter.storage.hub import locate
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _OF_STOCK = {*ADAPTER_FILES, "README.md"}
 _SEQUENCES, _LENGTH, _DOCUMENTS = 8, 128, 16  # per domain, to measure a merge
-LARGEST_RANK = 1024  # of a readable adapter
+MAX_RANK = 1024  # of a readable adapter
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,13 +93,13 @@ class Merge:
         }
 
 
-def merge(files: ExpertFiles, *, rank: int | None = None, largest_rank: int | None = None) -> Merge:
+def merge(files: ExpertFiles, *, rank: int | None = None, max_rank: int | None = None) -> Merge:
     """Merge the experts of a folder by mean gates, and measure the logit shift.
 
     Args:
         files: the experts.
-        rank: rank of the merged adapter; None for the lossless one, up to `largest_rank`.
-        largest_rank: maximum rank; None for no limit.
+        rank: rank of the merged adapter; None for the lossless one, up to `max_rank`.
+        max_rank: maximum rank; None for no limit.
 
     Raises:
         RequestError: the folder has no adapter.
@@ -122,8 +122,8 @@ def merge(files: ExpertFiles, *, rank: int | None = None, largest_rank: int | No
         if stored is not None:
             gates_from = f"recorded means on {', '.join(files.head.usage)}"
     made = merged_adapter(experts, gates, rank=rank)
-    if largest_rank is not None and made.adapter.shape.rank > largest_rank:
-        made = merged_adapter(experts, gates, rank=largest_rank)
+    if max_rank is not None and made.adapter.shape.rank > max_rank:
+        made = merged_adapter(experts, gates, rank=max_rank)
     change = logit_change(mixture, made.adapter, input_ids)
     return Merge(gates=gates, gates_from=gates_from, made=made, change=change, text=named)
 
@@ -192,7 +192,7 @@ def export_adapters(
             raise RequestError(
                 f"--format = peft: {folder} has no LoRA experts; must be hf, a plain folder."
             )
-        merged = merge(source.experts, rank=rank, largest_rank=LARGEST_RANK) if is_merged else None
+        merged = merge(source.experts, rank=rank, max_rank=MAX_RANK) if is_merged else None
     experts = ExpertFolder.of_files(source.experts)
     if not experts.adapters:
         raise RequestError(f"{folder} has no adapter to export: its only expert is the base.")

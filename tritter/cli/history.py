@@ -101,12 +101,12 @@ def history(
     return 0 if is_intact else EXIT_NO
 
 
-def describe_origin(link: Link, *, most_experts: int | None = None) -> str:
+def describe_origin(link: Link, *, max_experts: int | None = None) -> str:
     """Return a short description of a checkpoint's origin.
 
     Args:
         link: the checkpoint.
-        most_experts: maximum number of experts to list by name; otherwise only their number.
+        max_experts: maximum number of experts to list by name; otherwise only their number.
     """
     lineage = link.lineage
     if link.problem:
@@ -114,7 +114,7 @@ def describe_origin(link: Link, *, most_experts: int | None = None) -> str:
     if lineage is None:
         return "plain folder" if link.folder else MISSING
     experts = f"LoRA experts {', '.join(link.experts)}" if link.experts else ""
-    if most_experts is not None and len(link.experts) > most_experts:
+    if max_experts is not None and len(link.experts) > max_experts:
         experts = f"{len(link.experts)} LoRA experts"
     removed = "removed" if link.is_removed else ""
     if link.expansion_records:
@@ -153,7 +153,7 @@ def _row_json(row: Checked, newest: Link) -> dict[str, Any]:
         "timestamp": link.expansion_records[-1].timestamp if link.expansion_records else None,
         "state": row.state,
         "changes": [
-            {"file": change.file or None, "tensor": change.tensor, "what": change.what}
+            {"file": change.file or None, "tensor": change.tensor, "what": change.detail}
             for change in row.changes or ()
         ],
     }
@@ -168,7 +168,7 @@ def _print(rows: Sequence[Checked], *, is_verified: bool) -> None:
         cells.append(
             (
                 _name(link),
-                describe_origin(link, most_experts=_FEW_EXPERTS),
+                describe_origin(link, max_experts=_FEW_EXPERTS),
                 count_text(link.num_parameters),
                 number_text(steps),
                 short(link.model_hash),
@@ -198,7 +198,7 @@ def _print(rows: Sequence[Checked], *, is_verified: bool) -> None:
         for change in row.changes or ():
             folder = display_path(row.link.folder) if row.link.folder else ""
             names = [f"{folder}/{change.file}" if change.file else folder, change.tensor or ""]
-            text = f"{' '.join(filter(None, names))}: {change.what}"
+            text = f"{' '.join(filter(None, names))}: {change.detail}"
             console.print(Text(console.printable(text), style="red"), soft_wrap=True)
     states = Counter(row.state for row in rows)
     parts = [f"{states[state]} {state}" for state in ("intact", "changed", "not checked")]

@@ -51,7 +51,7 @@ _WITHOUT_MAP = {
     "experts": "none: the base is unchanged",
     "growth": "none: neurons were added during training",
 }
-_MOST_FACTORS = 3
+_MAX_FACTORS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -411,7 +411,7 @@ def _factors(tensor_map: TensorMap, quantity: str) -> str:
             along: Tensor = getattr(axis, quantity)[axis.index >= 0].unique()
             values = torch.outer(values, along).flatten().unique()
     texts = list(dict.fromkeys(f"{value:.4g}" for value in values.tolist()))
-    if len(texts) > _MOST_FACTORS:
+    if len(texts) > _MAX_FACTORS:
         return f"{texts[0]} .. {texts[-1]}"
     return ", ".join(texts)
 

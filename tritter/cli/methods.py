@@ -55,11 +55,11 @@ class MethodCommand(CheckpointCommand):
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Describe the options of the requested methods, and only list those of the others."""
-        words = ctx.meta[_METHODS]
-        if words is None:  # --help-all
+        values = ctx.meta[_METHODS]
+        if values is None:  # --help-all
             return super().format_help(ctx, formatter)
         takers = method_options()
-        chosen = {name.strip().replace("-", "_") for word in words for name in word.split(",")}
+        chosen = {name.strip().replace("-", "_") for word in values for name in word.split(",")}
         ctx.meta[_SHOWN] = {option for option in takers if chosen & takers[option].keys()}
         lines = ["Options of the methods (--method METHOD --help or --help-all describes them):"]
         for method in method_bodies():
@@ -157,13 +157,13 @@ def option_names() -> dict[str, str | None]:
     return names
 
 
-def method_names(words: Sequence[str]) -> tuple[str, ...]:
+def method_names(values: Sequence[str]) -> tuple[str, ...]:
     """Return the methods named by `--method`, in order.
 
     Raises:
         RequestError: a method does not exist. The message lists the known ones.
     """
-    names = [name.strip().replace("-", "_") for word in words for name in word.split(",")]
+    names = [name.strip().replace("-", "_") for word in values for name in word.split(",")]
     for name in names:
         if name not in method_bodies():
             shown, allowed = with_dashes(name), [*map(with_dashes, method_bodies())]

@@ -41,9 +41,9 @@ from tritter.targets import TARGET
 
 KeyPath = tuple[str | int, ...]  # keys and positions from the root
 
-_MOST_BYTES = 2**20
-_DEEPEST = 16
-_MOST_LINES = 4  # in a message
+_MAX_BYTES = 2**20
+_MAX_DEPTH = 16
+_MAX_LINES = 4  # in a message
 _COLLECTIONS = {f"tag:yaml.org,2002:{kind}" for kind in ("map", "seq")}
 _MADE = {f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "int", "float")}
 _TEXTS = {f"tag:yaml.org,2002:{kind}" for kind in ("str", "timestamp", "merge", "value")}
@@ -76,8 +76,8 @@ class LinedYaml:
         for key_path in key_paths:
             ends = (key_path[:end] for end in range(len(key_path), -1, -1))
             lines.add(next(self.lines[end] for end in ends if end in self.lines))
-        named = [str(line) for line in sorted(lines)[:_MOST_LINES]]
-        named += [f"{len(lines) - _MOST_LINES} more"] * (len(lines) > _MOST_LINES)
+        named = [str(line) for line in sorted(lines)[:_MAX_LINES]]
+        named += [f"{len(lines) - _MAX_LINES} more"] * (len(lines) > _MAX_LINES)
         return f"{self.path}, line {' or '.join(named)}"
 
 
@@ -88,7 +88,7 @@ def read_lined_yaml(path: Path) -> LinedYaml:
         RequestError: the file can't be read, is not valid YAML, or uses unsupported YAML features.
     """
     try:
-        text = read_text(path, limit_bytes=_MOST_BYTES)
+        text = read_text(path, limit_bytes=_MAX_BYTES)
     except TritterError as error:
         raise RequestError(str(error)) from error
     try:
@@ -99,7 +99,7 @@ def read_lined_yaml(path: Path) -> LinedYaml:
                 raise _refusal(path, line, "aliases (*) are not supported")
             depth += isinstance(event, yaml.CollectionStartEvent)
             depth -= isinstance(event, yaml.CollectionEndEvent)
-            if depth > _DEEPEST:
+            if depth > _MAX_DEPTH:
                 raise _refusal(path, line, "it is nested too deeply")
         root = yaml.compose(text, Loader=yaml.CSafeLoader)
     except yaml.MarkedYAMLError as error:

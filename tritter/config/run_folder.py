@@ -173,12 +173,12 @@ def _is_complete(folder: Path, run: RunRecord) -> bool:
         TritterError: an output was modified.
     """
     damages = find_damage(folder, run.left)
-    changed = [damage for damage in damages if not damage.is_gone]
+    changed = [damage for damage in damages if not damage.is_deleted]
     if changed:
-        paths = dict.fromkeys(str(folder / damage.place) for damage in changed)
+        paths = dict.fromkeys(str(folder / damage.location) for damage in changed)
         raise TritterError(
             "the run is finished, but its outputs were modified:\n"
-            + "\n".join(f"  {damage.what}" for damage in changed)
+            + "\n".join(f"  {damage.detail}" for damage in changed)
             + f"\nDelete {' and '.join(paths)} and recreate it with: "
             + run.resume_command(folder)
         )

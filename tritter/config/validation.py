@@ -384,7 +384,7 @@ def _data_problems(config: RunConfig) -> Iterator[Problem]:
         name
         for name, needs in needs_of.items()
         if needs.old_text
-        and not config.text.kept.sequences
+        and not config.text.kept_sequences.sequences
         and not (needs.instead and state_kinds_of(folder) >= set(needs.instead))
     ]
     if needing and not any(needs.writes for needs in needs_of.values()):

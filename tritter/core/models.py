@@ -354,16 +354,16 @@ def config_of(model: nn.Module) -> Config:
         RequestError: the model has no config, or PEFT wraps it.
     """
     refuse_peft(model)
-    held = getattr(model, "config", None)
-    if held is None or not hasattr(held, "to_diff_dict"):
+    stock = getattr(model, "config", None)
+    if stock is None or not hasattr(stock, "to_diff_dict"):
         raise RequestError(f"{type(model).__name__} has no Hugging Face config.")
-    config = _plain(held)
+    config = _plain(stock)
     family = find_family(str(config.get("model_type")))
     if family is None or family.has_experts:
         return config
     parameters = dict(model.named_parameters())
     (up,) = (tensor for tensor in family.tensors if tensor.kind == "ffn.up")
-    names = [up.for_layer(n).disk_name for n in range(held.num_hidden_layers)]
+    names = [up.for_layer(n).disk_name for n in range(stock.num_hidden_layers)]
     if not all(name in parameters for name in names):  # a part of a model
         return config
     sizes = [live_shape(parameters[name])[int(up.is_transposed)] for name in names]

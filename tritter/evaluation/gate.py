@@ -193,7 +193,7 @@ def flow_check(
     flow: Mapping[str, Any],
     *,
     new_experts: Collection[int] = (),
-    least_steps: int = ENOUGH_STEPS,
+    min_steps: int = ENOUGH_STEPS,
 ) -> Check | None:
     """Check that all trained parameters received a gradient; None if it was not recorded.
 
@@ -203,7 +203,7 @@ def flow_check(
     Args:
         flow: gradient flow recorded during training.
         new_experts: indices of appended experts.
-        least_steps: minimum number of steps for a verdict.
+        min_steps: minimum number of steps for a verdict.
     """
     if not flow:
         return None
@@ -214,8 +214,8 @@ def flow_check(
     if idle:
         findings.append(f"no token was routed to {_join_names(idle)}")
     detail = "; ".join(findings) or "all trained parameters received a gradient"
-    if flow["steps"] < least_steps:
-        detail = f"this check requires at least {least_steps} training steps"
+    if flow["steps"] < min_steps:
+        detail = f"this check requires at least {min_steps} training steps"
         return Check("gradient_flow", "parameters", "reported", detail, n=flow["steps"])
     by_layer: dict[str, set[int]] = {}
     for name in idle:  # such as layers.3.experts.7

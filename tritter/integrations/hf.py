@@ -216,7 +216,7 @@ class ForgettingMixin(Trainer):  # in front of the trainer class
         batch = _method_batch(inputs, is_replay)
         with self.accelerator.autocast():
             running.observe_batch(self.model, batch)
-        with _capture_logits(self.model, is_wanted=running.adds_losses) as captured:
+        with _capture_logits(self.model, should_capture=running.adds_losses) as captured:
             result = super().compute_loss(model, inputs, **arguments)
         if not running.adds_losses:
             return result
@@ -355,7 +355,7 @@ class _CapturedOutputs:
 
 
 @contextmanager
-def _capture_logits(model: nn.Module, *, is_wanted: bool) -> Iterator[_CapturedOutputs]:
+def _capture_logits(model: nn.Module, *, should_capture: bool) -> Iterator[_CapturedOutputs]:
     """Capture the logits, or else the last hidden states, of the task's forward pass."""
     captured, handles = _CapturedOutputs(), []
 
@@ -365,7 +365,7 @@ def _capture_logits(model: nn.Module, *, is_wanted: bool) -> Iterator[_CapturedO
             if isinstance(value, Tensor) and value.requires_grad:
                 setattr(captured, name, value)
 
-    if is_wanted:
+    if should_capture:
         handles = [each.register_forward_hook(capture) for each in (model, backbone_of(model))]
     try:
         yield captured
@@ -413,7 +413,7 @@ class Forgetting:
         self._before: dict[str, Tensor] = {}  # gate domain → nats of its documents
         self._added: dict[str, Tensor] = {}  # method → sum of what it added to the loss
         self._steps_added = 0
-        self._left: dict[str, Values] = {}
+        self._leftovers: dict[str, Values] = {}
         raise_problems(list(self._data_problems()))
 
     def _data_problems(self) -> Iterator[Problem]:
@@ -506,7 +506,7 @@ class Forgetting:
             method.begin_task(model, self._task)
             if saved is not None:
                 method.load_state_dict(saved["methods"][method.name])
-        self._left, self._added = {}, {}
+        self._leftovers, self._added = {}, {}
         self.is_running = True
         if saved is None:
             self._before = {name: each.values for name, each in self._scores().items()}
@@ -656,7 +656,7 @@ class Forgetting:
 
     def end(self, model: nn.Module) -> None:
         """Collect the methods' state for later training runs."""
-        self._left = {
+        self._leftovers = {
             kind: values
             for method in self.methods
             for kind, values in method.end_task(model).items()
@@ -731,9 +731,11 @@ class Forgetting:
 
     def write_end(self, folder: Path) -> None:
         """Write the methods' state for later training runs into a trained model's folder."""
-        if self._left:
+        if self._leftovers:
             model = self._trainer.model
-            kinds = {k: TensorStream.of(disk_values(model, self._left[k])) for k in self._left}
+            kinds = {
+                k: TensorStream.of(disk_values(model, self._leftovers[k])) for k in self._leftovers
+            }
             if (folder / STATE_FOLDER).exists():
                 remove_folder(folder / STATE_FOLDER)
             write_state(folder, kinds, step=self._trainer.state.global_step)

@@ -272,7 +272,7 @@ class RunContext:
         try:
             result = work()
         except Stopped as stopped:
-            stopped.where = stopped.where or f"during {key}, which will restart"
+            stopped.location = stopped.location or f"during {key}, which will restart"
             raise
         elapsed = time.perf_counter() - since - sum(result.seconds.values())
         seconds = {**result.seconds, label: elapsed + result.seconds.get(label, 0.0)}

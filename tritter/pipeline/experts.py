@@ -29,7 +29,7 @@ _USAGE_SEQUENCES = 16  # per domain, to measure the gates
 
 
 @dataclass(frozen=True, slots=True)
-class Trainee:
+class TrainingTarget:
     """The trainable part of a branch: a model, or the experts on it.
 
     Args:
@@ -67,7 +67,9 @@ def load_start(context: RunContext, branch: Branch, source: Source) -> nn.Module
     return load_whole(source.folder, config=source.config, base_bits=bits)
 
 
-def begin(context: RunContext, branch: Branch, model: nn.Module, *, max_steps: int) -> Trainee:
+def begin(
+    context: RunContext, branch: Branch, model: nn.Module, *, max_steps: int
+) -> TrainingTarget:
     """Return the trainable part of a model; adds experts if they are selected and missing.
 
     Raises:
@@ -75,7 +77,7 @@ def begin(context: RunContext, branch: Branch, model: nn.Module, *, max_steps: i
     """
     method = method_of(context, branch)
     if method is None:
-        return Trainee(partial(BaseModule, model))
+        return TrainingTarget(partial(BaseModule, model))
     mixture = mixture_on(model)
     if mixture is None:
         seed = context.seed("experts", *branch.purpose)
@@ -85,7 +87,7 @@ def begin(context: RunContext, branch: Branch, model: nn.Module, *, max_steps: i
     surgery_callbacks: tuple[Callback, ...] = ()
     if isinstance(method, DynamicExperts):
         surgery_callbacks = (_callback(context, branch, mixture, method, max_steps=max_steps),)
-    return Trainee(partial(ExpertModule, mixture, losses=method.losses), surgery_callbacks)
+    return TrainingTarget(partial(ExpertModule, mixture, losses=method.losses), surgery_callbacks)
 
 
 def _callback(

@@ -121,8 +121,10 @@ def _preparation(
     state: Mapping[str, Values],
     written: Tensor | None,
 ) -> Preparation:
-    kept = kept_text(context, branch).sequences
-    old = (*context.old_domains_of(branch), *kept) or (() if written is None else (WRITTEN,))
+    kept_sequences = kept_text(context, branch).sequences
+    old = (*context.old_domains_of(branch), *kept_sequences) or (
+        () if written is None else (WRITTEN,)
+    )
 
     def draw(count: int, *purpose: str, domains: Iterable[str] | None = None) -> Tensor:
         sequences = _old_sequences(context, branch, written)
@@ -262,14 +264,16 @@ def kept_text(context: RunContext, branch: Branch) -> KeptSequences:
     if not any(needs.old_text for needs in needs_of(context.config.forgetting)):
         return KeptSequences()
     start, data = context.source(branch.start), context.config.data
-    kept = start.kept.without((*context.old_domains_of(branch), *context.new_domains_of(branch)))
-    for problem in kept.problems(
+    kept_sequences = start.kept_sequences.without(
+        (*context.old_domains_of(branch), *context.new_domains_of(branch))
+    )
+    for problem in kept_sequences.problems(
         sequence_length=data.sequence_length,
         packing=data.packing,
         vocab_size=start.family.dimensions(start.config).vocab_size,
     ):
         raise RequestError(problem)
-    return kept
+    return kept_sequences
 
 
 def kept_sequences_of(context: RunContext, branch: Branch) -> KeptSequences:
@@ -278,7 +282,7 @@ def kept_sequences_of(context: RunContext, branch: Branch) -> KeptSequences:
     Each domain contributes a uniform sample of its training sequences; losses are measured later.
     """
     keep = max((needs.keeps for needs in needs_of(context.config.forgetting)), default=0)
-    earlier = context.source(branch.start).kept
+    earlier = context.source(branch.start).kept_sequences
     text = (*context.old_domains_of(branch), *context.new_domains_of(branch)) if keep else ()
     sequences, others = context.training_sequences(text), earlier.without(text)
     sampled = {

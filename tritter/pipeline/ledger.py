@@ -307,7 +307,7 @@ class Ledger:
         checksums = next(each.left for each in self._stages.values() if location in each.left)
         for damage in find_damage(self._folder, {location: checksums[location]}):
             raise TritterError(
-                f"{damage.what}. The stage is not reproducible here; start in another folder."
+                f"{damage.detail}. The stage is not reproducible here; start in another folder."
             )
         self._incomplete.discard(location)
 
@@ -360,11 +360,11 @@ class Ledger:
                     self._incomplete.add(location)
                     continue
                 for damage in damages:
-                    if not damage.is_gone:
-                        changed.append(f"  {damage.what}")
-                        locations.append(str(self._folder / damage.place))
-                    elif not damage.place.endswith(_LOG):
-                        missing.setdefault(stage, damage.what)
+                    if not damage.is_deleted:
+                        changed.append(f"  {damage.detail}")
+                        locations.append(str(self._folder / damage.location))
+                    elif not damage.location.endswith(_LOG):
+                        missing.setdefault(stage, damage.detail)
         if changed:
             raise TritterError(
                 "outputs of this run were modified:\n"

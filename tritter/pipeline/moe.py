@@ -34,7 +34,7 @@ from tritter.training import SideLoss
 
 USAGE_SEQUENCES = 64
 UTILITY_SEQUENCES = 64  # of the new domains, to select the expert to clone
-HELD_SEQUENCES = 256  # old sequences whose routing is preserved
+HOLD_OLD_SEQUENCES = 256  # old sequences whose routing is preserved
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -209,9 +209,9 @@ def summary_record(context: RunContext, branches: Sequence[Branch]) -> MoeRecord
 
 def anneal_steps(context: RunContext, branch: Branch, added: AddedExperts) -> int:
     """Return the number of steps until the router offset of appended experts reaches 0."""
-    begun, configured = added.anneal_steps, context.config.adaptation.anneal_steps
+    saved, configured = added.anneal_steps, context.config.adaptation.anneal_steps
     steps = router_steps(context, branch) or max(1, context.config.training.max_steps // 2)
-    return configured or begun or steps
+    return configured or saved or steps
 
 
 def _objective(
@@ -229,7 +229,7 @@ def _objective(
     old = None
     if settings.hold_old:  # routing of old data before any training of the branch
         sequences = context.sample_equally(
-            context.old_domains_of(branch), HELD_SEQUENCES, "hold_old", *branch.purpose
+            context.old_domains_of(branch), HOLD_OLD_SEQUENCES, "hold_old", *branch.purpose
         )
         start = context.source(expanded_folder(branch))
         before = context.masked(load_model(start.folder, config=start.config)).to(context.device)

@@ -352,7 +352,7 @@ def _announce(context: RunContext) -> None:
 
 
 _WITH_BODY = ("expansion", "experts")
-_LARGEST_FRACTION = 0.5  # of replayed or validation data; more would starve the rest
+_MAX_FRACTION = 0.5  # of replayed or validation data; more would starve the rest
 
 
 def next_commands(
@@ -423,8 +423,8 @@ def _after_rollback(config: RunConfig, summary: Summary) -> Advice:
         replay = next((one for one in config.forgetting if one.kind.needs(one.options).mixes), None)
         if replay is None:
             yield {"forgetting": _override_value([*names, "replay"])}, "mix in old data"
-        elif (fraction := getattr(replay.options, "fraction", 1.0)) < _LARGEST_FRACTION:
-            more = min(_LARGEST_FRACTION, 2 * fraction)
+        elif (fraction := getattr(replay.options, "fraction", 1.0)) < _MAX_FRACTION:
+            more = min(_MAX_FRACTION, 2 * fraction)
             yield {f"forgetting.{replay.name}.fraction": f"{more:g}"}, "mix in more old data"
         # Best combination with replay: experiments/2026-11-21_forgetting_methods
         if "distill" not in names and config.experts is None:
@@ -464,7 +464,7 @@ def _after_undecided(config: RunConfig, summary: Summary) -> Advice:
         return  # a checkpoint keeps the split of its lineage
     factor, check = max(needs, key=lambda need: need[0])
     fraction = factor * (config.data.validation_fraction or DEFAULT_FRACTION)
-    if factor > 1 and fraction <= _LARGEST_FRACTION:
+    if factor > 1 and fraction <= _MAX_FRACTION:
         advice = f"{check.documents_needed} validation documents of {check.subject} are needed"
         yield {"data.validation_fraction": f"{fraction + 0.005:.2f}"}, advice
 

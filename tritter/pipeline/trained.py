@@ -65,7 +65,7 @@ class TrainedWriter:
         anneal_steps: steps until they are open; None if this training run does not open them.
         moments: optimizer moments.
         routing_state: folder for the routers' biases, which a checkpoint does not store.
-        kept: sequences to store with the model.
+        kept_sequences: sequences to store with the model.
         records: functions that return lineage records: grown neurons, spawned experts.
         has_frozen_base: only LoRA experts were trained, so the base is written unchanged.
     """
@@ -82,7 +82,7 @@ class TrainedWriter:
     anneal_steps: int | None = None
     moments: Artifact | None = None
     routing_state: Path | None = None
-    kept: KeptSequences = field(default_factory=KeptSequences)
+    kept_sequences: KeptSequences = field(default_factory=KeptSequences)
     records: tuple[Records, ...] = ()
     has_frozen_base: bool = False
 
@@ -115,9 +115,9 @@ class TrainedWriter:
             expansion_history=(*self.lineage.expansion_history, *changes),
             training_config={**self.lineage.training_config, "last_rate": result.last_rate},
         )
-        losses, experts = dict(self.kept.losses), None
-        for name in self.kept.sequences.keys() - losses.keys():
-            losses[name] = sequence_losses(model, self.kept.sequences[name])
+        losses, experts = dict(self.kept_sequences.losses), None
+        for name in self.kept_sequences.sequences.keys() - losses.keys():
+            losses[name] = sequence_losses(model, self.kept_sequences.sequences[name])
         if (mixture := mixture_on(model)) is not None:
             usage = mixture.extra.get("usage")
             by_stage = None if usage is None else {"training": usage}
@@ -131,7 +131,7 @@ class TrainedWriter:
                 TokenizerFiles(self.start),
                 None if is_settled else added,
                 self.moments,
-                replace(self.kept, losses=losses),
+                replace(self.kept_sequences, losses=losses),
                 experts,
             ),
             overwrite=True,
@@ -180,7 +180,7 @@ def _unlink_weights(folder: Path, model: nn.Module) -> None:
 
 def measuring_flops(context: RunContext, written: TrainedWriter, location: str) -> float:
     """Return the FLOPs of measuring the losses of a writer's kept sequences."""
-    kept = written.kept
+    kept = written.kept_sequences
     measured = [rows for name, rows in kept.sequences.items() if name not in kept.losses]
     if not measured:
         return 0.0
@@ -256,7 +256,7 @@ def branch_writer(
         anneal_steps=None if added is None else moe.anneal_steps(context, branch, added),
         moments=StateWriter(folder),
         routing_state=folder / "routing" if has_bias else None,
-        kept=kept_sequences_of(context, branch),
+        kept_sequences=kept_sequences_of(context, branch),
         records=() if branch.is_control else tuple(_records(context, branch)),
         has_frozen_base=has_frozen_base,
     )

@@ -225,7 +225,7 @@ def validate(source: Side, result: Side, text: ValidationText) -> list[Check]:
         gradients = run_trial_steps(
             model, own.to(next(model.parameters()).device), new, steps=FLOW_STEPS
         )
-        flow = flow_check(gradients, least_steps=FLOW_STEPS)
+        flow = flow_check(gradients, min_steps=FLOW_STEPS)
         assert flow is not None
     else:
         flow = _skipped("gradient_flow", "parameters", "the result has no new parameters")

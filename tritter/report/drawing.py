@@ -18,10 +18,10 @@ _T = TypeVar("_T")
 DPI = 150
 MAX_COLUMNS = 800  # of a map, or points of a curve; a picture has hardly more pixels
 _LINE_CHARACTERS = 66
-_MOST_LINES = 6  # of one label
+_MAX_LINES = 6  # of one label
 _PANEL_WIDTH = 4.8
 _LABEL_CHARACTERS = 18  # of a line of a row's or column's label
-_MOST_NUMBERED = 12  # of both, with texts in their cells
+_MAX_NUMBERED = 12  # of both, with texts in their cells
 # Okabe and Ito, which colour-blind readers can distinguish; then six that are as far from each
 # other and from these (CIE76 above 25)
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#666666"
@@ -59,8 +59,8 @@ def cut(text: str, most: int = _LINE_CHARACTERS) -> str:
 
 def wrapped(text: str, width: int = _LINE_CHARACTERS) -> str:
     """Return plain text broken into lines of `width` characters; only very long text is cut."""
-    text = plain(cut(text, width * _MOST_LINES))
-    return "\n".join(textwrap.wrap(text, width, max_lines=_MOST_LINES, placeholder=" .."))
+    text = plain(cut(text, width * _MAX_LINES))
+    return "\n".join(textwrap.wrap(text, width, max_lines=_MAX_LINES, placeholder=" .."))
 
 
 def panel(*, height: float) -> tuple[Figure, Axes]:
@@ -110,7 +110,7 @@ def draw_cells(
     axes.set_xticks(range(len(columns)), labels, rotation=30, ha="right")
     axes.set_yticks(range(len(rows)), [wrapped(name, _LABEL_CHARACTERS) for name in rows])
     axes.tick_params(labelsize=8, length=0)
-    if max(len(rows), len(columns)) <= _MOST_NUMBERED:
+    if max(len(rows), len(columns)) <= _MAX_NUMBERED:
         for (row, column), dark in np.ndenumerate(is_dark):
             axes.text(column, row, texts[row][column], ha="center", va="center", fontsize=8,
                       color="white" if dark else "black")  # fmt: skip

@@ -30,7 +30,7 @@ MAX_ROWS = 16
 MAX_COLUMNS = 6  # experts side by side on a terminal
 _NAME_CHARACTERS = 12
 _KIND_CHARACTERS = 40
-_MOST = 100  # rows and columns on the page; summary.json has all
+_MAX_ROWS_ON_PAGE = 100  # rows and columns on the page; summary.json has all
 
 
 def experts_table(experts: ExpertsRecord, *, most: int = MAX_ROWS) -> Table:
@@ -65,10 +65,10 @@ def experts_table(experts: ExpertsRecord, *, most: int = MAX_ROWS) -> Table:
 
 
 def usage_table(
-    experts: ExpertsRecord, *, most: int = MAX_ROWS, most_columns: int = MAX_COLUMNS
+    experts: ExpertsRecord, *, most: int = MAX_ROWS, max_columns: int = MAX_COLUMNS
 ) -> Table:
     """Return a row per domain: the mean gates on its held-out data, of the most used experts."""
-    used = set(experts.by_usage[:most_columns])
+    used = set(experts.by_usage[:max_columns])
     shown = [name for name in experts.names if name in used]
     rows = tuple(
         (domain, *(_percent(shares.get(name)) for name in shown))
@@ -114,9 +114,11 @@ def share_text(share: float | None) -> str:
 
 def page_tables(experts: ExpertsRecord) -> list[Table]:
     """Return the tables of the page: experts, routing, similarity and events."""
-    usage = usage_table(experts, most=_MOST, most_columns=_MOST)
-    found = experts.similarities[:_MOST]
-    known = list(dict.fromkeys(name for _, similarity in found for name in similarity))[:_MOST]
+    usage = usage_table(experts, most=_MAX_ROWS_ON_PAGE, max_columns=_MAX_ROWS_ON_PAGE)
+    found = experts.similarities[:_MAX_ROWS_ON_PAGE]
+    known = list(dict.fromkeys(name for _, similarity in found for name in similarity))[
+        :_MAX_ROWS_ON_PAGE
+    ]
     rows = tuple(
         (expert, *(number_text(similarity.get(name), ".3g") for name in known))
         for expert, similarity in found
@@ -125,12 +127,12 @@ def page_tables(experts: ExpertsRecord) -> list[Table]:
     similarity = Table(("spawned", *known), rows, tuple(range(1, 1 + len(known))), caption)
     rows = tuple(
         (number_text(event.step), event.kind, event.expert, event.why)
-        for event in experts.events[:_MOST]
+        for event in experts.events[:_MAX_ROWS_ON_PAGE]
     )
-    lines = ["Events of the experts", omitted_note(len(experts.events), _MOST)]
+    lines = ["Events of the experts", omitted_note(len(experts.events), _MAX_ROWS_ON_PAGE)]
     caption = "; ".join(filter(None, lines))
     events = Table(("step", "event", "expert", "reason"), rows, (0,), caption)
-    return [experts_table(experts, most=_MOST), usage, similarity, events]
+    return [experts_table(experts, most=_MAX_ROWS_ON_PAGE), usage, similarity, events]
 
 
 def _percent(share: float | None) -> str:
@@ -138,7 +140,7 @@ def _percent(share: float | None) -> str:
 
 
 _DRAWN = 24  # experts and domains of a picture
-_MOST_MARKED = 60  # spawns, and points of a curve that are marked
+_MAX_MARKED = 60  # spawns, and points of a curve that are marked
 _LABEL_CHARACTERS = 24
 _STYLES = ("-", "--", ":", "-.")
 
@@ -183,7 +185,7 @@ def _panels(
     experts: ExpertsRecord, *, end: int, borders: Sequence[int]
 ) -> list[Callable[[Axes], None]]:
     found = [each.step for each in experts.spawned if each.step is not None]
-    spawned = found[:_MOST_MARKED]
+    spawned = found[:_MAX_MARKED]
 
     def mark(axes: Axes) -> None:
         """Mark spawns at the bottom, and the start of the next task over the whole height."""
@@ -191,7 +193,7 @@ def _panels(
             place = axes.get_xaxis_transform()
             axes.plot(spawned, [0.0] * len(spawned), "^", transform=place, color=GREEN,
                       markersize=6, clip_on=False, zorder=5)  # fmt: skip
-        for step in borders[:_MOST_MARKED]:
+        for step in borders[:_MAX_MARKED]:
             axes.axvline(step, color=GREY, linestyle="-.", linewidth=0.8)
         axes.set_xlim(0, max(end, *spawned, 1))
 
@@ -280,8 +282,8 @@ def _draw_history(
         style = _STYLES[number // len(CYCLE) % len(_STYLES)]
         # Equal ranks coincide: the first are thicker, and remain visible
         below = min(len(shown) - 1 - shown.index(name), 5) if is_stepped else 0
-        marker = "o" if len(steps) <= _MOST_MARKED and not is_stepped else ""
-        look = {
+        marker = "o" if len(steps) <= _MAX_MARKED and not is_stepped else ""
+        line_style = {
             "color": color,
             "linestyle": style,
             "marker": marker,
@@ -289,10 +291,10 @@ def _draw_history(
         }
         label = wrapped(name, _LABEL_CHARACTERS)
         if is_stepped:
-            axes.step(steps, values, where="post", label=label, **look)
+            axes.step(steps, values, where="post", label=label, **line_style)
         else:
             percent = 100 * np.asarray(values)
-            axes.plot(steps, percent, label=label, markersize=2.5, **look)  # type: ignore[arg-type]
+            axes.plot(steps, percent, label=label, markersize=2.5, **line_style)  # type: ignore[arg-type]
     if len(shown) < len(course.values):
         axes.plot([], [], linestyle="none", label=f"and {len(course.values) - len(shown)} more")
     axes.legend(frameon=False, fontsize=7, ncols=1 + len(shown) // 8)

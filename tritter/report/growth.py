@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 MAX_ROWS = 16
-_MOST_STEPS = 4  # named of a layer's events
+_MAX_STEPS = 4  # named of a layer's events
 
 
 def growth_table(growth: GrowthRecord, *, most: int = MAX_ROWS) -> Table:
@@ -117,13 +117,13 @@ def no_growth_reason(growth: GrowthRecord) -> str:
 
 def _steps_text(steps: Sequence[int]) -> str:
     """Return the first steps and the last one."""
-    if len(steps) <= _MOST_STEPS:
+    if len(steps) <= _MAX_STEPS:
         return ", ".join(map(str, steps))
-    return f"{', '.join(map(str, steps[: _MOST_STEPS - 1]))} .. {steps[-1]} ({len(steps)})"
+    return f"{', '.join(map(str, steps[: _MAX_STEPS - 1]))} .. {steps[-1]} ({len(steps)})"
 
 
-_MOST_POINTS = 60  # that are marked
-_MOST_LINES = 20  # of the height of the panel; if there are more, they are short
+_MAX_POINTS = 60  # that are marked
+_MAX_LINES = 20  # of the height of the panel; if there are more, they are short
 _LOGARITHMIC_FROM = 20.0  # largest pressure over the smallest
 
 
@@ -163,7 +163,7 @@ def mark_growth(
         is_alone: The panel has one run, so that lines may have its height.
     """
     if steps:
-        top = 1.0 if is_alone and len(steps) <= _MOST_LINES else 0.05
+        top = 1.0 if is_alone and len(steps) <= _MAX_LINES else 0.05
         place = axes.get_xaxis_transform()
         axes.vlines(steps, 0, top, transform=place, color=color, linestyle=(0, (1, 1.5)),
                     linewidth=1, label="neurons grew")  # fmt: skip
@@ -255,7 +255,7 @@ def parameters_over_flops(
 
 def draw_parameters(
     axes: Axes,
-    places: Sequence[float],
+    positions: Sequence[float],
     values: Sequence[float],
     *,
     color: str = BLUE,
@@ -265,11 +265,13 @@ def draw_parameters(
     from matplotlib.ticker import EngFormatter
 
     axes.set_title("model parameters", fontsize=10)
-    if not places:
+    if not positions:
         write_note(axes, "no data")
         return
-    shown = marker if len(places) <= _MOST_POINTS else ""
-    axes.step(places, values, where="post", color=color, marker=shown, markersize=3, linewidth=1.2)
+    shown = marker if len(positions) <= _MAX_POINTS else ""
+    axes.step(
+        positions, values, where="post", color=color, marker=shown, markersize=3, linewidth=1.2
+    )
     axes.yaxis.set_major_formatter(EngFormatter(sep=" "))
     axes.set_ylabel("parameters")
 

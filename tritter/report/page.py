@@ -35,7 +35,7 @@ from tritter.report.plots import SMOOTHED_FROM_POINTS, Curve, last_flops, runnin
 from tritter.report.rows import Role, change_text
 from tritter.report.runs import (
     CONFIDENCE,
-    FEWEST_SEEDS,
+    MIN_SEEDS,
     Group,
     Interval,
     Run,
@@ -43,7 +43,7 @@ from tritter.report.runs import (
     grouped,
     with_controls,
 )
-from tritter.report.summary import LARGEST
+from tritter.report.summary import MAX_NUMBER
 from tritter.report.table import Table
 from tritter.report.tables import attempts_table, result_table, stage_table, task_table
 from tritter.report.wording import MISSING, count_text, number_text, si_text
@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _CELL_CHARACTERS = 400  # of a setting
-_MOST_EVENTS = 100  # rows of a table of growth events; summary.json has all
+_MAX_EVENTS = 100  # rows of a table of growth events; summary.json has all
 # Control characters, and those that change the direction of the text after them
 _UNSEEN = dict.fromkeys(
     [*range(9), *range(11, 32), *range(127, 160), *range(0x202A, 0x202F), *range(0x2066, 0x206A)],
@@ -74,9 +74,9 @@ TITLES = {
 }
 _OVER_SEEDS = (
     f"Pale marks: seeds. Full marks and bars: mean and Student's {CONFIDENCE:.0%} interval over "
-    f"the seeds. Below {FEWEST_SEEDS} seeds, every mark is a seed."
+    f"the seeds. Below {MIN_SEEDS} seeds, every mark is a seed."
 )
-_OF_SEEDS = f"Every mark is a seed; there are no intervals below {FEWEST_SEEDS} seeds."
+_OF_SEEDS = f"Every mark is a seed; there are no intervals below {MIN_SEEDS} seeds."
 _SINGLE = "Bars: one-sided bounds of the gate, over documents."
 _CONTROL = "Hollow marks: control (not grown)."
 CAPTIONS = {
@@ -124,7 +124,7 @@ def page(
     environment = Environment(
         loader=PackageLoader("tritter.report", ""), autoescape=True, undefined=StrictUndefined
     )
-    legend = [{"swatch": _swatch(line), "label": line.label} for line in lines[:_MOST_NAMED]]
+    legend = [{"swatch": _swatch(line), "label": line.label} for line in lines[:_MAX_NAMED]]
     swatches = {line.group.name: _swatch(line) for line in lines}
     text = environment.get_template("page.html.j2").render(
         version=__version__,
@@ -137,7 +137,7 @@ def page(
         overview=_overview(groups),
         swatches=swatches,
         legend=legend if len(lines) > 1 else [],
-        rest=max(0, len(lines) - _MOST_NAMED),
+        rest=max(0, len(lines) - _MAX_NAMED),
         tables=dict(tables or {}),
         figures=[
             {
@@ -177,15 +177,15 @@ def _subtitle(groups: Sequence[Group]) -> str:
         number = "one group" if len(groups) == 1 else f"{len(groups)} groups"
         lead += f" in {number}; the runs of a group differ only in the seed"
     lead += ". Losses are in nats per token, changes of a loss are per byte."
-    if len(with_controls(groups)) > MOST_GROUPS:
-        lead += f" The figures of changes and cost show the first {MOST_GROUPS} groups."
+    if len(with_controls(groups)) > MAX_GROUPS:
+        lead += f" The figures of changes and cost show the first {MAX_GROUPS} groups."
     return lead
 
 
 def _caption(name: str, lines: Sequence[_Line]) -> str:
     parts = [CAPTIONS[name]]
     if name in _WITH_SEEDS:
-        if any(len(line.group.seeds) >= FEWEST_SEEDS for line in lines):
+        if any(len(line.group.seeds) >= MIN_SEEDS for line in lines):
             parts.append(_OVER_SEEDS)
         elif _has_seeds(lines):
             parts.append(_OF_SEEDS)
@@ -212,14 +212,14 @@ def _group_table(lines: Sequence[_Line]) -> Table:
         rows.append((*cells, si_text(flops), number_text(seconds, ".1f")))
     caption = (
         f"Change of the loss per byte: mean with Student's {CONFIDENCE:.0%} interval over the "
-        f"seeds; below {FEWEST_SEEDS} seeds, the value of each seed. Cost: mean of the training"
+        f"seeds; below {MIN_SEEDS} seeds, the value of each seed. Cost: mean of the training"
     )
     return Table(header, tuple(rows), (1, *range(3, len(header))), caption)
 
 
 def _statuses(group: Group) -> str:
     """Return `2 kept, 1 undecided`; the status alone if all runs have the same."""
-    counts = Counter(_words(run.summary.status) for run in group.runs)
+    counts = Counter(_status_text(run.summary.status) for run in group.runs)
     if len(counts) == 1:
         return next(iter(counts))
     return ", ".join(f"{number} {status}" for status, number in counts.items())
@@ -240,7 +240,7 @@ def _difference_table(lines: Sequence[_Line]) -> Table:
     header = ("group", "seed pairs", *(f"{domain} ({role}) [%]" for domain, role in domains))
     caption = (
         f"Loss per byte after training, relative to {reference.name} at the same seed; below zero "
-        f"is better. From {FEWEST_SEEDS} pairs on: mean with Student's {CONFIDENCE:.0%} interval, "
+        f"is better. From {MIN_SEEDS} pairs on: mean with Student's {CONFIDENCE:.0%} interval, "
         "not adjusted for the number of comparisons; below: the value of each seed"
     )
     return Table(header, tuple(rows), tuple(range(1, len(header))), caption)
@@ -260,7 +260,7 @@ def _overview(groups: Sequence[Group]) -> Table:
     rows = []
     for group, run in runs:
         summary = run.summary
-        cells = [run.name, group.name, str(run.seed), _words(summary.status)]
+        cells = [run.name, group.name, str(run.seed), _status_text(summary.status)]
         for domain, _ in domains:
             found = (change_text(row.change) for row in run.rows if row.domain == domain)
             cells.append(next(found, MISSING))
@@ -285,7 +285,7 @@ def _overview(groups: Sequence[Group]) -> Table:
     return Table(header, tuple(rows), tuple(range(4, len(header))), caption)
 
 
-def _words(status: object) -> str:
+def _status_text(status: object) -> str:
     return str(status).replace("_", " ")
 
 
@@ -324,7 +324,7 @@ def _details(run: Run) -> dict[str, Any]:
     if len(summary.tasks) > 1:
         tables.append(task_table(summary))
     if summary.matrix:
-        tables.append(transfer_table(summary.matrix, most=_MOST_EVENTS))
+        tables.append(transfer_table(summary.matrix, most=_MAX_EVENTS))
     checks = tuple(
         (each.check, each.subject or MISSING, each.verdict, each.detail or MISSING)
         for each in summary.last_attempt.gate
@@ -333,7 +333,7 @@ def _details(run: Run) -> dict[str, Any]:
     notes = list(summary.notes)
     if growth is not None:
         methods += f", growth={growth.name}"
-        tables += [growth_table(growth, most=_MOST_EVENTS), events_table(growth, most=_MOST_EVENTS)]
+        tables += [growth_table(growth, most=_MAX_EVENTS), events_table(growth, most=_MAX_EVENTS)]
         notes.insert(0, f"Growth: {growth_text(growth)}.")
     if experts is not None:
         methods += f", experts={experts.kind}"
@@ -351,10 +351,10 @@ def _details(run: Run) -> dict[str, Any]:
 
 # Figures over several runs: panels that fit a phone
 
-MOST_GROUPS = 40  # in figures with a row per group; the table of the page has all
-MOST_PANELS = 24
-_MOST_NAMED = 60  # in the legend
-_MOST_MARKED = 60  # expansions and tasks of one figure
+MAX_GROUPS = 40  # in figures with a row per group; the table of the page has all
+MAX_PANELS = 24
+_MAX_NAMED = 60  # in the legend
+_MAX_MARKED = 60  # expansions and tasks of one figure
 _MARKERS = "osD^vPX*<>"
 _STYLES = ("-", ":", "-.")  # of the first 12 groups, the next 12, and so on
 _DASHES = {"-": "none", "--": "4 3", ":": "1.5 2", "-.": "5 2 1 2"}  # in SVG
@@ -422,7 +422,7 @@ def _legend_figure(lines: Sequence[_Line]) -> Figure:
     handles = [
         Line2D([], [], color=line.color, linestyle=line.style, label=wrapped(line.label),
                markersize=5, marker=line.marker, markerfacecolor=line.filling)
-        for line in lines[:_MOST_NAMED]
+        for line in lines[:_MAX_NAMED]
     ]  # fmt: skip
     rows = sum(1 + str(handle.get_label()).count("\n") for handle in handles)
     figure, (axes,) = new_figure(width=4.8, height=0.2 + 0.17 * rows)
@@ -435,7 +435,7 @@ def figures(groups: Sequence[Group]) -> dict[str, list[Figure]]:
     """Return the figures that the runs have data for, by topic."""
     lines = _lines(groups)
     runs = [run for group in groups for run in group.runs]
-    means = lines[:MOST_GROUPS]
+    means = lines[:MAX_GROUPS]
     domains = _domains([line.group for line in means])
     is_seeded = _has_seeds(lines)
     changes, differences, reference = [], [], _reference(lines)
@@ -451,7 +451,7 @@ def figures(groups: Sequence[Group]) -> dict[str, list[Figure]]:
     skilled = [(run, run.summary.experts) for run in runs if run.summary.experts is not None]
     experts = [
         figure
-        for run, record in skilled[:MOST_PANELS]
+        for run, record in skilled[:MAX_PANELS]
         for figure in experts_panels(
             record,
             name=run.name,
@@ -462,7 +462,7 @@ def figures(groups: Sequence[Group]) -> dict[str, list[Figure]]:
     ]
     matrices = []
     learned = [(run.name, run.summary.matrix) for run in runs if run.summary.matrix]
-    for name, matrix in learned[:MOST_PANELS]:
+    for name, matrix in learned[:MAX_PANELS]:
         figure = matrix_figure(matrix)
         figure.axes[0].set_title(wrapped(name), fontsize=9)
         matrices.append(figure)
@@ -487,7 +487,7 @@ def _domains(groups: Sequence[Group], role: str | None = None) -> list[tuple[str
     """Return domains that have losses, each with its role."""
     rows = (row for group in groups for run in group.runs for row in run.losses)
     found = dict.fromkeys((row.domain, row.role) for row in rows if role in (None, row.role))
-    return list(found)[:MOST_PANELS]
+    return list(found)[:MAX_PANELS]
 
 
 def _tradeoff(lines: Sequence[_Line]) -> list[Figure]:
@@ -606,7 +606,7 @@ def _draw_losses(
         _draw_mean(axes, courses, line)
     if is_empty:
         return None
-    for place, kind in list(marked)[:_MOST_MARKED]:
+    for place, kind in list(marked)[:_MAX_MARKED]:
         color, style = ("black", "--") if kind == "expansion" else (GREY, "-.")
         axes.axvline(place, color=color, linestyle=style, linewidth=0.8)
     _label_course(axes, title, is_in_tokens=is_in_tokens)
@@ -642,7 +642,7 @@ def _draw(axes: Axes, curve: Curve, scale: float, line: _Line, *, is_pale: bool 
         is_pale: The curve is one of several seeds.
     """
     positions = [scale * step for step in curve.steps]
-    values = [value if abs(value) < LARGEST else float("nan") for value in curve.values]
+    values = [value if abs(value) < MAX_NUMBER else float("nan") for value in curve.values]
     plot = partial(axes.plot, color=line.color, linestyle=line.style)
     alpha, width = (0.35, 0.8) if is_pale else (1.0, 1.3)
     if len(values) < SMOOTHED_FROM_POINTS:
@@ -703,7 +703,7 @@ def _growth(lines: Sequence[_Line]) -> list[Figure]:
         if run.summary.growth is not None
     ]
     made = []
-    for _, run, growth in found[:MOST_PANELS]:
+    for _, run, growth in found[:MAX_PANELS]:
         drawn = [draw_neurons] if len(found) > 1 else [draw_neurons, draw_pressure]
         for draw in drawn:
             figure, axes = panel(height=2.9)

@@ -13,7 +13,7 @@ from tritter.report.experts import experts_figure
 from tritter.report.growth import growth_figure, mark_growth
 from tritter.report.matrix import matrix_figure
 from tritter.report.rows import DomainRow, change_text, domain_rows
-from tritter.report.summary import LARGEST, Score, Summary
+from tritter.report.summary import MAX_NUMBER, Score, Summary
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -88,7 +88,7 @@ def last_flops(curves: Sequence[Curve]) -> float | None:
     """Return the last logged FLOPs of a training run with growth."""
     logged = (curve.values[-1] for curve in reversed(curves) if curve.name == GROWTH_FLOPS)
     last = next(logged, math.nan)
-    return last if 0 < last < LARGEST else None
+    return last if 0 < last < MAX_NUMBER else None
 
 
 def curves_of(rows: Sequence[Mapping[str, str]]) -> tuple[Curve, ...]:

@@ -19,9 +19,9 @@ from tritter.report.summary import Attempt, Summary, ends_of
 from tritter.report.wording import MISSING
 
 _SEED = "seed"
-_MOST_NAMED = 8  # settings in the name of a group, in addition to the methods
+_MAX_NAMED = 8  # settings in the name of a group, in addition to the methods
 CONFIDENCE = 0.95  # of the intervals over seeds, two-sided
-FEWEST_SEEDS = 3  # for an interval; below, the values of the seeds are shown
+MIN_SEEDS = 3  # for an interval; below, the values of the seeds are shown
 # Stages that belong to a method as its training does
 _PREPARED = ("importance", "self_replay", "choose", "distill", "adapt")
 _NAME_CHARACTERS = 400
@@ -33,7 +33,7 @@ _NOT_OF_CONTROLS: dict[str, Any] = {
     "flops": {},
     "seconds": {},
 }
-_MOST = 10**9  # largest plausible batch size or sequence length
+_MAX_COUNT = 10**9  # largest plausible batch size or sequence length
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ class Run:
 
 
 def _is_count(value: object) -> TypeGuard[int]:
-    return type(value) is int and 0 < value < _MOST
+    return type(value) is int and 0 < value < _MAX_COUNT
 
 
 @dataclass(frozen=True)
@@ -219,7 +219,7 @@ class Interval:
     """A mean over seeds with Student's interval, or the value of one run with its own bounds.
 
     Args:
-        lower: Lower bound at `CONFIDENCE`; None below `FEWEST_SEEDS`, or if unknown.
+        lower: Lower bound at `CONFIDENCE`; None below `MIN_SEEDS`, or if unknown.
         upper: Upper bound, likewise.
         values: The values of the seeds.
     """
@@ -235,7 +235,7 @@ class Interval:
         if not finite or len(finite) < len(values):
             return None
         mean, n = fmean(finite), len(finite)
-        if n < FEWEST_SEEDS:
+        if n < MIN_SEEDS:
             return cls(mean, None, None, tuple(finite))
         from scipy.special import stdtrit  # half a second, which a single run does not need
 
@@ -245,7 +245,7 @@ class Interval:
     @property
     def is_of_seeds(self) -> bool:
         """Whether the values of the seeds stand for the mean: there are too few for an interval."""
-        return 1 < len(self.values) < FEWEST_SEEDS
+        return 1 < len(self.values) < MIN_SEEDS
 
     def text(self, *, scale: float = 100) -> str:
         """Return the mean with its bounds, or the values of the seeds, in per cent."""
@@ -320,7 +320,7 @@ def _name(run: Run, keys: Sequence[str], *, ways: Collection[str]) -> str:
     if "experts" in ways:
         methods["experts"] = [] if summary.experts is None else [_short(summary.experts.kind)]
     parts = [f"{key}={'+'.join(names) or 'none'}" for key, names in methods.items()]
-    most = len(parts) + _MOST_NAMED
+    most = len(parts) + _MAX_NAMED
     known = [key for key in keys if run.settings.get(key) is not None]
     own = [key for key in known if key.removesuffix(".name") not in _NAMED_BY_GROWTH]
     parts += [f"{key.rpartition('.')[2]}={_short(run.settings[key])}" for key in own]

@@ -203,7 +203,7 @@ def named_path(name: str | os.PathLike[str], *, key: str) -> Path:
     Raises:
         RequestError: It is not a path, or no file can have that name.
     """
-    reason = _why_not(name)
+    reason = _name_problem(name)
     if reason is not None:
         raise RequestError(f"{key_name(key)} = {brief(name)}: {reason}.")
     path = Path(name).expanduser()
@@ -211,7 +211,7 @@ def named_path(name: str | os.PathLike[str], *, key: str) -> Path:
     return path.resolve() if ".." in path.parts else path
 
 
-def _why_not(name: object) -> str | None:
+def _name_problem(name: object) -> str | None:
     if not isinstance(name, str | os.PathLike):
         return "a path is required"
     try:

@@ -36,7 +36,7 @@ _HEADER_ALIGNMENT = 8
 PIECE_BYTES = 2**20
 _LARGE_PIECE_BYTES = 4 * PIECE_BYTES
 _MAX_THREADS = 4
-HELD_TENSORS = 2  # whole tensors that wait in memory while the next one is computed
+MAX_PENDING_TENSORS = 2  # whole tensors that wait in memory while the next one is computed
 _BYTES_UNTIL_TRIM = 32 * 2**20
 _BYTES_UNTIL_SYNC = 16 * 2**20
 KEPT_BYTES = 16 * 2**20  # freed memory that the allocator may keep for the next piece
@@ -234,7 +234,7 @@ class _WriterPool:
         future = self._threads.submit(self._write, shard, entry, content)
         self._running.add(future)
         if not isinstance(content, Pieces):
-            self._join(HELD_TENSORS)
+            self._join(MAX_PENDING_TENSORS)
             return future.result
         self._join(self._size + 1)
         return content.digest or future.result

@@ -38,7 +38,7 @@ from tritter.training import surgery
 from tritter.training.checkpoint_io import random_state, restore_random_state
 from tritter.training.forgetting_method import ForgettingMethod, Task
 from tritter.training.module import BaseModule, base_of
-from tritter.training.parameters import StepFlops, disk_values, whole
+from tritter.training.parameters import StepFlops, disk_values, full_tensor
 from tritter.transform import Change
 
 
@@ -297,7 +297,7 @@ class FiniteGuard(Callback):
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Any
     ) -> None:
         gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
-        norm = whole(torch.nn.utils.get_total_norm(gradients))
+        norm = full_tensor(torch.nn.utils.get_total_norm(gradients))
         if _is_logged(trainer):
             rate = float(optimizer.param_groups[0]["lr"])
             pl_module.log_dict({"train/gradient_norm": norm, "train/learning_rate": rate})

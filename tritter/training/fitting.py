@@ -132,8 +132,8 @@ def fit(
     result = conclusion.result
     assert result is not None
     if stop.signal_number is not None:
-        where = f"at step {result.steps} of {max_steps} of the {label}, which can be resumed"
-        raise Stopped(stop.signal_number, where=where)
+        location = f"at step {result.steps} of {max_steps} of the {label}, which can be resumed"
+        raise Stopped(stop.signal_number, location=location)
     return replace(result, seconds=time.perf_counter() - since)
 
 
@@ -144,17 +144,19 @@ def _stoppable(stop: StopRequest, label: str) -> Iterator[None]:
     Raises:
         Stopped: A second signal arrived, or the first one before there was a state to save.
     """
-    where = f"during the {label}, which resumes from its last saved state"
+    location = f"during the {label}, which resumes from its last saved state"
     try:
         with stop.handle_signals():
             yield
     except Stopped as stopped:
-        stopped.where = where
+        stopped.location = location
         raise
     except TritterError as error:
         if stop.signal_number is None:
             raise
-        raise Stopped(stop.signal_number, where=where) from error  # the workers were just starting
+        raise Stopped(
+            stop.signal_number, location=location
+        ) from error  # the workers were just starting
 
 
 def discard_saved(folder: Path) -> None:

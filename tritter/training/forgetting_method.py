@@ -356,6 +356,6 @@ def method_start_problems(config: RunRequest, source: Config) -> Iterator[Proble
             yield from teacher_problems(teacher, source if is_known else None, key=key)
     if any(one.kind.needs(one.options).old_text for one in config.forgetting):
         data = config.data
-        yield from config.text.kept.problems(
+        yield from config.text.kept_sequences.problems(
             sequence_length=data.sequence_length, packing=data.packing
         )

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tritter.data.packing import labels_of
 from tritter.evaluation.gate import ENOUGH_STEPS
 from tritter.training.module import base_of
-from tritter.training.parameters import live_layout, whole
+from tritter.training.parameters import full_tensor, live_layout
 from tritter.transform import Change
 
 _TRIAL_RATE = 1e-4
@@ -42,7 +42,7 @@ class _Waiting:
 
     def observe(self, values: Tensor) -> None:
         """Mark the coordinates with nonzero values as done."""
-        found = whole(values.detach()) != 0
+        found = full_tensor(values.detach()) != 0
         for dim, pending in self.dims.items():
             others = [each for each in range(found.ndim) if each != dim]
             reached = found.any(dim=others) if others else found

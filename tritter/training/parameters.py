@@ -178,18 +178,18 @@ def gather(model: nn.Module, *, is_kept: bool) -> None:
         is_kept: Whether this process receives the weights.
     """
     names = [name for name, _ in model.named_parameters()]
-    whole: Mapping[str, Any] = get_model_state_dict(model, options=WHOLE)
+    full_tensor: Mapping[str, Any] = get_model_state_dict(model, options=WHOLE)
     if not is_kept:
         return
     for name in names:
-        set_parameter(model, name, whole[name])
+        set_parameter(model, name, full_tensor[name])
     model.tie_weights()  # type: ignore[operator]
     for module in model.modules():  # `to` would move the old shards
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.cpu())
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """Return the whole tensor of a sharded one; all processes must call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
@@ -227,7 +227,7 @@ def reshape(
     if config:
         _adopt_config(model, config)
     for name in removed:
-        owner, key = _place(model, name)
+        owner, key = _parent_module(model, name)
         if isinstance(owner, nn.ParameterDict):  # it also keeps a list of its names
             del owner[key]
         else:
@@ -237,7 +237,7 @@ def reshape(
         if name in existing:
             set_parameter(model, name, value.to(existing[name]))
         else:
-            owner, key = _place(model, name)
+            owner, key = _parent_module(model, name)
             parameter = nn.Parameter(value.to(like))
             if isinstance(owner, nn.ParameterDict):
                 owner[key] = parameter
@@ -284,7 +284,7 @@ def _stock_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     return {stored.name: stored.shape for stored in layout(config, "live")} if config else {}
 
 
-def _place(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+def _parent_module(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     """Return the module of a parameter, and its name in that module."""
     owner, _, key = name.rpartition(".")
     try:

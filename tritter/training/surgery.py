@@ -64,7 +64,9 @@ def apply(
         raise TritterError("the processes of the training run requested different model changes.")
     (optimizer,) = trainer.optimizers
     ties, others = _ties(model), _count_others(model, change)
-    moments = carried_moments(optimizer, model, change, places=change.altered, policy=policy)
+    moments = carried_moments(
+        optimizer, model, change, stored_tensors=change.altered, policy=policy
+    )
     entry = entry_of(change, step=trainer.global_step, reason=reason)
     old = dict(model.named_parameters())
     before = {new: optimizer.state.get(old[stem]) for new, stem in change.stems.items()}
@@ -120,7 +122,9 @@ def apply_plain(
         raise RequestError("in a plain training loop, a change cannot add or remove parameters.")
     moments = {}
     if optimizer is not None:
-        moments = carried_moments(optimizer, model, change, places=change.altered, policy=policy)
+        moments = carried_moments(
+            optimizer, model, change, stored_tensors=change.altered, policy=policy
+        )
     _change_parameters(model, change)
     new = dict(model.named_parameters())
     if optimizer is not None:  # each new parameter, with its state, replaces the old one

@@ -53,8 +53,8 @@ from tritter.storage.hashing import file_digest, merkle_hash
 from tritter.storage.reading import named_path
 from tritter.storage.tensors import TensorFolder, is_finite
 from tritter.storage.writer import (
-    HELD_TENSORS,
     KEPT_BYTES,
+    MAX_PENDING_TENSORS,
     Pieces,
     TensorEntry,
     TensorStream,
@@ -314,7 +314,12 @@ def expand(
         final_config=lambda: {**confirmed().target_config, **new_dtype},
         tensors=_stream(opened, plan, dtype=dtype, kind=expert_layout, progress=progress),
         lineage=lambda: _child_lineage(opened, confirmed(), destination),
-        artifacts=(TokenizerFiles(opened.folder), carried, plan.added_experts, opened.kept),
+        artifacts=(
+            TokenizerFiles(opened.folder),
+            carried,
+            plan.added_experts,
+            opened.kept_sequences,
+        ),
         max_shard_bytes=max_shard_bytes,
         overwrite=overwrite,
         check=partial(check_replaceable, sources=[folder]),
@@ -362,13 +367,14 @@ def disk_needs(
         rare = max(rare, *(part.rare for part in parts))
     largest = max((entry.num_bytes for entry in others), default=0)
     of_weights = sum(sorted(usual)[-num_threads() :]) + rare
-    of_state = (HELD_TENSORS + _AT_ONCE_OF_STATE) * largest
-    kept = opened.folder / STATE_FOLDER / KEPT_FILE
+    of_state = (MAX_PENDING_TENSORS + _AT_ONCE_OF_STATE) * largest
+    kept_sequences = opened.folder / STATE_FOLDER / KEPT_FILE
     files = sum(path.stat().st_size for path in check_tokenizer_files(opened.folder))
     unit = 1 if sys.platform == "darwin" else 1024  # bytes
     return DiskNeeds(
         weights=sum(entry.num_bytes for entry in weights),
-        state=sum(e.num_bytes for e in others) + (kept.stat().st_size if kept.is_file() else 0),
+        state=sum(e.num_bytes for e in others)
+        + (kept_sequences.stat().st_size if kept_sequences.is_file() else 0),
         others=files + _BYTES_OF_RECORDS + _BYTES_OF_A_NAME * (len(weights) + len(others)),
         in_flight=KEPT_BYTES + max(of_weights, of_state),
         process=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,

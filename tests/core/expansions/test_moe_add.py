@@ -310,7 +310,7 @@ def test_lineage_and_state_verify_and_the_map_can_be_rebuilt(tmp_path: Path) -> 
     assert "state/router.json" in result.lineage.file_digests
     AddedExperts(experts=(4, 5), offset=-1.0).write(result.folder)
     (change,) = verify(read_chain(result.folder)[-1])
-    assert (change.file, change.what) == ("state/router.json", "changed")
+    assert (change.file, change.detail) == ("state/router.json", "changed")
 
 
 def test_the_model_hash_is_of_the_tensors_alone(tmp_path: Path) -> None:

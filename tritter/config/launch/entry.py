@@ -67,8 +67,8 @@ def main(pipeline: "Pipeline", *, arguments: Sequence[str] | None = None) -> int
         if stop.signal_number == signal.SIGPIPE:  # the reader has closed the pipe, as in `| head`
             close_pipe()
             return stop.exit_code
-        where = f" {stop.where}" if stop.where else ""
-        say("\n".join(["", f"Stopped{where}.", *stop.advice]), is_error=True)
+        location = f" {stop.location}" if stop.location else ""
+        say("\n".join(["", f"Stopped{location}.", *stop.advice]), is_error=True)
         return stop.exit_code
 
 
@@ -84,13 +84,13 @@ def _run(typed: list[str], pipeline: "Pipeline") -> int:
         if command.is_help:
             from tritter.config.launch.help import help_text
 
-            say(help_text(command.overrides, is_whole=command.is_help_whole))
+            say(help_text(command.overrides, is_full=command.is_full_help))
             return 0
         # Importing Hydra and the target checks takes half a second, which --help does not need
         from tritter.config.launch.composition import composer
 
         with composer() as composing:
-            if command.shows in ("hydra_help", "shell_completion"):
+            if command.info_flag in ("hydra_help", "shell_completion"):
                 return _print_hydra_answer(command, composing.hydra)
             return _execute(command, composing, pipeline, typed)
 
@@ -101,7 +101,7 @@ def _print_hydra_answer(command: CommandLine, hydra: "Hydra") -> int:
 
     overrides = list(command.overrides)
     try:
-        if command.shows == "hydra_help":
+        if command.info_flag == "hydra_help":
             hydra.hydra_help(None, get_args_parser(), argparse.Namespace(overrides=overrides))
         else:
             hydra.shell_completion(search_path().config_name, overrides)
@@ -118,7 +118,7 @@ def _execute(
     from tritter.config.launch.plan import plan_of, read_request, requested
 
     request = read_request(command, composing)
-    if command.shows is not None:
+    if command.info_flag is not None:
         composed = composing.composed(request.overrides)
         plan_of(request, composed)
         composing.loader.validated = composed
@@ -159,14 +159,14 @@ def _convert_hydra_errors(request: "Request") -> Iterator[None]:
         raise RequestError(f"Hydra can't start: {reason} ({type(error).__name__}).") from error
 
 
-def run_once(words: Sequence[str], pipeline: "Pipeline") -> Path:
+def run_once(arguments: Sequence[str], pipeline: "Pipeline") -> Path:
     """Run a single run for another program and return its folder.
 
     Neither the working directory nor the loggers of the process are changed. A run that is
     finished already is not run again.
 
     Args:
-        words: overrides, and of the flags `--config-dir` and `--config-name`.
+        arguments: overrides, and of the flags `--config-dir` and `--config-name`.
         pipeline: as `main` takes it.
 
     Raises:
@@ -174,16 +174,16 @@ def run_once(words: Sequence[str], pipeline: "Pipeline") -> Path:
         TritterError: the run failed.
         Stopped: by a signal, after the state was saved.
     """
-    check_encodable(words)
-    command = read_command_line(words)
+    check_encodable(arguments)
+    command = read_command_line(arguments)
     if command.is_multirun:
         raise RequestError(_NO_SWEEP)
-    if command.shows is not None or command.is_help or command.is_version:
+    if command.info_flag is not None or command.is_help or command.is_version:
         raise RequestError("run takes overrides; use python train.py for help and --cfg.")
-    meant = search_path_of(
+    typed_search_path = search_path_of(
         command.config_folders, command.config_name, searchpath=command.searchpath
     )
-    with use_search_path(meant):
+    with use_search_path(typed_search_path):
         from tritter.config.launch.composition import SweepInConfig, composer
         from tritter.config.launch.jobs import Task, read_status
         from tritter.config.launch.plan import read_request, requested
@@ -197,11 +197,11 @@ def run_once(words: Sequence[str], pipeline: "Pipeline") -> Path:
                 with _log_file(task.jobs[0].folder / "train.log"):
                     return task(config)
 
-            words = list(request.overrides)
+            overrides = list(request.overrides)
             with _convert_hydra_errors(request), requested(request):
                 try:
                     name = search_path().config_name
-                    composing.hydra.run(name, run_logged, words, with_log_configuration=False)
+                    composing.hydra.run(name, run_logged, overrides, with_log_configuration=False)
                 except SweepInConfig as error:
                     raise RequestError(_NO_SWEEP) from error
                 except Stopped as stop:
@@ -243,15 +243,17 @@ def _show(command: CommandLine, request: "Request", hydra: "Hydra") -> int:
         RequestError: the requested node does not exist.
     """
     overrides, errors = list(request.overrides), StringIO()
-    name, what = search_path().config_name, command.what or "all"
-    if command.shows == "info":
-        hydra.show_info(what, name, overrides)
+    name, info_value = search_path().config_name, command.info_value or "all"
+    if command.info_flag == "info":
+        hydra.show_info(info_value, name, overrides)
         return 0
     try:
         with redirect_stderr(errors):
-            hydra.show_cfg(name, overrides, what, command.package, resolve=command.is_resolved)
+            hydra.show_cfg(
+                name, overrides, info_value, command.package, resolve=command.is_resolved
+            )
     except SystemExit as end:
-        raise RequestError(f"--cfg {what}: {' '.join(errors.getvalue().split())}.") from end
+        raise RequestError(f"--cfg {info_value}: {' '.join(errors.getvalue().split())}.") from end
     return 0
 
 

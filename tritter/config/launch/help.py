@@ -63,7 +63,7 @@ Exit codes
   1 failed                                 3 gate=strict and the grown model was not kept"""
 
 
-def help_text(words: Sequence[str] = (), *, is_whole: bool = False) -> str:
+def help_text(arguments: Sequence[str] = (), *, is_full: bool = False) -> str:
     """Return the help page, or the keys of the options that `words` select.
 
     Args:
@@ -74,7 +74,7 @@ def help_text(words: Sequence[str] = (), *, is_whole: bool = False) -> str:
         RequestError: There is no such option.
     """
     files = option_files()
-    chosen = [word.lstrip("+").partition("=") for word in words]
+    chosen = [argument.lstrip("+").partition("=") for argument in arguments]
     selected = [(group, name) for group, _, name in chosen if group.replace("-", "_") in files]
     if selected:
         return "\n\n".join(_of_group(group, names, files) for group, names in selected)
@@ -83,7 +83,7 @@ def help_text(words: Sequence[str] = (), *, is_whole: bool = False) -> str:
     pairs = [entry[2:].partition(": ") for entry in entries if ": " in entry]
     defaults = {group: option for group, _, option in pairs}  # in the order of the defaults list
     groups = [g for g in dict.fromkeys([*defaults, *files]) if g != FAMILIES]
-    if not is_whole:
+    if not is_full:
         width = max(map(len, groups))
         lines = [_folded(group, files[group], defaults.get(group), width) for group in groups]
         return "\n\n".join([_HEAD.format(groups="\n".join([_FOLDED, *lines])), _TAIL])

@@ -171,9 +171,9 @@ class Task:
             return math.nan
 
 
-def _words(hydra: HydraConf) -> list[str]:
+def _task_overrides(hydra: HydraConf) -> list[str]:
     """Return the overrides of a job, as typed."""
-    return [str(word).removeprefix("++") for word in hydra.overrides.task]
+    return [str(override).removeprefix("++") for override in hydra.overrides.task]
 
 
 @contextmanager
@@ -231,13 +231,13 @@ def run_job(cfg: DictConfig, pipeline: Pipeline, *, jobs: Sequence[Job]) -> floa
     """
     hydra = HydraConfig.get()
     folder = Path(hydra.runtime.output_dir)
-    words = _words(hydra)
+    overrides = _task_overrides(hydra)
     is_sweep = hydra.mode == RunMode.MULTIRUN
     if is_sweep:
-        say(f"\njob {hydra.job.num}: {' '.join(words)}")
+        say(f"\njob {hydra.job.num}: {' '.join(overrides)}")
     try:
         planned = {os.path.normpath(job.folder.absolute()): job for job in jobs}.get(str(folder))
-        config = _validate_proposed(cfg, words) if planned is None else planned.config
+        config = _validate_proposed(cfg, overrides) if planned is None else planned.config
         is_of_sweep = is_sweep or (folder.parent / "multirun.yaml").is_file()  # a job resumed alone
         sweep = Path(hydra.sweep.dir) if is_sweep else folder.parent
         group = sweep.name if is_of_sweep else hydra.runtime.choices.get("experiment")
@@ -247,25 +247,27 @@ def run_job(cfg: DictConfig, pipeline: Pipeline, *, jobs: Sequence[Job]) -> floa
         is_finished = check_run_folder(folder, config) is RunState.FINISHED
         if is_finished and (ended := read_status(folder)).status in ENDS:
             return math.nan if ended.metric is None else float(ended.metric)
-        typed = words if planned is None or is_sweep else planned.overrides
+        typed = overrides if planned is None or is_sweep else planned.overrides
         recorded = recorded_overrides(typed)
         write_run_file(folder, config, status="running", overrides=recorded)
-        _write_status(folder, words, status="running", exit_code=EXIT_FAILED)
+        _write_status(folder, overrides, status="running", exit_code=EXIT_FAILED)
         outcome = pipeline(config, run_folder=folder)
     except Stopped as stop:
-        where = None if stop.where is None else f"stopped {stop.where}"
-        _write_status(folder, words, status="interrupted", exit_code=stop.exit_code, error=where)
+        location = None if stop.location is None else f"stopped {stop.location}"
+        _write_status(
+            folder, overrides, status="interrupted", exit_code=stop.exit_code, error=location
+        )
         raise
     except TritterError as error:
         code = EXIT_REQUEST if isinstance(error, RequestError) else EXIT_FAILED
-        _write_status(folder, words, status="failed", exit_code=code, error=str(error))
+        _write_status(folder, overrides, status="failed", exit_code=code, error=str(error))
         if is_sweep:
             say(f"job {hydra.job.num} failed: {error}")
         return math.nan
     except Exception as error:
         # The job's border: any library may raise here, and the other jobs of a sweep continue
         text = f"{type(error).__name__}: {error}"
-        _write_status(folder, words, status="failed", exit_code=EXIT_FAILED, error=text)
+        _write_status(folder, overrides, status="failed", exit_code=EXIT_FAILED, error=text)
         if not is_sweep:
             raise
         traceback.print_exc()
@@ -273,7 +275,7 @@ def run_job(cfg: DictConfig, pipeline: Pipeline, *, jobs: Sequence[Job]) -> floa
     is_refused = config.gate.strict and outcome.status != "kept"
     _write_status(
         folder,
-        words,
+        overrides,
         status=outcome.status,
         exit_code=EXIT_NOT_KEPT if is_refused else EXIT_DONE,
         metric=outcome.metric,
@@ -283,7 +285,7 @@ def run_job(cfg: DictConfig, pipeline: Pipeline, *, jobs: Sequence[Job]) -> floa
     return outcome.metric
 
 
-def _validate_proposed(cfg: DictConfig, words: Sequence[str]) -> RunConfig:
+def _validate_proposed(cfg: DictConfig, overrides: Sequence[str]) -> RunConfig:
     """Validate a job that a sweeper proposed.
 
     Raises:
@@ -293,7 +295,7 @@ def _validate_proposed(cfg: DictConfig, words: Sequence[str]) -> RunConfig:
     if config.gate.ladder is None:
         return config
     with composer() as composing:
-        return composing.with_fallbacks(config, words)
+        return composing.with_fallbacks(config, overrides)
 
 
 def read_status(folder: Path) -> RunStatus:
@@ -310,7 +312,7 @@ def read_status(folder: Path) -> RunStatus:
 
 def _write_status(
     folder: Path,
-    words: Sequence[str],
+    overrides: Sequence[str],
     *,
     status: str,
     exit_code: int,
@@ -321,7 +323,7 @@ def _write_status(
     content = RunStatus(
         status=status,
         exit_code=exit_code,
-        overrides=list(words),
+        overrides=list(overrides),
         metric=metric if metric is not None and math.isfinite(metric) else None,
         summary=summary,
         error=error,

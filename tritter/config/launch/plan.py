@@ -183,7 +183,7 @@ def read_request(typed: CommandLine, composing: Composer) -> Request:
     Raises:
         RequestError: an override is invalid, or the run to resume does not exist.
     """
-    is_shown, folder = typed.shows is not None, None
+    is_shown, folder = typed.info_flag is not None, None
     overrides = [normalise(override, composing.options) for override in typed.overrides]
     if not typed.is_multirun:
         overrides, folder = _add_resumed(composing, overrides, is_shown=is_shown)

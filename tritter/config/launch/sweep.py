@@ -97,7 +97,9 @@ def run_sweep(request: Request, task: Task, hydra: Hydra, *, typed: Sequence[str
 
 def _resume_hint(request: Request, typed: Sequence[str]) -> str:
     assert request.plan is not None and request.plan.sweep_folder is not None
-    own = [word for word in typed if not word.lstrip("+").startswith("hydra.sweep.dir=")]
+    own = [
+        override for override in typed if not override.lstrip("+").startswith("hydra.sweep.dir=")
+    ]
     folder = override_value(str(request.plan.sweep_folder))
     return f"Resume the sweep with:\n  {command([*own, f'hydra.sweep.dir={folder}'])}"
 
@@ -157,7 +159,7 @@ class JobLines:
         self.printed.add(job)
         row = _row(job, sweep=sweep, overrides=None)
         shared = _shared([each.overrides for each in jobs])
-        own = " ".join(word for word in row.overrides if word not in shared)
+        own = " ".join(override for override in row.overrides if override not in shared)
         number = f"[{len(self.printed)}/{len(jobs)}] " if jobs else ""
         parts = [row.status]
         if row.error is not None:
@@ -221,7 +223,7 @@ def print_sweep(rows: Sequence[SweepRow], folder: Path) -> None:
     for name in (*domains, *(("experts", "trainable") if has_experts else ()), "metric"):
         table.add_column(name, justify="right")
     for row in rows:
-        own = Text(" ".join(word for word in row.overrides if word not in shared))
+        own = Text(" ".join(override for override in row.overrides if override not in shared))
         metric = "-" if row.metric is None else f"{row.metric:.4f}"
         changes = [f"{row.changes[d]:+.1%}" if d in row.changes else "-" for d in domains]
         cells: list[str | Text] = [row.name, own, row.status, *changes]

@@ -243,7 +243,7 @@ class Replay(ForgettingMethod):
         yield from _fraction_problems(cls.name, options, run)
         key, old, weights = "forgetting.replay.weights", run.text.old, options.weights or {}
         earlier = chain.from_iterable(run.text.tasks[:-1])
-        known = tuple(dict.fromkeys([*old, *earlier, *run.text.kept.sequences]))
+        known = tuple(dict.fromkeys([*old, *earlier, *run.text.kept_sequences.sequences]))
         unknown = [name for name in weights if name not in known]
         for name in unknown:
             reason = f"not an old domain of this run; its old domains: {', '.join(known) or 'none'}"
