@@ -146,12 +146,12 @@ def expand(
             impossible, the model is a PeftModel, or `output` may not be written.
     """
     if specs is not None:
-        return _expanded_folder(source, method, specs, seed, overwrite, options)
+        return _expand_folder(source, method, specs, seed, overwrite, options)
     names = [method] if not isinstance(method, list | tuple) else list(method)
     with use_names(_option_names("expansion", names)):
         chosen = _expansions(names, options)
         if isinstance(source, str | PathLike):
-            return _expanded_checkpoint(source, chosen, output, seed=seed, overwrite=overwrite)
+            return _expand_checkpoint(source, chosen, output, seed=seed, overwrite=overwrite)
         with loading("transformers"):
             from tritter.transform.live import ModelExpander
         model, expander = _unwrap(source), ModelExpander(chosen, seed=seed)
@@ -164,7 +164,7 @@ def expand(
         return folder
 
 
-def _expanded_folder(
+def _expand_folder(
     source: Any,
     destination: Any,
     specs: Any,
@@ -180,7 +180,7 @@ def _expanded_folder(
     )
 
 
-def _expanded_checkpoint(
+def _expand_checkpoint(
     source: StrPath,
     specs: Sequence[ExpansionSpec],
     output: StrPath | None,
@@ -193,7 +193,7 @@ def _expanded_checkpoint(
 
     folder = locate(fspath(source), key="source")
     if output is not None:
-        return _expanded_folder(folder, output, specs, seed, overwrite, {}).folder
+        return _expand_folder(folder, output, specs, seed, overwrite, {}).folder
     with loading("transformers"):
         from tritter.transform.live import ModelExpander
     refuse_experts(folder, doing="an expansion", key="source")
@@ -614,7 +614,7 @@ def _scores(
 ) -> dict[str, PairedScores]:
     """Score a model on all documents. A model from a folder is released afterwards."""
     from tritter.core.models import refuse_peft
-    from tritter.data.tokens import tokenised
+    from tritter.data.tokens import tokenise_texts
     from tritter.evaluation.losses import document_losses
 
     refuse_peft(model)
@@ -624,7 +624,7 @@ def _scores(
     return {
         name: document_losses(
             live,
-            tokenised(texts, own.tokenizer),
+            tokenise_texts(texts, own.tokenizer),
             sequence_length=min(sequence_length, limit),
             end_of_text_id=own.end_of_text_id,
             batch_size=batch_size,

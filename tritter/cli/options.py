@@ -142,7 +142,7 @@ def parameter_count(text: str) -> int:
         typer.BadParameter: the text is not a count.
     """
     example = "a count above 0, such as 7B, 350M or 7e9"
-    return _scaled(str(text), COUNT_UNITS, example=example, limit=MAX_PARAMETERS)
+    return _parse_scaled(str(text), COUNT_UNITS, example=example, limit=MAX_PARAMETERS)
 
 
 def flops_rate(text: str) -> int:
@@ -152,7 +152,7 @@ def flops_rate(text: str) -> int:
         typer.BadParameter: the text is not a count.
     """
     example = "FLOPs per second above 0, such as 312T or 9.89e14"
-    return _scaled(str(text), COUNT_UNITS, example=example, limit=_MAX_FLOPS)
+    return _parse_scaled(str(text), COUNT_UNITS, example=example, limit=_MAX_FLOPS)
 
 
 def byte_count(text: str) -> int:
@@ -162,7 +162,7 @@ def byte_count(text: str) -> int:
         typer.BadParameter: the text is not a size.
     """
     example = "a size above 0, such as 5GB, 500MB or 4GiB"
-    return _scaled(str(text), BYTE_UNITS, example=example, limit=MAX_BYTES)
+    return _parse_scaled(str(text), BYTE_UNITS, example=example, limit=MAX_BYTES)
 
 
 def parse_path(text: str) -> Path:
@@ -177,7 +177,7 @@ def parse_path(text: str) -> Path:
         raise typer.BadParameter(str(error).removeprefix("path = ")) from error
 
 
-def _scaled(text: str, units: dict[str, int], *, example: str, limit: int) -> int:
+def _parse_scaled(text: str, units: dict[str, int], *, example: str, limit: int) -> int:
     value = parse_count(text, units)
     if value is None:
         raise typer.BadParameter(f"{brief(text)} is not {example}.")

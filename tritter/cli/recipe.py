@@ -300,7 +300,7 @@ class _Methods:
         self._bodies = option_files()["expansion"]
         self._read: dict[str, tuple[Mapping[str, Any], type[Any] | None, list[Problem]]] = {}
 
-    def named(self, name: str) -> tuple[Mapping[str, Any], type[Any] | None, list[Problem]]:
+    def resolve(self, name: str) -> tuple[Mapping[str, Any], type[Any] | None, list[Problem]]:
         """Return the keys in a method's option file, its class, and a list of problems."""
         if name not in self._read:
             body, reader = body_of(self._bodies[name])[name], Reader(self.keys)
@@ -330,7 +330,7 @@ def _step(item: object, problems: list[Problem], methods: _Methods) -> Expansion
         reason = "a step must be a method's name; --config-dir adds classes of your own"
         problems.append(Problem(f"{name}.{TARGET}", stated[TARGET], reason))
     else:
-        body, kind, unfit = methods.named(name)
+        body, kind, unfit = methods.resolve(name)
         reader = Reader(methods.keys)
         classes = {} if kind is None else {f"expansion.{name}": kind}
         read = read_methods(reader, "expansion", {name: {**body, **stated}}, classes)

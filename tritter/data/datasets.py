@@ -249,7 +249,7 @@ def resolve_dataset(source: DatasetName, *, key: str) -> DatasetName:
         TextFileError: the data set, config, split or column does not exist or is unavailable.
     """
     with _dataset_errors(source, key):
-        return _of_hub(source) if not source.is_on_disk else _resolved(source)
+        return _of_hub(source) if not source.is_on_disk else _resolve_name(source)
 
 
 def dataset_texts(source: DatasetName, reading: Reading, *, is_streamed: bool) -> Iterator[str]:
@@ -297,10 +297,10 @@ def _texts(source: DatasetName, reading: Reading, *, is_streamed: bool) -> Itera
 @cache
 def _of_hub(source: DatasetName) -> DatasetName:
     """Resolve a hub id once per process, even if the hub changes during the run."""
-    return _resolved(source)
+    return _resolve_name(source)
 
 
-def _resolved(source: DatasetName) -> DatasetName:
+def _resolve_name(source: DatasetName) -> DatasetName:
     if not source.is_on_disk:
         builder, _ = _builder(source)
         config = builder.config.name.partition("-sample_by=")[0]

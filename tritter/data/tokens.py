@@ -279,7 +279,7 @@ def tokenise(
     )
 
 
-def tokenised(texts: Iterable[str], tokenizer: Tokenizer) -> TokenisedDocuments:
+def tokenise_texts(texts: Iterable[str], tokenizer: Tokenizer) -> TokenisedDocuments:
     """Tokenise texts in memory; each is a document named by its number."""
     documents = [Document(str(number), text) for number, text in enumerate(texts)]
     return tokenise(documents, tokenizer)

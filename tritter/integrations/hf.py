@@ -485,7 +485,7 @@ class Forgetting:
         teacher = self._teacher()
         saved = None if folder is None else self._read(folder)
         if saved is None:
-            state, written = self._prepared()
+            state, written = self._prepare_methods()
         else:  # the loaded state below already includes the first state
             ones = {name: value.float() for name, value in _all_old(model).items()}
             state, written = dict.fromkeys(saved["kinds"], ones), saved["written"]
@@ -521,7 +521,7 @@ class Forgetting:
             return self._sequences if reads else {}
         return {} if written is None else {_WRITTEN: written}
 
-    def _prepared(self) -> tuple[dict[str, Values], Tensor | None]:
+    def _prepare_methods(self) -> tuple[dict[str, Values], Tensor | None]:
         """Return the initial state of the methods, and the text that the model generated."""
         model = self._trainer.model
         state, written = self._earlier_state(), None
@@ -585,7 +585,9 @@ class Forgetting:
         model = self._trainer.model
         teacher = deepcopy(model) if folders[0] is None else load_model(locate(folders[0]))
         teacher = teacher.to(self._trainer.args.device).eval().requires_grad_(False)
-        self._teacher_hash = merkle_hash({n: tensor_digest(n, p) for n, p in _named(teacher)})
+        self._teacher_hash = merkle_hash(
+            {n: tensor_digest(n, p) for n, p in _named_parameters(teacher)}
+        )
         return teacher
 
     # During training
@@ -678,7 +680,7 @@ class Forgetting:
             return {
                 name: document_losses(
                     self._trainer.model,
-                    self._packing.tokenised(texts),
+                    self._packing.tokenise_texts(texts),
                     sequence_length=self._packing.sequence_length,
                     end_of_text_id=self._packing.end_of_text_id,
                     batch_size=self._trainer.args.eval_batch_size,
@@ -759,14 +761,16 @@ def _stock_forward(model: nn.Module) -> Iterator[None]:
             model.__dict__["forward"] = patched
 
 
-def _named(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def _named_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     return ((name, parameter.detach()) for name, parameter in model.named_parameters())
 
 
 def _all_old(model: nn.Module) -> dict[str, Tensor]:
     """Return masks that mark every entry as old; expanded views, so they need no memory."""
     one = torch.ones((), dtype=torch.bool)
-    return {name: one.to(value.device).expand(value.shape) for name, value in _named(model)}
+    return {
+        name: one.to(value.device).expand(value.shape) for name, value in _named_parameters(model)
+    }
 
 
 def _overrides(kind: type[ForgettingMethod], hook: str) -> bool:

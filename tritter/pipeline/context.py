@@ -193,7 +193,9 @@ class RunContext:
             if self.initial_checkpoint is None
             else self.initial_checkpoint.config
         )
-        assert source is not None  # only the config of a Hub id is unknown, and then `given` is set
+        assert (
+            source is not None
+        )  # only the config of a Hub id is unknown, and then `initial_checkpoint` is set
         # Skipped files of each domain
         notes = [find_texts(each.key, each.paths).note(each.name) for each in self.text.domains]
         notes += [*self.text.notes, *self.corpus.notes]

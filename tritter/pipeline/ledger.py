@@ -15,7 +15,7 @@ from tritter.errors import TritterError, brief
 from tritter.evaluation.gate import Status
 from tritter.storage.atomic import write_text_atomic
 from tritter.storage.reading import LEDGER_NAME
-from tritter.storage.records import read_record, record, record_text, validated
+from tritter.storage.records import read_record, record, record_text, validate_record
 from tritter.training import FitResult
 
 _LOG = ".csv"  # logs contain times and may be missing
@@ -217,7 +217,7 @@ class Ledger:
                 wrong = f"{self._path} is not a ledger"
                 if kind is None:
                     raise TritterError(f"{wrong}: there is no stage {brief(stage)}.")
-                found = validated(each.found, kind, what=f"{wrong}: {stage}")
+                found = validate_record(each.found, kind, what=f"{wrong}: {stage}")
                 self._stages[stage] = StageResult(
                     found, each.flops, each.seconds, tuple(each.left), each.left, each.disk
                 )

@@ -65,7 +65,7 @@ def first_step(context: RunContext, branches: Sequence[Branch], branch: Branch) 
     return sum(num_steps(context, each.name) for each in before)
 
 
-def joined_rows(context: RunContext, branches: Sequence[Branch]) -> list[dict[str, str]]:
+def join_rows(context: RunContext, branches: Sequence[Branch]) -> list[dict[str, str]]:
     """Return the logged rows of consecutive branches with continuous steps and final scores.
 
     Rows before the first step of a later task are omitted: they repeat the previous task's end.
@@ -97,7 +97,7 @@ def write_metrics(
     Returns:
         The rows.
     """
-    rows = joined_rows(context, branches)
+    rows = join_rows(context, branches)
     write_rows(context.folder / (f"metrics_{of}.csv" if of else "metrics.csv"), rows)
     return rows
 
@@ -365,7 +365,7 @@ def open_loggers(
         if (wandb := wandb_logger(context, part)) is not None:
             loggers.append(wandb)
         for named in context.config.logger.others:
-            loggers.append(logger := _built(named, context, part))
+            loggers.append(logger := _build_logger(named, context, part))
             opened.push(partial(_close, logger))
             if not first_step:
                 logger.log_hyperparams(fingerprint(context.config))
@@ -376,7 +376,7 @@ def _close(logger: Logger, error: type[BaseException] | None, *_: object) -> Non
     logger.finalize("success" if error is None else "failed")
 
 
-def _built(named: Component, context: RunContext, part: str | None) -> Logger:
+def _build_logger(named: Component, context: RunContext, part: str | None) -> Logger:
     """Build a logger that writes into the run folder, unless its options set another folder.
 
     A logger with run names gets the name of the part; others get a folder per part.

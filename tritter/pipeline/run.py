@@ -26,7 +26,7 @@ from tritter.pipeline.metrics import (
     BEFORE,
     before_metrics,
     first_step,
-    joined_rows,
+    join_rows,
     log_result_to_wandb,
     num_steps,
     open_loggers,
@@ -116,7 +116,7 @@ def _report(context: RunContext, candidates: Sequence[Candidate], control: Candi
         summary,
         curves_of(rows),
         context.folder / "plots",
-        earlier=[curves_of(joined_rows(context, each.branches)) for each in before],
+        earlier=[curves_of(join_rows(context, each.branches)) for each in before],
         control=curves_of(control_rows),
     )
     own = [

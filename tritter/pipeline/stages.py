@@ -202,7 +202,7 @@ def adaptation(context: RunContext, branch: Branch) -> StageResult:
             label="router",
             write_result=write,
         )
-    return _accepted(context, location, result, folder=folder, label=branch.label("adapt"))
+    return _accept(context, location, result, folder=folder, label=branch.label("adapt"))
 
 
 def training(context: RunContext, branch: Branch, *, loggers: Sequence[Logger]) -> StageResult:
@@ -380,7 +380,7 @@ def _fit(
     )
 
 
-def _accepted(
+def _accept(
     context: RunContext, location: str, result: FitResult, *, folder: Path, label: str
 ) -> StageResult:
     """Accept the result of a training stage that precedes the main training run."""
@@ -592,4 +592,4 @@ def distillation(context: RunContext, branch: Branch) -> StageResult:
             optimizer=context.config.optimizer,
         )
         result = _fit(context, branch, module, folder=folder, label="distill", write_result=write)
-    return _accepted(context, location, result, folder=folder, label=branch.label("distill"))
+    return _accept(context, location, result, folder=folder, label=branch.label("distill"))

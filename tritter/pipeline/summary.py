@@ -41,7 +41,7 @@ from tritter.report.summary import (
     Target,
     TaskRecord,
 )
-from tritter.storage.records import validated
+from tritter.storage.records import validate_record
 
 
 def summary_record(
@@ -122,7 +122,7 @@ def _growth(context: RunContext, branches: Sequence[Branch]) -> GrowthRecord | N
         options=growth.plain(),
         advice=growth.options.trigger.advice,
     )
-    return validated(record, GrowthRecord, what="summary.json: growth")
+    return validate_record(record, GrowthRecord, what="summary.json: growth")
 
 
 def _experts(context: RunContext, branches: Sequence[Branch]) -> ExpertsRecord | None:
@@ -137,7 +137,7 @@ def _experts(context: RunContext, branches: Sequence[Branch]) -> ExpertsRecord |
         [each.experts or {} for each in evaluated],
         options={"name": experts.name, **experts.plain()},
     )
-    return validated(record, ExpertsRecord, what="summary.json: experts")
+    return validate_record(record, ExpertsRecord, what="summary.json: experts")
 
 
 def _fits(context: RunContext, branches: Sequence[Branch]) -> list[TrainingFound]:

@@ -66,7 +66,7 @@ class _Domains:
     missing_reason: str
 
 
-def _recorded(kind: str, source: Lineage | None, result: Lineage | None) -> _Domains:
+def _load_recorded(kind: str, source: Lineage | None, result: Lineage | None) -> _Domains:
     """Return the held-out documents of the domains in the result's lineage.
 
     Raises:
@@ -110,7 +110,7 @@ def _read(
         found = _Domains(whole, f"{option} contains no documents")
     else:
         try:
-            found = _recorded(kind, source, result)
+            found = _load_recorded(kind, source, result)
         except RequestError as error:
             found = _Domains({}, f"the recorded data can't be read: {str(error).rstrip('.')}")
         if not found.documents:
@@ -228,14 +228,14 @@ def validate(source: Side, result: Side, text: ValidationText) -> list[Check]:
         flow = flow_check(gradients, min_steps=FLOW_STEPS)
         assert flow is not None
     else:
-        flow = _skipped("gradient_flow", "parameters", "the result has no new parameters")
+        flow = _skipped_check("gradient_flow", "parameters", "the result has no new parameters")
     counted = count_parameters(source.config), count_parameters(result.config)
     return [
         _equivalence(source, result, before.logits, after.logits),
         flow,
         scaling_check((before.num_bytes, after.num_bytes), counted),
-        *_compared("kept", before, after, missing_reason=texts["kept"].missing_reason),
-        *_compared("target", before, after, missing_reason=texts["target"].missing_reason),
+        *_compare("kept", before, after, missing_reason=texts["kept"].missing_reason),
+        *_compare("target", before, after, missing_reason=texts["target"].missing_reason),
     ]
 
 
@@ -285,7 +285,7 @@ def _evaluate_side(
 def _equivalence(source: Side, result: Side, before: Tensor | None, after: Tensor | None) -> Check:
     """Return the check of equal logits, with a note if the checkpoints are unrelated."""
     if before is None or after is None:
-        check = _skipped(
+        check = _skipped_check(
             "forward_equivalence",
             "logits",
             f"vocabularies of {source.vocab_size:,} and {result.vocab_size:,} tokens: the "
@@ -385,17 +385,17 @@ def _sequences(source: Side, result: Side, documents: Sequence[Document]) -> Ten
     return torch.randint(source.vocab_size, (SEQUENCES, length), generator=generator)
 
 
-def _compared(
+def _compare(
     kind: str, before: _Outputs, after: _Outputs, *, missing_reason: str
 ) -> Iterator[Check]:
     """Yield checks of the change in loss per byte, which is comparable across tokenizers."""
     name = {"kept": "benchmark_retention", "target": "new_capability"}[kind]
     if not before.scores[kind]:
-        yield _skipped(name, "text", missing_reason)
+        yield _skipped_check(name, "text", missing_reason)
     for domain, old in before.scores[kind].items():
         new = after.scores[kind][domain]
         if old is None or new is None:
-            yield _skipped(name, domain, "a checkpoint has no matching tokenizer")
+            yield _skipped_check(name, domain, "a checkpoint has no matching tokenizer")
             continue
         bounds = {"confidence": CONFIDENCE}
         if kind == "kept":
@@ -405,5 +405,5 @@ def _compared(
         yield replace(check, name=name)
 
 
-def _skipped(name: str, subject: str, reason: str) -> Check:
+def _skipped_check(name: str, subject: str, reason: str) -> Check:
     return Check(name, subject, "not_asked", reason)

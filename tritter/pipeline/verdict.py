@@ -124,7 +124,9 @@ def complete(context: RunContext, branch: Branch) -> StageResult:
     location = f"{branch.name}/trained"
     trained = context.source(location)
     lineage = trained.own_lineage
-    completed = replace(_completed(context, (branch,), lineage), parent_path=lineage.parent_path)
+    completed = replace(
+        _complete_lineage(context, (branch,), lineage), parent_path=lineage.parent_path
+    )
     completed = write_lineage(trained.folder, completed, trained.config)
     context.sources[location] = replace(trained, lineage=completed)
     return StageResult(KeptFound(model_hash=completed.model_hash))
@@ -144,7 +146,7 @@ def publish(context: RunContext, branches: Sequence[Branch], *, keep: bool) -> S
     target = context.folder / "checkpoint"
     lineage = source.own_lineage
     if keep:
-        lineage = _completed(context, branches, lineage)
+        lineage = _complete_lineage(context, branches, lineage)
     elif first.follows:
         lineage = replace(lineage, parent_path=f"../{first.follows}/expanded")
     config, dtype = source.config, context.published_dtype
@@ -174,7 +176,7 @@ def publish(context: RunContext, branches: Sequence[Branch], *, keep: bool) -> S
     return StageResult(found, leaves=("checkpoint",))
 
 
-def _completed(context: RunContext, branches: Sequence[Branch], lineage: Lineage) -> Lineage:
+def _complete_lineage(context: RunContext, branches: Sequence[Branch], lineage: Lineage) -> Lineage:
     """Return a lineage whose newest expansion records contain the results of training."""
     first, last = branches[0], branches[-1]
     before = context.read_scores(first.start_scores)

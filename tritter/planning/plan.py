@@ -325,7 +325,7 @@ def plan_growth(
             source=source, target_parameters=target_parameters, strategy=name, methods=methods
         )
         try:
-            plans.append(_priced(request, find_path(request), gpu_hours, assumptions))
+            plans.append(_price_plan(request, find_path(request), gpu_hours, assumptions))
         except RequestError as error:
             refusals.append(error)
     if not plans:
@@ -372,7 +372,7 @@ def plan_expansion_path(
     return list(plan.steps)
 
 
-def _priced(
+def _price_plan(
     request: PathRequest, shapes: Sequence[Shape], gpu_hours: float, assumptions: Assumptions
 ) -> GrowthPlan:
     """Return the plan of a path: costs and affordable steps."""

@@ -122,7 +122,7 @@ def depth_specs(
     """
     sizes = family_of(config).dimensions(config)
     most = min(2 * sizes.num_hidden_layers, MAX_LAYERS)
-    layers = _thinned(range(sizes.num_hidden_layers + 1, most + 1))
+    layers = _thin_out(range(sizes.num_hidden_layers + 1, most + 1))
     specs = [
         _with_sizes(method, target_layers=count)
         for count in layers
@@ -158,7 +158,7 @@ def width_specs(
             num_attention_heads=heads,
             num_key_value_heads=heads and sizes.num_key_value_heads,
         )
-        for size in _thinned(range((hidden // unit + 1) * unit, most + 1, unit))
+        for size in _thin_out(range((hidden // unit + 1) * unit, most + 1, unit))
         if size / sizes.num_hidden_layers <= max_aspect_ratio
     ]
     return [spec for spec in specs if is_possible(config, spec)]
@@ -173,7 +173,7 @@ def specs_like(config: Config, spec: ExpansionSpec, methods: GrowthMethods) -> l
     return width_specs(config, methods.width, grid="fine")
 
 
-def _thinned(sizes: range) -> range:
+def _thin_out(sizes: range) -> range:
     """Return all sizes, or every n-th of many; n is odd, because methods may need even sizes."""
     return sizes[:: len(sizes) // _NUM_SIZES // 2 * 2 + 1]
 

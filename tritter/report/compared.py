@@ -26,7 +26,7 @@ from tritter.report.runs import (
     Run,
     differing_keys,
     differs_between,
-    grouped,
+    group_runs,
 )
 from tritter.report.summary import MAX_NUMBER
 from tritter.report.table import Table
@@ -120,7 +120,7 @@ class Comparison:
 
     @cached_property
     def groups(self) -> tuple[Group, ...]:
-        return grouped([each.run for each in self.runs])
+        return group_runs([each.run for each in self.runs])
 
     @cached_property
     def paired(self) -> tuple[PairedDifference, ...]:

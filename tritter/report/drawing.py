@@ -52,14 +52,14 @@ def plain(text: str) -> str:
     return "".join(sign if sign.isprintable() else " " for sign in text).replace("$", r"\$")
 
 
-def cut(text: str, most: int = _LINE_CHARACTERS) -> str:
+def truncate(text: str, most: int = _LINE_CHARACTERS) -> str:
     """Return text cut with two dots."""
     return text if len(text) <= most else text[: most - 2] + ".."
 
 
-def wrapped(text: str, width: int = _LINE_CHARACTERS) -> str:
+def wrap_text(text: str, width: int = _LINE_CHARACTERS) -> str:
     """Return plain text broken into lines of `width` characters; only very long text is cut."""
-    text = plain(cut(text, width * _MAX_LINES))
+    text = plain(truncate(text, width * _MAX_LINES))
     return "\n".join(textwrap.wrap(text, width, max_lines=_MAX_LINES, placeholder=" .."))
 
 
@@ -106,9 +106,9 @@ def draw_cells(
     axes.set_facecolor("#DDDDDD")  # visible in masked cells
     image = axes.imshow(shown, cmap=colours, norm=norm, aspect="auto")
     axes.grid(visible=False)
-    labels = [wrapped(name, _LABEL_CHARACTERS) for name in columns]
+    labels = [wrap_text(name, _LABEL_CHARACTERS) for name in columns]
     axes.set_xticks(range(len(columns)), labels, rotation=30, ha="right")
-    axes.set_yticks(range(len(rows)), [wrapped(name, _LABEL_CHARACTERS) for name in rows])
+    axes.set_yticks(range(len(rows)), [wrap_text(name, _LABEL_CHARACTERS) for name in rows])
     axes.tick_params(labelsize=8, length=0)
     if max(len(rows), len(columns)) <= _MAX_NUMBERED:
         for (row, column), dark in np.ndenumerate(is_dark):

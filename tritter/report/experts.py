@@ -15,7 +15,7 @@ from tritter.report.drawing import (
     numbers,
     panel,
     subsample,
-    wrapped,
+    wrap_text,
     write_note,
 )
 from tritter.report.summary import BASE, ExpertHistory, ExpertsRecord, Spawn
@@ -176,7 +176,7 @@ def experts_panels(
     for draw in _panels(experts, end=end, borders=borders)[: None if is_alone else 1]:
         figure, axes = panel(height=3.0 + 0.12 * min(len(experts.usage), _DRAWN))
         draw(axes)
-        axes.set_title(wrapped(f"{name}: {axes.get_title()}"), fontsize=9)
+        axes.set_title(wrap_text(f"{name}: {axes.get_title()}"), fontsize=9)
         figures.append(figure)
     return figures
 
@@ -289,7 +289,7 @@ def _draw_history(
             "marker": marker,
             "linewidth": 1.3 + 1.2 * below,
         }
-        label = wrapped(name, _LABEL_CHARACTERS)
+        label = wrap_text(name, _LABEL_CHARACTERS)
         if is_stepped:
             axes.step(steps, values, where="post", label=label, **line_style)
         else:

@@ -17,7 +17,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from tritter import __version__
-from tritter.report.drawing import CYCLE, DPI, GREY, new_figure, panel, wrapped
+from tritter.report.drawing import CYCLE, DPI, GREY, new_figure, panel, wrap_text
 from tritter.report.experts import experts_panels, experts_text, page_tables, share_text
 from tritter.report.growth import (
     draw_neurons,
@@ -40,7 +40,7 @@ from tritter.report.runs import (
     Interval,
     Run,
     differing_keys,
-    grouped,
+    group_runs,
     with_controls,
 )
 from tritter.report.summary import MAX_NUMBER
@@ -118,7 +118,7 @@ def page(
         notes: Lines on folders that are not on it.
         tables: Title → table, shown after the table of all runs.
     """
-    groups = grouped(runs)
+    groups = group_runs(runs)
     lines = _lines(groups)
     pictures = {name: [_png(figure) for figure in found] for name, found in figures(groups).items()}
     environment = Environment(
@@ -420,7 +420,7 @@ def _legend_figure(lines: Sequence[_Line]) -> Figure:
     from matplotlib.lines import Line2D
 
     handles = [
-        Line2D([], [], color=line.color, linestyle=line.style, label=wrapped(line.label),
+        Line2D([], [], color=line.color, linestyle=line.style, label=wrap_text(line.label),
                markersize=5, marker=line.marker, markerfacecolor=line.filling)
         for line in lines[:_MAX_NAMED]
     ]  # fmt: skip
@@ -464,7 +464,7 @@ def figures(groups: Sequence[Group]) -> dict[str, list[Figure]]:
     learned = [(run.name, run.summary.matrix) for run in runs if run.summary.matrix]
     for name, matrix in learned[:MAX_PANELS]:
         figure = matrix_figure(matrix)
-        figure.axes[0].set_title(wrapped(name), fontsize=9)
+        figure.axes[0].set_title(wrap_text(name), fontsize=9)
         matrices.append(figure)
     made = {
         "tradeoff": _tradeoff(lines),
@@ -618,7 +618,7 @@ def _scale(run: Run, *, is_in_tokens: bool) -> float:
 
 
 def _label_course(axes: Axes, title: str, *, is_in_tokens: bool) -> None:
-    axes.set_title(wrapped(title), fontsize=9)
+    axes.set_title(wrap_text(title), fontsize=9)
     axes.set_xlabel("training tokens [thousand]" if is_in_tokens else "training step")
     axes.set_ylabel("loss [nats/token]")
 
@@ -709,7 +709,7 @@ def _growth(lines: Sequence[_Line]) -> list[Figure]:
             figure, axes = panel(height=2.9)
             draw(axes, growth, end=run.last_steps)
             what = axes.get_title()
-            axes.set_title(wrapped(f"{run.name}: {what}"), fontsize=9)
+            axes.set_title(wrap_text(f"{run.name}: {what}"), fontsize=9)
             if draw is draw_neurons and growth.events:
                 figure.legend(loc="outside lower left", ncols=2, frameon=False, fontsize=7.5)
             made.append(figure)
@@ -747,7 +747,7 @@ def _bars_of(
     rows = [(line, interval) for line, interval in found if interval is not None]
     if not rows:
         return None
-    labels = [wrapped(line.label) for line, _ in rows]
+    labels = [wrap_text(line.label) for line, _ in rows]
     heights = [0.27 + 0.15 * (1 + label.count("\n")) for label in labels]  # inches
     figure, axes = panel(height=0.8 + sum(heights))
     bottoms = [*accumulate(heights)]
@@ -777,7 +777,7 @@ def _bars_of(
     axes.set_ylim(bottoms[-1] + 0.2, 0)
     axes.axvline(0, color=GREY, linewidth=0.8)
     axes.grid(axis="x", alpha=0.25)
-    axes.set_title(wrapped(title), fontsize=9)
+    axes.set_title(wrap_text(title), fontsize=9)
     return figure
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tritter.report.drawing import BLUE, CYCLE, GREY, ORANGE, PURPLE, new_figure, wrapped
+from tritter.report.drawing import BLUE, CYCLE, GREY, ORANGE, PURPLE, new_figure, wrap_text
 from tritter.report.experts import experts_figure
 from tritter.report.growth import growth_figure, mark_growth
 from tritter.report.matrix import matrix_figure
@@ -122,7 +122,7 @@ def _domains_figure(rows: Sequence[DomainRow]) -> Figure | None:
                 _draw_stages(axes, scores, label="control (not grown)", color=ORANGE)
         is_known = row.change.value is not None
         change = f"{change_text(row.change)} %" if is_known else "change unknown"
-        axes.set_title(wrapped(f"{row.domain} ({row.role}): {change}", 40), fontsize=10)
+        axes.set_title(wrap_text(f"{row.domain} ({row.role}): {change}", 40), fontsize=10)
         axes.set_xticks(range(len(_STAGES)), _STAGES)
         axes.set_xlim(-0.35, 2.35)
         axes.margins(y=0.15)
@@ -203,7 +203,7 @@ def _forgetting_figure(
         for step in borders:
             axes.axvline(step, color=GREY, linestyle="-.", linewidth=1, label="next task")
         mark_growth(axes, [courses[-1].first_step + step for step in born])
-        axes.set_title(wrapped(f"{row.domain} ({row.role})", 40), fontsize=10)
+        axes.set_title(wrap_text(f"{row.domain} ({row.role})", 40), fontsize=10)
         axes.set_xlabel("training step")
         axes.margins(y=0.15)
         # The loss before the first step is left of it, and has no tick
@@ -319,7 +319,7 @@ def _tradeoff_figure(rows: Sequence[DomainRow]) -> Figure | None:
             marker="s" if old.is_control else "o",
             linestyle="none",
             capsize=3,
-            label=wrapped(f"{kind}: {old.domain} against {new.domain}"),
+            label=wrap_text(f"{kind}: {old.domain} against {new.domain}"),
         )
     for bound in sorted({old.bound for old, _ in pairs if old.bound is not None}):
         axes.axhline(100 * bound, color=GREY, linestyle="--", linewidth=1)

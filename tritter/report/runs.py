@@ -12,7 +12,7 @@ from functools import cached_property, partial
 from statistics import fmean, stdev
 from typing import Any, Literal, TypeGuard
 
-from tritter.report.drawing import cut
+from tritter.report.drawing import truncate
 from tritter.report.plots import Curve
 from tritter.report.rows import DomainRow, domain_rows
 from tritter.report.summary import Attempt, Summary, ends_of
@@ -93,7 +93,7 @@ class Run:
         if isinstance(value, list):
             value = ", ".join(map(str, value)) or "none"
         text = MISSING if value is None else str(value)
-        return text if most is None else cut(text, most)
+        return text if most is None else truncate(text, most)
 
     @property
     def steps(self) -> int:
@@ -258,7 +258,7 @@ class Interval:
         return f"{scale * self.value:+.2f} [{lower}, {upper}]"
 
 
-def grouped(runs: Iterable[Run]) -> tuple[Group, ...]:
+def group_runs(runs: Iterable[Run]) -> tuple[Group, ...]:
     """Return groups of runs that differ only in the seed, named by the settings that differ."""
     by_settings: dict[str, list[Run]] = {}
     for run in runs:
@@ -325,7 +325,7 @@ def _name(run: Run, keys: Sequence[str], *, ways: Collection[str]) -> str:
     own = [key for key in known if key.removesuffix(".name") not in _NAMED_BY_GROWTH]
     parts += [f"{key.rpartition('.')[2]}={_short(run.settings[key])}" for key in own]
     name = " ".join(parts[:most]) + (" …" if len(parts) > most else "")
-    return cut(name, _NAME_CHARACTERS)
+    return truncate(name, _NAME_CHARACTERS)
 
 
 def differs_between(key: str, runs: Sequence[Run]) -> bool:
@@ -335,4 +335,4 @@ def differs_between(key: str, runs: Sequence[Run]) -> bool:
 
 
 def _short(value: Any) -> str:
-    return cut(f"{value:g}" if isinstance(value, float) else str(value), 60)
+    return truncate(f"{value:g}" if isinstance(value, float) else str(value), 60)

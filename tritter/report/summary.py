@@ -20,7 +20,7 @@ from typing import (
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from tritter.storage.reading import read_object
-from tritter.storage.records import validated
+from tritter.storage.records import validate_record
 
 MAX_NUMBER = 1e30  # sums and squares of such numbers, and axes over them, are finite
 Number = Annotated[float, Field(ge=-MAX_NUMBER, le=MAX_NUMBER, allow_inf_nan=False)]
@@ -632,7 +632,7 @@ class Summary(Part):
         """
         experts = _without_nulls(plain.get("experts"))
         values = {**plain, "experts": None if experts == {} else experts}
-        read = validated(values, cls, what="not a valid run summary")
+        read = validate_record(values, cls, what="not a valid run summary")
         if read.experts is None:
             return read
         return read.model_copy(update={"experts": read.experts.completed()})

@@ -128,7 +128,7 @@ def read_record(path: Path, kind: type[R], *, advice: str = "", is_signed: bool 
     if is_signed and text != signed_text(plain):
         raise TritterError(f"{path} was edited: its checksum does not match.")
     fields = {key: value for key, value in plain.items() if key not in _HEAD}
-    return validated(fields, kind, what=f"{path} is not a {kind.FORMAT}")
+    return validate_record(fields, kind, what=f"{path} is not a {kind.FORMAT}")
 
 
 def is_unchanged(path: Path) -> bool:
@@ -141,7 +141,7 @@ def is_unchanged(path: Path) -> bool:
     return text == signed_text(parse_object(text, path=path))
 
 
-def validated(plain: object, kind: type[Kind], *, what: str) -> Kind:
+def validate_record(plain: object, kind: type[Kind], *, what: str) -> Kind:
     """Validate plain values against a type.
 
     Args:

@@ -357,7 +357,7 @@ def padded(stream: TensorStream, shapes: Mapping[str, tuple[int, ...]]) -> Tenso
             if name not in shapes or entry.shape == shapes[name]:
                 yield name, content
             elif isinstance(content, Pieces):
-                yield name, Pieces(partial(_filled_up, content, entry.shape, shapes[name]))
+                yield name, Pieces(partial(_fill_up, content, entry.shape, shapes[name]))
             else:
                 yield name, _padded(content, shapes[name])
 
@@ -365,7 +365,7 @@ def padded(stream: TensorStream, shapes: Mapping[str, tuple[int, ...]]) -> Tenso
     return replace(stream, entries=tuple(entries), tensors=tensors())
 
 
-def _filled_up(content: Pieces, live: tuple[int, ...], shape: tuple[int, ...]) -> Iterator[Tensor]:
+def _fill_up(content: Pieces, live: tuple[int, ...], shape: tuple[int, ...]) -> Iterator[Tensor]:
     yield _padded(content.whole(live), shape)
 
 

@@ -175,7 +175,7 @@ class ForgettingMethod:
     1. `observe_batch` and `extra_loss`, before the backward pass;
     2. `observe_gradients` of all methods, on unclipped task gradients;
     3. `add_to_gradients` of all methods;
-    4. `look`, after the optimizer step.
+    4. `observe_step`, after the optimizer step.
 
     Args:
         arguments: Fields of `Options`.

@@ -227,7 +227,7 @@ def plan_by_tables(
     )
 
 
-def _confirmed(plan: PlannedExpansion, source: Source) -> PlannedExpansion:
+def _confirm(plan: PlannedExpansion, source: Source) -> PlannedExpansion:
     """Return the plan with the full configs of transformers.
 
     Raises:
@@ -305,7 +305,7 @@ def expand(
     def call_back(folder: Path, lineage: Lineage) -> Lineage:
         return before_publish(Expanded(folder, plan, lineage)) if before_publish else lineage
 
-    confirmed = cache(partial(_confirmed, plan, opened))
+    confirmed = cache(partial(_confirm, plan, opened))
     state = opened.state
     carried = None if state is None else MappedState(plan, state, moments, max_shard_bytes)
     lineage = write_checkpoint(

@@ -32,7 +32,7 @@ from tritter.methods.experts.adapters import (
 from tritter.methods.experts.changes import (
     evict_change,
     lost_share,
-    merged,
+    merge_factors,
     spawn_change,
     widen_change,
 )
@@ -169,7 +169,7 @@ def test_embeddings_merged_are_the_sum_of_what_they_add() -> None:
         Factors(torch.randn(2, 9).double(), torch.randn(4, 2).double(), 0.5, torch.tensor(2.0))
         for _ in range(2)
     ]
-    one = merged(parts, [0.3, 0.7], rank=4, alpha=8.0)
+    one = merge_factors(parts, [0.3, 0.7], rank=4, alpha=8.0)
     assert lost_share(parts, [0.3, 0.7], one) < 1e-12
     ids = torch.arange(9)[None]
     whole = Dispatch(torch.ones(9, 1), None)

@@ -115,7 +115,7 @@ def _execute(
 ) -> int:
     from tritter.config.launch.composition import SweepInConfig
     from tritter.config.launch.jobs import Task
-    from tritter.config.launch.plan import plan_of, read_request, requested
+    from tritter.config.launch.plan import handle_request, plan_of, read_request
 
     request = read_request(command, composing)
     if command.info_flag is not None:
@@ -124,7 +124,7 @@ def _execute(
         composing.loader.validated = composed
         return _show(command, request, composing.hydra)
     request.task = task = Task(pipeline=pipeline)
-    with _convert_hydra_errors(request), requested(request):
+    with _convert_hydra_errors(request), handle_request(request):
         if not request.is_multirun:
             try:
                 return _run_one(request, task, composing.hydra)
@@ -186,7 +186,7 @@ def run_once(arguments: Sequence[str], pipeline: "Pipeline") -> Path:
     with use_search_path(typed_search_path):
         from tritter.config.launch.composition import SweepInConfig, composer
         from tritter.config.launch.jobs import Task, read_status
-        from tritter.config.launch.plan import read_request, requested
+        from tritter.config.launch.plan import handle_request, read_request
 
         with composer() as composing:
             request = read_request(command, composing)
@@ -198,7 +198,7 @@ def run_once(arguments: Sequence[str], pipeline: "Pipeline") -> Path:
                     return task(config)
 
             overrides = list(request.overrides)
-            with _convert_hydra_errors(request), requested(request):
+            with _convert_hydra_errors(request), handle_request(request):
                 try:
                     name = search_path().config_name
                     composing.hydra.run(name, run_logged, overrides, with_log_configuration=False)

@@ -64,7 +64,7 @@ Exit codes
 
 
 def help_text(arguments: Sequence[str] = (), *, is_full: bool = False) -> str:
-    """Return the help page, or the keys of the options that `words` select.
+    """Return the help page, or the keys of the options that `arguments` select.
 
     Args:
         words: The words of the command line.
@@ -85,13 +85,15 @@ def help_text(arguments: Sequence[str] = (), *, is_full: bool = False) -> str:
     groups = [g for g in dict.fromkeys([*defaults, *files]) if g != FAMILIES]
     if not is_full:
         width = max(map(len, groups))
-        lines = [_folded(group, files[group], defaults.get(group), width) for group in groups]
+        lines = [_fold_group(group, files[group], defaults.get(group), width) for group in groups]
         return "\n\n".join([_HEAD.format(groups="\n".join([_FOLDED, *lines])), _TAIL])
-    first, *blocks = [_described(group, files[group], defaults.get(group)) for group in groups]
+    first, *blocks = [
+        _describe_options(group, files[group], defaults.get(group)) for group in groups
+    ]
     return "\n\n".join([_HEAD.format(groups=f"{_UNFOLDED}\n{first}"), *blocks, _TAIL])
 
 
-def _folded(group: str, options: Mapping[str, Path], default: str | None, width: int) -> str:
+def _fold_group(group: str, options: Mapping[str, Path], default: str | None, width: int) -> str:
     """Return the names of a group's options, the default marked."""
     chosen = (default or "").strip("[]").split(",")
     names = [f"{name}*" if name in chosen else name for name in options]
@@ -106,7 +108,7 @@ def _folded(group: str, options: Mapping[str, Path], default: str | None, width:
     )
 
 
-def _described(group: str, options: Mapping[str, Path], default: str | None) -> str:
+def _describe_options(group: str, options: Mapping[str, Path], default: str | None) -> str:
     """Return a group's options with the first comment of their files."""
     stated = "no default" if default in (None, "null") else f"default: {default}"
     stated += f"; selected by {CHOSEN_BY[group]}=NAME" if group in CHOSEN_BY else ""

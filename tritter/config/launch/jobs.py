@@ -365,7 +365,7 @@ class LaunchSettings:
 SEQUENTIAL = LaunchSettings()
 
 
-def launching(hydra: DictConfig, *, num_jobs: int) -> LaunchSettings:
+def read_launch_settings(hydra: DictConfig, *, num_jobs: int) -> LaunchSettings:
     """Return the settings of a sweep's launcher.
 
     Args:

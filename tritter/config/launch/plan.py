@@ -23,8 +23,8 @@ from tritter.config.launch.jobs import (
     Job,
     LaunchSettings,
     Task,
-    launching,
     parallel_jobs,
+    read_launch_settings,
 )
 from tritter.config.overrides import (
     check_command_line,
@@ -165,7 +165,7 @@ class RequestValidation(Callback):
 
 
 @contextmanager
-def requested(request: Request) -> Iterator[Request]:
+def handle_request(request: Request) -> Iterator[Request]:
     """Run a request with Hydra inside this context."""
     token = _REQUEST.set(request)
     try:
@@ -332,7 +332,7 @@ def _plan_sweep(request: Request, composed: DictConfig) -> Plan:
     if hydra.sweeper.get("_target_") != _BASIC_SWEEPER:
         # An adaptive sweeper: each job is validated when it starts
         example = _plan_jobs(composing, [[*map(first_value, task)]], shared, is_example=True)
-        launcher = launching(hydra, num_jobs=int(hydra.sweeper.get("n_jobs") or 1))
+        launcher = read_launch_settings(hydra, num_jobs=int(hydra.sweeper.get("n_jobs") or 1))
         notes = _notes(launcher, folder)
         sampler = hydra.sweeper.get("sampler") if hydra.sweeper.get("storage") is None else None
         if sampler is not None and "seed" in sampler and sampler.seed is None:
@@ -360,7 +360,7 @@ def _plan_sweep(request: Request, composed: DictConfig) -> Plan:
             f"hydra.sweep.subdir = {jobs[0].folder.name}: several jobs would share this folder; "
             "use a name that differs between jobs, such as ${hydra.job.num}."
         )
-    launcher = launching(hydra, num_jobs=len(jobs))
+    launcher = read_launch_settings(hydra, num_jobs=len(jobs))
     return Plan(jobs, folder, launcher, notes=_notes(launcher, folder, num_jobs=len(jobs)))
 
 

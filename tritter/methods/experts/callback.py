@@ -26,7 +26,7 @@ from tritter.methods.experts.adapters import (
 from tritter.methods.experts.changes import (
     evict_change,
     lost_share,
-    merged,
+    merge_factors,
     spawn_change,
     widen_change,
 )
@@ -109,7 +109,7 @@ class ExpertCallback(Callback):
             for domain, batches in known.batches.items():
                 registry.expert_of[domain] = FIRST
                 if registry.detector is not None:
-                    seen = [_observed(module, ids.to(module.device).long()) for ids in batches]
+                    seen = [_observe(module, ids.to(module.device).long()) for ids in batches]
                     registry.detector.add(domain, seen, is_base=True)
                     for ids in batches:
                         work_of(trainer).flops += _observation_flops(module, *ids.shape)
@@ -126,7 +126,7 @@ class ExpertCallback(Callback):
         if len(everywhere) and self._skill is not None:
             expert = self.registry.observe_named(self._skill, everywhere)
         elif len(everywhere):
-            seen = _gather_ranks(_observed(module, own) if len(own) else None)
+            seen = _gather_ranks(_observe(module, own) if len(own) else None)
             expert = self.registry.observe(
                 concatenated([each for each in seen if each]), everywhere
             )
@@ -346,7 +346,7 @@ class ExpertCallback(Callback):
             both = [each for name in pair if (each := factors(layer, name)) is not None]
             if len(both) < 2:
                 continue
-            one = merged(both, weights, rank=shape.rank, alpha=shape.alpha)
+            one = merge_factors(both, weights, rank=shape.rank, alpha=shape.alpha)
             lost.append(lost_share(both, weights, one))
             for parameter, value in ((both[0].down, one.down), (both[0].up, one.up)):
                 with torch.no_grad():
@@ -419,7 +419,7 @@ def _module(module: LightningModule) -> ExpertModule:
     return module
 
 
-def _observed(module: ExpertModule, ids: Tensor) -> Observation:
+def _observe(module: ExpertModule, ids: Tensor) -> Observation:
     """Return losses and features of sequences [B, T] under the frozen base."""
     kept = kept_tokens(module.model, ids)
     mask = None if kept is None else kept.long()

@@ -137,7 +137,7 @@ def _plain_factor(source: Tensor) -> AxisFactor:
     return AxisFactor(source, kept, kept)
 
 
-def merged(
+def merge_factors(
     parts: Sequence[Factors], weights: Sequence[float], *, rank: int, alpha: float
 ) -> Factors:
     """Return the adapter of a given rank that is nearest to Σ wᵢ · (α/r)ᵢ · Bᵢ Aᵢ (Eckart–Young).

@@ -9,7 +9,7 @@ from torch import Tensor
 from tritter.errors import RequestError
 from tritter.evaluation.inference import eval_mode
 from tritter.methods.experts.adapters import AdapterShape, Factors
-from tritter.methods.experts.changes import lost_share, merged
+from tritter.methods.experts.changes import lost_share, merge_factors
 from tritter.methods.experts.gates import usage
 from tritter.methods.experts.mixture import ExpertMixture
 from tritter.methods.experts.stored import ExpertFolder, StoredAdapter, load_values
@@ -74,7 +74,7 @@ def merged_adapter(
     size, lost, found = rank or whole, 0.0, {}
     for layer, parts in layers.items():
         factors, weights = [part for _, part in parts], [gates[name] for name, _ in parts]
-        one = merged(factors, weights, rank=size, alpha=float(size))
+        one = merge_factors(factors, weights, rank=size, alpha=float(size))
         found[layer] = one.down, one.up
         if size < _whole_rank(factors):
             lost = max(lost, lost_share(factors, weights, one))

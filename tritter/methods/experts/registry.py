@@ -126,7 +126,7 @@ class ExpertRegistry:
         return expert
 
     def observe_named(self, skill: str, sequences: Tensor) -> str | None:
-        """Choose the expert of a batch whose skill is known by name; see `see`."""
+        """Choose the expert of a batch whose skill is known by name; see `observe`."""
         expert = self.expert_of.get(skill)
         if expert is None:
             self.novel = Novel(decision=None, sequences=sequences, gain=float("inf"))

@@ -22,7 +22,7 @@ from tritter.methods.moe_routing.objective import RoutingObjective, RoutingSetti
 from tritter.methods.moe_routing.stages import (
     Batch,
     LoaderBatches,
-    checked_experts,
+    check_experts,
     fit_live,
     only_trainable,
     separate_experts,
@@ -117,7 +117,7 @@ def distill_experts(
     Raises:
         RequestError: the experts don't exist or are too few, or the vocabularies differ.
     """
-    experts = checked_experts(model, new_expert_indices)
+    experts = check_experts(model, new_expert_indices)
     vocabularies = [config_of(each)["vocab_size"] for each in (model, teacher)]
     if vocabularies[0] != vocabularies[1]:
         raise RequestError(

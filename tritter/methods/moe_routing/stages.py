@@ -191,7 +191,7 @@ def adapt_router(
             loader lacks a length that is needed.
     """
     check_router_update(router_update)
-    experts = checked_experts(model, new_expert_indices)
+    experts = check_experts(model, new_expert_indices)
     added = AddedExperts.of(model)
     controls: list[Callback] = []
     if added is not None:
@@ -257,7 +257,7 @@ def train_new_experts(
         RequestError: the model has no experts or not these, or `unfreeze_after` is set without a
             frozen base.
     """
-    experts = checked_experts(model, new_expert_indices)
+    experts = check_experts(model, new_expert_indices)
     if unfreeze_after is not None and not freeze_base:
         raise RequestError("unfreeze_after: has no effect with freeze_base=False.")
     batches = LoaderBatches(domain_dataloader, epochs, replay=replay)
@@ -295,7 +295,7 @@ def check_router_update(update: str) -> None:
         )
 
 
-def checked_experts(model: nn.Module, indices: Sequence[int]) -> tuple[int, ...]:
+def check_experts(model: nn.Module, indices: Sequence[int]) -> tuple[int, ...]:
     """Return the sorted indices of new experts.
 
     Raises:
