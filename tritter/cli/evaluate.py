@@ -8,14 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from tritter.cli.options import (
-    AsJson,
-    Checkpoint,
-    ReportOverwrite,
-    list_completer,
-    option,
-    parse_path,
-)
+from tritter.cli.options import AsJson, Checkpoint, ReportOverwrite, completer, option, parse_path
 from tritter.cli.output import (
     display_path,
     new_console,
@@ -56,7 +49,7 @@ Tasks = Annotated[
         "--tasks",
         "NAME,..",
         "Benchmarks, or groups: base_capabilities, code, math, reasoning.",
-        completes=list_completer(_names),
+        completes=completer(_names),
     ),
 ]
 TasksPath = Annotated[

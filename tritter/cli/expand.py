@@ -21,9 +21,9 @@ from tritter.cli.options import (
     Overwrite,
     Seed,
     choice,
+    completer,
     flag,
     is_typed,
-    list_completer,
     option,
     parameter_count,
     parse_path,
@@ -109,7 +109,7 @@ Method = Annotated[
         "METHOD,..",
         "dus, stack, interpolate, llama-pro, width, moe or moe-add; several are separated by "
         "commas and applied in order.",
-        completes=list_completer(lambda: map(with_dashes, method_bodies())),
+        completes=completer(lambda: map(with_dashes, method_bodies())),
     ),
 ]
 RecipeFile = Annotated[

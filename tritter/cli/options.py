@@ -99,7 +99,7 @@ def option(
     )
 
 
-def list_completer(names: Callable[[], Iterable[str]]) -> Callable[[str], list[str]]:
+def completer(names: Callable[[], Iterable[str]]) -> Callable[[str], list[str]]:
     """Return a completion function for the last name in a comma-separated list."""
 
     def completes(incomplete: str) -> list[str]:

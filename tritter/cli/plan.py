@@ -236,14 +236,8 @@ def _expand_commands(plan: GrowthPlan, text: str, source: NamedShape) -> Iterato
                 typed += [] if value is True else [str(value)]
         size = count_text(step.target_parameters).replace(" ", "")  # 4.42B, 213k
         output = f"{name}-{size}"
-        words = [
-            "tritter",
-            "expand",
-            "--checkpoint",
-            checkpoint,
-            "--method",
-            with_dashes(step.method),
-        ]
+        method = with_dashes(step.method)
+        words = ["tritter", "expand", "--checkpoint", checkpoint, "--method", method]
         yield shlex.join([*words, *typed, "--output", output])
         checkpoint = output
 

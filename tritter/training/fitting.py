@@ -93,27 +93,19 @@ def fit(
     saved, every = folder / SAVED_NAME, settings.save_every_n_steps
     saving = SaveState(saved, every_n_steps=every, stop=stop, guard=guard)
     validation = None if evaluation is None else Validation(evaluation, stop=stop)
-    flow, memory_meter = GradientFlow({} if task is None else task.new_units), MemoryMeter()
+    flow, memory = GradientFlow({} if task is None else task.new_units), MemoryMeter()
     conclusion = Conclusion(
         guard=guard,
         work=work,
         flow=flow,
-        memory_meter=memory_meter,
+        memory_meter=memory,
         validation=validation,
         saving=saving,
         stop=stop,
         write=write_result,
     )
-    callbacks = [EndOfTraining(), flow, *observers, *controls, work, memory_meter]
-    callbacks.append(Performance(work))
-    ours = [
-        guard,
-        bar,
-        RandomState(settings.seed, label=label),
-        *surgery_callbacks,
-        conclusion,
-        validation,
-    ]
+    callbacks = [EndOfTraining(), flow, *observers, *controls, work, memory, Performance(work)]
+    ours = [guard, bar, RandomState(settings.seed, label=label), *surgery_callbacks]
     callbacks += [callback for side in module.side_losses for callback in side.callbacks()]
     if task is not None:
         callbacks.append(
@@ -122,7 +114,7 @@ def fit(
         assert isinstance(batches, BatchStream)
         for method in module.methods:
             batches = method.mix(batches, task)
-    callbacks += filter(None, ours)
+    callbacks += filter(None, [*ours, conclusion, validation])
     module.module_callbacks = partial(module_callbacks, user_callbacks, folder=folder, last=saving)
     gc.collect()  # an earlier trainer, its module and callbacks are a reference cycle with moments
     since = time.perf_counter()

@@ -130,13 +130,13 @@ def map_tensor(
     if tensor_map.is_zeroed:
         return torch.zeros_like(values)
     if tensor_map.noise:
-        is_copy = combine_masks(axes, lambda axis: axis.is_duplicate) | tensor_map.is_copy
+        is_copy = any_mask(axes, lambda axis: axis.is_duplicate) | tensor_map.is_copy
         std = tensor_map.noise * float(source.double().std())
         noise = normal_numbers(tensor_map.noise_seed, std=std)(values.shape).to(values)
         values = torch.where(is_copy.to(values.device), values + noise, values)
     if all(axis is None or bool((axis.index >= 0).all()) for axis in axes):
         return values
-    has_source = ~combine_masks(axes, is_new)
+    has_source = ~any_mask(axes, is_new)
     return _filled(values, has_source.to(values.device), tensor_map.fill, like=source, donor=donor)
 
 
@@ -160,7 +160,7 @@ def carry_mask(tensor_map: TensorMap, source_mask: Tensor | None) -> Tensor:
             mask = mask.index_select(dimension, axis.index.clamp(min=0))
     if tensor_map.is_zeroed or tensor_map.state == "fresh":
         return torch.zeros_like(mask)
-    return mask & ~combine_masks(tensor_map.axes, is_new) if tensor_map.axes else mask
+    return mask & ~any_mask(tensor_map.axes, is_new) if tensor_map.axes else mask
 
 
 def carried_mask(tensor_map: TensorMap, read: Read) -> Tensor:
@@ -193,9 +193,7 @@ def is_new(axis: AxisFactor) -> Tensor:
     return axis.index < 0
 
 
-def combine_masks(
-    axes: Sequence[AxisFactor | None], flags: Callable[[AxisFactor], Tensor]
-) -> Tensor:
+def any_mask(axes: Sequence[AxisFactor | None], flags: Callable[[AxisFactor], Tensor]) -> Tensor:
     """Return the mask of entries flagged along any axis, broadcastable to the target's shape.
 
     Args:
