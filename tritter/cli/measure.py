@@ -30,7 +30,7 @@ class Measurement:
         is_broken: True if a function-preserving method differs by more than rounding. For a 16-bit
             result the bound is that of 16-bit rounding.
         text: readable description.
-        parting: first layer at which a broken result differs from the source.
+        first_difference: first layer at which a broken result differs from the source.
     """
 
     lineage: Lineage

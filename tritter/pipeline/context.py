@@ -545,7 +545,7 @@ class BenchmarkTask:
     Args:
         benchmark: the benchmark.
         questions: its questions; None to load them from the Hub.
-        asking: settings of lm-eval.
+        harness: settings of lm-eval.
         positions: maximum number of tokens of the run's models.
         domain: domain of the task; None for benchmarks.
     """

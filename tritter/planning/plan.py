@@ -248,7 +248,7 @@ class GrowthPlan:
         from_scratch_gpu_hours: cost of training the target from scratch with the same number of
             tokens per parameter.
         source_gpu_hours: cost of training the source on this device.
-        ungrown_loss: predicted loss of the control: the source, trained for the whole budget.
+        control_loss: predicted loss of the control: the source, trained for the whole budget.
         pays_from_gpu_hours: the smallest budget for which the first step has a lower predicted
             loss than the control; 0 if it is always lower, None if the law predicts no difference.
         source_memory: memory requirements of training the source.

@@ -290,7 +290,7 @@ def completions(arguments: Sequence[str]) -> list[str]:
     """Return the completions of the last argument; none after an invalid argument.
 
     Args:
-        words: arguments after the program name; the last one is incomplete and may be empty.
+        arguments: arguments after the program name; the last one is incomplete and may be empty.
     """
     *before, incomplete = arguments or [""]
     if incomplete.startswith("-"):

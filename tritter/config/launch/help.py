@@ -67,8 +67,8 @@ def help_text(arguments: Sequence[str] = (), *, is_full: bool = False) -> str:
     """Return the help page, or the keys of the options that `arguments` select.
 
     Args:
-        words: The words of the command line.
-        is_whole: Describe every option, instead of listing the names of each group.
+        arguments: The words of the command line.
+        is_full: Describe every option, instead of listing the names of each group.
 
     Raises:
         RequestError: There is no such option.

@@ -162,7 +162,7 @@ def score_benchmark(
         model: a model of transformers, on its device; its training modes are restored.
         tokenizer: its tokenizer, from transformers.
         questions: the questions.
-        asking: the options.
+        harness: the options.
 
     Raises:
         RequestError: lm-eval is not installed, or the model's context is too short.
@@ -242,7 +242,7 @@ def run_lm_eval(
         model: the model.
         tokenizer: its tokenizer.
         tasks: returns lm-eval's tasks and groups.
-        asking: the options.
+        harness: the options.
         limit: number of first questions of each task.
 
     Raises:
@@ -475,7 +475,7 @@ def score_from_hub(
         model: the model.
         tokenizer: its tokenizer.
         benchmark: the benchmark.
-        asking: the options.
+        harness: the options.
         manager: lm-eval's task manager; defaults to a new one.
 
     Raises:
