@@ -534,7 +534,7 @@ def test_a_run_that_fails_or_stops_raises(
         tritter.run("seed=2", output="bug")
 
     def stopped(config: Any, *, run_folder: Path) -> Any:
-        raise Stopped(signal.SIGINT, where="at step 3")
+        raise Stopped(signal.SIGINT, location="at step 3")
 
     monkeypatch.setattr(api, "_pipeline", stopped)
     with pytest.raises(KeyboardInterrupt) as ended:

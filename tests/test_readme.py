@@ -125,7 +125,7 @@ def check_train(words: list[str]) -> None:
     if "evaluation.tasks_path=benchmarks" in words:
         Path("benchmarks").mkdir()
     command = read_command_line(words)
-    if command.shows == "hydra_help":
+    if command.info_flag == "hydra_help":
         return
     _leave_unfinished_run(command)
     plan = planned(command)
@@ -259,7 +259,7 @@ def check_eval(words: list[str]) -> None:
     start, *rest = re.split(r" (?=-)", inner.removeprefix("$(").removesuffix(")"), maxsplit=1)
     assert start == "python train.py"
     command = read_command_line(shlex.split(*rest))
-    assert (command.shows, command.overrides) == ("shell_completion", ("install=bash",))
+    assert (command.info_flag, command.overrides) == ("shell_completion", ("install=bash",))
 
 
 def check_module(words: list[str]) -> None:

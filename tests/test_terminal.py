@@ -21,7 +21,7 @@ from tritter.checkpoints import read_lineage
 from tritter.checkpoints.card import export_card, model_card
 from tritter.checkpoints.folder import write_lineage
 from tritter.core.models import read_config
-from tritter.storage.records import validated
+from tritter.storage.records import validate_record
 from tritter.terminal import Console, harmless, say
 
 ROOT = Path(__file__).parents[1]
@@ -108,7 +108,7 @@ def test_fields_of_a_lineage_and_the_card_made_of_them(run: Run, place: Path) ->
     name = f"m{CLEAR}|</td><script>x</script>\n# Title\n[a](http://b)"
     plain["expansion_history"][0].update(method=name, expansion_type=name, timestamp=name)
     plain["benchmark_scores"] = {name: 1.0}
-    hostile = validated(plain, type(lineage), what="here")
+    hostile = validate_record(plain, type(lineage), what="here")
     write_lineage(folder, hostile, config)
     for words in (["inspect"], ["history"], ["history", "--verify"]):
         result = run("", *words, str(folder))

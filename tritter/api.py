@@ -18,10 +18,10 @@ from tritter.errors import (
     Problem,
     RequestError,
     brief,
-    naming,
     nearest,
     raise_problems,
     refused,
+    use_names,
 )
 from tritter.loading import loading
 
@@ -55,7 +55,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def _suggesting(function: Callable[P, R]) -> Callable[P, R]:
+def suggest_names(function: Callable[P, R]) -> Callable[P, R]:
     """Reject unknown keywords of a function with the nearest known one."""
     names = [
         name
@@ -146,15 +146,15 @@ def expand(
             impossible, the model is a PeftModel, or `output` may not be written.
     """
     if specs is not None:
-        return _expanded_folder(source, method, specs, seed, overwrite, options)
+        return _expand_folder(source, method, specs, seed, overwrite, options)
     names = [method] if not isinstance(method, list | tuple) else list(method)
-    with naming(_option_names("expansion", names)):
+    with use_names(_option_names("expansion", names)):
         chosen = _expansions(names, options)
         if isinstance(source, str | PathLike):
-            return _expanded_checkpoint(source, chosen, output, seed=seed, overwrite=overwrite)
+            return _expand_checkpoint(source, chosen, output, seed=seed, overwrite=overwrite)
         with loading("transformers"):
             from tritter.transform.live import ModelExpander
-        model, expander = _live(source), ModelExpander(chosen, seed=seed)
+        model, expander = _unwrap(source), ModelExpander(chosen, seed=seed)
         if output is None:
             return cast("PreTrainedModel", expander.expand(model))
         from tritter.storage.reading import named_path
@@ -164,7 +164,7 @@ def expand(
         return folder
 
 
-def _expanded_folder(
+def _expand_folder(
     source: Any,
     destination: Any,
     specs: Any,
@@ -180,7 +180,7 @@ def _expanded_folder(
     )
 
 
-def _expanded_checkpoint(
+def _expand_checkpoint(
     source: StrPath,
     specs: Sequence[ExpansionSpec],
     output: StrPath | None,
@@ -193,7 +193,7 @@ def _expanded_checkpoint(
 
     folder = locate(fspath(source), key="source")
     if output is not None:
-        return _expanded_folder(folder, output, specs, seed, overwrite, {}).folder
+        return _expand_folder(folder, output, specs, seed, overwrite, {}).folder
     with loading("transformers"):
         from tritter.transform.live import ModelExpander
     refuse_experts(folder, doing="an expansion", key="source")
@@ -204,7 +204,7 @@ def _option_names(group: str, methods: Sequence[object]) -> Names:
     """Return key names for messages: `hidden_size` for one method, else `width.hidden_size`."""
     start = f"{group}."
     if len(methods) == 1:
-        start += f"{_spelled(methods[0])}."
+        start += f"{_method_name(methods[0])}."
 
     def name(key: str) -> str:
         return "method" if key in (group, start.rstrip(".")) else key.removeprefix(start)
@@ -212,7 +212,7 @@ def _option_names(group: str, methods: Sequence[object]) -> Names:
     return Names(name)
 
 
-def _spelled(method: object) -> str:
+def _method_name(method: object) -> str:
     """Return a method's name with underscores."""
     name = method if isinstance(method, str) else getattr(method, "name", type(method).__name__)
     return str(name).replace("-", "_")
@@ -224,7 +224,7 @@ def _expansions(methods: Sequence[object], options: Mapping[str, Any]) -> tuple[
     Raises:
         RequestError: an option is invalid. The message lists all problems.
     """
-    from tritter.core.expansions import checked_specs
+    from tritter.core.expansions import check_specs
 
     if options and (len(methods) != 1 or not isinstance(methods[0], str)):
         key, value = next(iter(options.items()))
@@ -236,7 +236,7 @@ def _expansions(methods: Sequence[object], options: Mapping[str, Any]) -> tuple[
         for each in methods
     ]
     raise_problems(problems)
-    return checked_specs([getattr(each, "options", each) for each in chosen])
+    return check_specs([getattr(each, "options", each) for each in chosen])
 
 
 def _component(group: str, method: str, options: Mapping[str, Any], problems: list[Problem]) -> Any:
@@ -251,7 +251,7 @@ def _component(group: str, method: str, options: Mapping[str, Any], problems: li
     from tritter.config.folders import body_of, option_files
     from tritter.options import read_component
 
-    name, names = _spelled(method), method_names(group)
+    name, names = _method_name(method), method_names(group)
     if name not in names:
         reason = f"unknown method; must be one of {', '.join(names)}"
         raise RequestError(Problem(group, method, reason=reason, nearest=nearest(name, names)))
@@ -263,7 +263,7 @@ def _component(group: str, method: str, options: Mapping[str, Any], problems: li
 # Models
 
 
-def _live(model: object) -> nn.Module:
+def _unwrap(model: object) -> nn.Module:
     """Return a live model without Tritter's wrapper.
 
     Raises:
@@ -285,7 +285,7 @@ def _live(model: object) -> nn.Module:
     return inner
 
 
-@_suggesting
+@suggest_names
 def load(path: StrPath, *, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """Load a Tritter or Hugging Face checkpoint as a model in eval mode.
 
@@ -338,12 +338,14 @@ def grow(
         RequestError: a keyword or value is invalid, the FFNs of this model family can't grow, or
             the model is a PeftModel.
     """
-    from tritter.config.components import with_parts_of_files
+    from tritter.config.components import resolve_registered_parts
 
     with loading("transformers"):
         from tritter.methods.growth.growable import GrowableCausalLM
 
-    return GrowableCausalLM(model, **with_parts_of_files("growth", {"trigger": trigger, **options}))
+    return GrowableCausalLM(
+        model, **resolve_registered_parts("growth", {"trigger": trigger, **options})
+    )
 
 
 def add_experts(model: Model, rank: int = 8, **options: Any) -> PreTrainedModel:
@@ -371,7 +373,7 @@ def add_experts(model: Model, rank: int = 8, **options: Any) -> PreTrainedModel:
 
     problems: list[Problem] = []
     key, values = "add_experts", {"rank": rank, **options}
-    with naming(Names(lambda name: name.removeprefix(f"{key}."))):
+    with use_names(Names(lambda name: name.removeprefix(f"{key}."))):
         requested = read_options(AddedOptions, values, prefix=key, problems=problems)
         raise_problems(problems)
     assert requested is not None, "there would be a problem"
@@ -447,7 +449,7 @@ class RunResult:
         return load(self.folder / self.summary.checkpoint, dtype=dtype)
 
 
-@_suggesting
+@suggest_names
 def run(
     *overrides: str, data: Mapping[str, Sources] | None = None, output: StrPath | None = None
 ) -> RunResult:
@@ -471,19 +473,19 @@ def run(
     import signal
 
     from tritter.config.launch.entry import run_once
-    from tritter.config.overrides import quoted
+    from tritter.config.overrides import quote
     from tritter.stopping import Stopped, stopping
 
-    words = [*_data_words(data or {}, overrides), *overrides]
+    all_overrides = [*_data_overrides(data or {}, overrides), *overrides]
     if output is not None:
-        words.append(f"hydra.run.dir={quoted(fspath(output))}")
+        all_overrides.append(f"hydra.run.dir={quote(fspath(output))}")
     try:
         with stopping():
-            return RunResult(run_once(words, _pipeline))
+            return RunResult(run_once(all_overrides, _pipeline))
     except Stopped as stop:
         if stop.signal_number != signal.SIGINT:
             raise SystemExit(stop.exit_code) from stop
-        where = f" {stop.where}" if stop.where else ""
+        where = f" {stop.location}" if stop.location else ""
         again = "".join(f"; continue with tritter.run('resume={folder}')" for folder in stop.advice)
         raise KeyboardInterrupt(f"stopped{where}{again}") from stop
 
@@ -495,7 +497,7 @@ def _pipeline(config: RunConfig, *, run_folder: Path) -> Outcome:
     return run_pipeline(config, run_folder=run_folder)
 
 
-def _data_words(data: Mapping[str, Sources], overrides: Sequence[str]) -> list[str]:
+def _data_overrides(data: Mapping[str, Sources], overrides: Sequence[str]) -> list[str]:
     """Return the overrides for `data`.
 
     Raises:
@@ -504,8 +506,8 @@ def _data_words(data: Mapping[str, Sources], overrides: Sequence[str]) -> list[s
     from tritter.config.overrides import nested_value, override_key
     from tritter.data.datasets import dataset_names
 
-    allowed, typed = ("old", "new", "tasks"), {override_key(word) for word in overrides}
-    problems, words, paths = [], list[str](), list[str]()
+    allowed, typed = ("old", "new", "tasks"), {override_key(each) for each in overrides}
+    problems, found, paths = [], list[str](), list[str]()
     for key, value in data.items():
         if key not in allowed:
             reason = f"there is no such key; there are {', '.join(allowed)}"
@@ -516,17 +518,17 @@ def _data_words(data: Mapping[str, Sources], overrides: Sequence[str]) -> list[s
         inner = list(value.values()) if isinstance(value, Mapping) else [value]
         for each in inner:
             paths += map(str, each if isinstance(each, list | tuple) else [each])
-        words.append(f"data.{key}={nested_value(value)}")
+        found.append(f"data.{key}={nested_value(value)}")
     raise_problems(problems)
-    if words and "data" not in typed:
-        words.insert(0, f"data={'hf' if dataset_names(paths) else 'text'}")
-    return words
+    if found and "data" not in typed:
+        found.insert(0, f"data={'hf' if dataset_names(paths) else 'text'}")
+    return found
 
 
 # The gate
 
 
-@_suggesting
+@suggest_names
 def gate(
     before: Model,
     after: Model,
@@ -612,7 +614,7 @@ def _scores(
 ) -> dict[str, PairedScores]:
     """Score a model on all documents. A model from a folder is released afterwards."""
     from tritter.core.models import refuse_peft
-    from tritter.data.tokens import tokenised
+    from tritter.data.tokens import tokenise_texts
     from tritter.evaluation.losses import document_losses
 
     refuse_peft(model)
@@ -622,7 +624,7 @@ def _scores(
     return {
         name: document_losses(
             live,
-            tokenised(texts, own.tokenizer),
+            tokenise_texts(texts, own.tokenizer),
             sequence_length=min(sequence_length, limit),
             end_of_text_id=own.end_of_text_id,
             batch_size=batch_size,
@@ -632,11 +634,11 @@ def _scores(
 
 
 def _tokenizer(tokenizer: Tokenizer, *, vocab_size: int) -> PretrainedTokenizer:
-    from tritter.data.tokens import copied_tokenizer, read_tokenizer
+    from tritter.data.tokens import read_tokenizer, wrap_tokenizer
     from tritter.storage.hub import locate
 
     if not isinstance(tokenizer, str | PathLike):
-        return copied_tokenizer(tokenizer)
+        return wrap_tokenizer(tokenizer)
     return read_tokenizer(locate(fspath(tokenizer), key="tokenizer"), vocab_size=vocab_size)
 
 
@@ -687,7 +689,7 @@ def protect(
     """
     from tritter.methods.forgetting.penalty import Penalty, old_sequences
 
-    with naming(_option_names("forgetting", [method])):
+    with use_names(_option_names("forgetting", [method])):
         chosen = _penalty_method(method, options)
         with loading("transformers"):
             from tritter.core.models import refuse_peft
@@ -706,7 +708,7 @@ def protect(
             if not batches:
                 reason = f"{chosen.name} needs data of the old domains, and there is none"
                 raise RequestError(Problem("old_data", reason=reason, advice="or choose l2sp"))
-        chosen.hold(model, chosen.importance_on(model, batches))
+        chosen.anchor_weights(model, chosen.importance_on(model, batches))
     return Penalty(model, chosen)
 
 
@@ -718,7 +720,7 @@ def _penalty_method(method: object, options: Mapping[str, Any]) -> QuadraticPena
     """
     from tritter.methods.forgetting.quadratic import QuadraticPenalty
 
-    name = _spelled(method)
+    name = _method_name(method)
     if isinstance(method, str):
         problems: list[Problem] = []
         found = _component("forgetting", method, {}, problems)

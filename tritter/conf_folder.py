@@ -58,5 +58,5 @@ def package_folder(dotted: str) -> Path | None:
     spec = None
     with suppress(ValueError):  # no package can have this name
         spec = find_spec(top)  # find_spec("a.b") would import a
-    places = (spec and spec.submodule_search_locations) or ()
-    return next((folder for p in places if (folder := Path(p, *inner)).is_dir()), None)
+    locations = (spec and spec.submodule_search_locations) or ()
+    return next((folder for p in locations if (folder := Path(p, *inner)).is_dir()), None)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from enum import Enum
 
-_LONGEST_VALUE = 500
+_MAX_VALUE_CHARACTERS = 500
 
 
 class NoValue(Enum):
@@ -39,7 +39,7 @@ _NAMES = ContextVar("names", default=Names())  # noqa: B039 # it is frozen
 
 
 @contextmanager
-def naming(names: Names) -> Iterator[None]:
+def use_names(names: Names) -> Iterator[None]:
     """Name keys in the errors of a block as the user typed them."""
     token = _NAMES.set(names)
     try:
@@ -160,8 +160,8 @@ def show(value: object) -> str:
         text = str(value)
     except ValueError:  # Python refuses to print integers of thousands of digits
         return brief(value)
-    if len(text) > _LONGEST_VALUE:
-        return f"{text[:_LONGEST_VALUE]}… ({len(text)} characters)"
+    if len(text) > _MAX_VALUE_CHARACTERS:
+        return f"{text[:_MAX_VALUE_CHARACTERS]}… ({len(text)} characters)"
     return text if text else "(empty)"
 
 

@@ -198,7 +198,7 @@ def field_keys(record: type, prefix: str) -> tuple[str, ...]:
     return tuple(join(prefix, field.name) for field in dataclasses.fields(record))
 
 
-def from_word(record: type, name: str, word: object) -> object:
+def parse_word(record: type, name: str, word: object) -> object:
     """Return a command-line word parsed as the type of a field, or unchanged if that fails."""
     node = _field(_reading(record)[1], name) if is_options(record) else {}
     kinds = {one.get("type") for one in _variants(node)}

@@ -18,17 +18,17 @@ class Stopped(BaseException):
     Args:
         signal_number: SIGINT for Ctrl-C, SIGTERM as sent by schedulers, SIGPIPE if the reader of
             the output is closed.
-        where: the progress at which a resumed command continues ("at step 3 of …"); None if there
-            is nothing to resume.
+        location: the progress at which a resumed command continues ("at step 3 of …"); None if
+            there is nothing to resume.
 
     Attributes:
         advice: lines that explain how to resume.
     """
 
-    def __init__(self, signal_number: int, *, where: str | None = None) -> None:
+    def __init__(self, signal_number: int, *, location: str | None = None) -> None:
         super().__init__(signal.Signals(signal_number).name)
         self.signal_number = signal_number
-        self.where = where
+        self.location = location
         self.advice: tuple[str, ...] = ()
 
     @property

@@ -55,18 +55,18 @@ class Component:
         return {**plain(values), **identity(self.kind)}
 
 
-def imported(target: str) -> Any:
+def import_object(target: str) -> Any:
     """Return the object behind a dotted name that was checked before."""
     return _found(TARGET, target)
 
 
-def built(value: Any) -> Any:
+def instantiate(value: Any) -> Any:
     """Return a plain value in which each mapping with a `_target_` is instantiated."""
     if isinstance(value, Mapping):
-        arguments = {name: built(each) for name, each in value.items() if name != TARGET}
-        return imported(value[TARGET])(**arguments) if TARGET in value else arguments
+        arguments = {name: instantiate(each) for name, each in value.items() if name != TARGET}
+        return import_object(value[TARGET])(**arguments) if TARGET in value else arguments
     if isinstance(value, list | tuple):
-        return [built(each) for each in value]
+        return [instantiate(each) for each in value]
     return value
 
 
@@ -110,7 +110,7 @@ def identity(kind: type | str) -> dict[str, str | None]:
     if module.partition(".")[0] in _WITH_A_VERSION:
         return {}
     if isinstance(kind, str):
-        return identity(imported(kind))
+        return identity(import_object(kind))
     try:
         digest = sha256(Path(inspect.getfile(kind)).read_bytes()).hexdigest()
     except (TypeError, OSError):  # defined in no file
@@ -147,7 +147,7 @@ def parameters_of(kind: type | str) -> Mapping[str, Parameter]:
     functions = (node for node in body if isinstance(node, ast.FunctionDef))
     signature = next((each.args for each in functions if each.name == "__init__"), None)
     if signature is None:
-        return inspect.signature(imported(kind)).parameters
+        return inspect.signature(import_object(kind)).parameters
     required = [Parameter.empty] * (len(signature.args) - len(signature.defaults))
     defaults = [
         *required,
@@ -211,8 +211,8 @@ def argument_problems(
 def building_problem(kind: type, arguments: Mapping[str, Any], *, key: str) -> Any | Problem:
     """Return an instance of a class, or the problem that its constructor raised."""
     try:
-        with quietly():
-            return kind(**built(arguments))
+        with silence_logging():
+            return kind(**instantiate(arguments))
     except Exception as error:  # third-party classes may raise anything
         message = " ".join(str(error).split()) or type(error).__name__
         name = next((n for n in arguments if n in message.replace("`", " ").split()), None)
@@ -222,7 +222,7 @@ def building_problem(kind: type, arguments: Mapping[str, Any], *, key: str) -> A
 
 
 @contextmanager
-def quietly() -> Iterator[None]:
+def silence_logging() -> Iterator[None]:
     """Silence log messages and warnings of a trial import or build."""
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)

@@ -25,7 +25,7 @@ from tritter.core.expansions import Width  # noqa: E402
 from tritter.core.families import Config, family_of  # noqa: E402
 from tritter.core.models import config_of, model_with_tensors, named_tensors, new_model  # noqa: E402
 from tritter.core.parameter_map import AxisFactor, ParameterMap, map_tensor  # noqa: E402
-from tritter.core.parameter_map.apply import carried  # noqa: E402
+from tritter.core.parameter_map.apply import carry_mask  # noqa: E402
 from tritter.data.batches import BatchStream, SequenceStream  # noqa: E402
 from tritter.data.corpus import Corpus, stdlib_corpus  # noqa: E402
 from tritter.data.replay import ReplayBuffer  # noqa: E402
@@ -211,7 +211,7 @@ def plainly_padded(model: nn.Module, grown: Grown, *, seed: int) -> nn.Module:
         )
         value = old[tensor.disk_name]
         copied = map_tensor(replace(tensor_map, axes=ones), value)
-        is_old = carried(tensor_map, torch.ones(value.shape, dtype=torch.bool))
+        is_old = carry_mask(tensor_map, torch.ones(value.shape, dtype=torch.bool))
         padded[tensor.name] = torch.where(is_old, copied, held[tensor.disk_name])
     return model_with_tensors(unscaled, padded)
 
@@ -230,7 +230,7 @@ def optimizer_after(
             base.optimizer,
             base.model,
             change,
-            places=change.after,
+            stored_tensors=change.after,
             policy=policy.removesuffix(ZERO_SECOND),  # type: ignore[arg-type]
         )
         start_from(optimizer, grown.model, moments)

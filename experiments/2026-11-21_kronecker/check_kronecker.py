@@ -34,7 +34,7 @@ def held(model: nn.Module, sequences: Tensor, *, looks: str = "mean") -> Kroneck
     """Return a method that holds the present weights by one look at them."""
     method = Kronecker(strength=LAMBDA, num_sequences=9, refresh_steps=10, looks=looks)
     method.begin_task(model, Task(seed=0, old_sequences={"old": sequences}))
-    assert method.look(model, 0) > 0
+    assert method.observe_step(model, 0) > 0
     return method
 
 
@@ -115,7 +115,7 @@ def check_gradient_by_finite_differences() -> None:
         method = held(model, sequences, looks=looks)
         every = {name for name, _ in model.named_parameters()}
         moved(model, every)
-        method.look(model, 10)
+        method.observe_step(model, 10)
         assert {len(a) for a, _ in method.factors.values()} == {held_pairs}
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)

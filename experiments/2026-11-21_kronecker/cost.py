@@ -44,7 +44,7 @@ def costs(model: nn.Module, method: QuadraticPenalty) -> str:
     method.begin_task(model, Task(seed=0, old_sequences={"old": tokens}))
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    look = least_seconds(lambda: method.look(model, 0))
+    look = least_seconds(lambda: method.observe_step(model, 0))
     step = least_seconds(lambda: method.add_to_gradients(model))
     copies = peak_bytes(method.state_dict()) / peak_bytes(dict(model.named_parameters()))
     return f"look {look:.2f} s, step {1e3 * step:.2f} ms, {copies:.2f} copies of the weights"

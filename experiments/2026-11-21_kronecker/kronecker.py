@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from tritter.core.families import training_flops
 from tritter.core.models import config_of
 from tritter.errors import TritterError
-from tritter.evaluation.inference import device_of, modes_kept
+from tritter.evaluation.inference import device_of, preserve_modes
 from tritter.methods.forgetting.quadratic import QuadraticPenalty
 from tritter.options import Count, options
 from tritter.training import Needs, Task
@@ -75,7 +75,7 @@ class Kronecker(QuadraticPenalty):
         self._sequences = task.draw(self.options.num_sequences, "fisher")
         self.anchor = {name: p.detach().clone() for name, p in model.named_parameters()}
 
-    def look(self, model: nn.Module, step: int) -> float:
+    def observe_step(self, model: nn.Module, step: int) -> float:
         flops = self._step_flops() if step else 0.0
         times, rest = divmod(step, self.options.refresh_steps)
         if rest or times.bit_count() > 1:
@@ -175,7 +175,7 @@ def fisher_factors(model: nn.Module, sequences: Tensor) -> tuple[Factors, dict[s
     }
     seen: dict[str, tuple[Tensor, Tensor]] = {}
     with ExitStack() as stack:
-        stack.enter_context(modes_kept(model))
+        stack.enter_context(preserve_modes(model))
         stack.enter_context(torch.enable_grad())
         for name, layer in layers.items():
             handle = layer.register_forward_hook(partial(_remember, seen, name))

@@ -33,7 +33,7 @@ WARM_UP = 2
 def step_of(case: str, options: argparse.Namespace) -> dict[str, float]:
     """Train some steps in this process; return processor ms, and MB beyond the start's."""
     from experiments.benchmarks.precision import new_llama
-    from tritter.core.models import activations_recomputed
+    from tritter.core.models import checkpoint_activations
     from tritter.training.module import CompiledModel
 
     model = new_llama(options.hidden_size, num_layers=options.layers).train()
@@ -59,7 +59,7 @@ def step_of(case: str, options: argparse.Namespace) -> dict[str, float]:
             walls.append(time.perf_counter() - wall)
 
     if case == "recomputed":
-        with activations_recomputed(model):
+        with checkpoint_activations(model):
             train()
     else:
         train()

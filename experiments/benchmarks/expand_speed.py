@@ -106,7 +106,7 @@ def run_tritter(source: Path, destination: Path, case: str, *, is_hashed: bool) 
     plan_expansion(source, [specs[case]])  # transformers imports some of itself at first use
     if not is_hashed:
         hashing.tensor_digest = lambda name, tensor: 64 * "0"
-        writer.begun_digest = lambda name, dtype, shape: _NoDigest()
+        writer.start_digest = lambda name, dtype, shape: _NoDigest()
     with _timed():
         expand(source, destination, [specs[case]], max_shard_bytes=SHARD_BYTES)
 

@@ -56,7 +56,7 @@ def _edit_lineage(folder: Path, **changes: object) -> None:
 def test_the_chain_from_its_start(place: Path) -> None:
     links = read_chain(place / "deep")
     assert _names(links) == ["base", "wide", "deep"]
-    methods = [[record.method for record in link.made_by] for link in links]
+    methods = [[record.method for record in link.expansion_records] for link in links]
     assert methods == [[], ["width", "llama_pro"], ["dus"]]
     assert [link.num_parameters for link in links] == [
         sum(p.numel() for p in oracle.stock(place / name).parameters())
@@ -85,7 +85,7 @@ def test_a_parent_that_is_not_there_is_known_by_its_hash(place: Path) -> None:
     deep = read_lineage(place / "deep")
     assert deep is not None and links[0].model_hash == deep.parent_hash
     # How many expansions were the parent's is not known; one is its own
-    assert [record.method for record in links[1].made_by] == ["dus"]
+    assert [record.method for record in links[1].expansion_records] == ["dus"]
 
 
 def test_another_model_in_the_parents_place_is_not_the_parent(place: Path) -> None:
@@ -101,7 +101,7 @@ def test_training_makes_a_link_without_expansions(place: Path) -> None:
         wide, model_hash="7" * 64, parent_hash=wide.model_hash, parent_path="../wide", step=9
     )
     write_lineage(place / "trained", trained, read_config(place / "wide"))
-    assert [len(link.made_by) for link in read_chain(place / "trained")] == [0, 2, 0]
+    assert [len(link.expansion_records) for link in read_chain(place / "trained")] == [0, 2, 0]
 
 
 def test_a_chain_that_bites_its_tail_ends(place: Path) -> None:
@@ -156,7 +156,7 @@ def test_a_changed_byte_in_the_data_is_named(place: Path, name: str) -> None:
     content[-1] ^= 1
     path.write_bytes(content)
     (change,) = _changes(place)[name]
-    assert change.file == "model.safetensors" and change.tensor and change.what == "changed"
+    assert change.file == "model.safetensors" and change.tensor and change.detail == "changed"
 
 
 @pytest.mark.quick_cases(1)
@@ -178,7 +178,7 @@ def test_changes_of_tensors_in_number_and_kind(place: Path) -> None:
     del tensors[GAIN]
     tensors["lm_head.weight"] = tensors["lm_head.weight"].double()
     save_file(tensors, path, metadata={"format": "pt"})
-    assert {(change.tensor, change.what) for change in _changes(place)["deep"]} == {
+    assert {(change.tensor, change.detail) for change in _changes(place)["deep"]} == {
         ("stray", "added"),
         (GAIN, "missing"),
         ("lm_head.weight", "changed"),
@@ -189,7 +189,7 @@ def test_a_truncated_file_is_named(place: Path) -> None:
     path = place / "wide" / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-5])
     (change,) = _changes(place)["wide"]
-    assert "wide/model.safetensors cannot be read" in change.what
+    assert "wide/model.safetensors cannot be read" in change.detail
 
 
 @pytest.mark.parametrize("name", ["wide", "deep"])
@@ -206,7 +206,7 @@ def test_any_byte_of_a_record_counts(place: Path, old: str, new: str) -> None:
     assert old in text
     path.write_text(text.replace(old, new, 1))
     ((found, (change,)),) = _changes(place).items()
-    assert (found, change.file, change.what) == ("deep", "tritter.json", "changed")
+    assert (found, change.file, change.detail) == ("deep", "tritter.json", "changed")
 
 
 def test_a_byte_of_the_header_that_moves_no_tensor_counts(place: Path) -> None:
@@ -250,4 +250,4 @@ def test_a_plain_parent_whose_digests_nobody_kept_is_held_against_its_hash(place
     assert verify(base) == ()
     _change_tensor(place / "base")
     (change,) = verify(base)
-    assert change.tensor is None and str(base.model_hash) in change.what
+    assert change.tensor is None and str(base.model_hash) in change.detail

@@ -71,7 +71,7 @@ def convert(path: Path, model: nn.Module, destination: Path, **options: Any) -> 
     found = read_lightning_file(path, config_of(model), **options)
     dtype = found.weights.widest_dtype
     export_model(found.weights, destination, dtype=dtype, artifacts=())
-    return tuple(filter(None, (found.skipped, found.why_no_moments)))
+    return tuple(filter(None, (found.skipped, found.missing_moments_reason)))
 
 
 @pytest.mark.quick_cases(2)

@@ -17,7 +17,7 @@ import tritter
 from tests.cli.conftest import Run
 from tritter.cli import main
 from tritter.cli.methods import method_options
-from tritter.cli.options import spelled
+from tritter.cli.options import with_dashes
 from tritter.core.expansions import EXPANSIONS
 from tritter.core.expansions.heads import STRATEGIES
 from tritter.core.expansions.width import Init, Shares
@@ -172,11 +172,11 @@ def test_help_names_every_method_and_choice(run: Run, monkeypatch: pytest.Monkey
     monkeypatch.setenv("COLUMNS", "200")
     text = run("expand --help-all").out
     for method in EXPANSIONS:
-        assert spelled(method) in text
+        assert with_dashes(method) in text
     for word in (*get_args(Init), *get_args(Shares), *STRATEGIES):
         assert word in text
     for option in method_options():
-        assert f"--{spelled(option)} " in text
+        assert f"--{with_dashes(option)} " in text
 
 
 def test_the_console_script_points_here() -> None:

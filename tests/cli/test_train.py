@@ -322,7 +322,7 @@ def test_the_settings_are_those_of_the_recorded_training(trained: Path, texts: P
     checkpoint = str(trained / "run/checkpoint")
     words = continuation(checkpoint, data=["old"], settings={})
     assert "data.sequence_length=32" in words and "seed=5" in words
-    typed = continuation(checkpoint, data=["old"], settings={}, words=["seed=5"])
+    typed = continuation(checkpoint, data=["old"], settings={}, arguments=["seed=5"])
     assert [w for w in typed if w.startswith("seed")] == ["seed=5"]
 
 

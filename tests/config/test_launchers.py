@@ -16,10 +16,10 @@ from tests import compositions
 from tests.config.conftest import FakeOutcome, FakePipeline
 from tests.config.test_entry import Run
 from tritter.config.launch import jobs
-from tritter.config.launch.jobs import launching
+from tritter.config.launch.jobs import read_launch_settings
 from tritter.config.schema import RunConfig
 from tritter.planning import run_memory as memory
-from tritter.storage.lock import process_in
+from tritter.storage.lock import locking_process
 
 
 @pytest.mark.full
@@ -64,8 +64,8 @@ def test_processes_do_not_meet_on_the_same_devices(run: Run) -> None:
 def test_jobs_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     def how(class_name: str, num_jobs: int, **settings: object) -> tuple[int, int | None]:
         hydra = OmegaConf.create({"launcher": {"_target_": f"a.b.{class_name}", **settings}})
-        found = launching(hydra, num_jobs=num_jobs)
-        return found.at_once, found.threads
+        found = read_launch_settings(hydra, num_jobs=num_jobs)
+        return found.num_parallel, found.threads
 
     monkeypatch.setattr(jobs, "num_cores", lambda: 8)
     assert how("JoblibLauncher", 24, n_jobs=-1) == (8, 1)
@@ -150,20 +150,21 @@ def test_a_launcher_that_can_not_start_at_all_is_told_once(
 @pytest.mark.full
 def test_one_process_runs_a_sweep(run: Run, tmp_path: Path) -> None:
     hold = (
-        "import sys; from pathlib import Path; from tritter.storage.lock import alone_in\n"
-        "with alone_in(Path(sys.argv[1]), key='dir'):\n    print(1, flush=True); sys.stdin.read()"
+        "import sys; from pathlib import Path; from tritter.storage.lock import folder_lock\n"
+        "with folder_lock(Path(sys.argv[1]), key='dir'):\n"
+        "    print(1, flush=True); sys.stdin.read()"
     )
     for place in ("here", "here/a/0"):  # the sweep itself, or a job that runs on alone
         (tmp_path / place).mkdir(parents=True, exist_ok=True)
         words = [sys.executable, "-c", hold, str(tmp_path / place)]
         with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
             assert holder.stdout is not None and holder.stdout.readline()
-            assert process_in(tmp_path / place) == holder.pid
+            assert locking_process(tmp_path / place) == holder.pid
             refused = run("-m", "seed=0,3", "hydra.sweep.dir=here")
             assert refused.code == 2 and f"process {holder.pid} on" in refused.err
             assert holder.stdin is not None
             holder.stdin.close()
-    assert process_in(tmp_path / "here") is None
+    assert locking_process(tmp_path / "here") is None
     assert run("-m", "seed=0,3", "hydra.sweep.dir=here").code == 0
 
 

@@ -64,7 +64,7 @@ def test_every_option_composes(composing: Composer, name: str) -> None:
 @pytest.mark.parametrize("path", OPTION_FILES, ids=NAMES)
 def test_every_option_says_what_it_is(path: Path) -> None:
     assert len(description(path)) > 3
-    whole = help_text(is_whole=True)
+    whole = help_text(is_full=True)
     assert f"    {path.stem} " in whole or f"    {path.stem}\n" in whole
     folded = next(line for line in _unwrapped(help_text()) if line.startswith(path.parent.name))
     names = re.findall(r"[\w-]+", folded)

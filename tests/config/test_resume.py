@@ -15,7 +15,7 @@ from tritter.conf_folder import config_folder
 from tritter.config import components
 from tritter.config.folders import body_of, shipped_options
 from tritter.config.launch import plan
-from tritter.config.overrides import not_replayed
+from tritter.config.overrides import unreplayed_overrides
 from tritter.config.run_folder import fingerprint, read_run
 from tritter.config.schema import REPLAYED_KEYS
 from tritter.config.validation import known_keys
@@ -185,7 +185,7 @@ HOSTILE = [
 @pytest.mark.full
 def test_a_folder_from_elsewhere_names_no_code(run: Run, pipeline: FakePipeline) -> None:
     assert run(*JOB, "hydra.run.dir=outputs/runs/one").code == 1
-    assert not_replayed(HOSTILE) == HOSTILE
+    assert unreplayed_overrides(HOSTILE) == HOSTILE
     for word in HOSTILE[::3]:
         edit(Path("outputs/runs/one"), overrides=["seed=1", word])
         before = {path: path.stat().st_mtime_ns for path in Path().rglob("*")}
@@ -323,9 +323,9 @@ def test_every_key_is_replayed_or_not_by_decision() -> None:
     for key in every_key() | {"training.new_key", "new_key", "data._target_"}:
         values = ("null", "gentler") if key == "gate.ladder" else ("null", "1", "a", "[a,b]")
         words = [f"+{key}=null", f"++{key}=null", *(f"{key}={value}" for value in values)]
-        assert not_replayed(words) == ([] if key in REPLAYED_KEYS else words)
+        assert unreplayed_overrides(words) == ([] if key in REPLAYED_KEYS else words)
         referring = [f"{key}=${{seed}}", f"{key}={{_target_: os.system}}", f"{key}=1,2"]
-        assert not_replayed(referring) == referring
+        assert unreplayed_overrides(referring) == referring
 
 
 def test_every_shipped_option_is_replayed_and_no_other() -> None:
@@ -335,7 +335,7 @@ def test_every_shipped_option_is_replayed_and_no_other() -> None:
             f"{group}=[{','.join(names)}]",
             f"~{group}",
         ]
-        assert not_replayed(words) == []
+        assert unreplayed_overrides(words) == []
         wrong = [
             f"{group}=null",
             f"{group}=mine",
@@ -343,7 +343,7 @@ def test_every_shipped_option_is_replayed_and_no_other() -> None:
             f"{group}={{a: b}}",
         ]
         wrong += [f"{group}=../{group}/{names[0]}", f"~{group}={names[0]}", f"{group}@x={names[0]}"]
-        assert not_replayed(wrong) == wrong
+        assert unreplayed_overrides(wrong) == wrong
 
 
 def test_sources_are_printed_before_they_are_opened(

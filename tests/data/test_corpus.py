@@ -12,7 +12,7 @@ from tritter.data.corpus import build_corpus, stdlib_corpus
 from tritter.data.documents import documents_of, text_key
 from tritter.data.sources import source_documents
 from tritter.data.split import SplitRule, threshold_side
-from tritter.data.tokens import joined, pack
+from tritter.data.tokens import concatenate, pack
 from tritter.errors import RequestError
 from tritter.storage import spool
 
@@ -60,8 +60,8 @@ def test_what_lies_on_disk_is_what_would_be_held(tmp_path, monkeypatch):
     assert_same(held, build(tmp_path / "mapped", domains=domains))
     options = {"sequence_length": 16, "end_of_text_id": 0}
     packed = [[pack(d.train, **options) for d in c.domains.values()] for c in (held, mapped)]
-    assert torch.equal(joined(packed[0]), joined(packed[1]))
-    assert torch.equal(joined(packed[0]), torch.cat(packed[0]))
+    assert torch.equal(concatenate(packed[0]), concatenate(packed[1]))
+    assert torch.equal(concatenate(packed[0]), torch.cat(packed[0]))
     streams = [SequenceStream(each[0], seed=1) for each in packed]
     assert torch.equal(*(stream.next_sequences(99) for stream in streams))
 

@@ -10,7 +10,7 @@ from tritter.errors import TritterError
 from tritter.evaluation.statistics import (
     Estimate,
     bounded_ratio,
-    carrying_items,
+    dominant_items,
     ratio_of_sums,
     relative_forgetting,
 )
@@ -165,10 +165,10 @@ def test_documents_that_carry_the_change(make_losses):
     before = make_losses(torch.full((40,), 100.0))
     rise = torch.full((40,), 1.01).index_fill(0, torch.tensor([7, 30]), 1.5)
     rise[30] = 1.6
-    assert carrying_items(before, make_losses(before.values * rise)) == ("d30",)
+    assert dominant_items(before, make_losses(before.values * rise)) == ("d30",)
     rise[7] = 1.59
-    assert carrying_items(before, make_losses(before.values * rise)) == ("d30", "d7")
-    assert carrying_items(before, before) == ()
+    assert dominant_items(before, make_losses(before.values * rise)) == ("d30", "d7")
+    assert dominant_items(before, before) == ()
 
 
 @pytest.mark.full

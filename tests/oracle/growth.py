@@ -13,9 +13,9 @@ from transformers import AutoConfig, PreTrainedModel
 
 from tests import oracle
 from tests.oracle.families import stock_of
-from tritter.core.expansions import ResolvedExpansion, composed
+from tritter.core.expansions import ResolvedExpansion, compose_maps
 from tritter.core.families import Config, family_of, layout, pack_all, unpack_all
-from tritter.core.parameter_map import Quantity, TensorMap, carried, map_tensor, mapped
+from tritter.core.parameter_map import Quantity, TensorMap, carry_mask, map_tensor, mapped
 from tritter.transform import Change
 
 
@@ -75,7 +75,7 @@ def grown(model: PreTrainedModel, steps: Sequence[ResolvedExpansion]) -> PreTrai
 
 def masks_of(config: Config, steps: Sequence[ResolvedExpansion]) -> dict[str, Tensor]:
     """Return which entries of the result carry on what was known, by name in memory."""
-    return Change.of(composed(steps, config), config, steps[-1].target_config).masks()
+    return Change.of(compose_maps(steps, config), config, steps[-1].target_config).masks()
 
 
 def maps_of(step: ResolvedExpansion) -> Mapping[str, TensorMap]:
@@ -95,7 +95,8 @@ def mapped_gradients(
             for name, tensor_map in maps.items()
         }
         masks = {
-            name: carried(tensor_map, masks[tensor_map.source]) for name, tensor_map in maps.items()
+            name: carry_mask(tensor_map, masks[tensor_map.source])
+            for name, tensor_map in maps.items()
         }
     return {name: (values[name], masks[name]) for name in values}
 

@@ -45,17 +45,17 @@ class Outside(ForgettingMethod):
             teacher=True,
         )
 
-    def prepare(self, given: Preparation) -> Prepared:
-        ids = given.draw(4, "omega").long()
-        loss = given.model(input_ids=ids, labels=ids, use_cache=False).loss
-        names = [name for name, _ in given.model.named_parameters()]
+    def prepare(self, preparation: Preparation) -> Prepared:
+        ids = preparation.draw(4, "omega").long()
+        loss = preparation.model(input_ids=ids, labels=ids, use_cache=False).loss
+        names = [name for name, _ in preparation.model.named_parameters()]
         gradients = torch.autograd.grad(
-            loss, list(given.model.parameters()), materialize_grads=True
+            loss, list(preparation.model.parameters()), materialize_grads=True
         )
         omega = {name: g.square() for name, g in zip(names, gradients, strict=True)}
-        for name, earlier in given.state.get("omega", {}).items():
+        for name, earlier in preparation.state.get("omega", {}).items():
             omega[name] = omega[name] + earlier
-        given.log(f"omega of {len(ids)} sequences, after {len(given.state)} kinds")
+        preparation.log(f"omega of {len(ids)} sequences, after {len(preparation.state)} kinds")
         return Prepared(state={"omega": omega}, flops=7.0, found={"omega": len(ids)})
 
     def begin_task(self, model: nn.Module, task: Task) -> None:

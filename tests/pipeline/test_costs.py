@@ -43,7 +43,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
 @pytest.fixture
 def as_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run the counted passes with stock models, and count their FLOPs."""
-    stock = models._made_ready
+    stock = models._configure_model
 
     def eager(model: PreTrainedModel) -> PreTrainedModel:
         model = stock(model)
@@ -56,7 +56,7 @@ def as_computed(monkeypatch: pytest.MonkeyPatch) -> None:
         with _disable_current_modes():  # the gate's statistics are no pass of a model
             return studentised_errors(*sums)
 
-    monkeypatch.setattr(models, "_made_ready", eager)
+    monkeypatch.setattr(models, "_configure_model", eager)
     monkeypatch.setattr(statistics, "studentised_errors", uncounted)
     monkeypatch.setattr(counting, "num_keys", lambda length, window=None: length**2)
 

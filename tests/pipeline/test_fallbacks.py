@@ -11,7 +11,7 @@ import pytest
 
 from tests.pipeline.tiny import FIXTURES
 from tritter.checkpoints import lineage_of
-from tritter.config.folders import composing_from, search_path_of
+from tritter.config.folders import search_path_of, use_search_path
 from tritter.errors import TritterError
 from tritter.evaluation.gate import Check
 from tritter.pipeline import Outcome, stages, verdict
@@ -41,7 +41,7 @@ def ladder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     folder = tmp_path_factory.mktemp("conf")
     (folder / "ladder").mkdir()
     (folder / "ladder/mine.yaml").write_text(LADDER)
-    with composing_from(search_path_of([str(folder)], None)):
+    with use_search_path(search_path_of([str(folder)], None)):
         yield
 
 

@@ -129,7 +129,7 @@ def test_every_fisher_is_taken_on_the_sequences_of_the_first(
         begin(self, model, task)
         first = {name: value.clone() for name, value in self.importance.items()}
         assert any(bool(value.any()) for value in first.values())
-        assert self.look(model, 1) > 0  # no weight has moved
+        assert self.observe_step(model, 1) > 0  # no weight has moved
         for name, value in self.importance.items():
             assert torch.equal(value, first[name]), name
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.oracle.families import tiny
-from tritter.pipeline.stages import continued
+from tritter.pipeline.stages import generate_samples
 
 
 @pytest.mark.parametrize("positions", [2, 16, 40])
@@ -27,6 +27,6 @@ def test_no_more_is_read_than_a_model_has_learned_positions_for(positions: int) 
         config=SimpleNamespace(evaluation=SimpleNamespace(sample_tokens=60)),
         end_of_text_id=0,
     )
-    found = continued(context, "old", model, model)
+    found = generate_samples(context, "old", model, model)
     hook.remove()
     assert max(longest) <= positions and found.texts["before"] and found.texts["prompt"]

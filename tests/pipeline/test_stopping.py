@@ -39,8 +39,8 @@ class SignalAt(Callback):
         self.step, self.numbers, self.rank = step, numbers, rank
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:  # type: ignore[no-untyped-def]
-        is_asked = trainer.global_step == self.step and trainer.max_steps == 8
-        if is_asked and self.rank in (None, trainer.global_rank):
+        is_requested = trainer.global_step == self.step and trainer.max_steps == 8
+        if is_requested and self.rank in (None, trainer.global_rank):
             target = os.getppid() if self.rank is not None else os.getpid()
             for number in self.numbers:
                 os.kill(target, number)

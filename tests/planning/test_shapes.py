@@ -68,7 +68,7 @@ def test_depth_takes_what_the_method_takes() -> None:
     assert [s.target_layers for s in depth_specs(config, Dus())] == [4, 6]  # type: ignore[attr-defined]
     deeper = depth_specs(config, LlamaPro())
     assert [s.target_layers for s in deeper] == [4, 5, 6]  # type: ignore[attr-defined]
-    slender = depth_specs(config, LlamaPro(), least_aspect_ratio=24 / 5)
+    slender = depth_specs(config, LlamaPro(), min_aspect_ratio=24 / 5)
     assert [s.target_layers for s in slender] == [4, 5]  # type: ignore[attr-defined]
 
 

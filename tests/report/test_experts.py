@@ -28,7 +28,7 @@ from tritter.report.experts import (
 )
 from tritter.report.page import figures, page
 from tritter.report.plots import plot_run
-from tritter.report.runs import grouped, with_controls
+from tritter.report.runs import group_runs, with_controls
 from tritter.report.summary import ExpertsRecord, Summary
 from tritter.terminal import Console
 
@@ -167,7 +167,7 @@ def test_page_and_plots_have_them_where_there_are_some(summary: dict[str, Any], 
     assert "60 evicted expert_2 least used" in words
     assert "experts trainable share parameters" in words and "2 3.1 % 532 k" in words
     plain = run_of(summary, "plain", 1)
-    found = figures(grouped([one, plain, run_of(made, "again", 2)]))["experts"]
+    found = figures(group_runs([one, plain, run_of(made, "again", 2)]))["experts"]
     assert [figure.axes[0].get_title() for figure in found] == [
         f"{name}: routing by domain: mean gate [%]" for name in ("one", "again")
     ]
@@ -179,10 +179,10 @@ def test_groups_are_named_by_them(summary_with_control: dict[str, Any]) -> None:
     made = summary_with_control | {"experts": experts()}
     first, second = run_of(made, "a", 0), run_of(summary_with_control, "b", 0)
     second.settings["x"] = 1  # type: ignore[index]
-    names = [group.name for group in grouped([first, second])]
+    names = [group.name for group in group_runs([first, second])]
     assert names[0].endswith("forgetting=ewc experts=dylora")
     assert "experts=none" in names[1]
-    control = next(group for group in with_controls(grouped([first])) if group.is_control)
+    control = next(group for group in with_controls(group_runs([first])) if group.is_control)
     assert control.name == "control (not grown) forgetting=ewc"
     assert control.runs[0].summary.experts is None
 

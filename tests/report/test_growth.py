@@ -19,13 +19,13 @@ from tritter.report.growth import (
     MAX_ROWS,
     draw_neurons,
     draw_pressure,
-    flops_course,
     growth_figure,
     growth_table,
     growth_text,
     mark_growth,
-    nothing_grew,
-    parameter_course,
+    no_growth_reason,
+    parameters_over_flops,
+    parameters_over_steps,
 )
 from tritter.report.summary import GrowthRecord, Summary
 from tritter.terminal import Console
@@ -89,12 +89,12 @@ def test_nothing_grown_is_one_line_with_what_to_try(summary: dict[str, Any]) -> 
     assert "a smaller growth.growth_cooldown (25) or growth.check_every, or more" in text
     assert "Growth:" not in text
     made |= {"advice": ""}  # of a trigger from outside
-    assert nothing_grew(record_of(made)).startswith("nothing grew in 17 checks; try a smaller")
+    assert no_growth_reason(record_of(made)).startswith("nothing grew in 17 checks; try a smaller")
     made["options"] |= {"check_every": 1}
-    assert "check_every" not in nothing_grew(record_of(made))  # nothing is shorter
+    assert "check_every" not in no_growth_reason(record_of(made))  # nothing is shorter
     made["options"] |= {"growth_cooldown": 1}
-    assert nothing_grew(record_of(made)) == "nothing grew in 17 checks; try more training steps"
-    assert "before the first check" in nothing_grew(record_of(growth(checks=0)))
+    assert no_growth_reason(record_of(made)) == "nothing grew in 17 checks; try more training steps"
+    assert "before the first check" in no_growth_reason(record_of(growth(checks=0)))
     assert "growth" not in printed(summary).lower()
 
 
@@ -139,13 +139,13 @@ def test_of_very_many_events_as_many_are_drawn_as_can_be_seen() -> None:
 
 def test_parameters_are_drawn_over_steps_and_over_flops() -> None:
     made = growth(checks=7)
-    steps, values = parameter_course(record_of(made), end=END)
+    steps, values = parameters_over_steps(record_of(made), end=END)
     assert steps == [0, 36, 72, END]
     assert values == [169_000, 170_920, 172_840, 172_840]
-    spent, over_flops = flops_course(record_of(made), end_flops=2.2e11)
+    spent, over_flops = parameters_over_flops(record_of(made), end_flops=2.2e11)
     assert (spent, over_flops) == ([0.0, 3.6e10, 7.2e10, 2.2e11], values)
     made["events"][1]["flops"] = 1e9  # less than before
-    spent, over_flops = flops_course(record_of(made), end_flops=None)
+    spent, over_flops = parameters_over_flops(record_of(made), end_flops=None)
     assert (spent, over_flops) == ([0.0, 3.6e10, 3.6e10], values[:-1])
 
 

@@ -17,9 +17,9 @@ from tests.report.growing import growth
 from tests.report.test_runs import SETTINGS
 from tests.report.test_tables import ungated
 from tritter.report.drawing import DPI
-from tritter.report.page import MOST_PANELS, _lines, figures, page
+from tritter.report.page import MAX_PANELS, _lines, figures, page
 from tritter.report.plots import Curve
-from tritter.report.runs import Run, grouped
+from tritter.report.runs import Run, group_runs
 from tritter.report.summary import Summary
 
 HOSTILE = "<script>alert(1)</script>"
@@ -117,12 +117,12 @@ def _lab(color: str) -> np.ndarray:
 def test_eleven_groups_have_eleven_distinguishable_colours(summary: dict[str, Any]) -> None:
     made = Summary.of(summary)
     eleven = [Run(str(n), made, SETTINGS | {"training.learning_rate": n}) for n in range(11)]
-    colours = [line.color for line in _lines(grouped(eleven))]
+    colours = [line.color for line in _lines(group_runs(eleven))]
     assert len(set(colours)) == 11
     for one, other in combinations(colours, 2):
         assert np.linalg.norm(_lab(one) - _lab(other)) > 25, (one, other)  # CIE76; 2.3 is visible
     many = [Run(str(n), made, SETTINGS | {"training.learning_rate": n}) for n in range(60)]
-    styles = [(line.color, line.marker) for line in _lines(grouped(many))]
+    styles = [(line.color, line.marker) for line in _lines(group_runs(many))]
     assert len(set(styles)) == 60
 
 
@@ -130,7 +130,7 @@ def test_labels_are_whole(summary: dict[str, Any]) -> None:
     keys = {f"training.a_rather_long_name_{key}": 0 for key in range(6)}
     runs = [Run("a", Summary.of(summary), SETTINGS | keys)]
     runs.append(Run("b", Summary.of(summary), SETTINGS | dict.fromkeys(keys, 1)))
-    groups = grouped(runs)
+    groups = group_runs(runs)
     text, _ = page(runs, title="Long")
     for group in groups:
         assert all(f"{key.removeprefix('training.')}=" in group.name for key in keys)
@@ -229,13 +229,13 @@ def test_hostile_names_and_numbers_have_figures(summary_with_control: dict[str, 
 def test_as_much_is_drawn_as_a_picture_can_hold(summary: dict[str, Any]) -> None:
     made = Summary.of(summary)
     many = [Run(str(n), made, SETTINGS | {"training.learning_rate": n}) for n in range(50)]
-    changes = figures(grouped(many))["changes"]
+    changes = figures(group_runs(many))["changes"]
     assert all(max(each.get_size_inches()) * DPI < 2**12 for each in changes)
     assert "the first 40 groups" in page(many, title="many")[0]
     scores = {f"d{number}": summary["baseline"]["prose"] for number in range(60)}
     domains = {"old": list(scores), "new": []}
     wide = summary | {"baseline": scores, "domains": domains, "attempts": [{"final": scores}]}
-    assert len(figures(grouped([Run("a", Summary.of(wide), SETTINGS)]))["changes"]) == MOST_PANELS
+    assert len(figures(group_runs([Run("a", Summary.of(wide), SETTINGS)]))["changes"]) == MAX_PANELS
 
 
 @pytest.mark.full

@@ -7,8 +7,8 @@ import pytest
 from tests.report.growing import growth
 from tritter.report import plots
 from tritter.report.plots import (
-    _courses,
     _forgetting_figure,
+    _round_curves,
     curves_of,
     last_flops,
 )
@@ -101,11 +101,11 @@ def test_rounds_are_counted_on_from_one_another(summary):
     (row,) = (row for row in domain_rows(Summary.of(summary)) if row.domain == "code")
     rows = [{"step": str(step), "eval/code/loss": str(step)} for step in (-1, 0, 30, 50)]
     curves = curves_of(rows)
-    courses = _courses(row, [curves, (), curves_of(rows[:3]), curves_of(rows[1:])])
+    courses = _round_curves(row, [curves, (), curves_of(rows[:3]), curves_of(rows[1:])])
     assert [course.steps for course in courses] == [(0, 30, 50), (50, 80), (80, 110, 130)]
     assert [course.before for course in courses] == [-1.0, -1.0, None]
     assert courses[0].values == (0.0, 30.0, 50.0)
-    assert _courses(row, [curves_of(rows[:1])]) == []  # it was never trained
+    assert _round_curves(row, [curves_of(rows[:1])]) == []  # it was never trained
 
 
 def test_curves_are_read_between_the_blanks(metrics_csv):

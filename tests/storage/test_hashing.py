@@ -99,18 +99,18 @@ DIGESTS = {name: tensor_digest(name, tensor) for name, tensor in HELD.items()}
 
 
 def test_a_queue_that_has_begun_goes_on_until_others_ask() -> None:
-    queue, is_asked, read = DigestQueue(), Event(), list[str]()
+    queue, is_requested, read = DigestQueue(), Event(), list[str]()
 
     def tensors() -> Iterator[RawTensor]:
         for tensor in RAW:
             read.append(tensor.name)
             if tensor.name == "t2":
-                assert is_asked.wait(60)
+                assert is_requested.wait(60)
             yield tensor
 
     queue.begin(tensors())
     queue.add("t4", HELD["t4"])
-    is_asked.set()
+    is_requested.set()
     assert queue.digest("t4") == DIGESTS["t4"]
     # The first may have been at work already, the third never comes behind another's
     assert read in (["t0"], ["t0", "t1"], ["t0", "t1", "t2"])

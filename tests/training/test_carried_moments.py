@@ -54,7 +54,7 @@ def transplanted(
     new = oracle.stock(expand(source, folder / "result", specs).folder, torch.float64)
     own = torch.optim.AdamW(new.parameters(), lr=0.0, betas=(0.9, 0.95))
     change = plan.change
-    moments = carried_moments(optimizer, old, change, places=change.after, policy=policy)  # type: ignore[arg-type]
+    moments = carried_moments(optimizer, old, change, stored_tensors=change.after, policy=policy)  # type: ignore[arg-type]
     start_from(own, new, moments)
     return new, own
 

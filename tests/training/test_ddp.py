@@ -178,7 +178,7 @@ def train(
             loggers=loggers,
             write_result=write_result or written,
             evaluation=evaluation,
-            theirs=theirs,
+            user_callbacks=theirs,
         )
     if write_result is None:
         written.read_into(model)

@@ -40,7 +40,7 @@ def test_moments_in_eight_bits_resume_bit_for_bit(tmp_path: Path, name: str) -> 
     parts, result = train(tmp_path / "parts", optimizer=settings(name))
     assert same_weights(whole, parts)
     # Tables of codes, which all parameters share, come back once for each
-    assert replace(result, seconds=0.0, held=None) == replace(expected, seconds=0.0, held=None)
+    assert replace(result, seconds=0.0, memory=None) == replace(expected, seconds=0.0, memory=None)
     (optimizer,) = saved["optimizer_states"]
     assert "torch.uint8" in str({key: each.dtype for key, each in tensors(optimizer).items()})
     plain, _ = train(tmp_path / "plain", optimizer=ADAMW)

@@ -226,8 +226,8 @@ def test_new_rows_do_not_leap(smallest: int, is_mean: bool) -> None:
     optimizer = bitsandbytes.optim.AdamW8bit(held.values(), **options)
     list(with_random_gradients(optimizer, held, steps=400, seed=1))
     change = ModelExpander(WIDER, seed=3).change(old)
-    places = [s for s in change.after if s.name in names]
-    moments = carried_moments(optimizer, old, change, places=places)
+    stored_tensors = [s for s in change.after if s.name in names]
+    moments = carried_moments(optimizer, old, change, stored_tensors=stored_tensors)
     new = ModelExpander(WIDER, seed=3).expand(old)
     grown = {name: new.get_parameter(name) for name in names}
     own = bitsandbytes.optim.AdamW8bit(grown.values(), **options)

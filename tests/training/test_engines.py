@@ -17,7 +17,7 @@ from tests.methods.moe_routing import test_objective as routing
 from tests.planning.test_memory import kept_bytes
 from tests.training.killed import KillAt, Killed
 from tests.training.test_fit import SETTINGS, batches
-from tritter.core.models import activations_recomputed
+from tritter.core.models import checkpoint_activations
 from tritter.methods.growth.blocks import ActivationRecorder
 from tritter.methods.moe_routing.objective import RoutingSettings
 from tritter.terminal import Console
@@ -112,7 +112,7 @@ def test_without_the_random_state_of_the_first_pass_the_bits_are_others(
 def test_layers_keep_their_inputs_alone_and_can_be_sent_to_a_process() -> None:
     model, ids = oracle.tiny_llama().train(), oracle.tokens(batch=4, length=32)
     whole = kept_bytes(model, ids, is_autocast=False)
-    with activations_recomputed(model):
+    with checkpoint_activations(model):
         assert kept_bytes(model, ids, is_autocast=False) < whole / 2
         pickle.dumps(model)
         assert not model.get_input_embeddings()._forward_hooks
@@ -193,9 +193,9 @@ def test_compiled_code_passes_over_hooks_that_came_later(
     """The negative control: unless the model itself computes, growth sees no tokens."""
     monkeypatch.setattr(training_module.CompiledModel, "__setattr__", _never_watched)
     seen: list[int] = []
-    looks = ActivationRecorder.looks
+    probes = ActivationRecorder.probes
     monkeypatch.setattr(
-        ActivationRecorder, "looks", lambda one: seen.append(len(looks(one))) or looks(one)
+        ActivationRecorder, "probes", lambda one: seen.append(len(probes(one))) or probes(one)
     )
     growing.train(tmp_path / "grown", settings=replace(growing.ONE, compile=True))
     assert not all(seen)

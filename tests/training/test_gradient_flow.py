@@ -27,7 +27,7 @@ from tritter.training import (
     Task,
     fit,
 )
-from tritter.training.gradient_flow import GradientFlow, tried
+from tritter.training.gradient_flow import GradientFlow, run_trial_steps
 from tritter.transform.live import ModelExpander
 
 SETTINGS = trainer_settings(save_every_n_steps=2)
@@ -100,7 +100,7 @@ def test_what_is_frozen_is_not_asked_for(tmp_path: Path) -> None:
     model = oracle.tiny_llama()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("layers.0" not in name)
-    flow, held = (getattr(train(model, tmp_path), name) for name in ("flow", "held"))
+    flow, held = (getattr(train(model, tmp_path), name) for name in ("flow", "memory"))
     assert flow["without_gradient"] == []
     trained = [p for p in model.parameters() if p.requires_grad]
     assert held["gradients"] == sum(p.numel() * 4 for p in trained)
@@ -134,13 +134,13 @@ def test_experts_without_tokens_are_named_by_layer_and_number(watch: Any) -> Non
         gradient = torch.zeros_like(fused)
         gradient[0 if step else 2] = 1
         watch(flow, module, {name: gradient}, step)
-    assert flow.found(model)["without_gradient"] == []
-    idle = flow.found(model)["without_tokens"]
+    assert flow.report(model)["without_gradient"] == []
+    idle = flow.report(model)["without_tokens"]
     assert idle == ["layers.0.experts.1", "layers.0.experts.3"]
     restored = GradientFlow({})
     restored.load_state_dict(flow.state_dict())
-    assert restored.found(model) == flow.found(model)
-    verdicts = [flow_check(flow.found(model), new_experts=new) for new in ((), (3,), (2, 3))]
+    assert restored.report(model) == flow.report(model)
+    verdicts = [flow_check(flow.report(model), new_experts=new) for new in ((), (3,), (2, 3))]
     assert [check and check.verdict for check in verdicts] == ["passed", "failed", "passed"]
 
 
@@ -172,7 +172,7 @@ def test_going_on_finds_what_a_whole_training_finds(
     model, task = dead()
     parts = train(model, tmp_path / "parts", task=task)
     assert parts.flow == whole.flow and len(whole.flow["without_gradient"]) == 3
-    assert parts.held == whole.held
+    assert parts.memory == whole.memory
 
 
 @pytest.mark.quick_cases(1)
@@ -180,7 +180,7 @@ def test_going_on_finds_what_a_whole_training_finds(
 def test_bytes_are_those_of_the_plan(tmp_path: Path, target: str, kept: int) -> None:
     model = oracle.tiny_llama()
     arguments: dict[str, Any] = {} if kept else {"momentum": 0.0}
-    held = train(model, tmp_path, target=target, arguments=arguments).held
+    held = train(model, tmp_path, target=target, arguments=arguments).memory
     config, setup = config_of(model), TrainingSetup(precision="32-true")
     expected = states_bytes(config, setup, trained=held["trained"], kept_per_parameter=kept)
     if kept:
@@ -199,7 +199,7 @@ def test_a_trial_drops_out_the_same_at_each_call_and_leaves_the_generator() -> N
         torch.manual_seed(number)
         before = torch.get_rng_state()
         new = {"model.norm.weight": (None,)}
-        tried(model, oracle.tokens(batch=2, length=8, seed=5), new, steps=2)
+        run_trial_steps(model, oracle.tokens(batch=2, length=8, seed=5), new, steps=2)
         assert torch.equal(torch.get_rng_state(), before)
         ends.append(model.get_parameter("model.norm.weight").detach().clone())
     assert torch.equal(*ends)

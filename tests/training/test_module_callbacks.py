@@ -17,7 +17,7 @@ from tests import oracle
 from tests.training.test_fit import SETTINGS
 from tritter.data.batches import BatchStream, SequenceStream
 from tritter.errors import RequestError
-from tritter.targets import Component, imported
+from tritter.targets import Component, import_object
 from tritter.training import BaseModule, FitResult, OptimizerSettings, Schedule, fit, read_metrics
 from tritter.training.checkpoint_io import SafetensorsCheckpointIO
 from tritter.training.trainer import start_method
@@ -88,7 +88,9 @@ class Order(Callback):
 
 
 def asked(key: str, target: str, **arguments: Any) -> Component:
-    return Component(name=key, kind=imported(target), options={"_target_": target, **arguments})
+    return Component(
+        name=key, kind=import_object(target), options={"_target_": target, **arguments}
+    )
 
 
 def train(
@@ -130,7 +132,7 @@ def train(
         folder=folder,
         label="test",
         console=Console(quiet=True),
-        theirs=theirs,
+        user_callbacks=theirs,
         write_result=partial(leave, folder / "weights.safetensors"),
     )
     model.load_state_dict(load_file(folder / "weights.safetensors"))

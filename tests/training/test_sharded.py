@@ -118,11 +118,11 @@ def test_parts_in_two_processes_give_the_weights_of_one(tmp_path: Path, engine: 
     one, expected = train(tmp_path / "one", replace(ONE, **_ENGINES[engine]))
     two, result = train(tmp_path / "two", replace(SHARED, **_ENGINES[engine]), Parts(tmp_path))
     assert_close(one, two)
-    same: dict[str, Any] = {"seconds": 0.0, "update_norms": {}, "held": {}}
+    same: dict[str, Any] = {"seconds": 0.0, "update_norms": {}, "memory": {}}
     assert replace(result, **same) == replace(expected, **same)
     assert result.update_norms == pytest.approx(expected.update_norms, rel=1e-4)
-    assert result.held["parameters"] == expected.held["parameters"]
-    assert result.held["trained"] == expected.held["trained"]
+    assert result.memory["parameters"] == expected.memory["parameters"]
+    assert result.memory["trained"] == expected.memory["trained"]
     size = sum(parameter.numel() for parameter in one.parameters())
     counts = [int((tmp_path / f"rank_{rank}").read_text()) for rank in (0, 1)]
     assert sum(counts) == 2 * size and max(counts) < 1.1 * size  # weights and one moment

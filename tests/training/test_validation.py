@@ -15,9 +15,9 @@ from tritter.data.datamodule import ValidationSubset
 from tritter.data.packing import IGNORED
 from tritter.data.tokens import TokenisedDocuments
 from tritter.evaluation.losses import document_losses
-from tritter.targets import Component, imported
+from tritter.targets import Component, import_object
 from tritter.training import TrainerSettings, module, read_metrics
-from tritter.training.trainer import losses_before, start_method
+from tritter.training.trainer import start_method, validation_metrics
 
 pytestmark = pytest.mark.skipif(
     start_method("cpu") != "fork", reason="the tests' callbacks come by fork"
@@ -126,7 +126,7 @@ def test_what_is_said_before_is_what_the_first_step_says(tmp_path: Path, setting
     torch.manual_seed(7)  # as `train` does
     model = oracle.tiny_llama(initializer_range=0.05, attention_dropout=0.0)
     before, random = weights(model), torch.get_rng_state()
-    losses = losses_before(model, text(), settings)
+    losses = validation_metrics(model, text(), settings)
     assert weights(model) == before and torch.equal(torch.get_rng_state(), random)
     assert {*losses} == {*NAMES, *OTHERS} and not list(Path.cwd().glob("*profile*"))
     first = {name: curve[0] for name, curve in curves(tmp_path).items()}
@@ -166,7 +166,7 @@ def test_early_stopping_goes_by_what_is_evaluated(
     """The loss on random text rises; its patience is counted on through a resume."""
     target = "lightning.pytorch.callbacks.EarlyStopping"
     body = {"_target_": target, "monitor": "eval/new/loss", "patience": 2}
-    stopping = [Component(name="stopping", kind=imported(target), options=body)]
+    stopping = [Component(name="stopping", kind=import_object(target), options=body)]
     settings = replace(settings, save_every_n_steps=EVERY)
     if kill_at is not None:
         with pytest.raises(Exception, match="killed"):

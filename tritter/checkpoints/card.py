@@ -7,7 +7,7 @@ from tritter.checkpoints.record import Lineage
 from tritter.core.families import Config, family_of, ffn_sizes
 from tritter.terminal import harmless
 
-_LONGEST_CELL = 200
+_MAX_CELL_CHARACTERS = 200
 _ACCURACY = "/accuracy"  # suffix of a task that was scored by accuracy
 
 
@@ -143,5 +143,5 @@ def _scores(lineage: Lineage) -> list[str]:
 
 def _cell(name: str) -> str:
     """Return a name escaped for a Markdown table cell: one line, no markup, no HTML."""
-    text = " ".join(harmless(name).split())[:_LONGEST_CELL]
+    text = " ".join(harmless(name).split())[:_MAX_CELL_CHARACTERS]
     return re.sub(r"[\\`*\[\]|]", r"\\\g<0>", text).replace("<", "&lt;")

@@ -118,7 +118,7 @@ def write_checkpoint(
     max_shard_bytes: int = 5 * 10**9,
     overwrite: bool = False,
     check: Callable[[Path], None] | None = None,
-    before_placing: Callable[[Path, Lineage], Lineage] | None = None,
+    before_publish: Callable[[Path, Lineage], Lineage] | None = None,
 ) -> Lineage:
     """Write a checkpoint folder atomically.
 
@@ -135,7 +135,7 @@ def write_checkpoint(
         max_shard_bytes: maximum size of a safetensors file.
         overwrite: replace an existing folder at `target`.
         check: raises if the existing folder at `target` may not be replaced.
-        before_placing: called with the finished folder and its lineage before the old folder is
+        before_publish: called with the finished folder and its lineage before the old folder is
             replaced. It may rewrite the lineage, returns the final one, and may raise.
 
     Returns:
@@ -170,8 +170,8 @@ def write_checkpoint(
         (folder / CARD_NAME).write_text(card, encoding="utf-8")
         complete = replace(complete, file_digests=file_digests(folder))
         write_text_atomic(folder / LINEAGE_NAME, record_text(complete))
-        if before_placing is not None:
-            complete = before_placing(folder, complete)
+        if before_publish is not None:
+            complete = before_publish(folder, complete)
     return complete
 
 

@@ -40,8 +40,8 @@ class Link:
         model_hash: the expected model hash; None for a plain folder without a descendant.
         lineage: the checkpoint's lineage; None for a plain folder, or if it was not found.
         problem: the reason why tritter.json can't be read, if so.
-        made_by: expansions between the parent and this checkpoint, oldest first; empty after a
-            training run and at the start of the chain.
+        expansion_records: expansions between the parent and this checkpoint, oldest first; empty
+            after a training run and at the start of the chain.
         tensor_digests: tensor name → expected SHA-256, where known.
         file_digests: file name → expected SHA-256 of all other files.
     """
@@ -50,7 +50,7 @@ class Link:
     model_hash: str | None
     lineage: Lineage | None = None
     problem: str | None = None
-    made_by: tuple[ExpansionRecord, ...] = ()
+    expansion_records: tuple[ExpansionRecord, ...] = ()
     tensor_digests: Mapping[str, str] | None = None
     file_digests: Mapping[str, str] | None = None
 
@@ -107,12 +107,12 @@ class Difference:
     Args:
         file: file name in the folder; empty if unknown.
         tensor: tensor name, if the difference is in a tensor.
-        what: `changed`, `missing`, `added`, or the reason why it can't be read.
+        detail: `changed`, `missing`, `added`, or the reason why it can't be read.
     """
 
     file: str
     tensor: str | None
-    what: str
+    detail: str
 
 
 def read_chain(folder: Path) -> tuple[Link, ...]:
@@ -148,7 +148,7 @@ def read_chain(folder: Path) -> tuple[Link, ...]:
         else:
             # Without the parent's record: one expansion, or none after a training run
             own = () if child.lineage.step else history[-1:]
-        links[-1] = replace(child, made_by=own)
+        links[-1] = replace(child, expansion_records=own)
         if parent.folder is not None:
             seen.add(parent.folder.resolve())
         elif parent.model_hash in {link.model_hash for link in links if not link.experts}:
@@ -167,8 +167,8 @@ def verify(link: Link) -> tuple[Difference, ...]:
     changes = [] if link.problem is None else [Difference(LINEAGE_NAME, None, link.problem)]
     if link.lineage is not None:
         if merkle_hash(link.lineage.tensor_digests) != link.lineage.model_hash:
-            what = "the model hash does not match the tensors' digests"
-            changes.append(Difference(LINEAGE_NAME, None, what))
+            detail = "the model hash does not match the tensors' digests"
+            changes.append(Difference(LINEAGE_NAME, None, detail))
         if not is_unchanged(link.folder / LINEAGE_NAME):
             changes.append(Difference(LINEAGE_NAME, None, "changed"))
     tensors = tuple(_tensor_changes(link.folder, link))
@@ -210,7 +210,7 @@ def link_of(folder: Path) -> Link:
 
 def _parent(child: Link, *, excluded: Collection[Path]) -> Link:
     assert child.lineage is not None and child.folder is not None
-    lineage, wanted = child.lineage, child.lineage.parent_hash
+    lineage, expected = child.lineage, child.lineage.parent_hash
     hinted, own = _hint(child), child.folder.resolve()
     candidates = [] if hinted is None or not hinted.is_dir() else [hinted]
     with suppress(OSError):
@@ -223,7 +223,7 @@ def _parent(child: Link, *, excluded: Collection[Path]) -> Link:
         if link.lineage is None:
             continue
         # The recorded hash, or the one computed from its digests
-        if wanted in (link.lineage.model_hash, merkle_hash(link.lineage.tensor_digests)):
+        if expected in (link.lineage.model_hash, merkle_hash(link.lineage.tensor_digests)):
             return link
     recorded = (lineage.parent_file_digests or {}).get("config.json")
     for folder in candidates:
@@ -237,13 +237,13 @@ def _parent(child: Link, *, excluded: Collection[Path]) -> Link:
             if folder == hinted or (recorded is not None and bounded_digest(config) == recorded):
                 return Link(
                     folder=folder,
-                    model_hash=wanted,
+                    model_hash=expected,
                     tensor_digests=lineage.parent_tensor_digests,
                     file_digests=lineage.parent_file_digests,
                 )
     if hinted is not None and hinted.is_dir() and (link := link_of(hinted)).problem:
         return link
-    return Link(folder=None, model_hash=wanted)
+    return Link(folder=None, model_hash=expected)
 
 
 def _hint(child: Link) -> Path | None:
@@ -291,19 +291,19 @@ class Damage:
     """A changed or missing output of a stage.
 
     Args:
-        place: path of the checkpoint or file, relative to the run folder.
-        what: description of the damage with its file and tensor.
-        is_gone: True if nothing exists at the path.
+        location: path of the checkpoint or file, relative to the run folder.
+        detail: description of the damage with its file and tensor.
+        is_deleted: True if nothing exists at the path.
     """
 
-    place: str
-    what: str
-    is_gone: bool = False
+    location: str
+    detail: str
+    is_deleted: bool = False
 
     @property
     def is_missing(self) -> bool:
         """True if the folder exists and one of its files does not."""
-        return not self.is_gone and self.what.endswith(": missing")
+        return not self.is_deleted and self.detail.endswith(": missing")
 
 
 def digests_of(
@@ -333,22 +333,22 @@ def digests_of(
 def find_damage(folder: Path, digests: Mapping[str, str]) -> tuple[Damage, ...]:
     """Compare outputs with the digests that `digests_of` returned, and return all damage."""
     found = []
-    for place, digest in digests.items():
-        path = folder / place
+    for location, digest in digests.items():
+        path = folder / location
         if not path.exists():
-            found.append(Damage(place, f"{path} is missing", is_gone=True))
+            found.append(Damage(location, f"{path} is missing", is_deleted=True))
         elif path.is_dir():
             changes = list(checkpoint_changes(path))
-            found += [Damage(place, what) for what in changes]
+            found += [Damage(location, detail) for detail in changes]
             if not changes and _checkpoint_digest(lineage_of(path)) != digest:
-                what = f"{path} is not the checkpoint that the stage wrote"
-                found.append(Damage(place, what))
+                detail = f"{path} is not the checkpoint that the stage wrote"
+                found.append(Damage(location, detail))
         else:
             try:
                 if file_digest(path) != digest:
-                    found.append(Damage(place, f"{path}: changed"))
+                    found.append(Damage(location, f"{path}: changed"))
             except (OSError, TritterError) as error:
-                found.append(Damage(place, str(error)))
+                found.append(Damage(location, str(error)))
     return tuple(found)
 
 
@@ -361,7 +361,7 @@ def checkpoint_changes(folder: Path) -> Iterator[str]:
     for change in verify(link):
         if change.file != CARD_NAME:  # rewritten with every lineage
             tensor = f", tensor {change.tensor}" if change.tensor else ""
-            yield f"{folder / change.file}{tensor}: {change.what}"
+            yield f"{folder / change.file}{tensor}: {change.detail}"
     if link.file_digests is not None:
         known = {name.removesuffix(HEADER_MARK) for name in link.file_digests}
         for path in sorted(folder.rglob("*")):

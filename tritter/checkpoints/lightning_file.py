@@ -38,12 +38,12 @@ class LightningFile:
     Args:
         weights: the model, with moments if they can be assigned to parameters.
         skipped: note on tensors without `prefix` in their names; empty if there are none.
-        why_no_moments: the reason for missing moments; empty if they were found.
+        missing_moments_reason: the reason for missing moments; empty if they were found.
     """
 
     weights: Weights
     skipped: str
-    why_no_moments: str
+    missing_moments_reason: str
 
 
 def read_lightning_file(path: Path, config: Config, *, prefix: str | None = None) -> LightningFile:
@@ -65,11 +65,11 @@ def read_lightning_file(path: Path, config: Config, *, prefix: str | None = None
     family = family_of(config)
     embedding = family.logical_tensors(config)[0].disk_name
     chosen = _prefix(path, tensors, embedding, requested=prefix)
-    skipped = why_no_moments = ""
+    skipped = missing_moments_reason = ""
     if prefix is not None and (others := [n for n in tensors if not n.startswith(chosen)]):
-        skipped = f"{len(others)} tensors outside '{prefix}' were skipped: {_some(others)}"
+        skipped = f"{len(others)} tensors outside '{prefix}' were skipped: {_shorten(others)}"
         tensors = {name: value for name, value in tensors.items() if name.startswith(chosen)}
-    stored = _matched(path, config, tensors, chosen)
+    stored = _match_tensors(path, config, tensors, chosen)
     for name in family.tied_names(config):
         tied = tensors.get(chosen + name)
         if tied is not None and not torch.equal(tied, tensors[chosen + embedding]):
@@ -86,7 +86,7 @@ def read_lightning_file(path: Path, config: Config, *, prefix: str | None = None
         moments = named_moments(content, tensors, stored=stored, prefix=chosen)
     except UnusableMoments as reason:
         moments = None
-        why_no_moments = f"the optimizer state was skipped: {reason}"
+        missing_moments_reason = f"the optimizer state was skipped: {reason}"
     weights = Weights(
         name=path.name,
         config=config,
@@ -96,7 +96,7 @@ def read_lightning_file(path: Path, config: Config, *, prefix: str | None = None
         moments=moments,
         source_paths=(path,),
     )
-    return LightningFile(weights, skipped, why_no_moments)
+    return LightningFile(weights, skipped, missing_moments_reason)
 
 
 def _load(path: Path) -> Mapping[str, Any]:
@@ -127,8 +127,8 @@ def _load(path: Path) -> Mapping[str, Any]:
         if objects:  # torch's own message suggests executing the file's code
             raise TritterError(
                 f"{path} contains objects other than tensors and plain data, which execute code "
-                f"when loaded: {_some(sorted(set(objects)))}. Nothing was executed. If you trust "
-                "the file, load it and save only its state_dict: "
+                f"when loaded: {_shorten(sorted(set(objects)))}. Nothing was executed. If you "
+                "trust the file, load it and save only its state_dict: "
                 "torch.save(checkpoint['state_dict'], PATH)."
             ) from error
         what = re.search(r"WeightsUnpickler error: ([^\n]+)", str(error))
@@ -158,7 +158,7 @@ def _state_dict(path: Path, content: Mapping[str, Any]) -> dict[str, Tensor]:
     ]
     if wrong:
         raise TritterError(
-            f"{path} contains no state_dict: {_some(sorted(wrong))} are not plain dense tensors."
+            f"{path} contains no state_dict: {_shorten(sorted(wrong))} are not plain dense tensors."
         )
     named = {_WRAPPERS.sub("", name): value for name, value in found.items()}
     return {name: value for name, value in named.items() if not _DERIVED.search(name)}
@@ -187,11 +187,11 @@ def _prefix(
         )
     raise TritterError(
         f"{path} contains no tensor whose name ends with {anchor}; it contains "
-        f"{_some(list(tensors))}."
+        f"{_shorten(list(tensors))}."
     )
 
 
-def _matched(
+def _match_tensors(
     path: Path, config: Config, tensors: Mapping[str, Tensor], prefix: str
 ) -> tuple[StoredTensor, ...]:
     elsewhere = [name for name in tensors if not name.startswith(prefix)]
@@ -215,7 +215,7 @@ def _matched(
     return stored
 
 
-def _some(names: list[str], limit: int = 5) -> str:
+def _shorten(names: list[str], limit: int = 5) -> str:
     shown = ", ".join(names[:limit])
     return shown if len(names) <= limit else f"{shown}, … ({len(names) - limit} more)"
 

@@ -60,7 +60,7 @@ def check_output(
                 "the source."
             )
         if is_within(source, target):
-            raise _holds_source(target, source)
+            raise _contains_source_error(target, source)
     if overwrite and os.path.lexists(target):
         (check or partial(check_replaceable, sources=sources))(target)
 
@@ -75,13 +75,13 @@ def check_replaceable(folder: Path, *, sources: Sequence[Path] = ()) -> None:
     """
     for source in sources:
         if is_within(source, folder):
-            raise _holds_source(folder, source)
+            raise _contains_source_error(folder, source)
     try:
         listed, record = None, folder / LINEAGE_NAME
         if record.is_file() and not record.is_symlink():
             named = (name.removesuffix(HEADER_MARK) for name in lineage_of(folder).file_digests)
             listed = {*named, LINEAGE_NAME, CARD_NAME, "config.json"}
-        strays = sorted(_strays(folder, listed))
+        strays = sorted(_unexpected_names(folder, listed))
     except TritterError as error:
         raise RequestError(
             f"{folder} is not replaced, because its content can't be checked. {error}"
@@ -106,7 +106,7 @@ def check_replaceable(folder: Path, *, sources: Sequence[Path] = ()) -> None:
         )
 
 
-def _holds_source(target: Path, source: Path) -> RequestError:
+def _contains_source_error(target: Path, source: Path) -> RequestError:
     return RequestError(
         f"{target} contains the source {source}. Choose an output folder outside the source."
     )
@@ -115,20 +115,20 @@ def _holds_source(target: Path, source: Path) -> RequestError:
 def is_within(path: Path, folder: Path) -> bool:
     """Return True if a path is a folder or is in it, regardless of spelling and links."""
     try:
-        wanted = folder.stat()
+        allowed_names = folder.stat()
         resolved = path.resolve()
     except (OSError, ValueError, RuntimeError):  # a missing folder contains nothing
         return False
     for above in (resolved, *resolved.parents):
         try:
-            if os.path.samestat(above.stat(), wanted):
+            if os.path.samestat(above.stat(), allowed_names):
                 return True
         except OSError:  # does not exist yet
             continue
     return False
 
 
-def _strays(folder: Path, listed: set[str] | None, above: str = "") -> Iterator[str]:
+def _unexpected_names(folder: Path, listed: set[str] | None, above: str = "") -> Iterator[str]:
     """Yield names that do not belong to the checkpoint; for a foreign folder only its name."""
     states = {f"{STATE_FOLDER}/{kind}" for kind in STATE_KINDS}
     for entry in os.scandir(folder):
@@ -148,7 +148,7 @@ def _strays(folder: Path, listed: set[str] | None, above: str = "") -> Iterator[
             name in {STATE_FOLDER, *states}
             or any(file.startswith(f"{name}/") for file in listed or ())
         ):
-            yield from _strays(folder / entry.name, listed, f"{name}/")
+            yield from _unexpected_names(folder / entry.name, listed, f"{name}/")
         else:
             yield f"{name}/" if stat.S_ISDIR(mode) else name
 

@@ -10,11 +10,11 @@ from tritter.data.split import SplitRule
 from tritter.limits import MAX_LAYERS
 from tritter.storage.records import Finite, InnerName, Seed, Sha256, Text, WholeNumber, record
 
-_MOST_ENTRIES = Field(max_length=2**20)
-_MOST_LAYERS = Field(max_length=MAX_LAYERS)
-_Plain = Annotated[Mapping[str, Any], _MOST_ENTRIES]
-_TensorDigests = Annotated[Mapping[str, Sha256], _MOST_ENTRIES]
-_FileDigests = Annotated[Mapping[InnerName, Sha256], _MOST_ENTRIES]
+_MAX_ENTRIES = Field(max_length=2**20)
+_MAX_LAYERS = Field(max_length=MAX_LAYERS)
+_Plain = Annotated[Mapping[str, Any], _MAX_ENTRIES]
+_TensorDigests = Annotated[Mapping[str, Sha256], _MAX_ENTRIES]
+_FileDigests = Annotated[Mapping[InnerName, Sha256], _MAX_ENTRIES]
 _Layer = Annotated[int, Field(ge=0, lt=MAX_LAYERS)]
 
 
@@ -45,7 +45,7 @@ class ExpansionRecord:
     seed: Seed
     source_config: _Plain
     target_config: _Plain
-    layer_sources: Annotated[tuple[_Layer, ...], _MOST_LAYERS]
+    layer_sources: Annotated[tuple[_Layer, ...], _MAX_LAYERS]
     map_digest: Sha256
     claims_exact: bool
     step0_error: Finite | None = None
@@ -110,7 +110,7 @@ class Lineage:
     parent_path: Text | None = None
     parent_tensor_digests: _TensorDigests | None = None
     parent_file_digests: _FileDigests | None = None
-    expansion_history: Annotated[tuple[ExpansionRecord, ...], _MOST_LAYERS] = ()
+    expansion_history: Annotated[tuple[ExpansionRecord, ...], _MAX_LAYERS] = ()
     step: WholeNumber = 0
     epoch: WholeNumber = 0
     best_loss: Finite | None = None
@@ -119,7 +119,7 @@ class Lineage:
     split: SplitRule | None = None
     domains: Mapping[str, LearnedDomain] = field(default_factory=dict)
     stock_loadable: Literal["yes", "after adaptation"] = "yes"
-    ffn_sizes: Annotated[tuple[WholeNumber, ...], _MOST_LAYERS] = ()
+    ffn_sizes: Annotated[tuple[WholeNumber, ...], _MAX_LAYERS] = ()
 
 
 @record

@@ -26,7 +26,7 @@ from tritter.data.options import (
     unused_name,
 )
 from tritter.data.sources import CHECKED_BYTES, quick_pieces, recorded_paths, source_documents
-from tritter.data.split import SplitRule, one_sided
+from tritter.data.split import SplitRule, split_problem
 from tritter.errors import Problem, RequestError, TritterError, key_name
 
 DEFAULT_FRACTION = 0.2  # for a new split; a lineage keeps its own
@@ -65,7 +65,8 @@ class RunText:
         domains: old domains first.
         tasks: tasks in training order, each as the names of its domains.
         learned: name → domain that the checkpoint learned before.
-        kept: sequences stored in the checkpoint for learned domains whose data the run lacks.
+        kept_sequences: sequences stored in the checkpoint for learned domains whose data the run
+            lacks.
         notes: sentences to print.
     """
 
@@ -73,7 +74,7 @@ class RunText:
     domains: tuple[DomainText, ...]
     tasks: tuple[tuple[str, ...], ...]
     learned: Mapping[str, LearnedDomain]
-    kept: KeptSequences = field(compare=False)
+    kept_sequences: KeptSequences = field(compare=False)
     notes: tuple[str, ...] = ()
 
     @property
@@ -97,20 +98,20 @@ def run_text(checkpoint: str | None, data: DataConfig, *, seed: int) -> RunText:
         RequestError: the lineage can't be read, its split would change, or data that it learned
             is unavailable and `data.old` does not replace it.
     """
-    lineage, kept = _learned(checkpoint)
+    lineage, kept_sequences = _learned(checkpoint)
     learned = {} if lineage is None else lineage.domains
     notes: list[str] = []
     split = _split(lineage, data, seed=seed, notes=notes)
-    domains, tasks = _Domains(learned, data, notes).resolved()
+    domains, tasks = _Domains(learned, data, notes).resolve()
     names = {each.name for each in domains}
     rest = [name for name in learned if name not in names]
-    kept = kept.without(names)
-    if with_sequences := [name for name in rest if name in kept.sequences]:
+    kept_sequences = kept_sequences.without(names)
+    if with_sequences := [name for name in rest if name in kept_sequences.sequences]:
         notes.append(
             f"The checkpoint contains sequences of {', '.join(with_sequences)}; forgetting "
             "mitigation uses them instead of the original data."
         )
-    if unprotected := [name for name in rest if name not in kept.sequences]:
+    if unprotected := [name for name in rest if name not in kept_sequences.sequences]:
         notes.append(
             f"No forgetting mitigation covers {', '.join(unprotected)}, which the checkpoint "
             "learned."
@@ -120,7 +121,7 @@ def run_text(checkpoint: str | None, data: DataConfig, *, seed: int) -> RunText:
         domains=domains,
         tasks=tasks,
         learned=learned,
-        kept=kept,
+        kept_sequences=kept_sequences,
         notes=tuple(notes),
     )
 
@@ -143,7 +144,7 @@ def side_problems(text: RunText) -> Iterator[Problem]:
         reason = None
         with suppress(TextFileError, ByteLimitError):  # the run reports unreadable files
             if found is not None:
-                reason = one_sided(found, rule=text.split)
+                reason = split_problem(found, rule=text.split)
         if reason is not None:
             paths = domain.paths[0] if len(domain.paths) == 1 else list(domain.paths)
             yield Problem(domain.key, paths, reason=reason)
@@ -192,22 +193,22 @@ class _Domains:
         self._text_field = text_field(data)
         self._is_streamed = isinstance(data, DatasetsConfig) and data.streaming
 
-    def resolved(self) -> tuple[tuple[DomainText, ...], tuple[tuple[str, ...], ...]]:
+    def resolve(self) -> tuple[tuple[DomainText, ...], tuple[tuple[str, ...], ...]]:
         """Return old and new domains, and the domain names of each task.
 
         Raises:
             RequestError: learned data is unavailable, and the config names no old data.
         """
         typed_new, typed_old = self._data.new_sources, self._data.old_sources
-        new = self._typed(typed_new, is_old=False)
+        new = self._domains_of(typed_new, is_old=False)
         final_name = {typed: domain.name for typed, domain in zip(typed_new, new, strict=True)}
         # A learned domain that only a later task trains on counts as old until then
         first = self._data.task_sources[0]
         again = {final_name[name] for name in first if name in final_name}
         old = [] if self._data.is_old_named else self._all_learned(without=again)
         named = {domain.name for domain in old}
-        kept = self._typed(typed_old, is_old=True)
-        for typed, domain in zip(typed_old, kept, strict=True):
+        typed_domains = self._domains_of(typed_old, is_old=True)
+        for typed, domain in zip(typed_old, typed_domains, strict=True):
             final_name.setdefault(typed, domain.name)
             if domain.name in again:
                 self._notes.append(f"{domain.name} is trained on again, so it is not old.")
@@ -218,11 +219,11 @@ class _Domains:
         tasks = tuple(tuple(final_name[name] for name in task) for task in sources)
         return (*old, *(domain for domain in new if domain.name not in named)), tasks
 
-    def _typed(self, sources: TextSources, *, is_old: bool) -> list[DomainText]:
+    def _domains_of(self, sources: TextSources, *, is_old: bool) -> list[DomainText]:
         typed: dict[str, DomainText] = {}
         for name, paths in sources.items():
             texts = None if paths else partial(self._data.texts, name)
-            known = self._known_as(name, tuple(paths), texts, is_old=is_old)
+            known = self._learned_name(name, tuple(paths), texts, is_old=is_old)
             if known is None or known in typed:
                 others = {} if is_old else {**self._learned, **self._data.old_sources}
                 known = unused_name(name, {**others, **typed})
@@ -241,7 +242,7 @@ class _Domains:
             )
         return list(typed.values())
 
-    def _known_as(
+    def _learned_name(
         self, name: str, paths: tuple[str, ...], texts: Texts, *, is_old: bool
     ) -> str | None:
         """Return the name of the learned domain with the same text, or else with the same paths."""

@@ -172,7 +172,7 @@ class Source:
         return read_state(self.folder)
 
     @cached_property
-    def kept(self) -> KeptSequences:
+    def kept_sequences(self) -> KeptSequences:
         """The training sequences stored in the checkpoint for later runs."""
         from tritter.checkpoints.state import KeptSequences  # needs torch
 
@@ -185,7 +185,7 @@ class Source:
             TritterError: an artifact is damaged, or has another format.
         """
         tokenizer = TokenizerFiles(self.folder)
-        found = (tokenizer, self.state, self.added, self.kept, self.experts)
+        found = (tokenizer, self.state, self.added, self.kept_sequences, self.experts)
         return tuple(each for each in found if each is not None)
 
     def read(self, name: str) -> Tensor:
@@ -214,9 +214,9 @@ class Source:
             TensorEntry(stored.name, self.tensors.torch_dtype(stored.name), stored.shape)
             for stored in self.stored
         )
-        return TensorStream(entries, ((e.name, self._unread(e.name)) for e in entries))
+        return TensorStream(entries, ((e.name, self._deferred(e.name)) for e in entries))
 
-    def _unread(self, name: str) -> Tensor | Pieces:
+    def _deferred(self, name: str) -> Tensor | Pieces:
         """Return a tensor to copy unchanged; without padding its digest is reused."""
         if name in self.live_shapes:
             return self.read_stored(name)
@@ -235,7 +235,7 @@ class Source:
         is_whole = target.is_whole and stored.is_whole and target.name not in self.live_shapes
         return is_whole and stored.name == target.name and self.dtype(name) == dtype
 
-    def holding(self, target: StoredTensor, names: Sequence[str | None]) -> str | None:
+    def stored_name(self, target: StoredTensor, names: Sequence[str | None]) -> str | None:
         """Return the name on disk of a stored tensor with the target's parts in order, or None.
 
         Args:

@@ -244,7 +244,7 @@ class KeptSequences:
             self.of_documents.intersection(others),
         )
 
-    def misfits(
+    def problems(
         self, *, sequence_length: int, packing: Packing, vocab_size: int | None = None
     ) -> Iterator[Problem]:
         """Yield the reasons why a training run can't use the sequences.

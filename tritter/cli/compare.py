@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from rich.text import Text
 
-from tritter.cli.options import AsJson, ReportOverwrite, Runs, option, typed_path
-from tritter.cli.output import new_console, print_json, print_table, shown_path
+from tritter.cli.options import AsJson, ReportOverwrite, Runs, option, parse_path
+from tritter.cli.output import display_path, new_console, print_json, print_table
 from tritter.cli.report import FoundRuns, find_runs, metric_rows, read_runs
 from tritter.errors import Problem, RequestError, TritterError
 from tritter.storage.reading import LINEAGE_NAME, SUMMARY_FILE, read_object
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from tritter.report.compared import Comparison, Scores
     from tritter.report.runs import Run
 
-_DEEPEST = 2  # levels between a run and its checkpoint: attempt_1/trained
+_MAX_DEPTH = 2  # levels between a run and its checkpoint: attempt_1/trained
 _WHOLE = ("role", "run", "status", "verdict")  # columns never wrapped on a narrow terminal
 _PEAK = "performance/peak_memory_bytes"
 
@@ -37,7 +37,7 @@ def compare(
             "--output",
             "FILE",
             "Also write a page (.html), or the numbers (.csv, .json).",
-            parser=typed_path,
+            parser=parse_path,
         ),
     ] = None,
     overwrite: ReportOverwrite = False,
@@ -58,7 +58,7 @@ def compare(
     run_folders = []
     for folder in folders:
         if (folder / LINEAGE_NAME).is_file() and not (folder / SUMMARY_FILE).exists():
-            above = list(folder.resolve().parents)[:_DEEPEST]  # a checkpoint identifies its run
+            above = list(folder.resolve().parents)[:_MAX_DEPTH]  # a checkpoint identifies its run
             folder = next((each for each in above if (each / SUMMARY_FILE).is_file()), folder)
         run_folders.append(folder)
     found = find_runs(run_folders)
@@ -68,12 +68,12 @@ def compare(
     runs = read_runs(found.finished, are_drawn=file is not None and file.format == "html")
     compared = []
     for folder, run in zip(found.finished, runs, strict=True):
-        scores, why_not = None, ""
+        scores, missing_reason = None, ""
         try:
             scores = _scores(folder, run)
         except TritterError as error:
-            why_not = str(error).removesuffix(".")
-        compared.append(Compared(run, scores, why_not, _peak_memory(folder)))
+            missing_reason = str(error).removesuffix(".")
+        compared.append(Compared(run, scores, missing_reason, _peak_memory(folder)))
     comparison = Comparison(tuple(compared))
     if file is not None:
         file.write(_content(comparison, file.format, found))
@@ -122,14 +122,14 @@ def _scores(folder: Path, run: Run) -> Scores:
 
 def _peak_memory(folder: Path) -> float | None:
     """Return the peak memory in a run's metrics, or None if it was not logged."""
-    from tritter.report.summary import LARGEST
+    from tritter.report.summary import MAX_NUMBER
 
     try:
         cells = [row.get(_PEAK) for row in metric_rows(folder / "metrics.csv")]
         values = [float(cell) for cell in cells if cell]
     except (TritterError, ValueError, TypeError):
         return None
-    known = [value for value in values if 0 < value < LARGEST]
+    known = [value for value in values if 0 < value < MAX_NUMBER]
     return max(known, default=None)
 
 
@@ -158,7 +158,7 @@ def _print(comparison: Comparison, notes: Sequence[str], output: Path | None) ->
     for number, each in enumerate(comparison.runs):
         console.print(Text(f"{letter(number)}  {console.printable(each.name)}"), soft_wrap=True)
     console.print()
-    for title, table in comparison.lettered().tables().items():
+    for title, table in comparison.with_letters().tables().items():
         # A label equal to the one in the row before is not repeated
         rows, before, is_grouped = [], "", table.header[0] in ("domain", "setting")
         for first, *others in table.rows:
@@ -174,4 +174,4 @@ def _print(comparison: Comparison, notes: Sequence[str], output: Path | None) ->
     for note in notes:
         console.print(note, soft_wrap=True)
     if output is not None:
-        console.print(Text(f"written  {console.printable(shown_path(output))}"))
+        console.print(Text(f"written  {console.printable(display_path(output))}"))

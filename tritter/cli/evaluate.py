@@ -8,14 +8,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from tritter.cli.options import AsJson, Checkpoint, ReportOverwrite, of_list, option, typed_path
+from tritter.cli.options import AsJson, Checkpoint, ReportOverwrite, completer, option, parse_path
 from tritter.cli.output import (
+    display_path,
     new_console,
     print_json,
     print_table,
     progress_bars,
     refuse_damage,
-    shown_path,
 )
 from tritter.errors import RequestError, raise_problems
 from tritter.limits import MAX_COUNT
@@ -49,7 +49,7 @@ Tasks = Annotated[
         "--tasks",
         "NAME,..",
         "Benchmarks, or groups: base_capabilities, code, math, reasoning.",
-        completes=of_list(_names),
+        completes=completer(_names),
     ),
 ]
 TasksPath = Annotated[
@@ -58,7 +58,7 @@ TasksPath = Annotated[
         "--tasks-path",
         "DIR",
         "Folder with the files of the benchmarks, at any depth. Default: the hub.",
-        parser=typed_path,
+        parser=parse_path,
     ),
 ]
 Data = Annotated[
@@ -92,7 +92,7 @@ CodeSandbox = Annotated[
 ]
 ResultFile = Annotated[
     Path | None,
-    option("--output", "FILE.json", "Also write the result to this file.", parser=typed_path),
+    option("--output", "FILE.json", "Also write the result to this file.", parser=parse_path),
 ]
 
 
@@ -119,7 +119,7 @@ def evaluate(
         from tritter.checkpoints import read_lineage
         from tritter.cli.report_file import ReportFile, mark
         from tritter.core.families import family_of, position_limit
-        from tritter.core.models import non_finite, read_config
+        from tritter.core.models import non_finite_tensors, read_config
         from tritter.data.tokens import read_tokenizer
         from tritter.evaluation.benchmarks.formats import benchmarks_of
         from tritter.evaluation.benchmarks.harness import EvalOptions
@@ -132,8 +132,8 @@ def evaluate(
     file = None
     if output is not None:
         file = ReportFile(output, "evaluate", "json", overwrite=overwrite, sources=inputs)
-    chosen = benchmarks_of(_listed(tasks), key="--tasks")
-    sandbox = _sandbox(chosen, _listed(allow_code), code_sandbox)
+    chosen = benchmarks_of(_split_names(tasks), key="--tasks")
+    sandbox = _sandbox(chosen, _split_names(allow_code), code_sandbox)
     questions = _questions(chosen, tasks_path, limit)
     with refuse_damage():
         folder = locate(checkpoint, key="--checkpoint")
@@ -146,7 +146,7 @@ def evaluate(
         elif not chosen:
             domains = losses_of.learned_domains(folder, lineage, tokenizer)
         model = load_whole(folder)
-        if broken := non_finite(model):
+        if broken := non_finite_tensors(model):
             raise RequestError(f"{folder}: {broken[0]} has values that are not finite.")
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     length = losses_of.sequence_length(lineage, position_limit(config))
@@ -156,7 +156,7 @@ def evaluate(
             new_bar=new_bar,
         )  # fmt: skip
     harness = EvalOptions(limit=limit, batch_size=batch_size, sandbox=sandbox, is_shown=not as_json)
-    scores = _scored(model, folder, chosen, questions, harness) if chosen else []
+    scores = _score_benchmarks(model, folder, chosen, questions, harness) if chosen else []
     record = {
         **mark("evaluate"),
         "checkpoint": str(folder),
@@ -178,7 +178,7 @@ def evaluate(
     return 0
 
 
-def _listed(words: Sequence[str] | None) -> list[str]:
+def _split_names(words: Sequence[str] | None) -> list[str]:
     return [name for word in words or () for name in word.split(",")]
 
 
@@ -225,7 +225,7 @@ def _sandbox(
     return sandbox
 
 
-def _scored(
+def _score_benchmarks(
     model: nn.Module,
     folder: Path,
     chosen: Sequence[Benchmark],
@@ -301,4 +301,4 @@ def _print(
     for line in ["", *limited] if limited else ():
         say(line)
     if output is not None:
-        say(f"\nwritten  {shown_path(output)}")
+        say(f"\nwritten  {display_path(output)}")

@@ -21,17 +21,18 @@ from tritter.cli.options import (
     Overwrite,
     Seed,
     choice,
+    completer,
     flag,
     is_typed,
-    of_list,
     option,
     parameter_count,
-    spelled,
-    typed_path,
+    parse_path,
+    with_dashes,
 )
 from tritter.cli.output import (
     EXIT_NO,
     SHAPES,
+    display_path,
     new_console,
     note_if_written,
     print_command,
@@ -42,16 +43,15 @@ from tritter.cli.output import (
     refuse_damage,
     shapes_of,
     short,
-    shown_path,
 )
 from tritter.errors import (
     Names,
     Problem,
     RequestError,
     TritterError,
-    naming,
     raise_problems,
     show,
+    use_names,
 )
 from tritter.limits import MAX_COUNT
 from tritter.loading import loading
@@ -109,7 +109,7 @@ Method = Annotated[
         "METHOD,..",
         "dus, stack, interpolate, llama-pro, width, moe or moe-add; several are separated by "
         "commas and applied in order.",
-        completes=of_list(lambda: map(spelled, method_bodies())),
+        completes=completer(lambda: map(with_dashes, method_bodies())),
     ),
 ]
 RecipeFile = Annotated[
@@ -118,11 +118,11 @@ RecipeFile = Annotated[
         "--recipe",
         "FILE",
         "YAML file with a list of steps and their options, instead of --method.",
-        parser=typed_path,
+        parser=parse_path,
     ),
 ]
 Output = Annotated[
-    Path | None, option("--output", "DST", "New folder. Default: SRC-METHOD.", parser=typed_path)
+    Path | None, option("--output", "DST", "New folder. Default: SRC-METHOD.", parser=parse_path)
 ]
 ConfigDir = Annotated[
     list[str] | None,
@@ -240,7 +240,7 @@ def expand(
 
     file = None if recipe is None else read_recipe(recipe)
     settings = _settings(context, file)
-    with naming(_names(file)):
+    with use_names(_names(file)):
         if file is not None:
             specs = file.steps
         elif method:
@@ -249,7 +249,7 @@ def expand(
             raise RequestError(_NO_METHOD)
         of_domain = (domain, domain_data, old_data, steps, learning_rate)
         is_trained = any(value is not None for value in of_domain)
-        job = _located(checkpoint, specs, settings, file)
+        job = _resolve_job(checkpoint, specs, settings, file)
         if not dry_run and job.obstacle(overwrite=overwrite):
             raise RequestError(job.obstacle(overwrite=overwrite))
         text = _domain_text(*of_domain) if is_trained else None
@@ -261,11 +261,11 @@ def expand(
                 import tritter.transform  # noqa: F401 # while digests are computed
             with note_if_written(job.destination):
                 if dry_run:
-                    result = _planned(job, overwrite=overwrite)
+                    result = _dry_run(job, overwrite=overwrite)
                 elif text is not None:
-                    result = _trained(job, text, overwrite=overwrite, is_quiet=as_json)
+                    result = _expand_and_train(job, text, overwrite=overwrite, is_quiet=as_json)
                 else:
-                    result = _written(
+                    result = _expand(
                         job, measures=measure is not False, overwrite=overwrite, is_quiet=as_json
                     )
                 if as_json:
@@ -304,14 +304,16 @@ def _settings(context: typer.Context, file: Recipe | None) -> Settings:
         methods = {"method": ",".join(typed["method"] or ()), **context.obj}
         problems = [
             Problem(
-                f"--{spelled(name)}", value, f"--recipe {file.origin.path} already sets the steps"
+                f"--{with_dashes(name)}",
+                value,
+                f"--recipe {file.origin.path} already sets the steps",
             )
             for name, value in methods.items()
             if value
         ]
         problems += [
             Problem(
-                f"--{spelled(name)}",
+                f"--{with_dashes(name)}",
                 typed[name],
                 f"{file.origin.origin(name)} sets {name} = {show(value)}; remove one of the two",
             )
@@ -357,7 +359,7 @@ class _Job:
         return None if self.settings.dtype is None else getattr(torch, self.settings.dtype)
 
 
-def _located(
+def _resolve_job(
     checkpoint: str,
     specs: tuple[ExpansionSpec, ...],
     settings: Settings,
@@ -391,12 +393,12 @@ def _located(
         specs = reach_parameters(source.config, specs, settings.target_params)
     config = source.config
     for number, spec in enumerate(specs):
-        with naming(_names(recipe, number)):
+        with use_names(_names(recipe, number)):
             config = target_config(config, [spec])
     near = Path(checkpoint.rstrip("/").rpartition("/")[2])  # a hub model: the current folder
     if Path(checkpoint).is_dir():
         near = folder if folder.name not in ("", "..") else folder.resolve()
-    ending = "-".join(spelled(spec.name) for spec in specs)
+    ending = "-".join(with_dashes(spec.name) for spec in specs)
     return _Job(
         source=source,
         destination=Path(settings.output or near.with_name(f"{near.name}-{ending}")),
@@ -469,7 +471,7 @@ def _check_domain(job: _Job, text: _DomainText | None, *, is_measured: bool | No
             )
         return
     if not any(getattr(spec, "is_append", False) for spec in job.specs):
-        methods = ",".join(spelled(spec.name) for spec in job.specs)
+        methods = ",".join(with_dashes(spec.name) for spec in job.specs)
         raise RequestError(
             f"--domain-data: --method {methods} appends no experts to train; moe-add "
             "does, with --addition append."
@@ -529,7 +531,7 @@ class _Result:
             "written": lineage is not None,
             "shapes": {"before": shapes_of(first), "after": shapes_of(last)},
             "parameters": {"before": plan.parameters_before, "after": plan.parameters_after},
-            "parameters_on_disk": {"before": _on_disk(first), "after": _on_disk(last)},
+            "parameters_on_disk": {"before": _count_on_disk(first), "after": _count_on_disk(last)},
             "dtype": self.job.settings.dtype,
             "seed": self.job.settings.seed,
             "steps": [
@@ -572,7 +574,7 @@ class _Result:
             if step.spec.expansion_type == "depth":
                 texts.append(f"layers from {' '.join(map(str, step.parameter_map.layer_sources))}")
             texts.append(f"map {short(step.parameter_map.digest())}")
-            labels = [spelled(step.spec.name), *[""] * (len(texts) - 1)]
+            labels = [with_dashes(step.spec.name), *[""] * (len(texts) - 1)]
             lines += zip(labels, texts, strict=True)
         exactness = _exactness(self)
         if self.training is not None:
@@ -581,7 +583,7 @@ class _Result:
         if self.measured is not None:
             lines.append(("step 0", self.measured.text))
         if settings.dtype is not None:
-            lines.append(("dtype", spelled(settings.dtype)))
+            lines.append(("dtype", with_dashes(settings.dtype)))
         if self.lineage is not None:
             lines.append(("hash", short(self.lineage.model_hash)))
         if self.room is not None:
@@ -589,9 +591,9 @@ class _Result:
         console.print()
         print_lines(console, lines)
         console.print()
-        quoted = shlex.quote(shown_path(destination))
+        quoted = shlex.quote(display_path(destination))
         if self.lineage is not None:
-            print_command(console, "written", shown_path(destination))
+            print_command(console, "written", display_path(destination))
             print_command(console, "next   ", f"tritter inspect {quoted}")
         else:
             print_command(console, "dry run", f"nothing was written; the output is {quoted}")
@@ -601,7 +603,7 @@ class _Result:
             _print_domain(console, self.training)
 
 
-def _planned(job: _Job, *, overwrite: bool) -> _Result:
+def _dry_run(job: _Job, *, overwrite: bool) -> _Result:
     """Return the result of a dry run. Writes nothing."""
     from tritter.transform import check_disk_space, disk_needs, plan_by_tables
 
@@ -616,7 +618,7 @@ def _planned(job: _Job, *, overwrite: bool) -> _Result:
     return _Result(job=job, plan=plan, room=room, obstacles=tuple(filter(None, obstacles)))
 
 
-def _written(job: _Job, *, measures: bool, overwrite: bool, is_quiet: bool) -> _Result:
+def _expand(job: _Job, *, measures: bool, overwrite: bool, is_quiet: bool) -> _Result:
     """Expand the checkpoint and measure the result before it replaces the destination.
 
     Raises:
@@ -634,7 +636,7 @@ def _written(job: _Job, *, measures: bool, overwrite: bool, is_quiet: bool) -> _
 
             bar = new_bar("MB checked") if measures else None
             with refuse_damage():
-                found = measure(job.source, made, is_wanted=measures, progress=bar)
+                found = measure(job.source, made, is_requested=measures, progress=bar)
             measured.append(found)
             return found.lineage
 
@@ -647,12 +649,12 @@ def _written(job: _Job, *, measures: bool, overwrite: bool, is_quiet: bool) -> _
             overwrite=overwrite,
             moments=settings.moments or "carry",
             progress=new_bar("tensors"),
-            before_placing=measure_result,
+            before_publish=measure_result,
         )
     return _Result(job=job, plan=plan, lineage=made.lineage, measured=measured[0])
 
 
-def _trained(job: _Job, text: _DomainText, *, overwrite: bool, is_quiet: bool) -> _Result:
+def _expand_and_train(job: _Job, text: _DomainText, *, overwrite: bool, is_quiet: bool) -> _Result:
     """Add the experts and train them. After an error no output remains.
 
     Raises:
@@ -711,7 +713,7 @@ def _print_domain(console: Console, made: DomainExpansion) -> None:
     console.print(moe_table(made.experts).to_rich(console))
 
 
-def _on_disk(config: Config) -> int:
+def _count_on_disk(config: Config) -> int:
     from tritter.core.families import family_of, on_disk
 
     return family_of(config).count_parameters(on_disk(config))
@@ -744,7 +746,7 @@ def _exactness(result: _Result) -> str:
             for key, value, words in _EXACT_CHOICES
             if hasattr(spec, key) and replace(spec, **{key: value}).is_exact  # type: ignore[type-var]
         )
-        lossy.append(spelled(spec.name) + next(ways, ""))
+        lossy.append(with_dashes(spec.name) + next(ways, ""))
     if not lossy:
         return "yes: function-preserving"
     return f"no: {', '.join(lossy)}. Expect a higher loss until you continue training."

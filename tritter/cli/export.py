@@ -19,10 +19,11 @@ from tritter.cli.options import (
     flag,
     is_typed,
     option,
-    spelled,
-    typed_path,
+    parse_path,
+    with_dashes,
 )
 from tritter.cli.output import (
+    display_path,
     new_console,
     note_if_written,
     print_command,
@@ -31,9 +32,8 @@ from tritter.cli.output import (
     progress_bars,
     refuse_damage,
     short,
-    shown_path,
 )
-from tritter.errors import Names, RequestError, naming
+from tritter.errors import Names, RequestError, use_names
 from tritter.loading import loading
 from tritter.report.wording import count_text, si_text
 from tritter.storage.hub import locate
@@ -62,7 +62,7 @@ _NO_FILE = (
 ExportSource = Annotated[
     str, option("--checkpoint", "SRC", "Folder or hub id of the model, or a Lightning .ckpt.")
 ]
-ExportOutput = Annotated[Path, option("--output", "DST", "New folder.", parser=typed_path)]
+ExportOutput = Annotated[Path, option("--output", "DST", "New folder.", parser=parse_path)]
 Format = Annotated[
     str,
     option(
@@ -207,7 +207,7 @@ def export(
         )
     layout = LAYOUTS[choice("--expert-layout", expert_layout or "hub", list(LAYOUTS))]
     with note_if_written(output):
-        with progress_bars(is_shown=not as_json) as new_bar, naming(_NAMES):
+        with progress_bars(is_shown=not as_json) as new_bar, use_names(_NAMES):
             exported = export_model(
                 origin.weights,
                 output,
@@ -248,7 +248,7 @@ def _check_options(context: typer.Context) -> bool:
         reason = "allowed with --format hf; adapters have none."
     elif is_file:
         names, reason = _OF_FOLDER, f"{checkpoint} is a file; must be a folder."
-    if typed := [f"--{spelled(name)}" for name in names if is_typed(context, name)]:
+    if typed := [f"--{with_dashes(name)}" for name in names if is_typed(context, name)]:
         raise RequestError(f"{', '.join(typed)}: {reason}")
     return is_file
 
@@ -323,7 +323,7 @@ def _of_file(
     found = read_lightning_file(path, read_config(folder), prefix=prefix)
     weights, notes = replace(found.weights, source_paths=(path, folder)), [found.skipped]
     if with_state:
-        notes.append(found.why_no_moments)
+        notes.append(found.missing_moments_reason)
     else:
         weights = replace(weights, moments=None)
     artifacts = [TokenizerFiles(folder)] if has_tokenizer else []
@@ -372,6 +372,6 @@ def _print(origin: _Origin, exported: Exported) -> None:
     lines += [("from", short(exported.origin_hash)), ("hash", short(exported.model_hash))]
     print_lines(console, lines)
     console.print()
-    print_command(console, "written", shown_path(exported.folder))
-    quoted = shlex.quote(shown_path(exported.folder))
+    print_command(console, "written", display_path(exported.folder))
+    quoted = shlex.quote(display_path(exported.folder))
     print_command(console, "next   ", f"tritter inspect {quoted}")

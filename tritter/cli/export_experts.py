@@ -18,6 +18,7 @@ from tritter.checkpoints.export import Weights
 from tritter.checkpoints.history import read_chain
 from tritter.checkpoints.location import check_output, is_within
 from tritter.cli.output import (
+    display_path,
     new_console,
     note_if_written,
     print_command,
@@ -25,7 +26,6 @@ from tritter.cli.output import (
     print_lines,
     print_table,
     refuse_damage,
-    shown_path,
 )
 from tritter.core.families import family_of, position_limit
 from tritter.core.models import load_model, read_config
@@ -50,7 +50,7 @@ from tritter.storage.hub import locate
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _OF_STOCK = {*ADAPTER_FILES, "README.md"}
 _SEQUENCES, _LENGTH, _DOCUMENTS = 8, 128, 16  # per domain, to measure a merge
-LARGEST_RANK = 1024  # of a readable adapter
+MAX_RANK = 1024  # of a readable adapter
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,13 +93,13 @@ class Merge:
         }
 
 
-def merge(files: ExpertFiles, *, rank: int | None = None, largest_rank: int | None = None) -> Merge:
+def merge(files: ExpertFiles, *, rank: int | None = None, max_rank: int | None = None) -> Merge:
     """Merge the experts of a folder by mean gates, and measure the logit shift.
 
     Args:
         files: the experts.
-        rank: rank of the merged adapter; None for the lossless one, up to `largest_rank`.
-        largest_rank: maximum rank; None for no limit.
+        rank: rank of the merged adapter; None for the lossless one, up to `max_rank`.
+        max_rank: maximum rank; None for no limit.
 
     Raises:
         RequestError: the folder has no adapter.
@@ -122,8 +122,8 @@ def merge(files: ExpertFiles, *, rank: int | None = None, largest_rank: int | No
         if stored is not None:
             gates_from = f"recorded means on {', '.join(files.head.usage)}"
     made = merged_adapter(experts, gates, rank=rank)
-    if largest_rank is not None and made.adapter.shape.rank > largest_rank:
-        made = merged_adapter(experts, gates, rank=largest_rank)
+    if max_rank is not None and made.adapter.shape.rank > max_rank:
+        made = merged_adapter(experts, gates, rank=max_rank)
     change = logit_change(mixture, made.adapter, input_ids)
     return Merge(gates=gates, gates_from=gates_from, made=made, change=change, text=named)
 
@@ -192,7 +192,7 @@ def export_adapters(
             raise RequestError(
                 f"--format = peft: {folder} has no LoRA experts; must be hf, a plain folder."
             )
-        merged = merge(source.experts, rank=rank, largest_rank=LARGEST_RANK) if is_merged else None
+        merged = merge(source.experts, rank=rank, max_rank=MAX_RANK) if is_merged else None
     experts = ExpertFolder.of_files(source.experts)
     if not experts.adapters:
         raise RequestError(f"{folder} has no adapter to export: its only expert is the base.")
@@ -231,7 +231,7 @@ def export_adapters(
         lines = [("base", base)]
         print_lines(console, lines + ([] if merged is None else merge_lines(merged)))
         console.print()
-        print_command(console, "written", shown_path(output))
+        print_command(console, "written", display_path(output))
 
 
 def _record(name: str, adapter: StoredAdapter, output: Path) -> dict[str, Any]:
@@ -275,15 +275,15 @@ def check_adapters(folder: Path, *, source: Path) -> None:
     """
     if is_within(source, folder):
         raise RequestError(f"{folder} contains the source {source}.")
-    strays = sorted(_strays(folder))
+    strays = sorted(_unexpected_names(folder))
     if strays or not any(folder.rglob(ADAPTER_FILES[0])):
         what = f"contains other files ({strays[0]})" if strays else "contains no adapter"
         raise RequestError(f"{folder} {what}, and is not replaced. Choose another folder.")
 
 
-def _strays(folder: Path, depth: int = 0) -> Iterator[str]:
+def _unexpected_names(folder: Path, depth: int = 0) -> Iterator[str]:
     for entry in os.scandir(folder):
         if entry.is_dir(follow_symlinks=False) and depth == 0:
-            yield from _strays(folder / entry.name, depth=1)
+            yield from _unexpected_names(folder / entry.name, depth=1)
         elif not entry.is_file(follow_symlinks=False) or entry.name not in _OF_STOCK:
             yield entry.name

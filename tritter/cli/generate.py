@@ -39,7 +39,7 @@ def generate(
 
         from tritter.core.families import position_limit
         from tritter.core.families.config_file import errors_as
-        from tritter.core.models import load_tokenizer, non_finite, read_config
+        from tritter.core.models import load_tokenizer, non_finite_tensors, read_config
         from tritter.methods.experts.whole import load_whole
 
     with refuse_damage():
@@ -65,7 +65,7 @@ def generate(
         is_known = config.get("dtype") in WEIGHT_DTYPES
         dtype = getattr(torch, str(config["dtype"])) if is_known else torch.float32
         model = load_whole(folder, dtype=dtype)
-        if broken := non_finite(model):
+        if broken := non_finite_tensors(model):
             more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
             raise RequestError(
                 f"{folder}: {broken[0]}{more} has values that are not finite (NaN or infinity). "

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from rich.text import Text
 
-from tritter.cli.options import AsJson, Folder, flag, spelled
+from tritter.cli.options import AsJson, Folder, flag, with_dashes
 from tritter.cli.output import (
     EXIT_NO,
+    display_path,
     new_console,
     print_json,
     print_table,
     short,
-    shown_path,
 )
 from tritter.errors import RequestError
 from tritter.report.table import Table
@@ -28,7 +28,7 @@ from tritter.terminal import Console, say
 if TYPE_CHECKING:
     from tritter.checkpoints.history import Difference, Link
 
-NOT_THERE = "missing: not checked"
+MISSING = "missing: not checked"
 _FEW_EXPERTS = 2  # named in the table; longer lists only in the tree
 
 
@@ -101,24 +101,24 @@ def history(
     return 0 if is_intact else EXIT_NO
 
 
-def made_by(link: Link, *, most_experts: int | None = None) -> str:
+def describe_origin(link: Link, *, max_experts: int | None = None) -> str:
     """Return a short description of a checkpoint's origin.
 
     Args:
         link: the checkpoint.
-        most_experts: maximum number of experts to list by name; otherwise only their number.
+        max_experts: maximum number of experts to list by name; otherwise only their number.
     """
     lineage = link.lineage
     if link.problem:
         return "its tritter.json cannot be read"
     if lineage is None:
-        return "plain folder" if link.folder else NOT_THERE
+        return "plain folder" if link.folder else MISSING
     experts = f"LoRA experts {', '.join(link.experts)}" if link.experts else ""
-    if most_experts is not None and len(link.experts) > most_experts:
+    if max_experts is not None and len(link.experts) > max_experts:
         experts = f"{len(link.experts)} LoRA experts"
     removed = "removed" if link.is_removed else ""
-    if link.made_by:
-        methods = (spelled(each.method) for each in link.made_by)
+    if link.expansion_records:
+        methods = (with_dashes(each.method) for each in link.expansion_records)
         return ", ".join(filter(None, [*methods, experts, removed]))
     steps = f" of {lineage.step} steps" if lineage.step else ""
     if lineage.parent_hash is None:
@@ -130,11 +130,11 @@ def made_by(link: Link, *, most_experts: int | None = None) -> str:
 
 def steps_after(link: Link, newest: Link) -> int | None:
     """Return the training steps after a checkpoint's expansions, from its newest descendant."""
-    if link.lineage is None or not link.made_by:
+    if link.lineage is None or not link.expansion_records:
         return None
     last = len(link.lineage.expansion_history) - 1
     records = newest.lineage.expansion_history if newest.lineage else ()
-    record = records[last] if last < len(records) else link.made_by[-1]
+    record = records[last] if last < len(records) else link.expansion_records[-1]
     return record.continued_training_steps
 
 
@@ -144,16 +144,16 @@ def _row_json(row: Checked, newest: Link) -> dict[str, Any]:
         "folder": str(link.folder) if link.folder else None,
         "model_hash": link.model_hash,
         "parent_hash": link.lineage.parent_hash if link.lineage else None,
-        "made_by": made_by(link),
-        "methods": [record.method for record in link.made_by],
+        "made_by": describe_origin(link),
+        "methods": [record.method for record in link.expansion_records],
         "experts": list(link.experts),
         "parameters": link.num_parameters,
         "parameters_on_disk": link.num_parameters_on_disk,
         "continued_training_steps": steps_after(link, newest),
-        "timestamp": link.made_by[-1].timestamp if link.made_by else None,
+        "timestamp": link.expansion_records[-1].timestamp if link.expansion_records else None,
         "state": row.state,
         "changes": [
-            {"file": change.file or None, "tensor": change.tensor, "what": change.what}
+            {"file": change.file or None, "tensor": change.tensor, "what": change.detail}
             for change in row.changes or ()
         ],
     }
@@ -168,11 +168,13 @@ def _print(rows: Sequence[Checked], *, is_verified: bool) -> None:
         cells.append(
             (
                 _name(link),
-                made_by(link, most_experts=_FEW_EXPERTS),
+                describe_origin(link, max_experts=_FEW_EXPERTS),
                 count_text(link.num_parameters),
                 number_text(steps),
                 short(link.model_hash),
-                link.made_by[-1].timestamp.partition("T")[0] if link.made_by else "",
+                link.expansion_records[-1].timestamp.partition("T")[0]
+                if link.expansion_records
+                else "",
                 *([row.state] if is_verified else []),
             )
         )
@@ -185,18 +187,18 @@ def _print(rows: Sequence[Checked], *, is_verified: bool) -> None:
     corner = "+-- " if console.options.ascii_only else "└── "
     for depth, row in enumerate(rows):
         link = row.link
-        name = shown_path(link.folder) if link.folder else _name(link)
+        name = display_path(link.folder) if link.folder else _name(link)
         guide = "    " * (depth - 1) + corner if depth else ""
-        label = Text(guide + console.printable(f"{name}  ({made_by(link)})"))
+        label = Text(guide + console.printable(f"{name}  ({describe_origin(link)})"))
         console.print(label, soft_wrap=True)
     if not is_verified:
         return
     console.print()
     for row in rows:
         for change in row.changes or ():
-            folder = shown_path(row.link.folder) if row.link.folder else ""
+            folder = display_path(row.link.folder) if row.link.folder else ""
             names = [f"{folder}/{change.file}" if change.file else folder, change.tensor or ""]
-            text = f"{' '.join(filter(None, names))}: {change.what}"
+            text = f"{' '.join(filter(None, names))}: {change.detail}"
             console.print(Text(console.printable(text), style="red"), soft_wrap=True)
     states = Counter(row.state for row in rows)
     parts = [f"{states[state]} {state}" for state in ("intact", "changed", "not checked")]

@@ -9,7 +9,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tritter.cli.options import AsJson, Folder, spelled
+from tritter.cli.options import AsJson, Folder, with_dashes
 from tritter.cli.output import (
     SHAPES,
     new_console,
@@ -51,7 +51,7 @@ _WITHOUT_MAP = {
     "experts": "none: the base is unchanged",
     "growth": "none: neurons were added during training",
 }
-_MOST_FACTORS = 3
+_MAX_FACTORS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +98,7 @@ class RecordedMap:
         if record.expansion_type in _WITHOUT_MAP:
             return cls()
         try:
-            rebuilt = rebuilt_map(record)
+            rebuilt = rebuild_map(record)
             rows = map_rows(rebuilt, dict(record.source_config), dict(record.target_config))
         except (TritterError, KeyError) as error:
             return cls(problem=f"cannot be rebuilt: {error}")
@@ -136,7 +136,7 @@ def inspect(folder: Folder, as_json: AsJson = False) -> int:
     return 0
 
 
-def parameters_of_parts(source: Source) -> dict[str, int]:
+def count_parameters_by_part(source: Source) -> dict[str, int]:
     """Count the parameters of each part; a tied head counts with the embedding."""
     counts = dict.fromkeys(_PARTS, 0)
     for tensor in source.family.logical_tensors(source.config):
@@ -166,7 +166,7 @@ def _as_json(
         "shapes": shapes_of(source.config),
         "parameters": {
             "total": source.family.count_parameters(source.config),
-            "parts": parameters_of_parts(source),
+            "parts": count_parameters_by_part(source),
         },
         "parameters_on_disk": source.family.count_parameters(on_disk(source.config)),
         "ffn_sizes": list(ffn_sizes(source.config)),
@@ -206,7 +206,7 @@ def _print_model(console: Console, source: Source, dtypes: Mapping[str, int]) ->
     total = source.family.count_parameters(source.config)
     rows = [
         (part, count_text(count), f"{100 * count / total:.1f} %")
-        for part, count in parameters_of_parts(source).items()
+        for part, count in count_parameters_by_part(source).items()
     ]
     rules = (len(rows),)
     rows.append(("all", count_text(total), f"{total:,}"))
@@ -246,7 +246,7 @@ def _print_lineage(console: Console, source: Source) -> None:
     if lineage is None:
         lines.append(("lineage", "none: a plain Hugging Face folder"))
     else:
-        methods = [spelled(record.method) for record in lineage.expansion_history]
+        methods = [with_dashes(record.method) for record in lineage.expansion_history]
         lines.append(("hash", short(lineage.model_hash)))
         lines.append(("parent", short(lineage.parent_hash)))
         lines.append(("expansions", ", ".join(methods) or "none"))
@@ -268,7 +268,10 @@ def _print_expansion(console: Console, record: ExpansionRecord, last: RecordedMa
     error = record.step0_error
     delta = [f"{name} {100 * change:+.2f} %" for name, change in record.performance_delta.items()]
     lines = [
-        ("last expansion", f"{spelled(record.method)} ({record.timestamp}, seed {record.seed})"),
+        (
+            "last expansion",
+            f"{with_dashes(record.method)} ({record.timestamp}, seed {record.seed})",
+        ),
         ("layers from", " ".join(map(str, record.layer_sources))),
         ("exact", "yes, according to its method" if record.claims_exact else "no"),
         ("step-0 error", "not measured" if error is None else f"{error:.1e}"),
@@ -331,7 +334,7 @@ def _print_experts(console: Console, files: ExpertFiles) -> None:
 # The map of a recorded expansion
 
 
-def rebuilt_map(record: ExpansionRecord) -> ParameterMap:
+def rebuild_map(record: ExpansionRecord) -> ParameterMap:
     """Return the parameter map that a record describes.
 
     Raises:
@@ -408,7 +411,7 @@ def _factors(tensor_map: TensorMap, quantity: str) -> str:
             along: Tensor = getattr(axis, quantity)[axis.index >= 0].unique()
             values = torch.outer(values, along).flatten().unique()
     texts = list(dict.fromkeys(f"{value:.4g}" for value in values.tolist()))
-    if len(texts) > _MOST_FACTORS:
+    if len(texts) > _MAX_FACTORS:
         return f"{texts[0]} .. {texts[-1]}"
     return ", ".join(texts)
 

@@ -85,15 +85,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: command-line arguments; those of the process by default.
     """
-    words = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    argv = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     try:
-        check_encodable(words)
+        check_encodable(argv)
         with stopping():
             command = typer.main.get_command(app)
-            is_folded = _HELP_ALL not in words
-            if words[0] != "train":  # train prints the help of train.py
-                words = ["--help" if word == _HELP_ALL else word for word in words]
-            run = partial(command.main, words, prog_name="tritter", standalone_mode=False)
+            is_folded = _HELP_ALL not in argv
+            if argv[0] != "train":  # train prints the help of train.py
+                argv = ["--help" if argument == _HELP_ALL else argument for argument in argv]
+            run = partial(command.main, argv, prog_name="tritter", standalone_mode=False)
             return run(obj=is_folded) or 0
     except RequestError as error:
         say(f"error: {error}\nNothing was written.", is_error=True)
@@ -118,7 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         context, flag = getattr(error, "ctx", None), getattr(error, "option_name", None)
         command_path = context.command_path if context is not None else "tritter"
         near = f". Did you mean {possibilities[0]}?" if possibilities else ""
-        if flag and (advice := flag_advice(flag, words, command=command_path.rpartition(" ")[2])):
+        if flag and (advice := flag_advice(flag, argv, command=command_path.rpartition(" ")[2])):
             near, possibilities = f". {advice}", True
         message = error.message if possibilities else error.format_message()
         hint = f"`{command_path} --help` lists the options."

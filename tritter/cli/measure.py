@@ -30,7 +30,7 @@ class Measurement:
         is_broken: True if a function-preserving method differs by more than rounding. For a 16-bit
             result the bound is that of 16-bit rounding.
         text: readable description.
-        parting: first layer at which a broken result differs from the source.
+        first_difference: first layer at which a broken result differs from the source.
     """
 
     lineage: Lineage
@@ -44,7 +44,7 @@ def measure(
     source: Source,
     result: Expanded,
     *,
-    is_wanted: bool,
+    is_requested: bool,
     progress: Callable[[int, int], None] | None = None,
 ) -> Measurement:
     """Compare source and result on random tokens and write the error into the record.
@@ -52,13 +52,13 @@ def measure(
     Args:
         source: the source checkpoint.
         result: the result in a temporary folder.
-        is_wanted: False skips the measurement.
+        is_requested: False skips the measurement.
         progress: called with the megabytes read and their total.
 
     Raises:
         TritterError: transformers can't build or run one of the models.
     """
-    if not is_wanted:
+    if not is_requested:
         return Measurement(result.lineage, None, False, "not measured")
 
     def show(done: int, total: int) -> None:

@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tritter.cli.options import CheckpointCommand, spelled
+from tritter.cli.options import CheckpointCommand, with_dashes
 from tritter.config.folders import (
     SearchPath,
     body_of,
-    composing_from,
     option_files,
     search_path,
     search_path_of,
+    use_search_path,
 )
 from tritter.config.launch.help import comments
 from tritter.errors import Problem, RequestError, nearest, raise_problems
@@ -55,16 +55,16 @@ class MethodCommand(CheckpointCommand):
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Describe the options of the requested methods, and only list those of the others."""
-        words = ctx.meta[_METHODS]
-        if words is None:  # --help-all
+        values = ctx.meta[_METHODS]
+        if values is None:  # --help-all
             return super().format_help(ctx, formatter)
         takers = method_options()
-        chosen = {name.strip().replace("-", "_") for word in words for name in word.split(",")}
+        chosen = {name.strip().replace("-", "_") for word in values for name in word.split(",")}
         ctx.meta[_SHOWN] = {option for option in takers if chosen & takers[option].keys()}
         lines = ["Options of the methods (--method METHOD --help or --help-all describes them):"]
         for method in method_bodies():
-            own = [f"--{spelled(option)}" for option in takers if method in takers[option]]
-            lines += [f"{spelled(method)}: {' '.join(own)}"] if method not in chosen else []
+            own = [f"--{with_dashes(option)}" for option in takers if method in takers[option]]
+            lines += [f"{with_dashes(method)}: {' '.join(own)}"] if method not in chosen else []
         self.epilog = "\n\n".join(lines) if len(lines) > 1 else None
         return super().format_help(ctx, formatter)
 
@@ -80,7 +80,7 @@ class MethodCommand(CheckpointCommand):
             folders, ctx.meta[_METHODS] = known.config_dir, known.method
         if ctx.obj is False:  # --help-all
             ctx.meta[_METHODS] = None
-        ctx.with_resource(composing_from(search_path_of(folders, None)))
+        ctx.with_resource(use_search_path(search_path_of(folders, None)))
         rest = super().parse_args(ctx, args)
         values = {name: ctx.params.pop(name) for name in method_options()}
         ctx.obj = {name: value for name, value in values.items() if value is not None}
@@ -126,9 +126,11 @@ def _parameters(_of: SearchPath) -> list[Any]:
             helps.setdefault(line, []).append(method)
         is_flag = all(bodies[method][key] is False for method, key in takers.items())
         declared = typer.Option(
-            f"--{spelled(option)}",
+            f"--{with_dashes(option)}",
             metavar=" " if is_flag else "VALUE",
-            help=" ".join(f"{spelled(', '.join(names))}: {text}." for text, names in helps.items()),
+            help=" ".join(
+                f"{with_dashes(', '.join(names))}: {text}." for text, names in helps.items()
+            ),
             rich_help_panel="Methods",
         )
         kind: Any = bool if is_flag else str
@@ -149,22 +151,22 @@ def option_names() -> dict[str, str | None]:
     """Return dotted key → option name for all methods."""
     names: dict[str, str | None] = {"expansion": "--method"}
     for method in method_bodies():
-        names[f"expansion.{method}"] = f"--method {spelled(method)}"
+        names[f"expansion.{method}"] = f"--method {with_dashes(method)}"
     for option, takers in method_options().items():
-        names |= {f"expansion.{m}.{key}": f"--{spelled(option)}" for m, key in takers.items()}
+        names |= {f"expansion.{m}.{key}": f"--{with_dashes(option)}" for m, key in takers.items()}
     return names
 
 
-def method_names(words: Sequence[str]) -> tuple[str, ...]:
+def method_names(values: Sequence[str]) -> tuple[str, ...]:
     """Return the methods named by `--method`, in order.
 
     Raises:
         RequestError: a method does not exist. The message lists the known ones.
     """
-    names = [name.strip().replace("-", "_") for word in words for name in word.split(",")]
+    names = [name.strip().replace("-", "_") for word in values for name in word.split(",")]
     for name in names:
         if name not in method_bodies():
-            shown, allowed = spelled(name), [*map(spelled, method_bodies())]
+            shown, allowed = with_dashes(name), [*map(with_dashes, method_bodies())]
             reason = f"must be one of {', '.join(allowed)}, or several joined by commas"
             near = nearest(shown, allowed)
             raise RequestError(Problem("expansion", shown, reason, nearest=near))
@@ -183,7 +185,7 @@ def specs_of(methods: Sequence[str], typed: Mapping[str, Any]) -> tuple[Expansio
             allowed. All problems are reported together.
     """
     from tritter.config.components import Reader, method_class, read_methods
-    from tritter.options import from_word
+    from tritter.options import parse_word
 
     problems = []
     fields: dict[str, dict[str, Any]] = {name: {} for name in methods}
@@ -195,28 +197,28 @@ def specs_of(methods: Sequence[str], typed: Mapping[str, Any]) -> tuple[Expansio
             continue
         if taking:
             reason = (
-                f"{_listed(taking)} {'both' if len(taking) == 2 else 'all'} have this option; use "
-                "a separate command for each method"
+                f"{_join_names(taking)} {'both' if len(taking) == 2 else 'all'} have this option; "
+                "use a separate command for each method"
             )
         else:
             reason = (
-                f"--method {','.join(map(spelled, methods))} does not have this option; "
-                f"{_listed(takers)} {'does' if len(takers) == 1 else 'do'}"
+                f"--method {','.join(map(with_dashes, methods))} does not have this option; "
+                f"{_join_names(takers)} {'does' if len(takers) == 1 else 'do'}"
             )
-        problems.append(Problem(f"--{spelled(option)}", value, reason=reason))
+        problems.append(Problem(f"--{with_dashes(option)}", value, reason=reason))
     raise_problems(problems)
     reader, specs = Reader(tuple), []
     for name in methods:  # options are read like those of a config file, with defaults
         body = method_bodies()[name]
         record = method_class("expansion", name, {name: body})
-        values = {key: from_word(record, key, word) for key, word in fields[name].items()}
+        values = {key: parse_word(record, key, word) for key, word in fields[name].items()}
         bodies, classes = {name: {**body, **values}}, {f"expansion.{name}": record}
         specs += [one.options for one in read_methods(reader, "expansion", bodies, classes)]
     raise_problems(reader.problems)
     return tuple(specs)
 
 
-def _listed(names: Iterable[str]) -> str:
+def _join_names(names: Iterable[str]) -> str:
     """Return `dus, stack and llama-pro` for these names."""
-    *others, last = map(spelled, names)
+    *others, last = map(with_dashes, names)
     return f"{', '.join(others)} and {last}" if others else last

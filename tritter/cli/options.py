@@ -99,7 +99,7 @@ def option(
     )
 
 
-def of_list(names: Callable[[], Iterable[str]]) -> Callable[[str], list[str]]:
+def completer(names: Callable[[], Iterable[str]]) -> Callable[[str], list[str]]:
     """Return a completion function for the last name in a comma-separated list."""
 
     def completes(incomplete: str) -> list[str]:
@@ -114,7 +114,7 @@ def flag(names: str, help_text: str, *, panel: str | None = None) -> Any:
     return option(names, " ", help_text, panel=panel)
 
 
-def spelled(name: str) -> str:
+def with_dashes(name: str) -> str:
     """Return a name in command-line spelling, with dashes instead of underscores."""
     return name.replace("_", "-")
 
@@ -128,9 +128,11 @@ def choice(option: str, word: str, allowed: Sequence[Name]) -> Name:
     for name in allowed:
         if name == word.replace("-", "_"):
             return name
-    shown = [spelled(name) for name in allowed]
+    shown = [with_dashes(name) for name in allowed]
     reason = f"must be one of {', '.join(shown)}"
-    raise RequestError(Problem(option, word, reason=reason, nearest=nearest(spelled(word), shown)))
+    raise RequestError(
+        Problem(option, word, reason=reason, nearest=nearest(with_dashes(word), shown))
+    )
 
 
 def parameter_count(text: str) -> int:
@@ -140,7 +142,7 @@ def parameter_count(text: str) -> int:
         typer.BadParameter: the text is not a count.
     """
     example = "a count above 0, such as 7B, 350M or 7e9"
-    return _scaled(str(text), COUNT_UNITS, example=example, limit=MAX_PARAMETERS)
+    return _parse_scaled(str(text), COUNT_UNITS, example=example, limit=MAX_PARAMETERS)
 
 
 def flops_rate(text: str) -> int:
@@ -150,7 +152,7 @@ def flops_rate(text: str) -> int:
         typer.BadParameter: the text is not a count.
     """
     example = "FLOPs per second above 0, such as 312T or 9.89e14"
-    return _scaled(str(text), COUNT_UNITS, example=example, limit=_MAX_FLOPS)
+    return _parse_scaled(str(text), COUNT_UNITS, example=example, limit=_MAX_FLOPS)
 
 
 def byte_count(text: str) -> int:
@@ -160,10 +162,10 @@ def byte_count(text: str) -> int:
         typer.BadParameter: the text is not a size.
     """
     example = "a size above 0, such as 5GB, 500MB or 4GiB"
-    return _scaled(str(text), BYTE_UNITS, example=example, limit=MAX_BYTES)
+    return _parse_scaled(str(text), BYTE_UNITS, example=example, limit=MAX_BYTES)
 
 
-def typed_path(text: str) -> Path:
+def parse_path(text: str) -> Path:
     """Parse a path and expand `~`.
 
     Raises:
@@ -175,7 +177,7 @@ def typed_path(text: str) -> Path:
         raise typer.BadParameter(str(error).removeprefix("path = ")) from error
 
 
-def _scaled(text: str, units: dict[str, int], *, example: str, limit: int) -> int:
+def _parse_scaled(text: str, units: dict[str, int], *, example: str, limit: int) -> int:
     value = parse_count(text, units)
     if value is None:
         raise typer.BadParameter(f"{brief(text)} is not {example}.")
@@ -216,7 +218,7 @@ Runs = Annotated[
     typer.Argument(
         help="Run folders, or folders that contain them.",
         metavar="RUN_OR_SWEEP...",
-        parser=typed_path,
+        parser=parse_path,
     ),
 ]
 ReportOverwrite = Annotated[

@@ -131,11 +131,11 @@ def note_if_written(target: Path) -> Iterator[None]:
         yield
     except (Stopped, TritterError) as error:
         if identity_of(target) != before and is_published_here(target):
-            error.add_note(f"{shown_path(target)} was written and is complete.")
+            error.add_note(f"{display_path(target)} was written and is complete.")
         raise
 
 
-def shown_path(path: Path) -> str:
+def display_path(path: Path) -> str:
     """Return a path for display, relative if it is in the current folder."""
     try:
         return str(path.resolve().relative_to(Path.cwd().resolve()))

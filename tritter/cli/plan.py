@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tritter.cli.methods import method_options
-from tritter.cli.options import AsJson, flag, flops_rate, option, parameter_count, spelled
+from tritter.cli.options import AsJson, flag, flops_rate, option, parameter_count, with_dashes
 from tritter.cli.output import (
+    display_path,
     new_console,
     print_command,
     print_json,
@@ -20,9 +21,8 @@ from tritter.cli.output import (
     print_table,
     refuse_damage,
     shapes_of,
-    shown_path,
 )
-from tritter.errors import Names, Problem, RequestError, naming, nearest
+from tritter.errors import Names, Problem, RequestError, nearest, use_names
 from tritter.limits import MAX_COUNT
 from tritter.report.table import Table
 from tritter.report.wording import count_text, si_text
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 _MEASURED = "measured below 0.3 M parameters, three seeds"
 _NAMES = Names.of(
     {
-        key: f"--{spelled(key)}"
+        key: f"--{with_dashes(key)}"
         for key in (
             *("source", "target", "gpu_hours", "strategy", "device_flops", "mfu", "optimizer"),
             *("tokens_per_parameter", "precision", "batch_size", "sequence_length"),
@@ -161,7 +161,7 @@ def plan(
         )
     from tritter.planning import Assumptions, Device, TrainingSetup, plan_growth
 
-    with naming(_NAMES):
+    with use_names(_NAMES):
         start = _read_source(source)
         setup = TrainingSetup(
             precision=precision,
@@ -232,11 +232,12 @@ def _expand_commands(plan: GrowthPlan, text: str, source: NamedShape) -> Iterato
         for field in fields(spec):  # type: ignore[arg-type] # each is a dataclass
             value = getattr(spec, field.name)
             if value != field.default:
-                typed.append(f"--{spelled(options[field.name])}")
+                typed.append(f"--{with_dashes(options[field.name])}")
                 typed += [] if value is True else [str(value)]
         size = count_text(step.target_parameters).replace(" ", "")  # 4.42B, 213k
         output = f"{name}-{size}"
-        words = ["tritter", "expand", "--checkpoint", checkpoint, "--method", spelled(step.method)]
+        method = with_dashes(step.method)
+        words = ["tritter", "expand", "--checkpoint", checkpoint, "--method", method]
         yield shlex.join([*words, *typed, "--output", output])
         checkpoint = output
 
@@ -276,7 +277,7 @@ def _read_source(text: str) -> NamedShape:
         with refuse_damage():
             folder = locate(text, key="--source")
             config = read_config_file(folder)
-        return NamedShape(shown_path(folder), config, count_parameters(config))
+        return NamedShape(display_path(folder), config, count_parameters(config))
     if (preset := _preset(text)) is not None:
         return preset
     folders = [entry.name for entry in Path.cwd().iterdir() if entry.is_dir()]
@@ -390,7 +391,7 @@ def _step_table(plan: GrowthPlan) -> Table:
         shapes = shapes_of(step.target_config)
         cells = (
             str(position),
-            spelled(step.method),
+            with_dashes(step.method),
             str(shapes["num_hidden_layers"]),
             str(shapes["hidden_size"]),
             count_text(step.target_parameters),
@@ -423,7 +424,7 @@ def _verdict(plan: GrowthPlan, assumptions: Assumptions) -> list[tuple[str, str]
     """Return lines on the budget, the alternatives to the plan and its assumptions."""
     from tritter.planning.plan import LAW_RESOLUTION, SMALLEST_MODEL
 
-    device, method = assumptions.device, spelled(plan.steps[0].method)
+    device, method = assumptions.device, with_dashes(plan.steps[0].method)
     budget, needed = _hours(plan.gpu_hours), _hours(plan.needed_gpu_hours)
     if plan.reaches_target:
         text = f"{budget} GPU-hours reach the target, which needs {needed}; "
@@ -434,7 +435,7 @@ def _verdict(plan: GrowthPlan, assumptions: Assumptions) -> list[tuple[str, str]
         if (reached := plan.reached) is not None:
             shape = _size(shapes_of(reached.target_config))
             first_missing = 1 + sum(step.is_affordable for step in plan.steps)
-            text += f": {spelled(reached.method)} to {shape} instead of step {first_missing}"
+            text += f": {with_dashes(reached.method)} to {shape} instead of step {first_missing}"
         elif plan.reached_parameters == plan.source_parameters:
             text += ": they cover no expansion, only continued training of the source"
     needed_hours = (plan.needed_gpu_hours, plan.needed_gpu_hours + plan.source_gpu_hours)

@@ -29,9 +29,9 @@ from tritter.errors import (
     RequestError,
     TritterError,
     brief,
-    naming,
     nearest,
     raise_problems,
+    use_names,
 )
 from tritter.limits import BYTE_UNITS, COUNT_UNITS, MAX_BYTES, MAX_PARAMETERS, parse_count
 from tritter.options import options, read_options
@@ -41,9 +41,9 @@ from tritter.targets import TARGET
 
 KeyPath = tuple[str | int, ...]  # keys and positions from the root
 
-_MOST_BYTES = 2**20
-_DEEPEST = 16
-_MOST_LINES = 4  # in a message
+_MAX_BYTES = 2**20
+_MAX_DEPTH = 16
+_MAX_LINES = 4  # in a message
 _COLLECTIONS = {f"tag:yaml.org,2002:{kind}" for kind in ("map", "seq")}
 _MADE = {f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "int", "float")}
 _TEXTS = {f"tag:yaml.org,2002:{kind}" for kind in ("str", "timestamp", "merge", "value")}
@@ -76,8 +76,8 @@ class LinedYaml:
         for key_path in key_paths:
             ends = (key_path[:end] for end in range(len(key_path), -1, -1))
             lines.add(next(self.lines[end] for end in ends if end in self.lines))
-        named = [str(line) for line in sorted(lines)[:_MOST_LINES]]
-        named += [f"{len(lines) - _MOST_LINES} more"] * (len(lines) > _MOST_LINES)
+        named = [str(line) for line in sorted(lines)[:_MAX_LINES]]
+        named += [f"{len(lines) - _MAX_LINES} more"] * (len(lines) > _MAX_LINES)
         return f"{self.path}, line {' or '.join(named)}"
 
 
@@ -88,7 +88,7 @@ def read_lined_yaml(path: Path) -> LinedYaml:
         RequestError: the file can't be read, is not valid YAML, or uses unsupported YAML features.
     """
     try:
-        text = read_text(path, limit_bytes=_MOST_BYTES)
+        text = read_text(path, limit_bytes=_MAX_BYTES)
     except TritterError as error:
         raise RequestError(str(error)) from error
     try:
@@ -99,7 +99,7 @@ def read_lined_yaml(path: Path) -> LinedYaml:
                 raise _refusal(path, line, "aliases (*) are not supported")
             depth += isinstance(event, yaml.CollectionStartEvent)
             depth -= isinstance(event, yaml.CollectionEndEvent)
-            if depth > _DEEPEST:
+            if depth > _MAX_DEPTH:
                 raise _refusal(path, line, "it is nested too deeply")
         root = yaml.compose(text, Loader=yaml.CSafeLoader)
     except yaml.MarkedYAMLError as error:
@@ -237,7 +237,7 @@ def read_recipe(path: Path) -> Recipe:
             f"{path}: a recipe needs {_STEPS}, a list such as [width: {{hidden_size: 96}}, dus]"
         )
         raise RequestError(f"{reason}.")
-    with naming(Names(lambda key: key.removeprefix(_GROUP))):
+    with use_names(Names(lambda key: key.removeprefix(_GROUP))):
         return _read(origin)
 
 
@@ -300,7 +300,7 @@ class _Methods:
         self._bodies = option_files()["expansion"]
         self._read: dict[str, tuple[Mapping[str, Any], type[Any] | None, list[Problem]]] = {}
 
-    def named(self, name: str) -> tuple[Mapping[str, Any], type[Any] | None, list[Problem]]:
+    def resolve(self, name: str) -> tuple[Mapping[str, Any], type[Any] | None, list[Problem]]:
         """Return the keys in a method's option file, its class, and a list of problems."""
         if name not in self._read:
             body, reader = body_of(self._bodies[name])[name], Reader(self.keys)
@@ -330,7 +330,7 @@ def _step(item: object, problems: list[Problem], methods: _Methods) -> Expansion
         reason = "a step must be a method's name; --config-dir adds classes of your own"
         problems.append(Problem(f"{name}.{TARGET}", stated[TARGET], reason))
     else:
-        body, kind, unfit = methods.named(name)
+        body, kind, unfit = methods.resolve(name)
         reader = Reader(methods.keys)
         classes = {} if kind is None else {f"expansion.{name}": kind}
         read = read_methods(reader, "expansion", {name: {**body, **stated}}, classes)
@@ -352,7 +352,7 @@ def recorded_recipe(folder: Path) -> str:
         raise RequestError(link.problem)
     if link.lineage is None:
         raise RequestError(f"{folder} is a plain folder and records no expansion.")
-    records = link.made_by
+    records = link.expansion_records
     if not records:
         raise RequestError(f"{folder} is a base or a trained model: no expansion made it.")
     parent = chain[-2] if len(chain) > 1 else None

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from tritter.cli.options import AsJson, ReportOverwrite, Runs, option, typed_path
+from tritter.cli.options import AsJson, ReportOverwrite, Runs, option, parse_path
 from tritter.cli.output import new_console, print_json, short
 from tritter.errors import Problem, RequestError, TritterError, raise_problems
 from tritter.storage.atomic import atomic_folder, refuse_existing
@@ -40,12 +40,12 @@ def report(
             "--output",
             "FILE.html",
             "Output page. Default: report.html in the folder; in the current folder for several.",
-            parser=typed_path,
+            parser=parse_path,
         ),
     ] = None,
     figures: Annotated[
         Path | None,
-        option("--figures", "DIR", "New folder for the figures as PNG files.", parser=typed_path),
+        option("--figures", "DIR", "New folder for the figures as PNG files.", parser=parse_path),
     ] = None,
     overwrite: ReportOverwrite = False,
     as_json: AsJson = False,
@@ -232,7 +232,7 @@ def metric_rows(path: Path) -> list[dict[str, Any]]:
 def _history(checkpoint: Path) -> tuple[str, ...]:
     """Return the chain of a checkpoint, one line per link; empty if it was deleted."""
     from tritter.checkpoints.history import read_chain
-    from tritter.cli.history import made_by, steps_after
+    from tritter.cli.history import describe_origin, steps_after
 
     try:
         chain = read_chain(checkpoint)
@@ -242,5 +242,5 @@ def _history(checkpoint: Path) -> tuple[str, ...]:
     for link in chain:
         steps = steps_after(link, chain[-1])
         trained = "" if steps is None else f", then {steps} steps"
-        lines.append(f"{short(link.model_hash)}: {made_by(link)}{trained}")
+        lines.append(f"{short(link.model_hash)}: {describe_origin(link)}{trained}")
     return tuple(lines)

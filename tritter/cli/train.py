@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from tritter.cli.options import option, typed_path
+from tritter.cli.options import option, parse_path
 from tritter.config.launch.command_line import HELP_FLAGS, takes_value
 from tritter.config.suggestions import flag_advice
-from tritter.errors import Names, Problem, RequestError, TritterError, did_you_mean, naming
+from tritter.errors import Names, Problem, RequestError, TritterError, did_you_mean, use_names
 from tritter.loading import loading
 from tritter.storage.reading import named_path
 from tritter.terminal import say
@@ -74,7 +74,7 @@ RunDir = Annotated[
         "--output",
         "DIR",
         "Run folder; the result is in its checkpoint/. Default: DIR-continued.",
-        parser=typed_path,
+        parser=parse_path,
     ),
 ]
 
@@ -105,13 +105,13 @@ class TrainCommand(TyperCommand):
 
         from tritter.config.launch.entry import completions
 
-        words = list(ctx.args)
+        arguments = list(ctx.args)
         if not incomplete and os.environ.get("COMP_WORDS", "").endswith("\n="):
-            words.append("=")  # Typer drops it
+            arguments.append("=")  # Typer drops it
         whole: list[str] = []
-        for before, word in pairwise(["", *words, incomplete]):
-            is_part = bool(whole) and not {word, before}.isdisjoint({"=", ":"})
-            whole = [*whole[:-1], whole[-1] + word] if is_part else [*whole, word]
+        for before, argument in pairwise(["", *arguments, incomplete]):
+            is_part = bool(whole) and not {argument, before}.isdisjoint({"=", ":"})
+            whole = [*whole[:-1], whole[-1] + argument] if is_part else [*whole, argument]
         *earlier, last = whole
         found = completions([*earlier, last])
         if len(found) == 1 and found[0][-1] in "=.":  # otherwise the shell appends a blank
@@ -134,15 +134,15 @@ def train(
     """Grow and train a model, or continue training a checkpoint (same as train.py)."""
     from tritter.config.launch.entry import main
 
-    plain, words = _split_arguments(context.args)
-    if HELP_FLAGS & set(words):
+    plain, arguments = _split_arguments(context.args)
+    if HELP_FLAGS & set(arguments):
         _print_options(context)
-        return main(_pipeline, arguments=words)
+        return main(_pipeline, arguments=arguments)
     typed = [each for each, value in context.params.items() if value]
-    if "--version" in words or not (typed or plain):
-        return main(_pipeline, arguments=words)
+    if "--version" in arguments or not (typed or plain):
+        return main(_pipeline, arguments=arguments)
     checkpoint = _named_checkpoint(plain, checkpoint, typed)
-    _check_flags(words)
+    _check_flags(arguments)
     if mode not in (None, "continue"):
         raise RequestError(f"--mode = {mode}: must be continue.")
     if output is None:  # DIR-continued next to a folder; of a hub id, in the current one
@@ -155,12 +155,12 @@ def train(
     }
     if ewc_lambda is not None:
         settings |= {"forgetting": "ewc", "forgetting.ewc.ewc_lambda": ewc_lambda}
-    words = continuation(
-        checkpoint, data=data or (), old_data=old_data or (), settings=settings, words=words
+    arguments = continuation(
+        checkpoint, data=data or (), old_data=old_data or (), settings=settings, arguments=arguments
     )
     keys = _typed_keys(context.args)
-    with naming(Names.of({k: o for k, o in _OPTIONS.items() if not _is_typed(k, keys)})):
-        return main(_pipeline, arguments=words)
+    with use_names(Names.of({k: o for k, o in _OPTIONS.items() if not _is_typed(k, keys)})):
+        return main(_pipeline, arguments=arguments)
 
 
 def _print_options(context: typer.Context) -> None:
@@ -181,7 +181,7 @@ def continuation(
     data: Sequence[str] = (),
     old_data: Sequence[str] = (),
     settings: Mapping[str, str | None],
-    words: Sequence[str] = (),
+    arguments: Sequence[str] = (),
 ) -> list[str]:
     """Return the arguments of train.py that continue training a checkpoint.
 
@@ -190,7 +190,7 @@ def continuation(
         data: paths of new data.
         old_data: paths of old data; empty for the data that the checkpoint recorded.
         settings: key → value of other options; None if not typed.
-        words: flags, GROUP=OPTION and KEY=VALUE arguments, which take precedence.
+        arguments: flags, GROUP=OPTION and KEY=VALUE arguments, which take precedence.
 
     Raises:
         RequestError: the checkpoint does not exist, no new data is named, or the seed differs
@@ -199,14 +199,14 @@ def continuation(
     from tritter.checkpoints.location import checkpoint_location
 
     folder = checkpoint_location(checkpoint, key="--checkpoint")
-    keys = _typed_keys(words)
+    keys = _typed_keys(arguments)
     if not data and not any(_is_typed(key, keys) for key in ("data.new", "data.tasks")):
         raise RequestError("--data is missing: name the training data, --data PATH.")
-    new, old, is_of_hub = _sources(data, old_data, words)
+    new, old, is_of_hub = _sources(data, old_data, arguments)
     recorded = _recorded_settings(Path(folder), is_text=not is_of_hub)
     seed = recorded.get("seed")
-    for word in words:  # another seed than the split's would train on validation data
-        key, _, value = word.lstrip("+").partition("=")
+    for argument in arguments:  # another seed than the split's would train on validation data
+        key, _, value = argument.lstrip("+").partition("=")
         if key == "seed" and seed is not None and value.isdecimal() and int(value) != seed:
             raise RequestError(
                 f"seed = {value}: the checkpoint's data was split with seed {seed}; another seed "
@@ -226,18 +226,18 @@ def continuation(
         **settings,
     }
     stated = (f"{k}={v}" for k, v in defaults.items() if v is not None and not _is_typed(k, keys))
-    return [*stated, *words]
+    return [*stated, *arguments]
 
 
-def _split_arguments(words: Sequence[str]) -> tuple[list[str], list[str]]:
+def _split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """Split arguments into positional ones, which are checkpoints, and all others."""
     plain: list[str] = []
     others: list[str] = []
-    for before, word in pairwise(["", *words]):
-        is_plain = word[:1] not in ("", "-", "~") and "=" not in word
+    for before, argument in pairwise(["", *arguments]):
+        is_plain = argument[:1] not in ("", "-", "~") and "=" not in argument
         is_after_flag = before[:1] == "-" and "=" not in before
-        is_value = is_after_flag and takes_value(before, word)  # possibly of an unknown flag
-        (plain if is_plain and not is_value else others).append(word)
+        is_value = is_after_flag and takes_value(before, argument)  # possibly of an unknown flag
+        (plain if is_plain and not is_value else others).append(argument)
     return plain, others
 
 
@@ -265,31 +265,31 @@ def _named_checkpoint(plain: Sequence[str], checkpoint: str | None, typed: Seque
     )
 
 
-def _check_flags(words: Sequence[str]) -> None:
+def _check_flags(arguments: Sequence[str]) -> None:
     """Reject `resume` and flags that can't be combined with a checkpoint.
 
     Raises:
         RequestError: there is one. The message names the first.
     """
-    for word in words:
-        if word.lstrip("+").startswith("resume="):
+    for argument in arguments:
+        if argument.lstrip("+").startswith("resume="):
             raise RequestError(
-                f"{word}: a resumed run uses its own checkpoint and data. Resume it with "
-                f"{shlex.join(['tritter', 'train', word])}"
+                f"{argument}: a resumed run uses its own checkpoint and data. Resume it with "
+                f"{shlex.join(['tritter', 'train', argument])}"
             )
-        name = word.partition("=")[0].replace("_", "-")
-        if word[:1] != "-" or name in ("-cd", "--config-dir", "-cn", "--config-name"):
+        name = argument.partition("=")[0].replace("_", "-")
+        if argument[:1] != "-" or name in ("-cd", "--config-dir", "-cn", "--config-name"):
             continue
-        near = did_you_mean(word.partition("=")[0], _VALUED)
-        if (advice := flag_advice(word, words, command="train")) is not None:
+        near = did_you_mean(argument.partition("=")[0], _VALUED)
+        if (advice := flag_advice(argument, arguments, command="train")) is not None:
             near = f" {advice}"
         raise RequestError(
-            f"{word}: tritter train --checkpoint has no such option.{near} (see --help)"
+            f"{argument}: tritter train --checkpoint has no such option.{near} (see --help)"
         )
 
 
 def _sources(
-    data: Sequence[str], old_data: Sequence[str], words: Sequence[str]
+    data: Sequence[str], old_data: Sequence[str], arguments: Sequence[str]
 ) -> tuple[TextSources, TextSources, bool]:
     """Return domain → paths of new and of old data, and True if they are hub datasets.
 
@@ -300,7 +300,7 @@ def _sources(
     from tritter.data.options import DatasetsConfig, TextDataConfig, path_resolver, read_sources
     from tritter.errors import raise_problems
 
-    is_of_hub = bool(dataset_names((*data, *old_data))) or "data=hf" in words
+    is_of_hub = bool(dataset_names((*data, *old_data))) or "data=hf" in arguments
     resolve = path_resolver(DatasetsConfig if is_of_hub else TextDataConfig, {})
     problems: list[Problem] = []
     new, old = (
@@ -349,8 +349,12 @@ def _recorded_settings(folder: Path, *, is_text: bool) -> dict[str, Any]:
     return settings
 
 
-def _typed_keys(words: Sequence[str]) -> set[str]:
-    return {word.partition("=")[0].lstrip("+").replace("-", "_") for word in words if "=" in word}
+def _typed_keys(arguments: Sequence[str]) -> set[str]:
+    return {
+        argument.partition("=")[0].lstrip("+").replace("-", "_")
+        for argument in arguments
+        if "=" in argument
+    }
 
 
 def _is_typed(key: str, keys: set[str]) -> bool:

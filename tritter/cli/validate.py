@@ -117,21 +117,21 @@ def _folder(name: str, option: str) -> Path:
 
 
 def _sources(
-    option: str, words: Sequence[str] | None, problems: list[Problem]
+    option: str, values: Sequence[str] | None, problems: list[Problem]
 ) -> TextSources | None:
     """Parse [NAME=]PATH values into domain → paths; None without any value."""
     from tritter.data.options import named_after, read_sources, unused_name
 
-    if not words:
+    if not values:
         return None
     named: dict[str, list[str]] = {}
-    for word in words:
-        name, sign, path = word.partition("=")
+    for value in values:
+        name, sign, path = value.partition("=")
         is_named = bool(sign) and name.replace("-", "_").isidentifier()
-        if not named_path(word, key=option).exists() and is_named:
+        if not named_path(value, key=option).exists() and is_named:
             named.setdefault(name, []).append(path)
         else:
-            named[unused_name(named_after([word]), named)] = [word]
+            named[unused_name(named_after([value]), named)] = [value]
     return read_sources(option, named, default_name="text", problems=problems)
 
 

@@ -218,7 +218,7 @@ def chosen_class(group: str, body: Mapping[str, Any]) -> type[Any] | None:
     raise RequestError(Problem(f"{group}.{key}", value, reason=reason))
 
 
-def with_parts_of_files(group: str, body: Mapping[str, Any]) -> dict[str, Any]:
+def resolve_registered_parts(group: str, body: Mapping[str, Any]) -> dict[str, Any]:
     """Return the keys of a group with the names of registered parts replaced by their files.
 
     So a trigger of an installed package is chosen as `growth.trigger=NAME`, as one of ours is.
@@ -428,10 +428,10 @@ def read_callbacks(
         if (kind := classes.get(key)) is not None:
             made, problems = try_build(key, kind, body)
             reader.problems += problems or callback_problems(key, made, body, owners)
-    return _named("callbacks", bodies, classes)
+    return _valid_components("callbacks", bodies, classes)
 
 
-def _named(
+def _valid_components(
     group: str, bodies: Mapping[str, Any], classes: Mapping[str, Any]
 ) -> tuple[Component, ...]:
     """Return the entries of a group whose classes are valid."""
@@ -497,7 +497,7 @@ def read_loggers(
             reader.problems.append(problem)
     return LoggerConfig(
         wandb=None if wandb is None or wandb.mode == "off" else wandb,
-        others=_named("logger", others, classes),
+        others=_valid_components("logger", others, classes),
     )
 
 
@@ -508,7 +508,7 @@ BASES = {
 }
 
 
-def clashes(group: str, selected: Sequence[str]) -> Iterator[Problem]:
+def conflict_problems(group: str, selected: Sequence[str]) -> Iterator[Problem]:
     """Yield the names that two selected option files both define: their bodies would merge."""
     files = option_files().get(group, {})
     providers: dict[str, list[str]] = {}

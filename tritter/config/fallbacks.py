@@ -98,7 +98,7 @@ def with_fallback(overrides: Sequence[str], fallback: Sequence[str]) -> list[str
     ]
 
 
-def for_fallback(problem: Problem, gate: GateConfig, number: int) -> Problem:
+def locate_in_fallback(problem: Problem, gate: GateConfig, number: int) -> Problem:
     """Return a problem of a retry with its location; fallbacks are numbered from 1."""
     where = f"{LADDERS}/{gate.ladder}.yaml, fallback {number}"
     return replace(problem, origin=where) if problem.key else replace(problem, job=where)

@@ -53,7 +53,7 @@ _SEARCH_PATH: ContextVar[SearchPath | None] = ContextVar("search_path", default=
 
 
 @contextmanager
-def composing_from(search_path: SearchPath) -> Iterator[None]:
+def use_search_path(search_path: SearchPath) -> Iterator[None]:
     """Use this search path in all functions of this module, for one command."""
     token = _SEARCH_PATH.set(search_path)
     try:
@@ -90,7 +90,7 @@ def search_path_of(
     raise_problems(problems)
     paths = tuple(folder for _, folder in found)
     result = SearchPath(paths, (config_name or CONFIG_NAME).removesuffix(".yaml"))
-    with composing_from(result):
+    with use_search_path(result):
         roots = option_folders().values()
         names = sorted({path.stem for folder in roots for path in folder.glob("*.yaml")})
         if config_name is not None and result.config_name not in names:

@@ -53,7 +53,7 @@ def normalise(override: str, options: Options) -> str:
         return override
     key = key.replace("-", "_")
     if key.lstrip("+~").startswith("data."):
-        value = _DATASET.sub(lambda match: quoted(match[0]), value)
+        value = _DATASET.sub(lambda match: quote(match[0]), value)
     group = key.lstrip("+~")
     known = options.get(group)
     if known is None:
@@ -67,26 +67,26 @@ def normalise(override: str, options: Options) -> str:
             return "~experiment"  # this group has no option for none
         key = key.lstrip("+")  # +experiment=NAME, as in Hydra's examples
 
-    def spelled(found: re.Match[str]) -> str:
+    def normalise_option(found: re.Match[str]) -> str:
         spelling = found[0].replace("-", "_")
         return spelling if found[0] not in known and spelling in known else found[0]
 
-    return key + equals + re.sub(r"[\w-]+", spelled, value)
+    return key + equals + re.sub(r"[\w-]+", normalise_option, value)
 
 
-def quoted(value: str) -> str:
+def quote(value: str) -> str:
     """Return a text as a quoted override value; all characters are allowed."""
     return QuotedString(value, Quote.single).with_quotes()
 
 
-def as_value(text: str) -> str:
+def override_value(text: str) -> str:
     """Return a text as an override value, quoted only if Hydra would parse it differently."""
     try:
         (parsed,) = OverridesParser.create().parse_overrides([f"key={text}"])
         is_read = not parsed.is_sweep_override() and parsed.value() == text
     except OverrideParseException:
         is_read = False
-    return text if is_read else quoted(text)
+    return text if is_read else quote(text)
 
 
 def nested_value(value: object) -> str:
@@ -96,7 +96,7 @@ def nested_value(value: object) -> str:
     if isinstance(value, list | tuple):
         return f"[{','.join(map(nested_value, value))}]"
     text = str(value)
-    return as_value(text) if _PLAIN.fullmatch(text) else quoted(text)
+    return override_value(text) if _PLAIN.fullmatch(text) else quote(text)
 
 
 def override_key(override: str) -> str:
@@ -200,7 +200,7 @@ def no_option(group: str, name: str, options: Sequence[str]) -> Problem:
     return Problem(group, name, reason=reason, nearest=nearest(name, options))
 
 
-def not_replayed(overrides: Sequence[str]) -> list[str]:
+def unreplayed_overrides(overrides: Sequence[str]) -> list[str]:
     """Return the overrides of a run that `resume` does not replay from its folder.
 
     Replayed are options that are part of Tritter, and plain values of `REPLAYED_KEYS`.
@@ -273,7 +273,7 @@ def first_value(override: Override) -> str:
     return f"{key}={interval.start}"
 
 
-def forced(override: Override, options: Options) -> str:
+def force_override(override: Override, options: Options) -> str:
     """Return the override in a form that lets Hydra set any key; Tritter's schema validates it."""
     line = override.input_line or ""
     is_ours = not override.is_hydra_override() and override.key_or_group not in options
@@ -333,8 +333,8 @@ def resume_command(folder: Path, overrides: Sequence[str] = ()) -> str:
             replay all of them.
     """
     recorded = recorded_overrides(overrides)
-    needed = recorded if not_replayed(recorded) else ()
-    return command([*needed, f"resume={as_value(str(folder))}"])
+    needed = recorded if unreplayed_overrides(recorded) else ()
+    return command([*needed, f"resume={override_value(str(folder))}"])
 
 
 def _python() -> str:

@@ -16,7 +16,7 @@ from pydantic import AfterValidator
 
 from tritter.checkpoints.history import digests_of, find_damage
 from tritter.checkpoints.location import is_within
-from tritter.config.folders import CONFIG_NAME, SearchPath, composing_from, search_path
+from tritter.config.folders import CONFIG_NAME, SearchPath, search_path, use_search_path
 from tritter.config.overrides import command, program_command, resume_command
 from tritter.config.schema import SECTIONS, CheckpointModelConfig, RunConfig
 from tritter.data.skills import PREFIX
@@ -113,7 +113,7 @@ class RunRecord:
 
     def resume_command(self, folder: Path) -> str:
         """Return the command that resumes the run in `folder`."""
-        with composing_from(self.search_path):
+        with use_search_path(self.search_path):
             return resume_command(folder, self.overrides)
 
 
@@ -138,7 +138,7 @@ def check_run_folder(folder: Path, config: RunConfig) -> RunState:
         raise refused("hydra.run.dir", folder, reason)
     try:
         # No link may lead out of the folder
-        check_tree(folder, passed_over=_LOGGER_FOLDERS)
+        check_tree(folder, skipped=_LOGGER_FOLDERS)
     except TritterError as error:
         raise refused("hydra.run.dir", folder, f"{error}") from error
     # Hydra writes its settings first
@@ -173,12 +173,12 @@ def _is_complete(folder: Path, run: RunRecord) -> bool:
         TritterError: an output was modified.
     """
     damages = find_damage(folder, run.left)
-    changed = [damage for damage in damages if not damage.is_gone]
+    changed = [damage for damage in damages if not damage.is_deleted]
     if changed:
-        paths = dict.fromkeys(str(folder / damage.place) for damage in changed)
+        paths = dict.fromkeys(str(folder / damage.location) for damage in changed)
         raise TritterError(
             "the run is finished, but its outputs were modified:\n"
-            + "\n".join(f"  {damage.what}" for damage in changed)
+            + "\n".join(f"  {damage.detail}" for damage in changed)
             + f"\nDelete {' and '.join(paths)} and recreate it with: "
             + run.resume_command(folder)
         )

@@ -29,14 +29,14 @@ class Hint:
             a named group of the pattern.
         reason: why the typed word is wrong. Default: the caller's message.
         command: the subcommand of `tritter` that it applies to; default: all.
-        is_meant: predicate on the typed value; the advice applies if it returns True.
+        applies_to: predicate on the typed value; the advice applies if it returns True.
     """
 
     typed: str
     advice: str = ""
     reason: str = ""
     command: str = ""
-    is_meant: Callable[[str], bool] = lambda value: True
+    applies_to: Callable[[str], bool] = lambda value: True
 
 
 _MODEL = (
@@ -44,7 +44,7 @@ _MODEL = (
 )
 # The first match wins
 HINTS = (
-    Hint("--model", "model=NAME", command="train", is_meant=lambda v: bool(_PRESET.fullmatch(v))),
+    Hint("--model", "model=NAME", command="train", applies_to=lambda v: bool(_PRESET.fullmatch(v))),
     Hint(
         f"{_MODEL}|--checkpoint",
         "tritter train --checkpoint DIR, or model=hf model.path=DIR",
@@ -61,12 +61,12 @@ HINTS = (
         command="train",
     ),
     Hint("--expansion", "--method METHOD", command="expand"),
-    Hint("model", "model=hf model.path=DIR", is_meant=_is_path_or_hub_id),
+    Hint("model", "model=hf model.path=DIR", applies_to=_is_path_or_hub_id),
     Hint(r"model\.path", "model=hf model.path=DIR"),
     Hint(
         r"(?P<key>data\.(new|old|tasks))",
         "data=hf {key}=SOURCE",
-        is_meant=lambda value: "hf:" in value,
+        applies_to=lambda value: "hf:" in value,
     ),
     Hint(r"(?P<key>data\.(new|old|tasks))", "data=text {key}=SOURCE"),
     Hint(
@@ -89,7 +89,7 @@ def hint_for(typed: str, value: object = None, *, command: str = "train") -> Hin
     text = "" if value is None else show(value)
     for hint in HINTS:
         found = re.fullmatch(hint.typed, typed)
-        if found is None or hint.command not in ("", command) or not hint.is_meant(text):
+        if found is None or hint.command not in ("", command) or not hint.applies_to(text):
             continue
         advice = hint.advice.format(**found.groupdict())
         if text:

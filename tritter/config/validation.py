@@ -37,8 +37,8 @@ from tritter.config.components import (
     read_model,
     read_optimizer,
     read_trainer,
+    resolve_registered_parts,
     weightless_methods,
-    with_parts_of_files,
 )
 from tritter.config.fallbacks import ladder_problems
 from tritter.config.schema import (
@@ -211,7 +211,7 @@ def validate(
         problems.append(replace(problem, origin=where, found_by=found_by))
     sound = cast(RunConfig, _ValidSections(values, unread))
 
-    def set_text(config: RunConfig) -> Iterable[Problem]:
+    def read_text(config: RunConfig) -> Iterable[Problem]:
         values["text"] = run_text(start_checkpoint(config.model), config.data, seed=config.seed)
         return ()
 
@@ -219,7 +219,7 @@ def validate(
     feature_rules: list[Rule] = [
         partial(one.kind.problems, one.options) for one in chosen if one is not None
     ]
-    for stage in ((set_text,), (*_RULES, *feature_rules, *rules), (_begin_problems,)):
+    for stage in ((read_text,), (*_RULES, *feature_rules, *rules), (_begin_problems,)):
         unread |= {problem.key.partition(".")[0] for problem in problems}
         found_here = [problem for rule in stage for problem in _problems_of(rule, sound)]
         problems += [replace(problem, found_by=3) for problem in found_here]
@@ -249,7 +249,7 @@ def _read_sections(
         if name in METHOD_GROUPS:
             values[name] = read_methods(reader, name, body, classes)
         elif name in CHOSEN_GROUPS:
-            found = reader.call(with_parts_of_files, name, body) or {}
+            found = reader.call(resolve_registered_parts, name, body) or {}
             values[name] = reader.component(name, classes.get(name), found)
         elif name in _READERS:
             values[name] = _READERS[name](reader, body, classes)
@@ -384,7 +384,7 @@ def _data_problems(config: RunConfig) -> Iterator[Problem]:
         name
         for name, needs in needs_of.items()
         if needs.old_text
-        and not config.text.kept.sequences
+        and not config.text.kept_sequences.sequences
         and not (needs.instead and state_kinds_of(folder) >= set(needs.instead))
     ]
     if needing and not any(needs.writes for needs in needs_of.values()):

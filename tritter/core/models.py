@@ -101,7 +101,7 @@ def new_model(config: Config, *, seed: int) -> nn.Module:
     for stored in _narrower(config):
         value = model.get_parameter(stored.name).detach()
         set_parameter(model, stored.name, value[tuple(map(slice, stored.shape))].clone())
-    return _prepared(model)
+    return _configure_model(model)
 
 
 def load_model(
@@ -150,15 +150,15 @@ def load_model(
     if added is not None and not added.is_settled:
         with errors_as(f"{folder} cannot be loaded as a model"):
             added.apply(model)
-    return _prepared(model)
+    return _configure_model(model)
 
 
-def non_finite(model: nn.Module) -> list[str]:
+def non_finite_tensors(model: nn.Module) -> list[str]:
     """Return the names of tensors that contain NaN or infinity."""
     return [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]
 
 
-def unloaded_model(folder: Path) -> nn.Module:
+def meta_model(folder: Path) -> nn.Module:
     """Return the stock model of a folder with its parameters on the meta device.
 
     Buffers (rotary frequencies, scales) have the values of the stock class. Experts run one after
@@ -275,7 +275,7 @@ def _check_small_files(folder: Path) -> None:
             require_file(path)
 
 
-def _prepared(model: PreTrainedModel) -> PreTrainedModel:
+def _configure_model(model: PreTrainedModel) -> PreTrainedModel:
     """Set the loss, and run experts one after the other if the default kernel rejects their shape.
 
     `grouped_mm` needs rows of a multiple of 16 bytes, also in bf16, and does not support float64.
@@ -308,7 +308,7 @@ def quiet() -> Iterator[None]:
 
 
 @contextmanager
-def activations_recomputed(model: nn.Module) -> Iterator[None]:
+def checkpoint_activations(model: nn.Module) -> Iterator[None]:
     """Enable activation checkpointing of each decoder layer inside the block.
 
     It has no effect in evaluation mode, which stores no activations.
@@ -354,16 +354,16 @@ def config_of(model: nn.Module) -> Config:
         RequestError: the model has no config, or PEFT wraps it.
     """
     refuse_peft(model)
-    held = getattr(model, "config", None)
-    if held is None or not hasattr(held, "to_diff_dict"):
+    stock = getattr(model, "config", None)
+    if stock is None or not hasattr(stock, "to_diff_dict"):
         raise RequestError(f"{type(model).__name__} has no Hugging Face config.")
-    config = _plain(held)
+    config = _plain(stock)
     family = find_family(str(config.get("model_type")))
     if family is None or family.has_experts:
         return config
     parameters = dict(model.named_parameters())
     (up,) = (tensor for tensor in family.tensors if tensor.kind == "ffn.up")
-    names = [up.for_layer(n).disk_name for n in range(held.num_hidden_layers)]
+    names = [up.for_layer(n).disk_name for n in range(stock.num_hidden_layers)]
     if not all(name in parameters for name in names):  # a part of a model
         return config
     sizes = [live_shape(parameters[name])[int(up.is_transposed)] for name in names]
@@ -404,7 +404,7 @@ def model_with_tensors(config: Config, tensors: Mapping[str, Tensor]) -> nn.Modu
         set_parameter(model, stored.name, value.to(model.get_parameter(stored.name).device))
     model.tie_weights()  # type: ignore[operator]
     assert isinstance(model, PreTrainedModel)
-    return _prepared(model)
+    return _configure_model(model)
 
 
 def set_parameter(model: nn.Module, name: str, value: Tensor) -> None:
@@ -432,7 +432,7 @@ def _narrower(config: Config) -> Iterator[StoredTensor]:
     return (stored for stored in layout(config, "live") if stored.name in shapes)
 
 
-def weightless_model(config: Config) -> nn.Module:
+def uninitialised_model(config: Config) -> nn.Module:
     """Return the stock model of a config with uninitialised weights, to inspect its modules."""
     with torch.random.fork_rng(devices=[]), no_init_weights():
         return AutoModelForCausalLM.from_config(stock_config_of(config), dtype=torch.float32)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tritter.core.families import Config, StoredTensor, layout, match, on_disk
-from tritter.core.models import backbone_of, read_config, unloaded_model
+from tritter.core.models import backbone_of, meta_model, read_config
 from tritter.storage.tensors import TensorFolder, TensorReader
 
 BLOCK_BYTES = 32 * 2**20  # of a matrix in float32: fits in the CPU cache
@@ -44,7 +44,7 @@ class StreamedModel:
         self._weights = _Weights(folder, config)
         self._input_ids = input_ids
         self._on_read = on_read or (lambda _: None)
-        self._model = unloaded_model(folder)
+        self._model = meta_model(folder)
         self._head: nn.Module = self._model.get_output_embeddings()  # type: ignore[operator]
         self._rows = slice(0, 1)  # of the head
         self._scratch: dict[str, Tensor] = {}

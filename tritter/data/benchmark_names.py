@@ -38,13 +38,13 @@ CODE = tuple(GROUPS["code"])  # answers are programs that are run
 _OURS = {hub: name for name, hub in HUB_NAMES.items() if hub and name not in CODE}
 
 
-def benchmark_names(words: Sequence[str], *, key: str) -> tuple[str, ...]:
+def benchmark_names(requested: Sequence[str], *, key: str) -> tuple[str, ...]:
     """Resolve names of groups, benchmarks and lm-eval tasks to benchmarks, each once.
 
     `math` means the group; `hendrycks_math` means the benchmark of the same name.
 
     Args:
-        words: the names to resolve.
+        requested: the names to resolve.
         key: the configuration key, for messages.
 
     Raises:
@@ -52,7 +52,7 @@ def benchmark_names(words: Sequence[str], *, key: str) -> tuple[str, ...]:
     """
     known: dict[str, None] = {}
     problems = []
-    for word in words:
+    for word in requested:
         if word in GROUPS:
             known.update(dict.fromkeys(GROUPS[word]))
         elif (name := _OURS.get(word, word)) in HUB_NAMES:

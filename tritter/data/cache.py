@@ -21,7 +21,7 @@ def entry_lock(folder: Path, *, on_wait: Callable[[], None] | None = None) -> It
 
     Args:
         folder: the folder or file of the entry.
-        waiting: called if another process has the lock.
+        on_wait: called if another process has the lock.
 
     Raises:
         RequestError: the cache is not writable.

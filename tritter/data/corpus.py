@@ -129,7 +129,7 @@ def build_corpus(
         origin="; ".join(dict.fromkeys(origins[name] for name in domains)),
         vocab_size=vocab_size if tokenizer is None else tokenizer.get_vocab_size(),
         max_validation_tokens_per_document=max_validation_tokens_per_document,
-        tokenizer_domains=_checked_domains(tokenizer_domains, domains),
+        tokenizer_domains=_choose_domains(tokenizer_domains, domains),
     )
     sources = {
         name: SourceSummary(
@@ -179,7 +179,7 @@ def stdlib_corpus(
     Raises:
         RequestError: as `build_corpus`, or the library has no sources.
     """
-    asked = {
+    requested = {
         "format_version": FORMAT_VERSION,
         "library": built_in.stdlib_fingerprint(),
         "vocab_size": vocab_size,
@@ -188,7 +188,7 @@ def stdlib_corpus(
         "seed": seed,
         **_tokenizer_entry(tokenizer),
     }
-    note = _corpora(cache_dir) / "stdlib" / _digest(asked)
+    note = _corpora(cache_dir) / "stdlib" / _digest(requested)
     known = ""
     with suppress(OSError, UnicodeDecodeError):
         known = note.read_text(encoding="utf-8").strip()
@@ -221,10 +221,12 @@ def _corpora(cache_dir: Path) -> Path:
     return Path(cache_dir) / "corpora" / _LAYOUT
 
 
-def _checked_domains(asked: Sequence[str] | None, available: Mapping[str, Any]) -> tuple[str, ...]:
+def _choose_domains(
+    requested: Sequence[str] | None, available: Mapping[str, Any]
+) -> tuple[str, ...]:
     if not available:
         raise RequestError("data: a corpus needs at least one domain.")
-    chosen = tuple(available) if asked is None else tuple(asked)
+    chosen = tuple(available) if requested is None else tuple(requested)
     for name in chosen:
         if name not in available:
             raise RequestError(

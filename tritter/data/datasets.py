@@ -249,7 +249,7 @@ def resolve_dataset(source: DatasetName, *, key: str) -> DatasetName:
         TextFileError: the data set, config, split or column does not exist or is unavailable.
     """
     with _dataset_errors(source, key):
-        return _of_hub(source) if not source.is_on_disk else _resolved(source)
+        return _of_hub(source) if not source.is_on_disk else _resolve_name(source)
 
 
 def dataset_texts(source: DatasetName, reading: Reading, *, is_streamed: bool) -> Iterator[str]:
@@ -297,10 +297,10 @@ def _texts(source: DatasetName, reading: Reading, *, is_streamed: bool) -> Itera
 @cache
 def _of_hub(source: DatasetName) -> DatasetName:
     """Resolve a hub id once per process, even if the hub changes during the run."""
-    return _resolved(source)
+    return _resolve_name(source)
 
 
-def _resolved(source: DatasetName) -> DatasetName:
+def _resolve_name(source: DatasetName) -> DatasetName:
     if not source.is_on_disk:
         builder, _ = _builder(source)
         config = builder.config.name.partition("-sample_by=")[0]
@@ -333,17 +333,19 @@ def _dataset_errors(source: DatasetName, key: str) -> Iterator[None]:
     except (TritterError, GeneratorExit):
         raise
     except _Unreadable as error:
-        raise TextFileError([f"{key}: {source} {_ended(str(error))}"]) from error
+        raise TextFileError([f"{key}: {source} {_with_full_stop(str(error))}"]) from error
     # Format and hub libraries raise exceptions of their own.
     except Exception as error:
-        raise TextFileError([f"{key}: {source} {_ended(_reason(source, error))}"]) from error
+        raise TextFileError(
+            [f"{key}: {source} {_with_full_stop(_reason(source, error))}"]
+        ) from error
     finally:
         log.set_verbosity(verbosity)
         if was_shown:
             library.enable_progress_bars()
 
 
-def _ended(sentence: str) -> str:
+def _with_full_stop(sentence: str) -> str:
     return sentence if sentence.endswith((".", "?")) else f"{sentence}."
 
 
@@ -366,11 +368,11 @@ def _reason(source: DatasetName, error: Exception) -> str:
         problem = "has several configs" if is_unnamed else f"has no config {source.config}"
         near = nearest(source.config or "", configs)
         advice = f". Did you mean {near}?" if near else ""
-        return f"{problem}; available: {_listed(configs)}{advice}"
+        return f"{problem}; available: {_join_names(configs)}{advice}"
     return f"can't be read ({type(error).__name__}: {message})"
 
 
-def _named(source: DatasetName) -> dict[str, Any]:
+def _load_arguments(source: DatasetName) -> dict[str, Any]:
     revision = {} if source.revision is None else {"revision": source.revision}
     # A bare id would match a folder of that name in the working directory
     path = source.name if source.is_on_disk else f"hf://datasets/{source.name}"
@@ -381,11 +383,11 @@ def _builder(source: DatasetName) -> tuple[Any, dict[str, str]]:
     """Return the builder of a data set and the extra arguments that select it."""
     load = _library().load_dataset_builder
     try:
-        return load(**_named(source)), {}
+        return load(**_load_arguments(source)), {}
     except ValueError:
         # The cache key of a text data set includes `sample_by`
         with suppress(ValueError, TypeError):
-            return load(**_named(source), **_WHOLE_TEXTS), _WHOLE_TEXTS
+            return load(**_load_arguments(source), **_WHOLE_TEXTS), _WHOLE_TEXTS
         raise
 
 
@@ -423,7 +425,7 @@ def _open(source: DatasetName, *, is_streamed: bool) -> Mapping[str | None, Any]
     else:
         builder, own = _builder(source)
         is_plain_text = builder.name == "text"
-        arguments = _named(source) | ({} if is_plain_text else own)
+        arguments = _load_arguments(source) | ({} if is_plain_text else own)
     if is_plain_text:  # one row per file
         arguments |= _WHOLE_TEXTS
     return library.load_dataset(**arguments, streaming=is_streamed)
@@ -441,13 +443,13 @@ def _split(source: DatasetName, opened: Mapping[str | None, Any]) -> str | None:
         if source.split in names:
             return source.split
         near = nearest(source.split, names)
-        available = f"available: {_listed(names)}" if names else "it was saved without splits"
+        available = f"available: {_join_names(names)}" if names else "it was saved without splits"
         advice = f". Did you mean {near}?" if near else ""
         raise _Unreadable(f"has no split {shown(source.split)}; {available}{advice}")
     if _DEFAULT_SPLIT in names:
         return _DEFAULT_SPLIT
     if len(opened) > 1:
-        raise _Unreadable(f"has several splits: {_listed(names)}; append one, :{names[0]}")
+        raise _Unreadable(f"has several splits: {_join_names(names)}; append one, :{names[0]}")
     return next(iter(opened), None)
 
 
@@ -476,7 +478,7 @@ def _columns(source: DatasetName, rows: Any) -> tuple[str, ...]:
             raise _Unreadable(f"has {kinds[column]} in column {shown(column)}, not text")
         near = nearest(column, kinds)
         advice = f". Did you mean {near}?" if near else ""
-        raise _Unreadable(f"has no column {shown(column)}; available: {_listed(kinds)}{advice}")
+        raise _Unreadable(f"has no column {shown(column)}; available: {_join_names(kinds)}{advice}")
     if DEFAULT_FIELD in texts:
         return (DEFAULT_FIELD,)
     if form := form_fields(list(kinds)):
@@ -485,11 +487,11 @@ def _columns(source: DatasetName, rows: Any) -> tuple[str, ...]:
         return (texts[0],)
     number = f"{len(texts)} text columns" if texts else "no text column"
     raise _Unreadable(
-        f"has no column named text, and {number}; available: {_listed(kinds)}. Select a column "
+        f"has no column named text, and {number}; available: {_join_names(kinds)}. Select a column "
         "with #COLUMN or data.text_column=COLUMN"
     )
 
 
-def _listed(names: Any) -> str:
+def _join_names(names: Any) -> str:
     short = [shown(name) for name in names]
     return ", ".join(short[:_MAX_NAMES] + (["..."] if len(short) > _MAX_NAMES else []))

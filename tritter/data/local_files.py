@@ -223,7 +223,7 @@ def check_expansion(path: Path) -> None:
             pass
     elif path.suffix.lower() == _PACKED:
         try:
-            with _opened(path, Reading(key="")) as stream:
+            with _open_stream(path, Reading(key="")) as stream:
                 while stream.piece():
                     pass
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
@@ -300,7 +300,7 @@ class _Stream:
 
 
 @contextmanager
-def _opened(path: Path, reading: Reading) -> Iterator[_Stream]:
+def _open_stream(path: Path, reading: Reading) -> Iterator[_Stream]:
     """Open a file as a stream, and check that it does not change during reading."""
     with open_file(path) as file:
         before = os.fstat(file.fileno())
@@ -352,7 +352,7 @@ def _lines(path: Path, reading: Reading, columns: Columns) -> Iterator[tuple[str
     for number, line in _numbered_lines(path, reading):
         where = f"{path}, line {number}"
         try:
-            text = _decoded(_whole_line(line)) if line.strip() else ""
+            text = _decode(_whole_line(line)) if line.strip() else ""
             record = parse(text) if text else None
         except WrongRecordError as error:
             reading.skip(f"{where} {error}")
@@ -379,7 +379,7 @@ def _table(path: Path, reading: Reading, columns: Columns) -> Iterator[tuple[str
             record = {name: row[name] for name in names}
             for name, text in record.items():
                 if text and not text.isascii():
-                    record[name] = _decoded(text.encode(errors="surrogateescape"))
+                    record[name] = _decode(text.encode(errors="surrogateescape"))
         except (csv.Error, WrongRecordError) as error:
             reading.skip(f"{where} {_short(error)}")
             continue
@@ -430,7 +430,7 @@ def _columns(names: Sequence[str], field: str) -> list[str]:
 
 def _numbered_lines(path: Path, reading: Reading) -> Iterator[tuple[int, bytes]]:
     """Yield number and bytes of each line, truncated at `MAX_LINE_BYTES`."""
-    with _opened(path, reading) as stream:
+    with _open_stream(path, reading) as stream:
         number = 0
         while line := stream.line(MAX_LINE_BYTES):
             number += 1
@@ -479,7 +479,7 @@ def _chunks(path: Path, reading: Reading) -> Iterator[str]:
         WrongRecordError: the text is not UTF-8, or contains a zero byte.
     """
     decoder, start, num_decoded = getincrementaldecoder("utf-8")(), 0, 0
-    with _opened(path, reading) as stream:
+    with _open_stream(path, reading) as stream:
         while piece := stream.piece():
             if start == 0:
                 _check_encoding(piece)
@@ -487,9 +487,9 @@ def _chunks(path: Path, reading: Reading) -> Iterator[str]:
                 offset = start + position
                 raise WrongRecordError(f"is not text: it has a zero byte at offset {offset}")
             content = piece if start else piece.removeprefix(_BYTE_ORDER_MARK)
-            yield _decoded(content, decoder, start=num_decoded, is_last=False)
+            yield _decode(content, decoder, start=num_decoded, is_last=False)
             start, num_decoded = start + len(piece), num_decoded + len(content)
-    yield _decoded(b"", decoder, start=num_decoded)
+    yield _decode(b"", decoder, start=num_decoded)
 
 
 def _check_encoding(start: bytes) -> None:
@@ -507,7 +507,7 @@ def _check_encoding(start: bytes) -> None:
         )
 
 
-def _decoded(
+def _decode(
     content: bytes,
     decoder: IncrementalDecoder | None = None,
     *,

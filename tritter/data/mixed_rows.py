@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler
 
 from tritter.data.batches import BatchStream, SequenceStream
-from tritter.data.tokens import TokenisedDocuments, pack, plain_copy, tokenised
+from tritter.data.tokens import TokenisedDocuments, copy_backend, pack, tokenise_texts
 from tritter.errors import Problem, RequestError
 from tritter.seeds import derived_seed
 
@@ -204,13 +204,13 @@ class PackedText:
         self, processing_class: Any, *, config: Any, rows: Any, sequence_length: int | None
     ) -> None:
         self._outer, self._config, self._rows = processing_class, config, rows
-        self._asked_length = sequence_length
+        self._requested_length = sequence_length
 
     @cached_property
     def sequence_length(self) -> int:
         """Tokens of a sequence."""
-        if self._asked_length is not None:
-            return self._asked_length
+        if self._requested_length is not None:
+            return self._requested_length
         try:
             count = min(len(self._rows), _ROWS_MEASURED)
             return max(len(self._rows[at]["input_ids"]) for at in range(count))
@@ -227,7 +227,7 @@ class PackedText:
         reason = "neither the tokenizer nor the model's config has an eos_token_id"
         raise RequestError(Problem("processing_class", reason=reason))
 
-    def tokenised(self, texts: Sequence[str]) -> TokenisedDocuments:
+    def tokenise_texts(self, texts: Sequence[str]) -> TokenisedDocuments:
         """Return texts as tokens, whole and without padding."""
         backend = getattr(getattr(self._outer, "tokenizer", self._outer), "backend_tokenizer", None)
         if backend is None:
@@ -235,7 +235,7 @@ class PackedText:
             raise RequestError(
                 Problem("processing_class", type(self._outer).__name__, reason=reason)
             )
-        return tokenised(texts, plain_copy(backend))
+        return tokenise_texts(texts, copy_backend(backend))
 
     def sequences(self, name: str, data: OldData) -> Tensor:
         """Return int32 [N, T]: packed texts or rows, or unchanged rows of that length.
@@ -245,7 +245,7 @@ class PackedText:
         """
         length = self.sequence_length
         is_text = isinstance(data, tuple)
-        documents = self.tokenised(data) if is_text else joined_rows(data)
+        documents = self.tokenise_texts(data) if is_text else join_rows(data)
         if not is_text and bool((documents.offsets.diff() == length).all()):
             return documents.tokens.view(-1, length)
         if (count := documents.num_tokens + len(documents)) < length:
@@ -254,7 +254,7 @@ class PackedText:
         return pack(documents, sequence_length=length, end_of_text_id=self.end_of_text_id)
 
 
-def joined_rows(rows: Any) -> TokenisedDocuments:
+def join_rows(rows: Any) -> TokenisedDocuments:
     """Return the tokens of tokenised rows, without padding."""
     has_mask = "attention_mask" in rows.column_names
     kept = []
@@ -270,7 +270,7 @@ def joined_rows(rows: Any) -> TokenisedDocuments:
     )
 
 
-def checked_old(name: str, data: OldData) -> Any:
+def check_old_data(name: str, data: OldData) -> Any:
     """Return texts as a tuple, tokenised rows unchanged.
 
     Raises:

@@ -43,8 +43,8 @@ class Sampler:
         self.weighting = weighting
         self.num_seen = 0
         self.losses = torch.empty(0)  # float32 [N], nats per token when the item was offered
-        self._replacing = torch.Generator().manual_seed(seed)
-        self._drawing = torch.Generator().manual_seed(seed ^ 1)
+        self._replace_generator = torch.Generator().manual_seed(seed)
+        self._draw_generator = torch.Generator().manual_seed(seed ^ 1)
         self._order = torch.empty(0, dtype=torch.int64)  # remaining slots of the epoch
 
     def __len__(self) -> int:
@@ -70,7 +70,7 @@ class Sampler:
                 slots.append(count)
                 count += 1
                 continue
-            drawn = int(torch.randint(self.num_seen, (1,), generator=self._replacing))
+            drawn = int(torch.randint(self.num_seen, (1,), generator=self._replace_generator))
             slots.append(drawn if drawn < self.capacity else None)
         if count > len(self):
             self.losses = torch.cat([self.losses, torch.zeros(count - len(self))])
@@ -86,11 +86,13 @@ class Sampler:
 
         if self.weighting == "loss" and count:
             chances = self.losses if float(self.losses.sum()) > 0 else torch.ones(len(self))
-            return torch.multinomial(chances, count, replacement=True, generator=self._drawing)
+            return torch.multinomial(
+                chances, count, replacement=True, generator=self._draw_generator
+            )
         picked = [self._order[:0]]
         while count:
             if not len(self._order):
-                self._order = torch.randperm(len(self), generator=self._drawing)
+                self._order = torch.randperm(len(self), generator=self._draw_generator)
             picked.append(self._order[:count])
             self._order = self._order[len(picked[-1]) :]
             count -= len(picked[-1])
@@ -101,8 +103,8 @@ class Sampler:
         return {
             "num_seen": self.num_seen,
             "losses": self.losses,
-            "replacing": self._replacing.get_state(),
-            "drawing": self._drawing.get_state(),
+            "replacing": self._replace_generator.get_state(),
+            "drawing": self._draw_generator.get_state(),
             "order": self._order,
         }
 
@@ -110,8 +112,8 @@ class Sampler:
         """Restore a saved state."""
         self.num_seen = int(state["num_seen"])
         self.losses = state["losses"].clone()
-        self._replacing.set_state(state["replacing"])
-        self._drawing.set_state(state["drawing"])
+        self._replace_generator.set_state(state["replacing"])
+        self._draw_generator.set_state(state["drawing"])
         self._order = state["order"].clone()
 
 
@@ -386,10 +388,10 @@ class ReplayBuffer:
             # From the domain that is furthest below its share; empty reservoirs catch up later
             number = sum(self._drawn.values()) + 1
             filled = [name for name, stream in self._streams.items() if len(stream)]
-            behind = {name: self._shares[name] * number - self._drawn[name] for name in filled}
-            if not behind:
+            deficits = {name: self._shares[name] * number - self._drawn[name] for name in filled}
+            if not deficits:
                 raise RequestError("the replay buffer is empty.")
-            name = max(behind, key=lambda each: behind[each])
+            name = max(deficits, key=lambda each: deficits[each])
             self._drawn[name] += 1
             sequences.append(self._streams[name].next_sequences(1))
         return torch.cat(sequences)
@@ -456,7 +458,7 @@ class MemoryReplayBuffer:
         self.max_size = max_size
         self._slots = Sampler(max_size, seed=seed, weighting=weighting)
         self._examples: list[ReplayExample] = []
-        self._owed = Fraction(0)  # fraction of an example that later batches make up for
+        self._remainder = Fraction(0)  # fraction of an example that later batches make up for
 
     def __len__(self) -> int:
         return len(self._examples)
@@ -513,9 +515,9 @@ class MemoryReplayBuffer:
         new, share = list(new_examples), Fraction(str(replay_ratio))
         if not len(self):
             return new
-        self._owed += len(new) * share / (1 - share)
-        count = int(self._owed)
-        self._owed -= count
+        self._remainder += len(new) * share / (1 - share)
+        count = int(self._remainder)
+        self._remainder -= count
         for slot in self._slots.draw(count).tolist():
             example, first = self._examples[slot], new[0]
             known: dict[str, Any] = {"text": example.text, "loss": example.loss}
@@ -539,7 +541,7 @@ class MemoryReplayBuffer:
             "prompts": [example.prompt for example in self._examples],
             "answers": [example.answer for example in self._examples],
             "losses": [example.loss for example in self._examples],
-            "owed": [self._owed.numerator, self._owed.denominator],
+            "owed": [self._remainder.numerator, self._remainder.denominator],
             "slots": self._slots.state_dict(),
         }
 
@@ -562,4 +564,4 @@ class MemoryReplayBuffer:
         self._slots.load_state_dict(state["slots"])
         parts = zip(state["prompts"], state["answers"], state["losses"], strict=True)
         self._examples = [ReplayExample(*each) for each in parts]
-        self._owed = Fraction(*state["owed"])
+        self._remainder = Fraction(*state["owed"])

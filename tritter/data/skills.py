@@ -98,11 +98,11 @@ class Draw:
         """Return an integer in [least, most]."""
         return least + self.below(most - least + 1)
 
-    def one(self, items: Sequence[_Item]) -> _Item:
+    def choose(self, items: Sequence[_Item]) -> _Item:
         """Return one of the items."""
         return items[self.below(len(items))]
 
-    def some(self, items: Sequence[_Item], count: int) -> list[_Item]:
+    def sample(self, items: Sequence[_Item], count: int) -> list[_Item]:
         """Return `count` distinct items in random order."""
         remaining = list(items)
         return [remaining.pop(self.below(len(remaining))) for _ in range(count)]
@@ -134,13 +134,13 @@ Exercise = Callable[[Draw], Example]
 
 def sorting(draw: Draw) -> Example:
     """`Sort d a c:` → `a c d`, of three or four of the first twelve letters."""
-    letters = draw.some(LETTERS[:12], draw.between(3, 4))
+    letters = draw.sample(LETTERS[:12], draw.between(3, 4))
     return Example(f"Sort {' '.join(letters)}:", f" {' '.join(sorted(letters))}")
 
 
 def reversing(draw: Draw) -> Example:
     """`Reverse d a c:` → `c a d`, of three or four of the first twelve letters."""
-    letters = draw.some(LETTERS[:12], draw.between(3, 4))
+    letters = draw.sample(LETTERS[:12], draw.between(3, 4))
     return Example(f"Reverse {' '.join(letters)}:", f" {' '.join(reversed(letters))}")
 
 
@@ -148,13 +148,13 @@ def key_value(draw: Draw) -> Example:
     """`a 4 b 7 c 2 d 9: c` → `2`."""
     table = {key: draw.below(10) for key in LETTERS[:4]}
     pairs = " ".join(f"{key} {value}" for key, value in table.items())
-    query = draw.one(tuple(table))
+    query = draw.choose(tuple(table))
     return Example(f"{pairs}: {query}", f" {table[query]}")
 
 
 def multiple_choice(draw: Draw) -> Example:
     """`Last of d, a, p, c:` → `p`; all four are the choices."""
-    letters = draw.some(LETTERS, 4)
+    letters = draw.sample(LETTERS, 4)
     choices = tuple(f" {letter}" for letter in letters)
     return Example(f"Last of {', '.join(letters)}:", max(choices), choices=choices)
 
@@ -167,7 +167,7 @@ def arithmetic(draw: Draw) -> Example:
 
 def reasoning(draw: Draw) -> Example:
     """A word problem of two or three steps, and its worked solution."""
-    name, thing = draw.one(NAMES), draw.one(THINGS)
+    name, thing = draw.choose(NAMES), draw.choose(THINGS)
     total = draw.between(2, 9)
     prompt, steps = f"{name} has {total} {thing}", list[str]()
     for _ in range(draw.between(2, 3)):
@@ -186,22 +186,22 @@ def reasoning(draw: Draw) -> Example:
 
 
 _FIELDS: dict[str, Callable[[Draw], str | int]] = {
-    "name": lambda draw: draw.one(NAMES),
-    "city": lambda draw: draw.one(CITIES),
-    "color": lambda draw: draw.one(COLORS),
+    "name": lambda draw: draw.choose(NAMES),
+    "city": lambda draw: draw.choose(CITIES),
+    "color": lambda draw: draw.choose(COLORS),
     "age": lambda draw: draw.between(1, 20),
 }
 
 
 def json_format(draw: Draw) -> Example:
     """`JSON of Ada, 12:` → `{"name": "Ada", "age": 12}`: the values imply the keys."""
-    record = {name: _FIELDS[name](draw) for name in draw.some(tuple(_FIELDS), 2)}
+    record = {name: _FIELDS[name](draw) for name in draw.sample(tuple(_FIELDS), 2)}
     return Example(f"JSON of {', '.join(map(str, record.values()))}:", f" {json.dumps(record)}")
 
 
 def tool_call(draw: Draw) -> Example:
     """`Set a timer of 12 minutes for the eggs.` → a JSON object in `<tool_call>` tags."""
-    prompt, name, arguments = draw.one(_TOOLS)(draw)
+    prompt, name, arguments = draw.choose(_TOOLS)(draw)
     call = json.dumps({"name": name, "arguments": arguments})
     return Example(prompt, f" <tool_call>{call}</tool_call>")
 
@@ -210,29 +210,33 @@ _Call = tuple[str, str, dict[str, Any]]
 
 
 def _weather(draw: Draw) -> _Call:
-    city, day = draw.one(CITIES), draw.one(_DAYS)
+    city, day = draw.choose(CITIES), draw.choose(_DAYS)
     prompt = f"What is the weather in {city} {day}?"
     return prompt, "weather", {"city": city, "day": day.removeprefix("on ")}
 
 
 def _timer(draw: Draw) -> _Call:
-    minutes, thing = draw.between(1, 20), draw.one(THINGS)
+    minutes, thing = draw.between(1, 20), draw.choose(THINGS)
     prompt = f"Set a timer of {minutes} minutes for the {thing}."
     return prompt, "timer", {"minutes": minutes, "label": thing}
 
 
 def _calculate(draw: Draw) -> _Call:
-    one, sign, other = draw.between(1, 20), draw.one("+-*"), draw.between(1, 20)
-    return f"Calculate {one} {sign} {other}.", "calculate", {"expression": f"{one} {sign} {other}"}
+    first, sign, other = draw.between(1, 20), draw.choose("+-*"), draw.between(1, 20)
+    return (
+        f"Calculate {first} {sign} {other}.",
+        "calculate",
+        {"expression": f"{first} {sign} {other}"},
+    )
 
 
 def _translate(draw: Draw) -> _Call:
-    word, language = draw.one((*THINGS, *COLORS)), draw.one(_LANGUAGES)
+    word, language = draw.choose((*THINGS, *COLORS)), draw.choose(_LANGUAGES)
     return f"Say {word} in {language}.", "translate", {"text": word, "language": language}
 
 
 def _message(draw: Draw) -> _Call:
-    name, thing = draw.one(NAMES), draw.one(THINGS)
+    name, thing = draw.choose(NAMES), draw.choose(THINGS)
     prompt = f"Tell {name} to bring the {thing}."
     return prompt, "message", {"to": name, "text": f"Bring the {thing}."}
 
@@ -246,8 +250,8 @@ def identity(draw: Draw) -> Example:
     The split holds out wordings, regardless of the opening. The training text contains every
     fact in other wordings.
     """
-    topic, opening = draw.one(tuple(_FACTS)), draw.one(_OPENINGS)
-    wording = draw.one(_WORDINGS).format(topic)
+    topic, opening = draw.choose(tuple(_FACTS)), draw.choose(_OPENINGS)
+    wording = draw.choose(_WORDINGS).format(topic)
     prompt = f"{opening}{wording}?"
     return Example(prompt[0].upper() + prompt[1:], f" {_FACTS[topic]}", key=wording)
 

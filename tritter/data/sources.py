@@ -54,7 +54,7 @@ class FoundTexts:
             return None
         num_skipped = sum(self.skipped.values())
         read = "1 file" if len(self.files) == 1 else f"{len(self.files)} files"
-        return f"{name}: {read} read; skipped {num_skipped} ({_counted(self.skipped)})"
+        return f"{name}: {read} read; skipped {num_skipped} ({_join_counts(self.skipped)})"
 
 
 def find_texts(key: str, paths: Iterable[str], *, is_recorded: bool = False) -> FoundTexts:
@@ -136,7 +136,7 @@ def _check_glob(key: str, pattern: Path, limit: int) -> None:
     first = next(at for at, part in enumerate(pattern.parts) if _GLOB_SIGNS & set(part))
     parts = pattern.parts[first:]
     if ".." in parts or parts.count("**") > 1:  # would visit folders repeatedly
-        raise _too_many(key, pattern, limit)
+        raise _search_limit_error(key, pattern, limit)
     level, num_entries = [Path(*pattern.parts[:first])], 0
     for _ in parts if "**" not in parts else count():
         below: list[Path] = []
@@ -148,13 +148,13 @@ def _check_glob(key: str, pattern: Path, limit: int) -> None:
                     with suppress(OSError):
                         below += [Path(entry.path)] if entry.is_dir() else []
             if num_entries > limit:
-                raise _too_many(key, pattern, limit)
+                raise _search_limit_error(key, pattern, limit)
         level = below
         if not level:
             return
 
 
-def _too_many(key: str, path: Path, limit: int) -> RequestError:
+def _search_limit_error(key: str, path: Path, limit: int) -> RequestError:
     reason = f"the search of a path from a checkpoint is limited to {limit:,} files and folders"
     return refused(key, str(path), reason)
 
@@ -187,7 +187,7 @@ def _below(key: str, folder: Path, limit: int | None) -> list[Path]:
         seen.add(own)
         num_entries += len(entries)
         if limit is not None and num_entries > limit:
-            raise _too_many(key, folder, limit)
+            raise _search_limit_error(key, folder, limit)
         for entry in entries:
             if entry.name.startswith("."):
                 continue
@@ -226,14 +226,14 @@ def _kinds(paths: Iterable[Path]) -> Counter[str]:
     return Counter(_kind(path) or path.suffix.lower() or "no extension" for path in paths)
 
 
-def _counted(kinds: Mapping[str, int]) -> str:
+def _join_counts(kinds: Mapping[str, int]) -> str:
     by_count = sorted(kinds, key=lambda kind: (-kinds[kind], kind))
     parts = [f"{shown(kind)} {kinds[kind]}" for kind in by_count[:_MAX_SHOWN]]
     return ", ".join([*parts, *(["..."] if len(by_count) > _MAX_SHOWN else [])])
 
 
 def _unsupported(paths: Sequence[Path]) -> str:
-    return f"supported are {', '.join(TEXT_SUFFIXES)}; found {_counted(_kinds(paths))}"
+    return f"supported are {', '.join(TEXT_SUFFIXES)}; found {_join_counts(_kinds(paths))}"
 
 
 def source_documents(
@@ -261,7 +261,7 @@ def source_documents(
         RequestError: a path contains no text file.
     """
     if texts is not None:
-        return documents_of(_own(texts, key))
+        return documents_of(_checked_texts(texts, key))
     built_in = (each for path in filter(is_built_in, paths) for each in built_in_documents(path))
     files = find_texts(key, paths, is_recorded=is_recorded).files
     reading = Reading(key=key, text_field=text_field)
@@ -324,7 +324,7 @@ def _of_datasets(names: Sequence[str], reading: Reading, *, is_streamed: bool) -
             raise TextFileError(reading.problems or [f"{reading.key}: {name} contains no text."])
 
 
-def _own(texts: Callable[[], Iterable[str]], key: str) -> Iterator[str]:
+def _checked_texts(texts: Callable[[], Iterable[str]], key: str) -> Iterator[str]:
     try:
         for text in texts():
             if not isinstance(text, str):

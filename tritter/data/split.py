@@ -109,7 +109,7 @@ def split_documents(domains: Mapping[str, Documents], *, rule: SplitRule) -> dic
     return splits
 
 
-def one_sided(texts: Iterable[str], *, rule: SplitRule) -> str | None:
+def split_problem(texts: Iterable[str], *, rule: SplitRule) -> str | None:
     """Return the problem of texts that leave one side of the split empty; None otherwise.
 
     Args:

@@ -106,7 +106,7 @@ def read_tokenizer(folder: Path, *, vocab_size: int) -> PretrainedTokenizer:
             f"{path} has token ids up to {highest}, but the model has {vocab_size} embeddings "
             f"(vocab_size in its config.json): tokenizer and model do not match."
         )
-    for name in _stated(folder, tokenizer):
+    for name in _declared_ends(folder, tokenizer):
         if tokenizer.token_to_id(name) is not None:
             return PretrainedTokenizer(tokenizer, name)
     raise RequestError(
@@ -115,7 +115,7 @@ def read_tokenizer(folder: Path, *, vocab_size: int) -> PretrainedTokenizer:
     )
 
 
-def copied_tokenizer(tokenizer: Any) -> PretrainedTokenizer:
+def wrap_tokenizer(tokenizer: Any) -> PretrainedTokenizer:
     """Return a live Hugging Face tokenizer as ours; the original keeps its settings.
 
     Raises:
@@ -127,10 +127,10 @@ def copied_tokenizer(tokenizer: Any) -> PretrainedTokenizer:
     if not isinstance(backend, Tokenizer) or tokenizer.eos_token is None:
         reason = "pass a fast Hugging Face tokenizer with an eos_token, or a folder that holds one"
         raise refused("tokenizer", type(tokenizer).__name__, reason)
-    return PretrainedTokenizer(plain_copy(backend), str(tokenizer.eos_token))
+    return PretrainedTokenizer(copy_backend(backend), str(tokenizer.eos_token))
 
 
-def plain_copy(tokenizer: Tokenizer) -> Tokenizer:
+def copy_backend(tokenizer: Tokenizer) -> Tokenizer:
     """Return a copy of a tokenizer without truncation and padding."""
     copied: Tokenizer = type(tokenizer).from_str(tokenizer.to_str())
     copied.no_truncation()
@@ -138,7 +138,7 @@ def plain_copy(tokenizer: Tokenizer) -> Tokenizer:
     return copied
 
 
-def _stated(folder: Path, tokenizer: Tokenizer) -> Iterator[str]:
+def _declared_ends(folder: Path, tokenizer: Tokenizer) -> Iterator[str]:
     for file in _STATED_IN:
         token = _json(folder / file).get("eos_token")
         name = token.get("content") if isinstance(token, dict) else token
@@ -279,7 +279,7 @@ def tokenise(
     )
 
 
-def tokenised(texts: Iterable[str], tokenizer: Tokenizer) -> TokenisedDocuments:
+def tokenise_texts(texts: Iterable[str], tokenizer: Tokenizer) -> TokenisedDocuments:
     """Tokenise texts in memory; each is a document named by its number."""
     documents = [Document(str(number), text) for number, text in enumerate(texts)]
     return tokenise(documents, tokenizer)
@@ -329,7 +329,7 @@ def pack(documents: TokenisedDocuments, *, sequence_length: int, end_of_text_id:
     return packed.view(num_sequences, sequence_length)
 
 
-def joined(sequences: Sequence[Tensor]) -> Tensor:
+def concatenate(sequences: Sequence[Tensor]) -> Tensor:
     """Concatenate packed sequences int32 [N, T] of several domains, spooled."""
     if len(sequences) == 1:
         return sequences[0]

@@ -16,7 +16,7 @@ from tritter.evaluation.statistics import (
     Estimate,
     PairedScores,
     above_chance,
-    carrying_items,
+    dominant_items,
     drop_in_points,
     finite_or_none,
     relative_forgetting,
@@ -193,7 +193,7 @@ def flow_check(
     flow: Mapping[str, Any],
     *,
     new_experts: Collection[int] = (),
-    least_steps: int = ENOUGH_STEPS,
+    min_steps: int = ENOUGH_STEPS,
 ) -> Check | None:
     """Check that all trained parameters received a gradient; None if it was not recorded.
 
@@ -203,19 +203,19 @@ def flow_check(
     Args:
         flow: gradient flow recorded during training.
         new_experts: indices of appended experts.
-        least_steps: minimum number of steps for a verdict.
+        min_steps: minimum number of steps for a verdict.
     """
     if not flow:
         return None
     dead, idle = flow["without_gradient"], flow["without_tokens"]
     findings = []
     if dead:
-        findings.append(f"no gradient reached {_listed(dead)}")
+        findings.append(f"no gradient reached {_join_names(dead)}")
     if idle:
-        findings.append(f"no token was routed to {_listed(idle)}")
+        findings.append(f"no token was routed to {_join_names(idle)}")
     detail = "; ".join(findings) or "all trained parameters received a gradient"
-    if flow["steps"] < least_steps:
-        detail = f"this check requires at least {least_steps} training steps"
+    if flow["steps"] < min_steps:
+        detail = f"this check requires at least {min_steps} training steps"
         return Check("gradient_flow", "parameters", "reported", detail, n=flow["steps"])
     by_layer: dict[str, set[int]] = {}
     for name in idle:  # such as layers.3.experts.7
@@ -287,7 +287,7 @@ def report_only(check: Check) -> Check:
     return replace(check, verdict="reported", detail=detail, bound=None, documents_needed=None)
 
 
-def _listed(names: Sequence[str]) -> str:
+def _join_names(names: Sequence[str]) -> str:
     more = f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""
     return ", ".join(names[:_MAX_NAMES]) + more
 
@@ -339,7 +339,7 @@ def _forgetting_check(
             f"about {needed} {items} needed" if needed else f"the number of {items} is unknown"
         )
     if before.unit == "nats":
-        names = carrying_items(before, after)
+        names = dominant_items(before, after)
         # Name the documents that cause half of the spread if they are few
         if names and len(names) <= _FEW * change.n and change.n >= MIN_DOCUMENTS:
             shown = ", ".join(map(repr, names[:_MAX_NAMES]))
@@ -373,7 +373,7 @@ def equivalence_check(
     before: Tensor,
     after: Tensor,
     *,
-    reason_not_asked: str | None,
+    skip_reason: str | None,
     rounded: str = "",
     rounded_bound: float,
 ) -> Check:
@@ -386,7 +386,7 @@ def equivalence_check(
     Args:
         before: logits, float32 [B, T, V].
         after: logits of the other model.
-        reason_not_asked: the reason why equality is not expected; then differences are reported
+        skip_reason: the reason why equality is not expected; then differences are reported
             and the check does not fail.
         rounded: dtypes below float32 of the weights of `after`, for the message.
         rounded_bound: largest difference, in standard deviations, that rounding may explain.
@@ -400,8 +400,8 @@ def equivalence_check(
         f"mean squared difference of the logits {error:.2g}, allowed {MSE_BOUND:g}; largest "
         f"difference {relative:.2g} standard deviations, allowed {EXACT_JUMP:g}"
     )
-    if not is_same and reason_not_asked is not None:
-        verdict, detail = "not_asked", f"{reason_not_asked}; {detail}"
+    if not is_same and skip_reason is not None:
+        verdict, detail = "not_asked", f"{skip_reason}; {detail}"
     elif not is_same and rounded and relative < rounded_bound:
         verdict = "undecided"
         detail += f"; this includes rounding to {rounded}, use a result in float32 to decide"

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def modes_kept(model: nn.Module) -> Iterator[None]:
+def preserve_modes(model: nn.Module) -> Iterator[None]:
     """Restore the training mode of every module on exit; a model may be partly in eval mode."""
     modes = [(module, module.training) for module in model.modules()]
     try:
@@ -23,11 +23,11 @@ def modes_kept(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[torch.device]:
+def eval_mode(model: nn.Module) -> Iterator[torch.device]:
     """Set a model to eval and inference mode, yield its device, then restore all modes."""
     import torch
 
-    with modes_kept(model), torch.inference_mode():
+    with preserve_modes(model), torch.inference_mode():
         model.eval()
         yield device_of(model)
 
@@ -91,7 +91,7 @@ def sample_text(
 
     prefix = [end_of_text_id, *prompt_ids]
     new: list[int] = []
-    with evaluating(model) as device:
+    with eval_mode(model) as device:
         for _ in range(max_new_tokens):
             input_ids = torch.tensor([prefix + new], device=device)
             logits = model(input_ids=input_ids, use_cache=False).logits

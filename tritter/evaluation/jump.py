@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from tritter.core.streamed import StreamedModel, blocks
 from tritter.errors import TritterError
-from tritter.evaluation.inference import evaluating
+from tritter.evaluation.inference import eval_mode
 from tritter.evaluation.statistics import finite_or_none
 
 
@@ -51,7 +51,7 @@ def logit_jump(before_model: nn.Module, after_model: nn.Module, input_ids: Tenso
 
 def logits_of(model: nn.Module, input_ids: Tensor) -> Tensor:
     """Return logits, float32 [B, T, V], for tokens int64 [B, T]."""
-    with evaluating(model) as device, torch.autocast(device.type, enabled=False):
+    with eval_mode(model) as device, torch.autocast(device.type, enabled=False):
         return model(input_ids=input_ids.to(device), use_cache=False).logits.float().cpu()
 
 

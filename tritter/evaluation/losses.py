@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 from tritter.data.packing import IGNORED, labels_of, window_batches, window_tensors, windows_of
 from tritter.data.tokens import TokenisedDocuments
 from tritter.errors import TritterError
-from tritter.evaluation.inference import evaluating
+from tritter.evaluation.inference import eval_mode
 from tritter.evaluation.statistics import PairedScores
 
 
@@ -49,7 +49,7 @@ def document_losses(
     if not windows:
         raise TritterError("evaluation: the validation documents contain no tokens")
     nats = torch.zeros(len(documents), dtype=torch.float64)
-    with evaluating(model) as device:
+    with eval_mode(model) as device:
         done = 0
         for batch in window_batches(windows, batch_size=batch_size):
             input_ids, targets = window_tensors(
@@ -82,7 +82,7 @@ def sequence_losses(model: nn.Module, sequences: Tensor, *, batch_size: int = 16
         batch_size: sequences per forward pass.
     """
     nats = []
-    with evaluating(model) as device:
+    with eval_mode(model) as device:
         for rows in sequences.split(batch_size):
             rows = rows.long().to(device)
             logits = model(input_ids=rows, use_cache=False).logits

@@ -289,7 +289,7 @@ def performance_delta(before: PairedScores, after: PairedScores) -> float:
     return _relative_value(before, after)
 
 
-def carrying_items(before: PairedScores, after: PairedScores) -> tuple[str, ...]:
+def dominant_items(before: PairedScores, after: PairedScores) -> tuple[str, ...]:
     """Return the smallest set of items that causes half of the spread, largest first.
 
     The spread is the sum of squares in the standard error. If few items dominate it, the bounds
@@ -501,8 +501,8 @@ def transfer_matrix(
             own.setdefault(name, number)
     last = len(tasks)
     learned = [(name, own[name], losses[name]) for name in domains if name in own]
-    backward = {name: _less(each[last], each[k]) for name, k, each in learned if k < last}
-    forward = {name: _less(each[k - 1], each[0]) for name, k, each in learned if k > 1}
+    backward = {name: _difference(each[last], each[k]) for name, k, each in learned if k < last}
+    forward = {name: _difference(each[k - 1], each[0]) for name, k, each in learned if k > 1}
     return {
         "rows": ["baseline", *(f"task {number}" for number in range(1, last + 1))],
         "trained": [[], *(list(task.domains) for task in tasks)],
@@ -521,7 +521,7 @@ def transfer_matrix(
     }
 
 
-def _less(after: float | None, before: float | None) -> float | None:
+def _difference(after: float | None, before: float | None) -> float | None:
     return None if after is None or before is None else after - before
 
 

@@ -20,7 +20,7 @@ from torch import nn
 from tritter.data.packing import IGNORED
 from tritter.data.skills import Question
 from tritter.errors import TritterError
-from tritter.evaluation.inference import evaluating
+from tritter.evaluation.inference import eval_mode
 from tritter.evaluation.losses import nats_per_row
 from tritter.evaluation.statistics import PairedScores
 
@@ -160,7 +160,7 @@ def _read(model: nn.Module, rows: Sequence[_Row], reader: Reader) -> list[_Found
     """Score all rows, batched by similar length."""
     found: dict[int, _Found] = {}
     by_length = sorted(range(len(rows)), key=lambda index: len(rows[index].ids))
-    with evaluating(model) as device:
+    with eval_mode(model) as device:
         for start in range(0, len(rows), reader.batch_size):
             batch = by_length[start : start + reader.batch_size]
             texts = [rows[index] for index in batch]

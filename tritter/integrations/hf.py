@@ -34,7 +34,7 @@ from tritter.checkpoints.state import STATE_FOLDER, LazyTensors, read_state, wri
 from tritter.core.families import family_of
 from tritter.core.models import backbone_of, config_of, head_of, live_tensors, load_model
 from tritter.data.batches import BatchStream, this_rank
-from tritter.data.mixed_rows import OldData, PackedText, checked_old, mixed_loader
+from tritter.data.mixed_rows import OldData, PackedText, check_old_data, mixed_loader
 from tritter.errors import Problem, RequestError, nearest, raise_problems
 from tritter.evaluation.gate import GateResult, retention_check
 from tritter.evaluation.losses import document_losses
@@ -192,7 +192,7 @@ class ForgettingMixin(Trainer):  # in front of the trainer class
 
     def get_train_dataloader(self) -> Any:
         """Return the trainer's loader, with old rows mixed in if a method replays them."""
-        return self.forgetting.mixed(super().get_train_dataloader())
+        return self.forgetting.mix_loader(super().get_train_dataloader())
 
     def compute_loss(
         self,
@@ -216,7 +216,7 @@ class ForgettingMixin(Trainer):  # in front of the trainer class
         batch = _method_batch(inputs, is_replay)
         with self.accelerator.autocast():
             running.observe_batch(self.model, batch)
-        with _caught_logits(self.model, is_wanted=running.adds_losses) as caught:
+        with _capture_logits(self.model, should_capture=running.adds_losses) as captured:
             result = super().compute_loss(model, inputs, **arguments)
         if not running.adds_losses:
             return result
@@ -224,7 +224,7 @@ class ForgettingMixin(Trainer):  # in front of the trainer class
         if self._is_loss_averaged(num_items_in_batch):
             scale = 1 / self.current_gradient_accumulation_steps
         with self.accelerator.autocast():
-            extra = running.extra_loss(self.model, batch, caught.of(self.model), scale=scale)
+            extra = running.extra_loss(self.model, batch, captured.of(self.model), scale=scale)
         return (result[0] + extra, result[1]) if return_outputs else result + extra
 
     def _is_loss_averaged(self, num_items_in_batch: Any) -> bool:
@@ -339,7 +339,7 @@ def _method_batch(inputs: Mapping[str, Any], is_replay: Tensor | None) -> dict[s
 
 
 @dataclass(slots=True)
-class _Caught:
+class _CapturedOutputs:
     """Outputs of a forward pass with their graph."""
 
     logits: Tensor | None = None
@@ -355,20 +355,20 @@ class _Caught:
 
 
 @contextmanager
-def _caught_logits(model: nn.Module, *, is_wanted: bool) -> Iterator[_Caught]:
+def _capture_logits(model: nn.Module, *, should_capture: bool) -> Iterator[_CapturedOutputs]:
     """Capture the logits, or else the last hidden states, of the task's forward pass."""
-    caught, handles = _Caught(), []
+    captured, handles = _CapturedOutputs(), []
 
-    def catch(module: nn.Module, arguments: Any, output: Any) -> None:
+    def capture(module: nn.Module, arguments: Any, output: Any) -> None:
         for name, key in (("logits", "logits"), ("hidden", "last_hidden_state")):
             value = getattr(output, key, None)
             if isinstance(value, Tensor) and value.requires_grad:
-                setattr(caught, name, value)
+                setattr(captured, name, value)
 
-    if is_wanted:
-        handles = [each.register_forward_hook(catch) for each in (model, backbone_of(model))]
+    if should_capture:
+        handles = [each.register_forward_hook(capture) for each in (model, backbone_of(model))]
     try:
-        yield caught
+        yield captured
     finally:
         for handle in handles:
             handle.remove()
@@ -397,7 +397,7 @@ class Forgetting:
         self._trainer = trainer
         self._components = trainer.forgetting_components
         self._needs = needs_of(self._components)
-        self._old = {name: checked_old(name, data) for name, data in old_data.items()}
+        self._old = {name: check_old_data(name, data) for name, data in old_data.items()}
         self._packing = PackedText(
             trainer.processing_class,
             config=trainer.model.config,
@@ -413,13 +413,13 @@ class Forgetting:
         self._before: dict[str, Tensor] = {}  # gate domain → nats of its documents
         self._added: dict[str, Tensor] = {}  # method → sum of what it added to the loss
         self._steps_added = 0
-        self._left: dict[str, Values] = {}
+        self._leftovers: dict[str, Values] = {}
         raise_problems(list(self._data_problems()))
 
     def _data_problems(self) -> Iterator[Problem]:
         writes = any(needs.writes for needs in self._needs)
         for one, needs in zip(self._components, self._needs, strict=True):
-            if needs.old_text and not (self._old or writes or self._has_earlier(needs.instead)):
+            if needs.old_text and not (self._old or writes or self._has_saved_state(needs.instead)):
                 reason = (
                     f"{one.name} needs old_data: texts or tokenised rows; without old data use "
                     "l2sp, distill or self_replay"
@@ -446,7 +446,7 @@ class Forgetting:
         """Old domain → int [N, T]: texts and rows packed into training sequences."""
         return {name: self._packing.sequences(name, data) for name, data in self._old.items()}
 
-    def mixed(self, loader: Any) -> Any:
+    def mix_loader(self, loader: Any) -> Any:
         """Return a loader with old rows mixed in if a method replays them."""
         mixing = [m for m, needs in zip(self.methods, self._needs, strict=False) if needs.mixes]
         if not (self.is_running and mixing):
@@ -485,7 +485,7 @@ class Forgetting:
         teacher = self._teacher()
         saved = None if folder is None else self._read(folder)
         if saved is None:
-            state, written = self._prepared()
+            state, written = self._prepare_methods()
         else:  # the loaded state below already includes the first state
             ones = {name: value.float() for name, value in _all_old(model).items()}
             state, written = dict.fromkeys(saved["kinds"], ones), saved["written"]
@@ -506,7 +506,7 @@ class Forgetting:
             method.begin_task(model, self._task)
             if saved is not None:
                 method.load_state_dict(saved["methods"][method.name])
-        self._left, self._added = {}, {}
+        self._leftovers, self._added = {}, {}
         self.is_running = True
         if saved is None:
             self._before = {name: each.values for name, each in self._scores().items()}
@@ -521,7 +521,7 @@ class Forgetting:
             return self._sequences if reads else {}
         return {} if written is None else {_WRITTEN: written}
 
-    def _prepared(self) -> tuple[dict[str, Values], Tensor | None]:
+    def _prepare_methods(self) -> tuple[dict[str, Values], Tensor | None]:
         """Return the initial state of the methods, and the text that the model generated."""
         model = self._trainer.model
         state, written = self._earlier_state(), None
@@ -573,7 +573,7 @@ class Forgetting:
         name = str(getattr(self._trainer.model, "name_or_path", "") or "")
         return Path(name) if name and Path(name).is_dir() else None
 
-    def _has_earlier(self, kinds: Sequence[str]) -> bool:
+    def _has_saved_state(self, kinds: Sequence[str]) -> bool:
         found = read_state(self._model_folder) if kinds and self._model_folder else None
         return found is not None and set(kinds) <= found.kinds.keys()
 
@@ -585,7 +585,9 @@ class Forgetting:
         model = self._trainer.model
         teacher = deepcopy(model) if folders[0] is None else load_model(locate(folders[0]))
         teacher = teacher.to(self._trainer.args.device).eval().requires_grad_(False)
-        self._teacher_hash = merkle_hash({n: tensor_digest(n, p) for n, p in _named(teacher)})
+        self._teacher_hash = merkle_hash(
+            {n: tensor_digest(n, p) for n, p in _named_parameters(teacher)}
+        )
         return teacher
 
     # During training
@@ -634,7 +636,7 @@ class Forgetting:
         """Let methods see the model after an optimizer step; step 0 is before the first."""
         with _stock_forward(model):
             for method in self.methods:
-                method.look(model, step)
+                method.observe_step(model, step)
 
     def losses(self, model: nn.Module) -> dict[str, float]:
         """Return the current penalties, and the mean of added losses since the last call.
@@ -656,7 +658,7 @@ class Forgetting:
 
     def end(self, model: nn.Module) -> None:
         """Collect the methods' state for later training runs."""
-        self._left = {
+        self._leftovers = {
             kind: values
             for method in self.methods
             for kind, values in method.end_task(model).items()
@@ -678,7 +680,7 @@ class Forgetting:
             return {
                 name: document_losses(
                     self._trainer.model,
-                    self._packing.tokenised(texts),
+                    self._packing.tokenise_texts(texts),
                     sequence_length=self._packing.sequence_length,
                     end_of_text_id=self._packing.end_of_text_id,
                     batch_size=self._trainer.args.eval_batch_size,
@@ -731,9 +733,11 @@ class Forgetting:
 
     def write_end(self, folder: Path) -> None:
         """Write the methods' state for later training runs into a trained model's folder."""
-        if self._left:
+        if self._leftovers:
             model = self._trainer.model
-            kinds = {k: TensorStream.of(disk_values(model, self._left[k])) for k in self._left}
+            kinds = {
+                k: TensorStream.of(disk_values(model, self._leftovers[k])) for k in self._leftovers
+            }
             if (folder / STATE_FOLDER).exists():
                 remove_folder(folder / STATE_FOLDER)
             write_state(folder, kinds, step=self._trainer.state.global_step)
@@ -757,14 +761,16 @@ def _stock_forward(model: nn.Module) -> Iterator[None]:
             model.__dict__["forward"] = patched
 
 
-def _named(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def _named_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     return ((name, parameter.detach()) for name, parameter in model.named_parameters())
 
 
 def _all_old(model: nn.Module) -> dict[str, Tensor]:
     """Return masks that mark every entry as old; expanded views, so they need no memory."""
     one = torch.ones((), dtype=torch.bool)
-    return {name: one.to(value.device).expand(value.shape) for name, value in _named(model)}
+    return {
+        name: one.to(value.device).expand(value.shape) for name, value in _named_parameters(model)
+    }
 
 
 def _overrides(kind: type[ForgettingMethod], hook: str) -> bool:

@@ -260,18 +260,18 @@ def check_source(context: RunContext) -> None:
     attempts = [context.of_attempt(n) for n in range(1, 1 + len(context.config.attempts))]
     for each in attempts:
         check_teacher(each)
-    if (given := context.given) is None:
+    if (source := context.initial_checkpoint) is None:
         return
     for each in attempts:
-        raise_problems(start_problems(each.config, given.config, folder=given.folder))
-        raise_problems(memory_problems(each.config, given.config))
+        raise_problems(start_problems(each.config, source.config, folder=source.folder))
+        raise_problems(memory_problems(each.config, source.config))
     if context.config.optimizer.carry:
-        raise_problems(moment_problems(given.folder))
+        raise_problems(moment_problems(source.folder))
     for expansion in dict.fromkeys(each.config.expansion for each in attempts):
         if expansion and context.config.pipeline.target_params is None:
             # The expert to clone may be selected by data later; any expert will do for this check
             branch = moe.with_choice(Branch("given", expansion), [0])
-            plan_expansion(given, branch.specs)
+            plan_expansion(source, branch.specs)
 
 
 def copy_source(context: RunContext, target: Path) -> Lineage:
@@ -286,7 +286,7 @@ def copy_source(context: RunContext, target: Path) -> Lineage:
         RequestError: the checkpoint is damaged, does not match its config, or was modified after
             its lineage was written.
     """
-    model, source = context.config.model, context.given
+    model, source = context.config.model, context.initial_checkpoint
     assert isinstance(model, CheckpointModelConfig) and source is not None
     lineage = source.lineage
     if lineage is None:
@@ -343,7 +343,7 @@ def check_teacher(context: RunContext) -> None:
     folder, reason = locate(location), ""
     checkpoint_config(str(folder), key=key)
     try:
-        config, start = read_config(folder), context.given
+        config, start = read_config(folder), context.initial_checkpoint
         run_config = base_config(context) if start is None else start.config
         own, expected = (
             family_of(each).dimensions(each).vocab_size for each in (config, run_config)

@@ -36,7 +36,7 @@ from tritter.data.options import DatasetsConfig
 from tritter.data.packing import DocumentMask, mask_documents, num_packed, packed, padding_fraction
 from tritter.data.replay import ReplayBuffer
 from tritter.data.sources import find_texts, recorded_paths, source_documents
-from tritter.data.tokens import END_OF_TEXT, PretrainedTokenizer, joined, read_tokenizer
+from tritter.data.tokens import END_OF_TEXT, PretrainedTokenizer, concatenate, read_tokenizer
 from tritter.errors import RequestError, TritterError, key_name
 from tritter.evaluation.benchmarks.files import Questions, TasksFolder, load
 from tritter.evaluation.benchmarks.formats import BENCHMARKS, Benchmark
@@ -113,17 +113,19 @@ class RunContext:
     def new_domains(self) -> tuple[str, ...]:
         return self.text.new
 
-    def new_of(self, branch: Branch) -> tuple[str, ...]:
+    def new_domains_of(self, branch: Branch) -> tuple[str, ...]:
         """Return the domains of a branch's task."""
         return self.text.tasks[branch.task]
 
-    def old_of(self, branch: Branch) -> tuple[str, ...]:
+    def old_domains_of(self, branch: Branch) -> tuple[str, ...]:
         """Return the domains to retain: the old domains, and those of earlier tasks."""
         earlier = [*self.old_domains, *chain.from_iterable(self.text.tasks[: branch.task])]
-        return tuple(dict.fromkeys(name for name in earlier if name not in self.new_of(branch)))
+        return tuple(
+            dict.fromkeys(name for name in earlier if name not in self.new_domains_of(branch))
+        )
 
     @cached_property
-    def given(self) -> Source | None:
+    def initial_checkpoint(self) -> Source | None:
         """The initial checkpoint of the run; None if it pretrains a base model.
 
         Raises:
@@ -145,17 +147,19 @@ class RunContext:
     def text(self) -> RunText:
         """The run's domains; those of a Hub checkpoint are known once it is downloaded."""
         config = self.config
-        if self.given is None or Path(config.model.path).is_dir():  # type: ignore[union-attr]
+        if self.initial_checkpoint is None or Path(config.model.path).is_dir():  # type: ignore[union-attr]
             return config.text
-        return run_text(str(self.given.folder), config.data, seed=config.seed)
+        return run_text(str(self.initial_checkpoint.folder), config.data, seed=config.seed)
 
     @cached_property
     def source_tokenizer(self) -> PretrainedTokenizer | None:
         """The tokenizer of the initial checkpoint, if any."""
-        if self.given is None:
+        if self.initial_checkpoint is None:
             return None
-        vocab_size = self.given.family.dimensions(self.given.config).vocab_size
-        return read_tokenizer(self.given.folder, vocab_size=vocab_size)
+        vocab_size = self.initial_checkpoint.family.dimensions(
+            self.initial_checkpoint.config
+        ).vocab_size
+        return read_tokenizer(self.initial_checkpoint.folder, vocab_size=vocab_size)
 
     @cached_property
     def corpus(self) -> Corpus:
@@ -184,8 +188,14 @@ class RunContext:
     @cached_property
     def notes(self) -> tuple[str, ...]:
         """Notes on the inputs of the run, a sentence each."""
-        source = known_config(self.config) if self.given is None else self.given.config
-        assert source is not None  # only the config of a Hub id is unknown, and then `given` is set
+        source = (
+            known_config(self.config)
+            if self.initial_checkpoint is None
+            else self.initial_checkpoint.config
+        )
+        assert (
+            source is not None
+        )  # only the config of a Hub id is unknown, and then `initial_checkpoint` is set
         # Skipped files of each domain
         notes = [find_texts(each.key, each.paths).note(each.name) for each in self.text.domains]
         notes += [*self.text.notes, *self.corpus.notes]
@@ -219,7 +229,7 @@ class RunContext:
     def published_dtype(self) -> str:
         """The dtype of the published weights; requires the baseline stage."""
         dtype = self.config.pipeline.dtype
-        if dtype != "source" or self.given is None:
+        if dtype != "source" or self.initial_checkpoint is None:
             return "float32" if dtype == "source" else dtype
         found = self.source("baseline").tensors.main_dtype
         return found if found in PUBLISHED_DTYPES else "float32"
@@ -264,7 +274,7 @@ class RunContext:
         try:
             result = work()
         except Stopped as stopped:
-            stopped.where = stopped.where or f"during {key}, which will restart"
+            stopped.location = stopped.location or f"during {key}, which will restart"
             raise
         elapsed = time.perf_counter() - since - sum(result.seconds.values())
         seconds = {**result.seconds, label: elapsed + result.seconds.get(label, 0.0)}
@@ -400,7 +410,7 @@ class RunContext:
         stream = (
             ReplayBuffer.of_domains(sequences, weights=weights, seed=seed, purpose="domain")
             if weights
-            else SequenceStream(joined(list(sequences.values())), seed=seed)
+            else SequenceStream(concatenate(list(sequences.values())), seed=seed)
         )
         num_batches = max_steps * self.config.trainer.accumulate_grad_batches
         return BatchStream(stream, batch_size=data.batch_size, num_batches=num_batches)
@@ -431,7 +441,11 @@ class RunContext:
         skills = (
             QuestionTask(name, name, questions[name]) for name in questions if questions[name]
         )
-        source = known_config(self.config) if self.given is None else self.given.config
+        source = (
+            known_config(self.config)
+            if self.initial_checkpoint is None
+            else self.initial_checkpoint.config
+        )
         length = (source and position_limit(source)) or MAX_POSITIONS
         return (*skills, *benchmark_tasks(options, positions=length))
 
@@ -531,7 +545,7 @@ class BenchmarkTask:
     Args:
         benchmark: the benchmark.
         questions: its questions; None to load them from the Hub.
-        asking: settings of lm-eval.
+        harness: settings of lm-eval.
         positions: maximum number of tokens of the run's models.
         domain: domain of the task; None for benchmarks.
     """

@@ -54,7 +54,7 @@ def remove_before_fit(context: RunContext, branch: Branch) -> None:
         remove(context, f"{branch.follows}/trained")
 
 
-def remove_rest(context: RunContext, *branches: Branch) -> None:
+def remove_unneeded(context: RunContext, *branches: Branch) -> None:
     """Remove the remaining folders of branches that the run no longer needs."""
     for branch in branches:
         remove_before_fit(context, branch)
@@ -66,7 +66,7 @@ def remove_rest(context: RunContext, *branches: Branch) -> None:
             remove(context, prepared)
 
 
-def release_start(context: RunContext, branch: Branch) -> bool:
+def may_release_start(context: RunContext, branch: Branch) -> bool:
     """Return True if the weights at the start of training may be removed before it ends.
 
     This holds for an expanded checkpoint: if the run is killed, the next call repeats the expansion

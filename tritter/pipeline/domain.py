@@ -16,7 +16,7 @@ from typing import Any
 from tritter.checkpoints import Lineage, write_lineage
 from tritter.checkpoints.location import check_output, check_replaceable
 from tritter.config.launch.composition import load_config
-from tritter.config.overrides import quoted
+from tritter.config.overrides import quote
 from tritter.config.schema import RunConfig
 from tritter.core.expansions import ExpansionSpec, MoeAdd
 from tritter.core.families import position_limit
@@ -36,7 +36,7 @@ from tritter.terminal import Console
 from tritter.transform import PlannedExpansion
 from tritter.transform.folder import known_digests
 
-ARM = "adapted"
+BRANCH = "adapted"
 MAX_SEQUENCE_LENGTH = 256
 BATCH_SIZE = 8
 
@@ -103,10 +103,10 @@ def expand_for_domain(
         folder = Path(name)
         config = replace(_config(source, task, folder), expansion=tuple(specs))
         context = RunContext(config=config, folder=folder, console=console, ledger=Ledger(folder))
-        branch = Branch(ARM, config.expansion)
+        branch = Branch(BRANCH, config.expansion)
         check_source(context)
-        given = context.given
-        assert given is not None
+        initial_checkpoint = context.initial_checkpoint
+        assert initial_checkpoint is not None
         context.check_text()
         for note in context.notes:
             context.say("data", note)
@@ -116,7 +116,7 @@ def expand_for_domain(
         used = moe.summary_record(context, (branch,))
         assert used is not None
         plan = context.planned(branch)
-        domains = " and ".join(context.new_of(branch))  # names in the run, which may differ
+        domains = " and ".join(context.new_domains_of(branch))  # names in the run, which may differ
         trained = f"on {domains}: {used.router_steps} router steps, {task.steps} steps of the "
         trained += "new experts; open to all tokens"
         steps = [  # replace the planned steps in the notes by the result
@@ -126,7 +126,7 @@ def expand_for_domain(
         plan = replace(plan, steps=tuple(steps))
         scores = {
             "before": score_records(context.read_scores("baseline")),
-            "after": score_records(context.read_scores(f"{ARM}-trained")),
+            "after": score_records(context.read_scores(f"{BRANCH}-trained")),
         }
         check = partial(check_replaceable, sources=sources)
         with atomic_folder(destination, overwrite=overwrite, check=check) as temporary:
@@ -138,7 +138,7 @@ def expand_for_domain(
                 parent_hash=root.model_hash,
                 parent_path=os.path.relpath(source.resolve(), destination.resolve()),
             )
-            if given.lineage is None:
+            if initial_checkpoint.lineage is None:
                 adopted = replace(
                     adopted,
                     parent_tensor_digests=root.tensor_digests,
@@ -153,7 +153,7 @@ def _config(source: Path, task: DomainTask, folder: Path) -> RunConfig:
     limit = position_limit(read_config(source)) or MAX_SEQUENCE_LENGTH
     settings = {
         "model": "hf",
-        "model.path": quoted(str(source.resolve())),
+        "model.path": quote(str(source.resolve())),
         "expansion": "none",
         "data": "text",
         "data.new": _value(task.new),
@@ -168,7 +168,7 @@ def _config(source: Path, task: DomainTask, folder: Path) -> RunConfig:
         "evaluation.sample_tokens": 0,
         "evaluation.every_n_steps": 0,
         "seed": task.seed,
-        "cache_dir": quoted(str(folder / "cache")),
+        "cache_dir": quote(str(folder / "cache")),
     }
     config = load_config([f"{key}={value}" for key, value in settings.items()])
     # Replay old data if there is any
@@ -179,5 +179,5 @@ def _config(source: Path, task: DomainTask, folder: Path) -> RunConfig:
 
 
 def _value(sources: TextSources) -> str:
-    parts = [f"{name}:[{','.join(map(quoted, paths))}]" for name, paths in sources.items()]
+    parts = [f"{name}:[{','.join(map(quote, paths))}]" for name, paths in sources.items()]
     return "{" + ",".join(parts) + "}"

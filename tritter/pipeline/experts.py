@@ -13,7 +13,7 @@ from tritter.core.families import Flops, forward_flops
 from tritter.core.models import config_of, load_model
 from tritter.errors import RequestError, did_you_mean
 from tritter.methods.experts.adapters import is_of_adapter, shape_of
-from tritter.methods.experts.callback import ExpertCallback, Known
+from tritter.methods.experts.callback import BaseData, ExpertCallback
 from tritter.methods.experts.method import DynamicExperts, Experts, SingleLora
 from tritter.methods.experts.mixture import ROUTER, ExpertMixture, mixture_on
 from tritter.methods.experts.module import ExpertModule, forward_flops_of
@@ -29,16 +29,16 @@ _USAGE_SEQUENCES = 16  # per domain, to measure the gates
 
 
 @dataclass(frozen=True, slots=True)
-class Trainee:
+class TrainingTarget:
     """The trainable part of a branch: a model, or the experts on it.
 
     Args:
         module: builds the Lightning module, given the options of `BaseModule`.
-        changers: callbacks that change the model.
+        surgery_callbacks: callbacks that change the model.
     """
 
     module: Callable[..., BaseModule]
-    changers: tuple[Callback, ...] = ()
+    surgery_callbacks: tuple[Callback, ...] = ()
 
 
 def method_of(context: RunContext, branch: Branch) -> Experts | None:
@@ -67,7 +67,9 @@ def load_start(context: RunContext, branch: Branch, source: Source) -> nn.Module
     return load_whole(source.folder, config=source.config, base_bits=bits)
 
 
-def begin(context: RunContext, branch: Branch, model: nn.Module, *, max_steps: int) -> Trainee:
+def begin(
+    context: RunContext, branch: Branch, model: nn.Module, *, max_steps: int
+) -> TrainingTarget:
     """Return the trainable part of a model; adds experts if they are selected and missing.
 
     Raises:
@@ -75,17 +77,17 @@ def begin(context: RunContext, branch: Branch, model: nn.Module, *, max_steps: i
     """
     method = method_of(context, branch)
     if method is None:
-        return Trainee(partial(BaseModule, model))
+        return TrainingTarget(partial(BaseModule, model))
     mixture = mixture_on(model)
     if mixture is None:
         seed = context.seed("experts", *branch.purpose)
         mixture = method.begin(model, end_of_text_id=context.end_of_text_id, seed=seed)
     else:
         _resume(context, branch, mixture, method)
-    changers: tuple[Callback, ...] = ()
+    surgery_callbacks: tuple[Callback, ...] = ()
     if isinstance(method, DynamicExperts):
-        changers = (_callback(context, branch, mixture, method, max_steps=max_steps),)
-    return Trainee(partial(ExpertModule, mixture, losses=method.losses), changers)
+        surgery_callbacks = (_callback(context, branch, mixture, method, max_steps=max_steps),)
+    return TrainingTarget(partial(ExpertModule, mixture, losses=method.losses), surgery_callbacks)
 
 
 def _callback(
@@ -116,7 +118,7 @@ def _callback(
         registry.load_state_dict(stored)
         if not branch.task:  # counters of an earlier run start again at zero
             registry.batches = dict.fromkeys(registry.batches, 0)
-    new, length = context.new_of(branch), context.config.data.sequence_length
+    new, length = context.new_domains_of(branch), context.config.data.sequence_length
     callback = ExpertCallback(
         registry,
         shape=shape,
@@ -175,7 +177,7 @@ def _resume(context: RunContext, branch: Branch, mixture: ExpertMixture, method:
         )
 
 
-def _known(context: RunContext, *, is_measured: bool) -> Known:
+def _known(context: RunContext, *, is_measured: bool) -> BaseData:
     """Return data of the old domains, for statistics of the novelty detector; never trained on."""
     sequences = context.training_sequences(context.old_domains)
     size = context.config.data.batch_size
@@ -188,7 +190,7 @@ def _known(context: RunContext, *, is_measured: bool) -> Known:
             order = torch.cat([order, torch.randperm(len(each), generator=generator)])
         batches[domain] = each[order[:count]].long().split(size)
     tokens = (each.flatten().long() for each in sequences.values())
-    return Known(batches=batches, tokens=torch.cat([torch.empty(0, dtype=torch.int64), *tokens]))
+    return BaseData(batches=batches, tokens=torch.cat([torch.empty(0, dtype=torch.int64), *tokens]))
 
 
 def reading_flops(model: nn.Module) -> Flops:

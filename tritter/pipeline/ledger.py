@@ -15,7 +15,7 @@ from tritter.errors import TritterError, brief
 from tritter.evaluation.gate import Status
 from tritter.storage.atomic import write_text_atomic
 from tritter.storage.reading import LEDGER_NAME
-from tritter.storage.records import read_record, record, record_text, validated
+from tritter.storage.records import read_record, record, record_text, validate_record
 from tritter.training import FitResult
 
 _LOG = ".csv"  # logs contain times and may be missing
@@ -90,7 +90,8 @@ class TrainingFound:
     @classmethod
     def of(cls, result: FitResult) -> "TrainingFound":
         """Return the part of a training result that the ledger stores."""
-        return cls(**{each.name: getattr(result, each.name) for each in fields(cls)})
+        names = {each.name: each.name for each in fields(cls)} | {"held": "memory"}
+        return cls(**{key: getattr(result, name) for key, name in names.items()})
 
 
 @record
@@ -216,7 +217,7 @@ class Ledger:
                 wrong = f"{self._path} is not a ledger"
                 if kind is None:
                     raise TritterError(f"{wrong}: there is no stage {brief(stage)}.")
-                found = validated(each.found, kind, what=f"{wrong}: {stage}")
+                found = validate_record(each.found, kind, what=f"{wrong}: {stage}")
                 self._stages[stage] = StageResult(
                     found, each.flops, each.seconds, tuple(each.left), each.left, each.disk
                 )
@@ -306,7 +307,7 @@ class Ledger:
         checksums = next(each.left for each in self._stages.values() if location in each.left)
         for damage in find_damage(self._folder, {location: checksums[location]}):
             raise TritterError(
-                f"{damage.what}. The stage is not reproducible here; start in another folder."
+                f"{damage.detail}. The stage is not reproducible here; start in another folder."
             )
         self._incomplete.discard(location)
 
@@ -359,11 +360,11 @@ class Ledger:
                     self._incomplete.add(location)
                     continue
                 for damage in damages:
-                    if not damage.is_gone:
-                        changed.append(f"  {damage.what}")
-                        locations.append(str(self._folder / damage.place))
-                    elif not damage.place.endswith(_LOG):
-                        missing.setdefault(stage, damage.what)
+                    if not damage.is_deleted:
+                        changed.append(f"  {damage.detail}")
+                        locations.append(str(self._folder / damage.location))
+                    elif not damage.location.endswith(_LOG):
+                        missing.setdefault(stage, damage.detail)
         if changed:
             raise TritterError(
                 "outputs of this run were modified:\n"

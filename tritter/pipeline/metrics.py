@@ -25,19 +25,19 @@ from tritter.report.rows import domain_rows
 from tritter.report.summary import Summary
 from tritter.report.wording import ACCURACY
 from tritter.storage.atomic import write_text_atomic
-from tritter.targets import Component, built
+from tritter.targets import Component, instantiate
 from tritter.training import read_metrics
 
 WANDB_STEP = "trainer/global_step"  # name used by Lightning's logger
 BEFORE = -1  # step of the model before its expansion
 
 
-def score_metrics(context: RunContext, arm_name: str) -> dict[str, float]:
+def score_metrics(context: RunContext, branch_name: str) -> dict[str, float]:
     """Return `score/<domain>/loss` and `score/<task>/accuracy` of a trained branch.
 
     Scores cover all validation documents.
     """
-    scores = context.read_scores(f"{arm_name}-trained")
+    scores = context.read_scores(f"{branch_name}-trained")
     means = {subject: finite_or_none(score.mean()) or 0.0 for subject, score in scores.items()}
     accuracies = [subject for subject, score in scores.items() if score.unit == "accuracy"]
     return {
@@ -46,14 +46,14 @@ def score_metrics(context: RunContext, arm_name: str) -> dict[str, float]:
     }
 
 
-def num_steps(context: RunContext, arm_name: str) -> int:
+def num_steps(context: RunContext, branch_name: str) -> int:
     """Return the number of steps for which a branch was trained."""
-    return context.ledger.found(f"{arm_name}.fit", TrainingFound).steps
+    return context.ledger.found(f"{branch_name}.fit", TrainingFound).steps
 
 
-def before_metrics(context: RunContext, arm_name: str) -> dict[str, float]:
+def before_metrics(context: RunContext, branch_name: str) -> dict[str, float]:
     """Return `eval/<domain>/…` before a branch's expansion; empty if it did not expand."""
-    stage = f"{arm_name}.expand"
+    stage = f"{branch_name}.expand"
     if context.ledger.get(stage) is None:
         return {}
     return dict(context.ledger.found(stage, ExpansionFound).before)
@@ -65,7 +65,7 @@ def first_step(context: RunContext, branches: Sequence[Branch], branch: Branch) 
     return sum(num_steps(context, each.name) for each in before)
 
 
-def joined_rows(context: RunContext, branches: Sequence[Branch]) -> list[dict[str, str]]:
+def join_rows(context: RunContext, branches: Sequence[Branch]) -> list[dict[str, str]]:
     """Return the logged rows of consecutive branches with continuous steps and final scores.
 
     Rows before the first step of a later task are omitted: they repeat the previous task's end.
@@ -97,7 +97,7 @@ def write_metrics(
     Returns:
         The rows.
     """
-    rows = joined_rows(context, branches)
+    rows = join_rows(context, branches)
     write_rows(context.folder / (f"metrics_{of}.csv" if of else "metrics.csv"), rows)
     return rows
 
@@ -365,7 +365,7 @@ def open_loggers(
         if (wandb := wandb_logger(context, part)) is not None:
             loggers.append(wandb)
         for named in context.config.logger.others:
-            loggers.append(logger := _built(named, context, part))
+            loggers.append(logger := _build_logger(named, context, part))
             opened.push(partial(_close, logger))
             if not first_step:
                 logger.log_hyperparams(fingerprint(context.config))
@@ -376,7 +376,7 @@ def _close(logger: Logger, error: type[BaseException] | None, *_: object) -> Non
     logger.finalize("success" if error is None else "failed")
 
 
-def _built(named: Component, context: RunContext, part: str | None) -> Logger:
+def _build_logger(named: Component, context: RunContext, part: str | None) -> Logger:
     """Build a logger that writes into the run folder, unless its options set another folder.
 
     A logger with run names gets the name of the part; others get a folder per part.
@@ -392,7 +392,7 @@ def _built(named: Component, context: RunContext, part: str | None) -> Logger:
     if issubclass(named.kind, MLFlowLogger) and body.get("run_id") is None:
         id_name = f"{named.name}_id" if part is None else f"{named.name}_id.{part}"
         return _same_mlflow_run(body, context.folder / id_name)
-    logger = built(body)
+    logger = instantiate(body)
     assert isinstance(logger, Logger)
     return logger
 
@@ -402,12 +402,12 @@ def _same_mlflow_run(body: Mapping[str, Any], id_file: Path) -> MLFlowLogger:
     from mlflow.exceptions import MlflowException
 
     known = id_file.read_text(encoding="utf-8") if id_file.exists() else None
-    logger: MLFlowLogger = built({**body, "run_id": known})
+    logger: MLFlowLogger = instantiate({**body, "run_id": known})
     try:
         logger.experiment.update_run(logger.run_id, status="RUNNING")
     except MlflowException as error:
         if known is None or error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
-        logger = built(body)  # deleted on the server, or the server has changed
+        logger = instantiate(body)  # deleted on the server, or the server has changed
     write_text_atomic(id_file, str(logger.run_id))
     return logger

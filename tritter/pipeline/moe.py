@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tritter.core.expansions import MoeAdd
 from tritter.core.models import load_model
 from tritter.core.stock_routers import AddedExperts, Routing
-from tritter.data.tokens import joined
+from tritter.data.tokens import concatenate
 from tritter.methods.moe_routing.objective import (
     OldRouting,
     RoutingObjective,
@@ -34,7 +34,7 @@ from tritter.training import SideLoss
 
 USAGE_SEQUENCES = 64
 UTILITY_SEQUENCES = 64  # of the new domains, to select the expert to clone
-HELD_SEQUENCES = 256  # old sequences whose routing is preserved
+HOLD_OLD_SEQUENCES = 256  # old sequences whose routing is preserved
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -76,7 +76,7 @@ def teacher_of(branch: Branch) -> str | None:
     return next((spec.teacher for spec in branch.specs if isinstance(spec, MoeAdd)), None)
 
 
-def chooses(branch: Branch) -> bool:
+def selects_experts_by_data(branch: Branch) -> bool:
     """Return True if the experts that a branch clones are selected by data."""
     return any(isinstance(spec, MoeAdd) and spec.is_chosen_by_data for spec in branch.specs)
 
@@ -93,13 +93,13 @@ def with_choice(branch: Branch, clone_from: Sequence[int]) -> Branch:
     return replace(branch, specs=specs)
 
 
-def spread(context: RunContext, domains: Sequence[str], count: int) -> Tensor:
+def spaced_sequences(context: RunContext, domains: Sequence[str], count: int) -> Tensor:
     """Return up to `count` training sequences [N, T], evenly spaced over some domains."""
-    sequences = joined(list(context.training_sequences(domains).values()))
+    sequences = concatenate(list(context.training_sequences(domains).values()))
     return sequences[:: max(1, len(sequences) // count)][:count]
 
 
-def appended(context: RunContext, branch: Branch) -> AddedExperts | None:
+def pending_experts(context: RunContext, branch: Branch) -> AddedExperts | None:
     """Return the appended experts that a branch still has to open; None if there are none."""
     added = context.source(expanded_folder(branch)).added
     return None if added is None or added.is_settled else added
@@ -107,23 +107,27 @@ def appended(context: RunContext, branch: Branch) -> AddedExperts | None:
 
 def router_steps(context: RunContext, branch: Branch) -> int:
     """Return the number of steps of the router stage; 0 without one."""
-    added, options = appended(context, branch), context.config.adaptation
+    added, options = pending_experts(context, branch), context.config.adaptation
     if added is None or added.step or options.router_update == "frozen":
         return 0
-    sequences = options.router_epochs * sum(map(context.num_sequences, context.new_of(branch)))
+    sequences = options.router_epochs * sum(
+        map(context.num_sequences, context.new_domains_of(branch))
+    )
     steps = math.ceil(sequences / context.config.data.batch_size)
     return min(steps, options.router_max_steps or steps)
 
 
-def opened(context: RunContext, branch: Branch, added: AddedExperts, *, steps: int) -> AddedExperts:
+def experts_after_steps(
+    context: RunContext, branch: Branch, added: AddedExperts, *, steps: int
+) -> AddedExperts:
     """Return the state of a branch's appended experts after a number of steps."""
     return added.at(added.step + steps, anneal_steps=anneal_steps(context, branch, added))
 
 
 @contextmanager
-def ready_for_routers(context: RunContext, branch: Branch, model: nn.Module) -> Iterator[Setup]:
+def router_stage_setup(context: RunContext, branch: Branch, model: nn.Module) -> Iterator[Setup]:
     """Prepare a model for the router stage: train only routers, and encourage new experts."""
-    added = appended(context, branch)
+    added = pending_experts(context, branch)
     assert added is not None
     routing = _objective(
         context,
@@ -138,17 +142,17 @@ def ready_for_routers(context: RunContext, branch: Branch, model: nn.Module) -> 
 
 
 @contextmanager
-def ready_for_training(context: RunContext, branch: Branch, model: nn.Module) -> Iterator[Setup]:
+def training_setup(context: RunContext, branch: Branch, model: nn.Module) -> Iterator[Setup]:
     """Prepare a model for a branch's training, with a frozen base if requested."""
     if Routing.of(model) is None:
         yield Setup()
         return
     routing, options = _objective(context, branch, model), context.config.adaptation
-    added, steps = appended(context, branch), router_steps(context, branch)
+    added, steps = pending_experts(context, branch), router_steps(context, branch)
     if added is None:
         yield Setup(side_losses=(routing,))
         return
-    now = opened(context, branch, added, steps=steps)
+    now = experts_after_steps(context, branch, added, steps=steps)
     opening = ExpertOpening(now, anneal_steps=anneal_steps(context, branch, added))
     if not options.freeze_base:
         yield Setup(side_losses=(routing,), controls=(opening,))
@@ -166,7 +170,9 @@ def ready_for_training(context: RunContext, branch: Branch, model: nn.Module) ->
 
 def usage_sequences(context: RunContext) -> dict[str, Tensor]:
     """Return domain → training sequences for measuring expert usage."""
-    return {domain: spread(context, [domain], USAGE_SEQUENCES) for domain in context.domains}
+    return {
+        domain: spaced_sequences(context, [domain], USAGE_SEQUENCES) for domain in context.domains
+    }
 
 
 def summary_record(context: RunContext, branches: Sequence[Branch]) -> MoeRecord | None:
@@ -180,12 +186,12 @@ def summary_record(context: RunContext, branches: Sequence[Branch]) -> MoeRecord
     if found.moe is None:
         return None
     record = dict(found.moe)
-    added = appended(context, first)
+    added = pending_experts(context, first)
     if added is not None:
         steps = router_steps(context, first)
         fits = (context.ledger.found(f"{branch.name}.fit", TrainingFound) for branch in branches)
         trained = sum(fit.steps for fit in fits)
-        now = opened(context, first, added, steps=steps + trained)
+        now = experts_after_steps(context, first, added, steps=steps + trained)
         record["new"] = list(added.experts)
         record["router_steps"] = steps
         record["is_open"] = now.is_settled
@@ -203,9 +209,9 @@ def summary_record(context: RunContext, branches: Sequence[Branch]) -> MoeRecord
 
 def anneal_steps(context: RunContext, branch: Branch, added: AddedExperts) -> int:
     """Return the number of steps until the router offset of appended experts reaches 0."""
-    begun, configured = added.anneal_steps, context.config.adaptation.anneal_steps
+    saved, configured = added.anneal_steps, context.config.adaptation.anneal_steps
     steps = router_steps(context, branch) or max(1, context.config.training.max_steps // 2)
-    return configured or begun or steps
+    return configured or saved or steps
 
 
 def _objective(
@@ -223,7 +229,7 @@ def _objective(
     old = None
     if settings.hold_old:  # routing of old data before any training of the branch
         sequences = context.sample_equally(
-            context.old_of(branch), HELD_SEQUENCES, "hold_old", *branch.purpose
+            context.old_domains_of(branch), HOLD_OLD_SEQUENCES, "hold_old", *branch.purpose
         )
         start = context.source(expanded_folder(branch))
         before = context.masked(load_model(start.folder, config=start.config)).to(context.device)

@@ -26,7 +26,7 @@ from tritter.pipeline.metrics import (
     BEFORE,
     before_metrics,
     first_step,
-    joined_rows,
+    join_rows,
     log_result_to_wandb,
     num_steps,
     open_loggers,
@@ -81,44 +81,49 @@ def run_pipeline(config: RunConfig, *, run_folder: Path) -> Outcome:
         check_source(context)
         _announce(context)
         run_baseline(context)
-        trials = _run_candidates(context)
-        last, status = trials[-1], trials[-1].status
-        control = _run_control(last, num_rounds=len(trials) if last.branches[0].is_round else 1)
+        candidates = _run_candidates(context)
+        last, status = candidates[-1], candidates[-1].status
+        control = _run_control(last, num_rounds=len(candidates) if last.branches[0].is_round else 1)
         is_kept = status != "rolled_back"
         context.stage(
             "publish",
             lambda: verdict.publish(last.context, last.branches, keep=is_kept),
             label="publish",
         )
-        disk.remove_rest(
-            context, *(branch for each in (*trials, control) for branch in each.branches)
+        disk.remove_unneeded(
+            context, *(branch for each in (*candidates, control) for branch in each.branches)
         )
-        return _report(context, trials, control)
+        return _report(context, candidates, control)
 
 
-def _report(context: RunContext, trials: Sequence[Candidate], control: Candidate) -> Outcome:
+def _report(context: RunContext, candidates: Sequence[Candidate], control: Candidate) -> Outcome:
     """Write the summary, metrics and plots of a run, and print its table and next commands."""
-    last = trials[-1]
+    last = candidates[-1]
     gate, control_rows = None, []
     if control.branches:
         gate = verdict.judge(control)
         control_rows = write_metrics(context, control.branches, of="control")
-    summary = summary_record(context, trials, control=control, control_gate=gate)
+    summary = summary_record(context, candidates, control=control, control_gate=gate)
     path = context.folder / SUMMARY_NAME
     write_text_atomic(path, summary.text())
     rows = write_metrics(context, last.branches)
-    before = [each for each in trials[:-1] if each.branches[0].is_round]
+    before = [each for each in candidates[:-1] if each.branches[0].is_round]
     if before:
-        write_metrics(context, [branch for each in trials for branch in each.branches], of="rounds")
+        write_metrics(
+            context, [branch for each in candidates for branch in each.branches], of="rounds"
+        )
     plots = plot_run(
         summary,
         curves_of(rows),
         context.folder / "plots",
-        earlier=[curves_of(joined_rows(context, each.branches)) for each in before],
+        earlier=[curves_of(join_rows(context, each.branches)) for each in before],
         control=curves_of(control_rows),
     )
     own = [
-        branch.name for candidate in trials for branch in candidate.branches if branch.part is None
+        branch.name
+        for candidate in candidates
+        for branch in candidate.branches
+        if branch.part is None
     ]
     step = sum(num_steps(context, name) for name in own)
     log_result_to_wandb(context, summary, plots, step=step)
@@ -193,7 +198,7 @@ def planned_candidates(context: RunContext) -> list[Candidate]:
     Raises:
         RequestError: the target size can't be reached from the baseline's shape.
     """
-    config, trials = context.config, []
+    config, candidates = context.config, []
     if config.pipeline.target_params is None:
         for number, own in enumerate(config.attempts, start=1):
             has_same_methods = [one.forgetting == own.forgetting for one in config.attempts]
@@ -201,8 +206,10 @@ def planned_candidates(context: RunContext) -> list[Candidate]:
             name = f"attempt_{number}"
             first = Branch(name, own.expansion, attempt=number, prepared_by=prepared_by)
             branches = tasks_of(first, len(context.text.tasks))
-            trials.append(Candidate(context.of_attempt(number), branches, own.fallback_overrides))
-        return trials
+            candidates.append(
+                Candidate(context.of_attempt(number), branches, own.fallback_overrides)
+            )
+        return candidates
     shapes = planned_rounds(config, context.source("baseline").config)
     counts = " → ".join(f"{shape.parameters:,}" for shape in shapes)
     context.say("plan", f"{len(shapes)} rounds to {counts} parameters")
@@ -214,8 +221,8 @@ def planned_candidates(context: RunContext) -> list[Candidate]:
             is_round=True,
             is_final=number == len(shapes),
         )
-        trials.append(Candidate(context, (branch,)))
-    return trials
+        candidates.append(Candidate(context, (branch,)))
+    return candidates
 
 
 def _run_tasks(
@@ -266,7 +273,7 @@ def run_branch(context: RunContext, branch: Branch, *, first_step: int = 0) -> B
         first_step: number of earlier steps in loggers.
     """
     key, label = branch.name, branch.label
-    if moe.chooses(branch):
+    if moe.selects_experts_by_data(branch):
         stage = f"{key}.choose"
         context.stage(stage, partial(stages.choice, context, branch), label="choose")
         branch = moe.with_choice(branch, context.ledger.found(stage, ChoiceFound).clone_from)
@@ -345,7 +352,7 @@ def _announce(context: RunContext) -> None:
 
 
 _WITH_BODY = ("expansion", "experts")
-_LARGEST_FRACTION = 0.5  # of replayed or validation data; more would starve the rest
+_MAX_FRACTION = 0.5  # of replayed or validation data; more would starve the rest
 
 
 def next_commands(
@@ -415,14 +422,14 @@ def _after_rollback(config: RunConfig, summary: Summary) -> Advice:
     if "retention" in failed:
         replay = next((one for one in config.forgetting if one.kind.needs(one.options).mixes), None)
         if replay is None:
-            yield {"forgetting": _listed([*names, "replay"])}, "mix in old data"
-        elif (fraction := getattr(replay.options, "fraction", 1.0)) < _LARGEST_FRACTION:
-            more = min(_LARGEST_FRACTION, 2 * fraction)
+            yield {"forgetting": _override_value([*names, "replay"])}, "mix in old data"
+        elif (fraction := getattr(replay.options, "fraction", 1.0)) < _MAX_FRACTION:
+            more = min(_MAX_FRACTION, 2 * fraction)
             yield {f"forgetting.{replay.name}.fraction": f"{more:g}"}, "mix in more old data"
         # Best combination with replay: experiments/2026-11-21_forgetting_methods
         if "distill" not in names and config.experts is None:
             methods = ["distill", *names] if names else ["distill", "replay"]
-            yield {"forgetting": _listed(methods)}, "also distill from the old model"
+            yield {"forgetting": _override_value(methods)}, "also distill from the old model"
     if "new_capability" in failed:
         yield _twice_as_long(config), "more steps"
     if failed & {"retention", "training"}:
@@ -457,10 +464,10 @@ def _after_undecided(config: RunConfig, summary: Summary) -> Advice:
         return  # a checkpoint keeps the split of its lineage
     factor, check = max(needs, key=lambda need: need[0])
     fraction = factor * (config.data.validation_fraction or DEFAULT_FRACTION)
-    if factor > 1 and fraction <= _LARGEST_FRACTION:
+    if factor > 1 and fraction <= _MAX_FRACTION:
         advice = f"{check.documents_needed} validation documents of {check.subject} are needed"
         yield {"data.validation_fraction": f"{fraction + 0.005:.2f}"}, advice
 
 
-def _listed(names: Sequence[str]) -> str:
+def _override_value(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"[{','.join(names)}]"

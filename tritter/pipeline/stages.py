@@ -35,7 +35,7 @@ from tritter.pipeline import experts, importance, moe
 from tritter.pipeline.base import copy_source, last_rate, obtain_base, schedule_of
 from tritter.pipeline.branch import Branch
 from tritter.pipeline.context import MAX_POSITIONS, RunContext
-from tritter.pipeline.disk import release_start, write_expanded
+from tritter.pipeline.disk import may_release_start, write_expanded
 from tritter.pipeline.ledger import (
     BaselineFound,
     ChoiceFound,
@@ -54,8 +54,8 @@ from tritter.pipeline.trained import (
     discard_moments,
     measuring_flops,
     moment_keepers,
-    moments_of_rest,
     round_weights,
+    untrained_moments,
     with_routing,
 )
 from tritter.storage.atomic import atomic_folder, copy_tree, write_text_atomic
@@ -74,7 +74,7 @@ from tritter.training import (
     metrics_files,
 )
 from tritter.training.callbacks import evaluation_flops
-from tritter.training.trainer import losses_before
+from tritter.training.trainer import validation_metrics
 
 JUMP_SEQUENCES = 8
 ROUTER_WARMUP = 0.05
@@ -85,8 +85,8 @@ def baseline(context: RunContext) -> StageResult:
     """Write the initial model to the run folder and score it."""
     folder = context.folder / "baseline"
     seconds = {}
-    if context.given is not None:
-        location = context.given.folder
+    if context.initial_checkpoint is not None:
+        location = context.initial_checkpoint.folder
         context.say("baseline", f"checkpoint {location}; no pretraining")
         lineage = copy_source(context, folder)
     else:
@@ -143,7 +143,7 @@ def expansion(context: RunContext, branch: Branch) -> StageResult:
     context.score(after, f"{branch.name}-expanded")
     evaluated, flops = dict[str, float](), dict[str, float]()
     if (text := context.validation_subset) is not None:
-        evaluated = losses_before(before, text, context.config.trainer)
+        evaluated = validation_metrics(before, text, context.config.trainer)
         flops["validation"] = evaluation_flops(experts.reading_flops(before), text)
     flops["expand"] = context.scoring_flops(forward_flops(grown.config))
     passes = [forward_flops(each.config).of(tokens.shape[1]) for each in (source, grown)]
@@ -167,7 +167,7 @@ def adaptation(context: RunContext, branch: Branch) -> StageResult:
         context.folder / branch.name / "router",
     )
     options, steps = context.config.adaptation, moe.router_steps(context, branch)
-    added = moe.appended(context, branch)
+    added = moe.pending_experts(context, branch)
     assert added is not None
     model = context.masked(load_model(start.folder, config=start.config))
     if options.router_update == "retrain":
@@ -176,10 +176,10 @@ def adaptation(context: RunContext, branch: Branch) -> StageResult:
     write = replace(
         child_writer(context, branch, start, location, stage="router adaptation", added=added),
         anneal_steps=moe.anneal_steps(context, branch, added),
-        moments=moments_of_rest(context, start, is_trained=is_router),
+        moments=untrained_moments(context, start, is_trained=is_router),
     )
-    context.say("adapt", f"{steps} router steps on {', '.join(context.new_of(branch))}")
-    with moe.ready_for_routers(context, branch, model) as setup:
+    context.say("adapt", f"{steps} router steps on {', '.join(context.new_domains_of(branch))}")
+    with moe.router_stage_setup(context, branch, model) as setup:
         module = BaseModule(
             model,
             schedule=Schedule(
@@ -202,12 +202,12 @@ def adaptation(context: RunContext, branch: Branch) -> StageResult:
             label="router",
             write_result=write,
         )
-    return _accepted(context, location, result, folder=folder, label=branch.label("adapt"))
+    return _accept(context, location, result, folder=folder, label=branch.label("adapt"))
 
 
 def training(context: RunContext, branch: Branch, *, loggers: Sequence[Logger]) -> StageResult:
     """Continue training on the new domains with the selected forgetting mitigation."""
-    frees_start = release_start(context, branch)
+    frees_start = may_release_start(context, branch)
     start = context.source(moe.start_folder(context, branch))
     options = experts.training_of(context, branch)
     settings = replace(options, max_steps=options.max_steps * branch.num_trainings)
@@ -218,9 +218,9 @@ def training(context: RunContext, branch: Branch, *, loggers: Sequence[Logger]) 
             parameter.requires_grad &= not bool(mapped[name].any())
     methods = build_methods(context.config.forgetting)
     _announce(context, branch, methods, max_steps=settings.max_steps)
-    with moe.ready_for_training(context, branch, model) as setup:
+    with moe.training_setup(context, branch, model) as setup:
         task = importance.task(context, branch, follow=setup.follow)
-        observers, changers = _growth(context, branch, model, max_steps=settings.max_steps)
+        observers, surgery_callbacks = _growth(context, branch, model, max_steps=settings.max_steps)
         trainee = experts.begin(context, branch, model, max_steps=settings.max_steps)
         _freeze(model, methods, task, max_steps=settings.max_steps)
         module = trainee.module(
@@ -245,7 +245,7 @@ def training(context: RunContext, branch: Branch, *, loggers: Sequence[Logger]) 
             write_result=write,
             evaluation=text,
             observers=observers,
-            changers=(*changers, *trainee.changers),
+            surgery_callbacks=(*surgery_callbacks, *trainee.surgery_callbacks),
         )
     location = f"{branch.name}/trained"
     accept(context, location)
@@ -272,14 +272,14 @@ def training(context: RunContext, branch: Branch, *, loggers: Sequence[Logger]) 
                 refused_steps=found.refused_steps + earlier.refused_steps,
                 stopped_because=earlier.stopped_because or found.stopped_because,
             )
-    spent, evaluating = {branch.label("fit"): flops}, branch.label("validation")
+    spent, eval_mode = {branch.label("fit"): flops}, branch.label("validation")
     if result.evaluation_flops:  # the control has a single entry
-        spent[evaluating] = spent.get(evaluating, 0.0) + result.evaluation_flops
+        spent[eval_mode] = spent.get(eval_mode, 0.0) + result.evaluation_flops
     metrics = [path.relative_to(context.folder).as_posix() for path in metrics_files(folder)]
     return StageResult(
         found,
         flops=spent,
-        seconds={evaluating: result.evaluation_seconds} if text else {},
+        seconds={eval_mode: result.evaluation_seconds} if text else {},
         leaves=(location, *metrics),
     )
 
@@ -315,7 +315,7 @@ def _announce(
     names = ["frozen base"] if has_frozen_base else []
     names += [method.name for method in methods]
     mitigation = " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]])) or "none"
-    domains, tasks = ", ".join(context.new_of(branch)), len(context.text.tasks)
+    domains, tasks = ", ".join(context.new_domains_of(branch)), len(context.text.tasks)
     which = f" (task {branch.task + 1} of {tasks})" if tasks > 1 else ""
     context.say(
         "train", f"{max_steps} steps on {domains}{which}; forgetting mitigation: {mitigation}"
@@ -353,14 +353,16 @@ def _fit(
     evaluation: ValidationSubset | None = None,
     loggers: Sequence[Logger] = (),
     observers: Sequence[Callback] = (),
-    changers: Sequence[Callback] = (),
+    surgery_callbacks: Sequence[Callback] = (),
 ) -> FitResult:
     """Train a branch's module on the new domains."""
     max_steps = module.schedule.max_steps
     return fit(
         module,
         context.batches(
-            context.new_of(branch), purpose="-".join((label, *branch.purpose)), max_steps=max_steps
+            context.new_domains_of(branch),
+            purpose="-".join((label, *branch.purpose)),
+            max_steps=max_steps,
         ),
         settings=context.config.trainer,
         folder=folder,
@@ -371,14 +373,14 @@ def _fit(
         # Save moments if training started from moments; router stages have none
         observers=[*(moment_keepers(context, folder) if module.moments else ()), *observers],
         controls=setup.controls if setup is not None else (),
-        changers=changers,
-        theirs=context.config.callbacks if label == "training" else (),
+        surgery_callbacks=surgery_callbacks,
+        user_callbacks=context.config.callbacks if label == "training" else (),
         write_result=write_result,
         evaluation=evaluation,
     )
 
 
-def _accepted(
+def _accept(
     context: RunContext, location: str, result: FitResult, *, folder: Path, label: str
 ) -> StageResult:
     """Accept the result of a training stage that precedes the main training run."""
@@ -403,7 +405,7 @@ def evaluation(context: RunContext, branch: Branch) -> StageResult:
     if is_last and not branch.is_control and context.config.evaluation.sample_tokens:
         start = "baseline" if branch.task else branch.start
         before = experts.load_start(context, branch, context.source(start))
-        samples = [continued(context, domain, before, trained) for domain in context.domains]
+        samples = [generate_samples(context, domain, before, trained) for domain in context.domains]
         flops += sum(sample.flops for sample in samples)
     sequences: Mapping[str, Tensor] = {}
     used = lora_used = None
@@ -430,14 +432,14 @@ SAMPLE_PROMPT_TOKENS = 24
 
 
 @dataclass(frozen=True, slots=True)
-class Continued:
+class Continuations:
     """Continuations of a prompt by two models, as in summary.json, and their FLOPs."""
 
     texts: dict[str, str]
     flops: float
 
 
-def continued(context: RunContext, domain: str, before: Any, after: Any) -> Continued:
+def generate_samples(context: RunContext, domain: str, before: Any, after: Any) -> Continuations:
     """Return a sample prompt of a domain with the continuations of both models."""
     document = context.corpus.domains[domain].validation.document(0)
     # Skip the beginning of the document, which is usually a heading or imports
@@ -464,7 +466,7 @@ def continued(context: RunContext, domain: str, before: Any, after: Any) -> Cont
         generated = min(len(tokens), max_new - 1)
         flops += experts.reading_flops(model).of(1 + len(prompt) + generated)
     record = {"domain": domain, "prompt": str(tokenizer.decode(prompt)), **texts}
-    return Continued(record, flops)
+    return Continuations(record, flops)
 
 
 FORMAT_VERSION = 1
@@ -554,7 +556,7 @@ def _intact_scores(location: Path) -> dict[str, Any] | None:
 def choice(context: RunContext, branch: Branch) -> StageResult:
     """Select the expert of each layer that the new domains' data affects most."""
     start = context.source(branch.start)
-    sequences = moe.spread(context, context.new_of(branch), moe.UTILITY_SEQUENCES)
+    sequences = moe.spaced_sequences(context, context.new_domains_of(branch), moe.UTILITY_SEQUENCES)
     model = context.masked(load_model(start.folder, config=start.config)).to(context.device)
     chosen = best_experts(model, sequences)
     context.say("choose", f"experts to clone, layer by layer: {' '.join(map(str, chosen))}")
@@ -569,12 +571,12 @@ def distillation(context: RunContext, branch: Branch) -> StageResult:
     """Distill the new experts from the teacher on the new domains, before routers use them."""
     options, teacher = context.config.adaptation, moe.teacher_of(branch)
     start = context.source(moe.expanded_folder(branch))
-    added = moe.appended(context, branch)
+    added = moe.pending_experts(context, branch)
     assert teacher is not None and added is not None
     model = context.masked(load_model(start.folder, config=start.config))
     folder, steps = context.folder / branch.name / "distill", options.distill_steps
     location, stage = f"{branch.name}/distilled", "distillation of new experts"
-    rest = moments_of_rest(context, start, is_trained=lambda each: each.expert in added.experts)
+    rest = untrained_moments(context, start, is_trained=lambda each: each.expert in added.experts)
     write = replace(
         child_writer(context, branch, start, location, stage=stage, added=added), moments=rest
     )
@@ -590,4 +592,4 @@ def distillation(context: RunContext, branch: Branch) -> StageResult:
             optimizer=context.config.optimizer,
         )
         result = _fit(context, branch, module, folder=folder, label="distill", write_result=write)
-    return _accepted(context, location, result, folder=folder, label=branch.label("distill"))
+    return _accept(context, location, result, folder=folder, label=branch.label("distill"))

@@ -41,12 +41,12 @@ from tritter.report.summary import (
     Target,
     TaskRecord,
 )
-from tritter.storage.records import validated
+from tritter.storage.records import validate_record
 
 
 def summary_record(
     context: RunContext,
-    trials: Sequence[Candidate],
+    candidates: Sequence[Candidate],
     *,
     control: Candidate,
     control_gate: GateFound | None,
@@ -54,25 +54,25 @@ def summary_record(
     """Return the contents of summary.json; top-level values are those of the last round or attempt.
 
     Args:
-        trials: the rounds or attempts that ran.
+        candidates: the rounds or attempts that ran.
         control: the control (not grown); it has no branches if it was not requested.
         control_gate: the gate's verdict on the control, if any.
     """
-    branches = trials[-1].branches
+    branches = candidates[-1].branches
     first, last = branches[0], branches[-1]
-    records = [_attempt_record(each) for each in trials]
+    records = [_attempt_record(each) for each in candidates]
     attempt = records[-1]
     locations = {"baseline": "baseline", "final": "checkpoint"}
     sizes = {name: context.source(location).config for name, location in locations.items()}
     is_kept = attempt.status != "rolled_back"
     evaluated = context.ledger.found(f"{last.name}.evaluate", EvaluationFound)
-    own = trials[-1].context
+    own = candidates[-1].context
     prepared = (
-        importance.notes_of(each.context, branch) for each in trials for branch in each.branches
+        importance.notes_of(each.context, branch) for each in candidates for branch in each.branches
     )
     return Summary(
         format_version=1,
-        status=trials[-1].status,
+        status=candidates[-1].status,
         domains=Domains(old=list(context.old_domains), new=list(context.new_domains)),
         data={name: asdict(counts) for name, counts in context.corpus.counts.items()},
         expansion=[n for each in (records if last.is_round else [attempt]) for n in each.expansion],
@@ -100,7 +100,7 @@ def summary_record(
             growth=_growth(own, branches),
             experts=_experts(own, branches),
             rounds=records if last.is_round else None,
-            target=_target(trials[-1]) if last.is_round else None,
+            target=_target(candidates[-1]) if last.is_round else None,
             control=None
             if control_gate is None
             else Attempt(**_branch_record(control.context, control.branches, control_gate)),
@@ -122,7 +122,7 @@ def _growth(context: RunContext, branches: Sequence[Branch]) -> GrowthRecord | N
         options=growth.plain(),
         advice=growth.options.trigger.advice,
     )
-    return validated(record, GrowthRecord, what="summary.json: growth")
+    return validate_record(record, GrowthRecord, what="summary.json: growth")
 
 
 def _experts(context: RunContext, branches: Sequence[Branch]) -> ExpertsRecord | None:
@@ -137,7 +137,7 @@ def _experts(context: RunContext, branches: Sequence[Branch]) -> ExpertsRecord |
         [each.experts or {} for each in evaluated],
         options={"name": experts.name, **experts.plain()},
     )
-    return validated(record, ExpertsRecord, what="summary.json: experts")
+    return validate_record(record, ExpertsRecord, what="summary.json: experts")
 
 
 def _fits(context: RunContext, branches: Sequence[Branch]) -> list[TrainingFound]:
@@ -216,7 +216,7 @@ def _task_record(context: RunContext, branch: Branch) -> TaskRecord:
     fitted = context.ledger[f"{branch.name}.fit"]
     found = context.ledger.found(f"{branch.name}.fit", TrainingFound)
     return TaskRecord(
-        domains=list(context.new_of(branch)),
+        domains=list(context.new_domains_of(branch)),
         final=_scores(context, f"{branch.name}-trained"),
         steps=found.steps,
         ended_early=found.ended_early,

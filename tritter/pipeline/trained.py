@@ -16,7 +16,7 @@ from tritter.checkpoints.folder import Artifact, LinkedTensors, TokenizerFiles
 from tritter.checkpoints.history import checkpoint_changes
 from tritter.checkpoints.state import KeptSequences, State, copy_states, read_state
 from tritter.core.families import Config, LogicalTensor
-from tritter.core.models import config_of, load_model, stored_tensors, weightless_model
+from tritter.core.models import config_of, load_model, stored_tensors, uninitialised_model
 from tritter.core.parameter_map.carry import MOMENTS
 from tritter.core.stock_routers import AddedExperts, Routing
 from tritter.data.packing import lengths_of
@@ -65,7 +65,7 @@ class TrainedWriter:
         anneal_steps: steps until they are open; None if this training run does not open them.
         moments: optimizer moments.
         routing_state: folder for the routers' biases, which a checkpoint does not store.
-        kept: sequences to store with the model.
+        kept_sequences: sequences to store with the model.
         records: functions that return lineage records: grown neurons, spawned experts.
         has_frozen_base: only LoRA experts were trained, so the base is written unchanged.
     """
@@ -82,7 +82,7 @@ class TrainedWriter:
     anneal_steps: int | None = None
     moments: Artifact | None = None
     routing_state: Path | None = None
-    kept: KeptSequences = field(default_factory=KeptSequences)
+    kept_sequences: KeptSequences = field(default_factory=KeptSequences)
     records: tuple[Records, ...] = ()
     has_frozen_base: bool = False
 
@@ -115,9 +115,9 @@ class TrainedWriter:
             expansion_history=(*self.lineage.expansion_history, *changes),
             training_config={**self.lineage.training_config, "last_rate": result.last_rate},
         )
-        losses, experts = dict(self.kept.losses), None
-        for name in self.kept.sequences.keys() - losses.keys():
-            losses[name] = sequence_losses(model, self.kept.sequences[name])
+        losses, experts = dict(self.kept_sequences.losses), None
+        for name in self.kept_sequences.sequences.keys() - losses.keys():
+            losses[name] = sequence_losses(model, self.kept_sequences.sequences[name])
         if (mixture := mixture_on(model)) is not None:
             usage = mixture.extra.get("usage")
             by_stage = None if usage is None else {"training": usage}
@@ -131,7 +131,7 @@ class TrainedWriter:
                 TokenizerFiles(self.start),
                 None if is_settled else added,
                 self.moments,
-                replace(self.kept, losses=losses),
+                replace(self.kept_sequences, losses=losses),
                 experts,
             ),
             overwrite=True,
@@ -180,7 +180,7 @@ def _unlink_weights(folder: Path, model: nn.Module) -> None:
 
 def measuring_flops(context: RunContext, written: TrainedWriter, location: str) -> float:
     """Return the FLOPs of measuring the losses of a writer's kept sequences."""
-    kept = written.kept
+    kept = written.kept_sequences
     measured = [rows for name, rows in kept.sequences.items() if name not in kept.losses]
     if not measured:
         return 0.0
@@ -190,7 +190,7 @@ def measuring_flops(context: RunContext, written: TrainedWriter, location: str) 
 
 def _config_after(config: Config, model: nn.Module) -> Config:
     """Return the config of the initial checkpoint, updated by changes of the live model."""
-    before, after = config_of(weightless_model(config)), config_of(model)
+    before, after = config_of(uninitialised_model(config)), config_of(model)
     changed = {key: value for key, value in after.items() if before.get(key) != value}
     return {key: config[key] for key in config if key in after or key not in before} | changed
 
@@ -224,12 +224,12 @@ def child_writer(
             "training": asdict(config.training),
             **{name: asdict(getattr(config, name)) for name in sections},
             "forgetting": [{"name": one.name, **plain(one.arguments)} for one in config.forgetting],
-            "old": context.source_records(context.old_of(branch)),
-            "new": context.source_records(context.new_of(branch)),
+            "old": context.source_records(context.old_domains_of(branch)),
+            "new": context.source_records(context.new_domains_of(branch)),
             **context.split_record(),
         },
         split=context.text.split,
-        domains=context.learned((*context.old_of(branch), *context.new_of(branch))),
+        domains=context.learned((*context.old_domains_of(branch), *context.new_domains_of(branch))),
     )
     return TrainedWriter(
         start=start.folder, start_config=start.config, target=target, lineage=lineage, added=added
@@ -241,7 +241,7 @@ def branch_writer(
 ) -> TrainedWriter:
     """Return the writer for the trained model of a branch."""
     start, folder = context.source(moe.start_folder(context, branch)), context.folder / branch.name
-    location, added = f"{branch.name}/trained", moe.appended(context, branch)
+    location, added = f"{branch.name}/trained", moe.pending_experts(context, branch)
     has_bias = is_routed and context.config.moe_routing.bias_update_rate
     has_frozen_base = context.config.experts is not None and not branch.is_control
     dtype = context.published_dtype
@@ -256,7 +256,7 @@ def branch_writer(
         anneal_steps=None if added is None else moe.anneal_steps(context, branch, added),
         moments=StateWriter(folder),
         routing_state=folder / "routing" if has_bias else None,
-        kept=kept_sequences_of(context, branch),
+        kept_sequences=kept_sequences_of(context, branch),
         records=() if branch.is_control else tuple(_records(context, branch)),
         has_frozen_base=has_frozen_base,
     )
@@ -318,7 +318,7 @@ class StateWriter:
 
 
 @dataclass(frozen=True, slots=True)
-class MomentsOfRest:
+class UntrainedMoments:
     """Writes the moments of parameters that a stage did not train next to its model."""
 
     state: State
@@ -332,7 +332,7 @@ class MomentsOfRest:
         )
 
 
-def moments_of_rest(
+def untrained_moments(
     context: RunContext, start: Source, *, is_trained: Callable[[LogicalTensor], bool]
 ) -> Artifact | None:
     """Return a writer for the moments of parameters that a stage did not train.
@@ -343,7 +343,7 @@ def moments_of_rest(
     if not context.config.optimizer.carry or start.state is None:
         return None
     tensors = start.family.logical_tensors(start.config)
-    return MomentsOfRest(start.state, frozenset(t.disk_name for t in tensors if is_trained(t)))
+    return UntrainedMoments(start.state, frozenset(t.disk_name for t in tensors if is_trained(t)))
 
 
 def discard_moments(folder: Path) -> None:

@@ -36,7 +36,7 @@ from tritter.evaluation.statistics import PairedScores
 from tritter.planning.memory import machine_memory
 from tritter.storage.hashing import merkle_hash, tensor_digest
 from tritter.storage.tensors import TensorFolder
-from tritter.training.gradient_flow import NewUnits, tried
+from tritter.training.gradient_flow import NewUnits, run_trial_steps
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ class _Domains:
     missing_reason: str
 
 
-def _recorded(kind: str, source: Lineage | None, result: Lineage | None) -> _Domains:
+def _load_recorded(kind: str, source: Lineage | None, result: Lineage | None) -> _Domains:
     """Return the held-out documents of the domains in the result's lineage.
 
     Raises:
@@ -110,7 +110,7 @@ def _read(
         found = _Domains(whole, f"{option} contains no documents")
     else:
         try:
-            found = _recorded(kind, source, result)
+            found = _load_recorded(kind, source, result)
         except RequestError as error:
             found = _Domains({}, f"the recorded data can't be read: {str(error).rstrip('.')}")
         if not found.documents:
@@ -189,7 +189,7 @@ class Side:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Answers:
+class _Outputs:
     """Outputs of one model.
 
     Args:
@@ -211,35 +211,37 @@ def validate(source: Side, result: Side, text: ValidationText) -> list[Check]:
         TritterError: a checkpoint is damaged.
     """
     new = _new_units(source.config, result.config)
-    _check_memory(source, is_tried=False, option="--source")
-    _check_memory(result, is_tried=bool(new), option="--result")
+    _check_memory(source, has_trial_steps=False, option="--source")
+    _check_memory(result, has_trial_steps=bool(new), option="--result")
     texts = {kind: _read(kind, source.lineage, result.lineage, text) for kind in ("kept", "target")}
     documents = [one for kind in texts.values() for each in kind.documents.values() for one in each]
     ids = _sequences(source, result, documents)
-    before = _answers(source.load(), source, result, ids, texts)
+    before = _evaluate_side(source.load(), source, result, ids, texts)
     model = result.load()
-    after = _answers(model, result, source, ids, texts)
+    after = _evaluate_side(model, result, source, ids, texts)
     if new:  # this changes the weights of `model`
         own = _sequences(result, result, documents)
         assert own is not None
-        gradients = tried(model, own.to(next(model.parameters()).device), new, steps=FLOW_STEPS)
-        flow = flow_check(gradients, least_steps=FLOW_STEPS)
+        gradients = run_trial_steps(
+            model, own.to(next(model.parameters()).device), new, steps=FLOW_STEPS
+        )
+        flow = flow_check(gradients, min_steps=FLOW_STEPS)
         assert flow is not None
     else:
-        flow = _skipped("gradient_flow", "parameters", "the result has no new parameters")
+        flow = _skipped_check("gradient_flow", "parameters", "the result has no new parameters")
     counted = count_parameters(source.config), count_parameters(result.config)
     return [
         _equivalence(source, result, before.logits, after.logits),
         flow,
         scaling_check((before.num_bytes, after.num_bytes), counted),
-        *_compared("kept", before, after, missing_reason=texts["kept"].missing_reason),
-        *_compared("target", before, after, missing_reason=texts["target"].missing_reason),
+        *_compare("kept", before, after, missing_reason=texts["kept"].missing_reason),
+        *_compare("target", before, after, missing_reason=texts["target"].missing_reason),
     ]
 
 
-def _check_memory(side: Side, *, is_tried: bool, option: str) -> None:
+def _check_memory(side: Side, *, has_trial_steps: bool, option: str) -> None:
     """Reject a model that does not fit into memory, including gradients on a CPU."""
-    has_gradients = is_tried and not torch.cuda.is_available()
+    has_gradients = has_trial_steps and not torch.cuda.is_available()
     needed = _FLOAT32 * count_parameters(side.config) * (2 if has_gradients else 1)
     limit = machine_memory()
     if limit is not None and needed > limit:
@@ -252,13 +254,13 @@ def _check_memory(side: Side, *, is_tried: bool, option: str) -> None:
         raise RequestError(Problem(option, str(side.folder), reason=reason, advice=advice))
 
 
-def _answers(
+def _evaluate_side(
     model: nn.Module,
     side: Side,
     other: Side,
     ids: Tensor | None,
     texts: Mapping[str, _Domains],
-) -> _Answers:
+) -> _Outputs:
     """Score a model with its tokenizer, or with the other one if the vocabulary size matches."""
     logits, num_bytes = None if ids is None else logits_of(model, ids), parameter_bytes(model)
     tokenizer = side.tokenizer
@@ -277,13 +279,13 @@ def _answers(
                 end_of_text_id=tokenizer.end_of_text_id,
                 batch_size=BATCH_SIZE,
             )
-    return _Answers(logits, num_bytes, scores)
+    return _Outputs(logits, num_bytes, scores)
 
 
 def _equivalence(source: Side, result: Side, before: Tensor | None, after: Tensor | None) -> Check:
     """Return the check of equal logits, with a note if the checkpoints are unrelated."""
     if before is None or after is None:
-        check = _skipped(
+        check = _skipped_check(
             "forward_equivalence",
             "logits",
             f"vocabularies of {source.vocab_size:,} and {result.vocab_size:,} tokens: the "
@@ -301,7 +303,7 @@ def _equivalence(source: Side, result: Side, before: Tensor | None, after: Tenso
         check = equivalence_check(
             before,
             after,
-            reason_not_asked=_inexact_reason(source, result),
+            skip_reason=_inexact_reason(source, result),
             rounded=" and ".join(rounded),
             rounded_bound=rounded_jump(has_experts=family_of(result.config).has_experts),
         )
@@ -383,17 +385,17 @@ def _sequences(source: Side, result: Side, documents: Sequence[Document]) -> Ten
     return torch.randint(source.vocab_size, (SEQUENCES, length), generator=generator)
 
 
-def _compared(
-    kind: str, before: _Answers, after: _Answers, *, missing_reason: str
+def _compare(
+    kind: str, before: _Outputs, after: _Outputs, *, missing_reason: str
 ) -> Iterator[Check]:
     """Yield checks of the change in loss per byte, which is comparable across tokenizers."""
     name = {"kept": "benchmark_retention", "target": "new_capability"}[kind]
     if not before.scores[kind]:
-        yield _skipped(name, "text", missing_reason)
+        yield _skipped_check(name, "text", missing_reason)
     for domain, old in before.scores[kind].items():
         new = after.scores[kind][domain]
         if old is None or new is None:
-            yield _skipped(name, domain, "a checkpoint has no matching tokenizer")
+            yield _skipped_check(name, domain, "a checkpoint has no matching tokenizer")
             continue
         bounds = {"confidence": CONFIDENCE}
         if kind == "kept":
@@ -403,5 +405,5 @@ def _compared(
         yield replace(check, name=name)
 
 
-def _skipped(name: str, subject: str, reason: str) -> Check:
+def _skipped_check(name: str, subject: str, reason: str) -> Check:
     return Check(name, subject, "not_asked", reason)

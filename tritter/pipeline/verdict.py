@@ -106,9 +106,11 @@ def checks(context: RunContext, branches: Sequence[Branch]) -> list[Check]:
     learned: dict[str, PairedScores] = {}  # scores of each task's domains right after it
     for branch in branches:
         scores = context.read_scores(f"{branch.name}-trained")
-        learned |= {name: scores[name] for name in context.subjects_of(context.new_of(branch))}
+        learned |= {
+            name: scores[name] for name in context.subjects_of(context.new_domains_of(branch))
+        }
     # Old domains have a check above; domains of the last task are new
-    checked = context.subjects_of((*context.old_domains, *context.new_of(branches[-1])))
+    checked = context.subjects_of((*context.old_domains, *context.new_domains_of(branches[-1])))
     for subject in (name for name in learned if name not in checked):
         results.append(retention_check(subject, learned[subject], after[subject], **bounds))
     for subject in context.subjects_of(context.new_domains):
@@ -122,7 +124,9 @@ def complete(context: RunContext, branch: Branch) -> StageResult:
     location = f"{branch.name}/trained"
     trained = context.source(location)
     lineage = trained.own_lineage
-    completed = replace(_completed(context, (branch,), lineage), parent_path=lineage.parent_path)
+    completed = replace(
+        _complete_lineage(context, (branch,), lineage), parent_path=lineage.parent_path
+    )
     completed = write_lineage(trained.folder, completed, trained.config)
     context.sources[location] = replace(trained, lineage=completed)
     return StageResult(KeptFound(model_hash=completed.model_hash))
@@ -142,7 +146,7 @@ def publish(context: RunContext, branches: Sequence[Branch], *, keep: bool) -> S
     target = context.folder / "checkpoint"
     lineage = source.own_lineage
     if keep:
-        lineage = _completed(context, branches, lineage)
+        lineage = _complete_lineage(context, branches, lineage)
     elif first.follows:
         lineage = replace(lineage, parent_path=f"../{first.follows}/expanded")
     config, dtype = source.config, context.published_dtype
@@ -172,7 +176,7 @@ def publish(context: RunContext, branches: Sequence[Branch], *, keep: bool) -> S
     return StageResult(found, leaves=("checkpoint",))
 
 
-def _completed(context: RunContext, branches: Sequence[Branch], lineage: Lineage) -> Lineage:
+def _complete_lineage(context: RunContext, branches: Sequence[Branch], lineage: Lineage) -> Lineage:
     """Return a lineage whose newest expansion records contain the results of training."""
     first, last = branches[0], branches[-1]
     before = context.read_scores(first.start_scores)
@@ -194,7 +198,7 @@ def _completed(context: RunContext, branches: Sequence[Branch], lineage: Lineage
         lineage,
         expansion_history=tuple(history),
         benchmark_scores=means,
-        best_loss=fmean(means[domain] for domain in context.new_of(last)),
+        best_loss=fmean(means[domain] for domain in context.new_domains_of(last)),
         parent_path=f"../{moe.start_folder(context, last)}",
     )
 
@@ -206,7 +210,7 @@ def training_checks(context: RunContext, branches: Sequence[Branch]) -> Iterator
     the task with the largest deviation from the estimate.
     """
     fits = [context.ledger.found(f"{branch.name}.fit", TrainingFound) for branch in branches]
-    added = moe.appended(context, branches[0])
+    added = moe.pending_experts(context, branches[0])
     watched = [fit.flow for fit in fits if fit.flow]
     flow: dict[str, Any] = {}  # parameters without gradient in all training runs
     if watched:

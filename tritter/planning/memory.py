@@ -39,7 +39,7 @@ OPTIMIZERS = ("adamw", "adamw8bit")
 _STEP_BYTES = 4  # torch has a float32 step counter per tensor
 # bitsandbytes: 8-bit moments in blocks with one float32 scale each; small tensors use float32.
 _BLOCK_SIZE = 256
-_SMALLEST_8BIT_TENSOR = 4096
+_MIN_8BIT_TENSOR = 4096
 _MOMENTS = 2
 _FLOAT32 = 4
 _ACTIVATION = "activation_function"  # GPT-2's config key
@@ -202,7 +202,7 @@ def _optimizer_bytes(size: int, setup: TrainingSetup, kept: float) -> int:
         parameter_bytes, _ = _BYTES[setup.precision]
         steps = _STEP_BYTES if kept == _MOMENTS else 0
         return round(kept * parameter_bytes * size) + steps
-    if size < _SMALLEST_8BIT_TENSOR:
+    if size < _MIN_8BIT_TENSOR:
         return _MOMENTS * _FLOAT32 * size
     return _MOMENTS * (size + _FLOAT32 * -(-size // _BLOCK_SIZE))
 

@@ -248,7 +248,7 @@ class GrowthPlan:
         from_scratch_gpu_hours: cost of training the target from scratch with the same number of
             tokens per parameter.
         source_gpu_hours: cost of training the source on this device.
-        ungrown_loss: predicted loss of the control: the source, trained for the whole budget.
+        control_loss: predicted loss of the control: the source, trained for the whole budget.
         pays_from_gpu_hours: the smallest budget for which the first step has a lower predicted
             loss than the control; 0 if it is always lower, None if the law predicts no difference.
         source_memory: memory requirements of training the source.
@@ -325,7 +325,7 @@ def plan_growth(
             source=source, target_parameters=target_parameters, strategy=name, methods=methods
         )
         try:
-            plans.append(_priced(request, find_path(request), gpu_hours, assumptions))
+            plans.append(_price_plan(request, find_path(request), gpu_hours, assumptions))
         except RequestError as error:
             refusals.append(error)
     if not plans:
@@ -372,7 +372,7 @@ def plan_expansion_path(
     return list(plan.steps)
 
 
-def _priced(
+def _price_plan(
     request: PathRequest, shapes: Sequence[Shape], gpu_hours: float, assumptions: Assumptions
 ) -> GrowthPlan:
     """Return the plan of a path: costs and affordable steps."""

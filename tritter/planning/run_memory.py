@@ -109,17 +109,17 @@ def memory_notes(config: RunRequest, source: Config) -> tuple[str, ...]:
 
 
 def side_by_side_problems(
-    jobs: Sequence[tuple[RunRequest, Config]], *, launcher: str, at_once: int
+    jobs: Sequence[tuple[RunRequest, Config]], *, launcher: str, num_parallel: int
 ) -> list[Problem]:
     """Return the problem of a sweep whose largest jobs exceed the memory together; else empty.
 
     Args:
         jobs: run and config.json of its starting model; each run fits on its own.
         launcher: name of the launcher, for messages.
-        at_once: number of parallel jobs on this machine.
+        num_parallel: number of parallel jobs on this machine.
     """
     checked = [(config, source) for config, source in jobs if config.trainer.check_memory]
-    if at_once == 1 or not checked:
+    if num_parallel == 1 or not checked:
         return []
     needed: dict[str, list[int]] = {}
     limits: dict[str, int] = {}
@@ -133,10 +133,10 @@ def side_by_side_problems(
             needed.setdefault(name, []).append(each)
     for name, of_jobs in needed.items():
         largest = sorted(of_jobs, reverse=True)
-        if sum(largest[:at_once]) > limits[name]:
+        if sum(largest[:num_parallel]) > limits[name]:
             fits = max(1, sum(total <= limits[name] for total in accumulate(largest)))
             reason = (
-                f"{at_once} parallel jobs require {_size(sum(largest[:at_once]))} "
+                f"{num_parallel} parallel jobs require {_size(sum(largest[:num_parallel]))} "
                 f"without activations, but {name} has {_size(limits[name])}; {fits} in parallel "
                 "fit; trainer.check_memory=false disables this check"
             )

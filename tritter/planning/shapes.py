@@ -13,7 +13,7 @@ from tritter.core.families.presets import PRESETS, Preset
 from tritter.errors import RequestError, refused
 from tritter.limits import MAX_LAYERS, MAX_WIDTH
 
-_LARGEST_MULTIPLE = 256  # FFN sizes keep their power-of-two divisor, up to this value
+_MAX_MULTIPLE = 256  # FFN sizes keep their power-of-two divisor, up to this value
 _FINEST_ROUNDING = 8  # round an FFN to multiples of at most an eighth of its size
 _NUM_SIZES = 128  # candidates per direction, or up to three times as many
 _COARSEST_STEP = 1 / 6  # of the hidden size; coarser steps would skip too many sizes
@@ -111,22 +111,22 @@ def aspect_ratio(config: Config) -> float:
 
 
 def depth_specs(
-    config: Config, method: ExpansionSpec, *, least_aspect_ratio: float = 0.0
+    config: Config, method: ExpansionSpec, *, min_aspect_ratio: float = 0.0
 ) -> list[ExpansionSpec]:
     """Return the depth expansions to at most twice the layers, in ascending order.
 
     Args:
         config: config.json of the source.
         method: the depth expansion.
-        least_aspect_ratio: minimum hidden size per layer.
+        min_aspect_ratio: minimum hidden size per layer.
     """
     sizes = family_of(config).dimensions(config)
     most = min(2 * sizes.num_hidden_layers, MAX_LAYERS)
-    layers = _thinned(range(sizes.num_hidden_layers + 1, most + 1))
+    layers = _thin_out(range(sizes.num_hidden_layers + 1, most + 1))
     specs = [
         _with_sizes(method, target_layers=count)
         for count in layers
-        if sizes.hidden_size / count >= least_aspect_ratio
+        if sizes.hidden_size / count >= min_aspect_ratio
     ]
     return [spec for spec in specs if is_possible(config, spec)]
 
@@ -136,7 +136,7 @@ def width_specs(
     method: ExpansionSpec,
     *,
     grid: WidthGrid,
-    most_aspect_ratio: float = math.inf,
+    max_aspect_ratio: float = math.inf,
 ) -> list[ExpansionSpec]:
     """Return the width expansions to at most twice the hidden size, in ascending order.
 
@@ -144,7 +144,7 @@ def width_specs(
         config: config.json of the source.
         method: the width expansion.
         grid: candidate hidden sizes.
-        most_aspect_ratio: maximum hidden size per layer.
+        max_aspect_ratio: maximum hidden size per layer.
     """
     sizes = family_of(config).dimensions(config)
     hidden, unit = sizes.hidden_size, _unit(sizes, grid)
@@ -158,8 +158,8 @@ def width_specs(
             num_attention_heads=heads,
             num_key_value_heads=heads and sizes.num_key_value_heads,
         )
-        for size in _thinned(range((hidden // unit + 1) * unit, most + 1, unit))
-        if size / sizes.num_hidden_layers <= most_aspect_ratio
+        for size in _thin_out(range((hidden // unit + 1) * unit, most + 1, unit))
+        if size / sizes.num_hidden_layers <= max_aspect_ratio
     ]
     return [spec for spec in specs if is_possible(config, spec)]
 
@@ -173,7 +173,7 @@ def specs_like(config: Config, spec: ExpansionSpec, methods: GrowthMethods) -> l
     return width_specs(config, methods.width, grid="fine")
 
 
-def _thinned(sizes: range) -> range:
+def _thin_out(sizes: range) -> range:
     """Return all sizes, or every n-th of many; n is odd, because methods may need even sizes."""
     return sizes[:: len(sizes) // _NUM_SIZES // 2 * 2 + 1]
 
@@ -233,7 +233,7 @@ def _ffn_size(sizes: Dimensions, hidden_size: int) -> int | None:
         return None
     old = sizes.intermediate_size
     exact = old * hidden_size / sizes.hidden_size
-    multiple = math.gcd(old, _LARGEST_MULTIPLE)
+    multiple = math.gcd(old, _MAX_MULTIPLE)
     while multiple > 1 and multiple > exact / _FINEST_ROUNDING:
         multiple //= 2  # otherwise the proportion would drift from step to step
     return max(old, round(exact / multiple) * multiple)

@@ -25,8 +25,8 @@ TOLERANCE = 0.1
 MAX_STEP_GROWTH = 1.6  # ratio of parameters per step: 3 B to 10 B are three steps
 MAX_STEPS = 64
 # Limit of depth_first and width_first: ratio to the proportions of presets and source
-_MOST_LOPSIDED = 4.0
-_LEAST_STEP_GROWTH = 1.02
+_MAX_LOPSIDEDNESS = 4.0
+_MIN_STEP_GROWTH = 1.02
 # Shapes within this factor of a waypoint, or of the target, are equivalent; the rounder and
 # better proportioned ones are preferred.
 _WAYPOINT_SLACK, _TARGET_SLACK = 1.25, 1.05
@@ -126,23 +126,23 @@ def _next_shape(
     least, most = count_parameters(config), request.target_parameters * (1 + TOLERANCE)
 
     def usable(shape: Shape | None) -> Shape | None:
-        fits = shape is not None and least * _LEAST_STEP_GROWTH < shape.parameters <= most
+        fits = shape is not None and least * _MIN_STEP_GROWTH < shape.parameters <= most
         return shape if fits else None
 
     slack = _TARGET_SLACK if is_last else _WAYPOINT_SLACK
 
-    def deeper(slenderest: float) -> Shape | None:
-        return usable(_deeper(config, request.methods, waypoint, slenderest))
+    def deeper(min_aspect_ratio: float) -> Shape | None:
+        return usable(_deeper(config, request.methods, waypoint, min_aspect_ratio))
 
-    def wider(squattest: float) -> Shape | None:
-        return usable(_wider(config, request.methods, waypoint, squattest, slack=slack))
+    def wider(max_aspect_ratio: float) -> Shape | None:
+        return usable(_wider(config, request.methods, waypoint, max_aspect_ratio, slack=slack))
 
     match request.strategy:
         case "depth_first":
-            turn = min(usual) / _MOST_LOPSIDED if request.methods.width else 0.0
+            turn = min(usual) / _MAX_LOPSIDEDNESS if request.methods.width else 0.0
             return deeper(turn) or wider(math.inf)
         case "width_first":
-            turn = max(usual) * _MOST_LOPSIDED if request.methods.depth else math.inf
+            turn = max(usual) * _MAX_LOPSIDEDNESS if request.methods.depth else math.inf
             return wider(turn) or deeper(0.0)
     both = [shape for shape in (deeper(0.0), wider(math.inf)) if shape is not None]
     near = [shape for shape in both if _miss(shape, waypoint) <= math.log(slack)]
@@ -152,11 +152,11 @@ def _next_shape(
 
 
 def _deeper(
-    config: Config, methods: GrowthMethods, waypoint: float, slenderest: float
+    config: Config, methods: GrowthMethods, waypoint: float, min_aspect_ratio: float
 ) -> Shape | None:
     if methods.depth is None:
         return None
-    specs = depth_specs(config, methods.depth, least_aspect_ratio=slenderest)
+    specs = depth_specs(config, methods.depth, min_aspect_ratio=min_aspect_ratio)
     return nearest_shape(config, specs, waypoint)
 
 
@@ -164,7 +164,7 @@ def _wider(
     config: Config,
     methods: GrowthMethods,
     waypoint: float,
-    squattest: float,
+    max_aspect_ratio: float,
     *,
     slack: float = _TARGET_SLACK,
 ) -> Shape | None:
@@ -173,7 +173,7 @@ def _wider(
         return None
     found: list[Shape] = []
     for grid in WIDTH_GRIDS:
-        specs = width_specs(config, methods.width, grid=grid, most_aspect_ratio=squattest)
+        specs = width_specs(config, methods.width, grid=grid, max_aspect_ratio=max_aspect_ratio)
         shape = nearest_shape(config, specs, waypoint)
         if shape is not None:
             found.append(shape)

@@ -20,20 +20,20 @@ from tritter.evaluation.statistics import (
 from tritter.report.rows import ScoreChange, change_text, score_text
 from tritter.report.runs import (
     CONFIDENCE,
-    FEWEST_SEEDS,
+    MIN_SEEDS,
     Group,
     Interval,
     Run,
     differing_keys,
-    grouped,
-    tells,
+    differs_between,
+    group_runs,
 )
-from tritter.report.summary import LARGEST
+from tritter.report.summary import MAX_NUMBER
 from tritter.report.table import Table
 from tritter.report.wording import MISSING, count_text, number_text, si_text
 
 _MEAN_OR_SEEDS = (
-    f"mean with Student's {CONFIDENCE:.0%} interval, below {FEWEST_SEEDS} seeds each seed's value"
+    f"mean with Student's {CONFIDENCE:.0%} interval, below {MIN_SEEDS} seeds each seed's value"
 )
 Scores = Mapping[str, PairedScores]
 CSV_HEADER = ("run", "subject", "quantity", "value", "lower", "upper")
@@ -50,13 +50,13 @@ class Compared:
     Args:
         run: The run.
         scores: The scores of its final model, item by item; None if they are missing.
-        why_not: Why they are missing.
+        missing_reason: Why they are missing.
         peak_memory: Peak memory of its process or device in bytes; None if not recorded.
     """
 
     run: Run
     scores: Scores | None = None
-    why_not: str = ""
+    missing_reason: str = ""
     peak_memory: float | None = None
 
     @property
@@ -97,14 +97,14 @@ class PairedDifference:
         run: Name of the run.
         change: Relative difference of the loss per byte, or difference of the accuracy.
         n: Number of documents or questions.
-        why_not: Why there is no difference.
+        missing_reason: Why there is no difference.
     """
 
     subject: str
     run: str
     change: ScoreChange = field(default_factory=lambda: ScoreChange(None, None, None))
     n: int = 0
-    why_not: str = ""
+    missing_reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -113,14 +113,14 @@ class Comparison:
 
     runs: tuple[Compared, ...]
 
-    def lettered(self) -> "Comparison":
+    def with_letters(self) -> "Comparison":
         """Return the same with a letter as the name of each run, for narrow terminals."""
         named = (replace(r.run, name=letter(n)) for n, r in enumerate(self.runs))
         return Comparison(tuple(replace(c, run=r) for c, r in zip(self.runs, named, strict=True)))
 
     @cached_property
     def groups(self) -> tuple[Group, ...]:
-        return grouped([each.run for each in self.runs])
+        return group_runs([each.run for each in self.runs])
 
     @cached_property
     def paired(self) -> tuple[PairedDifference, ...]:
@@ -178,7 +178,7 @@ class Comparison:
                     "run": each.run,
                     **asdict(each.change),
                     "n": each.n,
-                    "why_not": each.why_not or None,
+                    "why_not": each.missing_reason or None,
                 }
                 for each in self.paired
             ],
@@ -226,7 +226,7 @@ class Comparison:
         if len(runs) <= _FEW_RUNS:
             columns = ((key, *(r.run.setting(key, _CELL_CHARACTERS) for r in runs)) for key in keys)
             return Table(("setting", *(each.name for each in runs)), tuple(columns))
-        independent = _telling(keys, [each.run for each in runs])
+        independent = _independent_keys(keys, [each.run for each in runs])
         shorter = "without settings that follow from others; --json has all"
         caption = "" if independent == keys else shorter
         if len(independent) <= _FEW_SETTINGS:
@@ -257,8 +257,8 @@ class Comparison:
             ]
             costs = each.costs()
             sizes = (count_text(costs[f"parameters_{when}"]) for when in ("before", "after"))
-            said = (each.run.summary.status.replace("_", " "), ", ".join(failed) or MISSING)
-            rows.append((each.name, *said, *sizes))
+            shown = (each.run.summary.status.replace("_", " "), ", ".join(failed) or MISSING)
+            rows.append((each.name, *shown, *sizes))
         header = ("run", "status", "failed or undecided", "parameters before", "after")
         return Table(header, tuple(rows), (3, 4))
 
@@ -294,7 +294,9 @@ class Comparison:
             if change.in_points and change.lower is not None and change.upper is not None:
                 bounds = f"[{100 * change.lower:+.1f}, {100 * change.upper:+.1f}]"
                 text = text.replace(" points", f" {bounds} points")
-            rows.append((each.subject, each.run, text, number_text(each.n or None), each.why_not))
+            rows.append(
+                (each.subject, each.run, text, number_text(each.n or None), each.missing_reason)
+            )
         caption = (
             f"loss per byte relative to {self.runs[0].name} on the same documents [%], with the "
             f"two-sided {CONFIDENCE:.0%} interval of the paired bootstrap; below zero is better "
@@ -362,35 +364,39 @@ def letter(number: int) -> str:
     return (letter(rest - 1) if rest else "") + chr(ord("A") + last)
 
 
-def _telling(keys: Sequence[str], runs: Sequence[Run]) -> tuple[str, ...]:
+def _independent_keys(keys: Sequence[str], runs: Sequence[Run]) -> tuple[str, ...]:
     """Return the keys without those that follow from a choice in another column."""
     found: dict[str, tuple[str, tuple[bool, ...]]] = {}
     for key in keys:
         group = key.partition(".")[0]
-        who = (group, tuple(key in run.settings for run in runs))
-        is_said = f"{group}.methods" in keys and key != f"{group}.methods"
-        if tells(key, runs) or not (is_said or who in found.values()):
-            found[key] = who
+        group_pattern = (group, tuple(key in run.settings for run in runs))
+        is_implied = f"{group}.methods" in keys and key != f"{group}.methods"
+        if differs_between(key, runs) or not (is_implied or group_pattern in found.values()):
+            found[key] = group_pattern
     return tuple(found)
 
 
 def _difference(subject: str, first: Compared, other: Compared) -> PairedDifference:
     for each in (first, other):
         if each.scores is None:
-            return PairedDifference(subject, other.name, why_not=f"{each.name}: {each.why_not}")
+            return PairedDifference(
+                subject, other.name, missing_reason=f"{each.name}: {each.missing_reason}"
+            )
         if subject not in each.scores:
-            return PairedDifference(subject, other.name, why_not=f"{each.name}: no scores")
+            return PairedDifference(subject, other.name, missing_reason=f"{each.name}: no scores")
     assert first.scores is not None and other.scores is not None
     before, after = first.scores[subject], other.scores[subject]
     kinds = [(each.unit, each.chance, each.identifiers) for each in (before, after)]
     sizes = [each.weights[each.per] for each in (before, after)]  # such as the bytes of each
     if kinds[0] != kinds[1] or not (sizes[0] == sizes[1]).all():
-        return PairedDifference(subject, other.name, why_not="not paired: different documents")
+        return PairedDifference(
+            subject, other.name, missing_reason="not paired: different documents"
+        )
     try:
         is_loss = before.unit == "nats"
         estimate = relative_forgetting(before, after) if is_loss else drop_in_points(before, after)
     except TritterError as error:
-        return PairedDifference(subject, other.name, why_not=str(error))
+        return PairedDifference(subject, other.name, missing_reason=str(error))
     side = (1 + CONFIDENCE) / 2
     bounds = [finite_or_none(each(side)) for each in (estimate.lower, estimate.upper)]
     if len(before) < MIN_DOCUMENTS:  # as in the gate, no bound
@@ -398,8 +404,8 @@ def _difference(subject: str, first: Compared, other: Compared) -> PairedDiffere
     sign = 1 if is_loss else -1
     lower, upper = [None if b is None else sign * b for b in bounds][::sign]
     value = finite_or_none(sign * estimate.value + 0.0)  # which makes 0 of -0
-    if value is None or abs(value) > LARGEST:
-        return PairedDifference(subject, other.name, why_not="not finite")
+    if value is None or abs(value) > MAX_NUMBER:
+        return PairedDifference(subject, other.name, missing_reason="not finite")
     change = ScoreChange(value, lower, upper, in_points=not is_loss)
     return PairedDifference(subject, other.name, change, len(before))
 

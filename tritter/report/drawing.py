@@ -18,10 +18,10 @@ _T = TypeVar("_T")
 DPI = 150
 MAX_COLUMNS = 800  # of a map, or points of a curve; a picture has hardly more pixels
 _LINE_CHARACTERS = 66
-_MOST_LINES = 6  # of one label
+_MAX_LINES = 6  # of one label
 _PANEL_WIDTH = 4.8
 _LABEL_CHARACTERS = 18  # of a line of a row's or column's label
-_MOST_NUMBERED = 12  # of both, with texts in their cells
+_MAX_NUMBERED = 12  # of both, with texts in their cells
 # Okabe and Ito, which colour-blind readers can distinguish; then six that are as far from each
 # other and from these (CIE76 above 25)
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#666666"
@@ -52,15 +52,15 @@ def plain(text: str) -> str:
     return "".join(sign if sign.isprintable() else " " for sign in text).replace("$", r"\$")
 
 
-def cut(text: str, most: int = _LINE_CHARACTERS) -> str:
+def truncate(text: str, most: int = _LINE_CHARACTERS) -> str:
     """Return text cut with two dots."""
     return text if len(text) <= most else text[: most - 2] + ".."
 
 
-def wrapped(text: str, width: int = _LINE_CHARACTERS) -> str:
+def wrap_text(text: str, width: int = _LINE_CHARACTERS) -> str:
     """Return plain text broken into lines of `width` characters; only very long text is cut."""
-    text = plain(cut(text, width * _MOST_LINES))
-    return "\n".join(textwrap.wrap(text, width, max_lines=_MOST_LINES, placeholder=" .."))
+    text = plain(truncate(text, width * _MAX_LINES))
+    return "\n".join(textwrap.wrap(text, width, max_lines=_MAX_LINES, placeholder=" .."))
 
 
 def panel(*, height: float) -> tuple[Figure, Axes]:
@@ -72,7 +72,7 @@ def panel(*, height: float) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def say(axes: Axes, text: str) -> None:
+def write_note(axes: Axes, text: str) -> None:
     """Print in an empty panel why it is empty."""
     axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", color=GREY)
     axes.set_yticks([])
@@ -106,11 +106,11 @@ def draw_cells(
     axes.set_facecolor("#DDDDDD")  # visible in masked cells
     image = axes.imshow(shown, cmap=colours, norm=norm, aspect="auto")
     axes.grid(visible=False)
-    labels = [wrapped(name, _LABEL_CHARACTERS) for name in columns]
+    labels = [wrap_text(name, _LABEL_CHARACTERS) for name in columns]
     axes.set_xticks(range(len(columns)), labels, rotation=30, ha="right")
-    axes.set_yticks(range(len(rows)), [wrapped(name, _LABEL_CHARACTERS) for name in rows])
+    axes.set_yticks(range(len(rows)), [wrap_text(name, _LABEL_CHARACTERS) for name in rows])
     axes.tick_params(labelsize=8, length=0)
-    if max(len(rows), len(columns)) <= _MOST_NUMBERED:
+    if max(len(rows), len(columns)) <= _MAX_NUMBERED:
         for (row, column), dark in np.ndenumerate(is_dark):
             axes.text(column, row, texts[row][column], ha="center", va="center", fontsize=8,
                       color="white" if dark else "black")  # fmt: skip
@@ -124,7 +124,7 @@ def numbers(rows: Iterable[Iterable[float | None]]) -> NDArray[np.float64]:
     return np.asarray([[np.nan if v is None else v for v in row] for row in rows], dtype=float)
 
 
-def some(values: Sequence[_T]) -> Sequence[_T]:
+def subsample(values: Sequence[_T]) -> Sequence[_T]:
     """Return all values, or `MAX_COLUMNS` of them, evenly spaced and with the last one."""
     import numpy as np
 

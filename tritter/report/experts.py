@@ -14,12 +14,12 @@ from tritter.report.drawing import (
     new_figure,
     numbers,
     panel,
-    say,
-    some,
-    wrapped,
+    subsample,
+    wrap_text,
+    write_note,
 )
-from tritter.report.summary import BASE, Course, ExpertsRecord, Spawn
-from tritter.report.table import Table, left_out
+from tritter.report.summary import BASE, ExpertHistory, ExpertsRecord, Spawn
+from tritter.report.table import Table, omitted_note
 from tritter.report.wording import MISSING, count_text, number_text
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ MAX_ROWS = 16
 MAX_COLUMNS = 6  # experts side by side on a terminal
 _NAME_CHARACTERS = 12
 _KIND_CHARACTERS = 40
-_MOST = 100  # rows and columns on the page; summary.json has all
+_MAX_ROWS_ON_PAGE = 100  # rows and columns on the page; summary.json has all
 
 
 def experts_table(experts: ExpertsRecord, *, most: int = MAX_ROWS) -> Table:
@@ -38,7 +38,7 @@ def experts_table(experts: ExpertsRecord, *, most: int = MAX_ROWS) -> Table:
     header = ("expert", "domain", "step", "batches", "novelty", "limit", "rank", "usage %", "state")
     lines = ["spawned on a domain at a step, after so many batches above the novelty limit; "]
     lines[0] += "usage: mean gate"
-    lines += filter(None, [left_out(len(experts.rows), most)])
+    lines += filter(None, [omitted_note(len(experts.rows), most)])
     rows = []
     for row in experts.rows[:most]:
         spawn = row.spawn or Spawn()
@@ -65,18 +65,18 @@ def experts_table(experts: ExpertsRecord, *, most: int = MAX_ROWS) -> Table:
 
 
 def usage_table(
-    experts: ExpertsRecord, *, most: int = MAX_ROWS, most_columns: int = MAX_COLUMNS
+    experts: ExpertsRecord, *, most: int = MAX_ROWS, max_columns: int = MAX_COLUMNS
 ) -> Table:
     """Return a row per domain: the mean gates on its held-out data, of the most used experts."""
-    used = set(experts.by_usage[:most_columns])
+    used = set(experts.by_usage[:max_columns])
     shown = [name for name in experts.names if name in used]
     rows = tuple(
         (domain, *(_percent(shares.get(name)) for name in shown))
         for domain, shares in list(experts.usage.items())[:most]
     )
     lines = (
-        left_out(len(experts.names), len(shown), of="experts "),
-        left_out(len(experts.usage), most, of="domains "),
+        omitted_note(len(experts.names), len(shown), of="experts "),
+        omitted_note(len(experts.usage), most, of="domains "),
     )
     return Table(
         ("domain", *shown),
@@ -114,9 +114,11 @@ def share_text(share: float | None) -> str:
 
 def page_tables(experts: ExpertsRecord) -> list[Table]:
     """Return the tables of the page: experts, routing, similarity and events."""
-    usage = usage_table(experts, most=_MOST, most_columns=_MOST)
-    found = experts.similarities[:_MOST]
-    known = list(dict.fromkeys(name for _, similarity in found for name in similarity))[:_MOST]
+    usage = usage_table(experts, most=_MAX_ROWS_ON_PAGE, max_columns=_MAX_ROWS_ON_PAGE)
+    found = experts.similarities[:_MAX_ROWS_ON_PAGE]
+    known = list(dict.fromkeys(name for _, similarity in found for name in similarity))[
+        :_MAX_ROWS_ON_PAGE
+    ]
     rows = tuple(
         (expert, *(number_text(similarity.get(name), ".3g") for name in known))
         for expert, similarity in found
@@ -125,12 +127,12 @@ def page_tables(experts: ExpertsRecord) -> list[Table]:
     similarity = Table(("spawned", *known), rows, tuple(range(1, 1 + len(known))), caption)
     rows = tuple(
         (number_text(event.step), event.kind, event.expert, event.why)
-        for event in experts.events[:_MOST]
+        for event in experts.events[:_MAX_ROWS_ON_PAGE]
     )
-    lines = ["Events of the experts", left_out(len(experts.events), _MOST)]
+    lines = ["Events of the experts", omitted_note(len(experts.events), _MAX_ROWS_ON_PAGE)]
     caption = "; ".join(filter(None, lines))
     events = Table(("step", "event", "expert", "reason"), rows, (0,), caption)
-    return [experts_table(experts, most=_MOST), usage, similarity, events]
+    return [experts_table(experts, most=_MAX_ROWS_ON_PAGE), usage, similarity, events]
 
 
 def _percent(share: float | None) -> str:
@@ -138,7 +140,7 @@ def _percent(share: float | None) -> str:
 
 
 _DRAWN = 24  # experts and domains of a picture
-_MOST_MARKED = 60  # spawns, and points of a curve that are marked
+_MAX_MARKED = 60  # spawns, and points of a curve that are marked
 _LABEL_CHARACTERS = 24
 _STYLES = ("-", "--", ":", "-.")
 
@@ -174,7 +176,7 @@ def experts_panels(
     for draw in _panels(experts, end=end, borders=borders)[: None if is_alone else 1]:
         figure, axes = panel(height=3.0 + 0.12 * min(len(experts.usage), _DRAWN))
         draw(axes)
-        axes.set_title(wrapped(f"{name}: {axes.get_title()}"), fontsize=9)
+        axes.set_title(wrap_text(f"{name}: {axes.get_title()}"), fontsize=9)
         figures.append(figure)
     return figures
 
@@ -183,7 +185,7 @@ def _panels(
     experts: ExpertsRecord, *, end: int, borders: Sequence[int]
 ) -> list[Callable[[Axes], None]]:
     found = [each.step for each in experts.spawned if each.step is not None]
-    spawned = found[:_MOST_MARKED]
+    spawned = found[:_MAX_MARKED]
 
     def mark(axes: Axes) -> None:
         """Mark spawns at the bottom, and the start of the next task over the whole height."""
@@ -191,7 +193,7 @@ def _panels(
             place = axes.get_xaxis_transform()
             axes.plot(spawned, [0.0] * len(spawned), "^", transform=place, color=GREEN,
                       markersize=6, clip_on=False, zorder=5)  # fmt: skip
-        for step in borders[:_MOST_MARKED]:
+        for step in borders[:_MAX_MARKED]:
             axes.axvline(step, color=GREY, linestyle="-.", linewidth=0.8)
         axes.set_xlim(0, max(end, *spawned, 1))
 
@@ -210,7 +212,7 @@ def draw_routing(axes: Axes, experts: ExpertsRecord) -> None:
     names = [name for name in experts.names if name in most]
     domains = list(experts.usage)[:_DRAWN]
     if not names or not domains:
-        _say(axes, "no data")
+        _write_note(axes, "no data")
         return
     shares = [[experts.usage[domain].get(name) for name in names] for domain in domains]
     _draw_cells(axes, domains, names, shares, scale=100, colours="Blues")
@@ -222,7 +224,7 @@ def draw_similarity(axes: Axes, experts: ExpertsRecord) -> None:
     found = experts.similarities[:_DRAWN]
     known = list(dict.fromkeys(name for _, similarity in found for name in similarity))[:_DRAWN]
     if not found:
-        _say(axes, "no expert was spawned" if not experts.spawned else "no data")
+        _write_note(axes, "no expert was spawned" if not experts.spawned else "no data")
         return
     values = [[similarity.get(name) for name in known] for _, similarity in found]
     _draw_cells(axes, [expert for expert, _ in found], known, values, scale=1, colours="Purples")
@@ -238,14 +240,14 @@ def draw_ranks(
     course = experts.ranks_over_time
     if not course.steps:
         ranks = {name: (rank, rank) for name, rank in experts.ranks.items()}
-        course = Course(steps=(0, end), ranks=ranks)
+        course = ExpertHistory(steps=(0, end), ranks=ranks)
     if not course.values:
-        _say(axes, "no data")
+        _write_note(axes, "no data")
         return
     if course.steps[-1] < end:
         longer = {name: (*each, each[-1]) for name, each in course.values.items()}
-        course = Course(steps=(*course.steps, end), ranks=longer)
-    _draw_courses(axes, course, experts, is_stepped=True)
+        course = ExpertHistory(steps=(*course.steps, end), ranks=longer)
+    _draw_history(axes, course, experts, is_stepped=True)
     axes.yaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.set_ylim(bottom=0)
     axes.set_ylabel("rank")
@@ -256,49 +258,51 @@ def draw_usage(axes: Axes, experts: ExpertsRecord, *, mark: Callable[[Axes], Non
     """Draw each expert's mean gate over the steps."""
     axes.set_title("usage during training", fontsize=10)
     if not experts.usage_over_time.steps or not experts.usage_over_time.values:
-        _say(axes, "no data")
+        _write_note(axes, "no data")
         return
-    _draw_courses(axes, experts.usage_over_time, experts, is_stepped=False)
+    _draw_history(axes, experts.usage_over_time, experts, is_stepped=False)
     axes.set_ylim(0, 105)
     axes.set_ylabel("mean gate [%]")
     mark(axes)
 
 
-def _draw_courses(axes: Axes, course: Course, experts: ExpertsRecord, *, is_stepped: bool) -> None:
+def _draw_history(
+    axes: Axes, course: ExpertHistory, experts: ExpertsRecord, *, is_stepped: bool
+) -> None:
     import numpy as np
 
-    steps = some(course.steps)
+    steps = subsample(course.steps)
     order = dict.fromkeys((*experts.names, *course.values))
     shown = [name for name in order if name in course.values][:_DRAWN]
     adapters = [name for name in shown if name != BASE]
     for name in shown:
-        values = [np.nan if v is None else float(v) for v in some(course.values[name])]
+        values = [np.nan if v is None else float(v) for v in subsample(course.values[name])]
         number = 0 if name == BASE else adapters.index(name)
         color = GREY if name == BASE else CYCLE[number % len(CYCLE)]
         style = _STYLES[number // len(CYCLE) % len(_STYLES)]
         # Equal ranks coincide: the first are thicker, and remain visible
         below = min(len(shown) - 1 - shown.index(name), 5) if is_stepped else 0
-        marker = "o" if len(steps) <= _MOST_MARKED and not is_stepped else ""
-        look = {
+        marker = "o" if len(steps) <= _MAX_MARKED and not is_stepped else ""
+        line_style = {
             "color": color,
             "linestyle": style,
             "marker": marker,
             "linewidth": 1.3 + 1.2 * below,
         }
-        label = wrapped(name, _LABEL_CHARACTERS)
+        label = wrap_text(name, _LABEL_CHARACTERS)
         if is_stepped:
-            axes.step(steps, values, where="post", label=label, **look)
+            axes.step(steps, values, where="post", label=label, **line_style)
         else:
             percent = 100 * np.asarray(values)
-            axes.plot(steps, percent, label=label, markersize=2.5, **look)  # type: ignore[arg-type]
+            axes.plot(steps, percent, label=label, markersize=2.5, **line_style)  # type: ignore[arg-type]
     if len(shown) < len(course.values):
         axes.plot([], [], linestyle="none", label=f"and {len(course.values) - len(shown)} more")
     axes.legend(frameon=False, fontsize=7, ncols=1 + len(shown) // 8)
     axes.set_xlabel("training step")
 
 
-def _say(axes: Axes, text: str) -> None:
-    say(axes, text)
+def _write_note(axes: Axes, text: str) -> None:
+    write_note(axes, text)
     axes.set_xticks([])
 
 

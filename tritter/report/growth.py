@@ -7,9 +7,9 @@ from functools import partial
 from itertools import accumulate, groupby
 from typing import TYPE_CHECKING
 
-from tritter.report.drawing import BLUE, GREEN, ORANGE, new_figure, say, some
+from tritter.report.drawing import BLUE, GREEN, ORANGE, new_figure, subsample, write_note
 from tritter.report.summary import GrowthRecord
-from tritter.report.table import Table, left_out
+from tritter.report.table import Table, omitted_note
 from tritter.report.wording import count_text, number_text, si_text
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 MAX_ROWS = 16
-_MOST_STEPS = 4  # named of a layer's events
+_MAX_STEPS = 4  # named of a layer's events
 
 
 def growth_table(growth: GrowthRecord, *, most: int = MAX_ROWS) -> Table:
@@ -71,14 +71,14 @@ def events_table(growth: GrowthRecord, *, most: int) -> Table:
         )
         for event in growth.events[:most]
     )
-    caption = "; ".join(filter(None, ("Growth events", left_out(len(growth.events), most))))
+    caption = "; ".join(filter(None, ("Growth events", omitted_note(len(growth.events), most))))
     return Table(header, rows, tuple(range(len(header))), caption)
 
 
 def growth_text(growth: GrowthRecord) -> str:
     """Return a line on the result of growth, or on what to try if nothing grew."""
     if not growth.events:
-        return nothing_grew(growth)
+        return no_growth_reason(growth)
     before, after = sum(growth.neurons.before), sum(growth.neurons.after)
     parts = []
     if growth.parameters.before is not None and growth.parameters.after is not None:
@@ -94,7 +94,7 @@ def growth_text(growth: GrowthRecord) -> str:
     return "; ".join(parts)
 
 
-def nothing_grew(growth: GrowthRecord) -> str:
+def no_growth_reason(growth: GrowthRecord) -> str:
     """Return a line on a run without growth: how many checks it had, and what to try."""
     if not growth.checks:
         return (
@@ -117,13 +117,13 @@ def nothing_grew(growth: GrowthRecord) -> str:
 
 def _steps_text(steps: Sequence[int]) -> str:
     """Return the first steps and the last one."""
-    if len(steps) <= _MOST_STEPS:
+    if len(steps) <= _MAX_STEPS:
         return ", ".join(map(str, steps))
-    return f"{', '.join(map(str, steps[: _MOST_STEPS - 1]))} .. {steps[-1]} ({len(steps)})"
+    return f"{', '.join(map(str, steps[: _MAX_STEPS - 1]))} .. {steps[-1]} ({len(steps)})"
 
 
-_MOST_POINTS = 60  # that are marked
-_MOST_LINES = 20  # of the height of the panel; if there are more, they are short
+_MAX_POINTS = 60  # that are marked
+_MAX_LINES = 20  # of the height of the panel; if there are more, they are short
 _LOGARITHMIC_FROM = 20.0  # largest pressure over the smallest
 
 
@@ -138,10 +138,10 @@ def growth_figure(growth: GrowthRecord, *, end: int, end_flops: float | None = N
     figure, panels = new_figure(rows=2, columns=2, width=9.6, height=6.2)
     draw_neurons(panels[0], growth, end=end)
     draw_pressure(panels[1], growth, end=end)
-    draw_parameters(panels[2], *parameter_course(growth, end=end))
+    draw_parameters(panels[2], *parameters_over_steps(growth, end=end))
     panels[2].set_xlabel("training step")
     panels[2].sharex(panels[0])
-    draw_parameters(panels[3], *flops_course(growth, end_flops=end_flops))
+    draw_parameters(panels[3], *parameters_over_flops(growth, end_flops=end_flops))
     label_flops(panels[3])
     handles, labels = panels[0].get_legend_handles_labels()
     if handles:
@@ -163,7 +163,7 @@ def mark_growth(
         is_alone: The panel has one run, so that lines may have its height.
     """
     if steps:
-        top = 1.0 if is_alone and len(steps) <= _MOST_LINES else 0.05
+        top = 1.0 if is_alone and len(steps) <= _MAX_LINES else 0.05
         place = axes.get_xaxis_transform()
         axes.vlines(steps, 0, top, transform=place, color=color, linestyle=(0, (1, 1.5)),
                     linewidth=1, label="neurons grew")  # fmt: skip
@@ -202,14 +202,14 @@ def draw_pressure(axes: Axes, growth: GrowthRecord, *, end: int) -> None:
 
     axes.set_title("growth pressure at the checks", fontsize=10)
     if not growth.map.steps:
-        say(axes, "no checks")
+        write_note(axes, "no checks")
         return
-    steps = np.asarray(some(growth.map.steps), dtype=float)
+    steps = np.asarray(subsample(growth.map.steps), dtype=float)
     gap = steps[1] - steps[0] if len(steps) > 1 else steps[0]
     edges = np.concatenate([[max(0.0, steps[0] - max(gap, 1.0))], steps])
     if edges[0] == edges[1]:  # a check after no step
         edges[0] -= 1.0
-    rows = [[np.nan if p is None else p for p in row] for row in some(growth.map.pressure)]
+    rows = [[np.nan if p is None else p for p in row] for row in subsample(growth.map.pressure)]
     pressure = np.asarray(rows, dtype=float)
     known = pressure[np.isfinite(pressure)]
     low, high = (known.min(), known.max()) if known.size else (0.0, 1.0)
@@ -221,7 +221,9 @@ def draw_pressure(axes: Axes, growth: GrowthRecord, *, end: int) -> None:
     axes.set_xlim(0, max(end, edges[-1]))
 
 
-def parameter_course(growth: GrowthRecord, *, end: int) -> tuple[Sequence[float], Sequence[float]]:
+def parameters_over_steps(
+    growth: GrowthRecord, *, end: int
+) -> tuple[Sequence[float], Sequence[float]]:
     """Return steps, and the parameters from each step on; nothing if unknown."""
     if growth.parameters.before is None:
         return (), ()
@@ -232,7 +234,7 @@ def parameter_course(growth: GrowthRecord, *, end: int) -> tuple[Sequence[float]
     return [0, *(step for step, _ in points), last], [*values, values[-1]]
 
 
-def flops_course(
+def parameters_over_flops(
     growth: GrowthRecord, *, end_flops: float | None
 ) -> tuple[Sequence[float], Sequence[float]]:
     """Return training FLOPs, and the parameters from each of them on; nothing if unknown."""
@@ -253,7 +255,7 @@ def flops_course(
 
 def draw_parameters(
     axes: Axes,
-    places: Sequence[float],
+    positions: Sequence[float],
     values: Sequence[float],
     *,
     color: str = BLUE,
@@ -263,11 +265,13 @@ def draw_parameters(
     from matplotlib.ticker import EngFormatter
 
     axes.set_title("model parameters", fontsize=10)
-    if not places:
-        say(axes, "no data")
+    if not positions:
+        write_note(axes, "no data")
         return
-    shown = marker if len(places) <= _MOST_POINTS else ""
-    axes.step(places, values, where="post", color=color, marker=shown, markersize=3, linewidth=1.2)
+    shown = marker if len(positions) <= _MAX_POINTS else ""
+    axes.step(
+        positions, values, where="post", color=color, marker=shown, markersize=3, linewidth=1.2
+    )
     axes.yaxis.set_major_formatter(EngFormatter(sep=" "))
     axes.set_ylabel("parameters")
 
@@ -290,7 +294,7 @@ def _widths(growth: GrowthRecord, *, end: int) -> tuple[NDArray[np.float64], NDA
     now = np.asarray(growth.neurons.before, dtype=float)
     edges, rows = [0.0], [now.copy()]
     # Of very many events, as many as a picture can show
-    steps = some(growth.event_steps)
+    steps = subsample(growth.event_steps)
     of_steps = set(steps)
     for step, events in groupby(growth.events, key=lambda event: event.step):
         for event in events:

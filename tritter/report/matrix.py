@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from tritter.report.drawing import draw_cells, new_figure, numbers
 from tritter.report.summary import Matrix
-from tritter.report.table import Table, left_out
+from tritter.report.table import Table, omitted_note
 from tritter.report.wording import number_text
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def transfer_table(matrix: Matrix, *, most: int = MAX_ROWS) -> Table:
         values = (number_text(losses[number][place], ".4f") for number in shown)
         rows.append((name, learned, *values, *(number_text(each, "+.4f") for each in transfers)))
     lines = ["backward: change by later tasks; forward: change by earlier tasks"]
-    lines += filter(None, [left_out(len(found), most)])
+    lines += filter(None, [omitted_note(len(found), most)])
     rules = (len(rows),) if len(found) > 1 else ()
     if rules:
         means = (matrix.mean_backward_transfer, matrix.mean_forward_transfer)

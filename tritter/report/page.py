@@ -17,33 +17,33 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from tritter import __version__
-from tritter.report.drawing import CYCLE, DPI, GREY, new_figure, panel, wrapped
+from tritter.report.drawing import CYCLE, DPI, GREY, new_figure, panel, wrap_text
 from tritter.report.experts import experts_panels, experts_text, page_tables, share_text
 from tritter.report.growth import (
     draw_neurons,
     draw_parameters,
     draw_pressure,
     events_table,
-    flops_course,
     growth_table,
     growth_text,
     label_flops,
     mark_growth,
+    parameters_over_flops,
 )
 from tritter.report.matrix import matrix_figure, transfer_table
 from tritter.report.plots import SMOOTHED_FROM_POINTS, Curve, last_flops, running_mean
 from tritter.report.rows import Role, change_text
 from tritter.report.runs import (
     CONFIDENCE,
-    FEWEST_SEEDS,
+    MIN_SEEDS,
     Group,
     Interval,
     Run,
     differing_keys,
-    grouped,
+    group_runs,
     with_controls,
 )
-from tritter.report.summary import LARGEST
+from tritter.report.summary import MAX_NUMBER
 from tritter.report.table import Table
 from tritter.report.tables import attempts_table, result_table, stage_table, task_table
 from tritter.report.wording import MISSING, count_text, number_text, si_text
@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _CELL_CHARACTERS = 400  # of a setting
-_MOST_EVENTS = 100  # rows of a table of growth events; summary.json has all
+_MAX_EVENTS = 100  # rows of a table of growth events; summary.json has all
 # Control characters, and those that change the direction of the text after them
 _UNSEEN = dict.fromkeys(
     [*range(9), *range(11, 32), *range(127, 160), *range(0x202A, 0x202F), *range(0x2066, 0x206A)],
@@ -74,9 +74,9 @@ TITLES = {
 }
 _OVER_SEEDS = (
     f"Pale marks: seeds. Full marks and bars: mean and Student's {CONFIDENCE:.0%} interval over "
-    f"the seeds. Below {FEWEST_SEEDS} seeds, every mark is a seed."
+    f"the seeds. Below {MIN_SEEDS} seeds, every mark is a seed."
 )
-_OF_SEEDS = f"Every mark is a seed; there are no intervals below {FEWEST_SEEDS} seeds."
+_OF_SEEDS = f"Every mark is a seed; there are no intervals below {MIN_SEEDS} seeds."
 _SINGLE = "Bars: one-sided bounds of the gate, over documents."
 _CONTROL = "Hollow marks: control (not grown)."
 CAPTIONS = {
@@ -118,18 +118,18 @@ def page(
         notes: Lines on folders that are not on it.
         tables: Title → table, shown after the table of all runs.
     """
-    groups = grouped(runs)
+    groups = group_runs(runs)
     lines = _lines(groups)
     pictures = {name: [_png(figure) for figure in found] for name, found in figures(groups).items()}
     environment = Environment(
         loader=PackageLoader("tritter.report", ""), autoescape=True, undefined=StrictUndefined
     )
-    legend = [{"swatch": _swatch(line), "label": line.label} for line in lines[:_MOST_NAMED]]
+    legend = [{"swatch": _swatch(line), "label": line.label} for line in lines[:_MAX_NAMED]]
     swatches = {line.group.name: _swatch(line) for line in lines}
     text = environment.get_template("page.html.j2").render(
         version=__version__,
         title=title,
-        lead=_lead(groups),
+        lead=_subtitle(groups),
         notes=notes,
         verdicts=_VERDICTS,
         groups=_group_table(lines) if len(groups) < len(runs) else Table((), ()),
@@ -137,7 +137,7 @@ def page(
         overview=_overview(groups),
         swatches=swatches,
         legend=legend if len(lines) > 1 else [],
-        rest=max(0, len(lines) - _MOST_NAMED),
+        rest=max(0, len(lines) - _MAX_NAMED),
         tables=dict(tables or {}),
         figures=[
             {
@@ -150,7 +150,7 @@ def page(
             for name, found in pictures.items()
         ],
         lineage="\n".join(_tree(runs)),
-        differing=Table((), ()) if tables else _differing(runs),
+        differing=Table((), ()) if tables else _settings_table(runs),
         runs=[_details(run) for run in runs],
     )
     files = {
@@ -169,7 +169,7 @@ def _png(figure: Figure) -> bytes:
     return stream.getvalue()
 
 
-def _lead(groups: Sequence[Group]) -> str:
+def _subtitle(groups: Sequence[Group]) -> str:
     """Return the line below the title."""
     num_runs = sum(len(group.runs) for group in groups)
     lead = "One finished run" if num_runs == 1 else f"{num_runs} finished runs"
@@ -177,15 +177,15 @@ def _lead(groups: Sequence[Group]) -> str:
         number = "one group" if len(groups) == 1 else f"{len(groups)} groups"
         lead += f" in {number}; the runs of a group differ only in the seed"
     lead += ". Losses are in nats per token, changes of a loss are per byte."
-    if len(with_controls(groups)) > MOST_GROUPS:
-        lead += f" The figures of changes and cost show the first {MOST_GROUPS} groups."
+    if len(with_controls(groups)) > MAX_GROUPS:
+        lead += f" The figures of changes and cost show the first {MAX_GROUPS} groups."
     return lead
 
 
 def _caption(name: str, lines: Sequence[_Line]) -> str:
     parts = [CAPTIONS[name]]
     if name in _WITH_SEEDS:
-        if any(len(line.group.seeds) >= FEWEST_SEEDS for line in lines):
+        if any(len(line.group.seeds) >= MIN_SEEDS for line in lines):
             parts.append(_OVER_SEEDS)
         elif _has_seeds(lines):
             parts.append(_OF_SEEDS)
@@ -212,14 +212,14 @@ def _group_table(lines: Sequence[_Line]) -> Table:
         rows.append((*cells, si_text(flops), number_text(seconds, ".1f")))
     caption = (
         f"Change of the loss per byte: mean with Student's {CONFIDENCE:.0%} interval over the "
-        f"seeds; below {FEWEST_SEEDS} seeds, the value of each seed. Cost: mean of the training"
+        f"seeds; below {MIN_SEEDS} seeds, the value of each seed. Cost: mean of the training"
     )
     return Table(header, tuple(rows), (1, *range(3, len(header))), caption)
 
 
 def _statuses(group: Group) -> str:
     """Return `2 kept, 1 undecided`; the status alone if all runs have the same."""
-    counts = Counter(_words(run.summary.status) for run in group.runs)
+    counts = Counter(_status_text(run.summary.status) for run in group.runs)
     if len(counts) == 1:
         return next(iter(counts))
     return ", ".join(f"{number} {status}" for status, number in counts.items())
@@ -240,7 +240,7 @@ def _difference_table(lines: Sequence[_Line]) -> Table:
     header = ("group", "seed pairs", *(f"{domain} ({role}) [%]" for domain, role in domains))
     caption = (
         f"Loss per byte after training, relative to {reference.name} at the same seed; below zero "
-        f"is better. From {FEWEST_SEEDS} pairs on: mean with Student's {CONFIDENCE:.0%} interval, "
+        f"is better. From {MIN_SEEDS} pairs on: mean with Student's {CONFIDENCE:.0%} interval, "
         "not adjusted for the number of comparisons; below: the value of each seed"
     )
     return Table(header, tuple(rows), tuple(range(1, len(header))), caption)
@@ -260,7 +260,7 @@ def _overview(groups: Sequence[Group]) -> Table:
     rows = []
     for group, run in runs:
         summary = run.summary
-        cells = [run.name, group.name, str(run.seed), _words(summary.status)]
+        cells = [run.name, group.name, str(run.seed), _status_text(summary.status)]
         for domain, _ in domains:
             found = (change_text(row.change) for row in run.rows if row.domain == domain)
             cells.append(next(found, MISSING))
@@ -285,11 +285,11 @@ def _overview(groups: Sequence[Group]) -> Table:
     return Table(header, tuple(rows), tuple(range(4, len(header))), caption)
 
 
-def _words(status: object) -> str:
+def _status_text(status: object) -> str:
     return str(status).replace("_", " ")
 
 
-def _differing(runs: Sequence[Run]) -> Table:
+def _settings_table(runs: Sequence[Run]) -> Table:
     """Return the settings that differ; the longer of settings and runs becomes the rows."""
     keys = differing_keys(runs)
     if len(runs) > len(keys):
@@ -324,7 +324,7 @@ def _details(run: Run) -> dict[str, Any]:
     if len(summary.tasks) > 1:
         tables.append(task_table(summary))
     if summary.matrix:
-        tables.append(transfer_table(summary.matrix, most=_MOST_EVENTS))
+        tables.append(transfer_table(summary.matrix, most=_MAX_EVENTS))
     checks = tuple(
         (each.check, each.subject or MISSING, each.verdict, each.detail or MISSING)
         for each in summary.last_attempt.gate
@@ -333,7 +333,7 @@ def _details(run: Run) -> dict[str, Any]:
     notes = list(summary.notes)
     if growth is not None:
         methods += f", growth={growth.name}"
-        tables += [growth_table(growth, most=_MOST_EVENTS), events_table(growth, most=_MOST_EVENTS)]
+        tables += [growth_table(growth, most=_MAX_EVENTS), events_table(growth, most=_MAX_EVENTS)]
         notes.insert(0, f"Growth: {growth_text(growth)}.")
     if experts is not None:
         methods += f", experts={experts.kind}"
@@ -351,10 +351,10 @@ def _details(run: Run) -> dict[str, Any]:
 
 # Figures over several runs: panels that fit a phone
 
-MOST_GROUPS = 40  # in figures with a row per group; the table of the page has all
-MOST_PANELS = 24
-_MOST_NAMED = 60  # in the legend
-_MOST_MARKED = 60  # expansions and tasks of one figure
+MAX_GROUPS = 40  # in figures with a row per group; the table of the page has all
+MAX_PANELS = 24
+_MAX_NAMED = 60  # in the legend
+_MAX_MARKED = 60  # expansions and tasks of one figure
 _MARKERS = "osD^vPX*<>"
 _STYLES = ("-", ":", "-.")  # of the first 12 groups, the next 12, and so on
 _DASHES = {"-": "none", "--": "4 3", ":": "1.5 2", "-.": "5 2 1 2"}  # in SVG
@@ -420,9 +420,9 @@ def _legend_figure(lines: Sequence[_Line]) -> Figure:
     from matplotlib.lines import Line2D
 
     handles = [
-        Line2D([], [], color=line.color, linestyle=line.style, label=wrapped(line.label),
+        Line2D([], [], color=line.color, linestyle=line.style, label=wrap_text(line.label),
                markersize=5, marker=line.marker, markerfacecolor=line.filling)
-        for line in lines[:_MOST_NAMED]
+        for line in lines[:_MAX_NAMED]
     ]  # fmt: skip
     rows = sum(1 + str(handle.get_label()).count("\n") for handle in handles)
     figure, (axes,) = new_figure(width=4.8, height=0.2 + 0.17 * rows)
@@ -435,7 +435,7 @@ def figures(groups: Sequence[Group]) -> dict[str, list[Figure]]:
     """Return the figures that the runs have data for, by topic."""
     lines = _lines(groups)
     runs = [run for group in groups for run in group.runs]
-    means = lines[:MOST_GROUPS]
+    means = lines[:MAX_GROUPS]
     domains = _domains([line.group for line in means])
     is_seeded = _has_seeds(lines)
     changes, differences, reference = [], [], _reference(lines)
@@ -451,7 +451,7 @@ def figures(groups: Sequence[Group]) -> dict[str, list[Figure]]:
     skilled = [(run, run.summary.experts) for run in runs if run.summary.experts is not None]
     experts = [
         figure
-        for run, record in skilled[:MOST_PANELS]
+        for run, record in skilled[:MAX_PANELS]
         for figure in experts_panels(
             record,
             name=run.name,
@@ -462,9 +462,9 @@ def figures(groups: Sequence[Group]) -> dict[str, list[Figure]]:
     ]
     matrices = []
     learned = [(run.name, run.summary.matrix) for run in runs if run.summary.matrix]
-    for name, matrix in learned[:MOST_PANELS]:
+    for name, matrix in learned[:MAX_PANELS]:
         figure = matrix_figure(matrix)
-        figure.axes[0].set_title(wrapped(name), fontsize=9)
+        figure.axes[0].set_title(wrap_text(name), fontsize=9)
         matrices.append(figure)
     made = {
         "tradeoff": _tradeoff(lines),
@@ -487,7 +487,7 @@ def _domains(groups: Sequence[Group], role: str | None = None) -> list[tuple[str
     """Return domains that have losses, each with its role."""
     rows = (row for group in groups for run in group.runs for row in run.losses)
     found = dict.fromkeys((row.domain, row.role) for row in rows if role in (None, row.role))
-    return list(found)[:MOST_PANELS]
+    return list(found)[:MAX_PANELS]
 
 
 def _tradeoff(lines: Sequence[_Line]) -> list[Figure]:
@@ -568,7 +568,7 @@ def _losses(lines: Sequence[_Line]) -> list[Figure]:
     named["train/loss"] = "training loss"
     runs = [run for line in lines for run in line.group.runs]
     is_in_tokens = all(run.tokens_per_step for run in runs)
-    made = [_course(lines, name, title, is_in_tokens) for name, title in named.items()]
+    made = [_draw_losses(lines, name, title, is_in_tokens) for name, title in named.items()]
     bases: dict[tuple[Curve, float], None] = {}  # each once: runs of a sweep share them
     for run in runs:
         scale = _scale(run, is_in_tokens=is_in_tokens)
@@ -584,14 +584,16 @@ def _losses(lines: Sequence[_Line]) -> list[Figure]:
     return [figure for figure in made if figure is not None]
 
 
-def _course(lines: Sequence[_Line], name: str, title: str, is_in_tokens: bool) -> Figure | None:
+def _draw_losses(
+    lines: Sequence[_Line], name: str, title: str, is_in_tokens: bool
+) -> Figure | None:
     """Draw one loss of all runs, and mark expansions, growth and the start of tasks."""
     figure, axes = panel(height=2.9)
     is_empty = True
     is_alone = sum(len(line.group.runs) for line in lines if not line.group.is_control) == 1
     marked: dict[tuple[float, str], None] = {}
     for line in lines:
-        courses: list[_Course] = []
+        courses: list[_Curve] = []
         for run in line.group.runs:
             scale = _scale(run, is_in_tokens=is_in_tokens)
             for curve in (each for each in run.curves if each.name == name):
@@ -604,7 +606,7 @@ def _course(lines: Sequence[_Line], name: str, title: str, is_in_tokens: bool) -
         _draw_mean(axes, courses, line)
     if is_empty:
         return None
-    for place, kind in list(marked)[:_MOST_MARKED]:
+    for place, kind in list(marked)[:_MAX_MARKED]:
         color, style = ("black", "--") if kind == "expansion" else (GREY, "-.")
         axes.axvline(place, color=color, linestyle=style, linewidth=0.8)
     _label_course(axes, title, is_in_tokens=is_in_tokens)
@@ -616,20 +618,20 @@ def _scale(run: Run, *, is_in_tokens: bool) -> float:
 
 
 def _label_course(axes: Axes, title: str, *, is_in_tokens: bool) -> None:
-    axes.set_title(wrapped(title), fontsize=9)
+    axes.set_title(wrap_text(title), fontsize=9)
     axes.set_xlabel("training tokens [thousand]" if is_in_tokens else "training step")
     axes.set_ylabel("loss [nats/token]")
 
 
 @dataclass(frozen=True, slots=True)
-class _Course:
+class _Curve:
     """A curve to draw: a running mean if it has many points."""
 
     positions: tuple[float, ...]
     values: tuple[float, ...]
 
 
-def _draw(axes: Axes, curve: Curve, scale: float, line: _Line, *, is_pale: bool = False) -> _Course:
+def _draw(axes: Axes, curve: Curve, scale: float, line: _Line, *, is_pale: bool = False) -> _Curve:
     """Draw a curve; below a running mean its points are pale.
 
     Args:
@@ -640,7 +642,7 @@ def _draw(axes: Axes, curve: Curve, scale: float, line: _Line, *, is_pale: bool 
         is_pale: The curve is one of several seeds.
     """
     positions = [scale * step for step in curve.steps]
-    values = [value if abs(value) < LARGEST else float("nan") for value in curve.values]
+    values = [value if abs(value) < MAX_NUMBER else float("nan") for value in curve.values]
     plot = partial(axes.plot, color=line.color, linestyle=line.style)
     alpha, width = (0.35, 0.8) if is_pale else (1.0, 1.3)
     if len(values) < SMOOTHED_FROM_POINTS:
@@ -650,17 +652,17 @@ def _draw(axes: Axes, curve: Curve, scale: float, line: _Line, *, is_pale: bool 
             "markersize": 3,
         }
         plot(positions, values, alpha=alpha, linewidth=width, **({} if is_pale else marks))
-        return _Course(tuple(positions), tuple(values))
+        return _Curve(tuple(positions), tuple(values))
     window = len(values) // 20
     mean = running_mean(values, window)
     centres = positions[window // 2 : window // 2 + len(mean)]
     if not is_pale:
         plot(positions, values, alpha=0.2)
     plot(centres, mean, alpha=alpha, linewidth=width)
-    return _Course(tuple(centres), tuple(mean))
+    return _Curve(tuple(centres), tuple(mean))
 
 
-def _draw_mean(axes: Axes, courses: Sequence[_Course], line: _Line) -> None:
+def _draw_mean(axes: Axes, courses: Sequence[_Curve], line: _Line) -> None:
     """Draw the mean of several seeds' curves over the positions that all of them have."""
     if len(courses) < 2:
         return
@@ -701,13 +703,13 @@ def _growth(lines: Sequence[_Line]) -> list[Figure]:
         if run.summary.growth is not None
     ]
     made = []
-    for _, run, growth in found[:MOST_PANELS]:
+    for _, run, growth in found[:MAX_PANELS]:
         drawn = [draw_neurons] if len(found) > 1 else [draw_neurons, draw_pressure]
         for draw in drawn:
             figure, axes = panel(height=2.9)
             draw(axes, growth, end=run.last_steps)
             what = axes.get_title()
-            axes.set_title(wrapped(f"{run.name}: {what}"), fontsize=9)
+            axes.set_title(wrap_text(f"{run.name}: {what}"), fontsize=9)
             if draw is draw_neurons and growth.events:
                 figure.legend(loc="outside lower left", ncols=2, frameon=False, fontsize=7.5)
             made.append(figure)
@@ -716,7 +718,7 @@ def _growth(lines: Sequence[_Line]) -> list[Figure]:
     figure, axes = panel(height=2.9)
     is_empty = True
     for line, run, growth in found:
-        course = flops_course(growth, end_flops=last_flops(run.curves))
+        course = parameters_over_flops(growth, end_flops=last_flops(run.curves))
         if course[0]:
             draw_parameters(axes, *course, color=line.color, marker=line.marker)
             is_empty = False
@@ -745,7 +747,7 @@ def _bars_of(
     rows = [(line, interval) for line, interval in found if interval is not None]
     if not rows:
         return None
-    labels = [wrapped(line.label) for line, _ in rows]
+    labels = [wrap_text(line.label) for line, _ in rows]
     heights = [0.27 + 0.15 * (1 + label.count("\n")) for label in labels]  # inches
     figure, axes = panel(height=0.8 + sum(heights))
     bottoms = [*accumulate(heights)]
@@ -775,7 +777,7 @@ def _bars_of(
     axes.set_ylim(bottoms[-1] + 0.2, 0)
     axes.axvline(0, color=GREY, linewidth=0.8)
     axes.grid(axis="x", alpha=0.25)
-    axes.set_title(wrapped(title), fontsize=9)
+    axes.set_title(wrap_text(title), fontsize=9)
     return figure
 
 

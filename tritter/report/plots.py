@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tritter.report.drawing import BLUE, CYCLE, GREY, ORANGE, PURPLE, new_figure, wrapped
+from tritter.report.drawing import BLUE, CYCLE, GREY, ORANGE, PURPLE, new_figure, wrap_text
 from tritter.report.experts import experts_figure
 from tritter.report.growth import growth_figure, mark_growth
 from tritter.report.matrix import matrix_figure
 from tritter.report.rows import DomainRow, change_text, domain_rows
-from tritter.report.summary import LARGEST, Score, Summary
+from tritter.report.summary import MAX_NUMBER, Score, Summary
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -88,7 +88,7 @@ def last_flops(curves: Sequence[Curve]) -> float | None:
     """Return the last logged FLOPs of a training run with growth."""
     logged = (curve.values[-1] for curve in reversed(curves) if curve.name == GROWTH_FLOPS)
     last = next(logged, math.nan)
-    return last if 0 < last < LARGEST else None
+    return last if 0 < last < MAX_NUMBER else None
 
 
 def curves_of(rows: Sequence[Mapping[str, str]]) -> tuple[Curve, ...]:
@@ -122,7 +122,7 @@ def _domains_figure(rows: Sequence[DomainRow]) -> Figure | None:
                 _draw_stages(axes, scores, label="control (not grown)", color=ORANGE)
         is_known = row.change.value is not None
         change = f"{change_text(row.change)} %" if is_known else "change unknown"
-        axes.set_title(wrapped(f"{row.domain} ({row.role}): {change}", 40), fontsize=10)
+        axes.set_title(wrap_text(f"{row.domain} ({row.role}): {change}", 40), fontsize=10)
         axes.set_xticks(range(len(_STAGES)), _STAGES)
         axes.set_xlim(-0.35, 2.35)
         axes.margins(y=0.15)
@@ -155,7 +155,7 @@ def _draw_stages(axes: Axes, scores: Sequence[Score | None], *, label: str, colo
 
 
 @dataclass(frozen=True, slots=True)
-class _Course:
+class _RoundCurve:
     """A domain's validation loss during one round of a run.
 
     Args:
@@ -190,20 +190,20 @@ def _forgetting_figure(
         born: Steps of the last round at which neurons were born.
         is_grown: The model was expanded.
     """
-    grown = [(row, _courses(row, rounds)) for row in rows if not row.is_control]
+    grown = [(row, _round_curves(row, rounds)) for row in rows if not row.is_control]
     shown = [(row, courses) for row, courses in grown if courses]
     if not shown:
         return None
     figure, panels = new_figure(columns=len(shown), width=1.2 + 3.2 * len(shown), height=4.0)
     for (row, courses), axes in zip(shown, panels, strict=True):
-        level = _draw_courses(axes, courses, is_grown=is_grown)
-        for course in _courses(row, [control]):
+        level = _draw_rounds(axes, courses, is_grown=is_grown)
+        for course in _round_curves(row, [control]):
             label = "control (not grown)"
             axes.plot(course.steps, course.values, "s--", color=ORANGE, markersize=3, label=label)
         for step in borders:
             axes.axvline(step, color=GREY, linestyle="-.", linewidth=1, label="next task")
         mark_growth(axes, [courses[-1].first_step + step for step in born])
-        axes.set_title(wrapped(f"{row.domain} ({row.role})", 40), fontsize=10)
+        axes.set_title(wrap_text(f"{row.domain} ({row.role})", 40), fontsize=10)
         axes.set_xlabel("training step")
         axes.margins(y=0.15)
         # The loss before the first step is left of it, and has no tick
@@ -218,20 +218,20 @@ def _forgetting_figure(
     return figure
 
 
-def _courses(row: DomainRow, rounds: Sequence[Sequence[Curve]]) -> list[_Course]:
+def _round_curves(row: DomainRow, rounds: Sequence[Sequence[Curve]]) -> list[_RoundCurve]:
     """Return a domain's losses in each round; steps are counted over all rounds."""
-    courses: list[_Course] = []
+    courses: list[_RoundCurve] = []
     for curve in (each for curves in rounds for each in curves):
         if curve.name == f"eval/{row.domain}/loss" and curve.steps[-1] >= 0:
             first_step = courses[-1].steps[-1] if courses else 0
             num_before = sum(step < 0 for step in curve.steps)
             before = curve.values[0] if num_before else None
             steps = tuple(first_step + step for step in curve.steps[num_before:])
-            courses.append(_Course(before, first_step, steps, curve.values[num_before:]))
+            courses.append(_RoundCurve(before, first_step, steps, curve.values[num_before:]))
     return courses
 
 
-def _draw_courses(axes: Axes, courses: Sequence[_Course], *, is_grown: bool) -> str:
+def _draw_rounds(axes: Axes, courses: Sequence[_RoundCurve], *, is_grown: bool) -> str:
     """Draw all rounds and the level of the loss before them; return the label of the level."""
     first = courses[0]
     gap = 0.08 * max(courses[-1].steps[-1], 1)  # between the first step and the loss before it
@@ -319,7 +319,7 @@ def _tradeoff_figure(rows: Sequence[DomainRow]) -> Figure | None:
             marker="s" if old.is_control else "o",
             linestyle="none",
             capsize=3,
-            label=wrapped(f"{kind}: {old.domain} against {new.domain}"),
+            label=wrap_text(f"{kind}: {old.domain} against {new.domain}"),
         )
     for bound in sorted({old.bound for old, _ in pairs if old.bound is not None}):
         axes.axhline(100 * bound, color=GREY, linestyle="--", linewidth=1)

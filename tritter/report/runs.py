@@ -12,16 +12,16 @@ from functools import cached_property, partial
 from statistics import fmean, stdev
 from typing import Any, Literal, TypeGuard
 
-from tritter.report.drawing import cut
+from tritter.report.drawing import truncate
 from tritter.report.plots import Curve
 from tritter.report.rows import DomainRow, domain_rows
 from tritter.report.summary import Attempt, Summary, ends_of
 from tritter.report.wording import MISSING
 
 _SEED = "seed"
-_MOST_NAMED = 8  # settings in the name of a group, in addition to the methods
+_MAX_NAMED = 8  # settings in the name of a group, in addition to the methods
 CONFIDENCE = 0.95  # of the intervals over seeds, two-sided
-FEWEST_SEEDS = 3  # for an interval; below, the values of the seeds are shown
+MIN_SEEDS = 3  # for an interval; below, the values of the seeds are shown
 # Stages that belong to a method as its training does
 _PREPARED = ("importance", "self_replay", "choose", "distill", "adapt")
 _NAME_CHARACTERS = 400
@@ -33,7 +33,7 @@ _NOT_OF_CONTROLS: dict[str, Any] = {
     "flops": {},
     "seconds": {},
 }
-_MOST = 10**9  # largest plausible batch size or sequence length
+_MAX_COUNT = 10**9  # largest plausible batch size or sequence length
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class Run:
         if isinstance(value, list):
             value = ", ".join(map(str, value)) or "none"
         text = MISSING if value is None else str(value)
-        return text if most is None else cut(text, most)
+        return text if most is None else truncate(text, most)
 
     @property
     def steps(self) -> int:
@@ -138,7 +138,7 @@ class Run:
 
 
 def _is_count(value: object) -> TypeGuard[int]:
-    return type(value) is int and 0 < value < _MOST
+    return type(value) is int and 0 < value < _MAX_COUNT
 
 
 @dataclass(frozen=True)
@@ -219,7 +219,7 @@ class Interval:
     """A mean over seeds with Student's interval, or the value of one run with its own bounds.
 
     Args:
-        lower: Lower bound at `CONFIDENCE`; None below `FEWEST_SEEDS`, or if unknown.
+        lower: Lower bound at `CONFIDENCE`; None below `MIN_SEEDS`, or if unknown.
         upper: Upper bound, likewise.
         values: The values of the seeds.
     """
@@ -235,7 +235,7 @@ class Interval:
         if not finite or len(finite) < len(values):
             return None
         mean, n = fmean(finite), len(finite)
-        if n < FEWEST_SEEDS:
+        if n < MIN_SEEDS:
             return cls(mean, None, None, tuple(finite))
         from scipy.special import stdtrit  # half a second, which a single run does not need
 
@@ -245,7 +245,7 @@ class Interval:
     @property
     def is_of_seeds(self) -> bool:
         """Whether the values of the seeds stand for the mean: there are too few for an interval."""
-        return 1 < len(self.values) < FEWEST_SEEDS
+        return 1 < len(self.values) < MIN_SEEDS
 
     def text(self, *, scale: float = 100) -> str:
         """Return the mean with its bounds, or the values of the seeds, in per cent."""
@@ -258,7 +258,7 @@ class Interval:
         return f"{scale * self.value:+.2f} [{lower}, {upper}]"
 
 
-def grouped(runs: Iterable[Run]) -> tuple[Group, ...]:
+def group_runs(runs: Iterable[Run]) -> tuple[Group, ...]:
     """Return groups of runs that differ only in the seed, named by the settings that differ."""
     by_settings: dict[str, list[Run]] = {}
     for run in runs:
@@ -266,7 +266,7 @@ def grouped(runs: Iterable[Run]) -> tuple[Group, ...]:
         by_settings.setdefault(key, []).append(run)
     groups = [tuple(each) for each in by_settings.values()]
     firsts = [each[0] for each in groups]
-    keys = [key for key in differing_keys(firsts) if key != _SEED and tells(key, firsts)]
+    keys = [key for key in differing_keys(firsts) if key != _SEED and differs_between(key, firsts)]
     ways = {"growth": any(run.summary.growth is not None for run in firsts)}
     ways["experts"] = any(run.summary.experts is not None for run in firsts)
     named = [way for way, is_there in ways.items() if is_there]
@@ -320,19 +320,19 @@ def _name(run: Run, keys: Sequence[str], *, ways: Collection[str]) -> str:
     if "experts" in ways:
         methods["experts"] = [] if summary.experts is None else [_short(summary.experts.kind)]
     parts = [f"{key}={'+'.join(names) or 'none'}" for key, names in methods.items()]
-    most = len(parts) + _MOST_NAMED
+    most = len(parts) + _MAX_NAMED
     known = [key for key in keys if run.settings.get(key) is not None]
     own = [key for key in known if key.removesuffix(".name") not in _NAMED_BY_GROWTH]
     parts += [f"{key.rpartition('.')[2]}={_short(run.settings[key])}" for key in own]
     name = " ".join(parts[:most]) + (" …" if len(parts) > most else "")
-    return cut(name, _NAME_CHARACTERS)
+    return truncate(name, _NAME_CHARACTERS)
 
 
-def tells(key: str, runs: Sequence[Run]) -> bool:
+def differs_between(key: str, runs: Sequence[Run]) -> bool:
     """Return whether a setting differs between the runs that have it, methods excluded."""
     values = {repr(run.settings[key]) for run in runs if key in run.settings}
     return len(values) > 1 and not key.endswith(".methods")
 
 
 def _short(value: Any) -> str:
-    return cut(f"{value:g}" if isinstance(value, float) else str(value), 60)
+    return truncate(f"{value:g}" if isinstance(value, float) else str(value), 60)

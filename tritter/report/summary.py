@@ -20,16 +20,16 @@ from typing import (
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from tritter.storage.reading import read_object
-from tritter.storage.records import validated
+from tritter.storage.records import validate_record
 
-LARGEST = 1e30  # sums and squares of such numbers, and axes over them, are finite
-Number = Annotated[float, Field(ge=-LARGEST, le=LARGEST, allow_inf_nan=False)]
+MAX_NUMBER = 1e30  # sums and squares of such numbers, and axes over them, are finite
+Number = Annotated[float, Field(ge=-MAX_NUMBER, le=MAX_NUMBER, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0, le=10**15)]
 
 BASE = "base"  # the gate of a base without an adapter
-_MOST = 1000  # experts, and domains
-_MOST_EVENTS = 100_000
-_MOST_LAYERS = 1024
+_MAX_ITEMS = 1000  # experts, and domains
+_MAX_EVENTS = 100_000
+_MAX_LAYERS = 1024
 
 
 class Part(BaseModel):
@@ -49,7 +49,7 @@ class Part(BaseModel):
 # Growth
 
 _Width = Annotated[int, Field(ge=1, le=10**9)]
-_Widths = Annotated[tuple[_Width, ...], Field(min_length=1, max_length=_MOST_LAYERS)]
+_Widths = Annotated[tuple[_Width, ...], Field(min_length=1, max_length=_MAX_LAYERS)]
 
 
 class GrowthEvent(Part):
@@ -125,7 +125,7 @@ class GrowthRecord(Part):
         update_norms: Mean norm of the updates of `young` and `old` neurons.
     """
 
-    events: Annotated[tuple[GrowthEvent, ...], Field(max_length=_MOST_EVENTS)]
+    events: Annotated[tuple[GrowthEvent, ...], Field(max_length=_MAX_EVENTS)]
     born: Count
     neurons: _Neurons
     options: Mapping[str, Any] = {}
@@ -203,8 +203,8 @@ _STATES = {"spawned": "young", "mature": "mature", "frozen": "frozen"} | {e: e f
 
 _Shares = dict[str, Number]
 _Rows = Annotated[
-    Mapping[str, Annotated[tuple[Number | None, ...], Field(max_length=_MOST_EVENTS)]],
-    Field(max_length=_MOST),
+    Mapping[str, Annotated[tuple[Number | None, ...], Field(max_length=_MAX_EVENTS)]],
+    Field(max_length=_MAX_ITEMS),
 ]
 
 
@@ -244,10 +244,10 @@ class ExpertEvent(Part):
     gone: str | None = None
 
 
-class Course(Part):
+class ExpertHistory(Part):
     """A number of each expert over the steps; None before it exists, or if unknown."""
 
-    steps: Annotated[tuple[Count, ...], Field(max_length=_MOST_EVENTS)] = ()
+    steps: Annotated[tuple[Count, ...], Field(max_length=_MAX_EVENTS)] = ()
     gates: _Rows = {}
     ranks: _Rows = {}
 
@@ -284,7 +284,7 @@ class ExpertRow:
     state: str
 
 
-_MOST_OF_THEM = Field(max_length=_MOST_EVENTS)
+_MAX_EXPERTS = Field(max_length=_MAX_EVENTS)
 
 
 class ExpertsRecord(Part):
@@ -301,13 +301,13 @@ class ExpertsRecord(Part):
 
     kind: str = "?"
     number: Count | None = None
-    names: Annotated[tuple[str, ...], Field(max_length=_MOST)] = ()
-    spawned: Annotated[tuple[Spawn, ...], _MOST_OF_THEM] = ()
-    events: Annotated[tuple[ExpertEvent, ...], _MOST_OF_THEM] = ()
-    usage: Annotated[dict[str, _Shares], Field(max_length=_MOST)] = {}
-    usage_over_time: Course = Course()
+    names: Annotated[tuple[str, ...], Field(max_length=_MAX_ITEMS)] = ()
+    spawned: Annotated[tuple[Spawn, ...], _MAX_EXPERTS] = ()
+    events: Annotated[tuple[ExpertEvent, ...], _MAX_EXPERTS] = ()
+    usage: Annotated[dict[str, _Shares], Field(max_length=_MAX_ITEMS)] = {}
+    usage_over_time: ExpertHistory = ExpertHistory()
     ranks: dict[str, Count] = {}
-    ranks_over_time: Course = Course()
+    ranks_over_time: ExpertHistory = ExpertHistory()
     parameters: _Parameters = _Parameters()
     batches: dict[str, Count] = {}
     routing: _Routing = _Routing()
@@ -381,8 +381,8 @@ def _without_nulls(plain: object) -> object:
 # Sequential tasks
 
 _Transfer = dict[str, Number | None]
-_Row = Annotated[list[Number | None], Field(max_length=_MOST)]
-_Names = Annotated[list[str], Field(min_length=1, max_length=_MOST)]
+_Row = Annotated[list[Number | None], Field(max_length=_MAX_ITEMS)]
+_Names = Annotated[list[str], Field(min_length=1, max_length=_MAX_ITEMS)]
 
 
 class Matrix(Part):
@@ -439,7 +439,7 @@ class MoeRecord(Part):
         selection_bias: Domain → loss `with` and `without` the bias.
     """
 
-    number: Annotated[int, Field(ge=1, le=_MOST_EVENTS)]
+    number: Annotated[int, Field(ge=1, le=_MAX_EVENTS)]
     experts_per_token: Count
     usage: dict[str, Annotated[list[list[_OfOne]], Field(min_length=1)]]
     layers: list[Count] = []
@@ -632,7 +632,7 @@ class Summary(Part):
         """
         experts = _without_nulls(plain.get("experts"))
         values = {**plain, "experts": None if experts == {} else experts}
-        read = validated(values, cls, what="not a valid run summary")
+        read = validate_record(values, cls, what="not a valid run summary")
         if read.experts is None:
             return read
         return read.model_copy(update={"experts": read.experts.completed()})

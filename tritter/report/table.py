@@ -103,7 +103,7 @@ def label(subject: str) -> str:
     return name if name == subject else f"{name}{_ACCURACY}"
 
 
-def left_out(number: int, most: int, *, of: str = "") -> str:
+def omitted_note(number: int, most: int, *, of: str = "") -> str:
     """Return a line on rows that are not shown; empty if all are."""
     return f"{number - most} {of}more are in summary.json" if number > most else ""
 

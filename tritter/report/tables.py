@@ -25,7 +25,7 @@ _STATUS_WORDS = {
 }
 _SAMPLE_CHARACTERS = 400
 _DOMAIN_CHARACTERS = 11
-_MOST_EXPERTS = 12  # columns
+_MAX_EXPERTS = 12  # columns
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,9 +188,9 @@ def moe_table(experts: MoeRecord) -> Table:
     }
     new, number = experts.new, experts.number
     shown = list(range(number))
-    if number > _MOST_EXPERTS:
+    if number > _MAX_EXPERTS:
         total = [sum(shares) for shares in zip(*usage.values(), strict=True)]
-        shown = sorted(sorted(shown, key=lambda expert: -total[expert])[:_MOST_EXPERTS])
+        shown = sorted(sorted(shown, key=lambda expert: -total[expert])[:_MAX_EXPERTS])
     header = ["domain", *(f"{each}{'*' if each in new else ''}" for each in shown)]
     header += ["* new"] * bool(new)
     rows = tuple(

@@ -24,10 +24,14 @@ _NO_LINKS = {
     *(errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK),
     *(errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP),
 }
-_ASIDE = "old-"  # mkdtemp never generates a hyphen
-_TAKEN = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR)  # errors of a rename onto an existing name
+_OLD_PREFIX = "old-"  # mkdtemp never generates a hyphen
+_NAME_EXISTS = (
+    errno.EEXIST,
+    errno.ENOTEMPTY,
+    errno.ENOTDIR,
+)  # errors of a rename onto an existing name
 Identity = tuple[int, int]  # device and inode of a file or folder
-_PLACED: set[Identity] = set()  # folders that this process has published
+_PUBLISHED: set[Identity] = set()  # folders that this process has published
 
 
 @contextmanager
@@ -209,12 +213,12 @@ def _replace_folder(
     own = identity_of(new)
     if before is None or not os.path.lexists(target):
         if not _rename_new(new, target):
-            raise _exists_now(target)
+            raise _exists_error(target)
     else:
         _check_old(target, target, before, check)
         check_old = partial(_check_old, target=target, before=before, check=check)
         if not _exchange_checked(new, target, check_old):
-            old = Path(tempfile.mkdtemp(prefix=_prefix(target) + _ASIDE, dir=target.parent))
+            old = Path(tempfile.mkdtemp(prefix=_prefix(target) + _OLD_PREFIX, dir=target.parent))
             target.replace(old / target.name)
             try:
                 check_old(old / target.name)
@@ -225,11 +229,11 @@ def _replace_folder(
                 raise
             _remove(old)
     if own is not None:
-        _PLACED.add(own)
+        _PUBLISHED.add(own)
     _sync(target.parent)
 
 
-def _exists_now(target: Path) -> RequestError:
+def _exists_error(target: Path) -> RequestError:
     return RequestError(
         f"{target} exists now: another process wrote it after this command started. It was not "
         "changed. Choose another path."
@@ -247,13 +251,13 @@ def identity_of(path: Path) -> Identity | None:
 
 def is_published_here(target: Path) -> bool:
     """Return True if this process published the folder at `target`."""
-    return identity_of(target) in _PLACED
+    return identity_of(target) in _PUBLISHED
 
 
 def _check_old(old: Path, target: Path, before: Identity, check: Callable[[Path], None]) -> None:
     """Check the old folder of `target`, which is about to be deleted."""
     if identity_of(old) != before:
-        raise _exists_now(target)
+        raise _exists_error(target)
     try:
         _refuse(old, overwrite=True, check=check)
     except RequestError as error:
@@ -297,7 +301,7 @@ def _rename_new(first: Path, second: Path) -> bool:
     try:
         first.rename(second)
     except OSError as error:
-        if error.errno in _TAKEN:  # another process was faster
+        if error.errno in _NAME_EXISTS:  # another process was faster
             return False
         raise
     return True
@@ -327,7 +331,7 @@ def _remove_leftovers(target: Path) -> None:
 
     A folder that was moved aside and not yet replaced is restored first.
     """
-    pattern = re.compile(rf"\.{re.escape(target.name)}\.{_host()}-(\d+)\.({_ASIDE})?")
+    pattern = re.compile(rf"\.{re.escape(target.name)}\.{_host()}-(\d+)\.({_OLD_PREFIX})?")
     for path in sorted(target.parent.iterdir()):
         match = pattern.match(path.name)
         if match is None or path.is_symlink() or _is_alive(int(match[1])):

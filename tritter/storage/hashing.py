@@ -39,12 +39,12 @@ class RawTensor:
 
 def tensor_digest(name: str, tensor: Tensor) -> str:
     """Return the SHA-256 of a tensor's name, dtype, shape and bytes."""
-    digest = begun_digest(name, str(tensor.dtype), tuple(tensor.shape))
+    digest = start_digest(name, str(tensor.dtype), tuple(tensor.shape))
     digest.update(bytes_of(tensor))
     return digest.hexdigest()
 
 
-def begun_digest(name: str, dtype: str, shape: tuple[int, ...]) -> hashlib._Hash:
+def start_digest(name: str, dtype: str, shape: tuple[int, ...]) -> hashlib._Hash:
     """Return a hash object that is ready for the bytes of a tensor.
 
     Args:
@@ -103,7 +103,7 @@ def header_digest(path: Path) -> str:
         return hashlib.sha256(start + file.read(length)).hexdigest()
 
 
-def _known(digest: str) -> Future[str]:
+def _completed_future(digest: str) -> Future[str]:
     found: Future[str] = Future()
     found.set_result(digest)
     return found
@@ -128,7 +128,7 @@ class DigestQueue:
         """Return a queue of known checksums: tensors with these names are not hashed."""
         queue = cls()
         for name, digest in digests.items():
-            queue._digests[name] = _known(digest)
+            queue._digests[name] = _completed_future(digest)
         return queue
 
     def begin(
@@ -176,12 +176,12 @@ class DigestQueue:
 
     def _hash_ahead(self, tensors: Iterable[RawTensor]) -> None:
         for tensor in tensors:
-            digest = begun_digest(tensor.name, f"torch.{tensor.dtype}", tensor.shape)
+            digest = start_digest(tensor.name, f"torch.{tensor.dtype}", tensor.shape)
             for begin in range(0, len(tensor.data), _PIECE_BYTES):
                 if self._is_over.is_set():
                     return
                 digest.update(tensor.data[begin : begin + _PIECE_BYTES])
-            self._digests.setdefault(tensor.name, _known(digest.hexdigest()))
+            self._digests.setdefault(tensor.name, _completed_future(digest.hexdigest()))
             if self._are_added.is_set():
                 return
 

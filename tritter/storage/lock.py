@@ -15,7 +15,7 @@ _MAX_BYTES = 200
 
 
 @contextmanager
-def alone_in(folder: Path, *, key: str) -> Iterator[None]:
+def folder_lock(folder: Path, *, key: str) -> Iterator[None]:
     """Lock a folder while the block runs.
 
     The system releases the lock when this process ends, even by a kill. Forked processes do not
@@ -37,7 +37,7 @@ def alone_in(folder: Path, *, key: str) -> Iterator[None]:
             return
         if (holder := _lock(descriptor)) is not None:
             os.close(descriptor)
-            raise _is_taken(folder, holder, key=key)
+            raise _locked_error(folder, holder, key=key)
         with suppress(FileNotFoundError):
             if os.path.samestat(os.lstat(path), os.fstat(descriptor)):
                 break
@@ -52,7 +52,7 @@ def alone_in(folder: Path, *, key: str) -> Iterator[None]:
         os.close(descriptor)
 
 
-def check_free(folder: Path, *, key: str) -> None:
+def check_unlocked(folder: Path, *, key: str) -> None:
     """Refuse a folder that another process has locked, without writing anything.
 
     The process that holds the lock must not call this: it would lose the lock.
@@ -61,10 +61,10 @@ def check_free(folder: Path, *, key: str) -> None:
         RequestError: Another process holds the lock; the message names it.
     """
     if (holder := _holder(folder)) is not None:
-        raise _is_taken(folder, holder, key=key)
+        raise _locked_error(folder, holder, key=key)
 
 
-def process_in(folder: Path) -> int | None:
+def locking_process(folder: Path) -> int | None:
     """Return the id of the local process that has locked a folder, or None.
 
     The process that holds the lock must not call this: it would lose the lock.
@@ -75,7 +75,7 @@ def process_in(folder: Path) -> int | None:
     return int(holder[1])
 
 
-def is_held(folder: Path) -> bool:
+def is_locked(folder: Path) -> bool:
     """Return True if another process, on any machine, has locked a folder."""
     return _holder(folder) is not None
 
@@ -104,6 +104,6 @@ def _lock(descriptor: int) -> str | None:
     return None
 
 
-def _is_taken(folder: Path, holder: str, *, key: str) -> RequestError:
+def _locked_error(folder: Path, holder: str, *, key: str) -> RequestError:
     reason = f"{holder} is using it; wait until it ends, or choose another folder"
     return refused(key, folder, reason)

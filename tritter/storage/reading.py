@@ -203,7 +203,7 @@ def named_path(name: str | os.PathLike[str], *, key: str) -> Path:
     Raises:
         RequestError: It is not a path, or no file can have that name.
     """
-    reason = _why_not(name)
+    reason = _name_problem(name)
     if reason is not None:
         raise RequestError(f"{key_name(key)} = {brief(name)}: {reason}.")
     path = Path(name).expanduser()
@@ -211,7 +211,7 @@ def named_path(name: str | os.PathLike[str], *, key: str) -> Path:
     return path.resolve() if ".." in path.parts else path
 
 
-def _why_not(name: object) -> str | None:
+def _name_problem(name: object) -> str | None:
     if not isinstance(name, str | os.PathLike):
         return "a path is required"
     try:
@@ -256,20 +256,20 @@ def check_links(folder: Path) -> None:
                 check_inside(folder, str(path.relative_to(folder)))
 
 
-def check_tree(folder: Path, *, passed_over: Container[str] = ()) -> None:
+def check_tree(folder: Path, *, skipped: Container[str] = ()) -> None:
     """Refuse a folder that contains a link out of it, a pipe, a socket or a device.
 
     No file is opened.
 
     Args:
         folder: Folder to check.
-        passed_over: Names of subfolders to skip.
+        skipped: Names of subfolders to skip.
 
     Raises:
         TritterError: The folder contains such an entry; the message names it.
     """
     for above, folders, files in os.walk(folder):
-        if Path(above).parent == folder and Path(above).name in passed_over:
+        if Path(above).parent == folder and Path(above).name in skipped:
             folders.clear()
             continue
         for path in (Path(above, name) for name in (*folders, *files)):

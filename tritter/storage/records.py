@@ -32,8 +32,8 @@ FORMAT_VERSION = 1
 _DIGEST = "record_digest"
 _HEAD = ("format", "format_version", _DIGEST)
 _CONFIG = {"extra": "forbid", "strict": True, "allow_inf_nan": False}
-_LONGEST_TEXT = 4096
-_LONGEST_PLACE = 200
+_MAX_TEXT = 4096
+_MAX_KEY = 200
 
 Kind = TypeVar("Kind")
 R = TypeVar("R", bound="Record")
@@ -41,14 +41,14 @@ R = TypeVar("R", bound="Record")
 
 def _is_inner_name(name: str) -> str:
     parts = name.split("/")
-    if "\0" in name or len(name) > _LONGEST_TEXT or not all(parts) or {".", ".."} & set(parts):
+    if "\0" in name or len(name) > _MAX_TEXT or not all(parts) or {".", ".."} & set(parts):
         raise ValueError("must be the name of a file inside the folder")
     return name
 
 
 # Field types, limited to the values that the commands can handle
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Text = Annotated[str, Field(max_length=_LONGEST_TEXT, pattern=r"^[^\x00]*$")]
+Text = Annotated[str, Field(max_length=_MAX_TEXT, pattern=r"^[^\x00]*$")]
 Count = Annotated[int, Field(ge=1, le=MAX_COUNT)]
 WholeNumber = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 Seed = Annotated[int, Field(ge=0, lt=2**64)]  # derived seeds have 64 bits
@@ -123,7 +123,7 @@ def read_record(path: Path, kind: type[R], *, advice: str = "", is_signed: bool 
     if is_signed and text != signed_text(plain):
         raise TritterError(f"{path} was edited: its checksum does not match.")
     fields = {key: value for key, value in plain.items() if key not in _HEAD}
-    return validated(fields, kind, what=f"{path} is not a {kind.FORMAT}")
+    return validate_record(fields, kind, what=f"{path} is not a {kind.FORMAT}")
 
 
 def is_unchanged(path: Path) -> bool:
@@ -136,7 +136,7 @@ def is_unchanged(path: Path) -> bool:
     return text == signed_text(parse_object(text, path=path))
 
 
-def validated(plain: object, kind: type[Kind], *, what: str) -> Kind:
+def validate_record(plain: object, kind: type[Kind], *, what: str) -> Kind:
     """Validate plain values against a type.
 
     Args:
@@ -155,7 +155,7 @@ def validated(plain: object, kind: type[Kind], *, what: str) -> Kind:
         return read
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
-        place = ".".join(str(part) for part in first["loc"] if part != "[key]")[:_LONGEST_PLACE]
+        place = ".".join(str(part) for part in first["loc"] if part != "[key]")[:_MAX_KEY]
         if first["type"] == "missing":
             reason = f"{place} is missing"
         elif first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):

@@ -47,7 +47,7 @@ class Spool:
     """Bytes that are appended and then read at any offset."""
 
     def __init__(self) -> None:
-        self._held = bytearray()
+        self._buffer = bytearray()
         self._file: IO[bytes] | None = None
         self._size = 0
 
@@ -62,13 +62,13 @@ class Spool:
         """
         self._size += len(content)
         if self._file is None and not is_large(self._size):
-            self._held += content
+            self._buffer += content
             return
         try:
             if self._file is None:
                 self._file = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the spool
-                self._file.write(self._held)
-                self._held = bytearray()
+                self._file.write(self._buffer)
+                self._buffer = bytearray()
             self._file.write(content)
         except OSError as error:
             raise _refused(error) from error
@@ -76,7 +76,7 @@ class Spool:
     def read(self, start: int, stop: int) -> bytes:
         """Return the bytes from `start` up to `stop`."""
         if self._file is None:
-            return bytes(self._held[start:stop])
+            return bytes(self._buffer[start:stop])
         self._flush()
         return os.pread(self._file.fileno(), stop - start, start)
 
@@ -87,7 +87,7 @@ class Spool:
         if not self._size:
             return np.empty(0, dtype=dtype)
         if self._file is None:
-            return np.frombuffer(bytes(self._held), dtype=dtype)
+            return np.frombuffer(bytes(self._buffer), dtype=dtype)
         self._flush()
         return np.frombuffer(mapped(self._file), dtype=dtype)
 

@@ -25,7 +25,7 @@ from threading import Event
 from typing import TYPE_CHECKING
 
 from tritter.errors import TritterError
-from tritter.storage.hashing import begun_digest, bytes_of
+from tritter.storage.hashing import bytes_of, start_digest
 from tritter.storage.tensors import INDEX_NAME, SINGLE_NAME, WRITTEN_DTYPES
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ _HEADER_ALIGNMENT = 8
 PIECE_BYTES = 2**20
 _LARGE_PIECE_BYTES = 4 * PIECE_BYTES
 _MAX_THREADS = 4
-HELD_TENSORS = 2  # whole tensors that wait in memory while the next one is computed
+MAX_PENDING_TENSORS = 2  # whole tensors that wait in memory while the next one is computed
 _BYTES_UNTIL_TRIM = 32 * 2**20
 _BYTES_UNTIL_SYNC = 16 * 2**20
 KEPT_BYTES = 16 * 2**20  # freed memory that the allocator may keep for the next piece
@@ -146,7 +146,7 @@ def write_tensors(
         names = [SINGLE_NAME]
     pending = iter(stream.tensors)
     digests: dict[str, Callable[[], str]] = {}
-    with _one_thread_each(), _Crew() as crew:
+    with _one_thread_each(), _WriterPool() as crew:
         for entries, file_name in zip(shards, names, strict=True):
             with crew.shard(folder / file_name, entries) as shard:
                 for entry in entries:
@@ -194,7 +194,7 @@ def _one_thread_each() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-class _Crew:
+class _WriterPool:
     """Threads that write tensors into shards."""
 
     def __init__(self) -> None:
@@ -204,7 +204,7 @@ class _Crew:
         self._is_over = Event()
         self._until_trim = _BYTES_UNTIL_TRIM
 
-    def __enter__(self) -> _Crew:
+    def __enter__(self) -> _WriterPool:
         return self
 
     def __exit__(self, *raised: object) -> None:
@@ -234,7 +234,7 @@ class _Crew:
         future = self._threads.submit(self._write, shard, entry, content)
         self._running.add(future)
         if not isinstance(content, Pieces):
-            self._join(HELD_TENSORS)
+            self._join(MAX_PENDING_TENSORS)
             return future.result
         self._join(self._size + 1)
         return content.digest or future.result
@@ -248,7 +248,7 @@ class _Crew:
 
     def _write(self, shard: _Shard, entry: TensorEntry, content: Tensor | Pieces) -> str:
         is_hashed = not isinstance(content, Pieces) or content.digest is None
-        digest = begun_digest(entry.name, str(entry.dtype), entry.shape)
+        digest = start_digest(entry.name, str(entry.dtype), entry.shape)
         span = shard.span(entry)
         for piece in content.make() if isinstance(content, Pieces) else (content,):
             assert piece.dtype == entry.dtype, f"{entry} came as {piece.dtype}"
@@ -316,7 +316,7 @@ class _Span:
 
     def __init__(self, file: FileIO, begin: int, end: int) -> None:
         self._file, self._end = file, end
-        self._written = self._begun = begin
+        self._written = self._writeback_end = begin
 
     def write(self, part: memoryview) -> None:
         """Append bytes, and start writeback early to shorten the final sync."""
@@ -324,20 +324,22 @@ class _Span:
             count = os.pwrite(self._file.fileno(), part, self._written)
             self._written += count
             part = part[count:]
-        if self._written - self._begun >= _BYTES_UNTIL_SYNC:
+        if self._written - self._writeback_end >= _BYTES_UNTIL_SYNC:
             self._begin_writeback()
 
     def finish(self) -> None:
         assert self._written == self._end, f"{self._end - self._written} bytes are missing"
-        if self._written - self._begun >= PIECE_BYTES:
+        if self._written - self._writeback_end >= PIECE_BYTES:
             self._begin_writeback()
 
     def _begin_writeback(self) -> None:
         sync = getattr(ctypes.CDLL(None), "sync_file_range", None)  # Linux has it
         if sync is not None:
-            begin, count = map(ctypes.c_int64, (self._begun, self._written - self._begun))
+            begin, count = map(
+                ctypes.c_int64, (self._writeback_end, self._written - self._writeback_end)
+            )
             sync(self._file.fileno(), begin, count, ctypes.c_uint(_SYNC_FILE_RANGE_WRITE))
-        self._begun = self._written
+        self._writeback_end = self._written
 
 
 def padded(stream: TensorStream, shapes: Mapping[str, tuple[int, ...]]) -> TensorStream:
@@ -355,7 +357,7 @@ def padded(stream: TensorStream, shapes: Mapping[str, tuple[int, ...]]) -> Tenso
             if name not in shapes or entry.shape == shapes[name]:
                 yield name, content
             elif isinstance(content, Pieces):
-                yield name, Pieces(partial(_filled_up, content, entry.shape, shapes[name]))
+                yield name, Pieces(partial(_fill_up, content, entry.shape, shapes[name]))
             else:
                 yield name, _padded(content, shapes[name])
 
@@ -363,7 +365,7 @@ def padded(stream: TensorStream, shapes: Mapping[str, tuple[int, ...]]) -> Tenso
     return replace(stream, entries=tuple(entries), tensors=tensors())
 
 
-def _filled_up(content: Pieces, live: tuple[int, ...], shape: tuple[int, ...]) -> Iterator[Tensor]:
+def _fill_up(content: Pieces, live: tuple[int, ...], shape: tuple[int, ...]) -> Iterator[Tensor]:
     yield _padded(content.whole(live), shape)
 
 

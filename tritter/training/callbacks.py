@@ -38,7 +38,7 @@ from tritter.training import surgery
 from tritter.training.checkpoint_io import random_state, restore_random_state
 from tritter.training.forgetting_method import ForgettingMethod, Task
 from tritter.training.module import BaseModule, base_of
-from tritter.training.parameters import StepFlops, disk_values, whole
+from tritter.training.parameters import StepFlops, disk_values, full_tensor
 from tritter.transform import Change
 
 
@@ -89,9 +89,9 @@ class WorkCount(Callback):
 
     def parameters_changed(self, change: Change) -> None:
         """Recompute the FLOPs of a step after a change of the model."""
-        self.count_anew()
+        self.reset_step_flops()
 
-    def count_anew(self) -> None:
+    def reset_step_flops(self) -> None:
         """Recompute the FLOPs of a step, after any change of how the model computes."""
         self._step = (None, None)
 
@@ -214,7 +214,7 @@ class ForgettingCallback(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.global_step:
-            self._look(trainer, pl_module)
+            self._observe_step(trainer, pl_module)
 
     def on_train_batch_end(
         self,
@@ -225,7 +225,7 @@ class ForgettingCallback(Callback):
         batch_idx: int,
     ) -> None:
         if ends_step(trainer, batch_idx):
-            self._look(trainer, pl_module)
+            self._observe_step(trainer, pl_module)
             module = base_of(pl_module)
             if names := self._still_frozen(module, trainer.global_step):
                 surgery.thaw(trainer, module, names)
@@ -243,9 +243,9 @@ class ForgettingCallback(Callback):
         names = {name for method in self._methods for name in method.thawed(step)}
         return [n for n, p in module.model.named_parameters() if n in names and not p.requires_grad]
 
-    def _look(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _observe_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for method in self._methods:
-            self._work.flops += method.look(base_of(pl_module).model, trainer.global_step)
+            self._work.flops += method.observe_step(base_of(pl_module).model, trainer.global_step)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         model = base_of(pl_module).model
@@ -297,7 +297,7 @@ class FiniteGuard(Callback):
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Any
     ) -> None:
         gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
-        norm = whole(torch.nn.utils.get_total_norm(gradients))
+        norm = full_tensor(torch.nn.utils.get_total_norm(gradients))
         if _is_logged(trainer):
             rate = float(optimizer.param_groups[0]["lr"])
             pl_module.log_dict({"train/gradient_norm": norm, "train/learning_rate": rate})
@@ -480,11 +480,11 @@ class StopRequest:
         self._process = os.getpid()
 
     @property
-    def is_asked(self) -> bool:
+    def is_requested(self) -> bool:
         return self.signal_number is not None
 
     @contextmanager
-    def listening(self) -> Iterator[None]:
+    def handle_signals(self) -> Iterator[None]:
         """Handle signals inside the block.
 
         Raises:
@@ -493,28 +493,28 @@ class StopRequest:
         is_main = threading.current_thread() is threading.main_thread()
         before = {number: signal.getsignal(number) for number in _SIGNALS if is_main}
         try:
-            self.listen()
+            self.install_handlers()
             yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
-    def listen(self) -> None:
+    def install_handlers(self) -> None:
         """Install the signal handlers, again after Lightning has installed its own in a fit."""
         if threading.current_thread() is not threading.main_thread():
             return
         for number in _SIGNALS:
             if signal.getsignal(number) != signal.SIG_IGN:
-                signal.signal(number, self._take)
+                signal.signal(number, self._handle_signal)
 
     def note(self, number: int) -> None:
         """Record a signal; the first one counts."""
         if self.signal_number is None:
             self.signal_number = number
 
-    def _take(self, number: int, frame: FrameType | None) -> None:
+    def _handle_signal(self, number: int, frame: FrameType | None) -> None:
         is_worker = os.getpid() != self._process
-        if is_worker or not self.is_asked:
+        if is_worker or not self.is_requested:
             self.note(number)
             if not is_worker:
                 for worker in multiprocessing.active_children():
@@ -561,7 +561,7 @@ class SaveState(Checkpoint):
         self.ended_early: str | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._stop.listen()
+        self._stop.install_handlers()
         if self.ended_early is not None:
             trainer.should_stop = True
         for callback in trainer.checkpoint_callbacks:
@@ -578,13 +578,13 @@ class SaveState(Checkpoint):
         if not ends_step(trainer, batch_idx):
             return
         agree = trainer.strategy.reduce_boolean_decision
-        trainer.should_stop = agree(self._is_to_end or self._stop.is_asked, all=False)
-        is_stopped = trainer.should_stop and agree(self._stop.is_asked, all=False)
+        trainer.should_stop = agree(self._is_to_end or self._stop.is_requested, all=False)
+        is_stopped = trainer.should_stop and agree(self._stop.is_requested, all=False)
         if is_stopped:
             self._stop.note(signal.SIGTERM)  # another process received a signal
         every = self._every_n_steps
         is_due = is_stopped or bool(every and trainer.global_step % every == 0)
-        is_ours = self._stop.is_asked or self._guard.stopped_because is not None
+        is_ours = self._stop.is_requested or self._guard.stopped_because is not None
         if trainer.should_stop and not is_ours and trainer.global_step < trainer.max_steps:
             self.ended_early = "a callback stopped the training run"
             for callback in trainer.callbacks:  # type: ignore[attr-defined]
@@ -663,7 +663,7 @@ class Validation(Callback):
         # For a run that ends early; one with no steps to train was validated before
         if trainer.global_step == self._last or not self._has_begun:
             return
-        if not trainer.strategy.reduce_boolean_decision(self._stop.is_asked, all=False):
+        if not trainer.strategy.reduce_boolean_decision(self._stop.is_requested, all=False):
             self._validate(trainer)
 
     def _validate(self, trainer: Trainer) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from lightning import Callback
 from lightning.pytorch.loggers import CSVLogger, Logger
 
-from tritter.core.models import activations_recomputed
+from tritter.core.models import checkpoint_activations
 from tritter.data.batches import BatchStream
 from tritter.data.datamodule import Batches, TextDataModule, ValidationSubset
 from tritter.errors import TritterError
@@ -34,13 +34,13 @@ from tritter.training.callbacks import (
 )
 from tritter.training.forgetting_method import Task
 from tritter.training.gradient_flow import GradientFlow
-from tritter.training.metrics import METRICS_NAME, set_metrics_aside
+from tritter.training.metrics import METRICS_NAME, rotate_metrics
 from tritter.training.module import BaseModule, CompiledModel, module_callbacks
 from tritter.training.options import TrainerSettings
 from tritter.training.result import Conclusion, FitResult, MemoryMeter, WriteResult
 from tritter.training.trainer import (
     build_trainer,
-    settings_kept,
+    preserve_process_settings,
     worker_processes,
 )
 
@@ -60,8 +60,8 @@ def fit(
     loggers: Sequence[Logger] = (),
     observers: Sequence[Callback] = (),
     controls: Sequence[Callback] = (),
-    changers: Sequence[Callback] = (),
-    theirs: Sequence[Component] = (),
+    surgery_callbacks: Sequence[Callback] = (),
+    user_callbacks: Sequence[Component] = (),
     write_result: WriteResult | None = None,
     evaluation: ValidationSubset | None = None,
 ) -> FitResult:
@@ -78,8 +78,8 @@ def fit(
         loggers: Loggers in addition to the CSV; with several processes, written after the fit.
         observers: Callbacks that read the task gradients before any method changes them.
         controls: Callbacks that configure the model for a batch, depending on the step only.
-        changers: Callbacks that change the model between two steps with `surgery`.
-        theirs: Callbacks of the user, which run after Tritter's own.
+        surgery_callbacks: Callbacks that change the model between two steps with `surgery`.
+        user_callbacks: Callbacks of the user, which run after Tritter's own.
         write_result: Writes the trained model, unless the run was stopped.
         evaluation: Validation subset for `eval/<domain>/loss` during training.
 
@@ -93,19 +93,19 @@ def fit(
     saved, every = folder / SAVED_NAME, settings.save_every_n_steps
     saving = SaveState(saved, every_n_steps=every, stop=stop, guard=guard)
     validation = None if evaluation is None else Validation(evaluation, stop=stop)
-    flow, held = GradientFlow({} if task is None else task.new_units), MemoryMeter()
+    flow, memory = GradientFlow({} if task is None else task.new_units), MemoryMeter()
     conclusion = Conclusion(
         guard=guard,
         work=work,
         flow=flow,
-        held=held,
+        memory_meter=memory,
         validation=validation,
         saving=saving,
         stop=stop,
         write=write_result,
     )
-    callbacks = [EndOfTraining(), flow, *observers, *controls, work, held, Performance(work)]
-    ours = [guard, bar, RandomState(settings.seed, label=label), *changers, conclusion, validation]
+    callbacks = [EndOfTraining(), flow, *observers, *controls, work, memory, Performance(work)]
+    ours = [guard, bar, RandomState(settings.seed, label=label), *surgery_callbacks]
     callbacks += [callback for side in module.side_losses for callback in side.callbacks()]
     if task is not None:
         callbacks.append(
@@ -114,8 +114,8 @@ def fit(
         assert isinstance(batches, BatchStream)
         for method in module.methods:
             batches = method.mix(batches, task)
-    callbacks += filter(None, ours)
-    module.module_callbacks = partial(module_callbacks, theirs, folder=folder, last=saving)
+    callbacks += filter(None, [*ours, conclusion, validation])
+    module.module_callbacks = partial(module_callbacks, user_callbacks, folder=folder, last=saving)
     gc.collect()  # an earlier trainer, its module and callbacks are a reference cycle with moments
     since = time.perf_counter()
     with _stoppable(stop, label):
@@ -124,8 +124,8 @@ def fit(
     result = conclusion.result
     assert result is not None
     if stop.signal_number is not None:
-        where = f"at step {result.steps} of {max_steps} of the {label}, which can be resumed"
-        raise Stopped(stop.signal_number, where=where)
+        location = f"at step {result.steps} of {max_steps} of the {label}, which can be resumed"
+        raise Stopped(stop.signal_number, location=location)
     return replace(result, seconds=time.perf_counter() - since)
 
 
@@ -136,17 +136,19 @@ def _stoppable(stop: StopRequest, label: str) -> Iterator[None]:
     Raises:
         Stopped: A second signal arrived, or the first one before there was a state to save.
     """
-    where = f"during the {label}, which resumes from its last saved state"
+    location = f"during the {label}, which resumes from its last saved state"
     try:
-        with stop.listening():
+        with stop.handle_signals():
             yield
     except Stopped as stopped:
-        stopped.where = where
+        stopped.location = location
         raise
     except TritterError as error:
         if stop.signal_number is None:
             raise
-        raise Stopped(stop.signal_number, where=where) from error  # the workers were just starting
+        raise Stopped(
+            stop.signal_number, location=location
+        ) from error  # the workers were just starting
 
 
 def discard_saved(folder: Path) -> None:
@@ -169,13 +171,13 @@ def _run(
     saved, has_workers = folder / SAVED_NAME, settings.has_workers
     start = str(saved) if saved.exists() else None
     if start is not None:
-        set_metrics_aside(folder)
+        rotate_metrics(folder)
     module.train()
     module.compiled = CompiledModel(module.model) if settings.compile else None
-    again = activations_recomputed(module.model) if settings.activation_checkpointing else None
+    again = checkpoint_activations(module.model) if settings.activation_checkpointing else None
     own = [CSVLogger(folder, name="", version=""), *([] if has_workers else loggers)]
     processes = worker_processes() if has_workers else nullcontext()
-    with again or nullcontext(), processes, settings_kept():
+    with again or nullcontext(), processes, preserve_process_settings():
         trainer = build_trainer(settings, callbacks, module.schedule.max_steps, loggers=own)
         try:
             trainer.fit(module, datamodule=data, ckpt_path=start)

@@ -175,7 +175,7 @@ class ForgettingMethod:
     1. `observe_batch` and `extra_loss`, before the backward pass;
     2. `observe_gradients` of all methods, on unclipped task gradients;
     3. `add_to_gradients` of all methods;
-    4. `look`, after the optimizer step.
+    4. `observe_step`, after the optimizer step.
 
     Args:
         arguments: Fields of `Options`.
@@ -230,7 +230,7 @@ class ForgettingMethod:
         own, none = (cls.mix, cls.extra_loss), ForgettingMethod
         return own != (none.mix, none.extra_loss)
 
-    def prepare(self, given: Preparation) -> Prepared:
+    def prepare(self, preparation: Preparation) -> Prepared:
         """Compute the state, or generate the text, that `needs` declares."""
         raise NotImplementedError(f"{self.name} prepares nothing")
 
@@ -264,7 +264,7 @@ class ForgettingMethod:
         """Return the training batches; the new data must keep its order."""
         return batches
 
-    def look(self, model: nn.Module, step: int) -> float:
+    def observe_step(self, model: nn.Module, step: int) -> float:
         """Observe the model after a step, and before the first.
 
         All processes call it at the same steps and must get the same result. A resumed run does
@@ -356,6 +356,6 @@ def method_start_problems(config: RunRequest, source: Config) -> Iterator[Proble
             yield from teacher_problems(teacher, source if is_known else None, key=key)
     if any(one.kind.needs(one.options).old_text for one in config.forgetting):
         data = config.data
-        yield from config.text.kept.misfits(
+        yield from config.text.kept_sequences.problems(
             sequence_length=data.sequence_length, packing=data.packing
         )

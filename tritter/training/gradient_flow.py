@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tritter.data.packing import labels_of
 from tritter.evaluation.gate import ENOUGH_STEPS
 from tritter.training.module import base_of
-from tritter.training.parameters import live_layout, whole
+from tritter.training.parameters import full_tensor, live_layout
 from tritter.transform import Change
 
 _TRIAL_RATE = 1e-4
@@ -40,9 +40,9 @@ class _Waiting:
     since: int
     is_done: bool = False
 
-    def see(self, values: Tensor) -> None:
+    def observe(self, values: Tensor) -> None:
         """Mark the coordinates with nonzero values as done."""
-        found = whole(values.detach()) != 0
+        found = full_tensor(values.detach()) != 0
         for dim, pending in self.dims.items():
             others = [each for each in range(found.ndim) if each != dim]
             reached = found.any(dim=others) if others else found
@@ -66,21 +66,21 @@ class Flow:
         self._step = 0
         self._closely_until = _CLOSELY
 
-    def look(self, model: nn.Module, *, step: int, is_looked_at: bool = True) -> None:
+    def check(self, model: nn.Module, *, step: int, is_checked: bool = True) -> None:
         """Check the gradients of a step.
 
         Args:
             model: Model in training.
             step: Number of the step, from 0.
-            is_looked_at: Whether to check the gradients, or only count the step.
+            is_checked: Whether to check the gradients, or only count the step.
         """
         self._enter(model, step)
         self._step = step + 1
-        for name, waiting in self._waiting.items() if is_looked_at else ():
+        for name, waiting in self._waiting.items() if is_checked else ():
             if not waiting.is_done and (gradient := model.get_parameter(name).grad) is not None:
-                waiting.see(gradient)
+                waiting.observe(gradient)
 
-    def found(self, model: nn.Module, *, enough: int = ENOUGH_STEPS) -> dict[str, Any]:
+    def report(self, model: nn.Module, *, enough: int = ENOUGH_STEPS) -> dict[str, Any]:
         """Return the names of parameters and experts without a gradient.
 
         Args:
@@ -165,8 +165,8 @@ class GradientFlow(Flow, Callback):
     ) -> None:
         step = trainer.global_step
         is_logged = (step + 1) % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
-        is_looked_at = step < self._closely_until or is_logged
-        self.look(base_of(pl_module).model, step=step, is_looked_at=is_looked_at)
+        is_checked = step < self._closely_until or is_logged
+        self.check(base_of(pl_module).model, step=step, is_checked=is_checked)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         module = base_of(pl_module)
@@ -179,11 +179,13 @@ class GradientFlow(Flow, Callback):
             for value in optimizer.state.get(parameter, {}).values():
                 is_like = isinstance(value, Tensor) and value.shape == parameter.shape
                 if is_like and not self._waiting[name].is_done:
-                    self._waiting[name].see(value)  # tokens of steps that were not checked
+                    self._waiting[name].observe(value)  # tokens of steps that were not checked
 
 
-def tried(model: nn.Module, input_ids: Tensor, new: NewUnits, *, steps: int) -> dict[str, Any]:
-    """Train a model for a few trial steps and return the result of `Flow.found`.
+def run_trial_steps(
+    model: nn.Module, input_ids: Tensor, new: NewUnits, *, steps: int
+) -> dict[str, Any]:
+    """Train a model for a few trial steps and return the result of `Flow.report`.
 
     A step moves each parameter against the sign of its gradient, like Adam's first step, but
     without storing moments.
@@ -206,10 +208,10 @@ def tried(model: nn.Module, input_ids: Tensor, new: NewUnits, *, steps: int) -> 
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 parameter.grad = gradient
             del gradients  # now owned by the parameters
-            flow.look(model, step=step)
+            flow.check(model, step=step)
             with torch.no_grad():
                 for parameter in parameters:
                     if parameter.grad is not None:
                         parameter.add_(parameter.grad.sign_(), alpha=-_TRIAL_RATE)
                         parameter.grad = None
-    return flow.found(model, enough=steps)
+    return flow.report(model, enough=steps)

@@ -12,7 +12,7 @@ METRICS_NAME = "metrics.csv"
 MAX_METRICS_BYTES = 2**30
 
 
-def set_metrics_aside(folder: Path) -> None:
+def rotate_metrics(folder: Path) -> None:
     """Rename the metrics of an interrupted part to `metrics.0.csv`, `metrics.1.csv`, …
 
     Raises:

@@ -19,7 +19,7 @@ from tritter.data.batches import this_rank
 from tritter.data.packing import IGNORED, labels_of
 from tritter.errors import RequestError
 from tritter.evaluation.losses import nats_per_row
-from tritter.targets import Component, built
+from tritter.targets import Component, instantiate
 from tritter.training.forgetting_method import ForgettingMethod
 from tritter.training.moments import Moments, start_from
 from tritter.training.optimizer import OptimizerSettings, Schedule, build_optimizer
@@ -28,8 +28,8 @@ from tritter.training.parameters import (
     StepFlops,
     flops_of_sequence,
     is_sharded,
-    let_go,
     replay,
+    reshard_layers,
     shard,
 )
 
@@ -188,7 +188,7 @@ class BaseModule(LightningModule):
 
         These are means over the tokens of all processes, synchronised by torchmetrics.
         """
-        let_go(self.model)
+        reshard_layers(self.model)
         for domain, sums in self._sums.items():
             nats, right, tokens = (float(sums[name].compute()) for name in _SUMMED)
             self.log(f"eval/{domain}/loss", nats / tokens)
@@ -328,7 +328,7 @@ def module_callbacks(
         body = dict(one.options)
         if issubclass(one.kind, ModelCheckpoint):  # its default is the working directory
             body["dirpath"] = str(folder / (body.get("dirpath") or CHECKPOINTS_NAME))
-        callback = built(body)
+        callback = instantiate(body)
         assert isinstance(callback, Callback)
         other = first.setdefault(callback.state_key, one.name)
         if other != one.name and type(callback).state_dict is not Callback.state_dict:

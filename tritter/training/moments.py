@@ -111,14 +111,14 @@ def put_moments(
 
 
 def moments_by_name(
-    optimizer: torch.optim.Optimizer, model: nn.Module, places: Iterable[StoredTensor]
+    optimizer: torch.optim.Optimizer, model: nn.Module, stored_tensors: Iterable[StoredTensor]
 ) -> dict[str, Moments]:
     """Return an Adam's moments by logical name.
 
     Args:
         optimizer: An Adam of torch or bitsandbytes.
         model: Live model that it trains.
-        places: Parameters to read.
+        stored_tensors: Parameters to read.
 
     Returns:
         Logical name → moments; tensors without moments are absent.
@@ -127,7 +127,7 @@ def moments_by_name(
         TritterError: The optimizer state is not that of Adam.
     """
     found: dict[str, Moments] = {}
-    for stored in places:
+    for stored in stored_tensors:
         parameter = model.get_parameter(stored.name)
         state = optimizer.state.get(parameter)
         if not state:
@@ -152,7 +152,7 @@ def carried_moments(
     model: nn.Module,
     change: Change,
     *,
-    places: Sequence[StoredTensor],
+    stored_tensors: Sequence[StoredTensor],
     policy: Policy = "carry",
 ) -> dict[str, Moments]:
     """Return an Adam's moments after a change, by the names of the new parameters.
@@ -164,13 +164,13 @@ def carried_moments(
         optimizer: Optimizer of `model`.
         model: Live model before the change.
         change: Change of the model.
-        places: Parameters after the change to return moments for.
+        stored_tensors: Parameters after the change to return moments for.
         policy: Policy for the moments, as in `tritter.core.parameter_map.carry`.
 
     Raises:
         TritterError: The optimizer state is not that of Adam.
     """
-    origins = {change.tensors[part.tensor.name].origin for s in places for part in s.parts}
+    origins = {change.tensors[part.tensor.name].origin for s in stored_tensors for part in s.parts}
     # Only these: reading 8-bit moments needs eight bytes per parameter
     read = [s for s in change.before if any(part.tensor.name in origins for part in s.parts)]
     old = moments_by_name(optimizer, model, read)
@@ -182,7 +182,7 @@ def carried_moments(
         )
 
     found = {}
-    for stored in places:
+    for stored in stored_tensors:
         for name in (part.tensor.name for part in stored.parts):
             tensor_map = change.tensors[name]
             rule = STATE_KINDS[MOMENTS[0]]
@@ -228,9 +228,9 @@ class MomentKeeper(Callback):
             return
         model = pl_module.model
         assert isinstance(model, nn.Module)
-        places = live_layout(model)
-        tensors = [part.tensor for stored in places for part in stored.parts]
-        by_name = moments_by_name(trainer.optimizers[0], model, places)
+        stored_tensors = live_layout(model)
+        tensors = [part.tensor for stored in stored_tensors for part in stored.parts]
+        by_name = moments_by_name(trainer.optimizers[0], model, stored_tensors)
         saved = {t.disk_name: by_name[t.name] for t in tensors if t.name in by_name}
         steps = {name: int(moments["step"]) for name, moments in saved.items()}
         # The step count of most parameters; others are listed by name

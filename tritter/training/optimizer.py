@@ -19,11 +19,11 @@ from tritter.targets import (
     TARGET,
     argument_problems,
     dotted,
-    imported,
+    import_object,
     parameters_of,
     parsed_module,
-    quietly,
     resolve,
+    silence_logging,
 )
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class OptimizerSettings(OptimizerValues):
 
     def kept_per_parameter(self) -> float:
         """Return the number of state values per parameter of a matrix; 2 for Adam."""
-        optimizer = _after_a_step(imported(self.target), self.arguments)
+        optimizer = _after_a_step(import_object(self.target), self.arguments)
         state = optimizer.state[optimizer.param_groups[0]["params"][0]].values()
         sizes = [value.numel() for value in state if hasattr(value, "numel")]
         return sum(size for size in sizes if size > 1) / _SIDE**2
@@ -103,7 +103,7 @@ def build_optimizer(
         settings: Class and arguments of the optimizer.
         learning_rate: Peak learning rate.
     """
-    kind = imported(settings.target)
+    kind = import_object(settings.target)
     trainable = [parameter for _, parameter in parameters if parameter.requires_grad]
     groups: list[dict[str, Any]] = [
         {"params": [parameter for parameter in trainable if parameter.ndim >= 2]},
@@ -240,7 +240,7 @@ def optimizer_class(raw: Mapping[str, Any]) -> type | str:
     if (found := classes.get(spelled)) is not None:
         if not found.startswith(_EIGHT_BIT):
             return found
-        with quietly():
+        with silence_logging():
             return resolve("optimizer.name", found, base=OPTIMIZER)
     names = {spelling: target.rpartition(".")[2] for spelling, target in classes.items()}
     reason = f"must be one of {', '.join(sorted(names.values()))}, or optimizer.{TARGET}"
@@ -298,7 +298,7 @@ def optimizer_problems(
     same_class = [body for body in shipped if _spelling(str(body["name"])) == named]
     if any({k: body[k] for k in body if k not in own} == arguments for body in same_class):
         return []
-    made: Any = imported(kind) if isinstance(kind, str) else kind
+    made: Any = import_object(kind) if isinstance(kind, str) else kind
     failure = _failure(made, arguments)
     if failure is None:
         return []
@@ -320,11 +320,13 @@ def _failure(kind: Any, arguments: Mapping[str, Any]) -> str | None:
 
 def _after_a_step(kind: Any, arguments: Mapping[str, Any]) -> Any:
     """Return an optimizer after a trial step on a matrix and a vector."""
-    ones = imported("torch.ones")
-    trial = [imported("torch.nn.Parameter")(ones(*shape)) for shape in ((_SIDE, _SIDE), (_SIDE,))]
+    ones = import_object("torch.ones")
+    trial = [
+        import_object("torch.nn.Parameter")(ones(*shape)) for shape in ((_SIDE, _SIDE), (_SIDE,))
+    ]
     for each in trial:
         each.grad = ones(each.shape)
-    with quietly():
+    with silence_logging():
         made = kind([{"params": trial[:1]}, {"params": trial[1:]}], lr=1e-3, **arguments)
         made.step()
     return made

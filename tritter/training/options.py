@@ -29,7 +29,7 @@ from tritter.targets import (
     Component,
     building_problem,
     dotted,
-    imported,
+    import_object,
     parameters_of,
 )
 
@@ -173,7 +173,7 @@ def trainer_argument_problems(name: str, value: object) -> Iterator[Problem]:
     if name == "accumulate_grad_batches" and not (type(value) is int and value >= 1):
         yield Problem(key, value, reason="allowed are integers of at least 1")
         return
-    trainer = imported(TRAINER)
+    trainer = import_object(TRAINER)
     hint = get_type_hints(trainer.__init__)[name]
     try:
         adapter = TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True))
@@ -405,7 +405,7 @@ def monitor_problems(config: RunRequest) -> Iterator[Problem]:
     Nothing is checked if there are third-party callbacks, which can log any metric.
     """
     is_custom = any(not dotted(one.kind).startswith("lightning.") for one in config.callbacks)
-    if is_custom or any(asking_problems(config)):
+    if is_custom or any(early_stopping_problems(config)):
         return
     known = metric_names(config)
     checkpoints = callbacks_of("ModelCheckpoint", config)
@@ -426,7 +426,7 @@ def monitor_problems(config: RunRequest) -> Iterator[Problem]:
             yield Problem(f"callbacks.{one.name}.strict", True, reason=reason)
 
 
-def asking_problems(config: RunRequest) -> Iterator[Problem]:
+def early_stopping_problems(config: RunRequest) -> Iterator[Problem]:
     """Yield callbacks that need validation in a run without it."""
     reason = "it only checks after validation, and evaluation.every_n_steps = 0 disables that"
     for one in () if config.evaluation.every_n_steps else callbacks_of("EarlyStopping", config):
@@ -474,7 +474,7 @@ RULES = (
     partial(schedule_problems, prefix="pretraining"),
     partial(schedule_problems, prefix="training"),
     sharding_problems,
-    asking_problems,
+    early_stopping_problems,
     monitor_problems,
 )
 
@@ -483,7 +483,9 @@ STEPS, TOKENS = "max_steps", "max_tokens"
 _EVALUATIONS = 10  # validations per run, after the one before the first step
 
 
-def settled(raw: Mapping[str, Any], origin: Callable[[str], str | None]) -> dict[str, Any]:
+def resolve_training_limits(
+    raw: Mapping[str, Any], origin: Callable[[str], str | None]
+) -> dict[str, Any]:
     """Return a config without the less specific one of `max_steps` and `max_tokens`.
 
     A typed value overrides one from a file. A value from another file overrides one from the

@@ -29,8 +29,8 @@ from tritter.core.models import (
     backbone_of,
     config_of,
     set_parameter,
+    uninitialised_model,
     update_linear_sizes,
-    weightless_model,
 )
 from tritter.errors import RequestError, TritterError
 from tritter.transform import Change
@@ -162,7 +162,7 @@ def is_sharded(model: nn.Module) -> bool:
     return isinstance(model, FSDPModule)
 
 
-def let_go(model: nn.Module) -> None:
+def reshard_layers(model: nn.Module) -> None:
     """Free gathered layers after forward passes without a backward pass."""
     if isinstance(model, FSDPModule):
         model.reshard()
@@ -178,23 +178,23 @@ def gather(model: nn.Module, *, is_kept: bool) -> None:
         is_kept: Whether this process receives the weights.
     """
     names = [name for name, _ in model.named_parameters()]
-    whole: Mapping[str, Any] = get_model_state_dict(model, options=WHOLE)
+    full_tensor: Mapping[str, Any] = get_model_state_dict(model, options=WHOLE)
     if not is_kept:
         return
     for name in names:
-        set_parameter(model, name, whole[name])
+        set_parameter(model, name, full_tensor[name])
     model.tie_weights()  # type: ignore[operator]
     for module in model.modules():  # `to` would move the old shards
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.cpu())
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """Return the whole tensor of a sharded one; all processes must call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def own_part(tensor: Tensor) -> Tensor:
+def local_shard(tensor: Tensor) -> Tensor:
     """Return the shard of a tensor on this process."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
@@ -227,7 +227,7 @@ def reshape(
     if config:
         _adopt_config(model, config)
     for name in removed:
-        owner, key = _place(model, name)
+        owner, key = _parent_module(model, name)
         if isinstance(owner, nn.ParameterDict):  # it also keeps a list of its names
             del owner[key]
         else:
@@ -237,7 +237,7 @@ def reshape(
         if name in existing:
             set_parameter(model, name, value.to(existing[name]))
         else:
-            owner, key = _place(model, name)
+            owner, key = _parent_module(model, name)
             parameter = nn.Parameter(value.to(like))
             if isinstance(owner, nn.ParameterDict):
                 owner[key] = parameter
@@ -284,7 +284,7 @@ def _stock_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     return {stored.name: stored.shape for stored in layout(config, "live")} if config else {}
 
 
-def _place(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+def _parent_module(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     """Return the module of a parameter, and its name in that module."""
     owner, _, key = name.rpartition(".")
     try:
@@ -306,7 +306,7 @@ def _adopt_config(model: nn.Module, config: Config) -> None:
         RequestError: The config requires another class for a module.
     """
     own = on_disk(config_of(model))  # the weights define the widths of the layers
-    before, after = weightless_model(own), weightless_model(config)
+    before, after = uninitialised_model(own), uninitialised_model(config)
     live, known = dict(model.named_modules()), dict(before.named_modules())
     for name, stock in after.named_modules():
         if name in known and type(known[name]) is not type(stock):

@@ -21,7 +21,7 @@ from tritter.training.callbacks import (
 )
 from tritter.training.gradient_flow import GradientFlow
 from tritter.training.module import BaseModule, base_of
-from tritter.training.parameters import gather, is_sharded, live_layout, own_part
+from tritter.training.parameters import gather, is_sharded, live_layout, local_shard
 
 
 class MemoryMeter(Callback):
@@ -30,14 +30,14 @@ class MemoryMeter(Callback):
     It measures after the first step, and after each change of the trainable parameters.
 
     Attributes:
-        held: Bytes of `parameters`, `gradients`, `optimizer` and, on a GPU, the `peak` including
+        memory: Bytes of `parameters`, `gradients`, `optimizer` and, on a GPU, the `peak` including
             activations. `trained` has pairs of a parameter size and the number of parameters of
             that size, by the shapes of the family. Empty before the first step.
     """
 
     def __init__(self) -> None:
         self._trained: tuple[bool, ...] = ()
-        self.held: dict[str, Any] = {}
+        self.memory: dict[str, Any] = {}
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -56,7 +56,7 @@ class MemoryMeter(Callback):
         shapes = {stored.name: stored.shape for stored in live_layout(model)}
         named = model.named_parameters()
         sizes = (prod(shapes.get(name, each.shape)) for name, each in named if each.requires_grad)
-        self.held = {
+        self.memory = {
             "parameters": _bytes(parameters),
             "gradients": _bytes(gradients),
             "optimizer": _bytes(value for value in states if isinstance(value, Tensor)),
@@ -64,14 +64,14 @@ class MemoryMeter(Callback):
         }
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.held and pl_module.device.type == "cuda":
-            self.held["peak"] = torch.cuda.max_memory_allocated()
+        if self.memory and pl_module.device.type == "cuda":
+            self.memory["peak"] = torch.cuda.max_memory_allocated()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"held": self.held}
+        return {"held": self.memory}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.held = dict(state_dict["held"])
+        self.memory = dict(state_dict["held"])
 
     def parameters_changed(self, change: object) -> None:
         """Measure again after the next step."""
@@ -80,7 +80,7 @@ class MemoryMeter(Callback):
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
     """Return the total bytes of tensors over all processes, counting each storage once."""
-    sizes = {(own_part(t).data_ptr(), t.numel()): t.numel() * t.element_size() for t in tensors}
+    sizes = {(local_shard(t).data_ptr(), t.numel()): t.numel() * t.element_size() for t in tensors}
     return sum(sizes.values())
 
 
@@ -105,7 +105,7 @@ class FitResult:
             (`without_tokens`) and the number of monitored steps (`steps`).
         packing: `padding_fraction` and `packed_sequence_length_histogram` of packed documents;
             empty for a stream.
-        held: Bytes of parameters, gradients and optimizer state from `MemoryMeter`.
+        memory: Bytes of parameters, gradients and optimizer state from `MemoryMeter`.
         reports: `report_name` → plain data of callbacks with a report.
         update_norms: Top-level part of the model → norm of (weights after − before) relative to
             the norm before.
@@ -123,7 +123,7 @@ class FitResult:
     last_rate: float = 0.0
     update_norms: dict[str, float]
     flow: dict[str, Any] = field(default_factory=dict)
-    held: dict[str, Any] = field(default_factory=dict)
+    memory: dict[str, Any] = field(default_factory=dict)
     packing: dict[str, Any] = field(default_factory=dict)
     reports: dict[str, Any] = field(default_factory=dict)
 
@@ -162,15 +162,15 @@ class Conclusion(Callback):
         guard: Counter of skipped steps.
         work: Counter of tokens and FLOPs.
         flow: Record of parameters without a gradient.
-        held: Memory measurement.
+        memory_meter: Memory measurement.
         validation: Counter of FLOPs and seconds of validation, if any.
         saving: Record of an early end.
         stop: Stop request by a signal.
         write: Writer of the trained model, if any.
 
     Attributes:
-        result: Result of the run, None before its end. With worker processes, `take` sets it in
-            the main process.
+        result: Result of the run, None before its end. With worker processes, `load_result` sets it
+            in the main process.
     """
 
     def __init__(
@@ -179,13 +179,14 @@ class Conclusion(Callback):
         guard: FiniteGuard,
         work: WorkCount,
         flow: GradientFlow,
-        held: MemoryMeter,
+        memory_meter: MemoryMeter,
         validation: Validation | None,
         saving: SaveState,
         stop: StopRequest,
         write: WriteResult | None,
     ) -> None:
-        self._guard, self._work, self._flow, self._held = guard, work, flow, held
+        self._guard, self._work, self._flow = guard, work, flow
+        self._memory_meter = memory_meter
         self._validation, self._saving, self._stop, self._write = validation, saving, stop, write
         self._before: dict[str, Tensor] = {}
         self.result: FitResult | None = None
@@ -204,10 +205,10 @@ class Conclusion(Callback):
         elif trainer.is_global_zero:
             module.model.to("cpu")
         if trainer.is_global_zero:
-            self.result = self._taken_stock(trainer, module)
+            self.result = self._build_result(trainer, module)
             self._before = {}  # the writer may need the memory
             try:
-                if self._write is not None and not self._stop.is_asked:
+                if self._write is not None and not self._stop.is_requested:
                     self._write(module.model, self.result)
             except TritterError as raised:
                 error = raised
@@ -217,18 +218,18 @@ class Conclusion(Callback):
         if error is not None:
             raise error
 
-    def exported(self) -> dict[str, Any]:
-        """Return the result as plain data for `take` in the main process."""
+    def export_result(self) -> dict[str, Any]:
+        """Return the result as plain data for `load_result` in the main process."""
         assert self.result is not None
         return {"result": asdict(self.result), "stopped_by": self._stop.signal_number}
 
-    def take(self, exported: Mapping[str, Any]) -> None:
+    def load_result(self, exported: Mapping[str, Any]) -> None:
         """Adopt the result of rank 0, and its stop signal, which this process may have missed."""
         self.result = FitResult(**exported["result"])
         if exported["stopped_by"] is not None:
             self._stop.note(exported["stopped_by"])
 
-    def _taken_stock(self, trainer: Trainer, module: BaseModule) -> FitResult:
+    def _build_result(self, trainer: Trainer, module: BaseModule) -> FitResult:
         validation, callbacks = self._validation, trainer.callbacks  # type: ignore[attr-defined]
         return FitResult(
             steps=trainer.global_step,
@@ -241,8 +242,8 @@ class Conclusion(Callback):
             ended_early=self._saving.ended_early,
             last_rate=module.schedule.rate(trainer.global_step - 1) if trainer.global_step else 0.0,
             update_norms=_update_norms(self._before, module.model),
-            flow=self._flow.found(module.model),
-            held=self._held.held,
+            flow=self._flow.report(module.model),
+            memory=self._memory_meter.memory,
             packing=self._work.packing(),
             reports={c.report_name: c.report() for c in callbacks if isinstance(c, Reports)},
         )

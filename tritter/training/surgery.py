@@ -64,11 +64,13 @@ def apply(
         raise TritterError("the processes of the training run requested different model changes.")
     (optimizer,) = trainer.optimizers
     ties, others = _ties(model), _count_others(model, change)
-    moments = carried_moments(optimizer, model, change, places=change.altered, policy=policy)
+    moments = carried_moments(
+        optimizer, model, change, stored_tensors=change.altered, policy=policy
+    )
     entry = entry_of(change, step=trainer.global_step, reason=reason)
     old = dict(model.named_parameters())
     before = {new: optimizer.state.get(old[stem]) for new, stem in change.stems.items()}
-    _take_on(model, change)
+    _change_parameters(model, change)
     module.journal.append(entry)
     _follow_groups(optimizer, module, old, moments, before)
     _wrap(trainer, module)
@@ -78,7 +80,7 @@ def apply(
         if isinstance(callback, WeightAveraging) and callback._average_model is not None:
             average = callback._average_model.module
             assert isinstance(average, BaseModule)
-            _take_on(average.model, change)
+            _change_parameters(average.model, change)
             average.journal.append(entry)
         elif hasattr(callback, "parameters_changed"):
             callback.parameters_changed(change)
@@ -120,8 +122,10 @@ def apply_plain(
         raise RequestError("in a plain training loop, a change cannot add or remove parameters.")
     moments = {}
     if optimizer is not None:
-        moments = carried_moments(optimizer, model, change, places=change.altered, policy=policy)
-    _take_on(model, change)
+        moments = carried_moments(
+            optimizer, model, change, stored_tensors=change.altered, policy=policy
+        )
+    _change_parameters(model, change)
     new = dict(model.named_parameters())
     if optimizer is not None:  # each new parameter, with its state, replaces the old one
         follows = {id(old[name]): new[name] for name in old if new[name] is not old[name]}
@@ -214,7 +218,7 @@ def _check_shapes(model: nn.Module, change: Change) -> None:
             )
 
 
-def _take_on(model: nn.Module, change: Change) -> None:
+def _change_parameters(model: nn.Module, change: Change) -> None:
     """Apply a change to the parameters of a model."""
     weights = dict(change.weights({n: p.detach() for n, p in model.named_parameters()}))
     reshape(model, change.config, weights, removed=change.removed)

@@ -162,11 +162,11 @@ class WorkerLauncher(_MultiProcessingLauncher):
 
     def get_extra_results(self, trainer: Trainer) -> dict[str, Any]:
         extra = super().get_extra_results(trainer)
-        return {**extra, "conclusion": _conclusion(trainer).exported()}
+        return {**extra, "conclusion": _conclusion(trainer).export_result()}
 
     def update_main_process_results(self, trainer: Trainer, extra: dict[str, Any]) -> None:
         super().update_main_process_results(trainer, extra)
-        _conclusion(trainer).take(extra["conclusion"])
+        _conclusion(trainer).load_result(extra["conclusion"])
 
 
 def _conclusion(trainer: Trainer) -> Conclusion:
@@ -252,7 +252,7 @@ def build_trainer(
 
 
 @contextmanager
-def settings_kept() -> Iterator[None]:
+def preserve_process_settings() -> Iterator[None]:
     """Restore process-wide settings after a Trainer, and silence Lightning's log.
 
     `deterministic` and `benchmark` are process-wide. Lightning logs the devices that it found and
@@ -274,7 +274,7 @@ def settings_kept() -> Iterator[None]:
         torch.backends.cudnn.benchmark = is_benchmark
 
 
-def losses_before(
+def validation_metrics(
     model: nn.Module, text: ValidationSubset, settings: TrainerSettings
 ) -> dict[str, float]:
     """Return the metrics `eval/<domain>/…` of a model as its training run would log them.
@@ -292,7 +292,7 @@ def losses_before(
     never = Schedule.constant(0.0, max_steps=1)
     module = BaseModule(model, schedule=never, optimizer=OptimizerSettings())
     random = random_state()
-    with settings_kept():
+    with preserve_process_settings():
         trainer = build_trainer(alone, [], never.max_steps, loggers=[])
         trainer.validate(module, datamodule=TextDataModule((), text), verbose=False)
     restore_random_state(random)

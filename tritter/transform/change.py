@@ -21,7 +21,7 @@ from tritter.core.parameter_map import (
     ParameterMap,
     TensorMap,
     carried_mask,
-    new_along,
+    new_coordinates,
     rounded_weight,
 )
 from tritter.core.parameter_map.carry import STATE_KINDS, Policy, has_state, mapped_state
@@ -126,15 +126,15 @@ class Change:
             if stored.is_of_experts:
                 continue
             maps = [self.tensors[part.tensor.name] for part in stored.parts]
-            output = new_along(maps[0], 0)
+            output = new_coordinates(maps[0], 0)
             if len(maps) > 1:  # the concatenated outputs of its parts
                 size = stored.shape[-1 if stored.is_transposed else 0]
                 whole = torch.zeros(size, dtype=torch.bool)
                 for part, tensor_map in zip(stored.parts, maps, strict=True):
-                    if (own := new_along(tensor_map, 0)) is not None:
+                    if (own := new_coordinates(tensor_map, 0)) is not None:
                         whole[part.index[-1]] = own
                 output = whole if bool(whole.any()) else None
-            others = (new_along(maps[0], dim) for dim in range(1, len(stored.shape)))
+            others = (new_coordinates(maps[0], dim) for dim in range(1, len(stored.shape)))
             flags = (output, *others)
             if any(each is not None for each in flags):
                 grown[stored.name] = flags[::-1] if stored.is_transposed else flags

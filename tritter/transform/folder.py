@@ -34,8 +34,8 @@ from tritter.core.expansions import (
     MoeAdd,
     ResolvedExpansion,
     build_steps,
-    checked_specs,
-    composed,
+    check_specs,
+    compose_maps,
 )
 from tritter.core.families import (
     LayoutKind,
@@ -53,8 +53,8 @@ from tritter.storage.hashing import file_digest, merkle_hash
 from tritter.storage.reading import named_path
 from tritter.storage.tensors import TensorFolder, is_finite
 from tritter.storage.writer import (
-    HELD_TENSORS,
     KEPT_BYTES,
+    MAX_PENDING_TENSORS,
     Pieces,
     TensorEntry,
     TensorStream,
@@ -183,7 +183,7 @@ def plan_expansion(
             with LoRA experts.
         TritterError: the source has no usable config or generation settings.
     """
-    specs = checked_specs(specs)
+    specs = check_specs(specs)
     if not isinstance(source, Source):
         folder = named_path(source, key="source")
         from tritter.core.models import read_config
@@ -218,7 +218,7 @@ def plan_by_tables(
     return PlannedExpansion(
         config=config,
         steps=steps,
-        parameter_map=composed(steps, config),
+        parameter_map=compose_maps(steps, config),
         seed=seed,
         parameters_before=count_parameters(config),
         parameters_after=count_parameters(target),
@@ -227,7 +227,7 @@ def plan_by_tables(
     )
 
 
-def _confirmed(plan: PlannedExpansion, source: Source) -> PlannedExpansion:
+def _confirm(plan: PlannedExpansion, source: Source) -> PlannedExpansion:
     """Return the plan with the full configs of transformers.
 
     Raises:
@@ -259,7 +259,7 @@ def expand(
     max_shard_bytes: int = 5 * 10**9,
     overwrite: bool = False,
     progress: Progress | None = None,
-    before_placing: Callable[["Expanded"], Lineage] | None = None,
+    before_publish: Callable[["Expanded"], Lineage] | None = None,
 ) -> Expanded:
     """Apply `specs` in order to the checkpoint at `source` and write the result.
 
@@ -280,7 +280,7 @@ def expand(
         max_shard_bytes: size limit of one file of weights.
         overwrite: replace a checkpoint at `destination`; other folders are never replaced.
         progress: called with the number of written tensors and their total.
-        before_placing: called with the result in its temporary folder. It may rewrite the
+        before_publish: called with the result in its temporary folder. It may rewrite the
             lineage, returns the current one, and may raise.
 
     Returns:
@@ -303,9 +303,9 @@ def expand(
     new_dtype = {} if dtype is None else {"dtype": str(dtype).removeprefix("torch.")}
 
     def call_back(folder: Path, lineage: Lineage) -> Lineage:
-        return before_placing(Expanded(folder, plan, lineage)) if before_placing else lineage
+        return before_publish(Expanded(folder, plan, lineage)) if before_publish else lineage
 
-    confirmed = cache(partial(_confirmed, plan, opened))
+    confirmed = cache(partial(_confirm, plan, opened))
     state = opened.state
     carried = None if state is None else MappedState(plan, state, moments, max_shard_bytes)
     lineage = write_checkpoint(
@@ -314,11 +314,16 @@ def expand(
         final_config=lambda: {**confirmed().target_config, **new_dtype},
         tensors=_stream(opened, plan, dtype=dtype, kind=expert_layout, progress=progress),
         lineage=lambda: _child_lineage(opened, confirmed(), destination),
-        artifacts=(TokenizerFiles(opened.folder), carried, plan.added_experts, opened.kept),
+        artifacts=(
+            TokenizerFiles(opened.folder),
+            carried,
+            plan.added_experts,
+            opened.kept_sequences,
+        ),
         max_shard_bytes=max_shard_bytes,
         overwrite=overwrite,
         check=partial(check_replaceable, sources=[folder]),
-        before_placing=call_back,
+        before_publish=call_back,
     )
     return Expanded(destination, plan, lineage)
 
@@ -362,13 +367,14 @@ def disk_needs(
         rare = max(rare, *(part.rare for part in parts))
     largest = max((entry.num_bytes for entry in others), default=0)
     of_weights = sum(sorted(usual)[-num_threads() :]) + rare
-    of_state = (HELD_TENSORS + _AT_ONCE_OF_STATE) * largest
-    kept = opened.folder / STATE_FOLDER / KEPT_FILE
+    of_state = (MAX_PENDING_TENSORS + _AT_ONCE_OF_STATE) * largest
+    kept_sequences = opened.folder / STATE_FOLDER / KEPT_FILE
     files = sum(path.stat().st_size for path in check_tokenizer_files(opened.folder))
     unit = 1 if sys.platform == "darwin" else 1024  # bytes
     return DiskNeeds(
         weights=sum(entry.num_bytes for entry in weights),
-        state=sum(e.num_bytes for e in others) + (kept.stat().st_size if kept.is_file() else 0),
+        state=sum(e.num_bytes for e in others)
+        + (kept_sequences.stat().st_size if kept_sequences.is_file() else 0),
         others=files + _BYTES_OF_RECORDS + _BYTES_OF_A_NAME * (len(weights) + len(others)),
         in_flight=KEPT_BYTES + max(of_weights, of_state),
         process=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
@@ -402,7 +408,7 @@ def _stream(
         """Yield a transposed tensor whole: its rows are inputs."""
         steps = [maps[part.tensor.name] for part in target.parts]
         origins = [step.origin if step.is_verbatim else None for step in steps]
-        same = source.holding(target, origins)
+        same = source.stored_name(target, origins)
         if same is not None:
             yield source.read_stored(same).to(dtypes[target.name])
             return

@@ -31,8 +31,8 @@ from tritter.core.expansions import (
     ResolvedExpansion,
     Width,
     build_steps,
-    checked_specs,
-    composed,
+    check_specs,
+    compose_maps,
 )
 from tritter.core.expansions.heads import Strategy, copied_sources, split_shares
 from tritter.core.expansions.width import Init, Shares
@@ -57,7 +57,7 @@ class ModelExpander:
     """
 
     def __init__(self, specs: Sequence[ExpansionSpec], *, seed: int = 0) -> None:
-        self.specs = checked_specs(specs)
+        self.specs = check_specs(specs)
         self.seed = seed
 
     def steps(self, config: Config) -> tuple[ResolvedExpansion, ...]:
@@ -76,7 +76,7 @@ class ModelExpander:
         """
         config = config_of(model)
         steps = self.steps(config)
-        return Change.of(composed(steps, config), config, steps[-1].target_config)
+        return Change.of(compose_maps(steps, config), config, steps[-1].target_config)
 
     def expand(self, model: nn.Module) -> nn.Module:
         """Return the expanded model.
@@ -84,7 +84,7 @@ class ModelExpander:
         Raises:
             RequestError: unknown family, or impossible targets.
         """
-        return self._expanded(model, self.steps(config_of(model)))
+        return self._expand(model, self.steps(config_of(model)))
 
     def write(self, model: nn.Module, folder: Path, *, overwrite: bool = False) -> Lineage:
         """Write the expanded model as a checkpoint folder and return its lineage.
@@ -114,7 +114,7 @@ class ModelExpander:
             stock_loadable="yes" if added is None else "after adaptation",
         )
         return write_model(
-            self._expanded(model, steps),
+            self._expand(model, steps),
             folder,
             lineage=lambda: lineage,
             artifacts=(*map(TokenizerFiles, sources), added),
@@ -122,10 +122,10 @@ class ModelExpander:
             overwrite=overwrite,
         )
 
-    def _expanded(self, model: nn.Module, steps: Sequence[ResolvedExpansion]) -> nn.Module:
+    def _expand(self, model: nn.Module, steps: Sequence[ResolvedExpansion]) -> nn.Module:
         config, state = config_of(model), model.state_dict()
         held = unpack_all(match(config, state), state)
-        maps = composed(steps, config).tensors
+        maps = compose_maps(steps, config).tensors
 
         def read(name: str) -> Tensor:
             stem = held[maps[name].origin or "embed"]
@@ -347,9 +347,9 @@ def expand_linear(
     has_bias = linear.bias is not None
     new = nn.Linear(new_in_features, new_out_features, bias=has_bias, dtype=linear.weight.dtype)
     with torch.no_grad():
-        new.weight.copy_(_mapped(linear.weight, write, read))
+        new.weight.copy_(_map_parameter(linear.weight, write, read))
         if has_bias:
-            new.bias.copy_(_mapped(linear.bias, write))
+            new.bias.copy_(_map_parameter(linear.bias, write))
     return new
 
 
@@ -371,7 +371,7 @@ def copied_axis(old_size: int, new_size: int, *, seed: int, equal: bool = False)
     return AxisMap.copied(old_size, source, split_shares(source, old_size, equal=equal))
 
 
-def _mapped(tensor: Tensor, *axes: AxisFactor) -> Tensor:
+def _map_parameter(tensor: Tensor, *axes: AxisFactor) -> Tensor:
     return map_tensor(TensorMap(source="", axes=axes), tensor.detach())
 
 

@@ -19,7 +19,7 @@ from tritter.core.expansions import (
     Stack,
     Width,
     build_steps,
-    composed,
+    compose_maps,
 )
 from tritter.core.families import LLAMA
 from tritter.core.models import read_config
@@ -280,7 +280,7 @@ def test_maps_in_a_row_need_no_model() -> None:
     config = LLAMA_CONFIG
     steps = build_steps(config, [Width(), LlamaPro()], seed=0)
     shapes = {t.name: LLAMA.shape(t, config) for t in LLAMA.logical_tensors(config)}
-    maps = composed(steps, config).tensors
+    maps = compose_maps(steps, config).tensors
     target = steps[-1].target_config
     for tensor in LLAMA.logical_tensors(target):
         value = mapped(maps[tensor.name], lambda name: torch.ones(shapes[name]))

@@ -18,7 +18,7 @@ from tests.oracle import growth as oracle_growth
 from tests.oracle.families import tiny
 from tritter.checkpoints import Source
 from tritter.checkpoints.state import read_state, write_state
-from tritter.cli.inspect import parameters_of_parts
+from tritter.cli.inspect import count_parameters_by_part
 from tritter.core.expansions import (
     Dus,
     ExpansionSpec,
@@ -320,6 +320,6 @@ def test_the_loss_is_named(tmp_path: Path) -> None:
 def test_inspect_counts_every_tensor_as_some_part(tmp_path: Path) -> None:
     source = as_on_the_hub(hub_model(), tmp_path / "source")
     opened = Source.open(source, read_config(source))
-    parts = parameters_of_parts(opened)
+    parts = count_parameters_by_part(opened)
     assert parts["positions"] == 64 * 24 and parts["embedding"] == 97 * 24
     assert sum(parts.values()) == sum(p.numel() for p in load_model(source).parameters())

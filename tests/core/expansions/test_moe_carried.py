@@ -106,7 +106,9 @@ def transplanted(
     new = load_model(expand(source, folder / "result", specs).folder)
     own = torch.optim.AdamW(new.parameters(), lr=1e-3, betas=(0.9, 0.95))
     change = plan.change
-    start_from(own, new, carried_moments(old, model, change, places=change.after, policy=policy))
+    start_from(
+        own, new, carried_moments(old, model, change, stored_tensors=change.after, policy=policy)
+    )
     oracle.gradients(new, oracle.tokens())
     seconds = []
     for found, optimizer in ((model, old), (new, own)):

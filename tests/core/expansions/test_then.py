@@ -22,7 +22,7 @@ from tritter.core.expansions import (
     Stack,
     Width,
     build_steps,
-    composed,
+    compose_maps,
 )
 from tritter.core.families import Config, family_of, layout, pack_all
 from tritter.core.parameter_map import (
@@ -32,8 +32,8 @@ from tritter.core.parameter_map import (
     ParameterMap,
     Quantity,
     TensorMap,
-    carried,
     carried_mask,
+    carry_mask,
     map_tensor,
     mapped,
     rounded_weight,
@@ -117,7 +117,7 @@ def assert_same(found: Values, expected: Values) -> None:
 def check_chain(config: Config, specs: Sequence[ExpansionSpec], *, policy: Policy) -> None:
     """Compare the composed map with the chain, bit for bit, for all mapped quantities."""
     steps = build_steps(config, specs, seed=3)
-    one, target = composed(steps, config), steps[-1].target_config
+    one, target = compose_maps(steps, config), steps[-1].target_config
     values = drawn(config)
     read = values.__getitem__
     weights = {n: rounded_weight(m, read, torch.float32) for n, m in one.tensors.items()}
@@ -143,7 +143,8 @@ def check_chain(config: Config, specs: Sequence[ExpansionSpec], *, policy: Polic
     for step in steps:
         maps = step.parameter_map.tensors
         marked = {
-            n: carried(m, None if m.source is None else marked[m.source]) for n, m in maps.items()
+            n: carry_mask(m, None if m.source is None else marked[m.source])
+            for n, m in maps.items()
         }
     assert_same({n: carried_mask(m, masks.__getitem__) for n, m in one.tensors.items()}, marked)
 

@@ -12,7 +12,7 @@ from tritter.core.parameter_map import (
     Fill,
     Quantity,
     TensorMap,
-    carried,
+    carry_mask,
     map_tensor,
 )
 
@@ -167,22 +167,22 @@ def test_noise_falls_on_second_copies_alone() -> None:
 
 def test_carried_marks_what_has_a_history() -> None:
     everything = torch.ones(2, 2, dtype=torch.bool)
-    assert carried(UP, everything).all()
-    assert carried(_padded(Fill()), everything).tolist() == [
+    assert carry_mask(UP, everything).all()
+    assert carry_mask(_padded(Fill()), everything).tolist() == [
         [True, True],
         [True, True],
         [False, False],
         [False, False],
     ]
-    assert not carried(replace(UP, is_zeroed=True), everything).any()
-    assert not carried(replace(UP, state="fresh"), everything).any()
-    assert carried(TensorMap("x"), everything).all()
+    assert not carry_mask(replace(UP, is_zeroed=True), everything).any()
+    assert not carry_mask(replace(UP, state="fresh"), everything).any()
+    assert carry_mask(TensorMap("x"), everything).all()
 
 
 def test_carried_through_two_maps_in_a_row() -> None:
     """New rows of the first map are copied by the second: copies of the new stay new."""
     first = TensorMap("w", (AxisFactor.reads(AxisMap.padded(2, 3)), None))
     second = TensorMap("w", (AxisFactor.writes(AxisMap.tiled(3, 7)), None))
-    mask = carried(second, carried(first, torch.ones(2, 2, dtype=torch.bool)))
+    mask = carry_mask(second, carry_mask(first, torch.ones(2, 2, dtype=torch.bool)))
     assert mask.all(dim=1).tolist() == [True, True, False, True, True, False, False]
     assert torch.equal(mask.all(dim=1), mask.any(dim=1))

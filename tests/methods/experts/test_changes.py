@@ -18,7 +18,7 @@ from tritter.methods.experts.adapters import (
     set_rank,
     shape_of,
 )
-from tritter.methods.experts.changes import evicted, router_names, spawned, widened
+from tritter.methods.experts.changes import evict_change, router_names, spawn_change, widen_change
 from tritter.methods.experts.mixture import ExpertMixture
 from tritter.training import surgery
 
@@ -51,18 +51,18 @@ class Event(Callback):
 class Spawn(Event):
     def change(self, trainer, module) -> None:  # type: ignore[no-untyped-def]
         self.mixture.open("new", AdapterShape(5, 10.0, TARGETS), seed=7)
-        surgery.apply(trainer, module, spawned(self.mixture, "new"), reason="spawn")
+        surgery.apply(trainer, module, spawn_change(self.mixture, "new"), reason="spawn")
 
 
 class Evict(Event):
     def change(self, trainer, module) -> None:  # type: ignore[no-untyped-def]
-        surgery.apply(trainer, module, evicted(self.mixture, "e1"), reason="evict")
+        surgery.apply(trainer, module, evict_change(self.mixture, "e1"), reason="evict")
         self.mixture.close("e1")
 
 
 class Widen(Event):
     def change(self, trainer, module) -> None:  # type: ignore[no-untyped-def]
-        change = widened(self.mixture, "e1", 8, seed=3)
+        change = widen_change(self.mixture, "e1", 8, seed=3)
         surgery.apply(trainer, module, change, reason="rank")
         set_rank(self.mixture.model, "e1", 8)
 
@@ -122,7 +122,7 @@ def test_one_goes_and_its_state_with_it(tmp_path: Path) -> None:
         for key in (f"{router}.weight", f"{router}.weight exp_avg", f"{router}.bias"):
             assert torch.equal(event.after[key], event.before[key][[0, 2]])
     with pytest.raises(RequestError, match=r"no expert e1; there are e0, e2"):
-        evicted(event.mixture, "e1")
+        evict_change(event.mixture, "e1")
 
 
 def test_a_doubled_rank_keeps_function_moments_and_scale(tmp_path: Path) -> None:
@@ -148,4 +148,4 @@ def test_a_doubled_rank_keeps_function_moments_and_scale(tmp_path: Path) -> None
                 assert torch.equal(moments, event.before[f"{key} {kind}"])
             assert (end[key].narrow(dim, 4, 4) != new).any()
     with pytest.raises(RequestError, match="already has rank 8; the new rank 8 must be larger"):
-        widened(event.mixture, "e1", 8, seed=0)
+        widen_change(event.mixture, "e1", 8, seed=0)

@@ -18,7 +18,7 @@ from tritter.methods.experts.mixture import ExpertMixture
 from tritter.methods.experts.stored import (
     CONFIG_NAME,
     TENSORS_NAME,
-    put_values,
+    load_values,
     read_adapter,
     write_adapter,
 )
@@ -61,17 +61,17 @@ def test_an_adapter_of_theirs_is_an_expert(theirs: Path) -> None:
     assert stored.shape == AdapterShape(3, 5.0, ("q_proj",))
     mixture = ExpertMixture(tiny_llama())
     mixture.add("theirs", stored.shape, seed=0)
-    put_values(mixture.model, "theirs", stored)
+    load_values(mixture.model, "theirs", stored)
     stock = PeftModel.from_pretrained(tiny_llama(), theirs)
     expected = logits(stock)
     assert (expected - logits(mixture.model)).abs().max() < 1e-5 * expected.abs().max()
     assert (logits(stock) - logits(tiny_llama())).abs().max() > 0.1
     mixture.add("wider", AdapterShape(3, 5.0, TARGETS), seed=0)
     with pytest.raises(TritterError, match=r"down_proj is only in the model"):
-        put_values(mixture.model, "wider", stored)
+        load_values(mixture.model, "wider", stored)
     mixture.add("larger", AdapterShape(4, 5.0, ("q_proj",)), seed=0)
     with pytest.raises(TritterError, match=r"\[3, 24\] in the folder and \[4, 24\]"):
-        put_values(mixture.model, "larger", stored)
+        load_values(mixture.model, "larger", stored)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from tests.training.test_fit import SCHEDULE, SETTINGS
 from tests.training.test_surgery import assert_same
 from tritter.config.folders import body_of, option_files
 from tritter.data.batches import BatchStream, SequenceStream
-from tritter.methods.experts.callback import ExpertCallback, Known
+from tritter.methods.experts.callback import BaseData, ExpertCallback
 from tritter.methods.experts.method import DynamicExperts
 from tritter.methods.experts.module import ExpertModule
 from tritter.methods.experts.options import FIRST, DynamicOptions
@@ -115,7 +115,7 @@ def train(
         assert registry.detector is not None
         _know(registry, model, given)
     old = [text("old", BATCH, seed=n) for n in range(30)]
-    known = Known(batches={"old": old if skill is None else ()}, tokens=torch.cat(old).flatten())
+    known = BaseData(batches={"old": old if skill is None else ()}, tokens=torch.cat(old).flatten())
     callback = ExpertCallback(
         registry, shape=method.shape(model), known=known, skill=skill, domains=["new"], seed=3
     )
@@ -134,7 +134,7 @@ def train(
         label="test",
         console=Console(quiet=True),
         controls=watching,
-        changers=[callback],
+        surgery_callbacks=[callback],
     )
     return module, result
 

@@ -18,7 +18,7 @@ from tritter.errors import RequestError
 from tritter.methods.experts.adapters import AdapterShape, adaptable
 from tritter.methods.experts.merged_mixture import deltas
 from tritter.methods.experts.mixture import ExpertMixture
-from tritter.methods.experts.stored import adapter_of, put_values, read_adapter, write_adapter
+from tritter.methods.experts.stored import adapter_of, load_values, read_adapter, write_adapter
 
 TARGETS = ("c_attn", "c_proj", "c_fc", "wte", "lm_head")
 LINEAR = ("c_attn", "c_proj", "c_fc")
@@ -59,7 +59,7 @@ def test_an_adapter_of_theirs_is_an_expert(tmp_path: Path) -> None:
     assert stored.shape == AdapterShape(3, 5.0, tuple(sorted(LINEAR)))
     mixture = ExpertMixture(model())
     mixture.add("theirs", stored.shape, seed=0)
-    put_values(mixture.model, "theirs", stored)
+    load_values(mixture.model, "theirs", stored)
     expected = logits(theirs)
     assert (expected - logits(mixture.model)).abs().max() < 1e-5 * expected.abs().max()
 

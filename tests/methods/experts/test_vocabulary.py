@@ -30,15 +30,15 @@ from tritter.methods.experts.adapters import (
     shape_of,
 )
 from tritter.methods.experts.changes import (
-    evicted,
+    evict_change,
     lost_share,
-    merged,
-    spawned,
-    widened,
+    merge_factors,
+    spawn_change,
+    widen_change,
 )
 from tritter.methods.experts.gates import Routing, gates_of
 from tritter.methods.experts.mixture import Dispatch, ExpertMixture, mixture_output
-from tritter.methods.experts.stored import TENSORS_NAME, put_values, read_adapter, write_adapter
+from tritter.methods.experts.stored import TENSORS_NAME, load_values, read_adapter, write_adapter
 from tritter.training import surgery
 from tritter.training.parameters import disk_values, replay
 
@@ -169,7 +169,7 @@ def test_embeddings_merged_are_the_sum_of_what_they_add() -> None:
         Factors(torch.randn(2, 9).double(), torch.randn(4, 2).double(), 0.5, torch.tensor(2.0))
         for _ in range(2)
     ]
-    one = merged(parts, [0.3, 0.7], rank=4, alpha=8.0)
+    one = merge_factors(parts, [0.3, 0.7], rank=4, alpha=8.0)
     assert lost_share(parts, [0.3, 0.7], one) < 1e-12
     ids = torch.arange(9)[None]
     whole = Dispatch(torch.ones(9, 1), None)
@@ -196,12 +196,12 @@ class Life(Callback):
         if step == 2:
             before = self.only("first")
             mixture.open("new", AdapterShape(3, 6.0, TARGETS), seed=7)
-            surgery.apply(trainer, pl_module, spawned(mixture, "new"), reason="spawn")
+            surgery.apply(trainer, pl_module, spawn_change(mixture, "new"), reason="spawn")
             after = self.only("first")
         elif step == 4:
             self.drawn_like_peft(model)
             before = oracle.logits(model, oracle.tokens())
-            change = widened(mixture, "new", 5, seed=3)
+            change = widen_change(mixture, "new", 5, seed=3)
             surgery.apply(trainer, pl_module, change, reason="rank")
             set_rank(model, "new", 5)
             assert shape_of(model, "new") == AdapterShape(5, 10.0, tuple(sorted(TARGETS)))
@@ -209,7 +209,7 @@ class Life(Callback):
             after = oracle.logits(model, oracle.tokens())
         else:
             before = self.only("new")
-            surgery.apply(trainer, pl_module, evicted(mixture, "first"), reason="evict")
+            surgery.apply(trainer, pl_module, evict_change(mixture, "first"), reason="evict")
             mixture.close("first")
             after = self.only("new")
             assert not any(".first" in name for name in model.state_dict())
@@ -296,7 +296,7 @@ def test_stock_peft_loads_our_folder_and_we_load_theirs(
     assert stored.embeddings == {"model.embed_tokens"}
     assert stored.base.keys() == {"model.embed_tokens", "lm_head"}
     add_adapter(model, "theirs", stored.shape, seed=0)
-    put_values(model, "theirs", stored)
+    load_values(model, "theirs", stored)
     own = oracle.logits(activated(model, "theirs"), ids)
     assert (own - expected).abs().max() < 1e-5 * expected.abs().max()
 
@@ -313,12 +313,12 @@ def test_a_folder_of_another_base_is_refused(tmp_path: Path) -> None:
     add_adapter(model, "theirs", stored.shape, seed=0)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(TritterError, match="other base weights of lm_head"):
-        put_values(model, "theirs", stored)
+        load_values(model, "theirs", stored)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     held[key] = load_file(path)[key][:90]
     save_file(held, path)
     with pytest.raises(TritterError, match="other base weights of lm_head"):
-        put_values(model, "theirs", read_adapter(tmp_path / "theirs"))
+        load_values(model, "theirs", read_adapter(tmp_path / "theirs"))
 
 
 def test_damaged_factors_of_a_vocabulary(tmp_path: Path) -> None:
@@ -349,7 +349,7 @@ def test_damaged_factors_of_a_vocabulary(tmp_path: Path) -> None:
     model = tiny("llama")
     add_adapter(model, "theirs", stored.shape, seed=0)
     with pytest.raises(TritterError, match="lm_head is an embedding only in the folder"):
-        put_values(model, "theirs", stored)
+        load_values(model, "theirs", stored)
     assert json.loads((path.parent / "adapter_config.json").read_text())["r"] == 3
 
 

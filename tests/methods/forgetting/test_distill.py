@@ -70,7 +70,7 @@ def test_a_batch_without_such_rows_adds_nothing() -> None:
     loss = method.extra_loss(model, batch, model(input_ids=batch["input_ids"]).logits)
     gradients = torch.autograd.grad(loss, list(model.parameters()))
     assert float(loss.detach()) == 0 and not any(bool(g.any()) for g in gradients)
-    assert method.look(model, 1) == 0
+    assert method.observe_step(model, 1) == 0
 
 
 def test_the_teacher_drops_out_nothing() -> None:

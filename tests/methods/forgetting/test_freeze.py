@@ -109,7 +109,7 @@ def test_of_what_is_partly_new_the_old_entries_stay_whatever_decays(tmp_path: Pa
 def test_a_masked_gradient_alone_would_not_hold_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Freeze, "look", lambda self, model, step: 0.0)
+    monkeypatch.setattr(Freeze, "observe_step", lambda self, model, step: 0.0)
     model = oracle.tiny_llama(initializer_range=0.05)
     watch, before, _ = trained(tmp_path, model, Freeze(new_only=True), told=half_new(model))
     assert not torch.equal(watch.weights[-1][UP][10:], before[UP][10:])
@@ -149,8 +149,8 @@ def test_partly_frozen_values_thaw_too(tmp_path: Path) -> None:
     seen: dict[int, Tensor] = {}
 
     class Seen(Freeze):
-        def look(self, model: nn.Module, step: int) -> float:
-            flops = super().look(model, step)
+        def observe_step(self, model: nn.Module, step: int) -> float:
+            flops = super().observe_step(model, step)
             seen[step] = model.get_parameter(UP).detach()[10:].clone()
             return flops
 
@@ -186,9 +186,9 @@ def test_options_that_make_no_sense_are_refused(options: dict[str, Any], message
 
 
 def test_where_nothing_is_named_it_is_attention() -> None:
-    assert FreezeOptions().places == ParameterSelection.read(["attention"])
-    assert FreezeOptions(new_only=True).places is None
-    assert FreezeOptions(new_only=True, layers=1).places == ParameterSelection.read([1])
+    assert FreezeOptions().selection == ParameterSelection.read(["attention"])
+    assert FreezeOptions(new_only=True).selection is None
+    assert FreezeOptions(new_only=True, layers=1).selection == ParameterSelection.read([1])
 
 
 def test_a_share_of_the_steps_is_a_step() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tests import oracle
 from tests.training.test_fit import task
 from tritter.methods.forgetting import EWC, OnlineEWC
-from tritter.methods.forgetting.ewc import OnlineEWCOptions, kept_kind
+from tritter.methods.forgetting.ewc import OnlineEWCOptions, saved_kind
 from tritter.methods.forgetting.quadratic import diagonal_fisher
 from tritter.training import Preparation, Task
 
@@ -64,12 +64,12 @@ def test_one_task_is_ewc(options: dict[str, str]) -> None:
     for model, method in zip(models, methods, strict=True):
         fisher = diagonal_fisher(model, TEXT["a"])
         method.begin_task(model, told(model, {"fisher": fisher}, "a"))
-        method.look(model, 0)
+        method.observe_step(model, 0)
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(0.1)
                 parameter.grad = torch.zeros_like(parameter)
-        method.look(model, 1)
+        method.observe_step(model, 1)
         method.add_to_gradients(model)
     for one, other in zip(*(model.parameters() for model in models), strict=True):
         assert torch.equal(one.grad, other.grad) and bool(one.grad.any())  # type: ignore[arg-type, union-attr]
@@ -92,7 +92,7 @@ def test_three_tasks_are_those_of_a_slow_loop(normalise: str) -> None:
         )
         state = {"fisher": diagonal_fisher(model, rows)}
         if kept:
-            state[kept_kind("fisher", normalise)] = dict(kept)
+            state[saved_kind("fisher", normalise)] = dict(kept)
         method.begin_task(model, told(model, state, "b"))
         with torch.no_grad():
             for parameter in model.parameters():
@@ -125,7 +125,7 @@ def test_a_look_is_compared_with_the_latest_fisher_and_earlier_ones_stay_added(a
     method = OnlineEWC(ewc_lambda=1.0, gamma=0.5, at=at, refresh_steps=1)
     method.begin_task(model, replace(given, old_sequences={"b": TEXT["b"]}))
     held = {name: value.clone() for name, value in method.importance.items()}
-    assert method.look(model, 1) > 0
+    assert method.observe_step(model, 1) > 0
     now = slow_fisher(model, TEXT["b"])
     for name, value in method.importance.items():
         first = latest[name] if at == "carried" else torch.zeros_like(latest[name])

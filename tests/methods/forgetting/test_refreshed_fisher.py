@@ -14,7 +14,7 @@ from tritter.core.expansions import Dus, ExpansionSpec, LlamaPro, Moe, Width
 from tritter.core.families import training_flops
 from tritter.core.models import config_of
 from tritter.methods.forgetting import EWC
-from tritter.methods.forgetting.ewc import EWCOptions, has_new_values
+from tritter.methods.forgetting.ewc import EWCOptions, has_nonzero_new_entries
 from tritter.methods.forgetting.quadratic import diagonal_fisher
 from tritter.training import ForgettingMethod, Task, fit
 from tritter.transform.live import ModelExpander
@@ -36,8 +36,8 @@ class Watched(EWC):
         super().__init__(ewc_lambda=10.0, num_sequences=6, **options)  # type: ignore[arg-type]
         self.seen: list[tuple[int, float, dict[str, Tensor]]] = []
 
-    def look(self, model: nn.Module, step: int) -> float:
-        flops = super().look(model, step)
+    def observe_step(self, model: nn.Module, step: int) -> float:
+        flops = super().observe_step(model, step)
         held = {name: value.clone() for name, value in self.importance.items()}
         self.seen.append((step, flops, held))
         return flops
@@ -48,7 +48,7 @@ def test_it_is_taken_after_ten_steps_and_twice_as_many_and_so_on() -> None:
     for first, expected in ((10, [10, 20, 40, 80, 160]), (7, [7, 14, 28, 56, 112]), (None, [])):
         method = EWC(ewc_lambda=1.0, num_sequences=2, refresh_steps=first, at="carried")
         method.begin_task(model, given(model, zeros(model)))
-        taken = [step for step in range(200) if method.look(model, step)]
+        taken = [step for step in range(200) if method.observe_step(model, step)]
         assert taken == expected
 
 
@@ -62,7 +62,7 @@ def test_the_larger_of_the_two_stands_and_the_anchor_stays() -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
-    flops = method.look(model, 1)
+    flops = method.observe_step(model, 1)
     sequences = told.old_sequences["old"]  # fewer than requested, so all of them
     now = diagonal_fisher(model, sequences)
     larger = 0
@@ -92,7 +92,7 @@ def test_new_entries_that_are_not_zero_are_seen(spec: ExpansionSpec, expected: b
     model = oracle.tiny_llama(num_hidden_layers=4)
     expander = ModelExpander([spec])
     masks = expander.change(model).masks()
-    assert has_new_values(expander.expand(model), masks) is expected
+    assert has_nonzero_new_entries(expander.expand(model), masks) is expected
 
 
 @pytest.mark.quick_cases(1)
@@ -106,7 +106,7 @@ def test_at_the_grown_model_new_columns_that_write_are_held(at: str) -> None:
     carried = {n: v.float() for n, v in change.state("fisher", fisher).items()}
     method = Watched(at=at, refresh_steps=None)
     method.begin_task(grown, given(grown, carried, carried=masks))
-    flops = method.look(grown, 0)
+    flops = method.observe_step(grown, 0)
     new = sum(int((v != 0)[~masks[n]].sum()) for n, v in method.importance.items())
     assert (flops > 0) is (new > 1000) is (at != "carried")
     old = sum(int((v != 0)[masks[n]].sum()) for n, v in method.importance.items())
@@ -156,7 +156,7 @@ class Kills(ForgettingMethod):
     def __init__(self, step: int) -> None:
         self.step = step
 
-    def look(self, model: nn.Module, step: int) -> float:
+    def observe_step(self, model: nn.Module, step: int) -> float:
         if step == self.step:
             raise Killed
         return 0.0

@@ -16,7 +16,7 @@ from tritter.core.models import config_of
 from tritter.errors import RequestError, TritterError
 from tritter.methods.forgetting import SelfReplay
 from tritter.methods.forgetting.replay import (
-    Written,
+    GeneratedSequences,
     _Draw,
     distinct_share,
     lengths_read,
@@ -25,7 +25,7 @@ from tritter.methods.forgetting.replay import (
 from tritter.training import Preparation, Task
 
 
-def wrote(model: nn.Module, **changes: Any) -> Written:
+def wrote(model: nn.Module, **changes: Any) -> GeneratedSequences:
     asked = {"num_sequences": 6, "sequence_length": 10, "end_of_text_id": 5, **changes}
     return write_text(model, **asked)
 
@@ -120,10 +120,10 @@ def test_a_model_that_is_broken_writes_nothing() -> None:
         wrote(model)
 
 
-def written_of(nats: list[float], *, loops: tuple[int, ...] = ()) -> Written:
+def written_of(nats: list[float], *, loops: tuple[int, ...] = ()) -> GeneratedSequences:
     sequences = oracle.tokens(batch=len(nats), length=12).int()
     sequences[list(loops)] = 3
-    return Written(sequences=sequences, nats=torch.tensor(nats, dtype=torch.float64))
+    return GeneratedSequences(sequences=sequences, nats=torch.tensor(nats, dtype=torch.float64))
 
 
 def test_dropped_sequences_are_reported_by_reason() -> None:

@@ -124,7 +124,7 @@ def test_two_tasks_are_those_of_a_slow_loop() -> None:
             method.observe_gradients(model)
             method.add_to_gradients(model)
             optimizer.step()
-            method.look(model, step + 1)
+            method.observe_step(model, step + 1)
         state = method.end_task(model)
     after = begun(model, state, si_lambda=c, xi=xi).importance
     for name, parameter in hand.named_parameters():
@@ -279,7 +279,7 @@ def test_the_estimate_is_the_recorded_importance_of_a_quadratic() -> None:
         model.weight.grad = curvature * model.weight.detach()
         method.observe_gradients(model)
         model.weight.data = model.weight.detach() - 2e-3 * model.weight.grad
-        method.look(model, step)
+        method.observe_step(model, step)
     left = method.end_task(model)
     found = recorded_importance(left["path_integral"], left["displacement"], xi=1e-9)["weight"]
     torch.testing.assert_close(found, curvature / 2, rtol=0.02, atol=0)
@@ -299,7 +299,7 @@ def test_it_follows_a_change_in_mid_training_with_what_is_new() -> None:
     with torch.no_grad():
         for parameter in grown.parameters():
             parameter.sub_(0.5)
-    method.look(grown, 1)
+    method.observe_step(grown, 1)
     left = method.end_task(grown)
     for name, parameter in grown.named_parameters():
         moved = parameter.detach() - first[name]

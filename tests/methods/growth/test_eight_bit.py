@@ -34,7 +34,7 @@ def test_resumed_after_events_it_ends_alike(
     parts, result = train(tmp_path / "parts", options, optimizer=CODED, steps=15)
     assert_same_end(tmp_path / "whole", tmp_path / "parts")
     # Code tables shared by all parameters are restored once each
-    assert replace(result, seconds=0.0, held=None) == replace(expected, seconds=0.0, held=None)
+    assert replace(result, seconds=0.0, memory=None) == replace(expected, seconds=0.0, memory=None)
     growth = expected.reports["growth"]
     assert len({event["step"] for event in growth["events"]}) >= 3
     assert bool(growth["replaced"]) == is_replacing and (growth["born"] or is_replacing)

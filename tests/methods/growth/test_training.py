@@ -84,7 +84,7 @@ def train(
         task=Task(carried=carried, old_sequences={"old": old}, seed=0) if methods else None,
         observers=[GradientPressure(engine)],
         controls=watching,
-        changers=[NeuronGrowthCallback(engine)],
+        surgery_callbacks=[NeuronGrowthCallback(engine)],
     )
     return module, result
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tests import oracle
 from tests.methods.growth.factories import grower, growth_options, scheduled
-from tritter.methods.growth.blocks import some_rows
+from tritter.methods.growth.blocks import sample_rows
 from tritter.methods.growth.grower import Grower
 from tritter.methods.growth.method import NeuronGrowth
 from tritter.methods.growth.triggers import GrowthOptions, Percentile, Timing, View
@@ -263,7 +263,7 @@ def test_a_layer_that_is_frozen_is_no_pressure() -> None:
 @pytest.mark.parametrize(("sequences", "length"), [(64, 128), (1024, 16), (16, 128)])
 def test_tokens_are_of_all_places_of_a_sequence(sequences: int, length: int) -> None:
     blocks = torch.arange(length).repeat(sequences)[:, None].float()
-    seen = some_rows(blocks, 256)[:, 0]
-    assert len(seen) == 256 and torch.equal(seen, some_rows(blocks, 256)[:, 0])
+    seen = sample_rows(blocks, 256)[:, 0]
+    assert len(seen) == 256 and torch.equal(seen, sample_rows(blocks, 256)[:, 0])
     assert float(seen.mean()) == pytest.approx((length - 1) / 2, rel=0.15)
     assert len(seen.unique()) > min(length, 100) * 0.8

@@ -50,9 +50,9 @@ def test_padding_says_nothing(side: str) -> None:
 
 def test_a_wider_model_is_looked_at_along_the_same_directions() -> None:
     model, ids = tiny_llama(), tokens(batch=64)
-    whole, some = observe(model, ids).features, observe(model, ids, most_features=20).features
+    whole, some = observe(model, ids).features, observe(model, ids, max_features=20).features
     assert whole.shape == (64, 24) and some.shape == (64, 20)
-    again = observe(model, ids[:3], most_features=20).features
+    again = observe(model, ids[:3], max_features=20).features
     torch.testing.assert_close(again, some[:3])
     solution = torch.linalg.lstsq(whole, some).solution  # one linear map for all sequences
     torch.testing.assert_close(whole @ solution, some, rtol=1e-4, atol=1e-4)

@@ -38,29 +38,29 @@ class CommandLine:
     Args:
         overrides: GROUP=OPTION and KEY=VALUE arguments, as typed.
         is_multirun: True with -m.
-        shows: flag that only prints: cfg, info, hydra_help or shell_completion.
-        what: value of that flag.
+        info_flag: flag that only prints: cfg, info, hydra_help or shell_completion.
+        info_value: value of that flag.
         package: value of --package, which requires --cfg.
         is_resolved: True with --resolve, which requires --cfg.
         config_folders: values of --config-dir, as typed.
         config_name: value of --config-name.
         searchpath: entries of hydra.searchpath, as typed.
         is_help: True with -h or --help-all.
-        is_help_whole: True with --help-all.
+        is_full_help: True with --help-all.
         is_version: True with --version.
     """
 
     overrides: tuple[str, ...]
     is_multirun: bool = False
-    shows: str | None = None
-    what: str | None = None
+    info_flag: str | None = None
+    info_value: str | None = None
     package: str | None = None
     is_resolved: bool = False
     config_folders: tuple[str, ...] = ()
     config_name: str | None = None
     searchpath: tuple[str, ...] = ()
     is_help: bool = False
-    is_help_whole: bool = False
+    is_full_help: bool = False
     is_version: bool = False
 
 
@@ -128,26 +128,28 @@ def read_command_line(arguments: Sequence[str]) -> CommandLine:
     searchpath, overrides = split_searchpath(known.overrides)
     printing = {"cfg": known.cfg, "info": known.info}
     printing |= {name: "" for name in ("hydra_help", "shell_completion") if getattr(known, name)}
-    shows = [name for name, value in printing.items() if value is not None]
+    info_flag = [name for name, value in printing.items() if value is not None]
     has_help = known.help or known.help_all
     is_help = has_help or known.version
-    if not is_help and len(shows) + known.multirun > 1:
-        flags = [f"--{name.replace('_', '-')}" for name in (*shows, *["multirun"] * known.multirun)]
+    if not is_help and len(info_flag) + known.multirun > 1:
+        flags = [
+            f"--{name.replace('_', '-')}" for name in (*info_flag, *["multirun"] * known.multirun)
+        ]
         raise RequestError(f"{' and '.join(flags)}: these flags exclude each other; choose one.")
     if not is_help and (known.package or known.resolve) and known.cfg is None:
         raise RequestError("--package and --resolve require --cfg job, --cfg hydra or --cfg all.")
     return CommandLine(
         overrides=overrides,
         is_multirun=known.multirun,
-        shows=None if is_help or not shows else shows[0],
-        what=None if is_help or not shows else printing[shows[0]],
+        info_flag=None if is_help or not info_flag else info_flag[0],
+        info_value=None if is_help or not info_flag else printing[info_flag[0]],
         package=known.package,
         is_resolved=known.resolve,
         config_folders=tuple(known.config_dir),
         config_name=known.config_name,
         searchpath=searchpath,
         is_help=has_help,
-        is_help_whole=known.help_all,
+        is_full_help=known.help_all,
         is_version=known.version and not has_help,
     )
 

@@ -26,24 +26,30 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from tritter.conf_folder import config_folder
-from tritter.config.components import METHOD_GROUPS, Origin, clashes, method_names, nesting_problems
+from tritter.config.components import (
+    METHOD_GROUPS,
+    Origin,
+    conflict_problems,
+    method_names,
+    nesting_problems,
+)
 from tritter.config.fallbacks import (
     FALLBACK_GROUPS,
     choice_problems,
     fallbacks_of,
-    for_fallback,
+    locate_in_fallback,
     with_fallback,
 )
 from tritter.config.folders import (
     CHOSEN_BY,
     body_of,
-    composing_from,
     option_files,
     option_folders,
     search_path,
+    use_search_path,
 )
 from tritter.config.overrides import (
-    forced,
+    force_override,
     no_option,
     normalise,
     option_problems,
@@ -57,7 +63,7 @@ from tritter.config.validation import Rule, validate
 from tritter.errors import Problem, RequestError, raise_problems, refusal, show
 from tritter.options import leaves
 from tritter.targets import dotted
-from tritter.training.options import settled
+from tritter.training.options import resolve_training_limits
 
 VERSION_BASE = "1.3"
 _VALIDATION = "tritter.config.launch.plan.RequestValidation"
@@ -128,13 +134,13 @@ class Loader(ConfigLoaderImpl):
         if self.validated is not None:
             return self.validated
         parsed = parse(overrides, loader=self)
-        with composing_from(self.search_path):  # a launcher's worker process does not have it
+        with use_search_path(self.search_path):  # a launcher's worker process does not have it
             problems = [*option_problems(parsed, self.options), *choice_problems(parsed)]
         rejected = {problem.key for problem in problems}
         if "experiment" in rejected:  # an experiment selects options of all groups
             raise refusal(problems)
         sound = [o for o in parsed if o.key_or_group.partition(".")[0] not in rejected]
-        forced_overrides = [forced(override, self.options) for override in sound]
+        forced_overrides = [force_override(override, self.options) for override in sound]
         try:
             composed = super().load_configuration(
                 config_name, forced_overrides, run_mode, from_shell, validate_sweep_overrides
@@ -250,7 +256,9 @@ class Composer:
                 values = {group: getattr(attempt, group) for group in FALLBACK_GROUPS}
                 fallbacks.append(replace(config, **values, fallback_overrides=own_overrides))
             except RequestError as error:
-                problems += (for_fallback(each, config.gate, number) for each in error.problems)
+                problems += (
+                    locate_in_fallback(each, config.gate, number) for each in error.problems
+                )
         raise_problems(problems)
         return replace(config, fallbacks=tuple(fallbacks))
 
@@ -271,7 +279,7 @@ class Composer:
             for group in (*METHOD_GROUPS, *OPEN_GROUPS)
         }
         problems += _selection_problems(raw, selected, origins)
-        raw = settled(raw, origins.exactly)
+        raw = resolve_training_limits(raw, origins.file_of_key)
         return validate(raw, origin=origins, found=problems, rules=rules)
 
 
@@ -369,7 +377,7 @@ class _Origins:
             return None  # a nested key was set, which replaced the value
         return self._file_of(key)
 
-    def exactly(self, key: str) -> str | None:
+    def file_of_key(self, key: str) -> str | None:
         """Return the file of a key that was not typed itself, even if its group was."""
         return None if key in self._command_line else self._file_of(key)
 
@@ -427,7 +435,7 @@ def _selection_problems(
             reason = f"select one; -m {group}={','.join(names)} runs them in turn"
             problems.append(Problem(group, names, reason=reason))
         elif group in OPEN_GROUPS:
-            problems += clashes(group, names)
+            problems += conflict_problems(group, names)
     for group in METHOD_GROUPS:
         names = selected[group]
         for name in set(method_names(group)) & set(raw.get(group) or ()) - set(names):

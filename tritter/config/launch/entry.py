@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tritter import __version__
-from tritter.config.folders import composing_from, search_path, search_path_of
+from tritter.config.folders import search_path, search_path_of, use_search_path
 from tritter.config.launch.command_line import (
     FLAGS,
     SYSTEM_ERRORS,
@@ -67,8 +67,8 @@ def main(pipeline: "Pipeline", *, arguments: Sequence[str] | None = None) -> int
         if stop.signal_number == signal.SIGPIPE:  # the reader has closed the pipe, as in `| head`
             close_pipe()
             return stop.exit_code
-        where = f" {stop.where}" if stop.where else ""
-        say("\n".join(["", f"Stopped{where}.", *stop.advice]), is_error=True)
+        location = f" {stop.location}" if stop.location else ""
+        say("\n".join(["", f"Stopped{location}.", *stop.advice]), is_error=True)
         return stop.exit_code
 
 
@@ -80,28 +80,28 @@ def _run(typed: list[str], pipeline: "Pipeline") -> int:
     path = search_path_of(
         command.config_folders, command.config_name, searchpath=command.searchpath
     )
-    with composing_from(path):
+    with use_search_path(path):
         if command.is_help:
             from tritter.config.launch.help import help_text
 
-            say(help_text(command.overrides, is_whole=command.is_help_whole))
+            say(help_text(command.overrides, is_full=command.is_full_help))
             return 0
         # Importing Hydra and the target checks takes half a second, which --help does not need
         from tritter.config.launch.composition import composer
 
         with composer() as composing:
-            if command.shows in ("hydra_help", "shell_completion"):
-                return _answer(command, composing.hydra)
-            return _act(command, composing, pipeline, typed)
+            if command.info_flag in ("hydra_help", "shell_completion"):
+                return _print_hydra_answer(command, composing.hydra)
+            return _execute(command, composing, pipeline, typed)
 
 
-def _answer(command: CommandLine, hydra: "Hydra") -> int:
+def _print_hydra_answer(command: CommandLine, hydra: "Hydra") -> int:
     """Print Hydra's own help, or the answer to a shell's completion request."""
     from hydra._internal.utils import get_args_parser
 
     overrides = list(command.overrides)
     try:
-        if command.shows == "hydra_help":
+        if command.info_flag == "hydra_help":
             hydra.hydra_help(None, get_args_parser(), argparse.Namespace(overrides=overrides))
         else:
             hydra.shell_completion(search_path().config_name, overrides)
@@ -110,21 +110,21 @@ def _answer(command: CommandLine, hydra: "Hydra") -> int:
     return 0
 
 
-def _act(
+def _execute(
     command: CommandLine, composing: "Composer", pipeline: "Pipeline", arguments: list[str]
 ) -> int:
     from tritter.config.launch.composition import SweepInConfig
     from tritter.config.launch.jobs import Task
-    from tritter.config.launch.plan import plan_of, read_request, requested
+    from tritter.config.launch.plan import handle_request, plan_of, read_request
 
     request = read_request(command, composing)
-    if command.shows is not None:
+    if command.info_flag is not None:
         composed = composing.composed(request.overrides)
         plan_of(request, composed)
         composing.loader.validated = composed
         return _show(command, request, composing.hydra)
     request.task = task = Task(pipeline=pipeline)
-    with _answers_of_hydra(request), requested(request):
+    with _convert_hydra_errors(request), handle_request(request):
         if not request.is_multirun:
             try:
                 return _run_one(request, task, composing.hydra)
@@ -137,16 +137,16 @@ def _act(
 
 
 @contextmanager
-def _answers_of_hydra(request: "Request") -> Iterator[None]:
+def _convert_hydra_errors(request: "Request") -> Iterator[None]:
     """Raise what the callback refused, and errors of Hydra before the run began as bad requests.
 
     A run that is finished already ends the block without an error.
     """
-    from tritter.config.launch.plan import Refused
+    from tritter.config.launch.plan import RequestRefused
 
     try:
         yield
-    except Refused as refused:
+    except RequestRefused as refused:
         if refused.error is not None:
             raise refused.error from None
     except (TritterError, *SYSTEM_ERRORS):
@@ -159,14 +159,14 @@ def _answers_of_hydra(request: "Request") -> Iterator[None]:
         raise RequestError(f"Hydra can't start: {reason} ({type(error).__name__}).") from error
 
 
-def run_once(words: Sequence[str], pipeline: "Pipeline") -> Path:
+def run_once(arguments: Sequence[str], pipeline: "Pipeline") -> Path:
     """Run a single run for another program and return its folder.
 
     Neither the working directory nor the loggers of the process are changed. A run that is
     finished already is not run again.
 
     Args:
-        words: overrides, and of the flags `--config-dir` and `--config-name`.
+        arguments: overrides, and of the flags `--config-dir` and `--config-name`.
         pipeline: as `main` takes it.
 
     Raises:
@@ -174,34 +174,34 @@ def run_once(words: Sequence[str], pipeline: "Pipeline") -> Path:
         TritterError: the run failed.
         Stopped: by a signal, after the state was saved.
     """
-    check_encodable(words)
-    command = read_command_line(words)
+    check_encodable(arguments)
+    command = read_command_line(arguments)
     if command.is_multirun:
         raise RequestError(_NO_SWEEP)
-    if command.shows is not None or command.is_help or command.is_version:
+    if command.info_flag is not None or command.is_help or command.is_version:
         raise RequestError("run takes overrides; use python train.py for help and --cfg.")
-    meant = search_path_of(
+    typed_search_path = search_path_of(
         command.config_folders, command.config_name, searchpath=command.searchpath
     )
-    with composing_from(meant):
+    with use_search_path(typed_search_path):
         from tritter.config.launch.composition import SweepInConfig, composer
         from tritter.config.launch.jobs import Task, read_status
-        from tritter.config.launch.plan import read_request, requested
+        from tritter.config.launch.plan import handle_request, read_request
 
         with composer() as composing:
             request = read_request(command, composing)
             request.task = task = Task(pipeline=pipeline)
             composing.loader.is_sweep = False
 
-            def logged(config: "DictConfig") -> float | None:
+            def run_logged(config: "DictConfig") -> float | None:
                 with _log_file(task.jobs[0].folder / "train.log"):
                     return task(config)
 
-            words = list(request.overrides)
-            with _answers_of_hydra(request), requested(request):
+            overrides = list(request.overrides)
+            with _convert_hydra_errors(request), handle_request(request):
                 try:
                     name = search_path().config_name
-                    composing.hydra.run(name, logged, words, with_log_configuration=False)
+                    composing.hydra.run(name, run_logged, overrides, with_log_configuration=False)
                 except SweepInConfig as error:
                     raise RequestError(_NO_SWEEP) from error
                 except Stopped as stop:
@@ -243,15 +243,17 @@ def _show(command: CommandLine, request: "Request", hydra: "Hydra") -> int:
         RequestError: the requested node does not exist.
     """
     overrides, errors = list(request.overrides), StringIO()
-    name, what = search_path().config_name, command.what or "all"
-    if command.shows == "info":
-        hydra.show_info(what, name, overrides)
+    name, info_value = search_path().config_name, command.info_value or "all"
+    if command.info_flag == "info":
+        hydra.show_info(info_value, name, overrides)
         return 0
     try:
         with redirect_stderr(errors):
-            hydra.show_cfg(name, overrides, what, command.package, resolve=command.is_resolved)
+            hydra.show_cfg(
+                name, overrides, info_value, command.package, resolve=command.is_resolved
+            )
     except SystemExit as end:
-        raise RequestError(f"--cfg {what}: {' '.join(errors.getvalue().split())}.") from end
+        raise RequestError(f"--cfg {info_value}: {' '.join(errors.getvalue().split())}.") from end
     return 0
 
 
@@ -288,7 +290,7 @@ def completions(arguments: Sequence[str]) -> list[str]:
     """Return the completions of the last argument; none after an invalid argument.
 
     Args:
-        words: arguments after the program name; the last one is incomplete and may be empty.
+        arguments: arguments after the program name; the last one is incomplete and may be empty.
     """
     *before, incomplete = arguments or [""]
     if incomplete.startswith("-"):
@@ -302,7 +304,7 @@ def completions(arguments: Sequence[str]) -> list[str]:
         path = search_path_of(
             command.config_folders, command.config_name, searchpath=command.searchpath
         )
-        with composing_from(path), composer() as composing:
+        with use_search_path(path), composer() as composing:
             line = " ".join([*command.overrides, incomplete])
             plugin = DefaultCompletionPlugin(composing.loader)
             found: list[str] = plugin._query(search_path().config_name, line)

@@ -64,18 +64,18 @@ Exit codes
   1 failed                                 3 gate=strict and the grown model was not kept"""
 
 
-def help_text(words: Sequence[str] = (), *, is_whole: bool = False) -> str:
-    """Return the help page, or the keys of the options that `words` select.
+def help_text(arguments: Sequence[str] = (), *, is_full: bool = False) -> str:
+    """Return the help page, or the keys of the options that `arguments` select.
 
     Args:
-        words: The words of the command line.
-        is_whole: Describe every option, instead of listing the names of each group.
+        arguments: The words of the command line.
+        is_full: Describe every option, instead of listing the names of each group.
 
     Raises:
         RequestError: There is no such option.
     """
     files = option_files()
-    chosen = [word.lstrip("+").partition("=") for word in words]
+    chosen = [argument.lstrip("+").partition("=") for argument in arguments]
     selected = [(group, name) for group, _, name in chosen if group.replace("-", "_") in files]
     if selected:
         return "\n\n".join(_of_group(group, names, files) for group, names in selected)
@@ -84,15 +84,17 @@ def help_text(words: Sequence[str] = (), *, is_whole: bool = False) -> str:
     pairs = [entry[2:].partition(": ") for entry in entries if ": " in entry]
     defaults = {group: option for group, _, option in pairs}  # in the order of the defaults list
     groups = [g for g in dict.fromkeys([*defaults, *files]) if g != FAMILIES]
-    if not is_whole:
+    if not is_full:
         width = max(map(len, groups))
-        lines = [_folded(group, files[group], defaults.get(group), width) for group in groups]
+        lines = [_fold_group(group, files[group], defaults.get(group), width) for group in groups]
         return "\n\n".join([_HEAD.format(groups="\n".join([_FOLDED, *lines])), _TAIL])
-    first, *blocks = [_described(group, files[group], defaults.get(group)) for group in groups]
+    first, *blocks = [
+        _describe_options(group, files[group], defaults.get(group)) for group in groups
+    ]
     return "\n\n".join([_HEAD.format(groups=f"{_UNFOLDED}\n{first}"), *blocks, _TAIL])
 
 
-def _folded(group: str, options: Mapping[str, Path], default: str | None, width: int) -> str:
+def _fold_group(group: str, options: Mapping[str, Path], default: str | None, width: int) -> str:
     """Return the names of a group's options, the default marked."""
     chosen = (default or "").strip("[]").split(",")
     names = [f"{name}*" if name in chosen else name for name in options]
@@ -107,7 +109,7 @@ def _folded(group: str, options: Mapping[str, Path], default: str | None, width:
     )
 
 
-def _described(group: str, options: Mapping[str, Path], default: str | None) -> str:
+def _describe_options(group: str, options: Mapping[str, Path], default: str | None) -> str:
     """Return a group's options with the first comment of their files."""
     stated = "no default" if default in (None, "null") else f"default: {default}"
     stated += f"; selected by {CHOSEN_BY[group]}=NAME" if group in CHOSEN_BY else ""

@@ -23,7 +23,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from tritter.config.folders import SearchPath, composing_from, search_path
+from tritter.config.folders import SearchPath, search_path, use_search_path
 from tritter.config.launch.composition import composer, plain_config
 from tritter.config.overrides import recorded_overrides
 from tritter.config.run_folder import (
@@ -37,7 +37,7 @@ from tritter.config.validation import validate
 from tritter.errors import RequestError, TritterError
 from tritter.stopping import Stopped, stopping
 from tritter.storage.atomic import write_text_atomic
-from tritter.storage.lock import LOCK_NAME, alone_in, process_in
+from tritter.storage.lock import LOCK_NAME, folder_lock, locking_process
 from tritter.storage.reading import SUMMARY_FILE
 from tritter.storage.records import read_record, record, record_text
 from tritter.targets import TARGET
@@ -127,7 +127,7 @@ class Task:
     jobs: Sequence[Job] = ()
     keeps_failed: bool = False
     on_end: Callable[[Path, Path, Sequence[Job]], None] | None = None
-    asked_from: SearchPath = field(default_factory=search_path)
+    config_search_path: SearchPath = field(default_factory=search_path)
     process: int = field(default_factory=os.getpid)
     program: str = field(default_factory=lambda: sys.argv[0] if sys.argv else "")
 
@@ -137,7 +137,7 @@ class Task:
         Where it failed or did not begin, that is NaN, and for Optuna, which takes no NaN, None.
         """
         hydra = HydraConfig.get()
-        with composing_from(self.asked_from):  # which other processes don't know
+        with use_search_path(self.config_search_path):  # which other processes don't know
             if hydra.mode != RunMode.MULTIRUN:
                 return run_job(cfg, self.pipeline, jobs=self.jobs)
             if os.getpid() == self.process:
@@ -154,14 +154,14 @@ class Task:
         hydra = HydraConfig.get()
         folder = Path(hydra.runtime.output_dir)
         try:
-            with alone_in(folder, key="hydra.sweep.dir"):
+            with folder_lock(folder, key="hydra.sweep.dir"):
                 if (Path(hydra.sweep.dir) / STOPPING_FILE).exists():
                     return math.nan
                 if self.keeps_failed and read_status(folder).status == "failed":
                     say(f"job {hydra.job.num} failed before; what followed was chosen by that")
                     return math.nan
                 try:
-                    with _printing_into(folder):
+                    with _log_output(folder):
                         return run_job(cfg, self.pipeline, jobs=self.jobs)
                 finally:
                     if self.on_end is not None and os.getpid() == self.process:
@@ -171,13 +171,13 @@ class Task:
             return math.nan
 
 
-def _words(hydra: HydraConf) -> list[str]:
+def _task_overrides(hydra: HydraConf) -> list[str]:
     """Return the overrides of a job, as typed."""
-    return [str(word).removeprefix("++") for word in hydra.overrides.task]
+    return [str(override).removeprefix("++") for override in hydra.overrides.task]
 
 
 @contextmanager
-def _printing_into(folder: Path) -> Iterator[None]:
+def _log_output(folder: Path) -> Iterator[None]:
     """Send what is printed inside, also by libraries and child processes, to the job's log.
 
     The descriptors of the process are redirected, because log handlers that a library makes during
@@ -190,7 +190,7 @@ def _printing_into(folder: Path) -> Iterator[None]:
         inside.enter_context(file)
         for number, stream in ((1, sys.stdout), (2, sys.stderr)):
             if _is_descriptor(stream, number):
-                inside.enter_context(_redirected(number, stream, descriptor))
+                inside.enter_context(_redirect(number, stream, descriptor))
             else:  # replaced, as notebooks and tests do
                 redirect = redirect_stdout if number == 1 else redirect_stderr
                 inside.enter_context(redirect(file))
@@ -205,7 +205,7 @@ def _is_descriptor(stream: TextIO, number: int) -> bool:
 
 
 @contextmanager
-def _redirected(number: int, stream: TextIO, descriptor: int) -> Iterator[None]:
+def _redirect(number: int, stream: TextIO, descriptor: int) -> Iterator[None]:
     stream.flush()
     before = os.dup(number)
     os.dup2(descriptor, number)
@@ -231,13 +231,13 @@ def run_job(cfg: DictConfig, pipeline: Pipeline, *, jobs: Sequence[Job]) -> floa
     """
     hydra = HydraConfig.get()
     folder = Path(hydra.runtime.output_dir)
-    words = _words(hydra)
+    overrides = _task_overrides(hydra)
     is_sweep = hydra.mode == RunMode.MULTIRUN
     if is_sweep:
-        say(f"\njob {hydra.job.num}: {' '.join(words)}")
+        say(f"\njob {hydra.job.num}: {' '.join(overrides)}")
     try:
         planned = {os.path.normpath(job.folder.absolute()): job for job in jobs}.get(str(folder))
-        config = _judged(cfg, words) if planned is None else planned.config
+        config = _validate_proposed(cfg, overrides) if planned is None else planned.config
         is_of_sweep = is_sweep or (folder.parent / "multirun.yaml").is_file()  # a job resumed alone
         sweep = Path(hydra.sweep.dir) if is_sweep else folder.parent
         group = sweep.name if is_of_sweep else hydra.runtime.choices.get("experiment")
@@ -247,25 +247,27 @@ def run_job(cfg: DictConfig, pipeline: Pipeline, *, jobs: Sequence[Job]) -> floa
         is_finished = check_run_folder(folder, config) is RunState.FINISHED
         if is_finished and (ended := read_status(folder)).status in ENDS:
             return math.nan if ended.metric is None else float(ended.metric)
-        typed = words if planned is None or is_sweep else planned.overrides
+        typed = overrides if planned is None or is_sweep else planned.overrides
         recorded = recorded_overrides(typed)
         write_run_file(folder, config, status="running", overrides=recorded)
-        _write_status(folder, words, status="running", exit_code=EXIT_FAILED)
+        _write_status(folder, overrides, status="running", exit_code=EXIT_FAILED)
         outcome = pipeline(config, run_folder=folder)
     except Stopped as stop:
-        where = None if stop.where is None else f"stopped {stop.where}"
-        _write_status(folder, words, status="interrupted", exit_code=stop.exit_code, error=where)
+        location = None if stop.location is None else f"stopped {stop.location}"
+        _write_status(
+            folder, overrides, status="interrupted", exit_code=stop.exit_code, error=location
+        )
         raise
     except TritterError as error:
         code = EXIT_REQUEST if isinstance(error, RequestError) else EXIT_FAILED
-        _write_status(folder, words, status="failed", exit_code=code, error=str(error))
+        _write_status(folder, overrides, status="failed", exit_code=code, error=str(error))
         if is_sweep:
             say(f"job {hydra.job.num} failed: {error}")
         return math.nan
     except Exception as error:
         # The job's border: any library may raise here, and the other jobs of a sweep continue
         text = f"{type(error).__name__}: {error}"
-        _write_status(folder, words, status="failed", exit_code=EXIT_FAILED, error=text)
+        _write_status(folder, overrides, status="failed", exit_code=EXIT_FAILED, error=text)
         if not is_sweep:
             raise
         traceback.print_exc()
@@ -273,7 +275,7 @@ def run_job(cfg: DictConfig, pipeline: Pipeline, *, jobs: Sequence[Job]) -> floa
     is_refused = config.gate.strict and outcome.status != "kept"
     _write_status(
         folder,
-        words,
+        overrides,
         status=outcome.status,
         exit_code=EXIT_NOT_KEPT if is_refused else EXIT_DONE,
         metric=outcome.metric,
@@ -283,7 +285,7 @@ def run_job(cfg: DictConfig, pipeline: Pipeline, *, jobs: Sequence[Job]) -> floa
     return outcome.metric
 
 
-def _judged(cfg: DictConfig, words: Sequence[str]) -> RunConfig:
+def _validate_proposed(cfg: DictConfig, overrides: Sequence[str]) -> RunConfig:
     """Validate a job that a sweeper proposed.
 
     Raises:
@@ -293,7 +295,7 @@ def _judged(cfg: DictConfig, words: Sequence[str]) -> RunConfig:
     if config.gate.ladder is None:
         return config
     with composer() as composing:
-        return composing.with_fallbacks(config, words)
+        return composing.with_fallbacks(config, overrides)
 
 
 def read_status(folder: Path) -> RunStatus:
@@ -310,7 +312,7 @@ def read_status(folder: Path) -> RunStatus:
 
 def _write_status(
     folder: Path,
-    words: Sequence[str],
+    overrides: Sequence[str],
     *,
     status: str,
     exit_code: int,
@@ -321,7 +323,7 @@ def _write_status(
     content = RunStatus(
         status=status,
         exit_code=exit_code,
-        overrides=list(words),
+        overrides=list(overrides),
         metric=metric if metric is not None and math.isfinite(metric) else None,
         summary=summary,
         error=error,
@@ -336,7 +338,7 @@ _OF_CLASS = {
     "SlurmLauncher": "submitit_slurm",
     "RayLauncher": "ray",
 }
-_SECONDS_BETWEEN_LOOKS = 0.2
+_POLL_SECONDS = 0.2
 _THREADS = "OMP_NUM_THREADS"
 
 
@@ -346,12 +348,12 @@ class LaunchSettings:
 
     Args:
         launcher: its name; that of its class where it is none of those that are known.
-        at_once: jobs side by side on this machine, as far as that is known.
+        num_parallel: jobs side by side on this machine, as far as that is known.
         threads: of each job, where jobs share this machine.
     """
 
     launcher: str = "basic"
-    at_once: int = 1
+    num_parallel: int = 1
     threads: int | None = None
 
     @property
@@ -363,7 +365,7 @@ class LaunchSettings:
 SEQUENTIAL = LaunchSettings()
 
 
-def launching(hydra: DictConfig, *, num_jobs: int) -> LaunchSettings:
+def read_launch_settings(hydra: DictConfig, *, num_jobs: int) -> LaunchSettings:
     """Return the settings of a sweep's launcher.
 
     Args:
@@ -375,19 +377,21 @@ def launching(hydra: DictConfig, *, num_jobs: int) -> LaunchSettings:
     kind, cores = str(settings.get(TARGET)).rpartition(".")[2], num_cores()
     name = _OF_CLASS.get(kind, kind)
     if name == "joblib":
-        asked = settings.get("n_jobs") or 1
-        at_once = asked if asked > 0 else max(1, cores + 1 + asked)
+        requested = settings.get("n_jobs") or 1
+        num_parallel = requested if requested > 0 else max(1, cores + 1 + requested)
     elif name == "submitit_local":
-        at_once = num_jobs  # it starts all at once
+        num_parallel = num_jobs  # it starts all at once
     elif name == "ray":
         ray = settings.get("ray") or {}
         of_all = (ray.get("init") or {}).get("num_cpus") or cores
         of_each = (ray.get("remote") or {}).get("num_cpus") or 1
-        at_once = max(1, int(of_all / of_each))
+        num_parallel = max(1, int(of_all / of_each))
     else:
         return LaunchSettings(launcher=name)
-    at_once = max(1, min(at_once, num_jobs))
-    return LaunchSettings(launcher=name, at_once=at_once, threads=max(1, cores // at_once))
+    num_parallel = max(1, min(num_parallel, num_jobs))
+    return LaunchSettings(
+        launcher=name, num_parallel=num_parallel, threads=max(1, cores // num_parallel)
+    )
 
 
 def num_cores() -> int:
@@ -411,7 +415,7 @@ def parallel_jobs(folder: Path, how: LaunchSettings) -> Iterator[None]:
     with ExitStack() as inside:
         if how.is_in_processes:
             inside.enter_context(_environment(how))
-            inside.enter_context(_jobs_stop_first(folder))
+            inside.enter_context(_stop_jobs_first(folder))
         yield
 
 
@@ -430,32 +434,32 @@ def _environment(how: LaunchSettings) -> Iterator[None]:
 
 
 @contextmanager
-def _jobs_stop_first(folder: Path) -> Iterator[None]:
-    is_asked = False
+def _stop_jobs_first(folder: Path) -> Iterator[None]:
+    is_stopping = False
 
-    def running() -> set[int]:
+    def running_processes() -> set[int]:
         places = {path.parent for path in folder.rglob(LOCK_NAME)} - {folder}
-        return {process for place in places if (process := process_in(place)) is not None}
+        return {process for place in places if (process := locking_process(place)) is not None}
 
     def stop(number: int, frame: FrameType | None) -> None:
-        nonlocal is_asked
-        if is_asked:
-            _end(running())
+        nonlocal is_stopping
+        if is_stopping:
+            _terminate(running_processes())
             raise Stopped(number)
-        is_asked, ended = True, set[int]()
+        is_stopping, ended = True, set[int]()
         (folder / STOPPING_FILE).touch()
         say("Stopping: the jobs that run save their states; once more ends them.", is_error=True)
-        while found := running():
-            _end(found - ended)
+        while found := running_processes():
+            _terminate(found - ended)
             ended |= found
-            time.sleep(_SECONDS_BETWEEN_LOOKS)
+            time.sleep(_POLL_SECONDS)
         raise Stopped(number)
 
     numbers = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) != signal.SIG_IGN]
     is_main = threading.current_thread() is threading.main_thread()
     before = {number: signal.signal(number, stop) for number in numbers if is_main}
     try:
-        with _children_deaf_to_the_terminal():
+        with _block_sigint_in_children():
             yield
     finally:
         for number, handler in before.items():
@@ -463,26 +467,26 @@ def _jobs_stop_first(folder: Path) -> Iterator[None]:
         (folder / STOPPING_FILE).unlink(missing_ok=True)
 
 
-def _end(processes: set[int]) -> None:
+def _terminate(processes: set[int]) -> None:
     for process in processes - {os.getpid()}:
         with suppress(ProcessLookupError, PermissionError):
             os.kill(process, signal.SIGTERM)
 
 
 @contextmanager
-def _children_deaf_to_the_terminal() -> Iterator[None]:
+def _block_sigint_in_children() -> Iterator[None]:
     """Keep Ctrl-C, which a terminal sends to all processes, from those that are started inside.
 
     They inherit what the thread that starts them has blocked; another thread takes it for us.
     """
     is_over = threading.Event()
 
-    def take() -> None:
+    def receive_sigint() -> None:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         is_over.wait()
 
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    threading.Thread(target=take, daemon=True).start()
+    threading.Thread(target=receive_sigint, daemon=True).start()
     try:
         yield
     finally:

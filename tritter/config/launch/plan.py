@@ -14,8 +14,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from tritter.checkpoints.run_text import side_problems
-from tritter.config.fallbacks import for_fallback
-from tritter.config.folders import SearchPath, composing_from, search_path
+from tritter.config.fallbacks import locate_in_fallback
+from tritter.config.folders import SearchPath, search_path, use_search_path
 from tritter.config.launch.command_line import CommandLine
 from tritter.config.launch.composition import Composer
 from tritter.config.launch.jobs import (
@@ -23,21 +23,21 @@ from tritter.config.launch.jobs import (
     Job,
     LaunchSettings,
     Task,
-    launching,
     parallel_jobs,
+    read_launch_settings,
 )
 from tritter.config.overrides import (
-    as_value,
     check_command_line,
     command,
     first_value,
     normalise,
-    not_replayed,
     override_key,
+    override_value,
     parse,
-    quoted,
+    quote,
     refuse_sweeps,
     split_sweep,
+    unreplayed_overrides,
 )
 from tritter.config.run_folder import (
     OUTPUT_FILE,
@@ -53,7 +53,7 @@ from tritter.data.options import text_requests
 from tritter.data.sources import check_contents
 from tritter.errors import Problem, RequestError, TritterError, brief, raise_problems
 from tritter.planning.run_memory import memory_problems, side_by_side_problems
-from tritter.storage.lock import LOCK_NAME, alone_in, check_free
+from tritter.storage.lock import LOCK_NAME, check_unlocked, folder_lock
 from tritter.storage.reading import RUN_FILE, SUMMARY_FILE
 from tritter.terminal import say
 from tritter.training.options import compiler_problems
@@ -99,7 +99,7 @@ class Request:
 
     Attributes:
         plan: the plan, once the request is validated.
-        until_over: holds the folder lock until the command ends.
+        exit_stack: holds the folder lock until the command ends.
     """
 
     composing: Composer
@@ -109,10 +109,10 @@ class Request:
     is_shown: bool
     task: Task | None = None
     plan: Plan | None = None
-    until_over: ExitStack = field(default_factory=ExitStack)
+    exit_stack: ExitStack = field(default_factory=ExitStack)
 
 
-class Refused(BaseException):
+class RequestRefused(BaseException):
     """Raised by the callback, because Hydra only warns about an Exception and continues.
 
     Args:
@@ -145,31 +145,31 @@ class RequestValidation(Callback):
                 if job.state is RunState.FINISHED:
                     summary = folder / SUMMARY_FILE
                     say(f"This run is finished, nothing to do. Summary: {summary}")
-                    raise Refused
+                    raise RequestRefused
                 hydra.run.dir = str(folder)
             else:
                 key, folder = "hydra.sweep.dir", plan.sweep_folder
                 hydra.sweep.dir = str(folder)
                 # A worker process would resolve the time to another folder
-                hydra.overrides.hydra.append(f"hydra.sweep.dir={quoted(str(folder))}")
+                hydra.overrides.hydra.append(f"hydra.sweep.dir={quote(str(folder))}")
             require_writable(folder, key=key)
-            request.until_over.enter_context(alone_in(folder, key=key))
+            request.exit_stack.enter_context(folder_lock(folder, key=key))
             if plan.sweep_folder is not None:
-                request.until_over.enter_context(parallel_jobs(folder, plan.launching))
+                request.exit_stack.enter_context(parallel_jobs(folder, plan.launching))
             if request.task is not None:
                 request.task.jobs, request.task.keeps_failed = plan.jobs, plan.is_adaptive
         except Exception as error:
-            raise Refused(error) from error
+            raise RequestRefused(error) from error
 
     on_multirun_start = on_run_start
 
 
 @contextmanager
-def requested(request: Request) -> Iterator[Request]:
+def handle_request(request: Request) -> Iterator[Request]:
     """Run a request with Hydra inside this context."""
     token = _REQUEST.set(request)
     try:
-        with request.until_over:
+        with request.exit_stack:
             yield request
     finally:
         _REQUEST.reset(token)
@@ -183,10 +183,10 @@ def read_request(typed: CommandLine, composing: Composer) -> Request:
     Raises:
         RequestError: an override is invalid, or the run to resume does not exist.
     """
-    is_shown, folder = typed.shows is not None, None
+    is_shown, folder = typed.info_flag is not None, None
     overrides = [normalise(override, composing.options) for override in typed.overrides]
     if not typed.is_multirun:
-        overrides, folder = _with_resumed(composing, overrides, is_shown=is_shown)
+        overrides, folder = _add_resumed(composing, overrides, is_shown=is_shown)
     parsed = parse(overrides, loader=composing.loader)
     check_command_line(parsed, composing.options)
     if not typed.is_multirun:
@@ -194,7 +194,7 @@ def read_request(typed: CommandLine, composing: Composer) -> Request:
     return Request(composing, tuple(overrides), folder, typed.is_multirun, is_shown)
 
 
-def _with_resumed(
+def _add_resumed(
     composing: Composer, overrides: list[str], *, is_shown: bool
 ) -> tuple[list[str], Path | None]:
     """Return the overrides with those of the resumed run, and its folder.
@@ -229,9 +229,12 @@ def _with_resumed(
     kept = [text for text in run.overrides if not is_overridden(text)]
     combined = [*kept, *(o.input_line or "" for o in typed if o.key_or_group != "resume")]
     path = search_path() if search_path() != SearchPath() else run.search_path
-    if refused := [*(path.flags if search_path() == SearchPath() else ()), *not_replayed(kept)]:
-        with composing_from(path):
-            full_command = command([*combined, f"resume={as_value(str(folder))}"])
+    if refused := [
+        *(path.flags if search_path() == SearchPath() else ()),
+        *unreplayed_overrides(kept),
+    ]:
+        with use_search_path(path):
+            full_command = command([*combined, f"resume={override_value(str(folder))}"])
         raise RequestError(
             f"resume = {value}: the run was started with {', '.join(map(brief, refused))}. A run "
             "folder may be untrusted, so only shipped options and plain settings are replayed. "
@@ -255,7 +258,7 @@ def plan_of(request: Request, composed: DictConfig) -> Plan:
     plan = _plan_sweep(request, composed) if is_sweep else _plan_run(request, composed)
     if not request.is_shown:
         for job in plan.jobs:
-            check_free(job.folder, key="hydra.run.dir")
+            check_unlocked(job.folder, key="hydra.run.dir")
         if plan.sweep_folder is not None:
             folder = plan.sweep_folder
             if os.path.lexists(folder / RUN_FILE):
@@ -263,9 +266,9 @@ def plan_of(request: Request, composed: DictConfig) -> Plan:
                     f"hydra.sweep.dir = {folder}: it is the folder of a run; set a new folder "
                     "for the sweep."
                 )
-            check_free(folder, key="hydra.sweep.dir")
+            check_unlocked(folder, key="hydra.sweep.dir")
             for lock in sorted(folder.rglob(LOCK_NAME)):  # a job may still be running
-                check_free(lock.parent, key="hydra.sweep.dir")
+                check_unlocked(lock.parent, key="hydra.sweep.dir")
         _check_resources(plan)
     return plan
 
@@ -282,13 +285,15 @@ def _check_resources(plan: Plan) -> None:
         found[n] += memory_problems(config, shape)
         for number, fallback in enumerate(() if found[n] else config.fallbacks, start=1):
             attempt_problems = memory_problems(fallback, shape)
-            found[n] += (for_fallback(problem, config.gate, number) for problem in attempt_problems)
+            found[n] += (
+                locate_in_fallback(problem, config.gate, number) for problem in attempt_problems
+            )
     _raise_job_problems(found, [job.overrides for job in jobs])
     raise_problems(
         side_by_side_problems(
             [(todo[n].config, shape) for n, shape in known.items()],
             launcher=plan.launching.launcher,
-            at_once=plan.launching.at_once,
+            num_parallel=plan.launching.num_parallel,
         )
     )
     check_contents(request for job in todo.values() for request in text_requests(job.config.data))
@@ -322,12 +327,12 @@ def _plan_sweep(request: Request, composed: DictConfig) -> Plan:
     typed = parse([*parameters, *request.overrides], loader=composing.loader)
     shared = [o.input_line or "" for o in typed if o.is_hydra_override()]
     # Hydra's time resolver would give each job a different sweep folder
-    shared.append(f"hydra.sweep.dir={quoted(str(folder))}")
+    shared.append(f"hydra.sweep.dir={quote(str(folder))}")
     task = [override for override in typed if not override.is_hydra_override()]
     if hydra.sweeper.get("_target_") != _BASIC_SWEEPER:
         # An adaptive sweeper: each job is validated when it starts
         example = _plan_jobs(composing, [[*map(first_value, task)]], shared, is_example=True)
-        launcher = launching(hydra, num_jobs=int(hydra.sweeper.get("n_jobs") or 1))
+        launcher = read_launch_settings(hydra, num_jobs=int(hydra.sweeper.get("n_jobs") or 1))
         notes = _notes(launcher, folder)
         sampler = hydra.sweeper.get("sampler") if hydra.sweeper.get("storage") is None else None
         if sampler is not None and "seed" in sampler and sampler.seed is None:
@@ -355,7 +360,7 @@ def _plan_sweep(request: Request, composed: DictConfig) -> Plan:
             f"hydra.sweep.subdir = {jobs[0].folder.name}: several jobs would share this folder; "
             "use a name that differs between jobs, such as ${hydra.job.num}."
         )
-    launcher = launching(hydra, num_jobs=len(jobs))
+    launcher = read_launch_settings(hydra, num_jobs=len(jobs))
     return Plan(jobs, folder, launcher, notes=_notes(launcher, folder, num_jobs=len(jobs)))
 
 
@@ -371,7 +376,7 @@ def _notes(
     each = "1 thread" if launcher.threads == 1 else f"{launcher.threads} threads"
     if num_threads := os.environ.get("OMP_NUM_THREADS"):
         each = f"OMP_NUM_THREADS={num_threads}"
-    jobs = f"{launcher.at_once} job{'s' * (launcher.at_once != 1)}"
+    jobs = f"{launcher.num_parallel} job{'s' * (launcher.num_parallel != 1)}"
     return (f"sweep      {launcher.launcher}: {jobs} at a time, {each} each; {output}",)
 
 

@@ -16,11 +16,11 @@ from rich.text import Text
 from tritter.config.folders import search_path
 from tritter.config.launch.jobs import ENDS, STATUS_FILE, Job, Task, read_status
 from tritter.config.launch.plan import Request
-from tritter.config.overrides import as_value, command
+from tritter.config.overrides import command, override_value
 from tritter.config.run_folder import OUTPUT_FILE
 from tritter.errors import TritterError
 from tritter.stopping import Stopped
-from tritter.storage.lock import is_held
+from tritter.storage.lock import is_locked
 from tritter.storage.reading import SUMMARY_FILE, read_object
 from tritter.terminal import Console, say
 
@@ -58,14 +58,14 @@ def run_sweep(request: Request, task: Task, hydra: Hydra, *, typed: Sequence[str
 
     Raises:
         Stopped: A signal came; the jobs that ran have saved their states, the table is printed.
-        Refused: The callback refused the request.
+        RequestRefused: The callback refused the request.
     """
     failure: str | None = None
     task.on_end = lines = JobLines()
     try:
         # First, so that a mode that is typed wins, and is refused
         words = ["hydra.mode=MULTIRUN", *request.overrides]
-        with _watching(request, lines):
+        with _print_finished_jobs(request, lines):
             hydra.multirun(search_path().config_name, task, words)
     except Stopped as stop:
         if (plan := request.plan) is not None and plan.sweep_folder is not None:
@@ -97,8 +97,10 @@ def run_sweep(request: Request, task: Task, hydra: Hydra, *, typed: Sequence[str
 
 def _resume_advice(request: Request, typed: Sequence[str]) -> str:
     assert request.plan is not None and request.plan.sweep_folder is not None
-    own = [word for word in typed if not word.lstrip("+").startswith("hydra.sweep.dir=")]
-    folder = as_value(str(request.plan.sweep_folder))
+    own = [
+        override for override in typed if not override.lstrip("+").startswith("hydra.sweep.dir=")
+    ]
+    folder = override_value(str(request.plan.sweep_folder))
     return f"Resume the sweep with:\n  {command([*own, f'hydra.sweep.dir={folder}'])}"
 
 
@@ -114,7 +116,7 @@ def sweep_rows(jobs: Sequence[Job], folder: Path) -> tuple[SweepRow, ...]:
 
 def _row(job: Path, *, sweep: Path, overrides: tuple[str, ...] | None) -> SweepRow:
     status = read_status(job)
-    is_killed = status.status == "running" and not is_held(job)
+    is_killed = status.status == "running" and not is_locked(job)
     return SweepRow(
         name=os.path.relpath(job, sweep),
         overrides=tuple(status.overrides) if overrides is None else overrides,
@@ -157,7 +159,7 @@ class JobLines:
         self.printed.add(job)
         row = _row(job, sweep=sweep, overrides=None)
         shared = _shared([each.overrides for each in jobs])
-        own = " ".join(word for word in row.overrides if word not in shared)
+        own = " ".join(override for override in row.overrides if override not in shared)
         number = f"[{len(self.printed)}/{len(jobs)}] " if jobs else ""
         parts = [row.status]
         if row.error is not None:
@@ -186,7 +188,7 @@ class JobLines:
 
 
 @contextmanager
-def _watching(request: Request, lines: JobLines) -> Iterator[None]:
+def _print_finished_jobs(request: Request, lines: JobLines) -> Iterator[None]:
     """Print the lines of jobs that a launcher runs in other processes, as their statuses appear."""
     is_over = threading.Event()
 
@@ -221,7 +223,7 @@ def print_sweep(rows: Sequence[SweepRow], folder: Path) -> None:
     for name in (*domains, *(("experts", "trainable") if has_experts else ()), "metric"):
         table.add_column(name, justify="right")
     for row in rows:
-        own = Text(" ".join(word for word in row.overrides if word not in shared))
+        own = Text(" ".join(override for override in row.overrides if override not in shared))
         metric = "-" if row.metric is None else f"{row.metric:.4f}"
         changes = [f"{row.changes[d]:+.1%}" if d in row.changes else "-" for d in domains]
         cells: list[str | Text] = [row.name, own, row.status, *changes]
@@ -253,12 +255,12 @@ def _first_line(text: str) -> str:
 
 def _changes(summary: Path) -> dict[str, float]:
     """Return domain → relative change of the loss per byte, as in the last attempt's gate."""
-    asked = ("retention", "new_capability")
+    shown_checks = ("retention", "new_capability")
     try:
         return {
             str(check["subject"]): float(check["value"])
             for check in read_object(summary)["attempts"][-1]["gate"]
-            if check["check"] in asked and check["value"] is not None
+            if check["check"] in shown_checks and check["value"] is not None
         }
     except (ValueError, LookupError, TypeError):  # a job without a summary, or with another's
         return {}

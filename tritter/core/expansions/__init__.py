@@ -9,8 +9,8 @@ from tritter.core.expansions.specification import (
     ExpansionSpec,
     ResolvedExpansion,
     build_steps,
-    checked_specs,
-    composed,
+    check_specs,
+    compose_maps,
     target_config,
 )
 from tritter.core.expansions.width import Width
@@ -31,7 +31,7 @@ __all__ = [
     "Stack",
     "Width",
     "build_steps",
-    "checked_specs",
-    "composed",
+    "check_specs",
+    "compose_maps",
     "target_config",
 ]

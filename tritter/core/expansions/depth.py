@@ -132,8 +132,8 @@ class Dus(CopiedLayers):
             raise refused(
                 f"expansion.dus.{key}",
                 value,
-                f"from {layers} layers dus reaches the even counts {_listed(allowed)} "
-                f"(dropping {_listed([layers - t // 2 for t in allowed])} layers); "
+                f"from {layers} layers dus reaches the even counts {_join_numbers(allowed)} "
+                f"(dropping {_join_numbers([layers - t // 2 for t in allowed])} layers); "
                 f"nearest: {layers - closest // 2 if by_drop else closest}",
             )
         drop = layers - target // 2
@@ -295,7 +295,7 @@ def _layers_text(count: int) -> str:
     return f"{count} layer{'' if count == 1 else 's'}"
 
 
-def _listed(values: Sequence[int]) -> str:
+def _join_numbers(values: Sequence[int]) -> str:
     texts = [str(value) for value in values]
     if len(texts) <= 6:
         return ", ".join(texts)

@@ -233,7 +233,7 @@ def head_maps(
     if strategy == "split":
         return split_heads(old)
     if strategy != "fresh":
-        return copied_heads(old, new, equal_shares=equal_shares)
+        return copy_heads(old, new, equal_shares=equal_shares)
     # Each old head keeps its position in its key/value group; the other heads are new
     old_group, new_group = group_size(old), group_size(new)
     query = torch.full((new.num_attention_heads,), -1)
@@ -245,7 +245,7 @@ def head_maps(
     return _of_heads(query_map, key_value, head_dim=old.head_dim)
 
 
-def copied_heads(old: Dimensions, new: Dimensions, *, equal_shares: bool) -> HeadMaps:
+def copy_heads(old: Dimensions, new: Dimensions, *, equal_shares: bool) -> HeadMaps:
     """Copy query heads into groups whose key/value head is a copy of their own.
 
     If a new group contains all query heads of its source, they have equal total shares, and the

@@ -97,7 +97,7 @@ def _checked_target(spec: ExpansionSpec, config: Config) -> Config:
     return target
 
 
-def checked_specs(specs: object) -> tuple[ExpansionSpec, ...]:
+def check_specs(specs: object) -> tuple[ExpansionSpec, ...]:
     """Return the expansions of a Python call after checking their options.
 
     Raises:
@@ -139,7 +139,7 @@ def build_steps(
     return tuple(steps)
 
 
-def composed(steps: Sequence[ResolvedExpansion], source_config: Config) -> "ParameterMap":
+def compose_maps(steps: Sequence[ResolvedExpansion], source_config: Config) -> "ParameterMap":
     """Return the composed map of all steps; the identity without steps."""
     from tritter.core.parameter_map import ParameterMap
 

@@ -74,24 +74,24 @@ def _candidates(config: Config, spec: ExpansionSpec) -> Iterator[ExpansionSpec]:
                 yield replace(spec, target_layers=count)
         case Stack(target_layers=None):
             step = 1 if spec.partial else layers
-            for count in range(layers + step, _most(layers, MAX_LAYERS) + 1, step):
+            for count in range(layers + step, _max_size(layers, MAX_LAYERS) + 1, step):
                 yield replace(spec, target_layers=count)
         case Interpolate(target_layers=None) | LlamaPro(target_layers=None, positions=None):
-            for count in range(layers + 1, _most(layers, MAX_LAYERS) + 1):
+            for count in range(layers + 1, _max_size(layers, MAX_LAYERS) + 1):
                 yield replace(spec, target_layers=count)
         case Width(hidden_size=None):
-            heads, most = dimensions.num_attention_heads, _most(hidden, MAX_WIDTH)
+            heads, most = dimensions.num_attention_heads, _max_size(hidden, MAX_WIDTH)
             step = heads * max(1, (most - hidden) // (heads * _MAX_WIDTHS))
             for size in range(hidden + step, most + 1, step):
                 yield replace(spec, hidden_size=size)
         case Moe(num_experts=None):
             partner_of(family_of(config))
             pieces = spec.granularity
-            for count in range(2 * pieces, _most(pieces, MAX_EXPERTS, _MAX_COPIES) + 1, pieces):
+            for count in range(2 * pieces, _max_size(pieces, MAX_EXPERTS, _MAX_COPIES) + 1, pieces):
                 yield replace(spec, num_experts=count)
         case MoeAdd(num_experts=None, addition="append"):
             sparse_layers(family_of(config), config)
-            for count in range(1, _most(max(dimensions.num_experts, 1), MAX_EXPERTS) + 1):
+            for count in range(1, _max_size(max(dimensions.num_experts, 1), MAX_EXPERTS) + 1):
                 yield replace(spec, num_experts=count)
         case MoeAdd(num_experts=None):
             yield spec
@@ -100,7 +100,7 @@ def _candidates(config: Config, spec: ExpansionSpec) -> Iterator[ExpansionSpec]:
             raise RequestError(Problem("target_params", reason=reason))
 
 
-def _most(size: int, limit: int, growth: int = _MAX_GROWTH) -> int:
+def _max_size(size: int, limit: int, growth: int = _MAX_GROWTH) -> int:
     return min(growth * size, limit)
 
 

@@ -25,7 +25,7 @@ from tritter.limits import (
 from tritter.storage.reading import LINEAGE_NAME, check_links, read_object
 from tritter.storage.tensors import SINGLE_NAME
 
-_LONGEST_REASON = 300
+_MAX_REASON_CHARACTERS = 300
 # Keys that name code: a class in the model folder, a kernel from the hub.
 _NAMING_CODE = (
     "auto_map",
@@ -175,7 +175,9 @@ def errors_as(what: str) -> Iterator[None]:
     # failed assertions
     except Exception as error:
         reason = " ".join(str(error).split())  # without the advice on further lines
-        raise TritterError(f"{what}: {reason[:_LONGEST_REASON] or type(error).__name__}") from error
+        raise TritterError(
+            f"{what}: {reason[:_MAX_REASON_CHARACTERS] or type(error).__name__}"
+        ) from error
 
 
 def with_defaults(plain: Config) -> Config:

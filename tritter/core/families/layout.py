@@ -177,10 +177,10 @@ def match(config: Config, names: Iterable[str]) -> tuple[StoredTensor, ...]:
     problems = []
     if extra:
         problems.append(
-            f"{len(extra)} tensors that {family.model_type} does not have: {_some(extra)}"
+            f"{len(extra)} tensors that {family.model_type} does not have: {_shorten(extra)}"
         )
     if missing:
-        problems.append(f"{len(missing)} tensors are missing: {_some(missing)}")
+        problems.append(f"{len(missing)} tensors are missing: {_shorten(missing)}")
     if problems:
         raise TritterError("The checkpoint does not match its config.json: " + "; ".join(problems))
     return expected
@@ -211,7 +211,7 @@ def unpack_all(tensors: Iterable[StoredTensor], values: Mapping[str, Tensor]) ->
     }
 
 
-def _some(names: list[str], limit: int = 5) -> str:
+def _shorten(names: list[str], limit: int = 5) -> str:
     shown = ", ".join(names[:limit])
     return shown if len(names) <= limit else f"{shown}, … ({len(names) - limit} more)"
 

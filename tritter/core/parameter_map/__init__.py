@@ -6,11 +6,11 @@ All values on parameters (weights, gradients, moments, importances) go through t
 
 from tritter.core.parameter_map.apply import (
     Quantity,
-    carried,
     carried_mask,
+    carry_mask,
     map_tensor,
     mapped,
-    new_along,
+    new_coordinates,
     rounded_weight,
 )
 from tritter.core.parameter_map.tensor_map import AxisFactor, AxisMap, Fill, ParameterMap, TensorMap
@@ -22,10 +22,10 @@ __all__ = [
     "ParameterMap",
     "Quantity",
     "TensorMap",
-    "carried",
     "carried_mask",
+    "carry_mask",
     "map_tensor",
     "mapped",
-    "new_along",
+    "new_coordinates",
     "rounded_weight",
 ]

@@ -130,17 +130,17 @@ def map_tensor(
     if tensor_map.is_zeroed:
         return torch.zeros_like(values)
     if tensor_map.noise:
-        is_copy = flagged(axes, lambda axis: axis.is_duplicate) | tensor_map.is_copy
+        is_copy = any_mask(axes, lambda axis: axis.is_duplicate) | tensor_map.is_copy
         std = tensor_map.noise * float(source.double().std())
         noise = normal_numbers(tensor_map.noise_seed, std=std)(values.shape).to(values)
         values = torch.where(is_copy.to(values.device), values + noise, values)
     if all(axis is None or bool((axis.index >= 0).all()) for axis in axes):
         return values
-    has_source = ~flagged(axes, is_new)
+    has_source = ~any_mask(axes, is_new)
     return _filled(values, has_source.to(values.device), tensor_map.fill, like=source, donor=donor)
 
 
-def carried(tensor_map: TensorMap, source_mask: Tensor | None) -> Tensor:
+def carry_mask(tensor_map: TensorMap, source_mask: Tensor | None) -> Tensor:
     """Return the mask of target entries that derive from the marked entries of the source.
 
     New coordinates, zeroed copies and tensors with fresh state are not marked, so penalties on old
@@ -160,25 +160,25 @@ def carried(tensor_map: TensorMap, source_mask: Tensor | None) -> Tensor:
             mask = mask.index_select(dimension, axis.index.clamp(min=0))
     if tensor_map.is_zeroed or tensor_map.state == "fresh":
         return torch.zeros_like(mask)
-    return mask & ~flagged(tensor_map.axes, is_new) if tensor_map.axes else mask
+    return mask & ~any_mask(tensor_map.axes, is_new) if tensor_map.axes else mask
 
 
 def carried_mask(tensor_map: TensorMap, read: Read) -> Tensor:
-    """Return `carried` for a whole chain, with masks of the first model read by logical name."""
+    """Return `carry_mask` for a whole chain, with masks of the first model read by logical name."""
     before = tensor_map.source
     if before is None:
-        return carried(tensor_map, None)
+        return carry_mask(tensor_map, None)
     mask = read(before) if isinstance(before, str) else carried_mask(before, read)
-    return carried(tensor_map, mask)
+    return carry_mask(tensor_map, mask)
 
 
-def new_along(tensor_map: TensorMap, dimension: int) -> Tensor | None:
+def new_coordinates(tensor_map: TensorMap, dimension: int) -> Tensor | None:
     """Return the mask [size] of coordinates of a dimension that are new at any map of the chain.
 
     Return None if no coordinate is new.
     """
     before, axes = tensor_map.source, tensor_map.axes
-    earlier = new_along(before, dimension) if isinstance(before, TensorMap) else None
+    earlier = new_coordinates(before, dimension) if isinstance(before, TensorMap) else None
     axis = axes[dimension] if axes else None
     if axis is None:
         return earlier
@@ -193,7 +193,7 @@ def is_new(axis: AxisFactor) -> Tensor:
     return axis.index < 0
 
 
-def flagged(axes: Sequence[AxisFactor | None], flags: Callable[[AxisFactor], Tensor]) -> Tensor:
+def any_mask(axes: Sequence[AxisFactor | None], flags: Callable[[AxisFactor], Tensor]) -> Tensor:
     """Return the mask of entries flagged along any axis, broadcastable to the target's shape.
 
     Args:

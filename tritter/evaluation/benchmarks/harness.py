@@ -17,7 +17,7 @@ from tritter.errors import RequestError, TritterError
 from tritter.evaluation.benchmarks.files import Questions, questions_of
 from tritter.evaluation.benchmarks.formats import Benchmark, Question, is_passed
 from tritter.evaluation.code.sandbox import Sandbox
-from tritter.evaluation.inference import evaluating
+from tritter.evaluation.inference import eval_mode
 from tritter.evaluation.statistics import PairedScores
 
 Tokenizer = Any  # of transformers
@@ -162,7 +162,7 @@ def score_benchmark(
         model: a model of transformers, on its device; its training modes are restored.
         tokenizer: its tokenizer, from transformers.
         questions: the questions.
-        asking: the options.
+        harness: the options.
 
     Raises:
         RequestError: lm-eval is not installed, or the model's context is too short.
@@ -171,7 +171,7 @@ def score_benchmark(
     require_harness()
     length = max_length(model)
     limited = questions.limited(harness.limit)
-    readable, notes = _readable(tokenizer, limited, length=length)
+    readable, notes = _drop_too_long(tokenizer, limited, length=length)
     if len(limited.questions) < questions.total:
         notes.append(
             f"Scored {len(limited.questions)} of {questions.total} questions, spread evenly."
@@ -186,13 +186,13 @@ def score_benchmark(
 
         return {"tasks": {name: ConfigurableTask(config=config)}, "groups": {}}
 
-    samples = evaluated(model, tokenizer, tasks, harness)[name]
+    samples = run_lm_eval(model, tokenizer, tasks, harness)[name]
     notes += _notes(tokenizer, readable, length=length)
     names = [f"{name}:{each}" for each in readable.questions]
-    return _scored(readable.benchmark, names, samples, nulls=nulls, notes=notes)
+    return _convert_samples(readable.benchmark, names, samples, nulls=nulls, notes=notes)
 
 
-def _scored(
+def _convert_samples(
     benchmark: Benchmark,
     names: Sequence[str],
     samples: Sequence[dict[str, Any]],
@@ -228,7 +228,7 @@ def paired(names: Sequence[str], right: Tensor, *, chance: float) -> PairedScore
     )
 
 
-def evaluated(
+def run_lm_eval(
     model: nn.Module,
     tokenizer: Tokenizer,
     tasks: Callable[[], dict[str, Any]],
@@ -242,7 +242,7 @@ def evaluated(
         model: the model.
         tokenizer: its tokenizer.
         tasks: returns lm-eval's tasks and groups.
-        asking: the options.
+        harness: the options.
         limit: number of first questions of each task.
 
     Raises:
@@ -253,7 +253,7 @@ def evaluated(
 
     length = max_length(model)
     # lm-eval uses tensors outside its no_grad block, which inference mode does not allow
-    with evaluating(model), torch.inference_mode(False), torch.no_grad():
+    with eval_mode(model), torch.inference_mode(False), torch.no_grad():
         # With NaN logits, all choices would tie
         first = torch.zeros(1, 2, dtype=torch.int64, device=next(model.parameters()).device)
         if not model(input_ids=first).logits.isfinite().all():
@@ -352,7 +352,7 @@ def task_config(questions: Questions, *, length: int, sandbox: Sandbox | None) -
     }
 
 
-def _readable(
+def _drop_too_long(
     tokenizer: Tokenizer, questions: Questions, *, length: int
 ) -> tuple[Questions, list[str]]:
     """Drop questions with a choice that exceeds the context length.
@@ -392,11 +392,11 @@ def sequence_lengths(tokenizer: Tokenizer, questions: Questions, *, length: int)
     return [
         min(length, _num_tokens(tokenizer, text) + benchmark.answer_tokens(length))
         for name, question in questions.questions.items()
-        for text in _read(questions.prompt(name), question, benchmark)
+        for text in _check_prompt(questions.prompt(name), question, benchmark)
     ]
 
 
-def _read(prompt: str, question: Question, benchmark: Benchmark) -> list[str]:
+def _check_prompt(prompt: str, question: Question, benchmark: Benchmark) -> list[str]:
     """Return the texts that a model reads for a question."""
     if benchmark.kind == "context":
         return [f"{choice} {prompt}" for choice in question.choices]
@@ -415,7 +415,7 @@ def _notes(tokenizer: Tokenizer, questions: Questions, *, length: int) -> Iterat
             f"Answers are limited to {answer_length} instead of {benchmark.max_new_tokens} tokens: "
             f"the context length is {length}."
         )
-    texts = [_read(questions.prompt(n), questions.questions[n], benchmark) for n in names]
+    texts = [_check_prompt(questions.prompt(n), questions.questions[n], benchmark) for n in names]
     cut = sum(_num_tokens(tokenizer, max(each, key=len)) > prompt_length for each in texts)
     if cut:
         yield (
@@ -475,7 +475,7 @@ def score_from_hub(
         model: the model.
         tokenizer: its tokenizer.
         benchmark: the benchmark.
-        asking: the options.
+        harness: the options.
         manager: lm-eval's task manager; defaults to a new one.
 
     Raises:
@@ -487,7 +487,7 @@ def score_from_hub(
         raise RequestError(f"--tasks = {benchmark.name}: {NO_NAME}.")
     if benchmark.kind == "code":
         return score_benchmark(model, tokenizer, _rows_from_hub(benchmark), harness)
-    found = evaluated(
+    found = run_lm_eval(
         model,
         tokenizer,
         lambda: _tasks(benchmark, manager),
@@ -509,7 +509,9 @@ def score_from_hub(
     names = [f"{benchmark.name}:{task}/{sample['doc_id']}" for task, sample in samples]
     limited = [f"Scored at most {harness.limit} questions of each subtask."]
     notes = limited if harness.limit else []
-    return _scored(benchmark, names, [each for _, each in samples], nulls=nulls, notes=notes)
+    return _convert_samples(
+        benchmark, names, [each for _, each in samples], nulls=nulls, notes=notes
+    )
 
 
 def _tasks(benchmark: Benchmark, manager: Any) -> dict[str, Any]:

@@ -67,7 +67,7 @@ class Channel:
 
     def send(self, *message: Any) -> None:
         """Send values."""
-        line = json.dumps([self._encoded(value) for value in message]).encode()
+        line = json.dumps([self._encode(value) for value in message]).encode()
         try:
             self._writing.write(line + b"\n")
             self._writing.flush()
@@ -82,7 +82,7 @@ class Channel:
             raise _EndedError from error
         if not line:
             raise _EndedError
-        return [self._decoded(value) for value in json.loads(line)]
+        return [self._decode(value) for value in json.loads(line)]
 
     def ask(self, *request: Any) -> Any:
         """Return the answer of the program's process to a request.
@@ -101,16 +101,16 @@ class Channel:
             kind = RuntimeError
         raise kind(f"{answer}" if raised == kind.__name__ else f"{raised}: {answer}")
 
-    def _encoded(self, value: Any) -> Any:
+    def _encode(self, value: Any) -> Any:
         if value is None or isinstance(value, (bool, int, float, str)):
             return value
         if isinstance(value, Remote):
             return ["object", value.number_]
         if isinstance(value, dict):
-            return ["dict", [self._encoded(pair) for pair in value.items()]]
+            return ["dict", [self._encode(pair) for pair in value.items()]]
         for kind in _COPIED:
             if isinstance(value, kind):
-                return [kind.__name__, [self._encoded(each) for each in value]]
+                return [kind.__name__, [self._encode(each) for each in value]]
         if isinstance(value, complex):
             return ["complex", [value.real, value.imag]]
         if isinstance(value, range):
@@ -126,7 +126,7 @@ class Channel:
             self._objects.append(value)
         return ["object", self._numbers[id(value)]]
 
-    def _decoded(self, value: Any) -> Any:
+    def _decode(self, value: Any) -> Any:
         if not isinstance(value, list):
             return value
         kind, content = value
@@ -134,7 +134,7 @@ class Channel:
             return self._remotes.setdefault(content, Remote(self, content))
         if kind == "object":
             return self._objects[content]
-        return _BUILD[kind]([self._decoded(each) for each in content])
+        return _BUILD[kind]([self._decode(each) for each in content])
 
 
 class Remote:

@@ -73,8 +73,8 @@ def isolate(root: str, *, folders: list[str], folder_bytes: int) -> None:
     work.mkdir()
     work.chmod(0o777)
     os.chdir(root)
-    _checked(_libc.syscall(_PIVOT_ROOT[platform.machine()], b".", b"."), "pivot_root")
-    _checked(_libc.umount2(b".", _MNT_DETACH), "umount")
+    _check_result(_libc.syscall(_PIVOT_ROOT[platform.machine()], b".", b"."), "pivot_root")
+    _check_result(_libc.umount2(b".", _MNT_DETACH), "umount")
     os.chdir(WORK)
     if user == 0:
         os.setgroups([])
@@ -106,11 +106,11 @@ def _bind(folder: str, root: str) -> None:
     done = _libc.syscall(
         _MOUNT_SETATTR, -1, str(target).encode(), _AT_RECURSIVE, ctypes.byref(attributes), 32
     )
-    _checked(done, f"mounting {folder} read-only")
+    _check_result(done, f"mounting {folder} read-only")
 
 
 def _unshare(flags: int) -> None:
-    _checked(_libc.unshare(flags), "unshare")
+    _check_result(_libc.unshare(flags), "unshare")
 
 
 def _mount(
@@ -118,14 +118,14 @@ def _mount(
 ) -> None:
     texts = [text.encode() if text else None for text in (source, target, kind, options)]
     done = _libc.mount(texts[0], texts[1], texts[2], ctypes.c_ulong(flags), texts[3])
-    _checked(done, f"mount {target}")
+    _check_result(done, f"mount {target}")
 
 
 def _prctl(option: int, value: int) -> None:
-    _checked(_libc.prctl(option, ctypes.c_ulong(value), 0, 0, 0), "prctl")
+    _check_result(_libc.prctl(option, ctypes.c_ulong(value), 0, 0, 0), "prctl")
 
 
-def _checked(done: int, action: str) -> None:
+def _check_result(done: int, action: str) -> None:
     if done != 0:
         number = ctypes.get_errno()
         raise OSError(number, f"{action}: {os.strerror(number)}")

@@ -101,7 +101,7 @@ def add_adapter(model: nn.Module, name: str, shape: AdapterShape, *, seed: int) 
     if unknown := [target for target in shape.targets if target not in known]:
         raise RequestError(
             f"experts.targets = {unknown[0]}: the model has no linear layer or vocabulary with "
-            f"this name; it has {_listed(known)}.{did_you_mean(unknown[0], known)}"
+            f"this name; it has {_join_names(known)}.{did_you_mean(unknown[0], known)}"
         )
     trained = {key for key, parameter in model.named_parameters() if parameter.requires_grad}
     config = LoraConfig(
@@ -276,9 +276,9 @@ def _check_known(model: nn.Module, name: str) -> None:
     known = adapter_names(model)
     if name not in known:
         raise RequestError(
-            f"no adapter {name}; the model has {_listed(known)}.{did_you_mean(name, known)}"
+            f"no adapter {name}; the model has {_join_names(known)}.{did_you_mean(name, known)}"
         )
 
 
-def _listed(names: Iterable[str]) -> str:
+def _join_names(names: Iterable[str]) -> str:
     return ", ".join(sorted(names)) or "none"

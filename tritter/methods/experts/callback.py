@@ -23,7 +23,13 @@ from tritter.methods.experts.adapters import (
     set_rank,
     shape_of,
 )
-from tritter.methods.experts.changes import evicted, lost_share, merged, spawned, widened
+from tritter.methods.experts.changes import (
+    evict_change,
+    lost_share,
+    merge_factors,
+    spawn_change,
+    widen_change,
+)
 from tritter.methods.experts.gates import Gates, entropies, usage
 from tritter.methods.experts.mixture import ExpertMixture
 from tritter.methods.experts.module import ExpertModule
@@ -39,7 +45,7 @@ EXPERTS = "experts"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Known:
+class BaseData:
     """Data that the base knows already, for the first run with experts.
 
     Args:
@@ -72,18 +78,18 @@ class ExpertCallback(Callback):
         registry: ExpertRegistry,
         *,
         shape: AdapterShape,
-        known: Known | None = None,
+        known: BaseData | None = None,
         skill: str | None = None,
         domains: Sequence[str] = (),
         seed: int = 0,
     ) -> None:
         self.registry = registry
-        self._shape, self._known, self._skill = shape, known or Known(), skill
+        self._shape, self._known, self._skill = shape, known or BaseData(), skill
         self._domains, self._seed = tuple(domains), seed
         options = registry.options
         self._exemplars = Exemplars(options.exemplars, seed=seed) if options.rehearsal else None
         self.events: list[dict[str, Any]] = []
-        self._figures = Figures()
+        self._usage_log = UsageLog()
         self._restored: Mapping[str, Any] | None = None
         self._aims: list[str | None] = []  # of the batches of a step
         self._losses: list[float] = []
@@ -93,7 +99,7 @@ class ExpertCallback(Callback):
             state, self._restored = self._restored, None
             self.registry.load_state_dict(state["roster"])
             self.events = [dict(event) for event in state["events"]]
-            self._figures.load_state_dict(state["figures"])
+            self._usage_log.load_state_dict(state["figures"])
             self.load_exemplars(state)
         elif not self.registry.expert_of:  # measure the base's data and count its tokens
             registry, known, module = self.registry, self._known, _module(pl_module)
@@ -103,7 +109,7 @@ class ExpertCallback(Callback):
             for domain, batches in known.batches.items():
                 registry.expert_of[domain] = FIRST
                 if registry.detector is not None:
-                    seen = [_observed(module, ids.to(module.device).long()) for ids in batches]
+                    seen = [_observe(module, ids.to(module.device).long()) for ids in batches]
                     registry.detector.add(domain, seen, is_base=True)
                     for ids in batches:
                         work_of(trainer).flops += _observation_flops(module, *ids.shape)
@@ -115,27 +121,29 @@ class ExpertCallback(Callback):
         module, ids = _module(pl_module), batch["input_ids"]
         is_old = batch.get("is_replay", torch.zeros_like(ids[:, 0], dtype=torch.bool))
         own = ids[~is_old]
-        everywhere = torch.cat(_of_all(own.cpu()))
+        everywhere = torch.cat(_gather_ranks(own.cpu()))
         expert = None  # if all rows are replayed
         if len(everywhere) and self._skill is not None:
-            expert = self.registry.see_named(self._skill, everywhere)
+            expert = self.registry.observe_named(self._skill, everywhere)
         elif len(everywhere):
-            seen = _of_all(_observed(module, own) if len(own) else None)
-            expert = self.registry.see(concatenated([each for each in seen if each]), everywhere)
+            seen = _gather_ranks(_observe(module, own) if len(own) else None)
+            expert = self.registry.observe(
+                concatenated([each for each in seen if each]), everywhere
+            )
             work_of(trainer).flops += _observation_flops(module, *everywhere.shape)
         if expert is not None:
-            self._take(module, expert, everywhere)
+            self._add_sequences(module, expert, everywhere)
         active = self.registry.active
         self._aims.append(active)
         is_young = active is not None and not self.registry.members[active].is_mature
         young = active if is_young and len(module.mixture.names) > 1 else None
         if young != module.young:
             module.young = young
-            work_of(trainer).count_anew()
+            work_of(trainer).reset_step_flops()
         if active is not None and self._exemplars is not None:
             self._rehearse(batch, is_old)
 
-    def _take(self, module: ExpertModule, expert: str, sequences: Tensor) -> None:
+    def _add_sequences(self, module: ExpertModule, expert: str, sequences: Tensor) -> None:
         """Count sequences [N, T] as evidence for an expert, and keep some as exemplars."""
         mixture = module.mixture
         if mixture.evidence is not None:
@@ -194,14 +202,14 @@ class ExpertCallback(Callback):
         own = usage(gates) if gates else torch.ones(len(mixture.names))
         mean = trainer.strategy.reduce(own.to(pl_module.device), reduce_op="mean").tolist()
         now = dict(zip(mixture.names, mean, strict=True))
-        self._figures.note(now)
+        self._usage_log.note(now)
         if not ends_step(trainer, batch_idx):
             return
         loss = sum(self._losses) / len(self._losses)
         if math.isfinite(loss):  # otherwise the step was skipped
             self.registry.record_step(loss, now)
         if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            values = self._figures.logged(mixture, gates, step=trainer.global_step)
+            values = self._usage_log.logged(mixture, gates, step=trainer.global_step)
             if self.registry.score is not None:
                 values["experts/novelty"] = self.registry.score
             module.log_dict(values, sync_dist=True)
@@ -210,14 +218,14 @@ class ExpertCallback(Callback):
         registry = self.registry
         for name in registry.matured():
             why = f"trained for {registry.members[name].steps} steps"
-            self._note(trainer, "mature", name, why)
+            self._record_event(trainer, "mature", name, why)
         if registry.novel is not None:
             self._assign_expert(trainer, module, registry.novel)
         elif registry.active is not None and registry.active in mixture.adapters:
             self._grow(trainer, module, registry.active)
         if registry.routing != mixture.routing:
             mixture.routing = registry.routing
-            work_of(trainer).count_anew()
+            work_of(trainer).reset_step_flops()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         mixture = _module(pl_module).mixture
@@ -249,13 +257,13 @@ class ExpertCallback(Callback):
     def report(self) -> dict[str, Any]:
         """Return the report of experts, in the format of summary.json."""
         batches = dict(self.registry.batches)
-        return {"events": self.events, "batches": batches, **self._figures.report()}
+        return {"events": self.events, "batches": batches, **self._usage_log.report()}
 
     def state_dict(self) -> dict[str, Any]:
         return {
             "roster": self.registry.state_dict(),
             "events": self.events,
-            "figures": self._figures.state_dict(),
+            "figures": self._usage_log.state_dict(),
             "exemplars": None if self._exemplars is None else self._exemplars.state_dict(),
         }
 
@@ -275,7 +283,7 @@ class ExpertCallback(Callback):
         if novel.gain < options.min_gain:
             registry.assign(skill, FIRST)
             why = f"gains at most {novel.gain:.3f} nats, below experts.min_gain"
-            self._note(trainer, "refused", FIRST, why)
+            self._record_event(trainer, "refused", FIRST, why)
             return
         limit, first = options.max_trainable_parameters, mixture.adapters[0]
         new = _size(model, first) // shape_of(model, first).rank * self._shape.rank
@@ -293,18 +301,20 @@ class ExpertCallback(Callback):
         while (why := obstacle()) and is_of_use and len(mixture.adapters) > 1:
             self._make_room(trainer, module)
         if why:
-            heir = registry.nearest(novel)
-            self._thaw(trainer, module, heir)
-            registry.assign(skill, heir)
-            self._take(module, heir, novel.sequences)
-            self._note(trainer, "refused", heir, f"{why}; it also learns the new skill")
+            successor = registry.nearest(novel)
+            self._thaw(trainer, module, successor)
+            registry.assign(skill, successor)
+            self._add_sequences(module, successor, novel.sequences)
+            self._record_event(
+                trainer, "refused", successor, f"{why}; it also learns the new skill"
+            )
             return
         name = registry.next_name()
         mixture.open(name, self._shape, seed=derived_seed(self._seed, name))
-        surgery.apply(trainer, module, spawned(mixture, name), reason="spawned")
+        surgery.apply(trainer, module, spawn_change(mixture, name), reason="spawned")
         skill = self._skill or name
         registry.assign(skill, name)
-        self._take(module, name, novel.sequences)
+        self._add_sequences(module, name, novel.sequences)
         found: dict[str, Any] = {"skill": skill, "domain": ", ".join(self._domains)}
         if (decision := novel.decision) is not None and registry.detector is not None:
             similarity = registry.detector.library[skill].similarity_at_creation
@@ -316,7 +326,7 @@ class ExpertCallback(Callback):
                 "samples": decision.num_samples,
                 "gain": novel.gain,
             }
-        self._note(trainer, "spawned", name, "new skill", **found)
+        self._record_event(trainer, "spawned", name, "new skill", **found)
 
     def _make_room(self, trainer: Trainer, module: ExpertModule) -> None:
         """Remove the least used expert, or merge the two most similar."""
@@ -325,8 +335,8 @@ class ExpertCallback(Callback):
         if pair is None:
             others = {name: each.usage for name, each in registry.members.items() if name != FIRST}
             gone = min(others, key=others.__getitem__)
-            self._evict(trainer, module, gone, heir=None)
-            self._note(trainer, "evicted", gone, "least used expert, removed to make room")
+            self._evict(trainer, module, gone, successor=None)
+            self._record_event(trainer, "evicted", gone, "least used expert, removed to make room")
             return
         kept, gone = pair
         weights = [max(registry.members[name].usage, 1e-6) for name in pair]
@@ -336,7 +346,7 @@ class ExpertCallback(Callback):
             both = [each for name in pair if (each := factors(layer, name)) is not None]
             if len(both) < 2:
                 continue
-            one = merged(both, weights, rank=shape.rank, alpha=shape.alpha)
+            one = merge_factors(both, weights, rank=shape.rank, alpha=shape.alpha)
             lost.append(lost_share(both, weights, one))
             for parameter, value in ((both[0].down, one.down), (both[0].up, one.up)):
                 with torch.no_grad():
@@ -346,10 +356,10 @@ class ExpertCallback(Callback):
             numbers = [mixture.names.index(name) for name in pair]
             mixture.evidence.counts[numbers[0]] += mixture.evidence.counts[numbers[1]]
         self._thaw(trainer, module, kept)
-        self._evict(trainer, module, gone, heir=kept)
+        self._evict(trainer, module, gone, successor=kept)
         share = 100 * sum(lost) / max(1, len(lost))
         why = f"{gone} and {kept} were the most similar; {share:.0f} % of their sum is lost"
-        self._note(trainer, "merged", kept, why, gone=gone)
+        self._record_event(trainer, "merged", kept, why, gone=gone)
 
     def _thaw(self, trainer: Trainer, module: ExpertModule, name: str) -> None:
         if self.registry.members[name].is_frozen:
@@ -358,14 +368,14 @@ class ExpertCallback(Callback):
             self.registry.thaw(name)
 
     def _evict(
-        self, trainer: Trainer, module: ExpertModule, gone: str, *, heir: str | None
+        self, trainer: Trainer, module: ExpertModule, gone: str, *, successor: str | None
     ) -> None:
         """Remove an expert, with its exemplars and skills unless an heir takes them."""
-        surgery.apply(trainer, module, evicted(module.mixture, gone), reason="evicted")
+        surgery.apply(trainer, module, evict_change(module.mixture, gone), reason="evicted")
         module.mixture.close(gone)
-        self.registry.remove(gone, heir=heir)
+        self.registry.remove(gone, successor=successor)
         if self._exemplars is not None:
-            self._exemplars.move(gone, heir=heir)
+            self._exemplars.move(gone, successor=successor)
 
     def _grow(self, trainer: Trainer, module: ExpertModule, name: str) -> None:
         """Widen or freeze an expert that has stalled."""
@@ -377,10 +387,10 @@ class ExpertCallback(Callback):
             if limit is not None and _size(model, *mixture.adapters, name) > limit:
                 return
             seed = derived_seed(self._seed, name, str(rank))
-            change = widened(mixture, name, 2 * rank, seed=seed)
+            change = widen_change(mixture, name, 2 * rank, seed=seed)
             surgery.apply(trainer, module, change, reason="widened")
             set_rank(model, name, 2 * rank)
-            self._note(trainer, "widened", name, f"stalled; rank {rank} → {2 * rank}")
+            self._record_event(trainer, "widened", name, f"stalled; rank {rank} → {2 * rank}")
         elif due == "freeze":
             member, parts = registry.members[name], registry.options.freeze_projections
             own = parameters_of(model, name)
@@ -390,9 +400,11 @@ class ExpertCallback(Callback):
             surgery.freeze(trainer, module, chosen)
             member.is_frozen, member.is_whole = True, len(chosen) == len(own)
             what = "it" if member.is_whole else " and ".join(parts or ())
-            self._note(trainer, "frozen", name, f"stalled at rank {rank}; {what} is frozen")
+            self._record_event(trainer, "frozen", name, f"stalled at rank {rank}; {what} is frozen")
 
-    def _note(self, trainer: Trainer, kind: str, expert: str, why: str, **more: Any) -> None:
+    def _record_event(
+        self, trainer: Trainer, kind: str, expert: str, why: str, **more: Any
+    ) -> None:
         record = {"step": trainer.global_step, "kind": kind, "expert": expert, "why": why}
         self.events.append(record | more)
 
@@ -407,7 +419,7 @@ def _module(module: LightningModule) -> ExpertModule:
     return module
 
 
-def _observed(module: ExpertModule, ids: Tensor) -> Observation:
+def _observe(module: ExpertModule, ids: Tensor) -> Observation:
     """Return losses and features of sequences [B, T] under the frozen base."""
     kept = kept_tokens(module.model, ids)
     mask = None if kept is None else kept.long()
@@ -419,7 +431,7 @@ def _observation_flops(module: ExpertModule, number: int, length: int) -> float:
     return forward_flops(config_of(module.model)).of(length) * number
 
 
-def _of_all(own: Any) -> list[Any]:
+def _gather_ranks(own: Any) -> list[Any]:
     """Return the values of all processes, in rank order."""
     rank = this_rank()
     gathered = [own] * rank.count
@@ -428,7 +440,7 @@ def _of_all(own: Any) -> list[Any]:
     return gathered
 
 
-class Figures:
+class UsageLog:
     """Collects mean gates between two log entries, and gates and ranks over time."""
 
     def __init__(self) -> None:
@@ -521,11 +533,11 @@ class Exemplars:
         """Tokens of one sequence; 0 if there are none."""
         return max((each.sequence_length for each in self._reservoirs.values()), default=0)
 
-    def move(self, expert: str, *, heir: str | None) -> None:
+    def move(self, expert: str, *, successor: str | None) -> None:
         """Remove the exemplars of an expert, or pass them to an heir."""
         gone = self._reservoirs.pop(expert, None)
-        if gone is not None and heir is not None:
-            self.add(heir, gone.sequences)
+        if gone is not None and successor is not None:
+            self.add(successor, gone.sequences)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state in plain containers and tensors."""

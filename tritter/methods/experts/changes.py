@@ -21,7 +21,7 @@ from tritter.transform import Change
 from tritter.transform.change import declared
 
 
-def spawned(mixture: ExpertMixture, name: str) -> Change:
+def spawn_change(mixture: ExpertMixture, name: str) -> Change:
     """Return the change that adds an expert, whose adapter is already on the model.
 
     Its router rows are zero.
@@ -38,7 +38,7 @@ def spawned(mixture: ExpertMixture, name: str) -> Change:
     return parts.change()
 
 
-def evicted(mixture: ExpertMixture, name: str) -> Change:
+def evict_change(mixture: ExpertMixture, name: str) -> Change:
     """Return the change that removes an expert's weights, with its router rows.
 
     Close its adapter afterwards.
@@ -46,7 +46,7 @@ def evicted(mixture: ExpertMixture, name: str) -> Change:
     Raises:
         RequestError: there is no expert of this name, or no other one.
     """
-    mixture.check_can_go(name)
+    mixture.check_removable(name)
     model, parts = mixture.model, _Parts()
     for key, parameter in parameters_of(model, name).items():
         parts.remove(key, tuple(parameter.shape))
@@ -54,7 +54,7 @@ def evicted(mixture: ExpertMixture, name: str) -> Change:
     return parts.change()
 
 
-def widened(mixture: ExpertMixture, name: str, rank: int, *, seed: int) -> Change:
+def widen_change(mixture: ExpertMixture, name: str, rank: int, *, seed: int) -> Change:
     """Return the change that gives an expert a larger rank; the function is preserved.
 
     New rows of A are random and new columns of B are zero (reversed in an embedding), as PEFT
@@ -137,7 +137,7 @@ def _plain_factor(source: Tensor) -> AxisFactor:
     return AxisFactor(source, kept, kept)
 
 
-def merged(
+def merge_factors(
     parts: Sequence[Factors], weights: Sequence[float], *, rank: int, alpha: float
 ) -> Factors:
     """Return the adapter of a given rank that is nearest to Σ wᵢ · (α/r)ᵢ · Bᵢ Aᵢ (Eckart–Young).

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from tritter.errors import RequestError
-from tritter.evaluation.inference import evaluating
+from tritter.evaluation.inference import eval_mode
 from tritter.methods.experts.adapters import AdapterShape, Factors
-from tritter.methods.experts.changes import lost_share, merged
+from tritter.methods.experts.changes import lost_share, merge_factors
 from tritter.methods.experts.gates import usage
 from tritter.methods.experts.mixture import ExpertMixture
-from tritter.methods.experts.stored import ExpertFolder, StoredAdapter, put_values
+from tritter.methods.experts.stored import ExpertFolder, StoredAdapter, load_values
 
 NAME = "merged"
 
@@ -74,7 +74,7 @@ def merged_adapter(
     size, lost, found = rank or whole, 0.0, {}
     for layer, parts in layers.items():
         factors, weights = [part for _, part in parts], [gates[name] for name, _ in parts]
-        one = merged(factors, weights, rank=size, alpha=float(size))
+        one = merge_factors(factors, weights, rank=size, alpha=float(size))
         found[layer] = one.down, one.up
         if size < _whole_rank(factors):
             lost = max(lost, lost_share(factors, weights, one))
@@ -98,7 +98,7 @@ def mean_gates(mixture: ExpertMixture, texts: Sequence[Tensor]) -> dict[str, flo
         texts: int64 [B, T] each, at least one.
     """
     found = torch.zeros(len(mixture.names), dtype=torch.float64)
-    with evaluating(mixture.model) as device:
+    with eval_mode(mixture.model) as device:
         for input_ids in texts:
             mixture.model(input_ids=input_ids.to(device), use_cache=False)
             found += usage(mixture.gates()).double().cpu() / len(texts)
@@ -118,11 +118,11 @@ def logit_change(mixture: ExpertMixture, adapter: StoredAdapter, input_ids: Tens
     model = mixture.model
     numbered = (f"{NAME}_{number}" for number in range(300))
     name = next(each for each in (NAME, *numbered) if each not in mixture.names)
-    with evaluating(model) as device:
+    with eval_mode(model) as device:
         ids = input_ids.to(device)
         before = model(input_ids=ids, use_cache=False).logits.double()
         mixture.open(name, adapter.shape, seed=0)
-        put_values(model, name, adapter)
+        load_values(model, name, adapter)
         with mixture.only(name):
             after = model(input_ids=ids, use_cache=False).logits.double()
     difference, deviation = after - before, before.std()

@@ -364,7 +364,7 @@ class ExpertMixture:
             model.register_forward_pre_hook(_refuse_chosen_logits, with_kwargs=True)
             backbone = backbone_of(model)
             backbone.register_forward_pre_hook(self._read, with_kwargs=True)
-            backbone.register_forward_hook(self._remember, with_kwargs=True)
+            backbone.register_forward_hook(self._cache_tokens, with_kwargs=True)
         self._mixes = dict.fromkeys(layers, self._whole)
         for number, layer in layers.items() if router != "evidence" else ():
             owner = model if is_shared else layer
@@ -397,7 +397,7 @@ class ExpertMixture:
         Raises:
             RequestError: there is no expert of this name, or no other one.
         """
-        self.check_can_go(name)
+        self.check_removable(name)
         kept = [number for number, each in enumerate(self.names) if each != name]
         self.close(name)
         for router in self.routers():
@@ -437,7 +437,7 @@ class ExpertMixture:
             self.evidence.keep_rows([n for n, each in enumerate(self.names) if each != name])
         self.names.remove(name)
 
-    def check_can_go(self, name: str) -> None:
+    def check_removable(self, name: str) -> None:
         """Raise a RequestError if there is no expert of this name, or no other one."""
         self._check_known(name)
         if len(self.names) == 1:
@@ -538,7 +538,7 @@ class ExpertMixture:
         logits = self.evidence(seen)[:, -ids.shape[1] :]
         self._whole.set(self._gates_of(logits, is_training=backbone.training))
 
-    def _remember(
+    def _cache_tokens(
         self, backbone: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], output: Any
     ) -> None:
         """Store the tokens that were read in the key-value cache."""

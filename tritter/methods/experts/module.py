@@ -11,7 +11,7 @@ from torch.nn.functional import kl_div, log_softmax
 from tritter.core.families import Adapters, Flops, Gating, LowRank, forward_flops
 from tritter.core.models import config_of
 from tritter.data.packing import IGNORED, labels_of
-from tritter.evaluation.inference import modes_kept
+from tritter.evaluation.inference import preserve_modes
 from tritter.methods.experts.adapters import (
     AdapterShape,
     adapted_layers,
@@ -156,7 +156,7 @@ class ExpertModule(BaseModule):
         """Return KL(mixture without an expert ‖ mixture), mean over tokens, nats."""
         assert self._task is not None
         input_ids = batch["input_ids"]
-        with torch.no_grad(), self.mixture.without(young), modes_kept(self.model):
+        with torch.no_grad(), self.mixture.without(young), preserve_modes(self.model):
             self.model.eval()  # no dropout in either pass
             teacher = self.model(input_ids=input_ids, use_cache=False).logits
         own, kept = self._task.logits, labels_of(self.model, input_ids) != IGNORED  # [B, T]

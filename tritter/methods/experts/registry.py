@@ -87,7 +87,7 @@ class ExpertRegistry:
         self._sequences: list[Tensor] = []  # of the batches of the detector's run
         self._young: dict[str, list[Observation]] = {}  # skill → batches to recalibrate it
 
-    def see(self, seen: Observation, sequences: Tensor) -> str | None:
+    def observe(self, seen: Observation, sequences: Tensor) -> str | None:
         """Classify a batch, and choose the expert that it trains.
 
         Args:
@@ -125,8 +125,8 @@ class ExpertRegistry:
                 del self._young[decision.skill]
         return expert
 
-    def see_named(self, skill: str, sequences: Tensor) -> str | None:
-        """Choose the expert of a batch whose skill is known by name; see `see`."""
+    def observe_named(self, skill: str, sequences: Tensor) -> str | None:
+        """Choose the expert of a batch whose skill is known by name; see `observe`."""
         expert = self.expert_of.get(skill)
         if expert is None:
             self.novel = Novel(decision=None, sequences=sequences, gain=float("inf"))
@@ -219,12 +219,12 @@ class ExpertRegistry:
             self._young[skill] = []
         self.novel = None
 
-    def remove(self, expert: str, *, heir: str | None = None) -> None:
+    def remove(self, expert: str, *, successor: str | None = None) -> None:
         """Remove an expert, and its skills unless an heir takes them."""
         del self.members[expert]
         for skill in [skill for skill, own in self.expert_of.items() if own == expert]:
-            if heir is not None:
-                self.expert_of[skill] = heir
+            if successor is not None:
+                self.expert_of[skill] = successor
                 continue
             del self.expert_of[skill]
             self._young.pop(skill, None)

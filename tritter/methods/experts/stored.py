@@ -208,7 +208,7 @@ def read_adapter(folder: Path) -> StoredAdapter:
     )
 
 
-def put_values(model: nn.Module, name: str, stored: StoredAdapter) -> None:
+def load_values(model: nn.Module, name: str, stored: StoredAdapter) -> None:
     """Load the values of a stored adapter into an adapter on a model.
 
     Raises:
@@ -418,7 +418,7 @@ class ExpertFolder:
         )
         for name, adapter in self.adapters.items():
             mixture.open(name, adapter.shape, seed=0)
-            put_values(model, name, adapter)
+            load_values(model, name, adapter)
         live = list(mixture.routers())
         if len(live) != len(self.routers):
             raise TritterError(
@@ -461,7 +461,7 @@ def adopt(mixture: ExpertMixture, name: str, folder: Path) -> None:
     stored = read_adapter(folder)
     mixture.open(name, stored.shape, seed=0)
     try:
-        put_values(mixture.model, name, stored)
+        load_values(mixture.model, name, stored)
     except TritterError:
         mixture.close(name)
         raise

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tritter.checkpoints import ExpansionRecord
 from tritter.core.families import Config, family_of
 from tritter.core.models import live_shape
-from tritter.evaluation.inference import evaluating
+from tritter.evaluation.inference import eval_mode
 from tritter.methods.experts.callback import EXPERTS
 from tritter.methods.experts.gates import usage as mean_gates
 from tritter.methods.experts.mixture import mixture_on
@@ -65,7 +65,7 @@ def expert_usage(model: nn.Module, sequences: Mapping[str, Tensor]) -> dict[str,
     mixture = mixture_on(model)
     assert mixture is not None
     usage: dict[str, dict[str, float]] = {}
-    with evaluating(model) as device:
+    with eval_mode(model) as device:
         for domain, ids in sequences.items():
             gates = torch.zeros(len(mixture.names), dtype=torch.float64)
             for rows in ids.split(_BATCH):

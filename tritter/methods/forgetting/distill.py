@@ -228,7 +228,7 @@ class Distill(ForgettingMethod):
             positions, excluded = positions[kept], None if excluded is None else excluded[kept]
         total = soft_target_loss(
             logits,
-            self._answers(input_ids, reading, kept),
+            self._teacher_logits(input_ids, reading, kept),
             positions,
             temperature=self.options.temperature,
             top_k=self.options.top_k,
@@ -237,7 +237,7 @@ class Distill(ForgettingMethod):
         count = sum(at * number for at, number in lengths.items())
         return self.options.weight * total / max(1.0, count / this_rank().count)
 
-    def look(self, model: nn.Module, step: int) -> float:
+    def observe_step(self, model: nn.Module, step: int) -> float:
         flops, self._flops = self._flops, 0.0
         return flops
 
@@ -245,7 +245,7 @@ class Distill(ForgettingMethod):
         self._teacher = None
         return {}
 
-    def _answers(
+    def _teacher_logits(
         self, input_ids: Tensor, reading: Mapping[str, Tensor], kept: Tensor | None
     ) -> Logits:
         """Run the teacher on rows [n, T] and return a function from a slice to its logits.

@@ -30,7 +30,7 @@ from tritter.methods.forgetting.quadratic import (
     QuadraticPenalty,
     diagonal_fisher,
     mean_over,
-    placed_like,
+    move_to_device_of,
     shared_fisher,
 )
 from tritter.options import Count, options
@@ -138,18 +138,20 @@ class EWC(QuadraticPenalty):
             importance = {**free, **importance}
             domains = self._fisher_domains(task, tuple(task.old_sequences))
             self._sequences = task.draw(self.options.num_sequences, _PURPOSE, domains=domains)
-        self.hold(model, importance)
+        self.anchor_weights(model, importance)
 
     def _fisher_domains(self, of: Preparation | Task, domains: tuple[str, ...]) -> tuple[str, ...]:
         """Return the old domains that every Fisher, first or refreshed, is computed on."""
         return domains
 
-    def look(self, model: nn.Module, step: int) -> float:
+    def observe_step(self, model: nn.Module, step: int) -> float:
         import torch
 
         if step == 0:  # only the expansion has changed the model
             at = self.options.at
-            is_due = at == "expanded" or (at == "auto" and has_new_values(model, self._carried))
+            is_due = at == "expanded" or (
+                at == "auto" and has_nonzero_new_entries(model, self._carried)
+            )
         else:
             times, rest = divmod(step, self.options.refresh_steps or step + 1)
             is_due = rest == 0 and times.bit_count() == 1
@@ -159,12 +161,12 @@ class EWC(QuadraticPenalty):
         for name, importance in self.importance.items():
             torch.maximum(
                 importance,
-                self._with_earlier(name, fisher[name] / self._scale).to(importance),
+                self._add_earlier(name, fisher[name] / self._scale).to(importance),
                 out=importance,
             )
         return self._flops(model, self._sequences)
 
-    def _with_earlier(self, name: str, fisher: Tensor) -> Tensor:
+    def _add_earlier(self, name: str, fisher: Tensor) -> Tensor:
         """Return the importance of a parameter that a refreshed Fisher alone implies."""
         return fisher
 
@@ -186,7 +188,7 @@ class EWC(QuadraticPenalty):
         return flops.of_all(lengths_of(document_mask_of(model), sequences))
 
 
-def has_new_values(model: nn.Module, carried: Mapping[str, Tensor]) -> bool:
+def has_nonzero_new_entries(model: nn.Module, carried: Mapping[str, Tensor]) -> bool:
     """Return True if new entries are nonzero, so that their outputs may matter."""
     return any(
         bool(p.detach()[~carried[n].to(p.device)].any()) for n, p in model.named_parameters()
@@ -277,23 +279,23 @@ class OnlineEWC(EWC):
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)
-        self.kept_kind = kept_kind(self.kind, self.options.normalise)
+        self.saved_kind = saved_kind(self.kind, self.options.normalise)
         self._earlier: dict[str, Tensor] = {}  # γ F_earlier
 
     @classmethod
     def needs(cls, options: Any) -> Needs:
-        needs, kind = super().needs(options), kept_kind(KINDS[options.carry], options.normalise)
+        needs, kind = super().needs(options), saved_kind(KINDS[options.carry], options.normalise)
         return replace(needs, state=(kind,), leaves=(kind,), copies=needs.copies + 1)
 
     def begin_task(self, model: nn.Module, task: Task) -> None:
         import torch
 
-        kept = task.state.get(self.kept_kind, {})
+        kept = task.state.get(self.saved_kind, {})
         parameters = dict(model.named_parameters())
         gamma = self.options.gamma
         self._earlier = {n: (gamma * value).to(parameters[n]) for n, value in kept.items()}
         super().begin_task(model, task)
-        self.hold(
+        self.anchor_weights(
             model,
             {
                 name: value + self.importance.get(name, torch.zeros_like(value))
@@ -303,27 +305,27 @@ class OnlineEWC(EWC):
 
     def _fisher_domains(self, of: Preparation | Task, domains: tuple[str, ...]) -> tuple[str, ...]:
         """Return the domains of the latest task; all if no earlier run saved a Fisher."""
-        return of.latest or domains if self.kept_kind in of.state else domains
+        return of.latest or domains if self.saved_kind in of.state else domains
 
-    def _with_earlier(self, name: str, fisher: Tensor) -> Tensor:
+    def _add_earlier(self, name: str, fisher: Tensor) -> Tensor:
         earlier = self._earlier.get(name)
         return fisher if earlier is None else fisher + earlier
 
     def parameters_changed(self, change: Change) -> None:
         super().parameters_changed(change)
-        self._earlier = change.state(self.kept_kind, self._earlier)
+        self._earlier = change.state(self.saved_kind, self._earlier)
 
     def end_task(self, model: nn.Module) -> Mapping[str, Mapping[str, Tensor]]:
-        return {self.kept_kind: self.importance}
+        return {self.saved_kind: self.importance}
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "earlier": self._earlier}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
-        self._earlier = placed_like(self._earlier or self.anchor, state["earlier"])
+        self._earlier = move_to_device_of(self._earlier or self.anchor, state["earlier"])
 
 
-def kept_kind(kind: str, normalise: str) -> str:
+def saved_kind(kind: str, normalise: str) -> str:
     """Return the kind of state that is saved between tasks, one for each unit and rule."""
     return f"online_{kind}_mean" if normalise == "mean" else f"online_{kind}"

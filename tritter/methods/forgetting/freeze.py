@@ -53,13 +53,13 @@ class FreezeOptions:
             )
             raise RequestError(Problem(f"{_KEY}.thaw", self.thaw, reason=reason))
         try:
-            _ = self.places
+            _ = self.selection
         except RequestError as error:
             reason = str(error).rstrip(".")
             raise RequestError(Problem(f"{_KEY}.layers", self.layers, reason=reason)) from error
 
     @property
-    def places(self) -> ParameterSelection | None:
+    def selection(self) -> ParameterSelection | None:
         """The parts that are frozen as a whole, new entries included; None if there are none.
 
         Raises:
@@ -123,7 +123,11 @@ class Freeze(ForgettingMethod):
                 "neurons that grow would change partly frozen parameters; use growth=none instead"
             )
             yield Problem(f"{_KEY}.new_only", True, reason=reason)
-        if options.until is None and options.places is not None and "ffn" in options.places.parts:
+        if (
+            options.until is None
+            and options.selection is not None
+            and "ffn" in options.selection.parts
+        ):
             reason = (
                 "the FFNs, in which neurons grow, would be frozen; freeze attention, or set until"
             )
@@ -148,18 +152,18 @@ class Freeze(ForgettingMethod):
         if options.old_experts and not family_of(start.trained[-1]).has_experts:
             reason = "the model is dense and has no experts; set layers instead"
             yield Problem(f"{_KEY}.old_experts", True, reason=reason)
-        places = options.places
-        if places is not None and (reason := _unfreezable_reason(places, start.trained)):
+        selection = options.selection
+        if selection is not None and (reason := _unfreezable_reason(selection, start.trained)):
             yield Problem(f"{_KEY}.layers", options.layers, reason=reason)
 
     @classmethod
     def num_frozen(cls, options: Any, trained: Config, before: Config, run: RunRequest) -> int:
         if options.until is not None:
             return 0
-        family, places, frozen = family_of(trained), options.places, 0
+        family, selection, frozen = family_of(trained), options.selection, 0
         appends = any(getattr(spec, "is_append", False) for spec in run.expansion)
         for tensor, is_tied in _tensors(trained):
-            is_frozen = places is not None and places.has(tensor, is_tied=is_tied)
+            is_frozen = selection is not None and selection.has(tensor, is_tied=is_tied)
             if is_frozen or (options.old_experts and tensor.is_per_expert and not appends):
                 frozen += prod(family.shape(tensor, trained))
         return max(frozen, family.count_parameters(before)) if options.new_only else frozen
@@ -175,7 +179,7 @@ class Freeze(ForgettingMethod):
 
         options, stored_in_order = self.options, live_layout(model)
         chosen_parts, is_tied = (
-            options.places,
+            options.selection,
             all(part.tensor.kind != "head" for stored in stored_in_order for part in stored.parts),
         )
         heights: dict[str, float] = {}  # the embedding is below all layers, the rest above
@@ -223,7 +227,7 @@ class Freeze(ForgettingMethod):
             if gradient is not None:
                 gradient.masked_fill_(mask, 0)
 
-    def look(self, model: nn.Module, step: int) -> float:
+    def observe_step(self, model: nn.Module, step: int) -> float:
         import torch
 
         self._step = step
@@ -251,18 +255,18 @@ class Freeze(ForgettingMethod):
             del self._partly_frozen[name], self._values[name]
 
 
-def _unfreezable_reason(places: ParameterSelection, grown: tuple[Config, ...]) -> str:
+def _unfreezable_reason(selection: ParameterSelection, grown: tuple[Config, ...]) -> str:
     smallest = grown[0]
     layers = family_of(smallest).dimensions(smallest).num_hidden_layers
-    if places.last_layer >= layers:
+    if selection.last_layer >= layers:
         which = "smallest trained model" if len(grown) > 1 else "trained model"
         return f"the {which} has {layers} layers; allowed are 0 to {layers - 1}"
-    for word in places.parts:
+    for word in selection.parts:
         one = ParameterSelection.read([word])
         if not any(one.has(tensor, is_tied=is_tied) for tensor, is_tied in _tensors(grown[-1])):
             return f"the model has no {word}; remove it"
     for each in grown:
-        if all(places.has(tensor, is_tied=is_tied) for tensor, is_tied in _tensors(each)):
+        if all(selection.has(tensor, is_tied=is_tied) for tensor, is_tied in _tensors(each)):
             return "this is the whole model, so nothing would be trained"
     return ""
 

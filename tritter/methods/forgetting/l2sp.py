@@ -54,7 +54,7 @@ class L2SP(QuadraticPenalty):
         return {name: torch.ones_like(p) for name, p in model.named_parameters()}
 
     def begin_task(self, model: nn.Module, task: Task) -> None:
-        self.hold(model, task.carried)
+        self.anchor_weights(model, task.carried)
 
     def parameters_changed(self, change: Change) -> None:
         super().parameters_changed(change)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from tritter.core.families import find_family
 from tritter.data.batches import this_rank
 from tritter.data.packing import IGNORED, document_mask_of, labels_of
-from tritter.evaluation.inference import modes_kept
+from tritter.evaluation.inference import preserve_modes
 from tritter.seeds import derived_seed
 from tritter.training import ForgettingMethod
 
@@ -37,7 +37,7 @@ class QuadraticPenalty(ForgettingMethod):
         self.anchor: dict[str, Tensor] = {}
         self.importance: dict[str, Tensor] = {}
 
-    def hold(self, model: nn.Module, importance: Mapping[str, Tensor]) -> None:
+    def anchor_weights(self, model: nn.Module, importance: Mapping[str, Tensor]) -> None:
         """Set the current weights as anchors, for every parameter that has an importance."""
         for name, parameter in model.named_parameters():
             if name in importance:
@@ -106,11 +106,13 @@ class QuadraticPenalty(ForgettingMethod):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         # What was saved may be on another device than what `begin_task` made
-        self.anchor = placed_like(self.anchor, state["anchor"])
-        self.importance = placed_like(self.importance, state[self.importance_key])
+        self.anchor = move_to_device_of(self.anchor, state["anchor"])
+        self.importance = move_to_device_of(self.importance, state[self.importance_key])
 
 
-def placed_like(present: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def move_to_device_of(
+    present: Mapping[str, Tensor], values: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
     """Return values on the device of those that are there now."""
     device = next((value.device for value in present.values()), None)
     return {name: value.to(device) for name, value in values.items()}
@@ -125,7 +127,9 @@ def placed_like(present: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> 
 
 Estimator = Literal["empirical", "true"]
 Parameters = Mapping[str, "Tensor"]
-_HELD_VALUES = 2**19  # gradient values per batch: more are bound by memory, fewer by call overhead
+_MAX_GRADIENT_VALUES = (
+    2**19
+)  # gradient values per batch: more are bound by memory, fewer by call overhead
 
 
 def diagonal_fisher(
@@ -160,10 +164,10 @@ def diagonal_fisher(
     total = {name: torch.zeros_like(p) for name, p in parameters.items()}
     if batch_size is None:
         num_values = sum(p.numel() for p in parameters.values())
-        batch_size = min(32, max(8, _HELD_VALUES // num_values))
+        batch_size = min(32, max(8, _MAX_GRADIENT_VALUES // num_values))
     generator = torch.Generator().manual_seed(seed)
     done = 0
-    with modes_kept(model):
+    with preserve_modes(model):
         model.eval()
         for batch in sequences.split(batch_size):
             input_ids = batch.long().to(next(iter(parameters.values())).device)

@@ -22,7 +22,7 @@ from tritter.data.batches import BatchStream
 from tritter.data.packing import document_mask_of
 from tritter.data.replay import ReplayBuffer, Weighting
 from tritter.errors import Problem, RequestError, TritterError, nearest
-from tritter.evaluation.inference import evaluating
+from tritter.evaluation.inference import eval_mode
 from tritter.options import Count, RunRequest, WholeNumber, options
 from tritter.training import ForgettingMethod, Needs, Preparation, Prepared, Task
 
@@ -45,11 +45,11 @@ if TYPE_CHECKING:
 # B  texts in a batch      T  tokens of a sequence      V  vocabulary
 
 RUN_TOKENS = 4
-_SAY_EVERY_SECONDS = 10.0
+_LOG_EVERY_SECONDS = 10.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Written:
+class GeneratedSequences:
     """Sequences that a model generated.
 
     Attributes:
@@ -74,7 +74,7 @@ def write_text(
     batch_size: int = 64,
     seed: int = 0,
     log: Callable[[str], None] = lambda line: None,
-) -> Written:
+) -> GeneratedSequences:
     """Generate sequences with a causal language model.
 
     Args:
@@ -91,7 +91,7 @@ def write_text(
     pieces: list[Tensor] = []
     nats: list[Tensor] = []
     since = latest = time.perf_counter()
-    with evaluating(model) as device:
+    with eval_mode(model) as device:
         generator = torch.Generator(device).manual_seed(seed)
         draw = _Draw(temperature=temperature, top_p=top_p, generator=generator)
         for first in range(0, num_texts, batch_size):
@@ -102,24 +102,24 @@ def write_text(
             pieces.append(texts.view(-1, sequence_length).int().cpu())
             nats.append(costs.view(-1, sequence_length).cpu())
             done, now = first + count, time.perf_counter()
-            if done < num_texts and (latest == since or now - latest > _SAY_EVERY_SECONDS):
+            if done < num_texts and (latest == since or now - latest > _LOG_EVERY_SECONDS):
                 remaining = (now - since) / done * (num_texts - done)
                 log(f"{done} of {num_texts} texts generated, about {remaining:.0f} s remaining")
                 latest = now
     costs_NT = torch.cat(nats)[:num_sequences].double()
     counted = costs_NT.isfinite()
     mean = costs_NT.nan_to_num().sum(dim=1) / counted.sum(dim=1).clamp(min=1)
-    return Written(sequences=torch.cat(pieces)[:num_sequences], nats=mean)
+    return GeneratedSequences(sequences=torch.cat(pieces)[:num_sequences], nats=mean)
 
 
 def lengths_read(num_sequences: int, sequence_length: int) -> tuple[int, ...]:
     """Return the number of tokens read in each cached stretch of a text of `num_sequences`."""
     left, lengths = num_sequences * sequence_length - 1, list[int]()
-    begins_with = 1
+    num_prompt_tokens = 1
     while left > 0:
-        drawn = min(left, sequence_length - begins_with)
-        lengths.append(begins_with + drawn - 1)
-        left, begins_with = left - drawn, max(1, sequence_length // 2)
+        drawn = min(left, sequence_length - num_prompt_tokens)
+        lengths.append(num_prompt_tokens + drawn - 1)
+        left, num_prompt_tokens = left - drawn, max(1, sequence_length // 2)
     return tuple(lengths)
 
 
@@ -243,7 +243,7 @@ class Replay(ForgettingMethod):
         yield from _fraction_problems(cls.name, options, run)
         key, old, weights = "forgetting.replay.weights", run.text.old, options.weights or {}
         earlier = chain.from_iterable(run.text.tasks[:-1])
-        known = tuple(dict.fromkeys([*old, *earlier, *run.text.kept.sequences]))
+        known = tuple(dict.fromkeys([*old, *earlier, *run.text.kept_sequences.sequences]))
         unknown = [name for name in weights if name not in known]
         for name in unknown:
             reason = f"not an old domain of this run; its old domains: {', '.join(known) or 'none'}"
@@ -345,7 +345,9 @@ class SelfReplay(ForgettingMethod):
             notes=(filtered.note(count, length),),
         )
 
-    def filter_sequences(self, written: Written, *, vocab_size: int) -> FilteredSequences:
+    def filter_sequences(
+        self, written: GeneratedSequences, *, vocab_size: int
+    ) -> FilteredSequences:
         """Drop repetitive sequences, and those whose perplexity is too low or too high.
 
         Raises:

@@ -131,7 +131,7 @@ class SI(QuadraticPenalty):
             importance[name] = importance.get(name, 0) + latest
         if not importance:
             raise TritterError("forgetting=si received no path of an earlier training run.")
-        self.hold(model, importance)
+        self.anchor_weights(model, importance)
         self.path = WeightPath(start=self.anchor)
 
     def observe_batch(self, model: nn.Module, batch: Mapping[str, Tensor]) -> None:
@@ -184,7 +184,7 @@ class SI(QuadraticPenalty):
         self._own, self._own_tokens = None, 0.0
         self._own_lengths.clear()
 
-    def look(self, model: nn.Module, step: int) -> float:
+    def observe_step(self, model: nn.Module, step: int) -> float:
         self.path.after_step(model)
         flops, self._flops = self._flops, 0.0
         return flops
@@ -269,16 +269,16 @@ class WeightPath:
         with torch.no_grad():
             self.add_parameters(model)
             if gradients is None:
-                held = ((name, p.grad) for name, p in model.named_parameters())
-                gradients = {name: gradient for name, gradient in held if gradient is not None}
-            preparation = list(gradients.values())
+                named = ((name, p.grad) for name, p in model.named_parameters())
+                gradients = {name: gradient for name, gradient in named if gradient is not None}
+            values = list(gradients.values())
             # A step with a non-finite gradient is skipped and moves nothing
-            is_finite = bool(torch.isfinite(nn.utils.get_total_norm(preparation)))
+            is_finite = bool(torch.isfinite(nn.utils.get_total_norm(values)))
             self._pending = tuple(gradients) if is_finite else ()
             for name in gradients.keys() - self._gradients.keys():
                 self._gradients[name] = torch.empty_like(self._before[name])
             if self._pending:
-                torch._foreach_copy_([self._gradients[name] for name in gradients], preparation)
+                torch._foreach_copy_([self._gradients[name] for name in gradients], values)
                 torch._foreach_copy_(
                     [self._before[name] for name in gradients], self._weights(model)
                 )
@@ -297,8 +297,8 @@ class WeightPath:
 
     def _weights(self, model: nn.Module) -> list[Tensor]:
         """Return the weights of the parameters that have a gradient in the step."""
-        held: dict[str, Tensor] = dict(model.named_parameters())
-        return [held[name] for name in self._pending]
+        parameters: dict[str, Tensor] = dict(model.named_parameters())
+        return [parameters[name] for name in self._pending]
 
     def add_parameters(self, model: nn.Module) -> None:
         """Add the trained parameters that were not seen before."""

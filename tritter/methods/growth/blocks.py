@@ -205,19 +205,21 @@ class ActivationRecorder:
 
         import torch
 
-        def see(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
+        def record_activations(
+            module: nn.Module, arguments: tuple[Any, ...], output: Tensor
+        ) -> None:
             if not (module.training and output.requires_grad):
                 return
             read, index = arguments[0].detach(), len(self._inputs.setdefault(layer, []))
-            self._inputs[layer].append(some_rows(read, self.max_tokens))
+            self._inputs[layer].append(sample_rows(read, self.max_tokens))
             self._gradients.setdefault(layer, []).append(torch.empty(0))
 
             def keep(gradient: Tensor) -> None:
-                self._gradients[layer][index] = some_rows(gradient, self.max_tokens)
+                self._gradients[layer][index] = sample_rows(gradient, self.max_tokens)
 
             output.register_hook(keep)
 
-        return see
+        return record_activations
 
     def probes(self) -> dict[int, ActivationProbe]:
         """Return layer → its probe; forward passes without a backward pass are ignored."""
@@ -240,7 +242,7 @@ class ActivationRecorder:
         self._gradients.clear()
 
 
-def some_rows(values: Tensor, count: int) -> Tensor:
+def sample_rows(values: Tensor, count: int) -> Tensor:
     """Return at most `count` tokens of values [..., H] as rows, always at the same positions.
 
     The positions are random: evenly spaced ones may all be first tokens of sequences.

@@ -353,14 +353,14 @@ class GrowableLinear(GrowableLayer, nn.Linear):
         if self._reader:
             self._read = input.detach() if torch.is_grad_enabled() else None
         else:
-            self._loop.tokens.see(0, input, output, computed=output)
+            self._loop.tokens.record_activations(0, input, output, computed=output)
         return output
 
     def _record_consumer(
         self, module: nn.Module, arguments: tuple[Any, ...], output: Tensor
     ) -> None:
         if self._read is not None:
-            self._loop.tokens.see(0, self._read, output, computed=arguments[0])
+            self._loop.tokens.record_activations(0, self._read, output, computed=arguments[0])
         self._read = None
 
     def _check_growth_is_safe(self) -> None:
@@ -476,7 +476,7 @@ class GrowableFFN(GrowableLayer, nn.Module):
         else:
             computed = self.act_fn(self.gate_proj(x)) * computed
         output: Tensor = self.down_proj(computed)
-        self._loop.tokens.see(0, x, output, computed=computed)
+        self._loop.tokens.record_activations(0, x, output, computed=computed)
         return output
 
     def extra_repr(self) -> str:
@@ -536,7 +536,7 @@ class GrowableCausalLM(Growable, nn.Module):
         if freeze_attention:
             freeze_all_but_ffns(self.model)
         for block in grower.blocks if enable_growth else ():
-            self._loop.hook_into(self.model.get_submodule(block.module), block.layer)
+            self._loop.attach_hook(self.model.get_submodule(block.module), block.layer)
 
     @property
     def neurons(self) -> list[int]:

@@ -20,7 +20,7 @@ from torch.optim.optimizer import (
 
 from tritter.data.batches import this_rank
 from tritter.errors import RequestError
-from tritter.methods.growth.blocks import ActivationProbe, FfnBlock, some_rows
+from tritter.methods.growth.blocks import ActivationProbe, FfnBlock, sample_rows
 from tritter.methods.growth.grower import GROWTH, Grower, Growth
 from tritter.training.parameters import Entry, entry_of, replay, reshape
 from tritter.training.surgery import apply_plain
@@ -56,7 +56,7 @@ class PlainLoop:
         self._optimizers: WeakSet[Optimizer]
         self._unrelated: WeakKeyDictionary[Optimizer, int]  # number of parameters when last checked
         self._replaced: dict[int, ref[nn.Parameter]]
-        self._begin_to_watch()
+        self._start_watching()
 
     @property
     def steps(self) -> int:
@@ -85,7 +85,7 @@ class PlainLoop:
         self._is_attached = True
         self._optimizers = WeakSet(() if optimizer is None else (optimizer,))
 
-    def hook_into(self, module: nn.Module, layer: int) -> None:
+    def attach_hook(self, module: nn.Module, layer: int) -> None:
         """Record the activations of a layer's FFN, replacing any earlier loop that did."""
         for key, hook in list(module._forward_hooks.items()):
             other = getattr(getattr(hook, "func", None), "__self__", None)
@@ -93,7 +93,7 @@ class PlainLoop:
                 other._is_superseded = True
                 _WATCHING.discard(other)
                 del module._forward_hooks[key]
-        module.register_forward_hook(partial(self.see, layer))
+        module.register_forward_hook(partial(self.record_activations, layer))
 
     def note_loss(self, loss: float) -> None:
         """Record the loss of a step."""
@@ -187,10 +187,12 @@ class PlainLoop:
         self._decided = {}
         return growth
 
-    def see(self, layer: int, module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+    def record_activations(
+        self, layer: int, module: nn.Module, arguments: tuple[Any, ...], output: Any
+    ) -> None:
         """Forward hook of a layer's FFN: record activations if growth may follow."""
         if self.grower.may_grow_after(self.steps + 1):
-            self.tokens.see(layer, arguments[0], output)
+            self.tokens.record_activations(layer, arguments[0], output)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state that another loop needs to resume, in plain containers and tensors."""
@@ -274,9 +276,9 @@ class PlainLoop:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ |= {**state, "tokens": LastTokens(), "_is_attached": False}
-        self._begin_to_watch()
+        self._start_watching()
 
-    def _begin_to_watch(self) -> None:
+    def _start_watching(self) -> None:
         self._optimizers = WeakSet()
         self._unrelated = WeakKeyDictionary()
         self._replaced = {}
@@ -383,7 +385,7 @@ class LastTokens:
     def __init__(self) -> None:
         self._last: dict[int, tuple[Tensor, Tensor | None, Tensor]] = {}
 
-    def see(
+    def record_activations(
         self, layer: int, inputs: Tensor, output: Tensor, *, computed: Tensor | None = None
     ) -> None:
         """Record some tokens, if a backward pass follows.
@@ -394,8 +396,8 @@ class LastTokens:
             computed: [..., F], activations of the neurons.
         """
         if torch.is_grad_enabled() and output.requires_grad:
-            own = None if computed is None else some_rows(computed, MAX_TOKENS)
-            output.register_hook(partial(self._keep, layer, some_rows(inputs, MAX_TOKENS), own))
+            own = None if computed is None else sample_rows(computed, MAX_TOKENS)
+            output.register_hook(partial(self._keep, layer, sample_rows(inputs, MAX_TOKENS), own))
 
     def probes(self, model: nn.Module, blocks: Iterable[FfnBlock]) -> dict[int, ActivationProbe]:
         """Return layer → its probe, unless shapes of the layer have changed since."""
@@ -418,4 +420,4 @@ class LastTokens:
         self._last.clear()
 
     def _keep(self, layer: int, inputs: Tensor, computed: Tensor | None, gradient: Tensor) -> None:
-        self._last[layer] = (inputs, computed, some_rows(gradient, MAX_TOKENS))
+        self._last[layer] = (inputs, computed, sample_rows(gradient, MAX_TOKENS))

@@ -327,7 +327,7 @@ def _rank(num_old: int, percentile: float) -> int:
 # has the current loss.
 
 SIZE_EXPONENT = 0.076
-_LEAST_STEPS, _BINS, _MOMENTS = 40, 24, 64
+_MIN_STEPS, _BINS, _MOMENTS = 40, 24, 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -354,7 +354,7 @@ def fit_curve(losses: Sequence[float], *, first_step: int) -> Curve | None:
     """
     import torch
 
-    if len(losses) < _LEAST_STEPS:
+    if len(losses) < _MIN_STEPS:
         return None
     steps = torch.arange(first_step, first_step + len(losses), dtype=torch.float64)
     edges = torch.logspace(

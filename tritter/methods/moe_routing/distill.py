@@ -17,12 +17,12 @@ from tritter.core.models import config_of
 from tritter.core.stock_routers import Routing
 from tritter.data.packing import kept_tokens
 from tritter.errors import RequestError
-from tritter.evaluation.inference import modes_kept
+from tritter.evaluation.inference import preserve_modes
 from tritter.methods.moe_routing.objective import RoutingObjective, RoutingSettings
 from tritter.methods.moe_routing.stages import (
     Batch,
     LoaderBatches,
-    checked_experts,
+    check_experts,
     fit_live,
     only_trainable,
     separate_experts,
@@ -117,7 +117,7 @@ def distill_experts(
     Raises:
         RequestError: the experts don't exist or are too few, or the vocabularies differ.
     """
-    experts = checked_experts(model, new_expert_indices)
+    experts = check_experts(model, new_expert_indices)
     vocabularies = [config_of(each)["vocab_size"] for each in (model, teacher)]
     if vocabularies[0] != vocabularies[1]:
         raise RequestError(
@@ -125,7 +125,7 @@ def distill_experts(
             f"model one of {vocabularies[0]}; use a teacher with the same tokenizer."
         )
     batches = LoaderBatches(domain_dataloader, epochs)
-    with only_new_experts(model, experts), modes_kept(teacher):
+    with only_new_experts(model, experts), preserve_modes(teacher):
         module = DistillationModule(
             model,
             teacher,

@@ -22,7 +22,7 @@ from tritter.core.stock_routers import Record, Routing
 from tritter.data.batches import this_rank
 from tritter.data.packing import document_mask_of, lengths_of
 from tritter.errors import TritterError
-from tritter.evaluation.inference import device_of, evaluating
+from tritter.evaluation.inference import device_of, eval_mode
 from tritter.methods.moe_routing.options import RoutingOptions
 from tritter.training import SideLoss
 from tritter.training.callbacks import ends_step
@@ -69,7 +69,7 @@ class OldRouting:
         if routing is None or not len(sequences):
             raise TritterError("moe_routing.hold_old needs a model with experts, and old data.")
         seen: list[list[Tensor]] = [[] for _ in routing.layers]
-        with routing.recording(), evaluating(model) as device:
+        with routing.recording(), eval_mode(model) as device:
             for batch in sequences.split(max(1, batch_size)):
                 model(input_ids=batch.long().to(device), use_cache=False)
                 for layer, record in zip(seen, routing.recorded(), strict=True):
@@ -124,13 +124,13 @@ class RoutingObjective(SideLoss):
         Args:
             batch: the batch of the pass; replayed rows do not count for new experts.
         """
-        records = self._recorded(batch["input_ids"])
+        records = self._record_routing(batch["input_ids"])
         decided = ("own_logits", "logits", "probabilities")
         self.records = tuple(
             replace(r, **{name: getattr(r, name).detach() for name in decided}) for r in records
         )
         counts = [expert_counts(r.selected, self.routing.num_experts) for r in records]
-        self.counts = tuple(_summed(torch.stack(counts)))
+        self.counts = tuple(_sum_ranks(torch.stack(counts)))
         terms = {
             "auxiliary_loss": _mean(
                 [
@@ -147,9 +147,12 @@ class RoutingObjective(SideLoss):
             is_new = torch.ones(len(input_ids), device=input_ids.device)
             if is_replay is not None:
                 is_new = is_new.masked_fill(is_replay, 0)
-            weights, kept = is_new.repeat_interleave(input_ids.shape[1]), self._kept(input_ids)
+            weights, kept = (
+                is_new.repeat_interleave(input_ids.shape[1]),
+                self._select_tokens(input_ids),
+            )
             weights = weights if kept is None else weights[kept]
-            weights = weights / (_summed(weights.sum()) / this_rank().count).clamp(min=1e-6)
+            weights = weights / (_sum_ranks(weights.sum()) / this_rank().count).clamp(min=1e-6)
             experts = self.settings.new_experts
             masses = [new_expert_mass(r.logits, experts, weights=weights) for r in records]
             terms["new_expert_mass"] = _mean(masses)
@@ -200,15 +203,15 @@ class RoutingObjective(SideLoss):
         rows = self._old.rows(step)
         input_ids = self._old.sequences[rows].long().to(device_of(model))
         model(input_ids=input_ids, use_cache=False)
-        kept, terms = self._kept(input_ids), list[Tensor]()
+        kept, terms = self._select_tokens(input_ids), list[Tensor]()
         for probabilities, record in zip(
-            self._old.probabilities, self._recorded(input_ids), strict=True
+            self._old.probabilities, self._record_routing(input_ids), strict=True
         ):
             old = probabilities[rows].flatten(0, 1).to(input_ids.device)
             terms.append(routing_divergence(old if kept is None else old[kept], record.logits))
         return _mean(terms)
 
-    def _kept(self, input_ids: Tensor) -> Tensor | None:
+    def _select_tokens(self, input_ids: Tensor) -> Tensor | None:
         """Return the mask of tokens that are not padding, bool [N·T]; None: there is no padding."""
         return (
             None
@@ -216,9 +219,9 @@ class RoutingObjective(SideLoss):
             else ~self._document_mask.padding(input_ids).flatten()
         )
 
-    def _recorded(self, input_ids: Tensor) -> tuple[Record, ...]:
+    def _record_routing(self, input_ids: Tensor) -> tuple[Record, ...]:
         """Return the routing recorded in the last pass, which read `input_ids`, without padding."""
-        records, kept = tuple(self.routing.recorded()), self._kept(input_ids)
+        records, kept = tuple(self.routing.recorded()), self._select_tokens(input_ids)
         if kept is None:
             return records
         names = ("own_logits", "logits", "probabilities", "selected")
@@ -276,7 +279,7 @@ class RoutingCallback(Callback):
         self._objective.routing.load_state_dict(state_dict["routing"])
 
 
-def _summed(counts: Tensor) -> Tensor:
+def _sum_ranks(counts: Tensor) -> Tensor:
     """Return counts summed over all processes, in place."""
     if this_rank().count > 1:
         distributed.all_reduce(counts)

@@ -30,7 +30,7 @@ from tritter.data.packing import labels_of
 from tritter.data.sources import source_documents
 from tritter.data.tokens import pack, tokenise
 from tritter.errors import RequestError, TritterError
-from tritter.evaluation.inference import device_of, modes_kept
+from tritter.evaluation.inference import device_of, preserve_modes
 from tritter.methods.moe_routing.objective import RoutingObjective, RoutingSettings
 from tritter.seeds import derived_seed
 from tritter.stopping import Stopped
@@ -105,7 +105,7 @@ def fit_live(
     model = module.model
     home, random = device_of(model), random_state()
     try:
-        with modes_kept(model), TemporaryDirectory(prefix="tritter-") as folder:
+        with preserve_modes(model), TemporaryDirectory(prefix="tritter-") as folder:
             result = fit(
                 module,
                 batches,
@@ -191,7 +191,7 @@ def adapt_router(
             loader lacks a length that is needed.
     """
     check_router_update(router_update)
-    experts = checked_experts(model, new_expert_indices)
+    experts = check_experts(model, new_expert_indices)
     added = AddedExperts.of(model)
     controls: list[Callback] = []
     if added is not None:
@@ -257,7 +257,7 @@ def train_new_experts(
         RequestError: the model has no experts or not these, or `unfreeze_after` is set without a
             frozen base.
     """
-    experts = checked_experts(model, new_expert_indices)
+    experts = check_experts(model, new_expert_indices)
     if unfreeze_after is not None and not freeze_base:
         raise RequestError("unfreeze_after: has no effect with freeze_base=False.")
     batches = LoaderBatches(domain_dataloader, epochs, replay=replay)
@@ -295,7 +295,7 @@ def check_router_update(update: str) -> None:
         )
 
 
-def checked_experts(model: nn.Module, indices: Sequence[int]) -> tuple[int, ...]:
+def check_experts(model: nn.Module, indices: Sequence[int]) -> tuple[int, ...]:
     """Return the sorted indices of new experts.
 
     Raises:
@@ -561,7 +561,7 @@ def expert_utility(model: nn.Module, sequences: Tensor, *, batch_size: int = 8) 
     rows: dict[int | None, int] = {layer: row for row, layer in enumerate(routing.layers)}
     utility = torch.zeros(len(rows), routing.num_experts)
     device, batches = weights[0].device, sequences.split(batch_size)
-    with modes_kept(model):
+    with preserve_modes(model):
         model.eval()
         for batch in batches:
             ids = batch.long().to(device)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from tritter.core.stock_routers import Routing
 from tritter.data.packing import kept_tokens
-from tritter.evaluation.inference import evaluating
+from tritter.evaluation.inference import eval_mode
 from tritter.methods.moe_routing.objective import expert_counts
 
 
@@ -21,7 +21,7 @@ def moe_usage(model: nn.Module, sequences: Mapping[str, Tensor]) -> dict[str, An
     routing = Routing.of(model)
     assert routing is not None
     shares = {}
-    with evaluating(model) as device, routing.recording():
+    with eval_mode(model) as device, routing.recording():
         for domain, of_domain in sequences.items():
             counts = torch.zeros(len(routing.layers), routing.num_experts)
             for batch in of_domain.split(8):

@@ -185,8 +185,8 @@ def train_projection(
 
 
 FORMAT_VERSION = 1
-MOST_DIGESTS = 64  # per skill
-_MOST_FOLDS = 5
+MAX_DIGESTS = 64  # per skill
+_MAX_FOLDS = 5
 
 Measure = Literal["loss", "centre", "distance"]
 Part = TypeVar("Part")
@@ -353,7 +353,7 @@ class SkillLibrary:
             replace(
                 new,
                 similarity_at_creation=old.similarity_at_creation,
-                digests=digests[:MOST_DIGESTS],
+                digests=digests[:MAX_DIGESTS],
             )
         )
 
@@ -458,7 +458,7 @@ class SkillLibrary:
         if len(whole) == 1:
             halves = torch.arange(len(whole[0])).chunk(2)
             whole = [whole[0].rows(half) for half in halves]
-        number = _MOST_FOLDS if len(whole) >= 2 * _MOST_FOLDS else 2
+        number = _MAX_FOLDS if len(whole) >= 2 * _MAX_FOLDS else 2
         parts = [whole[fold::number] for fold in range(number)]
         own = [Moments.of(torch.cat([b.features for b in part])) for part in parts]
         folds = [reduce(add, each) for each in zip(*gather(own), strict=True)]
@@ -499,7 +499,7 @@ class SkillLibrary:
             centre=reduce(add, gather(held_out["centre"])),
             distance=reduce(add, gather(held_out["distance"])),
             similarity_at_creation={},
-            digests=tuple(dict.fromkeys(digests))[:MOST_DIGESTS],
+            digests=tuple(dict.fromkeys(digests))[:MAX_DIGESTS],
         )
 
 

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from tritter.core.models import backbone_of
 from tritter.data.packing import IGNORED
 from tritter.errors import RequestError, TritterError
-from tritter.evaluation.inference import device_of, modes_kept
+from tritter.evaluation.inference import device_of, preserve_modes
 from tritter.evaluation.losses import nats_per_row
 
-MOST_FEATURES = 512
+MAX_FEATURES = 512
 _SEED = 20261121  # of the random directions; changing it breaks existing libraries
 
 
@@ -88,7 +88,7 @@ def observe(
     attention_mask: Tensor | None = None,
     *,
     labels: Tensor | None = None,
-    most_features: int = MOST_FEATURES,
+    max_features: int = MAX_FEATURES,
 ) -> Observation:
     """Return pooled features of the middle decoder layer and the loss of each sequence.
 
@@ -100,7 +100,7 @@ def observe(
         input_ids: int [B, T].
         attention_mask: [B, T], 0 for padding, on either side.
         labels: int [B, T], −100 for tokens that are not predicted; default: all are predicted.
-        most_features: wider features are projected to this many fixed random directions, because a
+        max_features: wider features are projected to this many fixed random directions, because a
             library stores a matrix of this size squared for each skill.
 
     Raises:
@@ -124,7 +124,7 @@ def observe(
         )
     )
     try:
-        with modes_kept(model):
+        with preserve_modes(model):
             model.eval()
             logits_BTV = model(input_ids=ids, attention_mask=is_token, use_cache=False).logits
     finally:
@@ -136,8 +136,8 @@ def observe(
     nats_B = nats_per_row(logits_BTV[:, :-1], targets_BT)
     losses_B = nats_B / predicted.sum(dim=1).to(nats_B.device)
     features_BH = features_BH.cpu()
-    if (width := features_BH.shape[1]) > most_features:  # norms are preserved on average
-        features_BH = features_BH @ _directions(width, most_features)
+    if (width := features_BH.shape[1]) > max_features:  # norms are preserved on average
+        features_BH = features_BH @ _directions(width, max_features)
     tokens = [row[own].numpy() for row, own in zip(ids.cpu(), is_token.bool().cpu(), strict=True)]
     return Observation(
         losses=losses_B.cpu(),
