@@ -359,8 +359,8 @@ def test_a_hub_and_its_cache(place: Path) -> None:
         found = ask(address, *good, *bad)
     assert found[:5] == read
     heads = [
-        "key: hf:me/stories has several configs; there are main, other.",
-        "key: hf:me/stories/mian has no config mian; there are main, other. Did you mean main?",
+        "key: hf:me/stories has several configs; available: main, other.",
+        "key: hf:me/stories/mian has no config mian; available: main, other. Did you mean main?",
         "key: hf:me/stroies is not on the hub, or requires a login",
         "key: hf:me/plain@b is not on the hub",
         "key: hf:me/scripted is a script, which Tritter never runs",

@@ -10,7 +10,6 @@ from itertools import product
 from pathlib import Path
 
 import pytest
-import torch
 from _pytest.mark import ParameterSet
 
 from tests import oracle
@@ -111,7 +110,8 @@ def check(folder: Path, cache: Path, expansion: str, forgetting: str, growth: st
     lineage = read_lineage(checkpoint)
     stock, own = oracle.stock(checkpoint), load_model(checkpoint)
     ids = oracle.tokens(stock.config.vocab_size)
-    same = torch.equal(oracle.logits(stock, ids), oracle.logits(own, ids))
+    # Stock classes multiply padded FFNs, whose sums round differently
+    same = oracle.relative_difference(stock, own, ids) < 1e-5
     assert lineage is not None and same == (lineage.stock_loadable == "yes")
 
 
