@@ -20,6 +20,7 @@ from rich.segment import Segment
 from tritter.stopping import Stopped
 
 _LAYOUT = "\n\t"
+_ASCII = str.maketrans({"→": "->", "σ": "std"})
 ShowProgress = Callable[[int, int], None]  # done, of how many
 NewBar = Callable[[str], ShowProgress | None]
 
@@ -45,9 +46,9 @@ def _visible(char: str) -> str:
 def say(text: str, *, is_error: bool = False) -> None:
     """Print a line, escaped for the encoding of the terminal."""
     stream = sys.stderr if is_error else sys.stdout
-    shown = _encodable(harmless(text), getattr(stream, "encoding", None) or "utf-8")
     try:
-        print(shown, file=stream, flush=True)
+        encoding = getattr(stream, "encoding", None) or "utf-8"
+        print(_encodable(harmless(text), encoding), file=stream, flush=True)
     except BrokenPipeError as error:
         raise Stopped(signal.SIGPIPE) from error
 
@@ -63,6 +64,7 @@ def close_pipe() -> None:
 
 
 def _encodable(text: str, encoding: str) -> str:
+    text = text if encoding.lower().startswith("utf") else text.translate(_ASCII)
     return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
@@ -77,8 +79,6 @@ class Console(RichConsole):
 
     def printable(self, text: str) -> str:
         """Return text for one line, with escapes for characters that the terminal can't show."""
-        if not self.encoding.startswith("utf"):
-            text = text.replace("→", "->")
         return _encodable("".join(map(_visible, text)), self.encoding)
 
     def shortened(self, text: str, num_characters: int) -> str:

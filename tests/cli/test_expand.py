@@ -271,7 +271,7 @@ def test_dtype_and_shards(run: Run, place: Path) -> None:
         ("--method dus --target-layers 4 --drop-layers 2", ["--drop-layers = 2: it contradicts"]),
         (
             "--method stack --target-layers 7",
-            ["--target-layers = 7", "nearest: 6 or 9", "With --partial", "first 1 layer"],
+            ["--target-layers = 7", "nearest: 6 or 9", "--partial allows", "first 1 layer"],
         ),
         ("--method stack --partial --target-layers 3", ["--target-layers = 3", "at least 4"]),
         ("--method interpolate --target-layers 3", ["--target-layers = 3", "at least 4"]),
@@ -279,7 +279,7 @@ def test_dtype_and_shards(run: Run, place: Path) -> None:
         ("--method llama-pro --target-layers 2", ["--target-layers = 2", "at least 4"]),
         (
             "--method width,llama-pro --target-params 40k",
-            ["--target-params: with the methods width, llama_pro"],
+            ["--target-params: it needs exactly one method, not width, llama_pro"],
         ),
         ("--method width --dtype int8", ["--dtype = int8", "bfloat16"]),
         ("--method width --moments forget", ["--moments = forget", "carry, zero, reset-new"]),

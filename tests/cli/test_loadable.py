@@ -12,12 +12,12 @@ from tritter.core.models import check_loadable, read_config
 from tritter.errors import RequestError, TritterError
 
 UNBUILDABLE: dict[str, tuple[dict[str, Any], str]] = {
-    "activation": ({"hidden_act": "nosuch"}, "hidden_act = nosuch is not known"),
+    "activation": ({"hidden_act": "nosuch"}, "hidden_act = nosuch is unknown"),
     "padding": ({"pad_token_id": 300}, "pad_token_id = 300 is outside the vocabulary of 300"),
     "padding below": ({"pad_token_id": -301}, "pad_token_id = -301"),
     "rotary kind": (
         {"rope_parameters": {"rope_type": "nosuch", "rope_theta": 1e4}},
-        "rope_parameters.rope_type = nosuch is not known",
+        "rope_parameters.rope_type = nosuch is unknown",
     ),
     "rotary values": (
         {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}},

@@ -188,7 +188,10 @@ def test_the_console_script_points_here() -> None:
 @pytest.mark.full
 def test_a_terminal_that_knows_ascii_alone_is_enough(place: Path) -> None:
     program = "import sys; from tritter.cli import main; sys.exit(main(sys.argv[1:]))"
-    for words in ("expand --help", "expand --checkpoint base --method width", "inspect base-width"):
+    for words in (
+        *("expand --help", "plan --help"),
+        *("expand --checkpoint base --method width", "inspect base-width"),
+    ):
         done = subprocess.run(
             [sys.executable, "-c", program, *words.split()],
             capture_output=True,

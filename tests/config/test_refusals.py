@@ -246,6 +246,7 @@ REFUSALS: dict[str, tuple[str, ...]] = {
     "hydra.searchpath=[pkg://]": ("= pkg://", "no installed package"),
     "hydra.searchpath=/tmp": ("hydra.searchpath = /tmp", "hydra.searchpath=[DIR]"),
     "-m hydra.searchpath=a,b seed=0,3": ("hydra.searchpath = a,b", "a list of folders"),
+    "hydra.run.dir='${now:}'": ("hydra.run.dir: ", "resolving interpolation"),
     "hydra.run.dir=": ("hydra.run.dir = (empty)", "a folder"),
     "-m hydra.mode=RUN seed=0,3": ("hydra.mode = RUN", "-m"),
     "-m hydra.sweep.subdir=../x${hydra.job.num} seed=0,3": ("hydra.sweep.subdir = ../x0",),

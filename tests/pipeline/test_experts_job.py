@@ -117,7 +117,7 @@ def test_tasks_and_a_checkpoint_that_is_gone_on_with(
     on += ["model=hf", f"model.path={checkpoint}", f"data.new={{again: {new}}}"]
     with pytest.raises(RequestError, match="it contains experts"):
         run(tmp_path / "whole_model", tmp_path / "cache", on)
-    with pytest.raises(RequestError, match=r"experts\.router = learned.*mixed by evidence"):
+    with pytest.raises(RequestError, match=r"experts\.router = learned.*use the router evidence"):
         words = [*DYLORA, "experts.router=learned"]
         run(tmp_path / "router", tmp_path / "cache", [*on, *words])
     again = run(tmp_path / "again", tmp_path / "cache", [*on, *DYLORA])

@@ -126,7 +126,7 @@ Output = Annotated[
 ]
 ConfigDir = Annotated[
     list[str] | None,
-    option("--config-dir -cd", "DIR", "Your option files: docs/how-to/write_an_extension.md."),
+    option("--config-dir -cd", "DIR", "Folder of your own option files."),
 ]
 TargetParams = Annotated[
     int | None,

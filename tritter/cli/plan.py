@@ -23,7 +23,6 @@ from tritter.cli.output import (
     shapes_of,
 )
 from tritter.errors import Names, Problem, RequestError, nearest, use_names
-from tritter.limits import MAX_COUNT
 from tritter.report.table import Table
 from tritter.report.wording import count_text, si_text
 from tritter.storage.hub import locate
@@ -95,7 +94,7 @@ TokensPerParameter = Annotated[
 ]
 Precision = Annotated[
     str,
-    option("--precision", "32-true|bf16-mixed|bf16-true|..", "Training precision.", panel=_MEMORY),
+    option("--precision", "TYPE", "A value of trainer.precision, such as 32-true.", panel=_MEMORY),
 ]
 Optimizer = Annotated[str, option("--optimizer", "adamw|adamw8bit", "Optimizer.", panel=_MEMORY)]
 FreezeAttention = Annotated[
@@ -103,9 +102,7 @@ FreezeAttention = Annotated[
 ]
 BatchSize = Annotated[
     int,
-    option(
-        "--batch-size", "N", "Sequences per GPU and step.", least=1, most=MAX_COUNT, panel=_MEMORY
-    ),
+    option("--batch-size", "N", "Sequences per GPU and step.", least=1, most=10**6, panel=_MEMORY),
 ]
 SequenceLength = Annotated[
     int | None,
@@ -114,7 +111,7 @@ SequenceLength = Annotated[
         "N",
         "Tokens per sequence. Default: 2048, or the number of learned positions.",
         least=1,
-        most=MAX_COUNT,
+        most=10**7,
         panel=_MEMORY,
     ),
 ]

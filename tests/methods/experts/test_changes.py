@@ -121,7 +121,7 @@ def test_one_goes_and_its_state_with_it(tmp_path: Path) -> None:
     for router in router_names(event.mixture):
         for key in (f"{router}.weight", f"{router}.weight exp_avg", f"{router}.bias"):
             assert torch.equal(event.after[key], event.before[key][[0, 2]])
-    with pytest.raises(RequestError, match=r"no expert e1; there are e0, e2"):
+    with pytest.raises(RequestError, match=r"no expert e1; the experts are e0, e2"):
         evict_change(event.mixture, "e1")
 
 

@@ -239,5 +239,5 @@ def test_a_run_leaves_the_base_as_it_was(tmp_path: Path) -> None:
     assert base_bits(model) == 4 and not weights_of(load_model(kept))
     on = [w for w in PLAIN if not w.startswith(("model.", "data.vocab_size", "pretraining."))]
     on += ["model=hf", f"model.path={kept}", "experts=single_lora"]
-    with pytest.raises(RequestError, match=r"base_bits = 8.*in 4 bits. Did you mean 4\?"):
+    with pytest.raises(RequestError, match=r"base_bits = 8.*4-bit. Did you mean 4\?"):
         run(tmp_path / "on", tmp_path / "cache", [*on, "experts.base_bits=8"])

@@ -12,6 +12,7 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 
 from tritter.checkpoints.run_text import side_problems
 from tritter.config.fallbacks import locate_in_fallback
@@ -199,9 +200,8 @@ def _add_resumed(
 ) -> tuple[list[str], Path | None]:
     """Return the overrides with those of the resumed run, and its folder.
 
-    A run folder may be untrusted. Only options that are part of Tritter and plain values of listed
-    keys are replayed (`schema.REPLAYED_KEYS`). The user must type everything else, including
-    folders of options.
+    A run folder may be untrusted: only Tritter's own options and plain values of
+    `schema.REPLAYED_KEYS` are replayed.
 
     Raises:
         RequestError: the run does not exist, or has overrides that are not replayed.
@@ -246,21 +246,20 @@ def _add_resumed(
 
 
 def plan_of(request: Request, composed: DictConfig) -> Plan:
-    """Return the validated plan of a request, including its data, checkpoints, folders and devices.
-
-    Args:
-        composed: the config that Hydra composed last.
+    """Return the validated plan (with data, folders, devices) of a request with a composed config.
 
     Raises:
         RequestError: a job is invalid.
     """
     is_sweep = request.is_multirun or composed.hydra.mode == RunMode.MULTIRUN
-    plan = _plan_sweep(request, composed) if is_sweep else _plan_run(request, composed)
+    try:
+        plan = _plan_sweep(request, composed) if is_sweep else _plan_run(request, composed)
+    except OmegaConfBaseException as error:  # interpolations are resolved when they are read
+        raise RequestError(f"{error.full_key}: {str(error).splitlines()[0]}.") from None
     if not request.is_shown:
         for job in plan.jobs:
             check_unlocked(job.folder, key="hydra.run.dir")
-        if plan.sweep_folder is not None:
-            folder = plan.sweep_folder
+        if (folder := plan.sweep_folder) is not None:
             if os.path.lexists(folder / RUN_FILE):
                 raise RequestError(
                     f"hydra.sweep.dir = {folder}: it is the folder of a run; set a new folder "
@@ -307,10 +306,9 @@ def _plan_run(request: Request, composed: DictConfig) -> Plan:
     config = request.composing.validated(composed, request.overrides, rules=rules)
     is_single = not request.is_shown and resumed is None  # jobs of a sweep resume as single runs
     if is_single and (swept := hydra.sweeper.get("params")):
-        names = ", ".join(map(str, swept))
         raise RequestError(
-            f"hydra.sweeper.params sets values of {names} for a sweep, but this is a single run: "
-            "add -m."
+            f"hydra.sweeper.params sets values of {', '.join(map(str, swept))} for a sweep, but "
+            "this is a single run: add -m."
         )
     if not hydra.run.dir:
         raise_problems([Problem("hydra.run.dir", "", reason="set a folder, or omit this key")])

@@ -86,7 +86,7 @@ def run_sweep(request: Request, task: Task, hydra: Hydra, *, typed: Sequence[str
     print_sweep(rows, plan.sweep_folder)
     known = [row for row in rows if row.metric is not None]
     if plan.is_adaptive and known:
-        say(f"Least metric: job {min(known, key=lambda row: row.metric or 0.0).name}")
+        say(f"Lowest metric: job {min(known, key=lambda row: row.metric or 0.0).name}")
     if failure is not None:
         say(f"error: {failure}\n{_resume_advice(request, typed)}", is_error=True)
     codes = {row.exit_code for row in rows}
