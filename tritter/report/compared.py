@@ -344,8 +344,8 @@ class Comparison:
 
     def _costs(self) -> Table:
         header = (
-            *("run", "training FLOPs", "run FLOPs", "tokens", "steps"),
-            *("training time [s]", "run time [s]", "peak memory [B]"),
+            *("run", "train FLOPs", "all FLOPs", "tokens", "steps"),
+            *("train [s]", "all [s]", "memory [B]"),
         )
         rows = []
         for each in self.runs:
@@ -354,7 +354,7 @@ class Comparison:
                 for name, value in list(each.costs().items())[:7]
             ]
             rows.append((each.name, *cells))
-        caption = "times depend on the load of the machine"
+        caption = "train: training, all: whole run; times depend on the load of the machine"
         return Table(header, tuple(rows), tuple(range(1, 8)), caption)
 
 
