@@ -81,13 +81,13 @@ TORCH_ONLY_ROOMS = {"core.parameter_map", "core.stock_routers"}  # the standard 
 RATCHET = {
     "(top)": (12, 2_191),
     "checkpoints": (12, 3_021),
-    "cli": (20, 5_434),
-    "config": (18, 4_870),
-    "core": (26, 7_219),
+    "cli": (20, 5_450),
+    "config": (18, 4_871),
+    "core": (31, 8_599),
     "data": (20, 6_141),
     "evaluation": (17, 4_028),
     "integrations": (2, 778),
-    "methods": (48, 12_392),
+    "methods": (48, 12_400),
     "pipeline": (19, 5_656),
     "planning": (7, 1_908),
     "report": (14, 4_056),
@@ -95,7 +95,7 @@ RATCHET = {
     "training": (16, 4_770),
     "transform": (4, 1_268),
 }
-MAX_LONELY_MODULES = 20  # with a single caller, which is in their own room
+MAX_LONELY_MODULES = 21  # with a single caller, which is in their own room
 
 FORBIDDEN_NAMES = {"utils", "util", "helpers", "helper", "misc", "common"}
 MAX_FILE_LINES = 800

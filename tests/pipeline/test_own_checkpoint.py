@@ -9,14 +9,17 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from tests import oracle
+from tests.core.families.model_types import example
 from tests.oracle.qwen3 import tiny_qwen3
 from tests.pipeline.conftest import SMALL
 from tritter.checkpoints import Lineage, read_lineage
 from tritter.checkpoints.history import read_chain, verify
 from tritter.config.launch.composition import load_config
 from tritter.core.expansions import Width
+from tritter.core.families.discovery.twin import build_twin
 from tritter.core.models import save_tokenizer
 from tritter.data import built_in
 from tritter.data.documents import Document
@@ -386,3 +389,33 @@ def test_a_teacher_that_is_named_is_learned_from(run: Run, library: Path, tmp_pa
     with pytest.raises(RequestError, match=r"distill\.teacher = .*: its tokenizer has a different"):
         run(*words, f"forgetting.distill.teacher={library}/llama", name="refused")
     assert not (tmp_path / "refused/baseline").exists()
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("model_type", "words"),
+    [
+        ("opt", ("expansion=llama_pro", "forgetting=[ewc,replay]")),
+        ("mamba", ("expansion=llama_pro", "forgetting=[replay,distill]")),
+        ("gpt_oss", ("expansion=dus", "forgetting=replay")),
+        ("opt", ("expansion=none", "forgetting=none", "experts=single_lora")),
+    ],
+)
+def test_a_model_type_without_a_table(
+    run: Run, library: Path, tmp_path: Path, model_type: str, words: tuple[str, ...]
+) -> None:
+    config = build_twin(example(model_type, num_hidden_layers=4)).config
+    config.update({"vocab_size": 300, "eos_token_id": None})
+    base = tmp_path / "base"
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(base)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(library / "qwen3" / name, base)
+    start = ("model=hf", f"model.path={base}", *text_words(library), "training.learning_rate=3e-3")
+    summary = run(*start, *words)
+    assert summary["status"] in ("kept", "ungated", "undecided", "rolled back")
+    if "expansion=llama_pro" in words:
+        assert summary["jump"]["relative_to_std"] < 1e-5
+    assert summary["final"]["new"]["loss"] < summary["baseline"]["new"]["loss"]
+    if "experts=single_lora" not in words:
+        AutoModelForCausalLM.from_pretrained(tmp_path / "run/checkpoint")

@@ -35,7 +35,10 @@ if TYPE_CHECKING:
     from tritter.core.families import Config
     from tritter.core.parameter_map import ParameterMap, TensorMap
 
-_PARTS = ("embedding", "positions", "attention", "FFN", "router", "experts", "norms", "output head")
+_PARTS = (
+    *("embedding", "positions", "attention", "FFN", "router", "experts", "norms", "other"),
+    "output head",
+)
 _PART_OF = {
     "embed": "embedding",
     "embed_positions": "positions",
@@ -46,6 +49,7 @@ _PART_OF = {
     "shared_expert": "experts",
     "shared_expert_gate": "router",
     "head": "output head",
+    "norm": "norms",
 }
 _WITHOUT_MAP = {
     "experts": "none: the base is unchanged",
@@ -141,7 +145,9 @@ def count_parameters_by_part(source: Source) -> dict[str, int]:
     counts = dict.fromkeys(_PARTS, 0)
     for tensor in source.family.logical_tensors(source.config):
         size = prod(source.family.shape(tensor, source.config))
-        part = "norms" if tensor.is_of_norm else _PART_OF[tensor.kind.partition(".")[0]]
+        part = (
+            "norms" if tensor.is_of_norm else _PART_OF.get(tensor.kind.partition(".")[0], "other")
+        )
         counts[part] += size
     return {part: count for part, count in counts.items() if count}
 
@@ -217,6 +223,8 @@ def _print_model(console: Console, source: Source, dtypes: Mapping[str, int]) ->
     kinds = words if len(words) == 1 else [f"{w} ({dtypes[w]} tensors)" for w in words]
     tie = "tied to the embedding" if source.config.get("tie_word_embeddings") else "untied"
     lines = [("family", f"{source.family.model_type} ({source.family.architecture})")]
+    if not source.family.has_table:
+        lines.append(("new layers", _new_layers(source)))
     lines += [("on disk", ", ".join(kinds)), ("output head", tie)]
     names = _other_files(source.folder)
     lines.append(("other files", ", ".join(names) or "no tokenizer, no state"))
@@ -229,6 +237,17 @@ def _print_model(console: Console, source: Source, dtypes: Mapping[str, int]) ->
             ("padded", f"on disk to the widest: {padded} parameters"),
         ]
     print_lines(console, lines)
+
+
+def _new_layers(source: Source) -> str:
+    """Return the line about new layers of a model type without a table."""
+    from tritter.core.families.discovery import DiscoveredFamily
+
+    family = source.family
+    assert isinstance(family, DiscoveredFamily)
+    if family.refusal:
+        return f"copies only: {family.refusal}"
+    return f"function-preserving with zero {', '.join(family.zeroed_names)}"
 
 
 def _other_files(folder: Path) -> list[str]:

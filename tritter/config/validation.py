@@ -301,6 +301,9 @@ def start_problems(
             "allowed: at most that"
         )
         return [Problem("data.sequence_length", length, reason=reason)]
+    if config.data.packing == "documents" and not family_of(source).has_table:
+        reason = f"whether {source['model_type']} obeys a document mask is unknown; use stream"
+        return [Problem("data.packing", "documents", reason=reason)]
     trained = [source] if config.control else []
     try:
         if config.pipeline.target_params is not None:

@@ -40,6 +40,7 @@ from tritter.core.families import (
     with_live_sizes,
 )
 from tritter.core.families.config_file import checked_config, errors_as
+from tritter.core.families.dimensions import plain_floats
 from tritter.core.stock_routers import AddedExperts
 from tritter.errors import RequestError, TritterError
 from tritter.storage.reading import check_links, read_object, require_file
@@ -87,7 +88,7 @@ def _stock_config(folder: Path) -> PreTrainedConfig:
     """
     family, own = checked_config(folder)
     with errors_as(f"{folder / 'config.json'} is not a usable config"), quiet():
-        config = CONFIG_MAPPING[family.model_type].from_dict(own)
+        config = CONFIG_MAPPING[family.model_type].from_dict(plain_floats(own))
         check_config(family, config.to_dict())  # including defaults
         return config
 
@@ -181,7 +182,6 @@ def meta_model(folder: Path) -> nn.Module:
                 buffers[name] = torch.empty_like(buffers[name], device="cpu")
             if names:
                 model._init_weights(module)
-        assert not any(buffer.is_meta for buffer in model.buffers())
         if family_of(config).has_experts:
             model.set_experts_implementation("eager")
         added = AddedExperts.read(folder)
@@ -327,9 +327,19 @@ def checkpoint_activations(model: nn.Module) -> Iterator[None]:
 
 
 def backbone_of(model: nn.Module) -> nn.Module:
-    """Return the part of a stock model that computes the last hidden states [B, T, hidden]."""
-    backbone: nn.Module = getattr(model, str(model.base_model_prefix))
-    return backbone
+    """Return the part of a stock model that computes the last hidden states [B, T, hidden].
+
+    It owns the list of layers: OPT calls `model.decoder`, and passes over `model`.
+    """
+    base: nn.Module = getattr(model, str(model.base_model_prefix))
+    layers = layers_of(base)
+    return next(owner for owner in base.modules() if layers in owner.children())
+
+
+def layers_of(model: nn.Module) -> nn.ModuleList:
+    """Return the decoder layers: of all lists of modules, that with most parameters."""
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    return max(lists, key=lambda each: sum(value.numel() for value in each.parameters()))
 
 
 def head_of(model: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -337,6 +347,7 @@ def head_of(model: nn.Module) -> Callable[[Tensor], Tensor]:
     head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
     cap: float | None = getattr(model.config, "final_logit_softcapping", None)
     divisor: float = getattr(model.config, "logits_scaling", 1.0)  # Granite's
+    divisor /= getattr(model.config, "logit_scale", None) or 1.0  # Cohere's
 
     def logits(hidden: Tensor) -> Tensor:
         plain: Tensor = head(hidden) if divisor == 1 else head(hidden) / divisor
@@ -359,7 +370,7 @@ def config_of(model: nn.Module) -> Config:
         raise RequestError(f"{type(model).__name__} has no Hugging Face config.")
     config = _plain(stock)
     family = find_family(str(config.get("model_type")))
-    if family is None or family.has_experts:
+    if family is None or family.has_experts or "intermediate_size" not in family.sizes:
         return config
     parameters = dict(model.named_parameters())
     (up,) = (tensor for tensor in family.tensors if tensor.kind == "ffn.up")
@@ -392,7 +403,8 @@ def live_shape(parameter: Tensor) -> tuple[int, ...]:
 
 def stock_config_of(config: Config) -> PreTrainedConfig:
     """Return the transformers config object of a config."""
-    options = {key: value for key, value in on_disk(config).items() if key != "model_type"}
+    plain = plain_floats(on_disk(config))
+    options = {key: value for key, value in plain.items() if key != "model_type"}
     return AutoConfig.for_model(str(config["model_type"]), **options)
 
 
@@ -462,6 +474,9 @@ def check_loadable(config: Config, *, folder: Path) -> None:
         except TritterError as error:
             raise RequestError(str(error)) from error
     family, config = family_of(config), on_disk(config)
+    if not family.has_table:  # without a table, the stock class is the source of all shapes
+        family.count_tensors(config)
+        return
     kinds: dict[tuple[object, ...], int] = {}  # kind of layer by the config → its first layer
     lists = [config.get(key) for key in family.per_layer_config_keys]
     for layer, kind in enumerate(family.layer_kinds(config)):

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tritter.core.families import Config, StoredTensor, layout, match, on_disk
-from tritter.core.models import backbone_of, meta_model, read_config
+from tritter.core.families import Config, StoredTensor, family_of, layout, match, on_disk
+from tritter.core.models import backbone_of, layers_of, meta_model, read_config
 from tritter.storage.tensors import TensorFolder, TensorReader
 
 BLOCK_BYTES = 32 * 2**20  # of a matrix in float32: fits in the CPU cache
@@ -85,10 +85,24 @@ class StreamedModel:
             for name, parameter in self._model.named_parameters()
             if name in self._weights.live
         }  # a tied head has the embedding's name
+        for name, buffer in self._model.named_buffers():
+            if buffer.is_meta:  # it is in the files, like a parameter
+                path, _, key = name.rpartition(".")
+                owner = self._model.get_submodule(path)
+                owner._buffers[key] = self._weights.whole(name).to(buffer.dtype)
+        whole: list[nn.Module] = []
+        if not family_of(self._weights.config).has_table:
+            # Without a table, modules may read the parameters of others: load layer by layer
+            whole = list(layers_of(self._model))
+            for layer in whole:
+                self._load_together(layer, names)
+        inner = {module for layer in whole for module in layer.modules()}
         for module in self._model.modules():
+            if module in inner:
+                continue
             unloaded = {key: each for key, each in module._parameters.items() if each is not None}
             owned = {key: names[id(each)] for key, each in unloaded.items()}
-            if isinstance(module, nn.Embedding):
+            if type(module) is nn.Embedding:
                 module.padding_idx = None  # invalid among the loaded rows
                 module.register_forward_pre_hook(partial(self._load_rows, owned["weight"]))
                 continue
@@ -99,10 +113,35 @@ class StreamedModel:
                 module.register_forward_pre_hook(partial(self._load, owned))
                 module.register_forward_hook(partial(self._unload, owned, unloaded))
 
+    def _load_together(self, layer: nn.Module, names: Mapping[int, str]) -> None:
+        """Make a layer load all its weights when it is called."""
+        for module in layer.modules():
+            unloaded = {key: each for key, each in module._parameters.items() if each is not None}
+            owned = {key: names[id(each)] for key, each in unloaded.items()}
+            if not owned:
+                continue
+            self.num_bytes += sum(map(self._weights.bytes_of, owned.values()))
+            layer.register_forward_pre_hook(partial(self._load_module, owned, module))
+            layer.register_forward_hook(partial(self._unload_module, owned, unloaded, module))
+
+    def _load_module(self, names: Mapping[str, str], module: nn.Module, *_: object) -> None:
+        for attribute, name in names.items():
+            value = self._weights.whole(name).to(torch.float32, copy=True)
+            module._parameters[attribute] = nn.Parameter(value, requires_grad=False)
+
+    def _unload_module(
+        self,
+        names: Mapping[str, str],
+        unloaded: Mapping[str, nn.Parameter],
+        module: nn.Module,
+        *_: object,
+    ) -> None:
+        self._unload(names, unloaded, module)
+
     def _hook_layers(self) -> None:
         """Record the last hidden states of each layer, and run the layers only once."""
         backbone = backbone_of(self._model)
-        layers = next(each for each in backbone.children() if isinstance(each, nn.ModuleList))
+        layers = layers_of(self._model)
         for layer in layers:
             layer.register_forward_pre_hook(lambda _, inputs: self._keep(inputs[0]))
         layers[-1].register_forward_hook(
@@ -187,6 +226,7 @@ class _Weights:
     """A folder's tensors by their names in memory, in their stored dtype; memory-mapped."""
 
     def __init__(self, folder: Path, config: Config) -> None:
+        self.config = config
         self._files = TensorFolder.open(folder)
         self._reader = TensorReader(self._files)
         self._stored = {

@@ -26,8 +26,8 @@ from tritter.core.families import (
 )
 from tritter.core.families.layout import Part
 from tritter.core.models import (
-    backbone_of,
     config_of,
+    layers_of,
     set_parameter,
     uninitialised_model,
     update_linear_sizes,
@@ -50,7 +50,7 @@ def live_layout(model: nn.Module) -> tuple[StoredTensor, ...]:
             found.append(stored)
         elif wrapped in parameters:
             found.append(replace(stored, name=wrapped))
-        else:
+        elif stored.name + BASE in parameters:  # otherwise a buffer
             num_base = len(parameters[stored.name + BASE])
             found += [_part_of(stored, BASE, 0, num_base), _part_of(stored, NEW, num_base, None)]
     return tuple(found)
@@ -151,8 +151,7 @@ def shard(model: nn.Module, mesh: DeviceMesh) -> None:
 
     Parameters outside of the layers, such as tied embeddings, are gathered together.
     """
-    lists = (each for each in backbone_of(model).children() if isinstance(each, nn.ModuleList))
-    for layer in next(lists):
+    for layer in layers_of(model):
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
 

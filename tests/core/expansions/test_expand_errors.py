@@ -82,14 +82,14 @@ DAMAGED: dict[str, tuple[Callable[[Path], object], type[TritterError], list[str]
         ["config.json", "cannot be read"],
     ),
     "unknown family": (
-        _configured(model_type="bloom"),
+        _configured(model_type="t5"),
         RequestError,
-        ["'bloom'", "is not supported; supported are", "llama"],
+        ["'t5' is not supported", "no causal language model of this type"],
     ),
     "family that nobody knows": (
         _configured(model_type="lamma"),
         RequestError,
-        ["'lamma' is not supported; supported are gemma2,", "llama, mistral"],
+        ["'lamma' is not supported", "no causal language model of this type"],
     ),
     "config lacks the hidden size": (
         _configured(hidden_size=..., head_dim=...),

@@ -74,7 +74,7 @@ def test_a_null_is_a_size_that_follows(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"model_type": "mamba"}, "mamba"),
+        ({"model_type": "t5"}, "t5"),
         ({"hidden_size": 0}, "hidden_size = 0"),
         ({"num_hidden_layers": None}, "num_hidden_layers"),
         ({"rms_norm_eps": None}, "rms_norm_eps = None"),

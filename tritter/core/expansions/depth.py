@@ -73,10 +73,12 @@ class CopiedLayers(ABC):
                 continue
             is_identity = tensor.layer in identities
             is_zeroed = is_identity and family.branch_output(tensor)
-            output = tensor.axes[0]
             # An earlier expansion may have left zero rows. Before a gain of zero they would never
             # get a gradient, so they get noise, which the zeroed norm hides.
-            is_before_zeroed_norm = output.port is Port.WRITE and output.space.is_branch_output
+            is_before_zeroed_norm = any(
+                output.port is Port.WRITE and output.space.is_branch_output
+                for output in tensor.axes[:1]  # a single number has no axis
+            )
             layer = sources[tensor.layer]
             tensors[tensor.name] = TensorMap(
                 source=logical_name(tensor.kind, layer=layer, expert=tensor.expert),

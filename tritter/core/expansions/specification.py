@@ -86,7 +86,16 @@ def is_possible(source_config: Config, spec: ExpansionSpec) -> bool:
 
 def _checked_target(spec: ExpansionSpec, config: Config) -> Config:
     """Return the config after an expansion, after checking it against the size limits."""
-    target = spec.target_config(family_of(config), config)
+    family = family_of(config)
+    if not family.has_table and spec.expansion_type != "depth":
+        reason = (
+            f"only the depth of {family.model_type} can grow, by dus, stack, interpolate or "
+            "llama_pro; Tritter does not know the axes of its tensors"
+        )
+        raise RequestError(Problem(f"expansion.{spec.name}", reason=reason))
+    if spec.is_exact and (reason := family.inexact_reason):
+        raise RequestError(Problem(f"expansion.{spec.name}", reason=f"{reason}; use dus or stack"))
+    target = spec.target_config(family, config)
     try:
         check_size(family_of(target), target)
     except RequestError as error:

@@ -281,7 +281,7 @@ def check_values(family: Family, config: Config) -> None:
                 f"config.json: {name} = {brief(config[name])}; {family.model_type} calls this "
                 f"{key}: set {key} only."
             )
-    for key in _EPSILONS:
+    for key in _EPSILONS if family.has_table else ():
         value = config.get(key, 0)
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         if not is_number or not 0 <= value < math.inf:  # type: ignore[operator]

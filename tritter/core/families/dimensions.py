@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from tritter.errors import RequestError, brief
 from tritter.limits import MAX_EXPERTS, MAX_LAYERS, MAX_POSITIONS, MAX_VOCABULARY, MAX_WIDTH
@@ -169,3 +170,16 @@ def with_ffn_sizes(
 def on_disk(config: Config) -> Config:
     """Return the config of the padded model, which stock classes can build."""
     return {key: value for key, value in config.items() if key != FFN_SIZES}
+
+
+def plain_floats(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config in which infinities are numbers: files have them as {"__float__": text}."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            if value.keys() == {"__float__"}:
+                return float(value["__float__"])
+            return {name: plain(each) for name, each in value.items()}
+        return [plain(each) for each in value] if isinstance(value, list) else value
+
+    return {name: plain(value) for name, value in config.items()}

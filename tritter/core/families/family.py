@@ -66,6 +66,16 @@ class Family:
     defaults: Mapping[str, object] = field(default_factory=dict)
 
     @property
+    def has_table(self) -> bool:
+        """Its spaces and axes are known, so everything of it can grow; otherwise depth alone."""
+        return bool(self.tensors)
+
+    @property
+    def inexact_reason(self) -> str:
+        """The reason why no new layer can be the identity; empty if one can."""
+        return ""
+
+    @property
     def has_experts(self) -> bool:
         return self.sparse_layers != "none"
 
@@ -168,7 +178,8 @@ class Family:
         return self._shape(tensor, self.dimensions(config, layer=tensor.layer))
 
     def _shape(self, tensor: LogicalTensor, dimensions: Dimensions) -> tuple[int, ...]:
-        return tuple(getattr(dimensions, axis.space.size) for axis in tensor.axes)
+        sizes = (axis.space.size for axis in tensor.axes)
+        return tuple(s if isinstance(s, int) else getattr(dimensions, s) for s in sizes)
 
     def branch_output(self, tensor: LogicalTensor) -> bool:
         """Return True if a tensor writes the output of a block to the residual stream.

@@ -14,6 +14,7 @@ that are routed to it; on an embedding r · out, since the lookup is free.
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from typing import Literal
 
 from tritter.core.families.dimensions import Config
@@ -209,7 +210,8 @@ class _Walk:
         self._experts = range(self._sizes.num_experts) if routed_to is None else routed_to
         self._shapes: dict[str, tuple[int, ...]] = {}  # name → shape
         self._trained: set[str] = set()
-        for tensor in family.logical_tensors(config):
+        tensors = family.logical_tensors(config)
+        for tensor in tensors:
             self._shapes[tensor.name] = family.shape(tensor, config)
             if is_trained(tensor):
                 self._trained.add(tensor.name)
@@ -227,10 +229,17 @@ class _Walk:
         for layer in range(len(kinds)):
             window = family.attention_window(config, layer)
             self._gates = self._gating(layer, hidden, stream)
+            if not family.has_table:
+                own = [tensor for tensor in tensors if tensor.layer == layer]
+                stream = self._discovered(f"layers.{layer}.", own, stream, window)
+                continue
             added = self._attention(f"layers.{layer}.", stream, window)
             stream = added | self._ffn(f"layers.{layer}.", stream if is_parallel else added)
         self._gates = False
         read = self._normed(stream, "final_norm")
+        for tensor in tensors if not family.has_table else ():
+            if tensor.layer is None and _is_projection(tensor, self._shapes[tensor.name]):
+                self._matrix(tensor.name, read)
         self._matrix("head" if "head" in self._shapes else "embed", read)
         self._low_rank("head", vocabulary, hidden, read)
 
@@ -274,6 +283,42 @@ class _Walk:
             part + "o", weights or value, part + "o_bias", layer + "attention_output_norm"
         )
         return stream or added
+
+    def _discovered(
+        self, layer: str, tensors: Sequence[LogicalTensor], stream: bool, window: int | None
+    ) -> bool:
+        """Add the products of a layer without a table; return value as in `_attention`.
+
+        A matrix needs the gradient of its input if the layer's input needs one, or if a norm or
+        a tensor before it in the file is trained. The scans of recurrent layers are not counted.
+        """
+        trained = [tensor for tensor in tensors if tensor.name in self._trained]
+        read = stream or any(tensor.kind.startswith("norm.") for tensor in trained)
+        self._is_below_router &= layer != self._last_sparse
+        for tensor in tensors:
+            shape = self._shapes[tensor.name]
+            if tensor.kind.startswith("experts."):
+                is_used = tensor.expert is None or tensor.expert in self._experts
+                count = len(self._experts) if tensor.expert is None else is_used
+                size = prod(shape) // (shape[0] if tensor.expert is None else 1)
+                self._add(size * count, read + (tensor in trained), is_routed=True)
+            elif len(shape) == 2:
+                self._matrix(tensor.name, read)
+            else:  # convolutions; a vector costs next to nothing
+                self._add(prod(shape) * (len(shape) > 2), read + (tensor in trained))
+            read |= tensor in trained
+        if any(tensor.kind.startswith("attention.") for tensor in tensors):
+            self._products.append(
+                _Product(
+                    size=self._sizes.query_size,
+                    forward=2,
+                    backward=4 * read,
+                    is_below_router=self._is_below_router,
+                    is_attention=True,
+                    window=window,
+                )
+            )
+        return stream or bool(trained)
 
     def _ffn(self, layer: str, stream: bool) -> bool:
         """Add the products of a layer's FFN or experts; return value as in `_attention`."""
@@ -354,3 +399,8 @@ class _Walk:
 
     def _needs(self, stream: bool, *names: str) -> bool:
         return stream or not self._trained.isdisjoint(names)
+
+
+def _is_projection(tensor: LogicalTensor, shape: tuple[int, ...]) -> bool:
+    """Return True for a matrix outside the layers that is no lookup and not the head."""
+    return len(shape) == 2 and tensor.kind != "head" and not tensor.kind.startswith("embed")

@@ -125,10 +125,11 @@ def layout(config: Config, kind: LayoutKind) -> tuple[StoredTensor, ...]:
         shape = family.shape(tensor, config)
         part, name = Part(tensor), tensor.disk_name
         if kind == "live" and (fused := tensor.fused) is not None:
-            assert tensor.expert is not None
             rows = slice(fused.block * shape[0], (fused.block + 1) * shape[0])
-            part, name = Part(tensor, (tensor.expert, rows)), fused.name
-            shape = (num_experts, fused.num_blocks * shape[0], *shape[1:])
+            shape = (fused.num_blocks * shape[0], *shape[1:])
+            part, name = Part(tensor, (rows,)), fused.name
+            if tensor.expert is not None:
+                part, shape = Part(tensor, (tensor.expert, rows)), (num_experts, *shape)
         elif tensor.within:
             name, first = tensor.within, shapes.get(tensor.within, (0,))[0]
             end = first + shape[0]

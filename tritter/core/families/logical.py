@@ -32,14 +32,15 @@ class Space:
 
     Args:
         kind: such as `residual`, `query`, `ffn`.
-        size: attribute of `Dimensions` with its size.
+        size: attribute of `Dimensions` with its size, or the size itself in a family without a
+            table.
         scope: its owner: the model, each layer or each expert.
         layer: index of its layer; None in a template.
         expert: index of its expert; None in a template.
     """
 
     kind: str
-    size: str
+    size: str | int
     scope: Literal["model", "layer", "expert"] = "layer"
     layer: int | None = None
     expert: int | None = None
@@ -137,13 +138,14 @@ class LogicalTensor:
 
     @property
     def is_norm(self) -> bool:
-        return self.axes[0].port is Port.GAIN
+        return bool(self.axes) and self.axes[0].port is Port.GAIN
 
     @property
     def is_of_norm(self) -> bool:
         """It is the gain or the bias of a norm."""
-        is_bias = self.axes[0].port is Port.WRITE and self.axes[0].space.is_norm_output
-        return self.is_norm or is_bias
+        if self.is_norm or not self.axes:  # a single number has no axis
+            return self.is_norm
+        return self.axes[0].port is Port.WRITE and self.axes[0].space.is_norm_output
 
     def for_layer(self, layer: int) -> "LogicalTensor":
         return self._filled("{layer}", layer=layer)

@@ -706,10 +706,6 @@ FAMILIES: dict[str, Family] = {
         QWEN3_MOE,
     )
 }
-# Reasons for the lack of a table
-_REASONS = {
-    "gemma3": "it also reads images; its text model, gemma3_text, is supported",
-}
 
 
 def find_family(model_type: str) -> Family | None:
@@ -743,20 +739,18 @@ def _registered(model_type: str, path: Path) -> Family:
 
 
 def family_of(config: Config) -> Family:
-    """Return the family of a config.json.
+    """Return the family of a config.json: its table, or else what discovery finds.
 
     Raises:
-        RequestError: its `model_type` has no table; lists the supported ones.
+        RequestError: its `model_type` is not supported; gives the reason.
     """
     model_type = str(config.get("model_type"))
     family = find_family(model_type)
-    if family is None:
-        reason = f" ({_REASONS[model_type]})" if model_type in _REASONS else ""
-        raise RequestError(
-            f"model_type '{model_type}' is not supported{reason}; supported are "
-            f"{', '.join(sorted(FAMILIES))}."
-        )
-    return family
+    if family is not None:
+        return family
+    from tritter.core.families.discovery import discover  # imports transformers
+
+    return discover(config)
 
 
 def position_limit(config: Config) -> int | None:

@@ -149,8 +149,9 @@ class Freeze(ForgettingMethod):
             reason = f"{names} only copies layers, which are not new; use llama_pro, width or moe"
         if options.new_only and reason:
             yield Problem(f"{_KEY}.new_only", True, reason=reason)
-        if options.old_experts and not family_of(start.trained[-1]).has_experts:
-            reason = "the model is dense and has no experts; set layers instead"
+        family = family_of(start.trained[-1])
+        if options.old_experts and not (family.has_experts and family.has_table):
+            reason = "the model has no experts that Tritter knows; set layers instead"
             yield Problem(f"{_KEY}.old_experts", True, reason=reason)
         selection = options.selection
         if selection is not None and (reason := _unfreezable_reason(selection, start.trained)):

@@ -224,9 +224,10 @@ def shared_fisher(
 
 
 def has_experts(model: nn.Module) -> bool:
-    """Return True if tokens are routed to experts, so that the computation depends on the data."""
-    family = find_family(getattr(getattr(model, "config", None), "model_type", ""))
-    return family is not None and family.has_experts
+    """Return True if tokens are routed to experts, or may be, so that the data steer the pass."""
+    model_type = getattr(getattr(model, "config", None), "model_type", "")
+    family = find_family(model_type)
+    return family.has_experts if family is not None else bool(model_type)
 
 
 def _squares(

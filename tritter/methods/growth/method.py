@@ -62,7 +62,12 @@ class NeuronGrowth:
         """Yield the reasons why the trained model can't grow."""
         grown = start.trained[-1]
         family, reason = family_of(grown), ""
-        if family.has_experts:
+        if not family.has_table:
+            reason = (
+                f"Tritter does not know the FFN of {grown['model_type']}; its depth can grow "
+                "(expansion=llama_pro); use growth=none"
+            )
+        elif family.has_experts:
             reason = (
                 f"{grown['model_type']} has experts, and neurons grow only in dense FFNs; choose "
                 "an expansion without experts, or growth=none"

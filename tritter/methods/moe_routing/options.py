@@ -62,8 +62,11 @@ def expert_problems(config: RunRequest, source: Config) -> Iterator[Problem]:
         source: config.json of the starting model.
     """
     has_experts = family_of(source).has_experts
-    if not family_of(target_config(source, config.expansion)).has_experts:
+    target = family_of(target_config(source, config.expansion))
+    if not (target.has_experts and target.has_table):
         reason = "the model is dense and has no routers; use expansion=moe"
+        if target.has_experts:
+            reason = f"Tritter does not know the routers of {target.model_type}; remove the key"
         yield from _without_effect("moe_routing", config.moe_routing, reason)
     elif weight := config.moe_routing.hold_old:
         key = "moe_routing.hold_old"

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tritter.core.models import backbone_of
+from tritter.core.models import layers_of
 from tritter.data.packing import IGNORED
 from tritter.errors import RequestError, TritterError
 from tritter.evaluation.inference import device_of, preserve_modes
@@ -152,10 +152,8 @@ def middle_layer(model: nn.Module) -> nn.Module:
     Raises:
         RequestError: the model has no decoder layers.
     """
-    layers = None
-    if hasattr(model, str(getattr(model, "base_model_prefix", ""))):
-        lists = (e for e in backbone_of(model).children() if isinstance(e, nn.ModuleList))
-        layers = next(lists, None)
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    layers = layers_of(model) if lists else None
     if not layers:
         raise RequestError(
             f"novelty: {type(model).__name__} has no decoder layers; use a stock causal language "

@@ -1,0 +1,270 @@
+"""Model types without a table: what discovery finds, against the tables and the stock classes."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+import tritter
+from tests.core.families.model_types import MODEL_TYPES, PAGE, example, measured
+from tests.oracle.families import OWN, tiny
+from tritter.core.families import (
+    FAMILIES,
+    Config,
+    backward_flops,
+    forward_flops,
+)
+from tritter.core.families.discovery.configs import deeper_configs
+from tritter.core.families.discovery.family import DiscoveredFamily, discover
+from tritter.core.families.discovery.twin import Block, build_twin, find_writers
+from tritter.errors import RequestError
+
+QUICK = ("llama", "gemma2", "gpt2", "qwen3_moe")
+LENGTH = 20
+IDS = torch.randint(3, 60, (1, LENGTH), generator=torch.Generator().manual_seed(0))
+
+
+def full_matrix(names: tuple[str, ...]) -> list[Any]:
+    """Return parameters of a test over the tables; those that are not quick are full."""
+    marks = pytest.mark.full
+    return [pytest.param(name, marks=() if name in QUICK else marks) for name in names]
+
+
+def example_folder(model_type: str, place: Path, **changes: Any) -> Path:
+    """Save a tiny random model of a type with the default config of its class."""
+    folder = place / model_type
+    build_twin(example(model_type, **changes)).model.float().save_pretrained(folder)
+    return folder
+
+
+def logits(folder: Path) -> torch.Tensor:
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()  # float32, as experts require
+    with torch.no_grad():
+        found: torch.Tensor = model(input_ids=IDS, use_cache=False).logits
+    return found
+
+
+# Against the tables
+
+
+def tables(model_type: str) -> tuple[Config, DiscoveredFamily]:
+    config = tiny(model_type).config.to_dict()
+    return config, discover(config)
+
+
+@pytest.mark.parametrize("model_type", full_matrix(tuple(OWN)))
+def test_it_zeroes_what_the_table_zeroes(model_type: str) -> None:
+    config, found = tables(model_type)
+    table = FAMILIES[model_type]
+    expected = {t.disk_name for t in table.logical_tensors(config) if table.branch_output(t)}
+    names = {t.disk_name for t in found.logical_tensors(config) if found.branch_output(t)}
+    assert names == expected
+    assert found.norm_offset == table.norm_offset or not any(found.writers.values())
+
+
+@pytest.mark.parametrize("model_type", full_matrix(tuple(OWN)))
+def test_names_shapes_and_counts_are_those_of_the_table(model_type: str) -> None:
+    config, found = tables(model_type)
+    table = FAMILIES[model_type]
+    expected = {t.within or t.disk_name for t in table.logical_tensors(config)}
+    assert {t.disk_name for t in found.logical_tensors(config)} == expected
+    assert found.count_parameters(config) == table.count_parameters(config)
+    assert found.layer_kinds(config) == table.layer_kinds(config)
+    sizes, known = found.dimensions(config), table.dimensions(config)
+    for name in ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size"):
+        assert getattr(sizes, name) == getattr(known, name)
+
+
+# Configs of deeper models
+
+
+def deeper(sources: list[int], **config: Any) -> list[Config]:
+    return [
+        {key: each[key] for key in config}
+        for each in deeper_configs({"num_hidden_layers": 4, **config}, sources)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"layer_types": list("abab")}, {"layer_types": list("abbab")}),
+        ({"attn_layers": [1, 3]}, {"attn_layers": [1, 2, 4]}),
+        ({"moe_layers": [0, 1, 2, 3]}, {"moe_layers": [0, 1, 2, 3, 4]}),
+        ({"moe_layer_end_index": 3}, {"moe_layer_end_index": 4}),
+        ({"eos_token_id": [1, 2]}, {"eos_token_id": [1, 2]}),
+    ],
+)
+def test_settings_per_layer_follow_the_copies(config: Config, expected: Config) -> None:
+    assert deeper([0, 1, 1, 2, 3], **config)[0] == expected
+
+
+def test_first_layers_of_another_kind_may_be_copied_or_not() -> None:
+    found = deeper([0, 0, 1, 2, 3], first_k_dense_replace=1)
+    assert found == [{"first_k_dense_replace": 1}, {"first_k_dense_replace": 2}]
+
+
+def test_a_repeated_pattern_becomes_a_list_of_layers() -> None:
+    found = deeper([0, 1, 2, 2, 3], block_types=["a", "a", "b"])
+    assert found[-1] == {"block_types": ["a", "a", "b", "b", "a"]}
+
+
+# Blocks
+
+
+class Gain(nn.Module):
+    """A norm whose gain is stored minus an offset."""
+
+    def __init__(self, size: int, offset: float) -> None:
+        super().__init__()
+        self.weight, self.offset = nn.Parameter(torch.randn(size).double()), offset
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.rms_norm(x, x.shape[-1:]) * (self.offset + self.weight)
+
+
+class Layer(nn.Module):
+    """A pre-norm, post-norm or sandwich block with one branch of two matrices."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.kind, size = kind, 8
+        self.up, self.down = (nn.Linear(size, size).double() for _ in range(2))
+        self.norm = Gain(size, 1.0 if kind == "offset" else 0.0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.kind == "pre":
+            return x + self.down(self.up(self.norm(x)).relu())
+        if self.kind == "post":
+            return self.norm(x + self.down(self.up(x).relu()))
+        return x + self.norm(self.down(self.up(x).relu()))
+
+
+def writers(kind: str) -> dict[str, float]:
+    hidden = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(1)).double()
+    layer = Layer(kind)
+    before = {name: value.clone() for name, value in layer.state_dict().items()}
+    found = find_writers(Block(layer, (hidden,), {}, hidden))
+    assert all(torch.equal(before[name], value) for name, value in layer.state_dict().items())
+    return {each.name: each.zero for each in found}
+
+
+def test_the_smallest_set_that_writes_the_stream_is_found() -> None:
+    assert writers("pre") == {"down.weight": 0.0, "down.bias": 0.0}
+    assert writers("sandwich") == {"norm.weight": 0.0}
+    assert writers("offset") == {"norm.weight": -1.0}
+
+
+def test_a_norm_of_the_stream_itself_is_refused() -> None:
+    with pytest.raises(RequestError, match="post-norm"):
+        writers("post")
+
+
+# Growth from files
+
+
+@pytest.mark.parametrize(
+    "model_type",
+    [
+        "opt",
+        *(pytest.param(name, marks=pytest.mark.full) for name in ("starcoder2", "gpt_oss")),
+        *(pytest.param(name, marks=pytest.mark.full) for name in ("mamba", "deepseek_v3")),
+    ],
+)
+def test_new_layers_keep_the_logits_and_learn(model_type: str, tmp_path: Path) -> None:
+    few = {"num_hidden_layers": 6} if model_type == "deepseek_v3" else {}
+    folder = example_folder(model_type, tmp_path, **few)
+    result = tritter.expand(folder, "llama_pro", output=tmp_path / "grown")
+    before, after = logits(folder), logits(result)
+    assert float((after - before).abs().max()) < 1e-5 * float(before.std())
+    model = AutoModelForCausalLM.from_pretrained(result).train()
+    without = untrained_after_two_steps(model)
+    assert not without, without
+
+
+def untrained_after_two_steps(model: PreTrainedModel) -> list[str]:
+    """Return the parameters that two steps of AdamW leave without a gradient."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    seen: set[str] = set()
+    draws = torch.Generator().manual_seed(1)
+    for _ in range(2):
+        input_ids = torch.randint(3, 60, (8, 32), generator=draws)
+        model(input_ids=input_ids, labels=input_ids, use_cache=False).loss.backward()
+        seen |= {n for n, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+        optimizer.step()
+        optimizer.zero_grad()
+    return [n for n, p in model.named_parameters() if p.requires_grad and n not in seen]
+
+
+@pytest.mark.full
+def test_the_decoder_grows_and_the_image_encoder_stays(tmp_path: Path) -> None:
+    folder = example_folder("gemma3", tmp_path)
+    result = tritter.expand(folder, "llama_pro", output=tmp_path / "grown")
+    layers = [
+        json.loads((each / "config.json").read_text())["text_config"]["num_hidden_layers"]
+        for each in (folder, result)
+    ]
+    assert layers == [26, 39]
+    states = [AutoModelForCausalLM.from_pretrained(each).state_dict() for each in (folder, result)]
+    towers = {name for name in states[0] if "vision" in name}
+    assert towers and all(torch.equal(states[0][name], states[1][name]) for name in towers)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "message"),
+    [
+        ("bert", r"post-norm.*use dus or stack"),
+        pytest.param("diffllama", "depends on their position", marks=pytest.mark.full),
+    ],
+)
+def test_what_can_not_be_exact_is_refused(model_type: str, message: str, tmp_path: Path) -> None:
+    folder = example_folder(model_type, tmp_path, is_decoder=True)
+    with pytest.raises(RequestError, match=message):
+        tritter.expand(folder, "llama_pro", output=tmp_path / "grown")
+    assert not (tmp_path / "grown").exists()
+
+
+def test_only_the_depth_grows_without_a_table(tmp_path: Path) -> None:
+    folder = example_folder("opt", tmp_path)
+    for method in ("width", "moe"):
+        with pytest.raises(RequestError, match="only the depth of opt can grow"):
+            tritter.expand(folder, method, output=tmp_path / "grown")
+
+
+# FLOPs
+
+
+@pytest.mark.parametrize("model_type", full_matrix(tuple(OWN)))
+def test_flops_are_those_of_the_table(model_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, found = tables(model_type)
+    expected = forward_flops(config), backward_flops(config)
+    monkeypatch.setitem(FAMILIES, model_type, found)
+    assert (forward_flops(config), backward_flops(config)) == expected
+
+
+@pytest.mark.parametrize("model_type", ["opt", "starcoder2", "gpt_oss"])
+def test_flops_are_those_that_torch_counts(model_type: str) -> None:
+    model = build_twin(example(model_type)).model.float()
+    config = model.config.to_dict()  # type: ignore[union-attr, operator]
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(input_ids=IDS, use_cache=False)
+    flops = forward_flops(config)
+    square = flops.matrices * LENGTH + sum(flops.attention.values()) * LENGTH**2
+    assert square == pytest.approx(counter.get_total_flops(), rel=0.01)
+
+
+# Every model type
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_the_page_has_what_is_measured(model_type: str, tmp_path: Path) -> None:
+    row = str(measured(model_type, tmp_path))
+    assert "WRONG" not in row
+    assert row in PAGE.read_text(encoding="utf-8").splitlines()

@@ -1,0 +1,198 @@
+"""Configs of types without a table: as cache keys, with limits, and of deeper models."""
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+from transformers import CONFIG_MAPPING, PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from tritter.core.families.dimensions import Config, plain_floats
+from tritter.errors import RequestError, brief
+
+Key = tuple[tuple[str, str], ...]  # a config.json that can be a key of a cache
+
+LAYER_COUNTS = (
+    *("decoder_layers", "num_decoder_layers", "num_hidden_layers", "n_layer", "n_layers"),
+    "num_layers",
+)
+MAX_DISCOVERED_LAYERS = 512
+_DECODERS = ("text_config", "language_config", "llm_config", "decoder", "decoder_config")
+_MAX_SIZE = 2**31
+_MAX_MODULES = 4096
+_MODULE_COUNTS = re.compile(
+    r"(?i)(n|num)_?.*(layers?|experts?|blocks?|stages|heads|codebooks)|depth"
+)
+_NO_STRUCTURE = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype")
+# Keys with the number of first layers of another kind
+_FIRST_LAYERS = re.compile(r"first_k.*|num_dense_layers|.*layer_start_index|num_hash_layers")
+_PATTERNS = re.compile(r".*(block_types?|layer_types?|_pattern)")
+_LAYER_SETS = re.compile(r".*(layers|layer_idx|idxs|layer_ids)$")
+
+
+def key_of(config: Config) -> Key:
+    """Return a config as a key, without what names code or describes no structure."""
+    return tuple(
+        sorted(
+            (name, json.dumps(value, sort_keys=True))
+            for name, value in config.items()
+            if name not in _NO_STRUCTURE and "implementation" not in name and name != "auto_map"
+        )
+    )
+
+
+def structure_of(config: Config) -> Key:
+    """Return a config as a key, complete with defaults, without what depends on the depth.
+
+    Raises:
+        RequestError: as `class_of`.
+    """
+    kind = class_of(config)
+    try:
+        full: Config = {
+            **kind.from_dict(plain_floats(config)).to_dict(),
+            "model_type": config["model_type"],
+        }
+    except Exception as error:  # a config class may raise anything
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        name = config["model_type"]
+        raise RequestError(f"config.json: transformers refuses this {name}: {reason}.") from error
+    full["layer_key"] = layer_key(decoder_config(config))  # classes accept several names
+    part = decoder_part(full)
+    if not part:
+        return key_of(_without_depth(full))
+    return key_of({**full, part: _without_depth(full[part])})  # type: ignore[arg-type]
+
+
+def _without_depth(config: Config) -> Config:
+    layers = config[layer_key(config)]
+    structure: Config = {}
+    for name, value in config.items():
+        if name in LAYER_COUNTS or _is_set_of_layers(name, value, int(str(layers))):
+            continue
+        if isinstance(value, list) and len(value) == layers:
+            value = sorted({json.dumps(each) for each in value})
+        elif _FIRST_LAYERS.fullmatch(name) and isinstance(value, int):
+            value = value > 0
+        structure[name] = value
+    return structure
+
+
+def config_in(key: Key) -> Config:
+    """Return the config of a key."""
+    return {name: json.loads(value) for name, value in key}
+
+
+def class_of(config: Config) -> type[PreTrainedConfig]:
+    """Return the config class of a causal language model in transformers.
+
+    Raises:
+        RequestError: the installed transformers has none, or a number exceeds its limit.
+    """
+    model_type = str(config.get("model_type"))
+    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise RequestError(
+            f"model_type '{model_type}' is not supported: the installed transformers has no "
+            "causal language model of this type. Code that a checkpoint brings is never run."
+        )
+    _check_sizes(config)
+    kind: type[PreTrainedConfig] = CONFIG_MAPPING[model_type]
+    return kind
+
+
+def _check_sizes(config: Config) -> None:
+    """Refuse numbers with which a class would build for hours, at any depth of a config.
+
+    Raises:
+        RequestError: names the key, the value and the limit.
+    """
+    for name, value in config.items():
+        if isinstance(value, dict):
+            _check_sizes(value)
+        most = _MAX_MODULES if _MODULE_COUNTS.fullmatch(str(name)) else _MAX_SIZE
+        if isinstance(value, int) and abs(value) > most:
+            raise RequestError(f"config.json: {name} = {brief(value)}; must be at most {most:,}.")
+
+
+def decoder_part(config: Config) -> str:
+    """Return the key of the decoder's config in a multimodal config; empty if there is none."""
+    if any(isinstance(config.get(key), int) for key in LAYER_COUNTS):
+        return ""
+    for part in _DECODERS:
+        inner = config.get(part)
+        if isinstance(inner, dict) and any(isinstance(inner.get(key), int) for key in LAYER_COUNTS):
+            return part
+    return ""
+
+
+def decoder_config(config: Config) -> Config:
+    """Return the decoder's config in a multimodal config, or else the config itself."""
+    part = decoder_part(config)
+    return config[part] if part else config  # type: ignore[return-value]
+
+
+def layer_key(config: Mapping[str, Any]) -> str:
+    """Return the config key of the number of layers.
+
+    Raises:
+        RequestError: no known key is set, or there are too many layers to discover.
+    """
+    for key in LAYER_COUNTS:
+        value = config.get(key)
+        if isinstance(value, int):
+            if not 1 <= value <= MAX_DISCOVERED_LAYERS:
+                raise RequestError(
+                    f"config.json: {key} = {brief(value)}; must be from 1 to "
+                    f"{MAX_DISCOVERED_LAYERS} in a model type without a table."
+                )
+            return key
+    raise RequestError("config.json: no key has the number of layers.")
+
+
+def deeper_configs(config: Config, sources: Sequence[int]) -> Iterator[Config]:
+    """Yield configs of a model whose layer t may be a copy of layer `sources[t]`.
+
+    Lists with an entry per layer follow. So do lists of layers, and numbers of first layers of
+    another kind.
+    """
+    if part := decoder_part(config):
+        for inner in deeper_configs(decoder_config(config), sources):
+            yield {**config, part: inner}
+        return
+    count = layer_key(config)
+    layers = int(str(config[count]))
+    deeper: Config = {**config, count: len(sources)}
+    for name, value in config.items():
+        if _is_set_of_layers(name, value, layers):
+            chosen = set(value)  # type: ignore[call-overload]
+            deeper[name] = [target for target, source in enumerate(sources) if source in chosen]
+        elif isinstance(value, list) and len(value) == layers and name not in _NO_STRUCTURE:
+            deeper[name] = [value[source] for source in sources]
+        elif name.endswith("layer_end_index") and value == layers - 1:
+            deeper[name] = len(sources) - 1
+    yield deeper
+    moved = {
+        name: sum(source < value for source in sources)
+        for name, value in config.items()
+        if _FIRST_LAYERS.fullmatch(name) and isinstance(value, int) and 0 < value < layers
+    }
+    if moved:
+        yield {**deeper, **moved}
+    periods = {
+        name: [value[source % len(value)] for source in sources]
+        for name, value in config.items()
+        if isinstance(value, list) and 1 < len(value) < layers and _PATTERNS.fullmatch(name)
+    }
+    if periods:  # a list that is repeated along the layers
+        yield {**deeper, **periods}
+
+
+def _is_set_of_layers(name: str, value: object, layers: int) -> bool:
+    return (
+        _LAYER_SETS.fullmatch(name) is not None
+        and isinstance(value, list)
+        and all(isinstance(each, int) and 0 <= each < layers for each in value)
+        and all(first < second for first, second in pairwise(value))
+    )

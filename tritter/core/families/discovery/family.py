@@ -1,0 +1,402 @@
+"""Families of model types without a table, discovered from their classes in transformers.
+
+Names and shapes are those of the stock class. Probes of a tiny twin find the tensors that write
+the residual stream, and show that a deeper model keeps its function.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from math import prod
+from typing import Literal
+
+import torch
+from torch import nn
+from transformers.core_model_loading import revert_weight_conversion
+
+from tritter.core.families.dimensions import Config, Dimensions, require_size
+from tritter.core.families.discovery.configs import (
+    Key,
+    config_in,
+    decoder_config,
+    deeper_configs,
+    key_of,
+    layer_key,
+    structure_of,
+)
+from tritter.core.families.discovery.skeleton import (
+    Place,
+    Skeleton,
+    expert_of,
+    in_layer,
+    layer_list,
+    layers_on_disk,
+    places,
+    skeleton,
+    template,
+)
+from tritter.core.families.discovery.twin import (
+    TOLERANCE,
+    Twin,
+    build_model,
+    build_twin,
+    called,
+    find_writers,
+    logits_of,
+)
+from tritter.core.families.family import Family
+from tritter.core.families.logical import Axis, Fused, LogicalTensor, Port, Space
+from tritter.errors import RequestError
+
+# Attribute of `Dimensions` → config keys that may have it
+_SIZE_KEYS: Mapping[str, tuple[str, ...]] = {
+    "hidden_size": ("hidden_size", "n_embd", "d_model", "emb_dim"),
+    "intermediate_size": ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size"),
+    "num_attention_heads": ("num_attention_heads", "n_head", "n_heads"),
+    "num_key_value_heads": ("num_key_value_heads", "num_kv_heads"),
+    "head_dim": ("head_dim",),
+    "vocab_size": ("vocab_size",),
+    "num_experts": ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"),
+    "experts_per_token": ("num_experts_per_tok", "num_experts_per_token", "moe_topk"),
+}
+# Pattern of a name within a layer → beginning of its logical kind
+_PARTS = (
+    (re.compile(r"(?i).*\bexperts\."), "experts"),
+    (re.compile(r"(?i).*(router|(mlp|moe)\.gate\.)"), "router"),
+    (re.compile(r"(?i).*(norm|ln_?\w*)\."), "norm"),
+    (re.compile(r"(?i).*(attn|attention|mixer|mamba|temporal|conv)"), "attention"),
+    (re.compile(r"(?i).*(mlp|ffn|fc\d|feed_?forward|dense|moe)"), "ffn"),
+)
+
+
+@dataclass(frozen=True)
+class DiscoveredFamily(Family):
+    """A model type of transformers that has no table.
+
+    Only depth can grow: the axes of its tensors are not known.
+
+    Args:
+        writers: logical kinds of the tensors that write the residual stream → the value at which
+            they write nothing.
+        live_writers: the same by their names within a layer in memory.
+        refusal: why no copy of a layer can be an identity; empty if it can.
+        outside: names on disk of the embedding and the head → their logical kinds.
+        places: template of a name on disk → its location in memory if that differs.
+        is_routed: tokens are routed to experts.
+    """
+
+    writers: Mapping[str, float] = field(default_factory=dict)
+    live_writers: Mapping[str, float] = field(default_factory=dict)
+    refusal: str = ""
+    outside: Mapping[str, str] = field(default_factory=dict)
+    places: Mapping[str, Place] = field(default_factory=dict)
+    is_routed: bool = False
+
+    @property
+    def inexact_reason(self) -> str:
+        return self.refusal
+
+    @property
+    def zeroed_names(self) -> tuple[str, ...]:
+        """The names within a layer of the tensors that write nothing in an identity copy."""
+        return tuple(sorted({kind.partition(".")[2] for kind in self.writers}))
+
+    @property
+    def has_experts(self) -> bool:
+        return self.is_routed
+
+    def dimensions(self, config: Config, *, layer: int | None = None) -> Dimensions:
+        inner = decoder_config(config)
+        known = {name: inner.get(key) for name, key in self.sizes.items()}
+        sizes = {
+            name: require_size(name, self.sizes[name], value)
+            for name, value in known.items()
+            if value is not None
+        }
+        heads = sizes.setdefault("num_attention_heads", 1)
+        sizes.setdefault("num_key_value_heads", heads)
+        sizes.setdefault("head_dim", max(1, sizes["hidden_size"] // heads))
+        sizes.setdefault("intermediate_size", 4 * sizes["hidden_size"])
+        return Dimensions(**sizes)
+
+    def layer_kinds(self, config: Config) -> list[Literal["dense", "sparse"]]:
+        return [
+            "sparse" if any("experts." in name for name, _ in signature) else "dense"
+            for signature in skeleton(key_of(config)).signatures
+        ]
+
+    def logical_tensors(self, config: Config) -> tuple[LogicalTensor, ...]:
+        tensors = skeleton(key_of(config))
+        return tuple(self._logical(name, shape, tensors) for name, shape in tensors.disk.items())
+
+    def shape(self, tensor: LogicalTensor, config: Config) -> tuple[int, ...]:
+        return tuple(int(axis.space.size) for axis in tensor.axes)
+
+    def branch_output(self, tensor: LogicalTensor) -> bool:
+        return tensor.layer is not None and tensor.kind in self.writers
+
+    def count_parameters(self, config: Config) -> int:
+        return sum(map(prod, skeleton(key_of(config)).disk.values()))
+
+    def count_active_parameters(self, config: Config) -> int:
+        sizes = self.dimensions(config)
+        share = sizes.experts_per_token / sizes.num_experts if sizes.num_experts else 1.0
+        return round(
+            sum(
+                prod(self.shape(tensor, config)) * (share if tensor.is_per_expert else 1.0)
+                for tensor in self.logical_tensors(config)
+            )
+        )
+
+    def count_tensors(self, config: Config) -> int:
+        return len(skeleton(key_of(config)).disk)
+
+    def tied_names(self, config: Config) -> set[str]:
+        return set(skeleton(key_of(config)).tied)
+
+    def attention_window(self, config: Config, layer: int) -> int | None:
+        config = decoder_config(config)
+        kinds, window = config.get("layer_types"), config.get("sliding_window")
+        is_windowed = not isinstance(kinds, list) or "sliding" in str(kinds[layer])
+        return window if is_windowed and isinstance(window, int) else None
+
+    def with_layers(self, config: Config, layer_sources: Sequence[int]) -> Config:
+        """Return the config of a model whose layer t is a copy of layer `layer_sources[t]`.
+
+        If every layer is kept, a twin of the model shows that identity copies keep its function.
+
+        Raises:
+            RequestError: no config gives these layers, or their function depends on their
+                position.
+        """
+        sources = tuple(layer_sources)
+        deeper = _with_layers(config, sources)
+        layers = self.dimensions(config).num_hidden_layers
+        is_whole = list(dict.fromkeys(sources)) == list(range(layers))
+        if not self.refusal and is_whole and len(sources) > len(set(sources)):
+            _check_identity(self, config, sources)
+        return deeper
+
+    def _logical(self, name: str, shape: tuple[int, ...], tensors: Skeleton) -> LogicalTensor:
+        split, expert = in_layer(name, tensors.layers), expert_of(name)
+        layer = None if split is None else split[0]
+        kind = self.outside.get(name, name) if split is None else kind_of(split[1])
+        port = Port.GAIN if self.writers.get(kind) else Port.WRITE
+        axes = tuple(
+            Axis(Space(kind, size, layer=layer, expert=expert), Port.READ if axis else port)
+            for axis, size in enumerate(shape)
+        )
+        place = self.places.get(template(name, tensors.layers), Place(name))
+        live = place.name.replace("{layer}", str(layer)).replace("{expert}", str(expert))
+        is_block = place.is_stacked or place.num_blocks > 1
+        return LogicalTensor(
+            kind=kind,
+            disk_name=name,
+            axes=axes,
+            layers="none" if layer is None else "all",
+            live_name="" if is_block else live,
+            fused=Fused(live, place.block, place.num_blocks) if is_block else None,
+            layer=layer,
+            expert=expert,
+        )
+
+
+def kind_of(name: str) -> str:
+    """Return the logical kind of a tensor by its name within a layer, without its expert."""
+    name = re.sub(r"\bexperts\.\d+\.", "experts.", name, count=1)
+    part = next((part for pattern, part in _PARTS if pattern.match(name)), "other")
+    return f"{part}.{name.partition('experts.')[2] if part == 'experts' else name}"
+
+
+def discover(config: Config) -> DiscoveredFamily:
+    """Return the family of a model type without a table.
+
+    Args:
+        config: config.json of a model.
+
+    Raises:
+        RequestError: transformers has no causal language model of this type, no tiny twin of it
+            runs, or its layers can't be found.
+    """
+    structure = structure_of(config)
+    if structure not in _FOUND:
+        model_type = str(config["model_type"])
+        try:
+            _FOUND[structure] = _probed(config, build_twin(config), skeleton(key_of(config)))
+        except RequestError as error:
+            raise RequestError(f"model_type '{model_type}' is not supported: {error}") from error
+    return _FOUND[structure]
+
+
+_FOUND: dict[Key, DiscoveredFamily] = {}  # by the structure of a config
+
+
+def _probed(config: Config, twin: Twin, tensors: Skeleton) -> DiscoveredFamily:
+    live: dict[str, float] = {}
+    refusal, layers = "", layer_list(twin.model)
+    for layer in _kinds_of_layers(tensors):
+        try:
+            found = find_writers(called(twin, f"{layers}.{layer}"))
+        except RequestError as error:
+            refusal = str(error)
+            break
+        live |= {writer.name: writer.zero for writer in found}
+    writers = _on_disk(twin, layers, live)
+    inner = decoder_config(config)
+    sizes = {"num_hidden_layers": layer_key(inner)}
+    for name, keys in _SIZE_KEYS.items():
+        known = [key for key in keys if isinstance(inner.get(key), int)]
+        if known:
+            sizes[name] = known[0]
+    offsets = {-zero for zero in writers.values() if zero}
+    return DiscoveredFamily(
+        model_type=str(config["model_type"]),
+        architecture=type(twin.model).__name__,
+        tensors=(),
+        sizes=sizes,
+        norm_offset=offsets.pop() if offsets else 0.0,
+        omitted_prefix=f"{twin.model.base_model_prefix}.",
+        writers=writers,
+        live_writers=live,
+        refusal=refusal,
+        outside=_outside(twin),
+        places=places(twin.model),
+        is_routed=any(".experts." in name for name in tensors.disk),
+    )
+
+
+def _kinds_of_layers(tensors: Skeleton) -> list[int]:
+    """Return one layer of each kind: those with other names."""
+    first: dict[frozenset[str], int] = {}
+    for layer, signature in enumerate(tensors.signatures):
+        first.setdefault(frozenset(name for name, _ in signature), layer)
+    return list(first.values())
+
+
+def _on_disk(twin: Twin, layers: str, live: Mapping[str, float]) -> dict[str, float]:
+    """Return logical kind → zero of the writers, by the names that files have."""
+    found: dict[str, float] = {}
+    state = twin.model.state_dict()
+    for zero in set(live.values()):
+        flagged = {}
+        for name, value in state.items():
+            split = in_layer(name, f"{layers}.")
+            is_writer = split is not None and live.get(split[1]) == zero
+            flagged[name] = torch.full_like(value, float(is_writer))
+        converted = revert_weight_conversion(twin.model, flagged)
+        prefix = layers_on_disk(layers, converted)
+        for name, value in converted.items():
+            if (split := in_layer(name, prefix)) is None or not bool(value.any()):
+                continue
+            if not bool(value.all()):
+                raise RequestError(f"{name} has more than what writes the residual stream.")
+            found[kind_of(split[1])] = zero
+    return found
+
+
+def _outside(twin: Twin) -> dict[str, str]:
+    """Return the names of embeddings and of the head → their logical kinds; tied: `embed`."""
+    parts = {
+        "head": twin.model.get_output_embeddings(),  # type: ignore[operator]
+        "embed": twin.model.get_input_embeddings(),  # type: ignore[operator]
+    }
+    weights = {kind: getattr(module, "weight", None) for kind, module in parts.items()}
+    lookups = {
+        id(module.weight) for module in twin.model.modules() if isinstance(module, nn.Embedding)
+    }
+    found = {
+        name: f"embed.{name}"  # of positions, for example
+        for name, value in twin.model.named_parameters()
+        if id(value) in lookups
+    }
+    for kind, weight in weights.items():
+        found |= {name: kind for name, value in twin.model.named_parameters() if value is weight}
+    return found
+
+
+# Deeper models
+
+
+@lru_cache(maxsize=64)
+def _deeper(key: Key, sources: tuple[int, ...]) -> Config:
+    config = config_in(key)
+    wanted = [skeleton(key).signatures[source] for source in sources]
+    for deeper in deeper_configs(config, sources):
+        if list(skeleton(key_of(deeper)).signatures) == wanted:
+            return deeper
+    raise RequestError(
+        f"config.json: {config['model_type']} derives the kind of a layer from its position, and "
+        "no config has these copies in this order; whole copies of the stack may fit "
+        "(expansion=stack)"
+    )
+
+
+def _with_layers(config: Config, sources: tuple[int, ...]) -> Config:
+    deeper = _deeper(key_of(config), sources)
+    return {**config, **{name: deeper[name] for name in deeper if name in config}}
+
+
+def _check_identity(family: DiscoveredFamily, config: Config, sources: tuple[int, ...]) -> None:
+    """Refuse layers whose function depends on their position.
+
+    Raises:
+        RequestError: identity copies change the logits of a twin, or plain copies do not.
+    """
+    zeroed, plain = logit_changes(key_of(config), sources)
+    if not zeroed <= TOLERANCE:
+        raise RequestError(
+            f"config.json: identity copies change the logits of a small {family.model_type} by "
+            f"{zeroed:.1e}: the function of its layers depends on their position"
+        )
+    if not plain > TOLERANCE:
+        raise RequestError(
+            f"config.json: plain copies do not change the logits of a small {family.model_type}, "
+            "so identity copies could not be verified"
+        )
+
+
+@lru_cache(maxsize=64)
+def logit_changes(key: Key, sources: tuple[int, ...]) -> tuple[float, float]:
+    """Return the largest change of a twin's float64 logits by copies of its layers.
+
+    Args:
+        key: config of the model.
+        sources: source layer of each target layer.
+
+    Returns:
+        The change with identity copies, and with plain copies (the negative control).
+    """
+    config = config_in(key)
+    family, twin = discover(config), build_twin(config)
+    before, small = twin.logits(), twin.config.to_dict()
+    layers = layer_list(twin.model)
+    deeper = type(twin.config).from_dict(_with_layers(small, sources))
+    model = build_model(deeper)
+    state = twin.model.state_dict()
+    changes = []
+    for writers in (family.live_writers, {}):
+        copies = dict(_copies(state, f"{layers}.", sources, writers))
+        model.load_state_dict(copies, strict=False)
+        after = logits_of(model, twin.text.vocab_size)
+        changes.append(float((after - before).abs().max()))
+    return changes[0], changes[1]
+
+
+def _copies(
+    state: Mapping[str, torch.Tensor],
+    layers: str,
+    sources: Sequence[int],
+    writers: Mapping[str, float],
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the tensors of a deeper model; the writers of repeated layers write nothing."""
+    for target, source in enumerate(sources):
+        is_repeated = source in sources[:target]
+        for name, value in state.items():
+            split = in_layer(name, layers)
+            if split is None:
+                yield name, value
+            elif split[0] == source:
+                zero = writers.get(split[1]) if is_repeated else None
+                copy = value if zero is None else torch.full_like(value, zero)
+                yield f"{layers}{target}.{split[1]}", copy

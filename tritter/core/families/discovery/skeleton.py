@@ -1,0 +1,229 @@
+"""Names and shapes of a stock model's tensors, on disk and in memory, without its weights.
+
+The stock class is built on the meta device, and transformers' own conversion gives the names that
+`save_pretrained` writes.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.utils import logging
+
+from tritter.core.families.dimensions import plain_floats
+from tritter.core.families.discovery.configs import (
+    Key,
+    class_of,
+    config_in,
+    layer_key,
+)
+from tritter.errors import RequestError
+from tritter.storage.tensors import is_computed
+
+Shape = tuple[int, ...]
+_EXPERT = re.compile(r"\bexperts\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """The tensors of a model.
+
+    Args:
+        disk: name on disk → shape.
+        tied: names on disk of tied tensors, which files may omit.
+        layers: beginning of the names of all layers on disk, such as `model.layers.`.
+    """
+
+    disk: Mapping[str, Shape]
+    tied: frozenset[str]
+    layers: str
+
+    @cached_property
+    def signatures(self) -> tuple[frozenset[tuple[str, Shape]], ...]:
+        """The names and shapes on disk of each layer's tensors."""
+        found: dict[int, set[tuple[str, Shape]]] = {}
+        for name, shape in self.disk.items():
+            if (split := in_layer(name, self.layers)) is not None:
+                found.setdefault(split[0], set()).add((split[1], shape))
+        return tuple(frozenset(found[layer]) for layer in sorted(found))
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Location in memory of a tensor on disk.
+
+    Args:
+        name: template of its name in memory.
+        block: index of its block of rows, among blocks of equal size.
+        num_blocks: number of blocks; of one expert if the tensor in memory stacks experts.
+        is_stacked: the tensor in memory stacks experts.
+    """
+
+    name: str
+    block: int = 0
+    num_blocks: int = 1
+    is_stacked: bool = False
+
+
+def in_layer(name: str, layers: str) -> tuple[int, str] | None:
+    """Return the index of a tensor's layer and its name within it, or None outside the layers."""
+    if not layers or not name.startswith(layers):
+        return None
+    index, _, rest = name.removeprefix(layers).partition(".")
+    return (int(index), rest) if index.isdigit() else None
+
+
+def template(name: str, layers: str) -> str:
+    """Return a name with marks in place of its layer and its expert."""
+    split = in_layer(name, layers)
+    if split is not None:
+        name = f"{layers}{{layer}}.{split[1]}"
+    return _EXPERT.sub("experts.{expert}.", name, count=1)
+
+
+def expert_of(name: str) -> int | None:
+    """Return the index of a tensor's expert, or None."""
+    found = _EXPERT.search(name)
+    return None if found is None else int(found[1])
+
+
+@lru_cache(maxsize=64)
+def skeleton(key: Key) -> Skeleton:
+    """Return the tensors of a model with this config.json.
+
+    Raises:
+        RequestError: transformers cannot build it.
+    """
+    config = config_in(key)
+    try:
+        with quiet(), torch.device("meta"):
+            stock = class_of(config).from_dict(plain_floats(config))
+            model = AutoModelForCausalLM.from_config(stock, dtype=torch.bfloat16)
+        state = model.state_dict()
+        every = revert_weight_conversion(model, dict(state))
+        tied = tied_tensors(model)
+        own = {name: value for name, value in state.items() if name not in tied}
+        disk = revert_weight_conversion(model, own)
+    except Exception as error:  # config and model classes may raise anything
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise RequestError(
+            f"config.json: transformers can't build this model: {reason}."
+        ) from error
+    return Skeleton(
+        disk=_shapes(disk),
+        tied=frozenset(every.keys() - disk.keys()),
+        layers=layers_on_disk(layer_list(model), disk),
+    )
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, Shape]:
+    return {name: tuple(value.shape) for name, value in tensors.items() if not is_computed(name)}
+
+
+def tied_tensors(model: nn.Module) -> frozenset[str]:
+    """Return the names of tensors that share their values with another."""
+    config = model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
+    names = getattr(model, "_tied_weights_keys", None) or {}
+    return frozenset(names) if getattr(config, "tie_word_embeddings", False) else frozenset()
+
+
+def layer_list(model: nn.Module) -> str:
+    """Return the name of a model's list of layers: of those as long, that with most parameters.
+
+    Raises:
+        RequestError: there is none.
+    """
+    config = model.config.get_text_config(decoder=True).to_dict()  # type: ignore[union-attr, operator]
+    count = config[layer_key(config)]
+    sizes = {
+        name: sum(value.numel() for value in module.parameters())
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == count
+    }
+    if not sizes:
+        raise RequestError("the model has no list of layers.")
+    found = max(sizes, key=lambda name: sizes[name])
+    owner = found.rpartition(".")[0]
+    if others := [name for name in sizes if name != found and name.rpartition(".")[0] == owner]:
+        raise RequestError(f"a layer is spread over the lists {', '.join([found, *others])}.")
+    return found
+
+
+def layers_on_disk(name: str, disk: Mapping[str, object]) -> str:
+    """Return the beginning of the names of all layers on disk."""
+    if any(each.startswith(f"{name}.") for each in disk):
+        return f"{name}."
+    last = re.escape(name.rpartition(".")[2])
+    for each in disk:
+        if (found := re.match(rf"((?:.*\.)?{last}\.)\d+\.", each)) is not None:
+            return found[1]
+    raise RequestError("the names on disk have no list of layers.")
+
+
+def places(model: nn.Module) -> dict[str, Place]:
+    """Return template on disk → location in memory, of all tensors that conversion moves.
+
+    Each value of the model is replaced by a number of its own, which the conversion keeps.
+
+    Raises:
+        RequestError: a tensor on disk is neither a whole tensor in memory nor a block of rows.
+    """
+    state, marks, names = model.state_dict(), dict[str, Tensor](), list[str]()
+    total, owner = 0, list[int]()
+    for name, value in state.items():
+        numbers = torch.arange(total, total + value.numel(), dtype=torch.float64)
+        marks[name] = numbers.view(value.shape)
+        total += value.numel()
+        names.append(name)
+        owner.append(total)
+    ends = torch.tensor(owner)
+    layers = layer_list(model)
+    found: dict[str, Place] = {}
+    converted = revert_weight_conversion(model, dict(marks))
+    prefix = layers_on_disk(layers, converted)
+    for name, value in converted.items():
+        if name in marks and value.shape == marks[name].shape:
+            continue
+        live = names[int(torch.searchsorted(ends, value.flatten()[0], right=True))]
+        place = _place(name, value, marks[live])
+        if place is None:
+            raise RequestError(f"{name} is neither whole nor a block of rows in memory.")
+        mark = template(live, f"{layers}.")
+        found[template(name, prefix)] = Place(mark, *place)
+    return found
+
+
+def _place(name: str, value: Tensor, whole: Tensor) -> tuple[int, int, bool] | None:
+    """Return the block, the number of blocks, and whether the whole stacks experts."""
+    expert = expert_of(name)
+    is_stacked = expert is not None and whole.ndim == value.ndim + 1
+    if is_stacked:
+        assert expert is not None
+        whole = whole[expert]
+    if whole.ndim != value.ndim or whole.shape[1:] != value.shape[1:]:
+        return None
+    rows = len(value) if value.ndim else 1
+    if value.ndim and len(whole) % rows:
+        return None
+    for block in range(len(whole) // rows if value.ndim else 1):
+        part = whole[block * rows : (block + 1) * rows] if value.ndim else whole
+        if torch.equal(part, value):
+            return block, len(whole) // rows if value.ndim else 1, is_stacked
+    return None
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence the messages of transformers."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)

@@ -1,0 +1,408 @@
+"""A tiny twin of a model, and probes of its blocks.
+
+The twin has the structure of the model's config, at the smallest sizes its class allows, and as
+many layers as the model, so that rules which depend on a layer's position hold in it too. Its
+parameters are random in float64, norms and biases included, and its attention and experts use the
+plain implementations, which support float64.
+
+The probes find the tensors that write the residual stream: a change of entry i along one axis
+changes coordinate i of the block's output and no other. If all writers of a block are zero, the
+block is the identity. Writers are found from the end of the block to its beginning: an output
+projection of attention writes the stream alone once the FFN after it is zero.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from tritter.core.families.dimensions import Config, plain_floats
+from tritter.core.families.discovery.configs import class_of, layer_key
+from tritter.core.families.discovery.skeleton import quiet
+from tritter.errors import RequestError
+
+# Pattern of a config key → its size in the twin; the first match counts, None leaves the value
+_SIZES: tuple[tuple[str, int | None], ...] = (
+    (r".*token_id|.*_index|.*_idx|.*_interval|.*_period", None),
+    (r"n_group|topk_group|num_expert_group", 1),
+    (r".*(layers|layer)", None),
+    (r".*vocab_size.*", 128),
+    (r"max_position_embeddings|n_positions|n_ctx|max_.*_positions|max_seq_len|.*max_length", 64),
+    (r"num_(key_value|kv)_heads|n_kv_heads|.*swa_num_key_value_heads|linear_num_key_heads", 2),
+    (r".*(mamba|ssm).*heads", 8),
+    (r".*(_heads|n_head)", 4),
+    (r"linear_(key|value)_head_dim", 8),
+    (r".*(head_dim|d_head|headdim|dim_head|kv_channels|head_size|attn_scalar)", 16),
+    (r".*(rank)", 16),
+    (r"rotary_dim", 8),
+    (r"hidden_size_per_layer_input|mamba_d_state|state_size|ssm_state_size|.*chunk_size", 8),
+    (r"hidden_size|d_model|n_embd|dim|emb_dim|.*embedding_size|attention_hidden_size", 64),
+    (r"lru_width|word_embed_proj_dim|embedding_dim|dim_model_base", 64),
+    (r"moe.*intermediate_size|expert_ffn.*size|shared_expert.*size", 32),
+    (r".*(intermediate_size|ffn_dim|ffn_size|n_inner|d_ff|dff|dim_ff|ffn_hidden_size)", 96),
+    (r"num_.*experts_per.*|moe_topk|moe_k|.*top_k", 2),
+    (r"num_(local_|routed_)?experts|n_routed_experts|moe_num_experts|zero_expert_num", 4),
+    (r".*window.*|.*local_attention|index_topk|attention_chunk_size|block_size", 8),
+    (r"index_n_heads|num_codebooks", 2),
+)
+# Model type → values that its class requires of the sizes above
+_HINTS: Mapping[str, Config] = {
+    "falcon_h1": {"mamba_d_ssm": 128, "mamba_n_heads": 8, "mamba_d_head": 16},
+    "mamba2": {"hidden_size": 64, "expand": 2, "num_heads": 8, "head_dim": 16, "n_groups": 1},
+    "reformer": {"hidden_size": 64, "axial_pos_embds_dim": [16, 48], "axial_pos_shape": [8, 8]},
+}
+TOLERANCE = 1e-10  # of float64 identities
+_CHANGE = 0.37  # of the entries that are probed
+_COORDINATE = 3
+_TOKENS = (2, 12)  # sequences and tokens of a forward pass
+_SPREAD = 0.1  # of random parameters
+_MAX_PARAMETERS = 2**25
+
+
+@dataclass(frozen=True, slots=True)
+class Twin:
+    """A tiny model with the structure of a larger one.
+
+    Args:
+        config: its config, of the model's own class.
+        model: float64, in evaluation mode.
+    """
+
+    config: PreTrainedConfig
+    model: nn.Module
+
+    @property
+    def text(self) -> PreTrainedConfig:
+        """The config of the decoder, which multimodal configs contain."""
+        return self.config.get_text_config(decoder=True)
+
+    @property
+    def layers(self) -> int:
+        return int(getattr(self.text, layer_key(self.text.to_dict())))
+
+    def logits(self) -> Tensor:
+        """Return float64 logits [B, T, V] of fixed random tokens."""
+        return logits_of(self.model, self.text.vocab_size)
+
+
+def logits_of(model: nn.Module, vocab_size: int) -> Tensor:
+    """Return the logits [B, T, V] of fixed random tokens."""
+    draws = torch.Generator().manual_seed(0)
+    input_ids = torch.randint(3, min(vocab_size, 120), _TOKENS, generator=draws)
+    with torch.no_grad():
+        return model(input_ids=input_ids, use_cache=False).logits
+
+
+def build_twin(config: Config) -> Twin:
+    """Return the twin of a model.
+
+    Args:
+        config: its config.json.
+
+    Raises:
+        RequestError: transformers has no causal language model of this type, or no size small
+            enough for a twin is legal.
+    """
+    model_type = str(config.get("model_type"))
+    class_of(config)
+    reasons: list[str] = []
+    for changes in _variants():
+        try:
+            with quiet():
+                twin = _built(_small_config(config, changes))
+                if bool(twin.logits().isfinite().all()):
+                    return twin
+            reasons.append("its logits are not finite")
+        except Exception as error:  # a config class or a model may raise anything
+            reasons.append(" ".join(str(error).split())[:200] or type(error).__name__)
+    raise RequestError(f"model_type '{model_type}': no tiny model of it runs: {reasons[0]}")
+
+
+def _variants() -> Iterator[Config]:
+    """Yield changes of the usual sizes, for classes that refuse these."""
+    yield {}
+    yield {"num_key_value_heads": 4}
+    yield {"head_dim": 8}
+    yield {"qk_head_dim": 32, "head_dim": 32}
+
+
+def _small_config(config: Config, changes: Config) -> PreTrainedConfig:
+    model_type, kind = str(config["model_type"]), class_of(config)
+    full = kind.from_dict(plain_floats(config)).to_dict()
+    explicit = set(config) | {key for key, value in kind().to_dict().items() if value is not None}
+    small = _shrunk({key: value for key, value in full.items() if key in explicit})
+    for name, value in full.items():
+        if isinstance(value, dict) and name.endswith("_config"):
+            small[name] = _shrunk(value)
+    for key in ("is_decoder", "residual_in_fp32"):
+        if key in full:
+            small[key] = key == "is_decoder"
+    derived = _derived(kind)
+    small = {key: value for key, value in small.items() if key not in derived}
+    small |= {key: value for key, value in changes.items() if key in small}
+    return kind.from_dict({**small, **_HINTS.get(model_type, {})})
+
+
+def _derived(kind: type[PreTrainedConfig]) -> set[str]:
+    """Return the keys that a config class computes from others."""
+    plain, own = kind().to_dict(), set()
+    fields = getattr(kind, "__dataclass_fields__", {})
+    for key, value in plain.items():
+        default = fields[key].default if key in fields else None
+        if key in fields and default is None and isinstance(value, int):
+            own.add(key)
+    return own
+
+
+def _shrunk(config: Config) -> Config:
+    """Return a config with small sizes."""
+    small = dict(config)
+    for key, value in config.items():
+        size = _small_size(key)
+        if size is not None and isinstance(value, list):
+            small[key] = [min(each, size) if isinstance(each, int) else each for each in value]
+        if isinstance(value, bool) or not isinstance(value, int):
+            continue
+        if key.endswith("token_id"):
+            small[key] = min(value, 2)
+        elif size is not None and value > size:
+            small[key] = size
+    heads = [small.get(key) for key in ("num_attention_heads", "num_key_value_heads")]
+    if config.get("num_attention_heads") == config.get("num_key_value_heads") and None not in heads:
+        small["num_key_value_heads"] = heads[0]
+    return small
+
+
+def _small_size(key: str) -> int | None:
+    for pattern, size in _SIZES:
+        if re.fullmatch(pattern, key):
+            return size
+    return None
+
+
+def _built(config: PreTrainedConfig) -> Twin:
+    """Build the model of a small config, with random float64 parameters.
+
+    Raises:
+        RequestError: it is not small.
+    """
+    with torch.device("meta"):
+        size = sum(value.numel() for value in AutoModelForCausalLM.from_config(config).parameters())
+    if size > _MAX_PARAMETERS:
+        raise RequestError(f"the smallest twin has {size:,} parameters")
+    model = build_model(config)
+    draws = torch.Generator().manual_seed(1)
+    for value in _values(model):
+        is_gain = value.ndim == 1 and bool((value == 1).all())
+        noise = torch.randn(value.shape, generator=draws, dtype=torch.float64) * _SPREAD
+        value.data.copy_(noise + (1.0 if is_gain else 0.0))
+    return Twin(config, model)
+
+
+def build_model(config: PreTrainedConfig) -> nn.Module:
+    """Return the stock model of a config in float64, with plain attention and experts.
+
+    Raises:
+        ValueError: the class supports no plain attention.
+    """
+    plain: dict[str, Any] = {"attn_implementation": "eager"}
+    with float64_by_default(), torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        try:
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=torch.float64, experts_implementation="eager", **plain
+            )
+        except (ValueError, TypeError):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float64)
+    return model.double().eval()
+
+
+def _values(model: nn.Module) -> Iterator[Tensor]:
+    """Yield the parameters of a model, and the buffers that its files have."""
+    yield from model.parameters()
+    saved = model.state_dict(keep_vars=True)
+    for name, buffer in model.named_buffers():
+        if name in saved and buffer.is_floating_point():
+            yield buffer
+
+
+@contextmanager
+def float64_by_default() -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+# Probes of blocks
+
+
+@dataclass(frozen=True, slots=True)
+class Writer:
+    """A tensor of a block that writes the residual stream.
+
+    Args:
+        name: within the block.
+        axis: its axis along the residual stream.
+        zero: the value at which it writes nothing: 0, or −1 for a gain that is stored minus one.
+    """
+
+    name: str
+    axis: int
+    zero: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """One layer of a twin, and a call of it.
+
+    Args:
+        module: the layer.
+        args: of the call.
+        keywords: of the call.
+        hidden: residual stream before it, [..., H].
+    """
+
+    module: nn.Module
+    args: tuple[Any, ...]
+    keywords: Mapping[str, Any]
+    hidden: Tensor
+
+    def change(self) -> Tensor:
+        """Return the change of the residual stream by the block."""
+        with torch.no_grad():
+            output = first_tensor(self.module(*self.args, **self.keywords))
+        if output is None or output.shape != self.hidden.shape:
+            raise RequestError("a layer does not return its residual stream.")
+        return output - self.hidden
+
+
+def called(twin: Twin, name: str) -> Block:
+    """Return a layer, by its name in memory, with the arguments of a call of it.
+
+    Raises:
+        RequestError: the model does not call the layer.
+    """
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def record(_: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        calls.append((args, dict(keywords)))
+
+    layer = twin.model.get_submodule(name)
+    handle = layer.register_forward_pre_hook(record, with_kwargs=True)
+    try:
+        twin.logits()
+    finally:
+        handle.remove()
+    if len(calls) != 1:
+        raise RequestError(f"the model calls {name} {len(calls)} times, not once.")
+    args, keywords = calls[0]
+    hidden = first_tensor((*args, *keywords.values()))
+    assert hidden is not None
+    return Block(layer, args, keywords, hidden)
+
+
+def find_writers(block: Block) -> tuple[Writer, ...]:
+    """Return the smallest set of tensors that make a block the identity when they are zero.
+
+    Raises:
+        RequestError: there is none: after its last norm, nothing can be zeroed.
+    """
+    values = dict(block.module.named_parameters())
+    before = {name: value.detach().clone() for name, value in values.items()}
+    found: list[Writer] = []
+    try:
+        while (change := block.change()).abs().max() > TOLERANCE:
+            known = {writer.name for writer in found}
+            more = [
+                writer
+                for name, value in sorted(values.items(), key=lambda item: -item[1].ndim)
+                if name not in known and (writer := _writer(block, name, value)) is not None
+            ]
+            more = [writer for writer in more if _is_zeroed(block, writer, values[writer.name])]
+            if not more:
+                raise RequestError(_reason(block, change))
+            found += more
+        return tuple(_needed(block, found, values, before))
+    finally:
+        for name, value in values.items():
+            value.data.copy_(before[name])
+
+
+def _writer(block: Block, name: str, value: Tensor) -> Writer | None:
+    """Return the tensor as a writer of the residual stream, or None."""
+    size = block.hidden.shape[-1]
+    before, change = value.detach().clone(), block.change()
+    for axis in (axis for axis, length in enumerate(value.shape) if length == size):
+        value.data.select(axis, _COORDINATE).add_(_CHANGE)
+        moved = (block.change() - change).abs().flatten(0, -2).amax(0)  # [H]
+        value.data.copy_(before)
+        others = torch.cat([moved[:_COORDINATE], moved[_COORDINATE + 1 :]])
+        if moved[_COORDINATE] > TOLERANCE and others.max() <= TOLERANCE * (1 + moved.max()):
+            return Writer(name, axis)
+    return None
+
+
+def _is_zeroed(block: Block, writer: Writer, value: Tensor) -> bool:
+    """Zero a writer if that reduces what the block adds; a gain may be stored minus one."""
+    before, change = value.detach().clone(), block.change().abs().sum()
+    sizes: dict[float, Tensor] = {}
+    for zero in (0.0, -1.0) if value.ndim == 1 else (0.0,):
+        value.data.fill_(zero)
+        sizes[zero] = block.change().abs().sum()
+    value.data.copy_(before)
+    zero, size = min(sizes.items(), key=lambda item: float(item[1]))
+    if size < change * (1 - TOLERANCE):
+        value.data.fill_(zero)
+        return True
+    return False
+
+
+def _needed(
+    block: Block,
+    found: list[Writer],
+    values: Mapping[str, Tensor],
+    before: Mapping[str, Tensor],
+) -> list[Writer]:
+    """Restore each writer that the identity does not need; return the others, with their zeros.
+
+    A gain after a projection and the projection are both writers. Without the gain at zero the
+    projection is needed, so gains are restored first.
+    """
+    needed = list(found)
+    for writer in sorted(found, key=lambda each: values[each.name].ndim):
+        zeroed = values[writer.name].detach().clone()
+        values[writer.name].data.copy_(before[writer.name])
+        if block.change().abs().max() <= TOLERANCE:
+            needed.remove(writer)
+        else:
+            values[writer.name].data.copy_(zeroed)
+    return [
+        Writer(writer.name, writer.axis, float(values[writer.name].detach().flatten()[0]))
+        for writer in needed
+    ]
+
+
+def _reason(block: Block, change: Tensor) -> str:
+    """Return the reason why a block cannot be the identity."""
+    ends_in_norm = float((block.hidden + change).mean(-1).abs().max()) < 1.0
+    return (
+        "no zeroed block is an identity: it normalises the residual stream itself (post-norm)"
+        if ends_in_norm
+        else "no set of zeroed tensors makes a block the identity"
+    )
+
+
+def first_tensor(values: Any) -> Tensor | None:
+    """Return the first tensor in the outputs of a module, or None."""
+    if isinstance(values, Tensor):
+        return values
+    items = values.values() if isinstance(values, Mapping) else values
+    return next((each for each in items if isinstance(each, Tensor)), None)
