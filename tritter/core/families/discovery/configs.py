@@ -19,6 +19,7 @@ LAYER_COUNTS = (
     "num_layers",
 )
 MAX_DISCOVERED_LAYERS = 512
+_LAYER_LIST = "layers_block_type"  # Nemotron-H has no number of layers
 _DECODERS = ("text_config", "language_config", "llm_config", "decoder", "decoder_config")
 _MAX_SIZE = 2**31
 _MAX_MODULES = 4096
@@ -67,10 +68,10 @@ def structure_of(config: Config) -> Key:
 
 
 def _without_depth(config: Config) -> Config:
-    layers = config[layer_key(config)]
+    layers = count_layers(config)
     structure: Config = {}
     for name, value in config.items():
-        if name in LAYER_COUNTS or _is_set_of_layers(name, value, int(str(layers))):
+        if name in LAYER_COUNTS or _is_set_of_layers(name, value, layers):
             continue
         if isinstance(value, list) and len(value) == layers:
             value = sorted({json.dumps(each) for each in value})
@@ -118,7 +119,7 @@ def _check_sizes(config: Config) -> None:
 
 def decoder_part(config: Config) -> str:
     """Return the key of the decoder's config in a multimodal config; empty if there is none."""
-    if any(isinstance(config.get(key), int) for key in LAYER_COUNTS):
+    if any(isinstance(config.get(key), int) for key in LAYER_COUNTS) or _LAYER_LIST in config:
         return ""
     for part in _DECODERS:
         inner = config.get(part)
@@ -148,7 +149,15 @@ def layer_key(config: Mapping[str, Any]) -> str:
                     f"{MAX_DISCOVERED_LAYERS} in a model type without a table."
                 )
             return key
+    if isinstance(config.get(_LAYER_LIST), list):
+        return _LAYER_LIST
     raise RequestError("config.json: no key has the number of layers.")
+
+
+def count_layers(config: Mapping[str, Any]) -> int:
+    """Return the number of layers; raises as `layer_key`."""
+    value = config[layer_key(config)]
+    return len(value) if isinstance(value, list) else int(value)
 
 
 def deeper_configs(config: Config, sources: Sequence[int]) -> Iterator[Config]:
@@ -161,9 +170,8 @@ def deeper_configs(config: Config, sources: Sequence[int]) -> Iterator[Config]:
         for inner in deeper_configs(decoder_config(config), sources):
             yield {**config, part: inner}
         return
-    count = layer_key(config)
-    layers = int(str(config[count]))
-    deeper: Config = {**config, count: len(sources)}
+    count, layers = layer_key(config), count_layers(config)
+    deeper: Config = {**config, count: len(sources)}  # a list of layers follows below
     for name, value in config.items():
         if _is_set_of_layers(name, value, layers):
             chosen = set(value)  # type: ignore[call-overload]

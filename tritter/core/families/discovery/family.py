@@ -19,6 +19,7 @@ from tritter.core.families.dimensions import Config, Dimensions, require_size
 from tritter.core.families.discovery.configs import (
     Key,
     config_in,
+    count_layers,
     decoder_config,
     deeper_configs,
     key_of,
@@ -109,8 +110,9 @@ class DiscoveredFamily(Family):
     def dimensions(self, config: Config, *, layer: int | None = None) -> Dimensions:
         inner = decoder_config(config)
         known = {name: inner.get(key) for name, key in self.sizes.items()}
+        known["num_hidden_layers"] = count_layers(inner)
         sizes = {
-            name: require_size(name, self.sizes[name], value)
+            name: require_size(name, self.sizes.get(name, name), value)
             for name, value in known.items()
             if value is not None
         }
@@ -244,7 +246,8 @@ def _probed(config: Config, twin: Twin, tensors: Skeleton) -> DiscoveredFamily:
         live |= {writer.name: writer.zero for writer in found}
     writers = _on_disk(twin, layers, live)
     inner = decoder_config(config)
-    sizes = {"num_hidden_layers": layer_key(inner)}
+    count = layer_key(inner)
+    sizes = {"num_hidden_layers": count} if isinstance(inner[count], int) else {}
     for name, keys in _SIZE_KEYS.items():
         known = [key for key in keys if isinstance(inner.get(key), int)]
         if known:

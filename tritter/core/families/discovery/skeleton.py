@@ -21,7 +21,7 @@ from tritter.core.families.discovery.configs import (
     Key,
     class_of,
     config_in,
-    layer_key,
+    count_layers,
 )
 from tritter.errors import RequestError
 from tritter.storage.tensors import is_computed
@@ -107,8 +107,7 @@ def skeleton(key: Key) -> Skeleton:
             model = AutoModelForCausalLM.from_config(stock, dtype=torch.bfloat16)
         state = model.state_dict()
         every = revert_weight_conversion(model, dict(state))
-        tied = tied_tensors(model)
-        own = {name: value for name, value in state.items() if name not in tied}
+        own = {name: state[name] for name in state if name not in model.all_tied_weights_keys}
         disk = revert_weight_conversion(model, own)
     except Exception as error:  # config and model classes may raise anything
         reason = " ".join(str(error).split())[:200] or type(error).__name__
@@ -126,13 +125,6 @@ def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, Shape]:
     return {name: tuple(value.shape) for name, value in tensors.items() if not is_computed(name)}
 
 
-def tied_tensors(model: nn.Module) -> frozenset[str]:
-    """Return the names of tensors that share their values with another."""
-    config = model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
-    names = getattr(model, "_tied_weights_keys", None) or {}
-    return frozenset(names) if getattr(config, "tie_word_embeddings", False) else frozenset()
-
-
 def layer_list(model: nn.Module) -> str:
     """Return the name of a model's list of layers: of those as long, that with most parameters.
 
@@ -140,7 +132,7 @@ def layer_list(model: nn.Module) -> str:
         RequestError: there is none.
     """
     config = model.config.get_text_config(decoder=True).to_dict()  # type: ignore[union-attr, operator]
-    count = config[layer_key(config)]
+    count = count_layers(config)
     sizes = {
         name: sum(value.numel() for value in module.parameters())
         for name, module in model.named_modules()

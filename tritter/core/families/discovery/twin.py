@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from tritter.core.families.dimensions import Config, plain_floats
-from tritter.core.families.discovery.configs import class_of, layer_key
+from tritter.core.families.discovery.configs import class_of
 from tritter.core.families.discovery.skeleton import quiet
 from tritter.errors import RequestError
 
@@ -54,6 +54,7 @@ _SIZES: tuple[tuple[str, int | None], ...] = (
 _HINTS: Mapping[str, Config] = {
     "falcon_h1": {"mamba_d_ssm": 128, "mamba_n_heads": 8, "mamba_d_head": 16},
     "mamba2": {"hidden_size": 64, "expand": 2, "num_heads": 8, "head_dim": 16, "n_groups": 1},
+    "zamba2": {"attention_hidden_size": 128, "attention_head_dim": 32, "mamba_headdim": 16},
     "reformer": {"hidden_size": 64, "axial_pos_embds_dim": [16, 48], "axial_pos_shape": [8, 8]},
 }
 TOLERANCE = 1e-10  # of float64 identities
@@ -80,10 +81,6 @@ class Twin:
     def text(self) -> PreTrainedConfig:
         """The config of the decoder, which multimodal configs contain."""
         return self.config.get_text_config(decoder=True)
-
-    @property
-    def layers(self) -> int:
-        return int(getattr(self.text, layer_key(self.text.to_dict())))
 
     def logits(self) -> Tensor:
         """Return float64 logits [B, T, V] of fixed random tokens."""
