@@ -32,6 +32,9 @@ MODEL_TYPES = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 EXACT = 1e-5  # largest logit difference in standard deviations, float32
 # Settings without which the class's own defaults make no model
 _EXAMPLES: dict[str, dict[str, Any]] = {
+    "cohere_compass_text": {
+        "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}
+    },
     "deepseek_v2": {"num_experts_per_tok": 6},
     "dots1": {"n_routed_experts": 8, "num_experts_per_tok": 2, "n_shared_experts": 1},
     "hunyuan_v1_dense": {"head_dim": 128},
@@ -40,6 +43,7 @@ _EXAMPLES: dict[str, dict[str, Any]] = {
     "ministral": {"head_dim": 128},
     "nemotron": {"head_dim": 128},
     "reformer": {"is_decoder": True},
+    "xmod": {"default_language": "en_XX"},
 }
 _HEAD = """\
 # Model types without a table
