@@ -1,6 +1,7 @@
 """Model types without a table: what discovery finds, against the tables and the stock classes."""
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import tritter
 from tests.core.families.model_types import MODEL_TYPES, PAGE, example, measured
 from tests.oracle.families import OWN, tiny
+from tritter.cli import main
 from tritter.core.families import (
     FAMILIES,
     Config,
@@ -235,6 +237,31 @@ def test_only_the_depth_grows_without_a_table(tmp_path: Path) -> None:
     for method in ("width", "moe"):
         with pytest.raises(RequestError, match="only the depth of opt can grow"):
             tritter.expand(folder, method, output=tmp_path / "grown")
+
+
+# Untrusted configs
+
+_VALUES = (0, -1, 3, 10**6, 10**12, "x", None, [], {}, [1] * 5, {"__float__": "abc"}, True, 2.5)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("seed", range(3))
+def test_a_changed_config_is_refused_or_grown(
+    seed: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = example_folder(("opt", "mamba", "gpt_oss")[seed], tmp_path)
+    plain, rng = json.loads((source / "config.json").read_text()), random.Random(seed)
+    for number in range(20):
+        changed = {**plain, rng.choice(sorted(plain)): rng.choice(_VALUES)}
+        if rng.random() < 0.5:
+            changed["model_type"] = rng.choice(MODEL_TYPES)
+        (source / "config.json").write_text(json.dumps(changed))
+        output = tmp_path / f"grown-{number}"
+        words = [str(source), "--method", "llama-pro", "--output", str(output)]
+        code = main(["inspect", str(source)] if number % 4 == 0 else ["expand", *words])
+        assert code in (0, 2, 3), (changed, capsys.readouterr().err)
+        assert "Traceback" not in capsys.readouterr().err
+        assert code == 0 or not output.exists()
 
 
 # FLOPs

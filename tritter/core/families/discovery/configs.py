@@ -22,7 +22,7 @@ MAX_DISCOVERED_LAYERS = 512
 _LAYER_LIST = "layers_block_type"  # Nemotron-H has no number of layers
 _DECODERS = ("text_config", "language_config", "llm_config", "decoder", "decoder_config")
 _MAX_SIZE = 2**31
-_MAX_MODULES = 4096
+_MAX_MODULES = 2**14
 _MODULE_COUNTS = re.compile(
     r"(?i)(n|num)_?.*(layers?|experts?|blocks?|stages|heads|codebooks)|depth"
 )
