@@ -45,6 +45,20 @@ def test_a_plain_folder(run: Run, place: Path) -> None:
     assert "untied" in text
 
 
+def test_what_can_grow_and_the_axes(run: Run, place: Path) -> None:
+    assert run("inspect base --family --json").json["growth"] == {
+        "depth": "any number of new layers",
+        "FFN": "any larger size",
+        "heads": "whole groups of heads",
+        "hidden size": "any larger size",
+        "experts": "no: this llama model has no experts; apply moe first (expansion=[moe,moe_add])",
+    }
+    text = run("inspect base --family").out
+    assert "model.layers.0.mlp.up_proj.weight" in text and "model.layers.1" not in text
+    assert "ffn 40 x reads ffn_input 24" in text
+    assert "residual 24 x reads ffn 40; zero in new layers" in " ".join(text.split())
+
+
 def test_dtypes_are_those_on_disk(run: Run, place: Path) -> None:
     path = place / "base" / "model.safetensors"
     tensors = load_file(path)

@@ -398,6 +398,16 @@ def test_a_teacher_that_is_named_is_learned_from(run: Run, library: Path, tmp_pa
         ("opt", ("expansion=llama_pro", "forgetting=[ewc,replay]")),
         ("mamba", ("expansion=llama_pro", "forgetting=[replay,distill]")),
         ("gpt_oss", ("expansion=dus", "forgetting=replay")),
+        ("gpt_oss", ("expansion=width", "forgetting=[ewc,replay]")),
+        (
+            "starcoder2",
+            (
+                "expansion=width",
+                "expansion.width.init=net2net",
+                "expansion.width.noise=0.01",
+                "data.packing=documents",
+            ),
+        ),
         ("opt", ("expansion=none", "forgetting=none", "experts=single_lora")),
     ],
 )
@@ -414,7 +424,7 @@ def test_a_model_type_without_a_table(
     start = ("model=hf", f"model.path={base}", *text_words(library), "training.learning_rate=3e-3")
     summary = run(*start, *words)
     assert summary["status"] in ("kept", "ungated", "undecided", "rolled back")
-    if "expansion=llama_pro" in words:
+    if {"expansion=llama_pro", "forgetting=[ewc,replay]"} & set(words):
         assert summary["jump"]["relative_to_std"] < 1e-5
     assert summary["final"]["new"]["loss"] < summary["baseline"]["new"]["loss"]
     if "experts=single_lora" not in words:

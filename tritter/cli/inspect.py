@@ -9,7 +9,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tritter.cli.options import AsJson, Folder, with_dashes
+from tritter.cli.options import AsJson, Folder, ShowFamily, with_dashes
 from tritter.cli.output import (
     SHAPES,
     new_console,
@@ -20,7 +20,7 @@ from tritter.cli.output import (
     shapes_of,
     short,
 )
-from tritter.errors import TritterError
+from tritter.errors import RequestError, TritterError
 from tritter.loading import loading
 from tritter.report.table import Table
 from tritter.report.wording import ACCURACY, MISSING, count_text
@@ -56,6 +56,7 @@ _WITHOUT_MAP = {
     "growth": "none: neurons were added during training",
 }
 _MAX_FACTORS = 3
+_PORTS = {"read": "reads ", "gain": "norm of "}  # what a tensor does with the space of an axis
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +113,7 @@ class RecordedMap:
         return cls(digest, problem, rows)
 
 
-def inspect(folder: Folder, as_json: AsJson = False) -> int:
+def inspect(folder: Folder, family: ShowFamily = False, as_json: AsJson = False) -> int:
     """Show shapes and parameters of a checkpoint, and the parameter map of its last expansion."""
     with loading("torch"):
         from tritter.checkpoints import Source
@@ -127,10 +128,15 @@ def inspect(folder: Folder, as_json: AsJson = False) -> int:
     lineage = source.lineage
     last = lineage.expansion_history[-1] if lineage and lineage.expansion_history else None
     last_map = RecordedMap.of(last) if last else None
+    growth = _growth(source) if family else {}
     if as_json:
-        print_json({**_as_json(source, dtypes, last_map), "experts": experts_record})
+        plain = {**_as_json(source, dtypes, last_map), "experts": experts_record}
+        print_json({**plain, "growth": growth} if family else plain)
         return 0
     console = new_console()
+    if family:
+        _print_family(console, source, growth)
+        return 0
     _print_model(console, source, dtypes)
     _print_lineage(console, source)
     if last is not None and last_map is not None:
@@ -177,7 +183,7 @@ def _as_json(
         "parameters_on_disk": source.family.count_parameters(on_disk(source.config)),
         "ffn_sizes": list(ffn_sizes(source.config)),
         "dtypes": dict(dtypes),
-        "is_tied": bool(source.config.get("tie_word_embeddings")),
+        "is_tied": source.family.is_tied(source.config),
         "beside": _other_files(source.folder),
         "lineage": lineage,
         "last_map": None if last_map is None else asdict(last_map),
@@ -221,7 +227,7 @@ def _print_model(console: Console, source: Source, dtypes: Mapping[str, int]) ->
     console.print()
     words = sorted(dtypes)
     kinds = words if len(words) == 1 else [f"{w} ({dtypes[w]} tensors)" for w in words]
-    tie = "tied to the embedding" if source.config.get("tie_word_embeddings") else "untied"
+    tie = "tied to the embedding" if source.family.is_tied(source.config) else "untied"
     lines = [("family", f"{source.family.model_type} ({source.family.architecture})")]
     if not source.family.has_table:
         lines.append(("new layers", _new_layers(source)))
@@ -237,6 +243,58 @@ def _print_model(console: Console, source: Source, dtypes: Mapping[str, int]) ->
             ("padded", f"on disk to the widest: {padded} parameters"),
         ]
     print_lines(console, lines)
+
+
+def _growth(source: Source) -> dict[str, str]:
+    """Return each size that may grow → how it grows exactly, or why it can't."""
+    from tritter.core.expansions import target_config
+    from tritter.core.expansions.targets import growth_examples
+
+    depth = "any number of new layers" if source.family.has_table else _new_layers(source)
+    found = {"depth": depth}
+    for size, examples in growth_examples(source.config).items():
+        words = ("any larger size", "whole multiples, with init=net2net")
+        if size == "heads":
+            words = ("whole groups of heads", "whole multiples, with init=net2net")
+        elif size == "experts":
+            is_any = source.family.has_table
+            words = ("any number" if is_any else "twice as many, with addition=replicate", "")
+        for word, example in zip(words, examples, strict=False):
+            try:
+                target_config(source.config, [example])
+            except RequestError as error:
+                found[size] = f"no: {error.problems[0].reason or error}"
+            else:
+                found[size] = word
+                break
+    return found
+
+
+def _print_family(console: Console, source: Source, growth: Mapping[str, str]) -> None:
+    """Print what can grow, and the axes of the tensors outside the layers and of each kind."""
+    family, config = source.family.widened(source.config), source.config
+    lines = [("family", f"{family.model_type} ({family.architecture})")]
+    lines.append(("axes", "of a table" if family.has_table else "found on a tiny random model"))
+    print_lines(console, [*lines, *growth.items()])
+    console.print()
+    kinds: dict[int, set[str]] = {}
+    for tensor in family.logical_tensors(config):
+        if tensor.layer is not None:
+            kinds.setdefault(tensor.layer, set()).add(tensor.kind)
+    first = {str(sorted(kinds[layer])): layer for layer in sorted(kinds, reverse=True)}
+    shown, rows = {None, *first.values()}, []
+    for tensor in family.logical_tensors(config):
+        if tensor.layer not in shown or tensor.expert:
+            continue
+        axes = [
+            f"{_PORTS.get(axis.port.value, '')}{axis.space.kind} {size}"
+            if axis.length or family.has_table
+            else str(size)
+            for axis, size in zip(tensor.axes, family.shape(tensor, config), strict=True)
+        ]
+        zeroed = ("zero in new layers",) if family.branch_output(tensor) else ()
+        rows.append((tensor.disk_name, "; ".join([" x ".join(axes), *zeroed])))
+    print_lines(console, [("tensor", "axes"), *rows])
 
 
 def _new_layers(source: Source) -> str:
@@ -371,10 +429,10 @@ def rebuild_map(record: ExpansionRecord) -> ParameterMap:
     try:
         for config in (source, target):
             check_config(family_of(config), config)
-        spec = spec_type(**options)
-        rebuilt: ParameterMap = spec.parameter_map(
-            family_of(source), source, target, seed=record.seed
-        )
+        spec, family = spec_type(**options), family_of(source)
+        if spec.expansion_type != "depth":
+            family = family.widened(source)
+        rebuilt: ParameterMap = spec.parameter_map(family, source, target, seed=record.seed)
     # The options and configs come from an untrusted file, so the map's arithmetic may raise any
     # exception
     except Exception as error:

@@ -301,8 +301,8 @@ def start_problems(
             "allowed: at most that"
         )
         return [Problem("data.sequence_length", length, reason=reason)]
-    if config.data.packing == "documents" and not family_of(source).has_table:
-        reason = f"whether {source['model_type']} obeys a document mask is unknown; use stream"
+    if config.data.packing == "documents" and not family_of(source).separates_documents(source):
+        reason = f"a token of {source['model_type']} depends on earlier documents; use stream"
         return [Problem("data.packing", "documents", reason=reason)]
     trained = [source] if config.control else []
     try:

@@ -1,7 +1,6 @@
 """Build and load configs, models and tokenizers with transformers."""
 
 import sys
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +21,6 @@ from transformers import (
 )
 from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
-from transformers.utils import logging as transformers_logging
 
 from tritter.core.families import (
     Config,
@@ -41,6 +39,7 @@ from tritter.core.families import (
 )
 from tritter.core.families.config_file import checked_config, errors_as
 from tritter.core.families.dimensions import plain_floats
+from tritter.core.families.discovery.configs import quiet
 from tritter.core.stock_routers import AddedExperts
 from tritter.errors import RequestError, TritterError
 from tritter.storage.reading import check_links, read_object, require_file
@@ -291,20 +290,6 @@ def _configure_model(model: PreTrainedModel) -> PreTrainedModel:
     if not is_aligned or model.dtype == torch.float64:
         model.set_experts_implementation("eager")
     return model
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Silence the progress bars and info messages of transformers."""
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
 
 
 @contextmanager

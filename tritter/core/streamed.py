@@ -122,21 +122,12 @@ class StreamedModel:
                 continue
             self.num_bytes += sum(map(self._weights.bytes_of, owned.values()))
             layer.register_forward_pre_hook(partial(self._load_module, owned, module))
-            layer.register_forward_hook(partial(self._unload_module, owned, unloaded, module))
+            layer.register_forward_hook(partial(self._unload, owned, unloaded, module))
 
     def _load_module(self, names: Mapping[str, str], module: nn.Module, *_: object) -> None:
         for attribute, name in names.items():
             value = self._weights.whole(name).to(torch.float32, copy=True)
             module._parameters[attribute] = nn.Parameter(value, requires_grad=False)
-
-    def _unload_module(
-        self,
-        names: Mapping[str, str],
-        unloaded: Mapping[str, nn.Parameter],
-        module: nn.Module,
-        *_: object,
-    ) -> None:
-        self._unload(names, unloaded, module)
 
     def _hook_layers(self) -> None:
         """Record the last hidden states of each layer, and run the layers only once."""

@@ -1,9 +1,10 @@
-"""Growth in depth of every causal language model in transformers, as a table.
+"""Growth of every causal language model in transformers, as a table.
 
     python -m tests.core.families.model_types [MODEL_TYPE ..]
 
 writes docs/reference/model_types.md. Each row is measured: a tiny model of the type is saved with
-random weights, expanded by `tritter.expand`, and both folders are loaded with the stock class.
+random weights, expanded by `tritter.expand`, and both folders are loaded with the stock class. For
+growth in width it has one layer of each kind.
 """
 
 import json
@@ -11,7 +12,7 @@ import re
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,15 +22,18 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import tritter
+from tritter.core.expansions import ExpansionSpec
+from tritter.core.expansions.targets import growth_examples
 from tritter.core.families import family_of, find_family
 from tritter.core.families.discovery import DiscoveredFamily
+from tritter.core.families.discovery.family import shallow
 from tritter.core.families.discovery.twin import build_twin
 from tritter.core.models import read_config
 from tritter.errors import TritterError
 
 PAGE = Path(__file__).parents[3] / "docs/reference/model_types.md"
 MODEL_TYPES = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-EXACT = 1e-5  # largest logit difference in standard deviations, float32
+EXACT = 1e-4  # largest logit difference in standard deviations, float32
 # Settings without which the class's own defaults make no model
 _EXAMPLES: dict[str, dict[str, Any]] = {
     "cohere_compass_text": {
@@ -42,59 +46,85 @@ _EXAMPLES: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 16},
     "ministral": {"head_dim": 128},
     "nemotron": {"head_dim": 128},
+    "qwen4_exp_text": {
+        "indexer_n_heads": 4,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 256,
+        "indexer_budget": 64,
+        "indexer_compress_ratio": 4,
+    },
     "reformer": {"is_decoder": True},
     "xmod": {"default_language": "en_XX"},
 }
 _HEAD = """\
 # Model types without a table
 
-Tritter grows the depth of model types that have no table in [families](families.md). It builds a \
-tiny random model of the type, finds the tensors that write the residual stream, and checks in \
-float64 that zeroing them makes a new layer the identity. Check your model:
+Model types that have no table in [families](families.md) grow too. Tritter builds a tiny random \
+model of the type and finds out by experiment which tensors write the residual stream, and along \
+which axes neurons, heads and the residual stream lie: a layer computes the same function if they \
+are permuted along all of them. Each growth is verified in float64 on the tiny model before \
+anything is written, and then on your checkpoint. Check your model:
 
 ```bash
-tritter inspect base
+tritter inspect base --family
 ```
 
 The table lists the causal language models of transformers VERSION, each with the default config \
-of its class. `python -m tests.core.families.model_types` writes it. Every *exact* type was \
-expanded from files by [`llama_pro`](expansions.md#llama_pro); the stock class gave the same \
-logits before and after.
+of its class; `tests/core/families/model_types.py` writes it. Each *exact* was measured: a \
+tiny model was expanded from files, and the stock class gave the same logits before and after.
 
-- **exact**: `llama_pro` keeps the function. `dus`, `stack` and `interpolate` work too, but are \
-not exact in any family.
+Depth:
+
+- **exact**: [`llama_pro`](expansions.md#llama_pro) keeps the function. `dus`, `stack` and \
+`interpolate` work too, but are not exact in any family.
 - **copies only**: layers can be copied, but no new layer is the identity.
 - **refused**: the depth can't grow, for the reason given.
 
-Only the depth of these types grows: [`width`](expansions.md#width), [`moe`](expansions.md#moe) \
-and [neuron growth](../concepts/growth.md) need a table. Training, forgetting mitigation, the \
-[gate](../concepts/gate.md), [LoRA experts](../how-to/add_lora_experts.md) and export work as for \
-other models; routing losses, document masks and 8-bit or 4-bit weights need a table too. In \
-multimodal models the text decoder grows; the other parts are unchanged. FLOP counts leave out \
-the scans of recurrent layers.
+FFN, heads and hidden size, by [`width`](expansions.md#width); experts, by \
+[`moe_add`](expansions.md#moe_add) with `addition=replicate`:
+
+- **exact**: any larger size. Heads grow by whole groups, one group per key/value head.
+- **multiples**: exact for whole copies (`init=net2net`, twice or three times the size).
+- **with hidden**: heads grow with the hidden size only.
+- **none**: there is no such size in the config.
+
+Refused in all of them: `aki`, `split` and `gqa`, appended experts, [`moe`](expansions.md#moe), \
+[neuron growth](../concepts/growth.md), routing losses and 8-bit or 4-bit weights. \
+`data.packing=documents` is refused if a token depends on earlier documents, which is measured. \
+Training, forgetting mitigation, the [gate](../concepts/gate.md), [LoRA \
+experts](../how-to/add_lora_experts.md) and export work as for other models. In multimodal models \
+the text decoder grows; the other parts are unchanged. FLOP counts leave out the scans of \
+recurrent layers.
 
 """
 
 
-_HEADER = "| `model_type` | depth | zeroed tensors of a new layer, or the reason |"
+_NOTE = "zeroed tensors of a new layer, or the reason"
+_HEADER = f"| `model_type` | depth | FFN | heads | hidden size | experts | {_NOTE} |"
+_SIZES = ("FFN", "heads", "hidden size", "experts")
+
+
+_OPTIONS = r"(expansion\.)?(width|moe_add|hidden_size|num_attention_heads|intermediate_size)"
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """What happens to the depth of a model type.
+    """What can grow in a model type.
 
     Args:
         model_type: name in config.json.
         depth: `exact`, `copies only`, `refused`, `table`, or `WRONG`.
-        note: the tensors that are zeroed, or the reason.
+        sizes: of `_SIZES`: `exact`, `multiples`, `with hidden`, `refused`, `none` or `WRONG`.
+        note: the tensors that are zeroed in a new layer, or the reason; then the reasons of sizes.
     """
 
     model_type: str
     depth: str
+    sizes: tuple[str, ...]
     note: str
 
     def __str__(self) -> str:
-        return f"| `{self.model_type}` | {self.depth} | {self.note} |"
+        return f"| `{self.model_type}` | {self.depth} | {' | '.join(self.sizes)} | {self.note} |"
 
 
 def example(model_type: str, **changes: Any) -> dict[str, Any]:
@@ -105,38 +135,83 @@ def example(model_type: str, **changes: Any) -> dict[str, Any]:
 
 def measured(model_type: str, place: Path) -> Row:
     """Return the row of a model type, measured in an empty folder."""
+    nothing = ("none",) * len(_SIZES)
     if find_family(model_type) is not None:
-        return Row(model_type, "table", "see [families](families.md)")
+        return Row(model_type, "table", nothing, "see [families](families.md)")
     base = place / "base"
     try:
         config = example(model_type)
         build_twin(config).model.float().save_pretrained(base)
         saved = json.loads((base / "config.json").read_text())["model_type"]
     except Exception as error:  # a class may raise anything
-        return Row(model_type, "refused", _short(error))
+        return Row(model_type, "refused", nothing, _short(error))
     if find_family(saved) is not None:
-        return Row(model_type, "table", f"saved as `{saved}`; see [families](families.md)")
-    try:
-        tritter.expand(base, "llama_pro", output=place / "grown")
-    except TritterError as error:
-        return _copied(model_type, base, place / "grown", _short(error))
-    before, after = (_logits(folder) for folder in (base, place / "grown"))
-    difference = float((after - before).abs().max() / before.std())
-    if difference > EXACT:
-        return Row(model_type, "WRONG", f"logits differ by {difference:.1e} standard deviations")
+        note = f"saved as `{saved}`; see [families](families.md)"
+        return Row(model_type, "table", nothing, note)
+    depth, note = _depth(base, place / "grown")
+    if depth == "refused":
+        return Row(model_type, depth, nothing, note)
+    few = place / "few"
+    build_twin(shallow(read_config(base))).model.float().save_pretrained(few)
+    return Row(model_type, depth, *_widths(few, place, note))
 
+
+def _depth(base: Path, grown: Path) -> tuple[str, str]:
+    """Return what happens to the depth, and the zeroed tensors or the reason."""
+    try:
+        tritter.expand(base, "llama_pro", output=grown)
+    except TritterError as error:
+        return _copied(base, grown), _short(error)
     family = family_of(read_config(base))
     assert isinstance(family, DiscoveredFamily)
-    return Row(model_type, "exact", ", ".join(f"`{name}`" for name in family.zeroed_names))
+    names = ", ".join(f"`{name}`" for name in family.zeroed_names)
+    return ("exact", names) if _is_exact(base, grown) else ("WRONG", names)
 
 
-def _copied(model_type: str, base: Path, grown: Path, reason: str) -> Row:
+def _copied(base: Path, grown: Path) -> str:
     try:
         tritter.expand(base, "stack", output=grown)
         _logits(grown)
     except TritterError:
-        return Row(model_type, "refused", reason)
-    return Row(model_type, "copies only", reason)
+        return "refused"
+    return "copies only"
+
+
+def _widths(base: Path, place: Path, note: str) -> tuple[tuple[str, ...], str]:
+    """Return what happens to each size, and the note with further reasons."""
+    sizes, notes, family = [], [note], family_of(read_config(base))
+    try:
+        requests = growth_examples(read_config(base))
+    except TritterError as error:
+        return ("refused",) * len(_SIZES), f"{note}; {_short(error)}"
+    for name, examples in requests.items():
+        for word, example in zip(("exact", "multiples"), examples, strict=False):
+            found, reason = _grown(base, place / name, example, word)
+            if found != "refused":
+                break
+        word = found
+        if "no config key" in reason or "has no experts" in reason:
+            word = "none"
+        elif name == "heads" and "follows from the hidden size" in reason:
+            word = "with hidden"
+        elif word == "refused":
+            notes.append(f"{name}: {reason.removeprefix(f'{family.model_type}: ')}")
+        sizes.append(word)
+    return tuple(sizes), "; ".join(notes)
+
+
+def _grown(base: Path, grown: Path, request: ExpansionSpec, word: str) -> tuple[str, str]:
+    """Return the word, `WRONG`, or `refused` with the reason."""
+    try:
+        tritter.expand(base, request, output=grown, overwrite=True)
+    except TritterError as error:
+        return "refused", _short(error)
+    return (word if _is_exact(base, grown) else "WRONG"), ""
+
+
+def _is_exact(base: Path, grown: Path) -> bool:
+    before, after = (_logits(folder) for folder in (base, grown))
+    return float((after - before).abs().max() / before.std()) <= EXACT
 
 
 def _logits(folder: Path) -> torch.Tensor:
@@ -151,16 +226,16 @@ def _logits(folder: Path) -> torch.Tensor:
 
 
 def _short(error: Exception) -> str:
-    text = " ".join(str(error).split()).replace("|", "/") or type(error).__name__
+    text = " ".join(str(error).split()).translate({ord("|"): "/", ord("`"): "'"})
+    text = text or type(error).__name__
     text = re.sub(r"^(config\.json|method|\S+/config\.json is not a usable config): ", "", text)
+    text = re.sub(rf"^({_OPTIONS})( = [^:]*)?: ", "", text)
     text = re.sub(r"^model_type '[^']+': |^model_type '[^']+' is not supported: ", "", text)
     return text[:160].rstrip(". ")
 
 
 def main(model_types: Sequence[str]) -> None:
     """Write the page; measure some model types again, or all."""
-    from transformers import __version__
-
     rows = {}
     if model_types:
         lines = PAGE.read_text(encoding="utf-8").splitlines()
@@ -171,15 +246,24 @@ def main(model_types: Sequence[str]) -> None:
             try:
                 row = measured(model_type, Path(place))
             except Exception as error:  # a fault of ours, which the suite reports
-                row = Row(model_type, "ERROR", _short(error))
+                row = Row(model_type, "ERROR", (), _short(error))
         print(row, flush=True)
         rows[model_type] = str(row)
-    counts = Counter(row.split(" | ")[1] for row in rows.values())
-    order = ("table", "exact", "copies only", "refused")
-    said = f"Of {len(rows)} types: {', '.join(f'{counts[depth]} {depth}' for depth in order)}."
-    table = [_HEADER, "|---|---|---|", *(rows[name] for name in MODEL_TYPES)]
+    write_page(rows)
+
+
+def write_page(rows: Mapping[str, str]) -> None:
+    """Write the page of the rows of all model types."""
+    from transformers import __version__
+
+    said = [f"Of {len(rows)} types:", ""]
+    words = ("table", "exact", "multiples", "with hidden", "copies only", "refused", "none")
+    for column, name in enumerate(("depth", *_SIZES), start=1):
+        counts = Counter(row.split(" | ")[column] for row in rows.values())
+        said.append(f"- {name}: " + ", ".join(f"{counts[w]} {w}" for w in words if counts[w]))
+    table = [_HEADER, "|---" * 7 + "|", *(rows[name] for name in MODEL_TYPES)]
     head = _HEAD.replace("VERSION", __version__)
-    PAGE.write_text("\n".join([head + said, "", *table]) + "\n", encoding="utf-8")
+    PAGE.write_text("\n".join([head + "\n".join(said), "", *table]) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -116,6 +116,14 @@ def test_a_repeated_pattern_becomes_a_list_of_layers() -> None:
     assert found[-1] == {"block_types": ["a", "a", "b", "b", "a"]}
 
 
+def test_keys_that_a_file_omits_or_spells_otherwise_are_known() -> None:
+    full = example("bloom", n_layer=2)
+    plain = {key: value for key, value in full.items() if key not in ("n_head", "hidden_size")}
+    for config in ({**plain, "num_attention_heads": 8, "n_embed": 64}, full):
+        sizes = discover(config).dimensions(config)
+        assert (sizes.hidden_size, sizes.num_attention_heads) == (64, 8)
+
+
 # Blocks
 
 
@@ -185,13 +193,12 @@ def test_new_layers_keep_the_logits_and_learn(model_type: str, tmp_path: Path) -
     result = tritter.expand(folder, "llama_pro", output=tmp_path / "grown")
     before, after = logits(folder), logits(result)
     assert float((after - before).abs().max()) < 1e-5 * float(before.std())
-    model = AutoModelForCausalLM.from_pretrained(result).train()
-    without = untrained_after_two_steps(model)
-    assert not without, without
+    assert not untrained_after_two_steps(result)
 
 
-def untrained_after_two_steps(model: PreTrainedModel) -> list[str]:
+def untrained_after_two_steps(folder: Path) -> list[str]:
     """Return the parameters that two steps of AdamW leave without a gradient."""
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     seen: set[str] = set()
     draws = torch.Generator().manual_seed(1)
@@ -232,11 +239,22 @@ def test_what_can_not_be_exact_is_refused(model_type: str, message: str, tmp_pat
     assert not (tmp_path / "grown").exists()
 
 
-def test_only_the_depth_grows_without_a_table(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        ("moe", {}, "opt has no table; its depth and its width can grow"),
+        ("width", {"intermediate_size": 192, "init": "aki"}, "opt has no table"),
+        ("width", {"num_attention_heads": 8}, "the size of a head follows from the hidden size"),
+        ("width", {"hidden_size": 96}, "use init=net2net with hidden_size=128"),
+    ],
+)
+def test_what_has_no_table_is_refused(
+    method: str, options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
     folder = example_folder("opt", tmp_path)
-    for method in ("width", "moe"):
-        with pytest.raises(RequestError, match="only the depth of opt can grow"):
-            tritter.expand(folder, method, output=tmp_path / "grown")
+    with pytest.raises(RequestError, match=message):
+        tritter.expand(folder, method, output=tmp_path / "grown", **options)
+    assert not (tmp_path / "grown").exists()
 
 
 # Untrusted configs
@@ -257,7 +275,8 @@ def test_a_changed_config_is_refused_or_grown(
             changed["model_type"] = rng.choice(MODEL_TYPES)
         (source / "config.json").write_text(json.dumps(changed))
         output = tmp_path / f"grown-{number}"
-        words = [str(source), "--method", "llama-pro", "--output", str(output)]
+        method = rng.choice(("llama-pro", "width"))
+        words = [str(source), "--method", method, "--output", str(output)]
         code = main(["inspect", str(source)] if number % 4 == 0 else ["expand", *words])
         assert code in (0, 2, 3), (changed, capsys.readouterr().err)
         assert "Traceback" not in capsys.readouterr().err

@@ -216,10 +216,14 @@ class HeadMaps:
         key_value: of the outputs of k and v.
         interleaved: of the stacked outputs of q, k and v, head by head.
         per_head: factor of the gains that all heads share (norms of q and k); None keeps them.
+        groups: of whole key/value groups.
+        head_dim: size of a head.
     """
 
     query: AxisMap
     key_value: AxisMap
+    groups: AxisMap
+    head_dim: int
     interleaved: AxisMap | None = None
     per_head: AxisFactor | None = None
 
@@ -295,6 +299,8 @@ def split_heads(old: Dimensions) -> HeadMaps:
     return HeadMaps(
         AxisMap.copied(old.query_size, query.flatten(), torch.ones(query.numel())),
         AxisMap.copied(old.key_value_size, key_value.flatten(), torch.ones(key_value.numel())),
+        AxisMap.identity(old.num_key_value_heads),
+        size,
         per_head=AxisFactor(even, ones, ones),
     )
 
@@ -302,7 +308,9 @@ def split_heads(old: Dimensions) -> HeadMaps:
 def _of_heads(query: AxisMap, key_value: AxisMap, *, head_dim: int) -> HeadMaps:
     """Return the maps of coordinates for maps of whole heads."""
     interleaved = key_value.repeated(3 * head_dim)
-    return HeadMaps(query.repeated(head_dim), key_value.repeated(head_dim), interleaved)
+    return HeadMaps(
+        query.repeated(head_dim), key_value.repeated(head_dim), key_value, head_dim, interleaved
+    )
 
 
 def copied_sources(old_size: int, new_size: int, *, seed: int) -> Tensor:

@@ -22,6 +22,7 @@ from tritter.limits import MAX_EXPERTS
 from tritter.options import Text, options
 from tritter.seeds import derived_seed
 
+_ROUTES = ("routes", "experts")  # spaces with a coordinate for each expert
 DEFAULT_APPENDED = 4
 DEFAULT_NOISE = 0.01
 
@@ -96,7 +97,11 @@ class MoeAdd:
         layers = sparse_layers(family, config)
         size = family.dimensions(config)
         self._check_options(size.num_experts, len(layers))
-        key, key_per_token = family.sizes["num_experts"], family.sizes["experts_per_token"]
+        if self.is_append and not family.has_table:
+            reason = (
+                f"it needs a table of the family, and {family.model_type} has none; use replicate"
+            )
+            raise refused("expansion.moe_add.addition", "append", reason)
         if self.is_append:
             added = self.num_experts or DEFAULT_APPENDED
             if self.init == "distill" and added < size.experts_per_token:
@@ -107,7 +112,7 @@ class MoeAdd:
                     f"{size.experts_per_token} of the new experts; must be at least "
                     f"{size.experts_per_token}",
                 )
-            return {**config, key: size.num_experts + added}
+            return family.with_experts(config, size.num_experts + added, size.experts_per_token)
         if self.num_experts not in (None, size.num_experts):
             addition = key_name("expansion.moe_add.addition")
             raise refused(
@@ -116,11 +121,7 @@ class MoeAdd:
                 f"{addition}=replicate doubles the {size.num_experts} experts, so it adds "
                 f"{size.num_experts}; {addition}=append adds any number",
             )
-        return {
-            **config,
-            key: 2 * size.num_experts,
-            key_per_token: 2 * size.experts_per_token,
-        }
+        return family.with_experts(config, 2 * size.num_experts, 2 * size.experts_per_token)
 
     def parameter_map(
         self, family: Family, source: Config, target: Config, *, seed: int
@@ -132,8 +133,6 @@ class MoeAdd:
                 "domain data selects the expert, so it needs a run of train.py, or "
                 f"--domain-data; or use clone with {key_name('expansion.moe_add.clone_from')}",
             )
-        import torch
-
         layers, chosen = sparse_layers(family, source), self.clone_from or (0,)
         experts = chosen if len(chosen) > 1 else chosen * len(layers)
         cloned: dict[int | None, int] = dict(zip(layers, experts, strict=True))
@@ -141,25 +140,50 @@ class MoeAdd:
         tensors: dict[str, TensorMap] = {}
         for tensor in family.logical_tensors(target):
             name = tensor.name
-            if tensor.kind == "router":
+            if not self.is_append:
+                rows = family.shape(tensor, target)[0] if tensor.axes else 1
+                tensors[name] = self._replicated(tensor, rows, old, new, seed)
+            elif tensor.kind == "router":
                 tensors[name] = self._router(name, cloned[tensor.layer], old, new, seed)
-            elif tensor.expert is None or (self.is_append and tensor.expert < old):
+            elif tensor.expert is None or tensor.expert < old:
                 tensors[name] = TensorMap(source=name)
-            elif self.is_append:
+            else:
                 shape = family.shape(tensor, source)
                 tensors[name] = self._appended(tensor, cloned[tensor.layer], old, shape, seed)
-            else:  # one of two copies, each with half of the gradient
-                ones = torch.ones(family.shape(tensor, source)[0], dtype=torch.float64)
-                is_copy = tensor.expert >= old
-                tensors[name] = TensorMap(
-                    source=_of_expert(tensor, tensor.expert % old),
-                    axes=(AxisFactor(torch.arange(len(ones)), ones, ones / 2), None),
-                    noise=self.noise if is_copy else 0.0,
-                    noise_seed=derived_seed(seed, "noise", name),
-                    is_copy=is_copy,
-                )
         num_layers = family.dimensions(source).num_hidden_layers
         return ParameterMap(tensors=tensors, layer_sources=tuple(range(num_layers)))
+
+    def _replicated(
+        self, tensor: LogicalTensor, rows: int, num_old: int, num_new: int, seed: int
+    ) -> TensorMap:
+        """Return the map of a tensor when each expert gets a copy, with half of the gradient."""
+        import torch
+
+        is_copy = tensor.expert is not None and tensor.expert >= num_old
+        noise = self.noise if is_copy else 0.0
+        axes: list[AxisFactor | None] = [None] * len(tensor.axes)
+        source, noise_seed = tensor.name, 0
+        if tensor.expert is not None:
+            noise_seed = derived_seed(seed, "noise", tensor.name)
+            ones = torch.ones(rows, dtype=torch.float64)
+            axes[0] = AxisFactor(torch.arange(rows), ones, ones / 2)
+            source = _of_expert(tensor, tensor.expert % num_old)
+        else:
+            share = torch.full((num_new,), 0.5, dtype=torch.float64)
+            routes = AxisMap.copied(num_old, torch.arange(num_new) % num_old, share)
+            for number, axis in enumerate(tensor.axes):
+                if axis.space.kind in _ROUTES:
+                    rest = axis.length - num_new if axis.length else 0  # routes to no expert
+                    axes[number] = AxisFactor.writes_nonlinear(routes.arranged((1,), rest))
+                    if tensor.kind.startswith("experts."):
+                        noise, noise_seed = self.noise, derived_seed(seed, "noise", tensor.name)
+        return TensorMap(
+            source=source,
+            axes=tuple(axes) if any(axes) else (),
+            noise=noise,
+            noise_seed=noise_seed,
+            is_copy=is_copy,
+        )
 
     def _appended(
         self, tensor: LogicalTensor, source: int, num_old: int, shape: Sequence[int], seed: int
@@ -187,10 +211,6 @@ class MoeAdd:
     def _router(self, name: str, source: int, num_old: int, num_new: int, seed: int) -> TensorMap:
         import torch
 
-        if not self.is_append:
-            share = torch.full((num_new,), 0.5, dtype=torch.float64)
-            routes = AxisMap.copied(num_old, torch.arange(num_new) % num_old, share)
-            return TensorMap(name, (AxisFactor.writes_nonlinear(routes), None))
         routes = AxisMap.padded(num_old, num_new)
         match self.init:
             case "clone" | "best" | "distill":

@@ -88,14 +88,18 @@ def _checked_target(spec: ExpansionSpec, config: Config) -> Config:
     """Return the config after an expansion, after checking it against the size limits."""
     family = family_of(config)
     if not family.has_table and spec.expansion_type != "depth":
-        reason = (
-            f"only the depth of {family.model_type} can grow, by dus, stack, interpolate or "
-            "llama_pro; Tritter does not know the axes of its tensors"
-        )
-        raise RequestError(Problem(f"expansion.{spec.name}", reason=reason))
-    if spec.is_exact and (reason := family.inexact_reason):
+        if spec.name == "moe":
+            reason = f"{family.model_type} has no table; its depth and its width can grow"
+            raise RequestError(Problem(f"expansion.{spec.name}", reason=reason))
+        family = family.widened(config)
+    is_deeper = spec.expansion_type == "depth"
+    if is_deeper and spec.is_exact and (reason := family.inexact_reason):
         raise RequestError(Problem(f"expansion.{spec.name}", reason=f"{reason}; use dus or stack"))
     target = spec.target_config(family, config)
+    if not family.has_table and not is_deeper:
+        from tritter.core.expansions.on_twin import check_on_twin  # imports transformers
+
+        check_on_twin(spec, family, config, target)
     try:
         check_size(family_of(target), target)
     except RequestError as error:
@@ -140,6 +144,8 @@ def build_steps(
     source = source_config
     for position, spec in enumerate(specs):
         family = family_of(source)  # changes after an expansion into experts
+        if spec.expansion_type != "depth":
+            family = family.widened(source)
         target = _checked_target(spec, source)
         parameter_map = spec.parameter_map(family, source, target, seed=seed + position)
         notes = spec.notes(family, source, target)

@@ -9,7 +9,7 @@ from tritter.core.expansions.moe import Moe, partner_of
 from tritter.core.expansions.moe_add import MoeAdd, sparse_layers
 from tritter.core.expansions.specification import ExpansionSpec, is_possible, target_config
 from tritter.core.expansions.width import Width
-from tritter.core.families import Config, count_parameters, family_of
+from tritter.core.families import Config, count_parameters, family_of, ffn_size
 from tritter.errors import Problem, RequestError, refused
 from tritter.limits import MAX_EXPERTS, MAX_LAYERS, MAX_WIDTH
 
@@ -108,3 +108,32 @@ def _describe(spec: Any) -> str:
     names = ("target_layers", "drop_layers", "positions", "hidden_size", "num_experts")
     values = {name: getattr(spec, name, None) for name in names}
     return ", ".join(f"{name} {value}" for name, value in values.items() if value is not None)
+
+
+def growth_examples(config: Config) -> dict[str, tuple[ExpansionSpec, ...]]:
+    """Return size → examples of growth: to any size, then by whole copies.
+
+    FFN and heads are scaled with the hidden size.
+    """
+    sizes = family_of(config).widened(config).dimensions(config)
+    heads, groups, hidden = sizes.num_attention_heads, sizes.num_key_value_heads, sizes.hidden_size
+    ffn = ffn_size(sizes)
+    kept = Width(
+        hidden_size=hidden,
+        intermediate_size=ffn,
+        num_attention_heads=heads,
+        num_key_value_heads=groups,
+    )
+    doubled = replace(kept, num_attention_heads=2 * heads, num_key_value_heads=2 * groups)
+    return {
+        "FFN": (
+            replace(kept, intermediate_size=3 * ffn // 2),
+            replace(kept, intermediate_size=2 * ffn, init="net2net"),
+        ),
+        "heads": (doubled, replace(doubled, init="net2net")),
+        "hidden size": (
+            Width(hidden_size=3 * hidden // 2),
+            Width(hidden_size=2 * hidden, init="net2net"),
+        ),
+        "experts": (MoeAdd(addition="replicate", noise=0.0),),
+    }

@@ -29,6 +29,7 @@ from tritter.core.expansions.heads import (
     check_heads,
     check_normed_heads,
     copied_sources,
+    group_size,
     have_equal_copies,
     head_maps,
     head_targets,
@@ -36,13 +37,17 @@ from tritter.core.expansions.heads import (
     spreads_groups,
 )
 from tritter.core.families import (
+    GROWING,
+    Axis,
     Config,
     Dimensions,
     Family,
     LogicalTensor,
     Port,
     Space,
+    ffn_size,
     ffn_sizes,
+    segments,
     with_ffn_sizes,
 )
 from tritter.core.parameter_map import AxisFactor, AxisMap, Fill, ParameterMap, TensorMap
@@ -52,7 +57,7 @@ from tritter.options import options
 from tritter.seeds import derived_seed
 
 # Spaces of units between a read from the stream and a write to it
-_UNITS = ("ffn", "shared_ffn", "query")
+_UNITS = ("ffn", "shared_ffn", "query", "heads")
 _KEPT = ("vocab", "positions", "routes", "shared_gate")
 
 
@@ -83,15 +88,34 @@ class Spaces:
     _units: dict[Space, AxisMap] = field(default_factory=dict, repr=False)
 
     def factors(
-        self, tensor: LogicalTensor, old_shape: Sequence[int], new_shape: Sequence[int]
+        self,
+        tensor: LogicalTensor,
+        old_shape: Sequence[int],
+        new_shape: Sequence[int],
+        grown: LogicalTensor | None = None,
     ) -> tuple[AxisFactor | None, ...]:
-        """Return the factor of each axis of a tensor; None for an unchanged axis."""
+        """Return the factor of each axis of a tensor; None for an unchanged axis.
+
+        Args:
+            tensor: of the source.
+            old_shape: of the tensor.
+            new_shape: of the same tensor in the target.
+            grown: that tensor, in a family without a table.
+        """
         factors: list[AxisFactor | None] = []
-        for axis, old_size, new_size in zip(tensor.axes, old_shape, new_shape, strict=True):
+        sizes = list(zip(old_shape, new_shape, strict=True))
+        for number, (axis, (old_size, new_size)) in enumerate(zip(tensor.axes, sizes, strict=True)):
             if axis.space.kind in (*_KEPT, "head_dim"):
                 factors.append(self.heads.per_head if axis.space.kind == "head_dim" else None)
                 continue
-            axis_map = self._axis_map(axis.space, old_size, new_size)
+            is_scaled = axis.port in (Port.GAIN, Port.ABSORBED)
+            if grown is not None and old_size == new_size and not is_scaled:
+                factors.append(None)
+                continue
+            if grown is not None:
+                axis_map = self._discovered_map(axis, grown.axes[number])
+            else:
+                axis_map = self._axis_map(axis.space, old_size, new_size)
             match axis.port:
                 case Port.WRITE:
                     factor = AxisFactor.writes(axis_map)
@@ -105,15 +129,29 @@ class Spaces:
                     factor = AxisFactor.reads(axis_map)
                 case Port.GAIN:
                     # q and k are already scaled for the new eps; copies keep the mean square
-                    is_of_heads = axis.space.kind in ("query", "key_value")
+                    is_of_heads = axis.space.kind in ("query", "key_value", "heads", "ffn")
                     ratio = 1.0 if is_of_heads else self.rms_ratio
                     factor = AxisFactor.gain(axis_map, rms_ratio=ratio)
             is_kept = factor.is_identity and axis_map.is_identity
             factors.append(None if is_kept else factor)
         return tuple(factors)
 
+    def _discovered_map(self, old: Axis, new: Axis) -> AxisMap:
+        """Return the map of an axis in a family without a table."""
+        before, after = int(old.space.size), int(new.space.size)
+        if old.length == new.length and (old.length or before == after):
+            return AxisMap.identity(old.length or before)
+        entries, part = divmod(new.length - old.length, after - before or 1)
+        widths = segments(old.arrangement, entries, self.heads.head_dim)
+        rest = old.length - entries * before
+        if not old.length or before == after or part or widths is None or rest < 0:
+            raise RequestError(f"the axes of {old.space.name} do not follow the size")
+        return self._axis_map(old.space, before, after).arranged(widths, rest)
+
     def _axis_map(self, space: Space, old_size: int, new_size: int) -> AxisMap:
         match space.kind:
+            case "heads":
+                return self.heads.groups
             case "query":
                 return self.heads.query
             case "key_value":
@@ -160,9 +198,13 @@ def width_fill(
     for axis, factor in zip(tensor.axes, factors, strict=True):
         if factor:
             reads_new_unit = axis.port is Port.READ and axis.space.kind in _UNITS
-            kinds.add("zero" if axis.space.is_stream or reads_new_unit else "random")
-    if "random" not in kinds or "zero" in kinds or len(shape) != 2:
+            reads_stream = axis.port is Port.READ and axis.space.is_stream
+            is_zero = reads_new_unit or (axis.space.is_stream and not reads_stream)
+            kinds.add("zero" if is_zero else "random")
+    if "random" not in kinds or "zero" in kinds or len(shape) < 2:
         return Fill()
+    if len(shape) > 2:  # experts in one tensor, or a convolution
+        return Fill(kind="matched", seed=derived_seed(seed, "fill", tensor.name))
     std = 1 / math.sqrt(shape[-1])
     return Fill(kind="random", std=std, seed=derived_seed(seed, "fill", tensor.name))
 
@@ -182,15 +224,6 @@ def tensors_above(tensors: Sequence[LogicalTensor]) -> dict[str, str]:
 Init = Literal["fresh", "net2net", "zero_pad", "aki"]
 Shares = Literal["unequal", "equal"]
 _REPEATING = ("net2net", "aki")  # methods that repeat the residual stream as a whole
-_GROWING = (
-    "hidden_size",
-    "intermediate_size",
-    "expert_size",
-    "shared_expert_size",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-)
 
 
 @options
@@ -256,25 +289,24 @@ class Width:
                 "use fresh, net2net or zero_pad",
             )
         _check_grows(old, new)
+        if not family.has_table:
+            self._check_discovered(family, old, new)
         self._check_mean(family, old, new)
-        if family.heads_fill_hidden:
+        if family.heads_fill_hidden and family.has_table:
             check_filling_heads(family.model_type, old, new, strategy=self.strategy)
         check_heads(old, new, strategy=self.strategy)
         if family.norms_all_heads:
             check_normed_heads(family.model_type, old, new, strategy=self.strategy)
-        check_rotary(family, config, old, new, is_split=self.strategy == "split")
+        check_rotary(family, family.decoder(config), old, new, is_split=self.strategy == "split")
         self._check_hidden_size(family, old, new)
-        target: Config = {
-            **config,
-            **{key: getattr(new, name) for name, key in family.sizes.items() if name in _GROWING},
-        }
+        target = family.with_dimensions(config, new)
         if not family.subtracts_mean:
-            eps = float(config["rms_norm_eps"]) * self._rms_ratio(old, new) ** 2  # type: ignore[arg-type]
-            target["rms_norm_eps"] = float(f"{eps:.15g}")  # 8e-07, not 7.999999999999999e-07
+            target = family.with_rms(target, self._rms_ratio(old, new))
         widest, grown = old.intermediate_size, new.intermediate_size
         sizes = [round(size * grown / widest) for size in ffns]
-        key = family.sizes["intermediate_size"]
-        return with_ffn_sizes(target, sizes, key=key) if sizes else target
+        if not sizes:
+            return target
+        return with_ffn_sizes(target, sizes, key=family.sizes["intermediate_size"])
 
     def parameter_map(
         self, family: Family, source: Config, target: Config, *, seed: int
@@ -282,7 +314,9 @@ class Width:
         import torch
 
         old, new = family.dimensions(source), family.dimensions(target)
-        is_scaled = any(a.port is Port.WRITE_SCALED for t in family.tensors for a in t.axes)
+        logical = family.logical_tensors(source)
+        is_scaled = any(a.port is Port.WRITE_SCALED for tensor in logical for a in tensor.axes)
+        grown = {} if family.has_table else {t.name: t for t in family.logical_tensors(target)}
         residual = AxisMap.tiled if self.init in _REPEATING else AxisMap.padded
         equal_shares = self.shares == "equal"
         spaces = Spaces(
@@ -296,16 +330,19 @@ class Width:
                 strategy=self.strategy,
                 equal_shares=equal_shares or family.norms_all_heads,
             ),
-            is_tied=bool(source.get("tie_word_embeddings")),
+            is_tied=family.is_tied(source),
             embedding_scale=(old.hidden_size / new.hidden_size) ** 0.5 if is_scaled else 1.0,
             units_are_copied=self.init != "fresh",
             equal_shares=equal_shares,
             seed=seed,
         )
-        logical, maps = family.logical_tensors(source), dict[str, TensorMap]()
+        maps = dict[str, TensorMap]()
         for tensor in logical:
             shape = family.shape(tensor, target)
-            factors = spaces.factors(tensor, family.shape(tensor, source), shape)
+            if grown:
+                shape = family.shape(grown[tensor.name], target)
+            before = family.shape(tensor, source)
+            factors = spaces.factors(tensor, before, shape, grown.get(tensor.name))
             is_scaled_gain = tensor.is_norm and any(
                 factor is not None and bool((factor.weight != 1).any()) for factor in factors
             )
@@ -315,7 +352,7 @@ class Width:
                 fill=width_fill(tensor, shape, factors, seed=seed),
                 noise=self.noise,
                 noise_seed=derived_seed(seed, "noise", tensor.name),
-                offset=family.norm_offset if is_scaled_gain else 0.0,
+                offset=family.offset_of(tensor) if is_scaled_gain else 0.0,
             )
         if self.init == "aki":
             # Norms connect the stream with readers of the same layer, so they are not replaced
@@ -338,7 +375,7 @@ class Width:
         old, new = family.dimensions(source), family.dimensions(target)
         grown = {
             family.sizes[name]: f"{family.sizes[name]} {getattr(old, name)} → {getattr(new, name)}"
-            for name in _GROWING
+            for name in GROWING
             if name in family.sizes and getattr(old, name) != getattr(new, name)
         }
         counts = ("num_attention_heads", "num_key_value_heads")
@@ -355,6 +392,35 @@ class Width:
         """Return the RMS of the expanded stream divided by that of the old one: √(k·d/D)."""
         copies = new.hidden_size // old.hidden_size if self.init in _REPEATING else 1
         return math.sqrt(copies * old.hidden_size / new.hidden_size)
+
+    def _check_discovered(self, family: Family, old: Dimensions, new: Dimensions) -> None:
+        """Refuse what a family without a table does not support.
+
+        Raises:
+            RequestError: `aki`, a change within groups of heads, or axes that were not found.
+        """
+        if self.init == "aki":
+            reason = f"{family.model_type} has no table; use fresh, net2net or zero_pad"
+            raise refused("expansion.width.init", "aki", reason)
+        if self.strategy in ("gqa", "split"):
+            reason = f"{family.model_type} has no table; use fresh or copy"
+            raise refused("expansion.width.head_strategy", self.strategy, reason)
+        family.check_growth(old, new)
+        if group_size(new) != group_size(old):
+            reason = (
+                f"the heads of {family.model_type} grow by whole groups of {group_size(old)}; with "
+                f"{key_name('expansion.width.num_key_value_heads')} = {new.num_key_value_heads} "
+                f"it must be {group_size(old) * new.num_key_value_heads}"
+            )
+            raise refused("expansion.width.num_attention_heads", new.num_attention_heads, reason)
+        heads, hidden_size = new.num_attention_heads, old.hidden_size
+        hidden_size = hidden_size * heads // old.num_attention_heads
+        if family.heads_fill_hidden and hidden_size != new.hidden_size:
+            reason = (
+                f"the heads of {family.model_type} fill the hidden size, so with "
+                f"{heads} of them it must be {hidden_size}"
+            )
+            raise refused("expansion.width.hidden_size", new.hidden_size, reason)
 
     def _check_mean(self, family: Family, old: Dimensions, new: Dimensions) -> None:
         """Refuse new directions other than whole copies if norms subtract the mean."""
@@ -428,6 +494,8 @@ class Width:
             kv_heads=self.num_key_value_heads,
         )
         is_set = self.num_attention_heads is not None or self.num_key_value_heads is not None
+        if family.keeps_heads and not is_set:
+            with_heads = old
         if family.norms_all_heads and self.strategy != "split" and not is_set:
             are_kept = not have_equal_copies(old, with_heads, strategy=self.strategy)
             with_heads = old if are_kept else with_heads
@@ -438,11 +506,6 @@ class Width:
             expert_size=round(old.expert_size * grown / base),
             shared_expert_size=round(old.shared_expert_size * grown / base),
         )
-
-
-def ffn_size(dimensions: Dimensions) -> int:
-    """Return the size that `intermediate_size` sets: of an expert, or of the FFN."""
-    return dimensions.expert_size or dimensions.intermediate_size
 
 
 def _check_grows(old: Dimensions, new: Dimensions) -> None:

@@ -5,7 +5,15 @@ from tritter.core.families.config_file import (
     check_size,
     with_live_sizes,
 )
-from tritter.core.families.dimensions import Config, Dimensions, ffn_sizes, on_disk, with_ffn_sizes
+from tritter.core.families.dimensions import (
+    GROWING,
+    Config,
+    Dimensions,
+    ffn_size,
+    ffn_sizes,
+    on_disk,
+    with_ffn_sizes,
+)
 from tritter.core.families.family import Family
 from tritter.core.families.flops import (
     NO_ADAPTERS,
@@ -27,7 +35,14 @@ from tritter.core.families.layout import (
     padded_shapes,
     unpack_all,
 )
-from tritter.core.families.logical import Axis, LogicalTensor, Port, Space, logical_name
+from tritter.core.families.logical import (
+    Axis,
+    LogicalTensor,
+    Port,
+    Space,
+    logical_name,
+    segments,
+)
 from tritter.core.families.tables import (
     FAMILIES,
     LLAMA,
@@ -43,6 +58,7 @@ from tritter.core.families.tables import (
 
 __all__ = [
     "FAMILIES",
+    "GROWING",
     "LLAMA",
     "MIXTRAL",
     "NO_ADAPTERS",
@@ -67,6 +83,7 @@ __all__ = [
     "check_size",
     "count_parameters",
     "family_of",
+    "ffn_size",
     "ffn_sizes",
     "find_family",
     "forward_flops",
@@ -78,6 +95,7 @@ __all__ = [
     "pack_all",
     "padded_shapes",
     "position_limit",
+    "segments",
     "training_flops",
     "unpack_all",
     "with_ffn_sizes",

@@ -22,6 +22,16 @@ DENSE_SIZES: Mapping[str, str] = {
     )
 }
 
+GROWING = (  # sizes that growth in width changes
+    "hidden_size",
+    "intermediate_size",
+    "expert_size",
+    "shared_expert_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+)
+
 _LIMITS: Mapping[str, int] = {
     "num_hidden_layers": MAX_LAYERS,
     "vocab_size": MAX_VOCABULARY,
@@ -74,6 +84,11 @@ class Dimensions:
     def single(self) -> int:
         """The size of a space of one coordinate, such as the shared expert's gate."""
         return 1
+
+
+def ffn_size(dimensions: Dimensions) -> int:
+    """Return the size that `intermediate_size` sets: of an expert, or of the FFN."""
+    return dimensions.expert_size or dimensions.intermediate_size
 
 
 def require_size(name: str, key: str, value: object) -> int:

@@ -1,7 +1,7 @@
 """A family's table, expanded for a config: tensors, their shapes and their number."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
@@ -10,6 +10,7 @@ from typing import Literal
 from tritter.core.families.dimensions import (
     DENSE_SIZES,
     FFN_SIZES,
+    GROWING,
     Config,
     Dimensions,
     ffn_sizes,
@@ -67,7 +68,7 @@ class Family:
 
     @property
     def has_table(self) -> bool:
-        """Its spaces and axes are known, so everything of it can grow; otherwise depth alone."""
+        """Its tensors are tabulated; otherwise `widened` finds their axes."""
         return bool(self.tensors)
 
     @property
@@ -88,6 +89,11 @@ class Family:
     def heads_fill_hidden(self) -> bool:
         """The total width of the heads equals the hidden size."""
         return "head_dim" not in self.sizes
+
+    @property
+    def keeps_heads(self) -> bool:
+        """The number of heads can't grow, and does not depend on the hidden size."""
+        return False
 
     @property
     def positions_key(self) -> str:
@@ -119,6 +125,43 @@ class Family:
         if layer is None or not isinstance(widths, list | tuple):
             return sizes
         return replace(sizes, intermediate_size=widths[layer])
+
+    def widened(self, config: Config) -> "Family":
+        """Return this family with all that growth in width needs to know."""
+        return self
+
+    def check_growth(self, old: Dimensions, new: Dimensions) -> None:
+        """Raise a RequestError if a size that changes can't grow."""
+
+    def with_dimensions(self, config: Config, sizes: Dimensions) -> Config:
+        """Return the config of a model with other sizes of FFNs, heads and residual stream."""
+        changed = {key: getattr(sizes, name) for name, key in self.sizes.items() if name in GROWING}
+        return {**config, **changed}
+
+    def decoder(self, config: Config) -> Config:
+        """Return the config of the decoder, which multimodal configs contain."""
+        return config
+
+    def separates_documents(self, config: Config) -> bool:
+        """Return True if position ids that restart keep a token from reading earlier documents."""
+        return True
+
+    def with_experts(self, config: Config, num_experts: int, experts_per_token: int) -> Config:
+        """Return the config of a model with other numbers of experts."""
+        counts = {"num_experts": num_experts, "experts_per_token": experts_per_token}
+        return {**config, **{self.sizes[name]: count for name, count in counts.items()}}
+
+    def with_rms(self, config: Config, ratio: float) -> Config:
+        """Return the config of a model whose residual stream has `ratio` times the RMS."""
+        return {**config, **scaled_eps(config, ("rms_norm_eps",), ratio)}
+
+    def is_tied(self, config: Config) -> bool:
+        """Return True if the embedding is also the head."""
+        return bool(config.get("tie_word_embeddings"))
+
+    def offset_of(self, tensor: LogicalTensor) -> float:
+        """Return the offset between the weight of a norm and its gain."""
+        return self.norm_offset
 
     def layer_kinds(self, config: Config) -> list[Literal["dense", "sparse"]]:
         """Return the kind of each layer: with experts (sparse) or one FFN (dense).
@@ -261,3 +304,9 @@ class Family:
         last = len(is_layer) - is_layer[::-1].index(True)
         tensors = list(self.tensors)
         return tensors[:first], tensors[first:last], tensors[last:]
+
+
+def scaled_eps(config: Config, keys: Iterable[str], ratio: float) -> Config:
+    """Return the eps of norms whose input has `ratio` times the RMS."""
+    scaled = {key: float(config[key]) * ratio**2 for key in keys}  # type: ignore[arg-type]
+    return {key: float(f"{eps:.15g}") for key, eps in scaled.items()}  # 8e-07, not 7.999999e-07

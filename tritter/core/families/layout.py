@@ -120,7 +120,6 @@ def layout(config: Config, kind: LayoutKind) -> tuple[StoredTensor, ...]:
     """Return all stored tensors of a model, in forward order."""
     family, parts_by_name = family_of(config), dict[str, list[Part]]()
     shapes: dict[str, tuple[int, ...]] = {}
-    num_experts = family.dimensions(config).num_experts
     for tensor in family.logical_tensors(config):
         shape = family.shape(tensor, config)
         part, name = Part(tensor), tensor.disk_name
@@ -129,7 +128,8 @@ def layout(config: Config, kind: LayoutKind) -> tuple[StoredTensor, ...]:
             shape = (fused.num_blocks * shape[0], *shape[1:])
             part, name = Part(tensor, (rows,)), fused.name
             if tensor.expert is not None:
-                part, shape = Part(tensor, (tensor.expert, rows)), (num_experts, *shape)
+                count = max(tensor.expert + 1, shapes.get(name, (0,))[0])
+                part, shape = Part(tensor, (tensor.expert, rows)), (count, *shape)
         elif tensor.within:
             name, first = tensor.within, shapes.get(tensor.within, (0,))[0]
             end = first + shape[0]

@@ -13,6 +13,7 @@ from typing import Literal
 from tritter.core.families.dimensions import Config
 
 LayerKind = Literal["none", "all", "dense", "sparse"]
+Arrangement = Literal["whole", "halves", "thirds", "qkv"]
 
 
 class Port(Enum):
@@ -67,10 +68,22 @@ class Space:
 
 @dataclass(frozen=True, slots=True)
 class Axis:
-    """One dimension of a logical tensor: its space and its port."""
+    """One dimension of a logical tensor: its space and its port.
+
+    Args:
+        space: of the axis.
+        port: how the tensor uses it.
+        length: of the axis, if it is not the size of the space: each unit then has several entries.
+        arrangement: order of these entries: each unit's together (`whole`), or the units two or
+            three times in turn (`halves`, `thirds`), or queries, then keys, then values (`qkv`).
+        offset: constant that a norm of a family without a table adds to its gain.
+    """
 
     space: Space
     port: Port
+    length: int = 0
+    arrangement: Arrangement = "whole"
+    offset: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,6 +190,27 @@ class LogicalTensor:
             layer=layer,
             expert=expert,
         )
+
+
+def segments(arrangement: Arrangement, entries: int, head_dim: int) -> tuple[int, ...] | None:
+    """Return the entries of a unit in each segment of an axis, or None if that is impossible.
+
+    Args:
+        arrangement: of the units along the axis.
+        entries: of a unit, in total.
+        head_dim: entries of a key or a value.
+    """
+    found: tuple[int, ...]
+    match arrangement:
+        case "whole":
+            found = (entries,)
+        case "halves":
+            found = (entries // 2,) * 2
+        case "thirds":
+            found = (entries // 3,) * 3
+        case "qkv":
+            found = (entries - 2 * head_dim, head_dim, head_dim)
+    return found if sum(found) == entries and min(found) > 0 else None
 
 
 def logical_name(kind: str, *, layer: int | None = None, expert: int | None = None) -> str:

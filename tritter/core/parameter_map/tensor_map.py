@@ -137,6 +137,30 @@ class AxisMap:
             share=self.share.repeat_interleave(width),
         )
 
+    def arranged(self, segments: Sequence[int], rest: int = 0) -> AxisMap:
+        """Expand each coordinate to several, the coordinates once per segment.
+
+        Args:
+            segments: consecutive entries of a coordinate in each segment.
+            rest: number of further entries, which stay.
+        """
+        import torch
+
+        maps = [self.repeated(width) for width in segments]
+        if rest:
+            maps.append(AxisMap.identity(rest))
+        starts = [sum(each.old_size for each in maps[:place]) for place in range(len(maps))]
+        source = [
+            torch.where(each.source >= 0, each.source + start, NO_SOURCE)
+            for each, start in zip(maps, starts, strict=True)
+        ]
+        return AxisMap(
+            old_size=sum(each.old_size for each in maps),
+            source=torch.cat(source),
+            scale=torch.cat([each.scale for each in maps]),
+            share=torch.cat([each.share for each in maps]),
+        )
+
     def rebalanced(self, *, scale: float) -> AxisMap:
         """Multiply the scale of producers by `scale` and divide the share of consumers by it."""
         return AxisMap(

@@ -151,7 +151,7 @@ class Freeze(ForgettingMethod):
             yield Problem(f"{_KEY}.new_only", True, reason=reason)
         family = family_of(start.trained[-1])
         if options.old_experts and not (family.has_experts and family.has_table):
-            reason = "the model has no experts that Tritter knows; set layers instead"
+            reason = "the model is dense, or its family has no table; set layers instead"
             yield Problem(f"{_KEY}.old_experts", True, reason=reason)
         selection = options.selection
         if selection is not None and (reason := _unfreezable_reason(selection, start.trained)):

@@ -2,12 +2,16 @@
 
 import json
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import logging as transformers_logging
 
 from tritter.core.families.dimensions import Config, plain_floats
 from tritter.errors import RequestError, brief
@@ -44,23 +48,38 @@ def key_of(config: Config) -> Key:
     )
 
 
-def structure_of(config: Config) -> Key:
-    """Return a config as a key, complete with defaults, without what depends on the depth.
+def complete(config: Config) -> Config:
+    """Return a config with the defaults of its class.
 
     Raises:
-        RequestError: as `class_of`.
+        RequestError: as `class_of`, or the class refuses the config.
     """
+    return dict(_complete(key_of(config)))
+
+
+@lru_cache(maxsize=256)
+def _complete(key: Key) -> Config:
+    config = config_in(key)
     kind = class_of(config)
     try:
-        full: Config = {
-            **kind.from_dict(plain_floats(config)).to_dict(),
-            "model_type": config["model_type"],
-        }
+        with quiet():
+            full: Config = kind.from_dict(plain_floats(config)).to_dict()
     except Exception as error:  # a config class may raise anything
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
         name = config["model_type"]
-        raise RequestError(f"config.json: transformers refuses this {name}: {reason}.") from error
-    full["layer_key"] = layer_key(decoder_config(config))  # classes accept several names
+        raise RequestError(
+            f"config.json: transformers refuses this {name}: {reason_of(error)}."
+        ) from error
+    return {**full, "model_type": config["model_type"]}
+
+
+def structure_of(config: Config, shrunk: Config) -> Key:
+    """Return the structure from which a family is discovered, as a key without sizes and depth.
+
+    Args:
+        config: of the model.
+        shrunk: the same config with the sizes of a twin.
+    """
+    full = {**shrunk, "layer_key": layer_key(decoder_config(config))}  # classes accept several
     part = decoder_part(full)
     if not part:
         return key_of(_without_depth(full))
@@ -134,6 +153,15 @@ def decoder_config(config: Config) -> Config:
     return config[part] if part else config  # type: ignore[return-value]
 
 
+def with_decoder(config: Config, changes: Config) -> Config:
+    """Return a config with changes of the decoder's."""
+    part = decoder_part(complete(config))
+    if not part:
+        return {**config, **changes}
+    inner: Config = config.get(part) or {}  # type: ignore[assignment]
+    return {**config, part: {**inner, **changes}}
+
+
 def layer_key(config: Mapping[str, Any]) -> str:
     """Return the config key of the number of layers.
 
@@ -180,6 +208,8 @@ def deeper_configs(config: Config, sources: Sequence[int]) -> Iterator[Config]:
             deeper[name] = [value[source] for source in sources]
         elif name.endswith("layer_end_index") and value == layers - 1:
             deeper[name] = len(sources) - 1
+        elif name == "scale_depth" and isinstance(value, int | float):  # over √layers in MiniCPM
+            deeper[name] = value * (len(sources) / layers) ** 0.5
     yield deeper
     moved = {
         name: sum(source < value for source in sources)
@@ -204,3 +234,22 @@ def _is_set_of_layers(name: str, value: object, layers: int) -> bool:
         and all(isinstance(each, int) and 0 <= each < layers for each in value)
         and all(first < second for first, second in pairwise(value))
     )
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence the progress bars and info messages of transformers."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+
+
+def reason_of(error: Exception) -> str:
+    """Return the message of a config or model class, which may be long, in one line."""
+    return " ".join(str(error).split())[:200] or type(error).__name__

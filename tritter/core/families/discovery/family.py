@@ -6,7 +6,7 @@ the residual stream, and show that a deeper model keeps its function.
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from math import prod
 from typing import Literal
@@ -15,16 +15,29 @@ import torch
 from torch import nn
 from transformers.core_model_loading import revert_weight_conversion
 
-from tritter.core.families.dimensions import Config, Dimensions, require_size
+from tritter.core.families.dimensions import Config, Dimensions, ffn_size, require_size
+from tritter.core.families.discovery.axes import (
+    EPS,
+    EXPERT_KEYS,
+    HEAD_KEYS,
+    HIDDEN_KEYS,
+    KEY_VALUE_KEYS,
+    Axes,
+    Role,
+    find_axes,
+)
 from tritter.core.families.discovery.configs import (
     Key,
+    complete,
     config_in,
     count_layers,
     decoder_config,
     deeper_configs,
     key_of,
     layer_key,
+    quiet,
     structure_of,
+    with_decoder,
 )
 from tritter.core.families.discovery.skeleton import (
     Place,
@@ -44,23 +57,28 @@ from tritter.core.families.discovery.twin import (
     build_twin,
     called,
     find_writers,
+    in_float64,
     logits_of,
+    small_sizes,
 )
-from tritter.core.families.family import Family
+from tritter.core.families.family import Family, scaled_eps
 from tritter.core.families.logical import Axis, Fused, LogicalTensor, Port, Space
-from tritter.errors import RequestError
+from tritter.errors import Problem, RequestError
 
 # Attribute of `Dimensions` → config keys that may have it
 _SIZE_KEYS: Mapping[str, tuple[str, ...]] = {
-    "hidden_size": ("hidden_size", "n_embd", "d_model", "emb_dim"),
+    "hidden_size": HIDDEN_KEYS,
     "intermediate_size": ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size"),
-    "num_attention_heads": ("num_attention_heads", "n_head", "n_heads"),
-    "num_key_value_heads": ("num_key_value_heads", "num_kv_heads"),
+    "num_attention_heads": HEAD_KEYS,
+    "num_key_value_heads": KEY_VALUE_KEYS,
     "head_dim": ("head_dim",),
     "vocab_size": ("vocab_size",),
-    "num_experts": ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"),
-    "experts_per_token": ("num_experts_per_tok", "num_experts_per_token", "moe_topk"),
+    "num_experts": EXPERT_KEYS,
+    "experts_per_token": (
+        *("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "moe_top_k"),
+    ),
 }
+_BLOCKS = {"halves": 2, "thirds": 3}
 # Pattern of a name within a layer → beginning of its logical kind
 _PARTS = (
     (re.compile(r"(?i).*\bexperts\."), "experts"),
@@ -75,8 +93,6 @@ _PARTS = (
 class DiscoveredFamily(Family):
     """A model type of transformers that has no table.
 
-    Only depth can grow: the axes of its tensors are not known.
-
     Args:
         writers: logical kinds of the tensors that write the residual stream → the value at which
             they write nothing.
@@ -85,6 +101,7 @@ class DiscoveredFamily(Family):
         outside: names on disk of the embedding and the head → their logical kinds.
         places: template of a name on disk → its location in memory if that differs.
         is_routed: tokens are routed to experts.
+        axes: of its tensors; None until `widened`, as growth in depth needs none.
     """
 
     writers: Mapping[str, float] = field(default_factory=dict)
@@ -93,6 +110,7 @@ class DiscoveredFamily(Family):
     outside: Mapping[str, str] = field(default_factory=dict)
     places: Mapping[str, Place] = field(default_factory=dict)
     is_routed: bool = False
+    axes: Axes | None = None
 
     @property
     def inexact_reason(self) -> str:
@@ -107,8 +125,110 @@ class DiscoveredFamily(Family):
     def has_experts(self) -> bool:
         return self.is_routed
 
+    @property
+    def heads_fill_hidden(self) -> bool:
+        return self.axes is not None and self.axes.heads_fill_hidden
+
+    @property
+    def norms_all_heads(self) -> bool:
+        roles = () if self.axes is None else self.axes.all_roles
+        return any(role.space == "heads" and role.port is Port.GAIN for role in roles)
+
+    @property
+    def keeps_heads(self) -> bool:
+        refused = self.axes is not None and "heads" in self.axes.refused
+        return refused and not self.heads_fill_hidden
+
+    def widened(self, config: Config) -> "DiscoveredFamily":
+        """Return this family with the axes of its tensors.
+
+        Raises:
+            RequestError: no tiny twin of it runs.
+        """
+        if self.axes is not None:
+            return self
+        structure = _structure(config)
+        if structure not in _WIDENED:
+            few = shallow(config)
+            layers = _kinds_of_layers(skeleton(key_of(few)))
+            twin = build_twin(few)
+            axes = find_axes(twin, layers, self.live_writers)
+            if _has_groups(self.dimensions(config)) > _has_groups(self.dimensions(_plain(twin))):
+                axes = axes.without_heads("no small model of it has groups of heads")
+            sizes = {name: key for name, key in self.sizes.items() if name != "intermediate_size"}
+            keys = list(axes.ffn_keys)
+            for name, part in (("shared_expert_size", "shared"), ("expert_size", "moe")):
+                found = next((key for key in keys if part in key), None)
+                if found is not None:
+                    keys.remove(found)
+                    sizes[name] = found
+            if keys:
+                sizes["intermediate_size"] = keys[0]
+            if axes.has_head_dim:
+                sizes["head_dim"] = "head_dim"
+            found_family = replace(self, axes=axes, sizes=sizes, subtracts_mean=axes.subtracts_mean)
+            _WIDENED[structure] = found_family
+        return _WIDENED[structure]
+
+    def check_growth(self, old: Dimensions, new: Dimensions) -> None:
+        refused = {} if self.axes is None else self.axes.refused
+        is_wider = new.hidden_size != old.hidden_size
+        keeps_ratio = ffn_size(new) * old.hidden_size == ffn_size(old) * new.hidden_size
+        for part, name, is_changed in (
+            ("hidden", "hidden_size", is_wider),
+            ("heads", "num_attention_heads", new.num_attention_heads != old.num_attention_heads),
+            ("ffn", "intermediate_size", not keeps_ratio and ffn_size(new) != ffn_size(old)),
+        ):
+            if not is_changed or part not in refused:
+                continue
+            if part == "heads" and is_wider and self.heads_fill_hidden:
+                continue  # they grow with the hidden size
+            raise RequestError(
+                Problem(f"expansion.width.{name}", reason=f"{self.model_type}: {refused[part]}")
+            )
+
+    def with_dimensions(self, config: Config, sizes: Dimensions) -> Config:
+        old, inner = self.dimensions(config), decoder_config(complete(config))
+        changes: Config = {}
+        grown, base = ffn_size(sizes), ffn_size(old)
+        for key in self.axes.ffn_keys if self.axes else ():
+            changes[key] = round(_default_size(inner.get(key), old) * grown / base)
+        for key in self.axes.hidden_keys if self.axes else ():
+            changes[key] = _default_size(inner[key], old) * sizes.hidden_size // old.hidden_size
+        for name, key in self.sizes.items():
+            after = getattr(sizes, name)
+            if after != getattr(old, name) or name == "head_dim":
+                changes[key] = after
+        return with_decoder(config, changes)
+
+    def separates_documents(self, config: Config) -> bool:
+        return _separates_documents(key_of(config))
+
+    def with_experts(self, config: Config, num_experts: int, experts_per_token: int) -> Config:
+        reason = "" if self.axes is None else self.axes.refused.get("experts", "")
+        if not reason and not {"num_experts", "experts_per_token"} <= self.sizes.keys():
+            reason = "no config key is the number of experts per token"
+        if reason:
+            reason = f"{self.model_type}: {reason}"
+            raise RequestError(Problem("expansion.moe_add", reason=reason))
+        return with_decoder(config, super().with_experts({}, num_experts, experts_per_token))
+
+    def with_rms(self, config: Config, ratio: float) -> Config:
+        inner = decoder_config(complete(config))
+        keys = [key for key, eps in inner.items() if EPS.fullmatch(key) and eps]
+        return with_decoder(config, scaled_eps(inner, keys, ratio))
+
+    def decoder(self, config: Config) -> Config:
+        return decoder_config(config)
+
+    def is_tied(self, config: Config) -> bool:
+        return not any(tensor.kind == "head" for tensor in self.logical_tensors(config))
+
+    def offset_of(self, tensor: LogicalTensor) -> float:
+        return tensor.axes[0].offset if self.axes and tensor.axes else self.norm_offset
+
     def dimensions(self, config: Config, *, layer: int | None = None) -> Dimensions:
-        inner = decoder_config(config)
+        inner = decoder_config(complete(config))
         known = {name: inner.get(key) for name, key in self.sizes.items()}
         known["num_hidden_layers"] = count_layers(inner)
         sizes = {
@@ -129,11 +249,13 @@ class DiscoveredFamily(Family):
         ]
 
     def logical_tensors(self, config: Config) -> tuple[LogicalTensor, ...]:
-        tensors = skeleton(key_of(config))
-        return tuple(self._logical(name, shape, tensors) for name, shape in tensors.disk.items())
+        tensors, counts = skeleton(key_of(config)), self._counts(config)
+        return tuple(
+            self._logical(name, shape, tensors, counts) for name, shape in tensors.disk.items()
+        )
 
     def shape(self, tensor: LogicalTensor, config: Config) -> tuple[int, ...]:
-        return tuple(int(axis.space.size) for axis in tensor.axes)
+        return tuple(axis.length or int(axis.space.size) for axis in tensor.axes)
 
     def branch_output(self, tensor: LogicalTensor) -> bool:
         return tensor.layer is not None and tensor.kind in self.writers
@@ -146,7 +268,8 @@ class DiscoveredFamily(Family):
         share = sizes.experts_per_token / sizes.num_experts if sizes.num_experts else 1.0
         return round(
             sum(
-                prod(self.shape(tensor, config)) * (share if tensor.is_per_expert else 1.0)
+                prod(self.shape(tensor, config))
+                * (share if tensor.kind.startswith("experts.") else 1.0)
                 for tensor in self.logical_tensors(config)
             )
         )
@@ -180,17 +303,43 @@ class DiscoveredFamily(Family):
             _check_identity(self, config, sources)
         return deeper
 
-    def _logical(self, name: str, shape: tuple[int, ...], tensors: Skeleton) -> LogicalTensor:
+    def _roles(self, place: Place) -> Mapping[int, Role]:
+        """Return the roles of the axes of a tensor on disk, by its place in memory."""
+        if self.axes is None:
+            return {}
+        roles = self.axes.roles.get(place.name.partition("{layer}.")[2] or place.name, {})
+        found = {axis - place.is_stacked: role for axis, role in roles.items()}
+        if place.num_blocks > 1 and 0 in found:
+            if _BLOCKS.get(found[0].arrangement) != place.num_blocks:
+                raise RequestError(f"the blocks of {place.name} differ on disk and in memory.")
+            found[0] = replace(found[0], arrangement="whole")
+        return found
+
+    def _counts(self, config: Config) -> Mapping[str, int]:
+        """Return config key → number of units, for the keys that axes follow."""
+        if self.axes is None:
+            return {}
+        keys = {role.key for role in self.axes.all_roles if role.key}
+        inner = decoder_config(complete(config))
+        sizes = self.dimensions(config)
+        return {key: _default_size(inner.get(key), sizes) for key in keys}
+
+    def _logical(
+        self, name: str, shape: tuple[int, ...], tensors: Skeleton, counts: Mapping[str, int]
+    ) -> LogicalTensor:
         split, expert = in_layer(name, tensors.layers), expert_of(name)
         layer = None if split is None else split[0]
-        kind = self.outside.get(name, name) if split is None else kind_of(split[1])
-        port = Port.GAIN if self.writers.get(kind) else Port.WRITE
-        axes = tuple(
-            Axis(Space(kind, size, layer=layer, expert=expert), Port.READ if axis else port)
-            for axis, size in enumerate(shape)
-        )
-        place = self.places.get(template(name, tensors.layers), Place(name))
+        mark = template(name, tensors.layers)
+        place = self.places.get(mark, Place(mark))
+        kind = self.outside.get(place.name, name) if split is None else kind_of(split[1])
         live = place.name.replace("{layer}", str(layer)).replace("{expert}", str(expert))
+        roles = self._roles(place)
+        axes = tuple(
+            _axis(
+                roles.get(number), length, counts, Space(kind, length, layer=layer, expert=expert)
+            )
+            for number, length in enumerate(shape)
+        )
         is_block = place.is_stacked or place.num_blocks > 1
         return LogicalTensor(
             kind=kind,
@@ -202,6 +351,53 @@ class DiscoveredFamily(Family):
             layer=layer,
             expert=expert,
         )
+
+
+def _plain(twin: Twin) -> Config:
+    """Return the config of a twin as it is in a file."""
+    plain: Config = twin.config.to_dict()
+    return plain
+
+
+def _has_groups(sizes: Dimensions) -> bool:
+    return sizes.num_key_value_heads < sizes.num_attention_heads
+
+
+def _default_size(value: object, sizes: Dimensions) -> int:
+    """Return the value of a size, or GPT-J's default of an FFN."""
+    return value if isinstance(value, int) else 4 * sizes.hidden_size
+
+
+@lru_cache(maxsize=64)
+def _separates_documents(key: Key) -> bool:
+    """Return True if a twin has the same logits for a document alone and after another one."""
+    twin = build_twin(shallow(config_in(key)))
+    documents = torch.randint(3, 100, (2, 6), generator=torch.Generator().manual_seed(3))
+    positions = torch.arange(6)
+    try:
+        with quiet(), torch.no_grad(), in_float64():
+            alone, both = (
+                twin.model(input_ids=ids[None], position_ids=at[None], use_cache=False).logits
+                for ids, at in (
+                    (documents[1], positions),
+                    (documents.flatten(), positions.repeat(2)),
+                )
+            )
+    except Exception:  # a class may raise anything if it has no position ids
+        return False
+    return bool((both[:, 6:] - alone).abs().max() <= TOLERANCE)
+
+
+def _axis(role: Role | None, length: int, counts: Mapping[str, int], own: Space) -> Axis:
+    """Return an axis of a tensor: with its role in a space, or in a space of its own."""
+    if role is None:
+        return Axis(own, Port.WRITE)
+    if not role.key:
+        return Axis(own, role.port)
+    scope: Literal["model", "layer"] = "model" if own.layer is None else "layer"
+    units = counts[role.key] // role.per_unit
+    space = Space(role.space, units, scope, layer=own.layer)
+    return Axis(space, role.port, length, role.arrangement, role.offset)
 
 
 def kind_of(name: str) -> str:
@@ -221,17 +417,24 @@ def discover(config: Config) -> DiscoveredFamily:
         RequestError: transformers has no causal language model of this type, no tiny twin of it
             runs, or its layers can't be found.
     """
-    structure = structure_of(config)
+    structure = _structure(config)
     if structure not in _FOUND:
         model_type = str(config["model_type"])
         try:
-            _FOUND[structure] = _probed(config, build_twin(config), skeleton(key_of(config)))
+            twin = build_twin(config)
+            found = _probed(config, twin, skeleton(key_of(config)))
         except RequestError as error:
             raise RequestError(f"model_type '{model_type}' is not supported: {error}") from error
+        _FOUND[structure] = _FOUND[_structure(twin.config.to_dict())] = found
     return _FOUND[structure]
 
 
 _FOUND: dict[Key, DiscoveredFamily] = {}  # by the structure of a config
+_WIDENED: dict[Key, DiscoveredFamily] = {}  # the same, with axes
+
+
+def _structure(config: Config) -> Key:
+    return structure_of(config, small_sizes(config))
 
 
 def _probed(config: Config, twin: Twin, tensors: Skeleton) -> DiscoveredFamily:
@@ -245,7 +448,7 @@ def _probed(config: Config, twin: Twin, tensors: Skeleton) -> DiscoveredFamily:
             break
         live |= {writer.name: writer.zero for writer in found}
     writers = _on_disk(twin, layers, live)
-    inner = decoder_config(config)
+    inner = decoder_config(complete(config))
     count = layer_key(inner)
     sizes = {"num_hidden_layers": count} if isinstance(inner[count], int) else {}
     for name, keys in _SIZE_KEYS.items():
@@ -333,6 +536,24 @@ def _deeper(key: Key, sources: tuple[int, ...]) -> Config:
         "no config has these copies in this order; whole copies of the stack may fit "
         "(expansion=stack)"
     )
+
+
+def shallow(config: Config) -> Config:
+    """Return the config of a model with one layer of each kind and the last one.
+
+    Layers are of one kind if they have the same tensors and the same entries in the config. Return
+    the config unchanged if none has exactly these layers.
+    """
+    signatures, inner = skeleton(key_of(config)).signatures, decoder_config(complete(config))
+    lists = [v for v in inner.values() if isinstance(v, list) and len(v) == len(signatures)]
+    first: dict[str, int] = {}
+    for layer, signature in enumerate(signatures):
+        names = sorted(name for name, _ in signature)
+        first.setdefault(str((names, [values[layer] for values in lists])), layer)
+    try:
+        return _with_layers(config, tuple(sorted({*first.values(), len(signatures) - 1})))
+    except RequestError:
+        return config
 
 
 def _with_layers(config: Config, sources: tuple[int, ...]) -> Config:

@@ -5,8 +5,7 @@ The stock class is built on the meta device, and transformers' own conversion gi
 """
 
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -14,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.core_model_loading import revert_weight_conversion
-from transformers.utils import logging
 
 from tritter.core.families.dimensions import plain_floats
 from tritter.core.families.discovery.configs import (
@@ -22,6 +20,8 @@ from tritter.core.families.discovery.configs import (
     class_of,
     config_in,
     count_layers,
+    quiet,
+    reason_of,
 )
 from tritter.errors import RequestError
 from tritter.storage.tensors import is_computed
@@ -110,9 +110,8 @@ def skeleton(key: Key) -> Skeleton:
         own = {name: state[name] for name in state if name not in model.all_tied_weights_keys}
         disk = revert_weight_conversion(model, own)
     except Exception as error:  # config and model classes may raise anything
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise RequestError(
-            f"config.json: transformers can't build this model: {reason}."
+            f"config.json: transformers can't build this model: {reason_of(error)}."
         ) from error
     return Skeleton(
         disk=_shapes(disk),
@@ -208,14 +207,3 @@ def _place(name: str, value: Tensor, whole: Tensor) -> tuple[int, int, bool] | N
         if torch.equal(part, value):
             return block, len(whole) // rows if value.ndim else 1, is_stacked
     return None
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Silence the messages of transformers."""
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)

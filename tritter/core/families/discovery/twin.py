@@ -2,8 +2,9 @@
 
 The twin has the structure of the model's config, at the smallest sizes its class allows, and as
 many layers as the model, so that rules which depend on a layer's position hold in it too. Its
-parameters are random in float64, norms and biases included, and its attention and experts use the
-plain implementations, which support float64.
+parameters are random in float64, norms and biases included; its attention and experts use the
+plain implementations, which support float64, and what a class computes in float32 is computed in
+float64.
 
 The probes find the tensors that write the residual stream: a change of entry i along one axis
 changes coordinate i of the block's output and no other. If all writers of a block are zero, the
@@ -12,24 +13,25 @@ projection of attention writes the stream alone once the FFN after it is zero.
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from tritter.core.families.dimensions import Config, plain_floats
-from tritter.core.families.discovery.configs import class_of
-from tritter.core.families.discovery.skeleton import quiet
+from tritter.core.families.dimensions import Config
+from tritter.core.families.discovery.configs import class_of, complete, quiet, reason_of
 from tritter.errors import RequestError
 
 # Pattern of a config key → its size in the twin; the first match counts, None leaves the value
 _SIZES: tuple[tuple[str, int | None], ...] = (
     (r".*token_id|.*_index|.*_idx|.*_interval|.*_period", None),
-    (r"n_group|topk_group|num_expert_group", 1),
+    (r"n_group|num_expert_group", 2),
+    (r"topk_group", 1),
     (r".*(layers|layer)", None),
     (r".*vocab_size.*", 128),
     (r"max_position_embeddings|n_positions|n_ctx|max_.*_positions|max_seq_len|.*max_length", 64),
@@ -57,9 +59,10 @@ _HINTS: Mapping[str, Config] = {
     "zamba2": {"attention_hidden_size": 128, "attention_head_dim": 32, "mamba_headdim": 16},
     "reformer": {"hidden_size": 64, "axial_pos_embds_dim": [16, 48], "axial_pos_shape": [8, 8]},
 }
+_GROUPS = ("num_key_value_heads", "num_kv_heads")  # of heads, which a class may derive
 TOLERANCE = 1e-10  # of float64 identities
-_CHANGE = 0.37  # of the entries that are probed
-_COORDINATE = 3
+CHANGE = 0.37  # of the entries that are probed
+COORDINATE = 3
 _TOKENS = (2, 12)  # sequences and tokens of a forward pass
 _SPREAD = 0.1  # of random parameters
 _MAX_PARAMETERS = 2**25
@@ -91,7 +94,7 @@ def logits_of(model: nn.Module, vocab_size: int) -> Tensor:
     """Return the logits [B, T, V] of fixed random tokens."""
     draws = torch.Generator().manual_seed(0)
     input_ids = torch.randint(3, min(vocab_size, 120), _TOKENS, generator=draws)
-    with torch.no_grad():
+    with torch.no_grad(), in_float64():
         return model(input_ids=input_ids, use_cache=False).logits
 
 
@@ -105,7 +108,6 @@ def build_twin(config: Config) -> Twin:
         RequestError: transformers has no causal language model of this type, or no size small
             enough for a twin is legal.
     """
-    model_type = str(config.get("model_type"))
     class_of(config)
     reasons: list[str] = []
     for changes in _variants():
@@ -116,8 +118,8 @@ def build_twin(config: Config) -> Twin:
                     return twin
             reasons.append("its logits are not finite")
         except Exception as error:  # a config class or a model may raise anything
-            reasons.append(" ".join(str(error).split())[:200] or type(error).__name__)
-    raise RequestError(f"model_type '{model_type}': no tiny model of it runs: {reasons[0]}")
+            reasons.append(reason_of(error))
+    raise RequestError(f"no tiny model of it runs: {reasons[0]}")
 
 
 def _variants() -> Iterator[Config]:
@@ -128,9 +130,13 @@ def _variants() -> Iterator[Config]:
     yield {"qk_head_dim": 32, "head_dim": 32}
 
 
-def _small_config(config: Config, changes: Config) -> PreTrainedConfig:
-    model_type, kind = str(config["model_type"]), class_of(config)
-    full = kind.from_dict(plain_floats(config)).to_dict()
+def small_sizes(config: Config) -> Config:
+    """Return a config, complete with the defaults of its class, at the sizes of a twin.
+
+    Raises:
+        RequestError: as `complete`.
+    """
+    kind, full = class_of(config), complete(config)
     explicit = set(config) | {key for key, value in kind().to_dict().items() if value is not None}
     small = _shrunk({key: value for key, value in full.items() if key in explicit})
     for name, value in full.items():
@@ -139,10 +145,14 @@ def _small_config(config: Config, changes: Config) -> PreTrainedConfig:
     for key in ("is_decoder", "residual_in_fp32"):
         if key in full:
             small[key] = key == "is_decoder"
-    derived = _derived(kind)
-    small = {key: value for key, value in small.items() if key not in derived}
+    dropped = _derived(kind) - {key for key in _GROUPS if config.get(key)}
+    return {key: value for key, value in small.items() if key not in dropped}
+
+
+def _small_config(config: Config, changes: Config) -> PreTrainedConfig:
+    small = small_sizes(config)
     small |= {key: value for key, value in changes.items() if key in small}
-    return kind.from_dict({**small, **_HINTS.get(model_type, {})})
+    return class_of(config).from_dict({**small, **_HINTS.get(str(config["model_type"]), {})})
 
 
 def _derived(kind: type[PreTrainedConfig]) -> set[str]:
@@ -228,6 +238,32 @@ def _values(model: nn.Module) -> Iterator[Tensor]:
             yield buffer
 
 
+class Float64(TorchFunctionMode):
+    """Computes in float64 what a class converts to float32, such as norms."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if func is Tensor.float:
+            return args[0].double()
+        wide = [torch.float64 if each is torch.float32 else each for each in args]
+        named = dict(kwargs or {})
+        if named.get("dtype") is torch.float32:
+            named["dtype"] = torch.float64
+        return func(*wide, **named)
+
+
+@contextmanager
+def in_float64() -> Iterator[None]:
+    """Compute everything in float64, also what a class creates or converts."""
+    with float64_by_default(), Float64():
+        yield
+
+
 @contextmanager
 def float64_by_default() -> Iterator[None]:
     before = torch.get_default_dtype()
@@ -272,13 +308,20 @@ class Block:
     keywords: Mapping[str, Any]
     hidden: Tensor
 
-    def change(self) -> Tensor:
-        """Return the change of the residual stream by the block."""
-        with torch.no_grad():
-            output = first_tensor(self.module(*self.args, **self.keywords))
-        if output is None or output.shape != self.hidden.shape:
+    def change(self, hidden: Tensor | None = None) -> Tensor:
+        """Return the change of the residual stream by the block.
+
+        Args:
+            hidden: residual stream before it. Default: its own.
+        """
+        stream = self.hidden if hidden is None else hidden
+        args = [stream if each is self.hidden else each for each in self.args]
+        named = {k: stream if each is self.hidden else each for k, each in self.keywords.items()}
+        with torch.no_grad(), in_float64():
+            output = first_tensor(self.module(*args, **named))
+        if output is None or output.shape != stream.shape:
             raise RequestError("a layer does not return its residual stream.")
-        return output - self.hidden
+        return output - stream
 
 
 def called(twin: Twin, name: str) -> Block:
@@ -338,13 +381,19 @@ def _writer(block: Block, name: str, value: Tensor) -> Writer | None:
     size = block.hidden.shape[-1]
     before, change = value.detach().clone(), block.change()
     for axis in (axis for axis, length in enumerate(value.shape) if length == size):
-        value.data.select(axis, _COORDINATE).add_(_CHANGE)
-        moved = (block.change() - change).abs().flatten(0, -2).amax(0)  # [H]
+        value.data.select(axis, COORDINATE).add_(CHANGE)
+        moved = block.change() - change
         value.data.copy_(before)
-        others = torch.cat([moved[:_COORDINATE], moved[_COORDINATE + 1 :]])
-        if moved[_COORDINATE] > TOLERANCE and others.max() <= TOLERANCE * (1 + moved.max()):
+        if is_at_coordinate(moved):
             return Writer(name, axis)
     return None
+
+
+def is_at_coordinate(difference: Tensor) -> bool:
+    """Return True if a difference [..., H] is zero except at the probed coordinate."""
+    size = difference.abs().flatten(0, -2).amax(0)  # [H]
+    others = torch.cat([size[:COORDINATE], size[COORDINATE + 1 :]])
+    return bool(size[COORDINATE] > TOLERANCE and others.max() <= TOLERANCE * (1 + size.max()))
 
 
 def _is_zeroed(block: Block, writer: Writer, value: Tensor) -> bool:

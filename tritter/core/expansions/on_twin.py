@@ -1,0 +1,165 @@
+"""Verification of growth in width and of experts on a twin of a model type without a table."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import nn
+
+from tritter.core.families import (
+    Config,
+    Dimensions,
+    Family,
+    family_of,
+    ffn_size,
+    layout,
+    pack_all,
+    unpack_all,
+)
+from tritter.core.families.discovery.configs import Key, config_in, key_of, reason_of
+from tritter.core.families.discovery.family import shallow
+from tritter.core.families.discovery.twin import (
+    TOLERANCE,
+    Twin,
+    build_model,
+    build_twin,
+    logits_of,
+)
+from tritter.core.parameter_map import AxisFactor, Fill, ParameterMap, TensorMap, mapped
+from tritter.errors import Problem, RequestError, key_name
+
+
+def check_on_twin(spec: Any, family: Family, config: Config, target: Config) -> None:
+    """Refuse growth in width, or of experts, that changes the function of a twin.
+
+    Raises:
+        RequestError: the growth changes the logits of the twin, or the control does not.
+    """
+    old, new = family.dimensions(config), family.dimensions(target)
+    before, after = _sizes(old), _sizes(new)
+    factors = tuple(
+        (name, 2.0 if after[name] % size == 0 else 1.5)
+        for name, size in before.items()
+        if after[name] != size
+    )
+    plain = replace(spec, noise=0.0, **(dict.fromkeys(before) if factors else {}))
+    grown, control = logit_changes(plain, key_of(config), factors)
+    if not grown <= TOLERANCE:
+        reason = f"the logits of a small {family.model_type} change by {grown:.1e}"
+        if new.hidden_size != old.hidden_size and getattr(spec, "init", "") in (
+            "fresh",
+            "zero_pad",
+        ):
+            reason += (
+                f"; use {key_name('expansion.width.init')}=net2net with a multiple of the hidden "
+                f"size of {old.hidden_size}, or let only FFN or depth grow"
+            )
+        raise RequestError(Problem(f"expansion.{spec.name}", reason=reason))
+    if not control > TOLERANCE:
+        raise RequestError(
+            f"config.json: {spec.name} could not be verified on a small {family.model_type}: no "
+            "change of the grown weights changes the logits"
+        )
+
+
+def _sizes(sizes: Dimensions) -> dict[str, int]:
+    """Return option of `Width` → its size in a model."""
+    names = ("hidden_size", "num_attention_heads", "num_key_value_heads")
+    return {"intermediate_size": ffn_size(sizes), **{name: getattr(sizes, name) for name in names}}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class GrownTwin:
+    """A twin and the model that growth in width makes of it.
+
+    Args:
+        twin: before the growth.
+        source: its config.
+        target: config of the grown model.
+        parameter_map: of the growth.
+        model: stock model of the target, with the mapped weights.
+    """
+
+    twin: Twin
+    source: Config
+    target: Config
+    parameter_map: ParameterMap
+    model: nn.Module
+
+    def load(self, maps: Mapping[str, TensorMap]) -> None:
+        """Load the weights that some maps make of the twin's."""
+        values = unpack_all(layout(self.source, "live"), self.twin.model.state_dict())
+        grown = {name: mapped(each, values.__getitem__) for name, each in maps.items()}
+        self.model.load_state_dict(pack_all(layout(self.target, "live"), grown), strict=False)
+
+    def change(self) -> float:
+        """Return the largest change of the logits."""
+        after = logits_of(self.model, self.twin.text.vocab_size)
+        return float((after - self.twin.logits()).abs().max())
+
+
+def grown_twin(spec: Any, key: Key, factors: tuple[tuple[str, float], ...]) -> GrownTwin:
+    """Return a twin that grows in width.
+
+    Args:
+        spec: of the growth; its sizes are replaced.
+        key: config of the model.
+        factors: size → factor by which it grows; empty for experts.
+
+    Raises:
+        RequestError: its class refuses the sizes.
+    """
+    twin = build_twin(shallow(config_in(key)))
+    source = twin.config.to_dict()
+    family = family_of(source).widened(source)
+    small = spec
+    if factors:
+        sizes = _sizes(family.dimensions(source))
+        sizes |= {name: math.ceil(sizes[name] * factor) for name, factor in factors}
+        small = replace(spec, **sizes)
+    target = small.target_config(family, source)
+    try:
+        model = build_model(type(twin.config).from_dict(target))
+    except Exception as error:  # config and model classes may raise anything
+        raise RequestError(
+            f"config.json: its class refuses other sizes: {reason_of(error)}"
+        ) from error
+    exact = small.parameter_map(family, source, target, seed=0)
+    grown = GrownTwin(twin, source, target, exact, model)
+    try:
+        grown.load(exact.tensors)
+    except (RuntimeError, IndexError, KeyError) as error:
+        reason = f"grown weights do not fit the shapes of a small {family.model_type}"
+        raise RequestError(f"config.json: {reason}") from error
+    return grown
+
+
+@lru_cache(maxsize=64)
+def logit_changes(
+    spec: Any, key: Key, factors: tuple[tuple[str, float], ...]
+) -> tuple[float, float]:
+    """Return the largest change of a twin's float64 logits by growth in width.
+
+    Returns:
+        The change by the growth, and by the growth without shares and zeros (the control).
+    """
+    grown = grown_twin(spec, key, factors)
+    change = grown.change()
+    grown.load(_without_zeros(grown.parameter_map))
+    return change, grown.change()
+
+
+def _without_zeros(exact: ParameterMap) -> Mapping[str, TensorMap]:
+    """Return maps that copy with noise and without shares, and fill new entries at random."""
+
+    def plain(factor: AxisFactor | None) -> AxisFactor | None:
+        return factor and replace(factor, weight=torch.ones_like(factor.weight))
+
+    fill = Fill("random", std=0.1)
+    return {
+        name: replace(each, axes=tuple(map(plain, each.axes)), fill=fill, noise=1.0, noise_seed=1)
+        for name, each in exact.tensors.items()
+    }

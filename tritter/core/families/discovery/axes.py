@@ -1,0 +1,767 @@
+"""The axes along which a model's sizes grow, found as permutation symmetries of its layers.
+
+The neurons of an FFN, groups of attention heads and coordinates of the residual stream have no
+order: a layer computes the same function if they are permuted along all axes of their space. So the
+axes that follow a config key are found by changing it on the meta device, and the order of the
+units along each axis by permuting a twin's layer in each possible arrangement.
+"""
+
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import combinations, islice, product
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from tritter.core.families.dimensions import Config
+from tritter.core.families.discovery.configs import (
+    decoder_config,
+    decoder_part,
+    quiet,
+    reason_of,
+)
+from tritter.core.families.discovery.skeleton import Shape, in_layer, layer_list
+from tritter.core.families.discovery.twin import (
+    CHANGE,
+    COORDINATE,
+    TOLERANCE,
+    Block,
+    Twin,
+    called,
+    first_tensor,
+    in_float64,
+    is_at_coordinate,
+)
+from tritter.core.families.logical import Arrangement, Port, segments
+from tritter.errors import RequestError
+
+HIDDEN_KEYS = ("hidden_size", "n_embd", "d_model", "emb_dim", "dim")
+HEAD_KEYS = (
+    "num_attention_heads",
+    "n_head",
+    "n_heads",
+    "num_heads",
+    "decoder_attention_heads",
+    "attention_heads",
+)
+EXPERT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+KEY_VALUE_KEYS = ("num_key_value_heads", "num_kv_heads")
+_FFN_KEYS = re.compile(
+    r"(.*_)?(intermediate_size|ffn_dim|ffn_size|n_inner|d_ff|dff|dim_ff|ffn_hidden_size)(_mlp)?"
+)
+EPS = re.compile(r"(.*_)?eps(ilon)?")
+_HIDDEN_ALIASES = re.compile(r".*(hidden_size|embd|embed\w*_(dim|size)|d_model|width)")
+_ARRANGEMENTS: tuple[Arrangement, ...] = ("whole", "halves", "thirds", "qkv")
+_WITH_HIDDEN = "the size of a head follows from the hidden size"
+_MAX_TRIES = 600
+
+AxisOf = tuple[str, int]  # name of a tensor within a layer or outside, and one of its axes
+Sizes = tuple[int, int]  # of an axis, before and after the change of a key
+Option = TypeVar("Option")
+
+
+@dataclass(frozen=True, slots=True)
+class Role:
+    """How one axis of a tensor uses a space.
+
+    Args:
+        space: `residual`, `head_input` (read by the last norm and the head), `heads`, `ffn`,
+            `experts`, or `normed` (the input of a norm inside a layer, without a key).
+        key: config key of the number of units in the space.
+        port: how the tensor uses the space.
+        arrangement: of the units along the axis.
+        per_unit: value of the key per unit of the space; 2 if gate and up share an FFN's width.
+        offset: constant that a norm adds to its gain.
+    """
+
+    space: str
+    key: str
+    port: Port
+    arrangement: Arrangement = "whole"
+    per_unit: int = 1
+    offset: float = 0.0
+
+
+@dataclass(frozen=True)
+class Axes:
+    """The roles of all axes that follow a size.
+
+    Args:
+        roles: name in memory, within a layer or outside → axis → its role.
+        ffn_keys: config keys of the widths of FFNs and experts.
+        hidden_keys: further config keys that grow with the hidden size.
+        has_head_dim: `head_dim` can be set, so heads keep their size.
+        heads_fill_hidden: the number of heads grows with the hidden size alone.
+        subtracts_mean: norms subtract the mean over the residual stream.
+        refused: `ffn`, `heads`, `hidden` or `experts` → why this size can't grow.
+    """
+
+    roles: Mapping[str, Mapping[int, Role]] = field(default_factory=dict)
+    ffn_keys: tuple[str, ...] = ()
+    hidden_keys: tuple[str, ...] = ()
+    has_head_dim: bool = True
+    heads_fill_hidden: bool = False
+    subtracts_mean: bool = False
+    refused: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def all_roles(self) -> tuple[Role, ...]:
+        return tuple(role for axes in self.roles.values() for role in axes.values())
+
+    def without_heads(self, reason: str) -> "Axes":
+        """Return these axes without those of heads, and the hidden size if heads fill it."""
+        roles = {
+            name: {axis: role for axis, role in axes.items() if role.space != "heads"}
+            for name, axes in self.roles.items()
+        }
+        sizes = ("heads", "hidden") if self.heads_fill_hidden else ("heads",)
+        return replace(self, roles=roles, refused={**self.refused, **dict.fromkeys(sizes, reason)})
+
+
+def find_axes(twin: Twin, layers: Sequence[int], writers: Iterable[str]) -> Axes:
+    """Return the axes of a model.
+
+    Args:
+        twin: of the model.
+        layers: one layer of each kind.
+        writers: names within a layer of the tensors that write the residual stream.
+    """
+    search = _Search(twin, layers, frozenset(writers))
+    for name, step in (
+        ("ffn", search.add_ffns),
+        ("heads", search.add_heads),
+        ("hidden", search.add_hidden),
+        ("experts", search.add_experts),
+    ):
+        before = {tensor: dict(axes) for tensor, axes in search.roles.items()}
+        try:
+            step()
+        except RequestError as error:
+            search.refused[name], search.roles = str(error), before
+    return Axes(
+        roles=search.roles,
+        ffn_keys=search.ffn_keys,
+        hidden_keys=search.hidden_keys,
+        has_head_dim=search.has_head_dim,
+        heads_fill_hidden=search.fills_hidden,
+        subtracts_mean=search.subtracts_mean,
+        refused=search.refused,
+    )
+
+
+class _Search:
+    """Collects the roles of a twin's axes."""
+
+    def __init__(self, twin: Twin, layers: Sequence[int], writers: frozenset[str]) -> None:
+        self._twin, self._writers = twin, writers
+        self._prefix = f"{layer_list(twin.model)}."
+        self._blocks = {layer: called(twin, f"{self._prefix}{layer}") for layer in layers}
+        self._full: Config = twin.config.to_dict()
+        self._config = decoder_config(self._full)
+        self._head_dim = self._size_of_heads()
+        self.roles: dict[str, dict[int, Role]] = {}
+        self.refused: dict[str, str] = {}
+        self.ffn_keys: tuple[str, ...] = ()
+        self.hidden_keys: tuple[str, ...] = ()
+        self.has_head_dim = self.subtracts_mean = self.fills_hidden = False
+
+    def add_ffns(self) -> None:
+        """Find the axes of neurons, of FFNs and of experts."""
+        keys = [key for key in self._config if _FFN_KEYS.fullmatch(key)]
+        hidden = self._size(self._first(HIDDEN_KEYS))
+        for key in keys:  # GPT-J's default is four times the hidden size
+            if self._config[key] is None and not self._changed({}, {key: 4 * hidden}):
+                self._config = {**self._config, key: 4 * hidden}
+        keys = [key for key in keys if self._size(key)]
+        found = {key: following for key in keys if (following := self._following([key]))}
+        if not found:
+            raise RequestError("no config key is the width of an FFN")
+        for key, following in found.items():
+            self._add_units("ffn", key, following)
+        self.ffn_keys = tuple(found)
+
+    def add_heads(self) -> None:
+        """Find the axes of attention heads, at a constant size of each head."""
+        heads, groups = self._head_keys()
+        if not groups:
+            reason = (
+                "it has one key/value head" if heads else "no config key is the number of heads"
+            )
+            raise RequestError(reason)
+        fixed: Config = {"head_dim": self._head_dim}
+        try:
+            is_neutral = not self._changed({}, fixed)
+            following = self._following([heads, groups], fixed) if is_neutral else {}
+        except RequestError:
+            following = {}  # the size of a head can't be set
+        if not following or any(new < old for old, new in following.values()):
+            raise RequestError(_WITH_HIDDEN)
+        self.has_head_dim = True
+        self._add_units("heads", groups, following)
+
+    def add_experts(self) -> None:
+        """Find the axes of routed experts."""
+        key = self._first(EXPERT_KEYS)
+        following = self._following([key]) if key else {}
+        if not following:
+            raise RequestError("no config key is the number of experts")
+        self._add_units("experts", key, following)
+
+    def add_hidden(self) -> None:
+        """Find the axes of the residual stream, and of units that follow its size.
+
+        Heads may have a size of their own, or fill the hidden size; other keys may follow too.
+        """
+        key = self._first(HIDDEN_KEYS)
+        if not key:
+            raise RequestError("no config key is the hidden size")
+        heads, groups = self._head_keys()
+        before = {tensor: dict(axes) for tensor, axes in self.roles.items()}
+        reasons: list[RequestError] = []
+        attempts: list[tuple[str, ...]] = [(heads, groups)] if groups else []
+        if self.has_head_dim or not heads:
+            attempts.insert(0, ())
+        if not attempts:
+            raise RequestError("it has one key/value head, whose size follows from the hidden size")
+        aliases = tuple(
+            name
+            for name in self._config
+            if name != key
+            and _HIDDEN_ALIASES.fullmatch(name)
+            and self._size(name) == self._size(key)
+        )
+        for others, of_heads in product(dict.fromkeys(((), aliases)), attempts):
+            try:
+                self._add_stream(key, of_heads, groups, others)
+            except RequestError as error:
+                reasons.append(error)
+                self.roles = {tensor: dict(axes) for tensor, axes in before.items()}
+            else:
+                self.fills_hidden, self.hidden_keys = bool(of_heads), others
+                if of_heads:
+                    self.refused["heads"] = _WITH_HIDDEN
+                return
+        raise reasons[0]
+
+    def _add_stream(
+        self, key: str, of_heads: Sequence[str], groups: str, others: Sequence[str]
+    ) -> None:
+        fixed: Config = {"head_dim": self._head_dim} if self.has_head_dim else {}
+        following = self._following([key, *of_heads, *others], fixed)
+        units, space = (groups, "heads") if of_heads else (key, "ffn")
+        self._add_outside(key, [axis for axis in following if self._layer_of(axis) is None])
+        for layer, block in self._blocks.items():
+            axes = self._within(following, layer)
+            stream = residual_axes(block, axes, self._writers)
+            for name, axis in stream:
+                self._add(name, axis, self._stream_role(block, name, axis, key))
+            rest = {axis: axes[axis] for axis in axes.keys() - stream}
+            for part in {name.partition(".")[0] for name, _ in rest}:
+                of_part = {a: s for a, s in rest.items() if a[0].partition(".")[0] == part}
+                self._add_within(block, space, units, of_part)
+            for name in _normed(block, self._eps_users(layer)):
+                self._absorb(name)
+
+    def _add_units(self, space: str, key: str, following: Mapping[AxisOf, Sizes]) -> None:
+        for axis in following:
+            if self._layer_of(axis) is None:
+                raise RequestError(f"{axis[0]}, outside the layers, depends on {key}")
+        for layer, block in self._blocks.items():
+            self._add_within(block, space, key, self._within(following, layer))
+
+    def _add_within(self, block: Block, space: str, key: str, axes: Mapping[AxisOf, Sizes]) -> None:
+        changes = [new - old for old, new in axes.values()]
+        units = math.gcd(self._size(key), *changes)
+        found = arrangements(block, axes, units, self._head_dim) if axes else {}
+        if found is None:
+            names = ", ".join(sorted({name for name, _ in axes}))
+            raise RequestError(f"a layer depends on the order of its units ({key}: {names})")
+        for (name, axis), arrangement in found.items():
+            port = Port.WRITE if space == "experts" else unit_port(block, name, axis)
+            per_unit = self._size(key) // units
+            self._add(name, axis, Role(space, key, port, arrangement, per_unit))
+
+    def _add(self, name: str, axis: int, role: Role) -> None:
+        known = self.roles.setdefault(name, {}).setdefault(axis, role)
+        if known != role:
+            raise RequestError(f"{name} has different roles in different layers")
+
+    def _absorb(self, name: str) -> None:
+        """Mark the outputs of a matrix and its bias as the input of a norm."""
+        roles = self.roles.setdefault(name, {})
+        role = roles.get(0, Role("normed", "", Port.ABSORBED))
+        if role.space != "residual":  # whose new coordinates shrink the RMS already
+            roles[0] = replace(role, port=Port.ABSORBED)
+
+    def _eps_users(self, layer: int) -> frozenset[str]:
+        """Return the modules of a layer with an eps from the config."""
+        keys = [key for key, eps in self._config.items() if EPS.fullmatch(key) and eps]
+        changed = self._stock({key: 2 * float(self._config[key]) for key in keys})  # type: ignore[arg-type]
+        other = dict(changed.named_modules())
+        return frozenset(
+            name.removeprefix(f"{self._prefix}{layer}.")
+            for name, module in self._twin.model.named_modules()
+            if name.startswith(f"{self._prefix}{layer}.") and _eps(module) != _eps(other[name])
+        )
+
+    def _stream_role(self, block: Block, name: str, axis: int, key: str) -> Role:
+        owner, value = _owner(block.module, name)
+        if value.ndim > 1:
+            writes = _is_output(block, name, axis)
+            return Role("residual", key, Port.WRITE if writes else Port.READ)
+        return self._norm_role(owner, name, key, "residual")
+
+    def _norm_role(self, owner: nn.Module, name: str, key: str, space: str) -> Role:
+        """Return the role of a vector: the gain of a norm, or a bias."""
+        if name.endswith("bias") or any(value.ndim > 1 for value in owner.parameters()):
+            return Role(space, key, Port.WRITE)
+        self.subtracts_mean |= _subtracts_mean(owner)
+        return Role(space, key, Port.GAIN, offset=_offset_of(owner, name))
+
+    def _add_outside(self, key: str, axes: Iterable[AxisOf]) -> None:
+        """Add the roles of embeddings, the last norm and the head."""
+        model = self._twin.model
+        head = model.get_output_embeddings()  # type: ignore[operator]
+        embedding = model.get_input_embeddings()  # type: ignore[operator]
+        last = _module_before(self._twin, head)
+        for name, axis in axes:
+            owner, value = _owner(model, name)
+            if value.ndim == 1:
+                space = "head_input" if owner is last else "residual"
+                self._add(name, axis, self._norm_role(owner, name, key, space))
+            elif value is getattr(embedding, "weight", None):
+                is_scaled = _is_scaled(self._twin, embedding, self._blocks[min(self._blocks)])
+                port = Port.WRITE_SCALED if is_scaled else Port.WRITE
+                self._add(name, axis, Role("residual", key, port))
+            elif value is getattr(head, "weight", None):
+                self._add(name, axis, Role("head_input", key, Port.READ))
+            elif isinstance(owner, nn.Embedding):
+                self._add(name, axis, Role("residual", key, Port.WRITE))
+            else:
+                raise RequestError(f"{name}, outside the layers, depends on {key}")
+
+    # Sizes and shapes
+
+    def _size(self, key: str) -> int:
+        value = self._config.get(key)
+        return value if isinstance(value, int) and not isinstance(value, bool) else 0
+
+    def _first(self, keys: Sequence[str]) -> str:
+        return next((key for key in keys if self._size(key)), "")
+
+    def _head_keys(self) -> tuple[str, str]:
+        """Return the keys of query heads and of groups; the latter is empty if there is one."""
+        heads = self._first(HEAD_KEYS)
+        groups = self._first(KEY_VALUE_KEYS) or heads
+        return heads, groups if groups and self._size(groups) > 1 else ""
+
+    def _size_of_heads(self) -> int:
+        hidden, heads = self._first(HIDDEN_KEYS), self._first(HEAD_KEYS)
+        derived = self._size(hidden) // self._size(heads) if hidden and heads else 1
+        return self._size("head_dim") or derived
+
+    def _layer_of(self, axis: AxisOf) -> int | None:
+        split = in_layer(axis[0], self._prefix)
+        return None if split is None else split[0]
+
+    def _within(self, following: Mapping[AxisOf, Sizes], layer: int) -> dict[AxisOf, Sizes]:
+        split = {axis: in_layer(axis[0], self._prefix) for axis in following}
+        return {
+            (place[1], axis[1]): following[axis]
+            for axis, place in split.items()
+            if place is not None and place[0] == layer
+        }
+
+    def _following(self, keys: Iterable[str], fixed: Config | None = None) -> dict[AxisOf, Sizes]:
+        """Return the axes that grow if some keys double.
+
+        Raises:
+            RequestError: the class refuses the sizes, or other tensors appear.
+        """
+        fixed = fixed or {}
+        return self._changed(fixed, {**fixed, **{key: 2 * self._size(key) for key in keys}})
+
+    def _changed(self, first: Config, second: Config) -> dict[AxisOf, Sizes]:
+        """Return the axes that differ between two changes of the config; raises as `_following`."""
+        before, after = self._shapes(first), self._shapes(second)
+        if before.keys() != after.keys():
+            raise RequestError(f"the names of its tensors depend on {', '.join(second)}")
+        return {
+            (name, axis): (old, new)
+            for name, shape in before.items()
+            for axis, (old, new) in enumerate(zip(shape, after[name], strict=True))
+            if new != old
+        }
+
+    def _shapes(self, changes: Config) -> dict[str, Shape]:
+        state = self._stock(changes).state_dict()
+        return {name: tuple(value.shape) for name, value in state.items()}
+
+    def _stock(self, changes: Config) -> nn.Module:
+        """Return the stock model of a changed config, on the meta device.
+
+        Raises:
+            RequestError: its class refuses the config.
+        """
+        part = decoder_part(self._full)
+        inner = {**self._config, **changes}
+        full = {**self._full, part: inner} if part else inner
+        try:
+            with quiet(), torch.device("meta"):
+                config = type(self._twin.config).from_dict(full)
+                return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        except Exception as error:  # config and model classes may raise anything
+            raise RequestError(f"its class refuses other sizes: {reason_of(error)}") from error
+
+
+# Units
+
+
+def arrangements(
+    block: Block, axes: Mapping[AxisOf, Sizes], units: int, head_dim: int
+) -> dict[AxisOf, Arrangement] | None:
+    """Return the arrangement of units along axes, or None if none is a symmetry of the layer.
+
+    Args:
+        block: the layer.
+        axes: that follow the number of units, with their sizes before and after its doubling.
+        units: their number.
+        head_dim: entries of a key or a value.
+    """
+    values = _values(block.module)
+    # Weights and biases of a module have the same arrangement
+    groups: dict[tuple[str, int, int], list[AxisOf]] = {}
+    for axis, (old, new) in axes.items():
+        entries = (new - old) // units
+        if axis[0] not in values or (new - old) % units or entries < 1 or old < entries * units:
+            return None
+        module = axis[0].rpartition(".")[0]
+        groups.setdefault((module, entries, old - entries * units), []).append(axis)
+    order, before = _permutation(units), block.change()
+    choices = [
+        [(kind, found) for kind in _ARRANGEMENTS if (found := segments(kind, entries, head_dim))]
+        for _, entries, _ in groups
+    ]
+    distinct = [list({widths: (kind, widths) for kind, widths in each[::-1]}.values())[::-1]
+                for each in choices]  # fmt: skip
+    for choice in islice(_from_the_first(distinct), _MAX_TRIES):
+        permutations = {
+            axis: _along(order, widths, rest)
+            for (_, widths), ((_, _, rest), group) in zip(choice, groups.items(), strict=True)
+            for axis in group
+        }
+        with _permuted(values, permutations):
+            if _equal(block.change(), before):
+                return {
+                    axis: kind
+                    for (kind, _), group in zip(choice, groups.values(), strict=True)
+                    for axis in group
+                }
+    return None
+
+
+def unit_port(block: Block, name: str, axis: int) -> Port:
+    """Return the port of an axis of units: READ if another axis has the outputs of the module."""
+    owner, value = _owner(block.module, name)
+    if "norm" in type(owner).__name__.lower() and not name.endswith("bias"):
+        return Port.GAIN
+    others = [other for other in range(value.ndim) if other != axis]
+    return Port.READ if any(_is_output(block, name, other) for other in others) else Port.WRITE
+
+
+# The residual stream
+
+
+def residual_axes(
+    block: Block, axes: Mapping[AxisOf, Sizes], writers: frozenset[str]
+) -> set[AxisOf]:
+    """Return the axes of the residual stream among those that follow its size.
+
+    Args:
+        block: the layer.
+        axes: with their sizes before and after the doubling of the hidden size.
+        writers: names of the tensors that write the stream.
+
+    Raises:
+        RequestError: no permutation of the stream along them is a symmetry of the layer.
+    """
+    size = block.hidden.shape[-1]
+    candidates: dict[str, list[int]] = {}
+    for (name, axis), sizes in axes.items():
+        if sizes == (size, 2 * size):
+            candidates.setdefault(name, []).append(axis)
+    values, order = _values(block.module), _permutation(size)
+    before = block.change()[..., order]
+    options = [
+        [
+            [(name, axis) for axis in chosen]
+            for chosen in _options(name, candidates, writers, values)
+        ]
+        for name in candidates
+    ]
+    for choice in islice(_from_the_first(options), _MAX_TRIES):
+        chosen = {axis for each in choice for axis in each}
+        with _permuted(values, dict.fromkeys(chosen, order)):
+            if _equal(block.change(block.hidden[..., order]), before):
+                return chosen
+    raise RequestError("a layer depends on the order of its residual stream")
+
+
+def _options(
+    name: str,
+    candidates: Mapping[str, Sequence[int]],
+    writers: frozenset[str],
+    values: Mapping[str, Tensor],
+) -> list[tuple[int, ...]]:
+    """Return the possible residual axes of a tensor, the most plausible first."""
+    axes, module = tuple(candidates[name]), name.rpartition(".")[0]
+    if len(axes) > 1:
+        first, last = (axes[0],), (axes[-1],)
+        return [first, last, axes, ()] if name in writers else [last, first, axes, ()]
+    matrices = [
+        other
+        for other, value in values.items()
+        if other.rpartition(".")[0] == module and value.ndim > 1
+    ]
+    if (
+        values[name].ndim == 1
+        and name not in writers
+        and any(len(candidates.get(other, ())) != 1 for other in matrices)
+    ):
+        return [(), axes]  # the bias of a matrix that reads the stream
+    return [axes, ()]
+
+
+def _eps(module: nn.Module) -> float | None:
+    values = [getattr(module, name, None) for name in ("eps", "variance_epsilon", "epsilon")]
+    return next((value for value in values if isinstance(value, float)), None)
+
+
+def _normed(block: Block, norms: frozenset[str]) -> list[str]:
+    """Return the matrices, and their biases, whose whole output is normalised at once.
+
+    Args:
+        block: the layer.
+        norms: its modules that divide by an RMS with the config's eps.
+    """
+    outputs: dict[str, Tensor] = {}
+    inputs: list[Tensor] = []
+    handles = []
+    for name, module in block.module.named_modules():
+        if isinstance(module, nn.Linear):
+            handles.append(module.register_forward_hook(partial(_keep_output, outputs, name)))
+        elif name in norms:
+            keep = partial(_keep_input, inputs)
+            handles.append(module.register_forward_pre_hook(keep, with_kwargs=True))
+    try:
+        block.change()
+    finally:
+        for handle in handles:
+            handle.remove()
+    normed = [value.flatten().sort().values for value in inputs]
+    found = []
+    for name, output in outputs.items():
+        values = output.flatten().sort().values
+        if any(torch.equal(values, each) for each in normed):
+            linear = block.module.get_submodule(name)
+            found += [f"{name}.{attribute}" for attribute, _ in linear.named_parameters()]
+    return found
+
+
+def _keep_output(
+    outputs: dict[str, Tensor], name: str, _: nn.Module, __: object, output: object
+) -> None:
+    if isinstance(output, Tensor):
+        outputs[name] = output
+
+
+def _keep_input(
+    inputs: list[Tensor], _: nn.Module, args: tuple[object, ...], keywords: dict[str, object]
+) -> None:
+    if (found := first_tensor((*args, *keywords.values()))) is not None:
+        inputs.append(found)
+
+
+def _subtracts_mean(norm: nn.Module) -> bool:
+    """Return True if a norm ignores a constant that is added to all coordinates."""
+    return _equal(_applied(norm, 0.0), _applied(norm, 1.0))
+
+
+def _applied(norm: nn.Module, shift: float) -> Tensor:
+    """Return the output [3, H] of a norm for random inputs plus a constant.
+
+    Raises:
+        RequestError: it is no function of the stream alone.
+    """
+    size = next(norm.parameters()).shape[-1]
+    draws = torch.Generator().manual_seed(2)
+    stream = torch.randn(3, size, generator=draws, dtype=torch.float64)
+    try:
+        with torch.no_grad(), in_float64():
+            output = first_tensor(norm(stream + shift))
+    except Exception as error:  # a module may raise anything
+        raise RequestError("a norm needs more than the residual stream") from error
+    assert output is not None
+    return output
+
+
+def _offset_of(norm: nn.Module, name: str) -> float:
+    """Return the constant that a norm adds to its gain."""
+    saved = {key: value.detach().clone() for key, value in norm.named_parameters()}
+    gain = getattr(norm, name.rpartition(".")[2])
+    try:
+        for value in norm.parameters():
+            value.data.zero_()
+        zero = _applied(norm, 0.0)
+        gain.data.fill_(1.0)
+        unit = _applied(norm, 0.0) - zero
+    finally:
+        for key, value in norm.named_parameters():
+            value.data.copy_(saved[key])
+    size = float((unit * unit).sum())
+    if not size:
+        raise RequestError(f"{name} is neither a gain nor a bias")
+    return round(float((zero * unit).sum()) / size, 9)
+
+
+# Outside the layers
+
+
+def _module_before(twin: Twin, head: nn.Module | None) -> nn.Module | None:
+    """Return the module whose output is the input of the head."""
+    if head is None:
+        return None
+    outputs: list[tuple[nn.Module, Tensor]] = []
+    inputs: list[Tensor] = []
+
+    def record(module: nn.Module, _: object, output: object) -> None:
+        found = first_tensor(output)
+        if found is not None and next(module.parameters(recurse=False), None) is not None:
+            outputs.append((module, found))
+
+    handles = [module.register_forward_hook(record) for module in twin.model.modules()]
+    handles.append(head.register_forward_pre_hook(partial(_keep_input, inputs), with_kwargs=True))
+    try:
+        twin.logits()
+    finally:
+        for handle in handles:
+            handle.remove()
+    same = [module for module, output in outputs if inputs and _ends_equal(output, inputs[-1])]
+    return same[-1] if same else None
+
+
+def _ends_equal(output: Tensor, given: Tensor) -> bool:
+    """Return True if the last rows [H] of two tensors are equal."""
+    first, second = output.flatten(0, -2)[-1], given.flatten(0, -2)[-1]
+    return first.shape == second.shape and torch.equal(first, second)
+
+
+def _is_scaled(twin: Twin, embedding: nn.Module, block: Block) -> bool:
+    """Return True if the model multiplies the embedding by √hidden_size."""
+    streams: list[Tensor] = []
+    weight = embedding.weight
+    assert isinstance(weight, Tensor)
+    keep, saved = partial(_keep_input, streams), weight.detach().clone()
+    handle = block.module.register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        for change in (0.0, CHANGE):
+            weight.data[:, COORDINATE] += change
+            twin.logits()
+    finally:
+        handle.remove()
+        weight.data.copy_(saved)
+    scale = (streams[1] - streams[0])[..., COORDINATE] / CHANGE
+    return _equal(scale, torch.full_like(scale, math.sqrt(weight.shape[-1])))
+
+
+# Probes
+
+
+def _values(module: nn.Module) -> dict[str, Tensor]:
+    """Return the parameters of a module, and its buffers."""
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
+def _owner(module: nn.Module, name: str) -> tuple[nn.Module, Tensor]:
+    """Return the module that a tensor belongs to, and the tensor."""
+    path, _, attribute = name.rpartition(".")
+    owner = module.get_submodule(path)
+    return owner, getattr(owner, attribute)
+
+
+def _is_output(block: Block, name: str, axis: int) -> bool:
+    """Return True if an axis of a tensor has the outputs of the tensor's module."""
+    owner, value = _owner(block.module, name)
+    outputs: list[Tensor] = []
+
+    def record(_: nn.Module, __: object, output: object) -> None:
+        found = first_tensor(output)
+        if found is not None:
+            outputs.append(found)
+
+    saved = value.detach().clone()
+    handle = owner.register_forward_hook(record)
+    try:
+        block.change()
+        size = value.shape[axis]
+        if not outputs or outputs[-1].shape[-1] != size or size <= COORDINATE:
+            return False
+        before = outputs[-1]
+        value.data.select(axis, COORDINATE).add_(CHANGE)
+        block.change()
+        return is_at_coordinate(outputs[-1] - before)
+    finally:
+        handle.remove()
+        value.data.copy_(saved)
+
+
+def _permutation(size: int) -> Tensor:
+    """Return an order of units, int64 [size], that moves all of them."""
+    draws = torch.Generator().manual_seed(4)
+    order = torch.randperm(size, generator=draws)
+    return order[(torch.argsort(order) + 1) % size]
+
+
+def _along(order: Tensor, widths: Sequence[int], rest: int) -> Tensor:
+    """Return the order of an axis's entries, for an order of its units."""
+    parts, start = [], 0
+    for width in widths:
+        parts.append((order[:, None] * width + torch.arange(width)).flatten() + start)
+        start += len(order) * width
+    return torch.cat([*parts, torch.arange(start, start + rest)])
+
+
+@contextmanager
+def _permuted(values: Mapping[str, Tensor], orders: Mapping[AxisOf, Tensor]) -> Iterator[None]:
+    """Permute tensors along axes, and restore them."""
+    saved = {name: values[name].detach().clone() for name, _ in orders}
+    try:
+        for (name, axis), order in orders.items():
+            values[name].data.copy_(values[name].data.index_select(axis, order))
+        yield
+    finally:
+        for name, value in saved.items():
+            values[name].data.copy_(value)
+
+
+def _from_the_first(options: Sequence[Sequence[Option]]) -> Iterator[tuple[Option, ...]]:
+    """Yield choices of one option each: the first ones, then with up to three others."""
+    first = [each[0] for each in options]
+    for others in range(min(len(options), 3) + 1):
+        for places in combinations(range(len(options)), others):
+            for replaced in product(*(options[place][1:] for place in places)):
+                choice = list(first)
+                for place, option in zip(places, replaced, strict=True):
+                    choice[place] = option
+                yield tuple(choice)
+
+
+def _equal(first: Tensor, second: Tensor, tolerance: float = TOLERANCE) -> bool:
+    size = 1 + float(second.abs().max())
+    return bool((first - second).abs().max() <= tolerance * size)
