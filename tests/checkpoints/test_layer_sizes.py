@@ -27,7 +27,6 @@ from tritter.core.families import (
     forward_flops,
     layout,
     on_disk,
-    with_ffn_sizes,
 )
 from tritter.core.models import (
     config_of,
@@ -129,7 +128,7 @@ def test_the_folder_says_what_is_padding_and_config_json_does_not(tmp_path: Path
 def test_a_model_of_equal_widths_has_none_of_its_own() -> None:
     config = config_of(uneven("llama", (16, 16)))
     assert "ffn_sizes" not in config and config["intermediate_size"] == 16
-    again = with_ffn_sizes({**config, "num_hidden_layers": 3}, [9, 8, 8])
+    again = family_of(config).with_ffn_sizes({**config, "num_hidden_layers": 3}, [9, 8, 8])
     deeper = family_of(config).with_layers(again, [1, 2, 1, 2])
     assert "ffn_sizes" not in deeper and deeper["intermediate_size"] == 8
 
@@ -251,7 +250,7 @@ def test_what_needs_layers_of_one_width_is_refused(spec: ExpansionSpec, reason: 
 def test_experts_have_one_width(tmp_path: Path) -> None:
     folder = written(tiny("mixtral"), tmp_path / "model")
     _edited(folder, lambda plain: plain.update(ffn_sizes=list(SIZES)))
-    with pytest.raises(TritterError, match="stacks the experts"):
+    with pytest.raises(TritterError, match="all layers have one width"):
         read_config(folder)
 
 

@@ -52,6 +52,7 @@ def test_what_can_grow_and_the_axes(run: Run, place: Path) -> None:
         "heads": "whole groups of heads",
         "hidden size": "any larger size",
         "experts": "no: this llama model has no experts; apply moe first (expansion=[moe,moe_add])",
+        "neurons": "of single layers, during training (growth=gradmax)",
     }
     text = run("inspect base --family").out
     assert "model.layers.0.mlp.up_proj.weight" in text and "model.layers.1" not in text

@@ -409,6 +409,8 @@ def test_a_teacher_that_is_named_is_learned_from(run: Run, library: Path, tmp_pa
             ),
         ),
         ("opt", ("expansion=none", "forgetting=none", "experts=single_lora")),
+        ("olmo3", ("expansion=none", "growth=gradmax", "forgetting=[ewc,replay]")),
+        ("opt", ("expansion=llama_pro", "growth=foam", "forgetting=replay")),
     ],
 )
 def test_a_model_type_without_a_table(

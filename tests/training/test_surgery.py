@@ -23,7 +23,7 @@ from tests.training.killed import KillAt, Killed
 from tests.training.test_fit import SETTINGS
 from tritter.checkpoints.state import LazyTensors, read_state, write_state
 from tritter.core.expansions import Dus, ExpansionSpec, LlamaPro, Moe, Width
-from tritter.core.families import family_of, with_ffn_sizes
+from tritter.core.families import family_of
 from tritter.core.models import config_of, load_model
 from tritter.core.parameter_map import AxisFactor, AxisMap, Fill, TensorMap
 from tritter.core.parameter_map.carry import MOMENTS, Policy
@@ -379,7 +379,7 @@ class OneLayer(Grow):
                 name: m if name.startswith("layers.1.") else TensorMap(name)
                 for name, m in step.parameter_map.tensors.items()
             }
-            target = with_ffn_sizes(config, [40, 60, 40])
+            target = family_of(config).with_ffn_sizes(config, [40, 60, 40])
             change = Change.of(replace(step.parameter_map, tensors=maps), config, target)
             surgery.apply(trainer, pl_module, change, reason="one layer")
 

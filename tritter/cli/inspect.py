@@ -267,6 +267,10 @@ def _growth(source: Source) -> dict[str, str]:
             else:
                 found[size] = word
                 break
+    fixed = source.family.fixed_neurons(source.config)
+    found["neurons"] = (
+        f"no: {fixed}" if fixed else "of single layers, during training (growth=gradmax)"
+    )
     return found
 
 

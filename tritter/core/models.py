@@ -34,7 +34,6 @@ from tritter.core.families import (
     pack_all,
     padded_shapes,
     unpack_all,
-    with_ffn_sizes,
     with_live_sizes,
 )
 from tritter.core.families.config_file import checked_config, errors_as
@@ -355,15 +354,25 @@ def config_of(model: nn.Module) -> Config:
         raise RequestError(f"{type(model).__name__} has no Hugging Face config.")
     config = _plain(stock)
     family = find_family(str(config.get("model_type")))
-    if family is None or family.has_experts or "intermediate_size" not in family.sizes:
-        return config
-    parameters = dict(model.named_parameters())
-    (up,) = (tensor for tensor in family.tensors if tensor.kind == "ffn.up")
-    names = [up.for_layer(n).disk_name for n in range(stock.num_hidden_layers)]
-    if not all(name in parameters for name in names):  # a part of a model
-        return config
-    sizes = [live_shape(parameters[name])[int(up.is_transposed)] for name in names]
-    return with_ffn_sizes(config, sizes, key=family.sizes["intermediate_size"])
+    if family is None:  # the axes of a model type without a table are found when they are needed
+        if _has_even_layers(model):
+            return config
+        family = family_of(config)
+    shapes = {name: live_shape(value) for name, value in model.named_parameters()}
+    sizes = family.live_ffn_sizes(config, shapes)
+    return family.with_ffn_sizes(config, sizes) if sizes else config
+
+
+def _has_even_layers(model: nn.Module) -> bool:
+    """Return True if parameters of the same name have the same shape in all layers of a list."""
+    shapes: dict[tuple[int, str], tuple[int, ...]] = {}
+    return all(
+        shapes.setdefault((id(layers), name), live_shape(value)) == live_shape(value)
+        for layers in model.modules()
+        if isinstance(layers, nn.ModuleList)
+        for layer in layers
+        for name, value in layer.named_parameters()
+    )
 
 
 def refuse_peft(model: object) -> None:
@@ -425,7 +434,7 @@ def update_linear_sizes(module: nn.Module) -> None:
 
 def _narrower(config: Config) -> Iterator[StoredTensor]:
     """Yield the tensors that are narrower in memory than in stock classes."""
-    shapes = padded_shapes(config)
+    shapes = padded_shapes(config, "live")
     return (stored for stored in layout(config, "live") if stored.name in shapes)
 
 

@@ -30,9 +30,11 @@ from tritter.core.families.discovery.family import shallow
 from tritter.core.families.discovery.twin import build_twin
 from tritter.core.models import read_config
 from tritter.errors import TritterError
+from tritter.methods.growth.growable import GrowableCausalLM
 
 PAGE = Path(__file__).parents[3] / "docs/reference/model_types.md"
 MODEL_TYPES = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+TOKENS = torch.randint(3, 60, (2, 11), generator=torch.Generator().manual_seed(5))
 EXACT = 1e-4  # largest logit difference in standard deviations, float32
 # Settings without which the class's own defaults make no model
 _EXAMPLES: dict[str, dict[str, Any]] = {
@@ -88,8 +90,13 @@ FFN, heads and hidden size, by [`width`](expansions.md#width); experts, by \
 - **with hidden**: heads grow with the hidden size only.
 - **none**: there is no such size in the config.
 
+Neurons, in single layers during training, by [growth](../concepts/growth.md):
+
+- **exact**: FFNs are down(σ(gate(x)) · up(x)) or down(σ(up(x))), with matrices of their own.
+- **none**: there are experts in place of FFNs, or no such size.
+
 Refused in all of them: `aki`, `split` and `gqa`, appended experts, [`moe`](expansions.md#moe), \
-[neuron growth](../concepts/growth.md), routing losses and 8-bit or 4-bit weights. \
+routing losses and 8-bit or 4-bit weights. \
 `data.packing=documents` is refused if a token depends on earlier documents, which is measured. \
 Training, forgetting mitigation, the [gate](../concepts/gate.md), [LoRA \
 experts](../how-to/add_lora_experts.md) and export work as for other models. In multimodal models \
@@ -100,8 +107,8 @@ recurrent layers.
 
 
 _NOTE = "zeroed tensors of a new layer, or the reason"
-_HEADER = f"| `model_type` | depth | FFN | heads | hidden size | experts | {_NOTE} |"
-_SIZES = ("FFN", "heads", "hidden size", "experts")
+_HEADER = f"| `model_type` | depth | FFN | heads | hidden size | experts | neurons | {_NOTE} |"
+_SIZES = ("FFN", "heads", "hidden size", "experts", "neurons")
 
 
 _OPTIONS = r"(expansion\.)?(width|moe_add|hidden_size|num_attention_heads|intermediate_size)"
@@ -197,7 +204,28 @@ def _widths(base: Path, place: Path, note: str) -> tuple[tuple[str, ...], str]:
         elif word == "refused":
             notes.append(f"{name}: {reason.removeprefix(f'{family.model_type}: ')}")
         sizes.append(word)
-    return tuple(sizes), "; ".join(notes)
+    word, reason = _with_neurons(base, place / "neurons")
+    notes += [f"neurons: {reason.removeprefix(f'{family.model_type}: ')}"] if reason else []
+    return (*sizes, word), "; ".join(notes)
+
+
+def _with_neurons(base: Path, grown: Path) -> tuple[str, str]:
+    """Return what happens to neurons in a training step that changes no weights, and the reason."""
+    config = read_config(base)
+    family = family_of(config)
+    if reason := family.fixed_neurons(config):
+        is_none = family.has_experts or "no config key" in reason
+        return ("none", "") if is_none else ("refused", reason.partition("; use")[0])
+    model = GrowableCausalLM(
+        base, trigger="schedule", growth_cooldown=1, initialiser="random", max_new_parameters=2000
+    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    model(input_ids=TOKENS, use_cache=False).logits.sum().backward()
+    optimizer.step()
+    if not model.check_and_grow()["born"]:
+        return "WRONG", "nothing grew"
+    model.save_pretrained(grown)
+    return ("exact" if _is_exact(base, grown) else "WRONG"), ""
 
 
 def _grown(base: Path, grown: Path, request: ExpansionSpec, word: str) -> tuple[str, str]:
@@ -217,11 +245,8 @@ def _is_exact(base: Path, grown: Path) -> bool:
 def _logits(folder: Path) -> torch.Tensor:
     """Return the float32 logits [B, T, V] of fixed tokens, of the stock class."""
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
-    text = model.config.get_text_config(decoder=True)
-    draws = torch.Generator().manual_seed(5)
-    input_ids = torch.randint(3, min(text.vocab_size, 120), (2, 11), generator=draws)
     with torch.no_grad():
-        logits: torch.Tensor = model(input_ids=input_ids, use_cache=False).logits
+        logits: torch.Tensor = model(input_ids=TOKENS, use_cache=False).logits
     return logits
 
 
@@ -261,7 +286,7 @@ def write_page(rows: Mapping[str, str]) -> None:
     for column, name in enumerate(("depth", *_SIZES), start=1):
         counts = Counter(row.split(" | ")[column] for row in rows.values())
         said.append(f"- {name}: " + ", ".join(f"{counts[w]} {w}" for w in words if counts[w]))
-    table = [_HEADER, "|---" * 7 + "|", *(rows[name] for name in MODEL_TYPES)]
+    table = [_HEADER, "|---" * 8 + "|", *(rows[name] for name in MODEL_TYPES)]
     head = _HEAD.replace("VERSION", __version__)
     PAGE.write_text("\n".join([head + "\n".join(said), "", *table]) + "\n", encoding="utf-8")
 

@@ -38,6 +38,9 @@ from tritter.core.families.discovery.family import shallow
 from tritter.core.families.discovery.twin import Block, build_twin, in_float64
 from tritter.core.parameter_map import Fill, Quantity, carry_mask, map_tensor
 from tritter.errors import RequestError
+from tritter.methods.growth.blocks import FfnBlock, ffn_blocks
+from tritter.methods.growth.grower import LayerGrowth, growth_change
+from tritter.methods.growth.initialisers import NewNeurons
 
 # Against the tables
 
@@ -99,6 +102,45 @@ def test_it_maps_what_the_table_maps(
         assert values.keys() == expected.keys()
         for name, value in expected.items():
             torch.testing.assert_close(values[name], value, rtol=1e-12, atol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize("model_type", full_matrix(tuple(OWN)))
+def test_its_neurons_are_those_of_the_table(
+    model_type: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same matrices, the same σ, and the same change of a model."""
+    model = tiny(model_type)
+    config: Config = model.config.to_dict()
+    table, found = FAMILIES[model_type], discover(config)
+    assert bool(found.fixed_neurons(config)) == bool(table.fixed_neurons(config))
+    if table.fixed_neurons(config):
+        return
+    grown, values = [], torch.randn(3, 7, generator=torch.Generator().manual_seed(0))
+    for family in (table, found):
+        with monkeypatch.context() as patch:
+            patch.setitem(FAMILIES, model_type, family)
+            blocks = ffn_blocks(model)
+            growths = {block.layer: layer_growth(model, block) for block in blocks[1:]}
+            change = growth_change(model, growths)
+            weights = dict(change.weights({n: p.detach() for n, p in model.named_parameters()}))
+            activations = [block.activation(model)(values) for block in blocks]
+            grown.append(([replace(b, activation_name="") for b in blocks], activations, weights))
+            assert change.config["ffn_sizes"] == [
+                b.width(model) + 2 * (b.layer > 0) for b in blocks
+            ]
+    (blocks, activations, weights), (same, others, again) = grown
+    assert same == blocks and again.keys() == weights.keys()
+    assert all(map(torch.equal, activations, others))
+    assert all(torch.equal(again[name], value) for name, value in weights.items())
+
+
+def layer_growth(model: nn.Module, block: FfnBlock) -> LayerGrowth:
+    """Return the growth of an FFN by two random neurons."""
+    gate, up, _ = block.weights(model)
+    draws = torch.Generator().manual_seed(block.layer)
+    first, second, last = torch.randn(3, 2, gate.shape[1], generator=draws)
+    neurons = NewNeurons(gate=first, up=None if up is None else second, down=last.T)
+    return LayerGrowth(neurons=neurons, recycled=torch.empty(0, dtype=torch.int64))
 
 
 # Gradients of a grown twin

@@ -9,9 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from tests import oracle
+from tests.core.families.model_types import example
 from tests.oracle.families import GROWABLE, generic, key_of, tiny
-from tritter import GrowableCausalLM, GrowableLinear, GrowableQwen
+from tritter import GrowableCausalLM, GrowableLinear, GrowableQwen, expand
 from tritter.checkpoints import read_lineage
+from tritter.core.expansions import Width
+from tritter.core.families import ffn_sizes
+from tritter.core.families.discovery.family import shallow
+from tritter.core.families.discovery.twin import build_twin
+from tritter.core.models import read_config
 from tritter.errors import RequestError
 from tritter.methods.growth.triggers import Trigger, View
 from tritter.options import options
@@ -58,6 +64,48 @@ def test_the_function_is_kept_in_two_events(family: str, initialiser: str) -> No
             assert model.neurons == [neurons] * 3
     assert getattr(stock.config, key_of(family, "intermediate_size")) == 48
     assert model.config is stock.config
+
+
+@pytest.mark.parametrize(
+    ("model_type", "initialiser"),
+    [
+        ("opt", "gradmax"),
+        pytest.param("falcon", "random", marks=pytest.mark.full),
+        pytest.param("ctrl", "split", marks=pytest.mark.full),
+        pytest.param("olmo3", "gradmax", marks=pytest.mark.full),
+        pytest.param("gemma3", "split", marks=pytest.mark.full),  # the decoder of a multimodal one
+    ],
+)
+def test_a_model_type_without_a_table(model_type: str, initialiser: str, tmp_path: Path) -> None:
+    """FFNs of different width are kept by files, by stock classes and by further growth."""
+    base = build_twin(shallow(example(model_type))).model.float()
+    base.save_pretrained(tmp_path / "base")
+    model = GrowableCausalLM(
+        tmp_path / "base", initialiser=initialiser, max_new_parameters=700, **GROWING
+    )
+    ids, optimizer = oracle.tokens(), adam(model.eval())  # without dropout
+    train(model, optimizer, ids)
+    before = oracle.logits(model, ids)
+    assert 0 < model.check_and_grow()["born"] < 4 * len(model.neurons)
+    error = (oracle.logits(model, ids) - before).abs().max() / before.std()
+    assert error < 1e-5 and len(set(model.neurons)) > 1
+    train(model, optimizer, ids)
+    model.save_pretrained(tmp_path / "grown")
+    assert ffn_sizes(read_config(tmp_path / "grown")) == tuple(model.neurons)
+    assert GrowableCausalLM(tmp_path / "grown").neurons == model.neurons
+    after = oracle.logits(model, ids)
+    wider = Width(hidden_size=64, intermediate_size=2 * max(model.neurons), init="net2net")
+    for name, request in (("deeper", "llama_pro"), ("wider", wider)):
+        expand(tmp_path / "grown", request, output=tmp_path / name)
+        widths = ffn_sizes(read_config(tmp_path / name))
+        expected = {2 * size if name == "wider" else size for size in model.neurons}
+        assert set(widths) == expected
+    for name in ("grown", "deeper", "wider"):
+        logits = oracle.logits(oracle.stock(tmp_path / name), ids)
+        assert (logits - after).abs().max() / after.std() < 1e-5, name
+    with torch.no_grad():  # the control
+        model.model.get_parameter(model._loop.grower.blocks[0].down).zero_()
+    assert (oracle.logits(model, ids) - after).abs().max() / after.std() > 1e-2
 
 
 def test_only_what_is_under_pressure_grows() -> None:

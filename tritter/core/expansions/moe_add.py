@@ -290,13 +290,10 @@ def sparse_layers(family: Family, config: Config) -> tuple[int, ...]:
     kinds = family.layer_kinds(config)
     sparse = tuple(layer for layer, kind in enumerate(kinds) if kind == "sparse")
     if not sparse:
-        raise RequestError(
-            Problem(
-                "expansion.moe_add",
-                reason=f"this {family.model_type} model has no experts; apply moe first "
-                f"({setting('expansion', ['moe', 'moe_add'])})",
-            )
-        )
+        reason = f"this {family.model_type} model has no experts"
+        if family.has_table:
+            reason += f"; apply moe first ({setting('expansion', ['moe', 'moe_add'])})"
+        raise RequestError(Problem("expansion.moe_add", reason=reason))
     return sparse
 
 

@@ -48,7 +48,6 @@ from tritter.core.families import (
     ffn_size,
     ffn_sizes,
     segments,
-    with_ffn_sizes,
 )
 from tritter.core.parameter_map import AxisFactor, AxisMap, Fill, ParameterMap, TensorMap
 from tritter.errors import Problem, RequestError, key_name, refused
@@ -304,9 +303,7 @@ class Width:
             target = family.with_rms(target, self._rms_ratio(old, new))
         widest, grown = old.intermediate_size, new.intermediate_size
         sizes = [round(size * grown / widest) for size in ffns]
-        if not sizes:
-            return target
-        return with_ffn_sizes(target, sizes, key=family.sizes["intermediate_size"])
+        return family.with_ffn_sizes(target, sizes) if sizes else target
 
     def parameter_map(
         self, family: Family, source: Config, target: Config, *, seed: int

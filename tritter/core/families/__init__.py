@@ -12,7 +12,6 @@ from tritter.core.families.dimensions import (
     ffn_size,
     ffn_sizes,
     on_disk,
-    with_ffn_sizes,
 )
 from tritter.core.families.family import Family
 from tritter.core.families.flops import (
@@ -98,6 +97,5 @@ __all__ = [
     "segments",
     "training_flops",
     "unpack_all",
-    "with_ffn_sizes",
     "with_live_sizes",
 ]

@@ -374,16 +374,9 @@ def with_live_sizes(
 def _check_ffn_sizes(family: Family, config: Config) -> None:
     if FFN_SIZES not in config:
         return
-    if family.has_experts:
-        raise RequestError(
-            f"{FFN_SIZES}: {family.model_type} stacks the experts of a layer in one tensor, so all "
-            "layers have one width; use a family without experts."
-        )
-    if family.has_stacked_ffn:
-        raise RequestError(
-            f"{FFN_SIZES}: {family.model_type} stores gate and up in one tensor, so all layers "
-            "have one width; use a family that stores them separately."
-        )
+    if reason := family.fixed_neurons(config):
+        raise RequestError(f"{FFN_SIZES}: all layers have one width: {reason}.")
+    family = family.widened(config)
     sizes, widest = ffn_sizes(config), family.dimensions(config)
     layers = widest.num_hidden_layers
     are_valid = len(sizes) == layers and all(type(size) is int and size >= 1 for size in sizes)

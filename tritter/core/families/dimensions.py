@@ -1,6 +1,6 @@
 """Sizes of a decoder's config, under the same names for all families."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -166,20 +166,6 @@ def ffn_sizes(config: Config) -> tuple[int, ...]:
     """Return the FFN width of each layer; empty if all layers have the same."""
     sizes = config.get(FFN_SIZES)
     return tuple(sizes) if isinstance(sizes, list | tuple) else ()
-
-
-def with_ffn_sizes(
-    config: Config, sizes: Sequence[int], *, key: str = "intermediate_size"
-) -> Config:
-    """Return the config of a model with the given FFN width per layer.
-
-    Args:
-        config: of the model.
-        sizes: FFN width of each layer.
-        key: config key of the widest.
-    """
-    same: Config = {**on_disk(config), key: max(sizes)}
-    return same if min(sizes) == max(sizes) else {**same, FFN_SIZES: list(sizes)}
 
 
 def on_disk(config: Config) -> Config:

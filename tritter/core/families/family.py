@@ -14,11 +14,13 @@ from tritter.core.families.dimensions import (
     Config,
     Dimensions,
     ffn_sizes,
+    on_disk,
     read_dimensions,
-    with_ffn_sizes,
 )
 from tritter.core.families.logical import LogicalTensor, Port
 from tritter.errors import RequestError, brief
+
+_FFN_PARTS = {f"ffn.{part}": part for part in ("gate", "up", "down")}
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,65 @@ class Family:
     def has_stacked_ffn(self) -> bool:
         """Gate and up of an FFN are one tensor."""
         return any(tensor.within and tensor.kind == "ffn.up" for tensor in self.tensors)
+
+    def fixed_neurons(self, config: Config) -> str:
+        """Return why single layers can't get neurons, and what can grow; empty if they can."""
+        if self.has_experts:
+            return (
+                f"{self.model_type} has experts, and neurons grow only in dense FFNs; add experts "
+                "(expansion=moe_add)"
+            )
+        if self.has_stacked_ffn:
+            return (
+                f"{self.model_type} stores gate and up as one tensor, and growth requires two; use "
+                "expansion=width"
+            )
+        return ""
+
+    def ffn_part(self, tensor: LogicalTensor) -> str:
+        """Return `gate`, `up` or `down` for a matrix of a dense FFN, else an empty text."""
+        return _FFN_PARTS.get(tensor.kind, "")
+
+    def neuron_axis(self, tensor: LogicalTensor) -> int:
+        """Return the axis of the neurons in a matrix of a dense FFN."""
+        return [axis.space.kind for axis in tensor.axes].index("ffn")
+
+    def activation_name(self, up: str) -> str:
+        """Return the name of the module that computes σ of an FFN; empty: `act_fn` or `act` in it.
+
+        Args:
+            up: name in memory of the weight.
+        """
+        return ""
+
+    def live_ffn_sizes(self, config: Config, shapes: Mapping[str, tuple[int, ...]]) -> list[int]:
+        """Return the FFN width of each layer; empty if all have one, or they are not known.
+
+        Args:
+            config: of a model.
+            shapes: name in memory → shape of its parameters.
+        """
+        if self.fixed_neurons(config):
+            return []
+        family, sizes = self.widened(config), []
+        for tensor in family.logical_tensors(config):
+            if family.ffn_part(tensor) == "up":
+                shape = shapes.get(tensor.live_name or tensor.disk_name)
+                if shape is None:  # a part of a model
+                    return []
+                sizes.append(
+                    shape[:: -1 if tensor.is_transposed else 1][family.neuron_axis(tensor)]
+                )
+        return sizes
+
+    def with_ffn_sizes(self, config: Config, sizes: Sequence[int]) -> Config:
+        """Return the config of a model with the given FFN width per layer."""
+        same = self.with_widest_ffn(on_disk(config), max(sizes))
+        return same if min(sizes) == max(sizes) else {**same, FFN_SIZES: list(sizes)}
+
+    def with_widest_ffn(self, config: Config, size: int) -> Config:
+        """Return the config of a model in which all FFNs have a width."""
+        return {**config, self.sizes["intermediate_size"]: size}
 
     def dimensions(self, config: Config, *, layer: int | None = None) -> Dimensions:
         """Read the sizes from a config, with the defaults that transformers would derive.
@@ -210,7 +271,7 @@ class Family:
                 deeper[key] = [values[source] for source in layer_sources]
         if sizes := ffn_sizes(config):
             chosen = [sizes[source] for source in layer_sources]
-            deeper = with_ffn_sizes(deeper, chosen, key=self.sizes["intermediate_size"])
+            deeper = self.with_ffn_sizes(deeper, chosen)
         if self.sparse_layers == "pattern":
             kinds = self.layer_kinds(config)
             dense = [t for t, s in enumerate(layer_sources) if kinds[s] == "dense"]

@@ -146,12 +146,12 @@ def layout(config: Config, kind: LayoutKind) -> tuple[StoredTensor, ...]:
     return tuple(stored)
 
 
-def padded_shapes(config: Config) -> dict[str, tuple[int, ...]]:
+def padded_shapes(config: Config, kind: LayoutKind = "hub") -> dict[str, tuple[int, ...]]:
     """Return name → shape of the tensors that are padded on disk; usually empty."""
     if FFN_SIZES not in config:
         return {}
-    live = {tensor.name: tensor.shape for tensor in layout(config, "hub")}
-    stock = layout(on_disk(config), "hub")
+    live = {tensor.name: tensor.shape for tensor in layout(config, kind)}
+    stock = layout(on_disk(config), kind)
     return {tensor.name: tensor.shape for tensor in stock if tensor.shape != live[tensor.name]}
 
 

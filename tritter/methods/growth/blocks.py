@@ -28,6 +28,8 @@ class FfnBlock:
         down: name of the parameter [hidden_size, intermediate_size]; None: the reader of the
             neurons is not known.
         is_transposed: the weights are stored with inputs first.
+        activation_name: name of the module that computes σ; empty: the attribute `act_fn` or `act`
+            of the module that contains the three, or else no σ.
     """
 
     layer: int
@@ -35,11 +37,7 @@ class FfnBlock:
     up: str | None
     down: str | None
     is_transposed: bool = False
-
-    @property
-    def module(self) -> str:
-        """Name of the module that contains the three."""
-        return self.gate.rpartition(".")[0].rpartition(".")[0]
+    activation_name: str = ""
 
     @property
     def rows(self) -> tuple[str, ...]:
@@ -89,7 +87,9 @@ class FfnBlock:
 
     def activation(self, model: nn.Module) -> Callable[[Tensor], Tensor]:
         """Return σ; the identity if the module has no activation."""
-        module = model.get_submodule(self.module)
+        if self.activation_name:
+            return model.get_submodule(self.activation_name)
+        module = model.get_submodule(self.gate.rpartition(".")[0].rpartition(".")[0])
         name = "act_fn" if hasattr(module, "act_fn") else "act"
         activation: Callable[[Tensor], Tensor] = getattr(module, name, lambda values: values)
         return activation
@@ -107,7 +107,7 @@ def ffn_blocks(model: nn.Module) -> tuple[FfnBlock, ...]:
     """Return the FFNs of a model, in layer order.
 
     Raises:
-        RequestError: the model has experts or adapters, or an unknown family.
+        RequestError: the model has adapters, or an FFN whose neurons can't grow.
     """
     import torch
 
@@ -115,30 +115,24 @@ def ffn_blocks(model: nn.Module) -> tuple[FfnBlock, ...]:
 
     config = config_of(model)
     family = family_of(config)
-    if family.has_experts:
-        raise RequestError(
-            f"growth: {config['model_type']} has experts instead of FFNs, and neurons grow only in "
-            "dense FFNs; add experts instead (expansion=moe_add)."
-        )
-    if family.has_stacked_ffn:
-        raise RequestError(
-            f"growth: {config['model_type']} stores gate and up as one tensor, and growth requires "
-            "two; use expansion=width instead."
-        )
+    if reason := family.fixed_neurons(config):
+        raise RequestError(f"growth: {reason}.")
+    family = family.widened(config)
     names: dict[int, dict[str, str]] = {}
     is_transposed = False
     for tensor in family.logical_tensors(config):
-        if tensor.kind in ("ffn.gate", "ffn.up", "ffn.down"):
+        if part := family.ffn_part(tensor):
             assert tensor.layer is not None
-            part, is_transposed = tensor.kind.removeprefix("ffn."), tensor.is_transposed
             names.setdefault(tensor.layer, {})[part] = tensor.live_name or tensor.disk_name
+            is_transposed = tensor.is_transposed or family.neuron_axis(tensor) != (part == "down")
     blocks = tuple(
         FfnBlock(
             layer,
             gate=parts.get("gate", parts["up"]),
-            up=parts["up"] if family.has_gate else None,
+            up=parts["up"] if "gate" in parts else None,
             down=parts["down"],
             is_transposed=is_transposed,
+            activation_name=family.activation_name(parts["up"]),
         )
         for layer, parts in sorted(names.items())
     )
@@ -200,26 +194,25 @@ class ActivationRecorder:
     _inputs: dict[int, list[Tensor]] = field(default_factory=dict)
     _gradients: dict[int, list[Tensor]] = field(default_factory=dict)
 
-    def hook(self, layer: int) -> Callable[..., None]:
-        """Return a forward hook for the FFN of a layer."""
+    def record_activations(self, layer: int, inputs: Tensor, output: Tensor) -> None:
+        """Record some tokens, if a backward pass follows.
 
+        Args:
+            inputs: [..., H], inputs of the FFN.
+            output: [..., H], its output.
+        """
         import torch
 
-        def record_activations(
-            module: nn.Module, arguments: tuple[Any, ...], output: Tensor
-        ) -> None:
-            if not (module.training and output.requires_grad):
-                return
-            read, index = arguments[0].detach(), len(self._inputs.setdefault(layer, []))
-            self._inputs[layer].append(sample_rows(read, self.max_tokens))
-            self._gradients.setdefault(layer, []).append(torch.empty(0))
+        if not output.requires_grad:
+            return
+        index = len(self._inputs.setdefault(layer, []))
+        self._inputs[layer].append(sample_rows(inputs, self.max_tokens))
+        self._gradients.setdefault(layer, []).append(torch.empty(0))
 
-            def keep(gradient: Tensor) -> None:
-                self._gradients[layer][index] = sample_rows(gradient, self.max_tokens)
+        def keep(gradient: Tensor) -> None:
+            self._gradients[layer][index] = sample_rows(gradient, self.max_tokens)
 
-            output.register_hook(keep)
-
-        return record_activations
+        output.register_hook(keep)
 
     def probes(self) -> dict[int, ActivationProbe]:
         """Return layer → its probe; forward passes without a backward pass are ignored."""
@@ -259,11 +252,49 @@ def _random_positions(size: int, count: int) -> Tensor:
     return drawn[:count].sort().values
 
 
+class FfnObserver:
+    """Forward hooks of an FFN's first and last matrix; they can be copied with the model.
+
+    Args:
+        record: is called with layer, inputs [..., H] and output [..., H] of the FFN.
+        layer: of the FFN.
+        in_training: observe modules in training mode only.
+    """
+
+    def __init__(
+        self,
+        record: Callable[[int, Tensor, Tensor], None],
+        layer: int,
+        *,
+        in_training: bool = False,
+    ) -> None:
+        self.record, self._layer, self._in_training = record, layer, in_training
+        self._read: Tensor | None = None
+
+    def attach(self, model: nn.Module, block: FfnBlock) -> tuple[RemovableHandle, RemovableHandle]:
+        """Observe an FFN until the handles are removed."""
+        assert block.down is not None
+        gate, down = _module_of(model, block.gate), _module_of(model, block.down)
+        return gate.register_forward_pre_hook(self.before), down.register_forward_hook(self.after)
+
+    def before(self, module: nn.Module, arguments: tuple[Any, ...]) -> None:
+        is_observed = module.training or not self._in_training
+        self._read = arguments[0].detach() if is_observed else None
+
+    def after(self, module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
+        if self._read is not None:
+            self.record(self._layer, self._read, output)
+        self._read = None
+
+
 def attach(
     model: nn.Module, blocks: Iterable[FfnBlock], seen: ActivationRecorder
 ) -> list[RemovableHandle]:
     """Record activations with `seen` until the returned handles are removed."""
     return [
-        model.get_submodule(block.module).register_forward_hook(seen.hook(block.layer))
+        handle
         for block in blocks
+        for handle in FfnObserver(seen.record_activations, block.layer, in_training=True).attach(
+            model, block
+        )
     ]

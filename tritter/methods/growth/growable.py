@@ -536,7 +536,7 @@ class GrowableCausalLM(Growable, nn.Module):
         if freeze_attention:
             freeze_all_but_ffns(self.model)
         for block in grower.blocks if enable_growth else ():
-            self._loop.attach_hook(self.model.get_submodule(block.module), block.layer)
+            self._loop.attach_hooks(block)
 
     @property
     def neurons(self) -> list[int]:

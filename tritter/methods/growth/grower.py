@@ -6,7 +6,7 @@ itself, but returns the change for `tritter.training.surgery`.
 
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from hashlib import sha256
 from math import isfinite
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tritter.checkpoints import ExpansionRecord
-from tritter.core.families import Config, Port, family_of, with_ffn_sizes
+from tritter.core.families import Config, Port, family_of
 from tritter.core.models import config_of
 from tritter.core.parameter_map import AxisFactor, AxisMap, Fill, ParameterMap, TensorMap
 from tritter.core.parameter_map.tensor_map import NO_SOURCE
@@ -60,7 +60,7 @@ class LayerGrowth:
 def growth_change(model: nn.Module, growths: Mapping[int, LayerGrowth]) -> Change:
     """Return the change of a live model whose FFNs get new neurons."""
     config = config_of(model)
-    family = family_of(config)
+    family = family_of(config).widened(config)
     logical = family.logical_tensors(config)
     widths = [family.dimensions(config, layer=n).intermediate_size
               for n in range(family.dimensions(config).num_hidden_layers)]  # fmt: skip
@@ -75,12 +75,14 @@ def growth_change(model: nn.Module, growths: Mapping[int, LayerGrowth]) -> Chang
                 unit_map.factor(axis.port) if axis.space.kind == FFN else None
                 for axis in tensor.axes
             )
-            part = tensor.kind.removeprefix("ffn.") if len(axes) == 2 else None
+            part = family.ffn_part(tensor)
             fill = _initial_values(growth, part)
+            if fill.values is not None and family.neuron_axis(tensor) != (part == "down"):
+                fill = replace(fill, values=fill.values.T.contiguous())  # inputs first
             maps[tensor.name] = TensorMap(source=tensor.name, axes=axes, fill=fill)
         widths[layer] += growth.born
     parameter_map = ParameterMap(maps, tuple(range(len(widths))))
-    target = with_ffn_sizes(config, widths, key=family.sizes["intermediate_size"])
+    target = family.with_ffn_sizes(config, widths)
     return Change.of(parameter_map, config, target)
 
 
@@ -104,7 +106,7 @@ def module_change(
             after.append(declared(name, tuple(shape)))
             axes: list[AxisFactor | None] = [None] * len(shape)
             axes[dim] = unit_map.factor(Port.WRITE if dim == 0 else Port.READ)
-            fill = _initial_values(growth, parts.get(name))
+            fill = _initial_values(growth, parts.get(name, ""))
             source = before[-1].parts[0].tensor.name
             maps[source] = TensorMap(source=source, axes=tuple(axes), fill=fill)
     return Change(config={}, before=tuple(before), after=tuple(after), tensors=maps)
@@ -152,9 +154,9 @@ def neuron_map(growth: LayerGrowth, width: int) -> NeuronMap:
     return NeuronMap(source, share)
 
 
-def _initial_values(growth: LayerGrowth, part: str | None) -> Fill:
-    """Return the initial values of one part of new neurons; biases start at zero."""
-    if growth.neurons.source is not None or part is None:
+def _initial_values(growth: LayerGrowth, part: str) -> Fill:
+    """Return the initial values of one part of new neurons; biases, without a part, are zero."""
+    if growth.neurons.source is not None or not part:
         return Fill()
     if part == "up" and growth.neurons.up is None:
         part = "gate"  # without a gate, `gate` stores the weights of up

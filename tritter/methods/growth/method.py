@@ -14,8 +14,6 @@ from tritter.options import RunRequest, Start
 from tritter.targets import dotted
 from tritter.training.optimizer import adam_problems
 
-_GROWING = ("ffn.gate", "ffn.up", "ffn.down")  # trained with growth.freeze_attention
-
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
@@ -61,24 +59,9 @@ class NeuronGrowth:
     ) -> Iterator[Problem]:
         """Yield the reasons why the trained model can't grow."""
         grown = start.trained[-1]
-        family, reason = family_of(grown), ""
-        if not family.has_table:
-            reason = (
-                f"Tritter does not know the FFN of {grown['model_type']}; its depth can grow "
-                "(expansion=llama_pro); use growth=none"
-            )
-        elif family.has_experts:
-            reason = (
-                f"{grown['model_type']} has experts, and neurons grow only in dense FFNs; choose "
-                "an expansion without experts, or growth=none"
-            )
-        elif family.has_stacked_ffn:
-            reason = (
-                f"{grown['model_type']} stores gate and up as one tensor, and growth requires two; "
-                "choose expansion=width, or growth=none"
-            )
-        if reason:
-            yield Problem("growth", cls.__name__, reason=reason)
+        family = family_of(grown)
+        if reason := family.fixed_neurons(grown):
+            yield Problem("growth", cls.__name__, reason=f"{reason}, or growth=none")
             return
         layers, steps = family.dimensions(grown).num_hidden_layers, run.training.max_steps
         if reason := cls(options).inactivity_reason(max_steps=steps, num_layers=layers):
@@ -90,9 +73,9 @@ class NeuronGrowth:
         """Return the number of parameters that growth freezes until the end of training."""
         if not options.freeze_attention:
             return 0
-        family = family_of(trained)
+        family = family_of(trained).widened(trained)
         tensors = family.logical_tensors(trained)
-        sizes = (prod(family.shape(each, trained)) for each in tensors if each.kind in _GROWING)
+        sizes = (prod(family.shape(each, trained)) for each in tensors if family.ffn_part(each))
         return family.count_parameters(trained) - sum(sizes)
 
     def inactivity_reason(self, *, max_steps: int, num_layers: int) -> str:

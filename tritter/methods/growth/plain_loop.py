@@ -20,7 +20,7 @@ from torch.optim.optimizer import (
 
 from tritter.data.batches import this_rank
 from tritter.errors import RequestError
-from tritter.methods.growth.blocks import ActivationProbe, FfnBlock, sample_rows
+from tritter.methods.growth.blocks import ActivationProbe, FfnBlock, FfnObserver, sample_rows
 from tritter.methods.growth.grower import GROWTH, Grower, Growth
 from tritter.training.parameters import Entry, entry_of, replay, reshape
 from tritter.training.surgery import apply_plain
@@ -85,15 +85,19 @@ class PlainLoop:
         self._is_attached = True
         self._optimizers = WeakSet(() if optimizer is None else (optimizer,))
 
-    def attach_hook(self, module: nn.Module, layer: int) -> None:
-        """Record the activations of a layer's FFN, replacing any earlier loop that did."""
-        for key, hook in list(module._forward_hooks.items()):
-            other = getattr(getattr(hook, "func", None), "__self__", None)
-            if isinstance(other, PlainLoop):
-                other._is_superseded = True
-                _WATCHING.discard(other)
-                del module._forward_hooks[key]
-        module.register_forward_hook(partial(self.record_activations, layer))
+    def attach_hooks(self, block: FfnBlock) -> None:
+        """Record the activations of an FFN, replacing any earlier loop that did."""
+        for name, _ in block.parts:
+            module = self.module.get_submodule(name.removesuffix(".weight"))
+            for hooks in (module._forward_pre_hooks, module._forward_hooks):
+                for key, hook in list(hooks.items()):
+                    observer = getattr(hook, "__self__", None)
+                    other = getattr(getattr(observer, "record", None), "__self__", None)
+                    if isinstance(other, PlainLoop):
+                        other._is_superseded = True
+                        _WATCHING.discard(other)
+                        del hooks[key]
+        FfnObserver(self.record_activations, block.layer).attach(self.module, block)
 
     def note_loss(self, loss: float) -> None:
         """Record the loss of a step."""
@@ -187,12 +191,10 @@ class PlainLoop:
         self._decided = {}
         return growth
 
-    def record_activations(
-        self, layer: int, module: nn.Module, arguments: tuple[Any, ...], output: Any
-    ) -> None:
-        """Forward hook of a layer's FFN: record activations if growth may follow."""
+    def record_activations(self, layer: int, inputs: Tensor, output: Tensor) -> None:
+        """Record activations of an FFN if growth may follow."""
         if self.grower.may_grow_after(self.steps + 1):
-            self.tokens.record_activations(layer, arguments[0], output)
+            self.tokens.record_activations(layer, inputs, output)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state that another loop needs to resume, in plain containers and tensors."""

@@ -18,6 +18,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 from tritter.core.families.dimensions import Config
 from tritter.core.families.discovery.configs import (
@@ -88,6 +89,22 @@ class Role:
     offset: float = 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class Neurons:
+    """The matrices of a dense FFN whose neurons can grow in single layers.
+
+    Args:
+        parts: `gate`, `up` and `down` → name in memory within a layer; an FFN that computes
+            down(σ(up(x))) has no gate.
+        activation: name within a layer of the module that computes σ.
+        key: config key of their number.
+    """
+
+    parts: Mapping[str, str] = field(default_factory=dict)
+    activation: str = ""
+    key: str = ""
+
+
 @dataclass(frozen=True)
 class Axes:
     """The roles of all axes that follow a size.
@@ -99,7 +116,8 @@ class Axes:
         has_head_dim: `head_dim` can be set, so heads keep their size.
         heads_fill_hidden: the number of heads grows with the hidden size alone.
         subtracts_mean: norms subtract the mean over the residual stream.
-        refused: `ffn`, `heads`, `hidden` or `experts` → why this size can't grow.
+        neurons: of FFNs that can grow in single layers.
+        refused: `ffn`, `neurons`, `heads`, `hidden` or `experts` → why this size can't grow.
     """
 
     roles: Mapping[str, Mapping[int, Role]] = field(default_factory=dict)
@@ -108,6 +126,7 @@ class Axes:
     has_head_dim: bool = True
     heads_fill_hidden: bool = False
     subtracts_mean: bool = False
+    neurons: Neurons = Neurons()
     refused: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -135,6 +154,7 @@ def find_axes(twin: Twin, layers: Sequence[int], writers: Iterable[str]) -> Axes
     search = _Search(twin, layers, frozenset(writers))
     for name, step in (
         ("ffn", search.add_ffns),
+        ("neurons", search.add_neurons),
         ("heads", search.add_heads),
         ("hidden", search.add_hidden),
         ("experts", search.add_experts),
@@ -151,6 +171,7 @@ def find_axes(twin: Twin, layers: Sequence[int], writers: Iterable[str]) -> Axes
         has_head_dim=search.has_head_dim,
         heads_fill_hidden=search.fills_hidden,
         subtracts_mean=search.subtracts_mean,
+        neurons=search.neurons,
         refused=search.refused,
     )
 
@@ -170,6 +191,7 @@ class _Search:
         self.ffn_keys: tuple[str, ...] = ()
         self.hidden_keys: tuple[str, ...] = ()
         self.has_head_dim = self.subtracts_mean = self.fills_hidden = False
+        self.neurons = Neurons()
 
     def add_ffns(self) -> None:
         """Find the axes of neurons, of FFNs and of experts."""
@@ -185,6 +207,18 @@ class _Search:
         for key, following in found.items():
             self._add_units("ffn", key, following)
         self.ffn_keys = tuple(found)
+
+    def add_neurons(self) -> None:
+        """Find the FFN of the layers: down(σ(gate(x)) · up(x)), or down(σ(up(x)))."""
+        found = [_neurons_of(block, self.roles) for block in self._blocks.values()]
+        if any(each != found[0] for each in found):
+            raise RequestError("its layers have FFNs of different kinds")
+        model = self._twin.model  # surgery during training replaces its parameters, by these names
+        tied: Iterable[str] = model.all_tied_weights_keys  # type: ignore[assignment]
+        tensors = model.state_dict().keys() - set(tied)
+        if others := tensors - dict(model.named_parameters()).keys():
+            raise RequestError(f"its files have tensors that are not parameters ({min(others)})")
+        self.neurons = found[0]
 
     def add_heads(self) -> None:
         """Find the axes of attention heads, at a constant size of each head."""
@@ -473,6 +507,91 @@ def unit_port(block: Block, name: str, axis: int) -> Port:
         return Port.GAIN
     others = [other for other in range(value.ndim) if other != axis]
     return Port.READ if any(_is_output(block, name, other) for other in others) else Port.WRITE
+
+
+def _neurons_of(block: Block, roles: Mapping[str, Mapping[int, Role]]) -> Neurons:
+    """Return the neurons of a layer's FFN.
+
+    Raises:
+        RequestError: the FFN is another function, or consists of other modules.
+    """
+    other = "an FFN is not down(σ(gate(x)) · up(x)) with matrices of their own"
+    names = {name for name in _values(block.module) if name in roles}
+    uses = [
+        (name, axis, role)
+        for name in sorted(names)
+        for axis, role in roles[name].items()
+        if role.space == "ffn"
+    ]
+    rows, columns, biases = list[str](), list[str](), set[str]()
+    for name, axis, role in uses:
+        owner, value = _owner(block.module, name)
+        outputs = int(isinstance(owner, Conv1D))  # the axis of its outputs
+        if value.ndim == 1 and name.endswith(".bias"):
+            biases.add(name.removesuffix("bias") + "weight")
+        elif isinstance(owner, nn.Linear | Conv1D) and name.endswith(".weight"):
+            (rows if axis == outputs else columns).append(name)
+        else:
+            raise RequestError(other)
+        if role.arrangement != "whole" or role.per_unit != 1:
+            raise RequestError(other)
+    keys = {role.key for _, _, role in uses}
+    if len(columns) != 1 or len(rows) not in (1, 2) or len(keys) != 1 or not biases <= {*rows}:
+        raise RequestError(other)
+    for gate in rows:
+        up = next((name for name in rows if name != gate), "")
+        if activation := _activation(block, gate, up, columns[0]):
+            parts = {"gate": gate, "up": up} if up else {"up": gate}
+            return Neurons({**parts, "down": columns[0]}, activation, keys.pop())
+    raise RequestError(other)
+
+
+def _activation(block: Block, gate: str, up: str, down: str) -> str:
+    """Return the name of the module σ if down reads σ(gate(x)) · up(x); empty: there is none."""
+    calls: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def record(name: str, _: nn.Module, args: object, output: object) -> None:
+        given, made = first_tensor(args), first_tensor(output)
+        if given is not None and made is not None:
+            calls[name] = given.detach(), made.detach().clone()  # a layer may add to it in place
+
+    handles = [
+        module.register_forward_hook(partial(record, name))
+        for name, module in block.module.named_modules()
+    ]
+    try:
+        block.change()
+    finally:
+        for handle in handles:
+            handle.remove()
+    matrices = [name.removesuffix(".weight") for name in (gate, up, down) if name]
+    if not calls.keys() >= set(matrices):
+        return ""
+    for name in matrices:  # a subclass may compute something else
+        linear, (given, made) = block.module.get_submodule(name), calls[name]
+        assert isinstance(linear, nn.Linear | Conv1D)
+        weight = linear.weight if isinstance(linear, nn.Linear) else linear.weight.T
+        with torch.no_grad():
+            if not _equal(made, nn.functional.linear(given, weight, linear.bias)):
+                return ""
+    factor = calls[matrices[1]][1] if up else torch.ones(())
+    for name, (given, made) in calls.items():
+        if name in matrices or given.shape != calls[matrices[0]][1].shape:
+            continue
+        if torch.equal(given, calls[matrices[0]][1]) and _equal(
+            made * factor, calls[matrices[-1]][0]
+        ):
+            return name if _is_elementwise(block.module.get_submodule(name), given) else ""
+    return ""
+
+
+def _is_elementwise(module: nn.Module, values: Tensor) -> bool:
+    """Return True if a module's outputs for some entries do not depend on the others."""
+    half = values.shape[-1] // 2
+    changed = torch.cat([values[..., :half], values[..., half:] + CHANGE], -1)
+    with torch.no_grad(), in_float64():
+        first, second = module(values), module(changed)
+    return torch.equal(first[..., :half], second[..., :half])
 
 
 # The residual stream

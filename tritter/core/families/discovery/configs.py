@@ -13,7 +13,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
-from tritter.core.families.dimensions import Config, plain_floats
+from tritter.core.families.dimensions import FFN_SIZES, Config, plain_floats
 from tritter.errors import RequestError, brief
 
 Key = tuple[tuple[str, str], ...]  # a config.json that can be a key of a cache
@@ -30,7 +30,10 @@ _MAX_MODULES = 2**14
 _MODULE_COUNTS = re.compile(
     r"(?i)(n|num)_?.*(layers?|experts?|blocks?|stages|heads|codebooks)|depth"
 )
-_NO_STRUCTURE = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype")
+_NO_STRUCTURE = (
+    *("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype"),
+    FFN_SIZES,
+)
 # Keys with the number of first layers of another kind
 _FIRST_LAYERS = re.compile(r"first_k.*|num_dense_layers|.*layer_start_index|num_hash_layers")
 _PATTERNS = re.compile(r".*(block_types?|layer_types?|_pattern)")

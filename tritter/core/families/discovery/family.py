@@ -15,7 +15,13 @@ import torch
 from torch import nn
 from transformers.core_model_loading import revert_weight_conversion
 
-from tritter.core.families.dimensions import Config, Dimensions, ffn_size, require_size
+from tritter.core.families.dimensions import (
+    Config,
+    Dimensions,
+    ffn_size,
+    ffn_sizes,
+    require_size,
+)
 from tritter.core.families.discovery.axes import (
     EPS,
     EXPERT_KEYS,
@@ -170,6 +176,32 @@ class DiscoveredFamily(Family):
             _WIDENED[structure] = found_family
         return _WIDENED[structure]
 
+    def fixed_neurons(self, config: Config) -> str:
+        if reason := super().fixed_neurons(config):
+            return reason
+        axes = self.widened(config).axes
+        assert axes is not None
+        reason = axes.refused.get("neurons", "")
+        hint = "" if "ffn" in axes.refused else "; use expansion=width"
+        return reason and f"{self.model_type}: {reason}{hint}"
+
+    def ffn_part(self, tensor: LogicalTensor) -> str:
+        parts = {} if self.axes is None else self.axes.neurons.parts
+        live = tensor.live_name or tensor.disk_name
+        return next(
+            (n for n, name in parts.items() if live.endswith(f".{tensor.layer}.{name}")), ""
+        )
+
+    def activation_name(self, up: str) -> str:
+        assert self.axes is not None
+        neurons = self.axes.neurons
+        return up.removesuffix(neurons.parts["up"]) + neurons.activation
+
+    def with_widest_ffn(self, config: Config, size: int) -> Config:
+        axes = self.widened(config).axes
+        assert axes is not None
+        return with_decoder(config, {axes.neurons.key: size})
+
     def check_growth(self, old: Dimensions, new: Dimensions) -> None:
         refused = {} if self.axes is None else self.axes.refused
         is_wider = new.hidden_size != old.hidden_size
@@ -240,6 +272,8 @@ class DiscoveredFamily(Family):
         sizes.setdefault("num_key_value_heads", heads)
         sizes.setdefault("head_dim", max(1, sizes["hidden_size"] // heads))
         sizes.setdefault("intermediate_size", 4 * sizes["hidden_size"])
+        if layer is not None and (widths := ffn_sizes(config)):
+            sizes["intermediate_size"] = widths[layer]
         return Dimensions(**sizes)
 
     def layer_kinds(self, config: Config) -> list[Literal["dense", "sparse"]]:
@@ -249,9 +283,12 @@ class DiscoveredFamily(Family):
         ]
 
     def logical_tensors(self, config: Config) -> tuple[LogicalTensor, ...]:
-        tensors, counts = skeleton(key_of(config)), self._counts(config)
+        tensors, counts, widths = skeleton(key_of(config)), self._counts(config), ffn_sizes(config)
+        if widths and self.axes is None:
+            return self.widened(config).logical_tensors(config)
         return tuple(
-            self._logical(name, shape, tensors, counts) for name, shape in tensors.disk.items()
+            self._logical(name, shape, tensors, counts, widths)
+            for name, shape in tensors.disk.items()
         )
 
     def shape(self, tensor: LogicalTensor, config: Config) -> tuple[int, ...]:
@@ -261,6 +298,9 @@ class DiscoveredFamily(Family):
         return tensor.layer is not None and tensor.kind in self.writers
 
     def count_parameters(self, config: Config) -> int:
+        if ffn_sizes(config):
+            tensors = self.logical_tensors(config)
+            return sum(prod(self.shape(tensor, config)) for tensor in tensors)
         return sum(map(prod, skeleton(key_of(config)).disk.values()))
 
     def count_active_parameters(self, config: Config) -> int:
@@ -301,6 +341,8 @@ class DiscoveredFamily(Family):
         is_whole = list(dict.fromkeys(sources)) == list(range(layers))
         if not self.refusal and is_whole and len(sources) > len(set(sources)):
             _check_identity(self, config, sources)
+        if widths := ffn_sizes(config):
+            return self.with_ffn_sizes(deeper, [widths[source] for source in sources])
         return deeper
 
     def _roles(self, place: Place) -> Mapping[int, Role]:
@@ -325,7 +367,12 @@ class DiscoveredFamily(Family):
         return {key: _default_size(inner.get(key), sizes) for key in keys}
 
     def _logical(
-        self, name: str, shape: tuple[int, ...], tensors: Skeleton, counts: Mapping[str, int]
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        tensors: Skeleton,
+        counts: Mapping[str, int],
+        widths: Sequence[int],
     ) -> LogicalTensor:
         split, expert = in_layer(name, tensors.layers), expert_of(name)
         layer = None if split is None else split[0]
@@ -334,6 +381,11 @@ class DiscoveredFamily(Family):
         kind = self.outside.get(place.name, name) if split is None else kind_of(split[1])
         live = place.name.replace("{layer}", str(layer)).replace("{expert}", str(expert))
         roles = self._roles(place)
+        if widths and layer is not None and self.axes is not None:
+            key = self.axes.neurons.key
+            counts = {**counts, key: widths[layer]}
+            grown = {axis: widths[layer] for axis, role in roles.items() if role.key == key}
+            shape = tuple(grown.get(axis, length) for axis, length in enumerate(shape))
         axes = tuple(
             _axis(
                 roles.get(number), length, counts, Space(kind, length, layer=layer, expert=expert)

@@ -36,7 +36,7 @@ class Skeleton:
 
     Args:
         disk: name on disk → shape.
-        tied: names on disk of tied tensors, which files may omit.
+        tied: names on disk and in memory of tied tensors, which files may omit.
         layers: beginning of the names of all layers on disk, such as `model.layers.`.
     """
 
@@ -115,7 +115,7 @@ def skeleton(key: Key) -> Skeleton:
         ) from error
     return Skeleton(
         disk=_shapes(disk),
-        tied=frozenset(every.keys() - disk.keys()),
+        tied=frozenset((every.keys() | model.all_tied_weights_keys) - disk.keys()),
         layers=layers_on_disk(layer_list(model), disk),
     )
 
