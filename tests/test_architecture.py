@@ -81,18 +81,18 @@ TORCH_ONLY_ROOMS = {"core.parameter_map", "core.stock_routers"}  # the standard 
 RATCHET = {
     "(top)": (12, 2_191),
     "checkpoints": (12, 3_021),
-    "cli": (20, 5_512),
+    "cli": (20, 5_515),
     "config": (18, 4_871),
-    "core": (33, 10_080),
+    "core": (33, 10_286),
     "data": (20, 6_141),
     "evaluation": (17, 4_028),
     "integrations": (2, 778),
-    "methods": (48, 12_400),
+    "methods": (48, 12_418),
     "pipeline": (19, 5_656),
     "planning": (7, 1_908),
     "report": (14, 4_056),
     "storage": (10, 2_003),
-    "training": (16, 4_769),
+    "training": (16, 4_773),
     "transform": (4, 1_268),
 }
 MAX_LONELY_MODULES = 22  # with a single caller, which is in their own room

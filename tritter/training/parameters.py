@@ -13,7 +13,6 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedConfig
 
 from tritter.core.families import (
     NO_ADAPTERS,
@@ -332,8 +331,8 @@ def _adopt_config(model: nn.Module, config: Config) -> None:
     changed = {key: value for key, value in on_disk(config).items() if own.get(key) != value}
     for each in {id(c): c for m in live.values() if (c := getattr(m, "config", None))}.values():
         for key, value in changed.items():
-            part = getattr(each, key, None)
-            if isinstance(part, PreTrainedConfig):  # of the decoder in a multimodal model
+            part: Any = getattr(each, key, None)
+            if hasattr(part, "to_diff_dict"):  # of the decoder in a multimodal model
                 part.update(value)
             elif each is model.config or part is not None:
                 setattr(each, key, value)

@@ -113,7 +113,7 @@ class Family:
         return any(tensor.within and tensor.kind == "ffn.up" for tensor in self.tensors)
 
     def fixed_neurons(self, config: Config) -> str:
-        """Return why single layers can't get neurons, and what can grow; empty if they can."""
+        """Return the reason if single layers can't get neurons; empty if they can."""
         if self.has_experts:
             return (
                 f"{self.model_type} has experts, and neurons grow only in dense FFNs; add experts "

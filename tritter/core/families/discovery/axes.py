@@ -11,7 +11,6 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
 from itertools import combinations, islice, product
 from typing import TypeVar
 
@@ -31,13 +30,17 @@ from tritter.core.families.discovery.skeleton import Shape, in_layer, layer_list
 from tritter.core.families.discovery.twin import (
     CHANGE,
     COORDINATE,
-    TOLERANCE,
     Block,
     Twin,
     called,
+    calls_in,
     first_tensor,
     in_float64,
-    is_at_coordinate,
+    is_equal,
+    is_output,
+    owner_of,
+    restored,
+    values_of,
 )
 from tritter.core.families.logical import Arrangement, Port, segments
 from tritter.errors import RequestError
@@ -345,9 +348,9 @@ class _Search:
         )
 
     def _stream_role(self, block: Block, name: str, axis: int, key: str) -> Role:
-        owner, value = _owner(block.module, name)
+        owner, value = owner_of(block.module, name)
         if value.ndim > 1:
-            writes = _is_output(block, name, axis)
+            writes = is_output(block, name, axis)
             return Role("residual", key, Port.WRITE if writes else Port.READ)
         return self._norm_role(owner, name, key, "residual")
 
@@ -365,7 +368,7 @@ class _Search:
         embedding = model.get_input_embeddings()  # type: ignore[operator]
         last = _module_before(self._twin, head)
         for name, axis in axes:
-            owner, value = _owner(model, name)
+            owner, value = owner_of(model, name)
             if value.ndim == 1:
                 space = "head_input" if owner is last else "residual"
                 self._add(name, axis, self._norm_role(owner, name, key, space))
@@ -468,7 +471,7 @@ def arrangements(
         units: their number.
         head_dim: entries of a key or a value.
     """
-    values = _values(block.module)
+    values = values_of(block.module)
     # Weights and biases of a module have the same arrangement
     groups: dict[tuple[str, int, int], list[AxisOf]] = {}
     for axis, (old, new) in axes.items():
@@ -491,7 +494,7 @@ def arrangements(
             for axis in group
         }
         with _permuted(values, permutations):
-            if _equal(block.change(), before):
+            if is_equal(block.change(), before):
                 return {
                     axis: kind
                     for (kind, _), group in zip(choice, groups.values(), strict=True)
@@ -502,11 +505,11 @@ def arrangements(
 
 def unit_port(block: Block, name: str, axis: int) -> Port:
     """Return the port of an axis of units: READ if another axis has the outputs of the module."""
-    owner, value = _owner(block.module, name)
+    owner, value = owner_of(block.module, name)
     if "norm" in type(owner).__name__.lower() and not name.endswith("bias"):
         return Port.GAIN
     others = [other for other in range(value.ndim) if other != axis]
-    return Port.READ if any(_is_output(block, name, other) for other in others) else Port.WRITE
+    return Port.READ if any(is_output(block, name, other) for other in others) else Port.WRITE
 
 
 def _neurons_of(block: Block, roles: Mapping[str, Mapping[int, Role]]) -> Neurons:
@@ -516,7 +519,7 @@ def _neurons_of(block: Block, roles: Mapping[str, Mapping[int, Role]]) -> Neuron
         RequestError: the FFN is another function, or consists of other modules.
     """
     other = "an FFN is not down(σ(gate(x)) · up(x)) with matrices of their own"
-    names = {name for name in _values(block.module) if name in roles}
+    names = {name for name in values_of(block.module) if name in roles}
     uses = [
         (name, axis, role)
         for name in sorted(names)
@@ -525,7 +528,7 @@ def _neurons_of(block: Block, roles: Mapping[str, Mapping[int, Role]]) -> Neuron
     ]
     rows, columns, biases = list[str](), list[str](), set[str]()
     for name, axis, role in uses:
-        owner, value = _owner(block.module, name)
+        owner, value = owner_of(block.module, name)
         outputs = int(isinstance(owner, Conv1D))  # the axis of its outputs
         if value.ndim == 1 and name.endswith(".bias"):
             biases.add(name.removesuffix("bias") + "weight")
@@ -548,40 +551,24 @@ def _neurons_of(block: Block, roles: Mapping[str, Mapping[int, Role]]) -> Neuron
 
 def _activation(block: Block, gate: str, up: str, down: str) -> str:
     """Return the name of the module σ if down reads σ(gate(x)) · up(x); empty: there is none."""
-    calls: dict[str, tuple[Tensor, Tensor]] = {}
-
-    def record(name: str, _: nn.Module, args: object, output: object) -> None:
-        given, made = first_tensor(args), first_tensor(output)
-        if given is not None and made is not None:
-            calls[name] = given.detach(), made.detach().clone()  # a layer may add to it in place
-
-    handles = [
-        module.register_forward_hook(partial(record, name))
-        for name, module in block.module.named_modules()
-    ]
-    try:
-        block.change()
-    finally:
-        for handle in handles:
-            handle.remove()
+    calls = {call.name: call for call in calls_in(block.module, block.change)}
     matrices = [name.removesuffix(".weight") for name in (gate, up, down) if name]
     if not calls.keys() >= set(matrices):
         return ""
     for name in matrices:  # a subclass may compute something else
-        linear, (given, made) = block.module.get_submodule(name), calls[name]
+        linear = block.module.get_submodule(name)
         assert isinstance(linear, nn.Linear | Conv1D)
         weight = linear.weight if isinstance(linear, nn.Linear) else linear.weight.T
         with torch.no_grad():
-            if not _equal(made, nn.functional.linear(given, weight, linear.bias)):
-                return ""
-    factor = calls[matrices[1]][1] if up else torch.ones(())
-    for name, (given, made) in calls.items():
-        if name in matrices or given.shape != calls[matrices[0]][1].shape:
-            continue
-        if torch.equal(given, calls[matrices[0]][1]) and _equal(
-            made * factor, calls[matrices[-1]][0]
-        ):
-            return name if _is_elementwise(block.module.get_submodule(name), given) else ""
+            made = nn.functional.linear(calls[name].given, weight, linear.bias)
+        if not is_equal(made, calls[name].made):
+            return ""
+    first, last = calls[matrices[0]], calls[matrices[-1]]
+    factor = calls[matrices[1]].made if up else torch.ones(())
+    for name, call in calls.items():
+        is_next = name not in matrices and torch.equal(call.given, first.made)
+        if is_next and is_equal(call.made * factor, last.given):
+            return name if _is_elementwise(block.module.get_submodule(name), call.given) else ""
     return ""
 
 
@@ -615,7 +602,7 @@ def residual_axes(
     for (name, axis), sizes in axes.items():
         if sizes == (size, 2 * size):
             candidates.setdefault(name, []).append(axis)
-    values, order = _values(block.module), _permutation(size)
+    values, order = values_of(block.module), _permutation(size)
     before = block.change()[..., order]
     options = [
         [
@@ -627,7 +614,7 @@ def residual_axes(
     for choice in islice(_from_the_first(options), _MAX_TRIES):
         chosen = {axis for each in choice for axis in each}
         with _permuted(values, dict.fromkeys(chosen, order)):
-            if _equal(block.change(block.hidden[..., order]), before):
+            if is_equal(block.change(block.hidden[..., order]), before):
                 return chosen
     raise RequestError("a layer depends on the order of its residual stream")
 
@@ -669,47 +656,19 @@ def _normed(block: Block, norms: frozenset[str]) -> list[str]:
         block: the layer.
         norms: its modules that divide by an RMS with the config's eps.
     """
-    outputs: dict[str, Tensor] = {}
-    inputs: list[Tensor] = []
-    handles = []
-    for name, module in block.module.named_modules():
-        if isinstance(module, nn.Linear):
-            handles.append(module.register_forward_hook(partial(_keep_output, outputs, name)))
-        elif name in norms:
-            keep = partial(_keep_input, inputs)
-            handles.append(module.register_forward_pre_hook(keep, with_kwargs=True))
-    try:
-        block.change()
-    finally:
-        for handle in handles:
-            handle.remove()
-    normed = [value.flatten().sort().values for value in inputs]
+    calls = calls_in(block.module, block.change)
+    normed = [call.given.flatten().sort().values for call in calls if call.name in norms]
     found = []
-    for name, output in outputs.items():
-        values = output.flatten().sort().values
-        if any(torch.equal(values, each) for each in normed):
-            linear = block.module.get_submodule(name)
-            found += [f"{name}.{attribute}" for attribute, _ in linear.named_parameters()]
+    for call in calls:
+        linear, values = block.module.get_submodule(call.name), call.made.flatten().sort().values
+        if isinstance(linear, nn.Linear) and any(torch.equal(values, each) for each in normed):
+            found += [f"{call.name}.{attribute}" for attribute, _ in linear.named_parameters()]
     return found
-
-
-def _keep_output(
-    outputs: dict[str, Tensor], name: str, _: nn.Module, __: object, output: object
-) -> None:
-    if isinstance(output, Tensor):
-        outputs[name] = output
-
-
-def _keep_input(
-    inputs: list[Tensor], _: nn.Module, args: tuple[object, ...], keywords: dict[str, object]
-) -> None:
-    if (found := first_tensor((*args, *keywords.values()))) is not None:
-        inputs.append(found)
 
 
 def _subtracts_mean(norm: nn.Module) -> bool:
     """Return True if a norm ignores a constant that is added to all coordinates."""
-    return _equal(_applied(norm, 0.0), _applied(norm, 1.0))
+    return is_equal(_applied(norm, 0.0), _applied(norm, 1.0))
 
 
 def _applied(norm: nn.Module, shift: float) -> Tensor:
@@ -732,17 +691,13 @@ def _applied(norm: nn.Module, shift: float) -> Tensor:
 
 def _offset_of(norm: nn.Module, name: str) -> float:
     """Return the constant that a norm adds to its gain."""
-    saved = {key: value.detach().clone() for key, value in norm.named_parameters()}
     gain = getattr(norm, name.rpartition(".")[2])
-    try:
+    with restored(*norm.parameters()):
         for value in norm.parameters():
             value.data.zero_()
         zero = _applied(norm, 0.0)
         gain.data.fill_(1.0)
         unit = _applied(norm, 0.0) - zero
-    finally:
-        for key, value in norm.named_parameters():
-            value.data.copy_(saved[key])
     size = float((unit * unit).sum())
     if not size:
         raise RequestError(f"{name} is neither a gain nor a bias")
@@ -756,22 +711,15 @@ def _module_before(twin: Twin, head: nn.Module | None) -> nn.Module | None:
     """Return the module whose output is the input of the head."""
     if head is None:
         return None
-    outputs: list[tuple[nn.Module, Tensor]] = []
-    inputs: list[Tensor] = []
-
-    def record(module: nn.Module, _: object, output: object) -> None:
-        found = first_tensor(output)
-        if found is not None and next(module.parameters(recurse=False), None) is not None:
-            outputs.append((module, found))
-
-    handles = [module.register_forward_hook(record) for module in twin.model.modules()]
-    handles.append(head.register_forward_pre_hook(partial(_keep_input, inputs), with_kwargs=True))
-    try:
-        twin.logits()
-    finally:
-        for handle in handles:
-            handle.remove()
-    same = [module for module, output in outputs if inputs and _ends_equal(output, inputs[-1])]
+    every = calls_in(twin.model, twin.logits)
+    calls = [(twin.model.get_submodule(call.name), call) for call in every]
+    given = [call.given for module, call in calls if module is head]
+    same = [
+        module
+        for module, call in calls
+        if given and any(True for _ in module.parameters(recurse=False))
+        if module is not head and _ends_equal(call.made, given[-1])
+    ]
     return same[-1] if same else None
 
 
@@ -783,61 +731,22 @@ def _ends_equal(output: Tensor, given: Tensor) -> bool:
 
 def _is_scaled(twin: Twin, embedding: nn.Module, block: Block) -> bool:
     """Return True if the model multiplies the embedding by √hidden_size."""
-    streams: list[Tensor] = []
-    weight = embedding.weight
+    weight, name = (
+        embedding.weight,
+        next(name for name, module in twin.model.named_modules() if module is block.module),
+    )
     assert isinstance(weight, Tensor)
-    keep, saved = partial(_keep_input, streams), weight.detach().clone()
-    handle = block.module.register_forward_pre_hook(keep, with_kwargs=True)
-    try:
+    streams = []
+    with restored(weight):
         for change in (0.0, CHANGE):
             weight.data[:, COORDINATE] += change
-            twin.logits()
-    finally:
-        handle.remove()
-        weight.data.copy_(saved)
+            (call,) = calls_in(twin.model, twin.logits, [name])
+            streams.append(call.given)
     scale = (streams[1] - streams[0])[..., COORDINATE] / CHANGE
-    return _equal(scale, torch.full_like(scale, math.sqrt(weight.shape[-1])))
+    return is_equal(scale, torch.full_like(scale, math.sqrt(weight.shape[-1])))
 
 
 # Probes
-
-
-def _values(module: nn.Module) -> dict[str, Tensor]:
-    """Return the parameters of a module, and its buffers."""
-    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
-
-
-def _owner(module: nn.Module, name: str) -> tuple[nn.Module, Tensor]:
-    """Return the module that a tensor belongs to, and the tensor."""
-    path, _, attribute = name.rpartition(".")
-    owner = module.get_submodule(path)
-    return owner, getattr(owner, attribute)
-
-
-def _is_output(block: Block, name: str, axis: int) -> bool:
-    """Return True if an axis of a tensor has the outputs of the tensor's module."""
-    owner, value = _owner(block.module, name)
-    outputs: list[Tensor] = []
-
-    def record(_: nn.Module, __: object, output: object) -> None:
-        found = first_tensor(output)
-        if found is not None:
-            outputs.append(found)
-
-    saved = value.detach().clone()
-    handle = owner.register_forward_hook(record)
-    try:
-        block.change()
-        size = value.shape[axis]
-        if not outputs or outputs[-1].shape[-1] != size or size <= COORDINATE:
-            return False
-        before = outputs[-1]
-        value.data.select(axis, COORDINATE).add_(CHANGE)
-        block.change()
-        return is_at_coordinate(outputs[-1] - before)
-    finally:
-        handle.remove()
-        value.data.copy_(saved)
 
 
 def _permutation(size: int) -> Tensor:
@@ -859,14 +768,10 @@ def _along(order: Tensor, widths: Sequence[int], rest: int) -> Tensor:
 @contextmanager
 def _permuted(values: Mapping[str, Tensor], orders: Mapping[AxisOf, Tensor]) -> Iterator[None]:
     """Permute tensors along axes, and restore them."""
-    saved = {name: values[name].detach().clone() for name, _ in orders}
-    try:
+    with restored(*(values[name] for name in {name for name, _ in orders})):
         for (name, axis), order in orders.items():
             values[name].data.copy_(values[name].data.index_select(axis, order))
         yield
-    finally:
-        for name, value in saved.items():
-            values[name].data.copy_(value)
 
 
 def _from_the_first(options: Sequence[Sequence[Option]]) -> Iterator[tuple[Option, ...]]:
@@ -879,8 +784,3 @@ def _from_the_first(options: Sequence[Sequence[Option]]) -> Iterator[tuple[Optio
                 for place, option in zip(places, replaced, strict=True):
                     choice[place] = option
                 yield tuple(choice)
-
-
-def _equal(first: Tensor, second: Tensor, tolerance: float = TOLERANCE) -> bool:
-    size = 1 + float(second.abs().max())
-    return bool((first - second).abs().max() <= tolerance * size)

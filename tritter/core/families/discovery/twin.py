@@ -13,9 +13,10 @@ projection of attention writes the stream alone once the FFN after it is zero.
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -452,3 +453,92 @@ def first_tensor(values: Any) -> Tensor | None:
         return values
     items = values.values() if isinstance(values, Mapping) else values
     return next((each for each in items if isinstance(each, Tensor)), None)
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A call of a module.
+
+    Args:
+        name: of the module.
+        given: its first input.
+        made: its output.
+    """
+
+    name: str
+    given: Tensor
+    made: Tensor
+
+
+def calls_in(
+    module: nn.Module, run: Callable[[], object], names: Collection[str] | None = None
+) -> list[Call]:
+    """Return the calls of modules within a module, in the order in which they end.
+
+    Args:
+        module: the owner.
+        run: calls it.
+        names: of the modules. Default: all.
+    """
+    calls: list[Call] = []
+
+    def record(
+        name: str, _: nn.Module, args: tuple[Any, ...], keywords: Mapping[str, Any], output: Any
+    ) -> None:
+        given, made = first_tensor((*args, *keywords.values())), first_tensor(output)
+        if given is not None and made is not None:  # whose caller may add to it in place
+            calls.append(Call(name, given.detach(), made.detach().clone()))
+
+    handles = [
+        each.register_forward_hook(partial(record, name), with_kwargs=True)
+        for name, each in module.named_modules()
+        if names is None or name in names
+    ]
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls
+
+
+def values_of(module: nn.Module) -> dict[str, Tensor]:
+    """Return the parameters of a module, and its buffers."""
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
+def owner_of(module: nn.Module, name: str) -> tuple[nn.Module, Tensor]:
+    """Return the module that a tensor belongs to, and the tensor."""
+    path, _, attribute = name.rpartition(".")
+    owner = module.get_submodule(path)
+    return owner, getattr(owner, attribute)
+
+
+@contextmanager
+def restored(*values: Tensor) -> Iterator[None]:
+    """Restore tensors after changes."""
+    saved = [value.detach().clone() for value in values]
+    try:
+        yield
+    finally:
+        for value, before in zip(values, saved, strict=True):
+            value.data.copy_(before)
+
+
+def is_output(block: Block, name: str, axis: int) -> bool:
+    """Return True if an axis of a tensor has the outputs of the tensor's module."""
+    _, value = owner_of(block.module, name)
+    path, size = name.rpartition(".")[0], value.shape[axis]
+    before = calls_in(block.module, block.change, [path])
+    if not before or before[-1].made.shape[-1] != size or size <= COORDINATE:
+        return False
+    with restored(value):
+        value.data.select(axis, COORDINATE).add_(CHANGE)
+        after = calls_in(block.module, block.change, [path])
+    return is_at_coordinate(after[-1].made - before[-1].made)
+
+
+def is_equal(first: Tensor, second: Tensor) -> bool:
+    """Return True if two tensors are equal in float64."""
+    size = 1 + float(second.abs().max())
+    return first.shape == second.shape and bool((first - second).abs().max() <= TOLERANCE * size)
