@@ -12,7 +12,7 @@ import re
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,10 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import tritter
-from tritter.core.expansions import ExpansionSpec
+from tritter.core.expansions import ExpansionSpec, LlamaPro
+from tritter.core.expansions.specification import is_possible
 from tritter.core.expansions.targets import growth_examples
-from tritter.core.families import family_of, find_family
+from tritter.core.families import Config, family_of, find_family
 from tritter.core.families.discovery import DiscoveredFamily
 from tritter.core.families.discovery.family import shallow
 from tritter.core.families.discovery.twin import build_twin
@@ -78,7 +79,8 @@ tiny model was expanded from files, and the stock class gave the same logits bef
 Depth:
 
 - **exact**: [`llama_pro`](expansions.md#llama_pro) keeps the function. `dus`, `stack` and \
-`interpolate` work too, but are not exact in any family.
+`interpolate` work too, and are exact with `identity_init=true` where such copies fit.
+- **with options**: exact with the options in the note, because not every layer can be copied.
 - **copies only**: layers can be copied, but no new layer is the identity.
 - **refused**: the depth can't grow, for the reason given.
 
@@ -120,7 +122,7 @@ class Row:
 
     Args:
         model_type: name in config.json.
-        depth: `exact`, `copies only`, `refused`, `table`, or `WRONG`.
+        depth: `exact`, `with options`, `copies only`, `refused`, `table`, or `WRONG`.
         sizes: of `_SIZES`: `exact`, `multiples`, `with hidden`, `refused`, `none` or `WRONG`.
         note: the tensors that are zeroed in a new layer, or the reason; then the reasons of sizes.
     """
@@ -165,23 +167,40 @@ def measured(model_type: str, place: Path) -> Row:
 
 def _depth(base: Path, grown: Path) -> tuple[str, str]:
     """Return what happens to the depth, and the zeroed tensors or the reason."""
-    try:
-        tritter.expand(base, "llama_pro", output=grown)
-    except TritterError as error:
-        return _copied(base, grown), _short(error)
-    family = family_of(read_config(base))
-    assert isinstance(family, DiscoveredFamily)
-    names = ", ".join(f"`{name}`" for name in family.zeroed_names)
-    return ("exact", names) if _is_exact(base, grown) else ("WRONG", names)
+    config, reason = read_config(base), ""
+    for method, options, note in _requests(config):
+        try:
+            tritter.expand(base, method, output=grown, **options)
+        except TritterError as error:
+            reason = reason or _short(error)
+            continue
+        family = family_of(config)
+        assert isinstance(family, DiscoveredFamily)
+        names = ", ".join(f"`{name}`" for name in family.zeroed_names)
+        word = "with options" if note else "exact"
+        return word if _is_exact(base, grown) else "WRONG", names + note
+    return _copied(base, grown, reason)
 
 
-def _copied(base: Path, grown: Path) -> str:
+def _requests(config: Config) -> Iterator[tuple[str, dict[str, Any], str]]:
+    """Yield the method, the options and a note of exact growth in depth, the simplest first."""
+    yield "llama_pro", {}, ""
+    layers = family_of(config).dimensions(config).num_hidden_layers
+    fit = [layer for layer in range(layers) if is_possible(config, LlamaPro(positions=(layer,)))]
+    if 0 < len(fit) < layers:
+        others = [layer for layer in range(layers) if layer not in fit]
+        note = f"from {fit}" if len(fit) < len(others) else f"without {others}"
+        yield "llama_pro", {"positions": fit[1::2] or fit}, f"; with `positions` {note}"
+    yield "stack", {"identity_init": True}, "; only `stack` with `identity_init=true`"
+
+
+def _copied(base: Path, grown: Path, reason: str) -> tuple[str, str]:
     try:
         tritter.expand(base, "stack", output=grown)
         _logits(grown)
-    except TritterError:
-        return "refused"
-    return "copies only"
+    except TritterError as error:
+        return "refused", _short(error)
+    return "copies only", reason
 
 
 def _widths(base: Path, place: Path, note: str) -> tuple[tuple[str, ...], str]:
@@ -282,7 +301,8 @@ def write_page(rows: Mapping[str, str]) -> None:
     from transformers import __version__
 
     said = [f"Of {len(rows)} types:", ""]
-    words = ("table", "exact", "multiples", "with hidden", "copies only", "refused", "none")
+    words = ("table", "exact", "with options", "multiples", "with hidden", "copies only")
+    words += ("refused", "none")
     for column, name in enumerate(("depth", *_SIZES), start=1):
         counts = Counter(row.split(" | ")[column] for row in rows.values())
         said.append(f"- {name}: " + ", ".join(f"{counts[w]} {w}" for w in words if counts[w]))

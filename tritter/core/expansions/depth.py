@@ -13,7 +13,7 @@ from typing import Annotated, ClassVar
 from pydantic import Field
 
 from tritter.core.families import Config, Family, Port, logical_name
-from tritter.core.parameter_map import ParameterMap, TensorMap
+from tritter.core.parameter_map import AxisFactor, AxisMap, ParameterMap, TensorMap
 from tritter.errors import Problem, RequestError, key_name, refused
 from tritter.limits import MAX_LAYERS
 from tritter.options import options
@@ -48,15 +48,17 @@ class CopiedLayers(ABC):
         """True if copies start as identities with fresh optimizer state."""
 
     def target_config(self, family: Family, config: Config) -> Config:
+        method = getattr(self, "name", "depth")
         if family.layer_index_key and config.get(family.layer_index_key):
             reason = (
                 f"config.json has {family.layer_index_key} = true: each layer of this "
                 f"{family.model_type} divides its attention scores by its index, so a moved layer "
                 "would change its function; grow the width instead"
             )
-            method = getattr(self, "name", "depth")
             raise RequestError(Problem(f"expansion.{method}", reason=reason))
         sources = self.layer_sources(family.dimensions(config).num_hidden_layers)
+        if self.is_exact and (reason := family.inexact_reason(config, sources)):
+            raise RequestError(Problem(f"expansion.{method}", reason=reason))
         return family.with_layers(config, sources)
 
     def parameter_map(
@@ -64,12 +66,14 @@ class CopiedLayers(ABC):
     ) -> ParameterMap:
         """Return the map from the tensors of each source layer to its target layers."""
         sources = self.layer_sources(family.dimensions(source).num_hidden_layers)
+        shapes = {t.name: family.shape(t, source) for t in family.logical_tensors(source)}
         # Layers with zeroed outputs to the residual stream and fresh state
         identities = repeated_layers(sources) if self.is_exact else frozenset()
         tensors: dict[str, TensorMap] = {}
         for tensor in family.logical_tensors(target):
             if tensor.layer is None:
-                tensors[tensor.name] = TensorMap(source=tensor.name)
+                axes = _axes_of_layers(shapes[tensor.name], family.shape(tensor, target), sources)
+                tensors[tensor.name] = TensorMap(source=tensor.name, axes=axes)
                 continue
             is_identity = tensor.layer in identities
             is_zeroed = is_identity and family.branch_output(tensor)
@@ -83,7 +87,7 @@ class CopiedLayers(ABC):
             tensors[tensor.name] = TensorMap(
                 source=logical_name(tensor.kind, layer=layer, expert=tensor.expert),
                 is_zeroed=is_zeroed,
-                offset=family.norm_offset if is_zeroed and tensor.is_norm else 0.0,
+                offset=-family.zero_of(tensor) if is_zeroed else 0.0,
                 state="fresh" if is_identity else "carry",
                 is_copy=is_identity and is_before_zeroed_norm,
                 noise=_ZEROED_ROW_NOISE if is_identity and is_before_zeroed_norm else 0.0,
@@ -276,6 +280,23 @@ class LlamaPro(CopiedLayers):
         added = target - layers
         spread = [math.ceil((block + 1) * layers / added) - 1 for block in range(added)]
         return tuple(sorted([*range(layers), *spread]))
+
+
+def _axes_of_layers(
+    before: Sequence[int], after: Sequence[int], sources: Sequence[int]
+) -> tuple[AxisFactor | None, ...]:
+    """Return the factors of a tensor outside the layers; an axis may have a block per layer."""
+    if tuple(before) == tuple(after):
+        return ()
+    import torch
+
+    is_copy = [source in sources[:target] for target, source in enumerate(sources)]
+    layers = len(set(sources))
+    copied = AxisMap.copied(layers, sources, 1 - torch.tensor(is_copy).double())
+    return tuple(
+        None if old == new else AxisFactor.writes(copied.repeated(old // layers))
+        for old, new in zip(before, after, strict=True)
+    )
 
 
 def repeated_layers(sources: Sequence[int]) -> frozenset[int]:

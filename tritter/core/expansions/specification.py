@@ -93,8 +93,6 @@ def _checked_target(spec: ExpansionSpec, config: Config) -> Config:
             raise RequestError(Problem(f"expansion.{spec.name}", reason=reason))
         family = family.widened(config)
     is_deeper = spec.expansion_type == "depth"
-    if is_deeper and spec.is_exact and (reason := family.inexact_reason):
-        raise RequestError(Problem(f"expansion.{spec.name}", reason=f"{reason}; use dus or stack"))
     target = spec.target_config(family, config)
     if not family.has_table and not is_deeper:
         from tritter.core.expansions.on_twin import check_on_twin  # imports transformers

@@ -237,10 +237,11 @@ _FLAGS = (
 _EPSILONS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon")
 _DTYPE_KEYS = ("dtype", "torch_dtype")
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
+_LAYER_SIZES = "per_layer_config"  # a model type without a table has the shapes of its class
 # Weights that the table lacks, or code outside transformers
 _REFUSED: Mapping[str, str] = {
     "quantization_config": "quantised weights are not supported; save the model unquantised",
-    "per_layer_config": "layers of different sizes are not supported",
+    _LAYER_SIZES: "layers of different sizes are not supported",
     "add_cross_attention": "cross-attention is not supported",
 }
 
@@ -254,7 +255,7 @@ def check_values(family: Family, config: Config) -> None:
     for key, value in config.items():
         is_whole = isinstance(value, int) and not isinstance(value, bool)
         allowed = ""
-        if key in _REFUSED and value:
+        if key in _REFUSED and value and (family.has_table or key != _LAYER_SIZES):
             allowed = _REFUSED[key]
         elif key in _COUNTS and value is not None:
             if not is_whole or not 0 <= value <= _COUNTS[key]:  # type: ignore[operator]

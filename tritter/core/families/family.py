@@ -73,9 +73,8 @@ class Family:
         """Its tensors are tabulated; otherwise `widened` finds their axes."""
         return bool(self.tensors)
 
-    @property
-    def inexact_reason(self) -> str:
-        """The reason why no new layer can be the identity; empty if one can."""
+    def inexact_reason(self, config: Config, layer_sources: Sequence[int]) -> str:
+        """Return the reason why repeated layers can't be the identity; empty if they can."""
         return ""
 
     @property
@@ -294,6 +293,10 @@ class Family:
         output = tensor.axes[0]
         is_written = output.port in (Port.WRITE, Port.GAIN) and output.space.kind == "residual"
         return is_written and tensor.layer is not None
+
+    def zero_of(self, tensor: LogicalTensor) -> float:
+        """Return the value of a branch output in an identity block."""
+        return -self.norm_offset if tensor.is_norm else 0.0
 
     def count_parameters(self, config: Config) -> int:
         """Count the parameters from shapes; a tied head counts once."""

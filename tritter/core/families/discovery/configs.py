@@ -93,8 +93,10 @@ def _without_depth(config: Config) -> Config:
     layers = count_layers(config)
     structure: Config = {}
     for name, value in config.items():
-        if name in LAYER_COUNTS or _is_set_of_layers(name, value, layers):
+        if name in (*LAYER_COUNTS, "num_blocks") or _is_set_of_layers(name, value, layers):
             continue
+        if name == "per_layer_config" and isinstance(value, dict):
+            value = sorted({json.dumps(each, sort_keys=True) for each in value.values()})
         if isinstance(value, list) and len(value) == layers:
             value = sorted({json.dumps(each) for each in value})
         elif _FIRST_LAYERS.fullmatch(name) and isinstance(value, int):
@@ -211,8 +213,15 @@ def deeper_configs(config: Config, sources: Sequence[int]) -> Iterator[Config]:
             deeper[name] = [value[source] for source in sources]
         elif name.endswith("layer_end_index") and value == layers - 1:
             deeper[name] = len(sources) - 1
+        elif name == "per_layer_config" and isinstance(value, dict):
+            own = {int(layer): sizes for layer, sizes in value.items()}
+            deeper[name] = {str(t): own[s] for t, s in enumerate(sources) if s in own}
+        elif name == "num_blocks" and value == layers:  # a second number of layers in xLSTM
+            deeper[name] = len(sources)
         elif name == "scale_depth" and isinstance(value, int | float):  # over √layers in MiniCPM
             deeper[name] = value * (len(sources) / layers) ** 0.5
+        elif name == "rescale_every" and isinstance(value, int):  # RWKV halves the stream
+            deeper[name] = value * len(sources) // layers
     yield deeper
     moved = {
         name: sum(source < value for source in sources)

@@ -5,6 +5,7 @@ the residual stream, and show that a deeper model keeps its function.
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -103,7 +104,7 @@ class DiscoveredFamily(Family):
         writers: logical kinds of the tensors that write the residual stream → the value at which
             they write nothing.
         live_writers: the same by their names within a layer in memory.
-        refusal: why no copy of a layer can be an identity; empty if it can.
+        refusals: names of the tensors of a layer → why no copy of such a layer is an identity.
         outside: names on disk of the embedding and the head → their logical kinds.
         places: template of a name on disk → its location in memory if that differs.
         is_routed: tokens are routed to experts.
@@ -112,15 +113,28 @@ class DiscoveredFamily(Family):
 
     writers: Mapping[str, float] = field(default_factory=dict)
     live_writers: Mapping[str, float] = field(default_factory=dict)
-    refusal: str = ""
+    refusals: Mapping[frozenset[str], str] = field(default_factory=dict)
     outside: Mapping[str, str] = field(default_factory=dict)
     places: Mapping[str, Place] = field(default_factory=dict)
     is_routed: bool = False
     axes: Axes | None = None
 
     @property
-    def inexact_reason(self) -> str:
-        return self.refusal
+    def refusal(self) -> str:
+        """The reason why no copy of any layer is an identity; empty if there are such copies."""
+        return "" if self.writers else next(iter(self.refusals.values()), "")
+
+    def inexact_reason(self, config: Config, layer_sources: Sequence[int]) -> str:
+        layers = _kinds(skeleton(key_of(config)))
+        repeated = [each for each, times in Counter(layer_sources).items() if times > 1]
+        refused = {each: self.refusals.get(layers[each], "") for each in repeated}
+        reasons = [f"layer {each}: {reason}" for each, reason in refused.items() if reason]
+        if self.refusal or not reasons:
+            return f"{self.refusal}; use dus or stack" if self.refusal else ""
+        return f"{reasons[0]}; use other positions, dus or stack"
+
+    def zero_of(self, tensor: LogicalTensor) -> float:
+        return self.writers.get(tensor.kind, 0.0)
 
     @property
     def zeroed_names(self) -> tuple[str, ...]:
@@ -339,7 +353,8 @@ class DiscoveredFamily(Family):
         deeper = _with_layers(config, sources)
         layers = self.dimensions(config).num_hidden_layers
         is_whole = list(dict.fromkeys(sources)) == list(range(layers))
-        if not self.refusal and is_whole and len(sources) > len(set(sources)):
+        is_deeper = len(sources) > len(set(sources))
+        if is_whole and is_deeper and not self.inexact_reason(config, sources):
             _check_identity(self, config, sources)
         if widths := ffn_sizes(config):
             return self.with_ffn_sizes(deeper, [widths[source] for source in sources])
@@ -491,13 +506,14 @@ def _structure(config: Config) -> Key:
 
 def _probed(config: Config, twin: Twin, tensors: Skeleton) -> DiscoveredFamily:
     live: dict[str, float] = {}
-    refusal, layers = "", layer_list(twin.model)
+    refusals: dict[frozenset[str], str] = {}
+    layers, kinds = layer_list(twin.model), _kinds(tensors)
     for layer in _kinds_of_layers(tensors):
         try:
             found = find_writers(called(twin, f"{layers}.{layer}"))
         except RequestError as error:
-            refusal = str(error)
-            break
+            refusals[kinds[layer]] = str(error)
+            continue
         live |= {writer.name: writer.zero for writer in found}
     writers = _on_disk(twin, layers, live)
     inner = decoder_config(complete(config))
@@ -507,7 +523,7 @@ def _probed(config: Config, twin: Twin, tensors: Skeleton) -> DiscoveredFamily:
         known = [key for key in keys if isinstance(inner.get(key), int)]
         if known:
             sizes[name] = known[0]
-    offsets = {-zero for zero in writers.values() if zero}
+    offsets = {-zero for zero in writers.values() if zero < 0}
     return DiscoveredFamily(
         model_type=str(config["model_type"]),
         architecture=type(twin.model).__name__,
@@ -517,7 +533,7 @@ def _probed(config: Config, twin: Twin, tensors: Skeleton) -> DiscoveredFamily:
         omitted_prefix=f"{twin.model.base_model_prefix}.",
         writers=writers,
         live_writers=live,
-        refusal=refusal,
+        refusals=refusals,
         outside=_outside(twin),
         places=places(twin.model),
         is_routed=any(".experts." in name for name in tensors.disk),
@@ -527,9 +543,14 @@ def _probed(config: Config, twin: Twin, tensors: Skeleton) -> DiscoveredFamily:
 def _kinds_of_layers(tensors: Skeleton) -> list[int]:
     """Return one layer of each kind: those with other names."""
     first: dict[frozenset[str], int] = {}
-    for layer, signature in enumerate(tensors.signatures):
-        first.setdefault(frozenset(name for name, _ in signature), layer)
+    for layer, kind in enumerate(_kinds(tensors)):
+        first.setdefault(kind, layer)
     return list(first.values())
+
+
+def _kinds(tensors: Skeleton) -> list[frozenset[str]]:
+    """Return the kind of each layer: the names of its tensors."""
+    return [frozenset(name for name, _ in signature) for signature in tensors.signatures]
 
 
 def _on_disk(twin: Twin, layers: str, live: Mapping[str, float]) -> dict[str, float]:
@@ -579,14 +600,30 @@ def _outside(twin: Twin) -> dict[str, str]:
 @lru_cache(maxsize=64)
 def _deeper(key: Key, sources: tuple[int, ...]) -> Config:
     config = config_in(key)
-    wanted = [skeleton(key).signatures[source] for source in sources]
+    before = skeleton(key)
+    wanted = [before.signatures[source] for source in sources]
     for deeper in deeper_configs(config, sources):
-        if list(skeleton(key_of(deeper)).signatures) == wanted:
+        after = skeleton(key_of(deeper))
+        if list(after.signatures) == wanted and _are_blocks_of_layers(before, after, sources):
             return deeper
     raise RequestError(
         f"config.json: {config['model_type']} derives the kind of a layer from its position, and "
-        "no config has these copies in this order; whole copies of the stack may fit "
-        "(expansion=stack)"
+        "no config has these copies in this order; other positions or whole copies of the stack "
+        "may fit (expansion=stack)"
+    )
+
+
+def _are_blocks_of_layers(before: Skeleton, after: Skeleton, sources: Sequence[int]) -> bool:
+    """Return True if tensors outside the layers are as before, or have a block per layer."""
+    layers = len(before.signatures)
+    old, new = (
+        {name: shape for name, shape in each.disk.items() if in_layer(name, each.layers) is None}
+        for each in (before, after)
+    )
+    return old.keys() == new.keys() and all(
+        length == other or (length % layers == 0 and other == length // layers * len(sources))
+        for name, shape in old.items()
+        for length, other in zip(shape, new[name], strict=True)
     )
 
 
@@ -651,12 +688,29 @@ def logit_changes(key: Key, sources: tuple[int, ...]) -> tuple[float, float]:
     model = build_model(deeper)
     state = twin.model.state_dict()
     changes = []
+    shapes = {name: value.shape for name, value in model.state_dict().items()}
     for writers in (family.live_writers, {}):
         copies = dict(_copies(state, f"{layers}.", sources, writers))
+        copies |= {
+            name: _with_blocks(value, shapes[name], sources)
+            for name, value in copies.items()
+            if name in shapes and value.shape != shapes[name]
+        }
         model.load_state_dict(copies, strict=False)
         after = logits_of(model, twin.text.vocab_size)
         changes.append(float((after - before).abs().max()))
     return changes[0], changes[1]
+
+
+def _with_blocks(
+    value: torch.Tensor, shape: Sequence[int], sources: Sequence[int]
+) -> torch.Tensor:
+    """Return a tensor outside the layers of a deeper model, which has a block per layer."""
+    for axis, length in enumerate(shape):
+        if value.shape[axis] != length:
+            blocks = value.unflatten(axis, (len(set(sources)), -1))
+            value = blocks.index_select(axis, torch.tensor(sources)).flatten(axis, axis + 1)
+    return value
 
 
 def _copies(

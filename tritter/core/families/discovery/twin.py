@@ -15,6 +15,7 @@ projection of attention writes the stream alone once the FFN after it is zero.
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -34,7 +35,7 @@ _SIZES: tuple[tuple[str, int | None], ...] = (
     (r"n_group|num_expert_group", 2),
     (r"topk_group", 1),
     (r".*(layers|layer)", None),
-    (r".*vocab_size.*", 128),
+    (r".*vocab_size.*|.*_vocab", 128),
     (r"max_position_embeddings|n_positions|n_ctx|max_.*_positions|max_seq_len|.*max_length", 64),
     (r"num_(key_value|kv)_heads|n_kv_heads|.*swa_num_key_value_heads|linear_num_key_heads", 2),
     (r".*(mamba|ssm).*heads", 8),
@@ -66,6 +67,8 @@ CHANGE = 0.37  # of the entries that are probed
 COORDINATE = 3
 _TOKENS = (2, 12)  # sequences and tokens of a forward pass
 _SPREAD = 0.1  # of random parameters
+_NORMED = 0.01  # relative change of a normalised output when its input is scaled
+_LARGE = 1e6  # factor of the stream in which only factors of the stream matter
 _MAX_PARAMETERS = 2**25
 
 
@@ -95,6 +98,8 @@ def logits_of(model: nn.Module, vocab_size: int) -> Tensor:
     """Return the logits [B, T, V] of fixed random tokens."""
     draws = torch.Generator().manual_seed(0)
     input_ids = torch.randint(3, min(vocab_size, 120), _TOKENS, generator=draws)
+    if getattr(model.config, "rescale_every", 0):  # RWKV changes its weights when it is evaluated
+        model = deepcopy(model)
     with torch.no_grad(), in_float64():
         return model(input_ids=input_ids, use_cache=False).logits
 
@@ -171,6 +176,8 @@ def _shrunk(config: Config) -> Config:
     """Return a config with small sizes."""
     small = dict(config)
     for key, value in config.items():
+        if isinstance(value, dict) and (key == "per_layer_config" or key.isdigit()):
+            small[key] = _shrunk(value)
         size = _small_size(key)
         if size is not None and isinstance(value, list):
             small[key] = [min(each, size) if isinstance(each, int) else each for each in value]
@@ -183,6 +190,11 @@ def _shrunk(config: Config) -> Config:
     heads = [small.get(key) for key in ("num_attention_heads", "num_key_value_heads")]
     if config.get("num_attention_heads") == config.get("num_key_value_heads") and None not in heads:
         small["num_key_value_heads"] = heads[0]
+    parts = ("qk_nope_head_dim", "qk_rope_head_dim")
+    if all(isinstance(config.get(key), int) for key in ("head_dim", *parts)) and (
+        config["head_dim"] == sum(config[key] for key in parts)
+    ):
+        small["head_dim"] = sum(small[key] for key in parts)
     return small
 
 
@@ -285,7 +297,8 @@ class Writer:
     Args:
         name: within the block.
         axis: its axis along the residual stream.
-        zero: the value at which it writes nothing: 0, or −1 for a gain that is stored minus one.
+        zero: its value in an identity block: 0 for what is added to the stream, −1 for such a gain
+            that is stored minus one, 1 for a factor of the stream itself.
     """
 
     name: str
@@ -351,30 +364,73 @@ def called(twin: Twin, name: str) -> Block:
 
 
 def find_writers(block: Block) -> tuple[Writer, ...]:
-    """Return the smallest set of tensors that make a block the identity when they are zero.
+    """Return the smallest set of tensors with which a block is the identity, at their zeros.
 
     Raises:
         RequestError: there is none: after its last norm, nothing can be zeroed.
     """
-    values = dict(block.module.named_parameters())
+    saved = block.module.state_dict(keep_vars=True)
+    buffers = {name: value for name, value in block.module.named_buffers() if name in saved}
+    values = {**dict(block.module.named_parameters()), **buffers}
+    values = {name: value for name, value in values.items() if value.is_floating_point()}
     before = {name: value.detach().clone() for name, value in values.items()}
-    found: list[Writer] = []
     try:
-        while (change := block.change()).abs().max() > TOLERANCE:
-            known = {writer.name for writer in found}
-            more = [
-                writer
-                for name, value in sorted(values.items(), key=lambda item: -item[1].ndim)
-                if name not in known and (writer := _writer(block, name, value)) is not None
-            ]
-            more = [writer for writer in more if _is_zeroed(block, writer, values[writer.name])]
-            if not more:
-                raise RequestError(_reason(block, change))
-            found += more
+        found: list[Writer] = []
+        reason = _zero_writers(block, values, found)
+        if reason:
+            _restore(values, before)
+            found = _set_factors(block, values)
+            if not found or _zero_writers(block, values, found):
+                raise RequestError(reason)
         return tuple(_needed(block, found, values, before))
     finally:
-        for name, value in values.items():
-            value.data.copy_(before[name])
+        _restore(values, before)
+
+
+def _zero_writers(block: Block, values: Mapping[str, Tensor], found: list[Writer]) -> str:
+    """Zero writers until the block is the identity, and add them to those found.
+
+    Returns:
+        The reason why it can't be the identity; empty if it is.
+    """
+    while (change := block.change()).abs().max() > TOLERANCE:
+        known = {writer.name for writer in found}
+        more = [
+            writer
+            for name, value in sorted(values.items(), key=lambda item: -item[1].ndim)
+            if name not in known and (writer := _writer(block, name, value)) is not None
+        ]
+        more = [writer for writer in more if _is_zeroed(block, writer, values[writer.name])]
+        if not more:
+            return _reason(block, change)
+        found += more
+    return ""
+
+
+def _set_factors(block: Block, values: Mapping[str, Tensor]) -> list[Writer]:
+    """Set the factors of the stream itself to one, and return them.
+
+    In a large stream they matter, and branches that begin with a norm do not.
+    """
+    found, large = [], block.hidden * _LARGE
+    size = block.change(large).abs().sum()
+    for name, value in values.items():
+        if value.ndim > 1 or size <= TOLERANCE * _LARGE:
+            continue
+        before = value.detach().clone()
+        value.data.fill_(1.0)
+        changed = block.change(large).abs().sum()
+        if changed < size * (1 - _NORMED):
+            found.append(Writer(name, 0))
+            size = changed
+        else:
+            value.data.copy_(before)
+    return found
+
+
+def _restore(values: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> None:
+    for name, value in values.items():
+        value.data.copy_(before[name])
 
 
 def _writer(block: Block, name: str, value: Tensor) -> Writer | None:
@@ -439,12 +495,11 @@ def _needed(
 
 def _reason(block: Block, change: Tensor) -> str:
     """Return the reason why a block cannot be the identity."""
-    ends_in_norm = float((block.hidden + change).mean(-1).abs().max()) < 1.0
-    return (
-        "no zeroed block is an identity: it normalises the residual stream itself (post-norm)"
-        if ends_in_norm
-        else "no set of zeroed tensors makes a block the identity"
-    )
+    output = block.hidden + change
+    moved = block.change(2 * block.hidden) + 2 * block.hidden - output
+    if float(moved.norm() / output.norm()) < _NORMED:  # a norm removes the scale of its input
+        return "no zeroed block is an identity: it normalises the residual stream itself (post-norm)"
+    return "no values of its tensors make a layer the identity"
 
 
 def first_tensor(values: Any) -> Tensor | None:
