@@ -37,11 +37,19 @@ PAGE = Path(__file__).parents[3] / "docs/reference/model_types.md"
 MODEL_TYPES = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 TOKENS = torch.randint(3, 60, (2, 11), generator=torch.Generator().manual_seed(5))
 EXACT = 1e-4  # largest logit difference in standard deviations, float32
+_INDEXER = {
+    "indexer_n_heads": 4,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 256,
+    "indexer_budget": 64,
+    "indexer_compress_ratio": 4,
+}
 # Settings without which the class's own defaults make no model
 _EXAMPLES: dict[str, dict[str, Any]] = {
     "cohere_compass_text": {
         "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}
     },
+    "dbrx": {"attn_config": {"rope_theta": 5e5, "kv_n_heads": 8, "clip_qkv": 8}},
     "deepseek_v2": {"num_experts_per_tok": 6},
     "dots1": {"n_routed_experts": 8, "num_experts_per_tok": 2, "n_shared_experts": 1},
     "hunyuan_v1_dense": {"head_dim": 128},
@@ -49,13 +57,8 @@ _EXAMPLES: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 16},
     "ministral": {"head_dim": 128},
     "nemotron": {"head_dim": 128},
-    "qwen4_exp_text": {
-        "indexer_n_heads": 4,
-        "indexer_kv_heads": 1,
-        "indexer_head_dim": 256,
-        "indexer_budget": 64,
-        "indexer_compress_ratio": 4,
-    },
+    "qwen4_exp": {"text_config": _INDEXER},
+    "qwen4_exp_text": _INDEXER,
     "reformer": {"is_decoder": True},
     "xmod": {"default_language": "en_XX"},
 }
@@ -139,7 +142,11 @@ class Row:
 def example(model_type: str, **changes: Any) -> dict[str, Any]:
     """Return the config of a model type: the defaults of its class, completed if they can't run."""
     config: dict[str, Any] = CONFIG_MAPPING[model_type](**changes).to_dict()
-    return {**config, **_EXAMPLES.get(model_type, {}), "model_type": model_type}
+    for key, value in _EXAMPLES.get(model_type, {}).items():
+        inner = config.get(key)
+        both = isinstance(value, dict) and isinstance(inner, dict)
+        config[key] = {**inner, **value} if both else value
+    return {**config, "model_type": model_type}
 
 
 def measured(model_type: str, place: Path) -> Row:

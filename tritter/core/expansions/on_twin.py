@@ -147,7 +147,10 @@ def logit_changes(
         The change by the growth, and by the growth without shares and zeros (the control).
     """
     grown = grown_twin(spec, key, factors)
-    change = grown.change()
+    try:
+        change = grown.change()
+    except RuntimeError as error:
+        raise RequestError(f"config.json: its class refuses other sizes: {reason_of(error)}") from error
     grown.load(_without_zeros(grown.parameter_map))
     return change, grown.change()
 

@@ -274,8 +274,10 @@ class DiscoveredFamily(Family):
         return tensor.axes[0].offset if self.axes and tensor.axes else self.norm_offset
 
     def dimensions(self, config: Config, *, layer: int | None = None) -> Dimensions:
-        inner = decoder_config(complete(config))
+        full = complete(config)
+        inner = decoder_config(full)
         known = {name: inner.get(key) for name, key in self.sizes.items()}
+        known.setdefault("vocab_size", full.get("vocab_size"))  # BLT's decoder has none
         known["num_hidden_layers"] = count_layers(inner)
         sizes = {
             name: require_size(name, self.sizes.get(name, name), value)

@@ -20,6 +20,7 @@ from tritter.core.families.discovery.configs import (
     class_of,
     config_in,
     count_layers,
+    decoder_config,
     quiet,
     reason_of,
 )
@@ -131,7 +132,7 @@ def layer_list(model: nn.Module) -> str:
         RequestError: there is none.
     """
     config = model.config.get_text_config(decoder=True).to_dict()  # type: ignore[union-attr, operator]
-    count = count_layers(config)
+    count = count_layers(decoder_config(config))
     sizes = {
         name: sum(value.numel() for value in module.parameters())
         for name, module in model.named_modules()

@@ -26,7 +26,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from tritter.core.families.dimensions import Config
-from tritter.core.families.discovery.configs import class_of, complete, quiet, reason_of
+from tritter.core.families.discovery.configs import class_of, complete, decoder_part, quiet, reason_of
 from tritter.errors import RequestError
 
 # Pattern of a config key → its size in the twin; the first match counts, None leaves the value
@@ -46,6 +46,7 @@ _SIZES: tuple[tuple[str, int | None], ...] = (
     (r"rotary_dim", 8),
     (r"hidden_size_per_layer_input|mamba_d_state|state_size|ssm_state_size|.*chunk_size", 8),
     (r"hidden_size|d_model|n_embd|dim|emb_dim|.*embedding_size|attention_hidden_size", 64),
+    (r"hidden_size_global|adapter_(in_dim|out_dim|input_size)", 64),
     (r"lru_width|word_embed_proj_dim|embedding_dim|dim_model_base", 64),
     (r"moe.*intermediate_size|expert_ffn.*size|shared_expert.*size", 32),
     (r".*(intermediate_size|ffn_dim|ffn_size|n_inner|d_ff|dff|dim_ff|ffn_hidden_size)", 96),
@@ -68,6 +69,7 @@ COORDINATE = 3
 _TOKENS = (2, 12)  # sequences and tokens of a forward pass
 _SPREAD = 0.1  # of random parameters
 _NORMED = 0.01  # relative change of a normalised output when its input is scaled
+_MAX_STREAMS = 4
 _LARGE = 1e6  # factor of the stream in which only factors of the stream matter
 _MAX_PARAMETERS = 2**25
 
@@ -158,6 +160,9 @@ def small_sizes(config: Config) -> Config:
 def _small_config(config: Config, changes: Config) -> PreTrainedConfig:
     small = small_sizes(config)
     small |= {key: value for key, value in changes.items() if key in small}
+    if part := decoder_part(small):
+        inner: Config = small[part]  # type: ignore[assignment]
+        small[part] = {**inner, **{key: value for key, value in changes.items() if key in inner}}
     return class_of(config).from_dict({**small, **_HINTS.get(str(config["model_type"]), {})})
 
 
@@ -190,11 +195,6 @@ def _shrunk(config: Config) -> Config:
     heads = [small.get(key) for key in ("num_attention_heads", "num_key_value_heads")]
     if config.get("num_attention_heads") == config.get("num_key_value_heads") and None not in heads:
         small["num_key_value_heads"] = heads[0]
-    parts = ("qk_nope_head_dim", "qk_rope_head_dim")
-    if all(isinstance(config.get(key), int) for key in ("head_dim", *parts)) and (
-        config["head_dim"] == sum(config[key] for key in parts)
-    ):
-        small["head_dim"] = sum(small[key] for key in parts)
     return small
 
 
@@ -380,15 +380,23 @@ def find_writers(block: Block) -> tuple[Writer, ...]:
         if reason:
             _restore(values, before)
             found = _set_factors(block, values)
-            if not found or _zero_writers(block, values, found):
+            if _zero_writers(block, values, found, streams=_MAX_STREAMS):
                 raise RequestError(reason)
         return tuple(_needed(block, found, values, before))
     finally:
         _restore(values, before)
 
 
-def _zero_writers(block: Block, values: Mapping[str, Tensor], found: list[Writer]) -> str:
+def _zero_writers(
+    block: Block, values: Mapping[str, Tensor], found: list[Writer], *, streams: int = 1
+) -> str:
     """Zero writers until the block is the identity, and add them to those found.
+
+    Args:
+        block: the layer.
+        values: its tensors.
+        found: the writers.
+        streams: a writer may write up to as many residual streams, which lie one after another.
 
     Returns:
         The reason why it can't be the identity; empty if it is.
@@ -398,7 +406,7 @@ def _zero_writers(block: Block, values: Mapping[str, Tensor], found: list[Writer
         more = [
             writer
             for name, value in sorted(values.items(), key=lambda item: -item[1].ndim)
-            if name not in known and (writer := _writer(block, name, value)) is not None
+            if name not in known and (writer := _writer(block, name, value, streams)) is not None
         ]
         more = [writer for writer in more if _is_zeroed(block, writer, values[writer.name])]
         if not more:
@@ -433,15 +441,17 @@ def _restore(values: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> None
         value.data.copy_(before[name])
 
 
-def _writer(block: Block, name: str, value: Tensor) -> Writer | None:
+def _writer(block: Block, name: str, value: Tensor, streams: int) -> Writer | None:
     """Return the tensor as a writer of the residual stream, or None."""
     size = block.hidden.shape[-1]
     before, change = value.detach().clone(), block.change()
-    for axis in (axis for axis, length in enumerate(value.shape) if length == size):
+    for axis, length in enumerate(value.shape):
+        if length <= COORDINATE or size % length or size // length > streams:
+            continue
         value.data.select(axis, COORDINATE).add_(CHANGE)
         moved = block.change() - change
         value.data.copy_(before)
-        if is_at_coordinate(moved):
+        if is_at_coordinate(moved.unflatten(-1, (-1, length))):
             return Writer(name, axis)
     return None
 
