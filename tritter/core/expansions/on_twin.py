@@ -150,7 +150,9 @@ def logit_changes(
     try:
         change = grown.change()
     except RuntimeError as error:
-        raise RequestError(f"config.json: its class refuses other sizes: {reason_of(error)}") from error
+        raise RequestError(
+            f"config.json: its class refuses other sizes: {reason_of(error)}"
+        ) from error
     grown.load(_without_zeros(grown.parameter_map))
     return change, grown.change()
 

@@ -7,6 +7,7 @@ the residual stream, and show that a deeper model keeps its function.
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from math import prod
@@ -64,6 +65,7 @@ from tritter.core.families.discovery.twin import (
     build_twin,
     called,
     find_writers,
+    further_streams,
     in_float64,
     logits_of,
     small_sizes,
@@ -516,6 +518,9 @@ def _probed(config: Config, twin: Twin, tensors: Skeleton) -> DiscoveredFamily:
         except RequestError as error:
             refusals[kinds[layer]] = str(error)
             continue
+        for block in further_streams(twin, f"{layers}.{layer}"):
+            with suppress(RequestError):  # the twin shows whether a copy has to keep the stream
+                found += find_writers(block)
         live |= {writer.name: writer.zero for writer in found}
     writers = _on_disk(twin, layers, live)
     inner = decoder_config(complete(config))
@@ -704,9 +709,7 @@ def logit_changes(key: Key, sources: tuple[int, ...]) -> tuple[float, float]:
     return changes[0], changes[1]
 
 
-def _with_blocks(
-    value: torch.Tensor, shape: Sequence[int], sources: Sequence[int]
-) -> torch.Tensor:
+def _with_blocks(value: torch.Tensor, shape: Sequence[int], sources: Sequence[int]) -> torch.Tensor:
     """Return a tensor outside the layers of a deeper model, which has a block per layer."""
     for axis, length in enumerate(shape):
         if value.shape[axis] != length:

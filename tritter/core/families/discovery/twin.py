@@ -16,7 +16,7 @@ import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -26,7 +26,13 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from tritter.core.families.dimensions import Config
-from tritter.core.families.discovery.configs import class_of, complete, decoder_part, quiet, reason_of
+from tritter.core.families.discovery.configs import (
+    class_of,
+    complete,
+    decoder_part,
+    quiet,
+    reason_of,
+)
 from tritter.errors import RequestError
 
 # Pattern of a config key → its size in the twin; the first match counts, None leaves the value
@@ -315,12 +321,14 @@ class Block:
         args: of the call.
         keywords: of the call.
         hidden: residual stream before it, [..., H].
+        output: index of that stream among the tensors that the layer returns.
     """
 
     module: nn.Module
     args: tuple[Any, ...]
     keywords: Mapping[str, Any]
     hidden: Tensor
+    output: int = 0
 
     def change(self, hidden: Tensor | None = None) -> Tensor:
         """Return the change of the residual stream by the block.
@@ -332,10 +340,10 @@ class Block:
         args = [stream if each is self.hidden else each for each in self.args]
         named = {k: stream if each is self.hidden else each for k, each in self.keywords.items()}
         with torch.no_grad(), in_float64():
-            output = first_tensor(self.module(*args, **named))
-        if output is None or output.shape != stream.shape:
+            outputs = tensors_in(self.module(*args, **named))[self.output :]
+        if not outputs or outputs[0].shape != stream.shape:
             raise RequestError("a layer does not return its residual stream.")
-        return output - stream
+        return outputs[0] - stream
 
 
 def called(twin: Twin, name: str) -> Block:
@@ -361,6 +369,24 @@ def called(twin: Twin, name: str) -> Block:
     hidden = first_tensor((*args, *keywords.values()))
     assert hidden is not None
     return Block(layer, args, keywords, hidden)
+
+
+def further_streams(twin: Twin, name: str) -> Iterator[Block]:
+    """Yield a layer once for each further tensor that it receives from the layer before it."""
+    layers, _, index = name.rpartition(".")
+    if index == "0":
+        return
+    before = twin.model.get_submodule(f"{layers}.{int(index) - 1}")
+    outputs: list[Tensor] = []
+    handle = before.register_forward_hook(lambda _, __, values: outputs.extend(tensors_in(values)))
+    try:
+        block = called(twin, name)
+    finally:
+        handle.remove()
+    inputs = [id(each) for each in (*block.args, *block.keywords.values())]
+    for number, value in enumerate(outputs[1:], start=1):
+        if id(value) in inputs and value.is_floating_point():
+            yield replace(block, hidden=value, output=number)
 
 
 def find_writers(block: Block) -> tuple[Writer, ...]:
@@ -408,7 +434,7 @@ def _zero_writers(
             for name, value in sorted(values.items(), key=lambda item: -item[1].ndim)
             if name not in known and (writer := _writer(block, name, value, streams)) is not None
         ]
-        more = [writer for writer in more if _is_zeroed(block, writer, values[writer.name])]
+        more = [each for each in more if _is_zeroed(block, values[each.name], always=streams > 1)]
         if not more:
             return _reason(block, change)
         found += more
@@ -463,18 +489,21 @@ def is_at_coordinate(difference: Tensor) -> bool:
     return bool(size[COORDINATE] > TOLERANCE and others.max() <= TOLERANCE * (1 + size.max()))
 
 
-def _is_zeroed(block: Block, writer: Writer, value: Tensor) -> bool:
-    """Zero a writer if that reduces what the block adds; a gain may be stored minus one."""
+def _is_zeroed(block: Block, value: Tensor, *, always: bool) -> bool:
+    """Zero a writer, `always` or if that reduces what the block adds; return whether it is zero.
+
+    A gain may be stored minus one.
+    """
     before, change = value.detach().clone(), block.change().abs().sum()
     sizes: dict[float, Tensor] = {}
     for zero in (0.0, -1.0) if value.ndim == 1 else (0.0,):
         value.data.fill_(zero)
         sizes[zero] = block.change().abs().sum()
-    value.data.copy_(before)
     zero, size = min(sizes.items(), key=lambda item: float(item[1]))
-    if size < change * (1 - TOLERANCE):
+    if always or size < change * (1 - TOLERANCE):
         value.data.fill_(zero)
         return True
+    value.data.copy_(before)
     return False
 
 
@@ -508,16 +537,23 @@ def _reason(block: Block, change: Tensor) -> str:
     output = block.hidden + change
     moved = block.change(2 * block.hidden) + 2 * block.hidden - output
     if float(moved.norm() / output.norm()) < _NORMED:  # a norm removes the scale of its input
-        return "no zeroed block is an identity: it normalises the residual stream itself (post-norm)"
+        return (
+            "no zeroed block is an identity: it normalises the residual stream itself (post-norm)"
+        )
     return "no values of its tensors make a layer the identity"
+
+
+def tensors_in(values: Any) -> list[Tensor]:
+    """Return the tensors in the outputs of a module."""
+    if isinstance(values, Tensor):
+        return [values]
+    items = values.values() if isinstance(values, Mapping) else values
+    return [each for each in items if isinstance(each, Tensor)]
 
 
 def first_tensor(values: Any) -> Tensor | None:
     """Return the first tensor in the outputs of a module, or None."""
-    if isinstance(values, Tensor):
-        return values
-    items = values.values() if isinstance(values, Mapping) else values
-    return next((each for each in items if isinstance(each, Tensor)), None)
+    return next(iter(tensors_in(values)), None)
 
 
 @dataclass(frozen=True, slots=True)
