@@ -25,11 +25,7 @@ LAYER_COUNTS = (
 MAX_DISCOVERED_LAYERS = 512
 _LAYER_LIST = "layers_block_type"  # Nemotron-H has no number of layers
 _DECODERS = (
-    "global_config",
-    "text_config",
-    "language_config",
-    "llm_config",
-    "decoder",
+    *("global_config", "text_config", "language_config", "llm_config", "decoder"),
     "decoder_config",
 )
 _MAX_SIZE = 2**31

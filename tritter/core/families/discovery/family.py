@@ -526,9 +526,12 @@ def _probed(config: Config, twin: Twin, tensors: Skeleton) -> DiscoveredFamily:
     inner = decoder_config(complete(config))
     count = layer_key(inner)
     sizes = {"num_hidden_layers": count} if isinstance(inner[count], int) else {}
+    is_routed = any(".experts." in name for name in tensors.disk)
+    lengths = {length for shape in tensors.disk.values() for length in shape}
     for name, keys in _SIZE_KEYS.items():
         known = [key for key in keys if isinstance(inner.get(key), int)]
-        if known:
+        # A dense Doge has a number of experts in its config
+        if known and (name != "num_experts" or is_routed or inner[known[0]] in lengths):
             sizes[name] = known[0]
     offsets = {-zero for zero in writers.values() if zero < 0}
     return DiscoveredFamily(
@@ -543,7 +546,7 @@ def _probed(config: Config, twin: Twin, tensors: Skeleton) -> DiscoveredFamily:
         refusals=refusals,
         outside=_outside(twin),
         places=places(twin.model),
-        is_routed=any(".experts." in name for name in tensors.disk),
+        is_routed=is_routed,
     )
 
 

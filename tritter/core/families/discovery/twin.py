@@ -74,7 +74,7 @@ CHANGE = 0.37  # of the entries that are probed
 COORDINATE = 3
 _TOKENS = (2, 12)  # sequences and tokens of a forward pass
 _SPREAD = 0.1  # of random parameters
-_NORMED = 0.01  # relative change of a normalised output when its input is scaled
+_NORMED = 0.01  # smaller relative changes of an output are none
 _MAX_STREAMS = 4
 _LARGE = 1e6  # factor of the stream in which only factors of the stream matter
 _MAX_PARAMETERS = 2**25
@@ -131,6 +131,8 @@ def build_twin(config: Config) -> Twin:
                 if bool(twin.logits().isfinite().all()):
                     return twin
             reasons.append("its logits are not finite")
+        except AttributeError as error:
+            reasons.append(f"its class reads what its config lacks ({reason_of(error)})")
         except Exception as error:  # a config class or a model may raise anything
             reasons.append(reason_of(error))
     raise RequestError(f"no tiny model of it runs: {reasons[0]}")
@@ -427,7 +429,7 @@ def _zero_writers(
     Returns:
         The reason why it can't be the identity; empty if it is.
     """
-    while (change := block.change()).abs().max() > TOLERANCE:
+    while block.change().abs().max() > TOLERANCE:
         known = {writer.name for writer in found}
         more = [
             writer
@@ -436,7 +438,7 @@ def _zero_writers(
         ]
         more = [each for each in more if _is_zeroed(block, values[each.name], always=streams > 1)]
         if not more:
-            return _reason(block, change)
+            return _reason(block)
         found += more
     return ""
 
@@ -532,14 +534,13 @@ def _needed(
     ]
 
 
-def _reason(block: Block, change: Tensor) -> str:
+def _reason(block: Block) -> str:
     """Return the reason why a block cannot be the identity."""
-    output = block.hidden + change
-    moved = block.change(2 * block.hidden) + 2 * block.hidden - output
-    if float(moved.norm() / output.norm()) < _NORMED:  # a norm removes the scale of its input
-        return (
-            "no zeroed block is an identity: it normalises the residual stream itself (post-norm)"
-        )
+    large = block.hidden * _LARGE
+    moved = block.change(2 * large) - block.change(large) + large
+    if moved.norm() < large.norm() * _NORMED:  # a norm removes the scale of its input
+        found = "it normalises the residual stream itself (post-norm)"
+        return f"no zeroed block is an identity: {found}"
     return "no values of its tensors make a layer the identity"
 
 
