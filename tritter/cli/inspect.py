@@ -296,7 +296,8 @@ def _print_family(console: Console, source: Source, growth: Mapping[str, str]) -
             else str(size)
             for axis, size in zip(tensor.axes, family.shape(tensor, config), strict=True)
         ]
-        zeroed = ("zero in new layers",) if family.branch_output(tensor) else ()
+        zero = "one" if family.zero_of(tensor) > 0 else "zero"
+        zeroed = (f"{zero} in new layers",) if family.branch_output(tensor) else ()
         rows.append((tensor.disk_name, "; ".join([" x ".join(axes), *zeroed])))
     print_lines(console, [("tensor", "axes"), *rows])
 

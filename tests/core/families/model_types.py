@@ -174,7 +174,10 @@ def measured(model_type: str, place: Path) -> Row:
 
 def _depth(base: Path, grown: Path) -> tuple[str, str]:
     """Return what happens to the depth, and the zeroed tensors or the reason."""
-    config, reason = read_config(base), ""
+    try:
+        config, reason = read_config(base), ""
+    except TritterError as error:
+        return "refused", _short(error)
     for method, options, note in _requests(config):
         try:
             tritter.expand(base, method, output=grown, **options)
@@ -206,7 +209,7 @@ def _copied(base: Path, grown: Path, reason: str) -> tuple[str, str]:
         tritter.expand(base, "stack", output=grown)
         _logits(grown)
     except TritterError as error:
-        return "refused", _short(error)
+        return "refused", f"{reason.removesuffix('; use dus or stack')}; copies: {_short(error)}"
     return "copies only", reason
 
 
@@ -279,7 +282,8 @@ def _logits(folder: Path) -> torch.Tensor:
 def _short(error: Exception) -> str:
     text = " ".join(str(error).split()).translate({ord("|"): "/", ord("`"): "'"})
     text = text or type(error).__name__
-    text = re.sub(r"^(config\.json|method|\S+/config\.json is not a usable config): ", "", text)
+    text = re.sub(r"^(config\.json|method|\S+\.safetensors): ", "", text)
+    text = re.sub(r"^\S+/config\.json is not a usable config: ", "", text)
     text = re.sub(rf"^({_OPTIONS})( = [^:]*)?: ", "", text)
     text = re.sub(r"^model_type '[^']+': |^model_type '[^']+' is not supported: ", "", text)
     return text[:160].rstrip(". ")

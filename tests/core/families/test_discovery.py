@@ -100,6 +100,8 @@ def deeper(sources: list[int], **config: Any) -> list[Config]:
         ({"moe_layers": [0, 1, 2, 3]}, {"moe_layers": [0, 1, 2, 3, 4]}),
         ({"moe_layer_end_index": 3}, {"moe_layer_end_index": 4}),
         ({"eos_token_id": [1, 2]}, {"eos_token_id": [1, 2]}),
+        ({"num_kv_shared_layers": 2}, {"num_kv_shared_layers": 2}),
+        ({"num_kv_shared_layers": 3}, {"num_kv_shared_layers": 4}),
         ({"rescale_every": 4, "num_blocks": 4}, {"rescale_every": 5, "num_blocks": 5}),
         (
             {"per_layer_config": {"01": {"head_dim": 8}, "3": {"head_dim": 4}}},
@@ -162,7 +164,7 @@ class Layer(nn.Module):
         self.up, self.down = (nn.Linear(size, size).double() for _ in range(2))
         self.norm = Gain(size, 1.0 if kind == "offset" else 0.0)
         self.scale = nn.Parameter(1 + 0.1 * torch.randn(1 if kind == "number" else size).double())
-        self.half = nn.Linear(size, size // 2, bias=False).double()
+        self.pair = nn.Linear(size, size // 2, bias=False).double()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.kind == "pre":
@@ -172,7 +174,7 @@ class Layer(nn.Module):
         if self.kind in ("vector", "number"):
             return self.scale * (x + self.down(self.up(self.norm(x)).relu()))
         if self.kind == "two":
-            return x + self.half(self.norm(x)).repeat(1, 1, 2)
+            return x + self.pair(self.norm(x)).repeat(1, 1, 2)
         return x + self.norm(self.down(self.up(x).relu()))
 
 
@@ -189,7 +191,7 @@ def test_the_smallest_set_that_writes_the_stream_is_found() -> None:
     assert writers("pre") == {"down.weight": 0.0, "down.bias": 0.0}
     assert writers("sandwich") == {"norm.weight": 0.0}
     assert writers("offset") == {"norm.weight": -1.0}
-    assert writers("two") == {"half.weight": 0.0}
+    assert writers("two") == {"pair.weight": 0.0}
 
 
 @pytest.mark.parametrize("kind", ["vector", "number"])
@@ -208,19 +210,20 @@ def test_a_norm_of_the_stream_itself_is_refused() -> None:
 @pytest.mark.parametrize(
     "model_type",
     [
-        *("opt", "doge", "gemma4_text", "rwkv"),
+        *("opt", "doge", "gemma4_text"),
         *(pytest.param(name, marks=pytest.mark.full) for name in ("starcoder2", "gpt_oss")),
         *(pytest.param(name, marks=pytest.mark.full) for name in ("mamba", "deepseek_v3")),
-        *(pytest.param(name, marks=pytest.mark.full) for name in ("gemma3", "gemma4", "blt")),
+        *(pytest.param(name, marks=pytest.mark.full) for name in ("gemma3", "rwkv", "blt")),
         *(pytest.param(name, marks=pytest.mark.full) for name in ("dbrx", "xlstm", "zaya")),
-        *(pytest.param(name, marks=pytest.mark.full) for name in ("gemma4_unified", "dots3_note")),
+        *(pytest.param(name, marks=pytest.mark.full) for name in ("gemma4", "dots3_note")),
         *(pytest.param(name, marks=pytest.mark.full) for name in ("qwen4_exp", "qwen4_exp_text")),
+        *(pytest.param(name, marks=pytest.mark.full) for name in ("gemma4_unified",)),
         *(pytest.param(name, marks=pytest.mark.full) for name in ("gemma4_unified_text",)),
         *(pytest.param(name, marks=pytest.mark.full) for name in ("dots3_note_text",)),
     ],
 )
 def test_new_layers_keep_the_logits_and_learn(model_type: str, tmp_path: Path) -> None:
-    few = {"num_hidden_layers": 6} if model_type == "deepseek_v3" else {}
+    few = {"num_hidden_layers": 6} if model_type in ("deepseek_v3", "doge", "gemma4_text") else {}
     folder = example_folder(model_type, tmp_path, **few)
     result = tritter.expand(folder, "llama_pro", output=tmp_path / "grown")
     before, after = logits(folder), logits(result)
@@ -243,20 +246,33 @@ def untrained_after_two_steps(folder: Path) -> list[str]:
     return [n for n, p in model.named_parameters() if p.requires_grad and n not in seen]
 
 
+SHARED = {"num_hidden_layers": 12, "num_kv_shared_layers": 6}
+
+
 @pytest.mark.parametrize(
-    ("model_type", "method", "options"),
+    ("model_type", "changes", "method", "options"),
     [
-        ("gpt_neox_japanese", "llama_pro", {"positions": [0, 30]}),
-        pytest.param("zamba2", "llama_pro", {"positions": [5, 7]}, marks=pytest.mark.full),
-        pytest.param("hy_v4", "llama_pro", {"positions": [0, 2]}, marks=pytest.mark.full),
-        pytest.param("diffllama", "llama_pro", {"positions": [15]}, marks=pytest.mark.full),
-        pytest.param("jamba", "stack", {"identity_init": True}, marks=pytest.mark.full),
+        ("gpt_neox_japanese", {"num_hidden_layers": 4}, "llama_pro", {"positions": [0, 2]}),
+        *(
+            pytest.param(*each, marks=pytest.mark.full)
+            for each in (
+                ("gemma4_text", SHARED, "llama_pro", {"positions": [0, 7]}),
+                ("zamba2", {}, "llama_pro", {"positions": [5, 7]}),
+                ("hy_v4", {}, "llama_pro", {"positions": [0, 2]}),
+                ("diffllama", {}, "llama_pro", {"positions": [15]}),
+                ("jamba", {}, "stack", {"identity_init": True}),
+            )
+        ),
     ],
 )
 def test_options_copy_the_layers_that_can_be_copied(
-    model_type: str, method: str, options: dict[str, Any], tmp_path: Path
+    model_type: str,
+    changes: dict[str, Any],
+    method: str,
+    options: dict[str, Any],
+    tmp_path: Path,
 ) -> None:
-    folder = example_folder(model_type, tmp_path)
+    folder = example_folder(model_type, tmp_path, **changes)
     with pytest.raises(RequestError, match="position"):
         tritter.expand(folder, "llama_pro", output=tmp_path / "grown")
     result = tritter.expand(folder, method, output=tmp_path / "grown", **options)
@@ -265,7 +281,7 @@ def test_options_copy_the_layers_that_can_be_copied(
 
 
 def test_a_kind_of_layer_without_identity_refuses_its_own_copies(tmp_path: Path) -> None:
-    folder = example_folder("rwkv", tmp_path)
+    folder = example_folder("rwkv", tmp_path, num_hidden_layers=4)
     with pytest.raises(RequestError, match=r"layer 0: .*; use other positions, dus or stack"):
         tritter.expand(folder, "llama_pro", positions=[0], output=tmp_path / "grown")
 

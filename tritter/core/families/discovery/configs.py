@@ -219,6 +219,8 @@ def deeper_configs(config: Config, sources: Sequence[int]) -> Iterator[Config]:
         elif name == "per_layer_config" and isinstance(value, dict):
             own = {int(layer): sizes for layer, sizes in value.items()}
             deeper[name] = {str(t): own[s] for t, s in enumerate(sources) if s in own}
+        elif name == "num_kv_shared_layers" and isinstance(value, int):  # the last ones
+            deeper[name] = sum(source >= layers - value for source in sources)
         elif name == "num_blocks" and value == layers:  # a second number of layers in xLSTM
             deeper[name] = len(sources)
         elif name == "scale_depth" and isinstance(value, int | float):  # over √layers in MiniCPM

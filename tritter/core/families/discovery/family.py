@@ -131,17 +131,20 @@ class DiscoveredFamily(Family):
         repeated = [each for each, times in Counter(layer_sources).items() if times > 1]
         refused = {each: self.refusals.get(layers[each], "") for each in repeated}
         reasons = [f"layer {each}: {reason}" for each, reason in refused.items() if reason]
-        if self.refusal or not reasons:
-            return f"{self.refusal}; use dus or stack" if self.refusal else ""
-        return f"{reasons[0]}; use other positions, dus or stack"
+        if self.refusal:
+            is_stackable = _fits(config, tuple(range(len(layers))) * 2)
+            return f"{self.refusal}; use dus or stack" if is_stackable else self.refusal
+        return f"{reasons[0]}; use other positions, dus or stack" if reasons else ""
 
     def zero_of(self, tensor: LogicalTensor) -> float:
         return self.writers.get(tensor.kind, 0.0)
 
     @property
     def zeroed_names(self) -> tuple[str, ...]:
-        """The names within a layer of the tensors that write nothing in an identity copy."""
-        return tuple(sorted({kind.partition(".")[2] for kind in self.writers}))
+        """The names within a layer of the tensors that are zero in an identity copy, or one."""
+        factors = {kind: " = 1" for kind, zero in self.writers.items() if zero > 0}
+        names = {kind.partition(".")[2] + factors.get(kind, "") for kind in self.writers}
+        return tuple(sorted(names))
 
     @property
     def has_experts(self) -> bool:
@@ -623,6 +626,14 @@ def _deeper(key: Key, sources: tuple[int, ...]) -> Config:
     )
 
 
+def _fits(config: Config, sources: tuple[int, ...]) -> bool:
+    try:
+        _deeper(key_of(config), sources)
+    except RequestError:
+        return False
+    return True
+
+
 def _are_blocks_of_layers(before: Skeleton, after: Skeleton, sources: Sequence[int]) -> bool:
     """Return True if tensors outside the layers are as before, or have a block per layer."""
     layers = len(before.signatures)
@@ -670,7 +681,8 @@ def _check_identity(family: DiscoveredFamily, config: Config, sources: tuple[int
     if not zeroed <= TOLERANCE:
         raise RequestError(
             f"config.json: identity copies change the logits of a small {family.model_type} by "
-            f"{zeroed:.1e}: the function of its layers depends on their position"
+            f"{zeroed:.1e}: the function of its layers depends on their position; other positions "
+            "may fit"
         )
     if not plain > TOLERANCE:
         raise RequestError(

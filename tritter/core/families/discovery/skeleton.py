@@ -28,6 +28,7 @@ from tritter.errors import RequestError
 from tritter.storage.tensors import is_computed
 
 Shape = tuple[int, ...]
+_TOWER = re.compile(r"vision|visual|image|audio|speech")  # not a decoder, if another list fits
 _EXPERT = re.compile(r"\bexperts\.(\d+)\.")
 
 
@@ -140,6 +141,8 @@ def layer_list(model: nn.Module) -> str:
     }
     if not sizes:
         raise RequestError("the model has no list of layers.")
+    decoders = {name: size for name, size in sizes.items() if not _TOWER.search(name)}
+    sizes = decoders or sizes
     found = max(sizes, key=lambda name: sizes[name])
     owner = found.rpartition(".")[0]
     if others := [name for name in sizes if name != found and name.rpartition(".")[0] == owner]:
