@@ -27,6 +27,7 @@ from tritter.core.families.discovery.twin import (
     build_model,
     build_twin,
     logits_of,
+    one_thread,
 )
 from tritter.core.parameter_map import AxisFactor, Fill, ParameterMap, TensorMap, mapped
 from tritter.errors import Problem, RequestError, key_name
@@ -138,6 +139,7 @@ def grown_twin(spec: Any, key: Key, factors: tuple[tuple[str, float], ...]) -> G
 
 
 @lru_cache(maxsize=64)
+@one_thread()
 def logit_changes(
     spec: Any, key: Key, factors: tuple[tuple[str, float], ...]
 ) -> tuple[float, float]:

@@ -68,6 +68,7 @@ from tritter.core.families.discovery.twin import (
     further_streams,
     in_float64,
     logits_of,
+    one_thread,
     small_sizes,
 )
 from tritter.core.families.family import Family, scaled_eps
@@ -174,25 +175,8 @@ class DiscoveredFamily(Family):
             return self
         structure = _structure(config)
         if structure not in _WIDENED:
-            few = shallow(config)
-            layers = _kinds_of_layers(skeleton(key_of(few)))
-            twin = build_twin(few)
-            axes = find_axes(twin, layers, self.live_writers)
-            if _has_groups(self.dimensions(config)) > _has_groups(self.dimensions(_plain(twin))):
-                axes = axes.without_heads("no small model of it has groups of heads")
-            sizes = {name: key for name, key in self.sizes.items() if name != "intermediate_size"}
-            keys = list(axes.ffn_keys)
-            for name, part in (("shared_expert_size", "shared"), ("expert_size", "moe")):
-                found = next((key for key in keys if part in key), None)
-                if found is not None:
-                    keys.remove(found)
-                    sizes[name] = found
-            if keys:
-                sizes["intermediate_size"] = keys[0]
-            if axes.has_head_dim:
-                sizes["head_dim"] = "head_dim"
-            found_family = replace(self, axes=axes, sizes=sizes, subtracts_mean=axes.subtracts_mean)
-            _WIDENED[structure] = found_family
+            with one_thread():
+                _WIDENED[structure] = self._with_axes(config)
         return _WIDENED[structure]
 
     def fixed_neurons(self, config: Config) -> str:
@@ -367,6 +351,26 @@ class DiscoveredFamily(Family):
             return self.with_ffn_sizes(deeper, [widths[source] for source in sources])
         return deeper
 
+    def _with_axes(self, config: Config) -> "DiscoveredFamily":
+        few = shallow(config)
+        layers = _kinds_of_layers(skeleton(key_of(few)))
+        twin = build_twin(few)
+        axes = find_axes(twin, layers, self.live_writers)
+        if _has_groups(self.dimensions(config)) > _has_groups(self.dimensions(_plain(twin))):
+            axes = axes.without_heads("no small model of it has groups of heads")
+        sizes = {name: key for name, key in self.sizes.items() if name != "intermediate_size"}
+        keys = list(axes.ffn_keys)
+        for name, part in (("shared_expert_size", "shared"), ("expert_size", "moe")):
+            found = next((key for key in keys if part in key), None)
+            if found is not None:
+                keys.remove(found)
+                sizes[name] = found
+        if keys:
+            sizes["intermediate_size"] = keys[0]
+        if axes.has_head_dim:
+            sizes["head_dim"] = "head_dim"
+        return replace(self, axes=axes, sizes=sizes, subtracts_mean=axes.subtracts_mean)
+
     def _roles(self, place: Place) -> Mapping[int, Role]:
         """Return the roles of the axes of a tensor on disk, by its place in memory."""
         if self.axes is None:
@@ -443,6 +447,7 @@ def _default_size(value: object, sizes: Dimensions) -> int:
 
 
 @lru_cache(maxsize=64)
+@one_thread()
 def _separates_documents(key: Key) -> bool:
     """Return True if a twin has the same logits for a document alone and after another one."""
     twin = build_twin(shallow(config_in(key)))
@@ -495,8 +500,9 @@ def discover(config: Config) -> DiscoveredFamily:
     if structure not in _FOUND:
         model_type = str(config["model_type"])
         try:
-            twin = build_twin(config)
-            found = _probed(config, twin, skeleton(key_of(config)))
+            with one_thread():
+                twin = build_twin(config)
+                found = _probed(config, twin, skeleton(key_of(config)))
         except RequestError as error:
             raise RequestError(f"model_type '{model_type}' is not supported: {error}") from error
         _FOUND[structure] = _FOUND[_structure(twin.config.to_dict())] = found
@@ -692,6 +698,7 @@ def _check_identity(family: DiscoveredFamily, config: Config, sources: tuple[int
 
 
 @lru_cache(maxsize=64)
+@one_thread()
 def logit_changes(key: Key, sources: tuple[int, ...]) -> tuple[float, float]:
     """Return the largest change of a twin's float64 logits by copies of its layers.
 
