@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -21,6 +22,7 @@ from tritter.core.families import (
     backward_flops,
     forward_flops,
 )
+from tritter.core.families.discovery import family
 from tritter.core.families.discovery.configs import deeper_configs
 from tritter.core.families.discovery.family import DiscoveredFamily, discover
 from tritter.core.families.discovery.twin import Block, build_twin, find_writers
@@ -389,3 +391,19 @@ def test_the_page_has_what_is_measured(model_type: str, tmp_path: Path) -> None:
     row = str(measured(model_type, tmp_path))
     assert "WRONG" not in row
     assert row in PAGE.read_text(encoding="utf-8").splitlines()
+
+
+def test_twins_run_in_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With several, a busy machine takes 40 times as long."""
+    monkeypatch.setattr(family, "_FOUND", {})
+    monkeypatch.setattr(family, "_WIDENED", {})
+    threads, seen = torch.get_num_threads(), set[int]()
+    torch.set_num_threads(2)
+    handle = register_module_forward_hook(lambda *_: seen.add(torch.get_num_threads()))
+    try:
+        config = example("opt", num_hidden_layers=2)
+        discover(config).widened(config)
+        assert seen == {1} and torch.get_num_threads() == 2
+    finally:
+        handle.remove()
+        torch.set_num_threads(threads)
