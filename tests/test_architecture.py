@@ -81,9 +81,9 @@ TORCH_ONLY_ROOMS = {"core.parameter_map", "core.stock_routers"}  # the standard 
 RATCHET = {
     "(top)": (12, 2_191),
     "checkpoints": (12, 3_021),
-    "cli": (20, 5_515),
+    "cli": (20, 5_516),
     "config": (18, 4_871),
-    "core": (33, 10_286),
+    "core": (33, 10_524),
     "data": (20, 6_141),
     "evaluation": (17, 4_028),
     "integrations": (2, 778),

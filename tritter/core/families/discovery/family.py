@@ -720,11 +720,8 @@ def logit_changes(key: Key, sources: tuple[int, ...]) -> tuple[float, float]:
     shapes = {name: value.shape for name, value in model.state_dict().items()}
     for writers in (family.live_writers, {}):
         copies = dict(_copies(state, f"{layers}.", sources, writers))
-        copies |= {
-            name: _with_blocks(value, shapes[name], sources)
-            for name, value in copies.items()
-            if name in shapes and value.shape != shapes[name]
-        }
+        for name in copies.keys() & shapes.keys():
+            copies[name] = _with_blocks(copies[name], shapes[name], sources)
         model.load_state_dict(copies, strict=False)
         after = logits_of(model, twin.text.vocab_size)
         changes.append(float((after - before).abs().max()))
