@@ -560,7 +560,7 @@ def tensors_in(values: Any) -> list[Tensor]:
     if isinstance(values, Tensor):
         return [values]
     items = values.values() if isinstance(values, Mapping) else values
-    return [each for each in items if isinstance(each, Tensor)]
+    return [each for each in items if isinstance(each, Tensor)] if items is not None else []
 
 
 def first_tensor(values: Any) -> Tensor | None:
