@@ -329,10 +329,14 @@ def _adopt_config(model: nn.Module, config: Config) -> None:
                 if was.shape != buffer.shape or not torch.equal(was, buffer):
                     setattr(module, key, buffer.to(getattr(module, key).device))
     changed = {key: value for key, value in on_disk(config).items() if own.get(key) != value}
+    top: Any = model.config
+    parts: dict[str, Any] = {  # of a multimodal model
+        key: part for key in changed if hasattr(part := getattr(top, key, None), "to_diff_dict")
+    }
+    each: Any
     for each in {id(c): c for m in live.values() if (c := getattr(m, "config", None))}.values():
-        for key, value in changed.items():
-            part: Any = getattr(each, key, None)
-            if hasattr(part, "to_diff_dict"):  # of the decoder in a multimodal model
-                part.update(value)
-            elif each is model.config or part is not None:
-                setattr(each, key, value)
+        if type(each) is type(top):
+            each.update({key: value for key, value in changed.items() if key not in parts})
+        for key, part in parts.items():
+            if type(each) is type(part):
+                each.update(changed[key])

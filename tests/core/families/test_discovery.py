@@ -374,7 +374,7 @@ def test_flops_are_those_of_the_table(model_type: str, monkeypatch: pytest.Monke
     assert (forward_flops(config), backward_flops(config)) == expected
 
 
-@pytest.mark.parametrize("model_type", ["opt", "starcoder2", "gpt_oss"])
+@pytest.mark.parametrize("model_type", ["opt", "starcoder2", "gpt_oss", "granitemoe"])
 def test_flops_are_those_that_torch_counts(model_type: str) -> None:
     model = build_twin(example(model_type)).model.float()
     config = model.config.to_dict()  # type: ignore[union-attr, operator]

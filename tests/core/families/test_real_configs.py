@@ -7,6 +7,7 @@ import pytest
 from tests.core.families.model_types import example
 from tritter.core.expansions import LlamaPro, MoeAdd, Width, target_config
 from tritter.core.families import Config, count_parameters, family_of, ffn_size
+from tritter.errors import RequestError
 
 # Model → its type, what differs from the defaults of the class, and its billions of parameters
 MODELS: dict[str, tuple[str, dict[str, Any], float]] = {
@@ -40,6 +41,38 @@ MODELS: dict[str, tuple[str, dict[str, Any], float]] = {
         {"interleave_moe_layer_step": 1, "num_local_experts": 16},
         107.8,
     ),
+    "Granite-4.0-H-Small": (
+        "granitemoehybrid",
+        {
+            "vocab_size": 100352,
+            "hidden_size": 4096,
+            "num_hidden_layers": 40,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "num_local_experts": 72,
+            "num_experts_per_tok": 10,
+            "intermediate_size": 768,
+            "shared_intermediate_size": 1536,
+            "mamba_n_heads": 128,
+            "mamba_d_head": 64,
+            "mamba_d_state": 128,
+            "mamba_n_groups": 1,
+            "tie_word_embeddings": True,
+            "layer_types": ["attention" if layer % 10 == 5 else "mamba" for layer in range(40)],
+        },
+        32.2,
+    ),
+    "Gemma-4-E4B": (  # its decoder
+        "gemma4_text",
+        {
+            "hidden_size": 2560,
+            "num_hidden_layers": 42,
+            "intermediate_size": 10240,
+            "num_key_value_heads": 2,
+            "num_kv_shared_layers": 18,
+        },
+        7.46,
+    ),
     "Falcon-H1-0.5B": (
         "falcon_h1",
         {
@@ -72,17 +105,34 @@ def test_a_published_model_grows_on_the_meta_device(model: str) -> None:
     config, billions = config_of(model), MODELS[model][2]
     assert count_parameters(config) / 1e9 == pytest.approx(billions, rel=0.01)
     sizes = family_of(config).dimensions(config)
-    requests = [
+    wide = family_of(config).widened(config).dimensions(config)
+    requests: list[LlamaPro | Width] = [
         LlamaPro(target_layers=2 * sizes.num_hidden_layers),
-        Width(hidden_size=sizes.hidden_size, intermediate_size=2 * ffn_size(sizes)),
+        Width(hidden_size=sizes.hidden_size, intermediate_size=2 * ffn_size(wide)),
         Width(hidden_size=2 * sizes.hidden_size, init="net2net"),
     ]
+    if model == "Gemma-4-E4B":  # the last layers read the keys and values of layers 22 and 23
+        positions = tuple(
+            layer for layer in range(sizes.num_hidden_layers) if layer not in (22, 23)
+        )
+        requests[0] = LlamaPro(positions=positions)
+    if model in ("Gemma-4-E4B", "Granite-4.0-H-Small"):
+        with pytest.raises(RequestError, match="hidden_size"):
+            target_config(config, [requests.pop()])
     for request in requests:  # each is verified at the sizes of a twin
         assert count_parameters(target_config(config, [request])) > 1.3 * count_parameters(config)
 
 
 @pytest.mark.slow
-def test_experts_double_where_copies_share_their_weight() -> None:
-    config = config_of("Qwen3-Next-80B-A3B")
-    grown = target_config(config, [MoeAdd(addition="replicate", noise=0.0)])
-    assert (grown["num_experts"], grown["num_experts_per_tok"]) == (1024, 20)
+@pytest.mark.parametrize(
+    ("model", "key", "expected"),
+    [
+        ("Qwen3-Next-80B-A3B", "num_experts", (1024, 20)),
+        ("Granite-4.0-H-Small", "num_local_experts", (144, 20)),
+    ],
+)
+def test_experts_double_where_copies_share_their_weight(
+    model: str, key: str, expected: tuple[int, int]
+) -> None:
+    grown = target_config(config_of(model), [MoeAdd(addition="replicate", noise=0.0)])
+    assert (grown[key], grown["num_experts_per_tok"]) == expected

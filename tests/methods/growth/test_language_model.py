@@ -73,7 +73,7 @@ def test_the_function_is_kept_in_two_events(family: str, initialiser: str) -> No
         pytest.param("falcon", "random", marks=pytest.mark.full),
         pytest.param("ctrl", "split", marks=pytest.mark.full),
         pytest.param("olmo3", "gradmax", marks=pytest.mark.full),
-        pytest.param("gemma3", "split", marks=pytest.mark.full),  # the decoder of a multimodal one
+        pytest.param("gemma3", "split", marks=pytest.mark.full),  # its decoder has its own config
     ],
 )
 def test_a_model_type_without_a_table(model_type: str, initialiser: str, tmp_path: Path) -> None:
@@ -106,6 +106,20 @@ def test_a_model_type_without_a_table(model_type: str, initialiser: str, tmp_pat
     with torch.no_grad():  # the control
         model.model.get_parameter(model._loop.grower.blocks[0].down).zero_()
     assert (oracle.logits(model, ids) - after).abs().max() / after.std() > 1e-2
+
+
+@pytest.mark.full
+def test_only_the_decoder_is_told_its_width(tmp_path: Path) -> None:
+    """The config of GIT's vision tower has the same key."""
+    build_twin(shallow(example("git"))).model.float().save_pretrained(tmp_path / "base")
+    model = GrowableCausalLM(tmp_path / "base", **GROWING)
+    tower, ids = model.config.vision_config.intermediate_size, oracle.tokens()
+    train(model, optimizer := adam(model.eval()), ids)
+    assert model.check_and_grow(optimizer=optimizer)["born"] > 0
+    assert model.config.vision_config.intermediate_size == tower < model.config.intermediate_size
+    model.save_pretrained(tmp_path / "grown")
+    difference = oracle.logits(model, ids) - oracle.logits(oracle.stock(tmp_path / "grown"), ids)
+    assert difference.abs().max() < 1e-5
 
 
 def test_only_what_is_under_pressure_grows() -> None:

@@ -89,9 +89,10 @@ _SIZE_KEYS: Mapping[str, tuple[str, ...]] = {
     ),
 }
 _BLOCKS = {"halves": 2, "thirds": 3}
+_ROUTED = re.compile(r"(\.|^)(experts|router)\.")  # a tensor of a layer with experts
 # Pattern of a name within a layer → beginning of its logical kind
 _PARTS = (
-    (re.compile(r"(?i).*\bexperts\."), "experts"),
+    (re.compile(r"(?i).*(\bexperts|moe\.(input|output)_linear)\."), "experts"),
     (re.compile(r"(?i).*(router|(mlp|moe)\.gate\.)"), "router"),
     (re.compile(r"(?i).*(norm|ln_?\w*)\."), "norm"),
     (re.compile(r"(?i).*(attn|attention|mixer|mamba|temporal|conv)"), "attention"),
@@ -283,7 +284,7 @@ class DiscoveredFamily(Family):
 
     def layer_kinds(self, config: Config) -> list[Literal["dense", "sparse"]]:
         return [
-            "sparse" if any("experts." in name for name, _ in signature) else "dense"
+            "sparse" if any(_ROUTED.search(name) for name, _ in signature) else "dense"
             for signature in skeleton(key_of(config)).signatures
         ]
 
@@ -483,7 +484,7 @@ def kind_of(name: str) -> str:
     """Return the logical kind of a tensor by its name within a layer, without its expert."""
     name = re.sub(r"\bexperts\.\d+\.", "experts.", name, count=1)
     part = next((part for pattern, part in _PARTS if pattern.match(name)), "other")
-    return f"{part}.{name.partition('experts.')[2] if part == 'experts' else name}"
+    return f"{part}.{(part == 'experts' and name.partition('experts.')[2]) or name}"
 
 
 def discover(config: Config) -> DiscoveredFamily:
@@ -535,7 +536,7 @@ def _probed(config: Config, twin: Twin, tensors: Skeleton) -> DiscoveredFamily:
     inner = decoder_config(complete(config))
     count = layer_key(inner)
     sizes = {"num_hidden_layers": count} if isinstance(inner[count], int) else {}
-    is_routed = any(".experts." in name for name in tensors.disk)
+    is_routed = any(_ROUTED.search(name) for name in tensors.disk)
     lengths = {length for shape in tensors.disk.values() for length in shape}
     for name, keys in _SIZE_KEYS.items():
         known = [key for key in keys if isinstance(inner.get(key), int)]
