@@ -301,7 +301,7 @@ def main(model_types: Sequence[str]) -> None:
             try:
                 row = measured(model_type, Path(place))
             except Exception as error:  # a fault of ours, which the suite reports
-                row = Row(model_type, "ERROR", (), _short(error))
+                row = Row(model_type, "ERROR", ("none",) * len(_SIZES), _short(error))
         print(row, flush=True)
         rows[model_type] = str(row)
     write_page(rows)
