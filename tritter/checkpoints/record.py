@@ -36,6 +36,8 @@ class ExpansionRecord:
         step0_error: max |Δ logits| / std(logits) of the whole expansion, if measured.
         continued_training_steps: optimizer steps after the expansion, set by the gate.
         performance_delta: domain → relative change of the loss per byte, set by the gate.
+        discovered: what was found about a model type without a table. Information for people:
+            nothing reads it.
     """
 
     timestamp: Text
@@ -51,6 +53,7 @@ class ExpansionRecord:
     step0_error: Finite | None = None
     continued_training_steps: WholeNumber = 0
     performance_delta: Mapping[str, Finite] = field(default_factory=dict)
+    discovered: _Plain = field(default_factory=dict)
 
 
 @record

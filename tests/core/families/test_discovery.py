@@ -12,11 +12,14 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import __version__ as transformers_version
 
 import tritter
 from tests.core.families.model_types import MODEL_TYPES, PAGE, example, measured
 from tests.oracle.families import OWN, tiny
+from tritter.checkpoints import read_lineage
 from tritter.cli import main
+from tritter.core.expansions import Width
 from tritter.core.families import (
     FAMILIES,
     Config,
@@ -410,3 +413,17 @@ def test_twins_run_in_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     finally:
         handle.remove()
         torch.set_num_threads(threads)
+
+
+def test_the_lineage_has_what_was_found(tmp_path: Path) -> None:
+    folder = example_folder("opt", tmp_path, num_hidden_layers=2)
+    request = Width(hidden_size=64, intermediate_size=120)
+    for name, method in (("deeper", "llama_pro"), ("wider", request)):
+        tritter.expand(folder, method, output=tmp_path / name)
+        lineage = read_lineage(tmp_path / name)
+        assert lineage is not None
+        found = lineage.expansion_history[-1].discovered
+        assert found["in_new_layers"]["fc2.weight"] == 0.0
+        assert found["transformers"] == transformers_version
+    assert found["axes"]["fc1.weight.0"] == "ffn: write"
+    assert found["axes"]["fc2.weight.1"] == "ffn: read"

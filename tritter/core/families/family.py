@@ -186,6 +186,10 @@ class Family:
             return sizes
         return replace(sizes, intermediate_size=widths[layer])
 
+    def findings(self, config: Config) -> Config:
+        """Return the findings about a model type without a table, for people."""
+        return {}
+
     def widened(self, config: Config) -> "Family":
         """Return this family with all that growth in width needs to know."""
         return self

@@ -15,6 +15,7 @@ from typing import Literal
 
 import torch
 from torch import nn
+from transformers import __version__ as transformers_version
 from transformers.core_model_loading import revert_weight_conversion
 
 from tritter.core.families.dimensions import (
@@ -165,6 +166,18 @@ class DiscoveredFamily(Family):
     def keeps_heads(self) -> bool:
         refused = self.axes is not None and "heads" in self.axes.refused
         return refused and not self.heads_fill_hidden
+
+    def findings(self, config: Config) -> Config:
+        axes = _WIDENED.get(_structure(config), self).axes
+        return {
+            "transformers": transformers_version,
+            "in_new_layers": dict(self.live_writers),
+            "axes": {
+                f"{name}.{axis}": f"{role.space}: {role.port.value}"
+                for name, roles in (axes.roles if axes else {}).items()
+                for axis, role in roles.items()
+            },
+        }
 
     def widened(self, config: Config) -> "DiscoveredFamily":
         """Return this family with the axes of its tensors.
