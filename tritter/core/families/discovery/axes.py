@@ -367,6 +367,7 @@ class _Search:
         head = model.get_output_embeddings()  # type: ignore[operator]
         embedding = model.get_input_embeddings()  # type: ignore[operator]
         last = _module_before(self._twin, head)
+        reached = {call.name for call in calls_in(model, self._twin.logits)}  # by text
         for name, axis in axes:
             owner, value = owner_of(model, name)
             if value.ndim == 1:
@@ -380,6 +381,8 @@ class _Search:
                 self._add(name, axis, Role("head_input", key, Port.READ))
             elif isinstance(owner, nn.Embedding):
                 self._add(name, axis, Role("residual", key, Port.WRITE))
+            elif isinstance(owner, nn.Linear) and name.rpartition(".")[0] in reached:
+                self._add(name, axis, Role("residual", key, Port.READ if axis else Port.WRITE))
             else:
                 raise RequestError(f"{name}, outside the layers, depends on {key}")
 
