@@ -83,7 +83,7 @@ RATCHET = {
     "checkpoints": (12, 3_024),
     "cli": (20, 5_516),
     "config": (18, 4_871),
-    "core": (33, 10_542),
+    "core": (33, 10_546),
     "data": (20, 6_141),
     "evaluation": (17, 4_028),
     "integrations": (2, 778),

@@ -344,7 +344,8 @@ class _Search:
         return frozenset(
             name.removeprefix(f"{self._prefix}{layer}.")
             for name, module in self._twin.model.named_modules()
-            if name.startswith(f"{self._prefix}{layer}.") and _eps(module) != _eps(other[name])
+            if name.startswith(f"{self._prefix}{layer}.")
+            and _eps(module) != _eps(other.get(name, module))
         )
 
     def _stream_role(self, block: Block, name: str, axis: int, key: str) -> Role:
