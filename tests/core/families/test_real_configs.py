@@ -116,6 +116,7 @@ def test_a_published_model_grows_on_the_meta_device(model: str) -> None:
             layer for layer in range(sizes.num_hidden_layers) if layer not in (22, 23)
         )
         requests[0] = LlamaPro(positions=positions)
+        requests[2] = Width(hidden_size=2 * sizes.hidden_size)  # √hidden_size is a factor in it
     if model == "Granite-4.0-H-Small":
         with pytest.raises(RequestError, match="hidden_size"):
             target_config(config, [requests.pop()])
