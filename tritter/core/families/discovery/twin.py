@@ -413,17 +413,16 @@ def find_writers(block: Block) -> tuple[Writer, ...]:
     values = {**dict(block.module.named_parameters()), **buffers}
     values = {name: value for name, value in values.items() if value.is_floating_point()}
     before = {name: value.detach().clone() for name, value in values.items()}
-    try:
-        found: list[Writer] = []
+    found: list[Writer] = []
+    with restored(*values.values()):
         reason = _zero_writers(block, values, found)
-        if reason:
-            _restore(values, before)
-            found = _set_factors(block, values)
-            if _zero_writers(block, values, found, streams=_MAX_STREAMS):
-                raise RequestError(reason)
+        if not reason:
+            return tuple(_needed(block, found, values, before))
+    with restored(*values.values()):
+        found = _set_factors(block, values)
+        if _zero_writers(block, values, found, streams=_MAX_STREAMS):
+            raise RequestError(reason)
         return tuple(_needed(block, found, values, before))
-    finally:
-        _restore(values, before)
 
 
 def _zero_writers(
@@ -475,21 +474,16 @@ def _set_factors(block: Block, values: Mapping[str, Tensor]) -> list[Writer]:
     return found
 
 
-def _restore(values: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> None:
-    for name, value in values.items():
-        value.data.copy_(before[name])
-
-
 def _writer(block: Block, name: str, value: Tensor, streams: int) -> Writer | None:
     """Return the tensor as a writer of the residual stream, or None."""
     size = block.hidden.shape[-1]
-    before, change = value.detach().clone(), block.change()
+    change = block.change()
     for axis, length in enumerate(value.shape):
         if length <= COORDINATE or size % length or size // length > streams:
             continue
-        value.data.select(axis, COORDINATE).add_(CHANGE)
-        moved = block.change() - change
-        value.data.copy_(before)
+        with restored(value):
+            value.data.select(axis, COORDINATE).add_(CHANGE)
+            moved = block.change() - change
         if is_at_coordinate(moved.unflatten(-1, (-1, length))):
             return Writer(name, axis)
     return None
