@@ -10,7 +10,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 
 from rich.console import Console as RichConsole
@@ -120,6 +120,12 @@ def _without_trailing_blanks(segments: Iterable[Segment]) -> Iterator[Segment]:
 def shows_bar(mode: str, console: Console) -> bool:
     """Return True if `trainer.progress` enables bars: `on`, or `auto` on a terminal."""
     return mode == "on" or (mode == "auto" and console.is_terminal)
+
+
+def status(text: str) -> AbstractContextManager[object]:
+    """Return a context that shows a line on standard error while it lasts, on a terminal only."""
+    console = Console(stderr=True)
+    return console.status(text) if console.is_terminal else nullcontext()
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from tritter.errors import RequestError
 from tritter.report.table import Table
 from tritter.report.wording import count_text, number_text
 from tritter.storage.hub import locate
-from tritter.terminal import Console, say
+from tritter.terminal import say, status
 
 if TYPE_CHECKING:
     from tritter.checkpoints.history import Difference, Link
@@ -79,9 +79,7 @@ def history(
     # --verify reports damage as a change
     if not verify and chain[-1].problem:
         raise RequestError(chain[-1].problem)
-    console = Console(stderr=True)
-    is_shown = verify and console.is_terminal and not as_json
-    with console.status("hashing") if is_shown else nullcontext():
+    with status("hashing") if verify and not as_json else nullcontext():
         rows = [
             Checked(link, differences(link) if verify and link.can_be_checked else None)
             for link in chain

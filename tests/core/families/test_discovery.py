@@ -1,8 +1,11 @@
 """Model types without a table: what discovery finds, against the tables and the stock classes."""
 
 import json
+import os
 import random
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -427,3 +430,16 @@ def test_the_lineage_has_what_was_found(tmp_path: Path) -> None:
         assert found["transformers"] == transformers_version
     assert found["axes"]["fc1.weight.0"] == "ffn: write"
     assert found["axes"]["fc2.weight.1"] == "ffn: read"
+
+
+@pytest.mark.full
+def test_a_terminal_shows_what_takes_seconds(tmp_path: Path) -> None:
+    folder = example_folder("opt", tmp_path, num_hidden_layers=2)
+    command = [sys.executable, "-m", "tritter", "inspect", str(folder), "--family"]
+    environment = {**os.environ, "TTY_COMPATIBLE": "1"}
+    shown = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert "opt has no table: probing its class" in shown.stderr
+    assert "finding the axes of opt" in shown.stderr
+    assert "probing" not in shown.stdout
+    silent = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert not silent.stderr

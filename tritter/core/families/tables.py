@@ -1,6 +1,8 @@
 """All family tables, and the lookup of the table for a config.json."""
 
 import re
+import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Literal
 
@@ -10,6 +12,7 @@ from tritter.core.families.family import Family
 from tritter.core.families.logical import Axis, Fused, LayerKind, LogicalTensor, Port, Space
 from tritter.errors import Problem, RequestError
 from tritter.targets import TARGET, resolve
+from tritter.terminal import status
 
 # Decoders
 
@@ -748,9 +751,11 @@ def family_of(config: Config) -> Family:
     family = find_family(model_type)
     if family is not None:
         return family
-    from tritter.core.families.discovery import discover  # imports transformers
+    is_first = f"{__package__}.discovery" not in sys.modules
+    with status(f"{model_type} has no table: probing its class") if is_first else nullcontext():
+        from tritter.core.families.discovery import discover  # imports transformers
 
-    return discover(config)
+        return discover(config)
 
 
 def position_limit(config: Config) -> int | None:

@@ -75,6 +75,7 @@ from tritter.core.families.discovery.twin import (
 from tritter.core.families.family import Family, scaled_eps
 from tritter.core.families.logical import Axis, Fused, LogicalTensor, Port, Space
 from tritter.errors import Problem, RequestError
+from tritter.terminal import status
 
 # Attribute of `Dimensions` → config keys that may have it
 _SIZE_KEYS: Mapping[str, tuple[str, ...]] = {
@@ -189,7 +190,7 @@ class DiscoveredFamily(Family):
             return self
         structure = _structure(config)
         if structure not in _WIDENED:
-            with one_thread():
+            with one_thread(), status(f"finding the axes of {self.model_type}"):
                 _WIDENED[structure] = self._with_axes(config)
         return _WIDENED[structure]
 
