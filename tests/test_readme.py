@@ -226,6 +226,41 @@ def _leave_finished_runs(words: list[str]) -> None:
             (Path(word) / "summary.json").write_text(json.dumps(SUMMARY))
 
 
+def check_torchrun(words: list[str]) -> None:
+    at = words.index("train.py")
+    options = dict(pairwise(words[:at]))
+    each = options["--nproc-per-node"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCHELASTIC_RUN_ID", "none")
+        for name, value in {"RANK": "0", "LOCAL_RANK": "0"}.items():
+            patch.setenv(name, value)
+        for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+            patch.setenv(name, each)
+        check_train(words[at + 1 :])
+
+
+def check_sbatch(words: list[str]) -> None:
+    """The line with srun in the script of the documents, as SLURM starts its first process."""
+    blocks = [block for document in HOUSE for block in document.blocks("text")]
+    (script,) = (block for block in blocks if block.startswith("#!/bin/bash\n"))
+    options = dict(re.findall(r"#SBATCH --([\w-]+)=(\S+)", script))
+    (line,) = (line for line in script.splitlines() if line.startswith("srun"))
+    started = shlex.split(line)
+    nodes, each = int(options["nodes"]), int(options["ntasks-per-node"])
+    assert len(words) == 1 and options["gpus-per-node"] == options["ntasks-per-node"]
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {
+            "NODEID": 0,
+            "NTASKS": nodes * each,
+            "LOCALID": 0,
+            "NNODES": nodes,
+        }.items():
+            patch.setenv(f"SLURM_{name}", str(value))
+        patch.setenv("SLURM_STEP_ID", "0")
+        words = started[started.index("train.py") + 1 :]
+        check_train([word for word in words if word != "trainer.accelerator=gpu"])
+
+
 def check_reference(words: list[str]) -> None:
     """That the page is what it writes, tests/test_reference.py sees."""
     from tests import test_reference
@@ -310,6 +345,8 @@ CHECKPOINTS = (
 
 KINDS: dict[tuple[str, ...], Callable[[list[str]], None]] = {
     ("python", "train.py"): check_train,
+    ("torchrun",): check_torchrun,
+    ("sbatch",): check_sbatch,
     ("tritter",): check_tritter,
     ("python", "-m", "tritter"): check_module,
     ("python", "-m", "tests.training.test_golden"): check_golden,

@@ -13,6 +13,9 @@ from tests.forked import run_program
 from tritter.conf_folder import config_folder
 from tritter.config import folders
 from tritter.config.launch import composition
+from tritter.config.launch.entry import run_once
+from tritter.errors import RequestError
+from tritter.launched import Launch
 
 ROOT = config_folder().parent
 
@@ -476,3 +479,30 @@ def test_compiling_without_a_compiler_is_refused_before_anything_is_written(
     assert "trainer.compile = true: torch.compile requires a C++ compiler" in result.err
     assert "no-such-compiler" in result.err and "trainer.compile=false" in result.err
     assert run("trainer.compile=false").code == 0
+
+
+@pytest.mark.parametrize(
+    "words, reason",
+    [
+        (("trainer=cpu",), "trainer.strategy = auto: torchrun started 2 processes on each machine"),
+        (("trainer=ddp", "trainer.devices=3"), "trainer.devices = 3: torchrun started 2 processes"),
+        (("trainer=ddp", "data.batch_size=6"), "a multiple of the number of processes = 4"),
+    ],
+)
+def test_the_settings_must_agree_with_the_launcher(
+    words: tuple[str, ...], reason: str, run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launch = Launch("torchrun", rank=0, count=4, local_rank=0, local_count=2)
+    monkeypatch.setattr("tritter.training.options.launch_of", lambda: launch)
+    result = run(*words)
+    assert (result.code, result.written) == (2, [])
+    assert reason in " ".join(result.err.split())
+
+
+def test_a_program_under_torchrun_starts_no_run_in_every_process(
+    pipeline: FakePipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launch = Launch("torchrun", rank=1, count=2, local_rank=1, local_count=2)
+    monkeypatch.setattr("tritter.config.launch.entry.launch_of", lambda: launch)
+    with pytest.raises(RequestError, match="use train"):
+        run_once([], pipeline)

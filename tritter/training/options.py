@@ -22,6 +22,7 @@ from tritter.checkpoints.record import training_record
 from tritter.core.expansions import target_config
 from tritter.core.families import Config, count_parameters, family_of
 from tritter.errors import Problem, TritterError, nearest
+from tritter.launched import launch_of
 from tritter.limits import MAX_COUNT, NO_EPOCHS, parse_count
 from tritter.options import PARSED_COUNT, Count, RunRequest, WholeNumber, nearest_multiples, options
 from tritter.targets import (
@@ -138,7 +139,7 @@ REFUSED = {
     "overfit_batches": f"{_DATA}; use a smaller dataset in data.new",
     "limit_train_batches": f"{_DATA}; {_ENDS}",
     "plugins": "Tritter writes checkpoints with its own plugin, without pickle",
-    "num_nodes": "all processes of a run are on one machine; set trainer.devices",
+    "num_nodes": "torchrun and srun set it; without them, a run is on one machine",
     "callbacks": "callbacks are a config group; use callbacks=NAME",
     "logger": "loggers are a config group; use logger=NAME",
     "enable_checkpointing": _SAVED,
@@ -223,13 +224,23 @@ def trainer_problems(config: RunRequest) -> Iterator[Problem]:
 
 
 def device_problems(config: RunRequest) -> Iterator[Problem]:
-    trainer, batch_size = config.trainer, config.data.batch_size
-    if trainer.strategy == "auto":
+    trainer, batch_size, launch = config.trainer, config.data.batch_size, launch_of()
+    processes = trainer.devices if launch is None else trainer.devices * launch.num_nodes
+    if launch is not None and (trainer.strategy == "auto" or trainer.devices != launch.local_count):
+        reason = (
+            f"{launch.program} started {launch.local_count} processes on each machine; use "
+            f"trainer=ddp or trainer=fsdp with trainer.devices={launch.local_count}"
+        )
+        key, value = "trainer.devices", trainer.devices
+        if trainer.strategy == "auto":
+            key, value = "trainer.strategy", trainer.strategy
+        yield Problem(key, value, reason=reason)
+    elif trainer.strategy == "auto":
         if trainer.devices > 1:
             reason = "several devices require trainer=ddp or trainer=fsdp; otherwise it must be 1"
             yield Problem("trainer.devices", trainer.devices, reason=reason)
         return
-    if trainer.devices == 1:
+    elif processes == 1:
         reason = (
             f"trainer={trainer.strategy} requires at least 2; for one device use trainer=cpu or "
             "trainer=gpu"
@@ -238,10 +249,11 @@ def device_problems(config: RunRequest) -> Iterator[Problem]:
     if trainer.accelerator == "auto":
         reason = f"trainer={trainer.strategy} requires a choice; allowed are cpu and gpu"
         yield Problem("trainer.accelerator", "auto", reason=reason)
-    if batch_size % trainer.devices:
+    if batch_size % processes:
+        names = "trainer.devices" if processes == trainer.devices else "the number of processes"
         reason = (
-            f"it must be a multiple of trainer.devices = {trainer.devices}; nearest: "
-            f"{nearest_multiples(batch_size, trainer.devices)}"
+            f"it must be a multiple of {names} = {processes}; nearest: "
+            f"{nearest_multiples(batch_size, processes)}"
         )
         yield Problem("data.batch_size", batch_size, reason=reason)
 

@@ -22,6 +22,7 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.profilers import AdvancedProfiler, PyTorchProfiler, SimpleProfiler
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
+from lightning.pytorch.strategies.launchers.launcher import _Launcher
 from lightning.pytorch.strategies.launchers.multiprocessing import (
     _MultiProcessingLauncher,
     _WorkerOutput,
@@ -46,6 +47,7 @@ from tritter.training.module import BaseModule
 from tritter.training.optimizer import OptimizerSettings, Schedule
 from tritter.training.options import TrainerSettings
 from tritter.training.parameters import WHOLE
+from tritter.training.ranks import leading
 from tritter.training.result import Conclusion
 
 # A fit in several worker processes (DDP).
@@ -54,6 +56,7 @@ from tritter.training.result import Conclusion
 # writes the trained model. The main process receives the result and errors as plain data.
 
 _PORT = "MASTER_PORT"
+_NO_VALUES = "The ``compute`` method of metric"  # a process may have no replayed sequences
 
 
 class WorkerStrategy(DDPStrategy):
@@ -70,7 +73,7 @@ class WorkerStrategy(DDPStrategy):
         super().setup_environment()
 
     def _configure_launcher(self) -> None:
-        self._launcher = WorkerLauncher(self, start_method=self.method)
+        self._launcher = _new_launcher(self, self.method)
 
 
 def begin_worker(method: str) -> None:
@@ -78,6 +81,7 @@ def begin_worker(method: str) -> None:
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
+    warnings.filterwarnings("ignore", message=_NO_VALUES)
     # A worker ends immediately when its parent ends, even by a kill. Torch sends an interrupt,
     # which background processes ignore. Such a worker would continue to write into the folder of a
     # restarted run.
@@ -169,6 +173,26 @@ class WorkerLauncher(_MultiProcessingLauncher):
         _conclusion(trainer).load_result(extra["conclusion"])
 
 
+class JoinLauncher(_Launcher):
+    """Have the processes that torchrun or srun started join a fit of the first one."""
+
+    is_interactive_compatible = False
+
+    def launch(
+        self, function: Callable[..., Any], *args: Any, trainer: Any = None, **options: Any
+    ) -> Any:
+        ranks = leading()
+        assert ranks is not None
+        return ranks.call(function, *args, **options)
+
+    def kill(self, signum: Any) -> None:
+        """Leave them to the program that started them."""
+
+
+def _new_launcher(strategy: Any, method: Literal["fork", "spawn"]) -> _Launcher:
+    return WorkerLauncher(strategy, start_method=method) if leading() is None else JoinLauncher()
+
+
 def _conclusion(trainer: Trainer) -> Conclusion:
     return next(one for one in trainer.callbacks if isinstance(one, Conclusion))  # type: ignore[attr-defined]
 
@@ -224,14 +248,17 @@ def build_trainer(
     if isinstance(name := arguments.get("profiler"), str):
         arguments["profiler"] = PROFILERS[name](filename="profile")  # next to the metrics
     strategy: Strategy | str = "auto"
+    ranks = leading() if settings.has_workers else None
+    num_nodes = 1 if ranks is None else ranks.launch.num_nodes
     if settings.strategy == "ddp":
         strategy = WorkerStrategy(settings.accelerator)
     elif settings.strategy == "fsdp":
         assert isinstance(settings.devices, int)
-        strategy = ShardedStrategy(settings.accelerator, devices=settings.devices)
+        strategy = ShardedStrategy(settings.accelerator, devices=num_nodes * settings.devices)
     return Trainer(
         accelerator=settings.accelerator,
         devices=settings.devices if settings.device_index is None else [settings.device_index],
+        num_nodes=num_nodes,
         strategy=strategy,
         precision=settings.precision,
         gradient_clip_val=settings.gradient_clip_val,
@@ -317,7 +344,7 @@ class ShardedStrategy(ModelParallelStrategy):
 
     Args:
         accelerator: Lightning accelerator.
-        devices: Number of processes that share the weights.
+        devices: Number of processes that share the weights, on all machines.
     """
 
     def __init__(self, accelerator: str, *, devices: int) -> None:
@@ -332,7 +359,7 @@ class ShardedStrategy(ModelParallelStrategy):
         super().setup_environment()
 
     def _configure_launcher(self) -> None:
-        self._launcher = WorkerLauncher(self, start_method=self.method)
+        self._launcher = _new_launcher(self, self.method)
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
         """Return the whole state by parameter name on rank 0, and nothing on other ranks."""

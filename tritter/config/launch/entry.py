@@ -27,6 +27,7 @@ from tritter.config.launch.command_line import (
     read_command_line,
 )
 from tritter.errors import RequestError, TritterError
+from tritter.launched import launch_of
 from tritter.stopping import Stopped, stopping
 from tritter.terminal import close_pipe, say
 
@@ -42,12 +43,25 @@ if TYPE_CHECKING:
 def main(pipeline: "Pipeline", *, arguments: Sequence[str] | None = None) -> int:
     """Run a command line and return its exit code (0, 1, 2 or 3, see `--help`).
 
-    The exit code is 130 after Ctrl-C and 143 after SIGTERM.
+    The exit code is 130 after Ctrl-C and 143 after SIGTERM. Of several processes that torchrun or
+    srun started, the first runs the command line, and the others join its training runs.
 
     Args:
         pipeline: `tritter.pipeline.run_pipeline`, or a function that imports it lazily.
         arguments: command-line arguments; default: those of the process.
     """
+    launch = launch_of()
+    if launch is None:
+        return _main(pipeline, arguments)
+    from tritter.training.ranks import Ranks
+
+    if launch.rank:
+        return Ranks(launch).serve()
+    with Ranks(launch).lead():
+        return _main(pipeline, arguments)
+
+
+def _main(pipeline: "Pipeline", arguments: Sequence[str] | None) -> int:
     typed = list(sys.argv[1:] if arguments is None else arguments)
     try:
         check_encodable(typed)
@@ -176,6 +190,8 @@ def run_once(arguments: Sequence[str], pipeline: "Pipeline") -> Path:
     """
     check_encodable(arguments)
     command = read_command_line(arguments)
+    if launch_of() is not None:
+        raise RequestError("run starts its own processes; with torchrun or srun, use train.py.")
     if command.is_multirun:
         raise RequestError(_NO_SWEEP)
     if command.info_flag is not None or command.is_help or command.is_version:

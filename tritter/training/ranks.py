@@ -1,0 +1,139 @@
+"""Processes that torchrun or srun starts: the first runs everything, the others join its fits.
+
+A run has one writer, as without a launcher. For each fit, the first process sends the module, its
+callbacks and its data to the others, as Lightning sends them to processes that it starts itself.
+"""
+
+import itertools
+import os
+import signal
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
+from datetime import timedelta
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from tritter.launched import Launch
+from tritter.targets import silence_logging
+from tritter.terminal import say
+
+if TYPE_CHECKING:
+    from torch.distributed.distributed_c10d import Store
+
+_FOREVER = timedelta(days=365)  # expanding and scoring may take hours
+_TO_LEAVE = timedelta(seconds=60)
+_FIT, _END = b"fit", b"end"
+
+
+class Ranks:
+    """The channel between the processes of a launch.
+
+    Args:
+        launch: Place of this process.
+    """
+
+    def __init__(self, launch: Launch) -> None:
+        self.launch = launch
+        self._numbers = itertools.count()
+
+    @contextmanager
+    def lead(self) -> Iterator[None]:
+        """Lead the other processes in the fits inside the block, and end them after it."""
+        token = _leading.set(self)
+        try:
+            yield
+        finally:
+            _leading.reset(token)
+            self._announce(_END)
+            others = [f"left {rank}" for rank in range(1, self.launch.count)]
+            with suppress(RuntimeError):  # one of them has been killed
+                self._store.wait(others, _TO_LEAVE)
+
+    def call(self, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        """Call a function of a Trainer in all processes, and return the result of this one."""
+        from lightning.pytorch.strategies.launchers.multiprocessing import _GlobalStateSnapshot
+        from torch import distributed
+
+        with self._group(self._announce(_FIT)):
+            states = _GlobalStateSnapshot.capture()
+            distributed.broadcast_object_list([(function, args, options, states)])
+            return function(*args, **options)
+
+    def serve(self) -> int:
+        """Join the fits of the first process until it ends; return the exit code."""
+        from torch import distributed
+
+        for ignored in (signal.SIGINT, signal.SIGTERM):  # the first process decides
+            signal.signal(ignored, signal.SIG_IGN)
+        exit_code = 0
+        for number in self._numbers:
+            self._store.wait([f"task {number}"], _FOREVER)
+            if self._store.get(f"task {number}") == _END:
+                break
+            try:
+                with self._group(number):
+                    received: list[Any] = [None]
+                    with silence_logging():  # of libraries that this imports
+                        distributed.broadcast_object_list(received)
+                    function, args, options, states = received.pop()
+                    states.restore()
+                    function(*args, **options)
+            except Exception:  # the first process fails too, and reports its own error
+                place = f"process {self.launch.rank} of {self.launch.count}"
+                say(f"{place}: {traceback.format_exc()}", is_error=True)
+                exit_code = 1
+        self._store.set(f"left {self.launch.rank}", "")
+        return exit_code
+
+    def _announce(self, task: bytes) -> int:
+        number = next(self._numbers)
+        self._store.set(f"task {number}", task.decode())
+        return number
+
+    @contextmanager
+    def _group(self, number: int) -> Iterator[None]:
+        """Form the process group of one fit, so that this process is alone outside of fits."""
+        from torch import distributed
+        from torch.distributed.distributed_c10d import PrefixStore
+
+        distributed.init_process_group(
+            store=PrefixStore(f"fit {number}", self._store),
+            rank=self.launch.rank,
+            world_size=self.launch.count,
+        )
+        try:
+            yield
+        finally:
+            distributed.destroy_process_group()
+
+    @cached_property
+    def _store(self) -> "Store":
+        from torch.distributed.rendezvous import rendezvous
+
+        launch = self.launch
+        if launch.program == "srun":
+            _set_slurm_variables(launch)
+        found, _, _ = next(rendezvous("env://", launch.rank, launch.count, timeout=_FOREVER))
+        return found
+
+
+_leading: ContextVar[Ranks | None] = ContextVar("leading", default=None)
+
+
+def leading() -> Ranks | None:
+    """Return the channel to the processes that join the fits of this one, if there are any."""
+    return _leading.get()
+
+
+def _set_slurm_variables(launch: Launch) -> None:
+    """Set the variables of torchrun, which Lightning's environment without a cluster reads."""
+    from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+
+    nodes = os.environ.get("SLURM_NODELIST", "127.0.0.1")
+    port = 15_000 + int(os.environ.get("SLURM_JOB_ID", "0")[-4:])
+    os.environ.setdefault("MASTER_ADDR", SLURMEnvironment.resolve_root_node_address(nodes))
+    os.environ.setdefault("MASTER_PORT", str(port))
+    os.environ["LOCAL_RANK"] = str(launch.local_rank)
+    os.environ["NODE_RANK"] = str(launch.rank // launch.local_count)
