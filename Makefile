@@ -8,7 +8,8 @@ RUN_TESTS := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 PYTEST := $(RUN_TESTS) --numprocesses auto --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint types test test-full test-wheel test-slow docs demo bench benchmarks
+.PHONY: help setup lint types test test-full test-wheel test-slow test-gpu docs demo bench \
+    benchmarks bench-gpu
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -34,6 +35,9 @@ test-wheel: setup ## the wheel, built, installed and used outside the checkout
 test-slow: setup ## the tests that train for minutes
 	$(RUN_TESTS) -m slow
 
+test-gpu: setup ## the same jobs on one GPU and on the CPU; minutes
+	$(RUN_TESTS) -m gpu tests/test_gpu.py -rs --durations 5
+
 docs: setup ## the pages of docs/ as a site in outputs/site; dead links and anchors are errors
 	$(BIN)/mkdocs build
 
@@ -45,6 +49,9 @@ bench: setup ## every expansion with every protection on the main job: 12 runs, 
 
 benchmarks: setup ## every benchmark beside its peers, tables in outputs/benchmarks; about an hour
 	$(BIN)/python experiments/benchmarks/every.py
+
+bench-gpu: setup ## steps on one GPU beside a bare loop, HF Trainer and PEFT; one table
+	$(BIN)/python experiments/benchmarks/gpu.py --output experiments/benchmarks/gpu.csv
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \

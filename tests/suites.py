@@ -2,6 +2,7 @@
 
 Quick is what `pytest` runs without arguments. `full` is on top of it: the rest of large matrices,
 processes, sweeps, repeated pipelines. `slow` takes minutes a test and is run before a release.
+`gpu` needs a GPU.
 """
 
 import os
@@ -13,7 +14,7 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 
-QUICK = "not slow and not full"
+QUICK = "not slow and not full and not gpu"
 SIX_FAMILIES = ("llama", "qwen2", "gemma3_text", "gpt2", "phi3", "qwen3_moe")
 
 THIRD = "TRITTER_TEST_THIRD"  # 0, 1 or 2: that third of the files of the full suite alone
@@ -42,7 +43,7 @@ class Suites:
         matrices = defaultdict(list)
         for item in items:
             marker = item.get_closest_marker("quick_cases")
-            is_quick = not any(map(item.get_closest_marker, ("slow", "full")))
+            is_quick = not any(map(item.get_closest_marker, ("slow", "full", "gpu")))
             if marker and is_quick and isinstance(item, pytest.Function):
                 matrices[item.nodeid.partition("[")[0], marker.args[0]].append(item)
         for (_, count), cases in matrices.items():

@@ -108,26 +108,31 @@ def test_srun_gives_the_same_bits(tmp_path: Path) -> None:
     assert model_hash(place / "run") == model_hash(run(tmp_path / "own", *SHARED))
 
 
-@pytest.mark.full
-def test_a_signal_to_torchrun_saves_the_state_and_the_run_resumes(tmp_path: Path) -> None:
-    words = (*SHARED, "training.max_steps=60", "trainer.save_every_n_steps=0")
-    expected = model_hash(run(tmp_path / "whole", *words))
-    place = tmp_path / "stopped"
+def stopped(place: Path, *words: str, program: tuple[str, ...] = (sys.executable,)) -> int:
+    """Start the run, send SIGTERM during its training, and return the step of the saved state."""
     place.mkdir()
-    log = place / "log"
-    line = [*TORCHRUN, str(ROOT / "train.py"), *words, f"hydra.run.dir={place / 'run'}"]
+    log, metrics = place / "log", place / "run/attempt_1/metrics.csv"
+    line = [*program, str(ROOT / "train.py"), *words, f"hydra.run.dir={place / 'run'}"]
     with log.open("w") as output:
         process = subprocess.Popen(
             line, env=environment(place), cwd=place, stdout=output, stderr=subprocess.STDOUT
         )
-        metrics = place / "run/attempt_1/metrics.csv"
         until = time.monotonic() + 120
         while not metrics.exists() and time.monotonic() < until:
             time.sleep(0.05)
         process.send_signal(signal.SIGTERM)
         process.wait(120)
-    stopped = re.search(r"Stopped at step (\d+) of 60 of the training", log.read_text())
-    assert stopped is not None and 0 < int(stopped[1]) < 60
+    found = re.search(r"Stopped at step (\d+) of \d+ of the training", log.read_text())
+    assert found is not None, log.read_text()
+    return int(found[1])
+
+
+@pytest.mark.full
+def test_a_signal_to_torchrun_saves_the_state_and_the_run_resumes(tmp_path: Path) -> None:
+    words = (*SHARED, "training.max_steps=60", "trainer.save_every_n_steps=0")
+    expected = model_hash(run(tmp_path / "whole", *words))
+    place = tmp_path / "stopped"
+    assert 0 < stopped(place, *words, program=TORCHRUN) < 60
     assert model_hash(run(place, *words, program=TORCHRUN)) == expected
 
 
