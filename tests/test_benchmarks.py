@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,8 @@ from experiments.benchmarks import (
     every,
     expand_speed,
     fisher,
+    gpu,
+    methods,
     novelty,
     precision,
     streaming,
@@ -56,6 +59,45 @@ def test_fisher_runs_and_writes_its_rows(tmp_path: Path, monkeypatch: pytest.Mon
     with output.open(encoding="utf-8", newline="") as file:
         (row,) = csv.DictReader(file)
     assert float(row["fisher_over_plain"]) > 0
+
+
+@pytest.mark.full
+def test_methods_runs_and_writes_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = tmp_path / "rows.csv"
+    sizes = "--ways none ewc --hidden-size 32 --layers 1 --steps 1 --rounds 1"
+    monkeypatch.setattr(sys, "argv", ["methods.py", *sizes.split(), "--output", str(output)])
+    methods.main()
+    with output.open(encoding="utf-8", newline="") as file:
+        assert [row["way"] for row in csv.DictReader(file)] == ["none", "ewc"]
+
+
+@pytest.mark.full
+def test_every_way_of_a_step_on_a_gpu_runs_on_the_cpu() -> None:
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4}
+    shape = {**sizes, "hidden_size": 32, "intermediate_size": 64, "head_dim": 8, "vocab_size": 1024}
+    options = Namespace(
+        accelerator="cpu",
+        batch_size=2,
+        models=["tritter_125m"],
+        rounds=1,
+        sequence_length=16,
+        shape=shape,
+        steps=2,
+        ways=list(gpu.WAYS),
+    )
+    rows = {row["way"]: row for row in gpu.rows(options)}
+    assert rows.keys() == gpu.WAYS.keys()
+    assert all(row["ms"] > 0 and row["ratio"] > 0 for row in rows.values())
+    assert rows["bare loop"]["tokens_per_second"] and not rows["deep copy"]["tokens_per_second"]
+
+
+def test_without_a_gpu_nothing_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--output", str(tmp_path / "rows.csv")])
+    gpu.main()
+    assert "no GPU" in capsys.readouterr().out and not list(tmp_path.iterdir())
 
 
 @pytest.mark.full

@@ -63,6 +63,7 @@ def step_seconds(way: str, *, hidden_size: int, layers: int, steps: int) -> tupl
     """Return the median time of a step, and the model's parameters."""
     from rich.console import Console
 
+    from tritter.config.launch.composition import load_config
     from tritter.data.batches import BatchStream, SequenceStream
     from tritter.methods.forgetting import EWC, L2SP, SI, Distill, Freeze, OnlineEWC, Replay
     from tritter.training import (
@@ -70,10 +71,11 @@ def step_seconds(way: str, *, hidden_size: int, layers: int, steps: int) -> tupl
         OptimizerSettings,
         Schedule,
         Task,
-        TrainerSettings,
         fit,
     )
 
+    words = ("trainer=cpu", "trainer.progress=off", "trainer.save_every_n_steps=0")
+    settings = load_config(words).trainer
     torch.set_num_threads(1)  # processor seconds are then those of the step
     torch.manual_seed(0)
     model = new_llama(hidden_size, num_layers=layers)
@@ -109,7 +111,7 @@ def step_seconds(way: str, *, hidden_size: int, layers: int, steps: int) -> tupl
                 methods=chosen,
             ),
             BatchStream(stream, batch_size=BATCH_SIZE, num_batches=steps + LEFT_OUT),
-            settings=TrainerSettings(precision="32-true", progress="off", save_every_n_steps=0),
+            settings=settings,
             folder=Path(folder),
             label="benchmark",
             console=Console(quiet=True),
