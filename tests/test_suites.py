@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import suites
 from tests.suites import BUDGET, NOISE, THIRD
 
 pytest_plugins = ["pytester"]
@@ -13,7 +14,7 @@ CONFTEST = """
 from tests.suites import Suites
 
 def pytest_configure(config):
-    for marker in ("full", "slow", "quick_cases(count)"):
+    for marker in ("full", "gpu", "slow", "quick_cases(count)"):
         config.addinivalue_line("markers", marker)
     config.pluginmanager.register(Suites(config, import_torch_seconds=1.0))
 """
@@ -35,7 +36,7 @@ def test_repeated():
 def test_slow():
     pass
 """
-QUICK = ("-m", "not slow and not full")
+QUICK = ("-m", suites.QUICK)
 Run = Callable[..., pytest.RunResult]
 
 
