@@ -79,15 +79,17 @@ def test_every_way_of_a_step_on_a_gpu_runs_on_the_cpu() -> None:
         accelerator="cpu",
         batch_size=2,
         models=["tritter_125m"],
+        peak_flops=1e12,
         rounds=1,
         sequence_length=16,
         shape=shape,
-        steps=2,
+        steps=20,
         ways=list(gpu.WAYS),
     )
     rows = {row["way"]: row for row in gpu.rows(options)}
     assert rows.keys() == gpu.WAYS.keys()
     assert all(row["ms"] > 0 and row["ratio"] > 0 for row in rows.values())
+    assert rows["bare loop"]["mfu"] and not rows["PEFT LoRA"]["mfu"]
     assert rows["bare loop"]["tokens_per_second"] and not rows["deep copy"]["tokens_per_second"]
 
 

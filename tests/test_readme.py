@@ -261,7 +261,6 @@ def check_sbatch(words: list[str]) -> None:
             "NNODES": nodes,
         }.items():
             patch.setenv(f"SLURM_{name}", str(value))
-        patch.setenv("SLURM_STEP_ID", "0")
         check_train(started[started.index("train.py") + 1 :])
 
 

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from tritter.errors import RequestError
+
 
 @dataclass(frozen=True, slots=True)
 class Launch:
@@ -30,16 +32,32 @@ class Launch:
         return self.count // self.local_count
 
 
+_OF_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+_OF_STEP = ("SLURM_NODEID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_NUM_NODES")
+
+
 def launch_of(environ: Mapping[str, str] = os.environ) -> Launch | None:
-    """Return the place of this process; None if no launcher started several processes."""
+    """Return the place of this process; None if no launcher started several processes.
+
+    Raises:
+        RequestError: the machines have different numbers of processes.
+    """
     if "TORCHELASTIC_RUN_ID" in environ:
-        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-        found = Launch("torchrun", *(int(environ[name]) for name in names))
-    elif "SLURM_STEP_ID" in environ and "SLURM_NTASKS" in environ:
-        names = ("SLURM_NODEID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NNODES")
-        node, count, local_rank, num_nodes = (int(environ.get(name, "1")) for name in names)
+        found = Launch("torchrun", *(int(environ[name]) for name in _OF_TORCHRUN))
+    elif all(name in environ for name in _OF_STEP) and not _is_shell(environ):
+        node, local_rank, count, num_nodes = (int(environ[name]) for name in _OF_STEP)
+        if count % num_nodes:
+            raise RequestError(
+                f"srun started {count} processes on {num_nodes} machines; each machine must have "
+                "the same number (--ntasks-per-node)."
+            )
         local_count = count // num_nodes
         found = Launch("srun", node * local_count + local_rank, count, local_rank, local_count)
     else:
         return None
     return found if found.count > 1 else None
+
+
+def _is_shell(environ: Mapping[str, str]) -> bool:
+    """Return True in a shell that srun started, by the job names that Lightning knows."""
+    return environ.get("SLURM_JOB_NAME") in ("bash", "interactive")

@@ -4,8 +4,14 @@
 
 Every way trains the same model on the same batches with AdamW, bf16 autocast and clipped gradients,
 synchronised after each step. The ways follow each other in every round, and ratios are taken within
-a round. MFU is the share of the device's peak that `training_flops` of Tritter accounts for.
+a round. MFU is the share of the device's peak (--peak-flops; dense bf16, as published by NVIDIA)
+that `training_flops` of Tritter accounts for.
 """
+
+import os
+
+# HF Trainer would use all that it sees
+os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
 
 import argparse
 import copy
@@ -20,7 +26,6 @@ from typing import Any
 
 import torch
 from lightning import Callback
-from lightning.fabric.utilities.throughput import get_available_flops
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
@@ -46,6 +51,8 @@ WAYS = {
     "deep copy": "deep copy",
     "expand: llama_pro": "deep copy",
 }
+# Part of a device's name → FLOPs per second, dense bf16; cards in slots (PCIe, NVL) have less
+PEAKS = {"H100 80GB HBM3": 989e12, "H200": 989e12, "A100": 312e12, "RTX 4090": 165e12}
 NOT_STEPS = ("deep copy", "expand: llama_pro")
 
 
@@ -134,6 +141,8 @@ class Measurement:
                 report_to="none",
                 save_strategy="no",
                 logging_steps=10,
+                optim="adamw_torch",  # not fused, as the others
+                weight_decay=0.01,
                 disable_tqdm=True,
             )
             rows = [{"input_ids": row, "labels": row} for row in self.tokens]
@@ -174,7 +183,9 @@ class Measurement:
             old_sequences={"old": self.tokens},
             carried={name: torch.ones_like(model.get_parameter(name)).bool() for name in names},
             state=made_up_state(model) if method == "ewc" else {},
-            teacher=copy.deepcopy(model).eval().requires_grad_(False) if chosen else None,
+            teacher=copy.deepcopy(model).eval().requires_grad_(False)
+            if method == "distill"
+            else None,
         )
         with tempfile.TemporaryDirectory() as folder:
             fit(
@@ -244,14 +255,16 @@ def rows(options: argparse.Namespace) -> Iterator[dict[str, object]]:
         tokens = options.batch_size * length
         flops = training_flops(measurement.config).of_all({length: options.batch_size})
         device = torch.device(measurement.device)
-        limit = get_available_flops(device, torch.bfloat16) if device.type == "cuda" else None
+        shown = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+        known = [peak for part, peak in PEAKS.items() if part in shown]
+        limit = options.peak_flops or next(iter(known), None)
         for way, found in seconds.items():
             other = seconds.get(WAYS[way], found)
             ratios = [own / theirs for own, theirs in zip(found, other, strict=True)]
             step, is_step = statistics.median(found), way not in NOT_STEPS
             is_whole = is_step and "LoRA" not in way  # a frozen base has fewer FLOPs
             yield {
-                "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+                "device": shown,
                 "model": name,
                 "parameters": count_parameters(measurement.config),
                 "way": way,
@@ -274,6 +287,7 @@ def main() -> None:
     parser.add_argument("--accelerator", default="gpu", choices=["gpu", "cpu"])
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--sequence-length", type=int, default=2048)
+    parser.add_argument("--peak-flops", type=float, help="of the device, per second")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()

@@ -15,6 +15,7 @@ from tritter.config.launch.composition import load_config
 from tritter.config.schema import RunConfig
 from tritter.config.validation import source_config
 from tritter.core.families import family_of
+from tritter.launched import Launch
 from tritter.planning import run_memory as memory
 from tritter.planning.run_memory import (
     TrainingMemory,
@@ -101,6 +102,17 @@ def test_parts_of_weights_and_activations_computed_again_take_less() -> None:
     assert (part.states, part.processes) == (-(-whole.states // 2), 2)
     again = held("trainer=ddp", "trainer.activation_checkpointing=true", "model=small")["the base"]
     assert again.activations < whole.activations and again.states == whole.states
+
+
+def test_machines_share_states_and_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ("trainer=fsdp", "model=small", "forgetting=replay")
+    alone = held(*words)["the base"]
+    launch = Launch("srun", rank=0, count=4, local_rank=0, local_count=2)
+    for module in ("planning.run_memory", "training.options"):
+        monkeypatch.setattr(f"tritter.{module}.launch_of", lambda: launch)
+    shared = held(*words)["the base"]
+    assert (shared.states, shared.processes) == (-(-alone.states // 2), alone.processes)
+    assert shared.activations == alone.activations // 2
 
 
 def test_a_note_says_that_activations_computed_again_would_fit(

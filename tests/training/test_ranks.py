@@ -11,9 +11,13 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from torch import distributed
 
 from tests.pipeline.tiny import TINY
+from tritter.errors import RequestError
 from tritter.launched import Launch, launch_of
+from tritter.training.ranks import Ranks, leading
 
 ROOT = Path(__file__).parents[2]
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2")
@@ -45,7 +49,7 @@ def torchrun(**changes: str) -> dict[str, str]:
 
 
 def slurm(**changes: str) -> dict[str, str]:
-    names = {"NODEID": "1", "NTASKS": "4", "LOCALID": "1", "NNODES": "2", "STEP_ID": "0"}
+    names = {"NODEID": "1", "LOCALID": "1", "STEP_NUM_TASKS": "4", "STEP_NUM_NODES": "2"}
     return {**{f"SLURM_{name}": value for name, value in names.items()}, **changes}
 
 
@@ -61,9 +65,42 @@ def test_the_place_of_a_process_is_in_its_environment(
 def test_one_process_needs_no_others() -> None:
     assert launch_of({}) is None
     assert launch_of(torchrun(WORLD_SIZE="1")) is None
-    # In a batch script or an interactive job that srun has not started
+    # In a batch script that srun has not started, and in a shell that it has
     assert launch_of({name: value for name, value in slurm().items() if "STEP" not in name}) is None
-    assert launch_of(slurm(SLURM_NTASKS="1", SLURM_NNODES="1")) is None
+    assert launch_of(slurm(SLURM_JOB_NAME="bash")) is None
+    assert launch_of(slurm(SLURM_STEP_NUM_TASKS="1", SLURM_STEP_NUM_NODES="1")) is None
+
+
+def test_machines_need_equal_numbers_of_processes() -> None:
+    with pytest.raises(RequestError, match="5 processes on 2 machines"):
+        launch_of(slurm(SLURM_STEP_NUM_TASKS="5"))
+
+
+def fails_in_one() -> None:
+    """Raise an error in the second process only, while the first waits for it."""
+    if distributed.get_rank():
+        raise RuntimeError("only here")
+    distributed.all_reduce(torch.ones(1))
+
+
+if __name__ == "__main__":
+    _launch = launch_of()
+    assert _launch is not None
+    if _launch.rank:
+        sys.exit(Ranks(_launch).serve())
+    from tests.training.test_ranks import fails_in_one as _task  # the others import it by name
+
+    with Ranks(_launch).lead():
+        Ranks.call(leading(), _task)  # type: ignore[arg-type]
+
+
+@pytest.mark.full
+def test_an_error_in_one_process_ends_all(tmp_path: Path) -> None:
+    line = [*TORCHRUN, "-m", "tests.training.test_ranks"]
+    ended = subprocess.run(
+        line, env=environment(tmp_path), cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert ended.returncode == 1 and "RuntimeError: only here" in ended.stderr
 
 
 @pytest.mark.full
@@ -90,14 +127,13 @@ def test_srun_gives_the_same_bits(tmp_path: Path) -> None:
                 MASTER_PORT=port,
                 SLURM_JOB_ID="123456",
                 SLURM_JOB_NAME="tritter",
-                SLURM_NODELIST="127.0.0.1",
                 SLURM_NTASKS="2",
-                SLURM_NTASKS_PER_NODE="2",
-                SLURM_NNODES="1",
                 SLURM_NODEID="0",
-                SLURM_STEP_ID="0",
                 SLURM_LOCALID=rank,
                 SLURM_PROCID=rank,
+                SLURM_STEP_NODELIST="127.0.0.1",
+                SLURM_STEP_NUM_NODES="1",
+                SLURM_STEP_NUM_TASKS="2",
             ),
             cwd=place,
             stdout=subprocess.DEVNULL,

@@ -15,6 +15,7 @@ from tritter.core.expansions import target_config
 from tritter.core.families import Config, family_of
 from tritter.core.families.presets import PRESETS
 from tritter.errors import Problem, RequestError
+from tritter.launched import launch_of
 from tritter.options import RunRequest
 from tritter.planning.memory import TrainingSetup, machine_memory, training_memory
 from tritter.planning.strategy import planned_rounds
@@ -39,7 +40,7 @@ class TrainingMemory:
         activations: activations; an estimate.
         teacher: weights of a teacher, on the model's device; shared between processes in host
             memory.
-        processes: number of processes; each needs all of the above except `start`.
+        processes: number of processes on this machine; each needs all of the above except `start`.
     """
 
     model: str
@@ -190,11 +191,12 @@ def _training_need(
     trained: int | None = None,
 ) -> TrainingMemory:
     trainer = config.trainer
-    processes = trainer.devices if trainer.strategy != "auto" else 1
+    processes, launch = trainer.devices if trainer.strategy != "auto" else 1, launch_of()
+    shares = processes if launch is None else processes * launch.num_nodes
     setup = TrainingSetup(
         optimizer="adamw8bit" if "8bit" in config.optimizer.target else "adamw",
         precision=trainer.precision,
-        batch_size=max(1, config.data.batch_size // processes),
+        batch_size=max(1, config.data.batch_size // shares),
         sequence_length=config.data.sequence_length,
         is_checkpointed=trainer.activation_checkpointing,
     )
@@ -221,7 +223,7 @@ def _training_need(
     return TrainingMemory(
         model=model,
         parameters=count,
-        states=-(-states // processes) if trainer.strategy == "fsdp" else states,
+        states=-(-states // shares) if trainer.strategy == "fsdp" else states,
         copies=copies,
         start=_FLOAT32 * count,
         activations=memory.activations_bytes,

@@ -7,6 +7,7 @@ callbacks and its data to the others, as Lightning sends them to processes that 
 import itertools
 import os
 import signal
+import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -15,6 +16,7 @@ from datetime import timedelta
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from tritter.errors import TritterError
 from tritter.launched import Launch
 from tritter.targets import silence_logging
 from tritter.terminal import say
@@ -23,7 +25,9 @@ if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
 
 _FOREVER = timedelta(days=365)  # expanding and scoring may take hours
+_TO_JOIN = timedelta(minutes=10)
 _TO_LEAVE = timedelta(seconds=60)
+_TO_FAIL = timedelta(seconds=30)
 _FIT, _END = b"fit", b"end"
 
 
@@ -40,7 +44,18 @@ class Ranks:
 
     @contextmanager
     def lead(self) -> Iterator[None]:
-        """Lead the other processes in the fits inside the block, and end them after it."""
+        """Lead the other processes in the fits inside the block, and end them after it.
+
+        Raises:
+            TritterError: they do not join.
+        """
+        try:
+            self._store.set("leader", "")
+        except RuntimeError as error:
+            launch = self.launch
+            raise TritterError(
+                f"{launch.program} started {launch.count} processes, but they did not join: {error}"
+            ) from error
         token = _leading.set(self)
         try:
             yield
@@ -80,12 +95,24 @@ class Ranks:
                     function, args, options, states = received.pop()
                     states.restore()
                     function(*args, **options)
-            except Exception:  # the first process fails too, and reports its own error
+            except BaseException:
                 place = f"process {self.launch.rank} of {self.launch.count}"
                 say(f"{place}: {traceback.format_exc()}", is_error=True)
                 exit_code = 1
+                self._wait_or_exit(number + 1)
         self._store.set(f"left {self.launch.rank}", "")
         return exit_code
+
+    def _wait_or_exit(self, number: int) -> None:
+        """Let the first process report an error that both have; end this one if only it has.
+
+        The first process then waits for this one, and its connection has to close.
+        """
+        try:
+            self._store.wait([f"task {number}"], _TO_FAIL)
+        except RuntimeError:
+            sys.stderr.flush()
+            os._exit(1)
 
     def _announce(self, task: bytes) -> int:
         number = next(self._numbers)
@@ -107,6 +134,8 @@ class Ranks:
             yield
         finally:
             distributed.destroy_process_group()
+            if self.launch.program == "torchrun":
+                os.environ["WORLD_SIZE"] = str(self.launch.count)  # which Lightning removes
 
     @cached_property
     def _store(self) -> "Store":
@@ -115,7 +144,7 @@ class Ranks:
         launch = self.launch
         if launch.program == "srun":
             _set_slurm_variables(launch)
-        found, _, _ = next(rendezvous("env://", launch.rank, launch.count, timeout=_FOREVER))
+        found, _, _ = next(rendezvous("env://", launch.rank, launch.count, timeout=_TO_JOIN))
         return found
 
 
@@ -131,7 +160,7 @@ def _set_slurm_variables(launch: Launch) -> None:
     """Set the variables of torchrun, which Lightning's environment without a cluster reads."""
     from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 
-    nodes = os.environ.get("SLURM_NODELIST", "127.0.0.1")
+    nodes = os.environ["SLURM_STEP_NODELIST"]
     port = 15_000 + int(os.environ.get("SLURM_JOB_ID", "0")[-4:])
     os.environ.setdefault("MASTER_ADDR", SLURMEnvironment.resolve_root_node_address(nodes))
     os.environ.setdefault("MASTER_PORT", str(port))

@@ -248,8 +248,11 @@ def build_trainer(
     if isinstance(name := arguments.get("profiler"), str):
         arguments["profiler"] = PROFILERS[name](filename="profile")  # next to the metrics
     strategy: Strategy | str = "auto"
-    ranks = leading() if settings.has_workers else None
-    num_nodes = 1 if ranks is None else ranks.launch.num_nodes
+    plugins, ranks, num_nodes = list[Any]([SafetensorsCheckpointIO()]), leading(), 1
+    if ranks is not None and settings.has_workers:
+        num_nodes = ranks.launch.num_nodes
+    elif ranks is not None:  # without it, SLURM's variables would count
+        plugins.append(LightningEnvironment())
     if settings.strategy == "ddp":
         strategy = WorkerStrategy(settings.accelerator)
     elif settings.strategy == "fsdp":
@@ -274,7 +277,7 @@ def build_trainer(
         **arguments,
         use_distributed_sampler=False,
         num_sanity_val_steps=0,
-        plugins=[SafetensorsCheckpointIO()],
+        plugins=plugins,
     )
 
 

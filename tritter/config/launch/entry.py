@@ -50,15 +50,19 @@ def main(pipeline: "Pipeline", *, arguments: Sequence[str] | None = None) -> int
         pipeline: `tritter.pipeline.run_pipeline`, or a function that imports it lazily.
         arguments: command-line arguments; default: those of the process.
     """
-    launch = launch_of()
-    if launch is None:
-        return _main(pipeline, arguments)
-    from tritter.training.ranks import Ranks
+    try:
+        launch = launch_of()
+        if launch is None:
+            return _main(pipeline, arguments)
+        from tritter.training.ranks import Ranks
 
-    if launch.rank:
-        return Ranks(launch).serve()
-    with Ranks(launch).lead():
-        return _main(pipeline, arguments)
+        if launch.rank:
+            return Ranks(launch).serve()
+        with Ranks(launch).lead():
+            return _main(pipeline, arguments)
+    except TritterError as error:  # of the launch; _main handles all others
+        say(f"error: {error}", is_error=True)
+        return 2 if isinstance(error, RequestError) else 1
 
 
 def _main(pipeline: "Pipeline", arguments: Sequence[str] | None) -> int:
