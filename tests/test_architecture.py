@@ -90,7 +90,7 @@ RATCHET = {
     "integrations": (2, 778),
     "methods": (48, 12_418),
     "pipeline": (19, 5_656),
-    "planning": (7, 1_908),
+    "planning": (7, 1_910),
     "report": (14, 4_056),
     "storage": (10, 2_003),
     "training": (17, 4_987),
