@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 import tritter
 from tests import oracle
 from tests.methods.growth.test_consumer_gpu import LIMIT, QWEN
+from tests.pipeline.test_growth_job import OFTEN
 from tests.pipeline.tiny import FIXTURES, TINY, is_within
 from tests.training import test_sharded as sharded
 from tests.training.test_ranks import run as run_program
@@ -35,10 +36,6 @@ ON_BOTH = pytest.mark.parametrize(
     "accelerator", [pytest.param("cpu", marks=pytest.mark.full), pytest.param("gpu", marks=GPU)]
 )
 ON_GPU = pytest.mark.parametrize("accelerator", [pytest.param("gpu", marks=GPU)])
-GROWTH = (
-    *("expansion=none", "growth=foam", "growth.trigger=schedule", "growth.growth_cooldown=2"),
-    *("growth.check_every=1", "growth.warmup_steps=0", "growth.max_growth_per_step=3"),
-)
 EXPERTS = (
     *("expansion=none", "forgetting=none", "experts=dylora", "experts.rank=2"),
     *("experts.boundaries=told", "experts.max_experts=3"),
@@ -94,8 +91,8 @@ def test_sixteen_bit_floats(accelerator: str, run_tiny: RunTiny) -> None:
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit", "paged_adamw8bit"])
 def test_optimizers(accelerator: str, optimizer: str, run_tiny: RunTiny) -> None:
     """Moments in 8 bits are mapped when neurons grow."""
-    expected = losses(run_tiny("cpu", *GROWTH))
-    found = losses(run_tiny(accelerator, f"optimizer={optimizer}", *GROWTH))
+    expected = losses(run_tiny("cpu", *OFTEN))
+    found = losses(run_tiny(accelerator, f"optimizer={optimizer}", *OFTEN))
     assert found == pytest.approx(expected, rel=0.05)
 
 
@@ -121,9 +118,9 @@ def test_forgetting_methods(accelerator: str, method: str, run_tiny: RunTiny) ->
 
 @ON_BOTH
 def test_neurons_grow(accelerator: str, run_tiny: RunTiny) -> None:
-    found = run_tiny(accelerator, *GROWTH)
+    found = run_tiny(accelerator, *OFTEN)
     assert found["growth"]["born"] == 12 and found["growth"]["function_change"] < 1e-4
-    assert losses(found) == pytest.approx(losses(run_tiny("cpu", *GROWTH)), rel=1e-2)
+    assert losses(found) == pytest.approx(losses(run_tiny("cpu", *OFTEN)), rel=1e-2)
 
 
 @ON_BOTH

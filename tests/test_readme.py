@@ -31,6 +31,7 @@ from tritter.core.expansions import Width
 from tritter.core.models import new_model, save_tokenizer
 from tritter.data.documents import Document as TextDocument
 from tritter.data.tokens import END_OF_TEXT, train_tokenizer
+from tritter.launched import Launch, launch_of
 from tritter.methods.experts.adapters import AdapterShape
 from tritter.methods.experts.mixture import ExpertMixture
 from tritter.methods.experts.stored import ExpertFolder
@@ -235,12 +236,11 @@ def check_torchrun(words: list[str]) -> None:
     at = words.index("train.py")
     options = dict(pairwise(words[:at]))
     each = options["--nproc-per-node"]
+    started = {"RANK": "0", "WORLD_SIZE": each, "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": each}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TORCHELASTIC_RUN_ID", "none")
-        for name, value in {"RANK": "0", "LOCAL_RANK": "0"}.items():
+        for name, value in {"TORCHELASTIC_RUN_ID": "none", **started}.items():
             patch.setenv(name, value)
-        for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
-            patch.setenv(name, each)
+        assert launch_of() == Launch("torchrun", 0, int(each), 0, int(each))
         check_train(words[at + 1 :])
 
 
@@ -254,13 +254,10 @@ def check_sbatch(words: list[str]) -> None:
     nodes, each = int(options["nodes"]), int(options["ntasks-per-node"])
     assert len(words) == 1 and options["gpus-per-node"] == options["ntasks-per-node"]
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in {
-            "NODEID": 0,
-            "NTASKS": nodes * each,
-            "LOCALID": 0,
-            "NNODES": nodes,
-        }.items():
+        step = {"STEP_NUM_TASKS": nodes * each, "STEP_NUM_NODES": nodes}
+        for name, value in {"NODEID": 0, "LOCALID": 0, **step}.items():
             patch.setenv(f"SLURM_{name}", str(value))
+        assert launch_of() == Launch("srun", 0, nodes * each, 0, each)
         check_train(started[started.index("train.py") + 1 :])
 
 

@@ -561,7 +561,6 @@ class SaveState(Checkpoint):
         self.ended_early: str | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._stop.install_handlers()
         if self.ended_early is not None:
             trainer.should_stop = True
         for callback in trainer.checkpoint_callbacks:

@@ -231,16 +231,15 @@ def device_problems(config: RunRequest) -> Iterator[Problem]:
             f"{launch.program} started {launch.local_count} processes on each machine; use "
             f"trainer=ddp or trainer=fsdp with trainer.devices={launch.local_count}"
         )
-        key, value = "trainer.devices", trainer.devices
-        if trainer.strategy == "auto":
-            key, value = "trainer.strategy", trainer.strategy
-        yield Problem(key, value, reason=reason)
-    elif trainer.strategy == "auto":
+        name = "strategy" if trainer.strategy == "auto" else "devices"
+        yield Problem(f"trainer.{name}", getattr(trainer, name), reason=reason)
+        return
+    if trainer.strategy == "auto":
         if trainer.devices > 1:
             reason = "several devices require trainer=ddp or trainer=fsdp; otherwise it must be 1"
             yield Problem("trainer.devices", trainer.devices, reason=reason)
         return
-    elif processes == 1:
+    if processes == 1:
         reason = (
             f"trainer={trainer.strategy} requires at least 2; for one device use trainer=cpu or "
             "trainer=gpu"

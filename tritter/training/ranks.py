@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from datetime import timedelta
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from tritter.errors import TritterError
@@ -28,7 +27,7 @@ _FOREVER = timedelta(days=365)  # expanding and scoring may take hours
 _TO_JOIN = timedelta(minutes=10)
 _TO_LEAVE = timedelta(seconds=60)
 _TO_FAIL = timedelta(seconds=30)
-_FIT, _END = b"fit", b"end"
+_FIT, _END = "fit", "end"
 
 
 class Ranks:
@@ -36,26 +35,19 @@ class Ranks:
 
     Args:
         launch: Place of this process.
+
+    Raises:
+        TritterError: The other processes do not join.
     """
 
     def __init__(self, launch: Launch) -> None:
         self.launch = launch
+        self._store = _join(launch)
         self._numbers = itertools.count()
 
     @contextmanager
     def lead(self) -> Iterator[None]:
-        """Lead the other processes in the fits inside the block, and end them after it.
-
-        Raises:
-            TritterError: they do not join.
-        """
-        try:
-            self._store.set("leader", "")
-        except RuntimeError as error:
-            launch = self.launch
-            raise TritterError(
-                f"{launch.program} started {launch.count} processes, but they did not join: {error}"
-            ) from error
+        """Lead the other processes in the fits inside the block, and end them after it."""
         token = _leading.set(self)
         try:
             yield
@@ -85,7 +77,7 @@ class Ranks:
         exit_code = 0
         for number in self._numbers:
             self._store.wait([f"task {number}"], _FOREVER)
-            if self._store.get(f"task {number}") == _END:
+            if self._store.get(f"task {number}").decode() == _END:
                 break
             try:
                 with self._group(number):
@@ -114,9 +106,9 @@ class Ranks:
             sys.stderr.flush()
             os._exit(1)
 
-    def _announce(self, task: bytes) -> int:
+    def _announce(self, task: str) -> int:
         number = next(self._numbers)
-        self._store.set(f"task {number}", task.decode())
+        self._store.set(f"task {number}", task)
         return number
 
     @contextmanager
@@ -137,15 +129,20 @@ class Ranks:
             if self.launch.program == "torchrun":
                 os.environ["WORLD_SIZE"] = str(self.launch.count)  # which Lightning removes
 
-    @cached_property
-    def _store(self) -> "Store":
-        from torch.distributed.rendezvous import rendezvous
 
-        launch = self.launch
-        if launch.program == "srun":
-            _set_slurm_variables(launch)
-        found, _, _ = next(rendezvous("env://", launch.rank, launch.count, timeout=_TO_JOIN))
-        return found
+def _join(launch: Launch) -> "Store":
+    """Return the store of all processes once they have joined."""
+    from torch.distributed.rendezvous import rendezvous
+
+    if launch.program == "srun":
+        _set_slurm_variables(launch)
+    try:
+        store, _, _ = next(rendezvous("env://", launch.rank, launch.count, timeout=_TO_JOIN))
+    except RuntimeError as error:
+        raise TritterError(
+            f"{launch.program} started {launch.count} processes, but they did not join: {error}"
+        ) from error
+    return store
 
 
 _leading: ContextVar[Ranks | None] = ContextVar("leading", default=None)

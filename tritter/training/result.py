@@ -197,6 +197,10 @@ class Conclusion(Callback):
             parameters = base_of(pl_module).model.named_parameters()
             self._before = {n: p.detach().to("cpu", copy=True) for n, p in parameters}
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # After Lightning's own and before the first validation, which theirs would interrupt
+        self._stop.install_handlers()
+
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         error: TritterError | None = None
         module = base_of(pl_module)
