@@ -22,6 +22,7 @@ from experiments.benchmarks import (
     methods,
     novelty,
     precision,
+    streamed_data,
     streaming,
 )
 from tests.methods.novelty.factories import centre_of, drawn
@@ -135,6 +136,16 @@ def test_corpus_memory_measures_a_text(tmp_path: Path) -> None:
     assert 0 <= row.read_mb <= row.corpus_mb <= row.packed_mb
 
 
+@pytest.mark.full
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_streamed_data_measures_records(tmp_path: Path) -> None:
+    streamed_data.write_records(tmp_path / "rows.jsonl", megabytes=2)
+    row = streamed_data.measure(tmp_path / "rows.jsonl", seconds=0.2)
+    assert row.megabytes == 2 and row.tokens > 10_000
+    assert 0 < row.filled_mb <= row.peak_mb
+    assert row.over_map > 0
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_expand_speed_measures_every_contender(tmp_path: Path) -> None:
@@ -176,6 +187,7 @@ def test_the_shipped_rows_have_the_columns_of_today() -> None:
     assert _columns("expand_speed.csv") == set(expand_speed.Row.__dataclass_fields__)
     assert _columns("fisher.csv") == set(fisher.Row.__dataclass_fields__)
     assert _columns("novelty.csv") == set(novelty.Row.__dataclass_fields__)
+    assert _columns("streamed_data.csv") == set(streamed_data.Row.__dataclass_fields__)
     assert _columns("precision.csv") == {"run", *precision.Row.__dataclass_fields__, "ratio"}
 
 

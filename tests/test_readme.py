@@ -124,7 +124,7 @@ def check_train(words: list[str]) -> None:
     What is for a GPU is validated for the CPU: machines that run tests have none.
     """
     cpu = {"trainer=gpu": "trainer=cpu", "trainer.accelerator=gpu": "trainer.accelerator=cpu"}
-    words = [cpu.get(word, word) for word in words]
+    words = [cpu.get(word, word) for word in words if word != "--find-lr"]
     if "--help" in words:
         assert "Examples" in help_text()
         return
@@ -177,7 +177,7 @@ def check_tritter(words: list[str]) -> None:
 
 
 def _leave_checkpoints(words: list[str]) -> None:
-    """Put a tiny model at every checkpoint that is read; one called base-… was grown from it.
+    """Put a tiny model at every checkpoint that is read; one called base-… or grown came from it.
 
     One called ….ckpt is a training's of the base, and one called skilled has LoRA experts.
     """
@@ -190,7 +190,7 @@ def _leave_checkpoints(words: list[str]) -> None:
     read = [word for option, word in pairwise(words) if option in CHECKPOINTS]
     read += words[2:3] if words[0] == "validate" else []
     for name in read:
-        if name.startswith("base-"):
+        if name.startswith("base-") or name == "grown":
             expand(base, Path(name), [Width()])
         if name == "skilled":
             shutil.copytree(base, name)
@@ -303,8 +303,8 @@ def check_module(words: list[str]) -> None:
 
 
 def check_pytest(words: list[str]) -> None:
-    assert words
-    assert all((ROOT / word).exists() for word in words)
+    paths = [word for option, word in pairwise(["", *words]) if "-m" not in (option, word)]
+    assert paths and all((ROOT / path).exists() for path in paths)
 
 
 def check_golden(words: list[str]) -> None:
@@ -340,6 +340,7 @@ CHECKPOINTS = (
     "generate",
     "history",
     "inspect",
+    "push",
 )  # the words that name one which is read
 
 

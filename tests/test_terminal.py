@@ -116,8 +116,8 @@ def test_fields_of_a_lineage_and_the_card_made_of_them(run: Run, place: Path) ->
     hashes = {"origin_hash": "a", "model_hash": "b"}
     dtype = {"dtype": "float32"}
     for card in (
-        model_card(hostile, config),
-        export_card({**config, **dtype}, origin=name, lineage=hostile, **hashes),
+        model_card(hostile, config, kept={}),
+        export_card({**config, **dtype}, origin=name, lineage=hostile, kept={}, **hashes),
     ):
         assert not STEERING.search(card)
         assert "<script>" not in card and "\n# Title" not in card and "[a](" not in card

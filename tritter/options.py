@@ -389,6 +389,7 @@ class RunRequest:
     forgetting: Any
     gate: Any
     growth: Any
+    metrics: Any
     model: Any
     moe_routing: Any
     optimizer: Any

@@ -25,7 +25,7 @@ from tests.oracle.qwen3 import tiny_qwen3
 from tests.storage.test_tensors import file_size_limit
 from tritter.checkpoints import Source, read_lineage
 from tritter.checkpoints.export import Exported, Weights, export_model
-from tritter.checkpoints.folder import TokenizerFiles
+from tritter.checkpoints.folder import SmallFiles
 from tritter.core.expansions import LlamaPro, Width
 from tritter.core.models import read_config
 from tritter.errors import RequestError, TritterError
@@ -43,7 +43,7 @@ def export(folder: Path, destination: Path, **options: Any) -> Exported:
     return export_model(
         weights_of(folder),
         destination,
-        artifacts=[TokenizerFiles(folder)],
+        artifacts=[SmallFiles(folder)],
         **options,
     )
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import constants
 
 from tests import oracle
 from tests.oracle.qwen3 import tiny_qwen3
@@ -72,3 +73,19 @@ def snapshot(folder: Path) -> dict[str, bytes]:
     """Return the bytes of every file below a folder."""
     files = (path for path in folder.rglob("*") if path.is_file())
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+@pytest.fixture
+def hub(place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return the hub's cache, with `base` in it as owner/name, laid out as a download is."""
+    repository = place / "cache/models--owner--name"
+    snapshot = repository / "snapshots/0123abcd"
+    snapshot.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs/main").write_text("0123abcd")
+    (repository / "blobs").mkdir()
+    for number, path in enumerate(sorted((place / "base").iterdir())):
+        shutil.copy(path, repository / f"blobs/{number}")
+        (snapshot / path.name).symlink_to(f"../../blobs/{number}")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(place / "cache"))
+    return place / "cache"

@@ -123,8 +123,8 @@ def test_the_current_folder_is_a_source(
 
 def test_every_option_reaches_its_method(run: Run, place: Path) -> None:
     words = (
-        "--hidden-size 30 --intermediate-size 50 --num-heads 5 --num-kv-heads 5 --head-strategy "
-        "fresh --width-init net2net --shares equal --noise 0.01 --seed 7"
+        "--hidden-size 30 --intermediate-size 50 --num-heads 5 --num-kv-heads 5 --multiple-of 2 "
+        "--head-strategy fresh --width-init net2net --shares equal --noise 0.01 --seed 7"
     )
     result = run(f"expand --checkpoint base --method width --dry-run --json {words}")
     assert result.code == 2  # five key/value heads leave one query head a group
@@ -135,6 +135,7 @@ def test_every_option_reaches_its_method(run: Run, place: Path) -> None:
         "intermediate_size": 50,
         "num_attention_heads": 10,
         "num_key_value_heads": 5,
+        "multiple_of": 2,
         "head_strategy": "fresh",
         "init": "net2net",
         "shares": "equal",

@@ -24,7 +24,7 @@ from tritter.checkpoints import (
     write_checkpoint,
     write_lineage,
 )
-from tritter.checkpoints.folder import TokenizerFiles
+from tritter.checkpoints.folder import SmallFiles
 from tritter.core.expansions import Dus
 from tritter.core.models import load_model, named_tensors, read_config
 from tritter.errors import RequestError
@@ -51,7 +51,7 @@ def write_with_experts(
         config=config,
         tensors=TensorStream.of(named_tensors(load_model(source), config)),
         lineage=lambda: lineage,
-        artifacts=[TokenizerFiles(source), experts],
+        artifacts=[SmallFiles(source), experts],
     )
 
 

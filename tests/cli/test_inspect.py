@@ -211,22 +211,6 @@ def test_the_folder_of_a_run_is_answered_with_its_checkpoint(run: Run, place: Pa
         assert "run/checkpoint" in result.err
 
 
-@pytest.fixture
-def hub(place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Return the hub's cache, with `base` in it as owner/name, laid out as a download is."""
-    repository = place / "cache/models--owner--name"
-    snapshot = repository / "snapshots/0123abcd"
-    snapshot.mkdir(parents=True)
-    (repository / "refs").mkdir()
-    (repository / "refs/main").write_text("0123abcd")
-    (repository / "blobs").mkdir()
-    for number, path in enumerate(sorted((place / "base").iterdir())):
-        shutil.copy(path, repository / f"blobs/{number}")
-        (snapshot / path.name).symlink_to(f"../../blobs/{number}")
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(place / "cache"))
-    return place / "cache"
-
-
 def test_a_hub_id_is_inspected_from_the_cache(run: Run, hub: Path) -> None:
     told, expected = run("inspect owner/name --json").json, run("inspect base --json").json
     assert told.pop("folder") == str(hub / "models--owner--name/snapshots/0123abcd")

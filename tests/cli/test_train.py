@@ -31,6 +31,7 @@ from tritter.data import sources
 from tritter.data.options import DatasetsConfig, TextDataConfig
 from tritter.errors import RequestError
 from tritter.methods.forgetting.ewc import EWCOptions
+from tritter.pipeline import find_rate
 from tritter.transform import expand
 
 QUICK = "data.sequence_length=32 data.batch_size=4 logger=csv trainer.progress=off "
@@ -68,6 +69,7 @@ def configs(monkeypatch: pytest.MonkeyPatch) -> list[RunConfig]:
         return Outcome()
 
     monkeypatch.setattr(train_module, "_pipeline", pipeline)
+    monkeypatch.setattr(find_rate, "find_rate", lambda config, folder: given.append(config))
     monkeypatch.setattr("tritter.config.launch.plan.side_problems", lambda text: ())
     return given
 
@@ -498,6 +500,8 @@ def test_documented_commands_are_accepted(
     (grown / "rows.csv").write_text("text\na\n")
     monkeypatch.setattr(data_sets, "_of_hub", lambda source: source)  # no network
     (grown / "notes.jsonl").write_text('{"text": "a"}\n')
+    (grown / "chats.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    (grown / "own.jinja").write_text("{{ messages }}")
     config = json.loads((grown / "base/config.json").read_text())
     (grown / "base/config.json").write_text(json.dumps(config | {"max_position_embeddings": 128}))
     if "model.path=sparse" in command:

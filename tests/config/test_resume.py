@@ -296,6 +296,7 @@ def test_a_job_of_a_sweep_is_resumed_by_itself(
 NEVER_REPLAYED = {
     *("cache_dir", "resume", "optimizer.name", "logger.wandb.mode"),
     *("evaluation.allow_code", "evaluation.code_sandbox", "evaluation.code_sandbox_command"),
+    "evaluation.prompts",
     *("expansion.moe_add.teacher", "forgetting.distill.teacher"),
     *("callbacks.model_checkpoint.dirpath", "callbacks.model_checkpoint.filename"),
     *("logger.mlflow.save_dir", "logger.mlflow.tracking_uri", "logger.tensorboard.save_dir"),
@@ -310,7 +311,7 @@ def every_key() -> set[str]:
         for path in shipped_options()[group].values():
             body = body_of(path)
             found |= {*leaves(body, group)} if body else set()
-    empty = {"expansion.none", "forgetting.none", "callbacks.none", "logger.csv"}
+    empty = {"expansion.none", "forgetting.none", "callbacks.none", "metrics.none", "logger.csv"}
     return {key for key in found - empty if not key.endswith("._target_")}
 
 

@@ -47,7 +47,8 @@ def texts(word: str) -> list[str]:
 def read(word: str) -> tuple[list[str], Reading]:
     """Return the texts of a data set and its reading."""
     reading = Reading(key="data.new", text_field="text")
-    found = list(dataset_texts(parse_name("data.new", word), reading, is_streamed=False))
+    rows = dataset_texts(parse_name("data.new", word), reading, is_streamed=False)
+    found = list(map(str, rows))
     if reading.problems:
         raise TextFileError(reading.problems)
     return found, reading

@@ -36,7 +36,7 @@ RECORDS: list[tuple[object, str]] = [
     ({"prompt": "Once", "completion": "upon"}, "Once\n\nupon"),
     ({"prompt": "Once", "answer": "upon", "loss": 0.3}, "Once\n\nupon"),
     ({"question": "Why?", "answer": "So."}, "Why?\n\nSo."),
-    ({"messages": CHAT}, "user: Hi\n\nassistant: Hello\n"),
+    ({"messages": CHAT}, "user: Hi\n\nassistant: Hello"),
     ({"text": "a\ud800b"}, "a?b"),
 ]
 WRONG: list[tuple[str, str]] = [
@@ -65,7 +65,7 @@ WRONG: list[tuple[str, str]] = [
 def texts_of(path: Path, *, field: str = "text") -> list[str]:
     reading = Reading(key="data.new", text_field=field)
     is_whole = path.name.lower().removesuffix(".gz").endswith((".txt", ".md", ".rst"))
-    found = list(reading.pieces(path) if is_whole else reading.texts(path))
+    found = list(map(str, reading.pieces(path) if is_whole else reading.texts(path)))
     if reading.problems:
         raise TextFileError(reading.problems)
     return found
@@ -339,7 +339,7 @@ def test_parquet(tmp_path: Path) -> None:
     parquet.write_table(arrow.table({name: [text] for name, text in ALPACA.items()}), path)
     assert texts_of(path) == ["Add.\n\n1 and 2\n\n3"]
     parquet.write_table(arrow.table({"messages": [CHAT]}), path)
-    assert texts_of(path) == ["user: Hi\n\nassistant: Hello\n"]
+    assert texts_of(path) == ["user: Hi\n\nassistant: Hello"]
     path.write_bytes(b"no parquet")
     assert "not a parquet file" in problem(path)
 

@@ -383,7 +383,10 @@ def _changed(rng: random.Random, folder: Path, sandbox: Sandbox) -> str:
     return f"{path.relative_to(sandbox.inside)} changed"
 
 
-_EVIL_GROUPS = ("callbacks", "data", "expansion", "experiment", "forgetting", "growth", "logger")
+_EVIL_GROUPS = (
+    *("callbacks", "data", "expansion", "experiment", "forgetting", "growth", "logger"),
+    "metrics",
+)
 # A command and its format → an earlier report of it
 _REPORTS = (
     (

@@ -14,7 +14,7 @@ from tests import oracle
 from tests.methods.experts.mixtures import mixture_of
 from tests.oracle.families import tiny
 from tritter.checkpoints import read_lineage, write_checkpoint
-from tritter.checkpoints.folder import TokenizerFiles
+from tritter.checkpoints.folder import SmallFiles
 from tritter.checkpoints.state import write_state
 from tritter.core.expansions import LlamaPro, Width
 from tritter.core.models import load_model, named_tensors, read_config, save_tokenizer
@@ -97,7 +97,7 @@ def _add_state(source: Path, target: Path) -> None:
         config=config,
         tensors=TensorStream.of(tensors.items()),
         lineage=lambda: lineage,
-        artifacts=[TokenizerFiles(source), Moments()],
+        artifacts=[SmallFiles(source), Moments()],
     )
 
 
@@ -113,7 +113,7 @@ def _add_experts(source: Path, target: Path) -> None:
         config=config,
         tensors=TensorStream.of(tensors.items()),
         lineage=lambda: lineage,
-        artifacts=[TokenizerFiles(source), experts],
+        artifacts=[SmallFiles(source), experts],
     )
 
 

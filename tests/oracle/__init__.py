@@ -49,10 +49,10 @@ def saved(model: nn.Module, folder: Path) -> Path:
     return folder
 
 
-def stock(folder: Path, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
+def stock(folder: Path, dtype: torch.dtype = torch.float32, **options: Any) -> LlamaForCausalLM:
     """Load with stock transformers, nothing of ours between."""
     model, report = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, output_loading_info=True
+        folder, dtype=dtype, output_loading_info=True, **options
     )
     assert not any(report.values()), report
     return model.eval()

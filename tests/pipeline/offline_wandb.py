@@ -19,6 +19,7 @@ class OfflineRun:
     Args:
         axes: metric, which may be `*` → the metric that is its x axis.
         rows: the history, in order.
+        models: artifact of the type `model` → its files, by name.
     """
 
     id: str = ""
@@ -30,13 +31,15 @@ class OfflineRun:
     axes: dict[str, str] = field(default_factory=dict)
     rows: list[dict[str, Any]] = field(default_factory=list)
     summary: dict[str, Any] = field(default_factory=dict)
+    models: dict[str, dict[str, Path]] = field(default_factory=dict)
+    started_ns: int = 0
     exit_code: int | None = None
 
 
 def offline_runs(run_folder: Path) -> list[OfflineRun]:
     """Return the W&B runs in a run folder, in the order of their start."""
-    files = sorted(run_folder.glob("wandb/offline-run-*/run-*.wandb"))
-    return [_read(path) for path in sorted(files, key=lambda path: path.parent.stat().st_ctime_ns)]
+    runs = map(_read, run_folder.glob("wandb/offline-run-*/run-*.wandb"))
+    return sorted(runs, key=lambda run: run.started_ns)
 
 
 def _read(path: Path) -> OfflineRun:
@@ -45,6 +48,7 @@ def _read(path: Path) -> OfflineRun:
         kind = record.WhichOneof("record_type")
         if kind == "run":
             opened = record.run  # a busy machine adds an update that has only its id
+            run.started_ns = opened.start_time.ToNanoseconds() or run.started_ns
             run.id, run.name = opened.run_id, opened.display_name or run.name
             run.group = opened.run_group or run.group
             run.job_type = opened.job_type or run.job_type
@@ -57,6 +61,9 @@ def _read(path: Path) -> OfflineRun:
             run.rows.append(_values(record.history.item))
         elif kind == "summary":
             run.summary |= _values(record.summary.update)
+        elif kind == "artifact" and record.artifact.type == "model":
+            files = record.artifact.manifest.contents
+            run.models[record.artifact.name] = {each.path: Path(each.local_path) for each in files}
         elif kind == "exit":
             run.exit_code = record.exit.exit_code
     return run

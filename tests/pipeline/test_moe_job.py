@@ -15,12 +15,14 @@ from tests.pipeline.tiny import is_within
 from tritter.checkpoints import read_lineage
 from tritter.config.launch.composition import load_config
 from tritter.core.models import load_model
-from tritter.core.stock_routers import AddedExperts, stock_obstacle
+from tritter.core.stock_routers import AddedExperts, Routing, stock_obstacle
 from tritter.errors import RequestError
 from tritter.methods.moe_routing.distill import DistillationModule
 from tritter.methods.moe_routing.stages import shared_names
 from tritter.pipeline import Outcome, run_pipeline, stages
+from tritter.training.checkpoint_io import SafetensorsCheckpointIO
 from tritter.training.module import TaskLoss
+from tritter.training.result import BestWeights
 
 Run = Callable[..., Outcome]
 QUICK = ("training.max_steps=6", "adaptation.router_max_steps=5", "trainer.save_every_n_steps=2")
@@ -218,6 +220,38 @@ def test_a_run_killed_while_a_teacher_teaches_goes_on_amid_the_stage(
     assert whole is not None and parts is not None and whole.model_hash == parts.model_hash
     attempt = tmp_path / "parts/attempt_1"
     assert (attempt / "distill/metrics.csv").is_file() and not (attempt / "distill/saved").exists()
+
+
+@pytest.mark.full
+def test_the_best_weights_are_judged_with_their_own_offsets(
+    add: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judged: list[dict[str, Tensor]] = []
+    load = BestWeights.on_fit_end
+
+    def watched(best: BestWeights, trainer: Any, module: Any) -> None:
+        load(best, trainer, module)
+        routing = Routing.attached(module.model)
+        assert routing is not None
+        judged.append(routing.state_dict()["offset"])
+
+    monkeypatch.setattr(BestWeights, "on_fit_end", watched)
+    monitor = "callbacks.model_checkpoint.monitor=eval/prose/loss"
+    saving = "callbacks.model_checkpoint.every_n_train_steps=2"
+    add(tmp_path / "run", "callbacks=model_checkpoint", monitor, saving, "pipeline.publish=best",
+        "evaluation.every_n_steps=2", "adaptation.anneal_steps=14", "trainer.save_every_n_steps=6",
+        "training.learning_rate=0.05")  # fmt: skip
+    (attempt,) = summary_of(tmp_path / "run")["attempts"]
+    saved, last = (
+        SafetensorsCheckpointIO().load_checkpoint(tmp_path / f"run/attempt_1/checkpoints/{name}")
+        for name in (f"step_{attempt['best_step']:06d}.ckpt", "last.ckpt")
+    )
+    assert saved["global_step"] == attempt["best_step"] < last["global_step"] == attempt["steps"]
+    offsets, end = (
+        each["callbacks"]["RoutingCallback"]["routing"]["offset"] for each in (saved, last)
+    )
+    assert all(offsets[layer].equal(judged[-1][layer]) for layer in offsets)
+    assert not any(offsets[layer].equal(end[layer]) for layer in offsets)
 
 
 @pytest.mark.full

@@ -31,15 +31,17 @@ def plain(run_job: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_sparse_model_comes_out_and_its_jump_is_reported(plain: Path) -> None:
-    summary = json.loads((plain / "summary.json").read_text())
+def test_a_sparse_model_comes_out_and_its_jump_is_reported(run_tiny: Run, tmp_path: Path) -> None:
+    words = ("expansion=moe", "expansion.moe.num_experts=4", "training.max_steps=20")
+    run_tiny(tmp_path, *words, "gate=default", "pipeline.keep_stages=true")
+    summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["parameters"]["final"] > 1.5 * summary["parameters"]["baseline"]
     (check,) = [check for check in summary["gate"] if check["check"] == "preservation"]
     assert check["verdict"] == "reported"
     assert 0 < check["value"] < 0.1
-    loss, after = (summary[stage]["code"]["loss"] for stage in ("baseline", "final"))
+    loss, after = (summary[stage]["new"]["loss"] for stage in ("baseline", "final"))
     assert after < loss
-    model = oracle.stock(plain / "attempt_1/trained")
+    model = oracle.stock(tmp_path / "attempt_1/trained")
     assert model.config.model_type == "mixtral"
     assert sum(p.numel() for p in model.parameters()) == summary["parameters"]["final"]
 

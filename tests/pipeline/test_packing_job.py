@@ -66,14 +66,14 @@ def test_what_it_keeps_is_refused_as_a_stream(
         "forgetting=replay", "forgetting.replay.keep=2", "expansion=none", f"cache_dir={cache}",
     ]  # fmt: skip
     with pytest.raises(RequestError, match=r"data\.packing = stream: .* must be documents"):
-        load_config(words)
+        load_config([*words, "data.packing=stream"])
     (tmp_path / "run").mkdir()
-    run_pipeline(load_config([*words, APART]), run_folder=tmp_path / "run")
+    run_pipeline(load_config(words), run_folder=tmp_path / "run")  # documents, as they are
     after = KeptSequences.read(tmp_path / "run/checkpoint")
     assert after.of_documents == {"old", "new", "third"}
     assert torch.equal(after.sequences["old"], kept.sequences["old"])
 
 
 def test_a_wrong_word_is_told_the_nearest() -> None:
-    with pytest.raises(RequestError, match=r"stream, documents\. Did you mean documents"):
+    with pytest.raises(RequestError, match=r"stream, documents, or null\. Did you mean documents"):
         load_config([*TINY, "data.packing=document"])

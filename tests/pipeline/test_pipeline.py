@@ -25,12 +25,14 @@ from tritter.training import BaseModule
 from tritter.training.module import TaskLoss
 
 Run = Callable[..., Outcome]
+# Of the tiny job; the built-in texts are those of test_readme.py and of the full tests below
+GATED = ("gate=default", "training.max_steps=10", "data.validation_fraction=0.5")
 
 
 @pytest.fixture(scope="module")
-def default_run(run_job: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def default_run(run_tiny: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("default") / "run"
-    run_job(folder, "control=true")
+    run_tiny(folder, *GATED, "control=true")
     return folder
 
 
@@ -42,10 +44,10 @@ def test_summary_holds_what_the_contract_names(default_run: Path) -> None:
     summary = summary_of(default_run)
     assert summary["status"] in ("kept", "rolled_back", "undecided")
     for stage in ("baseline", "expanded", "final"):
-        for domain in ("prose", "code"):
+        for domain in ("old", "new"):
             record = summary[stage][domain]
             assert record["loss"] > record["loss_per_byte"] > 0
-            assert record["standard_error"] > 0 and record["n"] > 50
+            assert record["standard_error"] > 0 and record["n"] > 5
     for check in summary["gate"]:
         assert {"check", "value", "bound", "interval", "verdict"} <= set(check)
     assert {c["check"] for c in summary["gate"]} == {
@@ -57,9 +59,9 @@ def test_summary_holds_what_the_contract_names(default_run: Path) -> None:
         assert {"baseline", "expand", "fit", "evaluate", "total"} <= set(cost)
     assert summary["parameters"]["final"] > summary["parameters"]["baseline"]
     assert summary["control"]["parameters"] == summary["parameters"]["baseline"]
-    assert summary["control"]["final"]["code"]["loss"] < summary["baseline"]["code"]["loss"]
+    assert summary["control"]["final"]["new"]["loss"] < summary["baseline"]["new"]["loss"]
     assert summary["lineage"]["expansions"] == ["width"]
-    assert [sample["domain"] for sample in summary["samples"]] == ["prose", "code"]
+    assert [sample["domain"] for sample in summary["samples"]] == ["old", "new"]
 
 
 def test_its_losses_lie_beside_those_of_its_base_and_of_its_control(default_run: Path) -> None:
@@ -67,7 +69,7 @@ def test_its_losses_lie_beside_those_of_its_base_and_of_its_control(default_run:
     for name in ("metrics", "metrics_control", "metrics_pretraining"):
         curves = {each.name: each for each in curves_of(metric_rows(default_run / f"{name}.csv"))}
         assert curves["train/loss"].steps[-1] > 0, name
-        assert ("eval/prose/loss" in curves) == (name != "metrics_pretraining")
+        assert ("eval/old/loss" in curves) == (name != "metrics_pretraining")
 
 
 def test_checkpoint_is_a_stock_model_with_a_lineage(default_run: Path) -> None:
@@ -81,10 +83,10 @@ def test_checkpoint_is_a_stock_model_with_a_lineage(default_run: Path) -> None:
     lineage = read_lineage(folder)
     assert lineage is not None
     record = lineage.expansion_history[-1]
-    assert record.method == "width" and record.continued_training_steps == 30
-    assert set(record.performance_delta) == {"prose", "code"}
+    assert record.method == "width" and record.continued_training_steps == 10
+    assert set(record.performance_delta) == {"old", "new"}
     assert record.step0_error is not None and record.step0_error < 1e-4
-    assert lineage.training_config["old"]["prose"]["sha256"]
+    assert lineage.training_config["old"]["old"]["sha256"]
     parent = read_lineage((folder / str(lineage.parent_path)).resolve())
     assert parent is not None and parent.model_hash == lineage.parent_hash
     grandparent = read_lineage(default_run / "baseline")
@@ -95,7 +97,7 @@ def test_checkpoint_is_a_stock_model_with_a_lineage(default_run: Path) -> None:
 def test_retention_is_the_paired_change_per_byte(default_run: Path) -> None:
     """The gate's value, computed independently from the per-document losses on disk."""
     scores = {
-        name: json.loads((default_run / "scores" / f"{name}.json").read_text())["prose"]
+        name: json.loads((default_run / "scores" / f"{name}.json").read_text())["old"]
         for name in ("baseline", "attempt_1-trained")
     }
     before, after = (sum(scores[name]["values"]) for name in scores)
@@ -106,10 +108,10 @@ def test_retention_is_the_paired_change_per_byte(default_run: Path) -> None:
 
 def test_metrics_and_plots_are_left(default_run: Path) -> None:
     rows = list(csv.DictReader((default_run / "metrics.csv").open()))
-    assert {"step", "train/loss", "eval/prose/loss", "performance/step_seconds"} <= set(rows[0])
-    last = summary_of(default_run)["attempts"][0]["final"]["code"]["loss"]
-    assert float(rows[-1]["score/code/loss"]) == pytest.approx(last)
-    evaluated = [int(row["step"]) for row in rows if row["eval/prose/loss"]]
+    assert {"step", "train/loss", "eval/old/loss", "performance/step_seconds"} <= set(rows[0])
+    last = summary_of(default_run)["attempts"][0]["final"]["new"]["loss"]
+    assert float(rows[-1]["score/new/loss"]) == pytest.approx(last)
+    evaluated = [int(row["step"]) for row in rows if row["eval/old/loss"]]
     # Before the expansion, before the first step, and ten times
     steps = summary_of(default_run)["attempts"][0]["steps"]
     assert evaluated == [-1, *range(0, steps + 1, steps // 10)]
@@ -254,7 +256,7 @@ class Stopped(Exception):
 @pytest.mark.full
 @pytest.mark.parametrize("before", ["expansion", "training", "evaluation", "checks", "publish"])
 def test_a_run_stopped_between_stages_goes_on_to_the_same_weights(
-    run_job: Run,
+    run_tiny: Run,
     default_run: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -267,10 +269,10 @@ def test_a_run_stopped_between_stages_goes_on_to_the_same_weights(
 
     with monkeypatch.context() as patch, pytest.raises(Stopped):
         patch.setattr(stages if hasattr(stages, before) else verdict, before, stop)
-        run_job(tmp_path / "parts")
+        run_tiny(tmp_path / "parts", *GATED)
     done = json.loads((tmp_path / "parts/ledger.json").read_text())["stages"]
     assert "baseline" in done and "publish" not in done
-    run_job(tmp_path / "parts")
+    run_tiny(tmp_path / "parts", *GATED)
     places = default_run, tmp_path / "parts"
     whole, parts = (read_lineage(place / "checkpoint") for place in places)
     assert whole is not None and parts is not None

@@ -1,23 +1,146 @@
 """The model card: README.md of a checkpoint folder, in the Hugging Face Hub's format."""
 
+import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
 
 from tritter.checkpoints.record import Lineage
 from tritter.core.families import Config, family_of, ffn_sizes
+from tritter.errors import TritterError
+from tritter.storage.hub import hub_id_of
+from tritter.storage.reading import read_text, require_file
 from tritter.terminal import harmless
 
+logger = logging.getLogger(__name__)
+
+CARD_NAME = "README.md"
 _MAX_CELL_CHARACTERS = 200
 _ACCURACY = "/accuracy"  # suffix of a task that was scored by accuracy
 
+# What stays true of every model that is made from another one
 
-def model_card(lineage: Lineage, config: Config, *, experts: Sequence[str] = ()) -> str:
-    """Return the card's Markdown: architecture, expansion history and scores.
+LICENCE_FILES = re.compile(r"(LICEN[CS]E|NOTICE|USE_POLICY|COPYING)([-_.].*)?", re.IGNORECASE)
+_KEPT = ("license", "license_name", "license_link", "language", "datasets", "base_model")
+_METADATA = re.compile(r"\ufeff?\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|$)", re.DOTALL)
+_MAX_VALUES = 500
+_MAX_METADATA = 2**16
+_NULL = {"null", "Null", "NULL", "~", ""}
+_MAX_VALUE_CHARACTERS = 2_000  # of a `license_link`
+_HUB_ID = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*")
+_HUB_DATASET = re.compile(r"hf:(\w[\w.-]*/\w[\w.-]*)")
+
+
+def licence_files(folder: Path) -> list[Path]:
+    """Return the licence, notice and use policy files of a folder, checked.
+
+    Raises:
+        TritterError: one is too large or a link out of the folder.
+    """
+    named = sorted(path for path in folder.iterdir() if LICENCE_FILES.fullmatch(path.name))
+    paths = [path for path in named if path.is_file()]
+    for path in paths:
+        require_file(path)
+    return paths
+
+
+def carry_metadata(source: Path, folder: Path) -> None:
+    """Start the card of a folder that is being made from `source`, with the kept metadata."""
+    kept = kept_metadata(source)
+    if (hub_id := hub_id_of(source)) is not None:
+        kept["base_model"] = hub_id
+    if kept:
+        (folder / CARD_NAME).write_text(_front_matter(kept), encoding="utf-8")
+
+
+def kept_metadata(folder: Path) -> dict[str, Any]:
+    """Return the licence, languages, data sets and base model in the metadata of a folder's card.
+
+    Values of other forms are dropped, and so are base models that are no hub ids. Metadata that
+    cannot be read is reported in the log.
+    """
+    path = folder / CARD_NAME
+    if not path.is_file():
+        return {}
+    try:
+        found = _METADATA.match(read_text(path))
+        text = found[1] if found else "{}"
+        if len(text) > _MAX_METADATA:
+            raise TritterError(f"it has more than {_MAX_METADATA:,} characters")
+        # All scalars as text: `no` is a language
+        stated = yaml.load(text, yaml.BaseLoader)
+    except (TritterError, yaml.YAMLError, RecursionError, ValueError) as error:
+        logger.warning("%s: its metadata, such as the licence, is not kept: %s", path, error)
+        return {}
+    stated = stated if isinstance(stated, dict) else {}
+    kept = {key: value for key in _KEPT if (value := _texts(stated.get(key)))}
+    if not all(map(_HUB_ID.fullmatch, _listed(kept.get("base_model")))):
+        del kept["base_model"]
+    return kept
+
+
+def _texts(value: object) -> str | list[str] | None:
+    """Return a text or a short list of texts, cleaned; None for anything else."""
+    if isinstance(value, list):
+        return [each for each in map(_text, value[:_MAX_VALUES]) if each]
+    return _text(value)
+
+
+def _text(value: object) -> str | None:
+    if not isinstance(value, str) or value in _NULL:
+        return None
+    return _line(value, most=_MAX_VALUE_CHARACTERS)
+
+
+def _listed(value: str | list[str] | None) -> list[str]:
+    return value if isinstance(value, list) else [value] if value else []
+
+
+def _line(text: str, *, most: int = _MAX_CELL_CHARACTERS) -> str:
+    return " ".join(harmless(text).split())[:most]
+
+
+def _front_matter(metadata: Mapping[str, Any]) -> str:
+    text = yaml.safe_dump(dict(metadata), sort_keys=False, allow_unicode=True, width=10**6)
+    return f"---\n{text}---\n"
+
+
+def _metadata(kept: Mapping[str, Any], lineage: Lineage | None) -> dict[str, Any]:
+    """Return the metadata of a card.
+
+    Args:
+        kept: metadata of the model that this one is made from.
+        lineage: its learned domains; data sets of the hub are added to the kept ones.
+    """
+    own = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["tritter"]}
+    relation = {"base_model_relation": "finetune"} if "base_model" in kept else {}
+    datasets = [*_listed(kept.get("datasets")), *_hub_datasets(lineage)]
+    listed = {"datasets": list(dict.fromkeys(datasets))} if datasets else {}
+    return {**own, **kept, **relation, **listed}
+
+
+def _hub_datasets(lineage: Lineage | None) -> Iterator[str]:
+    for domain in () if lineage is None else lineage.domains.values():
+        yield from (found[1] for path in domain.paths if (found := _HUB_DATASET.match(path)))
+
+
+# Cards
+
+
+def model_card(
+    lineage: Lineage, config: Config, *, experts: Sequence[str] = (), kept: Mapping[str, Any]
+) -> str:
+    """Return the card's Markdown: metadata, architecture, expansion history and scores.
 
     Args:
         experts: names of the adapters in `experts/`.
+        kept: metadata of the model that this one is made from, see `kept_metadata`.
     """
-    lines = _introduction(config, "Made with Tritter; `tritter.json` holds the lineage.")
+    lines = [_front_matter(_metadata(kept, lineage))]
+    lines += _introduction(config, "Made with Tritter; `tritter.json` holds the lineage.")
     if experts:
         names = [_cell(name) for name in experts]
         listed = ", ".join(f"`{name}`" for name in names)
@@ -49,6 +172,7 @@ def export_card(
     model_hash: str,
     lineage: Lineage | None,
     notes: Sequence[str] = (),
+    kept: Mapping[str, Any],
 ) -> str:
     """Return the card of an exported folder, which is the only record of its origin.
 
@@ -58,9 +182,11 @@ def export_card(
         model_hash: Merkle hash over the exported tensors.
         lineage: lineage of the exported checkpoint, if it has one.
         notes: sentences that describe the conversion.
+        kept: metadata of the exported model, see `kept_metadata`.
     """
     dtype = config["dtype"]
-    lines = _introduction(config, f"Exported with Tritter: all tensors in {dtype}.")
+    lines = [_front_matter(_metadata(kept, lineage))]
+    lines += _introduction(config, f"Exported with Tritter: all tensors in {dtype}.")
     for note in notes:
         lines += [" ".join(harmless(note).split()).replace("<", "&lt;"), ""]
     if lineage is not None:
@@ -76,17 +202,41 @@ def export_card(
     return "\n".join([*lines, ""])
 
 
+def adapter_card(base: str, *, kept: Mapping[str, Any]) -> str:
+    """Return the card of an exported LoRA adapter.
+
+    Args:
+        base: hub id or path of the model that it belongs to.
+        kept: metadata of the checkpoint that it comes from, see `kept_metadata`.
+    """
+    metadata = {**_metadata(kept, None), "library_name": "peft"}
+    for key in ("base_model", "base_model_relation"):
+        metadata.pop(key, None)
+    if is_of_hub := _HUB_ID.fullmatch(base) is not None:
+        metadata |= {"base_model": base, "base_model_relation": "adapter"}
+    lines = [
+        _front_matter(metadata),
+        "# LoRA adapter",
+        "",
+        f"Exported with Tritter{f' for {base}' if is_of_hub else ''}.",
+        "",
+        "```python",
+        "from peft import PeftModel",
+        "from transformers import AutoModelForCausalLM",
+        "",
+        f'base = AutoModelForCausalLM.from_pretrained("{base if is_of_hub else "PATH_OF_BASE"}")',
+        'model = PeftModel.from_pretrained(base, "PATH_OF_THIS_FOLDER")',
+        "```",
+        "",
+    ]
+    return "\n".join(lines)
+
+
 def _introduction(config: Config, origin: str) -> list[str]:
     family = family_of(config)
     size, ffns = family.dimensions(config), ffn_sizes(config)
     ffn = f"{min(ffns)} to {max(ffns)}" if ffns else size.intermediate_size
     return [
-        "---",
-        "library_name: transformers",
-        "pipeline_tag: text-generation",
-        "tags: [tritter]",
-        "---",
-        "",
         f"# {family.architecture}, {family.count_parameters(config):,} parameters",
         "",
         f"{size.num_hidden_layers} layers, hidden size {size.hidden_size}, FFN "
@@ -143,5 +293,4 @@ def _scores(lineage: Lineage) -> list[str]:
 
 def _cell(name: str) -> str:
     """Return a name escaped for a Markdown table cell: one line, no markup, no HTML."""
-    text = " ".join(harmless(name).split())[:_MAX_CELL_CHARACTERS]
-    return re.sub(r"[\\`*\[\]|]", r"\\\g<0>", text).replace("<", "&lt;")
+    return re.sub(r"[\\`*\[\]|]", r"\\\g<0>", _line(name)).replace("<", "&lt;")

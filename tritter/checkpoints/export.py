@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tritter.checkpoints.card import export_card
-from tritter.checkpoints.folder import CARD_NAME, Artifact, write_config
+from tritter.checkpoints.card import CARD_NAME, export_card, kept_metadata
+from tritter.checkpoints.folder import Artifact, write_config
 from tritter.checkpoints.location import check_output, check_replaceable
 from tritter.checkpoints.record import Lineage
 from tritter.checkpoints.source import Source
@@ -233,7 +233,12 @@ def export_model(
         origin_hash, model_hash = weights.finish(), merkle_hash(digests)
         hashes = {"origin_hash": origin_hash, "model_hash": model_hash}
         card = export_card(
-            stock, origin=weights.name, lineage=weights.lineage, notes=weights.notes, **hashes
+            stock,
+            origin=weights.name,
+            lineage=weights.lineage,
+            notes=weights.notes,
+            kept=kept_metadata(folder),
+            **hashes,
         )
         (folder / CARD_NAME).write_text(card, encoding="utf-8")
     return Exported(

@@ -10,7 +10,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
 
-from tritter.checkpoints.card import model_card
+from tritter.checkpoints.card import (
+    CARD_NAME,
+    carry_metadata,
+    kept_metadata,
+    licence_files,
+    model_card,
+)
 from tritter.checkpoints.record import Lineage
 from tritter.core.families import Config, ffn_sizes, on_disk, padded_shapes
 from tritter.storage.atomic import atomic_folder, link_or_copy, write_text_atomic
@@ -20,7 +26,7 @@ from tritter.storage.records import read_record, record_text
 from tritter.storage.tensors import INDEX_NAME, TensorFolder
 from tritter.storage.writer import TensorStream, padded, write_tensors
 
-# Tokenizer and generation files
+# Tokenizer, generation and licence files
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -37,23 +43,24 @@ _SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "generation_con
 
 
 @dataclass(frozen=True, slots=True)
-class TokenizerFiles:
-    """Tokenizer and generation files of the checkpoint folder `source`."""
+class SmallFiles:
+    """Tokenizer, generation and licence files, and card, of the checkpoint folder `source`."""
 
     source: Path
 
     def write(self, folder: Path) -> None:
-        """Copy the files.
+        """Copy the files, and of the card the metadata that `kept_metadata` returns.
 
         Raises:
-            TritterError: see `check_tokenizer_files`.
+            TritterError: see `small_files`.
         """
-        for path in check_tokenizer_files(self.source):
+        for path in small_files(self.source):
             shutil.copyfile(path, folder / path.name)
+        carry_metadata(self.source, folder)
 
 
-def check_tokenizer_files(source: Path) -> list[Path]:
-    """Return the tokenizer and generation files of a checkpoint folder, checked.
+def small_files(source: Path) -> list[Path]:
+    """Return the tokenizer, generation and licence files of a checkpoint folder, checked.
 
     Raises:
         TritterError: a path is not a file or too large, or a settings file is not a JSON object.
@@ -64,12 +71,11 @@ def check_tokenizer_files(source: Path) -> list[Path]:
             read_object(path)
         else:
             require_file(path)
-    return paths
+    return [*paths, *licence_files(source)]
 
 
 # Checkpoint folders
 
-CARD_NAME = "README.md"
 HEADER_MARK = "#header"
 EXPERTS_FOLDER = "experts"
 _ADVICE = (
@@ -166,7 +172,8 @@ def write_checkpoint(
             ffn_sizes=ffn_sizes(config),
         )
         files = (path.relative_to(folder).as_posix() for path in folder.rglob("*.json"))
-        card = model_card(complete, config, experts=expert_names(sorted(files)))
+        experts = expert_names(sorted(files))
+        card = model_card(complete, config, experts=experts, kept=kept_metadata(folder))
         (folder / CARD_NAME).write_text(card, encoding="utf-8")
         complete = replace(complete, file_digests=file_digests(folder))
         write_text_atomic(folder / LINEAGE_NAME, record_text(complete))
@@ -183,7 +190,8 @@ def write_config(folder: Path, config: Config) -> None:
 
 def write_lineage(folder: Path, lineage: Lineage, config: Config) -> Lineage:
     """Rewrite a checkpoint's lineage and card, but not its tensors. Return the lineage."""
-    card = model_card(lineage, config, experts=expert_names(lineage.file_digests))
+    experts, kept = expert_names(lineage.file_digests), kept_metadata(folder)
+    card = model_card(lineage, config, experts=experts, kept=kept)
     write_text_atomic(folder / CARD_NAME, card)
     digests = {**lineage.file_digests, CARD_NAME: file_digest(folder / CARD_NAME)}
     written = replace(lineage, file_digests=digests)

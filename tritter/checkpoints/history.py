@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 
+from tritter.checkpoints.card import CARD_NAME
 from tritter.checkpoints.folder import (
-    CARD_NAME,
     HEADER_MARK,
     expert_names,
     lineage_of,

@@ -8,25 +8,28 @@ import os
 import re
 import stat
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from tritter.checkpoints.expert_files import refuse_experts
-from tritter.checkpoints.folder import CARD_NAME, HEADER_MARK, TOKENIZER_FILES, lineage_of
-from tritter.checkpoints.record import StateHead
+from tritter.checkpoints.card import CARD_NAME, LICENCE_FILES
+from tritter.checkpoints.expert_files import HEAD, TENSORS, refuse_experts
+from tritter.checkpoints.folder import HEADER_MARK, TOKENIZER_FILES, lineage_of
+from tritter.checkpoints.record import Lineage, StateHead
 from tritter.checkpoints.state import KEPT_FILE, STATE_FOLDER
 from tritter.core.families import Config
 from tritter.core.families.config_file import read_config_file
 from tritter.core.parameter_map.carry import STATE_KINDS
 from tritter.errors import Problem, RequestError, TritterError, did_you_mean, refused
 from tritter.storage.atomic import refuse_existing
-from tritter.storage.reading import LINEAGE_NAME, named_path
-from tritter.storage.records import read_record
-from tritter.storage.tensors import INDEX_NAME, SINGLE_NAME
+from tritter.storage.reading import LINEAGE_NAME, check_links, named_path
+from tritter.storage.records import read_record, record_text
+from tritter.storage.tensors import INDEX_NAME, SINGLE_NAME, TensorFolder
 
 _PLAIN_NAMES = {"config.json", CARD_NAME, SINGLE_NAME, INDEX_NAME, *TOKENIZER_FILES}
 _SHARD = re.compile(r"model-\d{5,}-of-\d{5,}\.safetensors")
 _STATE_FILES = {f"{STATE_FOLDER}/{name}" for name in ("state.json", "router.json", KEPT_FILE)}
+_OF_FUNCTION = {HEAD, TENSORS, f"{STATE_FOLDER}/router.json"}  # the model computes with them
 _STATE_HEAD = Path(STATE_FOLDER) / "state.json"
 _MAX_SHOWN = 4
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -141,7 +144,8 @@ def _unexpected_names(folder: Path, listed: set[str] | None, above: str = "") ->
             elif listed is not None:
                 is_expected = name in listed
             else:
-                is_expected = name in _PLAIN_NAMES or (is_shard and not above)
+                is_of_model = is_shard or LICENCE_FILES.fullmatch(entry.name) is not None
+                is_expected = name in _PLAIN_NAMES or (is_of_model and not above)
             if not is_expected and name not in _STATE_FILES:
                 yield name
         elif stat.S_ISDIR(mode) and (
@@ -151,6 +155,37 @@ def _unexpected_names(folder: Path, listed: set[str] | None, above: str = "") ->
             yield from _unexpected_names(folder / entry.name, listed, f"{name}/")
         else:
             yield f"{name}/" if stat.S_ISDIR(mode) else name
+
+
+def public_files(folder: Path, lineage: Lineage | None) -> tuple[dict[str, Path | bytes], set[str]]:
+    """Return the files to publish, by name, and the names of those to leave out.
+
+    Training state and kept training texts are left out, like everything that is not of the
+    checkpoint. The lineage is published without the digests of what is left out.
+
+    Raises:
+        TritterError: a link leaves the folder, or the weights cannot be read.
+    """
+    check_links(folder)
+    if lineage is not None:
+        listed = {name.removesuffix(HEADER_MARK) for name in lineage.file_digests}
+        listed |= {LINEAGE_NAME, CARD_NAME, "config.json"}
+    else:
+        listed = {*_PLAIN_NAMES, *TensorFolder.open(folder).files.values()}
+    found = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    names = {path.relative_to(folder).as_posix() for path in found}
+    public = {name for name in names if name in listed and not _is_private(name)}
+    public |= {name for name in names if "/" not in name and LICENCE_FILES.fullmatch(name)}
+    files: dict[str, Path | bytes] = {name: folder / name for name in sorted(public)}
+    if lineage is not None:
+        known = lineage.file_digests.items()
+        kept = {name: digest for name, digest in known if name.removesuffix(HEADER_MARK) in files}
+        files[LINEAGE_NAME] = record_text(replace(lineage, file_digests=kept)).encode()
+    return files, names - public
+
+
+def _is_private(name: str) -> bool:
+    return name.startswith(f"{STATE_FOLDER}/") and name not in _OF_FUNCTION
 
 
 # Checks of a checkpoint folder that need only its file names and config.json

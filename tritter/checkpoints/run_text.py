@@ -14,6 +14,7 @@ from tritter.checkpoints.folder import read_lineage
 from tritter.checkpoints.record import LearnedDomain, Lineage
 from tritter.checkpoints.state import KeptSequences
 from tritter.data.built_in import built_in_origin, built_in_path, is_built_in
+from tritter.data.datasets import DatasetName, dataset_names, parse_name
 from tritter.data.documents import documents_digest
 from tritter.data.local_files import ByteLimitError, TextFileError
 from tritter.data.options import (
@@ -45,6 +46,7 @@ class DomainText:
         text_field: field of the records with the text.
         texts: yields the documents of a domain without paths.
         is_streamed: stream datasets from the hub instead of downloading them first.
+        is_head: read only the first rows of datasets before training.
     """
 
     name: str
@@ -54,6 +56,18 @@ class DomainText:
     text_field: str
     texts: Callable[[], Iterable[str]] | None = None
     is_streamed: bool = False
+    is_head: bool = False
+
+    @property
+    def recorded_paths(self) -> tuple[str, ...]:
+        """The paths of a lineage record, see `recorded_paths`."""
+        return recorded_paths(self.paths, key=self.key, is_head=self.is_head)
+
+    @property
+    def streams(self) -> tuple[DatasetName, ...]:
+        """The datasets to read while the model trains; empty if all documents are read before."""
+        names = dataset_names(self.paths) if self.is_head else ()
+        return tuple(parse_name(self.key, name) for name in names)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -239,6 +253,7 @@ class _Domains:
                 text_field=self._text_field,
                 texts=texts,
                 is_streamed=self._is_streamed,
+                is_head=self._is_streamed,
             )
         return list(typed.values())
 
@@ -252,13 +267,19 @@ class _Domains:
             return next((n for n, d in self._learned.items() if set(d.paths) == set(paths)), None)
         # Unreadable files are reported later, together with all other problems of the files
         with suppress(TextFileError):
-            digest = _digest(paths, self._text_field, texts=texts, is_streamed=self._is_streamed)
+            digest = _digest(
+                paths,
+                self._text_field,
+                texts=texts,
+                is_streamed=self._is_streamed,
+                is_head=self._is_streamed,
+            )
             same_text = (n for n, domain in self._learned.items() if domain.sha256 == digest)
             if (known := next(same_text, None)) is not None:
                 return known
         spellings = {paths}
         with suppress(TextFileError):
-            spellings.add(recorded_paths(paths, key="data"))
+            spellings |= {recorded_paths(paths, key="data", is_head=h) for h in (False, True)}
         same_paths = (n for n, d in self._learned.items() if paths and d.paths in spellings)
         is_named = is_old and name in self._learned
         found = next(same_paths, name if is_named else None)
@@ -330,6 +351,7 @@ def _digest(
     *,
     texts: Texts = None,
     is_streamed: bool = False,
+    is_head: bool = False,
     is_recorded: bool = False,
 ) -> str:
     documents = source_documents(
@@ -338,6 +360,7 @@ def _digest(
         text_field=text_field,
         texts=texts,
         is_streamed=is_streamed,
+        is_head=is_head,
         is_recorded=is_recorded,
     )
     return documents_digest(documents)

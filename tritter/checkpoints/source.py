@@ -8,13 +8,13 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tritter.checkpoints.card import CARD_NAME
 from tritter.checkpoints.expert_files import ExpertFiles
 from tritter.checkpoints.folder import (
-    CARD_NAME,
     Artifact,
-    TokenizerFiles,
-    check_tokenizer_files,
+    SmallFiles,
     read_lineage,
+    small_files,
 )
 from tritter.checkpoints.record import Lineage
 from tritter.core.families import Config, Family, StoredTensor, family_of, match, padded_shapes
@@ -99,7 +99,7 @@ class Source:
                     "them. To keep both, set tie_word_embeddings to false in config.json. To tie "
                     f"them, remove {name} from the files."
                 )
-        check_tokenizer_files(folder)
+        small_files(folder)
         changed = []
         for name, digest in ({} if self.lineage is None else self.lineage.file_digests).items():
             check_inside(folder, name)
@@ -184,7 +184,7 @@ class Source:
         Raises:
             TritterError: an artifact is damaged, or has another format.
         """
-        tokenizer = TokenizerFiles(self.folder)
+        tokenizer = SmallFiles(self.folder)
         found = (tokenizer, self.state, self.added, self.kept_sequences, self.experts)
         return tuple(each for each in found if each is not None)
 

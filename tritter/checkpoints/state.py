@@ -17,6 +17,7 @@ from tritter.checkpoints.record import StateHead, StateRule
 from tritter.core.parameter_map import Quantity
 from tritter.core.parameter_map.carry import BUILT_IN_KINDS, STATE_KINDS, StateKind, is_kind_name
 from tritter.data.batches import read_sequences
+from tritter.data.chat import ids_of
 from tritter.data.packing import Packing
 from tritter.data.replay import ReplayBuffer
 from tritter.errors import Problem, TritterError, brief
@@ -245,14 +246,14 @@ class KeptSequences:
         )
 
     def problems(
-        self, *, sequence_length: int, packing: Packing, vocab_size: int | None = None
+        self, *, sequence_length: int, packing: Packing | None, vocab_size: int | None = None
     ) -> Iterator[Problem]:
         """Yield the reasons why a training run can't use the sequences.
 
         Args:
             sequence_length: sequence length of the run.
-            packing: packing of the run. Streamed sequences may be used as documents, but not the
-                reverse, since the model would learn padding.
+            packing: packing of the run; None if the data decides. Streamed sequences may be used
+                as documents, but not the reverse, since the model would learn padding.
             vocab_size: vocabulary size of the run's model.
         """
         key = "data.sequence_length"
@@ -261,7 +262,7 @@ class KeptSequences:
             if each.shape[1] != sequence_length:
                 reason = f"{kept} have {each.shape[1]} tokens; must be that length"
                 yield Problem(key, sequence_length, reason=reason)
-            if vocab_size is not None and int(each.max()) >= vocab_size:
+            if vocab_size is not None and int(ids_of(each).max()) >= vocab_size:
                 reason = f"{kept} contain token ids outside the model's vocabulary"
                 yield Problem(key, sequence_length, reason=reason)
             if packing == "stream" and name in self.of_documents:

@@ -142,7 +142,7 @@ def evaluate(
         tokenizer = read_tokenizer(folder, vocab_size=dimensions.vocab_size)
         domains = losses_of.DomainsToScore({}, ())
         if sources:
-            domains = losses_of.named_domains(sources, tokenizer)
+            domains = losses_of.named_domains(sources, tokenizer, folder=folder, lineage=lineage)
         elif not chosen:
             domains = losses_of.learned_domains(folder, lineage, tokenizer)
         model = load_whole(folder)

@@ -521,6 +521,13 @@ class _Result:
     training: DomainExpansion | None = None
     obstacles: tuple[str, ...] = ()
 
+    @property
+    def serving_notes(self) -> tuple[str, ...]:
+        """What quantisers and engines take of the source, but not of the result."""
+        from tritter.planning.serving import serving_notes
+
+        return serving_notes(self.plan.target_config, self.plan.steps[0].source_config)
+
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON output."""
         plan, lineage, destination = self.plan, self.lineage, self.job.destination
@@ -549,6 +556,7 @@ class _Result:
             "model_hash": lineage.model_hash if lineage else None,
             "parent_hash": lineage.parent_hash if lineage else None,
             "step0_error": self.measured.error if self.measured else None,
+            "serving_notes": list(self.serving_notes),
         }
         if self.training is not None:
             plain |= {"experts": self.training.experts.plain(), "scores": self.training.scores}
@@ -586,6 +594,7 @@ class _Result:
             lines.append(("dtype", with_dashes(settings.dtype)))
         if self.lineage is not None:
             lines.append(("hash", short(self.lineage.model_hash)))
+        lines += [("serving", note) for note in self.serving_notes]
         if self.room is not None:
             lines += _disk_lines(self.room, destination)
         console.print()

@@ -259,7 +259,7 @@ def _of_folder(
     from tritter.checkpoints import Source
     from tritter.checkpoints.expert_files import HEAD
     from tritter.checkpoints.export import Weights
-    from tritter.checkpoints.folder import TokenizerFiles
+    from tritter.checkpoints.folder import SmallFiles
     from tritter.core.models import read_config
     from tritter.core.stock_routers import stock_obstacle
 
@@ -299,13 +299,13 @@ def _of_folder(
 
         merged = merge(experts)
         weights = with_merged(weights, merged)
-    return _Origin(weights, [TokenizerFiles(folder)], notes, merged)
+    return _Origin(weights, [SmallFiles(folder)], notes, merged)
 
 
 def _of_file(
     checkpoint: str, config: str | None, *, prefix: str | None, with_state: bool
 ) -> _Origin:
-    from tritter.checkpoints.folder import TokenizerFiles
+    from tritter.checkpoints.folder import SmallFiles
     from tritter.checkpoints.lightning_file import read_lightning_file
     from tritter.core.models import read_config
 
@@ -326,7 +326,7 @@ def _of_file(
         notes.append(found.missing_moments_reason)
     else:
         weights = replace(weights, moments=None)
-    artifacts = [TokenizerFiles(folder)] if has_tokenizer else []
+    artifacts = [SmallFiles(folder)] if has_tokenizer else []
     notes = [note for note in notes if note]
     return _Origin(weights, artifacts, tuple(notes), dtype=weights.widest_dtype)
 

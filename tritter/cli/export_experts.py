@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -13,6 +14,13 @@ import torch
 from torch import Tensor
 
 from tritter.checkpoints import Source, read_lineage
+from tritter.checkpoints.card import (
+    CARD_NAME,
+    LICENCE_FILES,
+    adapter_card,
+    kept_metadata,
+    licence_files,
+)
 from tritter.checkpoints.expert_files import ADAPTER_FILES, ExpertFiles
 from tritter.checkpoints.export import Weights
 from tritter.checkpoints.history import read_chain
@@ -48,7 +56,7 @@ from tritter.storage.atomic import atomic_folder
 from tritter.storage.hub import locate
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_OF_STOCK = {*ADAPTER_FILES, "README.md"}
+_OF_ADAPTER = {*ADAPTER_FILES, CARD_NAME}
 _SEQUENCES, _LENGTH, _DOCUMENTS = 8, 128, 16  # per domain, to measure a merge
 MAX_RANK = 1024  # of a readable adapter
 
@@ -208,6 +216,10 @@ def export_adapters(
         with atomic_folder(output, overwrite=overwrite, check=check) as temporary:
             for name, adapter in adapters.items():
                 write_stored(adapter, temporary / name, base=base, overwrite=not name)
+                for path in licence_files(folder):
+                    shutil.copyfile(path, temporary / name / path.name)
+                card = adapter_card(base, kept=kept_metadata(folder))
+                (temporary / name / CARD_NAME).write_text(card, encoding="utf-8")
         if as_json:
             print_json(
                 {
@@ -285,5 +297,7 @@ def _unexpected_names(folder: Path, depth: int = 0) -> Iterator[str]:
     for entry in os.scandir(folder):
         if entry.is_dir(follow_symlinks=False) and depth == 0:
             yield from _unexpected_names(folder / entry.name, depth=1)
-        elif not entry.is_file(follow_symlinks=False) or entry.name not in _OF_STOCK:
+        elif not entry.is_file(follow_symlinks=False) or not (
+            entry.name in _OF_ADAPTER or LICENCE_FILES.fullmatch(entry.name)
+        ):
             yield entry.name

@@ -23,6 +23,7 @@ from tritter.cli.inspect import inspect
 from tritter.cli.methods import MethodCommand
 from tritter.cli.options import CheckpointCommand
 from tritter.cli.plan import plan
+from tritter.cli.push import push
 from tritter.cli.report import report
 from tritter.cli.train import TrainCommand, train
 from tritter.cli.validate import validate
@@ -40,6 +41,7 @@ _COMMANDS: tuple[tuple[Callable[..., int], type[TyperCommand]], ...] = (
     (compare, TyperCommand),
     (inspect, TyperCommand),
     (export, CheckpointCommand),
+    (push, TyperCommand),
     (generate, CheckpointCommand),
     (evaluate, CheckpointCommand),
     (validate, CheckpointCommand),

@@ -157,6 +157,7 @@ def plan(
             "`tritter plan --guide` needs nothing."
         )
     from tritter.planning import Assumptions, Device, TrainingSetup, plan_growth
+    from tritter.planning.serving import serving_notes
 
     with use_names(_NAMES):
         start = _read_source(source)
@@ -183,6 +184,8 @@ def plan(
         )
     commands = list(_expand_commands(made, source, start))
     notes = list(_command_notes(commands))
+    found = serving_notes(made.steps[-1].target_config, made.source_config)
+    notes += [f"Shape of the result: {note}." for note in found]
     if as_json:
         print_json(_as_json(made, start, commands, assumptions) | {"notes": notes})
     else:

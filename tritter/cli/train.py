@@ -6,6 +6,7 @@ import os
 import shlex
 import textwrap
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,11 +14,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from tritter.cli.options import option, parse_path
+from tritter.cli.options import flag, option, parse_path
 from tritter.config.launch.command_line import HELP_FLAGS, takes_value
 from tritter.config.suggestions import flag_advice
 from tritter.errors import Names, Problem, RequestError, TritterError, did_you_mean, use_names
 from tritter.loading import loading
+from tritter.storage.atomic import refuse_existing
 from tritter.storage.reading import named_path
 from tritter.terminal import say
 
@@ -79,6 +81,15 @@ RunDir = Annotated[
 ]
 
 
+FindLr = Annotated[
+    bool,
+    flag(
+        "--find-lr",
+        "Instead of the run, train 100 steps at rising learning rates; write a plot and the rates.",
+    ),
+]
+
+
 class TrainCommand(TyperCommand):
     """A command that passes unknown arguments and --help to train.py."""
 
@@ -130,6 +141,7 @@ def train(
     data: NewData = None,
     old_data: OldData = None,
     output: RunDir = None,
+    find_lr: FindLr = False,
 ) -> int:
     """Grow and train a model, or continue training a checkpoint (same as train.py)."""
     from tritter.config.launch.entry import main
@@ -139,19 +151,24 @@ def train(
         _print_options(context)
         return main(_pipeline, arguments=arguments)
     typed = [each for each, value in context.params.items() if value]
-    if "--version" in arguments or not (typed or plain):
+    if find_lr:  # its folder needs no checkpoint
+        typed = [each for each in typed if each not in ("find_lr", "output")]
+    if not (typed or plain):
+        return _find_rate(arguments, output) if find_lr else main(_pipeline, arguments=arguments)
+    if "--version" in arguments:
         return main(_pipeline, arguments=arguments)
     checkpoint = _named_checkpoint(plain, checkpoint, typed)
     _check_flags(arguments)
     if mode not in (None, "continue"):
         raise RequestError(f"--mode = {mode}: must be continue.")
-    if output is None:  # DIR-continued next to a folder; of a hub id, in the current one
+    if output is None and not find_lr:
+        # DIR-continued next to a folder; of a hub id, in the current one
         folder = named_path(checkpoint, key="--checkpoint")
         near = folder.resolve() if folder.is_dir() else Path(folder.name)
         output = near.parent / f"{near.name}-continued"
     settings: dict[str, str | None] = {
         "training.max_steps": steps,
-        "hydra.run.dir": _word(str(output)),
+        "hydra.run.dir": None if find_lr else _word(str(output)),
     }
     if ewc_lambda is not None:
         settings |= {"forgetting": "ewc", "forgetting.ewc.ewc_lambda": ewc_lambda}
@@ -160,7 +177,7 @@ def train(
     )
     keys = _typed_keys(context.args)
     with use_names(Names.of({k: o for k, o in _OPTIONS.items() if not _is_typed(k, keys)})):
-        return main(_pipeline, arguments=arguments)
+        return _find_rate(arguments, output) if find_lr else main(_pipeline, arguments=arguments)
 
 
 def _print_options(context: typer.Context) -> None:
@@ -169,7 +186,7 @@ def _print_options(context: typer.Context) -> None:
     say("Continue training the checkpoint in DIR. Without DIR, the same program as train.py.\n")
     say("Options")
     for each in context.command.params:
-        label = f"  {each.opts[0]} {each.metavar}"
+        label = f"  {each.opts[0]} {each.metavar or ''}"
         described: str = each.help  # type: ignore[attr-defined]
         say(textwrap.fill(described, 99, initial_indent=f"{label:<21}", subsequent_indent=" " * 21))
     say("")
@@ -382,3 +399,17 @@ def _pipeline(config: RunConfig, *, run_folder: Path) -> Outcome:
         from tritter.pipeline import run_pipeline
 
     return run_pipeline(config, run_folder=run_folder)
+
+
+def _find_rate(arguments: Sequence[str], output: Path | None) -> int:
+    """Run the range test of a run that is not started."""
+    from tritter.config.launch.entry import config_of_run
+
+    config = config_of_run(arguments, purpose="--find-lr")
+    folder = output or Path("outputs/find_lr", f"{datetime.now():%Y-%m-%d_%H-%M-%S-%f}")
+    refuse_existing(folder, overwrite=False)
+    with loading("lightning"):
+        from tritter.pipeline.find_rate import find_rate
+
+    find_rate(config, folder=folder)
+    return 0

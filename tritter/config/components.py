@@ -20,6 +20,7 @@ from tritter.config.schema import (
     WandbConfig,
 )
 from tritter.config.suggestions import child_names, hint_for, nearest_key
+from tritter.data.chat import template_location
 from tritter.data.options import (
     DataConfig,
     NamedTextConfig,
@@ -333,7 +334,12 @@ def read_data(
     sources = read_named(body, kind, reader.problems) if is_named else {}
     blank: dict[str, Any] = {name: [] if name == "tasks" else {} for name in sources}
     values = reader.read(kind, {**body, **blank}, prefix="data")
-    return None if values is None else replace(values, **sources)
+    if values is None:
+        return None
+    if values.chat_template is not None:
+        template = reader.call(template_location, values.chat_template)
+        values = replace(values, chat_template=template)
+    return replace(values, **sources)
 
 
 def read_evaluation(
@@ -443,6 +449,16 @@ def _valid_components(
     )
 
 
+def read_metrics(
+    reader: Reader, bodies: Mapping[str, Any], classes: Mapping[str, Any]
+) -> tuple[Component, ...]:
+    """Return the own metrics of a run; problems are recorded by the reader."""
+    for name, body in bodies.items():
+        if (kind := classes.get(key := f"metrics.{name}")) is not None:
+            reader.problems += try_build(key, kind, body)[1]
+    return _valid_components("metrics", bodies, classes)
+
+
 def averaging_problems(config: RunConfig) -> Iterator[Problem]:
     """Yield reasons against averaging weights: rounding moves frozen ones, experts are added."""
     freezing_keys = {
@@ -505,6 +521,7 @@ def read_loggers(
 BASES = {
     "callbacks": "lightning.pytorch.Callback",
     "logger": "lightning.pytorch.loggers.Logger",
+    "metrics": "tritter.evaluation.tasks.Metric",
 }
 
 

@@ -345,6 +345,8 @@ def fingerprint(config: RunConfig) -> dict[str, Any]:
     result["optimizer"] = optimizer_record(config)
     if config.callbacks:
         result["callbacks"] = {one.name: one.plain() for one in config.callbacks}
+    if config.metrics:
+        result["metrics"] = {one.name: one.plain() for one in config.metrics}
     if config.growth is not None:
         result["growth"] = config.growth.plain()
     if config.experts is not None:

@@ -59,6 +59,8 @@ class PipelineConfig:
             `expansion`.
         keep_stages: keep the weights of every stage. Otherwise the weights of a stage are deleted
             once the next stage is verified.
+        publish: weights that a training run ends with: those of the last step, or the best that a
+            ModelCheckpoint saved.
         dtype: dtype of the published weights; `source` keeps the dtype of the initial model.
     """
 
@@ -66,6 +68,7 @@ class PipelineConfig:
     max_rounds: Count | None
     strategy: Literal["auto", "depth_first", "width_first", "balanced"] | None
     keep_stages: bool
+    publish: Literal["last", "best"]
     dtype: Literal["source", "float32", "bfloat16"]
 
 
@@ -77,6 +80,7 @@ class WandbConfig:
     project: Text
     group: Text | None
     tags: tuple[Text, ...]
+    log_model: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,6 +131,7 @@ class RunConfig(RootValues, RunRequest):
     callbacks: tuple[Component, ...]
     logger: LoggerConfig
     evaluation: EvaluationConfig
+    metrics: tuple[Component, ...]
     moe_routing: RoutingOptions
     adaptation: AdaptationOptions
     growth: Component | None = None
@@ -154,7 +159,8 @@ SECTIONS: dict[str, type | UnionType] = {
     "adaptation": AdaptationOptions,
 }
 ONE_OF = ("growth", "experts")  # groups with exactly one option
-OPEN_GROUPS = ("optimizer", "callbacks", "logger", *ONE_OF)  # arguments of third-party classes
+# Groups with arguments of third-party classes
+OPEN_GROUPS = ("optimizer", "callbacks", "logger", "metrics", *ONE_OF)
 
 # Section → keys that `resume` replays from a run folder, which may be untrusted.
 # A listed key holds a number or a name that Tritter defines; it never names a class, program,
@@ -166,7 +172,7 @@ _REPLAYED = {
     "num_key_value_heads tie_word_embeddings rms_norm_eps rope_theta max_position_embeddings "
     "initializer_range",
     "data": "old new tasks source text_field text_column streaming max_rows weights vocab_size "
-    "sequence_length batch_size packing validation_fraction",
+    "sequence_length batch_size packing chat_template loss_on validation_fraction",
     "expansion.dus": "target_layers drop_layers identity_init",
     "expansion.interpolate": "target_layers identity_init",
     "expansion.llama_pro": "target_layers positions new_blocks_only",
@@ -174,7 +180,7 @@ _REPLAYED = {
     "expansion.moe_add": "num_experts addition init clone_from noise",
     "expansion.stack": "target_layers partial identity_init",
     "expansion.width": "hidden_size intermediate_size num_attention_heads num_key_value_heads "
-    "head_strategy init noise shares",
+    "multiple_of head_strategy init noise shares",
     "forgetting.distill": "weight temperature rows top_k mask_gold",
     "forgetting.ewc": "ewc_lambda estimator num_sequences normalise at carry refresh_steps",
     "forgetting.freeze": "layers new_only old_experts until thaw",
@@ -199,7 +205,7 @@ _REPLAYED = {
         "learning_rate warmup_ratio max_steps max_tokens schedule decay_ratio minimum_ratio",
     ),
     "gate": "enabled strict retention confidence ladder max_attempts",
-    "pipeline": "target_params max_rounds strategy keep_stages dtype",
+    "pipeline": "target_params max_rounds strategy keep_stages publish dtype",
     "optimizer": "betas eps momentum nesterov weight_decay carry",
     "trainer": "accelerator devices strategy precision gradient_clip_val log_every_n_steps "
     "max_non_finite_steps save_every_n_steps progress check_memory activation_checkpointing "
@@ -212,7 +218,7 @@ _REPLAYED = {
     "callbacks.lr_monitor": "logging_interval",
     "callbacks.model_checkpoint": "auto_insert_metric_name monitor mode save_top_k save_last "
     "every_n_train_steps enable_version_counter",
-    "logger.wandb": "project group tags",
+    "logger.wandb": "project group tags log_model",
     "logger.mlflow": "experiment_name",
     "evaluation": "max_tokens_per_document batch_size sample_tokens task_questions every_n_steps "
     "tasks tasks_path task_limit",

@@ -51,11 +51,12 @@ HINTS = (
         command="train",
     ),
     Hint(_MODEL, "--checkpoint DIR"),
+    Hint("--(find[-_]lr|lr[-_]find|auto[-_]lr[-_]find)", "tritter train --find-lr"),
     Hint("--(num[-_](train[-_])?)?epochs", reason=NO_EPOCHS),
     Hint("--(num[-_])?gpus", "trainer=gpu trainer.devices=N", command="train"),
     Hint(
         "--(?P<key>data|expansion|forgetting|growth|experts|moe_routing|adaptation|pretraining"
-        "|training|optimizer|trainer|gate|pipeline|evaluation|callbacks|logger|experiment"
+        "|training|optimizer|trainer|gate|pipeline|evaluation|metrics|callbacks|logger|experiment"
         r"|seed|resume|[a-z_]+(\.[a-z_-]+)+)",
         "{key}=VALUE",
         command="train",

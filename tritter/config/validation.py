@@ -34,6 +34,7 @@ from tritter.config.components import (
     read_evaluation,
     read_loggers,
     read_methods,
+    read_metrics,
     read_model,
     read_optimizer,
     read_trainer,
@@ -54,9 +55,19 @@ from tritter.config.schema import (
 from tritter.core.expansions import target_config
 from tritter.core.families import Config, check_size, family_of, position_limit
 from tritter.core.families.presets import model_problems
-from tritter.data.options import NamedTextConfig, batch_problems, weight_problems
+from tritter.data.options import (
+    NamedTextConfig,
+    batch_problems,
+    streaming_problems,
+    weight_problems,
+)
 from tritter.errors import Problem, RequestError, raise_problems
-from tritter.evaluation.options import benchmark_problems, gate_problems
+from tritter.evaluation.options import (
+    benchmark_problems,
+    gate_problems,
+    metric_problems,
+    prompt_problems,
+)
 from tritter.methods.moe_routing.options import expert_problems
 from tritter.options import Start, field_keys, leaves
 from tritter.planning.strategy import pipeline_problems, planned_rounds
@@ -151,6 +162,7 @@ _READERS: Mapping[str, Callable[[Reader, Mapping[str, Any], Mapping[str, Any]], 
     "trainer": read_trainer,
     "callbacks": read_callbacks,
     "logger": read_loggers,
+    "metrics": read_metrics,
 }
 
 
@@ -407,9 +419,12 @@ _RULES: tuple[Rule, ...] = (
     _data_problems,
     gate_problems,
     benchmark_problems,
+    metric_problems,
+    prompt_problems,
     ladder_problems,
     *RULES,
     weight_problems,
+    streaming_problems,
     method_problems,
     pipeline_problems,
     carry_problems,

@@ -40,6 +40,9 @@ def this_rank() -> Rank:
 class Sequences(Protocol):
     """An endless source of sequences with a position that can be saved."""
 
+    def __len__(self) -> int:
+        """Return the number of sequences; 0 if there are none yet."""
+
     @property
     def sequence_length(self) -> int:
         """Tokens of one sequence."""
@@ -219,6 +222,7 @@ class BatchStream:
         *,
         batch_size: int,
         num_batches: int = ENDLESS,
+        window: int = 1,
     ) -> None:
         """Batch a stream of sequences.
 
@@ -226,6 +230,9 @@ class BatchStream:
             new: the new sequences.
             batch_size: sequences per batch, new and replayed.
             num_batches: the length to report to progress bars: the batches that the run needs.
+            window: batches of an optimizer step to draw together. Above 1, each of them has all
+                sequences of this process as `window`, int64 [window · B, T], so that the loss
+                can count their predicted tokens. The position is then that after the window.
 
         Raises:
             RequestError: the batch is empty.
@@ -236,7 +243,7 @@ class BatchStream:
         self._batch_size = batch_size
         self._replayed: Sequences | None = None
         self._share = ExactShare(0.0)
-        self._num_batches = num_batches
+        self._num_batches, self._window = num_batches, window
         self._batch_index = 0
 
     def with_replay(self, buffer: Sequences, fraction: float) -> BatchStream:
@@ -253,7 +260,12 @@ class BatchStream:
                 f"data.sequence_length={self._new.sequence_length}: the replayed sequences have "
                 f"{buffer.sequence_length} tokens; both need the same length."
             )
-        mixed = BatchStream(self._new, batch_size=self._batch_size, num_batches=self._num_batches)
+        mixed = BatchStream(
+            self._new,
+            batch_size=self._batch_size,
+            num_batches=self._num_batches,
+            window=self._window,
+        )
         mixed._replayed, mixed._share = buffer, ExactShare(fraction)
         return mixed
 
@@ -264,21 +276,31 @@ class BatchStream:
         import torch
 
         while True:
-            rank = this_rank()
-            if self._batch_size % rank.count:
-                raise RequestError(
-                    f"data.batch_size={self._batch_size}: must be a multiple of trainer.devices="
-                    f"{rank.count}."
-                )
-            num_replayed = self._share.count(self._batch_index, self._batch_size)
-            num_new = self._batch_size - num_replayed
-            sequences = [self._new.next_sequences(num_new)]
-            if self._replayed is not None:
-                sequences.append(self._replayed.next_sequences(num_replayed))
-            self._batch_index += 1
-            is_replay = torch.arange(self._batch_size) >= num_new
-            whole = {"input_ids": torch.cat(sequences), "is_replay": is_replay}
-            yield {name: rows[rank.index :: rank.count] for name, rows in whole.items()}
+            batches = [self._draw() for _ in range(self._window)]
+            if self._window > 1:
+                window = torch.cat([batch["input_ids"] for batch in batches])
+                batches = [{**batch, "window": window} for batch in batches]
+            yield from batches
+
+    def _draw(self) -> dict[str, Tensor]:
+        """Return the next batch of this process."""
+        import torch
+
+        rank = this_rank()
+        if self._batch_size % rank.count:
+            raise RequestError(
+                f"data.batch_size={self._batch_size}: must be a multiple of trainer.devices="
+                f"{rank.count}."
+            )
+        num_replayed = self._share.count(self._batch_index, self._batch_size)
+        num_new = self._batch_size - num_replayed
+        sequences = [self._new.next_sequences(num_new)]
+        if self._replayed is not None:
+            sequences.append(self._replayed.next_sequences(num_replayed))
+        self._batch_index += 1
+        is_replay = torch.arange(self._batch_size) >= num_new
+        whole = {"input_ids": torch.cat(sequences), "is_replay": is_replay}
+        return {name: rows[rank.index :: rank.count] for name, rows in whole.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position in the new and the replayed sequences, in plain containers."""

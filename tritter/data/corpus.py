@@ -17,8 +17,10 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from tritter.data import built_in, cache
+from tritter.data.chat import Chat
 from tritter.data.documents import (
     Documents,
+    conversations_digest,
     documents_digest,
     documents_of,
     notes_of,
@@ -74,6 +76,7 @@ class Corpus:
         digest: checksum of the inputs (texts, their split, options, versions).
         counts: domain → documents per side of the split.
         notes: one sentence for each source with skipped records.
+        chat: how its conversations were tokenised; None without any.
     """
 
     tokenizer: Tokenizer
@@ -82,6 +85,7 @@ class Corpus:
     sources: Mapping[str, SourceSummary]
     counts: Mapping[str, DomainCounts]
     notes: tuple[str, ...] = ()
+    chat: Chat | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +107,7 @@ def build_corpus(
     cache_dir: Path,
     tokenizer_domains: Sequence[str] | None = None,
     tokenizer: Tokenizer | None = None,
+    chat: Chat | None = None,
 ) -> Corpus:
     """Split documents, train a tokenizer on the training side and tokenise; or load from the cache.
 
@@ -119,6 +124,7 @@ def build_corpus(
         cache_dir: root folder of all caches.
         tokenizer_domains: domains to train the tokenizer on; defaults to all.
         tokenizer: an existing tokenizer; then none is trained and `vocab_size` is ignored.
+        chat: how to tokenise conversations, if there are any; None tokenises their plain text.
 
     Raises:
         RequestError: an option is out of range, a domain is too small or unknown, or the cache
@@ -149,17 +155,24 @@ def build_corpus(
     for name, split in parted.items():
         for side in (split.train, split.validation):
             sides.update(f"{name}\0{documents_digest(side)}".encode())
+            if chat is not None:
+                sides.update(f"{chat.digest}\0{conversations_digest(side)}".encode())
     made_from["sides"] = sides.hexdigest()
     digest = _digest(made_from | _tokenizer_entry(tokenizer))
     notes = tuple(note for domain in domains.values() for note in notes_of(domain))
+    if chat is not None:
+        count = sum(documents.num_conversations() for documents in domains.values())
+        notes = (*notes, chat.note(count))
     if (cached := _load(cache_dir, digest)) is not None:
-        return replace(cached, notes=notes)
+        return replace(cached, notes=notes, chat=chat)
     folder = _corpora(cache_dir) / digest
     cache.require_writable(folder.parent)
-    corpus = _make(parted, options=options, sources=sources, digest=digest, tokenizer=tokenizer)
+    corpus = _make(
+        parted, options=options, sources=sources, digest=digest, tokenizer=tokenizer, chat=chat
+    )
     _save(corpus, folder)
     # A corpus from the cache is memory-mapped
-    return replace(_load(cache_dir, digest) or corpus, notes=notes)
+    return replace(_load(cache_dir, digest) or corpus, notes=notes, chat=chat)
 
 
 def stdlib_corpus(
@@ -250,6 +263,7 @@ def _make(
     sources: Mapping[str, SourceSummary],
     digest: str,
     tokenizer: Tokenizer | None,
+    chat: Chat | None,
 ) -> Corpus:
     if tokenizer is None:
         training = (each for name in options.tokenizer_domains for each in splits[name].train)
@@ -258,8 +272,10 @@ def _make(
     domains = {
         name: Domain(
             name=name,
-            train=tokenise(split.train, tokenizer),
-            validation=tokenise(split.validation, tokenizer, max_tokens_per_document=limit),
+            train=tokenise(split.train, tokenizer, chat=chat),
+            validation=tokenise(
+                split.validation, tokenizer, max_tokens_per_document=limit, chat=chat
+            ),
         )
         for name, split in splits.items()
     }

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 
-from tritter.data.records import DEFAULT_FIELD, PART_BREAK, WrongRecordError, text_of
+from tritter.data.conversations import PART_BREAK, WrongRecordError
+from tritter.data.records import DEFAULT_FIELD, text_of
 from tritter.errors import Problem, RequestError, TritterError, nearest
 from tritter.seeds import derived_seed
 
@@ -145,7 +146,7 @@ def _text(index: int, example: Any) -> str:
         return PART_BREAK.join(example)
     text = None if isinstance(example, Mapping) else getattr(example, DEFAULT_FIELD, None)
     try:
-        return text_of(example if text is None else text, field=DEFAULT_FIELD)
+        return str(text_of(example if text is None else text, field=DEFAULT_FIELD))
     except WrongRecordError as error:
         advice = "set difficulty to a key of the examples, a function or a number per example"
         reason = f"example {index} {error}"

@@ -3,6 +3,9 @@
 The `datasets` library reads them. Scripts of data sets never run.
 """
 
+from __future__ import annotations
+
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -11,10 +14,12 @@ from functools import cache
 from importlib import import_module
 from itertools import chain, islice
 from pathlib import Path
+from threading import RLock
 from typing import Any
 
+from tritter.data.conversations import WrongRecordError, conversation_fields
 from tritter.data.local_files import Reading, TextFileError, check_expansion
-from tritter.data.records import DEFAULT_FIELD, WrongRecordError, form_fields, shown, text_of
+from tritter.data.records import DEFAULT_FIELD, Text, shown, text_of
 from tritter.errors import RequestError, TritterError, did_you_mean, nearest, refused
 from tritter.storage.hub import quiet_hub
 from tritter.storage.reading import check_inside, check_tree, read_object, read_text, require_file
@@ -50,10 +55,13 @@ _HUB_NAME = (
 )
 _OF_HUB, _ON_DISK = re.compile(_HUB_NAME + _TAIL), re.compile(r"(?P<name>.+?)" + _TAIL)
 _BATCH_ROWS = 256
+_BATCH_CHARACTERS = 2**21  # of a batch that is read while a model trains
+HEAD_ROWS = 10_000  # of a streamed data set, for validation and statistics
 _PROBED_ROWS = 100  # to infer the types of columns where the data set does not declare them
 _MAX_NAMES, _MAX_MESSAGE = 20, 300
 _DEFAULT_SPLIT = "train"
 _WHOLE_TEXTS = {"sample_by": "document"}  # not by line
+_LOCK = RLock()
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -67,7 +75,7 @@ class DatasetName:
         config: None selects the only config or the default.
         split: None selects `train` or the only split.
         rows: first row and end (exclusive); None reads to the end.
-        column: column of texts; None selects `text`, the columns of an instruction, or the only
+        column: column of texts; None selects `text`, the columns of a conversation, or the only
             column of texts.
     """
 
@@ -85,6 +93,13 @@ class DatasetName:
         if (start, stop) != (0, None):
             tail += f"[{start or ''}:{'' if stop is None else stop}]"
         return f"{PREFIX}{self.name}{tail}" + ("" if self.column is None else f"#{self.column}")
+
+    @property
+    def head(self) -> DatasetName:
+        """The first rows, which a run with `data.streaming` reads before it trains."""
+        start, stop = self.rows
+        last = start + HEAD_ROWS
+        return replace(self, rows=(start, last if stop is None else min(stop, last)))
 
     @property
     def is_on_disk(self) -> bool:
@@ -252,7 +267,20 @@ def resolve_dataset(source: DatasetName, *, key: str) -> DatasetName:
         return _of_hub(source) if not source.is_on_disk else _resolve_name(source)
 
 
-def dataset_texts(source: DatasetName, reading: Reading, *, is_streamed: bool) -> Iterator[str]:
+def stream_identity(source: DatasetName, *, key: str) -> list[Any]:
+    """Return the resolved name of a data set, and size and time of its files on disk.
+
+    Raises:
+        TextFileError: as `resolve_dataset`.
+    """
+    path = Path(source.name)
+    files = [path, *sorted(path.rglob("*"))] if source.is_on_disk else []
+    found = [(str(file), file.stat()) for file in files if file.is_file()]
+    sizes = [[name, status.st_size, status.st_mtime_ns] for name, status in found]
+    return [str(resolve_dataset(source, key=key)), *sizes]
+
+
+def dataset_texts(source: DatasetName, reading: Reading, *, is_streamed: bool) -> Iterator[Text]:
     """Yield the texts of a data set row by row; rows without a text are skipped.
 
     Args:
@@ -264,34 +292,69 @@ def dataset_texts(source: DatasetName, reading: Reading, *, is_streamed: bool) -
     Raises:
         TextFileError: as `resolve_dataset`.
     """
-    yield from reading.counted(str(source), _texts(source, reading, is_streamed=is_streamed))
+    batches = text_batches(source, reading, is_streamed=is_streamed)
+    texts = chain.from_iterable(batch.texts for batch in batches)
+    yield from reading.counted(str(source), texts)
 
 
-def _texts(source: DatasetName, reading: Reading, *, is_streamed: bool) -> Iterator[str]:
+@dataclass(frozen=True, slots=True)
+class TextBatch:
+    """Texts of consecutive rows, and the position after them as JSON; empty for a whole table."""
+
+    texts: list[Text]
+    position: str
+
+
+def text_batches(
+    source: DatasetName, reading: Reading, *, is_streamed: bool, position: str = ""
+) -> Iterator[TextBatch]:
+    """Yield the texts of a data set in batches, from a position that an earlier batch had.
+
+    Raises:
+        TextFileError: as `resolve_dataset`.
+    """
     stated = resolve_dataset(source, key=reading.key)
     with _dataset_errors(source, reading.key):
         opened = _open(stated, is_streamed=is_streamed or stated.is_on_disk)
         rows = opened[_split(stated, opened)]
         columns = _columns(stated, rows)
-        field = DEFAULT_FIELD if form_fields(columns) == columns else columns[0]
+        field = DEFAULT_FIELD if conversation_fields(columns) == columns else columns[0]
         (start, stop), selected = stated.rows, rows.select_columns(list(columns))
         if hasattr(selected, "num_rows"):
             if start >= selected.num_rows:
                 return
             end = min(stop or selected.num_rows, selected.num_rows)
             selected = selected.select(range(start, end))
+            selected = selected.to_iterable_dataset() if is_streamed else selected
         else:
             selected = selected.skip(start) if start else selected
             selected = selected if stop is None else selected.take(stop - start)
-        batches = selected.iter(batch_size=_BATCH_ROWS)  # one batch in memory at a time
-        tuples = (zip(*(batch[name] for name in columns), strict=True) for batch in batches)
-        for number, values in enumerate(chain.from_iterable(tuples), start=start):
+        size = _rows_of_batch(selected) if is_streamed else _BATCH_ROWS
+        if position:
+            selected.load_state_dict(json.loads(position))
+        batches, number = selected.iter(batch_size=size), start  # one batch in memory at a time
+    while True:
+        with _dataset_errors(source, reading.key):
+            if (batch := next(batches, None)) is None:
+                return
+            after = json.dumps(selected.state_dict()) if is_streamed else ""
+        texts = list[Text]()
+        for values in zip(*(batch[name] for name in columns), strict=True):
+            number += 1
             if len(columns) == 1 and values[0] is None:
                 continue
             try:
-                yield text_of(dict(zip(columns, values, strict=True)), field=field)
+                texts.append(text_of(dict(zip(columns, values, strict=True)), field=field))
             except WrongRecordError as error:
-                reading.skip(f"{source}, row {number} {error}")
+                reading.skip(f"{source}, row {number - 1} {error}")
+        yield TextBatch(texts, after)
+
+
+def _rows_of_batch(rows: Any) -> int:
+    """Return a number of rows of about `_BATCH_CHARACTERS`, from the length of the first."""
+    found = [len(str(row)) for row in rows.take(_PROBED_ROWS)]
+    mean = max(1, sum(found) // max(1, len(found)))
+    return max(1, min(_BATCH_ROWS, _BATCH_CHARACTERS // mean))
 
 
 @cache
@@ -321,7 +384,16 @@ def _library() -> Any:
 
 @contextmanager
 def _dataset_errors(source: DatasetName, key: str) -> Iterator[None]:
-    """Name the data set in all errors of a block, and silence the library's output."""
+    """Name the data set in all errors of a block, and silence the library's output.
+
+    One thread at a time: each restores the settings that it found.
+    """
+    with _LOCK, _named_errors(source, key):
+        yield
+
+
+@contextmanager
+def _named_errors(source: DatasetName, key: str) -> Iterator[None]:
     library = _library()
     log, was_shown = library.utils.logging, library.is_progress_bar_enabled()
     verbosity = log.get_verbosity()
@@ -454,7 +526,7 @@ def _split(source: DatasetName, opened: Mapping[str | None, Any]) -> str | None:
 
 
 def _columns(source: DatasetName, rows: Any) -> tuple[str, ...]:
-    """Return the columns of texts: a single one, or the columns of an instruction."""
+    """Return the columns of texts: a single one, or the columns of a conversation."""
     kinds: dict[str, str] = {}  # column → type, declared by the data set or inferred from rows
     if rows.features is not None:
         dtypes = {name: str(getattr(f, "dtype", "lists")) for name, f in rows.features.items()}
@@ -472,7 +544,7 @@ def _columns(source: DatasetName, rows: Any) -> tuple[str, ...]:
         raise _Unreadable("has no rows")
     texts = [name for name, kind in kinds.items() if kind == "text"]
     if (column := source.column) is not None:
-        if column in form_fields([column]) or column in texts:
+        if column in conversation_fields([column]) or column in texts:
             return (column,)
         if column in kinds:
             raise _Unreadable(f"has {kinds[column]} in column {shown(column)}, not text")
@@ -481,7 +553,7 @@ def _columns(source: DatasetName, rows: Any) -> tuple[str, ...]:
         raise _Unreadable(f"has no column {shown(column)}; available: {_join_names(kinds)}{advice}")
     if DEFAULT_FIELD in texts:
         return (DEFAULT_FIELD,)
-    if form := form_fields(list(kinds)):
+    if form := conversation_fields(list(kinds)):
         return form
     if len(texts) == 1:
         return (texts[0],)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from hashlib import sha256
 from typing import TYPE_CHECKING, overload
 
+from tritter.data.conversations import Conversation
+from tritter.data.records import Text
 from tritter.storage.spool import Spool
 
 if TYPE_CHECKING:
@@ -15,15 +17,23 @@ if TYPE_CHECKING:
 
 PIECE_CHARACTERS = 20_000
 NAME_CHARACTERS = 40
+_TEXT, _CONVERSATION = b"t", b"c"  # kinds of documents
 _BLANK_LINES = re.compile(r"(?<=\n)[ \t\r]*\n(?:[ \t\r]*\n)*")
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A text and its identifier, by which results are paired and clustered."""
+    """A text and its identifier, by which results are paired and clustered.
+
+    Args:
+        identifier: hash and beginning of the text.
+        text: the text, of a conversation as plain text.
+        conversation: None for a text without messages.
+    """
 
     identifier: str
     text: str
+    conversation: Conversation | None = None
 
 
 def text_key(text: str) -> str:
@@ -41,14 +51,17 @@ class Documents(Sequence[Document]):
         notes: one sentence for each source with skipped records.
 
     Args:
-        texts: UTF-8 bytes of all texts.
+        contents: for each document a byte for its kind, and its text or its conversation's JSON
+            in UTF-8.
         keys: bytes of each text's `text_key`.
-        ends: int64, end offset of each text.
-        order: int64, indices of the selected texts, in order.
+        ends: int64, end offset of each document.
+        order: int64, indices of the selected documents, in order.
     """
 
-    def __init__(self, texts: Spool, keys: np.ndarray, ends: np.ndarray, order: np.ndarray) -> None:
-        self._texts, self._keys, self._ends, self._order = texts, keys, ends, order
+    def __init__(
+        self, contents: Spool, keys: np.ndarray, ends: np.ndarray, order: np.ndarray
+    ) -> None:
+        self._contents, self._keys, self._ends, self._order = contents, keys, ends, order
         self.notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
@@ -64,10 +77,13 @@ class Documents(Sequence[Document]):
         if isinstance(index, slice):
             return self.select(np.arange(len(self))[index])
         position = self._order[index]
-        text = self._text(position).decode()
+        content = self._content(position)
+        kind, text = content[:1], content[1:].decode()
+        conversation = Conversation.from_json(text) if kind == _CONVERSATION else None
+        text = text if conversation is None else str(conversation)
         # The key is unique; the beginning of the text helps people find it
         name = f"{self._key(position)[:16]} {' '.join(text[:NAME_CHARACTERS].split())}"
-        return Document(name, text)
+        return Document(name, text, conversation)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and list(self) == list(other)
@@ -76,7 +92,7 @@ class Documents(Sequence[Document]):
 
     def select(self, indices: np.ndarray) -> Documents:
         """Return the documents at some indices, in that order."""
-        return Documents(self._texts, self._keys, self._ends, self._order[indices])
+        return Documents(self._contents, self._keys, self._ends, self._order[indices])
 
     def keys(self) -> Iterator[str]:
         """Yield the `text_key` of each document without reading its text."""
@@ -85,19 +101,30 @@ class Documents(Sequence[Document]):
     def _key(self, position: np.int64) -> str:
         return self._keys[position].tobytes().hex()
 
-    def _text(self, position: np.int64) -> bytes:
+    def num_conversations(self) -> int:
+        """Return the number of conversations."""
+        starts = (int(self._ends[at - 1]) if at else 0 for at in self._order)
+        return sum(self._contents.read(at, at + 1) == _CONVERSATION for at in starts)
+
+    def _content(self, position: np.int64) -> bytes:
         start = int(self._ends[position - 1]) if position else 0
-        return self._texts.read(start, int(self._ends[position]))
+        return self._contents.read(start, int(self._ends[position]))
 
     @classmethod
-    def of(cls, texts: Iterable[str]) -> Documents:
-        """Collect texts in the order of their keys; of texts with equal keys keep the smallest."""
+    def of(cls, texts: Iterable[Text]) -> Documents:
+        """Collect texts in the order of their keys; of texts with equal keys keep the smallest.
+
+        The key of a conversation is that of its plain text: a chat template does not change it.
+        """
         import numpy as np
 
         spool, keys, ends = Spool(), Spool(), Spool()
         for text in texts:
-            spool.append(text.encode())
-            keys.append(bytes.fromhex(text_key(text)))
+            if isinstance(text, Conversation):
+                spool.append(_CONVERSATION + text.to_json().encode())
+            else:
+                spool.append(_TEXT + text.encode())
+            keys.append(bytes.fromhex(text_key(str(text))))
             ends.append(len(spool).to_bytes(8, "little"))
         found = cls(spool, keys.array("V32"), ends.array("<i8"), np.empty(0, dtype=np.int64))
         order = np.argsort(keys.array("S32"), kind="stable")
@@ -109,12 +136,13 @@ class Documents(Sequence[Document]):
             begin = first[group]
             end = first[group + 1] if group + 1 < len(first) else len(order)
             # UTF-8 bytes sort like the characters of the text
-            first[group] = min(range(begin, end), key=lambda at: found._text(np.int64(order[at])))
+            same = range(begin, end)
+            first[group] = min(same, key=lambda at: found._content(np.int64(order[at])))
         found._order = order[first]
         return found
 
 
-def documents_of(texts: Iterable[str]) -> Documents:
+def documents_of(texts: Iterable[Text]) -> Documents:
     """Return distinct texts as documents; long texts are cut into `pieces`.
 
     Identifiers and order depend only on the texts, not on file names or the order of files.
@@ -127,8 +155,14 @@ def notes_of(documents: Sequence[Document]) -> tuple[str, ...]:
     return documents.notes if isinstance(documents, Documents) else ()
 
 
-def pieces(text: str) -> Iterator[str]:
-    """Yield a text, stripped and cut into pieces if it is long; nothing if it is blank."""
+def pieces(text: Text) -> Iterator[Text]:
+    """Yield a text, stripped and cut into pieces if it is long; nothing if it is blank.
+
+    A conversation is never cut, because its chat template needs all messages.
+    """
+    if isinstance(text, Conversation):
+        yield from (text,) if str(text) else ()
+        return
     whole = text.replace("\r\n", "\n").strip()
     yield from (piece for piece in map(str.strip, cut(whole)) if piece)
 
@@ -186,6 +220,15 @@ def documents_digest(documents: Sequence[Document]) -> str:
         for part in (document.identifier.encode(), document.text.encode()):
             digest.update(len(part).to_bytes(8, "little"))
             digest.update(part)
+    return digest.hexdigest()
+
+
+def conversations_digest(documents: Sequence[Document]) -> str:
+    """Return the SHA-256 (hex) of all conversations in order; of texts it has only the number."""
+    digest = sha256()
+    for document in documents:
+        conversation = document.conversation
+        digest.update(b"\n" + (b"" if conversation is None else conversation.to_json().encode()))
     return digest.hexdigest()
 
 

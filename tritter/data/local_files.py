@@ -19,11 +19,11 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any, TypeVar
 
+from tritter.data.conversations import WrongRecordError, conversation_fields
 from tritter.data.documents import pieces, pieces_of_chunks
 from tritter.data.records import (
     DEFAULT_FIELD,
-    FORM_FIELDS,
-    WrongRecordError,
+    Text,
     array_elements,
     missing_field,
     parse,
@@ -104,7 +104,7 @@ class Reading:
         self._skipped: list[str] = []  # the first few of the current source
         self._num_skipped = 0
 
-    def texts(self, path: Path) -> Iterator[str]:
+    def texts(self, path: Path) -> Iterator[Text]:
         """Yield the texts of a file of records; invalid records are skipped.
 
         Raises:
@@ -112,7 +112,7 @@ class Reading:
         """
         yield from self.counted(str(path), _texts(path, self))
 
-    def pieces(self, path: Path) -> Iterator[str]:
+    def pieces(self, path: Path) -> Iterator[Text]:
         """Yield the `pieces` of a file's texts; plain text files are streamed.
 
         Raises:
@@ -178,7 +178,7 @@ class Reading:
         return f"{self.key}: {problem}{'' if problem.endswith(('?', '.')) else '.'}"
 
 
-def text_pieces(files: Sequence[Path], reading: Reading) -> Iterator[str]:
+def text_pieces(files: Sequence[Path], reading: Reading) -> Iterator[Text]:
     """Yield the texts of files cut into `pieces`, with one piece in memory at a time.
 
     Raises:
@@ -333,7 +333,7 @@ def records(
     yield from _RECORDS[_kind(path)](path, reading, columns or list)
 
 
-def _texts(path: Path, reading: Reading) -> Iterator[str]:
+def _texts(path: Path, reading: Reading) -> Iterator[Text]:
     columns = partial(_columns, field=reading.text_field)
     for where, record in records(path, reading, columns=columns):
         try:
@@ -419,10 +419,10 @@ def _kind(path: Path) -> str:
 def _columns(names: Sequence[str], field: str) -> list[str]:
     if field in names:
         return [field]
-    known = [name for name in names if name in FORM_FIELDS]
-    if field != DEFAULT_FIELD or not known:
+    known = conversation_fields(names) if field == DEFAULT_FIELD else ()
+    if not known:
         raise missing_field(field, names)
-    return known
+    return list(known)
 
 
 # Decoding

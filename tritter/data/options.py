@@ -11,7 +11,8 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from tritter.data.built_in import built_in_path, is_built_in
-from tritter.data.datasets import PREFIX, check_on_disk, parse_name
+from tritter.data.chat import LossOn
+from tritter.data.datasets import PREFIX, check_on_disk, dataset_names, parse_name
 from tritter.data.records import DEFAULT_FIELD
 from tritter.data.skills import PREFIX as SKILL_PREFIX
 from tritter.data.skills import SKILLS
@@ -35,7 +36,10 @@ class DataConfig:
         vocab_size: vocabulary of a newly trained tokenizer.
         sequence_length: tokens per sequence.
         batch_size: sequences per batch.
-        packing: see `tritter.data.packing`.
+        packing: see `tritter.data.packing`. None is `documents` if there are conversations whose
+            tokens are not plain text, else `stream`.
+        chat_template: see `tritter.data.chat.chat_of`; a file as an absolute path.
+        loss_on: tokens of conversations to predict. None is `answers`.
         validation_fraction: share of the documents for validation. None uses that of the
             checkpoint's lineage, or 0.2 for a new lineage.
     """
@@ -46,7 +50,10 @@ class DataConfig:
     vocab_size: Annotated[int, Field(ge=257, le=1_000_000)]
     sequence_length: Annotated[int, Field(ge=2, le=MAX_COUNT)]
     batch_size: Count
-    packing: Literal["stream", "documents"] = "stream"  # default for third-party sources
+    # Defaults for third-party sources
+    packing: Literal["stream", "documents"] | None = None
+    chat_template: Text | None = None
+    loss_on: LossOn | None = None
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] | None
 
     def texts(self, domain: str) -> Iterable[str]:
@@ -149,7 +156,7 @@ class DatasetsConfig(NamedTextConfig):
     Names in `old`, `new` and `tasks` may include a column and a range of rows.
 
     Args:
-        streaming: stream data sets from the hub instead of downloading them.
+        streaming: read data sets while the model trains, those of the hub without a download.
         text_column: column of data sets whose name has none.
         max_rows: row limit of data sets whose name has no range; None reads all rows.
         weights: new domain → sampling weight within its task; None concatenates the domains.
@@ -464,6 +471,18 @@ def domain_key(data: DataConfig, name: str) -> str:
     side = "old" if is_old else "new"
     sources: TextSources = data.old_sources if is_old else data.new_sources
     return f"data.{side}" if list(sources) == [side] else f"data.{side}.{name}"
+
+
+def streaming_problems(config: RunRequest) -> Iterator[Problem]:
+    """Yield domains that can't be streamed, because they also have built-in texts."""
+    data = config.data
+    if not isinstance(data, DatasetsConfig) or not data.streaming:
+        return
+    for domain in config.text.domains:
+        names = dataset_names(domain.paths) if domain.is_head else ()
+        if names and len(names) < len(domain.paths):
+            reason = f"{domain.name} mixes data sets and built-in texts; make two domains of it"
+            yield Problem("data.streaming", True, reason=reason)
 
 
 def batch_problems(config: RunRequest) -> Iterator[Problem]:

@@ -13,6 +13,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
 from tritter.data.batches import this_rank
+from tritter.data.chat import CONTEXT, PADDING, START, ids_of, is_padding, is_unpredicted
 from tritter.data.tokens import TokenisedDocuments, check_packs, pack
 from tritter.errors import RequestError
 from tritter.storage.spool import Spool
@@ -41,13 +42,21 @@ class Window:
 
 
 def windows_of(documents: TokenisedDocuments, *, sequence_length: int) -> list[Window]:
-    """Cut documents into windows of at most `sequence_length` predictions."""
-    offsets = documents.offsets.tolist()
-    return [
+    """Cut documents into windows of at most `sequence_length` predictions.
+
+    Nothing precedes a rendered conversation, so its first token is not predicted. Windows without
+    any predicted token are omitted.
+    """
+    firsts = documents.first_tokens.tolist()
+    windows = [
         Window(index, start, min(start + sequence_length, stop), is_first=start == first)
-        for index, (first, stop) in enumerate(pairwise(offsets))
-        for start in range(first, stop, sequence_length)
+        for index, (first, stop) in enumerate(pairwise(documents.offsets.tolist()))
+        for start in range(first + (firsts[index] >= START), stop, sequence_length)
     ]
+    if not documents.has_marks:
+        return windows
+    is_predicted = ~is_unpredicted(documents.tokens)
+    return [window for window in windows if is_predicted[window.start : window.stop].any()]
 
 
 def window_batches(windows: Sequence[Window], *, batch_size: int) -> Iterator[Sequence[Window]]:
@@ -60,7 +69,7 @@ def window_batches(windows: Sequence[Window], *, batch_size: int) -> Iterator[Se
 def window_tensors(
     batch: Sequence[Window], tokens: Tensor, *, end_of_text_id: int
 ) -> tuple[Tensor, Tensor]:
-    """Return inputs and targets, int64 [B, T], padded on the right.
+    """Return inputs with their marks, and targets, int64 [B, T], padded on the right.
 
     Causal attention never sees right padding, so no attention mask is needed; targets of padding
     are ignored.
@@ -72,7 +81,7 @@ def window_tensors(
     targets = torch.full(shape, IGNORED, dtype=torch.int64)
     for row, window in enumerate(batch):
         piece = tokens[window.start : window.stop].long()
-        targets[row, : window.length] = piece
+        targets[row, : window.length] = ids_of(piece).masked_fill(is_unpredicted(piece), IGNORED)
         input_ids[row, 1 : window.length] = piece[:-1]
         if not window.is_first:
             input_ids[row, 0] = tokens[window.start - 1]
@@ -88,7 +97,8 @@ def packed(
     each followed by an end of text, and padding of ends of text. A document therefore begins at
     an end of text, and an end of text after another one is padding. Longer documents are cut:
     full pieces get their own sequences, the rest is packed like a document. The assignment of
-    documents to sequences depends only on their lengths.
+    documents to sequences depends only on their lengths. A rendered conversation begins at its
+    own first token, and the ends of text next to it are padding.
 
     Args:
         documents: tokens of the documents.
@@ -115,6 +125,12 @@ def packed(
         targets = (pieces.rows[part] - first) * sequence_length + pieces.columns[part]
         run = partial(_runs, lengths=lengths)
         flat[run(targets)] = tokens[run(pieces.starts[part])]
+        is_chat = pieces.is_chat[part]
+        begins, ends = targets[is_chat], (targets + lengths)[is_chat]
+        flat[begins] = ids_of(flat[begins]) | CONTEXT | START
+        inner = ends[ends % sequence_length > 0]
+        outer = begins[pieces.columns[part][is_chat] == 1] - 1
+        flat[np.concatenate([inner, outer])] = end_of_text_id | PADDING
         spool.append(flat.data.cast("B"))
     return spool.tensor("i4").view(-1, sequence_length)
 
@@ -140,8 +156,9 @@ def num_packed(documents: TokenisedDocuments, *, packing: Packing, sequence_leng
 def padding_fraction(documents: TokenisedDocuments, *, sequence_length: int) -> float:
     """Return the share of padding tokens with `packing=documents`; not all documents are empty."""
     pieces = _pack_pieces(documents, sequence_length - 1)
-    closed = int((pieces.lengths < sequence_length - 1).sum())
-    kept = int(pieces.lengths.sum()) + closed + pieces.num_sequences
+    is_closed, is_opened = pieces.lengths < sequence_length - 1, pieces.columns == 1
+    ends = (is_closed & ~pieces.is_chat).sum() + (is_opened & ~pieces.is_chat).sum()
+    kept = int(pieces.lengths.sum() + ends)
     return 1 - kept / (pieces.num_sequences * sequence_length)
 
 
@@ -154,6 +171,7 @@ class _Pieces:
         lengths: int64 [M], tokens without the closing end of text.
         rows: int64 [M], index of the sequence.
         columns: int64 [M], position in the sequence, after the initial end of text.
+        is_chat: bool [M], whether the document is a rendered conversation.
         num_sequences: number of sequences.
     """
 
@@ -161,13 +179,15 @@ class _Pieces:
     lengths: np.ndarray
     rows: np.ndarray
     columns: np.ndarray
+    is_chat: np.ndarray
     num_sequences: int
 
 
 def _pack_pieces(documents: TokenisedDocuments, capacity: int) -> _Pieces:
     """Assign documents to sequences with a capacity in tokens, including closing ends of text.
 
-    A piece that fills its sequence has no closing end of text.
+    A piece that fills its sequence has no closing end of text. Pieces of conversations without a
+    token to predict are omitted.
     """
     import numpy as np
 
@@ -178,6 +198,17 @@ def _pack_pieces(documents: TokenisedDocuments, capacity: int) -> _Pieces:
     number = np.arange(len(of_full)) - np.repeat(np.cumsum(num_full) - num_full, num_full)
     full_starts = offsets[of_full] + number * capacity
     partial_pieces = np.flatnonzero(rest)
+    is_chat = documents.first_tokens.numpy() >= START
+    if documents.has_marks:
+        # The first token of a conversation is never predicted
+        is_predicted = ~is_unpredicted(documents.tokens).numpy()
+        until = np.concatenate([[0], np.cumsum(is_predicted)])
+        is_useful = until[full_starts + capacity] > until[full_starts + is_chat[of_full]]
+        full_starts, of_full = full_starts[is_useful], of_full[is_useful]
+        ends = offsets[partial_pieces + 1]
+        begins = ends - rest[partial_pieces] + is_chat[partial_pieces]
+        is_useful = until[ends] > until[begins]
+        partial_pieces = partial_pieces[is_useful]
     bins, columns = best_fit(rest[partial_pieces] + 1, capacity)
     order = np.lexsort((columns, bins))
     tails = partial_pieces[order]
@@ -186,6 +217,7 @@ def _pack_pieces(documents: TokenisedDocuments, capacity: int) -> _Pieces:
         lengths=np.concatenate([np.full_like(full_starts, capacity), rest[tails]]),
         rows=np.concatenate([np.arange(len(of_full)), len(of_full) + bins[order]]),
         columns=np.concatenate([np.ones_like(full_starts), columns[order] + 1]),
+        is_chat=is_chat[np.concatenate([of_full, tails])],
         num_sequences=len(of_full) + (int(bins.max()) + 1 if len(bins) else 0),
     )
 
@@ -238,12 +270,21 @@ class DocumentMask:
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], options: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Add position ids to a model's inputs, unless the caller sets them or uses a cache."""
+        """Remove marks from a model's inputs, and add position ids.
+
+        Position ids are unchanged if the caller sets them or uses a cache.
+        """
         input_ids = options.get("input_ids", args[0] if args else None)
+        if input_ids is None:
+            return None
+        if "input_ids" in options:
+            options = {**options, "input_ids": ids_of(input_ids)}
+        else:
+            args = (ids_of(input_ids), *args[1:])
         explicit = ("position_ids", "attention_mask", "past_key_values")
         is_explicit = any(options.get(name) is not None for name in explicit)
-        if input_ids is None or is_explicit or options.get("use_cache"):
-            return None
+        if is_explicit or options.get("use_cache"):
+            return args, options
         # With its default cache, the model would ignore document boundaries
         return args, {**options, "position_ids": self.positions(input_ids), "use_cache": False}
 
@@ -252,15 +293,22 @@ class DocumentMask:
         import torch
 
         columns = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
-        is_start = input_ids == self.end_of_text_id
+        is_start = self._is_end(input_ids) | (input_ids >= START)
         return columns - (columns * is_start).cummax(dim=1).values
 
     def padding(self, input_ids: Tensor) -> Tensor:
-        """Return the padding mask, bool [B, T]: ends of text after another end of text."""
+        """Return the padding mask, bool [B, T].
+
+        Padding are ends of text after another end of text, and those marked as padding.
+        """
         import torch
 
-        is_end = input_ids == self.end_of_text_id
-        return torch.cat([torch.zeros_like(is_end[:, :1]), is_end[:, 1:] & is_end[:, :-1]], dim=1)
+        is_end = self._is_end(input_ids)
+        repeated = is_end[:, 1:] & is_end[:, :-1]
+        return torch.cat([torch.zeros_like(is_end[:, :1]), repeated], dim=1) | is_padding(input_ids)
+
+    def _is_end(self, input_ids: Tensor) -> Tensor:
+        return (input_ids == self.end_of_text_id) | is_padding(input_ids)
 
     def generation_inputs(self, seen: Tensor, *, num_read: int) -> dict[str, Tensor]:
         """Return model inputs that restrict generation to the last document.
@@ -284,7 +332,9 @@ class DocumentMask:
         import torch
 
         is_kept = ~self.padding(input_ids)
-        is_start = is_kept & (self.positions(input_ids) == 0)
+        # The end of text between a conversation and a text is padding, so the text begins after it
+        is_first = torch.cat([torch.ones_like(is_kept[:, :1]), ~is_kept[:, :-1]], dim=1)
+        is_start = is_kept & (is_first | (self.positions(input_ids) == 0))
         document = is_start.flatten().cumsum(0)[is_kept.flatten()] - 1
         lengths = torch.bincount(document, minlength=1)
         return torch.bincount(lengths, minlength=input_ids.shape[1] + 1)
@@ -307,14 +357,18 @@ def document_mask_of(model: nn.Module) -> DocumentMask | None:
     return next((hook for hook in hooks if isinstance(hook, DocumentMask)), None)
 
 
+def inputs_for(model: nn.Module, tokens: Tensor) -> Tensor:
+    """Return tokens as a model reads them: a document mask needs their marks, others the ids."""
+    return tokens if document_mask_of(model) is not None else ids_of(tokens)
+
+
 def labels_of(model: nn.Module, input_ids: Tensor) -> Tensor:
-    """Return the unshifted labels of tokens int64 [B, T]: padding is IGNORED."""
+    """Return the unshifted labels of tokens int64 [B, T]: padding and prompts are IGNORED."""
     document_mask = document_mask_of(model)
-    return (
-        input_ids
-        if document_mask is None
-        else input_ids.masked_fill(document_mask.padding(input_ids), IGNORED)
-    )
+    if document_mask is None:
+        return input_ids
+    is_ignored = document_mask.padding(input_ids) | is_unpredicted(input_ids)
+    return ids_of(input_ids).masked_fill(is_ignored, IGNORED)
 
 
 def forward_options(batch: Mapping[str, Tensor], rows: Tensor) -> dict[str, Tensor]:

@@ -1,38 +1,31 @@
-"""Convert a JSON or parquet record to a text: a field, or the joined parts of an instruction."""
+"""Convert a JSON or parquet record to a text: a field, or a conversation."""
 
 import json
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from tritter.data.conversations import (
+    Conversation,
+    WrongRecordError,
+    conversation_of,
+    kind_of_value,
+)
 from tritter.errors import nearest
 
 DEFAULT_FIELD = "text"
-PART_BREAK = "\n\n"  # between the parts of an instruction
 # Common names of the text field
 COMMON_FIELDS = ("text", "content", "body", "document", "article", "raw_content", "completion")
-# Formats of instruction records: for each part its possible names, and whether it is required
-_Form = tuple[tuple[tuple[str, ...], bool], ...]
-_FORMS: tuple[_Form, ...] = (
-    ((("instruction",), True), (("input", "context"), False), (("output", "response"), True)),
-    ((("prompt",), True), (("completion", "response", "answer"), True)),
-    ((("question",), True), (("answer",), True)),
-)
-_MESSAGES = "messages"
-FORM_FIELDS = {_MESSAGES} | {name for form in _FORMS for names, _ in form for name in names}
 _MAX_NAMES, _MAX_NAME_LENGTH, _MAX_MESSAGE = 12, 40, 200
 _BLANKS = " \t\r\n"
 
-
-class WrongRecordError(Exception):
-    """The problem of a record or a file, phrased to follow its location."""
+Text = str | Conversation  # the content of a record; `str` returns the plain text of both
 
 
-def text_of(record: object, *, field: str) -> str:
-    """Return a record's text.
+def text_of(record: object, *, field: str) -> Text:
+    """Return a record's text or conversation.
 
     A record is a text, or a mapping with a text in `field`. With the default field, it may also
-    be an instruction: its parts (instruction, input, output; prompt, completion; question,
-    answer) are joined by blank lines, as are messages, each as `role: content`.
+    be a conversation, see `conversation_of`.
 
     Args:
         record: the parsed record.
@@ -45,43 +38,19 @@ def text_of(record: object, *, field: str) -> str:
         return _encodable(record)
     if not isinstance(record, Mapping):
         raise WrongRecordError(
-            f"is {_kind(record)}; must be a JSON object "
-            '{"text": "..."}, an instruction, or a string "..."'
+            f"is {kind_of_value(record)}; must be a JSON object "
+            '{"text": "..."}, a conversation, or a string "..."'
         )
     if field in record:
-        return _encodable(_as_text(record[field], f"data.text_field = {field}:"))
-    if field == DEFAULT_FIELD and _MESSAGES in record:
-        messages = record[_MESSAGES]
-        if not isinstance(messages, list):
-            found = _kind(messages)
-            raise WrongRecordError(f"messages: is {found}; must be a list of messages")
-        lines = []
-        for number, message in enumerate(messages, start=1):
-            if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
-                raise WrongRecordError(
-                    f"messages: number {number} is not a message; must be "
-                    '{"role": "...", "content": "..."}'
-                )
-            where = f"messages: number {number},"
-            role = _as_text(message["role"], f"{where} role:")
-            lines.append(f"{role}: {_as_text(message['content'], f'{where} content:')}")
-        return _encodable(PART_BREAK.join(lines))
-    form, matched = next(_forms(record), ((), [])) if field == DEFAULT_FIELD else ((), [])
-    if not matched:
+        value = record[field]
+        if not isinstance(value, str):
+            found = f"is {kind_of_value(value)}, not a string"
+            raise WrongRecordError(f"data.text_field = {field}: {found}")
+        return _encodable(value)
+    conversation = conversation_of(record) if field == DEFAULT_FIELD else None
+    if conversation is None:
         raise missing_field(field, list(record))
-    parts = [
-        _as_text(record[name], f"{name}:")
-        for name, (_, is_needed) in zip(matched, form, strict=True)
-        if name is not None and (is_needed or record[name] is not None)
-    ]
-    return _encodable(PART_BREAK.join(filter(None, parts)))
-
-
-def form_fields(names: Collection[str]) -> tuple[str, ...]:
-    """Return the names that form an instruction or messages; empty if there are none."""
-    if _MESSAGES in names:
-        return (_MESSAGES,)
-    return next((tuple(filter(None, matched)) for _, matched in _forms(names)), ())
+    return conversation
 
 
 def missing_field(field: str, found: Sequence[Any]) -> WrongRecordError:
@@ -147,43 +116,9 @@ def shown(name: object) -> str:
     return text if len(text) <= _MAX_NAME_LENGTH else f"{text[:_MAX_NAME_LENGTH]}..."
 
 
-def _forms(names: Collection[str]) -> Iterator[tuple[_Form, list[str | None]]]:
-    """Yield each instruction format that matches the names, and the name of each part."""
-    for form in _FORMS:
-        matched = [next((each for each in known if each in names), None) for known, _ in form]
-        if all(
-            name is not None or not is_needed
-            for name, (_, is_needed) in zip(matched, form, strict=True)
-        ):
-            yield form, matched
-
-
-def _as_text(value: object, where: str) -> str:
-    if not isinstance(value, str):
-        raise WrongRecordError(f"{where} is {_kind(value)}, not a string")
-    return value
-
-
 def _encodable(text: str) -> str:
     # JSON may contain an unpaired surrogate, which UTF-8 cannot encode.
     return text.encode("utf-8", errors="replace").decode("utf-8")
-
-
-def _kind(value: object) -> str:
-    match value:
-        case None:
-            return "null"
-        case bool():
-            return "true or false"
-        case int() | float():
-            return "a number"
-        case str():
-            return "a string"
-        case list():
-            return "a list"
-        case Mapping():
-            return "an object"
-    return type(value).__name__
 
 
 def _after_blanks(text: str, position: int) -> int:

@@ -8,8 +8,8 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from tritter.data.batches import SequenceStream, read_sequences, write_sequences
-from tritter.data.records import PART_BREAK
+from tritter.data.batches import Sequences, SequenceStream, read_sequences, write_sequences
+from tritter.data.conversations import PART_BREAK
 from tritter.errors import RequestError, TritterError
 from tritter.seeds import derived_seed
 
@@ -213,7 +213,7 @@ class ReplayBuffer:
 
     def __init__(
         self,
-        streams: Mapping[str, SequenceStream | Reservoir],
+        streams: Mapping[str, Sequences],
         *,
         weights: Mapping[str, float] | None = None,
     ) -> None:
@@ -258,7 +258,7 @@ class ReplayBuffer:
         Raises:
             RequestError: a domain has no sequences, or no weight is above 0.
         """
-        streams: dict[str, SequenceStream | Reservoir] = {}
+        streams: dict[str, Sequences] = {}
         for name, each in sequences.items():
             own = derived_seed(seed, purpose, name)
             if losses is not None and name in losses:

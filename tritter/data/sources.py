@@ -21,7 +21,7 @@ from tritter.data.local_files import (
     text_pieces,
     text_suffix,
 )
-from tritter.data.records import shown
+from tritter.data.records import Text, shown
 from tritter.data.skills import SkillText
 from tritter.errors import RequestError, TritterError, did_you_mean, refused
 from tritter.storage.reading import check_inside, kind_of
@@ -243,6 +243,7 @@ def source_documents(
     text_field: str,
     texts: Callable[[], Iterable[str]] | None = None,
     is_streamed: bool = False,
+    is_head: bool = False,
     is_recorded: bool = False,
 ) -> Documents:
     """Return all documents of paths, data sets and built-in texts.
@@ -253,6 +254,7 @@ def source_documents(
         text_field: field of records that contains the text.
         texts: a third-party source that replaces the paths.
         is_streamed: stream data sets from the hub instead of downloading them.
+        is_head: read the first rows of data sets only.
         is_recorded: the paths come from a checkpoint; see `find_texts`.
 
     Raises:
@@ -265,7 +267,8 @@ def source_documents(
     built_in = (each for path in filter(is_built_in, paths) for each in built_in_documents(path))
     files = find_texts(key, paths, is_recorded=is_recorded).files
     reading = Reading(key=key, text_field=text_field)
-    rows = _of_datasets(dataset_names(paths), reading, is_streamed=is_streamed)
+    names = dataset_names(paths)
+    rows = _of_datasets(names, reading, is_streamed=is_streamed, is_head=is_head)
     whole = chain((document.text for document in built_in), rows)
     read = text_pieces(files, reading) if files else ()
     documents = Documents.of(chain(read, (piece for text in whole for piece in pieces(text))))
@@ -275,7 +278,7 @@ def source_documents(
 
 def quick_pieces(
     paths: Sequence[str], *, key: str, text_field: str, max_bytes: int
-) -> Iterator[str] | None:
+) -> Iterator[Text] | None:
     """Return a lazy iterator over the documents of paths and skills.
 
     Return None if the paths include the standard library, which takes seconds to read, or a data
@@ -302,23 +305,32 @@ def quick_pieces(
     return chain(read, (piece for text in texts for piece in pieces(text)))
 
 
-def recorded_paths(paths: Sequence[str], *, key: str) -> tuple[str, ...]:
-    """Return paths for a lineage record: data sets include revision, split and column.
+def recorded_paths(paths: Sequence[str], *, key: str, is_head: bool = False) -> tuple[str, ...]:
+    """Return paths for a lineage record: data sets include revision, split, rows and column.
+
+    Args:
+        paths: as for `source_documents`.
+        key: the configuration key, for messages.
+        is_head: record the first rows of data sets only.
 
     Raises:
         TextFileError: a data set is not available.
     """
     named = {name: parse_name(key, name) for name in dataset_names(paths)}
+    named = {name: each.head if is_head else each for name, each in named.items()}
     stated = {name: str(resolve_dataset(source, key=key)) for name, source in named.items()}
     return tuple(stated.get(path, path) for path in paths)
 
 
-def _of_datasets(names: Sequence[str], reading: Reading, *, is_streamed: bool) -> Iterator[str]:
+def _of_datasets(
+    names: Sequence[str], reading: Reading, *, is_streamed: bool, is_head: bool
+) -> Iterator[Text]:
     for name in names:
         is_blank = True
         source = parse_name(reading.key, name)
+        source = source.head if is_head else source
         for text in dataset_texts(source, reading, is_streamed=is_streamed):
-            is_blank = is_blank and not text.strip()
+            is_blank = is_blank and not str(text).strip()
             yield text
         if reading.problems or is_blank:
             raise TextFileError(reading.problems or [f"{reading.key}: {name} contains no text."])

@@ -15,6 +15,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from tritter.data.documents import Documents, text_key
+from tritter.data.records import Text
 from tritter.errors import RequestError
 from tritter.storage.records import Seed, record
 
@@ -109,7 +110,7 @@ def split_documents(domains: Mapping[str, Documents], *, rule: SplitRule) -> dic
     return splits
 
 
-def split_problem(texts: Iterable[str], *, rule: SplitRule) -> str | None:
+def split_problem(texts: Iterable[Text], *, rule: SplitRule) -> str | None:
     """Return the problem of texts that leave one side of the split empty; None otherwise.
 
     Args:
@@ -117,7 +118,7 @@ def split_problem(texts: Iterable[str], *, rule: SplitRule) -> str | None:
         rule: the rule of the lineage.
     """
     keys: dict[Side, set[str]] = {"train": set(), "validation": set()}
-    for key in map(text_key, texts):
+    for key in (text_key(str(text)) for text in texts):
         keys[threshold_side(key, rule)].add(key)
         if all(keys.values()):
             return None

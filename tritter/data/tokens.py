@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
+from tritter.data.chat import ANSWER, Chat, ids_of, is_unpredicted, marked_answers
 from tritter.data.documents import Document
 from tritter.errors import RequestError, TritterError, refused
 from tritter.storage.reading import read_object, require_file
@@ -199,9 +200,9 @@ class TokenisedDocuments:
     """Concatenated tokens of n documents, without end-of-text tokens.
 
     Attributes:
-        tokens: int32 [num_tokens].
+        tokens: int32 [num_tokens]; those of conversations have marks, see `tritter.data.chat`.
         offsets: int64 [n + 1]; document i is `tokens[offsets[i]:offsets[i + 1]]`.
-        num_bytes: int64 [n], UTF-8 bytes of each tokenised text.
+        num_bytes: int64 [n], UTF-8 bytes of each tokenised text, of a marked one of its answers.
         identifiers: identifiers of the documents.
     """
 
@@ -218,6 +219,21 @@ class TokenisedDocuments:
         """Total number of tokens."""
         return self.tokens.numel()
 
+    @property
+    def first_tokens(self) -> Tensor:
+        """The first token of each document, int32 [n]; 0 for an empty one."""
+        import torch
+
+        starts = self.offsets[:-1].clamp(max=max(0, self.num_tokens - 1))
+        is_empty = self.offsets.diff() == 0
+        tokens = self.tokens[starts] if self.num_tokens else torch.zeros_like(starts)
+        return tokens.masked_fill(is_empty, 0)
+
+    @property
+    def has_marks(self) -> bool:
+        """Whether any document has marks."""
+        return bool((self.first_tokens >= ANSWER).any())
+
     def document(self, index: int) -> Tensor:
         """Return the tokens of one document, int32 [number of tokens]."""
         if not 0 <= index < len(self):
@@ -230,18 +246,22 @@ def tokenise(
     tokenizer: Tokenizer,
     *,
     max_tokens_per_document: int | None = None,
+    chat: Chat | None = None,
 ) -> TokenisedDocuments:
     """Tokenise documents; long ones are truncated between two characters.
 
-    No special tokens are added. Special tokens in a text are encoded as plain text.
+    No special tokens are added. Special tokens in a text are encoded as plain text; those of a
+    chat template are not.
 
     Args:
         documents: the documents.
         tokenizer: the tokenizer.
         max_tokens_per_document: limit of tokens; None keeps whole documents.
+        chat: how to tokenise conversations; None tokenises their plain text.
 
     Raises:
-        RequestError: `max_tokens_per_document` is too small for one character.
+        RequestError: `max_tokens_per_document` is too small for one character, or a chat template
+            fails.
     """
     import numpy as np
 
@@ -253,22 +273,13 @@ def tokenise(
         )
     tokens, ends, num_bytes = Spool(), array("q", [0]), array("q")
     names, name_ends = Spool(), array("q")
-    # The fast version omits offsets, which only truncation needs.
-    encode = tokenizer.encode_batch_fast if limit is None else tokenizer.encode_batch
     for batch in _batches(documents):
-        with _specials_as_text(tokenizer):
-            encodings = encode([document.text for document in batch], add_special_tokens=False)
-        for document, encoding in zip(batch, encodings, strict=True):
-            num_kept, text = len(encoding), document.text
-            if limit is not None and num_kept > limit:
-                # Byte-level tokens may be parts of a character; such tokens share their offsets.
-                offsets, num_kept = encoding.offsets, limit
-                while num_kept and offsets[num_kept][0] < offsets[num_kept - 1][1]:
-                    num_kept -= 1
-                text = text[: offsets[num_kept - 1][1]] if num_kept else ""
-            tokens.append(np.asarray(encoding.ids[:num_kept], dtype=np.int32).data.cast("B"))
-            ends.append(ends[-1] + num_kept)
-            num_bytes.append(len(text.encode()))
+        for document, (ids, size) in zip(
+            batch, _encoded(batch, tokenizer, limit, chat), strict=True
+        ):
+            tokens.append(np.asarray(ids, dtype=np.int32).data.cast("B"))
+            ends.append(ends[-1] + len(ids))
+            num_bytes.append(size)
             names.append(document.identifier.encode())
             name_ends.append(len(names))
     return TokenisedDocuments(
@@ -277,6 +288,48 @@ def tokenise(
         num_bytes=_int64(num_bytes),
         identifiers=Names(names.tensor("u1"), _int64(name_ends)),
     )
+
+
+def _encoded(
+    documents: Sequence[Document], tokenizer: Tokenizer, limit: int | None, chat: Chat | None
+) -> Iterator[tuple[Any, int]]:
+    """Yield the tokens of each document and the bytes of its text or answers."""
+    is_marked = chat is not None and chat.is_marked
+    is_rendered = is_marked and chat is not None and chat.tokenizer is not None
+    texts = [each.text for each in documents if not (is_rendered and each.conversation)]
+    # The fast version omits offsets, which only truncation and answers need
+    is_fast = limit is None and not is_marked
+    encode = tokenizer.encode_batch_fast if is_fast else tokenizer.encode_batch
+    with _specials_as_text(tokenizer):
+        encodings = iter(encode(texts, add_special_tokens=False))
+    for document in documents:
+        conversation = document.conversation if is_marked else None
+        if conversation is None or chat is None:
+            yield _truncated(document.text, next(encodings), limit)
+        elif chat.tokenizer is None:
+            encoding = next(encodings)
+            ids, _ = _truncated(document.text, encoding, limit)
+            yield marked_answers(document.text, encoding, len(ids), conversation.answer_spans)
+        else:
+            marked = chat.render(conversation, document.identifier)
+            size = chat.answer_bytes(conversation)
+            if limit is not None and len(marked) > limit:
+                marked = marked[:limit]
+                kept = ids_of(marked[~is_unpredicted(marked)]).tolist()
+                size = min(size, len(tokenizer.decode(kept).encode()))
+            yield marked, size
+
+
+def _truncated(text: str, encoding: Any, limit: int | None) -> tuple[Sequence[int], int]:
+    """Return the ids of a text up to a limit, and the bytes of the text that they encode."""
+    num_kept = len(encoding)
+    if limit is not None and num_kept > limit:
+        # Byte-level tokens may be parts of a character; such tokens share their offsets.
+        offsets, num_kept = encoding.offsets, limit
+        while num_kept and offsets[num_kept][0] < offsets[num_kept - 1][1]:
+            num_kept -= 1
+        text = text[: offsets[num_kept - 1][1]] if num_kept else ""
+    return encoding.ids[:num_kept], len(text.encode())
 
 
 def tokenise_texts(texts: Iterable[str], tokenizer: Tokenizer) -> TokenisedDocuments:
@@ -314,19 +367,28 @@ def pack(documents: TokenisedDocuments, *, sequence_length: int, end_of_text_id:
     Raises:
         RequestError: as `check_packs`.
     """
-    import torch
-
     num_sequences = check_packs(documents, sequence_length=sequence_length)
     stream = Spool()
     for first in range(0, len(documents), PACKED_DOCUMENTS):
-        offsets = documents.offsets[first : first + PACKED_DOCUMENTS + 1]
-        ends_before = torch.arange(len(offsets) - 1).repeat_interleave(offsets.diff())
-        tokens = documents.tokens[offsets[0] : offsets[-1]]
-        piece = torch.full((len(tokens) + len(offsets) - 1,), end_of_text_id, dtype=torch.int32)
-        piece[torch.arange(len(tokens)) + ends_before] = tokens
+        piece = closed_tokens(documents, end_of_text_id, first=first, count=PACKED_DOCUMENTS)
         stream.append(piece.numpy().data.cast("B"))
     packed = stream.tensor("i4")[: num_sequences * sequence_length]
     return packed.view(num_sequences, sequence_length)
+
+
+def closed_tokens(
+    documents: TokenisedDocuments, end_of_text_id: int, *, first: int = 0, count: int | None = None
+) -> Tensor:
+    """Return the tokens of `count` documents, int32, each document followed by an end of text."""
+    import torch
+
+    last = len(documents) if count is None else first + count
+    offsets = documents.offsets[first : last + 1]
+    ends_before = torch.arange(len(offsets) - 1).repeat_interleave(offsets.diff())
+    tokens = documents.tokens[offsets[0] : offsets[-1]]
+    piece = torch.full((len(tokens) + len(offsets) - 1,), end_of_text_id, dtype=torch.int32)
+    piece[torch.arange(len(tokens)) + ends_before] = tokens
+    return piece
 
 
 def concatenate(sequences: Sequence[Tensor]) -> Tensor:

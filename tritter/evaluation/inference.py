@@ -6,6 +6,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from tritter.data.chat import START
+from tritter.data.packing import inputs_for
+
 if TYPE_CHECKING:
     import torch
     from torch import nn
@@ -83,17 +86,19 @@ def sample_text(
 
     Args:
         model: a causal language model.
-        prompt_ids: the prompt, which follows an end-of-text as in training; may be empty.
+        prompt_ids: the prompt with its marks; may be empty. As in training, an end-of-text
+            precedes it, unless it is the beginning of a rendered conversation.
         max_new_tokens: limit of new tokens.
         end_of_text_id: token that ends a document.
     """
     import torch
 
-    prefix = [end_of_text_id, *prompt_ids]
+    is_chat = bool(prompt_ids) and prompt_ids[0] >= START
+    prefix = [*prompt_ids] if is_chat else [end_of_text_id, *prompt_ids]
     new: list[int] = []
     with eval_mode(model) as device:
         for _ in range(max_new_tokens):
-            input_ids = torch.tensor([prefix + new], device=device)
+            input_ids = inputs_for(model, torch.tensor([prefix + new], device=device))
             logits = model(input_ids=input_ids, use_cache=False).logits
             token = int(logits[0, -1].argmax())
             if token == end_of_text_id:

@@ -9,7 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from tritter.data.packing import IGNORED, labels_of, window_batches, window_tensors, windows_of
+from tritter.data.packing import (
+    IGNORED,
+    inputs_for,
+    labels_of,
+    window_batches,
+    window_tensors,
+    windows_of,
+)
 from tritter.data.tokens import TokenisedDocuments
 from tritter.errors import TritterError
 from tritter.evaluation.inference import eval_mode
@@ -26,7 +33,7 @@ def document_losses(
     autocast_dtype: torch.dtype | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> PairedScores:
-    """Score every token of every document exactly once.
+    """Score every token of every document exactly once; of a conversation, its answers.
 
     Documents are cut into windows of `sequence_length` predictions. The first window is
     conditioned on end-of-text, later ones on one preceding token, like packed training sequences.
@@ -35,7 +42,7 @@ def document_losses(
 
     Args:
         model: `model(input_ids=[B, T], use_cache=False).logits` is [B, T, V], causal.
-        documents: the documents; empty ones are skipped.
+        documents: the documents; those without a predicted token are skipped.
         sequence_length: predictions per window.
         end_of_text_id: token before each document.
         batch_size: windows per forward pass; the result does not depend on it.
@@ -49,6 +56,7 @@ def document_losses(
     if not windows:
         raise TritterError("evaluation: the validation documents contain no tokens")
     nats = torch.zeros(len(documents), dtype=torch.float64)
+    num_tokens = torch.zeros(len(documents), dtype=torch.int64)
     with eval_mode(model) as device:
         done = 0
         for batch in window_batches(windows, batch_size=batch_size):
@@ -56,14 +64,16 @@ def document_losses(
                 batch, documents.tokens, end_of_text_id=end_of_text_id
             )
             with torch.autocast(device.type, autocast_dtype, enabled=autocast_dtype is not None):
-                logits = model(input_ids=input_ids.to(device), use_cache=False).logits
+                inputs = inputs_for(model, input_ids.to(device))
+                logits = model(input_ids=inputs, use_cache=False).logits
             row = torch.tensor([window.document for window in batch])
             nats.index_add_(0, row, nats_per_row(logits, targets.to(device)).cpu())
+            num_tokens.index_add_(0, row, (targets != IGNORED).sum(dim=1))
             done += len(batch)
             if progress is not None:
                 progress(done, len(windows))
-    num_tokens = documents.offsets.diff()
-    kept = num_tokens.nonzero().flatten()
+    # An empty answer has an end of turn to predict, but no bytes
+    kept = ((num_tokens > 0) & (documents.num_bytes > 0)).nonzero().flatten()
     return PairedScores(
         identifiers=tuple(documents.identifiers[index] for index in kept.tolist()),
         values=nats[kept],

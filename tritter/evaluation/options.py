@@ -7,9 +7,10 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from tritter.data.benchmark_names import CODE, benchmark_names, code_problems
-from tritter.errors import Problem, RequestError
+from tritter.errors import Problem, RequestError, nearest
 from tritter.limits import MAX_COUNT
 from tritter.options import Count, RunRequest, Text, WholeNumber, options
+from tritter.targets import instantiate
 
 TASKS_KEY = "evaluation.tasks"
 
@@ -22,6 +23,7 @@ class EvaluationConfig:
         max_tokens_per_document: limit of scored tokens per document.
         batch_size: windows per forward pass.
         sample_tokens: length of the text samples.
+        prompts: own prompts for text samples, also during training.
         every_n_steps: optimizer steps between two evaluations during training; 0 disables them.
             None becomes a tenth of the training steps during validation of the config.
         task_questions: questions for each domain of generated skills; 0 disables them.
@@ -36,6 +38,7 @@ class EvaluationConfig:
     max_tokens_per_document: Annotated[int, Field(ge=2, le=MAX_COUNT)]
     batch_size: Count
     sample_tokens: WholeNumber
+    prompts: list[Text]
     every_n_steps: WholeNumber | None
     task_questions: Annotated[int, Field(ge=0, le=MAX_COUNT)]
     tasks: list[str]
@@ -68,6 +71,16 @@ class GateConfig:
     max_attempts: Count | None = None
 
 
+def prompt_problems(config: RunRequest) -> Iterator[Problem]:
+    """Yield own prompts that are empty, or that nothing continues."""
+    key, prompts = "evaluation.prompts", config.evaluation.prompts
+    if prompts and not config.evaluation.sample_tokens:
+        reason = f"they need evaluation.sample_tokens above {config.evaluation.sample_tokens}"
+        yield Problem(key, prompts, reason=reason)
+    if len(set(prompts)) < len(prompts):
+        yield Problem(key, prompts, reason="list each prompt once")
+
+
 def benchmark_problems(config: RunRequest) -> Iterator[Problem]:
     """Yield the problems of a run's benchmarks; their files are not read."""
     evaluation = config.evaluation
@@ -90,6 +103,24 @@ def benchmark_problems(config: RunRequest) -> Iterator[Problem]:
         if domain.name in names:
             reason = "a domain already has this name"
             yield Problem(TASKS_KEY, domain.name, reason=reason)
+
+
+def metric_problems(config: RunRequest) -> Iterator[Problem]:
+    """Yield own metrics with the name of another score, and those of unknown domains."""
+    domains = [domain.name for domain in config.text.domains]
+    taken = {*domains, *benchmark_names(config.evaluation.tasks, key=TASKS_KEY)}
+    for one in config.metrics:
+        key, metric = f"metrics.{one.name}", instantiate(one.options)
+        domain, chance = metric.domain, metric.chance
+        if not isinstance(chance, int | float) or not 0 <= chance < 1:
+            yield Problem(key, reason=f"its chance is {chance!r}; must be at least 0 and below 1")
+        if one.name in taken or not one.name.isidentifier():
+            reason = "choose another name: letters, digits and _, not that of a domain or benchmark"
+            yield Problem(key, one.name, reason=reason)
+        if domain is not None and domain not in domains:
+            near, known = nearest(str(domain), domains), ", ".join(domains)
+            reason = f"it belongs to the domain {domain}, and this run has {known}"
+            yield Problem(key, reason=reason, nearest=near)
 
 
 def gate_problems(config: RunRequest) -> Iterator[Problem]:

@@ -8,10 +8,10 @@ B: rows per batch · T: tokens of the longest row · V: vocabulary size
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass
 from hashlib import sha256
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from tokenizers import Tokenizer
@@ -20,7 +20,7 @@ from torch import nn
 from tritter.data.packing import IGNORED
 from tritter.data.skills import Question
 from tritter.errors import TritterError
-from tritter.evaluation.inference import eval_mode
+from tritter.evaluation.inference import eval_mode, sample_text
 from tritter.evaluation.losses import nats_per_row
 from tritter.evaluation.statistics import PairedScores
 
@@ -38,6 +38,16 @@ class Reader:
     tokenizer: Tokenizer
     end_of_text_id: int
     batch_size: int
+
+    def continuation(self, model: nn.Module, prompt: str, *, max_new_tokens: int) -> str:
+        """Return the text with which greedy decoding continues a prompt."""
+        tokens = sample_text(
+            model,
+            prompt_ids=self.tokenizer.encode(prompt, add_special_tokens=False).ids,
+            max_new_tokens=max_new_tokens,
+            end_of_text_id=self.end_of_text_id,
+        )
+        return str(self.tokenizer.decode(tokens))
 
 
 class ScoredTask(Protocol):
@@ -60,6 +70,109 @@ class ScoredTask(Protocol):
 
     def lengths(self, reader: Reader) -> Sequence[int]:
         """Return the length in tokens of each sequence to score, for FLOPs."""
+
+
+class Metric:
+    """An own metric: the base of classes that a run names below `metrics`.
+
+    It scores every model of a run on the same items, so that changes are paired by item. The gate
+    checks that the score of a metric without a domain is retained, and that the score of one with a
+    new domain rises. The scores are reported as accuracies.
+
+    Attributes:
+        domain: the domain that teaches it; None for an ability to retain.
+        chance: mean score of a model that guesses.
+    """
+
+    domain: str | None = None
+    chance: float = 0.0
+
+    def items(self) -> Mapping[str, Any]:
+        """Return identifier → item, as plain data: scores of changed items are not reused."""
+        raise NotImplementedError
+
+    def score(self, model: nn.Module, items: Sequence[Any], reader: Reader) -> Sequence[float]:
+        """Return a score of each item in [0, 1]; higher is better.
+
+        Args:
+            model: `model(input_ids=[B, T], use_cache=False).logits` is [B, T, V], causal, in
+                evaluation mode on its device.
+            items: the values of `items`, in order.
+            reader: the tokenizer; `reader.continuation` generates text.
+        """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, slots=True)
+class MetricTask:
+    """An own metric as a task.
+
+    Args:
+        name: its name in the config.
+        metric: the metric.
+        identity: plain data that determines its scores, in addition to its items.
+    """
+
+    name: str
+    metric: Metric
+    identity: Any
+
+    @property
+    def domain(self) -> str | None:
+        return self.metric.domain
+
+    @property
+    def digest(self) -> str:
+        items = list(self._items.items())  # scores are in the order of the items
+        return sha256(json.dumps([self.identity, items], sort_keys=True).encode()).hexdigest()
+
+    def score(self, model: nn.Module, reader: Reader) -> PairedScores:
+        """Score all items.
+
+        Raises:
+            TritterError: there are no items, or a score is not in [0, 1].
+        """
+        items = self._items
+        with eval_mode(model):
+            found = self.metric.score(model, list(items.values()), reader)
+        try:
+            values = torch.as_tensor(found, dtype=torch.float64).detach().cpu()
+        except (TypeError, ValueError, RuntimeError):
+            values = torch.empty(0)
+        is_whole = values.shape == (len(items),) and len(items) > 0
+        if not is_whole or not bool(((values >= 0) & (values <= 1)).all()):
+            raise TritterError(
+                f"metrics.{self.name}: it must score each of its items in [0, 1], at least one. It "
+                f"has {len(items)} items and returned {str(found)[:80]}."
+            )
+        return PairedScores(
+            identifiers=tuple(items),
+            values=values,
+            weights={"answers": torch.ones(len(items), dtype=torch.int64)},
+            unit="accuracy",
+            chance=self.metric.chance,
+        )
+
+    def lengths(self, reader: Reader) -> Sequence[int]:
+        """Return nothing: the FLOPs of own metrics are not counted."""
+        return ()
+
+    @property
+    def _items(self) -> Mapping[str, Any]:
+        """The items, as JSON stores them.
+
+        Raises:
+            TritterError: they are not plain data.
+        """
+        items = self.metric.items()
+        if not isinstance(items, Mapping) or not all(isinstance(name, str) for name in items):
+            raise TritterError(f"metrics.{self.name}: items() must return a mapping of strings.")
+        try:
+            return dict(json.loads(json.dumps(dict(items))))
+        except (TypeError, ValueError) as error:
+            raise TritterError(
+                f"metrics.{self.name}: its items must be plain data: {error}."
+            ) from error
 
 
 def subject_of(task: ScoredTask) -> str:

@@ -25,6 +25,8 @@ from tritter.config.validation import source_config, start_problems
 from tritter.core.families import Config, count_parameters, family_of, position_limit
 from tritter.core.models import named_tensors, new_model, read_config, save_tokenizer
 from tritter.data.cache import entry_lock, quarantine
+from tritter.data.chat import NONE, TEMPLATE_FILE, TOKENIZER, read_template
+from tritter.data.datasets import stream_identity
 from tritter.data.tokens import END_OF_TEXT, read_tokenizer
 from tritter.errors import Problem, RequestError, TritterError, key_name, raise_problems
 from tritter.methods.forgetting.path_integral import PathIntegral
@@ -59,6 +61,8 @@ WHICH_TEXT |= {
     "max_rows",
     "streaming",
     "weights",
+    "chat_template",
+    "loss_on",
 }  # `weights` applies to new domains only
 FORMAT_VERSION = 1
 _TRAINER_KEYS = ("accelerator", "precision", "gradient_clip_val", "devices", "compile")
@@ -112,6 +116,12 @@ def _made_from(context: RunContext) -> dict[str, Any]:
     """Return everything that determines the weights of the base model."""
     config, trainer = context.config, asdict(context.config.trainer)
     text = {key: value for key, value in asdict(config.data).items() if key not in WHICH_TEXT}
+    text["packing"] = context.packing
+    streams = {
+        name: [stream_identity(source, key=name) for source in sources]
+        for name, sources in context.streams.items()
+        if name in context.old_domains
+    }
     pretraining = {k: v for k, v in asdict(config.pretraining).items() if k != "max_tokens"}
     return {
         "format": "base",
@@ -120,6 +130,7 @@ def _made_from(context: RunContext) -> dict[str, Any]:
         "torch": torch.__version__,
         "model": base_config(context),
         "corpus": context.corpus.digest,
+        **({"streams": streams} if streams else {}),
         "domains": list(context.old_domains),
         "data": text,
         "pretraining": pretraining,
@@ -319,11 +330,26 @@ def copy_source(context: RunContext, target: Path) -> Lineage:
             config=source.config,
             tensors=tensors,
             lineage=checked,
-            artifacts=source.artifacts(),
+            artifacts=[*source.artifacts(), _template(context)],
             overwrite=True,
         )
     except TritterError as error:
         raise RequestError(f"{key_name('model.path')}: {error}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class _Template:
+    """The chat template file of a run, which replaces that of the tokenizer."""
+
+    path: str
+
+    def write(self, folder: Path) -> None:
+        (folder / TEMPLATE_FILE).write_text(read_template(self.path), encoding="utf-8")
+
+
+def _template(context: RunContext) -> _Template | None:
+    choice = context.config.data.chat_template
+    return None if choice in (None, TOKENIZER, NONE) else _Template(choice)
 
 
 def check_teacher(context: RunContext) -> None:

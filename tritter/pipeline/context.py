@@ -22,22 +22,45 @@ from tritter.checkpoints.record import LearnedDomain
 from tritter.checkpoints.run_text import DomainText, RunText, run_text
 from tritter.config.schema import CheckpointModelConfig, RunConfig
 from tritter.config.validation import known_config
-from tritter.core.families import Flops, position_limit
-from tritter.core.models import read_config, wrapped_tokenizer
-from tritter.data.batches import BatchStream, SequenceStream, sample_equally
+from tritter.core.families import Config, Flops, family_of, position_limit
+from tritter.core.models import load_tokenizer, read_config, wrapped_tokenizer
+from tritter.data.batches import BatchStream, Sequences, SequenceStream, sample_equally
 from tritter.data.benchmark_names import CODE, benchmark_names
 from tritter.data.built_in import built_in_origin, is_built_in, questions_of
+from tritter.data.chat import (
+    LOSS_KEY,
+    NONE,
+    TEMPLATE_KEY,
+    Chat,
+    ChatChoice,
+    chat_of,
+    is_unpredicted,
+)
 from tritter.data.corpus import Corpus, build_corpus, stdlib_corpus
 from tritter.data.datamodule import ValidationSubset
-from tritter.data.datasets import dataset_names
+from tritter.data.datasets import HEAD_ROWS, DatasetName, dataset_names
 from tritter.data.documents import Documents
 from tritter.data.local_files import TextFileError
 from tritter.data.options import DatasetsConfig
-from tritter.data.packing import DocumentMask, mask_documents, num_packed, packed, padding_fraction
+from tritter.data.packing import (
+    DocumentMask,
+    Packing,
+    mask_documents,
+    num_packed,
+    packed,
+    padding_fraction,
+)
 from tritter.data.replay import ReplayBuffer
-from tritter.data.sources import find_texts, recorded_paths, source_documents
-from tritter.data.tokens import END_OF_TEXT, PretrainedTokenizer, concatenate, read_tokenizer
-from tritter.errors import RequestError, TritterError, key_name
+from tritter.data.sources import find_texts, source_documents
+from tritter.data.stream import SequenceOptions, StreamedSequences
+from tritter.data.tokens import (
+    END_OF_TEXT,
+    PretrainedTokenizer,
+    concatenate,
+    copy_backend,
+    read_tokenizer,
+)
+from tritter.errors import Problem, RequestError, TritterError, key_name
 from tritter.evaluation.benchmarks.files import Questions, TasksFolder, load
 from tritter.evaluation.benchmarks.formats import BENCHMARKS, Benchmark
 from tritter.evaluation.benchmarks.harness import (
@@ -53,7 +76,7 @@ from tritter.evaluation.benchmarks.harness import (
 from tritter.evaluation.code.sandbox import ExternalSandbox, NamespaceSandbox, Sandbox
 from tritter.evaluation.options import TASKS_KEY, EvaluationConfig
 from tritter.evaluation.statistics import PairedScores, score_file
-from tritter.evaluation.tasks import QuestionTask, Reader, ScoredTask, subject_of
+from tritter.evaluation.tasks import MetricTask, QuestionTask, Reader, ScoredTask, subject_of
 from tritter.pipeline.branch import Branch
 from tritter.pipeline.ledger import Ledger, StageResult
 from tritter.pipeline.scoring import Scores, Scoring, scores_text
@@ -62,7 +85,7 @@ from tritter.seeds import derived_seed
 from tritter.stopping import Stopped
 from tritter.storage.atomic import write_text_atomic
 from tritter.storage.hub import locate
-from tritter.targets import dotted
+from tritter.targets import dotted, instantiate
 from tritter.terminal import Console, NewBar, progress_bars, shows_bar
 from tritter.training.options import rate_notes
 from tritter.transform import PlannedExpansion, planned
@@ -143,6 +166,15 @@ class RunContext:
         except TritterError as error:
             raise RequestError(f"{key_name('model.path')}: {error}") from error
 
+    @property
+    def model_config(self) -> Config:
+        """The config.json of the model that the run starts from."""
+        if self.initial_checkpoint is not None:
+            return self.initial_checkpoint.config
+        config = known_config(self.config)
+        assert config is not None  # only that of a Hub id is unknown, which is a checkpoint
+        return config
+
     @cached_property
     def text(self) -> RunText:
         """The run's domains; those of a Hub checkpoint are known once it is downloaded."""
@@ -183,29 +215,69 @@ class RunContext:
         if [(domain.name, domain.paths) for domain in domains] == _STDLIB_DOMAINS:
             return stdlib_corpus(**settings)
         origin = {domain.name: _origin(domain, config) for domain in domains}
-        return build_corpus(all_documents(domains), origin=origin, **settings)
+        documents = all_documents(domains)
+        folder = None if self.initial_checkpoint is None else self.initial_checkpoint.folder
+        is_chat = any(each.num_conversations() for each in documents.values())
+        chat = corpus_chat(is_chat, self.chat_choice, folder)
+        corpus = build_corpus(documents, origin=origin, chat=chat, **settings)
+        for domain in domains:
+            found = corpus.domains[domain.name]
+            for side in (found.train, found.validation):
+                if side.has_marks and bool(is_unpredicted(side.tokens).all()):
+                    reason = "its conversations have no answers: messages of the role assistant"
+                    raise RequestError(Problem(domain.key, list(domain.paths), reason=reason))
+        return corpus
+
+    @property
+    def chat_choice(self) -> ChatChoice:
+        """The chat options of the run; those that are null are as in the checkpoint's lineage."""
+        data, start = self.config.data, self.initial_checkpoint
+        recorded = recorded_chat(None if start is None else start.lineage)
+        return ChatChoice(
+            data.chat_template or recorded.chat_template, data.loss_on or recorded.loss_on
+        )
+
+    @cached_property
+    def packing(self) -> Packing:
+        """The packing of the run's sequences.
+
+        Raises:
+            RequestError: conversations need `documents`, which the model or the user rules out.
+        """
+        domains, choice = self.corpus.domains.values(), self.config.data.packing
+        has_marks = any(side.has_marks for d in domains for side in (d.train, d.validation))
+        plain = "conversations are plain text with data.chat_template=none data.loss_on=all"
+        if has_marks and choice == "stream":
+            reason = f"attention would cross conversations; remove the key ({plain})"
+            raise RequestError(Problem("data.packing", choice, reason=reason))
+        if choice is None:
+            is_kept = self.text.kept_sequences.of_documents
+            choice = "documents" if has_marks or is_kept else "stream"
+        source = self.model_config
+        if choice == "documents" and not family_of(source).separates_documents(source):
+            reason = f"a token of {source['model_type']} depends on earlier documents; {plain}"
+            raise RequestError(Problem("data.packing", self.config.data.packing, reason=reason))
+        return choice
 
     @cached_property
     def notes(self) -> tuple[str, ...]:
         """Notes on the inputs of the run, a sentence each."""
-        source = (
-            known_config(self.config)
-            if self.initial_checkpoint is None
-            else self.initial_checkpoint.config
-        )
-        assert (
-            source is not None
-        )  # only the config of a Hub id is unknown, and then `initial_checkpoint` is set
+        source = self.model_config
         # Skipped files of each domain
         notes = [find_texts(each.key, each.paths).note(each.name) for each in self.text.domains]
         notes += [*self.text.notes, *self.corpus.notes]
+        notes += [
+            f"{name} is streamed: training reads all of it, everything else its first "
+            f"{HEAD_ROWS:,} rows."
+            for name in self.streams
+        ]
         if count := sum(each.held_out_before for each in self.corpus.counts.values()):
             notes.append(
                 f"{count} documents were held out by an earlier run, so they are not used "
                 "for training."
             )
         length = self.config.data.sequence_length
-        is_masked = self.config.data.packing == "documents"
+        is_masked = self.packing == "documents"
         for name, domain in self.corpus.domains.items() if is_masked else ():
             if not domain.train.num_tokens:
                 continue
@@ -320,7 +392,7 @@ class RunContext:
             if name not in self._packed:
                 self._packed[name] = packed(
                     self.corpus.domains[name].train,
-                    packing=self.config.data.packing,
+                    packing=self.packing,
                     sequence_length=self.config.data.sequence_length,
                     end_of_text_id=self.end_of_text_id,
                 )
@@ -333,12 +405,12 @@ class RunContext:
             RequestError: the domain is too small for one sequence.
         """
         train, data = self.corpus.domains[domain].train, self.config.data
-        return num_packed(train, packing=data.packing, sequence_length=data.sequence_length)
+        return num_packed(train, packing=self.packing, sequence_length=data.sequence_length)
 
     @property
     def document_mask(self) -> DocumentMask | None:
         """The mask between documents of a training sequence; None to treat them as one stream."""
-        is_masked = self.config.data.packing == "documents"
+        is_masked = self.packing == "documents"
         return DocumentMask(self.end_of_text_id) if is_masked else None
 
     def masked(self, model: nn.Module) -> nn.Module:
@@ -371,7 +443,7 @@ class RunContext:
         return {
             name: {
                 **asdict(self.corpus.sources[name]),
-                "paths": list(recorded_paths(domain_of[name].paths, key=domain_of[name].key)),
+                "paths": list(domain_of[name].recorded_paths),
                 "text_field": domain_of[name].text_field,
             }
             for name in domains
@@ -380,9 +452,13 @@ class RunContext:
     def split_record(self) -> dict[str, Any]:
         """Return the settings that a later training run adopts, except the split."""
         data = self.config.data
-        packing = {} if data.packing == "stream" else {"packing": data.packing}
+        packing = {} if self.packing == "stream" else {"packing": self.packing}
+        # A template file is part of the checkpoint
+        choice = self.chat_choice
+        chat = {"chat_template": NONE} if choice.chat_template == NONE else {}
+        chat |= {"loss_on": "all"} if choice.loss_on == "all" else {}
         return {
-            "data": {"sequence_length": data.sequence_length, **packing},
+            "data": {"sequence_length": data.sequence_length, **packing, **chat},
             "seed": self.config.seed,
         }
 
@@ -395,25 +471,61 @@ class RunContext:
             del source["name"]
             records[name] = LearnedDomain(
                 **source,
-                paths=recorded_paths(domain_of[name].paths, key=domain_of[name].key),
+                paths=domain_of[name].recorded_paths,
                 text_field=domain_of[name].text_field,
             )
         return {**self.text.learned, **records}
 
     def batches(self, domains: Sequence[str], *, purpose: str, max_steps: int) -> BatchStream:
         """Return endless batches of some domains in a random order."""
-        sequences, seed = self.training_sequences(domains), self.seed("order", purpose)
-        data = self.config.data
+        seed, data = self.seed("order", purpose), self.config.data
         # New domain → its weight within the task; empty to mix domains by size
         configured = (data.weights or {}) if isinstance(data, DatasetsConfig) else {}
         weights = {name: each for name, each in configured.items() if name in domains}
-        stream = (
-            ReplayBuffer.of_domains(sequences, weights=weights, seed=seed, purpose="domain")
-            if weights
-            else SequenceStream(concatenate(list(sequences.values())), seed=seed)
+        streams: dict[str, Sequences] = {
+            name: self._streamed(name, seed) for name in domains if name in self.streams
+        }
+        sequences = self.training_sequences([name for name in domains if name not in streams])
+        stream: Sequences
+        if weights or (streams and len(domains) > 1):
+            for name, each in sequences.items():
+                streams[name] = SequenceStream(each, seed=derived_seed(seed, "domain", name))
+            stream = ReplayBuffer({name: streams[name] for name in domains}, weights=weights)
+        elif streams:
+            (stream,) = streams.values()
+        else:
+            stream = SequenceStream(concatenate(list(sequences.values())), seed=seed)
+        gathered = self.config.trainer.accumulate_grad_batches
+        return BatchStream(
+            stream,
+            batch_size=data.batch_size,
+            num_batches=max_steps * gathered,
+            window=gathered if self.packing == "documents" else 1,
         )
-        num_batches = max_steps * self.config.trainer.accumulate_grad_batches
-        return BatchStream(stream, batch_size=data.batch_size, num_batches=num_batches)
+
+    @cached_property
+    def streams(self) -> dict[str, tuple[DatasetName, ...]]:
+        """Trained domain → the data sets that are read while the model trains on it."""
+        trains_old = self.initial_checkpoint is None  # a base model
+        return {
+            domain.name: domain.streams
+            for domain in self.text.domains
+            if domain.streams and (trains_old or not domain.is_old)
+        }
+
+    def _streamed(self, name: str, seed: int) -> StreamedSequences:
+        """Return the training sequences of a streamed domain."""
+        (domain,) = (each for each in self.text.domains if each.name == name)
+        options = SequenceOptions(
+            rule=self.text.split,
+            tokenizer=copy_backend(self.corpus.tokenizer),  # for its thread
+            chat=self.corpus.chat,
+            packing=self.packing,
+            sequence_length=self.config.data.sequence_length,
+            end_of_text_id=self.end_of_text_id,
+        )
+        own = derived_seed(seed, "domain", name)
+        return StreamedSequences(self.streams[name], key=domain.key, options=options, seed=own)
 
     @cached_property
     def validation_subset(self) -> ValidationSubset | None:
@@ -441,13 +553,12 @@ class RunContext:
         skills = (
             QuestionTask(name, name, questions[name]) for name in questions if questions[name]
         )
-        source = (
-            known_config(self.config)
-            if self.initial_checkpoint is None
-            else self.initial_checkpoint.config
+        length = position_limit(self.model_config) or MAX_POSITIONS
+        own = (
+            MetricTask(one.name, instantiate(one.options), one.plain())
+            for one in self.config.metrics
         )
-        length = (source and position_limit(source)) or MAX_POSITIONS
-        return (*skills, *benchmark_tasks(options, positions=length))
+        return (*skills, *benchmark_tasks(options, positions=length), *own)
 
     @cached_property
     def scoring(self) -> Scoring:
@@ -514,12 +625,47 @@ def all_documents(domains: Iterable[DomainText]) -> dict[str, Documents]:
                 text_field=domain.text_field,
                 texts=domain.texts,
                 is_streamed=domain.is_streamed,
+                is_head=domain.is_head,
             )
         except TextFileError as error:
             problems += error.problems
     if problems:
         raise TextFileError(problems)
     return documents
+
+
+def recorded_chat(lineage: Lineage | None) -> ChatChoice:
+    """Return the chat options of the last training run; a template file is in the checkpoint."""
+    recorded = lineage.training_config.get("data") if lineage is not None else None
+    found = recorded if isinstance(recorded, Mapping) else {}
+    return ChatChoice(
+        NONE if found.get("chat_template") == NONE else None,
+        "all" if found.get("loss_on") == "all" else None,
+    )
+
+
+def corpus_chat(is_chat: bool, data: ChatChoice, folder: Path | None) -> Chat | None:
+    """Return the chat options of a corpus; None if it has no conversations.
+
+    Args:
+        is_chat: whether there are conversations.
+        data: the chat options.
+        folder: the checkpoint with the tokenizer; None for a new base model.
+
+    Raises:
+        RequestError: there is no such template, or an option needs conversations.
+    """
+    if is_chat:
+        tokenizer = None if folder is None else load_tokenizer(folder)
+        return chat_of(data, tokenizer=tokenizer)
+    for key, value, is_used in (
+        (TEMPLATE_KEY, data.chat_template, data.chat_template not in (None, NONE)),
+        (LOSS_KEY, data.loss_on, data.loss_on == "answers"),
+    ):
+        if is_used:
+            reason = "the data has no conversations; remove the key"
+            raise RequestError(Problem(key, value, reason=reason))
+    return None
 
 
 def _origin(domain: DomainText, config: RunConfig) -> str:

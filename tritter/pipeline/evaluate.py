@@ -18,7 +18,7 @@ from tritter.data.tokens import PretrainedTokenizer, TokenisedDocuments, tokenis
 from tritter.errors import RequestError
 from tritter.evaluation.statistics import PairedScores
 from tritter.evaluation.tasks import Reader
-from tritter.pipeline.context import all_documents
+from tritter.pipeline.context import all_documents, corpus_chat, recorded_chat
 from tritter.pipeline.scoring import Scoring
 from tritter.terminal import NewBar, no_bar
 
@@ -40,9 +40,15 @@ class DomainsToScore:
 
 
 def named_domains(
-    sources: Mapping[str, Sequence[str]], tokenizer: PretrainedTokenizer
+    sources: Mapping[str, Sequence[str]],
+    tokenizer: PretrainedTokenizer,
+    *,
+    folder: Path,
+    lineage: Lineage | None,
 ) -> DomainsToScore:
     """Return all documents in some files, each truncated to its first tokens.
+
+    Conversations are tokenised as in training of the checkpoint in `folder`.
 
     Raises:
         RequestError: a path has no documents.
@@ -52,16 +58,20 @@ def named_domains(
         name: source_documents(paths, key=f"--data {name}", text_field=DEFAULT_FIELD)
         for name, paths in sources.items()
     }
+    count = sum(each.num_conversations() for each in found.values())
+    chat = corpus_chat(count > 0, recorded_chat(lineage), folder)
     documents = {
         name: tokenise(
-            domain_documents, tokenizer.tokenizer, max_tokens_per_document=MAX_TOKENS_PER_DOCUMENT
+            domain_documents,
+            tokenizer.tokenizer,
+            max_tokens_per_document=MAX_TOKENS_PER_DOCUMENT,
+            chat=chat,
         )
         for name, domain_documents in found.items()
     }
-    return DomainsToScore(
-        documents,
-        tuple(note for domain_documents in found.values() for note in notes_of(domain_documents)),
-    )
+    notes = [note for domain_documents in found.values() for note in notes_of(domain_documents)]
+    notes += [] if chat is None else [chat.note(count)]
+    return DomainsToScore(documents, tuple(notes))
 
 
 def learned_domains(
@@ -99,8 +109,10 @@ def learned_domains(
             f"--checkpoint = {folder}: its lineage records no training data; pass data with "
             "--data NAME=PATH, or benchmarks with --tasks NAMES."
         )
+    found = all_documents(text.domains)
+    is_chat = any(each.num_conversations() for each in found.values())
     corpus = build_corpus(
-        all_documents(text.domains),
+        found,
         origin="the domains in the lineage",
         vocab_size=tokenizer.tokenizer.get_vocab_size(),
         validation_fraction=text.split.validation_fraction,
@@ -108,6 +120,7 @@ def learned_domains(
         seed=text.split.seed,
         cache_dir=cache_folder(None),
         tokenizer=tokenizer.tokenizer,
+        chat=corpus_chat(is_chat, recorded_chat(lineage), folder),
     )
     documents = {name: domain.validation for name, domain in corpus.domains.items()}
     held_out = f"Documents held out from all training of this checkpoint: {', '.join(documents)}."

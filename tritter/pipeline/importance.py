@@ -269,7 +269,7 @@ def kept_text(context: RunContext, branch: Branch) -> KeptSequences:
     )
     for problem in kept_sequences.problems(
         sequence_length=data.sequence_length,
-        packing=data.packing,
+        packing=context.packing,
         vocab_size=start.family.dimensions(start.config).vocab_size,
     ):
         raise RequestError(problem)
@@ -289,7 +289,7 @@ def kept_sequences_of(context: RunContext, branch: Branch) -> KeptSequences:
         name: sample_equally({name: each}, keep, seed=lambda name: context.seed("kept", name)).int()
         for name, each in sequences.items()
     }
-    is_masked = context.config.data.packing == "documents"
+    is_masked = context.packing == "documents"
     return KeptSequences(
         {**others.sequences, **sampled},
         others.losses,

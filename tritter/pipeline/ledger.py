@@ -82,6 +82,7 @@ class TrainingFound:
     stopped_because: str | None
     ended_early: str | None
     update_norms: Mapping[str, Any]
+    best_step: int | None = None
     flow: Mapping[str, Any] = field(default_factory=dict)
     held: Mapping[str, Any] = field(default_factory=dict)
     packing: Mapping[str, Any] = field(default_factory=dict)

@@ -3,6 +3,7 @@
 import csv
 import inspect
 import io
+import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +17,8 @@ from uuid import uuid4
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger, MLFlowLogger, WandbLogger
 
+from tritter.checkpoints import lineage_of
+from tritter.checkpoints.location import public_files
 from tritter.config.run_folder import fingerprint
 from tritter.evaluation.statistics import finite_or_none
 from tritter.pipeline.branch import Branch
@@ -25,10 +28,14 @@ from tritter.report.rows import domain_rows
 from tritter.report.summary import Summary
 from tritter.report.wording import ACCURACY
 from tritter.storage.atomic import write_text_atomic
+from tritter.storage.reading import read_text
 from tritter.targets import Component, instantiate
 from tritter.training import read_metrics
 
 WANDB_STEP = "trainer/global_step"  # name used by Lightning's logger
+SAMPLES_NAME = "samples.jsonl"  # in the folder of a training run
+_SAMPLES_KEY = "samples/training"  # of the table in W&B
+SAMPLE_COLUMNS = ("step", "prompt", "continuation")
 BEFORE = -1  # step of the model before its expansion
 
 
@@ -186,8 +193,57 @@ def log_result_to_wandb(
     if samples:
         rows = [list(sample.values()) for sample in samples]
         media["samples"] = wandb.Table(columns=list(samples[0]), data=rows)
+    if context.config.trainer.has_workers and (rows := _training_samples(context.folder)):
+        media[_SAMPLES_KEY] = _samples_table(rows)
     logger.log_metrics(media, step=step)
     logger.experiment.summary.update(wandb_summary(summary))
+    settings = context.config.logger.wandb
+    if settings is not None and settings.log_model and summary.status != "rolled_back":
+        _log_model(logger, context.folder / "checkpoint", summary)
+
+
+def log_samples(loggers: Sequence[Logger], rows: Sequence[Sequence[Any]], *, step: int) -> None:
+    """Log samples of a training run as a table to W&B, if it is among the loggers.
+
+    Args:
+        rows: values of `SAMPLE_COLUMNS`.
+        step: step of the training run.
+    """
+    for logger in loggers:
+        if isinstance(getattr(logger, "wrapped", logger), WandbLogger):
+            logger.log_metrics({_SAMPLES_KEY: _samples_table(rows)}, step=step)
+
+
+def _samples_table(rows: Sequence[Sequence[Any]]) -> Any:
+    import wandb
+
+    return wandb.Table(columns=list(SAMPLE_COLUMNS), data=[list(row) for row in rows])
+
+
+def _training_samples(run_folder: Path) -> list[list[Any]]:
+    """Return the rows of the last training of a run, except the control."""
+    logged = [*run_folder.glob(f"attempt_*/{SAMPLES_NAME}")]
+    logged += run_folder.glob(f"round_*/{SAMPLES_NAME}")
+    newest = max(logged, key=lambda path: path.stat().st_mtime_ns, default=None)
+    lines = [] if newest is None else read_text(newest).splitlines()
+    return [list(json.loads(line).values()) for line in lines]
+
+
+def _log_model(logger: WandbLogger, folder: Path, summary: Summary) -> None:
+    """Log a checkpoint as an artifact, with the files that `tritter push` would upload."""
+    import wandb
+
+    lineage = lineage_of(folder)
+    metadata = {"status": summary.status, "model_hash": lineage.model_hash}
+    artifact = wandb.Artifact(f"checkpoint-{logger.version}", type="model", metadata=metadata)
+    for name, content in public_files(folder, lineage)[0].items():
+        if isinstance(content, Path):
+            # The files of a published checkpoint are replaced, never edited: no copy is needed
+            artifact.add_file(str(content), name=name, policy="immutable")
+        else:
+            with artifact.new_file(name, mode="wb") as file:
+                file.write(content)
+    logger.experiment.log_artifact(artifact)
 
 
 def run_name(context: RunContext, part: str | None = None) -> str:
@@ -298,6 +354,11 @@ class OffsetLogger(Logger):
     def __init__(self, logger: Logger, first_step: int) -> None:
         self._logger = logger
         self._first_step = first_step
+
+    @property
+    def wrapped(self) -> Logger:
+        """The wrapped logger."""
+        return self._logger
 
     @property
     def name(self) -> str | None:

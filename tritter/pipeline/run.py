@@ -272,20 +272,8 @@ def run_branch(context: RunContext, branch: Branch, *, first_step: int = 0) -> B
     Args:
         first_step: number of earlier steps in loggers.
     """
+    branch = prepare_branch(context, branch)
     key, label = branch.name, branch.label
-    if moe.selects_experts_by_data(branch):
-        stage = f"{key}.choose"
-        context.stage(stage, partial(stages.choice, context, branch), label="choose")
-        branch = moe.with_choice(branch, context.ledger.found(stage, ChoiceFound).clone_from)
-    context.stage(f"{key}.expand", lambda: stages.expansion(context, branch), label=label("expand"))
-    if moe.teacher_of(branch) is not None:
-        context.stage(
-            f"{key}.distill", lambda: stages.distillation(context, branch), label="distill"
-        )
-    if moe.router_steps(context, branch):
-        context.stage(
-            f"{key}.adapt", lambda: stages.adaptation(context, branch), label=label("adapt")
-        )
     opened: AbstractContextManager[list[Logger]] = nullcontext([])
     if context.ledger.get(f"{key}.evaluate") is None:
         opened = open_loggers(context, branch.part, first_step=first_step)
@@ -304,6 +292,25 @@ def run_branch(context: RunContext, branch: Branch, *, first_step: int = 0) -> B
         )
         for logger in loggers:
             logger.log_metrics(score_metrics(context, key), step=num_steps(context, key))
+    return branch
+
+
+def prepare_branch(context: RunContext, branch: Branch) -> Branch:
+    """Expand a branch up to its training; return it with the experts selected by its data."""
+    key, label = branch.name, branch.label
+    if moe.selects_experts_by_data(branch):
+        stage = f"{key}.choose"
+        context.stage(stage, partial(stages.choice, context, branch), label="choose")
+        branch = moe.with_choice(branch, context.ledger.found(stage, ChoiceFound).clone_from)
+    context.stage(f"{key}.expand", lambda: stages.expansion(context, branch), label=label("expand"))
+    if moe.teacher_of(branch) is not None:
+        context.stage(
+            f"{key}.distill", lambda: stages.distillation(context, branch), label="distill"
+        )
+    if moe.router_steps(context, branch):
+        context.stage(
+            f"{key}.adapt", lambda: stages.adaptation(context, branch), label=label("adapt")
+        )
     return branch
 
 

@@ -4,7 +4,7 @@ import json
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,14 @@ from lightning.pytorch.loggers import Logger
 from torch import Tensor, nn
 
 from tritter.checkpoints import Source, lineage_of, record_step0_error
-from tritter.core.families import count_parameters, forward_flops, position_limit, training_flops
-from tritter.core.models import config_of, load_model
+from tritter.core.families import count_parameters, forward_flops, training_flops
+from tritter.core.models import load_model
 from tritter.core.stock_routers import Routing
 from tritter.data.cache import entry_lock
+from tritter.data.chat import ids_of
 from tritter.data.datamodule import ValidationSubset
 from tritter.data.packing import document_mask_of, lengths_of
 from tritter.errors import RequestError, TritterError
-from tritter.evaluation.inference import sample_text, whole_word_prompt
 from tritter.evaluation.jump import logit_jump
 from tritter.evaluation.statistics import MAX_SCORE_BYTES, PairedScores, score_file
 from tritter.methods.experts.mixture import mixture_on
@@ -34,7 +34,7 @@ from tritter.methods.moe_routing.summary import moe_usage
 from tritter.pipeline import experts, importance, moe
 from tritter.pipeline.base import copy_source, last_rate, obtain_base, schedule_of
 from tritter.pipeline.branch import Branch
-from tritter.pipeline.context import MAX_POSITIONS, RunContext
+from tritter.pipeline.context import RunContext
 from tritter.pipeline.disk import may_release_start, write_expanded
 from tritter.pipeline.ledger import (
     BaselineFound,
@@ -45,8 +45,10 @@ from tritter.pipeline.ledger import (
     TrainingFound,
     content_key,
 )
+from tritter.pipeline.samples import generate_samples, sample_log
 from tritter.pipeline.scoring import scores_text
 from tritter.pipeline.trained import (
+    TrainedWriter,
     accept,
     branch_writer,
     carried_moments,
@@ -135,7 +137,7 @@ def expansion(context: RunContext, branch: Branch) -> StageResult:
         context.say("", note)
     before, after = (load_model(each.folder, config=each.config) for each in (source, grown))
     texts = context.training_sequences(context.domains).values()
-    tokens = torch.cat([each[:JUMP_SEQUENCES] for each in texts]).long()  # [B, T]
+    tokens = ids_of(torch.cat([each[:JUMP_SEQUENCES] for each in texts])).long()  # [B, T]
     jump = logit_jump(before, after, tokens)
     error, num_new = jump.to_dict()["relative_to_std"], len(branch.specs)
     lineage = record_step0_error(grown.folder, made.lineage, error, grown.config, num_new=num_new)
@@ -205,48 +207,17 @@ def adaptation(context: RunContext, branch: Branch) -> StageResult:
     return _accept(context, location, result, folder=folder, label=branch.label("adapt"))
 
 
+def rate_test(context: RunContext, branch: Branch, schedule: Schedule, observer: Callback) -> None:
+    """Train a branch with another schedule and without a result."""
+    start = context.source(moe.start_folder(context, branch))
+    _train(context, branch, start, schedule=schedule, observer=observer)
+
+
 def training(context: RunContext, branch: Branch, *, loggers: Sequence[Logger]) -> StageResult:
     """Continue training on the new domains with the selected forgetting mitigation."""
-    frees_start = may_release_start(context, branch)
-    start = context.source(moe.start_folder(context, branch))
-    options = experts.training_of(context, branch)
-    settings = replace(options, max_steps=options.max_steps * branch.num_trainings)
-    model = context.masked(experts.load_start(context, branch, start))
-    if any(spec.new_blocks_only for spec in branch.specs):
-        mapped = context.planned(branch).change.masks()
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad &= not bool(mapped[name].any())
-    methods = build_methods(context.config.forgetting)
-    _announce(context, branch, methods, max_steps=settings.max_steps)
-    with moe.training_setup(context, branch, model) as setup:
-        task = importance.task(context, branch, follow=setup.follow)
-        observers, surgery_callbacks = _growth(context, branch, model, max_steps=settings.max_steps)
-        trainee = experts.begin(context, branch, model, max_steps=settings.max_steps)
-        _freeze(model, methods, task, max_steps=settings.max_steps)
-        module = trainee.module(
-            schedule=schedule_of(settings, start_rate=last_rate(context, branch)),
-            optimizer=context.config.optimizer,
-            methods=methods,
-            side_losses=setup.side_losses,
-            moments=carried_moments(context, start, model),
-        )
-        folder, text = context.folder / branch.name, context.validation_subset
-        is_routed = bool(setup.side_losses)
-        write = branch_writer(context, branch, is_routed=is_routed, frees_start=frees_start)
-        result = _fit(
-            context,
-            branch,
-            module,
-            setup=setup,
-            task=task,
-            folder=folder,
-            label="training",
-            loggers=loggers,
-            write_result=write,
-            evaluation=text,
-            observers=observers,
-            surgery_callbacks=(*surgery_callbacks, *trainee.surgery_callbacks),
-        )
+    start, text = context.source(moe.start_folder(context, branch)), context.validation_subset
+    folder = context.folder / branch.name
+    result, write = _train(context, branch, start, loggers=loggers)
     location = f"{branch.name}/trained"
     accept(context, location)
     context.ledger.watch_disk()
@@ -255,6 +226,8 @@ def training(context: RunContext, branch: Branch, *, loggers: Sequence[Logger]) 
         context.say("", f"training stopped: {result.stopped_because}")
     if result.ended_early is not None:
         context.say("", f"training ended early, at step {result.steps}: {result.ended_early}")
+    if result.best_step is not None:
+        context.say("", f"the best weights are those of step {result.best_step} of {result.steps}")
     if write.routing_state is not None:
         context.say("", "scores with the selection bias, which is not saved:")
         biased = with_routing(context.source(location), write.routing_state)
@@ -282,6 +255,69 @@ def training(context: RunContext, branch: Branch, *, loggers: Sequence[Logger]) 
         seconds={eval_mode: result.evaluation_seconds} if text else {},
         leaves=(location, *metrics),
     )
+
+
+def _train(
+    context: RunContext,
+    branch: Branch,
+    start: Source,
+    *,
+    loggers: Sequence[Logger] = (),
+    schedule: Schedule | None = None,
+    observer: Callback | None = None,
+) -> tuple[FitResult, TrainedWriter]:
+    """Train a branch; return the result and what wrote it.
+
+    Args:
+        schedule: of a test: nothing is validated or written, and callbacks of the user do not run.
+        observer: callback of a test.
+    """
+    is_test = schedule is not None
+    frees_start = may_release_start(context, branch)
+    options = experts.training_of(context, branch)
+    settings = replace(options, max_steps=options.max_steps * branch.num_trainings)
+    model = context.masked(experts.load_start(context, branch, start))
+    if any(spec.new_blocks_only for spec in branch.specs):
+        mapped = context.planned(branch).change.masks()
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad &= not bool(mapped[name].any())
+    methods = build_methods(context.config.forgetting)
+    num_steps = settings.max_steps if schedule is None else schedule.max_steps
+    _announce(context, branch, methods, max_steps=num_steps)
+    with moe.training_setup(context, branch, model) as setup:
+        task = importance.task(context, branch, follow=setup.follow)
+        observers, surgery_callbacks = _growth(context, branch, model, max_steps=settings.max_steps)
+        trainee = experts.begin(context, branch, model, max_steps=settings.max_steps)
+        _freeze(model, methods, task, max_steps=settings.max_steps)
+        module = trainee.module(
+            schedule=schedule or schedule_of(settings, start_rate=last_rate(context, branch)),
+            optimizer=context.config.optimizer,
+            methods=methods,
+            side_losses=setup.side_losses,
+            moments=carried_moments(context, start, model),
+        )
+        folder, text = context.folder / branch.name, context.validation_subset
+        if observer is not None:
+            observers = (*observers, observer)
+        elif text is not None:
+            observers = (*observers, *sample_log(context, model, folder))
+        is_routed = bool(setup.side_losses)
+        write = branch_writer(context, branch, is_routed=is_routed, frees_start=frees_start)
+        result = _fit(
+            context,
+            branch,
+            module,
+            setup=setup,
+            task=task,
+            folder=folder,
+            label="range test" if is_test else "training",
+            loggers=loggers,
+            write_result=None if is_test else write,
+            evaluation=None if is_test else text,
+            observers=observers,
+            surgery_callbacks=(*surgery_callbacks, *trainee.surgery_callbacks),
+        )
+    return result, write
 
 
 def _growth(
@@ -347,7 +383,7 @@ def _fit(
     *,
     folder: Path,
     label: str,
-    write_result: WriteResult,
+    write_result: WriteResult | None,
     setup: moe.Setup | None = None,
     task: Task | None = None,
     evaluation: ValidationSubset | None = None,
@@ -377,6 +413,7 @@ def _fit(
         user_callbacks=context.config.callbacks if label == "training" else (),
         write_result=write_result,
         evaluation=evaluation,
+        publishes_best=label == "training" and context.config.pipeline.publish == "best",
     )
 
 
@@ -405,7 +442,7 @@ def evaluation(context: RunContext, branch: Branch) -> StageResult:
     if is_last and not branch.is_control and context.config.evaluation.sample_tokens:
         start = "baseline" if branch.task else branch.start
         before = experts.load_start(context, branch, context.source(start))
-        samples = [generate_samples(context, domain, before, trained) for domain in context.domains]
+        samples = generate_samples(context, before, trained)
         flops += sum(sample.flops for sample in samples)
     sequences: Mapping[str, Tensor] = {}
     used = lora_used = None
@@ -426,47 +463,6 @@ def evaluation(context: RunContext, branch: Branch) -> StageResult:
         flops={branch.label("evaluate"): flops},
         leaves=(score_file(f"{branch.name}-trained"),),
     )
-
-
-SAMPLE_PROMPT_TOKENS = 24
-
-
-@dataclass(frozen=True, slots=True)
-class Continuations:
-    """Continuations of a prompt by two models, as in summary.json, and their FLOPs."""
-
-    texts: dict[str, str]
-    flops: float
-
-
-def generate_samples(context: RunContext, domain: str, before: Any, after: Any) -> Continuations:
-    """Return a sample prompt of a domain with the continuations of both models."""
-    document = context.corpus.domains[domain].validation.document(0)
-    # Skip the beginning of the document, which is usually a heading or imports
-    tokenizer, max_new = context.corpus.tokenizer, context.config.evaluation.sample_tokens
-    # Learned positions are limited; the last generated token is not read
-    positions = position_limit(config_of(before)) or MAX_POSITIONS
-    prompt = whole_word_prompt(
-        document[: 4 * SAMPLE_PROMPT_TOKENS].tolist(),
-        tokenizer.decode,
-        skipped_tokens=SAMPLE_PROMPT_TOKENS,
-        max_tokens=min(SAMPLE_PROMPT_TOKENS, positions // 2),
-    )
-    max_new = min(max_new, positions - len(prompt))
-    texts, flops = {}, 0.0
-    for name, model in (("before", before), ("after", after)):
-        tokens = sample_text(
-            model,
-            prompt_ids=prompt,
-            max_new_tokens=max_new,
-            end_of_text_id=context.end_of_text_id,
-        )
-        texts[name] = str(tokenizer.decode(tokens))
-        # End of text, the prompt and the generated tokens except the last
-        generated = min(len(tokens), max_new - 1)
-        flops += experts.reading_flops(model).of(1 + len(prompt) + generated)
-    record = {"domain": domain, "prompt": str(tokenizer.decode(prompt)), **texts}
-    return Continuations(record, flops)
 
 
 FORMAT_VERSION = 1

@@ -12,7 +12,7 @@ from lightning import Callback
 from torch import Tensor, nn
 
 from tritter.checkpoints import ExpansionRecord, Lineage, Source, lineage_of, write_checkpoint
-from tritter.checkpoints.folder import Artifact, LinkedTensors, TokenizerFiles
+from tritter.checkpoints.folder import Artifact, LinkedTensors, SmallFiles
 from tritter.checkpoints.history import checkpoint_changes
 from tritter.checkpoints.state import KeptSequences, State, copy_states, read_state
 from tritter.core.families import Config, LogicalTensor
@@ -88,7 +88,7 @@ class TrainedWriter:
 
     def __call__(self, model: nn.Module, result: FitResult) -> None:
         """Write `model` after this training run."""
-        steps, added = self.steps_before + result.steps, self.added
+        steps, added = self.steps_before + result.weights_step, self.added
         if added is not None and self.anneal_steps is not None:
             added = added.at(added.step + steps, anneal_steps=self.anneal_steps)
         is_settled = added is None or added.is_settled
@@ -128,7 +128,7 @@ class TrainedWriter:
             tensors=tensors,
             lineage=lambda: lineage,
             artifacts=(
-                TokenizerFiles(self.start),
+                SmallFiles(self.start),
                 None if is_settled else added,
                 self.moments,
                 replace(self.kept_sequences, losses=losses),

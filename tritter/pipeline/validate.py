@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tritter.checkpoints import Lineage, read_lineage
 from tritter.core.families import Config, count_parameters, family_of, layout, position_limit
 from tritter.core.models import load_model, read_config
+from tritter.data.chat import ChatChoice
 from tritter.data.documents import Document, notes_of
 from tritter.data.options import TextSources
 from tritter.data.sources import source_documents
@@ -33,6 +34,7 @@ from tritter.evaluation.gate import (
 from tritter.evaluation.jump import logits_of
 from tritter.evaluation.losses import document_losses
 from tritter.evaluation.statistics import PairedScores
+from tritter.pipeline.context import corpus_chat, recorded_chat
 from tritter.planning.memory import machine_memory
 from tritter.storage.hashing import merkle_hash, tensor_digest
 from tritter.storage.tensors import TensorFolder
@@ -40,7 +42,7 @@ from tritter.training.gradient_flow import NewUnits, run_trial_steps
 
 logger = logging.getLogger(__name__)
 
-DOCUMENT_CHARACTERS = 4000  # per document, from the start
+DOCUMENT_CHARACTERS = 4000  # per text, from the start; conversations are whole
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,7 +119,8 @@ def _read(
             found = replace(found, missing_reason=f"{found.missing_reason}; pass {option}")
     limited = {
         name: [
-            replace(each, text=each.text[:DOCUMENT_CHARACTERS]) for each in documents[: text.limit]
+            each if each.conversation else replace(each, text=each.text[:DOCUMENT_CHARACTERS])
+            for each in documents[: text.limit]
         ]
         for name, documents in found.documents.items()
     }
@@ -216,9 +219,10 @@ def validate(source: Side, result: Side, text: ValidationText) -> list[Check]:
     texts = {kind: _read(kind, source.lineage, result.lineage, text) for kind in ("kept", "target")}
     documents = [one for kind in texts.values() for each in kind.documents.values() for one in each]
     ids = _sequences(source, result, documents)
-    before = _evaluate_side(source.load(), source, result, ids, texts)
+    data = recorded_chat(result.lineage)
+    before = _evaluate_side(source.load(), source, result, ids, texts, data)
     model = result.load()
-    after = _evaluate_side(model, result, source, ids, texts)
+    after = _evaluate_side(model, result, source, ids, texts, data)
     if new:  # this changes the weights of `model`
         own = _sequences(result, result, documents)
         assert own is not None
@@ -260,21 +264,30 @@ def _evaluate_side(
     other: Side,
     ids: Tensor | None,
     texts: Mapping[str, _Domains],
+    data: ChatChoice,
 ) -> _Outputs:
-    """Score a model with its tokenizer, or with the other one if the vocabulary size matches."""
+    """Score a model with its tokenizer, or with the other one if the vocabulary size matches.
+
+    Conversations are rendered with the chat template of that tokenizer and the options `data`.
+    """
     logits, num_bytes = None if ids is None else logits_of(model, ids), parameter_bytes(model)
-    tokenizer = side.tokenizer
+    tokenizer, owner = side.tokenizer, side
     if tokenizer is None and side.vocab_size == other.vocab_size:
-        tokenizer = other.tokenizer
+        tokenizer, owner = other.tokenizer, other
     scores: dict[str, dict[str, PairedScores | None]] = {}
     for kind, text in texts.items():
         scores[kind] = dict.fromkeys(text.documents)
         for domain, documents in text.documents.items():
             if tokenizer is None:
                 continue
+            is_chat = any(each.conversation for each in documents)
             scores[kind][domain] = document_losses(
                 model,
-                tokenise(documents, tokenizer.tokenizer),
+                tokenise(
+                    documents,
+                    tokenizer.tokenizer,
+                    chat=corpus_chat(is_chat, data, owner.folder),
+                ),
                 sequence_length=side.longest,
                 end_of_text_id=tokenizer.end_of_text_id,
                 batch_size=BATCH_SIZE,

@@ -515,6 +515,7 @@ class TaskRecord(Part):
     final: Scores
     steps: Count
     ended_early: str | None = None
+    best_step: Count | None = None
     refused_steps: Count = 0
     update_norms: dict[str, Any] = {}
     flops: Number | None = None
@@ -548,6 +549,7 @@ class Attempt(Part):
     jump: Jump | None = None
     steps: Count = 0
     ended_early: str | None = None
+    best_step: Count | None = None
     refused_steps: Count = 0
     update_norms: dict[str, Any] = {}
     parameters: Count | None = None

@@ -1,19 +1,32 @@
-"""Find a checkpoint: a local folder, or a download from the Hugging Face Hub."""
+"""Checkpoints on the Hugging Face Hub: find one, which may be a local folder, and push one."""
+
+from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Set
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from tritter.errors import refused
+from tritter.errors import TritterError, refused
 from tritter.storage.reading import named_path
+
+if TYPE_CHECKING:
+    from huggingface_hub import ModelInfo
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_LICENCES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY", "COPYING")
+_DOWNLOADED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md"]
+_DOWNLOADED += [f"{name}*" for word in _LICENCES for name in (word, word.title(), word.lower())]
+_UNKNOWN = "the hub does not know you: run `hf auth login`, or set HF_TOKEN"
 
 
 def locate(checkpoint: str, *, key: str = "checkpoint") -> Path:
     """Return the local folder of a checkpoint, downloading it if it is a hub id.
 
-    Only configs, tokenizer files and safetensors are downloaded. No code is executed.
+    Only configs, tokenizer files, safetensors, the card and licences are downloaded. No code is
+    executed.
 
     Args:
         checkpoint: Folder or hub id (`owner/name`).
@@ -25,14 +38,13 @@ def locate(checkpoint: str, *, key: str = "checkpoint") -> Path:
     folder = named_path(checkpoint, key=key)
     if folder.exists():
         return folder
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", checkpoint):
+    if not _HUB_ID.fullmatch(checkpoint):
         raise refused(key, checkpoint, "no such folder, and not a hub id (owner/name)")
     from huggingface_hub import constants, errors, snapshot_download
 
     try:
-        patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
         with quiet_hub():
-            return Path(snapshot_download(checkpoint, allow_patterns=patterns))
+            return Path(snapshot_download(checkpoint, allow_patterns=_DOWNLOADED))
     except (errors.HfHubHTTPError, OSError, ValueError) as error:
         if isinstance(error, errors.GatedRepoError):
             reason = "it is gated on the hub: accept its terms there, then run `hf auth login`"
@@ -42,9 +54,148 @@ def locate(checkpoint: str, *, key: str = "checkpoint") -> Path:
             cached = constants.HF_HUB_CACHE
             reason = f"HF_HUB_OFFLINE is set and it is not in the hub cache ({cached})"
         else:
-            reached = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            reason = f"the hub cannot be reached ({reached.removeprefix('Got: ')})"
+            reason = _hub_reason(error)
         raise refused(key, checkpoint, f"no such folder, and {reason}") from error
+
+
+def cached_snapshot(hub_id: str, *, revision: str | None) -> Path | None:
+    """Return the folder of a model in the hub's cache, without contacting the hub.
+
+    It contains the files that were downloaded; None without any, and for what is no hub id.
+
+    Args:
+        hub_id: `owner/name`, or a text that may be one.
+        revision: hash of the commit. None: the newest one in the cache.
+    """
+    if not _HUB_ID.fullmatch(hub_id):
+        return None
+    from huggingface_hub import errors, snapshot_download
+
+    try:
+        return Path(snapshot_download(hub_id, revision=revision, local_files_only=True))
+    except (errors.LocalEntryNotFoundError, errors.HFValidationError):
+        return None
+
+
+def hub_id_of(folder: Path) -> str | None:
+    """Return the hub id of a snapshot in the hub's cache; None for any other folder."""
+    repository = folder.absolute().parent.parent.name
+    if folder.absolute().parent.name != "snapshots" or not repository.startswith("models--"):
+        return None
+    return repository.removeprefix("models--").replace("--", "/", 1)
+
+
+def check_repository(name: str, *, key: str) -> None:
+    """Check the name of a repository of the hub, without contacting it.
+
+    Raises:
+        RequestError: it is no hub id with an owner.
+    """
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    try:
+        validate_repo_id(name if _HUB_ID.fullmatch(name) else "")
+    except HFValidationError as error:
+        reason = (
+            "must be OWNER/NAME of letters, digits, - _ and ., at most 96 characters; not with -- "
+            "or .., with - or . at an end, or with .git at the end"
+        )
+        raise refused(key, name, reason) from error
+
+
+def push_files(
+    files: Mapping[str, Path | bytes],
+    repository: str,
+    *,
+    message: str,
+    is_public: bool,
+    overwrite: bool,
+    key: str,
+) -> str:
+    """Upload files to a model repository of the hub in one commit and return the commit's address.
+
+    Args:
+        files: name in the repository → file, or content.
+        repository: hub id; created if it does not exist.
+        message: message of the commit.
+        is_public: create a public repository; an existing one must be public.
+        overwrite: replace all files of a repository that has some; its history keeps them.
+        key: what named the repository, for error messages.
+
+    Raises:
+        RequestError: the hub cannot be reached or refuses, or the repository has files or another
+            visibility.
+        TritterError: the upload failed; the repository has its old content.
+    """
+    from huggingface_hub import (
+        CommitOperationAdd,
+        CommitOperationDelete,
+        HfApi,
+        errors,
+        get_token,
+    )
+
+    if get_token() is None:
+        raise refused(key, repository, _UNKNOWN)
+    # OSError, and that of the client's HTTP library
+    failures: Any = errors.HfHubHTTPError.__bases__
+    api, parent, old = HfApi(), None, set[str]()
+    try:
+        with quiet_hub():
+            with suppress(errors.RepositoryNotFoundError):
+                found = api.model_info(repository)
+                parent = found.sha
+                old = {each.rfilename for each in found.siblings or ()} - {".gitattributes"}
+                _check_existing(found, old, is_public=is_public, overwrite=overwrite, key=key)
+            if parent is None:
+                api.create_repo(repository, private=not is_public)
+    except failures as error:
+        raise refused(key, repository, _hub_reason(error)) from error
+    operations: list[CommitOperationAdd | CommitOperationDelete] = [
+        CommitOperationDelete(name) for name in sorted(old - files.keys())
+    ]
+    operations += [
+        CommitOperationAdd(name, str(content) if isinstance(content, Path) else content)
+        for name, content in files.items()
+    ]
+    try:
+        with quiet_hub():
+            commit = api.create_commit(
+                repository, operations, commit_message=message, parent_commit=parent
+            )
+    except (*failures, ValueError, RuntimeError) as error:
+        raise TritterError(
+            f"{repository}: the upload failed, {_hub_reason(error)}. The repository has its old "
+            "content. The same command continues: uploaded weights are kept by the hub."
+        ) from error
+    return commit.commit_url
+
+
+def _check_existing(
+    found: ModelInfo, old: Set[str], *, is_public: bool, overwrite: bool, key: str
+) -> None:
+    if found.private == is_public:
+        now, wanted = ("private", "without") if is_public else ("public", "with")
+        reason = f"it is {now} on the hub: change that there, or push {wanted} --public"
+        raise refused(key, found.id, reason)
+    if old and not overwrite:
+        reason = f"it has {len(old)} files; --overwrite replaces them, and its history keeps them"
+        raise refused(key, found.id, reason)
+
+
+def _hub_reason(error: Exception) -> str:
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    known = {
+        401: _UNKNOWN,
+        403: "your token may not write there",
+        409: "it exists and you may not read it, or someone else changed it at the same time",
+        412: "someone else changed it at the same time",
+    }
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    if isinstance(error, ValueError | RuntimeError):  # the hub refuses the card, or a file failed
+        return " ".join(lines).rstrip(".")
+    return known.get(status or 0, f"the hub cannot be reached ({lines[0].removeprefix('Got: ')})")
 
 
 @contextmanager

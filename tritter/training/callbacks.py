@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, distributed
 
@@ -149,6 +149,7 @@ class Performance(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        base_of(pl_module).log_finished_steps()  # before a callback names a file by them
         if not ends_step(trainer, batch_idx):
             return
         self._steps += 1
@@ -560,6 +561,14 @@ class SaveState(Checkpoint):
         self.has_trained = False
         self.ended_early: str | None = None
 
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        for callback in trainer.checkpoint_callbacks:
+            state = checkpoint["callbacks"].get(callback.state_key)
+            if isinstance(callback, ModelCheckpoint) and callback.dirpath and state:
+                _place_inside(state, Path(callback.dirpath))
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.ended_early is not None:
             trainer.should_stop = True
@@ -599,6 +608,25 @@ class SaveState(Checkpoint):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.ended_early = state_dict["ended_early"]
+
+
+def _place_inside(state: dict[str, Any], folder: Path) -> None:
+    """Place the paths in a saved state of a ModelCheckpoint inside its folder.
+
+    Lightning would ignore the best values of a run folder that was moved, and delete what the state
+    names elsewhere.
+    """
+    old = Path(state["dirpath"])
+
+    def inside(path: str) -> str:
+        is_below = Path(path).is_relative_to(old) and ".." not in Path(path).parts
+        name = Path(path).relative_to(old) if is_below else Path(path).name
+        return str(folder / name) if path else ""
+
+    for key in ("best_model_path", "kth_best_model_path", "last_model_path"):
+        state[key] = inside(state[key])
+    kept = state["best_k_models"].items()
+    state |= {"dirpath": str(folder), "best_k_models": {inside(path): v for path, v in kept}}
 
 
 class EndOfTraining(Callback):

@@ -37,7 +37,7 @@ from tritter.training.gradient_flow import GradientFlow
 from tritter.training.metrics import METRICS_NAME, rotate_metrics
 from tritter.training.module import BaseModule, CompiledModel, module_callbacks
 from tritter.training.options import TrainerSettings
-from tritter.training.result import Conclusion, FitResult, MemoryMeter, WriteResult
+from tritter.training.result import BestWeights, Conclusion, FitResult, MemoryMeter, WriteResult
 from tritter.training.trainer import (
     build_trainer,
     preserve_process_settings,
@@ -64,6 +64,7 @@ def fit(
     user_callbacks: Sequence[Component] = (),
     write_result: WriteResult | None = None,
     evaluation: ValidationSubset | None = None,
+    publishes_best: bool = False,
 ) -> FitResult:
     """Train `module` for the steps of its schedule, resuming from a saved state in `folder`.
 
@@ -82,18 +83,19 @@ def fit(
         user_callbacks: Callbacks of the user, which run after Tritter's own.
         write_result: Writes the trained model, unless the run was stopped.
         evaluation: Validation subset for `eval/<domain>/loss` during training.
+        publishes_best: End with the best weights of the ModelCheckpoint in `user_callbacks`.
 
     Raises:
         TritterError: The saved state is damaged, a process was killed, or a write failed.
         Stopped: A signal stopped the run, with its state saved unless a second signal arrived.
     """
     guard, work = FiniteGuard(max_consecutive=settings.max_non_finite_steps), WorkCount()
-    max_steps, mode, stop = module.schedule.max_steps, settings.progress, StopRequest()
-    bar = StepProgress(label=label, max_steps=max_steps, mode=mode, console=console)
-    saved, every = folder / SAVED_NAME, settings.save_every_n_steps
-    saving = SaveState(saved, every_n_steps=every, stop=stop, guard=guard)
+    max_steps, stop, saved = module.schedule.max_steps, StopRequest(), folder / SAVED_NAME
+    bar = StepProgress(label=label, max_steps=max_steps, mode=settings.progress, console=console)
+    saving = SaveState(saved, every_n_steps=settings.save_every_n_steps, stop=stop, guard=guard)
     validation = None if evaluation is None else Validation(evaluation, stop=stop)
     flow, memory = GradientFlow({} if task is None else task.new_units), MemoryMeter()
+    best = BestWeights(module.methods, stop=stop) if publishes_best else None
     conclusion = Conclusion(
         guard=guard,
         work=work,
@@ -102,24 +104,23 @@ def fit(
         validation=validation,
         saving=saving,
         stop=stop,
+        best=best,
         write=write_result,
     )
-    callbacks = [EndOfTraining(), flow, *observers, *controls, work, memory, Performance(work)]
+    callbacks = [flow, *observers, *controls, work, memory, Performance(work)]
     ours = [guard, bar, RandomState(settings.seed, label=label), *surgery_callbacks]
     callbacks += [callback for side in module.side_losses for callback in side.callbacks()]
     if task is not None:
-        callbacks.append(
-            ForgettingCallback(module.methods, task, folder / LEFTOVERS_NAME, work=work)
-        )
+        left = folder / LEFTOVERS_NAME
+        callbacks.append(ForgettingCallback(module.methods, task, left, work=work))
         assert isinstance(batches, BatchStream)
         for method in module.methods:
             batches = method.mix(batches, task)
-    callbacks += filter(None, [*ours, conclusion, validation])
+    callbacks = [*filter(None, [EndOfTraining(), best, *callbacks, *ours, conclusion, validation])]
     module.module_callbacks = partial(module_callbacks, user_callbacks, folder=folder, last=saving)
     gc.collect()  # an earlier trainer, its module and callbacks are a reference cycle with moments
-    since = time.perf_counter()
+    since, data = time.perf_counter(), TextDataModule(batches, evaluation)
     with _stoppable(stop, label):
-        data = TextDataModule(batches, evaluation)
         _run(module, data, settings, callbacks, saving=saving, folder=folder, loggers=loggers)
     result = conclusion.result
     assert result is not None

@@ -16,7 +16,7 @@ from torchmetrics import SumMetric
 from tritter.core.families import Flops, forward_flops
 from tritter.core.models import config_of
 from tritter.data.batches import this_rank
-from tritter.data.packing import IGNORED, labels_of
+from tritter.data.packing import IGNORED, inputs_for, labels_of
 from tritter.errors import RequestError
 from tritter.evaluation.losses import nats_per_row
 from tritter.targets import Component, instantiate
@@ -148,8 +148,9 @@ class BaseModule(LightningModule):
     def task_loss(self, batch: Mapping[str, Tensor]) -> TaskLoss:
         """Return the mean next-token loss of a batch in nats per predicted token.
 
-        With padding, processes have different numbers of tokens. The loss is scaled so that the
-        averaged gradients are those of the mean over the tokens of all processes.
+        With padding or prompts, batches have different numbers of predicted tokens. The loss is
+        scaled so that the averaged gradients of a step are those of the mean over the predicted
+        tokens of all its batches and processes.
         """
         input_ids = batch["input_ids"]  # [B, T]
         options: dict[str, Any] = {}
@@ -157,11 +158,13 @@ class BaseModule(LightningModule):
             options.update(side.forward_options)
         labels = labels_of(self.model, input_ids)
         if labels is not input_ids:
-            # Mean number of predicted tokens per process, with at least one over all processes
-            count, ranks = (labels[:, 1:] != IGNORED).sum(), this_rank().count
+            # Mean number of predicted tokens per batch and process, with at least one in a step
+            window, ranks = batch.get("window", input_ids), this_rank().count
+            count = (labels_of(self.model, window)[:, 1:] != IGNORED).sum()
             if ranks > 1:
                 distributed.all_reduce(count)
-            options["num_items_in_batch"] = count.clamp(min=1) / ranks
+            parts = ranks * len(window) / len(input_ids)
+            options["num_items_in_batch"] = count.clamp(min=1) / parts
         model = self.compiled or self.model
         output = model(input_ids=input_ids, labels=labels, use_cache=False, **options)
         return TaskLoss(output.loss, output.logits)
@@ -178,7 +181,8 @@ class BaseModule(LightningModule):
     def validation_step(self, batch: Mapping[str, Any], batch_index: int) -> None:
         """Add up nats, correct predictions and tokens of a domain's windows."""
         targets, sums = batch["targets"], self._sums[batch["domain"]]  # [B, T]
-        logits = self.model(input_ids=batch["input_ids"], use_cache=False).logits  # [B, T, V]
+        input_ids = inputs_for(self.model, batch["input_ids"])
+        logits = self.model(input_ids=input_ids, use_cache=False).logits  # [B, T, V]
         sums["nats"].update(nats_per_row(logits, targets).sum())
         sums["right"].update((logits.argmax(-1) == targets).sum())
         sums["tokens"].update((targets != IGNORED).sum())
@@ -194,12 +198,12 @@ class BaseModule(LightningModule):
             self.log(f"eval/{domain}/loss", nats / tokens)
             self.log(f"eval/{domain}/perplexity", math.exp(min(nats / tokens, 700)))
             self.log(f"eval/{domain}/accuracy", right / tokens)
-        self._log_finished_steps()
+        self.log_finished_steps()
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self._log_finished_steps()
+        self.log_finished_steps()
 
-    def _log_finished_steps(self) -> None:
+    def log_finished_steps(self) -> None:
         """Make loggers use the number of finished steps, in training and validation.
 
         Lightning uses a metric of this name; its own count lags by one step in training.

@@ -137,8 +137,8 @@ class Schedule:
         max_steps: Total number of optimizer steps.
         warmup_ratio: Fraction of the steps with linear warm-up. If positive, the warm-up has at
             least `MINIMUM_WARMUP_STEPS` steps, or a quarter of a run too short for them.
-        shape: `constant`, `cosine`, `rewarm`, or `wsd` (arXiv 2404.06395: constant, then linear
-            decay).
+        shape: `constant`, `cosine`, `rewarm`, `wsd` (arXiv 2404.06395: constant, then linear
+            decay), or `range` (an exponential rise from the minimum, for a range test).
         decay_ratio: Fraction of the steps with decay, for `wsd`.
         minimum_ratio: Final learning rate relative to the peak, for all shapes but `constant`.
         start_rate: Initial learning rate of the warm-up, for `rewarm`.
@@ -192,6 +192,9 @@ class Schedule:
                 decay_steps = max(1, round(self.decay_ratio * self.max_steps))
                 decay = min(1.0, max(0.0, (self.max_steps - step) / decay_steps))
                 return self.minimum_ratio + (1 - self.minimum_ratio) * decay
+            case "range":
+                progress = step / max(1, self.max_steps - 1)
+                return float(self.minimum_ratio ** (1 - progress))
         raise ValueError(
             f"training.schedule = '{self.shape}'; allowed are constant, cosine, wsd and rewarm."
         )

@@ -429,12 +429,61 @@ def monitor_problems(config: RunRequest) -> Iterator[Problem]:
             reason = f"this metric is not logged; allowed are {', '.join(known)}"
             key, near = f"callbacks.{one.name}.monitor", nearest(monitor, allowed)
             yield Problem(key, monitor, reason=reason, nearest=near)
+        elif str(monitor).startswith("eval/") and (mode := one.options.get("mode", "min")) != (
+            wanted := "max" if str(monitor).endswith("/accuracy") else "min"
+        ):
+            reason = f"it selects the worst {monitor}; set mode={wanted}"
+            yield Problem(f"callbacks.{one.name}.mode", mode, reason=reason)
         elif one not in checkpoints and is_too_early:
             reason = (
                 f"the first check is before the first step, when there is no {monitor} yet; set "
                 "strict=false"
             )
             yield Problem(f"callbacks.{one.name}.strict", True, reason=reason)
+
+
+def publish_problems(config: RunRequest) -> Iterator[Problem]:
+    """Yield the reasons why the best weights of a run can't be published."""
+    if config.pipeline.publish != "best":
+        return
+    key, value = "pipeline.publish", "best"
+    checkpoints = callbacks_of("ModelCheckpoint", config)
+    if len(checkpoints) != 1:
+        found = f"there are {len(checkpoints)}" if checkpoints else "there is none"
+        reason = f"it needs one ModelCheckpoint, and {found}; add callbacks=model_checkpoint"
+        yield Problem(key, value, reason=reason)
+        return
+    (one,) = checkpoints
+    options, name = one.options, f"callbacks.{one.name}"
+    every, monitor = options.get("every_n_train_steps"), options.get("monitor")
+    if monitor is None:
+        yield Problem(f"{name}.monitor", None, reason=f"{key} = best needs a metric")
+    if options.get("save_top_k", 1) == 0:
+        yield Problem(f"{name}.save_top_k", 0, reason=f"{key} = best needs the best checkpoint")
+    if options.get("save_weights_only"):
+        reason = f"{key} = best needs the states of methods"
+        yield Problem(f"{name}.save_weights_only", True, reason=reason)
+    if every and every > config.training.max_steps:
+        reason = f"no checkpoint is saved in {config.training.max_steps} steps; {key} = best needs"
+        yield Problem(f"{name}.every_n_train_steps", every, reason=f"{reason} one")
+    interval = config.evaluation.every_n_steps
+    if every and interval and str(monitor).startswith("eval/") and every % interval:
+        reason = f"{monitor} is measured every {interval} steps; must be a multiple of it"
+        yield Problem(f"{name}.every_n_train_steps", every, reason=reason)
+    refused = (
+        ("growth", config.growth is not None, "the best weights may have fewer neurons"),
+        ("experts", config.experts is not None, "the best weights may have fewer experts"),
+        ("optimizer.carry", config.optimizer.carry, "the moments are those of the last step"),
+        (
+            "moe_routing.bias_update_rate",
+            config.moe_routing.bias_update_rate,
+            "the metric is measured with the selection bias, which a checkpoint cannot contain",
+        ),
+        ("trainer.strategy", config.trainer.strategy == "fsdp", "the weights are sharded"),
+    )
+    for other, is_set, reason in refused:
+        if is_set:
+            yield Problem(key, value, reason=f"not together with {other}: {reason}")
 
 
 def early_stopping_problems(config: RunRequest) -> Iterator[Problem]:
@@ -487,6 +536,7 @@ RULES = (
     sharding_problems,
     early_stopping_problems,
     monitor_problems,
+    publish_problems,
 )
 
 TRAININGS = ("pretraining", "training")

@@ -1,24 +1,30 @@
 """The result of a training run, and the callback that writes the trained model."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from math import prod
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
+from tritter.core.stock_routers import Routing
 from tritter.errors import TritterError
 from tritter.training.callbacks import (
     FiniteGuard,
+    ForgettingCallback,
     SaveState,
     StopRequest,
     Validation,
     WorkCount,
     ends_step,
 )
+from tritter.training.checkpoint_io import SafetensorsCheckpointIO
+from tritter.training.forgetting_method import ForgettingMethod
 from tritter.training.gradient_flow import GradientFlow
 from tritter.training.module import BaseModule, base_of
 from tritter.training.parameters import gather, is_sharded, live_layout, local_shard
@@ -100,6 +106,7 @@ class FitResult:
         stopped_because: Reason why the run was aborted, or None.
         ended_early: Name and reason of the callback that ended the run before its last step, or
             None.
+        best_step: Step of the weights of the result, if they are the best instead of the last ones.
         last_rate: Learning rate of the last step, or 0 without steps.
         flow: Parameters without a gradient (`without_gradient`), experts without a token
             (`without_tokens`) and the number of monitored steps (`steps`).
@@ -120,12 +127,18 @@ class FitResult:
     refused_steps: int
     stopped_because: str | None
     ended_early: str | None
+    best_step: int | None = None
     last_rate: float = 0.0
     update_norms: dict[str, float]
     flow: dict[str, Any] = field(default_factory=dict)
     memory: dict[str, Any] = field(default_factory=dict)
     packing: dict[str, Any] = field(default_factory=dict)
     reports: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def weights_step(self) -> int:
+        """The number of optimizer steps of the weights of the result."""
+        return self.steps if self.best_step is None else self.best_step
 
 
 @runtime_checkable
@@ -152,6 +165,50 @@ class WriteResult(Protocol):
         """
 
 
+_ROUTING = "RoutingCallback"  # saves the routers' offsets and biases
+
+
+class BestWeights(Callback):
+    """At the end of a fit, load the weights that the run's ModelCheckpoint saved as its best.
+
+    The states of forgetting methods and routers of that step are loaded with them. It must precede
+    all callbacks that write at the end of a fit.
+
+    Args:
+        methods: Forgetting methods of the run.
+        stop: Stop request; nothing is loaded in a stopped run.
+
+    Attributes:
+        step: Optimizer steps of the loaded weights.
+    """
+
+    def __init__(self, methods: Sequence[ForgettingMethod], *, stop: StopRequest) -> None:
+        self._methods, self._stop = tuple(methods), stop
+        self.step: int | None = None
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._stop.is_requested:
+            return
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        saver = next(each for each in callbacks if isinstance(each, ModelCheckpoint))
+        path = Path(saver.best_model_path)
+        if not saver.best_model_path or not path.is_dir():
+            raise TritterError(
+                f"pipeline.publish = best: {saver.dirpath} has no checkpoint with a value of "
+                f"{saver.monitor}. To publish the last weights, resume the run with "
+                "pipeline.publish=last."
+            )
+        saved = SafetensorsCheckpointIO().load_checkpoint(path)
+        base_of(pl_module).load_state_dict(saved["state_dict"])
+        states = saved["callbacks"].get(ForgettingCallback.__qualname__, {})
+        for method in self._methods:
+            method.load_state_dict(states[method.name])
+        routing = Routing.attached(base_of(pl_module).model)
+        if routing is not None and (state := saved["callbacks"].get(_ROUTING)):
+            routing.load_state_dict(state["routing"])  # offsets are not among the weights
+        self.step = int(saved["global_step"])
+
+
 class Conclusion(Callback):
     """Collect the result at the end of a fit, and write the trained model on rank 0.
 
@@ -166,6 +223,7 @@ class Conclusion(Callback):
         validation: Counter of FLOPs and seconds of validation, if any.
         saving: Record of an early end.
         stop: Stop request by a signal.
+        best: Loader of the best weights, if they replace the last ones.
         write: Writer of the trained model, if any.
 
     Attributes:
@@ -183,11 +241,13 @@ class Conclusion(Callback):
         validation: Validation | None,
         saving: SaveState,
         stop: StopRequest,
+        best: BestWeights | None,
         write: WriteResult | None,
     ) -> None:
         self._guard, self._work, self._flow = guard, work, flow
         self._memory_meter = memory_meter
-        self._validation, self._saving, self._stop, self._write = validation, saving, stop, write
+        self._validation, self._saving, self._stop = validation, saving, stop
+        self._best, self._write = best, write
         self._before: dict[str, Tensor] = {}
         self.result: FitResult | None = None
 
@@ -244,6 +304,7 @@ class Conclusion(Callback):
             refused_steps=self._guard.refused_steps,
             stopped_because=self._guard.stopped_because,
             ended_early=self._saving.ended_early,
+            best_step=None if self._best is None else self._best.step,
             last_rate=module.schedule.rate(trainer.global_step - 1) if trainer.global_step else 0.0,
             update_norms=_update_norms(self._before, module.model),
             flow=self._flow.report(module.model),

@@ -24,8 +24,8 @@ from tritter.checkpoints import (
 from tritter.checkpoints.expert_files import refuse_experts
 from tritter.checkpoints.folder import (
     TOKENIZER_FILES,
-    TokenizerFiles,
-    check_tokenizer_files,
+    SmallFiles,
+    small_files,
 )
 from tritter.checkpoints.location import check_output, check_replaceable
 from tritter.checkpoints.state import KEPT_FILE, STATE_FOLDER, State, write_state
@@ -315,7 +315,7 @@ def expand(
         tensors=_stream(opened, plan, dtype=dtype, kind=expert_layout, progress=progress),
         lineage=lambda: _child_lineage(opened, confirmed(), destination),
         artifacts=(
-            TokenizerFiles(opened.folder),
+            SmallFiles(opened.folder),
             carried,
             plan.added_experts,
             opened.kept_sequences,
@@ -369,7 +369,7 @@ def disk_needs(
     of_weights = sum(sorted(usual)[-num_threads() :]) + rare
     of_state = (MAX_PENDING_TENSORS + _AT_ONCE_OF_STATE) * largest
     kept_sequences = opened.folder / STATE_FOLDER / KEPT_FILE
-    files = sum(path.stat().st_size for path in check_tokenizer_files(opened.folder))
+    files = sum(path.stat().st_size for path in small_files(opened.folder))
     unit = 1 if sys.platform == "darwin" else 1024  # bytes
     return DiskNeeds(
         weights=sum(entry.num_bytes for entry in weights),

@@ -4,7 +4,7 @@ These functions apply the same maps as `tritter.transform.folder`. Each returns 
 CPU and does not modify its argument.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial, reduce
@@ -22,7 +22,7 @@ from tritter.checkpoints import (
     read_lineage,
     write_checkpoint,
 )
-from tritter.checkpoints.folder import Artifact, TokenizerFiles
+from tritter.checkpoints.folder import Artifact, SmallFiles
 from tritter.checkpoints.location import check_output, check_replaceable
 from tritter.checkpoints.state import LazyTensors
 from tritter.core.expansions import (
@@ -42,6 +42,7 @@ from tritter.core.parameter_map import AxisFactor, AxisMap, TensorMap, map_tenso
 from tritter.core.stock_routers import AddedExperts
 from tritter.errors import RequestError
 from tritter.storage.hashing import merkle_hash, tensor_digest
+from tritter.storage.hub import cached_snapshot
 from tritter.storage.reading import named_path
 from tritter.storage.writer import TensorStream
 from tritter.transform.change import Change
@@ -89,14 +90,13 @@ class ModelExpander:
     def write(self, model: nn.Module, folder: Path, *, overwrite: bool = False) -> Lineage:
         """Write the expanded model as a checkpoint folder and return its lineage.
 
-        The lineage starts with the model's own tensors. Tokenizer files are copied from the folder
-        that the model was loaded from, if it still exists.
+        The lineage starts with the model's own tensors. Tokenizer and licence files are copied from
+        the folder, or snapshot of the hub, that the model was loaded from, if it still exists.
 
         Raises:
             RequestError: unknown family, impossible targets, or a folder that may not be written.
         """
-        origin = Path(str(getattr(model, "name_or_path", "") or ""))
-        sources = (origin,) if origin.name and origin.is_dir() else ()
+        sources = tuple(_origin_of(model))
         check_output(folder, sources=sources, overwrite=overwrite)
         config = config_of(model)
         steps = self.steps(config)
@@ -117,7 +117,7 @@ class ModelExpander:
             self._expand(model, steps),
             folder,
             lineage=lambda: lineage,
-            artifacts=(*map(TokenizerFiles, sources), added),
+            artifacts=(*map(SmallFiles, sources), added),
             sources=sources,
             overwrite=overwrite,
         )
@@ -139,6 +139,16 @@ class ModelExpander:
         if added is not None:
             added.apply(grown)
         return grown
+
+
+def _origin_of(model: nn.Module) -> Iterator[Path]:
+    """Yield the folder that a model was loaded from, if it is still on this machine."""
+    name = str(getattr(model, "name_or_path", "") or "")
+    revision = getattr(getattr(model, "config", None), "_commit_hash", None)
+    if Path(name).name and Path(name).is_dir():
+        yield Path(name)
+    elif (snapshot := cached_snapshot(name, revision=revision)) is not None:
+        yield snapshot
 
 
 def write_model(

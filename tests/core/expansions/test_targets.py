@@ -91,3 +91,22 @@ def test_it_must_be_open_and_clear_what_grows() -> None:
             reach_parameters(config(), [spec], 7_000_000_000)
     with pytest.raises(RequestError, match="hidden_size 4096"):
         reach_parameters(config(), [Width(hidden_size=4096)], 7_000_000_000)
+
+
+def test_a_hidden_size_for_a_target_is_one_that_quantisers_take() -> None:
+    found, count = reached(Width(), 5_000_000_000, hidden_size=2560, num_attention_heads=20,
+                           num_key_value_heads=20)  # fmt: skip
+    assert isinstance(found, Width) and found.hidden_size is not None
+    assert found.hidden_size % 64 == 0 and abs(count - 5e9) < 0.1 * 5e9
+    found, count = reached(Width(multiple_of=256), 5_000_000_000)
+    assert isinstance(found, Width) and found.hidden_size is not None
+    assert found.hidden_size % 256 == 0
+
+
+def test_where_such_a_size_is_too_far_another_is_chosen() -> None:
+    odd = {"num_attention_heads": 62, "num_key_value_heads": 62}
+    found, count = reached(Width(), 2_300_000_000, hidden_size=1984, **odd)
+    assert isinstance(found, Width) and found.multiple_of == 1
+    assert abs(count - 2.3e9) < 0.1 * 2.3e9
+    with pytest.raises(RequestError, match="more than 10 % off"):
+        reached(Width(multiple_of=64), 2_300_000_000, hidden_size=1984, **odd)

@@ -274,3 +274,67 @@ def test_what_gemma_scales_scores_by_stays() -> None:
     config = _of_family("gemma3_text", query_pre_attn_scalar=9)
     target = Width().target_config(FAMILIES["gemma3_text"], config)
     assert target["query_pre_attn_scalar"] == 9
+
+
+# Sizes that kernels and quantisers take
+
+
+@pytest.mark.parametrize(
+    ("spec", "ffn", "reached"),
+    [
+        (Width(hidden_size=1344), 4864, 7296),  # Qwen2.5-0.5B by 1.5 is a multiple of 64 anyway
+        (Width(hidden_size=966), 4864, 5248),  # 5244
+        (Width(hidden_size=966, multiple_of=256), 4864, 5120),
+        (Width(hidden_size=966, multiple_of=128), 4864, 5248),
+        (Width(hidden_size=966, multiple_of=1), 4864, 5244),
+        (Width(hidden_size=966), 4900, 5283),  # not one before
+        (Width(hidden_size=966), 64, 69),  # too small to round without being asked
+        (Width(hidden_size=966, multiple_of=64), 64, 64),
+        (Width(hidden_size=966, multiple_of=256), 5000, 5376),
+        (Width(hidden_size=966, multiple_of=64), 90, 128),  # 97, and 64 would shrink it
+        (Width(hidden_size=966, intermediate_size=5244), 4864, 5244),  # what is named is kept
+        (Width(hidden_size=966, intermediate_size=4864, multiple_of=256), 4864, 4864),
+        (Width(num_attention_heads=28, num_key_value_heads=4, multiple_of=256), 4900, 4900),
+    ],
+)
+def test_an_ffn_that_follows_by_ratio_is_rounded(spec: Width, ffn: int, reached: int) -> None:
+    sizes = {"hidden_size": 896, "num_attention_heads": 14, "num_key_value_heads": 2}
+    config = {**_config(), **sizes, "intermediate_size": ffn, "head_dim": 64}
+    assert spec.target_config(LLAMA, config)["intermediate_size"] == reached
+
+
+def test_experts_are_rounded_each_by_its_own_size() -> None:
+    sizes = {"hidden_size": 1024, "num_attention_heads": 16, "num_key_value_heads": 4}
+    changes = {"intermediate_size": 2560, "moe_intermediate_size": 704}
+    config = _of_family("qwen2_moe", **sizes, **changes, shared_expert_intermediate_size=1000)
+    target = Width(hidden_size=1216).target_config(FAMILIES["qwen2_moe"], config)
+    assert target["intermediate_size"] == 3072  # 3040
+    assert target["moe_intermediate_size"] == 832  # 836
+    assert target["shared_expert_intermediate_size"] == round(1000 * 1216 / 1024)
+
+
+@given(
+    ffn=st.integers(1, 20_000),
+    ratio=st.fractions(1, 4),
+    multiple=st.sampled_from([None, 1, 64, 128, 256, 1000]),
+)
+def test_rounding_never_shrinks_and_stays_near(
+    ffn: int, ratio: float, multiple: int | None
+) -> None:
+    hidden = 4096 + int((ratio - 1) * 4096)
+    spec = Width(hidden_size=hidden, multiple_of=multiple)
+    config = {**_config(), "hidden_size": 4096, "intermediate_size": ffn}
+    reached, exact = _ffn_or_none(spec, config), ffn * hidden / 4096
+    if reached is None:  # nothing grows
+        return
+    used = spec.multiple_for(ffn)
+    assert reached >= ffn and reached - exact < used
+    assert abs(reached - exact) <= used / 2 or exact // used * used < ffn
+    assert hidden == 4096 or reached == ffn or reached % used == 0
+
+
+def _ffn_or_none(spec: Width, config: Config) -> int | None:
+    try:
+        return int(spec.target_config(LLAMA, config)["intermediate_size"])
+    except RequestError:
+        return None

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from tritter.config.launch.composition import Composer
     from tritter.config.launch.jobs import Pipeline, Task
     from tritter.config.launch.plan import Request
+    from tritter.config.schema import RunConfig
 
 
 def main(pipeline: "Pipeline", *, arguments: Sequence[str] | None = None) -> int:
@@ -175,6 +176,34 @@ def _convert_hydra_errors(request: "Request") -> Iterator[None]:
         # A setting that Hydra rejects
         reason = " ".join(str(error).split())
         raise RequestError(f"Hydra can't start: {reason} ({type(error).__name__}).") from error
+
+
+def config_of_run(arguments: Sequence[str], *, purpose: str) -> "RunConfig":
+    """Return the configuration of a single run that is not started.
+
+    Args:
+        arguments: as `main` takes them.
+        purpose: what needs it, for error messages.
+
+    Raises:
+        RequestError: lists all problems, or the arguments are not those of a single new run.
+    """
+    check_encodable(arguments)
+    command = read_command_line(arguments)
+    keys = {override.lstrip("+~").partition("=")[0] for override in command.overrides}
+    refused = [key for key in sorted(keys) if key == "resume" or key.startswith("hydra.")]
+    if command.is_multirun or command.info_flag is not None or command.is_version:
+        raise RequestError(f"{purpose} takes the arguments of one run: not -m, --cfg, --version.")
+    if refused:
+        raise RequestError(f"{refused[0]}: not with {purpose}; name its folder with --output.")
+    if launch_of() is not None:
+        raise RequestError(f"{purpose} starts its own processes: omit torchrun or srun.")
+    typed = (command.config_folders, command.config_name)
+    with use_search_path(search_path_of(*typed, searchpath=command.searchpath)):
+        from tritter.config.launch.composition import composer
+
+        with composer() as composing:
+            return composing.compose(command.overrides).config
 
 
 def run_once(arguments: Sequence[str], pipeline: "Pipeline") -> Path:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from math import lcm
 from typing import Any
 
 from tritter.core.expansions.depth import Dus, Interpolate, LlamaPro, Stack
@@ -46,23 +47,33 @@ def reach_parameters(
             f"{target:,}",
             f"the model already has {source:,} parameters; set a larger target",
         )
-    candidates: list[tuple[ExpansionSpec, int]] = []
-    for candidate in _candidates(config, spec):
-        if is_possible(config, candidate):
-            candidates.append((candidate, count_parameters(target_config(config, [candidate]))))
-            if candidates[-1][1] > target:  # candidates are sorted by size
-                break
-    if not candidates:
-        raise RequestError(Problem("target_params", reason=f"{spec.name} can't expand this model"))
-    best, count = min(candidates, key=lambda pair: abs(pair[1] - target))
+    (best, count), smallest = _nearest(config, spec, target)
+    is_far = abs(count - target) > TOLERANCE * target
+    if is_far and isinstance(spec, Width) and spec.multiple_of is None:
+        (best, count), smallest = _nearest(config, replace(spec, multiple_of=1), target)
     if abs(count - target) > TOLERANCE * target:
         raise refused(
             "target_params",
             f"{target:,}",
             f"the nearest shape of {spec.name} has {count:,} parameters ({_describe(best)}), more "
-            f"than 10 % off; its smallest step gives {candidates[0][1]:,}",
+            f"than 10 % off; its smallest step gives {smallest:,}",
         )
     return (best,)
+
+
+def _nearest(
+    config: Config, spec: ExpansionSpec, target: int
+) -> tuple[tuple[ExpansionSpec, int], int]:
+    """Return the nearest expansion and its parameters, and the parameters of the smallest one."""
+    found: list[tuple[ExpansionSpec, int]] = []
+    for candidate in _candidates(config, spec):
+        if is_possible(config, candidate):
+            found.append((candidate, count_parameters(target_config(config, [candidate]))))
+            if found[-1][1] > target:  # candidates are sorted by size
+                break
+    if not found:
+        raise RequestError(Problem("target_params", reason=f"{spec.name} can't expand this model"))
+    return min(found, key=lambda pair: abs(pair[1] - target)), found[0][1]
 
 
 def _candidates(config: Config, spec: ExpansionSpec) -> Iterator[ExpansionSpec]:
@@ -81,8 +92,10 @@ def _candidates(config: Config, spec: ExpansionSpec) -> Iterator[ExpansionSpec]:
                 yield replace(spec, target_layers=count)
         case Width(hidden_size=None):
             heads, most = dimensions.num_attention_heads, _max_size(hidden, MAX_WIDTH)
-            step = heads * max(1, (most - hidden) // (heads * _MAX_WIDTHS))
-            for size in range(hidden + step, most + 1, step):
+            multiple = lcm(heads, spec.multiple_for(hidden))
+            step = multiple * max(1, (most - hidden) // (multiple * _MAX_WIDTHS))
+            first = hidden + step - (hidden % multiple if spec.multiple_of else 0)
+            for size in range(first, most + 1, step):
                 yield replace(spec, hidden_size=size)
         case Moe(num_experts=None):
             partner_of(family_of(config))

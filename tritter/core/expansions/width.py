@@ -222,6 +222,9 @@ def tensors_above(tensors: Sequence[LogicalTensor]) -> dict[str, str]:
 
 Init = Literal["fresh", "net2net", "zero_pad", "aki"]
 Shares = Literal["unequal", "equal"]
+_USUAL_MULTIPLE = 64  # a block of bitsandbytes' nf4, and two of llama.cpp's Q8_0
+_LEAST_HEAD_SIZE = 64  # that attention kernels of all engines have
+_FINEST_ROUNDING = 8  # round to multiples of at most an eighth of the size
 _REPEATING = ("net2net", "aki")  # methods that repeat the residual stream as a whole
 
 
@@ -236,6 +239,9 @@ class Width:
         num_attention_heads: Default: scaled with the hidden size if query and key/value heads stay
             integers, else unchanged.
         num_key_value_heads: as `num_attention_heads`; unchanged under `gqa`.
+        multiple_of: FFN and expert sizes that follow by ratio are rounded to multiples of it, which
+            kernels and quantisers need. Default: 64 for current multiples of 64, if that changes
+            the size by at most a sixteenth; else 1.
         head_strategy: `fresh` adds heads with zero output columns, `copy` clones whole key/value
             groups, `gqa` clones query heads within their groups, `split` splits each head into
             two of half the size (not exact). Default: derived from `init`.
@@ -254,6 +260,7 @@ class Width:
     intermediate_size: Annotated[int, Field(ge=1, le=MAX_WIDTH)] | None = None
     num_attention_heads: Annotated[int, Field(ge=1, le=MAX_WIDTH)] | None = None
     num_key_value_heads: Annotated[int, Field(ge=1, le=MAX_WIDTH)] | None = None
+    multiple_of: Annotated[int, Field(ge=1, le=1024)] | None = None
     head_strategy: Strategy | None = None
     init: Init = "fresh"
     shares: Shares = "unequal"
@@ -302,7 +309,7 @@ class Width:
         if not family.subtracts_mean:
             target = family.with_rms(target, self._rms_ratio(old, new))
         widest, grown = old.intermediate_size, new.intermediate_size
-        sizes = [round(size * grown / widest) for size in ffns]
+        sizes = [min(self._scaled(size, grown, widest), grown) for size in ffns]
         return family.with_ffn_sizes(target, sizes) if sizes else target
 
     def parameter_map(
@@ -380,6 +387,11 @@ class Width:
         notes = ["head counts unchanged"] if kept else []
         if ffn_sizes(target):
             notes.append("narrower FFNs are scaled by the same ratio")
+        if self.strategy == "split" and new.head_dim < _LEAST_HEAD_SIZE:
+            notes.append(
+                f"warning: head size {new.head_dim}, and some attention kernels lack sizes below "
+                f"{_LEAST_HEAD_SIZE}"
+            )
         sizes = "; ".join([*grown.values(), *notes])
         if self.strategy == "split" or not spreads_groups(old, new):
             return (sizes,)
@@ -499,10 +511,27 @@ class Width:
         return replace(
             with_heads,
             hidden_size=hidden_size,
-            intermediate_size=round(old.intermediate_size * grown / base),
-            expert_size=round(old.expert_size * grown / base),
-            shared_expert_size=round(old.shared_expert_size * grown / base),
+            intermediate_size=self._scaled(old.intermediate_size, grown, base),
+            expert_size=self._scaled(old.expert_size, grown, base),
+            shared_expert_size=self._scaled(old.shared_expert_size, grown, base),
         )
+
+    def _scaled(self, size: int, grown: int, base: int) -> int:
+        """Return an FFN size scaled by `grown / base`, rounded unless it is the target itself."""
+        exact = size * grown / base
+        is_target = self.intermediate_size is not None and size == base
+        if is_target or grown == base:
+            return round(exact)
+        multiple = self.multiple_for(size)
+        nearest = round(exact / multiple) * multiple
+        return nearest if nearest >= size else max(size, math.ceil(exact / multiple) * multiple)
+
+    def multiple_for(self, size: int) -> int:
+        """Return the multiple to which sizes that follow from `size` are rounded."""
+        if self.multiple_of is not None:
+            return self.multiple_of
+        is_usual = size % _USUAL_MULTIPLE == 0 and size >= _FINEST_ROUNDING * _USUAL_MULTIPLE
+        return _USUAL_MULTIPLE if is_usual else 1
 
 
 def _check_grows(old: Dimensions, new: Dimensions) -> None:

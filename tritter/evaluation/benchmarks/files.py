@@ -13,6 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from tritter.data.conversations import WrongRecordError
 from tritter.data.local_files import (
     ByteLimitError,
     Reading,
@@ -22,7 +23,7 @@ from tritter.data.local_files import (
     text_suffix,
     whole_text,
 )
-from tritter.data.records import WrongRecordError, parse
+from tritter.data.records import parse
 from tritter.errors import Problem, RequestError, TritterError, brief, nearest, raise_problems
 from tritter.evaluation.benchmarks.formats import Benchmark, Folder, Format, Question, Row
 from tritter.storage.reading import check_inside, read_text

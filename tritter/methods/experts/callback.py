@@ -13,6 +13,7 @@ from torch import Tensor, distributed, nn
 from tritter.core.families import forward_flops
 from tritter.core.models import config_of, live_shape
 from tritter.data.batches import this_rank
+from tritter.data.chat import ids_of
 from tritter.data.packing import kept_tokens
 from tritter.data.replay import Reservoir
 from tritter.methods.experts.adapters import (
@@ -424,7 +425,7 @@ def _observe(module: ExpertModule, ids: Tensor) -> Observation:
     kept = kept_tokens(module.model, ids)
     mask = None if kept is None else kept.long()
     with module.mixture.off():
-        return observe(module.model, ids, mask)
+        return observe(module.model, ids_of(ids), mask)
 
 
 def _observation_flops(module: ExpertModule, number: int, length: int) -> float:

@@ -13,6 +13,7 @@ from torch.nn.functional import embedding, linear, pad
 
 from tritter.checkpoints.expert_files import RouterKind
 from tritter.core.models import backbone_of
+from tritter.data.chat import ids_of
 from tritter.errors import RequestError, did_you_mean
 from tritter.methods.experts.adapters import (
     AdapterShape,
@@ -115,6 +116,7 @@ class Evidence(nn.Module):
 
     def count(self, number: int, ids: Tensor) -> None:
         """Count tokens, int64 of any shape, for an expert; padding and end of text are ignored."""
+        ids = torch.where(ids == NO_TOKEN, ids, ids_of(ids))
         is_text = ids != NO_TOKEN
         if self.end_of_text_id is not None:  # no evidence, and possibly padding
             is_text &= ids != self.end_of_text_id
@@ -518,6 +520,7 @@ class ExpertMixture:
         ids = args[0] if args else kwargs.get("input_ids")
         if ids is None:
             raise RequestError("experts.router=evidence needs token ids (input_ids).")
+        ids = ids_of(ids)
         if self._only_expert is not None:
             self._whole.dispatch = self._only(ids)
             return

@@ -19,6 +19,7 @@ from pydantic import Field
 
 from tritter.core.families import forward_flops
 from tritter.data.batches import this_rank
+from tritter.data.chat import ids_of
 from tritter.data.packing import forward_options, kept_tokens, lengths_read
 from tritter.errors import Problem, TritterError
 from tritter.options import Count, RunRequest, Text, options
@@ -222,7 +223,7 @@ class Distill(ForgettingMethod):
         excluded = None
         if self.options.mask_gold:  # the next token; the last token of a row has none
             none = torch.full_like(input_ids[:, :1], -1)
-            excluded = torch.cat([input_ids[:, 1:], none], dim=1).flatten()
+            excluded = torch.cat([ids_of(input_ids)[:, 1:], none], dim=1).flatten()
         if kept is not None:
             kept = kept.flatten()
             positions, excluded = positions[kept], None if excluded is None else excluded[kept]

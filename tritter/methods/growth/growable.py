@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from tritter.checkpoints import ExpansionRecord, Lineage, Source
 from tritter.checkpoints.expert_files import refuse_experts
-from tritter.checkpoints.folder import TokenizerFiles
+from tritter.checkpoints.folder import SmallFiles
 from tritter.checkpoints.location import check_output
 from tritter.core.models import config_of, load_model, read_config
 from tritter.errors import Problem, RequestError, nearest, raise_problems
@@ -576,7 +576,7 @@ class GrowableCausalLM(Growable, nn.Module):
             self.model,
             target,
             lineage=lambda: _lineage(origin, target, records),
-            artifacts=[None if origin is None else TokenizerFiles(origin)],
+            artifacts=[None if origin is None else SmallFiles(origin)],
             sources=sources,
             overwrite=overwrite,
         )

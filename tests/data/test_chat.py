@@ -1,0 +1,470 @@
+"""Conversations: formats of records, templates and masks against TRL and stock transformers."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests import oracle
+from tests.oracle import chat as fixtures
+from tests.oracle.chat import CHATML, FORGETFUL, INSTRUCT, MARKED, messages, tokenizer
+from tritter.data.batches import BatchStream, SequenceStream
+from tritter.data.chat import (
+    CONTEXT,
+    FIXED_DATE,
+    START,
+    Chat,
+    ChatChoice,
+    LossOn,
+    chat_of,
+    ids_of,
+    is_unpredicted,
+)
+from tritter.data.conversations import Conversation, WrongRecordError, conversation_of
+from tritter.data.documents import Documents
+from tritter.data.packing import (
+    IGNORED,
+    DocumentMask,
+    inputs_for,
+    labels_of,
+    mask_documents,
+    packed,
+    padding_fraction,
+    window_tensors,
+    windows_of,
+)
+from tritter.data.records import Text
+from tritter.data.tokens import TokenisedDocuments, tokenise
+from tritter.errors import RequestError
+from tritter.evaluation.losses import document_losses
+from tritter.training import BaseModule, OptimizerSettings, Schedule
+
+USER, ASSISTANT = "user", "assistant"
+LOSSES: tuple[LossOn, ...] = ("answers", "all")
+PAIR = [{"role": USER, "content": "Hi"}, {"role": ASSISTANT, "content": "Hello"}]
+
+
+def conversation(number: int, **options: Any) -> Conversation:
+    found = conversation_of({"messages": messages(number, **options)})
+    assert found is not None
+    return found
+
+
+def tokenised(conversations: Sequence[Text], chat: Chat) -> TokenisedDocuments:
+    inner = tokenizer().backend_tokenizer
+    return tokenise(Documents.of(conversations), inner, chat=chat)
+
+
+# Formats
+
+FORMS = (
+    ({"messages": PAIR}, PAIR, 0),
+    ({"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]},
+     PAIR, 0),
+    ({"prompt": "Hi", "completion": "Hello"}, PAIR, 0),
+    ({"prompt": PAIR[:1], "completion": PAIR[1:]}, PAIR, 1),
+    ({"question": "Hi", "answer": "Hello"}, PAIR, 0),
+    ({"instruction": "Hi", "output": "Hello"}, PAIR, 0),
+    ({"instruction": "Add.", "input": "1 2", "output": "3"},
+     [{"role": USER, "content": "Add.\n\n1 2"}, {"role": ASSISTANT, "content": "3"}], 0),
+    ({"instruction": "Hi", "input": "", "output": "Hello", "system": "Be kind."},
+     [{"role": "system", "content": "Be kind."}, *PAIR], 0),
+    ({"system": "Be kind.", "conversations": PAIR, "tools": "[]"},
+     [{"role": "system", "content": "Be kind."}, *PAIR], 0),
+    ({"messages": [*PAIR, {"role": USER, "content": "More", "name": None}]},
+     [*PAIR, {"role": USER, "content": "More"}], 0),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("record", "wanted", "num_given"), FORMS)
+def test_records_become_messages(record: Any, wanted: Any, num_given: int) -> None:
+    found = conversation_of(record)
+    assert found is not None
+    assert list(found.messages) == wanted
+    assert found.num_given == num_given
+    assert [found.messages[at]["content"] for at in found.answers] == [wanted[-1]["content"]] or (
+        wanted[-1]["role"] == USER
+    )
+    assert Conversation.from_json(found.to_json()) == found
+
+
+def test_the_documented_records_are_conversations() -> None:
+    page = Path(__file__).parents[2] / "docs/how-to/use_your_data.md"
+    records = [json.loads(line) for line in page.read_text().splitlines() if line[:2] == '{"']
+    assert len(records) == 4
+    assert all(conversation_of(record) for record in records)
+
+
+def test_other_records_are_no_conversations() -> None:
+    assert conversation_of({"text": "a"}) is None
+    assert conversation_of({"system": "a", "tools": "[]"}) is None
+
+
+def test_tools_and_calls_are_kept() -> None:
+    call = {"role": ASSISTANT, "content": None, "tool_calls": [{"function": {"name": "clock"}}]}
+    tools = [{"type": "function", "function": {"name": "clock"}}]
+    found = conversation_of({"messages": [PAIR[0], call], "tools": json.dumps(tools)})
+    assert found is not None
+    assert found.tools == tuple(tools)
+    assert found.messages[1]["tool_calls"] == call["tool_calls"]
+    assert str(found) == 'user: Hi\n\nassistant: [{"function": {"name": "clock"}}]'
+    with pytest.raises(WrongRecordError, match="tools: is a number; must be a list of JSON sch"):
+        conversation_of({"messages": PAIR, "tools": 3})
+    for broken in ("{", "[" * 100_000):
+        with pytest.raises(WrongRecordError, match="tools: is not valid JSON"):
+            conversation_of({"messages": PAIR, "tools": broken})
+    with pytest.raises(WrongRecordError, match="has a message that is not JSON"):
+        conversation_of({"messages": [{**PAIR[0], "more": {b"x": 1}}]})
+    # A table gives each call the arguments of all others; an Alpaca record may name its tools
+    call["tool_calls"] = [{"function": {"name": "clock", "zone": None}}]
+    assert conversation_of({"messages": [PAIR[0], call], "tools": json.dumps(tools)}) == found
+    assert conversation_of({"instruction": "a", "output": "b", "tools": "calculator"})
+
+
+def test_the_split_does_not_depend_on_format_or_template() -> None:
+    documents = Documents.of(
+        found for record, *_ in FORMS[:2] if (found := conversation_of(record)) is not None
+    )
+    assert len(documents) == 1  # the same words under other names
+    assert documents.num_conversations() == 1
+
+
+@given(
+    contents=st.lists(st.text(st.characters(codec="utf-8"), max_size=12), min_size=1, max_size=4)
+)
+def test_answer_spans_are_the_answers(contents: list[str]) -> None:
+    turns = [
+        {"role": (USER, ASSISTANT)[at % 2], "content": text} for at, text in enumerate(contents)
+    ]
+    found = conversation_of({"messages": turns})
+    assert found is not None
+    spans = [str(found)[start:end] for start, end in found.answer_spans]
+    answers = [text.replace("\r\n", "\n") for text in contents[1::2]]
+    assert spans[:-1] == answers[: len(spans) - 1]
+    if spans:
+        last = answers[len(spans) - 1]
+        assert spans[-1] in (last, last.rstrip())
+
+
+# Rendering and masks
+
+
+def test_answers_are_rendered_by_the_stock_tokenizer_and_marked() -> None:
+    own, turns = tokenizer(), messages(3, turns=2, system=True)
+    marked = Chat(own).render(conversation(3, turns=2, system=True), "3")
+    assert ids_of(marked).tolist() == own.apply_chat_template(turns)["input_ids"]
+    spans = own.decode(ids_of(marked[~is_unpredicted(marked)]))
+    assert spans == "".join(f"{each['content']}<|im_end|>\n" for each in turns[2::2])
+    assert marked[0] == ids_of(marked[0]) | CONTEXT | START
+    assert ((marked[1:] & START) == 0).all()
+
+
+def test_both_ways_to_find_answers_agree() -> None:
+    for number in range(12):
+        each = conversation(number, turns=1 + number % 3, system=number % 2 == 1)
+        prefixes, blocks = (Chat(tokenizer(way)).render(each, "") for way in (CHATML, MARKED))
+        assert np.array_equal(prefixes, blocks)
+    each = conversation(1, turns=2)
+    everything = Chat(tokenizer(), loss_on="all").render(each, "")
+    answers = Chat(tokenizer()).render(each, "")
+    assert np.array_equal(ids_of(everything), ids_of(answers))
+    assert is_unpredicted(everything).tolist() == [True] + [False] * (len(everything) - 1)
+
+
+def test_the_assistants_first_words_and_given_answers_are_not_predicted() -> None:
+    turns = messages(4, turns=2)
+    greeting = [{"role": ASSISTANT, "content": "Hello"}, *turns]
+    given = {"prompt": turns[:3], "completion": turns[3:]}
+    for record, answers in (({"messages": greeting}, turns[1::2]), (given, turns[3:])):
+        found = conversation_of(record)
+        assert found is not None
+        both = [Chat(tokenizer(way)).render(found, "") for way in (CHATML, MARKED)]
+        assert np.array_equal(*both)
+        text = tokenizer().decode(ids_of(both[0][~is_unpredicted(both[0])]))
+        assert text == "".join(f"{each['content']}<|im_end|>\n" for each in answers)
+        assert [str(found)[a:b] for a, b in found.answer_spans] == [m["content"] for m in answers]
+
+
+def test_a_template_has_the_same_date_on_all_days() -> None:
+    dated = "{{ strftime_now('%Y-%m-%d') }} {{ strftime_now('%d %b %Y') }}" + CHATML
+    marked = Chat(tokenizer(dated)).render(conversation(1), "")
+    assert tokenizer().decode(ids_of(marked)).startswith("2024-07-26 26 Jul 2024<|im_start|>")
+
+
+def test_templates_that_hide_answers_or_fail_are_refused() -> None:
+    once, twice = conversation(1), conversation(1, turns=2)
+    chat = Chat(tokenizer(FORGETFUL))
+    assert (~is_unpredicted(chat.render(once, "x"))).any()
+    message = (
+        r"data\.chat_template: message 2 of 'x' can't be located.*data\.chat_template=FILE.*"
+        r"data\.loss_on=all"
+    )
+    with pytest.raises(RequestError, match=message):
+        chat.render(twice, "x")
+    assert len(Chat(tokenizer(FORGETFUL), loss_on="all").render(twice, "x"))
+    with pytest.raises(RequestError, match="only user and assistant roles"):
+        Chat(tokenizer(INSTRUCT)).render(conversation(1, system=True), "x")
+    with pytest.raises(RequestError, match=r"the template fails for 'x'.*SecurityError"):
+        hostile = "{{ messages.__class__.__mro__[1].__subclasses__() }}"
+        Chat(tokenizer(hostile)).render(once, "x")
+
+
+# Templates that TRL ships: those of models, and its copies with {% generation %} for training
+SHIPPED = ("qwen2_5", "qwen3", "qwen3_6", "llama3", "gemma3", "phi3_5", "cohere2", "glm4moe")
+SHIPPED += ("gptoss", "lfm2_v2")
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    "name", ["CHATML", "MARKED", "INSTRUCT", *SHIPPED, *(f"{name}_training" for name in SHIPPED)]
+)
+def test_tokens_and_masks_are_those_of_trl(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`messages` with assistant_only_loss; prompts and completions with completion_only_loss."""
+    monkeypatch.setenv("CI", "1")
+    trl = pytest.importorskip("trl")
+    folder = Path(trl.__file__).parent / "chat_templates"
+    template = getattr(fixtures, name, None) or (folder / f"{name}.jinja").read_text()
+    template = FIXED_DATE + template  # TRL renders today's
+    is_prompted = "generation %}" not in template
+    turns = [messages(n, turns=1 + n % 2, system=name == "CHATML" and n % 3 == 0) for n in range(9)]
+    rows = [
+        {"prompt": each[:-1], "completion": each[-1:]} if is_prompted else {"messages": each}
+        for each in turns
+    ]
+    trainer = trl.SFTTrainer(
+        oracle.tiny_llama(vocab_size=330),
+        trl.SFTConfig(
+            output_dir=str(tmp_path),
+            assistant_only_loss=not is_prompted,
+            max_length=None,
+            report_to="none",
+            use_cpu=True,
+        ),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer(template),
+    )
+    for row, theirs in zip(rows, trainer.train_dataset, strict=True):
+        ours = conversation_of(row)
+        assert ours is not None
+        marked = Chat(tokenizer(template)).render(ours, "")
+        assert ids_of(marked).tolist() == theirs["input_ids"]
+        labels = np.where(is_unpredicted(marked), IGNORED, ids_of(marked)).tolist()
+        assert labels == theirs["labels"]
+
+
+# Plain text
+
+
+def test_without_a_template_a_conversation_is_its_plain_text() -> None:
+    inner, each = tokenizer().backend_tokenizer, conversation(5, turns=2)
+    documents = Documents.of([each])
+    plain = tokenise(documents, inner)
+    answers = tokenise(documents, inner, chat=Chat(None))
+    assert torch.equal(ids_of(answers.tokens), plain.tokens)
+    assert not plain.has_marks
+    assert answers.has_marks
+    assert torch.equal(tokenise(documents, inner, chat=Chat(None, "all")).tokens, plain.tokens)
+    contents = [each.messages[at]["content"] for at in each.answers]
+    kept = answers.tokens[~is_unpredicted(answers.tokens)]
+    assert inner.decode(ids_of(kept).tolist()).split() == " ".join(contents).split()
+    assert answers.num_bytes.tolist() == [sum(len(text.encode()) for text in contents)]
+
+
+@pytest.mark.parametrize("limit", [5, 11, 60, 500])
+def test_truncated_conversations_count_the_bytes_of_kept_answers(limit: int) -> None:
+    inner = tokenizer().backend_tokenizer
+    for chat in (Chat(None), Chat(tokenizer())):
+        each = Documents.of([conversation(7, turns=3)])
+        whole = tokenise(each, inner, chat=chat)
+        cut = tokenise(each, inner, chat=chat, max_tokens_per_document=limit)
+        assert torch.equal(cut.tokens, whole.tokens[: cut.num_tokens])
+        assert cut.num_tokens in (min(limit, whole.num_tokens), limit - 1, limit - 2)
+        assert cut.num_bytes <= whole.num_bytes
+        assert (cut.num_bytes > 0) == bool((~is_unpredicted(cut.tokens)).any())
+
+
+# Packing and losses
+
+
+@given(
+    lengths=st.lists(st.integers(1, 3), min_size=1, max_size=8), length=st.sampled_from([17, 40])
+)
+def test_packed_conversations_keep_their_labels_and_positions(
+    lengths: list[int], length: int
+) -> None:
+    documents = tokenised([conversation(n, turns=t) for n, t in enumerate(lengths)], CHAT)
+    end = CHAT.tokenizer.eos_token_id
+    rows = packed(documents, packing="documents", sequence_length=length, end_of_text_id=end)
+    mask = DocumentMask(end)
+    model = mask_documents(oracle.tiny_llama(vocab_size=330, max_position_embeddings=256), mask)
+    labels, positions = labels_of(model, rows.long()), mask.positions(rows)
+    # Each piece begins at position 0, unpredicted, and all other labels are those of the answers
+    pieces: list[tuple[list[int], list[int]]] = []
+    for row, label, position, is_padding in zip(
+        rows, labels, positions, mask.padding(rows), strict=True
+    ):
+        columns = (ids_of(row), label, position, is_padding)
+        for token, wanted, at, is_empty in zip(*(each.tolist() for each in columns), strict=True):
+            if is_empty:
+                assert wanted == IGNORED
+                continue
+            if at == 0:
+                pieces.append(([], []))
+            pieces[-1][0].append(token)
+            pieces[-1][1].append(wanted)
+    wanted_pieces = []
+    for index in range(len(documents)):
+        tokens = documents.document(index)
+        for start in range(0, len(tokens), length - 1):
+            piece = tokens[start : start + length - 1].long()
+            wanted = ids_of(piece).masked_fill(is_unpredicted(piece), IGNORED)
+            wanted[0] = IGNORED
+            if (wanted != IGNORED).any():  # others teach nothing
+                wanted_pieces.append((ids_of(piece).tolist(), wanted.tolist()))
+    assert sorted(pieces) == sorted(wanted_pieces)
+    share = float(mask.padding(rows).float().mean())
+    assert padding_fraction(documents, sequence_length=length) == pytest.approx(share)
+
+
+CHAT = Chat(tokenizer(MARKED))
+
+
+def stock_nats(model: Any, turns: list[dict[str, str]]) -> tuple[float, int]:
+    """Return the loss of the answers by transformers alone, and the number of their tokens."""
+    rendered = CHAT.tokenizer.apply_chat_template(turns, return_assistant_tokens_mask=True)
+    ids = torch.tensor([rendered["input_ids"]])
+    mask = torch.tensor([rendered["assistant_masks"]]).bool()
+    with torch.no_grad():
+        log_p = model(ids).logits.double().log_softmax(-1)[:, :-1]
+    nats = -log_p.gather(-1, ids[:, 1:, None]).squeeze(-1)
+    return float(nats[mask[:, 1:]].sum()), int(mask.sum())
+
+
+@pytest.mark.parametrize("is_masked", [False, True])
+@pytest.mark.parametrize("window", [256, 9])
+def test_scores_are_the_losses_of_answers(window: int, is_masked: bool) -> None:
+    """Also after training with a document mask, whose end of text occurs in conversations."""
+    model = oracle.tiny_llama(vocab_size=330, max_position_embeddings=256)
+    end = CHAT.tokenizer.eos_token_id
+    if is_masked:
+        mask_documents(model, DocumentMask(end))
+    turns = [messages(number, turns=1 + number % 2) for number in range(6)]
+    found = [each for turn in turns if (each := conversation_of({"messages": turn})) is not None]
+    documents = tokenised(found, CHAT)
+    scores = document_losses(
+        model, documents, sequence_length=window, end_of_text_id=end, batch_size=3
+    )
+    contents = {str(each): messages for each, messages in zip(found, turns, strict=True)}
+    order = [contents[document.text] for document in Documents.of(found)]
+    answers = [sum(len(m["content"].encode()) for m in each[1::2]) for each in order]
+    assert scores.weights["bytes"].tolist() == answers
+    alone = oracle.tiny_llama(vocab_size=330, max_position_embeddings=256)
+    stock = [stock_nats(alone, each) for each in order]
+    assert scores.weights["tokens"].tolist() == [count for _, count in stock]
+    if window == 256:  # shorter windows see less context
+        torch.testing.assert_close(
+            scores.values, torch.tensor([nats for nats, _ in stock]).double(), rtol=1e-5, atol=1e-5
+        )
+    windows = windows_of(documents, sequence_length=window)
+    inputs, targets = window_tensors(windows[:1], documents.tokens, end_of_text_id=end)
+    assert int(inputs_for(alone, inputs).max()) < 330
+    assert (targets != IGNORED).any()
+
+
+def test_a_training_batch_has_the_loss_of_answers_alone() -> None:
+    """The mean over a packed batch is that of stock transformers over single conversations."""
+    model = oracle.tiny_llama(vocab_size=330, max_position_embeddings=256)
+    turns = [messages(number, turns=1 + number % 2) for number in range(6)]
+    stock = [stock_nats(model, each) for each in turns]
+    found = [each for turn in turns if (each := conversation_of({"messages": turn})) is not None]
+    end = CHAT.tokenizer.eos_token_id
+    rows = packed(
+        tokenised(found, CHAT), packing="documents", sequence_length=200, end_of_text_id=end
+    ).long()
+    mask_documents(model, DocumentMask(end))
+    with torch.no_grad():
+        loss = model(input_ids=rows, labels=labels_of(model, rows), use_cache=False).loss
+    wanted = sum(nats for nats, _ in stock) / sum(count for _, count in stock)
+    assert float(loss) == pytest.approx(wanted, rel=1e-5)
+
+
+def test_a_text_after_a_conversation_is_a_document_of_its_own() -> None:
+    """Both are in one sequence; FLOPs and the histogram count them separately."""
+    documents = tokenised([conversation(1), "a text of five words"], CHAT)
+    end = CHAT.tokenizer.eos_token_id
+    sizes = sorted(documents.offsets.diff().tolist())
+    rows = packed(documents, packing="documents", sequence_length=128, end_of_text_id=end)
+    assert len(rows) == 1
+    counted = DocumentMask(end).length_counts(rows)
+    lengths = [length for length, count in enumerate(counted.tolist()) for _ in range(count)]
+    assert [length for length in lengths if length > 1] in (
+        [sizes[0], sizes[1]],
+        [sizes[0] + 1, sizes[1]],  # with the end of text that it begins with
+    )
+
+
+def test_an_optimizer_step_is_the_mean_over_the_answers_of_its_batches() -> None:
+    """Accumulated batches with different numbers of answers have the gradient of one batch."""
+    turns = [conversation(number, turns=1 + number % 3) for number in range(8)]
+    end = CHAT.tokenizer.eos_token_id
+    rows = packed(
+        tokenised(turns, CHAT), packing="documents", sequence_length=64, end_of_text_id=end
+    )
+    rows = rows[: len(rows) // 4 * 4]
+    losses = []
+    for window in (1, 4):
+        model = oracle.tiny_llama(vocab_size=330, max_position_embeddings=256)
+        module = BaseModule(
+            mask_documents(model, DocumentMask(end)),
+            schedule=Schedule(learning_rate=1e-3, max_steps=1),
+            optimizer=OptimizerSettings(),
+        )
+        stream = BatchStream(
+            SequenceStream(rows, seed=0), batch_size=len(rows) // window, window=window
+        )
+        batches = [batch for batch, _ in zip(stream, range(window), strict=False)]
+        own = [module.task_loss(batch).value / window for batch in batches]
+        torch.stack(own).sum().backward()
+        losses.append((sum(map(float, own)), model.model.layers[0].mlp.up_proj.weight.grad))
+    (whole, gradient), (parts, accumulated) = losses
+    assert parts == pytest.approx(whole, rel=1e-5)
+    torch.testing.assert_close(accumulated, gradient, rtol=1e-4, atol=1e-7)
+
+
+# Choice of a template
+
+
+def test_the_default_is_the_template_of_the_tokenizer(tmp_path: Path) -> None:
+    default = ChatChoice()
+    assert chat_of(default, tokenizer=tokenizer()).tokenizer is not None
+    assert chat_of(default, tokenizer=tokenizer(None)).tokenizer is None
+    assert chat_of(default, tokenizer=None).tokenizer is None
+    assert chat_of(ChatChoice("none", "all"), tokenizer=tokenizer()).is_marked is False
+    file = tmp_path / "own.jinja"
+    file.write_text(INSTRUCT)
+    own = chat_of(ChatChoice(str(file)), tokenizer=tokenizer())
+    assert own.tokenizer.chat_template == INSTRUCT
+    with pytest.raises(RequestError, match=r"data\.chat_template = tokenizer: .* no chat template"):
+        chat_of(ChatChoice("tokenizer"), tokenizer=tokenizer(None))
+    with pytest.raises(RequestError, match=r"data\.chat_template = tokenizer: a new base model"):
+        chat_of(ChatChoice("tokenizer"), tokenizer=None)
+    digests = {
+        chat_of(ChatChoice(None, loss), tokenizer=tokenizer(way)).digest
+        for loss in LOSSES
+        for way in (CHATML, MARKED, None)
+    }
+    assert len(digests) == 6
+
+
+def test_a_saved_checkpoint_keeps_its_template(tmp_path: Path) -> None:
+    folder = fixtures.checkpoint(tmp_path / "base", INSTRUCT)
+    assert (folder / "chat_template.jinja").read_text() == INSTRUCT

@@ -1,0 +1,210 @@
+"""Streamed data sets: each training document once per epoch, from any saved position."""
+
+import gzip
+import io
+import json
+import pickle
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from tokenizers import Tokenizer
+
+from tests.oracle import chat as fixtures
+from tritter.data.batches import BatchStream, Sequences, SequenceStream
+from tritter.data.chat import ANSWER, Chat
+from tritter.data.datasets import _LOCK, HEAD_ROWS, parse_name, text_batches
+from tritter.data.documents import text_key
+from tritter.data.local_files import Reading, TextFileError
+from tritter.data.packing import Packing, packed
+from tritter.data.replay import ReplayBuffer
+from tritter.data.sources import recorded_paths, source_documents
+from tritter.data.split import SplitRule, threshold_side
+from tritter.data.stream import SequenceOptions, StreamedSequences
+from tritter.data.tokens import copy_backend, tokenise_texts
+
+LENGTH, END = 16, 0
+RULE = SplitRule(seed=0, validation_fraction=0.2)
+TEXTS = [f"document {number} keeps the number {number}" for number in range(700)]
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """The same texts in a plain file, and in a packed one and a folder."""
+    rows = [json.dumps({"text": text}) for text in TEXTS]
+    (tmp_path / "all.jsonl").write_text("\n".join(rows))
+    with gzip.open(tmp_path / "first.jsonl.gz", "wt") as file:
+        file.write("\n".join(rows[:400]))
+    (tmp_path / "rest").mkdir()
+    for number, start in enumerate((400, 600)):
+        content = "\n".join(rows[start : start + 200])
+        (tmp_path / f"rest/{number}.jsonl").write_text(content)
+    return tmp_path
+
+
+def streamed(
+    names: list[Path | str],
+    tokenizer: Tokenizer,
+    *,
+    packing: Packing = "stream",
+    seed: int = 0,
+    buffer_sequences: int = 64,
+) -> StreamedSequences:
+    options = SequenceOptions(
+        rule=RULE,
+        tokenizer=copy_backend(tokenizer),
+        chat=None,
+        packing=packing,
+        sequence_length=LENGTH,
+        end_of_text_id=END,
+    )
+    return StreamedSequences(
+        [parse_name("data.new", str(name)) for name in names],
+        key="data.new",
+        options=options,
+        seed=seed,
+        buffer_sequences=buffer_sequences,
+    )
+
+
+def in_order(tokenizer: Tokenizer) -> torch.Tensor:
+    """The training sequences of an epoch, in the order of the texts."""
+    kept = [text for text in TEXTS if threshold_side(text_key(text), RULE) == "train"]
+    documents = tokenise_texts(kept, tokenizer)
+    return packed(documents, packing="stream", sequence_length=LENGTH, end_of_text_id=END)
+
+
+def rows_of(sequences: torch.Tensor) -> list[tuple[int, ...]]:
+    return [tuple(row) for row in sequences.tolist()]
+
+
+def test_an_epoch_has_every_training_sequence_once(place: Path, tokenizer: Tokenizer) -> None:
+    wanted = rows_of(in_order(tokenizer))
+    found = rows_of(streamed([place / "all.jsonl"], tokenizer).next_sequences(len(wanted)))
+    assert sorted(found) == sorted(wanted)
+    assert found != wanted
+    # The file, a packed file and a folder are the same stream
+    parts = streamed([place / "first.jsonl.gz", place / "rest"], tokenizer)
+    assert sorted(rows_of(parts.next_sequences(len(wanted)))) == sorted(wanted)
+    # The next epoch begins with what was left of the last sequence
+    again = rows_of(streamed([place / "all.jsonl"], tokenizer).next_sequences(2 * len(wanted)))
+    assert again[: len(wanted)] == found
+    assert again[len(wanted) :] != found
+
+
+def test_the_order_depends_on_the_seed_alone(place: Path, tokenizer: Tokenizer) -> None:
+    orders = {
+        seed: [
+            rows_of(streamed([place / "all.jsonl"], tokenizer, seed=seed).next_sequences(200))
+            for _ in range(2)
+        ]
+        for seed in (0, 1)
+    }
+    assert orders[0][0] == orders[0][1] != orders[1][0] == orders[1][1]
+
+
+@pytest.mark.parametrize("packing", ["stream", "documents"])
+@pytest.mark.parametrize(
+    "names", [["all.jsonl"], ["first.jsonl.gz", "rest"], ["all.jsonl[50:650]"]]
+)
+def test_a_stream_continues_from_every_batch(
+    place: Path, tokenizer: Tokenizer, names: list[str], packing: Packing
+) -> None:
+    """Also across epochs; the state survives torch.save with weights_only, and pickling."""
+    files: list[Path | str] = [f"{place}/{name}" for name in names]
+
+    def mixture() -> BatchStream:
+        both: dict[str, Sequences] = {
+            "streamed": streamed(files, tokenizer, packing=packing),
+            "fixed": SequenceStream(in_order(tokenizer)[:30], seed=1),
+        }
+        return BatchStream(ReplayBuffer(both, weights={"streamed": 3}), batch_size=7)
+
+    whole = mixture()
+    batches, states = [], []
+    for batch, _ in zip(whole, range(230), strict=False):
+        batches.append(batch["input_ids"])
+        file = io.BytesIO()
+        torch.save(whole.state_dict(), file)
+        states.append(file)
+    for at in (0, 1, 17, 60, 133, 228):
+        resumed = pickle.loads(pickle.dumps(mixture()))
+        states[at].seek(0)
+        resumed.load_state_dict(torch.load(states[at], weights_only=True))
+        for wanted, batch in zip(batches[at + 1 :], resumed, strict=False):
+            assert torch.equal(batch["input_ids"], wanted)
+
+
+def test_a_position_continues_with_the_next_rows(place: Path) -> None:
+    source = parse_name("data.new", str(place / "rest"))
+    reading = Reading(key="data.new")
+    whole = list(text_batches(source, reading, is_streamed=True))
+    for at, batch in enumerate(whole):
+        later = text_batches(source, reading, is_streamed=True, position=batch.position)
+        assert [each.texts for each in later] == [each.texts for each in whole[at + 1 :]]
+
+
+def test_data_without_a_sequence_is_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    (tmp_path / "one.jsonl").write_text('{"text": "a"}')
+    with pytest.raises(TextFileError, match=r"data\.new: .*do not fill one sequence of 16 tokens"):
+        streamed([tmp_path / "one.jsonl"], tokenizer).next_sequences(1)
+
+
+def test_statistics_read_the_first_rows_only(tmp_path: Path) -> None:
+    rows = (json.dumps({"text": f"row {n}"}) for n in range(HEAD_ROWS + 50))
+    (tmp_path / "long.jsonl").write_text("\n".join(rows))
+    name = f"hf:{tmp_path}/long.jsonl"
+    head = source_documents([name], key="data.new", text_field="text", is_head=True)
+    assert len(head) == HEAD_ROWS
+    (recorded,) = recorded_paths([name], key="data.new", is_head=True)
+    assert recorded == f"{name}:train[:{HEAD_ROWS}]#text"
+    again = source_documents([recorded], key="data.new", text_field="text")
+    assert list(again.keys()) == list(head.keys())
+
+
+def test_refused_conversations_are_skipped(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    turns = [fixtures.messages(number) for number in range(40)]
+    system = [{"role": "system", "content": "Be kind."}, *turns[0]]
+    rows = [json.dumps({"messages": each}) for each in (*turns[:20], system, *turns[20:])]
+    (tmp_path / "talks.jsonl").write_text("\n".join(rows))
+    stock = fixtures.tokenizer(fixtures.INSTRUCT)  # refuses a system message
+    options = SequenceOptions(
+        rule=SplitRule(seed=3, validation_fraction=1e-9),
+        tokenizer=stock.backend_tokenizer,
+        chat=Chat(stock),
+        packing="documents",
+        sequence_length=64,
+        end_of_text_id=END,
+    )
+    source = parse_name("data.new", str(tmp_path / "talks.jsonl"))
+    stream = StreamedSequences([source], key="data.new", options=options, seed=0)
+    found = stream.next_sequences(30)
+    assert (found >= ANSWER).any()
+    assert "A conversation is skipped: data.chat_template: the template fails" in caplog.text
+
+
+def test_settings_of_the_library_are_those_of_before(place: Path) -> None:
+    """Between two batches, though both sources are being read."""
+
+    def settings() -> tuple[int, bool]:
+        with _LOCK:  # no stream of another test is reading
+            log = datasets.utils.logging
+            return log.get_verbosity(), datasets.is_progress_bar_enabled()
+
+    before, source = settings(), parse_name("data.new", str(place / "all.jsonl"))
+    one, other = (text_batches(source, Reading(key="data.new"), is_streamed=True) for _ in range(2))
+    next(one), next(other)
+    assert settings() == before
+    assert len([*one, *other]) == 4
+    assert settings() == before
+
+
+def test_long_rows_are_read_a_few_at_a_time(tmp_path: Path) -> None:
+    rows = (json.dumps({"text": "word " * 40_000}) for _ in range(60))
+    (tmp_path / "long.jsonl").write_text("\n".join(rows))
+    source = parse_name("data.new", str(tmp_path / "long.jsonl"))
+    batches = list(text_batches(source, Reading(key="data.new"), is_streamed=True))
+    assert [len(batch.texts) for batch in batches] == [10] * 6

@@ -1,0 +1,250 @@
+"""Conversations through whole jobs: template, loss on answers, packing, scores, next runs."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from tests import oracle
+from tests.oracle import chat as fixtures
+from tritter.checkpoints import read_lineage
+from tritter.checkpoints.state import KeptSequences
+from tritter.cli.main import main
+from tritter.cli.train import _recorded_settings
+from tritter.config.launch.composition import load_config
+from tritter.data.chat import ANSWER
+from tritter.data.conversations import conversation_of
+from tritter.data.documents import NAME_CHARACTERS
+from tritter.errors import RequestError
+from tritter.pipeline import Outcome, run_pipeline
+
+Run = Callable[..., Outcome]
+WHOLE = "data.sequence_length=256"  # each conversation is one window
+RENDERED = "200 conversations are rendered with the chat template; the loss is on answers."
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two checkpoints, with and without a template, conversations and plain texts."""
+    folder = tmp_path_factory.mktemp("chat")
+    fixtures.checkpoint(folder / "base")
+    fixtures.checkpoint(folder / "bare", None)
+    turns = [fixtures.messages(number, turns=1 + number % 2) for number in range(200)]
+    talks = [{"messages": each, "id": number} for number, each in enumerate(turns)]
+    pairs = [{"instruction": m[0]["content"], "output": m[1]["content"]} for m in turns[::2]]
+    texts = [{"text": " ".join(m["content"] for m in each)} for each in turns]
+    openings = [{"prompt": "", "completion": m[1]["content"]} for m in turns]
+    named = {"talks": talks, "pairs": pairs, "texts": texts, "openings": openings}
+    for name, records in named.items():
+        content = "\n".join(json.dumps(record) for record in records)
+        (folder / f"{name}.jsonl").write_text(content)
+    (folder / "own.jinja").write_text(fixtures.INSTRUCT)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(place: Path, cache: Path) -> Run:
+    def run_job(folder: Path, *overrides: str) -> Outcome:
+        folder.mkdir(parents=True, exist_ok=True)
+        words = (
+            *("model=hf", f"model.path={place / 'base'}", "data=text"),
+            *(f"data.old={place / 'texts.jsonl'}", f"data.new={place / 'talks.jsonl'}"),
+            *("data.sequence_length=64", "data.batch_size=8", "training.max_steps=4"),
+            *("evaluation.every_n_steps=2", "evaluation.sample_tokens=4", "expansion=none"),
+            *("forgetting=replay", "gate=off", "logger=csv", "trainer.progress=off"),
+            *(f"cache_dir={cache}", *overrides),
+        )
+        return run_pipeline(load_config(words), run_folder=folder)
+
+    return run_job
+
+
+@pytest.fixture(scope="module")
+def done(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("done") / "run"
+    run(folder, "forgetting=[ewc,replay]", "forgetting.replay.keep=3", "expansion=dus", WHOLE)
+    return folder
+
+
+def stock_scores(folder: Path, records: list[dict[str, list[dict[str, str]]]]) -> tuple[float, int]:
+    """Return nats and bytes of all answers, with transformers alone."""
+    model, own = oracle.stock(folder), AutoTokenizer.from_pretrained(folder)
+    nats, num_bytes = 0.0, 0
+    for record in records:
+        turns = record["messages"]
+        ids = own.apply_chat_template(turns)["input_ids"]
+        with torch.no_grad():
+            log_p = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+        for at in range(1, len(turns), 2):
+            prompt = own.apply_chat_template(turns[:at], add_generation_prompt=True)["input_ids"]
+            until = own.apply_chat_template(turns[: at + 1])["input_ids"]
+            nats -= sum(float(log_p[p - 1, ids[p]]) for p in range(len(prompt), len(until)))
+            num_bytes += len(turns[at]["content"].encode())
+    return nats, num_bytes
+
+
+def test_scores_are_those_of_answers_under_the_template(done: Path, place: Path) -> None:
+    summary = json.loads((done / "summary.json").read_text())
+    assert RENDERED in summary["notes"]
+    scores = json.loads((done / "scores/attempt_1-trained.json").read_text())["new"]
+    # Identifiers contain the beginning of the document
+    lines = map(json.loads, (place / "talks.jsonl").read_text().splitlines())
+    by_start = {str(conversation_of(each))[:NAME_CHARACTERS]: each for each in lines}
+    by_name = {" ".join(start.split()): each for start, each in by_start.items()}
+    held_out = [by_name[name[17:]] for name in scores["identifiers"]]
+    assert 20 < len(held_out) < 70
+    nats, num_bytes = stock_scores(done / "checkpoint", held_out)
+    assert sum(scores["values"]) == pytest.approx(nats, rel=1e-5)
+    assert sum(scores["weights"]["bytes"]) == num_bytes
+
+
+def test_conversations_are_packed_as_documents(done: Path) -> None:
+    lineage = read_lineage(done / "checkpoint")
+    assert lineage is not None
+    assert lineage.training_config["data"] == {"sequence_length": 256, "packing": "documents"}
+    (task,) = json.loads((done / "summary.json").read_text())["tasks"]
+    assert 0 < task["packing"]["padding_fraction"] < 0.2
+    kept = KeptSequences.read(done / "checkpoint")
+    assert int(kept.sequences["new"].max()) >= ANSWER > int(kept.sequences["old"].max())
+
+
+def test_prompts_of_samples_are_conversations(done: Path) -> None:
+    samples = json.loads((done / "summary.json").read_text())["samples"]
+    (prompt,) = (each["prompt"] for each in samples if each["domain"] == "new")
+    assert prompt.startswith("user\n")
+    assert prompt.endswith("\nassistant\n")
+
+
+@pytest.mark.quick_cases(2)
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["data.packing=stream"], r"data\.packing = stream: attention would cross conversations"),
+        (["data.new={place}/texts.jsonl", "data.loss_on=answers"],
+         r"data\.loss_on = answers: the data has no conversations"),
+        (["data.new={place}/texts.jsonl", "data.chat_template=tokenizer"],
+         r"data\.chat_template = tokenizer: the data has no conversations"),
+        (["model.path={place}/bare", "data.chat_template=tokenizer"],
+         r"data\.chat_template = tokenizer: the checkpoint's tokenizer has no chat template"),
+        (["data.chat_template=tokeniser"],
+         r"data\.chat_template = tokeniser: there is no such file.*Did you mean tokenizer\?"),
+        (["data.new={place}/bots.jsonl"], r"data\.new = .*bots.*have no answers: messages of the"),
+        (["data.loss_on=answer"], r"data\.loss_on = answer: .*Did you mean answers\?"),
+        (["data.chat_template={place}/broken.jinja"], r"template fails for .*TemplateSyntaxError"),
+    ],
+)  # fmt: skip
+def test_refusals_come_before_training(
+    run: Run, place: Path, tmp_path: Path, words: list[str], message: str
+) -> None:
+    (place / "broken.jinja").write_text("{% for message in messages %}")
+    bots = [{"messages": [{"role": "bot", "content": f"number {n}"}]} for n in range(60)]
+    (place / "bots.jsonl").write_text("\n".join(map(json.dumps, bots)))
+    with pytest.raises(RequestError, match=message):
+        run(tmp_path / "run", *(word.format(place=place) for word in words))
+    assert not (tmp_path / "run/baseline").exists()
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("forgetting=distill", "forgetting.distill.rows=both", "forgetting.distill.mask_gold=true"),
+        ("forgetting=[self_replay,si]",),
+        ("forgetting=none", "experts=dylora", "experts.router=both"),
+        ("expansion=moe",),
+        ("growth=gradmax", "forgetting=ewc", "growth.warmup_steps=0", "growth.check_every=1"),
+        ("data.new={place}/pairs.jsonl", "data.old={place}/talks.jsonl"),
+        ("data.loss_on=all",),
+        ("data.chat_template=none",),
+        ("data.chat_template=none", "data.new={place}/openings.jsonl"),
+        ("model.path={place}/bare",),
+    ],
+)
+def test_every_method_trains_on_conversations(
+    run: Run, place: Path, tmp_path: Path, words: tuple[str, ...]
+) -> None:
+    outcome = run(tmp_path / "run", *(word.format(place=place) for word in words))
+    assert outcome.status == "ungated"
+    (task,) = json.loads((tmp_path / "run/summary.json").read_text())["tasks"]
+    assert task["packing"]["padding_fraction"] < 0.2
+
+
+@pytest.mark.full
+def test_plain_text_for_all_tokens_is_the_stream_of_before(
+    run: Run, place: Path, tmp_path: Path
+) -> None:
+    """Without marks, conversations train like texts with the same words: bit for bit."""
+    texts = [
+        "\n\n".join(f"{m['role']}: {m['content']}" for m in json.loads(line)["messages"])
+        for line in (place / "talks.jsonl").read_text().splitlines()
+    ]
+    same = tmp_path / "same.jsonl"
+    same.write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    run(tmp_path / "plain", "data.chat_template=none", "data.loss_on=all")
+    run(tmp_path / "texts", f"data.new={same}")
+    hashes = [
+        lineage.model_hash
+        for name in ("plain", "texts")
+        if (lineage := read_lineage(tmp_path / name / "checkpoint")) is not None
+    ]
+    assert len(set(hashes)) == 1
+
+
+@pytest.mark.full
+def test_later_runs_and_commands_read_conversations_alike(
+    run: Run, place: Path, done: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start = f"model.path={done / 'checkpoint'}"
+    # From the lineage, and from the sequences in the checkpoint
+    run(tmp_path / "more", start, "data.old=null", f"data.new={place / 'pairs.jsonl'}")
+    run(tmp_path / "kept", start, WHOLE, "data.old={}", f"data.new={place / 'texts.jsonl'}")
+    assert "rendered with the chat template" in capsys.readouterr().out
+    # A template file becomes that of the checkpoint
+    run(tmp_path / "own", f"data.chat_template={place / 'own.jinja'}")
+    published = tmp_path / "own/checkpoint"
+    assert (published / "chat_template.jinja").read_text() == fixtures.INSTRUCT
+    assert AutoTokenizer.from_pretrained(published).chat_template == fixtures.INSTRUCT
+    assert "data.chat_template" not in _recorded_settings(published, is_text=True)
+    scores = json.loads((done / "scores/attempt_1-trained.json").read_text())["new"]
+    capsys.readouterr()
+    assert main(["evaluate", str(done / "checkpoint"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["losses"]["new"]["loss"] == pytest.approx(
+        sum(scores["values"]) / sum(scores["weights"]["tokens"]), rel=1e-6
+    )
+    assert RENDERED in found["notes"]
+    # Options that change the tokens are those of the next run
+    run(tmp_path / "all", "data.loss_on=all", "data.chat_template=none")
+    start = f"model.path={tmp_path / 'all/checkpoint'}"
+    for name, words, way in (
+        ("next", (), "read as plain text (data.chat_template=none); the loss is on all tokens."),
+        ("other", ("data.chat_template=tokenizer", "data.loss_on=answers"), RENDERED[22:]),
+    ):
+        texts = f"data.new={place / 'texts.jsonl'}"
+        run(tmp_path / name, start, "data.old=null", texts, *words)
+        notes = json.loads((tmp_path / name / "summary.json").read_text())["notes"]
+        assert any(note.endswith(way) for note in notes)
+    for name in ("own", "all"):
+        assert main(["validate", str(place / "base"), str(tmp_path / name / "checkpoint")]) in (
+            0,
+            3,
+        )
+
+
+@pytest.mark.full
+def test_the_recipe_for_a_consumer_gpu_trains_on_conversations(place: Path, tmp_path: Path) -> None:
+    config = load_config(
+        [
+            *("experiment=consumer_gpu", f"model.path={place / 'base'}", "trainer=cpu"),
+            *(f"data.old={place / 'texts.jsonl'}", f"data.new={place / 'pairs.jsonl'}"),
+            *("optimizer=adamw", "data.sequence_length=64", "training.max_steps=30", "gate=off"),
+            *("growth.warmup_steps=0", "growth.check_every=1", "trainer.accumulate_grad_batches=1"),
+            *("logger=csv", f"cache_dir={tmp_path / 'cache'}"),
+        ]
+    )
+    run_pipeline(config, run_folder=tmp_path)
+    notes = json.loads((tmp_path / "summary.json").read_text())["notes"]
+    assert any("conversations are rendered with the chat template" in note for note in notes)

@@ -1,0 +1,174 @@
+"""Text samples: continuations of prompts before, during and after training."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from tokenizers import Tokenizer
+from torch import nn
+
+from tritter.core.families import position_limit
+from tritter.core.models import config_of
+from tritter.data.chat import ANSWER, ids_of, is_unpredicted
+from tritter.evaluation.inference import sample_text, whole_word_prompt
+from tritter.pipeline import experts
+from tritter.pipeline.context import MAX_POSITIONS, RunContext
+from tritter.pipeline.metrics import SAMPLE_COLUMNS, SAMPLES_NAME, log_samples
+from tritter.storage.atomic import write_text_atomic
+from tritter.training.callbacks import Validation
+from tritter.training.module import base_of
+
+SAMPLE_PROMPT_TOKENS = 24
+
+
+@dataclass(frozen=True, slots=True)
+class Continuations:
+    """Continuations of a prompt by two models, as in summary.json, and their FLOPs."""
+
+    texts: dict[str, str]
+    flops: float
+
+
+def generate_samples(
+    context: RunContext, before: nn.Module, after: nn.Module
+) -> list[Continuations]:
+    """Return the continuations of both models: of a prompt of each domain, then of own prompts."""
+    positions = _positions(before)
+    prompts = [(domain, _prompt_of(context, domain, positions)) for domain in context.domains]
+    prompts += [("", ids) for ids in own_prompts(context, before).values()]
+    return [_continued(context, domain, ids, before, after) for domain, ids in prompts]
+
+
+def own_prompts(context: RunContext, model: nn.Module) -> dict[str, list[int]]:
+    """Return the prompts of `evaluation.prompts` as tokens; the end of one that is too long.
+
+    If the run has conversations with a chat template, a prompt is rendered as a user's message.
+    """
+    most, chat = _positions(model) // 2, context.corpus.chat
+    encode = context.corpus.tokenizer.encode
+    prompts = {}
+    for text in context.config.evaluation.prompts:
+        if chat is not None and chat.tokenizer is not None:
+            prompts[text] = chat.prompt(text)
+        else:
+            prompts[text] = encode(text, add_special_tokens=False).ids
+    return {text: ids[-most:] for text, ids in prompts.items()}
+
+
+def _positions(model: nn.Module) -> int:
+    # Learned positions are limited; the last generated token is not read
+    return position_limit(config_of(model)) or MAX_POSITIONS
+
+
+def _prompt_of(context: RunContext, domain: str, positions: int) -> list[int]:
+    """Return a prompt from the first validation document of a domain."""
+    document = context.corpus.domains[domain].validation.document(0)
+    first = int(document[0]) if len(document) else 0
+    if first >= ANSWER:  # a conversation up to its first answer, or half of it
+        num_given = int(is_unpredicted(document).long().cumprod(0).sum())
+        num_given = num_given if num_given > 1 else len(document) // 2
+        prompt: list[int] = document[max(0, num_given - positions // 2) : num_given].tolist()
+        return prompt
+    # Skip the beginning of the document, which is usually a heading or imports
+    return whole_word_prompt(
+        document[: 4 * SAMPLE_PROMPT_TOKENS].tolist(),
+        context.corpus.tokenizer.decode,
+        skipped_tokens=SAMPLE_PROMPT_TOKENS,
+        max_tokens=min(SAMPLE_PROMPT_TOKENS, positions // 2),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Sampler:
+    """Greedy continuations.
+
+    Args:
+        tokenizer: decodes them.
+        max_new_tokens: limit of tokens per continuation.
+        end_of_text_id: token that ends a document.
+    """
+
+    tokenizer: Tokenizer
+    max_new_tokens: int
+    end_of_text_id: int
+
+    @classmethod
+    def of(cls, context: RunContext) -> "_Sampler":
+        """Return the sampler of a run."""
+        most = context.config.evaluation.sample_tokens
+        return cls(context.corpus.tokenizer, most, context.end_of_text_id)
+
+    def continued(self, model: nn.Module, prompt: list[int]) -> tuple[str, int]:
+        """Return the continuation of a prompt, and the number of tokens that the model read.
+
+        These are an end of text, the prompt and all new tokens but the last: with a cache of keys
+        and values, each would be read once.
+        """
+        most = min(self.max_new_tokens, _positions(model) - len(prompt))
+        tokens = sample_text(
+            model, prompt_ids=prompt, max_new_tokens=most, end_of_text_id=self.end_of_text_id
+        )
+        num_read = 1 + len(prompt) + min(len(tokens), most - 1)
+        return str(self.tokenizer.decode(tokens)), num_read
+
+
+def _continued(
+    context: RunContext, domain: str, prompt: list[int], before: nn.Module, after: nn.Module
+) -> Continuations:
+    sampler, texts, flops = _Sampler.of(context), dict[str, str](), 0.0
+    for name, model in (("before", before), ("after", after)):
+        texts[name], num_read = sampler.continued(model, prompt)
+        flops += experts.reading_flops(model).of(num_read)
+    ids = ids_of(torch.tensor(prompt, dtype=torch.int64)).tolist()
+    shown = str(sampler.tokenizer.decode(ids))
+    return Continuations({"domain": domain, "prompt": shown, **texts}, flops)
+
+
+class SampleLog(Callback):
+    """Continue own prompts at every evaluation during training.
+
+    The continuations are written to `samples.jsonl`, and to W&B as a table if its logger is open
+    in this process.
+
+    Args:
+        prompts: text → tokens.
+        sampler: continues them.
+        path: file to write.
+    """
+
+    def __init__(self, prompts: Mapping[str, list[int]], sampler: _Sampler, path: Path) -> None:
+        self._prompts, self._sampler, self._path = dict(prompts), sampler, path
+        self._rows: list[list[Any]] = []
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # All processes generate: the layers of a sharded model are gathered by all of them
+        module, step = base_of(pl_module), trainer.global_step
+        validation = next(each for each in trainer.callbacks if isinstance(each, Validation))  # type: ignore[attr-defined]
+        reading = module.reading_flops()
+        for text, ids in self._prompts.items():
+            continuation, num_read = self._sampler.continued(module.model, ids)
+            self._rows.append([step, text, continuation])
+            validation.flops += reading.of(num_read)
+        if not trainer.is_global_zero:
+            return
+        lines = [json.dumps(dict(zip(SAMPLE_COLUMNS, row, strict=True))) for row in self._rows]
+        write_text_atomic(self._path, "\n".join([*lines, ""]))
+        log_samples(trainer.loggers, self._rows, step=step)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rows": [list(row) for row in self._rows]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._rows = [list(row) for row in state_dict["rows"]]
+
+
+def sample_log(context: RunContext, model: nn.Module, folder: Path) -> tuple[SampleLog, ...]:
+    """Return the callback for a training run with own prompts; none without."""
+    prompts = own_prompts(context, model)
+    if not prompts:
+        return ()
+    return (SampleLog(prompts, _Sampler.of(context), folder / SAMPLES_NAME),)

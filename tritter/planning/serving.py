@@ -1,0 +1,55 @@
+"""What quantisers and inference engines do not take of a model's shape."""
+
+from collections.abc import Iterator
+
+from tritter.core.families import Config, family_of
+
+# Block → what fails for sizes that are no multiples of it
+_BLOCKS = {
+    32: "llama.cpp keeps it in 16 bits",
+    64: "bitsandbytes nf4 fails at the first forward pass on a CPU",
+    256: "K-quants of llama.cpp fall back to larger types",
+}
+_SIZES = {"hidden_size": "hidden size", "intermediate_size": "FFN", "expert_size": "expert size"}
+_NUM_DEVICES = (2, 4, 8)
+
+
+def serving_notes(config: Config, source: Config) -> tuple[str, ...]:
+    """Return the limits of quantisers and engines that a model breaks and its source did not.
+
+    Args:
+        config: the config.json of the model.
+        source: that of the model from which it grows.
+    """
+    known = {(key, block) for key, block, _, _ in _findings(source)}
+    found = {(key, block): (subject, problem) for key, block, subject, problem in _findings(config)}
+    notes: dict[str, list[str]] = {}
+    for (key, block), (subject, problem) in found.items():
+        is_implied = block == max(_BLOCKS) and (key, min(_BLOCKS)) in found
+        if (key, block) not in known and not is_implied:
+            notes.setdefault(subject, []).append(problem)
+    lost = [str(n) for n in _NUM_DEVICES if _shares(source, n) and not _shares(config, n)]
+    if lost:
+        sizes = family_of(config).dimensions(config)
+        heads = (
+            f"{sizes.num_attention_heads} attention heads, {sizes.num_key_value_heads} key/value"
+        )
+        notes[f"{heads} heads"] = [f"no tensor parallelism over {', '.join(lost)} GPUs"]
+    return tuple(f"{subject}: {'; '.join(problems)}" for subject, problems in notes.items())
+
+
+def _findings(config: Config) -> Iterator[tuple[str, int, str, str]]:
+    """Yield the limits that sizes break: the size, its block, a subject and a problem."""
+    sizes = family_of(config).dimensions(config)
+    for key, name in _SIZES.items():
+        size = getattr(sizes, key)
+        for block, problem in _BLOCKS.items():
+            if size % block:
+                yield key, block, f"{name} {size}", f"not a multiple of {block} ({problem})"
+
+
+def _shares(config: Config, devices: int) -> bool:
+    """Return whether GPUs can share the heads evenly; each may need a copy of a key/value head."""
+    sizes = family_of(config).dimensions(config)
+    heads, groups = sizes.num_attention_heads, sizes.num_key_value_heads
+    return heads % devices == 0 and (groups % devices == 0 or devices % groups == 0)
