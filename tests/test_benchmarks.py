@@ -34,6 +34,7 @@ FOLDER = Path(streaming.__file__).parent
 COMPUTE_SAVED = "2026-11-20_compute_saved"
 WIDTH_MOMENTS = "2026-11-20_width_moments"
 LIGO = "2026-11-20_ligo"
+VOCABULARY = "2026-11-24_vocabulary"
 COMMANDS = re.findall(r"^python .*$", (FOLDER / "README.md").read_text("utf-8"), re.MULTILINE)
 
 
@@ -330,6 +331,31 @@ def test_routers_of_an_arm_are_balanced_in_it_and_in_its_branches(
     plain = router(auxiliary_loss=0.0, z_loss=0.0)
     assert not torch.equal(router(auxiliary_loss=1.0, z_loss=0.0), plain)
     assert not torch.equal(router(auxiliary_loss=0.0, z_loss=1.0), plain)
+
+
+@pytest.mark.full
+def test_vocabulary_arms_run_at_equal_flops_and_are_summarised(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    experiment, summary = (
+        importlib.import_module(f"experiments.{VOCABULARY}.{name}")
+        for name in ("vocabulary", "summarise")
+    )
+    output = tmp_path / "results.csv"
+    monkeypatch.setenv("TRITTER_CACHE", str(tmp_path / "cache"))
+    sizes = "--seeds 0 --arms mean none --steps 6 --tokens 300 --pretraining-steps 2"
+    words = ["vocabulary.py", *sizes.split(), "--work", str(tmp_path), "--output", str(output)]
+    monkeypatch.setattr(sys, "argv", words)
+    experiment.main()
+    with output.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert set(rows[0]) == _columns("results.csv", folder=FOLDER.parent / VOCABULARY)
+    flops = {row["arm"]: float(row["flops"]) for row in rows}
+    steps = {row["arm"]: int(row["steps"]) for row in rows}
+    assert steps["none"] > steps["mean"] and flops["none"] == pytest.approx(flops["mean"], rel=0.1)
+    monkeypatch.setattr(summary, "FOLDER", tmp_path)
+    summary.main()
+    assert "| none | - | +0.0 % |" in capsys.readouterr().out
 
 
 def test_a_saving_is_read_off_between_the_points() -> None:

@@ -163,8 +163,8 @@ def test_the_options_offered_are_those_that_the_methods_have() -> None:
         for method, spec in EXPANSIONS.items()
         for field in dataclasses.fields(spec)
     }
-    # How a checkpoint is trained later is no matter of its expansion
-    assert fields - taken == {("llama_pro", "new_blocks_only")}
+    # How a checkpoint is trained later is no matter of its expansion; Tritter sets the merges
+    assert fields - taken == {("llama_pro", "new_blocks_only"), ("vocab", "merges")}
     assert taken <= fields
 
 

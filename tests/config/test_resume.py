@@ -297,7 +297,7 @@ NEVER_REPLAYED = {
     *("cache_dir", "resume", "optimizer.name", "logger.wandb.mode"),
     *("evaluation.allow_code", "evaluation.code_sandbox", "evaluation.code_sandbox_command"),
     "evaluation.prompts",
-    *("expansion.moe_add.teacher", "forgetting.distill.teacher"),
+    *("expansion.moe_add.teacher", "expansion.vocab.tokenizer", "forgetting.distill.teacher"),
     *("callbacks.model_checkpoint.dirpath", "callbacks.model_checkpoint.filename"),
     *("logger.mlflow.save_dir", "logger.mlflow.tracking_uri", "logger.tensorboard.save_dir"),
     *("logger.tensorboard.name", "logger.tensorboard.version"),

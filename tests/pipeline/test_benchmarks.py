@@ -15,7 +15,7 @@ from tritter.core.models import load_model, load_tokenizer
 from tritter.errors import RequestError
 from tritter.evaluation.benchmarks.harness import EvalOptions, score_benchmark
 from tritter.pipeline import Outcome
-from tritter.pipeline.context import BenchmarkTask, benchmark_tasks
+from tritter.pipeline.scoring import BenchmarkTask, benchmark_tasks
 
 
 @pytest.fixture

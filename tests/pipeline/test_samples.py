@@ -46,8 +46,9 @@ def test_no_more_is_read_than_a_model_has_learned_positions_for(positions: int) 
         domains=("old",),
         config=SimpleNamespace(evaluation=SimpleNamespace(sample_tokens=60, prompts=["long"])),
         end_of_text_id=0,
+        original=None,
     )
-    found = generate_samples(context, model, model)
+    found = generate_samples(context, model, context, model)
     hook.remove()
     assert max(longest) <= positions and len(found) == 2
     assert all(each.texts["before"] and each.texts["prompt"] for each in found)

@@ -9,7 +9,7 @@ command can expand it without the code that registered it.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -244,6 +244,19 @@ class KeptSequences:
             {name: self.num_seen[name] for name in others},
             self.of_documents.intersection(others),
         )
+
+    def mapped(self, change: Callable[[Tensor, bool], Tensor]) -> KeptSequences:
+        """Return a copy with changed sequences; each has the mean loss of its domain.
+
+        Args:
+            change: returns sequences [M, T] for sequences [N, T], and whether they are documents.
+        """
+        sequences = {n: change(each, n in self.of_documents) for n, each in self.sequences.items()}
+        seen = {n: max(len(each), self.num_seen[n]) for n, each in sequences.items()}
+        if all(each is self.sequences[name] for name, each in sequences.items()):
+            return self
+        losses = {n: self.losses[n].mean().repeat(len(sequences[n])) for n in self.losses}
+        return replace(self, sequences=sequences, losses=losses, num_seen=seen)
 
     def problems(
         self, *, sequence_length: int, packing: Packing | None, vocab_size: int | None = None

@@ -107,8 +107,8 @@ Method = Annotated[
     option(
         "--method",
         "METHOD,..",
-        "dus, stack, interpolate, llama-pro, width, moe or moe-add; several are separated by "
-        "commas and applied in order.",
+        "dus, stack, interpolate, llama-pro, width, moe, moe-add or vocab; several are separated "
+        "by commas and applied in order.",
         completes=completer(lambda: map(with_dashes, method_bodies())),
     ),
 ]
@@ -157,7 +157,7 @@ Measure = Annotated[
 ]
 DryRun = Annotated[bool, flag("--dry-run", "Print the result without writing it.", panel=WRITING)]
 
-_DOMAIN = "New experts on a domain (moe-add)"
+_DOMAIN = "Data of a new domain (moe-add, vocab)"
 
 Domain = Annotated[
     str | None,
@@ -173,8 +173,8 @@ DomainData = Annotated[
     option(
         "--domain-data",
         "PATH",
-        "moe-add: data (file, folder or glob) to train the routers and the new experts on. "
-        "Repeatable.",
+        "Data (file, folder or glob). moe-add: train the routers and the new experts on it. "
+        "vocab: learn the new tokens from it. Repeatable.",
         panel=_DOMAIN,
     ),
 ]
@@ -237,6 +237,7 @@ def expand(
     """
     with loading("torch"):
         from tritter.cli.recipe import read_recipe
+        from tritter.core.expansions import vocab_place
 
     file = None if recipe is None else read_recipe(recipe)
     settings = _settings(context, file)
@@ -250,6 +251,8 @@ def expand(
         of_domain = (domain, domain_data, old_data, steps, learning_rate)
         is_trained = any(value is not None for value in of_domain)
         job = _resolve_job(checkpoint, specs, settings, file)
+        if vocab_place(specs) is not None:
+            job, is_trained = _with_tokens(job, domain_data, is_trained=any(of_domain[2:])), False
         if not dry_run and job.obstacle(overwrite=overwrite):
             raise RequestError(job.obstacle(overwrite=overwrite))
         text = _domain_text(*of_domain) if is_trained else None
@@ -406,6 +409,41 @@ def _resolve_job(
         settings=settings,
         recipe=recipe,
     )
+
+
+def _with_tokens(job: _Job, data: Sequence[str] | None, *, is_trained: bool) -> _Job:
+    """Return the job with new tokens, from documents that no lineage holds out for validation.
+
+    Raises:
+        RequestError: data is missing or not needed, or an option trains experts.
+    """
+    from tritter.checkpoints.run_text import DEFAULT_FRACTION
+    from tritter.core.expansions import Vocab, vocab_place
+    from tritter.data.options import read_sources
+    from tritter.data.records import DEFAULT_FIELD
+    from tritter.data.sources import source_documents
+    from tritter.data.split import SplitRule, training_texts
+    from tritter.transform.vocabulary import learned
+
+    specs, place = list(job.specs), vocab_place(job.specs) or 0
+    spec, key = specs[place], "--domain-data"
+    assert isinstance(spec, Vocab)
+    if is_trained:
+        raise RequestError("--old-data, --steps and --learning-rate: vocab trains nothing.")
+    if data and not spec.is_learned:
+        raise RequestError("--domain-data is not needed: the new tokens are given.")
+    if not spec.is_learned:
+        return job
+    if not data:
+        raise RequestError("--domain-data is missing; or set --tokens, or --tokenizer.")
+    problems: list[Problem] = []
+    found = read_sources(key, list(data), default_name="new", problems=problems)
+    raise_problems(problems)
+    read = {n: source_documents(p, key=key, text_field=DEFAULT_FIELD) for n, p in found.items()}
+    default = SplitRule(seed=job.settings.seed or 0, validation_fraction=DEFAULT_FRACTION)
+    rule = (job.source.lineage and job.source.lineage.split) or default
+    specs[place] = learned(spec, job.source, training_texts(read, rule=rule, names=read))
+    return replace(job, specs=tuple(specs))
 
 
 # Training new experts on a domain
@@ -757,5 +795,6 @@ def _exactness(result: _Result) -> str:
         )
         lossy.append(with_dashes(spec.name) + next(ways, ""))
     if not lossy:
-        return "yes: function-preserving"
+        of_old = " for old tokens" if result.plan.vocabulary is not None else ""
+        return f"yes: function-preserving{of_old}"
     return f"no: {', '.join(lossy)}. Expect a higher loss until you continue training."

@@ -54,6 +54,7 @@ _PART_OF = {
 _WITHOUT_MAP = {
     "experts": "none: the base is unchanged",
     "growth": "none: neurons were added during training",
+    "vocab": "old rows are kept, new rows are appended",
 }
 _MAX_FACTORS = 3
 _PORTS = {"read": "reads ", "gain": "norm of "}  # what a tensor does with the space of an axis

@@ -67,7 +67,9 @@ def measure(
 
     config = read_config(result.folder)
     try:
-        found = folder_jump(source.folder, result.folder, random_tokens(config), progress=show)
+        found = folder_jump(
+            source.folder, result.folder, random_tokens(source.config), progress=show
+        )
     except TritterError:
         raise
     # Stock classes trust their config, so a bad value may raise any exception
@@ -91,6 +93,8 @@ def measure(
     is_broken = claims_exact and not jump.relative_to_std < bound
     note = f", including rounding to {' and '.join(rounded)}" if rounded else ""
     text = f"logit shift {jump.relative_to_std:.1e} σ on random tokens{note}"
+    if jump.new_token_mass is not None:
+        text += f"; new tokens get {jump.new_token_mass:.1%} of the probability"
     first_difference = (
         found.first_difference(result.plan.parameter_map.layer_sources) if is_broken else ""
     )

@@ -38,8 +38,9 @@ _OPTION_OF_KEY = {
     "width.init": "width_init",
     "moe.layers": "sparse_layers",
     "moe_add.init": "expert_init",
+    "vocab.init": "vocab_init",
 }
-_TRAINING_KEY = "new_blocks_only"
+_NO_OPTION = (TARGET, "new_blocks_only", "merges")  # of training, and set by Tritter
 # Keys of ctx.meta: the requested methods (None: all), and the options that help describes
 _METHODS, _SHOWN = "tritter.methods", "tritter.shown"
 
@@ -104,7 +105,7 @@ def method_options() -> dict[str, dict[str, str]]:
     options: dict[str, dict[str, str]] = {}
     for method, body in method_bodies().items():
         for key in body:
-            if key not in (TARGET, _TRAINING_KEY):
+            if key not in _NO_OPTION:
                 option = _OPTION_OF_KEY.get(f"{method}.{key}", key)
                 options.setdefault(option, {})[method] = key
     return options

@@ -179,11 +179,12 @@ _REPLAYED = {
     "expansion.moe": "num_experts experts_per_token granularity layers noise reinit_fraction",
     "expansion.moe_add": "num_experts addition init clone_from noise",
     "expansion.stack": "target_layers partial identity_init",
+    "expansion.vocab": "new_tokens tokens init head_init freeze_old_rows multiple_of merges",
     "expansion.width": "hidden_size intermediate_size num_attention_heads num_key_value_heads "
     "multiple_of head_strategy init noise shares",
     "forgetting.distill": "weight temperature rows top_k mask_gold",
     "forgetting.ewc": "ewc_lambda estimator num_sequences normalise at carry refresh_steps",
-    "forgetting.freeze": "layers new_only old_experts until thaw",
+    "forgetting.freeze": "layers new_only old_experts old_rows until thaw",
     "forgetting.l2sp": "l2sp_lambda",
     "forgetting.online_ewc": "ewc_lambda gamma estimator num_sequences normalise at carry "
     "refresh_steps",

@@ -42,6 +42,7 @@ from tritter.config.components import (
     weightless_methods,
 )
 from tritter.config.fallbacks import ladder_problems
+from tritter.config.folders import body_of, option_files
 from tritter.config.schema import (
     OPEN_GROUPS,
     SECTIONS,
@@ -52,7 +53,7 @@ from tritter.config.schema import (
     WandbConfig,
     start_checkpoint,
 )
-from tritter.core.expansions import target_config
+from tritter.core.expansions import target_config, vocab_place
 from tritter.core.families import Config, check_size, family_of, position_limit
 from tritter.core.families.presets import model_problems
 from tritter.data.options import (
@@ -124,6 +125,23 @@ def group_bodies(reader: Reader, raw: Mapping[str, Any]) -> Bodies:
         off = [none, *(name for name in body if body[name] is None and group in BASES)]
         bodies[group] = {str(name): each for name, each in body.items() if name not in off}
     return bodies
+
+
+def _with_frozen_rows(bodies: Bodies) -> Bodies:
+    """Return the bodies, with `forgetting=freeze` if `expansion.vocab.freeze_old_rows` is set."""
+    vocab = bodies.get("expansion", {}).get("vocab")
+    if not isinstance(vocab, Mapping) or vocab.get("freeze_old_rows") is not True:
+        return bodies
+    chosen = bodies.get("forgetting", {}).get("freeze")
+    freeze: Any
+    if not isinstance(chosen, Mapping):
+        freeze = body_of(option_files()["forgetting"]["freeze"]).get("freeze")
+        assert isinstance(freeze, Mapping)
+    else:  # its own default, which old_rows would replace
+        parts = ("layers", "new_only", "old_experts")
+        freeze = {**chosen, **({} if any(map(chosen.get, parts)) else {"layers": "attention"})}
+    forgetting = {**bodies.get("forgetting", {}), "freeze": {**freeze, "old_rows": True}}
+    return {**bodies, "forgetting": forgetting}
 
 
 def find_classes(reader: Reader, bodies: Bodies) -> dict[str, Any]:
@@ -205,7 +223,7 @@ def validate(
         RequestError: lists every problem with key, value, allowed values and nearest match.
     """
     reader = Reader(known_keys)
-    bodies = with_steps(group_bodies(reader, raw), reader.problems)
+    bodies = with_steps(_with_frozen_rows(group_bodies(reader, raw)), reader.problems)
     has_no_rate = bodies.get("training", {}).get("learning_rate", 0) is None
     if has_no_rate:
         bodies["training"] = {**bodies["training"], "learning_rate": PRESET_RATE}
@@ -413,6 +431,23 @@ def _data_problems(config: RunConfig) -> Iterator[Problem]:
         yield Problem("data.old", typed, reason=reason)
 
 
+def vocabulary_problems(config: RunConfig) -> Iterator[Problem]:
+    """Yield the options that a larger vocabulary excludes."""
+    place = vocab_place(config.expansion)
+    if place is None:
+        return
+    reason = "it compares probabilities of the same tokens, and expansion=vocab changes the tokens"
+    needs = ((one.name, one.kind.needs(one.options)) for one in config.forgetting)
+    if taught := [name for name, each in needs if each.teacher]:
+        yield Problem("forgetting", taught, reason=f"{reason}; use replay or self_replay")
+    for spec in config.expansion:
+        if getattr(spec, "teacher", None) is not None:
+            yield Problem("expansion.moe_add.init", "distill", reason=f"{reason}; use clone")
+    if getattr(config.expansion[place], "freeze_old_rows", False) and len(config.text.tasks) > 1:
+        reason = "later tasks would freeze all rows, the new ones included; use one task"
+        yield Problem("expansion.vocab.freeze_old_rows", True, reason=reason)
+
+
 _RULES: tuple[Rule, ...] = (
     batch_problems,
     model_problems,
@@ -426,6 +461,7 @@ _RULES: tuple[Rule, ...] = (
     weight_problems,
     streaming_problems,
     method_problems,
+    vocabulary_problems,
     pipeline_problems,
     carry_problems,
     averaging_problems,

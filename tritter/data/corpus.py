@@ -19,6 +19,7 @@ from torch import Tensor
 from tritter.data import built_in, cache
 from tritter.data.chat import Chat
 from tritter.data.documents import (
+    Document,
     Documents,
     conversations_digest,
     documents_digest,
@@ -108,6 +109,7 @@ def build_corpus(
     tokenizer_domains: Sequence[str] | None = None,
     tokenizer: Tokenizer | None = None,
     chat: Chat | None = None,
+    validation_bytes: Mapping[str, Tensor] | None = None,
 ) -> Corpus:
     """Split documents, train a tokenizer on the training side and tokenise; or load from the cache.
 
@@ -125,6 +127,8 @@ def build_corpus(
         tokenizer_domains: domains to train the tokenizer on; defaults to all.
         tokenizer: an existing tokenizer; then none is trained and `vocab_size` is ignored.
         chat: how to tokenise conversations, if there are any; None tokenises their plain text.
+        validation_bytes: domain → int64 [n], bytes to keep of each validation document instead of
+            `max_validation_tokens_per_document`.
 
     Raises:
         RequestError: an option is out of range, a domain is too small or unknown, or the cache
@@ -149,16 +153,10 @@ def build_corpus(
     }
     rule = SplitRule(seed=seed, validation_fraction=validation_fraction)
     parted = split_documents(domains, rule=rule)
-    plain = {name: asdict(source) for name, source in sources.items()}
-    made_from: dict[str, Any] = {"options": asdict(options), "sources": plain}
-    sides = sha256()  # of the documents on each side of each domain
-    for name, split in parted.items():
-        for side in (split.train, split.validation):
-            sides.update(f"{name}\0{documents_digest(side)}".encode())
-            if chat is not None:
-                sides.update(f"{chat.digest}\0{conversations_digest(side)}".encode())
-    made_from["sides"] = sides.hexdigest()
-    digest = _digest(made_from | _tokenizer_entry(tokenizer))
+    made_from = _inputs(options, sources, parted, chat) | _tokenizer_entry(tokenizer)
+    if validation_bytes is not None:
+        made_from["validation_bytes"] = _digest_of(validation_bytes)
+    digest = _digest(made_from)
     notes = tuple(note for domain in domains.values() for note in notes_of(domain))
     if chat is not None:
         count = sum(documents.num_conversations() for documents in domains.values())
@@ -168,11 +166,34 @@ def build_corpus(
     folder = _corpora(cache_dir) / digest
     cache.require_writable(folder.parent)
     corpus = _make(
-        parted, options=options, sources=sources, digest=digest, tokenizer=tokenizer, chat=chat
+        parted,
+        options=options,
+        sources=sources,
+        digest=digest,
+        tokenizer=tokenizer,
+        chat=chat,
+        validation_bytes=validation_bytes,
     )
     _save(corpus, folder)
     # A corpus from the cache is memory-mapped
     return replace(_load(cache_dir, digest) or corpus, notes=notes, chat=chat)
+
+
+def _inputs(
+    options: _Options,
+    sources: Mapping[str, SourceSummary],
+    parted: Mapping[str, Split],
+    chat: Chat | None,
+) -> dict[str, Any]:
+    """Return the inputs of a corpus, without its tokenizer, as plain data."""
+    sides = sha256()  # of the documents on each side of each domain
+    for name, split in parted.items():
+        for side in (split.train, split.validation):
+            sides.update(f"{name}\0{documents_digest(side)}".encode())
+            if chat is not None:
+                sides.update(f"{chat.digest}\0{conversations_digest(side)}".encode())
+    plain = {name: asdict(source) for name, source in sources.items()}
+    return {"options": asdict(options), "sources": plain, "sides": sides.hexdigest()}
 
 
 def stdlib_corpus(
@@ -183,6 +204,7 @@ def stdlib_corpus(
     seed: int,
     cache_dir: Path,
     tokenizer: Tokenizer | None = None,
+    validation_bytes: Mapping[str, Tensor] | None = None,
 ) -> Corpus:
     """Return the embedded corpus: domains `prose` (documentation) and `code` (sources).
 
@@ -201,6 +223,8 @@ def stdlib_corpus(
         "seed": seed,
         **_tokenizer_entry(tokenizer),
     }
+    if validation_bytes is not None:
+        requested["validation_bytes"] = _digest_of(validation_bytes)
     note = _corpora(cache_dir) / "stdlib" / _digest(requested)
     known = ""
     with suppress(OSError, UnicodeDecodeError):
@@ -223,6 +247,7 @@ def stdlib_corpus(
         seed=seed,
         cache_dir=cache_dir,
         tokenizer=tokenizer,
+        validation_bytes=validation_bytes,
     )
     with cache.write_errors(note.parent):
         note.parent.mkdir(parents=True, exist_ok=True)
@@ -264,18 +289,23 @@ def _make(
     digest: str,
     tokenizer: Tokenizer | None,
     chat: Chat | None,
+    validation_bytes: Mapping[str, Tensor] | None,
 ) -> Corpus:
     if tokenizer is None:
         training = (each for name in options.tokenizer_domains for each in splits[name].train)
         tokenizer = train_tokenizer(training, vocab_size=options.vocab_size)
-    limit = options.max_validation_tokens_per_document
+    limit = None if validation_bytes else options.max_validation_tokens_per_document
+    kept: dict[str, Sequence[Document]] = {n: split.validation for n, split in splits.items()}
+    for name, sizes in (validation_bytes or {}).items():
+        kept[name] = [
+            Document(each.identifier, each.text.encode()[:size].decode())
+            for each, size in zip(kept[name], sizes.tolist(), strict=True)
+        ]
     domains = {
         name: Domain(
             name=name,
             train=tokenise(split.train, tokenizer, chat=chat),
-            validation=tokenise(
-                split.validation, tokenizer, max_tokens_per_document=limit, chat=chat
-            ),
+            validation=tokenise(kept[name], tokenizer, max_tokens_per_document=limit, chat=chat),
         )
         for name, split in splits.items()
     }
@@ -286,6 +316,10 @@ def _make(
         sources=dict(sources),
         counts={name: split.counts for name, split in splits.items()},
     )
+
+
+def _digest_of(sizes: Mapping[str, Tensor]) -> str:
+    return _digest({name: each.tolist() for name, each in sizes.items()})
 
 
 def _tokenizer_entry(tokenizer: Tokenizer | None) -> dict[str, str]:

@@ -7,7 +7,7 @@ every training run of the lineage: runs never train on each other's validation d
 
 import math
 from array import array
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Annotated, Literal
@@ -108,6 +108,19 @@ def split_documents(domains: Mapping[str, Documents], *, rule: SplitRule) -> dic
             raise RequestError(f"data: domain {name}: {reason}.")
         held_out.update(splits[name].validation.keys())
     return splits
+
+
+def training_texts(
+    domains: Mapping[str, Documents], *, rule: SplitRule, names: Iterable[str]
+) -> Iterator[str]:
+    """Yield the texts of the training documents of some domains.
+
+    Raises:
+        RequestError: as `split_documents`.
+    """
+    parted = split_documents(domains, rule=rule)
+    for name in names:
+        yield from (document.text for document in parted[name].train)
 
 
 def split_problem(texts: Iterable[Text], *, rule: SplitRule) -> str | None:

@@ -300,7 +300,7 @@ def _encoded(
     # The fast version omits offsets, which only truncation and answers need
     is_fast = limit is None and not is_marked
     encode = tokenizer.encode_batch_fast if is_fast else tokenizer.encode_batch
-    with _specials_as_text(tokenizer):
+    with specials_as_text(tokenizer):
         encodings = iter(encode(texts, add_special_tokens=False))
     for document in documents:
         conversation = document.conversation if is_marked else None
@@ -422,7 +422,8 @@ def _batches(documents: Sequence[Document]) -> Iterator[list[Document]]:
 
 
 @contextmanager
-def _specials_as_text(tokenizer: Tokenizer) -> Iterator[None]:
+def specials_as_text(tokenizer: Tokenizer) -> Iterator[None]:
+    """Encode special tokens in a text like other text."""
     before = tokenizer.encode_special_tokens
     tokenizer.encode_special_tokens = True
     try:

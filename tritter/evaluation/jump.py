@@ -15,17 +15,27 @@ from tritter.evaluation.statistics import finite_or_none
 
 @dataclass(frozen=True, slots=True)
 class Jump:
-    """The largest change of a logit, absolute and in standard deviations of the old logits."""
+    """The largest change of a logit, absolute and in standard deviations of the old logits.
+
+    Args:
+        max_absolute: of the logits of old tokens.
+        relative_to_std: the same in standard deviations.
+        new_token_mass: mean probability of all new tokens; None without new tokens.
+    """
 
     max_absolute: float
     relative_to_std: float
+    new_token_mass: float | None = None
 
     def to_dict(self) -> dict[str, float | None]:
         """Return the record for summary.json; non-finite values become None."""
-        return {
+        plain = {
             "max_absolute": finite_or_none(self.max_absolute),
             "relative_to_std": finite_or_none(self.relative_to_std),
         }
+        if self.new_token_mass is not None:
+            plain["new_token_mass"] = finite_or_none(self.new_token_mass)
+        return plain
 
 
 def logit_jump(before_model: nn.Module, after_model: nn.Module, input_ids: Tensor) -> Jump:
@@ -37,16 +47,24 @@ def logit_jump(before_model: nn.Module, after_model: nn.Module, input_ids: Tenso
         input_ids: int64 [B, T] of real text; random tokens may miss some changes.
 
     Raises:
-        TritterError: the vocabularies differ.
+        TritterError: the vocabulary shrank.
     """
     before, after = logits_of(before_model, input_ids), logits_of(after_model, input_ids)
-    if before.shape != after.shape:
+    size = _compared_size(before.shape[-1], after.shape[-1])
+    largest, mass = (after[..., :size] - before).abs().max(), None
+    if after.shape[-1] > size:
+        mass = float(after.softmax(dim=-1)[..., size:].sum(dim=-1).mean())
+    return Jump(float(largest), float(largest / before.std()), mass)
+
+
+def _compared_size(before: int, after: int) -> int:
+    """Return the number of tokens whose logits are compared."""
+    if after < before:
         raise TritterError(
-            f"evaluation: logits of shape {list(before.shape)} before and {list(after.shape)} "
-            "after the expansion cannot be compared; the vocabularies must be equal"
+            f"evaluation: vocabularies of {before} tokens before and {after} after the expansion "
+            "cannot be compared; old tokens are missing"
         )
-    largest = (after - before).abs().max()
-    return Jump(max_absolute=float(largest), relative_to_std=float(largest / before.std()))
+    return before
 
 
 def logits_of(model: nn.Module, input_ids: Tensor) -> Tensor:
@@ -114,7 +132,7 @@ def folder_jump(
         progress: called with bytes read so far and in total.
 
     Raises:
-        TritterError: a checkpoint is damaged or unsupported, or the vocabularies differ.
+        TritterError: a checkpoint is damaged or unsupported, or the vocabulary shrank.
     """
     used = 0
 
@@ -126,25 +144,27 @@ def folder_jump(
 
     models = [StreamedModel(folder, input_ids, on_read=count) for folder in (before, after)]
     total = sum(model.num_bytes for model in models)
-    sizes = [model.vocab_size for model in models]
-    if sizes[0] != sizes[1]:
-        raise TritterError(
-            f"evaluation: vocabularies of {sizes[0]} tokens before and {sizes[1]} after the "
-            "expansion cannot be compared; the vocabularies must be equal"
-        )
+    size = _compared_size(*(model.vocab_size for model in models))
     step = min(model.rows_per_block for model in models)
-    largest = torch.zeros(())
+    largest, mass = torch.zeros(()), None
     moments = torch.zeros(3, dtype=torch.float64)  # number, sum and sum of squares
-    for rows in blocks(slice(0, sizes[0]), step):
+    totals = [torch.tensor(-torch.inf)] * 2  # log of the sum of exp over old and new tokens
+    for rows in blocks(slice(0, size), step):
         old_BTV, new_BTV = (model.logits(rows) for model in models)
+        totals[0] = torch.logaddexp(totals[0], new_BTV.logsumexp(dim=-1))
         largest = torch.maximum(largest, (new_BTV - old_BTV).abs().max())  # keeps NaN
         wide = old_BTV.double()
         number = torch.tensor(wide.numel()).double()
         moments += torch.stack([number, wide.sum(), wide.square().sum()])
+    if models[1].vocab_size > size:
+        for rows in blocks(slice(size, models[1].vocab_size), step):
+            more_BT = models[1].logits(rows).logsumexp(dim=-1)
+            totals[1] = torch.logaddexp(totals[1], more_BT)
+        mass = float((totals[1] - totals[0]).sigmoid().mean())
     number, total_logits, squares = moments
     # Same as `Tensor.std`
     deviation = ((squares - total_logits**2 / number).clamp(min=0) / (number - 1)).sqrt()
-    jump = Jump(float(largest), float(largest.double() / deviation))
+    jump = Jump(float(largest), float(largest.double() / deviation), mass)
     return FolderJump(jump, (models[0].states, models[1].states))
 
 

@@ -31,7 +31,7 @@ from tritter.data.tokens import END_OF_TEXT, read_tokenizer
 from tritter.errors import Problem, RequestError, TritterError, key_name, raise_problems
 from tritter.methods.forgetting.path_integral import PathIntegral
 from tritter.methods.forgetting.si import RECORDED
-from tritter.pipeline import importance, moe
+from tritter.pipeline import importance, moe, vocabulary
 from tritter.pipeline.branch import Branch
 from tritter.pipeline.context import RunContext
 from tritter.pipeline.ledger import content_key
@@ -282,7 +282,7 @@ def check_source(context: RunContext) -> None:
         if expansion and context.config.pipeline.target_params is None:
             # The expert to clone may be selected by data later; any expert will do for this check
             branch = moe.with_choice(Branch("given", expansion), [0])
-            plan_expansion(source, branch.specs)
+            plan_expansion(source, vocabulary.with_example(branch, source).specs)
 
 
 def copy_source(context: RunContext, target: Path) -> Lineage:

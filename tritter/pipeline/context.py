@@ -3,10 +3,8 @@
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, astuple, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from hashlib import sha256
-from importlib.metadata import version
 from itertools import chain
 from json import dumps
 from pathlib import Path
@@ -23,9 +21,8 @@ from tritter.checkpoints.run_text import DomainText, RunText, run_text
 from tritter.config.schema import CheckpointModelConfig, RunConfig
 from tritter.config.validation import known_config
 from tritter.core.families import Config, Flops, family_of, position_limit
-from tritter.core.models import load_tokenizer, read_config, wrapped_tokenizer
+from tritter.core.models import load_tokenizer, read_config
 from tritter.data.batches import BatchStream, Sequences, SequenceStream, sample_equally
-from tritter.data.benchmark_names import CODE, benchmark_names
 from tritter.data.built_in import built_in_origin, is_built_in, questions_of
 from tritter.data.chat import (
     LOSS_KEY,
@@ -61,25 +58,12 @@ from tritter.data.tokens import (
     read_tokenizer,
 )
 from tritter.errors import Problem, RequestError, TritterError, key_name
-from tritter.evaluation.benchmarks.files import Questions, TasksFolder, load
-from tritter.evaluation.benchmarks.formats import BENCHMARKS, Benchmark
-from tritter.evaluation.benchmarks.harness import (
-    EvalOptions,
-    require_harness,
-    score_benchmark,
-    score_from_hub,
-    sequence_lengths,
-)
-from tritter.evaluation.benchmarks.harness import (
-    Tokenizer as StockTokenizer,
-)
-from tritter.evaluation.code.sandbox import ExternalSandbox, NamespaceSandbox, Sandbox
-from tritter.evaluation.options import TASKS_KEY, EvaluationConfig
-from tritter.evaluation.statistics import PairedScores, score_file
+from tritter.evaluation.statistics import score_file
 from tritter.evaluation.tasks import MetricTask, QuestionTask, Reader, ScoredTask, subject_of
+from tritter.limits import MAX_VOCABULARY
 from tritter.pipeline.branch import Branch
 from tritter.pipeline.ledger import Ledger, StageResult
-from tritter.pipeline.scoring import Scores, Scoring, scores_text
+from tritter.pipeline.scoring import Scores, Scoring, benchmark_tasks, scores_text
 from tritter.planning.run_memory import memory_notes
 from tritter.seeds import derived_seed
 from tritter.stopping import Stopped
@@ -106,6 +90,8 @@ class RunContext:
         ledger: results of finished stages.
         wandb_loggers: part → logger of its open W&B run, shared by all attempts.
         sources: folder, relative to the run folder → opened checkpoint.
+        original: of a context for another tokenizer: the context of the run's own.
+        tokenizer_folder: checkpoint with that tokenizer.
     """
 
     config: RunConfig
@@ -114,6 +100,11 @@ class RunContext:
     ledger: Ledger
     wandb_loggers: dict[str | None, WandbLogger] = field(default_factory=dict, repr=False)
     sources: dict[str, Source] = field(default_factory=dict, repr=False, compare=False)
+    original: "RunContext | None" = field(default=None, repr=False, compare=False)
+    tokenizer_folder: Path | None = None
+    _readings: dict[str, "RunContext"] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
     _planned: dict[Branch, PlannedExpansion] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
@@ -127,6 +118,26 @@ class RunContext:
         known = {name: value for name, value in vars(self).items() if name not in vars(other)}
         vars(other).update(known)  # cached data, shared by all attempts
         return other
+
+    def reading(self, location: str) -> "RunContext":
+        """Return the context in which the data has the tokens of a checkpoint of the run.
+
+        It is this context, unless an expansion of the vocabulary changed the tokenizer. Validation
+        documents keep their bytes, so that scores per byte are paired.
+        """
+        own = self.original or self
+        digests = [
+            self.source(each).own_lineage.file_digests[TOKENIZER_NAME]
+            for each in ("baseline", location)
+        ]
+        if digests[0] == digests[1]:
+            return own
+        if digests[1] not in own._readings:
+            other = replace(own, original=own, tokenizer_folder=self.source(location).folder)
+            known = {name: vars(own)[name] for name in _OF_ANY_TOKENIZER if name in vars(own)}
+            vars(other).update(known, _planned=own._planned)
+            own._readings[digests[1]] = other
+        return own._readings[digests[1]]
 
     @property
     def old_domains(self) -> tuple[str, ...]:
@@ -185,7 +196,9 @@ class RunContext:
 
     @cached_property
     def source_tokenizer(self) -> PretrainedTokenizer | None:
-        """The tokenizer of the initial checkpoint, if any."""
+        """The tokenizer of the initial checkpoint, if any, or after an expansion."""
+        if self.tokenizer_folder is not None:
+            return read_tokenizer(self.tokenizer_folder, vocab_size=MAX_VOCABULARY)
         if self.initial_checkpoint is None:
             return None
         vocab_size = self.initial_checkpoint.family.dimensions(
@@ -210,6 +223,9 @@ class RunContext:
             "cache_dir": config.cache_dir,
             "tokenizer": tokenizer.tokenizer if tokenizer else None,
         }
+        if self.original is not None:
+            before = self.original.corpus.domains.items()
+            settings["validation_bytes"] = {n: each.validation.num_bytes for n, each in before}
         domains = self.text.domains
         # Only the embedded corpus has an index in the cache
         if [(domain.name, domain.paths) for domain in domains] == _STDLIB_DOMAINS:
@@ -605,6 +621,9 @@ class RunContext:
 
 
 MUCH_PADDING = 0.1
+TOKENIZER_NAME = "tokenizer.json"
+# Cached parts of a context that do not depend on the tokenizer
+_OF_ANY_TOKENIZER = ("initial_checkpoint", "text", "packing", "published_dtype", "device", "tasks")
 FILES_ORIGIN, DATASETS_ORIGIN = "text files", "data sets"
 _STDLIB_DOMAINS = [("prose", ("stdlib:prose",)), ("code", ("stdlib:code",))]
 
@@ -679,100 +698,3 @@ def _origin(domain: DomainText, config: RunConfig) -> str:
         FILES_ORIGIN if has_files else "",
     )
     return " and ".join(filter(None, origins))
-
-
-# Benchmarks
-
-
-@dataclass(frozen=True, eq=False)
-class BenchmarkTask:
-    """A benchmark, scored by its usual metric.
-
-    Args:
-        benchmark: the benchmark.
-        questions: its questions; None to load them from the Hub.
-        harness: settings of lm-eval.
-        positions: maximum number of tokens of the run's models.
-        domain: domain of the task; None for benchmarks.
-    """
-
-    benchmark: Benchmark
-    questions: Questions | None
-    harness: EvalOptions
-    positions: int
-    domain: str | None = None
-
-    @property
-    def name(self) -> str:
-        """The name of the benchmark."""
-        return self.benchmark.name
-
-    @cached_property
-    def digest(self) -> str:
-        """The checksum of the questions and settings."""
-        content: Any = f"hub: {self.benchmark.hub}"
-        if self.questions is not None:
-            limited = self.questions.limited(self.harness.limit)
-            content = [
-                (name, astuple(limited.questions[name]), limited.examples[name])
-                for name in limited.questions
-            ]
-        return sha256(dumps([content, self.harness.limit, version("lm_eval")]).encode()).hexdigest()
-
-    def score(self, model: nn.Module, reader: Reader) -> PairedScores:
-        """Score a model on all questions.
-
-        Raises:
-            RequestError: the Hub does not provide the questions.
-            TritterError: the model's outputs are not finite.
-        """
-        harness = replace(self.harness, batch_size=reader.batch_size)
-        if self.questions is None:
-            found = score_from_hub(model, _tokenizer(reader), self.benchmark, harness)
-        else:
-            found = score_benchmark(model, _tokenizer(reader), self.questions, harness)
-        return found.primary
-
-    def lengths(self, reader: Reader) -> Sequence[int]:
-        """Return the length of each sequence in tokens, with generated answers at their maximum.
-
-        Empty for a benchmark on the Hub, whose questions are not known in advance.
-        """
-        if self.questions is None:
-            return ()
-        limited = self.questions.limited(self.harness.limit)
-        return sequence_lengths(_tokenizer(reader), limited, length=self.positions)
-
-
-def benchmark_tasks(options: EvaluationConfig, *, positions: int) -> tuple[BenchmarkTask, ...]:
-    """Return the benchmarks of a run, after checking their files, lm-eval and the sandbox.
-
-    Raises:
-        RequestError: a benchmark is not available.
-    """
-    names = benchmark_names(options.tasks, key=TASKS_KEY)
-    if not names:
-        return ()
-    chosen = [BENCHMARKS[name] for name in names]
-    questions: Mapping[str, Questions] = {}
-    if options.tasks_path is not None:
-        folder = TasksFolder(Path(options.tasks_path), key="evaluation.tasks_path")
-        loaded = load(chosen, folder, limit=options.task_limit)
-        questions = {each.benchmark.name: each for each in loaded}
-    require_harness()
-    sandbox: Sandbox | None = None
-    if set(names) & set(CODE):
-        command = options.code_sandbox_command
-        is_external = options.code_sandbox == "external" and command is not None
-        sandbox = ExternalSandbox(str(command)) if is_external else NamespaceSandbox()
-        sandbox.check()
-    harness = EvalOptions(limit=options.task_limit, sandbox=sandbox, is_null_run=False)
-    return tuple(
-        BenchmarkTask(each, questions.get(each.name), harness, positions) for each in chosen
-    )
-
-
-def _tokenizer(reader: Reader) -> StockTokenizer:
-    end_of_text = reader.tokenizer.id_to_token(reader.end_of_text_id)
-    assert end_of_text is not None
-    return wrapped_tokenizer(reader.tokenizer, end_of_text=end_of_text)

@@ -17,6 +17,7 @@ from tritter.checkpoints.state import KeptSequences, LazyTensors, read_state, wr
 from tritter.core.models import disk_tensors, live_tensors, load_model
 from tritter.core.parameter_map.carry import StateKind
 from tritter.data.batches import read_sequences, sample_equally, write_sequences
+from tritter.data.vocabulary import retokenised
 from tritter.errors import RequestError
 from tritter.methods.forgetting import build_methods, needs_of
 from tritter.methods.forgetting.si import RECORDED
@@ -174,7 +175,8 @@ def task(context: RunContext, branch: Branch, *, follow: Callable[[Values], Valu
     )
     written = None
     if any(each.writes for each in needs):
-        written = read_sequences(_path(context, branch) / _WRITTEN_FILE)[WRITTEN]
+        found_text = read_sequences(_path(context, branch) / _WRITTEN_FILE)[WRITTEN]
+        written = _as_read(context, branch, found_text)
     teacher = None  # the frozen teacher model
     if has_teacher:
         folder, start = teacher_folder(context), context.source(branch.start)
@@ -273,7 +275,21 @@ def kept_text(context: RunContext, branch: Branch) -> KeptSequences:
         vocab_size=start.family.dimensions(start.config).vocab_size,
     ):
         raise RequestError(problem)
-    return kept_sequences
+    return kept_sequences.mapped(lambda each, _: _as_read(context, branch, each))
+
+
+def _as_read(context: RunContext, branch: Branch, sequences: Tensor) -> Tensor:
+    """Return sequences with the tokens of a branch's start in those of the context."""
+    start = context.reading(branch.start)
+    if start is context:
+        return sequences
+    return retokenised(
+        sequences,
+        start.corpus.tokenizer,
+        context.corpus.tokenizer,
+        end_of_text_id=context.end_of_text_id,
+        packing=context.packing,
+    )
 
 
 def kept_sequences_of(context: RunContext, branch: Branch) -> KeptSequences:
@@ -282,7 +298,9 @@ def kept_sequences_of(context: RunContext, branch: Branch) -> KeptSequences:
     Each domain contributes a uniform sample of its training sequences; losses are measured later.
     """
     keep = max((needs.keeps for needs in needs_of(context.config.forgetting)), default=0)
-    earlier = context.source(branch.start).kept_sequences
+    earlier = context.source(branch.start).kept_sequences.mapped(
+        lambda each, _: _as_read(context, branch, each)
+    )
     text = (*context.old_domains_of(branch), *context.new_domains_of(branch)) if keep else ()
     sequences, others = context.training_sequences(text), earlier.without(text)
     sampled = {

@@ -44,6 +44,13 @@ class ChoiceFound:
 
 
 @record
+class VocabularyFound:
+    """The ids of the two parts of each new token, one pair after the other."""
+
+    merges: tuple[int, ...]
+
+
+@record
 class ImportanceFound:
     """Results of preparing the forgetting methods.
 
@@ -145,6 +152,7 @@ class PublishedFound:
 Found = (
     BaselineFound
     | ChoiceFound
+    | VocabularyFound
     | ImportanceFound
     | ExpansionFound
     | TrainingFound
@@ -158,6 +166,7 @@ F = TypeVar("F", bound=Found)
 _FOUND: dict[str, type[Found]] = {
     "baseline": BaselineFound,
     "choose": ChoiceFound,
+    "vocabulary": VocabularyFound,
     "importance": ImportanceFound,
     "expand": ExpansionFound,
     "distill": TrainingFound,

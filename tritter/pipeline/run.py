@@ -14,14 +14,20 @@ from tritter.config.fallbacks import RETRYING, with_fallback
 from tritter.config.launch.jobs import read_status
 from tritter.config.overrides import command, tool_command, tritter_command
 from tritter.config.schema import CheckpointModelConfig, RunConfig
-from tritter.core.expansions import EXPANSIONS
+from tritter.core.expansions import EXPANSIONS, vocab_place
 from tritter.errors import RequestError
 from tritter.evaluation.gate import Status
-from tritter.pipeline import disk, importance, moe, stages, verdict
+from tritter.pipeline import disk, importance, moe, stages, verdict, vocabulary
 from tritter.pipeline.base import check_source
 from tritter.pipeline.branch import Branch, tasks_of
 from tritter.pipeline.context import RunContext
-from tritter.pipeline.ledger import BaselineFound, ChoiceFound, Ledger, TrainingFound
+from tritter.pipeline.ledger import (
+    BaselineFound,
+    ChoiceFound,
+    Ledger,
+    TrainingFound,
+    VocabularyFound,
+)
 from tritter.pipeline.metrics import (
     BEFORE,
     before_metrics,
@@ -233,17 +239,18 @@ def _run_tasks(
     Args:
         so_far: branches of earlier rounds, whose steps precede in loggers.
     """
-    row = [*so_far, *branches]
-    for number, branch in enumerate(branches, start=1):
+    row, trained = [*so_far, *branches], list[Branch]()
+    for branch in branches:
         # The control starts like the attempt, whose preparation it uses
         is_prepared = branch.is_control and not branch.follows
         if importance.is_needed(context) and not is_prepared:
-            prepare = partial(importance.prepare, context, branch)
+            prepare = partial(importance.prepare, context.reading(branch.start), branch)
             context.stage(importance.key(branch), prepare, label=branch.label("importance"))
-        run_branch(context, branch, first_step=first_step(context, row, branch))
+        step = first_step(context, row, branch)
+        trained.append(run_branch(context, branch, first_step=step))
         if context.ledger.found(f"{branch.name}.fit", TrainingFound).stopped_because is not None:
-            return tuple(branches[:number])
-    return tuple(branches)
+            break
+    return tuple(trained)
 
 
 def _run_control(last: Candidate, *, num_rounds: int) -> Candidate:
@@ -273,6 +280,7 @@ def run_branch(context: RunContext, branch: Branch, *, first_step: int = 0) -> B
         first_step: number of earlier steps in loggers.
     """
     branch = prepare_branch(context, branch)
+    context = context.reading(moe.expanded_folder(branch))
     key, label = branch.name, branch.label
     opened: AbstractContextManager[list[Logger]] = nullcontext([])
     if context.ledger.get(f"{key}.evaluate") is None:
@@ -298,11 +306,18 @@ def run_branch(context: RunContext, branch: Branch, *, first_step: int = 0) -> B
 def prepare_branch(context: RunContext, branch: Branch) -> Branch:
     """Expand a branch up to its training; return it with the experts selected by its data."""
     key, label = branch.name, branch.label
+    context = context.reading(branch.start)
+    if vocabulary.is_learned(branch):
+        stage = f"{key}.vocabulary"
+        context.stage(stage, partial(vocabulary.learning, context, branch), label="vocabulary")
+        branch = vocabulary.with_merges(branch, context.ledger.found(stage, VocabularyFound).merges)
     if moe.selects_experts_by_data(branch):
         stage = f"{key}.choose"
         context.stage(stage, partial(stages.choice, context, branch), label="choose")
         branch = moe.with_choice(branch, context.ledger.found(stage, ChoiceFound).clone_from)
-    context.stage(f"{key}.expand", lambda: stages.expansion(context, branch), label=label("expand"))
+    expand = partial(stages.expansion, context, branch)
+    context.stage(f"{key}.expand", expand, label=label("expand"))
+    context = context.reading(moe.expanded_folder(branch))
     if moe.teacher_of(branch) is not None:
         context.stage(
             f"{key}.distill", lambda: stages.distillation(context, branch), label="distill"
@@ -346,6 +361,7 @@ def _announce(context: RunContext) -> None:
     if not context.old_domains:
         context.say("", "no old data (data.old): forgetting is neither measured nor gated")
     context.check_text()
+    vocabulary.check(context)
     if context.tasks:
         scored = ", ".join(task.name for task in context.tasks)
         context.say("answers", f"accuracy is measured on {scored}")
@@ -434,7 +450,8 @@ def _after_rollback(config: RunConfig, summary: Summary) -> Advice:
             more = min(_MAX_FRACTION, 2 * fraction)
             yield {f"forgetting.{replay.name}.fraction": f"{more:g}"}, "mix in more old data"
         # Best combination with replay: experiments/2026-11-21_forgetting_methods
-        if "distill" not in names and config.experts is None:
+        has_tokens = vocab_place(config.expansion) is not None  # which no teacher knows
+        if "distill" not in names and config.experts is None and not has_tokens:
             methods = ["distill", *names] if names else ["distill", "replay"]
             yield {"forgetting": _override_value(methods)}, "also distill from the old model"
     if "new_capability" in failed:

@@ -1,7 +1,7 @@
 """Text samples: continuations of prompts before, during and after training."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,13 +34,21 @@ class Continuations:
 
 
 def generate_samples(
-    context: RunContext, before: nn.Module, after: nn.Module
+    start: RunContext, before: nn.Module, context: RunContext, after: nn.Module
 ) -> list[Continuations]:
-    """Return the continuations of both models: of a prompt of each domain, then of own prompts."""
+    """Return the continuations of both models: of a prompt of each domain, then of own prompts.
+
+    Args:
+        start: context in which the data has the tokens of `before`.
+        before: the model before training.
+        context: context in which the data has the tokens of `after`.
+        after: the trained model.
+    """
     positions = _positions(before)
-    prompts = [(domain, _prompt_of(context, domain, positions)) for domain in context.domains]
-    prompts += [("", ids) for ids in own_prompts(context, before).values()]
-    return [_continued(context, domain, ids, before, after) for domain, ids in prompts]
+    prompts = [(domain, _prompt_of(start, domain, positions)) for domain in start.domains]
+    prompts += [("", ids) for ids in own_prompts(start, before).values()]
+    models = ((start, before), (context, after))
+    return [_continued(models, domain, ids) for domain, ids in prompts]
 
 
 def own_prompts(context: RunContext, model: nn.Module) -> dict[str, list[int]]:
@@ -117,14 +125,18 @@ class _Sampler:
 
 
 def _continued(
-    context: RunContext, domain: str, prompt: list[int], before: nn.Module, after: nn.Module
+    models: Sequence[tuple[RunContext, nn.Module]], domain: str, prompt: list[int]
 ) -> Continuations:
-    sampler, texts, flops = _Sampler.of(context), dict[str, str](), 0.0
-    for name, model in (("before", before), ("after", after)):
-        texts[name], num_read = sampler.continued(model, prompt)
-        flops += experts.reading_flops(model).of(num_read)
+    """Return the continuations of a prompt, given in the tokens of the first model."""
+    texts, flops, first = dict[str, str](), 0.0, models[0][0].corpus.tokenizer
     ids = ids_of(torch.tensor(prompt, dtype=torch.int64)).tolist()
-    shown = str(sampler.tokenizer.decode(ids))
+    shown = str(first.decode(ids))
+    for name, (context, model) in zip(("before", "after"), models, strict=True):
+        sampler, own = _Sampler.of(context), prompt
+        if context.original is not models[0][0].original:  # another tokenizer
+            own = sampler.tokenizer.encode(shown, add_special_tokens=False).ids
+        texts[name], num_read = sampler.continued(model, own)
+        flops += experts.reading_flops(model).of(num_read)
     return Continuations({"domain": domain, "prompt": shown, **texts}, flops)
 
 

@@ -142,7 +142,7 @@ def expansion(context: RunContext, branch: Branch) -> StageResult:
     error, num_new = jump.to_dict()["relative_to_std"], len(branch.specs)
     lineage = record_step0_error(grown.folder, made.lineage, error, grown.config, num_new=num_new)
     context.sources[location] = replace(grown, lineage=lineage)
-    context.score(after, f"{branch.name}-expanded")
+    context.reading(location).score(after, f"{branch.name}-expanded")
     evaluated, flops = dict[str, float](), dict[str, float]()
     if (text := context.validation_subset) is not None:
         evaluated = validation_metrics(before, text, context.config.trainer)
@@ -442,7 +442,7 @@ def evaluation(context: RunContext, branch: Branch) -> StageResult:
     if is_last and not branch.is_control and context.config.evaluation.sample_tokens:
         start = "baseline" if branch.task else branch.start
         before = experts.load_start(context, branch, context.source(start))
-        samples = generate_samples(context, before, trained)
+        samples = generate_samples(context.reading(start), before, context, trained)
         flops += sum(sample.flops for sample in samples)
     sequences: Mapping[str, Tensor] = {}
     used = lora_used = None

@@ -122,11 +122,18 @@ def score_of(scores: Scores, domain: str) -> Score:
     return Score.model_construct(accuracy=found.accuracy, standard_error=error)
 
 
-def score_text(score: Score | None) -> str:
-    """Return nats per token with three decimals, or an accuracy in per cent."""
+def has_new_tokens(summary: Summary) -> bool:
+    """Return True if the tokenizer changed, so that losses per token can't be compared."""
+    return summary.jump is not None and summary.jump.new_token_mass is not None
+
+
+def score_text(score: Score | None, *, per_byte: bool = False) -> str:
+    """Return nats per token (or per byte) with three decimals, or an accuracy in per cent."""
     if score is not None and score.accuracy is not None:
         return f"{score.accuracy:.1%}"
-    return number_text(None if score is None else score.loss, ".3f")
+    if score is None:
+        return number_text(None, ".3f")
+    return number_text(score.loss_per_byte if per_byte else score.loss, ".3f")
 
 
 def change_text(change: ScoreChange) -> str:

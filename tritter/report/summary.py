@@ -474,6 +474,11 @@ class Score(Part):
     accuracy_standard_error: Number | None = None
 
     @property
+    def tokens_per_byte(self) -> float | None:
+        """Tokens per byte of the domain, which depend on the tokenizer alone."""
+        return self.loss_per_byte / self.loss if self.loss and self.loss_per_byte else None
+
+    @property
     def value(self) -> float | None:
         """The loss, or the accuracy if there is one."""
         return self.loss if self.accuracy is None else self.accuracy
@@ -528,6 +533,7 @@ class Jump(Part):
 
     max_absolute: Number | None = None
     relative_to_std: Number | None = None
+    new_token_mass: Number | None = None
 
 
 class Attempt(Part):

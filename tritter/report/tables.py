@@ -10,7 +10,14 @@ from rich.text import Text
 from tritter.report.experts import experts_table, experts_text, usage_table
 from tritter.report.growth import growth_table, growth_text
 from tritter.report.matrix import transfer_table
-from tritter.report.rows import DomainRow, change_text, domain_rows, score_of, score_text
+from tritter.report.rows import (
+    DomainRow,
+    change_text,
+    domain_rows,
+    has_new_tokens,
+    score_of,
+    score_text,
+)
 from tritter.report.summary import Attempt, Jump, MoeRecord, Summary
 from tritter.report.table import STYLES, Table, label
 from tritter.report.wording import MISSING, count_text, number_text, si_text
@@ -83,11 +90,12 @@ def result_table(summary: Summary, rows: Sequence[DomainRow]) -> Table:
     has_grown = bool(summary.last_attempt.expansion)
     scored = ("before", "expanded", "trained") if has_grown else ("before", "trained")
     header = ("domain", "role", *scored, "change", "verdict")
+    per_byte = has_new_tokens(summary)
     cells = [
         (
             label(row.domain),
             row.role,
-            *(score_text(getattr(row, stage)) for stage in scored),
+            *(score_text(getattr(row, stage), per_byte=per_byte) for stage in scored),
             change_text(row.change),
             row.verdict or MISSING,
         )
@@ -107,7 +115,7 @@ def result_table(summary: Summary, rows: Sequence[DomainRow]) -> Table:
         header,
         tuple(cells),
         numbers=tuple(range(2, 3 + len(scored))),
-        title="Loss [nats/token], change of the loss [% per byte]",
+        title=f"Loss [nats/{'byte' if per_byte else 'token'}], change of the loss [% per byte]",
         caption="\n".join(lines),
         names={0: _DOMAIN_CHARACTERS},
         rules=tuple(rules),
@@ -220,6 +228,16 @@ def bias_text(experts: MoeRecord) -> str | None:
     return f"loss with and without the selection bias (not saved): {'; '.join(parts)}"
 
 
+def _fertility_text(rows: Sequence[DomainRow]) -> str:
+    """Return the tokens per byte of each domain before and after a change of the tokenizer."""
+    texts = []
+    for row in rows:
+        before, after = row.before.tokens_per_byte, row.trained.tokens_per_byte
+        if before and after and not row.is_control:
+            texts.append(f"{row.domain} {before:.3f} → {after:.3f} ({after / before - 1:+.1%})")
+    return ", ".join(texts)
+
+
 def summary_lines(summary: Summary) -> list[SummaryLine]:
     """Return the lines below the tables: status and reasons, logit shift, parameters."""
     attempt, status = summary.last_attempt, summary.status
@@ -248,7 +266,11 @@ def summary_lines(summary: Summary) -> list[SummaryLine]:
     jump = summary.jump or Jump()
     if jump.max_absolute is not None and jump.relative_to_std is not None:
         text = f"at expansion: max {jump.max_absolute:.1e} ({jump.relative_to_std:.1e} σ)"
+        if jump.new_token_mass is not None:
+            text += f"; new tokens get {jump.new_token_mass:.1%} of the probability"
         lines.append(SummaryLine("logit shift", text))
+    if has_new_tokens(summary) and (fertility := _fertility_text(domain_rows(summary))):
+        lines.append(SummaryLine("tokens/byte", fertility))
     before, after = (summary.parameters.get(name) for name in ("baseline", "final"))
     sizes = f"{count_text(before)} → {count_text(after)}"
     if summary.experts is not None:  # next to a frozen base

@@ -7,7 +7,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from tritter.core.expansions import ResolvedExpansion
+from tritter.core.expansions import BoundVocab, ResolvedExpansion
 from tritter.core.families import (
     Config,
     LogicalTensor,
@@ -191,6 +191,12 @@ class PlannedExpansion:
     @property
     def target_config(self) -> Config:
         return self.steps[-1].target_config if self.steps else self.config
+
+    @property
+    def vocabulary(self) -> BoundVocab | None:
+        """The expansion of the vocabulary, if there is one."""
+        specs = (step.spec for step in self.steps)
+        return next((spec for spec in specs if isinstance(spec, BoundVocab)), None)
 
     @property
     def change(self) -> Change:

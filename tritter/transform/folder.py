@@ -62,6 +62,7 @@ from tritter.storage.writer import (
     padded,
 )
 from tritter.transform.change import PlannedExpansion
+from tritter.transform.vocabulary import ExtendedTokenizerFile, bound, kept_in
 
 # Disk and memory requirements
 
@@ -213,7 +214,7 @@ def plan_by_tables(
     the result to the destination.
     """
     config = source.config
-    steps = build_steps(config, specs, seed=seed)
+    steps = build_steps(config, bound(specs, source), seed=seed)
     target = steps[-1].target_config if steps else config
     return PlannedExpansion(
         config=config,
@@ -316,9 +317,10 @@ def expand(
         lineage=lambda: _child_lineage(opened, confirmed(), destination),
         artifacts=(
             SmallFiles(opened.folder),
+            None if plan.vocabulary is None else ExtendedTokenizerFile(plan.vocabulary.tokenizer),
             carried,
             plan.added_experts,
-            opened.kept_sequences,
+            kept_in(opened, plan.vocabulary),
         ),
         max_shard_bytes=max_shard_bytes,
         overwrite=overwrite,

@@ -13,14 +13,16 @@ from tritter.core.expansions.specification import (
     compose_maps,
     target_config,
 )
+from tritter.core.expansions.vocab import BoundVocab, Vocab, vocab_place
 from tritter.core.expansions.width import Width
 
 EXPANSIONS: dict[str, type[Any]] = {
-    spec.name: spec for spec in (Dus, Stack, Interpolate, LlamaPro, Width, Moe, MoeAdd)
+    spec.name: spec for spec in (Dus, Stack, Interpolate, LlamaPro, Width, Moe, MoeAdd, Vocab)
 }
 
 __all__ = [
     "EXPANSIONS",
+    "BoundVocab",
     "Dus",
     "ExpansionSpec",
     "Interpolate",
@@ -29,9 +31,11 @@ __all__ = [
     "MoeAdd",
     "ResolvedExpansion",
     "Stack",
+    "Vocab",
     "Width",
     "build_steps",
     "check_specs",
     "compose_maps",
     "target_config",
+    "vocab_place",
 ]

@@ -13,11 +13,14 @@ if TYPE_CHECKING:
     from tritter.core.parameter_map import ParameterMap
 
 
+_KEEPING_AXES = ("depth", "vocab")  # need not know the axes of a model type without a table
+
+
 class ExpansionSpec(Protocol):
     """Options of one expansion method; its fields are the keys under `expansion.<name>`."""
 
     name: ClassVar[str]
-    expansion_type: ClassVar[str]  # depth | width
+    expansion_type: ClassVar[str]  # depth | width | moe | vocab
 
     @property
     def is_exact(self) -> bool:
@@ -60,7 +63,7 @@ class ResolvedExpansion:
 
     @property
     def options(self) -> dict[str, Any]:
-        return asdict(self.spec)  # type: ignore[call-overload]
+        return asdict(getattr(self.spec, "options", self.spec))  # type: ignore[arg-type]
 
 
 def target_config(source_config: Config, specs: Sequence[ExpansionSpec]) -> Config:
@@ -87,14 +90,14 @@ def is_possible(source_config: Config, spec: ExpansionSpec) -> bool:
 def _checked_target(spec: ExpansionSpec, config: Config) -> Config:
     """Return the config after an expansion, after checking it against the size limits."""
     family = family_of(config)
-    if not family.has_table and spec.expansion_type != "depth":
+    keeps_axes = spec.expansion_type in _KEEPING_AXES
+    if not family.has_table and not keeps_axes:
         if spec.name == "moe":
             reason = f"{family.model_type} has no table; its depth and its width can grow"
             raise RequestError(Problem(f"expansion.{spec.name}", reason=reason))
         family = family.widened(config)
-    is_deeper = spec.expansion_type == "depth"
     target = spec.target_config(family, config)
-    if not family.has_table and not is_deeper:
+    if not family.has_table and not keeps_axes:
         from tritter.core.expansions.on_twin import check_on_twin  # imports transformers
 
         check_on_twin(spec, family, config, target)
@@ -124,7 +127,7 @@ def check_specs(specs: object) -> tuple[ExpansionSpec, ...]:
         if not is_options(type(spec)) or not hasattr(spec, "target_config"):
             raise RequestError(
                 f"specs: {brief(spec)} is not an expansion; expansions are Dus(), Stack(), "
-                "Interpolate(), LlamaPro(), Width(), Moe() and MoeAdd()."
+                "Interpolate(), LlamaPro(), Width(), Moe(), MoeAdd() and Vocab()."
             )
     raise_problems([p for spec in specs for p in checked(spec, prefix=f"expansion.{spec.name}")])
     return tuple(specs)
@@ -142,7 +145,7 @@ def build_steps(
     source = source_config
     for position, spec in enumerate(specs):
         family = family_of(source)  # changes after an expansion into experts
-        if spec.expansion_type != "depth":
+        if spec.expansion_type not in _KEEPING_AXES:
             family = family.widened(source)
         target = _checked_target(spec, source)
         parameter_map = spec.parameter_map(family, source, target, seed=seed + position)

@@ -210,6 +210,10 @@ class Family:
         """Return True if position ids that restart keep a token from reading earlier documents."""
         return True
 
+    def with_vocabulary(self, config: Config, size: int) -> Config:
+        """Return the config of a model with another number of tokens."""
+        return {**config, self.sizes.get("vocab_size", "vocab_size"): size}
+
     def with_experts(self, config: Config, num_experts: int, experts_per_token: int) -> Config:
         """Return the config of a model with other numbers of experts."""
         counts = {"num_experts": num_experts, "experts_per_token": experts_per_token}

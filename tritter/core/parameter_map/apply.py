@@ -283,6 +283,12 @@ def _filled(
             assert like is not None, "a mean of rows needs a source"
             row = like.to(values.device).double().mean(dim=0).to(values.dtype)
             return torch.where(has_source, values, row)
+        case "rows" | "quiet":
+            assert like is not None, "sums of rows need a source"
+            is_new_row = ~has_source.reshape(len(values), -1).any(dim=1)
+            number = int(is_new_row.sum())
+            made = new_rows(fill, like)(0, number).to(values)
+            return values.index_copy_(0, is_new_row.nonzero().squeeze(1), made)
         case "random":
             rows = values[:: fill.repeat]
             drawn = normal_numbers(fill.seed, std=fill.std)(rows.shape).to(values)
@@ -301,6 +307,33 @@ def _filled(
             assert fill.values is not None, "a given fill needs values"
             is_new_entry = ~has_source.expand(values.shape)
             return values.masked_scatter_(is_new_entry, fill.values.to(values))
+
+
+def new_rows(fill: Fill, source: Tensor) -> Callable[[int, int], Tensor]:
+    """Return a function that computes new rows from one number to another, float64.
+
+    Args:
+        fill: of the kind `rows` or `quiet`.
+        source: the old rows, [n, ...].
+    """
+    import torch
+
+    mean = source.double().mean(dim=0)
+    if fill.kind == "quiet":
+        length = source.double().flatten(1).square().sum(dim=1).mean().sqrt()
+        row = mean * (length / mean.norm().clamp(min=1e-12))
+        return lambda begin, end: row.expand(end - begin, *row.shape)
+    index, weights = fill.index, fill.values
+    assert index is not None and weights is not None, "sums of rows need weights"
+    shape = (-1, index.shape[1], *[1] * (source.ndim - 1))
+
+    def sums(begin: int, end: int) -> Tensor:
+        chosen = index[begin:end].to(source.device)  # [m, k]
+        taken = source[chosen.clamp(min=0)].double()  # [m, k, ...]
+        taken = torch.where((chosen < 0).view(shape), mean, taken)
+        return (taken * weights[begin:end].to(source.device).view(shape)).sum(dim=1)
+
+    return sums
 
 
 def normal_numbers(seed: int, *, std: float, mean: float = 0.0) -> Callable[[torch.Size], Tensor]:

@@ -16,6 +16,7 @@ from tritter.core.parameter_map.apply import (
     compute_dtype,
     is_new,
     mapped,
+    new_rows,
     normal_numbers,
     rounded_weight,
     take_along,
@@ -228,6 +229,20 @@ class _Rows:
             case "row_mean":
                 row = source.double().mean(dim=0).to(self._dtype)
                 return lambda begin, end: row
+            case "rows" | "quiet":
+                before = torch.nn.functional.pad(self._flags(is_new)[0].cumsum(0), (1, 0))
+                make = new_rows(fill, source)
+
+                def rows(begin: int, end: int) -> Tensor:
+                    # New rows of the block, after rows that keep their values
+                    first, last = int(before[begin]), int(before[end])
+                    made = torch.zeros((end - begin, columns), dtype=self._dtype)
+                    made[before[begin:end] < before[begin + 1 : end + 1]] = make(first, last).to(
+                        self._dtype
+                    )
+                    return made
+
+                return rows
             case "copy":
                 donor = self._donor
                 assert donor is not None, "a copy fill needs a donor"
@@ -285,7 +300,7 @@ def peak_bytes(tensor_map: TensorMap, shape_of: Callable[[str], Shape]) -> PeakB
     usual += 0 if donor is None or donor.is_verbatim else _whole(donor, shape_of)
     if isinstance(before, TensorMap) and not before.is_verbatim:
         usual += _whole(before, shape_of)
-    if step.fill.kind == "row_mean":
+    if step.fill.kind in ("row_mean", "rows", "quiet"):
         usual += _DOUBLE * entries
     needs_spread = bool(step.noise) or step.fill.kind == "matched"
     return PeakBytes(usual, 2 * _DOUBLE * entries if needs_spread else 0)
@@ -300,7 +315,9 @@ def _whole(step: TensorMap, shape_of: Callable[[str], Shape]) -> int:
         else _WIDE * prod(shape_of(source))
         for source in sources
     )
-    if step.source is not None and (step.noise or step.fill.kind in ("matched", "row_mean")):
+    if step.source is not None and (
+        step.noise or step.fill.kind in ("matched", "row_mean", "rows")
+    ):
         num_bytes += 2 * _DOUBLE * prod(_source_shape(step, shape_of))
     return num_bytes + _AT_A_TIME * _WIDE * prod(_shape(step, shape_of))
 

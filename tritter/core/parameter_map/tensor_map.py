@@ -279,22 +279,30 @@ class Fill:
         kind: `zero`; `random` (normal, mean 0, `std`); `matched` (normal with the mean and standard
             deviation of the source); `mean` (of the mapped values, or 1 if they are all zero: after
             zero weights a gain of zero would have no gradient); `row_mean` (mean of the source's
-            rows); `copy` (another tensor mapped by `donor`); or `given` (`values`).
+            rows); `rows` (weighted sums of the source's rows); `quiet` (the mean row, made as
+            long as rows are); `copy` (another tensor mapped by `donor`); or `given`
+            (`values`).
         std: standard deviation of `random`.
         seed: of `random` and `matched`; each tensor has its own.
         scale: factor on the source's statistics in `matched`.
         repeat: number of consecutive rows that share one draw of `random` (router rows of a group).
         donor: a map from another tensor to the whole target, with its own fill.
-        values: of `given`: one per entry without a source, in the target's order.
+        values: of `given`: one per entry without a source, in the target's order. Of `rows`:
+            float64 [n, k], the weights of `index`.
+        index: of `rows`: int64 [n, k], the summed rows of each of the n new rows; −1 is the mean
+            of all.
     """
 
-    kind: Literal["zero", "random", "matched", "mean", "row_mean", "copy", "given"] = "zero"
+    kind: Literal[
+        "zero", "random", "matched", "mean", "row_mean", "rows", "quiet", "copy", "given"
+    ] = "zero"
     std: float = 0.0
     seed: int = 0
     scale: float = 1.0
     repeat: int = 1
     donor: TensorMap | None = None
     values: Tensor | None = field(default=None, compare=False)
+    index: Tensor | None = field(default=None, compare=False)
 
     def description(self) -> list[object]:
         """Return the fill as plain data, for checksums."""
@@ -302,7 +310,8 @@ class Fill:
         if self.scale != 1 or self.repeat != 1:
             plain += [self.scale, self.repeat]
         if self.values is not None:
-            plain.append(_tensor_digest(self.values))
+            index = () if self.index is None else (self.index,)
+            plain.append(_tensor_digest(self.values, *index))
         return plain if self.donor is None else [*plain, self.donor.description()]
 
 

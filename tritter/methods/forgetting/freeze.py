@@ -43,6 +43,7 @@ class FreezeOptions:
     layers: tuple[Layer | Text, ...] | Layer | Text | None = None
     new_only: bool = False
     old_experts: bool = False
+    old_rows: bool = False
     until: Count | Share | None = None
     thaw: Order = "together"
 
@@ -67,7 +68,8 @@ class FreezeOptions:
         """
         layers = self.layers
         if layers is None:
-            return None if self.new_only or self.old_experts else ParameterSelection.read([DEFAULT])
+            is_chosen = self.new_only or self.old_experts or self.old_rows
+            return None if is_chosen else ParameterSelection.read([DEFAULT])
         return ParameterSelection.read([layers] if isinstance(layers, int | str) else layers)
 
     def first_step(self, max_steps: int) -> int | None:
@@ -82,9 +84,10 @@ class Freeze(ForgettingMethod):
 
     Args:
         layers: parts to freeze, see `tritter.core.families.ParameterSelection`; layer numbers are
-            those of the trained model. None: attention, unless one of the next two options is set.
+            those of the trained model. None: attention, unless one of the next three is set.
         new_only: freeze every entry that existed before the expansion.
         old_experts: freeze the experts that existed before the expansion.
+        old_rows: freeze the rows of embedding and head that existed before the expansion.
         until: a step, or a share of all steps; None: to the end.
         thaw: how parameters are unfrozen. `together`: all at once. `top_down`: first the head and
             other parameters outside the layers, then layer by layer, the embedding last, evenly
@@ -149,6 +152,9 @@ class Freeze(ForgettingMethod):
             reason = f"{names} only copies layers, which are not new; use llama_pro, width or moe"
         if options.new_only and reason:
             yield Problem(f"{_KEY}.new_only", True, reason=reason)
+        if options.old_rows and not any(spec.expansion_type == "vocab" for spec in specs):
+            reason = "no expansion adds rows; choose expansion=vocab, or set layers to embeddings"
+            yield Problem(f"{_KEY}.old_rows", True, reason=reason)
         family = family_of(start.trained[-1])
         if options.old_experts and not (family.has_experts and family.has_table):
             reason = "the model is dense, or its family has no table; set layers instead"
@@ -171,7 +177,7 @@ class Freeze(ForgettingMethod):
 
     @classmethod
     def needs(cls, options: Any) -> Needs:
-        return Needs(carried=options.new_only or options.old_experts)
+        return Needs(carried=options.new_only or options.old_experts or options.old_rows)
 
     def freeze(self, model: nn.Module, task: Task, *, max_steps: int) -> None:
         import torch
@@ -193,6 +199,8 @@ class Freeze(ForgettingMethod):
             ):
                 mask[...] = True
             if options.new_only or (options.old_experts and tensors[0].is_per_expert):
+                mask |= task.carried[stored.name]
+            if options.old_rows and tensors[0].kind in ("embed", "head"):
                 mask |= task.carried[stored.name]
             parameter = model.get_parameter(stored.name)
             if not parameter.requires_grad or not bool(mask.any()):

@@ -254,6 +254,11 @@ class DiscoveredFamily(Family):
     def separates_documents(self, config: Config) -> bool:
         return _separates_documents(key_of(config))
 
+    def with_vocabulary(self, config: Config, size: int) -> Config:
+        if "vocab_size" not in self.sizes:
+            return super().with_vocabulary(config, size)
+        return with_decoder(config, super().with_vocabulary({}, size))
+
     def with_experts(self, config: Config, num_experts: int, experts_per_token: int) -> Config:
         reason = "" if self.axes is None else self.axes.refused.get("experts", "")
         if not reason and not {"num_experts", "experts_per_token"} <= self.sizes.keys():

@@ -1,0 +1,323 @@
+"""A larger vocabulary: old rows keep their bits, old logits do not change, state follows."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer, PreTrainedModel
+
+from tests import oracle
+from tests.oracle.families import generic, tiny
+from tritter.checkpoints import Source, lineage_of
+from tritter.checkpoints.state import KeptSequences, read_state, write_state
+from tritter.core.expansions import LlamaPro, Vocab, Width
+from tritter.core.families import family_of
+from tritter.core.models import config_of, disk_tensors, save_tokenizer
+from tritter.core.parameter_map import Fill, TensorMap, mapped
+from tritter.core.parameter_map.apply import new_rows
+from tritter.data.documents import Document
+from tritter.data.tokens import END_OF_TEXT, train_tokenizer
+from tritter.data.vocabulary import ExtendedTokenizer, require_bpe
+from tritter.errors import RequestError
+from tritter.evaluation.jump import folder_jump, logit_jump
+from tritter.storage.writer import TensorStream
+from tritter.transform import expand
+
+SIZE, TOKENS = 320, ("dog", "jump", "jumps", " boxes")
+TEXT = "the quick brown fox jumps over the lazy dog\n" * 30
+
+
+def written(folder: Path, model: PreTrainedModel) -> Path:
+    """Save a model with a tokenizer that has a special token after its vocabulary."""
+    oracle.saved(model, folder)
+    tokenizer = train_tokenizer([Document("d", TEXT)], vocab_size=290)
+    tokenizer.add_special_tokens(["<|end|>"])
+    save_tokenizer(tokenizer, folder, end_of_text=END_OF_TEXT)
+    return folder
+
+
+def vocab(**options: Any) -> Vocab:
+    return Vocab(tokens=TOKENS, multiple_of=1, **options)
+
+
+@pytest.mark.parametrize("family", generic())
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_every_family_keeps_the_logits_of_old_tokens(
+    tmp_path: Path, family: str, is_tied: bool
+) -> None:
+    model = tiny(family, vocab_size=SIZE, tie_word_embeddings=is_tied)
+    source = written(tmp_path / "base", model)
+    made = expand(source, tmp_path / "grown", [vocab()]).plan.vocabulary
+    assert made is not None and made.num_new > len(TOKENS)  # and the parts on the way
+    grown = oracle.stock(tmp_path / "grown")
+    ids = oracle.tokens(SIZE)
+    before, after = (oracle.logits(each, ids) for each in (model, grown))
+    assert after.shape[-1] == SIZE + made.num_new
+    assert (after[..., :SIZE] - before).abs().max() < 1e-5 * before.std()
+    family_record, config = family_of(config_of(model)), config_of(model)
+    old, new = (load_file(tmp_path / f / "model.safetensors") for f in ("base", "grown"))
+    for tensor in family_record.logical_tensors(config):
+        name = tensor.disk_name
+        if name in new:
+            assert torch.equal(new[name][: len(old[name])], old[name]), name
+            added = made.num_new if tensor.kind in ("embed", "head") else 0
+            assert len(new[name]) == len(old[name]) + added
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> Path:
+    model = oracle.tiny_llama(vocab_size=SIZE, tie_word_embeddings=False)
+    return written(tmp_path / "base", model)
+
+
+def extension(source: Path) -> ExtendedTokenizer:
+    merges = lineage_of(source).expansion_history[-1].options["merges"]
+    tokenizer = Tokenizer.from_file(str(source.parent / "base" / "tokenizer.json"))
+    pairs = tuple(zip(merges[::2], merges[1::2], strict=True))
+    return ExtendedTokenizer(require_bpe(tokenizer), pairs, SIZE)
+
+
+def test_new_rows_are_means_of_the_tokens_they_consist_of(llama: Path, tmp_path: Path) -> None:
+    expand(llama, tmp_path / "grown", [vocab()], dtype=torch.float64)
+    new = load_file(tmp_path / "grown" / "model.safetensors")
+    made = extension(tmp_path / "grown")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        old = load_file(llama / "model.safetensors")[name].double()
+        for number, parts in made.parts.items():
+            mean = torch.stack([old[part] for part in parts]).mean(dim=0)
+            assert torch.allclose(new[name][number], mean, atol=1e-7)
+
+
+def test_16_bit_rows_keep_their_bits_and_unused_rows_are_means(tmp_path: Path) -> None:
+    model = oracle.tiny_llama(vocab_size=SIZE).to(torch.bfloat16)
+    source = written(tmp_path / "base", model)
+    made = expand(source, tmp_path / "grown", [replace(vocab(), multiple_of=64)]).plan.vocabulary
+    assert made is not None
+    old, new = (load_file(tmp_path / f / "model.safetensors") for f in ("base", "grown"))
+    embedding = "model.embed_tokens.weight"
+    assert new[embedding].dtype == torch.bfloat16 and len(new[embedding]) == 384
+    assert torch.equal(new[embedding][:SIZE], old[embedding])
+    mean = old[embedding].double().mean(dim=0).to(torch.bfloat16)
+    unused = new[embedding][SIZE + made.num_new :]
+    assert torch.equal(unused, mean.expand(len(unused), -1)) and len(unused) > 50
+
+
+def test_the_tokenizer_loads_in_transformers(llama: Path, tmp_path: Path) -> None:
+    expand(llama, tmp_path / "grown", [vocab()])
+    before, after = (AutoTokenizer.from_pretrained(tmp_path / f) for f in ("base", "grown"))
+    text = "dog jumps boxes <|end|>"
+    special = before.convert_tokens_to_ids("<|end|>")
+    assert special == len(before) - 1 and after.convert_tokens_to_ids("<|end|>") == special
+    ids = after(text)["input_ids"]
+    assert len(ids) < len(before(text)["input_ids"]) and after.decode(ids) == text
+    assert sum(number >= SIZE for number in ids) == 2 and special in ids
+    assert after.eos_token == before.eos_token
+
+
+def test_other_forms_of_the_old_tokenizer_are_removed(llama: Path, tmp_path: Path) -> None:
+    for name in ("vocab.json", "merges.txt"):
+        (llama / name).write_text("{}", encoding="utf-8")
+    expand(llama, tmp_path / "grown", [vocab()])
+    assert {each.name for each in (tmp_path / "grown").iterdir()}.isdisjoint(
+        {"vocab.json", "merges.txt", "tokenizer.model"}
+    )
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_it_composes_with_width_and_depth(llama: Path, tmp_path: Path, order: str) -> None:
+    others = [Width(hidden_size=48, intermediate_size=80), LlamaPro(target_layers=4)]
+    specs = [vocab(), *others] if order == "before" else [*others, vocab()]
+    expand(llama, tmp_path / "grown", specs)
+    before, after = (oracle.stock(tmp_path / f) for f in ("base", "grown"))
+    jump = logit_jump(before, after, oracle.tokens(SIZE))
+    assert jump.relative_to_std < 1e-4 and jump.new_token_mass is not None
+    recorded = [record.method for record in lineage_of(tmp_path / "grown").expansion_history]
+    assert sorted(recorded) == ["llama_pro", "vocab", "width"]
+
+
+def test_a_changed_old_row_is_noticed(llama: Path, tmp_path: Path) -> None:
+    expand(llama, tmp_path / "grown", [vocab()])
+    before, after = (oracle.stock(tmp_path / f) for f in ("base", "grown"))
+    with torch.no_grad():
+        after.lm_head.weight[3] += 0.1
+    assert logit_jump(before, after, oracle.tokens(SIZE)).relative_to_std > 1e-3
+
+
+def test_the_probability_of_new_tokens_is_measured_alike_in_memory_and_from_disk(
+    llama: Path, tmp_path: Path
+) -> None:
+    expand(llama, tmp_path / "grown", [vocab()])
+    ids = oracle.tokens(SIZE)
+    before, after = (oracle.stock(tmp_path / f) for f in ("base", "grown"))
+    jump, streamed = (
+        logit_jump(before, after, ids),
+        folder_jump(tmp_path / "base", tmp_path / "grown", ids).jump,
+    )
+    mass = oracle.logits(after, ids).double().softmax(dim=-1)[..., SIZE:].sum(dim=-1).mean()
+    assert jump.new_token_mass == pytest.approx(float(mass), rel=1e-4)
+    assert streamed.new_token_mass == pytest.approx(float(mass), rel=1e-4)
+    assert streamed.relative_to_std < 1e-4
+
+
+def test_moments_and_importances_follow(llama: Path, tmp_path: Path) -> None:
+    model = oracle.stock(llama)
+    draws = torch.Generator().manual_seed(0)
+    kinds = {}
+    for kind in ("exp_avg", "exp_avg_sq", "fisher", "anchor"):
+        values = {n: torch.rand(p.shape, generator=draws) for n, p in model.named_parameters()}
+        kinds[kind] = TensorStream.of(disk_tensors(config_of(model), values).items())
+    write_state(llama, kinds, step=3)
+    expand(llama, tmp_path / "grown", [vocab()])
+    old, new = (read_state(tmp_path / f) for f in ("base", "grown"))
+    assert old is not None and new is not None
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        for kind, fresh in (("exp_avg", 0.0), ("fisher", 0.0), ("exp_avg_sq", None)):
+            before, after = old.kinds[kind].get(name), new.kinds[kind].get(name)
+            assert torch.equal(after[:SIZE], before)
+            value = before.double().mean().float() if fresh is None else torch.tensor(fresh)
+            assert torch.allclose(after[SIZE:], value)
+        anchor = new.kinds["anchor"].get(name)  # filled like the weights
+        number, parts = next(iter(extension(tmp_path / "grown").parts.items()))
+        before = old.kinds["anchor"].get(name)
+        assert torch.allclose(anchor[number], before[list(parts)].mean(dim=0))
+
+
+def test_stored_sequences_get_the_new_tokens(llama: Path, tmp_path: Path) -> None:
+    old = Tokenizer.from_file(str(llama / "tokenizer.json"))
+    ids = [*old.encode("the dog jumps over boxes").ids, 0] * 40
+    rows = torch.tensor(ids[: len(ids) // 16 * 16]).view(-1, 16).int()
+    kept = KeptSequences({"old": rows}, {"old": torch.rand(len(rows))}, {"old": 900})
+    kept.write(llama)
+    expand(llama, tmp_path / "grown", [vocab()])
+    again = KeptSequences.read(tmp_path / "grown")
+    new = Tokenizer.from_file(str(tmp_path / "grown" / "tokenizer.json"))
+    assert len(again.sequences["old"]) < len(rows) and int(again.sequences["old"].max()) >= SIZE
+    assert "the dog jumps over boxes" in new.decode(again.sequences["old"].flatten().tolist())
+
+
+@pytest.mark.parametrize(("init", "has_weights"), [("overlap", True), ("random", False)])
+def test_other_inits_differ_in_the_new_rows_only(
+    llama: Path, tmp_path: Path, init: Any, has_weights: bool
+) -> None:
+    for folder, spec in (("mean", vocab()), ("other", vocab(init=init))):
+        expand(llama, tmp_path / folder, [spec])
+    rows = [
+        load_file(tmp_path / f / "model.safetensors")["lm_head.weight"] for f in ("mean", "other")
+    ]
+    assert torch.equal(rows[0][:SIZE], rows[1][:SIZE]) and not torch.equal(rows[0], rows[1])
+    spread = rows[1][SIZE:].std() / rows[1][:SIZE].std()
+    assert (spread < 1.01) if has_weights else (0.7 < spread < 1.3)
+
+
+def test_omp_fits_rows_in_the_embedding_of_another_model(llama: Path, tmp_path: Path) -> None:
+    # The donor is the grown model with another embedding, of which new rows are combinations
+    expand(llama, tmp_path / "donor", [vocab()])
+    donor = oracle.stock(tmp_path / "donor")
+    with torch.no_grad():
+        embedding = donor.model.embed_tokens.weight
+        embedding.copy_(torch.randn(embedding.shape, generator=torch.Generator().manual_seed(1)))
+        made = extension(tmp_path / "donor")
+        number = made.new_ids[0]
+        first, second = list(made.parts[number])[:2]
+        embedding[number] = 2 * embedding[first] - embedding[second]
+    oracle.saved(donor, tmp_path / "donor")
+    spec = Vocab(tokenizer=str(tmp_path / "donor"), init="omp", multiple_of=1)
+    made_of = expand(llama, tmp_path / "grown", [spec])
+    assert made_of.plan.vocabulary is not None
+    assert made_of.plan.vocabulary.num_new == len(made.new_ids)
+    old, new = (load_file(tmp_path / f / "model.safetensors") for f in ("base", "grown"))
+    text = made.surfaces[number]
+    mine = Tokenizer.from_file(str(tmp_path / "grown" / "tokenizer.json")).token_to_id(text)
+    rows = old["lm_head.weight"]
+    assert torch.allclose(
+        new["lm_head.weight"][mine], 2 * rows[first] - rows[second], atol=1e-3 * float(rows.std())
+    )
+
+
+def test_quiet_rows_take_less_probability(tmp_path: Path) -> None:
+    """Training with Adam moves the mean row against the hidden states; here it is made so."""
+    model = oracle.tiny_llama(vocab_size=SIZE, tie_word_embeddings=False)
+    with torch.no_grad():
+        model.lm_head.weight -= 0.2 * model.model.norm.weight
+        model.model.embed_tokens.weight += 1.0
+    source = written(tmp_path / "base", model)
+    mass = {}
+    for head in ("same", "quiet"):
+        expand(source, tmp_path / head, [vocab(head_init=head)])
+        models = (oracle.stock(tmp_path / f) for f in ("base", head))
+        mass[head] = logit_jump(*models, oracle.tokens(SIZE)).new_token_mass
+    assert mass["quiet"] < 0.5 * mass["same"]
+
+
+def test_sums_of_rows_in_blocks_equal_the_whole() -> None:
+    draws = torch.Generator().manual_seed(0)
+    source = torch.randn(30, 7, generator=draws)
+    index = torch.tensor([[3, 4], [-1, 0], [29, 29]])
+    weights = torch.tensor([[0.5, 0.5], [1.0, 0.0], [2.0, -1.0]]).double()
+    fill = Fill("rows", index=index, values=weights)
+    sums = new_rows(fill, source)
+    expected = torch.stack([source[3:5].mean(0), source.mean(0), source[29]]).double()
+    assert torch.allclose(sums(0, 3), expected, atol=1e-6)
+    assert torch.equal(torch.cat([sums(0, 1), sums(1, 3)]), sums(0, 3))
+    spec = TensorMap(source="w", fill=fill)
+    assert torch.equal(mapped(spec, lambda name: source), source)
+
+
+BAD: list[tuple[Callable[[], Any], str]] = [
+    (lambda: Vocab(tokens=("a",), tokenizer="x"), "tokenizer also sets the tokens"),
+    (lambda: Vocab(tokens=("a",), new_tokens=3), "tokens lists the new tokens"),
+    (lambda: Vocab(merges=(1, 2, 3)), "two ids for each new token"),
+    (lambda: Vocab(init="omp"), "embedding of another model"),
+]
+
+
+@pytest.mark.parametrize(("made", "reason"), BAD)
+def test_contradictions_are_refused(made: Callable[[], Any], reason: str) -> None:
+    with pytest.raises(RequestError, match=reason):
+        made()
+
+
+def test_impossible_requests_write_nothing(llama: Path, tmp_path: Path) -> None:
+    destination = tmp_path / "grown"
+    for specs, reason in (
+        ([Vocab()], "data must give the new tokens"),
+        ([vocab(), vocab()], "one at a time"),
+        ([Vocab(tokens=("the dog",))], "can't cross words"),
+        ([Vocab(tokens=("the",), multiple_of=1)], "already has all"),
+        ([Vocab(merges=(1, 99_999))], "of another tokenizer"),
+    ):
+        with pytest.raises(RequestError, match=reason):
+            expand(llama, destination, specs)
+    (llama / "tokenizer.json").unlink()
+    with pytest.raises(RequestError, match=r"no tokenizer\.json"):
+        expand(llama, destination, [vocab()])
+    assert not destination.exists()
+
+
+def test_a_tied_head_has_no_rows_of_its_own(tmp_path: Path) -> None:
+    source = written(
+        tmp_path / "base", oracle.tiny_llama(vocab_size=SIZE, tie_word_embeddings=True)
+    )
+    with pytest.raises(RequestError, match="the head is the embedding"):
+        expand(source, tmp_path / "grown", [vocab(head_init="quiet")])
+
+
+def test_the_recorded_merges_make_the_same_model_again(llama: Path, tmp_path: Path) -> None:
+    first = expand(llama, tmp_path / "grown", [vocab()])
+    record = first.lineage.expansion_history[-1]
+    assert record.expansion_type == "vocab" and record.claims_exact
+    options = {**record.options, "merges": tuple(record.options["merges"])}
+    options["tokens"] = None
+    second = expand(llama, tmp_path / "again", [Vocab(**options)])
+    assert second.lineage.model_hash == first.lineage.model_hash
+    files = [
+        json.loads((tmp_path / f / "tokenizer.json").read_text("utf-8")) for f in ("grown", "again")
+    ]
+    assert files[0] == files[1]
+    assert Source.open(tmp_path / "grown", first.plan.target_config).lineage is not None

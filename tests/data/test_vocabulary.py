@@ -1,0 +1,206 @@
+"""New tokens are merges: text without them is tokenised as before, and decoding is lossless."""
+
+import json
+from functools import cache
+from itertools import pairwise
+from random import Random
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, normalizers, trainers
+
+from tritter.data.chat import ANSWER
+from tritter.data.documents import Document
+from tritter.data.tokens import train_tokenizer
+from tritter.data.vocabulary import (
+    ExtendedTokenizer,
+    Merges,
+    RowWeights,
+    give_merges,
+    learn_merges,
+    mean_rows,
+    overlap_rows,
+    pursuit_rows,
+    require_bpe,
+    retokenised,
+)
+from tritter.errors import RequestError
+
+PROSE = "the quick brown fox jumps over the lazy dog and the bear sleeps in the sun\n" * 20
+CODE = "def jump(self, dog):\n    return self.dog.jump(dog) if dog else None\n" * 20
+ROWS = 400  # of the embedding, more than the tokenizer has tokens
+
+
+@cache
+def byte_level() -> Tokenizer:
+    tokenizer = train_tokenizer([Document("d", PROSE)], vocab_size=300)
+    tokenizer.add_special_tokens(["<|end|>"])  # its id follows those of the model
+    return tokenizer
+
+
+@cache
+def sentence_piece() -> Tokenizer:
+    """A tokenizer like Llama 2's: no words before the merges, and bytes for unknown characters."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)])
+    special = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=330, special_tokens=special, show_progress=False)
+    words = PROSE.replace("\n", " ").split()
+    tokenizer.train_from_iterator(words, trainer=trainer)
+    content = json.loads(tokenizer.to_str())
+    content["added_tokens"] = content["added_tokens"][:1]  # bytes are no special tokens
+    return Tokenizer.from_str(json.dumps(content))
+
+
+@cache
+def extended(kind: str) -> tuple[Tokenizer, ExtendedTokenizer, Tokenizer]:
+    old = byte_level() if kind == "bytes" else sentence_piece()
+    merges = learn_merges(old, [CODE], num_tokens=12, first_id=ROWS)
+    made = ExtendedTokenizer(require_bpe(old), merges, ROWS)
+    return old, made, made.tokenizer()
+
+
+TEXTS = st.text(max_size=60) | st.lists(
+    st.sampled_from(["the ", "dog", "self", ".jump", "(dog)", " return", "\n    ", "é", "<|end|>"])
+).map("".join)
+
+
+@pytest.mark.parametrize("kind", ["bytes", "pieces"])
+@given(text=TEXTS)
+@example("return self.dog.jump(dog)")
+@settings(deadline=None, max_examples=60)
+def test_new_tokens_consist_of_the_old_tokens_of_the_same_text(kind: str, text: str) -> None:
+    old, made, new = extended(kind)
+    before = old.encode(text, add_special_tokens=False).ids
+    after = new.encode(text, add_special_tokens=False).ids
+    parts = [part for each in after for part in made.parts.get(each, (each,))]
+    assert parts == before
+    assert new.decode(after) == old.decode(before)
+
+
+@pytest.mark.parametrize("kind", ["bytes", "pieces"])
+def test_frequent_pairs_of_the_data_become_tokens(kind: str) -> None:
+    old, made, new = extended(kind)
+    assert list(made.new_ids) == list(range(ROWS, ROWS + 12))
+    lengths = [len(each.encode(CODE).ids) for each in (old, new)]
+    assert lengths[1] < 0.75 * lengths[0]
+    assert len(new.encode(PROSE).ids) == len(old.encode(PROSE).ids)
+    kept = json.loads(made.text)
+    assert kept["model"]["merges"][: -len(made.merges)] == require_bpe(old)["model"]["merges"]
+    # No token joins two words, or a single byte with something else
+    texts = [made.surfaces[number] for number in made.new_ids]
+    assert not any("▁" in text[1:] or "<0x" in text for text in texts)
+
+
+def test_the_most_frequent_pair_is_the_first_merge() -> None:
+    old = byte_level()
+    ids = old.encode("xq xq xq xq zz zz").ids
+    (pair,) = learn_merges(old, ["xq xq xq xq zz zz"], num_tokens=1, first_id=ROWS)
+    assert pair in pairwise(ids)
+    assert old.decode(list(pair)).endswith("xq")
+
+
+def test_learning_does_not_depend_on_the_order_of_documents() -> None:
+    lines = CODE.splitlines(keepends=True) + PROSE.splitlines(keepends=True)
+    shuffled = Random(0).sample(lines, len(lines))
+    first, second = (
+        learn_merges(byte_level(), each, num_tokens=8, first_id=ROWS) for each in (lines, shuffled)
+    )
+    assert first == second
+
+
+def test_too_few_pairs_are_refused_with_their_number() -> None:
+    with pytest.raises(RequestError, match=r"new_tokens = 5: .*only 1 frequent"):
+        learn_merges(byte_level(), ["xq xq"], num_tokens=5, first_id=ROWS)
+    merges = learn_merges(byte_level(), ["xq xq"], num_tokens=5, first_id=ROWS, is_at_most=True)
+    assert len(merges) == 1
+
+
+def test_a_special_token_is_never_a_merge() -> None:
+    text = "a <|end|> b <|end|> " * 20
+    merges = learn_merges(byte_level(), [text], num_tokens=9, first_id=ROWS, is_at_most=True)
+    made = ExtendedTokenizer(require_bpe(byte_level()), merges, ROWS)
+    assert "<|end|>" not in [made.surfaces[number] for number in made.new_ids]
+    assert made.tokenizer().encode("<|end|>").ids == byte_level().encode("<|end|>").ids
+
+
+def test_given_texts_become_single_tokens() -> None:
+    for old in (byte_level(), sentence_piece()):
+        merges = give_merges(old, [" return", " returns", "dog"], first_id=ROWS, key="tokens")
+        made = ExtendedTokenizer(require_bpe(old), merges, ROWS)
+        new = made.tokenizer()
+        for text in (" return", " returns"):
+            ids = new.encode(f"x{text}").ids
+            assert ids[-1] in made.new_ids and new.decode(ids) == f"x{text}"
+        assert old.decode(list(made.parts[ids[-1]])).strip() == "returns"
+
+
+def test_a_token_can_not_cross_words() -> None:
+    with pytest.raises(RequestError, match="splits it into 2 words"):
+        give_merges(byte_level(), ["the dog"], first_id=ROWS, key="expansion.vocab.tokens")
+    assert not give_merges(byte_level(), ["the dog"], first_id=ROWS, key="k", is_lenient=True)
+    with pytest.raises(RequestError, match="can't cross words"):
+        give_merges(sentence_piece(), ["the dog"], first_id=ROWS, key="expansion.vocab.tokens")
+    with pytest.raises(RequestError, match="single bytes"):
+        give_merges(sentence_piece(), ["日本"], first_id=ROWS, key="expansion.vocab.tokens")
+
+
+def test_other_kinds_of_tokenizers_are_refused() -> None:
+    words = Tokenizer(models.WordLevel({"a": 0, "<unk>": 1}, unk_token="<unk>"))
+    with pytest.raises(RequestError, match="BPE"):
+        learn_merges(words, [CODE], num_tokens=2, first_id=2)
+
+
+def chain(*merges: tuple[int, int]) -> ExtendedTokenizer:
+    content = {"model": {"vocab": {"a": 0, "b": 1, "ab": 2, "abab": 3, "zz": 4}, "merges": []}}
+    return ExtendedTokenizer(content, Merges(merges), 10)
+
+
+def test_rows_are_means_of_the_parts() -> None:
+    made = chain((2, 0), (10, 0), (0, 1))  # aba, abaa, and ab, which exists
+    assert list(made.new_ids) == [10, 11]
+    assert mean_rows(made) == [{2: 0.5, 0: 0.5}, {2: 1 / 3, 0: 2 / 3}]
+    rows = RowWeights.of(mean_rows(made))
+    assert rows.index.tolist() == [[2, 0], [2, 0]]
+    assert rows.weights.sum(dim=1).tolist() == pytest.approx([1, 1])
+
+
+def test_overlap_prefers_tokens_with_the_same_characters() -> None:
+    made = chain((2, 2), (2, 0), (4, 4))
+    aba, zzzz = overlap_rows(made)[-2:]
+    assert set(aba) <= {2, 3} and sum(aba.values()) == pytest.approx(1)
+    assert zzzz == {4: pytest.approx(1)}
+
+
+def test_matching_pursuit_finds_a_sparse_combination() -> None:
+    draws = torch.Generator().manual_seed(0)
+    dictionary = torch.randn(40, 64, generator=draws)
+    target = 2 * dictionary[3] - 0.5 * dictionary[17] + 0.25 * dictionary[31]
+    (row,) = pursuit_rows(target[None], dictionary, range(100, 140), size=3)
+    assert row == {
+        103: pytest.approx(2, abs=1e-5),
+        117: pytest.approx(-0.5, abs=1e-5),
+        131: pytest.approx(0.25, abs=1e-5),
+    }
+
+
+@pytest.mark.parametrize("packing", ["stream", "documents"])
+def test_stored_sequences_get_the_new_tokens(packing: str) -> None:
+    old, _, new = extended("bytes")
+    text = "def jump(self, dog): return dog"
+    ids = [*old.encode(text).ids, 0] * 20
+    length = 32
+    rows = torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
+    again = retokenised(rows, old, new, end_of_text_id=0, packing=packing)  # type: ignore[arg-type]
+    assert again.shape[1] == length and len(again) < len(rows)
+    assert text in new.decode(again.flatten().tolist(), skip_special_tokens=False)
+    short = retokenised(rows[:1, :8], old, new, end_of_text_id=0, packing=packing)  # type: ignore[arg-type]
+    assert short.shape[1] == 8
+    with pytest.raises(RequestError, match="conversations"):
+        retokenised(rows + ANSWER, old, new, end_of_text_id=0, packing=packing)  # type: ignore[arg-type]

@@ -1,0 +1,153 @@
+"""`expansion=vocab` through a whole job: scores per byte, old rows, stored and written text."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer
+
+from tests.pipeline.tiny import TINY
+from tritter.checkpoints.state import KeptSequences
+from tritter.config.launch.composition import load_config
+from tritter.errors import RequestError
+from tritter.evaluation.statistics import PairedScores
+from tritter.pipeline import Outcome, run_pipeline
+
+EMBEDDING = "model.embed_tokens.weight"
+
+
+def job(run_tiny: Callable[..., Outcome], folder: Path, *words: str) -> dict[str, Any]:
+    run_tiny(folder, "expansion=vocab", *words)
+    summary: dict[str, Any] = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    return summary
+
+
+def scores_of(folder: Path, name: str) -> dict[str, PairedScores]:
+    plain = json.loads((folder / "scores" / f"{name}.json").read_text(encoding="utf-8"))
+    return {subject: PairedScores.from_dict(each) for subject, each in plain.items()}
+
+
+def tokenizer_in(folder: Path) -> Tokenizer:
+    return Tokenizer.from_file(str(folder / "tokenizer.json"))
+
+
+@pytest.fixture(scope="module")
+def done(run_tiny: Callable[..., Outcome], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("vocab") / "run"
+    words = ("expansion.vocab.new_tokens=40", "forgetting=[ewc,replay]", "gate=off")
+    job(run_tiny, folder, *words, "forgetting.replay.keep=3", "evaluation.prompts=[the line]")
+    return folder
+
+
+def test_both_tokenizers_score_the_same_bytes(done: Path) -> None:
+    before, after = (scores_of(done, name) for name in ("baseline", "attempt_1-trained"))
+    for domain in ("old", "new"):
+        old, new = before[domain], after[domain]
+        assert old.identifiers == new.identifiers
+        assert torch.equal(old.weights["bytes"], new.weights["bytes"])
+    assert after["new"].weights["tokens"].sum() < 0.9 * before["new"].weights["tokens"].sum()
+
+
+def test_the_summary_and_the_table_are_per_byte(done: Path) -> None:
+    from tritter.report.rows import domain_rows
+    from tritter.report.summary import Summary
+    from tritter.report.tables import result_table, summary_lines
+
+    summary = Summary.read(done / "summary.json")
+    assert summary.jump is not None and 0 < summary.jump.new_token_mass < 1
+    assert summary.jump.relative_to_std < 1e-4
+    table = result_table(summary, domain_rows(summary))
+    assert table.title.startswith("Loss [nats/byte]")
+    assert table.rows[0][2] == f"{summary.baseline['old'].loss_per_byte:.3f}"
+    lines = {line.label: line.text for line in summary_lines(summary)}
+    assert "new 0." in lines["tokens/byte"] and "→" in lines["tokens/byte"]
+    assert {each.prompt for each in summary.samples} >= {"the line"}
+
+
+def test_the_checkpoint_has_the_new_tokens(done: Path) -> None:
+    first, last = (tokenizer_in(done / each) for each in ("baseline", "checkpoint"))
+    assert last.get_vocab_size() == first.get_vocab_size() + 40
+    record = json.loads((done / "checkpoint/tritter.json").read_text("utf-8"))
+    options = record["expansion_history"][-1]["options"]
+    assert len(options["merges"]) >= 80 and options["new_tokens"] == 40
+    kept = KeptSequences.read(done / "checkpoint")
+    assert int(kept.sequences["new"].max()) >= first.get_vocab_size()
+
+
+@pytest.mark.full
+def test_a_later_run_continues_with_the_new_tokens(done: Path, cache: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    texts = tmp_path / "third.jsonl"
+    lines = [json.dumps({"text": f"the third text has line {n} of many " * 9}) for n in range(60)]
+    texts.write_text("\n".join(lines), encoding="utf-8")
+    words = [word for word in TINY if not word.startswith(("model.", "data.vocab", "data.new"))]
+    words += ["model=hf", f"model.path={done / 'checkpoint'}", f"data.new={{third: {texts}}}"]
+    words += ["expansion=vocab", "expansion.vocab.new_tokens=5", f"cache_dir={cache}"]
+    run_pipeline(load_config(words), run_folder=folder)
+    again = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    assert again["parameters"]["final"] >= again["parameters"]["baseline"]
+    checkpoints = (done / "checkpoint", folder / "checkpoint")
+    sizes = [tokenizer_in(each).get_vocab_size() for each in checkpoints]
+    assert sizes[1] == sizes[0] + 5
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("method", ["replay", "freeze"])
+def test_old_rows_are_frozen_bit_by_bit(
+    run_tiny: Callable[..., Outcome], tmp_path: Path, method: str
+) -> None:
+    words = ["expansion.vocab.new_tokens=40", "expansion.vocab.freeze_old_rows=true", "gate=off"]
+    summary = job(
+        run_tiny, tmp_path / "run", *words, f"forgetting={method}", "pipeline.keep_stages=true"
+    )
+    rows = [
+        load_file(tmp_path / "run" / f / "model.safetensors")[EMBEDDING]
+        for f in ("baseline", "attempt_1/expanded", "checkpoint")
+    ]
+    size = len(rows[0])
+    assert torch.equal(rows[2][:size], rows[0])
+    assert not torch.equal(rows[2][size : size + 40], rows[1][size : size + 40])
+    assert summary["status"] == "ungated"
+
+
+@pytest.mark.full
+def test_text_written_by_the_model_is_tokenised_again(
+    run_tiny: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    words = ("forgetting=self_replay", "forgetting.self_replay.num_sequences=8", "gate=off")
+    summary = job(run_tiny, tmp_path / "run", "expansion.vocab.new_tokens=40", *words)
+    assert summary["status"] == "ungated"
+
+
+@pytest.mark.full
+def test_tasks_in_sequence_and_the_control_keep_their_tokenizers(
+    run_tiny: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    words = ("expansion.vocab.new_tokens=40", "control=true", "gate=off", "forgetting=replay")
+    summary = job(run_tiny, tmp_path / "run", *words)
+    before, after, control = (
+        summary["baseline"]["new"],
+        summary["final"]["new"],
+        summary["control"]["final"]["new"],
+    )
+    fertility = [each["loss_per_byte"] / each["loss"] for each in (before, after, control)]
+    assert fertility[1] < 0.9 * fertility[0] and fertility[2] == pytest.approx(fertility[0])
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["forgetting=distill"], "changes the tokens; use replay or self_replay"),
+        (["expansion=none", "forgetting=freeze", "forgetting.freeze.old_rows=true"],
+         "no expansion adds rows"),
+        (["expansion.vocab.head_init=quiet"], "the head is the embedding"),
+    ],
+)  # fmt: skip
+def test_what_can_not_be_combined_is_refused(words: list[str], reason: str) -> None:
+    with pytest.raises(RequestError, match=reason):
+        load_config([*TINY, "expansion=vocab", *words])

@@ -1,0 +1,204 @@
+"""A larger vocabulary: new tokens get rows in the embedding and in the head.
+
+Old rows keep their bits, so the logits of old tokens do not change. The probabilities do: new
+tokens take part of them at step 0, which the expansion reports.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from tritter.core.families import Config, Family
+from tritter.core.parameter_map import AxisFactor, AxisMap, Fill, ParameterMap, TensorMap
+from tritter.errors import Problem, RequestError, key_name, refused
+from tritter.limits import MAX_VOCABULARY
+from tritter.options import Text, options
+from tritter.seeds import derived_seed
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_KEY = "expansion.vocab"
+_Token = Annotated[int, Field(ge=0, le=2 * MAX_VOCABULARY)]
+Init = Literal["mean", "overlap", "omp", "random"]
+
+
+@options
+class Vocab:
+    """New tokens, as further merges of the tokenizer.
+
+    Args:
+        new_tokens: number of tokens to learn from the new data, or to take from `tokenizer`.
+            Default: as many as the model has, or fewer if the data has fewer frequent pairs;
+            all tokens of `tokenizer`.
+        tokens: texts that become tokens, instead of learned ones.
+        tokenizer: folder or hub id whose tokens are added, instead of learned ones.
+        init: rows of new tokens: `mean` of the old tokens that the new one consists of; `overlap`,
+            a mixture of old tokens with similar characters; `omp`, sparse combinations of old rows
+            that fit in the embedding of `tokenizer` (arXiv 2506.06607); or `random` with mean and
+            deviation of the old rows.
+        head_init: rows of an untied head: `same` as `init`, or `quiet`: the mean row, at the usual
+            length. Training with Adam makes its logit low, so new tokens get little probability.
+        freeze_old_rows: train only the rows of new tokens in embedding and head.
+        multiple_of: the vocabulary size is rounded up to a multiple of it.
+        merges: ids of the two parts of each new token, one pair after the other; set when they are
+            known.
+    """
+
+    name: ClassVar[str] = "vocab"
+    expansion_type: ClassVar[str] = "vocab"
+    is_exact: ClassVar[bool] = True
+    new_blocks_only: ClassVar[bool] = False
+    new_tokens: Annotated[int, Field(ge=1, le=MAX_VOCABULARY)] | None = None
+    tokens: tuple[Text, ...] | None = None
+    tokenizer: Text | None = None
+    init: Init = "mean"
+    head_init: Literal["same", "quiet"] = "same"
+    freeze_old_rows: bool = False
+    multiple_of: Annotated[int, Field(ge=1, le=2**16)] = 64
+    merges: tuple[_Token, ...] | None = None
+
+    def __post_init__(self) -> None:
+        reason, key = "", ""
+        if self.tokens is not None and self.tokenizer is not None:
+            key, reason = "tokens", f"{key_name(f'{_KEY}.tokenizer')} also sets the tokens"
+        elif self.tokens is not None and self.new_tokens is not None:
+            key, reason = "new_tokens", f"{key_name(f'{_KEY}.tokens')} lists the new tokens"
+        elif len(self.merges or ()) % 2:
+            key, reason = "merges", "it must be pairs: two ids for each new token"
+        elif self.init == "omp" and self.tokenizer is None:
+            key = "init"
+            reason = f"it needs the embedding of another model: {key_name(f'{_KEY}.tokenizer')}"
+        if reason:
+            raise RequestError(Problem(f"{_KEY}.{key}", getattr(self, key), reason=reason))
+
+    @property
+    def is_learned(self) -> bool:
+        """True if data must give the new tokens."""
+        return self.merges is None and self.tokens is None and self.tokenizer is None
+
+    @property
+    def pairs(self) -> tuple[tuple[int, int], ...] | None:
+        """The merges as pairs, or None if they are not known."""
+        ids = self.merges
+        return None if ids is None else tuple(zip(ids[::2], ids[1::2], strict=True))
+
+    def num_tokens(self, family: Family, config: Config) -> int:
+        """Return the number of new tokens, before padding; an estimate until they are known."""
+        known = self.pairs if self.merges is not None else self.tokens
+        if known is not None:
+            return len(known)
+        return self.new_tokens or family.dimensions(config).vocab_size
+
+    def target_config(self, family: Family, config: Config) -> Config:
+        if family.is_tied(config) and self.head_init != "same":
+            reason = "the head is the embedding, so its rows can't differ; use same"
+            raise refused(f"{_KEY}.head_init", self.head_init, reason)
+        return self.with_tokens(family, config, self.num_tokens(family, config))
+
+    def with_tokens(self, family: Family, config: Config, number: int) -> Config:
+        """Return the config of a model with a number of further tokens."""
+        size = family.dimensions(config).vocab_size + number
+        size = math.ceil(size / self.multiple_of) * self.multiple_of
+        if size > MAX_VOCABULARY:
+            reason = f"the vocabulary would have {size:,} tokens; allowed: {MAX_VOCABULARY:,}"
+            raise RequestError(Problem(f"{_KEY}.new_tokens", self.new_tokens, reason=reason))
+        return family.with_vocabulary(config, size)
+
+    def parameter_map(
+        self, family: Family, source: Config, target: Config, *, seed: int
+    ) -> ParameterMap:
+        reason = "it extends the tokenizer too, so it needs a checkpoint folder that has one"
+        raise RequestError(Problem(_KEY, reason=reason))
+
+    def notes(self, family: Family, source: Config, target: Config) -> tuple[str, ...]:
+        return ()
+
+
+def vocab_place(specs: Sequence[object]) -> int | None:
+    """Return the index of `vocab` among some expansions, or None.
+
+    Raises:
+        RequestError: there are several; the rows of the second would depend on those of the first.
+    """
+    places = [place for place, spec in enumerate(specs) if isinstance(spec, Vocab)]
+    if len(places) > 1:
+        raise RequestError(Problem("expansion.vocab", reason="one at a time; use two commands"))
+    return places[0] if places else None
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class BoundVocab:
+    """`vocab` with the tokenizer of its source.
+
+    Args:
+        options: the options, with `merges`.
+        num_new: number of new tokens, without padding.
+        rows: index int64 [num_new, k] of old rows (−1: their mean) and weights float64
+            [num_new, k], whose sums are the new rows; None for random rows.
+        tokenizer: text of the extended tokenizer.json.
+        remarks: notes for people.
+    """
+
+    options: Vocab
+    num_new: int
+    rows: tuple[Tensor, Tensor] | None
+    tokenizer: str
+    remarks: tuple[str, ...] = ()
+    name: ClassVar[str] = Vocab.name
+    expansion_type: ClassVar[str] = Vocab.expansion_type
+    is_exact: ClassVar[bool] = True
+    new_blocks_only: ClassVar[bool] = False
+
+    def target_config(self, family: Family, config: Config) -> Config:
+        self.options.target_config(family, config)
+        return self.options.with_tokens(family, config, self.num_new)
+
+    def parameter_map(
+        self, family: Family, source: Config, target: Config, *, seed: int
+    ) -> ParameterMap:
+        """Return the map that keeps old rows and appends new ones."""
+        old, new = (family.dimensions(config).vocab_size for config in (source, target))
+        padded = AxisFactor.writes(AxisMap.padded(old, new))
+        shapes = {t.name: family.shape(t, source) for t in family.logical_tensors(source)}
+        tensors = {}
+        for tensor in family.logical_tensors(target):
+            before, after = shapes[tensor.name], family.shape(tensor, target)
+            axes = tuple(padded if a != b else None for a, b in zip(before, after, strict=True))
+            if not any(axes):
+                tensors[tensor.name] = TensorMap(source=tensor.name)
+                continue
+            tensors[tensor.name] = TensorMap(
+                source=tensor.name,
+                axes=axes,
+                fill=self._fill(tensor.kind != "embed", new - old, derived_seed(seed, tensor.name)),
+            )
+        layers = family.dimensions(source).num_hidden_layers
+        return ParameterMap(tensors=tensors, layer_sources=tuple(range(layers)))
+
+    def _fill(self, is_head: bool, num_rows: int, seed: int) -> Fill:
+        if is_head and self.options.head_init == "quiet":
+            return Fill("quiet")
+        if self.rows is None:
+            return Fill("matched", seed=seed)
+        import torch
+
+        index, weights = self.rows
+        unused = num_rows - len(index)  # rows of no token get the mean
+        index = torch.cat([index, index.new_full((unused, index.shape[1]), -1)])
+        more = weights.new_full((unused, index.shape[1]), 1 / index.shape[1])
+        return Fill("rows", index=index, values=torch.cat([weights, more]))
+
+    def notes(self, family: Family, source: Config, target: Config) -> tuple[str, ...]:
+        old, new = (family.dimensions(config).vocab_size for config in (source, target))
+        padding = new - old - self.num_new
+        rows = f"{self.num_new:,} new tokens"
+        if padding:
+            rows += f", and {padding} unused rows: {new:,} is a multiple of "
+            rows += str(self.options.multiple_of)
+        return (rows, *self.remarks)

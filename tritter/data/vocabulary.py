@@ -1,0 +1,498 @@
+"""Further tokens of a BPE tokenizer: learned from documents or given, each as one more merge.
+
+A new token is the merge of two tokens that come before it. Merges of lower rank are applied first,
+so text without a new merge is tokenised as before, and decoding stays lossless. This continues the
+training of the tokenizer (arXiv 1508.07909) instead of starting it again.
+
+Token ids are those of the model: new tokens follow its last embedding row.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice, pairwise
+from typing import TYPE_CHECKING, Any
+
+from tritter.data.chat import ANSWER
+from tritter.data.tokens import specials_as_text, tokenise_texts
+from tritter.errors import Problem, RequestError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from torch import Tensor
+
+    from tritter.data.packing import Packing
+
+Merges = tuple[tuple[int, int], ...]
+
+_FIRST_CHARACTER = 0x10000  # of the characters that stand for tokens while merges are learned
+_LAST_CHARACTER = 0x10FFFF
+_WORD_START = "▁"  # of SentencePiece
+_BATCH = 256  # documents
+_NEIGHBOURS, _SHARPNESS = 8, 10.0  # of the old tokens that a new one resembles
+_GRAMS = (2, 3)
+_KEY = "expansion.vocab"
+
+
+@dataclass(frozen=True)
+class ExtendedTokenizer:
+    """A tokenizer with further merges.
+
+    Args:
+        content: tokenizer.json before the extension.
+        merges: pairs of token ids, in order; a new token may be part of a later pair.
+        first_id: id of the first new token: the number of embedding rows.
+    """
+
+    content: Mapping[str, Any]
+    merges: Merges
+    first_id: int
+
+    @cached_property
+    def surfaces(self) -> dict[int, str]:
+        """Token id → its text in the vocabulary; old tokens, then new ones."""
+        known = {number: text for text, number in self.content["model"]["vocab"].items()}
+        ids, following = set(known.values()), self.first_id
+        for left, right in self.merges:
+            if (text := known[left] + known[right]) not in ids:
+                known[following], following = text, following + 1
+                ids.add(text)
+        return known
+
+    @cached_property
+    def new_ids(self) -> range:
+        """Ids of the new tokens; fewer than merges if a merge gives a token that exists."""
+        return range(self.first_id, 1 + max(self.first_id - 1, *self.surfaces))
+
+    @cached_property
+    def parts(self) -> dict[int, tuple[int, ...]]:
+        """New token → the old tokens that it consists of."""
+        ids = {text: number for number, text in self.surfaces.items()}
+        parts: dict[int, tuple[int, ...]] = {}
+        for left, right in self.merges:
+            made = ids[self.surfaces[left] + self.surfaces[right]]
+            if made >= self.first_id and made not in parts:
+                parts[made] = parts.get(left, (left,)) + parts.get(right, (right,))
+        return parts
+
+    @cached_property
+    def text(self) -> str:
+        """The extended tokenizer.json."""
+        model, surfaces = self.content["model"], self.surfaces
+        old = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
+        new = [[surfaces[left], surfaces[right]] for left, right in self.merges]
+        # Added tokens outside the vocabulary would be numbered after its size, which grows
+        added = {each["content"]: each["id"] for each in self.content.get("added_tokens") or ()}
+        made = {surfaces[number]: number for number in self.new_ids}
+        vocabulary = {**model["vocab"], **added, **made}
+        extended = {**model, "vocab": vocabulary, "merges": [*old, *new]}
+        return json.dumps({**self.content, "model": extended}, ensure_ascii=False, indent=2)
+
+    def tokenizer(self) -> Tokenizer:
+        """Return the extended tokenizer."""
+        from tokenizers import Tokenizer
+
+        loaded: Tokenizer = Tokenizer.from_str(self.text)
+        return loaded
+
+
+def require_bpe(tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return the content of a tokenizer after checking that merges extend it.
+
+    Raises:
+        RequestError: it is not a BPE tokenizer.
+    """
+    content: dict[str, Any] = json.loads(tokenizer.to_str())
+    kind = content["model"].get("type")
+    if kind != "BPE" or content["model"].get("continuing_subword_prefix"):
+        reason = f"it extends BPE tokenizers by merges, and this one is of the type {kind}"
+        raise RequestError(Problem(_KEY, reason=reason))
+    return content
+
+
+def learn_merges(
+    tokenizer: Tokenizer,
+    texts: Iterable[str],
+    *,
+    num_tokens: int,
+    first_id: int,
+    is_at_most: bool = False,
+) -> Merges:
+    """Return the merges that give the most frequent new tokens of some texts.
+
+    The tokens of each word are written as characters, and the trainer of `tokenizers` learns
+    merges of these. Merges never cross words or join special tokens and single bytes.
+
+    Args:
+        tokenizer: the tokenizer to extend.
+        texts: the documents.
+        num_tokens: number of new tokens.
+        first_id: id of the first new token.
+        is_at_most: fewer tokens are fine, but at least one.
+
+    Raises:
+        RequestError: it is not a BPE tokenizer, or the texts have too few frequent pairs.
+    """
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    content = require_bpe(tokenizer)
+    lines = list(_Words(tokenizer, content).lines(texts))
+    size, made = len(set().union(*lines)) + num_tokens, 0
+    for spare in (64 + num_tokens // 8, 64 + 4 * num_tokens):  # merges that give no new token
+        trainee = Tokenizer(models.BPE())
+        trainee.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        trainer = trainers.BpeTrainer(vocab_size=size + spare, show_progress=False, min_frequency=2)
+        trainee.train_from_iterator(lines, trainer=trainer)
+        merges = _first_merges(trainee, content, first_id, num_tokens)
+        made = len(ExtendedTokenizer(content, tuple(merges), first_id).new_ids)
+        if made == num_tokens:
+            return tuple(merges)
+    if is_at_most and made:
+        return tuple(merges)
+    reason = (
+        f"the new data has only {made} frequent pairs of tokens; set at most {made}, or add data"
+    )
+    raise RequestError(Problem(f"{_KEY}.new_tokens", num_tokens, reason=reason))
+
+
+def _first_merges(
+    trainee: Tokenizer, content: Mapping[str, Any], first_id: int, num_tokens: int
+) -> list[tuple[int, int]]:
+    """Return learned merges up to `num_tokens` new tokens, as pairs of token ids."""
+    known = {number: text for text, number in content["model"]["vocab"].items()}
+    numbers = {text: number for number, text in known.items()}
+    special = {entry["content"] for entry in content.get("added_tokens") or ()}
+    # What is learned → its text; a character stands for a token
+    surfaces = {chr(number + _FIRST_CHARACTER): text for number, text in known.items()}
+    merges, following = list[tuple[int, int]](), first_id
+    for left, right in json.loads(trainee.to_str())["model"]["merges"]:
+        if left not in surfaces or right not in surfaces:
+            continue  # part of a special token
+        if (text := surfaces[left] + surfaces[right]) in special:
+            continue
+        if text not in numbers:
+            if following == first_id + num_tokens:
+                break
+            numbers[text], following = following, following + 1
+        surfaces[left + right] = text
+        merges.append((numbers[surfaces[left]], numbers[surfaces[right]]))
+    return merges
+
+
+class _Words:
+    """The words of documents, with a character for each token."""
+
+    def __init__(self, tokenizer: Tokenizer, content: Mapping[str, Any]) -> None:
+        import numpy as np
+
+        model = content["model"]
+        vocabulary: Mapping[str, int] = model["vocab"]
+        special = {entry["id"] for entry in content.get("added_tokens") or ()}
+        self._tokenizer = tokenizer
+        size = 1 + max([*vocabulary.values(), *special], default=-1)
+        if size > _LAST_CHARACTER - _FIRST_CHARACTER:
+            reason = f"its tokenizer has more than {_LAST_CHARACTER - _FIRST_CHARACTER:,} tokens"
+            raise RequestError(Problem(_KEY, reason=reason))
+        self._starts_word, self._is_joined = np.zeros(size, dtype=bool), np.zeros(size, dtype=bool)
+        for text, number in vocabulary.items():
+            is_byte = bool(model.get("byte_fallback")) and text.startswith("<0x")
+            self._starts_word[number] = text.startswith(_WORD_START)
+            self._is_joined[number] = not is_byte and text != model.get("unk_token")
+        self._is_joined[list(special)] = False
+
+    def lines(self, texts: Iterable[str]) -> Iterator[str]:
+        """Yield the words of each text, separated by spaces."""
+        import numpy as np
+
+        remaining = iter(texts)
+        while batch := list(islice(remaining, _BATCH)):
+            with specials_as_text(self._tokenizer):
+                encodings = self._tokenizer.encode_batch(batch, add_special_tokens=False)
+            for encoding in encodings:
+                ids = np.asarray(encoding.ids, dtype=np.int64)
+                if not len(ids):
+                    continue
+                words = np.asarray([-1 if w is None else w for w in encoding.word_ids])
+                is_first = np.flatnonzero(np.diff(words, prepend=words[0]) | self._starts_word[ids])
+                characters = np.where(self._is_joined[ids], ids + _FIRST_CHARACTER, ord(" "))
+                spaced = np.insert(characters, is_first, ord(" "))
+                yield spaced.astype("<u4").tobytes().decode("utf-32-le")
+
+
+def give_merges(
+    tokenizer: Tokenizer,
+    tokens: Iterable[str],
+    *,
+    first_id: int,
+    key: str,
+    is_lenient: bool = False,
+    most: int | None = None,
+) -> Merges:
+    """Return merges that make given texts single tokens.
+
+    Merges go from left to right, and each result becomes a token.
+
+    Args:
+        tokenizer: the tokenizer to extend.
+        tokens: the texts; a leading space belongs to the token.
+        first_id: id of the first new token.
+        key: configuration key of the tokens, for messages.
+        is_lenient: skip texts that can't be tokens.
+        most: limit of new tokens.
+
+    Raises:
+        RequestError: it is not a BPE tokenizer, or splits a text into several words.
+    """
+    content = require_bpe(tokenizer)
+    known = {number: text for text, number in content["model"]["vocab"].items()}
+    numbers = {text: number for number, text in known.items()}
+    following, ranks = first_id, dict[tuple[int, int], int]()
+    unknown = numbers.get(content["model"].get("unk_token") or "")
+    for token in tokens:
+        surface, reason = _surface(tokenizer, content, token)
+        ids = [] if reason else [each.id for each in tokenizer.model.tokenize(surface)]
+        if any(each == unknown or known[each].startswith("<0x") for each in ids):
+            reason = "it has characters that the tokenizer writes as single bytes"
+        if reason and not is_lenient:
+            raise RequestError(Problem(key, token, reason=reason))
+        ids = [] if reason else _merged(ids, ranks, known, numbers)
+        if most is not None and following - first_id + max(len(ids) - 1, 0) > most:
+            break
+        while len(ids) > 1:
+            left, right, *rest = ids
+            ranks.setdefault((left, right), len(ranks))
+            text = known[left] + known[right]
+            if text not in numbers:
+                numbers[text], known[following], following = following, text, following + 1
+            ids = [numbers[text], *rest]
+    return tuple(ranks)
+
+
+def _merged(
+    ids: Sequence[int],
+    ranks: Mapping[tuple[int, int], int],
+    known: Mapping[int, str],
+    numbers: Mapping[str, int],
+) -> list[int]:
+    """Apply new merges to the old tokens of a word, lowest rank first."""
+    merged = list(ids)
+    while pairs := [pair for pair in pairwise(merged) if pair in ranks]:
+        left, right = min(pairs, key=ranks.__getitem__)
+        place = list(pairwise(merged)).index((left, right))
+        merged[place : place + 2] = [numbers[known[left] + known[right]]]
+    return merged
+
+
+def _surface(tokenizer: Tokenizer, content: Mapping[str, Any], token: str) -> tuple[str, str]:
+    """Return the form of a text in the vocabulary, and the reason why it can't be a token."""
+    if not _is_byte_level(content):
+        has_space = " " in token.lstrip(" ") or not token.strip()
+        return token.replace(" ", _WORD_START), "a token can't cross words" if has_space else ""
+    pieces = [text for text, _ in tokenizer.pre_tokenizer.pre_tokenize_str(token)]
+    if len(pieces) == 1:
+        return str(pieces[0]), ""
+    return "", f"the tokenizer splits it into {len(pieces)} words; a token can't cross words"
+
+
+def _is_byte_level(content: Mapping[str, Any]) -> bool:
+    return "ByteLevel" in json.dumps([content.get("pre_tokenizer"), content.get("decoder")])
+
+
+def texts_of_tokens(tokenizer: Tokenizer) -> dict[int, str]:
+    """Return token id → its text, without special tokens and parts of characters."""
+    content = require_bpe(tokenizer)
+    special = {entry["id"] for entry in content.get("added_tokens") or ()}
+    is_byte_level, texts = _is_byte_level(content), dict[int, str]()
+    for surface, number in content["model"]["vocab"].items():
+        if is_byte_level:
+            text = tokenizer.decoder.decode([surface])
+        else:
+            text = surface.replace(_WORD_START, " ")
+        if number not in special and "�" not in text and not surface.startswith("<0x"):
+            texts[number] = text
+    return texts
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RowWeights:
+    """New embedding rows as weighted sums of old ones.
+
+    Args:
+        index: int64 [n, k], old rows; −1 is the mean of all of them.
+        weights: float64 [n, k].
+    """
+
+    index: Tensor
+    weights: Tensor
+
+    @classmethod
+    def of(cls, rows: Sequence[Mapping[int, float]]) -> RowWeights:
+        """Return the weights of rows, each a mapping from old row to weight."""
+        import torch
+
+        width = max(map(len, rows), default=1)
+        index = torch.full((len(rows), width), 0)
+        weights = torch.zeros(len(rows), width, dtype=torch.float64)
+        for number, row in enumerate(rows):
+            index[number, : len(row)] = torch.tensor([*row])
+            weights[number, : len(row)] = torch.tensor([*row.values()], dtype=torch.float64)
+        return cls(index, weights)
+
+
+MEAN_OF_ALL: Mapping[int, float] = {-1: 1.0}
+
+
+def mean_rows(extended: ExtendedTokenizer) -> list[dict[int, float]]:
+    """Return each new row as the mean of the old tokens that the token consists of."""
+    rows = []
+    for number in extended.new_ids:
+        parts, row = extended.parts[number], dict[int, float]()
+        for part in parts:
+            row[part] = row.get(part, 0.0) + 1 / len(parts)
+        rows.append(row)
+    return rows
+
+
+def overlap_rows(extended: ExtendedTokenizer) -> list[dict[int, float]]:
+    """Return each new row as a mixture of the old tokens with the most similar characters.
+
+    As in FOCUS (arXiv 2305.14481) the weights are a sparsemax of similarities; these are cosines
+    of character n-grams, so no auxiliary embedding is trained. A token that resembles none gets
+    the mean of its parts.
+    """
+    import numpy as np
+
+    old = [number for number in extended.surfaces if number < extended.first_id]
+    new, fallback = list(extended.new_ids), mean_rows(extended)
+    columns: dict[str, int] = {}
+    known, made = (
+        _grams([extended.surfaces[number] for number in numbers], columns) for numbers in (old, new)
+    )
+    rows = []
+    for begin in range(0, len(new), _BATCH):
+        similar = (made[begin : begin + _BATCH, : known.shape[1]] @ known.T).toarray()
+        best = np.argsort(-similar, axis=1, kind="stable")[:, :_NEIGHBOURS]
+        for number, places in enumerate(best):
+            weights = _sparsemax(_SHARPNESS * similar[number, places])
+            found = {old[place]: float(w) for place, w in zip(places, weights, strict=True) if w}
+            is_similar = similar[number, places[0]] > 0
+            rows.append(found if is_similar else fallback[begin + number])
+    return rows
+
+
+def _grams(texts: Sequence[str], columns: dict[str, int]) -> Any:
+    """Return normalised counts of character n-grams, one sparse row for each text."""
+    import numpy as np
+    from scipy.sparse import csr_matrix
+
+    places, counts, ends = list[int](), list[float](), [0]
+    for text in texts:
+        own: dict[int, float] = {}
+        for size in _GRAMS:
+            for start in range(len(text) - size + 1):
+                column = columns.setdefault(text[start : start + size], len(columns))
+                own[column] = own.get(column, 0.0) + 1
+        norm = sum(value**2 for value in own.values()) ** 0.5
+        places += own
+        counts += [value / norm for value in own.values()]
+        ends.append(len(places))
+    return csr_matrix(
+        (np.asarray(counts), np.asarray(places, dtype=np.int64), np.asarray(ends)),
+        shape=(len(texts), max(len(columns), 1)),
+    )
+
+
+def _sparsemax(scores: Any) -> Any:
+    """Return the projection of scores on the simplex (arXiv 1602.02068)."""
+    import numpy as np
+
+    ordered = np.sort(scores)[::-1]
+    totals = np.cumsum(ordered) - 1
+    size = int((ordered * np.arange(1, len(scores) + 1) > totals).sum())
+    return np.maximum(scores - totals[size - 1] / size, 0)
+
+
+def pursuit_rows(
+    targets: Tensor, dictionary: Tensor, numbers: Sequence[int], *, size: int = _NEIGHBOURS
+) -> list[dict[int, float]]:
+    """Return rows as sparse combinations of others by orthogonal matching pursuit.
+
+    As in arXiv 2506.06607: the coefficients are found in the embedding of another model and used
+    in this one.
+
+    Args:
+        targets: [n, D] rows of the new tokens in the other model.
+        dictionary: [m, D] rows of the tokens that both have.
+        numbers: the m ids of these tokens in this model.
+        size: number of rows in a combination.
+    """
+    import torch
+
+    rows: list[dict[int, float]] = []
+    units = torch.nn.functional.normalize(dictionary.float(), dim=1)
+    for wanted in targets.float().split(_BATCH):
+        rest, chosen = wanted, wanted.new_zeros((len(wanted), 0), dtype=torch.int64)
+        factors = wanted.new_zeros((len(wanted), 0))
+        for _ in range(min(size, len(dictionary))):
+            fits = (rest @ units.T).abs()
+            fits.scatter_(1, chosen, -1.0)  # each row is chosen once
+            chosen = torch.cat([chosen, fits.argmax(dim=1, keepdim=True)], dim=1)
+            basis = dictionary[chosen].double()  # [n, k, D]
+            solved = torch.linalg.lstsq(
+                basis.transpose(1, 2), wanted.double()[..., None], driver="gelsd"
+            ).solution  # [n, k, 1]
+            factors = solved.squeeze(2)
+            rest = (wanted.double() - (basis.transpose(1, 2) @ solved).squeeze(2)).float()
+        for places, weights in zip(chosen.tolist(), factors.tolist(), strict=True):
+            rows.append({numbers[p]: w for p, w in zip(places, weights, strict=True)})
+    return rows
+
+
+def retokenised(
+    sequences: Tensor,
+    old: Tokenizer,
+    new: Tokenizer,
+    *,
+    end_of_text_id: int,
+    packing: Packing,
+) -> Tensor:
+    """Return stored sequences with the tokens of another tokenizer, int32 [M, T].
+
+    Documents are decoded and tokenised again; parts of characters at the ends of a sequence are
+    lost. Fewer tokens give fewer sequences, at least one.
+
+    Args:
+        sequences: int [N, T].
+        old: their tokenizer.
+        new: the other tokenizer, with the same end of text.
+        end_of_text_id: id of the end of text.
+        packing: of the sequences.
+
+    Raises:
+        RequestError: they are conversations, whose answers are marked by token.
+    """
+    import torch
+
+    from tritter.data.packing import packed
+
+    if int(sequences.max()) >= ANSWER:
+        reason = "the checkpoint stores conversations, which can't be tokenised again; remove "
+        reason += "state/ from a copy of it, and name the old data in the next run"
+        raise RequestError(Problem(_KEY, reason=reason))
+    texts = []
+    for row in sequences:
+        ends = (row == end_of_text_id).nonzero().flatten().tolist()
+        for begin, end in zip([-1, *ends], [*ends, len(row)], strict=True):
+            if text := old.decode(row[begin + 1 : end].tolist()).strip("\ufffd"):
+                texts.append(text)
+    documents, length = tokenise_texts(texts, new), sequences.shape[1]
+    while documents.num_tokens + len(documents) < length:  # a single short sequence
+        texts = texts + texts
+        documents = tokenise_texts(texts, new)
+    again = packed(
+        documents, packing=packing, sequence_length=length, end_of_text_id=end_of_text_id
+    )
+    return torch.as_tensor(again).int()

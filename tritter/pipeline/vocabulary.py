@@ -1,0 +1,77 @@
+"""A larger vocabulary in a run: new tokens learned from the new domains, before the expansion."""
+
+from dataclasses import replace
+
+from tritter.checkpoints import Source
+from tritter.core.expansions import Vocab, vocab_place
+from tritter.data.split import training_texts
+from tritter.data.tokens import read_tokenizer
+from tritter.data.vocabulary import require_bpe
+from tritter.errors import Problem, RequestError
+from tritter.pipeline.branch import Branch
+from tritter.pipeline.context import RunContext, all_documents
+from tritter.pipeline.ledger import StageResult, VocabularyFound
+from tritter.transform.vocabulary import learned
+
+_KEY = "expansion.vocab"
+
+
+def check(context: RunContext) -> None:
+    """Reject data that a larger vocabulary can't have.
+
+    Raises:
+        RequestError: the data has conversations, whose answers are marked by token.
+    """
+    specs = (spec for config in context.config.attempts for spec in config.expansion)
+    if not any(isinstance(spec, Vocab) for spec in specs):
+        return
+    domains = context.corpus.domains.values()
+    if any(side.has_marks for each in domains for side in (each.train, each.validation)):
+        reason = "conversations keep their tokens; train on their plain text with "
+        reason += "data.chat_template=none data.loss_on=all"
+        raise RequestError(Problem(_KEY, reason=reason))
+
+
+def is_learned(branch: Branch) -> bool:
+    """Return True if the data of the run gives the new tokens of a branch."""
+    return any(isinstance(spec, Vocab) and spec.is_learned for spec in branch.specs)
+
+
+def with_merges(branch: Branch, merges: tuple[int, ...]) -> Branch:
+    """Return a branch with the learned tokens."""
+    specs = (
+        replace(spec, merges=merges) if isinstance(spec, Vocab) and spec.is_learned else spec
+        for spec in branch.specs
+    )
+    return replace(branch, specs=tuple(specs))
+
+
+def with_example(branch: Branch, source: Source) -> Branch:
+    """Return a branch whose learned tokens are replaced by a possible one, to check the rest.
+
+    Raises:
+        RequestError: the checkpoint has no BPE tokenizer.
+    """
+    if not is_learned(branch):
+        return branch
+    size = source.family.dimensions(source.config).vocab_size
+    content = require_bpe(read_tokenizer(source.folder, vocab_size=size).tokenizer)
+    numbers = sorted(content["model"]["vocab"].values())
+    return with_merges(branch, (numbers[-1], numbers[-1]))
+
+
+def learning(context: RunContext, branch: Branch) -> StageResult:
+    """Learn new tokens from the training documents of all new domains."""
+    place = vocab_place(branch.specs)
+    assert place is not None
+    spec, source = branch.specs[place], context.source(branch.start)
+    assert isinstance(spec, Vocab)
+    number = spec.num_tokens(source.family, source.config)
+    most = "" if spec.new_tokens else "up to "
+    new = ", ".join(context.new_domains)
+    context.say("vocabulary", f"{most}{number:,} new tokens from {new}")
+    documents, rule = all_documents(context.text.domains), context.text.split
+    texts = training_texts(documents, rule=rule, names=context.new_domains)
+    merges = learned(spec, source, texts).merges
+    assert merges is not None
+    return StageResult(VocabularyFound(merges=merges))

@@ -1,0 +1,180 @@
+"""Bind `vocab` to the tokenizer of its source, and write the extended tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+from pathlib import Path
+
+from tritter.checkpoints import Source
+from tritter.checkpoints.state import KeptSequences
+from tritter.core.expansions import BoundVocab, ExpansionSpec, Vocab, vocab_place
+from tritter.data.tokens import read_tokenizer
+from tritter.data.vocabulary import (
+    ExtendedTokenizer,
+    Merges,
+    RowWeights,
+    give_merges,
+    learn_merges,
+    mean_rows,
+    overlap_rows,
+    pursuit_rows,
+    require_bpe,
+    retokenised,
+    texts_of_tokens,
+)
+from tritter.errors import Problem, RequestError
+from tritter.storage.hub import locate
+from tritter.storage.reading import read_object
+
+_KEY = "expansion.vocab"
+TOKENIZER_NAME = "tokenizer.json"
+_OTHER_FORMS = ("vocab.json", "merges.txt", "tokenizer.model")  # without the new tokens
+
+
+def bound(specs: Sequence[ExpansionSpec], source: Source) -> tuple[ExpansionSpec, ...]:
+    """Return the expansions, with `vocab` bound to the tokenizer of the source.
+
+    Raises:
+        RequestError: the source has no BPE tokenizer, data must give the new tokens, or a given
+            token is impossible.
+    """
+    place, found = vocab_place(specs), list(specs)
+    if place is not None:
+        spec = found[place]
+        assert isinstance(spec, Vocab)
+        found[place] = _bind(spec, source)
+    return tuple(found)
+
+
+def learned(spec: Vocab, source: Source, texts: Iterable[str]) -> Vocab:
+    """Return options with the merges that some texts give.
+
+    Raises:
+        RequestError: the source has no BPE tokenizer, or the texts have too few frequent pairs.
+    """
+    size = source.family.dimensions(source.config).vocab_size
+    merges = learn_merges(
+        read_tokenizer(source.folder, vocab_size=size).tokenizer,
+        texts,
+        num_tokens=spec.num_tokens(source.family, source.config),
+        first_id=size,
+        is_at_most=spec.new_tokens is None,
+    )
+    return replace(spec, merges=tuple(chain.from_iterable(merges)))
+
+
+def _bind(spec: Vocab, source: Source) -> BoundVocab:
+    first_id = source.family.dimensions(source.config).vocab_size
+    tokenizer = read_tokenizer(source.folder, vocab_size=first_id).tokenizer
+    stored = read_object(source.folder / TOKENIZER_NAME)
+    kept = {name: stored.get(name) for name in ("truncation", "padding")}
+    content, donor = {**require_bpe(tokenizer), **kept}, None
+    if spec.tokenizer is not None:
+        key = f"{_KEY}.tokenizer"
+        donor = locate(spec.tokenizer, key=key)
+        texts = texts_of_tokens(read_tokenizer(donor, vocab_size=2**31).tokenizer)
+    merges: Merges
+    if spec.pairs is not None:
+        merges = spec.pairs
+    elif spec.tokens is not None:
+        merges = give_merges(tokenizer, spec.tokens, first_id=first_id, key=f"{_KEY}.tokens")
+    elif donor is not None:
+        merges = give_merges(
+            tokenizer,
+            [texts[number] for number in sorted(texts)],
+            first_id=first_id,
+            key=key,
+            is_lenient=True,
+            most=spec.new_tokens,
+        )
+    else:
+        reason = "data must give the new tokens: --domain-data in `tritter expand`, data.new in a"
+        reason += f" run; or list them in {_KEY}.tokens"
+        raise RequestError(Problem(_KEY, reason=reason))
+    extended = ExtendedTokenizer(content, merges, first_id)
+    try:
+        number = len(extended.new_ids)
+    except KeyError as error:
+        reason = f"the tokenizer has no token {error}; the merges are of another tokenizer"
+        raise RequestError(Problem(f"{_KEY}.merges", reason=reason)) from error
+    if not number:
+        raise RequestError(Problem(_KEY, reason="the tokenizer already has all of these tokens"))
+    rows, remarks = None, tuple[str, ...]()
+    if spec.init != "random":
+        find = overlap_rows if spec.init == "overlap" else mean_rows
+        weights: list[Mapping[int, float]] = [*find(extended)]
+        if spec.init == "omp" and donor is not None:
+            fitted = _fitted_rows(extended, donor, texts)
+            weights = [fitted.get(n, row) for n, row in zip(extended.new_ids, weights, strict=True)]
+            remarks = (f"{len(fitted):,} of them have rows in {donor.name}; others get the mean",)
+        summed = RowWeights.of(weights)
+        rows = (summed.index, summed.weights)
+    return BoundVocab(
+        options=replace(spec, merges=tuple(chain.from_iterable(merges))),
+        num_new=number,
+        rows=rows,
+        tokenizer=extended.text,
+        remarks=remarks,
+    )
+
+
+def _fitted_rows(
+    extended: ExtendedTokenizer, donor: Path, texts: Mapping[int, str]
+) -> dict[int, Mapping[int, float]]:
+    """Return new token → its row by matching pursuit, for tokens that the donor has.
+
+    Args:
+        extended: the extended tokenizer.
+        donor: folder of another model.
+        texts: token id of the donor → its text.
+    """
+    from tritter.core.families.config_file import read_config_file
+
+    rows = Source.open(donor, read_config_file(donor)).read("embed")
+    own = {text: number for number, text in texts_of_tokens(extended.tokenizer()).items()}
+    both = {number: own[text] for number, text in texts.items() if text in own}
+    old = [number for number, mine in both.items() if mine < extended.first_id]
+    new = [number for number, mine in both.items() if mine >= extended.first_id]
+    if not old or not new:
+        reason = "it shares no tokens with the model from which rows could be fitted; use mean"
+        raise RequestError(Problem(f"{_KEY}.init", "omp", reason=reason))
+    fitted = pursuit_rows(rows[new], rows[old], [both[number] for number in old])
+    return {both[number]: row for number, row in zip(new, fitted, strict=True)}
+
+
+@dataclass(frozen=True, slots=True)
+class ExtendedTokenizerFile:
+    """The tokenizer.json with the new tokens; other forms of the old tokenizer are removed."""
+
+    text: str
+
+    def write(self, folder: Path) -> None:
+        """Write the file into a checkpoint folder that is still being created."""
+        for name in _OTHER_FORMS:
+            (folder / name).unlink(missing_ok=True)
+        (folder / TOKENIZER_NAME).write_text(self.text, encoding="utf-8")
+
+
+def kept_in(source: Source, spec: BoundVocab | None) -> KeptSequences:
+    """Return the sequences stored in a checkpoint, with the tokens of a new vocabulary.
+
+    Losses of re-tokenised sequences are measured again by the next training run.
+    """
+    kept = source.kept_sequences
+    if spec is None or not kept.sequences:
+        return kept
+    from tokenizers import Tokenizer
+
+    vocab_size = source.family.dimensions(source.config).vocab_size
+    old = read_tokenizer(source.folder, vocab_size=vocab_size)
+    return kept.mapped(
+        lambda each, is_masked: retokenised(
+            each,
+            old.tokenizer,
+            Tokenizer.from_str(spec.tokenizer),
+            end_of_text_id=old.end_of_text_id,
+            packing="documents" if is_masked else "stream",
+        )
+    )
