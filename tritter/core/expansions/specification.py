@@ -59,6 +59,12 @@ class ResolvedExpansion:
     notes: tuple[str, ...]
 
     @property
+    def is_exact(self) -> bool:
+        """True if the step preserves the function: no method does that drops a source layer."""
+        layers = family_of(self.source_config).dimensions(self.source_config).num_hidden_layers
+        return self.spec.is_exact and len(set(self.parameter_map.layer_sources)) == layers
+
+    @property
     def options(self) -> dict[str, Any]:
         return asdict(self.spec)  # type: ignore[call-overload]
 
@@ -124,7 +130,7 @@ def check_specs(specs: object) -> tuple[ExpansionSpec, ...]:
         if not is_options(type(spec)) or not hasattr(spec, "target_config"):
             raise RequestError(
                 f"specs: {brief(spec)} is not an expansion; expansions are Dus(), Stack(), "
-                "Interpolate(), LlamaPro(), Width(), Moe() and MoeAdd()."
+                "Interpolate(), LlamaPro(), Layers(), Width(), Moe() and MoeAdd()."
             )
     raise_problems([p for spec in specs for p in checked(spec, prefix=f"expansion.{spec.name}")])
     return tuple(specs)
