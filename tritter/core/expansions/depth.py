@@ -15,7 +15,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Field, PlainValidator, WithJsonSchema
 
 from tritter.core.families import Config, Family, Port, logical_name
-from tritter.core.parameter_map import AxisFactor, AxisMap, ParameterMap, TensorMap
+from tritter.core.parameter_map import AxisFactor, ParameterMap, TensorMap
 from tritter.errors import Problem, RequestError, key_name, refused, show
 from tritter.limits import MAX_LAYERS
 from tritter.options import options
@@ -79,12 +79,21 @@ class CopiedLayers(ABC):
         layers = family.dimensions(source).num_hidden_layers
         sources = self.layer_sources(layers)
         identities = self.identity_layers(sources)
-        shapes = {t.name: family.shape(t, source) for t in family.logical_tensors(source)}
+        other = target
+        if len(sources) == layers:  # the shapes do not show what has a block per layer
+            try:
+                other = family.with_layers(source, [layers - 1])
+            except RequestError:  # no config has this layer alone
+                other = family.with_layers(source, [0])
+        shapes, other_shapes = (
+            {t.name: family.shape(t, each) for t in family.logical_tensors(each)}
+            for each in (source, other)
+        )
         tensors: dict[str, TensorMap] = {}
         for tensor in family.logical_tensors(target):
             if tensor.layer is None:
-                before, after = shapes[tensor.name], family.shape(tensor, target)
-                axes = _axes_of_layers(before, after, layers, sources, identities)
+                sizes, others = shapes[tensor.name], other_shapes[tensor.name]
+                axes = _axes_of_layers(sizes, others, layers, sources, identities)
                 tensors[tensor.name] = TensorMap(source=tensor.name, axes=axes)
                 continue
             is_identity = tensor.layer in identities
@@ -392,8 +401,8 @@ class Layers(CopiedLayers):
 
 
 def _axes_of_layers(
-    before: Sequence[int],
-    after: Sequence[int],
+    sizes: Sequence[int],
+    others: Sequence[int],
     layers: int,
     sources: Sequence[int],
     identities: frozenset[int],
@@ -401,18 +410,29 @@ def _axes_of_layers(
     """Return the factors of a tensor outside the layers; an axis may have a block per layer.
 
     The first copy of a layer that is no identity carries the gradient.
+
+    Args:
+        sizes: its shape in the source.
+        others: its shape in a model with another number of layers.
+        layers: number of source layers.
+        sources: source layer of each target layer.
+        identities: target layers that are identities.
     """
-    if tuple(before) == tuple(after):
+    if tuple(sizes) == tuple(others):
         return ()
     import torch
 
     kept = [None if target in identities else source for target, source in enumerate(sources)]
     is_first = [source is not None and source not in kept[:n] for n, source in enumerate(kept)]
-    copied = AxisMap.copied(layers, sources, torch.tensor(is_first).double())
-    return tuple(
-        None if old == new else AxisFactor.writes(copied.repeated(old // layers))
-        for old, new in zip(before, after, strict=True)
-    )
+    factors: list[AxisFactor | None] = []
+    for size, other in zip(sizes, others, strict=True):
+        if size == other:
+            factors.append(None)
+            continue
+        index = torch.arange(size).view(layers, -1)[list(sources)].flatten()
+        gradient = torch.tensor(is_first).double().repeat_interleave(size // layers)
+        factors.append(AxisFactor(index, torch.ones_like(gradient), gradient))
+    return tuple(factors)
 
 
 def repeated_layers(sources: Sequence[int]) -> frozenset[int]:

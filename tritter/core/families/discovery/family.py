@@ -636,6 +636,9 @@ def _deeper(key: Key, sources: tuple[int, ...]) -> Config:
     before = skeleton(key)
     wanted = [before.signatures[source] for source in sources]
     for deeper in deeper_configs(config, sources):
+        kinds = decoder_config(deeper).get("layer_types")
+        if kinds is not None and decoder_config(complete(deeper)).get("layer_types") != kinds:
+            continue  # the class overrules it: the last layer of Gemma 4 has full attention
         after = skeleton(key_of(deeper))
         if list(after.signatures) == wanted and _are_blocks_of_layers(before, after, sources):
             return deeper
