@@ -337,7 +337,7 @@ def test_dropped_layers_and_identities_without_a_table(tmp_path: Path) -> None:
     spec = {"sources": (3, *range(12)), "identity": (0,)}
     exact = tritter.expand(folder, "layers", output=tmp_path / "exact", **spec)
     assert torch.equal(logits(exact), logits(folder))
-    fewer = tritter.expand(exact, "layers", sources=range(1, 12), output=tmp_path / "fewer")
+    fewer = tritter.expand(exact, "layers", sources=[*range(1, 12)], output=tmp_path / "fewer")
     assert AutoModelForCausalLM.from_pretrained(fewer).config.num_hidden_layers == 11
 
 
