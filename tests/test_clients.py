@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerFast
 
 from tests import oracle
-from tritter.core.expansions import LlamaPro, Moe, Width
+from tritter.core.expansions import Layers, LlamaPro, Moe, Width
 from tritter.transform.folder import expand
 
 pytestmark = pytest.mark.full
@@ -145,6 +145,38 @@ def test_mergekit_merges_two_of_one_shape(folder: Path, tmp_path: Path) -> None:
     asked = {"merge_method": "linear", "models": both, "dtype": "float32"}
     merge.run_merge(MergeConfiguration.model_validate(asked), str(tmp_path / "m"), MergeOptions())
     check_near(oracle.logits(oracle.stock(tmp_path / "m"), tokens_of(folder)), folder, most=1e-5)
+
+
+@pytest.mark.parametrize(
+    "slices",
+    [
+        [(0, 6), (2, 8)],  # SOLAR, arXiv 2312.15166: 0:24, 8:32
+        [(start, start + 2) for start in range(7)],  # MegaDolphin-120b: 0:20, 10:30, …, 60:80
+        [(4, 8), (0, 1), (3, 4)],
+    ],
+    ids=["solar", "megadolphin", "reordered"],
+)
+def test_a_layer_table_is_the_passthrough_of_mergekit(
+    tmp_path: Path, slices: list[tuple[int, int]]
+) -> None:
+    merge = pytest.importorskip("mergekit.merge")
+    from mergekit.config import MergeConfiguration
+    from mergekit.options import MergeOptions
+
+    source = oracle.saved(oracle.tiny_llama(num_hidden_layers=8), tmp_path / "source")
+    ranges = [{"model": str(source), "layer_range": list(each)} for each in slices]
+    asked = {
+        "merge_method": "passthrough", "slices": [{"sources": [each]} for each in ranges],
+        "dtype": "float32",
+    }  # fmt: skip
+    options = MergeOptions(copy_tokenizer=False)
+    merge.run_merge(MergeConfiguration.model_validate(asked), str(tmp_path / "merged"), options)
+    grown = expand(source, tmp_path / "grown", [Layers(slices=tuple(slices))]).folder
+    merged, made = (oracle.stock(each) for each in (tmp_path / "merged", grown))
+    assert merged.config.num_hidden_layers == made.config.num_hidden_layers
+    expected, found = merged.state_dict(), made.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in found)
 
 
 def test_lm_eval_scores_it_as_its_base(folder: Path) -> None:

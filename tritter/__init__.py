@@ -37,6 +37,7 @@ _EXPORTS = {
     "GrowableQwen": "tritter.methods.growth.growable",
     "Interpolate": "tritter.core.expansions",
     "L2SP": "tritter.methods.forgetting",
+    "Layers": "tritter.core.expansions",
     "LlamaPro": "tritter.core.expansions",
     "Moe": "tritter.core.expansions",
     "MoeAdd": "tritter.core.expansions",

@@ -13,6 +13,7 @@ from tritter.config.launch.continued_pretraining import (
 )
 from tritter.core.expansions import Dus as Dus
 from tritter.core.expansions import Interpolate as Interpolate
+from tritter.core.expansions import Layers as Layers
 from tritter.core.expansions import LlamaPro as LlamaPro
 from tritter.core.expansions import Moe as Moe
 from tritter.core.expansions import MoeAdd as MoeAdd

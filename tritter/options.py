@@ -204,6 +204,11 @@ def parse_word(record: type, name: str, word: object) -> object:
     kinds = {one.get("type") for one in _variants(node)}
     if not isinstance(word, str) or not kinds & {"array", "integer", "number"}:
         return word
+    if "boolean" in kinds and word in ("true", "false"):
+        return word == "true"
+    if word.startswith("[["):
+        with suppress(ValueError):
+            return json.loads(word)
     return [_number(w) for w in word.strip("[]").split(",")] if "array" in kinds else _number(word)
 
 

@@ -30,6 +30,8 @@ TOKENS = tokens(VOCABULARY)
         "--method stack --identity-init",
         "--method stack --identity-init --partial --target-layers 7",
         "--method interpolate --identity-init --target-layers 8",
+        "--method layers --layers 0:2,0:3 --identity 0,1",
+        "--method layers --sources 0,1,1,2 --identity true",
         "--method width --width-init net2net --intermediate-size 57",
         "--method width --width-init zero-pad --hidden-size 32 --num-heads 8 --num-kv-heads 4",
         "--method width,llama-pro",
@@ -84,6 +86,23 @@ def test_a_lossy_method_says_that_its_jump_is_to_be_measured(run: Run, place: Pa
     said = " ".join(result.out.split())
     assert "no: dus (exact with --identity-init). Expect a higher loss" in said
     assert "until you continue training" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--layers 0:2,1:3", "no: layers (exact with --identity true). Expect"),
+        ("--layers [[0,2],[1,3]]", "layers from 0 1 1 2"),
+        ("--layers 0:2", "dropped source layers: 2"),
+        ("--layers 0:2,1:2", "no: layers. Expect"),
+        ("--sources 2,1,0 --identity true", "no: layers. Expect"),
+    ],
+)
+def test_a_layer_table_says_what_it_drops_and_whether_it_is_exact(
+    run: Run, place: Path, words: str, said: str
+) -> None:
+    result = run(f"expand --checkpoint base --method layers {words} --dry-run")
+    assert said in " ".join(result.out.split())
 
 
 @pytest.mark.quick_cases(2)
@@ -231,7 +250,7 @@ def test_dtype_and_shards(run: Run, place: Path) -> None:
             "--method dsu",
             [
                 "--method = dsu",
-                "dus, interpolate, llama-pro, moe, moe-add, stack, width",
+                "dus, interpolate, layers, llama-pro, moe, moe-add, stack, width",
                 "Did you mean dus?",
             ],
         ),
@@ -278,6 +297,13 @@ def test_dtype_and_shards(run: Run, place: Path) -> None:
         ("--method interpolate --target-layers 3", ["--target-layers = 3", "at least 4"]),
         ("--method llama-pro --positions 3", ["--positions = [3]", "from 0 to 2"]),
         ("--method llama-pro --target-layers 2", ["--target-layers = 2", "at least 4"]),
+        ("--method layers", ["--method layers: set exactly one of --sources and --layers"]),
+        ("--method layers --layers 0:2,2:4", ["--layers = 2:4", "0 ≤ start < end ≤ 3"]),
+        ("--method layers --layers 0-2", ["--layers: 0-2 is not a range of layers", "0:20"]),
+        ("--method layers --sources 0,3", ["--sources = 3: list source layers from 0 to 2"]),
+        ("--method layers --sources 0,x", ["--sources = [0,x]: must be a list"]),
+        ("--method layers --sources 0 --identity yes", ["--identity = [yes]: must be true or"]),
+        ("--method layers --layers 0:3 --target-params 1M", ["--target-params: the table"]),
         (
             "--method width,llama-pro --target-params 40k",
             ["--target-params: it needs exactly one method, not width, llama_pro"],

@@ -11,7 +11,16 @@ from safetensors.torch import load_file, save_file
 from tests import oracle
 from tests.oracle.families import doubled, generic, tiny
 from tritter.core import streamed
-from tritter.core.expansions import Dus, ExpansionSpec, Interpolate, LlamaPro, Moe, Stack, Width
+from tritter.core.expansions import (
+    Dus,
+    ExpansionSpec,
+    Interpolate,
+    Layers,
+    LlamaPro,
+    Moe,
+    Stack,
+    Width,
+)
 from tritter.core.models import load_model
 from tritter.errors import TritterError
 from tritter.evaluation.jump import folder_jump, logit_jump
@@ -20,6 +29,7 @@ from tritter.transform import Expanded, expand
 TOKENS = oracle.tokens()
 EXACT: dict[str, list[ExpansionSpec]] = {
     "llama_pro": [LlamaPro(positions=(0, 0, 2))],
+    "layers": [Layers(sources=(2, 0, 1, 0, 2), identity=(0, 3))],
     "interpolate": [Interpolate(identity_init=True)],
     "width then depth": [Width(init="net2net"), Dus(identity_init=True)],
     "depth then width": [Stack(identity_init=True), Width(hidden_size=36)],

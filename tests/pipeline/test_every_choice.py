@@ -23,6 +23,7 @@ from tritter.training import BaseModule
 
 KILLED_AT = 5  # of 6 steps, the state saved at 4
 NEEDS = {"moe_add": "[moe,moe_add]"}  # a model without experts has none to add to
+TABLE = "expansion.layers.sources=[0,2,1,2]"  # of the option that needs one
 
 
 def options_of(group: str) -> list[str]:
@@ -80,6 +81,7 @@ def run(folder: Path, cache: Path, expansion: str, forgetting: str, growth: str)
     folder.mkdir(exist_ok=True)
     words = [word for word in TINY if not word.startswith(("forgetting=", "model.num_hidden"))]
     words += ["model.num_hidden_layers=3", f"cache_dir={cache}"]
+    words += [TABLE] if expansion == "layers" else []
     words += [f"expansion={expansion}", f"forgetting={forgetting}", f"growth={growth}"]
     if growth != "none":  # several events in six steps
         words += ["growth.growth_cooldown=2", "growth.check_every=1", "growth.warmup_steps=0"]

@@ -11,7 +11,7 @@ from torch import nn
 from tests import oracle
 from tests.oracle.families import tiny
 from tritter.checkpoints.state import LazyTensors, read_state, write_state
-from tritter.core.expansions import Dus, ExpansionSpec, LlamaPro, Width
+from tritter.core.expansions import Dus, ExpansionSpec, Layers, LlamaPro, Width
 from tritter.core.parameter_map.carry import BUILT_IN_KINDS
 from tritter.errors import TritterError
 from tritter.storage.writer import TensorStream
@@ -24,6 +24,7 @@ SPECS: dict[str, list[ExpansionSpec]] = {
     "net2net": [Width(init="net2net")],
     "zero_pad": [Width(init="zero_pad", hidden_size=36)],
     "llama_pro": [LlamaPro()],
+    "layers": [Layers(sources=(2, 0, 1, 2, 0), identity=(0, 4)), Width(init="net2net")],
     "both": [Dus(identity_init=True), Width(init="net2net")],
 }
 
@@ -101,6 +102,23 @@ def test_policies(tmp_path: Path) -> None:
     assert bool((carried["exp_avg"][40:] != 0).any()) and not bool(reset["exp_avg"][40:].any())
     mean = reset["exp_avg_sq"][:40].mean()
     torch.testing.assert_close(reset["exp_avg_sq"][40:], mean.expand(40, 24))
+
+
+def test_moments_of_plain_layers_are_those_of_their_source(tmp_path: Path) -> None:
+    """Layer 1 is dropped; layer 1 of the result is an identity."""
+    table = Layers(sources=(2, 0, 0, 2), identity=(1,))
+    model, own = transplanted(tmp_path, [table])
+    source = oracle.stock(tmp_path / "source", torch.float64)
+    old = with_moments(source)
+    for name, parameter in model.named_parameters():
+        if ".layers." not in name:
+            continue
+        layer = int(name.split(".")[2])
+        origin = name.replace(f".{layer}.", f".{table.sources[layer]}.", 1)  # type: ignore[index]
+        assert (parameter in own.state) == (layer != 1)
+        for kind in ("exp_avg", "exp_avg_sq") if layer != 1 else ():
+            expected = old.state[source.get_parameter(origin)][kind]
+            assert torch.equal(own.state[parameter][kind], expected)
 
 
 def test_a_block_that_starts_anew_has_no_state(tmp_path: Path) -> None:

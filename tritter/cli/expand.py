@@ -78,6 +78,7 @@ if TYPE_CHECKING:
 _EXACT_CHOICES: tuple[tuple[str, Any, str], ...] = (
     ("noise", 0.0, "--noise 0"),
     ("identity_init", True, "--identity-init"),
+    ("identity", True, "--identity true"),
     ("reinit_fraction", 0.0, "--reinit-fraction 0"),
     ("init", "fresh", "--width-init fresh"),
     ("head_strategy", "copy", "--head-strategy copy"),
@@ -93,9 +94,7 @@ _NAMES = {
     "target_params": "--target-params",
     "dtype": "--dtype",
 }
-_NO_METHOD = (
-    "--method is missing: name a method (--method width) or a file of steps (--recipe grow.yaml)."
-)
+_NO_METHOD = "--method is missing: name a method (--method width) or steps (--recipe grow.yaml)."
 _SHARD_BYTES = 5 * 10**9
 DEFAULT_STEPS = 200
 DEFAULT_LEARNING_RATE = 1e-4
@@ -107,8 +106,8 @@ Method = Annotated[
     option(
         "--method",
         "METHOD,..",
-        "dus, stack, interpolate, llama-pro, width, moe, moe-add or vocab; several are separated "
-        "by commas and applied in order.",
+        "dus, stack, interpolate, llama-pro, layers, width, moe, moe-add or vocab; several are "
+        "separated by commas and applied in order.",
         completes=completer(lambda: map(with_dashes, method_bodies())),
     ),
 ]
@@ -173,8 +172,7 @@ DomainData = Annotated[
     option(
         "--domain-data",
         "PATH",
-        "Data (file, folder or glob). moe-add: train the routers and the new experts on it. "
-        "vocab: learn the new tokens from it. Repeatable.",
+        "Data for new experts (moe-add) or tokens (vocab): file, folder or glob. Repeatable.",
         panel=_DOMAIN,
     ),
 ]
@@ -585,7 +583,7 @@ class _Result:
                     "expansion_type": step.spec.expansion_type,
                     "options": step.options,
                     "layer_sources": list(step.parameter_map.layer_sources),
-                    "is_exact": step.spec.is_exact,
+                    "is_exact": step.is_exact,
                     "notes": list(step.notes),
                     "map_digest": step.parameter_map.digest(),
                 }
@@ -787,11 +785,12 @@ def _exactness(result: _Result) -> str:
     """Return a sentence on function preservation, with the option that would ensure it."""
     lossy: list[str] = []
     is_recipe = result.job.recipe is not None
-    for spec in (step.spec for step in result.plan.steps if not step.spec.is_exact):
+    for step in (step for step in result.plan.steps if not step.is_exact):
+        spec: Any = step.spec
         ways = (
             f" (exact with {f'{key}: {show(value)}' if is_recipe else words})"
             for key, value, words in _EXACT_CHOICES
-            if hasattr(spec, key) and replace(spec, **{key: value}).is_exact  # type: ignore[type-var]
+            if hasattr(spec, key) and replace(step, spec=replace(spec, **{key: value})).is_exact
         )
         lossy.append(with_dashes(spec.name) + next(ways, ""))
     if not lossy:

@@ -82,7 +82,7 @@ def measure(
     error = jump.to_dict()["relative_to_std"]
     new = len(result.steps)
     lineage = record_step0_error(result.folder, result.lineage, error, config, num_new=new)
-    claims_exact = all(step.spec.is_exact for step in result.steps)
+    claims_exact = result.plan.is_exact
     before, after = source.tensors.dtypes, TensorFolder.open(result.folder).dtypes
     maps = list(result.plan.parameter_map.tensors.values())
     if claims_exact:  # noise has no effect then: a norm with zero weight follows it

@@ -36,6 +36,7 @@ _OPTION_OF_KEY = {
     "width.num_attention_heads": "num_heads",
     "width.num_key_value_heads": "num_kv_heads",
     "width.init": "width_init",
+    "layers.slices": "layers",
     "moe.layers": "sparse_layers",
     "moe_add.init": "expert_init",
     "vocab.init": "vocab_init",

@@ -175,6 +175,7 @@ _REPLAYED = {
     "sequence_length batch_size packing chat_template loss_on validation_fraction",
     "expansion.dus": "target_layers drop_layers identity_init",
     "expansion.interpolate": "target_layers identity_init",
+    "expansion.layers": "sources slices identity",
     "expansion.llama_pro": "target_layers positions new_blocks_only",
     "expansion.moe": "num_experts experts_per_token granularity layers noise reinit_fraction",
     "expansion.moe_add": "num_experts addition init clone_from noise",

@@ -60,11 +60,6 @@ class Branch:
             return "control"
         return f"attempt_{self.attempt}" if self.attempt > 1 else None
 
-    @property
-    def claims_exact(self) -> bool:
-        """Return True if all of its expansions are function-preserving."""
-        return all(spec.is_exact for spec in self.specs)
-
     def label(self, stage: str) -> str:
         """Return the report label of a stage; the control has a single label."""
         return "control" if self.is_control else stage

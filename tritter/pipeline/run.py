@@ -434,8 +434,8 @@ def _after_kept(config: RunConfig, summary: Summary) -> Advice:
         yield {"experts": "single_lora"}, "compare with a single adapter"
     elif not isinstance(config.model, CheckpointModelConfig) and config.experts is None:
         used = {spec.name for spec in config.expansion}
-        # moe_add requires a model with experts
-        other = next(n for n in [*EXPANSIONS, "none"] if n not in used and n != "moe_add")
+        used |= {"layers", "moe_add"}  # they need a table, or a model with experts
+        other = next(name for name in [*EXPANSIONS, "none"] if name not in used)
         yield {"expansion": other}, "another expansion"
 
 

@@ -99,7 +99,8 @@ def checks(context: RunContext, branches: Sequence[Branch]) -> list[Check]:
     results += training_checks(context, branches)
     if (jump := context.ledger.found(f"{first.name}.expand", ExpansionFound).jump) is not None:
         values = {key: math.nan if value is None else value for key, value in jump.items()}
-        results.append(preservation_check(Jump(**values), claims_exact=first.claims_exact))
+        is_exact = context.planned(first).is_exact
+        results.append(preservation_check(Jump(**values), claims_exact=is_exact))
     bounds = {"bound": gate.retention, "confidence": gate.confidence}
     for subject in context.subjects_of([*context.old_domains, None]):
         results.append(retention_check(subject, before[subject], after[subject], **bounds))

@@ -189,6 +189,11 @@ class PlannedExpansion:
     is_confirmed: bool = True
 
     @property
+    def is_exact(self) -> bool:
+        """True if all steps are function-preserving."""
+        return all(step.is_exact for step in self.steps)
+
+    @property
     def target_config(self) -> Config:
         return self.steps[-1].target_config if self.steps else self.config
 

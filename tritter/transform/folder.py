@@ -509,7 +509,7 @@ def expansion_records(
             target_config=step.target_config,
             layer_sources=step.parameter_map.layer_sources,
             map_digest=step.parameter_map.digest(),
-            claims_exact=step.spec.is_exact,
+            claims_exact=step.is_exact,
             discovered=family_of(step.source_config).findings(step.source_config),
         )
         for position, step in enumerate(steps)

@@ -1,16 +1,20 @@
 """Depth methods: refusals, maps and the layers of the result."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests import oracle
+from tritter import api
 from tritter.core.expansions import (
     Dus,
     ExpansionSpec,
     Interpolate,
+    Layers,
     LlamaPro,
     Stack,
     build_steps,
@@ -149,6 +153,7 @@ def test_llama_pro_refuses_with_what_would_work(options: dict[str, object], expe
         (Interpolate(identity_init=True), {1, 4}),  # 0 0 1 2 2 3
         (Interpolate(target_layers=9, identity_init=True), {1, 3, 4, 6, 8}),  # 0 0 1 1 1 2 2 3 3
         (LlamaPro(), {2, 5}),  # 0 1 1 2 3 3
+        (Layers(sources=(0, 3, 1, 1, 2, 3), identity=(1, 3)), {1, 3}),
     ],
     ids=str,
 )
@@ -175,7 +180,7 @@ def test_identity_zeroes_biases_too() -> None:
 
 
 @pytest.mark.parametrize(
-    "spec", [Dus(), Stack(), Interpolate()], ids=["dus", "stack", "interpolate"]
+    "spec", [Dus(), Stack(), Interpolate(), Layers(sources=(3, 1, 1))], ids=lambda spec: spec.name
 )
 def test_plain_copies_zero_nothing_and_carry_all_state(spec: ExpansionSpec) -> None:
     tensors = build_steps(_config(4), [spec], seed=0)[0].parameter_map.tensors
@@ -234,6 +239,27 @@ def test_without_identities_the_function_changes_and_the_record_says_so(
     assert not result.lineage.expansion_history[-1].claims_exact
     jump = oracle.relative_difference(model, oracle.stock(result.folder), oracle.tokens())
     assert jump > 1e-2
+
+
+@pytest.mark.parametrize(
+    "slices", [["0:3", "1:4"], [[0, 2], [1, 3], [2, 4]], [[2, 4], [0, 1]]], ids=str
+)
+def test_slices_are_renamed_tensors(tmp_path: Path, slices: list[str | list[int]]) -> None:
+    """Passthrough of mergekit, by names on disk; tests/test_clients.py runs mergekit itself."""
+    source = oracle.saved(oracle.tiny_llama(num_hidden_layers=4), tmp_path / "source")
+    folder = api.expand(source, "layers", slices=slices, output=tmp_path / "result")
+    made, old = (load_file(each / "model.safetensors") for each in (folder, source))
+    pairs = [each.split(":") if isinstance(each, str) else each for each in slices]
+    expected = {name: old[name] for name in old if ".layers." not in name}
+    target = 0
+    for start, end in pairs:
+        for layer in range(int(start), int(end)):
+            marks = (f".layers.{layer}.", f".layers.{target}.")
+            expected |= {name.replace(*marks): old[name] for name in old if marks[0] in name}
+            target += 1
+    assert made.keys() == expected.keys()
+    assert all(torch.equal(made[name], expected[name]) for name in made)
+    assert json.loads((folder / "config.json").read_text())["num_hidden_layers"] == target
 
 
 def test_layer_sources_are_shown_in_the_card(tmp_path: Path) -> None:

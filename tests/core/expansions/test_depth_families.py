@@ -13,7 +13,15 @@ from transformers import PreTrainedModel
 
 from tests import oracle
 from tests.oracle import families as oracle_families
-from tritter.core.expansions import Dus, ExpansionSpec, Interpolate, LlamaPro, Stack, Width
+from tritter.core.expansions import (
+    Dus,
+    ExpansionSpec,
+    Interpolate,
+    Layers,
+    LlamaPro,
+    Stack,
+    Width,
+)
 from tritter.core.families import family_of
 from tritter.core.models import disk_tensors, read_config
 from tritter.transform import expand
@@ -50,12 +58,14 @@ RULES: list[ExpansionSpec] = [
     Dus(),
     Stack(target_layers=7, partial=True),
     Interpolate(target_layers=8),
+    Layers(sources=(2, 0, 2, 0)),  # reordered, with a dropped layer
 ]
 IDENTITIES: list[ExpansionSpec] = [
     Dus(identity_init=True),
     Stack(target_layers=7, partial=True, identity_init=True),
     Interpolate(target_layers=8, identity_init=True),
     LlamaPro(positions=(0, 1)),
+    Layers(sources=(0, 2, 1, 1, 2), identity=(1, 2)),
 ]
 
 

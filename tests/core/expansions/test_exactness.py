@@ -15,6 +15,7 @@ from tritter.core.expansions import (
     Dus,
     ExpansionSpec,
     Interpolate,
+    Layers,
     LlamaPro,
     Stack,
     Width,
@@ -46,6 +47,9 @@ EXACT: dict[str, list[ExpansionSpec]] = {
         Width(num_attention_heads=12, num_key_value_heads=4, head_strategy="gqa", init="net2net")
     ],
     "llama_pro": [LlamaPro()],
+    "layers": [Layers(sources=(0, 2, 1, 2), identity=(1,))],
+    "layers then width": [Layers(sources=(0, 2, 1, 2), identity=(1,)), Width()],
+    "width then layers": [Width(), Layers(sources=(0, 0, 1, 2), identity=True)],
     "llama_pro at positions": [LlamaPro(positions=(0, 0, 2))],
     "dus, identity": [Dus(identity_init=True)],
     "stack, identity": [Stack(identity_init=True)],

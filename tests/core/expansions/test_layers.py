@@ -7,7 +7,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tritter.core.expansions.depth import Dus, Interpolate, LlamaPro, Stack, repeated_layers
+from tritter.core.expansions import build_steps
+from tritter.core.expansions.depth import (
+    Dus,
+    Interpolate,
+    Layers,
+    LlamaPro,
+    Stack,
+    repeated_layers,
+)
+from tritter.core.families import Config
 from tritter.errors import RequestError
 
 LAYERS = st.integers(1, 40)
@@ -154,6 +163,95 @@ def test_llama_pro_spreads_evenly(
 def test_llama_pro_at_positions() -> None:
     assert LlamaPro(positions=(3, 0, 0)).layer_sources(4) == (0, 0, 0, 1, 2, 3, 3)
     assert LlamaPro(positions=(1,), target_layers=5).layer_sources(4) == (0, 1, 1, 2, 3)
+
+
+# layers
+
+
+def _config(layers: int) -> Config:
+    sizes = {"vocab_size": 31, "hidden_size": 8, "intermediate_size": 12}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    return (
+        {"model_type": "llama", "num_hidden_layers": layers, "rms_norm_eps": 1e-5} | sizes | heads
+    )
+
+
+@pytest.mark.parametrize("slices", [((0, 20), (10, 30)), ("0:20", [10, 30])], ids=str)
+def test_slices_are_joined_without_their_ends(slices: tuple[tuple[int, int], ...]) -> None:
+    table = (*range(20), *range(10, 30))
+    assert Layers(slices=slices).layer_sources(30) == table
+    assert Layers(sources=table).layer_sources(30) == table
+
+
+def test_every_depth_method_is_a_table() -> None:
+    for spec in (Dus(), Stack(), Interpolate(), LlamaPro()):
+        (step,) = build_steps(_config(4), [spec], seed=3)
+        table = Layers(sources=spec.layer_sources(4), identity=spec.is_exact)
+        (same,) = build_steps(_config(4), [table], seed=3)
+        assert same.parameter_map.digest() == step.parameter_map.digest()
+        assert same.is_exact == step.is_exact
+        assert same.target_config == step.target_config
+
+
+@pytest.mark.parametrize(
+    ("layers", "sources", "identity", "is_exact", "notes"),
+    [
+        (3, (0, 1, 2), None, True, ()),
+        (3, (0, 1, 1, 2), None, False, ()),
+        (3, (0, 1, 1, 2), True, True, ("identity layers: 2",)),
+        (3, (0, 1, 1, 2), (1,), True, ("identity layers: 1",)),
+        (3, (0, 1, 1, 2, 2), (2,), False, ("identity layers: 2",)),
+        (3, (0, 2, 1, 2), (1,), True, ("identity layers: 1",)),
+        (3, (0, 2, 1, 2), True, False, ("identity layers: 3",)),
+        (3, (0, 2, 1), None, False, ()),
+        (3, (0, 1, 2), (1,), False, ("identity layers: 1", "dropped source layers: 1")),
+        (3, (0, 1, 2), (2,), False, ("identity layers: 2", "dropped source layers: 2")),
+        (3, (0, 1), None, False, ("dropped source layers: 2",)),
+        (4, (0, 1, 1), True, False, ("identity layers: 2", "dropped source layers: 2 3")),
+        (3, (0, 0, 2), True, False, ("identity layers: 1", "dropped source layers: 1")),
+        (3, (1,), False, False, ("dropped source layers: 0 2",)),
+    ],
+)
+def test_a_table_is_exact_if_the_layers_that_are_no_identities_are_those_of_the_source(
+    layers: int,
+    sources: tuple[int, ...],
+    identity: bool | tuple[int, ...] | None,
+    is_exact: bool,
+    notes: tuple[str, ...],
+) -> None:
+    (step,) = build_steps(_config(layers), [Layers(sources=sources, identity=identity)], seed=0)
+    assert (step.is_exact, step.notes) == (is_exact, notes)
+
+
+@given(layers=st.integers(1, 5), data=st.data())
+def test_exact_tables_by_definition(layers: int, data: st.DataObject) -> None:
+    """Run the table on a list: a plain layer appends its number, an identity nothing."""
+    sources = data.draw(st.lists(st.integers(0, layers - 1), min_size=1, max_size=8).map(tuple))
+    identity = data.draw(st.lists(st.integers(0, len(sources) - 1)).map(tuple))
+    (step,) = build_steps(_config(layers), [Layers(sources=sources, identity=identity)], seed=0)
+    computed = [source for target, source in enumerate(sources) if target not in identity]
+    assert step.is_exact == (computed == [*range(layers)])
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        (Layers(), "set exactly one of expansion.layers.sources and expansion.layers.slices"),
+        (Layers(sources=(0,), slices=((0, 1),)), "set exactly one of"),
+        (Layers(sources=()), "expansion.layers.sources = []: list source layers from 0 to 3"),
+        (Layers(sources=(0, 4)), "expansion.layers.sources = 4: list source layers from 0 to 3"),
+        (Layers(slices=()), "expansion.layers.slices = []: list ranges"),
+        (Layers(slices=((0, 2), (2, 5))), "expansion.layers.slices = 2:5: list ranges"),
+        (Layers(slices=((2, 2),)), "= 2:2: list ranges start:end with 0 ≤ start < end ≤ 4"),
+        (Layers(slices=((0, 4),), identity=(4,)), "identity = 4: list target layers from 0 to 3"),
+        (Layers(slices=((0, 4),) * 5000), "of the result, num_hidden_layers"),
+    ],
+    ids=str,
+)
+def test_impossible_tables_are_refused(spec: Layers, expected: str) -> None:
+    with pytest.raises(RequestError) as error:
+        build_steps(_config(4), [spec], seed=0)
+    assert expected in str(error.value)
 
 
 # Copies

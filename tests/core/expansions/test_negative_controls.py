@@ -20,6 +20,7 @@ from tritter.core.expansions import (
     Dus,
     ExpansionSpec,
     Interpolate,
+    Layers,
     LlamaPro,
     ResolvedExpansion,
     Stack,
@@ -156,6 +157,7 @@ IDENTITIES: list[ExpansionSpec] = [
     Stack(target_layers=5, partial=True, identity_init=True),
     Interpolate(target_layers=4, identity_init=True),
     LlamaPro(positions=(1,)),
+    Layers(sources=(0, 2, 1, 2), identity=(1,)),
 ]
 
 

@@ -291,6 +291,56 @@ def test_options_copy_the_layers_that_can_be_copied(
     assert float((after - before).abs().max()) < 1e-5 * float(before.std())
 
 
+SWAPPED = (1, 0, *range(2, 8))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "sources"),
+    [
+        ("gemma4_text", SWAPPED),
+        pytest.param("gemma3n_text", SWAPPED, marks=pytest.mark.full),
+        pytest.param("opt", tuple(reversed(range(8))), marks=pytest.mark.full),
+    ],
+)
+def test_layers_that_are_moved_there_and_back_compute_the_same(
+    model_type: str, sources: tuple[int, ...], tmp_path: Path
+) -> None:
+    """Blocks outside the layers follow: Gemma has an embedding with a block for each layer."""
+    changes = {"num_hidden_layers": 8, "num_kv_shared_layers": 0}
+    folder = example_folder(model_type, tmp_path, **changes)
+    moved = tritter.expand(folder, "layers", sources=sources, output=tmp_path / "moved")
+    back = tritter.expand(moved, "layers", sources=sources, output=tmp_path / "back")
+    before, after = logits(folder), logits(moved)
+    assert float((after - before).abs().max()) > 1e-2 * float(before.std())
+    assert torch.equal(logits(back), before)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sources": [0, 1, 2, 3, 4]}, "gemma4_text derives the kind of a layer from its position"),
+        ({"sources": [*range(8), 6], "identity": True}, "no config has these copies"),
+    ],
+)
+def test_a_layer_whose_kind_the_class_would_change_is_refused(
+    options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    """The class gives full attention to the last layer of Gemma 4, whatever its config says."""
+    folder = example_folder("gemma4_text", tmp_path, num_hidden_layers=8, num_kv_shared_layers=0)
+    with pytest.raises(RequestError, match=message):
+        tritter.expand(folder, "layers", output=tmp_path / "grown", **options)
+    assert not (tmp_path / "grown").exists()
+
+
+def test_dropped_layers_and_identities_without_a_table(tmp_path: Path) -> None:
+    folder = example_folder("opt", tmp_path)
+    spec = {"sources": (3, *range(12)), "identity": (0,)}
+    exact = tritter.expand(folder, "layers", output=tmp_path / "exact", **spec)
+    assert torch.equal(logits(exact), logits(folder))
+    fewer = tritter.expand(exact, "layers", sources=[*range(1, 12)], output=tmp_path / "fewer")
+    assert AutoModelForCausalLM.from_pretrained(fewer).config.num_hidden_layers == 11
+
+
 def test_a_kind_of_layer_without_identity_refuses_its_own_copies(tmp_path: Path) -> None:
     folder = example_folder("rwkv", tmp_path, num_hidden_layers=4)
     with pytest.raises(RequestError, match=r"layer 0: .*; use other positions, dus or stack"):

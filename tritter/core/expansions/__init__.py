@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from tritter.core.expansions.depth import Dus, Interpolate, LlamaPro, Stack
+from tritter.core.expansions.depth import Dus, Interpolate, Layers, LlamaPro, Stack
 from tritter.core.expansions.moe import Moe
 from tritter.core.expansions.moe_add import MoeAdd
 from tritter.core.expansions.specification import (
@@ -17,7 +17,8 @@ from tritter.core.expansions.vocab import BoundVocab, Vocab, vocab_place
 from tritter.core.expansions.width import Width
 
 EXPANSIONS: dict[str, type[Any]] = {
-    spec.name: spec for spec in (Dus, Stack, Interpolate, LlamaPro, Width, Moe, MoeAdd, Vocab)
+    spec.name: spec
+    for spec in (Dus, Stack, Interpolate, LlamaPro, Layers, Width, Moe, MoeAdd, Vocab)
 }
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "Dus",
     "ExpansionSpec",
     "Interpolate",
+    "Layers",
     "LlamaPro",
     "Moe",
     "MoeAdd",

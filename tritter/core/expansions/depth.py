@@ -6,15 +6,17 @@ it.
 """
 
 import math
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Annotated, ClassVar
+from itertools import chain, islice
+from typing import Annotated, Any, ClassVar
 
-from pydantic import Field
+from pydantic import Field, PlainValidator, WithJsonSchema
 
 from tritter.core.families import Config, Family, Port, logical_name
-from tritter.core.parameter_map import AxisFactor, AxisMap, ParameterMap, TensorMap
-from tritter.errors import Problem, RequestError, key_name, refused
+from tritter.core.parameter_map import AxisFactor, ParameterMap, TensorMap
+from tritter.errors import Problem, RequestError, key_name, refused, show
 from tritter.limits import MAX_LAYERS
 from tritter.options import options
 from tritter.seeds import derived_seed
@@ -45,7 +47,15 @@ class CopiedLayers(ABC):
     @property
     @abstractmethod
     def is_exact(self) -> bool:
-        """True if copies start as identities with fresh optimizer state."""
+        """True if the function is preserved, unless a layer after the last source is dropped."""
+
+    def identity_layers(self, sources: Sequence[int]) -> frozenset[int]:
+        """Return the target layers that start as identities with fresh optimizer state.
+
+        Args:
+            sources: source layer of each target layer.
+        """
+        return repeated_layers(sources) if self.is_exact else frozenset()
 
     def target_config(self, family: Family, config: Config) -> Config:
         method = getattr(self, "name", "depth")
@@ -57,7 +67,8 @@ class CopiedLayers(ABC):
             )
             raise RequestError(Problem(f"expansion.{method}", reason=reason))
         sources = self.layer_sources(family.dimensions(config).num_hidden_layers)
-        if self.is_exact and (reason := family.inexact_reason(config, sources)):
+        copied = {sources[layer] for layer in self.identity_layers(sources)}
+        if copied and (reason := family.inexact_reason(config, copied)):
             raise RequestError(Problem(f"expansion.{method}", reason=reason))
         return family.with_layers(config, sources)
 
@@ -65,14 +76,24 @@ class CopiedLayers(ABC):
         self, family: Family, source: Config, target: Config, *, seed: int
     ) -> ParameterMap:
         """Return the map from the tensors of each source layer to its target layers."""
-        sources = self.layer_sources(family.dimensions(source).num_hidden_layers)
-        shapes = {t.name: family.shape(t, source) for t in family.logical_tensors(source)}
-        # Layers with zeroed outputs to the residual stream and fresh state
-        identities = repeated_layers(sources) if self.is_exact else frozenset()
+        layers = family.dimensions(source).num_hidden_layers
+        sources = self.layer_sources(layers)
+        identities = self.identity_layers(sources)
+        other = target
+        if len(sources) == layers:  # the shapes do not show what has a block per layer
+            try:
+                other = family.with_layers(source, [layers - 1])
+            except RequestError:  # no config has this layer alone
+                other = family.with_layers(source, [0])
+        shapes, other_shapes = (
+            {t.name: family.shape(t, each) for t in family.logical_tensors(each)}
+            for each in (source, other)
+        )
         tensors: dict[str, TensorMap] = {}
         for tensor in family.logical_tensors(target):
             if tensor.layer is None:
-                axes = _axes_of_layers(shapes[tensor.name], family.shape(tensor, target), sources)
+                sizes, others = shapes[tensor.name], other_shapes[tensor.name]
+                axes = _axes_of_layers(sizes, others, layers, sources, identities)
                 tensors[tensor.name] = TensorMap(source=tensor.name, axes=axes)
                 continue
             is_identity = tensor.layer in identities
@@ -97,6 +118,32 @@ class CopiedLayers(ABC):
 
     def notes(self, family: Family, source: Config, target: Config) -> tuple[str, ...]:
         return ()
+
+
+_Layer = Annotated[int, Field(ge=0, le=MAX_LAYERS)]
+
+
+def read_slices(slices: Any) -> tuple[tuple[int, int], ...]:
+    """Return the start and the end of ranges such as "0:20" or [0, 20].
+
+    Raises:
+        ValueError: a range has another form.
+    """
+    found = []
+    for each in slices if isinstance(slices, list | tuple) else (slices,):
+        typed = re.fullmatch("([0-9]{1,9}):([0-9]{1,9})", each) if isinstance(each, str) else None
+        pair = each if typed is None else [int(word) for word in typed.groups()]
+        is_pair = isinstance(pair, list | tuple) and len(pair) == 2
+        if not is_pair or not all(type(n) is int and 0 <= n <= MAX_LAYERS for n in pair):
+            raise ValueError(
+                f"{show(each)} is not a range of layers: write '0:20' (in quotes in YAML) or "
+                f"[0,20], with numbers of at most {MAX_LAYERS}"
+            )
+        found.append((pair[0], pair[1]))
+    return tuple(found)
+
+
+_SLICES = (PlainValidator(read_slices), WithJsonSchema({"type": "array"}))
 
 
 @options
@@ -282,21 +329,110 @@ class LlamaPro(CopiedLayers):
         return tuple(sorted([*range(layers), *spread]))
 
 
+@options
+class Layers(CopiedLayers):
+    """Any layer table, such as the self-merges of mergekit's passthrough.
+
+    Layers may be repeated, reordered and dropped. Function-preserving only if the layers that are
+    no identities are the layers of the source, each once and in their order.
+
+    Args:
+        sources: source layer of each target layer.
+        slices: ranges of source layers, joined in order: [start, end] or "start:end" without the
+            end. Instead of `sources`.
+        identity: target layers that start as identities. True: each copy of a layer after the
+            first. Default: none.
+    """
+
+    name: ClassVar[str] = "layers"
+    sources: tuple[_Layer, ...] | None = None
+    slices: Annotated[tuple[tuple[int, int], ...], *_SLICES] | None = None
+    identity: bool | tuple[_Layer, ...] | None = None
+
+    @property
+    def is_exact(self) -> bool:
+        kept = self._kept(sources := self._table())
+        return kept == list(range(max(sources, default=0) + 1))
+
+    def identity_layers(self, sources: Sequence[int]) -> frozenset[int]:
+        if isinstance(self.identity, bool | None):
+            return repeated_layers(sources) if self.identity else frozenset()
+        return frozenset(self.identity)
+
+    def layer_sources(self, layers: int) -> tuple[int, ...]:
+        names = [key_name(f"expansion.layers.{name}") for name in ("sources", "slices")]
+        if (self.sources is None) == (self.slices is None):
+            reason = f"set exactly one of {names[0]} and {names[1]}"
+            raise RequestError(Problem("expansion.layers", reason=reason))
+        wrong: list[object] = [layer for layer in self.sources or () if not 0 <= layer < layers]
+        ranges = read_slices(self.slices or ())
+        wrong += [f"{start}:{end}" for start, end in ranges if not 0 <= start < end <= layers]
+        sources = self._table()
+        if wrong or not sources:
+            key, reason = "sources", f"list source layers from 0 to {layers - 1}"
+            if self.slices is not None:
+                key, reason = "slices", f"list ranges start:end with 0 ≤ start < end ≤ {layers}"
+            raise refused(f"expansion.layers.{key}", wrong[0] if wrong else [], reason)
+        for layer in self.identity_layers(sources):
+            if not 0 <= layer < len(sources):
+                reason = f"list target layers from 0 to {len(sources) - 1}, or set true"
+                raise refused("expansion.layers.identity", layer, reason)
+        return sources
+
+    def notes(self, family: Family, source: Config, target: Config) -> tuple[str, ...]:
+        layers = family.dimensions(source).num_hidden_layers
+        sources = self.layer_sources(layers)
+        dropped = sorted(set(range(layers)) - set(self._kept(sources)))
+        found = {
+            "identity layers": sorted(self.identity_layers(sources)),
+            "dropped source layers": dropped,
+        }
+        return tuple(f"{name}: {' '.join(map(str, n))}" for name, n in found.items() if n)
+
+    def _table(self) -> tuple[int, ...]:
+        """Return the source layers, unchecked; at most one more than a model may have."""
+        ranges = (range(start, end) for start, end in read_slices(self.slices or ()))
+        return tuple(islice(chain(self.sources or (), *ranges), MAX_LAYERS + 1))
+
+    def _kept(self, sources: Sequence[int]) -> list[int]:
+        """Return the source layers of the target layers that are no identities."""
+        identities = self.identity_layers(sources)
+        return [source for target, source in enumerate(sources) if target not in identities]
+
+
 def _axes_of_layers(
-    before: Sequence[int], after: Sequence[int], sources: Sequence[int]
+    sizes: Sequence[int],
+    others: Sequence[int],
+    layers: int,
+    sources: Sequence[int],
+    identities: frozenset[int],
 ) -> tuple[AxisFactor | None, ...]:
-    """Return the factors of a tensor outside the layers; an axis may have a block per layer."""
-    if tuple(before) == tuple(after):
+    """Return the factors of a tensor outside the layers; an axis may have a block per layer.
+
+    The first copy of a layer that is no identity carries the gradient.
+
+    Args:
+        sizes: its shape in the source.
+        others: its shape in a model with another number of layers.
+        layers: number of source layers.
+        sources: source layer of each target layer.
+        identities: target layers that are identities.
+    """
+    if tuple(sizes) == tuple(others):
         return ()
     import torch
 
-    is_copy = [source in sources[:target] for target, source in enumerate(sources)]
-    layers = len(set(sources))
-    copied = AxisMap.copied(layers, sources, 1 - torch.tensor(is_copy).double())
-    return tuple(
-        None if old == new else AxisFactor.writes(copied.repeated(old // layers))
-        for old, new in zip(before, after, strict=True)
-    )
+    kept = [None if target in identities else source for target, source in enumerate(sources)]
+    is_first = [source is not None and source not in kept[:n] for n, source in enumerate(kept)]
+    factors: list[AxisFactor | None] = []
+    for size, other in zip(sizes, others, strict=True):
+        if size == other:
+            factors.append(None)
+            continue
+        index = torch.arange(size).view(layers, -1)[list(sources)].flatten()
+        gradient = torch.tensor(is_first).double().repeat_interleave(size // layers)
+        factors.append(AxisFactor(index, torch.ones_like(gradient), gradient))
+    return tuple(factors)
 
 
 def repeated_layers(sources: Sequence[int]) -> frozenset[int]:

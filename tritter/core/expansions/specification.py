@@ -62,6 +62,12 @@ class ResolvedExpansion:
     notes: tuple[str, ...]
 
     @property
+    def is_exact(self) -> bool:
+        """True if the step preserves the function: no method does that drops a source layer."""
+        layers = family_of(self.source_config).dimensions(self.source_config).num_hidden_layers
+        return self.spec.is_exact and len(set(self.parameter_map.layer_sources)) == layers
+
+    @property
     def options(self) -> dict[str, Any]:
         return asdict(getattr(self.spec, "options", self.spec))  # type: ignore[arg-type]
 
@@ -127,7 +133,7 @@ def check_specs(specs: object) -> tuple[ExpansionSpec, ...]:
         if not is_options(type(spec)) or not hasattr(spec, "target_config"):
             raise RequestError(
                 f"specs: {brief(spec)} is not an expansion; expansions are Dus(), Stack(), "
-                "Interpolate(), LlamaPro(), Width(), Moe(), MoeAdd() and Vocab()."
+                "Interpolate(), LlamaPro(), Layers(), Width(), Moe(), MoeAdd() and Vocab()."
             )
     raise_problems([p for spec in specs for p in checked(spec, prefix=f"expansion.{spec.name}")])
     return tuple(specs)

@@ -5,7 +5,7 @@ from dataclasses import replace
 from math import lcm
 from typing import Any
 
-from tritter.core.expansions.depth import Dus, Interpolate, LlamaPro, Stack
+from tritter.core.expansions.depth import Dus, Interpolate, Layers, LlamaPro, Stack
 from tritter.core.expansions.moe import Moe, partner_of
 from tritter.core.expansions.moe_add import MoeAdd, sparse_layers
 from tritter.core.expansions.specification import ExpansionSpec, is_possible, target_config
@@ -108,6 +108,9 @@ def _candidates(config: Config, spec: ExpansionSpec) -> Iterator[ExpansionSpec]:
                 yield replace(spec, num_experts=count)
         case MoeAdd(num_experts=None):
             yield spec
+        case Layers():
+            reason = "the table of layers already sets the size; remove this setting"
+            raise RequestError(Problem("target_params", reason=reason))
         case _:
             reason = f"{spec.name} already has a target ({_describe(spec)}); set only one of them"
             raise RequestError(Problem("target_params", reason=reason))

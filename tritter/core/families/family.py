@@ -1,7 +1,7 @@
 """A family's table, expanded for a config: tensors, their shapes and their number."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
@@ -73,8 +73,8 @@ class Family:
         """Its tensors are tabulated; otherwise `widened` finds their axes."""
         return bool(self.tensors)
 
-    def inexact_reason(self, config: Config, layer_sources: Sequence[int]) -> str:
-        """Return the reason why repeated layers can't be the identity; empty if they can."""
+    def inexact_reason(self, config: Config, copied: Collection[int]) -> str:
+        """Return the reason why copies of these layers can't be identities; empty if they can."""
         return ""
 
     @property

@@ -147,7 +147,9 @@ class Freeze(ForgettingMethod):
             reason = "only the first task expands the model; later tasks add no new weights"
         elif not specs and run.pipeline.target_params is None:
             reason = "without an expansion nothing is new; choose one, or set layers instead"
-        elif specs and all(s.expansion_type == "depth" and not s.is_exact for s in specs):
+        elif specs and not any(
+            s.expansion_type != "depth" or s.is_exact or getattr(s, "identity", None) for s in specs
+        ):
             names = " and ".join(spec.name for spec in specs)
             reason = f"{names} only copies layers, which are not new; use llama_pro, width or moe"
         if options.new_only and reason:

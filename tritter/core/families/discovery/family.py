@@ -6,7 +6,7 @@ the residual stream, and show that a deeper model keeps its function.
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -130,10 +130,9 @@ class DiscoveredFamily(Family):
         """The reason why no copy of any layer is an identity; empty if there are such copies."""
         return "" if self.writers else next(iter(self.refusals.values()), "")
 
-    def inexact_reason(self, config: Config, layer_sources: Sequence[int]) -> str:
+    def inexact_reason(self, config: Config, copied: Collection[int]) -> str:
         layers = _kinds(skeleton(key_of(config)))
-        repeated = [each for each, times in Counter(layer_sources).items() if times > 1]
-        refused = {each: self.refusals.get(layers[each], "") for each in repeated}
+        refused = {each: self.refusals.get(layers[each], "") for each in copied}
         reasons = [f"layer {each}: {reason}" for each, reason in refused.items() if reason]
         if self.refusal:
             is_stackable = _fits(config, tuple(range(len(layers))) * 2)
@@ -364,8 +363,8 @@ class DiscoveredFamily(Family):
         deeper = _with_layers(config, sources)
         layers = self.dimensions(config).num_hidden_layers
         is_whole = list(dict.fromkeys(sources)) == list(range(layers))
-        is_deeper = len(sources) > len(set(sources))
-        if is_whole and is_deeper and not self.inexact_reason(config, sources):
+        repeated = [each for each, times in Counter(sources).items() if times > 1]
+        if is_whole and repeated and not self.inexact_reason(config, repeated):
             _check_identity(self, config, sources)
         if widths := ffn_sizes(config):
             return self.with_ffn_sizes(deeper, [widths[source] for source in sources])
@@ -642,6 +641,9 @@ def _deeper(key: Key, sources: tuple[int, ...]) -> Config:
     before = skeleton(key)
     wanted = [before.signatures[source] for source in sources]
     for deeper in deeper_configs(config, sources):
+        kinds = decoder_config(deeper).get("layer_types")
+        if kinds is not None and decoder_config(complete(deeper)).get("layer_types") != kinds:
+            continue  # the class overrules it: the last layer of Gemma 4 has full attention
         after = skeleton(key_of(deeper))
         if list(after.signatures) == wanted and _are_blocks_of_layers(before, after, sources):
             return deeper
