@@ -37,11 +37,12 @@ def width_factors(base: Config, grown: Config) -> dict[str, float]:
     for stored in stored_tensors:
         tensor = stored.parts[0].tensor
         shape = family_of(grown).shape(tensor, grown)
-        if len(shape) != 2 or (tensor.kind.startswith("embed") and not is_tied):
+        is_lookup = tensor.kind.startswith("embed") and not (is_tied and tensor.kind == "embed")
+        if len(shape) != 2 or is_lookup:
             continue
         # A base without this kind, such as `experts.down`, has another with the same input
         size = known.get(tensor.kind, known.get(tensor.axes[1].space.kind, shape[1]))
-        if size != shape[1] and tensor.kind != "embed_positions":
+        if size != shape[1]:
             found[stored.name] = size / shape[1]
     return found
 
