@@ -35,6 +35,7 @@ COMPUTE_SAVED = "2026-11-20_compute_saved"
 WIDTH_MOMENTS = "2026-11-20_width_moments"
 LIGO = "2026-11-20_ligo"
 VOCABULARY = "2026-11-24_vocabulary"
+GROWTH_RATES = "2026-11-24_growth_rates"
 COMMANDS = re.findall(r"^python .*$", (FOLDER / "README.md").read_text("utf-8"), re.MULTILINE)
 
 
@@ -265,6 +266,28 @@ def test_width_moments_arms_run_and_copies_can_stay_copies(
     assert losses("net2net")[0] == pytest.approx(ungrown[0], abs=2e-4)
     assert losses("net2net")[1] < losses("net2net", factor="share")[1] - 1e-3
     assert abs(losses("random_padding", policy="zero", domain="code")[0] - ungrown[0]) > 1e-3
+
+
+@pytest.mark.full
+def test_growth_rates_runs_with_each_rule_and_is_summarised(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    experiment = importlib.import_module(f"experiments.{GROWTH_RATES}.growth_rates")
+    monkeypatch.setattr(experiment, "corpus_of", lambda seed: _small_corpus(seed, tmp_path))
+    for name, value in {"BASE_STEPS": 3, "STEPS": 2, "CACHE": tmp_path}.items():
+        monkeypatch.setattr(experiment, name, value)
+
+    def loss(growth: str, rule: str = "none", multiplier: float = 1.0) -> float:
+        run = experiment.Run(growth=growth, rule=rule, multiplier=multiplier, rate=1e-2, seed=0)
+        row = experiment.result_of(run)
+        assert set(row) == _columns("results.csv", folder=FOLDER.parent / GROWTH_RATES)
+        return row["loss"]
+
+    assert len({loss("width_2"), loss("width_2", "mup"), loss("width_2", "parts", 2.0)}) == 3
+    assert loss("depth") != loss("depth", "parts", 2.0)
+    importlib.import_module(f"experiments.{GROWTH_RATES}.summarise").main()
+    readme = (FOLDER.parent / GROWTH_RATES / "README.md").read_text(encoding="utf-8")
+    assert all(line in readme for line in capsys.readouterr().out.splitlines())
 
 
 @pytest.mark.full

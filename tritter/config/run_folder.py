@@ -342,7 +342,9 @@ def fingerprint(config: RunConfig) -> dict[str, Any]:
         ]
     result["data"] |= identity(type(config.data))
     result["trainer"] |= effective_arguments(config)
-    result["optimizer"] = optimizer_record(config)
+    scaling = ("growth_scaling", "new_multiplier", "new_warmup_ratio")
+    of_growth = {name: getattr(config.optimizer, name) for name in scaling}
+    result["optimizer"] = optimizer_record(config) | of_growth
     if config.callbacks:
         result["callbacks"] = {one.name: one.plain() for one in config.callbacks}
     if config.metrics:
@@ -370,7 +372,7 @@ def effective_arguments(config: RunConfig) -> dict[str, Any]:
 
 
 def optimizer_record(config: RunConfig) -> dict[str, Any]:
-    """Return the optimizer's class and all its options."""
+    """Return the optimizer's class and all options that apply to a base."""
     optimizer = config.optimizer
     return {
         "target": optimizer.target,

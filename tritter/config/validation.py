@@ -74,7 +74,12 @@ from tritter.options import Start, field_keys, leaves
 from tritter.planning.strategy import pipeline_problems, planned_rounds
 from tritter.storage.reading import named_path
 from tritter.training.forgetting_method import method_start_problems
-from tritter.training.optimizer import OptimizerValues, carry_problems, optimizer_class
+from tritter.training.optimizer import (
+    OptimizerValues,
+    carry_problems,
+    optimizer_class,
+    scaling_problems,
+)
 from tritter.training.options import (
     PRESET_RATE,
     RULES,
@@ -464,5 +469,6 @@ _RULES: tuple[Rule, ...] = (
     vocabulary_problems,
     pipeline_problems,
     carry_problems,
+    scaling_problems,
     averaging_problems,
 )

@@ -115,12 +115,13 @@ def report(use: Mapping[str, Mapping[str, int]]) -> str:
 
 def write_expanded(context: RunContext, branch: Branch, folder: Path) -> Expanded:
     """Expand the initial checkpoint of a branch into a folder."""
+    carry = context.config.optimizer.carry
     # In float32 for any source dtype: rounding would break function preservation
     return expand(
         context.source(branch.start),
         folder,
         context.planned(branch),
         dtype=torch.float32,
-        moments="carry" if context.config.optimizer.carry else "zero",
+        moments=carry if isinstance(carry, str) else "carry" if carry else "zero",
         overwrite=True,
     )

@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -40,11 +40,20 @@ class OptimizerValues:
     Args:
         weight_decay: Weight decay of matrices; vectors (norm gains, biases) have none. None: the
             default of the class.
-        carry: Whether training starts from the moments in the checkpoint.
+        carry: Whether training starts from the moments in the checkpoint. `reset_new`: only
+            entries that the expansion neither adds nor copies keep theirs (arXiv 2602.02472).
+        growth_scaling: `parts` scales the updates of new entries, `mup` those of matrices by their
+            fan-in before and after the expansion (arXiv 2203.03466).
+        new_multiplier: Learning rate of new entries relative to others, for `parts`.
+        new_warmup_ratio: Fraction of the training steps with a linear warm-up of new entries, for
+            `parts`.
     """
 
     weight_decay: Annotated[float, Field(ge=0)] | None = None
-    carry: bool = False
+    carry: bool | Literal["reset_new"] = False
+    growth_scaling: Literal["none", "parts", "mup"] = "none"
+    new_multiplier: Annotated[float, Field(gt=0)] = 2.0
+    new_warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.05
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +76,7 @@ class OptimizerSettings(OptimizerValues):
         return sum(size for size in sizes if size > 1) / _SIDE**2
 
 
+_ADAPTIVE = ("Adam", "AdEMAMix", "Lion")  # parts of names; Adafactor scales by the weights
 _ADAMS = ("Adam", "AdamW", "Adam8bit", "AdamW8bit", "PagedAdam8bit", "PagedAdamW8bit")
 
 
@@ -375,9 +385,30 @@ def carry_problems(config: RunRequest) -> Iterator[Problem]:
             "adaptation.unfreeze_after"
         )
     for reason in reasons:
-        yield Problem(_MOMENTS_KEY, True, reason=reason)
+        yield Problem(_MOMENTS_KEY, optimizer.carry, reason=reason)
     if config.model.model_type == "hf" and Path(config.model.path).is_dir():
         yield from moment_problems(Path(config.model.path))
+
+
+def scaling_problems(config: RunRequest) -> Iterator[Problem]:
+    """Yield the reasons why learning rates cannot depend on growth."""
+    optimizer = config.optimizer
+    rule, name = optimizer.growth_scaling, optimizer.target.rpartition(".")[2]
+    if rule == "none":
+        return
+    reasons: list[str] = []
+    is_grown = config.expansion or config.pipeline.target_params is not None
+    if config.experts is not None:
+        reasons.append("experts freeze the model that grows; remove one of the two")
+    elif not is_grown and (rule == "mup" or config.growth is None):
+        reasons.append("the model does not grow; choose an expansion, or remove it")
+    if rule == "mup" and not any(kind in name for kind in _ADAPTIVE):
+        reasons.append(
+            f"the rule is that of Adam, whose updates do not depend on the scale of gradients, and "
+            f"{name} may differ; use optimizer=adamw, or growth_scaling=parts"
+        )
+    for reason in reasons:
+        yield Problem("optimizer.growth_scaling", rule, reason=reason)
 
 
 def moment_problems(folder: Path) -> list[Problem]:

@@ -106,14 +106,29 @@ class Change:
             is_shared = stored.is_whole and maps[0].is_verbatim  # else both models train it
             yield stored.name, stored.pack(values.__getitem__).to(example.device, copy=is_shared)
 
-    def masks(self) -> dict[str, Tensor]:
-        """Return parameter → bool mask of the entries that derive from old weights."""
-        everything = {s.name: torch.ones(s.shape, dtype=torch.bool) for s in self.before}
-        by_name = unpack_all(self.before, everything)
+    def masks(self, old: Tensors | None = None, *, with_copies: bool = True) -> dict[str, Tensor]:
+        """Return parameter → bool mask of the entries that derive from old weights.
+
+        Args:
+            old: masks before the change; only entries that derive from marked ones are marked. A
+                parameter without a mask has no marked entries. None: all are marked.
+            with_copies: further copies of an entry are marked like the first.
+        """
+        marked = {s.name: torch.full(s.shape, old is None) for s in self.before}
+        marked |= {name: mask for name, mask in (old or {}).items() if name in marked}
+        by_name = unpack_all(self.before, marked)
         return pack_all(
             self.after,
-            {name: carried_mask(m, by_name.__getitem__) for name, m in self.tensors.items()},
+            {
+                name: carried_mask(m, by_name.__getitem__, with_copies=with_copies)
+                for name, m in self.tensors.items()
+            },
         )
+
+    def new_entries(self) -> dict[str, Tensor]:
+        """Return parameter → bool mask of its new entries, further copies included, if any."""
+        masks = ((name, ~mask) for name, mask in self.masks(with_copies=False).items())
+        return {name: mask for name, mask in masks if bool(mask.any())}
 
     def new_units(self) -> dict[str, tuple[Tensor | None, ...]]:
         """Return parameter → mask of new entries along each dimension, bool [size], if it grew.
