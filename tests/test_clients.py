@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerFast
 
 from tests import oracle
-from tritter.core.expansions import Layers, LlamaPro, Moe, Width
+from tritter.core.expansions import Layers, LlamaPro, Moe, Vocab, Width
 from tritter.transform.folder import expand
 
 pytestmark = pytest.mark.full
@@ -268,3 +268,16 @@ def test_llama_cpp_quantises_it(folder: Path, llama_cpp: Any, kind: str, tmp_pat
     given = (str(source).encode(), str(small).encode(), ctypes.byref(options))
     assert llama_cpp.llama_model_quantize(*given) == 0
     check_near(logits_of(llama_cpp, small, tokens_of(folder)), folder, most=0.5)
+
+
+def test_llama_cpp_reads_new_tokens(place: Path, llama_cpp: Any) -> None:
+    grown = place / "vocab"
+    expand(place / "base", grown, [Vocab(tokens=("open", " return", "path"))])
+    ids = tokens_of(grown)
+    size = oracle.stock(place / "base").config.vocab_size
+    assert int((ids >= size).sum()) >= 3 and ids.shape[1] < tokens_of(place / "base").shape[1]
+    path = gguf_of(grown)
+    model = llama_cpp.Llama(str(path), n_ctx=128, vocab_only=True, verbose=False)
+    assert model.tokenize(TEXT.encode(), add_bos=True) == ids[0].tolist()
+    found, expected = (logits_of(llama_cpp, path, ids), oracle.logits(oracle.stock(grown), ids))
+    assert (found - expected).abs().max() < 2e-3 * expected.std()
