@@ -136,6 +136,8 @@ def expansion(context: RunContext, branch: Branch) -> StageResult:
     )
     for note in notes:
         context.say("", note)
+    if plan.vocabulary is not None:
+        context.say("", "losses per token are now of other tokens; compare losses per byte")
     before, after = (load_model(each.folder, config=each.config) for each in (source, grown))
     texts = context.training_sequences(context.domains).values()
     tokens = ids_of(torch.cat([each[:JUMP_SEQUENCES] for each in texts])).long()  # [B, T]

@@ -1,5 +1,6 @@
 """A larger vocabulary in a run: new tokens learned from the new domains, before the expansion."""
 
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 from tritter.checkpoints import Source
@@ -11,6 +12,7 @@ from tritter.errors import Problem, RequestError
 from tritter.pipeline.branch import Branch
 from tritter.pipeline.context import RunContext, all_documents
 from tritter.pipeline.ledger import StageResult, VocabularyFound
+from tritter.terminal import ShowProgress
 from tritter.transform.vocabulary import learned
 
 _KEY = "expansion.vocab"
@@ -72,6 +74,16 @@ def learning(context: RunContext, branch: Branch) -> StageResult:
     context.say("vocabulary", f"{most}{number:,} new tokens from {new}")
     documents, rule = all_documents(context.text.domains), context.text.split
     texts = training_texts(documents, rule=rule, names=context.new_domains)
-    merges = learned(spec, source, texts).merges
+    with context.progress_bars() as new_bar:
+        total = sum(context.corpus.counts[name].train for name in context.new_domains)
+        merges = learned(spec, source, _shown(texts, new_bar("vocabulary"), total)).merges
     assert merges is not None
     return StageResult(VocabularyFound(merges=merges))
+
+
+def _shown(texts: Iterable[str], bar: ShowProgress | None, total: int) -> Iterator[str]:
+    """Yield documents and show how many are read."""
+    for number, text in enumerate(texts, start=1):
+        yield text
+        if bar is not None:
+            bar(number, total)
