@@ -41,6 +41,9 @@ def test_tokens_are_learned_from_data(run: Run, base: Path) -> None:
     ids = tokens(VOCABULARY)
     assert torch.allclose(logits(after, ids)[..., :VOCABULARY], logits(before, ids), atol=1e-5)
     assert run("history grown --verify").code == 0
+    checked = run("validate --source base --result grown")
+    assert "forward equivalence logits" in " ".join(checked.out.split())
+    assert "not comparable" not in checked.out and " passed" in checked.out
     shown = run("inspect grown")
     assert shown.code == 0 and "new rows are appended" in shown.out
 

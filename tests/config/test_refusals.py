@@ -153,7 +153,7 @@ REFUSALS: dict[str, tuple[str, ...]] = {
     "expansion=dsu": (
         "expansion = dsu",
         "dus, interpolate",
-        "none, stack, width",
+        "none, stack, vocab, width",
         "Did you mean dus?",
     ),
     "expansion=[width,dsu]": ("expansion = dsu", "Did you mean dus?"),

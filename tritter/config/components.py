@@ -179,10 +179,11 @@ def method_class(group: str, name: str, bodies: Mapping[str, Any]) -> type[Any]:
     if name not in (names := method_names(group)):
         near = nearest(name, names)
         reason = f"there is no such method; there are {', '.join(names)}"
-        if near is None and not isinstance(body, Mapping):  # the method itself is missing
+        keys = [each for each in method_keys() if each.startswith(f"{group}.")]
+        is_key = any(each.endswith(f".{name}") for each in keys)
+        if (near is None or is_key) and not isinstance(body, Mapping):  # the method is missing
             reason = f"write the key below its method, {group}.METHOD.{name}; methods: "
             reason += ", ".join(names)
-            keys = [each for each in method_keys() if each.startswith(f"{group}.")]
             chosen = [each for each in keys if each.split(".")[1] in bodies]
             near = nearest_key(key, keys, first=chosen)
         raise RequestError(Problem(key, body, reason=reason, nearest=near))

@@ -296,7 +296,10 @@ def _evaluate_side(
 
 
 def _equivalence(source: Side, result: Side, before: Tensor | None, after: Tensor | None) -> Check:
-    """Return the check of equal logits, with a note if the checkpoints are unrelated."""
+    """Return the check of equal logits, with a note if the checkpoints are unrelated.
+
+    After an expansion of the vocabulary, those of old tokens are compared.
+    """
     if before is None or after is None:
         check = _skipped_check(
             "forward_equivalence",
@@ -315,7 +318,7 @@ def _equivalence(source: Side, result: Side, before: Tensor | None, after: Tenso
                 rounded = []  # layers were only copied, in the dtype of the source
         check = equivalence_check(
             before,
-            after,
+            after[..., : source.vocab_size],
             skip_reason=_inexact_reason(source, result),
             rounded=" and ".join(rounded),
             rounded_bound=rounded_jump(has_experts=family_of(result.config).has_experts),
@@ -383,12 +386,15 @@ def _new_units(before: Config, after: Config) -> NewUnits:
 def _sequences(source: Side, result: Side, documents: Sequence[Document]) -> Tensor | None:
     """Return tokens for both models, int64 [B, T]: from the documents, otherwise random.
 
-    None if the vocabularies differ.
+    None if the vocabularies differ, unless that of the source was expanded.
     """
-    if source.vocab_size != result.vocab_size:
-        return None
-    length = min(source.longest, result.longest)
     tokenizer = result.tokenizer or source.tokenizer
+    if source.vocab_size != result.vocab_size:
+        history = () if result.lineage is None else result.lineage.expansion_history
+        if source.vocab_size > result.vocab_size or "vocab" not in [r.method for r in history]:
+            return None
+        tokenizer = source.tokenizer
+    length = min(source.longest, result.longest)
     if tokenizer is not None and documents:
         tokens = tokenise(documents, tokenizer.tokenizer)
         if tokens.num_tokens + len(tokens) >= length:
