@@ -84,7 +84,7 @@ RATCHET = {
     "checkpoints": (12, 3_245),
     "cli": (21, 5_715),
     "config": (18, 4_962),
-    "core": (33, 10_736),
+    "core": (33, 10_760),
     "data": (23, 7_168),
     "evaluation": (17, 4_188),
     "integrations": (2, 778),
