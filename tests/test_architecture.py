@@ -84,7 +84,7 @@ RATCHET = {
     "checkpoints": (12, 3_258),
     "cli": (21, 5_757),
     "config": (18, 5_009),
-    "core": (34, 11_025),
+    "core": (34, 11_049),
     "data": (24, 7_714),
     "evaluation": (17, 4_208),
     "integrations": (2, 778),

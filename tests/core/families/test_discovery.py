@@ -316,6 +316,18 @@ def test_layers_that_are_moved_there_and_back_compute_the_same(
 
 
 @pytest.mark.parametrize(
+    ("sources", "identity"), [([3, 0, 1, 2, 3], [0]), ([0, 1, 2, 3, 3, 3], [3, 4])]
+)
+def test_identities_that_move_layers_are_verified_on_the_twin(
+    sources: list[int], identity: list[int], tmp_path: Path
+) -> None:
+    folder = example_folder("diffllama", tmp_path, num_hidden_layers=4)
+    options = {"sources": sources, "identity": identity}
+    with pytest.raises(RequestError, match="depends on their position"):
+        tritter.expand(folder, "layers", output=tmp_path / "grown", **options)
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"sources": [0, 1, 2, 3, 4]}, "gemma4_text derives the kind of a layer from its position"),

@@ -67,10 +67,11 @@ class CopiedLayers(ABC):
             )
             raise RequestError(Problem(f"expansion.{method}", reason=reason))
         sources = self.layer_sources(family.dimensions(config).num_hidden_layers)
-        copied = {sources[layer] for layer in self.identity_layers(sources)}
+        identities = self.identity_layers(sources)
+        copied = {sources[layer] for layer in identities}
         if copied and (reason := family.inexact_reason(config, copied)):
             raise RequestError(Problem(f"expansion.{method}", reason=reason))
-        return family.with_layers(config, sources)
+        return family.with_layers(config, sources, identities or None)
 
     def parameter_map(
         self, family: Family, source: Config, target: Config, *, seed: int

@@ -266,10 +266,21 @@ class Family:
         tensors += after
         return tuple(tensor for tensor in tensors if tensor.exists(config))
 
-    def with_layers(self, config: Config, layer_sources: Sequence[int]) -> Config:
+    def with_layers(
+        self,
+        config: Config,
+        layer_sources: Sequence[int],
+        identities: Collection[int] | None = None,
+    ) -> Config:
         """Return the config of a model whose layer t is a copy of layer `layer_sources[t]`.
 
         Settings per layer are copied too: kinds of attention, layers with experts, FFN widths.
+
+        Args:
+            config: config.json of the source.
+            layer_sources: source layer of each target layer.
+            identities: target layers that are identities. Default: repeated layers, except the
+                first copy.
         """
         deeper: Config = {**config, self.sizes["num_hidden_layers"]: len(layer_sources)}
         for key in self.per_layer_config_keys:

@@ -5,7 +5,6 @@ the residual stream, and show that a deeper model keeps its function.
 """
 
 import re
-from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -350,10 +349,16 @@ class DiscoveredFamily(Family):
         is_windowed = not isinstance(kinds, list) or "sliding" in str(kinds[layer])
         return window if is_windowed and isinstance(window, int) else None
 
-    def with_layers(self, config: Config, layer_sources: Sequence[int]) -> Config:
+    def with_layers(
+        self,
+        config: Config,
+        layer_sources: Sequence[int],
+        identities: Collection[int] | None = None,
+    ) -> Config:
         """Return the config of a model whose layer t is a copy of layer `layer_sources[t]`.
 
-        If every layer is kept, a twin of the model shows that identity copies keep its function.
+        If the other layers are those of the source, in its order, a twin of the model shows that
+        identities keep its function.
 
         Raises:
             RequestError: no config gives these layers, or their function depends on their
@@ -362,10 +367,12 @@ class DiscoveredFamily(Family):
         sources = tuple(layer_sources)
         deeper = _with_layers(config, sources)
         layers = self.dimensions(config).num_hidden_layers
-        is_whole = list(dict.fromkeys(sources)) == list(range(layers))
-        repeated = [each for each, times in Counter(sources).items() if times > 1]
-        if is_whole and repeated and not self.inexact_reason(config, repeated):
-            _check_identity(self, config, sources)
+        if identities is None:
+            identities = [t for t, source in enumerate(sources) if source in sources[:t]]
+        kept = [source for t, source in enumerate(sources) if t not in identities]
+        copied = {sources[t] for t in identities}
+        if copied and kept == list(range(layers)) and not self.inexact_reason(config, copied):
+            _check_identity(self, config, sources, frozenset(identities))
         if widths := ffn_sizes(config):
             return self.with_ffn_sizes(deeper, [widths[source] for source in sources])
         return deeper
@@ -699,13 +706,15 @@ def _with_layers(config: Config, sources: tuple[int, ...]) -> Config:
     return {**config, **{name: deeper[name] for name in deeper if name in config}}
 
 
-def _check_identity(family: DiscoveredFamily, config: Config, sources: tuple[int, ...]) -> None:
+def _check_identity(
+    family: DiscoveredFamily, config: Config, sources: tuple[int, ...], identities: frozenset[int]
+) -> None:
     """Refuse layers whose function depends on their position.
 
     Raises:
         RequestError: identity copies change the logits of a twin, or plain copies do not.
     """
-    zeroed, plain = logit_changes(key_of(config), sources)
+    zeroed, plain = logit_changes(key_of(config), sources, identities)
     if not zeroed <= TOLERANCE:
         raise RequestError(
             f"config.json: identity copies change the logits of a small {family.model_type} by "
@@ -721,12 +730,15 @@ def _check_identity(family: DiscoveredFamily, config: Config, sources: tuple[int
 
 @lru_cache(maxsize=64)
 @one_thread()
-def logit_changes(key: Key, sources: tuple[int, ...]) -> tuple[float, float]:
+def logit_changes(
+    key: Key, sources: tuple[int, ...], identities: frozenset[int]
+) -> tuple[float, float]:
     """Return the largest change of a twin's float64 logits by copies of its layers.
 
     Args:
         key: config of the model.
         sources: source layer of each target layer.
+        identities: target layers that are identities.
 
     Returns:
         The change with identity copies, and with plain copies (the negative control).
@@ -741,7 +753,7 @@ def logit_changes(key: Key, sources: tuple[int, ...]) -> tuple[float, float]:
     changes = []
     shapes = {name: value.shape for name, value in model.state_dict().items()}
     for writers in (family.live_writers, {}):
-        copies = dict(_copies(state, f"{layers}.", sources, writers))
+        copies = dict(_copies(state, f"{layers}.", sources, identities, writers))
         for name in copies.keys() & shapes.keys():
             copies[name] = _with_blocks(copies[name], shapes[name], sources)
         model.load_state_dict(copies, strict=False)
@@ -763,16 +775,16 @@ def _copies(
     state: Mapping[str, torch.Tensor],
     layers: str,
     sources: Sequence[int],
+    identities: Collection[int],
     writers: Mapping[str, float],
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the tensors of a deeper model; the writers of repeated layers write nothing."""
+    """Yield the tensors of a deeper model; the writers of identities write nothing."""
     for target, source in enumerate(sources):
-        is_repeated = source in sources[:target]
         for name, value in state.items():
             split = in_layer(name, layers)
             if split is None:
                 yield name, value
             elif split[0] == source:
-                zero = writers.get(split[1]) if is_repeated else None
+                zero = writers.get(split[1]) if target in identities else None
                 copy = value if zero is None else torch.full_like(value, zero)
                 yield f"{layers}{target}.{split[1]}", copy
