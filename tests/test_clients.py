@@ -271,13 +271,13 @@ def test_llama_cpp_quantises_it(folder: Path, llama_cpp: Any, kind: str, tmp_pat
 
 
 def test_llama_cpp_reads_new_tokens(place: Path, llama_cpp: Any) -> None:
-    grown = place / "vocab"
-    expand(place / "base", grown, [Vocab(tokens=("open", " return", "path"))])
-    ids = tokens_of(grown)
+    grown, text = place / "vocab", "def ranch(chance):\n    return open(chance) panther"
+    expand(place / "base", grown, [Vocab(tokens=("ranch", "chance", " panther"), multiple_of=1)])
+    ids: Tensor = AutoTokenizer.from_pretrained(grown)(text, return_tensors="pt").input_ids
     size = oracle.stock(place / "base").config.vocab_size
-    assert int((ids >= size).sum()) >= 3 and ids.shape[1] < tokens_of(place / "base").shape[1]
+    assert int((ids >= size).sum()) >= 3
     path = gguf_of(grown)
     model = llama_cpp.Llama(str(path), n_ctx=128, vocab_only=True, verbose=False)
-    assert model.tokenize(TEXT.encode(), add_bos=True) == ids[0].tolist()
+    assert model.tokenize(text.encode(), add_bos=int(ids[0, 0]) == 1) == ids[0].tolist()
     found, expected = (logits_of(llama_cpp, path, ids), oracle.logits(oracle.stock(grown), ids))
-    assert (found - expected).abs().max() < 2e-3 * expected.std()
+    assert (found - expected).square().mean().sqrt() < 2e-3 * expected.std()

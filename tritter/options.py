@@ -206,7 +206,7 @@ def parse_word(record: type, name: str, word: object) -> object:
         return word
     if "boolean" in kinds and word in ("true", "false"):
         return word == "true"
-    if word.startswith("[["):
+    if word.startswith(("[[", '["')):
         with suppress(ValueError):
             return json.loads(word)
     return [_number(w) for w in word.strip("[]").split(",")] if "array" in kinds else _number(word)

@@ -164,7 +164,8 @@ def test_the_options_offered_are_those_that_the_methods_have() -> None:
         for field in dataclasses.fields(spec)
     }
     # How a checkpoint is trained later is no matter of its expansion; Tritter sets the merges
-    assert fields - taken == {("llama_pro", "new_blocks_only"), ("vocab", "merges")}
+    of_training = {("llama_pro", "new_blocks_only"), ("vocab", "freeze_old_rows")}
+    assert fields - taken == of_training | {("vocab", "merges")}
     assert taken <= fields
 
 

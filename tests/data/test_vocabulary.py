@@ -141,6 +141,18 @@ def test_given_texts_become_single_tokens() -> None:
         assert old.decode(list(made.parts[ids[-1]])).strip() == "returns"
 
 
+@pytest.mark.parametrize("text", ["haha", "zqzq", "=====", "ababab", "aaaa"])
+def test_a_text_with_a_repeated_pair_becomes_one_token(text: str) -> None:
+    for old in (byte_level(), sentence_piece()):
+        surface = text if old is byte_level() else f" {text}"
+        try:
+            merges = give_merges(old, [surface], first_id=ROWS, key="tokens")
+        except RequestError:  # characters that this tokenizer does not know
+            continue
+        new = ExtendedTokenizer(require_bpe(old), merges, ROWS).tokenizer()
+        assert len(new.encode(text).ids) == 1
+
+
 def test_a_token_can_not_cross_words() -> None:
     with pytest.raises(RequestError, match="splits it into 2 words"):
         give_merges(byte_level(), ["the dog"], first_id=ROWS, key="expansion.vocab.tokens")
@@ -202,5 +214,19 @@ def test_stored_sequences_get_the_new_tokens(packing: str) -> None:
     assert text in new.decode(again.flatten().tolist(), skip_special_tokens=False)
     short = retokenised(rows[:1, :8], old, new, end_of_text_id=0, packing=packing)  # type: ignore[arg-type]
     assert short.shape[1] == 8
+    nothing = torch.zeros(3, 8, dtype=torch.int32)  # ends of text alone
+    assert torch.equal(
+        retokenised(nothing, old, new, end_of_text_id=0, packing=packing),  # type: ignore[arg-type]
+        nothing,
+    )
     with pytest.raises(RequestError, match="conversations"):
         retokenised(rows + ANSWER, old, new, end_of_text_id=0, packing=packing)  # type: ignore[arg-type]
+
+
+def test_a_row_of_a_stream_that_ends_within_a_document_gets_no_end_of_text() -> None:
+    old, _, new = extended("bytes")
+    ids = old.encode("return self.dog.jump(dog) and the quick brown fox jumps").ids
+    rows = torch.tensor([*ids, 0] * 16)[: (len(ids) + 1) * 16 // 12 * 12].view(-1, 12)
+    again = retokenised(rows, old, new, end_of_text_id=0, packing="stream")
+    ends = [int((each == 0).sum()) for each in (rows, again)]
+    assert 0 < ends[1] <= ends[0]

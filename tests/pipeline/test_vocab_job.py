@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
-from tests.pipeline.tiny import TINY
+from tests.pipeline.tiny import FIXTURES, TINY
 from tritter.checkpoints.state import KeptSequences
 from tritter.config.launch.composition import load_config
 from tritter.errors import RequestError
 from tritter.evaluation.statistics import PairedScores
-from tritter.pipeline import Outcome, run_pipeline
+from tritter.pipeline import Outcome, run_pipeline, stages
 
 EMBEDDING = "model.embed_tokens.weight"
 
@@ -89,8 +89,6 @@ def test_a_later_run_continues_with_the_new_tokens(done: Path, cache: Path, tmp_
     words += ["model=hf", f"model.path={done / 'checkpoint'}", f"data.new={{third: {texts}}}"]
     words += ["expansion=vocab", "expansion.vocab.new_tokens=5", f"cache_dir={cache}"]
     run_pipeline(load_config(words), run_folder=folder)
-    again = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    assert again["parameters"]["final"] >= again["parameters"]["baseline"]
     checkpoints = (done / "checkpoint", folder / "checkpoint")
     sizes = [tokenizer_in(each).get_vocab_size() for each in checkpoints]
     assert sizes[1] == sizes[0] + 5
@@ -124,10 +122,66 @@ def test_text_written_by_the_model_is_tokenised_again(
     assert summary["status"] == "ungated"
 
 
+class Killed(Exception):
+    pass
+
+
 @pytest.mark.full
-def test_tasks_in_sequence_and_the_control_keep_their_tokenizers(
+@pytest.mark.parametrize("words", [[], ["control=true"]])
+@pytest.mark.parametrize("stage", ["evaluation", "expansion", "training"])
+def test_a_kill_between_stages_is_resumed(
+    run_tiny: Callable[..., Outcome], tmp_path: Path, stage: str, words: list[str]
+) -> None:
+    words = ["expansion.vocab.new_tokens=40", "forgetting=replay", "gate=off", *words]
+    whole = job(run_tiny, tmp_path / "whole", *words)
+
+    def die(*_: Any, **__: Any) -> None:
+        raise Killed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stages, stage, die)
+        with pytest.raises(Killed):
+            job(run_tiny, tmp_path / "parts", *words)
+    parts = job(run_tiny, tmp_path / "parts", *words)
+    assert parts["lineage"]["model_hash"] == whole["lineage"]["model_hash"]
+    assert parts["final"] == whole["final"]
+
+
+@pytest.mark.full
+def test_tasks_in_sequence_learn_tokens_of_the_first_and_resume(
     run_tiny: Callable[..., Outcome], tmp_path: Path
 ) -> None:
+    third = tmp_path / "third.jsonl"
+    lines = [json.dumps({"text": f"qzqz part {n} of a third kind " * 9}) for n in range(60)]
+    third.write_text("\n".join(lines), encoding="utf-8")
+    new = FIXTURES / "text/new.jsonl"
+    words = ["expansion.vocab.new_tokens=40", "forgetting=replay", "data.new=null"]
+    words += [f"data.tasks=[{{new: {new}}},{{third: {third}}}]"]
+    train, runs = stages.training, []
+
+    def die_in_the_second(*arguments: Any, **options: Any) -> Any:
+        runs.append(arguments)
+        if len(runs) == 2:
+            raise Killed
+        return train(*arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stages, "training", die_in_the_second)
+        with pytest.raises(Killed):
+            job(run_tiny, tmp_path / "run", *words)
+    summary = job(run_tiny, tmp_path / "run", *words)
+    before, after = summary["baseline"], summary["final"]
+    fertility = {
+        name: after[name]["loss_per_byte"]
+        / after[name]["loss"]
+        / (before[name]["loss_per_byte"] / before[name]["loss"])
+        for name in ("new", "third")
+    }
+    assert fertility["new"] < 0.9 < fertility["third"]
+
+
+@pytest.mark.full
+def test_the_control_keeps_its_tokenizer(run_tiny: Callable[..., Outcome], tmp_path: Path) -> None:
     words = ("expansion.vocab.new_tokens=40", "control=true", "gate=off", "forgetting=replay")
     summary = job(run_tiny, tmp_path / "run", *words)
     before, after, control = (

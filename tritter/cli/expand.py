@@ -149,8 +149,7 @@ Measure = Annotated[
     bool | None,
     flag(
         "--measure/--no-measure",
-        "Compare source and result in stock models, layer by layer, and record the step-0 error. "
-        "Default: --measure.",
+        "Compare source and result in stock models; record the step-0 error. Default: --measure.",
         panel=WRITING,
     ),
 ]
@@ -235,7 +234,6 @@ def expand(
     """
     with loading("torch"):
         from tritter.cli.recipe import read_recipe
-        from tritter.core.expansions import vocab_place
 
     file = None if recipe is None else read_recipe(recipe)
     settings = _settings(context, file)
@@ -249,8 +247,9 @@ def expand(
         of_domain = (domain, domain_data, old_data, steps, learning_rate)
         is_trained = any(value is not None for value in of_domain)
         job = _resolve_job(checkpoint, specs, settings, file)
-        if vocab_place(specs) is not None:
-            job, is_trained = _with_tokens(job, domain_data, is_trained=any(of_domain[2:])), False
+        if any(spec.name == "vocab" for spec in specs):
+            others = [value for value in (domain, *of_domain[2:]) if value]
+            job, is_trained = _with_tokens(job, domain_data, is_trained=bool(others)), False
         if not dry_run and job.obstacle(overwrite=overwrite):
             raise RequestError(job.obstacle(overwrite=overwrite))
         text = _domain_text(*of_domain) if is_trained else None
@@ -427,7 +426,9 @@ def _with_tokens(job: _Job, data: Sequence[str] | None, *, is_trained: bool) -> 
     spec, key = specs[place], "--domain-data"
     assert isinstance(spec, Vocab)
     if is_trained:
-        raise RequestError("--old-data, --steps and --learning-rate: vocab trains nothing.")
+        raise RequestError("--domain, --old-data, --steps, --learning-rate: vocab trains nothing.")
+    if data and any(getattr(each, "is_append", False) for each in specs):
+        raise RequestError("--domain-data: for vocab or for moe-add; use two commands.")
     if data and not spec.is_learned:
         raise RequestError("--domain-data is not needed: the new tokens are given.")
     if not spec.is_learned:

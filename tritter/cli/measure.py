@@ -67,9 +67,9 @@ def measure(
 
     config = read_config(result.folder)
     try:
-        found = folder_jump(
-            source.folder, result.folder, random_tokens(source.config), progress=show
-        )
+        tokens, added = random_tokens(source.config), result.plan.vocabulary
+        num_new = None if added is None else added.num_new
+        found = folder_jump(source.folder, result.folder, tokens, num_new=num_new, progress=show)
     except TritterError:
         raise
     # Stock classes trust their config, so a bad value may raise any exception

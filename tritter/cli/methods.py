@@ -41,7 +41,8 @@ _OPTION_OF_KEY = {
     "moe_add.init": "expert_init",
     "vocab.init": "vocab_init",
 }
-_NO_OPTION = (TARGET, "new_blocks_only", "merges")  # of training, and set by Tritter
+# Of training, and set by Tritter
+_NO_OPTION = (TARGET, "new_blocks_only", "freeze_old_rows", "merges")
 # Keys of ctx.meta: the requested methods (None: all), and the options that help describes
 _METHODS, _SHOWN = "tritter.methods", "tritter.shown"
 

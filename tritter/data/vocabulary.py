@@ -262,12 +262,12 @@ def give_merges(
         if most is not None and following - first_id + max(len(ids) - 1, 0) > most:
             break
         while len(ids) > 1:
-            left, right, *rest = ids
+            left, right = ids[:2]
             ranks.setdefault((left, right), len(ranks))
             text = known[left] + known[right]
             if text not in numbers:
                 numbers[text], known[following], following = following, text, following + 1
-            ids = [numbers[text], *rest]
+            ids = _merged(ids, ranks, known, numbers)
     return tuple(ranks)
 
 
@@ -321,7 +321,7 @@ class RowWeights:
     """New embedding rows as weighted sums of old ones.
 
     Args:
-        index: int64 [n, k], old rows; −1 is the mean of all of them.
+        index: int64 [n, k], old rows.
         weights: float64 [n, k].
     """
 
@@ -340,9 +340,6 @@ class RowWeights:
             index[number, : len(row)] = torch.tensor([*row])
             weights[number, : len(row)] = torch.tensor([*row.values()], dtype=torch.float64)
         return cls(index, weights)
-
-
-MEAN_OF_ALL: Mapping[int, float] = {-1: 1.0}
 
 
 def mean_rows(extended: ExtendedTokenizer) -> list[dict[int, float]]:
@@ -482,17 +479,25 @@ def retokenised(
         reason = "the checkpoint stores conversations, which can't be tokenised again; remove "
         reason += "state/ from a copy of it, and name the old data in the next run"
         raise RequestError(Problem(_KEY, reason=reason))
-    texts = []
+    pieces = []  # text of each document or part of one, and whether an end of text follows
     for row in sequences:
         ends = (row == end_of_text_id).nonzero().flatten().tolist()
         for begin, end in zip([-1, *ends], [*ends, len(row)], strict=True):
-            if text := old.decode(row[begin + 1 : end].tolist()).strip("\ufffd"):
-                texts.append(text)
-    documents, length = tokenise_texts(texts, new), sequences.shape[1]
-    while documents.num_tokens + len(documents) < length:  # a single short sequence
-        texts = texts + texts
+            text = old.decode(row[begin + 1 : end].tolist()).strip("\ufffd")
+            pieces.append((text, end < len(row)))
+    texts, length = [text for text, _ in pieces if text], sequences.shape[1]
+    if not texts:
+        return sequences.int()
+    if packing == "documents":
         documents = tokenise_texts(texts, new)
-    again = packed(
-        documents, packing=packing, sequence_length=length, end_of_text_id=end_of_text_id
-    )
-    return torch.as_tensor(again).int()
+        if documents.num_tokens + len(documents) < length:  # a single short sequence
+            documents = tokenise_texts(texts * length, new)
+        again = packed(
+            documents, packing=packing, sequence_length=length, end_of_text_id=end_of_text_id
+        )
+        return torch.as_tensor(again).int()
+    ids, documents = list[int](), tokenise_texts([text for text, _ in pieces], new)
+    for number, (_, is_ended) in enumerate(pieces):  # a row may end within a document
+        ids += documents.document(number).tolist() + [end_of_text_id] * is_ended
+    ids *= -(-length // len(ids))
+    return torch.tensor(ids[: len(ids) // length * length]).view(-1, length).int()

@@ -20,7 +20,8 @@ class Jump:
     Args:
         max_absolute: of the logits of old tokens.
         relative_to_std: the same in standard deviations.
-        new_token_mass: mean probability of all new tokens; None without new tokens.
+        new_token_mass: mean probability of new tokens; None without new tokens. Rows of no token,
+            which pad the vocabulary, do not count.
     """
 
     max_absolute: float
@@ -38,13 +39,20 @@ class Jump:
         return plain
 
 
-def logit_jump(before_model: nn.Module, after_model: nn.Module, input_ids: Tensor) -> Jump:
+def logit_jump(
+    before_model: nn.Module,
+    after_model: nn.Module,
+    input_ids: Tensor,
+    *,
+    num_new: int | None = None,
+) -> Jump:
     """Compare two models on the same tokens, in float32 and without autocast.
 
     Args:
         before_model: the model before expansion.
         after_model: the model after expansion.
         input_ids: int64 [B, T] of real text; random tokens may miss some changes.
+        num_new: number of new tokens. Default: all rows that the vocabulary has more.
 
     Raises:
         TritterError: the vocabulary shrank.
@@ -53,7 +61,8 @@ def logit_jump(before_model: nn.Module, after_model: nn.Module, input_ids: Tenso
     size = _compared_size(before.shape[-1], after.shape[-1])
     largest, mass = (after[..., :size] - before).abs().max(), None
     if after.shape[-1] > size:
-        mass = float(after.softmax(dim=-1)[..., size:].sum(dim=-1).mean())
+        end = None if num_new is None else size + num_new
+        mass = float(after.softmax(dim=-1)[..., size:end].sum(dim=-1).mean())
     return Jump(float(largest), float(largest / before.std()), mass)
 
 
@@ -121,7 +130,12 @@ class FolderJump:
 
 
 def folder_jump(
-    before: Path, after: Path, input_ids: Tensor, *, progress: Progress | None = None
+    before: Path,
+    after: Path,
+    input_ids: Tensor,
+    *,
+    num_new: int | None = None,
+    progress: Progress | None = None,
 ) -> FolderJump:
     """Compare the models of two folders on the same tokens, in float32.
 
@@ -129,6 +143,7 @@ def folder_jump(
         before: folder of the model before expansion.
         after: folder of the model after expansion.
         input_ids: int64 [B, T].
+        num_new: number of new tokens. Default: all rows that the vocabulary has more.
         progress: called with bytes read so far and in total.
 
     Raises:
@@ -148,7 +163,8 @@ def folder_jump(
     step = min(model.rows_per_block for model in models)
     largest, mass = torch.zeros(()), None
     moments = torch.zeros(3, dtype=torch.float64)  # number, sum and sum of squares
-    totals = [torch.tensor(-torch.inf)] * 2  # log of the sum of exp over old and new tokens
+    # Log of the sum of exp over old tokens, new ones, and rows of no token
+    totals = [torch.tensor(-torch.inf)] * 3
     for rows in blocks(slice(0, size), step):
         old_BTV, new_BTV = (model.logits(rows) for model in models)
         totals[0] = torch.logaddexp(totals[0], new_BTV.logsumexp(dim=-1))
@@ -156,11 +172,15 @@ def folder_jump(
         wide = old_BTV.double()
         number = torch.tensor(wide.numel()).double()
         moments += torch.stack([number, wide.sum(), wide.square().sum()])
-    if models[1].vocab_size > size:
-        for rows in blocks(slice(size, models[1].vocab_size), step):
+    last = models[1].vocab_size
+    end = last if num_new is None else size + num_new
+    for place, part in ((1, slice(size, end)), (2, slice(end, last))):
+        for rows in blocks(part, step):
             more_BT = models[1].logits(rows).logsumexp(dim=-1)
-            totals[1] = torch.logaddexp(totals[1], more_BT)
-        mass = float((totals[1] - totals[0]).sigmoid().mean())
+            totals[place] = torch.logaddexp(totals[place], more_BT)
+    if last > size:
+        others = torch.logaddexp(totals[0], totals[2])
+        mass = float((totals[1] - others).sigmoid().mean())
     number, total_logits, squares = moments
     # Same as `Tensor.std`
     deviation = ((squares - total_logits**2 / number).clamp(min=0) / (number - 1)).sqrt()

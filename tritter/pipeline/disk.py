@@ -19,7 +19,9 @@ from tritter.storage.atomic import remove_folder
 from tritter.storage.reading import LINEAGE_NAME
 from tritter.transform import Expanded, expand, size_text
 
-_RECORDS = {"config.json", LINEAGE_NAME, "router.json"}
+# Later stages read them: shapes, lineage, and the tokenizer of an expanded vocabulary
+_RECORDS = {"config.json", LINEAGE_NAME, "router.json", "tokenizer.json", "tokenizer_config.json"}
+_RECORDS |= {"special_tokens_map.json", "generation_config.json"}
 _BEFORE_FIT = ("expanded", "distilled", "adapted")
 _AGAIN = "expanded_again"
 

@@ -63,19 +63,19 @@ def with_example(branch: Branch, source: Source) -> Branch:
 
 
 def learning(context: RunContext, branch: Branch) -> StageResult:
-    """Learn new tokens from the training documents of all new domains."""
+    """Learn new tokens from the training documents of a branch's new domains."""
     place = vocab_place(branch.specs)
     assert place is not None
     spec, source = branch.specs[place], context.source(branch.start)
     assert isinstance(spec, Vocab)
     number = spec.num_tokens(source.family, source.config)
     most = "" if spec.new_tokens else "up to "
-    new = ", ".join(context.new_domains)
-    context.say("vocabulary", f"{most}{number:,} new tokens from {new}")
+    names = context.new_domains_of(branch)
+    context.say("vocabulary", f"{most}{number:,} new tokens from {', '.join(names)}")
     documents, rule = all_documents(context.text.domains), context.text.split
-    texts = training_texts(documents, rule=rule, names=context.new_domains)
+    texts = training_texts(documents, rule=rule, names=names)
     with context.progress_bars() as new_bar:
-        total = sum(context.corpus.counts[name].train for name in context.new_domains)
+        total = sum(context.corpus.counts[name].train for name in names)
         merges = learned(spec, source, _shown(texts, new_bar("vocabulary"), total)).merges
     assert merges is not None
     return StageResult(VocabularyFound(merges=merges))

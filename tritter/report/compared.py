@@ -17,7 +17,7 @@ from tritter.evaluation.statistics import (
     finite_or_none,
     relative_forgetting,
 )
-from tritter.report.rows import ScoreChange, change_text, score_text
+from tritter.report.rows import ScoreChange, change_text, score_text, unit_of
 from tritter.report.runs import (
     CONFIDENCE,
     MIN_SEEDS,
@@ -265,13 +265,14 @@ class Comparison:
     def _scores(self) -> Table:
         subjects = dict.fromkeys((r.domain, r.role) for each in self.runs for r in each.run.rows)
         has_grown = any(each.run.summary.expansion for each in self.runs)
+        unit, in_unit = unit_of(each.run.summary for each in self.runs)
         stages = ("before", "expanded", "trained") if has_grown else ("before", "trained")
         rows = tuple(
             (
                 domain,
                 role,
                 each.name,
-                *(score_text(getattr(row, stage)) for stage in stages),
+                *(score_text(in_unit(getattr(row, stage))) for stage in stages),
                 change_text(row.change),
                 row.verdict or MISSING,
             )
@@ -282,7 +283,7 @@ class Comparison:
         )
         header = ("domain", "role", "run", *stages, "change", "verdict")
         caption = (
-            "loss [nats/token] or accuracy; change from before to trained [% per byte] with the "
+            f"loss [nats/{unit}] or accuracy; change from before to trained [% per byte] with the "
             "one-sided bounds of the gate: forgetting on old domains, gain on new ones"
         )
         return Table(header, rows, tuple(range(3, 4 + len(stages))), caption)

@@ -32,7 +32,7 @@ from tritter.report.growth import (
 )
 from tritter.report.matrix import matrix_figure, transfer_table
 from tritter.report.plots import SMOOTHED_FROM_POINTS, Curve, last_flops, running_mean
-from tritter.report.rows import Role, change_text
+from tritter.report.rows import Role, change_text, has_new_tokens
 from tritter.report.runs import (
     CONFIDENCE,
     MIN_SEEDS,
@@ -177,6 +177,8 @@ def _subtitle(groups: Sequence[Group]) -> str:
         number = "one group" if len(groups) == 1 else f"{len(groups)} groups"
         lead += f" in {number}; the runs of a group differ only in the seed"
     lead += ". Losses are in nats per token, changes of a loss are per byte."
+    if any(has_new_tokens(run.summary) for group in groups for run in group.runs):
+        lead += " Curves of runs with another tokenizer can't be compared."
     if len(with_controls(groups)) > MAX_GROUPS:
         lead += f" The figures of changes and cost show the first {MAX_GROUPS} groups."
     return lead

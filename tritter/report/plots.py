@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +12,7 @@ from tritter.report.drawing import BLUE, CYCLE, GREY, ORANGE, PURPLE, new_figure
 from tritter.report.experts import experts_figure
 from tritter.report.growth import growth_figure, mark_growth
 from tritter.report.matrix import matrix_figure
-from tritter.report.rows import DomainRow, change_text, domain_rows
+from tritter.report.rows import DomainRow, change_text, domain_rows, unit_of
 from tritter.report.summary import MAX_NUMBER, Score, Summary
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def plot_run(
     attempt, growth, experts = summary.last_attempt, summary.growth, summary.experts
     matrix, end = summary.matrix, attempt.steps
     figures = {
-        "domains.png": _domains_figure(rows),
+        "domains.png": _domains_figure(rows, *unit_of([summary])),
         "forgetting.png": _forgetting_figure(
             rows,
             [*earlier, curves],
@@ -108,17 +108,20 @@ def curves_of(rows: Sequence[Mapping[str, str]]) -> tuple[Curve, ...]:
     return tuple(curves)
 
 
-def _domains_figure(rows: Sequence[DomainRow]) -> Figure | None:
+def _domains_figure(
+    rows: Sequence[DomainRow], unit: str, in_unit: Callable[[Score | None], Score | None]
+) -> Figure | None:
     """Draw one panel per domain, each on its own scale, so that a rise of 1 % is visible."""
     domains = [row for row in rows if not row.is_control and row.before.loss is not None]
     if not domains:
         return None
     figure, panels = new_figure(columns=len(domains), width=1.2 + 3.2 * len(domains), height=3.6)
     for row, axes in zip(domains, panels, strict=True):
-        _draw_stages(axes, (row.before, row.expanded, row.trained), label="grown", color=BLUE)
+        scores = tuple(map(in_unit, (row.before, row.expanded, row.trained)))
+        _draw_stages(axes, scores, label="grown", color=BLUE)
         for control in rows:
             if control.is_control and control.domain == row.domain:
-                scores = (control.before, None, control.trained)
+                scores = (in_unit(control.before), None, in_unit(control.trained))
                 _draw_stages(axes, scores, label="control (not grown)", color=ORANGE)
         is_known = row.change.value is not None
         change = f"{change_text(row.change)} %" if is_known else "change unknown"
@@ -126,7 +129,7 @@ def _domains_figure(rows: Sequence[DomainRow]) -> Figure | None:
         axes.set_xticks(range(len(_STAGES)), _STAGES)
         axes.set_xlim(-0.35, 2.35)
         axes.margins(y=0.15)
-    panels[0].set_ylabel("validation loss [nats/token]")
+    panels[0].set_ylabel(f"validation loss [nats/{unit}]")
     if any(row.is_control for row in rows):
         panels[-1].legend(frameon=False, fontsize=8)
     note = "bars: one standard error over documents; the changes above are paired by document"

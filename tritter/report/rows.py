@@ -1,5 +1,6 @@
 """Rows of a run's result, from its summary.json, for its table and plots."""
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -127,13 +128,28 @@ def has_new_tokens(summary: Summary) -> bool:
     return summary.jump is not None and summary.jump.new_token_mass is not None
 
 
-def score_text(score: Score | None, *, per_byte: bool = False) -> str:
-    """Return nats per token (or per byte) with three decimals, or an accuracy in per cent."""
+def unit_of(
+    summaries: Iterable[Summary],
+) -> tuple[str, Callable[[Score | None], Score | None]]:
+    """Return the unit in which losses of some runs can be compared, and what converts to it."""
+    if any(map(has_new_tokens, summaries)):
+        return "byte", per_byte
+    return "token", lambda score: score
+
+
+def per_byte(score: Score | None) -> Score | None:
+    """Return a score whose loss and standard error are in nats per byte."""
+    if score is None or (ratio := score.tokens_per_byte) is None:
+        return score
+    error = None if score.standard_error is None else score.standard_error * ratio
+    return score.model_copy(update={"loss": score.loss_per_byte, "standard_error": error})
+
+
+def score_text(score: Score | None) -> str:
+    """Return the loss with three decimals, or an accuracy in per cent."""
     if score is not None and score.accuracy is not None:
         return f"{score.accuracy:.1%}"
-    if score is None:
-        return number_text(None, ".3f")
-    return number_text(score.loss_per_byte if per_byte else score.loss, ".3f")
+    return number_text(None if score is None else score.loss, ".3f")
 
 
 def change_text(change: ScoreChange) -> str:

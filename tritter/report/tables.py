@@ -17,6 +17,7 @@ from tritter.report.rows import (
     has_new_tokens,
     score_of,
     score_text,
+    unit_of,
 )
 from tritter.report.summary import Attempt, Jump, MoeRecord, Summary
 from tritter.report.table import STYLES, Table, label
@@ -90,12 +91,12 @@ def result_table(summary: Summary, rows: Sequence[DomainRow]) -> Table:
     has_grown = bool(summary.last_attempt.expansion)
     scored = ("before", "expanded", "trained") if has_grown else ("before", "trained")
     header = ("domain", "role", *scored, "change", "verdict")
-    per_byte = has_new_tokens(summary)
+    unit, in_unit = unit_of([summary])
     cells = [
         (
             label(row.domain),
             row.role,
-            *(score_text(getattr(row, stage), per_byte=per_byte) for stage in scored),
+            *(score_text(in_unit(getattr(row, stage))) for stage in scored),
             change_text(row.change),
             row.verdict or MISSING,
         )
@@ -115,7 +116,7 @@ def result_table(summary: Summary, rows: Sequence[DomainRow]) -> Table:
         header,
         tuple(cells),
         numbers=tuple(range(2, 3 + len(scored))),
-        title=f"Loss [nats/{'byte' if per_byte else 'token'}], change of the loss [% per byte]",
+        title=f"Loss [nats/{unit}], change of the loss [% per byte]",
         caption="\n".join(lines),
         names={0: _DOMAIN_CHARACTERS},
         rules=tuple(rules),

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from tests import oracle
 from tests.oracle.families import generic, tiny
@@ -94,7 +94,7 @@ def test_new_rows_are_means_of_the_tokens_they_consist_of(llama: Path, tmp_path:
             assert torch.allclose(new[name][number], mean, atol=1e-7)
 
 
-def test_16_bit_rows_keep_their_bits_and_unused_rows_are_means(tmp_path: Path) -> None:
+def test_16_bit_rows_keep_their_bits_and_unused_rows_are_quiet(tmp_path: Path) -> None:
     model = oracle.tiny_llama(vocab_size=SIZE).to(torch.bfloat16)
     source = written(tmp_path / "base", model)
     made = expand(source, tmp_path / "grown", [replace(vocab(), multiple_of=64)]).plan.vocabulary
@@ -103,9 +103,10 @@ def test_16_bit_rows_keep_their_bits_and_unused_rows_are_means(tmp_path: Path) -
     embedding = "model.embed_tokens.weight"
     assert new[embedding].dtype == torch.bfloat16 and len(new[embedding]) == 384
     assert torch.equal(new[embedding][:SIZE], old[embedding])
-    mean = old[embedding].double().mean(dim=0).to(torch.bfloat16)
-    unused = new[embedding][SIZE + made.num_new :]
-    assert torch.equal(unused, mean.expand(len(unused), -1)) and len(unused) > 50
+    rows, unused = old[embedding].double(), new[embedding][SIZE + made.num_new :]
+    mean, length = rows.mean(dim=0), rows.square().sum(dim=1).mean().sqrt()
+    expected = (mean * length / mean.norm()).to(torch.bfloat16)
+    assert torch.equal(unused, expected.expand(len(unused), -1)) and len(unused) > 50
 
 
 def test_the_tokenizer_loads_in_transformers(llama: Path, tmp_path: Path) -> None:
@@ -258,15 +259,48 @@ def test_quiet_rows_take_less_probability(tmp_path: Path) -> None:
 def test_sums_of_rows_in_blocks_equal_the_whole() -> None:
     draws = torch.Generator().manual_seed(0)
     source = torch.randn(30, 7, generator=draws)
-    index = torch.tensor([[3, 4], [-1, 0], [29, 29]])
+    index = torch.tensor([[3, 4], [0, 7], [29, 29]])
     weights = torch.tensor([[0.5, 0.5], [1.0, 0.0], [2.0, -1.0]]).double()
     fill = Fill("rows", index=index, values=weights)
     sums = new_rows(fill, source)
-    expected = torch.stack([source[3:5].mean(0), source.mean(0), source[29]]).double()
+    expected = torch.stack([source[3:5].mean(0), source[0], source[29]]).double()
     assert torch.allclose(sums(0, 3), expected, atol=1e-6)
     assert torch.equal(torch.cat([sums(0, 1), sums(1, 3)]), sums(0, 3))
     spec = TensorMap(source="w", fill=fill)
     assert torch.equal(mapped(spec, lambda name: source), source)
+
+
+def test_unused_rows_are_no_new_tokens(llama: Path, tmp_path: Path) -> None:
+    """The reported probability is that of new tokens, whatever pads the vocabulary."""
+    masses = []
+    for multiple in (1, 1024):
+        spec = replace(vocab(), multiple_of=multiple)
+        made = expand(llama, tmp_path / f"{multiple}", [spec]).plan.vocabulary
+        assert made is not None
+        ids, folders = oracle.tokens(SIZE), (tmp_path / "base", tmp_path / f"{multiple}")
+        streamed = folder_jump(*folders, ids, num_new=made.num_new).jump
+        before, after = map(oracle.stock, folders)
+        jump = logit_jump(before, after, ids, num_new=made.num_new)
+        assert streamed.new_token_mass == pytest.approx(jump.new_token_mass, rel=1e-4)
+        probabilities = oracle.logits(after, ids).double().softmax(dim=-1)
+        mass = probabilities[..., SIZE : SIZE + made.num_new].sum(dim=-1).mean()
+        assert jump.new_token_mass == pytest.approx(float(mass), rel=1e-4)
+        masses.append(jump.new_token_mass)
+    assert masses[1] < masses[0]
+
+
+def test_quiet_rows_of_a_head_with_a_bias(tmp_path: Path) -> None:
+    config = AutoConfig.for_model(
+        "phi", vocab_size=SIZE, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=2, max_position_embeddings=64,
+    )  # fmt: skip
+    source = written(tmp_path / "base", AutoModelForCausalLM.from_config(config).eval())
+    for head in ("same", "quiet"):
+        expand(source, tmp_path / head, [vocab(head_init=head)])
+        before, after = (oracle.stock(tmp_path / f) for f in ("base", head))
+        assert logit_jump(before, after, oracle.tokens(SIZE)).relative_to_std < 1e-5
+    bias = load_file(tmp_path / "quiet/model.safetensors")["lm_head.bias"]
+    assert torch.equal(bias[SIZE:], bias[:SIZE].min().expand(len(bias) - SIZE))
 
 
 BAD: list[tuple[Callable[[], Any], str]] = [

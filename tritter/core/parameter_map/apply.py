@@ -327,11 +327,9 @@ def new_rows(fill: Fill, source: Tensor) -> Callable[[int, int], Tensor]:
     """
     import torch
 
-    mean = source.double().mean(dim=0)
+    quiet = _quiet_row(source)
     if fill.kind == "quiet":
-        length = source.double().flatten(1).square().sum(dim=1).mean().sqrt()
-        row = mean * (length / mean.norm().clamp(min=1e-12))
-        return lambda begin, end: row.expand(end - begin, *row.shape)
+        return lambda begin, end: quiet.expand(end - begin, *quiet.shape)
     index, weights = fill.index, fill.values
     assert index is not None and weights is not None, "sums of rows need weights"
     shape = (-1, index.shape[1], *[1] * (source.ndim - 1))
@@ -339,10 +337,19 @@ def new_rows(fill: Fill, source: Tensor) -> Callable[[int, int], Tensor]:
     def sums(begin: int, end: int) -> Tensor:
         chosen = index[begin:end].to(source.device)  # [m, k]
         taken = source[chosen.clamp(min=0)].double()  # [m, k, ...]
-        taken = torch.where((chosen < 0).view(shape), mean, taken)
+        taken = torch.where((chosen < 0).view(shape), quiet, taken)
         return (taken * weights[begin:end].to(source.device).view(shape)).sum(dim=1)
 
     return sums
+
+
+def _quiet_row(source: Tensor) -> Tensor:
+    """Return the mean row at the usual length of a row, float64; of biases the lowest."""
+    rows = source.double()
+    if source.ndim == 1:
+        return rows.min()
+    mean, length = rows.mean(dim=0), rows.flatten(1).square().sum(dim=1).mean().sqrt()
+    return mean * (length / mean.norm().clamp(min=1e-12))
 
 
 def normal_numbers(seed: int, *, std: float, mean: float = 0.0) -> Callable[[torch.Size], Tensor]:

@@ -289,8 +289,8 @@ class Fill:
         donor: a map from another tensor to the whole target, with its own fill.
         values: of `given`: one per entry without a source, in the target's order. Of `rows`:
             float64 [n, k], the weights of `index`.
-        index: of `rows`: int64 [n, k], the summed rows of each of the n new rows; −1 is the mean
-            of all.
+        index: of `rows`: int64 [n, k], the summed rows of each of the n new rows; −1 is the
+            row of `quiet`.
     """
 
     kind: Literal[
