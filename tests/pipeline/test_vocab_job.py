@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 
 from tests.pipeline.tiny import FIXTURES, TINY
 from tritter.checkpoints.state import KeptSequences
+from tritter.cli import main
 from tritter.config.launch.composition import load_config
 from tritter.errors import RequestError
 from tritter.evaluation.statistics import PairedScores
@@ -66,6 +67,22 @@ def test_the_summary_and_the_table_are_per_byte(done: Path) -> None:
     lines = {line.label: line.text for line in summary_lines(summary)}
     assert "new 0." in lines["tokens/byte"] and "→" in lines["tokens/byte"]
     assert {each.prompt for each in summary.samples} >= {"the line"}
+
+
+def test_a_comparison_with_another_tokenizer_is_per_byte(
+    done: Path,
+    run_tiny: Callable[..., Outcome],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    plain = tmp_path / "plain"
+    run_tiny(plain, "expansion=none", "forgetting=none", "gate=off", "evaluation.sample_tokens=0")
+    capsys.readouterr()
+    assert main(["compare", str(plain), str(done)]) == 0
+    text = capsys.readouterr().out
+    summary = json.loads((plain / "summary.json").read_text(encoding="utf-8"))
+    assert "loss [nats/byte]" in text
+    assert f"{summary['baseline']['new']['loss_per_byte']:.3f}" in text
 
 
 def test_the_checkpoint_has_the_new_tokens(done: Path) -> None:
