@@ -139,7 +139,7 @@ class BoundVocab:
     Args:
         options: the options, with `merges`.
         num_new: number of new tokens, without padding.
-        rows: index int64 [num_new, k] of old rows (−1: their mean) and weights float64
+        rows: index int64 [num_new, k] of old rows and weights float64
             [num_new, k], whose sums are the new rows; None for random rows.
         tokenizer: text of the extended tokenizer.json.
         remarks: notes for people.
@@ -189,7 +189,7 @@ class BoundVocab:
         import torch
 
         index, weights = self.rows
-        unused = num_rows - len(index)  # rows of no token get the mean
+        unused = num_rows - len(index)  # rows of no token are quiet
         index = torch.cat([index, index.new_full((unused, index.shape[1]), -1)])
         more = weights.new_full((unused, index.shape[1]), 1 / index.shape[1])
         return Fill("rows", index=index, values=torch.cat([weights, more]))
