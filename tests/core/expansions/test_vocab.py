@@ -94,10 +94,12 @@ def test_new_rows_are_means_of_the_tokens_they_consist_of(llama: Path, tmp_path:
             assert torch.allclose(new[name][number], mean, atol=1e-7)
 
 
-def test_16_bit_rows_keep_their_bits_and_unused_rows_are_quiet(tmp_path: Path) -> None:
+@pytest.mark.parametrize("init", ["mean", "random"])
+def test_16_bit_rows_keep_their_bits_and_unused_rows_are_quiet(tmp_path: Path, init: Any) -> None:
     model = oracle.tiny_llama(vocab_size=SIZE).to(torch.bfloat16)
     source = written(tmp_path / "base", model)
-    made = expand(source, tmp_path / "grown", [replace(vocab(), multiple_of=64)]).plan.vocabulary
+    spec = replace(vocab(init=init), multiple_of=64)
+    made = expand(source, tmp_path / "grown", [spec]).plan.vocabulary
     assert made is not None
     old, new = (load_file(tmp_path / f / "model.safetensors") for f in ("base", "grown"))
     embedding = "model.embed_tokens.weight"
@@ -266,6 +268,10 @@ def test_sums_of_rows_in_blocks_equal_the_whole() -> None:
     expected = torch.stack([source[3:5].mean(0), source[0], source[29]]).double()
     assert torch.allclose(sums(0, 3), expected, atol=1e-6)
     assert torch.equal(torch.cat([sums(0, 1), sums(1, 3)]), sums(0, 3))
+    random = replace(fill, index=torch.full((40, 1), -2), values=torch.ones(40, 1), seed=1)
+    whole, parts = new_rows(random, source)(0, 40), new_rows(random, source)
+    assert torch.equal(torch.cat([parts(0, 1), parts(1, 3), parts(3, 40)]), whole)
+    assert 0.8 < whole.std() / source.std() < 1.2 and len(whole.unique()) == 280
     spec = TensorMap(source="w", fill=fill)
     assert torch.equal(mapped(spec, lambda name: source), source)
 

@@ -184,15 +184,17 @@ class BoundVocab:
     def _fill(self, is_head: bool, num_rows: int, seed: int) -> Fill:
         if is_head and self.options.head_init == "quiet":
             return Fill("quiet")
-        if self.rows is None:
-            return Fill("matched", seed=seed)
         import torch
 
-        index, weights = self.rows
+        if self.rows is None:  # −2 is a random row
+            index = torch.full((self.num_new, 1), -2)
+            weights = torch.ones(self.num_new, 1, dtype=torch.float64)
+        else:
+            index, weights = self.rows
         unused = num_rows - len(index)  # rows of no token are quiet
         index = torch.cat([index, index.new_full((unused, index.shape[1]), -1)])
         more = weights.new_full((unused, index.shape[1]), 1 / index.shape[1])
-        return Fill("rows", index=index, values=torch.cat([weights, more]))
+        return Fill("rows", index=index, values=torch.cat([weights, more]), seed=seed)
 
     def notes(self, family: Family, source: Config, target: Config) -> tuple[str, ...]:
         old, new = (family.dimensions(config).vocab_size for config in (source, target))

@@ -333,12 +333,17 @@ def new_rows(fill: Fill, source: Tensor) -> Callable[[int, int], Tensor]:
     index, weights = fill.index, fill.values
     assert index is not None and weights is not None, "sums of rows need weights"
     shape = (-1, index.shape[1], *[1] * (source.ndim - 1))
+    old = source.double()
+    draw = normal_numbers(fill.seed, std=float(old.std()), mean=float(old.mean()))
 
     def sums(begin: int, end: int) -> Tensor:
         chosen = index[begin:end].to(source.device)  # [m, k]
         taken = source[chosen.clamp(min=0)].double()  # [m, k, ...]
         taken = torch.where((chosen < 0).view(shape), quiet, taken)
-        return (taken * weights[begin:end].to(source.device).view(shape)).sum(dim=1)
+        made = (taken * weights[begin:end].to(source.device).view(shape)).sum(dim=1)
+        for number in (chosen[:, 0] == -2).nonzero().flatten().tolist():  # equal in any blocks
+            made[number] = draw(source.shape[1:])
+        return made
 
     return sums
 

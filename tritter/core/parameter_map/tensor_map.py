@@ -283,14 +283,14 @@ class Fill:
             long as rows are); `copy` (another tensor mapped by `donor`); or `given`
             (`values`).
         std: standard deviation of `random`.
-        seed: of `random` and `matched`; each tensor has its own.
+        seed: of `random`, `matched` and `rows`; each tensor has its own.
         scale: factor on the source's statistics in `matched`.
         repeat: number of consecutive rows that share one draw of `random` (router rows of a group).
         donor: a map from another tensor to the whole target, with its own fill.
         values: of `given`: one per entry without a source, in the target's order. Of `rows`:
             float64 [n, k], the weights of `index`.
         index: of `rows`: int64 [n, k], the summed rows of each of the n new rows; −1 is the
-            row of `quiet`.
+            row of `quiet`, and −2 at the start a random row as in `matched`.
     """
 
     kind: Literal[
