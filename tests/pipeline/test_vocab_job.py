@@ -8,15 +8,23 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models
 
+from tests import oracle
 from tests.pipeline.tiny import FIXTURES, TINY
+from tritter.checkpoints import Source
 from tritter.checkpoints.state import KeptSequences
 from tritter.cli import main
 from tritter.config.launch.composition import load_config
+from tritter.core.expansions import Vocab
+from tritter.core.models import read_config, save_tokenizer
+from tritter.data.tokens import END_OF_TEXT
 from tritter.errors import RequestError
 from tritter.evaluation.statistics import PairedScores
 from tritter.pipeline import Outcome, run_pipeline, stages
+from tritter.pipeline.branch import Branch
+from tritter.pipeline.vocabulary import with_example
+from tritter.transform.folder import plan_expansion
 
 EMBEDDING = "model.embed_tokens.weight"
 
@@ -222,3 +230,14 @@ def test_the_control_keeps_its_tokenizer(run_tiny: Callable[..., Outcome], tmp_p
 def test_what_can_not_be_combined_is_refused(words: list[str], reason: str) -> None:
     with pytest.raises(RequestError, match=reason):
         load_config([*TINY, "expansion=vocab", *words])
+
+
+def test_the_rest_is_checked_where_the_last_token_twice_is_a_token(tmp_path: Path) -> None:
+    oracle.saved(oracle.tiny_llama(vocab_size=8), tmp_path / "base")
+    merges = [("a", "a")]
+    tokenizer = Tokenizer(models.BPE(vocab={END_OF_TEXT: 0, "aa": 1, "a": 2}, merges=merges))
+    save_tokenizer(tokenizer, tmp_path / "base", end_of_text=END_OF_TEXT)
+    source = Source.open(tmp_path / "base", read_config(tmp_path / "base"))
+    branch = with_example(Branch("given", (Vocab(multiple_of=1),)), source)
+    plan = plan_expansion(source, branch.specs)
+    assert plan.vocabulary is not None and plan.vocabulary.num_new == 1

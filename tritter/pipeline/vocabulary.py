@@ -58,8 +58,8 @@ def with_example(branch: Branch, source: Source) -> Branch:
         return branch
     size = source.family.dimensions(source.config).vocab_size
     content = require_bpe(read_tokenizer(source.folder, vocab_size=size).tokenizer)
-    numbers = sorted(content["model"]["vocab"].values())
-    return with_merges(branch, (numbers[-1], numbers[-1]))
+    longest = max(content["model"]["vocab"].items(), key=lambda entry: len(entry[0]))[1]
+    return with_merges(branch, (longest, longest))  # no token is twice as long
 
 
 def learning(context: RunContext, branch: Branch) -> StageResult:
