@@ -37,6 +37,31 @@ _GRAMS = (2, 3)
 _KEY = "expansion.vocab"
 
 
+class _Tokens:
+    """Texts and ids of the tokens of a vocabulary; a new text gets the next id.
+
+    Args:
+        content: tokenizer.json.
+        first_id: id of the first new token.
+    """
+
+    def __init__(self, content: Mapping[str, Any], first_id: int) -> None:
+        self.ids: dict[str, int] = dict(content["model"]["vocab"])
+        self.texts = {number: text for text, number in self.ids.items()}
+        self.next_id = first_id
+
+    def add(self, text: str) -> int:
+        """Return the id of a text, as a new token if it is none."""
+        if text not in self.ids:
+            self.ids[text], self.texts[self.next_id] = self.next_id, text
+            self.next_id += 1
+        return self.ids[text]
+
+    def merge(self, left: int, right: int) -> int:
+        """Return the id of two tokens joined, as a new token if it is none."""
+        return self.add(self.texts[left] + self.texts[right])
+
+
 @dataclass(frozen=True)
 class ExtendedTokenizer:
     """A tokenizer with further merges.
@@ -54,13 +79,10 @@ class ExtendedTokenizer:
     @cached_property
     def surfaces(self) -> dict[int, str]:
         """Token id → its text in the vocabulary; old tokens, then new ones."""
-        known = {number: text for text, number in self.content["model"]["vocab"].items()}
-        ids, following = set(known.values()), self.first_id
+        tokens = _Tokens(self.content, self.first_id)
         for left, right in self.merges:
-            if (text := known[left] + known[right]) not in ids:
-                known[following], following = text, following + 1
-                ids.add(text)
-        return known
+            tokens.merge(left, right)
+        return tokens.texts
 
     @cached_property
     def new_ids(self) -> range:
@@ -162,23 +184,20 @@ def _first_merges(
     trainee: Tokenizer, content: Mapping[str, Any], first_id: int, num_tokens: int
 ) -> list[tuple[int, int]]:
     """Return learned merges up to `num_tokens` new tokens, as pairs of token ids."""
-    known = {number: text for text, number in content["model"]["vocab"].items()}
-    numbers = {text: number for number, text in known.items()}
+    tokens, merges = _Tokens(content, first_id), list[tuple[int, int]]()
     special = {entry["content"] for entry in content.get("added_tokens") or ()}
     # What is learned → its text; a character stands for a token
-    surfaces = {chr(number + _FIRST_CHARACTER): text for number, text in known.items()}
-    merges, following = list[tuple[int, int]](), first_id
+    surfaces = {chr(number + _FIRST_CHARACTER): text for number, text in tokens.texts.items()}
     for left, right in json.loads(trainee.to_str())["model"]["merges"]:
         if left not in surfaces or right not in surfaces:
             continue  # part of a special token
         if (text := surfaces[left] + surfaces[right]) in special:
             continue
-        if text not in numbers:
-            if following == first_id + num_tokens:
-                break
-            numbers[text], following = following, following + 1
+        if text not in tokens.ids and tokens.next_id == first_id + num_tokens:
+            break
+        tokens.add(text)
         surfaces[left + right] = text
-        merges.append((numbers[surfaces[left]], numbers[surfaces[right]]))
+        merges.append((tokens.ids[surfaces[left]], tokens.ids[surfaces[right]]))
     return merges
 
 
@@ -247,42 +266,33 @@ def give_merges(
         RequestError: it is not a BPE tokenizer, or splits a text into several words.
     """
     content = require_bpe(tokenizer)
-    known = {number: text for text, number in content["model"]["vocab"].items()}
-    numbers = {text: number for number, text in known.items()}
-    following, ranks = first_id, dict[tuple[int, int], int]()
-    unknown = numbers.get(content["model"].get("unk_token") or "")
+    known, ranks = _Tokens(content, first_id), dict[tuple[int, int], int]()
+    unknown = known.ids.get(content["model"].get("unk_token") or "")
     for token in tokens:
         surface, reason = _surface(tokenizer, content, token)
         ids = [] if reason else [each.id for each in tokenizer.model.tokenize(surface)]
-        if any(each == unknown or known[each].startswith("<0x") for each in ids):
+        if any(each == unknown or known.texts[each].startswith("<0x") for each in ids):
             reason = "it has characters that the tokenizer writes as single bytes"
         if reason and not is_lenient:
             raise RequestError(Problem(key, token, reason=reason))
-        ids = [] if reason else _merged(ids, ranks, known, numbers)
-        if most is not None and following - first_id + max(len(ids) - 1, 0) > most:
+        ids = [] if reason else _merged(ids, ranks, known)
+        if most is not None and known.next_id - first_id + max(len(ids) - 1, 0) > most:
             break
         while len(ids) > 1:
             left, right = ids[:2]
             ranks.setdefault((left, right), len(ranks))
-            text = known[left] + known[right]
-            if text not in numbers:
-                numbers[text], known[following], following = following, text, following + 1
-            ids = _merged(ids, ranks, known, numbers)
+            known.merge(left, right)
+            ids = _merged(ids, ranks, known)
     return tuple(ranks)
 
 
-def _merged(
-    ids: Sequence[int],
-    ranks: Mapping[tuple[int, int], int],
-    known: Mapping[int, str],
-    numbers: Mapping[str, int],
-) -> list[int]:
+def _merged(ids: Sequence[int], ranks: Mapping[tuple[int, int], int], known: _Tokens) -> list[int]:
     """Apply new merges to the old tokens of a word, lowest rank first."""
     merged = list(ids)
     while pairs := [pair for pair in pairwise(merged) if pair in ranks]:
         left, right = min(pairs, key=ranks.__getitem__)
         place = list(pairwise(merged)).index((left, right))
-        merged[place : place + 2] = [numbers[known[left] + known[right]]]
+        merged[place : place + 2] = [known.merge(left, right)]
     return merged
 
 
