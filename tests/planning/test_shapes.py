@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from transformers import Qwen3MoeConfig
 
 from tests.oracle import tiny_llama
-from tritter.core.expansions import Dus, LlamaPro, Width, target_config
+from tritter.core.expansions import Dus, Layers, LlamaPro, Width, target_config
 from tritter.core.families import FAMILIES, Config, family_of
 from tritter.core.families.presets import PRESETS
 from tritter.errors import RequestError
@@ -98,6 +98,7 @@ def test_methods_are_sorted_by_direction() -> None:
         ([Dus(), LlamaPro()], "dus, llama_pro: both grow depth"),
         ([Width(hidden_size=64)], r"expansion\.width\.hidden_size = 64: the plan chooses"),
         ([Dus(target_layers=6)], r"expansion\.dus\.target_layers = 6"),
+        ([Layers(sources=(0, 0, 1))], "layers: it lists the layers of the result"),
     ],
 )
 def test_methods_that_cannot_be_planned_are_refused(specs: list, message: str) -> None:

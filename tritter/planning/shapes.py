@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
-from tritter.core.expansions import Dus, ExpansionSpec, Width, target_config
+from tritter.core.expansions import Dus, ExpansionSpec, Layers, Width, target_config
 from tritter.core.expansions.specification import is_possible
 from tritter.core.families import Config, Dimensions, count_parameters, family_of
 from tritter.core.families.presets import PRESETS, Preset
@@ -90,6 +90,11 @@ class GrowthMethods:
         found: dict[str, ExpansionSpec] = {}
         for spec in specs:
             direction = _direction(spec)
+            if isinstance(spec, Layers):
+                raise RequestError(
+                    "expansion = layers: it lists the layers of the result, so it has no size to "
+                    "choose. Remove the target, or use dus, stack, interpolate or llama_pro."
+                )
             if direction is None:
                 raise RequestError(
                     f"expansion = {spec.name}: a plan grows only depth and width; it can't choose "
