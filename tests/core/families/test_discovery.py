@@ -394,6 +394,7 @@ def test_what_can_not_be_exact_is_refused(model_type: str, message: str, tmp_pat
         ("width", {"intermediate_size": 192, "init": "aki"}, "opt has no table"),
         ("width", {"num_attention_heads": 8}, "the size of a head follows from the hidden size"),
         ("width", {"hidden_size": 96}, "use init=net2net with hidden_size=128"),
+        ("width", {"hidden_size": 100}, "use init=net2net with hidden_size=128"),
     ],
 )
 def test_what_has_no_table_is_refused(

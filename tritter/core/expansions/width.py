@@ -295,9 +295,9 @@ class Width:
                 "use fresh, net2net or zero_pad",
             )
         _check_grows(old, new)
+        self._check_mean(family, old, new)
         if not family.has_table:
             self._check_discovered(family, old, new)
-        self._check_mean(family, old, new)
         if family.heads_fill_hidden and family.has_table:
             check_filling_heads(family.model_type, old, new, strategy=self.strategy)
         check_heads(old, new, strategy=self.strategy)
