@@ -36,6 +36,7 @@ WIDTH_MOMENTS = "2026-11-20_width_moments"
 LIGO = "2026-11-20_ligo"
 VOCABULARY = "2026-11-24_vocabulary"
 GROWTH_RATES = "2026-11-24_growth_rates"
+DEPTH_BY_CHOICE = "2026-11-24_depth_by_choice"
 COMMANDS = re.findall(r"^python .*$", (FOLDER / "README.md").read_text("utf-8"), re.MULTILINE)
 
 
@@ -288,6 +289,58 @@ def test_growth_rates_runs_with_each_rule_and_is_summarised(
     importlib.import_module(f"experiments.{GROWTH_RATES}.summarise").main()
     readme = (FOLDER.parent / GROWTH_RATES / "README.md").read_text(encoding="utf-8")
     assert all(line in readme for line in capsys.readouterr().out.splitlines())
+
+
+@pytest.mark.full
+def test_depth_by_choice_runs_every_arm_and_is_summarised(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    experiment = importlib.import_module(f"experiments.{DEPTH_BY_CHOICE}.depth_by_choice")
+    summary = importlib.import_module(f"experiments.{DEPTH_BY_CHOICE}.summarise")
+    monkeypatch.setattr(experiment, "corpus_of", lambda seed: _small_corpus(seed, tmp_path))
+    sizes = {"BASE_STEPS": 3, "EVALUATED": (0, 2), "SCORED": 4, "VALIDATION": 4, "LONG_UPDATES": 9}
+    for name, value in {**sizes, "CACHE": tmp_path}.items():
+        monkeypatch.setattr(experiment, name, value)
+    for _ in range(2):  # the second finds every arm
+        experiment.main(["--seeds", "0", "--output", str(tmp_path)])
+    shipped = FOLDER.parent / DEPTH_BY_CHOICE
+    for name in ("importance.csv", "results.csv"):
+        assert _columns(name, folder=tmp_path) == _columns(name, folder=shipped)
+    rows = experiment.read(tmp_path / "results.csv")
+    assert len(rows) == 2 * len({(row["arm"], row["init"]) for row in rows}) == 52
+    first = {(r["arm"], r["init"]): float(r["prose"]) for r in rows if r["steps"] == "0"}
+    base = first["none", "none"]
+    assert all((abs(first[arm] - base) < 1e-5) == (arm[1] in ("identity", "none")) for arm in first)
+    flops = {round(float(row["flops"]) / 1e6) for row in rows if row["budget"] == "2"}
+    assert max(flops) / min(flops) < 1.5  # equal up to a step: `none` takes 3 of smaller ones
+    summary.main()
+    readme = (shipped / "README.md").read_text(encoding="utf-8")
+    assert all(line in readme for line in capsys.readouterr().out.splitlines())
+
+
+@pytest.mark.full
+def test_importances_and_predicted_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    experiment = importlib.import_module(f"experiments.{DEPTH_BY_CHOICE}.depth_by_choice")
+    model = experiment.new_model({**experiment.CONFIG, "initializer_range": 0.1}, seed=0)
+    rows = torch.randint(3, 1000, (4, 16), generator=torch.Generator().manual_seed(0))
+    for branch in (model.model.layers[2].self_attn.o_proj, model.model.layers[2].mlp.down_proj):
+        branch.weight.data.zero_()
+    scores = experiment.importances(model, rows)
+    assert scores["skip"][2] == 0 and abs(scores["influence"][2]) < 1e-6
+    others = [n for n in range(experiment.LAYERS) if n != 2]
+    assert all(scores["influence"][n] > 1e-3 and scores["fisher"][n] > 0 for n in others)
+    for layer in (0, 5):  # a skipped layer is a dropped one
+        kept = tuple(n for n in range(experiment.LAYERS) if n != layer)
+        dropped = experiment.ModelExpander([experiment.Layers(sources=kept)]).expand(model)
+        change = experiment.loss_of(dropped, rows) - experiment.loss_of(model, rows)
+        assert scores["skip"][layer] == pytest.approx(change, abs=1e-5)
+    # A network that returns the layer below gives a copy of it; the SVD loses nothing
+    lower = lambda inputs, outputs, **_: lambda both: both[:, : both.shape[1] // 2]  # noqa: E731
+    monkeypatch.setattr(experiment, "fitted", lower)
+    copies = experiment.predicted_layers(model, (1, 4), is_long=False, seed=0)
+    for name, of_layers in experiment.matrices(model).items():
+        for copy, at in zip(copies, (1, 4), strict=True):
+            assert torch.allclose(copy[name], of_layers[at], atol=1e-5)
 
 
 @pytest.mark.full
