@@ -333,7 +333,7 @@ def new_rows(fill: Fill, source: Tensor) -> Callable[[int, int], Tensor]:
     index, weights = fill.index, fill.values
     assert index is not None and weights is not None, "sums of rows need weights"
     shape = (-1, index.shape[1], *[1] * (source.ndim - 1))
-    old = source.double()
+    old = source.double() if bool((index == -2).any()) else quiet[None]  # a copy only if needed
     draw = normal_numbers(fill.seed, std=float(old.std()), mean=float(old.mean()))
 
     def sums(begin: int, end: int) -> Tensor:
