@@ -383,16 +383,16 @@ def method_problems(config: RunConfig) -> Iterator[Problem]:
         if twice := [kind for kind, count in counts.items() if count > 1]:
             reason = f"several of them {verb} {', '.join(twice)}; leave one out"
             yield Problem("forgetting", [one.name for one in config.forgetting], reason=reason)
-    names = [one.name for one in config.forgetting if one.kind.uses_weights]
-    reasons = []
-    if config.trainer.strategy == "fsdp":
+    weighty = [one.name for one in config.forgetting if one.kind.uses_weights]
+    allowed = ", ".join(["none", *weightless_methods()])
+    if config.trainer.strategy == "fsdp" and weighty:
         reason = "they read whole weights or gradients, but each process has a shard; "
-        reasons.append(f"{reason}use trainer=ddp, otherwise")
-    if config.experts is not None:
-        reasons.append("they protect weights of the base, which is frozen; with experts,")
-    for reason in reasons if names else ():
-        allowed = " or ".join(["none", *weightless_methods()])
-        yield Problem("forgetting", names, reason=f"{reason} choose {allowed}")
+        reason += f"use trainer=ddp, otherwise choose one of {allowed}"
+        yield Problem("forgetting", weighty, reason=reason)
+    weighty = [name for name in weighty if name != "self_replay"]  # the frozen base writes
+    if config.experts is not None and weighty:
+        reason = "they protect weights of the base, which is frozen; with experts, choose "
+        yield Problem("forgetting", weighty, reason=f"{reason}{allowed} or self_replay")
     mixing = [one.name for one, each in zip(config.forgetting, needs, strict=True) if each.mixes]
     if len(mixing) > 1:
         reason = f"{' and '.join(mixing)} both mix old data into the batches; choose one of them"
