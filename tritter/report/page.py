@@ -31,7 +31,13 @@ from tritter.report.growth import (
     parameters_over_flops,
 )
 from tritter.report.matrix import matrix_figure, transfer_table
-from tritter.report.plots import SMOOTHED_FROM_POINTS, Curve, last_flops, running_mean
+from tritter.report.plots import (
+    SMOOTHED_FROM_POINTS,
+    Curve,
+    last_flops,
+    positions_figure,
+    running_mean,
+)
 from tritter.report.rows import Role, change_text, has_new_tokens
 from tritter.report.runs import (
     CONFIDENCE,
@@ -71,6 +77,7 @@ TITLES = {
     "growth": "Neuron growth",
     "experts": "LoRA experts",
     "matrix": "Loss after each task",
+    "positions": "Loss by position",
 }
 _OVER_SEEDS = (
     f"Pale marks: seeds. Full marks and bars: mean and Student's {CONFIDENCE:.0%} interval over "
@@ -468,6 +475,12 @@ def figures(groups: Sequence[Group]) -> dict[str, list[Figure]]:
         figure = matrix_figure(matrix)
         figure.axes[0].set_title(wrap_text(name), fontsize=9)
         matrices.append(figure)
+    longer = [(run.name, run.summary.windows) for run in runs if run.summary.windows]
+    positions = []
+    for name, record in longer[:MAX_PANELS]:
+        if (drawn := positions_figure(record)) is not None:
+            drawn.suptitle(wrap_text(name), fontsize=9)
+            positions.append(drawn)
     made = {
         "tradeoff": _tradeoff(lines),
         "differences": [figure for figure in differences if figure is not None],
@@ -477,6 +490,7 @@ def figures(groups: Sequence[Group]) -> dict[str, list[Figure]]:
         "growth": _growth(lines),
         "experts": experts,
         "matrix": matrices,
+        "positions": positions,
     }
     return {name: found for name, found in made.items() if found}
 
