@@ -64,7 +64,7 @@ from tritter.limits import MAX_VOCABULARY
 from tritter.pipeline.branch import Branch
 from tritter.pipeline.ledger import Ledger, StageResult
 from tritter.pipeline.scoring import Scores, Scoring, benchmark_tasks, scores_text
-from tritter.planning.run_memory import memory_notes
+from tritter.planning.run_memory import batch_size_at, memory_notes
 from tritter.seeds import derived_seed
 from tritter.stopping import Stopped
 from tritter.storage.atomic import write_text_atomic
@@ -148,7 +148,7 @@ class RunContext:
             data = replace(
                 config.data,
                 sequence_length=length,
-                batch_size=max(1, round(config.data.batch_size / factor)),
+                batch_size=batch_size_at(length, config),
             )
             evaluation = replace(
                 config.evaluation,

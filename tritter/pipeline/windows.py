@@ -7,12 +7,14 @@ loss by position. The grown model reads them in long windows.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from json import dumps
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tritter.core.expansions import target_config
 from tritter.core.families import Flops, position_limit
 from tritter.data.tokens import TokenisedDocuments
 from tritter.evaluation.gate import Check, retention_check
@@ -57,6 +59,31 @@ class LongScores:
         plain = read_object(context.folder / score_file(name), limit_bytes=MAX_SCORE_BYTES)
         scores = {name: PairedScores.from_dict(each) for name, each in plain["scores"].items()}
         return cls(scores, plain["positions"])
+
+
+def check(context: RunContext) -> None:
+    """Reject data that is too small for the windows after an expansion, before any training.
+
+    Raises:
+        RequestError: names the domain.
+    """
+    for config in context.config.attempts:
+        if not any(spec.expansion_type == "context" for spec in config.expansion):
+            continue
+        lengths = [
+            position_limit(each) or 0
+            for each in (
+                context.model_config,
+                target_config(context.model_config, config.expansion),
+            )
+        ]
+        context.at_length(lengths[1]).check_text()
+        if context.initial_checkpoint is None and config.data.sequence_length < lengths[0]:
+            context.say(
+                "",
+                f"the base trains on {config.data.sequence_length} tokens, but its context counts "
+                f"as {lengths[0]} (model.max_position_embeddings); set both to the same length",
+            )
 
 
 def is_longer(context: RunContext, branch: Branch) -> bool:
@@ -110,7 +137,7 @@ def _buckets(sums: Tensor) -> dict[str, list[float]]:
     """Return the mean loss of consecutive positions, without buckets that have no tokens."""
     ends = torch.linspace(0, sums.shape[1], NUM_BUCKETS + 1).round().long().unique().tolist()
     found: dict[str, list[float]] = {"end": [], "loss": [], "tokens": []}
-    for begin, end in zip(ends[:-1], ends[1:], strict=True):
+    for begin, end in pairwise(ends):
         nats, tokens = sums[:, begin:end].sum(dim=1).tolist()
         if tokens:
             for key, value in (("end", end), ("loss", nats / tokens), ("tokens", int(tokens))):
@@ -170,7 +197,10 @@ def score_trained(
         model: the model.
         reading: FLOPs of reading a sequence.
     """
-    old, new = position_limit(context.source("baseline").config), context.config.data.sequence_length
+    old, new = (
+        position_limit(context.source("baseline").config),
+        context.config.data.sequence_length,
+    )
     assert old is not None
     found = score(context, model, source_length=old, length=new)
     spent = flops(context, reading, source_length=old, length=new)

@@ -162,7 +162,7 @@ def _draw_stages(axes: Axes, scores: Sequence[Score | None], *, label: str, colo
 _MODELS = {"source_long": "source", "expanded": "after expansion", "final": "after training"}
 
 
-def positions_figure(record: WindowsRecord) -> Figure | None:
+def positions_figure(record: WindowsRecord, *, title: str = "") -> Figure | None:
     """Draw one panel per domain: the loss by position in long windows, for each model."""
     if not record.positions:
         return None
@@ -177,7 +177,7 @@ def positions_figure(record: WindowsRecord) -> Figure | None:
                 middles = [(a + b) / 2 for a, b in zip(begins, found.end, strict=True)]
                 axes.plot(middles, found.loss, "o-", color=color, markersize=3, label=label)
         axes.axvline(record.source_length, color=ORANGE, linestyle=":", label="context of source")
-        axes.set_title(wrap_text(domain, 40), fontsize=10)
+        axes.set_title(wrap_text(f"{title} {domain}".strip(), 40), fontsize=10)
         axes.set_xlabel("position in the window [tokens]")
     panels[0].set_ylabel("validation loss [nats/token]")
     lines = dict(zip(*reversed(panels[0].get_legend_handles_labels()), strict=True))

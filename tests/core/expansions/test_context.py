@@ -8,8 +8,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import BloomConfig, BloomForCausalLM, CohereConfig, CohereForCausalLM, OPTConfig
-from transformers import OPTForCausalLM
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    CohereConfig,
+    CohereForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+)
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from tests import oracle
@@ -46,7 +52,7 @@ def test_every_family_reads_longer_sequences(tmp_path: Path, family: str, method
     oracle.saved(model, tmp_path / "base")
     spec, grown = Context(method=method), tmp_path / "grown"
     if family == "gpt2" or (family, method) == ("phi3", "yarn"):
-        with pytest.raises(RequestError, match="no rotary embeddings|LongRoPE; use base"):
+        with pytest.raises(RequestError, match=r"no rotary embeddings|LongRoPE; use base"):
             expand(tmp_path / "base", grown, [spec])
         return
     step = expand(tmp_path / "base", grown, [spec]).steps[0]
@@ -106,8 +112,9 @@ def test_windowed_layers_keep_their_rotations(tmp_path: Path) -> None:
 def test_it_can_be_repeated_with_the_same_method(tmp_path: Path) -> None:
     source = oracle.saved(oracle.tiny_llama(), tmp_path / "base")
     for method in METHODS:
-        twice, once = [Context(target_length=n, method=method) for n in (128, 256)], Context(
-            target_length=256, method=method
+        twice, once = (
+            [Context(target_length=n, method=method) for n in (128, 256)],
+            Context(target_length=256, method=method),
         )
         found = [plan_expansion(source, each).target_config for each in (twice, [once])]
         parameters = [each["rope_parameters"] for each in found]

@@ -87,7 +87,9 @@ class Context:
         kind = parameters.get("rope_type", "default")
         if kind != "default" and (kind, self.method) != ("yarn", "yarn"):
             allowed = "only yarn can be scaled again" if kind == "yarn" else "it can't be combined"
-            reason = f"the rotary embeddings of the model already have rope_type = {kind}; {allowed}"
+            reason = (
+                f"the rotary embeddings of the model already have rope_type = {kind}; {allowed}"
+            )
             raise refused(f"{_KEY}.method", self.method, reason)
         if self.method == "yarn" and "original_max_position_embeddings" in config:
             reason = f"the class of {config['model_type']} reads yarn as LongRoPE; use base"

@@ -13,7 +13,11 @@ if TYPE_CHECKING:
     from tritter.core.parameter_map import ParameterMap
 
 
-_KEEPING_AXES = ("depth", "vocab", "context")  # need not know the axes of a model type without a table
+_KEEPING_AXES = (
+    "depth",
+    "vocab",
+    "context",
+)  # need not know the axes of a model type without a table
 
 
 class ExpansionSpec(Protocol):
