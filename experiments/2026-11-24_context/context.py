@@ -29,7 +29,17 @@ ARMS = {
     "unchanged": ["expansion=unchanged"],
     "short": ["expansion=none"],
 }
-COLUMNS = ("seed", "arm", "steps", "flops", "domain", "stage", "window", "position", "loss")
+COLUMNS: tuple[str, ...] = (
+    "seed",
+    "arm",
+    "steps",
+    "flops",
+    "domain",
+    "stage",
+    "window",
+    "position",
+    "loss",
+)
 COLUMNS += ("documents", "model_hash")
 
 

@@ -13,7 +13,6 @@ from tests.pipeline.tiny import TINY
 from tritter.checkpoints.state import KeptSequences
 from tritter.config.launch.composition import load_config
 from tritter.config.validation import source_config
-from tritter.core.models import load_model
 from tritter.errors import RequestError
 from tritter.pipeline import Outcome, run_pipeline, stages
 from tritter.planning.run_memory import training_needs
@@ -177,4 +176,4 @@ def test_a_later_run_continues_at_the_new_length(done: Path, cache: Path, tmp_pa
     words += [f"data.sequence_length={LONG}", "data.old={}", "expansion=context"]
     words += ["forgetting=replay", f"cache_dir={cache}"]
     run_pipeline(load_config(words), run_folder=folder)
-    assert load_model(folder / "checkpoint").config.max_position_embeddings == 4 * LONG
+    assert oracle.stock(folder / "checkpoint").config.max_position_embeddings == 4 * LONG

@@ -3,7 +3,7 @@
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ from tritter.storage.writer import TensorStream
 from tritter.transform import expand, plan_expansion
 
 LENGTH = 64  # of the sources
-METHODS = ("base", "yarn")
+METHODS: tuple[Literal["base", "yarn"], ...] = ("base", "yarn")
 WHOLE = {"mistral": None, "phi3": None}  # families whose layers all have a window in the oracle
 
 
