@@ -206,7 +206,7 @@ def _scaled(parameters: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
 
 
 def _change(target: Config, source: Config) -> str:
-    """Return what changes in the rotary parameters."""
+    """Return the change of the rotary parameters as text."""
     after = next(iter(_scaled(_parameters(target)).values()))
     if after["rope_type"] == "yarn":
         first = after["original_max_position_embeddings"]
