@@ -285,9 +285,7 @@ def _as_read(context: RunContext, branch: Branch, sequences: Tensor) -> Tensor:
         return sequences
     if sequences.shape[1] != length:
         sequences = lengthened(sequences, length)
-    if start.corpus.tokenizer is context.corpus.tokenizer or start.tokenizer_folder == (
-        context.tokenizer_folder
-    ):
+    if start.tokenizer_folder == context.tokenizer_folder:
         return sequences
     return retokenised(
         sequences,
