@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=FOLDER / "results.csv")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--pretraining-steps", type=int, default=800)
+    parser.add_argument("--pretraining-steps", type=int, default=600)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--data", default="data=stdlib")
     options = parser.parse_args()

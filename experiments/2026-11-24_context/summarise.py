@@ -40,8 +40,11 @@ def main() -> None:
         cells = [arm]
         for stage in ("expanded", "trained"):
             for domain in DOMAINS:
-                found = values(rows, arm, domain, "long", stage).values()
-                cells.append(interval(found) if found else "-")
+                found = values(rows, arm, domain, "long", stage)
+                reference = values(rows, "unchanged", domain, "long", stage)
+                text = f"{statistics.mean(found.values()):.3f}" if found else "-"
+                is_compared = found and arm != "unchanged"
+                cells.append(f"{text} ({percent(found, reference)})" if is_compared else text)
         print(f"| {' | '.join(cells)} |")
     draw(rows, arms)
 
