@@ -35,6 +35,7 @@ COMPUTE_SAVED = "2026-11-20_compute_saved"
 WIDTH_MOMENTS = "2026-11-20_width_moments"
 LIGO = "2026-11-20_ligo"
 VOCABULARY = "2026-11-24_vocabulary"
+CONTEXT = "2026-11-24_context"
 GROWTH_RATES = "2026-11-24_growth_rates"
 DEPTH_BY_CHOICE = "2026-11-24_depth_by_choice"
 COMMANDS = re.findall(r"^python .*$", (FOLDER / "README.md").read_text("utf-8"), re.MULTILINE)
@@ -432,6 +433,33 @@ def test_vocabulary_arms_run_at_equal_flops_and_are_summarised(
     monkeypatch.setattr(summary, "FOLDER", tmp_path)
     summary.main()
     assert "| none | - | +0.0 % |" in capsys.readouterr().out
+
+
+@pytest.mark.full
+def test_context_arms_run_at_equal_flops_and_are_summarised(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    experiment, summary = (
+        importlib.import_module(f"experiments.{CONTEXT}.{name}")
+        for name in ("context", "summarise")
+    )
+    output = tmp_path / "results.csv"
+    monkeypatch.setenv("TRITTER_CACHE", str(tmp_path / "cache"))
+    sizes = "--seeds 0 --steps 8 --pretraining-steps 2 --length 64"
+    words = ["context.py", *sizes.split(), "--work", str(tmp_path), "--output", str(output)]
+    monkeypatch.setattr(sys, "argv", words)
+    experiment.main()
+    with output.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert set(rows[0]) == _columns("results.csv", folder=FOLDER.parent / CONTEXT)
+    flops = {row["arm"]: float(row["flops"]) for row in rows}
+    steps = {row["arm"]: int(row["steps"]) for row in rows}
+    assert steps["short"] > steps["yarn"] and flops["short"] == pytest.approx(
+        flops["yarn"], rel=0.1
+    )
+    monkeypatch.setattr(summary, "FOLDER", tmp_path)
+    summary.main()
+    assert "| short | " in capsys.readouterr().out and (tmp_path / "positions.png").is_file()
 
 
 def test_a_saving_is_read_off_between_the_points() -> None:

@@ -25,6 +25,7 @@ _EXPORTS = {
     "AdapterShape": "tritter.methods.experts.adapters",
     "ContinuedPretrainingConfig": "tritter.config.launch.continued_pretraining",
     "CurriculumLearning": "tritter.data.curriculum",
+    "Context": "tritter.core.expansions",
     "Dus": "tritter.core.expansions",
     "EWC": "tritter.methods.forgetting",
     "ElasticWeightConsolidation": "tritter.methods.forgetting.ewc",

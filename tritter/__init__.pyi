@@ -11,6 +11,7 @@ from tritter.checkpoints import ExpansionRecord as ExpansionRecord
 from tritter.config.launch.continued_pretraining import (
     ContinuedPretrainingConfig as ContinuedPretrainingConfig,
 )
+from tritter.core.expansions import Context as Context
 from tritter.core.expansions import Dus as Dus
 from tritter.core.expansions import Interpolate as Interpolate
 from tritter.core.expansions import Layers as Layers

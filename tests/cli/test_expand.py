@@ -250,7 +250,7 @@ def test_dtype_and_shards(run: Run, place: Path) -> None:
             "--method dsu",
             [
                 "--method = dsu",
-                "dus, interpolate, layers, llama-pro, moe, moe-add, stack, vocab, width",
+                "context, dus, interpolate, layers, llama-pro, moe, moe-add, stack, vocab, width",
                 "Did you mean dus?",
             ],
         ),

@@ -181,7 +181,7 @@ REFUSALS: dict[str, tuple[str, ...]] = {
     "forgetting=freeze forgetting.freeze.layers=experts": ("the model has no experts",),
     "forgetting=freeze forgetting.freeze.layers=[0-2,head,norm]": ("nothing would be trained",),
     "forgetting=freeze forgetting.freeze.new_only=true expansion=dus": (
-        "forgetting.freeze.new_only = true: dus only copies layers",
+        "forgetting.freeze.new_only = true: dus adds no new weights",
     ),
     "forgetting=freeze forgetting.freeze.new_only=true expansion=none": ("nothing is new",),
     "forgetting=freeze forgetting.freeze.new_only=true control=true": (

@@ -106,8 +106,8 @@ Method = Annotated[
     option(
         "--method",
         "METHOD,..",
-        "dus, stack, interpolate, llama-pro, layers, width, moe, moe-add or vocab; several are "
-        "separated by commas and applied in order.",
+        "dus, stack, interpolate, llama-pro, layers, width, moe, moe-add, vocab or context; "
+        "several are separated by commas and applied in order.",
         completes=completer(lambda: map(with_dashes, method_bodies())),
     ),
 ]

@@ -40,6 +40,7 @@ _OPTION_OF_KEY = {
     "moe.layers": "sparse_layers",
     "moe_add.init": "expert_init",
     "vocab.init": "vocab_init",
+    "context.method": "context_method",
 }
 # Of training, and set by Tritter
 _NO_OPTION = (TARGET, "new_blocks_only", "freeze_old_rows", "merges")

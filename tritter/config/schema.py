@@ -173,6 +173,7 @@ _REPLAYED = {
     "initializer_range",
     "data": "old new tasks source text_field text_column streaming max_rows weights vocab_size "
     "sequence_length batch_size packing chat_template loss_on validation_fraction",
+    "expansion.context": "target_length method",
     "expansion.dus": "target_layers drop_layers identity_init",
     "expansion.interpolate": "target_layers identity_init",
     "expansion.layers": "sources slices identity",

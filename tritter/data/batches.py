@@ -331,3 +331,13 @@ class BatchStream:
         if self._replayed is not None:
             self._replayed.load_state_dict(state["replay"])
         self._batch_index = int(state["batch_index"])
+
+
+def lengthened(sequences: Tensor, length: int) -> Tensor:
+    """Return stored sequences joined to longer ones, int [M, length]; at least one.
+
+    The last tokens are dropped; too few are repeated.
+    """
+    tokens = sequences.flatten()
+    tokens = tokens.repeat(-(-length // len(tokens)))
+    return tokens[: len(tokens) // length * length].view(-1, length)

@@ -32,6 +32,7 @@ def document_losses(
     batch_size: int,
     autocast_dtype: torch.dtype | None = None,
     progress: Callable[[int, int], None] | None = None,
+    positions: Tensor | None = None,
 ) -> PairedScores:
     """Score every token of every document exactly once; of a conversation, its answers.
 
@@ -48,6 +49,8 @@ def document_losses(
         batch_size: windows per forward pass; the result does not depend on it.
         autocast_dtype: precision of the forward pass; the loss is always float32.
         progress: called with (windows done, total windows) after each batch.
+        positions: float64 [2, sequence_length], to which the nats and the number of tokens at each
+            position of a window are added.
 
     Raises:
         TritterError: there are no tokens to score.
@@ -67,7 +70,11 @@ def document_losses(
                 inputs = inputs_for(model, input_ids.to(device))
                 logits = model(input_ids=inputs, use_cache=False).logits
             row = torch.tensor([window.document for window in batch])
-            nats.index_add_(0, row, nats_per_row(logits, targets.to(device)).cpu())
+            nats_BT = token_nats(logits, targets.to(device))
+            nats.index_add_(0, row, nats_BT.sum(dim=1).cpu())
+            if positions is not None:
+                sums = torch.stack([nats_BT.cpu(), (targets != IGNORED).double()]).sum(dim=1)
+                positions[:, : targets.shape[1]] += sums
             num_tokens.index_add_(0, row, (targets != IGNORED).sum(dim=1))
             done += len(batch)
             if progress is not None:
@@ -109,9 +116,14 @@ def window_lengths(documents: TokenisedDocuments, *, sequence_length: int) -> li
 
 def nats_per_row(logits: Tensor, targets: Tensor) -> Tensor:
     """Sum the cross-entropy of each row, float64 [B]; per token it is computed in float32."""
+    return token_nats(logits, targets).sum(dim=1)
+
+
+def token_nats(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return the cross-entropy of each token, float64 [B, T]; it is computed in float32."""
     nats_BT = cross_entropy(
         logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none"
     ).view_as(targets)
     if nats_BT.device.type == "mps":  # MPS has no float64
         nats_BT = nats_BT.cpu()
-    return nats_BT.double().sum(dim=1)
+    return nats_BT.double()

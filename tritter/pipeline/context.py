@@ -64,7 +64,7 @@ from tritter.limits import MAX_VOCABULARY
 from tritter.pipeline.branch import Branch
 from tritter.pipeline.ledger import Ledger, StageResult
 from tritter.pipeline.scoring import Scores, Scoring, benchmark_tasks, scores_text
-from tritter.planning.run_memory import memory_notes
+from tritter.planning.run_memory import batch_size_at, memory_notes
 from tritter.seeds import derived_seed
 from tritter.stopping import Stopped
 from tritter.storage.atomic import write_text_atomic
@@ -92,6 +92,8 @@ class RunContext:
         sources: folder, relative to the run folder → opened checkpoint.
         original: of a context for another tokenizer: the context of the run's own.
         tokenizer_folder: checkpoint with that tokenizer.
+        short: of a context for a longer model: the context with the sequences of its source, in
+            which models are scored.
     """
 
     config: RunConfig
@@ -102,6 +104,7 @@ class RunContext:
     sources: dict[str, Source] = field(default_factory=dict, repr=False, compare=False)
     original: "RunContext | None" = field(default=None, repr=False, compare=False)
     tokenizer_folder: Path | None = None
+    short: "RunContext | None" = field(default=None, repr=False, compare=False)
     _readings: dict[str, "RunContext"] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
@@ -120,12 +123,48 @@ class RunContext:
         return other
 
     def reading(self, location: str) -> "RunContext":
-        """Return the context in which the data has the tokens of a checkpoint of the run.
+        """Return the context in which a checkpoint of the run reads the data.
 
-        It is this context, unless an expansion of the vocabulary changed the tokenizer. Validation
-        documents keep their bytes, so that scores per byte are paired.
+        It is this context, unless an expansion changed the tokenizer or the context length.
+        Validation documents keep their bytes, so that scores per byte are paired.
         """
-        own = self.original or self
+        own = self.short or self
+        own = own.original or own
+        sources = [self.source(each) for each in ("baseline", location)]
+        lengths = [position_limit(each.config) for each in sources]
+        found = own._with_tokens_of(location)
+        if lengths[0] == lengths[1] or lengths[1] is None:
+            return found
+        return found.at_length(lengths[1])
+
+    def at_length(self, length: int) -> "RunContext":
+        """Return the context for training on longer sequences, with as many tokens per batch.
+
+        Validation documents are cut at that length at least.
+        """
+        key = f"length {length}"
+        if key not in self._readings:
+            config, factor = self.config, length / self.config.data.sequence_length
+            data = replace(
+                config.data,
+                sequence_length=length,
+                batch_size=batch_size_at(length, config),
+            )
+            evaluation = replace(
+                config.evaluation,
+                batch_size=max(1, round(config.evaluation.batch_size / factor)),
+                max_tokens_per_document=max(length, config.evaluation.max_tokens_per_document),
+            )
+            config = replace(config, data=data, evaluation=evaluation)
+            other = replace(self, config=config, short=self)
+            known = {name: vars(self)[name] for name in _OF_ANY_TOKENIZER if name in vars(self)}
+            vars(other).update(known, _planned=self._planned)
+            self._readings[key] = other
+        return self._readings[key]
+
+    def _with_tokens_of(self, location: str) -> "RunContext":
+        """Return this context with the tokenizer of a checkpoint."""
+        own = self
         digests = [
             self.source(each).own_lineage.file_digests[TOKENIZER_NAME]
             for each in ("baseline", location)
@@ -224,7 +263,8 @@ class RunContext:
             "tokenizer": tokenizer.tokenizer if tokenizer else None,
         }
         if self.original is not None:
-            before = self.original.corpus.domains.items()
+            original, length = self.original, config.data.sequence_length
+            before = (original.at_length(length) if self.short else original).corpus.domains.items()
             settings["validation_bytes"] = {n: each.validation.num_bytes for n, each in before}
         domains = self.text.domains
         # Only the embedded corpus has an index in the cache
@@ -546,6 +586,8 @@ class RunContext:
     @cached_property
     def validation_subset(self) -> ValidationSubset | None:
         """The validation subset for evaluation during training; None if it is switched off."""
+        if self.short is not None:  # as the model before its expansion
+            return self.short.validation_subset
         options = self.config.evaluation
         if not options.every_n_steps:
             return None
@@ -579,6 +621,8 @@ class RunContext:
     @cached_property
     def scoring(self) -> Scoring:
         """The documents and tasks on which every model of the run is scored."""
+        if self.short is not None:
+            return self.short.scoring
         return Scoring(
             documents={name: self.corpus.domains[name].validation for name in self.domains},
             tasks=self.tasks,

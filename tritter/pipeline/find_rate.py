@@ -14,7 +14,7 @@ from lightning import Callback, LightningModule, Trainer
 
 from tritter.config.schema import RunConfig
 from tritter.errors import TritterError
-from tritter.pipeline import experts, importance, stages
+from tritter.pipeline import experts, importance, moe, stages
 from tritter.pipeline.base import check_source
 from tritter.pipeline.context import RunContext
 from tritter.pipeline.ledger import Ledger
@@ -204,6 +204,7 @@ def _tested(config: RunConfig, schedule: Schedule, folder: Path, console: Consol
         prepare = partial(importance.prepare, context, branch)
         context.stage(importance.key(branch), prepare, label="importance")
     branch, points = prepare_branch(context, branch), folder / "points.json"
+    context = context.reading(moe.expanded_folder(branch))
     stages.rate_test(context, branch, schedule, RateTest(schedule, points))
     configured = experts.training_of(context, branch).learning_rate
     return FoundRates.of(json.loads(read_text(points)), configured=configured)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tritter.checkpoints.state import KeptSequences, LazyTensors, read_state, write_state
 from tritter.core.models import disk_tensors, live_tensors, load_model
 from tritter.core.parameter_map.carry import StateKind
-from tritter.data.batches import read_sequences, sample_equally, write_sequences
+from tritter.data.batches import lengthened, read_sequences, sample_equally, write_sequences
 from tritter.data.vocabulary import retokenised
 from tritter.errors import RequestError
 from tritter.methods.forgetting import build_methods, needs_of
@@ -265,12 +265,12 @@ def kept_text(context: RunContext, branch: Branch) -> KeptSequences:
     """
     if not any(needs.old_text for needs in needs_of(context.config.forgetting)):
         return KeptSequences()
-    start, data = context.source(branch.start), context.config.data
+    start = context.source(branch.start)
     kept_sequences = start.kept_sequences.without(
         (*context.old_domains_of(branch), *context.new_domains_of(branch))
     )
     for problem in kept_sequences.problems(
-        sequence_length=data.sequence_length,
+        sequence_length=context.reading(branch.start).config.data.sequence_length,
         packing=context.packing,
         vocab_size=start.family.dimensions(start.config).vocab_size,
     ):
@@ -279,9 +279,13 @@ def kept_text(context: RunContext, branch: Branch) -> KeptSequences:
 
 
 def _as_read(context: RunContext, branch: Branch, sequences: Tensor) -> Tensor:
-    """Return sequences with the tokens of a branch's start in those of the context."""
-    start = context.reading(branch.start)
+    """Return sequences of a branch's start with the tokens and the length of the context."""
+    start, length = context.reading(branch.start), context.config.data.sequence_length
     if start is context:
+        return sequences
+    if sequences.shape[1] != length:
+        sequences = lengthened(sequences, length)
+    if start.tokenizer_folder == context.tokenizer_folder:
         return sequences
     return retokenised(
         sequences,

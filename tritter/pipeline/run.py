@@ -17,7 +17,7 @@ from tritter.config.schema import CheckpointModelConfig, RunConfig
 from tritter.core.expansions import EXPANSIONS, vocab_place
 from tritter.errors import RequestError
 from tritter.evaluation.gate import Status
-from tritter.pipeline import disk, importance, moe, stages, verdict, vocabulary
+from tritter.pipeline import disk, importance, moe, stages, verdict, vocabulary, windows
 from tritter.pipeline.base import check_source
 from tritter.pipeline.branch import Branch, tasks_of
 from tritter.pipeline.context import RunContext
@@ -362,6 +362,7 @@ def _announce(context: RunContext) -> None:
         context.say("", "no old data (data.old): forgetting is neither measured nor gated")
     context.check_text()
     vocabulary.check(context)
+    windows.check(context)
     if context.tasks:
         scored = ", ".join(task.name for task in context.tasks)
         context.say("answers", f"accuracy is measured on {scored}")

@@ -31,7 +31,7 @@ from tritter.methods.forgetting import build_methods
 from tritter.methods.moe_routing.distill import DistillationModule, only_new_experts
 from tritter.methods.moe_routing.stages import best_experts, is_router, redraw_rows
 from tritter.methods.moe_routing.summary import moe_usage
-from tritter.pipeline import experts, importance, moe
+from tritter.pipeline import experts, importance, moe, windows
 from tritter.pipeline.base import copy_source, last_rate, obtain_base, schedule_of
 from tritter.pipeline.branch import Branch
 from tritter.pipeline.context import RunContext
@@ -154,6 +154,11 @@ def expansion(context: RunContext, branch: Branch) -> StageResult:
     flops["expand"] = context.scoring_flops(forward_flops(grown.config))
     passes = [forward_flops(each.config).of(tokens.shape[1]) for each in (source, grown)]
     flops["expand"] += len(tokens) * sum(passes)
+    files = list[str]()
+    if windows.is_longer(context, branch):
+        reading = forward_flops(grown.config)
+        files, spent = windows.score_start(context, branch, before, after, reading)
+        flops["expand"] += spent
     return StageResult(
         ExpansionFound(
             parameters=plan.parameters_after,
@@ -162,7 +167,7 @@ def expansion(context: RunContext, branch: Branch) -> StageResult:
             before=evaluated,
         ),
         flops=flops,
-        leaves=(location, score_file(f"{branch.name}-expanded")),
+        leaves=(location, score_file(f"{branch.name}-expanded"), *files),
     )
 
 
@@ -464,7 +469,10 @@ def evaluation(context: RunContext, branch: Branch) -> StageResult:
     context.say("evaluate", f"{subject} on {', '.join(context.domains)}")
     context.score(trained, f"{branch.name}-trained")
     reading = experts.reading_flops(trained)
-    samples, flops = [], context.scoring_flops(reading)
+    samples, flops, files = [], context.scoring_flops(reading), list[str]()
+    if context.short is not None:
+        files, spent = windows.score_trained(context, branch, trained, reading)
+        flops += spent
     is_last = branch.task == len(context.text.tasks) - 1
     if is_last and not branch.is_control and context.config.evaluation.sample_tokens:
         start = "baseline" if branch.task else branch.start
@@ -488,7 +496,7 @@ def evaluation(context: RunContext, branch: Branch) -> StageResult:
             samples=tuple(sample.texts for sample in samples), moe=used, experts=lora_used
         ),
         flops={branch.label("evaluate"): flops},
-        leaves=(score_file(f"{branch.name}-trained"),),
+        leaves=(score_file(f"{branch.name}-trained"), *files),
     )
 
 

@@ -11,7 +11,7 @@ from tritter.methods.experts.callback import EXPERTS
 from tritter.methods.experts.summary import experts_summary
 from tritter.methods.growth.grower import GROWTH
 from tritter.methods.growth.summary import growth_summary
-from tritter.pipeline import disk, importance, moe
+from tritter.pipeline import disk, importance, moe, windows
 from tritter.pipeline.branch import Branch
 from tritter.pipeline.context import RunContext
 from tritter.pipeline.ledger import (
@@ -97,6 +97,7 @@ def summary_record(
         **_known(
             matrix=attempt.matrix,
             moe=moe.summary_record(own, branches),
+            windows=windows.summary_record(own, branches),
             growth=_growth(own, branches),
             experts=_experts(own, branches),
             rounds=records if last.is_round else None,

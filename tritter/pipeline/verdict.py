@@ -24,7 +24,7 @@ from tritter.evaluation.gate import (
 )
 from tritter.evaluation.jump import Jump
 from tritter.evaluation.statistics import PairedScores, performance_delta
-from tritter.pipeline import moe
+from tritter.pipeline import moe, windows
 from tritter.pipeline.branch import Branch
 from tritter.pipeline.context import RunContext
 from tritter.pipeline.ledger import (
@@ -117,6 +117,7 @@ def checks(context: RunContext, branches: Sequence[Branch]) -> list[Check]:
     for subject in context.subjects_of(context.new_domains):
         check = new_capability_check if before[subject].unit == "nats" else new_task_check
         results.append(check(subject, before[subject], after[subject], confidence=gate.confidence))
+    results += windows.checks(context, branches)
     return results if gate.enabled else [report_only(each) for each in results]
 
 

@@ -12,7 +12,7 @@ from typing import Literal
 
 from tritter.checkpoints.location import checkpoint_config
 from tritter.core.expansions import target_config
-from tritter.core.families import Config, family_of
+from tritter.core.families import Config, family_of, position_limit
 from tritter.core.families.presets import PRESETS
 from tritter.errors import Problem, RequestError
 from tritter.launched import launch_of
@@ -182,6 +182,17 @@ def _trained(config: RunRequest, source: Config) -> int | None:
     return _parameters(grown) - _parameters(without)
 
 
+def batch_size_at(length: int, config: RunRequest) -> int:
+    """Return the sequences per batch for sequences of another length: as many tokens, at least one.
+
+    Args:
+        length: tokens per sequence.
+        config: the run.
+    """
+    data = config.data
+    return max(1, round(data.batch_size * data.sequence_length / length))
+
+
 def _training_need(
     config: RunRequest,
     model_config: Config,
@@ -193,11 +204,14 @@ def _training_need(
     trainer = config.trainer
     processes, launch = trainer.devices if trainer.strategy != "auto" else 1, launch_of()
     shares = processes if launch is None else processes * launch.num_nodes
+    length, limit = config.data.sequence_length, position_limit(model_config)
+    if before is not None and limit is not None and limit != position_limit(before):
+        length = limit  # a longer context is trained on windows of its length
     setup = TrainingSetup(
         optimizer="adamw8bit" if "8bit" in config.optimizer.target else "adamw",
         precision=trainer.precision,
-        batch_size=max(1, config.data.batch_size // shares),
-        sequence_length=config.data.sequence_length,
+        batch_size=max(1, batch_size_at(length, config) // shares),
+        sequence_length=length,
         is_checkpointed=trainer.activation_checkpointing,
     )
     kept = config.optimizer.kept_per_parameter() if setup.optimizer == "adamw" else 2

@@ -17,6 +17,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from tritter import __version__
+from tritter.report import plots
 from tritter.report.drawing import CYCLE, DPI, GREY, new_figure, panel, wrap_text
 from tritter.report.experts import experts_panels, experts_text, page_tables, share_text
 from tritter.report.growth import (
@@ -31,7 +32,7 @@ from tritter.report.growth import (
     parameters_over_flops,
 )
 from tritter.report.matrix import matrix_figure, transfer_table
-from tritter.report.plots import SMOOTHED_FROM_POINTS, Curve, last_flops, running_mean
+from tritter.report.plots import Curve, last_flops, positions_figure, running_mean
 from tritter.report.rows import Role, change_text, has_new_tokens
 from tritter.report.runs import (
     CONFIDENCE,
@@ -71,6 +72,7 @@ TITLES = {
     "growth": "Neuron growth",
     "experts": "LoRA experts",
     "matrix": "Loss after each task",
+    "positions": "Loss by position",
 }
 _OVER_SEEDS = (
     f"Pale marks: seeds. Full marks and bars: mean and Student's {CONFIDENCE:.0%} interval over "
@@ -99,6 +101,7 @@ CAPTIONS = {
     "matrix": "Rows: the model before the first task and after each task. Columns: domains. "
     "Numbers: validation loss [nats/byte]. Colours: change from the first row. Frames: domains of "
     "the task.",
+    "positions": "Validation loss of long documents in long windows.",
 }
 _WITH_SEEDS = ("tradeoff", "differences", "changes", "cost")  # whose marks are groups
 
@@ -468,6 +471,8 @@ def figures(groups: Sequence[Group]) -> dict[str, list[Figure]]:
         figure = matrix_figure(matrix)
         figure.axes[0].set_title(wrap_text(name), fontsize=9)
         matrices.append(figure)
+    longer = [(run.name, run.summary.windows) for run in runs if run.summary.windows]
+    drawn = [positions_figure(record, title=name) for name, record in longer[:MAX_PANELS]]
     made = {
         "tradeoff": _tradeoff(lines),
         "differences": [figure for figure in differences if figure is not None],
@@ -477,6 +482,7 @@ def figures(groups: Sequence[Group]) -> dict[str, list[Figure]]:
         "growth": _growth(lines),
         "experts": experts,
         "matrix": matrices,
+        "positions": [figure for figure in drawn if figure is not None],
     }
     return {name: found for name, found in made.items() if found}
 
@@ -647,7 +653,7 @@ def _draw(axes: Axes, curve: Curve, scale: float, line: _Line, *, is_pale: bool 
     values = [value if abs(value) < MAX_NUMBER else float("nan") for value in curve.values]
     plot = partial(axes.plot, color=line.color, linestyle=line.style)
     alpha, width = (0.35, 0.8) if is_pale else (1.0, 1.3)
-    if len(values) < SMOOTHED_FROM_POINTS:
+    if len(values) < plots.SMOOTHED_FROM_POINTS:
         marks: dict[str, Any] = {
             "marker": line.marker,
             "markerfacecolor": line.filling,
@@ -671,7 +677,7 @@ def _draw_mean(axes: Axes, courses: Sequence[_Curve], line: _Line) -> None:
     first, *others = (dict(zip(each.positions, each.values, strict=True)) for each in courses)
     shared = [x for x in first if all(x in other for other in others)]
     means = [fmean([first[x], *(other[x] for other in others)]) for x in shared]
-    marker = line.marker if len(shared) < SMOOTHED_FROM_POINTS else ""
+    marker = line.marker if len(shared) < plots.SMOOTHED_FROM_POINTS else ""
     axes.plot(shared, means, color=line.color, linestyle=line.style, linewidth=1.6, marker=marker,
               markerfacecolor=line.filling, markersize=4)  # fmt: skip
 

@@ -13,7 +13,7 @@ from tritter.report.experts import experts_figure
 from tritter.report.growth import growth_figure, mark_growth
 from tritter.report.matrix import matrix_figure
 from tritter.report.rows import DomainRow, change_text, domain_rows, unit_of
-from tritter.report.summary import MAX_NUMBER, Score, Summary
+from tritter.report.summary import MAX_NUMBER, Score, Summary, WindowsRecord
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 _STAGES = ("before", "after\nexpansion", "after\ntraining")
 SMOOTHED_FROM_POINTS = 40
 GROWTH_FLOPS = "growth/flops"
+MAX_DOMAINS = 12  # with a panel each
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +71,7 @@ def plot_run(
         "retention_and_gain.png": _tradeoff_figure(rows),
         "growth.png": None,
         "experts.png": None,
+        "positions.png": None if summary.windows is None else positions_figure(summary.windows),
         "matrix.png": None if matrix is None else matrix_figure(matrix),
     }
     if growth is not None:
@@ -155,6 +157,33 @@ def _draw_stages(axes: Axes, scores: Sequence[Score | None], *, label: str, colo
         capsize=3,
         label=label,
     )
+
+
+_MODELS = {"source_long": "source", "expanded": "after expansion", "final": "after training"}
+
+
+def positions_figure(record: WindowsRecord, *, title: str = "") -> Figure | None:
+    """Draw one panel per domain: the loss by position in long windows, for each model."""
+    if not record.positions:
+        return None
+    domains = list(record.positions.items())[:MAX_DOMAINS]
+    width = 1.2 + 3.2 * len(domains)
+    figure, panels = new_figure(columns=len(domains), width=width, height=3.8)
+    for (domain, models), axes in zip(domains, panels, strict=True):
+        colors = zip(_MODELS.items(), (GREY, PURPLE, BLUE), strict=True)
+        for (name, label), color in colors:
+            if (found := models.get(name)) is not None:
+                begins = [0, *found.end[:-1]]
+                middles = [(a + b) / 2 for a, b in zip(begins, found.end, strict=True)]
+                axes.plot(middles, found.loss, "o-", color=color, markersize=3, label=label)
+        axes.axvline(record.source_length, color=ORANGE, linestyle=":", label="context of source")
+        axes.set_title(wrap_text(f"{title} {domain}".strip(), 40), fontsize=10)
+        axes.set_xlabel("position in the window [tokens]")
+    panels[0].set_ylabel("validation loss [nats/token]")
+    lines = dict(zip(*reversed(panels[0].get_legend_handles_labels()), strict=True))
+    place = "outside upper center"
+    figure.legend(lines.values(), lines, loc=place, ncols=4, frameon=False, fontsize=8)
+    return figure
 
 
 @dataclass(frozen=True, slots=True)

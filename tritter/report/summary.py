@@ -487,6 +487,46 @@ class Score(Part):
 Scores = dict[str, Score]
 
 
+_Column = Annotated[list[Number], Field(max_length=_MAX_EVENTS)]
+
+
+class PositionLosses(Part):
+    """Mean losses of consecutive positions in long windows.
+
+    Args:
+        end: Position after the last one of each bucket.
+        loss: Mean loss in nats per token.
+        tokens: Number of scored tokens.
+    """
+
+    end: list[Count]
+    loss: _Column
+    tokens: list[Count]
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> Self:
+        if not len(self.end) == len(self.loss) == len(self.tokens):
+            raise ValueError("end, loss and tokens must have the same length")
+        return self
+
+
+class WindowsRecord(Part):
+    """Long documents before and after an expansion of the context.
+
+    Args:
+        source_length: Context of the source in tokens.
+        length: Context of the result, and length of the long windows.
+        scores: Domain → `source` (in windows of its own length), `source_long`, `expanded` and
+            `final`.
+        positions: Domain → model in long windows → its losses by position.
+    """
+
+    source_length: Count
+    length: Count
+    scores: dict[str, Scores] = {}
+    positions: dict[str, dict[str, PositionLosses]] = {}
+
+
 class Check(Part):
     """One check of the gate."""
 
@@ -628,6 +668,7 @@ class Summary(Part):
     samples: list[Sample] = []
     notes: list[str] = []
     moe: MoeRecord | None = None
+    windows: WindowsRecord | None = None
     growth: GrowthRecord | None = None
     experts: ExpertsRecord | None = None
 

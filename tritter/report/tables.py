@@ -1,6 +1,6 @@
 """The table at the end of a run, from summary.json alone."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -272,6 +272,8 @@ def summary_lines(summary: Summary) -> list[SummaryLine]:
         lines.append(SummaryLine("logit shift", text))
     if has_new_tokens(summary) and (fertility := _fertility_text(domain_rows(summary))):
         lines.append(SummaryLine("tokens/byte", fertility))
+    for domain, text in windows_texts(summary):
+        lines.append(SummaryLine("long windows" if domain == 0 else "", text))
     before, after = (summary.parameters.get(name) for name in ("baseline", "final"))
     sizes = f"{count_text(before)} → {count_text(after)}"
     if summary.experts is not None:  # next to a frozen base
@@ -287,6 +289,20 @@ def summary_lines(summary: Summary) -> list[SummaryLine]:
     if summary.moe is not None and (bias := bias_text(summary.moe)) is not None:
         lines.append(SummaryLine("bias", bias))
     return lines
+
+
+def windows_texts(summary: Summary) -> Iterator[tuple[int, str]]:
+    """Yield the number and the losses of each domain with long documents."""
+    record = summary.windows
+    for number, (domain, scores) in enumerate(record.scores.items() if record else ()):
+        assert record is not None
+        losses = {name: number_text(each.loss, ".3f") for name, each in scores.items()}
+        yield (
+            number,
+            f"{domain}: {losses.get('final', '-')} nats/token in windows of {record.length:,}; "
+            f"source {losses.get('source', '-')} in windows of {record.source_length:,}, "
+            f"{losses.get('source_long', '-')} in those of {record.length:,}",
+        )
 
 
 def _attempt_lines(attempts: Sequence[Attempt]) -> list[SummaryLine]:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from tritter.core.expansions.context import Context
 from tritter.core.expansions.depth import Dus, Interpolate, Layers, LlamaPro, Stack
 from tritter.core.expansions.moe import Moe
 from tritter.core.expansions.moe_add import MoeAdd
@@ -18,12 +19,13 @@ from tritter.core.expansions.width import Width
 
 EXPANSIONS: dict[str, type[Any]] = {
     spec.name: spec
-    for spec in (Dus, Stack, Interpolate, LlamaPro, Layers, Width, Moe, MoeAdd, Vocab)
+    for spec in (Dus, Stack, Interpolate, LlamaPro, Layers, Width, Moe, MoeAdd, Vocab, Context)
 }
 
 __all__ = [
     "EXPANSIONS",
     "BoundVocab",
+    "Context",
     "Dus",
     "ExpansionSpec",
     "Interpolate",

@@ -66,6 +66,33 @@ def check_on_twin(spec: Any, family: Family, config: Config, target: Config) -> 
         )
 
 
+def check_rotations(config: Config, target: Config) -> None:
+    """Refuse rotary parameters that the class of a model does not read.
+
+    Raises:
+        RequestError: the logits of a twin do not follow them.
+    """
+    if not rotation_change(key_of(config), key_of({"new": target["rope_parameters"]})) > TOLERANCE:
+        reason = f"{config['model_type']} computes the same with other rotary parameters"
+        raise RequestError(Problem("expansion.context", reason=reason))
+
+
+@lru_cache(maxsize=64)
+@one_thread()
+def rotation_change(key: Key, new: Key) -> float:
+    """Return the largest change of a twin's float64 logits by other rotary parameters.
+
+    Args:
+        key: config of the model.
+        new: the parameters, as `new`.
+    """
+    twin = build_twin(shallow(config_in(key)))
+    changed = {**twin.config.to_dict(), "rope_parameters": config_in(new)["new"]}
+    model = build_model(type(twin.config).from_dict(changed))
+    model.load_state_dict(twin.model.state_dict(), strict=False)
+    return float((logits_of(model, twin.text.vocab_size) - twin.logits()).abs().max())
+
+
 def _sizes(sizes: Dimensions) -> dict[str, int]:
     """Return option of `Width` → its size in a model."""
     names = ("hidden_size", "num_attention_heads", "num_key_value_heads")

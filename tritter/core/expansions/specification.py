@@ -13,14 +13,18 @@ if TYPE_CHECKING:
     from tritter.core.parameter_map import ParameterMap
 
 
-_KEEPING_AXES = ("depth", "vocab")  # need not know the axes of a model type without a table
+_KEEPING_AXES = (
+    "depth",
+    "vocab",
+    "context",
+)  # need not know the axes of a model type without a table
 
 
 class ExpansionSpec(Protocol):
     """Options of one expansion method; its fields are the keys under `expansion.<name>`."""
 
     name: ClassVar[str]
-    expansion_type: ClassVar[str]  # depth | width | moe | vocab
+    expansion_type: ClassVar[str]  # depth | width | moe | vocab | context
 
     @property
     def is_exact(self) -> bool:
@@ -103,10 +107,13 @@ def _checked_target(spec: ExpansionSpec, config: Config) -> Config:
             raise RequestError(Problem(f"expansion.{spec.name}", reason=reason))
         family = family.widened(config)
     target = spec.target_config(family, config)
-    if not family.has_table and not keeps_axes:
-        from tritter.core.expansions.on_twin import check_on_twin  # imports transformers
+    if not family.has_table and (not keeps_axes or spec.expansion_type == "context"):
+        from tritter.core.expansions import on_twin  # imports transformers
 
-        check_on_twin(spec, family, config, target)
+        if keeps_axes:
+            on_twin.check_rotations(config, target)
+        else:
+            on_twin.check_on_twin(spec, family, config, target)
     try:
         check_size(family_of(target), target)
     except RequestError as error:
@@ -133,7 +140,8 @@ def check_specs(specs: object) -> tuple[ExpansionSpec, ...]:
         if not is_options(type(spec)) or not hasattr(spec, "target_config"):
             raise RequestError(
                 f"specs: {brief(spec)} is not an expansion; expansions are Dus(), Stack(), "
-                "Interpolate(), LlamaPro(), Layers(), Width(), Moe(), MoeAdd() and Vocab()."
+                "Interpolate(), LlamaPro(), Layers(), Width(), Moe(), MoeAdd(), Vocab() and "
+                "Context()."
             )
     raise_problems([p for spec in specs for p in checked(spec, prefix=f"expansion.{spec.name}")])
     return tuple(specs)

@@ -33,6 +33,7 @@ Order = Literal["together", "top_down"]
 Share = Annotated[float, Field(gt=0, lt=1)]
 Layer = Annotated[int, Field(ge=0)]
 _KEY = "forgetting.freeze"
+_WITHOUT_WEIGHTS = ("depth", "context")  # only exact depth adds weights of its own
 DEFAULT = "attention"  # if no option selects anything
 
 
@@ -148,10 +149,11 @@ class Freeze(ForgettingMethod):
         elif not specs and run.pipeline.target_params is None:
             reason = "without an expansion nothing is new; choose one, or set layers instead"
         elif specs and not any(
-            s.expansion_type != "depth" or s.is_exact or getattr(s, "identity", None) for s in specs
+            s.expansion_type not in _WITHOUT_WEIGHTS or s.is_exact or getattr(s, "identity", None)
+            for s in specs
         ):
             names = " and ".join(spec.name for spec in specs)
-            reason = f"{names} only copies layers, which are not new; use llama_pro, width or moe"
+            reason = f"{names} adds no new weights; use llama_pro, width or moe"
         if options.new_only and reason:
             yield Problem(f"{_KEY}.new_only", True, reason=reason)
         if options.old_rows and not any(spec.expansion_type == "vocab" for spec in specs):

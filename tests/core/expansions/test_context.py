@@ -1,0 +1,220 @@
+"""A longer context: stock classes read the new rotations, weights and state keep their bits."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    CohereConfig,
+    CohereForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+)
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from tests import oracle
+from tests.oracle.families import generic, tiny
+from tritter.checkpoints import lineage_of
+from tritter.checkpoints.state import read_state, write_state
+from tritter.core.expansions import Context, LlamaPro, Width
+from tritter.core.families import family_of
+from tritter.core.models import config_of
+from tritter.errors import RequestError
+from tritter.storage.writer import TensorStream
+from tritter.transform import expand, plan_expansion
+
+LENGTH = 64  # of the sources
+METHODS: tuple[Literal["base", "yarn"], ...] = ("base", "yarn")
+WHOLE = {"mistral": None, "phi3": None}  # families whose layers all have a window in the oracle
+
+
+def config_in(folder: Path) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return config
+
+
+def rotations_of(config: Any) -> list[dict[str, Any]]:
+    parameters = config["rope_parameters"]
+    return [parameters[k] for k in ("full_attention",) if k in parameters] or [parameters]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("family", generic())
+def test_every_family_reads_longer_sequences(tmp_path: Path, family: str, method: Any) -> None:
+    changes = {"sliding_window": None} if family in WHOLE else {}
+    model = tiny(family, **changes)
+    oracle.saved(model, tmp_path / "base")
+    spec, grown = Context(method=method), tmp_path / "grown"
+    if family == "gpt2" or (family, method) == ("phi3", "yarn"):
+        with pytest.raises(RequestError, match=r"no rotary embeddings|LongRoPE; use base"):
+            expand(tmp_path / "base", grown, [spec])
+        return
+    step = expand(tmp_path / "base", grown, [spec]).steps[0]
+    assert not step.is_exact
+    before, after = (load_file(tmp_path / f / "model.safetensors") for f in ("base", "grown"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    config = config_in(grown)
+    assert config["max_position_embeddings"] == 4 * LENGTH
+    stock = oracle.stock(grown)
+    assert stock.config.to_dict()["rope_parameters"] == config["rope_parameters"]
+    assert oracle.logits(stock, oracle.tokens(97, length=3 * LENGTH)).isfinite().all()
+    # The control of `is_exact`: near tokens are rotated differently too
+    short = oracle.tokens(97, length=LENGTH // 2)
+    assert oracle.relative_difference(model, stock, short) > 1e-3
+    assert lineage_of(grown).expansion_history[-1].claims_exact is False
+
+
+def test_base_follows_the_rule_and_yarn_that_of_transformers(tmp_path: Path) -> None:
+    model = tiny("glm4")  # half of each head is rotated
+    source = oracle.saved(model, tmp_path / "base")
+    old = rotations_of(config_in(source))[0]
+    dimensions = int(6 * old["partial_rotary_factor"])
+    expand(source, tmp_path / "b", [Context(target_length=160, method="base")])
+    new = rotations_of(config_in(tmp_path / "b"))[0]
+    expected = old["rope_theta"] * 2.5 ** (dimensions / (dimensions - 2))
+    assert math.isclose(new["rope_theta"], expected) and new["rope_type"] == "default"
+    expand(source, tmp_path / "y", [Context(target_length=160, method="yarn")])
+    new = rotations_of(config_in(tmp_path / "y"))[0]
+    assert new["factor"] == 2.5 and new["original_max_position_embeddings"] == LENGTH
+    stock = oracle.stock(tmp_path / "y")
+    _, factor = ROPE_INIT_FUNCTIONS["yarn"](stock.config)
+    assert math.isclose(factor, 0.1 * math.log(2.5) + 1)
+
+
+def test_the_fastest_rotation_is_kept_by_yarn_and_the_slowest_is_divided(tmp_path: Path) -> None:
+    source = oracle.saved(oracle.tiny_llama(head_dim=64, rope_theta=1e4), tmp_path / "base")
+    frequencies = {}
+    for method in METHODS:
+        expand(source, tmp_path / f"by_{method}", [Context(method=method)])
+        frequencies[method] = oracle.stock(tmp_path / f"by_{method}").model.rotary_emb.inv_freq
+    before = oracle.stock(source).model.rotary_emb.inv_freq
+    for after in frequencies.values():  # a period 4 times as long for the slowest
+        assert torch.isclose(after[-1], before[-1] / 4, rtol=1e-5)
+        assert torch.equal(after[0], before[0])
+
+
+def test_windowed_layers_keep_their_rotations(tmp_path: Path) -> None:
+    source = oracle.saved(tiny("gemma3_text"), tmp_path / "base")
+    notes = expand(source, tmp_path / "grown", [Context()]).steps[0].notes
+    old, new = (config_in(tmp_path / f)["rope_parameters"] for f in ("base", "grown"))
+    assert new["sliding_attention"] == old["sliding_attention"]
+    assert new["full_attention"]["rope_type"] == "yarn"
+    assert "2 of 3 layers attend to the last 4 tokens only" in " ".join(notes)
+
+
+def test_it_can_be_repeated_with_the_same_method(tmp_path: Path) -> None:
+    source = oracle.saved(oracle.tiny_llama(), tmp_path / "base")
+    for method in METHODS:
+        twice, once = (
+            [Context(target_length=n, method=method) for n in (128, 256)],
+            Context(target_length=256, method=method),
+        )
+        found = [plan_expansion(source, each).target_config for each in (twice, [once])]
+        parameters = [each["rope_parameters"] for each in found]
+        assert parameters[0] == pytest.approx(parameters[1])
+    expand(source, tmp_path / "yarn", [Context()])
+    with pytest.raises(RequestError, match="rope_type = yarn; only yarn can be scaled again"):
+        plan_expansion(tmp_path / "yarn", [Context(method="base")])
+
+
+@pytest.mark.parametrize("others", [[Width(hidden_size=48)], [LlamaPro(target_layers=4)]])
+def test_it_composes(tmp_path: Path, others: list[Any]) -> None:
+    source = oracle.saved(oracle.tiny_llama(), tmp_path / "base")
+    for name, specs in (("first", [Context(), *others]), ("last", [*others, Context()])):
+        expand(source, tmp_path / name, specs)
+    alone = expand(source, tmp_path / "alone", [Context()]).folder
+    ids = oracle.tokens(97, length=3 * LENGTH)
+    for name in ("first", "last"):  # exact methods keep the function of the longer model
+        model = oracle.stock(tmp_path / name)
+        assert oracle.relative_difference(oracle.stock(alone), model, ids) < 1e-4
+
+
+def test_moments_and_importances_are_carried(tmp_path: Path) -> None:
+    model = oracle.tiny_llama()
+    source = oracle.saved(model, tmp_path / "base")
+    family, config = family_of(config_of(model)), config_of(model)
+    values = {
+        t.disk_name: torch.rand(family.shape(t, config)) for t in family.logical_tensors(config)
+    }
+    kinds = ("exp_avg", "exp_avg_sq", "fisher")
+    write_state(source, {kind: TensorStream.of(values.items()) for kind in kinds}, step=7)
+    expand(source, tmp_path / "grown", [Context()])
+    state = read_state(tmp_path / "grown")
+    assert state is not None and state.step == 7
+    for kind in kinds:
+        assert all(torch.equal(state.kinds[kind].get(n), v) for n, v in values.items())
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "reason"),
+    [
+        ({}, {"target_length": 64}, "already has max_position_embeddings = 64; must be more"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
+         {"target_length": 256}, "rope_type = linear; it can't be combined"),
+        ({"head_dim": 2}, {"method": "base"}, "more than 2 rotary dimensions"),
+    ],
+)  # fmt: skip
+def test_impossible_lengths_are_refused(
+    tmp_path: Path, changes: dict[str, Any], options: dict[str, Any], reason: str
+) -> None:
+    source = oracle.saved(oracle.tiny_llama(**changes), tmp_path / "base")
+    with pytest.raises(RequestError, match=reason):
+        plan_expansion(source, [Context(**options)])
+
+
+def test_windows_in_all_layers_are_refused(tmp_path: Path) -> None:
+    source = oracle.saved(tiny("mistral"), tmp_path / "base")
+    with pytest.raises(RequestError, match="all layers attend to the last 4 tokens"):
+        plan_expansion(source, [Context()])
+
+
+@pytest.mark.parametrize("kind", ["opt", "bloom"])
+def test_model_types_without_rotations_are_refused(tmp_path: Path, kind: str) -> None:
+    shape: dict[str, Any] = {"hidden_size": 32, "vocab_size": 97}
+    if kind == "opt":
+        model: Any = OPTForCausalLM(
+            OPTConfig(**shape, ffn_dim=32, num_hidden_layers=2, num_attention_heads=4,
+                      word_embed_proj_dim=32)
+        )  # fmt: skip
+    else:
+        model = BloomForCausalLM(BloomConfig(**shape, n_layer=2, n_head=4))
+    source = oracle.saved(model, tmp_path / "base")
+    with pytest.raises(RequestError, match=f"{kind} has no rotary embeddings"):
+        plan_expansion(source, [Context()])
+
+
+def test_a_model_type_without_a_table_is_verified_on_its_twin(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = CohereConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
+        pad_token_id=None, bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    source = oracle.saved(CohereForCausalLM(config), tmp_path / "base")
+    expand(source, tmp_path / "grown", [Context()])
+    stock = oracle.stock(tmp_path / "grown")
+    assert stock.config.rope_parameters["factor"] == 4.0
+    assert oracle.logits(stock, oracle.tokens(97, length=200)).isfinite().all()
+    from tritter.core.expansions import on_twin
+
+    monkeypatch.setattr(on_twin, "rotation_change", lambda *_: 0.0)
+    with pytest.raises(RequestError, match="computes the same with other rotary parameters"):
+        plan_expansion(source, [Context()])
+
+
+def test_a_config_of_an_earlier_release_is_read(tmp_path: Path) -> None:
+    source = oracle.saved(oracle.tiny_llama(), tmp_path / "base")
+    old = config_in(source)
+    old["rope_theta"], old["rope_scaling"] = old.pop("rope_parameters")["rope_theta"], None
+    (source / "config.json").write_text(json.dumps(old), encoding="utf-8")
+    expand(source, tmp_path / "grown", [Context()])
+    new = config_in(tmp_path / "grown")
+    assert new["rope_parameters"]["rope_type"] == "yarn" and "rope_scaling" not in new

@@ -1,0 +1,179 @@
+"""`expansion=context` through a whole job: short and long windows, resume, stored sequences."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests import oracle
+from tests.pipeline.tiny import TINY
+from tritter.checkpoints.state import KeptSequences
+from tritter.config.launch.composition import load_config
+from tritter.config.validation import source_config
+from tritter.errors import RequestError
+from tritter.pipeline import Outcome, run_pipeline, stages
+from tritter.planning.run_memory import training_needs
+
+SHORT, LONG = 32, 128
+WORDS = ("expansion=context", f"model.max_position_embeddings={SHORT}")
+
+
+def job(run_tiny: Callable[..., Outcome], folder: Path, *words: str) -> dict[str, Any]:
+    run_tiny(folder, *WORDS, *words)
+    summary: dict[str, Any] = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    return summary
+
+
+@pytest.fixture(scope="module")
+def done(run_tiny: Callable[..., Outcome], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("context") / "run"
+    words = ("forgetting=[ewc,replay]", "forgetting.replay.keep=3", "gate=default")
+    job(run_tiny, folder, *words, "pipeline.keep_stages=true", "control=true")
+    return folder
+
+
+def summary_of(folder: Path) -> dict[str, Any]:
+    summary: dict[str, Any] = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    return summary
+
+
+def test_training_reads_long_windows_with_as_many_tokens(done: Path) -> None:
+    record = json.loads((done / "checkpoint/tritter.json").read_text("utf-8"))
+    assert record["training_config"]["data"]["sequence_length"] == LONG
+    kept = KeptSequences.read(done / "checkpoint")
+    assert {each.shape[1] for each in kept.sequences.values()} == {LONG}
+    assert oracle.stock(done / "checkpoint").config.max_position_embeddings == LONG
+    control = summary_of(done)["control"]
+    assert control["steps"] == summary_of(done)["attempts"][0]["steps"]
+
+
+def test_both_windows_are_scored_and_gated(done: Path) -> None:
+    summary = summary_of(done)
+    windows, checks = summary["windows"], {(c["check"], c["subject"]) for c in summary["gate"]}
+    assert (windows["source_length"], windows["length"]) == (SHORT, LONG)
+    assert {("retention", "old"), ("new_capability", "new")} <= checks
+    assert {("long_windows", "old"), ("long_windows", "new")} <= checks
+    for scores in windows["scores"].values():
+        assert scores.keys() == {"source", "source_long", "expanded", "final"}
+        assert len({score["n"] for score in scores.values()}) == 1
+    assert (done / "plots/positions.png").is_file()
+
+
+def test_loss_by_position_is_that_of_the_stock_model(done: Path) -> None:
+    """An independent computation from the folders: a document a time, no windows of ours."""
+    summary = summary_of(done)
+    positions = summary["windows"]["positions"]["old"]["final"]
+    assert positions["end"] == sorted(positions["end"]) and positions["end"][-1] <= LONG
+    total = sum(a * b for a, b in zip(positions["loss"], positions["tokens"], strict=True))
+    mean = total / sum(positions["tokens"])
+    assert mean == pytest.approx(summary["windows"]["scores"]["old"]["final"]["loss"])
+    first = positions["end"][0]
+    assert positions["tokens"][0] == first * summary["windows"]["scores"]["old"]["final"]["n"]
+
+
+def test_position_sums_match_plain_torch() -> None:
+    from tritter.data.tokens import TokenisedDocuments
+    from tritter.evaluation.losses import document_losses
+
+    model = oracle.tiny_llama()
+    tokens = oracle.tokens(97, batch=1, length=30)[0]
+    documents = TokenisedDocuments(
+        tokens=tokens.int(),
+        offsets=torch.tensor([0, 12, 30]),
+        num_bytes=torch.tensor([12, 18]),
+        identifiers=["a", "b"],
+    )
+    sums = torch.zeros(2, 20, dtype=torch.float64)
+    document_losses(
+        model, documents, sequence_length=20, end_of_text_id=0, batch_size=2, positions=sums
+    )
+    expected = torch.zeros(2, 20, dtype=torch.float64)
+    for text in (tokens[:12], tokens[12:]):
+        ids = torch.cat([torch.tensor([0]), text])[None]
+        losses = torch.nn.functional.cross_entropy(
+            oracle.logits(model, ids[:, :-1])[0], text, reduction="none"
+        )
+        expected[0, : len(text)] += losses.double()
+        expected[1, : len(text)] += 1
+    assert torch.equal(sums[1], expected[1])
+    assert torch.allclose(sums[0], expected[0], atol=1e-4)
+
+
+def test_memory_is_counted_for_long_windows() -> None:
+    activations = {}
+    for name, length in (("context", 4096), ("none", 0)):
+        words = [f"expansion.context.target_length={length}"] if length else ["expansion=none"]
+        config = load_config([*TINY, *WORDS, *words])
+        *_, need = training_needs(config, source_config(config))
+        activations[name] = need.activations
+    assert activations["context"] > 2 * activations["none"]
+
+
+def test_data_that_is_too_small_is_refused_before_training(
+    run_tiny: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    with pytest.raises(RequestError, match="Domain"):
+        job(run_tiny, tmp_path / "run", "expansion.context.target_length=100000000")
+    assert not (tmp_path / "run/baseline").exists()
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("stage", ["evaluation", "expansion", "training"])
+def test_a_kill_between_stages_is_resumed(
+    run_tiny: Callable[..., Outcome], tmp_path: Path, stage: str
+) -> None:
+    words = ["forgetting=replay", "gate=off"]
+    whole = job(run_tiny, tmp_path / "whole", *words)
+
+    def die(*_: Any, **__: Any) -> None:
+        raise Killed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stages, stage, die)
+        with pytest.raises(Killed):
+            job(run_tiny, tmp_path / "parts", *words)
+    parts = job(run_tiny, tmp_path / "parts", *words)
+    assert parts["lineage"]["model_hash"] == whole["lineage"]["model_hash"]
+    assert parts["windows"] == whole["windows"]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["forgetting=self_replay", "forgetting.self_replay.num_sequences=8"],
+        ["forgetting=[ewc,replay]", "data.packing=documents"],
+        ["experts=single_lora", "forgetting=replay"],
+        ["expansion=[context,llama_pro]", "forgetting=distill"],
+        ["expansion=[vocab,context]", "expansion.vocab.new_tokens=40", "forgetting=replay"],
+        ["expansion=[context,width]", "growth=foam", "growth.trigger=within_layer"],
+    ],
+)
+def test_it_composes(run_tiny: Callable[..., Outcome], tmp_path: Path, words: list[str]) -> None:
+    summary = job(run_tiny, tmp_path / "run", *words)
+    assert summary["status"] == "ungated" and summary["windows"]["length"] == LONG
+    assert {len({s["n"] for s in each.values()}) for each in summary["windows"]["scores"].values()}
+
+
+@pytest.mark.full
+def test_a_later_run_continues_at_the_new_length(done: Path, cache: Path, tmp_path: Path) -> None:
+    """Stored sequences have the new length, and can be joined to longer ones again."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    third = tmp_path / "third.jsonl"
+    lines = [json.dumps({"text": f"the third text has line {n} of many " * 40}) for n in range(60)]
+    third.write_text("\n".join(lines), encoding="utf-8")
+    words = [word for word in TINY if not word.startswith(("model.", "data.vocab", "data.new"))]
+    words = [word for word in words if not word.startswith(("data.old", "data.sequence"))]
+    words += ["model=hf", f"model.path={done / 'checkpoint'}", f"data.new={{third: {third}}}"]
+    words += [f"data.sequence_length={LONG}", "data.old={}", "expansion=context"]
+    words += ["forgetting=replay", f"cache_dir={cache}"]
+    run_pipeline(load_config(words), run_folder=folder)
+    assert oracle.stock(folder / "checkpoint").config.max_position_embeddings == 4 * LONG

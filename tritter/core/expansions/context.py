@@ -1,0 +1,215 @@
+"""A longer context: rotary embeddings (RoPE) whose angles fit more positions; weights are kept."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from tritter.core.families import Config, Family, position_limit
+from tritter.errors import Problem, RequestError, refused
+from tritter.limits import MAX_POSITIONS
+from tritter.options import options
+
+if TYPE_CHECKING:
+    from tritter.core.parameter_map import ParameterMap
+
+_KEY = "expansion.context"
+DEFAULT_FACTOR = 4
+_LOCAL = "sliding_attention"  # layers that never see a distance beyond their window
+# Keys of YaRN that follow from the new factor, or that only earlier releases of transformers read
+_DERIVED = ("factor", "attention_factor", "type")
+
+
+@options
+class Context:
+    """More positions for a model with rotary embeddings.
+
+    Args:
+        target_length: tokens of the new context. Default: 4 times the current
+            `max_position_embeddings`.
+        method: `yarn` (arXiv 2309.00071) divides the slow rotations by the factor, keeps the fast
+            ones and makes attention sharper; `base` multiplies the base θ of all rotations by
+            s^(d/(d-2)), for a factor s and d rotary dimensions ("NTK-aware" scaling).
+    """
+
+    name: ClassVar[str] = "context"
+    expansion_type: ClassVar[str] = "context"
+    is_exact: ClassVar[bool] = False  # the angles between near tokens change too
+    new_blocks_only: ClassVar[bool] = False
+    target_length: Annotated[int, Field(ge=2, le=MAX_POSITIONS)] | None = None
+    method: Literal["base", "yarn"] = "yarn"
+
+    def target_config(self, family: Family, config: Config) -> Config:
+        """Return the config with more positions.
+
+        Raises:
+            RequestError: the model has no rotary embeddings of a known kind, or the target is not
+                longer than its context.
+        """
+        config = _with_rotations(family, config)
+        old = position_limit(config)
+        assert old is not None
+        layers = range(family.dimensions(config).num_hidden_layers)
+        windows = [family.attention_window(config, layer) or MAX_POSITIONS for layer in layers]
+        new = self.target_length or DEFAULT_FACTOR * old
+        if new <= old:
+            reason = f"the model already has {family.positions_key} = {old}; must be more"
+            raise refused(f"{_KEY}.target_length", new, reason)
+        if max(windows) <= old:
+            reason = f"all layers attend to the last {max(windows)} tokens, so no distance is new"
+            raise RequestError(Problem(_KEY, reason=f"{reason}; set {family.positions_key}"))
+        changed: dict[str, Any] = {family.positions_key: new}
+        changed["rope_parameters"] = rotations = dict(_parameters(config))
+        for name, each in _scaled(rotations).items():
+            scaled = self._scale(config, each, old, new)
+            if name:
+                rotations[name] = scaled
+            else:
+                changed["rope_parameters"] = scaled
+        return {**config, **changed}
+
+    def _scale(
+        self, config: Config, parameters: Mapping[str, Any], old: int, new: int
+    ) -> dict[str, Any]:
+        """Return rotary parameters for a longer context.
+
+        Args:
+            config: config of the source.
+            parameters: its rotary parameters.
+            old: its context length.
+            new: the new context length.
+
+        Raises:
+            RequestError: they are already scaled in another way.
+        """
+        kind = parameters.get("rope_type", "default")
+        if kind != "default" and (kind, self.method) != ("yarn", "yarn"):
+            allowed = "only yarn can be scaled again" if kind == "yarn" else "it can't be combined"
+            reason = (
+                f"the rotary embeddings of the model already have rope_type = {kind}; {allowed}"
+            )
+            raise refused(f"{_KEY}.method", self.method, reason)
+        if self.method == "yarn" and "original_max_position_embeddings" in config:
+            reason = f"the class of {config['model_type']} reads yarn as LongRoPE; use base"
+            raise refused(f"{_KEY}.method", self.method, reason)
+        if self.method == "yarn":
+            first = parameters.get("original_max_position_embeddings", old)
+            return {
+                **{key: value for key, value in parameters.items() if key not in _DERIVED},
+                "rope_type": "yarn",
+                "factor": new / first,
+                "original_max_position_embeddings": first,
+            }
+        dimensions = rotary_dimensions(config, parameters)
+        if dimensions <= 2:
+            reason = f"base needs more than 2 rotary dimensions, and the model has {dimensions}"
+            raise refused(f"{_KEY}.method", self.method, f"{reason}; use yarn")
+        growth = (new / old) ** (dimensions / (dimensions - 2))
+        return {**parameters, "rope_theta": parameters["rope_theta"] * growth}
+
+    def parameter_map(
+        self, family: Family, source: Config, target: Config, *, seed: int
+    ) -> ParameterMap:
+        """Return the identity: rotary embeddings have no weights."""
+        from tritter.core.parameter_map import ParameterMap
+
+        return ParameterMap.identity(
+            (tensor.name for tensor in family.logical_tensors(source)),
+            num_layers=family.dimensions(source).num_hidden_layers,
+        )
+
+    def notes(self, family: Family, source: Config, target: Config) -> tuple[str, ...]:
+        old, new = position_limit(source), position_limit(target)
+        assert old is not None and new is not None
+        notes = [f"{old:,} → {new:,} positions; {_change(target, source)}"]
+        layers = range(family.dimensions(target).num_hidden_layers)
+        windows = [family.attention_window(target, layer) for layer in layers]
+        if local := [window for window in windows if window is not None and window < new]:
+            notes.append(
+                f"{len(local)} of {len(layers)} layers attend to the last {max(local):,} tokens "
+                "only; the expansion keeps their windows"
+            )
+        if family.has_table:
+            before, after = (cache_bytes(family, each) for each in (source, target))
+            notes.append(
+                f"the key/value cache of one full sequence in 16 bits grows from "
+                f"{before / 1e6:,.1f} to {after / 1e6:,.1f} MB"
+            )
+        return tuple(notes)
+
+
+def cache_bytes(family: Family, config: Config) -> int:
+    """Return the bytes of the keys and values of one sequence of full length, in 16 bits."""
+    sizes, length = family.dimensions(config), position_limit(config) or 0
+    windows = (family.attention_window(config, n) for n in range(sizes.num_hidden_layers))
+    kept = sum(min(length, window or length) for window in windows)
+    return 2 * 2 * kept * sizes.num_key_value_heads * sizes.head_dim
+
+
+def rotary_dimensions(config: Config, parameters: Mapping[str, Any]) -> int:
+    """Return the rotary dimensions of a head, as transformers computes them.
+
+    Raises:
+        RequestError: heads of different layers have different sizes.
+    """
+    size: Any = config.get("head_dim")
+    if size is None and isinstance(config.get("num_attention_heads"), int):
+        size = config["hidden_size"] // config["num_attention_heads"]  # type: ignore[operator]
+    if not isinstance(size, int):
+        reason = "config.json sets no head size from which the base follows; use yarn"
+        raise refused(f"{_KEY}.method", "base", reason)
+    share: Any = parameters.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
+    return int(size * (1.0 if share is None else share))
+
+
+def _with_rotations(family: Family, config: Config) -> Config:
+    """Return a config with its rotary parameters, by default as its class sets them.
+
+    Raises:
+        RequestError: the model has no rotary embeddings, or its context has no limit.
+    """
+    if not isinstance(config.get("rope_parameters"), Mapping) and not _has_positions(family):
+        from tritter.core.families.discovery.configs import complete  # imports transformers
+
+        # Keys of earlier releases (rope_theta, rope_scaling) become rope_parameters
+        config = {**complete(config), **{k: config[k] for k in ("architectures",) if k in config}}
+    reason = ""
+    if not _parameters(config) or config.get("alibi"):
+        reason = f"{family.model_type} has no rotary embeddings that config.json could scale"
+    elif position_limit(config) is None:
+        reason = f"config.json of {family.model_type} does not set {family.positions_key}"
+    elif not _scaled(_parameters(config)):
+        reason = "it has rotary embeddings in layers with a window only, which need no longer ones"
+    if reason:
+        raise RequestError(Problem(_KEY, reason=reason))
+    return config
+
+
+def _has_positions(family: Family) -> bool:
+    """Return True if a tabulated family learns its positions."""
+    return family.has_table and any(tensor.kind == "embed_positions" for tensor in family.tensors)
+
+
+def _parameters(config: Config) -> Mapping[str, Any]:
+    found = config.get("rope_parameters")
+    return found if isinstance(found, Mapping) else {}
+
+
+def _scaled(parameters: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Return kind of layer → its rotary parameters to scale; "" for one kind in all layers."""
+    nested = {name: each for name, each in parameters.items() if isinstance(each, Mapping)}
+    if not nested:
+        return {"": parameters}
+    return {name: each for name, each in nested.items() if name != _LOCAL}
+
+
+def _change(target: Config, source: Config) -> str:
+    """Return the change of the rotary parameters as text."""
+    after = next(iter(_scaled(_parameters(target)).values()))
+    if after["rope_type"] == "yarn":
+        first = after["original_max_position_embeddings"]
+        return f"YaRN with factor {after['factor']:g} over {first:,} positions"
+    before = next(iter(_scaled(_parameters(source)).values()), {}).get("rope_theta")
+    return f"θ {f'{before:,.0f} → ' if before else ''}{after['rope_theta']:,.0f}"

@@ -1,0 +1,259 @@
+"""Long windows of a run with a longer context: scores, loss by position, and their checks.
+
+The long documents of a domain are the validation documents with more tokens than the context of
+the source. The source reads them in windows of its own length, and also in long windows, for the
+loss by position. The grown model reads them in long windows.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from json import dumps
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tritter.core.expansions import target_config
+from tritter.core.families import Flops, position_limit
+from tritter.data.tokens import TokenisedDocuments
+from tritter.evaluation.gate import Check, retention_check
+from tritter.evaluation.losses import document_losses, window_lengths
+from tritter.evaluation.statistics import MAX_SCORE_BYTES, PairedScores, score_file
+from tritter.pipeline.branch import Branch
+from tritter.pipeline.context import RunContext
+from tritter.report.summary import WindowsRecord
+from tritter.storage.atomic import write_text_atomic
+from tritter.storage.reading import read_object
+from tritter.storage.records import validate_record
+
+NUM_BUCKETS = 16  # of positions
+SOURCE, SOURCE_LONG = "source-windows", "source-long"  # names of the source's scores
+NAMES = ("source", "source_long", "expanded", "final")
+
+
+@dataclass(frozen=True, slots=True)
+class LongScores:
+    """Scores of one model on the long documents.
+
+    Args:
+        scores: domain → losses, paired by document.
+        positions: domain → mean loss and number of tokens of each bucket of positions.
+    """
+
+    scores: Mapping[str, PairedScores]
+    positions: Mapping[str, Mapping[str, list[float]]]
+
+    def write(self, context: RunContext, name: str) -> str:
+        """Write the scores and return their file, relative to the run folder."""
+        plain = {
+            "scores": {domain: each.to_dict() for domain, each in self.scores.items()},
+            "positions": self.positions,
+        }
+        write_text_atomic(context.folder / score_file(name), dumps(plain))
+        return score_file(name)
+
+    @classmethod
+    def read(cls, context: RunContext, name: str) -> "LongScores":
+        """Return scores that were written under a name."""
+        plain = read_object(context.folder / score_file(name), limit_bytes=MAX_SCORE_BYTES)
+        scores = {name: PairedScores.from_dict(each) for name, each in plain["scores"].items()}
+        return cls(scores, plain["positions"])
+
+
+def check(context: RunContext) -> None:
+    """Reject data that is too small for the windows after an expansion, before any training.
+
+    Raises:
+        RequestError: names the domain.
+    """
+    for config in context.config.attempts:
+        if not any(spec.expansion_type == "context" for spec in config.expansion):
+            continue
+        lengths = [
+            position_limit(each) or 0
+            for each in (
+                context.model_config,
+                target_config(context.model_config, config.expansion),
+            )
+        ]
+        context.at_length(lengths[1]).check_text()
+        if context.initial_checkpoint is None and config.data.sequence_length < lengths[0]:
+            context.say(
+                "",
+                f"the base trains on {config.data.sequence_length} tokens, but its context counts "
+                f"as {lengths[0]} (model.max_position_embeddings); set both to the same length",
+            )
+
+
+def is_longer(context: RunContext, branch: Branch) -> bool:
+    """Return True if the expansion of a branch gives its model a longer context."""
+    if not branch.specs:
+        return False
+    plan = context.planned(branch)
+    return position_limit(plan.config) != position_limit(plan.target_config)
+
+
+def long_documents(context: RunContext, length: int) -> dict[str, TokenisedDocuments]:
+    """Return domain → its validation documents of more than `length` tokens, if there are any."""
+    found = {}
+    for name in context.domains:
+        documents = context.corpus.domains[name].validation
+        sizes = documents.offsets.diff()
+        chosen = (sizes > length).nonzero().flatten().tolist()
+        if chosen:
+            found[name] = TokenisedDocuments(
+                tokens=torch.cat([documents.document(index) for index in chosen]),
+                offsets=torch.cat([torch.zeros(1, dtype=torch.int64), sizes[chosen].cumsum(0)]),
+                num_bytes=documents.num_bytes[chosen],
+                identifiers=[documents.identifiers[index] for index in chosen],
+            )
+    return found
+
+
+def score(context: RunContext, model: nn.Module, *, source_length: int, length: int) -> LongScores:
+    """Score a model on the long documents, in windows of `length`, and move it to the CPU."""
+    scores, positions, reader = {}, {}, context.scoring.reader
+    factor = max(1, length // context.scoring.sequence_length)
+    model.to(context.device)
+    with context.progress_bars() as new_bar:
+        for name, documents in long_documents(context, source_length).items():
+            sums = torch.zeros(2, length, dtype=torch.float64)
+            scores[name] = document_losses(
+                model,
+                documents,
+                sequence_length=length,
+                end_of_text_id=reader.end_of_text_id,
+                batch_size=max(1, reader.batch_size // factor),
+                progress=new_bar(f"scoring {name} in windows of {length:,}"),
+                positions=sums,
+            )
+            positions[name] = _buckets(sums)
+    model.to("cpu")
+    return LongScores(scores, positions)
+
+
+def _buckets(sums: Tensor) -> dict[str, list[float]]:
+    """Return the mean loss of consecutive positions, without buckets that have no tokens."""
+    ends = torch.linspace(0, sums.shape[1], NUM_BUCKETS + 1).round().long().unique().tolist()
+    found: dict[str, list[float]] = {"end": [], "loss": [], "tokens": []}
+    for begin, end in pairwise(ends):
+        nats, tokens = sums[:, begin:end].sum(dim=1).tolist()
+        if tokens:
+            for key, value in (("end", end), ("loss", nats / tokens), ("tokens", int(tokens))):
+                found[key].append(value)
+    return found
+
+
+def flops(context: RunContext, reading: Flops, *, source_length: int, length: int) -> float:
+    """Return the FLOPs of one pass over the long documents."""
+    texts = long_documents(context, source_length).values()
+    return sum(
+        reading.of(each)
+        for documents in texts
+        for each in window_lengths(documents, sequence_length=length)
+    )
+
+
+def score_start(
+    context: RunContext, branch: Branch, before: nn.Module, after: nn.Module, reading: Flops
+) -> tuple[list[str], float]:
+    """Score source and result of an expansion; return the files and the FLOPs.
+
+    Args:
+        context: the context of the source.
+        reading: FLOPs of reading a sequence.
+    """
+    longer = context.reading(f"{branch.name}/expanded")
+    old, new = _lengths(context, branch)
+    own = context.at_length(new)  # the same documents in the tokens of the source
+    spent, files = 0.0, []
+    for where, model, length, name in (
+        (own, before, old, SOURCE),
+        (own, before, new, SOURCE_LONG),
+        (longer, after, new, "expanded-long"),
+    ):
+        found = score(where, model, source_length=old, length=length)
+        files.append(found.write(context, f"{branch.name}-{name}"))
+        spent += flops(where, reading, source_length=old, length=length)
+    counts = {name: len(each) for name, each in long_documents(own, old).items()}
+    listed = ", ".join(f"{count} of {name}" for name, count in counts.items()) or "none"
+    context.say(
+        "",
+        f"training windows of {new:,} tokens, {longer.config.data.batch_size} per batch; "
+        f"validation documents of more than {old:,} tokens: {listed}",
+    )
+    return files, spent
+
+
+def score_trained(
+    context: RunContext, branch: Branch, model: nn.Module, reading: Flops
+) -> tuple[list[str], float]:
+    """Score a trained model on the long documents; return the files and the FLOPs.
+
+    Args:
+        context: the context of the trained model.
+        branch: its branch.
+        model: the model.
+        reading: FLOPs of reading a sequence.
+    """
+    old, new = (
+        position_limit(context.source("baseline").config),
+        context.config.data.sequence_length,
+    )
+    assert old is not None
+    found = score(context, model, source_length=old, length=new)
+    spent = flops(context, reading, source_length=old, length=new)
+    return [found.write(context, f"{branch.name}-trained-long")], spent
+
+
+def _lengths(context: RunContext, branch: Branch) -> tuple[int, int]:
+    plan = context.planned(branch)
+    old, new = position_limit(plan.config), position_limit(plan.target_config)
+    assert old is not None and new is not None
+    return old, new
+
+
+def checks(context: RunContext, branches: Sequence[Branch]) -> Iterator[Check]:
+    """Yield the checks of the long windows of an attempt, one per domain with long documents.
+
+    The trained model in long windows is compared with the source in windows of its own length.
+    """
+    if not is_longer(context, branches[0]):
+        return
+    gate = context.config.gate
+    before = LongScores.read(context, f"{branches[0].name}-{SOURCE}").scores
+    after = LongScores.read(context, f"{branches[-1].name}-trained-long").scores
+    for name in before:
+        check = retention_check(
+            name, before[name], after[name], bound=gate.retention, confidence=gate.confidence
+        )
+        yield replace(check, name="long_windows")
+
+
+def summary_record(context: RunContext, branches: Sequence[Branch]) -> WindowsRecord | None:
+    """Return the part of the summary, or None if no expansion made the context longer."""
+    first, last = branches[0], branches[-1]
+    if not is_longer(context, first):
+        return None
+    old, new = _lengths(context, first)
+    files = (SOURCE, SOURCE_LONG, "expanded-long")
+    names = [*(f"{first.name}-{each}" for each in files), f"{last.name}-trained-long"]
+    models = dict(zip(NAMES, (LongScores.read(context, each) for each in names), strict=True))
+    record: dict[str, Any] = {
+        "source_length": old,
+        "length": new,
+        "scores": {
+            domain: {name: each.scores[domain].record() for name, each in models.items()}
+            for domain in models[NAMES[0]].scores
+        },
+        "positions": {
+            domain: {
+                name: dict(each.positions[domain])
+                for name, each in models.items()
+                if name != NAMES[0]
+            }
+            for domain in models[NAMES[0]].scores
+        },
+    }
+    return validate_record(record, WindowsRecord, what="summary.json: windows")
