@@ -38,6 +38,7 @@ _OPTION_OF_KEY = {
     "width.init": "width_init",
     "layers.slices": "layers",
     "moe.layers": "sparse_layers",
+    "moe.target": "moe_target",
     "moe_add.init": "expert_init",
     "vocab.init": "vocab_init",
 }

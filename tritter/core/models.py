@@ -22,6 +22,7 @@ from transformers import (
 from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
+from tritter.core.expansions.partners import SIGMOID_ROUTERS
 from tritter.core.families import (
     Config,
     StoredTensor,
@@ -282,10 +283,14 @@ def _configure_model(model: PreTrainedModel) -> PreTrainedModel:
     """
     model.loss_type = model.loss_type or "ForCausalLM"  # not derivable from some class names
     family = find_family(model.config.model_type)
-    if family is None or not family.has_experts:
+    if family is not None and family.has_experts:
+        sizes = family.dimensions(config_of(model))
+        is_aligned = sizes.hidden_size % 8 == 0 and sizes.expert_size % 8 == 0
+    elif model.config.model_type in SIGMOID_ROUTERS:
+        config = model.config
+        is_aligned = config.hidden_size % 8 == 0 and config.moe_intermediate_size % 8 == 0
+    else:
         return model
-    dimensions = family.dimensions(config_of(model))
-    is_aligned = dimensions.hidden_size % 8 == 0 and dimensions.expert_size % 8 == 0
     if not is_aligned or model.dtype == torch.float64:
         model.set_experts_implementation("eager")
     return model

@@ -8,6 +8,7 @@ from pydantic import Field
 
 from tritter.checkpoints.location import teacher_problems
 from tritter.core.expansions import target_config
+from tritter.core.expansions.partners import SIGMOID_ROUTERS
 from tritter.core.families import Config, family_of
 from tritter.errors import Problem, show
 from tritter.options import Count, RunRequest, options
@@ -63,7 +64,8 @@ def expert_problems(config: RunRequest, source: Config) -> Iterator[Problem]:
     """
     has_experts = family_of(source).has_experts
     target = family_of(target_config(source, config.expansion))
-    if not (target.has_experts and target.has_table):
+    is_known = target.has_table or target.model_type in SIGMOID_ROUTERS
+    if not (target.has_experts and is_known):
         reason = "the model is dense and has no routers; use expansion=moe"
         if target.has_experts:
             reason = f"Tritter does not know the routers of {target.model_type}; remove the key"
