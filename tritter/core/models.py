@@ -22,8 +22,8 @@ from transformers import (
 from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
-from tritter.core.expansions.partners import SIGMOID_ROUTERS
 from tritter.core.families import (
+    SIGMOID_ROUTERS,
     Config,
     StoredTensor,
     check_config,

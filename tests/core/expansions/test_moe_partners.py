@@ -94,9 +94,7 @@ def test_dense_layers_of_a_sigmoid_model_come_first() -> None:
         ("llama", {}, {"norm_topk_prob": False, "target": "glm4_moe"}, "glm4_moe always"),
     ],
 )
-def test_refusals(
-    source: str, options: dict[str, Any], spec: dict[str, Any], message: str
-) -> None:
+def test_refusals(source: str, options: dict[str, Any], spec: dict[str, Any], message: str) -> None:
     config = oracle_growth.config_of(tiny(source, **options))
     with pytest.raises(RequestError, match=message):
         target_config(config, [Moe(**spec)])

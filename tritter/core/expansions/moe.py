@@ -39,7 +39,7 @@ from tritter.core.families import (
     logical_name,
 )
 from tritter.core.parameter_map import AxisFactor, Fill, ParameterMap, TensorMap
-from tritter.errors import Problem, RequestError, key_name, refused, setting
+from tritter.errors import Problem, RequestError, key_name, refused
 from tritter.limits import MAX_EXPERTS, MAX_LAYERS
 from tritter.options import options
 from tritter.seeds import derived_seed

@@ -19,7 +19,6 @@ PARTNERS: Mapping[str, tuple[str, ...]] = {
     "qwen3": ("qwen3_moe", "glm4_moe"),
 }
 SHARED = ("qwen2_moe", "glm4_moe")  # with a shared expert
-SIGMOID_ROUTERS = ("glm4_moe",)
 # Sizes of GLM-4-MoE, which has no table: discovery finds its tensors
 _GLM_SIZES = {
     "num_experts": "n_routed_experts",
@@ -181,7 +180,9 @@ def _glm4_moe(config: Config, dense_layers: tuple[int, ...]) -> Config:
         )
     first = len(dense_layers)
     if dense_layers != tuple(range(first)):
-        reason = f"it leaves layers {_listed(dense_layers)} dense; in glm4_moe only the first can be"
+        reason = (
+            f"it leaves layers {_listed(dense_layers)} dense; in glm4_moe only the first can be"
+        )
         raise RequestError(Problem("expansion.moe.layers", reason=reason))
     rope = config["rope_parameters"]
     assert isinstance(rope, dict)

@@ -8,8 +8,7 @@ from pydantic import Field
 
 from tritter.checkpoints.location import teacher_problems
 from tritter.core.expansions import target_config
-from tritter.core.expansions.partners import SIGMOID_ROUTERS
-from tritter.core.families import Config, family_of
+from tritter.core.families import SIGMOID_ROUTERS, Config, family_of
 from tritter.errors import Problem, show
 from tritter.options import Count, RunRequest, options
 from tritter.targets import values_of
@@ -23,7 +22,7 @@ class RoutingOptions:
         auxiliary_loss: of the load balancing loss (arXiv 2101.03961, eq. 4-6).
         z_loss: of the router z-loss (arXiv 2202.08906, eq. 5).
         bias_update_rate: step of the selection bias in loss-free balancing (arXiv 2408.15664), in
-            units of probability; the bias is not saved with the model.
+            units of probability; only sigmoid routers save it with the model.
         hold_old: of the divergence from the original routing of old data, see `OldRouting`.
         capacity_factor: for the logged dropped fraction; no token is dropped.
     """
