@@ -339,3 +339,44 @@ def test_what_would_have_no_effect_is_refused(words: str) -> None:
     with pytest.raises(RequestError) as refusal:
         load_config([*SMALL, *words.split()])
     assert REFUSED[words] in str(refusal.value)
+
+
+@pytest.fixture(scope="module")
+def sigmoid(run_job: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run that converted a dense base model to one with sigmoid routers."""
+    folder = tmp_path_factory.mktemp("sigmoid") / "run"
+    run_job(
+        folder, "expansion=moe", "expansion.moe.target=glm4_moe", "expansion.moe.num_experts=4",
+        "gate='off'", "moe_routing.bias_update_rate=0.01", "forgetting=replay", *QUICK,
+    )  # fmt: skip
+    return folder
+
+
+@pytest.mark.full
+def test_the_bias_of_sigmoid_routers_is_trained_and_published(sigmoid: Path) -> None:
+    summary = summary_of(sigmoid)
+    assert summary["moe"]["number"] == 4
+    assert not summary["moe"]["selection_bias"]  # there is no loss without it
+    stock = oracle.stock(sigmoid / "checkpoint")
+    assert stock.config.model_type == "glm4_moe"
+    for layer in stock.model.layers:
+        bias = layer.mlp.gate.e_score_correction_bias
+        assert bias.abs().max() > 0
+        assert torch.equal((bias / 0.01).round() * 0.01, bias) or bias.abs().max() <= 0.06 + 1e-6
+        assert layer.mlp.experts.down_proj.abs().max() > 0
+    ours = load_model(sigmoid / "checkpoint")
+    ids = oracle.tokens(stock.config.vocab_size)
+    assert torch.equal(oracle.logits(stock, ids), oracle.logits(ours, ids))
+
+
+@pytest.mark.full
+def test_a_sigmoid_model_is_trained_on(sigmoid: Path, add: Run, tmp_path: Path) -> None:
+    overrides = (f"model.path={sigmoid / 'checkpoint'}", "moe_routing.bias_update_rate=0.01")
+    add(tmp_path / "none", *overrides, "expansion=none")
+    before, after = (
+        oracle.stock(folder / "checkpoint").model.layers[0].mlp.gate.e_score_correction_bias
+        for folder in (sigmoid, tmp_path / "none")
+    )
+    assert not torch.equal(before, after)
+    with pytest.raises(RequestError, match="glm4_moe has none"):
+        add(tmp_path / "append", *overrides)

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from operator import attrgetter
 from pathlib import Path
 
 import torch
@@ -99,7 +100,7 @@ def new_model(config: Config, *, seed: int) -> nn.Module:
         built = stock_config_of(config)
         model = AutoModelForCausalLM.from_config(built, dtype=torch.float32)
     for stored in _narrower(config):
-        value = model.get_parameter(stored.name).detach()
+        value = tensor_of(model, stored.name).detach()
         set_parameter(model, stored.name, value[tuple(map(slice, stored.shape))].clone())
     return _configure_model(model)
 
@@ -143,7 +144,7 @@ def load_model(
     if wrong:
         raise TritterError(f"{folder} does not match its config.json: {wrong}")
     for stored in _narrower(config):
-        value = model.get_parameter(stored.name).detach()
+        value = tensor_of(model, stored.name).detach()
         live = stripped(value, stored.shape, name=f"{folder}: {stored.name}")
         set_parameter(model, stored.name, live.clone())
     added = AddedExperts.read(folder)
@@ -412,18 +413,27 @@ def model_with_tensors(config: Config, tensors: Mapping[str, Tensor]) -> nn.Modu
     model = new_model(config, seed=0)
     for stored in layout(config, "live"):
         value = stored.pack(tensors.__getitem__)
-        set_parameter(model, stored.name, value.to(model.get_parameter(stored.name).device))
+        set_parameter(model, stored.name, value.to(tensor_of(model, stored.name).device))
     model.tie_weights()  # type: ignore[operator]
     assert isinstance(model, PreTrainedModel)
     return _configure_model(model)
+
+
+def tensor_of(model: nn.Module, name: str) -> Tensor:
+    """Return a parameter of a model, or a buffer that its files have."""
+    found = attrgetter(name)(model)
+    assert isinstance(found, Tensor)
+    return found
 
 
 def set_parameter(model: nn.Module, name: str, value: Tensor) -> None:
     """Replace a parameter by a value of any shape, and update the sizes of its linear layer."""
     path, _, attribute = name.rpartition(".")
     module = model.get_submodule(path)
-    requires_grad = model.get_parameter(name).requires_grad
-    setattr(module, attribute, nn.Parameter(value, requires_grad=requires_grad))
+    before = tensor_of(model, name)
+    is_parameter = isinstance(before, nn.Parameter)
+    new = nn.Parameter(value, requires_grad=before.requires_grad) if is_parameter else value
+    setattr(module, attribute, new)
     if attribute == "weight":
         update_linear_sizes(module)
 
