@@ -36,6 +36,7 @@ WIDTH_MOMENTS = "2026-11-20_width_moments"
 LIGO = "2026-11-20_ligo"
 VOCABULARY = "2026-11-24_vocabulary"
 GROWTH_RATES = "2026-11-24_growth_rates"
+MORE_UPCYCLING = "2026-11-24_more_upcycling"
 COMMANDS = re.findall(r"^python .*$", (FOLDER / "README.md").read_text("utf-8"), re.MULTILINE)
 
 
@@ -287,6 +288,26 @@ def test_growth_rates_runs_with_each_rule_and_is_summarised(
     assert loss("depth") != loss("depth", "parts", 2.0)
     importlib.import_module(f"experiments.{GROWTH_RATES}.summarise").main()
     readme = (FOLDER.parent / GROWTH_RATES / "README.md").read_text(encoding="utf-8")
+    assert all(line in readme for line in capsys.readouterr().out.splitlines())
+
+
+@pytest.mark.full
+def test_more_upcycling_runs_each_arm_and_is_summarised(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    experiment = importlib.import_module(f"experiments.{MORE_UPCYCLING}.more_upcycling")
+    monkeypatch.setattr(experiment, "corpus_of", lambda seed: _small_corpus(seed, tmp_path))
+    for name, value in {"BASE_STEPS": 3, "STEPS": 4, "CACHE": tmp_path, "POINTS": (0.5, 1)}.items():
+        monkeypatch.setattr(experiment, name, value)
+    rows = {arm: experiment.rows_of(arm, 0) for arm in experiment.ARMS}
+    columns = _columns("results.csv", folder=FOLDER.parent / MORE_UPCYCLING)
+    assert all(set(row) == columns for of_arm in rows.values() for row in of_arm)
+    for arm in ("mixtral", "qwen2_moe", "glm4_moe"):
+        assert rows[arm][0]["prose"] == pytest.approx(rows["dense"][0]["prose"], abs=1e-3)
+    assert rows["not_renormalised"][0]["prose"] != rows["dense_qwen3"][0]["prose"]
+    assert len({of_arm[-1]["code"] for of_arm in rows.values()}) == len(rows)
+    importlib.import_module(f"experiments.{MORE_UPCYCLING}.summarise").main()
+    readme = (FOLDER.parent / MORE_UPCYCLING / "README.md").read_text(encoding="utf-8")
     assert all(line in readme for line in capsys.readouterr().out.splitlines())
 
 

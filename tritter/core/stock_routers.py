@@ -45,7 +45,7 @@ class Record:
         layer: index of the layer.
         own_logits: [N, E], logits of the router before the offset.
         logits: [N, E], input of the softmax, for losses. Of a sigmoid router, the logarithms of
-            its scores: their softmax is the scores divided by their sum (arXiv 2412.19437, eq. 19).
+            its scores: their softmax is the scores divided by their sum (arXiv 2412.19437).
         probabilities: [N, E], over all experts.
         selected: int64 [N, k], the experts of each token.
     """
