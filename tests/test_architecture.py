@@ -84,7 +84,7 @@ RATCHET = {
     "checkpoints": (12, 3_258),
     "cli": (21, 5_783),
     "config": (18, 5_010),
-    "core": (35, 11_260),
+    "core": (35, 11_270),
     "data": (24, 7_719),
     "evaluation": (17, 4_228),
     "integrations": (2, 778),

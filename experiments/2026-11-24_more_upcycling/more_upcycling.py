@@ -45,9 +45,9 @@ from tritter.training import (  # noqa: E402
 from tritter.transform.live import ModelExpander  # noqa: E402
 
 BATCH, LENGTH = 16, 64
-BASE_STEPS, STEPS = 1500, 1000  # STEPS of the dense control; the other arms get its FLOPs
+BASE_STEPS, STEPS = 600, 300  # STEPS of the dense control; the other arms get its FLOPs
 RATE = 3e-3
-POINTS = (0.05, 0.1, 0.2, 0.4, 0.7, 1.0)  # shares of the FLOPs at which all are scored
+POINTS = (0.1, 0.3, 0.6, 1.0)  # shares of the FLOPs at which all are scored
 BASES: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama"},
     "qwen3": {"model_type": "qwen3"},
@@ -56,7 +56,7 @@ COMMON = {
     "vocab_size": 1024,
     "hidden_size": 64,
     "intermediate_size": 192,
-    "num_hidden_layers": 3,
+    "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 16,
@@ -115,7 +115,7 @@ def losses(model: nn.Module, seed: int) -> dict[str, float]:
     found, was_training = {}, model.training
     model.eval()
     for domain in ("prose", "code"):
-        rows = sequences(domain, "validation", seed)[:384].long()
+        rows = sequences(domain, "validation", seed)[:192].long()
         parts = [
             float(model(input_ids=part, labels=part, use_cache=False).loss)
             for part in rows.split(64)

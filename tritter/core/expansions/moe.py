@@ -82,7 +82,7 @@ class Moe:
 
     @property
     def is_exact(self) -> bool:
-        if self.target in SHARED:  # whatever the routed experts compute, their output is zero
+        if self.target in SHARED:  # the output of the routed experts is zero
             return True
         return self.noise == 0 and self.reinit_fraction == 0 and self.norm_topk_prob
 
