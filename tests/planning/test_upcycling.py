@@ -1,14 +1,32 @@
 """The scaling law of upcycling against numbers by hand, and what it says of a budget."""
 
 import math
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from tritter.core.families import llama_config
+from tritter.core.expansions import Moe
+from tritter.core.families import Config, llama_config
 from tritter.planning import upcycling
-from tritter.planning.upcycling import Upcycling, dense_loss, scratch_loss, upcycled_loss
+from tritter.planning.upcycling import (
+    Upcycling,
+    dense_loss,
+    scratch_loss,
+    upcycled_loss,
+    upcycling_notes,
+)
 
 B = 1e9
+
+
+def family_config(*, hidden_size: int, layers: int) -> Config:
+    return llama_config(
+        vocab_size=32_000, hidden_size=hidden_size, intermediate_size=4 * hidden_size,
+        num_hidden_layers=layers, num_attention_heads=16, num_key_value_heads=8,
+        tie_word_embeddings=True, rms_norm_eps=1e-6, rope_theta=1e4,
+        max_position_embeddings=2048, initializer_range=0.02,
+    )  # fmt: skip
 
 
 def test_losses_by_hand() -> None:
@@ -76,11 +94,7 @@ def test_sizes_outside_the_law_are_reported() -> None:
 
 
 def test_a_plan_has_one_for_models_with_a_partner() -> None:
-    config = llama_config(
-        vocab_size=32_000, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16,
-        num_attention_heads=32, num_key_value_heads=8, tie_word_embeddings=True,
-        rms_norm_eps=1e-6, rope_theta=1e4, max_position_embeddings=2048, initializer_range=0.02,
-    )  # fmt: skip
+    config = family_config(hidden_size=2048, layers=16)
     budget = {"dense_tokens": 20 * B, "gpu_flops": 1e20, "sequence_length": 1024}
     found = upcycling.planned(config, **budget)  # type: ignore[arg-type]
     assert found is not None
@@ -88,3 +102,21 @@ def test_a_plan_has_one_for_models_with_a_partner() -> None:
     assert upcycling.planned({**config, "model_type": "gpt2"}, **budget) is None  # type: ignore[arg-type]
     biased = {**config, "attention_bias": True}
     assert upcycling.planned(biased, **budget) is None  # type: ignore[arg-type]
+
+
+def a_run(expansion: list[Any]) -> Any:
+    return SimpleNamespace(
+        expansion=expansion,
+        data=SimpleNamespace(sequence_length=128, batch_size=16),
+        training=SimpleNamespace(max_steps=100),
+        trainer=SimpleNamespace(accumulate_grad_batches=2),
+    )
+
+
+def test_a_run_prints_one_line_with_both_budgets() -> None:
+    base: Any = family_config(hidden_size=32, layers=2)
+    (known,) = upcycling_notes(a_run([Moe()]), base, 1_000_000.0)
+    assert known.startswith("upcycling: 410 k tokens of upcycled training after 1 M of dense")
+    (unknown,) = upcycling_notes(a_run([Moe()]), base, None)
+    assert "410 k tokens of upcycled training" in unknown and "--source-tokens" in unknown
+    assert not list(upcycling_notes(a_run([]), base, None))

@@ -191,7 +191,7 @@ def upcycling_notes(
 
 def _count(tokens: float) -> str:
     """Return a number of tokens with three digits."""
-    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6)):
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
         if tokens >= size:
             return f"{tokens / size:.3g} {unit}"
     return f"{tokens:,.0f}"
