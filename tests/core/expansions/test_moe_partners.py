@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
 from tests import oracle
@@ -13,6 +15,7 @@ from tests.oracle import growth as oracle_growth
 from tests.oracle.families import tiny
 from tests.oracle.moe import by_logical_name, identity_error, steps_of, upcycled
 from tritter.core.expansions import Moe, target_config
+from tritter.core.families import family_of
 from tritter.core.stock_routers import Routing
 from tritter.errors import RequestError
 from tritter.methods.moe_routing import RoutingObjective, RoutingSettings
@@ -234,3 +237,53 @@ def test_the_selection_bias_of_a_sigmoid_router_is_in_its_files(tmp_path: Path) 
     stock = oracle.stock(oracle.saved(model, tmp_path / "model"))
     assert torch.equal(stock.model.layers[0].mlp.gate.e_score_correction_bias, bias)
     assert torch.equal(oracle.logits(stock, TOKENS), expected)
+
+
+# Any shape
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> tuple[PreTrainedModel, Moe]:
+    """A tiny dense model of any shape, and a type with a shared expert that it can become."""
+    source = draw(st.sampled_from(["llama", "mistral", "qwen2", "qwen3"]))
+    target = draw(st.sampled_from(["glm4_moe"] if source == "qwen3" else ["qwen2_moe", "glm4_moe"]))
+    kv_heads, group, pieces = (draw(st.integers(1, most)) for most in (2, 3, 3))
+    heads = kv_heads * group
+    options: dict[str, Any] = {
+        "hidden_size": heads * draw(st.integers(2, 6)),
+        "intermediate_size": pieces * draw(st.integers(1, 15)),
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "num_hidden_layers": draw(st.integers(1, 3)),
+        "tie_word_embeddings": draw(st.booleans()),
+    }
+    if target == "glm4_moe":
+        options |= {"sliding_window": None, "use_sliding_window": False, "layer_types": None}
+    first = draw(st.integers(0, options["num_hidden_layers"] - 1))
+    copies = draw(st.integers(2, 5))
+    spec = Moe(
+        target=target,
+        num_experts=copies * pieces,
+        experts_per_token=pieces * draw(st.integers(1, copies)),
+        granularity=pieces,
+        noise=0.3,
+        reinit_fraction=draw(st.sampled_from([0.0, 0.5])),
+        layers=tuple(range(first, options["num_hidden_layers"])),
+    )
+    return tiny(source, **options).double(), spec
+
+
+@pytest.mark.full
+@settings(max_examples=30, deadline=None)
+@given(case=cases(), seed=st.integers(0, 5))
+def test_any_shape_with_a_shared_expert(case: tuple[PreTrainedModel, Moe], seed: int) -> None:
+    model, spec = case
+    result = upcycled(model, [spec], seed=seed)
+    assert identity_error(model, result, TOKENS) == 0
+    config = oracle_growth.config_of(result)
+    parameters = result.num_parameters()
+    assert spec.target is not None
+    if spec.target == "glm4_moe":  # its files have a bias for each expert
+        sparse = len(spec.layers or ())
+        parameters += sparse * spec.total_experts
+    assert family_of(config).count_parameters(config) == parameters
