@@ -385,3 +385,36 @@ def test_a_sigmoid_model_is_trained_on(sigmoid: Path, cache: Path, tmp_path: Pat
     assert not torch.equal(before, after)
     with pytest.raises(RequestError, match="glm4_moe has none"):
         run_pipeline(load_config([*words, "expansion=moe_add"]), run_folder=tmp_path / "append")
+
+
+@pytest.mark.full
+def test_a_killed_run_ends_with_the_same_bias(
+    run_job: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights and the selection bias of sigmoid routers are those of a run that was not killed."""
+    words = (
+        "expansion=moe", "expansion.moe.target=glm4_moe", "expansion.moe.num_experts=4",
+        "gate='off'", "moe_routing.bias_update_rate=0.01", "training.max_steps=6",
+        "trainer.save_every_n_steps=2",
+    )  # fmt: skip
+    update = Routing.set_selection_bias
+    states = []
+    for folder, kill_at in (("whole", None), ("parts", 10), ("parts", None)):
+        calls = iter(range(1_000))
+
+        def killing(self: Routing, layer: int, values: Tensor, kill_at: int | None = kill_at,
+                    calls: Any = calls) -> None:  # fmt: skip
+            if next(calls) == kill_at:
+                raise Stopped
+            update(self, layer, values)
+
+        monkeypatch.setattr(Routing, "set_selection_bias", killing)
+        if kill_at is not None:
+            with pytest.raises(Stopped):
+                run_job(tmp_path / folder, *words)
+            assert not (tmp_path / folder / "checkpoint").exists()
+            continue
+        run_job(tmp_path / folder, *words)
+        states.append(load_model(tmp_path / folder / "checkpoint").state_dict())
+    assert any(name.endswith("e_score_correction_bias") for name in states[0])
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
