@@ -38,6 +38,7 @@ VOCABULARY = "2026-11-24_vocabulary"
 CONTEXT = "2026-11-24_context"
 GROWTH_RATES = "2026-11-24_growth_rates"
 DEPTH_BY_CHOICE = "2026-11-24_depth_by_choice"
+MORE_UPCYCLING = "2026-11-24_more_upcycling"
 COMMANDS = re.findall(r"^python .*$", (FOLDER / "README.md").read_text("utf-8"), re.MULTILINE)
 
 
@@ -342,6 +343,26 @@ def test_importances_and_predicted_layers(monkeypatch: pytest.MonkeyPatch) -> No
     for name, of_layers in experiment.matrices(model).items():
         for copy, at in zip(copies, (1, 4), strict=True):
             assert torch.allclose(copy[name], of_layers[at], atol=1e-5)
+
+
+@pytest.mark.full
+def test_more_upcycling_runs_each_arm_and_is_summarised(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    experiment = importlib.import_module(f"experiments.{MORE_UPCYCLING}.more_upcycling")
+    monkeypatch.setattr(experiment, "corpus_of", lambda seed: _small_corpus(seed, tmp_path))
+    for name, value in {"BASE_STEPS": 3, "STEPS": 4, "CACHE": tmp_path, "POINTS": (0.5, 1)}.items():
+        monkeypatch.setattr(experiment, name, value)
+    rows = {arm: experiment.rows_of(arm, 0) for arm in experiment.ARMS}
+    columns = _columns("results.csv", folder=FOLDER.parent / MORE_UPCYCLING)
+    assert all(set(row) == columns for of_arm in rows.values() for row in of_arm)
+    for arm in ("mixtral", "qwen2_moe", "glm4_moe"):
+        assert rows[arm][0]["prose"] == pytest.approx(rows["dense"][0]["prose"], abs=1e-3)
+    assert rows["not_renormalised"][0]["prose"] != rows["dense_qwen3"][0]["prose"]
+    assert len({of_arm[-1]["code"] for of_arm in rows.values()}) == len(rows)
+    importlib.import_module(f"experiments.{MORE_UPCYCLING}.summarise").main()
+    readme = (FOLDER.parent / MORE_UPCYCLING / "README.md").read_text(encoding="utf-8")
+    assert all(line in readme for line in capsys.readouterr().out.splitlines())
 
 
 @pytest.mark.full

@@ -108,3 +108,31 @@ def test_refusals_speak_of_options(run: Run, place: Path, words: str, said: str)
     assert result.code == 2
     assert said in " ".join(result.err.split())
     assert [path.name for path in place.iterdir()] == ["base"]
+
+
+@pytest.mark.quick_cases(1)
+@pytest.mark.parametrize("target", ["qwen2_moe", "glm4_moe"])
+def test_a_shared_expert_by_option(run: Run, sources: Path, tmp_path: Path, target: str) -> None:
+    words = f"--method moe --moe-target {target} --num-experts 4"
+    result = run(f"expand --checkpoint {sources / 'llama'} --output {tmp_path / 'grown'} {words}")
+    assert result.code == 0, result.err
+    text = " ".join(result.out.split())
+    assert "exact yes" in text and f"llama → {target}: 4 experts per layer" in text
+    before, after = stock(sources / "llama"), stock(tmp_path / "grown")
+    assert relative_difference(before, after, tokens(VOCABULARY)) == 0
+
+
+def test_what_a_target_cannot_be_names_options(run: Run, sources: Path) -> None:
+    source = f"expand --checkpoint {sources / 'llama'} --method moe"
+    refused = run(f"{source} --moe-target qwen3_moe")
+    assert refused.code == 2
+    assert "--moe-target = qwen3_moe: llama can become mixtral, qwen2_moe, glm4_moe" in refused.err
+    refused = run(f"{source} --no-norm-topk-prob")
+    assert refused.code == 2
+    text = " ".join(refused.err.split())
+    assert "--norm-topk-prob = false: mixtral always renormalises" in text
+    assert "--moe-target=qwen2_moe" in text
+    near = run(f"{source} --moe-target qwen_moe")
+    assert "must be one of mixtral, qwen2_moe, qwen3_moe, glm4_moe" in near.err
+    scaled = run(f"{source} --moe-target qwen2_moe --no-norm-topk-prob --dry-run")
+    assert "exact yes" in " ".join(scaled.out.split())

@@ -176,7 +176,10 @@ def test_what_the_commands_need_is_told(run: Run, place: Path) -> None:
     preset = run("plan --source 3B --target 10B --gpu-hours 20000 --json").json["notes"]
     assert "tritter_3b is a shape, not a checkpoint" in preset[0]
     assert "Train each result before the next step" in preset[1]
-    (only,) = run("plan --source base --target 40k --gpu-hours 1 --json").json["notes"]
+    only, upcycling = run("plan --source base --target 40k --gpu-hours 1 --json").json["notes"]
+    assert "not fitted to models this small" in upcycling
+    words = "plan --source 1B --target 3B --gpu-hours 500 --source-tokens 74B --json"
+    assert "after 74 B of dense training is predicted to pay" in run(words).json["notes"][-1]
     assert only.startswith("Train the result: tritter train --checkpoint base-")
     shown = run("plan --source 3B --target 4B --gpu-hours 1e4").out
     assert "tritter_3b is a shape" in shown

@@ -339,3 +339,82 @@ def test_what_would_have_no_effect_is_refused(words: str) -> None:
     with pytest.raises(RequestError) as refusal:
         load_config([*SMALL, *words.split()])
     assert REFUSED[words] in str(refusal.value)
+
+
+@pytest.fixture(scope="module")
+def sigmoid(run_job: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run that converted a dense base model to one with sigmoid routers."""
+    folder = tmp_path_factory.mktemp("sigmoid") / "run"
+    run_job(
+        folder, "expansion=moe", "expansion.moe.target=glm4_moe", "expansion.moe.num_experts=4",
+        "gate='off'", "moe_routing.bias_update_rate=0.01", "training.max_steps=6",
+    )  # fmt: skip
+    return folder
+
+
+@pytest.mark.full
+def test_the_bias_of_sigmoid_routers_is_trained_and_published(sigmoid: Path) -> None:
+    summary = summary_of(sigmoid)
+    assert summary["moe"]["number"] == 4
+    assert "selection_bias" not in summary["moe"]  # there is no loss without it
+    stock = oracle.stock(sigmoid / "checkpoint")
+    assert stock.config.model_type == "glm4_moe"
+    for layer in stock.model.layers:
+        bias = layer.mlp.gate.e_score_correction_bias
+        assert bias.abs().max() > 0
+        assert bias.abs().max() <= 0.06 + 1e-6  # 6 steps of 0.01
+        assert layer.mlp.experts.down_proj.abs().max() > 0
+    ours = load_model(sigmoid / "checkpoint")
+    ids = oracle.tokens(stock.config.vocab_size)
+    assert torch.equal(oracle.logits(stock, ids), oracle.logits(ours, ids))
+
+
+@pytest.mark.full
+def test_a_sigmoid_model_is_trained_on(sigmoid: Path, cache: Path, tmp_path: Path) -> None:
+    words = [
+        *(word for word in SMALL if not word.startswith("model.")), f"cache_dir={cache}",
+        "gate='off'", "model=hf", f"model.path={sigmoid / 'checkpoint'}", "training.max_steps=6",
+    ]  # fmt: skip
+    (tmp_path / "run").mkdir()
+    more = [*words, "moe_routing.bias_update_rate=0.01", "expansion=none"]
+    run_pipeline(load_config(more), run_folder=tmp_path / "run")
+    before, after = (
+        oracle.stock(folder / "checkpoint").model.layers[0].mlp.gate.e_score_correction_bias
+        for folder in (sigmoid, tmp_path / "run")
+    )
+    assert not torch.equal(before, after)
+    with pytest.raises(RequestError, match="glm4_moe has none"):
+        run_pipeline(load_config([*words, "expansion=moe_add"]), run_folder=tmp_path / "append")
+
+
+@pytest.mark.full
+def test_a_killed_run_ends_with_the_same_bias(
+    run_job: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights and the selection bias of sigmoid routers are those of a run that was not killed."""
+    words = (
+        "expansion=moe", "expansion.moe.target=glm4_moe", "expansion.moe.num_experts=4",
+        "gate='off'", "moe_routing.bias_update_rate=0.01", "training.max_steps=6",
+        "trainer.save_every_n_steps=2",
+    )  # fmt: skip
+    update = Routing.set_selection_bias
+    states = []
+    for folder, kill_at in (("whole", None), ("parts", 10), ("parts", None)):
+        calls = iter(range(1_000))
+
+        def killing(self: Routing, layer: int, values: Tensor, kill_at: int | None = kill_at,
+                    calls: Any = calls) -> None:  # fmt: skip
+            if next(calls) == kill_at:
+                raise Stopped
+            update(self, layer, values)
+
+        monkeypatch.setattr(Routing, "set_selection_bias", killing)
+        if kill_at is not None:
+            with pytest.raises(Stopped):
+                run_job(tmp_path / folder, *words)
+            assert not (tmp_path / folder / "checkpoint").exists()
+            continue
+        run_job(tmp_path / folder, *words)
+        states.append(load_model(tmp_path / folder / "checkpoint").state_dict())
+    assert any(name.endswith("e_score_correction_bias") for name in states[0])
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())

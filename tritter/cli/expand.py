@@ -80,6 +80,7 @@ _EXACT_CHOICES: tuple[tuple[str, Any, str], ...] = (
     ("identity_init", True, "--identity-init"),
     ("identity", True, "--identity true"),
     ("reinit_fraction", 0.0, "--reinit-fraction 0"),
+    ("norm_topk_prob", True, "--norm-topk-prob"),
     ("init", "fresh", "--width-init fresh"),
     ("head_strategy", "copy", "--head-strategy copy"),
 )
@@ -795,6 +796,5 @@ def _exactness(result: _Result) -> str:
         )
         lossy.append(with_dashes(spec.name) + next(ways, ""))
     if not lossy:
-        of_old = " for old tokens" if result.plan.vocabulary is not None else ""
-        return f"yes: function-preserving{of_old}"
+        return "yes: function-preserving" + (" for old tokens" if result.plan.vocabulary else "")
     return f"no: {', '.join(lossy)}. Expect a higher loss until you continue training."

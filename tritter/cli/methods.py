@@ -38,6 +38,7 @@ _OPTION_OF_KEY = {
     "width.init": "width_init",
     "layers.slices": "layers",
     "moe.layers": "sparse_layers",
+    "moe.target": "moe_target",
     "moe_add.init": "expert_init",
     "vocab.init": "vocab_init",
     "context.method": "context_method",
@@ -124,13 +125,15 @@ def _parameters(_of: SearchPath) -> list[Any]:
         helps: dict[str, list[str]] = {}
         for method, key in takers.items():
             comment, default = notes[method].get(key, ""), bodies[method][key]
-            stated = [] if default is None or default is False else [f"default: {default}"]
+            stated = [] if default is None or isinstance(default, bool) else [f"default: {default}"]
             line = "; ".join([*filter(None, [comment]), *stated])
             line = line.replace("null = ", "default: ").replace("[", r"\[")  # no markup
             helps.setdefault(line, []).append(method)
-        is_flag = all(bodies[method][key] is False for method, key in takers.items())
+        is_flag = all(isinstance(bodies[method][key], bool) for method, key in takers.items())
+        is_on = is_flag and all(bodies[method][key] for method, key in takers.items())
+        name = with_dashes(option)
         declared = typer.Option(
-            f"--{with_dashes(option)}",
+            f"--{name}/--no-{name}" if is_on else f"--{name}",
             metavar=" " if is_flag else "VALUE",
             help=" ".join(
                 f"{with_dashes(', '.join(names))}: {text}." for text, names in helps.items()

@@ -92,6 +92,17 @@ TokensPerParameter = Annotated[
         panel=_COST,
     ),
 ]
+SourceTokens = Annotated[
+    int | None,
+    option(
+        "--source-tokens",
+        "N",
+        "Tokens that the source was trained on, such as 9T. Default: --tokens-per-parameter for "
+        "each of its parameters.",
+        parser=parameter_count,
+        panel=_COST,
+    ),
+]
 Precision = Annotated[
     str,
     option("--precision", "TYPE", "A value of trainer.precision, such as 32-true.", panel=_MEMORY),
@@ -134,6 +145,7 @@ def plan(
     device_flops: DeviceFlops = 312 * 10**12,
     mfu: Mfu = 0.4,
     tokens_per_parameter: TokensPerParameter = 20.0,
+    source_tokens: SourceTokens = None,
     precision: Precision = "bf16-mixed",
     optimizer: Optimizer = "adamw",
     freeze_attention: FreezeAttention = False,
@@ -158,6 +170,7 @@ def plan(
         )
     from tritter.planning import Assumptions, Device, TrainingSetup, plan_growth
     from tritter.planning.serving import serving_notes
+    from tritter.planning.upcycling import planned
 
     with use_names(_NAMES):
         start = _read_source(source)
@@ -186,6 +199,14 @@ def plan(
     notes = list(_command_notes(commands))
     found = serving_notes(made.steps[-1].target_config, made.source_config)
     notes += [f"Shape of the result: {note}." for note in found]
+    upcycling = planned(
+        start.config,
+        dense_tokens=float(source_tokens or tokens_per_parameter * start.parameters),
+        gpu_flops=assumptions.device.flops(gpu_hours),
+        sequence_length=setup.sequence_length,
+    )
+    if upcycling is not None:
+        notes.append(f"Upcycling the source instead (expansion moe): {upcycling.text}.")
     if as_json:
         print_json(_as_json(made, start, commands, assumptions) | {"notes": notes})
     else:

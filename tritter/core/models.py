@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from operator import attrgetter
 from pathlib import Path
 
 import torch
@@ -23,6 +24,7 @@ from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
 from tritter.core.families import (
+    SIGMOID_ROUTERS,
     Config,
     StoredTensor,
     check_config,
@@ -98,7 +100,7 @@ def new_model(config: Config, *, seed: int) -> nn.Module:
         built = stock_config_of(config)
         model = AutoModelForCausalLM.from_config(built, dtype=torch.float32)
     for stored in _narrower(config):
-        value = model.get_parameter(stored.name).detach()
+        value = tensor_of(model, stored.name).detach()
         set_parameter(model, stored.name, value[tuple(map(slice, stored.shape))].clone())
     return _configure_model(model)
 
@@ -142,7 +144,7 @@ def load_model(
     if wrong:
         raise TritterError(f"{folder} does not match its config.json: {wrong}")
     for stored in _narrower(config):
-        value = model.get_parameter(stored.name).detach()
+        value = tensor_of(model, stored.name).detach()
         live = stripped(value, stored.shape, name=f"{folder}: {stored.name}")
         set_parameter(model, stored.name, live.clone())
     added = AddedExperts.read(folder)
@@ -282,10 +284,14 @@ def _configure_model(model: PreTrainedModel) -> PreTrainedModel:
     """
     model.loss_type = model.loss_type or "ForCausalLM"  # not derivable from some class names
     family = find_family(model.config.model_type)
-    if family is None or not family.has_experts:
+    if family is not None and family.has_experts:
+        sizes = family.dimensions(config_of(model))
+        is_aligned = sizes.hidden_size % 8 == 0 and sizes.expert_size % 8 == 0
+    elif model.config.model_type in SIGMOID_ROUTERS:
+        config = model.config
+        is_aligned = config.hidden_size % 8 == 0 and config.moe_intermediate_size % 8 == 0
+    else:
         return model
-    dimensions = family.dimensions(config_of(model))
-    is_aligned = dimensions.hidden_size % 8 == 0 and dimensions.expert_size % 8 == 0
     if not is_aligned or model.dtype == torch.float64:
         model.set_experts_implementation("eager")
     return model
@@ -407,18 +413,27 @@ def model_with_tensors(config: Config, tensors: Mapping[str, Tensor]) -> nn.Modu
     model = new_model(config, seed=0)
     for stored in layout(config, "live"):
         value = stored.pack(tensors.__getitem__)
-        set_parameter(model, stored.name, value.to(model.get_parameter(stored.name).device))
+        set_parameter(model, stored.name, value.to(tensor_of(model, stored.name).device))
     model.tie_weights()  # type: ignore[operator]
     assert isinstance(model, PreTrainedModel)
     return _configure_model(model)
+
+
+def tensor_of(model: nn.Module, name: str) -> Tensor:
+    """Return a parameter of a model, or a buffer that its files have."""
+    found = attrgetter(name)(model)
+    assert isinstance(found, Tensor)
+    return found
 
 
 def set_parameter(model: nn.Module, name: str, value: Tensor) -> None:
     """Replace a parameter by a value of any shape, and update the sizes of its linear layer."""
     path, _, attribute = name.rpartition(".")
     module = model.get_submodule(path)
-    requires_grad = model.get_parameter(name).requires_grad
-    setattr(module, attribute, nn.Parameter(value, requires_grad=requires_grad))
+    before = tensor_of(model, name)
+    is_parameter = isinstance(before, nn.Parameter)
+    new = nn.Parameter(value, requires_grad=before.requires_grad) if is_parameter else value
+    setattr(module, attribute, new)
     if attribute == "weight":
         update_linear_sizes(module)
 

@@ -5,6 +5,9 @@ It adds three features to the routers of Mixtral, Qwen2-MoE and Qwen3-MoE: an of
 2408.15664), and a record of the last forward pass. With zero offset and bias the outputs equal the
 stock class bit for bit. The state dict of the model does not change.
 
+The sigmoid routers of GLM-4-MoE have their own selection bias, `e_score_correction_bias`, which
+files contain. They have no offset.
+
 A model with appended experts computes the right function only with their offset.
 `tritter.methods.moe_routing` trains the routers.
 
@@ -27,9 +30,11 @@ from torch.nn import functional as F
 from tritter.errors import RequestError, TritterError
 from tritter.storage.records import Finite, WholeNumber, read_record, record, record_text
 
-_ROUTERS = {"MixtralTopKRouter", "Qwen2MoeTopKRouter", "Qwen3MoeTopKRouter"}
+_SIGMOID_ROUTERS = {"Glm4MoeTopkRouter"}
+_ROUTERS = {"MixtralTopKRouter", "Qwen2MoeTopKRouter", "Qwen3MoeTopKRouter"} | _SIGMOID_ROUTERS
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.mlp\.gate$")
 _OFFSET, _BIAS, _RECORDER = "routing_offset", "routing_selection_bias", "routing_recorder"
+_OWN_BIAS = "e_score_correction_bias"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -39,7 +44,8 @@ class Record:
     Args:
         layer: index of the layer.
         own_logits: [N, E], logits of the router before the offset.
-        logits: [N, E], input of the softmax, for losses.
+        logits: [N, E], input of the softmax, for losses. Of a sigmoid router, the logarithms of
+            its scores: their softmax is the scores divided by their sum (arXiv 2412.19437).
         probabilities: [N, E], over all experts.
         selected: int64 [N, k], the experts of each token.
     """
@@ -74,10 +80,12 @@ class Routing:
             weight: Any = router.weight
             zeros = torch.zeros(weight.shape[0], dtype=torch.float32, device=weight.device)
             router.register_buffer(_OFFSET, zeros, persistent=False)
-            router.register_buffer(_BIAS, zeros.clone(), persistent=False)
+            if not _has_sigmoid(router):
+                router.register_buffer(_BIAS, zeros.clone(), persistent=False)
             setattr(router, _RECORDER, _Recorder(layer))
             # A partial can be pickled for spawned processes, a method cannot
-            router.forward = partial(_forward, router)
+            forward = _forward_sigmoid if _has_sigmoid(router) else _forward
+            router.forward = partial(forward, router)
         return cls(routers) if routers else None
 
     @classmethod
@@ -90,6 +98,11 @@ class Routing:
     def layers(self) -> tuple[int, ...]:
         """Indices of the layers with experts."""
         return tuple(self._routers)
+
+    @property
+    def has_sigmoid(self) -> bool:
+        """The routers have sigmoids instead of a softmax, and a selection bias that is saved."""
+        return _has_sigmoid(self._first)
 
     @property
     def num_experts(self) -> int:
@@ -127,6 +140,8 @@ class Routing:
             )
         if math.isnan(value) or value == math.inf:
             raise RequestError(f"router offset = {value}; must be a finite number, or -inf.")
+        if self.has_sigmoid and value:
+            raise RequestError("router offset: sigmoid routers have none.")
         indices = torch.as_tensor(list(experts), dtype=torch.int64)
         for layer in self.layers:
             offset = self.offset(layer)
@@ -143,7 +158,7 @@ class Routing:
 
     def selection_bias(self, layer: int) -> Tensor:
         """Return the bias [E] of a layer's probabilities, which affects the selection only."""
-        return getattr(self._routers[layer], _BIAS)
+        return getattr(self._routers[layer], _OWN_BIAS if self.has_sigmoid else _BIAS)
 
     def set_selection_bias(self, layer: int, values: Tensor) -> None:
         """Set the selection bias of one layer.
@@ -190,7 +205,8 @@ class Routing:
         """Restore the stock forward of the routers; this deletes offsets and biases."""
         for router in self._routers.values():
             if hasattr(router, _RECORDER):
-                for name in ("forward", _OFFSET, _BIAS, _RECORDER):
+                own = () if _has_sigmoid(router) else (_BIAS,)
+                for name in ("forward", _OFFSET, *own, _RECORDER):
                     delattr(router, name)
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
@@ -246,6 +262,21 @@ def _routers(model: nn.Module) -> Iterator[tuple[int, nn.Module]]:
         match = _LAYER.search(name)
         if match and type(module).__name__ in _ROUTERS:
             yield int(match[1]), module
+
+
+def _has_sigmoid(router: nn.Module) -> bool:
+    return type(router).__name__ in _SIGMOID_ROUTERS
+
+
+def _forward_sigmoid(router: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Route with the stock class, and record its decisions."""
+    logits, weights, selected = type(router).forward(router, hidden_states)
+    if router.routing_recorder.is_on:
+        log_scores = F.logsigmoid(logits)
+        router.routing_recorder.record = Record(
+            router.routing_recorder.layer, logits, log_scores, log_scores.softmax(-1), selected
+        )
+    return logits, weights, selected
 
 
 def _forward(router: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:

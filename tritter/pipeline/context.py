@@ -65,6 +65,7 @@ from tritter.pipeline.branch import Branch
 from tritter.pipeline.ledger import Ledger, StageResult
 from tritter.pipeline.scoring import Scores, Scoring, benchmark_tasks, scores_text
 from tritter.planning.run_memory import batch_size_at, memory_notes
+from tritter.planning.upcycling import upcycling_notes
 from tritter.seeds import derived_seed
 from tritter.stopping import Stopped
 from tritter.storage.atomic import write_text_atomic
@@ -315,6 +316,20 @@ class RunContext:
             raise RequestError(Problem("data.packing", self.config.data.packing, reason=reason))
         return choice
 
+    @property
+    def _dense_tokens(self) -> float | None:
+        """The training tokens of the model that the run starts from, if they are known."""
+        config = self.config
+        if config.model.model_type == "hf":
+            start = self.initial_checkpoint
+            return None if start is None else recorded_tokens(start.lineage)
+        return float(
+            config.pretraining.max_steps
+            * config.trainer.accumulate_grad_batches
+            * config.data.batch_size
+            * config.data.sequence_length
+        )
+
     @cached_property
     def notes(self) -> tuple[str, ...]:
         """Notes on the inputs of the run, a sentence each."""
@@ -351,6 +366,7 @@ class RunContext:
             notes.append(f"There is no paging on the CPU: {optimizer} is equivalent to {same}.")
         notes.append(self.config.rate_note)
         notes += [*memory_notes(self.config, source), *rate_notes(self.config, source)]
+        notes += upcycling_notes(self.config, source, self._dense_tokens)
         return tuple(filter(None, notes))
 
     @cached_property
@@ -695,6 +711,15 @@ def all_documents(domains: Iterable[DomainText]) -> dict[str, Documents]:
     if problems:
         raise TextFileError(problems)
     return documents
+
+
+def recorded_tokens(lineage: Lineage | None) -> float | None:
+    """Return the tokens of the training that made a base model; None if they are not recorded."""
+    made_from = lineage.training_config.get("made_from") if lineage is not None else None
+    if not isinstance(made_from, Mapping):
+        return None
+    training, data = made_from.get("pretraining", {}), made_from.get("data", {})
+    return float(training["max_steps"] * data["batch_size"] * data["sequence_length"])
 
 
 def recorded_chat(lineage: Lineage | None) -> ChatChoice:

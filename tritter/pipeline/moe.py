@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass, replace
 from lightning import Callback
 from torch import Tensor, nn
 
-from tritter.core.expansions import MoeAdd
+from tritter.core.expansions import MoeAdd, target_config
+from tritter.core.families import SIGMOID_ROUTERS
 from tritter.core.models import load_model
 from tritter.core.stock_routers import AddedExperts, Routing
 from tritter.data.tokens import concatenate
@@ -195,7 +196,7 @@ def summary_record(context: RunContext, branches: Sequence[Branch]) -> MoeRecord
         record["new"] = list(added.experts)
         record["router_steps"] = steps
         record["is_open"] = now.is_settled
-    if context.config.moe_routing.bias_update_rate:
+    if has_unsaved_bias(context):
         biased, stock = (
             score_records(context.read_scores(f"{last.name}-{kind}"))
             for kind in ("biased", "trained")
@@ -205,6 +206,15 @@ def summary_record(context: RunContext, branches: Sequence[Branch]) -> MoeRecord
             for domain in context.domains
         }
     return MoeRecord.model_construct(**record)
+
+
+def has_unsaved_bias(context: RunContext) -> bool:
+    """Return True if training moves a selection bias that checkpoints lack."""
+    config = context.config
+    if not config.moe_routing.bias_update_rate:
+        return False
+    result = target_config(context.model_config, config.expansion)
+    return result["model_type"] not in SIGMOID_ROUTERS
 
 
 def anneal_steps(context: RunContext, branch: Branch, added: AddedExperts) -> int:

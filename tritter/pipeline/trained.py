@@ -242,7 +242,7 @@ def branch_writer(
     """Return the writer for the trained model of a branch."""
     start, folder = context.source(moe.start_folder(context, branch)), context.folder / branch.name
     location, added = f"{branch.name}/trained", moe.pending_experts(context, branch)
-    has_bias = is_routed and context.config.moe_routing.bias_update_rate
+    has_bias = is_routed and moe.has_unsaved_bias(context)
     has_frozen_base = context.config.experts is not None and not branch.is_control
     dtype = context.published_dtype
     if not branch.is_final:  # later training runs start from float32

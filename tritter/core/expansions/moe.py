@@ -1,9 +1,13 @@
 """Sparse upcycling of a dense model to a mixture of experts (Komatsuzaki et al., arXiv 2212.05055).
 
 Each FFN is copied n times after a new router. The weights of the k selected copies add up to one,
-so equal copies compute the function of the FFN for any routing. In Qwen2-MoE the shared expert
-takes over the FFN (with doubled output and a gate that starts at one half), and the outputs of the
-routed copies start at zero.
+so equal copies compute the function of the FFN for any routing. In Qwen2-MoE and GLM-4-MoE the
+shared expert takes over the FFN (in Qwen2-MoE with doubled output and a gate that starts at one
+half), and the outputs of the routed copies start at zero.
+
+Without renormalisation (`norm_topk_prob=false`, He et al. 2024, arXiv 2410.07524) the softmax over
+E experts gives each selected one 1/E at an even router. The k selected pieces of k/g copies sum up
+to k/(g·E) FFNs, so `down` is scaled by g·E/k.
 
 The moments and importances of copies depend on the routing, so their map assumes a balanced router.
 Each of C copies gets 1/C of the gradient. A copy processes k/C of the tokens with weight 1/k each,
@@ -16,22 +20,26 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
+from tritter.core.expansions.partners import (
+    SHARED,
+    kind_of,
+    partner_config,
+    partner_of,
+)
 from tritter.core.families import (
-    MIXTRAL,
-    QWEN2_MOE,
-    QWEN3_MOE,
     Config,
     Family,
     LogicalTensor,
+    family_of,
     ffn_sizes,
     logical_name,
 )
 from tritter.core.parameter_map import AxisFactor, Fill, ParameterMap, TensorMap
-from tritter.errors import Problem, RequestError, key_name, refused, setting
+from tritter.errors import Problem, RequestError, key_name, refused
 from tritter.limits import MAX_EXPERTS, MAX_LAYERS
 from tritter.options import options
 from tritter.seeds import derived_seed
@@ -53,6 +61,11 @@ class Moe:
         granularity: number of pieces of each copy. The pieces of a copy share their router row, so
             at first a token is routed to all of them or none.
         layers: layers that get experts; the others keep their FFN. Default: all.
+        target: model type of the result. Default: `mixtral`, `qwen2_moe` or `qwen3_moe`. In
+            `qwen2_moe` and `glm4_moe` a shared expert replaces the FFN, and the outputs of the
+            routed experts start at zero; `glm4_moe` has a sigmoid router.
+        norm_topk_prob: the weights of the selected experts add up to one. Without it, they are
+            the softmax over all experts, and the experts' output is scaled up (arXiv 2410.07524).
     """
 
     name: ClassVar[str] = "moe"
@@ -64,10 +77,21 @@ class Moe:
     reinit_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
     granularity: Annotated[int, Field(ge=1, le=MAX_EXPERTS)] = 1
     layers: tuple[Annotated[int, Field(ge=0, le=MAX_LAYERS)], ...] | None = None
+    target: Literal["mixtral", "qwen2_moe", "qwen3_moe", "glm4_moe"] | None = None
+    norm_topk_prob: bool = True
 
     @property
     def is_exact(self) -> bool:
-        return self.noise == 0 and self.reinit_fraction == 0
+        if self.target in SHARED:  # the output of the routed experts is zero
+            return True
+        return self.noise == 0 and self.reinit_fraction == 0 and self.norm_topk_prob
+
+    @property
+    def output_scale(self) -> float:
+        """Factor of `down`, so that an evenly routed layer has the output of the FFN."""
+        if self.norm_topk_prob:  # the k weights of a token are split over the pieces
+            return float(self.granularity)
+        return self.granularity * self.total_experts / self.chosen_experts
 
     @property
     def total_experts(self) -> int:
@@ -78,7 +102,7 @@ class Moe:
         return self.experts_per_token or DEFAULT_COPIES_PER_TOKEN * self.granularity
 
     def target_config(self, family: Family, config: Config) -> Config:
-        partner, dimensions = partner_of(family), family.dimensions(config)
+        partner, dimensions = partner_of(family, self.target), family.dimensions(config)
         if widths := ffn_sizes(config):
             raise RequestError(
                 Problem(
@@ -108,44 +132,46 @@ class Moe:
                 f"it does not divide the FFN's {width} neurons; nearest: {nearest}",
             )
         dense_layers = self._dense_layers(dimensions.num_hidden_layers)
-        for key in ("rms_norm_eps", "rope_parameters"):
-            if config.get(key) is None:
-                reason = f"{key} is missing, but {partner.model_type} needs it."
-                raise RequestError(f"config.json: {reason}")
-        return {
-            **{key: value for key, value in config.items() if key not in _DENSE_KEYS},
-            "model_type": partner.model_type,
-            "architectures": [partner.architecture],
-            "num_key_value_heads": dimensions.num_key_value_heads,
-            "head_dim": dimensions.head_dim,
-            partner.sizes["num_experts"]: total,
-            partner.sizes["experts_per_token"]: chosen,
-            partner.sizes["expert_size"]: size,
-            "output_router_logits": False,
-            "router_aux_loss_coef": 0.001,
-            **_keys_of_partner(partner, config, dense_layers),
-        }
+        if not self.norm_topk_prob and partner not in ("qwen2_moe", "qwen3_moe"):
+            reason = f"{partner} always renormalises; use true, or a Qwen model"
+            if partner == "mixtral":
+                reason = f"{reason}, or {key_name('expansion.moe.target')}=qwen2_moe"
+            raise refused("expansion.moe.norm_topk_prob", False, reason)
+        counts = {"num_experts": total, "experts_per_token": chosen, "expert_size": size}
+        changed = partner_config(family, config, partner, counts, dense_layers)
+        if partner == "mixtral":  # has no such key
+            return changed
+        pieces_of_shared = {"n_shared_experts": pieces} if partner == "glm4_moe" else {}
+        return {**changed, "norm_topk_prob": self.norm_topk_prob, **pieces_of_shared}
 
     def parameter_map(
         self, family: Family, source: Config, target: Config, *, seed: int
     ) -> ParameterMap:
-        partner = partner_of(family)
-        copies = Copies(self, partner, target, seed)
+        partner = family_of(target)
+        copies = Copies(
+            self,
+            partner,
+            target,
+            seed,
+            width=family.dimensions(source).intermediate_size,
+            names={tensor.disk_name: tensor.name for tensor in family.logical_tensors(source)},
+        )
         return ParameterMap(
             tensors={t.name: copies.tensor_map(t) for t in partner.logical_tensors(target)},
             layer_sources=tuple(range(partner.dimensions(target).num_hidden_layers)),
         )
 
     def notes(self, family: Family, source: Config, target: Config) -> tuple[str, ...]:
-        partner = partner_of(family)
+        partner = family_of(target)
         dimensions = partner.dimensions(target)
+        size = family.dimensions(source).intermediate_size // self.granularity
         active, total = partner.count_active_parameters(target), partner.count_parameters(target)
         notes = [
             f"{family.model_type} → {partner.model_type}: {dimensions.num_experts} experts per "
             f"layer, {dimensions.experts_per_token} per token; {active:,} of {total:,} parameters "
             "are active per token"
         ]
-        if dimensions.shared_expert_size:
+        if partner.model_type in SHARED:
             notes.append(
                 "the shared expert replaces the FFN and the routed experts start with zero output, "
                 "so the function is preserved at step 0, with any noise"
@@ -153,7 +179,12 @@ class Moe:
         dense = self._dense_layers(dimensions.num_hidden_layers)
         if dense:
             notes.append(f"dense layers: {', '.join(map(str, dense))}")
-        if self.is_exact:
+        if not self.norm_topk_prob and partner.model_type not in SHARED:
+            notes.append(
+                f"outputs of experts are scaled by {self.output_scale:g}: an evenly routed layer "
+                "computes the FFN, a token with other routing a multiple of it"
+            )
+        if self.noise == 0 and self.reinit_fraction == 0:
             notes.append(
                 "all copies start equal: until they differ, only a balance loss gives the router a "
                 "gradient"
@@ -162,9 +193,9 @@ class Moe:
             notes.append(
                 f"the {self.granularity} pieces of a copy are routed together only at the start"
             )
-        if dimensions.hidden_size % 8 or dimensions.expert_size % 8:
+        if dimensions.hidden_size % 8 or size % 8:
             notes.append(
-                f"hidden size {dimensions.hidden_size} and expert size {dimensions.expert_size} "
+                f"hidden size {dimensions.hidden_size} and expert size {size} "
                 "are not both multiples of 8, which the default kernel of transformers needs; "
                 'load it with experts_implementation="eager"'
             )
@@ -206,12 +237,16 @@ class Copies:
         partner: the family with experts.
         target: config of the result.
         seed: of fills, noise and reinitialised neurons.
+        width: of the FFN.
+        names: name on disk of each tensor of the dense model → its logical name.
     """
 
     spec: Moe
     partner: Family
     target: Config
     seed: int
+    width: int
+    names: Mapping[str, str]
     _factors: dict[tuple[int, bool], AxisFactor] = field(default_factory=dict, repr=False)
 
     def tensor_map(self, tensor: LogicalTensor) -> TensorMap:
@@ -220,8 +255,8 @@ class Copies:
 
         if tensor.expert is not None:
             return self._expert(tensor, tensor.expert)
-        shape = self.partner.shape(tensor, self.target)
-        if tensor.kind == "router":
+        shape, kind = self.partner.shape(tensor, self.target), kind_of(tensor)
+        if kind == "router":
             fill = Fill(
                 kind="random",
                 std=1 / math.sqrt(shape[1]),  # logits of about unit scale for any hidden size
@@ -229,31 +264,32 @@ class Copies:
                 repeat=self.spec.granularity,
             )
             return TensorMap.created(shape, fill)
-        if tensor.kind == "shared_expert_gate":
+        if kind in ("shared_expert_gate", "router_bias"):
             return TensorMap.created(shape, Fill())  # a sigmoid of zero: one half
-        source = logical_name(tensor.kind.replace("shared_expert.", "ffn."), layer=tensor.layer)
-        if tensor.kind == "shared_expert.down":
+        if not kind.startswith("shared_expert."):
+            return TensorMap(source=self.names[tensor.disk_name])
+        source = logical_name(kind.replace("shared_expert.", "ffn."), layer=tensor.layer)
+        if kind == "shared_expert.down" and self.partner.model_type == "qwen2_moe":
             one = torch.ones(shape[0], dtype=torch.float64)
             doubled = AxisFactor(torch.arange(shape[0]), weight=2 * one, gradient=one / 2)
             return TensorMap(source=source, axes=(doubled, None))
         return TensorMap(source=source)
 
     def _expert(self, tensor: LogicalTensor, expert: int) -> TensorMap:
-        spec, dimensions = self.spec, self.partner.dimensions(self.target)
+        spec, kind = self.spec, kind_of(tensor)
         copy, piece = divmod(expert, spec.granularity)
-        is_down, is_silent = tensor.kind == "experts.down", dimensions.shared_expert_size > 0
-        # The k weights of a token are split over the pieces, so their outputs are scaled up
-        scale = float(spec.granularity) if is_down else 1.0
+        is_down, is_silent = kind == "experts.down", self.partner.model_type in SHARED
+        scale = spec.output_scale if is_down else 1.0
         factor = self._factors.get((piece, is_down))
         if factor is None:
             stem = f"layers.{tensor.layer}.experts.{expert}"
-            factor = self._factor(piece, dimensions.expert_size, scale, stem)
+            factor = self._factor(piece, self.width // spec.granularity, scale, stem)
         if not spec.reinit_fraction:
             # Shared by all copies: one per copy would need more memory than the largest tensor
             self._factors[piece, is_down] = factor
         fill = Fill("matched", scale=scale, seed=derived_seed(self.seed, "fill", tensor.name))
         return TensorMap(
-            source=logical_name(tensor.kind.replace("experts.", "ffn."), layer=tensor.layer),
+            source=logical_name(kind.replace("experts.", "ffn."), layer=tensor.layer),
             axes=(None, factor) if is_down else (factor, None),
             fill=fill if spec.reinit_fraction else Fill(),
             is_zeroed=is_down and is_silent,
@@ -287,116 +323,3 @@ class Copies:
             gradient=kept * share / scale,
             squared=kept * share / chosen / scale**2,
         )
-
-
-# Dense families and their partners with experts, which compute the same function per expert.
-#
-# A partner's config sets every key that its class reads: the defaults of dense and sparse classes
-# differ (eps, rotary base, sliding window), which would silently change the function.
-
-PARTNERS: Mapping[str, Family] = {
-    "llama": MIXTRAL,
-    "mistral": MIXTRAL,
-    "qwen2": QWEN2_MOE,
-    "qwen3": QWEN3_MOE,
-}
-# Keys that the partner of a dense class does not read, or reads differently
-_DENSE_KEYS = ("pretraining_tp", "mlp_bias", "layer_types", "max_window_layers")
-# Reasons that a family has no partner despite an MoE family of the same name
-_REASONS: Mapping[str, str] = {
-    "phi3": "phimoe has LayerNorm instead of RMSNorm, and its own routing rule",
-    "granite": "granitemoe stores experts in one tensor on disk, which is not supported",
-}
-_MISTRAL_WINDOW = 4096  # default of the class
-
-
-def partner_of(family: Family) -> Family:
-    """Return the family with experts that a dense family is upcycled to.
-
-    Raises:
-        RequestError: the family already has experts, or no partner; lists those that have one.
-    """
-    if family.model_type in PARTNERS:
-        return PARTNERS[family.model_type]
-    supported = ", ".join(f"{dense} ({sparse.model_type})" for dense, sparse in PARTNERS.items())
-    if family.has_experts:
-        raise RequestError(
-            Problem(
-                "expansion.moe",
-                reason="it makes a dense model sparse, and "
-                f"{family.model_type} has experts already; it supports {supported}. To add "
-                f"experts use {setting('expansion', 'moe_add')}",
-            )
-        )
-    reason = _REASONS.get(family.model_type, "transformers has none for it")
-    raise RequestError(
-        Problem(
-            "expansion.moe",
-            reason=f"{family.model_type} has no MoE partner ({reason}); families that have one: "
-            f"{supported}",
-        )
-    )
-
-
-def _keys_of_partner(partner: Family, config: Config, dense_layers: tuple[int, ...]) -> Config:
-    """Return the remaining keys of the partner's config, derived from the dense config.
-
-    Raises:
-        RequestError: the source has a feature that its partner lacks.
-    """
-    if partner is MIXTRAL:
-        biases = [key for key in ("attention_bias", "mlp_bias") if config.get(key)]
-        if biases:
-            raise RequestError(
-                f"config.json: {biases[0]} = True, but mixtral, the partner of "
-                f"{config['model_type']}, has no biases."
-            )
-        if dense_layers:
-            reason = (
-                f"it leaves layers {', '.join(map(str, dense_layers))} dense, but in mixtral every "
-                "layer has experts; omit it (qwen2 and qwen3 support both)"
-            )
-            raise RequestError(Problem("expansion.moe.layers", reason=reason))
-        is_llama = config["model_type"] == "llama"
-        window = None if is_llama else config.get("sliding_window", _MISTRAL_WINDOW)
-        return {"sliding_window": window, "router_jitter_noise": 0.0}
-    pattern = {
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": list(dense_layers),
-        "norm_topk_prob": True,  # else the weights of k experts add up to less than one
-    }
-    kinds = _attention_kinds(config)
-    if partner is QWEN2_MOE:
-        is_windowed = bool(config.get("use_sliding_window", False))
-        return {
-            **pattern,
-            "qkv_bias": True,
-            "shared_expert_intermediate_size": config["intermediate_size"],
-            "use_sliding_window": is_windowed,
-            "sliding_window": config.get("sliding_window") if is_windowed else None,
-            "layer_types": kinds,
-            "max_window_layers": config.get("max_window_layers", config["num_hidden_layers"]),
-        }
-    if len(set(kinds)) > 1:
-        raise RequestError(
-            "config.json: layer_types mixes full and sliding attention, but qwen3_moe, the partner "
-            "of qwen3, has one kind for all layers."
-        )
-    is_windowed = set(kinds) == {"sliding_attention"}
-    return {
-        **pattern,
-        "attention_bias": bool(config.get("attention_bias", False)),
-        "use_sliding_window": is_windowed,
-        "sliding_window": config.get("sliding_window") if is_windowed else None,
-    }
-
-
-def _attention_kinds(config: Config) -> list[object]:
-    """Return the kind of attention of each layer, by default as in Qwen's classes."""
-    layers, kinds = config["num_hidden_layers"], config.get("layer_types")
-    assert isinstance(layers, int)
-    if isinstance(kinds, list | tuple):
-        return list(kinds)
-    first = config.get("max_window_layers", 28) if config.get("use_sliding_window") else layers
-    assert isinstance(first, int)
-    return ["full_attention" if layer < first else "sliding_attention" for layer in range(layers)]

@@ -6,8 +6,9 @@ from math import lcm
 from typing import Any
 
 from tritter.core.expansions.depth import Dus, Interpolate, Layers, LlamaPro, Stack
-from tritter.core.expansions.moe import Moe, partner_of
+from tritter.core.expansions.moe import Moe
 from tritter.core.expansions.moe_add import MoeAdd, sparse_layers
+from tritter.core.expansions.partners import partner_of
 from tritter.core.expansions.specification import ExpansionSpec, is_possible, target_config
 from tritter.core.expansions.width import Width
 from tritter.core.families import Config, count_parameters, family_of, ffn_size
@@ -98,7 +99,7 @@ def _candidates(config: Config, spec: ExpansionSpec) -> Iterator[ExpansionSpec]:
             for size in range(first, most + 1, step):
                 yield replace(spec, hidden_size=size)
         case Moe(num_experts=None):
-            partner_of(family_of(config))
+            partner_of(family_of(config), spec.target)
             pieces = spec.granularity
             for count in range(2 * pieces, _max_size(pieces, MAX_EXPERTS, _MAX_COPIES) + 1, pieces):
                 yield replace(spec, num_experts=count)

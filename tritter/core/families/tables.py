@@ -711,6 +711,10 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+# Without a table, but `stock_routers` knows their routers: sigmoids, with a bias that files contain
+SIGMOID_ROUTERS = ("glm4_moe",)
+
+
 def find_family(model_type: str) -> Family | None:
     """Return the table of a model type; None: there is none.
 

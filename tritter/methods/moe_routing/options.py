@@ -8,7 +8,7 @@ from pydantic import Field
 
 from tritter.checkpoints.location import teacher_problems
 from tritter.core.expansions import target_config
-from tritter.core.families import Config, family_of
+from tritter.core.families import SIGMOID_ROUTERS, Config, family_of
 from tritter.errors import Problem, show
 from tritter.options import Count, RunRequest, options
 from tritter.targets import values_of
@@ -22,7 +22,7 @@ class RoutingOptions:
         auxiliary_loss: of the load balancing loss (arXiv 2101.03961, eq. 4-6).
         z_loss: of the router z-loss (arXiv 2202.08906, eq. 5).
         bias_update_rate: step of the selection bias in loss-free balancing (arXiv 2408.15664), in
-            units of probability; the bias is not saved with the model.
+            units of probability; only sigmoid routers save it with the model.
         hold_old: of the divergence from the original routing of old data, see `OldRouting`.
         capacity_factor: for the logged dropped fraction; no token is dropped.
     """
@@ -63,7 +63,8 @@ def expert_problems(config: RunRequest, source: Config) -> Iterator[Problem]:
     """
     has_experts = family_of(source).has_experts
     target = family_of(target_config(source, config.expansion))
-    if not (target.has_experts and target.has_table):
+    is_known = target.has_table or target.model_type in SIGMOID_ROUTERS
+    if not (target.has_experts and is_known):
         reason = "the model is dense and has no routers; use expansion=moe"
         if target.has_experts:
             reason = f"Tritter does not know the routers of {target.model_type}; remove the key"

@@ -1,0 +1,122 @@
+"""The scaling law of upcycling against numbers by hand, and what it says of a budget."""
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tritter.core.expansions import Moe
+from tritter.core.families import Config, llama_config
+from tritter.planning import upcycling
+from tritter.planning.upcycling import (
+    Upcycling,
+    dense_loss,
+    scratch_loss,
+    upcycled_loss,
+    upcycling_notes,
+)
+
+B = 1e9
+
+
+def family_config(*, hidden_size: int, layers: int) -> Config:
+    return llama_config(
+        vocab_size=32_000, hidden_size=hidden_size, intermediate_size=4 * hidden_size,
+        num_hidden_layers=layers, num_attention_heads=16, num_key_value_heads=8,
+        tie_word_embeddings=True, rms_norm_eps=1e-6, rope_theta=1e4,
+        max_position_embeddings=2048, initializer_range=0.02,
+    )  # fmt: skip
+
+
+def test_losses_by_hand() -> None:
+    """1B after 74B tokens: ln N = 20.723, ln D1 = 25.027; 37B tokens more: ln D2 = 24.334."""
+    assert dense_loss(B, 74 * B) == pytest.approx(
+        8.83 * math.exp(-0.088 * 25.027) + 12.3 * math.exp(-0.116 * 20.723) + 0.165, abs=1e-3
+    )
+    assert scratch_loss(B, 37 * B) == pytest.approx(
+        32 * math.exp(-0.161 * 24.334) + 7.05 * math.exp(-0.08 * 20.723) + 0.165, abs=1e-3
+    )
+    exponent = -0.085 + 7.98e-4 * 25.027
+    assert upcycled_loss(B, 74 * B, 37 * B) == pytest.approx(
+        16.3 * math.exp(-0.043 * 25.027) * math.exp(exponent * 24.334)
+        + 8.53 * math.exp(-0.112 * 20.723)
+        + 0.165,
+        abs=1e-3,
+    )
+
+
+def test_the_papers_upcycled_model_is_better_than_its_dense_one() -> None:
+    """Table 7: 8x1B after 37B tokens beats the 1B model after 74B, by what 2.5 times N would."""
+    gain = dense_loss(B, 74 * B) - upcycled_loss(B, 74 * B, 37 * B)
+    assert 0.05 < gain < 0.15
+
+
+def test_the_interaction_makes_long_dense_training_a_worse_start() -> None:
+    """The gain per e-fold of D2 shrinks with D1."""
+    slopes = [
+        math.log(
+            (upcycled_loss(B, dense, 10 * B) - 0.165 - 8.53 / B**0.112)
+            / (upcycled_loss(B, dense, 100 * B) - 0.165 - 8.53 / B**0.112)
+        )
+        for dense in (10 * B, 100 * B, 1000 * B)
+    ]
+    assert slopes[0] > slopes[1] > slopes[2]
+
+
+def of(tokens: float, *, parameters: float = B, dense: float = 74 * B) -> Upcycling:
+    return Upcycling(parameters=parameters, dense_tokens=dense, tokens=tokens, cost=1.5)
+
+
+def test_budgets_that_pay_lie_between_both_controls() -> None:
+    found = of(20 * B)
+    low, high = found.pays_from, found.pays_until
+    assert 1e9 < low < 20 * B < high < 100 * B
+    dense = dense_loss(B, 74 * B + 1.5 * low)
+    assert upcycled_loss(B, 74 * B, low) == pytest.approx(dense, abs=2e-3)
+    assert upcycled_loss(B, 74 * B, high) == pytest.approx(scratch_loss(B, high), abs=2e-3)
+    assert found.pays
+    assert "20 B tokens of upcycled training after 74 B" in found.text
+    assert "is predicted to pay" in found.text
+    assert not of(low / 2).pays
+    assert not of(high * 2).pays
+    assert "is not predicted to pay" in of(low / 2).text
+
+
+def test_sizes_outside_the_law_are_reported() -> None:
+    assert "extrapolated" in of(20 * B, parameters=7 * B).text
+    assert "extrapolated" not in of(20 * B).text
+    small = of(1e6, parameters=1e6, dense=2e6).text
+    assert small == (
+        "1 M tokens of upcycled training after 2 M of dense training; the scaling law of upcycling "
+        "was not fitted to models this small"
+    )
+
+
+def test_a_plan_has_one_for_models_with_a_partner() -> None:
+    config = family_config(hidden_size=2048, layers=16)
+    budget = {"dense_tokens": 20 * B, "gpu_flops": 1e20, "sequence_length": 1024}
+    found = upcycling.planned(config, **budget)  # type: ignore[arg-type]
+    assert found is not None
+    assert 1.3 < found.cost < 2  # a token uses two FFNs instead of one
+    assert upcycling.planned({**config, "model_type": "gpt2"}, **budget) is None  # type: ignore[arg-type]
+    biased = {**config, "attention_bias": True}
+    assert upcycling.planned(biased, **budget) is None  # type: ignore[arg-type]
+
+
+def a_run(expansion: list[Any]) -> Any:
+    return SimpleNamespace(
+        expansion=expansion,
+        data=SimpleNamespace(sequence_length=128, batch_size=16),
+        training=SimpleNamespace(max_steps=100),
+        trainer=SimpleNamespace(accumulate_grad_batches=2),
+    )
+
+
+def test_a_run_prints_one_line_with_both_budgets() -> None:
+    base: Any = family_config(hidden_size=32, layers=2)
+    (known,) = upcycling_notes(a_run([Moe()]), base, 1_000_000.0)
+    assert known.startswith("upcycling: 410 k tokens of upcycled training after 1 M of dense")
+    (unknown,) = upcycling_notes(a_run([Moe()]), base, None)
+    assert "410 k tokens of upcycled training" in unknown and "--source-tokens" in unknown
+    assert not list(upcycling_notes(a_run([]), base, None))

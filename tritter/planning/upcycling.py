@@ -1,0 +1,197 @@
+"""When upcycling pays: the scaling law of Liew et al. 2025 (arXiv 2502.03009).
+
+The law predicts the loss of a dense model, of experts from scratch, and of experts copied from a
+dense model, for N parameters of the dense model:
+
+    dense, scratch   A/D^α + B/N^β + E
+    upcycled         A · D1^-α1 · D2^(-α2 + α3 · ln D1) + B/N^β + E
+
+D1 are the tokens of the dense training, D2 those after the upcycling. The constants are those of
+the paper's table 2, fitted to 8 experts with 2 per token. The logarithm is natural: with a decimal
+one the law would put the paper's own 8x1B model 0.38 nats below its 1B model.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import inf, log
+
+from tritter.core.expansions import Moe, target_config
+from tritter.core.expansions.partners import PARTNERS
+from tritter.core.families import Config, count_parameters, training_flops
+from tritter.errors import RequestError
+from tritter.options import RunRequest
+
+LARGEST_MODEL = 1.5e9  # parameters of the dense model; the largest in the paper is 1B
+SMALLEST_MODEL = 44e6  # far below the paper's models: predictions would mean nothing
+_IRREDUCIBLE = 0.165
+_GRID = [10 ** (exponent / 50) for exponent in range(5 * 50, 16 * 50)]  # 0.1 M tokens to 10^16
+
+
+def dense_loss(parameters: float, tokens: float) -> float:
+    """Return the predicted loss of a dense model in nats per token."""
+    return 8.83 / tokens**0.088 + 12.3 / parameters**0.116 + _IRREDUCIBLE
+
+
+def scratch_loss(parameters: float, tokens: float) -> float:
+    """Return the predicted loss of experts trained from scratch.
+
+    Args:
+        parameters: of the dense model of the same shape.
+        tokens: of the training.
+    """
+    return 32.0 / tokens**0.161 + 7.05 / parameters**0.080 + _IRREDUCIBLE
+
+
+def upcycled_loss(parameters: float, dense_tokens: float, tokens: float) -> float:
+    """Return the predicted loss of an upcycled model.
+
+    Args:
+        parameters: of the dense model.
+        dense_tokens: D1, of the training before the upcycling.
+        tokens: D2, of the training after it.
+    """
+    exponent = 0.085 - 7.98e-4 * log(dense_tokens)
+    data_term = 16.3 / dense_tokens**0.043 / tokens**exponent
+    return data_term + 8.53 / parameters**0.112 + _IRREDUCIBLE
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Upcycling:
+    """The budgets of an upcycling, and the range of budgets that pays.
+
+    Args:
+        parameters: of the dense model.
+        dense_tokens: D1.
+        tokens: D2.
+        cost: FLOPs per token of the result, as a multiple of the dense model's.
+    """
+
+    parameters: float
+    dense_tokens: float
+    tokens: float
+    cost: float
+
+    @property
+    def pays_from(self) -> float:
+        """Tokens from which it beats the dense model, trained on for as many FLOPs."""
+
+        def gap(tokens: float) -> float:
+            dense = dense_loss(self.parameters, self.dense_tokens + self.cost * tokens)
+            return dense - self._upcycled(tokens)
+
+        return next((tokens for tokens in _GRID if gap(tokens) > 0), inf)
+
+    @property
+    def pays_until(self) -> float:
+        """Tokens from which the same experts, trained from scratch on them, are better."""
+
+        def gap(tokens: float) -> float:
+            return scratch_loss(self.parameters, tokens) - self._upcycled(tokens)
+
+        return next((tokens for tokens in _GRID if gap(tokens) < 0), inf)
+
+    @property
+    def pays(self) -> bool:
+        return self.pays_from <= self.tokens <= self.pays_until
+
+    @property
+    def is_within(self) -> bool:
+        """The dense model has a size to which the law was fitted."""
+        return SMALLEST_MODEL <= self.parameters <= LARGEST_MODEL
+
+    @property
+    def text(self) -> str:
+        """One line with both budgets and the prediction."""
+        budgets = (
+            f"{_count(self.tokens)} tokens of upcycled training after "
+            f"{_count(self.dense_tokens)} of dense training"
+        )
+        if self.parameters < SMALLEST_MODEL:
+            return f"{budgets}; the scaling law of upcycling was not fitted to models this small"
+        low, high = self.pays_from, self.pays_until
+        ranges = f"from {_count(low)} (below, the dense model is the better use)"
+        ranges += f" to {_count(high)} (above, experts from scratch are)" if high < inf else ""
+        if low >= high:
+            ranges = "at no number of tokens"
+        verdict = "is predicted to pay" if self.pays else "is not predicted to pay"
+        more = "" if self.is_within else "; extrapolated, the law was fitted to at most 8x1B"
+        return f"{budgets} {verdict}; it pays {ranges}{more}"
+
+    def _upcycled(self, tokens: float) -> float:
+        return upcycled_loss(self.parameters, self.dense_tokens, tokens)
+
+
+def upcycling_of(
+    source: Config, *, dense_tokens: float, tokens: float, sequence_length: int, spec: Moe
+) -> Upcycling:
+    """Return the budgets of an upcycling.
+
+    Raises:
+        RequestError: the source can't become a model with experts.
+    """
+    dense, sparse = (
+        training_flops(config).per_token(sequence_length)
+        for config in (source, target_config(source, [spec]))
+    )
+    return Upcycling(
+        parameters=count_parameters(source),
+        dense_tokens=dense_tokens,
+        tokens=tokens,
+        cost=sparse / dense,
+    )
+
+
+def planned(
+    source: Config, *, dense_tokens: float, gpu_flops: float, sequence_length: int
+) -> Upcycling | None:
+    """Return the upcycling that a budget of FLOPs pays for; None if the source has no partner."""
+    if source.get("model_type") not in PARTNERS:
+        return None
+    spec = Moe()
+    try:
+        result = target_config(source, [spec])
+    except RequestError:  # a feature that models with experts lack
+        return None
+    return upcycling_of(
+        source,
+        dense_tokens=dense_tokens,
+        tokens=gpu_flops / training_flops(result).per_token(sequence_length),
+        sequence_length=sequence_length,
+        spec=spec,
+    )
+
+
+def upcycling_notes(
+    config: RunRequest, source: Config, dense_tokens: float | None
+) -> Iterator[str]:
+    """Yield the budgets of an upcycling in a run.
+
+    Args:
+        config: the run.
+        source: config.json of the model that the run starts from.
+        dense_tokens: of the training of this model; None if they are not known.
+    """
+    spec = next((spec for spec in config.expansion if isinstance(spec, Moe)), None)
+    if spec is None:
+        return
+    length = config.data.sequence_length
+    steps = config.training.max_steps * config.trainer.accumulate_grad_batches
+    tokens = float(steps * config.data.batch_size * length)
+    if dense_tokens is None:
+        yield (
+            f"upcycling: {_count(tokens)} tokens of upcycled training; those of the dense training "
+            "are not recorded. `tritter plan` with --source-tokens predicts whether it pays."
+        )
+        return
+    found = upcycling_of(
+        source, dense_tokens=dense_tokens, tokens=tokens, sequence_length=length, spec=spec
+    )
+    yield f"upcycling: {found.text}."
+
+
+def _count(tokens: float) -> str:
+    """Return a number of tokens with three digits."""
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if tokens >= size:
+            return f"{tokens / size:.3g} {unit}"
+    return f"{tokens:,.0f}"
