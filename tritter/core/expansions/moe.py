@@ -16,10 +16,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
+from tritter.core.expansions.moe_children import DEFAULT_NOISE, check_children
 from tritter.core.families import (
     MIXTRAL,
     QWEN2_MOE,
@@ -33,7 +34,7 @@ from tritter.core.families import (
 from tritter.core.parameter_map import AxisFactor, Fill, ParameterMap, TensorMap
 from tritter.errors import Problem, RequestError, key_name, refused, setting
 from tritter.limits import MAX_EXPERTS, MAX_LAYERS
-from tritter.options import options
+from tritter.options import Text, options
 from tritter.seeds import derived_seed
 
 DEFAULT_COPIES, DEFAULT_COPIES_PER_TOKEN = 8, 2
@@ -53,6 +54,13 @@ class Moe:
         granularity: number of pieces of each copy. The pieces of a copy share their router row, so
             at first a token is routed to all of them or none.
         layers: layers that get experts; the others keep their FFN. Default: all.
+        experts_from: folders or hub ids of models that were trained from this one. The FFNs of each
+            become one expert (Branch-Train-MiX, arXiv 2403.07816).
+        attention_from: attention, norms, embeddings, head and dense FFNs: `average` of
+            `experts_from`, `source`, or one of `experts_from`. Default: average.
+        router: router rows: `data`, the directions that tell the experts' training data apart, or
+            `random`. Default: data, if the lineage of every expert records its data.
+        expert_hashes: model hashes of `experts_from`; set when they are known.
     """
 
     name: ClassVar[str] = "moe"
@@ -60,18 +68,26 @@ class Moe:
     expansion_type: ClassVar[str] = "moe"
     num_experts: Annotated[int, Field(ge=2, le=MAX_EXPERTS)] | None = None
     experts_per_token: Annotated[int, Field(ge=1, le=MAX_EXPERTS)] | None = None
-    noise: Annotated[float, Field(ge=0)] = 0.01
+    noise: Annotated[float, Field(ge=0)] = DEFAULT_NOISE
     reinit_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
     granularity: Annotated[int, Field(ge=1, le=MAX_EXPERTS)] = 1
     layers: tuple[Annotated[int, Field(ge=0, le=MAX_LAYERS)], ...] | None = None
+    experts_from: tuple[Text, ...] | None = None
+    attention_from: Text | None = None
+    router: Literal["data", "random"] | None = None
+    expert_hashes: tuple[Text, ...] | None = None
+
+    def __post_init__(self) -> None:
+        check_children(self)
 
     @property
     def is_exact(self) -> bool:
-        return self.noise == 0 and self.reinit_fraction == 0
+        return self.noise == 0 and self.reinit_fraction == 0 and self.experts_from is None
 
     @property
     def total_experts(self) -> int:
-        return self.num_experts or DEFAULT_COPIES * self.granularity
+        listed = self.experts_from
+        return len(listed) if listed else self.num_experts or DEFAULT_COPIES * self.granularity
 
     @property
     def chosen_experts(self) -> int:
@@ -129,6 +145,9 @@ class Moe:
     def parameter_map(
         self, family: Family, source: Config, target: Config, *, seed: int
     ) -> ParameterMap:
+        if self.experts_from is not None:
+            reason = "it reads other checkpoints, so it needs a folder to compare them with"
+            raise RequestError(Problem("expansion.moe.experts_from", reason=reason))
         partner = partner_of(family)
         copies = Copies(self, partner, target, seed)
         return ParameterMap(
@@ -145,7 +164,7 @@ class Moe:
             f"layer, {dimensions.experts_per_token} per token; {active:,} of {total:,} parameters "
             "are active per token"
         ]
-        if dimensions.shared_expert_size:
+        if dimensions.shared_expert_size and self.experts_from is None:
             notes.append(
                 "the shared expert replaces the FFN and the routed experts start with zero output, "
                 "so the function is preserved at step 0, with any noise"
