@@ -9,9 +9,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-from tritter.core.families import Config, Family, LogicalTensor, logical_name
+from tritter.core.families import Config, Family, LogicalTensor, family_of, logical_name
 from tritter.core.parameter_map import Fill, ParameterMap, TensorMap
 from tritter.errors import Problem, RequestError, key_name
 from tritter.limits import MAX_EXPERTS
@@ -20,7 +20,6 @@ from tritter.seeds import derived_seed
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from tritter.core.expansions.moe import Moe
     from tritter.core.parameter_map.tensor_map import OtherTensor
 
 KEY = "expansion.moe"
@@ -43,7 +42,7 @@ class Child(Protocol):
         ...
 
 
-def check_children(spec: Moe) -> None:
+def check_children(spec: Any) -> None:
     """Check the options of experts from children against each other.
 
     Raises:
@@ -86,14 +85,14 @@ class BoundMoe:
     """`moe` with its opened children.
 
     Args:
-        options: the options, with `expert_hashes`.
+        options: of `Moe`, with `expert_hashes`.
         experts: the models whose FFNs become experts.
         shared: the models whose mean gives all other tensors; empty for the source.
         routers: layer → router rows [experts, hidden]; None for random rows.
         remarks: notes for people.
     """
 
-    options: Moe
+    options: Any
     experts: tuple[Child, ...]
     shared: tuple[Child, ...]
     routers: Mapping[int, OtherTensor] | None
@@ -104,15 +103,14 @@ class BoundMoe:
     new_blocks_only: ClassVar[bool] = False
 
     def target_config(self, family: Family, config: Config) -> Config:
-        return self.options.target_config(family, config)
+        target: Config = self.options.target_config(family, config)
+        return target
 
     def parameter_map(
         self, family: Family, source: Config, target: Config, *, seed: int
     ) -> ParameterMap:
         """Return the map in which the experts are the FFNs of the children."""
-        from tritter.core.expansions.moe import partner_of
-
-        partner = partner_of(family)
+        partner = family_of(target)
         layers = partner.dimensions(target).num_hidden_layers
         return ParameterMap(
             tensors={
