@@ -83,8 +83,8 @@ RATCHET = {
     "(top)": (13, 2_268),
     "checkpoints": (12, 3_258),
     "cli": (21, 5_784),
-    "config": (18, 5_011),
-    "core": (36, 11_529),
+    "config": (18, 5_036),
+    "core": (37, 11_838),
     "data": (24, 7_739),
     "evaluation": (17, 4_240),
     "integrations": (2, 778),
@@ -94,9 +94,9 @@ RATCHET = {
     "report": (14, 4_208),
     "storage": (10, 2_154),
     "training": (18, 5_349),
-    "transform": (5, 1_487),
+    "transform": (6, 1_841),
 }
-MAX_LONELY_MODULES = 23  # with a single caller, which is in their own room
+MAX_LONELY_MODULES = 24  # with a single caller, which is in their own room
 
 FORBIDDEN_NAMES = {"utils", "util", "helpers", "helper", "misc", "common"}
 MAX_FILE_LINES = 800

@@ -1,7 +1,9 @@
 """The benchmarks run, and their README says how (memory and time: tests/test_streaming.py)."""
 
 import csv
+import gzip
 import importlib
+import json
 import re
 import shlex
 import subprocess
@@ -36,6 +38,7 @@ WIDTH_MOMENTS = "2026-11-20_width_moments"
 LIGO = "2026-11-20_ligo"
 VOCABULARY = "2026-11-24_vocabulary"
 CONTEXT = "2026-11-24_context"
+CHILDREN = "2026-11-24_experts_from_children"
 GROWTH_RATES = "2026-11-24_growth_rates"
 DEPTH_BY_CHOICE = "2026-11-24_depth_by_choice"
 MORE_UPCYCLING = "2026-11-24_more_upcycling"
@@ -481,6 +484,37 @@ def test_context_arms_run_at_equal_flops_and_are_summarised(
     monkeypatch.setattr(summary, "FOLDER", tmp_path)
     summary.main()
     assert "| short | " in capsys.readouterr().out and (tmp_path / "positions.png").is_file()
+
+
+@pytest.mark.full
+def test_children_and_controls_run_at_equal_flops_and_are_summarised(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    experiment, summary = (
+        importlib.import_module(f"experiments.{CHILDREN}.{name}")
+        for name in ("children", "summarise")
+    )
+    output, stories, maths = (tmp_path / name for name in ("results.csv", "stories", "maths"))
+    stories.write_bytes(gzip.compress(b"Once upon a time there was a car named Beep.\n" * 4000))
+    row = json.dumps({"question": "How many clips?", "answer": "48/2 = 24\n#### 24"})
+    maths.write_bytes(gzip.compress(f"{row}\n".encode() * 3000))
+    monkeypatch.setenv("TRITTER_CACHE", str(tmp_path / "cache"))
+    sizes = "--seeds 0 --pretraining-steps 2 --child-steps 3 --mixed-steps 3"
+    files = f"--stories {stories} --maths {maths} --work {tmp_path} --output {output}"
+    words = [*sizes.split(), *files.split(), "--arms", "mixed", "mean", "dense"]
+    monkeypatch.setattr(experiment, "DOMAIN_BYTES", 60_000)
+    monkeypatch.setattr(sys, "argv", ["children.py", *words])
+    experiment.main()
+    with output.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert set(rows[0]) == _columns("results.csv", folder=FOLDER.parent / CHILDREN)
+    flops = {row["arm"]: float(row["flops"]) for row in rows}
+    children = sum(flops[name] for name in experiment.DOMAINS)
+    assert flops["mixed"] + children == pytest.approx(flops["dense"], rel=0.1)
+    assert flops["mean"] == pytest.approx(flops["mixed"], rel=0.2)
+    monkeypatch.setattr(summary, "FOLDER", tmp_path)
+    summary.main()
+    assert "| mean |" in capsys.readouterr().out
 
 
 def test_a_saving_is_read_off_between_the_points() -> None:

@@ -20,6 +20,7 @@ from tests.config.conftest import planned
 from tests.evaluation.published import PUBLISHED
 from tests.evaluation.test_benchmark_files import written
 from tests.oracle import relative_difference, saved, stock, tiny_llama, tokens
+from tests.oracle.children import child
 from tests.report.conftest import SUMMARY
 from tritter.cli import main
 from tritter.config.launch.command_line import CommandLine, read_command_line
@@ -189,6 +190,8 @@ def _leave_checkpoints(words: list[str]) -> None:
     base = saved(new_model(config, seed=0), Path("base"))
     tokenizer = train_tokenizer([TextDocument("d", "the class is one\n")], vocab_size=300)
     save_tokenizer(tokenizer, base, end_of_text=END_OF_TEXT)
+    children = (word for option, word in pairwise(words) if option == "--experts-from")
+    _leave_children(base, next(children, "").split(","))
     read = [word for option, word in pairwise(words) if option in CHECKPOINTS]
     read += words[2:3] if words[0] == "validate" else []
     for name in read:
@@ -203,6 +206,12 @@ def _leave_checkpoints(words: list[str]) -> None:
         if name.endswith(".ckpt"):
             weights = {f"model.{key}": value for key, value in stock(base).state_dict().items()}
             torch.save({"state_dict": weights}, name)
+
+
+def _leave_children(base: Path, names: Iterable[str]) -> None:
+    """Put models there that look as if they were trained from a base."""
+    for number, name in enumerate(set(names) - {"", "base"}):
+        child(Path(name), base, seed=number)
 
 
 def _leave_recipes(words: list[str]) -> None:
@@ -459,6 +468,8 @@ def test_snippets_run_in_order(document, place):
         _leave_own_data()
     else:
         saved(tiny_llama(), place / "base")
+    if document.name == "docs/how-to/mix_children_into_experts.md":
+        _leave_children(place / "base", ("code", "maths"))
     namespace: dict[str, object] = {"__name__": "__main__"}
     for number, source in enumerate(document.blocks("python")):
         exec(compile(source, f"{document.name}[{number}]", "exec"), namespace)

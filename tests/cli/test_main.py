@@ -165,7 +165,7 @@ def test_the_options_offered_are_those_that_the_methods_have() -> None:
     }
     # How a checkpoint is trained later is no matter of its expansion; Tritter sets the merges
     of_training = {("llama_pro", "new_blocks_only"), ("vocab", "freeze_old_rows")}
-    assert fields - taken == of_training | {("vocab", "merges")}
+    assert fields - taken == of_training | {("vocab", "merges"), ("moe", "expert_hashes")}
     assert taken <= fields
 
 

@@ -298,6 +298,7 @@ NEVER_REPLAYED = {
     *("evaluation.allow_code", "evaluation.code_sandbox", "evaluation.code_sandbox_command"),
     "evaluation.prompts",
     *("expansion.moe_add.teacher", "expansion.vocab.tokenizer", "forgetting.distill.teacher"),
+    *("expansion.moe.experts_from", "expansion.moe.attention_from"),
     *("callbacks.model_checkpoint.dirpath", "callbacks.model_checkpoint.filename"),
     *("logger.mlflow.save_dir", "logger.mlflow.tracking_uri", "logger.tensorboard.save_dir"),
     *("logger.tensorboard.name", "logger.tensorboard.version"),

@@ -290,7 +290,7 @@ class _Domains:
     def _all_learned(self, *, without: set[str]) -> list[DomainText]:
         domains = {n: d for n, d in self._learned.items() if n not in without}
         problems = {
-            name: _problem(domain, is_streamed=self._is_streamed)
+            name: domain_problem(domain, is_streamed=self._is_streamed)
             for name, domain in domains.items()
         }
         wrong = [f"{name} can't be used: {why}" for name, why in problems.items() if why]
@@ -325,7 +325,7 @@ class _Domains:
         ]
 
 
-def _problem(domain: LearnedDomain, *, is_streamed: bool = False) -> str | None:
+def domain_problem(domain: LearnedDomain, *, is_streamed: bool = False) -> str | None:
     """Return the reason why a recorded domain is unavailable or changed, or None."""
     if not domain.paths:
         return "its paths were not recorded"

@@ -44,7 +44,7 @@ _OPTION_OF_KEY = {
     "context.method": "context_method",
 }
 # Of training, and set by Tritter
-_NO_OPTION = (TARGET, "new_blocks_only", "freeze_old_rows", "merges")
+_NO_OPTION = (TARGET, "new_blocks_only", "freeze_old_rows", "merges", "expert_hashes")
 # Keys of ctx.meta: the requested methods (None: all), and the options that help describes
 _METHODS, _SHOWN = "tritter.methods", "tritter.shown"
 

@@ -179,7 +179,7 @@ _REPLAYED = {
     "expansion.layers": "sources slices identity",
     "expansion.llama_pro": "target_layers positions new_blocks_only",
     "expansion.moe": "num_experts experts_per_token granularity layers noise reinit_fraction "
-    "target norm_topk_prob",
+    "target norm_topk_prob router expert_hashes",
     "expansion.moe_add": "num_experts addition init clone_from noise",
     "expansion.stack": "target_layers partial identity_init",
     "expansion.vocab": "new_tokens tokens init head_init freeze_old_rows multiple_of merges",

@@ -453,6 +453,30 @@ def vocabulary_problems(config: RunConfig) -> Iterator[Problem]:
         yield Problem("expansion.vocab.freeze_old_rows", True, reason=reason)
 
 
+def children_problems(config: RunConfig) -> Iterator[Problem]:
+    """Yield what experts from children exclude."""
+    of = ((each, getattr(each, "experts_from", None)) for each in config.expansion)
+    spec, listed = next((pair for pair in of if pair[1]), (None, None))
+    if listed is None:
+        return
+    if start_checkpoint(config.model) is None:
+        reason = "the models were trained from a checkpoint: set model=hf model.path=CHECKPOINT"
+        yield Problem("expansion.moe.experts_from", listed, reason=reason)
+    needs = [(one, one.kind.needs(one.options)) for one in config.forgetting]
+    without_weights = [
+        one.name
+        for one, each in needs
+        if getattr(one.options, "at", None) != "expanded"
+        and (each.state or bool(each.prepares) != each.carried)
+    ]
+    if without_weights and getattr(spec, "attention_from", None) != "source":
+        reason = "it protects weights of the source, and expansion.moe.experts_from replaces all of"
+        reason += (
+            " them; use replay, self_replay or distill, or expansion.moe.attention_from=source"
+        )
+        yield Problem("forgetting", without_weights, reason=reason)
+
+
 _RULES: tuple[Rule, ...] = (
     batch_problems,
     model_problems,
@@ -467,6 +491,7 @@ _RULES: tuple[Rule, ...] = (
     streaming_problems,
     method_problems,
     vocabulary_problems,
+    children_problems,
     pipeline_problems,
     carry_problems,
     scaling_problems,

@@ -62,6 +62,7 @@ from tritter.storage.writer import (
     padded,
 )
 from tritter.transform.change import PlannedExpansion
+from tritter.transform.children import check_unchanged, with_children
 from tritter.transform.vocabulary import ExtendedTokenizerFile, bound, kept_in
 
 # Disk and memory requirements
@@ -214,7 +215,7 @@ def plan_by_tables(
     the result to the destination.
     """
     config = source.config
-    steps = build_steps(config, bound(specs, source), seed=seed)
+    steps = build_steps(config, with_children(bound(specs, source), source), seed=seed)
     target = steps[-1].target_config if steps else config
     return PlannedExpansion(
         config=config,
@@ -475,6 +476,7 @@ def added_experts(
 def _child_lineage(source: Source, plan: PlannedExpansion, destination: Path) -> Lineage:
     parent = source.lineage
     digests = source.read_digests()
+    check_unchanged(plan)
     parent_hash = merkle_hash(digests)
     history = parent.expansion_history if parent else ()
     return Lineage(

@@ -6,6 +6,7 @@ from tritter.core.expansions.context import Context
 from tritter.core.expansions.depth import Dus, Interpolate, Layers, LlamaPro, Stack
 from tritter.core.expansions.moe import Moe
 from tritter.core.expansions.moe_add import MoeAdd
+from tritter.core.expansions.moe_children import BoundMoe, children_place
 from tritter.core.expansions.specification import (
     ExpansionSpec,
     ResolvedExpansion,
@@ -24,6 +25,7 @@ EXPANSIONS: dict[str, type[Any]] = {
 
 __all__ = [
     "EXPANSIONS",
+    "BoundMoe",
     "BoundVocab",
     "Context",
     "Dus",
@@ -39,6 +41,7 @@ __all__ = [
     "Width",
     "build_steps",
     "check_specs",
+    "children_place",
     "compose_maps",
     "target_config",
     "vocab_place",

@@ -24,6 +24,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
+from tritter.core.expansions.moe_children import DEFAULT_NOISE, check_children
 from tritter.core.expansions.partners import (
     SHARED,
     kind_of,
@@ -41,7 +42,7 @@ from tritter.core.families import (
 from tritter.core.parameter_map import AxisFactor, Fill, ParameterMap, TensorMap
 from tritter.errors import Problem, RequestError, key_name, refused
 from tritter.limits import MAX_EXPERTS, MAX_LAYERS
-from tritter.options import options
+from tritter.options import Text, options
 from tritter.seeds import derived_seed
 
 DEFAULT_COPIES, DEFAULT_COPIES_PER_TOKEN = 8, 2
@@ -66,6 +67,13 @@ class Moe:
             routed experts start at zero; `glm4_moe` has a sigmoid router.
         norm_topk_prob: the weights of the selected experts add up to one. Without it, they are
             the softmax over all experts, and the experts' output is scaled up (arXiv 2410.07524).
+        experts_from: folders or hub ids of models that were trained from this one. The FFNs of each
+            become one expert (Branch-Train-MiX, arXiv 2403.07816).
+        attention_from: attention, norms, embeddings, head and dense FFNs: `average` of
+            `experts_from`, `source`, or one of `experts_from`. Default: average.
+        router: router rows: `data`, the directions that tell the experts' training data apart, or
+            `random`. Default: data, if the lineage of every expert records its data.
+        expert_hashes: model hashes of `experts_from`; set when they are known.
     """
 
     name: ClassVar[str] = "moe"
@@ -73,15 +81,25 @@ class Moe:
     expansion_type: ClassVar[str] = "moe"
     num_experts: Annotated[int, Field(ge=2, le=MAX_EXPERTS)] | None = None
     experts_per_token: Annotated[int, Field(ge=1, le=MAX_EXPERTS)] | None = None
-    noise: Annotated[float, Field(ge=0)] = 0.01
+    noise: Annotated[float, Field(ge=0)] = DEFAULT_NOISE
     reinit_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
     granularity: Annotated[int, Field(ge=1, le=MAX_EXPERTS)] = 1
     layers: tuple[Annotated[int, Field(ge=0, le=MAX_LAYERS)], ...] | None = None
     target: Literal["mixtral", "qwen2_moe", "qwen3_moe", "glm4_moe"] | None = None
     norm_topk_prob: bool = True
 
+    experts_from: tuple[Text, ...] | None = None
+    attention_from: Text | None = None
+    router: Literal["data", "random"] | None = None
+    expert_hashes: tuple[Text, ...] | None = None
+
+    def __post_init__(self) -> None:
+        check_children(self)
+
     @property
     def is_exact(self) -> bool:
+        if self.experts_from is not None:
+            return False
         if self.target in SHARED:  # the output of the routed experts is zero
             return True
         return self.noise == 0 and self.reinit_fraction == 0 and self.norm_topk_prob
@@ -95,7 +113,8 @@ class Moe:
 
     @property
     def total_experts(self) -> int:
-        return self.num_experts or DEFAULT_COPIES * self.granularity
+        listed = self.experts_from
+        return len(listed) if listed else self.num_experts or DEFAULT_COPIES * self.granularity
 
     @property
     def chosen_experts(self) -> int:
@@ -147,6 +166,9 @@ class Moe:
     def parameter_map(
         self, family: Family, source: Config, target: Config, *, seed: int
     ) -> ParameterMap:
+        if self.experts_from is not None:
+            reason = "it reads other checkpoints, so it needs a folder to compare them with"
+            raise RequestError(Problem("expansion.moe.experts_from", reason=reason))
         partner = family_of(target)
         copies = Copies(
             self,
@@ -171,7 +193,7 @@ class Moe:
             f"layer, {dimensions.experts_per_token} per token; {active:,} of {total:,} parameters "
             "are active per token"
         ]
-        if partner.model_type in SHARED:
+        if partner.model_type in SHARED and self.experts_from is None:
             notes.append(
                 "the shared expert replaces the FFN and the routed experts start with zero output, "
                 "so the function is preserved at step 0, with any noise"

@@ -98,7 +98,7 @@ def _candidates(config: Config, spec: ExpansionSpec) -> Iterator[ExpansionSpec]:
             first = hidden + step - (hidden % multiple if spec.multiple_of else 0)
             for size in range(first, most + 1, step):
                 yield replace(spec, hidden_size=size)
-        case Moe(num_experts=None):
+        case Moe(num_experts=None, experts_from=None):
             partner_of(family_of(config), spec.target)
             pieces = spec.granularity
             for count in range(2 * pieces, _max_size(pieces, MAX_EXPERTS, _MAX_COPIES) + 1, pieces):

@@ -316,6 +316,20 @@ def _filled(
             assert fill.values is not None, "a given fill needs values"
             is_new_entry = ~has_source.expand(values.shape)
             return values.masked_scatter_(is_new_entry, fill.values.to(values))
+        case "others":
+            return _mean_of(fill)
+
+
+def _mean_of(fill: Fill) -> Tensor:
+    """Return the mean of the tensors of other models; a single one keeps its bits."""
+    first, *rest = fill.others
+    mean = first.read()
+    if rest:
+        dtype, mean = compute_dtype(mean), mean.double()  # the mean of equal tensors is exact
+        for other in rest:
+            mean = mean + other.read()
+        mean = (mean / len(fill.others)).to(dtype)
+    return mean
 
 
 def new_rows(fill: Fill, source: Tensor) -> Callable[[int, int], Tensor]:

@@ -319,6 +319,8 @@ def _whole(step: TensorMap, shape_of: Callable[[str], Shape]) -> int:
         step.noise or step.fill.kind in ("matched", "row_mean", "rows")
     ):
         num_bytes += 2 * _DOUBLE * prod(_source_shape(step, shape_of))
+    if step.fill.others:  # the sum, and the tensor that is added to it
+        num_bytes += 2 * _DOUBLE * prod(step.shape)
     return num_bytes + _AT_A_TIME * _WIDE * prod(_shape(step, shape_of))
 
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
 # The map of one space: the old coordinate that each new one copies, and its share.
 #
@@ -271,6 +271,19 @@ class AxisFactor:
         return torch.tensor(flags, dtype=torch.bool)
 
 
+class OtherTensor(Protocol):
+    """A tensor that is not of the source model: of another checkpoint, or derived from data."""
+
+    @property
+    def digest(self) -> str:
+        """What determines the values, as a checksum."""
+        ...
+
+    def read(self) -> Tensor:
+        """Return the values; they may be computed here."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Fill:
     """The values of coordinates without a source.
@@ -280,8 +293,8 @@ class Fill:
             deviation of the source); `mean` (of the mapped values, or 1 if they are all zero: after
             zero weights a gain of zero would have no gradient); `row_mean` (mean of the source's
             rows); `rows` (weighted sums of the source's rows); `quiet` (the mean row, made as
-            long as rows are); `copy` (another tensor mapped by `donor`); or `given`
-            (`values`).
+            long as rows are); `copy` (another tensor mapped by `donor`); `given` (`values`); or
+            `others` (the mean of tensors that are not of the source model).
         std: standard deviation of `random`.
         seed: of `random`, `matched` and `rows`; each tensor has its own.
         scale: factor on the source's statistics in `matched`.
@@ -291,10 +304,11 @@ class Fill:
             float64 [n, k], the weights of `index`.
         index: of `rows`: int64 [n, k], the summed rows of each of the n new rows; −1 is the
             row of `quiet`, and −2 at the start a random row as in `matched`.
+        others: of `others`: tensors in the shape of a target without a source.
     """
 
     kind: Literal[
-        "zero", "random", "matched", "mean", "row_mean", "rows", "quiet", "copy", "given"
+        "zero", "random", "matched", "mean", "row_mean", "rows", "quiet", "copy", "given", "others"
     ] = "zero"
     std: float = 0.0
     seed: int = 0
@@ -303,6 +317,7 @@ class Fill:
     donor: TensorMap | None = None
     values: Tensor | None = field(default=None, compare=False)
     index: Tensor | None = field(default=None, compare=False)
+    others: tuple[OtherTensor, ...] = field(default=(), compare=False)
 
     def description(self) -> list[object]:
         """Return the fill as plain data, for checksums."""
@@ -312,6 +327,7 @@ class Fill:
         if self.values is not None:
             index = () if self.index is None else (self.index,)
             plain.append(_tensor_digest(self.values, *index))
+        plain += [other.digest for other in self.others]
         return plain if self.donor is None else [*plain, self.donor.description()]
 
 

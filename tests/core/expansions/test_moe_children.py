@@ -1,0 +1,355 @@
+"""Experts from children: each is a child's FFN, the rest is averaged or of one model."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from tests import oracle
+from tests.oracle.children import child, parent
+from tests.oracle.families import tiny
+from tests.oracle.moe import PARTNERS
+from tritter.checkpoints import Source, lineage_of
+from tritter.checkpoints.record import ExpansionRecord
+from tritter.checkpoints.state import read_state, write_state
+from tritter.core.expansions import Moe, MoeAdd, Width
+from tritter.core.expansions.moe_children import Moments, router_rows
+from tritter.core.models import load_model, read_config
+from tritter.core.stock_routers import Routing
+from tritter.errors import RequestError
+from tritter.transform import expand, plan_expansion
+
+SIZE, NAMES = 300, ("a", "b", "c")
+TOKENS = oracle.tokens(SIZE)
+
+
+def family_of_models(folder: Path, family: str = "llama", **changes: Any) -> Path:
+    """Write a float64 parent and three children of it."""
+    changes = {"vocab_size": SIZE, "tie_word_embeddings": False, **changes}
+    base = parent(folder / "base", tiny(family, **changes).double(), vocab_size=290)
+    for number, name in enumerate(NAMES):
+        child(folder / name, base, seed=number)
+    return base
+
+
+@pytest.fixture
+def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return family_of_models(tmp_path)
+
+
+def moe(*listed: str, **options: Any) -> Moe:
+    return Moe(experts_from=listed or NAMES, **options)
+
+
+def stock(folder: Path) -> nn.Module:
+    """Load with stock transformers; its default kernel has no float64."""
+    return oracle.stock(folder, torch.float64, experts_implementation="eager")
+
+
+def routed_to(model: nn.Module, expert: int) -> nn.Module:
+    """Send every token to one expert."""
+    routing = Routing.of(model)
+    assert routing is not None
+    routing.set_offset(range(routing.num_experts), 0.0)
+    others = [other for other in range(routing.num_experts) if other != expert]
+    routing.set_offset(others, -torch.inf)
+    return model
+
+
+def gap(before: nn.Module, after: nn.Module) -> float:
+    with oracle.float64_casts():
+        difference = oracle.logits(before, TOKENS) - oracle.logits(after, TOKENS)
+    return float(difference.abs().max())
+
+
+# The function
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("family", PARTNERS)
+def test_a_child_is_in_the_mixture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, tied: bool
+) -> None:
+    """With its attention and norms, and all tokens on its expert, it computes its function."""
+    monkeypatch.chdir(tmp_path)
+    base = family_of_models(tmp_path, family, tie_word_embeddings=tied)
+    children = [load_model(tmp_path / name, dtype=torch.float64) for name in NAMES]
+    for number, name in enumerate(NAMES):
+        spec = moe(attention_from=name, experts_per_token=1)
+        made = expand(base, tmp_path / "mixed", [spec], overwrite=True)
+        assert not made.plan.is_exact
+        mixed = stock(tmp_path / "mixed")
+        assert mixed.config.model_type == PARTNERS[family]
+        assert gap(children[number], routed_to(mixed, number)) < 1e-10
+        assert gap(children[number], routed_to(mixed, (number + 1) % 3)) > 1e-2
+        notes = " ".join(made.steps[0].notes)
+        assert f"preserved only for {name}, if its tokens are routed to its expert" in notes
+
+
+def test_with_average_attention_no_child_is(base: Path, tmp_path: Path) -> None:
+    made = expand(base, tmp_path / "mixed", [moe(experts_per_token=1)])
+    mixed = stock(tmp_path / "mixed")
+    for number, name in enumerate(NAMES):
+        own = load_model(tmp_path / name, dtype=torch.float64)
+        assert gap(own, routed_to(mixed, number)) > 1e-2
+    assert "preserved for no model in the list" in " ".join(made.steps[0].notes)
+
+
+@pytest.mark.full
+@settings(max_examples=20)
+@given(
+    family=st.sampled_from(list(PARTNERS)),
+    number=st.integers(2, 5),
+    chosen=st.integers(1, 3),
+    attention=st.sampled_from([None, "average", "source", "child_1"]),
+    seed=st.integers(0, 5),
+)
+def test_equal_children_compute_the_function_of_the_parent(
+    tmp_path_factory: pytest.TempPathFactory,
+    family: str,
+    number: int,
+    chosen: int,
+    attention: str | None,
+    seed: int,
+) -> None:
+    folder = tmp_path_factory.mktemp("equal")
+    model = tiny(family, vocab_size=SIZE).double()
+    base = parent(folder / "base", model, vocab_size=290)
+    names = [str(child(folder / f"child_{n}", base, seed=n, change=_same)) for n in range(number)]
+    spec = moe(
+        *names,
+        experts_per_token=min(chosen, number),
+        attention_from=str(folder / attention) if attention == "child_1" else attention,
+    )
+    expand(base, folder / "mixed", [spec], seed=seed)
+    assert gap(model, stock(folder / "mixed")) < 1e-10
+
+
+def _same(value: Tensor, _: torch.Generator) -> Tensor:
+    return value
+
+
+# Tensors and state
+
+
+def test_tensors_are_means_or_bits_of_the_files(base: Path, tmp_path: Path) -> None:
+    expand(base, tmp_path / "mixed", [moe("a", "b", "base")])
+    made = load_file(tmp_path / "mixed" / "model.safetensors")
+    stored = [load_file(tmp_path / name / "model.safetensors") for name in ("a", "b", "base")]
+    for expert, state in enumerate(stored):
+        for part, name in {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}.items():
+            own = made[f"model.layers.1.block_sparse_moe.experts.{expert}.{part}.weight"]
+            assert torch.equal(own, state[f"model.layers.1.mlp.{name}.weight"])
+    for name in ("model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"):
+        mean = torch.stack([state[name] for state in stored]).mean(dim=0)
+        assert torch.allclose(made[name], mean, rtol=0, atol=1e-14)
+    rows = made["model.layers.1.block_sparse_moe.gate.weight"]
+    assert rows.shape == (3, 24) and 0.5 < float(rows.std() * 24**0.5) < 2  # random
+
+
+def test_state_follows_what_is_kept_of_the_source(base: Path, tmp_path: Path) -> None:
+    source = Source.open(base, read_config(base))
+    kinds = {kind: source.stream() for kind in ("exp_avg", "fisher", "anchor")}
+    write_state(base, kinds, step=3)
+    for attention, is_kept in {"source": True, "average": False, "a": False}.items():
+        expand(base, tmp_path / "mixed", [moe(attention_from=attention)], overwrite=True)
+        state = read_state(tmp_path / "mixed")
+        found = {} if state is None else {k: set(t.headers) for k, t in state.kinds.items()}
+        attention_names = {"model.layers.0.self_attn.q_proj.weight", "lm_head.weight"}
+        for names in found.values():
+            assert (attention_names <= names) == is_kept
+            assert not any("block_sparse_moe" in name for name in names)
+
+
+def test_the_record_names_the_children_and_a_repetition_checks_them(
+    base: Path, tmp_path: Path
+) -> None:
+    made = expand(base, tmp_path / "mixed", [moe("a", "b")])
+    record = made.lineage.expansion_history[-1]
+    hashes = [lineage_of(tmp_path / name).model_hash for name in ("a", "b")]
+    assert list(record.options["expert_hashes"]) == hashes and not record.claims_exact
+    again = plan_expansion(base, [moe("a", "b", expert_hashes=tuple(hashes))])
+    assert again.parameter_map.digest() == record.map_digest
+    with pytest.raises(RequestError, match="have other hashes"):
+        plan_expansion(base, [moe("a", "c", expert_hashes=tuple(hashes))])
+    other = plan_expansion(base, [moe("a", "c")])
+    assert other.parameter_map.digest() != record.map_digest
+
+
+def test_more_experts_can_follow(base: Path, tmp_path: Path) -> None:
+    expand(base, tmp_path / "more", [moe(), MoeAdd(num_experts=1)])
+    assert read_config(tmp_path / "more")["num_local_experts"] == 4
+
+
+def test_the_dtype_is_that_of_the_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    base = parent(tmp_path / "base", tiny("llama", vocab_size=SIZE).bfloat16(), vocab_size=290)
+    for number, name in enumerate(NAMES):
+        child(tmp_path / name, base, seed=number)
+    expand(base, tmp_path / "mixed", [moe()])
+    made = load_file(tmp_path / "mixed" / "model.safetensors")
+    assert {value.dtype for value in made.values()} == {torch.bfloat16}
+
+
+# The door
+
+
+def _plain(folder: Path, base: Path) -> None:
+    child(folder, base, seed=9)
+    (folder / "tritter.json").unlink()
+
+
+def _of_another(folder: Path, base: Path) -> None:
+    child(folder, base, seed=9, parent_hash="0" * 64, base_model_hash="1" * 64, parent_path="../x")
+
+
+def _expanded(folder: Path, base: Path) -> None:
+    record = ExpansionRecord(
+        timestamp="",
+        expansion_type="depth",
+        method="layers",
+        options={},
+        seed=0,
+        source_config={},
+        target_config={},
+        layer_sources=(),
+        map_digest="0" * 64,
+        claims_exact=True,
+    )
+    child(folder, base, seed=9, expansion_history=(record,))
+
+
+def _wider(folder: Path, base: Path) -> None:
+    expand(base, folder, [Width(intermediate_size=80)])
+
+
+def _other_tokens(folder: Path, base: Path) -> None:
+    """The same weights with another tokenizer: its children have the same hash as a parent."""
+    other = parent(base.parent / "same", load_model(base, dtype=torch.float64), vocab_size=280)
+    child(folder, other, seed=9)
+
+
+def _other_norm(folder: Path, base: Path) -> None:
+    child(folder, base, seed=9, config={"rms_norm_eps": 0.25})
+
+
+def _changed(folder: Path, base: Path) -> None:
+    child(folder, base, seed=9)
+    text = (folder / "tokenizer.json").read_text("utf-8")
+    (folder / "tokenizer.json").write_text(text + " ", encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (_plain, "no tritter.json that shows"),
+        (_of_another, "does not contain the source"),
+        (_expanded, "it was expanded"),
+        (_wider, "other shapes"),
+        (_other_tokens, "its tokenizer.json is not that of the source"),
+        (_other_norm, "its config.json has rms_norm_eps = 0.25"),
+        (_changed, "was changed since its lineage was written: tokenizer.json"),
+    ],
+)
+def test_a_model_that_is_no_child_is_refused(
+    base: Path, tmp_path: Path, make: Callable[[Path, Path], None], reason: str
+) -> None:
+    make(tmp_path / "other", base)
+    with pytest.raises(RequestError, match=reason) as error:
+        plan_expansion(base, [moe("a", "other")])
+    assert "expansion.moe.experts_from" in str(error.value)
+
+
+def test_tensors_that_changed_after_training_are_found(base: Path, tmp_path: Path) -> None:
+    path = tmp_path / "b" / "model.safetensors"
+    state = load_file(path)
+    state["model.layers.0.mlp.up_proj.weight"][0, 0] += 1
+    save_file(state, path, metadata={"format": "pt"})
+    with pytest.raises(RequestError, match="was changed since its lineage"):
+        expand(base, tmp_path / "mixed", [moe()])
+    assert not (tmp_path / "mixed").exists()
+
+
+def test_values_that_are_not_finite_are_refused(base: Path, tmp_path: Path) -> None:
+    def broken(value: Tensor, _: torch.Generator) -> Tensor:
+        return value / 0 if value.ndim == 2 else value
+
+    child(tmp_path / "broken", base, seed=1, change=broken)
+    with pytest.raises(RequestError, match="not finite"):
+        expand(base, tmp_path / "mixed", [moe("a", "broken")])
+
+
+@pytest.mark.parametrize(
+    ("make", "key", "reason"),
+    [
+        (partial(moe, "a"), "experts_from", "list 2 to"),
+        (partial(moe, "a", "a"), "experts_from", "different models"),
+        (partial(moe, num_experts=4), "num_experts", "lists 3; remove one of the two"),
+        (partial(moe, granularity=2), "granularity", "are not split"),
+        (partial(moe, norm_topk_prob=False), "norm_topk_prob", "not scaled up"),
+        (partial(moe, target="glm4_moe"), "target", "can.t come from other models"),
+        (partial(moe, reinit_fraction=0.5), "reinit_fraction", "neurons of copies"),
+        (partial(moe, noise=0.1), "noise", "added to copies"),
+        (partial(moe, attention_from="d"), "attention_from", "one of average, source, a, b, c"),
+        (partial(Moe, attention_from="average"), "attention_from", "experts_from, which is not"),
+        (partial(Moe, router="data"), "router", "experts_from, which is not set"),
+    ],
+)
+def test_options_that_contradict_each_other(make: Callable[[], Moe], key: str, reason: str) -> None:
+    with pytest.raises(RequestError, match=reason) as error:
+        make()
+    assert f"expansion.moe.{key}" in str(error.value)
+
+
+def test_the_place_among_expansions_and_a_live_model(base: Path) -> None:
+    with pytest.raises(RequestError, match="must be the first expansion"):
+        plan_expansion(base, [Width(intermediate_size=80), moe()])
+    with pytest.raises(RequestError, match="needs a folder"):
+        from tests.oracle.moe import upcycled
+
+        upcycled(tiny("llama"), [moe()])
+    with pytest.raises(RequestError, match="records no training data; use random"):
+        plan_expansion(base, [moe(router="data")])
+
+
+# The router
+
+
+def test_rows_are_a_linear_discriminant() -> None:
+    """Against log densities of normal distributions, which an independent formula computes."""
+    torch.manual_seed(0)
+    size, number, count = 12, 3, 4000
+    common = 3 * torch.randn(size).double()
+    means = common + torch.randn(number, size).double()
+    root = torch.randn(size, size).double() / size**0.5
+    samples = [mean + torch.randn(count, size).double() @ root.T for mean in means]
+    rows = router_rows([Moments.of(each) for each in samples])
+    centre = torch.stack([each.mean(dim=0) for each in samples]).mean(dim=0)
+    assert (rows @ centre).abs().max() < 1e-9 * rows.norm() * centre.norm()
+    normal = [torch.distributions.MultivariateNormal(m, root @ root.T) for m in means]
+    fresh = [mean + torch.randn(count, size).double() @ root.T for mean in means]
+    hits, best = (
+        sum(int((score(each).argmax(dim=1) == n).sum()) for n, each in enumerate(fresh))
+        for score in (
+            lambda x: x @ rows.T,
+            lambda x: torch.stack([each.log_prob(x) for each in normal], dim=1),
+        )
+    )
+    assert hits > 0.93 * best > 0.6 * number * count
+    plain = sum(int(((each @ means.T).argmax(dim=1) == n).sum()) for n, each in enumerate(fresh))
+    assert plain < hits  # rows that are not centred: the longest mean wins
+
+
+def test_moments_add_up() -> None:
+    hidden = torch.randn(10, 4)
+    whole, parts = Moments.of(hidden), Moments.of(hidden[:3]) + Moments.of(hidden[3:])
+    assert whole.count == parts.count == 10
+    assert torch.allclose(whole.products, parts.products)

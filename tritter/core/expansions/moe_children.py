@@ -1,0 +1,252 @@
+"""Experts from dense models that were trained from one parent (Branch-Train-MiX, arXiv 2403.07816).
+
+The FFNs of each child become one expert. Attention, norms, embeddings and head are the average of
+the children, or those of one model. In Qwen2-MoE the shared expert starts with zero output.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+from tritter.core.families import Config, Family, LogicalTensor, family_of, logical_name
+from tritter.core.parameter_map import Fill, ParameterMap, TensorMap
+from tritter.errors import Problem, RequestError, key_name
+from tritter.limits import MAX_EXPERTS
+from tritter.seeds import derived_seed
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from tritter.core.parameter_map.tensor_map import OtherTensor
+
+KEY = "expansion.moe"
+AVERAGE, SOURCE = "average", "source"
+DEFAULT_NOISE = 0.01  # of copies
+_SHRINKAGE = 0.1  # of the covariance within the data of a child, towards a multiple of one
+_NEEDS_CHILDREN = ("attention_from", "router", "expert_hashes")
+
+
+class Child(Protocol):
+    """A model with the shapes of the source."""
+
+    @property
+    def name(self) -> str:
+        """Short name for notes."""
+        ...
+
+    def tensor(self, name: str) -> OtherTensor:
+        """Return a tensor by its logical name; it is read when it is needed."""
+        ...
+
+
+def check_children(spec: Any) -> None:
+    """Check the options of experts from children against each other.
+
+    Raises:
+        RequestError: two of them contradict each other.
+    """
+    listed = spec.experts_from
+    if listed is None:
+        for key in (key for key in _NEEDS_CHILDREN if getattr(spec, key) is not None):
+            reason = f"it is an option of {key_name(f'{KEY}.experts_from')}, which is not set"
+            raise RequestError(Problem(f"{KEY}.{key}", getattr(spec, key), reason=reason))
+        return
+    names = (AVERAGE, SOURCE, *listed)
+    problems = {
+        "experts_from": (
+            not 2 <= len(listed) <= MAX_EXPERTS or len(set(listed)) < len(listed),
+            f"list 2 to {MAX_EXPERTS} different models",
+        ),
+        "num_experts": (
+            spec.num_experts not in (None, len(listed)),
+            f"{key_name(f'{KEY}.experts_from')} lists {len(listed)}; remove one of the two",
+        ),
+        "attention_from": (
+            spec.attention_from not in (None, *names),
+            f"must be one of {', '.join(names)}",
+        ),
+        "granularity": (spec.granularity != 1, "experts from other models are not split; use 1"),
+        "reinit_fraction": (spec.reinit_fraction != 0, "it redraws neurons of copies; use 0"),
+        "norm_topk_prob": (not spec.norm_topk_prob, "experts from other models are not scaled up"),
+        "target": (
+            spec.target == "glm4_moe",
+            "its experts can't come from other models; use null, or another type",
+        ),
+        "noise": (
+            spec.noise not in (0, DEFAULT_NOISE),
+            "it is added to copies, and experts from different models are none; use 0",
+        ),
+    }
+    for key, (is_wrong, reason) in problems.items():
+        if is_wrong:
+            raise RequestError(Problem(f"{KEY}.{key}", getattr(spec, key), reason=reason))
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class BoundMoe:
+    """`moe` with its opened children.
+
+    Args:
+        options: of `Moe`, with `expert_hashes`.
+        experts: the models whose FFNs become experts.
+        shared: the models whose mean gives all other tensors; empty for the source.
+        routers: layer → router rows [experts, hidden]; None for random rows.
+        remarks: notes for people.
+    """
+
+    options: Any
+    experts: tuple[Child, ...]
+    shared: tuple[Child, ...]
+    routers: Mapping[int, OtherTensor] | None
+    remarks: tuple[str, ...]
+    name: ClassVar[str] = "moe"
+    expansion_type: ClassVar[str] = "moe"
+    is_exact: ClassVar[bool] = False
+    new_blocks_only: ClassVar[bool] = False
+
+    def target_config(self, family: Family, config: Config) -> Config:
+        target: Config = self.options.target_config(family, config)
+        return target
+
+    def parameter_map(
+        self, family: Family, source: Config, target: Config, *, seed: int
+    ) -> ParameterMap:
+        """Return the map in which the experts are the FFNs of the children."""
+        partner = family_of(target)
+        layers = partner.dimensions(target).num_hidden_layers
+        return ParameterMap(
+            tensors={
+                tensor.name: self._tensor_map(tensor, partner.shape(tensor, target), seed)
+                for tensor in partner.logical_tensors(target)
+            },
+            layer_sources=tuple(range(layers)),
+        )
+
+    def _tensor_map(self, tensor: LogicalTensor, shape: tuple[int, ...], seed: int) -> TensorMap:
+        layer, kind = tensor.layer, tensor.kind
+        if tensor.expert is not None:
+            name = logical_name(kind.replace("experts.", "ffn."), layer=layer)
+            return _other_map(shape, (self.experts[tensor.expert],), name)
+        if kind == "router":
+            assert layer is not None
+            if self.routers is not None:
+                return TensorMap.created(shape, Fill("others", others=(self.routers[layer],)))
+            std = 1 / math.sqrt(shape[1])  # as for copies
+            drawn = Fill("random", std=std, seed=derived_seed(seed, "fill", tensor.name))
+            return TensorMap.created(shape, drawn)
+        if kind in ("shared_expert_gate", "shared_expert.down"):
+            return TensorMap.created(shape, Fill())  # zero output, but gradients
+        if kind.startswith("shared_expert."):
+            name = logical_name(kind.replace("shared_expert.", "ffn."), layer=layer)
+            return _other_map(shape, self.experts, name)
+        if not self.shared:
+            return TensorMap(source=tensor.name)
+        return _other_map(shape, self.shared, tensor.name)
+
+    def dense_map(self, family: Family, config: Config) -> ParameterMap:
+        """Return the map to the dense model in between: its FFNs are the mean of the experts."""
+        tensors = {}
+        for tensor in family.logical_tensors(config):
+            of = self.experts if tensor.kind.startswith("ffn.") else self.shared
+            shape = family.shape(tensor, config)
+            is_source = not of
+            tensors[tensor.name] = (
+                TensorMap(source=tensor.name) if is_source else _other_map(shape, of, tensor.name)
+            )
+        return ParameterMap(tensors, tuple(range(family.dimensions(config).num_hidden_layers)))
+
+    def notes(self, family: Family, source: Config, target: Config) -> tuple[str, ...]:
+        names = ", ".join(child.name for child in self.experts)
+        if not self.shared:
+            shared, exact = "the source", ""
+        elif len(self.shared) > 1:
+            shared, exact = f"the average of {names}", ""
+        else:
+            shared = exact = self.shared[0].name
+        kept = (
+            f"only for {exact}, if its tokens are routed to its expert alone"
+            if exact
+            else ("for no model in the list")
+        )
+        return (
+            *self.options.notes(family, source, target),
+            f"experts from {names}; attention, norms, embeddings and head from {shared}",
+            f"the function is preserved {kept}",
+            *self.remarks,
+        )
+
+
+def _other_map(shape: tuple[int, ...], children: tuple[Child, ...], name: str) -> TensorMap:
+    """Return the map of a tensor that is the mean of the same tensor of some models."""
+    others = tuple(child.tensor(name) for child in children)
+    return TensorMap.created(shape, Fill("others", others=others))
+
+
+def children_place(specs: Sequence[object]) -> int | None:
+    """Return the index of `moe` with children among some expansions, or None.
+
+    Raises:
+        RequestError: an expansion before it changes the shapes that the children must have.
+    """
+    listed = [getattr(spec, "experts_from", None) for spec in specs]
+    place = next((n for n, each in enumerate(listed) if each is not None), None)
+    if place:
+        reason = "the models have the shapes of the source, so moe must be the first expansion"
+        raise RequestError(Problem(f"{KEY}.experts_from", listed[place], reason=reason))
+    return place
+
+
+@dataclass(slots=True)
+class Moments:
+    """Sums over the hidden states of one child's data.
+
+    Args:
+        count: number of tokens.
+        total: float64 [H], their sum.
+        products: float64 [H, H], the sum of their outer products.
+    """
+
+    count: int
+    total: Tensor
+    products: Tensor
+
+    @classmethod
+    def of(cls, hidden_ND: Tensor) -> Moments:
+        wide = hidden_ND.double()
+        return cls(len(wide), wide.sum(dim=0), wide.T @ wide)
+
+    def __add__(self, other: Moments) -> Moments:
+        return Moments(
+            self.count + other.count, self.total + other.total, self.products + other.products
+        )
+
+
+def router_rows(moments: list[Moments]) -> Tensor:
+    """Return router rows float64 [E, H] that tell the data of E children apart.
+
+    They are those of a linear discriminant: the logits are log odds, up to a constant, that a
+    token is from the data of a child. A router has no bias, so the rows are made orthogonal to the
+    mean hidden state.
+
+    Args:
+        moments: of the inputs of one layer's FFN, a child each.
+    """
+    import torch
+
+    means = torch.stack([each.total / each.count for each in moments])  # [E, H]
+    centre, size = means.mean(dim=0), means.shape[1]
+    within = sum(
+        (each.products / each.count - mean.outer(mean)) / len(moments)
+        for each, mean in zip(moments, means, strict=True)
+    )
+    assert isinstance(within, torch.Tensor)
+    scale = within.diagonal().mean().clamp(min=1e-12)
+    within = (1 - _SHRINKAGE) * within + _SHRINKAGE * scale * torch.eye(size).double()
+    towards = torch.cat([means - centre, centre[None]])
+    solved = torch.linalg.solve(within, towards.T).T  # [E + 1, H]
+    rows, direction = solved[:-1], solved[-1]
+    length = (direction @ centre).clamp(min=1e-12)
+    return rows - (rows @ centre / length)[:, None] * direction

@@ -1,0 +1,352 @@
+"""Open the models whose FFNs become experts, and compute router rows from their training data."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
+from itertools import islice
+from threading import Lock
+from typing import TYPE_CHECKING
+
+import torch
+
+from tritter.checkpoints import Source
+from tritter.checkpoints.expert_files import refuse_experts
+from tritter.checkpoints.history import read_chain
+from tritter.checkpoints.record import LearnedDomain
+from tritter.checkpoints.run_text import domain_problem
+from tritter.core.expansions import BoundMoe, ExpansionSpec, Moe, children_place
+from tritter.core.expansions.moe_children import AVERAGE, KEY, SOURCE, Moments, router_rows
+from tritter.core.families import LogicalTensor, layout, position_limit
+from tritter.core.families.config_file import read_config_file
+from tritter.core.parameter_map import rounded_weight
+from tritter.data.sources import source_documents
+from tritter.data.split import training_texts
+from tritter.data.tokens import read_tokenizer
+from tritter.errors import Problem, RequestError, TritterError
+from tritter.storage.hashing import file_digest, merkle_hash
+from tritter.storage.hub import locate
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from tritter.core.parameter_map.tensor_map import OtherTensor
+    from tritter.transform.change import PlannedExpansion
+
+_FROM = f"{KEY}.experts_from"
+_TOKENIZER = "tokenizer.json"
+# Keys of config.json that do not change the function
+_FREE = {"dtype", "torch_dtype", "transformers_version", "_name_or_path", "use_cache"}
+_domain_problem = cache(domain_problem)  # it reads all data
+ROUTER_TOKENS, ROUTER_LENGTH, _BATCH = 8192, 256, 8  # of each child's data
+
+
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    """A tensor of another checkpoint."""
+
+    source: Source
+    model_hash: str
+    name: str
+
+    @property
+    def digest(self) -> str:
+        return f"{self.model_hash}:{self.name}"
+
+    def read(self) -> Tensor:
+        return self.source.read(self.name)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class OpenChild:
+    """An open checkpoint that was trained from the source.
+
+    Args:
+        name: as the user named it.
+        source: the checkpoint.
+        model_hash: hash of its tensors.
+        domains: the training data that distinguishes it.
+    """
+
+    name: str
+    source: Source
+    model_hash: str
+    domains: Mapping[str, LearnedDomain]
+
+    def tensor(self, name: str) -> OtherTensor:
+        return _Stored(self.source, self.model_hash, name)
+
+
+def with_children(specs: Sequence[ExpansionSpec], source: Source) -> tuple[ExpansionSpec, ...]:
+    """Return the expansions, with `moe` bound to the models of `experts_from`.
+
+    Raises:
+        RequestError: a model is not one that was trained from the source.
+        TritterError: a model is damaged.
+    """
+    place, found = children_place(specs), list(specs)
+    if place is not None:
+        spec = found[place]
+        assert isinstance(spec, Moe)
+        found[place] = _bind(spec, source)
+    return tuple(found)
+
+
+def check_unchanged(plan: PlannedExpansion) -> None:
+    """Compare the tensors of all children with their lineage, which reads those not read yet.
+
+    Raises:
+        RequestError: tensors changed since the lineage was written.
+    """
+    for step in plan.steps:
+        for child in getattr(step.spec, "experts", ()):
+            child.source.read_digests()
+
+
+def _bind(spec: Moe, source: Source) -> BoundMoe:
+    assert spec.experts_from is not None
+    children = tuple(_open(name, source) for name in spec.experts_from)
+    hashes = tuple(child.model_hash for child in children)
+    if spec.expert_hashes not in (None, hashes):
+        reason = f"the models in {_FROM} have other hashes: {', '.join(hashes)}"
+        raise RequestError(Problem(f"{KEY}.expert_hashes", list(spec.expert_hashes), reason=reason))
+    if spec.attention_from == SOURCE:
+        shared: tuple[OpenChild, ...] = ()
+    elif spec.attention_from in (None, AVERAGE):
+        shared = children
+    else:
+        shared = (children[spec.experts_from.index(spec.attention_from)],)
+    made = BoundMoe(
+        options=replace(spec, expert_hashes=hashes),
+        experts=children,
+        shared=shared,
+        routers=None,
+        remarks=(),
+    )
+    if spec.router == "random":
+        return replace(made, remarks=("router: random rows",))
+    problem = next(filter(None, map(_data_problem, children)), None)
+    if problem is None:
+        rows = _Rows(source, made)
+        layers = range(source.family.dimensions(source.config).num_hidden_layers)
+        names = "; ".join(f"{child.name}: {', '.join(child.domains)}" for child in children)
+        remark = f"router rows from training documents of each model ({names})"
+        routers = {layer: _RowsOfLayer(rows, layer) for layer in layers}
+        return replace(made, routers=routers, remarks=(remark,))
+    if spec.router == "data":
+        raise RequestError(Problem(f"{KEY}.router", "data", reason=f"{problem}; use random"))
+    return replace(made, remarks=(f"router: random rows, because {problem}",))
+
+
+def _open(name: str, source: Source) -> OpenChild:
+    """Open a model and check that it was trained from the source.
+
+    Raises:
+        RequestError: it was not, or has other shapes or another tokenizer.
+    """
+    folder = locate(name, key=_FROM)
+    try:
+        refuse_experts(folder, doing="an expansion", key=_FROM)
+        child = Source.open(folder, read_config_file(folder))
+        reason = _difference(child, source) or _lineage_problem(child, source)
+    except TritterError as error:
+        raise RequestError(f"{_FROM}: {error}") from error
+    if reason:
+        raise RequestError(Problem(_FROM, name, reason=reason))
+    lineage, before = child.own_lineage if child.lineage else None, source.lineage
+    known = {} if before is None else before.domains
+    learned = {} if lineage is None else lineage.domains
+    own = {n: domain for n, domain in learned.items() if known.get(n) != domain}
+    return OpenChild(name, child, _hash_of(child), own or learned)
+
+
+def _hash_of(source: Source) -> str:
+    lineage = source.lineage
+    return merkle_hash(source.read_digests()) if lineage is None else lineage.model_hash
+
+
+def _difference(child: Source, source: Source) -> str:
+    """Return a difference that rules out a common model of both; empty without one."""
+    if child.family.model_type != source.family.model_type:
+        return f"it is a {child.family.model_type}, the source a {source.family.model_type}"
+
+    def shapes(of: Source) -> dict[str, tuple[int, ...]]:
+        tensors: Iterable[LogicalTensor] = of.family.logical_tensors(of.config)
+        return {tensor.name: of.family.shape(tensor, of.config) for tensor in tensors}
+
+    if shapes(child) != shapes(source):
+        return "its tensors have other shapes than those of the source"
+    before, after = (read_config_file(each.folder) for each in (source, child))
+    for key in sorted(before.keys() & after.keys() - _FREE):
+        if before[key] != after[key]:
+            return f"its config.json has {key} = {after[key]}, the source {before[key]}"
+    files = [each.folder / _TOKENIZER for each in (source, child)]
+    tokenizers = [file_digest(file) if file.is_file() else None for file in files]
+    if tokenizers[0] != tokenizers[1]:
+        return f"its {_TOKENIZER} is not that of the source, so its tokens differ"
+    return ""
+
+
+def _lineage_problem(child: Source, source: Source) -> str:
+    """Return why the lineage does not show that a model was trained from the source, or nothing."""
+    wanted = _hash_of(source)
+    if child.lineage is None:
+        if _hash_of(child) == wanted:
+            return ""
+        return (
+            "it has no tritter.json that shows that it was trained from the source; train it "
+            "with train.py model=hf model.path=SOURCE"
+        )
+    hashes: set[str | None] = set()
+    history = () if source.lineage is None else source.lineage.expansion_history
+    for link in read_chain(child.folder):
+        hashes.add(link.model_hash)
+        if link.lineage is not None:
+            hashes |= {link.lineage.parent_hash, link.lineage.base_model_hash}
+    if wanted not in hashes:
+        return "its lineage does not contain the source: it was trained from another model"
+    if len(child.lineage.expansion_history) != len(history):
+        return "it was expanded after it left the source; only trained models can be mixed"
+    return ""
+
+
+# Router rows from data
+
+
+def _data_problem(child: OpenChild) -> str | None:
+    """Return why the training data of a child can't be read, or None."""
+    lineage = child.source.lineage
+    if lineage is None or not child.domains or lineage.split is None:
+        return f"the lineage of {child.name} records no training data"
+    for name, domain in child.domains.items():
+        if reason := _domain_problem(domain):
+            return f"the data {name} of {child.name} can't be used: {reason}"
+    return None
+
+
+def _texts(child: OpenChild, name: str) -> Iterator[str]:
+    """Yield the training documents of one domain; documents held out for validation are none."""
+    domain, lineage = child.domains[name], child.source.own_lineage
+    assert lineage.split is not None
+    documents = source_documents(
+        domain.paths, key="data", text_field=domain.text_field, is_recorded=True
+    )
+    return training_texts({name: documents}, rule=lineage.split, names=[name])
+
+
+def child_sequences(child: OpenChild, *, length: int, vocab_size: int) -> Tensor:
+    """Return training tokens of a child's own domains, equally many of each, int64 [N, length].
+
+    Documents are cut, so that many of them are read.
+    """
+    tokenizer = read_tokenizer(child.source.folder, vocab_size=vocab_size)
+    end = tokenizer.tokenizer.token_to_id(tokenizer.end_of_text)
+    assert end is not None
+    wanted, tokens = ROUTER_TOKENS // len(child.domains), list[int]()
+    for name in child.domains:
+        found: list[int] = []
+        for text in islice(_texts(child, name), ROUTER_TOKENS):
+            found += [*tokenizer.tokenizer.encode(text, add_special_tokens=False).ids[:length], end]
+            if len(found) >= wanted:
+                break
+        tokens += found[:wanted]
+    tokens = tokens[: max(1, len(tokens) // length) * length]
+    return torch.tensor(tokens).view(-1, min(length, len(tokens)))
+
+
+@dataclass(slots=True)
+class _Rows:
+    """The router rows of all layers, computed once, when the first is read.
+
+    The hidden states are those of the dense model in between, whose FFNs are the mean of the
+    experts: it is closer to the mixture than any child, and the same for all data.
+    """
+
+    source: Source
+    spec: BoundMoe
+    _lock: Lock = field(default_factory=Lock)
+    _found: tuple[Tensor, ...] = ()
+
+    @property
+    def digest(self) -> str:
+        """What determines the rows: the models, and the data of each."""
+        parts = [_hash_of(self.source), str(ROUTER_TOKENS), str(ROUTER_LENGTH)]
+        parts += [str(self.spec.options.attention_from)]
+        for child in self.spec.experts:
+            assert isinstance(child, OpenChild)
+            parts += [child.model_hash, *(each.sha256 for each in child.domains.values())]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+    def rows(self, layer: int) -> Tensor:
+        with self._lock:  # writer threads ask for several layers at once
+            if not self._found:
+                self._found = self._computed()
+            return self._found[layer]
+
+    @torch.no_grad()
+    def _computed(self) -> tuple[Tensor, ...]:
+        model, config = self._dense_model(), self.source.config
+        length = min(ROUTER_LENGTH, position_limit(config) or ROUTER_LENGTH)
+        size = self.source.family.dimensions(config).vocab_size
+        found = []
+        for child in self.spec.experts:
+            assert isinstance(child, OpenChild)
+            tokens = child_sequences(child, length=length, vocab_size=size)
+            found.append(ffn_moments(model, self._gates(), tokens))
+        of_layers = zip(*found, strict=True)
+        return tuple(router_rows(list(each)).float() for each in of_layers)
+
+    def _gates(self) -> list[str]:
+        """Return the module of each layer that reads the input of the FFN."""
+        stored = layout(self.source.config, "live")
+        gates = [each.name for each in stored if each.parts[0].tensor.kind == "ffn.gate"]
+        return [name.removesuffix(".weight") for name in gates]
+
+    def _dense_model(self) -> nn.Module:
+        from tritter.core.models import load_model
+
+        family, config = self.source.family, self.source.config
+        model = load_model(self.source.folder)
+        maps = self.spec.dense_map(family, config).tensors
+        parameters = dict(model.named_parameters())
+        for stored in layout(config, "live"):
+            if stored.name in parameters:
+                parameters[stored.name].copy_(
+                    stored.pack(lambda n: rounded_weight(maps[n], self.source.read, torch.float32))
+                )
+        return model.eval()
+
+
+def ffn_moments(model: nn.Module, modules: Sequence[str], tokens: Tensor) -> list[Moments]:
+    """Return the moments of the inputs of some modules, over all tokens [N, T]."""
+    sums: dict[str, Moments] = {}
+    hooks = []
+    for name in modules:
+
+        def add(_module: object, inputs: tuple[Tensor, ...], name: str = name) -> None:
+            moments = Moments.of(inputs[0].flatten(0, -2))
+            sums[name] = sums[name] + moments if name in sums else moments
+
+        hooks.append(model.get_submodule(name).register_forward_pre_hook(add))
+    for batch in tokens.split(_BATCH):
+        model(batch)
+    for hook in hooks:
+        hook.remove()
+    return [sums[name] for name in modules]
+
+
+@dataclass(frozen=True, slots=True)
+class _RowsOfLayer:
+    """The router rows of one layer."""
+
+    of: _Rows
+    layer: int
+
+    @property
+    def digest(self) -> str:
+        return f"{self.of.digest}:{self.layer}"
+
+    def read(self) -> Tensor:
+        return self.of.rows(self.layer)
