@@ -82,7 +82,7 @@ TORCH_ONLY_ROOMS = {"core.parameter_map", "core.stock_routers"}  # the standard 
 RATCHET = {
     "(top)": (13, 2_267),
     "checkpoints": (12, 3_258),
-    "cli": (21, 5_759),
+    "cli": (21, 5_768),
     "config": (18, 5_035),
     "core": (35, 11_359),
     "data": (24, 7_719),
