@@ -32,6 +32,7 @@ def test_experts_from_children(run: Run, family: Path) -> None:
     assert run("history mixed --verify").code == 0
     assert snapshot(family / "base") == before
     assert run(f"{EXPAND} --output mixed --dry-run --attention-from a").code == 0
+    assert "map experts are the FFNs of a, b" in " ".join(run("inspect mixed").out.split())
     shown = run("history mixed --recipe")
     assert shown.code == 0 and "experts_from" in shown.out and "expert_hashes" in shown.out
     recipe = family / "grow.yaml"

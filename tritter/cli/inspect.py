@@ -56,6 +56,15 @@ _WITHOUT_MAP = {
     "growth": "none: neurons were added during training",
     "vocab": "old rows are kept, new rows are appended",
 }
+
+
+def _without_map(record: ExpansionRecord) -> str | None:
+    """Return what an expansion does whose map the record alone does not determine, or None."""
+    if record.options.get("experts_from"):
+        return f"experts are the FFNs of {', '.join(record.options['experts_from'])}"
+    return _WITHOUT_MAP.get(record.expansion_type)
+
+
 _MAX_FACTORS = 3
 _PORTS = {"read": "reads ", "gain": "norm of "}  # what a tensor does with the space of an axis
 
@@ -101,7 +110,7 @@ class RecordedMap:
 
     @classmethod
     def of(cls, record: ExpansionRecord) -> RecordedMap:
-        if record.expansion_type in _WITHOUT_MAP:
+        if _without_map(record) is not None:
             return cls()
         try:
             rebuilt = rebuild_map(record)
@@ -362,7 +371,7 @@ def _print_expansion(console: Console, record: ExpansionRecord, last: RecordedMa
     ]
     if delta:
         lines.append(("loss per byte", ", ".join(delta)))
-    without = _WITHOUT_MAP.get(record.expansion_type)
+    without = _without_map(record)
     lines.append(("map", without or last.problem or f"{short(last.digest)}, as recorded"))
     console.print()
     print_lines(console, lines)
