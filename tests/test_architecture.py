@@ -82,19 +82,11 @@ TORCH_ONLY_ROOMS = {"core.parameter_map", "core.stock_routers"}  # the standard 
 RATCHET = {
     "(top)": (13, 2_268),
     "checkpoints": (12, 3_258),
-<<<<<<< HEAD
     "cli": (21, 5_793),
     "config": (18, 5_036),
     "core": (37, 11_838),
     "data": (24, 7_739),
     "evaluation": (17, 4_240),
-=======
-    "cli": (21, 5_793),
-    "config": (18, 5_036),
-    "core": (37, 11_838),
-    "data": (24, 7_739),
-    "evaluation": (17, 4_240),
->>>>>>> f43868a368a19fb30eb4483bbf1060b8331146e2
     "integrations": (2, 778),
     "methods": (48, 12_436),
     "pipeline": (23, 6_874),
