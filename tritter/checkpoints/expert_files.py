@@ -51,6 +51,7 @@ class EvidenceHead:
     scale: _Positive
     prior: Annotated[float, Field(ge=-MAX_COUNT, le=MAX_COUNT)]
     end_of_text_id: WholeNumber | None
+    inner_prior: Annotated[float, Field(ge=-MAX_COUNT, le=MAX_COUNT)] | None = None
 
 
 @record

@@ -200,10 +200,10 @@ _REPLAYED = {
     "plateau_threshold plateau_steps max_new_parameters max_extra_flops enable_replacement "
     "dead_quantile freeze_attention",
     "experts": "rank alpha targets learning_rate base_bits max_experts max_trainable_parameters "
-    "when_full top_k router shared_router prior evidence_scale evidence_window balance entropy z "
-    "capacity_factor detector min_samples in_a_row confidence cooldown moving_average min_gain "
-    "boundaries exemplars rehearsal maturity_steps temperature anneal_steps max_rank stall_steps "
-    "stall_gain freeze_converged freeze_projections distill",
+    "when_full top_k router shared_router prior inner_prior evidence_scale evidence_window balance "
+    "entropy z capacity_factor detector min_samples in_a_row confidence cooldown moving_average "
+    "min_gain boundaries exemplars rehearsal maturity_steps temperature anneal_steps max_rank "
+    "stall_steps stall_gain freeze_converged freeze_projections distill",
     **dict.fromkeys(
         ("pretraining", "training"),
         "learning_rate warmup_ratio max_steps max_tokens schedule decay_ratio minimum_ratio",

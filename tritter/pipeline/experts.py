@@ -167,8 +167,8 @@ def _resume(context: RunContext, branch: Branch, mixture: ExpertMixture, method:
         )
     if mixture.evidence is not None:
         evidence = mixture.evidence
-        evidence.prior, evidence.scale = options.prior, options.evidence_scale
-        evidence.window = options.evidence_window
+        evidence.prior, evidence.inner_prior = options.prior, options.inner_prior
+        evidence.scale, evidence.window = options.evidence_scale, options.evidence_window
     recorded = mixture.extra.get("boundaries")
     if recorded is not None and recorded != options.boundaries:
         raise RequestError(

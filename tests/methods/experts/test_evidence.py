@@ -22,7 +22,7 @@ END, SIZE = 0, 16
 
 
 def evidence(*, window: int = 6, number: int = 3) -> Evidence:
-    made = Evidence(SIZE, end_of_text_id=END, window=window)
+    made = Evidence(SIZE, end_of_text_id=END, window=window, prior=0.5, inner_prior=-1.5)
     generator = torch.Generator().manual_seed(3)
     for place in range(number):
         made.add_row()
@@ -34,7 +34,7 @@ def evidence(*, window: int = 6, number: int = 3) -> Evidence:
 def mixture_of(router: RouterKind = "evidence", *, top_k: int | None = None) -> ExpertMixture:
     """Return a mixture with the base and experts of strong effect, in float64."""
     model = tiny_llama().double().eval()
-    options = {"end_of_text_id": END, "window": 6}
+    options = {"end_of_text_id": END, "window": 6, "prior": 0.5, "inner_prior": -1.5}
     mixture = ExpertMixture(model, router=router, has_base=True, evidence=options)
     size = model.config.vocab_size
     torch.manual_seed(4)
@@ -66,12 +66,14 @@ def by_hand(made: Evidence, ids: list[int]) -> list[list[float]]:
     found = []
     for place in range(len(ids)):
         own: list[int] = []
+        prior = made.inner_prior
         for token in reversed(ids[max(0, place - made.window + 1) : place + 1]):
             if token in (END, NO_TOKEN):
+                prior = made.prior if token == END else prior
                 break
             own.append(token)
         logits = [
-            (made.prior if e else 0.0)
+            (prior if e else 0.0)
             + made.scale
             * sum(math.log((counts[e][v] + 1000 * mean[v]) / (totals[e] + 1000)) for v in own)
             for e in range(3)
@@ -92,6 +94,19 @@ def test_logits_are_those_of_the_definition() -> None:
         expected = torch.tensor(by_hand(made, ids[row].tolist()), dtype=torch.float64)
         torch.testing.assert_close(found[row], expected, rtol=0, atol=1e-10)
     assert found[1].argmax(-1).unique().numel() > 1, "an evidence that never turns tests nothing"
+
+
+def test_the_inner_prior_counts_where_no_document_starts_in_sight() -> None:
+    made, ids = evidence(), tokens(1, 12, seed=1, high=SIZE - 1) + 1
+    ids[0, 3] = END
+    inner = made(ids)
+    made.inner_prior = None
+    plain = made(ids)
+    moved = (inner - inner[..., :1] - plain + plain[..., :1])[0, :, 1]  # of 6 tokens in sight
+    expected = [-2.0] * 3 + [0.0] * 6 + [-2.0] * 3
+    is_inside = (inner[0, :, 1] > -8) & (plain[0, :, 1] > -8) & (inner[0, :, 0] > -8)
+    assert is_inside[:3].any() and is_inside[9:].any()
+    torch.testing.assert_close(moved[is_inside], torch.tensor(expected).double()[is_inside])
 
 
 def test_counts_are_seen_at_once_and_rows_come_and_go() -> None:

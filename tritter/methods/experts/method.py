@@ -185,6 +185,7 @@ class DynamicExperts(Experts):
                 "window": options.evidence_window,
                 "scale": options.evidence_scale,
                 "prior": options.prior,
+                "inner_prior": options.inner_prior,
             },
         )
         mixture.add(FIRST, self.shape(model), seed=seed)

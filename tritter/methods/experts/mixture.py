@@ -46,8 +46,9 @@ class Evidence(nn.Module):
 
     Up to a constant shared by all experts, a logit is prior + scale · Σ log p(token | expert) over
     the last `window` tokens of the document, the current one included. Documents start after an
-    end-of-text token. The scale is small because neighbouring tokens are dependent. p is computed
-    from counts, smoothed by the mean of all skills (Dirichlet): unseen tokens are no evidence.
+    end-of-text token; where it is not among these tokens, the prior is `inner_prior`. The scale is
+    small because neighbouring tokens are dependent. p is computed from counts, smoothed by the mean
+    of all skills (Dirichlet): unseen tokens are no evidence.
 
     Args:
         vocab_size: V.
@@ -55,6 +56,7 @@ class Evidence(nn.Module):
         window: number of tokens that count.
         scale: of the sum.
         prior: of every expert except the first, in nats.
+        inner_prior: the same, where the start of the document is out of sight. None: `prior`.
 
     Attributes:
         counts: int64 [n, V], number of occurrences of each token in the data of each expert.
@@ -70,10 +72,12 @@ class Evidence(nn.Module):
         window: int = 128,
         scale: float = 0.5,
         prior: float = -1.0,
+        inner_prior: float | None = None,
     ) -> None:
         super().__init__()
         self.end_of_text_id = end_of_text_id
         self.window, self.scale, self.prior = window, scale, prior
+        self.inner_prior = inner_prior
         # Integers are not rounded if the model's dtype changes
         self.register_buffer("counts", torch.zeros(0, vocab_size, dtype=torch.int64))
         self._table: tuple[tuple[int, torch.device], Tensor] | None = None
@@ -101,7 +105,12 @@ class Evidence(nn.Module):
         first = torch.maximum(begin, positions - self.window + 1)  # [B, T], first token that counts
         before = pad(sums, (0, 0, 1, 0)).gather(1, first.unsqueeze(-1).expand(-1, -1, number))
         logits = self.scale * (sums - before)
-        logits = logits + self.prior * (torch.arange(number, device=ids.device) > 0)
+        prior = torch.full_like(begin, self.prior, dtype=logits.dtype)  # [B, T]
+        if self.inner_prior is not None and self.end_of_text_id is not None:
+            is_in_sight = (ids.gather(1, begin) == self.end_of_text_id) & (first == begin)
+            prior = torch.where(is_in_sight, prior, self.inner_prior)
+        is_other = torch.arange(number, device=ids.device) > 0
+        logits = logits + prior.unsqueeze(-1) * is_other
         return (logits - logits.amax(-1, keepdim=True)).clamp_min(_LEAST)
 
     def add_row(self) -> None:

@@ -76,6 +76,7 @@ class DynamicOptions(AdapterOptions):
         router: see `tritter.methods.experts.mixture`.
         shared_router: one learned router for all layers.
         prior: of `Evidence`.
+        inner_prior: of `Evidence`.
         evidence_scale: of `Evidence`.
         evidence_window: of `Evidence`.
         detector: of novelty, see `tritter.options.read_part`.
@@ -114,6 +115,7 @@ class DynamicOptions(AdapterOptions):
     router: Literal["evidence", "learned", "both"]
     shared_router: bool
     prior: float
+    inner_prior: float | None
     evidence_scale: Annotated[float, Field(gt=0)]
     evidence_window: Count
     detector: Annotated[Detector, *part_field("experts.detector", DETECTORS, base=Detector)]

@@ -308,6 +308,7 @@ class ExpertFolder:
                 window=evidence.window,
                 scale=evidence.scale,
                 prior=evidence.prior,
+                inner_prior=evidence.inner_prior,
                 end_of_text_id=evidence.end_of_text_id,
             ),
             usage={domain: dict(gates) for domain, gates in (usage or {}).items()},
