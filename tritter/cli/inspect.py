@@ -59,7 +59,7 @@ _WITHOUT_MAP = {
 
 
 def _without_map(record: ExpansionRecord) -> str | None:
-    """Return what an expansion does whose map the record alone does not determine, or None."""
+    """Return a description of an expansion whose record does not determine its map, or None."""
     if record.options.get("experts_from"):
         return f"experts are the FFNs of {', '.join(record.options['experts_from'])}"
     return _WITHOUT_MAP.get(record.expansion_type)

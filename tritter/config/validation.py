@@ -454,7 +454,7 @@ def vocabulary_problems(config: RunConfig) -> Iterator[Problem]:
 
 
 def children_problems(config: RunConfig) -> Iterator[Problem]:
-    """Yield what experts from children exclude."""
+    """Yield the options that experts from children exclude."""
     of = ((each, getattr(each, "experts_from", None)) for each in config.expansion)
     spec, listed = next((pair for pair in of if pair[1]), (None, None))
     if listed is None:

@@ -190,7 +190,7 @@ def _difference(child: Source, source: Source) -> str:
 
 
 def _lineage_problem(child: Source, source: Source) -> str:
-    """Return why the lineage does not show that a model was trained from the source, or nothing."""
+    """Return the reason that a lineage does not show training from the source; empty if it does."""
     wanted = _hash_of(source)
     if child.lineage is None:
         if _hash_of(child) == wanted:
@@ -216,7 +216,7 @@ def _lineage_problem(child: Source, source: Source) -> str:
 
 
 def _data_problem(child: OpenChild) -> str | None:
-    """Return why the training data of a child can't be read, or None."""
+    """Return the reason that the training data of a child can't be read, or None."""
     lineage = child.source.lineage
     if lineage is None or not child.domains or lineage.split is None:
         return f"the lineage of {child.name} records no training data"

@@ -71,7 +71,7 @@ class Moe:
             become one expert (Branch-Train-MiX, arXiv 2403.07816).
         attention_from: attention, norms, embeddings, head and dense FFNs: `average` of
             `experts_from`, `source`, or one of `experts_from`. Default: average.
-        router: router rows: `data`, the directions that tell the experts' training data apart, or
+        router: router rows: `data`, the directions that distinguish the experts' training data, or
             `random`. Default: data, if the lineage of every expert records its data.
         expert_hashes: model hashes of `experts_from`; set when they are known.
     """

@@ -225,7 +225,7 @@ class Moments:
 
 
 def router_rows(moments: list[Moments]) -> Tensor:
-    """Return router rows float64 [E, H] that tell the data of E children apart.
+    """Return router rows float64 [E, H] that distinguish the data of E children.
 
     They are those of a linear discriminant: the logits are log odds, up to a constant, that a
     token is from the data of a child. A router has no bias, so the rows are made orthogonal to the
