@@ -27,6 +27,9 @@ DYLORA = (
 )  # fmt: skip
 
 
+WRITTEN = ("forgetting=self_replay", "forgetting.self_replay.num_sequences=8")
+
+
 def run(folder: Path, cache: Path, words: Sequence[str]) -> dict[str, Any]:
     folder.mkdir(exist_ok=True)
     run_pipeline(load_config([*words, f"cache_dir={cache}"]), run_folder=folder)
@@ -56,11 +59,13 @@ def files(folder: Path) -> dict[str, bytes]:
         DYLORA,
         ("experts=single_lora", "experts.rank=4"),
         (*DYLORA, "experts.router=both", "experts.boundaries=told", "data.packing=documents"),
+        (*DYLORA, "experts.inner_prior=-2", *WRITTEN),
     ],
-    ids=["dylora", "single_lora", "told"],
+    ids=["dylora", "single_lora", "told", "written"],
 )
 def test_killed_and_resumed_it_leaves_the_same(tmp_path: Path, experts: Sequence[str]) -> None:
-    words = [*PLAIN, *experts]
+    plain = [word for word in PLAIN if word != "forgetting=none" or WRITTEN[0] not in experts]
+    words = [*plain, *experts]
     summary = run(tmp_path / "whole", tmp_path / "cache", words)
     killed(tmp_path / "parts", tmp_path / "cache", words)
     run(tmp_path / "parts", tmp_path / "cache", words)
@@ -120,7 +125,14 @@ def test_tasks_and_a_checkpoint_that_is_gone_on_with(
     with pytest.raises(RequestError, match=r"experts\.router = learned.*use the router evidence"):
         words = [*DYLORA, "experts.router=learned"]
         run(tmp_path / "router", tmp_path / "cache", [*on, *words])
-    again = run(tmp_path / "again", tmp_path / "cache", [*on, *DYLORA])
+    on = [word for word in on if word != "forgetting=none"]
+    again = run(
+        tmp_path / "again", tmp_path / "cache", [*on, *DYLORA, *WRITTEN, "experts.inner_prior=-2"]
+    )
+    assert any("the model generated 8 sequences" in note for note in again["notes"])
+    mixture = mixture_on(load_whole(tmp_path / "again/checkpoint"))
+    assert mixture is not None and mixture.evidence is not None
+    assert (mixture.evidence.prior, mixture.evidence.inner_prior) == (1.0, -2.0)
     assert again["experts"]["names"][: summary["experts"]["number"]] == summary["experts"]["names"]
 
 
