@@ -495,9 +495,10 @@ def test_children_and_controls_run_at_equal_flops_and_are_summarised(
         for name in ("children", "summarise")
     )
     output, stories, maths = (tmp_path / name for name in ("results.csv", "stories", "maths"))
-    stories.write_bytes(gzip.compress(b"Once upon a time there was a car named Beep.\n" * 4000))
-    row = json.dumps({"question": "How many clips?", "answer": "48/2 = 24\n#### 24"})
-    maths.write_bytes(gzip.compress(f"{row}\n".encode() * 3000))
+    text = "".join(f"Once upon a time there were {n} cars named Beep.\n" for n in range(4000))
+    stories.write_bytes(gzip.compress(text.encode()))
+    pairs = ({"question": f"Half of {n}?", "answer": f"{n}/2 = {n / 2}"} for n in range(3000))
+    maths.write_bytes(gzip.compress("".join(f"{json.dumps(each)}\n" for each in pairs).encode()))
     monkeypatch.setenv("TRITTER_CACHE", str(tmp_path / "cache"))
     sizes = "--seeds 0 --pretraining-steps 2 --child-steps 3 --mixed-steps 3"
     files = f"--stories {stories} --maths {maths} --work {tmp_path} --output {output}"

@@ -40,9 +40,10 @@ def main() -> None:
         print(f"| {name} | {' | '.join(cells)} |")
     started = losses(rows, DENSE, "before")
     print("\nMean loss before training, compared with that of the averaged weights:")
+    against = losses(rows, AVERAGED, "before")
     for arm in ("mixed", "random router"):
-        against = losses(rows, AVERAGED, "before")
-        print(f"- {arm}: {change(losses(rows, arm, 'expanded'), against, 'mean')}")
+        if found := losses(rows, arm, "expanded"):
+            print(f"- {arm}: {change(found, against, 'mean')}")
     print("\nProse after training, compared with the base:")
     for arm in dict.fromkeys(row["arm"] for row in rows if row["arm"] not in DOMAINS):
         print(f"- {arm}: {change(losses(rows, arm, 'trained'), started, BASE)}")
