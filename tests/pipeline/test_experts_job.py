@@ -152,3 +152,11 @@ def test_what_an_expansion_added_is_part_of_the_frozen_base(tmp_path: Path) -> N
     folder = tmp_path / "run"
     expanded, kept = (folder / name for name in ("attempt_1/expanded", "checkpoint"))
     assert files(expanded)["model.safetensors"] == files(kept)["model.safetensors"]
+
+
+@pytest.mark.full
+def test_experts_on_a_mixture_of_experts_report_both(tmp_path: Path) -> None:
+    words = [word for word in PLAIN if word != "expansion=none"]
+    words += ["expansion=moe", "expansion.moe.num_experts=2", "experts=single_lora"]
+    summary = run(tmp_path / "run", tmp_path / "cache", words)
+    assert set(summary["experts"]["usage"]) == set(summary["moe"]["usage"]) == {"old", "new"}

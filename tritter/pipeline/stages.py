@@ -479,18 +479,17 @@ def evaluation(context: RunContext, branch: Branch) -> StageResult:
         before = experts.load_start(context, branch, context.source(start))
         samples = generate_samples(context.reading(start), before, context, trained)
         flops += sum(sample.flops for sample in samples)
-    sequences: Mapping[str, Tensor] = {}
-    used = lora_used = None
+    read, used, lora_used = list[Tensor](), None, None
     if Routing.of(trained) is not None:
         sequences = moe.usage_sequences(context)
         used = moe_usage(trained.to(context.device), sequences)
-    elif mixture_on(trained) is not None:
+        read += sequences.values()
+    if mixture_on(trained) is not None:
         sequences = experts.usage_sequences(context)
         lora_used = expert_usage(trained.to(context.device), sequences)
+        read += sequences.values()
     trained.to("cpu")
-    flops += sum(
-        reading.of_all(lengths_of(context.document_mask, each)) for each in sequences.values()
-    )
+    flops += sum(reading.of_all(lengths_of(context.document_mask, each)) for each in read)
     return StageResult(
         EvaluationFound(
             samples=tuple(sample.texts for sample in samples), moe=used, experts=lora_used
