@@ -1,5 +1,6 @@
 """Further model types with experts, and weights that are not renormalised."""
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,21 @@ def test_silent_experts_beside_a_shared_one_are_exact(
     expert = stock.model.layers[0].mlp.experts
     assert expert.down_proj.abs().max() == 0
     assert expert.gate_up_proj.abs().max() > 0
+
+
+@pytest.mark.parametrize("scaling", [None, {"type": "linear", "factor": 2.0}])
+def test_rotary_keys_of_earlier_releases_are_read(
+    tmp_path: Path, scaling: dict[str, Any] | None
+) -> None:
+    folder = oracle.saved(dense("llama", {}), tmp_path / "source")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    del config["rope_parameters"]
+    config |= {"rope_theta": 321.0, "rope_scaling": scaling}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    result = expand(folder, tmp_path / "result", [Moe(noise=0)])
+    stock = oracle.stock(result.folder)
+    assert stock.config.rope_parameters["rope_theta"] == 321
+    assert oracle.relative_difference(oracle.stock(folder), stock, TOKENS) < 1e-5
 
 
 def test_the_loss_reaches_silent_experts_and_then_the_router() -> None:

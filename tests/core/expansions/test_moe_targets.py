@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import LlamaConfig
 
 from tests import oracle
 from tests.oracle import growth as oracle_growth
@@ -94,8 +95,8 @@ def test_what_cannot_be_is_refused_and_nothing_is_written(
     assert not (tmp_path / "result").exists()
 
 
-def test_a_config_without_its_rotary_base_is_refused() -> None:
+def test_a_config_without_its_rotary_base_gets_that_of_its_class() -> None:
     config = oracle_growth.config_of(tiny("llama"))
     del config["rope_parameters"]
-    with pytest.raises(RequestError, match="rope_parameters is missing"):
-        target_config(config, [Moe()])
+    found = target_config(config, [Moe()])["rope_parameters"]
+    assert found == LlamaConfig().rope_parameters

@@ -108,9 +108,14 @@ def partner_config(
     Raises:
         RequestError: the source has a feature that its partner lacks.
     """
-    for key in ("rms_norm_eps", "rope_parameters"):
-        if config.get(key) is None:
-            raise RequestError(f"config.json: {key} is missing, but {partner} needs it.")
+    if config.get("rms_norm_eps") is None:
+        raise RequestError(f"config.json: rms_norm_eps is missing, but {partner} needs it.")
+    if config.get("rope_parameters") is None:
+        from tritter.core.families.discovery.configs import complete  # imports transformers
+
+        # rope_theta and rope_scaling, the keys of earlier releases
+        kept = {key: value for key, value in config.items() if not key.startswith("rope_")}
+        config = {**kept, "rope_parameters": complete(config)["rope_parameters"]}
     table = find_family(partner)
     sizes = _GLM_SIZES if table is None else table.sizes
     dimensions = family.dimensions(config)
