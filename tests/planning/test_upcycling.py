@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tritter.core.expansions import Moe
+from tritter.core.expansions import LlamaPro, Moe, Width, target_config
 from tritter.core.families import Config, llama_config
 from tritter.planning import upcycling
 from tritter.planning.upcycling import (
@@ -120,3 +120,14 @@ def test_a_run_prints_one_line_with_both_budgets() -> None:
     (unknown,) = upcycling_notes(a_run([Moe()]), base, None)
     assert "410 k tokens of upcycled training" in unknown and "--source-tokens" in unknown
     assert not list(upcycling_notes(a_run([]), base, None))
+
+
+def test_expansions_before_it_make_the_model_that_gets_experts() -> None:
+    base: Any = family_config(hidden_size=2048, layers=16)
+    (alone,) = upcycling_notes(a_run([Moe()]), base, 20 * B)
+    (after,) = upcycling_notes(a_run([Width(hidden_size=2560), Moe()]), base, 20 * B)
+    grown = target_config(base, [Width(hidden_size=2560)])
+    assert after != alone and [after] == list(upcycling_notes(a_run([Moe()]), grown, 20 * B))
+    later = Moe(target="qwen2_moe", layers=(20,))  # a layer that only the grown model has
+    assert len(list(upcycling_notes(a_run([LlamaPro(), later]), base, 20 * B))) == 1
+    assert not list(upcycling_notes(a_run([later]), base, 20 * B))

@@ -12,6 +12,7 @@ one the law would put the paper's own 8x1B model 0.38 nats below its 1B model.
 """
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from math import inf, log
 
@@ -171,8 +172,8 @@ def upcycling_notes(
         source: config.json of the model that the run starts from.
         dense_tokens: of the training of this model; None if they are not known.
     """
-    spec = next((spec for spec in config.expansion if isinstance(spec, Moe)), None)
-    if spec is None:
+    place = next((n for n, spec in enumerate(config.expansion) if isinstance(spec, Moe)), None)
+    if place is None:
         return
     length = config.data.sequence_length
     steps = config.training.max_steps * config.trainer.accumulate_grad_batches
@@ -183,10 +184,15 @@ def upcycling_notes(
             "are not recorded. `tritter plan` with --source-tokens predicts whether it pays."
         )
         return
-    found = upcycling_of(
-        source, dense_tokens=dense_tokens, tokens=tokens, sequence_length=length, spec=spec
-    )
-    yield f"upcycling: {found.text}."
+    with suppress(RequestError):  # whether the run is possible is not for a note to say
+        found = upcycling_of(
+            target_config(source, config.expansion[:place]),  # the model that gets experts
+            dense_tokens=dense_tokens,
+            tokens=tokens,
+            sequence_length=length,
+            spec=config.expansion[place],
+        )
+        yield f"upcycling: {found.text}."
 
 
 def _count(tokens: float) -> str:
