@@ -723,7 +723,8 @@ def recorded_tokens(lineage: Lineage | None) -> float | None:
     found = {"trainer.accumulate_grad_batches": 1, **leaves(made_from)}
     keys = ("pretraining.max_steps", "data.batch_size", "data.sequence_length")
     counts = [found.get(key) for key in (*keys, "trainer.accumulate_grad_batches")]
-    return float(math.prod(counts)) if all(type(n) is int for n in counts) else None
+    numbers = [float(count) for count in counts if isinstance(count, int)]
+    return math.prod(numbers) if len(numbers) == len(counts) else None
 
 
 def recorded_chat(lineage: Lineage | None) -> ChatChoice:
