@@ -7,7 +7,8 @@ import torch
 from transformers import AutoTokenizer
 
 from tests.cli.conftest import VOCABULARY, Run
-from tests.oracle import relative_difference, stock, tokens
+from tests.oracle import relative_difference, saved, stock, tokens
+from tests.oracle.families import tiny
 from tritter.core.models import load_model
 
 
@@ -120,6 +121,13 @@ def test_a_shared_expert_by_option(run: Run, sources: Path, tmp_path: Path, targ
     assert "exact yes" in text and f"llama → {target}: 4 experts per layer" in text
     before, after = stock(sources / "llama"), stock(tmp_path / "grown")
     assert relative_difference(before, after, tokens(VOCABULARY)) == 0
+
+
+def test_the_default_target_of_qwen2_has_a_shared_expert(run: Run, tmp_path: Path) -> None:
+    source = saved(tiny("qwen2"), tmp_path / "qwen2")
+    result = run(f"expand --checkpoint {source} --method moe --dry-run")
+    text = " ".join(result.out.split())
+    assert "exact yes" in text and "preserved at step 0, with any noise" in text
 
 
 def test_what_a_target_cannot_be_names_options(run: Run, sources: Path) -> None:

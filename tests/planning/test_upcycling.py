@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tritter.core.expansions import Moe
+from tritter.core.expansions import LlamaPro, Moe, Width, target_config
 from tritter.core.families import Config, llama_config
 from tritter.planning import upcycling
 from tritter.planning.upcycling import (
@@ -104,6 +104,55 @@ def test_a_plan_has_one_for_models_with_a_partner() -> None:
     assert upcycling.planned(biased, **budget) is None  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("tokens", "text"),
+    [
+        (0.0, "0"),
+        (999.4, "999"),
+        (999.7, "1 k"),
+        (12_345.0, "12.3 k"),
+        (999.4e9, "999 B"),
+        (999.7e9, "1 T"),
+        (999.7e12, "1,000 T"),
+        (1e15, "1,000 T"),
+        (1.001e15, "over 1,000 T"),
+        (3.92e22, "over 1,000 T"),
+        (math.inf, "over 1,000 T"),
+    ],
+)
+def test_units_are_chosen_after_rounding(tokens: float, text: str) -> None:
+    assert of(tokens, parameters=1e6).text.startswith(f"{text} tokens of upcycled")
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "is_fitted"),
+    [
+        ("llama", {}, True),
+        ("llama", {"num_experts": 8, "experts_per_token": 2, "noise": 0.0}, True),
+        ("llama", {"target": "mixtral"}, True),
+        ("llama", {"num_experts": 64, "experts_per_token": 8}, False),
+        ("llama", {"num_experts": 4}, False),
+        ("llama", {"experts_per_token": 1}, False),
+        ("llama", {"granularity": 2}, False),
+        ("llama", {"granularity": 2, "num_experts": 8, "experts_per_token": 2}, False),
+        ("llama", {"reinit_fraction": 0.5}, False),
+        ("llama", {"target": "qwen2_moe"}, False),
+        ("llama", {"target": "qwen2_moe", "layers": (0, 1)}, False),
+        ("llama", {"experts_from": tuple("abcdefgh")}, False),
+        ("qwen2", {}, False),  # has a shared expert by default
+    ],
+)
+def test_other_experts_get_their_budgets_only(
+    family: str, options: dict[str, Any], is_fitted: bool
+) -> None:
+    base: Any = family_config(hidden_size=2048, layers=16)
+    base = {**base, "model_type": family}
+    (note,) = upcycling_notes(a_run([Moe(**options)]), base, 20 * B)
+    assert note.startswith("upcycling: 410 k tokens of upcycled training after 20 B of dense")
+    assert ("predicted to pay" in note) == is_fitted
+    assert ("was fitted to 8 experts, 2 per token" in note) == (not is_fitted)
+
+
 def a_run(expansion: list[Any]) -> Any:
     return SimpleNamespace(
         expansion=expansion,
@@ -120,3 +169,14 @@ def test_a_run_prints_one_line_with_both_budgets() -> None:
     (unknown,) = upcycling_notes(a_run([Moe()]), base, None)
     assert "410 k tokens of upcycled training" in unknown and "--source-tokens" in unknown
     assert not list(upcycling_notes(a_run([]), base, None))
+
+
+def test_expansions_before_it_make_the_model_that_gets_experts() -> None:
+    base: Any = family_config(hidden_size=2048, layers=16)
+    (alone,) = upcycling_notes(a_run([Moe()]), base, 20 * B)
+    (after,) = upcycling_notes(a_run([Width(hidden_size=2560), Moe()]), base, 20 * B)
+    grown = target_config(base, [Width(hidden_size=2560)])
+    assert after != alone and [after] == list(upcycling_notes(a_run([Moe()]), grown, 20 * B))
+    later = Moe(target="qwen2_moe", layers=(20,))  # a layer that only the grown model has
+    assert len(list(upcycling_notes(a_run([LlamaPro(), later]), base, 20 * B))) == 1
+    assert not list(upcycling_notes(a_run([later]), base, 20 * B))

@@ -128,6 +128,19 @@ def test_silent_experts_keep_the_function_whatever_the_noise(tmp_path: Path) -> 
     source = oracle.saved(model, tmp_path / "source")
     result = expand(source, tmp_path / "result", [Moe(noise=0.1, reinit_fraction=0.5)])
     assert oracle.relative_difference(model, oracle.stock(result.folder), TOKENS) == 0
+    assert result.lineage.expansion_history[-1].claims_exact
+
+
+@pytest.mark.parametrize("family", PARTNERS)
+def test_the_target_that_a_family_gets_by_default_decides_what_is_claimed(family: str) -> None:
+    (step,) = steps_of(tiny(family), Moe())
+    is_silent = PARTNERS[family] == "qwen2_moe"
+    assert step.is_exact == is_silent
+    assert any("with any noise" in note for note in step.notes) == is_silent
+    (stated,) = steps_of(tiny(family), Moe(target=PARTNERS[family]))  # type: ignore[arg-type]
+    assert stated.is_exact == step.is_exact and step.options["target"] is None
+    from_children = dataclasses.replace(step, spec=Moe(experts_from=("one", "other")))
+    assert not from_children.is_exact
 
 
 def test_some_layers(tmp_path: Path) -> None:

@@ -1,10 +1,11 @@
 """The interface of expansions: options that determine a target config and a parameter map."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import reduce
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
+from tritter.core.expansions.moe import Moe
 from tritter.core.families import Config, Family, check_size, family_of
 from tritter.errors import Problem, RequestError, brief, raise_problems
 from tritter.options import checked, is_options
@@ -69,7 +70,10 @@ class ResolvedExpansion:
     def is_exact(self) -> bool:
         """True if the step preserves the function: no method does that drops a source layer."""
         layers = family_of(self.source_config).dimensions(self.source_config).num_hidden_layers
-        return self.spec.is_exact and len(set(self.parameter_map.layer_sources)) == layers
+        spec = self.spec
+        if isinstance(spec, Moe):  # by default the source determines its target
+            spec = replace(spec, target=self.target_config["model_type"])  # type: ignore[arg-type]
+        return spec.is_exact and len(set(self.parameter_map.layer_sources)) == layers
 
     @property
     def options(self) -> dict[str, Any]:
