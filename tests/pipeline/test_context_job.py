@@ -15,7 +15,8 @@ from tritter.config.launch.composition import load_config
 from tritter.config.validation import source_config
 from tritter.errors import RequestError
 from tritter.pipeline import Outcome, run_pipeline, stages
-from tritter.planning.run_memory import training_needs
+from tritter.planning.run_memory import batch_size_at, training_needs
+from tritter.training.trainer import start_method
 
 SHORT, LONG = 32, 128
 WORDS = ("expansion=context", f"model.max_position_embeddings={SHORT}")
@@ -110,6 +111,35 @@ def test_memory_is_counted_for_long_windows() -> None:
         *_, need = training_needs(config, source_config(config))
         activations[name] = need.activations
     assert activations["context"] > 2 * activations["none"]
+
+
+DDP = ("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2")
+
+
+@pytest.mark.parametrize(
+    ("words", "length", "expected"),
+    [
+        ((), LONG, 1),
+        (("data.batch_size=1",), LONG, 1),
+        (("data.batch_size=6",), LONG, 2),
+        (DDP, LONG, 2),
+        ((*DDP, "data.batch_size=20"), LONG, 4),
+        ((*DDP, "data.batch_size=16"), 64, 8),
+    ],
+)
+def test_each_process_gets_as_many_long_windows(
+    words: tuple[str, ...], length: int, expected: int
+) -> None:
+    assert batch_size_at(length, load_config([*TINY, *WORDS, *words])) == expected
+
+
+@pytest.mark.full
+@pytest.mark.skipif(start_method("cpu") != "fork", reason="spawning takes seconds")
+def test_two_processes_train_on_long_windows(
+    run_tiny: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    summary = job(run_tiny, tmp_path / "run", *DDP, "forgetting=replay")
+    assert summary["windows"]["length"] == LONG and summary["attempts"][0]["steps"] == 6
 
 
 def test_data_that_is_too_small_is_refused_before_training(

@@ -182,15 +182,25 @@ def _trained(config: RunRequest, source: Config) -> int | None:
     return _parameters(grown) - _parameters(without)
 
 
+def num_processes(config: RunRequest) -> int:
+    """Return the number of processes of training, on all machines."""
+    trainer, launch = config.trainer, launch_of()
+    processes = trainer.devices if trainer.strategy != "auto" else 1
+    return processes if launch is None else processes * launch.num_nodes
+
+
 def batch_size_at(length: int, config: RunRequest) -> int:
-    """Return the sequences per batch for sequences of another length: as many tokens, at least one.
+    """Return the sequences per batch for sequences of another length: about as many tokens.
+
+    It is a multiple of the number of processes: at least one for each.
 
     Args:
         length: tokens per sequence.
         config: the run.
     """
-    data = config.data
-    return max(1, round(data.batch_size * data.sequence_length / length))
+    data, processes = config.data, num_processes(config)
+    of_each = data.batch_size * data.sequence_length / (length * processes)
+    return processes * max(1, round(of_each))
 
 
 def _training_need(
@@ -202,8 +212,7 @@ def _training_need(
     trained: int | None = None,
 ) -> TrainingMemory:
     trainer = config.trainer
-    processes, launch = trainer.devices if trainer.strategy != "auto" else 1, launch_of()
-    shares = processes if launch is None else processes * launch.num_nodes
+    processes, shares = trainer.devices if trainer.strategy != "auto" else 1, num_processes(config)
     length, limit = config.data.sequence_length, position_limit(model_config)
     if before is not None and limit is not None and limit != position_limit(before):
         length = limit  # a longer context is trained on windows of its length
