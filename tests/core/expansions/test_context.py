@@ -39,6 +39,12 @@ def config_in(folder: Path) -> dict[str, Any]:
     return config
 
 
+def yarn(factor: float, first: int) -> dict[str, Any]:
+    """Return the change of a config to YaRN, as published configs have it."""
+    scaled = {"rope_type": "yarn", "rope_theta": 1e4, "factor": factor}
+    return {"rope_parameters": {**scaled, "original_max_position_embeddings": first}}
+
+
 def rotations_of(config: Any) -> list[dict[str, Any]]:
     parameters = config["rope_parameters"]
     return [parameters[k] for k in ("full_attention",) if k in parameters] or [parameters]
@@ -124,6 +130,12 @@ def test_it_can_be_repeated_with_the_same_method(tmp_path: Path) -> None:
         plan_expansion(tmp_path / "yarn", [Context(method="base")])
 
 
+def test_a_published_yarn_is_extended_from_its_first_length(tmp_path: Path) -> None:
+    source = oracle.saved(oracle.tiny_llama(**yarn(4.0, LENGTH)), tmp_path / "base")
+    target = plan_expansion(source, [Context(target_length=512)]).target_config
+    assert target["rope_parameters"] == yarn(8.0, LENGTH)["rope_parameters"]
+
+
 @pytest.mark.parametrize("others", [[Width(hidden_size=48)], [LlamaPro(target_layers=4)]])
 def test_it_composes(tmp_path: Path, others: list[Any]) -> None:
     source = oracle.saved(oracle.tiny_llama(), tmp_path / "base")
@@ -158,6 +170,10 @@ def test_moments_and_importances_are_carried(tmp_path: Path) -> None:
         ({}, {"target_length": 64}, "already has max_position_embeddings = 64; must be more"),
         ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
          {"target_length": 256}, "rope_type = linear; it can't be combined"),
+        (yarn(4.0, LENGTH), {"target_length": 128}, "already covers 256 tokens; must be more"),
+        (yarn(4.0, LENGTH), {}, "target_length = 256: its yarn already covers 256 tokens"),
+        (yarn(4.0, 32), {"target_length": 128}, "already covers 128 tokens"),
+        (yarn(32.0, 4096), {"target_length": 128}, "already covers 131072 tokens"),
         ({"head_dim": 2}, {"method": "base"}, "more than 2 rotary dimensions"),
     ],
 )  # fmt: skip

@@ -82,7 +82,7 @@ class Context:
             new: the new context length.
 
         Raises:
-            RequestError: they are already scaled in another way.
+            RequestError: they are already scaled in another way, or to that length.
         """
         kind = parameters.get("rope_type", "default")
         if kind != "default" and (kind, self.method) != ("yarn", "yarn"):
@@ -95,7 +95,13 @@ class Context:
             reason = f"the class of {config['model_type']} reads yarn as LongRoPE; use base"
             raise refused(f"{_KEY}.method", self.method, reason)
         if self.method == "yarn":
-            first = parameters.get("original_max_position_embeddings", old)
+            first = old
+            if kind == "yarn":
+                first = parameters.get("original_max_position_embeddings") or old
+                covered = round(first * (parameters.get("factor") or old / first))
+                if new <= covered:
+                    reason = f"its yarn already covers {covered} tokens; must be more than that"
+                    raise refused(f"{_KEY}.target_length", new, reason)
             return {
                 **{key: value for key, value in parameters.items() if key not in _DERIVED},
                 "rope_type": "yarn",
