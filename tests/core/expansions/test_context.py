@@ -9,6 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
     BloomConfig,
     BloomForCausalLM,
     CohereConfig,
@@ -188,6 +190,25 @@ def test_impossible_lengths_are_refused(
 def test_windows_in_all_layers_are_refused(tmp_path: Path) -> None:
     source = oracle.saved(tiny("mistral"), tmp_path / "base")
     with pytest.raises(RequestError, match="all layers attend to the last 4 tokens"):
+        plan_expansion(source, [Context()])
+
+
+@pytest.mark.parametrize("kind", ["cohere2", "exaone4", "smollm3", "gpt_oss"])
+def test_rotations_in_windowed_layers_only_are_refused(tmp_path: Path, kind: str) -> None:
+    """SmolLM3 and GPT-OSS rotate in their full layers, so they are the controls."""
+    config = AutoConfig.for_model(
+        kind, vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=LENGTH,
+        num_local_experts=2, layer_types=["sliding_attention", "full_attention"] * 2,
+        sliding_window=16, use_sliding_window=True, rope_parameters={
+            "rope_type": "default", "rope_theta": 1e4},
+        pad_token_id=None, bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    source = oracle.saved(AutoModelForCausalLM.from_config(config), tmp_path / "base")
+    if kind in ("cohere2", "exaone4"):
+        with pytest.raises(RequestError, match="rotary embeddings in layers with a window only"):
+            plan_expansion(source, [Context()])
+    else:
         plan_expansion(source, [Context()])
 
 
