@@ -1,8 +1,10 @@
 """`expansion=context` through a whole job: short and long windows, resume, stored sequences."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +16,8 @@ from tritter.checkpoints.state import KeptSequences
 from tritter.config.launch.composition import load_config
 from tritter.config.validation import source_config
 from tritter.errors import RequestError
-from tritter.pipeline import Outcome, run_pipeline, stages
+from tritter.evaluation.statistics import PairedScores
+from tritter.pipeline import Outcome, run_pipeline, stages, windows
 from tritter.planning.run_memory import batch_size_at, training_needs
 from tritter.training.trainer import start_method
 
@@ -148,6 +151,31 @@ def test_data_that_is_too_small_is_refused_before_training(
     with pytest.raises(RequestError, match="Domain"):
         job(run_tiny, tmp_path / "run", "expansion.context.target_length=100000000")
     assert not (tmp_path / "run/baseline").exists()
+
+
+@pytest.mark.parametrize(
+    ("num", "after", "verdict"),
+    [(29, 1.0, "reported"), (30, 1.0, "passed"), (30, 2.0, "failed"), (29, math.nan, "failed")],
+)
+def test_few_long_documents_do_not_decide(
+    monkeypatch: pytest.MonkeyPatch, num: int, after: float, verdict: str
+) -> None:
+    def scores(loss: float) -> PairedScores:
+        values = torch.full((num,), loss, dtype=torch.float64)
+        ones = torch.ones(num, dtype=torch.int64)
+        weights = {"tokens": ones, "bytes": ones}
+        return PairedScores(tuple(map(str, range(num))), values, weights, "nats")
+
+    found = {"first-source-windows": scores(1.0), "last-trained-long": scores(after)}
+    monkeypatch.setattr(windows, "is_longer", lambda *_: True)
+    read = lambda _, name: SimpleNamespace(scores={"old": found[name]})  # noqa: E731
+    monkeypatch.setattr(windows.LongScores, "read", read)
+    gate = SimpleNamespace(retention=0.05, confidence=0.95)
+    context: Any = SimpleNamespace(config=SimpleNamespace(gate=gate))
+    branches: Any = [SimpleNamespace(name="first"), SimpleNamespace(name="last")]
+    (check,) = windows.checks(context, branches)
+    assert (check.name, check.verdict, check.documents_needed) == ("long_windows", verdict, None)
+    assert check.bound == (None if verdict == "reported" else 0.05)
 
 
 class Killed(Exception):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tritter.core.expansions import target_config
 from tritter.core.families import Flops, position_limit
 from tritter.data.tokens import TokenisedDocuments
-from tritter.evaluation.gate import Check, retention_check
+from tritter.evaluation.gate import MIN_DOCUMENTS, Check, retention_check
 from tritter.evaluation.losses import document_losses, window_lengths
 from tritter.evaluation.statistics import MAX_SCORE_BYTES, PairedScores, score_file
 from tritter.pipeline.branch import Branch
@@ -218,6 +218,7 @@ def checks(context: RunContext, branches: Sequence[Branch]) -> Iterator[Check]:
     """Yield the checks of the long windows of an attempt, one per domain with long documents.
 
     The trained model in long windows is compared with the source in windows of its own length.
+    With few long documents the numbers are only reported, so that they do not decide on the run.
     """
     if not is_longer(context, branches[0]):
         return
@@ -228,6 +229,11 @@ def checks(context: RunContext, branches: Sequence[Branch]) -> Iterator[Check]:
         check = retention_check(
             name, before[name], after[name], bound=gate.retention, confidence=gate.confidence
         )
+        if check.verdict == "undecided" and len(before[name]) < MIN_DOCUMENTS:
+            detail = f"{check.detail.partition(';')[0]}; only reported"
+            check = replace(
+                check, verdict="reported", detail=detail, bound=None, documents_needed=None
+            )
         yield replace(check, name="long_windows")
 
 
