@@ -18,7 +18,7 @@ from tritter.config.validation import source_config
 from tritter.errors import RequestError
 from tritter.evaluation.statistics import PairedScores
 from tritter.pipeline import Outcome, run_pipeline, stages, windows
-from tritter.planning.run_memory import batch_size_at, training_needs
+from tritter.planning.run_memory import batch_size_at, tokens_note, training_needs
 from tritter.training.trainer import start_method
 
 SHORT, LONG = 32, 128
@@ -130,10 +130,28 @@ DDP = ("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2")
         ((*DDP, "data.batch_size=16"), 64, 8),
     ],
 )
-def test_each_process_gets_as_many_long_windows(
-    words: tuple[str, ...], length: int, expected: int
-) -> None:
+def test_each_process_gets_long_windows(words: tuple[str, ...], length: int, expected: int) -> None:
     assert batch_size_at(length, load_config([*TINY, *WORDS, *words])) == expected
+
+
+@pytest.mark.parametrize(
+    ("words", "change", "fits"),
+    [
+        (("data.batch_size=1",), "+300%", 4),
+        (("data.batch_size=6",), "+33%", 8),
+        (("data.batch_size=10",), "-20%", 11),
+        (DDP, "+100%", 8),
+        ((), "", 0),
+        (("data.batch_size=15",), "", 0),
+    ],
+)
+def test_other_tokens_per_batch_are_noted(words: tuple[str, ...], change: str, fits: int) -> None:
+    note = tokens_note(LONG, load_config([*TINY, *WORDS, *words]))
+    assert bool(note) == bool(change)
+    if note:
+        assert f"by {change} (" in note and note.endswith(f"data.batch_size={fits}")
+        again = load_config([*TINY, *WORDS, *words, f"data.batch_size={fits}"])
+        assert not tokens_note(LONG, again)
 
 
 @pytest.mark.full

@@ -22,6 +22,7 @@ from tritter.evaluation.losses import document_losses, window_lengths
 from tritter.evaluation.statistics import MAX_SCORE_BYTES, PairedScores, score_file
 from tritter.pipeline.branch import Branch
 from tritter.pipeline.context import RunContext
+from tritter.planning.run_memory import tokens_note
 from tritter.report.summary import WindowsRecord
 from tritter.storage.atomic import write_text_atomic
 from tritter.storage.reading import read_object
@@ -78,6 +79,8 @@ def check(context: RunContext) -> None:
             )
         ]
         context.at_length(lengths[1]).check_text()
+        if note := tokens_note(lengths[1], config):
+            context.say("", note)
         if context.initial_checkpoint is None and config.data.sequence_length < lengths[0]:
             context.say(
                 "",
