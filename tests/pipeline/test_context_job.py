@@ -15,6 +15,8 @@ from tests.pipeline.tiny import TINY
 from tritter.checkpoints.state import KeptSequences
 from tritter.config.launch.composition import load_config
 from tritter.config.validation import source_config
+from tritter.core.families import forward_flops
+from tritter.core.models import read_config
 from tritter.errors import RequestError
 from tritter.evaluation.statistics import PairedScores
 from tritter.pipeline import Outcome, run_pipeline, stages, windows
@@ -76,6 +78,24 @@ def test_loss_by_position_is_that_of_the_stock_model(done: Path) -> None:
     assert mean == pytest.approx(summary["windows"]["scores"]["old"]["final"]["loss"])
     first = positions["end"][0]
     assert positions["tokens"][0] == first * summary["windows"]["scores"]["old"]["final"]["n"]
+
+
+@pytest.mark.full
+def test_each_model_counts_its_own_flops(
+    run_tiny: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[float] = []
+    real = windows.flops
+    monkeypatch.setattr(
+        windows, "flops", lambda *a, **k: found.append(value := real(*a, **k)) or value
+    )
+    words = ("expansion=[context,width]", "forgetting=none", "pipeline.keep_stages=true")
+    job(run_tiny, tmp_path / "run", *words)
+    source, source_long, grown, *_ = found
+    configs = [read_config(tmp_path / "run" / f) for f in ("baseline", "attempt_1/expanded")]
+    small, large = (forward_flops(config).of(SHORT) for config in configs)
+    assert large > 2 * small  # the control: one reading for both models would be the same
+    assert source < source_long < 0.8 * grown
 
 
 def test_position_sums_match_plain_torch() -> None:

@@ -159,22 +159,29 @@ def flops(context: RunContext, reading: Flops, *, source_length: int, length: in
 
 
 def score_start(
-    context: RunContext, branch: Branch, before: nn.Module, after: nn.Module, reading: Flops
+    context: RunContext,
+    branch: Branch,
+    before: nn.Module,
+    after: nn.Module,
+    readings: tuple[Flops, Flops],
 ) -> tuple[list[str], float]:
     """Score source and result of an expansion; return the files and the FLOPs.
 
     Args:
         context: the context of the source.
-        reading: FLOPs of reading a sequence.
+        branch: the branch.
+        before: the source.
+        after: the result.
+        readings: FLOPs of reading a sequence, of both models.
     """
     longer = context.reading(f"{branch.name}/expanded")
     old, new = _lengths(context, branch)
     own = context.at_length(new)  # the same documents in the tokens of the source
     spent, files = 0.0, []
-    for where, model, length, name in (
-        (own, before, old, SOURCE),
-        (own, before, new, SOURCE_LONG),
-        (longer, after, new, "expanded-long"),
+    for where, model, reading, length, name in (
+        (own, before, readings[0], old, SOURCE),
+        (own, before, readings[0], new, SOURCE_LONG),
+        (longer, after, readings[1], new, "expanded-long"),
     ):
         found = score(where, model, source_length=old, length=length)
         files.append(found.write(context, f"{branch.name}-{name}"))
