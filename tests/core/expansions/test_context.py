@@ -28,6 +28,7 @@ from tritter.core.expansions import Context, LlamaPro, Width
 from tritter.core.families import family_of
 from tritter.core.models import config_of
 from tritter.errors import RequestError
+from tritter.limits import MAX_POSITIONS
 from tritter.storage.writer import TensorStream
 from tritter.transform import expand, plan_expansion
 
@@ -45,6 +46,10 @@ def yarn(factor: float, first: int) -> dict[str, Any]:
     """Return the change of a config to YaRN, as published configs have it."""
     scaled = {"rope_type": "yarn", "rope_theta": 1e4, "factor": factor}
     return {"rope_parameters": {**scaled, "original_max_position_embeddings": first}}
+
+
+def positions(count: int) -> dict[str, Any]:
+    return {"max_position_embeddings": count}
 
 
 def rotations_of(config: Any) -> list[dict[str, Any]]:
@@ -176,6 +181,9 @@ def test_moments_and_importances_are_carried(tmp_path: Path) -> None:
         (yarn(4.0, LENGTH), {}, "target_length = 256: its yarn already covers 256 tokens"),
         (yarn(4.0, 32), {"target_length": 128}, "already covers 128 tokens"),
         (yarn(32.0, 4096), {"target_length": 128}, "already covers 131072 tokens"),
+        (positions(MAX_POSITIONS // 2), {}, "4 × .* is the default; must be at most"),
+        (positions(MAX_POSITIONS), {}, "4 × .* is the default; must be at most"),
+        (positions(MAX_POSITIONS), {"target_length": MAX_POSITIONS}, "already has .*; must be more"),
         ({"head_dim": 2}, {"method": "base"}, "more than 2 rotary dimensions"),
     ],
 )  # fmt: skip
