@@ -1,8 +1,10 @@
 """`expansion=context` through a whole job: short and long windows, resume, stored sequences."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,9 +15,13 @@ from tests.pipeline.tiny import TINY
 from tritter.checkpoints.state import KeptSequences
 from tritter.config.launch.composition import load_config
 from tritter.config.validation import source_config
+from tritter.core.families import forward_flops
+from tritter.core.models import read_config
 from tritter.errors import RequestError
-from tritter.pipeline import Outcome, run_pipeline, stages
-from tritter.planning.run_memory import training_needs
+from tritter.evaluation.statistics import PairedScores
+from tritter.pipeline import Outcome, run_pipeline, stages, windows
+from tritter.planning.run_memory import batch_size_at, tokens_note, training_needs
+from tritter.training.trainer import start_method
 
 SHORT, LONG = 32, 128
 WORDS = ("expansion=context", f"model.max_position_embeddings={SHORT}")
@@ -74,6 +80,24 @@ def test_loss_by_position_is_that_of_the_stock_model(done: Path) -> None:
     assert positions["tokens"][0] == first * summary["windows"]["scores"]["old"]["final"]["n"]
 
 
+@pytest.mark.full
+def test_each_model_counts_its_own_flops(
+    run_tiny: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[float] = []
+    real = windows.flops
+    monkeypatch.setattr(
+        windows, "flops", lambda *a, **k: found.append(value := real(*a, **k)) or value
+    )
+    words = ("expansion=[context,width]", "forgetting=none", "pipeline.keep_stages=true")
+    job(run_tiny, tmp_path / "run", *words)
+    source, source_long, grown, *_ = found
+    configs = [read_config(tmp_path / "run" / f) for f in ("baseline", "attempt_1/expanded")]
+    small, large = (forward_flops(config).of(SHORT) for config in configs)
+    assert large > 2 * small  # the control: one reading for both models would be the same
+    assert source < source_long < 0.8 * grown
+
+
 def test_position_sums_match_plain_torch() -> None:
     from tritter.data.tokens import TokenisedDocuments
     from tritter.evaluation.losses import document_losses
@@ -112,12 +136,84 @@ def test_memory_is_counted_for_long_windows() -> None:
     assert activations["context"] > 2 * activations["none"]
 
 
+DDP = ("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2")
+
+
+@pytest.mark.parametrize(
+    ("words", "length", "expected"),
+    [
+        ((), LONG, 1),
+        (("data.batch_size=1",), LONG, 1),
+        (("data.batch_size=6",), LONG, 2),
+        (DDP, LONG, 2),
+        ((*DDP, "data.batch_size=20"), LONG, 4),
+        ((*DDP, "data.batch_size=16"), 64, 8),
+    ],
+)
+def test_each_process_gets_long_windows(words: tuple[str, ...], length: int, expected: int) -> None:
+    assert batch_size_at(length, load_config([*TINY, *WORDS, *words])) == expected
+
+
+@pytest.mark.parametrize(
+    ("words", "change", "fits"),
+    [
+        (("data.batch_size=1",), "+300%", 4),
+        (("data.batch_size=6",), "+33%", 8),
+        (("data.batch_size=10",), "-20%", 11),
+        (DDP, "+100%", 8),
+        ((), "", 0),
+        (("data.batch_size=15",), "", 0),
+    ],
+)
+def test_other_tokens_per_batch_are_noted(words: tuple[str, ...], change: str, fits: int) -> None:
+    note = tokens_note(LONG, load_config([*TINY, *WORDS, *words]))
+    assert bool(note) == bool(change)
+    if note:
+        assert f"by {change} (" in note and note.endswith(f"data.batch_size={fits}")
+        again = load_config([*TINY, *WORDS, *words, f"data.batch_size={fits}"])
+        assert not tokens_note(LONG, again)
+
+
+@pytest.mark.full
+@pytest.mark.skipif(start_method("cpu") != "fork", reason="spawning takes seconds")
+def test_two_processes_train_on_long_windows(
+    run_tiny: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    summary = job(run_tiny, tmp_path / "run", *DDP, "forgetting=replay")
+    assert summary["windows"]["length"] == LONG and summary["attempts"][0]["steps"] == 6
+
+
 def test_data_that_is_too_small_is_refused_before_training(
     run_tiny: Callable[..., Outcome], tmp_path: Path
 ) -> None:
     with pytest.raises(RequestError, match="Domain"):
         job(run_tiny, tmp_path / "run", "expansion.context.target_length=100000000")
     assert not (tmp_path / "run/baseline").exists()
+
+
+@pytest.mark.parametrize(
+    ("num", "after", "verdict"),
+    [(29, 1.0, "reported"), (30, 1.0, "passed"), (30, 2.0, "failed"), (29, math.nan, "failed")],
+)
+def test_few_long_documents_do_not_decide(
+    monkeypatch: pytest.MonkeyPatch, num: int, after: float, verdict: str
+) -> None:
+    def scores(loss: float) -> PairedScores:
+        values = torch.full((num,), loss, dtype=torch.float64)
+        ones = torch.ones(num, dtype=torch.int64)
+        weights = {"tokens": ones, "bytes": ones}
+        return PairedScores(tuple(map(str, range(num))), values, weights, "nats")
+
+    found = {"first-source-windows": scores(1.0), "last-trained-long": scores(after)}
+    monkeypatch.setattr(windows, "is_longer", lambda *_: True)
+    read = lambda _, name: SimpleNamespace(scores={"old": found[name]})  # noqa: E731
+    monkeypatch.setattr(windows.LongScores, "read", read)
+    gate = SimpleNamespace(retention=0.05, confidence=0.95)
+    context: Any = SimpleNamespace(config=SimpleNamespace(gate=gate))
+    branches: Any = [SimpleNamespace(name="first"), SimpleNamespace(name="last")]
+    (check,) = windows.checks(context, branches)
+    assert (check.name, check.verdict, check.documents_needed) == ("long_windows", verdict, None)
+    assert check.bound == (None if verdict == "reported" else 0.05)
 
 
 class Killed(Exception):

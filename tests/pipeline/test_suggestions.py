@@ -88,6 +88,8 @@ def test_rolled_back(commands: Callable[..., list[str]]) -> None:
     assert "'forgetting=[distill,replay]'" in lines[1]
     assert "training.learning_rate=0.0015" in lines[2]
     assert not any("generate" in line for line in lines)
+    long = check("long_windows", "failed")
+    assert commands("rolled_back", long, words=("training.max_steps=50",)) == lines
     assert "forgetting=replay" in commands("rolled_back", failed, words=("forgetting=none",))[0]
     own = commands("rolled_back", failed, words=("forgetting=self_replay",))
     assert "forgetting.self_replay.fraction=0.5" in own[0]

@@ -141,7 +141,7 @@ class RunContext:
         return found.at_length(lengths[1])
 
     def at_length(self, length: int) -> "RunContext":
-        """Return the context for training on longer sequences, with as many tokens per batch.
+        """Return the context for training on longer sequences, with about as many tokens per batch.
 
         Validation documents are cut at that length at least.
         """

@@ -443,7 +443,7 @@ def _after_kept(config: RunConfig, summary: Summary) -> Advice:
 def _after_rollback(config: RunConfig, summary: Summary) -> Advice:
     failed = {check.check for check in summary.gate if check.verdict == "failed"}
     names = [options.name for options in config.forgetting]
-    if "retention" in failed:
+    if failed & {"retention", "long_windows"}:
         replay = next((one for one in config.forgetting if one.kind.needs(one.options).mixes), None)
         if replay is None:
             yield {"forgetting": _override_value([*names, "replay"])}, "mix in old data"
@@ -457,7 +457,7 @@ def _after_rollback(config: RunConfig, summary: Summary) -> Advice:
             yield {"forgetting": _override_value(methods)}, "also distill from the old model"
     if "new_capability" in failed:
         yield _twice_as_long(config), "more steps"
-    if failed & {"retention", "training"}:
+    if failed & {"retention", "long_windows", "training"}:
         options = config.training if config.experts is None else config.experts.options
         group = "training" if config.experts is None else "experts"
         yield {f"{group}.learning_rate": f"{options.learning_rate / 2:g}"}, "lower learning rate"

@@ -156,8 +156,8 @@ def expansion(context: RunContext, branch: Branch) -> StageResult:
     flops["expand"] += len(tokens) * sum(passes)
     files = list[str]()
     if windows.is_longer(context, branch):
-        reading = forward_flops(grown.config)
-        files, spent = windows.score_start(context, branch, before, after, reading)
+        readings = experts.reading_flops(before), forward_flops(grown.config)
+        files, spent = windows.score_start(context, branch, before, after, readings)
         flops["expand"] += spent
     return StageResult(
         ExpansionFound(

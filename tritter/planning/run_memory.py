@@ -7,7 +7,7 @@ for the start and for forgetting mitigation. Activations are an estimate and onl
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, count
 from typing import Literal
 
 from tritter.checkpoints.location import checkpoint_config
@@ -22,6 +22,7 @@ from tritter.planning.strategy import planned_rounds
 from tritter.targets import Component
 
 _FLOAT32 = 4
+MUCH_OTHER_TOKENS = 0.1  # per batch, relative
 _PATH_COPIES = 4  # ω, the weights at the start and before a step, and gradients
 _FEWER_BYTES: Literal["bf16-true"] = "bf16-true"
 
@@ -182,15 +183,53 @@ def _trained(config: RunRequest, source: Config) -> int | None:
     return _parameters(grown) - _parameters(without)
 
 
+def num_processes(config: RunRequest) -> int:
+    """Return the number of processes of training, on all machines."""
+    trainer, launch = config.trainer, launch_of()
+    processes = trainer.devices if trainer.strategy != "auto" else 1
+    return processes if launch is None else processes * launch.num_nodes
+
+
 def batch_size_at(length: int, config: RunRequest) -> int:
-    """Return the sequences per batch for sequences of another length: as many tokens, at least one.
+    """Return the sequences per batch for sequences of another length: about as many tokens.
+
+    It is a multiple of the number of processes: at least one for each.
 
     Args:
         length: tokens per sequence.
         config: the run.
     """
-    data = config.data
-    return max(1, round(data.batch_size * data.sequence_length / length))
+    return _batch_at(length, config, config.data.batch_size)
+
+
+def _batch_at(length: int, config: RunRequest, batch_size: int) -> int:
+    processes = num_processes(config)
+    of_each = batch_size * config.data.sequence_length / (length * processes)
+    return processes * max(1, round(of_each))
+
+
+def tokens_note(length: int, config: RunRequest) -> str:
+    """Return a note if batches of sequences of another length have other numbers of tokens.
+
+    Args:
+        length: tokens per sequence.
+        config: the run.
+    """
+    data, step = config.data, num_processes(config)
+
+    def change(batch_size: int) -> float:
+        now = _batch_at(length, config, batch_size) * length
+        return now / (batch_size * data.sequence_length) - 1
+
+    if abs(found := change(data.batch_size)) <= MUCH_OTHER_TOKENS:
+        return ""
+    larger = count(data.batch_size + step - data.batch_size % step, step)
+    fits = next(size for size in larger if abs(change(size)) <= MUCH_OTHER_TOKENS)
+    now = batch_size_at(length, config)
+    return (
+        f"long windows change the tokens per batch by {found:+.0%} ({now} × {length} instead of "
+        f"{data.batch_size} × {data.sequence_length}); about as many: data.batch_size={fits}"
+    )
 
 
 def _training_need(
@@ -202,8 +241,7 @@ def _training_need(
     trained: int | None = None,
 ) -> TrainingMemory:
     trainer = config.trainer
-    processes, launch = trainer.devices if trainer.strategy != "auto" else 1, launch_of()
-    shares = processes if launch is None else processes * launch.num_nodes
+    processes, shares = trainer.devices if trainer.strategy != "auto" else 1, num_processes(config)
     length, limit = config.data.sequence_length, position_limit(model_config)
     if before is not None and limit is not None and limit != position_limit(before):
         length = limit  # a longer context is trained on windows of its length

@@ -9,6 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
     BloomConfig,
     BloomForCausalLM,
     CohereConfig,
@@ -26,6 +28,7 @@ from tritter.core.expansions import Context, LlamaPro, Width
 from tritter.core.families import family_of
 from tritter.core.models import config_of
 from tritter.errors import RequestError
+from tritter.limits import MAX_POSITIONS
 from tritter.storage.writer import TensorStream
 from tritter.transform import expand, plan_expansion
 
@@ -37,6 +40,16 @@ WHOLE = {"mistral": None, "phi3": None}  # families whose layers all have a wind
 def config_in(folder: Path) -> dict[str, Any]:
     config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     return config
+
+
+def yarn(factor: float, first: int) -> dict[str, Any]:
+    """Return the change of a config to YaRN, as published configs have it."""
+    scaled = {"rope_type": "yarn", "rope_theta": 1e4, "factor": factor}
+    return {"rope_parameters": {**scaled, "original_max_position_embeddings": first}}
+
+
+def positions(count: int) -> dict[str, Any]:
+    return {"max_position_embeddings": count}
 
 
 def rotations_of(config: Any) -> list[dict[str, Any]]:
@@ -124,6 +137,12 @@ def test_it_can_be_repeated_with_the_same_method(tmp_path: Path) -> None:
         plan_expansion(tmp_path / "yarn", [Context(method="base")])
 
 
+def test_a_published_yarn_is_extended_from_its_first_length(tmp_path: Path) -> None:
+    source = oracle.saved(oracle.tiny_llama(**yarn(4.0, LENGTH)), tmp_path / "base")
+    target = plan_expansion(source, [Context(target_length=512)]).target_config
+    assert target["rope_parameters"] == yarn(8.0, LENGTH)["rope_parameters"]
+
+
 @pytest.mark.parametrize("others", [[Width(hidden_size=48)], [LlamaPro(target_layers=4)]])
 def test_it_composes(tmp_path: Path, others: list[Any]) -> None:
     source = oracle.saved(oracle.tiny_llama(), tmp_path / "base")
@@ -158,6 +177,13 @@ def test_moments_and_importances_are_carried(tmp_path: Path) -> None:
         ({}, {"target_length": 64}, "already has max_position_embeddings = 64; must be more"),
         ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
          {"target_length": 256}, "rope_type = linear; it can't be combined"),
+        (yarn(4.0, LENGTH), {"target_length": 128}, "already covers 256 tokens; must be more"),
+        (yarn(4.0, LENGTH), {}, "target_length = 256: its yarn already covers 256 tokens"),
+        (yarn(4.0, 32), {"target_length": 128}, "already covers 128 tokens"),
+        (yarn(32.0, 4096), {"target_length": 128}, "already covers 131072 tokens"),
+        (positions(MAX_POSITIONS // 2), {}, "4 × .* is the default; must be at most"),
+        (positions(MAX_POSITIONS), {}, "4 × .* is the default; must be at most"),
+        (positions(MAX_POSITIONS), {"target_length": MAX_POSITIONS}, "already has .*; must be more"),
         ({"head_dim": 2}, {"method": "base"}, "more than 2 rotary dimensions"),
     ],
 )  # fmt: skip
@@ -172,6 +198,25 @@ def test_impossible_lengths_are_refused(
 def test_windows_in_all_layers_are_refused(tmp_path: Path) -> None:
     source = oracle.saved(tiny("mistral"), tmp_path / "base")
     with pytest.raises(RequestError, match="all layers attend to the last 4 tokens"):
+        plan_expansion(source, [Context()])
+
+
+@pytest.mark.parametrize("kind", ["cohere2", "exaone4", "smollm3", "gpt_oss"])
+def test_rotations_in_windowed_layers_only_are_refused(tmp_path: Path, kind: str) -> None:
+    """SmolLM3 and GPT-OSS rotate in their full layers, so they are the controls."""
+    config = AutoConfig.for_model(
+        kind, vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=LENGTH,
+        num_local_experts=2, layer_types=["sliding_attention", "full_attention"] * 2,
+        sliding_window=16, use_sliding_window=True, rope_parameters={
+            "rope_type": "default", "rope_theta": 1e4},
+        pad_token_id=None, bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    source = oracle.saved(AutoModelForCausalLM.from_config(config), tmp_path / "base")
+    if kind in ("cohere2", "exaone4"):
+        with pytest.raises(RequestError, match="rotary embeddings in layers with a window only"):
+            plan_expansion(source, [Context()])
+    else:
         plan_expansion(source, [Context()])
 
 

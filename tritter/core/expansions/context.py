@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import inf
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -52,10 +53,13 @@ class Context:
         old = position_limit(config)
         assert old is not None
         layers = range(family.dimensions(config).num_hidden_layers)
-        windows = [family.attention_window(config, layer) or MAX_POSITIONS for layer in layers]
+        windows = [family.attention_window(config, layer) or inf for layer in layers]
         new = self.target_length or DEFAULT_FACTOR * old
         if new <= old:
             reason = f"the model already has {family.positions_key} = {old}; must be more"
+            raise refused(f"{_KEY}.target_length", new, reason)
+        if new > MAX_POSITIONS:  # the default
+            reason = f"{DEFAULT_FACTOR} × {old} is the default; must be at most {MAX_POSITIONS}"
             raise refused(f"{_KEY}.target_length", new, reason)
         if max(windows) <= old:
             reason = f"all layers attend to the last {max(windows)} tokens, so no distance is new"
@@ -82,7 +86,7 @@ class Context:
             new: the new context length.
 
         Raises:
-            RequestError: they are already scaled in another way.
+            RequestError: they are already scaled in another way, or to that length.
         """
         kind = parameters.get("rope_type", "default")
         if kind != "default" and (kind, self.method) != ("yarn", "yarn"):
@@ -95,7 +99,13 @@ class Context:
             reason = f"the class of {config['model_type']} reads yarn as LongRoPE; use base"
             raise refused(f"{_KEY}.method", self.method, reason)
         if self.method == "yarn":
-            first = parameters.get("original_max_position_embeddings", old)
+            first = old
+            if kind == "yarn":
+                first = parameters.get("original_max_position_embeddings") or old
+                covered = round(first * (parameters.get("factor") or old / first))
+                if new <= covered:
+                    reason = f"its yarn already covers {covered} tokens; must be more than that"
+                    raise refused(f"{_KEY}.target_length", new, reason)
             return {
                 **{key: value for key, value in parameters.items() if key not in _DERIVED},
                 "rope_type": "yarn",

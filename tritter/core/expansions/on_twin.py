@@ -67,13 +67,19 @@ def check_on_twin(spec: Any, family: Family, config: Config, target: Config) -> 
 
 
 def check_rotations(config: Config, target: Config) -> None:
-    """Refuse rotary parameters that the class of a model does not read.
+    """Refuse rotary parameters that the class of a model does not read, or not where they help.
 
     Raises:
-        RequestError: the logits of a twin do not follow them.
+        RequestError: the logits of a twin do not follow them, or not without windows.
     """
-    if not rotation_change(key_of(config), key_of({"new": target["rope_parameters"]})) > TOLERANCE:
+    new, kinds, reason = key_of({"new": target["rope_parameters"]}), config.get("layer_types"), ""
+    if not rotation_change(key_of(config), new) > TOLERANCE:
         reason = f"{config['model_type']} computes the same with other rotary parameters"
+    elif isinstance(kinds, list) and "sliding_attention" in kinds:
+        whole = {**config, "layer_types": ["full_attention"] * len(kinds)}
+        if not rotation_change(key_of(whole), new) > TOLERANCE:
+            reason = "it has rotary embeddings in layers with a window only"
+    if reason:
         raise RequestError(Problem("expansion.context", reason=reason))
 
 
