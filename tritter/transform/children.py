@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
-from itertools import islice
+from itertools import combinations, islice
 from threading import Lock
 from typing import TYPE_CHECKING
 
@@ -39,7 +39,6 @@ _FROM = f"{KEY}.experts_from"
 _TOKENIZER = "tokenizer.json"
 # Keys of config.json that do not change the function
 _FREE = {"dtype", "torch_dtype", "transformers_version", "_name_or_path", "use_cache"}
-_domain_problem = cache(domain_problem)  # it reads all data
 ROUTER_TOKENS, ROUTER_LENGTH, _BATCH = 8192, 256, 8  # of each child's data
 
 
@@ -127,7 +126,7 @@ def _bind(spec: Moe, source: Source) -> BoundMoe:
     )
     if spec.router == "random":
         return replace(made, remarks=("router: random rows",))
-    problem = next(filter(None, map(_data_problem, children)), None)
+    problem = _data_problem(children) or _same_data(children)
     if problem is None:
         rows = _Rows(source, made)
         layers = range(source.family.dimensions(source.config).num_hidden_layers)
@@ -215,14 +214,25 @@ def _lineage_problem(child: Source, source: Source) -> str:
 # Router rows from data
 
 
-def _data_problem(child: OpenChild) -> str | None:
+def _data_problem(children: Sequence[OpenChild]) -> str | None:
     """Return the reason that the training data of a child can't be read, or None."""
-    lineage = child.source.lineage
-    if lineage is None or not child.domains or lineage.split is None:
-        return f"the lineage of {child.name} records no training data"
-    for name, domain in child.domains.items():
-        if reason := _domain_problem(domain):
-            return f"the data {name} of {child.name} can't be used: {reason}"
+    problem_of = cache(domain_problem)  # it reads all data; only now, since files can change
+    for child in children:
+        lineage = child.source.lineage
+        if lineage is None or not child.domains or lineage.split is None:
+            return f"the lineage of {child.name} records no training data"
+        for name, domain in child.domains.items():
+            if reason := problem_of(domain):
+                return f"the data {name} of {child.name} can't be used: {reason}"
+    return None
+
+
+def _same_data(children: Sequence[OpenChild]) -> str | None:
+    """Return the names of two children that no data can distinguish, or None."""
+    data = [{domain.sha256 for domain in child.domains.values()} for child in children]
+    for first, second in combinations(range(len(children)), 2):
+        if data[first] == data[second]:
+            return f"{children[first].name} and {children[second].name} learned the same data"
     return None
 
 

@@ -17,12 +17,15 @@ from tests.oracle.children import child, parent
 from tests.oracle.families import tiny
 from tests.oracle.moe import PARTNERS
 from tritter.checkpoints import Source, lineage_of
-from tritter.checkpoints.record import ExpansionRecord
+from tritter.checkpoints.record import ExpansionRecord, LearnedDomain
 from tritter.checkpoints.state import read_state, write_state
 from tritter.core.expansions import Moe, MoeAdd, Width
 from tritter.core.expansions.moe_children import Moments, router_rows
 from tritter.core.models import load_model, read_config
 from tritter.core.stock_routers import Routing
+from tritter.data.documents import documents_digest
+from tritter.data.sources import source_documents
+from tritter.data.split import SplitRule
 from tritter.errors import RequestError
 from tritter.transform import expand, plan_expansion
 
@@ -43,6 +46,18 @@ def family_of_models(folder: Path, family: str = "llama", **changes: Any) -> Pat
 def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     return family_of_models(tmp_path)
+
+
+def learned(place: Path, name: str, file: str, words: str) -> None:
+    """Write a child whose lineage records training on a file."""
+    lines = (" ".join(words[n % len(words) :: 1 + n % 3]) for n in range(40))
+    path = place / file
+    path.write_text("\n".join(f'{{"text": "{n} {line}"}}' for n, line in enumerate(lines)))
+    documents = source_documents((str(path),), key="data", text_field="text")
+    domain = LearnedDomain(paths=(str(path),), sha256=documents_digest(documents))
+    rule = SplitRule(seed=0, validation_fraction=0.1)
+    seed = sum(map(ord, name))
+    child(place / name, place / "base", seed=seed, domains={file: domain}, split=rule)
 
 
 def moe(*listed: str, **options: Any) -> Moe:
@@ -353,3 +368,23 @@ def test_moments_add_up() -> None:
     whole, parts = Moments.of(hidden), Moments.of(hidden[:3]) + Moments.of(hidden[3:])
     assert whole.count == parts.count == 10
     assert torch.allclose(whole.products, parts.products)
+
+
+def test_children_of_the_same_data_get_random_rows(base: Path, tmp_path: Path) -> None:
+    """Rows that distinguish them would be zero, so that a tie would always choose the same."""
+    for name, file in {"d": "x.jsonl", "e": "y.jsonl", "f": "x.jsonl"}.items():
+        learned(tmp_path, name, file, "the quick brown" if file[0] == "x" else "0123 45 6789")
+    made = expand(base, tmp_path / "mixed", [moe("d", "e")])
+    assert "router rows from training documents" in " ".join(made.steps[0].notes)
+    made = expand(base, tmp_path / "same", [moe("d", "e", "f")])
+    notes = " ".join(made.steps[0].notes)
+    assert "random rows, because d and f learned the same data" in notes
+    with pytest.raises(RequestError, match="d and f learned the same data; use random"):
+        plan_expansion(base, [moe("d", "e", "f", router="data")])
+
+
+def test_equal_rows_are_refused() -> None:
+    hidden = [torch.randn(50, 6).double() + 1 for _ in range(2)]
+    router_rows([Moments.of(each) for each in hidden])
+    with pytest.raises(RequestError, match="on the data of two models are the same; use random"):
+        router_rows([Moments.of(each) for each in (*hidden, hidden[0] + 1e-9)])

@@ -26,6 +26,7 @@ KEY = "expansion.moe"
 AVERAGE, SOURCE = "average", "source"
 DEFAULT_NOISE = 0.01  # of copies
 _SHRINKAGE = 0.1  # of the covariance within the data of a child, towards a multiple of one
+_SAME_ROWS = 1e-6  # distance of two rows, as a share of the longest, with that of the mean state
 _NEEDS_CHILDREN = ("attention_from", "router", "expert_hashes")
 
 
@@ -233,6 +234,9 @@ def router_rows(moments: list[Moments]) -> Tensor:
 
     Args:
         moments: of the inputs of one layer's FFN, a child each.
+
+    Raises:
+        RequestError: two rows are equal, so that the router could never tell two experts apart.
     """
     import torch
 
@@ -249,4 +253,8 @@ def router_rows(moments: list[Moments]) -> Tensor:
     solved = torch.linalg.solve(within, towards.T).T  # [E + 1, H]
     rows, direction = solved[:-1], solved[-1]
     length = (direction @ centre).clamp(min=1e-12)
-    return rows - (rows @ centre / length)[:, None] * direction
+    rows = rows - (rows @ centre / length)[:, None] * direction
+    if torch.pdist(rows).min() <= _SAME_ROWS * solved.norm(dim=1).max():
+        reason = "the hidden states on the data of two models are the same; use random"
+        raise RequestError(Problem(f"{KEY}.router", reason=reason))
+    return rows
