@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import combinations, islice
 from threading import Lock
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 
@@ -297,12 +297,14 @@ class _Rows:
 
     @torch.no_grad()
     def _computed(self) -> tuple[Tensor, ...]:
+        children = cast(tuple[OpenChild, ...], self.spec.experts)
+        if problem := _data_problem(children):  # it may have changed since the plan
+            raise RequestError(Problem(f"{KEY}.router", reason=problem))
         model, config = self._dense_model(), self.source.config
         length = min(ROUTER_LENGTH, position_limit(config) or ROUTER_LENGTH)
         size = self.source.family.dimensions(config).vocab_size
         found = []
-        for child in self.spec.experts:
-            assert isinstance(child, OpenChild)
+        for child in children:
             tokens = child_sequences(child, length=length, vocab_size=size)
             found.append(ffn_moments(model, self._gates(), tokens))
         of_layers = zip(*found, strict=True)

@@ -388,3 +388,15 @@ def test_equal_rows_are_refused() -> None:
     router_rows([Moments.of(each) for each in hidden])
     with pytest.raises(RequestError, match="on the data of two models are the same; use random"):
         router_rows([Moments.of(each) for each in (*hidden, hidden[0] + 1e-9)])
+
+
+def test_data_that_changed_gives_no_rows(base: Path, tmp_path: Path) -> None:
+    for name, words in {"d": "the quick brown", "e": "0123 45 6789"}.items():
+        learned(tmp_path, name, f"{name}.jsonl", words)
+    planned = plan_expansion(base, [moe("d", "e")])
+    (tmp_path / "e.jsonl").write_text('{"text": "other"}')
+    with pytest.raises(RequestError, match=r"the data e\.jsonl of e .* has changed since"):
+        expand(base, tmp_path / "mixed", planned)
+    assert not (tmp_path / "mixed").exists()
+    notes = plan_expansion(base, [moe("d", "e")]).steps[0].notes
+    assert "random rows, because the data e.jsonl of e can't be used" in " ".join(notes)
