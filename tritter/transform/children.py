@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -19,7 +20,13 @@ from tritter.checkpoints.record import LearnedDomain
 from tritter.checkpoints.run_text import domain_problem
 from tritter.core.expansions import BoundMoe, ExpansionSpec, Moe, children_place
 from tritter.core.expansions.moe_children import AVERAGE, KEY, SOURCE, Moments, router_rows
-from tritter.core.families import LogicalTensor, layout, position_limit
+from tritter.core.families import (
+    LogicalTensor,
+    family_of,
+    forward_flops,
+    layout,
+    position_limit,
+)
 from tritter.core.families.config_file import read_config_file
 from tritter.core.parameter_map import rounded_weight
 from tritter.data.sources import source_documents
@@ -272,10 +279,16 @@ class _Rows:
 
     The hidden states are those of the dense model in between, whose FFNs are the mean of the
     experts: it is closer to the mixture than any child, and the same for all data.
+
+    Args:
+        source: the parent.
+        spec: the expansion.
+        lengths: sequence length → number of sequences that were read.
     """
 
     source: Source
     spec: BoundMoe
+    lengths: Counter[int] = field(default_factory=Counter)
     _lock: Lock = field(default_factory=Lock)
     _found: tuple[Tensor, ...] = ()
 
@@ -303,12 +316,19 @@ class _Rows:
         model, config = self._dense_model(), self.source.config
         length = min(ROUTER_LENGTH, position_limit(config) or ROUTER_LENGTH)
         size = self.source.family.dimensions(config).vocab_size
-        found = []
+        means: list[list[Tensor]] = []
+        within: list[Tensor] = []
         for child in children:
             tokens = child_sequences(child, length=length, vocab_size=size)
-            found.append(ffn_moments(model, self._gates(), tokens))
-        of_layers = zip(*found, strict=True)
-        return tuple(router_rows(list(each)).float() for each in of_layers)
+            self.lengths[tokens.shape[1]] += len(tokens)
+            moments = ffn_moments(model, self._gates(), tokens)
+            means.append([each.mean for each in moments])
+            if not within:
+                within = [torch.zeros_like(each.products) for each in moments]
+            for total, each in zip(within, moments, strict=True):  # all children would not fit
+                total += each.covariance / len(children)
+        of_layers = zip(zip(*means, strict=True), within, strict=True)
+        return tuple(router_rows(torch.stack(each), total).float() for each, total in of_layers)
 
     def _gates(self) -> list[str]:
         """Return the module of each layer that reads the input of the FFN."""
@@ -347,6 +367,29 @@ def ffn_moments(model: nn.Module, modules: Sequence[str], tokens: Tensor) -> lis
     for hook in hooks:
         hook.remove()
     return [sums[name] for name in modules]
+
+
+def _router_data(plan: PlannedExpansion) -> Iterator[_Rows]:
+    """Yield what computes the router rows of a plan from data."""
+    for step in plan.steps:
+        rows = next(iter((getattr(step.spec, "routers", None) or {}).values()), None)
+        if isinstance(rows, _RowsOfLayer):
+            yield rows.of
+
+
+def router_bytes(plan: PlannedExpansion) -> int:
+    """Return the memory that router rows from data take: model, logits and covariances."""
+    sizes = family_of(plan.config).dimensions(plan.config)
+    logits = _BATCH * ROUTER_LENGTH * sizes.vocab_size
+    of_model = 4 * (plan.parameters_before + logits)  # float32
+    layers = sizes.num_hidden_layers + 1  # one more for the next sum
+    covariances = 2 * 8 * layers * sizes.hidden_size**2  # of one child, and the sum of all
+    return sum(of_model + covariances for _ in _router_data(plan))
+
+
+def router_flops(plan: PlannedExpansion) -> float:
+    """Return the FLOPs of the router rows that were computed from data."""
+    return sum(forward_flops(plan.config).of_all(each.lengths) for each in _router_data(plan))
 
 
 @dataclass(frozen=True, slots=True)
