@@ -125,6 +125,8 @@ def test_qwen3_heads_have_norms(run: Run, sources: Path, tmp_path: Path) -> None
         ({"method": "mow"}, "this version of Tritter has no method 'mow'"),
         ({"options": {"bogus": 1}}, "cannot be rebuilt"),
         ({"options": {"init": "bogus"}}, "differs from the recorded"),
+        ({"options": {"experts_from": 5}}, "the FFNs of other models"),
+        ({"options": {"experts_from": [1, {}]}}, "the FFNs of other models"),
     ],
 )
 def test_a_record_that_does_not_give_the_map_is_seen(

@@ -60,8 +60,9 @@ _WITHOUT_MAP = {
 
 def _without_map(record: ExpansionRecord) -> str | None:
     """Return a description of an expansion whose record does not determine its map, or None."""
-    if record.options.get("experts_from"):
-        return f"experts are the FFNs of {', '.join(record.options['experts_from'])}"
+    if listed := record.options.get("experts_from"):
+        is_list = isinstance(listed, list | tuple) and all(isinstance(one, str) for one in listed)
+        return f"experts are the FFNs of {', '.join(listed) if is_list else 'other models'}"
     return _WITHOUT_MAP.get(record.expansion_type)
 
 

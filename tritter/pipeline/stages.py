@@ -78,6 +78,7 @@ from tritter.training import (
 from tritter.training.callbacks import evaluation_flops
 from tritter.training.growth_scaling import GrowthScaling, width_factors
 from tritter.training.trainer import validation_metrics
+from tritter.transform.children import router_flops
 
 JUMP_SEQUENCES = 8
 ROUTER_WARMUP = 0.05
@@ -153,7 +154,7 @@ def expansion(context: RunContext, branch: Branch) -> StageResult:
         flops["validation"] = evaluation_flops(experts.reading_flops(before), text)
     flops["expand"] = context.scoring_flops(forward_flops(grown.config))
     passes = [forward_flops(each.config).of(tokens.shape[1]) for each in (source, grown)]
-    flops["expand"] += len(tokens) * sum(passes)
+    flops["expand"] += len(tokens) * sum(passes) + router_flops(made.plan)
     files = list[str]()
     if windows.is_longer(context, branch):
         readings = experts.reading_flops(before), forward_flops(grown.config)

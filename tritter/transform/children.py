@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
-from itertools import islice
+from itertools import combinations, islice
 from threading import Lock
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 
@@ -19,7 +20,13 @@ from tritter.checkpoints.record import LearnedDomain
 from tritter.checkpoints.run_text import domain_problem
 from tritter.core.expansions import BoundMoe, ExpansionSpec, Moe, children_place
 from tritter.core.expansions.moe_children import AVERAGE, KEY, SOURCE, Moments, router_rows
-from tritter.core.families import LogicalTensor, layout, position_limit
+from tritter.core.families import (
+    LogicalTensor,
+    family_of,
+    forward_flops,
+    layout,
+    position_limit,
+)
 from tritter.core.families.config_file import read_config_file
 from tritter.core.parameter_map import rounded_weight
 from tritter.data.sources import source_documents
@@ -39,7 +46,6 @@ _FROM = f"{KEY}.experts_from"
 _TOKENIZER = "tokenizer.json"
 # Keys of config.json that do not change the function
 _FREE = {"dtype", "torch_dtype", "transformers_version", "_name_or_path", "use_cache"}
-_domain_problem = cache(domain_problem)  # it reads all data
 ROUTER_TOKENS, ROUTER_LENGTH, _BATCH = 8192, 256, 8  # of each child's data
 
 
@@ -127,7 +133,7 @@ def _bind(spec: Moe, source: Source) -> BoundMoe:
     )
     if spec.router == "random":
         return replace(made, remarks=("router: random rows",))
-    problem = next(filter(None, map(_data_problem, children)), None)
+    problem = _data_problem(children) or _same_data(children)
     if problem is None:
         rows = _Rows(source, made)
         layers = range(source.family.dimensions(source.config).num_hidden_layers)
@@ -215,14 +221,25 @@ def _lineage_problem(child: Source, source: Source) -> str:
 # Router rows from data
 
 
-def _data_problem(child: OpenChild) -> str | None:
+def _data_problem(children: Sequence[OpenChild]) -> str | None:
     """Return the reason that the training data of a child can't be read, or None."""
-    lineage = child.source.lineage
-    if lineage is None or not child.domains or lineage.split is None:
-        return f"the lineage of {child.name} records no training data"
-    for name, domain in child.domains.items():
-        if reason := _domain_problem(domain):
-            return f"the data {name} of {child.name} can't be used: {reason}"
+    problem_of = cache(domain_problem)  # it reads all data; only now, since files can change
+    for child in children:
+        lineage = child.source.lineage
+        if lineage is None or not child.domains or lineage.split is None:
+            return f"the lineage of {child.name} records no training data"
+        for name, domain in child.domains.items():
+            if reason := problem_of(domain):
+                return f"the data {name} of {child.name} can't be used: {reason}"
+    return None
+
+
+def _same_data(children: Sequence[OpenChild]) -> str | None:
+    """Return the names of two children that no data can distinguish, or None."""
+    data = [{domain.sha256 for domain in child.domains.values()} for child in children]
+    for first, second in combinations(range(len(children)), 2):
+        if data[first] == data[second]:
+            return f"{children[first].name} and {children[second].name} learned the same data"
     return None
 
 
@@ -262,10 +279,16 @@ class _Rows:
 
     The hidden states are those of the dense model in between, whose FFNs are the mean of the
     experts: it is closer to the mixture than any child, and the same for all data.
+
+    Args:
+        source: the parent.
+        spec: the expansion.
+        lengths: sequence length → number of sequences that were read.
     """
 
     source: Source
     spec: BoundMoe
+    lengths: Counter[int] = field(default_factory=Counter)
     _lock: Lock = field(default_factory=Lock)
     _found: tuple[Tensor, ...] = ()
 
@@ -287,16 +310,25 @@ class _Rows:
 
     @torch.no_grad()
     def _computed(self) -> tuple[Tensor, ...]:
+        children = cast(tuple[OpenChild, ...], self.spec.experts)
+        if problem := _data_problem(children):  # it may have changed since the plan
+            raise RequestError(Problem(f"{KEY}.router", reason=problem))
         model, config = self._dense_model(), self.source.config
         length = min(ROUTER_LENGTH, position_limit(config) or ROUTER_LENGTH)
         size = self.source.family.dimensions(config).vocab_size
-        found = []
-        for child in self.spec.experts:
-            assert isinstance(child, OpenChild)
+        means: list[list[Tensor]] = []
+        within: list[Tensor] = []
+        for child in children:
             tokens = child_sequences(child, length=length, vocab_size=size)
-            found.append(ffn_moments(model, self._gates(), tokens))
-        of_layers = zip(*found, strict=True)
-        return tuple(router_rows(list(each)).float() for each in of_layers)
+            self.lengths[tokens.shape[1]] += len(tokens)
+            moments = ffn_moments(model, self._gates(), tokens)
+            means.append([each.mean for each in moments])
+            if not within:
+                within = [torch.zeros_like(each.products) for each in moments]
+            for total, each in zip(within, moments, strict=True):  # all children would not fit
+                total += each.covariance / len(children)
+        of_layers = zip(zip(*means, strict=True), within, strict=True)
+        return tuple(router_rows(torch.stack(each), total).float() for each, total in of_layers)
 
     def _gates(self) -> list[str]:
         """Return the module of each layer that reads the input of the FFN."""
@@ -335,6 +367,29 @@ def ffn_moments(model: nn.Module, modules: Sequence[str], tokens: Tensor) -> lis
     for hook in hooks:
         hook.remove()
     return [sums[name] for name in modules]
+
+
+def _router_data(plan: PlannedExpansion) -> Iterator[_Rows]:
+    """Yield what computes the router rows of a plan from data."""
+    for step in plan.steps:
+        rows = next(iter((getattr(step.spec, "routers", None) or {}).values()), None)
+        if isinstance(rows, _RowsOfLayer):
+            yield rows.of
+
+
+def router_bytes(plan: PlannedExpansion) -> int:
+    """Return the memory that router rows from data take: model, logits and covariances."""
+    sizes = family_of(plan.config).dimensions(plan.config)
+    logits = _BATCH * ROUTER_LENGTH * sizes.vocab_size
+    of_model = 4 * (plan.parameters_before + logits)  # float32
+    layers = sizes.num_hidden_layers + 1  # one more for the next sum
+    covariances = 2 * 8 * layers * sizes.hidden_size**2  # of one child, and the sum of all
+    return sum(of_model + covariances for _ in _router_data(plan))
+
+
+def router_flops(plan: PlannedExpansion) -> float:
+    """Return the FLOPs of the router rows that were computed from data."""
+    return sum(forward_flops(plan.config).of_all(each.lengths) for each in _router_data(plan))
 
 
 @dataclass(frozen=True, slots=True)

@@ -62,7 +62,7 @@ from tritter.storage.writer import (
     padded,
 )
 from tritter.transform.change import PlannedExpansion
-from tritter.transform.children import check_unchanged, with_children
+from tritter.transform.children import check_unchanged, router_bytes, with_children
 from tritter.transform.vocabulary import ExtendedTokenizerFile, bound, kept_in
 
 # Disk and memory requirements
@@ -379,7 +379,7 @@ def disk_needs(
         state=sum(e.num_bytes for e in others)
         + (kept_sequences.stat().st_size if kept_sequences.is_file() else 0),
         others=files + _BYTES_OF_RECORDS + _BYTES_OF_A_NAME * (len(weights) + len(others)),
-        in_flight=KEPT_BYTES + max(of_weights, of_state),
+        in_flight=KEPT_BYTES + max(of_weights + router_bytes(plan), of_state),
         process=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
     )
 

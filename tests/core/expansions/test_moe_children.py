@@ -17,14 +17,20 @@ from tests.oracle.children import child, parent
 from tests.oracle.families import tiny
 from tests.oracle.moe import PARTNERS
 from tritter.checkpoints import Source, lineage_of
-from tritter.checkpoints.record import ExpansionRecord
+from tritter.checkpoints.record import ExpansionRecord, LearnedDomain
 from tritter.checkpoints.state import read_state, write_state
 from tritter.core.expansions import Moe, MoeAdd, Width
-from tritter.core.expansions.moe_children import Moments, router_rows
+from tritter.core.expansions.moe_children import BoundMoe, Moments, router_rows
+from tritter.core.families import forward_flops, layout, position_limit
 from tritter.core.models import load_model, read_config
+from tritter.core.parameter_map import rounded_weight
 from tritter.core.stock_routers import Routing
+from tritter.data.documents import documents_digest
+from tritter.data.sources import source_documents
+from tritter.data.split import SplitRule
 from tritter.errors import RequestError
-from tritter.transform import expand, plan_expansion
+from tritter.transform import disk_needs, expand, plan_expansion
+from tritter.transform.children import OpenChild, child_sequences, router_flops
 
 SIZE, NAMES = 300, ("a", "b", "c")
 TOKENS = oracle.tokens(SIZE)
@@ -43,6 +49,18 @@ def family_of_models(folder: Path, family: str = "llama", **changes: Any) -> Pat
 def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     return family_of_models(tmp_path)
+
+
+def learned(place: Path, name: str, file: str, words: str) -> None:
+    """Write a child whose lineage records training on a file."""
+    lines = (" ".join(words[n % len(words) :: 1 + n % 3]) for n in range(40))
+    path = place / file
+    path.write_text("\n".join(f'{{"text": "{n} {line}"}}' for n, line in enumerate(lines)))
+    documents = source_documents((str(path),), key="data", text_field="text")
+    domain = LearnedDomain(paths=(str(path),), sha256=documents_digest(documents))
+    rule = SplitRule(seed=0, validation_fraction=0.1)
+    seed = sum(map(ord, name))
+    child(place / name, place / "base", seed=seed, domains={file: domain}, split=rule)
 
 
 def moe(*listed: str, **options: Any) -> Moe:
@@ -323,6 +341,12 @@ def test_the_place_among_expansions_and_a_live_model(base: Path) -> None:
 # The router
 
 
+def rows_of(samples: list[Tensor]) -> Tensor:
+    moments = [Moments.of(each) for each in samples]
+    within = torch.stack([each.covariance for each in moments]).mean(dim=0)
+    return router_rows(torch.stack([each.mean for each in moments]), within)
+
+
 def test_rows_are_a_linear_discriminant() -> None:
     """Against log densities of normal distributions, which an independent formula computes."""
     torch.manual_seed(0)
@@ -331,7 +355,7 @@ def test_rows_are_a_linear_discriminant() -> None:
     means = common + torch.randn(number, size).double()
     root = torch.randn(size, size).double() / size**0.5
     samples = [mean + torch.randn(count, size).double() @ root.T for mean in means]
-    rows = router_rows([Moments.of(each) for each in samples])
+    rows = rows_of(samples)
     centre = torch.stack([each.mean(dim=0) for each in samples]).mean(dim=0)
     assert (rows @ centre).abs().max() < 1e-9 * rows.norm() * centre.norm()
     normal = [torch.distributions.MultivariateNormal(m, root @ root.T) for m in means]
@@ -353,3 +377,77 @@ def test_moments_add_up() -> None:
     whole, parts = Moments.of(hidden), Moments.of(hidden[:3]) + Moments.of(hidden[3:])
     assert whole.count == parts.count == 10
     assert torch.allclose(whole.products, parts.products)
+
+
+def test_children_of_the_same_data_get_random_rows(base: Path, tmp_path: Path) -> None:
+    """Rows that distinguish them would be zero, so that a tie would always choose the same."""
+    for name, file in {"d": "x.jsonl", "e": "y.jsonl", "f": "x.jsonl"}.items():
+        learned(tmp_path, name, file, "the quick brown" if file[0] == "x" else "0123 45 6789")
+    made = expand(base, tmp_path / "mixed", [moe("d", "e")])
+    assert "router rows from training documents" in " ".join(made.steps[0].notes)
+    made = expand(base, tmp_path / "same", [moe("d", "e", "f")])
+    notes = " ".join(made.steps[0].notes)
+    assert "random rows, because d and f learned the same data" in notes
+    with pytest.raises(RequestError, match="d and f learned the same data; use random"):
+        plan_expansion(base, [moe("d", "e", "f", router="data")])
+
+
+def test_equal_rows_are_refused() -> None:
+    hidden = [torch.randn(50, 6).double() + 1 for _ in range(2)]
+    rows_of(hidden)
+    with pytest.raises(RequestError, match="on the data of two models are the same; use random"):
+        rows_of([*hidden, hidden[0] + 1e-9])
+
+
+def test_data_that_changed_gives_no_rows(base: Path, tmp_path: Path) -> None:
+    for name, words in {"d": "the quick brown", "e": "0123 45 6789"}.items():
+        learned(tmp_path, name, f"{name}.jsonl", words)
+    planned = plan_expansion(base, [moe("d", "e")])
+    (tmp_path / "e.jsonl").write_text('{"text": "other"}')
+    with pytest.raises(RequestError, match=r"the data e\.jsonl of e .* has changed since"):
+        expand(base, tmp_path / "mixed", planned)
+    assert not (tmp_path / "mixed").exists()
+    notes = plan_expansion(base, [moe("d", "e")]).steps[0].notes
+    assert "random rows, because the data e.jsonl of e can't be used" in " ".join(notes)
+
+
+def test_rows_of_three_children_are_those_of_their_moments(base: Path, tmp_path: Path) -> None:
+    """The sum over children, its FLOPs, and the memory that is promised."""
+    texts = {"d": "the quick brown", "e": "0123 45 6789", "f": "lazy dog jumps over"}
+    for name, words in texts.items():
+        learned(tmp_path, name, f"{name}.jsonl", words)
+    source = Source.open(base, read_config(base))
+    with_data = plan_expansion(source, [moe(*texts)])
+    random = plan_expansion(source, [moe(*texts, router="random")])
+    spec = with_data.steps[0].spec
+    assert isinstance(spec, BoundMoe) and spec.routers is not None
+    rows = spec.routers[1].read()
+    found, number = [], 0
+    model = load_model(base)
+    maps = spec.dense_map(source.family, source.config).tensors
+    for stored in layout(source.config, "live"):
+        value = stored.pack(lambda n: rounded_weight(maps[n], source.read, torch.float32))
+        model.get_parameter(stored.name).data.copy_(value)
+    for each in spec.experts:
+        assert isinstance(each, OpenChild)
+        tokens = child_sequences(each, length=position_limit(source.config) or 256, vocab_size=SIZE)
+        number += len(tokens)
+        with torch.no_grad():
+            inputs = ffn_inputs(model, tokens)
+        found.append(inputs.flatten(0, 1).double())
+    assert torch.allclose(rows, rows_of(found).float(), rtol=1e-4, atol=1e-6)
+    flops = forward_flops(source.config).of(tokens.shape[1])
+    assert router_flops(with_data) == number * flops and router_flops(random) == 0
+    more = disk_needs(source, with_data).in_flight - disk_needs(source, random).in_flight
+    layers = source.family.dimensions(source.config).num_hidden_layers
+    assert more > 4 * with_data.parameters_before + 2 * layers * 24 * 24 * 8
+
+
+def ffn_inputs(model: nn.Module, tokens: Tensor) -> Tensor:
+    """Return the inputs of the second layer's FFN."""
+    caught: list[Tensor] = []
+    module = model.get_submodule("model.layers.1.mlp")
+    hook = module.register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0]))
+    model(tokens)
+    hook.remove()
+    return caught[0]

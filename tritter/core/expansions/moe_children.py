@@ -26,6 +26,7 @@ KEY = "expansion.moe"
 AVERAGE, SOURCE = "average", "source"
 DEFAULT_NOISE = 0.01  # of copies
 _SHRINKAGE = 0.1  # of the covariance within the data of a child, towards a multiple of one
+_SAME_ROWS = 1e-6  # distance of two rows, as a share of the longest, with that of the mean state
 _NEEDS_CHILDREN = ("attention_from", "router", "expert_hashes")
 
 
@@ -218,13 +219,23 @@ class Moments:
         wide = hidden_ND.double()
         return cls(len(wide), wide.sum(dim=0), wide.T @ wide)
 
+    @property
+    def mean(self) -> Tensor:
+        """float64 [H]."""
+        return self.total / self.count
+
+    @property
+    def covariance(self) -> Tensor:
+        """float64 [H, H]."""
+        return self.products / self.count - self.mean.outer(self.mean)
+
     def __add__(self, other: Moments) -> Moments:
         return Moments(
             self.count + other.count, self.total + other.total, self.products + other.products
         )
 
 
-def router_rows(moments: list[Moments]) -> Tensor:
+def router_rows(means: Tensor, within: Tensor) -> Tensor:
     """Return router rows float64 [E, H] that distinguish the data of E children.
 
     They are those of a linear discriminant: the logits are log odds, up to a constant, that a
@@ -232,21 +243,23 @@ def router_rows(moments: list[Moments]) -> Tensor:
     mean hidden state.
 
     Args:
-        moments: of the inputs of one layer's FFN, a child each.
+        means: of the inputs of one layer's FFN, float64 [E, H].
+        within: mean of their covariances on the data of each child, float64 [H, H].
+
+    Raises:
+        RequestError: two rows are equal, so that the router could never tell two experts apart.
     """
     import torch
 
-    means = torch.stack([each.total / each.count for each in moments])  # [E, H]
     centre, size = means.mean(dim=0), means.shape[1]
-    within = sum(
-        (each.products / each.count - mean.outer(mean)) / len(moments)
-        for each, mean in zip(moments, means, strict=True)
-    )
-    assert isinstance(within, torch.Tensor)
     scale = within.diagonal().mean().clamp(min=1e-12)
     within = (1 - _SHRINKAGE) * within + _SHRINKAGE * scale * torch.eye(size).double()
     towards = torch.cat([means - centre, centre[None]])
     solved = torch.linalg.solve(within, towards.T).T  # [E + 1, H]
     rows, direction = solved[:-1], solved[-1]
     length = (direction @ centre).clamp(min=1e-12)
-    return rows - (rows @ centre / length)[:, None] * direction
+    rows = rows - (rows @ centre / length)[:, None] * direction
+    if torch.pdist(rows).min() <= _SAME_ROWS * solved.norm(dim=1).max():
+        reason = "the hidden states on the data of two models are the same; use random"
+        raise RequestError(Problem(f"{KEY}.router", reason=reason))
+    return rows
