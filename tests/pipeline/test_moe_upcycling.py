@@ -2,13 +2,17 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
 from tests import oracle
+from tests.pipeline.tiny import FIXTURES
+from tritter.checkpoints import lineage_of
 from tritter.pipeline import Outcome
+from tritter.pipeline.context import recorded_tokens
 
 Run = Callable[..., Outcome]
 
@@ -64,3 +68,22 @@ def test_without_noise_it_is_held_to_exactness(run_job: Run, tmp_path: Path) -> 
     (check,) = [check for check in summary["gate"] if check["check"] == "preservation"]
     assert check["verdict"] == "passed"
     assert check["bound"] is not None and check["value"] < check["bound"]
+
+
+def test_the_tokens_of_a_base_are_read_from_its_record() -> None:
+    lineage = lineage_of(FIXTURES / "finished/baseline")
+    made_from = lineage.training_config["made_from"]
+    base, data = made_from["pretraining"], made_from["data"]
+    steps = base["max_steps"] * data["batch_size"] * data["sequence_length"]
+    assert recorded_tokens(lineage) == steps
+
+    def tokens(**changes: object) -> float | None:
+        config = {"made_from": {**made_from, **changes}}
+        return recorded_tokens(replace(lineage, training_config=config))
+
+    trainer = {**made_from["trainer"], "accumulate_grad_batches": 3}
+    assert tokens(trainer=trainer) == 3 * steps
+    without = {key: value for key, value in base.items() if key != "max_steps"}
+    assert tokens(pretraining=without) is None
+    assert tokens(pretraining=None) is None
+    assert recorded_tokens(None) is None

@@ -1,5 +1,6 @@
 """The shared context of all stages: config, run folder, data and console."""
 
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -61,6 +62,7 @@ from tritter.errors import Problem, RequestError, TritterError, key_name
 from tritter.evaluation.statistics import score_file
 from tritter.evaluation.tasks import MetricTask, QuestionTask, Reader, ScoredTask, subject_of
 from tritter.limits import MAX_VOCABULARY
+from tritter.options import leaves
 from tritter.pipeline.branch import Branch
 from tritter.pipeline.ledger import Ledger, StageResult
 from tritter.pipeline.scoring import Scores, Scoring, benchmark_tasks, scores_text
@@ -718,8 +720,11 @@ def recorded_tokens(lineage: Lineage | None) -> float | None:
     made_from = lineage.training_config.get("made_from") if lineage is not None else None
     if not isinstance(made_from, Mapping):
         return None
-    training, data = made_from.get("pretraining", {}), made_from.get("data", {})
-    return float(training["max_steps"] * data["batch_size"] * data["sequence_length"])
+    found = {"trainer.accumulate_grad_batches": 1, **leaves(made_from)}
+    keys = ("pretraining.max_steps", "data.batch_size", "data.sequence_length")
+    counts = [found.get(key) for key in (*keys, "trainer.accumulate_grad_batches")]
+    numbers = [float(count) for count in counts if isinstance(count, int)]
+    return math.prod(numbers) if len(numbers) == len(counts) else None
 
 
 def recorded_chat(lineage: Lineage | None) -> ChatChoice:

@@ -13,17 +13,18 @@ one the law would put the paper's own 8x1B model 0.38 nats below its 1B model.
 
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf, log
 
 from tritter.core.expansions import Moe, target_config
-from tritter.core.expansions.partners import PARTNERS
+from tritter.core.expansions.partners import PARTNERS, SHARED
 from tritter.core.families import Config, count_parameters, training_flops
 from tritter.errors import RequestError
 from tritter.options import RunRequest
 
 LARGEST_MODEL = 1.5e9  # parameters of the dense model; the largest in the paper is 1B
 SMALLEST_MODEL = 44e6  # far below the paper's models: predictions would mean nothing
+_FITTED = "8 experts, 2 per token: copies of every FFN, none of them shared"
 _IRREDUCIBLE = 0.165
 _GRID = [10 ** (exponent / 50) for exponent in range(5 * 50, 16 * 50)]  # 0.1 M tokens to 10^16
 
@@ -65,12 +66,14 @@ class Upcycling:
         dense_tokens: D1.
         tokens: D2.
         cost: FLOPs per token of the result, as a multiple of the dense model's.
+        is_fitted: the law was fitted to such experts.
     """
 
     parameters: float
     dense_tokens: float
     tokens: float
     cost: float
+    is_fitted: bool = True
 
     @property
     def pays_from(self) -> float:
@@ -109,6 +112,8 @@ class Upcycling:
         )
         if self.parameters < SMALLEST_MODEL:
             return f"{budgets}; the scaling law of upcycling was not fitted to models this small"
+        if not self.is_fitted:
+            return f"{budgets}; the scaling law was fitted to {_FITTED}"
         low, high = self.pays_from, self.pays_until
         ranges = f"from {_count(low)} (below, the dense model is the better use)"
         ranges += f" to {_count(high)} (above, experts from scratch are)" if high < inf else ""
@@ -130,15 +135,16 @@ def upcycling_of(
     Raises:
         RequestError: the source can't become a model with experts.
     """
+    target = target_config(source, [spec])
     dense, sparse = (
-        training_flops(config).per_token(sequence_length)
-        for config in (source, target_config(source, [spec]))
+        training_flops(config).per_token(sequence_length) for config in (source, target)
     )
     return Upcycling(
         parameters=count_parameters(source),
         dense_tokens=dense_tokens,
         tokens=tokens,
         cost=sparse / dense,
+        is_fitted=target["model_type"] not in SHARED and _is_fitted(spec),
     )
 
 
@@ -195,9 +201,17 @@ def upcycling_notes(
         yield f"upcycling: {found.text}."
 
 
+def _is_fitted(spec: Moe) -> bool:
+    counts = {"num_experts": None, "experts_per_token": None}
+    is_plain = replace(spec, **counts, noise=Moe.noise, target=None) == Moe()
+    return is_plain and (spec.total_experts, spec.chosen_experts) == (8, 2)
+
+
 def _count(tokens: float) -> str:
     """Return a number of tokens with three digits."""
-    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if tokens >= size:
-            return f"{tokens / size:.3g} {unit}"
-    return f"{tokens:,.0f}"
+    if tokens > _GRID[-1]:
+        return "over 1,000 T"
+    power = 0
+    while tokens >= 999.5 and power < 4:
+        tokens, power = tokens / 1000, power + 1
+    return f"{tokens:,.3g} {' kMBT'[power]}".strip()
