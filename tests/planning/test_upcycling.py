@@ -104,6 +104,35 @@ def test_a_plan_has_one_for_models_with_a_partner() -> None:
     assert upcycling.planned(biased, **budget) is None  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("family", "options", "is_fitted"),
+    [
+        ("llama", {}, True),
+        ("llama", {"num_experts": 8, "experts_per_token": 2, "noise": 0.0}, True),
+        ("llama", {"target": "mixtral"}, True),
+        ("llama", {"num_experts": 64, "experts_per_token": 8}, False),
+        ("llama", {"num_experts": 4}, False),
+        ("llama", {"experts_per_token": 1}, False),
+        ("llama", {"granularity": 2}, False),
+        ("llama", {"granularity": 2, "num_experts": 8, "experts_per_token": 2}, False),
+        ("llama", {"reinit_fraction": 0.5}, False),
+        ("llama", {"target": "qwen2_moe"}, False),
+        ("llama", {"target": "qwen2_moe", "layers": (0, 1)}, False),
+        ("llama", {"experts_from": tuple("abcdefgh")}, False),
+        ("qwen2", {}, False),  # has a shared expert by default
+    ],
+)
+def test_other_experts_get_their_budgets_only(
+    family: str, options: dict[str, Any], is_fitted: bool
+) -> None:
+    base: Any = family_config(hidden_size=2048, layers=16)
+    base = {**base, "model_type": family}
+    (note,) = upcycling_notes(a_run([Moe(**options)]), base, 20 * B)
+    assert note.startswith("upcycling: 410 k tokens of upcycled training after 20 B of dense")
+    assert ("predicted to pay" in note) == is_fitted
+    assert ("was fitted to 8 experts, 2 per token" in note) == (not is_fitted)
+
+
 def a_run(expansion: list[Any]) -> Any:
     return SimpleNamespace(
         expansion=expansion,

@@ -144,7 +144,7 @@ def upcycling_of(
         dense_tokens=dense_tokens,
         tokens=tokens,
         cost=sparse / dense,
-        is_fitted=target["model_type"] not in SHARED and _is_fitted(spec),
+        is_fitted=_is_fitted(spec, target),
     )
 
 
@@ -201,10 +201,11 @@ def upcycling_notes(
         yield f"upcycling: {found.text}."
 
 
-def _is_fitted(spec: Moe) -> bool:
-    counts = {"num_experts": None, "experts_per_token": None}
-    is_plain = replace(spec, **counts, noise=Moe.noise, target=None) == Moe()
-    return is_plain and (spec.total_experts, spec.chosen_experts) == (8, 2)
+def _is_fitted(spec: Moe, target: Config) -> bool:
+    counts = (spec.total_experts, spec.chosen_experts)
+    plain = replace(Moe(), noise=spec.noise, target=spec.target)
+    given = replace(spec, num_experts=None, experts_per_token=None)
+    return counts == (8, 2) and given == plain and target["model_type"] not in SHARED
 
 
 def _count(tokens: float) -> str:
