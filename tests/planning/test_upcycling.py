@@ -105,6 +105,26 @@ def test_a_plan_has_one_for_models_with_a_partner() -> None:
 
 
 @pytest.mark.parametrize(
+    ("tokens", "text"),
+    [
+        (0.0, "0"),
+        (999.4, "999"),
+        (999.7, "1 k"),
+        (12_345.0, "12.3 k"),
+        (999.4e9, "999 B"),
+        (999.7e9, "1 T"),
+        (999.7e12, "1,000 T"),
+        (1e15, "1,000 T"),
+        (1.001e15, "over 1,000 T"),
+        (3.92e22, "over 1,000 T"),
+        (math.inf, "over 1,000 T"),
+    ],
+)
+def test_units_are_chosen_after_rounding(tokens: float, text: str) -> None:
+    assert of(tokens, parameters=1e6).text.startswith(f"{text} tokens of upcycled")
+
+
+@pytest.mark.parametrize(
     ("family", "options", "is_fitted"),
     [
         ("llama", {}, True),

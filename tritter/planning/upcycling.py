@@ -210,9 +210,9 @@ def _is_fitted(spec: Moe, target: Config) -> bool:
 
 def _count(tokens: float) -> str:
     """Return a number of tokens with three digits."""
-    if tokens > _GRID[-1]:
+    if tokens > 1e15:
         return "over 1,000 T"
-    power = 0
-    while tokens >= 999.5 and power < 4:
+    tokens, power = float(f"{tokens:.3g}"), 0
+    while tokens >= 1000 and power < 4:
         tokens, power = tokens / 1000, power + 1
-    return f"{tokens:,.3g} {' kMBT'[power]}".strip()
+    return f"{tokens:,.4g} {' kMBT'[power]}".strip()
