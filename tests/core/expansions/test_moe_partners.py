@@ -94,7 +94,13 @@ def test_dense_layers_of_a_sigmoid_model_come_first() -> None:
         ("llama", {"mlp_bias": True}, {"target": "glm4_moe"}, "has no bias there"),
         ("mistral", {"sliding_window": 4}, {"target": "glm4_moe"}, "has no window"),
         ("llama", {}, {"norm_topk_prob": False}, "mixtral always renormalises"),
-        ("llama", {}, {"norm_topk_prob": False, "target": "glm4_moe"}, "glm4_moe always"),
+        ("llama", {}, {"norm_topk_prob": False}, "use true, or expansion.moe.target=qwen2_moe"),
+        (
+            "qwen3",
+            {},
+            {"norm_topk_prob": False, "target": "glm4_moe"},
+            "Tritter does not support it for glm4_moe; use true, or expansion.moe.target=qwen3_moe",
+        ),
     ],
 )
 def test_refusals(source: str, options: dict[str, Any], spec: dict[str, Any], message: str) -> None:

@@ -26,6 +26,7 @@ from pydantic import Field
 
 from tritter.core.expansions.moe_children import DEFAULT_NOISE, check_children
 from tritter.core.expansions.partners import (
+    PARTNERS,
     SHARED,
     kind_of,
     partner_config,
@@ -152,9 +153,11 @@ class Moe:
             )
         dense_layers = self._dense_layers(dimensions.num_hidden_layers)
         if not self.norm_topk_prob and partner not in ("qwen2_moe", "qwen3_moe"):
-            reason = f"{partner} always renormalises; use true, or a Qwen model"
+            reason = "Tritter does not support it for glm4_moe; use true"
             if partner == "mixtral":
-                reason = f"{reason}, or {key_name('expansion.moe.target')}=qwen2_moe"
+                reason = "mixtral always renormalises; use true"
+            ways = {"qwen2_moe", "qwen3_moe"}.intersection(PARTNERS[family.model_type])
+            reason += "".join(f", or {key_name('expansion.moe.target')}={way}" for way in ways)
             raise refused("expansion.moe.norm_topk_prob", False, reason)
         counts = {"num_experts": total, "experts_per_token": chosen, "expert_size": size}
         changed = partner_config(family, config, partner, counts, dense_layers)
