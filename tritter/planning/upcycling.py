@@ -190,7 +190,7 @@ def upcycling_notes(
             "are not recorded. `tritter plan` with --source-tokens predicts whether it pays."
         )
         return
-    with suppress(RequestError):  # whether the run is possible is not for a note to say
+    with suppress(RequestError):  # a note never ends a run
         found = upcycling_of(
             target_config(source, config.expansion[:place]),  # the model that gets experts
             dense_tokens=dense_tokens,
