@@ -5,35 +5,36 @@ python experiments/2026-11-25_beginnings/summarise.py
 
 import csv
 import statistics
+from collections.abc import Iterable
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
 CONTROL = "all_weights"
-T_95 = {2: 4.303}  # Student's t for three seeds
+ARMS = (CONTROL, "dylora", "both", "starts")
+T_95 = {2: 4.303, 3: 3.182}  # Student's t for three and for four seeds
 
 
-def interval(values: list[float], digits: int) -> str:
-    """Return the mean of three seeds and its 95 % interval."""
+def interval(numbers: Iterable[float], digits: int) -> str:
+    """Return the mean and its 95 % interval."""
+    values = list(numbers)
     half = T_95[len(values) - 1] * statistics.stdev(values) / len(values) ** 0.5
-    return f"{statistics.mean(values):.{digits}f} ± {half:.{digits}f}"
+    return f"{statistics.mean(values):.{digits}f} ± {half:.{digits}f}".replace("-", "−")
 
 
 def main() -> None:
     with (FOLDER / "results.csv").open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    arms: dict[str, list[dict[str, str]]] = {}
-    for row in sorted(rows, key=lambda row: row["seed"]):
-        arms.setdefault(row["arm"], []).append(row)
-    control = [float(row["mean_of_new"]) for row in arms[CONTROL]]
-    for arm, own in arms.items():
-        prose = [float(row["prose_percent"]) for row in own]
-        new = [float(row["mean_of_new"]) for row in own]
-        paired = [one - other for one, other in zip(new, control, strict=True)]
-        seeds = ", ".join(f"{each:.2f}" for each in prose)
-        difference = "" if arm == CONTROL else interval(paired, 3)
+        rows = {(row["arm"], row["seed"]): row for row in csv.DictReader(file)}
+    for arm in ARMS:
+        own = {seed: row for (name, seed), row in sorted(rows.items()) if name == arm}
+        new = {seed: float(row["mean_of_new"]) for seed, row in own.items()}
+        control = {seed: float(rows[CONTROL, seed]["mean_of_new"]) for seed in own}
+        prose = [float(row["prose_percent"]) for row in own.values()]
+        difference = "" if arm == CONTROL else interval((new[s] - control[s] for s in own), 3)
+        flops = statistics.mean(float(row["tera_flops"]) for row in own.values())
         print(
-            f"| {arm} | {interval(prose, 2)} | {seeds} | {interval(new, 3)} | {difference} | "
-            f"{statistics.mean(float(row['tera_flops']) for row in own):.2f} |"
+            f"| {arm} | {len(own)} | {interval(prose, 2)} | "
+            f"{', '.join(f'{each:.2f}' for each in prose)} | {interval(new.values(), 3)} | "
+            f"{difference} | {flops:.2f} |"
         )
 
 
