@@ -40,6 +40,7 @@ VOCABULARY = "2026-11-24_vocabulary"
 CONTEXT = "2026-11-24_context"
 CHILDREN = "2026-11-24_experts_from_children"
 GROWTH_RATES = "2026-11-24_growth_rates"
+BEGINNINGS = "2026-11-25_beginnings"
 DEPTH_BY_CHOICE = "2026-11-24_depth_by_choice"
 MORE_UPCYCLING = "2026-11-24_more_upcycling"
 COMMANDS = re.findall(r"^python .*$", (FOLDER / "README.md").read_text("utf-8"), re.MULTILINE)
@@ -272,6 +273,13 @@ def test_width_moments_arms_run_and_copies_can_stay_copies(
     assert losses("net2net")[0] == pytest.approx(ungrown[0], abs=2e-4)
     assert losses("net2net")[1] < losses("net2net", factor="share")[1] - 1e-3
     assert abs(losses("random_padding", policy="zero", domain="code")[0] - ungrown[0]) > 1e-3
+
+
+def test_the_table_of_beginnings_is_that_of_its_results(capsys: pytest.CaptureFixture[str]) -> None:
+    importlib.import_module(f"experiments.{BEGINNINGS}.summarise").main()
+    readme = (FOLDER.parent / BEGINNINGS / "README.md").read_text(encoding="utf-8")
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4 and all(line in readme for line in lines)
 
 
 @pytest.mark.full
