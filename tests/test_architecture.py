@@ -90,7 +90,7 @@ RATCHET = {
     "integrations": (2, 778),
     "methods": (48, 12_449),
     "pipeline": (23, 6_895),
-    "planning": (9, 2_242),
+    "planning": (9, 2_243),
     "report": (14, 4_208),
     "storage": (10, 2_154),
     "training": (18, 5_349),

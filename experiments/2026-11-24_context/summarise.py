@@ -64,7 +64,7 @@ def values(
 def percent(after: Mapping[str, float], before: Mapping[str, float]) -> str:
     """Return the mean relative change in per cent with its 95 % interval, paired by seed."""
     found = [100 * (after[seed] / before[seed] - 1) for seed in after if seed in before]
-    return interval(found, "+.1f") + " %"
+    return interval(found, "+.1f").replace("-", "\N{MINUS SIGN}") + " %"
 
 
 def interval(values: Iterable[float], form: str = ".3f") -> str:

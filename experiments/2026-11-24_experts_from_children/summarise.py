@@ -66,9 +66,9 @@ def change(own: Losses, reference: Losses, domain: str) -> str:
     seeds = [seed for seed in own if seed in reference]
     found = [100 * (own[seed][domain] / reference[seed][domain] - 1) for seed in seeds]
     if len(found) < 2:
-        return f"{found[0]:+.1f} %"
+        return f"{found[0]:+.1f} %".replace("-", "\N{MINUS SIGN}")
     error = stdtrit(len(found) - 1, 0.975) * statistics.stdev(found) / len(found) ** 0.5
-    return f"{statistics.mean(found):+.1f} ± {error:.1f} %"
+    return f"{statistics.mean(found):+.1f} ± {error:.1f} %".replace("-", "\N{MINUS SIGN}")
 
 
 if __name__ == "__main__":

@@ -177,10 +177,11 @@ def test_other_tokens_per_batch_are_noted(words: tuple[str, ...], change: str, f
 @pytest.mark.full
 @pytest.mark.skipif(start_method("cpu") != "fork", reason="spawning takes seconds")
 def test_two_processes_train_on_long_windows(
-    run_tiny: Callable[..., Outcome], tmp_path: Path
+    run_tiny: Callable[..., Outcome], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     summary = job(run_tiny, tmp_path / "run", *DDP, "forgetting=replay")
     assert summary["windows"]["length"] == LONG and summary["attempts"][0]["steps"] == 6
+    assert "change the tokens per batch by +100%" in capsys.readouterr().out
 
 
 def test_data_that_is_too_small_is_refused_before_training(

@@ -227,8 +227,9 @@ def tokens_note(length: int, config: RunRequest) -> str:
     fits = next(size for size in larger if abs(change(size)) <= MUCH_OTHER_TOKENS)
     now = batch_size_at(length, config)
     return (
-        f"long windows change the tokens per batch by {found:+.0%} ({now} × {length} instead of "
-        f"{data.batch_size} × {data.sequence_length}); about as many: data.batch_size={fits}"
+        f"long windows change the tokens per batch by {found:+.0%} ({now} of {length} tokens "
+        f"instead of {data.batch_size} of {data.sequence_length}); about as many: "
+        f"data.batch_size={fits}"
     )
 
 

@@ -181,9 +181,9 @@ def test_moments_and_importances_are_carried(tmp_path: Path) -> None:
         (yarn(4.0, LENGTH), {}, "target_length = 256: its yarn already covers 256 tokens"),
         (yarn(4.0, 32), {"target_length": 128}, "already covers 128 tokens"),
         (yarn(32.0, 4096), {"target_length": 128}, "already covers 131072 tokens"),
-        (positions(MAX_POSITIONS // 2), {}, "4 × .* is the default; must be at most"),
-        (positions(MAX_POSITIONS), {}, "4 × .* is the default; must be at most"),
-        (positions(MAX_POSITIONS), {"target_length": MAX_POSITIONS}, "already has .*; must be more"),
+        (positions(MAX_POSITIONS // 2), {}, "default is 4 times .*; must be at most"),
+        (positions(MAX_POSITIONS), {}, "default is 4 times .*; must be at most"),
+        (positions(MAX_POSITIONS), {"target_length": MAX_POSITIONS}, "already has .*must be more"),
         ({"head_dim": 2}, {"method": "base"}, "more than 2 rotary dimensions"),
     ],
 )  # fmt: skip

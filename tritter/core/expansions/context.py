@@ -59,7 +59,7 @@ class Context:
             reason = f"the model already has {family.positions_key} = {old}; must be more"
             raise refused(f"{_KEY}.target_length", new, reason)
         if new > MAX_POSITIONS:  # the default
-            reason = f"{DEFAULT_FACTOR} × {old} is the default; must be at most {MAX_POSITIONS}"
+            reason = f"the default is {DEFAULT_FACTOR} times {old}; must be at most {MAX_POSITIONS}"
             raise refused(f"{_KEY}.target_length", new, reason)
         if max(windows) <= old:
             reason = f"all layers attend to the last {max(windows)} tokens, so no distance is new"
