@@ -130,12 +130,12 @@ def _bind(spec: Moe, source: Source) -> BoundMoe:
     else:
         shared = (children[spec.experts_from.index(spec.attention_from)],)
     same = shared or tuple(each for each in children if each.model_hash == _hash_of(source))
-    names = {name: _absolute(name) for name in spec.experts_from}
+    recorded = {name: _absolute(name) for name in spec.experts_from}
     options = replace(
         spec,
         expert_hashes=hashes,
-        experts_from=tuple(names.values()),
-        attention_from=names.get(spec.attention_from or "", spec.attention_from),
+        experts_from=tuple(recorded.values()),
+        attention_from=recorded.get(spec.attention_from or "", spec.attention_from),
     )
     made = BoundMoe(
         options=options,
@@ -398,7 +398,7 @@ def ffn_moments(model: nn.Module, modules: Sequence[str], tokens: Tensor) -> lis
 
 
 def _router_data(plan: PlannedExpansion) -> Iterator[_Rows]:
-    """Yield what computes the router rows of a plan from data."""
+    """Return the sources of router rows that a plan computes from data."""
     for step in plan.steps:
         rows = next(iter((getattr(step.spec, "routers", None) or {}).values()), None)
         if isinstance(rows, _RowsOfLayer):

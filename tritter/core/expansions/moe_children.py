@@ -249,7 +249,7 @@ def router_rows(means: Tensor, within: Tensor) -> Tensor:
         within: mean of their covariances on the data of each child, float64 [H, H].
 
     Raises:
-        RequestError: two rows are equal, so that the router could never tell two experts apart.
+        RequestError: two rows are equal, so that the router could never distinguish two experts.
     """
     import torch
 
