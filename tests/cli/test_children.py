@@ -32,7 +32,7 @@ def test_experts_from_children(run: Run, family: Path) -> None:
     assert run("history mixed --verify").code == 0
     assert snapshot(family / "base") == before
     assert run(f"{EXPAND} --output mixed --dry-run --attention-from a").code == 0
-    assert "map experts are the FFNs of a, b" in " ".join(run("inspect mixed").out.split())
+    assert "map experts are the FFNs of /" in " ".join(run("inspect mixed").out.split())
     shown = run("history mixed --recipe")
     assert shown.code == 0 and "experts_from" in shown.out and "expert_hashes" in shown.out
     recipe = family / "grow.yaml"
@@ -52,7 +52,7 @@ def test_experts_from_children(run: Run, family: Path) -> None:
         ("--experts-from a,b --router data", "--router = data: the lineage of a records no"),
         ("--experts-from a,b --router best", "--router = best"),
         ("--router data", "--router = data: it is an option of --experts-from, which is not set"),
-        ("--experts-from a,b --target-params 7B", "already has a target"),
+        ("--experts-from a,b --target-params 7B", "a target (experts_from [a, b])"),
     ],
 )
 def test_refusals_name_the_option(run: Run, family: Path, words: str, reason: str) -> None:

@@ -35,6 +35,7 @@ from tritter.data.tokens import read_tokenizer
 from tritter.errors import Problem, RequestError, TritterError
 from tritter.storage.hashing import file_digest, merkle_hash
 from tritter.storage.hub import locate
+from tritter.storage.reading import named_path
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -115,6 +116,10 @@ def _bind(spec: Moe, source: Source) -> BoundMoe:
     assert spec.experts_from is not None
     children = tuple(_open(name, source) for name in spec.experts_from)
     hashes = tuple(child.model_hash for child in children)
+    for first, second in combinations(children, 2):
+        if first.model_hash == second.model_hash:
+            reason = f"{first.name} and {second.name} are the same model; list it once"
+            raise RequestError(Problem(_FROM, list(spec.experts_from), reason=reason))
     if spec.expert_hashes not in (None, hashes):
         reason = f"the models in {_FROM} have other hashes: {', '.join(hashes)}"
         raise RequestError(Problem(f"{KEY}.expert_hashes", list(spec.expert_hashes), reason=reason))
@@ -124,10 +129,19 @@ def _bind(spec: Moe, source: Source) -> BoundMoe:
         shared = children
     else:
         shared = (children[spec.experts_from.index(spec.attention_from)],)
+    same = shared or tuple(each for each in children if each.model_hash == _hash_of(source))
+    recorded = {name: _absolute(name) for name in spec.experts_from}
+    options = replace(
+        spec,
+        expert_hashes=hashes,
+        experts_from=tuple(recorded.values()),
+        attention_from=recorded.get(spec.attention_from or "", spec.attention_from),
+    )
     made = BoundMoe(
-        options=replace(spec, expert_hashes=hashes),
+        options=options,
         experts=children,
         shared=shared,
+        kept=same[0] if len(same) == 1 else None,
         routers=None,
         remarks=(),
     )
@@ -144,6 +158,12 @@ def _bind(spec: Moe, source: Source) -> BoundMoe:
     if spec.router == "data":
         raise RequestError(Problem(f"{KEY}.router", "data", reason=f"{problem}; use random"))
     return replace(made, remarks=(f"router: random rows, because {problem}",))
+
+
+def _absolute(name: str) -> str:
+    """Return the path of a folder for the record, since a recipe may be used from another one."""
+    folder = named_path(name, key=_FROM)
+    return str(folder.absolute()) if folder.exists() else name
 
 
 def _open(name: str, source: Source) -> OpenChild:
@@ -207,10 +227,16 @@ def _lineage_problem(child: Source, source: Source) -> str:
         )
     hashes: set[str | None] = set()
     history = () if source.lineage is None else source.lineage.expansion_history
-    for link in read_chain(child.folder):
+    chain = read_chain(child.folder)
+    for link in chain:
         hashes.add(link.model_hash)
         if link.lineage is not None:
             hashes |= {link.lineage.parent_hash, link.lineage.base_model_hash}
+    if wanted not in hashes and chain[0].folder is None and chain[0].model_hash:
+        return (
+            f"its ancestor {chain[0].model_hash[:12]} was not found, so its lineage can't show "
+            "that it was trained from the source; put that folder next to it"
+        )
     if wanted not in hashes:
         return "its lineage does not contain the source: it was trained from another model"
     if len(child.lineage.expansion_history) != len(history):
@@ -296,9 +322,11 @@ class _Rows:
     def digest(self) -> str:
         """What determines the rows: the models, and the data of each."""
         parts = [_hash_of(self.source), str(ROUTER_TOKENS), str(ROUTER_LENGTH)]
-        parts += [str(self.spec.options.attention_from)]
-        for child in self.spec.experts:
-            assert isinstance(child, OpenChild)
+        shared, children = (
+            cast(tuple[OpenChild, ...], each) for each in (self.spec.shared, self.spec.experts)
+        )
+        parts += [str(self.spec.options.layers), *(each.model_hash for each in shared)]
+        for child in children:
             parts += [child.model_hash, *(each.sha256 for each in child.domains.values())]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
@@ -370,7 +398,7 @@ def ffn_moments(model: nn.Module, modules: Sequence[str], tokens: Tensor) -> lis
 
 
 def _router_data(plan: PlannedExpansion) -> Iterator[_Rows]:
-    """Yield what computes the router rows of a plan from data."""
+    """Return the sources of router rows that a plan computes from data."""
     for step in plan.steps:
         rows = next(iter((getattr(step.spec, "routers", None) or {}).values()), None)
         if isinstance(rows, _RowsOfLayer):

@@ -151,7 +151,11 @@ def test_equal_children_compute_the_function_of_the_parent(
     assert gap(model, stock(folder / "mixed")) < 1e-10
 
 
-def _same(value: Tensor, _: torch.Generator) -> Tensor:
+def _same(value: Tensor, generator: torch.Generator) -> Tensor:
+    """Reorder the neurons of FFNs: another model that computes the same function."""
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(generator.initial_seed()))
+    for dim in (dim for dim, size in enumerate(value.shape) if size == 40):
+        value = value.index_select(dim, order)
     return value
 
 
@@ -229,6 +233,11 @@ def _of_another(folder: Path, base: Path) -> None:
     child(folder, base, seed=9, parent_hash="0" * 64, base_model_hash="1" * 64, parent_path="../x")
 
 
+def _of_a_third(folder: Path, base: Path) -> None:
+    child(folder.parent / "third", base, seed=8, parent_hash=None, base_model_hash=None)
+    child(folder, folder.parent / "third", seed=9)
+
+
 def _expanded(folder: Path, base: Path) -> None:
     record = ExpansionRecord(
         timestamp="",
@@ -269,7 +278,8 @@ def _changed(folder: Path, base: Path) -> None:
     ("make", "reason"),
     [
         (_plain, "no tritter.json that shows"),
-        (_of_another, "does not contain the source"),
+        (_of_another, "its ancestor 000000000000 was not found, .* put that folder next to it"),
+        (_of_a_third, "does not contain the source"),
         (_expanded, "it was expanded"),
         (_wider, "other shapes"),
         (_other_tokens, "its tokenizer.json is not that of the source"),
@@ -284,6 +294,51 @@ def test_a_model_that_is_no_child_is_refused(
     with pytest.raises(RequestError, match=reason) as error:
         plan_expansion(base, [moe("a", "other")])
     assert "expansion.moe.experts_from" in str(error.value)
+
+
+def test_one_model_in_two_spellings_is_refused(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match=r"a and \./a are the same model; list it once"):
+        plan_expansion(base, [moe("a", "b", "./a")])
+    child(tmp_path / "same", base, seed=0, change=lambda value, _: value)
+    with pytest.raises(RequestError, match="base and same are the same model"):
+        plan_expansion(base, [moe("a", "base", "same")])
+
+
+def test_the_record_has_absolute_paths(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From another folder, a relative one could even be a hub id."""
+    made = expand(base, tmp_path / "mixed", [moe("./a", "b", attention_from="b")])
+    options = made.lineage.expansion_history[-1].options
+    listed = tuple(str(tmp_path / name) for name in "ab")
+    assert tuple(options["experts_from"]) == listed and options["attention_from"] == listed[1]
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    again = plan_expansion(base, [Moe(**options)])
+    assert again.parameter_map.digest() == made.plan.parameter_map.digest()
+
+
+def test_with_attention_of_the_source_the_parent_is_in_the_mixture(
+    base: Path, tmp_path: Path
+) -> None:
+    spec = moe("a", "base", attention_from="source", experts_per_token=1)
+    made = expand(base, tmp_path / "mixed", [spec])
+    assert "preserved only for base, if its" in " ".join(made.steps[0].notes)
+    mixed = stock(tmp_path / "mixed")
+    assert gap(load_model(base, dtype=torch.float64), routed_to(mixed, 1)) < 1e-10
+    notes = plan_expansion(base, [moe(attention_from="source")]).steps[0].notes
+    assert "preserved for no model in the list" in " ".join(notes)
+
+
+def test_dense_layers_follow_the_attention(base: Path) -> None:
+    """Also in the model whose hidden states give the router rows."""
+    source = Source.open(base, read_config(base))
+    chosen = moe(attention_from="source", layers=(0,), target="qwen2_moe")
+    spec = plan_expansion(source, [chosen]).steps[0].spec
+    assert isinstance(spec, BoundMoe)
+    maps = spec.dense_map(source.family, source.config).tensors
+    assert maps["layers.1.ffn.up"].source == "layers.1.ffn.up"
+    assert maps["layers.0.ffn.up"].source is None
 
 
 def test_tensors_that_changed_after_training_are_found(base: Path, tmp_path: Path) -> None:

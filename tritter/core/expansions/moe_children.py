@@ -94,6 +94,7 @@ class BoundMoe:
         options: of `Moe`, with `expert_hashes`.
         experts: the models whose FFNs become experts.
         shared: the models whose mean gives all other tensors; empty for the source.
+        kept: the model whose function the result has if all tokens go to its expert, if any.
         routers: layer → router rows [experts, hidden]; None for random rows.
         remarks: notes for people.
     """
@@ -101,6 +102,7 @@ class BoundMoe:
     options: Any
     experts: tuple[Child, ...]
     shared: tuple[Child, ...]
+    kept: Child | None
     routers: Mapping[int, OtherTensor] | None
     remarks: tuple[str, ...]
     name: ClassVar[str] = "moe"
@@ -151,7 +153,9 @@ class BoundMoe:
         """Return the map to the dense model in between: its FFNs are the mean of the experts."""
         tensors = {}
         for tensor in family.logical_tensors(config):
-            of = self.experts if tensor.kind.startswith("ffn.") else self.shared
+            has_experts = self.options.layers is None or tensor.layer in self.options.layers
+            is_mixed = has_experts and tensor.kind.startswith("ffn.")
+            of = self.experts if is_mixed else self.shared
             shape = family.shape(tensor, config)
             is_source = not of
             tensors[tensor.name] = (
@@ -162,15 +166,13 @@ class BoundMoe:
     def notes(self, family: Family, source: Config, target: Config) -> tuple[str, ...]:
         names = ", ".join(child.name for child in self.experts)
         if not self.shared:
-            shared, exact = "the source", ""
-        elif len(self.shared) > 1:
-            shared, exact = f"the average of {names}", ""
+            shared = "the source"
         else:
-            shared = exact = self.shared[0].name
+            shared = self.shared[0].name if len(self.shared) == 1 else f"the average of {names}"
         kept = (
-            f"only for {exact}, if its tokens are routed to its expert alone"
-            if exact
-            else ("for no model in the list")
+            f"only for {self.kept.name}, if its tokens are routed to its expert alone"
+            if self.kept
+            else "for no model in the list"
         )
         return (
             *self.options.notes(family, source, target),
@@ -247,7 +249,7 @@ def router_rows(means: Tensor, within: Tensor) -> Tensor:
         within: mean of their covariances on the data of each child, float64 [H, H].
 
     Raises:
-        RequestError: two rows are equal, so that the router could never tell two experts apart.
+        RequestError: two rows are equal, so that the router could never distinguish two experts.
     """
     import torch
 

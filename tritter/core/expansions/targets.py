@@ -123,8 +123,14 @@ def _max_size(size: int, limit: int, growth: int = _MAX_GROWTH) -> int:
 
 def _describe(spec: Any) -> str:
     names = ("target_layers", "drop_layers", "positions", "hidden_size", "num_experts")
-    values = {name: getattr(spec, name, None) for name in names}
-    return ", ".join(f"{name} {value}" for name, value in values.items() if value is not None)
+    values = {name: getattr(spec, name, None) for name in (*names, "experts_from")}
+    return ", ".join(
+        f"{name} {_plain(value)}" for name, value in values.items() if value is not None
+    )
+
+
+def _plain(value: object) -> str:
+    return f"[{', '.join(map(str, value))}]" if isinstance(value, tuple) else str(value)
 
 
 def growth_examples(config: Config) -> dict[str, tuple[ExpansionSpec, ...]]:
