@@ -18,7 +18,9 @@ def interval(numbers: Iterable[float], digits: int) -> str:
     """Return the mean and its 95 % interval."""
     values = list(numbers)
     half = T_95[len(values) - 1] * statistics.stdev(values) / len(values) ** 0.5
-    return f"{statistics.mean(values):.{digits}f} ± {half:.{digits}f}".replace("-", "\N{MINUS SIGN}")
+    return f"{statistics.mean(values):.{digits}f} ± {half:.{digits}f}".replace(
+        "-", "\N{MINUS SIGN}"
+    )
 
 
 def main() -> None:

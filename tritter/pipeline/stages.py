@@ -482,13 +482,13 @@ def evaluation(context: RunContext, branch: Branch) -> StageResult:
         flops += sum(sample.flops for sample in samples)
     read, used, lora_used = list[Tensor](), None, None
     if Routing.of(trained) is not None:
-        sequences = moe.usage_sequences(context)
-        used = moe_usage(trained.to(context.device), sequences)
-        read += sequences.values()
+        of_routers = moe.usage_sequences(context)
+        used = moe_usage(trained.to(context.device), of_routers)
+        read += of_routers.values()
     if mixture_on(trained) is not None:
-        sequences = experts.usage_sequences(context)
-        lora_used = expert_usage(trained.to(context.device), sequences)
-        read += sequences.values()
+        of_experts = experts.usage_sequences(context)
+        lora_used = expert_usage(trained.to(context.device), of_experts)
+        read += of_experts.values()
     trained.to("cpu")
     flops += sum(reading.of_all(lengths_of(context.document_mask, each)) for each in read)
     return StageResult(
