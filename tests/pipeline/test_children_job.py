@@ -13,6 +13,7 @@ from tests.pipeline.tiny import FIXTURES, TINY
 from tritter.checkpoints import Source, lineage_of
 from tritter.cli import main
 from tritter.config.launch.composition import load_config
+from tritter.core.families import forward_flops, position_limit
 from tritter.core.models import load_model, read_config
 from tritter.core.stock_routers import Routing
 from tritter.errors import RequestError
@@ -164,10 +165,21 @@ def test_documents_held_out_by_a_child_give_no_router_rows(place: Path) -> None:
     assert sum(one[:20] in text for one in kept) > 5
 
 
-def test_data_that_changed_gives_random_rows(place: Path, cache: Path, tmp_path: Path) -> None:
-    words = ("expansion.moe.router=random",)
-    summary = mixed(place, tmp_path / "random", cache, *words)
-    assert "router: random rows" in " ".join(summary["attempts"][0]["notes"])
+def test_random_rows_cost_less(place: Path, cache: Path, tmp_path: Path) -> None:
+    """The FLOPs of router rows from data: the base reads the sequences of each child."""
+    random = mixed(place, tmp_path / "random", cache, "expansion.moe.router=random")
+    assert "router: random rows" in " ".join(random["attempts"][0]["notes"])
+    with_data = mixed(place, tmp_path / "data", cache)
+    base = read_config(place / "base_run" / "baseline")
+    length, flops = min(256, position_limit(base) or 256), 0.0
+    for name in ("letters", "digits"):
+        folder = place / name / "checkpoint"
+        lineage, source = lineage_of(folder), Source.open(folder, read_config(folder))
+        child = OpenChild(name, source, lineage.model_hash, {name: lineage.domains[name]})
+        tokens = child_sequences(child, length=length, vocab_size=280)
+        flops += len(tokens) * forward_flops(base).of(tokens.shape[1])
+    more = with_data["flops"]["expand"] - random["flops"]["expand"]
+    assert more == pytest.approx(flops, rel=1e-9) and flops > 0
 
 
 @pytest.mark.parametrize(
