@@ -52,13 +52,12 @@ def test_some_layers_and_every_option(run: Run, sources: Path, tmp_path: Path) -
     line = line.replace("--granularity 2 ", "")
     content = run(f"{line} --output {tmp_path / 'grown'}").json
     (step,) = content["steps"]
+    typed = {"num_experts": 6, "experts_per_token": 4, "noise": 0.02, "reinit_fraction": 0.5}
+    typed |= {"granularity": 1, "layers": [0, 2]}
     assert step["options"] == {
-        "num_experts": 6,
-        "experts_per_token": 4,
-        "noise": 0.02,
-        "reinit_fraction": 0.5,
-        "granularity": 1,
-        "layers": [0, 2],
+        **typed,
+        **dict.fromkeys(("attention_from", "expert_hashes", "experts_from", "router", "target")),
+        "norm_topk_prob": True,
     }
     assert not step["is_exact"]
     model = load_model(tmp_path / "grown")
