@@ -23,6 +23,7 @@ from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerF
 
 from tests import oracle
 from tritter.core.expansions import Layers, LlamaPro, Moe, Vocab, Width
+from tritter.data.vocabulary import pursuit_rows
 from tritter.transform.folder import expand
 
 pytestmark = pytest.mark.full
@@ -281,3 +282,17 @@ def test_llama_cpp_reads_new_tokens(place: Path, llama_cpp: Any) -> None:
     assert model.tokenize(text.encode(), add_bos=int(ids[0, 0]) == 1) == ids[0].tolist()
     found, expected = (logits_of(llama_cpp, path, ids), oracle.logits(oracle.stock(grown), ids))
     assert (found - expected).square().mean().sqrt() < 2e-3 * expected.std()
+
+
+def test_rows_by_matching_pursuit_are_those_of_tokensurgeon() -> None:
+    omp = pytest.importorskip("mergekit.tokensurgeon.omp")
+    generator = torch.Generator().manual_seed(0)
+    targets, dictionary = torch.randn(72, 24, generator=generator).split([12, 60])
+    # Of equal length: tokensurgeon compares products, Tritter cosines
+    dictionary = torch.nn.functional.normalize(dictionary, dim=1)
+    numbers = [7 * place for place in range(60)]
+    found = pursuit_rows(targets, dictionary, numbers, size=6)
+    chosen, factors = omp.batch_omp(targets.double(), dictionary.double(), 6)
+    for row, places, weights in zip(found, chosen.tolist(), factors.tolist(), strict=True):
+        assert list(row) == [numbers[place] for place in places]
+        assert list(row.values()) == pytest.approx(weights, rel=1e-5)
