@@ -499,7 +499,8 @@ def test_documented_commands_are_accepted(
     datasets.DatasetDict(train=rows, test=rows).save_to_disk(grown / "saved")
     (grown / "rows.csv").write_text("text\na\n")
     monkeypatch.setattr(data_sets, "_of_hub", lambda source: source)  # no network
-    (grown / "notes.jsonl").write_text('{"text": "a"}\n')
+    for name in ("notes", "code", "maths"):
+        (grown / f"{name}.jsonl").write_text('{"text": "a"}\n')
     (grown / "chats.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
     (grown / "own.jinja").write_text("{{ messages }}")
     config = json.loads((grown / "base/config.json").read_text())
