@@ -99,11 +99,6 @@ class Upcycling:
         return self.pays_from <= self.tokens <= self.pays_until
 
     @property
-    def is_within(self) -> bool:
-        """The dense model has a size to which the law was fitted."""
-        return SMALLEST_MODEL <= self.parameters <= LARGEST_MODEL
-
-    @property
     def text(self) -> str:
         """One line with both budgets and the prediction."""
         budgets = (
@@ -120,7 +115,8 @@ class Upcycling:
         if low >= high:
             ranges = "at no number of tokens"
         verdict = "is predicted to pay" if self.pays else "is not predicted to pay"
-        more = "" if self.is_within else "; extrapolated, the law was fitted to at most 8x1B"
+        is_larger = self.parameters > LARGEST_MODEL
+        more = "; extrapolated, the law was fitted to at most 8x1B" if is_larger else ""
         return f"{budgets} {verdict}; it pays {ranges}{more}"
 
     def _upcycled(self, tokens: float) -> float:

@@ -14,11 +14,8 @@ if TYPE_CHECKING:
     from tritter.core.parameter_map import ParameterMap
 
 
-_KEEPING_AXES = (
-    "depth",
-    "vocab",
-    "context",
-)  # need not know the axes of a model type without a table
+# Types that need not know the axes of a model type without a table
+_KEEPING_AXES = ("depth", "vocab", "context")
 
 
 class ExpansionSpec(Protocol):
