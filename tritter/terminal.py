@@ -43,12 +43,12 @@ def _visible(char: str) -> str:
     return char if char.isprintable() else ascii(char)[1:-1]
 
 
-def say(text: str, *, is_error: bool = False) -> None:
-    """Print a line, escaped for the encoding of the terminal."""
+def say(text: str, *, is_error: bool = False, end: str = "\n") -> None:
+    """Print a line, or a text with another end, escaped for the encoding of the terminal."""
     stream = sys.stderr if is_error else sys.stdout
     try:
         encoding = getattr(stream, "encoding", None) or "utf-8"
-        print(_encodable(harmless(text), encoding), file=stream, flush=True)
+        print(_encodable(harmless(text), encoding), file=stream, end=end, flush=True)
     except BrokenPipeError as error:
         raise Stopped(signal.SIGPIPE) from error
 

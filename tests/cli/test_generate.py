@@ -1,15 +1,20 @@
 """`tritter generate`: what stock transformers would say."""
 
+import io
 import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models
 from transformers import AutoTokenizer
 
 from tests.cli.conftest import Run
+from tests.oracle import chat as chat_oracle
 from tests.oracle import stock
+from tritter.cli.generate import _Shown
+from tritter.evaluation.inference import continued_text
 
 
 def _greedy(folder: Path, prompt: str, steps: int) -> str:
@@ -130,3 +135,107 @@ def test_settings_that_transformers_fails_over_are_told(
     path.write_text(json.dumps(settings | change))
     result = run("generate --checkpoint base --prompt the --max-new-tokens 2")
     assert result.code in (1, 2) and said in result.err
+
+
+@pytest.fixture
+def chat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A chat checkpoint in the working folder."""
+    monkeypatch.chdir(tmp_path)
+    return chat_oracle.checkpoint(Path("chat"))
+
+
+def _answer(folder: Path, messages: list[dict[str, str]], steps: int) -> str:
+    """Return the answer of stock transformers."""
+    model, tokenizer = stock(folder), AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")
+    made = model.generate(**ids, max_new_tokens=steps, do_sample=False)
+    text = tokenizer.decode(made[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
+    return str(text).rstrip("\ufffd")  # a part of a character
+
+
+def test_a_message_is_rendered_and_answered(run: Run, chat: Path) -> None:
+    messages = [{"role": "system", "content": "Keep."}, {"role": "user", "content": "Who are you?"}]
+    words = "generate chat --chat --max-new-tokens 9 --system Keep. --prompt"
+    result = run(f"{words.replace('--prompt', '')} --json --prompt", "Who are you?")
+    assert result.code == 0, result.err
+    assert result.json["text"] == _answer(chat, messages, 9)
+    assert result.json["finish_reason"] == "length" and result.json["num_new_tokens"] == 9
+    shown = run(words, "Who are you?")
+    assert shown.out == result.json["text"] + "\n" != "\n"
+    assert "cut after 9 tokens" in shown.err
+
+
+def test_turns_at_a_terminal_keep_their_history(
+    run: Run, chat: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = iter(["Who are you?", "a gate", ""])
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
+    monkeypatch.setattr("builtins.input", lambda _: next(lines))
+    result = run("generate chat --chat --max-new-tokens 5")
+    assert result.code == 0, result.err
+    messages, answers = [], []
+    for text in ("Who are you?", "a gate"):
+        messages.append({"role": "user", "content": text})
+        answers.append(_answer(chat, messages, 5))
+        messages.append({"role": "assistant", "content": answers[-1]})
+    assert result.out == "".join(f"{each}\n" for each in answers)
+
+
+@pytest.mark.parametrize("end", ["template", "generation_config"])
+def test_an_answer_stops_at_every_end_token(run: Run, chat: Path, end: str) -> None:
+    model = stock(chat)
+    with torch.no_grad():
+        model.model.norm.weight.zero_()  # equal logits: token 0, <|im_end|>, is always written
+    model.config.eos_token_id = model.generation_config.eos_token_id = 3
+    if end == "generation_config":  # of a template without an end of turn
+        model.generation_config.eos_token_id = [3, 0]
+    model.save_pretrained(chat)
+    template = None if end == "template" else "{{ messages[0]['content'] }}"
+    tokenizer = AutoTokenizer.from_pretrained(chat)
+    tokenizer.eos_token = "<|pad|>"
+    tokenizer.chat_template = template or tokenizer.chat_template
+    tokenizer.save_pretrained(chat)
+    result = run("generate chat --chat --json --prompt hello").json
+    assert (result["text"], result["num_new_tokens"], result["finish_reason"]) == ("", 1, "stop")
+
+
+def test_a_prompt_comes_from_standard_input(
+    run: Run, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = run("generate base --max-new-tokens 5 --prompt", "the model").out
+    for words in ("", "--prompt -"):
+        monkeypatch.setattr("sys.stdin", io.StringIO("the model\n"))
+        assert run(f"generate base --max-new-tokens 5 {words}").out == expected
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    result = run("generate base")
+    assert result.code == 2 and "Missing --prompt" in result.err
+
+
+def test_a_conversation_needs_a_template(run: Run, place: Path, chat: Path) -> None:
+    chat.joinpath("chat_template.jinja").write_text("{{ raise_exception('no system') }}")
+    result = run("generate chat --chat --system keep --prompt a")
+    assert result.code == 2 and "no system" in result.err and "without --system" in result.err
+    result = run(f"generate {place / 'base'} --chat --prompt a")
+    assert result.code == 2 and "no chat template" in result.err
+    result = run("generate chat --system keep --prompt a")
+    assert result.code == 2 and "--system = keep: requires --chat" in result.err
+    result = run("generate chat --prompt a --max-new-tokens 1")
+    assert result.code == 0 and "--chat sends a message" in result.err
+
+
+def test_a_part_of_a_character_waits_for_the_rest(capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer = chat_oracle.tokenizer()
+    ids = tokenizer.encode("a 猫<|im_end|>", add_special_tokens=False)
+    shown = _Shown(lambda new: continued_text(tokenizer.decode, [], new), {ids[-1]})
+    shown.put(torch.tensor([[1, 2]]))  # the prompt
+    seen = []
+    for token in ids:
+        shown.put(torch.tensor([token]))
+        seen.append(capsys.readouterr().out)
+    assert "".join(seen) == "a 猫" and set(seen) <= {"a", " ", "a ", "", "猫"}
+
+
+def test_a_continuation_keeps_its_space() -> None:
+    inner = Tokenizer(models.WordLevel({"▁a": 0, "▁b": 1}, unk_token="▁a"))
+    inner.decoder = decoders.Metaspace()
+    assert inner.decode([1]) == "b" and continued_text(inner.decode, [0], [1, 0]) == " b a"

@@ -1,92 +1,368 @@
-"""`tritter generate`: generate text from a prompt with stock transformers."""
+"""`tritter generate`: generate text from a prompt or in a conversation with stock transformers."""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from tritter.cli.options import AsJson, Checkpoint, Seed, option
-from tritter.cli.output import new_console, print_json, refuse_damage
-from tritter.errors import RequestError, TritterError
+from tritter.cli.options import AsJson, Checkpoint, Seed, flag, option
+from tritter.cli.output import print_json, refuse_damage
+from tritter.errors import Problem, RequestError, TritterError
 from tritter.limits import MAX_NEW_TOKENS
 from tritter.loading import loading
 from tritter.storage.hub import locate
 from tritter.storage.tensors import WEIGHT_DTYPES
+from tritter.terminal import say
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
+_NEW_TOKENS, _ANSWER_TOKENS = 50, 512  # defaults without and with --chat
+_STANDARD_INPUT = "-"
 
 
 def generate(
     checkpoint: Checkpoint,
-    prompt: Annotated[str, option("--prompt", "TEXT", "Text to continue.")],
-    max_new_tokens: Annotated[
-        int,
+    prompt: Annotated[
+        str | None,
         option(
-            "--max-new-tokens", "N", "Maximum number of new tokens.", least=1, most=MAX_NEW_TOKENS
+            "--prompt",
+            "TEXT",
+            "Text to continue. Default, or -: standard input; with --chat at a terminal, turn by "
+            "turn.",
+            shows_default=False,
         ),
-    ] = 50,
+    ] = None,
+    chat: Annotated[
+        bool, flag("--chat", "Render the prompt with the checkpoint's chat template, and answer.")
+    ] = False,
+    system: Annotated[
+        str | None, option("--system", "TEXT", "System message of the conversation, with --chat.")
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None,
+        option(
+            "--max-new-tokens",
+            "N",
+            f"Maximum number of new tokens. Default: {_NEW_TOKENS}; with --chat: {_ANSWER_TOKENS}; "
+            "less if the model has fewer positions left.",
+            least=1,
+            most=MAX_NEW_TOKENS,
+            shows_default=False,
+        ),
+    ] = None,
     temperature: Annotated[
         float, option("--temperature", "X", "Sampling temperature; 0: greedy decoding.", least=0)
     ] = 0.0,
     seed: Seed = 0,
     as_json: AsJson = False,
 ) -> int:
-    """Generate text from a prompt with a checkpoint, in stock transformers."""
-    with loading("transformers"):
-        import torch
+    """Generate text from a prompt or in a conversation, in stock transformers.
 
+    tritter generate base --prompt "The class"
+    """
+    if system is not None and not chat:
+        raise RequestError(Problem("--system", system, reason="requires --chat"))
+    is_conversation = chat and prompt is None and sys.stdin.isatty()
+    if is_conversation and as_json:
+        raise RequestError("--json prints one answer: set its --prompt, or pipe it.")
+    text = "" if is_conversation else _prompt_text(prompt)
+    with loading("transformers"):
         from tritter.core.families import position_limit
-        from tritter.core.families.config_file import errors_as
-        from tritter.core.models import load_tokenizer, non_finite_tensors, read_config
-        from tritter.methods.experts.whole import load_whole
+        from tritter.core.models import read_config
 
     with refuse_damage():
         folder = locate(checkpoint, key="--checkpoint")
-        config = read_config(folder)
-        if not any((folder / name).is_file() for name in _TOKENIZERS):
-            raise RequestError(
-                f"{folder} contains no tokenizer ({', '.join(_TOKENIZERS)}); generate needs one."
-            )
-        tokenizer = load_tokenizer(folder)
-        with errors_as(f"{folder} contains no usable tokenizer"):
-            input_ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
-        num_tokens, positions = input_ids.shape[-1], position_limit(config)
-        if num_tokens == 0:
-            raise RequestError("--prompt = (empty): the prompt must have at least one token.")
-        if positions is not None and num_tokens + max_new_tokens > positions:
-            room = positions - num_tokens
-            allowed = f"at most {room}" if room > 0 else "a shorter --prompt"
-            raise RequestError(
-                f"--max-new-tokens = {max_new_tokens}: the prompt has {num_tokens} tokens and the "
-                f"model supports {positions} positions; {allowed}."
-            )
-        is_known = config.get("dtype") in WEIGHT_DTYPES
-        dtype = getattr(torch, str(config["dtype"])) if is_known else torch.float32
-        model = load_whole(folder, dtype=dtype)
-        if broken := non_finite_tensors(model):
-            more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
-            raise RequestError(
-                f"{folder}: {broken[0]}{more} has values that are not finite (NaN or infinity). "
-                "Use an earlier checkpoint."
-            )
-    with errors_as(f"transformers can't generate from {folder}"):
-        new_ids = continuation(
-            model,
-            input_ids,
+        config, tokenizer = read_config(folder), _read_tokenizer(folder, needs_template=chat)
+        writer = _Writer(
+            folder,
+            tokenizer,
+            positions=position_limit(config),
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             seed=seed,
-            pad_token_id=tokenizer.eos_token_id,
         )
-    text = tokenizer.decode(new_ids, skip_special_tokens=True)
+        # The length of a prompt is checked before the model is loaded
+        first = None
+        if not is_conversation:
+            first = writer.rendered(_messages(system, text)) if chat else writer.encoded(text)
+            writer.room(first)
+        if tokenizer.chat_template is not None and not chat:
+            say(f"note: {folder} has a chat template; --chat sends a message.", is_error=True)
+        model = _read_model(folder, config)
+    if first is None:
+        _converse(writer, model, system)
+        return 0
+    written = writer.write(model, first, is_chat=chat, is_shown=not as_json, start=text)
     if as_json:
-        numbers = {"num_new_tokens": len(new_ids), "temperature": temperature, "seed": seed}
-        print_json({"prompt": prompt, "text": text, **numbers})
-    else:
-        new_console().print(prompt + text, soft_wrap=True)
+        print_json({"prompt": text, **written.record(), "temperature": temperature, "seed": seed})
     return 0
+
+
+def _prompt_text(prompt: str | None) -> str:
+    """Return the prompt, from standard input without `--prompt`.
+
+    Raises:
+        RequestError: standard input is a terminal or no text, or the prompt is empty.
+    """
+    if prompt is None and sys.stdin.isatty():
+        raise RequestError("Missing --prompt TEXT: set it, pipe it, or chat with --chat.")
+    if prompt in (None, _STANDARD_INPUT):
+        try:
+            prompt = sys.stdin.read().removesuffix("\n")
+        except UnicodeDecodeError as error:
+            raise RequestError(f"--prompt: standard input is not text ({error}).") from error
+    if not prompt:
+        raise RequestError("--prompt = (empty): the prompt must have at least one token.")
+    return prompt
+
+
+def _messages(system: str | None, text: str) -> list[dict[str, str]]:
+    before = [] if system is None else [{"role": "system", "content": system}]
+    return [*before, {"role": "user", "content": text}]
+
+
+def _read_tokenizer(folder: Path, *, needs_template: bool) -> Any:
+    """Return a checkpoint's tokenizer.
+
+    Raises:
+        RequestError: there is none, or it has no chat template although one is needed.
+    """
+    from tritter.core.models import load_tokenizer
+
+    if not any((folder / name).is_file() for name in _TOKENIZERS):
+        raise RequestError(
+            f"{folder} contains no tokenizer ({', '.join(_TOKENIZERS)}); generate needs one."
+        )
+    tokenizer = load_tokenizer(folder)
+    if needs_template and tokenizer.chat_template is None:
+        raise RequestError(
+            f"--chat: {folder} has no chat template (chat_template.jinja), so it is not a chat "
+            "model; leave --chat out to continue a text."
+        )
+    return tokenizer
+
+
+def _read_model(folder: Path, config: dict[str, Any]) -> nn.Module:
+    """Return a checkpoint's model with its experts.
+
+    Raises:
+        RequestError: weights are not finite.
+    """
+    import torch
+
+    from tritter.core.models import non_finite_tensors
+    from tritter.methods.experts.whole import load_whole
+
+    is_known = config.get("dtype") in WEIGHT_DTYPES
+    dtype = getattr(torch, str(config["dtype"])) if is_known else torch.float32
+    model = load_whole(folder, dtype=dtype)
+    if broken := non_finite_tensors(model):
+        more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
+        raise RequestError(
+            f"{folder}: {broken[0]}{more} has values that are not finite (NaN or infinity). "
+            "Use an earlier checkpoint."
+        )
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+def _converse(writer: _Writer, model: nn.Module, system: str | None) -> None:
+    """Answer turn by turn, until an empty line or the end of the input."""
+    say(f"Chat with {writer.folder}: an empty line or Ctrl-D ends it.", is_error=True)
+    messages: list[dict[str, str]] = []
+    while text := _read_line():
+        messages += _messages(None if messages else system, text)
+        ids = writer.rendered(messages)
+        written = writer.write(model, ids, is_chat=True, is_shown=True)
+        messages.append({"role": "assistant", "content": written.text})
+
+
+def _read_line() -> str:
+    try:
+        return input("> ").strip()
+    except EOFError:
+        say("")
+        return ""
+
+
+@dataclass(frozen=True, slots=True)
+class _Written:
+    """New text.
+
+    Args:
+        text: the text.
+        num_tokens: number of new tokens.
+        is_complete: the model ended it, rather than the limit of tokens.
+    """
+
+    text: str
+    num_tokens: int
+    is_complete: bool
+
+    def record(self) -> dict[str, Any]:
+        reason = "stop" if self.is_complete else "length"
+        return {"text": self.text, "num_new_tokens": self.num_tokens, "finish_reason": reason}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Writer:
+    """Tokenizer and options of generation.
+
+    Args:
+        folder: the checkpoint, for messages.
+        tokenizer: its tokenizer, of transformers.
+        positions: number of positions of the model; None is unlimited.
+        max_new_tokens: limit of new tokens; None is the default.
+        temperature: of sampling; 0 decodes greedily.
+        seed: of sampling.
+    """
+
+    folder: Path = field(kw_only=False)
+    tokenizer: Any = field(kw_only=False)
+    positions: int | None
+    max_new_tokens: int | None
+    temperature: float
+    seed: int
+
+    def encoded(self, text: str) -> Tensor:
+        """Return the tokens of a text, int64 [1, T], with those that the tokenizer adds."""
+        from tritter.core.families.config_file import errors_as
+
+        with errors_as(f"{self.folder} contains no usable tokenizer"):
+            ids: Tensor = self.tokenizer(text, return_tensors="pt")["input_ids"]
+        return ids
+
+    def rendered(self, messages: list[dict[str, str]]) -> Tensor:
+        """Return the tokens of a conversation with the prompt for an answer, int64 [1, T].
+
+        Raises:
+            RequestError: the template fails.
+        """
+        try:
+            ids: Tensor = self.tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )["input_ids"]
+        # Templates come from a checkpoint and raise errors of any kind
+        except Exception as error:
+            message = " ".join(str(error).split())[:300] or type(error).__name__
+            has_system = messages[0]["role"] == "system"
+            advice = "; try without --system" if has_system else ""
+            raise RequestError(
+                f"--chat: the chat template of {self.folder} fails ({message}){advice}."
+            ) from error
+        return ids
+
+    def room(self, ids: Tensor, *, default: int = 1) -> int:
+        """Return the limit of new tokens after a prompt.
+
+        Args:
+            ids: the prompt, int64 [1, T].
+            default: the limit without `--max-new-tokens`, if the model has that many positions.
+
+        Raises:
+            RequestError: the prompt is empty, or there are not enough positions.
+        """
+        num_tokens, limit = ids.shape[-1], self.max_new_tokens or 1
+        if num_tokens == 0:
+            raise RequestError("--prompt = (empty): the prompt must have at least one token.")
+        room = None if self.positions is None else self.positions - num_tokens
+        if room is not None and room < limit:
+            allowed = f"at most {room}" if room > 0 else "a shorter --prompt"
+            raise RequestError(
+                f"--max-new-tokens = {limit}: the prompt has {num_tokens} tokens and the model "
+                f"supports {self.positions} positions; {allowed}."
+            )
+        return self.max_new_tokens or min(default, room or default)
+
+    def write(
+        self, model: nn.Module, ids: Tensor, *, is_chat: bool, is_shown: bool, start: str = ""
+    ) -> _Written:
+        """Continue a prompt, and print the text token by token.
+
+        Args:
+            model: the model.
+            ids: the prompt, int64 [1, T].
+            is_chat: the prompt ends where an answer begins.
+            is_shown: print the text.
+            start: text to print before that of a continuation.
+        """
+        from tritter.core.families.config_file import errors_as
+        from tritter.data.chat import end_of_turn_ids
+        from tritter.evaluation.inference import continued_text
+
+        prompt = [] if is_chat else ids[0].tolist()
+        limit = self.room(ids, default=_ANSWER_TOKENS if is_chat else _NEW_TOKENS)
+
+        def decode(tokens: list[int]) -> str:
+            return str(
+                self.tokenizer.decode(
+                    tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
+                )
+            )
+
+        def text_of(new: list[int]) -> str:
+            return continued_text(decode, prompt, new)
+
+        ends = {self.tokenizer.eos_token_id, *_ends_of(model)} - {None}
+        ends |= set(end_of_turn_ids(self.tokenizer)) if is_chat else set()
+        shown = _Shown(text_of, ends)
+        if is_shown:
+            say("" if is_chat else start, end="")
+        with errors_as(f"transformers can't generate from {self.folder}"):
+            new = continuation(
+                model,
+                ids,
+                max_new_tokens=limit,
+                temperature=self.temperature,
+                seed=self.seed,
+                end_ids=sorted(ends),
+                streamer=shown if is_shown else None,
+            )
+        is_complete = bool(new) and new[-1] in ends
+        text = text_of(new[:-1] if is_complete else new).rstrip("\ufffd")
+        if is_shown:
+            say("")
+        if is_shown and is_chat and not is_complete:
+            say(f"(cut after {limit} tokens; see --max-new-tokens)", is_error=True)
+        return _Written(text, len(new), is_complete)
+
+
+def _ends_of(model: nn.Module) -> Iterator[int]:
+    """Yield the end tokens of generation_config.json."""
+    settings = getattr(model, "generation_config", None)
+    ends = getattr(settings, "eos_token_id", None)
+    yield from ends if isinstance(ends, list) else [] if ends is None else [ends]
+
+
+class _Shown:
+    """Streamer of transformers that prints text once later tokens can't change it.
+
+    Args:
+        text_of: returns the text of new tokens.
+        ends: tokens that end the text and are not printed.
+    """
+
+    def __init__(self, text_of: Callable[[list[int]], str], ends: set[int]) -> None:
+        self._text_of, self._ends = text_of, ends
+        self._ids: list[int] | None = None  # until the prompt was received
+        self._num_printed = 0
+
+    def put(self, value: Tensor) -> None:
+        """Receive the prompt, then the new tokens."""
+        if self._ids is None:
+            self._ids = []
+            return
+        self._ids += [int(token) for token in value.flatten() if int(token) not in self._ends]
+        text = self._text_of(self._ids).rstrip("\ufffd")  # a part of a character
+        say(text[self._num_printed :], end="")
+        self._num_printed = max(self._num_printed, len(text))
+
+    def end(self) -> None:
+        """Do nothing: the line is ended by the caller."""
 
 
 def continuation(
@@ -96,19 +372,17 @@ def continuation(
     max_new_tokens: int,
     temperature: float,
     seed: int,
-    pad_token_id: int | None,
+    end_ids: list[int],
+    streamer: _Shown | None,
 ) -> list[int]:
     """Return only the new tokens: greedy at temperature 0, otherwise sampled with `seed`."""
     import torch
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    assert isinstance(model, torch.nn.Module)
-    model.to(device).eval()
     # Sampling settings of generation_config.json are disabled; only the options count.
     sampling: dict[str, Any] = {"do_sample": False, "temperature": None}
     if temperature > 0:
         sampling = {"do_sample": True, "temperature": temperature}
-    input_ids = input_ids.to(device)
+    input_ids = input_ids.to(model.device)
     with torch.inference_mode():
         logits = model(input_ids=input_ids, use_cache=False).logits[:, -1]
     if not logits.isfinite().all():
@@ -118,13 +392,15 @@ def continuation(
         )
     with torch.random.fork_rng(), torch.inference_mode():
         torch.manual_seed(seed)
-        output = model.generate(  # type: ignore[operator]
+        output = model.generate(
             input_ids,
             attention_mask=torch.ones_like(input_ids),
             max_new_tokens=max_new_tokens,
-            pad_token_id=pad_token_id,
+            eos_token_id=end_ids or None,
+            pad_token_id=end_ids[0] if end_ids else None,
             top_k=None,
             top_p=None,
+            streamer=streamer,
             **sampling,
         )
     return [int(token) for token in output[0, input_ids.shape[-1] :]]

@@ -216,6 +216,24 @@ def marked_answers(
     return ids | np.where(is_answer, ANSWER, CONTEXT).astype(np.int32), num_bytes
 
 
+def end_of_turn_ids(tokenizer: Any) -> list[int]:
+    """Return the special token with which a chat template ends an answer; none if it has no such.
+
+    Args:
+        tokenizer: a transformers tokenizer with a chat template.
+    """
+    answer = "the answer"
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": answer}]
+    try:
+        text = str(tokenizer.apply_chat_template(messages, tokenize=False))
+    # Templates come from a checkpoint and raise errors of any kind
+    except Exception:
+        return []
+    ids = tokenizer.encode(text.rpartition(answer)[2].lstrip(), add_special_tokens=False)
+    added = tokenizer.added_tokens_decoder
+    return [token for token in ids[:1] if token in added and added[token].special]
+
+
 def _refused(reason: str) -> RequestError:
     advice = f"set {TEMPLATE_KEY}=FILE to use another template, or {LOSS_KEY}=all"
     return RequestError(Problem(TEMPLATE_KEY, reason=reason, advice=advice))

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from torch import nn
 
 
+_CONTEXT_TOKENS = 8  # of a prompt, decoded together with its continuation
+
+
 @contextmanager
 def preserve_modes(model: nn.Module) -> Iterator[None]:
     """Restore the training mode of every module on exit; a model may be partly in eval mode."""
@@ -70,6 +73,18 @@ def whole_word_prompt(
     if stop == start or start + max_tokens >= len(token_ids):
         stop = min(start + max_tokens, len(token_ids))
     return list(token_ids[start:stop])
+
+
+def continued_text(
+    decode: Callable[[list[int]], str], prompt_ids: Sequence[int], new_ids: Sequence[int]
+) -> str:
+    """Return the text that new tokens add to that of a prompt, with the space between them.
+
+    Some tokenizers drop the space of the first token that they decode.
+    """
+    last = list(prompt_ids[-_CONTEXT_TOKENS:])
+    before, whole = decode(last), decode([*last, *new_ids])
+    return whole[len(before) :] if whole.startswith(before) else decode(list(new_ids))
 
 
 def sample_text(
