@@ -40,7 +40,7 @@ from tritter.data.packing import (
     window_tensors,
     windows_of,
 )
-from tritter.data.records import Text
+from tritter.data.records import Text, text_of
 from tritter.data.tokens import TokenisedDocuments, tokenise
 from tritter.errors import RequestError
 from tritter.evaluation.losses import document_losses
@@ -49,6 +49,7 @@ from tritter.training import BaseModule, OptimizerSettings, Schedule
 USER, ASSISTANT = "user", "assistant"
 LOSSES: tuple[LossOn, ...] = ("answers", "all")
 PAIR = [{"role": USER, "content": "Hi"}, {"role": ASSISTANT, "content": "Hello"}]
+KIND = {"role": "system", "content": "Be kind."}
 
 
 def conversation(number: int, **options: Any) -> Conversation:
@@ -80,6 +81,48 @@ FORMS = (
      [{"role": "system", "content": "Be kind."}, *PAIR], 0),
     ({"messages": [*PAIR, {"role": USER, "content": "More", "name": None}]},
      [*PAIR, {"role": USER, "content": "More"}], 0),
+    # Names of parts and roles
+    ({"messages": json.dumps(PAIR), "tools": "", "prompt": None}, PAIR, 0),
+    ({"messages": [{"role": " Human", "text": "Hi"}, {"from": "ChatGPT", "value": "Hello"}]},
+     PAIR, 0),
+    ({"messages": [{"role": "USER", "content": "Hi"}, {"role": "Bot", "content": "Hello"}]},
+     PAIR, 0),
+    ({"messages": None, "text": None, "prompt": "Hi", "response": "Hello", "input": ""}, PAIR, 0),
+    ({"context": "A hat.", "question": "What?", "answer": "Hat"},
+     [{"role": USER, "content": "A hat.\n\nWhat?"}, {"role": ASSISTANT, "content": "Hat"}], 0),
+    ({"prompt": "Hi", "completion": PAIR[1:]}, PAIR, 1),
+    ({"prompt": PAIR[:1], "completion": "Hello"}, PAIR, 1),
+    # One system message, earlier turns, parts of text
+    ({"system_prompt": "Be kind.", "question": "Hi", "response": "Hello"}, [KIND, *PAIR], 0),
+    ({"system": "Be kind.", "messages": [KIND, *PAIR]}, [KIND, *PAIR], 0),
+    ({"system": "Be kind.", "messages": [{**KIND, "content": "Be brief."}, *PAIR]},
+     [{**KIND, "content": "Be kind.\n\nBe brief."}, *PAIR], 0),
+    ({"system": "Be kind.", "prompt": [KIND, *PAIR[:1]], "completion": PAIR[1:]},
+     [KIND, *PAIR], 2),
+    ({"instruction": "More", "output": "Yes", "history": [["Hi", "Hello"]]},
+     [*PAIR, {"role": USER, "content": "More"}, {"role": ASSISTANT, "content": "Yes"}], 0),
+    ({"instruction": "Hi", "output": "Hello", "history": []}, PAIR, 0),
+    ({"messages": [{"role": USER, "content": [{"type": "text", "text": "H", "image": None},
+                                              {"type": "text", "text": "i"}]}, PAIR[1]]},
+     PAIR, 0),
+)  # fmt: skip
+CALL = {"name": "clock", "arguments": {"zone": "UTC"}}
+REFUSED: tuple[tuple[dict[str, Any], str], ...] = (
+    ({"messages": [PAIR[0], {"role": "critic", "content": "Bad"}]},
+     "messages: number 2 has the role 'critic'; accepted are user, human, .*chatgpt"),
+    ({"messages": [{"role": USER, "content": [{"type": "image_url", "image_url": "x"}]}, PAIR[1]]},
+     "messages: number 1, content: part 1 is of the type 'image_url'"),
+    ({"messages": [PAIR[0], {**PAIR[1], "weight": 0.5}]}, "number 2, weight: is 0.5; accepted"),
+    ({"messages": [PAIR[0], {**PAIR[1], "train_detail": [{"begin_offset": 0}]}]}, "train_detail"),
+    ({"messages": [PAIR[0], None]}, "number 2 is not a message"),
+    ({"messages": None, "id": 3}, "messages: is null; must be a list of messages"),
+    ({"prompt": "Hi", "completion": None}, "completion: is null, not a string"),
+    ({"prompt": "Hi", "completion": ["Hello", "Hey"]}, "completion: number 1 is not a message"),
+    ({"prompt": "Hi", "completion": "Hello", "rejected": "No"}, "has rejected: .*chosen"),
+    ({"prompt": "Hi", "completion": "Hello", "label": False}, "label: false.*unwanted"),
+    ({"messages": PAIR, "images": ["a.png"]}, "has images: only text"),
+    ({"instruction": "Hi", "output": "Hello", "history": ["Hi"]},
+     "history: number 1 is not a pair"),
 )  # fmt: skip
 
 
@@ -89,10 +132,63 @@ def test_records_become_messages(record: Any, wanted: Any, num_given: int) -> No
     assert found is not None
     assert list(found.messages) == wanted
     assert found.num_given == num_given
-    assert [found.messages[at]["content"] for at in found.answers] == [wanted[-1]["content"]] or (
-        wanted[-1]["role"] == USER
-    )
+    answers = [m["content"] for m in wanted[num_given:] if m["role"] == ASSISTANT]
+    assert [found.messages[at]["content"] for at in found.answers] == answers
     assert Conversation.from_json(found.to_json()) == found
+
+
+@pytest.mark.parametrize(("record", "message"), REFUSED)
+def test_refused_records_are_named(record: dict[str, Any], message: str) -> None:
+    with pytest.raises(WrongRecordError, match=message):
+        conversation_of(record)
+
+
+def test_messages_without_weight_are_no_answers() -> None:
+    turns = messages(3, turns=4)
+    for at, field in ((1, {"weight": 0}), (3, {"train": False}), (5, {"loss": False})):
+        turns[at] |= field  # type: ignore[arg-type]
+    turns[0] |= {"weight": 1}  # type: ignore[arg-type]
+    found = conversation_of({"messages": turns})
+    assert found is not None
+    assert found.answers == (7,)
+    assert found.untrained == (1, 3, 5)
+    assert not {"weight", "loss"} & set().union(*found.messages)
+    empty = [*PAIR, PAIR[0], {"role": ASSISTANT, "content": " "}]
+    call = {"role": ASSISTANT, "content": None, "tool_calls": [{"function": CALL}]}
+    for record, answers in (
+        ({"messages": [*PAIR[:1], {**PAIR[1], "masked": True}]}, ()),
+        ({"messages": empty}, (1,)),
+        ({"messages": [PAIR[0], call]}, (1,)),
+        ({"prompt": "Hi", "completion": ""}, ()),
+    ):
+        found = conversation_of(record)
+        assert found is not None
+        assert found.answers == answers
+
+
+def test_arguments_of_calls_and_schemas_may_be_json() -> None:
+    """Templates write arguments as JSON, which would quote a text a second time."""
+    schema = {"type": "function", "function": {"name": "clock"}}
+    for arguments in (CALL["arguments"], json.dumps(CALL["arguments"])):
+        call = {"role": ASSISTANT, "tool_calls": [{"function": {**CALL, "arguments": arguments}}]}
+        for tools in (schema, [json.dumps(schema)], json.dumps(schema), json.dumps([schema])):
+            found = conversation_of({"messages": [PAIR[0], call], "tools": tools})
+            assert found is not None
+            assert found.tools == (schema,)
+            assert found.messages[1]["tool_calls"] == [{"function": CALL}]
+
+
+def test_a_text_wins_over_messages_unless_they_are_named() -> None:
+    both = {"text": "a text", "messages": PAIR}
+    assert text_of(both, field="text") == "a text"
+    assert text_of({**both, "text": None}, field="text") == conversation_of({"messages": PAIR})
+    assert text_of(both, field="messages") == conversation_of({"messages": PAIR})
+    for record, message in (
+        ({"problem": "a", "solution": "b"}, "available: problem, solution. Accepted are a text"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "Preference data: a rejected answer"),
+    ):
+        with pytest.raises(WrongRecordError, match=message):
+            text_of(record, field="text")
 
 
 def test_the_documented_records_are_conversations() -> None:
@@ -146,7 +242,7 @@ def test_answer_spans_are_the_answers(contents: list[str]) -> None:
     found = conversation_of({"messages": turns})
     assert found is not None
     spans = [str(found)[start:end] for start, end in found.answer_spans]
-    answers = [text.replace("\r\n", "\n") for text in contents[1::2]]
+    answers = [text.replace("\r\n", "\n") for text in contents[1::2] if text.strip()]
     assert spans[:-1] == answers[: len(spans) - 1]
     if spans:
         last = answers[len(spans) - 1]

@@ -156,7 +156,14 @@ def test_instructions_and_messages() -> None:
     chat = [{"role": "user", "content": "a"}, {"role": "model", "content": "b"}]
     save("chat", alone={"messages": [chat], "id": ["c"], "text": ["d"]})
     assert (texts("asked"), texts("asked#answer")) == (["a\n\nb"], ["b"])
-    assert (texts("chat"), texts("chat#messages")) == (["d"], ["user: a\n\nmodel: b"])
+    assert (texts("chat"), texts("chat#messages")) == (["d"], ["user: a\n\nassistant: b"])
+    save("full", alone={"messages": [chat, None], "system": ["s", "s"], "text": ["d", "e"],
+                        "instruction": [None, "x"], "output": [None, "y"]})  # fmt: skip
+    wanted = ["system: s\n\nuser: a\n\nassistant: b", "s\n\nx\n\ny"]
+    assert texts("full#messages") == wanted
+    key = {"key": "data.new"}
+    resolved = resolve_dataset(parse_name("data.new", "full#messages"), **key)
+    assert str(resolved).endswith("#messages")
 
 
 def test_a_row_without_a_text_is_passed_over() -> None:

@@ -3,28 +3,47 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 PART_BREAK = "\n\n"  # between the messages of a plain text
-USER, ASSISTANT, SYSTEM, TOOLS = "user", "assistant", "system", "tools"
-_ANSWERING = (ASSISTANT, "model", "gpt")
-# ShareGPT's roles → those of chat templates
+USER, ASSISTANT, SYSTEM, TOOL, TOOLS = "user", "assistant", "system", "tool", "tools"
+# Roles of data sets in lower case → those of chat templates
 _ROLES = {
-    "human": USER,
-    "gpt": ASSISTANT,
-    "function_call": ASSISTANT,
-    "observation": "tool",
-    "function_response": "tool",
+    **dict.fromkeys(("user", "human", "prompter"), USER),
+    **dict.fromkeys(("assistant", "model", "gpt", "chatgpt", "bot", "chatbot", "ai"), ASSISTANT),
+    **dict.fromkeys(("function_call", "tool_call"), ASSISTANT),
+    **dict.fromkeys(("system", "developer"), SYSTEM),
+    **dict.fromkeys(("tool", "function", "function_response", "tool_response"), TOOL),
+    **dict.fromkeys(("observation", "ipython"), TOOL),
 }
-_TURNS = ("messages", "conversations")
+TURNS = ("messages", "conversations")
+_SYSTEMS = (SYSTEM, "system_prompt", "system_message")
+_HISTORY = "history"
+# Fields that exclude a message from training, and their value in a message that is trained
+_TRAINED = {"weight": 1, "loss_weight": 1, "train": 1, "training": 1, "loss": 1, "masked": 0}
+_REASONING = ("reasoning_content", "thinking")  # of an answer, in addition to its content
+PREFERENCES = "a rejected answer can't be used; write the chosen ones as prompt and completion"
+# Fields that would change what is learned, if they were supported
+_UNSUPPORTED = {
+    "rejected": PREFERENCES,
+    **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), "only text is read"),
+    "functions": "pass JSON schemas as tools",
+    "chat_template_kwargs": "write the values into a copy of the template (data.chat_template)",
+}
+_VERDICTS = ("label", "kto_tag")  # of an answer: false if it is unwanted
 # Formats of prompts with answers: for each part its possible names, and whether it is required
 _Form = tuple[tuple[tuple[str, ...], bool], ...]
+_MATERIAL = (("input", "context", "passage"), False)
 _FORMS: tuple[_Form, ...] = (
-    ((("instruction",), True), (("input", "context"), False), (("output", "response"), True)),
-    ((("prompt",), True), (("completion", "response", "answer"), True)),
-    ((("question",), True), (("answer",), True)),
+    ((("instruction",), True), _MATERIAL, (("output", "response", "completion"), True)),
+    ((("prompt",), True), _MATERIAL, (("completion", "response", "answer", "output"), True)),
+    (_MATERIAL, (("question",), True), (("answer", "response", "output"), True)),
+)
+ACCEPTED = "messages or conversations; prompt and completion; question and answer; " + (
+    "instruction, input (optional) and output"
 )
 _MESSAGE = '{"role": "...", "content": "..."}'
 
@@ -55,13 +74,19 @@ class Conversation:
     @property
     def answers(self) -> tuple[int, ...]:
         """The positions of the messages that are answers; the first message answers nothing."""
-        return tuple(at for at in self.assistant if at >= max(1, self.num_given))
+        first = max(1, self.num_given)
+        return tuple(at for at in self.assistant if at >= first and _is_answer(self.messages[at]))
+
+    @property
+    def untrained(self) -> tuple[int, ...]:
+        """The positions of the messages that the record excludes from training."""
+        return tuple(at for at, each in enumerate(self.messages) if each.get("train") is False)
 
     @property
     def assistant(self) -> tuple[int, ...]:
         """The positions of the messages of the assistant."""
         roles = [message["role"] for message in self.messages]
-        return tuple(at for at, role in enumerate(roles) if role in _ANSWERING)
+        return tuple(at for at, role in enumerate(roles) if role == ASSISTANT)
 
     @property
     def answer_spans(self) -> tuple[tuple[int, int], ...]:
@@ -99,46 +124,49 @@ class Conversation:
                 before = PART_BREAK
 
 
-def conversation_of(record: Mapping[Any, Any]) -> Conversation | None:
+def conversation_of(record: Mapping[Any, Any], *, turns: str | None = None) -> Conversation | None:
     """Return the conversation of a record; None if it has none of the known formats.
 
     The formats are `messages`; ShareGPT's `conversations`; an instruction (instruction, input,
     output); and a prompt with an answer (prompt, completion; question, answer), as texts or as
-    lists of messages. `system` and `tools` are included.
+    lists of messages. A system message, `history` and `tools` are included.
+
+    Args:
+        record: the record.
+        turns: the field of the messages; None finds it.
 
     Raises:
-        WrongRecordError: a part has the wrong type.
+        WrongRecordError: a part has the wrong type, or is not supported.
     """
-    if (turns := next((name for name in _TURNS if name in record), None)) is not None:
-        messages = _messages(record[turns], name=turns)
-        return _conversation(record, messages)
-    form, names = next(_forms(record), ((), []))
+    # Tables give each record the fields of all others
+    not_null = [name for name, value in record.items() if value is not None]
+    names = next(_forms(not_null), None) or next(_forms(record), [])
+    turns = turns or next((name for name in TURNS if name in not_null), None)
+    if turns is None and not names:
+        turns = next((name for name in TURNS if name in record), None)
+    if turns is not None:
+        _refuse_unsupported(record)
+        return _conversation(record, _messages(record[turns], name=turns))
     if not names:
         return None
+    _refuse_unsupported(record)
     *given, completion = names
-    if len(names) == 2 and isinstance(record[names[0]], list):
-        prompt, answer = (_messages(record[name], name=str(name)) for name in names)
-        return _conversation(record, [*prompt, *answer], num_given=len(prompt))
-    parts = [
-        _as_text(record[name], f"{name}:")
-        for name, (_, is_needed) in zip(given, form, strict=False)
-        if name is not None and (is_needed or record[name] is not None)
-    ]
-    answer_text = _as_text(record[completion], f"{completion}:")
-    prompt_text = PART_BREAK.join(filter(None, parts))
-    messages = [
-        {"role": USER, "content": prompt_text},
-        {"role": ASSISTANT, "content": answer_text},
-    ]
-    return _conversation(record, messages, has_roles=False)
+    parts = [name for name in given if name is not None and record[name] is not None]
+    is_text = not any(isinstance(record[name], list) for name in (*parts, completion))
+    prompt = _prompt(record, parts)
+    answer = _turns(record[completion], role=ASSISTANT, name=str(completion))
+    before = _history(record.get(_HISTORY))
+    num_given = 0 if is_text else len(before) + len(prompt)
+    messages = [*before, *prompt, *answer]
+    return _conversation(record, messages, num_given=num_given, has_roles=not is_text)
 
 
 def conversation_fields(names: Collection[str]) -> tuple[str, ...]:
-    """Return the names that form a conversation; empty if there are none."""
-    fields = tuple(name for name in _TURNS if name in names)[:1]
-    if not fields:
-        fields = next((tuple(filter(None, matched)) for _, matched in _forms(names)), ())
-    return (*fields, *(name for name in (SYSTEM, TOOLS) if fields and name in names))
+    """Return the names that `conversation_of` reads; empty if they form no conversation."""
+    fields = [name for name in TURNS if name in names]
+    fields += [name for matched in _forms(names) for name in matched if name is not None]
+    others = (*_SYSTEMS, TOOLS, _HISTORY, *_VERDICTS, *_UNSUPPORTED) if fields else ()
+    return tuple(dict.fromkeys([*fields, *(name for name in others if name in names)]))
 
 
 def kind_of_value(value: object) -> str:
@@ -159,15 +187,62 @@ def kind_of_value(value: object) -> str:
     return type(value).__name__
 
 
-def _forms(names: Collection[str]) -> Iterator[tuple[_Form, list[str | None]]]:
-    """Yield each format of prompts that matches the names, and the name of each part."""
+def _refuse_unsupported(record: Mapping[Any, Any]) -> None:
+    for name, advice in _UNSUPPORTED.items():
+        if record.get(name):
+            raise WrongRecordError(f"has {name}: {advice}")
+    for name in _VERDICTS:
+        if record.get(name) is False:
+            raise WrongRecordError(f"has {name}: false, which marks an unwanted answer")
+
+
+def _prompt(record: Mapping[Any, Any], parts: Sequence[str]) -> list[dict[str, Any]]:
+    """Return the messages of a prompt: its texts are one message, lists of messages several."""
+    messages, texts = list[dict[str, Any]](), list[str]()
+    for name in parts:
+        if isinstance(record[name], list):
+            messages += _messages(record[name], name=name)
+        else:
+            texts.append(_as_text(record[name], f"{name}:"))
+    if messages and not any(texts):
+        return messages
+    return [*messages, {"role": USER, "content": PART_BREAK.join(filter(None, texts))}]
+
+
+def _history(value: object) -> list[dict[str, Any]]:
+    """Return the earlier turns of a record: pairs of a question and an answer, or messages."""
+    messages = list[dict[str, Any]]()
+    pairs = _parsed(value, name=_HISTORY)
+    for at, pair in enumerate(pairs if isinstance(pairs, list) else [], start=1):
+        where = f"{_HISTORY}: number {at}"
+        if isinstance(pair, Mapping):
+            messages.append(_message(pair, where))
+        elif isinstance(pair, list) and len(pair) == 2:
+            for role, text in zip((USER, ASSISTANT), pair, strict=True):
+                messages.append({"role": role, "content": _as_text(text, f"{where}, {role}:")})
+        else:
+            raise WrongRecordError(f"{where} is not a pair of a question and an answer")
+    if pairs and not isinstance(pairs, list):
+        raise WrongRecordError(f"{_HISTORY}: is {kind_of_value(pairs)}; must be a list of pairs")
+    return messages
+
+
+def _turns(value: object, *, role: str, name: str) -> list[dict[str, Any]]:
+    """Return the messages of a list, or one message with a text."""
+    if isinstance(value, list):
+        return _messages(value, name=name)
+    return [{"role": role, "content": _as_text(value, f"{name}:")}]
+
+
+def _forms(names: Collection[str]) -> Iterator[list[str | None]]:
+    """Yield the name of each part for each format of prompts that matches the names."""
     for form in _FORMS:
         matched = [next((each for each in known if each in names), None) for known, _ in form]
         if all(
             name is not None or not is_needed
             for name, (_, is_needed) in zip(matched, form, strict=True)
         ):
-            yield form, matched
+            yield matched
 
 
 def _conversation(
@@ -178,22 +253,12 @@ def _conversation(
     has_roles: bool = True,
 ) -> Conversation:
     """Return a conversation with the record's system message and tools."""
-    system, tools = record.get(SYSTEM), record.get(TOOLS) if has_roles else None
-    if isinstance(system, str) and system.strip():
-        messages = [{"role": SYSTEM, "content": system}, *messages]
-        num_given += bool(num_given)
-    if isinstance(tools, str):
-        try:
-            tools = json.loads(tools) if tools.strip() else None
-        except (ValueError, RecursionError) as error:
-            raise WrongRecordError(f"tools: is not valid JSON ({error})") from error
-    if tools is not None and not (
-        isinstance(tools, list) and all(isinstance(tool, Mapping) for tool in tools)
-    ):
-        raise WrongRecordError(f"tools: is {kind_of_value(tools)}; must be a list of JSON schemas")
+    messages, added = _with_system(record, messages)
+    num_given += added if num_given else 0
+    tools = _tools(record.get(TOOLS), is_strict=has_roles)
     # JSON may contain unpaired surrogates, which UTF-8 cannot encode
     try:
-        fields = [_without_null(messages), _without_null(tools or []), num_given, has_roles]
+        fields = [_without_null(messages), _without_null(tools), num_given, has_roles]
         content = json.dumps(fields, ensure_ascii=False, default=str)
         return Conversation.from_json(content.encode("utf-8", errors="replace").decode())
     except (RecursionError, TypeError) as error:
@@ -209,25 +274,142 @@ def _without_null(value: Any) -> Any:
     return [_without_null(each) for each in value] if isinstance(value, list) else value
 
 
+def _with_system(
+    record: Mapping[Any, Any], messages: list[dict[str, Any]]
+) -> tuple[list[dict[str, Any]], int]:
+    """Return messages with a single system message, and the number of messages added.
+
+    Its text is that of the record and of the first message, without repetitions.
+    """
+    texts = [
+        _as_text(record[name], f"{name}:") for name in _SYSTEMS if record.get(name) is not None
+    ]
+    first = messages[0] if messages and messages[0]["role"] == SYSTEM else None
+    texts += [] if first is None else [first["content"]]
+    distinct = {text.strip(): text for text in texts if text.strip()}
+    if not distinct or (first is not None and list(distinct) == [first["content"].strip()]):
+        return messages, 0
+    text = PART_BREAK.join(distinct.values())
+    if first is not None:
+        return [{**first, "content": text}, *messages[1:]], 0
+    return [{"role": SYSTEM, "content": text}, *messages], 1
+
+
+def _tools(value: object, *, is_strict: bool) -> list[Any]:
+    """Return the JSON schemas of tools; those of a prompt may be names, which are ignored."""
+    try:
+        tools = _parsed(value, name=TOOLS)
+        tools = [tools] if isinstance(tools, Mapping) else tools or []
+        if isinstance(tools, list):
+            tools = [_parsed(tool, name=TOOLS) for tool in tools]
+        if isinstance(tools, list) and all(isinstance(tool, Mapping) for tool in tools):
+            return tools
+        raise WrongRecordError(
+            f"{TOOLS}: is {kind_of_value(value)}; must be a list of JSON schemas"
+        )
+    except WrongRecordError:
+        if is_strict:
+            raise
+    return []
+
+
+def _parsed(value: object, *, name: str) -> Any:
+    """Return the value of a field that may be JSON in a string, as in a table of texts."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value) if value.strip() else None
+    except (ValueError, RecursionError) as error:
+        raise WrongRecordError(f"{name}: is not valid JSON ({error})") from error
+
+
 def _messages(value: object, *, name: str) -> list[dict[str, Any]]:
-    if not isinstance(value, list):
-        raise WrongRecordError(f"{name}: is {kind_of_value(value)}; must be a list of messages")
-    return [_message(each, f"{name}: number {at}") for at, each in enumerate(value, start=1)]
+    messages = _parsed(value, name=name)
+    if not isinstance(messages, list):
+        raise WrongRecordError(f"{name}: is {kind_of_value(messages)}; must be a list of messages")
+    return [_message(each, f"{name}: number {at}") for at, each in enumerate(messages, start=1)]
 
 
 def _message(value: object, where: str) -> dict[str, Any]:
     """Return a message with `role` and `content`, also of one with ShareGPT's names."""
     fields = dict(value) if isinstance(value, Mapping) else {}
-    for name, other in (("role", "from"), ("content", "value")):
-        if name not in fields and other in fields:
-            fields[name] = fields.pop(other)
+    for name, others in (("role", ("from",)), ("content", ("value", "text"))):
+        for other in others:
+            if name not in fields and other in fields:
+                fields[name] = fields.pop(other)
     if fields.get("tool_calls"):
+        fields["tool_calls"] = _calls(fields["tool_calls"], where)
+    if any(fields.get(name) for name in ("tool_calls", *_REASONING)):
         fields["content"] = fields.get("content") or ""
     if not {"role", "content"} <= set(fields):
         raise WrongRecordError(f"{where} is not a message; must be {_MESSAGE}")
-    role = _as_text(fields["role"], f"{where}, role:")
-    content = _as_text(fields["content"], f"{where}, content:")
-    return {**fields, "role": _ROLES.get(role, role), "content": content}
+    role = _as_text(fields["role"], f"{where}, role:").strip()
+    if role.lower() not in _ROLES:
+        known = ", ".join(_ROLES)
+        raise WrongRecordError(f"{where} has the role {role!r}; accepted are {known}")
+    content = _content(fields["content"], f"{where}, content:")
+    trained = _is_trained(fields, where)
+    kept = {name: each for name, each in fields.items() if name not in _TRAINED}
+    return {**kept, "role": _ROLES[role.lower()], "content": content} | trained
+
+
+def _is_trained(fields: Mapping[str, Any], where: str) -> dict[str, bool]:
+    """Return `{"train": False}` for a message that is excluded from training, else nothing.
+
+    Raises:
+        WrongRecordError: only a part of the message is trained, or with another weight.
+    """
+    if fields.get("train_detail"):
+        raise WrongRecordError(f"{where} has train_detail; only whole messages are excluded")
+    is_trained = True
+    for name, trained in _TRAINED.items():
+        value = fields.get(name)
+        if value not in (None, 0, 1):  # false and true are 0 and 1
+            reason = "accepted are 0, 1, false and true"
+            raise WrongRecordError(f"{where}, {name}: is {value!r}; {reason}")
+        is_trained = is_trained and value in (None, trained)
+    return {} if is_trained else {"train": False}
+
+
+def _is_answer(message: Mapping[str, Any]) -> bool:
+    """Return whether a message of the assistant has something to predict."""
+    is_empty = not str(message["content"]).strip()
+    has_more = any(message.get(name) for name in ("tool_calls", *_REASONING))
+    return message.get("train") is not False and (has_more or not is_empty)
+
+
+def _calls(value: object, where: str) -> Any:
+    """Return tool calls with arguments as objects, which templates write as JSON."""
+    if isinstance(calls := _parsed(value, name=f"{where}, tool_calls"), list):
+        return [_calls(call, where) for call in calls]
+    if not isinstance(calls, Mapping):
+        return calls
+    if isinstance(function := calls.get("function"), Mapping):
+        return {**calls, "function": _calls(function, where)}
+    with suppress(WrongRecordError, KeyError):  # other texts stay
+        if isinstance(arguments := _parsed(calls["arguments"], name="arguments"), Mapping):
+            return {**calls, "arguments": arguments}
+    return calls
+
+
+def _content(value: object, where: str) -> str:
+    """Return the text of a message; parts of text are joined, as templates join them."""
+    if not isinstance(value, list) or not value:
+        return _as_text(value, where)
+    texts = list[str]()
+    for at, part in enumerate(value, start=1):
+        fields = part if isinstance(part, Mapping) else {"text": part}
+        kind, text = fields.get("type", "text"), fields.get("text", fields.get("value"))
+        if kind not in ("text", "input_text", "output_text") or not isinstance(text, str):
+            raise WrongRecordError(
+                f"{where} part {at} is {_short(kind)}; only parts of the type text are read"
+            )
+        texts.append(text)
+    return "".join(texts)
+
+
+def _short(kind: object) -> str:
+    return f"of the type {kind!r}"[:60]
 
 
 def _plain(message: Mapping[str, Any]) -> str:

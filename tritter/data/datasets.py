@@ -17,7 +17,7 @@ from pathlib import Path
 from threading import RLock
 from typing import Any
 
-from tritter.data.conversations import WrongRecordError, conversation_fields
+from tritter.data.conversations import TURNS, WrongRecordError, conversation_fields
 from tritter.data.local_files import Reading, TextFileError, check_expansion
 from tritter.data.records import DEFAULT_FIELD, Text, shown, text_of
 from tritter.errors import RequestError, TritterError, did_you_mean, nearest, refused
@@ -375,7 +375,8 @@ def _resolve_name(source: DatasetName) -> DatasetName:
     opened = _open(source, is_streamed=True)
     split = _split(source, opened)
     columns = _columns(source, opened[split])
-    return replace(source, split=split, column=columns[0] if len(columns) == 1 else None)
+    column = columns[0] if len(columns) == 1 else source.column
+    return replace(source, split=split, column=column)
 
 
 def _library() -> Any:
@@ -544,7 +545,10 @@ def _columns(source: DatasetName, rows: Any) -> tuple[str, ...]:
         raise _Unreadable("has no rows")
     texts = [name for name, kind in kinds.items() if kind == "text"]
     if (column := source.column) is not None:
-        if column in conversation_fields([column]) or column in texts:
+        if column in TURNS and column in kinds:
+            others = [name for name in kinds if name not in TURNS]
+            return conversation_fields([column, *others])
+        if column in texts:
             return (column,)
         if column in kinds:
             raise _Unreadable(f"has {kinds[column]} in column {shown(column)}, not text")

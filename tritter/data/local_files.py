@@ -19,7 +19,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tritter.data.conversations import WrongRecordError, conversation_fields
+from tritter.data.conversations import TURNS, WrongRecordError, conversation_fields
 from tritter.data.documents import pieces, pieces_of_chunks
 from tritter.data.records import (
     DEFAULT_FIELD,
@@ -417,9 +417,9 @@ def _kind(path: Path) -> str:
 
 
 def _columns(names: Sequence[str], field: str) -> list[str]:
-    if field in names:
+    if field in names and field not in TURNS:
         return [field]
-    known = conversation_fields(names) if field == DEFAULT_FIELD else ()
+    known = conversation_fields(names) if field in (DEFAULT_FIELD, *TURNS) else ()
     if not known:
         raise missing_field(field, names)
     return list(known)

@@ -5,6 +5,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from tritter.data.conversations import (
+    ACCEPTED,
+    PREFERENCES,
+    TURNS,
     Conversation,
     WrongRecordError,
     conversation_of,
@@ -25,7 +28,7 @@ def text_of(record: object, *, field: str) -> Text:
     """Return a record's text or conversation.
 
     A record is a text, or a mapping with a text in `field`. With the default field, it may also
-    be a conversation, see `conversation_of`.
+    be a conversation, see `conversation_of`; its turns may also be named.
 
     Args:
         record: the parsed record.
@@ -41,28 +44,35 @@ def text_of(record: object, *, field: str) -> Text:
             f"is {kind_of_value(record)}; must be a JSON object "
             '{"text": "..."}, a conversation, or a string "..."'
         )
-    if field in record:
-        value = record[field]
-        if not isinstance(value, str):
-            found = f"is {kind_of_value(value)}, not a string"
-            raise WrongRecordError(f"data.text_field = {field}: {found}")
-        return _encodable(value)
-    conversation = conversation_of(record) if field == DEFAULT_FIELD else None
-    if conversation is None:
+    value = record.get(field)
+    is_turns = field in TURNS and isinstance(value, list)
+    if is_turns or (value is None and field == DEFAULT_FIELD):
+        conversation = conversation_of(record, turns=field if is_turns else None)
+        if conversation is not None:
+            return conversation
+    if field not in record:
         raise missing_field(field, list(record))
-    return conversation
+    if not isinstance(value, str):
+        found = f"is {kind_of_value(value)}, not a string"
+        raise WrongRecordError(f"data.text_field = {field}: {found}")
+    return _encodable(value)
 
 
 def missing_field(field: str, found: Sequence[Any]) -> WrongRecordError:
     """Return the error for a missing field, with the available fields and the nearest match."""
     likely = next((name for name in COMMON_FIELDS if name in found), None)
     likely = likely or nearest(field, [name for name in found if isinstance(name, str)])
-    advice = f". Did you mean data.text_field={likely}?" if likely else ""
+    accepted = ""
+    if field == DEFAULT_FIELD:
+        accepted = f" Accepted are a text in {field}, or a conversation: {ACCEPTED}"
+    advice = f". Did you mean data.text_field={likely}?" if likely else "."
+    if "rejected" in found:
+        advice = f". Preference data: {PREFERENCES}."
     names = [shown(name) for name in found[:_MAX_NAMES]]
     names += ["..."] if len(found) > _MAX_NAMES else []
     return WrongRecordError(
         f"has no field {shown(field)} (data.text_field = {shown(field)}); available: "
-        f"{', '.join(names) or 'none'}{advice}"
+        f"{', '.join(names) or 'none'}{advice}{accepted}"
     )
 
 
