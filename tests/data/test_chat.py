@@ -376,16 +376,86 @@ def test_without_a_template_a_conversation_is_its_plain_text() -> None:
 
 
 @pytest.mark.parametrize("limit", [5, 11, 60, 500])
-def test_truncated_conversations_count_the_bytes_of_kept_answers(limit: int) -> None:
+def test_long_conversations_keep_an_answer_and_the_end_of_its_prompt(limit: int) -> None:
     inner = tokenizer().backend_tokenizer
     for chat in (Chat(None), Chat(tokenizer())):
         each = Documents.of([conversation(7, turns=3)])
         whole = tokenise(each, inner, chat=chat)
         cut = tokenise(each, inner, chat=chat, max_tokens_per_document=limit)
-        assert torch.equal(cut.tokens, whole.tokens[: cut.num_tokens])
-        assert cut.num_tokens in (min(limit, whole.num_tokens), limit - 1, limit - 2)
-        assert cut.num_bytes <= whole.num_bytes
-        assert (cut.num_bytes > 0) == bool((~is_unpredicted(cut.tokens)).any())
+        assert cut.num_tokens == min(limit, whole.num_tokens)
+        assert cut.num_cut == (cut.num_tokens < whole.num_tokens)
+        assert 0 < cut.num_bytes <= whole.num_bytes
+        answers = (~is_unpredicted(whole.tokens)).tolist()
+        first = answers.index(True)
+        size = answers[first:].index(False)
+        kept = (~is_unpredicted(cut.tokens)).tolist()
+        start = kept.index(True)
+        num_kept = min(sum(kept), size)
+        assert num_kept >= min(size, limit // 2)
+        tokens, wanted = cut.tokens.tolist(), whole.tokens.tolist()
+        assert tokens[start : start + num_kept] == wanted[first : first + num_kept]
+        assert tokens[start - 1] == wanted[first - 1]
+        if chat.tokenizer is not None:
+            assert tokens[0] == wanted[0]
+
+
+@pytest.mark.parametrize("system", [False, True])
+def test_the_beginning_of_the_template_stays_before_the_end_of_a_long_prompt(system: bool) -> None:
+    own = tokenizer()
+    turns = messages(3, system=system)
+    turns[-2]["content"] = " ".join(f"word{n}" for n in range(300))
+    found = conversation_of({"messages": turns})
+    assert found is not None
+    marked = Chat(own).render(found, "x")
+    cut = Chat(own).fitted(marked, 120, found, "x")
+    text = own.decode(ids_of(cut))
+    header = own.apply_chat_template([*turns[:-2], {"role": USER, "content": ""}], tokenize=False)
+    assert len(cut) == 120
+    assert text.startswith(header.removesuffix("<|im_end|>\n"))
+    tail = f"word299<|im_end|>\n<|im_start|>assistant\n{turns[-1]['content']}<|im_end|>\n"
+    assert text.endswith(tail)
+    # No room for the beginning but its first token, and most for the answer
+    tiny = Chat(own).fitted(marked, 20, found, "x")
+    assert len(tiny) == 20
+    assert tiny[0] == marked[0]
+    assert (~is_unpredicted(tiny)).sum() >= min(10, (~is_unpredicted(marked)).sum())
+
+
+def test_messages_without_weight_are_not_predicted() -> None:
+    """With both ways to find answers, on answers and on all tokens, with and without a template."""
+    turns = messages(3, turns=3)
+    record = {"messages": [{**each, "weight": int(at != 3)} for at, each in enumerate(turns)]}
+    found = conversation_of(record)
+    assert found is not None
+    end, block = "<|im_end|>\n", "{% endgeneration %}"
+    content_only = MARKED.replace(end + block, block + end)
+    excluded = turns[3]["content"] + end
+    for way in (CHATML, MARKED, content_only):
+        own = tokenizer(way)
+        marked = Chat(own).render(found, "x")
+        text = own.decode(ids_of(marked[~is_unpredicted(marked)]))
+        closing = "" if way is content_only else end
+        assert text == "".join(turns[at]["content"] + closing for at in (1, 5))
+        everything = Chat(own, "all").render(found, "x")
+        assert own.decode(ids_of(everything[1:][is_unpredicted(everything[1:])])) == excluded
+    inner = tokenizer().backend_tokenizer
+    plain = tokenise(Documents.of([found]), inner, chat=Chat(None)).tokens
+    kept = inner.decode(ids_of(plain[~is_unpredicted(plain)]).tolist())
+    assert kept.split() == f"{turns[1]['content']} {turns[5]['content']}".split()
+    with pytest.raises(
+        RequestError, match=r"data\.loss_on = all: message 4 of .* not to be trained"
+    ):
+        tokenise(Documents.of([found]), inner, chat=Chat(None, "all"))
+
+
+def test_calls_that_the_template_does_not_show_are_refused() -> None:
+    call = {"role": ASSISTANT, "tool_calls": [{"function": CALL}]}
+    found = conversation_of({"messages": [PAIR[0], call]})
+    assert found is not None
+    with pytest.raises(RequestError, match="does not show the tool_calls of message 2 of 'x'"):
+        Chat(tokenizer()).check(found, "x")
+    Chat(tokenizer(CHATML.replace("}}", "}}{{ message.tool_calls }}", 2))).check(found, "x")
+    Chat(None).check(found, "x")  # plain text has them as JSON
 
 
 # Packing and losses

@@ -7,13 +7,13 @@ tensors, in memory and in files. `DocumentMask` removes the marks before a model
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
-from tritter.data.conversations import Conversation
+from tritter.data.conversations import ASSISTANT, SYSTEM, Conversation
 from tritter.errors import Problem, RequestError, TritterError, nearest
 from tritter.storage.reading import named_path, read_text
 
@@ -81,7 +81,7 @@ class Chat:
         template = None
         if self.tokenizer is not None:
             template = (self.tokenizer.chat_template, self.tokenizer.special_tokens_map)
-        return sha256(f"1\0{self.loss_on}\0{template}".encode()).hexdigest()
+        return sha256(f"2\0{self.loss_on}\0{template}".encode()).hexdigest()
 
     def note(self, count: int) -> str:
         """Return a sentence about `count` conversations of a run."""
@@ -92,6 +92,21 @@ class Chat:
         loss = "answers" if self.loss_on == "answers" else "all tokens"
         number = "1 conversation is" if count == 1 else f"{count:,} conversations are"
         return f"{number} {how}; the loss is on {loss}."
+
+    def check(self, conversation: Conversation, name: str) -> None:
+        """Check that the tokens can express a conversation.
+
+        Raises:
+            RequestError: calls of tools that the template does not show, whose answers would be
+                empty, or messages without weight in plain text of which all is predicted.
+        """
+        if self.tokenizer is None and self.loss_on == "all" and conversation.untrained:
+            at = conversation.untrained[0] + 1
+            reason = f"message {at} of {name!r} is not to be trained, but plain text is predicted"
+            raise RequestError(Problem(LOSS_KEY, self.loss_on, reason=f"{reason}; use answers"))
+        calls = [at for at, each in enumerate(conversation.messages) if each.get("tool_calls")]
+        if calls and self.tokenizer is not None and not self.shows(conversation, "tool_calls"):
+            raise _refused(f"it does not show the tool_calls of message {calls[0] + 1} of {name!r}")
 
     def render(self, conversation: Conversation, name: str) -> np.ndarray:
         """Return a conversation as marked tokens, int32 [T]; the tokenizer has a chat template.
@@ -111,15 +126,22 @@ class Chat:
         rendered = self._ids(conversation, name, has_mask=self.loss_on == "answers")
         ids = rendered["input_ids"]
         is_answer = np.full(len(ids), self.loss_on == "all")
+        excluded = conversation.untrained
         if "assistant_masks" in rendered:
             is_answer[:] = rendered["assistant_masks"]
-            # Messages of the assistant that are no answers have the first blocks
-            begins = np.flatnonzero(np.diff(is_answer, prepend=False) & is_answer)
-            num_others = len(conversation.assistant) - len(conversation.answers)
-            is_answer[: begins[num_others] if num_others < len(begins) else len(ids)] = False
+            excluded = tuple(sorted({*conversation.assistant} - {*conversation.answers}))
+            edges = np.flatnonzero(np.diff(is_answer, prepend=False, append=False))
+            if len(edges) == 2 * len(conversation.assistant):  # a block of each message
+                blocks = zip(conversation.assistant, edges[::2], edges[1::2], strict=True)
+                for at, start, end in blocks:
+                    is_answer[start:end] = at not in excluded
+                excluded = ()
         elif self.loss_on == "answers":
-            for start, end in self._answer_ranges(conversation, ids, name):
+            for start, end in self._ranges(conversation, conversation.answers, ids, name):
                 is_answer[start:end] = True
+            excluded = ()
+        for start, end in self._ranges(conversation, excluded, ids, name):
+            is_answer[start:end] = False
         marked = np.asarray(ids, dtype=np.int32)
         marked |= np.where(is_answer, ANSWER, CONTEXT).astype(np.int32)
         marked[:1] = ids_of(marked[:1]) | CONTEXT | START  # nothing precedes it
@@ -141,14 +163,59 @@ class Chat:
             return len(text.encode())
         return sum(len(text[start:end].encode()) for start, end in conversation.answer_spans)
 
-    def _answer_ranges(
-        self, conversation: Conversation, ids: Sequence[int], name: str
+    def fitted(
+        self, marked: np.ndarray, limit: int, conversation: Conversation, name: str
+    ) -> np.ndarray:
+        """Return at most `limit` tokens of a conversation: its first answer, after its prompt.
+
+        If the prompt does not fit, its end is kept, after the beginning of the template if there
+        is room for it. At least half of the tokens are those of the answer, if it has as many.
+        """
+        import numpy as np
+
+        is_predicted = ~is_unpredicted(marked)
+        if len(marked) <= limit or not is_predicted.any():
+            return marked[:limit]
+        start = int(is_predicted.argmax())
+        rest = is_predicted[start:]
+        size = len(rest) if rest.all() else int(rest.argmin())
+        size = min(size, max(limit - start, limit - limit // 2))
+        if start + size <= limit:
+            return marked[:limit]
+        room = limit - size
+        opening = 0 if self.tokenizer is None else self._opening(conversation, name, marked)
+        opening = opening if opening <= room // 2 else min(opening, 1, room)
+        return np.concatenate([marked[:opening], marked[start - room + opening : start + size]])
+
+    def _opening(self, conversation: Conversation, name: str, marked: np.ndarray) -> int:
+        """Return the number of tokens before the content of the first message, or of the user."""
+        system = [each for each in conversation.messages[:1] if each["role"] == SYSTEM]
+        blank = {**conversation.messages[len(system)], "content": ""}
+        try:
+            short = replace(conversation, messages=(*system, blank))
+            other = self._ids(short, name)["input_ids"]
+        except RequestError:  # the template refuses an empty message
+            return 1
+        pairs = zip(ids_of(marked).tolist(), other, strict=False)
+        return max(1, next((at for at, (own, its) in enumerate(pairs) if own != its), len(other)))
+
+    def shows(self, conversation: Conversation, field: str) -> bool:
+        """Return whether the template of a conversation reads a field of messages, or `tools`."""
+        return field in self.tokenizer.get_chat_template(tools=list(conversation.tools) or None)
+
+    def _ranges(
+        self, conversation: Conversation, positions: Iterable[int], ids: Sequence[int], name: str
     ) -> Iterator[tuple[int, int]]:
-        """Yield start and end of each answer's tokens, from rendered prefixes."""
-        for at in conversation.answers:
-            before = self._ids(conversation, name, messages=at, add_generation_prompt=True)
-            after = self._ids(conversation, name, messages=at + 1)
-            for prefix in (before["input_ids"], after["input_ids"]):
+        """Yield start and end of the tokens of some messages, from rendered prefixes."""
+        for at in positions:
+            is_prompted = conversation.messages[at]["role"] == ASSISTANT
+            before: Sequence[int] = []
+            if at:
+                before = self._ids(
+                    conversation, name, messages=at, add_generation_prompt=is_prompted
+                )["input_ids"]
+            after = self._ids(conversation, name, messages=at + 1)["input_ids"]
+            for prefix in (before, after):
                 if ids[: len(prefix)] != prefix:
                     reason = (
                         f"message {at + 1} of {name!r} can't be located: the tokens of the "
@@ -156,7 +223,7 @@ class Chat:
                         "{% generation %} blocks to a copy of the template"
                     )
                     raise _refused(reason)
-            yield len(before["input_ids"]), len(after["input_ids"])
+            yield len(before), len(after)
 
     def _ids(
         self,
@@ -189,31 +256,22 @@ class Chat:
         return found
 
 
-def marked_answers(
-    text: str, encoding: Any, num_kept: int, spans: Sequence[tuple[int, int]]
-) -> tuple[np.ndarray, int]:
-    """Return the tokens of a plain text, of which those of the answers are predicted.
+def marked_answers(encoding: Any, spans: Sequence[tuple[int, int]]) -> np.ndarray:
+    """Return the tokens of a plain text, of which those of the answers are predicted, int32 [T].
 
     Args:
-        text: the text.
-        encoding: its `tokenizers.Encoding`, with offsets.
-        num_kept: number of tokens to return.
+        encoding: a `tokenizers.Encoding` of the text, with offsets.
         spans: start and end of each answer, in characters.
-
-    Returns:
-        int32 [num_kept], and the UTF-8 bytes of the answers that they encode.
     """
     import numpy as np
 
-    offsets = np.asarray(encoding.offsets[:num_kept], dtype=np.int64).reshape(-1, 2)
-    is_answer = np.zeros(num_kept, dtype=bool)
-    last, num_bytes = int(offsets[-1, 1]) if num_kept else 0, 0
+    offsets = np.asarray(encoding.offsets, dtype=np.int64).reshape(-1, 2)
+    is_answer = np.zeros(len(offsets), dtype=bool)
     for start, end in spans:
         # A token with the space before an answer belongs to the answer
         is_answer |= (offsets[:, 1] > start) & (offsets[:, 0] < end)
-        num_bytes += len(text[start : min(end, last)].encode())
-    ids = np.asarray(encoding.ids[:num_kept], dtype=np.int32)
-    return ids | np.where(is_answer, ANSWER, CONTEXT).astype(np.int32), num_bytes
+    ids = np.asarray(encoding.ids, dtype=np.int32)
+    return ids | np.where(is_answer, ANSWER, CONTEXT).astype(np.int32)
 
 
 def end_of_turn_ids(tokenizer: Any) -> list[int]:

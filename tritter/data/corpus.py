@@ -344,12 +344,13 @@ def _load(cache_dir: Path, digest: str) -> Corpus | None:
         if metadata.get("digest") != digest or metadata.get("format_version") != FORMAT_VERSION:
             raise TritterError("its corpus does not match its name")
         for name in metadata["counts"]:
-            sides = {}
+            sides, cut = {}, metadata.get("cut", {}).get(name, 0)
             for side in _SIDES:
                 parts = (*_PARTS, "names", "name_ends")
                 own = {part: tensors[f"{name}.{side}.{part}"] for part in parts}
                 identifiers = Names(own.pop("names"), own.pop("name_ends"))
-                sides[side] = TokenisedDocuments(**own, identifiers=identifiers)
+                num_cut = cut if side == "validation" else 0
+                sides[side] = TokenisedDocuments(**own, identifiers=identifiers, num_cut=num_cut)
             domains[name] = Domain(name=name, **sides)
         return Corpus(
             tokenizer=Tokenizer.from_file(str(folder / _TOKENIZER)),
@@ -400,6 +401,7 @@ def _save(corpus: Corpus, folder: Path) -> None:
         "digest": corpus.digest,
         "sources": {name: asdict(source) for name, source in corpus.sources.items()},
         "counts": {name: asdict(counts) for name, counts in corpus.counts.items()},
+        "cut": {name: domain.validation.num_cut for name, domain in corpus.domains.items()},
     }
     try:
         with atomic_folder(folder) as temporary:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 from tritter.data.chat import ANSWER, Chat, ids_of, is_unpredicted, marked_answers
 from tritter.data.documents import Document
@@ -16,6 +16,7 @@ from tritter.storage.reading import read_object, require_file
 from tritter.storage.spool import Spool
 
 if TYPE_CHECKING:
+    import numpy as np
     from tokenizers import Tokenizer
     from torch import Tensor
 
@@ -204,12 +205,14 @@ class TokenisedDocuments:
         offsets: int64 [n + 1]; document i is `tokens[offsets[i]:offsets[i + 1]]`.
         num_bytes: int64 [n], UTF-8 bytes of each tokenised text, of a marked one of its answers.
         identifiers: identifiers of the documents.
+        num_cut: conversations that exceed `max_tokens_per_document` of `tokenise`.
     """
 
     tokens: Tensor
     offsets: Tensor
     num_bytes: Tensor
     identifiers: Sequence[str]
+    num_cut: int = 0
 
     def __len__(self) -> int:
         return len(self.identifiers)
@@ -250,6 +253,8 @@ def tokenise(
 ) -> TokenisedDocuments:
     """Tokenise documents; long ones are truncated between two characters.
 
+    Of a long conversation, an answer and the end of its prompt are kept, see `Chat.fitted`.
+
     No special tokens are added. Special tokens in a text are encoded as plain text; those of a
     chat template are not.
 
@@ -272,14 +277,14 @@ def tokenise(
             f"{MINIMUM_DOCUMENT_TOKENS} (a single character may have that many tokens), or null."
         )
     tokens, ends, num_bytes = Spool(), array("q", [0]), array("q")
-    names, name_ends = Spool(), array("q")
+    names, name_ends, num_cut = Spool(), array("q"), 0
     for batch in _batches(documents):
-        for document, (ids, size) in zip(
-            batch, _encoded(batch, tokenizer, limit, chat), strict=True
-        ):
-            tokens.append(np.asarray(ids, dtype=np.int32).data.cast("B"))
-            ends.append(ends[-1] + len(ids))
-            num_bytes.append(size)
+        encoded = _encoded(batch, tokenizer, limit, chat)
+        for document, each in zip(batch, encoded, strict=True):
+            tokens.append(np.asarray(each.ids, dtype=np.int32).data.cast("B"))
+            ends.append(ends[-1] + len(each.ids))
+            num_bytes.append(each.num_bytes)
+            num_cut += each.is_cut
             names.append(document.identifier.encode())
             name_ends.append(len(names))
     return TokenisedDocuments(
@@ -287,12 +292,21 @@ def tokenise(
         offsets=_int64(ends),
         num_bytes=_int64(num_bytes),
         identifiers=Names(names.tensor("u1"), _int64(name_ends)),
+        num_cut=num_cut,
     )
+
+
+class _Encoded(NamedTuple):
+    """The tokens of a document, the bytes of its text or answers, and whether it was cut."""
+
+    ids: Sequence[int] | np.ndarray
+    num_bytes: int
+    is_cut: bool = False  # a conversation
 
 
 def _encoded(
     documents: Sequence[Document], tokenizer: Tokenizer, limit: int | None, chat: Chat | None
-) -> Iterator[tuple[Any, int]]:
+) -> Iterator[_Encoded]:
     """Yield the tokens of each document and the bytes of its text or answers."""
     is_marked = chat is not None and chat.is_marked
     is_rendered = is_marked and chat is not None and chat.tokenizer is not None
@@ -303,24 +317,25 @@ def _encoded(
     with specials_as_text(tokenizer):
         encodings = iter(encode(texts, add_special_tokens=False))
     for document in documents:
-        conversation = document.conversation if is_marked else None
-        if conversation is None or chat is None:
+        conversation, name = document.conversation, document.identifier
+        if conversation is not None and chat is not None:
+            chat.check(conversation, name)
+        if conversation is None or chat is None or not chat.is_marked:
             yield _truncated(document.text, next(encodings), limit)
-        elif chat.tokenizer is None:
-            encoding = next(encodings)
-            ids, _ = _truncated(document.text, encoding, limit)
-            yield marked_answers(document.text, encoding, len(ids), conversation.answer_spans)
+            continue
+        if chat.tokenizer is None:
+            marked = marked_answers(next(encodings), conversation.answer_spans)
         else:
-            marked = chat.render(conversation, document.identifier)
-            size = chat.answer_bytes(conversation)
-            if limit is not None and len(marked) > limit:
-                marked = marked[:limit]
-                kept = ids_of(marked[~is_unpredicted(marked)]).tolist()
-                size = min(size, len(tokenizer.decode(kept).encode()))
-            yield marked, size
+            marked = chat.render(conversation, name)
+        size = chat.answer_bytes(conversation)
+        if is_cut := limit is not None and len(marked) > limit:
+            marked = chat.fitted(marked, limit, conversation, name)
+            kept = ids_of(marked[~is_unpredicted(marked)]).tolist()
+            size = min(size, len(tokenizer.decode(kept).encode()))
+        yield _Encoded(marked, size, is_cut)
 
 
-def _truncated(text: str, encoding: Any, limit: int | None) -> tuple[Sequence[int], int]:
+def _truncated(text: str, encoding: Any, limit: int | None) -> _Encoded:
     """Return the ids of a text up to a limit, and the bytes of the text that they encode."""
     num_kept = len(encoding)
     if limit is not None and num_kept > limit:
@@ -329,7 +344,7 @@ def _truncated(text: str, encoding: Any, limit: int | None) -> tuple[Sequence[in
         while num_kept and offsets[num_kept][0] < offsets[num_kept - 1][1]:
             num_kept -= 1
         text = text[: offsets[num_kept - 1][1]] if num_kept else ""
-    return encoding.ids[:num_kept], len(text.encode())
+    return _Encoded(encoding.ids[:num_kept], len(text.encode()))
 
 
 def tokenise_texts(texts: Iterable[str], tokenizer: Tokenizer) -> TokenisedDocuments:
