@@ -35,6 +35,7 @@ from tritter.data.packing import (
     inputs_for,
     labels_of,
     mask_documents,
+    num_packed,
     packed,
     padding_fraction,
     window_tensors,
@@ -489,14 +490,17 @@ def test_packed_conversations_keep_their_labels_and_positions(
             pieces[-1][1].append(wanted)
     wanted_pieces = []
     for index in range(len(documents)):
-        tokens = documents.document(index)
-        for start in range(0, len(tokens), length - 1):
-            piece = tokens[start : start + length - 1].long()
-            wanted = ids_of(piece).masked_fill(is_unpredicted(piece), IGNORED)
-            wanted[0] = IGNORED
-            if (wanted != IGNORED).any():  # others teach nothing
-                wanted_pieces.append((ids_of(piece).tolist(), wanted.tolist()))
+        # The rest would be answers without their question
+        piece = documents.document(index)[: length - 1].long()
+        wanted = ids_of(piece).masked_fill(is_unpredicted(piece), IGNORED)
+        wanted[0] = IGNORED
+        if (wanted != IGNORED).any():  # others teach nothing
+            wanted_pieces.append((ids_of(piece).tolist(), wanted.tolist()))
     assert sorted(pieces) == sorted(wanted_pieces)
+    if not wanted_pieces:
+        with pytest.raises(RequestError, match=r"data.sequence_length = .* the shortest needs "):
+            num_packed(documents, packing="documents", sequence_length=length)
+        return
     share = float(mask.padding(rows).float().mean())
     assert padding_fraction(documents, sequence_length=length) == pytest.approx(share)
 
@@ -544,6 +548,58 @@ def test_scores_are_the_losses_of_answers(window: int, is_masked: bool) -> None:
     inputs, targets = window_tensors(windows[:1], documents.tokens, end_of_text_id=end)
     assert int(inputs_for(alone, inputs).max()) < 330
     assert (targets != IGNORED).any()
+
+
+@pytest.mark.parametrize("length", [2, 9, 24, 40])
+@pytest.mark.parametrize("chat", [Chat(tokenizer(MARKED)), Chat(None), Chat(tokenizer(), "all")])
+def test_windows_show_the_end_of_the_prompt_to_each_answer(chat: Chat, length: int) -> None:
+    """Each token of an answer is predicted once; its window has the end of its prompt."""
+    found = [conversation(number, turns=1 + number % 4) for number in range(8)]
+    documents = tokenised(found, chat)
+    tokens, is_predicted = ids_of(documents.tokens), ~is_unpredicted(documents.tokens)
+    prompt_end = [0] * len(tokens)  # the last unpredicted token before each token
+    for at in range(1, len(tokens)):
+        prompt_end[at] = prompt_end[at - 1] if is_predicted[at - 1] else at - 1
+    counts = torch.zeros(len(tokens), dtype=torch.int64)
+    starts = documents.offsets.tolist()
+    for window in windows_of(documents, sequence_length=length):
+        inputs, targets = window_tensors([window], documents.tokens, end_of_text_id=0)
+        assert inputs.shape == (1, window.length)
+        assert window.length <= length
+        own = (targets[0] != IGNORED).nonzero().flatten().tolist()
+        num_before = window.length - (window.stop - window.start)
+        at = [window.start + column - num_before for column in own]
+        assert tokens[at].tolist() == targets[0, own].tolist()
+        counts[at] += 1
+        first = starts[window.document]
+        assert int(ids_of(inputs[0, 0])) == (0 if chat.tokenizer is None else tokens[first])
+        last, has_room = prompt_end[at[0]], length >= 8
+        if has_room and last > first:
+            assert int(tokens[last]) in ids_of(inputs[0, : own[0] + 1]).tolist()
+    wanted = is_predicted.clone()
+    if chat.tokenizer is not None:
+        wanted[documents.offsets[:-1]] = False
+    assert counts.tolist() == wanted.long().tolist()
+
+
+def test_an_answer_after_the_window_sees_its_whole_question_if_it_fits() -> None:
+    """The loss is that of stock transformers on the end of the prompt, which the template opens."""
+    model = oracle.tiny_llama(vocab_size=330, max_position_embeddings=256)
+    turns = messages(5)
+    turns[0]["content"] = " ".join(f"w{number}" for number in range(60))
+    found = conversation_of({"messages": turns})
+    assert found is not None
+    documents = tokenised([found], CHAT)
+    (window,) = windows_of(documents, sequence_length=48)
+    scores = document_losses(model, documents, sequence_length=48, end_of_text_id=0, batch_size=1)
+    ids = CHAT.tokenizer.apply_chat_template(turns)["input_ids"]
+    size = int((~is_unpredicted(documents.tokens)).sum())
+    row = torch.tensor([[ids[0], *ids[-48:]]])
+    with torch.no_grad():
+        log_p = model(row[:, :-1]).logits[0].double().log_softmax(-1)
+    nats = -sum(float(log_p[at - 1, row[0, at]]) for at in range(49 - size, 49))
+    assert window.length == 48
+    assert float(scores.values[0]) == pytest.approx(nats, rel=1e-5)
 
 
 def test_a_training_batch_has_the_loss_of_answers_alone() -> None:

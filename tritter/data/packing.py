@@ -13,9 +13,9 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
 from tritter.data.batches import this_rank
-from tritter.data.chat import CONTEXT, PADDING, START, ids_of, is_padding, is_unpredicted
+from tritter.data.chat import ANSWER, CONTEXT, PADDING, START, ids_of, is_padding, is_unpredicted
 from tritter.data.tokens import TokenisedDocuments, check_packs, pack
-from tritter.errors import RequestError
+from tritter.errors import Problem, RequestError
 from tritter.storage.spool import Spool
 
 if TYPE_CHECKING:
@@ -29,34 +29,85 @@ PACKED_TOKENS = 2**20  # at a time
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """Tokens [start, stop) of a document, in the flat token tensor."""
+    """Tokens [start, stop) of a document, in the flat token tensor, and what precedes them.
+
+    Args:
+        document: index of the document.
+        start: the first token.
+        stop: the end of the tokens.
+        is_first: whether an end of text is read first, as at the beginning of a document.
+        shown: other tokens that are read first; without both, the token before `start` is.
+        predicted: the first token to predict; those before it are context.
+    """
 
     document: int
     start: int
     stop: int
     is_first: bool
+    shown: tuple[range, ...] = ()
+    predicted: int = 0
 
     @property
     def length(self) -> int:
-        return self.stop - self.start
+        """The number of tokens to read; the last token is only predicted."""
+        num_before = self.is_first + sum(map(len, self.shown))
+        return max(1, num_before) + self.stop - self.start - 1
 
 
 def windows_of(documents: TokenisedDocuments, *, sequence_length: int) -> list[Window]:
     """Cut documents into windows of at most `sequence_length` predictions.
 
     Nothing precedes a rendered conversation, so its first token is not predicted. Windows without
-    any predicted token are omitted.
+    any predicted token are omitted. An answer that begins in a later window gets a window of its
+    own, see `_answer_windows`.
     """
-    firsts = documents.first_tokens.tolist()
-    windows = [
-        Window(index, start, min(start + sequence_length, stop), is_first=start == first)
-        for index, (first, stop) in enumerate(pairwise(documents.offsets.tolist()))
-        for start in range(first + (firsts[index] >= START), stop, sequence_length)
-    ]
+    marks = documents.first_tokens.tolist()
+    windows, spans = list[Window](), pairwise(documents.offsets.tolist())
+    for index, ((first, stop), mark) in enumerate(zip(spans, marks, strict=True)):
+        begin = first + (mark >= START)
+        if mark >= ANSWER and stop - begin > sequence_length:
+            is_predicted = ~is_unpredicted(documents.tokens[first:stop])
+            windows += _answer_windows(index, begin, is_predicted, first, sequence_length)
+        else:
+            windows += [
+                Window(index, start, min(start + sequence_length, stop), is_first=start == first)
+                for start in range(begin, stop, sequence_length)
+            ]
     if not documents.has_marks:
         return windows
     is_predicted = ~is_unpredicted(documents.tokens)
     return [window for window in windows if is_predicted[window.start : window.stop].any()]
+
+
+def _answer_windows(
+    document: int, begin: int, is_predicted: Tensor, first: int, length: int
+) -> Iterator[Window]:
+    """Yield windows that show each answer of a long conversation after the end of its prompt.
+
+    Answers that end within `length` share the first window. Each other answer has a window with
+    as much as fits of what precedes it, and at least half of the window for the answer. The rest
+    of a longer answer follows in windows with the end of the prompt and of the part before.
+    """
+    import torch
+
+    none = torch.zeros(1, dtype=torch.int8)
+    edges = torch.diff(is_predicted.to(torch.int8), prepend=none, append=none)
+    starts, ends = (((edges == sign).nonzero().flatten() + first).tolist() for sign in (1, -1))
+    opening = range(first, begin)  # of a rendered conversation, nothing precedes its first token
+    window = partial(Window, document, is_first=not opening)
+    within = [end for end in ends if end <= begin + length]
+    if within:
+        yield window(begin, within[-1], shown=(opening,))
+    half, quarter = length - length // 2, length // 4
+    for start, end in zip(starts[len(within) :], ends[len(within) :], strict=True):
+        stop = start + min(end - start, max(length - (start - begin), half))
+        yield window(max(begin, stop - length), stop, shown=(opening,), predicted=start)
+        prompt = range(max(begin, start - quarter), start)
+        while stop < end:
+            stop, predicted = min(end, stop + half), stop
+            room = max(0, length - 1 - len(prompt) - (stop - predicted))
+            at = max(start, predicted - room)
+            yield window(at, stop, shown=(opening, prompt), predicted=predicted)
 
 
 def window_batches(windows: Sequence[Window], *, batch_size: int) -> Iterator[Sequence[Window]]:
@@ -81,10 +132,15 @@ def window_tensors(
     targets = torch.full(shape, IGNORED, dtype=torch.int64)
     for row, window in enumerate(batch):
         piece = tokens[window.start : window.stop].long()
-        targets[row, : window.length] = ids_of(piece).masked_fill(is_unpredicted(piece), IGNORED)
-        input_ids[row, 1 : window.length] = piece[:-1]
-        if not window.is_first:
-            input_ids[row, 0] = tokens[window.start - 1]
+        read = [tokens[each.start : each.stop] for each in window.shown]
+        if not (window.is_first or any(map(len, read))):
+            read = [tokens[window.start - 1 : window.start]]
+        num_read = window.length - len(piece) + 1
+        input_ids[row, window.is_first : window.length] = torch.cat([*read, piece[:-1]])
+        is_ignored = is_unpredicted(piece)
+        is_ignored[: max(0, window.predicted - window.start)] = True
+        own = ids_of(piece).masked_fill(is_ignored, IGNORED)
+        targets[row, num_read - 1 : window.length] = own
     return input_ids, targets
 
 
@@ -96,9 +152,9 @@ def packed(
     `stream` is `pack`. With `documents`, a sequence consists of an end-of-text token, documents,
     each followed by an end of text, and padding of ends of text. A document therefore begins at
     an end of text, and an end of text after another one is padding. Longer documents are cut:
-    full pieces get their own sequences, the rest is packed like a document. The assignment of
-    documents to sequences depends only on their lengths. A rendered conversation begins at its
-    own first token, and the ends of text next to it are padding.
+    full pieces get their own sequences, the rest is packed like a document; that of a conversation
+    is dropped. The assignment of documents to sequences depends only on their lengths. A rendered
+    conversation begins at its own first token, and the ends of text next to it are padding.
 
     Args:
         documents: tokens of the documents.
@@ -107,11 +163,11 @@ def packed(
         end_of_text_id: token that separates documents.
 
     Raises:
-        RequestError: as `num_packed`.
+        RequestError: `sequence_length` is below 2, or the documents are empty.
     """
     if packing == "stream":
         return pack(documents, sequence_length=sequence_length, end_of_text_id=end_of_text_id)
-    num_packed(documents, packing=packing, sequence_length=sequence_length)
+    _check_documents(documents, sequence_length)
     import numpy as np
 
     pieces = _pack_pieces(documents, sequence_length - 1)
@@ -143,6 +199,20 @@ def num_packed(documents: TokenisedDocuments, *, packing: Packing, sequence_leng
     """
     if packing == "stream":
         return check_packs(documents, sequence_length=sequence_length)
+    _check_documents(documents, sequence_length)
+    if count := _pack_pieces(documents, sequence_length - 1).num_sequences:
+        return count
+    is_predicted = ~is_unpredicted(documents.tokens).numpy()
+    prompts = [int(each.argmax()) for each in _parts(documents, is_predicted) if each[1:].any()]
+    shortest = f"; the shortest needs {min(prompts) + 2:,} tokens" if prompts else ""
+    reason = (
+        f"none of the {len(documents):,} conversations has its question and a token of its answer "
+        f"within a sequence{shortest}"
+    )
+    raise RequestError(Problem("data.sequence_length", sequence_length, reason=reason))
+
+
+def _check_documents(documents: TokenisedDocuments, sequence_length: int) -> None:
     if sequence_length < 2:
         raise RequestError(
             f"data.sequence_length={sequence_length}: must be at least 2, since each token is "
@@ -150,7 +220,12 @@ def num_packed(documents: TokenisedDocuments, *, packing: Packing, sequence_leng
         )
     if not documents.num_tokens:
         raise RequestError(f"data.packing=documents: the {len(documents)} documents are empty.")
-    return _pack_pieces(documents, sequence_length - 1).num_sequences
+
+
+def _parts(documents: TokenisedDocuments, values: np.ndarray) -> Iterator[np.ndarray]:
+    """Yield the part of values per token that belongs to each document."""
+    for start, stop in pairwise(documents.offsets.tolist()):
+        yield values[start:stop]
 
 
 def padding_fraction(documents: TokenisedDocuments, *, sequence_length: int) -> float:
@@ -192,22 +267,21 @@ def _pack_pieces(documents: TokenisedDocuments, capacity: int) -> _Pieces:
     import numpy as np
 
     offsets = documents.offsets.numpy()
-    lengths = np.diff(offsets)
+    is_chat = documents.first_tokens.numpy() >= START
+    lengths = _kept_lengths(documents, capacity)
     num_full, rest = lengths // capacity, lengths % capacity
     of_full = np.repeat(np.arange(len(lengths)), num_full)
     number = np.arange(len(of_full)) - np.repeat(np.cumsum(num_full) - num_full, num_full)
     full_starts = offsets[of_full] + number * capacity
     partial_pieces = np.flatnonzero(rest)
-    is_chat = documents.first_tokens.numpy() >= START
     if documents.has_marks:
         # The first token of a conversation is never predicted
         is_predicted = ~is_unpredicted(documents.tokens).numpy()
         until = np.concatenate([[0], np.cumsum(is_predicted)])
         is_useful = until[full_starts + capacity] > until[full_starts + is_chat[of_full]]
         full_starts, of_full = full_starts[is_useful], of_full[is_useful]
-        ends = offsets[partial_pieces + 1]
-        begins = ends - rest[partial_pieces] + is_chat[partial_pieces]
-        is_useful = until[ends] > until[begins]
+        begins = offsets[partial_pieces] + num_full[partial_pieces] * capacity
+        is_useful = until[begins + rest[partial_pieces]] > until[begins + is_chat[partial_pieces]]
         partial_pieces = partial_pieces[is_useful]
     bins, columns = best_fit(rest[partial_pieces] + 1, capacity)
     order = np.lexsort((columns, bins))
@@ -220,6 +294,18 @@ def _pack_pieces(documents: TokenisedDocuments, capacity: int) -> _Pieces:
         is_chat=is_chat[np.concatenate([of_full, tails])],
         num_sequences=len(of_full) + (int(bins.max()) + 1 if len(bins) else 0),
     )
+
+
+def _kept_lengths(documents: TokenisedDocuments, capacity: int) -> np.ndarray:
+    """Return the tokens of each document to train, int64 [n]: of a conversation, a sequence.
+
+    The rest of a longer conversation would be answers without their question.
+    """
+    import numpy as np
+
+    lengths = np.diff(documents.offsets.numpy())
+    is_conversation = documents.first_tokens.numpy() >= ANSWER
+    return np.where(is_conversation, np.minimum(lengths, capacity), lengths)
 
 
 def best_fit(sizes: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
