@@ -626,7 +626,7 @@ def _scores(
             live,
             tokenise_texts(texts, own.tokenizer),
             sequence_length=min(sequence_length, limit),
-            end_of_text_id=own.end_of_text_id,
+            bounds=own.bounds,
             batch_size=batch_size,
         )
         for name, texts in documents.items()
@@ -687,6 +687,8 @@ def protect(
             model is a PeftModel, or the method needs more than a penalty. The message names the
             alternative.
     """
+    from tritter.data.packing import marks_read
+    from tritter.data.tokens import TextBounds
     from tritter.methods.forgetting.penalty import Penalty, old_sequences
 
     with use_names(_option_names("forgetting", [method])):
@@ -696,8 +698,8 @@ def protect(
         refuse_peft(model)
         needs = type(chosen).needs(chosen.options)
         batches: Iterable[Tensor] = ()
+        own: PretrainedTokenizer | None = None
         if needs.old_text:
-            own = None
             if tokenizer is not None:
                 vocab_size = cast(Any, model.config).vocab_size
                 own = _tokenizer(tokenizer, vocab_size=vocab_size)
@@ -708,7 +710,9 @@ def protect(
             if not batches:
                 reason = f"{chosen.name} needs data of the old domains, and there is none"
                 raise RequestError(Problem("old_data", reason=reason, advice="or choose l2sp"))
-        chosen.anchor_weights(model, chosen.importance_on(model, batches))
+        with marks_read(model, own.bounds if own else TextBounds(0)):
+            importance = chosen.importance_on(model, batches)
+        chosen.anchor_weights(model, importance)
     return Penalty(model, chosen)
 
 

@@ -19,7 +19,7 @@ from tritter.core.families import Config, family_of, training_flops
 from tritter.core.models import config_of, new_model
 from tritter.data.batches import SequenceStream
 from tritter.data.corpus import Corpus, stdlib_corpus
-from tritter.data.tokens import END_OF_TEXT, pack
+from tritter.data.tokens import END_OF_TEXT, TextBounds, pack
 from tritter.methods.moe_routing.objective import RoutingObjective, RoutingSettings
 from tritter.seeds import derived_seed
 from tritter.training.optimizer import OptimizerSettings, Schedule, build_optimizer
@@ -222,7 +222,7 @@ def _packed(corpus: Corpus, *, side: str) -> Iterator[Tensor]:
     end = corpus.tokenizer.token_to_id(END_OF_TEXT)
     assert end is not None
     for domain in corpus.domains.values():
-        yield pack(getattr(domain, side), sequence_length=SEQUENCE_LENGTH, end_of_text_id=end)
+        yield pack(getattr(domain, side), sequence_length=SEQUENCE_LENGTH, bounds=TextBounds(end))
 
 
 def _spread(sequences: Tensor, count: int) -> Tensor:

@@ -112,7 +112,7 @@ def scored(context, model, domain):  # type: ignore[no-untyped-def]
         model,
         context.corpus.domains[domain].validation,
         sequence_length=context.config.data.sequence_length,
-        end_of_text_id=context.end_of_text_id,
+        bounds=context.bounds,
         batch_size=context.config.evaluation.batch_size,
     )
 

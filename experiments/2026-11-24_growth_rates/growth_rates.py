@@ -32,7 +32,7 @@ from tritter.core.families import training_flops  # noqa: E402
 from tritter.core.models import config_of, new_model  # noqa: E402
 from tritter.data.batches import BatchStream, SequenceStream  # noqa: E402
 from tritter.data.corpus import Corpus, stdlib_corpus  # noqa: E402
-from tritter.data.tokens import END_OF_TEXT, pack  # noqa: E402
+from tritter.data.tokens import END_OF_TEXT, TextBounds, pack  # noqa: E402
 from tritter.seeds import derived_seed  # noqa: E402
 from tritter.training import (  # noqa: E402
     BaseModule,
@@ -130,7 +130,7 @@ def sequences(side: str, seed: int) -> Tensor:
     corpus = corpus_of(seed)
     end = corpus.tokenizer.token_to_id(END_OF_TEXT)
     documents = getattr(corpus.domains["prose"], side)
-    return pack(documents, sequence_length=LENGTH, end_of_text_id=end)
+    return pack(documents, sequence_length=LENGTH, bounds=TextBounds(end))
 
 
 def train(

@@ -31,7 +31,7 @@ from tritter.core.families import training_flops  # noqa: E402
 from tritter.core.models import config_of, new_model  # noqa: E402
 from tritter.data.batches import BatchStream, SequenceStream  # noqa: E402
 from tritter.data.corpus import Corpus, stdlib_corpus  # noqa: E402
-from tritter.data.tokens import END_OF_TEXT, pack  # noqa: E402
+from tritter.data.tokens import END_OF_TEXT, TextBounds, pack  # noqa: E402
 from tritter.methods.moe_routing import RoutingObjective, RoutingSettings  # noqa: E402
 from tritter.seeds import derived_seed  # noqa: E402
 from tritter.terminal import Console  # noqa: E402
@@ -99,7 +99,7 @@ def sequences(domain: str, side: str, seed: int) -> Tensor:
     end = corpus.tokenizer.token_to_id(END_OF_TEXT)
     assert end is not None
     documents = getattr(corpus.domains[domain], side)
-    return pack(documents, sequence_length=LENGTH, end_of_text_id=end)
+    return pack(documents, sequence_length=LENGTH, bounds=TextBounds(end))
 
 
 def mixed(seed: int) -> Tensor:

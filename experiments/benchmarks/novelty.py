@@ -36,6 +36,7 @@ from tritter.data.corpus import build_corpus  # noqa: E402
 from tritter.data.skills import SKILLS  # noqa: E402
 from tritter.data.tokens import (  # noqa: E402
     END_OF_TEXT,
+    TextBounds,
     TokenisedDocuments,
     pack,
 )
@@ -164,7 +165,7 @@ def seen_by_a_base(
     end = corpus.tokenizer.token_to_id(END_OF_TEXT)
 
     def packed(documents: TokenisedDocuments) -> Tensor:
-        return pack(documents, sequence_length=LENGTH, end_of_text_id=end)
+        return pack(documents, sequence_length=LENGTH, bounds=TextBounds(end))
 
     base = trained_base(
         packed(corpus.domains[PROSE].train),

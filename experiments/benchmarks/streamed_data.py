@@ -28,7 +28,7 @@ from tritter.data.datasets import parse_name  # noqa: E402
 from tritter.data.documents import Document  # noqa: E402
 from tritter.data.split import SplitRule  # noqa: E402
 from tritter.data.stream import SequenceOptions, StreamedSequences  # noqa: E402
-from tritter.data.tokens import copy_backend, train_tokenizer  # noqa: E402
+from tritter.data.tokens import TextBounds, copy_backend, train_tokenizer  # noqa: E402
 
 LENGTH, BATCH = 512, 16
 MAP_MEGABYTES = 25
@@ -83,7 +83,7 @@ def measure(path: Path, *, seconds: float) -> Row:
         chat=None,
         packing="stream",
         sequence_length=LENGTH,
-        end_of_text_id=0,
+        bounds=TextBounds(0),
     )
     with _Peak() as peak:
         source = parse_name("data.new", str(path))

@@ -34,15 +34,15 @@ from tritter.data.packing import (
     DocumentMask,
     inputs_for,
     labels_of,
-    mask_documents,
     num_packed,
     packed,
     padding_fraction,
+    read_marks,
     window_tensors,
     windows_of,
 )
 from tritter.data.records import Text, text_of
-from tritter.data.tokens import TokenisedDocuments, tokenise
+from tritter.data.tokens import TextBounds, TokenisedDocuments, tokenise
 from tritter.errors import RequestError
 from tritter.evaluation.losses import document_losses
 from tritter.training import BaseModule, OptimizerSettings, Schedule
@@ -470,9 +470,9 @@ def test_packed_conversations_keep_their_labels_and_positions(
 ) -> None:
     documents = tokenised([conversation(n, turns=t) for n, t in enumerate(lengths)], CHAT)
     end = CHAT.tokenizer.eos_token_id
-    rows = packed(documents, packing="documents", sequence_length=length, end_of_text_id=end)
-    mask = DocumentMask(end)
-    model = mask_documents(oracle.tiny_llama(vocab_size=330, max_position_embeddings=256), mask)
+    rows = packed(documents, packing="documents", sequence_length=length, bounds=TextBounds(end))
+    mask = DocumentMask(TextBounds(end))
+    model = read_marks(oracle.tiny_llama(vocab_size=330, max_position_embeddings=256), mask)
     labels, positions = labels_of(model, rows.long()), mask.positions(rows)
     # Each piece begins at position 0, unpredicted, and all other labels are those of the answers
     pieces: list[tuple[list[int], list[int]]] = []
@@ -499,10 +499,12 @@ def test_packed_conversations_keep_their_labels_and_positions(
     assert sorted(pieces) == sorted(wanted_pieces)
     if not wanted_pieces:
         with pytest.raises(RequestError, match=r"data.sequence_length = .* the shortest needs "):
-            num_packed(documents, packing="documents", sequence_length=length)
+            num_packed(documents, packing="documents", sequence_length=length, bounds=TextBounds(0))
         return
     share = float(mask.padding(rows).float().mean())
-    assert padding_fraction(documents, sequence_length=length) == pytest.approx(share)
+    assert padding_fraction(
+        documents, sequence_length=length, bounds=TextBounds(end)
+    ) == pytest.approx(share)
 
 
 CHAT = Chat(tokenizer(MARKED))
@@ -526,12 +528,12 @@ def test_scores_are_the_losses_of_answers(window: int, is_masked: bool) -> None:
     model = oracle.tiny_llama(vocab_size=330, max_position_embeddings=256)
     end = CHAT.tokenizer.eos_token_id
     if is_masked:
-        mask_documents(model, DocumentMask(end))
+        read_marks(model, DocumentMask(TextBounds(end)))
     turns = [messages(number, turns=1 + number % 2) for number in range(6)]
     found = [each for turn in turns if (each := conversation_of({"messages": turn})) is not None]
     documents = tokenised(found, CHAT)
     scores = document_losses(
-        model, documents, sequence_length=window, end_of_text_id=end, batch_size=3
+        model, documents, sequence_length=window, bounds=TextBounds(end), batch_size=3
     )
     contents = {str(each): messages for each, messages in zip(found, turns, strict=True)}
     order = [contents[document.text] for document in Documents.of(found)]
@@ -544,8 +546,8 @@ def test_scores_are_the_losses_of_answers(window: int, is_masked: bool) -> None:
         torch.testing.assert_close(
             scores.values, torch.tensor([nats for nats, _ in stock]).double(), rtol=1e-5, atol=1e-5
         )
-    windows = windows_of(documents, sequence_length=window)
-    inputs, targets = window_tensors(windows[:1], documents.tokens, end_of_text_id=end)
+    windows = windows_of(documents, sequence_length=window, bounds=TextBounds(end))
+    inputs, targets = window_tensors(windows[:1], documents.tokens, bounds=TextBounds(end))
     assert int(inputs_for(alone, inputs).max()) < 330
     assert (targets != IGNORED).any()
 
@@ -562,8 +564,8 @@ def test_windows_show_the_end_of_the_prompt_to_each_answer(chat: Chat, length: i
         prompt_end[at] = prompt_end[at - 1] if is_predicted[at - 1] else at - 1
     counts = torch.zeros(len(tokens), dtype=torch.int64)
     starts = documents.offsets.tolist()
-    for window in windows_of(documents, sequence_length=length):
-        inputs, targets = window_tensors([window], documents.tokens, end_of_text_id=0)
+    for window in windows_of(documents, sequence_length=length, bounds=TextBounds(0)):
+        inputs, targets = window_tensors([window], documents.tokens, bounds=TextBounds(0))
         assert inputs.shape == (1, window.length)
         assert window.length <= length
         own = (targets[0] != IGNORED).nonzero().flatten().tolist()
@@ -590,8 +592,10 @@ def test_an_answer_after_the_window_sees_its_whole_question_if_it_fits() -> None
     found = conversation_of({"messages": turns})
     assert found is not None
     documents = tokenised([found], CHAT)
-    (window,) = windows_of(documents, sequence_length=48)
-    scores = document_losses(model, documents, sequence_length=48, end_of_text_id=0, batch_size=1)
+    (window,) = windows_of(documents, sequence_length=48, bounds=TextBounds(0))
+    scores = document_losses(
+        model, documents, sequence_length=48, bounds=TextBounds(0), batch_size=1
+    )
     ids = CHAT.tokenizer.apply_chat_template(turns)["input_ids"]
     size = int((~is_unpredicted(documents.tokens)).sum())
     row = torch.tensor([[ids[0], *ids[-48:]]])
@@ -610,9 +614,9 @@ def test_a_training_batch_has_the_loss_of_answers_alone() -> None:
     found = [each for turn in turns if (each := conversation_of({"messages": turn})) is not None]
     end = CHAT.tokenizer.eos_token_id
     rows = packed(
-        tokenised(found, CHAT), packing="documents", sequence_length=200, end_of_text_id=end
+        tokenised(found, CHAT), packing="documents", sequence_length=200, bounds=TextBounds(end)
     ).long()
-    mask_documents(model, DocumentMask(end))
+    read_marks(model, DocumentMask(TextBounds(end)))
     with torch.no_grad():
         loss = model(input_ids=rows, labels=labels_of(model, rows), use_cache=False).loss
     wanted = sum(nats for nats, _ in stock) / sum(count for _, count in stock)
@@ -624,9 +628,9 @@ def test_a_text_after_a_conversation_is_a_document_of_its_own() -> None:
     documents = tokenised([conversation(1), "a text of five words"], CHAT)
     end = CHAT.tokenizer.eos_token_id
     sizes = sorted(documents.offsets.diff().tolist())
-    rows = packed(documents, packing="documents", sequence_length=128, end_of_text_id=end)
+    rows = packed(documents, packing="documents", sequence_length=128, bounds=TextBounds(end))
     assert len(rows) == 1
-    counted = DocumentMask(end).length_counts(rows)
+    counted = DocumentMask(TextBounds(end)).length_counts(rows)
     lengths = [length for length, count in enumerate(counted.tolist()) for _ in range(count)]
     assert [length for length in lengths if length > 1] in (
         [sizes[0], sizes[1]],
@@ -639,14 +643,14 @@ def test_an_optimizer_step_is_the_mean_over_the_answers_of_its_batches() -> None
     turns = [conversation(number, turns=1 + number % 3) for number in range(8)]
     end = CHAT.tokenizer.eos_token_id
     rows = packed(
-        tokenised(turns, CHAT), packing="documents", sequence_length=64, end_of_text_id=end
+        tokenised(turns, CHAT), packing="documents", sequence_length=64, bounds=TextBounds(end)
     )
     rows = rows[: len(rows) // 4 * 4]
     losses = []
     for window in (1, 4):
         model = oracle.tiny_llama(vocab_size=330, max_position_embeddings=256)
         module = BaseModule(
-            mask_documents(model, DocumentMask(end)),
+            read_marks(model, DocumentMask(TextBounds(end))),
             schedule=Schedule(learning_rate=1e-3, max_steps=1),
             optimizer=OptimizerSettings(),
         )

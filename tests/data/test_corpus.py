@@ -12,7 +12,7 @@ from tritter.data.corpus import build_corpus, stdlib_corpus
 from tritter.data.documents import documents_of, text_key
 from tritter.data.sources import source_documents
 from tritter.data.split import SplitRule, threshold_side
-from tritter.data.tokens import concatenate, pack
+from tritter.data.tokens import TextBounds, concatenate, pack
 from tritter.errors import RequestError
 from tritter.storage import spool
 
@@ -58,7 +58,7 @@ def test_what_lies_on_disk_is_what_would_be_held(tmp_path, monkeypatch):
     mapped = build(tmp_path / "mapped", domains=domains)
     assert_same(held, mapped)
     assert_same(held, build(tmp_path / "mapped", domains=domains))
-    options = {"sequence_length": 16, "end_of_text_id": 0}
+    options = {"sequence_length": 16, "bounds": TextBounds(0)}
     packed = [[pack(d.train, **options) for d in c.domains.values()] for c in (held, mapped)]
     assert torch.equal(concatenate(packed[0]), concatenate(packed[1]))
     assert torch.equal(concatenate(packed[0]), torch.cat(packed[0]))

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from tests import oracle
 from tests.oracle.families import generic, tiny
-from tritter.data.packing import IGNORED, DocumentMask, document_mask_of, labels_of, mask_documents
+from tritter.data.packing import IGNORED, DocumentMask, document_mask_of, labels_of, read_marks
+from tritter.data.tokens import TextBounds
 
 EOT = 0
 # The third row begins inside a document, and the last is mostly padding
@@ -32,7 +33,7 @@ def documents_of(row: Tensor) -> list[tuple[int, int]]:
 
 def document_mask(family: str) -> torch.nn.Module:
     model = tiny(family).double()
-    mask_documents(model, DocumentMask(EOT))
+    read_marks(model, DocumentMask(TextBounds(EOT)))
     return model
 
 
@@ -125,7 +126,7 @@ def test_it_goes_along_with_copies_and_leaves_writing_alone() -> None:
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert document_mask_of(other) == document_mask_of(model)
         assert torch.equal(other(ROWS).logits, model(ROWS).logits)
-    mask_documents(model, DocumentMask(EOT))
+    read_marks(model, DocumentMask(TextBounds(EOT)))
     assert len(model.model._forward_pre_hooks) == 1
     assert model.state_dict().keys() == tiny("llama").state_dict().keys()
     prefilled = model(input_ids=ROWS, use_cache=True)

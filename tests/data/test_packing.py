@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tritter.data.packing import PACKED_TOKENS, best_fit, num_packed, packed, padding_fraction
-from tritter.data.tokens import TokenisedDocuments, pack
+from tritter.data.tokens import TextBounds, TokenisedDocuments, pack
 from tritter.errors import RequestError
 
 EOT = 0
@@ -25,7 +25,7 @@ def of_lengths(lengths: list[int]) -> TokenisedDocuments:
 
 
 def rows_of(documents: TokenisedDocuments, length: int) -> torch.Tensor:
-    return packed(documents, packing="documents", sequence_length=length, end_of_text_id=EOT)
+    return packed(documents, packing="documents", sequence_length=length, bounds=TextBounds(EOT))
 
 
 def test_by_hand() -> None:
@@ -46,7 +46,9 @@ def test_each_token_stands_once_in_its_order_and_ends_are_predicted(seed: int) -
     length = drawn.choice([2, 3, 7, 32])
     documents = of_lengths([drawn.randrange(0, 3 * length) for _ in range(200)])
     rows = rows_of(documents, length)
-    assert len(rows) == num_packed(documents, packing="documents", sequence_length=length)
+    assert len(rows) == num_packed(
+        documents, packing="documents", sequence_length=length, bounds=TextBounds(EOT)
+    )
     assert (rows[:, 0] == EOT).all()
     found = rows[rows != EOT]
     assert sorted(found.tolist()) == documents.tokens.tolist()
@@ -69,7 +71,7 @@ def test_lengths_of_real_texts_leave_little_padding() -> None:
     is_end = rows == EOT
     padding = int((is_end[:, 1:] & is_end[:, :-1]).sum()) / rows.numel()
     assert 0 < padding < 0.02
-    fraction = padding_fraction(of_lengths(lengths), sequence_length=128)
+    fraction = padding_fraction(of_lengths(lengths), sequence_length=128, bounds=TextBounds(EOT))
     assert fraction == pytest.approx(padding, abs=1e-12)
     assert torch.equal(rows, rows_of(of_lengths(lengths), 128))
 
@@ -91,9 +93,11 @@ def test_many_parts_are_laid_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_stream_is_what_it_was_and_nothing_is_refused() -> None:
     documents = of_lengths([3, 50, 20])
-    stream = packed(documents, packing="stream", sequence_length=16, end_of_text_id=EOT)
-    assert torch.equal(stream, pack(documents, sequence_length=16, end_of_text_id=EOT))
-    assert num_packed(documents, packing="stream", sequence_length=16) == len(stream)
+    stream = packed(documents, packing="stream", sequence_length=16, bounds=TextBounds(EOT))
+    assert torch.equal(stream, pack(documents, sequence_length=16, bounds=TextBounds(EOT)))
+    assert num_packed(
+        documents, packing="stream", sequence_length=16, bounds=TextBounds(EOT)
+    ) == len(stream)
     short = of_lengths([3])  # not one full sequence, yet a document
     assert rows_of(short, 16).shape == (1, 16)
     for empty, length, words in ((of_lengths([0]), 16, "empty"), (short, 1, "at least 2")):

@@ -22,7 +22,7 @@ from tritter.data.replay import ReplayBuffer
 from tritter.data.sources import recorded_paths, source_documents
 from tritter.data.split import SplitRule, threshold_side
 from tritter.data.stream import SequenceOptions, StreamedSequences
-from tritter.data.tokens import copy_backend, tokenise_texts
+from tritter.data.tokens import TextBounds, copy_backend, tokenise_texts
 
 LENGTH, END = 16, 0
 RULE = SplitRule(seed=0, validation_fraction=0.2)
@@ -57,7 +57,7 @@ def streamed(
         chat=None,
         packing=packing,
         sequence_length=LENGTH,
-        end_of_text_id=END,
+        bounds=TextBounds(END),
     )
     return StreamedSequences(
         [parse_name("data.new", str(name)) for name in names],
@@ -72,7 +72,7 @@ def in_order(tokenizer: Tokenizer) -> torch.Tensor:
     """The training sequences of an epoch, in the order of the texts."""
     kept = [text for text in TEXTS if threshold_side(text_key(text), RULE) == "train"]
     documents = tokenise_texts(kept, tokenizer)
-    return packed(documents, packing="stream", sequence_length=LENGTH, end_of_text_id=END)
+    return packed(documents, packing="stream", sequence_length=LENGTH, bounds=TextBounds(END))
 
 
 def rows_of(sequences: torch.Tensor) -> list[tuple[int, ...]]:
@@ -177,7 +177,7 @@ def test_refused_conversations_are_skipped(
         chat=Chat(stock),
         packing="documents",
         sequence_length=64,
-        end_of_text_id=END,
+        bounds=TextBounds(END),
     )
     source = parse_name("data.new", str(tmp_path / "talks.jsonl"))
     stream = StreamedSequences([source], key="data.new", options=options, seed=0)

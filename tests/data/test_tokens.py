@@ -4,7 +4,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from tritter.data import tokens
 from tritter.data.documents import Document
-from tritter.data.tokens import END_OF_TEXT, pack, tokenise, train_tokenizer
+from tritter.data.tokens import END_OF_TEXT, TextBounds, pack, tokenise, train_tokenizer
 from tritter.errors import RequestError
 
 
@@ -29,13 +29,13 @@ def test_documents_are_the_same_whatever_is_tokenised_at_a_time(
 ):
     several = [*documents, Document("empty", "")]
     whole = tokenise(several, tokenizer, max_tokens_per_document=limit)
-    packed = pack(whole, sequence_length=7, end_of_text_id=0)
+    packed = pack(whole, sequence_length=7, bounds=TextBounds(0))
     monkeypatch.setattr(tokens, "ENCODED_CHARACTERS", 500)
     monkeypatch.setattr(tokens, "PACKED_DOCUMENTS", 3)
     parts = tokenise(several, tokenizer, max_tokens_per_document=limit)
     for name in ("tokens", "offsets", "num_bytes"):
         assert torch.equal(getattr(parts, name), getattr(whole, name))
-    assert torch.equal(pack(parts, sequence_length=7, end_of_text_id=0), packed)
+    assert torch.equal(pack(parts, sequence_length=7, bounds=TextBounds(0)), packed)
     laid = [id_ for n in range(len(whole)) for id_ in [*whole.document(n).tolist(), 0]]
     assert packed.flatten().tolist() == laid[: len(laid) // 7 * 7]
 
@@ -87,7 +87,7 @@ def test_packing_against_a_loop(documents, tokenizer, sequence_length):
     stream = []
     for index in range(len(tokenised)):
         stream += [*tokenised.document(index).tolist(), 0]
-    packed = pack(tokenised, sequence_length=sequence_length, end_of_text_id=0)
+    packed = pack(tokenised, sequence_length=sequence_length, bounds=TextBounds(0))
     assert packed.dtype == torch.int32
     assert packed.shape == (len(stream) // sequence_length, sequence_length)
     assert packed.flatten().tolist() == stream[: packed.numel()]
@@ -95,13 +95,13 @@ def test_packing_against_a_loop(documents, tokenizer, sequence_length):
 
 def test_packing_refuses_what_fills_no_sequence(documents, tokenizer):
     short = tokenise([Document("x", "a")], tokenizer)
-    assert pack(short, sequence_length=2, end_of_text_id=0).tolist() == [
+    assert pack(short, sequence_length=2, bounds=TextBounds(0)).tolist() == [
         [tokenizer.token_to_id("a"), 0]
     ]
     with pytest.raises(RequestError, match=r"data\.sequence_length=3.*2 tokens"):
-        pack(short, sequence_length=3, end_of_text_id=0)
+        pack(short, sequence_length=3, bounds=TextBounds(0))
     with pytest.raises(RequestError, match=r"data\.sequence_length=1"):
-        pack(short, sequence_length=1, end_of_text_id=0)
+        pack(short, sequence_length=1, bounds=TextBounds(0))
 
 
 def test_byte_level_offsets_are_what_the_cut_relies_on():

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, trainers
 
 from tritter.data.chat import ANSWER
 from tritter.data.documents import Document
-from tritter.data.tokens import train_tokenizer
+from tritter.data.tokens import TextBounds, train_tokenizer
 from tritter.data.vocabulary import (
     ExtendedTokenizer,
     Merges,
@@ -209,24 +209,24 @@ def test_stored_sequences_get_the_new_tokens(packing: str) -> None:
     ids = [*old.encode(text).ids, 0] * 20
     length = 32
     rows = torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
-    again = retokenised(rows, old, new, end_of_text_id=0, packing=packing)  # type: ignore[arg-type]
+    again = retokenised(rows, old, new, bounds=TextBounds(0), packing=packing)  # type: ignore[arg-type]
     assert again.shape[1] == length and len(again) < len(rows)
     assert text in new.decode(again.flatten().tolist(), skip_special_tokens=False)
-    short = retokenised(rows[:1, :8], old, new, end_of_text_id=0, packing=packing)  # type: ignore[arg-type]
+    short = retokenised(rows[:1, :8], old, new, bounds=TextBounds(0), packing=packing)  # type: ignore[arg-type]
     assert short.shape[1] == 8
     nothing = torch.zeros(3, 8, dtype=torch.int32)  # ends of text alone
     assert torch.equal(
-        retokenised(nothing, old, new, end_of_text_id=0, packing=packing),  # type: ignore[arg-type]
+        retokenised(nothing, old, new, bounds=TextBounds(0), packing=packing),  # type: ignore[arg-type]
         nothing,
     )
     with pytest.raises(RequestError, match="conversations"):
-        retokenised(rows + ANSWER, old, new, end_of_text_id=0, packing=packing)  # type: ignore[arg-type]
+        retokenised(rows + ANSWER, old, new, bounds=TextBounds(0), packing=packing)  # type: ignore[arg-type]
 
 
 def test_a_row_of_a_stream_that_ends_within_a_document_gets_no_end_of_text() -> None:
     old, _, new = extended("bytes")
     ids = old.encode("return self.dog.jump(dog) and the quick brown fox jumps").ids
     rows = torch.tensor([*ids, 0] * 16)[: (len(ids) + 1) * 16 // 12 * 12].view(-1, 12)
-    again = retokenised(rows, old, new, end_of_text_id=0, packing="stream")
+    again = retokenised(rows, old, new, bounds=TextBounds(0), packing="stream")
     ends = [int((each == 0).sum()) for each in (rows, again)]
     assert 0 < ends[1] <= ends[0]

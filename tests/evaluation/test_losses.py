@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from tritter.data.tokens import TextBounds
 from tritter.errors import TritterError
 from tritter.evaluation.losses import document_losses
 from tritter.evaluation.statistics import PairedScores
@@ -14,7 +15,7 @@ EOT = 0
 
 
 def score(model, documents, **changes):
-    options = {"sequence_length": 4, "end_of_text_id": EOT, "batch_size": 3}
+    options = {"sequence_length": 4, "bounds": TextBounds(EOT), "batch_size": 3}
     return document_losses(model, documents, **(options | changes))
 
 

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from tritter.data.documents import documents_of
 from tritter.data.skills import Question
-from tritter.data.tokens import END_OF_TEXT, train_tokenizer
+from tritter.data.tokens import END_OF_TEXT, TextBounds, train_tokenizer
 from tritter.errors import TritterError
 from tritter.evaluation.gate import new_task_check
 from tritter.evaluation.tasks import QuestionTask, Reader
@@ -28,7 +28,7 @@ QUESTIONS = tuple(
 def reader() -> Reader:
     texts = documents_of(each.prompt + each.answer for each in QUESTIONS)
     tokenizer: Tokenizer = train_tokenizer(texts, vocab_size=290)
-    return Reader(tokenizer, tokenizer.token_to_id(END_OF_TEXT), batch_size=5)
+    return Reader(tokenizer, TextBounds(tokenizer.token_to_id(END_OF_TEXT)), batch_size=5)
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +118,7 @@ def test_null_models_know_nothing(reader: Reader):
     """An empty answer and an endless one are wrong: an answer must end."""
     a, again = reader.tokenizer.encode("a").ids[0], reader.tokenizer.encode("\n").ids[0]
     asked = (Question("1", "b", "a"), Question("2", "b", "aa"))
-    for token in (reader.end_of_text_id, a, again):
+    for token in (reader.bounds.end, a, again):
         assert QuestionTask("after", None, asked).score(_Said(token, 290), reader).mean() == 0
     with pytest.raises(TritterError, match="the task after has no questions"):
         QuestionTask("after", None, ()).score(_Said(a, 290), reader)

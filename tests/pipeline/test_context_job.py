@@ -17,6 +17,7 @@ from tritter.config.launch.composition import load_config
 from tritter.config.validation import source_config
 from tritter.core.families import forward_flops
 from tritter.core.models import read_config
+from tritter.data.tokens import TextBounds
 from tritter.errors import RequestError
 from tritter.evaluation.statistics import PairedScores
 from tritter.pipeline import Outcome, run_pipeline, stages, windows
@@ -112,7 +113,7 @@ def test_position_sums_match_plain_torch() -> None:
     )
     sums = torch.zeros(2, 20, dtype=torch.float64)
     document_losses(
-        model, documents, sequence_length=20, end_of_text_id=0, batch_size=2, positions=sums
+        model, documents, sequence_length=20, bounds=TextBounds(0), batch_size=2, positions=sums
     )
     expected = torch.zeros(2, 20, dtype=torch.float64)
     for text in (tokens[:12], tokens[12:]):

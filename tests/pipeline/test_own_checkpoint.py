@@ -184,7 +184,7 @@ def test_its_own_tokenizer_and_end_of_text_are_used(
     words = ["model=hf", f"model.path={library}/llama", *text_words(library)]
     config = load_config([*FAST, f"cache_dir={tmp_path}", *words])
     context = RunContext(config, tmp_path, None, Ledger(tmp_path))  # type: ignore[arg-type]
-    assert context.end_of_text_id == 290
+    assert context.bounds.end == 290
     documents = context.corpus.domains["old"].train
     assert int(documents.offsets.diff().min()) > 7  # no truncation of the tokenizer's last use
     sequences = context.training_sequences(["old"])["old"]

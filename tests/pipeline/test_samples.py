@@ -17,6 +17,7 @@ from tests.pipeline.tiny import TINY
 from tritter.config.launch.composition import load_config
 from tritter.core.models import load_tokenizer
 from tritter.data.chat import START, Chat, ids_of
+from tritter.data.tokens import TextBounds
 from tritter.errors import RequestError
 from tritter.pipeline import Outcome
 from tritter.pipeline.samples import generate_samples
@@ -45,7 +46,7 @@ def test_no_more_is_read_than_a_model_has_learned_positions_for(positions: int) 
         ),
         domains=("old",),
         config=SimpleNamespace(evaluation=SimpleNamespace(sample_tokens=60, prompts=["long"])),
-        end_of_text_id=0,
+        bounds=TextBounds(0),
         original=None,
     )
     found = generate_samples(context, model, context, model)

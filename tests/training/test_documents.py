@@ -20,12 +20,12 @@ from tests.training.written import Written
 from tritter.core.families import training_flops
 from tritter.core.models import config_of
 from tritter.data.batches import BatchStream, SequenceStream
-from tritter.data.packing import DocumentMask, mask_documents, packed
-from tritter.data.tokens import TokenisedDocuments
+from tritter.data.packing import DocumentMask, packed, read_marks
+from tritter.data.tokens import TextBounds, TokenisedDocuments
 from tritter.evaluation.losses import sequence_losses
 from tritter.methods.forgetting import SI, Distill, Replay
 from tritter.methods.forgetting.quadratic import diagonal_fisher
-from tritter.methods.forgetting.replay import _Draw, _texts
+from tritter.methods.forgetting.replay import _Draw, _Starts, _texts
 from tritter.methods.moe_routing.objective import OldRouting, RoutingObjective, RoutingSettings
 from tritter.training import (
     BaseModule,
@@ -78,7 +78,7 @@ def nats_alone(model: nn.Module, row: Tensor) -> tuple[Tensor, int]:
 
 
 def document_mask(model: nn.Module) -> nn.Module:
-    mask_documents(model, DocumentMask(EOT))
+    read_marks(model, DocumentMask(TextBounds(EOT)))
     return model
 
 
@@ -155,7 +155,7 @@ def test_si_sees_the_gradient_of_the_loss_that_is_trained() -> None:
 def test_what_a_model_writes_begins_anew_at_each_end_of_text() -> None:
     model, alone = document_mask(tiny("gemma3_text").double()), tiny("gemma3_text").double()
     draw = _Draw(temperature=3.0, top_p=1.0, generator=torch.Generator().manual_seed(1))
-    begin = torch.full((40, 1), EOT)
+    begin = _Starts(TextBounds(EOT), 40, torch.device("cpu"))
     with torch.no_grad():
         texts, costs = _texts(model, begin, 60, 40, draw)
         num_checked = 0
@@ -209,7 +209,7 @@ def sequences_of(num_documents: int, seed: int, *, length: int = 16) -> Tensor:
         num_bytes=lengths,
         identifiers=tuple(map(str, range(num_documents))),
     )
-    rows = packed(documents, packing="documents", sequence_length=length, end_of_text_id=EOT)
+    rows = packed(documents, packing="documents", sequence_length=length, bounds=TextBounds(EOT))
     half = rows.clone()  # of some the second half is padding, so that numbers of targets differ
     half[:, length // 2 :] = EOT
     return torch.where(torch.arange(len(rows))[:, None] % 3 == 0, half, rows)

@@ -13,7 +13,7 @@ from tests.training.killed import KillAt, Killed
 from tests.training.test_ddp import ONE, STEPS, TWO, train, weights
 from tritter.data.datamodule import ValidationSubset
 from tritter.data.packing import IGNORED
-from tritter.data.tokens import TokenisedDocuments
+from tritter.data.tokens import TextBounds, TokenisedDocuments
 from tritter.evaluation.losses import document_losses
 from tritter.targets import Component, import_object
 from tritter.training import TrainerSettings, module, read_metrics
@@ -44,7 +44,7 @@ def text(max_tokens: int = 10**6, *, batch_size: int = 4, seed: int = 0) -> Vali
         every_n_steps=EVERY,
         max_tokens=max_tokens,
         sequence_length=16,
-        end_of_text_id=0,
+        bounds=TextBounds(0),
         batch_size=batch_size,
         seed=seed,
     )
@@ -84,7 +84,9 @@ def test_the_last_evaluation_is_what_scoring_the_same_text_says(tmp_path: Path) 
     model, _ = train(tmp_path / "one", ONE, evaluation=text())
     train(tmp_path / "two", TWO, evaluation=text(batch_size=3))
     for domain, each in DOMAINS.items():
-        scores = document_losses(model, each, sequence_length=16, end_of_text_id=0, batch_size=2)
+        scores = document_losses(
+            model, each, sequence_length=16, bounds=TextBounds(0), batch_size=2
+        )
         loss = float(scores.values.sum() / scores.weights["tokens"].sum())
         name = f"eval/{domain}/loss"
         one, two = (dict(curves(tmp_path / folder)[name]) for folder in ("one", "two"))

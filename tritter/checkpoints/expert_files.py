@@ -52,6 +52,7 @@ class EvidenceHead:
     prior: Annotated[float, Field(ge=-MAX_COUNT, le=MAX_COUNT)]
     end_of_text_id: WholeNumber | None
     inner_prior: Annotated[float, Field(ge=-MAX_COUNT, le=MAX_COUNT)] | None = None
+    start_ids: tuple[WholeNumber, ...] = ()
 
 
 @record

@@ -37,8 +37,9 @@ from tritter.cli.output import (
 )
 from tritter.core.families import family_of, position_limit
 from tritter.core.models import load_model, read_config
+from tritter.data.chat import ids_of
 from tritter.data.sources import source_documents
-from tritter.data.tokens import pack, read_tokenizer, tokenise
+from tritter.data.tokens import num_closed_tokens, pack, read_tokenizer, tokenise
 from tritter.errors import RequestError, TritterError
 from tritter.evaluation.gate import EXACT_JUMP
 from tritter.methods.experts.merged_mixture import (
@@ -142,7 +143,7 @@ def _texts(folder: Path, *, length: int, vocab_size: int) -> dict[str, Tensor]:
     if not (folder / "tokenizer.json").is_file():
         return found
     tokenizer = read_tokenizer(folder, vocab_size=vocab_size)
-    end = tokenizer.end_of_text_id
+    bounds = tokenizer.bounds
     lineage = read_lineage(folder)
     for name, domain in (lineage.domains if lineage else {}).items():
         paths, field = list(domain.paths), domain.text_field
@@ -152,9 +153,9 @@ def _texts(folder: Path, *, length: int, vocab_size: int) -> dict[str, Tensor]:
         except TritterError:  # its data is unavailable
             continue
         tokens = tokenise(first, tokenizer.tokenizer, max_tokens_per_document=length)
-        if end is not None and tokens.num_tokens + len(tokens) >= length:
-            packed = pack(tokens, sequence_length=length, end_of_text_id=end)
-            found[name] = packed[:_SEQUENCES].long()
+        if num_closed_tokens(tokens, bounds) >= length:
+            packed = pack(tokens, sequence_length=length, bounds=bounds)
+            found[name] = ids_of(packed[:_SEQUENCES]).long()
     return found
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tritter.data.batches import this_rank
 from tritter.data.packing import IGNORED, Window, window_batches, window_tensors, windows_of
-from tritter.data.tokens import TokenisedDocuments
+from tritter.data.tokens import TextBounds, TokenisedDocuments
 from tritter.seeds import derived_seed
 
 Batch = dict[str, Any]
@@ -44,7 +44,7 @@ class ValidationSubset:
         every_n_steps: int,
         max_tokens: int,
         sequence_length: int,
-        end_of_text_id: int,
+        bounds: TextBounds,
         batch_size: int,
         seed: int,
     ) -> "ValidationSubset":
@@ -55,14 +55,14 @@ class ValidationSubset:
             every_n_steps: optimizer steps between two evaluations.
             max_tokens: limit per domain; at least one window is used.
             sequence_length: tokens per window.
-            end_of_text_id: token that separates documents.
+            bounds: start and end of a text.
             batch_size: windows per batch.
             seed: seed of the sample; the sample of a domain does not depend on other domains.
         """
         batches: list[Batch] = []
         lengths: list[int] = []
         for domain, each in documents.items():
-            windows = windows_of(each, sequence_length=sequence_length)
+            windows = windows_of(each, sequence_length=sequence_length, bounds=bounds)
             generator = torch.Generator().manual_seed(derived_seed(seed, "evaluation", domain))
             remaining, chosen = max_tokens, list[Window]()
             for index in torch.randperm(len(windows), generator=generator).tolist():
@@ -72,9 +72,7 @@ class ValidationSubset:
                 chosen.append(windows[index])
             lengths += [window.length for window in chosen]
             for batch in window_batches(chosen, batch_size=batch_size):
-                input_ids, targets = window_tensors(
-                    batch, each.tokens, end_of_text_id=end_of_text_id
-                )
+                input_ids, targets = window_tensors(batch, each.tokens, bounds=bounds)
                 batches.append({"domain": domain, "input_ids": input_ids, "targets": targets})
         return cls(
             every_n_steps=every_n_steps,

@@ -15,11 +15,22 @@ from itertools import chain, compress
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler
 
 from tritter.data.batches import BatchStream, SequenceStream
-from tritter.data.tokens import TokenisedDocuments, copy_backend, pack, tokenise_texts
+from tritter.data.chat import ids_of, is_unpredicted
+from tritter.data.packing import IGNORED
+from tritter.data.tokens import (
+    TextBounds,
+    TokenisedDocuments,
+    bounds_of,
+    copy_backend,
+    num_closed_tokens,
+    pack,
+    tokenise_texts,
+)
 from tritter.errors import Problem, RequestError
 from tritter.seeds import derived_seed
 
@@ -161,8 +172,8 @@ class _OldRows(Dataset[dict[str, Any]]):
         if not isinstance(self._rows, Tensor):
             row = self._rows[number]
             return {field: row[field] for field in self._sample}
-        ids = self._rows[number].tolist()
-        values = {field: _FIELDS[field](ids) for field in self._sample}
+        tokens = self._rows[number]
+        values = {field: _FIELDS[field](tokens) for field in self._sample}
         return {
             field: torch.tensor(value) if isinstance(self._sample[field], Tensor) else value
             for field, value in values.items()
@@ -170,12 +181,12 @@ class _OldRows(Dataset[dict[str, Any]]):
 
 
 # Fields of a row, made of the tokens of a sequence
-_FIELDS: dict[str, Callable[[list[int]], list[int]]] = {
-    "input_ids": list,
-    "labels": list,
-    "attention_mask": lambda ids: [1] * len(ids),
-    "position_ids": lambda ids: list(range(len(ids))),
-    "seq_lengths": lambda ids: [len(ids)],  # TRL's, of packed rows
+_FIELDS: dict[str, Callable[[Tensor], list[int]]] = {
+    "input_ids": lambda tokens: ids_of(tokens).tolist(),
+    "labels": lambda tokens: ids_of(tokens).masked_fill(is_unpredicted(tokens), IGNORED).tolist(),
+    "attention_mask": lambda tokens: [1] * len(tokens),
+    "position_ids": lambda tokens: list(range(len(tokens))),
+    "seq_lengths": lambda tokens: [len(tokens)],  # TRL's, of packed rows
 }
 
 
@@ -219,48 +230,57 @@ class PackedText:
             raise RequestError(Problem("sequence_length", None, reason=reason)) from error
 
     @cached_property
-    def end_of_text_id(self) -> int:
-        """The token that closes a document."""
+    def bounds(self) -> TextBounds:
+        """The start and the end of a document."""
         for owner in (self._outer, self._config):
             if (value := getattr(owner, "eos_token_id", None)) is not None:
-                return int(value[0] if isinstance(value, list) else value)
+                end = int(value[0] if isinstance(value, list) else value)
+                backend = self._backend
+                return TextBounds(end) if backend is None else bounds_of(backend, end)
         reason = "neither the tokenizer nor the model's config has an eos_token_id"
         raise RequestError(Problem("processing_class", reason=reason))
 
+    @cached_property
+    def _backend(self) -> Tokenizer | None:
+        outer = getattr(self._outer, "tokenizer", self._outer)
+        backend = getattr(outer, "backend_tokenizer", None)
+        return None if backend is None else copy_backend(backend)
+
     def tokenise_texts(self, texts: Sequence[str]) -> TokenisedDocuments:
         """Return texts as tokens, whole and without padding."""
-        backend = getattr(getattr(self._outer, "tokenizer", self._outer), "backend_tokenizer", None)
-        if backend is None:
+        if self._backend is None:
             reason = "texts need a fast tokenizer; pass one, or tokenised rows"
             raise RequestError(
                 Problem("processing_class", type(self._outer).__name__, reason=reason)
             )
-        return tokenise_texts(texts, copy_backend(backend))
+        return tokenise_texts(texts, self._backend)
 
     def sequences(self, name: str, data: OldData) -> Tensor:
-        """Return int32 [N, T]: packed texts or rows, or unchanged rows of that length.
+        """Return int32 [N, T] with marks: packed texts or rows, or rows of that length.
 
         Raises:
             RequestError: the data does not fill one sequence.
         """
         length = self.sequence_length
         is_text = isinstance(data, tuple)
-        documents = self.tokenise_texts(data) if is_text else join_rows(data)
+        documents = self.tokenise_texts(data) if is_text else join_rows(data, self.bounds)
         if not is_text and bool((documents.offsets.diff() == length).all()):
             return documents.tokens.view(-1, length)
-        if (count := documents.num_tokens + len(documents)) < length:
+        if (count := num_closed_tokens(documents, self.bounds)) < length:
             reason = f"its {count} tokens do not fill one sequence of {length}"
             raise RequestError(Problem(f"old_data.{name}", reason=reason))
-        return pack(documents, sequence_length=length, end_of_text_id=self.end_of_text_id)
+        return pack(documents, sequence_length=length, bounds=self.bounds)
 
 
-def join_rows(rows: Any) -> TokenisedDocuments:
-    """Return the tokens of tokenised rows, without padding."""
-    has_mask = "attention_mask" in rows.column_names
+def join_rows(rows: Any, bounds: TextBounds) -> TokenisedDocuments:
+    """Return the tokens of tokenised rows, without padding; the start of a text is marked."""
+    has_mask, number = "attention_mask" in rows.column_names, len(bounds.start)
     kept = []
     for row in rows.with_format(None):
         ids = row["input_ids"]
-        kept.append(list(compress(ids, row["attention_mask"])) if has_mask else ids)
+        ids = list(compress(ids, row["attention_mask"])) if has_mask else ids
+        is_begun = tuple(ids[:number]) == bounds.start
+        kept.append([*bounds.marked_start, *ids[number:]] if is_begun else ids)
     lengths = torch.tensor([len(ids) for ids in kept])
     return TokenisedDocuments(
         tokens=torch.tensor(list(chain.from_iterable(kept)), dtype=torch.int32),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from tritter.data.batches import this_rank
 from tritter.data.chat import ANSWER, CONTEXT, PADDING, START, ids_of, is_padding, is_unpredicted
-from tritter.data.tokens import TokenisedDocuments, check_packs, pack
+from tritter.data.tokens import TextBounds, TokenisedDocuments, check_length, check_packs, pack
 from tritter.errors import Problem, RequestError
 from tritter.storage.spool import Spool
 
@@ -35,7 +36,7 @@ class Window:
         document: index of the document.
         start: the first token.
         stop: the end of the tokens.
-        is_first: whether an end of text is read first, as at the beginning of a document.
+        front: number of tokens of `TextBounds.prefix` that are read first.
         shown: other tokens that are read first; without both, the token before `start` is.
         predicted: the first token to predict; those before it are context.
     """
@@ -43,19 +44,21 @@ class Window:
     document: int
     start: int
     stop: int
-    is_first: bool
+    front: int
     shown: tuple[range, ...] = ()
     predicted: int = 0
 
     @property
     def length(self) -> int:
         """The number of tokens to read; the last token is only predicted."""
-        num_before = self.is_first + sum(map(len, self.shown))
+        num_before = self.front + sum(map(len, self.shown))
         return max(1, num_before) + self.stop - self.start - 1
 
 
-def windows_of(documents: TokenisedDocuments, *, sequence_length: int) -> list[Window]:
-    """Cut documents into windows of at most `sequence_length` predictions.
+def windows_of(
+    documents: TokenisedDocuments, *, sequence_length: int, bounds: TextBounds
+) -> list[Window]:
+    """Cut documents into windows that a model reads in `sequence_length` positions.
 
     Nothing precedes a rendered conversation, so its first token is not predicted. Windows without
     any predicted token are omitted. An answer that begins in a later window gets a window of its
@@ -63,15 +66,21 @@ def windows_of(documents: TokenisedDocuments, *, sequence_length: int) -> list[W
     """
     marks = documents.first_tokens.tolist()
     windows, spans = list[Window](), pairwise(documents.offsets.tolist())
+    num_front, length = len(bounds.prefix), max(1, sequence_length + 1 - len(bounds.prefix))
     for index, ((first, stop), mark) in enumerate(zip(spans, marks, strict=True)):
         begin = first + (mark >= START)
-        if mark >= ANSWER and stop - begin > sequence_length:
+        if mark >= ANSWER and stop - begin > length:
             is_predicted = ~is_unpredicted(documents.tokens[first:stop])
-            windows += _answer_windows(index, begin, is_predicted, first, sequence_length)
+            windows += _answer_windows(index, begin, is_predicted, first, length, num_front)
         else:
             windows += [
-                Window(index, start, min(start + sequence_length, stop), is_first=start == first)
-                for start in range(begin, stop, sequence_length)
+                Window(
+                    index,
+                    start,
+                    min(start + length, stop),
+                    front=num_front * (start == first or (bool(bounds.start) and mark < START)),
+                )
+                for start in range(begin, stop, length)
             ]
     if not documents.has_marks:
         return windows
@@ -80,7 +89,7 @@ def windows_of(documents: TokenisedDocuments, *, sequence_length: int) -> list[W
 
 
 def _answer_windows(
-    document: int, begin: int, is_predicted: Tensor, first: int, length: int
+    document: int, begin: int, is_predicted: Tensor, first: int, length: int, num_front: int
 ) -> Iterator[Window]:
     """Yield windows that show each answer of a long conversation after the end of its prompt.
 
@@ -94,7 +103,7 @@ def _answer_windows(
     edges = torch.diff(is_predicted.to(torch.int8), prepend=none, append=none)
     starts, ends = (((edges == sign).nonzero().flatten() + first).tolist() for sign in (1, -1))
     opening = range(first, begin)  # of a rendered conversation, nothing precedes its first token
-    window = partial(Window, document, is_first=not opening)
+    window = partial(Window, document, front=0 if opening else num_front)
     within = [end for end in ends if end <= begin + length]
     if within:
         yield window(begin, within[-1], shown=(opening,))
@@ -118,25 +127,27 @@ def window_batches(windows: Sequence[Window], *, batch_size: int) -> Iterator[Se
 
 
 def window_tensors(
-    batch: Sequence[Window], tokens: Tensor, *, end_of_text_id: int
+    batch: Sequence[Window], tokens: Tensor, *, bounds: TextBounds
 ) -> tuple[Tensor, Tensor]:
     """Return inputs with their marks, and targets, int64 [B, T], padded on the right.
 
-    Causal attention never sees right padding, so no attention mask is needed; targets of padding
-    are ignored.
+    Where a text has a start, every window begins with it, since a model that expects one predicts
+    badly without it; otherwise a later window begins with the preceding token. Causal attention
+    never sees right padding, so no attention mask is needed; targets of padding are ignored.
     """
     import torch
 
     shape = (len(batch), batch[0].length)
-    input_ids = torch.full(shape, end_of_text_id, dtype=torch.int64)
+    input_ids = torch.full(shape, bounds.end, dtype=torch.int64)
     targets = torch.full(shape, IGNORED, dtype=torch.int64)
+    prefix = tokens.new_tensor(bounds.prefix)
     for row, window in enumerate(batch):
         piece = tokens[window.start : window.stop].long()
-        read = [tokens[each.start : each.stop] for each in window.shown]
-        if not (window.is_first or any(map(len, read))):
+        read = [prefix[: window.front], *(tokens[each.start : each.stop] for each in window.shown)]
+        if not any(map(len, read)):
             read = [tokens[window.start - 1 : window.start]]
         num_read = window.length - len(piece) + 1
-        input_ids[row, window.is_first : window.length] = torch.cat([*read, piece[:-1]])
+        input_ids[row, : window.length] = torch.cat([*read, piece[:-1]])
         is_ignored = is_unpredicted(piece)
         is_ignored[: max(0, window.predicted - window.start)] = True
         own = ids_of(piece).masked_fill(is_ignored, IGNORED)
@@ -145,66 +156,72 @@ def window_tensors(
 
 
 def packed(
-    documents: TokenisedDocuments, *, packing: Packing, sequence_length: int, end_of_text_id: int
+    documents: TokenisedDocuments, *, packing: Packing, sequence_length: int, bounds: TextBounds
 ) -> Tensor:
     """Pack documents into sequences int32 [N, sequence_length], spooled.
 
-    `stream` is `pack`. With `documents`, a sequence consists of an end-of-text token, documents,
-    each followed by an end of text, and padding of ends of text. A document therefore begins at
-    an end of text, and an end of text after another one is padding. Longer documents are cut:
-    full pieces get their own sequences, the rest is packed like a document; that of a conversation
-    is dropped. The assignment of documents to sequences depends only on their lengths. A rendered
-    conversation begins at its own first token, and the ends of text next to it are padding.
+    `stream` is `pack`. With `documents`, a sequence consists of documents, each with its start and
+    an end of text, and padding of ends of text. Where documents have no start, the sequence begins
+    with an end of text, so that each document begins at one. An end of text after another one is
+    padding. Longer documents are cut: full pieces, each with a start, get their own sequences, the
+    rest is packed like a document; that of a conversation is dropped. The assignment of documents
+    to sequences depends only on their lengths. A rendered conversation begins at its own first
+    token, and the ends of text next to it are padding.
 
     Args:
         documents: tokens of the documents.
         packing: `stream` or `documents`.
         sequence_length: tokens per sequence.
-        end_of_text_id: token that separates documents.
+        bounds: start and end of a text.
 
     Raises:
         RequestError: `sequence_length` is below 2, or the documents are empty.
     """
     if packing == "stream":
-        return pack(documents, sequence_length=sequence_length, end_of_text_id=end_of_text_id)
-    _check_documents(documents, sequence_length)
+        return pack(documents, sequence_length=sequence_length, bounds=bounds)
+    _check_documents(documents, sequence_length, bounds)
     import numpy as np
 
-    pieces = _pack_pieces(documents, sequence_length - 1)
-    tokens, spool = documents.tokens.numpy(), Spool()
+    pieces = _pack_pieces(documents, sequence_length, bounds)
+    tokens, spool, start = documents.tokens.numpy(), Spool(), bounds.marked_start
     num_rows = max(1, PACKED_TOKENS // sequence_length)
     for first in range(0, pieces.num_sequences, num_rows):
         count = min(num_rows, pieces.num_sequences - first)
-        flat = np.full(count * sequence_length, end_of_text_id, dtype=np.int32)
+        flat = np.full(count * sequence_length, bounds.end, dtype=np.int32)
         part = slice(*np.searchsorted(pieces.rows, (first, first + count)).tolist())
         lengths = pieces.lengths[part]
         targets = (pieces.rows[part] - first) * sequence_length + pieces.columns[part]
         run = partial(_runs, lengths=lengths)
         flat[run(targets)] = tokens[run(pieces.starts[part])]
         is_chat = pieces.is_chat[part]
+        for at, token in enumerate(start):
+            flat[targets[~is_chat] - len(start) + at] = token
         begins, ends = targets[is_chat], (targets + lengths)[is_chat]
         flat[begins] = ids_of(flat[begins]) | CONTEXT | START
         inner = ends[ends % sequence_length > 0]
-        outer = begins[pieces.columns[part][is_chat] == 1] - 1
-        flat[np.concatenate([inner, outer])] = end_of_text_id | PADDING
+        outer = begins[(pieces.columns[part][is_chat] == 1) & (not start)] - 1
+        flat[np.concatenate([inner, outer])] = bounds.end | PADDING
         spool.append(flat.data.cast("B"))
     return spool.tensor("i4").view(-1, sequence_length)
 
 
-def num_packed(documents: TokenisedDocuments, *, packing: Packing, sequence_length: int) -> int:
+def num_packed(
+    documents: TokenisedDocuments, *, packing: Packing, sequence_length: int, bounds: TextBounds
+) -> int:
     """Return the number of sequences of packed documents without packing them.
 
     Raises:
-        RequestError: `sequence_length` is below 2, or there are no sequences.
+        RequestError: `sequence_length` is too short, or there are no sequences.
     """
     if packing == "stream":
-        return check_packs(documents, sequence_length=sequence_length)
-    _check_documents(documents, sequence_length)
-    if count := _pack_pieces(documents, sequence_length - 1).num_sequences:
+        return check_packs(documents, sequence_length=sequence_length, bounds=bounds)
+    _check_documents(documents, sequence_length, bounds)
+    if count := _pack_pieces(documents, sequence_length, bounds).num_sequences:
         return count
     is_predicted = ~is_unpredicted(documents.tokens).numpy()
     prompts = [int(each.argmax()) for each in _parts(documents, is_predicted) if each[1:].any()]
-    shortest = f"; the shortest needs {min(prompts) + 2:,} tokens" if prompts else ""
+    needed = min(prompts, default=0) + 1 + len(bounds.prefix)
+    shortest = f"; the shortest needs {needed:,} tokens" if prompts else ""
     reason = (
         f"none of the {len(documents):,} conversations has its question and a token of its answer "
         f"within a sequence{shortest}"
@@ -212,12 +229,10 @@ def num_packed(documents: TokenisedDocuments, *, packing: Packing, sequence_leng
     raise RequestError(Problem("data.sequence_length", sequence_length, reason=reason))
 
 
-def _check_documents(documents: TokenisedDocuments, sequence_length: int) -> None:
-    if sequence_length < 2:
-        raise RequestError(
-            f"data.sequence_length={sequence_length}: must be at least 2, since each token is "
-            "predicted from those before it."
-        )
+def _check_documents(
+    documents: TokenisedDocuments, sequence_length: int, bounds: TextBounds
+) -> None:
+    check_length(sequence_length, bounds)
     if not documents.num_tokens:
         raise RequestError(f"data.packing=documents: the {len(documents)} documents are empty.")
 
@@ -228,12 +243,16 @@ def _parts(documents: TokenisedDocuments, values: np.ndarray) -> Iterator[np.nda
         yield values[start:stop]
 
 
-def padding_fraction(documents: TokenisedDocuments, *, sequence_length: int) -> float:
+def padding_fraction(
+    documents: TokenisedDocuments, *, sequence_length: int, bounds: TextBounds
+) -> float:
     """Return the share of padding tokens with `packing=documents`; not all documents are empty."""
-    pieces = _pack_pieces(documents, sequence_length - 1)
-    is_closed, is_opened = pieces.lengths < sequence_length - 1, pieces.columns == 1
-    ends = (is_closed & ~pieces.is_chat).sum() + (is_opened & ~pieces.is_chat).sum()
-    kept = int(pieces.lengths.sum() + ends)
+    pieces = _pack_pieces(documents, sequence_length, bounds)
+    is_text = ~pieces.is_chat
+    is_closed = pieces.columns + pieces.lengths < sequence_length
+    is_opened = (pieces.columns == 1) & (not bounds.start)
+    added = (is_text & is_closed).sum() + (is_text & is_opened).sum()
+    kept = int(pieces.lengths.sum() + added + is_text.sum() * len(bounds.start))
     return 1 - kept / (pieces.num_sequences * sequence_length)
 
 
@@ -245,7 +264,7 @@ class _Pieces:
         starts: int64 [M], start in the flat token tensor.
         lengths: int64 [M], tokens without the closing end of text.
         rows: int64 [M], index of the sequence.
-        columns: int64 [M], position in the sequence, after the initial end of text.
+        columns: int64 [M], position in the sequence, after its start or the initial end of text.
         is_chat: bool [M], whether the document is a rendered conversation.
         num_sequences: number of sequences.
     """
@@ -258,8 +277,10 @@ class _Pieces:
     num_sequences: int
 
 
-def _pack_pieces(documents: TokenisedDocuments, capacity: int) -> _Pieces:
-    """Assign documents to sequences with a capacity in tokens, including closing ends of text.
+def _pack_pieces(
+    documents: TokenisedDocuments, sequence_length: int, bounds: TextBounds
+) -> _Pieces:
+    """Assign documents to sequences, including their starts and closing ends of text.
 
     A piece that fills its sequence has no closing end of text. Pieces of conversations without a
     token to predict are omitted.
@@ -268,35 +289,42 @@ def _pack_pieces(documents: TokenisedDocuments, capacity: int) -> _Pieces:
 
     offsets = documents.offsets.numpy()
     is_chat = documents.first_tokens.numpy() >= START
-    lengths = _kept_lengths(documents, capacity)
-    num_full, rest = lengths // capacity, lengths % capacity
+    leads = np.where(is_chat, 0, len(bounds.start))
+    first_column = 0 if bounds.start else 1
+    capacity = sequence_length - first_column
+    rooms = capacity - leads
+    lengths = _kept_lengths(documents, rooms)
+    num_full, rest = lengths // rooms, lengths % rooms
     of_full = np.repeat(np.arange(len(lengths)), num_full)
     number = np.arange(len(of_full)) - np.repeat(np.cumsum(num_full) - num_full, num_full)
-    full_starts = offsets[of_full] + number * capacity
+    full_starts = offsets[of_full] + number * rooms[of_full]
     partial_pieces = np.flatnonzero(rest)
     if documents.has_marks:
         # The first token of a conversation is never predicted
         is_predicted = ~is_unpredicted(documents.tokens).numpy()
         until = np.concatenate([[0], np.cumsum(is_predicted)])
-        is_useful = until[full_starts + capacity] > until[full_starts + is_chat[of_full]]
+        ends = full_starts + rooms[of_full]
+        is_useful = until[ends] > until[full_starts + is_chat[of_full]]
         full_starts, of_full = full_starts[is_useful], of_full[is_useful]
-        begins = offsets[partial_pieces] + num_full[partial_pieces] * capacity
+        begins = offsets[partial_pieces] + (num_full * rooms)[partial_pieces]
         is_useful = until[begins + rest[partial_pieces]] > until[begins + is_chat[partial_pieces]]
         partial_pieces = partial_pieces[is_useful]
-    bins, columns = best_fit(rest[partial_pieces] + 1, capacity)
-    order = np.lexsort((columns, bins))
+    bins, before = best_fit(rest[partial_pieces] + leads[partial_pieces] + 1, capacity)
+    order = np.lexsort((before, bins))
     tails = partial_pieces[order]
+    of_piece = np.concatenate([of_full, tails])
+    in_bin = np.concatenate([np.zeros_like(full_starts), before[order]])
     return _Pieces(
-        starts=np.concatenate([full_starts, offsets[tails] + num_full[tails] * capacity]),
-        lengths=np.concatenate([np.full_like(full_starts, capacity), rest[tails]]),
+        starts=np.concatenate([full_starts, offsets[tails] + num_full[tails] * rooms[tails]]),
+        lengths=np.concatenate([rooms[of_full], rest[tails]]),
         rows=np.concatenate([np.arange(len(of_full)), len(of_full) + bins[order]]),
-        columns=np.concatenate([np.ones_like(full_starts), columns[order] + 1]),
-        is_chat=is_chat[np.concatenate([of_full, tails])],
+        columns=first_column + in_bin + leads[of_piece],
+        is_chat=is_chat[of_piece],
         num_sequences=len(of_full) + (int(bins.max()) + 1 if len(bins) else 0),
     )
 
 
-def _kept_lengths(documents: TokenisedDocuments, capacity: int) -> np.ndarray:
+def _kept_lengths(documents: TokenisedDocuments, rooms: np.ndarray) -> np.ndarray:
     """Return the tokens of each document to train, int64 [n]: of a conversation, a sequence.
 
     The rest of a longer conversation would be answers without their question.
@@ -305,7 +333,7 @@ def _kept_lengths(documents: TokenisedDocuments, capacity: int) -> np.ndarray:
 
     lengths = np.diff(documents.offsets.numpy())
     is_conversation = documents.first_tokens.numpy() >= ANSWER
-    return np.where(is_conversation, np.minimum(lengths, capacity), lengths)
+    return np.where(is_conversation, np.minimum(lengths, rooms), lengths)
 
 
 def best_fit(sizes: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
@@ -348,10 +376,23 @@ def _runs(starts: np.ndarray, *, lengths: np.ndarray) -> np.ndarray:
 
 
 @dataclass(frozen=True, slots=True)
-class DocumentMask:
-    """Restricts attention to single documents; a forward pre-hook that sets position ids."""
+class MarkedText:
+    """Removes marks from a model's inputs; a forward pre-hook."""
 
-    end_of_text_id: int
+    bounds: TextBounds
+
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], options: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Return the arguments of a model, with ids instead of marked tokens."""
+        if options.get("input_ids") is not None:
+            return args, {**options, "input_ids": ids_of(options["input_ids"])}
+        return ((ids_of(args[0]), *args[1:]), options) if args else None
+
+
+@dataclass(frozen=True, slots=True)
+class DocumentMask(MarkedText):
+    """Restricts attention to single documents; a forward pre-hook that sets position ids."""
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], options: dict[str, Any]
@@ -363,10 +404,7 @@ class DocumentMask:
         input_ids = options.get("input_ids", args[0] if args else None)
         if input_ids is None:
             return None
-        if "input_ids" in options:
-            options = {**options, "input_ids": ids_of(input_ids)}
-        else:
-            args = (ids_of(input_ids), *args[1:])
+        args, options = MarkedText.__call__(self, module, args, options) or (args, options)
         explicit = ("position_ids", "attention_mask", "past_key_values")
         is_explicit = any(options.get(name) is not None for name in explicit)
         if is_explicit or options.get("use_cache"):
@@ -394,7 +432,7 @@ class DocumentMask:
         return torch.cat([torch.zeros_like(is_end[:, :1]), repeated], dim=1) | is_padding(input_ids)
 
     def _is_end(self, input_ids: Tensor) -> Tensor:
-        return (input_ids == self.end_of_text_id) | is_padding(input_ids)
+        return (input_ids == self.bounds.end) | is_padding(input_ids)
 
     def generation_inputs(self, seen: Tensor, *, num_read: int) -> dict[str, Tensor]:
         """Return model inputs that restrict generation to the last document.
@@ -412,8 +450,9 @@ class DocumentMask:
     def length_counts(self, input_ids: Tensor) -> Tensor:
         """Return the number of documents of each length, int64 [T + 1], without padding.
 
-        The end of text that begins a document counts as one of its tokens. The one that closes
-        the last document of a sequence counts as a document of length 1.
+        Tokens in front of a document count as its own, and so does the end of text that closes one
+        with a start. Without starts, an end of text begins the next document: the last one of a
+        sequence counts as a document of length 1.
         """
         import torch
 
@@ -421,26 +460,41 @@ class DocumentMask:
         # The end of text between a conversation and a text is padding, so the text begins after it
         is_first = torch.cat([torch.ones_like(is_kept[:, :1]), ~is_kept[:, :-1]], dim=1)
         is_start = is_kept & (is_first | (self.positions(input_ids) == 0))
+        if self.bounds.start:
+            is_start = is_start & (is_first | (input_ids != self.bounds.end))
         document = is_start.flatten().cumsum(0)[is_kept.flatten()] - 1
         lengths = torch.bincount(document, minlength=1)
         return torch.bincount(lengths, minlength=input_ids.shape[1] + 1)
 
 
-def mask_documents(model: nn.Module, document_mask: DocumentMask) -> nn.Module:
-    """Register a document mask on a stock model and return the model.
+def read_marks(model: nn.Module, reading: MarkedText) -> nn.Module:
+    """Let a stock model read marked tokens, and mask documents if that is what `reading` does.
 
-    Copies of the model keep the mask; checkpoints do not include it. The mask does not change
-    the output for sequences with a single document.
+    Copies of the model keep the hook; checkpoints do not include it. A document mask does not
+    change the output for sequences with a single document.
     """
-    if document_mask_of(model) is None:
-        _backbone(model).register_forward_pre_hook(document_mask, with_kwargs=True)
+    if _reading_of(model) is None:
+        _backbone(model).register_forward_pre_hook(reading, with_kwargs=True)
     return model
+
+
+@contextmanager
+def marks_read(model: nn.Module, bounds: TextBounds) -> Iterator[None]:
+    """Let a model of somebody else read marked tokens inside the block."""
+    if not bounds.start or _reading_of(model) is not None:
+        yield
+        return
+    handle = _backbone(model).register_forward_pre_hook(MarkedText(bounds), with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def document_mask_of(model: nn.Module) -> DocumentMask | None:
     """Return a model's document mask; None if it reads a stream."""
-    hooks = _backbone(model)._forward_pre_hooks.values()
-    return next((hook for hook in hooks if isinstance(hook, DocumentMask)), None)
+    reading = _reading_of(model)
+    return reading if isinstance(reading, DocumentMask) else None
 
 
 def inputs_for(model: nn.Module, tokens: Tensor) -> Tensor:
@@ -449,12 +503,22 @@ def inputs_for(model: nn.Module, tokens: Tensor) -> Tensor:
 
 
 def labels_of(model: nn.Module, input_ids: Tensor) -> Tensor:
-    """Return the unshifted labels of tokens int64 [B, T]: padding and prompts are IGNORED."""
-    document_mask = document_mask_of(model)
-    if document_mask is None:
+    """Return the unshifted labels of tokens int64 [B, T]: padding and prompts are IGNORED.
+
+    So is the start of a text.
+    """
+    reading = _reading_of(model)
+    if reading is None:
         return input_ids
-    is_ignored = document_mask.padding(input_ids) | is_unpredicted(input_ids)
+    is_ignored = is_unpredicted(input_ids)
+    if isinstance(reading, DocumentMask):
+        is_ignored = is_ignored | reading.padding(input_ids)
     return ids_of(input_ids).masked_fill(is_ignored, IGNORED)
+
+
+def _reading_of(model: nn.Module) -> MarkedText | None:
+    hooks = _backbone(model)._forward_pre_hooks.values()
+    return next((hook for hook in hooks if isinstance(hook, MarkedText)), None)
 
 
 def forward_options(batch: Mapping[str, Tensor], rows: Tensor) -> dict[str, Tensor]:

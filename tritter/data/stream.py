@@ -18,7 +18,7 @@ from tritter.data.local_files import Reading, TextFileError
 from tritter.data.packing import Packing, packed
 from tritter.data.records import Text
 from tritter.data.split import SplitRule, threshold_side
-from tritter.data.tokens import TokenisedDocuments, closed_tokens, tokenise
+from tritter.data.tokens import TextBounds, TokenisedDocuments, closed_tokens, cut_rows, tokenise
 from tritter.errors import RequestError
 from tritter.seeds import derived_seed
 
@@ -42,7 +42,7 @@ class SequenceOptions:
         chat: see `tokenise`.
         packing: see `packed`; with `documents`, each batch of rows is packed alone.
         sequence_length: tokens per sequence.
-        end_of_text_id: token that separates documents.
+        bounds: start and end of a text.
     """
 
     rule: SplitRule
@@ -50,7 +50,7 @@ class SequenceOptions:
     chat: Chat | None
     packing: Packing
     sequence_length: int
-    end_of_text_id: int
+    bounds: TextBounds
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -213,21 +213,18 @@ def _sequences(
     texts: Sequence[Text], tail: Tensor, options: SequenceOptions
 ) -> tuple[Tensor, Tensor]:
     """Return the sequences of some texts, int32 [N, T], and the tokens that remain."""
-    import torch
-
     length = options.sequence_length
     tokens = _tokenised(texts, options)
     if options.packing == "stream":
-        joined = torch.cat([tail, closed_tokens(tokens, options.end_of_text_id)])
-        end = len(joined) // length * length
-        return joined[:end].view(-1, length), joined[end:].clone()
+        closed = closed_tokens(tokens, options.bounds)
+        return cut_rows(tail, closed, sequence_length=length, bounds=options.bounds)
     if not tokens.num_tokens:
         return tail.view(0, length), tail
     rows = packed(
         tokens,
         packing="documents",
         sequence_length=length,
-        end_of_text_id=options.end_of_text_id,
+        bounds=options.bounds,
     )
     return rows, tail
 

@@ -5,11 +5,20 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
-from tritter.data.chat import ANSWER, Chat, ids_of, is_unpredicted, marked_answers
+from tritter.data.chat import (
+    ANSWER,
+    CONTEXT,
+    START,
+    Chat,
+    ids_of,
+    is_unpredicted,
+    marked_answers,
+)
 from tritter.data.documents import Document
 from tritter.errors import RequestError, TritterError, refused
 from tritter.storage.reading import read_object, require_file
@@ -24,6 +33,9 @@ END_OF_TEXT = "<|endoftext|>"
 MINIMUM_VOCAB_SIZE = 257  # all bytes and the end of text
 _STATED_IN = ("tokenizer_config.json", "special_tokens_map.json")
 _NUMBERED_IN = ("generation_config.json", "config.json")
+# transformers rebuilds their tokenizers, without what tokenizer.json puts in front of a text
+_WITHOUT_START = ("GPTNeoXTokenizer", "GPTNeoXTokenizerFast")
+_ANY_TEXT = "a"
 MINIMUM_DOCUMENT_TOKENS = 4  # a character may have four bytes, each a token
 # Characters per batch: encodings with offsets need many times the memory of the text
 ENCODED_CHARACTERS = 2**21
@@ -59,19 +71,57 @@ def train_tokenizer(documents: Iterable[Document], *, vocab_size: int) -> Tokeni
     return tokenizer
 
 
+@dataclass(frozen=True, slots=True)
+class TextBounds:
+    """How a tokenizer begins and ends a text.
+
+    Attributes:
+        end: id of the end of text, which closes each document.
+        start: ids in front of each document, such as `<bos>`. Empty if the tokenizer puts nothing
+            or the end of text in front: then an end of text separates documents.
+        stops: further ids that end a generated text, such as an end of turn.
+    """
+
+    end: int
+    start: tuple[int, ...] = ()
+    stops: tuple[int, ...] = ()
+
+    @property
+    def prefix(self) -> tuple[int, ...]:
+        """The ids that a model reads before the first token of a text."""
+        return self.start or (self.end,)
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """All ids that end a generated text."""
+        return (self.end, *self.stops)
+
+    @property
+    def marked_start(self) -> tuple[int, ...]:
+        """The start in a training sequence: marked like that of a conversation, not predicted."""
+        marks = (CONTEXT | (0 if number else START) for number in range(len(self.start)))
+        return tuple(token | mark for token, mark in zip(self.start, marks, strict=True))
+
+
+def bounds_of(tokenizer: Tokenizer, end: int, *, stops: Iterable[int] = ()) -> TextBounds:
+    """Return the bounds of a text, which ends with `end`; the tokenizer does not truncate."""
+    encoding = tokenizer.encode(_ANY_TEXT)
+    pairs = zip(encoding.ids, encoding.special_tokens_mask, strict=True)
+    start = [token for token, _ in takewhile(lambda pair: pair[1], pairs)]
+    if len(start) == len(encoding):  # it can't encode the letter, so the end may be behind it
+        start = [token for token in start if token != end]
+    is_separator = start == [end]
+    others = tuple(token for token in dict.fromkeys(stops) if token != end)
+    return TextBounds(end, () if is_separator else tuple(start), others)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class PretrainedTokenizer:
-    """A tokenizer and its end-of-text token."""
+    """A tokenizer, its end-of-text token, and how it begins and ends a text."""
 
     tokenizer: Tokenizer
     end_of_text: str
-
-    @property
-    def end_of_text_id(self) -> int:
-        """The id of the end-of-text token."""
-        token_id = self.tokenizer.token_to_id(self.end_of_text)
-        assert token_id is not None  # `read_tokenizer` found it in the vocabulary
-        return token_id
+    bounds: TextBounds
 
 
 def read_tokenizer(folder: Path, *, vocab_size: int) -> PretrainedTokenizer:
@@ -108,9 +158,14 @@ def read_tokenizer(folder: Path, *, vocab_size: int) -> PretrainedTokenizer:
             f"{path} has token ids up to {highest}, but the model has {vocab_size} embeddings "
             f"(vocab_size in its config.json): tokenizer and model do not match."
         )
-    for name in _declared_ends(folder, tokenizer):
-        if tokenizer.token_to_id(name) is not None:
-            return PretrainedTokenizer(tokenizer, name)
+    ends = [(tokenizer.token_to_id(name), name) for name in _declared_ends(folder, tokenizer)]
+    for end, name in ends:
+        if end is not None:
+            stops = (token for token, _ in ends if token is not None)
+            bounds = bounds_of(tokenizer, end, stops=stops)
+            if _json(folder / _STATED_IN[0]).get("tokenizer_class") in _WITHOUT_START:
+                bounds = replace(bounds, start=())
+            return PretrainedTokenizer(tokenizer, name, bounds)
     raise RequestError(
         f"{folder} has no valid end-of-text token: set eos_token in {_STATED_IN[0]} to a token "
         f"of its tokenizer."
@@ -129,7 +184,9 @@ def wrap_tokenizer(tokenizer: Any) -> PretrainedTokenizer:
     if not isinstance(backend, Tokenizer) or tokenizer.eos_token is None:
         reason = "pass a fast Hugging Face tokenizer with an eos_token, or a folder that holds one"
         raise refused("tokenizer", type(tokenizer).__name__, reason)
-    return PretrainedTokenizer(copy_backend(backend), str(tokenizer.eos_token))
+    copied = copy_backend(backend)
+    bounds = bounds_of(copied, int(tokenizer.eos_token_id))
+    return PretrainedTokenizer(copied, str(tokenizer.eos_token), bounds)
 
 
 def copy_backend(tokenizer: Tokenizer) -> Tokenizer:
@@ -147,12 +204,12 @@ def _declared_ends(folder: Path, tokenizer: Tokenizer) -> Iterator[str]:
         if isinstance(name, str):
             yield name
     for file in _NUMBERED_IN:
-        number = _json(folder / file).get("eos_token_id")
-        number = number[0] if isinstance(number, list) and number else number
-        if isinstance(number, int) and number >= 0:
-            name = tokenizer.id_to_token(number)
-            if name is not None:
-                yield name
+        numbers = _json(folder / file).get("eos_token_id")
+        for number in numbers if isinstance(numbers, list) else [numbers]:
+            if isinstance(number, int) and number >= 0:
+                name = tokenizer.id_to_token(number)
+                if name is not None:
+                    yield name
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -225,12 +282,7 @@ class TokenisedDocuments:
     @property
     def first_tokens(self) -> Tensor:
         """The first token of each document, int32 [n]; 0 for an empty one."""
-        import torch
-
-        starts = self.offsets[:-1].clamp(max=max(0, self.num_tokens - 1))
-        is_empty = self.offsets.diff() == 0
-        tokens = self.tokens[starts] if self.num_tokens else torch.zeros_like(starts)
-        return tokens.masked_fill(is_empty, 0)
+        return _first_tokens(self.tokens, self.offsets)
 
     @property
     def has_marks(self) -> bool:
@@ -353,18 +405,14 @@ def tokenise_texts(texts: Iterable[str], tokenizer: Tokenizer) -> TokenisedDocum
     return tokenise(documents, tokenizer)
 
 
-def check_packs(documents: TokenisedDocuments, *, sequence_length: int) -> int:
+def check_packs(documents: TokenisedDocuments, *, sequence_length: int, bounds: TextBounds) -> int:
     """Return the number of sequences of packed documents.
 
     Raises:
-        RequestError: `sequence_length` is below 2, or exceeds the number of tokens.
+        RequestError: `sequence_length` is too short, or exceeds the number of tokens.
     """
-    available = documents.num_tokens + len(documents)
-    if sequence_length < 2:
-        raise RequestError(
-            f"data.sequence_length={sequence_length}: must be at least 2, since each token is "
-            f"predicted from those before it."
-        )
+    check_length(sequence_length, bounds)
+    available = num_closed_tokens(documents, bounds)
     if available < sequence_length:
         raise RequestError(
             f"data.sequence_length={sequence_length}: the {len(documents)} documents have only "
@@ -373,8 +421,30 @@ def check_packs(documents: TokenisedDocuments, *, sequence_length: int) -> int:
     return available // sequence_length
 
 
-def pack(documents: TokenisedDocuments, *, sequence_length: int, end_of_text_id: int) -> Tensor:
-    """Concatenate documents, each followed by an end of text, and cut them into sequences.
+def check_length(sequence_length: int, bounds: TextBounds) -> None:
+    """Refuse a sequence length without a token to predict.
+
+    Raises:
+        RequestError: it is too short.
+    """
+    least = 1 + len(bounds.prefix)
+    if sequence_length < least:
+        raise RequestError(
+            f"data.sequence_length={sequence_length}: must be at least {least}, since each token "
+            f"is predicted from those before it."
+        )
+
+
+def num_closed_tokens(documents: TokenisedDocuments, bounds: TextBounds) -> int:
+    """Return the number of tokens of documents with their starts and ends of text."""
+    number = documents.num_tokens + len(documents)
+    if bounds.start:
+        number += len(bounds.start) * int((documents.first_tokens < START).sum())
+    return number
+
+
+def pack(documents: TokenisedDocuments, *, sequence_length: int, bounds: TextBounds) -> Tensor:
+    """Concatenate documents, each with its start and an end of text, and cut them into sequences.
 
     Returns:
         int32 [num_sequences, sequence_length], spooled. The incomplete last sequence is dropped.
@@ -382,28 +452,74 @@ def pack(documents: TokenisedDocuments, *, sequence_length: int, end_of_text_id:
     Raises:
         RequestError: as `check_packs`.
     """
-    num_sequences = check_packs(documents, sequence_length=sequence_length)
-    stream = Spool()
+    check_packs(documents, sequence_length=sequence_length, bounds=bounds)
+    stream, tail = Spool(), documents.tokens[:0]
     for first in range(0, len(documents), PACKED_DOCUMENTS):
-        piece = closed_tokens(documents, end_of_text_id, first=first, count=PACKED_DOCUMENTS)
-        stream.append(piece.numpy().data.cast("B"))
-    packed = stream.tensor("i4")[: num_sequences * sequence_length]
-    return packed.view(num_sequences, sequence_length)
+        piece = closed_tokens(documents, bounds, first=first, count=PACKED_DOCUMENTS)
+        rows, tail = cut_rows(tail, piece, sequence_length=sequence_length, bounds=bounds)
+        stream.append(rows.contiguous().view(-1).numpy().data.cast("B"))
+    return stream.tensor("i4").view(-1, sequence_length)
 
 
 def closed_tokens(
-    documents: TokenisedDocuments, end_of_text_id: int, *, first: int = 0, count: int | None = None
+    documents: TokenisedDocuments, bounds: TextBounds, *, first: int = 0, count: int | None = None
 ) -> Tensor:
-    """Return the tokens of `count` documents, int32, each document followed by an end of text."""
+    """Return the tokens of `count` documents, int32, each with its start and an end of text.
+
+    A rendered conversation has a start of its own.
+    """
     import torch
 
     last = len(documents) if count is None else first + count
     offsets = documents.offsets[first : last + 1]
-    ends_before = torch.arange(len(offsets) - 1).repeat_interleave(offsets.diff())
-    tokens = documents.tokens[offsets[0] : offsets[-1]]
-    piece = torch.full((len(tokens) + len(offsets) - 1,), end_of_text_id, dtype=torch.int32)
-    piece[torch.arange(len(tokens)) + ends_before] = tokens
+    tokens, lengths = documents.tokens[offsets[0] : offsets[-1]], offsets.diff()
+    start = bounds.marked_start
+    is_text = _first_tokens(tokens, offsets - offsets[0]) < START
+    leads = is_text * len(start)
+    closed = lengths + leads + 1
+    piece = torch.full((int(closed.sum()),), bounds.end, dtype=torch.int32)
+    added_before = (leads + 1).cumsum(0) - 1
+    piece[torch.arange(len(tokens)) + added_before.repeat_interleave(lengths)] = tokens
+    begins = (closed.cumsum(0) - closed)[is_text]
+    for at, token in enumerate(start):
+        piece[begins + at] = token
     return piece
+
+
+def cut_rows(
+    tail: Tensor, tokens: Tensor, *, sequence_length: int, bounds: TextBounds
+) -> tuple[Tensor, Tensor]:
+    """Cut a stream into sequences, int32 [N, T], and the tokens that remain.
+
+    Args:
+        tail: tokens that remained before.
+        tokens: those after them.
+        sequence_length: T.
+        bounds: of the documents.
+    """
+    import torch
+
+    joined = torch.cat([tail, tokens])
+    end = len(joined) // sequence_length * sequence_length
+    return begun(joined[:end].view(-1, sequence_length), bounds), joined[end:].clone()
+
+
+def begun(sequences: Tensor, bounds: TextBounds) -> Tensor:
+    """Return sequences [N, T], each with the start of a text in front.
+
+    A model that expects a start predicts badly without it. Where a sequence begins within a
+    document, the start replaces the first tokens: the first of a sequence is not predicted anyway.
+    """
+    if not bounds.start:
+        return sequences
+    start = sequences.new_tensor(bounds.marked_start)
+    # One that begins with the end of a document has the next start right after it
+    is_inner = (sequences[:, : len(start) + 1] < START).all(dim=1)
+    if not bool(is_inner.any()):
+        return sequences
+    sequences = sequences.clone()
+    sequences[is_inner, : len(start)] = start
+    return sequences
 
 
 def concatenate(sequences: Sequence[Tensor]) -> Tensor:
@@ -414,6 +530,14 @@ def concatenate(sequences: Sequence[Tensor]) -> Tensor:
     for each in sequences:
         spool.append(each.contiguous().view(-1).numpy().data.cast("B"))
     return spool.tensor("i4").view(-1, sequences[0].shape[1])
+
+
+def _first_tokens(tokens: Tensor, offsets: Tensor) -> Tensor:
+    import torch
+
+    starts = offsets[:-1].clamp(max=max(0, len(tokens) - 1))
+    first = tokens[starts] if len(tokens) else torch.zeros_like(starts, dtype=torch.int32)
+    return first.masked_fill(offsets.diff() == 0, 0)
 
 
 def _int64(numbers: array) -> Tensor:

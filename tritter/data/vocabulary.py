@@ -16,8 +16,8 @@ from functools import cached_property
 from itertools import islice, pairwise
 from typing import TYPE_CHECKING, Any
 
-from tritter.data.chat import ANSWER
-from tritter.data.tokens import specials_as_text, tokenise_texts
+from tritter.data.chat import ANSWER, ids_of
+from tritter.data.tokens import TextBounds, begun, specials_as_text, tokenise_texts
 from tritter.errors import Problem, RequestError
 
 if TYPE_CHECKING:
@@ -463,7 +463,7 @@ def retokenised(
     old: Tokenizer,
     new: Tokenizer,
     *,
-    end_of_text_id: int,
+    bounds: TextBounds,
     packing: Packing,
 ) -> Tensor:
     """Return stored sequences with the tokens of another tokenizer, int32 [M, T].
@@ -474,8 +474,8 @@ def retokenised(
     Args:
         sequences: int [N, T].
         old: their tokenizer.
-        new: the other tokenizer, with the same end of text.
-        end_of_text_id: id of the end of text.
+        new: the other tokenizer, with the same start and end of a text.
+        bounds: start and end of a text.
         packing: of the sequences.
 
     Raises:
@@ -485,15 +485,17 @@ def retokenised(
 
     from tritter.data.packing import packed
 
-    if int(sequences.max()) >= ANSWER:
+    is_start = torch.isin(ids_of(sequences), torch.tensor(bounds.start or [-1]))
+    if bool(((sequences >= ANSWER) & ~is_start).any()):
         reason = "the checkpoint stores conversations, which can't be tokenised again; remove "
         reason += "state/ from a copy of it, and name the old data in the next run"
         raise RequestError(Problem(_KEY, reason=reason))
     pieces = []  # text of each document or part of one, and whether an end of text follows
     for row in sequences:
-        ends = (row == end_of_text_id).nonzero().flatten().tolist()
+        ends = (row == bounds.end).nonzero().flatten().tolist()
         for begin, end in zip([-1, *ends], [*ends, len(row)], strict=True):
-            text = old.decode(row[begin + 1 : end].tolist()).strip("\ufffd")
+            ids = row[begin + 1 : end]
+            text = old.decode(ids[ids < ANSWER].tolist()).strip("\ufffd")
             pieces.append((text, end < len(row)))
     texts, length = [text for text, _ in pieces if text], sequences.shape[1]
     if not texts:
@@ -502,12 +504,12 @@ def retokenised(
         documents = tokenise_texts(texts, new)
         if documents.num_tokens + len(documents) < length:  # a single short sequence
             documents = tokenise_texts(texts * length, new)
-        again = packed(
-            documents, packing=packing, sequence_length=length, end_of_text_id=end_of_text_id
-        )
+        again = packed(documents, packing=packing, sequence_length=length, bounds=bounds)
         return torch.as_tensor(again).int()
     ids, documents = list[int](), tokenise_texts([text for text, _ in pieces], new)
-    for number, (_, is_ended) in enumerate(pieces):  # a row may end within a document
-        ids += documents.document(number).tolist() + [end_of_text_id] * is_ended
+    for number, (text, is_ended) in enumerate(pieces):  # a row may end within a document
+        ids += bounds.marked_start if text else ()
+        ids += documents.document(number).tolist() + [bounds.end] * is_ended
     ids *= -(-length // len(ids))
-    return torch.tensor(ids[: len(ids) // length * length]).view(-1, length).int()
+    rows = torch.tensor(ids[: len(ids) // length * length]).view(-1, length).int()
+    return begun(rows, bounds)

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from tritter.data.tokens import TextBounds
+
 
 _CONTEXT_TOKENS = 8  # of a prompt, decoded together with its continuation
 
@@ -92,7 +94,7 @@ def sample_text(
     *,
     prompt_ids: Sequence[int],
     max_new_tokens: int,
-    end_of_text_id: int,
+    bounds: TextBounds,
 ) -> list[int]:
     """Continue a prompt with greedy decoding; return the new tokens without end-of-text.
 
@@ -101,22 +103,22 @@ def sample_text(
 
     Args:
         model: a causal language model.
-        prompt_ids: the prompt with its marks; may be empty. As in training, an end-of-text
+        prompt_ids: the prompt with its marks; may be empty. As in training, the start of a text
             precedes it, unless it is the beginning of a rendered conversation.
         max_new_tokens: limit of new tokens.
-        end_of_text_id: token that ends a document.
+        bounds: start and end of a text.
     """
     import torch
 
     is_chat = bool(prompt_ids) and prompt_ids[0] >= START
-    prefix = [*prompt_ids] if is_chat else [end_of_text_id, *prompt_ids]
+    prefix = [*prompt_ids] if is_chat else [*bounds.prefix, *prompt_ids]
     new: list[int] = []
     with eval_mode(model) as device:
         for _ in range(max_new_tokens):
             input_ids = inputs_for(model, torch.tensor([prefix + new], device=device))
             logits = model(input_ids=input_ids, use_cache=False).logits
             token = int(logits[0, -1].argmax())
-            if token == end_of_text_id:
+            if token in bounds.ends:
                 break
             new.append(token)
     return new

@@ -17,7 +17,7 @@ from tritter.data.packing import (
     window_tensors,
     windows_of,
 )
-from tritter.data.tokens import TokenisedDocuments
+from tritter.data.tokens import TextBounds, TokenisedDocuments
 from tritter.errors import TritterError
 from tritter.evaluation.inference import eval_mode
 from tritter.evaluation.statistics import PairedScores
@@ -28,7 +28,7 @@ def document_losses(
     documents: TokenisedDocuments,
     *,
     sequence_length: int,
-    end_of_text_id: int,
+    bounds: TextBounds,
     batch_size: int,
     autocast_dtype: torch.dtype | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -36,16 +36,17 @@ def document_losses(
 ) -> PairedScores:
     """Score every token of every document exactly once; of a conversation, its answers.
 
-    Documents are cut into windows of `sequence_length` predictions. The first window is
-    conditioned on end-of-text, later ones on one preceding token, like packed training sequences.
-    This needs one position per token; a strided window would need two. All models use the same
-    windows, so comparisons are fair.
+    Documents are cut into windows of `sequence_length` positions. Each is conditioned on the start
+    of a text, like packed training sequences. If the tokenizer has no start, the first window is
+    conditioned on end-of-text, later ones on one preceding token. This needs one position per
+    token; a strided window would need two. All models use the same windows, so comparisons are
+    fair.
 
     Args:
         model: `model(input_ids=[B, T], use_cache=False).logits` is [B, T, V], causal.
         documents: the documents; those without a predicted token are skipped.
-        sequence_length: predictions per window.
-        end_of_text_id: token before each document.
+        sequence_length: positions of a window.
+        bounds: start and end of a text.
         batch_size: windows per forward pass; the result does not depend on it.
         autocast_dtype: precision of the forward pass; the loss is always float32.
         progress: called with (windows done, total windows) after each batch.
@@ -55,7 +56,7 @@ def document_losses(
     Raises:
         TritterError: there are no tokens to score.
     """
-    windows = windows_of(documents, sequence_length=sequence_length)
+    windows = windows_of(documents, sequence_length=sequence_length, bounds=bounds)
     if not windows:
         raise TritterError("evaluation: the validation documents contain no tokens")
     nats = torch.zeros(len(documents), dtype=torch.float64)
@@ -63,9 +64,7 @@ def document_losses(
     with eval_mode(model) as device:
         done = 0
         for batch in window_batches(windows, batch_size=batch_size):
-            input_ids, targets = window_tensors(
-                batch, documents.tokens, end_of_text_id=end_of_text_id
-            )
+            input_ids, targets = window_tensors(batch, documents.tokens, bounds=bounds)
             with torch.autocast(device.type, autocast_dtype, enabled=autocast_dtype is not None):
                 inputs = inputs_for(model, input_ids.to(device))
                 logits = model(input_ids=inputs, use_cache=False).logits
@@ -102,16 +101,19 @@ def sequence_losses(model: nn.Module, sequences: Tensor, *, batch_size: int = 16
     with eval_mode(model) as device:
         for rows in sequences.split(batch_size):
             rows = rows.long().to(device)
-            logits = model(input_ids=rows, use_cache=False).logits
+            logits = model(input_ids=inputs_for(model, rows), use_cache=False).logits
             targets = labels_of(model, rows)[:, 1:]
             counts = (targets != IGNORED).sum(dim=1)
             nats.append((nats_per_row(logits[:, :-1], targets) / counts.clamp(min=1)).cpu())
     return torch.cat(nats).float()
 
 
-def window_lengths(documents: TokenisedDocuments, *, sequence_length: int) -> list[int]:
+def window_lengths(
+    documents: TokenisedDocuments, *, sequence_length: int, bounds: TextBounds
+) -> list[int]:
     """Return the number of tokens of each window for scoring documents."""
-    return [window.length for window in windows_of(documents, sequence_length=sequence_length)]
+    windows = windows_of(documents, sequence_length=sequence_length, bounds=bounds)
+    return [window.length for window in windows]
 
 
 def nats_per_row(logits: Tensor, targets: Tensor) -> Tensor:

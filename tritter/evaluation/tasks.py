@@ -19,6 +19,7 @@ from torch import nn
 
 from tritter.data.packing import IGNORED
 from tritter.data.skills import Question
+from tritter.data.tokens import TextBounds
 from tritter.errors import TritterError
 from tritter.evaluation.inference import eval_mode, sample_text
 from tritter.evaluation.losses import nats_per_row
@@ -31,12 +32,12 @@ class Reader:
 
     Args:
         tokenizer: the tokenizer.
-        end_of_text_id: token before and after each text.
+        bounds: start and end of a text.
         batch_size: texts per forward pass; scores do not depend on it.
     """
 
     tokenizer: Tokenizer
-    end_of_text_id: int
+    bounds: TextBounds
     batch_size: int
 
     def continuation(self, model: nn.Module, prompt: str, *, max_new_tokens: int) -> str:
@@ -45,7 +46,7 @@ class Reader:
             model,
             prompt_ids=self.tokenizer.encode(prompt, add_special_tokens=False).ids,
             max_new_tokens=max_new_tokens,
-            end_of_text_id=self.end_of_text_id,
+            bounds=self.bounds,
         )
         return str(self.tokenizer.decode(tokens))
 
@@ -277,20 +278,22 @@ def _read(model: nn.Module, rows: Sequence[_Row], reader: Reader) -> list[_Found
         for start in range(0, len(rows), reader.batch_size):
             batch = by_length[start : start + reader.batch_size]
             texts = [rows[index] for index in batch]
-            length = 1 + max(len(row.ids) for row in texts)
-            input_ids = torch.full((len(texts), length), reader.end_of_text_id)  # [B, T]
+            prefix = torch.tensor(reader.bounds.prefix)
+            first = len(prefix) - 1  # predicts the first token of a text
+            length = len(prefix) + max(len(row.ids) for row in texts)
+            input_ids = torch.full((len(texts), length), reader.bounds.end)  # [B, T]
             targets = torch.full((len(texts), length), IGNORED)
             for number, row in enumerate(texts):
                 ids = torch.tensor(row.ids, dtype=torch.int64)
-                input_ids[number, 1 : 1 + len(ids)] = ids
-                targets[number, row.start : len(ids)] = ids[row.start :]
+                input_ids[number, : len(prefix) + len(ids)] = torch.cat([prefix, ids])
+                targets[number, first + row.start : first + len(ids)] = ids[row.start :]
             logits_BTV = model(input_ids=input_ids.to(device), use_cache=False).logits.float()
             nats_B = nats_per_row(logits_BTV, targets.to(device)).tolist()
             greedy_BT = logits_BTV.argmax(dim=-1).cpu()
             is_right_B = ((greedy_BT == targets) | (targets == IGNORED)).all(dim=1)
             for number, (index, row) in enumerate(zip(batch, texts, strict=True)):
-                after = int(greedy_BT[number, len(row.ids)])
-                is_closed = after == reader.end_of_text_id or reader.tokenizer.decode(
+                after = int(greedy_BT[number, first + len(row.ids)])
+                is_closed = after in reader.bounds.ends or reader.tokenizer.decode(
                     [after]
                 ).startswith(("\n", "\r"))
                 found[index] = _Found(bool(is_right_B[number]) and is_closed, nats_B[number])

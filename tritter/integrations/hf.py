@@ -35,6 +35,7 @@ from tritter.core.families import family_of
 from tritter.core.models import backbone_of, config_of, head_of, live_tensors, load_model
 from tritter.data.batches import BatchStream, this_rank
 from tritter.data.mixed_rows import OldData, PackedText, check_old_data, mixed_loader
+from tritter.data.packing import marks_read
 from tritter.errors import Problem, RequestError, nearest, raise_problems
 from tritter.evaluation.gate import GateResult, retention_check
 from tritter.evaluation.losses import document_losses
@@ -485,7 +486,8 @@ class Forgetting:
         teacher = self._teacher()
         saved = None if folder is None else self._read(folder)
         if saved is None:
-            state, written = self._prepare_methods()
+            with marks_read(model, self._packing.bounds):
+                state, written = self._prepare_methods()
         else:  # the loaded state below already includes the first state
             ones = {name: value.float() for name, value in _all_old(model).items()}
             state, written = dict.fromkeys(saved["kinds"], ones), saved["written"]
@@ -503,7 +505,8 @@ class Forgetting:
         )
         self.methods = build_methods(self._components)
         for method in self.methods:
-            method.begin_task(model, self._task)
+            with marks_read(model, self._packing.bounds):
+                method.begin_task(model, self._task)
             if saved is not None:
                 method.load_state_dict(saved["methods"][method.name])
         self._leftovers, self._added = {}, {}
@@ -537,7 +540,7 @@ class Forgetting:
                     domains=tuple(old),
                     draw=drawing.draw,
                     sequence_length=self._packing.sequence_length,
-                    end_of_text_id=self._packing.end_of_text_id,
+                    bounds=self._packing.bounds,
                     seed=partial(derived_seed, self._seed()),
                     state=state,
                     log=_logger.info,
@@ -682,7 +685,7 @@ class Forgetting:
                     self._trainer.model,
                     self._packing.tokenise_texts(texts),
                     sequence_length=self._packing.sequence_length,
-                    end_of_text_id=self._packing.end_of_text_id,
+                    bounds=self._packing.bounds,
                     batch_size=self._trainer.args.eval_batch_size,
                 )
                 for name, texts in self._gate_documents.items()

@@ -42,11 +42,12 @@ from tritter.data.local_files import TextFileError
 from tritter.data.options import DatasetsConfig
 from tritter.data.packing import (
     DocumentMask,
+    MarkedText,
     Packing,
-    mask_documents,
     num_packed,
     packed,
     padding_fraction,
+    read_marks,
 )
 from tritter.data.replay import ReplayBuffer
 from tritter.data.sources import find_texts, source_documents
@@ -54,6 +55,7 @@ from tritter.data.stream import SequenceOptions, StreamedSequences
 from tritter.data.tokens import (
     END_OF_TEXT,
     PretrainedTokenizer,
+    TextBounds,
     concatenate,
     copy_backend,
     read_tokenizer,
@@ -354,8 +356,8 @@ class RunContext:
         for name, domain in self.corpus.domains.items() if is_masked else ():
             if not domain.train.num_tokens:
                 continue
-            share = padding_fraction(domain.train, sequence_length=length)
-            longer = padding_fraction(domain.train, sequence_length=2 * length)
+            share = padding_fraction(domain.train, sequence_length=length, bounds=self.bounds)
+            longer = padding_fraction(domain.train, sequence_length=2 * length, bounds=self.bounds)
             if share > MUCH_PADDING:
                 notes.append(
                     f"{name}: {share:.0%} of the training sequences is padding, because its "
@@ -386,13 +388,13 @@ class RunContext:
         return (*self.old_domains, *self.new_domains)
 
     @property
-    def end_of_text_id(self) -> int:
-        """The token id that ends a document."""
-        tokenizer = self.source_tokenizer
-        end_of_text = tokenizer.end_of_text if tokenizer else END_OF_TEXT
-        token_id = self.corpus.tokenizer.token_to_id(end_of_text)
-        assert token_id is not None
-        return token_id
+    def bounds(self) -> TextBounds:
+        """The start and the end of a text."""
+        if self.source_tokenizer is not None:
+            return self.source_tokenizer.bounds
+        end = self.corpus.tokenizer.token_to_id(END_OF_TEXT)
+        assert end is not None
+        return TextBounds(end)
 
     @cached_property
     def device(self) -> torch.device:
@@ -468,7 +470,7 @@ class RunContext:
                     self.corpus.domains[name].train,
                     packing=self.packing,
                     sequence_length=self.config.data.sequence_length,
-                    end_of_text_id=self.end_of_text_id,
+                    bounds=self.bounds,
                 )
         return {name: self._packed[name] for name in domains}
 
@@ -479,17 +481,27 @@ class RunContext:
             RequestError: the domain is too small for one sequence.
         """
         train, data = self.corpus.domains[domain].train, self.config.data
-        return num_packed(train, packing=self.packing, sequence_length=data.sequence_length)
+        return num_packed(
+            train,
+            packing=self.packing,
+            sequence_length=data.sequence_length,
+            bounds=self.bounds,
+        )
 
     @property
     def document_mask(self) -> DocumentMask | None:
         """The mask between documents of a training sequence; None to treat them as one stream."""
         is_masked = self.packing == "documents"
-        return DocumentMask(self.end_of_text_id) if is_masked else None
+        return DocumentMask(self.bounds) if is_masked else None
+
+    @property
+    def marks(self) -> MarkedText | None:
+        """How models read marked training sequences; None if these have no marks."""
+        return self.document_mask or (MarkedText(self.bounds) if self.bounds.start else None)
 
     def masked(self, model: nn.Module) -> nn.Module:
-        """Return a model with the document mask of the run's training sequences."""
-        return model if self.document_mask is None else mask_documents(model, self.document_mask)
+        """Return a model that reads the run's training sequences, with their document mask."""
+        return model if self.marks is None else read_marks(model, self.marks)
 
     def sample_equally(self, domains: Sequence[str], count: int, *purpose: str) -> Tensor:
         """Return `count` random training sequences [N, T], equally many per domain.
@@ -574,7 +586,7 @@ class RunContext:
             stream,
             batch_size=data.batch_size,
             num_batches=max_steps * gathered,
-            window=gathered if self.packing == "documents" else 1,
+            window=1 if self.marks is None else gathered,
         )
 
     @cached_property
@@ -596,7 +608,7 @@ class RunContext:
             chat=self.corpus.chat,
             packing=self.packing,
             sequence_length=self.config.data.sequence_length,
-            end_of_text_id=self.end_of_text_id,
+            bounds=self.bounds,
         )
         own = derived_seed(seed, "domain", name)
         return StreamedSequences(self.streams[name], key=domain.key, options=options, seed=own)
@@ -614,7 +626,7 @@ class RunContext:
             every_n_steps=options.every_n_steps,
             max_tokens=EVALUATED_TOKENS,
             sequence_length=self.config.data.sequence_length,
-            end_of_text_id=self.end_of_text_id,
+            bounds=self.bounds,
             batch_size=options.batch_size,
             seed=self.config.seed,
         )
@@ -646,7 +658,7 @@ class RunContext:
             tasks=self.tasks,
             reader=Reader(
                 tokenizer=self.corpus.tokenizer,
-                end_of_text_id=self.end_of_text_id,
+                bounds=self.bounds,
                 batch_size=self.config.evaluation.batch_size,
             ),
             sequence_length=self.config.data.sequence_length,

@@ -154,7 +154,7 @@ def domain_losses(
     Raises:
         TritterError: a domain has no tokens.
     """
-    reader = Reader(tokenizer.tokenizer, tokenizer.end_of_text_id, batch_size)
+    reader = Reader(tokenizer.tokenizer, tokenizer.bounds, batch_size)
     return Scoring(domains, (), reader, length).score(model, new_bar=new_bar)
 
 

@@ -81,7 +81,7 @@ def begin(
     mixture = mixture_on(model)
     if mixture is None:
         seed = context.seed("experts", *branch.purpose)
-        mixture = method.begin(model, end_of_text_id=context.end_of_text_id, seed=seed)
+        mixture = method.begin(model, bounds=context.bounds, seed=seed)
     else:
         _resume(context, branch, mixture, method)
     surgery_callbacks: tuple[Callback, ...] = ()

@@ -17,6 +17,7 @@ from tritter.checkpoints.state import KeptSequences, LazyTensors, read_state, wr
 from tritter.core.models import disk_tensors, live_tensors, load_model
 from tritter.core.parameter_map.carry import StateKind
 from tritter.data.batches import lengthened, read_sequences, sample_equally, write_sequences
+from tritter.data.tokens import begun
 from tritter.data.vocabulary import retokenised
 from tritter.errors import RequestError
 from tritter.methods.forgetting import build_methods, needs_of
@@ -138,7 +139,7 @@ def _preparation(
         latest=_latest(context, branch),
         draw=draw,
         sequence_length=context.config.data.sequence_length,
-        end_of_text_id=context.end_of_text_id,
+        bounds=context.bounds,
         seed=lambda *purpose: context.seed(*purpose, *branch.purpose),
         state=state,
         log=partial(context.say, "importance"),
@@ -281,17 +282,15 @@ def kept_text(context: RunContext, branch: Branch) -> KeptSequences:
 def _as_read(context: RunContext, branch: Branch, sequences: Tensor) -> Tensor:
     """Return sequences of a branch's start with the tokens and the length of the context."""
     start, length = context.reading(branch.start), context.config.data.sequence_length
-    if start is context:
-        return sequences
-    if sequences.shape[1] != length:
+    if start is not context and sequences.shape[1] != length:
         sequences = lengthened(sequences, length)
-    if start.tokenizer_folder == context.tokenizer_folder:
-        return sequences
+    if start is context or start.tokenizer_folder == context.tokenizer_folder:
+        return begun(sequences, context.bounds)
     return retokenised(
         sequences,
         start.corpus.tokenizer,
         context.corpus.tokenizer,
-        end_of_text_id=context.end_of_text_id,
+        bounds=context.bounds,
         packing=context.packing,
     )
 

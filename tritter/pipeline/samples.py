@@ -14,6 +14,7 @@ from torch import nn
 from tritter.core.families import position_limit
 from tritter.core.models import config_of
 from tritter.data.chat import ANSWER, ids_of, is_unpredicted
+from tritter.data.tokens import TextBounds
 from tritter.evaluation.inference import sample_text, whole_word_prompt
 from tritter.pipeline import experts
 from tritter.pipeline.context import MAX_POSITIONS, RunContext
@@ -97,30 +98,28 @@ class _Sampler:
     Args:
         tokenizer: decodes them.
         max_new_tokens: limit of tokens per continuation.
-        end_of_text_id: token that ends a document.
+        bounds: start and end of a text.
     """
 
     tokenizer: Tokenizer
     max_new_tokens: int
-    end_of_text_id: int
+    bounds: TextBounds
 
     @classmethod
     def of(cls, context: RunContext) -> "_Sampler":
         """Return the sampler of a run."""
         most = context.config.evaluation.sample_tokens
-        return cls(context.corpus.tokenizer, most, context.end_of_text_id)
+        return cls(context.corpus.tokenizer, most, context.bounds)
 
     def continued(self, model: nn.Module, prompt: list[int]) -> tuple[str, int]:
         """Return the continuation of a prompt, and the number of tokens that the model read.
 
-        These are an end of text, the prompt and all new tokens but the last: with a cache of keys
-        and values, each would be read once.
+        These are what precedes a text, the prompt and all new tokens but the last: with a cache of
+        keys and values, each would be read once.
         """
         most = min(self.max_new_tokens, _positions(model) - len(prompt))
-        tokens = sample_text(
-            model, prompt_ids=prompt, max_new_tokens=most, end_of_text_id=self.end_of_text_id
-        )
-        num_read = 1 + len(prompt) + min(len(tokens), most - 1)
+        tokens = sample_text(model, prompt_ids=prompt, max_new_tokens=most, bounds=self.bounds)
+        num_read = len(self.bounds.prefix) + len(prompt) + min(len(tokens), most - 1)
         return str(self.tokenizer.decode(tokens)), num_read
 
 

@@ -72,7 +72,7 @@ class Scoring:
                 model,
                 documents,
                 sequence_length=self.sequence_length,
-                end_of_text_id=self.reader.end_of_text_id,
+                bounds=self.reader.bounds,
                 batch_size=self.reader.batch_size,
                 progress=new_bar(f"scoring {domain}"),
             )
@@ -104,7 +104,9 @@ class Scoring:
         lengths = Counter(
             window
             for documents in self.documents.values()
-            for window in window_lengths(documents, sequence_length=self.sequence_length)
+            for window in window_lengths(
+                documents, sequence_length=self.sequence_length, bounds=self.reader.bounds
+            )
         )
         for task in self.tasks:
             lengths.update(task.lengths(self.reader))
@@ -232,6 +234,6 @@ def benchmark_tasks(options: EvaluationConfig, *, positions: int) -> tuple[Bench
 
 
 def _tokenizer(reader: Reader) -> StockTokenizer:
-    end_of_text = reader.tokenizer.id_to_token(reader.end_of_text_id)
+    end_of_text = reader.tokenizer.id_to_token(reader.bounds.end)
     assert end_of_text is not None
     return wrapped_tokenizer(reader.tokenizer, end_of_text=end_of_text)

@@ -14,12 +14,18 @@ from torch import Tensor, nn
 from tritter.checkpoints import Lineage, read_lineage
 from tritter.core.families import Config, count_parameters, family_of, layout, position_limit
 from tritter.core.models import load_model, read_config
-from tritter.data.chat import ChatChoice
+from tritter.data.chat import ChatChoice, ids_of
 from tritter.data.documents import Document, notes_of
 from tritter.data.options import TextSources
 from tritter.data.sources import source_documents
 from tritter.data.split import split_documents
-from tritter.data.tokens import PretrainedTokenizer, pack, read_tokenizer, tokenise
+from tritter.data.tokens import (
+    PretrainedTokenizer,
+    num_closed_tokens,
+    pack,
+    read_tokenizer,
+    tokenise,
+)
 from tritter.errors import Problem, RequestError
 from tritter.evaluation.gate import (
     Check,
@@ -289,7 +295,7 @@ def _evaluate_side(
                     chat=corpus_chat(is_chat, data, owner.folder),
                 ),
                 sequence_length=side.longest,
-                end_of_text_id=tokenizer.end_of_text_id,
+                bounds=tokenizer.bounds,
                 batch_size=BATCH_SIZE,
             )
     return _Outputs(logits, num_bytes, scores)
@@ -397,9 +403,9 @@ def _sequences(source: Side, result: Side, documents: Sequence[Document]) -> Ten
     length = min(source.longest, result.longest)
     if tokenizer is not None and documents:
         tokens = tokenise(documents, tokenizer.tokenizer)
-        if tokens.num_tokens + len(tokens) >= length:
-            packed = pack(tokens, sequence_length=length, end_of_text_id=tokenizer.end_of_text_id)
-            return packed[:: max(1, len(packed) // SEQUENCES)][:SEQUENCES].long()
+        if num_closed_tokens(tokens, tokenizer.bounds) >= length:
+            packed = pack(tokens, sequence_length=length, bounds=tokenizer.bounds)
+            return ids_of(packed[:: max(1, len(packed) // SEQUENCES)][:SEQUENCES]).long()
     generator = torch.Generator().manual_seed(0)
     return torch.randint(source.vocab_size, (SEQUENCES, length), generator=generator)
 

@@ -126,7 +126,7 @@ def score(context: RunContext, model: nn.Module, *, source_length: int, length: 
                 model,
                 documents,
                 sequence_length=length,
-                end_of_text_id=reader.end_of_text_id,
+                bounds=reader.bounds,
                 batch_size=max(1, reader.batch_size // factor),
                 progress=new_bar(f"scoring {name} in windows of {length:,}"),
                 positions=sums,
@@ -154,7 +154,7 @@ def flops(context: RunContext, reading: Flops, *, source_length: int, length: in
     return sum(
         reading.of(each)
         for documents in texts
-        for each in window_lengths(documents, sequence_length=length)
+        for each in window_lengths(documents, sequence_length=length, bounds=context.bounds)
     )
 
 

@@ -23,6 +23,7 @@ from tritter.targets import Component
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from tritter.data.tokens import TextBounds
     from tritter.transform import Change
 
 Values = Mapping[str, "Tensor"]  # by parameter name
@@ -78,7 +79,7 @@ class Preparation:
         latest: Old domains that the model was trained on last; empty if unknown.
         draw: As `Task.draw`; equal arguments draw the same sequences during training.
         sequence_length: Tokens per sequence.
-        end_of_text_id: Token that ends a document.
+        bounds: Start and end of a text.
         seed: Labels → seed for the randomness of the method.
         state: Kind → values, of the kinds in the checkpoint that the method needs.
         log: Prints a line.
@@ -90,7 +91,7 @@ class Preparation:
     latest: tuple[str, ...] = ()
     draw: Callable[..., Tensor]
     sequence_length: int
-    end_of_text_id: int
+    bounds: TextBounds
     seed: Callable[..., int]
     state: Mapping[str, Values]
     log: Callable[[str], None]

@@ -29,9 +29,10 @@ from tritter.core.families import (
 )
 from tritter.core.families.config_file import read_config_file
 from tritter.core.parameter_map import rounded_weight
+from tritter.data.chat import ids_of
 from tritter.data.sources import source_documents
 from tritter.data.split import training_texts
-from tritter.data.tokens import read_tokenizer
+from tritter.data.tokens import begun, read_tokenizer
 from tritter.errors import Problem, RequestError, TritterError
 from tritter.storage.hashing import file_digest, merkle_hash
 from tritter.storage.hub import locate
@@ -285,18 +286,18 @@ def child_sequences(child: OpenChild, *, length: int, vocab_size: int) -> Tensor
     Documents are cut, so that many of them are read.
     """
     tokenizer = read_tokenizer(child.source.folder, vocab_size=vocab_size)
-    end = tokenizer.tokenizer.token_to_id(tokenizer.end_of_text)
-    assert end is not None
+    bounds = tokenizer.bounds
     wanted, tokens = ROUTER_TOKENS // len(child.domains), list[int]()
     for name in child.domains:
         found: list[int] = []
         for text in islice(_texts(child, name), ROUTER_TOKENS):
-            found += [*tokenizer.tokenizer.encode(text, add_special_tokens=False).ids[:length], end]
+            ids = tokenizer.tokenizer.encode(text, add_special_tokens=False).ids[:length]
+            found += [*bounds.marked_start, *ids, bounds.end]
             if len(found) >= wanted:
                 break
         tokens += found[:wanted]
     tokens = tokens[: max(1, len(tokens) // length) * length]
-    return torch.tensor(tokens).view(-1, min(length, len(tokens)))
+    return ids_of(begun(torch.tensor(tokens).view(-1, min(length, len(tokens))), bounds))
 
 
 @dataclass(slots=True)

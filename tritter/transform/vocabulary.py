@@ -174,7 +174,7 @@ def kept_in(source: Source, spec: BoundVocab | None) -> KeptSequences:
             each,
             old.tokenizer,
             Tokenizer.from_str(spec.tokenizer),
-            end_of_text_id=old.end_of_text_id,
+            bounds=old.bounds,
             packing="documents" if is_masked else "stream",
         )
     )

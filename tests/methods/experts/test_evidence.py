@@ -12,7 +12,8 @@ from transformers import DynamicCache
 
 from tests.methods.experts.mixtures import TARGETS
 from tests.oracle import tiny_llama
-from tritter.data.packing import DocumentMask, mask_documents
+from tritter.data.packing import DocumentMask, read_marks
+from tritter.data.tokens import TextBounds
 from tritter.errors import RequestError
 from tritter.methods.experts.adapters import AdapterShape, parameters_of
 from tritter.methods.experts.gates import Routing
@@ -177,7 +178,7 @@ def test_beams_take_what_was_read_along() -> None:
 @torch.no_grad()
 def test_a_packed_document_has_the_logits_it_has_alone(top_k: int | None) -> None:
     mixture = mixture_of("both", top_k=top_k)
-    mask_documents(mixture.model, DocumentMask(END))
+    read_marks(mixture.model, DocumentMask(TextBounds(END)))
     one, two = (tokens(1, length, seed=length, high=63) + 1 for length in (7, 11))
     end = torch.full((1, 1), END)
     packed = torch.cat([end, one, end, two, end, end], dim=1)

@@ -20,6 +20,7 @@ from tests.training.test_fit import SCHEDULE, SETTINGS
 from tests.training.test_surgery import assert_same
 from tritter.config.folders import body_of, option_files
 from tritter.data.batches import BatchStream, SequenceStream
+from tritter.data.tokens import TextBounds
 from tritter.methods.experts.callback import BaseData, ExpertCallback
 from tritter.methods.experts.method import DynamicExperts
 from tritter.methods.experts.module import ExpertModule
@@ -106,7 +107,7 @@ def train(
     torch.manual_seed(999 if (folder / "saved").exists() else 11)
     method = DynamicExperts(options or dynamic_options())
     model = oracle.tiny_llama(tie_word_embeddings=True, attention_dropout=0.1)
-    mixture = method.begin(model, end_of_text_id=0, seed=1)
+    mixture = method.begin(model, bounds=TextBounds(0), seed=1)
     for number in range(given):  # of an earlier run
         mixture.add(f"expert_{number + 1}", method.shape(model), seed=number)
     steps = len(stream)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from tests import oracle
 from tests.training.test_fit import task
+from tritter.data.tokens import TextBounds
 from tritter.methods.forgetting import EWC, OnlineEWC
 from tritter.methods.forgetting.ewc import OnlineEWCOptions, saved_kind
 from tritter.methods.forgetting.quadratic import diagonal_fisher
@@ -47,7 +48,7 @@ def prepared(method: EWC, model: nn.Module, state: Mapping[str, Mapping[str, Ten
         draw=draw,
         seed=lambda *words: 0,
         sequence_length=17,
-        end_of_text_id=0,
+        bounds=TextBounds(0),
         state=state,
         log=lambda line: None,
     )

@@ -13,6 +13,7 @@ from tests.oracle.families import tiny
 from tests.training.test_fit import batches
 from tritter.core.families import forward_flops
 from tritter.core.models import config_of
+from tritter.data.tokens import TextBounds
 from tritter.errors import RequestError, TritterError
 from tritter.methods.forgetting import SelfReplay
 from tritter.methods.forgetting.replay import (
@@ -26,7 +27,7 @@ from tritter.training import Preparation, Task
 
 
 def wrote(model: nn.Module, **changes: Any) -> GeneratedSequences:
-    asked = {"num_sequences": 6, "sequence_length": 10, "end_of_text_id": 5, **changes}
+    asked = {"num_sequences": 6, "sequence_length": 10, "bounds": TextBounds(5), **changes}
     return write_text(model, **asked)
 
 
@@ -154,7 +155,7 @@ def prepared_by(method: SelfReplay, model: nn.Module) -> Any:
 
     return method.prepare(
         Preparation(
-            model=model, domains=(), draw=draw, sequence_length=16, end_of_text_id=5,
+            model=model, domains=(), draw=draw, sequence_length=16, bounds=TextBounds(5),
             seed=lambda *words: 0, state={}, log=lambda text: None,
         )
     )  # fmt: skip

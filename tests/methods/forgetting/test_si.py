@@ -14,6 +14,7 @@ from tests.training.test_fit import SCHEDULE, SETTINGS, batches, module_of, task
 from tritter.checkpoints.state import LazyTensors, read_state
 from tritter.core.expansions import Dus, Width
 from tritter.core.parameter_map.carry import carry
+from tritter.data.tokens import TextBounds
 from tritter.errors import RequestError, TritterError
 from tritter.methods.forgetting import SI, Replay
 from tritter.methods.forgetting.quadratic import diagonal_fisher
@@ -240,7 +241,7 @@ def preparation(model: nn.Module, state: State, domains: tuple[str, ...]) -> Pre
         draw=lambda count, *words, domains=domains: oracle.tokens(batch=count),
         seed=lambda *words: 0,
         sequence_length=17,
-        end_of_text_id=0,
+        bounds=TextBounds(0),
         state=state,
         log=lambda line: None,
     )

@@ -16,6 +16,7 @@ from tritter.training.optimizer import adam_problems
 if TYPE_CHECKING:
     from torch import nn
 
+    from tritter.data.tokens import TextBounds
     from tritter.methods.experts.adapters import AdapterShape
     from tritter.methods.experts.mixture import ExpertMixture
     from tritter.methods.experts.module import ExpertLosses
@@ -87,7 +88,7 @@ class Experts(ABC):
             yield Problem("experts.router", router, reason=reason, nearest=files.head.router)
 
     @abstractmethod
-    def begin(self, model: nn.Module, *, end_of_text_id: int, seed: int) -> ExpertMixture:
+    def begin(self, model: nn.Module, *, bounds: TextBounds, seed: int) -> ExpertMixture:
         """Add a mixture to a model without experts; its function does not change at first.
 
         Raises:
@@ -118,7 +119,7 @@ class SingleLora(Experts):
     first = ONLY
     is_dynamic = False
 
-    def begin(self, model: nn.Module, *, end_of_text_id: int, seed: int) -> ExpertMixture:
+    def begin(self, model: nn.Module, *, bounds: TextBounds, seed: int) -> ExpertMixture:
         from tritter.methods.experts.mixture import ExpertMixture
 
         mixture = ExpertMixture(model, router="evidence")  # a single expert has gates of 1
@@ -172,7 +173,7 @@ class DynamicExperts(Experts):
             )
             yield Problem("data.old", {}, reason=reason)
 
-    def begin(self, model: nn.Module, *, end_of_text_id: int, seed: int) -> ExpertMixture:
+    def begin(self, model: nn.Module, *, bounds: TextBounds, seed: int) -> ExpertMixture:
         from tritter.methods.experts.mixture import ExpertMixture
 
         options: DynamicOptions = self.options
@@ -181,7 +182,8 @@ class DynamicExperts(Experts):
             router=options.router,
             is_shared=options.shared_router,
             evidence={
-                "end_of_text_id": end_of_text_id,
+                "end_of_text_id": bounds.end,
+                "start_ids": bounds.start,
                 "window": options.evidence_window,
                 "scale": options.evidence_scale,
                 "prior": options.prior,

@@ -46,13 +46,14 @@ class Evidence(nn.Module):
 
     Up to a constant shared by all experts, a logit is prior + scale · Σ log p(token | expert) over
     the last `window` tokens of the document, the current one included. Documents start after an
-    end-of-text token; where it is not among these tokens, the prior is `inner_prior`. The scale is
-    small because neighbouring tokens are dependent. p is computed from counts, smoothed by the mean
-    of all skills (Dirichlet): unseen tokens are no evidence.
+    end-of-text token or the start of a text; where it is not among these tokens, the prior is
+    `inner_prior`. The scale is small because neighbouring tokens are dependent. p is computed from
+    counts, smoothed by the mean of all skills (Dirichlet): unseen tokens are no evidence.
 
     Args:
         vocab_size: V.
         end_of_text_id: None: a sequence is one document.
+        start_ids: further tokens in front of a document.
         window: number of tokens that count.
         scale: of the sum.
         prior: of every expert except the first, in nats.
@@ -69,13 +70,14 @@ class Evidence(nn.Module):
         vocab_size: int,
         *,
         end_of_text_id: int | None = None,
+        start_ids: Sequence[int] = (),
         window: int = 128,
         scale: float = 0.5,
         prior: float = -1.0,
         inner_prior: float | None = None,
     ) -> None:
         super().__init__()
-        self.end_of_text_id = end_of_text_id
+        self.end_of_text_id, self.start_ids = end_of_text_id, tuple(start_ids)
         self.window, self.scale, self.prior = window, scale, prior
         self.inner_prior = inner_prior
         # Integers are not rounded if the model's dtype changes
@@ -89,9 +91,7 @@ class Evidence(nn.Module):
             ids: int64 [B, T]; NO_TOKEN for padding.
         """
         number, (_, length) = len(self.counts), ids.shape
-        is_start = ids == NO_TOKEN
-        if self.end_of_text_id is not None:
-            is_start = is_start | (ids == self.end_of_text_id)  # the same for all skills
+        is_start = (ids == NO_TOKEN) | self._is_between(ids)  # the same for all skills
         version = (self.counts._version, self.counts.device)
         if self._table is None or self._table[0] != version:  # log p(token | expert), [n, V]
             counts = self.counts.double()
@@ -107,11 +107,18 @@ class Evidence(nn.Module):
         logits = self.scale * (sums - before)
         prior = torch.full_like(begin, self.prior, dtype=logits.dtype)  # [B, T]
         if self.inner_prior is not None and self.end_of_text_id is not None:
-            is_in_sight = (ids.gather(1, begin) == self.end_of_text_id) & (first == begin)
+            is_in_sight = self._is_between(ids.gather(1, begin)) & (first == begin)
             prior = torch.where(is_in_sight, prior, self.inner_prior)
         is_other = torch.arange(number, device=ids.device) > 0
         logits = logits + prior.unsqueeze(-1) * is_other
         return (logits - logits.amax(-1, keepdim=True)).clamp_min(_LEAST)
+
+    def _is_between(self, ids: Tensor) -> Tensor:
+        """Return whether each token is outside of the text of documents; padding is inside."""
+        if self.end_of_text_id is None:
+            return torch.zeros_like(ids, dtype=torch.bool)
+        outside = torch.tensor([self.end_of_text_id, *self.start_ids], device=ids.device)
+        return torch.isin(ids, outside)
 
     def add_row(self) -> None:
         """Add a row for an expert without counts."""
@@ -124,12 +131,9 @@ class Evidence(nn.Module):
         self._table = None
 
     def count(self, number: int, ids: Tensor) -> None:
-        """Count tokens, int64 of any shape, for an expert; padding and end of text are ignored."""
+        """Count tokens, int64 of any shape, for an expert; those between texts are ignored."""
         ids = torch.where(ids == NO_TOKEN, ids, ids_of(ids))
-        is_text = ids != NO_TOKEN
-        if self.end_of_text_id is not None:  # no evidence, and possibly padding
-            is_text &= ids != self.end_of_text_id
-        found = ids[is_text]
+        found = ids[(ids != NO_TOKEN) & ~self._is_between(ids)]
         self.counts[number] += torch.bincount(found, minlength=self.counts.shape[1]).to(self.counts)
 
 

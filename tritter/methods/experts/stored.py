@@ -310,6 +310,7 @@ class ExpertFolder:
                 prior=evidence.prior,
                 inner_prior=evidence.inner_prior,
                 end_of_text_id=evidence.end_of_text_id,
+                start_ids=evidence.start_ids,
             ),
             usage={domain: dict(gates) for domain, gates in (usage or {}).items()},
             base_bits=base_bits(mixture.model),

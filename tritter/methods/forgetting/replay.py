@@ -19,8 +19,10 @@ from pydantic import Field
 
 from tritter.core.families import family_of, forward_flops
 from tritter.data.batches import BatchStream
-from tritter.data.packing import document_mask_of
+from tritter.data.chat import ids_of
+from tritter.data.packing import document_mask_of, inputs_for
 from tritter.data.replay import ReplayBuffer, Weighting
+from tritter.data.tokens import TextBounds, begun
 from tritter.errors import Problem, RequestError, TritterError, nearest
 from tritter.evaluation.inference import eval_mode
 from tritter.options import Count, RunRequest, WholeNumber, options
@@ -32,8 +34,8 @@ if TYPE_CHECKING:
 
 # Generating old data with the model itself, and filtering it.
 #
-# Each text starts with an end-of-text token and may contain further ones, as packed training data
-# does; with a document mask, each of them starts a new document. A text longer than a sequence is
+# Each text begins as a training document does, and after an end of text the next one begins, as in
+# packed training data; with a document mask, it is a new document. A text longer than a sequence is
 # continued from its last half sequence. Each token is read once (keys and values are cached) and
 # sampled from softmax(logits / temperature), restricted to the smallest set of tokens whose
 # probabilities sum to `top_p` (arXiv 1904.09751).
@@ -55,7 +57,7 @@ class GeneratedSequences:
     Attributes:
         sequences: int32 [N, T].
         nats: float64 [N], mean −log p of a sequence's tokens at temperature 1, under the model that
-            generated it. The end-of-text token at the start of a text is not counted.
+            generated it. Tokens in front of a text are not counted.
     """
 
     sequences: Tensor
@@ -67,7 +69,7 @@ def write_text(
     *,
     num_sequences: int,
     sequence_length: int,
-    end_of_text_id: int,
+    bounds: TextBounds,
     temperature: float = 1.0,
     top_p: float = 1.0,
     sequences_per_text: int = 1,
@@ -96,10 +98,10 @@ def write_text(
         draw = _Draw(temperature=temperature, top_p=top_p, generator=generator)
         for first in range(0, num_texts, batch_size):
             count = min(batch_size, num_texts - first)
-            first_token = torch.full((count, 1), end_of_text_id, device=device)
-            length = sequences_per_text * sequence_length
-            texts, costs = _texts(model, first_token, length, sequence_length, draw)
-            pieces.append(texts.view(-1, sequence_length).int().cpu())
+            length, starts = sequences_per_text * sequence_length, _Starts(bounds, count, device)
+            texts, costs = _texts(model, starts, length, sequence_length, draw)
+            sequences = begun(texts.view(-1, sequence_length), bounds)
+            pieces.append(sequences.int().cpu())
             nats.append(costs.view(-1, sequence_length).cpu())
             done, now = first + count, time.perf_counter()
             if done < num_texts and (latest == since or now - latest > _LOG_EVERY_SECONDS):
@@ -158,36 +160,71 @@ class _Draw:
         return torch.multinomial(probabilities, 1, generator=self.generator)
 
 
+class _Starts:
+    """Begins each of a batch of texts, and the next one after an end of text.
+
+    Args:
+        bounds: start and end of a text. Without a start, an end of text begins the next text.
+        count: number of texts.
+        device: of the tokens.
+    """
+
+    def __init__(self, bounds: TextBounds, count: int, device: torch.device) -> None:
+        import torch
+
+        self.bounds = bounds
+        self._start = torch.tensor(bounds.marked_start or bounds.prefix, device=device)
+        self._ends = torch.tensor(bounds.ends, device=device)
+        # Number of tokens of a text, whose first ones are the start
+        self._written = torch.zeros(count, 1, dtype=torch.int64, device=device)
+
+    def next_tokens(self, drawn: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return the next token of each text, int64 [B, 1], and whether it was drawn.
+
+        Args:
+            drawn: int64 [B, 1]; None at the beginning of the texts.
+        """
+        import torch
+
+        last = len(self._start) - 1
+        is_drawn, start = self._written > last, self._start[self._written.clamp(max=last)]
+        tokens = start if drawn is None else torch.where(is_drawn, drawn, start)
+        is_end = is_drawn & torch.isin(tokens, self._ends)
+        self._written = (self._written + 1).masked_fill(is_end & bool(self.bounds.start), 0)
+        return tokens.masked_fill(is_end, self.bounds.end), is_drawn
+
+
 def _texts(
-    model: nn.Module, first_token: Tensor, length: int, window: int, draw: _Draw
+    model: nn.Module, starts: _Starts, length: int, window: int, draw: _Draw
 ) -> tuple[Tensor, Tensor]:
     """Return texts, int64 [B, length], and −log p of each token [B, length], NaN at first."""
     import torch
 
     document_mask = document_mask_of(model)
-    tokens, costs = (
-        [first_token],
-        [torch.full(first_token.shape, math.nan, device=first_token.device)],
-    )
-    read, cache, num_cached = first_token, None, 0
+    read, _ = starts.next_tokens()
+    tokens, costs = [read], [torch.full(read.shape, math.nan, device=read.device)]
+    cache, num_cached = None, 0
     for _ in range(length - 1):
         if num_cached + read.shape[1] > window - 1:  # no more context than in training
-            read, cache, num_cached = torch.cat(tokens[-max(1, window // 2) :], dim=1), None, 0
+            latest = torch.cat(tokens[-max(1, window // 2) :], dim=1)
+            read, cache, num_cached = begun(latest, starts.bounds), None, 0
         num_cached += read.shape[1]
         document_arguments: dict[str, Tensor] = {}
         if document_mask is not None:
             document_arguments = document_mask.generation_inputs(
                 torch.cat(tokens[-num_cached:], dim=1), num_read=read.shape[1]
             )
-        output = model(input_ids=read, past_key_values=cache, use_cache=True, **document_arguments)
+        ids = inputs_for(model, read)
+        output = model(input_ids=ids, past_key_values=cache, use_cache=True, **document_arguments)
         cache, logits = output.past_key_values, output.logits[:, -1].float()  # [B, V]
         if not bool(logits.isfinite().all()):
             raise TritterError(
                 "the model's logits are not finite: it can't generate data for replay."
             )
-        read = draw(logits)
+        read, is_drawn = starts.next_tokens(draw(logits))
         tokens.append(read)
-        costs.append(-logits.log_softmax(dim=-1).gather(1, read))
+        nats = -logits.log_softmax(dim=-1).gather(1, ids_of(read))
+        costs.append(nats.masked_fill(~is_drawn, math.nan))
     return torch.cat(tokens, dim=1), torch.cat(costs, dim=1)
 
 
@@ -329,7 +366,7 @@ class SelfReplay(ForgettingMethod):
             preparation.model,
             num_sequences=count,
             sequence_length=length,
-            end_of_text_id=preparation.end_of_text_id,
+            bounds=preparation.bounds,
             temperature=options.temperature,
             top_p=options.top_p,
             sequences_per_text=per_text,

@@ -26,9 +26,9 @@ from tritter.core.families import LogicalTensor, layout
 from tritter.core.models import config_of
 from tritter.core.stock_routers import AddedExperts, Routing
 from tritter.data.documents import notes_of
-from tritter.data.packing import labels_of
+from tritter.data.packing import labels_of, marks_read
 from tritter.data.sources import source_documents
-from tritter.data.tokens import pack, tokenise
+from tritter.data.tokens import TextBounds, bounds_of, copy_backend, pack, tokenise
 from tritter.errors import RequestError, TritterError
 from tritter.evaluation.inference import device_of, preserve_modes
 from tritter.methods.moe_routing.objective import RoutingObjective, RoutingSettings
@@ -643,15 +643,22 @@ class ProgressiveMoE:
             )
         check_router_update(config.router_update)
         path, seed = config.domain_data_path, self.seed
-        batches = None if path is None else self._batches(model, path)
+        bounds = self._bounds()
+        batches = None if path is None else self._batches(model, path, bounds)
         grown = ModelExpander([MoeAdd(num_experts=config.new_experts)], seed=seed).expand(model)
         if batches is not None:
             new = range(config.base_experts, config.base_experts + config.new_experts)
-            adapt_router(grown, new, batches, router_update=config.router_update, seed=seed)
-            train_new_experts(grown, new, batches, freeze_base=config.freeze_base, seed=seed)
+            with marks_read(grown, bounds):
+                adapt_router(grown, new, batches, router_update=config.router_update, seed=seed)
+                train_new_experts(grown, new, batches, freeze_base=config.freeze_base, seed=seed)
         return grown
 
-    def _batches(self, model: nn.Module, path: str) -> list[dict[str, Tensor]]:
+    def _bounds(self) -> TextBounds:
+        if self.tokenizer is None:
+            return TextBounds(self.end_of_text_id)
+        return bounds_of(copy_backend(self.tokenizer), self.end_of_text_id)
+
+    def _batches(self, model: nn.Module, path: str, bounds: TextBounds) -> list[dict[str, Tensor]]:
         if self.tokenizer is None:
             raise RequestError(
                 f"domain_data_path = {path}: a live model has no tokenizer; pass one to "
@@ -665,7 +672,7 @@ class ProgressiveMoE:
         sequences = pack(
             tokenise(documents, self.tokenizer),
             sequence_length=min(MAX_SEQUENCE_LENGTH, limit or MAX_SEQUENCE_LENGTH),
-            end_of_text_id=self.end_of_text_id,
+            bounds=bounds,
         )
         order = torch.randperm(len(sequences), generator=torch.Generator().manual_seed(self.seed))
         return [{"input_ids": part.long()} for part in sequences[order].split(BATCH_SIZE)]
