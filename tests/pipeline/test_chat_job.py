@@ -118,6 +118,45 @@ def test_prompts_of_samples_are_conversations(done: Path) -> None:
     assert prompt.endswith("\nassistant\n")
 
 
+def test_the_gate_states_what_it_scored(done: Path) -> None:
+    summary = json.loads((done / "summary.json").read_text())
+    scores = json.loads((done / "scores/attempt_1-trained.json").read_text())["new"]
+    number, tokens = len(scores["identifiers"]), sum(scores["weights"]["tokens"])
+    (check,) = (each for each in summary["gate"] if each["subject"] == "new")
+    assert check["scored"].startswith(f"answers only, {tokens:,} tokens (")
+    assert check["scored"].endswith(f"of {number} of {number} held-out conversations")
+    assert any(check["scored"] in note for note in summary["notes"])
+    assert all("scored" not in each for each in summary["gate"] if each["subject"] == "old")
+
+
+@pytest.mark.full
+def test_long_prompts_are_scored_and_cuts_are_counted(
+    run: Run, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Answers of held-out conversations begin after `evaluation.max_tokens_per_document`."""
+    draw = [" ".join(f"w{n}x{at}" for at in range(n % 90)) for n in range(240)]
+    records = [
+        {"prompt": f"{text} {n}?", "completion": f"number {n}"} for n, text in enumerate(draw)
+    ]
+    data = tmp_path / "long.jsonl"
+    data.write_text("\n".join(map(json.dumps, records)))
+    run(tmp_path / "run", f"data.new={data}", "evaluation.max_tokens_per_document=64")
+    printed = " ".join(capsys.readouterr().out.split())
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    counts, (score,) = (
+        summary["data"]["new"],
+        (s for n, s in summary["final"].items() if n == "new"),
+    )
+    assert score["n"] == counts["validation"]
+    notes = [note for note in summary["notes"] if note.startswith("new: ")]
+    assert any("training conversations are cut" in note for note in notes)
+    assert any("exceed 64 tokens" in note for note in notes)
+    assert all(" ".join(note.split()) in printed for note in notes)
+    assert "scored new: answers only" in printed
+    with pytest.raises(RequestError, match=r"data\.sequence_length = 9: none of .* needs 1"):
+        run(tmp_path / "tiny", f"data.new={data}", "data.sequence_length=9")
+
+
 @pytest.mark.quick_cases(2)
 @pytest.mark.parametrize(
     ("words", "message"),

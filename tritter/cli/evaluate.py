@@ -149,7 +149,7 @@ def evaluate(
         if broken := non_finite_tensors(model):
             raise RequestError(f"{folder}: {broken[0]} has values that are not finite.")
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    length = losses_of.sequence_length(lineage, position_limit(config))
+    domains = domains.noted(length := losses_of.sequence_length(lineage, position_limit(config)))
     with progress_bars(is_shown=not as_json) as new_bar:
         losses = losses_of.domain_losses(
             model, domains.documents, tokenizer, length=length, batch_size=batch_size,

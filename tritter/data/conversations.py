@@ -24,7 +24,7 @@ _SYSTEMS = (SYSTEM, "system_prompt", "system_message")
 _HISTORY = "history"
 # Fields that exclude a message from training, and their value in a message that is trained
 _TRAINED = {"weight": 1, "loss_weight": 1, "train": 1, "training": 1, "loss": 1, "masked": 0}
-_REASONING = ("reasoning_content", "thinking")  # of an answer, in addition to its content
+REASONING = ("reasoning_content", "thinking")  # of an answer, in addition to its content
 PREFERENCES = "a rejected answer can't be used; write the chosen ones as prompt and completion"
 # Fields that would change what is learned, if they were supported
 _UNSUPPORTED = {
@@ -339,7 +339,7 @@ def _message(value: object, where: str) -> dict[str, Any]:
                 fields[name] = fields.pop(other)
     if fields.get("tool_calls"):
         fields["tool_calls"] = _calls(fields["tool_calls"], where)
-    if any(fields.get(name) for name in ("tool_calls", *_REASONING)):
+    if any(fields.get(name) for name in ("tool_calls", *REASONING)):
         fields["content"] = fields.get("content") or ""
     if not {"role", "content"} <= set(fields):
         raise WrongRecordError(f"{where} is not a message; must be {_MESSAGE}")
@@ -374,7 +374,7 @@ def _is_trained(fields: Mapping[str, Any], where: str) -> dict[str, bool]:
 def _is_answer(message: Mapping[str, Any]) -> bool:
     """Return whether a message of the assistant has something to predict."""
     is_empty = not str(message["content"]).strip()
-    has_more = any(message.get(name) for name in ("tool_calls", *_REASONING))
+    has_more = any(message.get(name) for name in ("tool_calls", *REASONING))
     return message.get("train") is not False and (has_more or not is_empty)
 
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
+from itertools import chain
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from tritter.data import built_in, cache
+from tritter.data.answers import endless_note, unanswered_note, unshown_note
 from tritter.data.chat import Chat
 from tritter.data.documents import (
     Document,
@@ -158,11 +160,8 @@ def build_corpus(
         made_from["validation_bytes"] = _digest_of(validation_bytes)
     digest = _digest(made_from)
     notes = tuple(note for domain in domains.values() for note in notes_of(domain))
-    if chat is not None:
-        count = sum(documents.num_conversations() for documents in domains.values())
-        notes = (*notes, chat.note(count))
     if (cached := _load(cache_dir, digest)) is not None:
-        return replace(cached, notes=notes, chat=chat)
+        return _with_notes(cached, notes, domains, chat)
     folder = _corpora(cache_dir) / digest
     cache.require_writable(folder.parent)
     corpus = _make(
@@ -176,7 +175,21 @@ def build_corpus(
     )
     _save(corpus, folder)
     # A corpus from the cache is memory-mapped
-    return replace(_load(cache_dir, digest) or corpus, notes=notes, chat=chat)
+    return _with_notes(_load(cache_dir, digest) or corpus, notes, domains, chat)
+
+
+def _with_notes(
+    corpus: Corpus, notes: tuple[str, ...], documents: Mapping[str, Documents], chat: Chat | None
+) -> Corpus:
+    """Return a corpus with its notes, to which those on conversations are added."""
+    if chat is None:
+        return replace(corpus, notes=notes)
+    count = sum(each.num_conversations() for each in documents.values())
+    domains = corpus.domains.values()
+    found = [chat.note(count), unshown_note(chain.from_iterable(documents.values()), chat)]
+    found += [unanswered_note(each.name, (each.train, each.validation)) for each in domains]
+    found.append(endless_note((each.train for each in domains), chat))
+    return replace(corpus, notes=(*notes, *filter(None, found)), chat=chat)
 
 
 def _inputs(

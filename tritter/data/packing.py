@@ -246,14 +246,14 @@ def _parts(documents: TokenisedDocuments, values: np.ndarray) -> Iterator[np.nda
 def padding_fraction(
     documents: TokenisedDocuments, *, sequence_length: int, bounds: TextBounds
 ) -> float:
-    """Return the share of padding tokens with `packing=documents`; not all documents are empty."""
+    """Return the share of padding tokens with `packing=documents`."""
     pieces = _pack_pieces(documents, sequence_length, bounds)
     is_text = ~pieces.is_chat
     is_closed = pieces.columns + pieces.lengths < sequence_length
     is_opened = (pieces.columns == 1) & (not bounds.start)
     added = (is_text & is_closed).sum() + (is_text & is_opened).sum()
     kept = int(pieces.lengths.sum() + added + is_text.sum() * len(bounds.start))
-    return 1 - kept / (pieces.num_sequences * sequence_length)
+    return 1 - kept / max(1, pieces.num_sequences * sequence_length)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -292,8 +292,8 @@ def _pack_pieces(
     leads = np.where(is_chat, 0, len(bounds.start))
     first_column = 0 if bounds.start else 1
     capacity = sequence_length - first_column
-    rooms = capacity - leads
-    lengths = _kept_lengths(documents, rooms)
+    rooms = _rooms(documents, sequence_length, bounds)
+    lengths = kept_lengths(documents, sequence_length=sequence_length, bounds=bounds)
     num_full, rest = lengths // rooms, lengths % rooms
     of_full = np.repeat(np.arange(len(lengths)), num_full)
     number = np.arange(len(of_full)) - np.repeat(np.cumsum(num_full) - num_full, num_full)
@@ -324,7 +324,18 @@ def _pack_pieces(
     )
 
 
-def _kept_lengths(documents: TokenisedDocuments, rooms: np.ndarray) -> np.ndarray:
+def _rooms(documents: TokenisedDocuments, sequence_length: int, bounds: TextBounds) -> np.ndarray:
+    """Return the tokens of each document that fit in a sequence with what precedes them."""
+    import numpy as np
+
+    is_chat = documents.first_tokens.numpy() >= START
+    before = 0 if bounds.start else 1  # an end of text, else the start of each text
+    return sequence_length - before - np.where(is_chat, 0, len(bounds.start))
+
+
+def kept_lengths(
+    documents: TokenisedDocuments, *, sequence_length: int, bounds: TextBounds
+) -> np.ndarray:
     """Return the tokens of each document to train, int64 [n]: of a conversation, a sequence.
 
     The rest of a longer conversation would be answers without their question.
@@ -332,6 +343,7 @@ def _kept_lengths(documents: TokenisedDocuments, rooms: np.ndarray) -> np.ndarra
     import numpy as np
 
     lengths = np.diff(documents.offsets.numpy())
+    rooms = _rooms(documents, sequence_length, bounds)
     is_conversation = documents.first_tokens.numpy() >= ANSWER
     return np.where(is_conversation, np.minimum(lengths, rooms), lengths)
 

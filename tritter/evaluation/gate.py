@@ -59,6 +59,7 @@ class Check:
         n: number of documents or items.
         documents_needed: total number of documents for a conclusive verdict, at least
             `MIN_DOCUMENTS`; only for undecided checks.
+        scored: the part of conversations that is scored; None for other documents.
     """
 
     name: str
@@ -72,6 +73,7 @@ class Check:
     confidence: float | None = None
     n: int | None = None
     documents_needed: int | None = None
+    scored: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the record of summary.json's `gate` list."""
@@ -87,6 +89,7 @@ class Check:
             "detail": self.detail,
             "n": self.n,
             "documents_needed": self.documents_needed,
+            **({} if self.scored is None else {"scored": self.scored}),
         }
 
 

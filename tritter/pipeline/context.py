@@ -23,6 +23,7 @@ from tritter.config.schema import CheckpointModelConfig, RunConfig
 from tritter.config.validation import known_config
 from tritter.core.families import Config, Flops, family_of, position_limit
 from tritter.core.models import load_tokenizer, read_config
+from tritter.data.answers import scoring_note, training_note
 from tritter.data.batches import BatchStream, Sequences, SequenceStream, sample_equally
 from tritter.data.built_in import built_in_origin, is_built_in, questions_of
 from tritter.data.chat import (
@@ -354,6 +355,22 @@ class RunContext:
         length = self.config.data.sequence_length
         is_masked = self.packing == "documents"
         for name, domain in self.corpus.domains.items() if is_masked else ():
+            is_head = name in self.streams
+            notes += [
+                training_note(
+                    name,
+                    domain.train,
+                    sequence_length=length,
+                    bounds=self.bounds,
+                    is_head=is_head,
+                ),
+                scoring_note(
+                    name,
+                    domain.validation,
+                    sequence_length=length,
+                    max_tokens=self.config.evaluation.max_tokens_per_document,
+                ),
+            ]
             if not domain.train.num_tokens:
                 continue
             share = padding_fraction(domain.train, sequence_length=length, bounds=self.bounds)

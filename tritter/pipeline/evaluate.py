@@ -9,6 +9,7 @@ from torch import nn
 from tritter.checkpoints import Lineage
 from tritter.checkpoints.run_text import run_text
 from tritter.config.validation import cache_folder
+from tritter.data.answers import scoring_note, unanswered_note
 from tritter.data.corpus import build_corpus
 from tritter.data.documents import notes_of
 from tritter.data.options import TextDataConfig
@@ -37,6 +38,12 @@ class DomainsToScore:
 
     documents: Mapping[str, TokenisedDocuments]
     notes: tuple[str, ...]
+
+    def noted(self, length: int) -> "DomainsToScore":
+        """Return the domains with notes on what is scored of conversations in windows."""
+        limits = {"sequence_length": length, "max_tokens": MAX_TOKENS_PER_DOCUMENT}
+        notes = (scoring_note(name, each, **limits) for name, each in self.documents.items())
+        return replace(self, notes=(*self.notes, *filter(None, notes)))
 
 
 def named_domains(
@@ -70,7 +77,9 @@ def named_domains(
         for name, domain_documents in found.items()
     }
     notes = [note for domain_documents in found.values() for note in notes_of(domain_documents)]
-    notes += [] if chat is None else [chat.note(count)]
+    if chat is not None:
+        notes.append(chat.note(count))
+        notes += filter(None, (unanswered_note(n, (each,)) for n, each in documents.items()))
     return DomainsToScore(documents, tuple(notes))
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from tritter.checkpoints import Lineage, Source, write_checkpoint, write_lineage
+from tritter.data.answers import scored_text
 from tritter.evaluation.gate import (
     Check,
     Status,
@@ -117,6 +118,8 @@ def checks(context: RunContext, branches: Sequence[Branch]) -> list[Check]:
     for subject in context.subjects_of(context.new_domains):
         check = new_capability_check if before[subject].unit == "nats" else new_task_check
         results.append(check(subject, before[subject], after[subject], confidence=gate.confidence))
+    scored = {n: scored_text(context.corpus.domains[n].validation) for n in context.domains}
+    results = [replace(each, scored=scored.get(each.subject) or None) for each in results]
     results += windows.checks(context, branches)
     return results if gate.enabled else [report_only(each) for each in results]
 

@@ -540,6 +540,7 @@ class Check(Part):
     confidence: Number | None = None
     n: Count | None = None
     documents_needed: Count | None = None
+    scored: str | None = None
 
     @property
     def bounds(self) -> tuple[float | None, float | None]:

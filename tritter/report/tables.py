@@ -264,6 +264,8 @@ def summary_lines(summary: Summary) -> list[SummaryLine]:
         if is_notable or check.verdict in ("failed", "undecided"):
             what = f"{check.check} of {check.subject}: {check.detail}"
             lines.append(SummaryLine(check.verdict, what, style=STYLES[check.verdict]))
+    scored = {check.subject: check.scored for check in attempt.gate if check.scored}
+    lines += [SummaryLine("scored", f"{name}: {text}") for name, text in scored.items()]
     jump = summary.jump or Jump()
     if jump.max_absolute is not None and jump.relative_to_std is not None:
         text = f"at expansion: max {jump.max_absolute:.1e} ({jump.relative_to_std:.1e} σ)"

@@ -1,0 +1,110 @@
+"""Sentences on what is trained and scored of conversations, against counts by hand."""
+
+from typing import Any
+
+import pytest
+
+from tests.oracle.chat import CHATML, MARKED, messages, tokenizer
+from tritter.data.answers import (
+    endless_note,
+    scored_text,
+    scoring_note,
+    training_note,
+    unanswered_note,
+    unshown_note,
+)
+from tritter.data.chat import Chat
+from tritter.data.conversations import conversation_of
+from tritter.data.documents import Documents
+from tritter.data.packing import packed
+from tritter.data.tokens import TextBounds, TokenisedDocuments, tokenise
+
+END = "<|im_end|>\n"
+NEXT_ROLE = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def documents_of(records: list[dict[str, Any]]) -> Documents:
+    found = map(conversation_of, records)
+    return Documents.of(each for each in found if each is not None)
+
+
+def tokenised(records: list[dict[str, Any]], chat: Chat, **limit: int) -> TokenisedDocuments:
+    inner = tokenizer().backend_tokenizer
+    return tokenise(
+        documents_of(records), inner, chat=chat, max_tokens_per_document=limit.get("limit")
+    )
+
+
+def pair(question: str, answer: str, **fields: Any) -> dict[str, Any]:
+    return {"prompt": question, "completion": answer, **fields}
+
+
+LONG = " ".join(f"w{number}" for number in range(40))  # more than 80 tokens
+RECORDS = [pair("what is a gate?", "a gate"), pair(f"{LONG}?", "it"), pair("all that", LONG)]
+
+
+@pytest.mark.parametrize("chat", [Chat(tokenizer()), Chat(None)])
+def test_cut_conversations_are_counted(chat: Chat) -> None:
+    """One is whole, one has no answer within a sequence, one a part of its answer."""
+    documents = tokenised(RECORDS, chat)
+    bounds = TextBounds(0)
+    note = training_note("new", documents, sequence_length=64, bounds=bounds)
+    assert "new: 2 of 3 training conversations are cut, 1 of them without any answer," in note
+    # By the packed rows themselves
+    rows = packed(documents, packing="documents", sequence_length=64, bounds=bounds)
+    whole = packed(documents, packing="documents", sequence_length=256, bounds=bounds)
+
+    def count(rows: Any) -> int:
+        return sum((rows.flatten() >> 28 & 3 == 1).tolist())
+
+    assert f"{count(whole) - count(rows):,} of {count(whole):,} tokens of answers" in note
+    longest = int(documents.offsets.diff().max())
+    assert f"longest conversation has {longest} tokens" in note
+    assert not training_note("new", documents, sequence_length=256, bounds=bounds)
+    head = training_note("new", documents, sequence_length=64, bounds=bounds, is_head=True)
+    assert "3 training conversations of the first rows are cut" in head
+
+
+def test_the_scored_part_is_counted() -> None:
+    chat = Chat(tokenizer())
+    documents = tokenised([*RECORDS, {"messages": [{"role": "user", "content": "Hi"}]}], chat)
+    text = scored_text(documents)
+    assert text.startswith("answers only, ")
+    assert text.endswith("of 3 of 4 held-out conversations")
+    assert unanswered_note("new", (documents, documents)).startswith("new: 2 of 8 conversations")
+    limits = {"sequence_length": 64, "max_tokens": 1024}
+    assert "2 of them exceed 64 tokens" in scoring_note("new", documents, **limits)
+    cut = tokenised(RECORDS, chat, limit=50)
+    note = scoring_note("new", cut, sequence_length=64, max_tokens=50)
+    assert "of 3 of 3 held-out conversations" in note
+    assert "2 of them exceed 50 tokens" in note
+    assert "exceed" not in scoring_note("new", tokenised(RECORDS[:1], chat), **limits)
+    everything = scored_text(tokenised(RECORDS, Chat(tokenizer(), "all")))
+    assert everything.startswith("all tokens, ")
+
+
+def test_a_template_whose_answers_never_end_is_noted() -> None:
+    turns = [{"messages": messages(number, turns=2)} for number in range(3)]
+    close = "{% endgeneration %}"
+    content_only = MARKED.replace(END + close, close + END)
+    for way, is_endless in ((CHATML, False), (MARKED, False), (content_only, True)):
+        chat = Chat(tokenizer(way))
+        note = endless_note([tokenised(turns, chat)], chat)
+        assert ("does not learn to end its turn" in note) is is_endless
+    chat = Chat(tokenizer(NEXT_ROLE))
+    assert endless_note([tokenised(turns, chat)], chat)
+    assert not endless_note([tokenised(turns, Chat(None))], Chat(None))
+
+
+def test_parts_that_the_template_does_not_show_are_noted() -> None:
+    tools = [{"type": "function", "function": {"name": "clock"}}]
+    turns = messages(1)
+    turns[1]["reasoning_content"] = "because"
+    records = [{"messages": turns, "tools": tools}, {"messages": messages(2)}]
+    note = unshown_note(documents_of(records), Chat(tokenizer()))
+    assert note.endswith("tools (1 conversations), reasoning_content (1 conversations).")
+    shown = CHATML + "{# tools reasoning_content #}"
+    assert not unshown_note(documents_of(records), Chat(tokenizer(shown)))

@@ -1,0 +1,180 @@
+"""What a run trains and scores of its conversations, and what it leaves out, in sentences."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from tritter.data.chat import ANSWER, START, Chat, ids_of, is_unpredicted
+from tritter.data.conversations import REASONING, TOOLS
+from tritter.data.documents import Document
+from tritter.data.packing import kept_lengths
+from tritter.data.tokens import TextBounds, TokenisedDocuments
+
+if TYPE_CHECKING:
+    import numpy as np
+
+_END_TOKENS = 2  # such as <|im_end|> and a line end
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Answers:
+    """Counts of the conversations among documents, int64 [n] each.
+
+    Attributes:
+        sizes: tokens.
+        targets: tokens that follow another one.
+        kept: tokens within a sequence.
+        predicted: tokens of answers.
+        predicted_kept: tokens of answers within a sequence.
+    """
+
+    sizes: np.ndarray
+    targets: np.ndarray
+    kept: np.ndarray
+    predicted: np.ndarray
+    predicted_kept: np.ndarray
+
+    @classmethod
+    def of(cls, documents: TokenisedDocuments, kept: np.ndarray | None = None) -> _Answers:
+        import numpy as np
+
+        first_tokens = documents.first_tokens.numpy()
+        chosen = np.flatnonzero(first_tokens >= ANSWER)
+        offsets = documents.offsets.numpy()
+        begins, ends = offsets[:-1][chosen], offsets[1:][chosen]
+        kept = ends - begins if kept is None else kept[chosen]
+        until = np.concatenate([[0], np.cumsum(~is_unpredicted(documents.tokens).numpy())])
+        starts = begins + (first_tokens[chosen] >= START)  # nothing precedes the first token
+        counts = (until[np.maximum(end, starts)] - until[starts] for end in (ends, begins + kept))
+        return cls(ends - begins, ends - starts, kept, *counts)
+
+    @property
+    def are_all(self) -> bool:
+        """Whether all tokens are predicted (`data.loss_on=all`)."""
+        return bool((self.predicted == self.targets).all())
+
+
+def training_note(
+    name: str,
+    documents: TokenisedDocuments,
+    *,
+    sequence_length: int,
+    bounds: TextBounds,
+    is_head: bool = False,
+) -> str:
+    """Return a sentence on the conversations of a domain that exceed a sequence; empty if none.
+
+    Args:
+        name: the domain.
+        documents: its training documents.
+        sequence_length: tokens per sequence.
+        bounds: start and end of a text.
+        is_head: whether they are the first rows of a stream.
+    """
+    kept = kept_lengths(documents, sequence_length=sequence_length, bounds=bounds)
+    found = _Answers.of(documents, kept)
+    num_cut = int((found.sizes > found.kept).sum())
+    if not num_cut:
+        return ""
+    total, num_kept = int(found.predicted.sum()), int(found.predicted_kept.sum())
+    lost = int(((found.predicted > 0) & (found.predicted_kept == 0)).sum())
+    tokens = "tokens" if found.are_all else "tokens of answers"
+    rows = " of the first rows" if is_head else ""
+    alone = f", {lost:,} of them without any answer," if lost else ""
+    return (
+        f"{name}: {num_cut:,} of {len(found.sizes):,} training conversations{rows} are cut{alone} "
+        f"because they exceed data.sequence_length={sequence_length}; the rest would be without "
+        f"its question. {total - num_kept:,} of {total:,} {tokens} are not trained; the "
+        f"longest conversation has {int(found.sizes.max()):,} tokens."
+    )
+
+
+def unanswered_note(name: str, sides: Iterable[TokenisedDocuments]) -> str:
+    """Return a sentence on the conversations of a domain that have no answer; empty if none."""
+    found = [_Answers.of(side) for side in sides if side.has_marks]
+    count = sum(int((each.predicted == 0).sum()) for each in found)
+    total = sum(len(each.sizes) for each in found)
+    if not count:
+        return ""
+    return f"{name}: {count:,} of {total:,} conversations without an answer are not used."
+
+
+def scored_text(documents: TokenisedDocuments) -> str:
+    """Return the scored part of the documents of a domain; empty without conversations."""
+    if not documents.has_marks:
+        return ""
+    found = _Answers.of(documents)
+    num_texts = len(documents) - len(found.sizes)
+    num_scored, predicted = int((found.predicted > 0).sum()), int(found.predicted.sum())
+    share = predicted / max(1, int(found.sizes.sum()))
+    texts = f", and {num_texts:,} texts" if num_texts else ""
+    what = "all tokens" if found.are_all else "answers only"
+    return (
+        f"{what}, {predicted:,} tokens ({share:.0%}) of {num_scored:,} of "
+        f"{len(found.sizes):,} held-out conversations{texts}"
+    )
+
+
+def scoring_note(
+    name: str, documents: TokenisedDocuments, *, sequence_length: int, max_tokens: int
+) -> str:
+    """Return a sentence on what is scored of a domain; empty without conversations.
+
+    Args:
+        name: the domain.
+        documents: its held-out documents.
+        sequence_length: length of the windows.
+        max_tokens: the limit with which the documents were tokenised.
+    """
+    if not documents.has_marks:
+        return ""
+    found = _Answers.of(documents)
+    num_long = max(documents.num_cut, int((found.targets > sequence_length).sum()))
+    note = f"{name}: scored are {scored_text(documents)}."
+    if num_long:
+        note += (
+            f" {num_long:,} of them exceed {min(sequence_length, max_tokens):,} tokens: their "
+            "answers follow the end of the prompt that fits, not all of it."
+        )
+    return note
+
+
+def endless_note(domains: Iterable[TokenisedDocuments], chat: Chat) -> str:
+    """Return a sentence if no answer ends with a token that ends a turn; empty otherwise."""
+    import numpy as np
+
+    if chat.tokenizer is None or chat.loss_on == "all":
+        return ""
+    added = chat.tokenizer.added_tokens_decoder
+    special = [token for token, each in added.items() if each.special]
+    num_answers = 0
+    for documents in domains:
+        is_predicted = ~is_unpredicted(documents.tokens).numpy()
+        ends = np.flatnonzero(np.diff(is_predicted, append=False) & is_predicted)
+        num_answers += len(ends)
+        for back in range(_END_TOKENS):
+            at = np.maximum(ends - back, 0)
+            if np.isin(ids_of(documents.tokens.numpy()[at]), special).any():
+                return ""
+    if not num_answers:
+        return ""
+    return (
+        "No answer ends with a special token, so the model does not learn to end its turn: the "
+        "chat template ends turns outside its {% generation %} blocks, or with the next role."
+    )
+
+
+def unshown_note(documents: Iterable[Document], chat: Chat) -> str:
+    """Return a sentence on parts of conversations that the template does not show."""
+    counts = dict.fromkeys((TOOLS, *REASONING), 0)
+    for conversation in (each.conversation for each in documents):
+        if conversation is None or chat.tokenizer is None:
+            continue
+        for field in counts:
+            is_used = any(message.get(field) for message in conversation.messages)
+            is_used = is_used or bool(field == TOOLS and conversation.tools)
+            counts[field] += is_used and not chat.shows(conversation, field)
+    parts = [f"{field} ({count:,} conversations)" for field, count in counts.items() if count]
+    return f"The chat template does not show {', '.join(parts)}." if parts else ""
