@@ -129,6 +129,24 @@ def test_the_gate_states_what_it_scored(done: Path) -> None:
     assert all("scored" not in each for each in summary["gate"] if each["subject"] == "old")
 
 
+def test_data_without_answers_is_refused_before_a_folder_exists(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = [{"messages": fixtures.messages(n)[:1]} for n in range(60)]
+    few = [*asked, *({"messages": fixtures.messages(n)} for n in (60,))]
+    words = ["train", "model=hf", f"model.path={place / 'base'}", "data=text"]
+    for name, records, where in (("none", asked, "train or validation"), ("few", few, "")):
+        data = tmp_path / f"{name}.jsonl"
+        data.write_text("\n".join(map(json.dumps, records)))
+        own = [f"data.old={place / 'texts.jsonl'}", f"data.new={data}"]
+        assert main([*words, *own, f"hydra.run.dir={tmp_path / name}"]) == 2
+        error = " ".join(capsys.readouterr().err.split())
+        assert "data.new = " in error
+        assert f"its conversations for {where}" in error
+        assert "have no answers" in error
+        assert not (tmp_path / name).exists()
+
+
 @pytest.mark.full
 def test_long_prompts_are_scored_and_cuts_are_counted(
     run: Run, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -14,6 +14,7 @@ from tritter.checkpoints.folder import read_lineage
 from tritter.checkpoints.record import LearnedDomain, Lineage
 from tritter.checkpoints.state import KeptSequences
 from tritter.data.built_in import built_in_origin, built_in_path, is_built_in
+from tritter.data.chat import NONE, ChatChoice
 from tritter.data.datasets import DatasetName, dataset_names, parse_name
 from tritter.data.documents import documents_digest
 from tritter.data.local_files import ByteLimitError, TextFileError
@@ -81,6 +82,7 @@ class RunText:
         learned: name → domain that the checkpoint learned before.
         kept_sequences: sequences stored in the checkpoint for learned domains whose data the run
             lacks.
+        needs_answers: whether conversations without an answer are not used.
         notes: sentences to print.
     """
 
@@ -89,6 +91,7 @@ class RunText:
     tasks: tuple[tuple[str, ...], ...]
     learned: Mapping[str, LearnedDomain]
     kept_sequences: KeptSequences = field(compare=False)
+    needs_answers: bool = True
     notes: tuple[str, ...] = ()
 
     @property
@@ -130,8 +133,10 @@ def run_text(checkpoint: str | None, data: DataConfig, *, seed: int) -> RunText:
             f"No forgetting mitigation covers {', '.join(unprotected)}, which the checkpoint "
             "learned."
         )
+    loss_on = data.loss_on or recorded_chat(lineage).loss_on
     return RunText(
         split=split,
+        needs_answers=loss_on != "all",
         domains=domains,
         tasks=tasks,
         learned=learned,
@@ -140,8 +145,18 @@ def run_text(checkpoint: str | None, data: DataConfig, *, seed: int) -> RunText:
     )
 
 
+def recorded_chat(lineage: Lineage | None) -> ChatChoice:
+    """Return the chat options of the last training run; a template file is in the checkpoint."""
+    recorded = lineage.training_config.get("data") if lineage is not None else None
+    found = recorded if isinstance(recorded, Mapping) else {}
+    return ChatChoice(
+        NONE if found.get("chat_template") == NONE else None,
+        "all" if found.get("loss_on") == "all" else None,
+    )
+
+
 def side_problems(text: RunText) -> Iterator[Problem]:
-    """Yield the domains whose documents would all be on one side of the split.
+    """Yield the domains whose documents, or answers, would all be on one side of the split.
 
     Domains without paths are checked by the run itself, since only the run may execute their
     class. So are documents that `quick_pieces` does not read.
@@ -158,7 +173,7 @@ def side_problems(text: RunText) -> Iterator[Problem]:
         reason = None
         with suppress(TextFileError, ByteLimitError):  # the run reports unreadable files
             if found is not None:
-                reason = split_problem(found, rule=text.split)
+                reason = split_problem(found, rule=text.split, needs_answers=text.needs_answers)
         if reason is not None:
             paths = domain.paths[0] if len(domain.paths) == 1 else list(domain.paths)
             yield Problem(domain.key, paths, reason=reason)

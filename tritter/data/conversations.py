@@ -45,6 +45,7 @@ _FORMS: tuple[_Form, ...] = (
 ACCEPTED = "messages or conversations; prompt and completion; question and answer; " + (
     "instruction, input (optional) and output"
 )
+NO_ANSWERS = "no answers: messages of the role assistant, after another one"
 _MESSAGE = '{"role": "...", "content": "..."}'
 
 

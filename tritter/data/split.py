@@ -14,6 +14,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from tritter.data.conversations import NO_ANSWERS, Conversation
 from tritter.data.documents import Documents, text_key
 from tritter.data.records import Text
 from tritter.errors import RequestError
@@ -123,18 +124,29 @@ def training_texts(
         yield from (document.text for document in parted[name].train)
 
 
-def split_problem(texts: Iterable[Text], *, rule: SplitRule) -> str | None:
+def split_problem(
+    texts: Iterable[Text], *, rule: SplitRule, needs_answers: bool = False
+) -> str | None:
     """Return the problem of texts that leave one side of the split empty; None otherwise.
 
     Args:
         texts: the pieces of a domain; reading stops once both sides have one.
         rule: the rule of the lineage.
+        needs_answers: whether conversations without an answer are not used.
     """
     keys: dict[Side, set[str]] = {"train": set(), "validation": set()}
-    for key in (text_key(str(text)) for text in texts):
-        keys[threshold_side(key, rule)].add(key)
-        if all(keys.values()):
+    used: set[Side] = set()
+    for text in texts:
+        key = text_key(str(text))
+        side = threshold_side(key, rule)
+        keys[side].add(key)
+        if not needs_answers or not isinstance(text, Conversation) or text.answers:
+            used.add(side)
+        if len(used) == len(keys):
             return None
+    if all(keys.values()):
+        where = " or ".join(sorted(keys.keys() - used))
+        return f"its conversations for {where} have {NO_ANSWERS}"
     train, validation = len(keys["train"]), len(keys["validation"])
     counts = DomainCounts(documents=train + validation, train=train, validation=validation)
     return _one_sided(counts, rule)

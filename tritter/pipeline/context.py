@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tritter.checkpoints import Lineage, Source, lineage_of, read_lineage
 from tritter.checkpoints.location import checkpoint_config
 from tritter.checkpoints.record import LearnedDomain
-from tritter.checkpoints.run_text import DomainText, RunText, run_text
+from tritter.checkpoints.run_text import DomainText, RunText, recorded_chat, run_text
 from tritter.config.schema import CheckpointModelConfig, RunConfig
 from tritter.config.validation import known_config
 from tritter.core.families import Config, Flops, family_of, position_limit
@@ -35,6 +35,7 @@ from tritter.data.chat import (
     chat_of,
     is_unpredicted,
 )
+from tritter.data.conversations import NO_ANSWERS
 from tritter.data.corpus import Corpus, build_corpus, stdlib_corpus
 from tritter.data.datamodule import ValidationSubset
 from tritter.data.datasets import HEAD_ROWS, DatasetName, dataset_names
@@ -286,7 +287,7 @@ class RunContext:
             found = corpus.domains[domain.name]
             for side in (found.train, found.validation):
                 if side.has_marks and bool(is_unpredicted(side.tokens).all()):
-                    reason = "its conversations have no answers: messages of the role assistant"
+                    reason = f"its conversations have {NO_ANSWERS}"
                     raise RequestError(Problem(domain.key, list(domain.paths), reason=reason))
         return corpus
 
@@ -754,16 +755,6 @@ def recorded_tokens(lineage: Lineage | None) -> float | None:
     counts = [found.get(key) for key in (*keys, "trainer.accumulate_grad_batches")]
     numbers = [float(count) for count in counts if isinstance(count, int)]
     return math.prod(numbers) if len(numbers) == len(counts) else None
-
-
-def recorded_chat(lineage: Lineage | None) -> ChatChoice:
-    """Return the chat options of the last training run; a template file is in the checkpoint."""
-    recorded = lineage.training_config.get("data") if lineage is not None else None
-    found = recorded if isinstance(recorded, Mapping) else {}
-    return ChatChoice(
-        NONE if found.get("chat_template") == NONE else None,
-        "all" if found.get("loss_on") == "all" else None,
-    )
 
 
 def corpus_chat(is_chat: bool, data: ChatChoice, folder: Path | None) -> Chat | None:

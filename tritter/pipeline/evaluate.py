@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import nn
 
 from tritter.checkpoints import Lineage
-from tritter.checkpoints.run_text import run_text
+from tritter.checkpoints.run_text import recorded_chat, run_text
 from tritter.config.validation import cache_folder
 from tritter.data.answers import scoring_note, unanswered_note
 from tritter.data.corpus import build_corpus
@@ -19,7 +19,7 @@ from tritter.data.tokens import PretrainedTokenizer, TokenisedDocuments, tokenis
 from tritter.errors import RequestError
 from tritter.evaluation.statistics import PairedScores
 from tritter.evaluation.tasks import Reader
-from tritter.pipeline.context import all_documents, corpus_chat, recorded_chat
+from tritter.pipeline.context import all_documents, corpus_chat
 from tritter.pipeline.scoring import Scoring
 from tritter.terminal import NewBar, no_bar
 

@@ -546,6 +546,8 @@ def _made_from(context: RunContext, source: Source) -> dict[str, Any]:
             "bytes": validation.num_bytes,
         }
         digests = {part: tensor_digest(part, tensor) for part, tensor in parts.items()}
+        if validation.has_marks:  # of the layout of their windows
+            digests["windows"] = "2"
         text[name] = content_key({**digests, "identifiers": list(validation.identifiers)})
     made_from = {
         "format": "scores",

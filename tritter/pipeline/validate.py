@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tritter.checkpoints import Lineage, read_lineage
+from tritter.checkpoints.run_text import recorded_chat
 from tritter.core.families import Config, count_parameters, family_of, layout, position_limit
 from tritter.core.models import load_model, read_config
 from tritter.data.chat import ChatChoice, ids_of
@@ -40,7 +41,7 @@ from tritter.evaluation.gate import (
 from tritter.evaluation.jump import logits_of
 from tritter.evaluation.losses import document_losses
 from tritter.evaluation.statistics import PairedScores
-from tritter.pipeline.context import corpus_chat, recorded_chat
+from tritter.pipeline.context import corpus_chat
 from tritter.planning.memory import machine_memory
 from tritter.storage.hashing import merkle_hash, tensor_digest
 from tritter.storage.tensors import TensorFolder
