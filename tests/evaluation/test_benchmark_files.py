@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -103,23 +104,49 @@ def test_forms_of_others(tmp_path: Path) -> None:
     assert found["math"].answer == "\\frac{1}{2}"
 
 
-def test_examples_stand_before_the_questions(tmp_path: Path) -> None:
+def test_each_question_has_its_examples(tmp_path: Path) -> None:
     train = [{"question": f"{n}?", "answer": f"#### {n}"} for n in range(9)]
     written(tmp_path / "gsm8k/train.jsonl.gz", train)
-    written(tmp_path / "gsm8k/test.jsonl", [{"question": "6?", "answer": "so\n#### 6"}])
+    test = [{"question": f"{n}?", "answer": f"so\n#### {n}"} for n in range(20)]
+    written(tmp_path / "gsm8k/test.jsonl", test)
     written(tmp_path / "bbh/snarks.jsonl", [{"input": "Which?", "target": "(A)"}])
     prompts = tmp_path / "bbh/cot-prompts/snarks.txt"
     prompts.parent.mkdir()
-    prompts.write_text("canary\n-----\nFind it.\n\nQ: One?\nA: (B).")
+    worked = "Q: One?\nA: Let's think step by step.\nSo the answer is (B)."
+    prompts.write_text(f"canary\n-----\nFind it.\n\n{worked}\n\n{worked}")
     written(tmp_path / "mbpp.jsonl", MBPP_ROWS)
     gsm8k, bbh, mbpp = loaded(tmp_path, "gsm8k", "bbh", "mbpp")
-    assert gsm8k.prompt("1").count("Question: ") == 6
-    assert gsm8k.prompt("1").endswith("Answer: #### 4\n\nQuestion: 6?\nAnswer:")
-    assert bbh.prompt("snarks/1").startswith(
-        "Find it.\n\nQ: One?\nA: (B).\n\nQ: Which?\nA: Let's think"
-    )
+    draws = Random(1234)
+    for shown in gsm8k.examples.values():  # as lm-eval: other ones for each question
+        expected = draws.sample(train, 5)
+        assert [each.worked for each in shown] == [row["answer"] for row in expected]
+    assert gsm8k.limited(2).examples["11"] == gsm8k.examples["11"]
+    (shown,) = bbh.examples.values()
+    assert [f"{each.prompt}{each.worked}" for each in shown] == [worked] * 2
+    assert bbh.questions["snarks/1"].description == "Find it.\n\n"
     assert list(mbpp.questions) == ["MBPP/12"]  # the others are prompts, or of the training split
-    assert mbpp.prompt("MBPP/12").count("[BEGIN]") == 2
+    (one,) = mbpp.examples["MBPP/12"]
+    assert "[BEGIN]" in one.prompt and one.worked.endswith("\n[DONE]")
+    (few,) = load(benchmarks_of(["gsm8k"], key=""), TasksFolder(tmp_path, key=""), num_fewshot=2)
+    assert few.num_fewshot == 2
+
+
+def test_examples_that_are_missing_are_named(tmp_path: Path) -> None:
+    written(tmp_path / "gsm8k_test.jsonl", [{"question": "6?", "answer": "#### 6"}])
+    written(tmp_path / "arc_easy_test.jsonl", [CHOICE])
+    written(tmp_path / "arc_easy_train.jsonl", [CHOICE] * 2)
+    written(tmp_path / "truthful_qa_mc.jsonl", [{"question": "?", "mc1_targets": {"I": 1, "u": 0}}])
+    folder = TasksFolder(tmp_path, key="--tasks-path")
+    (found,) = load(benchmarks_of(["gsm8k"], key=""), folder)
+    assert found.num_fewshot == 0 and "lm-eval has 5" in found.notes[0]
+    names = ["gsm8k", "arc_easy", "truthfulqa"]
+    with pytest.raises(RequestError) as refused:
+        load(benchmarks_of(names, key=""), folder, num_fewshot=3)
+    one, other = refused.value.problems
+    assert one.key == other.key == "--num-fewshot" and "gsm8k...train" in str(one.reason)
+    assert "3 examples need 3 records, and there are 2" in str(other.reason)
+    fixed, arc = load(benchmarks_of(["truthfulqa", "arc_easy"], key=""), folder, num_fewshot=2)
+    assert (fixed.num_fewshot, arc.num_fewshot) == (0, 2) and "fixed prompt" in fixed.notes[0]
 
 
 def test_the_test_split_is_preferred_and_training_files_are_left(tmp_path: Path) -> None:
@@ -176,7 +203,7 @@ def test_all_that_is_wrong_is_told_at_once(tmp_path: Path) -> None:
 def test_records_to_show_that_are_something_else_are_refused(tmp_path: Path) -> None:
     written(tmp_path / "gsm8k_train.jsonl", [{"prompt": "1?"}])
     written(tmp_path / "gsm8k_test.jsonl", [{"question": "6?", "answer": "#### 6"}])
-    with pytest.raises(RequestError, match="invalid few-shot examples: the field 'question' is"):
+    with pytest.raises(RequestError, match=r"no few-shot examples of gsm8k.*required: question"):
         loaded(tmp_path, "gsm8k")
 
 

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from tritter.cli.options import AsJson, Checkpoint, ReportOverwrite, completer, option, parse_path
+from tritter.cli.options import (
+    AsJson,
+    Checkpoint,
+    ReportOverwrite,
+    completer,
+    flag,
+    option,
+    parse_path,
+)
 from tritter.cli.output import (
     display_path,
     new_console,
@@ -74,6 +82,20 @@ Limit = Annotated[
     int | None,
     option("--limit", "N", "Maximum number of questions per benchmark.", least=1, most=MAX_COUNT),
 ]
+ChatTemplate = Annotated[
+    bool,
+    flag("--chat-template", "Render benchmark prompts with the checkpoint's chat template."),
+]
+NumFewshot = Annotated[
+    int | None,
+    option(
+        "--num-fewshot",
+        "N",
+        "Few-shot examples before each question. Default: as in lm-evaluation-harness.",
+        least=0,
+        most=MAX_COUNT,
+    ),
+]
 BatchSize = Annotated[int, option("--batch-size", "N", "Batch size.", least=1, most=MAX_COUNT)]
 AllowCode = Annotated[
     list[str] | None,
@@ -102,6 +124,8 @@ def evaluate(
     tasks_path: TasksPath = None,
     data: Data = None,
     limit: Limit = None,
+    chat_template: ChatTemplate = False,
+    num_fewshot: NumFewshot = None,
     batch_size: BatchSize = 16,
     allow_code: AllowCode = None,
     code_sandbox: CodeSandbox = None,
@@ -134,12 +158,16 @@ def evaluate(
         file = ReportFile(output, "evaluate", "json", overwrite=overwrite, sources=inputs)
     chosen = benchmarks_of(_split_names(tasks), key="--tasks")
     sandbox = _sandbox(chosen, _split_names(allow_code), code_sandbox)
-    questions = _questions(chosen, tasks_path, limit)
+    for key, value in (("--chat-template", chat_template), ("--num-fewshot", num_fewshot)):
+        if value and not chosen:
+            raise RequestError(f"{key}: requires --tasks NAMES.")
+    questions = _questions(chosen, tasks_path, limit, num_fewshot)
     with refuse_damage():
         folder = locate(checkpoint, key="--checkpoint")
         config, lineage = read_config(folder), read_lineage(folder)
         dimensions = family_of(config).dimensions(config)
         tokenizer = read_tokenizer(folder, vocab_size=dimensions.vocab_size)
+        stock = _stock_tokenizer(folder, needs_template=chat_template) if chosen else None
         domains = losses_of.DomainsToScore({}, ())
         if sources:
             domains = losses_of.named_domains(sources, tokenizer, folder=folder, lineage=lineage)
@@ -155,8 +183,16 @@ def evaluate(
             model, domains.documents, tokenizer, length=length, batch_size=batch_size,
             new_bar=new_bar,
         )  # fmt: skip
-    harness = EvalOptions(limit=limit, batch_size=batch_size, sandbox=sandbox, is_shown=not as_json)
-    scores = _score_benchmarks(model, folder, chosen, questions, harness) if chosen else []
+    harness = EvalOptions(
+        limit=limit,
+        batch_size=batch_size,
+        sandbox=sandbox,
+        is_shown=not as_json,
+        is_chat=chat_template,
+        num_fewshot=num_fewshot,
+    )
+    scores = _score_benchmarks(model, stock, chosen, questions, harness)
+    notes = [*domains.notes, *_template_notes(stock, is_used=chat_template)]
     record = {
         **mark("evaluate"),
         "checkpoint": str(folder),
@@ -167,14 +203,14 @@ def evaluate(
             found.name: _record(found, each, questions)
             for found, each in zip(scores, chosen, strict=True)
         },
-        "notes": list(domains.notes),
+        "notes": notes,
     }
     if file is not None:
         file.write(json.dumps(record, indent=2, allow_nan=False) + "\n")
     if as_json:
         print_json(record)
     else:
-        _print(losses, scores, notes=domains.notes, output=output)
+        _print(losses, scores, notes=notes, output=output)
     return 0
 
 
@@ -183,7 +219,10 @@ def _split_names(words: Sequence[str] | None) -> list[str]:
 
 
 def _questions(
-    chosen: Sequence[Benchmark], tasks_path: Path | None, limit: int | None
+    chosen: Sequence[Benchmark],
+    tasks_path: Path | None,
+    limit: int | None,
+    num_fewshot: int | None,
 ) -> dict[str, Questions]:
     """Return the questions of benchmarks that are read from files.
 
@@ -199,7 +238,8 @@ def _questions(
     questions = {}
     if tasks_path is not None:
         files = TasksFolder(tasks_path, key="--tasks-path")
-        questions = {found.benchmark.name: found for found in load(chosen, files, limit=limit)}
+        loaded = load(chosen, files, limit=limit, num_fewshot=num_fewshot)
+        questions = {found.benchmark.name: found for found in loaded}
     if chosen:
         require_harness()
     return questions
@@ -225,17 +265,37 @@ def _sandbox(
     return sandbox
 
 
+def _stock_tokenizer(folder: Path, *, needs_template: bool) -> Any:
+    """Return a checkpoint's tokenizer, of transformers.
+
+    Raises:
+        RequestError: it has no chat template although one is needed.
+    """
+    from tritter.core.models import load_tokenizer
+
+    tokenizer = load_tokenizer(folder)
+    if needs_template and tokenizer.chat_template is None:
+        raise RequestError(f"--chat-template: {folder} has no chat template; leave it out.")
+    return tokenizer
+
+
+def _template_notes(tokenizer: Any, *, is_used: bool) -> Iterator[str]:
+    """Yield whether the benchmarks used the chat template, for a checkpoint that has one."""
+    if is_used:
+        yield "benchmarks: prompts rendered with the chat template, few-shot examples as turns"
+    elif tokenizer is not None and tokenizer.chat_template is not None:
+        yield "benchmarks: plain prompts; --chat-template renders them with the chat template"
+
+
 def _score_benchmarks(
     model: nn.Module,
-    folder: Path,
+    tokenizer: Any,
     chosen: Sequence[Benchmark],
     questions: Mapping[str, Questions],
     harness: EvalOptions,
 ) -> list[BenchmarkScores]:
-    from tritter.core.models import load_tokenizer
     from tritter.evaluation.benchmarks.harness import score_benchmark, score_from_hub
 
-    tokenizer = load_tokenizer(folder)
     return [
         score_from_hub(model, tokenizer, each, harness)
         if (of_files := questions.get(each.name)) is None
@@ -251,6 +311,8 @@ def _record(
     of_files = questions.get(scores.name)
     return {
         "metric": scores.metric,
+        "num_fewshot": scores.num_fewshot,
+        "chat_template": scores.is_chat,
         "score": known["accuracy"],
         "standard_error": known["standard_error"],
         "n": known["n"],
@@ -293,10 +355,12 @@ def _print(
         shares = (record["accuracy"], record["standard_error"])
         guesses = (nulls.uniform, nulls.constant, nulls.empty)
         cells = [number_text(share, ".1%") for share in (*shares, *guesses)]
-        rows.append((each.name, each.metric, *cells[:2], str(record["n"]), *cells[2:]))
+        counts = (str(each.num_fewshot), *cells[:2], str(record["n"]))
+        rows.append((each.name, each.metric, *counts, *cells[2:]))
     if rows:
-        header = ("benchmark", "metric", "score", "±", "questions", "uniform", "constant", "empty")
-        print_table(console, Table(header, tuple(rows), numbers=tuple(range(2, 8))))
+        header = ("benchmark", "metric", "shots", "score", "±", "questions")
+        header += ("uniform", "constant", "empty")
+        print_table(console, Table(header, tuple(rows), numbers=tuple(range(2, 9))))
     limited = [f"{each.name}: {note}" for each in scores for note in each.notes]
     for line in ["", *limited] if limited else ():
         say(line)

@@ -6,7 +6,7 @@ The files are untrusted: only regular files of bounded size are read, and each r
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
@@ -25,7 +25,12 @@ from tritter.data.local_files import (
 )
 from tritter.data.records import parse
 from tritter.errors import Problem, RequestError, TritterError, brief, nearest, raise_problems
-from tritter.evaluation.benchmarks.formats import Benchmark, Folder, Format, Question, Row
+from tritter.evaluation.benchmarks.fewshot import (
+    TooFewExamplesError,
+    select_examples,
+    worked_prompt,
+)
+from tritter.evaluation.benchmarks.formats import Benchmark, FewShot, Format, Question, Row
 from tritter.storage.reading import check_inside, read_text
 
 MAX_FILE_BYTES = 256 * 2**20  # decompressed
@@ -36,6 +41,7 @@ SPREAD_ROWS = 50_000  # rows of a .parquet to sample a limited number of questio
 _ROW_BYTES, _VALUE_BYTES = 256, 64  # overhead of a record and of a value in memory
 _SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet", ".txt")
 _ROWS_BELOW = "examples"  # key of the records in BBH's files
+_RECORDS = r".*\.(jsonl|json|parquet)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,20 +51,23 @@ class Questions:
     Args:
         benchmark: the benchmark.
         questions: name → question, in order.
-        examples: name → few-shot examples before its prompt.
+        examples: name → its few-shot examples.
         files: the files of the questions.
         total: number of questions before any limit.
+        notes: one sentence per fact about the few-shot examples that is not as requested.
     """
 
     benchmark: Benchmark
     questions: dict[str, Question]
-    examples: dict[str, str]
+    examples: dict[str, tuple[Question, ...]]
     files: tuple[str, ...]
     total: int
+    notes: tuple[str, ...] = ()
 
-    def prompt(self, name: str) -> str:
-        """Return the complete prompt of a question, including examples."""
-        return self.examples[name] + self.questions[name].prompt
+    @property
+    def num_fewshot(self) -> int:
+        """Number of few-shot examples of each question."""
+        return max(map(len, self.examples.values()), default=0)
 
     def limited(self, limit: int | None) -> "Questions":
         """Return at most `limit` questions, spread evenly because files are sorted by subject."""
@@ -120,10 +129,6 @@ class TasksFolder:
                 return found
         return []
 
-    def first(self, *patterns: str) -> Path | None:
-        """Return the first file that matches the first pattern with a match."""
-        return next(iter(self.all(*patterns)), None)
-
     def rows(self, path: Path, *, limit: int | None = None) -> Sequence[Row]:
         """Return a file's records.
 
@@ -162,7 +167,12 @@ class TasksFolder:
 
 
 def load(
-    benchmarks: Sequence[Benchmark], folder: TasksFolder, *, limit: int | None = None
+    benchmarks: Sequence[Benchmark],
+    folder: TasksFolder,
+    *,
+    limit: int | None = None,
+    num_fewshot: int | None = None,
+    fewshot_key: str = "--num-fewshot",
 ) -> list[Questions]:
     """Read the benchmarks' questions from files.
 
@@ -170,14 +180,15 @@ def load(
         benchmarks: the benchmarks to read.
         folder: the folder of their files.
         limit: number of questions that suffice of a file that exceeds the size limit.
+        num_fewshot: number of few-shot examples; None is lm-eval's default for each benchmark.
+        fewshot_key: the option that sets it, for messages.
 
     Raises:
         RequestError: lists all benchmarks without a file and all problems of files.
     """
     loaded, problems = [], []
     for benchmark in benchmarks:
-        patterns = tuple(rf"{pattern}.*\.(jsonl|json|parquet)" for pattern in benchmark.files)
-        files = folder.all(*patterns)
+        files = folder.all(*(pattern + _RECORDS for pattern in benchmark.files))
         if not files:
             reason = (
                 f"it has no file of {benchmark.name}: allowed are .jsonl, .json (both also as "
@@ -186,42 +197,126 @@ def load(
             problems.append(Problem(folder.key, str(folder.path), reason=reason))
             continue
         of_benchmark: list[Problem] = []
-        questions, examples = {}, {}
+        questions: dict[str, Question] = {}
+        records_of: dict[Path, Sequence[Row]] = {}
         for path in files:
             try:
-                rows = folder.rows(path, limit=limit)
-                found = dict(_questions(benchmark, path, rows, is_alone=len(files) == 1))
-                shown = _examples(benchmark, folder, path, rows)
-            except TextFileError as error:
-                of_benchmark += [Problem("", reason=line) for line in error.problems]
-                continue
-            except WrongFileError as error:
-                of_benchmark += [_problem(folder, line) for line in error.lines]
-                continue
-            except TritterError as error:
-                of_benchmark.append(_problem(folder, str(error).removesuffix(".")))
-                continue
-            questions.update(found)
-            examples.update(dict.fromkeys(found, shown))
-        problems += of_benchmark
+                records_of[path] = rows = folder.rows(path, limit=limit)
+                questions.update(_questions(benchmark, path, rows, is_alone=len(files) == 1))
+            except (TextFileError, WrongFileError, TritterError) as error:
+                of_benchmark += _problems_of(error, folder.key)
         names = tuple(str(path.relative_to(folder.path)) for path in files)
-        loaded.append(Questions(benchmark, questions, examples, names, len(questions)))
+        found = Questions(benchmark, questions, {}, names, len(questions))
+        if not of_benchmark:
+            try:
+                loaded.append(_with_examples(found, folder, records_of, num_fewshot))
+            except TooFewExamplesError as error:
+                reason = f"{benchmark.name}: {error}"
+                of_benchmark.append(Problem(fewshot_key, num_fewshot, reason=reason))
+            except (TextFileError, WrongFileError, TritterError) as error:
+                of_benchmark += _problems_of(error, folder.key)
+        problems += of_benchmark
     raise_problems(problems)
     return loaded
 
 
-def questions_of(benchmark: Benchmark, rows: Sequence[Row], *, origin: str) -> Questions:
+def questions_of(
+    benchmark: Benchmark, rows: Sequence[Row], *, origin: str, num_fewshot: int | None = None
+) -> Questions:
     """Return the questions of records in memory.
 
     Raises:
         RequestError: the records do not have a format of the benchmark.
     """
+    path = Path(origin)
     try:
-        found = dict(_questions(benchmark, Path(origin), rows, is_alone=True))
-        shown = _examples(benchmark, None, Path(origin), rows)
+        questions = dict(_questions(benchmark, path, rows, is_alone=True))
+        found = Questions(benchmark, questions, {}, (origin,), len(questions))
+        return _with_examples(found, None, {path: rows}, num_fewshot)
     except WrongFileError as error:
         raise RequestError(str(error)) from error
-    return Questions(benchmark, found, dict.fromkeys(found, shown), (origin,), len(found))
+
+
+def _with_examples(
+    found: Questions,
+    folder: TasksFolder | None,
+    records_of: Mapping[Path, Sequence[Row]],
+    requested: int | None,
+) -> Questions:
+    """Return questions with their few-shot examples.
+
+    Args:
+        found: the questions.
+        folder: the folder of their files; None for records in memory.
+        records_of: the records of each file.
+        requested: number of examples; None is lm-eval's default.
+
+    Raises:
+        TooFewExamplesError: there are fewer examples than requested.
+        WrongFileError: the records of the examples are invalid.
+    """
+    few_shot, name = found.benchmark.few_shot, found.benchmark.name
+    without = replace(found, examples=dict.fromkeys(found.questions, ()))
+    if few_shot is None:
+        fixed = f"{name} has a fixed prompt, so the number of few-shot examples does not apply."
+        return replace(without, notes=(fixed,) if requested else ())
+    number = few_shot.number if requested is None else requested
+    questions, pool = found.questions, list[Question]()
+    if any(pattern.endswith("txt$") for pattern in few_shot.files):
+        descriptions, pool = _worked_prompts(few_shot, folder)
+        questions = {
+            name: replace(each, description=descriptions.get(each.part, ""))
+            for name, each in questions.items()
+        }
+    elif number:
+        pool += _pool(found.benchmark, few_shot, folder, records_of)
+    if not number or (requested is None and not pool):
+        note = f"No few-shot examples, lm-eval has {number}: there is no file like"
+        notes = (f"{note} {_readable(few_shot)}.",) if number and folder is not None else ()
+        return replace(without, questions=questions, notes=notes)
+    if not pool:
+        raise TooFewExamplesError(f"there is no file with examples, like {_readable(few_shot)}")
+    examples = select_examples(few_shot, questions, pool, number, is_default=requested is None)
+    return replace(found, questions=questions, examples=examples)
+
+
+def _readable(few_shot: FewShot) -> str:
+    """Return the pattern of the files with examples for people."""
+    return re.sub(r"[\\?$]", "", few_shot.files[0].replace(".?", "_").replace(".*", "..."))
+
+
+def _pool(
+    benchmark: Benchmark,
+    few_shot: FewShot,
+    folder: TasksFolder | None,
+    records_of: Mapping[Path, Sequence[Row]],
+) -> Iterator[Question]:
+    """Yield the examples of a benchmark, in order.
+
+    Raises:
+        WrongFileError: records are invalid.
+    """
+    if few_shot.files:
+        patterns = [pattern + _RECORDS for pattern in few_shot.files]
+        files = folder.all(*patterns) if folder is not None else []
+        records_of = {path: folder.rows(path) for path in files} if folder is not None else {}
+    for path, rows in records_of.items():
+        for _, example in _questions(benchmark, path, rows, is_alone=True, is_example=True):
+            yield example
+
+
+def _worked_prompts(
+    few_shot: FewShot, folder: TasksFolder | None
+) -> tuple[dict[str, str], list[Question]]:
+    """Return the description of each subtask of BBH, and all examples."""
+    descriptions, pool = dict[str, str](), list[Question]()
+    if folder is None:
+        return descriptions, pool
+    for path in folder.all(*few_shot.files):
+        part = path.name.partition(".")[0]
+        descriptions[part], examples = worked_prompt(_as_text(folder.text(path)), part)
+        pool += examples
+    return descriptions, pool
 
 
 class WrongFileError(Exception):
@@ -232,26 +327,23 @@ class WrongFileError(Exception):
         self.lines = tuple(lines)
 
 
-def _problem(folder: TasksFolder, line: str) -> Problem:
-    return Problem("", reason=f"{folder.key}: {line}.")
-
-
-def _examples(benchmark: Benchmark, folder: Folder | None, path: Path, rows: Sequence[Row]) -> str:
-    """Return the few-shot examples for all questions of a file.
-
-    Raises:
-        WrongFileError: the records of the examples are invalid.
-    """
-    try:
-        return _as_text(benchmark.examples(folder, path, rows))
-    except (KeyError, TypeError, AttributeError, UnicodeEncodeError) as error:
-        raise WrongFileError([f"{path}: invalid few-shot examples: {_reason(error)}"]) from error
+def _problems_of(error: Exception, key: str) -> list[Problem]:
+    """Return the problems of a file; `key` is the option that names its folder."""
+    if isinstance(error, TextFileError):
+        return [Problem("", reason=line) for line in error.problems]
+    lines = error.lines if isinstance(error, WrongFileError) else [str(error).removesuffix(".")]
+    return [Problem("", reason=f"{key}: {line}.") for line in lines]
 
 
 def _questions(
-    benchmark: Benchmark, path: Path, rows: Sequence[Row], *, is_alone: bool
+    benchmark: Benchmark,
+    path: Path,
+    rows: Sequence[Row],
+    *,
+    is_alone: bool,
+    is_example: bool = False,
 ) -> Iterator[tuple[str, Question]]:
-    """Yield the name and the question of every record.
+    """Yield the name and the question of every record, or its few-shot example.
 
     Raises:
         WrongFileError: lists the invalid records.
@@ -267,14 +359,15 @@ def _questions(
         advice = f". Did you mean {near}?" if near else ""
         fields = f"its records have the fields {', '.join(map(brief, names_found))}"
         problem = fields if names_found else "its records are not objects"
+        purpose = "has no few-shot examples" if is_example else "is not a file"
         raise WrongFileError(
-            [f"{path} is not a file of {benchmark.name}: {problem}; required: {allowed}{advice}"]
+            [f"{path} {purpose} of {benchmark.name}: {problem}; required: {allowed}{advice}"]
         )
     wrong: list[str] = []
     names: Counter[str] = Counter()
     for number, row in enumerate(rows, start=1):
         try:
-            question = _question(form, row, path.name)
+            question = _question(form, row, path.name, is_example=is_example)
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             wrong.append(f"{path}, record {number}: {_reason(error)}")
             continue
@@ -289,11 +382,11 @@ def _questions(
         raise WrongFileError(
             [*shown, *([f"{path} has {more} more invalid records"] if more > 0 else [])]
         )
-    if not names:
+    if not names and not is_example:
         raise WrongFileError([f"{path} has no records of the test split"])
 
 
-def _question(form: Format, row: object, file: str) -> Question | None:
+def _question(form: Format, row: object, file: str, *, is_example: bool) -> Question | None:
     if not isinstance(row, dict):
         raise TypeError("it is not an object")
     for name, kind in form.fields.items():
@@ -303,7 +396,7 @@ def _question(form: Format, row: object, file: str) -> Question | None:
         if not isinstance(row[name], kinds) or (isinstance(row[name], bool) and bool not in kinds):
             allowed = " or ".join(each.__name__ for each in kinds)
             raise TypeError(f"{name} = {brief(row[name])} must be of type {allowed}")
-    question = form.question(row, file)
+    question = ((is_example and form.example) or form.question)(row, file)
     if question is None:
         return None
     if len(_as_text("".join((question.prompt, *question.choices)))) > MAX_QUESTION_CHARACTERS:

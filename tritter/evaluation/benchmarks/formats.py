@@ -10,8 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal, InvalidOperation
 from itertools import accumulate
-from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from tritter.data.benchmark_names import HUB_NAMES, benchmark_names
 from tritter.evaluation.code.sandbox import Sandbox
@@ -60,7 +59,6 @@ _CONNECTORS = {
     "vi": ("bởi vì", "vì vậy"),
 }
 _NUMBER = re.compile(r"(-?[$0-9.,]{2,})|(-?[0-9]+)")
-_SHOTS = 5
 # Language → prefixes of the question and of the answer
 _WORDS = {
     "bn": ("প্রশ্ন: ", "Answer:"),
@@ -79,7 +77,6 @@ MGSM_UNTIL = tuple(sorted({words[0].strip() for words in _WORDS.values()}))
 HUMANEVAL_UNTIL = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
 MBPP_UNTIL = ("[DONE]",)
 _PROMPT_IDS, _TEST_IDS = range(1, 11), range(11, 511)  # the official splits of MBPP
-_MBPP_SHOTS = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,6 +88,8 @@ class Question:
         choices: possible continuations (`choice`) or contexts (`context`).
         right: index of the correct choice.
         answer: the correct answer (`word`, `answer`).
+        worked: the answer that a few-shot example shows; empty if it is `answer`.
+        description: text before all examples; the system message of a conversation.
         tests: program that fails unless the answer is correct (`code`).
         part: subject, language or subtask.
         name: identifier in the file, if there is one.
@@ -100,6 +99,8 @@ class Question:
     choices: tuple[str, ...] = ()
     right: int = 0
     answer: str = ""
+    worked: str = ""
+    description: str = ""
     tests: str = ""
     part: str = ""
     name: str = ""
@@ -113,31 +114,35 @@ class Format:
         fields: name → type of the required fields.
         question: converts a record and the name of its file to a question; None skips the
             record. Its exceptions mean that the record is invalid.
+        example: converts a record to a few-shot example; None does so as `question`.
     """
 
     fields: Mapping[str, type | tuple[type, ...]]
     question: Callable[[Row, str], Question | None]
+    example: Callable[[Row, str], Question | None] | None = None
 
     def fits(self, row: object) -> bool:
         """Return True if a record has all fields; their types are not checked."""
         return isinstance(row, Mapping) and set(self.fields) <= set(row)
 
 
-class Folder(Protocol):
-    """A source of files with few-shot examples."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FewShot:
+    """How lm-eval selects the few-shot examples of a benchmark, among those of a question's part.
 
-    def first(self, *patterns: str) -> Path | None:
-        """Return the first file that matches the first pattern with a match."""
+    Args:
+        number: number of examples by default.
+        files: patterns of the files with examples; empty: the files of the questions.
+        is_first: the first examples; otherwise they are drawn for each question.
+        drops_own: one more is drawn, in case the question itself is drawn.
+        delimiter: text between a question and its answer.
+    """
 
-    def rows(self, path: Path) -> Sequence[Row]:
-        """Return a file's records."""
-
-    def text(self, path: Path) -> str:
-        """Return a small file's text."""
-
-
-# Function of a folder (None: records in memory), a file in it and its records
-Examples = Callable[[Folder | None, Path, Sequence[Row]], str]
+    number: int = 0
+    files: tuple[str, ...] = ()
+    is_first: bool = False
+    drops_own: bool = False
+    delimiter: str = " "
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,7 +156,7 @@ class Benchmark:
         files: patterns of relative paths; the first pattern with a match selects the files.
         formats: formats of its records.
         hub_filter: the lm-eval filter whose scores count; empty if there is only one.
-        examples: returns the few-shot examples of a file.
+        few_shot: few-shot examples; None for a benchmark with a fixed prompt.
         until: stop strings of generated answers.
         max_new_tokens: limit of tokens per answer.
         is_right: scores a generated answer.
@@ -163,7 +168,7 @@ class Benchmark:
     files: tuple[str, ...]
     formats: tuple[Format, ...]
     hub_filter: str = ""
-    examples: Examples = lambda folder, path, rows: ""
+    few_shot: FewShot | None = None
     until: tuple[str, ...] = ()
     max_new_tokens: int = 256
     is_right: Callable[[Question, str], bool] = field(default=lambda question, text: False)
@@ -283,9 +288,13 @@ def _mmlu(row: Row, file: str) -> Question:
     about = "The following are multiple choice questions (with answers)"
     head = f"{about} about {subject.replace('_', ' ')}.\n\n" if subject else ""
     choices = _texts(row["choices"])
-    prompt = head + lettered_prompt(row["question"].strip(), choices)
-    letters = tuple(_LETTERS[: len(choices)])
-    return Question(prompt=prompt, choices=letters, right=row["answer"], part=subject)
+    return Question(
+        prompt=lettered_prompt(row["question"].strip(), choices),
+        choices=tuple(_LETTERS[: len(choices)]),
+        right=row["answer"],
+        description=head,
+        part=subject,
+    )
 
 
 def _truthfulqa(row: Row, file: str) -> Question:
@@ -369,28 +378,13 @@ def is_conclusion_right(question: Question, text: str) -> bool:
     return found is not None and found[0].strip() == question.answer
 
 
-def train_examples(folder: Folder | None, path: Path, rows: Sequence[Row]) -> str:
-    """Return the first five records of GSM8K's training file; empty if there is none."""
-    found = folder and folder.first(r"gsm8k.*train", r"train.*gsm8k")
-    shown = folder.rows(found)[:_SHOTS] if folder and found else []
-    return "".join(f"Question: {row['question']}\nAnswer: {row['answer']}\n\n" for row in shown)
-
-
-def thought_examples(folder: Folder | None, path: Path, rows: Sequence[Row]) -> str:
-    """Return BBH's prompt for a subtask (three worked examples); empty if there is none."""
-    name = re.escape(path.name.partition(".")[0])
-    found = folder and folder.first(rf"prompts?/{name}\.txt$")
-    if not folder or not found:
-        return ""
-    text = folder.text(found)
-    return text.partition("\n-----\n")[2].strip() + "\n\n" if "\n-----\n" in text else text
-
-
 def _gsm8k(row: Row, file: str) -> Question:
     _, mark, answer = row["answer"].rpartition("####")
     if not mark or _number(answer) is None:
         raise ValueError("answer has no number after ####")
-    return Question(prompt=f"Question: {row['question']}\nAnswer:", answer=answer.strip())
+    return Question(
+        prompt=f"Question: {row['question']}\nAnswer:", answer=answer.strip(), worked=row["answer"]
+    )
 
 
 def _svamp(row: Row, file: str) -> Question:
@@ -449,12 +443,6 @@ def is_passed(sandbox: Sandbox, question: Question, answer: str) -> bool:
     return sandbox.run(f"{question.answer}{answer}\n", question.tests).is_passed
 
 
-def mbpp_examples(folder: Folder | None, path: Path, rows: Sequence[Row]) -> str:
-    """Return the first three tasks of the prompt split; empty if there are none."""
-    shown = [row for row in rows if row["task_id"] in _PROMPT_IDS][:_MBPP_SHOTS]
-    return "".join(f"{_mbpp_prompt(row)}{row['code']}\n[DONE]\n\n" for row in shown)
-
-
 def _humaneval(row: Row, file: str) -> Question:
     if not row["entry_point"].isidentifier():
         raise ValueError("entry_point is not a valid name")
@@ -484,6 +472,12 @@ def _mbpp(row: Row, file: str) -> Question | None:
     )
 
 
+def _mbpp_example(row: Row, file: str) -> Question | None:
+    if row["task_id"] not in _PROMPT_IDS:
+        return None
+    return Question(prompt=_mbpp_prompt(row), worked=f"{row['code']}\n[DONE]")
+
+
 def _mbpp_prompt(row: Row) -> str:
     tests = "\n".join(row["test_list"])
     return (
@@ -503,6 +497,7 @@ _ALL = (
         kind="choice",
         metric="acc_norm",
         files=(r"hellaswag.*val", *_test_files("hellaswag")),  # the test split has no answers
+        few_shot=FewShot(files=(r"hellaswag.*train",), drops_own=True),
         formats=(
             Format(
                 {
@@ -522,6 +517,7 @@ _ALL = (
         kind="choice",
         metric="acc_norm",
         files=_test_files("arc.?challenge"),
+        few_shot=FewShot(files=(r"arc.?challenge.*train",)),
         formats=ARC,
     ),
     Benchmark(
@@ -529,6 +525,7 @@ _ALL = (
         kind="choice",
         metric="acc_norm",
         files=_test_files("arc.?easy"),
+        few_shot=FewShot(files=(r"arc.?easy.*train",)),
         formats=ARC,
     ),
     Benchmark(
@@ -536,6 +533,7 @@ _ALL = (
         kind="choice",
         metric="acc",
         files=_test_files("mmlu"),
+        few_shot=FewShot(files=(r"mmlu.*dev",), is_first=True),
         formats=(Format({"question": TEXT, "choices": CHOICES, "answer": NUMBER}, _mmlu),),
     ),
     Benchmark(
@@ -550,6 +548,7 @@ _ALL = (
         kind="context",
         metric="acc",
         files=(r"winogrande.*val", *_test_files("winogrande")),
+        few_shot=FewShot(files=(r"winogrande.*train",), drops_own=True),
         formats=(
             Format(
                 {"sentence": TEXT, "option1": TEXT, "option2": TEXT, "answer": TEXT}, _winogrande
@@ -565,6 +564,7 @@ _ALL = (
         kind="choice",
         metric="acc_norm",
         files=(r"piqa.*val", *_test_files("piqa")),
+        few_shot=FewShot(files=(r"piqa.*train",), drops_own=True),
         formats=(
             Format({"goal": TEXT, "sol1": TEXT, "sol2": TEXT, "label": NUMBER}, _piqa),
             foundry_format(question_prompt),
@@ -575,6 +575,7 @@ _ALL = (
         kind="choice",
         metric="acc",
         files=(r"boolq.*val", *_test_files("boolq")),
+        few_shot=FewShot(files=(r"boolq.*train",), drops_own=True),
         formats=(
             Format({"passage": TEXT, "question": TEXT, "answer": bool}, _boolq("answer")),
             Format({"passage": TEXT, "question": TEXT, "label": NUMBER}, _boolq("label")),
@@ -586,6 +587,7 @@ _ALL = (
         kind="choice",
         metric="acc_norm",
         files=_test_files("openbook.?qa"),
+        few_shot=FewShot(files=(r"openbook.?qa.*train",)),
         formats=(
             ai2_format("question_stem", lambda question, choices: question),
             foundry_format(lambda query: query),
@@ -596,6 +598,7 @@ _ALL = (
         kind="choice",
         metric="acc",
         files=(r"commonsense.?qa.*val", *_test_files("commonsense.?qa")),
+        few_shot=FewShot(files=(r"commonsense.?qa.*train",), drops_own=True),
         formats=(
             ai2_format(
                 "question",
@@ -612,6 +615,7 @@ _ALL = (
         kind="choice",
         metric="acc",
         files=_test_files("xcopa"),
+        few_shot=FewShot(files=(r"xcopa.*(val|dev)",)),
         formats=(
             Format(
                 {
@@ -630,6 +634,7 @@ _ALL = (
         kind="word",
         metric="acc",
         files=_test_files("lambada"),
+        few_shot=FewShot(),
         formats=(
             Format({"context": TEXT, "continuation": TEXT}, _lambada_foundry),
             Format({"text": TEXT}, _lambada),
@@ -642,7 +647,7 @@ _ALL = (
         files=_test_files("gsm8k"),
         formats=(Format({"question": TEXT, "answer": TEXT}, _gsm8k),),
         hub_filter="flexible-extract",
-        examples=train_examples,
+        few_shot=FewShot(number=5, files=(r"gsm8k.*train", r"train.*gsm8k")),
         until=("Question:", "</s>", "<|im_end|>"),
         is_right=is_number_right,
     ),
@@ -660,6 +665,7 @@ _ALL = (
         kind="answer",
         metric="exact_match",
         files=_test_files("mgsm"),
+        few_shot=FewShot(files=(r"mgsm.*train",), delimiter=""),
         formats=(Format({"question": TEXT, "answer": (int, str, type(None))}, _mgsm),),
         hub_filter="flexible-extract",
         until=(*MGSM_UNTIL, "</s>", "<|im_end|>"),
@@ -670,6 +676,7 @@ _ALL = (
         kind="answer",
         metric="exact_match",
         files=(r"math.?500", r"(hendrycks|minerva|competition).?math.*test", r"(^|/)math.*test"),
+        few_shot=FewShot(files=(r"math.*train",)),
         formats=(Format({"problem": TEXT, "solution": TEXT}, _math),),
         until=("Problem:",),
         is_right=is_formula_right,
@@ -681,7 +688,7 @@ _ALL = (
         files=(r"(bbh|big.?bench.?hard)[/_-]",),
         formats=(Format({"input": TEXT, "target": TEXT}, _bbh),),
         hub_filter="get-answer",
-        examples=thought_examples,
+        few_shot=FewShot(number=3, files=(r"prompts?/.*\.txt$",), is_first=True, delimiter=""),
         until=("</s>", "Q", "\n\n"),
         max_new_tokens=1024,
         is_right=is_conclusion_right,
@@ -705,9 +712,13 @@ _ALL = (
         metric="pass@1",
         files=_test_files("mbpp"),
         formats=(
-            Format({"task_id": NUMBER, "text": TEXT, "code": TEXT, "test_list": CHOICES}, _mbpp),
+            Format(
+                {"task_id": NUMBER, "text": TEXT, "code": TEXT, "test_list": CHOICES},
+                _mbpp,
+                _mbpp_example,
+            ),
         ),
-        examples=mbpp_examples,
+        few_shot=FewShot(number=3, is_first=True, delimiter=""),
         until=MBPP_UNTIL,
     ),
 )

@@ -7,13 +7,16 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from functools import partial
 from io import StringIO
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tritter.errors import RequestError, TritterError
+from tritter.evaluation.benchmarks.fewshot import FEWSHOT_SEED
 from tritter.evaluation.benchmarks.files import Questions, questions_of
 from tritter.evaluation.benchmarks.formats import Benchmark, Question, is_passed
 from tritter.evaluation.code.sandbox import Sandbox
@@ -25,7 +28,6 @@ MISSING = (
     "benchmarks require lm-evaluation-harness, which is not installed: "
     "pip install 'tritter[evaluation]'"
 )
-_FEWSHOT_SEED = 1234  # lm-eval's default
 NO_NAME = "lm-evaluation-harness has no such task; set a folder with its file, --tasks-path DIR"
 
 
@@ -105,6 +107,9 @@ class EvalOptions:
         sandbox: runs the programs of kind `code`.
         is_null_run: also run the empty program for the null models.
         is_shown: show lm-eval's progress bars on a terminal.
+        is_chat: render prompts with the tokenizer's chat template, few-shot examples as turns.
+        num_fewshot: number of few-shot examples of a task from the hub; None is the task's own.
+            Questions from files have theirs.
     """
 
     limit: int | None = None
@@ -112,6 +117,8 @@ class EvalOptions:
     sandbox: Sandbox | None = None
     is_null_run: bool = True
     is_shown: bool = False
+    is_chat: bool = False
+    num_fewshot: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,6 +130,8 @@ class BenchmarkScores:
         metric: primary metric.
         scores: metric → scores per question.
         nulls: scores of the null models.
+        num_fewshot: number of few-shot examples before each question; the most of all subtasks.
+        is_chat: whether prompts were rendered with the chat template.
         notes: one sentence per limit or truncation that applied.
     """
 
@@ -130,6 +139,8 @@ class BenchmarkScores:
     metric: str
     scores: dict[str, PairedScores]
     nulls: NullScores
+    num_fewshot: int
+    is_chat: bool
     notes: tuple[str, ...]
 
     @property
@@ -172,10 +183,13 @@ def score_benchmark(
     length = max_length(model)
     limited = questions.limited(harness.limit)
     readable, notes = _drop_too_long(tokenizer, limited, length=length)
+    notes = [*questions.notes, *notes]
     if len(limited.questions) < questions.total:
         notes.append(
             f"Scored {len(limited.questions)} of {questions.total} questions, spread evenly."
         )
+    if harness.is_chat and readable.benchmark.kind == "code":
+        notes.append("An answer in Markdown is no program; chat models often write some.")
     sandbox = harness.sandbox if harness.is_null_run else None
     nulls = null_scores(readable, of=questions, sandbox=sandbox)
     config = task_config(readable, length=length, sandbox=harness.sandbox)
@@ -187,33 +201,44 @@ def score_benchmark(
         return {"tasks": {name: ConfigurableTask(config=config)}, "groups": {}}
 
     samples = run_lm_eval(model, tokenizer, tasks, harness)[name]
-    notes += _notes(tokenizer, readable, length=length)
-    names = [f"{name}:{each}" for each in readable.questions]
-    return _convert_samples(readable.benchmark, names, samples, nulls=nulls, notes=notes)
+    answers = readable.benchmark.answer_tokens(length)
+    if 0 < answers < readable.benchmark.max_new_tokens:
+        notes.append(
+            f"Answers are limited to {answers} instead of {readable.benchmark.max_new_tokens} "
+            f"tokens: the context length is {length}."
+        )
+    notes += _notes(tokenizer, samples, length=length)
+    return BenchmarkScores(
+        name=name,
+        metric=readable.benchmark.metric,
+        scores=_paired_scores(
+            readable.benchmark,
+            [f"{name}:{each}" for each in readable.questions],
+            samples,
+            chance=nulls.chance,
+        ),
+        nulls=nulls,
+        num_fewshot=readable.num_fewshot,
+        is_chat=harness.is_chat,
+        notes=tuple(notes),
+    )
 
 
-def _convert_samples(
+def _paired_scores(
     benchmark: Benchmark,
     names: Sequence[str],
     samples: Sequence[dict[str, Any]],
     *,
-    nulls: NullScores,
-    notes: Sequence[str],
-) -> BenchmarkScores:
-    """Convert lm-eval's samples to scores, for each metric that all samples have."""
+    chance: float,
+) -> dict[str, PairedScores]:
+    """Return metric → scores of lm-eval's samples, for each metric that all samples have."""
     assert len(samples) == len(names)
     values = {
         metric: torch.tensor([float(each[metric]) for each in samples], dtype=torch.float64)
         for metric in benchmark.metrics
         if all(metric in each for each in samples)
     }
-    return BenchmarkScores(
-        name=benchmark.name,
-        metric=benchmark.metric,
-        scores={m: paired(names, right, chance=nulls.chance) for m, right in values.items()},
-        nulls=nulls,
-        notes=tuple(notes),
-    )
+    return {metric: paired(names, right, chance=chance) for metric, right in values.items()}
 
 
 def paired(names: Sequence[str], right: Tensor, *, chance: float) -> PairedScores:
@@ -267,7 +292,13 @@ def run_lm_eval(
                 max_length=length,
             )
             results = evaluate(
-                lm=lm, task_dict=task_dict, limit=limit, bootstrap_iters=0, log_samples=True
+                lm=lm,
+                task_dict=task_dict,
+                limit=limit,
+                bootstrap_iters=0,
+                log_samples=True,
+                apply_chat_template=harness.is_chat,
+                fewshot_as_multiturn=harness.is_chat,
             )
     assert results is not None
     samples: dict[str, list[dict[str, Any]]] = results["samples"]
@@ -289,22 +320,35 @@ def task_config(questions: Questions, *, length: int, sandbox: Sandbox | None) -
         sandbox: runs the programs of kind `code`.
     """
     import datasets
+    from lm_eval.api.samplers import ContextSampler
 
     benchmark, kind = questions.benchmark, questions.benchmark.kind
     names = list(questions.questions)
 
-    def question(doc: dict[str, Any]) -> Question:
-        return questions.questions[names[doc["number"]]]
+    def question(doc: Any) -> Question:
+        """Return the question of a row, or an example itself."""
+        return doc if isinstance(doc, Question) else questions.questions[names[doc["number"]]]
 
+    class Selected(ContextSampler):
+        """Returns the examples of a question, which are already selected."""
+
+        def sample(self, n: int, eval_doc: Any = None, **_: Any) -> Sequence[Question]:
+            return questions.examples[names[eval_doc["number"]]]
+
+    rows = {
+        "number": range(len(names)),
+        "description": [each.description for each in questions.questions.values()],
+    }
     config: dict[str, Any] = {
         "task": benchmark.name,
-        "custom_dataset": lambda **_: {
-            "test": datasets.Dataset.from_dict({"number": range(len(names))})
-        },
+        "custom_dataset": lambda **_: {"test": datasets.Dataset.from_dict(rows)},
         "test_split": "test",
-        "num_fewshot": 0,  # the prompt already contains examples
-        "target_delimiter": " ",
-        "doc_to_text": lambda doc: questions.prompt(names[doc["number"]]),
+        "fewshot_split": "test",  # as the test split: so the sampler gets the question
+        "fewshot_config": {"sampler": Selected},
+        "num_fewshot": questions.num_fewshot,
+        "target_delimiter": benchmark.few_shot.delimiter if benchmark.few_shot else " ",
+        "description": "description",  # the column
+        "doc_to_text": lambda doc: question(doc).prompt,
         "metric_list": [
             {
                 "metric": "acc" if metric == "pass@1" else metric,
@@ -330,7 +374,6 @@ def task_config(questions: Questions, *, length: int, sandbox: Sandbox | None) -
     if kind == "word":
         return config | {
             "output_type": "loglikelihood",
-            "target_delimiter": "",
             "doc_to_target": lambda doc: f" {question(doc).answer}",
         }
 
@@ -342,7 +385,7 @@ def task_config(questions: Questions, *, length: int, sandbox: Sandbox | None) -
 
     return config | {
         "output_type": "generate_until",
-        "doc_to_target": lambda doc: question(doc).answer,
+        "doc_to_target": lambda doc: question(doc).worked or question(doc).answer,
         "process_results": lambda doc, texts: {benchmark.metric: float(is_right(doc, texts[0]))},
         "generation_kwargs": {
             "until": list(benchmark.until),
@@ -365,7 +408,10 @@ def _drop_too_long(
     kept = [
         name
         for name, question in questions.questions.items()
-        if max(_num_tokens(tokenizer, text) for text in question.choices or (question.answer,))
+        if max(
+            len(tokenizer.encode(text, add_special_tokens=False))
+            for text in question.choices or (question.answer,)
+        )
         < length
     ]
     number = len(questions.questions) - len(kept)
@@ -380,52 +426,76 @@ def _drop_too_long(
     return questions.only(kept), [f"{note} the context length of {length} tokens."]
 
 
-def sequence_lengths(tokenizer: Tokenizer, questions: Questions, *, length: int) -> list[int]:
+def sequence_lengths(
+    tokenizer: Tokenizer, questions: Questions, *, length: int, is_chat: bool = False
+) -> list[int]:
     """Return the number of tokens of each sequence, assuming answers of maximum length.
 
     Args:
         tokenizer: the tokenizer.
         questions: the questions.
         length: context length.
+        is_chat: as in `EvalOptions`.
     """
-    benchmark = questions.benchmark
+    answer_tokens = questions.benchmark.answer_tokens(length)
     return [
-        min(length, _num_tokens(tokenizer, text) + benchmark.answer_tokens(length))
-        for name, question in questions.questions.items()
-        for text in _check_prompt(questions.prompt(name), question, benchmark)
+        min(length, _num_tokens(tokenizer, text) + answer_tokens)
+        for texts in rendered_requests(tokenizer, questions, length=length, is_chat=is_chat)
+        for text in texts
     ]
 
 
-def _check_prompt(prompt: str, question: Question, benchmark: Benchmark) -> list[str]:
-    """Return the texts that a model reads for a question."""
-    if benchmark.kind == "context":
-        return [f"{choice} {prompt}" for choice in question.choices]
-    if benchmark.kind == "word":
-        return [f"{prompt} {question.answer}"]
-    return [f"{prompt} {choice}" for choice in question.choices] or [prompt]
+def rendered_requests(
+    tokenizer: Tokenizer, questions: Questions, *, length: int, is_chat: bool
+) -> list[list[str]]:
+    """Return the texts that a model reads for each question: prompts, with choices if any."""
+    from lm_eval.api.task import ConfigurableTask
+    from lm_eval.models.huggingface import HFLM
 
-
-def _notes(tokenizer: Tokenizer, questions: Questions, *, length: int) -> Iterator[str]:
-    """Yield notes on shortened answers and truncated prompts."""
-    benchmark, names = questions.benchmark, list(questions.questions)
-    answer_length = benchmark.answer_tokens(length)
-    prompt_length = length - answer_length
-    if answer_length and answer_length < benchmark.max_new_tokens:
-        yield (
-            f"Answers are limited to {answer_length} instead of {benchmark.max_new_tokens} tokens: "
-            f"the context length is {length}."
+    of_template: Any = SimpleNamespace(tokenizer=tokenizer, chat_template_args={})
+    with _quiet(is_shown=False):
+        task = ConfigurableTask(config=task_config(questions, length=length, sandbox=None))
+        task.build_all_requests(
+            apply_chat_template=is_chat,
+            fewshot_as_multiturn=is_chat,
+            chat_template=partial(HFLM.apply_chat_template, of_template) if is_chat else None,
         )
-    texts = [_check_prompt(questions.prompt(n), questions.questions[n], benchmark) for n in names]
-    cut = sum(_num_tokens(tokenizer, max(each, key=len)) > prompt_length for each in texts)
-    if cut:
+    texts: list[list[str]] = [[] for _ in questions.questions]
+    for request in task.instances:
+        texts[request.doc["number"]].append(_text_of(request.args))
+    return texts
+
+
+def _text_of(arguments: Sequence[Any]) -> str:
+    """Return the text that a model reads for a request: a prompt with a continuation, if any."""
+    prompt, continuation = arguments
+    return f"{prompt}{continuation}" if isinstance(continuation, str) else str(prompt)
+
+
+def _notes(
+    tokenizer: Tokenizer, samples: Sequence[dict[str, Any]], *, length: int
+) -> Iterator[str]:
+    """Yield a note on truncated prompts."""
+    limits = {}  # number of tokens that the model reads of the longest request of each sample
+    for number, sample in enumerate(samples):
+        arguments = max(sample["arguments"], key=lambda each: len(_text_of(each)))
+        is_answer = not isinstance(arguments[1], str)
+        # The last token of a choice is predicted, but not read
+        limit = length - arguments[1].get("max_gen_toks", 256) if is_answer else length + 1
+        if _num_tokens(tokenizer, _text_of(arguments)) > limit:
+            limits[number] = limit
+    if limits:
         yield (
-            f"Truncated {cut} of {len(names)} prompts on the left: they exceed {prompt_length} "
-            "tokens."
+            f"Truncated {len(limits)} of {len(samples)} prompts on the left: they exceed "
+            f"{min(limits.values())} tokens."
         )
 
 
 def _num_tokens(tokenizer: Tokenizer, text: str) -> int:
-    return len(tokenizer.encode(text, add_special_tokens=False))
+    """Return the number of tokens of a prompt, with those that lm-eval adds."""
+    first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    is_begun = first is not None and text.startswith(tokenizer.decode(first))
+    return len(tokenizer.encode(text, add_special_tokens=not is_begun))
 
 
 def max_length(model: nn.Module) -> int:
@@ -486,14 +556,12 @@ def score_from_hub(
     if not benchmark.hub:
         raise RequestError(f"--tasks = {benchmark.name}: {NO_NAME}.")
     if benchmark.kind == "code":
-        return score_benchmark(model, tokenizer, _rows_from_hub(benchmark), harness)
-    found = run_lm_eval(
-        model,
-        tokenizer,
-        lambda: _tasks(benchmark, manager),
-        harness,
-        limit=harness.limit,
-    )
+        questions = _rows_from_hub(benchmark, num_fewshot=harness.num_fewshot)
+        return score_benchmark(model, tokenizer, questions, harness)
+    with _quiet(is_shown=harness.is_shown):
+        loaded = _tasks(benchmark, manager, num_fewshot=harness.num_fewshot)
+    found = run_lm_eval(model, tokenizer, lambda: loaded, harness, limit=harness.limit)
+    numbers = [task.get_config("num_fewshot") or 0 for task in loaded["tasks"].values()]
     samples = [
         (task, sample)
         for task, of_task in found.items()
@@ -507,14 +575,25 @@ def score_from_hub(
         constant = commonest_share([(task, str(sample["target"])) for task, sample in samples])
         nulls = NullScores(None, constant, 0.0 if benchmark.kind == "word" else None)
     names = [f"{benchmark.name}:{task}/{sample['doc_id']}" for task, sample in samples]
-    limited = [f"Scored at most {harness.limit} questions of each subtask."]
-    notes = limited if harness.limit else []
-    return _convert_samples(
-        benchmark, names, [each for _, each in samples], nulls=nulls, notes=notes
+    notes = []
+    if harness.limit:
+        notes.append(f"Scored at most {harness.limit} questions of each subtask.")
+    if harness.num_fewshot and not max(numbers):
+        notes.append("lm-eval fixes its number of few-shot examples at 0.")
+    of_question = [each for _, each in samples]
+    notes += _notes(tokenizer, of_question, length=max_length(model))
+    return BenchmarkScores(
+        name=benchmark.name,
+        metric=benchmark.metric,
+        scores=_paired_scores(benchmark, names, of_question, chance=nulls.chance),
+        nulls=nulls,
+        num_fewshot=max(numbers),
+        is_chat=harness.is_chat,
+        notes=tuple(notes),
     )
 
 
-def _tasks(benchmark: Benchmark, manager: Any) -> dict[str, Any]:
+def _tasks(benchmark: Benchmark, manager: Any, *, num_fewshot: int | None) -> dict[str, Any]:
     """Return lm-eval's tasks of a benchmark, configured as in lm-eval's own evaluation."""
     from lm_eval.tasks import TaskManager
 
@@ -523,13 +602,14 @@ def _tasks(benchmark: Benchmark, manager: Any) -> dict[str, Any]:
     except (OSError, ValueError) as error:  # offline, missing, or invalid
         raise _unavailable(benchmark, error) from error
     for task in loaded["tasks"].values():
-        if task.get_config("num_fewshot") is None:
-            task.set_config(key="num_fewshot", value=0)
-        task.set_fewshot_seed(seed=_FEWSHOT_SEED)
+        default = task.get_config("num_fewshot")
+        if default is None or (num_fewshot is not None and default != 0):
+            task.set_config(key="num_fewshot", value=num_fewshot or 0)
+        task.set_fewshot_seed(seed=FEWSHOT_SEED)
     return loaded
 
 
-def _rows_from_hub(benchmark: Benchmark) -> Questions:
+def _rows_from_hub(benchmark: Benchmark, *, num_fewshot: int | None) -> Questions:
     """Return the questions of a data set from the hub."""
     import datasets
 
@@ -538,7 +618,7 @@ def _rows_from_hub(benchmark: Benchmark) -> Questions:
         rows: Iterable[Any] = datasets.load_dataset(name, split=split)
     except (OSError, ValueError) as error:
         raise _unavailable(benchmark, error) from error
-    return questions_of(benchmark, list(rows), origin=name)
+    return questions_of(benchmark, list(rows), origin=name, num_fewshot=num_fewshot)
 
 
 def _unavailable(benchmark: Benchmark, error: Exception) -> RequestError:
