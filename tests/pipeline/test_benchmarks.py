@@ -9,11 +9,14 @@ import pytest
 from tests.evaluation.programs import HUMANEVAL_ROWS
 from tests.evaluation.published import PUBLISHED
 from tests.evaluation.test_benchmark_files import written
+from tests.oracle import chat
 from tritter.config.launch.composition import load_config
 from tritter.config.run_folder import fingerprint
 from tritter.core.models import load_model, load_tokenizer
+from tritter.data.tokens import TextBounds
 from tritter.errors import RequestError
 from tritter.evaluation.benchmarks.harness import EvalOptions, score_benchmark
+from tritter.evaluation.tasks import Reader
 from tritter.pipeline import Outcome
 from tritter.pipeline.scoring import BenchmarkTask, benchmark_tasks
 
@@ -66,10 +69,38 @@ def test_what_a_task_is_made_of_is_its_digest(files: Path) -> None:
     assert digest() != whole
 
 
+def test_the_template_and_the_examples_are_part_of_it(files: Path) -> None:
+    pytest.importorskip("lm_eval")
+    written(files / "arc_easy_train.jsonl", PUBLISHED["arc_easy"]["foundry"])
+    basic = ["evaluation.tasks=[arc_easy]", f"evaluation.tasks_path={files}"]
+
+    def task(template: str, *words: str) -> BenchmarkTask:
+        options = load_config([*basic, *words]).evaluation
+        (found,) = benchmark_tasks(options, positions=512, stock=chat.tokenizer(template))
+        return found
+
+    is_chat = "evaluation.chat_template=true"
+    tasks = [
+        task(chat.CHATML),
+        task(chat.CHATML, is_chat),
+        task(chat.INSTRUCT, is_chat),
+        task(chat.CHATML, is_chat, "evaluation.num_fewshot=2"),
+    ]
+    assert len({each.digest for each in tasks}) == 4
+    assert task(chat.INSTRUCT).digest == tasks[0].digest  # the template is not used
+    assert tasks[0].label == "arc_easy (acc_norm, 0-shot)"
+    assert tasks[3].label == "arc_easy (acc_norm, 2-shot, chat template)"
+    reader = Reader(chat.tokenizer().backend_tokenizer, TextBounds(0), batch_size=4)
+    assert sum(tasks[3].lengths(reader)) > sum(tasks[1].lengths(reader)) > 0
+    with pytest.raises(RequestError, match=r"evaluation\.chat_template.*no chat template"):
+        benchmark_tasks(load_config([*basic, is_chat]).evaluation, positions=512)
+
+
 @pytest.mark.quick_cases(2)
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["evaluation.num_fewshot=2"], "evaluation.num_fewshot = 2: requires evaluation.tasks"),
         (["evaluation.tasks=[arc_eazy]"], "evaluation.tasks = arc_eazy: allowed are"),
         (["evaluation.tasks=[code]"], "allow it with evaluation.allow_code=[humaneval,mbpp]"),
         (["evaluation.allow_code=[piqa]"], "evaluation.allow_code = piqa: allowed are"),

@@ -9,6 +9,8 @@ import torch
 from transformers import AutoTokenizer
 
 from tests import oracle
+from tests.evaluation.published import PUBLISHED
+from tests.evaluation.test_benchmark_files import written
 from tests.oracle import chat as fixtures
 from tritter.checkpoints import read_lineage
 from tritter.checkpoints.state import KeptSequences
@@ -305,3 +307,25 @@ def test_the_recipe_for_a_consumer_gpu_trains_on_conversations(place: Path, tmp_
     run_pipeline(config, run_folder=tmp_path)
     notes = json.loads((tmp_path / "summary.json").read_text())["notes"]
     assert any("conversations are rendered with the chat template" in note for note in notes)
+
+
+@pytest.mark.full
+def test_benchmarks_of_a_run_use_its_template(run: Run, tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval")
+    written(tmp_path / "files/arc_easy_test.jsonl", PUBLISHED["arc_easy"]["foundry"] * 3)
+    written(tmp_path / "files/arc_easy_train.jsonl", PUBLISHED["arc_easy"]["foundry"])
+    words = ("evaluation.tasks=[arc_easy]", f"evaluation.tasks_path={tmp_path}/files")
+    chosen = ("evaluation.chat_template=true", "evaluation.num_fewshot=1")
+    summary = json.loads(run(tmp_path / "run", *words, *chosen).summary_path.read_text())
+    record = summary["final"]["arc_easy"]
+    assert (record["metric"], record["num_fewshot"], record["chat_template"]) == (
+        "acc_norm",
+        1,
+        True,
+    )
+    folder = tmp_path / "run/checkpoint"
+    command = f"evaluate {folder} --tasks arc_easy --tasks-path {tmp_path}/files --chat-template"
+    command += f" --num-fewshot 1 --output {tmp_path}/found.json"
+    assert main(command.split()) == 0
+    found = json.loads((tmp_path / "found.json").read_text())["benchmarks"]["arc_easy"]
+    assert found["score"] == record["accuracy"] and found["chat_template"]

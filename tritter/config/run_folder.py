@@ -302,7 +302,7 @@ _WITHOUT_EFFECT = {
     ),
 }
 _BENCHMARK_KEYS = {
-    *("tasks", "tasks_path", "task_limit"),
+    *("tasks", "tasks_path", "task_limit", "chat_template", "num_fewshot"),
     *("allow_code", "code_sandbox", "code_sandbox_command"),
 }
 _ABSENT = "(absent)"

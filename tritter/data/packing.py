@@ -509,6 +509,18 @@ def document_mask_of(model: nn.Module) -> DocumentMask | None:
     return reading if isinstance(reading, DocumentMask) else None
 
 
+@contextmanager
+def reading_whole(model: nn.Module) -> Iterator[None]:
+    """Let a model read unmarked tokens as one document inside the block, whatever they contain."""
+    hooks = _backbone(model)._forward_pre_hooks
+    own = {key: hook for key, hook in hooks.items() if isinstance(hook, MarkedText)}
+    try:
+        hooks.update(dict.fromkeys(own, lambda *_: None))  # keeps the order of all hooks
+        yield
+    finally:
+        hooks.update(own)
+
+
 def inputs_for(model: nn.Module, tokens: Tensor) -> Tensor:
     """Return tokens as a model reads them: a document mask needs their marks, others the ids."""
     return tokens if document_mask_of(model) is not None else ids_of(tokens)

@@ -30,6 +30,8 @@ class EvaluationConfig:
         tasks: benchmarks and groups of benchmarks.
         tasks_path: folder of their files, absolute after validation; None uses the hub.
         task_limit: number of questions of each benchmark; None uses all.
+        chat_template: render the prompts of benchmarks with the checkpoint's chat template.
+        num_fewshot: number of few-shot examples of benchmarks; None is lm-eval's default.
         allow_code: benchmarks whose generated programs may run.
         code_sandbox: Tritter's sandbox or an external command.
         code_sandbox_command: command that reads a program from standard input.
@@ -44,6 +46,8 @@ class EvaluationConfig:
     tasks: list[str]
     tasks_path: Text | None
     task_limit: Count | None
+    chat_template: bool
+    num_fewshot: WholeNumber | None
     allow_code: list[str]
     code_sandbox: Literal["namespaces", "external"]
     code_sandbox_command: Text | None
@@ -92,6 +96,9 @@ def benchmark_problems(config: RunRequest) -> Iterator[Problem]:
     yield from code_problems(
         names, evaluation.allow_code, key=TASKS_KEY, allowing="evaluation.allow_code"
     )
+    for name in ("chat_template", "num_fewshot"):
+        if (value := getattr(evaluation, name)) and not names:
+            yield Problem(f"evaluation.{name}", value, reason=f"requires {TASKS_KEY}")
     path = evaluation.tasks_path
     if path is not None and not Path(path).is_dir():
         yield Problem("evaluation.tasks_path", path, reason="there is no such folder")

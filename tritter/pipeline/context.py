@@ -69,7 +69,13 @@ from tritter.limits import MAX_VOCABULARY
 from tritter.options import leaves
 from tritter.pipeline.branch import Branch
 from tritter.pipeline.ledger import Ledger, StageResult
-from tritter.pipeline.scoring import Scores, Scoring, benchmark_tasks, scores_text
+from tritter.pipeline.scoring import (
+    Scores,
+    Scoring,
+    benchmark_tasks,
+    scores_text,
+    stock_tokenizer,
+)
 from tritter.planning.run_memory import batch_size_at, memory_notes
 from tritter.planning.upcycling import upcycling_notes
 from tritter.seeds import derived_seed
@@ -664,7 +670,11 @@ class RunContext:
             MetricTask(one.name, instantiate(one.options), one.plain())
             for one in self.config.metrics
         )
-        return (*skills, *benchmark_tasks(options, positions=length), *own)
+        start = self.initial_checkpoint
+        stock = None
+        if options.tasks and start is not None:
+            stock = stock_tokenizer(start.folder, self.chat_choice)
+        return (*skills, *benchmark_tasks(options, positions=length, stock=stock), *own)
 
     @cached_property
     def scoring(self) -> Scoring:

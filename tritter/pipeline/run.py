@@ -40,6 +40,7 @@ from tritter.pipeline.metrics import (
     wandb_finished,
     write_metrics,
 )
+from tritter.pipeline.scoring import BenchmarkTask
 from tritter.pipeline.summary import summary_record
 from tritter.pipeline.verdict import Candidate
 from tritter.planning.strategy import planned_rounds
@@ -364,7 +365,9 @@ def _announce(context: RunContext) -> None:
     vocabulary.check(context)
     windows.check(context)
     if context.tasks:
-        scored = ", ".join(task.name for task in context.tasks)
+        scored = ", ".join(
+            task.label if isinstance(task, BenchmarkTask) else task.name for task in context.tasks
+        )
         context.say("answers", f"accuracy is measured on {scored}")
     if context.ledger.get("baseline") is None:
         return

@@ -1,7 +1,7 @@
 """Scores of a run's models: held-out documents of each domain, and tasks."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 from functools import cached_property
 from hashlib import sha256
@@ -13,10 +13,11 @@ from typing import Any
 from torch import nn
 
 from tritter.core.families import Flops
-from tritter.core.models import wrapped_tokenizer
+from tritter.core.models import load_tokenizer, wrapped_tokenizer
 from tritter.data.benchmark_names import CODE, benchmark_names
+from tritter.data.chat import NONE, TOKENIZER, ChatChoice, read_template
 from tritter.data.tokens import TokenisedDocuments
-from tritter.errors import TritterError
+from tritter.errors import Problem, RequestError, TritterError
 from tritter.evaluation.benchmarks.files import Questions, TasksFolder, load
 from tritter.evaluation.benchmarks.formats import BENCHMARKS, Benchmark
 from tritter.evaluation.benchmarks.harness import (
@@ -125,8 +126,15 @@ def scores_text(scores: Mapping[str, PairedScores]) -> str:
     return f"{text}; accuracy: {', '.join(parts)}" if parts else text
 
 
-def score_records(scores: Mapping[str, PairedScores]) -> dict[str, dict[str, Any]]:
-    """Return domain or task → record, as in summary.json; a domain may also have an accuracy."""
+def score_records(
+    scores: Mapping[str, PairedScores], tasks: Iterable[ScoredTask] = ()
+) -> dict[str, dict[str, Any]]:
+    """Return domain or task → record, as in summary.json; a domain may also have an accuracy.
+
+    Args:
+        scores: domain or subject of a task → scores.
+        tasks: the tasks; records of benchmarks get their settings.
+    """
     records: dict[str, dict[str, Any]] = {}
     for subject, score in scores.items():
         record, name = score.record(), subject.removesuffix("/accuracy")
@@ -139,6 +147,9 @@ def score_records(scores: Mapping[str, PairedScores]) -> dict[str, dict[str, Any
             }
         else:
             records[name] = record
+    for task in tasks:
+        if isinstance(task, BenchmarkTask) and task.name in records:
+            records[task.name] |= task.settings
     return records
 
 
@@ -154,6 +165,8 @@ class BenchmarkTask:
         questions: its questions; None to load them from the Hub.
         harness: settings of lm-eval.
         positions: maximum number of tokens of the run's models.
+        stock: tokenizer of the run's checkpoint, for its special tokens and chat template; None for
+            a new base model.
         domain: domain of the task; None for benchmarks.
     """
 
@@ -161,12 +174,33 @@ class BenchmarkTask:
     questions: Questions | None
     harness: EvalOptions
     positions: int
+    stock: StockTokenizer | None = None
     domain: str | None = None
 
     @property
     def name(self) -> str:
         """The name of the benchmark."""
         return self.benchmark.name
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What its score depends on in addition to the questions, for summary.json."""
+        return {
+            "metric": self.benchmark.metric,
+            "num_fewshot": (
+                self.harness.num_fewshot if self.questions is None else self.questions.num_fewshot
+            ),
+            "chat_template": self.harness.is_chat,
+        }
+
+    @property
+    def label(self) -> str:
+        """Its name with the settings, for people."""
+        settings = self.settings
+        number, is_chat = settings["num_fewshot"], settings["chat_template"]
+        shots = "lm-eval's few-shot examples" if number is None else f"{number}-shot"
+        how = ", chat template" if is_chat else ""
+        return f"{self.name} ({settings['metric']}, {shots}{how})"
 
     @cached_property
     def digest(self) -> str:
@@ -175,10 +209,15 @@ class BenchmarkTask:
         if self.questions is not None:
             limited = self.questions.limited(self.harness.limit)
             content = [
-                (name, astuple(limited.questions[name]), limited.examples[name])
-                for name in limited.questions
+                (name, astuple(question), [astuple(each) for each in limited.examples[name]])
+                for name, question in limited.questions.items()
             ]
-        return sha256(dumps([content, self.harness.limit, version("lm_eval")]).encode()).hexdigest()
+        stock, template = self.stock, None
+        special = {} if stock is None else stock.special_tokens_map
+        if stock is not None and self.harness.is_chat:
+            template = stock.chat_template
+        settings = [self.settings, self.harness.limit, version("lm_eval"), template, special]
+        return sha256(dumps([content, settings], default=str).encode()).hexdigest()
 
     def score(self, model: nn.Module, reader: Reader) -> PairedScores:
         """Score a model on all questions.
@@ -188,10 +227,11 @@ class BenchmarkTask:
             TritterError: the model's outputs are not finite.
         """
         harness = replace(self.harness, batch_size=reader.batch_size)
+        tokenizer = _tokenizer(reader, self.stock)
         if self.questions is None:
-            found = score_from_hub(model, _tokenizer(reader), self.benchmark, harness)
+            found = score_from_hub(model, tokenizer, self.benchmark, harness)
         else:
-            found = score_benchmark(model, _tokenizer(reader), self.questions, harness)
+            found = score_benchmark(model, tokenizer, self.questions, harness)
         return found.primary
 
     def lengths(self, reader: Reader) -> Sequence[int]:
@@ -202,11 +242,23 @@ class BenchmarkTask:
         if self.questions is None:
             return ()
         limited = self.questions.limited(self.harness.limit)
-        return sequence_lengths(_tokenizer(reader), limited, length=self.positions)
+        return sequence_lengths(
+            _tokenizer(reader, self.stock),
+            limited,
+            length=self.positions,
+            is_chat=self.harness.is_chat,
+        )
 
 
-def benchmark_tasks(options: EvaluationConfig, *, positions: int) -> tuple[BenchmarkTask, ...]:
+def benchmark_tasks(
+    options: EvaluationConfig, *, positions: int, stock: StockTokenizer | None = None
+) -> tuple[BenchmarkTask, ...]:
     """Return the benchmarks of a run, after checking their files, lm-eval and the sandbox.
+
+    Args:
+        options: the options of the run.
+        positions: maximum number of tokens of the run's models.
+        stock: tokenizer of the run's checkpoint; None for a new base model.
 
     Raises:
         RequestError: a benchmark is not available.
@@ -214,11 +266,20 @@ def benchmark_tasks(options: EvaluationConfig, *, positions: int) -> tuple[Bench
     names = benchmark_names(options.tasks, key=TASKS_KEY)
     if not names:
         return ()
+    if options.chat_template and (stock is None or stock.chat_template is None):
+        reason = "the checkpoint has no chat template"
+        raise RequestError(Problem("evaluation.chat_template", True, reason=reason))
     chosen = [BENCHMARKS[name] for name in names]
     questions: Mapping[str, Questions] = {}
     if options.tasks_path is not None:
         folder = TasksFolder(Path(options.tasks_path), key="evaluation.tasks_path")
-        loaded = load(chosen, folder, limit=options.task_limit)
+        loaded = load(
+            chosen,
+            folder,
+            limit=options.task_limit,
+            num_fewshot=options.num_fewshot,
+            fewshot_key="evaluation.num_fewshot",
+        )
         questions = {each.benchmark.name: each for each in loaded}
     require_harness()
     sandbox: Sandbox | None = None
@@ -227,13 +288,35 @@ def benchmark_tasks(options: EvaluationConfig, *, positions: int) -> tuple[Bench
         is_external = options.code_sandbox == "external" and command is not None
         sandbox = ExternalSandbox(str(command)) if is_external else NamespaceSandbox()
         sandbox.check()
-    harness = EvalOptions(limit=options.task_limit, sandbox=sandbox, is_null_run=False)
+    harness = EvalOptions(
+        limit=options.task_limit,
+        sandbox=sandbox,
+        is_null_run=False,
+        is_chat=options.chat_template,
+        num_fewshot=options.num_fewshot,
+    )
     return tuple(
-        BenchmarkTask(each, questions.get(each.name), harness, positions) for each in chosen
+        BenchmarkTask(each, questions.get(each.name), harness, positions, stock) for each in chosen
     )
 
 
-def _tokenizer(reader: Reader) -> StockTokenizer:
+def stock_tokenizer(folder: Path, choice: ChatChoice) -> StockTokenizer:
+    """Return a checkpoint's tokenizer with the chat template of a run."""
+    tokenizer: StockTokenizer = load_tokenizer(folder)
+    if choice.chat_template == NONE:
+        tokenizer.chat_template = None
+    elif choice.chat_template not in (None, TOKENIZER):
+        tokenizer.chat_template = read_template(choice.chat_template)
+    return tokenizer
+
+
+def _tokenizer(reader: Reader, stock: StockTokenizer | None) -> StockTokenizer:
+    """Return the tokenizer of a run for lm-eval, with special tokens and template of `stock`."""
     end_of_text = reader.tokenizer.id_to_token(reader.bounds.end)
     assert end_of_text is not None
-    return wrapped_tokenizer(reader.tokenizer, end_of_text=end_of_text)
+    wrapped: StockTokenizer = wrapped_tokenizer(reader.tokenizer, end_of_text=end_of_text)
+    if stock is not None:
+        for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
+            setattr(wrapped, name, getattr(stock, name))
+        wrapped.chat_template = stock.chat_template
+    return wrapped

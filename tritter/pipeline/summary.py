@@ -232,7 +232,7 @@ def _task_record(context: RunContext, branch: Branch) -> TaskRecord:
 
 
 def _scores(context: RunContext, name: str) -> Scores:
-    records = score_records(context.read_scores(name))
+    records = score_records(context.read_scores(name), context.tasks)
     return {subject: Score.model_construct(**record) for subject, record in records.items()}
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tritter.data.packing import reading_whole
 from tritter.errors import RequestError, TritterError
 from tritter.evaluation.benchmarks.fewshot import FEWSHOT_SEED
 from tritter.evaluation.benchmarks.files import Questions, questions_of
@@ -278,7 +279,7 @@ def run_lm_eval(
 
     length = max_length(model)
     # lm-eval uses tensors outside its no_grad block, which inference mode does not allow
-    with eval_mode(model), torch.inference_mode(False), torch.no_grad():
+    with eval_mode(model), reading_whole(model), torch.inference_mode(False), torch.no_grad():
         # With NaN logits, all choices would tie
         first = torch.zeros(1, 2, dtype=torch.int64, device=next(model.parameters()).device)
         if not model(input_ids=first).logits.isfinite().all():
