@@ -511,7 +511,7 @@ def document_mask_of(model: nn.Module) -> DocumentMask | None:
 
 @contextmanager
 def reading_whole(model: nn.Module) -> Iterator[None]:
-    """Let a model read unmarked tokens as one document inside the block, whatever they contain."""
+    """Let a model read unmarked tokens as one document inside the block, ends of text included."""
     hooks = _backbone(model)._forward_pre_hooks
     own = {key: hook for key, hook in hooks.items() if isinstance(hook, MarkedText)}
     try:
