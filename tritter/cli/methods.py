@@ -9,6 +9,7 @@ from __future__ import annotations
 from argparse import ArgumentError, ArgumentParser
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import fields
 from functools import cache
 from inspect import Parameter, Signature
 from typing import TYPE_CHECKING, Annotated, Any
@@ -113,6 +114,22 @@ def method_options() -> dict[str, dict[str, str]]:
                 option = _OPTION_OF_KEY.get(f"{method}.{key}", key)
                 options.setdefault(option, {})[method] = key
     return options
+
+
+def method_words(spec: ExpansionSpec) -> list[str]:
+    """Return the words of a command line that request an expansion."""
+    options = {keys[spec.name]: o for o, keys in method_options().items() if spec.name in keys}
+    words = ["--method", with_dashes(spec.name)]
+    for field in fields(spec):  # type: ignore[arg-type] # each is a dataclass
+        value = getattr(spec, field.name)
+        if value == field.default:
+            continue
+        words.append(f"--{with_dashes(options[field.name])}")
+        if isinstance(value, tuple):
+            words.append(",".join(map(str, value)))
+        elif value is not True:
+            words.append(str(value))
+    return words
 
 
 @cache

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tritter.cli.methods import method_options
+from tritter.cli.methods import method_words
 from tritter.cli.options import AsJson, flag, flops_rate, option, parameter_count, with_dashes
 from tritter.cli.output import (
     display_path,
@@ -247,19 +247,10 @@ def _expand_commands(plan: GrowthPlan, text: str, source: NamedShape) -> Iterato
     checkpoint = text if _is_checkpoint(text) else name
     for step in plan.steps:
         spec = step.spec
-        takers = method_options().items()
-        options = {keys[spec.name]: option for option, keys in takers if spec.name in keys}
-        typed: list[str] = []
-        for field in fields(spec):  # type: ignore[arg-type] # each is a dataclass
-            value = getattr(spec, field.name)
-            if value != field.default:
-                typed.append(f"--{with_dashes(options[field.name])}")
-                typed += [] if value is True else [str(value)]
         size = count_text(step.target_parameters).replace(" ", "")  # 4.42B, 213k
         output = f"{name}-{size}"
-        method = with_dashes(step.method)
-        words = ["tritter", "expand", "--checkpoint", checkpoint, "--method", method]
-        yield shlex.join([*words, *typed, "--output", output])
+        words = ["tritter", "expand", "--checkpoint", checkpoint, *method_words(spec)]
+        yield shlex.join([*words, "--output", output])
         checkpoint = output
 
 

@@ -41,6 +41,7 @@ from tritter.core.families import (
 from tritter.core.families.config_file import checked_config, errors_as
 from tritter.core.families.dimensions import plain_floats
 from tritter.core.families.discovery.configs import quiet
+from tritter.core.families.discovery.skeleton import is_tower
 from tritter.core.stock_routers import AddedExperts
 from tritter.errors import RequestError, TritterError
 from tritter.storage.reading import check_links, read_object, require_file
@@ -159,11 +160,15 @@ def non_finite_tensors(model: nn.Module) -> list[str]:
     return [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]
 
 
-def meta_model(folder: Path) -> nn.Module:
-    """Return the stock model of a folder with its parameters on the meta device.
+def unloaded_model(folder: Path, buffer_of: Callable[[str], Tensor | None]) -> nn.Module:
+    """Return the stock model of a folder without its parameters, which are NaN without memory.
 
-    Buffers (rotary frequencies, scales) have the values of the stock class. Experts run one after
-    the other, new ones with their router offset, as in `load_model`.
+    Buffers (rotary frequencies, scales) have the values that `load_model` gives. Experts run one
+    after the other, new ones with their router offset, as in `load_model`.
+
+    Args:
+        folder: the checkpoint folder.
+        buffer_of: returns the value of a buffer in the files; None if they lack it.
 
     Raises:
         TritterError: transformers cannot build it.
@@ -172,25 +177,47 @@ def meta_model(folder: Path) -> nn.Module:
     stock = _stock_config(folder)
     config = _config_in(folder, stock)
     with errors_as(f"{folder} cannot be loaded as a model"), quiet():
-        with torch.device("meta"):
+        with torch.device("meta"), no_init_weights():
             model = AutoModelForCausalLM.from_config(stock, dtype=torch.float32)
         assert isinstance(model, PreTrainedModel)
-        for module in model.modules():  # the stock class fills the non-persistent buffers
-            buffers, names = module._buffers, module._non_persistent_buffers_set
-            names = {name for name in names if buffers[name] is not None}
-            for name in names:
-                buffers[name] = torch.empty_like(buffers[name], device="cpu")
-            if names:
-                model._init_weights(module)
+        model.tie_weights()
+        _fill_buffers(model, buffer_of)
+        stand_ins: dict[nn.Parameter, nn.Parameter] = {}  # tied parameters stay tied
+        for module in model.modules():
+            for key, parameter in module._parameters.items():
+                if parameter is not None:
+                    values = torch.tensor(torch.nan).expand(parameter.shape)
+                    made = nn.Parameter(values, requires_grad=False)
+                    module._parameters[key] = stand_ins.setdefault(parameter, made)
         if family_of(config).has_experts:
             model.set_experts_implementation("eager")
         added = AddedExperts.read(folder)
         if added is not None and not added.is_settled:
-            for stored in layout(config, "live"):
-                if stored.parts[0].tensor.kind == "router":  # offsets follow the weight's device
-                    set_parameter(model, stored.name, torch.empty(stored.shape))
             added.apply(model)
     return model.eval()
+
+
+def _fill_buffers(model: PreTrainedModel, buffer_of: Callable[[str], Tensor | None]) -> None:
+    """Give all buffers their values, as `from_pretrained` does.
+
+    The class initialises the whole model, since a module may fill the buffers of its children. What
+    files have is marked as initialised, so the class leaves it.
+    """
+    computed = set()
+    for path, module in model.named_modules():
+        for key, buffer in module._buffers.items():
+            if buffer is None:
+                continue
+            value = buffer_of(f"{path}.{key}")
+            if value is None:
+                value = torch.empty_like(buffer, device="cpu")
+                computed.add(value)
+                if buffer.is_floating_point():
+                    value.fill_(torch.nan)  # what a class forgets is noticed
+            module._buffers[key] = value.to(buffer.dtype)
+    for value in model.state_dict(keep_vars=True).values():
+        value._is_hf_initialized = value not in computed
+    model.initialize_weights()
 
 
 def named_tensors(model: nn.Module, config: Config) -> Iterator[tuple[str, Tensor]]:
@@ -321,15 +348,18 @@ def backbone_of(model: nn.Module) -> nn.Module:
 
     It owns the list of layers: OPT calls `model.decoder`, and passes over `model`.
     """
-    base: nn.Module = getattr(model, str(model.base_model_prefix))
-    layers = layers_of(base)
-    return next(owner for owner in base.modules() if layers in owner.children())
+    layers = layers_of(model)
+    return next(owner for owner in model.modules() if layers in owner.children())
 
 
 def layers_of(model: nn.Module) -> nn.ModuleList:
-    """Return the decoder layers: of all lists of modules, that with most parameters."""
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    return max(lists, key=lambda each: sum(value.numel() for value in each.parameters()))
+    """Return the decoder layers: of all lists outside image and audio encoders, the largest."""
+    lists = {n: module for n, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    decoders = [module for name, module in lists.items() if not is_tower(name)]
+    return max(
+        decoders or lists.values(),
+        key=lambda each: sum(value.numel() for value in each.parameters()),
+    )
 
 
 def head_of(model: nn.Module) -> Callable[[Tensor], Tensor]:

@@ -1,14 +1,14 @@
 """Run a stock model while its weights stay on disk.
 
-The forward pass of the stock class runs unchanged. Each module loads its weights in float32 just
-before it runs and drops them afterwards. Large matrices are multiplied in blocks of rows,
-embeddings are read for the current tokens only, and experts one by one. So a model of any size
-needs the memory of its activations and of one expert or block.
+The forward pass of the stock class runs unchanged. A weight is loaded in float32 when any module
+reads it, and dropped after the module that owns it, or the layer, has run. Large matrices are
+multiplied in blocks of rows, embeddings are read for the current tokens only, and experts one by
+one. So a model of any size needs the memory of its activations and of one expert or block.
 
 Shapes: B sequences, T tokens, H hidden size, V vocabulary.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tritter.core.families import Config, StoredTensor, family_of, layout, match, on_disk
-from tritter.core.models import backbone_of, layers_of, meta_model, read_config
+from tritter.core.families.discovery.twin import first_tensor
+from tritter.core.models import backbone_of, layers_of, read_config, unloaded_model
 from tritter.storage.tensors import TensorFolder, TensorReader
 
 BLOCK_BYTES = 32 * 2**20  # of a matrix in float32: fits in the CPU cache
@@ -44,9 +45,12 @@ class StreamedModel:
         self._weights = _Weights(folder, config)
         self._input_ids = input_ids
         self._on_read = on_read or (lambda _: None)
-        self._model = meta_model(folder)
+        self._model = unloaded_model(folder, self._weights.buffer)
         self._head: nn.Module = self._model.get_output_embeddings()  # type: ignore[operator]
+        self._head_shape: torch.Size = self._head.weight.shape
         self._rows = slice(0, 1)  # of the head
+        self._loaded: dict[str, tuple[Tensor, int]] = {}  # with the version when it was loaded
+        self._counted: set[str] = set()  # tensors whose bytes were reported
         self._scratch: dict[str, Tensor] = {}
         self._outputs: Any = None
         self.states: list[Tensor] = []
@@ -57,12 +61,12 @@ class StreamedModel:
     @property
     def vocab_size(self) -> int:
         """V: rows of the head."""
-        return int(self._head_weight.shape[0])
+        return int(self._head_shape[0])
 
     @property
     def rows_per_block(self) -> int:
         """Number of rows of the head per block."""
-        return _rows_per_block(self._head_weight)
+        return _rows_per_block(self._head_shape)
 
     def logits(self, rows: slice) -> Tensor:
         """Return the logits [B, T, rows] of a part of the vocabulary, equal to the stock class.
@@ -71,73 +75,74 @@ class StreamedModel:
         layer and after each layer, [B, the last `KEPT_POSITIONS`, H].
         """
         self._rows = rows
-        with torch.inference_mode(), torch.autocast("cpu", enabled=False):
-            return self._model(input_ids=self._input_ids, use_cache=False).logits
-
-    @property
-    def _head_weight(self) -> Tensor:
-        return self._head.weight  # type: ignore[return-value]
+        # Not in inference mode, which does not tell if a module changes its weights
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            logits: Tensor = self._model(input_ids=self._input_ids, use_cache=False).logits
+        self._drop()
+        is_whole = logits.shape[-1] != rows.stop - rows.start  # the head is no plain matrix
+        return logits[..., rows] if is_whole else logits
 
     def _hook_weights(self) -> None:
-        """Make each module load its weights when it is called; `num_bytes` counts their size."""
-        names = {
-            id(parameter): name
-            for name, parameter in self._model.named_parameters()
-            if name in self._weights.live
-        }  # a tied head has the embedding's name
-        for name, buffer in self._model.named_buffers():
-            if buffer.is_meta:  # it is in the files, like a parameter
-                path, _, key = name.rpartition(".")
-                owner = self._model.get_submodule(path)
-                owner._buffers[key] = self._weights.whole(name).to(buffer.dtype)
-        whole: list[nn.Module] = []
-        if not family_of(self._weights.config).has_table:
-            # Without a table, modules may read the parameters of others: load layer by layer
-            whole = list(layers_of(self._model))
-            for layer in whole:
-                self._load_together(layer, names)
-        inner = {module for layer in whole for module in layer.modules()}
+        """Load weights when modules read them; `num_bytes` counts the size of all."""
+        named = self._model.state_dict(keep_vars=True)
+        names = {id(value): name for name, value in named.items() if name in self._weights.live}
         for module in self._model.modules():
-            if module in inner:
+            stand_ins = {key: each for key, each in module._parameters.items() if each is not None}
+            owned = {key: names[id(each)] for key, each in stand_ins.items()}
+            if not owned:
                 continue
-            unloaded = {key: each for key, each in module._parameters.items() if each is not None}
-            owned = {key: names[id(each)] for key, each in unloaded.items()}
+            read = partial(self._parameter, owned)
+            module._parameters = _Parameters(module._parameters, read)
             if type(module) is nn.Embedding:
-                module.padding_idx = None  # invalid among the loaded rows
-                module.register_forward_pre_hook(partial(self._load_rows, owned["weight"]))
+                module.forward = partial(self._embed, owned["weight"])  # type: ignore[method-assign]
                 continue
             self.num_bytes += sum(map(self._weights.bytes_of, owned.values()))
             if type(module) is nn.Linear:
                 module.forward = partial(self._linear, module, owned)  # type: ignore[method-assign]
-            elif owned:
-                module.register_forward_pre_hook(partial(self._load, owned))
-                module.register_forward_hook(partial(self._unload, owned, unloaded))
+            else:
+                module.register_forward_hook(
+                    partial(lambda names, *_: self._drop(names), owned.values())
+                )
 
-    def _load_together(self, layer: nn.Module, names: Mapping[int, str]) -> None:
-        """Make a layer load all its weights when it is called."""
-        for module in layer.modules():
-            unloaded = {key: each for key, each in module._parameters.items() if each is not None}
-            owned = {key: names[id(each)] for key, each in unloaded.items()}
-            if not owned:
-                continue
-            self.num_bytes += sum(map(self._weights.bytes_of, owned.values()))
-            layer.register_forward_pre_hook(partial(self._load_module, owned, module))
-            layer.register_forward_hook(partial(self._unload, owned, unloaded, module))
-
-    def _load_module(self, names: Mapping[str, str], module: nn.Module, *_: object) -> None:
-        for attribute, name in names.items():
+    def _parameter(self, names: Mapping[str, str], attribute: str) -> Any:
+        """Return a parameter that a module reads, or a stand-in for stacked experts."""
+        name = names[attribute]
+        self._count(name)
+        if self._weights.has_experts(name):
+            return _Experts(partial(self._expert, attribute, name))
+        if name not in self._loaded:
             value = self._weights.whole(name).to(torch.float32, copy=True)
-            module._parameters[attribute] = nn.Parameter(value, requires_grad=False)
+            self._loaded[name] = value, value._version
+        return self._loaded[name][0]
+
+    def _stored(self, name: str) -> Tensor:
+        """Return a tensor in its stored dtype, or the value in memory if a module has it."""
+        return self._loaded[name][0] if name in self._loaded else self._weights.whole(name)
+
+    def _drop(self, names: Iterable[str] | None = None) -> None:
+        """Drop loaded tensors, except those that modules have changed; None drops all."""
+        for name in [*(self._loaded if names is None else names)]:
+            value, version = self._loaded.get(name, (None, 0))
+            if value is not None and value._version == version:
+                del self._loaded[name]
+
+    def _count(self, name: str) -> None:
+        """Report the bytes of a tensor that is read for the first time."""
+        if name not in self._counted:
+            self._counted.add(name)
+            self._on_read(self._weights.bytes_of(name))
 
     def _hook_layers(self) -> None:
         """Record the last hidden states of each layer, and run the layers only once."""
         backbone = backbone_of(self._model)
         layers = layers_of(self._model)
         for layer in layers:
-            layer.register_forward_pre_hook(lambda _, inputs: self._keep(inputs[0]))
-        layers[-1].register_forward_hook(
-            lambda _, inputs, output: self._keep(output[0] if isinstance(output, tuple) else output)
-        )
+            layer.register_forward_pre_hook(
+                lambda _, inputs, options: self._keep([*inputs, *options.values()]),
+                with_kwargs=True,
+            )
+            layer.register_forward_hook(lambda *_: self._drop())
+        layers[-1].register_forward_hook(lambda _, inputs, outputs: self._keep(outputs))
         run = backbone.forward
 
         def once(*arguments: Any, **keywords: Any) -> Any:
@@ -147,48 +152,33 @@ class StreamedModel:
 
         backbone.forward = once
 
-    def _keep(self, hidden_BTH: Tensor) -> None:
+    def _keep(self, values: Any) -> None:
+        """Keep the last positions of the first tensor, the hidden states [B, T, H]."""
+        hidden_BTH = first_tensor(values)
+        assert hidden_BTH is not None
         self.states.append(hidden_BTH[:, -KEPT_POSITIONS:].clone())
 
     def _linear(self, module: nn.Linear, names: Mapping[str, str], hidden: Tensor) -> Tensor:
-        weight = self._weights.whole(names["weight"])
-        bias = self._weights.whole(names["bias"]).float() if "bias" in names else None
-        rows = self._rows if module is self._head else slice(0, len(weight))
+        weight = self._stored(names["weight"])
+        bias = self._stored(names["bias"]).float() if "bias" in names else None
+        is_head = module is self._head
+        rows = self._rows if is_head else slice(0, len(weight))
         outputs = []
-        for block in blocks(rows, _rows_per_block(weight)):
+        for block in blocks(rows, _rows_per_block(weight.shape)):
             wide = self._widened("weight", weight[block])
             outputs.append(F.linear(hidden, wide, None if bias is None else bias[block]))
-        columns = weight.shape[1] + (bias is not None)
-        self._on_read((rows.stop - rows.start) * columns * weight.itemsize)
+        if is_head:
+            columns = weight.shape[1] + (bias is not None)
+            self._on_read((rows.stop - rows.start) * columns * weight.itemsize)
+        else:
+            for name in names.values():
+                self._count(name)
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
 
-    def _load_rows(self, name: str, module: nn.Embedding, inputs: tuple[Tensor]) -> tuple[Tensor]:
-        """Load the embedding rows of the current tokens; return the tokens as indices of them."""
-        used, indices = inputs[0].unique(return_inverse=True)
-        rows = self._weights.whole(name)[used].float()
-        module.weight = nn.Parameter(rows, requires_grad=False)
-        return (indices,)
-
-    def _load(self, names: Mapping[str, str], module: nn.Module, inputs: object) -> None:
-        for attribute, name in names.items():
-            if self._weights.has_experts(name):
-                del module._parameters[attribute]
-                setattr(module, attribute, _Experts(partial(self._expert, attribute, name)))
-            else:
-                wide = self._widened(attribute, self._weights.whole(name))
-                module._parameters[attribute] = nn.Parameter(wide, requires_grad=False)
-
-    def _unload(
-        self,
-        names: Mapping[str, str],
-        unloaded: Mapping[str, nn.Parameter],
-        module: nn.Module,
-        *_: object,
-    ) -> None:
-        for attribute in unloaded.keys() - module._parameters.keys():
-            delattr(module, attribute)
-        module._parameters.update(unloaded)
-        self._on_read(sum(map(self._weights.bytes_of, names.values())))
+    def _embed(self, name: str, input_ids: Tensor) -> Tensor:
+        """Return the embeddings of the current tokens, whose rows alone are read."""
+        used, indices = input_ids.unique(return_inverse=True)
+        return F.embedding(indices, self._stored(name)[used].float())
 
     def _expert(self, attribute: str, name: str, expert: int) -> Tensor:
         return self._widened(attribute, self._weights.expert(name, expert))
@@ -201,6 +191,22 @@ class StreamedModel:
         if buffer is None or buffer.numel() < tensor.numel():
             buffer = self._scratch[key] = torch.empty(tensor.numel())
         return buffer[: tensor.numel()].view(tensor.shape).copy_(tensor)
+
+
+class _Parameters(dict[str, nn.Parameter | None]):
+    """Parameters of a module, which are loaded when they are read by name.
+
+    Loops over the parameters, which look for their dtype or device, get stand-ins.
+    """
+
+    def __init__(
+        self, stand_ins: Mapping[str, nn.Parameter | None], read: Callable[[str], Any]
+    ) -> None:
+        super().__init__(stand_ins)
+        self._read = read
+
+    def __getitem__(self, key: str) -> Any:
+        return None if super().__getitem__(key) is None else self._read(key)
 
 
 class _Experts:
@@ -217,7 +223,7 @@ class _Weights:
     """A folder's tensors by their names in memory, in their stored dtype; memory-mapped."""
 
     def __init__(self, folder: Path, config: Config) -> None:
-        self.config = config
+        self._has_table = family_of(config).has_table
         self._files = TensorFolder.open(folder)
         self._reader = TensorReader(self._files)
         self._stored = {
@@ -236,13 +242,18 @@ class _Weights:
         return itemsize * torch.Size(live.shape).numel()
 
     def has_experts(self, name: str) -> bool:
-        return self.live[name].is_of_experts
+        """Return True if a tensor stacks experts, and its class is known to index them."""
+        return self._has_table and self.live[name].is_of_experts
 
     def whole(self, name: str) -> Tensor:
         live = self.live[name]
         if name in self._unchanged:
             return self._reader.get(self._on_disk(live).name)
         return live.pack(self._read)
+
+    def buffer(self, name: str) -> Tensor | None:
+        """Return a tensor, or None if the files lack it."""
+        return self.whole(name).clone() if name in self.live else None
 
     def expert(self, name: str, expert: int) -> Tensor:
         """Return the matrix of one expert from a tensor that stacks experts."""
@@ -271,5 +282,5 @@ def blocks(rows: slice, step: int) -> Iterator[slice]:
         yield slice(begin, min(begin + step, rows.stop))
 
 
-def _rows_per_block(weight: Tensor) -> int:
-    return max(1, BLOCK_BYTES // (4 * weight.shape[1]))
+def _rows_per_block(shape: torch.Size) -> int:
+    return max(1, BLOCK_BYTES // (4 * shape[1]))

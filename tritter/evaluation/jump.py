@@ -19,7 +19,7 @@ class Jump:
 
     Args:
         max_absolute: of the logits of old tokens.
-        relative_to_std: the same in standard deviations.
+        relative_to_std: the same in standard deviations; infinite if all old logits are equal.
         new_token_mass: mean probability of new tokens; None without new tokens. Rows of no token,
             which pad the vocabulary, do not count.
     """

@@ -3,8 +3,8 @@
     python -m tests.core.families.model_types [MODEL_TYPE ..]
 
 writes docs/reference/model_types.md. Each row is measured: a tiny model of the type is saved with
-random weights, expanded by `tritter.expand`, and both folders are loaded with the stock class. For
-growth in width it has one layer of each kind.
+random weights, expanded by `tritter expand` with its default check, and both folders are loaded
+with the stock class. For growth in width it has one layer of each kind.
 """
 
 import json
@@ -13,16 +13,22 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-import tritter
-from tritter.core.expansions import ExpansionSpec, LlamaPro
+from tritter.cli import main as tritter
+from tritter.cli.methods import method_words
+from tritter.cli.output import EXIT_NO
+from tritter.core import streamed
+from tritter.core.expansions import ExpansionSpec, LlamaPro, Stack
 from tritter.core.expansions.specification import is_possible
 from tritter.core.expansions.targets import growth_examples
 from tritter.core.families import Config, family_of, find_family
@@ -36,6 +42,7 @@ from tritter.methods.growth.growable import GrowableCausalLM
 PAGE = Path(__file__).parents[3] / "docs/reference/model_types.md"
 MODEL_TYPES = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 TOKENS = torch.randint(3, 60, (2, 11), generator=torch.Generator().manual_seed(5))
+_BLOCK_BYTES = 4 * 64 * 50  # the check multiplies in blocks of rows, as in large models
 EXACT = 1e-4  # largest logit difference in standard deviations, float32
 _INDEXER = {
     "indexer_n_heads": 4,
@@ -76,8 +83,9 @@ tritter inspect base --family
 ```
 
 The table lists the causal language models of transformers VERSION, each with the default config \
-of its class; `tests/core/families/model_types.py` writes it. Each *exact* was measured: a \
-tiny model was expanded from files, and the stock class gave the same logits before and after.
+of its class; `tests/core/families/model_types.py` writes it. Each *exact* was measured: \
+`tritter expand` expanded a tiny model and found no difference, and the stock class gave the same \
+logits before and after.
 
 Depth:
 
@@ -116,17 +124,15 @@ _HEADER = f"| `model_type` | depth | FFN | heads | hidden size | experts | neuro
 _SIZES = ("FFN", "heads", "hidden size", "experts", "neurons")
 
 
-_OPTIONS = r"(expansion\.)?(width|moe_add|hidden_size|num_attention_heads|intermediate_size)"
-
-
 @dataclass(frozen=True, slots=True)
 class Row:
     """What can grow in a model type.
 
     Args:
         model_type: name in config.json.
-        depth: `exact`, `with options`, `copies only`, `refused`, `table`, or `WRONG`.
-        sizes: of `_SIZES`: `exact`, `multiples`, `with hidden`, `refused`, `none` or `WRONG`.
+        depth: `exact`, `with options`, `copies only`, `refused`, `table`, or `WRONG` if the stock
+            class differs, `CAUGHT` if the check of `tritter expand` found a difference.
+        sizes: of `_SIZES`: `exact`, `multiples`, `with hidden`, `refused`, `none`, or as above.
         note: the tensors that are zeroed in a new layer, or the reason; then the reasons of sizes.
     """
 
@@ -178,35 +184,33 @@ def _depth(base: Path, grown: Path) -> tuple[str, str]:
         config, reason = read_config(base), ""
     except TritterError as error:
         return "refused", _short(error)
-    for method, options, note in _requests(config):
+    for request, note in _requests(config):
         try:
-            tritter.expand(base, method, output=grown, **options)
+            word = _grown(base, grown, request, "with options" if note else "exact")
         except TritterError as error:
             reason = reason or _short(error)
             continue
         family = family_of(config)
         assert isinstance(family, DiscoveredFamily)
-        names = ", ".join(f"`{name}`" for name in family.zeroed_names)
-        word = "with options" if note else "exact"
-        return word if _is_exact(base, grown) else "WRONG", names + note
+        return word, ", ".join(f"`{name}`" for name in family.zeroed_names) + note
     return _copied(base, grown, reason)
 
 
-def _requests(config: Config) -> Iterator[tuple[str, dict[str, Any], str]]:
-    """Yield the method, the options and a note of exact growth in depth, the simplest first."""
-    yield "llama_pro", {}, ""
+def _requests(config: Config) -> Iterator[tuple[ExpansionSpec, str]]:
+    """Yield requests of exact growth in depth with their notes, the simplest first."""
+    yield LlamaPro(), ""
     layers = family_of(config).dimensions(config).num_hidden_layers
     fit = [layer for layer in range(layers) if is_possible(config, LlamaPro(positions=(layer,)))]
     if 0 < len(fit) < layers:
         others = [layer for layer in range(layers) if layer not in fit]
         note = f"from {fit}" if len(fit) < len(others) else f"without {others}"
-        yield "llama_pro", {"positions": fit[1::2] or fit}, f"; with `positions` {note}"
-    yield "stack", {"identity_init": True}, "; only `stack` with `identity_init=true`"
+        yield LlamaPro(positions=tuple(fit[1::2] or fit)), f"; with `positions` {note}"
+    yield Stack(identity_init=True), "; only `stack` with `identity_init=true`"
 
 
 def _copied(base: Path, grown: Path, reason: str) -> tuple[str, str]:
     try:
-        tritter.expand(base, "stack", output=grown)
+        expanded(base, grown, Stack())
         _logits(grown)
     except TritterError as error:
         return "refused", f"{reason.removesuffix('; use dus or stack')}; copies: {_short(error)}"
@@ -222,10 +226,11 @@ def _widths(base: Path, place: Path, note: str) -> tuple[tuple[str, ...], str]:
         return ("refused",) * len(_SIZES), f"{note}; {_short(error)}"
     for name, examples in requests.items():
         for word, example in zip(("exact", "multiples"), examples, strict=False):
-            found, reason = _grown(base, place / name, example, word)
-            if found != "refused":
+            try:
+                word, reason = _grown(base, place / name, example, word), ""
                 break
-        word = found
+            except TritterError as error:
+                word, reason = "refused", _short(error)
         if "no config key" in reason or "has no experts" in reason:
             word = "none"
         elif name == "heads" and "follows from the hidden size" in reason:
@@ -257,13 +262,31 @@ def _with_neurons(base: Path, grown: Path) -> tuple[str, str]:
     return ("exact" if _is_exact(base, grown) else "WRONG"), ""
 
 
-def _grown(base: Path, grown: Path, request: ExpansionSpec, word: str) -> tuple[str, str]:
-    """Return the word, `WRONG`, or `refused` with the reason."""
-    try:
-        tritter.expand(base, request, output=grown, overwrite=True)
-    except TritterError as error:
-        return "refused", _short(error)
-    return (word if _is_exact(base, grown) else "WRONG"), ""
+def _grown(base: Path, grown: Path, request: ExpansionSpec, word: str) -> str:
+    """Return the word if a request preserves the function, or else how that was found.
+
+    Raises:
+        TritterError: it was refused.
+    """
+    if not expanded(base, grown, request):
+        return "CAUGHT"
+    return word if _is_exact(base, grown) else "WRONG"
+
+
+def expanded(base: Path, grown: Path, request: ExpansionSpec) -> bool:
+    """Expand a folder by the plain command; return False if its check finds a difference.
+
+    Raises:
+        TritterError: it was refused, or failed.
+    """
+    words = ["expand", "--checkpoint", str(base), *method_words(request), "--output", str(grown)]
+    blocks = patch.object(streamed, "BLOCK_BYTES", _BLOCK_BYTES)
+    with blocks, redirect_stdout(StringIO()), redirect_stderr(StringIO()) as said:
+        code = tritter([*words, "--overwrite"])
+    if code not in (0, EXIT_NO):
+        text = said.getvalue().removeprefix("error: ").partition("\nNothing was written.")[0]
+        raise TritterError(text)
+    return code == 0
 
 
 def _is_exact(base: Path, grown: Path) -> bool:
@@ -284,7 +307,7 @@ def _short(error: Exception) -> str:
     text = text or type(error).__name__
     text = re.sub(r"^(config\.json|method|\S+\.safetensors): ", "", text)
     text = re.sub(r"^\S+/config\.json is not a usable config: ", "", text)
-    text = re.sub(rf"^({_OPTIONS})( = [^:]*)?: ", "", text)
+    text = re.sub(r"^--[\w-]+( = [^:]*| [\w-]+)?: ", "", text)
     text = re.sub(r"^model_type '[^']+': |^model_type '[^']+' is not supported: ", "", text)
     return text[:160].rstrip(". ")
 

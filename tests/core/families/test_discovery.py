@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.flop_counter import FlopCounterMode
@@ -18,11 +19,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers import __version__ as transformers_version
 
 import tritter
-from tests.core.families.model_types import MODEL_TYPES, PAGE, example, measured
+from tests.core.families.model_types import MODEL_TYPES, PAGE, example, expanded, measured
 from tests.oracle.families import OWN, tiny
 from tritter.checkpoints import read_lineage
-from tritter.cli import main
-from tritter.core.expansions import Width
+from tritter.cli import main, measure
+from tritter.core.expansions import LlamaPro, Width
 from tritter.core.families import (
     FAMILIES,
     Config,
@@ -34,6 +35,7 @@ from tritter.core.families.discovery.configs import deeper_configs
 from tritter.core.families.discovery.family import DiscoveredFamily, discover
 from tritter.core.families.discovery.twin import Block, build_twin, find_writers
 from tritter.errors import RequestError
+from tritter.evaluation.jump import folder_jump
 
 QUICK = ("llama", "gemma2", "gpt2", "qwen3_moe")
 LENGTH = 20
@@ -463,6 +465,30 @@ def test_the_page_has_what_is_measured(model_type: str, tmp_path: Path) -> None:
     row = str(measured(model_type, tmp_path))
     assert "WRONG" not in row
     assert row in PAGE.read_text(encoding="utf-8").splitlines()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "model_type", [name for name in MODEL_TYPES if f"| `{name}` | exact |" in PAGE.read_text()]
+)
+def test_new_layers_that_are_not_quite_zero_are_caught(
+    model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The negative control of the page: what is zeroed in new layers is not quite zero."""
+
+    def damaged(source: Path, result: Path, *arguments: Any, **options: Any) -> Any:
+        (file,) = result.glob("*.safetensors")
+        tensors = load_file(file)
+        for name in tensors:  # several, since one alone may feed another that is zero
+            if name.endswith(zeroed) and not tensors[name].any():
+                tensors[name][..., 0] += 0.01
+        save_file(tensors, file, metadata={"format": "pt"})
+        return folder_jump(source, result, *arguments, **options)
+
+    monkeypatch.setattr(measure, "folder_jump", damaged)
+    folder = example_folder(model_type, tmp_path)
+    zeroed = discover(example(model_type)).zeroed_names
+    assert not expanded(folder, tmp_path / "grown", LlamaPro())
 
 
 def test_twins_run_in_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -141,13 +141,18 @@ def layer_list(model: nn.Module) -> str:
     }
     if not sizes:
         raise RequestError("the model has no list of layers.")
-    decoders = {name: size for name, size in sizes.items() if not _TOWER.search(name)}
+    decoders = {name: size for name, size in sizes.items() if not is_tower(name)}
     sizes = decoders or sizes
     found = max(sizes, key=lambda name: sizes[name])
     owner = found.rpartition(".")[0]
     if others := [name for name in sizes if name != found and name.rpartition(".")[0] == owner]:
         raise RequestError(f"a layer is spread over the lists {', '.join([found, *others])}.")
     return found
+
+
+def is_tower(name: str) -> bool:
+    """Return True if a module belongs to the encoder of images or audio, by its name."""
+    return _TOWER.search(name) is not None
 
 
 def layers_on_disk(name: str, disk: Mapping[str, object]) -> str:
