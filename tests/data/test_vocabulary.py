@@ -30,7 +30,6 @@ from tritter.errors import RequestError
 
 PROSE = "the quick brown fox jumps over the lazy dog and the bear sleeps in the sun\n" * 20
 CODE = "def jump(self, dog):\n    return self.dog.jump(dog) if dog else None\n" * 20
-ROWS = 400  # of the embedding, more than the tokenizer has tokens
 
 
 @cache
@@ -61,8 +60,8 @@ def sentence_piece() -> Tokenizer:
 @cache
 def extended(kind: str) -> tuple[Tokenizer, ExtendedTokenizer, Tokenizer]:
     old = byte_level() if kind == "bytes" else sentence_piece()
-    merges = learn_merges(old, [CODE], num_tokens=12, first_id=ROWS)
-    made = ExtendedTokenizer(require_bpe(old), merges, ROWS)
+    merges = learn_merges(old, [CODE], num_tokens=12)
+    made = ExtendedTokenizer(require_bpe(old), merges)
     return old, made, made.tokenizer()
 
 
@@ -87,7 +86,8 @@ def test_new_tokens_consist_of_the_old_tokens_of_the_same_text(kind: str, text: 
 @pytest.mark.parametrize("kind", ["bytes", "pieces"])
 def test_frequent_pairs_of_the_data_become_tokens(kind: str) -> None:
     old, made, new = extended(kind)
-    assert list(made.new_ids) == list(range(ROWS, ROWS + 12))
+    size = old.get_vocab_size()  # no id is left out
+    assert made.new_ids == tuple(range(size, size + 12))
     lengths = [len(each.encode(CODE).ids) for each in (old, new)]
     assert lengths[1] < 0.75 * lengths[0]
     assert len(new.encode(PROSE).ids) == len(old.encode(PROSE).ids)
@@ -101,7 +101,7 @@ def test_frequent_pairs_of_the_data_become_tokens(kind: str) -> None:
 def test_the_most_frequent_pair_is_the_first_merge() -> None:
     old = byte_level()
     ids = old.encode("xq xq xq xq zz zz").ids
-    (pair,) = learn_merges(old, ["xq xq xq xq zz zz"], num_tokens=1, first_id=ROWS)
+    (pair,) = learn_merges(old, ["xq xq xq xq zz zz"], num_tokens=1)
     assert pair in pairwise(ids)
     assert old.decode(list(pair)).endswith("xq")
 
@@ -109,31 +109,29 @@ def test_the_most_frequent_pair_is_the_first_merge() -> None:
 def test_learning_does_not_depend_on_the_order_of_documents() -> None:
     lines = CODE.splitlines(keepends=True) + PROSE.splitlines(keepends=True)
     shuffled = Random(0).sample(lines, len(lines))
-    first, second = (
-        learn_merges(byte_level(), each, num_tokens=8, first_id=ROWS) for each in (lines, shuffled)
-    )
+    first, second = (learn_merges(byte_level(), each, num_tokens=8) for each in (lines, shuffled))
     assert first == second
 
 
 def test_too_few_pairs_are_refused_with_their_number() -> None:
     with pytest.raises(RequestError, match=r"new_tokens = 5: .*only 1 frequent"):
-        learn_merges(byte_level(), ["xq xq"], num_tokens=5, first_id=ROWS)
-    merges = learn_merges(byte_level(), ["xq xq"], num_tokens=5, first_id=ROWS, is_at_most=True)
+        learn_merges(byte_level(), ["xq xq"], num_tokens=5)
+    merges = learn_merges(byte_level(), ["xq xq"], num_tokens=5, is_at_most=True)
     assert len(merges) == 1
 
 
 def test_a_special_token_is_never_a_merge() -> None:
     text = "a <|end|> b <|end|> " * 20
-    merges = learn_merges(byte_level(), [text], num_tokens=9, first_id=ROWS, is_at_most=True)
-    made = ExtendedTokenizer(require_bpe(byte_level()), merges, ROWS)
+    merges = learn_merges(byte_level(), [text], num_tokens=9, is_at_most=True)
+    made = ExtendedTokenizer(require_bpe(byte_level()), merges)
     assert "<|end|>" not in [made.surfaces[number] for number in made.new_ids]
     assert made.tokenizer().encode("<|end|>").ids == byte_level().encode("<|end|>").ids
 
 
 def test_given_texts_become_single_tokens() -> None:
     for old in (byte_level(), sentence_piece()):
-        merges = give_merges(old, [" return", " returns", "dog"], first_id=ROWS, key="tokens")
-        made = ExtendedTokenizer(require_bpe(old), merges, ROWS)
+        merges = give_merges(old, [" return", " returns", "dog"], key="tokens")
+        made = ExtendedTokenizer(require_bpe(old), merges)
         new = made.tokenizer()
         for text in (" return", " returns"):
             ids = new.encode(f"x{text}").ids
@@ -146,37 +144,37 @@ def test_a_text_with_a_repeated_pair_becomes_one_token(text: str) -> None:
     for old in (byte_level(), sentence_piece()):
         surface = text if old is byte_level() else f" {text}"
         try:
-            merges = give_merges(old, [surface], first_id=ROWS, key="tokens")
+            merges = give_merges(old, [surface], key="tokens")
         except RequestError:  # characters that this tokenizer does not know
             continue
-        new = ExtendedTokenizer(require_bpe(old), merges, ROWS).tokenizer()
+        new = ExtendedTokenizer(require_bpe(old), merges).tokenizer()
         assert len(new.encode(text).ids) == 1
 
 
 def test_a_token_can_not_cross_words() -> None:
     with pytest.raises(RequestError, match="splits it into 2 words"):
-        give_merges(byte_level(), ["the dog"], first_id=ROWS, key="expansion.vocab.tokens")
-    assert not give_merges(byte_level(), ["the dog"], first_id=ROWS, key="k", is_lenient=True)
+        give_merges(byte_level(), ["the dog"], key="expansion.vocab.tokens")
+    assert not give_merges(byte_level(), ["the dog"], key="k", is_lenient=True)
     with pytest.raises(RequestError, match="can't cross words"):
-        give_merges(sentence_piece(), ["the dog"], first_id=ROWS, key="expansion.vocab.tokens")
+        give_merges(sentence_piece(), ["the dog"], key="expansion.vocab.tokens")
     with pytest.raises(RequestError, match="single bytes"):
-        give_merges(sentence_piece(), ["日本"], first_id=ROWS, key="expansion.vocab.tokens")
+        give_merges(sentence_piece(), ["日本"], key="expansion.vocab.tokens")
 
 
 def test_other_kinds_of_tokenizers_are_refused() -> None:
     words = Tokenizer(models.WordLevel({"a": 0, "<unk>": 1}, unk_token="<unk>"))
     with pytest.raises(RequestError, match="BPE"):
-        learn_merges(words, [CODE], num_tokens=2, first_id=2)
+        learn_merges(words, [CODE], num_tokens=2)
 
 
 def chain(*merges: tuple[int, int]) -> ExtendedTokenizer:
     content = {"model": {"vocab": {"a": 0, "b": 1, "ab": 2, "abab": 3, "zz": 4}, "merges": []}}
-    return ExtendedTokenizer(content, Merges(merges), 10)
+    return ExtendedTokenizer(content, Merges(merges))
 
 
 def test_rows_are_means_of_the_parts() -> None:
-    made = chain((2, 0), (10, 0), (0, 1))  # aba, abaa, and ab, which exists
-    assert list(made.new_ids) == [10, 11]
+    made = chain((2, 0), (5, 0), (0, 1))  # aba, abaa, and ab, which exists
+    assert made.new_ids == (5, 6)
     assert mean_rows(made) == [{2: 0.5, 0: 0.5}, {2: 1 / 3, 0: 2 / 3}]
     rows = RowWeights.of(mean_rows(made))
     assert rows.index.tolist() == [[2, 0], [2, 0]]

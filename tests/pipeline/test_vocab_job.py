@@ -240,4 +240,4 @@ def test_the_rest_is_checked_where_the_last_token_twice_is_a_token(tmp_path: Pat
     source = Source.open(tmp_path / "base", read_config(tmp_path / "base"))
     branch = with_example(Branch("given", (Vocab(multiple_of=1),)), source)
     plan = plan_expansion(source, branch.specs)
-    assert plan.vocabulary is not None and plan.vocabulary.num_new == 1
+    assert plan.vocabulary is not None and len(plan.vocabulary.new_ids) == 1

@@ -1,6 +1,6 @@
 """Measure the step-0 error of an expansion in stock models, layer by layer."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -67,9 +67,12 @@ def measure(
 
     config = read_config(result.folder)
     try:
-        tokens, added = random_tokens(source.config), result.plan.vocabulary
-        num_new = None if added is None else added.num_new
-        found = folder_jump(source.folder, result.folder, tokens, num_new=num_new, progress=show)
+        added = result.plan.vocabulary
+        new_tokens = None if added is None else added.new_ids
+        tokens = random_tokens(source.config, unlike=new_tokens or ())
+        found = folder_jump(
+            source.folder, result.folder, tokens, new_tokens=new_tokens, progress=show
+        )
     except TritterError:
         raise
     # Stock classes trust their config, so a bad value may raise any exception
@@ -101,10 +104,12 @@ def measure(
     return Measurement(lineage, error, is_broken, text, first_difference)
 
 
-def random_tokens(config: Config) -> Tensor:
-    """Return fixed random tokens for comparing models, int64 [B, T]."""
+def random_tokens(config: Config, *, unlike: Sequence[int] = ()) -> Tensor:
+    """Return fixed random tokens for comparing models, int64 [B, T], none of them in `unlike`."""
     family = family_of(config)
     vocab_size = family.dimensions(config).vocab_size
     generator = torch.Generator().manual_seed(0)
     shape = (SEQUENCES_OF_EXPERTS if family.has_experts else SEQUENCES, LENGTH)
-    return torch.randint(0, vocab_size, shape, generator=generator)
+    ids = torch.arange(vocab_size)
+    ids = ids[~torch.isin(ids, torch.tensor(unlike, dtype=torch.int64))]
+    return ids[torch.randint(0, len(ids), shape, generator=generator)]

@@ -4,7 +4,7 @@ A new token is the merge of two tokens that come before it. Merges of lower rank
 so text without a new merge is tokenised as before, and decoding stays lossless. This continues the
 training of the tokenizer (arXiv 1508.07909) instead of starting it again.
 
-Token ids are those of the model: new tokens follow its last embedding row.
+New tokens get the first ids that no token has, so they take rows that only pad the embedding.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice, pairwise
+from itertools import count, islice, pairwise
 from typing import TYPE_CHECKING, Any
 
 from tritter.data.chat import ANSWER, ids_of
@@ -38,23 +38,25 @@ _KEY = "expansion.vocab"
 
 
 class _Tokens:
-    """Texts and ids of the tokens of a vocabulary; a new text gets the next id.
+    """Texts and ids of the tokens of a vocabulary; a new text gets the first id without a token.
 
     Args:
         content: tokenizer.json.
-        first_id: id of the first new token.
     """
 
-    def __init__(self, content: Mapping[str, Any], first_id: int) -> None:
+    def __init__(self, content: Mapping[str, Any]) -> None:
         self.ids: dict[str, int] = dict(content["model"]["vocab"])
         self.texts = {number: text for text, number in self.ids.items()}
-        self.next_id = first_id
+        self.new_ids: list[int] = []
+        taken = {*self.texts, *(each["id"] for each in content.get("added_tokens") or ())}
+        self._free_ids = (number for number in count() if number not in taken)
 
     def add(self, text: str) -> int:
         """Return the id of a text, as a new token if it is none."""
         if text not in self.ids:
-            self.ids[text], self.texts[self.next_id] = self.next_id, text
-            self.next_id += 1
+            number = next(self._free_ids)
+            self.ids[text], self.texts[number] = number, text
+            self.new_ids.append(number)
         return self.ids[text]
 
     def merge(self, left: int, right: int) -> int:
@@ -69,34 +71,36 @@ class ExtendedTokenizer:
     Args:
         content: tokenizer.json before the extension.
         merges: pairs of token ids, in order; a new token may be part of a later pair.
-        first_id: id of the first new token: the number of embedding rows.
     """
 
     content: Mapping[str, Any]
     merges: Merges
-    first_id: int
 
     @cached_property
-    def surfaces(self) -> dict[int, str]:
-        """Token id → its text in the vocabulary; old tokens, then new ones."""
-        tokens = _Tokens(self.content, self.first_id)
+    def _tokens(self) -> _Tokens:
+        tokens = _Tokens(self.content)
         for left, right in self.merges:
             tokens.merge(left, right)
-        return tokens.texts
+        return tokens
+
+    @property
+    def surfaces(self) -> dict[int, str]:
+        """Token id → its text in the vocabulary; old tokens, then new ones."""
+        return self._tokens.texts
 
     @cached_property
-    def new_ids(self) -> range:
+    def new_ids(self) -> tuple[int, ...]:
         """Ids of the new tokens; fewer than merges if a merge gives a token that exists."""
-        return range(self.first_id, 1 + max(self.first_id - 1, *self.surfaces))
+        return tuple(self._tokens.new_ids)
 
     @cached_property
     def parts(self) -> dict[int, tuple[int, ...]]:
         """New token → the old tokens that it consists of."""
-        ids = {text: number for number, text in self.surfaces.items()}
+        ids, new = self._tokens.ids, frozenset(self.new_ids)
         parts: dict[int, tuple[int, ...]] = {}
         for left, right in self.merges:
             made = ids[self.surfaces[left] + self.surfaces[right]]
-            if made >= self.first_id and made not in parts:
+            if made in new and made not in parts:
                 parts[made] = parts.get(left, (left,)) + parts.get(right, (right,))
         return parts
 
@@ -140,7 +144,6 @@ def learn_merges(
     texts: Iterable[str],
     *,
     num_tokens: int,
-    first_id: int,
     is_at_most: bool = False,
 ) -> Merges:
     """Return the merges that give the most frequent new tokens of some texts.
@@ -152,7 +155,6 @@ def learn_merges(
         tokenizer: the tokenizer to extend.
         texts: the documents.
         num_tokens: number of new tokens.
-        first_id: id of the first new token.
         is_at_most: fewer tokens are fine, but at least one.
 
     Raises:
@@ -168,8 +170,8 @@ def learn_merges(
         trainee.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
         trainer = trainers.BpeTrainer(vocab_size=size + spare, show_progress=False, min_frequency=2)
         trainee.train_from_iterator(lines, trainer=trainer)
-        merges = _first_merges(trainee, content, first_id, num_tokens)
-        made = len(ExtendedTokenizer(content, tuple(merges), first_id).new_ids)
+        merges = _first_merges(trainee, content, num_tokens)
+        made = len(ExtendedTokenizer(content, tuple(merges)).new_ids)
         if made == num_tokens:
             return tuple(merges)
     if is_at_most and made:
@@ -181,10 +183,10 @@ def learn_merges(
 
 
 def _first_merges(
-    trainee: Tokenizer, content: Mapping[str, Any], first_id: int, num_tokens: int
+    trainee: Tokenizer, content: Mapping[str, Any], num_tokens: int
 ) -> list[tuple[int, int]]:
     """Return learned merges up to `num_tokens` new tokens, as pairs of token ids."""
-    tokens, merges = _Tokens(content, first_id), list[tuple[int, int]]()
+    tokens, merges = _Tokens(content), list[tuple[int, int]]()
     special = {entry["content"] for entry in content.get("added_tokens") or ()}
     # What is learned → its text; a character stands for a token
     surfaces = {chr(number + _FIRST_CHARACTER): text for number, text in tokens.texts.items()}
@@ -193,7 +195,7 @@ def _first_merges(
             continue  # part of a special token
         if (text := surfaces[left] + surfaces[right]) in special:
             continue
-        if text not in tokens.ids and tokens.next_id == first_id + num_tokens:
+        if text not in tokens.ids and len(tokens.new_ids) == num_tokens:
             break
         tokens.add(text)
         surfaces[left + right] = text
@@ -245,7 +247,6 @@ def give_merges(
     tokenizer: Tokenizer,
     tokens: Iterable[str],
     *,
-    first_id: int,
     key: str,
     is_lenient: bool = False,
     most: int | None = None,
@@ -257,7 +258,6 @@ def give_merges(
     Args:
         tokenizer: the tokenizer to extend.
         tokens: the texts; a leading space belongs to the token.
-        first_id: id of the first new token.
         key: configuration key of the tokens, for messages.
         is_lenient: skip texts that can't be tokens.
         most: limit of new tokens.
@@ -266,7 +266,7 @@ def give_merges(
         RequestError: it is not a BPE tokenizer, or splits a text into several words.
     """
     content = require_bpe(tokenizer)
-    known, ranks = _Tokens(content, first_id), dict[tuple[int, int], int]()
+    known, ranks = _Tokens(content), dict[tuple[int, int], int]()
     unknown = known.ids.get(content["model"].get("unk_token") or "")
     for token in tokens:
         surface, reason = _surface(tokenizer, content, token)
@@ -276,7 +276,7 @@ def give_merges(
         if reason and not is_lenient:
             raise RequestError(Problem(key, token, reason=reason))
         ids = [] if reason else _merged(ids, ranks, known)
-        if most is not None and known.next_id - first_id + max(len(ids) - 1, 0) > most:
+        if most is not None and len(known.new_ids) + max(len(ids) - 1, 0) > most:
             break
         while len(ids) > 1:
             left, right = ids[:2]
@@ -372,7 +372,8 @@ def overlap_rows(extended: ExtendedTokenizer) -> list[dict[int, float]]:
     """
     import numpy as np
 
-    old = [number for number in extended.surfaces if number < extended.first_id]
+    made_ids = frozenset(extended.new_ids)
+    old = [number for number in extended.surfaces if number not in made_ids]
     new, fallback = list(extended.new_ids), mean_rows(extended)
     columns: dict[str, int] = {}
     known, made = (

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -44,7 +45,7 @@ def logit_jump(
     after_model: nn.Module,
     input_ids: Tensor,
     *,
-    num_new: int | None = None,
+    new_tokens: Sequence[int] | None = None,
 ) -> Jump:
     """Compare two models on the same tokens, in float32 and without autocast.
 
@@ -52,28 +53,36 @@ def logit_jump(
         before_model: the model before expansion.
         after_model: the model after expansion.
         input_ids: int64 [B, T] of real text; random tokens may miss some changes.
-        num_new: number of new tokens. Default: all rows that the vocabulary has more.
+        new_tokens: their ids. Default: all rows that the vocabulary has more.
 
     Raises:
         TritterError: the vocabulary shrank.
     """
     before, after = logits_of(before_model, input_ids), logits_of(after_model, input_ids)
-    size = _compared_size(before.shape[-1], after.shape[-1])
-    largest, mass = (after[..., :size] - before).abs().max(), None
-    if after.shape[-1] > size:
-        end = None if num_new is None else size + num_new
-        mass = float(after.softmax(dim=-1)[..., size:end].sum(dim=-1).mean())
-    return Jump(float(largest), float(largest / before.std()), mass)
+    kinds, mass = _kinds_of_rows(before.shape[-1], after.shape[-1], new_tokens), None
+    old = (kinds == _OLD).nonzero().flatten()
+    kept = before[..., old]
+    largest = (after[..., old] - kept).abs().max()
+    if bool((kinds == _NEW).any()):
+        mass = float(after.softmax(dim=-1)[..., kinds == _NEW].sum(dim=-1).mean())
+    return Jump(float(largest), float(largest / kept.std()), mass)
 
 
-def _compared_size(before: int, after: int) -> int:
-    """Return the number of tokens whose logits are compared."""
+_OLD, _NEW, _UNUSED = range(3)  # kinds of rows; rows of no token that were there are old
+
+
+def _kinds_of_rows(before: int, after: int, new_tokens: Sequence[int] | None) -> Tensor:
+    """Return the kind of each row of the vocabulary after the expansion, int64 [after]."""
     if after < before:
         raise TritterError(
             f"evaluation: vocabularies of {before} tokens before and {after} after the expansion "
             "cannot be compared; old tokens are missing"
         )
-    return before
+    kinds = torch.full((after,), _UNUSED)
+    kinds[:before] = _OLD
+    new = range(before, after) if new_tokens is None else new_tokens
+    kinds[torch.tensor(new, dtype=torch.int64)] = _NEW
+    return kinds
 
 
 def logits_of(model: nn.Module, input_ids: Tensor) -> Tensor:
@@ -134,7 +143,7 @@ def folder_jump(
     after: Path,
     input_ids: Tensor,
     *,
-    num_new: int | None = None,
+    new_tokens: Sequence[int] | None = None,
     progress: Progress | None = None,
 ) -> FolderJump:
     """Compare the models of two folders on the same tokens, in float32.
@@ -143,7 +152,7 @@ def folder_jump(
         before: folder of the model before expansion.
         after: folder of the model after expansion.
         input_ids: int64 [B, T].
-        num_new: number of new tokens. Default: all rows that the vocabulary has more.
+        new_tokens: their ids. Default: all rows that the vocabulary has more.
         progress: called with bytes read so far and in total.
 
     Raises:
@@ -159,28 +168,27 @@ def folder_jump(
 
     models = [StreamedModel(folder, input_ids, on_read=count) for folder in (before, after)]
     total = sum(model.num_bytes for model in models)
-    size = _compared_size(*(model.vocab_size for model in models))
+    before_size, after_size = (model.vocab_size for model in models)
+    kinds = _kinds_of_rows(before_size, after_size, new_tokens)
     step = min(model.rows_per_block for model in models)
     largest, mass = torch.zeros(()), None
     moments = torch.zeros(3, dtype=torch.float64)  # number, sum and sum of squares
-    # Log of the sum of exp over old tokens, new ones, and rows of no token
-    totals = [torch.tensor(-torch.inf)] * 3
-    for rows in blocks(slice(0, size), step):
-        old_BTV, new_BTV = (model.logits(rows) for model in models)
-        totals[0] = torch.logaddexp(totals[0], new_BTV.logsumexp(dim=-1))
-        largest = torch.maximum(largest, (new_BTV - old_BTV).abs().max())  # keeps NaN
-        wide = old_BTV.double()
-        number = torch.tensor(wide.numel()).double()
-        moments += torch.stack([number, wide.sum(), wide.square().sum()])
-    last = models[1].vocab_size
-    end = last if num_new is None else size + num_new
-    for place, part in ((1, slice(size, end)), (2, slice(end, last))):
-        for rows in blocks(part, step):
-            more_BT = models[1].logits(rows).logsumexp(dim=-1)
-            totals[place] = torch.logaddexp(totals[place], more_BT)
-    if last > size:
-        others = torch.logaddexp(totals[0], totals[2])
-        mass = float((totals[1] - others).sigmoid().mean())
+    totals = [torch.tensor(-torch.inf)] * 3  # log of the sum of exp over the rows of each kind
+    parts = (slice(0, before_size), slice(before_size, after_size))
+    for rows in chain.from_iterable(blocks(part, step) for part in parts):
+        new_BTV, kinds_V = models[1].logits(rows), kinds[rows]
+        for kind in kinds_V.unique().tolist():
+            sum_BT = new_BTV[..., kinds_V == kind].logsumexp(dim=-1)
+            totals[kind] = torch.logaddexp(totals[kind], sum_BT)
+        if bool((kinds_V == _OLD).any()):
+            old_BTV = models[0].logits(rows)[..., kinds_V == _OLD]
+            largest = torch.maximum(largest, (new_BTV[..., kinds_V == _OLD] - old_BTV).abs().max())
+            wide = old_BTV.double()
+            number = torch.tensor(wide.numel()).double()
+            moments += torch.stack([number, wide.sum(), wide.square().sum()])
+    if bool((kinds == _NEW).any()):
+        others = torch.logaddexp(totals[_OLD], totals[_UNUSED])
+        mass = float((totals[_NEW] - others).sigmoid().mean())
     number, total_logits, squares = moments
     # Same as `Tensor.std`
     deviation = ((squares - total_logits**2 / number).clamp(min=0) / (number - 1)).sqrt()

@@ -142,8 +142,8 @@ def expansion(context: RunContext, branch: Branch) -> StageResult:
     before, after = (load_model(each.folder, config=each.config) for each in (source, grown))
     texts = context.training_sequences(context.domains).values()
     tokens = ids_of(torch.cat([each[:JUMP_SEQUENCES] for each in texts])).long()  # [B, T]
-    num_new = None if plan.vocabulary is None else plan.vocabulary.num_new
-    jump = logit_jump(before, after, tokens, num_new=num_new)
+    new_tokens = None if plan.vocabulary is None else plan.vocabulary.new_ids
+    jump = logit_jump(before, after, tokens, new_tokens=new_tokens)
     error, num_steps = jump.to_dict()["relative_to_std"], len(branch.specs)
     lineage = record_step0_error(grown.folder, made.lineage, error, grown.config, num_new=num_steps)
     context.sources[location] = replace(grown, lineage=lineage)

@@ -323,9 +323,10 @@ def _equivalence(source: Side, result: Side, before: Tensor | None, after: Tenso
             made = result.lineage.expansion_history[known:]
             if all(record.expansion_type == "depth" for record in made):
                 rounded = []  # layers were only copied, in the dtype of the source
+        old = _old_ids(source, result)
         check = equivalence_check(
-            before,
-            after[..., : source.vocab_size],
+            before[..., old],
+            after[..., old],
             skip_reason=_inexact_reason(source, result),
             rounded=" and ".join(rounded),
             rounded_bound=rounded_jump(has_experts=family_of(result.config).has_experts),
@@ -333,6 +334,18 @@ def _equivalence(source: Side, result: Side, before: Tensor | None, after: Tenso
     if check.verdict == "passed" or (reason := _unrelated_reason(source, result)) is None:
         return check
     return replace(check, detail=f"{reason}; {check.detail}")
+
+
+def _old_ids(source: Side, result: Side) -> Tensor:
+    """Return the ids of the source that are no new tokens of the result, ascending."""
+    ids = torch.arange(source.vocab_size)
+    if source.tokenizer is None or result.tokenizer is None:
+        return ids
+    known, all_ids = (
+        torch.tensor([*own.tokenizer.get_vocab().values()])
+        for own in (source.tokenizer, result.tokenizer)
+    )
+    return ids[~torch.isin(ids, all_ids[~torch.isin(all_ids, known)])]
 
 
 def _unrelated_reason(source: Side, result: Side) -> str | None:
@@ -408,7 +421,8 @@ def _sequences(source: Side, result: Side, documents: Sequence[Document]) -> Ten
             packed = pack(tokens, sequence_length=length, bounds=tokenizer.bounds)
             return ids_of(packed[:: max(1, len(packed) // SEQUENCES)][:SEQUENCES]).long()
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(source.vocab_size, (SEQUENCES, length), generator=generator)
+    ids = _old_ids(source, result)
+    return ids[torch.randint(len(ids), (SEQUENCES, length), generator=generator)]
 
 
 def _compare(

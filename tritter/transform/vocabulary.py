@@ -59,15 +59,14 @@ def learned(spec: Vocab, source: Source, texts: Iterable[str]) -> Vocab:
         read_tokenizer(source.folder, vocab_size=size).tokenizer,
         texts,
         num_tokens=spec.num_tokens(source.family, source.config),
-        first_id=size,
         is_at_most=spec.new_tokens is None,
     )
     return replace(spec, merges=tuple(chain.from_iterable(merges)))
 
 
 def _bind(spec: Vocab, source: Source) -> BoundVocab:
-    first_id = source.family.dimensions(source.config).vocab_size
-    tokenizer = read_tokenizer(source.folder, vocab_size=first_id).tokenizer
+    vocab_size = source.family.dimensions(source.config).vocab_size
+    tokenizer = read_tokenizer(source.folder, vocab_size=vocab_size).tokenizer
     stored = read_object(source.folder / TOKENIZER_NAME)
     kept = {name: stored.get(name) for name in ("truncation", "padding")}
     content, donor = {**require_bpe(tokenizer), **kept}, None
@@ -79,12 +78,11 @@ def _bind(spec: Vocab, source: Source) -> BoundVocab:
     if spec.pairs is not None:
         merges = spec.pairs
     elif spec.tokens is not None:
-        merges = give_merges(tokenizer, spec.tokens, first_id=first_id, key=f"{_KEY}.tokens")
+        merges = give_merges(tokenizer, spec.tokens, key=f"{_KEY}.tokens")
     elif donor is not None:
         merges = give_merges(
             tokenizer,
             [texts[number] for number in sorted(texts)],
-            first_id=first_id,
             key=key,
             is_lenient=True,
             most=spec.new_tokens,
@@ -93,13 +91,13 @@ def _bind(spec: Vocab, source: Source) -> BoundVocab:
         reason = "data must give the new tokens: --domain-data in `tritter expand`, data.new in a"
         reason += f" run; or list them in {_KEY}.tokens"
         raise RequestError(Problem(_KEY, reason=reason))
-    extended = ExtendedTokenizer(content, merges, first_id)
+    extended = ExtendedTokenizer(content, merges)
     try:
-        number = len(extended.new_ids)
+        new_ids = extended.new_ids
     except KeyError as error:
         reason = f"the tokenizer has no token {error}; the merges are of another tokenizer"
         raise RequestError(Problem(f"{_KEY}.merges", reason=reason)) from error
-    if not number:
+    if not new_ids:
         raise RequestError(Problem(_KEY, reason="the tokenizer already has all of these tokens"))
     rows, remarks = None, tuple[str, ...]()
     if spec.init != "random":
@@ -107,13 +105,14 @@ def _bind(spec: Vocab, source: Source) -> BoundVocab:
         weights: list[Mapping[int, float]] = [*find(extended)]
         if spec.init == "omp" and donor is not None:
             fitted = _fitted_rows(extended, donor, texts)
-            weights = [fitted.get(n, row) for n, row in zip(extended.new_ids, weights, strict=True)]
+            weights = [fitted.get(n, row) for n, row in zip(new_ids, weights, strict=True)]
             remarks = (f"{len(fitted):,} of them have rows in {donor.name}; others get the mean",)
         summed = RowWeights.of(weights)
         rows = (summed.index, summed.weights)
     return BoundVocab(
         options=replace(spec, merges=tuple(chain.from_iterable(merges))),
-        num_new=number,
+        new_ids=new_ids,
+        num_ids=1 + max(*new_ids, *tokenizer.get_vocab().values()),
         rows=rows,
         tokenizer=extended.text,
         remarks=remarks,
@@ -134,9 +133,13 @@ def _fitted_rows(
 
     rows = Source.open(donor, read_config_file(donor)).read("embed")
     own = {text: number for number, text in texts_of_tokens(extended.tokenizer()).items()}
-    both = {number: own[text] for number, text in texts.items() if text in own}
-    old = [number for number, mine in both.items() if mine < extended.first_id]
-    new = [number for number, mine in both.items() if mine >= extended.first_id]
+    # A tokenizer may have more tokens than its model has rows
+    both = {
+        number: own[text] for number, text in texts.items() if text in own and number < len(rows)
+    }
+    made = frozenset(extended.new_ids)
+    old = [number for number, mine in both.items() if mine not in made]
+    new = [number for number, mine in both.items() if mine in made]
     if not old or not new:
         reason = "it shares no tokens with the model from which rows could be fitted; use mean"
         raise RequestError(Problem(f"{_KEY}.init", "omp", reason=reason))

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders, models, normalizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from tests import oracle
@@ -33,11 +33,18 @@ SIZE, TOKENS = 320, ("dog", "jump", "jumps", " boxes")
 TEXT = "the quick brown fox jumps over the lazy dog\n" * 30
 
 
-def written(folder: Path, model: PreTrainedModel) -> Path:
-    """Save a model with a tokenizer that has a special token after its vocabulary."""
+def written(folder: Path, model: PreTrainedModel, *, padding: int = 0) -> Path:
+    """Save a model with a tokenizer that has special tokens after its vocabulary.
+
+    Args:
+        folder: of the checkpoint.
+        model: the model.
+        padding: number of rows without a token.
+    """
     oracle.saved(model, folder)
     tokenizer = train_tokenizer([Document("d", TEXT)], vocab_size=290)
-    tokenizer.add_special_tokens(["<|end|>"])
+    spare = model.config.vocab_size - padding - tokenizer.get_vocab_size() - 1
+    tokenizer.add_special_tokens([*(f"<|{number}|>" for number in range(spare)), "<|end|>"])
     save_tokenizer(tokenizer, folder, end_of_text=END_OF_TEXT)
     return folder
 
@@ -54,11 +61,11 @@ def test_every_family_keeps_the_logits_of_old_tokens(
     model = tiny(family, vocab_size=SIZE, tie_word_embeddings=is_tied)
     source = written(tmp_path / "base", model)
     made = expand(source, tmp_path / "grown", [vocab()]).plan.vocabulary
-    assert made is not None and made.num_new > len(TOKENS)  # and the parts on the way
+    assert made is not None and len(made.new_ids) > len(TOKENS)  # and the parts on the way
     grown = oracle.stock(tmp_path / "grown")
     ids = oracle.tokens(SIZE)
     before, after = (oracle.logits(each, ids) for each in (model, grown))
-    assert after.shape[-1] == SIZE + made.num_new
+    assert after.shape[-1] == SIZE + len(made.new_ids)
     assert (after[..., :SIZE] - before).abs().max() < 1e-5 * before.std()
     family_record, config = family_of(config_of(model)), config_of(model)
     old, new = (load_file(tmp_path / f / "model.safetensors") for f in ("base", "grown"))
@@ -66,7 +73,7 @@ def test_every_family_keeps_the_logits_of_old_tokens(
         name = tensor.disk_name
         if name in new:
             assert torch.equal(new[name][: len(old[name])], old[name]), name
-            added = made.num_new if tensor.kind in ("embed", "head") else 0
+            added = len(made.new_ids) if tensor.kind in ("embed", "head") else 0
             assert len(new[name]) == len(old[name]) + added
 
 
@@ -80,7 +87,7 @@ def extension(source: Path) -> ExtendedTokenizer:
     merges = lineage_of(source).expansion_history[-1].options["merges"]
     tokenizer = Tokenizer.from_file(str(source.parent / "base" / "tokenizer.json"))
     pairs = tuple(zip(merges[::2], merges[1::2], strict=True))
-    return ExtendedTokenizer(require_bpe(tokenizer), pairs, SIZE)
+    return ExtendedTokenizer(require_bpe(tokenizer), pairs)
 
 
 def test_new_rows_are_means_of_the_tokens_they_consist_of(llama: Path, tmp_path: Path) -> None:
@@ -105,7 +112,7 @@ def test_16_bit_rows_keep_their_bits_and_unused_rows_are_quiet(tmp_path: Path, i
     embedding = "model.embed_tokens.weight"
     assert new[embedding].dtype == torch.bfloat16 and len(new[embedding]) == 384
     assert torch.equal(new[embedding][:SIZE], old[embedding])
-    rows, unused = old[embedding].double(), new[embedding][SIZE + made.num_new :]
+    rows, unused = old[embedding].double(), new[embedding][SIZE + len(made.new_ids) :]
     mean, length = rows.mean(dim=0), rows.square().sum(dim=1).mean().sqrt()
     expected = (mean * length / mean.norm()).to(torch.bfloat16)
     assert torch.equal(unused, expected.expand(len(unused), -1)) and len(unused) > 50
@@ -233,7 +240,7 @@ def test_omp_fits_rows_in_the_embedding_of_another_model(llama: Path, tmp_path: 
     spec = Vocab(tokenizer=str(tmp_path / "donor"), init="omp", multiple_of=1)
     made_of = expand(llama, tmp_path / "grown", [spec])
     assert made_of.plan.vocabulary is not None
-    assert made_of.plan.vocabulary.num_new == len(made.new_ids)
+    assert made_of.plan.vocabulary.new_ids == made.new_ids
     old, new = (load_file(tmp_path / f / "model.safetensors") for f in ("base", "grown"))
     text = made.surfaces[number]
     mine = Tokenizer.from_file(str(tmp_path / "grown" / "tokenizer.json")).token_to_id(text)
@@ -276,6 +283,110 @@ def test_sums_of_rows_in_blocks_equal_the_whole() -> None:
     assert torch.equal(mapped(spec, lambda name: source), source)
 
 
+def sentence_piece() -> Tokenizer:
+    """A tokenizer like Llama 2's, with special tokens in front."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)])
+    special = ["<unk>", "<s>", END_OF_TEXT, *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=special, show_progress=False)
+    tokenizer.train_from_iterator(TEXT.replace("\n", " ").split(), trainer=trainer)
+    content = json.loads(tokenizer.to_str())
+    content["added_tokens"] = content["added_tokens"][:3]  # bytes are no special tokens
+    return Tokenizer.from_str(json.dumps(content))
+
+
+@pytest.mark.parametrize("kind", ["bytes", "pieces", "hole"])
+@pytest.mark.parametrize("is_tied", [True, False])
+@pytest.mark.parametrize("padding", [40, 5])
+def test_new_tokens_take_the_rows_of_padding_first(
+    tmp_path: Path, kind: str, is_tied: bool, padding: int
+) -> None:
+    """Ids have no holes, so other libraries add tokens and resize as on any tokenizer."""
+    model = oracle.tiny_llama(vocab_size=SIZE + padding, tie_word_embeddings=is_tied)
+    source = written(tmp_path / "base", model, padding=padding)
+    if kind == "pieces":
+        tokenizer = sentence_piece()
+        spare = SIZE - tokenizer.get_vocab_size()
+        tokenizer.add_special_tokens([f"<|{number}|>" for number in range(spare)])
+        save_tokenizer(tokenizer, source, end_of_text=END_OF_TEXT)
+    elif kind == "hole":
+        content = json.loads((source / "tokenizer.json").read_text("utf-8"))
+        del content["added_tokens"][5:8]
+        (source / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    size = len(AutoTokenizer.from_pretrained(source))
+    plan = expand(source, tmp_path / "grown", [vocab()]).plan
+    made, tokenizer = plan.vocabulary, AutoTokenizer.from_pretrained(tmp_path / "grown")
+    assert made is not None and len(tokenizer) == size + len(made.new_ids)
+    assert sorted(tokenizer.get_vocab().values()) == list(range(len(tokenizer)))
+    before, after = (oracle.stock(tmp_path / f) for f in ("base", "grown"))
+    rows = max(SIZE + padding, len(tokenizer))
+    assert after.config.vocab_size == len(after.lm_head.weight) == rows
+
+    old = torch.tensor([n for n in range(SIZE + padding) if n not in made.new_ids])
+    ids = old[oracle.tokens(len(old))]
+    logits = [oracle.logits(each, ids) for each in (before, after)]
+    assert (logits[1][..., old] - logits[0][..., old]).abs().max() < 1e-5 * logits[0].std()
+    jumps = [
+        logit_jump(before, after, ids, new_tokens=made.new_ids),
+        folder_jump(source, tmp_path / "grown", ids, new_tokens=made.new_ids).jump,
+    ]
+    mass = float(logits[1].double().softmax(-1)[..., made.new_ids].sum(-1).mean())
+    for jump in jumps:
+        assert jump.relative_to_std < 1e-5
+        assert jump.new_token_mass == pytest.approx(mass, rel=1e-4)
+    parts = extension(tmp_path / "grown").parts
+    for number in made.new_ids:
+        embedding = before.model.embed_tokens.weight
+        mean = embedding[list(parts[number])].mean(dim=0)
+        assert torch.allclose(after.model.embed_tokens.weight[number], mean, atol=1e-6)
+
+    text, grown_head = "dog jumps boxes", after.lm_head.weight.detach().clone()
+    encoded = tokenizer(text)["input_ids"]
+    assert tokenizer.add_tokens(["<mine>", "<yours>"]) == 2
+    assert tokenizer.convert_tokens_to_ids(["<mine>", "<yours>"]) == [
+        len(tokenizer) - 2, len(tokenizer) - 1
+    ]  # fmt: skip
+    after.resize_token_embeddings(len(tokenizer))
+    after.save_pretrained(tmp_path / "theirs")
+    tokenizer.save_pretrained(tmp_path / "theirs")
+    again = AutoTokenizer.from_pretrained(tmp_path / "theirs")
+    assert again(text)["input_ids"] == encoded and again.decode(encoded).strip() == text
+    assert again.get_vocab() == tokenizer.get_vocab()
+    resized = oracle.stock(tmp_path / "theirs")
+    size = max(made.new_ids) + 1
+    assert torch.equal(resized.lm_head.weight[:size], grown_head[:size])
+
+
+def test_moments_of_rows_that_were_padding_are_those_of_new_rows(tmp_path: Path) -> None:
+    model = oracle.tiny_llama(vocab_size=SIZE, tie_word_embeddings=False)
+    source = written(tmp_path / "base", model, padding=20)
+    values = {name: torch.rand(p.shape) for name, p in model.named_parameters()}
+    kinds = {
+        kind: TensorStream.of(disk_tensors(config_of(model), values).items())
+        for kind in ("exp_avg", "exp_avg_sq", "fisher", "anchor")
+    }
+    write_state(source, kinds, step=3)
+    made = expand(source, tmp_path / "grown", [vocab()]).plan.vocabulary
+    old, new = (read_state(tmp_path / f) for f in ("base", "grown"))
+    assert made is not None and old is not None and new is not None
+    assert made.new_ids[0] == SIZE - 20 and made.new_ids[-1] < SIZE
+    number, parts = next(iter(extension(tmp_path / "grown").parts.items()))
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        rows = list(made.new_ids)
+        kept = [row for row in range(SIZE) if row not in rows]
+        for kind in kinds:
+            before, after = old.kinds[kind].get(name), new.kinds[kind].get(name)
+            assert torch.equal(after[kept], before[kept]), kind
+            if kind in ("exp_avg", "fisher"):
+                assert not after[rows].any()
+        anchor = new.kinds["anchor"].get(name)[number]
+        assert torch.allclose(anchor, old.kinds["anchor"].get(name)[list(parts)].mean(dim=0))
+
+
 def test_unused_rows_are_no_new_tokens(llama: Path, tmp_path: Path) -> None:
     """The reported probability is that of new tokens, whatever pads the vocabulary."""
     masses = []
@@ -284,12 +395,12 @@ def test_unused_rows_are_no_new_tokens(llama: Path, tmp_path: Path) -> None:
         made = expand(llama, tmp_path / f"{multiple}", [spec]).plan.vocabulary
         assert made is not None
         ids, folders = oracle.tokens(SIZE), (tmp_path / "base", tmp_path / f"{multiple}")
-        streamed = folder_jump(*folders, ids, num_new=made.num_new).jump
+        streamed = folder_jump(*folders, ids, new_tokens=made.new_ids).jump
         before, after = map(oracle.stock, folders)
-        jump = logit_jump(before, after, ids, num_new=made.num_new)
+        jump = logit_jump(before, after, ids, new_tokens=made.new_ids)
         assert streamed.new_token_mass == pytest.approx(jump.new_token_mass, rel=1e-4)
         probabilities = oracle.logits(after, ids).double().softmax(dim=-1)
-        mass = probabilities[..., SIZE : SIZE + made.num_new].sum(dim=-1).mean()
+        mass = probabilities[..., SIZE : SIZE + len(made.new_ids)].sum(dim=-1).mean()
         assert jump.new_token_mass == pytest.approx(float(mass), rel=1e-4)
         masses.append(jump.new_token_mass)
     assert masses[1] < masses[0]

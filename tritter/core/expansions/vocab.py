@@ -1,7 +1,8 @@
 """A larger vocabulary: new tokens get rows in the embedding and in the head.
 
-Old rows keep their bits, so the logits of old tokens do not change. The probabilities do: new
-tokens take part of them at step 0, which the expansion reports.
+New tokens get the first ids that no token has: rows that only pad the matrices, then further ones.
+The rows of old tokens keep their bits, so the logits of old tokens do not change. The probabilities
+do: new tokens take part of them at step 0, which the expansion reports.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import Field
 
 from tritter.core.families import Config, Family
-from tritter.core.parameter_map import AxisFactor, AxisMap, Fill, ParameterMap, TensorMap
+from tritter.core.parameter_map import AxisFactor, Fill, ParameterMap, TensorMap
+from tritter.core.parameter_map.tensor_map import NO_SOURCE
 from tritter.errors import Problem, RequestError, key_name, refused
 from tritter.limits import MAX_VOCABULARY
 from tritter.options import Text, options
@@ -45,7 +47,7 @@ class Vocab:
         head_init: rows of an untied head: `same` as `init`, or `quiet`: the mean row, at the usual
             length. Training with Adam makes its logit low, so new tokens get little probability.
         freeze_old_rows: train only the rows of new tokens in embedding and head.
-        multiple_of: the vocabulary size is rounded up to a multiple of it.
+        multiple_of: if the vocabulary grows, its size is rounded up to a multiple of it.
         merges: ids of the two parts of each new token, one pair after the other; set when they are
             known.
     """
@@ -89,7 +91,7 @@ class Vocab:
         return None if ids is None else tuple(zip(ids[::2], ids[1::2], strict=True))
 
     def num_tokens(self, family: Family, config: Config) -> int:
-        """Return the number of new tokens, before padding; an estimate until they are known."""
+        """Return the number of new tokens; an estimate until they are known."""
         known = self.pairs if self.merges is not None else self.tokens
         if known is not None:
             return len(known)
@@ -99,12 +101,14 @@ class Vocab:
         if family.is_tied(config) and self.head_init != "same":
             reason = "the head is the embedding, so its rows can't differ; use same"
             raise refused(f"{_KEY}.head_init", self.head_init, reason)
-        return self.with_tokens(family, config, self.num_tokens(family, config))
+        size = family.dimensions(config).vocab_size  # at most, until the tokenizer is known
+        return self.with_ids(family, config, size + self.num_tokens(family, config))
 
-    def with_tokens(self, family: Family, config: Config, number: int) -> Config:
-        """Return the config of a model with a number of further tokens."""
-        size = family.dimensions(config).vocab_size + number
-        size = math.ceil(size / self.multiple_of) * self.multiple_of
+    def with_ids(self, family: Family, config: Config, number: int) -> Config:
+        """Return the config of a model with rows for a number of ids; rows are never removed."""
+        size = math.ceil(number / self.multiple_of) * self.multiple_of
+        if number <= family.dimensions(config).vocab_size:
+            return config
         if size > MAX_VOCABULARY:
             reason = f"the vocabulary would have {size:,} tokens; allowed: {MAX_VOCABULARY:,}"
             raise RequestError(Problem(f"{_KEY}.new_tokens", self.new_tokens, reason=reason))
@@ -138,15 +142,17 @@ class BoundVocab:
 
     Args:
         options: the options, with `merges`.
-        num_new: number of new tokens, without padding.
-        rows: index int64 [num_new, k] of old rows and weights float64
-            [num_new, k], whose sums are the new rows; None for random rows.
+        new_ids: ids of the new tokens, ascending.
+        num_ids: the highest id of the tokenizer plus one.
+        rows: index int64 [number of new tokens, k] of old rows and weights float64
+            [number of new tokens, k], whose sums are the new rows; None for random rows.
         tokenizer: text of the extended tokenizer.json.
         remarks: notes for people.
     """
 
     options: Vocab
-    num_new: int
+    new_ids: tuple[int, ...]
+    num_ids: int
     rows: tuple[Tensor, Tensor] | None
     tokenizer: str
     remarks: tuple[str, ...] = ()
@@ -157,50 +163,65 @@ class BoundVocab:
 
     def target_config(self, family: Family, config: Config) -> Config:
         self.options.target_config(family, config)
-        return self.options.with_tokens(family, config, self.num_new)
+        return self.options.with_ids(family, config, self.num_ids)
 
     def parameter_map(
         self, family: Family, source: Config, target: Config, *, seed: int
     ) -> ParameterMap:
-        """Return the map that keeps old rows and appends new ones."""
+        """Return the map that keeps the rows of old tokens and makes those of new ones."""
+        import torch
+
         old, new = (family.dimensions(config).vocab_size for config in (source, target))
-        padded = AxisFactor.writes(AxisMap.padded(old, new))
-        shapes = {t.name: family.shape(t, source) for t in family.logical_tensors(source)}
+        index = torch.arange(new)
+        index[old:] = NO_SOURCE
+        index[torch.tensor(self.new_ids)] = NO_SOURCE
+        kept = (index >= 0).double()
+        rows = AxisFactor(index, kept, kept.clone())
+        # The axes that follow the vocabulary differ in a model of another size
+        other = target if new > old else family.with_vocabulary(source, old + 1)
+        before, after = (
+            {tensor.name: family.shape(tensor, config) for tensor in family.logical_tensors(config)}
+            for config in (source, other)
+        )
         tensors = {}
         for tensor in family.logical_tensors(target):
-            before, after = shapes[tensor.name], family.shape(tensor, target)
-            axes = tuple(padded if a != b else None for a, b in zip(before, after, strict=True))
+            name = tensor.name
+            sizes = zip(before[name], after[name], strict=True)
+            axes = tuple(rows if a != b else None for a, b in sizes)
             if not any(axes):
-                tensors[tensor.name] = TensorMap(source=tensor.name)
+                tensors[name] = TensorMap(source=name)
                 continue
-            tensors[tensor.name] = TensorMap(
-                source=tensor.name,
-                axes=axes,
-                fill=self._fill(tensor.kind != "embed", new - old, derived_seed(seed, tensor.name)),
-            )
+            fill = self._fill(tensor.kind != "embed", index, derived_seed(seed, name))
+            tensors[name] = TensorMap(source=name, axes=axes, fill=fill)
         layers = family.dimensions(source).num_hidden_layers
         return ParameterMap(tensors=tensors, layer_sources=tuple(range(layers)))
 
-    def _fill(self, is_head: bool, num_rows: int, seed: int) -> Fill:
+    def _fill(self, is_head: bool, index: Tensor, seed: int) -> Fill:
+        """Return the values of the rows without a source in `index`."""
         if is_head and self.options.head_init == "quiet":
             return Fill("quiet")
         import torch
 
         if self.rows is None:  # −2 is a random row
-            index = torch.full((self.num_new, 1), -2)
-            weights = torch.ones(self.num_new, 1, dtype=torch.float64)
+            summed = torch.full((len(self.new_ids), 1), -2)
+            weights = torch.ones(len(self.new_ids), 1, dtype=torch.float64)
         else:
-            index, weights = self.rows
-        unused = num_rows - len(index)  # rows of no token are quiet
-        index = torch.cat([index, index.new_full((unused, index.shape[1]), -1)])
-        more = weights.new_full((unused, index.shape[1]), 1 / index.shape[1])
-        return Fill("rows", index=index, values=torch.cat([weights, more]), seed=seed)
+            summed, weights = self.rows
+        made, width = (index < 0).nonzero().flatten(), summed.shape[1]
+        is_token = torch.isin(made, torch.tensor(self.new_ids))
+        sources = torch.full((len(made), width), -1)  # rows of no token are quiet
+        factors = torch.full((len(made), width), 1 / width, dtype=torch.float64)
+        sources[is_token], factors[is_token] = summed, weights
+        return Fill("rows", index=sources, values=factors, seed=seed)
 
     def notes(self, family: Family, source: Config, target: Config) -> tuple[str, ...]:
         old, new = (family.dimensions(config).vocab_size for config in (source, target))
-        padding = new - old - self.num_new
-        rows = f"{self.num_new:,} new tokens"
-        if padding:
-            rows += f", and {padding} unused rows: {new:,} is a multiple of "
+        reused = sum(number < old for number in self.new_ids)
+        unused = new - old - (len(self.new_ids) - reused)
+        rows = f"{len(self.new_ids):,} new tokens"
+        if reused:
+            rows += f", {reused:,} of them in rows that padded the vocabulary"
+        if unused:
+            rows += f", and {unused:,} unused rows: {new:,} is a multiple of "
             rows += str(self.options.multiple_of)
         return (rows, *self.remarks)
