@@ -54,7 +54,7 @@ _PART_OF = {
 _WITHOUT_MAP = {
     "experts": "none: the base is unchanged",
     "growth": "none: neurons were added during training",
-    "vocab": "old rows are kept, new rows are appended",
+    "vocab": "rows of old tokens are kept",
 }
 
 
