@@ -25,6 +25,7 @@ from tritter.pipeline import Outcome, run_pipeline
 
 Run = Callable[..., Outcome]
 WHOLE = "data.sequence_length=256"  # each conversation is one window
+ASKED = "<|im_start|>assistant\n"
 RENDERED = "200 conversations are rendered with the chat template; the loss is on answers."
 
 
@@ -116,8 +117,7 @@ def test_conversations_are_packed_as_documents(done: Path) -> None:
 def test_prompts_of_samples_are_conversations(done: Path) -> None:
     samples = json.loads((done / "summary.json").read_text())["samples"]
     (prompt,) = (each["prompt"] for each in samples if each["domain"] == "new")
-    assert prompt.startswith("user\n")
-    assert prompt.endswith("\nassistant\n")
+    assert prompt.startswith("<|im_start|>user\n") and prompt.endswith(f"<|im_end|>\n{ASKED}")
 
 
 def test_the_gate_states_what_it_scored(done: Path) -> None:
@@ -329,3 +329,40 @@ def test_benchmarks_of_a_run_use_its_template(run: Run, tmp_path: Path) -> None:
     assert main(command.split()) == 0
     found = json.loads((tmp_path / "found.json").read_text())["benchmarks"]["arc_easy"]
     assert found["score"] == record["accuracy"] and found["chat_template"]
+
+
+def test_samples_are_conversations_with_whole_answers(run: Run, tmp_path: Path) -> None:
+    words = ("evaluation.prompts=['the class']", "evaluation.sample_tokens=6")
+    summary = json.loads(run(tmp_path / "run", *words).summary_path.read_text())
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run/checkpoint")
+    rendered = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "the class"}], add_generation_prompt=True, tokenize=False
+    )
+    own, talk = summary["samples"][-1], summary["samples"][1]
+    assert own["prompt"] == rendered == "<|im_start|>user\nthe class<|im_end|>\n" + ASKED
+    assert talk["domain"] == "new" and talk["prompt"].startswith("<|im_start|>user\n")
+    assert talk["prompt"].endswith(ASKED)
+    rows = (tmp_path / "run/attempt_1/samples.jsonl").read_text().splitlines()
+    assert json.loads(rows[-1])["prompt"] == rendered
+    model = oracle.stock(tmp_path / "run/checkpoint")
+    ids = tokenizer(rendered, add_special_tokens=False, return_tensors="pt")
+    made = model.generate(**ids, max_new_tokens=6, do_sample=False)[0, ids["input_ids"].shape[1] :]
+    text = tokenizer.decode(made, skip_special_tokens=True)
+    is_cut = int(made[-1]) != tokenizer.eos_token_id
+    assert own["after"] == text + (" [cut after 6 tokens]" if is_cut else "")
+    assert json.loads(rows[-1])["continuation"] == own["after"]
+
+
+@pytest.mark.full
+def test_prompts_are_messages_in_a_run_on_plain_texts_too(
+    run: Run, place: Path, tmp_path: Path
+) -> None:
+    words = (f"data.new={place / 'texts.jsonl'}", "data.old={}", "forgetting=none")
+    words += (
+        "evaluation.prompts=['the class']",
+        "expansion=vocab",
+        "expansion.vocab.tokens=[clas]",
+    )
+    summary = json.loads(run(tmp_path / "run", *words).summary_path.read_text())
+    domain, own = summary["samples"]
+    assert own["prompt"].endswith(ASKED) and "<|im_start|>" not in domain["prompt"]

@@ -40,11 +40,12 @@ def test_no_more_is_read_than_a_model_has_learned_positions_for(positions: int) 
             domains={"old": held},
             chat=None,
             tokenizer=SimpleNamespace(
-                decode=lambda ids: "".join(f" w{i}" for i in ids),
+                decode=lambda ids, **_: "".join(f" w{i}" for i in ids),
                 encode=lambda *_, **__: SimpleNamespace(ids=[*range(1, 90)]),
             ),
         ),
         domains=("old",),
+        initial_checkpoint=None,
         config=SimpleNamespace(evaluation=SimpleNamespace(sample_tokens=60, prompts=["long"])),
         bounds=TextBounds(0),
         original=None,

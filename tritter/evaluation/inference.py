@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tritter.data.chat import START
-from tritter.data.packing import inputs_for
+from tritter.data.packing import inputs_for, reading_whole
 
 if TYPE_CHECKING:
     import torch
@@ -122,3 +122,32 @@ def sample_text(
                 break
             new.append(token)
     return new
+
+
+def answer_tokens(
+    model: Any, prompt_ids: Sequence[int], *, max_new_tokens: int, end_ids: Sequence[int]
+) -> list[int]:
+    """Return the answer to a rendered conversation by greedy decoding, with its end if it has one.
+
+    Args:
+        model: a causal language model of transformers.
+        prompt_ids: the conversation without marks, up to the beginning of an answer.
+        max_new_tokens: limit of new tokens.
+        end_ids: tokens that end the answer.
+    """
+    import torch
+
+    with eval_mode(model) as device, reading_whole(model):
+        input_ids = torch.tensor([list(prompt_ids)], device=device)
+        output = model.generate(
+            input_ids,
+            attention_mask=torch.ones_like(input_ids),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            temperature=None,
+            top_k=None,
+            top_p=None,
+            eos_token_id=list(end_ids),
+            pad_token_id=end_ids[0],
+        )
+    return [int(token) for token in output[0, len(prompt_ids) :]]

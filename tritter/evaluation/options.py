@@ -22,7 +22,8 @@ class EvaluationConfig:
     Args:
         max_tokens_per_document: limit of scored tokens per document.
         batch_size: windows per forward pass.
-        sample_tokens: length of the text samples.
+        sample_tokens: limit of tokens of text samples; 0 disables them. None is 48, and 256 for
+            answers of a chat model.
         prompts: own prompts for text samples, also during training.
         every_n_steps: optimizer steps between two evaluations during training; 0 disables them.
             None becomes a tenth of the training steps during validation of the config.
@@ -39,7 +40,7 @@ class EvaluationConfig:
 
     max_tokens_per_document: Annotated[int, Field(ge=2, le=MAX_COUNT)]
     batch_size: Count
-    sample_tokens: WholeNumber
+    sample_tokens: WholeNumber | None
     prompts: list[Text]
     every_n_steps: WholeNumber | None
     task_questions: Annotated[int, Field(ge=0, le=MAX_COUNT)]
@@ -78,7 +79,7 @@ class GateConfig:
 def prompt_problems(config: RunRequest) -> Iterator[Problem]:
     """Yield own prompts that are empty, or that nothing continues."""
     key, prompts = "evaluation.prompts", config.evaluation.prompts
-    if prompts and not config.evaluation.sample_tokens:
+    if prompts and config.evaluation.sample_tokens == 0:
         reason = f"they need evaluation.sample_tokens above {config.evaluation.sample_tokens}"
         yield Problem(key, prompts, reason=reason)
     if len(set(prompts)) < len(prompts):

@@ -15,6 +15,7 @@ from tritter.config.launch.jobs import read_status
 from tritter.config.overrides import command, tool_command, tritter_command
 from tritter.config.schema import CheckpointModelConfig, RunConfig
 from tritter.core.expansions import EXPANSIONS, vocab_place
+from tritter.data.chat import TEMPLATE_FILE
 from tritter.errors import RequestError
 from tritter.evaluation.gate import Status
 from tritter.pipeline import disk, importance, moe, stages, verdict, vocabulary, windows
@@ -411,7 +412,9 @@ def next_commands(
     checkpoint = str(folder / "checkpoint")
     trained = folder / f"attempt_{len(summary.attempts)}" / "trained"
     if summary.status != "rolled_back":
-        lines.append(tritter_command(["generate", "--checkpoint", checkpoint, "--prompt", "TEXT"]))
+        chat = ["--chat"] if Path(checkpoint, TEMPLATE_FILE).is_file() else []
+        asking = ["generate", "--checkpoint", checkpoint, *chat, "--prompt", "TEXT"]
+        lines.append(tritter_command(asking))
     elif any(trained.glob("*.safetensors")):
         inspection = tritter_command(["inspect", str(trained)])
         lines.append(f"{inspection}   # the trained model, which was not kept")

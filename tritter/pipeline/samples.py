@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +14,32 @@ from torch import nn
 
 from tritter.core.families import position_limit
 from tritter.core.models import config_of
-from tritter.data.chat import ANSWER, ids_of, is_unpredicted
+from tritter.data.chat import (
+    ANSWER,
+    START,
+    Chat,
+    ChatChoice,
+    end_of_turn_ids,
+    ids_of,
+    is_unpredicted,
+)
 from tritter.data.tokens import TextBounds
-from tritter.evaluation.inference import sample_text, whole_word_prompt
+from tritter.evaluation.inference import (
+    answer_tokens,
+    continued_text,
+    sample_text,
+    whole_word_prompt,
+)
 from tritter.pipeline import experts
 from tritter.pipeline.context import MAX_POSITIONS, RunContext
 from tritter.pipeline.metrics import SAMPLE_COLUMNS, SAMPLES_NAME, log_samples
+from tritter.pipeline.scoring import stock_tokenizer
 from tritter.storage.atomic import write_text_atomic
 from tritter.training.callbacks import Validation
 from tritter.training.module import base_of
 
 SAMPLE_PROMPT_TOKENS = 24
+CONTINUATION_TOKENS, ANSWER_TOKENS = 48, 256  # limits without evaluation.sample_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,17 +71,35 @@ def generate_samples(
 def own_prompts(context: RunContext, model: nn.Module) -> dict[str, list[int]]:
     """Return the prompts of `evaluation.prompts` as tokens; the end of one that is too long.
 
-    If the run has conversations with a chat template, a prompt is rendered as a user's message.
+    If the checkpoint has a chat template, a prompt is rendered as a user's message.
     """
-    most, chat = _positions(model) // 2, context.corpus.chat
+    texts = context.config.evaluation.prompts
+    most, chat = _positions(model) // 2, _chat(context)
     encode = context.corpus.tokenizer.encode
-    prompts = {}
-    for text in context.config.evaluation.prompts:
-        if chat is not None and chat.tokenizer is not None:
-            prompts[text] = chat.prompt(text)
-        else:
-            prompts[text] = encode(text, add_special_tokens=False).ids
-    return {text: ids[-most:] for text, ids in prompts.items()}
+    if chat is not None:
+        return {text: _end_of(chat.prompt(text), most) for text in texts}
+    return {text: encode(text, add_special_tokens=False).ids[-most:] for text in texts}
+
+
+def _chat(context: RunContext) -> Chat | None:
+    """Return the chat template and options of a run; None without any, or without a chat template."""
+    chat = context.corpus.chat
+    if chat is None and context.config.evaluation.prompts:
+        start = context.initial_checkpoint
+        chat = None if start is None else _template(start.folder, context.chat_choice)
+    return None if chat is None or chat.tokenizer is None else chat
+
+
+@lru_cache(maxsize=1)
+def _template(folder: Path, choice: ChatChoice) -> Chat:
+    tokenizer = stock_tokenizer(folder, choice)
+    return Chat(None if tokenizer.chat_template is None else tokenizer)
+
+
+def _end_of(conversation: list[int], most: int) -> list[int]:
+    """Return at most the last tokens of a rendered conversation, marked as one."""
+    first, *others = conversation[-most:]
+    return [first | START, *others]
 
 
 def _positions(model: nn.Module) -> int:
@@ -80,8 +114,7 @@ def _prompt_of(context: RunContext, domain: str, positions: int) -> list[int]:
     if first >= ANSWER:  # a conversation up to its first answer, or half of it
         num_given = int(is_unpredicted(document).long().cumprod(0).sum())
         num_given = num_given if num_given > 1 else len(document) // 2
-        prompt: list[int] = document[max(0, num_given - positions // 2) : num_given].tolist()
-        return prompt
+        return _end_of(document[:num_given].tolist(), positions // 2)
     # Skip the beginning of the document, which is usually a heading or imports
     return whole_word_prompt(
         document[: 4 * SAMPLE_PROMPT_TOKENS].tolist(),
@@ -93,23 +126,36 @@ def _prompt_of(context: RunContext, domain: str, positions: int) -> list[int]:
 
 @dataclass(frozen=True, slots=True)
 class _Sampler:
-    """Greedy continuations.
+    """Greedy continuations of texts, and whole answers in conversations.
 
     Args:
         tokenizer: decodes them.
-        max_new_tokens: limit of tokens per continuation.
+        max_new_tokens: limit of tokens; None is the default of texts and of answers.
         bounds: start and end of a text.
+        turn_ends: further tokens that end an answer.
     """
 
     tokenizer: Tokenizer
-    max_new_tokens: int
+    max_new_tokens: int | None
     bounds: TextBounds
+    turn_ends: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, context: RunContext) -> "_Sampler":
         """Return the sampler of a run."""
+        chat = _chat(context)
+        ends = () if chat is None else tuple(end_of_turn_ids(chat.tokenizer))
         most = context.config.evaluation.sample_tokens
-        return cls(context.corpus.tokenizer, most, context.bounds)
+        return cls(context.corpus.tokenizer, most, context.bounds, ends)
+
+    def shown(self, prompt: list[int]) -> str:
+        """Return a prompt as text, a conversation with the special tokens that mark its roles."""
+        return str(self.tokenizer.decode(_ids(prompt), skip_special_tokens=not _is_chat(prompt)))
+
+    def encoded(self, shown: str, *, is_chat: bool) -> list[int]:
+        """Return the tokens of a prompt, the reverse of `shown`."""
+        first, *others = self.tokenizer.encode(shown, add_special_tokens=False).ids
+        return [first | START if is_chat else first, *others]
 
     def continued(self, model: nn.Module, prompt: list[int]) -> tuple[str, int]:
         """Return the continuation of a prompt, and the number of tokens that the model read.
@@ -117,23 +163,42 @@ class _Sampler:
         These are what precedes a text, the prompt and all new tokens but the last: with a cache of
         keys and values, each would be read once.
         """
-        most = min(self.max_new_tokens, _positions(model) - len(prompt))
+        is_chat = _is_chat(prompt)
+        most = self.max_new_tokens or (ANSWER_TOKENS if is_chat else CONTINUATION_TOKENS)
+        most = min(most, _positions(model) - len(prompt))
+        if is_chat:
+            ends = (*self.bounds.ends, *self.turn_ends)
+            tokens = answer_tokens(model, _ids(prompt), max_new_tokens=most, end_ids=ends)
+            is_cut = not tokens or tokens[-1] not in ends
+            text = str(self.tokenizer.decode(tokens if is_cut else tokens[:-1]))
+            return f"{text} [cut after {most} tokens]" if is_cut else text, len(prompt) + len(
+                tokens
+            )
         tokens = sample_text(model, prompt_ids=prompt, max_new_tokens=most, bounds=self.bounds)
         num_read = len(self.bounds.prefix) + len(prompt) + min(len(tokens), most - 1)
-        return str(self.tokenizer.decode(tokens)), num_read
+        return continued_text(self.tokenizer.decode, _ids(prompt), tokens), num_read
+
+
+def _ids(prompt: list[int]) -> list[int]:
+    """Return a prompt without marks."""
+    ids: list[int] = ids_of(torch.tensor(prompt, dtype=torch.int64)).tolist()
+    return ids
+
+
+def _is_chat(prompt: list[int]) -> bool:
+    """Return True if a prompt is a rendered conversation."""
+    return bool(prompt) and prompt[0] >= START
 
 
 def _continued(
     models: Sequence[tuple[RunContext, nn.Module]], domain: str, prompt: list[int]
 ) -> Continuations:
     """Return the continuations of a prompt, given in the tokens of the first model."""
-    texts, flops, first = dict[str, str](), 0.0, models[0][0].corpus.tokenizer
-    ids = ids_of(torch.tensor(prompt, dtype=torch.int64)).tolist()
-    shown = str(first.decode(ids))
+    texts, flops, shown = dict[str, str](), 0.0, _Sampler.of(models[0][0]).shown(prompt)
     for name, (context, model) in zip(("before", "after"), models, strict=True):
         sampler, own = _Sampler.of(context), prompt
         if context.original is not models[0][0].original:  # another tokenizer
-            own = sampler.tokenizer.encode(shown, add_special_tokens=False).ids
+            own = sampler.encoded(shown, is_chat=_is_chat(prompt)) if prompt else []
         texts[name], num_read = sampler.continued(model, own)
         flops += experts.reading_flops(model).of(num_read)
     return Continuations({"domain": domain, "prompt": shown, **texts}, flops)
@@ -162,7 +227,8 @@ class SampleLog(Callback):
         reading = module.reading_flops()
         for text, ids in self._prompts.items():
             continuation, num_read = self._sampler.continued(module.model, ids)
-            self._rows.append([step, text, continuation])
+            shown = self._sampler.shown(ids) if _is_chat(ids) else text
+            self._rows.append([step, shown, continuation])
             validation.flops += reading.of(num_read)
         if not trainer.is_global_zero:
             return

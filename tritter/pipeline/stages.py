@@ -475,7 +475,7 @@ def evaluation(context: RunContext, branch: Branch) -> StageResult:
         files, spent = windows.score_trained(context, branch, trained, reading)
         flops += spent
     is_last = branch.task == len(context.text.tasks) - 1
-    if is_last and not branch.is_control and context.config.evaluation.sample_tokens:
+    if is_last and not branch.is_control and context.config.evaluation.sample_tokens != 0:
         start = "baseline" if branch.task else branch.start
         before = experts.load_start(context, branch, context.source(start))
         samples = generate_samples(context.reading(start), before, context, trained)

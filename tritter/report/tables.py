@@ -80,7 +80,10 @@ def print_summary(summary: Summary, *, console: Console, folder: Path | None = N
         lines = []
         said = {"prompt": sample.prompt, "before": sample.before, "after": sample.after}
         for name, words in said.items():
-            text = console.shortened(" ".join(words.split()), _SAMPLE_CHARACTERS)
+            text = " ".join(words.split())
+            if name == "prompt" and len(text) > _SAMPLE_CHARACTERS:  # its end is what is answered
+                text = f"..{text[2 - _SAMPLE_CHARACTERS :]}"
+            text = console.shortened(text, _SAMPLE_CHARACTERS)
             lines.append(SummaryLine(name, text or MISSING))
         console.print(_grid(lines, console))
 
