@@ -82,7 +82,7 @@ def own_prompts(context: RunContext, model: nn.Module) -> dict[str, list[int]]:
 
 
 def _chat(context: RunContext) -> Chat | None:
-    """Return the chat template and options of a run; None without any, or without a chat template."""
+    """Return the chat template and options of a run; None if it has no chat template."""
     chat = context.corpus.chat
     if chat is None and context.config.evaluation.prompts:
         start = context.initial_checkpoint
