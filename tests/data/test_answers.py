@@ -52,7 +52,8 @@ def test_cut_conversations_are_counted(chat: Chat) -> None:
     documents = tokenised(RECORDS, chat)
     bounds = TextBounds(0)
     note = training_note("new", documents, sequence_length=64, bounds=bounds)
-    assert "new: 2 of 3 training conversations are cut, 1 of them without any answer," in note
+    assert "new: 2 of 3 training conversations exceed data.sequence_length=64 and are cut" in note
+    assert "not trained, and 1 conversations not at all." in note
     # By the packed rows themselves
     rows = packed(documents, packing="documents", sequence_length=64, bounds=bounds)
     whole = packed(documents, packing="documents", sequence_length=256, bounds=bounds)
@@ -62,10 +63,10 @@ def test_cut_conversations_are_counted(chat: Chat) -> None:
 
     assert f"{count(whole) - count(rows):,} of {count(whole):,} tokens of answers" in note
     longest = int(documents.offsets.diff().max())
-    assert f"longest conversation has {longest} tokens" in note
+    assert f"The longest has {longest} tokens" in note
     assert not training_note("new", documents, sequence_length=256, bounds=bounds)
     head = training_note("new", documents, sequence_length=64, bounds=bounds, is_head=True)
-    assert "3 training conversations of the first rows are cut" in head
+    assert "3 training conversations of the first rows exceed" in head
 
 
 def test_the_scored_part_is_counted() -> None:
@@ -74,7 +75,7 @@ def test_the_scored_part_is_counted() -> None:
     text = scored_text(documents)
     assert text.startswith("answers only, ")
     assert text.endswith("of 3 of 4 held-out conversations")
-    assert unanswered_note("new", (documents, documents)).startswith("new: 2 of 8 conversations")
+    assert unanswered_note("new", (documents, documents)).endswith(": 2 of 8 conversations.")
     limits = {"sequence_length": 64, "max_tokens": 1024}
     assert "2 of them exceed 64 tokens" in scoring_note("new", documents, **limits)
     cut = tokenised(RECORDS, chat, limit=50)

@@ -185,7 +185,7 @@ def test_a_text_wins_over_messages_unless_they_are_named() -> None:
     assert text_of({**both, "text": None}, field="text") == conversation_of({"messages": PAIR})
     assert text_of(both, field="messages") == conversation_of({"messages": PAIR})
     for record, message in (
-        ({"problem": "a", "solution": "b"}, "available: problem, solution. Accepted are a text"),
+        ({"problem": "a", "solution": "b"}, "available: problem, solution. Accepted: text, or"),
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, "Preference data: a rejected answer"),
     ):
         with pytest.raises(WrongRecordError, match=message):

@@ -82,12 +82,12 @@ def training_note(
     lost = int(((found.predicted > 0) & (found.predicted_kept == 0)).sum())
     tokens = "tokens" if found.are_all else "tokens of answers"
     rows = " of the first rows" if is_head else ""
-    alone = f", {lost:,} of them without any answer," if lost else ""
+    alone = f", and {lost:,} conversations not at all" if lost else ""
     return (
-        f"{name}: {num_cut:,} of {len(found.sizes):,} training conversations{rows} are cut{alone} "
-        f"because they exceed data.sequence_length={sequence_length}; the rest would be without "
-        f"its question. {total - num_kept:,} of {total:,} {tokens} are not trained; the "
-        f"longest conversation has {int(found.sizes.max()):,} tokens."
+        f"{name}: {num_cut:,} of {len(found.sizes):,} training conversations{rows} exceed "
+        f"data.sequence_length={sequence_length} and are cut; what follows would be without its "
+        f"question. {total - num_kept:,} of {total:,} {tokens} are not trained{alone}. The longest "
+        f"has {int(found.sizes.max()):,} tokens."
     )
 
 
@@ -98,7 +98,9 @@ def unanswered_note(name: str, sides: Iterable[TokenisedDocuments]) -> str:
     total = sum(len(each.sizes) for each in found)
     if not count:
         return ""
-    return f"{name}: {count:,} of {total:,} conversations without an answer are not used."
+    return (
+        f"{name}: without an answer, and therefore not used: {count:,} of {total:,} conversations."
+    )
 
 
 def scored_text(documents: TokenisedDocuments) -> str:
@@ -135,8 +137,8 @@ def scoring_note(
     note = f"{name}: scored are {scored_text(documents)}."
     if num_long:
         note += (
-            f" {num_long:,} of them exceed {min(sequence_length, max_tokens):,} tokens: their "
-            "answers follow the end of the prompt that fits, not all of it."
+            f" {num_long:,} of them exceed {min(sequence_length, max_tokens):,} tokens and are "
+            "not read whole: an answer follows as much of the end of its prompt as fits."
         )
     return note
 

@@ -42,9 +42,7 @@ _FORMS: tuple[_Form, ...] = (
     ((("prompt",), True), _MATERIAL, (("completion", "response", "answer", "output"), True)),
     (_MATERIAL, (("question",), True), (("answer", "response", "output"), True)),
 )
-ACCEPTED = "messages or conversations; prompt and completion; question and answer; " + (
-    "instruction, input (optional) and output"
-)
+ACCEPTED = "messages, conversations, prompt + completion, question + answer, instruction + output"
 NO_ANSWERS = "no answers: messages of the role assistant, after another one"
 _MESSAGE = '{"role": "...", "content": "..."}'
 

@@ -64,7 +64,7 @@ def missing_field(field: str, found: Sequence[Any]) -> WrongRecordError:
     likely = likely or nearest(field, [name for name in found if isinstance(name, str)])
     accepted = ""
     if field == DEFAULT_FIELD:
-        accepted = f" Accepted are a text in {field}, or a conversation: {ACCEPTED}"
+        accepted = f" Accepted: {field}, or a conversation: {ACCEPTED}"
     advice = f". Did you mean data.text_field={likely}?" if likely else "."
     if "rejected" in found:
         advice = f". Preference data: {PREFERENCES}."
