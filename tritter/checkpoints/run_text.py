@@ -378,4 +378,4 @@ def _digest(
         is_head=is_head,
         is_recorded=is_recorded,
     )
-    return documents_digest(documents)
+    return documents_digest(documents, is_exact=False)

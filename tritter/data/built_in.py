@@ -15,7 +15,7 @@ from hashlib import sha256
 from itertools import accumulate
 from pathlib import Path
 
-from tritter.data.documents import Document, Documents, documents_of
+from tritter.data.documents import Document, Documents, cut, documents_of
 from tritter.data.skills import ORIGIN, PREFIX, Question, SkillText
 from tritter.errors import RequestError, nearest, refused
 
@@ -109,9 +109,9 @@ def strip_documentation(source: str, *, tree: ast.Module) -> str:
         shares_line = source[end : end + 9].lstrip(" \t").startswith(";")
         cuts.append(_Cut(start, end, "pass" if is_whole_body or shares_line else _REMOVED))
     pieces, position = [], 0
-    for cut in sorted(cuts, key=lambda each: each.start):
-        pieces += [source[position : cut.start], cut.replacement]
-        position = cut.end
+    for removal in sorted(cuts, key=lambda each: each.start):
+        pieces += [source[position : removal.start], removal.replacement]
+        position = removal.end
     marked = "".join([*pieces, source[position:]])
     stripped = _EMPTIED_TAIL.sub("", _EMPTIED_LINES.sub("", marked))
     return stripped.strip("\n") + "\n" if stripped.strip() else ""
@@ -262,8 +262,15 @@ def built_in_documents(path: str) -> Documents:
     """
     if built_in_path("data", path).startswith(PREFIX):
         return documents_of(SkillText.named("data", path).texts())
-    found = _library().prose if path == "stdlib:prose" else _library().code
-    return documents_of(document.text for document in found)
+    return distinct(_library().prose if path == "stdlib:prose" else _library().code)
+
+
+def distinct(documents: Iterable[Document]) -> Documents:
+    """Return the distinct ones of the library's documents, without blanks around them.
+
+    Without the blanks, results of earlier versions stay comparable.
+    """
+    return documents_of(part.strip() for each in documents for part in cut(each.text.strip()))
 
 
 def built_in_origin(paths: Iterable[str]) -> str:

@@ -25,7 +25,6 @@ from tritter.data.documents import (
     Documents,
     conversations_digest,
     documents_digest,
-    documents_of,
     notes_of,
 )
 from tritter.data.split import (
@@ -41,7 +40,7 @@ from tritter.storage.hashing import file_digest
 from tritter.storage.reading import open_file
 from tritter.storage.spool import is_large, mapped, tensor_of
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 dropped blanks around documents
 _LAYOUT = "1"  # of the cache; folders with other names predate the release
 _SIDES = ("train", "validation")
 _PARTS = ("tokens", "offsets", "num_bytes")
@@ -53,7 +52,11 @@ _DTYPES = {"I32": "<i4", "I64": "<i8", "U8": "u1"}  # of cached tensors
 
 @dataclass(frozen=True, slots=True)
 class SourceSummary:
-    """Origin and size of a domain's documents; `sha256` covers all texts in order."""
+    """Origin and size of a domain's documents.
+
+    Args:
+        sha256: of all texts in order; ignores the kind of line ends and blanks around a text.
+    """
 
     name: str
     origin: str
@@ -149,7 +152,7 @@ def build_corpus(
             origin=origins[name],
             num_documents=len(documents),
             num_bytes=sum(len(document.text.encode()) for document in documents),
-            sha256=documents_digest(documents),
+            sha256=documents_digest(documents, is_exact=False),
         )
         for name, documents in domains.items()
     }
@@ -249,10 +252,7 @@ def stdlib_corpus(
             return cached
     text = built_in.gather()
     corpus = build_corpus(
-        {
-            "prose": documents_of(document.text for document in text.prose),
-            "code": documents_of(document.text for document in text.code),
-        },
+        {"prose": built_in.distinct(text.prose), "code": built_in.distinct(text.code)},
         origin=built_in.stdlib_origin(),
         vocab_size=vocab_size,
         validation_fraction=validation_fraction,

@@ -48,7 +48,8 @@ class Documents(Sequence[Document]):
     """Distinct documents with spooled texts; only their offsets are in memory.
 
     Attributes:
-        notes: one sentence for each source with skipped records.
+        notes: one sentence for each source with skipped records, and for dropped documents.
+        num_duplicates: documents dropped by `of`.
 
     Args:
         contents: for each document a byte for its kind, and its text or its conversation's JSON
@@ -63,6 +64,7 @@ class Documents(Sequence[Document]):
     ) -> None:
         self._contents, self._keys, self._ends, self._order = contents, keys, ends, order
         self.notes: tuple[str, ...] = ()
+        self.num_duplicates = 0
 
     def __len__(self) -> int:
         return len(self._order)
@@ -82,7 +84,8 @@ class Documents(Sequence[Document]):
         conversation = Conversation.from_json(text) if kind == _CONVERSATION else None
         text = text if conversation is None else str(conversation)
         # The key is unique; the beginning of the text helps people find it
-        name = f"{self._key(position)[:16]} {' '.join(text[:NAME_CHARACTERS].split())}"
+        begin = text.lstrip()[: 2 * NAME_CHARACTERS].replace("\r\n", "\n")[:NAME_CHARACTERS]
+        name = f"{self._key(position)[:16]} {' '.join(begin.split())}"
         return Document(name, text, conversation)
 
     def __eq__(self, other: object) -> bool:
@@ -114,12 +117,15 @@ class Documents(Sequence[Document]):
     def of(cls, texts: Iterable[Text]) -> Documents:
         """Collect texts in the order of their keys; of texts with equal keys keep the smallest.
 
-        The key of a conversation is that of its plain text: a chat template does not change it.
+        Texts without words are left out. The key of a conversation is that of its plain text: a
+        chat template does not change it.
         """
         import numpy as np
 
         spool, keys, ends = Spool(), Spool(), Spool()
         for text in texts:
+            if is_blank(text):
+                continue
             if isinstance(text, Conversation):
                 spool.append(_CONVERSATION + text.to_json().encode())
             else:
@@ -139,6 +145,7 @@ class Documents(Sequence[Document]):
             same = range(begin, end)
             first[group] = min(same, key=lambda at: found._content(np.int64(order[at])))
         found._order = order[first]
+        found.num_duplicates = len(order) - len(first)
         return found
 
 
@@ -151,53 +158,34 @@ def documents_of(texts: Iterable[Text]) -> Documents:
 
 
 def notes_of(documents: Sequence[Document]) -> tuple[str, ...]:
-    """Return the notes on skipped records, one sentence per source."""
+    """Return the notes on skipped and dropped records, one sentence each."""
     return documents.notes if isinstance(documents, Documents) else ()
 
 
+def is_blank(text: Text) -> bool:
+    """Return whether a text has no words."""
+    return not str(text).strip()
+
+
 def pieces(text: Text) -> Iterator[Text]:
-    """Yield a text, stripped and cut into pieces if it is long; nothing if it is blank.
+    """Yield a text, cut into pieces if it is long; joined, they are the text.
 
     A conversation is never cut, because its chat template needs all messages.
     """
-    if isinstance(text, Conversation):
-        yield from (text,) if str(text) else ()
-        return
-    whole = text.replace("\r\n", "\n").strip()
-    yield from (piece for piece in map(str.strip, cut(whole)) if piece)
+    yield from (text,) if isinstance(text, Conversation) else cut(text)
 
 
 def pieces_of_chunks(chunks: Iterable[str]) -> Iterator[str]:
-    """Yield the `pieces` of a text that arrives in chunks, with about one piece in memory.
-
-    The pieces equal those of the whole text. Trailing whitespace is buffered until more text
-    arrives, because the end of the text is stripped.
-    """
-    text, blanks = "", list[str]()
-    for chunk in _with_line_ends(chunks):
-        word_end = len(chunk.rstrip())
-        if not word_end:
-            blanks += [chunk] if text else []
-            continue
-        text = "".join((text, *blanks, chunk[:word_end])) if text else chunk[:word_end].lstrip()
-        blanks = [chunk[word_end:]]
-        start = 0
+    """Yield the `pieces` of a text that arrives in chunks, with about one piece in memory."""
+    text = ""
+    for chunk in chunks:
+        text, start = text + chunk, 0
         while len(text) - start > 2 * PIECE_CHARACTERS:
             end = _cut_position(text, start + PIECE_CHARACTERS, start + 2 * PIECE_CHARACTERS)
-            yield from filter(None, (text[start:end].strip(),))
+            yield text[start:end]
             start = end
         text = text[start:]
-    yield from filter(None, map(str.strip, cut(text)))
-
-
-def _with_line_ends(chunks: Iterable[str]) -> Iterator[str]:
-    """Yield chunks with line endings converted to LF, also across chunk boundaries."""
-    pending = ""
-    for chunk in chunks:
-        joined = pending + chunk
-        pending = "\r" if joined.endswith("\r") else ""
-        yield joined.removesuffix(pending).replace("\r\n", "\n")
-    yield pending
+    yield from cut(text)
 
 
 def cut(text: str, *, size: int = PIECE_CHARACTERS) -> Iterator[str]:
@@ -213,11 +201,17 @@ def cut(text: str, *, size: int = PIECE_CHARACTERS) -> Iterator[str]:
     yield text[start:]
 
 
-def documents_digest(documents: Sequence[Document]) -> str:
-    """Return the SHA-256 (hex) of all identifiers and texts in order, prefixed by their lengths."""
+def documents_digest(documents: Sequence[Document], *, is_exact: bool = True) -> str:
+    """Return the SHA-256 (hex) of all identifiers and texts in order, prefixed by their lengths.
+
+    Args:
+        documents: the documents.
+        is_exact: False ignores the kind of line ends and blanks around each text.
+    """
     digest = sha256()
     for document in documents:
-        for part in (document.identifier.encode(), document.text.encode()):
+        text = document.text if is_exact else document.text.replace("\r\n", "\n").strip()
+        for part in (document.identifier.encode(), text.encode()):
             digest.update(len(part).to_bytes(8, "little"))
             digest.update(part)
     return digest.hexdigest()

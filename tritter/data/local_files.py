@@ -11,7 +11,7 @@ import json
 import os
 import zlib
 from codecs import IncrementalDecoder, getincrementaldecoder
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from tritter.data.conversations import TURNS, WrongRecordError, conversation_fields
-from tritter.data.documents import pieces, pieces_of_chunks
+from tritter.data.documents import is_blank, pieces, pieces_of_chunks
 from tritter.data.records import (
     DEFAULT_FIELD,
     Text,
@@ -84,6 +84,7 @@ class Reading:
     Attributes:
         problems: fatal problems, one line each.
         notes: for each source with skipped records, their number and the first one.
+        num_blank: texts without words, which are dropped.
     """
 
     def __init__(
@@ -100,6 +101,7 @@ class Reading:
         self.num_bytes = 0
         self.problems: list[str] = []
         self.notes: list[str] = []
+        self.num_blank = 0
         self._max_bytes = max_bytes
         self._skipped: list[str] = []  # the first few of the current source
         self._num_skipped = 0
@@ -119,10 +121,18 @@ class Reading:
             SpentError: `max_bytes` were read.
         """
         if _kind(path) in _WHOLE:
-            yield from self.counted(str(path), pieces_of_chunks(_chunks(path, self)))
+            found: Iterator[Text] = pieces_of_chunks(_chunks(path, self))
+            yield from self.filled(self.counted(str(path), found))
         else:
-            for text in self.texts(path):
-                yield from pieces(text)
+            yield from self.filled(piece for text in self.texts(path) for piece in pieces(text))
+
+    def filled(self, texts: Iterable[Text]) -> Iterator[Text]:
+        """Yield the texts that have words, and count the others."""
+        for text in texts:
+            if is_blank(text):
+                self.num_blank += 1
+            else:
+                yield text
 
     def counted(self, name: str, items: Iterator[_Item]) -> Iterator[_Item]:
         """Yield the items of one source, and record its skipped records and problems.

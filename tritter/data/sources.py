@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tritter.data.built_in import BUILT_IN_TEXTS, built_in_documents, is_built_in
 from tritter.data.datasets import PREFIX, dataset_names, dataset_texts, parse_name, resolve_dataset
-from tritter.data.documents import Documents, documents_of, pieces
+from tritter.data.documents import Documents, is_blank, pieces
 from tritter.data.local_files import (
     TEXT_SUFFIXES,
     ByteLimitError,
@@ -262,16 +262,26 @@ def source_documents(
             source failed.
         RequestError: a path contains no text file.
     """
+    reading = Reading(key=key, text_field=text_field)
     if texts is not None:
-        return documents_of(_checked_texts(texts, key))
+        return _documents(chain.from_iterable(map(pieces, _checked_texts(texts, key))), reading)
     built_in = (each for path in filter(is_built_in, paths) for each in built_in_documents(path))
     files = find_texts(key, paths, is_recorded=is_recorded).files
-    reading = Reading(key=key, text_field=text_field)
     names = dataset_names(paths)
     rows = _of_datasets(names, reading, is_streamed=is_streamed, is_head=is_head)
     whole = chain((document.text for document in built_in), rows)
     read = text_pieces(files, reading) if files else ()
-    documents = Documents.of(chain(read, (piece for text in whole for piece in pieces(text))))
+    return _documents(chain(read, chain.from_iterable(map(pieces, whole))), reading)
+
+
+def _documents(texts: Iterable[Text], reading: Reading) -> Documents:
+    """Return distinct texts with notes on those that were skipped or dropped."""
+    documents = Documents.of(reading.filled(texts))
+    kinds = {"empty": reading.num_blank, "duplicates": documents.num_duplicates}
+    dropped = " and ".join(f"{number:,} {kind}" for kind, number in kinds.items() if number)
+    if dropped:
+        total = f"{sum(kinds.values()) + len(documents):,}"
+        reading.notes.append(f"{reading.key}: of {total} documents, {dropped} were dropped.")
     documents.notes = tuple(reading.notes)
     return documents
 
@@ -302,7 +312,7 @@ def quick_pieces(
     skills = (SkillText.named(key, path).texts() for path in paths if is_built_in(path))
     rows = (dataset_texts(source, reading, is_streamed=True) for source in sources)
     texts = chain.from_iterable(chain(skills, rows))
-    return chain(read, (piece for text in texts for piece in pieces(text)))
+    return chain(read, reading.filled(piece for text in texts for piece in pieces(text)))
 
 
 def recorded_paths(paths: Sequence[str], *, key: str, is_head: bool = False) -> tuple[str, ...]:
@@ -326,13 +336,13 @@ def _of_datasets(
     names: Sequence[str], reading: Reading, *, is_streamed: bool, is_head: bool
 ) -> Iterator[Text]:
     for name in names:
-        is_blank = True
+        has_words = False
         source = parse_name(reading.key, name)
         source = source.head if is_head else source
         for text in dataset_texts(source, reading, is_streamed=is_streamed):
-            is_blank = is_blank and not str(text).strip()
+            has_words = has_words or not is_blank(text)
             yield text
-        if reading.problems or is_blank:
+        if reading.problems or not has_words:
             raise TextFileError(reading.problems or [f"{reading.key}: {name} contains no text."])
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from tritter.data.chat import Chat
 from tritter.data.conversations import Conversation
 from tritter.data.datasets import DatasetName, text_batches
-from tritter.data.documents import NAME_CHARACTERS, Document, pieces, text_key
+from tritter.data.documents import NAME_CHARACTERS, Document, is_blank, pieces, text_key
 from tritter.data.local_files import Reading, TextFileError
 from tritter.data.packing import Packing, packed
 from tritter.data.records import Text
@@ -239,7 +239,7 @@ def _tokenised(texts: Sequence[Text], options: SequenceOptions) -> TokenisedDocu
         )
         for text in texts
         for piece in pieces(text)
-        if threshold_side(text_key(str(piece)), options.rule) == "train"
+        if not is_blank(piece) and threshold_side(text_key(str(piece)), options.rule) == "train"
     ]
     try:
         return tokenise(documents, options.tokenizer, chat=options.chat)
