@@ -118,7 +118,7 @@ def _write(folder: Path) -> None:
     (mixed / "deep" / ".hidden").mkdir(parents=True)
     for name, place in {"rows.jsonl": "z", "page.md": "a", "rows.parquet": "deep/b"}.items():
         (mixed / f"{place}{Path(name).suffix}").write_bytes((folder / name).read_bytes())
-    for name in ("deep/.hidden/a.txt", ".a.txt", "a.log", "a.py"):
+    for name in ("deep/.hidden/a.txt", ".a.txt", "a.log", "a.pyc"):
         (mixed / name).write_bytes(b"not,read\n")
     rows = {"id": list(range(8)), "text": TEXTS, "body": TEXTS[::-1]}
     saved = datasets.Dataset.from_dict(rows)

@@ -64,7 +64,11 @@ WRONG: list[tuple[str, str]] = [
 
 def texts_of(path: Path, *, field: str = "text") -> list[str]:
     reading = Reading(key="data.new", text_field=field)
-    is_whole = path.name.lower().removesuffix(".gz").endswith((".txt", ".md", ".rst"))
+    is_whole = (
+        path.name.lower()
+        .removesuffix(".gz")
+        .endswith((".txt", ".md", ".rst", ".tex", ".py", ".h", ".r"))
+    )
     found = list(map(str, reading.pieces(path) if is_whole else reading.texts(path)))
     if reading.problems:
         raise TextFileError(reading.problems)
@@ -94,7 +98,7 @@ def packed(path: Path, content: bytes) -> Path:
 
 
 @pytest.mark.parametrize("ending", ["", ".gz"])
-@pytest.mark.parametrize("suffix", [".txt", ".md", ".rst", ".TXT"])
+@pytest.mark.parametrize("suffix", [".txt", ".md", ".rst", ".TXT", ".tex", ".py", ".h", ".R"])
 def test_a_file_of_one_text(tmp_path: Path, suffix: str, ending: str) -> None:
     path = packed(tmp_path / f"a.b{suffix}{ending}", "# Zwölf\r\n\r\n猫\n".encode())
     assert texts_of(path) == ["# Zwölf\r\n\r\n猫\n"]

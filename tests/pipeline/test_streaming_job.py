@@ -70,6 +70,8 @@ def test_an_interrupted_job_ends_with_the_weights_of_a_whole_one(
     assert all(torch.equal(found["stopped"][key], value) for key, value in found["whole"].items())
     notes = json.loads((tmp_path / "stopped/summary.json").read_text())["notes"]
     assert sum(" is streamed: training reads all of it" in note for note in notes) == 3
+    recorded = json.loads((tmp_path / "stopped/streams.json").read_text())
+    assert str(place / "a.jsonl.gz") in recorded["a"]
 
 
 @pytest.mark.full

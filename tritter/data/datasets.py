@@ -6,10 +6,12 @@ The `datasets` library reads them. Scripts of data sets never run.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from functools import cache
 from importlib import import_module
 from itertools import chain, islice
@@ -21,6 +23,7 @@ from tritter.data.conversations import TURNS, WrongRecordError, conversation_fie
 from tritter.data.local_files import Reading, TextFileError, check_expansion
 from tritter.data.records import DEFAULT_FIELD, Text, shown, text_of
 from tritter.errors import RequestError, TritterError, did_you_mean, nearest, refused
+from tritter.storage.hashing import file_digest
 from tritter.storage.hub import quiet_hub
 from tritter.storage.reading import check_inside, check_tree, read_object, read_text, require_file
 
@@ -56,6 +59,7 @@ _HUB_NAME = (
 _OF_HUB, _ON_DISK = re.compile(_HUB_NAME + _TAIL), re.compile(r"(?P<name>.+?)" + _TAIL)
 _BATCH_ROWS = 256
 _BATCH_CHARACTERS = 2**21  # of a batch that is read while a model trains
+HASHED_BYTES = 4 * 2**30  # of streamed files, which takes seconds
 HEAD_ROWS = 10_000  # of a streamed data set, for validation and statistics
 _PROBED_ROWS = 100  # to infer the types of columns where the data set does not declare them
 _MAX_NAMES, _MAX_MESSAGE = 20, 300
@@ -267,17 +271,27 @@ def resolve_dataset(source: DatasetName, *, key: str) -> DatasetName:
         return _of_hub(source) if not source.is_on_disk else _resolve_name(source)
 
 
-def stream_identity(source: DatasetName, *, key: str) -> list[Any]:
-    """Return the resolved name of a data set, and size and time of its files on disk.
+def stream_identity(*sources: DatasetName, key: str) -> dict[str, str]:
+    """Return the data sets by their resolved names, and file → its contents.
+
+    Contents are size and SHA-256; of more than `HASHED_BYTES`, size and time of the last change.
 
     Raises:
         TextFileError: as `resolve_dataset`.
     """
-    path = Path(source.name)
-    files = [path, *sorted(path.rglob("*"))] if source.is_on_disk else []
-    found = [(str(file), file.stat()) for file in files if file.is_file()]
-    sizes = [[name, status.st_size, status.st_mtime_ns] for name, status in found]
-    return [str(resolve_dataset(source, key=key)), *sizes]
+    files: dict[Path, os.stat_result] = {}
+    for source in sources:
+        path = Path(source.name)
+        for file in (path, *sorted(path.rglob("*"))) if source.is_on_disk else ():
+            if file.is_file() and (file_ending(file) or file.name == _CARD):
+                files[file] = file.stat()
+    is_hashed = sum(status.st_size for status in files.values()) <= HASHED_BYTES
+    found = {"data sets": ", ".join(str(resolve_dataset(each, key=key)) for each in sources)}
+    for file, status in files.items():
+        changed = datetime.fromtimestamp(status.st_mtime, tz=UTC).isoformat()
+        contents = f"SHA-256 {file_digest(file)}" if is_hashed else f"modified {changed}"
+        found[str(file)] = f"{status.st_size:,} bytes, {contents}"
+    return found
 
 
 def dataset_texts(source: DatasetName, reading: Reading, *, is_streamed: bool) -> Iterator[Text]:

@@ -45,9 +45,25 @@ _SHARED_ROWS = 4096  # per batch with dictionary-encoded texts
 _DICTIONARY_PAGE, _NEXT_INT = b"\x15\x04", b"\x15"
 _ROW_BYTES = 8  # minimum, so that rows without values count too
 _PACKED = ".gz"
-_WHOLE = (".txt", ".md", ".rst")
+_WRITING = (".txt", ".md", ".rst", ".tex")
+# fmt: off
+SOURCE_CODE = (
+    ".py", ".pyi", ".pyx", ".c", ".h", ".cc", ".cpp", ".cxx", ".hh", ".hpp", ".cu", ".cuh",
+    ".java", ".kt", ".kts", ".scala", ".groovy", ".clj", ".cs", ".fs", ".go", ".rs", ".swift",
+    ".vb", ".m", ".mm", ".d", ".zig", ".nim", ".js", ".mjs", ".cjs", ".jsx", ".ts", ".tsx", ".vue",
+    ".svelte", ".dart", ".html", ".htm", ".css", ".scss", ".xml", ".php", ".rb", ".pl", ".pm",
+    ".lua", ".r", ".jl", ".hs", ".ml", ".mli", ".ex", ".exs", ".erl", ".el", ".lisp", ".scm",
+    ".f", ".f90", ".pas", ".v", ".sv", ".vhdl", ".asm", ".s", ".sh", ".bash", ".zsh", ".ps1",
+    ".sql", ".proto", ".cmake", ".yaml", ".yml", ".toml",
+)
+# fmt: on
+_WHOLE = (*_WRITING, *SOURCE_CODE)
 _PLAIN = (*_WHOLE, ".jsonl", ".json", ".csv")
 TEXT_SUFFIXES = (*_PLAIN, ".parquet", *(f"{suffix}{_PACKED}" for suffix in _PLAIN))
+SUPPORTED = (
+    f"{', '.join(_WRITING)}, source files ({', '.join(SOURCE_CODE[:4])}, ...), .jsonl, .json, "
+    ".csv, all of these also as .gz, and .parquet"
+)
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 Columns = Callable[[Sequence[str]], list[str]]

@@ -13,7 +13,7 @@ from tritter.data.built_in import BUILT_IN_TEXTS, built_in_documents, is_built_i
 from tritter.data.datasets import PREFIX, dataset_names, dataset_texts, parse_name, resolve_dataset
 from tritter.data.documents import Documents, is_blank, pieces
 from tritter.data.local_files import (
-    TEXT_SUFFIXES,
+    SUPPORTED,
     ByteLimitError,
     Reading,
     TextFileError,
@@ -233,7 +233,7 @@ def _join_counts(kinds: Mapping[str, int]) -> str:
 
 
 def _unsupported(paths: Sequence[Path]) -> str:
-    return f"supported are {', '.join(TEXT_SUFFIXES)}; found {_join_counts(_kinds(paths))}"
+    return f"supported are {SUPPORTED}; found {_join_counts(_kinds(paths))}"
 
 
 def source_documents(

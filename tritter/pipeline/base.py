@@ -118,7 +118,7 @@ def _made_from(context: RunContext) -> dict[str, Any]:
     text = {key: value for key, value in asdict(config.data).items() if key not in WHICH_TEXT}
     text["packing"] = context.packing
     streams = {
-        name: [stream_identity(source, key=name) for source in sources]
+        name: stream_identity(*sources, key=name)
         for name, sources in context.streams.items()
         if name in context.old_domains
     }

@@ -18,7 +18,7 @@ from tritter.core.expansions import EXPANSIONS, vocab_place
 from tritter.data.chat import TEMPLATE_FILE
 from tritter.errors import RequestError
 from tritter.evaluation.gate import Status
-from tritter.pipeline import disk, importance, moe, stages, verdict, vocabulary, windows
+from tritter.pipeline import disk, importance, moe, stages, streams, verdict, vocabulary, windows
 from tritter.pipeline.base import check_source
 from tritter.pipeline.branch import Branch, tasks_of
 from tritter.pipeline.context import RunContext
@@ -370,6 +370,7 @@ def _announce(context: RunContext) -> None:
             task.label if isinstance(task, BenchmarkTask) else task.name for task in context.tasks
         )
         context.say("answers", f"accuracy is measured on {scored}")
+    streams.check(context)
     if context.ledger.get("baseline") is None:
         return
     if context.ledger.found("baseline", BaselineFound).corpus != context.corpus.digest:
