@@ -429,7 +429,7 @@ class DocumentMask(MarkedText):
         import torch
 
         columns = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
-        is_start = self._is_end(input_ids) | (input_ids >= START)
+        is_start = self._begins(input_ids) | (input_ids >= START)
         return columns - (columns * is_start).cummax(dim=1).values
 
     def padding(self, input_ids: Tensor) -> Tensor:
@@ -442,6 +442,18 @@ class DocumentMask(MarkedText):
         is_end = self._is_end(input_ids)
         repeated = is_end[:, 1:] & is_end[:, :-1]
         return torch.cat([torch.zeros_like(is_end[:, :1]), repeated], dim=1) | is_padding(input_ids)
+
+    def _begins(self, input_ids: Tensor) -> Tensor:
+        """Return the ends of text that do not belong to the document before, bool [B, T]."""
+        import torch
+
+        is_end = self._is_end(input_ids)
+        if not self.bounds.start:
+            return is_end
+        # Sequences of versions without starts have ends of text in front of documents
+        is_inside = (input_ids < START) & ~is_end
+        none = torch.zeros_like(is_end[:, :1])
+        return self.padding(input_ids) | (is_end & torch.cat([is_inside[:, 1:], none], dim=1))
 
     def _is_end(self, input_ids: Tensor) -> Tensor:
         return (input_ids == self.bounds.end) | is_padding(input_ids)
@@ -472,8 +484,6 @@ class DocumentMask(MarkedText):
         # The end of text between a conversation and a text is padding, so the text begins after it
         is_first = torch.cat([torch.ones_like(is_kept[:, :1]), ~is_kept[:, :-1]], dim=1)
         is_start = is_kept & (is_first | (self.positions(input_ids) == 0))
-        if self.bounds.start:
-            is_start = is_start & (is_first | (input_ids != self.bounds.end))
         document = is_start.flatten().cumsum(0)[is_kept.flatten()] - 1
         lengths = torch.bincount(document, minlength=1)
         return torch.bincount(lengths, minlength=input_ids.shape[1] + 1)

@@ -85,6 +85,7 @@ def document_losses(
         values=nats[kept],
         weights={"tokens": num_tokens[kept], "bytes": documents.num_bytes[kept]},
         unit="nats",
+        start=bounds.start,
     )
 
 

@@ -34,6 +34,7 @@ class PairedScores:
             `bytes`, accuracies `answers`.
         unit: `nats` (lower is better) or `accuracy` (higher is better).
         chance: accuracy of guessing; 0 for losses.
+        start: of losses, the `TextBounds.start` of the documents.
     """
 
     identifiers: tuple[str, ...]
@@ -41,6 +42,7 @@ class PairedScores:
     weights: Mapping[str, Tensor]
     unit: Unit
     chance: float = 0.0
+    start: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.identifiers)
@@ -83,6 +85,7 @@ class PairedScores:
             "weights": {name: weight.tolist() for name, weight in self.weights.items()},
             "unit": self.unit,
             "chance": self.chance,
+            **({"start": list(self.start)} if self.start else {}),
         }
 
     @classmethod
@@ -114,6 +117,7 @@ class PairedScores:
                 },
                 unit=record["unit"],
                 chance=float(record["chance"]),
+                start=tuple(map(int, record.get("start", ()))),
             )
         except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
             raise TritterError(f"scores are damaged ({error!r}).") from error
@@ -382,6 +386,14 @@ def _check_paired(before: PairedScores, after: PairedScores) -> None:
         raise TritterError(
             f"evaluation: {before.identifiers[index]!r} has {int(old[index])} {before.per} before "
             f"and {int(new[index])} after; both must be equal"
+        )
+    if before.start != after.start and torch.equal(
+        before.weights["tokens"], after.weights["tokens"]
+    ):
+        raise TritterError(
+            "evaluation: of the scores before and after, one was computed by a version that began "
+            "texts with the end of text, the other begins them as the tokenizer does; score both "
+            "again"
         )
 
 

@@ -392,10 +392,25 @@ class RunContext:
         if optimizer.startswith("Paged") and self.device.type == "cpu":
             same = optimizer.removeprefix("Paged")
             notes.append(f"There is no paging on the CPU: {optimizer} is equivalent to {same}.")
-        notes.append(self.config.rate_note)
+        notes += [self._start_note, self.config.rate_note]
         notes += [*memory_notes(self.config, source), *rate_notes(self.config, source)]
         notes += upcycling_notes(self.config, source, self._dense_tokens)
         return tuple(filter(None, notes))
+
+    @property
+    def _start_note(self) -> str:
+        """The note on a checkpoint of a version that began texts with the end of text."""
+        recorded = (
+            _recorded_data(self.initial_checkpoint.lineage) if self.initial_checkpoint else {}
+        )
+        if not recorded or not self.bounds.start or _START in recorded:
+            return ""
+        start = self.corpus.tokenizer.decode(self.bounds.start, skip_special_tokens=False)
+        return (
+            "An earlier version trained the checkpoint on texts without the start that its "
+            f"tokenizer puts in front ({start}); now each text begins with it, kept sequences "
+            "included. Do not compare losses with those of earlier runs."
+        )
 
     @cached_property
     def published_dtype(self) -> str:
@@ -567,8 +582,9 @@ class RunContext:
         choice = self.chat_choice
         chat = {"chat_template": NONE} if choice.chat_template == NONE else {}
         chat |= {"loss_on": "all"} if choice.loss_on == "all" else {}
+        start = {_START: list(self.bounds.start)} if self.bounds.start else {}
         return {
-            "data": {"sequence_length": data.sequence_length, **packing, **chat},
+            "data": {"sequence_length": data.sequence_length, **packing, **chat, **start},
             "seed": self.config.seed,
         }
 
@@ -717,12 +733,27 @@ class RunContext:
         """Return the scores that `score` stored under a name."""
         return self.scoring.read(self.folder / score_file(name))
 
+    def check_start(self, name: str) -> None:
+        """Refuse scores of an earlier version of Tritter, which began texts in another way.
+
+        Raises:
+            RequestError: names the file.
+        """
+        for scores in self.read_scores(name).values():
+            if scores.unit == "nats" and scores.start != self.bounds.start:
+                raise RequestError(
+                    f"{self.folder / score_file(name)}: an earlier version began texts with the "
+                    "end of text, this one begins them as the tokenizer does; start in another "
+                    "folder."
+                )
+
     def scoring_flops(self, reading: Flops) -> float:
         """Return the FLOPs of one scoring pass, given those of reading a sequence."""
         return self.scoring.flops(reading)
 
 
 MUCH_PADDING = 0.1
+_START = "start_of_text"  # of a lineage: the ids in front of each training text
 TOKENIZER_NAME = "tokenizer.json"
 # Cached parts of a context that do not depend on the tokenizer
 _OF_ANY_TOKENIZER = ("initial_checkpoint", "text", "packing", "published_dtype", "device", "tasks")
@@ -765,6 +796,11 @@ def recorded_tokens(lineage: Lineage | None) -> float | None:
     counts = [found.get(key) for key in (*keys, "trainer.accumulate_grad_batches")]
     numbers = [float(count) for count in counts if isinstance(count, int)]
     return math.prod(numbers) if len(numbers) == len(counts) else None
+
+
+def _recorded_data(lineage: Lineage | None) -> Mapping[str, Any]:
+    recorded = lineage.training_config.get("data") if lineage is not None else None
+    return recorded if isinstance(recorded, Mapping) else {}
 
 
 def corpus_chat(is_chat: bool, data: ChatChoice, folder: Path | None) -> Chat | None:

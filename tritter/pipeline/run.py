@@ -272,7 +272,10 @@ def _run_control(last: Candidate, *, num_rounds: int) -> Candidate:
 
 def run_baseline(context: RunContext) -> None:
     """Create the initial model of the run."""
+    is_finished = context.ledger.get("baseline") is not None
     context.stage("baseline", lambda: stages.baseline(context), label="baseline")
+    if is_finished:
+        context.check_start("baseline")
 
 
 def run_branch(context: RunContext, branch: Branch, *, first_step: int = 0) -> Branch:
