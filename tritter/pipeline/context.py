@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tritter.checkpoints import Lineage, Source, lineage_of, read_lineage
 from tritter.checkpoints.location import checkpoint_config
 from tritter.checkpoints.record import LearnedDomain
-from tritter.checkpoints.run_text import DomainText, RunText, recorded_chat, run_text
+from tritter.checkpoints.run_text import DomainText, RunText, recorded_chat, recorded_data, run_text
 from tritter.config.schema import CheckpointModelConfig, RunConfig
 from tritter.config.validation import known_config
 from tritter.core.families import Config, Flops, family_of, position_limit
@@ -400,9 +400,7 @@ class RunContext:
     @property
     def _start_note(self) -> str:
         """The note on a checkpoint of a version that began texts with the end of text."""
-        recorded = (
-            _recorded_data(self.initial_checkpoint.lineage) if self.initial_checkpoint else {}
-        )
+        recorded = recorded_data(self.initial_checkpoint.lineage) if self.initial_checkpoint else {}
         if not recorded or not self.bounds.start or _START in recorded:
             return ""
         start = self.corpus.tokenizer.decode(self.bounds.start, skip_special_tokens=False)
@@ -796,11 +794,6 @@ def recorded_tokens(lineage: Lineage | None) -> float | None:
     counts = [found.get(key) for key in (*keys, "trainer.accumulate_grad_batches")]
     numbers = [float(count) for count in counts if isinstance(count, int)]
     return math.prod(numbers) if len(numbers) == len(counts) else None
-
-
-def _recorded_data(lineage: Lineage | None) -> Mapping[str, Any]:
-    recorded = lineage.training_config.get("data") if lineage is not None else None
-    return recorded if isinstance(recorded, Mapping) else {}
 
 
 def corpus_chat(is_chat: bool, data: ChatChoice, folder: Path | None) -> Chat | None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import nn
 
 from tritter.checkpoints import Lineage
-from tritter.checkpoints.run_text import recorded_chat, run_text
+from tritter.checkpoints.run_text import recorded_chat, recorded_data, run_text
 from tritter.config.validation import cache_folder
 from tritter.data.answers import scoring_note, unanswered_note
 from tritter.data.corpus import build_corpus
@@ -139,8 +139,7 @@ def learned_domains(
 
 def sequence_length(lineage: Lineage | None, positions: int | None) -> int:
     """Return the window length for documents: that of the last training run, if recorded."""
-    data = lineage.training_config.get("data") if lineage is not None else None
-    recorded = data.get("sequence_length") if isinstance(data, Mapping) else None
+    recorded = recorded_data(lineage).get("sequence_length")
     longest = positions or MAX_SEQUENCE_LENGTH
     preferred = recorded if isinstance(recorded, int) and recorded >= 2 else MAX_SEQUENCE_LENGTH
     return min(preferred, longest)
