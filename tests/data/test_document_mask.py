@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tests import oracle
 from tests.oracle.families import generic, tiny
+from tritter.core.models import cache_in
 from tritter.data.packing import IGNORED, DocumentMask, document_mask_of, labels_of, read_marks
 from tritter.data.tokens import TextBounds
 
@@ -131,4 +132,4 @@ def test_it_goes_along_with_copies_and_leaves_writing_alone() -> None:
     assert model.state_dict().keys() == tiny("llama").state_dict().keys()
     prefilled = model(input_ids=ROWS, use_cache=True)
     assert torch.equal(prefilled.logits, tiny("llama").double()(ROWS).logits)
-    assert prefilled.past_key_values is not None
+    assert cache_in(prefilled) is not None

@@ -1,12 +1,16 @@
 """Build and load configs, models and tokenizers with transformers."""
 
+import inspect
+import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from operator import attrgetter
 from pathlib import Path
+from typing import Any
 
 import torch
+import transformers
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import (
@@ -50,6 +54,37 @@ from tritter.storage.writer import stripped
 
 # Suffixes of files that transformers may read on its own
 _SMALL_FILES = {".json", ".jinja", ".model", ".txt"}
+# Minor versions of transformers that the tests ran with, first and last
+_TESTED = ((5, 0), (5, 24))
+# Names of the key-value cache, as an argument and in the output of a model; the newest first
+_CACHE_NAMES = ("cache", "past_key_values", "cache_params")
+
+
+def _warn_of_untested_version(version: str) -> None:
+    minor = tuple(int(part) for part in version.split(".")[:2])
+    if not _TESTED[0] <= minor <= _TESTED[1]:
+        first, last = (".".join(map(str, each)) for each in _TESTED)
+        logging.getLogger(__name__).warning(
+            "transformers %s was never tried with Tritter; tested: %s to %s", version, first, last
+        )
+
+
+_warn_of_untested_version(transformers.__version__)
+
+
+def cache_in(values: Mapping[str, Any]) -> Any:
+    """Return the key-value cache among the arguments or outputs of a model, or None."""
+    names = [name for name in _CACHE_NAMES if name in values.keys()]  # noqa: SIM118 `in` warns
+    return next((values[name] for name in names if values[name] is not None), None)
+
+
+def cache_name(model: nn.Module) -> str:
+    """Return the name of the argument that a model takes its key-value cache by."""
+    for module in model.modules():  # the outermost ones may wrap the model
+        arguments = inspect.signature(module.forward).parameters
+        if found := [name for name in _CACHE_NAMES if name in arguments]:
+            return found[0]
+    return _CACHE_NAMES[0]
 
 
 def read_config(folder: Path, *, ffn_sizes: Sequence[int] | None = None) -> Config:

@@ -12,6 +12,7 @@ from transformers import DynamicCache
 
 from tests.methods.experts.mixtures import TARGETS
 from tests.oracle import tiny_llama
+from tritter.core.models import cache_in, cache_name
 from tritter.data.packing import DocumentMask, read_marks
 from tritter.data.tokens import TextBounds
 from tritter.errors import RequestError
@@ -140,16 +141,16 @@ def test_a_later_token_changes_no_earlier_logit(router: RouterKind, top_k: int |
 def test_a_cache_goes_on_from_what_was_read() -> None:
     mixture, ids = mixture_of(), tokens(2, 20, seed=5, high=64)
     whole = mixture.model(input_ids=ids, use_cache=False).logits
-    cache = DynamicCache()
+    cache, name = DynamicCache(), cache_name(mixture.model)
     parts = [
-        mixture.model(input_ids=part, past_key_values=cache, use_cache=True).logits
+        mixture.model(input_ids=part, **{name: cache}, use_cache=True).logits
         for part in ids.split([9, 1, 1, 9], dim=1)
     ]
     assert (torch.cat(parts, dim=1) - whole).abs().max() < 1e-12
     with mixture.off():
-        foreign = mixture.model(input_ids=ids, use_cache=True).past_key_values
+        foreign = cache_in(mixture.model(input_ids=ids, use_cache=True))
     with pytest.raises(RequestError, match="were not read"):
-        mixture.model(input_ids=ids[:, :1], past_key_values=foreign, use_cache=True)
+        mixture.model(input_ids=ids[:, :1], **{name: foreign}, use_cache=True)
 
 
 @torch.no_grad()

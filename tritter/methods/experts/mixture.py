@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding, linear, pad
 
 from tritter.checkpoints.expert_files import RouterKind
-from tritter.core.models import backbone_of
+from tritter.core.models import backbone_of, cache_in
 from tritter.data.chat import ids_of
 from tritter.errors import RequestError, did_you_mean
 from tritter.methods.experts.adapters import (
@@ -537,7 +537,7 @@ class ExpertMixture:
         if self._only_expert is not None:
             self._whole.dispatch = self._only(ids)
             return
-        seen, mask, cache = ids, kwargs.get("attention_mask"), kwargs.get("past_key_values")
+        seen, mask, cache = ids, kwargs.get("attention_mask"), cache_in(kwargs)
         if mask is not None and mask.ndim == 2:
             seen = ids.masked_fill(mask[:, -ids.shape[1] :] == 0, NO_TOKEN)
         if cache is not None and (number := cache.get_seq_length()):
@@ -558,7 +558,7 @@ class ExpertMixture:
         self, backbone: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], output: Any
     ) -> None:
         """Store the tokens that were read in the key-value cache."""
-        cache = getattr(output, "past_key_values", None)
+        cache = cache_in(output) if isinstance(output, Mapping) else None
         if self._seen is None or self.evidence is None or cache is None:
             return
         if not hasattr(cache, _SEEN):

@@ -200,10 +200,12 @@ def _texts(
     """Return texts, int64 [B, length], and −log p of each token [B, length], NaN at first."""
     import torch
 
+    from tritter.core.models import cache_in, cache_name
+
     document_mask = document_mask_of(model)
     read, _ = starts.next_tokens()
     tokens, costs = [read], [torch.full(read.shape, math.nan, device=read.device)]
-    cache, num_cached = None, 0
+    name, cache, num_cached = cache_name(model), None, 0
     for _ in range(length - 1):
         if num_cached + read.shape[1] > window - 1:  # no more context than in training
             latest = torch.cat(tokens[-max(1, window // 2) :], dim=1)
@@ -215,8 +217,8 @@ def _texts(
                 torch.cat(tokens[-num_cached:], dim=1), num_read=read.shape[1]
             )
         ids = inputs_for(model, read)
-        output = model(input_ids=ids, past_key_values=cache, use_cache=True, **document_arguments)
-        cache, logits = output.past_key_values, output.logits[:, -1].float()  # [B, V]
+        output = model(input_ids=ids, **{name: cache}, use_cache=True, **document_arguments)
+        cache, logits = cache_in(output), output.logits[:, -1].float()  # [B, V]
         if not bool(logits.isfinite().all()):
             raise TritterError(
                 "the model's logits are not finite: it can't generate data for replay."
