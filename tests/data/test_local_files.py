@@ -122,6 +122,22 @@ def test_forms_are_for_the_field_that_was_not_chosen(tmp_path: Path) -> None:
     )
 
 
+def test_messages_beside_a_text_are_noted(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    record = json.dumps({"text": "one", "messages": turns})
+    (tmp_path / "a.jsonl").write_text(f"{record}\n{record}\n")
+    (tmp_path / "b.csv").write_text("text,messages\none,[]\n")
+    for name in ("a.jsonl", "b.csv"):
+        reading = Reading(key="data.new")
+        assert set(reading.texts(tmp_path / name)) == {"one"}
+        (note,) = reading.notes
+        assert "text and messages; text is read (data.text_field=messages reads" in note
+    reading = Reading(key="data.new", text_field="messages")
+    found = list(reading.texts(tmp_path / "a.jsonl"))
+    assert [str(each) for each in found] == ["user: a\n\nassistant: b"] * 2
+    assert not reading.notes
+
+
 @pytest.mark.parametrize(("record", "expected"), WRONG)
 def test_a_wrong_record_is_skipped_and_a_file_of_them_refused(
     tmp_path: Path, record: str, expected: str

@@ -333,6 +333,8 @@ def text_batches(
         rows = opened[_split(stated, opened)]
         columns = _columns(stated, rows)
         field = DEFAULT_FIELD if conversation_fields(columns) == columns else columns[0]
+        if source.column is None and field == DEFAULT_FIELD and field in columns:
+            reading.prefer_text(rows.column_names or (), option="#")
         (start, stop), selected = stated.rows, rows.select_columns(list(columns))
         if hasattr(selected, "num_rows"):
             if start >= selected.num_rows:

@@ -11,9 +11,8 @@ import json
 import os
 import zlib
 from codecs import IncrementalDecoder, getincrementaldecoder
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from importlib import import_module
 from io import BufferedReader
 from pathlib import Path
@@ -64,6 +63,7 @@ SUPPORTED = (
     f"{', '.join(_WRITING)}, source files ({', '.join(SOURCE_CODE[:4])}, ...), .jsonl, .json, "
     ".csv, all of these also as .gz, and .parquet"
 )
+_TEXT_FIELD = "data.text_field="
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 Columns = Callable[[Sequence[str]], list[str]]
@@ -189,6 +189,19 @@ class Reading:
         self._num_skipped += 1
         if len(self._skipped) < MAX_PROBLEMS_OF_FILE:
             self._skipped.append(problem)
+
+    def prefer_text(self, names: Collection[str], *, option: str) -> None:
+        """Add a note, once, if records with a text also have messages, which are not read.
+
+        Args:
+            names: the fields with a value.
+            option: selects the messages, to precede their name.
+        """
+        other = next((name for name in TURNS if name in names), None)
+        note = f"{self.key}: records have text and {other}; text is read ({option}{other} reads "
+        note += "conversations)."
+        if other is not None and note not in self.notes:
+            self.notes.append(note)
 
     def count(self, num_bytes: int) -> None:
         """Count bytes read.
@@ -360,12 +373,22 @@ def records(
 
 
 def _texts(path: Path, reading: Reading) -> Iterator[Text]:
-    columns = partial(_columns, field=reading.text_field)
+    field = reading.text_field
+
+    def columns(names: Sequence[str]) -> list[str]:
+        if field == DEFAULT_FIELD and field in names:
+            reading.prefer_text(names, option=_TEXT_FIELD)
+        return _columns(names, field)
+
     for where, record in records(path, reading, columns=columns):
         try:
-            yield text_of(record, field=reading.text_field)
+            text = text_of(record, field=field)
         except WrongRecordError as error:
             reading.skip(f"{where} {error}")
+            continue
+        if field == DEFAULT_FIELD and isinstance(text, str) and isinstance(record, dict):
+            reading.prefer_text([n for n in TURNS if record.get(n)], option=_TEXT_FIELD)
+        yield text
 
 
 def _array(path: Path, reading: Reading, columns: Columns) -> Iterator[tuple[str, Any]]:
