@@ -122,6 +122,19 @@ def test_forms_are_for_the_field_that_was_not_chosen(tmp_path: Path) -> None:
     )
 
 
+def test_skipped_records_are_counted_by_reason(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    roles = [{"messages": [*turns[:at], {"role": "critic", "content": "c"}]} for at in (1, 2, 2)]
+    lines = [*map(json.dumps, [{"messages": turns}, *roles, {"messages": 3}]), "{"]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    reading = Reading(key="data.new")
+    assert len(list(reading.texts(tmp_path / "a.jsonl"))) == 1
+    (note,) = reading.notes
+    assert note.startswith("Skipped 5 of 6 records")
+    for part in ("3: data.new: ", "line 2 messages: number 2 has the role 'critic'", "1: data.new"):
+        assert part in note.partition("By reason: ")[2]
+
+
 def test_messages_beside_a_text_are_noted(tmp_path: Path) -> None:
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     record = json.dumps({"text": "one", "messages": turns})

@@ -9,10 +9,12 @@ import csv
 import gzip
 import json
 import os
+import re
 import zlib
 from codecs import IncrementalDecoder, getincrementaldecoder
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib import import_module
 from io import BufferedReader
 from pathlib import Path
@@ -37,6 +39,8 @@ MAX_LINE_BYTES = 32 * 2**20
 MAX_EXPANSION = 200
 FREE_EXPANSION_BYTES = 64 * 2**20  # always allowed, even for small files
 MAX_PROBLEMS_OF_FILE = 10
+_MAX_REASONS = 8  # of skipped records, in a note
+_NUMBERS = re.compile(r"\d+")  # of a message, line or byte
 MAX_PROBLEMS_SHOWN = 100
 _PIECE_BYTES = 2**20
 _PARQUET_ROWS = 256
@@ -87,6 +91,14 @@ class ByteLimitError(Exception):
     """The byte limit of a reading is reached; the rest was not read."""
 
 
+@dataclass(slots=True)
+class _Reason:
+    """The first record that is skipped for a reason, and the number of them."""
+
+    first: str
+    count: int = 0
+
+
 class Reading:
     """Options and results of reading files and data sets.
 
@@ -121,6 +133,7 @@ class Reading:
         self._max_bytes = max_bytes
         self._skipped: list[str] = []  # the first few of the current source
         self._num_skipped = 0
+        self._reasons: dict[str, _Reason] = {}
 
     def texts(self, path: Path) -> Iterator[Text]:
         """Yield the texts of a file of records; invalid records are skipped.
@@ -157,7 +170,7 @@ class Reading:
             SpentError: `max_bytes` were read.
             TextFileError: a data set can't be read.
         """
-        num_read, self._skipped, self._num_skipped = 0, [], 0
+        num_read, self._skipped, self._num_skipped, self._reasons = 0, [], 0, {}
         problem = None
         try:
             for item in items:
@@ -176,7 +189,7 @@ class Reading:
                 total = num_read + self._num_skipped
                 self.notes.append(
                     f"Skipped {self._num_skipped:,} of {total:,} records because they are "
-                    f"invalid; the first: {self._line(self._skipped[0])}"
+                    f"invalid; the first: {self._line(self._skipped[0])}{self._other_reasons()}"
                 )
             elif self._num_skipped:
                 self.problems += map(self._line, self._skipped)
@@ -184,11 +197,22 @@ class Reading:
                     self.problems.append(self._line(f"{name} has {more} more invalid records"))
             self.problems += [self._line(problem)] if problem else []
 
-    def skip(self, problem: str) -> None:
-        """Count an invalid record; the problem begins with the record's location."""
+    def skip(self, where: str, problem: str) -> None:
+        """Count an invalid record by the kind of its problem, which follows its location."""
         self._num_skipped += 1
+        line = f"{where} {problem}"
         if len(self._skipped) < MAX_PROBLEMS_OF_FILE:
-            self._skipped.append(problem)
+            self._skipped.append(line)
+        kind = _NUMBERS.sub("", problem)
+        if kind in self._reasons or len(self._reasons) < _MAX_REASONS:
+            self._reasons.setdefault(kind, _Reason(line)).count += 1
+
+    def _other_reasons(self) -> str:
+        """Return counts and examples of the kinds of problems; empty if there is a single one."""
+        if len(self._reasons) < 2:
+            return ""
+        parts = [f"{each.count:,}: {self._line(each.first)}" for each in self._reasons.values()]
+        return f" By reason: {' '.join(parts)}"
 
     def prefer_text(self, names: Collection[str], *, option: str) -> None:
         """Add a note, once, if records with a text also have messages, which are not read.
@@ -384,7 +408,7 @@ def _texts(path: Path, reading: Reading) -> Iterator[Text]:
         try:
             text = text_of(record, field=field)
         except WrongRecordError as error:
-            reading.skip(f"{where} {error}")
+            reading.skip(where, str(error))
             continue
         if field == DEFAULT_FIELD and isinstance(text, str) and isinstance(record, dict):
             reading.prefer_text([n for n in TURNS if record.get(n)], option=_TEXT_FIELD)
@@ -404,7 +428,7 @@ def _lines(path: Path, reading: Reading, columns: Columns) -> Iterator[tuple[str
             text = _decode(_whole_line(line)) if line.strip() else ""
             record = parse(text) if text else None
         except WrongRecordError as error:
-            reading.skip(f"{where} {error}")
+            reading.skip(where, str(error))
             continue
         if text:
             yield where, record
@@ -430,7 +454,7 @@ def _table(path: Path, reading: Reading, columns: Columns) -> Iterator[tuple[str
                 if text and not text.isascii():
                     record[name] = _decode(text.encode(errors="surrogateescape"))
         except (csv.Error, WrongRecordError) as error:
-            reading.skip(f"{where} {_short(error)}")
+            reading.skip(where, _short(error))
             continue
         yield where, record
 
