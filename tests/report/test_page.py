@@ -16,11 +16,12 @@ from matplotlib.colors import to_rgb
 from tests.report.growing import growth
 from tests.report.test_runs import SETTINGS
 from tests.report.test_tables import ungated
-from tritter.report.drawing import DPI
+from tritter.report.drawing import DPI, label_rows, panel
 from tritter.report.page import MAX_PANELS, _lines, figures, page
 from tritter.report.plots import Curve
 from tritter.report.runs import Run, group_runs
 from tritter.report.summary import Summary
+from tritter.report.tables import size_text
 
 HOSTILE = "<script>alert(1)</script>"
 
@@ -301,3 +302,26 @@ def test_a_name_of_a_growth_is_text(summary: dict[str, Any]) -> None:
     made["options"]["trigger"] = HOSTILE
     text, _ = page([run_of(summary | {"growth": made}, "a", 0)], title="One")
     assert HOSTILE not in text and "script" not in {tag for tag, _ in seen(text).tags}
+
+
+def test_a_rolled_back_run_shows_the_grown_size_too(summary: dict[str, Any]) -> None:
+    kept = summary | {"parameters": {"baseline": 213_440, "final": 213_440}}
+    kept["attempts"] = [one | {"parameters": 721_792} for one in kept["attempts"]]
+    for status, expected in (("rolled_back", "213 k (grown 722 k)"), ("kept", "213 k")):
+        assert size_text(Summary.of(kept | {"status": status})) == expected
+    text, _ = page([run_of(kept | {"status": "rolled_back"}, "one", 0)], title="Runs")
+    assert "<span>213 k</span> <span>(grown 722 k)</span>" in text
+
+
+def test_a_label_is_next_to_the_line_at_zero() -> None:
+    for values, first in (((0, 10), 0.0), ((-16, 0), None)):
+        figure, axes = panel(height=1)
+        axes.plot(values, [1, 1])
+        axes.axvline(0)
+        label_rows(axes, [1], ["expansion=width forgetting=none"])
+        figure.draw_without_rendering()
+        (label,) = axes.texts
+        box = label.get_window_extent()
+        zero = axes.transData.transform((0, 1))[0]
+        assert box.x0 > zero if first is not None else box.x1 < zero
+        assert box.x0 > axes.get_window_extent().x0 and not axes.spines["left"].get_visible()

@@ -30,6 +30,7 @@ from tritter.report.runs import (
 )
 from tritter.report.summary import MAX_NUMBER
 from tritter.report.table import Table
+from tritter.report.tables import size_text
 from tritter.report.wording import MISSING, count_text, number_text, si_text
 
 _MEAN_OR_SEEDS = (
@@ -256,7 +257,7 @@ class Comparison:
                 if check.verdict in ("failed", "undecided")
             ]
             costs = each.costs()
-            sizes = (count_text(costs[f"parameters_{when}"]) for when in ("before", "after"))
+            sizes = (count_text(costs["parameters_before"]), size_text(each.run.summary))
             shown = (each.run.summary.status.replace("_", " "), ", ".join(failed) or MISSING)
             rows.append((each.name, *shown, *sizes))
         header = ("run", "status", "failed or undecided", "parameters before", "after")

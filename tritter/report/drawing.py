@@ -19,6 +19,7 @@ DPI = 150
 MAX_COLUMNS = 800  # of a map, or points of a curve; a picture has hardly more pixels
 _LINE_CHARACTERS = 66
 _MAX_LINES = 6  # of one label
+_WIDEST_LABEL = 72  # characters that fill the width of a panel
 _PANEL_WIDTH = 4.8
 _LABEL_CHARACTERS = 18  # of a line of a row's or column's label
 _MAX_NUMBERED = 12  # of both, with texts in their cells
@@ -70,6 +71,32 @@ def panel(*, height: float) -> tuple[Figure, Axes]:
     axes.xaxis.label.set_fontsize(9)
     axes.yaxis.label.set_fontsize(9)
     return figure, axes
+
+
+def label_rows(axes: Axes, bottoms: Sequence[float], labels: Sequence[str]) -> None:
+    """Write a label above each row of a finished panel, next to the line at zero, not across it.
+
+    Args:
+        axes: the panel, without a scale on the left.
+        bottoms: height of each row.
+        labels: label of each row, wrapped.
+    """
+    axes.set_yticks([])
+    axes.spines["left"].set_visible(False)
+    low, high = axes.get_xlim()
+    zero = -low / (high - low)  # in fractions of the width
+    for bottom, label in zip(bottoms, labels, strict=True):
+        width = max(map(len, label.split("\n"))) / _WIDEST_LABEL
+        is_crossed, fits_after = 0 <= zero < width, zero + width <= 1
+        axes.annotate(
+            label,
+            xy=(zero if is_crossed and fits_after else 0, bottom),
+            xycoords=("axes fraction", "data"),
+            xytext=(3, 7),
+            textcoords="offset points",
+            fontsize=7.5,
+            bbox={"facecolor": "white", "pad": 0.5, "linewidth": 0},
+        )
 
 
 def write_note(axes: Axes, text: str) -> None:

@@ -18,7 +18,7 @@ from markupsafe import Markup
 
 from tritter import __version__
 from tritter.report import plots
-from tritter.report.drawing import CYCLE, DPI, GREY, new_figure, panel, wrap_text
+from tritter.report.drawing import CYCLE, DPI, GREY, label_rows, new_figure, panel, wrap_text
 from tritter.report.experts import experts_panels, experts_text, page_tables, share_text
 from tritter.report.growth import (
     draw_neurons,
@@ -46,7 +46,13 @@ from tritter.report.runs import (
 )
 from tritter.report.summary import MAX_NUMBER
 from tritter.report.table import Table
-from tritter.report.tables import attempts_table, result_table, stage_table, task_table
+from tritter.report.tables import (
+    attempts_table,
+    result_table,
+    size_text,
+    stage_table,
+    task_table,
+)
 from tritter.report.wording import MISSING, count_text, number_text, si_text
 
 if TYPE_CHECKING:
@@ -279,7 +285,7 @@ def _overview(groups: Sequence[Group]) -> Table:
             cells += [str(summary.experts.number), share_text(share)]
         elif has_experts:
             cells += [MISSING, MISSING]
-        cells += [count_text(summary.parameters.get("final")), str(run.steps)]
+        cells += [size_text(summary), str(run.steps)]
         seconds = number_text(summary.seconds.get("total"), ".1f")
         cells += [si_text(summary.flops.get("total")), seconds]
         rows.append(tuple(cells))
@@ -759,7 +765,7 @@ def _bars_of(
     heights = [0.27 + 0.15 * (1 + label.count("\n")) for label in labels]  # inches
     figure, axes = panel(height=0.8 + sum(heights))
     bottoms = [*accumulate(heights)]
-    for bottom, label, (line, interval) in zip(bottoms, labels, rows, strict=True):
+    for bottom, (line, interval) in zip(bottoms, rows, strict=True):
         style: dict[str, Any] = {"color": line.color, "marker": line.marker}
         style["markerfacecolor"] = line.filling
         values = [scale * value for value in interval.values]
@@ -772,19 +778,10 @@ def _bars_of(
             sides = _bars(interval) if is_bounded else (0.0, 0.0)
             bars = [[scale * side] for side in sides]
             axes.errorbar(scale * interval.value, bottom, xerr=bars, **style, capsize=3)
-        axes.annotate(
-            label,
-            xy=(0, bottom),
-            xycoords=("axes fraction", "data"),
-            xytext=(2, 7),
-            textcoords="offset points",
-            fontsize=7.5,
-            bbox={"facecolor": "white", "alpha": 0.8, "pad": 0.5, "linewidth": 0},
-        )
-    axes.set_yticks([])
     axes.set_ylim(bottoms[-1] + 0.2, 0)
     axes.axvline(0, color=GREY, linewidth=0.8)
     axes.grid(axis="x", alpha=0.25)
+    label_rows(axes, bottoms, labels)
     axes.set_title(wrap_text(title), fontsize=9)
     return figure
 

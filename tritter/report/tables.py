@@ -88,6 +88,15 @@ def print_summary(summary: Summary, *, console: Console, folder: Path | None = N
         console.print(_grid(lines, console))
 
 
+def size_text(summary: Summary) -> str:
+    """Return the parameters of a checkpoint; after a roll-back, also those of the grown model."""
+    kept, grown = summary.parameters.get("final"), summary.last_attempt.parameters
+    text = count_text(kept)
+    if summary.status == "rolled_back" and grown and grown != kept:
+        text += f" (grown {count_text(grown)})"
+    return text
+
+
 def result_table(summary: Summary, rows: Sequence[DomainRow]) -> Table:
     """Return one row per domain: nats per token at each stage, change per byte, verdict."""
     # Without an expansion it equals `before`
@@ -280,11 +289,11 @@ def summary_lines(summary: Summary) -> list[SummaryLine]:
     for domain, text in windows_texts(summary):
         lines.append(SummaryLine("long windows" if domain == 0 else "", text))
     before, after = (summary.parameters.get(name) for name in ("baseline", "final"))
-    sizes = f"{count_text(before)} → {count_text(after)}"
+    sizes = f"{count_text(before)} → {size_text(summary)}"
     if summary.experts is not None:  # next to a frozen base
         trained = summary.experts.parameters.trainable
         sizes = f"{count_text(before)} + {count_text(trained)} experts"
-    elif before and after:
+    elif before and after and "(" not in sizes:
         sizes += f" ({after / before:.2f} times)"
     lines.append(SummaryLine("parameters", sizes))
     if (growth := summary.growth) is not None:
