@@ -177,6 +177,11 @@ def test_arguments_of_calls_and_schemas_may_be_json() -> None:
             assert found is not None
             assert found.tools == (schema,)
             assert found.messages[1]["tool_calls"] == [{"function": CALL}]
+    earlier = {"role": ASSISTANT, "content": None, "function_call": CALL}
+    found = conversation_of({"messages": [PAIR[0], earlier]})
+    assert found is not None
+    assert found.answers == (1,)
+    assert found.messages[1]["tool_calls"] == [{"type": "function", "function": CALL}]
 
 
 def test_a_text_wins_over_messages_unless_they_are_named() -> None:

@@ -162,7 +162,7 @@ def test_instructions_and_messages() -> None:
     wanted = ["system: s\n\nuser: a\n\nassistant: b", "s\n\nx\n\ny"]
     assert texts("full#messages") == wanted
     _, reading = read("full")
-    assert any("text and messages; text is read (#messages reads" in note for note in reading.notes)
+    assert any("text is read (#messages reads" in note for note in reading.notes)
     key = {"key": "data.new"}
     resolved = resolve_dataset(parse_name("data.new", "full#messages"), **key)
     assert str(resolved).endswith("#messages")

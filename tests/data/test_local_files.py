@@ -145,6 +145,10 @@ def test_messages_beside_a_text_are_noted(tmp_path: Path) -> None:
         assert set(reading.texts(tmp_path / name)) == {"one"}
         (note,) = reading.notes
         assert "text and messages; text is read (data.text_field=messages reads" in note
+    (tmp_path / "c.jsonl").write_text('{"text": "one", "instruction": "a", "output": "b"}')
+    reading = Reading(key="data.new")
+    assert list(reading.texts(tmp_path / "c.jsonl")) == ["one"]
+    assert "text and instruction, output; text is read" in reading.notes[0]
     reading = Reading(key="data.new", text_field="messages")
     found = list(reading.texts(tmp_path / "a.jsonl"))
     assert [str(each) for each in found] == ["user: a\n\nassistant: b"] * 2

@@ -336,6 +336,9 @@ def _message(value: object, where: str) -> dict[str, Any]:
         for other in others:
             if name not in fields and other in fields:
                 fields[name] = fields.pop(other)
+    if isinstance(fields.get("function_call"), Mapping):  # OpenAI's earlier form
+        call = {"type": "function", "function": fields.pop("function_call")}
+        fields["tool_calls"] = fields.get("tool_calls") or [call]
     if fields.get("tool_calls"):
         fields["tool_calls"] = _calls(fields["tool_calls"], where)
     if any(fields.get(name) for name in ("tool_calls", *REASONING)):

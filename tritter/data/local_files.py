@@ -134,6 +134,7 @@ class Reading:
         self._skipped: list[str] = []  # the first few of the current source
         self._num_skipped = 0
         self._reasons: dict[str, _Reason] = {}
+        self._is_text_noted = False
 
     def texts(self, path: Path) -> Iterator[Text]:
         """Yield the texts of a file of records; invalid records are skipped.
@@ -215,17 +216,21 @@ class Reading:
         return f" By reason: {' '.join(parts)}"
 
     def prefer_text(self, names: Collection[str], *, option: str) -> None:
-        """Add a note, once, if records with a text also have messages, which are not read.
+        """Add a note, once, if records with a text also have a conversation, which is not read.
 
         Args:
             names: the fields with a value.
-            option: selects the messages, to precede their name.
+            option: selects messages, to precede their name.
         """
-        other = next((name for name in TURNS if name in names), None)
-        note = f"{self.key}: records have text and {other}; text is read ({option}{other} reads "
-        note += "conversations)."
-        if other is not None and note not in self.notes:
-            self.notes.append(note)
+        fields = () if self._is_text_noted else conversation_fields(names)
+        if fields:
+            turns = [f"{option}{name}" for name in fields if name in TURNS]
+            advice = turns[0] if turns else "a copy without text"
+            self.notes.append(
+                f"{self.key}: records have text and {', '.join(fields)}; text is read "
+                f"({advice} reads conversations)."
+            )
+            self._is_text_noted = True
 
     def count(self, num_bytes: int) -> None:
         """Count bytes read.
@@ -411,7 +416,7 @@ def _texts(path: Path, reading: Reading) -> Iterator[Text]:
             reading.skip(where, str(error))
             continue
         if field == DEFAULT_FIELD and isinstance(text, str) and isinstance(record, dict):
-            reading.prefer_text([n for n in TURNS if record.get(n)], option=_TEXT_FIELD)
+            reading.prefer_text([n for n in record if record[n]], option=_TEXT_FIELD)
         yield text
 
 
