@@ -129,8 +129,15 @@ def test_a_comparison_needs_torch_for_its_bounds_alone(tmp_path: Path) -> None:
 
 @pytest.mark.full
 def test_an_expansion_writes_before_transformers_is_imported(tmp_path: Path) -> None:
-    words = ("expand", "--checkpoint", str(TINY_RUN), "--method", "llama-pro", "--no-measure")
+    words = ("expand", "--checkpoint", str(TINY_RUN), "--method", "llama-pro")
     lines = said(*words, "--output", str(tmp_path / "out"), before=SPY)
     assert lines[0].split()[:2] == ["AT", "FIRST"]
     assert set(lines[0].split()[2:]) <= {"torch", "pydantic"}
     assert "transformers" in lines[-1].split()
+
+
+@pytest.mark.quick_cases(1)
+@pytest.mark.parametrize("method", ["dus", "width", "moe"])
+def test_an_expansion_without_the_check_asks_no_transformers(method: str, tmp_path: Path) -> None:
+    words = ("expand", str(TINY_RUN), "--method", method, "--no-measure")
+    assert loaded(*words, "--output", str(tmp_path / "out")) <= {"torch", "pydantic"}

@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoConfig
 
 from tests.cli.conftest import Run, snapshot
+from tests.oracle.families import LAYER_NORM, generic, tiny
 from tritter.core.models import check_loadable, read_config
 from tritter.errors import RequestError, TritterError
 
@@ -38,7 +40,7 @@ def _configure(folder: Path, **values: Any) -> None:
 @pytest.mark.parametrize(
     "words",
     [
-        "expand --checkpoint base --method width --no-measure",
+        "expand --checkpoint base --method width",
         "expand --checkpoint base --method width,llama-pro --output old --overwrite",
         "export --checkpoint base --output out",
     ],
@@ -72,11 +74,27 @@ def test_what_transformers_cannot_build_is_not_written(
 def test_damaged_settings_do_not_travel(run: Run, place: Path, name: str, text: str) -> None:
     (place / "base" / name).write_text(text)
     before = snapshot(place)
-    for words in ("expand --method dus --no-measure", "export"):
+    for words in ("expand --method dus", "export"):
         result = run(f"{words} --checkpoint base --output out")
         assert result.code == 2
         assert name in result.err
     assert snapshot(place) == before
+
+
+@pytest.mark.parametrize("family", generic())
+def test_the_tables_alone_write_the_same_model(run: Run, place: Path, family: str) -> None:
+    tiny(family).save_pretrained(place / "source")
+    grown = "" if family not in LAYER_NORM else " --intermediate-size 96"
+    words = f"expand source --method width,dus{grown}"
+    assert run(f"{words} --output checked").code == 0
+    assert run(f"{words} --output trusted --no-measure").code == 0
+    checked, trusted = (
+        AutoConfig.from_pretrained(place / name).to_dict() for name in ("checked", "trusted")
+    )
+    same = {key: trusted[key] for key in checked} | {"_name_or_path": checked["_name_or_path"]}
+    assert same == checked  # in "trusted", defaults of the class may be written, too
+    for name in ("model.safetensors", "generation_config.json"):
+        assert (place / "checked" / name).read_bytes() == (place / "trusted" / name).read_bytes()
 
 
 def test_what_only_measuring_finds_is_not_written_either(run: Run, place: Path) -> None:

@@ -626,8 +626,8 @@ class _Result:
         if self.training is not None:
             exactness += " at step 0, before training the new experts"
         lines.append(("exact", exactness))
-        if self.measured is not None:
-            lines.append(("step 0", self.measured.text))
+        if self.lineage is not None:
+            lines.append(("step 0", self.measured.text if self.measured else "not measured"))
         if settings.dtype is not None:
             lines.append(("dtype", with_dashes(settings.dtype)))
         if self.lineage is not None:
@@ -681,9 +681,8 @@ def _expand(job: _Job, *, measures: bool, overwrite: bool, is_quiet: bool) -> _R
         def measure_result(made: Expanded) -> Lineage:
             from tritter.cli.measure import measure
 
-            bar = new_bar("MB checked") if measures else None
             with refuse_damage():
-                found = measure(job.source, made, is_requested=measures, progress=bar)
+                found = measure(job.source, made, progress=new_bar("MB checked"))
             measured.append(found)
             return found.lineage
 
@@ -696,9 +695,10 @@ def _expand(job: _Job, *, measures: bool, overwrite: bool, is_quiet: bool) -> _R
             overwrite=overwrite,
             moments=settings.moments or "carry",
             progress=new_bar("tensors"),
-            before_publish=measure_result,
+            before_publish=measure_result if measures else None,
+            confirms=measures,
         )
-    return _Result(job=job, plan=plan, lineage=made.lineage, measured=measured[0])
+    return _Result(job=job, plan=plan, lineage=made.lineage, measured=next(iter(measured), None))
 
 
 def _expand_and_train(job: _Job, text: _DomainText, *, overwrite: bool, is_quiet: bool) -> _Result:

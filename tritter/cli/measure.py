@@ -26,7 +26,7 @@ class Measurement:
 
     Args:
         lineage: lineage of the result, with the error.
-        error: max |Δ logits| / std(logits) on random tokens; None if not measured.
+        error: max |Δ logits| / std(logits) on random tokens; None if not finite.
         is_broken: True if a function-preserving method differs by more than rounding. For a 16-bit
             result the bound is that of 16-bit rounding.
         text: readable description.
@@ -44,7 +44,6 @@ def measure(
     source: Source,
     result: Expanded,
     *,
-    is_requested: bool,
     progress: Callable[[int, int], None] | None = None,
 ) -> Measurement:
     """Compare source and result on random tokens and write the error into the record.
@@ -52,14 +51,11 @@ def measure(
     Args:
         source: the source checkpoint.
         result: the result in a temporary folder.
-        is_requested: False skips the measurement.
         progress: called with the megabytes read and their total.
 
     Raises:
         TritterError: transformers can't build or run one of the models.
     """
-    if not is_requested:
-        return Measurement(result.lineage, None, False, "not measured")
 
     def show(done: int, total: int) -> None:
         if progress is not None:

@@ -262,6 +262,7 @@ def expand(
     overwrite: bool = False,
     progress: Progress | None = None,
     before_publish: Callable[["Expanded"], Lineage] | None = None,
+    confirms: bool = True,
 ) -> Expanded:
     """Apply `specs` in order to the checkpoint at `source` and write the result.
 
@@ -284,6 +285,8 @@ def expand(
         progress: called with the number of written tensors and their total.
         before_publish: called with the result in its temporary folder. It may rewrite the
             lineage, returns the current one, and may raise.
+        confirms: let transformers check a plan made from the family tables alone. False trusts the
+            tables: importing transformers takes seconds.
 
     Returns:
         The folder, the plan and the lineage of the result.
@@ -307,7 +310,7 @@ def expand(
     def call_back(folder: Path, lineage: Lineage) -> Lineage:
         return before_publish(Expanded(folder, plan, lineage)) if before_publish else lineage
 
-    confirmed = cache(partial(_confirm, plan, opened))
+    confirmed = cache(partial(_confirm, plan, opened) if confirms else lambda: plan)
     state = opened.state
     carried = None if state is None else MappedState(plan, state, moments, max_shard_bytes)
     lineage = write_checkpoint(
