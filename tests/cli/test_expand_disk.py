@@ -1,6 +1,10 @@
 """What a dry run says of disk and memory is what the result takes; what can't fit is refused."""
 
+import re
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,6 +13,7 @@ import torch
 
 from tests.cli.conftest import Run, snapshot
 from tests.oracle import stock
+from tests.real import real_checkpoint
 from tritter.checkpoints.state import write_state
 from tritter.storage.writer import TensorStream
 
@@ -92,10 +97,9 @@ def test_a_disk_that_says_nothing_is_tried(
 
 def test_memory_is_told_and_grows_with_what_has_to_be_whole(run: Run, place: Path) -> None:
     def told(words: str) -> tuple[int, list[str]]:
-        result = run(f"expand --checkpoint base --dry-run {words}")
-        line = next(line for line in result.out.splitlines() if line.startswith("memory"))
-        content = run(f"expand --checkpoint base --dry-run --json {words}").json
-        return content["memory_bytes"], line.split()
+        dry = f"expand --checkpoint base --dry-run --no-measure {words}"
+        line = next(line for line in run(dry).out.splitlines() if line.startswith("memory"))
+        return run(f"{dry} --json").json["memory_bytes"], line.split()
 
     wide = "--method width --hidden-size 9600 --intermediate-size 32000"
     deep, words = told("--method llama-pro --target-layers 6")
@@ -105,3 +109,23 @@ def test_memory_is_told_and_grows_with_what_has_to_be_whole(run: Run, place: Pat
     assert rows - deep < largest / 10
     whole = told(wide.replace("width", "width,moe", 1))[0]
     assert 2 * largest < whole - rows < 50 * largest
+    checked = run("expand base --method llama-pro --target-layers 6 --dry-run --json").json
+    assert 2e8 < checked["memory_bytes"] - deep < 5e8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["smollm2", "gemma3"])
+def test_memory_told_is_what_a_real_checkpoint_takes(run: Run, tmp_path: Path, name: str) -> None:
+    """SmolLM2: 556 MB told, 426 MB taken; Gemma 3, whose vocabulary is large: 556 and 456 MB."""
+    words = ["expand", str(real_checkpoint(name)), "--method", "llama-pro", "--output"]
+    told = run(" ".join([*words, str(tmp_path / "dry"), "--dry-run", "--json"])).json
+    program = [sys.executable, "-c", "import sys; from tritter.cli import main; sys.exit(main())"]
+    process = subprocess.Popen([*program, *words, str(tmp_path / "grown")])
+    taken = 0
+    while process.poll() is None:
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        if (found := re.search(r"RssAnon:\s+(\d+) kB", status)) is not None:
+            taken = max(taken, 1024 * int(found[1]))
+        time.sleep(0.01)
+    assert process.returncode == 0
+    assert 0.6 * told["memory_bytes"] < taken < told["memory_bytes"]

@@ -101,7 +101,6 @@ DEFAULT_STEPS = 200
 DEFAULT_LEARNING_RATE = 1e-4
 DEFAULT_DOMAIN = "new"
 
-
 Method = Annotated[
     list[str] | None,
     option(
@@ -262,7 +261,7 @@ def expand(
                 import tritter.transform  # noqa: F401 # while digests are computed
             with note_if_written(job.destination):
                 if dry_run:
-                    result = _dry_run(job, overwrite=overwrite)
+                    result = _dry_run(job, measures=measure is not False, overwrite=overwrite)
                 elif text is not None:
                     result = _expand_and_train(job, text, overwrite=overwrite, is_quiet=as_json)
                 else:
@@ -650,13 +649,13 @@ class _Result:
             _print_domain(console, self.training)
 
 
-def _dry_run(job: _Job, *, overwrite: bool) -> _Result:
+def _dry_run(job: _Job, *, measures: bool, overwrite: bool) -> _Result:
     """Return the result of a dry run. Writes nothing."""
     from tritter.transform import check_disk_space, disk_needs, plan_by_tables
 
     plan = plan_by_tables(job.source, job.specs, seed=job.settings.seed or 0)
     moments = job.settings.moments or "carry"
-    room = disk_needs(job.source, plan, dtype=job.dtype, moments=moments)
+    room = disk_needs(job.source, plan, dtype=job.dtype, moments=moments, is_checked=measures)
     obstacles = [job.obstacle(overwrite=overwrite)]
     try:
         check_disk_space(job.destination, room)
@@ -742,6 +741,7 @@ def _disk_lines(room: DiskNeeds, destination: Path) -> list[tuple[str, str]]:
     parts += [f"state {size_text(room.state)}"] * bool(room.state)
     disk = f"{size_text(room.disk)} ({', '.join(parts)}), written once; {rest}"
     memory = f"at most {size_text(room.memory)}, including {size_text(room.process)} for Python"
+    memory += f" and {size_text(room.check)} for the step-0 check" if room.check else ""
     return [("disk", disk), ("memory", memory)]
 
 

@@ -38,6 +38,7 @@ from tritter.core.expansions import (
     compose_maps,
 )
 from tritter.core.families import (
+    Config,
     LayoutKind,
     StoredTensor,
     count_parameters,
@@ -72,6 +73,9 @@ _BYTES_OF_RECORDS = 2**16  # lineage, model card and configs, without names
 _WIDE = 4  # bytes of a float32 number
 _AT_ONCE_PADDED = 3  # copies of a padded tensor: its pieces, the whole, and the padded one
 _AT_ONCE_OF_STATE = 4  # copies: gathered along each axis, scaled, and filled with a mean
+# Of the step-0 check: transformers and its classes (130 MB), blocks of weights, and activations
+_BYTES_OF_CHECK = 300 * 10**6
+_WIDENED = 2  # copies of an expert, or of a layer without a table, in float32: one per model
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,6 +88,8 @@ class DiskNeeds:
         others: tokenizer files, and an estimate for headers, configs and records.
         in_flight: peak memory of the tensors that are read, computed and written at once.
         process: peak memory of the process so far.
+        check: peak memory of the step-0 check after writing; 0 without it. The weights that it maps
+            from disk do not count: the system drops them when memory is short.
     """
 
     weights: int
@@ -91,6 +97,7 @@ class DiskNeeds:
     others: int
     in_flight: int
     process: int
+    check: int
 
     @property
     def disk(self) -> int:
@@ -99,7 +106,7 @@ class DiskNeeds:
 
     @property
     def memory(self) -> int:
-        return self.process + self.in_flight
+        return self.process + max(self.in_flight, self.check)
 
 
 def free_bytes(destination: Path) -> int | None:
@@ -340,8 +347,16 @@ def disk_needs(
     *,
     dtype: torch.dtype | None = None,
     moments: Policy = "carry",
+    is_checked: bool = True,
 ) -> DiskNeeds:
     """Return the disk and memory requirements of a plan; reads no tensor.
+
+    Args:
+        opened: the source.
+        plan: the expansion.
+        dtype: of the result; by default each tensor keeps its own.
+        moments: `carry`, `zero` or `reset_new`.
+        is_checked: count the memory of the step-0 check.
 
     Raises:
         TritterError: the state of the source is damaged.
@@ -384,7 +399,19 @@ def disk_needs(
         others=files + _BYTES_OF_RECORDS + _BYTES_OF_A_NAME * (len(weights) + len(others)),
         in_flight=KEPT_BYTES + max(of_weights + router_bytes(plan), of_state),
         process=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
+        check=_check_bytes(plan.target_config) if is_checked else 0,
     )
+
+
+def _check_bytes(config: Config) -> int:
+    """Return the peak memory of the step-0 check of a result (`tritter.core.streamed`)."""
+    family, sizes = family_of(config), dict[object, int]()
+    for tensor in family.logical_tensors(config):
+        # Experts are widened one by one; a model type without a table, layer by layer
+        unit = tensor.name if family.has_table else tensor.layer
+        if tensor.layer is not None and (tensor.expert is not None or not family.has_table):
+            sizes[unit] = sizes.get(unit, 0) + prod(family.shape(tensor, config))
+    return _BYTES_OF_CHECK + _WIDENED * _WIDE * max(sizes.values(), default=0)
 
 
 def _stream(
