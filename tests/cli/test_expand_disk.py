@@ -1,5 +1,6 @@
 """What a dry run says of disk and memory is what the result takes; what can't fit is refused."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -115,11 +116,12 @@ def test_memory_is_told_and_grows_with_what_has_to_be_whole(run: Run, place: Pat
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["smollm2", "gemma3"])
-def test_memory_told_is_what_a_real_checkpoint_takes(run: Run, tmp_path: Path, name: str) -> None:
+def test_memory_told_is_what_a_real_checkpoint_takes(tmp_path: Path, name: str) -> None:
     """SmolLM2: 556 MB told, 426 MB taken; Gemma 3, whose vocabulary is large: 556 and 456 MB."""
     words = ["expand", str(real_checkpoint(name)), "--method", "llama-pro", "--output"]
-    told = run(" ".join([*words, str(tmp_path / "dry"), "--dry-run", "--json"])).json
     program = [sys.executable, "-c", "import sys; from tritter.cli import main; sys.exit(main())"]
+    dry = [*program, *words, str(tmp_path / "grown"), "--dry-run", "--json"]
+    told = json.loads(subprocess.run(dry, capture_output=True, check=True).stdout)
     process = subprocess.Popen([*program, *words, str(tmp_path / "grown")])
     taken = 0
     while process.poll() is None:
@@ -128,4 +130,5 @@ def test_memory_told_is_what_a_real_checkpoint_takes(run: Run, tmp_path: Path, n
             taken = max(taken, 1024 * int(found[1]))
         time.sleep(0.01)
     assert process.returncode == 0
-    assert 0.6 * told["memory_bytes"] < taken < told["memory_bytes"]
+    # What is told begins with the peak of this process, which the child inherits
+    assert 0.5 * told["memory_bytes"] < taken < told["memory_bytes"]

@@ -6,6 +6,7 @@ import os
 import shlex
 import textwrap
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
@@ -52,7 +53,12 @@ Mode = Annotated[str | None, option("--mode", "continue", "Continue training (th
 Steps = Annotated[str | None, option("--steps", "N", "Training steps (training.max_steps).")]
 EwcLambda = Annotated[
     str | None,
-    option("--ewc-lambda", "L", "Use forgetting=ewc with this lambda. Default: forgetting=replay."),
+    option(
+        "--ewc-lambda",
+        "L",
+        "Use forgetting=ewc with this lambda; without old data, on text that the model "
+        "generates. Default: forgetting=replay.",
+    ),
 ]
 NewData = Annotated[
     list[str] | None,
@@ -172,6 +178,11 @@ def train(
     }
     if ewc_lambda is not None:
         settings |= {"forgetting": "ewc", "forgetting.ewc.ewc_lambda": ewc_lambda}
+        if not (old_data or _has_old_knowledge(checkpoint)):
+            settings |= {
+                "forgetting": "[ewc,self_replay]",
+                "forgetting.self_replay.fraction": "0",  # the text only estimates importances
+            }
     arguments = continuation(
         checkpoint, data=data or (), old_data=old_data or (), settings=settings, arguments=arguments
     )
@@ -364,6 +375,23 @@ def _recorded_settings(folder: Path, *, is_text: bool) -> dict[str, Any]:
     if len(fields) == 1 and is_text:
         settings["data.text_field"] = _word(fields.pop())
     return settings
+
+
+def _has_old_knowledge(checkpoint: str) -> bool:
+    """Return True if a checkpoint records its data, or contains sequences or importances of it."""
+    from tritter.checkpoints import read_lineage
+    from tritter.checkpoints.location import checkpoint_location, state_kinds_of
+    from tritter.checkpoints.state import KeptSequences
+
+    folder = Path(checkpoint_location(checkpoint, key="--checkpoint"))
+    if not folder.is_dir():
+        return False
+    with suppress(TritterError):  # the run reports damaged records
+        lineage = read_lineage(folder)
+        is_recorded = lineage is not None and bool(lineage.domains)
+        kept = is_recorded or KeptSequences.read(folder).sequences
+        return bool(kept) or "fisher" in state_kinds_of(folder)
+    return True
 
 
 def _typed_keys(arguments: Sequence[str]) -> set[str]:

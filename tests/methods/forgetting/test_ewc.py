@@ -56,6 +56,16 @@ def test_gradient_is_that_of_half_lambda_fisher_times_square(normalise: str) -> 
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-7)
 
 
+def test_without_old_data_the_fisher_is_never_refreshed() -> None:
+    model = oracle.tiny_llama()
+    fisher = {name: torch.ones_like(value) for name, value in model.named_parameters()}
+    given = replace(task_with(model, fisher), old_sequences={})
+    method = EWC(ewc_lambda=50.0, refresh_steps=1)
+    method.begin_task(model, given)
+    assert method.observe_step(model, 0) == method.observe_step(model, 1) == 0
+    torch.testing.assert_close(dict(method.importance), fisher)
+
+
 def test_without_fisher_it_refuses(tmp_path: Path) -> None:
     with pytest.raises(TritterError, match="no Fisher"):
         run(module_of(EWC(ewc_lambda=1.0)), tmp_path)

@@ -83,19 +83,31 @@ class EWC(QuadraticPenalty):
         self.strength, self.kind = self.options.ewc_lambda, KINDS[self.options.carry]
         self._carried: Mapping[str, Tensor] = {}
         self._scale = 1.0
+        self._sequences: Tensor | None = None  # None without old data: nothing is refreshed
 
     @classmethod
     def needs(cls, options: Any) -> Needs:
         is_carried = options.at != "expanded" or options.normalise == "mean"
+        kinds = (KINDS[options.carry],) if is_carried else ()
         return Needs(
             old_text=True,
-            prepares=(KINDS[options.carry],) if is_carried else (),
+            instead=() if options.at == "expanded" else kinds,
+            prepares=kinds,
+            state=kinds,
             carried=options.at == "auto",
             copies=2,
         )
 
     def prepare(self, preparation: Preparation) -> Prepared:
-        """Compute the Fisher at the weights before the expansion."""
+        """Compute the Fisher at the weights before the expansion.
+
+        Without old data, the one that the checkpoint contains is passed on.
+        """
+        if not preparation.domains:
+            return Prepared(
+                state={self.kind: preparation.state[self.kind]},
+                notes=(f"There is no old data: {self.name} uses the checkpoint's importances.",),
+            )
         domains = self._fisher_domains(preparation, preparation.domains)
         chosen = preparation.draw(self.options.num_sequences, _PURPOSE, domains=domains)
         preparation.log(f"Fisher information of {len(chosen)} sequences of {', '.join(domains)}")
@@ -132,7 +144,9 @@ class EWC(QuadraticPenalty):
             self._scale = mean_importance(task.state_before[self.kind])
         mapped = {} if fisher is None or at == "expanded" else fisher
         importance = {name: value / self._scale for name, value in mapped.items()}
-        if at != "carried" or self.options.refresh_steps is not None:
+        is_refreshed = at != "carried" or self.options.refresh_steps is not None
+        self._sequences = None
+        if is_refreshed and task.old_sequences:
             # Parameters without Fisher may get one later; their anchor is the initial value
             free = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
             importance = {**free, **importance}
@@ -155,7 +169,7 @@ class EWC(QuadraticPenalty):
         else:
             times, rest = divmod(step, self.options.refresh_steps or step + 1)
             is_due = rest == 0 and times.bit_count() == 1
-        if not is_due:
+        if not is_due or self._sequences is None:
             return 0.0
         fisher = shared_fisher(model, self._sequences, estimator=self.options.estimator)
         for name, importance in self.importance.items():
@@ -285,7 +299,7 @@ class OnlineEWC(EWC):
     @classmethod
     def needs(cls, options: Any) -> Needs:
         needs, kind = super().needs(options), saved_kind(KINDS[options.carry], options.normalise)
-        return replace(needs, state=(kind,), leaves=(kind,), copies=needs.copies + 1)
+        return replace(needs, instead=(), state=(kind,), leaves=(kind,), copies=needs.copies + 1)
 
     def begin_task(self, model: nn.Module, task: Task) -> None:
         import torch

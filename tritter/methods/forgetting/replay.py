@@ -332,7 +332,8 @@ class SelfReplay(ForgettingMethod):
     """Mix sequences that the model generated into the batches.
 
     Args:
-        fraction: share of all sequences that are generated, 0 ≤ fraction < 1.
+        fraction: share of all sequences that are generated, 0 ≤ fraction < 1. 0 only generates
+            text for other methods, such as `ewc`.
         num_sequences: number of sequences to generate.
         temperature: divisor of the logits.
         top_p: sample from the smallest set of tokens whose probabilities sum to this.
@@ -351,7 +352,10 @@ class SelfReplay(ForgettingMethod):
 
     @classmethod
     def problems(cls, options: Any, run: RunRequest) -> Iterator[Problem]:
-        yield from _fraction_problems(cls.name, options, run)
+        # With 0, the text only serves methods that need old data, such as ewc
+        others = (one.kind.needs(one.options) for one in run.forgetting)
+        if options.fraction > 0 or not any(needs.old_text for needs in others):
+            yield from _fraction_problems(cls.name, options, run)
 
     def prepare(self, preparation: Preparation) -> Prepared:
         from tritter.core.models import config_of  # imports transformers, so not at the top
@@ -418,6 +422,8 @@ class SelfReplay(ForgettingMethod):
 
     def mix(self, batches: BatchStream, task: Task) -> BatchStream:
         assert task.written is not None
+        if self.options.fraction == 0:
+            return batches
         buffer = ReplayBuffer.of_domains({"written": task.written}, seed=task.seed)
         return batches.with_replay(buffer, self.options.fraction)
 
