@@ -86,6 +86,7 @@ class StreamedModel:
         """Load weights when modules read them; `num_bytes` counts the size of all."""
         named = self._model.state_dict(keep_vars=True)
         names = {id(value): name for name, value in named.items() if name in self._weights.live}
+        embedding = self._model.get_input_embeddings()  # type: ignore[operator]
         for module in self._model.modules():
             stand_ins = {key: each for key, each in module._parameters.items() if each is not None}
             owned = {key: names[id(each)] for key, each in stand_ins.items()}
@@ -97,6 +98,9 @@ class StreamedModel:
                 module.forward = partial(self._embed, owned["weight"])  # type: ignore[method-assign]
                 continue
             self.num_bytes += sum(map(self._weights.bytes_of, owned.values()))
+            if module is embedding and isinstance(module, nn.Embedding):  # that scales, as Gemma's
+                module.padding_idx = None  # invalid among the loaded rows
+                module.register_forward_pre_hook(partial(self._load_rows, owned["weight"]))
             if type(module) is nn.Linear:
                 module.forward = partial(self._linear, module, owned)  # type: ignore[method-assign]
             else:
@@ -179,6 +183,13 @@ class StreamedModel:
         """Return the embeddings of the current tokens, whose rows alone are read."""
         used, indices = input_ids.unique(return_inverse=True)
         return F.embedding(indices, self._stored(name)[used].float())
+
+    def _load_rows(self, name: str, module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+        """Load only the rows of the current tokens; return the tokens as their indices."""
+        used, indices = inputs[0].unique(return_inverse=True)
+        rows = self._stored(name)[used].float()
+        self._loaded[name] = rows, rows._version
+        return (indices,)
 
     def _expert(self, attribute: str, name: str, expert: int) -> Tensor:
         return self._widened(attribute, self._weights.expert(name, expert))
