@@ -136,6 +136,26 @@ def test_a_vocabulary_with_adapters_comes_untied(run: Run, place: Path, is_tied:
     assert one["merged"]["logit_change"] == result.json["merged"]["logit_change"]
 
 
+@pytest.mark.parametrize("targets", [("embed_tokens", "lm_head"), ("embed_tokens",), ("lm_head",)])
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_stock_peft_merges_an_adapter_of_a_tied_vocabulary_rightly(
+    run: Run, place: Path, is_tied: bool, targets: tuple[str, ...]
+) -> None:
+    saved(tiny_llama(vocab_size=VOCABULARY, tie_word_embeddings=is_tied), place / "it")
+    live = mixture_of(
+        load_model(place / "it"), ranks=(2,), targets=[(*TARGETS, *targets)], router="evidence"
+    )
+    write_with_experts(place / "it", place / "whole", live)
+    result = run("export --checkpoint whole --output out --format peft")
+    assert result.code == 0 and ("tied head" in result.out) == is_tied, result.err
+    (name,) = live.adapters
+    theirs = PeftModel.from_pretrained(stock(place / "it"), place / "out" / name)
+    with live.only(name):
+        expected = logits(live.model, TOKENS)
+    assert (logits(theirs, TOKENS) - expected).abs().max() < 1e-4
+    assert (logits(theirs.merge_and_unload(), TOKENS) - expected).abs().max() < 1e-4
+
+
 def test_the_change_is_measured_on_what_was_learned(
     run: Run, place: Path, mixture: ExpertMixture
 ) -> None:

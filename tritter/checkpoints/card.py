@@ -155,6 +155,9 @@ def model_card(
             f'one = PeftModel.from_pretrained(model, "PATH_OF_THIS_FOLDER/experts/{names[0]}")',
             "```",
             "",
+            "To merge one into the base, export it first (`tritter export --format peft`): an "
+            "adapter of a tied embedding or head is merged wrongly by PEFT itself.",
+            "",
             "To use the whole mixture: `tritter generate --checkpoint PATH_OF_THIS_FOLDER "
             "--prompt TEXT`, or `tritter evaluate`.",
             "",

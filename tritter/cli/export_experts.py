@@ -36,7 +36,7 @@ from tritter.cli.output import (
     refuse_damage,
 )
 from tritter.core.families import family_of, position_limit
-from tritter.core.models import load_model, read_config
+from tritter.core.models import load_model, read_config, uninitialised_model
 from tritter.data.chat import ids_of
 from tritter.data.sources import source_documents
 from tritter.data.tokens import num_closed_tokens, pack, read_tokenizer, tokenise
@@ -216,7 +216,8 @@ def export_adapters(
     with note_if_written(output):
         with atomic_folder(output, overwrite=overwrite, check=check) as temporary:
             for name, adapter in adapters.items():
-                write_stored(adapter, temporary / name, base=base, overwrite=not name)
+                head = _untied_head(source, adapter)
+                write_stored(adapter, temporary / name, base=base, overwrite=not name, whole=head)
                 for path in licence_files(folder):
                     shutil.copyfile(path, temporary / name / path.name)
                 card = adapter_card(base, kept=kept_metadata(folder))
@@ -242,9 +243,38 @@ def export_adapters(
         print_table(console, Table(header, tuple(rows), numbers=(1, 2, 3)), wrapped=("on",))
         console.print()
         lines = [("base", base)]
+        if any(_untied_head(source, adapter) for adapter in adapters.values()):
+            reason = "stored whole: PEFT would merge its update into the embedding too"
+            lines.append(("tied head", reason))
         print_lines(console, lines + ([] if merged is None else merge_lines(merged)))
         console.print()
         print_command(console, "written", display_path(output))
+
+
+def _untied_head(source: Source, adapter: StoredAdapter) -> dict[str, Tensor]:
+    """Return layer → weight of a tied head, if the adapter changes it or the embedding.
+
+    `merge_and_unload` of PEFT adds the updates of both to the weight that they share.
+    """
+    if not source.family.is_tied(source.config):
+        return {}
+    with torch.device("meta"):
+        model = uninitialised_model(source.config)
+    names = {module: name for name, module in model.named_modules()}
+    embedding, head = (
+        names[getattr(model, each)()] for each in ("get_input_embeddings", "get_output_embeddings")
+    )
+    if not adapter.factors.keys() & {embedding, head}:
+        return {}
+    weight = source.read("embed")
+    if head in adapter.factors:
+        down, up = (
+            each.to(torch.promote_types(weight.dtype, torch.float32))
+            for each in adapter.factors[head]
+        )
+        scaling = adapter.shape.scaling
+        weight = (weight + scaling * (up @ down)).to(weight.dtype)
+    return {head: weight.contiguous()}
 
 
 def _record(name: str, adapter: StoredAdapter, output: Path) -> dict[str, Any]:

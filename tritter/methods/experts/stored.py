@@ -125,16 +125,30 @@ def adapter_of(model: nn.Module, name: str) -> StoredAdapter:
 
 
 def write_stored(
-    stored: StoredAdapter, folder: Path, *, base: str, overwrite: bool = False
+    stored: StoredAdapter,
+    folder: Path,
+    *,
+    base: str,
+    overwrite: bool = False,
+    whole: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write an adapter that is detached from a model; see `write_adapter`.
+
+    Args:
+        stored: the adapter.
+        folder: destination.
+        base: see `write_adapter`.
+        overwrite: replace an existing adapter.
+        whole: layer → its weight with the adapter, in place of factors. Only stock PEFT reads it.
 
     Raises:
         RequestError: `folder` exists.
         TritterError: writing fails.
     """
-    shape, tensors = stored.shape, {}
-    for layer, (down, up) in stored.factors.items():
+    shape, whole = stored.shape, whole or {}
+    tensors = {f"{_PREFIX}{layer}.weight": weight for layer, weight in whole.items()}
+    adapted = {layer: pair for layer, pair in stored.factors.items() if layer not in whole}
+    for layer, (down, up) in adapted.items():
         part = "lora_embedding_{}" if layer in stored.embeddings else "lora_{}.weight"
         tensors[f"{_PREFIX}{layer}.{part.format('A')}"] = down.contiguous()
         tensors[f"{_PREFIX}{layer}.{part.format('B')}"] = up.contiguous()
@@ -142,7 +156,7 @@ def write_stored(
     config = LoraConfig(
         r=shape.rank,
         lora_alpha=alpha,  # type: ignore[arg-type]
-        target_modules=sorted(shape.targets),
+        target_modules=sorted(set(shape.targets) - {name.rpartition(".")[2] for name in whole}),
         task_type="CAUSAL_LM",
         base_model_name_or_path=base,
         inference_mode=True,
@@ -152,6 +166,7 @@ def write_stored(
         (temporary / TENSORS_NAME).chmod(0o644)  # save_file restricts it to the owner
         # Options of newer PEFT versions have their defaults and need no entry
         settings = {k: v for k, v in config.to_dict().items() if is_plain_setting(k, v)}
+        settings |= {"modules_to_save": sorted(whole)} if whole else {}
         plain = {k: sorted(v) if isinstance(v, set) else v for k, v in settings.items()}
         (temporary / CONFIG_NAME).write_text(json.dumps(plain, indent=2, sort_keys=True) + "\n")
 
