@@ -538,7 +538,7 @@ def gate(
     confidence: float = 0.95,
     new_documents: Documents | None = None,
     tokenizer: Tokenizer | None = None,
-    sequence_length: int = 128,
+    sequence_length: int | None = None,
     batch_size: int = 16,
 ) -> GateResult:
     """Compare two models on documents, like the gate of a run.
@@ -556,7 +556,8 @@ def gate(
         new_documents: domain → documents on which the loss must decrease.
         tokenizer: a Hugging Face tokenizer, or a folder with one. Required for live models.
             Default: that of the checkpoint folder.
-        sequence_length: window length in tokens; longer documents are split.
+        sequence_length: window length in tokens; longer documents are split. Default: 1024, or
+            the positions that both models support.
         batch_size: windows per forward pass.
 
     Raises:
@@ -571,8 +572,9 @@ def gate(
     if known is None:
         reason = "live models need one: pass a Hugging Face tokenizer or a folder with one"
         raise RequestError(Problem("tokenizer", reason=reason))
+    length = sequence_length or min(map(_window_length, (before, after)))
     scores = [
-        _scores(model, everything, tokenizer or known, sequence_length, batch_size)
+        _scores(model, everything, tokenizer or known, length, batch_size)
         for model in (before, after)
     ]
     old, new = scores
@@ -607,6 +609,19 @@ def _check_gate(retention: object, confidence: object, kept: Documents, new: Doc
                 reason = "must be a list of documents, each a text"
                 problems.append(Problem(f"{key}[{name!r}]", brief(texts), reason=reason))
     raise_problems(problems)
+
+
+def _window_length(model: Model) -> int:
+    from tritter.checkpoints.record import window_length
+    from tritter.core.families import position_limit
+    from tritter.core.models import config_of, read_config
+    from tritter.storage.hub import locate
+
+    if isinstance(model, str | PathLike):
+        config = read_config(locate(fspath(model), key="model"))
+    else:
+        config = config_of(model)
+    return window_length(None, position_limit(config))
 
 
 def _scores(
@@ -663,7 +678,7 @@ def protect(
     old_data: OldData | None = None,
     *,
     tokenizer: Tokenizer | None = None,
-    sequence_length: int = 128,
+    sequence_length: int | None = None,
     **options: Any,
 ) -> Penalty:
     """Return a loss term that keeps a model close to its current weights.
@@ -679,7 +694,7 @@ def protect(
             mappings with `input_ids`. Padding is skipped according to `attention_mask`. Only the
             first `num_sequences` sequences are used.
         tokenizer: a Hugging Face tokenizer or a folder with one, required for documents.
-        sequence_length: sequence length for packing documents.
+        sequence_length: sequence length for packing documents. Default: as in `gate`.
         options: options of the method, such as `ewc_lambda`.
 
     Raises:
@@ -704,9 +719,8 @@ def protect(
                 vocab_size = cast(Any, model.config).vocab_size
                 own = _tokenizer(tokenizer, vocab_size=vocab_size)
             count = getattr(chosen.options, "num_sequences", 256)
-            batches = old_sequences(
-                old_data, tokenizer=own, sequence_length=sequence_length, count=count
-            )
+            length = sequence_length or _window_length(model)
+            batches = old_sequences(old_data, tokenizer=own, sequence_length=length, count=count)
             if not batches:
                 reason = f"{chosen.name} needs data of the old domains, and there is none"
                 raise RequestError(Problem("old_data", reason=reason, advice="or choose l2sp"))

@@ -196,3 +196,19 @@ def training_record(training_config: Mapping[str, Any]) -> Mapping[str, Any]:
     base = made_from.get("pretraining") if isinstance(made_from, Mapping) else None
     found = training_config.get("training", base)
     return found if isinstance(found, Mapping) else {}
+
+
+LONGEST_WINDOW = 1024  # by default
+
+
+def window_length(lineage: Lineage | None, positions: int | None) -> int:
+    """Return the default number of tokens in a window of text.
+
+    Args:
+        lineage: of the checkpoint; the windows are those of its last training run.
+        positions: that the model supports; None if unknown or unlimited.
+    """
+    data = lineage.training_config.get("data") if lineage is not None else None
+    recorded = data.get("sequence_length") if isinstance(data, Mapping) else None
+    preferred = recorded if isinstance(recorded, int) and recorded >= 2 else LONGEST_WINDOW
+    return min(preferred, positions or preferred)

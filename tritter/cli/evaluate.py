@@ -141,6 +141,7 @@ def evaluate(
         import torch
 
         from tritter.checkpoints import read_lineage
+        from tritter.checkpoints.record import window_length
         from tritter.cli.report_file import ReportFile, mark
         from tritter.core.families import family_of, position_limit
         from tritter.core.models import non_finite_tensors, read_config
@@ -177,7 +178,7 @@ def evaluate(
         if broken := non_finite_tensors(model):
             raise RequestError(f"{folder}: {broken[0]} has values that are not finite.")
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    domains = domains.noted(length := losses_of.sequence_length(lineage, position_limit(config)))
+    domains = domains.noted(length := window_length(lineage, position_limit(config)))
     with progress_bars(is_shown=not as_json) as new_bar:
         losses = losses_of.domain_losses(
             model, domains.documents, tokenizer, length=length, batch_size=batch_size,

@@ -41,6 +41,7 @@ from tritter.config.components import (
     resolve_registered_parts,
     weightless_methods,
 )
+from tritter.config.derived import validation_period, with_batches, with_samples
 from tritter.config.fallbacks import ladder_problems
 from tritter.config.folders import body_of, option_files
 from tritter.config.schema import (
@@ -228,11 +229,14 @@ def validate(
         RequestError: lists every problem with key, value, allowed values and nearest match.
     """
     reader = Reader(known_keys)
-    bodies = with_steps(_with_frozen_rows(group_bodies(reader, raw)), reader.problems)
+    has_no_period = (raw.get("evaluation") or {}).get("every_n_steps", 0) is None
+    bodies = with_batches(_with_frozen_rows(group_bodies(reader, raw)))
+    bodies = with_steps(bodies, reader.problems)
     has_no_rate = bodies.get("training", {}).get("learning_rate", 0) is None
     if has_no_rate:
         bodies["training"] = {**bodies["training"], "learning_rate": PRESET_RATE}
     classes = find_classes(reader, bodies)
+    bodies = with_samples(bodies, classes)
     num_class_problems = len(reader.problems)
     values = _read_sections(reader, raw, bodies, classes)
     if has_no_rate and {"model", "training"} <= values.keys():
@@ -248,6 +252,9 @@ def validate(
 
     def read_text(config: RunConfig) -> Iterable[Problem]:
         values["text"] = run_text(start_checkpoint(config.model), config.data, seed=config.seed)
+        if has_no_period:
+            period = validation_period(config)
+            values["evaluation"] = replace(config.evaluation, every_n_steps=period)
         return ()
 
     chosen = (*values.get("forgetting", ()), values.get("growth"), values.get("experts"))

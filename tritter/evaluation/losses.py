@@ -22,6 +22,8 @@ from tritter.errors import TritterError
 from tritter.evaluation.inference import eval_mode
 from tritter.evaluation.statistics import PairedScores
 
+_MAX_LOGITS = 2**28
+
 
 def document_losses(
     model: nn.Module,
@@ -47,7 +49,7 @@ def document_losses(
         documents: the documents; those without a predicted token are skipped.
         sequence_length: positions of a window.
         bounds: start and end of a text.
-        batch_size: windows per forward pass; the result does not depend on it.
+        batch_size: windows per forward pass, see `batch_that_fits`.
         autocast_dtype: precision of the forward pass; the loss is always float32.
         progress: called with (windows done, total windows) after each batch.
         positions: float64 [2, sequence_length], to which the nats and the number of tokens at each
@@ -63,6 +65,8 @@ def document_losses(
     num_tokens = torch.zeros(len(documents), dtype=torch.int64)
     with eval_mode(model) as device:
         done = 0
+        longest = max(window.length for window in windows)
+        batch_size = batch_that_fits(batch_size, longest, _vocab_size(model))
         for batch in window_batches(windows, batch_size=batch_size):
             input_ids, targets = window_tensors(batch, documents.tokens, bounds=bounds)
             with torch.autocast(device.type, autocast_dtype, enabled=autocast_dtype is not None):
@@ -89,6 +93,16 @@ def document_losses(
     )
 
 
+def batch_that_fits(batch_size: int, length: int, vocab_size: int) -> int:
+    """Return at most `batch_size` sequences, so that float32 logits stay within 1 GiB, or one."""
+    return max(1, min(batch_size, _MAX_LOGITS // (length * vocab_size)))
+
+
+def _vocab_size(model: nn.Module) -> int:
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    return 1 if head is None else len(head.weight)
+
+
 def sequence_losses(model: nn.Module, sequences: Tensor, *, batch_size: int = 16) -> Tensor:
     """Return the mean cross-entropy of each sequence, nats per token, float32 [N].
 
@@ -96,10 +110,11 @@ def sequence_losses(model: nn.Module, sequences: Tensor, *, batch_size: int = 16
         model: a causal language model.
         sequences: int [N, T]; all tokens except the first are scored. With a document mask,
             padding is ignored.
-        batch_size: sequences per forward pass.
+        batch_size: sequences per forward pass, see `batch_that_fits`.
     """
     nats = []
     with eval_mode(model) as device:
+        batch_size = batch_that_fits(batch_size, sequences.shape[1], _vocab_size(model))
         for rows in sequences.split(batch_size):
             rows = rows.long().to(device)
             logits = model(input_ids=inputs_for(model, rows), use_cache=False).logits

@@ -19,11 +19,11 @@ from tritter.checkpoints import Lineage, Source, lineage_of, read_lineage
 from tritter.checkpoints.location import checkpoint_config
 from tritter.checkpoints.record import LearnedDomain
 from tritter.checkpoints.run_text import DomainText, RunText, recorded_chat, recorded_data, run_text
+from tritter.config.derived import validation_tokens
 from tritter.config.schema import CheckpointModelConfig, RunConfig
 from tritter.config.validation import known_config
 from tritter.core.families import Config, Flops, family_of, position_limit
 from tritter.core.models import load_tokenizer, read_config
-from tritter.data.answers import scoring_note, training_note
 from tritter.data.batches import BatchStream, Sequences, SequenceStream, sample_equally
 from tritter.data.built_in import built_in_origin, is_built_in, questions_of
 from tritter.data.chat import (
@@ -48,7 +48,6 @@ from tritter.data.packing import (
     Packing,
     num_packed,
     packed,
-    padding_fraction,
     read_marks,
 )
 from tritter.data.replay import ReplayBuffer
@@ -63,12 +62,14 @@ from tritter.data.tokens import (
     read_tokenizer,
 )
 from tritter.errors import Problem, RequestError, TritterError, key_name
+from tritter.evaluation.losses import batch_that_fits
 from tritter.evaluation.statistics import score_file
 from tritter.evaluation.tasks import MetricTask, QuestionTask, Reader, ScoredTask, subject_of
 from tritter.limits import MAX_VOCABULARY
 from tritter.options import leaves
 from tritter.pipeline.branch import Branch
 from tritter.pipeline.ledger import Ledger, StageResult
+from tritter.pipeline.notes import packing_notes
 from tritter.pipeline.scoring import (
     Scores,
     Scoring,
@@ -89,7 +90,6 @@ from tritter.transform import PlannedExpansion, planned
 
 MAX_POSITIONS = 2048  # for a model without position limit
 PUBLISHED_DTYPES = ("float32", "bfloat16", "float16")
-EVALUATED_TOKENS = 4096  # per domain and evaluation; in total 3 % of the cost of default training
 
 
 @dataclass(frozen=True)
@@ -359,35 +359,8 @@ class RunContext:
                 f"{count} documents were held out by an earlier run, so they are not used "
                 "for training."
             )
-        length = self.config.data.sequence_length
-        is_masked = self.packing == "documents"
-        for name, domain in self.corpus.domains.items() if is_masked else ():
-            is_head = name in self.streams
-            notes += [
-                training_note(
-                    name,
-                    domain.train,
-                    sequence_length=length,
-                    bounds=self.bounds,
-                    is_head=is_head,
-                ),
-                scoring_note(
-                    name,
-                    domain.validation,
-                    sequence_length=length,
-                    max_tokens=self.config.evaluation.max_tokens_per_document,
-                ),
-            ]
-            if not domain.train.num_tokens:
-                continue
-            share = padding_fraction(domain.train, sequence_length=length, bounds=self.bounds)
-            longer = padding_fraction(domain.train, sequence_length=2 * length, bounds=self.bounds)
-            if share > MUCH_PADDING:
-                notes.append(
-                    f"{name}: {share:.0%} of the training sequences is padding, because its "
-                    f"documents are shorter than {length} tokens; "
-                    f"data.sequence_length={2 * length} gives {longer:.0%}."
-                )
+        if self.packing == "documents":
+            notes += packing_notes(self.config, self.corpus, self.streams, bounds=self.bounds)
         optimizer = self.config.optimizer.target.rpartition(".")[2]
         if optimizer.startswith("Paged") and self.device.type == "cpu":
             same = optimizer.removeprefix("Paged")
@@ -659,13 +632,16 @@ class RunContext:
         options = self.config.evaluation
         if not options.every_n_steps:
             return None
+        max_tokens = validation_tokens(self.config, num_domains=len(self.domains))
+        length = min(self.config.data.sequence_length, max_tokens)
+        vocab_size = self.corpus.tokenizer.get_vocab_size()
         return ValidationSubset.of(
             {name: self.corpus.domains[name].validation for name in self.domains},
             every_n_steps=options.every_n_steps,
-            max_tokens=EVALUATED_TOKENS,
-            sequence_length=self.config.data.sequence_length,
+            max_tokens=max_tokens,
+            sequence_length=length,
             bounds=self.bounds,
-            batch_size=options.batch_size,
+            batch_size=batch_that_fits(options.batch_size, length, vocab_size),
             seed=self.config.seed,
         )
 
@@ -750,7 +726,6 @@ class RunContext:
         return self.scoring.flops(reading)
 
 
-MUCH_PADDING = 0.1
 _START = "start_of_text"  # of a lineage: the ids in front of each training text
 TOKENIZER_NAME = "tokenizer.json"
 # Cached parts of a context that do not depend on the tokenizer

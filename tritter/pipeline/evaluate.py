@@ -24,7 +24,6 @@ from tritter.pipeline.scoring import Scoring
 from tritter.terminal import NewBar, no_bar
 
 MAX_TOKENS_PER_DOCUMENT = 1024  # as in conf/evaluation/default.yaml
-MAX_SEQUENCE_LENGTH = 1024
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -135,14 +134,6 @@ def learned_domains(
     held_out = f"Documents held out from all training of this checkpoint: {', '.join(documents)}."
     others = (note for note in text.notes if not note.startswith("Old text as"))
     return DomainsToScore(documents, (held_out, *corpus.notes, *others))
-
-
-def sequence_length(lineage: Lineage | None, positions: int | None) -> int:
-    """Return the window length for documents: that of the last training run, if recorded."""
-    recorded = recorded_data(lineage).get("sequence_length")
-    longest = positions or MAX_SEQUENCE_LENGTH
-    preferred = recorded if isinstance(recorded, int) and recorded >= 2 else MAX_SEQUENCE_LENGTH
-    return min(preferred, longest)
 
 
 def domain_losses(

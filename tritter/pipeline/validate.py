@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tritter.checkpoints import Lineage, read_lineage
+from tritter.checkpoints.record import window_length
 from tritter.checkpoints.run_text import recorded_chat
 from tritter.core.families import Config, count_parameters, family_of, layout, position_limit
 from tritter.core.models import load_model, read_config
@@ -194,8 +195,8 @@ class Side:
 
     @property
     def longest(self) -> int:
-        """Return the length of validation sequences."""
-        return min(SEQUENCE_LENGTH, position_limit(self.config) or SEQUENCE_LENGTH)
+        """Return the length of windows of its documents."""
+        return window_length(self.lineage, position_limit(self.config))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -295,7 +296,7 @@ def _evaluate_side(
                     tokenizer.tokenizer,
                     chat=corpus_chat(is_chat, data, owner.folder),
                 ),
-                sequence_length=side.longest,
+                sequence_length=min(side.longest, other.longest),
                 bounds=tokenizer.bounds,
                 batch_size=BATCH_SIZE,
             )
@@ -414,7 +415,7 @@ def _sequences(source: Side, result: Side, documents: Sequence[Document]) -> Ten
         if source.vocab_size > result.vocab_size or "vocab" not in [r.method for r in history]:
             return None
         tokenizer = source.tokenizer
-    length = min(source.longest, result.longest)
+    length = min(SEQUENCE_LENGTH, source.longest, result.longest)
     if tokenizer is not None and documents:
         tokens = tokenise(documents, tokenizer.tokenizer)
         if num_closed_tokens(tokens, tokenizer.bounds) >= length:

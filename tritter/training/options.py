@@ -546,7 +546,7 @@ RULES = (
 
 TRAININGS = ("pretraining", "training")
 STEPS, TOKENS = "max_steps", "max_tokens"
-_EVALUATIONS = 10  # validations per run, after the one before the first step
+EVALUATIONS = 10  # validations per run, after the one before the first step
 
 
 def resolve_training_limits(
@@ -578,7 +578,7 @@ def with_steps(
     """Compute steps from other keys.
 
     `max_tokens` sets `max_steps`, rounded down; the two keys exclude each other.
-    `evaluation.every_n_steps = null` is a tenth of the training steps.
+    `evaluation.every_n_steps = null` is a tenth of the training steps, until the domains are known.
 
     Args:
         bodies: Config group → body.
@@ -594,13 +594,13 @@ def with_steps(
             continue
         data, trainer = bodies.get("data", {}), bodies.get("trainer", {})
         factors = [
-            _count(data.get("batch_size")),
-            _count(data.get("sequence_length")),
-            _count(trainer.get("accumulate_grad_batches", 1)),
+            positive_count(data.get("batch_size")),
+            positive_count(data.get("sequence_length")),
+            positive_count(trainer.get("accumulate_grad_batches", 1)),
         ]
         known = [factor for factor in factors if factor is not None]
         of_step = math.prod(known) if len(known) == len(factors) else None
-        tokens, reason, steps = _count(requested), None, 1
+        tokens, reason, steps = positive_count(requested), None, 1
         if body.get(STEPS) is not None:
             reason = (
                 f"{group}.{STEPS} = {body[STEPS]} also sets the length of the run; set one of "
@@ -617,9 +617,9 @@ def with_steps(
     evaluation, key = bodies.get("evaluation", {}), "every_n_steps"
     if evaluation.get(key, 0) is None:
         steps = (
-            _count(result.get("training", {}).get(STEPS)) or 1
+            positive_count(result.get("training", {}).get(STEPS)) or 1
         )  # an invalid value is reported elsewhere
-        result["evaluation"] = {**evaluation, key: max(1, steps // _EVALUATIONS)}
+        result["evaluation"] = {**evaluation, key: max(1, steps // EVALUATIONS)}
     return result
 
 
@@ -630,7 +630,7 @@ def _rank(file: str | None, group: str) -> int:
     return 0 if file.startswith(f"{group}/") else 1
 
 
-def _count(value: object) -> int | None:
+def positive_count(value: object) -> int | None:
     """Return a positive integer, which may be written as 2M, or None."""
     found = parse_count(value) if isinstance(value, str) else value
     is_count = isinstance(found, int) and not isinstance(found, bool) and found > 0

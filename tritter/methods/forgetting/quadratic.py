@@ -130,6 +130,7 @@ Parameters = Mapping[str, "Tensor"]
 _MAX_GRADIENT_VALUES = (
     2**19
 )  # gradient values per batch: more are bound by memory, fewer by call overhead
+_TOKENS = 128  # per sequence
 
 
 def diagonal_fisher(
@@ -148,7 +149,8 @@ def diagonal_fisher(
             mode, so dropout is off.
         sequences: integers [N, T].
         batch_size: sequences whose gradients are in memory at once. None: 8, and up to 32 for a
-            small model. A model with experts or document masks processes one sequence at a time.
+            small model, of 128 tokens; fewer if they are longer. A model with experts or document
+            masks processes one sequence at a time.
             The result does not depend on it.
         estimator: `empirical` or `true`.
         seed: seed of the labels that `true` samples.
@@ -165,6 +167,7 @@ def diagonal_fisher(
     if batch_size is None:
         num_values = sum(p.numel() for p in parameters.values())
         batch_size = min(32, max(8, _MAX_GRADIENT_VALUES // num_values))
+        batch_size = max(1, min(batch_size, batch_size * _TOKENS // sequences.shape[1]))
     generator = torch.Generator().manual_seed(seed)
     done = 0
     with preserve_modes(model):

@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 
 RUN_TOKENS = 4
 _LOG_EVERY_SECONDS = 10.0
+_PER_TEXT, _AT_ONCE = 4, 64  # sequences of a text, and texts that are generated at once
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -73,7 +74,7 @@ def write_text(
     temperature: float = 1.0,
     top_p: float = 1.0,
     sequences_per_text: int = 1,
-    batch_size: int = 64,
+    batch_size: int = _AT_ONCE,
     seed: int = 0,
     log: Callable[[str], None] = lambda line: None,
 ) -> GeneratedSequences:
@@ -322,7 +323,7 @@ class SelfReplayOptions:
     num_sequences: Count = 512
     temperature: Annotated[float, Field(gt=0)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    sequences_per_text: Count = 4
+    sequences_per_text: Count | None = None
     min_distinct: Annotated[float, Field(ge=0, le=1)] = 0.5
     min_perplexity: Annotated[float, Field(ge=1)] = 1.5
     max_perplexity: Annotated[float, Field(gt=1)] | None = None
@@ -337,7 +338,8 @@ class SelfReplay(ForgettingMethod):
         num_sequences: number of sequences to generate.
         temperature: divisor of the logits.
         top_p: sample from the smallest set of tokens whose probabilities sum to this.
-        sequences_per_text: number of consecutive sequences cut from one text.
+        sequences_per_text: number of consecutive sequences cut from one text. None: 4, or fewer
+            if more texts can be generated at once.
         min_distinct: minimum share of distinct runs of four tokens; below, a text is repetitive.
         min_perplexity: minimum perplexity of a sequence under the model that generated it.
         max_perplexity: maximum perplexity; None: the vocabulary size, that of random guessing.
@@ -366,7 +368,8 @@ class SelfReplay(ForgettingMethod):
             self.options,
         )
         vocab_size = family_of(config).dimensions(config).vocab_size
-        count, per_text = options.num_sequences, options.sequences_per_text
+        count = options.num_sequences
+        per_text = options.sequences_per_text or max(1, min(_PER_TEXT, count // _AT_ONCE))
         preparation.log(f"the model generates {count} sequences of {length} tokens for replay")
         written = write_text(
             preparation.model,

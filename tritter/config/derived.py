@@ -1,0 +1,115 @@
+"""Values of keys that are null, from the model that a run starts with and the length of the run."""
+
+import math
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from tritter.checkpoints import read_lineage
+from tritter.checkpoints.record import window_length
+from tritter.core.families import position_limit
+from tritter.core.families.config_file import read_config_file
+from tritter.errors import TritterError
+from tritter.options import RunRequest
+from tritter.storage.reading import named_path
+from tritter.training.options import EVALUATIONS, STEPS, positive_count
+
+Bodies = Mapping[str, Mapping[str, Any]]  # group → its body
+
+_LENGTH, _BATCH = "sequence_length", "batch_size"
+_SMALL_LENGTH, _MOST = 128, 16  # of a base that the run trains
+# A token of a validation costs a third of one of training
+_VALIDATION_BUDGET = 0.1 * 3  # tokens of all validations, relative to those of training
+_VALIDATION_TOKENS = (1024, 4096)  # usual range per domain
+_FEWEST_VALIDATED = 64  # per domain
+_SAMPLES, _FEWEST = "num_sequences", 8
+
+
+def with_batches(bodies: Bodies) -> dict[str, Mapping[str, Any]]:
+    """Return the bodies with `data.sequence_length` and `data.batch_size`.
+
+    A base that the run trains reads 16 sequences of 128 tokens. A checkpoint reads windows as in
+    its last training run, else up to 1024 tokens, and at most as many tokens per batch.
+    """
+    data = bodies.get("data", {})
+    length, size = data.get(_LENGTH, 0), data.get(_BATCH, 0)
+    if length is None:
+        length = _default_length(bodies.get("model", {}))
+    if size is None:
+        trainer = bodies.get("trainer", {})
+        processes = positive_count(trainer.get("devices")) or 1
+        if trainer.get("strategy", "auto") == "auto":
+            processes = 1
+        size = _MOST
+        if bodies.get("model", {}).get("model_type") == "hf":
+            fitting = _MOST * _SMALL_LENGTH // (positive_count(length) or _SMALL_LENGTH)
+            size = min(_MOST, max(1, fitting))
+        size = processes * max(1, size // processes)
+    known = {_LENGTH: length, _BATCH: size}
+    return {**bodies, "data": {**data, **{key: known[key] for key in known if key in data}}}
+
+
+def _default_length(model: Mapping[str, Any]) -> int:
+    if model.get("model_type") != "hf":
+        return _SMALL_LENGTH
+    lineage = positions = None
+    # A damaged checkpoint is reported elsewhere; that of the hub is not known yet
+    with suppress(TritterError):
+        folder = named_path(str(model.get("path")), key="model.path")
+        if Path(folder).is_dir():
+            positions = position_limit(read_config_file(folder))
+            lineage = read_lineage(folder)
+    return window_length(lineage, positions)
+
+
+def with_samples(bodies: Bodies, classes: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Return the bodies with `num_sequences` of forgetting methods.
+
+    It is the default of the method, but not more than the sequences that training reads, or of
+    which a share is the sequences that it replays.
+    """
+    data, trainer = bodies.get("data", {}), bodies.get("trainer", {})
+    factors = (
+        bodies.get("training", {}).get(STEPS),
+        data.get(_BATCH),
+        trainer.get("accumulate_grad_batches", 1),
+    )
+    num_read = math.prod(positive_count(factor) or 1 for factor in factors)
+    methods = dict(bodies.get("forgetting", {}))
+    for name, body in methods.items():
+        kind = classes.get(f"forgetting.{name}")
+        if kind is None or not isinstance(body, Mapping) or body.get(_SAMPLES, 0) is not None:
+            continue
+        most, share = getattr(kind.Options(), _SAMPLES), body.get("fraction", 1)
+        if not isinstance(share, int | float) or not 0 <= share <= 1:
+            share = 1  # reported elsewhere
+        count = min(most, max(_FEWEST, math.ceil(num_read * share)))
+        methods[name] = {**body, _SAMPLES: count}
+    return {**bodies, "forgetting": methods} if "forgetting" in bodies else dict(bodies)
+
+
+def validation_period(config: RunRequest) -> int:
+    """Return the default of `evaluation.every_n_steps`, a tenth of the steps or more.
+
+    All validations together cost at most a tenth of training.
+    """
+    fewest, _ = _VALIDATION_TOKENS
+    count = int(_budget(config)) // (fewest * max(1, len(config.text.domains)))
+    return max(1, config.training.max_steps // max(1, min(EVALUATIONS, count)))
+
+
+def validation_tokens(config: RunRequest, *, num_domains: int) -> int:
+    """Return how many tokens of each domain a validation during training reads."""
+    _, most = _VALIDATION_TOKENS
+    period, steps = config.evaluation.every_n_steps, config.training.max_steps
+    if period != validation_period(config):  # chosen by the user
+        return most
+    count = 1 + math.ceil(steps / period)  # one before the first step
+    return max(_FEWEST_VALIDATED, min(most, int(_budget(config)) // (count * num_domains)))
+
+
+def _budget(config: RunRequest) -> float:
+    data, trainer = config.data, config.trainer
+    of_step = data.batch_size * data.sequence_length * trainer.accumulate_grad_batches
+    return _VALIDATION_BUDGET * float(of_step * config.training.max_steps)
