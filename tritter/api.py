@@ -257,6 +257,8 @@ def _component(group: str, method: str, options: Mapping[str, Any], problems: li
         raise RequestError(Problem(group, method, reason=reason, nearest=nearest(name, names)))
     body: Any = body_of(option_files()[group][name])[name]
     kind = method_class(group, name, {name: body})
+    # What a run derives from its length is null there
+    body = {key: value for key, value in body.items() if value is not None}
     return read_component(f"{group}.{name}", kind, {**body, **options}, problems=problems)
 
 

@@ -9,9 +9,10 @@ import os
 import re
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cache
+from functools import partial
 
 from rich.console import Console as RichConsole
 from rich.console import ConsoleOptions, RenderableType
@@ -20,6 +21,7 @@ from rich.segment import Segment
 from tritter.stopping import Stopped
 
 _LAYOUT = "\n\t"
+_FIRST_LINE_SECONDS = 5.0
 _ASCII = str.maketrans({"→": "->", "σ": "std"})
 ShowProgress = Callable[[int, int], None]  # done, of how many
 NewBar = Callable[[str], ShowProgress | None]
@@ -129,14 +131,18 @@ def status(text: str) -> AbstractContextManager[object]:
 
 
 @contextmanager
-def progress_bars(console: Console, *, is_shown: bool) -> Iterator[NewBar]:
-    """Yield a function that makes a progress bar from a label, or no bar unless `is_shown`.
+def progress_bars(console: Console, *, mode: str) -> Iterator[NewBar]:
+    """Yield a function that makes a progress bar from a label.
 
-    A bar shows the count and the remaining time. It appears at its first update, below the other
-    bars. All bars disappear at the end.
+    A bar shows the count and the remaining time. It appears below the other bars, and all
+    disappear at the end. Without a terminal, `auto` prints a line for what takes long.
+
+    Args:
+        console: where to print.
+        mode: of `trainer.progress`: `on`, `off` or `auto`.
     """
-    if not is_shown:
-        yield no_bar
+    if not shows_bar(mode, console):
+        yield partial(_occasional_lines, console) if mode == "auto" else no_bar
         return
     from rich import progress  # slow to import, and needed on a terminal only
 
@@ -144,12 +150,31 @@ def progress_bars(console: Console, *, is_shown: bool) -> Iterator[NewBar]:
         progress.TextColumn("{task.description}", markup=False),
         progress.BarColumn(),
         progress.MofNCompleteColumn(),
+        progress.TimeElapsedColumn(),
         progress.TimeRemainingColumn(),
     )
     with progress.Progress(*columns, console=console, transient=True) as shown:
 
         def new_bar(label: str) -> ShowProgress:
-            bar = cache(lambda: shown.add_task(label))
-            return lambda done, total: shown.update(bar(), completed=done, total=total)
+            bar = shown.add_task(label, total=None)
+            return lambda done, total: shown.update(bar, completed=done, total=total)
 
         yield new_bar
+
+
+def _occasional_lines(console: Console, label: str) -> ShowProgress:
+    """Return a function that prints progress after 5 seconds, then twice as late each time."""
+    since = time.monotonic()
+    due = since + _FIRST_LINE_SECONDS
+
+    def show(done: int, total: int) -> None:
+        nonlocal due
+        now = time.monotonic()
+        if now < due or not 0 < done < total:
+            return
+        due = now + (now - since)
+        remaining = (now - since) / done * (total - done)
+        text = f"  {label}: {done:,}/{total:,}, about {remaining:.0f} s left"
+        console.print(console.printable(text), highlight=False, soft_wrap=True)
+
+    return show

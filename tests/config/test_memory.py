@@ -19,6 +19,7 @@ from tritter.launched import Launch
 from tritter.planning import run_memory as memory
 from tritter.planning.run_memory import (
     TrainingMemory,
+    memory_line,
     memory_notes,
     memory_problems,
     training_needs,
@@ -38,6 +39,12 @@ def has(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 def held(*words: str) -> dict[str, TrainingMemory]:
     config = load_config([*words])
     return {each.model: each for each in training_needs(config, source_config(config))}
+
+
+@pytest.fixture
+def no_estimates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refuse only what is exact, as for a machine whose memory a run exceeds less than twice."""
+    monkeypatch.setattr(memory, "_TOO_MUCH", float("inf"))
 
 
 def problems(config: RunConfig) -> str:
@@ -221,6 +228,34 @@ def test_what_would_fit_is_tried_before_it_is_said(has: Callable[[int], None]) -
     assert "it fits with 'forgetting=[replay]'" in problems(config)
 
 
+def test_an_estimate_of_twice_the_memory_is_refused(
+    run: Run, pipeline: FakePipeline, has: Callable[[int], None]
+) -> None:
+    words = ["model=tiny", "expansion=none", "forgetting=none", "trainer=cpu"]
+    words += ["data.batch_size=512", "data.sequence_length=512"]
+    config = load_config(words)
+    _, need = training_needs(config, source_config(config))
+    needed = need.device + need.start + need.activations
+    has(needed // 2 - 1000)
+    result = run(*words)
+    assert (result.code, result.written, pipeline.configs) == (2, [], [])
+    assert "data.batch_size = 512: training the base on 512 sequences of 512" in result.err
+    assert run(*words, "trainer.check_memory=false").code == 0
+    has(needed // 2 + 1000)
+    assert run(*words).code == 0  # a note
+
+
+def test_one_line_says_what_training_needs(has: Callable[[int], None]) -> None:
+    has(8 * GB)
+    config = load_config(["model=tiny", "expansion=none", "forgetting=ewc"])
+    line = memory_line(config, source_config(config))
+    need = held("model=tiny", "expansion=none", "forgetting=ewc")["the model"]
+    needed = (need.device + need.start + need.activations) / 1e6
+    assert f"about {needed:.1f} MB of the 8.0 GB of this machine" in line
+    assert "activations" in line and "copies" in line
+
+
+@pytest.mark.usefixtures("no_estimates")
 def test_activations_are_a_note(has: Callable[[int], None]) -> None:
     config = load_config(["model=tiny", "expansion=none", "forgetting=none", "trainer=cpu"])
     base, model = training_needs(config, source_config(config))
@@ -245,6 +280,7 @@ def test_where_the_system_does_not_tell_nothing_is_refused(
     assert memory_notes(config, source_config(config)) == ()
 
 
+@pytest.mark.usefixtures("no_estimates")
 def test_on_a_gpu_its_memory_counts(
     monkeypatch: pytest.MonkeyPatch, has: Callable[[int], None]
 ) -> None:

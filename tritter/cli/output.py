@@ -104,9 +104,8 @@ def print_command(console: Console, label: str, command: str) -> None:
 
 
 def progress_bars(*, is_shown: bool) -> AbstractContextManager[NewBar]:
-    """Return progress bars on standard error, shown only on a terminal."""
-    console = Console(stderr=True)
-    return bars_on(console, is_shown=is_shown and console.is_terminal)
+    """Return progress bars on standard error; without a terminal, occasional lines."""
+    return bars_on(Console(stderr=True), mode="auto" if is_shown else "off")
 
 
 @contextmanager

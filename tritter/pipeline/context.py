@@ -84,7 +84,7 @@ from tritter.stopping import Stopped
 from tritter.storage.atomic import write_text_atomic
 from tritter.storage.hub import locate
 from tritter.targets import dotted, instantiate
-from tritter.terminal import Console, NewBar, progress_bars, shows_bar
+from tritter.terminal import Console, NewBar, progress_bars
 from tritter.training.options import rate_notes
 from tritter.transform import PlannedExpansion, planned
 
@@ -469,8 +469,7 @@ class RunContext:
 
     def progress_bars(self) -> AbstractContextManager[NewBar]:
         """Return progress bars, shown under the same conditions as those of training."""
-        is_shown = shows_bar(self.config.trainer.progress, self.console)
-        return progress_bars(self.console, is_shown=is_shown)
+        return progress_bars(self.console, mode=self.config.trainer.progress)
 
     def training_sequences(self, domains: Sequence[str]) -> dict[str, Tensor]:
         """Return domain → packed training sequences [N, T]."""

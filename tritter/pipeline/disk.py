@@ -119,11 +119,13 @@ def write_expanded(context: RunContext, branch: Branch, folder: Path) -> Expande
     """Expand the initial checkpoint of a branch into a folder."""
     carry = context.config.optimizer.carry
     # In float32 for any source dtype: rounding would break function preservation
-    return expand(
-        context.source(branch.start),
-        folder,
-        context.planned(branch),
-        dtype=torch.float32,
-        moments=carry if isinstance(carry, str) else "carry" if carry else "zero",
-        overwrite=True,
-    )
+    with context.progress_bars() as new_bar:
+        return expand(
+            context.source(branch.start),
+            folder,
+            context.planned(branch),
+            dtype=torch.float32,
+            moments=carry if isinstance(carry, str) else "carry" if carry else "zero",
+            overwrite=True,
+            progress=new_bar("writing tensors of the grown model"),
+        )

@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import nn
 
 from tritter.checkpoints import Lineage
-from tritter.checkpoints.run_text import recorded_chat, recorded_data, run_text
+from tritter.checkpoints.run_text import recorded_chat, run_text
 from tritter.config.validation import cache_folder
 from tritter.data.answers import scoring_note, unanswered_note
 from tritter.data.corpus import build_corpus

@@ -41,6 +41,10 @@ def is_needed(context: RunContext) -> bool:
     return any(needs.prepares or needs.writes for needs in _needs(context))
 
 
+def _bar_label(method: str, needs: Needs) -> str:
+    return f"{method}: {'writing text' if needs.writes else 'importance of each parameter'}"
+
+
 def is_recorded(context: RunContext) -> bool:
     """Return True if a method of any attempt needs the path integral of pretraining."""
     needed = (needs for config in context.config.attempts for needs in needs_of(config.forgetting))
@@ -70,7 +74,7 @@ def prepare(context: RunContext, branch: Branch) -> StageResult:
         preparation = _preparation(context, branch, model, state, written)
         with context.progress_bars() as new_bar:
             prepared = method.prepare(
-                replace(preparation, progress=new_bar(f"importance {method.name}"))
+                replace(preparation, progress=new_bar(_bar_label(method.name, needs)))
             )
         for kind in needs.prepares:
             values = {name: value.cpu() for name, value in prepared.state[kind].items()}

@@ -80,7 +80,7 @@ from tritter.training.growth_scaling import GrowthScaling, width_factors
 from tritter.training.trainer import validation_metrics
 from tritter.transform.children import router_flops
 
-JUMP_SEQUENCES = 8
+JUMP_SEQUENCES, JUMP_TOKENS = 8, 128  # of each domain
 ROUTER_WARMUP = 0.05
 _EARLIER = ("adapt", "distill")  # stages that train a branch before its main training run
 
@@ -141,7 +141,8 @@ def expansion(context: RunContext, branch: Branch) -> StageResult:
         context.say("", "losses per token are now of other tokens; compare losses per byte")
     before, after = (load_model(each.folder, config=each.config) for each in (source, grown))
     texts = context.training_sequences(context.domains).values()
-    tokens = ids_of(torch.cat([each[:JUMP_SEQUENCES] for each in texts])).long()  # [B, T]
+    pieces = [each[:JUMP_SEQUENCES, :JUMP_TOKENS] for each in texts]
+    tokens = ids_of(torch.cat(pieces)).long()  # [B, T]
     new_tokens = None if plan.vocabulary is None else plan.vocabulary.new_ids
     jump = logit_jump(before, after, tokens, new_tokens=new_tokens)
     error, num_steps = jump.to_dict()["relative_to_std"], len(branch.specs)

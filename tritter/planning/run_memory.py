@@ -1,7 +1,8 @@
 """Memory check of a run: compares the requirements of each training run with the available memory.
 
-A run is refused only for exact requirements: parameters, gradients, optimizer states, and copies
-for the start and for forgetting mitigation. Activations are an estimate and only cause a note.
+A run is refused for exact requirements: parameters, gradients, optimizer states, and copies for
+the start and for forgetting mitigation. Activations are an estimate: they cause a note, and a
+refusal only if the run would exceed the memory twice.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,6 +23,7 @@ from tritter.planning.strategy import planned_rounds
 from tritter.targets import Component
 
 _FLOAT32 = 4
+_TOO_MUCH = 2  # times the memory, by estimate
 MUCH_OTHER_TOKENS = 0.1  # per batch, relative
 _PATH_COPIES = 4  # ω, the weights at the start and before a step, and gradients
 _FEWER_BYTES: Literal["bf16-true"] = "bf16-true"
@@ -79,7 +81,7 @@ def memory_problems(config: RunRequest, source: Config) -> list[Problem]:
         return []
     worst = _worst(config, source)
     if worst is None:
-        return []
+        return _estimate_problems(config, source)
     need, use = worst
     fitting = need.parameters * use.limit // use.needed
     copied = need.copies + need.start + need.teacher
@@ -94,20 +96,57 @@ def memory_problems(config: RunRequest, source: Config) -> list[Problem]:
     return [Problem("trainer.check_memory", True, reason, "; ".join(advice))]
 
 
+def _estimate_problems(config: RunRequest, source: Config) -> list[Problem]:
+    """Return the problem of a run that exceeds the memory twice by estimated activations."""
+    worst = _worst(config, source, with_activations=True)
+    if worst is None or worst[1].needed <= _TOO_MUCH * worst[1].limit:
+        return []
+    need, use = worst
+    data, advice = config.data, _smaller_batches(config, source)
+    reason = (
+        f"training {need.model} on {data.batch_size:,} sequences of {data.sequence_length:,} "
+        f"tokens requires about {_size(use.needed)}, {_size(need.activations)} of it for "
+        f"activations, but {use.name} has {_size(use.limit)}"
+    )
+    advice += "; trainer.check_memory=false disables this check"
+    return [Problem("data.batch_size", data.batch_size, reason, advice)]
+
+
+def memory_line(config: RunRequest, source: Config) -> str:
+    """Return one line on the memory of the largest training run, beside that of the machine."""
+    need = max(training_needs(config, source), key=lambda each: each.device + each.activations)
+    activations, copies = need.activations, need.copies + need.teacher
+    uses = [*_memory_uses(config, need, activations)]
+    use = max(uses, key=lambda each: each.needed / each.limit, default=None)
+    total = need.processes * (need.device + activations) + need.teacher + need.start
+    parts = [f"weights, gradients and optimizer {_size(need.states)}"]
+    parts += [f"copies {_size(copies)}"] if copies else []
+    parts += [f"activations {_size(activations)}", f"start {_size(need.start)}"]
+    each = f"; for each of {need.processes} processes" if need.processes > 1 else ""
+    where = "" if use is None else f" of the {_size(use.limit)} of {use.name}"
+    needed = total if use is None else use.needed
+    return f"training {need.model}: about {_size(needed)}{where} ({', '.join(parts)}{each})"
+
+
 def memory_notes(config: RunRequest, source: Config) -> tuple[str, ...]:
     """Return a note on a run that may exceed the memory with estimated activations."""
     worst = _worst(config, source, with_activations=True)
     if worst is None:
         return ()
     need, use = worst
+    return (
+        f"memory: training {need.model} may require {_size(use.needed)} with activations "
+        f"(estimated), but {use.name} has {_size(use.limit)}; {_smaller_batches(config, source)}",
+    )
+
+
+def _smaller_batches(config: RunRequest, source: Config) -> str:
+    """Return advice for a run whose activations do not fit."""
     advice = "reduce data.batch_size or data.sequence_length"
     again = config.with_sections(trainer=replace(config.trainer, activation_checkpointing=True))
     if again != config and _worst(again, source, with_activations=True) is None:
         advice += ", or set trainer.activation_checkpointing=true, with which it fits"
-    return (
-        f"memory: training {need.model} may require {_size(use.needed)} with activations "
-        f"(estimated), but {use.name} has {_size(use.limit)}; {advice}",
-    )
+    return advice
 
 
 def side_by_side_problems(

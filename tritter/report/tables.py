@@ -45,6 +45,9 @@ class SummaryLine:
     style: str = ""
 
 
+_STAGES = {"importance": "importance of parameters"}  # of those that do not say what they do
+
+
 def print_summary(summary: Summary, *, console: Console, folder: Path | None = None) -> None:
     """Print a finished run: losses per domain, cost, status and a sample.
 
@@ -191,7 +194,11 @@ def stage_table(summary: Summary) -> Table:
     # The total is last
     names = sorted(dict.fromkeys((*seconds, *flops)), key=lambda name: name == "total")
     rows = tuple(
-        (name, number_text(seconds.get(name), ".1f"), si_text(flops.get(name, 0.0)))
+        (
+            _STAGES.get(name, name),
+            number_text(seconds.get(name), ".1f"),
+            si_text(flops.get(name, 0.0)),
+        )
         for name in names
     )
     rules = (len(rows) - 1,) if "total" in names else ()

@@ -110,7 +110,10 @@ class EWC(QuadraticPenalty):
             )
         domains = self._fisher_domains(preparation, preparation.domains)
         chosen = preparation.draw(self.options.num_sequences, _PURPOSE, domains=domains)
-        preparation.log(f"Fisher information of {len(chosen)} sequences of {', '.join(domains)}")
+        preparation.log(
+            "how much each parameter matters for the old data: Fisher information of "
+            f"{len(chosen)} sequences of {', '.join(domains)}"
+        )
         fisher = diagonal_fisher(
             preparation.model,
             chosen,

@@ -9,7 +9,6 @@ replay sees a prefix of the new data that a run without replay sees. Cost: a fra
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
@@ -47,7 +46,6 @@ if TYPE_CHECKING:
 # B  texts in a batch      T  tokens of a sequence      V  vocabulary
 
 RUN_TOKENS = 4
-_LOG_EVERY_SECONDS = 10.0
 _PER_TEXT, _AT_ONCE = 4, 64  # sequences of a text, and texts that are generated at once
 
 
@@ -76,39 +74,41 @@ def write_text(
     sequences_per_text: int = 1,
     batch_size: int = _AT_ONCE,
     seed: int = 0,
-    log: Callable[[str], None] = lambda line: None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> GeneratedSequences:
     """Generate sequences with a causal language model.
 
     Args:
         sequences_per_text: number of consecutive sequences cut from one text.
         batch_size: texts that are generated at once; another value yields other texts.
-        log: prints a line of progress.
+        progress: called with the length of the texts, added over batches, and the total.
 
     Raises:
         TritterError: the model's logits are not finite.
     """
     import torch
 
-    num_texts = -(-num_sequences // sequences_per_text)
+    num_texts, length = (
+        -(-num_sequences // sequences_per_text),
+        sequences_per_text * sequence_length,
+    )
+    total = -(-num_texts // batch_size) * length
     pieces: list[Tensor] = []
     nats: list[Tensor] = []
-    since = latest = time.perf_counter()
     with eval_mode(model) as device:
         generator = torch.Generator(device).manual_seed(seed)
         draw = _Draw(temperature=temperature, top_p=top_p, generator=generator)
-        for first in range(0, num_texts, batch_size):
-            count = min(batch_size, num_texts - first)
-            length, starts = sequences_per_text * sequence_length, _Starts(bounds, count, device)
-            texts, costs = _texts(model, starts, length, sequence_length, draw)
+        for number, first in enumerate(range(0, num_texts, batch_size)):
+            starts = _Starts(bounds, min(batch_size, num_texts - first), device)
+
+            def show(count: int, before: int = number * length) -> None:
+                if progress is not None:
+                    progress(before + count, total)
+
+            texts, costs = _texts(model, starts, length, sequence_length, draw, show=show)
             sequences = begun(texts.view(-1, sequence_length), bounds)
             pieces.append(sequences.int().cpu())
             nats.append(costs.view(-1, sequence_length).cpu())
-            done, now = first + count, time.perf_counter()
-            if done < num_texts and (latest == since or now - latest > _LOG_EVERY_SECONDS):
-                remaining = (now - since) / done * (num_texts - done)
-                log(f"{done} of {num_texts} texts generated, about {remaining:.0f} s remaining")
-                latest = now
     costs_NT = torch.cat(nats)[:num_sequences].double()
     counted = costs_NT.isfinite()
     mean = costs_NT.nan_to_num().sum(dim=1) / counted.sum(dim=1).clamp(min=1)
@@ -196,9 +196,18 @@ class _Starts:
 
 
 def _texts(
-    model: nn.Module, starts: _Starts, length: int, window: int, draw: _Draw
+    model: nn.Module,
+    starts: _Starts,
+    length: int,
+    window: int,
+    draw: _Draw,
+    *,
+    show: Callable[[int], None],
 ) -> tuple[Tensor, Tensor]:
-    """Return texts, int64 [B, length], and −log p of each token [B, length], NaN at first."""
+    """Return texts, int64 [B, length], and −log p of each token [B, length], NaN at first.
+
+    `show` is called with the number of tokens that each text has.
+    """
     import torch
 
     from tritter.core.models import cache_in, cache_name
@@ -207,7 +216,7 @@ def _texts(
     read, _ = starts.next_tokens()
     tokens, costs = [read], [torch.full(read.shape, math.nan, device=read.device)]
     name, cache, num_cached = cache_name(model), None, 0
-    for _ in range(length - 1):
+    for position in range(1, length):
         if num_cached + read.shape[1] > window - 1:  # no more context than in training
             latest = torch.cat(tokens[-max(1, window // 2) :], dim=1)
             read, cache, num_cached = begun(latest, starts.bounds), None, 0
@@ -228,6 +237,7 @@ def _texts(
         tokens.append(read)
         nats = -logits.log_softmax(dim=-1).gather(1, ids_of(read))
         costs.append(nats.masked_fill(~is_drawn, math.nan))
+        show(position + 1)
     return torch.cat(tokens, dim=1), torch.cat(costs, dim=1)
 
 
@@ -380,7 +390,7 @@ class SelfReplay(ForgettingMethod):
             top_p=options.top_p,
             sequences_per_text=per_text,
             seed=preparation.seed("self_replay"),
-            log=preparation.log,
+            progress=preparation.progress,
         )
         filtered = self.filter_sequences(written, vocab_size=vocab_size)
         flops, kept = forward_flops(config), filtered.kept
