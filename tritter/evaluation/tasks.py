@@ -21,7 +21,7 @@ from tritter.data.packing import IGNORED
 from tritter.data.skills import Question
 from tritter.data.tokens import TextBounds
 from tritter.errors import TritterError
-from tritter.evaluation.inference import eval_mode, sample_text
+from tritter.evaluation.inference import continued_text, eval_mode, sample_text
 from tritter.evaluation.losses import nats_per_row
 from tritter.evaluation.statistics import PairedScores
 
@@ -42,13 +42,11 @@ class Reader:
 
     def continuation(self, model: nn.Module, prompt: str, *, max_new_tokens: int) -> str:
         """Return the text with which greedy decoding continues a prompt."""
+        ids = self.tokenizer.encode(prompt, add_special_tokens=False).ids
         tokens = sample_text(
-            model,
-            prompt_ids=self.tokenizer.encode(prompt, add_special_tokens=False).ids,
-            max_new_tokens=max_new_tokens,
-            bounds=self.bounds,
+            model, prompt_ids=ids, max_new_tokens=max_new_tokens, bounds=self.bounds
         )
-        return str(self.tokenizer.decode(tokens))
+        return continued_text(self.tokenizer.decode, ids, tokens)
 
 
 class ScoredTask(Protocol):
