@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from tests import oracle
 from tests.evaluation.published import PUBLISHED, Rows
@@ -185,12 +186,23 @@ def assert_agrees(
 @pytest.mark.parametrize("name", ["gsm8k", "arc_easy", "hellaswag"])
 def test_scores_are_those_of_lm_eval(name: str, template: str | None, tmp_path: Path) -> None:
     tokenizer = chat.tokenizer(template)
+    bos = tokenizer.bos_token
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{bos} $A", special_tokens=[(bos, tokenizer.bos_token_id)]
+    )
     model = oracle.tiny_llama(vocab_size=len(tokenizer), max_position_embeddings=1024)
+    read: list[list[int]] = []
+    model.register_forward_pre_hook(
+        lambda _, args, kwargs: read.extend((kwargs.get("input_ids", *args[:1])).tolist()),
+        with_kwargs=True,
+    )
     splits = splits_of(name)
     splits = splits | {"validation": splits["test"]}
     task = stock(name, splits, num_fewshot=2)
     found = ours(name, splits, tmp_path, num_fewshot=2)
     assert_agrees(name, model, tokenizer, found, task, is_chat=template is not None)
+    begins = [ids for ids in read if tokenizer.bos_token_id in ids]
+    assert begins and all(ids.count(tokenizer.bos_token_id) == 1 for ids in begins)
     if name != "arc_easy":
         return
 

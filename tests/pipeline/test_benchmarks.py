@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from tests.evaluation.programs import HUMANEVAL_ROWS
 from tests.evaluation.published import PUBLISHED
@@ -18,7 +19,7 @@ from tritter.errors import RequestError
 from tritter.evaluation.benchmarks.harness import EvalOptions, score_benchmark
 from tritter.evaluation.tasks import Reader
 from tritter.pipeline import Outcome
-from tritter.pipeline.scoring import BenchmarkTask, benchmark_tasks
+from tritter.pipeline.scoring import BenchmarkTask, _tokenizer, benchmark_tasks
 
 
 @pytest.fixture
@@ -94,6 +95,20 @@ def test_the_template_and_the_examples_are_part_of_it(files: Path) -> None:
     assert sum(tasks[3].lengths(reader)) > sum(tasks[1].lengths(reader)) > 0
     with pytest.raises(RequestError, match=r"evaluation\.chat_template.*no chat template"):
         benchmark_tasks(load_config([*basic, is_chat]).evaluation, positions=512)
+
+
+def test_lm_eval_reads_with_the_special_tokens_of_the_checkpoint() -> None:
+    stock = chat.tokenizer(chat.INSTRUCT)
+    stock.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", stock.bos_token_id)]
+    )
+    reader = Reader(stock.backend_tokenizer, TextBounds(stock.eos_token_id), batch_size=4)
+    found = _tokenizer(reader, stock)
+    assert found.special_tokens_map == stock.special_tokens_map
+    assert found.chat_template == stock.chat_template
+    for text in ("the class", "<s>[INST] the class [/INST]"):
+        assert found.encode(text) == stock.encode(text)
+        assert found.encode(text)[0] == stock.bos_token_id
 
 
 @pytest.mark.quick_cases(2)
