@@ -317,12 +317,17 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     _check_small_files(folder)
     try:
         with quiet():
-            return AutoTokenizer.from_pretrained(
+            tokenizer = AutoTokenizer.from_pretrained(
                 folder, trust_remote_code=False, local_files_only=True
             )
     # The tokenizers library raises plain Exception
     except Exception as error:
         raise TritterError(f"{folder} has no usable tokenizer: {error!r}") from error
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if isinstance(backend, Tokenizer):  # settings that somebody saved
+        backend.no_truncation()
+        backend.no_padding()
+    return tokenizer
 
 
 def _check_small_files(folder: Path) -> None:

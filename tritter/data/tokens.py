@@ -145,13 +145,10 @@ def read_tokenizer(folder: Path, *, vocab_size: int) -> PretrainedTokenizer:
         raise RequestError(f"{folder} has no tokenizer.json.")
     try:
         require_file(path)
-        tokenizer = Tokenizer.from_file(str(path))
+        tokenizer = whole_texts(Tokenizer.from_file(str(path)))
     # The library raises plain Exception.
     except Exception as error:
         raise RequestError(f"{path} is not a usable tokenizer: {error}") from error
-    # Saved truncation or padding settings would change our texts.
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
     highest = max(tokenizer.get_vocab().values(), default=-1)
     if highest >= vocab_size:
         raise RequestError(
@@ -191,10 +188,14 @@ def wrap_tokenizer(tokenizer: Any) -> PretrainedTokenizer:
 
 def copy_backend(tokenizer: Tokenizer) -> Tokenizer:
     """Return a copy of a tokenizer without truncation and padding."""
-    copied: Tokenizer = type(tokenizer).from_str(tokenizer.to_str())
-    copied.no_truncation()
-    copied.no_padding()
-    return copied
+    return whole_texts(type(tokenizer).from_str(tokenizer.to_str()))
+
+
+def whole_texts(tokenizer: Tokenizer) -> Tokenizer:
+    """Remove truncation and padding, which a tokenizer.json may have saved, and return it."""
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def _declared_ends(folder: Path, tokenizer: Tokenizer) -> Iterator[str]:

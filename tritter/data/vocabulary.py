@@ -17,7 +17,7 @@ from itertools import count, islice, pairwise
 from typing import TYPE_CHECKING, Any
 
 from tritter.data.chat import ANSWER, ids_of
-from tritter.data.tokens import TextBounds, begun, specials_as_text, tokenise_texts
+from tritter.data.tokens import TextBounds, begun, specials_as_text, tokenise_texts, whole_texts
 from tritter.errors import Problem, RequestError
 
 if TYPE_CHECKING:
@@ -121,8 +121,7 @@ class ExtendedTokenizer:
         """Return the extended tokenizer."""
         from tokenizers import Tokenizer
 
-        loaded: Tokenizer = Tokenizer.from_str(self.text)
-        return loaded
+        return whole_texts(Tokenizer.from_str(self.text))
 
 
 def require_bpe(tokenizer: Tokenizer) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from tritter.checkpoints import Source
 from tritter.checkpoints.state import KeptSequences
 from tritter.core.expansions import BoundVocab, ExpansionSpec, Vocab, vocab_place
-from tritter.data.tokens import read_tokenizer
+from tritter.data.tokens import read_tokenizer, whole_texts
 from tritter.data.vocabulary import (
     ExtendedTokenizer,
     Merges,
@@ -176,7 +176,7 @@ def kept_in(source: Source, spec: BoundVocab | None) -> KeptSequences:
         lambda each, is_masked: retokenised(
             each,
             old.tokenizer,
-            Tokenizer.from_str(spec.tokenizer),
+            whole_texts(Tokenizer.from_str(spec.tokenizer)),
             bounds=old.bounds,
             packing="documents" if is_masked else "stream",
         )

@@ -14,20 +14,22 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from tests import oracle
 from tests.oracle.families import generic, tiny
+from tests.real import real_checkpoint
 from tritter.checkpoints import Source, lineage_of
 from tritter.checkpoints.state import KeptSequences, read_state, write_state
 from tritter.core.expansions import LlamaPro, Vocab, Width
 from tritter.core.families import family_of
-from tritter.core.models import config_of, disk_tensors, save_tokenizer
+from tritter.core.models import config_of, disk_tensors, load_tokenizer, read_config, save_tokenizer
 from tritter.core.parameter_map import Fill, TensorMap, mapped
 from tritter.core.parameter_map.apply import new_rows
 from tritter.data.documents import Document
-from tritter.data.tokens import END_OF_TEXT, train_tokenizer
+from tritter.data.tokens import END_OF_TEXT, train_tokenizer, whole_texts
 from tritter.data.vocabulary import ExtendedTokenizer, require_bpe
 from tritter.errors import RequestError
 from tritter.evaluation.jump import folder_jump, logit_jump
 from tritter.storage.writer import TensorStream
 from tritter.transform import expand
+from tritter.transform.vocabulary import learned
 
 SIZE, TOKENS = 320, ("dog", "jump", "jumps", " boxes")
 TEXT = "the quick brown fox jumps over the lazy dog\n" * 30
@@ -198,8 +200,16 @@ def test_moments_and_importances_follow(llama: Path, tmp_path: Path) -> None:
         assert torch.allclose(anchor[number], before[list(parts)].mean(dim=0))
 
 
-def test_stored_sequences_get_the_new_tokens(llama: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("has_settings", [False, True])
+def test_stored_sequences_get_the_new_tokens(
+    llama: Path, tmp_path: Path, has_settings: bool
+) -> None:
     old = Tokenizer.from_file(str(llama / "tokenizer.json"))
+    if has_settings:  # as somebody saved them
+        limited = Tokenizer.from_file(str(llama / "tokenizer.json"))
+        limited.enable_truncation(3)
+        limited.enable_padding(length=40)
+        limited.save(str(llama / "tokenizer.json"))
     ids = [*old.encode("the dog jumps over boxes").ids, 0] * 40
     rows = torch.tensor(ids[: len(ids) // 16 * 16]).view(-1, 16).int()
     kept = KeptSequences({"old": rows}, {"old": torch.rand(len(rows))}, {"old": 900})
@@ -207,8 +217,16 @@ def test_stored_sequences_get_the_new_tokens(llama: Path, tmp_path: Path) -> Non
     expand(llama, tmp_path / "grown", [vocab()])
     again = KeptSequences.read(tmp_path / "grown")
     new = Tokenizer.from_file(str(tmp_path / "grown" / "tokenizer.json"))
-    assert len(again.sequences["old"]) < len(rows) and int(again.sequences["old"].max()) >= SIZE
+    assert (new.truncation is not None) == has_settings  # the file of the user keeps them
+    assert (
+        0.3 * len(rows) < len(again.sequences["old"]) < len(rows)
+        and int(again.sequences["old"].max()) >= SIZE
+    )
     assert "the dog jumps over boxes" in new.decode(again.sequences["old"].flatten().tolist())
+    if has_settings:
+        loaded, text = load_tokenizer(tmp_path / "grown"), "the lazy dog jumps over boxes"
+        expected = whole_texts(new).encode(text, add_special_tokens=False).ids
+        assert loaded(text)["input_ids"] == loaded.backend_tokenizer.encode(text).ids == expected
 
 
 @pytest.mark.parametrize(("init", "has_weights"), [("overlap", True), ("random", False)])
@@ -359,6 +377,23 @@ def test_new_tokens_take_the_rows_of_padding_first(
     resized = oracle.stock(tmp_path / "theirs")
     size = max(made.new_ids) + 1
     assert torch.equal(resized.lm_head.weight[:size], grown_head[:size])
+
+
+@pytest.mark.slow
+def test_a_real_model_gets_ids_without_holes(tmp_path: Path) -> None:
+    """Qwen2.5 has 151,665 tokens in 151,936 rows, and special tokens behind its BPE."""
+    source = real_checkpoint("qwen")
+    opened = Source.open(source, read_config(source))
+    code = (path.read_text("utf-8") for path in sorted(Path("tritter").rglob("*.py")))
+    spec = learned(Vocab(new_tokens=500), opened, code)
+    made = expand(source, tmp_path / "grown", [spec]).plan.vocabulary
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "grown")
+    assert made is not None and made.new_ids == tuple(range(151_665, 152_165))
+    assert len(tokenizer) == 152_165
+    assert sorted(tokenizer.get_vocab().values()) == list(range(152_165))
+    others = [f"<mine {number}>" for number in range(30)]
+    tokenizer.add_tokens(others)
+    assert tokenizer.convert_tokens_to_ids(others) == list(range(152_165, 152_195))
 
 
 def test_moments_of_rows_that_were_padding_are_those_of_new_rows(tmp_path: Path) -> None:
