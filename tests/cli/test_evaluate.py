@@ -6,15 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.cli.conftest import Run, snapshot
 from tests.evaluation.programs import HUMANEVAL_ROWS
 from tests.evaluation.published import PUBLISHED
 from tests.evaluation.test_benchmark_files import written
 from tests.oracle import stock
+from tests.real import real_checkpoint
 from tritter.errors import RequestError
 
+SHARED = Path(__file__).resolve().parents[3] / "shared"
 TEXT = "the model grows a layer where data asks for one\n"
 
 
@@ -130,3 +132,30 @@ def test_what_cannot_be_done_is_refused(run: Run, tasks: Path, words: str, said:
     result = run(f"evaluate --checkpoint base {words}")
     assert result.code == 2 and said in result.err, result.err
     assert snapshot(tasks) == before
+
+
+@pytest.mark.slow
+def test_gemma_is_scored_as_everybody_runs_it(run: Run, place: Path) -> None:
+    """Twelve texts of the web; behind an end of text, each token costs a nat more."""
+    folder, source = real_checkpoint("gemma3"), SHARED / "data/text/c4_demo_300.jsonl"
+    if not source.is_file():
+        pytest.skip(f"it needs {source}")
+    texts = [json.loads(line)["text"][:800] for line in source.read_text().splitlines()[:12]]
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    (place / "web.jsonl").write_text(lines)
+    result = run(f"evaluate --checkpoint {folder} --data web=web.jsonl --batch-size 1 --json")
+    assert result.code == 0, result.err
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    nats, size = {"<bos>": 0.0, "<eos>": 0.0}, 0
+    for text in texts:
+        ids = tokenizer(text).input_ids
+        assert ids[0] == tokenizer.bos_token_id
+        size += len(ids) - 1
+        for name in nats:
+            row = torch.tensor([[tokenizer.convert_tokens_to_ids(name), *ids[1:]]])
+            with torch.no_grad():
+                nats[name] += float(model(row, labels=row).loss) * (len(ids) - 1)
+    loss = result.json["losses"]["web"]["loss"]
+    assert loss == pytest.approx(nats["<bos>"] / size, rel=1e-4)
+    assert loss < nats["<eos>"] / size - 0.8

@@ -38,6 +38,7 @@ from tritter.data.tokens import (
     wrap_tokenizer,
 )
 from tritter.data.vocabulary import retokenised
+from tritter.errors import RequestError
 from tritter.evaluation.inference import sample_text
 from tritter.evaluation.losses import document_losses
 
@@ -119,6 +120,16 @@ def test_every_declared_end_ends_a_generated_text(tmp_path: Path) -> None:
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [second, END]}))
     bounds = read_tokenizer(folder, vocab_size=300).bounds
     assert (bounds.end, bounds.stops) == (END, (second,)) and bounds.ends == (END, second)
+
+
+def test_special_tokens_without_an_embedding_are_no_obstacle(tmp_path: Path) -> None:
+    """As <image_soft_token> of Gemma 3, which no text contains."""
+    written(tmp_path, "start")
+    size, second = TOKENIZER.get_vocab_size(), TOKENIZER.token_to_id(SECOND)
+    assert second == size - 1
+    assert read_tokenizer(tmp_path, vocab_size=size - 1).bounds == BOUNDS
+    with pytest.raises(RequestError, match="embeddings"):
+        read_tokenizer(tmp_path, vocab_size=100)
 
 
 def stock_stream() -> list[int]:

@@ -550,6 +550,12 @@ def labels_of(model: nn.Module, input_ids: Tensor) -> Tensor:
     return ids_of(input_ids).masked_fill(is_ignored, IGNORED)
 
 
+def has_starts(model: nn.Module) -> bool:
+    """Return whether a model reads sequences in which each text has a start."""
+    reading = _reading_of(model)
+    return reading is not None and bool(reading.bounds.start)
+
+
 def _reading_of(model: nn.Module) -> MarkedText | None:
     hooks = _backbone(model)._forward_pre_hooks.values()
     return next((hook for hook in hooks if isinstance(hook, MarkedText)), None)

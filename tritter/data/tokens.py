@@ -135,8 +135,8 @@ def read_tokenizer(folder: Path, *, vocab_size: int) -> PretrainedTokenizer:
         vocab_size: size of the model's embedding.
 
     Raises:
-        RequestError: tokenizer.json is missing or damaged, has tokens without an embedding, or
-            there is no end-of-text token.
+        RequestError: tokenizer.json is missing or damaged, has tokens of texts without an
+            embedding, or there is no end-of-text token.
     """
     from tokenizers import Tokenizer
 
@@ -149,17 +149,12 @@ def read_tokenizer(folder: Path, *, vocab_size: int) -> PretrainedTokenizer:
     # The library raises plain Exception.
     except Exception as error:
         raise RequestError(f"{path} is not a usable tokenizer: {error}") from error
-    highest = max(tokenizer.get_vocab().values(), default=-1)
-    if highest >= vocab_size:
-        raise RequestError(
-            f"{path} has token ids up to {highest}, but the model has {vocab_size} embeddings "
-            f"(vocab_size in its config.json): tokenizer and model do not match."
-        )
-    ends = [(tokenizer.token_to_id(name), name) for name in _declared_ends(folder, tokenizer)]
-    for end, name in ends:
-        if end is not None:
-            stops = (token for token, _ in ends if token is not None)
-            bounds = bounds_of(tokenizer, end, stops=stops)
+    _check_ids(tokenizer, path, vocab_size)
+    declared = _declared_ends(folder, tokenizer)
+    ends = {name: token for name in declared if (token := tokenizer.token_to_id(name)) is not None}
+    for name, end in ends.items():
+        if end < vocab_size:
+            bounds = bounds_of(tokenizer, end, stops=ends.values())
             if _json(folder / _STATED_IN[0]).get("tokenizer_class") in _WITHOUT_START:
                 bounds = replace(bounds, start=())
             return PretrainedTokenizer(tokenizer, name, bounds)
@@ -167,6 +162,21 @@ def read_tokenizer(folder: Path, *, vocab_size: int) -> PretrainedTokenizer:
         f"{folder} has no valid end-of-text token: set eos_token in {_STATED_IN[0]} to a token "
         f"of its tokenizer."
     )
+
+
+def _check_ids(tokenizer: Tokenizer, path: Path, vocab_size: int) -> None:
+    """Refuse a tokenizer that encodes a text with tokens without an embedding.
+
+    A text has no special tokens, such as those of images.
+    """
+    added = tokenizer.get_added_tokens_decoder()
+    special = {number for number, token in added.items() if token.special}
+    highest = max(set(tokenizer.get_vocab().values()) - special, default=-1)
+    if highest >= vocab_size:
+        raise RequestError(
+            f"{path} has token ids up to {highest}, but the model has {vocab_size} embeddings "
+            f"(vocab_size in its config.json): tokenizer and model do not match."
+        )
 
 
 def wrap_tokenizer(tokenizer: Any) -> PretrainedTokenizer:

@@ -32,7 +32,7 @@ from tritter.core.parameter_map import rounded_weight
 from tritter.data.chat import ids_of
 from tritter.data.sources import source_documents
 from tritter.data.split import training_texts
-from tritter.data.tokens import begun, read_tokenizer
+from tritter.data.tokens import begun, read_tokenizer, tokenise_texts
 from tritter.errors import Problem, RequestError, TritterError
 from tritter.storage.hashing import file_digest, merkle_hash
 from tritter.storage.hub import locate
@@ -291,7 +291,7 @@ def child_sequences(child: OpenChild, *, length: int, vocab_size: int) -> Tensor
     for name in child.domains:
         found: list[int] = []
         for text in islice(_texts(child, name), ROUTER_TOKENS):
-            ids = tokenizer.tokenizer.encode(text, add_special_tokens=False).ids[:length]
+            ids = tokenise_texts([text], tokenizer.tokenizer).tokens[:length].tolist()
             found += [*bounds.marked_start, *ids, bounds.end]
             if len(found) >= wanted:
                 break

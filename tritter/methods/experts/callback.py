@@ -14,7 +14,7 @@ from tritter.core.families import forward_flops
 from tritter.core.models import config_of, live_shape
 from tritter.data.batches import this_rank
 from tritter.data.chat import ids_of
-from tritter.data.packing import kept_tokens
+from tritter.data.packing import has_starts, kept_tokens, labels_of
 from tritter.data.replay import Reservoir
 from tritter.methods.experts.adapters import (
     AdapterShape,
@@ -424,8 +424,9 @@ def _observe(module: ExpertModule, ids: Tensor) -> Observation:
     """Return losses and features of sequences [B, T] under the frozen base."""
     kept = kept_tokens(module.model, ids)
     mask = None if kept is None else kept.long()
+    labels = labels_of(module.model, ids) if has_starts(module.model) else None
     with module.mixture.off():
-        return observe(module.model, ids_of(ids), mask)
+        return observe(module.model, ids_of(ids), mask, labels=labels)
 
 
 def _observation_flops(module: ExpertModule, number: int, length: int) -> float:
