@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,6 +28,7 @@ from tritter.evaluation.benchmarks.harness import (
 )
 
 lm_eval = pytest.importorskip("lm_eval")
+NUM_ROWS = 20  # of each benchmark, with a real checkpoint
 SHARED = Path(__file__).resolve().parents[3] / "shared/data"
 # Split of lm-eval → our name of the file
 FILES = {
@@ -169,7 +171,10 @@ def scored(model: Any, tokenizer: Any, task: Any, *, is_chat: bool) -> Iterator[
 def assert_agrees(
     name: str, model: Any, tokenizer: Any, found: Questions, task: Any, *, is_chat: bool
 ) -> None:
-    """Assert that our scores of each question are those of lm-eval."""
+    """Assert that our prompts, and our scores of each question, are those of lm-eval."""
+    prompts = requests(task, tokenizer, is_chat=is_chat)
+    assert rendered_requests(tokenizer, found, length=4096, is_chat=is_chat) == prompts
+    task.set_fewshot_seed(seed=1234)
     options = EvalOptions(batch_size=16, is_chat=is_chat)
     scores = score_benchmark(model, tokenizer, found, options)
     kept = (BENCHMARKS[name].hub_filter, "none")
@@ -234,7 +239,11 @@ def test_a_real_checkpoint_scores_as_in_lm_eval(
     file = {"gsm8k": "test_even", "arc_easy": "arc_easy_test", "hellaswag": "hellaswag_val_1k"}
     (path,) = SHARED.rglob(f"{file[name]}.jsonl")
     rows = [json.loads(line) for line in path.read_text().splitlines()[:60]]
-    splits = {"test": rows[:20], "validation": rows[:20], "train": rows[20:], "dev": rows[20:]}
+    test, pool = rows[:NUM_ROWS], rows[20:]
+    splits = {"test": test, "validation": test, "train": pool, "dev": pool}
     task = stock(name, splits, num_fewshot=num_fewshot)
     found = ours(name, splits, tmp_path, num_fewshot=num_fewshot)
+    if name == "gsm8k":  # short answers: agreement is what counts here
+        task.set_config("generation_kwargs", {"max_gen_toks": 48}, update=True)
+        found = replace(found, benchmark=replace(found.benchmark, max_new_tokens=48))
     assert_agrees(name, model, tokenizer, found, task, is_chat=is_chat)
