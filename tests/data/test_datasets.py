@@ -23,6 +23,7 @@ from tritter.data.datasets import (
     resolve_dataset,
 )
 from tritter.data.local_files import Reading, TextFileError
+from tritter.data.sources import source_documents
 from tritter.errors import RequestError
 
 ROWS = {"body": ["a", "b", "c"], "length": [1, 2, 3]}
@@ -382,3 +383,30 @@ def test_a_hub_and_its_cache(place: Path) -> None:
     *cached, refused = ask("http://127.0.0.1:9", *good, other, HF_HUB_OFFLINE="1")
     assert cached == read
     assert refused.endswith("is not cached; the cache has me/stories at COMMIT.")
+
+
+@pytest.mark.parametrize("is_streamed", [False, True])
+def test_later_rows_of_another_type_are_reported(tmp_path: Path, is_streamed: bool) -> None:
+    rows = [{"text": f"row {number}"} for number in range(30)]
+    rows += [{"text": number} for number in range(20)] + [{"text": None}]  # type: ignore[list-item]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    name = f"hf:{tmp_path}/rows.jsonl"
+    found = source_documents([name], key="data.new", text_field="text", is_streamed=is_streamed)
+    skipped, dropped = found.notes
+    assert len(found) == 30
+    assert "Skipped 20 of 50 records" in skipped and "row 30" in skipped
+    assert "is a number, not a string" in skipped
+    assert dropped == "data.new: of 31 documents, 1 empty were dropped."
+
+
+def test_a_line_beyond_the_limit_is_refused_before_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The library would need 20 times its size."""
+    monkeypatch.setattr("tritter.data.local_files.MAX_LINE_BYTES", 2**21)
+    rows = [json.dumps({"text": text}) for text in ("a", "word " * 2**19, "b")]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    (tmp_path / "rows.csv").write_text("text\na\n")
+    with pytest.raises(TextFileError, match=r"rows.jsonl line 2 exceeds the limit of 2 MB per"):
+        source_documents([f"hf:{tmp_path}/rows.jsonl"], key="data.new", text_field="text")
+    source_documents([f"hf:{tmp_path}/rows.csv"], key="data.new", text_field="text")

@@ -260,7 +260,7 @@ def test_a_parquet_bomb_is_refused_in_little_memory(tmp_path: Path, row: dict[st
         "from tritter.data.local_files import *\n"
         "reading = Reading(key='k', text_field='text')\n"
         "assert sum(1 for _ in reading.texts(Path(sys.argv[1]))) < 4\n"
-        "try: check_expansion(Path(sys.argv[1]))\nexcept WrongRecordError as error: print(error)\n"
+        "try: check_sizes(Path(sys.argv[1]))\nexcept WrongRecordError as error: print(error)\n"
         # Not ru_maxrss, which begins with that of the process that forked
         "peak = re.search(r'VmHWM:\\s+(\\d+) kB', Path('/proc/self/status').read_text())\n"
         "print(*reading.problems, int(peak[1]) // 1024)\n"

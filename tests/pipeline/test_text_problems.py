@@ -106,3 +106,39 @@ def test_a_text_of_one_side_is_refused_before_anything_is_written(
     assert "0 training and 1 validation documents" in capsys.readouterr().err
     assert code(write(tmp_path / "whole", [train[3], validation[3]])) == 2
     assert started == [run] and "enough" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "key"),
+    [
+        (["data.old={0}", "data.new={0}"], "data.new"),
+        (["data.old={{x:{0}}}", "data.new={{x:{0}}}"], "data.new.x"),
+        (["data.old={0}", "data.new={1}"], "data.new"),
+        (["data.old={0}", "data.tasks=[{0},{1}]"], "data.tasks"),
+    ],
+)
+def test_the_same_data_as_old_and_new_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], key: str
+) -> None:
+    """Also as another format, in another order."""
+    texts = [f"text {number}" for number in range(60)]
+    folder, rows = write_files(tmp_path / "texts", texts), tmp_path / "rows.jsonl"
+    rows.write_text("\n".join(json.dumps({"text": f"{text}\n"}) for text in texts[::-1]))
+    run = tmp_path / "run"
+    arguments = [word.format(folder, rows) for word in words]
+    arguments += ["data=text", f"hydra.run.dir={run}", "model=tiny"]
+    assert main(run_pipeline, arguments=arguments) == 2
+    errors = capsys.readouterr().err
+    assert f"error: {key}" in errors and " old " in errors
+    assert not run.exists()
+
+
+def test_bad_lines_are_named_before_the_split(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "new.jsonl").write_text('{"text": "one"}\n' + "{bad\n" * 9)
+    old = write_files(tmp_path / "old", [f"text {number}" for number in range(60)])
+    arguments = ["data=text", f"data.old={old}", f"data.new={tmp_path}/new.jsonl", "model=tiny"]
+    assert main(run_pipeline, arguments=[*arguments, f"hydra.run.dir={tmp_path}/run"]) == 2
+    errors = capsys.readouterr().err
+    assert 0 < errors.index("Skipped 9 of 10 records") < errors.index("the split gives")

@@ -17,7 +17,7 @@ from tritter.data.built_in import built_in_origin, built_in_path, is_built_in
 from tritter.data.chat import NONE, ChatChoice
 from tritter.data.datasets import DatasetName, dataset_names, parse_name
 from tritter.data.documents import documents_digest
-from tritter.data.local_files import ByteLimitError, TextFileError
+from tritter.data.local_files import ByteLimitError, Reading, TextFileError
 from tritter.data.options import (
     DataConfig,
     DatasetsConfig,
@@ -27,7 +27,13 @@ from tritter.data.options import (
     text_field,
     unused_name,
 )
-from tritter.data.sources import CHECKED_BYTES, quick_pieces, recorded_paths, source_documents
+from tritter.data.sources import (
+    CHECKED_BYTES,
+    quick_digest,
+    quick_pieces,
+    recorded_paths,
+    source_documents,
+)
 from tritter.data.split import SplitRule, split_problem
 from tritter.errors import Problem, RequestError, TritterError, key_name
 
@@ -163,25 +169,36 @@ def recorded_chat(lineage: Lineage | None) -> ChatChoice:
 def side_problems(text: RunText) -> Iterator[Problem]:
     """Yield the domains whose documents, or answers, would all be on one side of the split.
 
+    Also yield new domains with the documents of an old one.
+
     Domains without paths are checked by the run itself, since only the run may execute their
     class. So are documents that `quick_pieces` does not read.
     """
+    digests: dict[str | None, str] = {}  # of old domains, which come first
     for domain in text.domains:
         if domain.texts is not None:
             continue
-        found = quick_pieces(
-            domain.paths,
-            key=domain.key,
-            text_field=domain.text_field,
-            max_bytes=CHECKED_BYTES,
-        )
+        reading = _reading(domain)
+        found = quick_pieces(domain.paths, reading)
         reason = None
         with suppress(TextFileError, ByteLimitError):  # the run reports unreadable files
             if found is not None:
                 reason = split_problem(found, rule=text.split, needs_answers=text.needs_answers)
         if reason is not None:
+            reason = " ".join([*reading.notes, reason])
+        elif text.old and text.new:
+            digest = quick_digest(domain.paths, _reading(domain))
+            if domain.is_old and digest is not None:
+                digests[digest] = domain.name
+            elif (same := digests.get(digest)) is not None:
+                reason = f"its documents are those of the old domain {same}; name other data"
+        if reason is not None:
             paths = domain.paths[0] if len(domain.paths) == 1 else list(domain.paths)
             yield Problem(domain.key, paths, reason=reason)
+
+
+def _reading(domain: DomainText) -> Reading:
+    return Reading(key=domain.key, text_field=domain.text_field, max_bytes=CHECKED_BYTES)
 
 
 def _learned(checkpoint: str | None) -> tuple[Lineage | None, KeptSequences]:

@@ -20,7 +20,7 @@ from threading import RLock
 from typing import Any
 
 from tritter.data.conversations import TURNS, WrongRecordError, conversation_fields
-from tritter.data.local_files import Reading, TextFileError, check_expansion
+from tritter.data.local_files import Reading, TextFileError, check_sizes
 from tritter.data.records import DEFAULT_FIELD, Text, shown, text_of
 from tritter.errors import RequestError, TritterError, did_you_mean, nearest, refused
 from tritter.storage.hashing import file_digest
@@ -358,6 +358,7 @@ def text_batches(
         for values in zip(*(batch[name] for name in columns), strict=True):
             number += 1
             if len(columns) == 1 and values[0] is None:
+                reading.num_blank += 1
                 continue
             try:
                 texts.append(text_of(dict(zip(columns, values, strict=True)), field=field))
@@ -499,7 +500,7 @@ def _open(source: DatasetName, *, is_streamed: bool) -> Mapping[str | None, Any]
         try:
             check_inside(location, str(file))
             status = file.stat()
-            _check_expansion(file, status.st_size, status.st_mtime_ns)
+            _check_sizes(file, status.st_size, status.st_mtime_ns)
         except WrongRecordError as error:
             raise _Unreadable(f"is refused: {file} {error}") from error
         except TritterError as error:
@@ -521,9 +522,9 @@ def _open(source: DatasetName, *, is_streamed: bool) -> Mapping[str | None, Any]
 
 
 @cache
-def _check_expansion(file: Path, size: int, modified_ns: int) -> None:
+def _check_sizes(file: Path, size: int, modified_ns: int) -> None:
     """Check a file once until it changes."""
-    check_expansion(file)
+    check_sizes(file)
 
 
 def _split(source: DatasetName, opened: Mapping[str | None, Any]) -> str | None:
@@ -549,6 +550,9 @@ def _columns(source: DatasetName, rows: Any) -> tuple[str, ...]:
         dtypes = {name: str(getattr(f, "dtype", "lists")) for name, f in rows.features.items()}
         is_text = ("string", "large_string", "string_view")
         kinds = {n: "text" if dtype in is_text else dtype for n, dtype in dtypes.items()}
+        # Values of several types: rows without a text are skipped
+        mixed = {n for n, f in rows.features.items() if type(f).__name__ == "Json"} - {*TURNS}
+        kinds |= dict.fromkeys(mixed & {DEFAULT_FIELD, source.column}, "text")
     else:
         found: dict[str, set[str]] = {}
         for row in islice(rows, _PROBED_ROWS):

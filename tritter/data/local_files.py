@@ -278,24 +278,42 @@ def text_suffix(path: Path) -> str:
     return next((suffix for suffix in TEXT_SUFFIXES if name.endswith(suffix)), "")
 
 
-def check_expansion(path: Path) -> None:
-    """Refuse a compressed file that decodes to far more than its size, by decoding it once.
+def check_sizes(path: Path) -> None:
+    """Refuse a file of a data set that takes far more memory than its size, by reading it once.
 
     Raises:
-        WrongRecordError: the file decodes to more than the limit, or is damaged.
+        WrongRecordError: the file decodes to more than the limit, has a line beyond the limit, or
+            is damaged.
         TritterError: the file cannot be read.
     """
-    if path.suffix.lower() == ".parquet":
+    name = path.name.lower()
+    has_lines = name.removesuffix(_PACKED).endswith((".jsonl", ".json", ".csv", ".tsv"))
+    if name.endswith(".parquet"):
         expansion = _Expansion(path.stat().st_size)
         for _ in _parquet_batches(path, columns=None, count=expansion.count):
             pass
-    elif path.suffix.lower() == _PACKED:
+    elif name.endswith(_PACKED) or has_lines:
+        is_array = name.removesuffix(_PACKED).endswith(".json")
+        limit = MAX_ARRAY_BYTES if is_array else MAX_LINE_BYTES
         try:
-            with _open_stream(path, Reading(key="")) as stream:
-                while stream.piece():
-                    pass
+            _check_lines(path, limit if has_lines else None)
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise WrongRecordError(f"cannot be decompressed ({error})") from error
+
+
+def _check_lines(path: Path, limit: int | None) -> None:
+    """Read a file, and check the length of its lines."""
+    number, length = 1, 0
+    with _open_stream(path, Reading(key="")) as stream:
+        while piece := stream.piece():
+            end = piece.find(b"\n")
+            length += len(piece) if end < 0 else end
+            if limit is not None and length > limit:
+                problem = f"exceeds the limit of {limit // 2**20} MB per line"
+                raise WrongRecordError(f"line {number} {problem}")
+            if end >= 0:
+                length = len(piece) - piece.rfind(b"\n") - 1
+                number += piece.count(b"\n")
 
 
 def parquet_records(

@@ -473,6 +473,19 @@ def domain_key(data: DataConfig, name: str) -> str:
     return f"data.{side}" if list(sources) == [side] else f"data.{side}.{name}"
 
 
+def same_source_problems(data: DataConfig) -> Iterator[Problem]:
+    """Yield new domains of the first task with the paths of an old one."""
+    if not isinstance(data, NamedTextConfig):
+        return
+    side = "tasks" if data.tasks else "new"
+    for name, paths in data.task_sources[0].items():
+        key = f"data.{side}" if name == side else f"data.{side}.{name}"
+        same = [old for old, others in data.old_sources.items() if set(others) == set(paths)]
+        if same:
+            reason = f"the old domain {same[0]} is the same data; name other data"
+            yield Problem(key, paths, reason=reason)
+
+
 def streaming_problems(config: RunRequest) -> Iterator[Problem]:
     """Yield domains that can't be streamed, because they also have built-in texts."""
     data = config.data

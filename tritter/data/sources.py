@@ -2,16 +2,18 @@
 
 import os
 import stat
+from array import array
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from hashlib import sha256
 from itertools import chain, count, islice, takewhile
 from pathlib import Path
 
 from tritter.data.built_in import BUILT_IN_TEXTS, built_in_documents, is_built_in
 from tritter.data.datasets import PREFIX, dataset_names, dataset_texts, parse_name, resolve_dataset
-from tritter.data.documents import Documents, is_blank, pieces
+from tritter.data.documents import Documents, is_blank, pieces, text_key
 from tritter.data.local_files import (
     SUPPORTED,
     ByteLimitError,
@@ -286,9 +288,7 @@ def _documents(texts: Iterable[Text], reading: Reading) -> Documents:
     return documents
 
 
-def quick_pieces(
-    paths: Sequence[str], *, key: str, text_field: str, max_bytes: int
-) -> Iterator[Text] | None:
+def quick_pieces(paths: Sequence[str], reading: Reading) -> Iterator[Text] | None:
     """Return a lazy iterator over the documents of paths and skills.
 
     Return None if the paths include the standard library, which takes seconds to read, or a data
@@ -296,23 +296,33 @@ def quick_pieces(
 
     Args:
         paths: as for `source_documents`.
-        key: the configuration key, for messages.
-        text_field: field of records that contains the text.
-        max_bytes: limit of file bytes, after which the iterator raises `ByteLimitError`.
+        reading: its `max_bytes` limits the bytes of files, after which the iterator raises
+            `ByteLimitError`.
 
     Raises:
         RequestError: a path contains no text file.
     """
+    key = reading.key
     sources = [parse_name(key, name) for name in dataset_names(paths)]
     if set(paths) & set(BUILT_IN_TEXTS) or not all(source.is_on_disk for source in sources):
         return None
     files = find_texts(key, paths).files
-    reading = Reading(key=key, text_field=text_field, max_bytes=max_bytes)
     read = text_pieces(files, reading) if files else iter(())
     skills = (SkillText.named(key, path).texts() for path in paths if is_built_in(path))
     rows = (dataset_texts(source, reading, is_streamed=True) for source in sources)
     texts = chain.from_iterable(chain(skills, rows))
     return chain(read, reading.filled(piece for text in texts for piece in pieces(text)))
+
+
+def quick_digest(paths: Sequence[str], reading: Reading) -> str | None:
+    """Return a checksum of the set of documents of `quick_pieces`; None if it is not readable."""
+    keys = array("Q")  # the beginning of each key, so that millions of records need little memory
+    try:
+        for text in quick_pieces(paths, reading) or ():
+            keys.append(int(text_key(str(text))[:16], 16))
+    except (TextFileError, ByteLimitError):  # the run reports unreadable files
+        return None
+    return sha256(array("Q", sorted(set(keys))).tobytes()).hexdigest() if keys else None
 
 
 def recorded_paths(paths: Sequence[str], *, key: str, is_head: bool = False) -> tuple[str, ...]:

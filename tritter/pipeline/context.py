@@ -356,8 +356,8 @@ class RunContext:
         ]
         if count := sum(each.held_out_before for each in self.corpus.counts.values()):
             notes.append(
-                f"{count} documents were held out by an earlier run, so they are not used "
-                "for training."
+                f"{count} held-out documents occur in several domains; each domain scores them, "
+                "and none trains on them."
             )
         if self.packing == "documents":
             notes += packing_notes(self.config, self.corpus, self.streams, bounds=self.bounds)
