@@ -157,7 +157,7 @@ def test_what_a_model_writes_begins_anew_at_each_end_of_text() -> None:
     draw = _Draw(temperature=3.0, top_p=1.0, generator=torch.Generator().manual_seed(1))
     begin = _Starts(TextBounds(EOT), 40, torch.device("cpu"))
     with torch.no_grad():
-        texts, costs = _texts(model, begin, 60, 40, draw)
+        texts, costs = _texts(model, begin, 60, 40, draw, show=lambda _: None)
         num_checked = 0
         for text, cost in zip(texts, costs, strict=True):
             ids = text.tolist()

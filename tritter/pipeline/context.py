@@ -706,20 +706,6 @@ class RunContext:
         """Return the scores that `score` stored under a name."""
         return self.scoring.read(self.folder / score_file(name))
 
-    def check_start(self, name: str) -> None:
-        """Refuse scores of an earlier version of Tritter, which began texts in another way.
-
-        Raises:
-            RequestError: names the file.
-        """
-        for scores in self.read_scores(name).values():
-            if scores.unit == "nats" and scores.start != self.bounds.start:
-                raise RequestError(
-                    f"{self.folder / score_file(name)}: an earlier version began texts with the "
-                    "end of text, this one begins them as the tokenizer does; start in another "
-                    "folder."
-                )
-
     def scoring_flops(self, reading: Flops) -> float:
         """Return the FLOPs of one scoring pass, given those of reading a sequence."""
         return self.scoring.flops(reading)

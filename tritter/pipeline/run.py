@@ -275,7 +275,21 @@ def run_baseline(context: RunContext) -> None:
     is_finished = context.ledger.get("baseline") is not None
     context.stage("baseline", lambda: stages.baseline(context), label="baseline")
     if is_finished:
-        context.check_start("baseline")
+        _check_start(context)
+
+
+def _check_start(context: RunContext) -> None:
+    """Refuse a run of an earlier version of Tritter, which began texts in another way.
+
+    Raises:
+        RequestError: names the folder.
+    """
+    for scores in context.read_scores("baseline").values():
+        if scores.unit == "nats" and scores.start != context.bounds.start:
+            raise RequestError(
+                f"resume = {context.folder}: an earlier version scored texts that begin with the "
+                "end of text; this one begins them as the tokenizer does. Start in another folder."
+            )
 
 
 def run_branch(context: RunContext, branch: Branch, *, first_step: int = 0) -> Branch:
