@@ -191,3 +191,21 @@ def did_you_mean(value: str, allowed: Iterable[str]) -> str:
     """Return " Did you mean 'x'?" (with its leading space), or "" if no name is close."""
     match = nearest(value, allowed)
     return f" Did you mean '{match}'?" if match else ""
+
+
+@contextmanager
+def panics_as_errors(what: str = "a library") -> Iterator[None]:
+    """Raise a panic of a library in Rust, which is no Exception in Python, as an error.
+
+    Args:
+        what: its cause, for the message.
+
+    Raises:
+        TritterError: there was a panic.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # each library has its own class
+            raise
+        raise TritterError(f"{what} failed: {' '.join(str(error).split())} (a panic)") from error

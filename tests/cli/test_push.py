@@ -220,3 +220,21 @@ def test_without_the_network_it_is_refused(
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens
     result = run("push base owner/name")
     assert result.code == 2 and "the hub cannot be reached (" in result.err
+
+
+@pytest.mark.parametrize("content", [None, [], "<html>", 3, {"siblings": 3}, {"siblings": [None]}])
+@pytest.mark.parametrize("place_of_answer", ["first", "commit"])
+def test_an_odd_answer_of_a_hub_is_one_error(
+    run: Run, place: Path, fake: FakeHub, monkeypatch: pytest.MonkeyPatch,
+    content: object, place_of_answer: str,
+) -> None:  # fmt: skip
+    answer = fake.answer
+
+    def odd(method: str, path: str, body: bytes, token: str | None) -> tuple[int, object]:
+        is_odd = place_of_answer == "first" or "/commit/" in path
+        return (200, content) if is_odd else answer(method, path, body, token)
+
+    monkeypatch.setattr(fake, "answer", odd)
+    result = run("push base owner/odd")
+    assert result.code in (1, 2), result.out
+    assert "error: " in result.err and "Traceback" not in result.err

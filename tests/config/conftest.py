@@ -25,7 +25,7 @@ class FakeOutcome:
 
 @dataclass
 class FakePipeline:
-    """Records its arguments; seed 1 raises a TritterError, seed 2 a bug, seed 3 is rolled back."""
+    """Records its arguments; seed 1 raises a TritterError, 2 a bug, 7 panics, 3 is rolled back."""
 
     configs: list[RunConfig] = field(default_factory=list)
     folders: list[Path] = field(default_factory=list)
@@ -37,6 +37,8 @@ class FakePipeline:
             raise TritterError("the loss was not finite 10 times in a row")
         if config.seed == 2:
             raise KeyError("a bug")
+        if config.seed == 7:
+            raise type("PanicException", (BaseException,), {})("of a library in Rust")
         (run_folder / "summary.json").write_text("{}")
         kept = "kept" if config.gate.enabled else "ungated"
         status = "rolled_back" if config.seed == 3 else kept

@@ -99,6 +99,13 @@ def test_exit_codes(run: Run) -> None:
     assert "KeyError" in bug.err
 
 
+def test_a_panic_is_one_error_of_a_failed_run(run: Run, pipeline: FakePipeline) -> None:
+    panicked = run("seed=7")
+    assert panicked.code == 1 and "of a library in Rust" in panicked.err
+    assert "Traceback" not in panicked.err
+    assert read_status(pipeline.folders[0]).status == "failed"
+
+
 def test_the_same_command_goes_on(run: Run, pipeline: FakePipeline) -> None:
     assert run("seed=1", "hydra.run.dir=here").code == 1
     assert run("seed=1", "hydra.run.dir=here", "logger=csv", "trainer.progress=off").code == 1

@@ -3,9 +3,11 @@
 import json
 
 import pytest
+from tokenizers import Regex, pre_tokenizers
 
-from tritter.data.tokens import END_OF_TEXT, read_tokenizer
-from tritter.errors import RequestError
+from tritter.data.documents import Document
+from tritter.data.tokens import END_OF_TEXT, read_tokenizer, tokenise
+from tritter.errors import RequestError, TritterError
 
 
 @pytest.fixture
@@ -23,6 +25,16 @@ def test_it_is_read(folder, tokenizer):
     found = read_tokenizer(folder, vocab_size=300)
     assert found.end_of_text == END_OF_TEXT
     assert found.tokenizer.to_str() == tokenizer.to_str()
+
+
+def test_a_panic_of_a_tokenizer_is_one_error_with_the_text(tokenizer):
+    failing = type(tokenizer).from_str(tokenizer.to_str())
+    pattern = Regex(r"^(([a-z])+.)+[A-Z]([a-z])+$")  # takes too long on some texts
+    failing.pre_tokenizer = pre_tokenizers.Split(pattern, "isolated")
+    documents = [Document("1", "ab"), Document("2", "x" * 60)]
+    with pytest.raises(TritterError, match=r"on the text 'xxxx") as raised:
+        tokenise(documents, failing)
+    assert "\n" not in str(raised.value)
 
 
 def test_truncation_and_padding_are_left_out(folder, tokenizer):

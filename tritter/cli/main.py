@@ -29,7 +29,7 @@ from tritter.cli.train import TrainCommand, train
 from tritter.cli.validate import validate
 from tritter.config.launch.command_line import SYSTEM_ERRORS, check_encodable, one_line
 from tritter.config.suggestions import flag_advice
-from tritter.errors import RequestError, TritterError
+from tritter.errors import RequestError, TritterError, panics_as_errors
 from tritter.stopping import Stopped, stopping
 from tritter.terminal import close_pipe, say
 
@@ -90,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     try:
         check_encodable(argv)
-        with stopping():
+        with panics_as_errors(), stopping():
             command = typer.main.get_command(app)
             is_folded = _HELP_ALL not in argv
             if argv[0] != "train":  # train prints the help of train.py

@@ -20,7 +20,7 @@ from tritter.data.chat import (
     marked_answers,
 )
 from tritter.data.documents import Document
-from tritter.errors import RequestError, TritterError, refused
+from tritter.errors import RequestError, TritterError, panics_as_errors, refused
 from tritter.storage.reading import read_object, require_file
 from tritter.storage.spool import Spool
 
@@ -40,6 +40,7 @@ MINIMUM_DOCUMENT_TOKENS = 4  # a character may have four bytes, each a token
 # Characters per batch: encodings with offsets need many times the memory of the text
 ENCODED_CHARACTERS = 2**21
 PACKED_DOCUMENTS = 128
+_SHOWN_CHARACTERS = 80  # of a text in a message
 
 
 def train_tokenizer(documents: Iterable[Document], *, vocab_size: int) -> Tokenizer:
@@ -376,9 +377,7 @@ def _encoded(
     texts = [each.text for each in documents if not (is_rendered and each.conversation)]
     # The fast version omits offsets, which only truncation and answers need
     is_fast = limit is None and not is_marked
-    encode = tokenizer.encode_batch_fast if is_fast else tokenizer.encode_batch
-    with specials_as_text(tokenizer):
-        encodings = iter(encode(texts, add_special_tokens=False))
+    encodings = iter(encoded_texts(texts, tokenizer, is_fast=is_fast))
     for document in documents:
         conversation, name = document.conversation, document.identifier
         if conversation is not None and chat is not None:
@@ -569,6 +568,32 @@ def _batches(documents: Sequence[Document]) -> Iterator[list[Document]]:
             batch, size = [], 0
     if batch:
         yield batch
+
+
+def encoded_texts(
+    texts: Sequence[str], tokenizer: Tokenizer, *, is_fast: bool = False
+) -> list[Any]:
+    """Return the encodings of texts without special tokens, which in a text are like other text.
+
+    Args:
+        texts: the texts.
+        tokenizer: the tokenizer.
+        is_fast: leave out offsets.
+
+    Raises:
+        TritterError: a normaliser or splitter of the tokenizer fails on a text.
+    """
+    encode = tokenizer.encode_batch_fast if is_fast else tokenizer.encode_batch
+    with specials_as_text(tokenizer):
+        try:
+            with panics_as_errors():
+                return list(encode(texts, add_special_tokens=False))
+        except TritterError:  # find the text
+            for text in texts:
+                what = "the normaliser or splitter of tokenizer.json, on the text "
+                with panics_as_errors(f"{what}{text[:_SHOWN_CHARACTERS]!r},"):
+                    tokenizer.encode(text, add_special_tokens=False)
+            raise
 
 
 @contextmanager

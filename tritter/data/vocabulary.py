@@ -17,7 +17,7 @@ from itertools import count, islice, pairwise
 from typing import TYPE_CHECKING, Any
 
 from tritter.data.chat import ANSWER, ids_of
-from tritter.data.tokens import TextBounds, begun, specials_as_text, tokenise_texts, whole_texts
+from tritter.data.tokens import TextBounds, begun, encoded_texts, tokenise_texts, whole_texts
 from tritter.errors import Problem, RequestError
 
 if TYPE_CHECKING:
@@ -229,9 +229,7 @@ class _Words:
 
         remaining = iter(texts)
         while batch := list(islice(remaining, _BATCH)):
-            with specials_as_text(self._tokenizer):
-                encodings = self._tokenizer.encode_batch(batch, add_special_tokens=False)
-            for encoding in encodings:
+            for encoding in encoded_texts(batch, self._tokenizer):
                 ids = np.asarray(encoding.ids, dtype=np.int64)
                 if not len(ids):
                     continue

@@ -6,10 +6,11 @@ import logging
 import re
 from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager, suppress
+from json import JSONDecodeError
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from tritter.errors import TritterError, refused
+from tritter.errors import RequestError, TritterError, refused
 from tritter.storage.reading import named_path
 
 if TYPE_CHECKING:
@@ -138,8 +139,6 @@ def push_files(
 
     if get_token() is None:
         raise refused(key, repository, _UNKNOWN)
-    # OSError, and that of the client's HTTP library
-    failures: Any = errors.HfHubHTTPError.__bases__
     api, parent, old = HfApi(), None, set[str]()
     try:
         with quiet_hub():
@@ -150,7 +149,10 @@ def push_files(
                 _check_existing(found, old, is_public=is_public, overwrite=overwrite, key=key)
             if parent is None:
                 api.create_repo(repository, private=not is_public)
-    except failures as error:
+    except RequestError:
+        raise
+    # The client raises whatever its parts do on an answer that is none: a redirect, HTML, null
+    except Exception as error:
         raise refused(key, repository, _hub_reason(error)) from error
     operations: list[CommitOperationAdd | CommitOperationDelete] = [
         CommitOperationDelete(name) for name in sorted(old - files.keys())
@@ -164,7 +166,7 @@ def push_files(
             commit = api.create_commit(
                 repository, operations, commit_message=message, parent_commit=parent
             )
-    except (*failures, ValueError, RuntimeError) as error:
+    except Exception as error:
         raise TritterError(
             f"{repository}: the upload failed, {_hub_reason(error)}. The repository has its old "
             "content. The same command continues: uploaded weights are kept by the hub."
@@ -193,6 +195,8 @@ def _hub_reason(error: Exception) -> str:
         412: "someone else changed it at the same time",
     }
     lines = str(error).strip().splitlines() or [type(error).__name__]
+    if isinstance(error, LookupError | TypeError | AttributeError | JSONDecodeError):
+        return f"the hub answered with something else than expected ({error!r})"
     if isinstance(error, ValueError | RuntimeError):  # the hub refuses the card, or a file failed
         return " ".join(lines).rstrip(".")
     return known.get(status or 0, f"the hub cannot be reached ({lines[0].removeprefix('Got: ')})")

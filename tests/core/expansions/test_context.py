@@ -195,6 +195,32 @@ def test_impossible_lengths_are_refused(
         plan_expansion(source, [Context(**options)])
 
 
+@pytest.mark.parametrize(
+    ("family", "path", "value"),
+    [
+        ("llama", ("rope_theta",), None),
+        ("llama", ("rope_theta",), "text"),
+        ("llama", ("rope_theta",), {"a": 1}),
+        ("llama", ("partial_rotary_factor",), [1, 2]),
+        ("llama", ("full_attention",), {"full_attention": {}}),
+        ("llama", ("factor",), math.inf),
+        ("gemma3_text", ("full_attention", "rope_theta"), True),
+        ("gemma3_text", ("full_attention", "rope_type"), 3),
+    ],
+)
+@pytest.mark.parametrize("method", METHODS)
+def test_damaged_rotations_are_one_error(
+    family: str, path: tuple[str, ...], value: Any, method: Any
+) -> None:
+    config = config_of(tiny(family))
+    damaged = config["rope_parameters"] = json.loads(json.dumps(config["rope_parameters"]))
+    for name in path[:-1]:
+        damaged = damaged[name]
+    damaged[path[-1]] = value
+    with pytest.raises(RequestError, match="rope_parameters"):
+        Context(method=method).target_config(family_of(config), config)
+
+
 def test_windows_in_all_layers_are_refused(tmp_path: Path) -> None:
     source = oracle.saved(tiny("mistral"), tmp_path / "base")
     with pytest.raises(RequestError, match="all layers attend to the last 4 tokens"):

@@ -26,7 +26,7 @@ from tritter.config.launch.command_line import (
     one_line,
     read_command_line,
 )
-from tritter.errors import RequestError, TritterError
+from tritter.errors import RequestError, TritterError, panics_as_errors
 from tritter.launched import launch_of
 from tritter.stopping import Stopped, stopping
 from tritter.terminal import close_pipe, say
@@ -70,7 +70,7 @@ def _main(pipeline: "Pipeline", arguments: Sequence[str] | None) -> int:
     typed = list(sys.argv[1:] if arguments is None else arguments)
     try:
         check_encodable(typed)
-        with stopping():
+        with panics_as_errors(), stopping():
             return _run(typed, pipeline)
     except RequestError as error:
         say(f"error: {error}\nNothing was written.", is_error=True)

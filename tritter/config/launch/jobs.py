@@ -34,7 +34,7 @@ from tritter.config.run_folder import (
 )
 from tritter.config.schema import RunConfig
 from tritter.config.validation import validate
-from tritter.errors import RequestError, TritterError
+from tritter.errors import RequestError, TritterError, panics_as_errors
 from tritter.stopping import Stopped, stopping
 from tritter.storage.atomic import write_text_atomic
 from tritter.storage.lock import LOCK_NAME, folder_lock, locking_process
@@ -251,7 +251,8 @@ def run_job(cfg: DictConfig, pipeline: Pipeline, *, jobs: Sequence[Job]) -> floa
         recorded = recorded_overrides(typed)
         write_run_file(folder, config, status="running", overrides=recorded)
         _write_status(folder, overrides, status="running", exit_code=EXIT_FAILED)
-        outcome = pipeline(config, run_folder=folder)
+        with panics_as_errors():
+            outcome = pipeline(config, run_folder=folder)
     except Stopped as stop:
         location = None if stop.location is None else f"stopped {stop.location}"
         _write_status(

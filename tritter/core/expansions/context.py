@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from tritter.core.families import Config, Family, position_limit
-from tritter.errors import Problem, RequestError, refused
+from tritter.errors import Problem, RequestError, brief, refused
 from tritter.limits import MAX_POSITIONS
 from tritter.options import options
 
@@ -21,6 +21,10 @@ DEFAULT_FACTOR = 4
 _LOCAL = "sliding_attention"  # layers that never see a distance beyond their window
 # Keys of YaRN that follow from the new factor, or that only earlier releases of transformers read
 _DERIVED = ("factor", "attention_factor", "type")
+# Of rotary parameters; they may be missing, where the class has defaults
+_NUMBERS = (
+    "rope_theta", "factor", "original_max_position_embeddings", "partial_rotary_factor"
+)  # fmt: skip
 
 
 @options
@@ -116,6 +120,9 @@ class Context:
         if dimensions <= 2:
             reason = f"base needs more than 2 rotary dimensions, and the model has {dimensions}"
             raise refused(f"{_KEY}.method", self.method, f"{reason}; use yarn")
+        if "rope_theta" not in parameters:
+            reason = "rope_parameters in config.json has no rope_theta; set it, or use yarn"
+            raise refused(f"{_KEY}.method", self.method, reason)
         growth = (new / old) ** (dimensions / (dimensions - 2))
         return {**parameters, "rope_theta": parameters["rope_theta"] * growth}
 
@@ -190,6 +197,8 @@ def _with_rotations(family: Family, config: Config) -> Config:
         reason = f"{family.model_type} has no rotary embeddings that config.json could scale"
     elif position_limit(config) is None:
         reason = f"config.json of {family.model_type} does not set {family.positions_key}"
+    elif damage := _damage(_scaled(_parameters(config))):
+        reason = f"config.json: {damage}"
     elif not _scaled(_parameters(config)):
         reason = "it has rotary embeddings in layers with a window only, which need no longer ones"
     if reason:
@@ -213,6 +222,23 @@ def _scaled(parameters: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     if not nested:
         return {"": parameters}
     return {name: each for name, each in nested.items() if name != _LOCAL}
+
+
+def _damage(scaled: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return what is wrong with rotary parameters, or an empty text."""
+    for name, parameters in scaled.items():
+        place = ".".join(["rope_parameters", *([name] if name else [])])
+        for key in _NUMBERS:
+            value = parameters.get(key)
+            is_needed = key == "rope_theta" and (key in parameters or bool(name))
+            if value is None and not is_needed:
+                continue
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not is_number or not 0 < value < inf:
+                return f"{place}.{key} = {brief(value)}; must be a number above 0"
+        if not isinstance(kind := parameters.get("rope_type", "default"), str):
+            return f"{place}.rope_type = {brief(kind)}; must be a name"
+    return ""
 
 
 def _change(target: Config, source: Config) -> str:
