@@ -142,3 +142,31 @@ def test_bad_lines_are_named_before_the_split(
     assert main(run_pipeline, arguments=[*arguments, f"hydra.run.dir={tmp_path}/run"]) == 2
     errors = capsys.readouterr().err
     assert 0 < errors.index("Skipped 9 of 10 records") < errors.index("the split gives")
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_request_refused_by_the_first_stage_leaves_no_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], exists: bool
+) -> None:
+    def refuses(config: Any, *, run_folder: Path) -> Any:
+        (run_folder / "baseline").mkdir()
+        raise RequestError("data.new: nothing to learn.")
+
+    run = tmp_path / "made/for/run"
+    if exists:
+        run.mkdir(parents=True)
+    assert main(refuses, arguments=["model=tiny", f"hydra.run.dir={run}"]) == 2
+    assert capsys.readouterr().err.endswith("nothing to learn.\nNothing was written.\n")
+    assert list(tmp_path.rglob("*")) == [tmp_path / "made", tmp_path / "made/for", run] * exists
+
+
+def test_after_a_stage_a_refused_request_has_failed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuses(config: Any, *, run_folder: Path) -> Any:
+        (run_folder / "ledger.json").write_text("{}")
+        raise RequestError("data.new: nothing to learn.")
+
+    assert main(refuses, arguments=["model=tiny", f"hydra.run.dir={tmp_path / 'run'}"]) == 1
+    assert "Fix this, then resume with" in capsys.readouterr().err
+    assert (tmp_path / "run/ledger.json").exists()

@@ -261,8 +261,9 @@ def run_once(arguments: Sequence[str], pipeline: "Pipeline") -> Path:
     folder = request.plan.jobs[0].folder
     status = read_status(folder)
     if status.error is not None:
-        kind = RequestError if status.exit_code == 2 else TritterError
-        raise kind(f"{status.error}\nRun folder: {folder}")
+        if status.exit_code == 2 and request.plan.jobs[0].undo():
+            raise RequestError(status.error)
+        raise TritterError(f"{status.error}\nRun folder: {folder}")
     return folder
 
 
@@ -308,7 +309,7 @@ def _show(command: CommandLine, request: "Request", hydra: "Hydra") -> int:
 
 def _run_one(request: "Request", task: "Task", hydra: "Hydra") -> int:
     """Run a single run, print its outcome and the command that resumes it; return the exit code."""
-    from tritter.config.launch.jobs import read_status
+    from tritter.config.launch.jobs import EXIT_FAILED, EXIT_REQUEST, read_status
     from tritter.config.overrides import resume_command
 
     request.composing.loader.is_sweep = False
@@ -326,13 +327,17 @@ def _run_one(request: "Request", task: "Task", hydra: "Hydra") -> int:
     assert request.plan is not None, "Hydra called the callback"
     (job,) = request.plan.jobs
     status = read_status(job.folder)
-    if status.error is not None:
-        say(f"error: {status.error}", is_error=True)
-        # The same request on the same data would be rejected again
-        action = "Fix this, then resume with" if status.exit_code == 2 else "Resume with"
-        resuming = resume_command(job.folder, job.overrides)
-        say(f"Run folder: {job.folder}\n{action}:\n  {resuming}", is_error=True)
-    return status.exit_code
+    if status.error is None:
+        return status.exit_code
+    is_request = status.exit_code == EXIT_REQUEST
+    if is_request and job.undo():
+        raise RequestError(status.error)
+    say(f"error: {status.error}", is_error=True)
+    # The same request on the same data would be rejected again
+    action = "Fix this, then resume with" if is_request else "Resume with"
+    resuming = resume_command(job.folder, job.overrides)
+    say(f"Run folder: {job.folder}\n{action}:\n  {resuming}", is_error=True)
+    return EXIT_FAILED if is_request else status.exit_code
 
 
 def completions(arguments: Sequence[str]) -> list[str]:

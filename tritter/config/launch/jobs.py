@@ -6,6 +6,7 @@ their other settings are Hydra's business.
 
 import math
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -38,7 +39,7 @@ from tritter.errors import RequestError, TritterError, panics_as_errors
 from tritter.stopping import Stopped, stopping
 from tritter.storage.atomic import write_text_atomic
 from tritter.storage.lock import LOCK_NAME, folder_lock, locking_process
-from tritter.storage.reading import SUMMARY_FILE
+from tritter.storage.reading import LEDGER_NAME, SUMMARY_FILE
 from tritter.storage.records import read_record, record, record_text
 from tritter.targets import TARGET
 from tritter.terminal import say
@@ -79,12 +80,27 @@ class Job:
 
     Args:
         state: what is in its folder.
+        missing: its folder and the parents that the run creates, deepest first.
     """
 
     overrides: tuple[str, ...]
     config: RunConfig
     folder: Path
     state: RunState
+    missing: tuple[Path, ...] = ()
+
+    def undo(self) -> bool:
+        """Remove the folder of a new run, unless a stage has finished; return True if removed."""
+        if self.state is not RunState.NEW or (self.folder / LEDGER_NAME).exists():
+            return False
+        for path in () if self.missing else self.folder.iterdir():  # an empty folder stays
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        for folder in self.missing:
+            if folder == self.folder:
+                shutil.rmtree(folder)
+            elif not any(folder.iterdir()):
+                folder.rmdir()
+        return True
 
 
 class Outcome(Protocol):

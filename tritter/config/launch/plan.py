@@ -315,7 +315,9 @@ def _plan_run(request: Request, composed: DictConfig) -> Plan:
     if not hydra.run.dir:
         raise_problems([Problem("hydra.run.dir", "", reason="set a folder, or omit this key")])
     folder = resumed or Path(hydra.run.dir).absolute()
-    return Plan((Job(request.overrides, config, folder, check_run_folder(folder, config)),))
+    missing = tuple(path for path in (folder, *folder.parents) if not path.exists())
+    state = check_run_folder(folder, config)
+    return Plan((Job(request.overrides, config, folder, state, missing),))
 
 
 def _plan_sweep(request: Request, composed: DictConfig) -> Plan:
