@@ -8,8 +8,8 @@ RUN_TESTS := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 PYTEST := $(RUN_TESTS) --numprocesses auto --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint types test test-full test-wheel test-slow test-gpu docs demo bench \
-    benchmarks bench-gpu
+.PHONY: help setup lint types test test-full test-wheel test-slow test-gpu test-newest test-oldest \
+    docs demo bench benchmarks bench-gpu
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -37,6 +37,21 @@ test-slow: setup ## the tests that train for minutes
 
 test-gpu: setup ## the same jobs on one GPU and on the CPU; minutes
 	$(RUN_TESTS) -m gpu tests/test_gpu.py -rs --durations 5
+
+test-newest: ## the quick tests with the newest versions that pyproject.toml admits, in .venv-newest
+	$(PYTHON) -m venv --clear .venv-newest
+	.venv-newest/bin/python -m pip install --quiet --quiet -e '.[dev]'
+	$(subst $(BIN),.venv-newest/bin,$(PYTEST))
+
+# Not torch: an old build may not exist for this Python. The dependencies of these stay newer
+test-oldest: ## expansions, checkpoints, LoRA experts, trainers with the oldest versions, in .venv-oldest
+	$(PYTHON) -m venv --clear .venv-oldest
+	sed -nE '/^dependencies/,/^\]/s/^ *"([a-z_-]+)>=([0-9.]+)".*/\1==\2/p' pyproject.toml \
+	    | grep -v '^torch==' > .venv-oldest/pins.txt
+	.venv-oldest/bin/python -m pip install --quiet --quiet -c .venv-oldest/pins.txt -e '.[trl]' \
+	    pytest pytest-xdist hypothesis
+	$(subst $(BIN),.venv-oldest/bin,$(PYTEST)) tests/core/expansions tests/checkpoints \
+	    tests/methods/experts tests/integrations
 
 docs: setup ## the pages of docs/ as a site in outputs/site; dead links and anchors are errors
 	$(BIN)/mkdocs build

@@ -229,7 +229,7 @@ def _damage(scaled: Mapping[str, Mapping[str, Any]]) -> str:
     for name, parameters in scaled.items():
         place = ".".join(["rope_parameters", *([name] if name else [])])
         for key in _NUMBERS:
-            value = parameters.get(key)
+            value: Any = parameters.get(key)
             is_needed = key == "rope_theta" and (key in parameters or bool(name))
             if value is None and not is_needed:
                 continue
