@@ -78,7 +78,9 @@ def test_rounding_is_said_where_there_is_any(run: Run, rounded: Path) -> None:
     copied = run("expand --checkpoint base --method llama-pro")
     assert copied.code == 0 and "rounding" not in copied.out
     computed = run("expand --checkpoint base --method width")
-    assert computed.code == 0 and "rounding to bfloat16" in " ".join(computed.out.split())
+    said = " ".join(computed.out.split())
+    assert computed.code == 0 and "rounding to bfloat16" in said
+    assert "root mean square" in said and "the source in bfloat16" in said
 
 
 def test_nothing_is_measured_only_where_that_is_asked(

@@ -17,6 +17,25 @@ def test_jump_by_hand(bigram, table):
     jump = logit_jump(bigram(table), bigram(moved), INPUT_IDS)
     assert jump.max_absolute == pytest.approx(0.25)
     assert jump.relative_to_std == pytest.approx(0.25 / float(table[INPUT_IDS].std()))
+    size = table.shape[-1]
+    assert jump.rms_to_std == pytest.approx(
+        jump.relative_to_std / math.sqrt(INPUT_IDS.numel() * size)
+    )
+    old, new = (each[INPUT_IDS].log_softmax(dim=-1) for each in (table, moved))
+    expected = (old.exp() * (old - new)).sum(dim=-1).mean()
+    assert jump.divergence == pytest.approx(float(expected), rel=1e-4)
+
+
+@pytest.mark.parametrize(("change", "relative"), [(0.0, 0.0), (0.5, math.inf)])
+def test_logits_that_are_all_equal_have_no_deviation(bigram, table, change, relative):
+    constant = torch.full_like(table, 0.5)
+    jump = logit_jump(bigram(constant), bigram(constant + change), INPUT_IDS)
+    assert (jump.max_absolute, jump.relative_to_std) == (change, relative)
+
+
+def test_the_yardstick_is_the_source_in_bfloat16(bigram, table):
+    jump = logit_jump(bigram(table), bigram(table.clone()), INPUT_IDS, has_yardstick=True)
+    assert jump.rms_to_std == 0.0 and jump.bfloat16_rms_to_std is not None
 
 
 def test_same_function_does_not_jump_even_in_training_mode(bigram, table):
@@ -24,6 +43,8 @@ def test_same_function_does_not_jump_even_in_training_mode(bigram, table):
     assert logit_jump(before, after, INPUT_IDS).to_dict() == {
         "max_absolute": 0.0,
         "relative_to_std": 0.0,
+        "rms_to_std": 0.0,
+        "divergence": 0.0,
     }
     assert before.training and after.dropout.training
 

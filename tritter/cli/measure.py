@@ -12,6 +12,7 @@ from tritter.core.models import read_config
 from tritter.errors import TritterError
 from tritter.evaluation.gate import EXACT_JUMP, rounded_jump
 from tritter.evaluation.jump import folder_jump
+from tritter.report.wording import mean_shift_text
 from tritter.storage.tensors import TensorFolder
 from tritter.transform import Expanded
 
@@ -61,13 +62,18 @@ def measure(
         if progress is not None:
             progress(done // _MB, total // _MB)
 
-    config = read_config(result.folder)
+    config, rounded = read_config(result.folder), _rounded_dtypes(source, result)
     try:
         added = result.plan.vocabulary
         new_tokens = None if added is None else added.new_ids
         tokens = random_tokens(source.config, unlike=new_tokens or ())
         found = folder_jump(
-            source.folder, result.folder, tokens, new_tokens=new_tokens, progress=show
+            source.folder,
+            result.folder,
+            tokens,
+            new_tokens=new_tokens,
+            has_yardstick=bool(rounded),
+            progress=show,
         )
     except TritterError:
         raise
@@ -82,22 +88,27 @@ def measure(
     new = len(result.steps)
     lineage = record_step0_error(result.folder, result.lineage, error, config, num_new=new)
     claims_exact = result.plan.is_exact
-    before, after = source.tensors.dtypes, TensorFolder.open(result.folder).dtypes
-    maps = list(result.plan.parameter_map.tensors.values())
-    if claims_exact:  # noise has no effect then: a norm with zero weight follows it
-        maps = [replace(each, noise=0.0) for each in maps]
-    is_copied = len(before | after) == 1 and all(m.is_verbatim or m.is_zeroed for m in maps)
-    rounded = [] if is_copied else [n for n in ("bfloat16", "float16") if n in after]
     bound = rounded_jump(has_experts=family_of(config).has_experts) if rounded else EXACT_JUMP
     is_broken = claims_exact and not jump.relative_to_std < bound
     note = f", including rounding to {' and '.join(rounded)}" if rounded else ""
-    text = f"logit shift {jump.relative_to_std:.1e} σ on random tokens{note}"
+    text = f"logit shift at most {jump.relative_to_std:.1e} σ on random tokens{note}"
+    text += mean_shift_text(jump)
     if jump.new_token_mass is not None:
         text += f"; new tokens get {jump.new_token_mass:.1%} of the probability"
     first_difference = (
         found.first_difference(result.plan.parameter_map.layer_sources) if is_broken else ""
     )
     return Measurement(lineage, error, is_broken, text, first_difference)
+
+
+def _rounded_dtypes(source: Source, result: Expanded) -> list[str]:
+    """Return the 16-bit types to which weights of the result were rounded; copies are not."""
+    before, after = source.tensors.dtypes, TensorFolder.open(result.folder).dtypes
+    maps = list(result.plan.parameter_map.tensors.values())
+    if result.plan.is_exact:  # noise has no effect then: a norm with zero weight follows it
+        maps = [replace(each, noise=0.0) for each in maps]
+    is_copied = len(before | after) == 1 and all(m.is_verbatim or m.is_zeroed for m in maps)
+    return [] if is_copied else [n for n in ("bfloat16", "float16") if n in after]
 
 
 def random_tokens(config: Config, *, unlike: Sequence[int] = ()) -> Tensor:

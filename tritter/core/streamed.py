@@ -33,18 +33,25 @@ class StreamedModel:
         folder: a checkpoint that was checked.
         input_ids: int64 [B, T].
         on_read: called with the number of bytes just read from the files.
+        is_bfloat16: compute under autocast in bfloat16 instead of float32.
 
     Raises:
         TritterError: transformers cannot build it, or its files are damaged.
     """
 
     def __init__(
-        self, folder: Path, input_ids: Tensor, *, on_read: Callable[[int], None] | None = None
+        self,
+        folder: Path,
+        input_ids: Tensor,
+        *,
+        on_read: Callable[[int], None] | None = None,
+        is_bfloat16: bool = False,
     ) -> None:
         config = on_disk(read_config(folder))  # of the stock model, padding included
         self._weights = _Weights(folder, config)
         self._input_ids = input_ids
         self._on_read = on_read or (lambda _: None)
+        self._is_bfloat16 = is_bfloat16
         self._model = unloaded_model(folder, self._weights.buffer)
         self._head: nn.Module = self._model.get_output_embeddings()  # type: ignore[operator]
         self._head_shape: torch.Size = self._head.weight.shape
@@ -76,7 +83,7 @@ class StreamedModel:
         """
         self._rows = rows
         # Not in inference mode, which does not tell if a module changes its weights
-        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=self._is_bfloat16):
             logits: Tensor = self._model(input_ids=self._input_ids, use_cache=False).logits
         self._drop()
         is_whole = logits.shape[-1] != rows.stop - rows.start  # the head is no plain matrix

@@ -1,7 +1,7 @@
 """Logit shift of a model at expansion."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import chain
 from pathlib import Path
 
@@ -16,28 +16,90 @@ from tritter.evaluation.statistics import finite_or_none
 
 @dataclass(frozen=True, slots=True)
 class Jump:
-    """The largest change of a logit, absolute and in standard deviations of the old logits.
+    """The change of the logits of old tokens; σ is the standard deviation of the old logits.
+
+    The largest of millions of logits alarms where 16-bit weights were rounded, so the mean changes
+    stand beside those of a yardstick: the source itself, computed in bfloat16 (autocast).
 
     Args:
-        max_absolute: of the logits of old tokens.
-        relative_to_std: the same in standard deviations; infinite if all old logits are equal.
+        max_absolute: the largest change.
+        relative_to_std: the same in σ; infinite if all old logits are equal.
         new_token_mass: mean probability of new tokens; None without new tokens. Rows of no token,
             which pad the vocabulary, do not count.
+        rms_to_std: root mean square of the changes, in σ; None in older records, like the others.
+        divergence: mean KL divergence of the next token's distribution from the old one, in nats.
+        bfloat16_rms_to_std: `rms_to_std` of the yardstick; None if it was not computed.
+        bfloat16_divergence: `divergence` of the yardstick.
     """
 
     max_absolute: float
     relative_to_std: float
     new_token_mass: float | None = None
+    rms_to_std: float | None = None
+    divergence: float | None = None
+    bfloat16_rms_to_std: float | None = None
+    bfloat16_divergence: float | None = None
 
     def to_dict(self) -> dict[str, float | None]:
         """Return the record for summary.json; non-finite values become None."""
-        plain = {
-            "max_absolute": finite_or_none(self.max_absolute),
-            "relative_to_std": finite_or_none(self.relative_to_std),
-        }
-        if self.new_token_mass is not None:
-            plain["new_token_mass"] = finite_or_none(self.new_token_mass)
-        return plain
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        return {n: finite_or_none(value) for n, value in values.items() if value is not None}
+
+
+class _Shift:
+    """Running comparison of logits, block of the vocabulary by block."""
+
+    def __init__(self) -> None:
+        self.largest = torch.zeros(())
+        self._new_total: Tensor = torch.tensor(-torch.inf)  # log of the sum of exp
+        self._old_total: Tensor = torch.tensor(-torch.inf)
+        self._moved: Tensor = torch.zeros(())  # expected loss of logit under the old distribution
+        self._squares = torch.zeros((), dtype=torch.float64)
+        self._moments = torch.zeros(3, dtype=torch.float64)  # number, sum and sum of squares
+
+    def add(self, old_BTV: Tensor, new_BTV: Tensor) -> None:
+        """Compare the logits of a part of the vocabulary."""
+        moved_BTV = old_BTV - new_BTV
+        self.largest = torch.maximum(self.largest, moved_BTV.abs().max())  # keeps NaN
+        self._squares += moved_BTV.double().square().sum()
+        wide = old_BTV.double()
+        number = torch.tensor(wide.numel()).double()
+        self._moments += torch.stack([number, wide.sum(), wide.square().sum()])
+        self._new_total = torch.logaddexp(self._new_total, new_BTV.logsumexp(dim=-1))
+        before, part = self._old_total, old_BTV.logsumexp(dim=-1)
+        self._old_total = torch.logaddexp(before, part)
+        mean = (old_BTV.softmax(dim=-1) * moved_BTV).sum(dim=-1)
+        shares = [(total - self._old_total).exp() for total in (before, part)]
+        self._moved = self._moved * shares[0] + mean * shares[1]
+
+    def in_deviations(self, change: Tensor) -> float:
+        """Return a change in standard deviations of the old logits."""
+        number, total, squares = self._moments
+        # Same as `Tensor.std`
+        deviation = ((squares - total**2 / number).clamp(min=0) / (number - 1)).sqrt()
+        return float(change.double() / deviation) if change != 0 else 0.0
+
+    @property
+    def rms_to_std(self) -> float:
+        """Root mean square of the changes in standard deviations."""
+        return self.in_deviations((self._squares / self._moments[0]).sqrt())
+
+    @property
+    def divergence(self) -> float:
+        """Mean KL divergence of the new distribution of old tokens from the old one, in nats."""
+        return float((self._moved - self._old_total + self._new_total).mean().clamp(min=0))
+
+    def jump(self, new_token_mass: float | None, yardstick: "_Shift | None") -> Jump:
+        """Return the record of the comparison and of that of the yardstick."""
+        return Jump(
+            float(self.largest),
+            self.in_deviations(self.largest),
+            new_token_mass,
+            self.rms_to_std,
+            self.divergence,
+            None if yardstick is None else yardstick.rms_to_std,
+            None if yardstick is None else yardstick.divergence,
+        )
 
 
 def logit_jump(
@@ -46,6 +108,7 @@ def logit_jump(
     input_ids: Tensor,
     *,
     new_tokens: Sequence[int] | None = None,
+    has_yardstick: bool = False,
 ) -> Jump:
     """Compare two models on the same tokens, in float32 and without autocast.
 
@@ -54,6 +117,7 @@ def logit_jump(
         after_model: the model after expansion.
         input_ids: int64 [B, T] of real text; random tokens may miss some changes.
         new_tokens: their ids. Default: all rows that the vocabulary has more.
+        has_yardstick: also compute the first model in bfloat16.
 
     Raises:
         TritterError: the vocabulary shrank.
@@ -61,11 +125,15 @@ def logit_jump(
     before, after = logits_of(before_model, input_ids), logits_of(after_model, input_ids)
     kinds, mass = _kinds_of_rows(before.shape[-1], after.shape[-1], new_tokens), None
     old = (kinds == _OLD).nonzero().flatten()
-    kept = before[..., old]
-    largest = (after[..., old] - kept).abs().max()
+    shift, yardstick = _Shift(), None
+    shift.add(before[..., old], after[..., old])
+    if has_yardstick:
+        yardstick = _Shift()
+        rounded = logits_of(before_model, input_ids, is_bfloat16=True)
+        yardstick.add(before[..., old], rounded[..., old])
     if bool((kinds == _NEW).any()):
         mass = float(after.softmax(dim=-1)[..., kinds == _NEW].sum(dim=-1).mean())
-    return Jump(float(largest), float(largest / kept.std()), mass)
+    return shift.jump(mass, yardstick)
 
 
 _OLD, _NEW, _UNUSED = range(3)  # kinds of rows; rows of no token that were there are old
@@ -85,9 +153,15 @@ def _kinds_of_rows(before: int, after: int, new_tokens: Sequence[int] | None) ->
     return kinds
 
 
-def logits_of(model: nn.Module, input_ids: Tensor) -> Tensor:
-    """Return logits, float32 [B, T, V], for tokens int64 [B, T]."""
-    with eval_mode(model) as device, torch.autocast(device.type, enabled=False):
+def logits_of(model: nn.Module, input_ids: Tensor, *, is_bfloat16: bool = False) -> Tensor:
+    """Return logits, float32 [B, T, V], for tokens int64 [B, T].
+
+    They are computed in float32, or under autocast in bfloat16.
+    """
+    with (
+        eval_mode(model) as device,
+        torch.autocast(device.type, torch.bfloat16, enabled=is_bfloat16),
+    ):
         return model(input_ids=input_ids.to(device), use_cache=False).logits.float().cpu()
 
 
@@ -144,6 +218,7 @@ def folder_jump(
     input_ids: Tensor,
     *,
     new_tokens: Sequence[int] | None = None,
+    has_yardstick: bool = False,
     progress: Progress | None = None,
 ) -> FolderJump:
     """Compare the models of two folders on the same tokens, in float32.
@@ -153,6 +228,7 @@ def folder_jump(
         after: folder of the model after expansion.
         input_ids: int64 [B, T].
         new_tokens: their ids. Default: all rows that the vocabulary has more.
+        has_yardstick: also compute the first model in bfloat16.
         progress: called with bytes read so far and in total.
 
     Raises:
@@ -167,12 +243,13 @@ def folder_jump(
             progress(used, total)
 
     models = [StreamedModel(folder, input_ids, on_read=count) for folder in (before, after)]
+    if has_yardstick:
+        models.append(StreamedModel(before, input_ids, on_read=count, is_bfloat16=True))
     total = sum(model.num_bytes for model in models)
-    before_size, after_size = (model.vocab_size for model in models)
+    before_size, after_size = (model.vocab_size for model in models[:2])
     kinds = _kinds_of_rows(before_size, after_size, new_tokens)
     step = min(model.rows_per_block for model in models)
-    largest, mass = torch.zeros(()), None
-    moments = torch.zeros(3, dtype=torch.float64)  # number, sum and sum of squares
+    shifts, mass = [_Shift() for _ in models[1:]], None
     totals = [torch.tensor(-torch.inf)] * 3  # log of the sum of exp over the rows of each kind
     parts = (slice(0, before_size), slice(before_size, after_size))
     for rows in chain.from_iterable(blocks(part, step) for part in parts):
@@ -180,19 +257,17 @@ def folder_jump(
         for kind in kinds_V.unique().tolist():
             sum_BT = new_BTV[..., kinds_V == kind].logsumexp(dim=-1)
             totals[kind] = torch.logaddexp(totals[kind], sum_BT)
-        if bool((kinds_V == _OLD).any()):
-            old_BTV = models[0].logits(rows)[..., kinds_V == _OLD]
-            largest = torch.maximum(largest, (new_BTV[..., kinds_V == _OLD] - old_BTV).abs().max())
-            wide = old_BTV.double()
-            number = torch.tensor(wide.numel()).double()
-            moments += torch.stack([number, wide.sum(), wide.square().sum()])
+        if bool((is_old_V := kinds_V == _OLD).any()):
+            old_BTV = models[0].logits(rows)[..., is_old_V]
+            others = [new_BTV, *(model.logits(rows).float() for model in models[2:])]
+            for shift, other_BTV in zip(shifts, others, strict=True):
+                shift.add(old_BTV, other_BTV[..., is_old_V])
     if bool((kinds == _NEW).any()):
-        others = torch.logaddexp(totals[_OLD], totals[_UNUSED])
-        mass = float((totals[_NEW] - others).sigmoid().mean())
-    number, total_logits, squares = moments
-    # Same as `Tensor.std`
-    deviation = ((squares - total_logits**2 / number).clamp(min=0) / (number - 1)).sqrt()
-    jump = Jump(float(largest), float(largest.double() / deviation), mass)
+        rest_BT = torch.logaddexp(totals[_OLD], totals[_UNUSED])
+        mass = float((totals[_NEW] - rest_BT).sigmoid().mean())
+    if progress is not None:
+        progress(total, total)  # image encoders, for example, are not read
+    jump = shifts[0].jump(mass, shifts[1] if has_yardstick else None)
     return FolderJump(jump, (models[0].states, models[1].states))
 
 

@@ -144,7 +144,7 @@ def expansion(context: RunContext, branch: Branch) -> StageResult:
     pieces = [each[:JUMP_SEQUENCES, :JUMP_TOKENS] for each in texts]
     tokens = ids_of(torch.cat(pieces)).long()  # [B, T]
     new_tokens = None if plan.vocabulary is None else plan.vocabulary.new_ids
-    jump = logit_jump(before, after, tokens, new_tokens=new_tokens)
+    jump = logit_jump(before, after, tokens, new_tokens=new_tokens, has_yardstick=True)
     error, num_steps = jump.to_dict()["relative_to_std"], len(branch.specs)
     lineage = record_step0_error(grown.folder, made.lineage, error, grown.config, num_new=num_steps)
     context.sources[location] = replace(grown, lineage=lineage)

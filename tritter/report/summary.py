@@ -570,11 +570,20 @@ class TaskRecord(Part):
 
 
 class Jump(Part):
-    """The logit shift of an expansion."""
+    """The logit shift of an expansion.
+
+    Args:
+        bfloat16_rms_to_std: of the source itself, computed in bfloat16.
+        bfloat16_divergence: the same.
+    """
 
     max_absolute: Number | None = None
     relative_to_std: Number | None = None
     new_token_mass: Number | None = None
+    rms_to_std: Number | None = None
+    divergence: Number | None = None
+    bfloat16_rms_to_std: Number | None = None
+    bfloat16_divergence: Number | None = None
 
 
 class Attempt(Part):

@@ -21,7 +21,13 @@ from tritter.report.rows import (
 )
 from tritter.report.summary import Attempt, Jump, MoeRecord, Summary
 from tritter.report.table import STYLES, Table, label
-from tritter.report.wording import MISSING, count_text, number_text, si_text
+from tritter.report.wording import (
+    MISSING,
+    count_text,
+    mean_shift_text,
+    number_text,
+    si_text,
+)
 from tritter.terminal import Console
 
 _FEW_TASKS = 3  # whose domains fit above the columns; those of more are in the caption
@@ -288,6 +294,7 @@ def summary_lines(summary: Summary) -> list[SummaryLine]:
     jump = summary.jump or Jump()
     if jump.max_absolute is not None and jump.relative_to_std is not None:
         text = f"at expansion: max {jump.max_absolute:.1e} ({jump.relative_to_std:.1e} σ)"
+        text += mean_shift_text(jump)
         if jump.new_token_mass is not None:
             text += f"; new tokens get {jump.new_token_mass:.1%} of the probability"
         lines.append(SummaryLine("logit shift", text))

@@ -1,5 +1,7 @@
 """Numbers as text."""
 
+from typing import Protocol
+
 ACCURACY = "/accuracy"  # after the name of a domain or task
 MISSING = "-"
 _PREFIXES = "kMGTPE"
@@ -25,3 +27,29 @@ def si_text(value: float | None) -> str:
 def number_text(value: float | None, form: str = "") -> str:
     """Return a number in a format of Python's, such as `.3f`; `-` if it is None."""
     return MISSING if value is None else format(value, form)
+
+
+class MeanShift(Protocol):
+    """The mean figures of a logit shift."""
+
+    @property
+    def rms_to_std(self) -> float | None: ...
+    @property
+    def divergence(self) -> float | None: ...
+    @property
+    def bfloat16_rms_to_std(self) -> float | None: ...
+    @property
+    def bfloat16_divergence(self) -> float | None: ...
+
+
+def mean_shift_text(jump: MeanShift) -> str:
+    """Return the mean figures of a logit shift, to follow the largest; empty if there is none."""
+    if not jump.rms_to_std or jump.divergence is None:
+        return ""
+    text = f"; root mean square {jump.rms_to_std:.1e} σ, KL {jump.divergence:.1e} nats"
+    if jump.bfloat16_rms_to_std is not None and jump.bfloat16_divergence is not None:
+        text += (
+            "; computing the source in bfloat16 instead of float32 gives "
+            f"{jump.bfloat16_rms_to_std:.1e} σ, KL {jump.bfloat16_divergence:.1e} nats"
+        )
+    return text
