@@ -46,9 +46,16 @@ def test_losses_of_named_text(run: Run, place: Path) -> None:
     result = run("evaluate --checkpoint base --data notes=notes.txt --json")
     assert result.code == 0, result.err
     record = result.json["losses"]["notes"]
-    assert math.isclose(record["loss"], _loss(place / "base", TEXT.strip()), rel_tol=1e-5)
+    assert math.isclose(record["loss"], _loss(place / "base", TEXT), rel_tol=1e-5)
     assert record["n"] == 1 and result.json["model_hash"] is None
     assert snapshot(place) == before
+    rows = [json.dumps({"body": text}) for text in (TEXT, TEXT + "more", "other words")]
+    (place / "rows.jsonl").write_text("\n".join(rows))
+    words = "--data notes.txt --data rows.jsonl --text-field body --limit 2"
+    plain = run(f"evaluate --checkpoint base {words} --json").json
+    assert plain["losses"]["notes"] == record and plain["losses"]["rows"]["n"] == 2
+    assert "rows: 2 of 3 documents are scored." in plain["notes"]
+    (place / "rows.jsonl").unlink()
     table = run("evaluate --checkpoint base --data notes=notes.txt")
     assert f"{record['loss']:.3f}" in table.out and "per byte" in table.out
 
@@ -112,8 +119,8 @@ def test_without_a_sandbox_no_program_is_run(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("", "--data NAME=PATH, or benchmarks with --tasks NAMES"),
-        ("--data notes", "use NAME=PATH"),
+        ("", "--data PATH, or benchmarks with --tasks NAMES"),
+        ("--data notes", "--data notes = notes: "),
         ("--data a=nowhere.txt", "nowhere.txt"),
         ("--tasks arc_eazy", "Did you mean arc_easy?"),
         (

@@ -91,7 +91,7 @@ def test_evaluate_scores_the_mixture(
 ) -> None:
     (place / "notes.txt").write_text(TEXT)
     tokenizer = AutoTokenizer.from_pretrained(place / "whole")
-    ids = torch.tensor([[tokenizer.eos_token_id, *tokenizer(TEXT.strip())["input_ids"]]])
+    ids = torch.tensor([[tokenizer.eos_token_id, *tokenizer(TEXT)["input_ids"]]])
     result = run("evaluate --checkpoint whole --data notes=notes.txt --json")
     assert result.code == 0, result.err
     chances = logits(mixture.model, ids)[0, :-1].double().log_softmax(-1)

@@ -73,14 +73,24 @@ Data = Annotated[
     list[str] | None,
     option(
         "--data",
-        "NAME=PATH",
+        "[NAME=]PATH",
         "Data (file, folder or glob) to compute the loss on. Repeatable. Default, without "
         "--tasks: the validation data that the checkpoint recorded.",
     ),
 ]
 Limit = Annotated[
     int | None,
-    option("--limit", "N", "Maximum number of questions per benchmark.", least=1, most=MAX_COUNT),
+    option(
+        "--limit",
+        "N",
+        "Maximum number of questions per benchmark, and of documents per domain.",
+        least=1,
+        most=MAX_COUNT,
+    ),
+]
+TextField = Annotated[
+    str,
+    option("--text-field", "NAME", "Field of records with the text."),
 ]
 ChatTemplate = Annotated[
     bool,
@@ -123,6 +133,7 @@ def evaluate(
     tasks: Tasks = None,
     tasks_path: TasksPath = None,
     data: Data = None,
+    text_field: TextField = "text",
     limit: Limit = None,
     chat_template: ChatTemplate = False,
     num_fewshot: NumFewshot = None,
@@ -137,6 +148,10 @@ def evaluate(
 
     tritter evaluate base --tasks reasoning --tasks-path benchmarks
     """
+    from tritter.evaluation.benchmarks.formats import benchmarks_of
+
+    sources = _domain_paths(data or ())
+    chosen = benchmarks_of(_split_names(tasks), key="--tasks")
     with loading("transformers"):
         import torch
 
@@ -146,18 +161,15 @@ def evaluate(
         from tritter.core.families import family_of, position_limit
         from tritter.core.models import non_finite_tensors, read_config
         from tritter.data.tokens import read_tokenizer
-        from tritter.evaluation.benchmarks.formats import benchmarks_of
         from tritter.evaluation.benchmarks.harness import EvalOptions
         from tritter.methods.experts.whole import load_whole
         from tritter.pipeline import evaluate as losses_of
 
-    sources = losses_of.read_domain_paths(data or ())
     inputs = [named_path(checkpoint, key="--checkpoint"), *filter(None, [tasks_path])]
     inputs += [named_path(word, key="--data") for words in sources.values() for word in words]
     file = None
     if output is not None:
         file = ReportFile(output, "evaluate", "json", overwrite=overwrite, sources=inputs)
-    chosen = benchmarks_of(_split_names(tasks), key="--tasks")
     sandbox = _sandbox(chosen, _split_names(allow_code), code_sandbox)
     for key, value in (("--chat-template", chat_template), ("--num-fewshot", num_fewshot)):
         if value and not chosen:
@@ -171,14 +183,16 @@ def evaluate(
         stock = _stock_tokenizer(folder, needs_template=chat_template) if chosen else None
         domains = losses_of.DomainsToScore({}, ())
         if sources:
-            domains = losses_of.named_domains(sources, tokenizer, folder=folder, lineage=lineage)
+            domains = losses_of.named_domains(
+                sources, tokenizer, folder=folder, lineage=lineage, text_field=text_field
+            )
         elif not chosen:
             domains = losses_of.learned_domains(folder, lineage, tokenizer)
         model = load_whole(folder)
         if broken := non_finite_tensors(model):
             raise RequestError(f"{folder}: {broken[0]} has values that are not finite.")
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    domains = domains.noted(length := window_length(lineage, position_limit(config)))
+    domains = domains.limited(limit).noted(length := window_length(lineage, position_limit(config)))
     with progress_bars(is_shown=not as_json) as new_bar:
         losses = losses_of.domain_losses(
             model, domains.documents, tokenizer, length=length, batch_size=batch_size,
@@ -213,6 +227,32 @@ def evaluate(
     else:
         _print(losses, scores, notes=notes, output=output)
     return 0
+
+
+def _domain_paths(arguments: Iterable[str]) -> dict[str, list[str]]:
+    """Return domain → paths for NAME=PATH or PATH arguments; a name may occur several times.
+
+    A plain path is a domain named after it.
+
+    Raises:
+        RequestError: a name is invalid, or a path contains no text file.
+    """
+    from tritter.data.options import named_after, unused_name
+    from tritter.data.sources import find_texts
+
+    sources: dict[str, list[str]] = {}
+    for argument in arguments:
+        name, sign, path = argument.partition("=")
+        if not sign or Path(argument).exists():
+            name, path = unused_name(named_after([argument]), sources), argument
+        if not path or not name.replace("-", "_").isidentifier():
+            raise RequestError(
+                f"--data = {argument}: use PATH or NAME=PATH, where NAME has letters, digits, - "
+                "and _."
+            )
+        find_texts(f"--data {name}", [path])
+        sources.setdefault(name, []).append(path)
+    return sources
 
 
 def _split_names(words: Sequence[str] | None) -> list[str]:

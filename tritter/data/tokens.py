@@ -307,6 +307,15 @@ class TokenisedDocuments:
             raise IndexError(f"document {index} of {len(self)}")
         return self.tokens[self.offsets[index] : self.offsets[index + 1]]
 
+    def first(self, count: int) -> TokenisedDocuments:
+        """Return the first documents."""
+        return TokenisedDocuments(
+            tokens=self.tokens[: self.offsets[count]],
+            offsets=self.offsets[: count + 1],
+            num_bytes=self.num_bytes[:count],
+            identifiers=self.identifiers[:count],
+        )
+
 
 def tokenise(
     documents: Sequence[Document],

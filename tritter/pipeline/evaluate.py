@@ -1,6 +1,6 @@
 """Losses of a checkpoint by domain, for given data or for the domains in its lineage."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -44,6 +44,15 @@ class DomainsToScore:
         notes = (scoring_note(name, each, **limits) for name, each in self.documents.items())
         return replace(self, notes=(*self.notes, *filter(None, notes)))
 
+    def limited(self, limit: int | None) -> "DomainsToScore":
+        """Return the first documents of each domain, and a note if there are more."""
+        cut = {n: each for n, each in self.documents.items() if limit and len(each) > limit}
+        first = {name: each.first(limit or 0) for name, each in cut.items()}
+        notes = [
+            f"{n}: {limit:,} of {len(each):,} documents are scored." for n, each in cut.items()
+        ]
+        return DomainsToScore({**self.documents, **first}, (*self.notes, *notes))
+
 
 def named_domains(
     sources: Mapping[str, Sequence[str]],
@@ -51,6 +60,7 @@ def named_domains(
     *,
     folder: Path,
     lineage: Lineage | None,
+    text_field: str = DEFAULT_FIELD,
 ) -> DomainsToScore:
     """Return all documents in some files, each truncated to its first tokens.
 
@@ -61,7 +71,7 @@ def named_domains(
         TextFileError: a file can't be parsed.
     """
     found = {
-        name: source_documents(paths, key=f"--data {name}", text_field=DEFAULT_FIELD)
+        name: source_documents(paths, key=f"--data {name}", text_field=text_field)
         for name, paths in sources.items()
     }
     count = sum(each.num_conversations() for each in found.values())
@@ -109,13 +119,13 @@ def learned_domains(
             problem = error.problems[0]
             if problem.key != "data.old":
                 raise
-            advice = "pass data with --data NAME=PATH"
+            advice = "pass data with --data PATH"
             replaced = replace(problem, key="--checkpoint", value=folder, advice=advice)
             raise RequestError(replaced) from error
     if text is None or not text.domains:
         raise RequestError(
             f"--checkpoint = {folder}: its lineage records no training data; pass data with "
-            "--data NAME=PATH, or benchmarks with --tasks NAMES."
+            "--data PATH, or benchmarks with --tasks NAMES."
         )
     found = all_documents(text.domains)
     is_chat = any(each.num_conversations() for each in found.values())
@@ -155,22 +165,3 @@ def domain_losses(
     """
     reader = Reader(tokenizer.tokenizer, tokenizer.bounds, batch_size)
     return Scoring(domains, (), reader, length).score(model, new_bar=new_bar)
-
-
-def read_domain_paths(arguments: Iterable[str]) -> dict[str, list[str]]:
-    """Return domain → paths for NAME=PATH arguments; a name may occur several times.
-
-    Raises:
-        RequestError: an argument does not have this form.
-    """
-    sources: dict[str, list[str]] = {}
-    for argument in arguments:
-        name, sign, path = argument.partition("=")
-        if not (sign and path and name.replace("-", "_").isidentifier()):
-            example = "" if sign else f" Did you mean 'text={argument}'?"
-            raise RequestError(
-                f"--data = {argument}: use NAME=PATH, where NAME has letters, digits, - and _."
-                f"{example}"
-            )
-        sources.setdefault(name, []).append(path)
-    return sources
