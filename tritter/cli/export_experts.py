@@ -3,7 +3,7 @@
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
@@ -234,21 +234,27 @@ def export_adapters(
                 }
             )
             return
-        console = new_console()
-        rows = []
-        for each in records:
-            numbers = (str(each["rank"]), f"{each['alpha']:g}", count_text(each["parameters"]))
-            rows.append((each["name"], *numbers, " ".join(each["targets"])))
-        header = ("adapter", "rank", "alpha", "parameters", "on")
-        print_table(console, Table(header, tuple(rows), numbers=(1, 2, 3)), wrapped=("on",))
-        console.print()
-        lines = [("base", base)]
-        if any(_untied_head(source, adapter) for adapter in adapters.values()):
-            reason = "stored whole: PEFT would merge its update into the embedding too"
-            lines.append(("tied head", reason))
-        print_lines(console, lines + ([] if merged is None else merge_lines(merged)))
-        console.print()
-        print_command(console, "written", display_path(output))
+        heads = [_untied_head(source, adapter) for adapter in adapters.values()]
+        _print_adapters(records, base=base, is_head_stored=any(heads), merged=merged)
+        print_command(new_console(), "written", display_path(output))
+
+
+def _print_adapters(
+    records: Sequence[Mapping[str, Any]], *, base: str, is_head_stored: bool, merged: Merge | None
+) -> None:
+    console, rows = new_console(), []
+    for each in records:
+        numbers = (str(each["rank"]), f"{each['alpha']:g}", count_text(each["parameters"]))
+        rows.append((each["name"], *numbers, " ".join(each["targets"])))
+    header = ("adapter", "rank", "alpha", "parameters", "on")
+    print_table(console, Table(header, tuple(rows), numbers=(1, 2, 3)), wrapped=("on",))
+    console.print()
+    lines = [("base", base)]
+    if is_head_stored:
+        reason = "stored whole: PEFT would merge its update into the embedding too"
+        lines.append(("tied head", reason))
+    print_lines(console, lines + ([] if merged is None else merge_lines(merged)))
+    console.print()
 
 
 def _untied_head(source: Source, adapter: StoredAdapter) -> dict[str, Tensor]:

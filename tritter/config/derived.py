@@ -100,7 +100,7 @@ def validation_period(config: RunRequest) -> int:
 
 
 def validation_tokens(config: RunRequest, *, num_domains: int) -> int:
-    """Return how many tokens of each domain a validation during training reads."""
+    """Return the number of tokens of each domain that a validation during training reads."""
     _, most = _VALIDATION_TOKENS
     period, steps = config.evaluation.every_n_steps, config.training.max_steps
     if period != validation_period(config):  # chosen by the user

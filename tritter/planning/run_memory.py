@@ -113,7 +113,7 @@ def _estimate_problems(config: RunRequest, source: Config) -> list[Problem]:
 
 
 def memory_line(config: RunRequest, source: Config) -> str:
-    """Return one line on the memory of the largest training run, beside that of the machine."""
+    """Return one line on the memory of the largest training run and that of the machine."""
     need = max(training_needs(config, source), key=lambda each: each.device + each.activations)
     activations, copies = need.activations, need.copies + need.teacher
     uses = [*_memory_uses(config, need, activations)]

@@ -51,7 +51,7 @@ class SummaryLine:
     style: str = ""
 
 
-_STAGES = {"importance": "importance of parameters"}  # of those that do not say what they do
+_STAGES = {"importance": "importance of parameters"}  # clearer names, where the key is too short
 
 
 def print_summary(summary: Summary, *, console: Console, folder: Path | None = None) -> None:

@@ -340,6 +340,7 @@ def task_config(questions: Questions, *, length: int, sandbox: Sandbox | None) -
         "number": range(len(names)),
         "description": [each.description for each in questions.questions.values()],
     }
+    metrics = ["acc" if metric == "pass@1" else metric for metric in benchmark.metrics]
     config: dict[str, Any] = {
         "task": benchmark.name,
         "custom_dataset": lambda **_: {"test": datasets.Dataset.from_dict(rows)},
@@ -351,12 +352,8 @@ def task_config(questions: Questions, *, length: int, sandbox: Sandbox | None) -
         "description": "description",  # the column
         "doc_to_text": lambda doc: question(doc).prompt,
         "metric_list": [
-            {
-                "metric": "acc" if metric == "pass@1" else metric,
-                "aggregation": "mean",
-                "higher_is_better": True,
-            }
-            for metric in benchmark.metrics
+            {"metric": metric, "aggregation": "mean", "higher_is_better": True}
+            for metric in metrics
         ],
     }
     if kind == "choice":
