@@ -21,7 +21,7 @@ from rich.segment import Segment
 from tritter.stopping import Stopped
 
 _LAYOUT = "\n\t"
-_FIRST_LINE_SECONDS = 5.0
+_FIRST_LINE_SECONDS, _LAST_SECONDS = 5.0, 2.0
 _ASCII = str.maketrans({"→": "->", "σ": "std"})
 ShowProgress = Callable[[int, int], None]  # done, of how many
 NewBar = Callable[[str], ShowProgress | None]
@@ -174,6 +174,8 @@ def _occasional_lines(console: Console, label: str) -> ShowProgress:
             return
         due = now + (now - since)
         remaining = (now - since) / done * (total - done)
+        if remaining < _LAST_SECONDS:
+            return
         text = f"  {label}: {done:,}/{total:,}, about {remaining:.0f} s left"
         console.print(console.printable(text), highlight=False, soft_wrap=True)
 

@@ -75,6 +75,7 @@ from tritter.options import Start, field_keys, leaves
 from tritter.planning.strategy import pipeline_problems, planned_rounds
 from tritter.storage.reading import named_path
 from tritter.training.forgetting_method import method_start_problems
+from tritter.training.idle import idle_problems
 from tritter.training.optimizer import (
     OptimizerValues,
     carry_problems,
@@ -494,6 +495,7 @@ _RULES: tuple[Rule, ...] = (
     prompt_problems,
     ladder_problems,
     *RULES,
+    idle_problems,
     weight_problems,
     streaming_problems,
     method_problems,

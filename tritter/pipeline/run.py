@@ -18,7 +18,17 @@ from tritter.core.expansions import EXPANSIONS, vocab_place
 from tritter.data.chat import TEMPLATE_FILE
 from tritter.errors import RequestError
 from tritter.evaluation.gate import Status
-from tritter.pipeline import disk, importance, moe, stages, streams, verdict, vocabulary, windows
+from tritter.pipeline import (
+    costs,
+    disk,
+    importance,
+    moe,
+    stages,
+    streams,
+    verdict,
+    vocabulary,
+    windows,
+)
 from tritter.pipeline.base import check_source
 from tritter.pipeline.branch import Branch, tasks_of
 from tritter.pipeline.context import RunContext
@@ -348,6 +358,16 @@ def prepare_branch(context: RunContext, branch: Branch) -> Branch:
     return branch
 
 
+def _announce_costs(context: RunContext) -> None:
+    """Print what the run will cost, before its first stage."""
+    first, *others = costs.cost_lines(context)
+    context.say("cost", first)
+    for line in others:
+        context.say("", line)
+    if line := costs.time_line(context):
+        context.say("", line)
+
+
 def _announce(context: RunContext) -> None:
     """Print the inputs of the run.
 
@@ -389,6 +409,7 @@ def _announce(context: RunContext) -> None:
         context.say("answers", f"accuracy is measured on {scored}")
     streams.check(context)
     if context.ledger.get("baseline") is None:
+        _announce_costs(context)
         return
     if context.ledger.found("baseline", BaselineFound).corpus != context.corpus.digest:
         raise RequestError(

@@ -207,6 +207,14 @@ def training_needs(config: RunRequest, source: Config) -> Iterator[TrainingMemor
         yield _training_need(of_control, source, model="the control", before=source)
 
 
+def grown_config(config: RunRequest, source: Config) -> Config:
+    """Return the config.json of the model that a run ends with, unless its neurons grow."""
+    if config.pipeline.target_params is not None:
+        *_, last = planned_rounds(config, source)
+        return last.config
+    return target_config(source, config.expansion) if config.expansion else source
+
+
 def _trained(config: RunRequest, source: Config) -> int | None:
     """Return the number of trained parameters if only new blocks are trained; None means all."""
     specs = config.expansion

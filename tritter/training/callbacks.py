@@ -378,6 +378,9 @@ class RandomState(Callback):
         self._restored = states[rank.index]
 
 
+_LINE_SECONDS = 10.0  # until the first line of a slow training run
+
+
 class StepProgress(Callback):
     """Progress bar with loss, speed and remaining time; without a terminal, occasional lines.
 
@@ -395,7 +398,7 @@ class StepProgress(Callback):
         self._console = console
         self._use_bar = shows_bar(mode, console)
         self._use_lines = mode == "auto" and not console.is_terminal
-        self._since = 0.0
+        self._since = self._line_due = 0.0
         self._first = 0
         self._bar: Progress | None = None
 
@@ -409,6 +412,7 @@ class StepProgress(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._since = time.perf_counter()
+        self._line_due = self._since + _LINE_SECONDS
         self._first = trainer.global_step
         self._use_bar = self._use_bar and trainer.is_global_zero
         self._use_lines = self._use_lines and trainer.is_global_zero
@@ -432,10 +436,13 @@ class StepProgress(Callback):
     ) -> None:
         step = trainer.global_step
         every = max(1, self._max_steps // 5) if self._use_lines else 5
-        is_due = ends_step(trainer, batch_idx) and (not step % every or step == self._max_steps)
+        is_late = self._use_lines and time.perf_counter() > self._line_due
+        is_due = not step % every or step == self._max_steps or is_late
+        is_due = is_due and ends_step(trainer, batch_idx)
         if not (is_due and (self._use_bar or self._use_lines)):
             return
         elapsed = time.perf_counter() - self._since
+        self._line_due = self._since + max(_LINE_SECONDS, 2 * elapsed)
         batches = (step - self._first) * trainer.accumulate_grad_batches
         tokens = batches * batch["input_ids"].numel() * trainer.world_size
         rate = tokens / elapsed

@@ -468,9 +468,6 @@ def publish_problems(config: RunRequest) -> Iterator[Problem]:
     if options.get("save_weights_only"):
         reason = f"{key} = best needs the states of methods"
         yield Problem(f"{name}.save_weights_only", True, reason=reason)
-    if every and every > config.training.max_steps:
-        reason = f"no checkpoint is saved in {config.training.max_steps} steps; {key} = best needs"
-        yield Problem(f"{name}.every_n_train_steps", every, reason=f"{reason} one")
     interval = config.evaluation.every_n_steps
     if every and interval and str(monitor).startswith("eval/") and every % interval:
         reason = f"{monitor} is measured every {interval} steps; must be a multiple of it"

@@ -1,0 +1,109 @@
+"""What a run will cost, before its first stage: parameters, memory, and seconds of each stage."""
+
+import time
+from collections.abc import Iterator, Mapping
+
+from torch import Tensor, nn
+
+from tritter.core.families import Config, count_parameters, forward_flops, training_flops
+from tritter.core.models import load_model, new_model
+from tritter.data.chat import ids_of
+from tritter.data.packing import inputs_for
+from tritter.errors import TritterError
+from tritter.evaluation.inference import eval_mode
+from tritter.methods.forgetting import needs_of
+from tritter.pipeline.context import RunContext
+from tritter.planning.run_memory import grown_config, memory_line
+from tritter.training.callbacks import evaluation_flops
+
+_LONG = 30.0  # seconds; shorter runs have no estimate
+
+
+def cost_lines(context: RunContext) -> Iterator[str]:
+    """Yield a line each on parameters, memory and the tokens that are read."""
+    config, source = context.config, context.model_config
+    before, after = (count_parameters(each) for each in (source, grown_config(config, source)))
+    yield f"{before:,} parameters" + (f" → {after:,}" if after != before else "")
+    yield memory_line(config, source)
+    data, steps = config.data, config.training.max_steps
+    gathered = config.trainer.accumulate_grad_batches
+    of_step = f"{gathered * data.batch_size:,} x {data.sequence_length:,} tokens"
+    text = context.validation_subset
+    validation = ""
+    if text is not None:
+        validation = f"; validation every {text.every_n_steps:,} reads {sum(text.lengths):,} tokens"
+    yield f"{steps:,} steps of {of_step}{validation}"
+
+
+def time_line(context: RunContext) -> str:
+    """Time one batch and return the estimated seconds of each stage.
+
+    Empty if they are few, or differ for each process or for a frozen base with experts.
+    """
+    config, source = context.config, context.model_config
+    if config.experts is not None or config.trainer.strategy != "auto":
+        return ""
+    start = context.initial_checkpoint
+    if start is not None:
+        try:
+            start.check()
+        except TritterError:  # the first stage reports it
+            return ""
+    model = new_model(source, seed=0) if start is None else load_model(start.folder, config=source)
+    model = context.masked(model).to(context.device)
+    length = config.data.sequence_length
+    (rows, *_) = context.training_sequences(context.new_domains).values()
+    batch = rows[: config.data.batch_size]
+    rate = len(batch) * forward_flops(source).of(length) / _seconds(model, batch)
+    seconds = {name: flops / rate for name, flops in _flops(context, source).items() if flops}
+    for one, needs in zip(config.forgetting, needs_of(config.forgetting), strict=True):
+        if needs.writes:
+            texts = rows[:1, :1].expand(min(64, one.options.num_sequences), 1)
+            seconds[one.name] = length * _seconds(model, texts)
+    if (total := sum(seconds.values())) < _LONG:
+        return ""
+    named = ", ".join(f"{name} {_time_text(each)}" for name, each in seconds.items())
+    return f"about {_time_text(total)}, by one timed batch: {named}"
+
+
+def _flops(context: RunContext, source: Config) -> Mapping[str, float]:
+    """Return stage → its FLOPs, for one attempt."""
+    config, grown = context.config, grown_config(context.config, source)
+    length, data, text = config.data.sequence_length, config.data, context.validation_subset
+    reading = forward_flops(grown)
+    old, new = (training_flops(each).of(length) for each in (source, grown))
+    sequences = data.batch_size * config.trainer.accumulate_grad_batches
+    arms = len(context.text.tasks) + config.control
+    steps = config.training.max_steps
+    pretraining = config.pretraining.max_steps if context.initial_checkpoint is None else 0
+    samples = [
+        getattr(one.options, "num_sequences", 0)
+        for one, needs in zip(config.forgetting, needs_of(config.forgetting), strict=True)
+        if needs.prepares
+    ]
+    validations = 0 if text is None else 1 + -(-steps // text.every_n_steps)
+    return {
+        "pretraining (unless cached)": pretraining * sequences * old,
+        "baseline": context.scoring_flops(forward_flops(source)),
+        "importance": sum(samples) * old,
+        "expand": context.scoring_flops(reading) if config.expansion else 0.0,
+        "training": arms * steps * sequences * new,
+        "validation": 0.0 if text is None else arms * validations * evaluation_flops(reading, text),
+        "evaluate": arms * context.scoring_flops(reading),
+    }
+
+
+def _seconds(model: nn.Module, rows: Tensor) -> float:
+    """Return the seconds of a forward pass, after one to warm up."""
+    with eval_mode(model) as device:
+        inputs = inputs_for(model, ids_of(rows).long().to(device))
+        model(input_ids=inputs[:, :8], use_cache=False)
+        since = time.perf_counter()
+        model(input_ids=inputs, use_cache=False).logits[0, -1, 0].item()  # waits for a GPU
+        return time.perf_counter() - since
+
+
+def _time_text(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
