@@ -11,6 +11,7 @@ from tests.oracle.families import tiny
 from tritter.cli import main
 from tritter.core.families.presets import PRESETS
 from tritter.core.models import load_model
+from tritter.planning.plan import CHINCHILLA, plan_growth
 
 
 def test_a_preset_is_named_and_every_step_shown(run: Run, place: Path) -> None:
@@ -193,3 +194,24 @@ def test_a_model_with_learned_positions_reads_no_more(run: Run, place: Path) -> 
     result = run(f"{words} --sequence-length 65")
     assert result.code == 2
     assert "--sequence-length = 65" in result.err and "n_positions = 64" in result.err
+
+
+def test_tokens_of_the_source_count_in_all_predictions(run: Run) -> None:
+    """A source of 135 M after 2 T tokens is at 2.60 by the law; growing does not make it worse."""
+    words = "plan --source 135M --target 250M --gpu-hours 20 --json"
+    trained = run(f"{words} --source-tokens 2T").json
+    assert trained["predicted_loss"] < CHINCHILLA.loss(trained["source"]["parameters"], 2e12) < 2.7
+    assert run(words).json["predicted_loss"] > 2.9  # 20 tokens per parameter
+    assert "to the same predicted loss" in " ".join(
+        run(f"{words} --source-tokens 2T".replace(" --json", "")).out.split()
+    )
+
+
+def test_proposed_sizes_are_as_round_as_those_of_the_source() -> None:
+    """SmolLM2: 816 was proposed, with a note that quantisers need multiples of 32 or 64."""
+    sizes = {"num_hidden_layers": 30, "hidden_size": 576, "intermediate_size": 1536}
+    heads = {"num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152}
+    config = {"model_type": "llama", "tie_word_embeddings": True, "rms_norm_eps": 1e-5}
+    plan = plan_growth(config | sizes | heads, 250_000_000, gpu_hours=20)
+    widths = {step.target_config["hidden_size"] for step in plan.steps}
+    assert len(widths) > 0 and all(width % 64 == 0 for width in widths)

@@ -7,8 +7,10 @@ import pytest
 
 from tests.config.conftest import FakePipeline, Result
 from tests.config.test_text_and_checkpoints import write_checkpoint
+from tritter.cli.main import _COMMANDS
+from tritter.cli.main import main as cli_main
 from tritter.conf_folder import config_folder
-from tritter.config.suggestions import HINTS, hint_for
+from tritter.config.suggestions import COMMAND_SYNONYMS, HINTS, hint_for
 from tritter.config.validation import known_keys
 
 # words of train.py → what the message has to contain
@@ -74,3 +76,26 @@ def test_what_is_advised_exists() -> None:
         for word in hint.advice.replace(",", "").split():
             key = word.partition("=")[0]
             assert "." not in key or key in known, hint
+
+
+@pytest.mark.parametrize(
+    ("typed", "value", "command", "advice"),
+    [
+        ("--lr", "1e-4", "train", "training.learning_rate=1e-4"),
+        ("--batch-size", "8", "train", "data.batch_size=8"),
+        ("--max-steps", "8", "train", "training.max_steps=8"),
+        ("--dataset", "x", "train", "data=text data.new=x"),
+        ("expand", "width", "train", "expansion=width"),
+        ("--lr", "1e-4", "expand", "--learning-rate 1e-4"),
+    ],
+)
+def test_natural_words_of_other_tools(typed: str, value: str, command: str, advice: str) -> None:
+    hint = hint_for(typed, value, command=command)
+    assert hint is not None and hint.advice == advice
+
+
+def test_natural_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    names = {each.__name__ for each, _ in _COMMANDS}
+    assert set(COMMAND_SYNONYMS.values()) <= names and not set(COMMAND_SYNONYMS) & names
+    assert cli_main(["finetune", "base"]) == 2
+    assert "Did you mean train?" in capsys.readouterr().err

@@ -28,7 +28,7 @@ from tritter.cli.report import report
 from tritter.cli.train import TrainCommand, train
 from tritter.cli.validate import validate
 from tritter.config.launch.command_line import SYSTEM_ERRORS, check_encodable, one_line
-from tritter.config.suggestions import flag_advice
+from tritter.config.suggestions import COMMAND_SYNONYMS, flag_advice
 from tritter.errors import RequestError, TritterError, panics_as_errors
 from tritter.stopping import Stopped, stopping
 from tritter.terminal import close_pipe, say
@@ -62,6 +62,11 @@ class Commands(TyperGroup):
             if flag.default is None:  # --help and the completion flags
                 flag.default = False
         return params
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args and (meant := COMMAND_SYNONYMS.get(args[0].lower())) is not None:
+            ctx.fail(f"No such command '{args[0]}'. Did you mean {meant}?")
+        return super().resolve_command(ctx, args)
 
 
 app = typer.Typer(

@@ -185,6 +185,7 @@ def plan(
         assumptions = Assumptions(
             device=Device(flops_per_second=device_flops, mfu=mfu),
             tokens_per_parameter=tokens_per_parameter,
+            source_tokens=source_tokens,
             setup=setup,
         )
         preset = _preset(target)
@@ -459,14 +460,17 @@ def _verdict(plan: GrowthPlan, assumptions: Assumptions) -> list[tuple[str, str]
     start = "does not pay off at any budget"
     if (hours := plan.pays_from_gpu_hours) is not None:
         start = f"pays off from {_hours(hours)} GPU-hours" if hours else "pays off at any budget"
-    extrapolated = ""
+    scratch, of_source, extrapolated = "with as many tokens per parameter", "", ""
+    if assumptions.source_tokens is not None:
+        scratch = "to the same predicted loss"
+        of_source = f"{si_text(assumptions.source_tokens)} tokens for the source; "
     if plan.source_parameters < SMALLEST_MODEL:
         extrapolated = ", and the source is smaller than any model it was fitted to"
     return [
         ("budget", text),
         (
             "scratch",
-            f"training the last shape from scratch, with as many tokens per parameter: "
+            f"training the last shape from scratch, {scratch}: "
             f"{_hours(plan.from_scratch_gpu_hours)} GPU-hours; the plan saves {sunk:.0%}, or "
             f"{counted:.0%} including the cost of the source",
         ),
@@ -479,8 +483,8 @@ def _verdict(plan: GrowthPlan, assumptions: Assumptions) -> list[tuple[str, str]
         (
             "assumed",
             f"{device.flops_per_second:.3g} FLOPs per second at {device.mfu:.0%} utilisation; "
-            f"{assumptions.tokens_per_parameter:g} tokens for each parameter of the source and "
-            "each parameter that a step adds. "
+            f"{of_source}{assumptions.tokens_per_parameter:g} tokens for each parameter "
+            f"{'of the source and each parameter ' if not of_source else ''}that a step adds. "
             f"Losses are predictions of a published scaling law, not measured{extrapolated}",
         ),
     ]

@@ -42,6 +42,19 @@ class Hint:
 _MODEL = (
     r"--(model|model[-_]path|model[-_]name[-_]or[-_]path|base[-_]model|ckpt|from[-_]pretrained)"
 )
+# Words of other tools → commands of `tritter`
+COMMAND_SYNONYMS = {
+    **dict.fromkeys(("finetune", "fine-tune", "pretrain", "continue", "fit", "run"), "train"),
+    **dict.fromkeys(("grow", "merge", "upcycle", "stack", "widen", "deepen"), "expand"),
+    **dict.fromkeys(("chat", "sample", "infer", "inference", "predict"), "generate"),
+    **dict.fromkeys(("eval", "test", "benchmark", "score"), "evaluate"),
+    **dict.fromkeys(("show", "info", "describe"), "inspect"),
+    **dict.fromkeys(("convert", "save"), "export"),
+    **dict.fromkeys(("upload", "publish"), "push"),
+    **dict.fromkeys(("lineage", "log"), "history"),
+    **dict.fromkeys(("diff",), "compare"),
+    **dict.fromkeys(("check", "verify"), "validate"),
+}
 # The first match wins
 HINTS = (
     Hint("--model", "model=NAME", command="train", applies_to=lambda v: bool(_PRESET.fullmatch(v))),
@@ -53,6 +66,24 @@ HINTS = (
     Hint(_MODEL, "--checkpoint DIR"),
     Hint("--(find[-_]lr|lr[-_]find|auto[-_]lr[-_]find)", "tritter train --find-lr"),
     Hint("--(num[-_](train[-_])?)?epochs", reason=NO_EPOCHS),
+    Hint(r"(--)?(lr|learning[-_]rate|peak[-_]lr)", "training.learning_rate=X", command="train"),
+    Hint(r"(--)?(max[-_])?(train[-_])?steps", "training.max_steps=N", command="train"),
+    Hint(
+        r"(--)?(per[-_]device[-_](train[-_])?)?batch[-_]size",
+        "data.batch_size=N",
+        command="train",
+    ),
+    Hint(
+        r"(--)?(max[-_])?(seq(uence)?[-_]len(gth)?|block[-_]size|cutoff[-_]len)",
+        "data.sequence_length=N",
+        command="train",
+    ),
+    Hint(r"(--)?weight[-_]decay", "optimizer.weight_decay=X", command="train"),
+    Hint(r"(--)?(dataset|train[-_]file|data[-_]path)", "data=text data.new=PATH", command="train"),
+    Hint("(--)?(method|expand)", "expansion=METHOD", command="train"),
+    Hint("--(lr|learning[-_]rate)", "--learning-rate X", command="expand"),
+    Hint("--(data|dataset)", "--domain-data PATH", command="expand"),
+    Hint("--(out|output[-_]dir)", "--output DST"),
     Hint("--(num[-_])?gpus", "trainer=gpu trainer.devices=N", command="train"),
     Hint(
         "--(?P<key>data|expansion|forgetting|growth|experts|moe_routing|adaptation|pretraining"

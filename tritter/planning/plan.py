@@ -160,8 +160,10 @@ class Assumptions:
 
     Args:
         device: the hardware that GPU-hours refer to.
-        tokens_per_parameter: training tokens per parameter. The source is assumed to be fully
-            trained, so each step trains for this number of tokens per added parameter.
+        tokens_per_parameter: training tokens per parameter; each step trains for this number of
+            tokens per added parameter.
+        source_tokens: tokens that the source was trained on; None: `tokens_per_parameter` for each
+            of its parameters.
         setup: training options that determine memory and sequence length.
         law: the scaling law that predicts losses.
 
@@ -171,6 +173,7 @@ class Assumptions:
 
     device: Device = field(default_factory=Device)
     tokens_per_parameter: float = TOKENS_PER_PARAMETER
+    source_tokens: float | None = None
     setup: TrainingSetup = field(default_factory=TrainingSetup)
     law: ScalingLaw = CHINCHILLA
 
@@ -377,7 +380,7 @@ def _price_plan(
 ) -> GrowthPlan:
     """Return the plan of a path: costs and affordable steps."""
     parameters = count_parameters(request.source)
-    due = assumptions.tokens_per_parameter * parameters
+    due = assumptions.source_tokens or assumptions.tokens_per_parameter * parameters
     start = _Point(
         target_config=request.source,
         target_parameters=parameters,
@@ -397,6 +400,8 @@ def _price_plan(
         start.predicted_loss, start.target_config, start.target_parameters, assumptions
     )
     from_scratch = assumptions.tokens_per_parameter * end.target_parameters
+    if assumptions.source_tokens is not None:  # as many as lead to the same loss
+        from_scratch = assumptions.law.tokens_for(end.target_parameters, end.predicted_loss)
     return GrowthPlan(
         strategy=request.strategy,
         source_config=request.source,

@@ -14,6 +14,7 @@ from tritter.errors import RequestError, refused
 from tritter.limits import MAX_LAYERS, MAX_WIDTH
 
 _MAX_MULTIPLE = 256  # FFN sizes keep their power-of-two divisor, up to this value
+_QUANTISED = 64  # the largest block of a quantiser without a fallback
 _FINEST_ROUNDING = 8  # round an FFN to multiples of at most an eighth of its size
 _NUM_SIZES = 128  # candidates per direction, or up to three times as many
 _COARSEST_STEP = 1 / 6  # of the hidden size; coarser steps would skip too many sizes
@@ -152,7 +153,9 @@ def width_specs(
         max_aspect_ratio: maximum hidden size per layer.
     """
     sizes = family_of(config).dimensions(config)
-    hidden, unit = sizes.hidden_size, _unit(sizes, grid)
+    hidden = sizes.hidden_size
+    # As round as the source: quantisers need multiples of 32 or 64
+    unit = math.lcm(_unit(sizes, grid), _rounding(hidden, hidden, most=_QUANTISED))
     heads = sizes.num_attention_heads if grid == "fine" else None
     most = min(2 * hidden, MAX_WIDTH)
     specs = [
@@ -238,10 +241,16 @@ def _ffn_size(sizes: Dimensions, hidden_size: int) -> int | None:
         return None
     old = sizes.intermediate_size
     exact = old * hidden_size / sizes.hidden_size
-    multiple = math.gcd(old, _MAX_MULTIPLE)
+    multiple = _rounding(old, exact, most=_MAX_MULTIPLE)
+    return max(old, round(exact / multiple) * multiple)
+
+
+def _rounding(old: int, exact: float, *, most: int) -> int:
+    """Return the largest power of two that divides `old`, up to `most` and to a part of `exact`."""
+    multiple = math.gcd(old, most)
     while multiple > 1 and multiple > exact / _FINEST_ROUNDING:
         multiple //= 2  # otherwise the proportion would drift from step to step
-    return max(old, round(exact / multiple) * multiple)
+    return multiple
 
 
 TOLERANCE = 0.1
