@@ -14,7 +14,7 @@ from tritter.data.corpus import build_corpus
 from tritter.data.documents import notes_of
 from tritter.data.options import TextDataConfig
 from tritter.data.records import DEFAULT_FIELD
-from tritter.data.sources import source_documents
+from tritter.data.sources import find_texts, source_documents
 from tritter.data.tokens import PretrainedTokenizer, TokenisedDocuments, tokenise
 from tritter.errors import RequestError
 from tritter.evaluation.statistics import PairedScores
@@ -85,7 +85,9 @@ def named_domains(
         )
         for name, domain_documents in found.items()
     }
-    notes = [note for domain_documents in found.values() for note in notes_of(domain_documents)]
+    files = (find_texts(f"--data {n}", paths).note(n) for n, paths in sources.items())
+    notes = list(filter(None, files))
+    notes += [note for domain_documents in found.values() for note in notes_of(domain_documents)]
     if chat is not None:
         notes.append(chat.note(count))
         notes += filter(None, (unanswered_note(n, (each,)) for n, each in documents.items()))
