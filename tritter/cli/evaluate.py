@@ -153,16 +153,13 @@ def evaluate(
     sources = _domain_paths(data or ())
     chosen = benchmarks_of(_split_names(tasks), key="--tasks")
     with loading("transformers"):
-        import torch
-
         from tritter.checkpoints import read_lineage
         from tritter.checkpoints.record import window_length
         from tritter.cli.report_file import ReportFile, mark
         from tritter.core.families import family_of, position_limit
-        from tritter.core.models import non_finite_tensors, read_config
+        from tritter.core.models import read_config
         from tritter.data.tokens import read_tokenizer
         from tritter.evaluation.benchmarks.harness import EvalOptions
-        from tritter.methods.experts.whole import load_whole
         from tritter.pipeline import evaluate as losses_of
 
     inputs = [named_path(checkpoint, key="--checkpoint"), *filter(None, [tasks_path])]
@@ -171,10 +168,11 @@ def evaluate(
     if output is not None:
         file = ReportFile(output, "evaluate", "json", overwrite=overwrite, sources=inputs)
     sandbox = _sandbox(chosen, _split_names(allow_code), code_sandbox)
-    for key, value in (("--chat-template", chat_template), ("--num-fewshot", num_fewshot)):
-        if value and not chosen:
-            raise RequestError(f"{key}: requires --tasks NAMES.")
-    questions = _questions(chosen, tasks_path, limit, num_fewshot)
+    harness = EvalOptions(
+        limit=limit, batch_size=batch_size, sandbox=sandbox, is_shown=not as_json,
+        is_chat=chat_template, num_fewshot=num_fewshot,
+    )  # fmt: skip
+    questions = _questions(chosen, tasks_path, harness)
     with refuse_damage():
         folder = locate(checkpoint, key="--checkpoint")
         config, lineage = read_config(folder), read_lineage(folder)
@@ -188,24 +186,13 @@ def evaluate(
             )
         elif not chosen:
             domains = losses_of.learned_domains(folder, lineage, tokenizer)
-        model = load_whole(folder)
-        if broken := non_finite_tensors(model):
-            raise RequestError(f"{folder}: {broken[0]} has values that are not finite.")
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+        model = _read_model(folder)
     domains = domains.limited(limit).noted(length := window_length(lineage, position_limit(config)))
     with progress_bars(is_shown=not as_json) as new_bar:
         losses = losses_of.domain_losses(
             model, domains.documents, tokenizer, length=length, batch_size=batch_size,
             new_bar=new_bar,
         )  # fmt: skip
-    harness = EvalOptions(
-        limit=limit,
-        batch_size=batch_size,
-        sandbox=sandbox,
-        is_shown=not as_json,
-        is_chat=chat_template,
-        num_fewshot=num_fewshot,
-    )
     scores = _score_benchmarks(model, stock, chosen, questions, harness)
     notes = [*domains.notes, *_template_notes(stock, is_used=chat_template)]
     record = {
@@ -214,10 +201,7 @@ def evaluate(
         "model_hash": lineage.model_hash if lineage is not None else None,
         "sequence_length": length,
         "losses": {name: found.record() for name, found in losses.items()},
-        "benchmarks": {
-            found.name: _record(found, each, questions)
-            for found, each in zip(scores, chosen, strict=True)
-        },
+        "benchmarks": {each.name: _record(each, questions) for each in scores},
         "notes": notes,
     }
     if file is not None:
@@ -255,15 +239,29 @@ def _domain_paths(arguments: Iterable[str]) -> dict[str, list[str]]:
     return sources
 
 
+def _read_model(folder: Path) -> nn.Module:
+    """Return a checkpoint's model on its device.
+
+    Raises:
+        RequestError: weights are not finite.
+    """
+    import torch
+
+    from tritter.core.models import non_finite_tensors
+    from tritter.methods.experts.whole import load_whole
+
+    model = load_whole(folder)
+    if broken := non_finite_tensors(model):
+        raise RequestError(f"{folder}: {broken[0]} has values that are not finite.")
+    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def _split_names(words: Sequence[str] | None) -> list[str]:
     return [name for word in words or () for name in word.split(",")]
 
 
 def _questions(
-    chosen: Sequence[Benchmark],
-    tasks_path: Path | None,
-    limit: int | None,
-    num_fewshot: int | None,
+    chosen: Sequence[Benchmark], tasks_path: Path | None, harness: EvalOptions
 ) -> dict[str, Questions]:
     """Return the questions of benchmarks that are read from files.
 
@@ -276,10 +274,14 @@ def _questions(
 
     if tasks_path is not None and not chosen:
         raise RequestError(f"--tasks-path = {tasks_path}: requires --tasks NAMES.")
+    requested = {"--chat-template": harness.is_chat, "--num-fewshot": harness.num_fewshot}
+    for key, value in requested.items():
+        if value and not chosen:
+            raise RequestError(f"{key}: requires --tasks NAMES.")
     questions = {}
     if tasks_path is not None:
         files = TasksFolder(tasks_path, key="--tasks-path")
-        loaded = load(chosen, files, limit=limit, num_fewshot=num_fewshot)
+        loaded = load(chosen, files, limit=harness.limit, num_fewshot=harness.num_fewshot)
         questions = {found.benchmark.name: found for found in loaded}
     if chosen:
         require_harness()
@@ -345,9 +347,9 @@ def _score_benchmarks(
     ]
 
 
-def _record(
-    scores: BenchmarkScores, benchmark: Benchmark, questions: Mapping[str, Questions]
-) -> dict[str, Any]:
+def _record(scores: BenchmarkScores, questions: Mapping[str, Questions]) -> dict[str, Any]:
+    from tritter.data.benchmark_names import HUB_NAMES
+
     known, nulls = scores.primary.record(), scores.nulls
     of_files = questions.get(scores.name)
     return {
@@ -364,7 +366,7 @@ def _record(
             "empty": nulls.empty,
         },
         "metrics": {metric: paired.mean() for metric, paired in scores.scores.items()},
-        "source": f"hub: {benchmark.hub}" if of_files is None else list(of_files.files),
+        "source": f"hub: {HUB_NAMES[scores.name]}" if of_files is None else list(of_files.files),
         "limited": list(scores.notes),
     }
 
