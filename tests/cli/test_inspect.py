@@ -258,3 +258,16 @@ def test_the_hub_client_prints_no_retries(
     assert refused.err.splitlines()[0].endswith(
         "the hub cannot be reached (ConnectError: refused)."
     )
+
+
+def test_context_and_rope_base_are_shown(run: Run, place: Path) -> None:
+    lines = run("inspect base").out.splitlines()
+    assert ["context", "64"] in [line.split() for line in lines]
+    path = place / "base/config.json"
+    kinds = {name: {"rope_type": "default", "rope_theta": base} for name, base in RATES.items()}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"rope_parameters": kinds}))
+    found = run("inspect base --json").json["positions"]
+    assert found == {"context": "64", "RoPE base": "1000000, 10000"}
+
+
+RATES = {"full_attention": 1e6, "sliding_attention": 1e4}  # as in Gemma 3

@@ -187,6 +187,7 @@ def _as_json(
         "family": source.family.model_type,
         "architecture": source.family.architecture,
         "shapes": shapes_of(source.config),
+        "positions": _positions(source),
         "parameters": {
             "total": source.family.count_parameters(source.config),
             "parts": count_parameters_by_part(source),
@@ -220,10 +221,22 @@ def _experts_json(files: ExpertFiles) -> dict[str, Any]:
     }
 
 
+def _positions(source: Source) -> dict[str, str]:
+    """Return the context length and RoPE's base, as config.json states them."""
+    config: Any = source.config
+    rotary = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kinds = [each for each in rotary.values() if isinstance(each, dict)]  # one per kind of layer
+    bases = [each.get("rope_theta") for each in (config, rotary, *kinds)]
+    texts = dict.fromkeys(f"{float(base):.10g}" for base in bases if base)
+    found = {"context": config.get(source.family.positions_key), "RoPE base": ", ".join(texts)}
+    return {name: str(value) for name, value in found.items() if value}
+
+
 def _print_model(console: Console, source: Source, dtypes: Mapping[str, int]) -> None:
     from tritter.core.families import ffn_sizes, on_disk
 
     shapes = tuple((SHAPES[name], str(size)) for name, size in shapes_of(source.config).items())
+    shapes += tuple(_positions(source).items())
     print_table(console, Table(("shape", ""), shapes, numbers=(1,)))
     console.print()
     total = source.family.count_parameters(source.config)
