@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from rich.text import Text
 from safetensors.torch import load_file, save_file
 
 from tests.cli.conftest import Run, place, run, sources  # noqa: F401
+from tritter import terminal
 from tritter.checkpoints import read_lineage
 from tritter.checkpoints.card import export_card, model_card
 from tritter.checkpoints.folder import write_lineage
@@ -161,3 +163,19 @@ def test_blanks_go_from_the_ends_of_lines_alone() -> None:
     table.add_row("", "")
     Console(file=stream, width=40).print(table, " z  ", end="\n\n")
     assert stream.getvalue() == " a     b\n x  y  1\n\n z\n\n"
+
+
+def test_what_takes_long_says_so_without_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(terminal, "_FIRST_LINE_SECONDS", 0.05)
+    text = io.StringIO()
+    with terminal.progress_bars(Console(file=text), mode="auto") as new_bar:
+        show = new_bar("scoring old")
+        time.sleep(0.1)  # nothing is reported yet
+        assert show is not None
+        show(1, 4)
+        time.sleep(0.2)
+    assert "scoring old: 0 s" in text.getvalue() and "scoring old: 1/4, about" in text.getvalue()
+    silent = io.StringIO()
+    with terminal.progress_bars(Console(file=silent), mode="off") as new_bar:
+        assert new_bar("scoring old") is None
+    assert silent.getvalue() == ""

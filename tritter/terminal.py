@@ -11,8 +11,8 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from threading import Event, Thread
 
 from rich.console import Console as RichConsole
 from rich.console import ConsoleOptions, RenderableType
@@ -21,7 +21,7 @@ from rich.segment import Segment
 from tritter.stopping import Stopped
 
 _LAYOUT = "\n\t"
-_FIRST_LINE_SECONDS, _LAST_SECONDS = 5.0, 2.0
+_FIRST_LINE_SECONDS = 5.0
 _ASCII = str.maketrans({"→": "->", "σ": "std"})
 ShowProgress = Callable[[int, int], None]  # done, of how many
 NewBar = Callable[[str], ShowProgress | None]
@@ -142,7 +142,8 @@ def progress_bars(console: Console, *, mode: str) -> Iterator[NewBar]:
         mode: of `trainer.progress`: `on`, `off` or `auto`.
     """
     if not shows_bar(mode, console):
-        yield partial(_occasional_lines, console) if mode == "auto" else no_bar
+        with _Lines(console) if mode == "auto" else nullcontext(no_bar) as new_line:
+            yield new_line
         return
     from rich import progress  # slow to import, and needed on a terminal only
 
@@ -162,21 +163,47 @@ def progress_bars(console: Console, *, mode: str) -> Iterator[NewBar]:
         yield new_bar
 
 
-def _occasional_lines(console: Console, label: str) -> ShowProgress:
-    """Return a function that prints progress after 5 seconds, then twice as late each time."""
-    since = time.monotonic()
-    due = since + _FIRST_LINE_SECONDS
+class _Lines:
+    """Prints a line on what runs longer than 5 seconds, then twice as late each time.
 
-    def show(done: int, total: int) -> None:
-        nonlocal due
-        now = time.monotonic()
-        if now < due or not 0 < done < total:
-            return
-        due = now + (now - since)
-        remaining = (now - since) / done * (total - done)
-        if remaining < _LAST_SECONDS:
-            return
-        text = f"  {label}: {done:,}/{total:,}, about {remaining:.0f} s left"
-        console.print(console.printable(text), highlight=False, soft_wrap=True)
+    A thread prints, because a single batch or file may take minutes.
+    """
 
-    return show
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._latest: tuple[str, float, int, int] | None = None  # label, its start, done, total
+        self._ended = Event()
+        self._thread = Thread(target=self._print, daemon=True)
+
+    def __enter__(self) -> NewBar:
+        self._thread.start()
+        return self._new_bar
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _new_bar(self, label: str) -> ShowProgress:
+        since = time.monotonic()
+        self._latest = label, since, 0, 0
+
+        def show(done: int, total: int) -> None:
+            self._latest = label, since, done, total
+
+        return show
+
+    def _print(self) -> None:
+        wait = _FIRST_LINE_SECONDS
+        while not self._ended.wait(wait):
+            if self._latest is None:
+                continue
+            label, since, done, total = self._latest
+            elapsed = time.monotonic() - since
+            text = f"  {label}: {elapsed:.0f} s"
+            if 0 < done < total:
+                remaining = elapsed / done * (total - done)
+                text = f"  {label}: {done:,}/{total:,}, about {remaining:.0f} s left"
+            text = self._console.printable(text)
+            with suppress(Stopped):  # the main thread notices a closed pipe, too
+                self._console.print(text, highlight=False, soft_wrap=True)
+            wait *= 2

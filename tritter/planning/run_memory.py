@@ -23,6 +23,8 @@ from tritter.planning.strategy import planned_rounds
 from tritter.targets import Component
 
 _FLOAT32 = 4
+_MACHINE = "this machine"
+_LIBRARIES = 540_000_000  # resident bytes of torch, transformers and Lightning, measured
 _TOO_MUCH = 2  # times the memory, by estimate
 MUCH_OTHER_TOKENS = 0.1  # per batch, relative
 _PATH_COPIES = 4  # ω, the weights at the start and before a step, and gradients
@@ -125,6 +127,9 @@ def memory_line(config: RunRequest, source: Config) -> str:
     each = f"; for each of {need.processes} processes" if need.processes > 1 else ""
     where = "" if use is None else f" of the {_size(use.limit)} of {use.name}"
     needed = total if use is None else use.needed
+    if use is None or use.name == _MACHINE:
+        needed += _LIBRARIES
+        parts.append(f"libraries {_size(_LIBRARIES)}")
     return f"training {need.model}: about {_size(needed)}{where} ({', '.join(parts)}{each})"
 
 
@@ -377,7 +382,7 @@ def _memory_uses(config: RunRequest, need: TrainingMemory, activations: int) -> 
         yield MemoryUse("the GPU", gpu, each + need.teacher)
     if machine is not None:
         of_machine = need.processes * each + need.teacher if gpu is None else 0
-        yield MemoryUse("this machine", machine, of_machine + need.start)
+        yield MemoryUse(_MACHINE, machine, of_machine + need.start)
 
 
 def _smaller_runs(config: RunRequest, source: Config) -> Iterator[str]:
