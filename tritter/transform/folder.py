@@ -23,6 +23,7 @@ from tritter.checkpoints import (
 )
 from tritter.checkpoints.expert_files import refuse_experts
 from tritter.checkpoints.folder import (
+    Artifact,
     TOKENIZER_FILES,
     SmallFiles,
     small_files,
@@ -318,27 +319,33 @@ def expand(
         return before_publish(Expanded(folder, plan, lineage)) if before_publish else lineage
 
     confirmed = cache(partial(_confirm, plan, opened) if confirms else lambda: plan)
-    state = opened.state
-    carried = None if state is None else MappedState(plan, state, moments, max_shard_bytes)
     lineage = write_checkpoint(
         destination,
         config=plan.target_config,
         final_config=lambda: {**confirmed().target_config, **new_dtype},
         tensors=_stream(opened, plan, dtype=dtype, kind=expert_layout, progress=progress),
         lineage=lambda: _child_lineage(opened, confirmed(), destination),
-        artifacts=(
-            SmallFiles(opened.folder),
-            None if plan.vocabulary is None else ExtendedTokenizerFile(plan.vocabulary.tokenizer),
-            carried,
-            plan.added_experts,
-            kept_in(opened, plan.vocabulary),
-        ),
+        artifacts=_artifacts(opened, plan, moments=moments, max_shard_bytes=max_shard_bytes),
         max_shard_bytes=max_shard_bytes,
         overwrite=overwrite,
         check=partial(check_replaceable, sources=[folder]),
         before_publish=call_back,
     )
     return Expanded(destination, plan, lineage)
+
+
+def _artifacts(
+    opened: Source, plan: PlannedExpansion, *, moments: Policy, max_shard_bytes: int
+) -> tuple[Artifact | None, ...]:
+    """Return what the result's folder contains besides its weights."""
+    vocabulary, state = plan.vocabulary, opened.state
+    return (
+        SmallFiles(opened.folder),
+        None if vocabulary is None else ExtendedTokenizerFile(vocabulary.tokenizer),
+        None if state is None else MappedState(plan, state, moments, max_shard_bytes),
+        plan.added_experts,
+        kept_in(opened, vocabulary),
+    )
 
 
 def disk_needs(
