@@ -19,6 +19,7 @@ from tritter.checkpoints.card import (
 )
 from tritter.checkpoints.record import Lineage
 from tritter.core.families import Config, ffn_sizes, on_disk, padded_shapes
+from tritter.core.families.config_file import with_former_keys
 from tritter.storage.atomic import atomic_folder, link_or_copy, write_text_atomic
 from tritter.storage.hashing import file_digest, header_digest, merkle_hash
 from tritter.storage.reading import LINEAGE_NAME, check_links, read_object, require_file
@@ -183,8 +184,8 @@ def write_checkpoint(
 
 
 def write_config(folder: Path, config: Config) -> None:
-    """Write config.json in the format of the stock classes."""
-    text = json.dumps(on_disk(config), indent=2, sort_keys=True) + "\n"
+    """Write config.json in the format of the stock classes, which transformers 4 reads too."""
+    text = json.dumps(with_former_keys(on_disk(config)), indent=2, sort_keys=True) + "\n"
     (folder / "config.json").write_text(text, encoding="utf-8")
 
 

@@ -288,4 +288,5 @@ def test_a_config_of_an_earlier_release_is_read(tmp_path: Path) -> None:
     (source / "config.json").write_text(json.dumps(old), encoding="utf-8")
     expand(source, tmp_path / "grown", [Context()])
     new = config_in(tmp_path / "grown")
-    assert new["rope_parameters"]["rope_type"] == "yarn" and "rope_scaling" not in new
+    assert new["rope_parameters"]["rope_type"] == "yarn"
+    assert new["rope_parameters"] == {**new["rope_scaling"], "rope_theta": new["rope_theta"]}

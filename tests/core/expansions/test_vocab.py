@@ -27,6 +27,7 @@ from tritter.data.tokens import END_OF_TEXT, train_tokenizer, whole_texts
 from tritter.data.vocabulary import ExtendedTokenizer, require_bpe
 from tritter.errors import RequestError
 from tritter.evaluation.jump import folder_jump, logit_jump
+from tritter.storage.reading import LINEAGE_NAME
 from tritter.storage.writer import TensorStream
 from tritter.transform import expand
 from tritter.transform.vocabulary import learned
@@ -255,6 +256,7 @@ def test_omp_fits_rows_in_the_embedding_of_another_model(llama: Path, tmp_path: 
         first, second = list(made.parts[number])[:2]
         embedding[number] = 2 * embedding[first] - embedding[second]
     oracle.saved(donor, tmp_path / "donor")
+    (tmp_path / "donor" / LINEAGE_NAME).unlink()
     spec = Vocab(tokenizer=str(tmp_path / "donor"), init="omp", multiple_of=1)
     made_of = expand(llama, tmp_path / "grown", [spec])
     assert made_of.plan.vocabulary is not None

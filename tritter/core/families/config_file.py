@@ -387,3 +387,38 @@ def _check_ffn_sizes(family: Family, config: Config) -> None:
             f"of the {layers} layers, the widest {family.sizes['intermediate_size']} = "
             f"{widest.intermediate_size}."
         )
+
+
+# Former key of the base and the rotated share, where it is another than the usual one
+_FORMER_ROPE = {"gpt_neox": ("rotary_emb_base", "rotary_pct")}
+
+
+def with_former_keys(config: Config) -> Config:
+    """Return a config with the keys that transformers 4 reads beside those of transformers 5.
+
+    Both have the same values: transformers 5 reads either, and 4 would take its default for the
+    rotary base, without an error.
+    """
+    former: dict[str, Any] = {}
+    if "num_local_experts" in config:
+        former["num_experts"] = config["num_local_experts"]
+    rope = config.get("rope_parameters")
+    if isinstance(rope, Mapping):
+        nested = {kind: each for kind, each in rope.items() if isinstance(each, Mapping)}
+        full = nested.get("full_attention", {} if nested else rope)
+        base, share = _FORMER_ROPE.get(
+            str(config.get("model_type")), ("rope_theta", "partial_rotary_factor")
+        )
+        if "rope_theta" in full:
+            former[base] = full["rope_theta"]
+        if "partial_rotary_factor" in full:
+            former[share] = full["partial_rotary_factor"]
+        if full.get("rope_type", "default") != "default":
+            kept = ("rope_theta", "partial_rotary_factor")
+            former["rope_scaling"] = {k: v for k, v in full.items() if k not in kept}
+            sizes: list[Any] = [config.get(key) for key in ("hidden_size", "num_attention_heads")]
+            if config.get("head_dim", 0) is None and all(isinstance(size, int) for size in sizes):
+                former["head_dim"] = sizes[0] // sizes[1]  # which 4 multiplies
+        if "rope_theta" in nested.get("sliding_attention", {}):
+            former["rope_local_base_freq"] = nested["sliding_attention"]["rope_theta"]
+    return {**config, **{key: value for key, value in former.items() if config.get(key) is None}}
