@@ -23,8 +23,8 @@ from tritter.checkpoints import (
 )
 from tritter.checkpoints.expert_files import refuse_experts
 from tritter.checkpoints.folder import (
-    Artifact,
     TOKENIZER_FILES,
+    Artifact,
     SmallFiles,
     small_files,
 )
