@@ -44,9 +44,9 @@ test-newest: ## the quick tests with the newest versions that pyproject.toml adm
 	$(subst $(BIN),.venv-newest/bin,$(PYTEST))
 
 # Not torch: an old build may not exist for this Python. The dependencies of these stay newer
-test-oldest: ## expansions, checkpoints, LoRA experts, trainers with the oldest versions, in .venv-oldest
+test-oldest: ## expansions, checkpoints, LoRA experts, trainers with the oldest series of each, in .venv-oldest
 	$(PYTHON) -m venv --clear .venv-oldest
-	sed -nE '/^dependencies/,/^\]/s/^ *"([a-z_-]+)>=([0-9.]+)".*/\1==\2/p' pyproject.toml \
+	sed -nE '/^dependencies/,/^\]/s/^ *"([a-z_-]+)>=([0-9.]+)".*/\1==\2.*/p' pyproject.toml \
 	    | grep -v '^torch==' > .venv-oldest/pins.txt
 	.venv-oldest/bin/python -m pip install --quiet --quiet -c .venv-oldest/pins.txt -e '.[trl]' \
 	    pytest pytest-xdist hypothesis
