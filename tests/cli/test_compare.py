@@ -228,7 +228,7 @@ def test_damaged_scores_leave_the_rest(run: Run, runs: Path, damage: Any, said: 
     [
         ("first", "needs two or more"),
         ("first first", "needs two or more"),
-        ("first better base", "RUN = base: it contains no finished run"),
+        ("first better base", "RUN_OR_SWEEP = base: it contains no finished run"),
         ("nowhere first", "it is not a folder"),
         ("first better --output page.pdf", "must be one of .html, .csv, .json"),
         ("first better --output base.csv", "it is a folder"),

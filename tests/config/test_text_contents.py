@@ -117,6 +117,25 @@ def test_unpacked_bytes_count(place: Path) -> None:
         check(place / "a.jsonl.gz", max_bytes=5000)
 
 
+def test_files_of_a_project_that_are_no_data_are_skipped_unless_they_are_named(place: Path) -> None:
+    (place / "old/package.json").write_text('{"name": "x",\n "version": 1}\n')
+    (place / "old/texts.json").write_text('["a text"]')
+    (place / "old/latin.c").write_bytes(b"// caf\xe9")
+    (place / "old/film.ts").write_bytes(b"G\0\0G")
+    for paths in (["old"], ["old/*.*"]):
+        texts = found(place, *paths)
+        assert names(texts, place) == ["old/a.txt", "old/texts.json"]
+        kinds = ".c not in UTF-8 1, .json of one object 1, .ts not in UTF-8 1"
+        assert texts.note("old") == f"old: 2 files read; skipped 3 ({kinds})"
+    for name, reason in (("package.json", "is an object"), ("latin.c", "is not UTF-8")):
+        with pytest.raises(RequestError, match=reason):
+            check(place / "old" / name)
+    # Records in a file with the wrong ending are data
+    (place / "old/package.json").write_text('{"text": "a"}\n{"text": "b"}\n')
+    with pytest.raises(RequestError, match="one record per line"):
+        check(place / "old")
+
+
 def test_a_folder_of_mixed_files_says_what_it_skipped(place: Path) -> None:
     for number in range(30):
         (place / f"old/{number}.md").write_text("text")

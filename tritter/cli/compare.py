@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from rich.text import Text
 
-from tritter.cli.options import AsJson, ReportOverwrite, Runs, option, parse_path
+from tritter.cli.options import RUNS_ARGUMENT, AsJson, ReportOverwrite, Runs, option, parse_path
 from tritter.cli.output import display_path, new_console, print_json, print_table
 from tritter.cli.report import FoundRuns, find_runs, metric_rows, read_runs
 from tritter.errors import Problem, RequestError, TritterError
@@ -64,7 +64,7 @@ def compare(
     found = find_runs(run_folders)
     if len(found.finished) < 2:
         reason = "it contains one finished run; a comparison needs two or more"
-        raise RequestError(Problem("RUN", ", ".join(map(str, folders)), reason=reason))
+        raise RequestError(Problem(RUNS_ARGUMENT, ", ".join(map(str, folders)), reason=reason))
     runs = read_runs(found.finished, are_drawn=file is not None and file.format == "html")
     compared = []
     for folder, run in zip(found.finished, runs, strict=True):

@@ -216,11 +216,12 @@ DType = Annotated[
     ),
 ]
 Overwrite = Annotated[bool, flag("--overwrite", "Replace the checkpoint at DST.", panel=WRITING)]
+RUNS_ARGUMENT = "RUN_OR_SWEEP"
 Runs = Annotated[
     list[Path],
     typer.Argument(
         help="Run folders, or folders that contain them.",
-        metavar="RUN_OR_SWEEP...",
+        metavar=f"{RUNS_ARGUMENT}...",
         parser=parse_path,
     ),
 ]

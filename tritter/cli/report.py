@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from tritter.cli.options import AsJson, ReportOverwrite, Runs, option, parse_path
+from tritter.cli.options import RUNS_ARGUMENT, AsJson, ReportOverwrite, Runs, option, parse_path
 from tritter.cli.output import new_console, print_json, short
 from tritter.errors import Problem, RequestError, TritterError, raise_problems
 from tritter.storage.atomic import atomic_folder, refuse_existing
@@ -129,7 +129,7 @@ def find_runs(folders: Sequence[Path]) -> FoundRuns:
 
 
 def _refused(folders: Sequence[Path], reason: str) -> RequestError:
-    return RequestError(Problem("RUN", ", ".join(map(str, folders)), reason=reason))
+    return RequestError(Problem(RUNS_ARGUMENT, ", ".join(map(str, folders)), reason=reason))
 
 
 def _run_folders(folder: Path, *, depth: int) -> Iterator[Path]:
@@ -185,7 +185,9 @@ def read_runs(folders: Sequence[Path], *, are_drawn: bool = True) -> list[Run]:
                 )
             runs.append(run)
         except TritterError as error:
-            problems.append(Problem("RUN", str(folder), reason=str(error).removesuffix(".")))
+            problems.append(
+                Problem(RUNS_ARGUMENT, str(folder), reason=str(error).removesuffix("."))
+            )
     raise_problems(problems)
     return runs
 

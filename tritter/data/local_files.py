@@ -13,7 +13,7 @@ import re
 import zlib
 from codecs import IncrementalDecoder, getincrementaldecoder
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import import_module
 from io import BufferedReader
@@ -276,6 +276,39 @@ def text_suffix(path: Path) -> str:
     """Return the extension that selects the reader of a file; empty if it is unsupported."""
     name = path.name.lower()
     return next((suffix for suffix in TEXT_SUFFIXES if name.endswith(suffix)), "")
+
+
+def not_data(path: Path) -> str | None:
+    """Return why a file that was found beside texts is none itself; None if it may be one.
+
+    A project contains settings in .json (one object) and source files of other encodings.
+    """
+    kind = _kind(path)
+    if kind != ".json" and kind not in SOURCE_CODE:
+        return None
+    # A file that can't be opened is reported when it is read
+    with suppress(OSError, EOFError, zlib.error, TritterError):
+        try:
+            with _open_stream(path, Reading(key="")) as stream:
+                start, is_whole = stream.piece(), not stream.piece()
+            _check_encoding(start)
+            text = _decode(start.removeprefix(_BYTE_ORDER_MARK), is_last=is_whole).lstrip()
+        except WrongRecordError:
+            text = "\0"
+        if "\0" in text:
+            return f"{kind} not in UTF-8"
+        if kind == ".json" and text.startswith("{") and not _has_lines(text):
+            return f"{kind} of one object"
+    return None
+
+
+def _has_lines(text: str) -> bool:
+    """Return whether this is JSON Lines: an object, and more after its line."""
+    first, _, rest = text.partition("\n")
+    try:
+        return bool(rest.strip()) and isinstance(parse(first), dict)
+    except WrongRecordError:
+        return False
 
 
 def check_sizes(path: Path) -> None:

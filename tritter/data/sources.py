@@ -20,6 +20,7 @@ from tritter.data.local_files import (
     Reading,
     TextFileError,
     no_text,
+    not_data,
     text_pieces,
     text_suffix,
 )
@@ -43,8 +44,8 @@ class FoundTexts:
 
     Args:
         files: each file once, in the order of the paths, then sorted.
-        skipped: file extension, or kind of other entries → number skipped. Hidden files are not
-            counted.
+        skipped: file extension, kind of other entries, or why the content is no text → number
+            skipped. Hidden files are not counted.
     """
 
     files: tuple[Path, ...]
@@ -62,7 +63,8 @@ class FoundTexts:
 def find_texts(key: str, paths: Iterable[str], *, is_recorded: bool = False) -> FoundTexts:
     """Find the text files of some paths.
 
-    A folder stands for all supported files in it and its subfolders, except hidden ones. Links
+    A folder stands for all supported files in it and its subfolders, except hidden ones and those
+    that are `not_data`. Links
     are followed if they stay inside the folder, or inside the hub's cache for a download.
     Built-in texts and data sets are skipped.
 
@@ -101,7 +103,7 @@ def _found(key: str, path: str, limit: int | None) -> FoundTexts:
     if os.path.lexists(location):
         if _kind(location) is None and text_suffix(location):
             return FoundTexts((location,))
-        raise refused(key, path, _unsupported([location]))
+        raise refused(key, path, _unsupported(_kinds([location])))
     if _GLOB_SIGNS & set(path):
         if limit is not None:
             _check_glob(key, location, limit)
@@ -121,12 +123,14 @@ def _known(key: str, path: str, found: Sequence[Path], *, where: str) -> FoundTe
     broken = [each for each in named if _kind(each) == _BROKEN_LINK]
     if broken:
         raise refused(key, str(broken[0]), "the link is broken")
-    known = [each for each in named if _kind(each) is None]
+    reasons = {each: not_data(each) for each in named if _kind(each) is None}
+    known = [each for each, reason in reasons.items() if reason is None]
+    skipped = _kinds(each for each in found if each not in reasons)
+    skipped.update(filter(None, reasons.values()))
     if known:
-        files = set(known)
-        return FoundTexts(tuple(known), _kinds(each for each in found if each not in files))
+        return FoundTexts(tuple(known), skipped)
     nothing = f"{where} is empty" if where == "the folder" else f"{where} matches no file"
-    raise refused(key, path, _unsupported(found) if found else nothing)
+    raise refused(key, path, _unsupported(skipped) if found else nothing)
 
 
 def _check_glob(key: str, pattern: Path, limit: int) -> None:
@@ -234,8 +238,8 @@ def _join_counts(kinds: Mapping[str, int]) -> str:
     return ", ".join([*parts, *(["..."] if len(by_count) > _MAX_SHOWN else [])])
 
 
-def _unsupported(paths: Sequence[Path]) -> str:
-    return f"supported are {SUPPORTED}; found {_join_counts(_kinds(paths))}"
+def _unsupported(kinds: Mapping[str, int]) -> str:
+    return f"supported are {SUPPORTED}; found {_join_counts(kinds)}"
 
 
 def source_documents(
