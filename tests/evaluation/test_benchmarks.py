@@ -124,6 +124,19 @@ def test_choices_score_as_lm_evals_own_task_scores_them(
         assert ours.scores[metric].values.tolist() == [float(each[metric]) for each in samples]
 
 
+def test_a_large_vocabulary_is_read_in_smaller_batches(
+    model: Any, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    whole = score_benchmark(model, tokenizer, asked("arc_easy"), EvalOptions())
+    hook = model.register_forward_hook(lambda *seen: sizes.append(seen[-1].logits[..., 0].numel()))
+    monkeypatch.setattr("tritter.evaluation.losses._MAX_LOGITS", 300 * 60)
+    parts = score_benchmark(model, tokenizer, asked("arc_easy"), EvalOptions())
+    hook.remove()
+    assert max(sizes) <= 60 and len(sizes) > 2
+    assert parts.scores["acc"].values.equal(whole.scores["acc"].values)
+
+
 def spoken(texts: list[str]) -> Any:
     """Return a language model that answers with these texts in order and records the prompts."""
     from lm_eval.api.model import LM

@@ -6,9 +6,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from tests import oracle
 from tritter.data.tokens import TextBounds
 from tritter.errors import TritterError
-from tritter.evaluation.losses import document_losses
+from tritter.evaluation.losses import batch_that_fits, document_losses, sequence_losses
 from tritter.evaluation.statistics import PairedScores
 
 EOT = 0
@@ -53,6 +54,25 @@ def test_batch_size_does_not_matter(summing, table, documents):
     for batch_size in (2, 5, 100):
         losses = score(summing(table), documents, batch_size=batch_size)
         torch.testing.assert_close(losses.values, reference.values, atol=1e-5, rtol=0)
+
+
+def test_a_large_vocabulary_is_read_in_smaller_batches(make_documents, monkeypatch):
+    """16 windows of 1,024 tokens would have 17 GB of logits for the 262,144 tokens of Gemma 3."""
+    assert batch_that_fits(16, 1024, 262_144) == 1 and batch_that_fits(16, 1024, 16_384) == 16
+    model = oracle.tiny_llama(vocab_size=40)
+    documents = make_documents(*([1 + number] * 11 for number in range(6)))
+    sequences = documents.tokens.view(6, 11)
+    whole = score(model, documents, sequence_length=16, batch_size=16)
+    whole_rows = sequence_losses(model, sequences)
+    sizes = []
+    model.register_forward_hook(lambda *arguments: sizes.append(arguments[-1].logits.numel()))
+    monkeypatch.setattr("tritter.evaluation.losses._MAX_LOGITS", 1000)
+    monkeypatch.setattr("tritter.evaluation.losses._MAX_LOGITS_OF_LOSS", 150)
+    parts = score(model, documents, sequence_length=16, batch_size=16)
+    rows = sequence_losses(model, sequences)
+    assert sizes == [880] * 6  # two rows each
+    torch.testing.assert_close(parts.values, whole.values, atol=1e-5, rtol=0)
+    torch.testing.assert_close(rows, whole_rows, atol=1e-5, rtol=0)
 
 
 def test_padding_would_matter_if_it_counted(summing, table, documents, monkeypatch):

@@ -79,6 +79,19 @@ def test_no_batch_changes_a_score(model: nn.Module, reader: Reader, batch_size: 
     assert scores[0].values.equal(scores[1].values)
 
 
+def test_a_large_vocabulary_is_read_in_smaller_batches(
+    model: nn.Module, reader: Reader, monkeypatch: pytest.MonkeyPatch
+):
+    task, sizes = QuestionTask("after", None, QUESTIONS[:6]), list[int]()
+    whole = task.score(model, reader)
+    monkeypatch.setattr("tritter.evaluation.losses._MAX_LOGITS", 290 * 12)
+    hook = model.register_forward_hook(lambda *seen: sizes.append(seen[-1].logits.numel()))
+    parts = task.score(model, reader)
+    hook.remove()
+    assert len(sizes) > 2 and max(sizes) <= 290 * 12
+    assert parts.values.equal(whole.values)
+
+
 def test_of_choices_the_likeliest_counts(model: nn.Module, reader: Reader):
     """Compare with the log-likelihood of each choice, summed over tokens one at a time."""
     words = [f" {word}" for word in WORDS]

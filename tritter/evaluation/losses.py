@@ -23,6 +23,7 @@ from tritter.evaluation.inference import eval_mode
 from tritter.evaluation.statistics import PairedScores
 
 _MAX_LOGITS = 2**28
+_MAX_LOGITS_OF_LOSS = 2**24  # the loss needs two more float32 copies of the logits that it reads
 
 
 def document_losses(
@@ -66,7 +67,7 @@ def document_losses(
     with eval_mode(model) as device:
         done = 0
         longest = max(window.length for window in windows)
-        batch_size = batch_that_fits(batch_size, longest, _vocab_size(model))
+        batch_size = batch_that_fits(batch_size, longest, vocab_size_of(model))
         for batch in window_batches(windows, batch_size=batch_size):
             input_ids, targets = window_tensors(batch, documents.tokens, bounds=bounds)
             with torch.autocast(device.type, autocast_dtype, enabled=autocast_dtype is not None):
@@ -98,7 +99,8 @@ def batch_that_fits(batch_size: int, length: int, vocab_size: int) -> int:
     return max(1, min(batch_size, _MAX_LOGITS // (length * vocab_size)))
 
 
-def _vocab_size(model: nn.Module) -> int:
+def vocab_size_of(model: nn.Module) -> int:
+    """Return the number of logits of a position; 1 for a model that does not name its head."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
     return 1 if head is None else len(head.weight)
 
@@ -114,7 +116,7 @@ def sequence_losses(model: nn.Module, sequences: Tensor, *, batch_size: int = 16
     """
     nats = []
     with eval_mode(model) as device:
-        batch_size = batch_that_fits(batch_size, sequences.shape[1], _vocab_size(model))
+        batch_size = batch_that_fits(batch_size, sequences.shape[1], vocab_size_of(model))
         for rows in sequences.split(batch_size):
             rows = rows.long().to(device)
             logits = model(input_ids=inputs_for(model, rows), use_cache=False).logits
@@ -139,8 +141,13 @@ def nats_per_row(logits: Tensor, targets: Tensor) -> Tensor:
 
 def token_nats(logits: Tensor, targets: Tensor) -> Tensor:
     """Return the cross-entropy of each token, float64 [B, T]; it is computed in float32."""
-    nats_BT = cross_entropy(
-        logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none"
+    step = max(1, _MAX_LOGITS_OF_LOSS // logits.shape[-1])
+    parts = zip(logits.flatten(0, 1).split(step), targets.flatten().split(step), strict=True)
+    nats_BT = torch.cat(
+        [
+            cross_entropy(some.float(), wanted, ignore_index=IGNORED, reduction="none")
+            for some, wanted in parts
+        ]
     ).view_as(targets)
     if nats_BT.device.type == "mps":  # MPS has no float64
         nats_BT = nats_BT.cpu()

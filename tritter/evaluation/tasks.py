@@ -22,7 +22,7 @@ from tritter.data.skills import Question
 from tritter.data.tokens import TextBounds
 from tritter.errors import TritterError
 from tritter.evaluation.inference import continued_text, eval_mode, sample_text
-from tritter.evaluation.losses import nats_per_row
+from tritter.evaluation.losses import batch_that_fits, nats_per_row, vocab_size_of
 from tritter.evaluation.statistics import PairedScores
 
 
@@ -272,12 +272,14 @@ def _read(model: nn.Module, rows: Sequence[_Row], reader: Reader) -> list[_Found
     """Score all rows, batched by similar length."""
     found: dict[int, _Found] = {}
     by_length = sorted(range(len(rows)), key=lambda index: len(rows[index].ids))
+    prefix = torch.tensor(reader.bounds.prefix)
+    first = len(prefix) - 1  # predicts the first token of a text
+    longest = len(prefix) + max((len(row.ids) for row in rows), default=0)
+    batch_size = batch_that_fits(reader.batch_size, longest, vocab_size_of(model))
     with eval_mode(model) as device:
-        for start in range(0, len(rows), reader.batch_size):
-            batch = by_length[start : start + reader.batch_size]
+        for start in range(0, len(rows), batch_size):
+            batch = by_length[start : start + batch_size]
             texts = [rows[index] for index in batch]
-            prefix = torch.tensor(reader.bounds.prefix)
-            first = len(prefix) - 1  # predicts the first token of a text
             length = len(prefix) + max(len(row.ids) for row in texts)
             input_ids = torch.full((len(texts), length), reader.bounds.end)  # [B, T]
             targets = torch.full((len(texts), length), IGNORED)

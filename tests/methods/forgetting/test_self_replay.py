@@ -71,6 +71,14 @@ def test_what_is_read_is_what_flops_count(sequences_per_text: int) -> None:
     assert max(lengths_read(sequences_per_text, 10)) == 9
 
 
+def test_logits_are_computed_where_a_token_is_drawn() -> None:
+    """64 texts that are continued from 512 tokens would have 34 GB for Gemma 3's vocabulary."""
+    model, shapes = oracle.tiny_llama(), list[tuple[int, ...]]()
+    model.lm_head.register_forward_hook(lambda *seen: shapes.append(tuple(seen[-1].shape[:2])))
+    wrote(model, num_sequences=6, sequences_per_text=2, batch_size=3)
+    assert set(shapes) == {(3, 1)}
+
+
 def test_seeded_and_left_as_it_was() -> None:
     model = oracle.tiny_llama().train()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}

@@ -22,6 +22,7 @@ from tritter.evaluation.benchmarks.files import Questions, questions_of
 from tritter.evaluation.benchmarks.formats import Benchmark, Question, is_passed
 from tritter.evaluation.code.sandbox import Sandbox
 from tritter.evaluation.inference import eval_mode
+from tritter.evaluation.losses import batch_that_fits, vocab_size_of
 from tritter.evaluation.statistics import PairedScores
 
 Tokenizer = Any  # of transformers
@@ -292,6 +293,7 @@ def run_lm_eval(
                 batch_size=harness.batch_size,
                 max_length=length,
             )
+            lm._loglikelihood_tokens = partial(_in_batches_that_fit, lm)
             results = evaluate(
                 lm=lm,
                 task_dict=task_dict,
@@ -391,6 +393,21 @@ def task_config(questions: Questions, *, length: int, sandbox: Sandbox | None) -
             "do_sample": False,
         },
     }
+
+
+def _in_batches_that_fit(
+    lm: Any, requests: Sequence[tuple[Any, list[int], list[int]]], **options: Any
+) -> list[tuple[float, bool]]:
+    """Score prompts with answers as lm-eval does, in batches that `batch_that_fits` allows."""
+    longest = max((len(prompt) + len(answer) for _, prompt, answer in requests), default=1)
+    whole = lm.batch_size_per_gpu
+    rows = batch_that_fits(whole, min(longest, lm.max_length), vocab_size_of(lm.model))
+    lm.batch_size_per_gpu = rows
+    try:
+        scores: list[tuple[float, bool]] = type(lm)._loglikelihood_tokens(lm, requests, **options)
+    finally:
+        lm.batch_size_per_gpu = whole
+    return scores
 
 
 def _drop_too_long(

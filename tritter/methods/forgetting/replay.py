@@ -210,12 +210,13 @@ def _texts(
     """
     import torch
 
-    from tritter.core.models import cache_in, cache_name
+    from tritter.core.models import cache_in, cache_name, last_logits_only
 
     document_mask = document_mask_of(model)
     read, _ = starts.next_tokens()
     tokens, costs = [read], [torch.full(read.shape, math.nan, device=read.device)]
     name, cache, num_cached = cache_name(model), None, 0
+    last_only = last_logits_only(model)
     for position in range(1, length):
         if num_cached + read.shape[1] > window - 1:  # no more context than in training
             latest = torch.cat(tokens[-max(1, window // 2) :], dim=1)
@@ -227,7 +228,8 @@ def _texts(
                 torch.cat(tokens[-num_cached:], dim=1), num_read=read.shape[1]
             )
         ids = inputs_for(model, read)
-        output = model(input_ids=ids, **{name: cache}, use_cache=True, **document_arguments)
+        arguments = {name: cache, **document_arguments, **last_only}
+        output = model(input_ids=ids, use_cache=True, **arguments)
         cache, logits = cache_in(output), output.logits[:, -1].float()  # [B, V]
         if not bool(logits.isfinite().all()):
             raise TritterError(
