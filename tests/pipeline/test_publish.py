@@ -21,6 +21,7 @@ from tritter.checkpoints.state import read_state
 from tritter.config.launch.composition import load_config
 from tritter.errors import RequestError
 from tritter.pipeline import Outcome
+from tritter.pipeline.notes import best_weights
 from tritter.training.callbacks import FiniteGuard, SaveState, StopRequest
 from tritter.training.checkpoint_io import SafetensorsCheckpointIO
 
@@ -57,13 +58,20 @@ def saved_at(folder: Path, step: int) -> dict[str, Any]:
     return SafetensorsCheckpointIO().load_checkpoint(place)
 
 
-def test_the_best_weights_are_published_and_judged(run_tiny: Run, tmp_path: Path) -> None:
+def test_the_best_weights_are_published_and_judged(
+    run_tiny: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run_tiny(tmp_path / "run", *BEST, "forgetting=[si]")
+    notes = json.loads((tmp_path / "run/summary.json").read_text())["notes"]
+    assert any("before the first step are not a candidate" in note for note in notes)
     attempt, folder = attempt_of(tmp_path / "run"), tmp_path / "run"
     with (folder / "attempt_1/metrics.csv").open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["eval/old/loss"]]
-    losses = {int(row["step"]): float(row["eval/old/loss"]) for row in rows if int(row["step"]) > 0}
+    losses = {int(row["step"]): float(row["eval/old/loss"]) for row in rows}
+    start = losses.pop(0)
     best = min(losses, key=lambda step: losses[step])
+    said = f"eval/old/loss was better before the first step: {start:.4g}, now {losses[best]:.4g}"
+    assert (said in capsys.readouterr().out) == (start < losses[best])
     assert attempt["best_step"] == best < attempt["steps"] == 14
     saved = saved_at(folder, best)
     assert saved["global_step"] == best
@@ -182,3 +190,18 @@ def test_no_artifact_of_a_run_that_was_rolled_back(run_job: Run, tmp_path: Path)
     outcome = run_job(tmp_path / "run", *words)
     assert outcome.status == "rolled_back"
     assert not any(run.models for run in offline_runs(tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    ("metric", "mode", "start", "is_said"),
+    [("loss", "min", 4.0, True), ("loss", "min", 6.0, False), ("accuracy", "max", 6.0, True)],
+)
+def test_a_start_that_was_better_than_the_best_step_is_stated(
+    tmp_path: Path, metric: str, mode: str, start: float, is_said: bool
+) -> None:
+    own = f"callbacks.model_checkpoint.monitor=eval/old/{metric}"
+    config = load_config([*TINY, *BEST, own, f"callbacks.model_checkpoint.mode={mode}"])
+    (tmp_path / "metrics.csv").write_text(f"step,eval/old/{metric}\n0,{start}\n2,5.0\n")
+    line = best_weights(config, tmp_path, SimpleNamespace(best_step=2, steps=4))  # type: ignore[arg-type]
+    assert line.startswith("the best weights are those of step 2 of 4")
+    assert (f"better before the first step: {start:.4g}, now 5" in line) == is_said

@@ -69,7 +69,7 @@ from tritter.limits import MAX_VOCABULARY
 from tritter.options import leaves
 from tritter.pipeline.branch import Branch
 from tritter.pipeline.ledger import Ledger, StageResult
-from tritter.pipeline.notes import packing_notes
+from tritter.pipeline.notes import packing_notes, publish_notes
 from tritter.pipeline.scoring import (
     Scores,
     Scoring,
@@ -366,6 +366,7 @@ class RunContext:
             same = optimizer.removeprefix("Paged")
             notes.append(f"There is no paging on the CPU: {optimizer} is equivalent to {same}.")
         notes += [self._start_note, self.config.rate_note]
+        notes += publish_notes(self.config)
         notes += [*memory_notes(self.config, source), *rate_notes(self.config, source)]
         notes += upcycling_notes(self.config, source, self._dense_tokens)
         return tuple(filter(None, notes))

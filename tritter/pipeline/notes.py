@@ -1,6 +1,7 @@
-"""Notes on the inputs of a run."""
+"""Notes on the inputs of a run, and on the weights that it publishes."""
 
 from collections.abc import Collection, Iterator
+from pathlib import Path
 from typing import Any
 
 from tritter.config.schema import RunConfig
@@ -8,6 +9,8 @@ from tritter.data.answers import scoring_note, training_note
 from tritter.data.corpus import Corpus
 from tritter.data.packing import padding_fraction
 from tritter.data.tokens import TextBounds
+from tritter.training import FitResult, read_metrics
+from tritter.training.options import callbacks_of
 
 _MUCH_PADDING = 0.1
 
@@ -38,3 +41,24 @@ def packing_notes(
                 f"documents are shorter than {length} tokens; "
                 f"data.sequence_length={2 * length} gives {longer:.0%}."
             )
+
+
+def publish_notes(config: RunConfig) -> Iterator[str]:
+    """Yield a note on the weights among which the best are selected."""
+    if config.pipeline.publish == "best":
+        yield (
+            "pipeline.publish=best selects among the saved steps; the weights before the first "
+            "step are not a candidate."
+        )
+
+
+def best_weights(config: RunConfig, folder: Path, result: FitResult) -> str:
+    """Return which weights of a training are the best, and the start's value if it is better."""
+    line = f"the best weights are those of step {result.best_step} of {result.steps}"
+    (saver,) = callbacks_of("ModelCheckpoint", config)
+    metric, sign = str(saver.options["monitor"]), -1 if saver.options.get("mode") == "max" else 1
+    values = {int(row["step"]): row[metric] for row in read_metrics(folder) if row.get(metric)}
+    start, best = (float(values.get(step, "nan")) for step in (0, result.best_step or 0))
+    if sign * start < sign * best:  # not for a metric that the start does not have
+        line += f"; {metric} was better before the first step: {start:.4g}, now {best:.4g}"
+    return line

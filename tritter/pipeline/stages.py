@@ -45,6 +45,7 @@ from tritter.pipeline.ledger import (
     TrainingFound,
     content_key,
 )
+from tritter.pipeline.notes import best_weights
 from tritter.pipeline.samples import generate_samples, sample_log
 from tritter.pipeline.scoring import scores_text
 from tritter.pipeline.trained import (
@@ -238,7 +239,7 @@ def training(context: RunContext, branch: Branch, *, loggers: Sequence[Logger]) 
     if result.ended_early is not None:
         context.say("", f"training ended early, at step {result.steps}: {result.ended_early}")
     if result.best_step is not None:
-        context.say("", f"the best weights are those of step {result.best_step} of {result.steps}")
+        context.say("", best_weights(context.config, folder, result))
     if write.routing_state is not None:
         context.say("", "scores with the selection bias, which is not saved:")
         biased = with_routing(context.source(location), write.routing_state)
