@@ -1,6 +1,8 @@
 """Garbage collection resumes after an import and skips the imported objects."""
 
 import gc
+import subprocess
+import sys
 
 import pytest
 
@@ -34,3 +36,10 @@ def test_what_is_there_already_is_left_alone(frozen: list[bool]) -> None:
     with loading("torch"):
         assert gc.isenabled()
     assert frozen == []
+
+
+@pytest.mark.full
+def test_bitsandbytes_advises_nothing() -> None:
+    program = "import tritter, bitsandbytes.backends.cpu.ops as ops; ops.logger.warning('advice')"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")

@@ -1,5 +1,6 @@
 """Tritter grows language models: expansion, continual training, verified lineage."""
 
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -13,6 +14,10 @@ from tritter.loading import lazy_names
 # Spinning OpenMP threads are ten times slower on shared cores. The first import of torch reads the
 # policy, so it must be set here.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+# transformers, PEFT and Lightning import bitsandbytes, which on some CPUs advises installing
+# `kernels`: code from a hub that Tritter never runs.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 __version__ = "0.1.0"
 
