@@ -147,6 +147,8 @@ def test_files_and_folders(place: Path) -> None:
     Path("plain").mkdir()
     Path("plain/train.txt").write_text("a\nb\n\nc")
     Path("plain/test.txt").write_text("d\n")
+    Path("windows.txt").write_bytes(b"\xef\xbb\xbf  a\r\nb\rc\n")
+    assert texts("windows.txt") == ["  a\r\nb\rc\n"]
     assert texts("plain") == texts("plain/train.txt") == ["a\nb\n\nc"]
     assert texts("plain:test") == ["d\n"]
     assert not [path for path in place.rglob("*.arrow") if "cache" in path.parts]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -20,7 +21,7 @@ from threading import RLock
 from typing import Any
 
 from tritter.data.conversations import TURNS, WrongRecordError, conversation_fields
-from tritter.data.local_files import Reading, TextFileError, check_sizes
+from tritter.data.local_files import Reading, TextFileError, check_sizes, whole_text
 from tritter.data.records import DEFAULT_FIELD, Text, shown, text_of
 from tritter.errors import RequestError, TritterError, did_you_mean, nearest, refused
 from tritter.storage.hashing import file_digest
@@ -485,15 +486,19 @@ def _open(source: DatasetName, *, is_streamed: bool) -> Mapping[str | None, Any]
     """Return split → rows; None → rows if the data set was saved without splits."""
     library = _library()
     location, is_saved = Path(source.name), source.is_on_disk and source.is_saved
-    files = [location] if source.is_on_disk and location.is_file() else []
+    found: Mapping[str, Any] = {}
+    if source.is_on_disk and location.is_file():
+        found = {_DEFAULT_SPLIT: [location]}
     if source.is_on_disk and location.is_dir():
         try:
             check_folder(location)
         except TritterError as error:
             raise _Unreadable(f"is refused: {error}") from error
         found = {} if is_saved else _builder(source)[0].config.data_files or {}
-        files = [Path(str(file)) for of_split in found.values() for file in of_split]
-    for file in files:  # unsupported, outside the folder, or decompressing to far too much
+    files = {split: [Path(str(file)) for file in of_split] for split, of_split in found.items()}
+    for file in chain.from_iterable(
+        files.values()
+    ):  # unsupported, outside the folder, or decompressing to far too much
         if not file_ending(file):
             reason = f"{file} is not supported; allowed are {', '.join(BUILDERS)}"
             raise _Unreadable(f"is refused: {reason}")
@@ -516,9 +521,24 @@ def _open(source: DatasetName, *, is_streamed: bool) -> Mapping[str | None, Any]
         builder, own = _builder(source)
         is_plain_text = builder.name == "text"
         arguments = _load_arguments(source) | ({} if is_plain_text else own)
+    if is_plain_text and files:  # the library would convert line ends
+        return {str(split): _whole_texts(of_split) for split, of_split in files.items()}
     if is_plain_text:  # one row per file
         arguments |= _WHOLE_TEXTS
     return library.load_dataset(**arguments, streaming=is_streamed)
+
+
+def _whole_texts(files: list[Path]) -> Any:
+    """Return rows with the text of each file."""
+    library = _library()
+    features = library.Features({DEFAULT_FIELD: library.Value("string")})
+    options = {"features": features, "gen_kwargs": {"files": files}}
+    return library.IterableDataset.from_generator(_rows_of_files, **options)
+
+
+def _rows_of_files(files: list[Path]) -> Iterator[dict[str, str]]:
+    for file in files:
+        yield {DEFAULT_FIELD: whole_text(file, Reading(key=""), max_bytes=sys.maxsize)}
 
 
 @cache
