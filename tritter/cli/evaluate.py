@@ -164,9 +164,7 @@ def evaluate(
 
     inputs = [named_path(checkpoint, key="--checkpoint"), *filter(None, [tasks_path])]
     inputs += [named_path(word, key="--data") for words in sources.values() for word in words]
-    file = None
-    if output is not None:
-        file = ReportFile(output, "evaluate", "json", overwrite=overwrite, sources=inputs)
+    file = output and ReportFile(output, "evaluate", "json", overwrite=overwrite, sources=inputs)
     sandbox = _sandbox(chosen, _split_names(allow_code), code_sandbox)
     harness = EvalOptions(
         limit=limit, batch_size=batch_size, sandbox=sandbox, is_shown=not as_json,
@@ -195,15 +193,13 @@ def evaluate(
         )  # fmt: skip
     scores = _score_benchmarks(model, stock, chosen, questions, harness)
     notes = [*domains.notes, *_template_notes(stock, is_used=chat_template)]
-    record = {
-        **mark("evaluate"),
-        "checkpoint": str(folder),
-        "model_hash": lineage.model_hash if lineage is not None else None,
-        "sequence_length": length,
+    scored = {
         "losses": {name: found.record() for name, found in losses.items()},
         "benchmarks": {each.name: _record(each, questions) for each in scores},
-        "notes": notes,
     }
+    model_hash = None if lineage is None else lineage.model_hash
+    of_model = {"checkpoint": str(folder), "model_hash": model_hash, "sequence_length": length}
+    record = {**mark("evaluate"), **of_model, **scored, "notes": notes}
     if file is not None:
         file.write(json.dumps(record, indent=2, allow_nan=False) + "\n")
     if as_json:

@@ -82,7 +82,7 @@ class StreamedModel:
         layer and after each layer, [B, the last `KEPT_POSITIONS`, H].
         """
         self._rows = rows
-        # Not in inference mode, which does not tell if a module changes its weights
+        # Not in inference mode, which hides whether a module changes its weights
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=self._is_bfloat16):
             logits: Tensor = self._model(input_ids=self._input_ids, use_cache=False).logits
         self._drop()

@@ -279,7 +279,7 @@ def text_suffix(path: Path) -> str:
 
 
 def not_data(path: Path) -> str | None:
-    """Return why a file that was found beside texts is none itself; None if it may be one.
+    """Return the reason why a file in a folder of texts is none; None if it may be one.
 
     A project contains settings in .json (one object) and source files of other encodings.
     """

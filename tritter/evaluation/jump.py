@@ -19,7 +19,7 @@ class Jump:
     """The change of the logits of old tokens; σ is the standard deviation of the old logits.
 
     The largest of millions of logits alarms where 16-bit weights were rounded, so the mean changes
-    stand beside those of a yardstick: the source itself, computed in bfloat16 (autocast).
+    are compared with a yardstick: the source itself, computed in bfloat16 (autocast).
 
     Args:
         max_absolute: the largest change.

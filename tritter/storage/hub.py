@@ -151,7 +151,7 @@ def push_files(
                 api.create_repo(repository, private=not is_public)
     except RequestError:
         raise
-    # The client raises whatever its parts do on an answer that is none: a redirect, HTML, null
+    # The client raises errors of any kind on a redirect, HTML or null
     except Exception as error:
         raise refused(key, repository, _hub_reason(error)) from error
     operations: list[CommitOperationAdd | CommitOperationDelete] = [

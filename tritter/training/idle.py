@@ -17,7 +17,7 @@ _IS_START = re.compile(r"(start|begin|after|delay|from).*step|step.*(start|begin
 def idle_problems(config: RunRequest) -> Iterator[Problem]:
     """Yield options of callbacks and forgetting methods that name a step that is never reached.
 
-    Callbacks and methods from elsewhere are covered as far as the names of their options tell.
+    Callbacks and methods from elsewhere are covered by the names of their options.
     """
     steps = config.training.max_steps
     for group, components in (("callbacks", config.callbacks), ("forgetting", config.forgetting)):

@@ -337,7 +337,7 @@ def expand(
 def _artifacts(
     opened: Source, plan: PlannedExpansion, *, moments: Policy, max_shard_bytes: int
 ) -> tuple[Artifact | None, ...]:
-    """Return what the result's folder contains besides its weights."""
+    """Return the files of the result other than its weights."""
     vocabulary, state = plan.vocabulary, opened.state
     return (
         SmallFiles(opened.folder),

@@ -225,7 +225,7 @@ def _scaled(parameters: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
 
 
 def _damage(scaled: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return what is wrong with rotary parameters, or an empty text."""
+    """Return the problem of rotary parameters, or an empty text."""
     for name, parameters in scaled.items():
         place = ".".join(["rope_parameters", *([name] if name else [])])
         for key in _NUMBERS:

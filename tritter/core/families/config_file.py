@@ -394,7 +394,7 @@ _FORMER_ROPE = {"gpt_neox": ("rotary_emb_base", "rotary_pct")}
 
 
 def with_former_keys(config: Config) -> Config:
-    """Return a config with the keys that transformers 4 reads beside those of transformers 5.
+    """Return a config with the keys of transformers 4 in addition to those of transformers 5.
 
     Both have the same values: transformers 5 reads either, and 4 would take its default for the
     rotary base, without an error.
