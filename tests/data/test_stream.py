@@ -5,6 +5,7 @@ import io
 import json
 import pickle
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pytest
@@ -12,6 +13,7 @@ import torch
 from tokenizers import Tokenizer
 
 from tests.oracle import chat as fixtures
+from tritter.data import stream
 from tritter.data.batches import BatchStream, Sequences, SequenceStream
 from tritter.data.chat import ANSWER, Chat
 from tritter.data.datasets import _LOCK, HEAD_ROWS, parse_name, text_batches
@@ -184,6 +186,18 @@ def test_refused_conversations_are_skipped(
     found = stream.next_sequences(30)
     assert (found >= ANSWER).any()
     assert "A conversation is skipped: data.chat_template: the template fails" in caplog.text
+
+
+def test_rows_that_are_skipped_after_the_head_are_counted(
+    tmp_path: Path, tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(stream, "HEAD_ROWS", 300)
+    rows = [{"text": number if number % 100 == 99 else f"row {number}"} for number in range(600)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    streamed([tmp_path / "rows.jsonl"], tokenizer, buffer_sequences=10**6).next_sequences(1)
+    first, last = (each for each in caplog.messages if str(tmp_path) in each)
+    assert first.startswith("Also after the first 300 rows: ") and "is a number" in first
+    assert "Skipped 6 of 600 records" in last and "row 99 " in last
 
 
 def test_settings_of_the_library_are_those_of_before(place: Path) -> None:

@@ -113,6 +113,7 @@ class Reading:
         problems: fatal problems, one line each.
         notes: for each source with skipped records, their number and the first one.
         num_blank: texts without words, which are dropped.
+        num_skipped: invalid records of the current source.
     """
 
     def __init__(
@@ -132,7 +133,7 @@ class Reading:
         self.num_blank = 0
         self._max_bytes = max_bytes
         self._skipped: list[str] = []  # the first few of the current source
-        self._num_skipped = 0
+        self.num_skipped = 0
         self._reasons: dict[str, _Reason] = {}
         self._is_text_noted = False
 
@@ -171,7 +172,7 @@ class Reading:
             SpentError: `max_bytes` were read.
             TextFileError: a data set can't be read.
         """
-        num_read, self._skipped, self._num_skipped, self._reasons = 0, [], 0, {}
+        num_read, self._skipped, self.num_skipped, self._reasons = 0, [], 0, {}
         problem = None
         try:
             for item in items:
@@ -186,27 +187,30 @@ class Reading:
         except TritterError as error:  # from opening the file; its message contains the path
             problem = str(error).removesuffix(".")
         finally:
-            if self._num_skipped and num_read and not self._is_strict:
-                total = num_read + self._num_skipped
-                self.notes.append(
-                    f"Skipped {self._num_skipped:,} of {total:,} records because they are "
-                    f"invalid; the first: {self._line(self._skipped[0])}{self._other_reasons()}"
-                )
-            elif self._num_skipped:
+            if self.num_skipped and num_read and not self._is_strict:
+                self.notes.append(self.skipped_note(num_read))
+            elif self.num_skipped:
                 self.problems += map(self._line, self._skipped)
-                if more := self._num_skipped - len(self._skipped):
+                if more := self.num_skipped - len(self._skipped):
                     self.problems.append(self._line(f"{name} has {more} more invalid records"))
             self.problems += [self._line(problem)] if problem else []
 
     def skip(self, where: str, problem: str) -> None:
         """Count an invalid record by the kind of its problem, which follows its location."""
-        self._num_skipped += 1
+        self.num_skipped += 1
         line = f"{where} {problem}"
         if len(self._skipped) < MAX_PROBLEMS_OF_FILE:
             self._skipped.append(line)
         kind = _NUMBERS.sub("", problem)
         if kind in self._reasons or len(self._reasons) < _MAX_REASONS:
             self._reasons.setdefault(kind, _Reason(line)).count += 1
+
+    def skipped_note(self, num_read: int) -> str:
+        """Return the number of skipped records by reason, and the first; others were read."""
+        return (
+            f"Skipped {self.num_skipped:,} of {num_read + self.num_skipped:,} records because "
+            f"they are invalid; the first: {self._line(self._skipped[0])}{self._other_reasons()}"
+        )
 
     def _other_reasons(self) -> str:
         """Return counts and examples of the kinds of problems; empty if there is a single one."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from tritter.data.chat import Chat
 from tritter.data.conversations import Conversation
-from tritter.data.datasets import DatasetName, text_batches
+from tritter.data.datasets import HEAD_ROWS, DatasetName, TextBatch, text_batches
 from tritter.data.documents import NAME_CHARACTERS, Document, is_blank, pieces, text_key
 from tritter.data.local_files import Reading, TextFileError
 from tritter.data.packing import Packing, packed
@@ -192,12 +192,10 @@ def _chunks(
 ) -> Iterator[_Chunk]:
     """Yield the sequences after a chunk, epoch after epoch."""
     tail, epoch, start, position = last.tail, last.epoch, last.source, last.position
-    reading = Reading(key=key)
     while True:
         num_rows, is_whole = 0, not start and not position
         for number in range(start, len(sources)):
-            batches = text_batches(sources[number], reading, is_streamed=True, position=position)
-            for batch in batches:
+            for batch in _batches(sources[number], position, key=key, is_logged=not epoch):
                 rows, tail = _sequences(batch.texts, tail, options)
                 num_rows += len(rows)
                 yield _Chunk(rows, tail, epoch, number, batch.position)
@@ -207,6 +205,32 @@ def _chunks(
             reason = f"the training documents of {names} do not fill one sequence of "
             raise TextFileError([f"{key}: {reason}{options.sequence_length} tokens."])
         epoch, start = epoch + 1, 0
+
+
+def _batches(
+    source: DatasetName, position: str, *, key: str, is_logged: bool
+) -> Iterator[TextBatch]:
+    """Yield the batches of a source after a position.
+
+    Args:
+        source: the data set.
+        position: see `TextBatch`.
+        key: the configuration key, for messages.
+        is_logged: log that rows after the head are skipped, and their number by reason at the end.
+            The notes of a run have those of the head only.
+    """
+    reading, num_read, num_of_head = Reading(key=key), 0, None
+    for batch in text_batches(source, reading, is_streamed=True, position=position):
+        num_read += len(batch.texts)
+        if num_read + reading.num_skipped <= HEAD_ROWS:
+            num_of_head = reading.num_skipped
+        elif is_logged and num_of_head is not None and reading.num_skipped > num_of_head:
+            note = reading.skipped_note(num_read)
+            logger.warning("Also after the first %s rows: %s", f"{HEAD_ROWS:,}", note)
+            num_of_head = None
+        yield batch
+    if is_logged and reading.num_skipped:
+        logger.warning(reading.skipped_note(num_read))
 
 
 def _sequences(

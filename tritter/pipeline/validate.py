@@ -125,6 +125,9 @@ def _read(
             found = _Domains({}, f"the recorded data can't be read: {str(error).rstrip('.')}")
         if not found.documents:
             found = replace(found, missing_reason=f"{found.missing_reason}; pass {option}")
+    for name, documents in found.documents.items():
+        if (number := len(documents)) > text.limit:
+            logger.warning("%s: %s", name, f"{text.limit:,} of {number:,} documents are scored.")
     limited = {
         name: [
             each if each.conversation else replace(each, text=each.text[:DOCUMENT_CHARACTERS])
