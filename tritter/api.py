@@ -427,7 +427,7 @@ class RunResult:
     @property
     def status(self) -> str:
         """`kept`, `rolled_back`, `undecided` or `ungated`."""
-        from tritter.config.launch.jobs import read_status
+        from tritter.config.run_folder import read_status
 
         return read_status(self.folder).status
 

@@ -13,9 +13,8 @@ from typing import Any
 import pytest
 
 from tests.config.conftest import FakeOutcome, FakePipeline, Result
-from tritter.config.launch.jobs import read_status
 from tritter.config.launch.sweep import print_sweep, sweep_rows
-from tritter.config.run_folder import write_run_file
+from tritter.config.run_folder import read_status, write_run_file
 from tritter.config.schema import RunConfig
 
 Run = Callable[..., Result]
@@ -179,6 +178,7 @@ def test_resume_finds_the_last_run(run: Run, pipeline: FakePipeline) -> None:
     assert pipeline.folders[2] == pipeline.folders[1] != pipeline.folders[0]
     assert run(f"resume={pipeline.folders[0]}").code == 0
     assert len(pipeline.folders) == 3
+    (pipeline.folders[1] / "ledger.json").touch()
     refused = run("seed=5", "resume=latest")
     assert refused.code == 2
     assert "seed: 1 → 5" in refused.err

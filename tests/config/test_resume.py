@@ -90,10 +90,39 @@ def test_what_differs_is_refused_with_a_command_that_works(
     run: Run, word: str, change: str
 ) -> None:
     assert run(*JOB, "hydra.run.dir=outputs/runs/one", "training=default").code == 1
+    Path("outputs/runs/one/ledger.json").touch()
     refused = run("resume=latest", word)
     assert refused.code == 2 and change in refused.err
     again = run(*printed_words(refused.err))
     assert again.code == 1 and "not finite 10 times" in again.err  # the message of the run itself
+
+
+@pytest.mark.quick_cases(1)
+@pytest.mark.parametrize("words", [("resume=one",), (*JOB[1:], "hydra.run.dir=one")], ids=str)
+def test_a_corrected_key_resumes_until_a_stage_has_finished(
+    run: Run, pipeline: FakePipeline, words: tuple[str, ...]
+) -> None:
+    failed = run(*JOB, "hydra.run.dir=one")
+    assert failed.code == 1 and "keys may change, as no stage has finished" in failed.err
+    trained = Path("one/pretraining/saved")
+    trained.mkdir(parents=True)
+    run("resume=one")
+    assert trained.exists()
+    assert run(*words, "seed=5").code == 0
+    assert pipeline.configs[-1].seed == 5 and pipeline.folders[-1] == pipeline.folders[0]
+    assert not trained.exists()  # else the new base would continue from weights of seed 1
+    record = read_run(Path("one"))
+    assert record.fingerprint["seed"] == 5 and "seed=5" in record.overrides
+    assert run(*words, "seed=6").code == 2  # it is finished
+
+
+@pytest.mark.quick_cases(1)
+@pytest.mark.parametrize("status", ["running", "interrupted", "kept"])
+def test_only_a_failed_run_takes_a_changed_key(run: Run, status: str) -> None:
+    run(*JOB, "hydra.run.dir=one")
+    path = Path("one/status.json")
+    path.write_text(signed_text({**json.loads(path.read_text()), "status": status}))
+    assert run("resume=one", "seed=5").code == 2
 
 
 CODE = ("evaluation.allow_code=[humaneval]", "evaluation.tasks=[humaneval]")

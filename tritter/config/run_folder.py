@@ -7,7 +7,7 @@ fingerprint are the same run.
 import os
 import unicodedata
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, field, replace
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -30,15 +30,23 @@ from tritter.errors import (
     show,
 )
 from tritter.options import leaves
-from tritter.storage.atomic import write_text_atomic
+from tritter.storage.atomic import remove_folder, write_text_atomic
 from tritter.storage.lock import LOCK_NAME
-from tritter.storage.reading import RUN_FILE, SUMMARY_FILE, check_tree, named_path
+from tritter.storage.reading import (
+    LEDGER_NAME,
+    RUN_FILE,
+    SAVED_NAME,
+    SUMMARY_FILE,
+    check_tree,
+    named_path,
+)
 from tritter.storage.records import InnerName, read_record, record, record_text
 from tritter.targets import Component, identity
 from tritter.training.options import WITHOUT_EFFECT as NO_EFFECT
 
 RUNS_FOLDER = Path("outputs/runs")  # hydra.run.dir of conf/config.yaml, without the timestamp
 
+STATUS_FILE = "status.json"
 OUTPUT_FILE = "output.txt"  # output of a job of a sweep
 
 # Files of Hydra and of the launch, including the folder lock
@@ -117,10 +125,32 @@ class RunRecord:
             return resume_command(folder, self.overrides)
 
 
+@record
+class RunStatus:
+    """How a job ended, or that it is running.
+
+    Args:
+        status: the gate's status; or running, failed, interrupted, not run, unknown.
+        metric: the value that a sweep minimises; None if it is missing or not finite.
+        summary: path of summary.json.
+        error: reason of a failure.
+    """
+
+    FORMAT: ClassVar[str] = "run status"
+
+    status: str
+    exit_code: int
+    overrides: list[str] = field(default_factory=list)
+    metric: float | None = None
+    summary: str | None = None
+    error: str | None = None
+
+
 def check_run_folder(folder: Path, config: RunConfig) -> RunState:
     """Return the state of a run with this configuration in `folder`.
 
-    A finished run with a missing output counts as started, so it resumes.
+    A finished run with a missing output counts as started, so it resumes. So does a run of another
+    configuration that failed before a stage finished: the user corrects a key and resumes.
 
     Raises:
         RequestError: the folder contains other files, contains a run of another configuration
@@ -152,7 +182,7 @@ def check_run_folder(folder: Path, config: RunConfig) -> RunState:
         return RunState.NEW
     run = read_run(folder)
     changes = changes_between(run.fingerprint, fingerprint(config))
-    if changes:
+    if changes and (read_status(folder).status != "failed" or has_finished_stage(folder)):
         key = key_name("hydra.run.dir")
         raise RequestError(
             f"{key} = {folder}: the folder contains a run of another configuration "
@@ -164,6 +194,11 @@ def check_run_folder(folder: Path, config: RunConfig) -> RunState:
     if run.status != "finished":
         return RunState.STARTED
     return RunState.FINISHED if _is_complete(folder, run) else RunState.STARTED
+
+
+def has_finished_stage(folder: Path) -> bool:
+    """Return True if a run has written its ledger, which it does after each stage."""
+    return (folder / LEDGER_NAME).exists()
 
 
 def _is_complete(folder: Path, run: RunRecord) -> bool:
@@ -195,6 +230,8 @@ def write_run_file(
 ) -> None:
     """Record the identity of a run in `folder`, atomically.
 
+    A changed configuration replaces the record; saved states of its unfinished training go.
+
     Args:
         overrides: overrides of the command line; a resumed run keeps its first ones.
         leaves: outputs of a finished run, relative to its folder.
@@ -211,8 +248,12 @@ def write_run_file(
     )
     if (folder / RUN_FILE).exists():
         recorded = read_run(folder)
-        kept = ("program", "overrides", "config_folders", "config_name")
-        run = replace(run, **{name: getattr(recorded, name) for name in kept})
+        if changes_between(recorded.fingerprint, run.fingerprint):
+            for saved in folder.glob(f"*/{SAVED_NAME}"):  # weights of the other configuration
+                remove_folder(saved)
+        else:
+            kept = ("program", "overrides", "config_folders", "config_name")
+            run = replace(run, **{name: getattr(recorded, name) for name in kept})
     write_text_atomic(folder / RUN_FILE, record_text(run))
 
 
@@ -272,6 +313,18 @@ def read_run(folder: Path) -> RunRecord:
         return read_record(folder / RUN_FILE, RunRecord)
     except TritterError as error:
         raise RequestError(f"{error} {advice}") from error
+
+
+def read_status(folder: Path) -> RunStatus:
+    """Return the content of a job's `status.json`, or an error if it is missing or damaged."""
+    path = folder / STATUS_FILE
+    if not path.exists():
+        error = f"it left no {STATUS_FILE}"
+        return RunStatus(status="not run", exit_code=1, error=error)
+    try:
+        return read_record(path, RunStatus)
+    except TritterError as error:
+        return RunStatus(status="unknown", exit_code=1, error=str(error))
 
 
 def _check_path(folder: Path, config: RunConfig) -> None:

@@ -11,8 +11,8 @@ from lightning.pytorch.loggers import Logger
 
 from tritter.checkpoints.run_text import DEFAULT_FRACTION
 from tritter.config.fallbacks import RETRYING, with_fallback
-from tritter.config.launch.jobs import read_status
 from tritter.config.overrides import command, tool_command, tritter_command
+from tritter.config.run_folder import read_status
 from tritter.config.schema import CheckpointModelConfig, RunConfig
 from tritter.core.expansions import EXPANSIONS, vocab_place
 from tritter.data.chat import TEMPLATE_FILE

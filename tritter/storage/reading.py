@@ -23,6 +23,7 @@ from tritter.errors import RequestError, TritterError, brief, key_name
 LINEAGE_NAME = "tritter.json"
 RUN_FILE, SUMMARY_FILE = "run.json", "summary.json"  # of a run folder
 LEDGER_NAME = "ledger.json"  # of a run folder: the results of its stages
+SAVED_NAME = "saved"  # of a training folder: state from which a killed training run resumes
 
 # File name → maximum size; the largest real files have a tenth of it.
 _MAX_BYTES = {

@@ -18,6 +18,7 @@ from tritter.data.datamodule import Batches, TextDataModule, ValidationSubset
 from tritter.errors import TritterError
 from tritter.stopping import Stopped
 from tritter.storage.atomic import remove_folder
+from tritter.storage.reading import SAVED_NAME
 from tritter.targets import Component
 from tritter.terminal import Console
 from tritter.training.callbacks import (
@@ -44,7 +45,6 @@ from tritter.training.trainer import (
     worker_processes,
 )
 
-SAVED_NAME = "saved"  # state from which a killed training run resumes
 LEFTOVERS_NAME = "left"  # state of continual-learning methods for the next training run
 
 

@@ -234,8 +234,9 @@ def run_once(arguments: Sequence[str], pipeline: "Pipeline") -> Path:
     )
     with use_search_path(typed_search_path):
         from tritter.config.launch.composition import SweepInConfig, composer
-        from tritter.config.launch.jobs import Task, read_status
+        from tritter.config.launch.jobs import Task
         from tritter.config.launch.plan import handle_request, read_request
+        from tritter.config.run_folder import read_status
 
         with composer() as composing:
             request = read_request(command, composing)
@@ -309,8 +310,9 @@ def _show(command: CommandLine, request: "Request", hydra: "Hydra") -> int:
 
 def _run_one(request: "Request", task: "Task", hydra: "Hydra") -> int:
     """Run a single run, print its outcome and the command that resumes it; return the exit code."""
-    from tritter.config.launch.jobs import EXIT_FAILED, EXIT_REQUEST, read_status
+    from tritter.config.launch.jobs import EXIT_FAILED, EXIT_REQUEST
     from tritter.config.overrides import resume_command
+    from tritter.config.run_folder import has_finished_stage, read_status
 
     request.composing.loader.is_sweep = False
     try:
@@ -335,6 +337,8 @@ def _run_one(request: "Request", task: "Task", hydra: "Hydra") -> int:
     say(f"error: {status.error}", is_error=True)
     # The same request on the same data would be rejected again
     action = "Fix this, then resume with" if is_request else "Resume with"
+    if not has_finished_stage(job.folder):
+        action += " (keys may change, as no stage has finished)"
     resuming = resume_command(job.folder, job.overrides)
     say(f"Run folder: {job.folder}\n{action}:\n  {resuming}", is_error=True)
     return EXIT_FAILED if is_request else status.exit_code

@@ -17,7 +17,7 @@ from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdo
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
-from typing import Any, ClassVar, Protocol, TextIO
+from typing import Any, Protocol, TextIO
 
 from hydra.conf import HydraConf
 from hydra.core.hydra_config import HydraConfig
@@ -29,8 +29,12 @@ from tritter.config.launch.composition import composer, plain_config
 from tritter.config.overrides import recorded_overrides
 from tritter.config.run_folder import (
     OUTPUT_FILE,
+    STATUS_FILE,
     RunState,
+    RunStatus,
     check_run_folder,
+    has_finished_stage,
+    read_status,
     write_run_file,
 )
 from tritter.config.schema import RunConfig
@@ -39,37 +43,14 @@ from tritter.errors import RequestError, TritterError, panics_as_errors
 from tritter.stopping import Stopped, stopping
 from tritter.storage.atomic import write_text_atomic
 from tritter.storage.lock import LOCK_NAME, folder_lock, locking_process
-from tritter.storage.reading import LEDGER_NAME, SUMMARY_FILE
-from tritter.storage.records import read_record, record, record_text
+from tritter.storage.reading import SUMMARY_FILE
+from tritter.storage.records import record_text
 from tritter.targets import TARGET
 from tritter.terminal import say
 
-STATUS_FILE = "status.json"
 STOPPING_FILE = ".stopping"  # in a sweep's folder: no further job begins
 
 ENDS = ("kept", "rolled_back", "undecided", "ungated")
-
-
-@record
-class RunStatus:
-    """How a job ended, or that it is running.
-
-    Args:
-        status: the gate's status; or running, failed, interrupted, not run, unknown.
-        metric: the value that a sweep minimises; None if it is missing or not finite.
-        summary: path of summary.json.
-        error: reason of a failure.
-    """
-
-    FORMAT: ClassVar[str] = "run status"
-
-    status: str
-    exit_code: int
-    overrides: list[str] = field(default_factory=list)
-    metric: float | None = None
-    summary: str | None = None
-    error: str | None = None
-
 
 EXIT_DONE, EXIT_FAILED, EXIT_REQUEST, EXIT_NOT_KEPT = 0, 1, 2, 3
 
@@ -91,7 +72,7 @@ class Job:
 
     def undo(self) -> bool:
         """Remove the folder of a new run, unless a stage has finished; return True if removed."""
-        if self.state is not RunState.NEW or (self.folder / LEDGER_NAME).exists():
+        if self.state is not RunState.NEW or has_finished_stage(self.folder):
             return False
         for path in () if self.missing else self.folder.iterdir():  # an empty folder stays
             shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -313,18 +294,6 @@ def _validate_proposed(cfg: DictConfig, overrides: Sequence[str]) -> RunConfig:
         return config
     with composer() as composing:
         return composing.with_fallbacks(config, overrides)
-
-
-def read_status(folder: Path) -> RunStatus:
-    """Return the content of a job's `status.json`, or an error if it is missing or damaged."""
-    path = folder / STATUS_FILE
-    if not path.exists():
-        error = f"it left no {STATUS_FILE}"
-        return RunStatus(status="not run", exit_code=EXIT_FAILED, error=error)
-    try:
-        return read_record(path, RunStatus)
-    except TritterError as error:
-        return RunStatus(status="unknown", exit_code=EXIT_FAILED, error=str(error))
 
 
 def _write_status(

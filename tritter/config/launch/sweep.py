@@ -14,10 +14,10 @@ from rich.table import Table
 from rich.text import Text
 
 from tritter.config.folders import search_path
-from tritter.config.launch.jobs import ENDS, STATUS_FILE, Job, Task, read_status
+from tritter.config.launch.jobs import ENDS, Job, Task
 from tritter.config.launch.plan import Request
 from tritter.config.overrides import command, override_value
-from tritter.config.run_folder import OUTPUT_FILE
+from tritter.config.run_folder import OUTPUT_FILE, STATUS_FILE, read_status
 from tritter.errors import TritterError
 from tritter.stopping import Stopped
 from tritter.storage.lock import is_locked
