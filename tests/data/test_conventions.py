@@ -8,19 +8,23 @@ from typing import Any
 import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, processors
 from tokenizers import pre_tokenizers as split
-from tokenizers.models import BPE
+from tokenizers.models import BPE, Unigram, WordLevel, WordPiece
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from tritter.data.chat import ids_of
 from tritter.data.documents import Document
 from tritter.data.tokens import (
+    bounds_of,
+    encoded_texts,
     read_tokenizer,
     tokenise,
     tokenise_texts,
     train_tokenizer,
+    unencoded_note,
     wrap_tokenizer,
 )
+from tritter.errors import RequestError
 
 TEXTS = [
     "the model grows a layer where data asks for one",
@@ -226,3 +230,58 @@ def test_each_leading_space_is_a_token_as_tokenizer_json_says(tmp_path: Path) ->
     assert ids_of(documents.document(0)).tolist()[:3] == [space] * 3
     assert ids_of(documents.document(1)).tolist() == [space] * 3
     assert documents.num_bytes.tolist() == [5, 2]
+
+
+LETTERS = {letter: at for at, letter in enumerate("abc")}
+KNOWN = {
+    "word pieces": WordPiece({**LETTERS, "[UNK]": 3}, unk_token="[UNK]"),
+    "words": WordLevel({**LETTERS, "[UNK]": 3}, unk_token="[UNK]"),
+    "letters": BPE({**LETTERS, "[UNK]": 3}, [], unk_token="[UNK]"),
+    "unigrams": Unigram([("a", 0.0), ("b", 0.0), ("c", 0.0), ("[UNK]", 0.0)], unk_id=3),
+}
+UNKNOWN = {
+    "word pieces": WordPiece(LETTERS, unk_token="[UNK]"),
+    "words": WordLevel(LETTERS, unk_token="[UNK]"),
+    "unigrams": Unigram([("a", 0.0), ("b", 0.0)]),
+}
+
+
+def by_spaces(model: Any) -> Tokenizer:
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = split.WhitespaceSplit()
+    return tokenizer
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_the_share_of_unknown_tokens_is_noted(name: str) -> None:
+    tokenizer, texts = by_spaces(KNOWN[name]), ["a b c a b", "a 漢 b", "c 🙂"]
+    sides = [tokenise_texts(texts[:2], tokenizer), tokenise_texts(texts[2:], tokenizer)]
+    note = unencoded_note("old", sides, texts, tokenizer)
+    assert note.startswith("old: 2 of 10 tokens (20.00%)") and "[UNK]" in note
+    assert unencoded_note("old", sides[:0], [], tokenizer) == ""
+    known = [tokenise_texts(texts[:1], tokenizer)]
+    assert unencoded_note("old", known, texts[:1], tokenizer) == ""
+
+
+def test_texts_that_lose_characters_are_counted() -> None:
+    texts = ["a b c", "a 漢 b", "🙂漢 🙂", "\n"]
+    spaces = by_spaces(BPE(LETTERS, []))
+    prefixed = Tokenizer(BPE({**LETTERS, "▁": 3}, []))
+    prefixed.pre_tokenizer = metaspace("always")
+    for tokenizer in (spaces, prefixed):
+        note = unencoded_note("old", [tokenise_texts(texts, tokenizer)], texts, tokenizer)
+        assert note.startswith("old: 2 of 4 texts") and ("漢" in note or "🙂" in note)
+    for lossless in (train_tokenizer([Document("d", "a b")], vocab_size=260), sentencepiece(())):
+        sides = [tokenise_texts(texts, lossless)]
+        assert unencoded_note("old", sides, texts, lossless) == ""
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_a_text_that_cannot_be_encoded_is_refused_by_name(name: str) -> None:
+    tokenizer = by_spaces(UNKNOWN[name])
+    assert len(encoded_texts(["a b", "b"], tokenizer)) == 2
+    with pytest.raises(RequestError, match="z"):
+        encoded_texts(["a b", "a z"], tokenizer)
+    tokenizer.post_processor = TemplateProcessing(single="b $A", special_tokens=[("b", 1)])
+    other = Tokenizer.from_str(tokenizer.to_str().replace('"a"', '"ä"'))  # no token for "a"
+    assert bounds_of(other, 0).start == (1,)

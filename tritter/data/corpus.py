@@ -33,7 +33,13 @@ from tritter.data.split import (
     SplitRule,
     split_documents,
 )
-from tritter.data.tokens import Names, TokenisedDocuments, tokenise, train_tokenizer
+from tritter.data.tokens import (
+    Names,
+    TokenisedDocuments,
+    tokenise,
+    train_tokenizer,
+    unencoded_note,
+)
 from tritter.errors import RequestError, TritterError, did_you_mean
 from tritter.storage.atomic import atomic_folder, write_text_atomic
 from tritter.storage.hashing import file_digest
@@ -184,14 +190,20 @@ def build_corpus(
 def _with_notes(
     corpus: Corpus, notes: tuple[str, ...], documents: Mapping[str, Documents], chat: Chat | None
 ) -> Corpus:
-    """Return a corpus with its notes, to which those on conversations are added."""
+    """Return a corpus with its notes, to which those on its tokens and conversations are added."""
+    domains = corpus.domains
+    sides = {name: (domains[name].train, domains[name].validation) for name in domains}
+    unencoded = (
+        unencoded_note(name, sides[name], (each.text for each in documents[name]), corpus.tokenizer)
+        for name in documents
+    )
+    notes = (*notes, *filter(None, unencoded))
     if chat is None:
         return replace(corpus, notes=notes)
     count = sum(each.num_conversations() for each in documents.values())
-    domains = corpus.domains.values()
     found = [chat.note(count), unshown_note(chain.from_iterable(documents.values()), chat)]
-    found += [unanswered_note(each.name, (each.train, each.validation)) for each in domains]
-    found.append(endless_note((each.train for each in domains), chat))
+    found += [unanswered_note(name, each) for name, each in sides.items()]
+    found.append(endless_note((train for train, _ in sides.values()), chat))
     return replace(corpus, notes=(*notes, *filter(None, found)), chat=chat)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -106,7 +107,11 @@ class TextBounds:
 
 def bounds_of(tokenizer: Tokenizer, end: int, *, stops: Iterable[int] = ()) -> TextBounds:
     """Return the bounds of a text, which ends with `end`; the tokenizer does not truncate."""
-    encoding = tokenizer.encode(_ANY_TEXT)
+    try:
+        encoding = tokenizer.encode(_ANY_TEXT)
+    # The library's plain Exception: it has no token for the letter, and none for unknown ones
+    except Exception:
+        encoding = tokenizer.encode("")
     pairs = zip(encoding.ids, encoding.special_tokens_mask, strict=True)
     start = [token for token, _ in takewhile(lambda pair: pair[1], pairs)]
     if len(start) == len(encoding):  # it can't encode the letter, so the end may be behind it
@@ -590,6 +595,7 @@ def encoded_texts(
         is_fast: leave out offsets.
 
     Raises:
+        RequestError: the tokenizer has no tokens for a text, and none for unknown characters.
         TritterError: a normaliser or splitter of the tokenizer fails on a text.
     """
     encode = tokenizer.encode_batch_fast if is_fast else tokenizer.encode_batch
@@ -597,12 +603,91 @@ def encoded_texts(
         try:
             with panics_as_errors():
                 return list(encode(texts, add_special_tokens=False))
-        except TritterError:  # find the text
+        except Exception:  # the library raises plain Exception; find the text
             for text in texts:
-                what = "the normaliser or splitter of tokenizer.json, on the text "
-                with panics_as_errors(f"{what}{text[:_SHOWN_CHARACTERS]!r},"):
-                    tokenizer.encode(text, add_special_tokens=False)
+                _encode_alone(text, tokenizer)
             raise
+
+
+def _encode_alone(text: str, tokenizer: Tokenizer) -> None:
+    """Encode a text, and name it in an error."""
+    shown = repr(text[:_SHOWN_CHARACTERS])
+    try:
+        with panics_as_errors(
+            f"the normaliser or splitter of tokenizer.json, on the text {shown},"
+        ):
+            tokenizer.encode(text, add_special_tokens=False)
+    except TritterError:
+        raise
+    except Exception as error:
+        raise RequestError(
+            f"tokenizer.json has no tokens for the text {shown}, and none for unknown characters: "
+            f"{error}. Leave this text out, or give the tokenizer an unknown token."
+        ) from error
+
+
+def unencoded_note(
+    name: str,
+    sides: Sequence[TokenisedDocuments],
+    texts: Iterable[str],
+    tokenizer: Tokenizer,
+) -> str:
+    """Return a sentence on what a tokenizer cannot represent of a domain; empty if it is lossless.
+
+    Args:
+        name: the domain.
+        sides: its tokenised documents.
+        texts: its texts; read only if the tokenizer drops characters.
+        tokenizer: the tokenizer.
+    """
+    unknown = _unknown_id(tokenizer)
+    if unknown is not None:
+        count = sum(int((ids_of(side.tokens) == unknown).sum()) for side in sides)
+        total = sum(side.num_tokens for side in sides)
+        if not count:
+            return ""
+        return (
+            f"{name}: {count:,} of {total:,} tokens ({count / total:.2%}) are "
+            f"{tokenizer.id_to_token(unknown)}: the tokenizer does not know their characters."
+        )
+    count, total, dropped = _dropped(texts, tokenizer)
+    if not count:
+        return ""
+    return (
+        f"{name}: {count:,} of {total:,} texts have characters that the tokenizer drops, such as "
+        f"{dropped!r}; these characters are neither trained nor scored."
+    )
+
+
+def _unknown_id(tokenizer: Tokenizer) -> int | None:
+    """Return the id of unknown characters; None if there is none."""
+    from tokenizers.models import Unigram
+
+    if isinstance(tokenizer.model, Unigram):
+        number: int | None = json.loads(tokenizer.to_str())["model"]["unk_id"]
+        return number
+    name = getattr(tokenizer.model, "unk_token", None)
+    return None if name is None else tokenizer.token_to_id(name)
+
+
+def _dropped(texts: Iterable[str], tokenizer: Tokenizer) -> tuple[int, int, str]:
+    """Return how many texts lose characters, the number of texts, and one of these characters."""
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    bytes_of = (ByteLevel.alphabet(), [f"<0x{byte:02X}>" for byte in range(256)])
+    if any(all(tokenizer.token_to_id(each) is not None for each in one) for one in bytes_of):
+        return 0, 0, ""
+    is_dropped: dict[str, bool] = {}
+    count = total = 0
+    for text in texts:
+        new = [character for character in set(text) if character not in is_dropped]
+        for character, encoding in zip(new, encoded_texts(new, tokenizer), strict=True):
+            # A splitter may leave out spaces, and put one in front
+            is_empty = not "".join(encoding.tokens).strip("▁ ")
+            is_dropped[character] = is_empty and character.strip("▁").strip() != ""
+        count += any(is_dropped[character] for character in set(text))
+        total += 1
+    return count, total, next((one for one, is_lost in is_dropped.items() if is_lost), "")
 
 
 @contextmanager

@@ -15,7 +15,12 @@ from tritter.data.documents import notes_of
 from tritter.data.options import TextDataConfig
 from tritter.data.records import DEFAULT_FIELD
 from tritter.data.sources import find_texts, source_documents
-from tritter.data.tokens import PretrainedTokenizer, TokenisedDocuments, tokenise
+from tritter.data.tokens import (
+    PretrainedTokenizer,
+    TokenisedDocuments,
+    tokenise,
+    unencoded_note,
+)
 from tritter.errors import RequestError
 from tritter.evaluation.statistics import PairedScores
 from tritter.evaluation.tasks import Reader
@@ -88,6 +93,13 @@ def named_domains(
     files = (find_texts(f"--data {n}", paths).note(n) for n, paths in sources.items())
     notes = list(filter(None, files))
     notes += [note for domain_documents in found.values() for note in notes_of(domain_documents)]
+    notes += filter(
+        None,
+        (
+            unencoded_note(n, (each,), (one.text for one in found[n]), tokenizer.tokenizer)
+            for n, each in documents.items()
+        ),
+    )
     if chat is not None:
         notes.append(chat.note(count))
         notes += filter(None, (unanswered_note(n, (each,)) for n, each in documents.items()))
