@@ -49,11 +49,14 @@ def checks_of(result: Any) -> dict[str, dict[str, Any]]:
     return {check["check"]: check for check in result.json["checks"]}
 
 
-def test_an_exact_pair_passes_and_nothing_is_written(run: Run, place: Path, text: Path) -> None:
+def test_an_exact_pair_passes_and_nothing_is_written(
+    run: Run, place: Path, text: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     assert run("expand --checkpoint base --output wide --method width").code == 0
     before = snapshot(place)
-    result = run("validate --source base --result wide --data text --json")
+    result = run("validate --source base --result wide --data text --limit 30 --json")
     assert result.code == 0 and result.json["passed"]
+    assert "text: 30 of 40 documents are scored." in caplog.text
     assert [check["check"] for check in result.json["checks"]] == TESTS
     checks = checks_of(result)
     verdicts = [checks[name]["verdict"] for name in TESTS]
