@@ -585,3 +585,22 @@ def test_evaluate_takes_the_losses_of_what_was_held_out(
     refused = run("evaluate --checkpoint grown")
     assert refused.code == 2 and "pass data with --data NAME=PATH" in refused.err
     assert "data.old" not in refused.err and "= null" not in refused.err
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ("model=hf model.path=owner/other", "error: model.path = owner/other: "),
+        (
+            "--checkpoint owner/other --data data --old-data old",
+            "error: --checkpoint = owner/other: ",
+        ),
+    ],
+)
+def test_an_error_of_the_hub_names_the_key_that_was_typed(
+    run: Run, texts: Path, monkeypatch: pytest.MonkeyPatch, words: str, named: str
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    refused = run(f"train {words} {QUICK}")
+    assert refused.code == 2
+    assert f"{named}no such folder, and HF_HUB_OFFLINE is set" in refused.err

@@ -69,12 +69,12 @@ def history(
         if verify or as_json:
             other = "--verify" if verify else "--json"
             raise RequestError(f"--recipe can't be combined with {other}.")
-        say(recorded_recipe(locate(folder)).rstrip("\n"))
+        say(recorded_recipe(locate(folder, key="checkpoint")).rstrip("\n"))
         return 0
     from tritter.checkpoints.history import read_chain
     from tritter.checkpoints.history import verify as differences
 
-    located = locate(folder)
+    located = locate(folder, key="checkpoint")
     chain = read_chain(located)
     # --verify reports damage as a change
     if not verify and chain[-1].problem:

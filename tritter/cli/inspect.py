@@ -131,7 +131,7 @@ def inspect(folder: Folder, family: ShowFamily = False, as_json: AsJson = False)
         from tritter.core.families.config_file import read_config_file
 
     with refuse_damage():
-        located = locate(folder)
+        located = locate(folder, key="checkpoint")
         source = Source.open(located, read_config_file(located))
         dtypes = Counter(source.tensors.headers[t.name].dtype for t in source.stored)
         experts = source.experts

@@ -586,7 +586,9 @@ class Forgetting:
         if not folders:
             return None
         model = self._trainer.model
-        teacher = deepcopy(model) if folders[0] is None else load_model(locate(folders[0]))
+        teacher = (
+            deepcopy(model) if folders[0] is None else load_model(locate(folders[0], key="teacher"))
+        )
         teacher = teacher.to(self._trainer.args.device).eval().requires_grad_(False)
         self._teacher_hash = merkle_hash(
             {n: tensor_digest(n, p) for n, p in _named_parameters(teacher)}

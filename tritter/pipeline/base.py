@@ -366,7 +366,7 @@ def check_teacher(context: RunContext) -> None:
         for one in context.config.forgetting
         if one.kind.needs(one.options).teacher_folder == location
     }
-    folder, reason = locate(location), ""
+    folder, reason = locate(location, key=key), ""
     checkpoint_config(str(folder), key=key)
     try:
         config, start = read_config(folder), context.initial_checkpoint

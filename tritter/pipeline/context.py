@@ -222,7 +222,7 @@ class RunContext:
             return None
         if self.ledger.get("baseline") is not None:
             return self.source("baseline")
-        folder = locate(model.path)
+        folder = locate(model.path, key="model.path")
         checkpoint_config(str(folder), with_experts=True)
         try:
             return Source(folder, read_config(folder), read_lineage(folder))

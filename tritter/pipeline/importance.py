@@ -188,7 +188,7 @@ def task(context: RunContext, branch: Branch, *, follow: Callable[[Values], Valu
         if folder is None:
             model = load_model(start.folder, config=start.config)
         else:
-            model = load_model(locate(folder))
+            model = load_model(locate(folder, key="forgetting.distill.teacher"))
         teacher = context.masked(model).eval().requires_grad_(False)
     return Task(
         seed=_task_seed(context, branch),

@@ -620,7 +620,7 @@ def distillation(context: RunContext, branch: Branch) -> StageResult:
     with only_new_experts(model, added.experts):
         module = DistillationModule(
             model,
-            context.masked(load_model(locate(teacher))),
+            context.masked(load_model(locate(teacher, key="expansion.moe_add.teacher"))),
             new_experts=added.experts,
             temperature=options.distill_temperature,
             auxiliary_loss=context.config.moe_routing.auxiliary_loss,

@@ -23,7 +23,7 @@ _DOWNLOADED += [f"{name}*" for word in _LICENCES for name in (word, word.title()
 _UNKNOWN = "the hub does not know you: run `hf auth login`, or set HF_TOKEN"
 
 
-def locate(checkpoint: str, *, key: str = "checkpoint") -> Path:
+def locate(checkpoint: str, *, key: str) -> Path:
     """Return the local folder of a checkpoint, downloading it if it is a hub id.
 
     Only configs, tokenizer files, safetensors, the card and licences are downloaded. No code is
