@@ -33,7 +33,13 @@ def test_the_control_and_what_was_measured_stand_below(run: Run, due: int, advic
     assert f"advice {advice}" in said
     start = "pays off at any budget" if due == 20 else "pays off from"
     assert "alone continued training of the source" in said and start in said
-    assert "including the cost of the source" in said
+    assert "if the training of the source is counted" in said
+
+
+def test_a_source_that_is_not_repaid_is_said_in_words(run: Run) -> None:
+    out = run("plan --source 3B --target 3.6B --gpu-hours 500 --source-tokens 3T").out
+    said = " ".join(out.split())
+    assert "saves 99% of them, which does not repay the training of the source" in said
 
 
 @pytest.mark.full

@@ -433,6 +433,18 @@ def _memory_table(plan: GrowthPlan) -> Table:
     return Table(("memory", *numbers), tuple(rows), numbers=tuple(range(1, 6)))
 
 
+def _saving(plan: GrowthPlan) -> str:
+    """Compare the cost of a plan with training from scratch, in words where it costs more."""
+    needed_hours = (plan.needed_gpu_hours, plan.needed_gpu_hours + plan.source_gpu_hours)
+    sunk, counted = (1 - hours / plan.from_scratch_gpu_hours for hours in needed_hours)
+    if sunk <= 0:
+        return "the plan costs more than that"
+    text = f"the plan saves {sunk:.0%} of them"
+    if counted <= 0:
+        return f"{text}, which does not repay the training of the source"
+    return f"{text}, or {counted:.0%} if the training of the source is counted"
+
+
 def _verdict(plan: GrowthPlan, assumptions: Assumptions) -> list[tuple[str, str]]:
     """Return lines on the budget, the alternatives to the plan and its assumptions."""
     from tritter.planning.plan import LAW_RESOLUTION, SMALLEST_MODEL
@@ -451,8 +463,6 @@ def _verdict(plan: GrowthPlan, assumptions: Assumptions) -> list[tuple[str, str]
             text += f": {with_dashes(reached.method)} to {shape} instead of step {first_missing}"
         elif plan.reached_parameters == plan.source_parameters:
             text += ": they cover no expansion, only continued training of the source"
-    needed_hours = (plan.needed_gpu_hours, plan.needed_gpu_hours + plan.source_gpu_hours)
-    sunk, counted = (1 - hours / plan.from_scratch_gpu_hours for hours in needed_hours)
     gap = plan.control_loss - plan.predicted_loss
     difference = "the same as the plan's"
     if abs(gap) >= LAW_RESOLUTION:
@@ -471,8 +481,7 @@ def _verdict(plan: GrowthPlan, assumptions: Assumptions) -> list[tuple[str, str]
         (
             "scratch",
             f"training the last shape from scratch, {scratch}: "
-            f"{_hours(plan.from_scratch_gpu_hours)} GPU-hours; the plan saves {sunk:.0%}, or "
-            f"{counted:.0%} including the cost of the source",
+            f"{_hours(plan.from_scratch_gpu_hours)} GPU-hours; {_saving(plan)}",
         ),
         (
             "alone",
