@@ -174,8 +174,13 @@ def test_what_takes_long_says_so_without_a_terminal(monkeypatch: pytest.MonkeyPa
         assert show is not None
         show(1, 4)
         time.sleep(0.2)
+        with terminal.waiting(new_bar, "loading"):
+            time.sleep(0.7)
     assert "scoring old: 0 s" in text.getvalue() and "scoring old: 1/4, about" in text.getvalue()
+    assert "loading: " in text.getvalue()
     silent = io.StringIO()
     with terminal.progress_bars(Console(file=silent), mode="off") as new_bar:
         assert new_bar("scoring old") is None
+        with terminal.waiting(new_bar, "loading"):
+            pass
     assert silent.getvalue() == ""

@@ -163,6 +163,15 @@ def progress_bars(console: Console, *, mode: str) -> Iterator[NewBar]:
         yield new_bar
 
 
+@contextmanager
+def waiting(new_bar: NewBar, label: str) -> Iterator[None]:
+    """Show a bar without a count while the block lasts."""
+    show = new_bar(label)
+    yield
+    if show is not None:
+        show(1, 1)
+
+
 class _Lines:
     """Prints a line on what runs longer than 5 seconds, then twice as late each time.
 

@@ -19,6 +19,7 @@ from tests.pipeline.tiny import FIXTURES
 from tritter.checkpoints.folder import LINEAGE_NAME
 from tritter.core.families import count_parameters
 from tritter.core.models import read_config
+from tritter.data.options import read_sources
 from tritter.pipeline import validate as validation
 
 TESTS = [
@@ -255,3 +256,14 @@ def test_a_word_that_no_file_can_be_called_is_told_in_short(run: Run, place: Pat
     result = run("validate --source base --result base --target-data", "y" * 100_000)
     assert result.code == 2 and "a name has at most 255 bytes" in result.err
     assert len(result.err) < 1_000
+
+
+def test_each_part_has_a_progress_bar(run: Run, place: Path, text: Path) -> None:
+    assert run("expand --checkpoint base --output wide --method width").code == 0
+    sides = [validation.Side.open(place / name) for name in ("base", "wide")]
+    kept = read_sources("--data", {"kept": [str(text)]}, default_name="text", problems=[])
+    labels: list[str] = []
+    documents = validation.ValidationText(kept=kept, target=None, limit=30)
+    validation.validate(*sides, documents, new_bar=labels.append)
+    loading = ["loading the source", "scoring kept", "loading the result", "scoring kept"]
+    assert labels == [*loading, "gradients of new parameters"]

@@ -71,6 +71,10 @@ def test_each_process_has_a_sequence() -> None:
         (["training.max_steps=3", "trainer.accumulate_grad_batches=2"], (96, 24)),
         (["training.max_steps=3", "forgetting.ewc.num_sequences=200",
           "forgetting.self_replay.num_sequences=300"], (200, 300)),
+        (["training.max_steps=3", "data.batch_size=2", "data.sequence_length=512"], (6, 4)),
+        (["training.max_steps=3", "data.batch_size=2", "data.sequence_length=4096",
+          "model.max_position_embeddings=4096"], (6, 2)),
+        (["training.max_steps=100", "forgetting.self_replay.fraction=0"], (256, 160)),
     ],
 )  # fmt: skip
 def test_methods_read_as_much_as_training_uses(words: list[str], numbers: tuple[int, int]) -> None:

@@ -14,6 +14,7 @@ from tritter.cli.output import (
     print_json,
     print_lines,
     print_table,
+    progress_bars,
     refuse_damage,
 )
 from tritter.errors import Problem, RequestError, raise_problems
@@ -72,7 +73,8 @@ def validate(
     folders = [_folder(source, "--source"), _folder(result, "--result")]
     with refuse_damage():
         before, after = map(Side.open, folders)
-        checks = validate(before, after, text)
+        with progress_bars(is_shown=not as_json) as new_bar:
+            checks = validate(before, after, text, new_bar=new_bar)
     is_failed = any(check.verdict == "failed" for check in checks)
     if as_json:
         records = [check.to_dict() for check in checks]

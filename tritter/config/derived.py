@@ -23,7 +23,9 @@ _SMALL_LENGTH, _MOST = 128, 16  # of a base that the run trains
 _VALIDATION_BUDGET = 0.1 * 3  # tokens of all validations, relative to those of training
 _VALIDATION_TOKENS = (1024, 4096)  # usual range per domain
 _FEWEST_VALIDATED = 64  # per domain
-_SAMPLES, _FEWEST = "num_sequences", 8
+_SAMPLES = "num_sequences"
+_FEWEST, _FEWEST_TOKENS = 8, 2048  # sequences, or fewer if they have as many tokens
+_UNMIXED_SHARE = 0.1  # of generated text that only other methods read
 
 
 def with_batches(bodies: Bodies) -> dict[str, Mapping[str, Any]]:
@@ -67,7 +69,8 @@ def with_samples(bodies: Bodies, classes: Mapping[str, Any]) -> dict[str, Mappin
     """Return the bodies with `num_sequences` of forgetting methods.
 
     It is the default of the method, but not more than the sequences that training reads, or of
-    which a share is the sequences that it replays.
+    which a share is the sequences that it replays. The fewest are 8, or 2,048 tokens if these are
+    fewer sequences, but at least 2.
     """
     data, trainer = bodies.get("data", {}), bodies.get("trainer", {})
     factors = (
@@ -75,6 +78,8 @@ def with_samples(bodies: Bodies, classes: Mapping[str, Any]) -> dict[str, Mappin
         data.get(_BATCH),
         trainer.get("accumulate_grad_batches", 1),
     )
+    length = positive_count(data.get(_LENGTH)) or _SMALL_LENGTH
+    fewest = min(_FEWEST, max(2, _FEWEST_TOKENS // length))
     num_read = math.prod(positive_count(factor) or 1 for factor in factors)
     methods = dict(bodies.get("forgetting", {}))
     for name, body in methods.items():
@@ -84,7 +89,7 @@ def with_samples(bodies: Bodies, classes: Mapping[str, Any]) -> dict[str, Mappin
         most, share = getattr(kind.Options(), _SAMPLES), body.get("fraction", 1)
         if not isinstance(share, int | float) or not 0 <= share <= 1:
             share = 1  # reported elsewhere
-        count = min(most, max(_FEWEST, math.ceil(num_read * share)))
+        count = min(most, max(fewest, math.ceil(num_read * (share or _UNMIXED_SHARE))))
         methods[name] = {**body, _SAMPLES: count}
     return {**bodies, "forgetting": methods} if "forgetting" in bodies else dict(bodies)
 

@@ -2,8 +2,8 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import chain
@@ -84,7 +84,7 @@ from tritter.stopping import Stopped
 from tritter.storage.atomic import write_text_atomic
 from tritter.storage.hub import locate
 from tritter.targets import dotted, instantiate
-from tritter.terminal import Console, NewBar, progress_bars
+from tritter.terminal import Console, NewBar, progress_bars, waiting
 from tritter.training.options import rate_notes
 from tritter.transform import PlannedExpansion, planned
 
@@ -471,6 +471,12 @@ class RunContext:
     def progress_bars(self) -> AbstractContextManager[NewBar]:
         """Return progress bars, shown under the same conditions as those of training."""
         return progress_bars(self.console, mode=self.config.trainer.progress)
+
+    @contextmanager
+    def waiting(self, label: str) -> Iterator[None]:
+        """Show a bar without a count while the block lasts."""
+        with self.progress_bars() as new_bar, waiting(new_bar, label):
+            yield
 
     def training_sequences(self, domains: Sequence[str]) -> dict[str, Tensor]:
         """Return domain → packed training sequences [N, T]."""

@@ -103,11 +103,12 @@ def run_pipeline(config: RunConfig, *, run_folder: Path) -> Outcome:
         last, status = candidates[-1], candidates[-1].status
         control = _run_control(last, num_rounds=len(candidates) if last.branches[0].is_round else 1)
         is_kept = status != "rolled_back"
-        context.stage(
-            "publish",
-            lambda: verdict.publish(last.context, last.branches, keep=is_kept),
-            label="publish",
-        )
+        with context.waiting("writing the published model"):
+            context.stage(
+                "publish",
+                lambda: verdict.publish(last.context, last.branches, keep=is_kept),
+                label="publish",
+            )
         disk.remove_unneeded(
             context, *(branch for each in (*candidates, control) for branch in each.branches)
         )

@@ -93,7 +93,8 @@ def baseline(context: RunContext) -> StageResult:
     if context.initial_checkpoint is not None:
         location = context.initial_checkpoint.folder
         context.say("baseline", f"checkpoint {location}; no pretraining")
-        lineage = copy_source(context, folder)
+        with context.waiting("copying and hashing the checkpoint"):
+            lineage = copy_source(context, folder)
     else:
         base = obtain_base(context)
         seconds["pretraining"] = base.seconds
@@ -480,7 +481,8 @@ def evaluation(context: RunContext, branch: Branch) -> StageResult:
     if is_last and not branch.is_control and context.config.evaluation.sample_tokens != 0:
         start = "baseline" if branch.task else branch.start
         before = experts.load_start(context, branch, context.source(start))
-        samples = generate_samples(context.reading(start), before, context, trained)
+        with context.waiting("writing samples"):
+            samples = generate_samples(context.reading(start), before, context, trained)
         flops += sum(sample.flops for sample in samples)
     read, used, lora_used = list[Tensor](), None, None
     if Routing.of(trained) is not None:

@@ -46,6 +46,7 @@ from tritter.pipeline.context import corpus_chat
 from tritter.planning.memory import machine_memory
 from tritter.storage.hashing import merkle_hash, tensor_digest
 from tritter.storage.tensors import TensorFolder
+from tritter.terminal import NewBar, no_bar, waiting
 from tritter.training.gradient_flow import NewUnits, run_trial_steps
 
 logger = logging.getLogger(__name__)
@@ -217,8 +218,10 @@ class _Outputs:
     scores: Mapping[str, Mapping[str, PairedScores | None]]
 
 
-def validate(source: Side, result: Side, text: ValidationText) -> list[Check]:
-    """Return the checks of all five tests.
+def validate(
+    source: Side, result: Side, text: ValidationText, *, new_bar: NewBar = no_bar
+) -> list[Check]:
+    """Return the checks of all five tests; `new_bar` makes the progress bars.
 
     Raises:
         RequestError: a file can't be read, or a model does not fit into memory.
@@ -231,15 +234,20 @@ def validate(source: Side, result: Side, text: ValidationText) -> list[Check]:
     documents = [one for kind in texts.values() for each in kind.documents.values() for one in each]
     ids = _sequences(source, result, documents)
     data = recorded_chat(result.lineage)
-    before = _evaluate_side(source.load(), source, result, ids, texts, data)
-    model = result.load()
-    after = _evaluate_side(model, result, source, ids, texts, data)
+    with waiting(new_bar, "loading the source"):
+        model = source.load()
+    before = _evaluate_side(model, source, result, ids, texts, data, new_bar)
+    del model  # one at a time in memory
+    with waiting(new_bar, "loading the result"):
+        model = result.load()
+    after = _evaluate_side(model, result, source, ids, texts, data, new_bar)
     if new:  # this changes the weights of `model`
         own = _sequences(result, result, documents)
         assert own is not None
-        gradients = run_trial_steps(
-            model, own.to(next(model.parameters()).device), new, steps=FLOW_STEPS
-        )
+        with waiting(new_bar, "gradients of new parameters"):
+            gradients = run_trial_steps(
+                model, own.to(next(model.parameters()).device), new, steps=FLOW_STEPS
+            )
         flow = flow_check(gradients, min_steps=FLOW_STEPS)
         assert flow is not None
     else:
@@ -276,6 +284,7 @@ def _evaluate_side(
     ids: Tensor | None,
     texts: Mapping[str, _Domains],
     data: ChatChoice,
+    new_bar: NewBar,
 ) -> _Outputs:
     """Score a model with its tokenizer, or with the other one if the vocabulary size matches.
 
@@ -302,6 +311,7 @@ def _evaluate_side(
                 sequence_length=min(side.longest, other.longest),
                 bounds=tokenizer.bounds,
                 batch_size=BATCH_SIZE,
+                progress=new_bar(f"scoring {domain}"),
             )
     return _Outputs(logits, num_bytes, scores)
 
