@@ -117,6 +117,21 @@ def test_unpacked_bytes_count(place: Path) -> None:
         check(place / "a.jsonl.gz", max_bytes=5000)
 
 
+def test_options_of_reading_that_nothing_needs_are_refused(
+    run: Run, run_there: Run, place: Path, pipeline: FakePipeline
+) -> None:
+    (place / "old/a.txt").write_text("old text")
+    words = ("data.old=@old", "data.text_field=body")
+    result = run_there(*words, "data.new=@old/*.txt")
+    assert result.code == 2 and "data.text_field = body: no file of the run has" in result.err
+    (place / "new/b.jsonl").write_text('{"body": "text"}\n')
+    assert run_there(*words, "data.new=@new").code == 0
+    names = [f"{place}/{name}" for name in ("old/a.txt[0:1]#text", "new/b.jsonl[0:1]#body")]
+    old, new = (f"data.{key}='{name}'" for key, name in zip(("old", "new"), names, strict=True))
+    assert "data.max_rows = 5: each" in run("data=hf", old, new, "data.max_rows=5").err
+    assert "data.text_column = b: each" in run("data=hf", old, new, "data.text_column=b").err
+
+
 def test_files_of_a_project_that_are_no_data_are_skipped_unless_they_are_named(place: Path) -> None:
     (place / "old/package.json").write_text('{"name": "x",\n "version": 1}\n')
     (place / "old/texts.json").write_text('["a text"]')

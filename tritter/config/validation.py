@@ -60,6 +60,7 @@ from tritter.core.families.presets import model_problems
 from tritter.data.options import (
     NamedTextConfig,
     batch_problems,
+    reading_problems,
     streaming_problems,
     weight_problems,
 )
@@ -497,6 +498,7 @@ _RULES: tuple[Rule, ...] = (
     *RULES,
     idle_problems,
     weight_problems,
+    reading_problems,
     streaming_problems,
     method_problems,
     vocabulary_problems,

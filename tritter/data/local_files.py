@@ -315,6 +315,11 @@ def _has_lines(text: str) -> bool:
         return False
 
 
+def has_records(path: Path) -> bool:
+    """Return whether the reader of a file yields records, not the file's text."""
+    return _kind(path) in _RECORDS
+
+
 def check_sizes(path: Path) -> None:
     """Refuse a file of a data set that takes far more memory than its size, by reading it once.
 

@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, Literal
@@ -13,6 +14,7 @@ from pydantic import Field
 from tritter.data.built_in import built_in_path, is_built_in
 from tritter.data.chat import LossOn
 from tritter.data.datasets import PREFIX, check_on_disk, dataset_names, parse_name
+from tritter.data.local_files import has_records
 from tritter.data.records import DEFAULT_FIELD
 from tritter.data.skills import PREFIX as SKILL_PREFIX
 from tritter.data.skills import SKILLS
@@ -496,6 +498,24 @@ def streaming_problems(config: RunRequest) -> Iterator[Problem]:
         if names and len(names) < len(domain.paths):
             reason = f"{domain.name} mixes data sets and built-in texts; make two domains of it"
             yield Problem("data.streaming", True, reason=reason)
+
+
+def reading_problems(config: RunRequest) -> Iterator[Problem]:
+    """Yield options of reading that no file or data set of the run needs."""
+    data, unused = config.data, dict[str, tuple[object, str]]()
+    if isinstance(data, TextDataConfig | SkillsDataConfig) and data.text_field != DEFAULT_FIELD:
+        found = (find_texts(each.key, each.paths).files for each in text_requests(data))
+        if not any(map(has_records, chain.from_iterable(found))):
+            unused["text_field"] = (data.text_field, "no file of the run has records")
+    if isinstance(data, DatasetsConfig):
+        names = chain.from_iterable(dataset_names(each.paths) for each in text_requests(data))
+        sources = [parse_name("data", name) for name in names]
+        if data.max_rows and not any(each.rows == (0, data.max_rows) for each in sources):
+            unused["max_rows"] = (data.max_rows, "each dataset has a range of its own")
+        if data.text_column and not any(each.column == data.text_column for each in sources):
+            unused["text_column"] = (data.text_column, "each dataset has a column of its own")
+    for name, (value, reason) in unused.items():
+        yield Problem(f"data.{name}", value, reason=f"{reason}, so it has no effect; remove it")
 
 
 def batch_problems(config: RunRequest) -> Iterator[Problem]:
