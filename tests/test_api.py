@@ -498,14 +498,14 @@ def surroundings() -> tuple[Any, ...]:
 
 def test_a_run_leaves_the_process_as_it_was(fake: FakePipeline, tmp_path: Path) -> None:
     before = surroundings()
-    first = tritter.run("expansion=dus", "seed=7", output=tmp_path / "a folder, of mine")
+    first = tritter.run("expansion=dus", "seed=8", output=tmp_path / "a folder, of mine")
     assert first.folder == tmp_path / "a folder, of mine" and first.status == "kept"
     (tmp_path / "old.txt").write_text("old")
     (tmp_path / "new.txt").write_text("new")
     sources = {"old": {"mine": [tmp_path / "old.txt"]}, "new": ["new.txt"]}
     second = tritter.run("expansion=none", data=sources)
     assert second.folder.parent == tmp_path / "outputs/runs"
-    assert [config.seed for config in fake.configs] == [7, 0]
+    assert [config.seed for config in fake.configs] == [8, 0]
     assert fake.configs[1].text.domains[0].name == "mine"
     assert surroundings() == before
     again = tritter.run(f"resume={second.folder}")

@@ -636,7 +636,7 @@ def _scores(
 
     refuse_peft(model)
     live: Any = load(model) if isinstance(model, str | PathLike) else model
-    own = _tokenizer(tokenizer, vocab_size=live.config.vocab_size)
+    own = _tokenizer(tokenizer, live)
     limit = getattr(live.config, "max_position_embeddings", None) or sequence_length
     return {
         name: document_losses(
@@ -650,13 +650,17 @@ def _scores(
     }
 
 
-def _tokenizer(tokenizer: Tokenizer, *, vocab_size: int) -> PretrainedTokenizer:
+def _tokenizer(tokenizer: Tokenizer, model: nn.Module) -> PretrainedTokenizer:
     from tritter.data.tokens import read_tokenizer, wrap_tokenizer
     from tritter.storage.hub import locate
 
+    config = cast(Any, model.config)
+    end: object = getattr(config, "eos_token_id", None)
+    ends = end if isinstance(end, list) else [end]
     if not isinstance(tokenizer, str | PathLike):
-        return wrap_tokenizer(tokenizer)
-    return read_tokenizer(locate(fspath(tokenizer), key="tokenizer"), vocab_size=vocab_size)
+        return wrap_tokenizer(tokenizer, ends=ends)
+    folder = locate(fspath(tokenizer), key="tokenizer")
+    return read_tokenizer(folder, vocab_size=config.vocab_size, ends=ends)
 
 
 # Forgetting mitigation
@@ -718,8 +722,7 @@ def protect(
         own: PretrainedTokenizer | None = None
         if needs.old_text:
             if tokenizer is not None:
-                vocab_size = cast(Any, model.config).vocab_size
-                own = _tokenizer(tokenizer, vocab_size=vocab_size)
+                own = _tokenizer(tokenizer, model)
             count = getattr(chosen.options, "num_sequences", 256)
             length = sequence_length or _window_length(model)
             batches = old_sequences(old_data, tokenizer=own, sequence_length=length, count=count)

@@ -259,3 +259,16 @@ def test_another_vocabulary_keeps_the_start(packing: str) -> None:
 def test_a_live_tokenizer_is_read_like_a_folder() -> None:
     own = wrap_tokenizer(STOCK)
     assert isinstance(own, PretrainedTokenizer) and own.bounds == BOUNDS
+
+
+def test_the_model_says_the_end_if_the_tokenizer_does_not() -> None:
+    """As tokenizers of which only tokenizer.json is left, and live ones made from it."""
+    silent = PreTrainedTokenizerFast(tokenizer_object=tokenizer_of())
+    for ends in ([END], [END, 3], [10**6, END]):
+        own = wrap_tokenizer(silent, ends=ends)
+        assert own.bounds == BOUNDS and own.end_of_text == EOS
+    assert wrap_tokenizer(STOCK, ends=[3]).bounds == BOUNDS
+    for ends in ([], [None], [10**6]):
+        with pytest.raises(RequestError) as caught:
+            wrap_tokenizer(silent, ends=ends)
+        assert caught.value.problems[0].key == "tokenizer"

@@ -9,11 +9,20 @@ import pytest
 import torch
 from datasets import Dataset
 from torch import nn
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import tritter
 from tests import oracle
-from tests.data.test_text_bounds import BOUNDS, DOCUMENTS, END, START_ID, STOCK, TEXTS, TOKENIZER
+from tests.data.test_text_bounds import (
+    BOUNDS,
+    DOCUMENTS,
+    END,
+    START_ID,
+    STOCK,
+    TEXTS,
+    TOKENIZER,
+    tokenizer_of,
+)
 from tests.pipeline.tiny import FIXTURES
 from tritter.checkpoints import read_lineage
 from tritter.config.launch.composition import load_config
@@ -154,6 +163,13 @@ def test_the_gate_has_the_sign_of_the_model_as_it_is_run(base: Path, tmp_path: P
     assert stock_loss(after, WORDS, front=END) == pytest.approx(stock_loss(base, WORDS, front=END))
     (check,) = tritter.gate(base, after, {"old": WORDS}).checks
     assert check.value == pytest.approx(wanted, rel=1e-3)
+    model.config.eos_token_id = [END]  # and the tokenizer names none
+    silent = PreTrainedTokenizerFast(tokenizer_object=tokenizer_of())
+    silent.save_pretrained(tmp_path / "silent")
+    for tokenizer in (silent, tmp_path / "silent"):
+        (same,) = tritter.gate(model, model, {"old": WORDS}, tokenizer=tokenizer).checks
+        assert same.value == 0
+        tritter.protect(model, "ewc", WORDS, tokenizer=tokenizer, num_sequences=1)
 
 
 def test_evidence_of_experts_begins_at_the_start() -> None:

@@ -130,7 +130,9 @@ class PretrainedTokenizer:
     bounds: TextBounds
 
 
-def read_tokenizer(folder: Path, *, vocab_size: int) -> PretrainedTokenizer:
+def read_tokenizer(
+    folder: Path, *, vocab_size: int, ends: Iterable[object] = ()
+) -> PretrainedTokenizer:
     """Read a checkpoint's tokenizer.json and its end of text (`eos_token`).
 
     The end of text comes from tokenizer_config.json or special_tokens_map.json; otherwise its id
@@ -139,6 +141,7 @@ def read_tokenizer(folder: Path, *, vocab_size: int) -> PretrainedTokenizer:
     Args:
         folder: the checkpoint.
         vocab_size: size of the model's embedding.
+        ends: of the model, for a folder that names none.
 
     Raises:
         RequestError: tokenizer.json is missing or damaged, has tokens of texts without an
@@ -156,11 +159,14 @@ def read_tokenizer(folder: Path, *, vocab_size: int) -> PretrainedTokenizer:
     except Exception as error:
         raise RequestError(f"{path} is not a usable tokenizer: {error}") from error
     _check_ids(tokenizer, path, vocab_size)
-    declared = _declared_ends(folder, tokenizer)
-    ends = {name: token for name in declared if (token := tokenizer.token_to_id(name)) is not None}
-    for name, end in ends.items():
+    declared = {
+        name: token
+        for name in (*_declared_ends(folder, tokenizer), *_names_of(ends, tokenizer))
+        if (token := tokenizer.token_to_id(name)) is not None
+    }
+    for name, end in declared.items():
         if end < vocab_size:
-            bounds = bounds_of(tokenizer, end, stops=ends.values())
+            bounds = bounds_of(tokenizer, end, stops=declared.values())
             if _json(folder / _STATED_IN[0]).get("tokenizer_class") in _WITHOUT_START:
                 bounds = replace(bounds, start=())
             return PretrainedTokenizer(tokenizer, name, bounds)
@@ -185,21 +191,30 @@ def _check_ids(tokenizer: Tokenizer, path: Path, vocab_size: int) -> None:
         )
 
 
-def wrap_tokenizer(tokenizer: Any) -> PretrainedTokenizer:
+def wrap_tokenizer(tokenizer: Any, *, ends: Iterable[object] = ()) -> PretrainedTokenizer:
     """Return a live Hugging Face tokenizer as ours; the original keeps its settings.
 
+    Args:
+        tokenizer: the tokenizer.
+        ends: of the model, for a tokenizer without `eos_token`.
+
     Raises:
-        RequestError: it is not a fast tokenizer, or has no `eos_token`.
+        RequestError: it is not a fast tokenizer, or neither it nor the model has an end of text.
     """
     from tokenizers import Tokenizer
 
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if not isinstance(backend, Tokenizer) or tokenizer.eos_token is None:
+    names = list[str]()
+    if isinstance(backend, Tokenizer):
+        own = [] if tokenizer.eos_token is None else [str(tokenizer.eos_token)]
+        names = [*own, *_names_of(ends, backend)]
+    if backend is None or not names:
         reason = "pass a fast Hugging Face tokenizer with an eos_token, or a folder that holds one"
         raise refused("tokenizer", type(tokenizer).__name__, reason)
     copied = copy_backend(backend)
-    bounds = bounds_of(copied, int(tokenizer.eos_token_id))
-    return PretrainedTokenizer(copied, str(tokenizer.eos_token), bounds)
+    end = copied.token_to_id(names[0])
+    assert end is not None
+    return PretrainedTokenizer(copied, names[0], bounds_of(copied, end))
 
 
 def copy_backend(tokenizer: Tokenizer) -> Tokenizer:
@@ -222,11 +237,15 @@ def _declared_ends(folder: Path, tokenizer: Tokenizer) -> Iterator[str]:
             yield name
     for file in _NUMBERED_IN:
         numbers = _json(folder / file).get("eos_token_id")
-        for number in numbers if isinstance(numbers, list) else [numbers]:
-            if isinstance(number, int) and number >= 0:
-                name = tokenizer.id_to_token(number)
-                if name is not None:
-                    yield name
+        yield from _names_of(numbers if isinstance(numbers, list) else [numbers], tokenizer)
+
+
+def _names_of(numbers: Iterable[object], tokenizer: Tokenizer) -> Iterator[str]:
+    for number in numbers:
+        if isinstance(number, int) and number >= 0:
+            name = tokenizer.id_to_token(number)
+            if name is not None:
+                yield name
 
 
 def _json(path: Path) -> dict[str, Any]:
