@@ -197,6 +197,13 @@ def test_target_params_takes_the_nearest_shape(run: Run, place: Path) -> None:
     assert not (place / "far").exists()
 
 
+def test_far_more_layers_than_the_source_has_are_advised_against(run: Run, place: Path) -> None:
+    words = "expand base --method llama-pro --dry-run --no-measure"
+    deep = " ".join(run(f"{words} --target-params 1M").out.split())
+    assert "of hidden size 24 are deep and thin" in deep and "width,llama-pro" in deep
+    assert "thin:" not in run(f"{words} --target-layers 100").out
+
+
 def test_the_config_holds_what_changed_and_no_general_defaults(run: Run, place: Path) -> None:
     run("expand base --method width --hidden-size 40 --output wide")
     before, after = (json.loads((place / n / "config.json").read_text()) for n in ("base", "wide"))

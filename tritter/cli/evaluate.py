@@ -164,7 +164,9 @@ def evaluate(
 
     inputs = [named_path(checkpoint, key="--checkpoint"), *filter(None, [tasks_path])]
     inputs += [named_path(word, key="--data") for words in sources.values() for word in words]
-    file = output and ReportFile(output, "evaluate", "json", overwrite=overwrite, sources=inputs)
+    file = None
+    if output is not None:
+        file = ReportFile(output, "evaluate", "json", overwrite=overwrite, sources=inputs)
     sandbox = _sandbox(chosen, _split_names(allow_code), code_sandbox)
     harness = EvalOptions(
         limit=limit, batch_size=batch_size, sandbox=sandbox, is_shown=not as_json,

@@ -28,7 +28,7 @@ from tritter.cli.report import report
 from tritter.cli.train import TrainCommand, train
 from tritter.cli.validate import validate
 from tritter.config.launch.command_line import SYSTEM_ERRORS, check_encodable, one_line
-from tritter.config.suggestions import COMMAND_SYNONYMS, flag_advice
+from tritter.config.suggestions import COMMAND_SYNONYMS, flag_advice, setting_advice
 from tritter.errors import RequestError, TritterError, panics_as_errors
 from tritter.stopping import Stopped, stopping
 from tritter.terminal import close_pipe, say
@@ -125,12 +125,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         context, flag = getattr(error, "ctx", None), getattr(error, "option_name", None)
         command_path = context.command_path if context is not None else "tritter"
         near = f". Did you mean {possibilities[0]}?" if possibilities else ""
-        if flag and (advice := flag_advice(flag, argv, command=command_path.rpartition(" ")[2])):
+        advice = None if context is None else _setting_advice(context, error.message, argv)
+        if flag:
+            advice = flag_advice(flag, argv, command=command_path.rpartition(" ")[2])
+        if advice:
             near, possibilities = f". {advice}", True
         message = error.message if possibilities else error.format_message()
         hint = f"`{command_path} --help` lists the options."
         say(f"error: {message}{near}\n{hint}", is_error=True)
         return error.exit_code
+
+
+def _setting_advice(context: Any, message: str, words: Sequence[str]) -> str | None:
+    """Return the option for the first `key=value` that an error calls an extra argument."""
+    _, is_extra, extra = message.partition("extra argument")
+    settings = [word for word in words if "=" in word and word[:1] != "-" and word in extra]
+    if not (is_extra and settings):
+        return None
+    options = [each for each in context.command.get_params(context) if each.opts[0][:2] == "--"]
+    flags = {each.opts[0]: bool(getattr(each, "is_flag", False)) for each in options}
+    return setting_advice(settings[0], flags, command=context.info_name)
 
 
 def _print_version(is_requested: bool) -> None:

@@ -1,7 +1,7 @@
 """Nearest matches for unknown keys, and replacements for options of other tools."""
 
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from itertools import pairwise
@@ -92,7 +92,7 @@ HINTS = (
         "{key}=VALUE",
         command="train",
     ),
-    Hint("--expansion", "--method METHOD", command="expand"),
+    Hint("(--)?(expand|expansion)", "--method METHOD", command="expand"),
     Hint("model", "model=hf model.path=DIR", applies_to=_is_path_or_hub_id),
     Hint(r"model\.path", "model=hf model.path=DIR"),
     Hint(
@@ -128,6 +128,23 @@ def hint_for(typed: str, value: object = None, *, command: str = "train") -> Hin
             advice = re.sub(r"\b[A-Z]+\b", lambda _: text, advice)
         return replace(hint, advice=advice)
     return None
+
+
+def setting_advice(setting: str, flags: Mapping[str, bool], *, command: str) -> str | None:
+    """Return a sentence with the option for a `key=value` of a command without keys, or None.
+
+    Args:
+        flags: the command's options → True for those without a value.
+    """
+    key, _, value = setting.partition("=")
+    value = value.strip("[]")  # of an ordered list
+    hint = hint_for(key, value, command=command)
+    option = "--" + key.rpartition(".")[2].replace("_", "-")
+    if hint is not None and hint.advice.startswith("--"):
+        return f"Did you mean: {hint.advice}"
+    if option not in flags:
+        return None
+    return f"Did you mean: {option if flags[option] else f'{option} {value}'}"
 
 
 def child_names(keys: Collection[str], section: str) -> list[str]:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 # Types that need not know the axes of a model type without a table
 _KEEPING_AXES = ("depth", "vocab", "context")
+_MANY_LAYERS = 100  # the deepest released models have about 130 layers, of hidden size 16,384
 
 
 class ExpansionSpec(Protocol):
@@ -164,10 +165,22 @@ def build_steps(
             family = family.widened(source)
         target = _checked_target(spec, source)
         parameter_map = spec.parameter_map(family, source, target, seed=seed + position)
-        notes = spec.notes(family, source, target)
+        notes = (*spec.notes(family, source, target), *_thin_notes(family, source, target))
         steps.append(ResolvedExpansion(spec, source, target, parameter_map, notes))
         source = target
     return tuple(steps)
+
+
+def _thin_notes(family: Family, source: Config, target: Config) -> tuple[str, ...]:
+    """Advise widening if depth alone makes far more layers than models of this width have."""
+    before, after = family.dimensions(source), family.dimensions(target)
+    layers, hidden = after.num_hidden_layers, after.hidden_size
+    if layers <= max(_MANY_LAYERS, 4 * before.num_hidden_layers):
+        return ()
+    return (
+        f"{layers} layers of hidden size {hidden} are deep and thin: slow to train and to serve. "
+        "Widen instead (width), or widen and add fewer layers (width,llama-pro)",
+    )
 
 
 def compose_maps(steps: Sequence[ResolvedExpansion], source_config: Config) -> "ParameterMap":
