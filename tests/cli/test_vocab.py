@@ -71,10 +71,16 @@ def test_a_recipe_of_the_result_makes_it_again(run: Run, base: Path) -> None:
     assert first is not None and second is not None and first.model_hash == second.model_hash
 
 
-def test_a_dry_run_and_json_write_nothing(run: Run, base: Path) -> None:
+def test_a_dry_run_and_json_write_nothing(
+    run: Run, base: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    Path("code").mkdir()
+    Path("code.jsonl").rename("code/code.jsonl")
+    Path("code/package.json").write_text('{"name": "code"}')
     before = snapshot(base.parent)
-    result = run(f"{EXPAND} --new-tokens 20 --domain-data code.jsonl --dry-run --json")
+    result = run(f"{EXPAND} --new-tokens 20 --domain-data code --dry-run --json")
     assert result.code == 0, result.err
+    assert "--domain-data: 1 file read; skipped 1 (.json of one object 1)" in caplog.text
     plain = result.json
     assert plain["shapes"]["after"]["vocab_size"] == 320 and plain["steps"][0]["is_exact"]
     assert snapshot(base.parent) == before

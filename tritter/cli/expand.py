@@ -417,8 +417,7 @@ def _with_tokens(job: _Job, data: Sequence[str] | None, *, is_trained: bool) -> 
     from tritter.checkpoints.run_text import DEFAULT_FRACTION
     from tritter.core.expansions import Vocab, vocab_place
     from tritter.data.options import read_sources
-    from tritter.data.records import DEFAULT_FIELD
-    from tritter.data.sources import source_documents
+    from tritter.data.sources import noted_documents
     from tritter.data.split import SplitRule, training_texts
     from tritter.transform.vocabulary import learned
 
@@ -438,7 +437,7 @@ def _with_tokens(job: _Job, data: Sequence[str] | None, *, is_trained: bool) -> 
     problems: list[Problem] = []
     found = read_sources(key, list(data), default_name="new", problems=problems)
     raise_problems(problems)
-    read = {n: source_documents(p, key=key, text_field=DEFAULT_FIELD) for n, p in found.items()}
+    read = {n: noted_documents(p, key=key) for n, p in found.items()}
     default = SplitRule(seed=job.settings.seed or 0, validation_fraction=DEFAULT_FRACTION)
     rule = (job.source.lineage and job.source.lineage.split) or default
     specs[place] = learned(spec, job.source, training_texts(read, rule=rule, names=read))

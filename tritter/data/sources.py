@@ -1,5 +1,6 @@
 """Documents of paths: find files, read their contents, and read data sets."""
 
+import logging
 import os
 import stat
 from array import array
@@ -24,10 +25,12 @@ from tritter.data.local_files import (
     text_pieces,
     text_suffix,
 )
-from tritter.data.records import Text, shown
+from tritter.data.records import DEFAULT_FIELD, Text, shown
 from tritter.data.skills import SkillText
 from tritter.errors import RequestError, TritterError, did_you_mean, refused
 from tritter.storage.reading import check_inside, kind_of
+
+logger = logging.getLogger(__name__)
 
 _Identity = tuple[int, int]  # device and inode of a folder
 _GLOB_SIGNS = set("*?[")
@@ -278,6 +281,14 @@ def source_documents(
     whole = chain((document.text for document in built_in), rows)
     read = text_pieces(files, reading) if files else ()
     return _documents(chain(read, chain.from_iterable(map(pieces, whole))), reading)
+
+
+def noted_documents(paths: Sequence[str], *, key: str) -> Documents:
+    """Return the `source_documents` of paths, and log which files and records are left out."""
+    documents = source_documents(paths, key=key, text_field=DEFAULT_FIELD)
+    for note in filter(None, (find_texts(key, paths).note(key), *documents.notes)):
+        logger.warning(note)
+    return documents
 
 
 def _documents(texts: Iterable[Text], reading: Reading) -> Documents:

@@ -17,9 +17,9 @@ from tritter.checkpoints.run_text import recorded_chat
 from tritter.core.families import Config, count_parameters, family_of, layout, position_limit
 from tritter.core.models import load_model, read_config
 from tritter.data.chat import ChatChoice, ids_of
-from tritter.data.documents import Document, notes_of
+from tritter.data.documents import Document
 from tritter.data.options import TextSources
-from tritter.data.sources import source_documents
+from tritter.data.sources import noted_documents, source_documents
 from tritter.data.split import split_documents
 from tritter.data.tokens import (
     PretrainedTokenizer,
@@ -113,11 +113,8 @@ def _read(
     option = "--data" if kind == "kept" else "--target-data"
     if named is not None:
         whole = {
-            name: source_documents(paths, key=f"{option} {name}", text_field="text")
-            for name, paths in named.items()
+            name: noted_documents(paths, key=f"{option} {name}") for name, paths in named.items()
         }
-        for note in (note for documents in whole.values() for note in notes_of(documents)):
-            logger.warning(note)
         found = _Domains(whole, f"{option} contains no documents")
     else:
         try:

@@ -25,9 +25,8 @@ from tritter.core.expansions import MoeAdd
 from tritter.core.families import LogicalTensor, layout
 from tritter.core.models import config_of
 from tritter.core.stock_routers import AddedExperts, Routing
-from tritter.data.documents import notes_of
 from tritter.data.packing import labels_of, marks_read
-from tritter.data.sources import source_documents
+from tritter.data.sources import noted_documents
 from tritter.data.tokens import TextBounds, bounds_of, copy_backend, pack, tokenise
 from tritter.errors import RequestError, TritterError
 from tritter.evaluation.inference import device_of, preserve_modes
@@ -665,9 +664,7 @@ class ProgressiveMoE:
                 "ProgressiveMoE(tokenizer)."
             )
         path = str(Path(path).expanduser().resolve())
-        documents = source_documents([path], key="domain_data_path", text_field="text")
-        for note in notes_of(documents):
-            logger.warning(note)
+        documents = noted_documents([path], key="domain_data_path")
         limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
         sequences = pack(
             tokenise(documents, self.tokenizer),
