@@ -38,6 +38,7 @@ REFUSALS: dict[str, tuple[str, ...]] = {
     "training.lr=1": ("Did you mean training.learning_rate?",),
     "lr=1": ("Did you mean training.learning_rate?",),
     "steps=3": ("Did you mean training.max_steps?",),
+    "run.directory=out": ("hydra.run.dir=out",),
     "optimizer.wd=1": ("Did you mean optimizer.weight_decay?",),
     "data.bs=4": ("Did you mean data.batch_size?",),
     "learning_rate=3": ("learning_rate = 3", "Did you mean training.learning_rate?"),

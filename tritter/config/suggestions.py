@@ -84,6 +84,7 @@ HINTS = (
     Hint("--(lr|learning[-_]rate)", "--learning-rate X", command="expand"),
     Hint("--(data|dataset)", "--domain-data PATH", command="expand"),
     Hint("--(out|output[-_]dir)", "--output DST"),
+    Hint(r"run\.(dir|directory|folder)|(run|output)_dir", "hydra.run.dir=DIR", command="train"),
     Hint("--(num[-_])?gpus", "trainer=gpu trainer.devices=N", command="train"),
     Hint(
         "--(?P<key>data|expansion|forgetting|growth|experts|moe_routing|adaptation|pretraining"

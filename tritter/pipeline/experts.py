@@ -61,10 +61,11 @@ def training_of(context: RunContext, branch: Branch) -> TrainingConfig:
 def load_start(context: RunContext, branch: Branch, source: Source) -> nn.Module:
     """Load the initial model of a branch, with its experts; for the control, the base only."""
     method = method_of(context, branch)
-    if method is None:
-        return load_model(source.folder, config=source.config)
-    bits = method.options.base_bits
-    return load_whole(source.folder, config=source.config, base_bits=bits)
+    with context.waiting("loading the model"):
+        if method is None:
+            return load_model(source.folder, config=source.config)
+        bits = method.options.base_bits
+        return load_whole(source.folder, config=source.config, base_bits=bits)
 
 
 def begin(

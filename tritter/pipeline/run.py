@@ -365,7 +365,9 @@ def _announce_costs(context: RunContext) -> None:
     context.say("cost", first)
     for line in others:
         context.say("", line)
-    if line := costs.time_line(context):
+    with context.waiting("timing a batch"):
+        line = costs.time_line(context)
+    if line:
         context.say("", line)
 
 
