@@ -595,12 +595,17 @@ def test_evaluate_takes_the_losses_of_what_was_held_out(
             "--checkpoint owner/other --data data --old-data old",
             "error: --checkpoint = owner/other: ",
         ),
+        (
+            "--find-lr --output deep/er/rates model=hf model.path=owner/other",
+            "error: model.path = owner/other: ",
+        ),
     ],
 )
 def test_an_error_of_the_hub_names_the_key_that_was_typed(
     run: Run, texts: Path, monkeypatch: pytest.MonkeyPatch, words: str, named: str
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    before = snapshot(texts)
     refused = run(f"train {words} {QUICK}")
-    assert refused.code == 2
+    assert refused.code == 2 and snapshot(texts) == before and not Path("deep").exists()
     assert f"{named}no such folder, and HF_HUB_OFFLINE is set" in refused.err

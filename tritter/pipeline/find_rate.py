@@ -21,7 +21,7 @@ from tritter.pipeline.ledger import Ledger
 from tritter.pipeline.run import planned_candidates, prepare_branch, run_baseline
 from tritter.report.drawing import BLUE, GREY, ORANGE, new_figure
 from tritter.report.table import Table
-from tritter.storage.atomic import write_text_atomic
+from tritter.storage.atomic import parents_of, write_text_atomic
 from tritter.storage.reading import read_text
 from tritter.terminal import Console
 from tritter.training.callbacks import ends_step
@@ -172,11 +172,11 @@ def find_rate(config: RunConfig, *, folder: Path) -> FoundRates:
         shape="range",
         minimum_ratio=LOWEST / HIGHEST,
     )
-    folder.parent.mkdir(parents=True, exist_ok=True)
     console = Console()
-    with TemporaryDirectory(dir=folder.parent, prefix=".find_lr-") as stages_folder:
-        found = _tested(config, schedule, Path(stages_folder), console)
-    folder.mkdir()
+    with parents_of(folder):
+        with TemporaryDirectory(dir=folder.parent, prefix=".find_lr-") as stages_folder:
+            found = _tested(config, schedule, Path(stages_folder), console)
+        folder.mkdir()
     write_text_atomic(folder / RESULT_NAME, json.dumps(asdict(found), indent=2) + "\n")
     found.draw(folder / PLOT_NAME)
     console.print()

@@ -58,7 +58,7 @@ def atomic_folder(
     if target.name in ("", ".."):  # other spellings of a named folder
         target = target.resolve()
     _refuse(target, overwrite=overwrite, check=check)
-    with _parents_of(target):
+    with parents_of(target):
         try:
             _remove_leftovers(target)
             _refuse(target, overwrite=overwrite, check=check)  # a leftover may be back
@@ -144,7 +144,7 @@ def remove_folder(target: Path) -> None:
 
 
 @contextmanager
-def _parents_of(target: Path) -> Iterator[None]:
+def parents_of(target: Path) -> Iterator[None]:
     """Create the parent folders of `target`; remove those still empty when the block ends."""
     missing = [folder for folder in target.parents if not folder.exists()]
     try:
