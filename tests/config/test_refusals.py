@@ -41,7 +41,7 @@ REFUSALS: dict[str, tuple[str, ...]] = {
     "run.directory=out": ("hydra.run.dir=out",),
     "optimizer.wd=1": ("Did you mean optimizer.weight_decay?",),
     "data.bs=4": ("Did you mean data.batch_size?",),
-    "learning_rate=3": ("learning_rate = 3", "Did you mean training.learning_rate?"),
+    "learning_rate=3": ("learning_rate = 3", "Did you mean training.learning_rate=3?"),
     "optimizr.weight_decay=1": ("Did you mean optimizer.weight_decay?",),
     "+training.foo=3": ("training.foo = 3", "no such key", "max_steps"),
     "growth=fom": ("growth = fom", "Did you mean foam?"),

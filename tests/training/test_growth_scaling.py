@@ -1,6 +1,7 @@
 """Updates scaled by growth: steps computed by hand, changes during training, and resumed runs."""
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,6 +29,7 @@ from tritter.core.expansions import Dus, LlamaPro, Moe, Width, target_config
 from tritter.core.models import config_of
 from tritter.pipeline import disk, stages
 from tritter.pipeline.branch import Branch
+from tritter.terminal import no_bar
 from tritter.training import BaseModule, OptimizerSettings, Schedule
 from tritter.training.growth_scaling import GrowthScaling, width_factors
 from tritter.transform import Change
@@ -198,7 +200,10 @@ def test_moments_are_mapped_by_the_policy_of_the_run(
 ) -> None:
     monkeypatch.setattr(disk, "expand", lambda *_, moments, **__: moments)
     context: Any = SimpleNamespace(
-        source=str, planned=str, config=SimpleNamespace(optimizer=SimpleNamespace(carry=carry))
+        source=str,
+        planned=str,
+        progress_bars=lambda: nullcontext(no_bar),
+        config=SimpleNamespace(optimizer=SimpleNamespace(carry=carry)),
     )
     assert disk.write_expanded(context, SimpleNamespace(start=""), Path()) == policy  # type: ignore[arg-type, comparison-overlap]
 

@@ -36,6 +36,7 @@ from tritter.storage.reading import named_path
 if TYPE_CHECKING:
     from torch import nn
 
+    from tritter.cli.report_file import ReportFile
     from tritter.evaluation.benchmarks.files import Questions
     from tritter.evaluation.benchmarks.formats import Benchmark
     from tritter.evaluation.benchmarks.harness import BenchmarkScores, EvalOptions
@@ -155,7 +156,7 @@ def evaluate(
     with loading("transformers"):
         from tritter.checkpoints import read_lineage
         from tritter.checkpoints.record import window_length
-        from tritter.cli.report_file import ReportFile, mark
+        from tritter.cli.report_file import mark
         from tritter.core.families import family_of, position_limit
         from tritter.core.models import read_config
         from tritter.data.tokens import read_tokenizer
@@ -164,9 +165,7 @@ def evaluate(
 
     inputs = [named_path(checkpoint, key="--checkpoint"), *filter(None, [tasks_path])]
     inputs += [named_path(word, key="--data") for words in sources.values() for word in words]
-    file = None
-    if output is not None:
-        file = ReportFile(output, "evaluate", "json", overwrite=overwrite, sources=inputs)
+    file = _result_file(output, inputs, overwrite=overwrite)
     sandbox = _sandbox(chosen, _split_names(allow_code), code_sandbox)
     harness = EvalOptions(
         limit=limit, batch_size=batch_size, sandbox=sandbox, is_shown=not as_json,
@@ -209,6 +208,16 @@ def evaluate(
     else:
         _print(losses, scores, notes=notes, output=output)
     return 0
+
+
+def _result_file(
+    output: Path | None, inputs: Sequence[Path], *, overwrite: bool
+) -> ReportFile | None:
+    from tritter.cli.report_file import ReportFile
+
+    if output is None:
+        return None
+    return ReportFile(output, "evaluate", "json", overwrite=overwrite, sources=inputs)
 
 
 def _domain_paths(arguments: Iterable[str]) -> dict[str, list[str]]:

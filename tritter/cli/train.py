@@ -178,7 +178,9 @@ def train(
     }
     if ewc_lambda is not None:
         settings |= {"forgetting": "ewc", "forgetting.ewc.ewc_lambda": ewc_lambda}
-        if not (old_data or _has_old_knowledge(checkpoint)):
+        typed_keys = _typed_keys(context.args)
+        is_typed = any(_is_typed(key, typed_keys) for key in ("data.old", "forgetting"))
+        if not (is_typed or old_data or _has_old_knowledge(checkpoint)):
             settings |= {
                 "forgetting": "[ewc,self_replay]",
                 "forgetting.self_replay.fraction": "0",  # the text only estimates importances

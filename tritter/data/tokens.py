@@ -690,7 +690,7 @@ def _unknown_id(tokenizer: Tokenizer) -> int | None:
 
 
 def _dropped(texts: Iterable[str], tokenizer: Tokenizer) -> tuple[int, int, str]:
-    """Return how many texts lose characters, the number of texts, and one of these characters."""
+    """Return the number of texts that lose characters, that of all, and one of the characters."""
     from tokenizers.pre_tokenizers import ByteLevel
 
     bytes_of = (ByteLevel.alphabet(), [f"<0x{byte:02X}>" for byte in range(256)])
