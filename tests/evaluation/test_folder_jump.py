@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from tests import oracle
 from tests.oracle.families import doubled, generic, tiny
@@ -67,6 +68,44 @@ def test_figures_are_those_of_loaded_models(
             assert getattr(jump, name) == pytest.approx(getattr(expected, name), rel=1e-2), name
         assert jump.max_absolute == pytest.approx(expected.max_absolute, rel=1e-4)
         assert jump.relative_to_std == pytest.approx(expected.relative_to_std, rel=1e-4)
+
+
+@pytest.mark.quick_cases(1)
+@pytest.mark.parametrize("family", ["gemma3_text", "qwen3_moe"])
+def test_the_yardstick_is_the_source_with_weights_and_activations_in_bfloat16(
+    tmp_path: Path, family: str
+) -> None:
+    source = oracle.saved(tiny(family), tmp_path / "source")
+    model, rounded = load_model(source), load_model(source, dtype=torch.bfloat16)
+    expected = logit_jump(model, rounded, TOKENS).rms_to_std
+    assert expected is not None and expected > 1e-3
+    for jump in (
+        logit_jump(model, model, TOKENS, has_yardstick=True),
+        folder_jump(source, source, TOKENS, has_yardstick=True).jump,
+    ):
+        assert jump.bfloat16_rms_to_std == pytest.approx(expected, rel=0.05)
+    assert {each.dtype for each in model.parameters()} == {torch.float32}
+    assert logit_jump(model, load_model(source), TOKENS).max_absolute == 0
+
+
+def test_a_class_that_does_not_compute_in_bfloat16_has_no_yardstick(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = LlamaMLP.forward
+
+    def forward(self: LlamaMLP, hidden: torch.Tensor) -> torch.Tensor:
+        if hidden.dtype == torch.bfloat16:
+            raise RuntimeError("not implemented for 'BFloat16'")
+        return run(self, hidden)
+
+    monkeypatch.setattr(LlamaMLP, "forward", forward)
+    source = oracle.saved(tiny("llama"), tmp_path / "source")
+    model = load_model(source)
+    for jump in (
+        logit_jump(model, model, TOKENS, has_yardstick=True),
+        folder_jump(source, source, TOKENS, has_yardstick=True).jump,
+    ):
+        assert (jump.rms_to_std, jump.bfloat16_rms_to_std) == (0, None)
 
 
 @pytest.mark.quick_cases(1)

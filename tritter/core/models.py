@@ -202,7 +202,12 @@ def non_finite_tensors(model: nn.Module) -> list[str]:
     return [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]
 
 
-def unloaded_model(folder: Path, buffer_of: Callable[[str], Tensor | None]) -> nn.Module:
+def unloaded_model(
+    folder: Path,
+    buffer_of: Callable[[str], Tensor | None],
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> nn.Module:
     """Return the stock model of a folder without its parameters, which are NaN without memory.
 
     Buffers (rotary frequencies, scales) have the values that `load_model` gives. Experts run one
@@ -211,6 +216,7 @@ def unloaded_model(folder: Path, buffer_of: Callable[[str], Tensor | None]) -> n
     Args:
         folder: the checkpoint folder.
         buffer_of: returns the value of a buffer in the files; None if they lack it.
+        dtype: of the parameters.
 
     Raises:
         TritterError: transformers cannot build it.
@@ -220,7 +226,7 @@ def unloaded_model(folder: Path, buffer_of: Callable[[str], Tensor | None]) -> n
     config = _config_in(folder, stock)
     with errors_as(f"{folder} cannot be loaded as a model"), quiet():
         with torch.device("meta"), no_init_weights():
-            model = AutoModelForCausalLM.from_config(stock, dtype=torch.float32)
+            model = AutoModelForCausalLM.from_config(stock, dtype=dtype)
         assert isinstance(model, PreTrainedModel)
         model.tie_weights()
         _fill_buffers(model, buffer_of)
@@ -228,7 +234,7 @@ def unloaded_model(folder: Path, buffer_of: Callable[[str], Tensor | None]) -> n
         for module in model.modules():
             for key, parameter in module._parameters.items():
                 if parameter is not None:
-                    values = torch.tensor(torch.nan).expand(parameter.shape)
+                    values = torch.tensor(torch.nan, dtype=dtype).expand(parameter.shape)
                     made = nn.Parameter(values, requires_grad=False)
                     module._parameters[key] = stand_ins.setdefault(parameter, made)
         if family_of(config).has_experts:

@@ -1,6 +1,6 @@
 """Run a stock model while its weights stay on disk.
 
-The forward pass of the stock class runs unchanged. A weight is loaded in float32 when any module
+The forward pass of the stock class runs unchanged. A weight is loaded (in float32) when any module
 reads it, and dropped after the module that owns it, or the layer, has run. Large matrices are
 multiplied in blocks of rows, embeddings are read for the current tokens only, and experts one by
 one. So a model of any size needs the memory of its activations and of one expert or block.
@@ -9,7 +9,8 @@ Shapes: B sequences, T tokens, H hidden size, V vocabulary.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import partial
+from contextlib import contextmanager
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ class StreamedModel:
         folder: a checkpoint that was checked.
         input_ids: int64 [B, T].
         on_read: called with the number of bytes just read from the files.
-        is_bfloat16: compute under autocast in bfloat16 instead of float32.
+        dtype: of weights and activations.
 
     Raises:
         TritterError: transformers cannot build it, or its files are damaged.
@@ -45,14 +46,14 @@ class StreamedModel:
         input_ids: Tensor,
         *,
         on_read: Callable[[int], None] | None = None,
-        is_bfloat16: bool = False,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         config = on_disk(read_config(folder))  # of the stock model, padding included
         self._weights = _Weights(folder, config)
         self._input_ids = input_ids
         self._on_read = on_read or (lambda _: None)
-        self._is_bfloat16 = is_bfloat16
-        self._model = unloaded_model(folder, self._weights.buffer)
+        self._dtype = dtype
+        self._model = unloaded_model(folder, self._weights.buffer, dtype=dtype)
         self._head: nn.Module = self._model.get_output_embeddings()  # type: ignore[operator]
         self._head_shape: torch.Size = self._head.weight.shape
         self._rows = slice(0, 1)  # of the head
@@ -83,7 +84,7 @@ class StreamedModel:
         """
         self._rows = rows
         # Not in inference mode, which hides whether a module changes its weights
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=self._is_bfloat16):
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
             logits: Tensor = self._model(input_ids=self._input_ids, use_cache=False).logits
         self._drop()
         is_whole = logits.shape[-1] != rows.stop - rows.start  # the head is no plain matrix
@@ -122,7 +123,7 @@ class StreamedModel:
         if self._weights.has_experts(name):
             return _Experts(partial(self._expert, attribute, name))
         if name not in self._loaded:
-            value = self._weights.whole(name).to(torch.float32, copy=True)
+            value = self._weights.whole(name).to(self._dtype, copy=True)
             self._loaded[name] = value, value._version
         return self._loaded[name][0]
 
@@ -171,7 +172,7 @@ class StreamedModel:
 
     def _linear(self, module: nn.Linear, names: Mapping[str, str], hidden: Tensor) -> Tensor:
         weight = self._stored(names["weight"])
-        bias = self._stored(names["bias"]).float() if "bias" in names else None
+        bias = self._stored(names["bias"]).to(self._dtype) if "bias" in names else None
         is_head = module is self._head
         rows = self._rows if is_head else slice(0, len(weight))
         outputs = []
@@ -189,12 +190,12 @@ class StreamedModel:
     def _embed(self, name: str, input_ids: Tensor) -> Tensor:
         """Return the embeddings of the current tokens, whose rows alone are read."""
         used, indices = input_ids.unique(return_inverse=True)
-        return F.embedding(indices, self._stored(name)[used].float())
+        return F.embedding(indices, self._stored(name)[used].to(self._dtype))
 
     def _load_rows(self, name: str, module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
         """Load only the rows of the current tokens; return the tokens as their indices."""
         used, indices = inputs[0].unique(return_inverse=True)
-        rows = self._stored(name)[used].float()
+        rows = self._stored(name)[used].to(self._dtype)
         self._loaded[name] = rows, rows._version
         return (indices,)
 
@@ -202,13 +203,36 @@ class StreamedModel:
         return self._widened(attribute, self._weights.expert(name, expert))
 
     def _widened(self, key: str, tensor: Tensor) -> Tensor:
-        """Return a tensor in float32, in a buffer that the next tensor of the same key reuses."""
-        if tensor.dtype == torch.float32:
+        """Return a tensor in the dtype, in a buffer that the next tensor of the same key reuses."""
+        if tensor.dtype == self._dtype:
             return tensor
         buffer = self._scratch.get(key)
         if buffer is None or buffer.numel() < tensor.numel():
-            buffer = self._scratch[key] = torch.empty(tensor.numel())
+            buffer = self._scratch[key] = torch.empty(tensor.numel(), dtype=self._dtype)
         return buffer[: tensor.numel()].view(tensor.shape).copy_(tensor)
+
+
+@contextmanager
+def computed_in(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Compute a model in memory in another dtype: a weight is cast while its module runs."""
+    changed, hooks = list[tuple[nn.Module, dict[str, nn.Parameter | None]]](), []
+    for module in model.modules():
+        if (parameters := module._parameters) and not isinstance(parameters, _Parameters):
+            read = cache(partial(lambda values, key: values[key].to(dtype), parameters))
+            changed.append((module, parameters))
+            module._parameters = _Parameters(parameters, read)
+            hooks.append(
+                module.register_forward_hook(
+                    partial(lambda read, *_: read.cache_clear(), read), always_call=True
+                )
+            )
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, parameters in changed:
+            module._parameters = parameters
 
 
 class _Parameters(dict[str, nn.Parameter | None]):

@@ -60,6 +60,7 @@ class Check:
         documents_needed: total number of documents for a conclusive verdict, at least
             `MIN_DOCUMENTS`; only for undecided checks.
         scored: the part of conversations that is scored; None for other documents.
+        jump: record of the logit shift, with the yardstick; None in other checks.
     """
 
     name: str
@@ -74,6 +75,7 @@ class Check:
     n: int | None = None
     documents_needed: int | None = None
     scored: str | None = None
+    jump: Mapping[str, float | None] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the record of summary.json's `gate` list."""
@@ -90,6 +92,7 @@ class Check:
             "n": self.n,
             "documents_needed": self.documents_needed,
             **({} if self.scored is None else {"scored": self.scored}),
+            **({} if self.jump is None else {"jump": dict(self.jump)}),
         }
 
 

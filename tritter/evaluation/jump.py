@@ -1,17 +1,21 @@
 """Logit shift of a model at expansion."""
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from tritter.core.streamed import StreamedModel, blocks
+from tritter.core.streamed import StreamedModel, blocks, computed_in
 from tritter.errors import TritterError
 from tritter.evaluation.inference import eval_mode
 from tritter.evaluation.statistics import finite_or_none
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +23,7 @@ class Jump:
     """The change of the logits of old tokens; σ is the standard deviation of the old logits.
 
     The largest of millions of logits alarms where 16-bit weights were rounded, so the mean changes
-    are compared with a yardstick: the source itself, computed in bfloat16 (autocast).
+    are compared with a yardstick: the source itself, its weights and activations in bfloat16.
 
     Args:
         max_absolute: the largest change.
@@ -28,7 +32,8 @@ class Jump:
             which pad the vocabulary, do not count.
         rms_to_std: root mean square of the changes, in σ; None in older records, like the others.
         divergence: mean KL divergence of the next token's distribution from the old one, in nats.
-        bfloat16_rms_to_std: `rms_to_std` of the yardstick; None if it was not computed.
+        bfloat16_rms_to_std: `rms_to_std` of the yardstick; None if it was not computed, or the
+            class cannot compute in bfloat16.
         bfloat16_divergence: `divergence` of the yardstick.
     """
 
@@ -97,8 +102,8 @@ class _Shift:
             new_token_mass,
             self.rms_to_std,
             self.divergence,
-            None if yardstick is None else yardstick.rms_to_std,
-            None if yardstick is None else yardstick.divergence,
+            None if yardstick is None else finite_or_none(yardstick.rms_to_std),
+            None if yardstick is None else finite_or_none(yardstick.divergence),
         )
 
 
@@ -123,19 +128,43 @@ def logit_jump(
         TritterError: the vocabulary shrank.
     """
     before, after = logits_of(before_model, input_ids), logits_of(after_model, input_ids)
+    rounded = rounded_logits_of(before_model, input_ids) if has_yardstick else None
+    return jump_of_logits(before, after, rounded, new_tokens=new_tokens)
+
+
+def jump_of_logits(
+    before: Tensor,
+    after: Tensor,
+    rounded: Tensor | None,
+    *,
+    new_tokens: Sequence[int] | None = None,
+) -> Jump:
+    """Compare logits [B, T, V] of the same tokens.
+
+    Args:
+        before: of the model before expansion.
+        after: of the model after expansion.
+        rounded: of the model before expansion in bfloat16, the yardstick, if any.
+        new_tokens: their ids. Default: all rows that the vocabulary has more.
+
+    Raises:
+        TritterError: the vocabulary shrank.
+    """
     kinds, mass = _kinds_of_rows(before.shape[-1], after.shape[-1], new_tokens), None
     old = (kinds == _OLD).nonzero().flatten()
     shift, yardstick = _Shift(), None
-    shift.add(before[..., old], after[..., old])
-    if has_yardstick:
+    for ids in old.split(_ROWS):
+        shift.add(before[..., ids], after[..., ids])
+    if rounded is not None:
         yardstick = _Shift()
-        rounded = logits_of(before_model, input_ids, is_bfloat16=True)
-        yardstick.add(before[..., old], rounded[..., old])
+        for ids in old.split(_ROWS):
+            yardstick.add(before[..., ids], rounded[..., ids])
     if bool((kinds == _NEW).any()):
         mass = float(after.softmax(dim=-1)[..., kinds == _NEW].sum(dim=-1).mean())
     return shift.jump(mass, yardstick)
 
 
+_ROWS = 8192  # of the vocabulary that are compared at once, in float64
 _OLD, _NEW, _UNUSED = range(3)  # kinds of rows; rows of no token that were there are old
 
 
@@ -153,15 +182,24 @@ def _kinds_of_rows(before: int, after: int, new_tokens: Sequence[int] | None) ->
     return kinds
 
 
-def logits_of(model: nn.Module, input_ids: Tensor, *, is_bfloat16: bool = False) -> Tensor:
-    """Return logits, float32 [B, T, V], for tokens int64 [B, T].
+def rounded_logits_of(model: nn.Module, input_ids: Tensor) -> Tensor | None:
+    """Return logits [B, T, V] with weights and activations in bfloat16; None if that fails."""
+    with computed_in(model, torch.bfloat16):
+        return _tried(lambda: logits_of(model, input_ids))
 
-    They are computed in float32, or under autocast in bfloat16.
-    """
-    with (
-        eval_mode(model) as device,
-        torch.autocast(device.type, torch.bfloat16, enabled=is_bfloat16),
-    ):
+
+def _tried(logits: Callable[[], Tensor]) -> Tensor | None:
+    """Return logits in float32; None if the class cannot compute them."""
+    try:
+        return logits().float()
+    except Exception as error:  # stock classes may raise any
+        logger.debug("no yardstick: the source does not compute in bfloat16: %r", error)
+        return None
+
+
+def logits_of(model: nn.Module, input_ids: Tensor) -> Tensor:
+    """Return logits, float32 [B, T, V], for tokens int64 [B, T]; computed without autocast."""
+    with eval_mode(model) as device, torch.autocast(device.type, enabled=False):
         return model(input_ids=input_ids.to(device), use_cache=False).logits.float().cpu()
 
 
@@ -243,13 +281,14 @@ def folder_jump(
             progress(used, total)
 
     models = [StreamedModel(folder, input_ids, on_read=count) for folder in (before, after)]
+    rounded = None
     if has_yardstick:
-        models.append(StreamedModel(before, input_ids, on_read=count, is_bfloat16=True))
-    total = sum(model.num_bytes for model in models)
+        rounded = StreamedModel(before, input_ids, on_read=count, dtype=torch.bfloat16)
+    total = sum(model.num_bytes for model in (*models, *filter(None, [rounded])))
     before_size, after_size = (model.vocab_size for model in models[:2])
     kinds = _kinds_of_rows(before_size, after_size, new_tokens)
     step = min(model.rows_per_block for model in models)
-    shifts, mass = [_Shift() for _ in models[1:]], None
+    shift, yardstick, mass = _Shift(), _Shift(), None
     totals = [torch.tensor(-torch.inf)] * 3  # log of the sum of exp over the rows of each kind
     parts = (slice(0, before_size), slice(before_size, after_size))
     for rows in chain.from_iterable(blocks(part, step) for part in parts):
@@ -259,15 +298,19 @@ def folder_jump(
             totals[kind] = torch.logaddexp(totals[kind], sum_BT)
         if bool((is_old_V := kinds_V == _OLD).any()):
             old_BTV = models[0].logits(rows)[..., is_old_V]
-            others = [new_BTV, *(model.logits(rows).float() for model in models[2:])]
-            for shift, other_BTV in zip(shifts, others, strict=True):
-                shift.add(old_BTV, other_BTV[..., is_old_V])
+            shift.add(old_BTV, new_BTV[..., is_old_V])
+            if rounded is not None:
+                rounded_BTV = _tried(partial(rounded.logits, rows))
+                if rounded_BTV is None:
+                    rounded = None
+                else:
+                    yardstick.add(old_BTV, rounded_BTV[..., is_old_V])
     if bool((kinds == _NEW).any()):
         rest_BT = torch.logaddexp(totals[_OLD], totals[_UNUSED])
         mass = float((totals[_NEW] - rest_BT).sigmoid().mean())
     if progress is not None:
         progress(total, total)  # image encoders, for example, are not read
-    jump = shifts[0].jump(mass, shifts[1] if has_yardstick else None)
+    jump = shift.jump(mass, None if rounded is None else yardstick)
     return FolderJump(jump, (models[0].states, models[1].states))
 
 

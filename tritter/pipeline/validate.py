@@ -39,11 +39,12 @@ from tritter.evaluation.gate import (
     rounded_jump,
     scaling_check,
 )
-from tritter.evaluation.jump import logits_of
+from tritter.evaluation.jump import jump_of_logits, logits_of, rounded_logits_of
 from tritter.evaluation.losses import document_losses
 from tritter.evaluation.statistics import PairedScores
 from tritter.pipeline.context import corpus_chat
 from tritter.planning.memory import machine_memory
+from tritter.report.wording import mean_shift_text
 from tritter.storage.hashing import merkle_hash, tensor_digest
 from tritter.storage.tensors import TensorFolder
 from tritter.terminal import NewBar, no_bar, waiting
@@ -145,6 +146,7 @@ RETENTION, CONFIDENCE = 0.05, 0.95  # defaults of the gate
 FLOW_STEPS = 3  # two steps move zero-initialised weights away from zero
 SEQUENCES, SEQUENCE_LENGTH, BATCH_SIZE = 8, 128, 16
 _FLOAT32 = 4  # bytes
+_ROUNDED = ("bfloat16", "float16")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -206,11 +208,13 @@ class _Outputs:
 
     Args:
         logits: float32 [B, T, V] on the shared sequences; None without any.
+        rounded: those in bfloat16, as a yardstick for rounded weights; None without any.
         num_bytes: bytes of its parameters.
         scores: `kept` or `target` → domain → losses; None without a matching tokenizer.
     """
 
     logits: Tensor | None
+    rounded: Tensor | None
     num_bytes: int
     scores: Mapping[str, Mapping[str, PairedScores | None]]
 
@@ -233,7 +237,7 @@ def validate(
     data = recorded_chat(result.lineage)
     with waiting(new_bar, "loading the source"):
         model = source.load()
-    before = _evaluate_side(model, source, result, ids, texts, data, new_bar)
+    before = _evaluate_side(model, source, result, ids, texts, data, new_bar, has_yardstick=True)
     del model  # one at a time in memory
     with waiting(new_bar, "loading the result"):
         model = result.load()
@@ -251,7 +255,7 @@ def validate(
         flow = _skipped_check("gradient_flow", "parameters", "the result has no new parameters")
     counted = count_parameters(source.config), count_parameters(result.config)
     return [
-        _equivalence(source, result, before.logits, after.logits),
+        _equivalence(source, result, before, after),
         flow,
         scaling_check((before.num_bytes, after.num_bytes), counted),
         *_compare("kept", before, after, missing_reason=texts["kept"].missing_reason),
@@ -282,12 +286,16 @@ def _evaluate_side(
     texts: Mapping[str, _Domains],
     data: ChatChoice,
     new_bar: NewBar,
+    *,
+    has_yardstick: bool = False,
 ) -> _Outputs:
     """Score a model with its tokenizer, or with the other one if the vocabulary size matches.
 
     Conversations are rendered with the chat template of that tokenizer and the options `data`.
     """
     logits, num_bytes = None if ids is None else logits_of(model, ids), parameter_bytes(model)
+    has_yardstick = has_yardstick and not other.dtypes.isdisjoint(_ROUNDED)
+    rounded = None if ids is None or not has_yardstick else rounded_logits_of(model, ids)
     tokenizer, owner = side.tokenizer, side
     if tokenizer is None and side.vocab_size == other.vocab_size:
         tokenizer, owner = other.tokenizer, other
@@ -310,15 +318,15 @@ def _evaluate_side(
                 batch_size=BATCH_SIZE,
                 progress=new_bar(f"scoring {domain}"),
             )
-    return _Outputs(logits, num_bytes, scores)
+    return _Outputs(logits, rounded, num_bytes, scores)
 
 
-def _equivalence(source: Side, result: Side, before: Tensor | None, after: Tensor | None) -> Check:
+def _equivalence(source: Side, result: Side, before: _Outputs, after: _Outputs) -> Check:
     """Return the check of equal logits, with a note if the checkpoints are unrelated.
 
     After an expansion of the vocabulary, those of old tokens are compared.
     """
-    if before is None or after is None:
+    if before.logits is None or after.logits is None:
         check = _skipped_check(
             "forward_equivalence",
             "logits",
@@ -327,7 +335,7 @@ def _equivalence(source: Side, result: Side, before: Tensor | None, after: Tenso
         )
     else:
         # Low-precision dtypes to which new weights were rounded
-        rounded = [name for name in ("bfloat16", "float16") if name in result.dtypes]
+        rounded = [name for name in _ROUNDED if name in result.dtypes]
         is_one_type = len(result.dtypes) == 1 and source.dtypes == result.dtypes
         if result.lineage is not None and is_one_type:
             known = len(source.lineage.expansion_history) if source.lineage else 0
@@ -336,12 +344,16 @@ def _equivalence(source: Side, result: Side, before: Tensor | None, after: Tenso
                 rounded = []  # layers were only copied, in the dtype of the source
         old = _old_ids(source, result)
         check = equivalence_check(
-            before[..., old],
-            after[..., old],
+            before.logits[..., old],
+            after.logits[..., old],
             skip_reason=_inexact_reason(source, result),
             rounded=" and ".join(rounded),
             rounded_bound=rounded_jump(has_experts=family_of(result.config).has_experts),
         )
+        yardstick = None if before.rounded is None else before.rounded[..., old]
+        jump = jump_of_logits(before.logits[..., old], after.logits[..., old], yardstick)
+        detail = check.detail + mean_shift_text(jump)
+        check = replace(check, detail=detail, jump=jump.to_dict())
     if check.verdict == "passed" or (reason := _unrelated_reason(source, result)) is None:
         return check
     return replace(check, detail=f"{reason}; {check.detail}")
