@@ -228,7 +228,8 @@ def _leave_benchmarks() -> None:
     Path("notes.txt").write_text("the class is one\n")
     arc, bbh = PUBLISHED["arc_easy"]["hub"], PUBLISHED["bbh_cot_fewshot_snarks"]["hub"]
     mmlu, truthfulqa = PUBLISHED["mmlu_anatomy"]["hub"], PUBLISHED["truthfulqa_mc1"]["hub"]
-    written(Path("benchmarks/arc_challenge_test.jsonl"), arc)
+    for name in ("arc_challenge_test", "arc_easy_test", "arc_easy_train"):
+        written(Path(f"benchmarks/{name}.jsonl"), arc)
     written(Path("benchmarks/hellaswag_val.jsonl"), PUBLISHED["hellaswag"]["hub"])
     written(Path("benchmarks/mmlu_test.jsonl.gz"), mmlu)
     written(Path("benchmarks/truthfulqa_mc.jsonl"), truthfulqa)

@@ -112,7 +112,7 @@ def check(folder: Path, cache: Path, expansion: str, forgetting: str, growth: st
         assert summary["growth"]["events"] and summary["growth"]["born"]
         bounds = {"foam": 1e-4, "gradmax": 1e-4, "foam_v3": 0.1}
         change = summary["growth"]["function_change"]
-        assert change < bounds.get(growth, 9.0) and (change > 1e-2 or growth in bounds)
+        assert change < bounds.get(growth, 9.0) and (change > 1e-3 or growth in bounds)
         assert bool(summary["growth"]["replaced"]) == (growth == "foam_v3")
     exact = expansion in ("width", "llama_pro", "vocab")
     if expansion != "none":

@@ -81,7 +81,13 @@ def test_it_leaves_the_plot_and_the_rates_and_changes_no_run(tmp_path: Path) -> 
         ("growth=gradmax",),
         ("expansion=moe", "expansion.moe.num_experts=2"),
         ("trainer=ddp", "trainer.devices=2", "data.batch_size=2"),
-        ("callbacks=[early_stopping,model_checkpoint]", "trainer.accumulate_grad_batches=2"),
+        (
+            "callbacks=[early_stopping,model_checkpoint]",
+            "trainer.accumulate_grad_batches=2",
+            "callbacks.early_stopping.patience=1",
+            "callbacks.model_checkpoint.every_n_train_steps=2",
+            "evaluation.every_n_steps=2",
+        ),
         ("expansion=none", "logger=wandb"),
     ],
 )
@@ -117,7 +123,7 @@ def test_a_signal_leaves_nothing(tmp_path: Path) -> None:
         patch.setattr(RateTest, "on_train_batch_end", Signal.on_train_batch_end)
         with pytest.raises(Stopped), stopping():
             find_rate(config, folder=tmp_path / "tests/first")
-    assert not any((tmp_path / "tests").iterdir())
+    assert not (tmp_path / "tests").exists()
 
 
 def test_no_finite_loss_is_an_error() -> None:

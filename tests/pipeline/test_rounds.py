@@ -40,7 +40,7 @@ def lineage_of(folder: Path) -> Lineage:
 @pytest.fixture(scope="module")
 def grown(run_job: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("rounds") / "run"
-    run_job(folder, *PROTECTED, "control=true")
+    run_job(folder, *PROTECTED, "control=true", "evaluation.every_n_steps=1")
     return folder
 
 

@@ -156,7 +156,9 @@ def expansion(context: RunContext, branch: Branch) -> StageResult:
         evaluated = validation_metrics(before, text, context.config.trainer)
         flops["validation"] = evaluation_flops(experts.reading_flops(before), text)
     flops["expand"] = context.scoring_flops(forward_flops(grown.config))
-    passes = [forward_flops(each.config).of(tokens.shape[1]) for each in (source, grown)]
+    # The source is read in bfloat16 too
+    read = (source, source, grown)
+    passes = [forward_flops(each.config).of(tokens.shape[1]) for each in read]
     flops["expand"] += len(tokens) * sum(passes) + router_flops(made.plan)
     files = list[str]()
     if windows.is_longer(context, branch):

@@ -391,6 +391,7 @@ def _check_ffn_sizes(family: Family, config: Config) -> None:
 
 # Former key of the base and the rotated share, where it is another than the usual one
 _FORMER_ROPE = {"gpt_neox": ("rotary_emb_base", "rotary_pct")}
+_FORMER_SCALINGS = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 
 
 def with_former_keys(config: Config) -> Config:
@@ -409,6 +410,8 @@ def with_former_keys(config: Config) -> Config:
         base, share = _FORMER_ROPE.get(
             str(config.get("model_type")), ("rope_theta", "partial_rotary_factor")
         )
+        if full.get("rope_type", "default") not in _FORMER_SCALINGS:  # of a class that 4 lacks
+            return config
         if "rope_theta" in full:
             former[base] = full["rope_theta"]
         if "partial_rotary_factor" in full:
