@@ -207,6 +207,7 @@ def test_far_more_layers_than_the_source_has_are_advised_against(run: Run, place
 def test_the_config_holds_what_changed_and_no_general_defaults(run: Run, place: Path) -> None:
     run("expand base --method width --hidden-size 40 --output wide")
     before, after = (json.loads((place / n / "config.json").read_text()) for n in ("base", "wide"))
+    assert after.pop("rope_theta") == before["rope_parameters"]["rope_theta"]  # transformers 4's
     assert after.keys() == before.keys()
     changed = {key: value for key, value in after.items() if value != before[key]}
     assert changed == {"hidden_size": 40, "intermediate_size": 67, "rms_norm_eps": 0.0006}
