@@ -71,7 +71,7 @@ def test_every_group_may_be_typed_as_an_option() -> None:
 
 
 def test_what_is_advised_exists() -> None:
-    known = {*known_keys(), "seed", "resume"}
+    known = {*known_keys(), "seed", "resume", "hydra.run.dir"}
     for hint in HINTS:
         for word in hint.advice.replace(",", "").split():
             key = word.partition("=")[0]
