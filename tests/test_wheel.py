@@ -162,11 +162,11 @@ def test_a_checkpoint_is_expanded_and_a_model_trained(installed: Installed) -> N
     )
     grown = json.loads(told)["destination"]
     assert relative_difference(stock(place / "base"), stock(place / grown), tokens(300)) < 1e-4
-    (place / "texts").mkdir()
-    for number in range(60):
-        (place / f"texts/{number}.txt").write_text(f"{number} " + SENTENCE * 3)
-    (place / "new.txt").write_text("\n\n".join(f"{n} {SENTENCE[::-1]}" for n in range(60)))
-    words = (*SMALL_RUN, "data.old=texts", "data.new=texts", "hydra.run.dir=run")
+    for folder, sentence in (("old", SENTENCE), ("new", SENTENCE[::-1])):
+        (place / folder).mkdir()
+        for number in range(60):
+            (place / f"{folder}/{number}.txt").write_text(f"{number} " + sentence * 3)
+    words = (*SMALL_RUN, "data.old=old", "data.new=new", "hydra.run.dir=run")
     installed.run("tritter", "train", *words)
     assert json.loads((place / "run/summary.json").read_text())["status"]
     installed.run("tritter", "report", "run")
