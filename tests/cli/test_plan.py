@@ -44,7 +44,7 @@ def test_a_source_that_is_not_repaid_is_said_in_words(run: Run) -> None:
 
 @pytest.mark.full
 def test_json_says_the_same(run: Run, place: Path) -> None:
-    content = run("plan --source 3B --target 10B --gpu-hours 5000 --json").json
+    content = run("plan --source 3B --target 10B --gpu-hours 8000 --json").json
     assert content["source"]["name"] == "tritter_3b"
     assert content["strategy"] in content["alternatives"]
     assert content["needed_gpu_hours"] == content["steps"][-1]["total_gpu_hours"]

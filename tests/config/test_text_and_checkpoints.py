@@ -210,7 +210,7 @@ REFUSALS: dict[str, tuple[str, ...]] = {
     "data=text data.old=@x/y data.new=@new": ("no such file or folder", "is not a folder either"),
     "data=text data.old=@old/d.tsv data.new=@new": ("d.tsv", ".parquet", "found .tsv 1"),
     "data=text data.old=@base/*s data.new=@new": ("found .safetensors 1",),
-    "data=text data.old=@base/c* data.new=@new": ("config.json is an object; must be an",),
+    "data=text data.old=@base/c* data.new=@new": ("found .json of one object 1",),
     "data=text data.old=@old/*.pdf data.new=@new": ("*.pdf", "the glob matches no file"),
     "data=text data.old=@old/*.tsv data.new=@new": ("found .tsv 1",),
     "data=text data.old=@old/**x data.new=@new": (
@@ -255,7 +255,9 @@ REFUSALS: dict[str, tuple[str, ...]] = {
     "model=hf model.path=@old": ("holds no config.json",),
     "model.path=@base": ("model.path requires model=hf. Did you mean: model=hf model.path=",),
     f"{HF} model.hidden_size=64": ("model.hidden_size is not a key of model=hf",),
-    "model=hf model.path=@base": ("data.sequence_length = 128", "max_position_embeddings = 64"),
+    "model=hf model.path=@base data.sequence_length=128": (
+        "data.sequence_length = 128", "max_position_embeddings = 64"
+    ),
     f"{HF} expansion.width.hidden_size=25": ("expansion.width.hidden_size = 25",),
     f"{HF} expansion=dus expansion.dus.target_layers=9": ("expansion.dus.target_layers = 9",),
     f"{HF} data=text data.new=@new": ("data.old = null", "required by replay"),

@@ -57,10 +57,10 @@ def test_scoring_and_importances_show_progress_on_a_terminal(
     console = Console(file=file, force_terminal=is_terminal, color_system=None, width=100)
     monkeypatch.setattr(run, "Console", lambda: console)
     run_tiny(tmp_path, "forgetting=[ewc,l2sp]", "trainer.progress=auto", "training.max_steps=2")
-    for label in ("scoring old", "scoring new", "importance ewc"):
+    for label in ("scoring old", "scoring new", "ewc: importance of each parameter"):
         shown = re.search(rf"{label} .*? \d+/\d+ \d:\d\d:\d\d", file.getvalue())
         assert (shown is not None) == is_terminal
-    assert "importance l2sp" not in file.getvalue()  # it looks at no text
+    assert "l2sp: importance" not in file.getvalue()  # it looks at no text
 
 
 def state_of(folder: Path) -> dict[str, dict[str, Tensor]]:

@@ -79,6 +79,7 @@ def test_a_text_of_one_side_is_refused_before_anything_is_written(
 ) -> None:
     train, validation = of_side("train"), of_side("validation")
     both = write(tmp_path / "both", [*train[:2], *validation[:1]])
+    first = write(tmp_path / "first", [*train[10:12], *validation[5:7]])
     run, started = tmp_path / "run", list[Path]()
 
     def pipeline(config: Any, *, run_folder: Path) -> Any:
@@ -88,7 +89,7 @@ def test_a_text_of_one_side_is_refused_before_anything_is_written(
     def code(place: str, *words: str) -> int:
         own = {"data.new": both, "data.old": both} | {key: place}
         if key == "data.tasks":
-            own = {"data.old": both, key: f"[{{a: {both}}},{{b: {place}}}]"}
+            own = {"data.old": both, key: f"[{{a: {first}}},{{b: {place}}}]"}
         own = {n: f"{{x: {v}}}" if n == "data.new" and v == both else v for n, v in own.items()}
         typed = [f"{name}={value}" for name, value in own.items()]
         typed += [f"data={source}", f"hydra.run.dir={run}", f"cache_dir={tmp_path}/cache", *words]
