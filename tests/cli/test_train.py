@@ -175,13 +175,14 @@ def test_ewc_without_old_data_runs(run: Run, texts: Path, has_importances: bool)
 @pytest.mark.full
 def test_a_data_set_needs_but_its_name(run: Run, texts: Path, configs: list[RunConfig]) -> None:
     (texts / "rows.csv").write_text("body,n\nword,1\n")
+    (texts / "old.csv").write_text("body,n\nother,1\n")
     words = "train --checkpoint base data.sequence_length=32 --data"
     assert run(f"{words} hf:./rows.csv:train#body data.old=stdlib:prose").code == 0
     data = configs[0].data
     assert isinstance(data, DatasetsConfig)
     assert data.new == {"new": [f"hf:{texts}/rows.csv:train#body"]}
     assert (
-        run(f"{words} rows.csv data=hf data.max_rows=3 --output b --old-data hf:./rows.csv").code
+        run(f"{words} rows.csv data=hf data.max_rows=3 --output b --old-data hf:./old.csv").code
         == 0
     )
     assert configs[1].text.domains[1].paths == (f"hf:{texts}/rows.csv[:3]",)
@@ -273,7 +274,7 @@ REFUSALS = {
         "--old-data = ", "found .safetensors 1",
     ),
     "--checkpoint base --data old --old-data base data.sequence_length=32": (
-        "--old-data: ", "config.json is an object",
+        "--old-data = ", "found .json of one object",
     ),
     "--checkpoint base --data old forgetting=none data.sequence_length=128": (
         "data.sequence_length = 128", "max_position_embeddings = 64",

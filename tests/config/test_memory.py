@@ -47,6 +47,10 @@ def no_estimates(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "_TOO_MUCH", float("inf"))
 
 
+# So few tokens that their estimated activations do not matter
+SHORT = ("data.batch_size=4", "data.sequence_length=8")
+
+
 def problems(config: RunConfig) -> str:
     return " ".join(map(str, memory_problems(config, source_config(config))))
 
@@ -173,7 +177,7 @@ def test_what_is_frozen_has_no_gradients_and_no_moments() -> None:
 
 @pytest.mark.full
 def test_a_teacher_is_held_once_in_the_machines_memory(has: Callable[[int], None]) -> None:
-    words = ["model=tiny", "expansion=llama_pro", "forgetting=[distill,replay]"]
+    words = ["model=tiny", "expansion=llama_pro", "forgetting=[distill,replay]", *SHORT]
     config = load_config([*words, "trainer=ddp", "trainer.devices=4"])
     base, grown = training_needs(config, source_config(config))
     assert (base.teacher, grown.teacher) == (0, 4 * base.parameters)
@@ -199,7 +203,7 @@ def test_of_rounds_the_largest_counts() -> None:
 @pytest.mark.full
 def test_each_process_holds_all(has: Callable[[int], None]) -> None:
     config = load_config(["model=tiny", "trainer=ddp", "trainer.devices=4", "expansion=none",
-                          "forgetting=replay"])  # fmt: skip
+                          "forgetting=replay", *SHORT])  # fmt: skip
     base, one = training_needs(config, source_config(config))
     assert (one.processes, one.start) == (4, base.start)
     needed = 4 * base.device + base.start

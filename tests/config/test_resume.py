@@ -21,6 +21,7 @@ from tritter.config.schema import REPLAYED_KEYS
 from tritter.config.validation import known_keys
 from tritter.data import options
 from tritter.options import leaves
+from tritter.storage.reading import LEDGER_NAME
 from tritter.storage.records import signed_text
 from tritter.training.options import REFUSED, trainer_parameters
 
@@ -137,7 +138,11 @@ EXTERNAL = ("evaluation.code_sandbox=external", "evaluation.code_sandbox_command
         ["cache_dir='else where'"],
         ["logger.wandb.mode=offline", "logger.wandb.project=mine"],
         ["+logger.own={_target_: lightning.pytorch.loggers.CSVLogger, save_dir: '$HOME a'}"],
-        ["callbacks=model_checkpoint", "callbacks.model_checkpoint.filename='{step}'"],
+        [
+            "callbacks=model_checkpoint",
+            "callbacks.model_checkpoint.every_n_train_steps=2",
+            "callbacks.model_checkpoint.filename='{step}'",
+        ],
         ["+callbacks.x._target_=lightning.pytorch.callbacks.LearningRateMonitor"],
         ["training.learning_rate=${pretraining.learning_rate}"],
         [*CODE, *EXTERNAL],
@@ -255,6 +260,7 @@ def test_a_folder_beside_the_run_names_no_code(
 @pytest.mark.full
 def test_no_recorded_folder_is_searched(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run(*JOB, "hydra.run.dir=outputs/runs/one").code == 1
+    Path("outputs/runs/one", LEDGER_NAME).write_text("{}")  # a stage has finished
     searched, search = set[Path](), Path.rglob
 
     def noted(self: Path, pattern: str) -> Iterator[Path]:

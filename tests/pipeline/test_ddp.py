@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(
 def test_two_processes_run_the_whole_job(run_job: Run, tmp_path: Path, trainer: str) -> None:
     methods = ["forgetting=replay"] if trainer == "fsdp" else []
     one = run_job(tmp_path / "one", "training.max_steps=20", *methods)
-    kept = (f"trainer={trainer}", "pipeline.keep_stages=true")
+    kept = (f"trainer={trainer}", "pipeline.keep_stages=true", "evaluation.every_n_steps=2")
     two = run_job(tmp_path / "two", "training.max_steps=20", *kept, *methods)
     assert two.status == one.status
     expected, found = (

@@ -193,13 +193,13 @@ def test_growth_pays_from_where_the_curves_cross(due: float) -> None:
 @pytest.mark.full
 def test_a_budget_too_small_says_what_it_reaches() -> None:
     whole = planned(3, 10, "balanced")
-    first, second = whole.steps[:2]
-    plan = planned(3, 10, "balanced", hours=first.gpu_hours + second.gpu_hours / 2)
-    assert [step.is_affordable for step in plan.steps] == [True, False, False]
+    *_, second, third = whole.steps
+    plan = planned(3, 10, "balanced", hours=second.total_gpu_hours + third.gpu_hours / 2)
+    assert [step.is_affordable for step in plan.steps] == [True, True, False]
     assert not plan.reaches_target
     assert plan.needed_gpu_hours == whole.needed_gpu_hours
     assert plan.reached is not None and plan.reached.is_affordable
-    assert first.target_parameters < plan.reached_parameters < second.target_parameters
+    assert second.target_parameters < plan.reached_parameters < third.target_parameters
     assert plan.reached.total_gpu_hours <= plan.gpu_hours
     nothing = planned(3, 10, "balanced", hours=0.001)
     assert nothing.reached is None and nothing.reached_parameters == nothing.source_parameters

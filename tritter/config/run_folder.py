@@ -12,12 +12,17 @@ from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator
+from pydantic import AfterValidator, Field
 
 from tritter.checkpoints.history import digests_of, find_damage
 from tritter.checkpoints.location import is_within
 from tritter.config.folders import CONFIG_NAME, SearchPath, search_path, use_search_path
-from tritter.config.overrides import command, program_command, resume_command
+from tritter.config.overrides import (
+    command,
+    program_command,
+    recorded_overrides,
+    resume_command,
+)
 from tritter.config.schema import SECTIONS, CheckpointModelConfig, RunConfig
 from tritter.data.skills import PREFIX
 from tritter.errors import (
@@ -87,7 +92,14 @@ def check_overrides(overrides: Sequence[str]) -> None:
             raise RequestError(Problem(key, value, reason=str(error), advice=advice)) from error
 
 
+def _repeatable(override: str) -> str:
+    if not recorded_overrides([override]):
+        raise ValueError(f"{override} is not an override that a run records")
+    return override
+
+
 _Word = Annotated[str, AfterValidator(_recordable)]
+_Override = Annotated[_Word, AfterValidator(_repeatable)]
 
 
 @record
@@ -106,10 +118,10 @@ class RunRecord:
 
     FORMAT: ClassVar[str] = "run"
 
-    fingerprint: dict[str, Any]
+    fingerprint: Annotated[dict[str, Any], Field(min_length=1)]
     status: Literal["running", "finished"]
     program: str
-    overrides: tuple[_Word, ...]
+    overrides: tuple[_Override, ...]
     left: dict[InnerName, str]
     config_folders: tuple[_Word, ...] = ()
     config_name: _Word | None = None
