@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tritter.checkpoints import ExpansionRecord, Lineage, read_lineage
+from tritter.checkpoints.record import layers_text
 from tritter.errors import TritterError
 from tritter.storage.records import FORMAT_VERSION, plain_record
 
@@ -163,3 +164,21 @@ def test_unreadable_json_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "tritter.json").write_bytes(content)
     with pytest.raises(TritterError, match=r"tritter\.json cannot be read"):
         read_lineage(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("sources", "text"),
+    [
+        ((0, 1, 1, 2), "0 1 1 2"),
+        ((*range(24), *range(8, 32)), "0-23 8-31"),
+        ((0, *range(5), 7), "0 0-4 7"),
+        ((), ""),
+    ],
+)
+def test_layers_in_order_are_a_range(sources: tuple[int, ...], text: str) -> None:
+    assert layers_text(sources) == text
+
+
+def test_many_layers_are_cut_in_the_middle() -> None:
+    text = layers_text(sorted([*range(100), *range(100)]))
+    assert text.startswith("0 0 1 1") and text.endswith("99 99 (200 layers)") and len(text) < 120

@@ -4,7 +4,7 @@ import pytest
 
 from tritter.report.summary import Summary
 from tritter.report.tables import print_summary, stage_table
-from tritter.report.wording import count_text, si_text
+from tritter.report.wording import count_text, ratio_text, si_text
 from tritter.terminal import Console
 
 
@@ -189,3 +189,8 @@ def test_stages_keep_their_order_and_end_with_the_total(summary) -> None:
 
 def test_control_characters_of_a_sample_never_reach_the_terminal():
     assert Console().printable("a\x1b[2Jb") == r"a\x1b[2Jb"
+
+
+def test_little_growth_is_a_percentage():
+    texts = {ratio: ratio_text(ratio) for ratio in (3.667, 1.1, 1.0012, 0.97, 1.0)}
+    assert list(texts.values()) == ["3.67 times", "1.1 times", "+0.12 %", "-3 %", "unchanged"]

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from tritter.checkpoints.record import Lineage
+from tritter.checkpoints.record import Lineage, layers_text
 from tritter.core.families import Config, family_of, ffn_sizes
 from tritter.errors import TritterError
 from tritter.storage.hub import hub_id_of
@@ -271,7 +271,7 @@ def _history(lineage: Lineage) -> list[str]:
     lines += ["|---|---|---|---|---|"]
     for record in lineage.expansion_history:
         error = "not measured" if record.step0_error is None else f"{record.step0_error:.1e}"
-        layers = " ".join(map(str, record.layer_sources))
+        layers = layers_text(record.layer_sources)
         lines.append(
             f"| {_cell(record.method)} | {_cell(record.expansion_type)} | {error} | "
             f"{record.continued_training_steps} | {layers} |"

@@ -1,7 +1,8 @@
 """JSON records in checkpoint and run folders: lineage, training state and ledger."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import field
+from itertools import pairwise
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -10,12 +11,30 @@ from tritter.data.split import SplitRule
 from tritter.limits import MAX_LAYERS
 from tritter.storage.records import Finite, InnerName, Seed, Sha256, Text, WholeNumber, record
 
+_MIN_RANGE, _MOST_PARTS = 4, 32  # of printed layer sources
 _MAX_ENTRIES = Field(max_length=2**20)
 _MAX_LAYERS = Field(max_length=MAX_LAYERS)
 _Plain = Annotated[Mapping[str, Any], _MAX_ENTRIES]
 _TensorDigests = Annotated[Mapping[str, Sha256], _MAX_ENTRIES]
 _FileDigests = Annotated[Mapping[InnerName, Sha256], _MAX_ENTRIES]
 _Layer = Annotated[int, Field(ge=0, lt=MAX_LAYERS)]
+
+
+def layers_text(sources: Sequence[int]) -> str:
+    """Return the source layer of each layer: 0 1 1 2; four or more in order as 0-3.
+
+    Of a list that is still long, only both ends.
+    """
+    starts = [at for at, source in enumerate(sources) if not at or source != sources[at - 1] + 1]
+    parts = list[str]()
+    for first, end in pairwise([*starts, len(sources)]):
+        run = [str(source) for source in sources[first:end]]
+        parts += run if len(run) < _MIN_RANGE else [f"{run[0]}-{run[-1]}"]
+    if len(parts) > _MOST_PARTS:
+        half = _MOST_PARTS // 2
+        parts[half:-half] = ["…"]
+        parts.append(f"({len(sources)} layers)")
+    return " ".join(parts)
 
 
 @record

@@ -56,7 +56,7 @@ from tritter.errors import (
 from tritter.limits import MAX_COUNT
 from tritter.loading import loading
 from tritter.report.table import Table
-from tritter.report.wording import count_text, number_text
+from tritter.report.wording import count_text, number_text, ratio_text
 from tritter.storage.hub import locate
 from tritter.storage.reading import named_path
 from tritter.storage.tensors import WEIGHT_DTYPES
@@ -610,13 +610,15 @@ class _Result:
 
     def print(self) -> None:
         """Print a readable summary."""
+        from tritter.checkpoints.record import layers_text
+
         console, settings, destination = new_console(), self.job.settings, self.job.destination
         _print_shapes(console, self.plan)
         lines: list[tuple[str, str]] = []
         for step in self.plan.steps:
             texts = list(step.notes)
             if step.spec.expansion_type == "depth":
-                texts.append(f"layers from {' '.join(map(str, step.parameter_map.layer_sources))}")
+                texts.append(f"layers from {layers_text(step.parameter_map.layer_sources)}")
             texts.append(f"map {short(step.parameter_map.digest())}")
             labels = [with_dashes(step.spec.name), *[""] * (len(texts) - 1)]
             lines += zip(labels, texts, strict=True)
@@ -772,11 +774,11 @@ def _print_shapes(console: Console, plan: PlannedExpansion) -> None:
     styles = []
     for name in (name for name in SHAPES if name in after):
         old, new = before.get(name), after[name]
-        grown = f"{new / old:.3g} times" if old is not None and old != new else ""
+        grown = ratio_text(new / old) if old is not None and old != new else ""
         rows.append((SHAPES[name], number_text(old), str(new), grown))
         styles.append("dim" if old == new else "bold")
     sizes = (plan.parameters_before, plan.parameters_after)
-    rows.append(("parameters", *map(count_text, sizes), f"{sizes[1] / sizes[0]:.3g} times"))
+    rows.append(("parameters", *map(count_text, sizes), ratio_text(sizes[1] / sizes[0])))
     header, rules = ("", "before", "after", ""), (len(rows) - 1,)
     table = Table(header, tuple(rows), numbers=(1, 2), rules=rules, styles=(*styles, "bold"))
     print_table(console, table)

@@ -371,6 +371,8 @@ def _print_lineage(console: Console, source: Source) -> None:
 
 
 def _print_expansion(console: Console, record: ExpansionRecord, last: RecordedMap) -> None:
+    from tritter.checkpoints.record import layers_text
+
     error = record.step0_error
     delta = [f"{name} {100 * change:+.2f} %" for name, change in record.performance_delta.items()]
     lines = [
@@ -378,7 +380,7 @@ def _print_expansion(console: Console, record: ExpansionRecord, last: RecordedMa
             "last expansion",
             f"{with_dashes(record.method)} ({record.timestamp}, seed {record.seed})",
         ),
-        ("layers from", " ".join(map(str, record.layer_sources))),
+        ("layers from", layers_text(record.layer_sources)),
         ("exact", "yes, according to its method" if record.claims_exact else "no"),
         ("step-0 error", "not measured" if error is None else f"{error:.1e}"),
         ("steps after", str(record.continued_training_steps)),

@@ -60,12 +60,12 @@ from tritter.storage.writer import TensorStream
 from tritter.targets import Component
 from tritter.training import ForgettingMethod, Preparation, Task, Values
 from tritter.training.checkpoint_io import SafetensorsCheckpointIO
+from tritter.training.forgetting_method import WRITTEN
 from tritter.training.parameters import disk_values
 
 NAMED = {kind.name: kind for kind in (EWC, OnlineEWC, L2SP, SI, Distill, Replay, SelfReplay)}
 FORGETTING_FOLDER = "forgetting"  # of a checkpoint-N
 GATE_CONFIDENCE = 0.95
-_WRITTEN = "written"  # by the model itself: the old domain where there is none
 _PARALLEL = {"NO", "MULTI_GPU", "MULTI_CPU"}  # accelerate's names: one process, or DDP
 _logger = logging.get_logger(__name__)
 
@@ -453,13 +453,13 @@ class Forgetting:
         if not (self.is_running and mixing):
             return loader
         (method,), args, seed = mixing, self._trainer.args, self._task.seed
-        old: dict[str, Any] = {_WRITTEN: self._task.written}
+        old: dict[str, Any] = {WRITTEN: self._task.written}
         if not method.needs(method.options).writes:
             texts = {name for name, data in self._old.items() if isinstance(data, tuple)}
             old = {n: self._sequences[n] if n in texts else data for n, data in self._old.items()}
 
         def mix(stream: BatchStream, numbers: Mapping[str, Tensor]) -> BatchStream:
-            written = numbers.get(_WRITTEN)
+            written = numbers.get(WRITTEN)
             return method.mix(stream, Task(seed=seed, old_sequences=numbers, written=written))
 
         return mixed_loader(
@@ -522,7 +522,7 @@ class Forgetting:
         reads = any(needs.old_text and not needs.mixes for needs in self._needs)
         if self._old:
             return self._sequences if reads else {}
-        return {} if written is None else {_WRITTEN: written}
+        return {} if written is None else {WRITTEN: written}
 
     def _prepare_methods(self) -> tuple[dict[str, Values], Tensor | None]:
         """Return the initial state of the methods, and the text that the model generated."""

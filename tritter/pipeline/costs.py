@@ -1,5 +1,6 @@
 """What a run will cost, before its first stage: parameters, memory, and seconds of each stage."""
 
+import math
 import time
 from collections.abc import Iterator, Mapping
 
@@ -76,9 +77,13 @@ def _flops(context: RunContext, source: Config) -> Mapping[str, float]:
     arms = len(context.text.tasks) + config.control
     steps = config.training.max_steps
     pretraining = config.pretraining.max_steps if context.initial_checkpoint is None else 0
+    methods = tuple(zip(config.forgetting, needs_of(config.forgetting), strict=True))
+    most = sum(map(context.num_sequences, context.old_domains)) or min(
+        (one.options.num_sequences for one, needs in methods if needs.writes), default=math.inf
+    )
     samples = [
-        getattr(one.options, "num_sequences", 0)
-        for one, needs in zip(config.forgetting, needs_of(config.forgetting), strict=True)
+        min(most, getattr(one.options, "num_sequences", 0))
+        for one, needs in methods
         if needs.prepares
     ]
     validations = 0 if text is None else 1 + -(-steps // text.every_n_steps)

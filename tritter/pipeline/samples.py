@@ -1,7 +1,7 @@
 """Text samples: continuations of prompts before, during and after training."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -51,7 +51,12 @@ class Continuations:
 
 
 def generate_samples(
-    start: RunContext, before: nn.Module, context: RunContext, after: nn.Module
+    start: RunContext,
+    before: nn.Module,
+    context: RunContext,
+    after: nn.Module,
+    *,
+    progress: Callable[[int, int], None] | None = None,
 ) -> list[Continuations]:
     """Return the continuations of both models: of a prompt of each domain, then of own prompts.
 
@@ -60,12 +65,18 @@ def generate_samples(
         before: the model before training.
         context: context in which the data has the tokens of `after`.
         after: the trained model.
+        progress: called with the number of prompts that are finished, and the total.
     """
     positions = _positions(before)
     prompts = [(domain, _prompt_of(start, domain, positions)) for domain in start.domains]
     prompts += [("", ids) for ids in own_prompts(start, before).values()]
     models = ((start, before), (context, after))
-    return [_continued(models, domain, ids) for domain, ids in prompts]
+    samples = list[Continuations]()
+    for domain, ids in prompts:
+        if progress is not None:
+            progress(len(samples), len(prompts))
+        samples.append(_continued(models, domain, ids))
+    return samples
 
 
 def own_prompts(context: RunContext, model: nn.Module) -> dict[str, list[int]]:

@@ -14,6 +14,7 @@ from lightning.pytorch.loggers import Logger
 from torch import Tensor, nn
 
 from tritter.checkpoints import Source, lineage_of, record_step0_error
+from tritter.checkpoints.record import layers_text
 from tritter.core.families import count_parameters, forward_flops, training_flops
 from tritter.core.models import load_model
 from tritter.core.stock_routers import Routing
@@ -131,7 +132,7 @@ def expansion(context: RunContext, branch: Branch) -> StageResult:
     for step in plan.steps:
         layers = step.parameter_map.layer_sources
         if layers != tuple(range(len(layers))):
-            notes.append(f"{step.spec.name}: layers from {' '.join(map(str, layers))}")
+            notes.append(f"{step.spec.name}: layers from {layers_text(layers)}")
     context.say(
         "expand",
         f"{' then '.join(spec.name for spec in branch.specs)}: {plan.parameters_before:,} → "
@@ -483,8 +484,14 @@ def evaluation(context: RunContext, branch: Branch) -> StageResult:
     if is_last and not branch.is_control and context.config.evaluation.sample_tokens != 0:
         start = "baseline" if branch.task else branch.start
         before = experts.load_start(context, branch, context.source(start))
-        with context.waiting("writing samples"):
-            samples = generate_samples(context.reading(start), before, context, trained)
+        with context.progress_bars() as new_bar:
+            samples = generate_samples(
+                context.reading(start),
+                before,
+                context,
+                trained,
+                progress=new_bar("writing samples"),
+            )
         flops += sum(sample.flops for sample in samples)
     read, used, lora_used = list[Tensor](), None, None
     if Routing.of(trained) is not None:

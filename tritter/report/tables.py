@@ -26,6 +26,7 @@ from tritter.report.wording import (
     count_text,
     mean_shift_text,
     number_text,
+    ratio_text,
     si_text,
 )
 from tritter.terminal import Console
@@ -307,8 +308,8 @@ def summary_lines(summary: Summary) -> list[SummaryLine]:
     if summary.experts is not None:  # next to a frozen base
         trained = summary.experts.parameters.trainable
         sizes = f"{count_text(before)} + {count_text(trained)} experts"
-    elif before and after and "(" not in sizes:
-        sizes += f" ({after / before:.2f} times)"
+    elif before and after and before != after and "(" not in sizes:
+        sizes += f" ({ratio_text(after / before)})"
     lines.append(SummaryLine("parameters", sizes))
     if (growth := summary.growth) is not None:
         lines.append(SummaryLine("growth", growth_text(growth)))

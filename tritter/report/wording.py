@@ -29,6 +29,15 @@ def number_text(value: float | None, form: str = "") -> str:
     return MISSING if value is None else format(value, form)
 
 
+def ratio_text(ratio: float) -> str:
+    """Return a ratio of sizes: 1.67 times, or +0.12 % for less than a tenth."""
+    if ratio == 1:
+        return "unchanged"
+    if abs(ratio - 1) >= 0.1:
+        return f"{ratio:.3g} times"
+    return f"{100 * (ratio - 1):+.2g} %"
+
+
 class MeanShift(Protocol):
     """The mean figures of a logit shift."""
 

@@ -112,7 +112,7 @@ class EWC(QuadraticPenalty):
         chosen = preparation.draw(self.options.num_sequences, _PURPOSE, domains=domains)
         preparation.log(
             "how much each parameter matters for the old data: Fisher information of "
-            f"{len(chosen)} sequences of {', '.join(domains)}"
+            + preparation.sequences_text(len(chosen), domains)
         )
         fisher = diagonal_fisher(
             preparation.model,

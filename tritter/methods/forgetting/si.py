@@ -111,7 +111,7 @@ class SI(QuadraticPenalty):
             ),
             notes=(
                 "si: no path was recorded for this model; its importances are estimated "
-                f"on {len(chosen)} sequences of {', '.join(preparation.domains)}.",
+                f"on {preparation.sequences_text(len(chosen))}.",
             ),
         )
 
