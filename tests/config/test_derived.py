@@ -75,6 +75,8 @@ def test_each_process_has_a_sequence() -> None:
         (["training.max_steps=3", "data.batch_size=2", "data.sequence_length=4096",
           "model.max_position_embeddings=4096"], (6, 2)),
         (["training.max_steps=100", "forgetting.self_replay.fraction=0"], (256, 160)),
+        (["training.max_steps=3", "data.batch_size=2", "data.sequence_length=1024",
+          "model.max_position_embeddings=1024", "forgetting.self_replay.fraction=0"], (6, 6)),
     ],
 )  # fmt: skip
 def test_methods_read_as_much_as_training_uses(words: list[str], numbers: tuple[int, int]) -> None:

@@ -224,17 +224,23 @@ def test_scores_are_those_of_lm_eval(name: str, template: str | None, tmp_path: 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not SHARED.is_dir(), reason="requires the published files next to the project")
-@pytest.mark.parametrize("is_chat", [False, True])
-@pytest.mark.parametrize("num_fewshot", [0, 2])
-@pytest.mark.parametrize("name", ["gsm8k", "arc_easy", "hellaswag"])
-@pytest.mark.parametrize("checkpoint", ["smollm2", "gemma3"])
+@pytest.mark.parametrize(
+    ("checkpoint", "name", "num_fewshot", "is_chat"),
+    [
+        ("smollm2", "gsm8k", 2, True),
+        ("smollm2", "arc_easy", 0, False),
+        ("smollm2", "arc_easy", 2, True),
+        ("smollm2", "hellaswag", 2, True),
+        ("gemma3", "gsm8k", 2, False),
+        ("gemma3", "arc_easy", 2, False),
+        ("gemma3", "hellaswag", 0, False),
+    ],
+)
 def test_a_real_checkpoint_scores_as_in_lm_eval(
     checkpoint: str, name: str, num_fewshot: int, is_chat: bool, tmp_path: Path
 ) -> None:
     folder = real_checkpoint(checkpoint)
     tokenizer = load_tokenizer(folder)
-    if is_chat and tokenizer.chat_template is None:
-        pytest.skip("it has no chat template")
     model = load_model(folder)
     file = {"gsm8k": "test_even", "arc_easy": "arc_easy_test", "hellaswag": "hellaswag_val_1k"}
     (path,) = SHARED.rglob(f"{file[name]}.jsonl")

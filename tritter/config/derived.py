@@ -70,7 +70,8 @@ def with_samples(bodies: Bodies, classes: Mapping[str, Any]) -> dict[str, Mappin
 
     It is the default of the method, but not more than the sequences that training reads, or of
     which a share is the sequences that it replays. The fewest are 8, or 2,048 tokens if these are
-    fewer sequences, but at least 2.
+    fewer sequences, but at least 2. Generated text that only other methods read has a tenth of the
+    sequences that training reads, and at least 8 if it reads so many.
     """
     data, trainer = bodies.get("data", {}), bodies.get("trainer", {})
     factors = (
@@ -89,7 +90,8 @@ def with_samples(bodies: Bodies, classes: Mapping[str, Any]) -> dict[str, Mappin
         most, share = getattr(kind.Options(), _SAMPLES), body.get("fraction", 1)
         if not isinstance(share, int | float) or not 0 <= share <= 1:
             share = 1  # reported elsewhere
-        count = min(most, max(fewest, math.ceil(num_read * (share or _UNMIXED_SHARE))))
+        least = fewest if share else max(fewest, min(_FEWEST, num_read))
+        count = min(most, max(least, math.ceil(num_read * (share or _UNMIXED_SHARE))))
         methods[name] = {**body, _SAMPLES: count}
     return {**bodies, "forgetting": methods} if "forgetting" in bodies else dict(bodies)
 

@@ -12,7 +12,7 @@ from tritter.data.chat import ids_of
 from tritter.data.packing import inputs_for
 from tritter.errors import TritterError
 from tritter.evaluation.inference import eval_mode
-from tritter.methods.forgetting import needs_of
+from tritter.methods.forgetting import SelfReplay, needs_of
 from tritter.pipeline.context import RunContext
 from tritter.planning.run_memory import grown_config, memory_line
 from tritter.training.callbacks import evaluation_flops
@@ -59,8 +59,8 @@ def time_line(context: RunContext) -> str:
     seconds = {name: flops / rate for name, flops in _flops(context, source).items() if flops}
     for one, needs in zip(config.forgetting, needs_of(config.forgetting), strict=True):
         if needs.writes:
-            texts = rows[:1, :1].expand(min(64, one.options.num_sequences), 1)
-            seconds[one.name] = length * _seconds(model, texts)
+            num_passes, num_texts = SelfReplay.passes(one.options, length)
+            seconds[one.name] = num_passes * _seconds(model, rows[:1, :1].expand(num_texts, 1))
     if (total := sum(seconds.values())) < _LONG:
         return ""
     named = ", ".join(f"{name} {_time_text(each)}" for name, each in seconds.items())

@@ -143,7 +143,7 @@ def test_dropped_sequences_are_reported_by_reason() -> None:
     assert list(found.dropped.values()) == [2, 1, 1]
     assert found.note(5, 12) == (
         "self_replay: the model generated 5 sequences of 12 tokens at perplexity 7.39, 1 are "
-        "replayed; dropped: 2 repetitive, 1 with too low a perplexity, 1 with too high a "
+        "used; dropped: 2 repetitive, 1 with too low a perplexity, 1 with too high a "
         "perplexity."
     )
     anything = SelfReplay(fraction=0.25, min_distinct=0, min_perplexity=1.0, max_perplexity=1e9)
@@ -157,13 +157,13 @@ def test_no_suitable_sequence_is_refused() -> None:
         )
 
 
-def prepared_by(method: SelfReplay, model: nn.Module) -> Any:
+def prepared_by(method: SelfReplay, model: nn.Module, *, length: int = 16) -> Any:
     def draw(count: int, *words: str) -> Tensor:
         raise AssertionError("there is no old text")
 
     return method.prepare(
         Preparation(
-            model=model, domains=(), draw=draw, sequence_length=16, bounds=TextBounds(5),
+            model=model, domains=(), draw=draw, sequence_length=length, bounds=TextBounds(5),
             seed=lambda *words: 0, state={}, log=lambda text: None,
         )
     )  # fmt: skip
@@ -192,3 +192,20 @@ def test_what_it_writes_is_mixed_in_exactly_and_paid_for() -> None:
         new += batch["input_ids"][~batch["is_replay"]].tolist()
     order = [row for _ in range(14) for row in next(plain)["input_ids"].tolist()]
     assert new == order[: len(new)]
+
+
+@pytest.mark.parametrize(("per_text", "num_texts"), [(None, 4), (1, 2)])
+def test_few_long_sequences_are_several_texts(per_text: int | None, num_texts: int) -> None:
+    """Otherwise 3 steps of 2 x 1,024 tokens need 1,023 passes of two texts."""
+    model, passes = oracle.tiny_llama(), list[tuple[int, ...]]()
+    model.register_forward_pre_hook(
+        lambda _, args, kwargs: passes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    method = SelfReplay(num_sequences=2, sequences_per_text=per_text)
+    prepared = prepared_by(method, model, length=512)
+    texts = prepared.written.view(num_texts, -1)
+    assert (texts[:, 0] == 5).all() and prepared.written.shape == (2, 512)
+    assert len(passes) == texts.shape[1] - 1 and passes[-1] == (num_texts, 1)
+    length = texts.shape[1] - 1
+    assert SelfReplay.passes(method.options, 512) == (texts.shape[1], num_texts)
+    assert prepared.flops == num_texts * forward_flops(config_of(model)).of(length)

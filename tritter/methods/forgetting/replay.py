@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 
 RUN_TOKENS = 4
 _PER_TEXT, _AT_ONCE = 4, 64  # sequences of a text, and texts that are generated at once
+_SHORT_TEXT = 256  # tokens: few long sequences consist of several texts, to generate more at once
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -341,6 +342,16 @@ class SelfReplayOptions:
     max_perplexity: Annotated[float, Field(gt=1)] | None = None
 
 
+def _text_lengths(options: SelfReplayOptions, length: int) -> tuple[int, int]:
+    """Return the number of sequences per text, and of texts per sequence; one of them is 1."""
+    count = options.num_sequences
+    if options.sequences_per_text is not None:
+        return options.sequences_per_text, 1
+    most = min(_AT_ONCE // count, length // _SHORT_TEXT)
+    parts = max((parts for parts in range(1, most + 1) if length % parts == 0), default=1)
+    return max(1, min(_PER_TEXT, count // _AT_ONCE)), parts
+
+
 class SelfReplay(ForgettingMethod):
     """Mix sequences that the model generated into the batches.
 
@@ -351,7 +362,7 @@ class SelfReplay(ForgettingMethod):
         temperature: divisor of the logits.
         top_p: sample from the smallest set of tokens whose probabilities sum to this.
         sequences_per_text: number of consecutive sequences cut from one text. None: 4, or fewer
-            if more texts can be generated at once.
+            if more texts can be generated at once; few long sequences consist of several texts.
         min_distinct: minimum share of distinct runs of four tokens; below, a text is repetitive.
         min_perplexity: minimum perplexity of a sequence under the model that generated it.
         max_perplexity: maximum perplexity; None: the vocabulary size, that of random guessing.
@@ -371,6 +382,13 @@ class SelfReplay(ForgettingMethod):
         if options.fraction > 0 or not any(needs.old_text for needs in others):
             yield from _fraction_problems(cls.name, options, run)
 
+    @classmethod
+    def passes(cls, options: Any, length: int) -> tuple[int, int]:
+        """Return the number of forward passes of the generation, and the texts of each."""
+        per_text, parts = _text_lengths(options, length)
+        num_texts = -(-options.num_sequences * parts // per_text)
+        return -(-num_texts // _AT_ONCE) * (per_text * length // parts), min(num_texts, _AT_ONCE)
+
     def prepare(self, preparation: Preparation) -> Prepared:
         from tritter.core.models import config_of  # imports transformers, so not at the top
 
@@ -380,13 +398,12 @@ class SelfReplay(ForgettingMethod):
             self.options,
         )
         vocab_size = family_of(config).dimensions(config).vocab_size
-        count = options.num_sequences
-        per_text = options.sequences_per_text or max(1, min(_PER_TEXT, count // _AT_ONCE))
-        preparation.log(f"the model generates {count} sequences of {length} tokens for replay")
+        count, per_text, parts = options.num_sequences, *_text_lengths(options, length)
+        preparation.log(f"the model generates {count} sequences of {length} tokens")
         written = write_text(
             preparation.model,
-            num_sequences=count,
-            sequence_length=length,
+            num_sequences=count * parts,
+            sequence_length=length // parts,
             bounds=preparation.bounds,
             temperature=options.temperature,
             top_p=options.top_p,
@@ -394,11 +411,16 @@ class SelfReplay(ForgettingMethod):
             seed=preparation.seed("self_replay"),
             progress=preparation.progress,
         )
+        written = GeneratedSequences(
+            sequences=written.sequences.view(count, length),
+            nats=written.nats.view(count, parts).mean(dim=1),
+        )
         filtered = self.filter_sequences(written, vocab_size=vocab_size)
         flops, kept = forward_flops(config), filtered.kept
         return Prepared(
             written=kept,
-            flops=-(-count // per_text) * sum(map(flops.of, lengths_read(per_text, length))),
+            flops=-(-count * parts // per_text)
+            * sum(map(flops.of, lengths_read(per_text, length // parts))),
             found={"written": {**filtered.dropped, "kept": len(kept)}},
             notes=(filtered.note(count, length),),
         )
@@ -468,5 +490,5 @@ class FilteredSequences:
         dropped = f"; dropped: {', '.join(reasons)}" if reasons else ""
         return (
             f"self_replay: the model generated {count} sequences of {length} tokens at perplexity "
-            f"{math.exp(self.nats):.3g}, {len(self.kept)} are replayed{dropped}."
+            f"{math.exp(self.nats):.3g}, {len(self.kept)} are used{dropped}."
         )
