@@ -195,7 +195,7 @@ def _leave_checkpoints(words: list[str]) -> None:
     read = [word for option, word in pairwise(words) if option in CHECKPOINTS]
     read += words[2:3] if words[0] == "validate" else []
     for name in read:
-        if name.startswith("base-") or name == "grown":
+        if name.startswith("base-") or name == "grown" or name.endswith("/checkpoint"):
             expand(base, Path(name), [Width()])
         if name == "skilled":
             shutil.copytree(base, name)

@@ -546,7 +546,7 @@ def test_documented_commands_are_accepted(
     (grown / "chats.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
     (grown / "own.jinja").write_text("{{ messages }}")
     config = json.loads((grown / "base/config.json").read_text())
-    (grown / "base/config.json").write_text(json.dumps(config | {"max_position_embeddings": 128}))
+    (grown / "base/config.json").write_text(json.dumps(config | {"max_position_embeddings": 256}))
     if "model.path=sparse" in command:
         expand(grown / "base", grown / "sparse", [Moe(num_experts=4, noise=0)])
     with_moments = ROOT / "tests/fixtures/tiny_run/with_moments"

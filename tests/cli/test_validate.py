@@ -208,6 +208,10 @@ def test_a_result_in_sixteen_bits_is_not_held_to_what_rounding_undoes(
     equivalence = checks_of(result)["forward_equivalence"]
     assert result.code == 0 and equivalence["verdict"] == "undecided"
     assert "this includes rounding to bfloat16" in equivalence["detail"]
+    assert "root mean square" in equivalence["detail"] and "KL" in equivalence["detail"]
+    jump = equivalence["jump"]
+    assert 0 < jump["rms_to_std"] < jump["bfloat16_rms_to_std"]
+    assert jump["divergence"] < jump["bfloat16_divergence"]
 
     assert run("expand --checkpoint half --output deep --method llama-pro").code == 0
     copied = run("validate --source half --result deep --json")
