@@ -27,6 +27,7 @@ def test_a_run(run: Run, pipeline: FakePipeline, tmp_path: Path) -> None:
     assert result.code == 0
     assert pipeline.configs[0].training.max_steps == 7
     (folder,) = pipeline.folders
+    assert result.out.startswith(f"run        {folder}\n")  # before its imports
     assert folder.parent == tmp_path / "outputs/runs"
     assert json.loads((folder / "run.json").read_text())["status"] == "finished"
     status = read_status(folder)

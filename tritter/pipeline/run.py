@@ -388,7 +388,6 @@ def _announce(context: RunContext) -> None:
         chosen["experts"] = config.experts.name
     choices = "  ".join(f"{key}={value}" for key, value in chosen.items())
     context.say("tritter", f"{choices}  seed={config.seed}")
-    context.say("run", str(context.folder))
     parts = [
         f"{source.name} ({source.num_documents} documents, {source.num_bytes / 1e6:.1f} MB)"
         for source in context.corpus.sources.values()

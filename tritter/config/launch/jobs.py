@@ -248,6 +248,7 @@ def run_job(cfg: DictConfig, pipeline: Pipeline, *, jobs: Sequence[Job]) -> floa
         recorded = recorded_overrides(typed)
         write_run_file(folder, config, status="running", overrides=recorded)
         _write_status(folder, overrides, status="running", exit_code=EXIT_FAILED)
+        say(f"{'run':<11}{folder}")  # the libraries of a run take seconds to import
         with panics_as_errors():
             outcome = pipeline(config, run_folder=folder)
     except Stopped as stop:
