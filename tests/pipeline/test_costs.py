@@ -15,8 +15,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 import tritter.core.families.flops as counting
+from tests.oracle import chat
 from tests.pipeline.conftest import SMALL
 from tests.pipeline.test_own_checkpoint import FAST, texts
+from tests.pipeline.tiny import TINY
 from tritter.config.launch.composition import load_config
 from tritter.core import models
 from tritter.core.families import family_of, training_flops
@@ -24,6 +26,9 @@ from tritter.core.models import read_config
 from tritter.evaluation import statistics
 from tritter.evaluation.statistics import studentised_errors
 from tritter.pipeline import costs, run_pipeline
+from tritter.pipeline.context import RunContext
+from tritter.pipeline.ledger import Ledger
+from tritter.terminal import Console
 
 QUICK = (*FAST, "data=text", "forgetting=replay", "evaluation.batch_size=1", "gate='off'")
 SMALL_MODEL = tuple(word for word in SMALL if word.startswith("model."))
@@ -168,3 +173,27 @@ def test_new_blocks_alone_cost_what_their_gradients_do(
     sequences = 4 * 8  # steps · batch
     assert summary["flops"]["fit"] == sequences * some.of(64)
     assert some.of(64) < 0.8 * training_flops(config).of(64)
+
+
+@pytest.mark.parametrize(
+    ("words", "count"),
+    [
+        (("forgetting=ewc",), None),
+        (("forgetting=[ewc,self_replay]", "data.old={}", "forgetting.self_replay.num_sequences=9",
+          "model=hf"), 9),
+    ],
+)  # fmt: skip
+def test_importance_is_timed_for_the_sequences_that_exist(
+    tmp_path: Path, words: tuple[str, ...], count: int | None
+) -> None:
+    """Of 8 sequences that a model wrote, no 10,000 are read."""
+    if "model=hf" in words:
+        chat.checkpoint(tmp_path / "base")
+        words = (*words, f"model.path={tmp_path / 'base'}")
+    asked = ("forgetting.ewc.num_sequences=10000", f"cache_dir={tmp_path}/cache")
+    config = load_config([*(word for word in TINY if "model." not in word), *words, *asked])
+    context = RunContext(config=config, folder=tmp_path, console=Console(), ledger=Ledger(tmp_path))
+    count = count or context.num_sequences("old")
+    source = context.model_config
+    flops = count * training_flops(source).of(config.data.sequence_length)
+    assert costs._flops(context, source)["importance"] == flops

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 RUN_TOKENS = 4
 _PER_TEXT, _AT_ONCE = 4, 64  # sequences of a text, and texts that are generated at once
-_SHORT_TEXT = 256  # tokens: few long sequences consist of several texts, to generate more at once
+_SHORT_TEXT = 128  # tokens: few long sequences consist of several texts, to generate more at once
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
