@@ -637,7 +637,8 @@ def _scores(
     refuse_peft(model)
     live: Any = load(model) if isinstance(model, str | PathLike) else model
     own = _tokenizer(tokenizer, live)
-    limit = getattr(live.config, "max_position_embeddings", None) or sequence_length
+    text_config = live.config.get_text_config(decoder=True)  # multimodal models nest it
+    limit = getattr(text_config, "max_position_embeddings", None) or sequence_length
     return {
         name: document_losses(
             live,
@@ -651,16 +652,16 @@ def _scores(
 
 
 def _tokenizer(tokenizer: Tokenizer, model: nn.Module) -> PretrainedTokenizer:
-    from tritter.data.tokens import read_tokenizer, wrap_tokenizer
+    from tritter.data.tokens import ends_of, read_tokenizer, wrap_tokenizer
     from tritter.storage.hub import locate
 
     config = cast(Any, model.config)
-    end: object = getattr(config, "eos_token_id", None)
-    ends = end if isinstance(end, list) else [end]
+    ends = ends_of(config)
     if not isinstance(tokenizer, str | PathLike):
         return wrap_tokenizer(tokenizer, ends=ends)
     folder = locate(fspath(tokenizer), key="tokenizer")
-    return read_tokenizer(folder, vocab_size=config.vocab_size, ends=ends)
+    vocab_size = config.get_text_config(decoder=True).vocab_size
+    return read_tokenizer(folder, vocab_size=vocab_size, ends=ends)
 
 
 # Forgetting mitigation

@@ -228,7 +228,7 @@ def _positions(source: Source) -> dict[str, str]:
     kinds = [each for each in rotary.values() if isinstance(each, dict)]  # one per kind of layer
     bases = [each.get("rope_theta") for each in (config, rotary, *kinds)]
     texts = dict.fromkeys(f"{float(base):.10g}" for base in bases if base)
-    found = {"context": config.get(source.family.positions_key), "RoPE base": ", ".join(texts)}
+    found = {"context": source.family.position_limit(config), "RoPE base": ", ".join(texts)}
     return {name: str(value) for name, value in found.items() if value}
 
 

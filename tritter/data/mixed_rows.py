@@ -27,6 +27,7 @@ from tritter.data.tokens import (
     TokenisedDocuments,
     bounds_of,
     copy_backend,
+    ends_of,
     num_closed_tokens,
     pack,
     tokenise_texts,
@@ -232,11 +233,9 @@ class PackedText:
     @cached_property
     def bounds(self) -> TextBounds:
         """The start and the end of a document."""
-        for owner in (self._outer, self._config):
-            if (value := getattr(owner, "eos_token_id", None)) is not None:
-                end = int(value[0] if isinstance(value, list) else value)
-                backend = self._backend
-                return TextBounds(end) if backend is None else bounds_of(backend, end)
+        backend = self._backend
+        for end in (*ends_of(self._outer), *ends_of(self._config)):
+            return TextBounds(end) if backend is None else bounds_of(backend, end)
         reason = "neither the tokenizer nor the model's config has an eos_token_id"
         raise RequestError(Problem("processing_class", reason=reason))
 

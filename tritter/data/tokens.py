@@ -34,6 +34,7 @@ END_OF_TEXT = "<|endoftext|>"
 MINIMUM_VOCAB_SIZE = 257  # all bytes and the end of text
 _STATED_IN = ("tokenizer_config.json", "special_tokens_map.json")
 _NUMBERED_IN = ("generation_config.json", "config.json")
+_TEXT_CONFIGS = ("text_config", "llm_config", "language_config", "decoder")  # multimodal models
 # transformers rebuilds their tokenizers, without what tokenizer.json puts in front of a text
 _WITHOUT_START = ("GPTNeoXTokenizer", "GPTNeoXTokenizerFast")
 _ANY_TEXT = "a"
@@ -229,6 +230,15 @@ def whole_texts(tokenizer: Tokenizer) -> Tokenizer:
     return tokenizer
 
 
+def ends_of(config: Any) -> list[int]:
+    """Return the end tokens of a live config of transformers, or of the text config in it."""
+    nested = getattr(config, "get_text_config", lambda **_: None)(decoder=True)
+    for each in (config, nested):
+        if (ends := getattr(each, "eos_token_id", None)) is not None:
+            return list(ends) if isinstance(ends, list) else [int(ends)]
+    return []
+
+
 def _declared_ends(folder: Path, tokenizer: Tokenizer) -> Iterator[str]:
     for file in _STATED_IN:
         token = _json(folder / file).get("eos_token")
@@ -236,7 +246,10 @@ def _declared_ends(folder: Path, tokenizer: Tokenizer) -> Iterator[str]:
         if isinstance(name, str):
             yield name
     for file in _NUMBERED_IN:
-        numbers = _json(folder / file).get("eos_token_id")
+        content = _json(folder / file)
+        nested = (content.get(name) for name in _TEXT_CONFIGS)
+        named = (each.get("eos_token_id") for each in (content, *nested) if isinstance(each, dict))
+        numbers = next((each for each in named if each is not None), None)
         yield from _names_of(numbers if isinstance(numbers, list) else [numbers], tokenizer)
 
 

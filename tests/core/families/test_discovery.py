@@ -29,6 +29,7 @@ from tritter.core.families import (
     Config,
     backward_flops,
     forward_flops,
+    position_limit,
 )
 from tritter.core.families.discovery import family
 from tritter.core.families.discovery.configs import deeper_configs
@@ -532,3 +533,12 @@ def test_a_terminal_shows_what_takes_seconds(tmp_path: Path) -> None:
     assert "probing" not in shown.stdout
     silent = subprocess.run(command, capture_output=True, text=True, check=True)
     assert not silent.stderr
+
+
+@pytest.mark.parametrize(
+    ("model_type", "limit"),
+    [("openai-gpt", 512), ("dbrx", 2048), ("gemma3", 131072), ("whisper", 448), ("bloom", None)],
+)
+def test_the_context_length_is_known_by_any_name(model_type: str, limit: int | None) -> None:
+    """Without it, a window longer than a table of learned positions would be accepted."""
+    assert position_limit(example(model_type)) == limit

@@ -101,6 +101,11 @@ class Family:
         """Config key of the context length."""
         return self.sizes.get("max_position_embeddings", "max_position_embeddings")
 
+    def position_limit(self, config: Config) -> int | None:
+        """Return the context length in tokens, or None if the config does not set it."""
+        limit = config.get(self.positions_key)
+        return limit if isinstance(limit, int) else None
+
     @property
     def has_gate(self) -> bool:
         """FFNs or experts are gated."""

@@ -764,8 +764,7 @@ def family_of(config: Config) -> Family:
 
 def position_limit(config: Config) -> int | None:
     """Return the context length of a model in tokens, or None if the config does not set it."""
-    limit = config.get(family_of(config).positions_key)
-    return limit if isinstance(limit, int) else None
+    return family_of(config).position_limit(config)
 
 
 def count_parameters(config: Config) -> int:

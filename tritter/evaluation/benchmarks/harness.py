@@ -519,8 +519,8 @@ def max_length(model: nn.Module) -> int:
     Raises:
         RequestError: the context is too short for any question.
     """
-    config = model.config
-    length = getattr(config, "max_position_embeddings", None) or 2048
+    config: Any = model.config
+    length = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None) or 2048
     if length < 16:
         raise RequestError(
             f"the model's context length of {length} tokens is too short for any benchmark."

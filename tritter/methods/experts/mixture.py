@@ -369,10 +369,10 @@ class ExpertMixture:
             raise RequestError("the model has no decoder layers named layers.N for experts.")
         model.requires_grad_(False)
         self._whole = _Mix()  # for modules outside the layers, or shared by all
+        text_config: Any = model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
         if router != "learned":
             # Evidence is computed from the inputs of the backbone
-            vocab_size: int = model.config.vocab_size  # type: ignore[union-attr, assignment]
-            self.evidence = Evidence(vocab_size, **(evidence or {}))
+            self.evidence = Evidence(text_config.vocab_size, **(evidence or {}))
             if has_base:
                 self.evidence.add_row()
             model.add_module(EVIDENCE, self.evidence.to(next(model.parameters()).device))
@@ -384,8 +384,9 @@ class ExpertMixture:
         for number, layer in layers.items() if router != "evidence" else ():
             owner = model if is_shared else layer
             if not hasattr(owner, ROUTER):
-                size: int = model.config.hidden_size  # type: ignore[union-attr, assignment]
-                made = ExpertRouter(size, len(self.names)).to(next(model.parameters()).device)
+                made = ExpertRouter(text_config.hidden_size, len(self.names)).to(
+                    next(model.parameters()).device
+                )
                 owner.add_module(ROUTER, made)
             mix = _Mix(owner.get_submodule(ROUTER))  # type: ignore[arg-type]
             self._mixes[number] = mix

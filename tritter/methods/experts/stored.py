@@ -420,7 +420,8 @@ class ExpertFolder:
         Raises:
             TritterError: sizes differ from those of the model.
         """
-        head, size = self.head, model.config.vocab_size  # type: ignore[union-attr]
+        config: Any = model.config
+        head, size = self.head, config.get_text_config(decoder=True).vocab_size
         if self.counts is not None and self.counts.shape[1] != size:
             raise TritterError(
                 f"the experts don't fit the model: they count {self.counts.shape[1]} tokens, and "

@@ -665,7 +665,8 @@ class ProgressiveMoE:
             )
         path = str(Path(path).expanduser().resolve())
         documents = noted_documents([path], key="domain_data_path")
-        limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+        config: Any = model.config
+        limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
         sequences = pack(
             tokenise(documents, self.tokenizer),
             sequence_length=min(MAX_SEQUENCE_LENGTH, limit or MAX_SEQUENCE_LENGTH),

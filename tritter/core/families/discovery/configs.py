@@ -78,6 +78,20 @@ def _complete(key: Key) -> Config:
     return {**full, "model_type": config["model_type"]}
 
 
+_POSITIONS = ("max_position_embeddings", "max_seq_len", "max_target_positions")
+
+
+def position_limit(config: Config) -> int | None:
+    """Return the context length of a model, by any of its names, or None if there is no limit.
+
+    Raises:
+        RequestError: as `class_of`.
+    """
+    text = class_of(config).from_dict(plain_floats(config)).get_text_config(decoder=True)
+    limits = (getattr(text, name, None) for name in _POSITIONS)
+    return next((limit for limit in limits if isinstance(limit, int) and limit > 0), None)
+
+
 def structure_of(config: Config, shrunk: Config) -> Key:
     """Return the structure from which a family is discovered, as a key without sizes and depth.
 

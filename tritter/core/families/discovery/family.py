@@ -43,6 +43,7 @@ from tritter.core.families.discovery.configs import (
     deeper_configs,
     key_of,
     layer_key,
+    position_limit,
     quiet,
     structure_of,
     with_decoder,
@@ -299,6 +300,9 @@ class DiscoveredFamily(Family):
             sizes["intermediate_size"] = widths[layer]
         return Dimensions(**sizes)
 
+    def position_limit(self, config: Config) -> int | None:
+        return position_limit(config)
+
     def layer_kinds(self, config: Config) -> list[Literal["dense", "sparse"]]:
         return [
             "sparse" if any(_ROUTED.search(name) for name, _ in signature) else "dense"
@@ -540,6 +544,12 @@ _WIDENED: dict[Key, DiscoveredFamily] = {}  # the same, with axes
 
 
 def _structure(config: Config) -> Key:
+    return _structure_in(key_of(config))
+
+
+@lru_cache(maxsize=256)  # asked for once per tensor
+def _structure_in(key: Key) -> Key:
+    config = config_in(key)
     return structure_of(config, small_sizes(config))
 
 
