@@ -177,7 +177,8 @@ def brief(value: object, *, num_characters: int = 120) -> str:
 def nearest(value: str, allowed: Iterable[str], *, cutoff: float = 0.5) -> str | None:
     """Return the allowed name closest to `value`, or one that it abbreviates; else None."""
     names = [str(name) for name in allowed]
-    matches = get_close_matches(str(value), names, n=1, cutoff=cutoff)
+    spellings = dict.fromkeys((str(value), str(value).lower()))
+    matches = [m for v in spellings for m in get_close_matches(v, names, n=1, cutoff=cutoff)]
     return next(iter([*matches, *(n for n in names if is_short_for(str(value), n))]), None)
 
 

@@ -36,6 +36,8 @@ HABITS = {
     "data.new=notes.jsonl": "data.new is not a key of data=stdlib (the current source). Did you "
     "mean: data=text data.new=notes.jsonl",
     "data.new=hf:owner/name": "Did you mean: data=hf data.new=hf:owner/name",
+    "forgetting=EWC": "Did you mean ewc?",
+    "expansion.width=768": "expansion.width.hidden_size, ",
     "data.text_field=body": "Did you mean: data=text data.text_field=body",
 }
 
@@ -71,7 +73,8 @@ def test_every_group_may_be_typed_as_an_option() -> None:
 
 
 def test_what_is_advised_exists() -> None:
-    known = {*known_keys(), "seed", "resume", "hydra.run.dir"}
+    further = {"seed", "resume", "hydra.run.dir", "trainer.accumulate_grad_batches"}
+    known = {*known_keys(), *further}
     for hint in HINTS:
         for word in hint.advice.replace(",", "").split():
             key = word.partition("=")[0]
@@ -85,6 +88,16 @@ def test_what_is_advised_exists() -> None:
         ("--batch-size", "8", "train", "data.batch_size=8"),
         ("--max-steps", "8", "train", "training.max_steps=8"),
         ("--dataset", "x", "train", "data=text data.new=x"),
+        ("--data", "notes.jsonl", "train", "data=text data.new=notes.jsonl"),
+        ("data.train", "x", "train", "data=text data.new=x"),
+        ("model", "gpt2", "train", "model=hf model.path=gpt2"),
+        ("model.name", "x", "train", "model=hf model.path=x"),
+        ("--output-dir", "x", "train", "hydra.run.dir=x"),
+        ("--output-dir", "x", "expand", "--output x"),
+        ("gradient_accumulation_steps", "4", "train", "trainer.accumulate_grad_batches=4"),
+        ("bf16", "true", "train", "trainer.precision=bf16-mixed"),
+        ("--device", "cuda", "train", "trainer=gpu"),
+        ("hidden_size", "768", "train", "expansion=width expansion.width.hidden_size=768"),
         ("expand", "width", "train", "expansion=width"),
         ("--lr", "1e-4", "expand", "--learning-rate 1e-4"),
     ],

@@ -313,7 +313,7 @@ def test_what_was_skipped_is_told_each_time(tmp_path):
             cache_dir=tmp_path / "cache",
         )
         note, dropped = corpus.notes
-        assert dropped == "data.new: of 80 documents, 40 duplicates were dropped."
+        assert dropped == "data.new: dropped of 80 documents: 40 duplicate."
         assert note.startswith(
             "Skipped 3 of 83 records because they are invalid; the first: data.new: "
         )

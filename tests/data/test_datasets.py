@@ -398,7 +398,7 @@ def test_later_rows_of_another_type_are_reported(tmp_path: Path, is_streamed: bo
     assert len(found) == 30
     assert "Skipped 20 of 50 records" in skipped and "row 30" in skipped
     assert "is a number, not a string" in skipped
-    assert dropped == "data.new: of 31 documents, 1 empty were dropped."
+    assert dropped == "data.new: dropped of 31 documents: 1 empty."
 
 
 def test_a_line_beyond_the_limit_is_refused_before_it_is_read(

@@ -102,7 +102,7 @@ def test_empty_documents_and_duplicates_are_counted(tmp_path):
     rows = ['{"text": "a row"}'] * 3 + ['{"text": ""}', '"another"', '"a  row\\n"']
     (tmp_path / "rows.jsonl").write_text("\n".join(rows))
     found = source_documents([str(tmp_path)], key="data.new", text_field="text")
-    assert notes_of(found) == ("data.new: of 8 documents, 3 empty and 3 duplicates were dropped.",)
+    assert notes_of(found) == ("data.new: dropped of 8 documents: 3 empty and 3 duplicate.",)
     assert [document.text for document in found] == ["a  row\n", "another"]
 
 

@@ -188,7 +188,8 @@ def method_class(group: str, name: str, bodies: Mapping[str, Any]) -> type[Any]:
             near = nearest_key(key, keys, first=chosen)
         raise RequestError(Problem(key, body, reason=reason, nearest=near))
     if not isinstance(body, Mapping):
-        raise RequestError(Problem(key, body, reason="it must be a mapping; choose an option"))
+        names_below = ", ".join(f"{key}.{leaf}" for leaf in child_names(method_keys(), key))
+        raise RequestError(Problem(key, body, reason=f"a method has keys: {names_below or 'none'}"))
     target_key, target = f"{key}.{TARGET}", body.get(TARGET)
     if group == "expansion":
         kind = resolve(target_key, target)

@@ -42,6 +42,18 @@ class Hint:
 _MODEL = (
     r"--(model|model[-_]path|model[-_]name[-_]or[-_]path|base[-_]model|ckpt|from[-_]pretrained)"
 )
+
+
+def _is_file(value: str) -> bool:
+    """Return whether a value looks like a data file or folder."""
+    return "." in value or "/" in value or Path(value).exists()
+
+
+def _is_no_preset(value: str) -> bool:
+    """Return whether a value is a folder, a Hub id or another model's name, not a misspelling."""
+    return _is_path_or_hub_id(value) or not get_close_matches(value, ("tiny", "small", "tritter"))
+
+
 # Words of other tools → commands of `tritter`
 COMMAND_SYNONYMS = {
     **dict.fromkeys(("finetune", "fine-tune", "pretrain", "continue", "fit", "run"), "train"),
@@ -79,12 +91,45 @@ HINTS = (
         command="train",
     ),
     Hint(r"(--)?weight[-_]decay", "optimizer.weight_decay=X", command="train"),
-    Hint(r"(--)?(dataset|train[-_]file|data[-_]path)", "data=text data.new=PATH", command="train"),
+    Hint(
+        r"(--)?((train[-_]?|data[-_])?(dataset|files?)|data[-_]path|data\.(path|train|files?|dataset))",
+        "data=text data.new=PATH",
+        command="train",
+    ),
+    Hint("(--)?data", "data=text data.new=PATH", command="train", applies_to=_is_file),
     Hint("(--)?(method|expand)", "expansion=METHOD", command="train"),
     Hint("--(lr|learning[-_]rate)", "--learning-rate X", command="expand"),
     Hint("--(data|dataset)", "--domain-data PATH", command="expand"),
+    Hint(
+        r"(--)?((run|save)[-_](dir|folder)|out(put)?([-_](dir|folder))?)|run\.(dir|directory|folder)",
+        "hydra.run.dir=DIR",
+        command="train",
+    ),
     Hint("--(out|output[-_]dir)", "--output DST"),
-    Hint(r"run\.(dir|directory|folder)|(run|output)_dir", "hydra.run.dir=DIR", command="train"),
+    Hint(
+        r"(--)?(grad(ient)?[-_]accum(ulation)?([-_]steps)?|accumulate[-_]grad[-_]batches)",
+        "trainer.accumulate_grad_batches=N",
+        command="train",
+    ),
+    Hint("(--)?bf16", "trainer.precision=bf16-mixed", command="train"),
+    Hint("(--)?fp16", "trainer.precision=16-mixed", command="train"),
+    Hint(
+        "(--)?(device|accelerator)",
+        "trainer=cpu",
+        command="train",
+        applies_to=lambda v: v == "cpu",
+    ),
+    Hint("(--)?(device|accelerator|gpu|cuda)", "trainer=gpu", command="train"),
+    Hint(r"(--)?(lora([-_](r|rank))?|peft)", "experts=dylora", command="train"),
+    Hint("(--)?wandb", "logger=wandb", command="train"),
+    Hint("--no[-_]gate", "gate=off", command="train"),
+    Hint("--resume", "resume=latest", command="train", applies_to=lambda v: not v),
+    Hint(
+        r"(num_)?(hidden_)?layers",
+        "expansion=llama_pro expansion.llama_pro.target_layers=N",
+        command="train",
+    ),
+    Hint("hidden_size", "expansion=width expansion.width.hidden_size=N", command="train"),
     Hint("--(num[-_])?gpus", "trainer=gpu trainer.devices=N", command="train"),
     Hint(
         "--(?P<key>data|expansion|forgetting|growth|experts|moe_routing|adaptation|pretraining"
@@ -94,8 +139,8 @@ HINTS = (
         command="train",
     ),
     Hint("(--)?(expand|expansion)", "--method METHOD", command="expand"),
-    Hint("model", "model=hf model.path=DIR", applies_to=_is_path_or_hub_id),
-    Hint(r"model\.path", "model=hf model.path=DIR"),
+    Hint("model", "model=hf model.path=DIR", applies_to=_is_no_preset),
+    Hint(r"model\.(path|name|id|checkpoint|(model_)?name_or_path)", "model=hf model.path=DIR"),
     Hint(
         r"(?P<key>data\.(new|old|tasks))",
         "data=hf {key}=SOURCE",

@@ -85,8 +85,8 @@ def training_note(
     alone = f", and {lost:,} conversations not at all" if lost else ""
     return (
         f"{name}: {num_cut:,} of {len(found.sizes):,} training conversations{rows} exceed "
-        f"data.sequence_length={sequence_length} and are cut; what follows would be without its "
-        f"question. {total - num_kept:,} of {total:,} {tokens} are not trained{alone}. The longest "
+        f"data.sequence_length={sequence_length} and are cut. "
+        f"{total - num_kept:,} of {total:,} {tokens} are not trained{alone}. The longest "
         f"has {int(found.sizes.max()):,} tokens."
     )
 
@@ -134,7 +134,7 @@ def scoring_note(
         return ""
     found = _Answers.of(documents)
     num_long = max(documents.num_cut, int((found.targets > sequence_length).sum()))
-    note = f"{name}: scored are {scored_text(documents)}."
+    note = f"{name}: scores count {scored_text(documents)}."
     if num_long:
         note += (
             f" {num_long:,} of them exceed {min(sequence_length, max_tokens):,} tokens and are "

@@ -32,7 +32,9 @@ def cost_lines(context: RunContext) -> Iterator[str]:
     text = context.validation_subset
     validation = ""
     if text is not None:
-        validation = f"; validation every {text.every_n_steps:,} reads {sum(text.lengths):,} tokens"
+        validation = (
+            f"; validation every {text.every_n_steps:,} steps: {sum(text.lengths):,} tokens"
+        )
     yield f"{steps:,} steps of {of_step}{validation}"
 
 

@@ -389,7 +389,7 @@ def _announce(context: RunContext) -> None:
     choices = "  ".join(f"{key}={value}" for key, value in chosen.items())
     context.say("tritter", f"{choices}  seed={config.seed}")
     parts = [
-        f"{source.name} ({source.num_documents} documents, {source.num_bytes / 1e6:.1f} MB)"
+        f"{source.name} ({source.num_documents:,} documents, {source.num_bytes / 1e6:.2g} MB)"
         for source in context.corpus.sources.values()
     ]
     origins = dict.fromkeys(source.origin for source in context.corpus.sources.values())
