@@ -53,7 +53,7 @@ def test_cut_conversations_are_counted(chat: Chat) -> None:
     bounds = TextBounds(0)
     note = training_note("new", documents, sequence_length=64, bounds=bounds)
     assert "new: 2 of 3 training conversations exceed data.sequence_length=64 and are cut" in note
-    assert "not trained, and 1 conversations not at all." in note
+    assert "not trained, and 1 conversation not at all." in note
     # By the packed rows themselves
     rows = packed(documents, packing="documents", sequence_length=64, bounds=bounds)
     whole = packed(documents, packing="documents", sequence_length=256, bounds=bounds)

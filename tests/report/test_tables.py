@@ -130,7 +130,7 @@ def test_undecided_says_how_many_documents(summary):
     check = summary["attempts"][0]["gate"][0]
     check |= {"verdict": "undecided", "detail": "about 812 documents would decide"}
     text = printed(summary)
-    assert "undecided: inconclusive, the grown checkpoint is kept" in text
+    assert "undecided: inconclusive, the trained checkpoint is kept" in text
     assert "812 documents" in text
 
 

@@ -82,10 +82,11 @@ def training_note(
     lost = int(((found.predicted > 0) & (found.predicted_kept == 0)).sum())
     tokens = "tokens" if found.are_all else "tokens of answers"
     rows = " of the first rows" if is_head else ""
-    alone = f", and {lost:,} conversations not at all" if lost else ""
+    alone = f", and {lost:,} conversation{'s' * (lost > 1)} not at all" if lost else ""
+    verbs = ("exceed", "are") if num_cut > 1 else ("exceeds", "is")
     return (
-        f"{name}: {num_cut:,} of {len(found.sizes):,} training conversations{rows} exceed "
-        f"data.sequence_length={sequence_length} and are cut. "
+        f"{name}: {num_cut:,} of {len(found.sizes):,} training conversations{rows} {verbs[0]} "
+        f"data.sequence_length={sequence_length} and {verbs[1]} cut. "
         f"{total - num_kept:,} of {total:,} {tokens} are not trained{alone}. The longest "
         f"has {int(found.sizes.max()):,} tokens."
     )

@@ -35,7 +35,7 @@ _FEW_TASKS = 3  # whose domains fit above the columns; those of more are in the 
 _STATUS_WORDS = {
     "kept": "kept",
     "rolled_back": "rolled back: the checkpoint is the baseline",
-    "undecided": "undecided: inconclusive, the grown checkpoint is kept",
+    "undecided": "undecided: inconclusive, the trained checkpoint is kept",
     "ungated": "ungated: gate=off keeps any result",
 }
 _SAMPLE_CHARACTERS = 400
