@@ -73,6 +73,7 @@ def test_a_preset_keeps_its_rate(model: str, training: str) -> None:
     assert "0.003" in config.rate_note and "from scratch" in config.rate_note
     typed = load_config([*words, "training.learning_rate=3e-3"])
     assert typed.rate_note == "" and fingerprint(typed) == fingerprint(config)
+    assert load_config([*words, "experts=dylora", "forgetting=none"]).rate_note == ""
 
 
 @pytest.mark.quick_cases(1)

@@ -244,7 +244,8 @@ def validate(
     if has_no_rate and {"model", "training"} <= values.keys():
         rate, reason = default_rate(values["model"])
         values["training"] = replace(values["training"], learning_rate=rate)
-        values["rate_note"] = f"training.learning_rate = {rate:g}: {reason}."
+        if values.get("experts") is None:  # they have a learning rate of their own
+            values["rate_note"] = f"training.learning_rate = {rate:g}: {reason}."
     problems, unread = list(found), set[str]()
     for number, problem in enumerate(reader.problems):
         where = problem.origin or (origin and origin(problem.key))
