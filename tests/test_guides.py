@@ -44,10 +44,12 @@ def leave_data(folder: Path) -> None:
     for number, text in enumerate(short[:40]):
         (folder / f"articles/{number}.txt").write_text(text)
     records = [
-        {"prompt": f"Write `{node.name}`. {ast.get_docstring(node)}", "completion": source}
+        {"prompt": f"Write `{node.name}`. {purpose}", "completion": source}
         for module in (textwrap, inspect, shutil, subprocess, shlex)
         for node in ast.parse(inspect.getsource(module)).body
-        if isinstance(node, ast.FunctionDef) and 200 < len(source := ast.unparse(node)) < 1500
+        if isinstance(node, ast.FunctionDef)
+        and (purpose := ast.get_docstring(node))
+        and 200 < len(source := ast.unparse(node)) < 1500
     ]
     (folder / "notes.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in records[:60]))
 

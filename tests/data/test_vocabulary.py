@@ -40,7 +40,9 @@ def byte_level() -> Tokenizer:
 
 
 @cache
-def sentence_piece() -> Tokenizer:
+def sentence_piece(
+    text: str = PROSE, *, vocab_size: int = 330, specials: tuple[str, ...] = ("<unk>",)
+) -> Tokenizer:
     """A tokenizer like Llama 2's: no words before the merges, and bytes for unknown characters."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     tokenizer.normalizer = normalizers.Sequence(
@@ -48,12 +50,13 @@ def sentence_piece() -> Tokenizer:
     )
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     tokenizer.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)])
-    special = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    trainer = trainers.BpeTrainer(vocab_size=330, special_tokens=special, show_progress=False)
-    words = PROSE.replace("\n", " ").split()
-    tokenizer.train_from_iterator(words, trainer=trainer)
+    names = [*specials, *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=names, show_progress=False)
+    tokenizer.train_from_iterator(text.replace("\n", " ").split(), trainer=trainer)
     content = json.loads(tokenizer.to_str())
-    content["added_tokens"] = content["added_tokens"][:1]  # bytes are no special tokens
+    content["added_tokens"] = content["added_tokens"][
+        : len(specials)
+    ]  # bytes are no special tokens
     return Tokenizer.from_str(json.dumps(content))
 
 

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, decoders, models, normalizers, trainers
+from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from tests import oracle
+from tests.data.test_vocabulary import sentence_piece
 from tests.oracle.families import generic, tiny
 from tests.real import real_checkpoint
 from tritter.checkpoints import Source, lineage_of
@@ -303,22 +304,6 @@ def test_sums_of_rows_in_blocks_equal_the_whole() -> None:
     assert torch.equal(mapped(spec, lambda name: source), source)
 
 
-def sentence_piece() -> Tokenizer:
-    """A tokenizer like Llama 2's, with special tokens in front."""
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
-    tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
-    )
-    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    tokenizer.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)])
-    special = ["<unk>", "<s>", END_OF_TEXT, *(f"<0x{byte:02X}>" for byte in range(256))]
-    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=special, show_progress=False)
-    tokenizer.train_from_iterator(TEXT.replace("\n", " ").split(), trainer=trainer)
-    content = json.loads(tokenizer.to_str())
-    content["added_tokens"] = content["added_tokens"][:3]  # bytes are no special tokens
-    return Tokenizer.from_str(json.dumps(content))
-
-
 @pytest.mark.parametrize("kind", ["bytes", "pieces", "hole"])
 @pytest.mark.parametrize("is_tied", [True, False])
 @pytest.mark.parametrize("padding", [40, 5])
@@ -329,7 +314,8 @@ def test_new_tokens_take_the_rows_of_padding_first(
     model = oracle.tiny_llama(vocab_size=SIZE + padding, tie_word_embeddings=is_tied)
     source = written(tmp_path / "base", model, padding=padding)
     if kind == "pieces":
-        tokenizer = sentence_piece()
+        specials = ("<unk>", "<s>", END_OF_TEXT)
+        tokenizer = sentence_piece(TEXT, vocab_size=300, specials=specials)
         spare = SIZE - tokenizer.get_vocab_size()
         tokenizer.add_special_tokens([f"<|{number}|>" for number in range(spare)])
         save_tokenizer(tokenizer, source, end_of_text=END_OF_TEXT)

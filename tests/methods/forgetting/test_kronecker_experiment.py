@@ -1,6 +1,7 @@
 """The method of experiments/2026-11-21_kronecker matches its README."""
 
 import importlib
+import re
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,11 @@ CHECKS = (
     "check_a_tied_head_is_no_layer_of_its_own",
     "check_gradient_by_finite_differences",
 )
+
+
+def test_no_check_is_left_out() -> None:
+    source = (FOLDER / "check_kronecker.py").read_text("utf-8")
+    assert re.findall(r"^def (check_\w+)", source, re.MULTILINE) == [*CHECKS]
 
 
 @pytest.mark.quick_cases(2)
