@@ -84,6 +84,10 @@ def test_generate_runs_the_mixture(
     base = run(f"generate --checkpoint root {words}", "the model grows")
     assert base.json["text"] == _greedy(place / "root", "the model grows", 12)
     assert base.json["text"] != result.json["text"]
+    template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    (place / "whole/chat_template.jinja").write_text(template)
+    chat = run(f"generate --checkpoint whole --chat {words}", "the model grows")
+    assert chat.json["text"].strip() == result.json["text"].strip()
 
 
 def test_evaluate_scores_the_mixture(
