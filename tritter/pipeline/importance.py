@@ -55,7 +55,8 @@ def prepare(context: RunContext, branch: Branch) -> StageResult:
     """Prepare the forgetting methods at the initial weights of a branch, and store the results."""
     start = context.source(branch.start)
     config, stored_state = start.config, start.state
-    model = context.masked(load_model(start.folder, config=config)).to(context.device)
+    with context.waiting("loading the model"):
+        model = context.masked(load_model(start.folder, config=config)).to(context.device)
     kinds: dict[str, TensorStream] = {}
     found: dict[str, Any] = {}
     notes: list[str] = []
@@ -185,10 +186,11 @@ def task(context: RunContext, branch: Branch, *, follow: Callable[[Values], Valu
     teacher = None  # the frozen teacher model
     if has_teacher:
         folder, start = teacher_folder(context), context.source(branch.start)
-        if folder is None:
-            model = load_model(start.folder, config=start.config)
-        else:
-            model = load_model(locate(folder, key="forgetting.distill.teacher"))
+        with context.waiting("loading the teacher"):
+            if folder is None:
+                model = load_model(start.folder, config=start.config)
+            else:
+                model = load_model(locate(folder, key="forgetting.distill.teacher"))
         teacher = context.masked(model).eval().requires_grad_(False)
     return Task(
         seed=_task_seed(context, branch),

@@ -242,7 +242,8 @@ def _objective(
             context.old_domains_of(branch), HOLD_OLD_SEQUENCES, "hold_old", *branch.purpose
         )
         start = context.source(expanded_folder(branch))
-        before = context.masked(load_model(start.folder, config=start.config)).to(context.device)
         batch_size = max(1, context.config.data.batch_size // 4)
-        old = OldRouting.of(before, sequences, batch_size=batch_size)
+        with context.waiting("routing of old data"):
+            before = context.masked(load_model(start.folder, config=start.config))
+            old = OldRouting.of(before.to(context.device), sequences, batch_size=batch_size)
     return RoutingObjective(model, settings, old=old)

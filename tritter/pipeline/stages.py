@@ -142,12 +142,13 @@ def expansion(context: RunContext, branch: Branch) -> StageResult:
         context.say("", note)
     if plan.vocabulary is not None:
         context.say("", "losses per token are now of other tokens; compare losses per byte")
-    before, after = (load_model(each.folder, config=each.config) for each in (source, grown))
     texts = context.training_sequences(context.domains).values()
     pieces = [each[:JUMP_SEQUENCES, :JUMP_TOKENS] for each in texts]
     tokens = ids_of(torch.cat(pieces)).long()  # [B, T]
     new_tokens = None if plan.vocabulary is None else plan.vocabulary.new_ids
-    jump = logit_jump(before, after, tokens, new_tokens=new_tokens, has_yardstick=True)
+    with context.waiting("logit shift"):
+        before, after = (load_model(each.folder, config=each.config) for each in (source, grown))
+        jump = logit_jump(before, after, tokens, new_tokens=new_tokens, has_yardstick=True)
     error, num_steps = jump.to_dict()["relative_to_std"], len(branch.specs)
     lineage = record_step0_error(grown.folder, made.lineage, error, grown.config, num_new=num_steps)
     context.sources[location] = replace(grown, lineage=lineage)
@@ -604,8 +605,9 @@ def choice(context: RunContext, branch: Branch) -> StageResult:
     """Select the expert of each layer that the new domains' data affects most."""
     start = context.source(branch.start)
     sequences = moe.spaced_sequences(context, context.new_domains_of(branch), moe.UTILITY_SEQUENCES)
-    model = context.masked(load_model(start.folder, config=start.config)).to(context.device)
-    chosen = best_experts(model, sequences)
+    with context.waiting("affected experts"):
+        model = context.masked(load_model(start.folder, config=start.config)).to(context.device)
+        chosen = best_experts(model, sequences)
     context.say("choose", f"experts to clone, layer by layer: {' '.join(map(str, chosen))}")
     flops = training_flops(start.config, is_trained=lambda tensor: tensor.is_per_expert)
     return StageResult(
