@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
-from transformers.models.gemma2.modeling_gemma2 import Gemma2TextScaledWordEmbedding
-from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
+from transformers.models.gemma2 import modeling_gemma2
+from transformers.models.gemma3 import modeling_gemma3
 
 
 def tiny_llama(**changes: Any) -> LlamaForCausalLM:
@@ -86,7 +86,12 @@ def float64_casts() -> Iterator[None]:
     Of Gemma's embedding scale, which it rounds to float32 once and for all, the exact value is
     taken.
     """
-    embeddings = (Gemma2TextScaledWordEmbedding, Gemma3TextScaledWordEmbedding)
+    embeddings: Any = [
+        each
+        for module in (modeling_gemma2, modeling_gemma3)
+        for name, each in vars(module).items()
+        if name.endswith("TextScaledWordEmbedding")  # Gemma 2 of transformers 5.0 has none
+    ]
     kept = [embedding.forward for embedding in embeddings]
 
     def scaled(self: Any, input_ids: Tensor) -> Tensor:

@@ -152,7 +152,7 @@ def layers_of(model: PreTrainedModel) -> Any:
 def stock_of(config: Any, *, dtype: torch.dtype) -> PreTrainedModel:
     """Return a stock model of a config, its experts computed one by one (in any dtype and size)."""
     model = AutoModelForCausalLM.from_config(config, dtype=dtype, experts_implementation="eager")
-    return model.eval()
+    return model.to(dtype).eval()  # transformers 5.24 keeps some routers in float32
 
 
 # Each eps and each way of the head is met quickly, the other two pairs in the slow suite

@@ -1,6 +1,7 @@
 """Build and load configs, models and tokenizers with transformers."""
 
 import inspect
+import json
 import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -307,8 +308,11 @@ def disk_tensors(config: Config, tensors: Mapping[str, Tensor]) -> dict[str, Ten
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path, *, end_of_text: str) -> None:
-    """Write a tokenizer so that AutoTokenizer loads it."""
+    """Write a tokenizer so that AutoTokenizer loads it, in transformers 4 too."""
     wrapped_tokenizer(tokenizer, end_of_text=end_of_text).save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    settings = {**read_object(path), "tokenizer_class": "PreTrainedTokenizerFast"}
+    path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def wrapped_tokenizer(tokenizer: Tokenizer, *, end_of_text: str) -> PreTrainedTokenizerBase:

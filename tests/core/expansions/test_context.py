@@ -21,11 +21,14 @@ from transformers import (
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from tests import oracle
+from tests.core.families.model_types import example
 from tests.oracle.families import generic, tiny
 from tritter.checkpoints import lineage_of
 from tritter.checkpoints.state import read_state, write_state
 from tritter.core.expansions import Context, LlamaPro, Width
+from tritter.core.expansions.on_twin import check_rotations
 from tritter.core.families import family_of
+from tritter.core.families.discovery.twin import build_twin
 from tritter.core.models import config_of
 from tritter.errors import RequestError
 from tritter.limits import MAX_POSITIONS
@@ -111,6 +114,24 @@ def test_the_fastest_rotation_is_kept_by_yarn_and_the_slowest_is_divided(tmp_pat
     for after in frequencies.values():  # a period 4 times as long for the slowest
         assert torch.isclose(after[-1], before[-1] / 4, rtol=1e-5)
         assert torch.equal(after[0], before[0])
+
+
+def test_yarn_gets_the_size_of_a_head_where_the_config_has_none(tmp_path: Path) -> None:
+    """Mixtral's configs have `head_dim: null`, which the classes multiply under YaRN."""
+    source = oracle.saved(tiny("mixtral", head_dim=6), tmp_path / "base")
+    config = {**config_in(source), "head_dim": None}
+    (source / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    expand(source, tmp_path / "grown", [Context()])
+    assert config_in(tmp_path / "grown")["head_dim"] == 6
+    assert oracle.logits(oracle.stock(tmp_path / "grown"), oracle.tokens()).isfinite().all()
+
+
+@pytest.mark.full
+def test_a_class_that_refuses_yarn_is_one_error() -> None:
+    config = build_twin(example("phimoe")).config.to_dict()
+    spec, family = Context(target_length=256), family_of(config)
+    with pytest.raises(RequestError, match="class of phimoe refuses the new rotary parameters"):
+        check_rotations(config, spec.target_config(family, config))
 
 
 def test_windowed_layers_keep_their_rotations(tmp_path: Path) -> None:

@@ -76,6 +76,8 @@ class Context:
                 rotations[name] = scaled
             else:
                 changed["rope_parameters"] = scaled
+        if self.method == "yarn" and config.get("head_dim", 0) is None:  # which yarn multiplies
+            changed["head_dim"] = family.dimensions(config).head_dim
         return {**config, **changed}
 
     def _scale(

@@ -19,6 +19,7 @@ from tritter.core.families import (
     pack_all,
     unpack_all,
 )
+from tritter.core.families.config_file import errors_as
 from tritter.core.families.discovery.configs import Key, config_in, key_of, reason_of
 from tritter.core.families.discovery.family import shallow
 from tritter.core.families.discovery.twin import (
@@ -30,7 +31,7 @@ from tritter.core.families.discovery.twin import (
     one_thread,
 )
 from tritter.core.parameter_map import AxisFactor, Fill, ParameterMap, TensorMap, mapped
-from tritter.errors import Problem, RequestError, key_name
+from tritter.errors import Problem, RequestError, TritterError, key_name
 
 
 def check_on_twin(spec: Any, family: Family, config: Config, target: Config) -> None:
@@ -91,10 +92,17 @@ def rotation_change(key: Key, new: Key) -> float:
     Args:
         key: config of the model.
         new: the parameters, as `new`.
+
+    Raises:
+        RequestError: the class of the model refuses the parameters.
     """
     twin = build_twin(shallow(config_in(key)))
     changed = {**twin.config.to_dict(), "rope_parameters": config_in(new)["new"]}
-    model = build_model(type(twin.config).from_dict(changed))
+    try:
+        with errors_as(f"the class of {twin.text.model_type} refuses the new rotary parameters"):
+            model = build_model(type(twin.config).from_dict(changed))
+    except TritterError as error:
+        raise RequestError(Problem("expansion.context", reason=str(error))) from error
     model.load_state_dict(twin.model.state_dict(), strict=False)
     return float((logits_of(model, twin.text.vocab_size) - twin.logits()).abs().max())
 

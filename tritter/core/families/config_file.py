@@ -419,9 +419,6 @@ def with_former_keys(config: Config) -> Config:
         if full.get("rope_type", "default") != "default":
             kept = ("rope_theta", "partial_rotary_factor")
             former["rope_scaling"] = {k: v for k, v in full.items() if k not in kept}
-            sizes: list[Any] = [config.get(key) for key in ("hidden_size", "num_attention_heads")]
-            if config.get("head_dim", 0) is None and all(isinstance(size, int) for size in sizes):
-                former["head_dim"] = sizes[0] // sizes[1]  # which 4 multiplies
         if "rope_theta" in nested.get("sliding_attention", {}):
             former["rope_local_base_freq"] = nested["sliding_attention"]["rope_theta"]
     return {**config, **{key: value for key, value in former.items() if config.get(key) is None}}
