@@ -45,6 +45,17 @@ def test_a_broken_promise_exits_3(
     assert record.step0_error is not None and record.step0_error > 1e-3
 
 
+def test_a_source_with_constant_logits_is_expanded(run: Run, place: Path) -> None:
+    """Its logits differ by rounding only, and a standard deviation of 0 would forbid that."""
+    model = stock(place / "base")
+    with torch.no_grad():
+        for each in (model.get_input_embeddings(), model.get_output_embeddings()):
+            each.weight.copy_(each.weight[:1].expand_as(each.weight))
+    saved(model, place / "constant")
+    result = run("expand --checkpoint constant --method width --hidden-size 36 --output wide")
+    assert result.code == 0 and "nan" not in result.out and "inf" not in result.out
+
+
 @pytest.mark.full
 def test_copies_before_a_norm_of_zeros_are_held_to_their_claim_too(
     run: Run, place: Path, monkeypatch: pytest.MonkeyPatch

@@ -26,9 +26,13 @@ def test_jump_by_hand(bigram, table):
     assert jump.divergence == pytest.approx(float(expected), rel=1e-4)
 
 
-@pytest.mark.parametrize(("change", "relative"), [(0.0, 0.0), (0.5, math.inf)])
-def test_logits_that_are_all_equal_have_no_deviation(bigram, table, change, relative):
-    constant = torch.full_like(table, 0.5)
+@pytest.mark.parametrize(
+    ("value", "change", "relative"),
+    [(0.5, 0.0, 0.0), (0.5, 0.5, 1.0), (0.0, 0.5, math.inf), (0.0, 0.0, 0.0)],
+)
+def test_logits_that_are_all_equal_have_no_deviation(bigram, table, value, change, relative):
+    """Then changes are compared with their size: rounding alone is no jump."""
+    constant = torch.full_like(table, value)
     jump = logit_jump(bigram(constant), bigram(constant + change), INPUT_IDS)
     assert (jump.max_absolute, jump.relative_to_std) == (change, relative)
 

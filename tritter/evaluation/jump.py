@@ -22,12 +22,14 @@ logger = logging.getLogger(__name__)
 class Jump:
     """The change of the logits of old tokens; σ is the standard deviation of the old logits.
 
+    If these are all equal but for rounding, σ is their root mean square.
+
     The largest of millions of logits alarms where 16-bit weights were rounded, so the mean changes
     are compared with a yardstick: the source itself, its weights and activations in bfloat16.
 
     Args:
         max_absolute: the largest change.
-        relative_to_std: the same in σ; infinite if all old logits are equal.
+        relative_to_std: the same in σ; infinite if all old logits are zero.
         new_token_mass: mean probability of new tokens; None without new tokens. Rows of no token,
             which pad the vocabulary, do not count.
         rms_to_std: root mean square of the changes, in σ; None in older records, like the others.
@@ -49,6 +51,9 @@ class Jump:
         """Return the record for summary.json; non-finite values become None."""
         values = {each.name: getattr(self, each.name) for each in fields(self)}
         return {n: finite_or_none(value) for n, value in values.items() if value is not None}
+
+
+_CONSTANT = 1e-5  # of their size: logits that vary less are equal but for rounding in float32
 
 
 class _Shift:
@@ -82,6 +87,9 @@ class _Shift:
         number, total, squares = self._moments
         # Same as `Tensor.std`
         deviation = ((squares - total**2 / number).clamp(min=0) / (number - 1)).sqrt()
+        size = (squares / number).sqrt()
+        if deviation < _CONSTANT * size:
+            deviation = size
         return float(change.double() / deviation) if change != 0 else 0.0
 
     @property

@@ -6,6 +6,7 @@ import random
 import re
 import subprocess
 import sys
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from tests.oracle.families import OWN, tiny
 from tritter.checkpoints import read_lineage
 from tritter.cli import main, measure
 from tritter.core.expansions import LlamaPro, Width
+from tritter.core.expansions.specification import is_possible
+from tritter.core.expansions.targets import growth_examples
 from tritter.core.families import (
     FAMILIES,
     Config,
@@ -33,8 +36,9 @@ from tritter.core.families import (
 )
 from tritter.core.families.discovery import family
 from tritter.core.families.discovery.configs import deeper_configs
-from tritter.core.families.discovery.family import DiscoveredFamily, discover
+from tritter.core.families.discovery.family import DiscoveredFamily, discover, shallow
 from tritter.core.families.discovery.twin import Block, build_twin, find_writers
+from tritter.core.models import read_config
 from tritter.errors import RequestError
 from tritter.evaluation.jump import folder_jump
 
@@ -490,6 +494,40 @@ def test_new_layers_that_are_not_quite_zero_are_caught(
     folder = example_folder(model_type, tmp_path)
     zeroed = discover(example(model_type)).zeroed_names
     assert not expanded(folder, tmp_path / "grown", LlamaPro())
+
+
+def _without_exact_depth() -> list[str]:
+    """Return the types that grow exactly, but not by new layers anywhere."""
+    rows = [line.split(" | ") for line in PAGE.read_text().splitlines() if line.startswith("| `")]
+    words = {"exact", "multiples", "with options"}
+    grown = [row for row in rows if row[1] != "exact" and words & set(row[1:6])]
+    return [row[0].strip("|` ") for row in grown]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", _without_exact_depth())
+def test_damaged_results_of_other_growth_are_caught(
+    model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The negative control of the other rows: all matrices of the result are a little wrong."""
+
+    def damaged(source: Path, result: Path, *arguments: Any, **options: Any) -> Any:
+        (file,) = result.glob("*.safetensors")
+        noise = torch.Generator().manual_seed(0)
+        tensors = {
+            name: value + 0.05 * torch.randn(value.shape, generator=noise) * (value.ndim > 1)
+            for name, value in load_file(file).items()
+        }
+        save_file(tensors, file, metadata={"format": "pt"})
+        return folder_jump(source, result, *arguments, **options)
+
+    monkeypatch.setattr(measure, "folder_jump", damaged)
+    folder = tmp_path / "few"
+    build_twin(shallow(example(model_type))).model.float().save_pretrained(folder)
+    config = read_config(folder)
+    wider = chain.from_iterable(growth_examples(config).values())
+    request = next(each for each in wider if is_possible(config, each))
+    assert not expanded(folder, tmp_path / "grown", request)
 
 
 def test_twins_run_in_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
