@@ -18,6 +18,7 @@ from tritter.planning.run_memory import grown_config, memory_line
 from tritter.training.callbacks import evaluation_flops
 
 _LONG = 30.0  # seconds; shorter runs have no estimate
+_LABELS = {"importance": "importance of each parameter"}
 
 
 def cost_lines(context: RunContext) -> Iterator[str]:
@@ -62,10 +63,12 @@ def time_line(context: RunContext) -> str:
     for one, needs in zip(config.forgetting, needs_of(config.forgetting), strict=True):
         if needs.writes:
             num_passes, num_texts = SelfReplay.passes(one.options, length)
-            seconds[one.name] = num_passes * _seconds(model, rows[:1, :1].expand(num_texts, 1))
+            seconds[f"text of {one.name}"] = num_passes * _seconds(
+                model, rows[:1, :1].expand(num_texts, 1)
+            )
     if (total := sum(seconds.values())) < _LONG:
         return ""
-    named = ", ".join(f"{name} {_time_text(each)}" for name, each in seconds.items())
+    named = ", ".join(f"{_LABELS.get(n, n)} {_time_text(each)}" for n, each in seconds.items())
     return f"about {_time_text(total)}, by one timed batch: {named}"
 
 
