@@ -14,6 +14,7 @@ from tests import oracle
 from tritter import GrowableCausalLM, depth_upscale, width_upscale
 from tritter.core.families import LLAMA
 from tritter.core.models import (
+    _warn_of_untested_version,
     load_model,
     load_tokenizer,
     named_tensors,
@@ -258,3 +259,16 @@ def test_a_peft_model_is_named_as_such() -> None:
             use(wrapped)
     merged = wrapped.merge_and_unload()
     assert depth_upscale(merged, 4).config.num_hidden_layers == 4
+
+
+@pytest.mark.parametrize("version", ["5.23.0", "5.24.1"])
+def test_a_tested_version_is_not_warned_of(version: str, caplog: pytest.LogCaptureFixture) -> None:
+    _warn_of_untested_version(version)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("version", ["5.0.0", "5.22.3", "5.99.0.dev0", "6.0.0"])
+def test_an_untested_version_is_one_warning(version: str, caplog: pytest.LogCaptureFixture) -> None:
+    _warn_of_untested_version(version)
+    (record,) = caplog.records
+    assert version in record.message and "5.23 to 5.24" in record.message
