@@ -55,6 +55,8 @@ def test_losses_of_named_text(run: Run, place: Path) -> None:
     plain = run(f"evaluate --checkpoint base {words} --json").json
     assert plain["losses"]["notes"] == record and plain["losses"]["rows"]["n"] == 2
     assert "rows: 2 of 3 documents are scored." in plain["notes"]
+    missing = run("evaluate --checkpoint base --data rows.jsonl")
+    assert missing.code == 2 and "Did you mean --text-field=body?" in missing.err
     (place / "rows.jsonl").unlink()
     table = run("evaluate --checkpoint base --data notes=notes.txt")
     assert f"{record['loss']:.3f}" in table.out and "per byte" in table.out

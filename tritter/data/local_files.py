@@ -247,6 +247,8 @@ class Reading:
             raise ByteLimitError
 
     def _line(self, problem: str) -> str:
+        if self.key.startswith("--data "):  # of tritter evaluate
+            problem = problem.replace("data.text_field", "--text-field")
         return f"{self.key}: {problem}{'' if problem.endswith(('?', '.')) else '.'}"
 
 
