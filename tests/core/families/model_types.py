@@ -184,7 +184,7 @@ def _depth(base: Path, grown: Path) -> tuple[str, str]:
         config, reason = read_config(base), ""
     except TritterError as error:
         return "refused", _short(error)
-    for request, note in _requests(config):
+    for request, note in depth_requests(config):
         try:
             word = _grown(base, grown, request, "with options" if note else "exact")
         except TritterError as error:
@@ -196,7 +196,7 @@ def _depth(base: Path, grown: Path) -> tuple[str, str]:
     return _copied(base, grown, reason)
 
 
-def _requests(config: Config) -> Iterator[tuple[ExpansionSpec, str]]:
+def depth_requests(config: Config) -> Iterator[tuple[ExpansionSpec, str]]:
     """Yield requests of exact growth in depth with their notes, the simplest first."""
     yield LlamaPro(), ""
     layers = family_of(config).dimensions(config).num_hidden_layers

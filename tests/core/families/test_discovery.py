@@ -20,7 +20,14 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers import __version__ as transformers_version
 
 import tritter
-from tests.core.families.model_types import MODEL_TYPES, PAGE, example, expanded, measured
+from tests.core.families.model_types import (
+    MODEL_TYPES,
+    PAGE,
+    depth_requests,
+    example,
+    expanded,
+    measured,
+)
 from tests.oracle.families import OWN, tiny
 from tritter.checkpoints import read_lineage
 from tritter.cli import main, measure
@@ -525,8 +532,9 @@ def test_damaged_results_of_other_growth_are_caught(
     folder = tmp_path / "few"
     build_twin(shallow(example(model_type))).model.float().save_pretrained(folder)
     config = read_config(folder)
-    wider = chain.from_iterable(growth_examples(config).values())
-    request = next(each for each in wider if is_possible(config, each))
+    deeper = (request for request, _ in depth_requests(config))
+    requests = chain(deeper, *growth_examples(config).values())
+    request = next(each for each in requests if is_possible(config, each))
     assert not expanded(folder, tmp_path / "grown", request)
 
 
