@@ -770,8 +770,7 @@ def _count_on_disk(config: Config) -> int:
 def _print_shapes(console: Console, plan: PlannedExpansion) -> None:
     before = shapes_of(plan.steps[0].source_config)
     after = shapes_of(plan.steps[-1].target_config)
-    rows: list[tuple[str, ...]] = []
-    styles = []
+    rows, styles = list[tuple[str, ...]](), list[str]()
     for name in (name for name in SHAPES if name in after):
         old, new = before.get(name), after[name]
         grown = ratio_text(new / old) if old is not None and old != new else ""
