@@ -28,6 +28,7 @@ from tritter.errors import RequestError
 from tritter.transform import expand
 
 VOCABULARY = 300
+DERIVED_HEADS = ("qwen2_moe", "granitemoe")  # in 4.57, which has no head_dim there
 # Experts that transformers 5 stacks in memory, under other names
 FURTHER = ("olmoe", "granitemoe", "gpt_oss", "glm4_moe")
 YARN = {"rope_type": "yarn", "rope_theta": 5e5, "factor": 4.0}
@@ -153,6 +154,8 @@ def _grown(source: Path) -> list[Path]:
     # OLMo 2 of transformers 4 refuses YaRN
     method = "base" if source.name == "olmo2" else "yarn"
     specs["context"] = [Context(target_length=256, method=method)]
+    if source.name in DERIVED_HEADS:
+        del specs["heads"]
     folders = []
     for name, [spec] in specs.items():
         folder = source.with_name(f"{source.name}-{name.replace(' ', '_')}")
