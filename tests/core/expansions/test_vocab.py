@@ -269,6 +269,13 @@ def test_omp_fits_rows_in_the_embedding_of_another_model(llama: Path, tmp_path: 
     assert torch.allclose(
         new["lm_head.weight"][mine], 2 * rows[first] - rows[second], atol=1e-3 * float(rows.std())
     )
+    # A donor may have more tokens than rows: the last one gets the mean
+    donor.resize_token_embeddings(max(made.new_ids))
+    oracle.saved(donor, tmp_path / "donor")
+    fewer = expand(llama, tmp_path / "fewer", [spec]).plan.vocabulary
+    assert fewer is not None and fewer.new_ids == made.new_ids
+    (said,) = fewer.remarks
+    assert said.startswith(f"{len(made.new_ids) - 1:,} of them")
 
 
 def test_quiet_rows_take_less_probability(tmp_path: Path) -> None:
