@@ -656,7 +656,7 @@ def _tokenizer(tokenizer: Tokenizer, model: nn.Module) -> PretrainedTokenizer:
     from tritter.storage.hub import locate
 
     config = cast(Any, model.config)
-    ends = ends_of(config)
+    ends = ends_of(config, generation=getattr(model, "generation_config", None))
     if not isinstance(tokenizer, str | PathLike):
         return wrap_tokenizer(tokenizer, ends=ends)
     folder = locate(fspath(tokenizer), key="tokenizer")

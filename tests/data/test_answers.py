@@ -87,6 +87,22 @@ def test_the_scored_part_is_counted() -> None:
     assert everything.startswith("all tokens, ")
 
 
+def test_conversations_without_an_answer_are_counted_by_reason() -> None:
+    question, answer = messages(1)
+    records = [
+        *({"messages": [question, {**answer, "weight": 0}]} for _ in range(2)),
+        {"messages": messages(2), "train": False},
+        {"messages": [question, {**answer, "content": " "}]},
+        {"messages": [answer]},
+        {"messages": messages(3)},
+    ]
+    documents = Documents.of(filter(None, map(conversation_of, records)))
+    sides = [tokenised(records, Chat(tokenizer()))]
+    note = unanswered_note("new", sides, documents)
+    for part in ("4 of 5", "2 excluded", "1 with an empty", "1 without a message"):
+        assert part in note
+
+
 def test_a_template_whose_answers_never_end_is_noted() -> None:
     turns = [{"messages": messages(number, turns=2)} for number in range(3)]
     close = "{% endgeneration %}"

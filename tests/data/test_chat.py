@@ -100,6 +100,9 @@ FORMS = (
      [{**KIND, "content": "Be kind.\n\nBe brief."}, *PAIR], 0),
     ({"system": "Be kind.", "prompt": [KIND, *PAIR[:1]], "completion": PAIR[1:]},
      [KIND, *PAIR], 2),
+    ({"messages": [KIND, KIND, *PAIR]}, [KIND, *PAIR], 0),
+    ({"system": "Be kind.", "prompt": [KIND, KIND, *PAIR[:1]], "completion": PAIR[1:]},
+     [KIND, *PAIR], 2),
     ({"instruction": "More", "output": "Yes", "history": [["Hi", "Hello"]]},
      [*PAIR, {"role": USER, "content": "More"}, {"role": ASSISTANT, "content": "Yes"}], 0),
     ({"instruction": "Hi", "output": "Hello", "history": []}, PAIR, 0),
@@ -114,6 +117,7 @@ REFUSED: tuple[tuple[dict[str, Any], str], ...] = (
     ({"messages": [{"role": USER, "content": [{"type": "image_url", "image_url": "x"}]}, PAIR[1]]},
      "messages: number 1, content: part 1 is of the type 'image_url'"),
     ({"messages": [PAIR[0], {**PAIR[1], "weight": 0.5}]}, "number 2, weight: is 0.5; accepted"),
+    ({"messages": PAIR, "weight": 0.5}, "^weight: is 0.5; accepted"),
     ({"messages": [PAIR[0], {**PAIR[1], "train_detail": [{"begin_offset": 0}]}]}, "train_detail"),
     ({"messages": [PAIR[0], None]}, "number 2 is not a message"),
     ({"messages": None, "id": 3}, "messages: is null; must be a list of messages"),
@@ -158,6 +162,10 @@ def test_messages_without_weight_are_no_answers() -> None:
     call = {"role": ASSISTANT, "content": None, "tool_calls": [{"function": CALL}]}
     for record, answers in (
         ({"messages": [*PAIR[:1], {**PAIR[1], "masked": True}]}, ()),
+        ({"messages": PAIR, "train": False}, ()),
+        ({"prompt": "Hi", "completion": "Hello", "weight": 0}, ()),
+        ({"prompt": "Hi", "completion": "Hello", "weight": "0"}, ()),  # of a .csv
+        ({"prompt": "Hi", "completion": "Hello", "weight": "1", "train": ""}, (1,)),
         ({"messages": empty}, (1,)),
         ({"messages": [PAIR[0], call]}, (1,)),
         ({"prompt": "Hi", "completion": ""}, ()),

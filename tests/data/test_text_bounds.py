@@ -1,6 +1,7 @@
 """A text begins as its tokenizer begins it: the start is read and never predicted."""
 
 import json
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -264,10 +265,14 @@ def test_a_live_tokenizer_is_read_like_a_folder() -> None:
 def test_the_model_says_the_end_if_the_tokenizer_does_not() -> None:
     """As tokenizers of which only tokenizer.json is left, and live ones made from it."""
     silent = PreTrainedTokenizerFast(tokenizer_object=tokenizer_of())
-    for ends in ([END], [END, 3], [10**6, END]):
-        own = wrap_tokenizer(silent, ends=ends)
-        assert own.bounds == BOUNDS and own.end_of_text == EOS
-    assert wrap_tokenizer(STOCK, ends=[3]).bounds == BOUNDS
+    further = replace(BOUNDS, stops=(3,))
+    for ends, bounds in (([END], BOUNDS), ([END, 3], further), ([10**6, END], BOUNDS)):
+        known = wrap_tokenizer(silent, ends=ends)
+        assert known.bounds == bounds and known.end_of_text == EOS
+    assert wrap_tokenizer(STOCK, ends=[3, END]).bounds == further
+    unknown = PreTrainedTokenizerFast(tokenizer_object=tokenizer_of(), eos_token=EOS)
+    unknown._special_tokens_map["eos_token"] = "no token"  # as after a vocabulary was cut
+    assert wrap_tokenizer(unknown, ends=[END]).bounds == BOUNDS
     for ends in ([], [None], [10**6]):
         with pytest.raises(RequestError) as caught:
             wrap_tokenizer(silent, ends=ends)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tritter.data.chat import ANSWER, START, Chat, ids_of, is_unpredicted
-from tritter.data.conversations import REASONING, TOOLS
+from tritter.data.conversations import REASONING, TOOLS, Conversation
 from tritter.data.documents import Document
 from tritter.data.packing import kept_lengths
 from tritter.data.tokens import TextBounds, TokenisedDocuments
@@ -92,16 +93,40 @@ def training_note(
     )
 
 
-def unanswered_note(name: str, sides: Iterable[TokenisedDocuments]) -> str:
-    """Return a sentence on the conversations of a domain that have no answer; empty if none."""
+def unanswered_note(
+    name: str, sides: Iterable[TokenisedDocuments], documents: Iterable[Document] = ()
+) -> str:
+    """Return a sentence on the conversations of a domain that have no answer; empty if none.
+
+    Args:
+        name: the domain.
+        sides: its tokens.
+        documents: its documents, to state the reasons.
+    """
     found = [_Answers.of(side) for side in sides if side.has_marks]
     count = sum(int((each.predicted == 0).sum()) for each in found)
     total = sum(len(each.sizes) for each in found)
     if not count:
         return ""
-    return (
-        f"{name}: without an answer, and therefore not used: {count:,} of {total:,} conversations."
+    reasons = Counter(
+        _missing_answer(each.conversation)
+        for each in documents
+        if each.conversation is not None and not each.conversation.answers
     )
+    by_reason = ", ".join(f"{number:,} {reason}" for reason, number in reasons.items())
+    return (
+        f"{name}: without an answer, and therefore not used: {count:,} of {total:,} conversations"
+        f"{f' ({by_reason})' if by_reason else ''}."
+    )
+
+
+def _missing_answer(conversation: Conversation) -> str:
+    """Return why a conversation has no answer."""
+    if set(conversation.untrained) & set(conversation.assistant):
+        return "excluded by weight, train or similar"
+    first = max(1, conversation.num_given)
+    is_empty = any(at >= first for at in conversation.assistant)
+    return "with an empty answer" if is_empty else "without a message of the assistant to predict"
 
 
 def scored_text(documents: TokenisedDocuments) -> str:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 PART_BREAK = "\n\n"  # between the messages of a plain text
@@ -24,6 +25,8 @@ _SYSTEMS = (SYSTEM, "system_prompt", "system_message")
 _HISTORY = "history"
 # Fields that exclude a message from training, and their value in a message that is trained
 _TRAINED = {"weight": 1, "loss_weight": 1, "train": 1, "training": 1, "loss": 1, "masked": 0}
+_OF_RECORDS = ("weight", "loss_weight", "train")  # those that exclude a whole record, too
+_NUMBERS = {"": None, "0": 0, "0.0": 0, "false": 0, "1": 1, "1.0": 1, "true": 1}  # of a .csv
 REASONING = ("reasoning_content", "thinking")  # of an answer, in addition to its content
 PREFERENCES = "a rejected answer can't be used; write the chosen ones as prompt and completion"
 # Fields that would change what is learned, if they were supported
@@ -43,7 +46,10 @@ _FORMS: tuple[_Form, ...] = (
     (_MATERIAL, (("question",), True), (("answer", "response", "output"), True)),
 )
 ACCEPTED = "messages, conversations, prompt + completion, question + answer, instruction + output"
-NO_ANSWERS = "no answers: messages of the role assistant, after another one"
+NO_ANSWERS = (
+    "no answers: messages of the role assistant, after another one, that are neither empty nor "
+    "excluded (weight: 0, train: false)"
+)
 _MESSAGE = '{"role": "...", "content": "..."}'
 
 
@@ -164,7 +170,7 @@ def conversation_fields(names: Collection[str]) -> tuple[str, ...]:
     """Return the names that `conversation_of` reads; empty if they form no conversation."""
     fields = [name for name in TURNS if name in names]
     fields += [name for matched in _forms(names) for name in matched if name is not None]
-    others = (*_SYSTEMS, TOOLS, _HISTORY, *_VERDICTS, *_UNSUPPORTED) if fields else ()
+    others = (*_SYSTEMS, TOOLS, _HISTORY, *_OF_RECORDS, *_VERDICTS, *_UNSUPPORTED) if fields else ()
     return tuple(dict.fromkeys([*fields, *(name for name in others if name in names)]))
 
 
@@ -254,6 +260,8 @@ def _conversation(
     """Return a conversation with the record's system message and tools."""
     messages, added = _with_system(record, messages)
     num_given += added if num_given else 0
+    excluded = _is_trained({name: record.get(name) for name in _OF_RECORDS}, "")
+    messages = [message | excluded for message in messages]
     tools = _tools(record.get(TOOLS), is_strict=has_roles)
     # JSON may contain unpaired surrogates, which UTF-8 cannot encode
     try:
@@ -283,15 +291,20 @@ def _with_system(
     texts = [
         _as_text(record[name], f"{name}:") for name in _SYSTEMS if record.get(name) is not None
     ]
-    first = messages[0] if messages and messages[0]["role"] == SYSTEM else None
-    texts += [] if first is None else [first["content"]]
+    head = list(takewhile(lambda message: _is_repeated(message, messages[0]), messages))
+    texts += [each["content"] for each in head[:1]]
     distinct = {text.strip(): text for text in texts if text.strip()}
-    if not distinct or (first is not None and list(distinct) == [first["content"].strip()]):
-        return messages, 0
-    text = PART_BREAK.join(distinct.values())
-    if first is not None:
-        return [{**first, "content": text}, *messages[1:]], 0
-    return [{"role": SYSTEM, "content": text}, *messages], 1
+    first = head[:1]
+    if distinct:
+        text = PART_BREAK.join(distinct.values())
+        first = [{"role": SYSTEM, **(head[0] if head else {}), "content": text}]
+    return [*first, *messages[len(head) :]], len(first) - len(head)
+
+
+def _is_repeated(message: Mapping[str, Any], first: Mapping[str, Any]) -> bool:
+    """Return whether a message has the text of the first one, and both are of the system."""
+    texts = [each["content"].strip() for each in (message, first) if each["role"] == SYSTEM]
+    return len(texts) == 2 and texts[0] == texts[1]
 
 
 def _tools(value: object, *, is_strict: bool) -> list[Any]:
@@ -350,7 +363,7 @@ def _message(value: object, where: str) -> dict[str, Any]:
         known = ", ".join(_ROLES)
         raise WrongRecordError(f"{where} has the role {role!r}; accepted are {known}")
     content = _content(fields["content"], f"{where}, content:")
-    trained = _is_trained(fields, where)
+    trained = _is_trained(fields, f"{where}, ")
     kept = {name: each for name, each in fields.items() if name not in _TRAINED}
     return {**kept, "role": _ROLES[role.lower()], "content": content} | trained
 
@@ -358,17 +371,22 @@ def _message(value: object, where: str) -> dict[str, Any]:
 def _is_trained(fields: Mapping[str, Any], where: str) -> dict[str, bool]:
     """Return `{"train": False}` for a message that is excluded from training, else nothing.
 
+    Args:
+        fields: of the message, or of its record.
+        where: precedes a field in the error.
+
     Raises:
         WrongRecordError: only a part of the message is trained, or with another weight.
     """
     if fields.get("train_detail"):
-        raise WrongRecordError(f"{where} has train_detail; only whole messages are excluded")
+        raise WrongRecordError(f"{where}train_detail: only whole messages are excluded")
     is_trained = True
     for name, trained in _TRAINED.items():
         value = fields.get(name)
+        value = _NUMBERS.get(value.strip().lower(), value) if isinstance(value, str) else value
         if value not in (None, 0, 1):  # false and true are 0 and 1
             reason = "accepted are 0, 1, false and true"
-            raise WrongRecordError(f"{where}, {name}: is {value!r}; {reason}")
+            raise WrongRecordError(f"{where}{name}: is {value!r}; {reason}")
         is_trained = is_trained and value in (None, trained)
     return {} if is_trained else {"train": False}
 

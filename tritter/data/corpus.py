@@ -202,7 +202,7 @@ def _with_notes(
         return replace(corpus, notes=notes)
     count = sum(each.num_conversations() for each in documents.values())
     found = [chat.note(count), unshown_note(chain.from_iterable(documents.values()), chat)]
-    found += [unanswered_note(name, each) for name, each in sides.items()]
+    found += [unanswered_note(name, each, documents[name]) for name, each in sides.items()]
     found.append(endless_note((train for train, _ in sides.values()), chat))
     return replace(corpus, notes=(*notes, *filter(None, found)), chat=chat)
 

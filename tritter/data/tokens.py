@@ -197,7 +197,8 @@ def wrap_tokenizer(tokenizer: Any, *, ends: Iterable[object] = ()) -> Pretrained
 
     Args:
         tokenizer: the tokenizer.
-        ends: of the model, for a tokenizer without `eos_token`.
+        ends: of the model, see `ends_of`: the end of text of a tokenizer without `eos_token`, else
+            further tokens that end a text.
 
     Raises:
         RequestError: it is not a fast tokenizer, or neither it nor the model has an end of text.
@@ -205,17 +206,16 @@ def wrap_tokenizer(tokenizer: Any, *, ends: Iterable[object] = ()) -> Pretrained
     from tokenizers import Tokenizer
 
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    names = list[str]()
+    tokens = dict[str, int]()
     if isinstance(backend, Tokenizer):
-        own = [] if tokenizer.eos_token is None else [str(tokenizer.eos_token)]
-        names = [*own, *_names_of(ends, backend)]
-    if backend is None or not names:
+        named = [] if tokenizer.eos_token is None else [str(tokenizer.eos_token)]
+        names = [*named, *_names_of(ends, backend)]
+        tokens = {name: at for name in names if (at := backend.token_to_id(name)) is not None}
+    if backend is None or not tokens:
         reason = "pass a fast Hugging Face tokenizer with an eos_token, or a folder that holds one"
         raise refused("tokenizer", type(tokenizer).__name__, reason)
-    copied = copy_backend(backend)
-    end = copied.token_to_id(names[0])
-    assert end is not None
-    return PretrainedTokenizer(copied, names[0], bounds_of(copied, end))
+    copied, (name, end) = copy_backend(backend), next(iter(tokens.items()))
+    return PretrainedTokenizer(copied, name, bounds_of(copied, end, stops=tokens.values()))
 
 
 def copy_backend(tokenizer: Tokenizer) -> Tokenizer:
@@ -230,10 +230,15 @@ def whole_texts(tokenizer: Tokenizer) -> Tokenizer:
     return tokenizer
 
 
-def ends_of(config: Any) -> list[int]:
-    """Return the end tokens of a live config of transformers, or of the text config in it."""
+def ends_of(config: Any, *, generation: Any = None) -> list[int]:
+    """Return the end tokens of a live config of transformers, or of the text config in it.
+
+    Args:
+        config: of a model or tokenizer.
+        generation: the generation config of the model, which takes precedence.
+    """
     nested = getattr(config, "get_text_config", lambda **_: None)(decoder=True)
-    for each in (config, nested):
+    for each in (generation, config, nested):
         if (ends := getattr(each, "eos_token_id", None)) is not None:
             return list(ends) if isinstance(ends, list) else [int(ends)]
     return []
