@@ -344,3 +344,12 @@ def test_a_small_folder_that_a_record_names_is_read(tmp_path: Path, counted: lis
         place = str(tmp_path / word)
         found = find_texts("data.old", [place], is_recorded=True)
         assert found == find_texts("data.old", [place]) and len(found.files) in (20, 11)
+
+
+def test_a_file_of_several_paths_is_read_once_and_counted(tmp_path: Path) -> None:
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text("text")
+    found = find_texts("data.new", [str(tmp_path / "b.txt"), str(tmp_path), str(tmp_path)])
+    assert [path.name for path in found.files] == ["b.txt", "a.txt"]
+    note = found.note("new") or ""
+    assert note.startswith("new: 2 files read; skipped 3") and "named again" in note

@@ -318,3 +318,16 @@ def test_what_was_skipped_is_told_each_time(tmp_path):
             "Skipped 3 of 83 records because they are invalid; the first: data.new: "
         )
         assert "a.jsonl, line 41 is not valid JSON" in note
+
+
+def test_documents_of_several_domains_are_counted(tmp_path):
+    texts = [f"text {number}" for number in range(40)]
+    domains = {"old": texts[:20], "other": texts[30:], "new": [*texts[:6], *texts[20:31]]}
+    of_domains = {name: documents_of(each) for name, each in domains.items()}
+    for _ in range(2):  # also from the cache
+        notes = build(tmp_path, domains=of_domains).notes
+        assert [note for note in notes if "also occur" in note] == [
+            "new: of 17 documents, 6 also occur in old, 1 also occur in other. Held-out ones are "
+            "scored in each domain, and no domain trains on them."
+        ]
+    assert not build(tmp_path, domains={"old": documents_of(texts)}).notes

@@ -138,3 +138,10 @@ def test_digest_covers_identifiers_texts_and_order():
     assert documents_digest([a, b]) == documents_digest([a, b])
     texts = [str(random.Random(3).random()), "x", "y"]
     assert documents_digest(documents_of(texts)) == documents_digest(documents_of(texts[::-1]))
+
+
+def test_shared_documents_are_counted_by_their_words() -> None:
+    one, two = documents_of(["a b", "c", "d"]), documents_of(["d", "e", "a\n b"])
+    assert (one.num_shared(two), two.num_shared(one)) == (2, 2)
+    assert one.num_shared(documents_of(["e"])) == 0
+    assert one[:1].num_shared(one[1:]) == 0

@@ -1,7 +1,7 @@
 """A corpus: named domains, tokenised and split, cached by a checksum of its inputs."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
@@ -169,6 +169,7 @@ def build_corpus(
         made_from["validation_bytes"] = _digest_of(validation_bytes)
     digest = _digest(made_from)
     notes = tuple(note for domain in domains.values() for note in notes_of(domain))
+    notes += tuple(_shared_notes(domains, parted))
     if (cached := _load(cache_dir, digest)) is not None:
         return _with_notes(cached, notes, domains, chat)
     folder = _corpora(cache_dir) / digest
@@ -185,6 +186,20 @@ def build_corpus(
     _save(corpus, folder)
     # A corpus from the cache is memory-mapped
     return _with_notes(_load(cache_dir, digest) or corpus, notes, domains, chat)
+
+
+def _shared_notes(domains: Mapping[str, Documents], parted: Mapping[str, Split]) -> Iterator[str]:
+    """Yield a sentence on each domain with documents of earlier ones."""
+    for at, (name, documents) in enumerate(domains.items()):
+        shared = {each: documents.num_shared(domains[each]) for each in list(domains)[:at]}
+        parts = [f"{count:,} also occur in {each}" for each, count in shared.items() if count]
+        if parts:
+            is_held_out = parted[name].counts.held_out_before
+            rest = " Held-out ones are scored in each domain, and no domain trains on them."
+            yield (
+                f"{name}: of {len(documents):,} documents, {', '.join(parts)}."
+                f"{rest if is_held_out else ''}"
+            )
 
 
 def _with_notes(

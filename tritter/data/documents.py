@@ -104,6 +104,14 @@ class Documents(Sequence[Document]):
     def _key(self, position: np.int64) -> str:
         return self._keys[position].tobytes().hex()
 
+    def num_shared(self, other: Documents) -> int:
+        """Return the number of documents that are in another collection, too."""
+        import numpy as np
+
+        # The first eight bytes of a key tell documents apart, in a quarter of the memory
+        starts = (each._keys[each._order].view("<i8")[::4] for each in (self, other))
+        return len(np.intersect1d(*starts, assume_unique=True))
+
     def num_conversations(self) -> int:
         """Return the number of conversations."""
         starts = (int(self._ends[at - 1]) if at else 0 for at in self._order)

@@ -39,6 +39,7 @@ _BROKEN_LINK = "broken link"
 _MAX_SHOWN = 5
 # Decompressed bytes of all files to check up front; the rest is checked when the run reads it.
 CHECKED_BYTES = 256 * 2**20
+_AGAIN = "named again"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +49,7 @@ class FoundTexts:
     Args:
         files: each file once, in the order of the paths, then sorted.
         skipped: file extension, kind of other entries, or why the content is no text → number
-            skipped. Hidden files are not counted.
+            skipped; also files of several paths, which are read once. Hidden files are not counted.
     """
 
     files: tuple[Path, ...]
@@ -93,8 +94,9 @@ def find_texts(key: str, paths: Iterable[str], *, is_recorded: bool = False) -> 
                 raise
             reason = error.strerror if isinstance(error, OSError) else None
             raise refused(key, path, f"it can't be read ({reason or error})") from error
+        again = sum(each in files for each in found.files)
         files.update(dict.fromkeys(found.files))
-        skipped.update(found.skipped)
+        skipped.update({**found.skipped, **({_AGAIN: again} if again else {})})
     return FoundTexts(tuple(files), skipped)
 
 

@@ -354,11 +354,6 @@ class RunContext:
             f"{HEAD_ROWS:,} rows."
             for name in self.streams
         ]
-        if count := sum(each.held_out_before for each in self.corpus.counts.values()):
-            notes.append(
-                f"{count} held-out documents occur in several domains; each domain scores them, "
-                "and none trains on them."
-            )
         if self.packing == "documents":
             notes += packing_notes(self.config, self.corpus, self.streams, bounds=self.bounds)
         optimizer = self.config.optimizer.target.rpartition(".")[2]

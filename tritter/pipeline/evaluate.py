@@ -102,7 +102,9 @@ def named_domains(
     )
     if chat is not None:
         notes.append(chat.note(count))
-        notes += filter(None, (unanswered_note(n, (each,)) for n, each in documents.items()))
+        notes += filter(
+            None, (unanswered_note(n, (each,), found[n]) for n, each in documents.items())
+        )
     return DomainsToScore(documents, tuple(notes))
 
 
