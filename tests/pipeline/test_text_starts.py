@@ -2,7 +2,9 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -128,6 +130,9 @@ def test_a_stream_of_data_has_the_same_sequences(tmp_path: Path, packing: Any) -
 def test_rows_of_other_trainers() -> None:
     """Text gets the start, tokenised rows that have it do not get it twice; it is no label."""
     rows = Dataset.from_list([{"input_ids": STOCK(text).input_ids} for text in TEXTS])
+    ends = SimpleNamespace(eos_token_id=[STOCK.eos_token_id, 3])
+    whole = PackedText(STOCK, config=None, generation=ends, rows=rows, sequence_length=16)
+    assert whole.bounds == replace(BOUNDS, stops=(3,))
     own = PackedText(STOCK, config=None, rows=rows, sequence_length=16)
     wanted = packed(DOCUMENTS, packing="stream", sequence_length=16, bounds=BOUNDS)
     assert own.bounds == BOUNDS

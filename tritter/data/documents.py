@@ -109,8 +109,8 @@ class Documents(Sequence[Document]):
         import numpy as np
 
         # The first eight bytes of a key tell documents apart, in a quarter of the memory
-        starts = (each._keys[each._order].view("<i8")[::4] for each in (self, other))
-        return len(np.intersect1d(*starts, assume_unique=True))
+        own, others = (each._keys[each._order].view("<i8")[::4] for each in (self, other))
+        return len(np.intersect1d(own, others, assume_unique=True))
 
     def num_conversations(self) -> int:
         """Return the number of conversations."""

@@ -208,14 +208,22 @@ class PackedText:
     Args:
         processing_class: a fast tokenizer of transformers, or a processor with one.
         config: of the model.
+        generation: its generation config.
         rows: what the trainer trains on.
         sequence_length: tokens of a sequence. Default: the longest of the first 256 rows.
     """
 
     def __init__(
-        self, processing_class: Any, *, config: Any, rows: Any, sequence_length: int | None
+        self,
+        processing_class: Any,
+        *,
+        config: Any,
+        generation: Any = None,
+        rows: Any,
+        sequence_length: int | None,
     ) -> None:
         self._outer, self._config, self._rows = processing_class, config, rows
+        self._generation = generation
         self._requested_length = sequence_length
 
     @cached_property
@@ -234,10 +242,13 @@ class PackedText:
     def bounds(self) -> TextBounds:
         """The start and the end of a document."""
         backend = self._backend
-        for end in (*ends_of(self._outer), *ends_of(self._config)):
-            return TextBounds(end) if backend is None else bounds_of(backend, end)
-        reason = "neither the tokenizer nor the model's config has an eos_token_id"
-        raise RequestError(Problem("processing_class", reason=reason))
+        ends = [*ends_of(self._outer), *ends_of(self._config, generation=self._generation)]
+        if not ends:
+            reason = "neither the tokenizer nor the model's config has an eos_token_id"
+            raise RequestError(Problem("processing_class", reason=reason))
+        if backend is None:
+            return TextBounds(ends[0])
+        return bounds_of(backend, ends[0], stops=ends[1:])
 
     @cached_property
     def _backend(self) -> Tokenizer | None:

@@ -402,6 +402,7 @@ class Forgetting:
         self._packing = PackedText(
             trainer.processing_class,
             config=trainer.model.config,
+            generation=getattr(trainer.model, "generation_config", None),
             rows=trainer.train_dataset,
             sequence_length=sequence_length,
         )
