@@ -123,5 +123,11 @@ def test_parts_that_the_template_does_not_show_are_noted() -> None:
     records = [{"messages": turns, "tools": tools}, {"messages": messages(2)}]
     note = unshown_note(documents_of(records), Chat(tokenizer()))
     assert note.endswith("tools (1 conversations), reasoning_content (1 conversations).")
+    called = messages(4)
+    called[1] |= {"tool_calls": [tools[0]], "step": 0, "mask": 1, "note": ""}  # type: ignore[dict-item]
+    note = unshown_note(documents_of([*records, {"messages": called}]), Chat(tokenizer()))
+    assert note.endswith(
+        ", ".join(f"{name} (1 conversations)" for name in ("tool_calls", "step", "mask")) + "."
+    )
     shown = CHATML + "{# tools reasoning_content #}"
     assert not unshown_note(documents_of(records), Chat(tokenizer(shown)))

@@ -162,6 +162,7 @@ def test_messages_without_weight_are_no_answers() -> None:
     call = {"role": ASSISTANT, "content": None, "tool_calls": [{"function": CALL}]}
     for record, answers in (
         ({"messages": [*PAIR[:1], {**PAIR[1], "masked": True}]}, ()),
+        ({"messages": [*PAIR[:1], {**PAIR[1], "loss_mask": 0}]}, ()),
         ({"messages": PAIR, "train": False}, ()),
         ({"prompt": "Hi", "completion": "Hello", "weight": 0}, ()),
         ({"prompt": "Hi", "completion": "Hello", "weight": "0"}, ()),  # of a .csv

@@ -415,3 +415,15 @@ def test_a_wrong_row_is_skipped(
     found, (note,) = skipping(path)
     assert found == ["one", "three"] and expected in note
     assert "is not a valid CSV table" in problem(packed(path, b'"a"b\n'))
+
+
+def test_a_row_with_more_values_than_columns_is_not_cut(tmp_path: Path) -> None:
+    """Such as a text with a comma and without quotes."""
+    path = tmp_path / "a.csv"
+    path.write_text('n,text\n0,one, two\n1,"one, two"\n2,three,\n')
+    reading = Reading(key="data.new")
+    assert list(reading.texts(path)) == ["one, two", "three"]
+    assert "line 2 has 3 values for 2 columns" in reading.notes[0]
+    path.write_text("text,text\none,two\n")
+    reading = Reading(key="data.new")
+    assert not list(reading.texts(path)) and "repeats the column text" in reading.problems[0]

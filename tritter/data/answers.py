@@ -16,6 +16,9 @@ from tritter.data.tokens import TextBounds, TokenisedDocuments
 if TYPE_CHECKING:
     import numpy as np
 
+_READ = ("role", "content", "train")  # fields of messages that Tritter itself reads
+_NOTHING: tuple[object, ...] = (None, "", [], {})
+_MAX_FIELDS = 8  # in a sentence
 _END_TOKENS = 2  # such as <|im_end|> and a line end
 
 
@@ -196,13 +199,18 @@ def endless_note(domains: Iterable[TokenisedDocuments], chat: Chat) -> str:
 
 def unshown_note(documents: Iterable[Document], chat: Chat) -> str:
     """Return a sentence on parts of conversations that the template does not show."""
-    counts = dict.fromkeys((TOOLS, *REASONING), 0)
+    counts = Counter(dict.fromkeys((TOOLS, *REASONING), 0))
     for conversation in (each.conversation for each in documents):
         if conversation is None or chat.tokenizer is None:
             continue
-        for field in counts:
-            is_used = any(message.get(field) for message in conversation.messages)
-            is_used = is_used or bool(field == TOOLS and conversation.tools)
-            counts[field] += is_used and not chat.shows(conversation, field)
+        messages = conversation.messages
+        fields = {
+            name: None for each in messages for name, value in each.items() if value not in _NOTHING
+        }
+        fields |= {TOOLS: None} if conversation.tools else {}
+        counts.update(
+            field for field in fields if field not in _READ and not chat.shows(conversation, field)
+        )
     parts = [f"{field} ({count:,} conversations)" for field, count in counts.items() if count]
+    parts[_MAX_FIELDS:] = ["..."] if len(parts) > _MAX_FIELDS else []
     return f"The chat template does not show {', '.join(parts)}." if parts else ""

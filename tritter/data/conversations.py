@@ -24,7 +24,10 @@ TURNS = ("messages", "conversations")
 _SYSTEMS = (SYSTEM, "system_prompt", "system_message")
 _HISTORY = "history"
 # Fields that exclude a message from training, and their value in a message that is trained
-_TRAINED = {"weight": 1, "loss_weight": 1, "train": 1, "training": 1, "loss": 1, "masked": 0}
+_TRAINED = {
+    **dict.fromkeys(("weight", "loss_weight", "train", "training", "loss", "loss_mask"), 1),
+    "masked": 0,
+}
 _OF_RECORDS = ("weight", "loss_weight", "train")  # those that exclude a whole record, too
 _NUMBERS = {"": None, "0": 0, "0.0": 0, "false": 0, "1": 1, "1.0": 1, "true": 1}  # of a .csv
 REASONING = ("reasoning_content", "thinking")  # of an answer, in addition to its content

@@ -28,6 +28,7 @@ from tritter.data.records import (
     array_elements,
     missing_field,
     parse,
+    shown,
     text_of,
 )
 from tritter.errors import TritterError
@@ -507,15 +508,21 @@ def _table(path: Path, reading: Reading, columns: Columns) -> Iterator[tuple[str
     lines = map(_table_line, _numbered_lines(path, reading))
     rows = csv.DictReader(lines, strict=True)
     try:
-        names = columns(rows.fieldnames or ())
+        header = rows.fieldnames or ()
     except csv.Error as error:
         raise WrongRecordError(f"is not a valid CSV table ({_short(error)})") from error
+    names = columns(header)
+    if repeated := [name for name in names if header.count(name) > 1]:
+        raise WrongRecordError(f"repeats the column {shown(repeated[0])}")
     while True:
         where = f"{path}, line {rows.line_num + 1}"
         try:
             row = next(rows, None)
             if row is None:
                 return
+            if any(surplus := row.pop(None, ())):  # of a text with commas, without quotes
+                count = f"{len(header) + len(surplus)} values for {len(header)} columns"
+                raise WrongRecordError(f"has {count}; put quotes around a text with commas")
             record = {name: row[name] for name in names}
             for name, text in record.items():
                 if text and not text.isascii():
