@@ -1,7 +1,7 @@
 """Tokenizers as the hub has them: each family's normaliser, splitter, start, ends and decoder."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -221,6 +221,24 @@ def test_a_family_is_read_as_transformers_reads_it(tmp_path: Path, name: str) ->
         assert limit - 4 < cut.num_tokens <= limit
         text = known.tokenizer.decode(ids_of(cut.tokens).tolist())
         assert TEXTS[1].startswith(text) and int(cut.num_bytes[0]) == len(text.encode())
+
+
+@pytest.mark.parametrize("is_added", [True, False])
+@pytest.mark.parametrize("has_start", [True, False])
+def test_a_start_that_only_the_settings_name_is_noted(
+    tmp_path: Path, is_added: bool, has_start: bool
+) -> None:
+    """As DeepSeek-V3: add_bos_token, and a tokenizer.json without a start."""
+    family = CONVENTIONS["deepseek"]
+    name = family.front[0]
+    settings = (("add_bos_token", is_added), ("bos_token", name))
+    front = family.front if has_start else ()
+    folder = written(tmp_path / "model", replace(family, front=front, settings=settings))
+    known = read_tokenizer(folder, vocab_size=1000)
+    number = known.tokenizer.token_to_id(name)
+    assert known.bounds.start == ((number,) if has_start else ())
+    assert (number in AutoTokenizer.from_pretrained(folder)("one").input_ids) is has_start
+    assert (name in known.note) is (is_added and not has_start)
 
 
 def test_each_leading_space_is_a_token_as_tokenizer_json_says(tmp_path: Path) -> None:

@@ -124,11 +124,12 @@ def bounds_of(tokenizer: Tokenizer, end: int, *, stops: Iterable[int] = ()) -> T
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PretrainedTokenizer:
-    """A tokenizer, its end-of-text token, and how it begins and ends a text."""
+    """A tokenizer, its end-of-text token, how it begins and ends a text, and a note on it."""
 
     tokenizer: Tokenizer
     end_of_text: str
     bounds: TextBounds
+    note: str = ""
 
 
 def read_tokenizer(
@@ -168,12 +169,27 @@ def read_tokenizer(
     for name, end in declared.items():
         if end < vocab_size:
             bounds = bounds_of(tokenizer, end, stops=declared.values())
-            if _json(folder / _STATED_IN[0]).get("tokenizer_class") in _WITHOUT_START:
+            stated = _json(folder / _STATED_IN[0])
+            if stated.get("tokenizer_class") in _WITHOUT_START:
                 bounds = replace(bounds, start=())
-            return PretrainedTokenizer(tokenizer, name, bounds)
+            note = "" if bounds.start else _start_note(stated, tokenizer, end)
+            return PretrainedTokenizer(tokenizer, name, bounds, note)
     raise RequestError(
         f"{folder} has no valid end-of-text token: set eos_token in {_STATED_IN[0]} to a token "
         f"of its tokenizer."
+    )
+
+
+def _start_note(stated: dict[str, Any], tokenizer: Tokenizer, end: int) -> str:
+    """Return a sentence if a tokenizer_config.json asks for a start that no text gets."""
+    name = _name_of(stated.get("bos_token"))
+    if stated.get("add_bos_token") is not True or name is None:
+        return ""
+    if tokenizer.token_to_id(name) in (None, end):
+        return ""
+    return (
+        f"Texts begin without {name}, as in transformers 5: {_STATED_IN[0]} sets add_bos_token, "
+        "but tokenizer.json puts nothing in front of a text (transformers 4 may)."
     )
 
 
@@ -246,9 +262,7 @@ def ends_of(config: Any, *, generation: Any = None) -> list[int]:
 
 def _declared_ends(folder: Path, tokenizer: Tokenizer) -> Iterator[str]:
     for file in _STATED_IN:
-        token = _json(folder / file).get("eos_token")
-        name = token.get("content") if isinstance(token, dict) else token
-        if isinstance(name, str):
+        if (name := _name_of(_json(folder / file).get("eos_token"))) is not None:
             yield name
     for file in _NUMBERED_IN:
         content = _json(folder / file)
@@ -256,6 +270,12 @@ def _declared_ends(folder: Path, tokenizer: Tokenizer) -> Iterator[str]:
         named = (each.get("eos_token_id") for each in (content, *nested) if isinstance(each, dict))
         numbers = next((each for each in named if each is not None), None)
         yield from _names_of(numbers if isinstance(numbers, list) else [numbers], tokenizer)
+
+
+def _name_of(token: object) -> str | None:
+    """Return the name of a special token as tokenizer_config.json states it."""
+    name = token.get("content") if isinstance(token, dict) else token
+    return name if isinstance(name, str) else None
 
 
 def _names_of(numbers: Iterable[object], tokenizer: Tokenizer) -> Iterator[str]:

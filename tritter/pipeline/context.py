@@ -360,6 +360,7 @@ class RunContext:
         if optimizer.startswith("Paged") and self.device.type == "cpu":
             same = optimizer.removeprefix("Paged")
             notes.append(f"There is no paging on the CPU: {optimizer} is equivalent to {same}.")
+        notes += [self.source_tokenizer.note] if self.source_tokenizer else []
         notes += [self._start_note, self.config.rate_note]
         notes += publish_notes(self.config)
         notes += [*memory_notes(self.config, source), *rate_notes(self.config, source)]
