@@ -124,7 +124,7 @@ def unanswered_note(
 
 
 def _missing_answer(conversation: Conversation) -> str:
-    """Return why a conversation has no answer."""
+    """Return the reason for which a conversation has no answer."""
     if set(conversation.untrained) & set(conversation.assistant):
         return "excluded by weight, train or similar"
     first = max(1, conversation.num_given)

@@ -108,7 +108,7 @@ class Documents(Sequence[Document]):
         """Return the number of documents that are in another collection, too."""
         import numpy as np
 
-        # The first eight bytes of a key tell documents apart, in a quarter of the memory
+        # The first eight bytes of a key distinguish documents, in a quarter of the memory
         own, others = (each._keys[each._order].view("<i8")[::4] for each in (self, other))
         return len(np.intersect1d(own, others, assume_unique=True))
 
