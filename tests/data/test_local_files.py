@@ -221,8 +221,16 @@ def test_damaged_files(tmp_path: Path, name: str, content: bytes, expected: str)
     assert expected in problem(path)
 
 
+def test_a_problem_of_all_records_is_printed_once(tmp_path: Path) -> None:
+    path = packed(tmp_path / "a.jsonl", b'{"body": "a"}\n' * 40)
+    with pytest.raises(TextFileError) as caught:
+        texts_of(path)
+    first, others = caught.value.problems
+    assert "line 1 has no field text" in str(first) and "39 more records" in str(others)
+
+
 def test_no_more_than_a_few_lines_of_one_file(tmp_path: Path) -> None:
-    path = packed(tmp_path / "a.jsonl", b"3\n" * 1000)
+    path = packed(tmp_path / "a.jsonl", b"3\nnull\n" * 500)
     with pytest.raises(TextFileError) as caught:
         texts_of(path)
     assert len(caught.value.problems) == 11

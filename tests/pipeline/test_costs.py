@@ -102,7 +102,8 @@ def test_every_pass_of_a_run_is_counted(
     words: tuple[str, ...],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(costs, "time_line", lambda _: "")  # its batch belongs to no stage
+    # Its batch estimates the run before any stage begins: it is part of no stage, and of no total
+    monkeypatch.setattr(costs, "time_line", lambda _: "")
     asked = (*QUICK, *SMALL_MODEL, *places, *words, "evaluation.sample_tokens=0")
     summary, counted = run(tmp_path / "run", *asked)
     assert summary["flops"]["total"] == counted

@@ -191,8 +191,14 @@ class Reading:
             if self.num_skipped and num_read and not self._is_strict:
                 self.notes.append(self.skipped_note(num_read))
             elif self.num_skipped:
-                self.problems += map(self._line, self._skipped)
-                if more := self.num_skipped - len(self._skipped):
+                more = self.num_skipped - len(self._skipped)
+                # No record is valid, all for one reason: as for a wrong data.text_field
+                is_alike = self.num_skipped > 1 and len(self._reasons) == 1 and not num_read
+                self.problems += map(self._line, self._skipped[:1] if is_alike else self._skipped)
+                if is_alike:
+                    alike = f"{name} has {self.num_skipped - 1} more records with this problem"
+                    self.problems.append(self._line(alike))
+                elif more:
                     self.problems.append(self._line(f"{name} has {more} more invalid records"))
             self.problems += [self._line(problem)] if problem else []
 
