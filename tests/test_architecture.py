@@ -85,7 +85,7 @@ RATCHET = {
     "cli": (21, 6_322),
     "config": (19, 5_330),
     "core": (37, 12_162),
-    "data": (25, 9_135),
+    "data": (25, 9_141),
     "evaluation": (18, 4_752),
     "integrations": (2, 784),
     "methods": (48, 12_583),
