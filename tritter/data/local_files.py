@@ -193,7 +193,7 @@ class Reading:
             elif self.num_skipped:
                 more = self.num_skipped - len(self._skipped)
                 # No record is valid, all for one reason: as for a wrong data.text_field
-                is_alike = self.num_skipped > 1 and len(self._reasons) == 1 and not num_read
+                is_alike = self.num_skipped > 2 and len(self._reasons) == 1 and not num_read
                 self.problems += map(self._line, self._skipped[:1] if is_alike else self._skipped)
                 if is_alike:
                     alike = f"{name} has {self.num_skipped - 1} more records with this problem"
