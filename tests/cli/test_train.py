@@ -596,6 +596,7 @@ def test_evaluate_takes_the_losses_of_what_was_held_out(
             "--checkpoint owner/other --data data --old-data old",
             "error: --checkpoint = owner/other: ",
         ),
+        ("owner/other --data data", "error: --checkpoint = owner/other: "),
         (
             "--find-lr --output deep/er/rates model=hf model.path=owner/other",
             "error: model.path = owner/other: ",
@@ -610,3 +611,27 @@ def test_an_error_of_the_hub_names_the_key_that_was_typed(
     refused = run(f"train {words} {QUICK}")
     assert refused.code == 2 and snapshot(texts) == before and not Path("deep").exists()
     assert f"{named}no such folder, and HF_HUB_OFFLINE is set" in refused.err
+
+
+def test_data_is_checked_before_the_hub_is_contacted(
+    run: Run, texts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("asked"))
+    before = snapshot(texts)
+    Path("bad.jsonl").write_text("{not json\n")
+    for words in ("--data gone.jsonl", "--data bad.jsonl", "--data data --old-data gone.jsonl"):
+        refused = run(f"train owner/other {words} {QUICK}")
+        assert refused.code == 2 and words.rpartition(" ")[2] in refused.err
+    Path("bad.jsonl").unlink()
+    assert snapshot(texts) == before
+
+
+def test_old_data_of_a_hub_checkpoint_is_missed_once_its_record_is_known(
+    run: Run, texts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshot_of = lambda *_, **__: str(texts / "base")  # noqa: E731
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_of)
+    before = snapshot(texts)
+    refused = run(f"train owner/other --data data {QUICK}")
+    assert refused.code == 2 and "--old-data = null: it is required by replay" in refused.err
+    assert snapshot(texts) == before

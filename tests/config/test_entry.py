@@ -389,6 +389,20 @@ def test_what_no_record_holds_is_refused_before_anything_is_written(
     assert f"it contains the character {sign!a}" in result.err
 
 
+@pytest.mark.parametrize(
+    "words",
+    ["seed=0,x", "seed=x,y", "training.max_stesp=1,2", "forgetting=replay,nope",
+     "data=text data.new=missing.jsonl,gone.jsonl", "hydra.sweep.subdir=one seed=0,3"],
+)  # fmt: skip
+def test_a_refused_sweep_leaves_no_folder(
+    run: Run, pipeline: FakePipeline, tmp_path: Path, words: str
+) -> None:
+    for folder in ("deep/er/here", "outputs/x"):
+        result = run("-m", *words.split(), f"hydra.sweep.dir={folder}")
+        assert result.code == 2 and not pipeline.configs, result.out
+    assert not [*tmp_path.iterdir()]
+
+
 def test_a_name_with_an_unbroken_space_is_recorded(
     run: Run, pipeline: FakePipeline, tmp_path: Path
 ) -> None:

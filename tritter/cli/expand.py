@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -11,6 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tritter.cli.domain_data import (
+    SHARD_BYTES,
+    DomainText,
+    check_domain,
+    domain_text,
+    token_sources,
+)
 from tritter.cli.methods import method_bodies, method_names, option_names, specs_of
 from tritter.cli.options import (
     WRITING,
@@ -96,10 +102,6 @@ _NAMES = {
     "dtype": "--dtype",
 }
 _NO_METHOD = "--method is missing: name a method (--method width) or steps (--recipe grow.yaml)."
-_SHARD_BYTES = 5 * 10**9
-DEFAULT_STEPS = 200
-DEFAULT_LEARNING_RATE = 1e-4
-DEFAULT_DOMAIN = "new"
 
 Method = Annotated[
     list[str] | None,
@@ -222,7 +224,7 @@ def expand(
     moments: Moments = "carry",
     seed: Seed = 0,
     dtype: DType = None,
-    max_shard_size: MaxShardSize = _SHARD_BYTES,
+    max_shard_size: MaxShardSize = SHARD_BYTES,
     measure: Measure = None,
     dry_run: DryRun = False,
     overwrite: Overwrite = False,
@@ -245,15 +247,17 @@ def expand(
         else:
             raise RequestError(_NO_METHOD)
         of_domain = (domain, domain_data, old_data, steps, learning_rate)
-        is_trained = any(value is not None for value in of_domain)
+        is_vocab = any(spec.name == "vocab" for spec in specs)
+        is_trained = not is_vocab and any(value is not None for value in of_domain)
+        # Data before the checkpoint, which may be on the hub
+        for_tokens = token_sources(specs, *of_domain) if is_vocab else {}
+        text = domain_text(*of_domain) if is_trained else None
+        check_domain(specs, settings, text, is_measured=measure)
         job = _resolve_job(checkpoint, specs, settings, file)
-        if any(spec.name == "vocab" for spec in specs):
-            others = [value for value in (domain, *of_domain[2:]) if value]
-            job, is_trained = _with_tokens(job, domain_data, is_trained=bool(others)), False
+        if for_tokens:
+            job = _with_tokens(job, for_tokens)
         if not dry_run and job.obstacle(overwrite=overwrite):
             raise RequestError(job.obstacle(overwrite=overwrite))
-        text = _domain_text(*of_domain) if is_trained else None
-        _check_domain(job, text, is_measured=measure)
         with closing(job.source.digests) as digests:
             if not (dry_run or is_trained):
                 digests.begin(job.source.tensors.raw(), check=job.source.tensors.check_unchanged)
@@ -408,128 +412,22 @@ def _resolve_job(
     )
 
 
-def _with_tokens(job: _Job, data: Sequence[str] | None, *, is_trained: bool) -> _Job:
-    """Return the job with new tokens, from documents that no lineage holds out for validation.
-
-    Raises:
-        RequestError: data is missing or not needed, or an option trains experts.
-    """
+def _with_tokens(job: _Job, sources: TextSources) -> _Job:
+    """Return the job with new tokens, from documents that no lineage holds out for validation."""
     from tritter.checkpoints.run_text import DEFAULT_FRACTION
     from tritter.core.expansions import Vocab, vocab_place
-    from tritter.data.options import read_sources
     from tritter.data.sources import noted_documents
     from tritter.data.split import SplitRule, training_texts
     from tritter.transform.vocabulary import learned
 
     specs, place = list(job.specs), vocab_place(job.specs) or 0
-    spec, key = specs[place], "--domain-data"
+    spec = specs[place]
     assert isinstance(spec, Vocab)
-    if is_trained:
-        raise RequestError("--domain, --old-data, --steps, --learning-rate: vocab trains nothing.")
-    if data and any(getattr(each, "is_append", False) for each in specs):
-        raise RequestError("--domain-data: for vocab or for moe-add; use two commands.")
-    if data and not spec.is_learned:
-        raise RequestError("--domain-data is not needed: the new tokens are given.")
-    if not spec.is_learned:
-        return job
-    if not data:
-        raise RequestError("--domain-data is missing; or set --tokens, or --tokenizer.")
-    problems: list[Problem] = []
-    found = read_sources(key, list(data), default_name="new", problems=problems)
-    raise_problems(problems)
-    read = {n: noted_documents(p, key=key) for n, p in found.items()}
+    read = {name: noted_documents(paths, key="--domain-data") for name, paths in sources.items()}
     default = SplitRule(seed=job.settings.seed or 0, validation_fraction=DEFAULT_FRACTION)
     rule = (job.source.lineage and job.source.lineage.split) or default
     specs[place] = learned(spec, job.source, training_texts(read, rule=rule, names=read))
     return replace(job, specs=tuple(specs))
-
-
-# Training new experts on a domain
-
-
-@dataclass(frozen=True, slots=True)
-class _DomainText:
-    """New and old data (domain → absolute paths) and settings of the training run."""
-
-    new: TextSources
-    old: TextSources
-    steps: int
-    learning_rate: float
-
-
-def _domain_text(
-    domain: str | None,
-    data: Sequence[str] | None,
-    old_data: Sequence[str] | None,
-    steps: int | None,
-    learning_rate: float | None,
-) -> _DomainText:
-    """Return the data that the options name.
-
-    Raises:
-        RequestError: no data is named, a path is invalid, or old and new data share a name.
-    """
-    from tritter.data.options import read_sources
-
-    if not data:
-        raise RequestError(
-            "--domain-data is missing: name the training data of the new experts, "
-            "--domain-data PATH."
-        )
-    name = domain or DEFAULT_DOMAIN
-    problems: list[Problem] = []
-    new = read_sources("--domain-data", list(data), default_name=name, problems=problems)
-    old = read_sources(
-        "--old-data", list(old_data or ()) or None, default_name="old", problems=problems
-    )
-    raise_problems(problems)
-    if name in old:
-        raise RequestError(f"--domain = {name}: the old data already has this name.")
-    rate = DEFAULT_LEARNING_RATE if learning_rate is None else learning_rate
-    return _DomainText(new, old, steps or DEFAULT_STEPS, rate)
-
-
-def _check_domain(job: _Job, text: _DomainText | None, *, is_measured: bool | None) -> None:
-    """Check a request to train experts on a domain. Writes nothing.
-
-    Raises:
-        RequestError: data is missing or unreadable, the method appends no experts, or an option
-            does not apply to training.
-    """
-    from tritter.data.records import DEFAULT_FIELD
-    from tritter.data.sources import TextRequest, check_contents
-
-    if text is None:
-        if any(getattr(spec, "teacher", None) for spec in job.specs):
-            raise RequestError(
-                "--expert-init = distill: new experts learn from a teacher and need training "
-                "data, --domain-data PATH."
-            )
-        return
-    if not any(getattr(spec, "is_append", False) for spec in job.specs):
-        methods = ",".join(with_dashes(spec.name) for spec in job.specs)
-        raise RequestError(
-            f"--domain-data: --method {methods} appends no experts to train; moe-add "
-            "does, with --addition append."
-        )
-    settings = job.settings
-    unsupported = (
-        ("dtype", settings.dtype, None),
-        ("measure", is_measured, None),
-        ("moments", settings.moments, "carry"),
-        ("max-shard-size", settings.max_shard_size, _SHARD_BYTES),
-    )
-    for name, value, default in unsupported:
-        if value not in (None, default):
-            raise RequestError(
-                f"--{name} = {value}: not allowed with --domain-data, which trains and writes the "
-                "model in float32; `tritter export` converts it."
-            )
-    check_contents(
-        TextRequest(key, tuple(paths), DEFAULT_FIELD)
-        for key, sources in (("--domain-data", text.new), ("--old-data", text.old))
-        for paths in sources.values()
-    )
 
 
 # Results
@@ -691,7 +589,7 @@ def _expand(job: _Job, *, measures: bool, overwrite: bool, is_quiet: bool) -> _R
             job.destination,
             plan,
             dtype=job.dtype,
-            max_shard_bytes=settings.max_shard_size or _SHARD_BYTES,
+            max_shard_bytes=settings.max_shard_size or SHARD_BYTES,
             overwrite=overwrite,
             moments=settings.moments or "carry",
             progress=new_bar("tensors"),
@@ -701,7 +599,7 @@ def _expand(job: _Job, *, measures: bool, overwrite: bool, is_quiet: bool) -> _R
     return _Result(job=job, plan=plan, lineage=made.lineage, measured=next(iter(measured), None))
 
 
-def _expand_and_train(job: _Job, text: _DomainText, *, overwrite: bool, is_quiet: bool) -> _Result:
+def _expand_and_train(job: _Job, text: DomainText, *, overwrite: bool, is_quiet: bool) -> _Result:
     """Add the experts and train them. After an error no output remains.
 
     Raises:

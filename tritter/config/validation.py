@@ -14,7 +14,7 @@ from tritter.checkpoints.location import (
     checkpoint_config,
     state_kinds_of,
 )
-from tritter.checkpoints.run_text import run_text
+from tritter.checkpoints.run_text import RunText, run_text
 from tritter.config.components import (
     BASES,
     CHOSEN_GROUPS,
@@ -425,14 +425,26 @@ def _data_problems(config: RunConfig) -> Iterator[Problem]:
         )
         yield Problem("data.old", None, reason=reason)
         return
+    if Path(config.model.path).is_dir():  # data of a hub checkpoint is known later
+        yield from old_data_problems(config, config.text, Path(config.model.path))
+
+
+def old_data_problems(config: RunConfig, text: RunText, folder: Path) -> Iterator[Problem]:
+    """Yield forgetting methods that need old data, if nothing replaces it.
+
+    Args:
+        text: data of the run that starts from the checkpoint.
+        folder: of the checkpoint.
+    """
+    if text.old:
+        return
     typed = config.data.old if isinstance(config.data, NamedTextConfig) else None
     needs_of = {one.name: one.kind.needs(one.options) for one in config.forgetting}
-    folder = Path(config.model.path)
     needing = [
         name
         for name, needs in needs_of.items()
         if needs.old_text
-        and not config.text.kept_sequences.sequences
+        and not text.kept_sequences.sequences
         and not (needs.instead and state_kinds_of(folder) >= set(needs.instead))
     ]
     if needing and not any(needs.writes for needs in needs_of.values()):

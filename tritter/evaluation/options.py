@@ -115,6 +115,8 @@ def benchmark_problems(config: RunRequest) -> Iterator[Problem]:
 
 def metric_problems(config: RunRequest) -> Iterator[Problem]:
     """Yield own metrics with the name of another score, and those of unknown domains."""
+    if not config.metrics:
+        return
     domains = [domain.name for domain in config.text.domains]
     taken = {*domains, *benchmark_names(config.evaluation.tasks, key=TASKS_KEY)}
     for one in config.metrics:

@@ -21,7 +21,7 @@ from tritter.checkpoints.location import checkpoint_config
 from tritter.checkpoints.record import training_record
 from tritter.config.run_folder import effective_arguments, optimizer_record
 from tritter.config.schema import CheckpointModelConfig
-from tritter.config.validation import source_config, start_problems
+from tritter.config.validation import old_data_problems, source_config, start_problems
 from tritter.core.families import Config, count_parameters, family_of, position_limit
 from tritter.core.models import named_tensors, new_model, read_config, save_tokenizer
 from tritter.data.cache import entry_lock, quarantine
@@ -274,6 +274,7 @@ def check_source(context: RunContext) -> None:
     if (source := context.initial_checkpoint) is None:
         return
     for each in attempts:
+        raise_problems([*old_data_problems(each.config, each.text, source.folder)])
         raise_problems(start_problems(each.config, source.config, folder=source.folder))
         raise_problems(memory_problems(each.config, source.config))
     if context.config.optimizer.carry:
