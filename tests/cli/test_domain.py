@@ -102,7 +102,7 @@ REFUSED = {
     f"{ADD} --steps 3": "--domain-data is missing",
     f"{ADD} --domain-data nowhere": "nowhere: there is no such file",
     f"{TRAIN} --output deep/er/out --old-data missing.jsonl": "missing.jsonl: there is no such",
-    f"{TRAIN} --domain-data gone.jsonl --expert-init best --output deep/er/out": "gone.jsonl: there",
+    f"{TRAIN} --domain-data gone.jsonl --expert-init best --output deep/er/out": "gone.jsonl",
     # Data is checked before the hub is contacted
     f"{ADD} --domain-data nowhere".replace("base", "owner/other"): "nowhere: there is no such file",
     f"{ADD} --domain-data data/empty": "the folder is empty",
