@@ -6,10 +6,10 @@ import pytest
 
 from tests.oracle.chat import CHATML, MARKED, messages, tokenizer
 from tritter.data.answers import (
+    TrainingCounts,
     endless_note,
     scored_text,
     scoring_note,
-    training_note,
     unanswered_note,
     unshown_note,
 )
@@ -51,7 +51,8 @@ def test_cut_conversations_are_counted(chat: Chat) -> None:
     """One is whole, one has no answer within a sequence, one a part of its answer."""
     documents = tokenised(RECORDS, chat)
     bounds = TextBounds(0)
-    note = training_note("new", documents, sequence_length=64, bounds=bounds)
+    counts = TrainingCounts.of(documents, sequence_length=64, bounds=bounds)
+    note = counts.note("new", sequence_length=64)
     assert "new: 2 of 3 training conversations exceed data.sequence_length=64 and are cut" in note
     assert "not trained, and 1 conversation not at all." in note
     # By the packed rows themselves
@@ -64,8 +65,14 @@ def test_cut_conversations_are_counted(chat: Chat) -> None:
     assert f"{count(whole) - count(rows):,} of {count(whole):,} tokens of answers" in note
     longest = int(documents.offsets.diff().max())
     assert f"The longest has {longest} tokens" in note
-    assert not training_note("new", documents, sequence_length=256, bounds=bounds)
-    head = training_note("new", documents, sequence_length=64, bounds=bounds, is_head=True)
+    longer = TrainingCounts.of(documents, sequence_length=256, bounds=bounds)
+    assert not longer.note("new", sequence_length=256)
+    parts = [
+        TrainingCounts.of(tokenised(part, chat), sequence_length=64, bounds=bounds)
+        for part in (RECORDS[:1], RECORDS[1:])
+    ]
+    assert parts[0] + parts[1] == counts != parts[1]
+    head = counts.note("new", sequence_length=64, rows="of the first rows")
     assert "3 training conversations of the first rows exceed" in head
 
 

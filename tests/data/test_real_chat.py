@@ -6,7 +6,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from tests.real import real_checkpoint
-from tritter.data.answers import endless_note, scored_text, scoring_note, training_note
+from tritter.data.answers import TrainingCounts, endless_note, scored_text, scoring_note
 from tritter.data.chat import Chat, ids_of, is_unpredicted
 from tritter.data.conversations import conversation_of
 from tritter.data.documents import Documents
@@ -27,7 +27,8 @@ def test_plain_instructions_on_smollm2() -> None:
     documents = source_documents([str(DATA)], key="data.new", text_field="text")[:200]
     chat, bounds = Chat(own), inner.bounds
     tokens = tokenise(documents, inner.tokenizer, chat=chat)
-    note = training_note("new", tokens, sequence_length=128, bounds=bounds)
+    counts = TrainingCounts.of(tokens, sequence_length=128, bounds=bounds)
+    note = counts.note("new", sequence_length=128)
     assert "new: 120 of 200 training conversations exceed data.sequence_length=128" in note
     assert "62 conversations not at all" in note
     rows = packed(tokens, packing="documents", sequence_length=128, bounds=bounds)

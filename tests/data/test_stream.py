@@ -5,7 +5,6 @@ import io
 import json
 import pickle
 from pathlib import Path
-from typing import Any
 
 import datasets
 import pytest
@@ -165,12 +164,16 @@ def test_statistics_read_the_first_rows_only(tmp_path: Path) -> None:
     assert list(again.keys()) == list(head.keys())
 
 
-def test_refused_conversations_are_skipped(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_conversations_that_are_refused_cut_or_unanswered_are_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(stream, "HEAD_ROWS", 20)
     turns = [fixtures.messages(number) for number in range(40)]
     system = [{"role": "system", "content": "Be kind."}, *turns[0]]
-    rows = [json.dumps({"messages": each}) for each in (*turns[:20], system, *turns[20:])]
+    asked = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": ""}]
+    long = [*turns[1][:-1], {"role": "assistant", "content": "word " * 90}]
+    talks = (*turns[:20], system, asked, long, *turns[20:])
+    rows = [json.dumps({"messages": each}) for each in talks]
     (tmp_path / "talks.jsonl").write_text("\n".join(rows))
     stock = fixtures.tokenizer(fixtures.INSTRUCT)  # refuses a system message
     options = SequenceOptions(
@@ -182,22 +185,40 @@ def test_refused_conversations_are_skipped(
         bounds=TextBounds(END),
     )
     source = parse_name("data.new", str(tmp_path / "talks.jsonl"))
-    stream = StreamedSequences([source], key="data.new", options=options, seed=0)
-    found = stream.next_sequences(30)
+    sequences = StreamedSequences([source], key="data.new", options=options, seed=0)
+    found = sequences.next_sequences(30)
     assert (found >= ANSWER).any()
-    assert "A conversation is skipped: data.chat_template: the template fails" in caplog.text
+    skipped, cut, unanswered = sequences.notes
+    assert "Skipped 1 of 43 records" in skipped and "the template fails" in skipped
+    assert "1 of 42 training conversations of all rows" in cut and "is cut" in cut
+    assert "1 of 42 conversations (1 with an empty answer)" in unanswered
 
 
-def test_rows_that_are_skipped_after_the_head_are_counted(
-    tmp_path: Path, tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture, monkeypatch: Any
+def test_rows_that_are_left_out_after_the_head_are_counted(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Once, also over a resume and a second epoch."""
     monkeypatch.setattr(stream, "HEAD_ROWS", 300)
-    rows = [{"text": number if number % 100 == 99 else f"row {number}"} for number in range(600)]
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    streamed([tmp_path / "rows.jsonl"], tokenizer, buffer_sequences=10**6).next_sequences(1)
-    first, last = (each for each in caplog.messages if str(tmp_path) in each)
-    assert first.startswith("Also after the first 300 rows: ") and "is a number" in first
-    assert "Skipped 6 of 600 records" in last and "row 99 " in last
+    values: list[object] = [
+        number if number % 100 == 99 else f"row {number}" for number in range(600)
+    ]
+    values[250] = values[550] = ""
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"text": v}) for v in values))
+    whole = streamed([tmp_path / "rows.jsonl"], tokenizer)
+    whole.next_sequences(1)
+    assert not whole.notes  # the notes on the head say it
+    whole.next_sequences(40)
+    state = whole.state_dict()
+    whole.next_sequences(400)
+    resumed = pickle.loads(pickle.dumps(streamed([tmp_path / "rows.jsonl"], tokenizer)))
+    resumed.load_state_dict(state)
+    resumed.next_sequences(400)
+    skipped, dropped = whole.notes
+    assert resumed.notes == whole.notes
+    assert "all rows" in skipped and "Skipped 6 of 600 records" in skipped and "row 99 " in skipped
+    assert "dropped of 594 documents: 2 empty" in dropped
+    mixed = ReplayBuffer({"a": whole, "b": SequenceStream(in_order(tokenizer), seed=1)})
+    assert BatchStream(mixed, batch_size=2).notes == whole.notes
 
 
 def test_settings_of_the_library_are_those_of_before(place: Path) -> None:

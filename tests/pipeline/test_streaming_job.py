@@ -30,7 +30,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         with gzip.open(folder / f"{name}.jsonl.gz", "wt") as file:
             file.writelines(json.dumps({"text": text}) + "\n" for text in part)
     chat.checkpoint(folder / "base")
-    talks = ({"messages": chat.messages(n, turns=2)} for n in range(300))
+    talks = [{"messages": chat.messages(n, turns=2)} for n in range(300)]
+    talks[250] = {"messages": [{"role": "narrator", "content": "Once upon a time"}]}
     (folder / "talks.jsonl").write_text("\n".join(map(json.dumps, talks)))
     return folder
 
@@ -106,7 +107,11 @@ def test_a_later_run_reads_the_recorded_rows(
 
 
 @pytest.mark.full
-def test_conversations_are_streamed(run: Run, place: Path, tmp_path: Path) -> None:
+def test_conversations_are_streamed(
+    run: Run, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("datasets", "stream"):
+        monkeypatch.setattr(f"tritter.data.{module}.HEAD_ROWS", 100)
     shape = ("model.hidden_size=", "model.intermediate_size=", "model.num_")
     words = [word for word in JOB if not word.startswith((*shape, "data.vocab_size"))]
     (tmp_path / "run").mkdir()
@@ -122,6 +127,8 @@ def test_conversations_are_streamed(run: Run, place: Path, tmp_path: Path) -> No
     notes = json.loads((tmp_path / "run/summary.json").read_text())["notes"]
     assert any(note.startswith("new is streamed: training reads all of it") for note in notes)
     assert any("rendered with the chat template" in note for note in notes)
+    # The first rows have no such record
+    assert any("Skipped 1 of 300 records" in note and "narrator" in note for note in notes)
 
 
 def test_a_domain_of_datasets_and_texts_is_refused(place: Path) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from tritter.data.chat import ANSWER, START, Chat, ids_of, is_unpredicted
@@ -60,40 +60,70 @@ class _Answers:
         return bool((self.predicted == self.targets).all())
 
 
-def training_note(
-    name: str,
-    documents: TokenisedDocuments,
-    *,
-    sequence_length: int,
-    bounds: TextBounds,
-    is_head: bool = False,
-) -> str:
-    """Return a sentence on the conversations of a domain that exceed a sequence; empty if none.
+@dataclass(frozen=True, slots=True)
+class TrainingCounts:
+    """Counts of the conversations of a domain that are trained; they can be added.
 
-    Args:
-        name: the domain.
-        documents: its training documents.
-        sequence_length: tokens per sequence.
-        bounds: start and end of a text.
-        is_head: whether they are the first rows of a stream.
+    Attributes:
+        total: conversations.
+        cut: conversations that exceed a sequence.
+        lost: those of them without a trained token.
+        predicted: tokens to predict.
+        predicted_kept: tokens to predict within a sequence.
+        targets: all tokens that follow another one.
+        longest: tokens of the longest conversation.
     """
-    kept = kept_lengths(documents, sequence_length=sequence_length, bounds=bounds)
-    found = _Answers.of(documents, kept)
-    num_cut = int((found.sizes > found.kept).sum())
-    if not num_cut:
-        return ""
-    total, num_kept = int(found.predicted.sum()), int(found.predicted_kept.sum())
-    lost = int(((found.predicted > 0) & (found.predicted_kept == 0)).sum())
-    tokens = "tokens" if found.are_all else "tokens of answers"
-    rows = " of the first rows" if is_head else ""
-    alone = f", and {lost:,} conversation{'s' * (lost > 1)} not at all" if lost else ""
-    verbs = ("exceed", "are") if num_cut > 1 else ("exceeds", "is")
-    return (
-        f"{name}: {num_cut:,} of {len(found.sizes):,} training conversations{rows} {verbs[0]} "
-        f"data.sequence_length={sequence_length} and {verbs[1]} cut. "
-        f"{total - num_kept:,} of {total:,} {tokens} are not trained{alone}. The longest "
-        f"has {int(found.sizes.max()):,} tokens."
-    )
+
+    total: int = 0
+    cut: int = 0
+    lost: int = 0
+    predicted: int = 0
+    predicted_kept: int = 0
+    targets: int = 0
+    longest: int = 0
+
+    @classmethod
+    def of(
+        cls, documents: TokenisedDocuments, *, sequence_length: int, bounds: TextBounds
+    ) -> TrainingCounts:
+        """Return the counts of tokenised documents."""
+        kept = kept_lengths(documents, sequence_length=sequence_length, bounds=bounds)
+        found = _Answers.of(documents, kept)
+        return cls(
+            total=len(found.sizes),
+            cut=int((found.sizes > found.kept).sum()),
+            lost=int(((found.predicted > 0) & (found.predicted_kept == 0)).sum()),
+            predicted=int(found.predicted.sum()),
+            predicted_kept=int(found.predicted_kept.sum()),
+            targets=int(found.targets.sum()),
+            longest=int(found.sizes.max(initial=0)),
+        )
+
+    def __add__(self, other: TrainingCounts) -> TrainingCounts:
+        sums = {name: getattr(self, name) + value for name, value in asdict(other).items()}
+        return TrainingCounts(**{**sums, "longest": max(self.longest, other.longest)})
+
+    def note(self, name: str, *, sequence_length: int, rows: str = "") -> str:
+        """Return a sentence on the conversations that exceed a sequence; empty if none.
+
+        Args:
+            name: the domain.
+            sequence_length: tokens per sequence.
+            rows: which rows of a stream they are, in words.
+        """
+        if not self.cut:
+            return ""
+        tokens = "tokens" if self.predicted == self.targets else "tokens of answers"
+        plural = "s" * (self.lost > 1)
+        alone = f", and {self.lost:,} conversation{plural} not at all" if self.lost else ""
+        verbs = ("exceed", "are") if self.cut > 1 else ("exceeds", "is")
+        return (
+            f"{name}: {self.cut:,} of {self.total:,} training conversations{rows and f' {rows}'} "
+            f"{verbs[0]} "
+            f"data.sequence_length={sequence_length} and {verbs[1]} cut. "
+            f"{self.predicted - self.predicted_kept:,} of {self.predicted:,} {tokens} are not "
+            f"trained{alone}. The longest has {self.longest:,} tokens."
+        )
 
 
 def unanswered_note(
@@ -109,13 +139,29 @@ def unanswered_note(
     found = [_Answers.of(side) for side in sides if side.has_marks]
     count = sum(int((each.predicted == 0).sum()) for each in found)
     total = sum(len(each.sizes) for each in found)
-    if not count:
-        return ""
-    reasons = Counter(
+    return unanswered_text(name, missing_answers(documents), count=count, total=total)
+
+
+def missing_answers(documents: Iterable[Document]) -> Counter[str]:
+    """Return reason → number of the conversations that have no answer."""
+    return Counter(
         _missing_answer(each.conversation)
         for each in documents
         if each.conversation is not None and not each.conversation.answers
     )
+
+
+def unanswered_text(name: str, reasons: Mapping[str, int], *, count: int, total: int) -> str:
+    """Return a sentence on conversations without an answer; empty if there are none.
+
+    Args:
+        name: the domain.
+        reasons: reason → number, as far as they are known.
+        count: conversations without an answer.
+        total: all conversations.
+    """
+    if not count:
+        return ""
     by_reason = ", ".join(f"{number:,} {reason}" for reason, number in reasons.items())
     return (
         f"{name}: without an answer, and therefore not used: {count:,} of {total:,} conversations"

@@ -302,6 +302,11 @@ class BatchStream:
         whole = {"input_ids": torch.cat(sequences), "is_replay": is_replay}
         return {name: rows[rank.index :: rank.count] for name, rows in whole.items()}
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What streamed data leaves out of the batches, a sentence each."""
+        return tuple(getattr(self._new, "notes", ()))
+
     def state_dict(self) -> dict[str, Any]:
         """Return the position in the new and the replayed sequences, in plain containers."""
         return {

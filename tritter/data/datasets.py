@@ -364,7 +364,7 @@ def text_batches(
             try:
                 texts.append(text_of(dict(zip(columns, values, strict=True)), field=field))
             except WrongRecordError as error:
-                reading.skip(f"{source}, row {number - 1}", str(error))
+                reading.skipped.add(f"{source}, row {number - 1}", str(error))
         yield TextBatch(texts, after)
 
 

@@ -9,12 +9,10 @@ import csv
 import gzip
 import json
 import os
-import re
 import zlib
 from codecs import IncrementalDecoder, getincrementaldecoder
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from importlib import import_module
 from io import BufferedReader
 from pathlib import Path
@@ -31,6 +29,7 @@ from tritter.data.records import (
     shown,
     text_of,
 )
+from tritter.data.skipped import SkippedRecords
 from tritter.errors import TritterError
 from tritter.storage.reading import open_file
 
@@ -39,9 +38,6 @@ MAX_LINE_BYTES = 32 * 2**20
 # A .gz or .parquet may decode to this many times its own size. Real text never exceeds it.
 MAX_EXPANSION = 200
 FREE_EXPANSION_BYTES = 64 * 2**20  # always allowed, even for small files
-MAX_PROBLEMS_OF_FILE = 10
-_MAX_REASONS = 8  # of skipped records, in a note
-_NUMBERS = re.compile(r"\d+")  # of a message, line or byte
 MAX_PROBLEMS_SHOWN = 100
 _PIECE_BYTES = 2**20
 _PARQUET_ROWS = 256
@@ -92,14 +88,6 @@ class ByteLimitError(Exception):
     """The byte limit of a reading is reached; the rest was not read."""
 
 
-@dataclass(slots=True)
-class _Reason:
-    """The first record that is skipped for a reason, and the number of them."""
-
-    first: str
-    count: int = 0
-
-
 class Reading:
     """Options and results of reading files and data sets.
 
@@ -114,7 +102,7 @@ class Reading:
         problems: fatal problems, one line each.
         notes: for each source with skipped records, their number and the first one.
         num_blank: texts without words, which are dropped.
-        num_skipped: invalid records of the current source.
+        skipped: invalid records of the current source.
     """
 
     def __init__(
@@ -133,9 +121,7 @@ class Reading:
         self.notes: list[str] = []
         self.num_blank = 0
         self._max_bytes = max_bytes
-        self._skipped: list[str] = []  # the first few of the current source
-        self.num_skipped = 0
-        self._reasons: dict[str, _Reason] = {}
+        self.skipped = SkippedRecords()
         self._is_text_noted = False
 
     def texts(self, path: Path) -> Iterator[Text]:
@@ -173,8 +159,7 @@ class Reading:
             SpentError: `max_bytes` were read.
             TextFileError: a data set can't be read.
         """
-        num_read, self._skipped, self.num_skipped, self._reasons = 0, [], 0, {}
-        problem = None
+        num_read, problem, self.skipped = 0, None, SkippedRecords()
         try:
             for item in items:
                 num_read += 1
@@ -188,43 +173,31 @@ class Reading:
         except TritterError as error:  # from opening the file; its message contains the path
             problem = str(error).removesuffix(".")
         finally:
-            if self.num_skipped and num_read and not self._is_strict:
+            skipped = self.skipped
+            if skipped.count and num_read and not self._is_strict:
                 self.notes.append(self.skipped_note(num_read))
-            elif self.num_skipped:
-                more = self.num_skipped - len(self._skipped)
+            elif lines := skipped.first_lines:
+                more = skipped.count - len(lines)
                 # No record is valid, all for one reason: as for a wrong data.text_field
-                is_alike = self.num_skipped > 2 and len(self._reasons) == 1 and not num_read
-                self.problems += map(self._line, self._skipped[:1] if is_alike else self._skipped)
+                is_alike = skipped.count > 2 and len(skipped.reasons) == 1 and not num_read
+                self.problems += map(self._line, lines[:1] if is_alike else lines)
                 if is_alike:
-                    alike = f"{name} has {self.num_skipped - 1} more records with this problem"
+                    alike = f"{name} has {skipped.count - 1} more records with this problem"
                     self.problems.append(self._line(alike))
                 elif more:
                     self.problems.append(self._line(f"{name} has {more} more invalid records"))
             self.problems += [self._line(problem)] if problem else []
 
-    def skip(self, where: str, problem: str) -> None:
-        """Count an invalid record by the kind of its problem, which follows its location."""
-        self.num_skipped += 1
-        line = f"{where} {problem}"
-        if len(self._skipped) < MAX_PROBLEMS_OF_FILE:
-            self._skipped.append(line)
-        kind = _NUMBERS.sub("", problem)
-        if kind in self._reasons or len(self._reasons) < _MAX_REASONS:
-            self._reasons.setdefault(kind, _Reason(line)).count += 1
-
     def skipped_note(self, num_read: int) -> str:
         """Return the number of skipped records by reason, and the first; others were read."""
-        return (
-            f"Skipped {self.num_skipped:,} of {num_read + self.num_skipped:,} records because "
-            f"they are invalid; the first: {self._line(self._skipped[0])}{self._other_reasons()}"
-        )
+        return self.skipped.note(num_read, self._line)
 
-    def _other_reasons(self) -> str:
-        """Return counts and examples of the kinds of problems; empty if there is a single one."""
-        if len(self._reasons) < 2:
-            return ""
-        parts = [f"{each.count:,}: {self._line(each.first)}" for each in self._reasons.values()]
-        return f" By reason: {' '.join(parts)}"
+    def dropped_note(self, num_read: int, *, num_duplicates: int = 0) -> str:
+        """Return the number of documents that were dropped although they are valid; else ""."""
+        kinds = {"empty": self.num_blank, "duplicate": num_duplicates}
+        dropped = " and ".join(f"{number:,} {kind}" for kind, number in kinds.items() if number)
+        total = f"{sum(kinds.values()) + num_read:,}"
+        return f"{self.key}: dropped of {total} documents: {dropped}." if dropped else ""
 
     def prefer_text(self, names: Collection[str], *, option: str) -> None:
         """Add a note, once, if records with a text also have a conversation, which is not read.
@@ -482,7 +455,7 @@ def _texts(path: Path, reading: Reading) -> Iterator[Text]:
         try:
             text = text_of(record, field=field)
         except WrongRecordError as error:
-            reading.skip(where, str(error))
+            reading.skipped.add(where, str(error))
             continue
         if field == DEFAULT_FIELD and isinstance(text, str) and isinstance(record, dict):
             reading.prefer_text([n for n in record if record[n]], option=_TEXT_FIELD)
@@ -502,7 +475,7 @@ def _lines(path: Path, reading: Reading, columns: Columns) -> Iterator[tuple[str
             text = _decode(_whole_line(line)) if line.strip() else ""
             record = parse(text) if text else None
         except WrongRecordError as error:
-            reading.skip(where, str(error))
+            reading.skipped.add(where, str(error))
             continue
         if text:
             yield where, record
@@ -534,7 +507,7 @@ def _table(path: Path, reading: Reading, columns: Columns) -> Iterator[tuple[str
                 if text and not text.isascii():
                     record[name] = _decode(text.encode(errors="surrogateescape"))
         except (csv.Error, WrongRecordError) as error:
-            reading.skip(where, _short(error))
+            reading.skipped.add(where, _short(error))
             continue
         yield where, record
 

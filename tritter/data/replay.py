@@ -398,6 +398,12 @@ class ReplayBuffer:
 
     sample = next_sequences
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What streamed domains leave out, a sentence each."""
+        streams = self._streams.values()
+        return tuple(note for each in streams for note in getattr(each, "notes", ()))
+
     def state_dict(self) -> dict[str, Any]:
         """Return the number of draws and the position of each domain; reservoirs completely."""
         return {

@@ -296,12 +296,8 @@ def noted_documents(paths: Sequence[str], *, key: str) -> Documents:
 def _documents(texts: Iterable[Text], reading: Reading) -> Documents:
     """Return distinct texts with notes on those that were skipped or dropped."""
     documents = Documents.of(reading.filled(texts))
-    kinds = {"empty": reading.num_blank, "duplicate": documents.num_duplicates}
-    dropped = " and ".join(f"{number:,} {kind}" for kind, number in kinds.items() if number)
-    if dropped:
-        total = f"{sum(kinds.values()) + len(documents):,}"
-        reading.notes.append(f"{reading.key}: dropped of {total} documents: {dropped}.")
-    documents.notes = tuple(reading.notes)
+    note = reading.dropped_note(len(documents), num_duplicates=documents.num_duplicates)
+    documents.notes = (*reading.notes, *filter(None, [note]))
     return documents
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-import logging
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from tritter.data.answers import (
+    TrainingCounts,
+    missing_answers,
+    unanswered_text,
+)
 from tritter.data.chat import Chat
 from tritter.data.conversations import Conversation
 from tritter.data.datasets import HEAD_ROWS, DatasetName, TextBatch, text_batches
@@ -17,6 +21,7 @@ from tritter.data.documents import NAME_CHARACTERS, Document, is_blank, pieces, 
 from tritter.data.local_files import Reading, TextFileError
 from tritter.data.packing import Packing, packed
 from tritter.data.records import Text
+from tritter.data.skipped import SkippedRecords
 from tritter.data.split import SplitRule, threshold_side
 from tritter.data.tokens import TextBounds, TokenisedDocuments, closed_tokens, cut_rows, tokenise
 from tritter.errors import RequestError
@@ -25,8 +30,6 @@ from tritter.seeds import derived_seed
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from torch import Tensor
-
-logger = logging.getLogger(__name__)
 
 BUFFER_SEQUENCES = 1024  # among which the next sequence is drawn
 _AHEAD = 2  # batches of rows that are tokenised in advance
@@ -63,6 +66,7 @@ class _Chunk:
         epoch: number of the pass over all sources.
         source: index of the source.
         position: position in it, see `TextBatch`.
+        left_out: what the stream left out up to there, see `_LeftOut.to_plain`.
     """
 
     rows: Tensor
@@ -70,6 +74,64 @@ class _Chunk:
     epoch: int
     source: int
     position: str
+    left_out: Mapping[str, Any]
+
+
+class _LeftOut:
+    """What the first epoch of a stream skips and cuts.
+
+    Attributes:
+        reading: counts rows that are invalid or empty.
+        num_rows: rows that were read.
+        answers: counts conversations that are cut.
+        unanswered: reason → number of conversations that have no answer.
+        num_of_source: rows of the current source.
+        exceeds_head: whether a source has more rows than the notes on its head cover.
+    """
+
+    def __init__(self, key: str, plain: Mapping[str, Any] | None = None) -> None:
+        """Begin with the counts that `to_plain` returned; None begins with nothing."""
+        self.reading, counts = Reading(key=key), dict(plain or {})
+        self.num_rows = int(counts.get("num_rows", 0))
+        self.num_of_source = int(counts.get("num_of_source", 0))
+        self.exceeds_head = bool(counts.get("exceeds_head", False))
+        self.answers = TrainingCounts(**counts.get("answers", {}))
+        self.unanswered = Counter[str](counts.get("unanswered", {}))
+        self.reading.num_blank = int(counts.get("num_blank", 0))
+        if "skipped" in counts:
+            self.reading.skipped = SkippedRecords.from_plain(counts["skipped"])
+
+    def to_plain(self) -> dict[str, Any]:
+        """Return the counts in plain containers."""
+        return {
+            "num_rows": self.num_rows,
+            "num_of_source": self.num_of_source,
+            "exceeds_head": self.exceeds_head,
+            "answers": asdict(self.answers),
+            "unanswered": dict(self.unanswered),
+            "num_blank": self.reading.num_blank,
+            "skipped": self.reading.skipped.to_plain(),
+        }
+
+    def notes(self, *, sequence_length: int) -> tuple[str, ...]:
+        """Return a sentence for each kind; none if the notes on the head cover all rows."""
+        if not self.exceeds_head:
+            return ()
+        reading, rows = self.reading, "of all rows that training read"
+        num_valid = self.num_rows - reading.skipped.count
+        skipped = reading.skipped_note(num_valid) if reading.skipped.count else ""
+        notes = (
+            skipped and f"{reading.key}, {rows}: {skipped}",
+            reading.dropped_note(num_valid - reading.num_blank),
+            self.answers.note(reading.key, sequence_length=sequence_length, rows=rows),
+            unanswered_text(
+                reading.key,
+                self.unanswered,
+                count=self.unanswered.total(),
+                total=self.answers.total,
+            ),
+        )
+        return tuple(filter(None, notes))
 
 
 class StreamedSequences:
@@ -104,7 +166,9 @@ class StreamedSequences:
         self._num_drawn = 0
         self._buffer = torch.empty(0, options.sequence_length, dtype=torch.int32)
         # All of it is in the buffer, or was drawn
-        self._last = _Chunk(self._buffer, self._buffer.flatten(), epoch=0, source=0, position="")
+        self._last = _Chunk(
+            self._buffer, self._buffer.flatten(), epoch=0, source=0, position="", left_out={}
+        )
         self._pool: ThreadPoolExecutor | None = None  # started by the process that trains
         self._waiting: deque[Future[_Chunk]] = deque()
         self._next: Callable[[], _Chunk] | None = None
@@ -157,6 +221,12 @@ class StreamedSequences:
             self._waiting.append(self._pool.submit(self._next))
         return self._waiting[0].result()
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the rows that were read leave out, a sentence each; the head has its own notes."""
+        left_out = _LeftOut(self._key, self._last.left_out)
+        return left_out.notes(sequence_length=self.sequence_length)
+
     def state_dict(self) -> dict[str, Any]:
         """Return the position, including the buffer, in plain containers and tensors."""
         return {
@@ -166,6 +236,7 @@ class StreamedSequences:
             "tail": self._last.tail.clone(),
             "buffer": self._buffer.clone(),
             "num_drawn": self._num_drawn,
+            "left_out": dict(self._last.left_out),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -177,6 +248,7 @@ class StreamedSequences:
             epoch=int(state["epoch"]),
             source=int(state["source"]),
             position=str(state["position"]),
+            left_out=state.get("left_out", {}),
         )
         if self._pool is not None:
             self._pool.shutdown(wait=False, cancel_futures=True)
@@ -192,13 +264,17 @@ def _chunks(
 ) -> Iterator[_Chunk]:
     """Yield the sequences after a chunk, epoch after epoch."""
     tail, epoch, start, position = last.tail, last.epoch, last.source, last.position
+    left_out = _LeftOut(key, last.left_out)
     while True:
         num_rows, is_whole = 0, not start and not position
+        counted = _LeftOut(key) if epoch else left_out  # each row once
         for number in range(start, len(sources)):
-            for batch in _batches(sources[number], position, key=key, is_logged=not epoch):
-                rows, tail = _sequences(batch.texts, tail, options)
+            if not position:
+                counted.num_of_source = 0
+            for batch in _batches(sources[number], position, counted):
+                rows, tail = _sequences(batch.texts, tail, options, counted)
                 num_rows += len(rows)
-                yield _Chunk(rows, tail, epoch, number, batch.position)
+                yield _Chunk(rows, tail, epoch, number, batch.position, left_out.to_plain())
             position = ""
         if is_whole and not num_rows:
             names = ", ".join(map(str, sources))
@@ -207,75 +283,65 @@ def _chunks(
         epoch, start = epoch + 1, 0
 
 
-def _batches(
-    source: DatasetName, position: str, *, key: str, is_logged: bool
-) -> Iterator[TextBatch]:
-    """Yield the batches of a source after a position.
-
-    Args:
-        source: the data set.
-        position: see `TextBatch`.
-        key: the configuration key, for messages.
-        is_logged: log that rows after the head are skipped, and their number by reason at the end.
-            The notes of a run have those of the head only.
-    """
-    reading, num_read, num_of_head = Reading(key=key), 0, None
-    for batch in text_batches(source, reading, is_streamed=True, position=position):
-        num_read += len(batch.texts)
-        if num_read + reading.num_skipped <= HEAD_ROWS:
-            num_of_head = reading.num_skipped
-        elif is_logged and num_of_head is not None and reading.num_skipped > num_of_head:
-            note = reading.skipped_note(num_read)
-            logger.warning("Also after the first %s rows: %s", f"{HEAD_ROWS:,}", note)
-            num_of_head = None
+def _batches(source: DatasetName, position: str, counted: _LeftOut) -> Iterator[TextBatch]:
+    """Yield the batches of a source after a position, and count their rows."""
+    reading = counted.reading
+    batches = text_batches(source, reading, is_streamed=True, position=position)
+    while True:
+        before = reading.num_blank + reading.skipped.count
+        if (batch := next(batches, None)) is None:
+            return
+        num_rows = len(batch.texts) + reading.num_blank + reading.skipped.count - before
+        counted.num_rows += num_rows
+        counted.num_of_source += num_rows
+        counted.exceeds_head |= counted.num_of_source > HEAD_ROWS
         yield batch
-    if is_logged and reading.num_skipped:
-        logger.warning(reading.skipped_note(num_read))
 
 
 def _sequences(
-    texts: Sequence[Text], tail: Tensor, options: SequenceOptions
+    texts: Sequence[Text], tail: Tensor, options: SequenceOptions, counted: _LeftOut
 ) -> tuple[Tensor, Tensor]:
     """Return the sequences of some texts, int32 [N, T], and the tokens that remain."""
     length = options.sequence_length
-    tokens = _tokenised(texts, options)
+    tokens = _tokenised(texts, options, counted)
     if options.packing == "stream":
         closed = closed_tokens(tokens, options.bounds)
         return cut_rows(tail, closed, sequence_length=length, bounds=options.bounds)
+    limits: dict[str, Any] = {"sequence_length": length, "bounds": options.bounds}
     if not tokens.num_tokens:
         return tail.view(0, length), tail
-    rows = packed(
-        tokens,
-        packing="documents",
-        sequence_length=length,
-        bounds=options.bounds,
-    )
-    return rows, tail
+    counted.answers += TrainingCounts.of(tokens, **limits)
+    return packed(tokens, packing="documents", **limits), tail
 
 
-def _tokenised(texts: Sequence[Text], options: SequenceOptions) -> TokenisedDocuments:
+def _tokenised(
+    texts: Sequence[Text], options: SequenceOptions, counted: _LeftOut
+) -> TokenisedDocuments:
     """Return the tokens of the training documents; refused conversations are skipped."""
+    parts = [piece for text in texts for piece in pieces(text)]
+    counted.reading.num_blank += sum(map(is_blank, parts))
     documents = [
         Document(
             str(piece)[:NAME_CHARACTERS],
             str(piece),
             piece if isinstance(piece, Conversation) else None,
         )
-        for text in texts
-        for piece in pieces(text)
+        for piece in parts
         if not is_blank(piece) and threshold_side(text_key(str(piece)), options.rule) == "train"
     ]
+    if options.chat is not None and options.chat.loss_on != "all":
+        counted.unanswered += missing_answers(documents)
     try:
         return tokenise(documents, options.tokenizer, chat=options.chat)
     except RequestError:  # a chat template refuses some of the conversations
-        kept = [each for each in documents if _is_tokenised(each, options)]
+        kept = [each for each in documents if _is_tokenised(each, options, counted)]
         return tokenise(kept, options.tokenizer, chat=options.chat)
 
 
-def _is_tokenised(document: Document, options: SequenceOptions) -> bool:
+def _is_tokenised(document: Document, options: SequenceOptions, counted: _LeftOut) -> bool:
     try:
         tokenise([document], options.tokenizer, chat=options.chat)
     except RequestError as error:
-        logger.warning("A conversation is skipped: %s", error)
+        counted.reading.skipped.add("a conversation is skipped:", str(error))
         return False
     return True

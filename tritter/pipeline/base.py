@@ -201,6 +201,8 @@ def _train_base(context: RunContext, folder: Path, made_from: Mapping[str, Any])
                 f"pretraining stopped: {result.stopped_because}. Nothing was cached; lower "
                 f"pretraining.learning_rate ({pretraining.learning_rate})."
             )
+    for note in result.notes:
+        context.say("data", note)
     check_trained(context, folder)
     context.ledger.watch_disk()
     discard_saved(working)

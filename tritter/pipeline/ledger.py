@@ -94,6 +94,7 @@ class TrainingFound:
     held: Mapping[str, Any] = field(default_factory=dict)
     packing: Mapping[str, Any] = field(default_factory=dict)
     reports: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, result: FitResult) -> "TrainingFound":

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from tritter.config.schema import RunConfig
-from tritter.data.answers import scoring_note, training_note
+from tritter.data.answers import TrainingCounts, scoring_note
 from tritter.data.corpus import Corpus
 from tritter.data.packing import padding_fraction
 from tritter.data.tokens import TextBounds
@@ -29,7 +29,9 @@ def packing_notes(
     length, limit = config.data.sequence_length, config.evaluation.max_tokens_per_document
     text: dict[str, Any] = {"sequence_length": length, "bounds": bounds}
     for name, domain in corpus.domains.items():
-        yield training_note(name, domain.train, **text, is_head=name in streams)
+        counts = TrainingCounts.of(domain.train, **text)
+        rows = "of the first rows" if name in streams else ""
+        yield counts.note(name, sequence_length=length, rows=rows)
         yield scoring_note(name, domain.validation, sequence_length=length, max_tokens=limit)
         if not domain.train.num_tokens:
             continue

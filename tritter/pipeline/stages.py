@@ -241,6 +241,8 @@ def training(context: RunContext, branch: Branch, *, loggers: Sequence[Logger]) 
     flops = result.flops + measuring_flops(context, write, location)
     if result.stopped_because is not None:
         context.say("", f"training stopped: {result.stopped_because}")
+    for note in result.notes:
+        context.say("data", note)
     if result.ended_early is not None:
         context.say("", f"training ended early, at step {result.steps}: {result.ended_early}")
     if result.best_step is not None:

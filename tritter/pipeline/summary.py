@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from itertools import chain
 from typing import Any
 
 from tritter.core.families import count_parameters, on_disk
@@ -67,8 +66,14 @@ def summary_record(
     is_kept = attempt.status != "rolled_back"
     evaluated = context.ledger.found(f"{last.name}.evaluate", EvaluationFound)
     own = candidates[-1].context
-    prepared = (
-        importance.notes_of(each.context, branch) for each in candidates for branch in each.branches
+    later = (
+        note
+        for each in candidates
+        for branch in each.branches
+        for note in (
+            *importance.notes_of(each.context, branch),
+            *each.context.ledger.found(f"{branch.name}.fit", TrainingFound).notes,
+        )
     )
     return Summary(
         format_version=1,
@@ -93,7 +98,7 @@ def summary_record(
         checkpoint="checkpoint",
         lineage=asdict(context.ledger.found("publish", PublishedFound)),
         samples=[Sample(**each) for each in evaluated.samples],
-        notes=[*context.notes, *dict.fromkeys(chain.from_iterable(prepared))],
+        notes=[*context.notes, *dict.fromkeys(later)],
         **_known(
             matrix=attempt.matrix,
             moe=moe.summary_record(own, branches),

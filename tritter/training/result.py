@@ -114,6 +114,7 @@ class FitResult:
             empty for a stream.
         memory: Bytes of parameters, gradients and optimizer state from `MemoryMeter`.
         reports: `report_name` → plain data of callbacks with a report.
+        notes: What streamed data left out, a sentence each.
         update_norms: Top-level part of the model → norm of (weights after − before) relative to
             the norm before.
     """
@@ -134,6 +135,7 @@ class FitResult:
     memory: dict[str, Any] = field(default_factory=dict)
     packing: dict[str, Any] = field(default_factory=dict)
     reports: dict[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @property
     def weights_step(self) -> int:
@@ -311,6 +313,7 @@ class Conclusion(Callback):
             memory=self._memory_meter.memory,
             packing=self._work.packing(),
             reports={c.report_name: c.report() for c in callbacks if isinstance(c, Reports)},
+            notes=tuple(getattr(trainer.train_dataloader, "notes", ())),
         )
 
 
