@@ -314,9 +314,7 @@ def test_what_was_skipped_is_told_each_time(tmp_path):
         )
         note, dropped = corpus.notes
         assert dropped == "data.new: dropped of 80 documents: 40 duplicate."
-        assert note.startswith(
-            "Skipped 3 of 83 records because they are invalid; the first: data.new: "
-        )
+        assert note.startswith("Skipped 3 of 83 records; the first: data.new: ")
         assert "a.jsonl, line 41 is not valid JSON" in note
 
 

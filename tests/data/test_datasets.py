@@ -183,16 +183,26 @@ def test_rows_that_hold_no_text_are_skipped_and_counted() -> None:
     found, reading = read("chat")
     assert found == ["user: a"] * 2
     (note,) = reading.notes
-    assert note.startswith(
-        "Skipped 1 of 3 records because they are invalid; the first: data.new: hf:"
-    )
+    assert note.startswith("Skipped 1 of 3 records; the first: data.new: hf:")
     assert note.endswith("/chat, row 1 messages: number 1, role: is null, not a string.")
+
+
+def test_excluded_rows_are_skipped_and_a_second_conversation_is_noted() -> None:
+    save("some", alone={"text": ["a", "b", None], "weight": [1, 0, None]})
+    found, reading = read("some")
+    assert found == ["a"] and "is excluded from training (weight: 0)" in reading.notes[0]
+    assert str(resolve_dataset(parse_name("data.new", "some"), key="data.new")).endswith("#text")
+    chat = [{"role": "user", "content": "a"}, {"role": "model", "content": "b"}]
+    save("both", alone={"messages": [chat], "conversations": [chat]})
+    found, reading = read("both")
+    assert len(found) == 1 and "messages and conversations; messages is read" in reading.notes[0]
 
 
 @pytest.mark.quick_cases(2)
 @pytest.mark.parametrize(
     ("word", "expected"),
     [
+        ("semicolons.csv", "separated by commas, not by ';'"),
         ("split:tset", "has no split tset; available: test, dev. Did you mean test?"),
         ("split", "has several splits: test, dev; append one, :test."),
         ("alone:train", "has no split train; it was saved without splits."),
@@ -216,6 +226,7 @@ def test_data_sets_that_are_refused(word: str, expected: str) -> None:
     Path("numbers.csv").write_text("n\n1\n")
     Path("broken.json").write_text("{")
     Path("empty").mkdir()
+    Path("semicolons.csv").write_text("id;text\n1;a\n")
     assert problem(word).startswith(f"data.new: hf:@/{word}") and expected in problem(word)
 
 

@@ -37,7 +37,6 @@ RECORDS: list[tuple[object, str]] = [
     ({"prompt": "Once", "answer": "upon", "loss": 0.3}, "Once\n\nupon"),
     ({"question": "Why?", "answer": "So."}, "Why?\n\nSo."),
     ({"messages": CHAT}, "user: Hi\n\nassistant: Hello"),
-    ({"text": "a\ud800b"}, "a?b"),
 ]
 WRONG: list[tuple[str, str]] = [
     ("[1]", "is a list; must be a JSON object"),
@@ -45,6 +44,11 @@ WRONG: list[tuple[str, str]] = [
     ("null", "is null; must"),
     ("{", "is not valid JSON (Expecting property name"),
     ('{"text": NaN}', "is not valid JSON (NaN is not a JSON number"),
+    ('{"text": "a\\ud800b"}', "contains an unpaired surrogate (\\ud800)"),
+    ('{"messages": [{"role": "user", "content": "\\udc00"}]}', "an unpaired surrogate"),
+    ('{"text": "a", "weight": 0}', "is excluded from training (weight: 0)"),
+    ('{"text": "a", "train": false}', "is excluded from training (train: false)"),
+    ('{"text": "a", "weight": 0.5}', "weight: is 0.5; accepted are 0, 1"),
     ('{"text": null}', "data.text_field = text: is null, not a string"),
     ('{"text": ["a"]}', "is a list, not a string"),
     ('{"text": "a", "text": "b"}', "the field text is repeated"),
@@ -155,6 +159,41 @@ def test_messages_beside_a_text_are_noted(tmp_path: Path) -> None:
     assert not reading.notes
 
 
+def test_a_second_conversation_of_a_record_is_noted(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    unread = {
+        "conversations": {"conversations": turns[:1]},
+        "instruction, output": {"instruction": "c", "output": "d"},
+    }
+    for names, fields in unread.items():
+        (tmp_path / "a.jsonl").write_text(json.dumps({"messages": turns, **fields}))
+        reading = Reading(key="data.new")
+        assert [*map(str, reading.texts(tmp_path / "a.jsonl"))] == ["user: a\n\nassistant: b"]
+        (note,) = reading.notes
+        assert f"records have messages and {names}; messages is read" in note
+    (tmp_path / "b.jsonl").write_text(json.dumps({"messages": turns, "prompt": "a"}))
+    reading = Reading(key="data.new")
+    assert [*reading.texts(tmp_path / "b.jsonl")] and not reading.notes
+
+
+def test_excluded_texts_of_tables_are_skipped_and_counted(tmp_path: Path) -> None:
+    rows = [{"text": f"row {n}", "weight": int(n != 2), "train": n != 1} for n in range(4)]
+    parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    csv = "text,weight,train\nrow 0,1,true\nrow 1,,false\nrow 2,0,\nrow 3,,\n"
+    (tmp_path / "a.csv").write_text(csv)
+    for name in ("a.parquet", "a.csv"):
+        found, (note,) = skipping(tmp_path / name)
+        assert found == ["row 0", "row 3"]
+        assert "Skipped 2 of 4" in note and "(weight: " in note and "(train: " in note
+
+
+@pytest.mark.parametrize("sign", [";", "\t", "|"])
+def test_another_separator_is_named(tmp_path: Path, sign: str) -> None:
+    (tmp_path / "a.csv").write_text(f"id{sign}text\n1{sign}a\n")
+    found = problem(tmp_path / "a.csv")
+    assert f"separated by commas, not by {sign!r}" in found and "Did you mean" not in found
+
+
 @pytest.mark.parametrize(("record", "expected"), WRONG)
 def test_a_wrong_record_is_skipped_and_a_file_of_them_refused(
     tmp_path: Path, record: str, expected: str
@@ -162,7 +201,7 @@ def test_a_wrong_record_is_skipped_and_a_file_of_them_refused(
     path = packed(tmp_path / "a.jsonl", f'"one"\n{record}\n"three"\n'.encode())
     found, (note,) = skipping(path)
     assert found == ["one", "three"]
-    assert note.startswith("Skipped 1 of 3 records because they are invalid; the first: data.new: ")
+    assert note.startswith("Skipped 1 of 3 records; the first: data.new: ")
     assert f"{path}, line 2 " in note and expected in note
     assert len(note) < 1000 and "\n" not in note
     alone = packed(tmp_path / "b.jsonl", f"{record}\n".encode())

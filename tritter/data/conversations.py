@@ -28,7 +28,7 @@ _TRAINED = {
     **dict.fromkeys(("weight", "loss_weight", "train", "training", "loss", "loss_mask"), 1),
     "masked": 0,
 }
-_OF_RECORDS = ("weight", "loss_weight", "train")  # those that exclude a whole record, too
+OF_RECORDS = ("weight", "loss_weight", "train")  # those that exclude a whole record, too
 _NUMBERS = {"": None, "0": 0, "0.0": 0, "false": 0, "1": 1, "1.0": 1, "true": 1}  # of a .csv
 REASONING = ("reasoning_content", "thinking")  # of an answer, in addition to its content
 PREFERENCES = "a rejected answer can't be used; write the chosen ones as prompt and completion"
@@ -169,11 +169,18 @@ def conversation_of(record: Mapping[Any, Any], *, turns: str | None = None) -> C
     return _conversation(record, messages, num_given=num_given, has_roles=not is_text)
 
 
+def unread_formats(names: Collection[str]) -> tuple[str, ...]:
+    """Return the fields of further formats of a record whose turns are read; often none."""
+    turns = [name for name in TURNS if name in names]
+    forms = (name for matched in _forms(names) for name in matched if name is not None)
+    return (*turns[1:], *dict.fromkeys(forms)) if turns else ()
+
+
 def conversation_fields(names: Collection[str]) -> tuple[str, ...]:
     """Return the names that `conversation_of` reads; empty if they form no conversation."""
     fields = [name for name in TURNS if name in names]
     fields += [name for matched in _forms(names) for name in matched if name is not None]
-    others = (*_SYSTEMS, TOOLS, _HISTORY, *_OF_RECORDS, *_VERDICTS, *_UNSUPPORTED) if fields else ()
+    others = (*_SYSTEMS, TOOLS, _HISTORY, *OF_RECORDS, *_VERDICTS, *_UNSUPPORTED) if fields else ()
     return tuple(dict.fromkeys([*fields, *(name for name in others if name in names)]))
 
 
@@ -263,14 +270,13 @@ def _conversation(
     """Return a conversation with the record's system message and tools."""
     messages, added = _with_system(record, messages)
     num_given += added if num_given else 0
-    excluded = _is_trained({name: record.get(name) for name in _OF_RECORDS}, "")
+    excluded = _is_trained({name: record.get(name) for name in OF_RECORDS}, "")
     messages = [message | excluded for message in messages]
     tools = _tools(record.get(TOOLS), is_strict=has_roles)
-    # JSON may contain unpaired surrogates, which UTF-8 cannot encode
     try:
         fields = [_without_null(messages), _without_null(tools), num_given, has_roles]
         content = json.dumps(fields, ensure_ascii=False, default=str)
-        return Conversation.from_json(content.encode("utf-8", errors="replace").decode())
+        return Conversation.from_json(encodable(content))
     except (RecursionError, TypeError) as error:
         raise WrongRecordError(
             f"has a message that is not JSON ({type(error).__name__})"
@@ -392,6 +398,31 @@ def _is_trained(fields: Mapping[str, Any], where: str) -> dict[str, bool]:
             raise WrongRecordError(f"{where}{name}: is {value!r}; {reason}")
         is_trained = is_trained and value in (None, trained)
     return {} if is_trained else {"train": False}
+
+
+def exclusion(record: Mapping[Any, Any]) -> str:
+    """Return the field that excludes a whole record from training, with its value; else "".
+
+    Raises:
+        WrongRecordError: the field has another weight than 0 and 1.
+    """
+    fields = {name: record[name] for name in OF_RECORDS if name in record}
+    excluding = (name for name in fields if _is_trained({name: fields[name]}, ""))
+    return next((f"{name}: {json.dumps(fields[name], default=str)}" for name in excluding), "")
+
+
+def encodable(text: str) -> str:
+    """Return a text of JSON.
+
+    Raises:
+        WrongRecordError: it has half of a character, which UTF-8 cannot encode.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = text[error.start].encode("unicode-escape").decode()
+        raise WrongRecordError(f"contains an unpaired surrogate ({half})") from error
+    return text
 
 
 def _is_answer(message: Mapping[str, Any]) -> bool:

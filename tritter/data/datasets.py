@@ -20,8 +20,14 @@ from pathlib import Path
 from threading import RLock
 from typing import Any
 
-from tritter.data.conversations import TURNS, WrongRecordError, conversation_fields
-from tritter.data.local_files import Reading, TextFileError, check_sizes, whole_text
+from tritter.data.conversations import OF_RECORDS, TURNS, WrongRecordError, conversation_fields
+from tritter.data.local_files import (
+    Reading,
+    TextFileError,
+    check_sizes,
+    separator_problem,
+    whole_text,
+)
 from tritter.data.records import DEFAULT_FIELD, Text, shown, text_of
 from tritter.errors import RequestError, TritterError, did_you_mean, nearest, refused
 from tritter.storage.hashing import file_digest
@@ -333,9 +339,10 @@ def text_batches(
         opened = _open(stated, is_streamed=is_streamed or stated.is_on_disk)
         rows = opened[_split(stated, opened)]
         columns = _columns(stated, rows)
-        field = DEFAULT_FIELD if conversation_fields(columns) == columns else columns[0]
-        if source.column is None and field == DEFAULT_FIELD and field in columns:
-            reading.prefer_text(rows.column_names or (), option="#")
+        is_text = conversation_fields(columns) != columns
+        field = columns[0] if is_text else DEFAULT_FIELD
+        if source.column is None and (field == DEFAULT_FIELD or not is_text):
+            reading.note_unread(rows.column_names or columns, is_text=is_text, option="#")
         (start, stop), selected = stated.rows, rows.select_columns(list(columns))
         if hasattr(selected, "num_rows"):
             if start >= selected.num_rows:
@@ -358,7 +365,7 @@ def text_batches(
         texts = list[Text]()
         for values in zip(*(batch[name] for name in columns), strict=True):
             number += 1
-            if len(columns) == 1 and values[0] is None:
+            if is_text and values[0] is None:
                 reading.num_blank += 1
                 continue
             try:
@@ -393,7 +400,8 @@ def _resolve_name(source: DatasetName) -> DatasetName:
     opened = _open(source, is_streamed=True)
     split = _split(source, opened)
     columns = _columns(source, opened[split])
-    column = columns[0] if len(columns) == 1 else source.column
+    is_text = conversation_fields(columns) != columns
+    column = columns[0] if is_text or len(columns) == 1 else source.column
     return replace(source, split=split, column=column)
 
 
@@ -564,7 +572,7 @@ def _split(source: DatasetName, opened: Mapping[str | None, Any]) -> str | None:
 
 
 def _columns(source: DatasetName, rows: Any) -> tuple[str, ...]:
-    """Return the columns of texts: a single one, or the columns of a conversation."""
+    """Return the columns of texts: one and those that exclude rows, or those of a conversation."""
     kinds: dict[str, str] = {}  # column → type, declared by the data set or inferred from rows
     if rows.features is not None:
         dtypes = {name: str(getattr(f, "dtype", "lists")) for name, f in rows.features.items()}
@@ -583,24 +591,27 @@ def _columns(source: DatasetName, rows: Any) -> tuple[str, ...]:
         kinds = {name: " and ".join(sorted(types)) or "null" for name, types in found.items()}
     if not kinds:
         raise _Unreadable("has no rows")
+    if len(kinds) == 1 and (problem := separator_problem([*kinds])):
+        raise _Unreadable(problem)
     texts = [name for name, kind in kinds.items() if kind == "text"]
+    excluding = tuple(name for name in OF_RECORDS if name in kinds)
     if (column := source.column) is not None:
         if column in TURNS and column in kinds:
             others = [name for name in kinds if name not in TURNS]
             return conversation_fields([column, *others])
         if column in texts:
-            return (column,)
+            return (column, *(name for name in excluding if name != column))
         if column in kinds:
             raise _Unreadable(f"has {kinds[column]} in column {shown(column)}, not text")
         near = nearest(column, kinds)
         advice = f". Did you mean {near}?" if near else ""
         raise _Unreadable(f"has no column {shown(column)}; available: {_join_names(kinds)}{advice}")
     if DEFAULT_FIELD in texts:
-        return (DEFAULT_FIELD,)
+        return (DEFAULT_FIELD, *excluding)
     if form := conversation_fields(list(kinds)):
         return form
     if len(texts) == 1:
-        return (texts[0],)
+        return (texts[0], *(name for name in excluding if name != texts[0]))
     number = f"{len(texts)} text columns" if texts else "no text column"
     raise _Unreadable(
         f"has no column named text, and {number}; available: {_join_names(kinds)}. Select a column "

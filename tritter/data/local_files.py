@@ -18,7 +18,13 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tritter.data.conversations import TURNS, WrongRecordError, conversation_fields
+from tritter.data.conversations import (
+    OF_RECORDS,
+    TURNS,
+    WrongRecordError,
+    conversation_fields,
+    unread_formats,
+)
 from tritter.data.documents import is_blank, pieces, pieces_of_chunks
 from tritter.data.records import (
     DEFAULT_FIELD,
@@ -122,7 +128,7 @@ class Reading:
         self.num_blank = 0
         self._max_bytes = max_bytes
         self.skipped = SkippedRecords()
-        self._is_text_noted = False
+        self._is_unread_noted = False
 
     def texts(self, path: Path) -> Iterator[Text]:
         """Yield the texts of a file of records; invalid records are skipped.
@@ -199,22 +205,25 @@ class Reading:
         total = f"{sum(kinds.values()) + num_read:,}"
         return f"{self.key}: dropped of {total} documents: {dropped}." if dropped else ""
 
-    def prefer_text(self, names: Collection[str], *, option: str) -> None:
-        """Add a note, once, if records with a text also have a conversation, which is not read.
+    def note_unread(self, names: Collection[str], *, is_text: bool, option: str) -> None:
+        """Add a note, once, if records have another content than the one that is read.
 
         Args:
             names: the fields with a value.
+            is_text: whether the text is read; otherwise the first of `TURNS`.
             option: selects messages, to precede their name.
         """
-        fields = () if self._is_text_noted else conversation_fields(names)
-        if fields:
-            turns = [f"{option}{name}" for name in fields if name in TURNS]
-            advice = turns[0] if turns else "a copy without text"
-            self.notes.append(
-                f"{self.key}: records have text and {', '.join(fields)}; text is read "
-                f"({advice} reads conversations)."
-            )
-            self._is_text_noted = True
+        unread = conversation_fields(names) if is_text else unread_formats(names)
+        if self._is_unread_noted or not unread:
+            return
+        read = DEFAULT_FIELD if is_text else next(name for name in TURNS if name in names)
+        turns = [f"{option}{name}" for name in unread if name in TURNS]
+        advice = turns[0] if turns else f"a copy without {read}"
+        self.notes.append(
+            f"{self.key}: records have {read} and {', '.join(unread)}; {read} is read "
+            f"({advice} reads {'conversations' if is_text else 'the other'})."
+        )
+        self._is_unread_noted = True
 
     def count(self, num_bytes: int) -> None:
         """Count bytes read.
@@ -448,7 +457,7 @@ def _texts(path: Path, reading: Reading) -> Iterator[Text]:
 
     def columns(names: Sequence[str]) -> list[str]:
         if field == DEFAULT_FIELD and field in names:
-            reading.prefer_text(names, option=_TEXT_FIELD)
+            reading.note_unread(names, is_text=True, option=_TEXT_FIELD)
         return _columns(names, field)
 
     for where, record in records(path, reading, columns=columns):
@@ -457,8 +466,9 @@ def _texts(path: Path, reading: Reading) -> Iterator[Text]:
         except WrongRecordError as error:
             reading.skipped.add(where, str(error))
             continue
-        if field == DEFAULT_FIELD and isinstance(text, str) and isinstance(record, dict):
-            reading.prefer_text([n for n in record if record[n]], option=_TEXT_FIELD)
+        if field == DEFAULT_FIELD and isinstance(record, dict):
+            names, is_text = [n for n in record if record[n]], isinstance(text, str)
+            reading.note_unread(names, is_text=is_text, option=_TEXT_FIELD)
         yield text
 
 
@@ -490,6 +500,8 @@ def _table(path: Path, reading: Reading, columns: Columns) -> Iterator[tuple[str
         header = rows.fieldnames or ()
     except csv.Error as error:
         raise WrongRecordError(f"is not a valid CSV table ({_short(error)})") from error
+    if problem := separator_problem(header):
+        raise WrongRecordError(problem)
     names = columns(header)
     if repeated := [name for name in names if header.count(name) > 1]:
         raise WrongRecordError(f"repeats the column {shown(repeated[0])}")
@@ -510,6 +522,15 @@ def _table(path: Path, reading: Reading, columns: Columns) -> Iterator[tuple[str
             reading.skipped.add(where, _short(error))
             continue
         yield where, record
+
+
+def separator_problem(header: Sequence[str]) -> str:
+    """Return what is wrong with a header that has other separators than commas; else ""."""
+    separator = next((sign for sign in ";\t|" if sign in "".join(header)), None)
+    if len(header) != 1 or separator is None:
+        return ""
+    column = shown(header[0])
+    return f"has one column, {column}; columns must be separated by commas, not by {separator!r}"
 
 
 def _table_line(numbered: tuple[int, bytes]) -> str:
@@ -544,7 +565,7 @@ def _kind(path: Path) -> str:
 
 def _columns(names: Sequence[str], field: str) -> list[str]:
     if field in names and field not in TURNS:
-        return [field]
+        return [field, *(name for name in OF_RECORDS if name in names and name != field)]
     known = conversation_fields(names) if field in (DEFAULT_FIELD, *TURNS) else ()
     if not known:
         raise missing_field(field, names)

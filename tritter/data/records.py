@@ -11,6 +11,8 @@ from tritter.data.conversations import (
     Conversation,
     WrongRecordError,
     conversation_of,
+    encodable,
+    exclusion,
     kind_of_value,
 )
 from tritter.errors import nearest
@@ -28,17 +30,18 @@ def text_of(record: object, *, field: str) -> Text:
     """Return a record's text or conversation.
 
     A record is a text, or a mapping with a text in `field`. With the default field, it may also
-    be a conversation, see `conversation_of`; its turns may also be named.
+    be a conversation, see `conversation_of`; its turns may also be named. `weight: 0` and
+    `train: false` exclude a record.
 
     Args:
         record: the parsed record.
         field: name of the text field.
 
     Raises:
-        WrongRecordError: the record has no text.
+        WrongRecordError: the record has no text, or is excluded.
     """
     if isinstance(record, str):
-        return _encodable(record)
+        return encodable(record)
     if not isinstance(record, Mapping):
         raise WrongRecordError(
             f"is {kind_of_value(record)}; must be a JSON object "
@@ -55,7 +58,9 @@ def text_of(record: object, *, field: str) -> Text:
     if not isinstance(value, str):
         found = f"is {kind_of_value(value)}, not a string"
         raise WrongRecordError(f"data.text_field = {field}: {found}")
-    return _encodable(value)
+    if excluding := exclusion(record):
+        raise WrongRecordError(f"is excluded from training ({excluding})")
+    return encodable(value)
 
 
 def missing_field(field: str, found: Sequence[Any]) -> WrongRecordError:
@@ -124,11 +129,6 @@ def shown(name: object) -> str:
     """Return a field name for a message, escaped and shortened."""
     text = repr(name)[1:-1] if isinstance(name, str) else repr(name)
     return text if len(text) <= _MAX_NAME_LENGTH else f"{text[:_MAX_NAME_LENGTH]}..."
-
-
-def _encodable(text: str) -> str:
-    # JSON may contain an unpaired surrogate, which UTF-8 cannot encode.
-    return text.encode("utf-8", errors="replace").decode("utf-8")
 
 
 def _after_blanks(text: str, position: int) -> int:

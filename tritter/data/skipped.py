@@ -37,8 +37,8 @@ class SkippedRecords:
     def note(self, num_read: int, as_sentence: Callable[[str], str] = str) -> str:
         """Return a sentence with the number by reason and the first record; others were read."""
         text = (
-            f"Skipped {self.count:,} of {num_read + self.count:,} records because they are "
-            f"invalid; the first: {as_sentence(self.first_lines[0])}"
+            f"Skipped {self.count:,} of {num_read + self.count:,} records; the first: "
+            f"{as_sentence(self.first_lines[0])}"
         )
         if len(self.reasons) < 2:
             return text
