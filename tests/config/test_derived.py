@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.config.test_rates import DATA, checkpoint
-from tritter.config.derived import validation_period, validation_tokens
+from tritter.config.derived import scored_counts, validation_period, validation_tokens
 from tritter.config.launch.composition import load_config
 from tritter.config.run_folder import fingerprint
 
@@ -103,3 +103,24 @@ def test_validation_costs_a_tenth_of_training(words: list[str]) -> None:
     assert period == validation_period(config) >= steps // 10
     typed = load_config([*words, "evaluation.every_n_steps=1"])
     assert typed.evaluation.every_n_steps == 1
+
+
+def test_scores_are_in_proportion_to_the_training_of_a_checkpoint(tmp_path: Path) -> None:
+    sizes = {"old": [100] * 500, "new": [10] * 50}
+    everything = {"old": 500, "new": 50}
+    assert scored_counts(load_config(["training.max_steps=1"]), sizes) == everything
+    place = checkpoint(tmp_path / "base", None)
+    words = [*DATA, f"model.path={place}", "data.new={x: stdlib:code}", "forgetting=none"]
+    words += ["data.sequence_length=64", "data.batch_size=2"]
+
+    def counts(*more: str) -> dict[str, int]:
+        return scored_counts(load_config([*words, *more]), sizes)
+
+    assert counts("training.max_steps=4") == {"old": 64, "new": 50}
+    # Both domains together as many tokens as training
+    assert counts("training.max_steps=200") == {"old": 200 * 64 * 2 // 2 // 100, "new": 50}
+    assert counts("training.max_steps=1000") == everything
+    assert counts("training.max_steps=4", "evaluation.max_documents=300")["old"] == 300
+    assert counts("training.max_steps=1000", "evaluation.max_documents=3") == dict.fromkeys(
+        sizes, 3
+    )

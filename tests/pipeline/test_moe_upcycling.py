@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from tests import oracle
 from tests.pipeline.tiny import FIXTURES
 from tritter.checkpoints import lineage_of
+from tritter.checkpoints.record import recorded_tokens
 from tritter.pipeline import Outcome
-from tritter.pipeline.context import recorded_tokens
 
 Run = Callable[..., Outcome]
 

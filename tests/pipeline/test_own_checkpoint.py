@@ -134,7 +134,7 @@ def test_named_domains_and_built_in_text(run: Run, library: Path) -> None:
     [
         ("llama", ["expansion=width", "forgetting=[ewc,replay]"]),
         ("qwen3", ["expansion=[llama_pro,width]", "forgetting=replay", "control=true"]),
-        ("llama", ["expansion=none", "forgetting=[l2sp,si]"]),
+        ("llama", ["expansion=none", "forgetting=[l2sp,si]", "evaluation.max_documents=2"]),
     ],
 )
 def test_a_plain_checkpoint(
@@ -160,6 +160,9 @@ def test_a_plain_checkpoint(
     assert not [change for link in chain if link.can_be_checked for change in verify(link)]
     trained = json.loads((tmp_path / "run/attempt_1/trained/config.json").read_text())
     assert trained["dtype"] == "bfloat16"
+    limit = 2 if "evaluation.max_documents=2" in words else summary["data"]["new"]["validation"]
+    assert summary["baseline"]["new"]["n"] == summary["final"]["new"]["n"] == limit
+    assert any("new: scores read 2 of" in each for each in summary["notes"]) == (limit == 2)
     why = "training.learning_rate = 1e-05: the default for a checkpoint that records no training"
     assert any(note.startswith(why) for note in summary["notes"])
     assert lineage.training_config["training"]["learning_rate"] == 1e-5

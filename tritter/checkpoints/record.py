@@ -1,5 +1,6 @@
 """JSON records in checkpoint and run folders: lineage, training state and ledger."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import field
 from itertools import pairwise
@@ -9,6 +10,7 @@ from pydantic import Field
 
 from tritter.data.split import SplitRule
 from tritter.limits import MAX_LAYERS
+from tritter.options import leaves
 from tritter.storage.records import Finite, InnerName, Seed, Sha256, Text, WholeNumber, record
 
 _MIN_RANGE, _MOST_PARTS = 4, 32  # of printed layer sources
@@ -231,3 +233,15 @@ def window_length(lineage: Lineage | None, positions: int | None) -> int:
     recorded = data.get("sequence_length") if isinstance(data, Mapping) else None
     preferred = recorded if isinstance(recorded, int) and recorded >= 2 else LONGEST_WINDOW
     return min(preferred, positions or preferred)
+
+
+def recorded_tokens(lineage: Lineage | None) -> float | None:
+    """Return the tokens of the training that made a base model; None if they are not recorded."""
+    made_from = lineage.training_config.get("made_from") if lineage is not None else None
+    if not isinstance(made_from, Mapping):
+        return None
+    found = {"trainer.accumulate_grad_batches": 1, **leaves(made_from)}
+    keys = ("pretraining.max_steps", "data.batch_size", "data.sequence_length")
+    counts = [found.get(key) for key in (*keys, "trainer.accumulate_grad_batches")]
+    numbers = [float(count) for count in counts if isinstance(count, int)]
+    return math.prod(numbers) if len(numbers) == len(counts) else None

@@ -1,8 +1,10 @@
 """Values of keys that are null, from the model that a run starts with and the length of the run."""
 
 import math
-from collections.abc import Mapping
+from bisect import bisect
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ _SMALL_LENGTH, _MOST = 128, 16  # of a base that the run trains
 # A token of a validation costs a third of one of training
 _VALIDATION_BUDGET = 0.1 * 3  # tokens of all validations, relative to those of training
 _VALIDATION_TOKENS = (1024, 4096)  # usual range per domain
+_FEWEST_SCORED = 64  # documents per domain, by which intervals are narrow enough
 _FEWEST_VALIDATED = 64  # per domain
 _SAMPLES = "num_sequences"
 _FEWEST, _FEWEST_TOKENS = 8, 2048  # sequences, or fewer if they have as many tokens
@@ -117,6 +120,27 @@ def validation_tokens(config: RunRequest, *, num_domains: int) -> int:
 
 
 def _budget(config: RunRequest) -> float:
+    return _VALIDATION_BUDGET * _trained_tokens(config)
+
+
+def _trained_tokens(config: RunRequest) -> float:
     data, trainer = config.data, config.trainer
     of_step = data.batch_size * data.sequence_length * trainer.accumulate_grad_batches
-    return _VALIDATION_BUDGET * float(of_step * config.training.max_steps)
+    return float(of_step * config.training.max_steps)
+
+
+def scored_counts(config: RunRequest, sizes: Mapping[str, Sequence[int]]) -> dict[str, int]:
+    """Return domain → number of its held-out documents that are scored, in their random order.
+
+    By default they are all documents of a run that trains its base. A run from a checkpoint scores
+    about as many tokens as it trains on, over all domains, but at least 64 documents of each.
+
+    Args:
+        sizes: domain → tokens of each held-out document.
+    """
+    limit, is_base = config.evaluation.max_documents, config.model.model_type != "hf"
+    if limit is not None or is_base:
+        return {name: min(limit or len(each), len(each)) for name, each in sizes.items()}
+    budget = _trained_tokens(config) / max(1, len(sizes))
+    fitting = {name: bisect(list(accumulate(each)), budget) for name, each in sizes.items()}
+    return {name: min(len(sizes[name]), max(_FEWEST_SCORED, n)) for name, n in fitting.items()}

@@ -225,8 +225,8 @@ _REPLAYED = {
     "every_n_train_steps enable_version_counter",
     "logger.wandb": "project group tags log_model",
     "logger.mlflow": "experiment_name",
-    "evaluation": "max_tokens_per_document batch_size sample_tokens task_questions every_n_steps "
-    "tasks tasks_path task_limit chat_template num_fewshot",
+    "evaluation": "max_tokens_per_document max_documents batch_size sample_tokens task_questions "
+    "every_n_steps tasks tasks_path task_limit chat_template num_fewshot",
     "moe_routing": "auxiliary_loss z_loss bias_update_rate hold_old capacity_factor",
     "adaptation": "router_update router_epochs router_max_steps router_learning_rate "
     "encouragement anneal_steps freeze_base unfreeze_after distill_steps distill_temperature",

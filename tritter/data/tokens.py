@@ -371,6 +371,8 @@ class TokenisedDocuments:
 
     def first(self, count: int) -> TokenisedDocuments:
         """Return the first documents."""
+        if count >= len(self):
+            return self
         return TokenisedDocuments(
             tokens=self.tokens[: self.offsets[count]],
             offsets=self.offsets[: count + 1],

@@ -21,6 +21,8 @@ class EvaluationConfig:
 
     Args:
         max_tokens_per_document: limit of scored tokens per document.
+        max_documents: limit of scored documents per domain; None is in proportion to training, see
+            `scored_counts`.
         batch_size: windows per forward pass.
         sample_tokens: limit of tokens of text samples; 0 disables them. None is 48, and 256 for
             answers of a chat model.
@@ -39,6 +41,7 @@ class EvaluationConfig:
     """
 
     max_tokens_per_document: Annotated[int, Field(ge=2, le=MAX_COUNT)]
+    max_documents: Count | None
     batch_size: Count
     sample_tokens: WholeNumber | None
     prompts: list[Text]

@@ -1,8 +1,7 @@
 """The shared context of all stages: config, run folder, data and console."""
 
-import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -17,9 +16,9 @@ from torch import Tensor, nn
 
 from tritter.checkpoints import Lineage, Source, lineage_of, read_lineage
 from tritter.checkpoints.location import checkpoint_config
-from tritter.checkpoints.record import LearnedDomain
+from tritter.checkpoints.record import LearnedDomain, recorded_tokens
 from tritter.checkpoints.run_text import DomainText, RunText, recorded_chat, recorded_data, run_text
-from tritter.config.derived import validation_tokens
+from tritter.config.derived import scored_counts, validation_tokens
 from tritter.config.schema import CheckpointModelConfig, RunConfig
 from tritter.config.validation import known_config
 from tritter.core.families import Config, Flops, family_of, position_limit
@@ -57,6 +56,7 @@ from tritter.data.tokens import (
     END_OF_TEXT,
     PretrainedTokenizer,
     TextBounds,
+    TokenisedDocuments,
     concatenate,
     copy_backend,
     read_tokenizer,
@@ -66,10 +66,9 @@ from tritter.evaluation.losses import batch_that_fits
 from tritter.evaluation.statistics import score_file
 from tritter.evaluation.tasks import MetricTask, QuestionTask, Reader, ScoredTask, subject_of
 from tritter.limits import MAX_VOCABULARY
-from tritter.options import leaves
 from tritter.pipeline.branch import Branch
 from tritter.pipeline.ledger import Ledger, StageResult
-from tritter.pipeline.notes import packing_notes, publish_notes
+from tritter.pipeline.notes import packing_notes, publish_notes, scored_notes
 from tritter.pipeline.scoring import (
     Scores,
     Scoring,
@@ -107,6 +106,7 @@ class RunContext:
         tokenizer_folder: checkpoint with that tokenizer.
         short: of a context for a longer model: the context with the sequences of its source, in
             which models are scored.
+        first: of a context for another attempt: the context of the first one.
     """
 
     config: RunConfig
@@ -118,6 +118,7 @@ class RunContext:
     original: "RunContext | None" = field(default=None, repr=False, compare=False)
     tokenizer_folder: Path | None = None
     short: "RunContext | None" = field(default=None, repr=False, compare=False)
+    first: "RunContext | None" = field(default=None, repr=False, compare=False)
     _readings: dict[str, "RunContext"] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
@@ -130,7 +131,7 @@ class RunContext:
         """Return the context of an attempt, numbered from 1, with its configuration."""
         if number == 1:
             return self
-        other = replace(self, config=self.config.attempts[number - 1])
+        other = replace(self, config=self.config.attempts[number - 1], first=self)
         known = {name: value for name, value in vars(self).items() if name not in vars(other)}
         vars(other).update(known)  # cached data, shared by all attempts
         return other
@@ -355,7 +356,10 @@ class RunContext:
             for name in self.streams
         ]
         if self.packing == "documents":
-            notes += packing_notes(self.config, self.corpus, self.streams, bounds=self.bounds)
+            notes += packing_notes(
+                self.config, self.corpus, self.scored, self.streams, bounds=self.bounds
+            )
+        notes += scored_notes(self.config, self.corpus, self.scored)
         optimizer = self.config.optimizer.target.rpartition(".")[2]
         if optimizer.startswith("Paged") and self.device.type == "cpu":
             same = optimizer.removeprefix("Paged")
@@ -669,12 +673,23 @@ class RunContext:
         return (*skills, *benchmark_tasks(options, positions=length, stock=stock), *own)
 
     @cached_property
+    def scored(self) -> dict[str, TokenisedDocuments]:
+        """Domain → its scored held-out documents, the same in all readings and attempts."""
+        own = self.short or self
+        own = own.original or own
+        own = own.first or own
+        held_out = {name: own.corpus.domains[name].validation for name in self.domains}
+        sizes = {name: each.offsets.diff().tolist() for name, each in held_out.items()}
+        counts = scored_counts(own.config, sizes)
+        return {n: self.corpus.domains[n].validation.first(counts[n]) for n in self.domains}
+
+    @cached_property
     def scoring(self) -> Scoring:
         """The documents and tasks on which every model of the run is scored."""
         if self.short is not None:
             return self.short.scoring
         return Scoring(
-            documents={name: self.corpus.domains[name].validation for name in self.domains},
+            documents=self.scored,
             tasks=self.tasks,
             reader=Reader(
                 tokenizer=self.corpus.tokenizer,
@@ -745,18 +760,6 @@ def all_documents(domains: Iterable[DomainText]) -> dict[str, Documents]:
     if problems:
         raise TextFileError(problems)
     return documents
-
-
-def recorded_tokens(lineage: Lineage | None) -> float | None:
-    """Return the tokens of the training that made a base model; None if they are not recorded."""
-    made_from = lineage.training_config.get("made_from") if lineage is not None else None
-    if not isinstance(made_from, Mapping):
-        return None
-    found = {"trainer.accumulate_grad_batches": 1, **leaves(made_from)}
-    keys = ("pretraining.max_steps", "data.batch_size", "data.sequence_length")
-    counts = [found.get(key) for key in (*keys, "trainer.accumulate_grad_batches")]
-    numbers = [float(count) for count in counts if isinstance(count, int)]
-    return math.prod(numbers) if len(numbers) == len(counts) else None
 
 
 def corpus_chat(is_chat: bool, data: ChatChoice, folder: Path | None) -> Chat | None:

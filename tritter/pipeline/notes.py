@@ -1,6 +1,6 @@
 """Notes on the inputs of a run, and on the weights that it publishes."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +8,7 @@ from tritter.config.schema import RunConfig
 from tritter.data.answers import TrainingCounts, scoring_note
 from tritter.data.corpus import Corpus
 from tritter.data.packing import padding_fraction
-from tritter.data.tokens import TextBounds
+from tritter.data.tokens import TextBounds, TokenisedDocuments
 from tritter.training import FitResult, read_metrics
 from tritter.training.options import callbacks_of
 
@@ -16,13 +16,19 @@ _MUCH_PADDING = 0.1
 
 
 def packing_notes(
-    config: RunConfig, corpus: Corpus, streams: Collection[str], *, bounds: TextBounds
+    config: RunConfig,
+    corpus: Corpus,
+    scored: Mapping[str, TokenisedDocuments],
+    streams: Collection[str],
+    *,
+    bounds: TextBounds,
 ) -> Iterator[str]:
     """Yield notes on whole documents in sequences: what is cut, unscored or padding.
 
     Args:
         config: the run.
         corpus: its tokenised domains.
+        scored: domain → its held-out documents that are scored.
         streams: domains of which the corpus has only the head.
         bounds: start and end of a text.
     """
@@ -32,7 +38,7 @@ def packing_notes(
         counts = TrainingCounts.of(domain.train, **text)
         rows = "of the first rows" if name in streams else ""
         yield counts.note(name, sequence_length=length, rows=rows)
-        yield scoring_note(name, domain.validation, sequence_length=length, max_tokens=limit)
+        yield scoring_note(name, scored[name], sequence_length=length, max_tokens=limit)
         if not domain.train.num_tokens:
             continue
         share = padding_fraction(domain.train, **text)
@@ -42,6 +48,21 @@ def packing_notes(
                 f"{name}: {share:.0%} of the training sequences is padding, because its "
                 f"documents are shorter than {length} tokens; "
                 f"data.sequence_length={2 * length} gives {longer:.0%}."
+            )
+
+
+def scored_notes(
+    config: RunConfig, corpus: Corpus, scored: Mapping[str, TokenisedDocuments]
+) -> Iterator[str]:
+    """Yield a note on each domain of which not all held-out documents are scored."""
+    is_default = config.evaluation.max_documents is None
+    why = ", in proportion to the training" if is_default else ""
+    for name, documents in scored.items():
+        total = len(corpus.domains[name].validation)
+        if len(documents) < total:
+            yield (
+                f"{name}: scores read {len(documents):,} of {total:,} held-out documents{why}; "
+                f"evaluation.max_documents={total} reads all."
             )
 
 

@@ -532,12 +532,18 @@ def _after_undecided(config: RunConfig, summary: Summary) -> Advice:
         for check in undecided
         if check.documents_needed and check.n
     ]
-    if not needs or isinstance(config.model, CheckpointModelConfig):
-        return  # a checkpoint keeps the split of its lineage
+    if not needs:
+        return
     factor, check = max(needs, key=lambda need: need[0])
     fraction = factor * (config.data.validation_fraction or DEFAULT_FRACTION)
-    if factor > 1 and fraction <= _MAX_FRACTION:
-        advice = f"{check.documents_needed} validation documents of {check.subject} are needed"
+    advice = f"{check.documents_needed} validation documents of {check.subject} are needed"
+    held_out = summary.data.get(check.subject, {}).get("validation", 0)
+    if factor > 1 and check.n < held_out:
+        needed = min(check.documents_needed or held_out, held_out)
+        yield {"evaluation.max_documents": str(needed)}, advice
+    elif isinstance(config.model, CheckpointModelConfig):
+        return  # it keeps the split of its lineage
+    elif factor > 1 and fraction <= _MAX_FRACTION:
         yield {"data.validation_fraction": f"{fraction + 0.005:.2f}"}, advice
 
 

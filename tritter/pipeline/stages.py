@@ -555,7 +555,7 @@ def _made_from(context: RunContext, source: Source) -> dict[str, Any]:
     """Return everything that determines the scores bit by bit."""
     is_gpu, text = context.device.type == "cuda", {}
     for name in context.domains:  # the tokenised documents in their order
-        validation = context.corpus.domains[name].validation
+        validation = context.scored[name]
         parts = {
             "tokens": validation.tokens,
             "offsets": validation.offsets,

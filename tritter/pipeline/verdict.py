@@ -118,7 +118,7 @@ def checks(context: RunContext, branches: Sequence[Branch]) -> list[Check]:
     for subject in context.subjects_of(context.new_domains):
         check = new_capability_check if before[subject].unit == "nats" else new_task_check
         results.append(check(subject, before[subject], after[subject], confidence=gate.confidence))
-    scored = {n: scored_text(context.corpus.domains[n].validation) for n in context.domains}
+    scored = {n: scored_text(each) for n, each in context.scored.items()}
     results = [replace(each, scored=scored.get(each.subject) or None) for each in results]
     results += windows.checks(context, branches)
     return results if gate.enabled else [report_only(each) for each in results]
