@@ -15,7 +15,10 @@ from tritter.config.launch.composition import load_config
 from tritter.config.schema import RunConfig
 from tritter.config.validation import source_config
 from tritter.core.families import family_of
+from tritter.core.models import new_model
+from tritter.data.tokens import TextBounds
 from tritter.launched import Launch
+from tritter.methods.experts.adapters import is_of_adapter
 from tritter.planning import run_memory as memory
 from tritter.planning.run_memory import (
     TrainingMemory,
@@ -173,6 +176,26 @@ def test_what_is_frozen_has_no_gradients_and_no_moments() -> None:
     new = held(*words[:-1], "forgetting=freeze", "forgetting.freeze.new_only=true")
     grown, before = new["the grown model"], new["the base"].parameters
     assert 0 <= grown.states - 4 * grown.parameters - 12 * (grown.parameters - before) < 1000
+
+
+def test_of_experts_only_the_adapters_have_gradients_and_moments() -> None:
+    words = ("model=tiny", "trainer=cpu", "control=true", "expansion=none")
+    full = held(*words)["the control"]
+    for experts, number in (("single_lora", 1), ("dylora", 4)):
+        asked = (*words, f"experts={experts}", "experts.rank=3")
+        asked += ("experts.max_experts=4", "experts.top_k=2") if number > 1 else ()
+        config = load_config([*asked])
+        source = source_config(config)
+        model = new_model(source, seed=0)
+        assert config.experts is not None
+        begun = config.experts.kind(config.experts.options)
+        begun.begin(model, bounds=TextBounds(0), seed=0)
+        of_one = (p.numel() for n, p in model.named_parameters() if is_of_adapter(n))
+        adapters = number * sum(of_one)
+        found = held(*asked)
+        assert found["the control"] == full
+        (name,) = {*found} - {"the base", "the control"}
+        assert 0 <= found[name].states - 4 * full.parameters - 16 * adapters < 1000, name
 
 
 @pytest.mark.full

@@ -325,7 +325,10 @@ def _training_need(
         teachers = (before if folder is None else checkpoint_config(folder) for folder in folders)
         # The size of an undownloaded hub model is unknown
         teacher = of_one * sum(_parameters(each) for each in teachers if each is not None)
-    if trained is not None:
+    if before is not None and config.experts is not None:  # the base is frozen
+        adapters = config.experts.kind.num_trained(config.experts.options, model_config)
+        states = memory.parameters_bytes + adapters * (2 * of_one + moments // count)
+    elif trained is not None:
         states = memory.parameters_bytes + of_one * trained + moments * trained // count
     return TrainingMemory(
         model=model,

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from tritter.checkpoints.expert_files import experts_in
-from tritter.core.families import family_of
+from tritter.core.families import Config, family_of
+from tritter.core.families.layout import layout
 from tritter.errors import Problem
 from tritter.methods.experts.options import FIRST, AdapterOptions, DynamicOptions, Timing
 from tritter.options import RunRequest, Start
@@ -86,6 +87,30 @@ class Experts(ABC):
         if router != files.head.router:
             reason = f"the experts of the checkpoint use the router {files.head.router}"
             yield Problem("experts.router", router, reason=reason, nearest=files.head.router)
+
+    @classmethod
+    def num_trained(cls, options: Any, config: Config) -> int:
+        """Return the number of parameters of all adapters that a run may have, without routers.
+
+        Args:
+            options: the options of the group.
+            config: config.json of the base.
+        """
+        family, targets = family_of(config), options.targets
+        vocab_size = family.dimensions(config).vocab_size
+        named = [(each.name.removesuffix(".weight"), each) for each in layout(config, "hub")]
+        sizes = [
+            sum(each.shape)
+            for name, each in named
+            if len(each.shape) == 2
+            and (each.layer is not None or vocab_size in each.shape)
+            and (targets is None or name.rpartition(".")[2] in targets)
+        ]
+        if targets is None and family.is_tied(config):  # embedding and head get one each
+            sizes += [sum(each.shape) for _, each in named if vocab_size in each.shape]
+        most = getattr(options, "max_trainable_parameters", None)
+        count = options.rank * sum(sizes) * getattr(options, "max_experts", 1)
+        return int(count if most is None else min(count, most))
 
     @abstractmethod
     def begin(self, model: nn.Module, *, bounds: TextBounds, seed: int) -> ExpertMixture:
