@@ -630,15 +630,15 @@ def _scores(
     model: Model, documents: Documents, tokenizer: Tokenizer, sequence_length: int, batch_size: int
 ) -> dict[str, PairedScores]:
     """Score a model on all documents. A model from a folder is released afterwards."""
-    from tritter.core.models import refuse_peft
+    from tritter.core.families import position_limit
+    from tritter.core.models import config_of, refuse_peft
     from tritter.data.tokens import tokenise_texts
     from tritter.evaluation.losses import document_losses
 
     refuse_peft(model)
     live: Any = load(model) if isinstance(model, str | PathLike) else model
     own = _tokenizer(tokenizer, live)
-    text_config = live.config.get_text_config(decoder=True)  # multimodal models nest it
-    limit = getattr(text_config, "max_position_embeddings", None) or sequence_length
+    limit = position_limit(config_of(live)) or sequence_length
     return {
         name: document_losses(
             live,

@@ -25,7 +25,7 @@ from tritter.cli.output import (
     progress_bars,
     refuse_damage,
 )
-from tritter.errors import RequestError, raise_problems
+from tritter.errors import Names, RequestError, raise_problems, use_names
 from tritter.limits import MAX_COUNT
 from tritter.loading import loading
 from tritter.report.table import Table
@@ -159,6 +159,7 @@ def evaluate(
         from tritter.cli.report_file import mark
         from tritter.core.families import family_of, position_limit
         from tritter.core.models import read_config
+        from tritter.data.records import FIELD_KEY
         from tritter.data.tokens import read_tokenizer
         from tritter.evaluation.benchmarks.harness import EvalOptions
         from tritter.pipeline import evaluate as losses_of
@@ -180,9 +181,10 @@ def evaluate(
         stock = _stock_tokenizer(folder, needs_template=chat_template) if chosen else None
         domains = losses_of.DomainsToScore({}, ())
         if sources:
-            domains = losses_of.named_domains(
-                sources, tokenizer, folder=folder, lineage=lineage, text_field=text_field
-            )
+            with use_names(Names.of({FIELD_KEY: "--text-field"})):
+                domains = losses_of.named_domains(
+                    sources, tokenizer, folder=folder, lineage=lineage, text_field=text_field
+                )
         elif not chosen:
             domains = losses_of.learned_domains(folder, lineage, tokenizer)
         model = _read_model(folder)

@@ -55,7 +55,7 @@ from tritter.config.schema import (
     start_checkpoint,
 )
 from tritter.core.expansions import target_config, vocab_place
-from tritter.core.families import Config, check_size, family_of, position_limit
+from tritter.core.families import Config, check_size, family_of, position_limit, positions_key
 from tritter.core.families.presets import model_problems
 from tritter.data.options import (
     NamedTextConfig,
@@ -342,7 +342,7 @@ def start_problems(
     if limit is not None and length > limit:
         where = "model" if isinstance(config.model, ModelConfig) else "config.json"
         reason = (
-            f"the model supports {where}.{family_of(source).positions_key} = {limit} positions; "
+            f"the model supports {where}.{positions_key(source)} = {limit} positions; "
             "allowed: at most that"
         )
         return [Problem("data.sequence_length", length, reason=reason)]

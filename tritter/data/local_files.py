@@ -28,6 +28,7 @@ from tritter.data.conversations import (
 from tritter.data.documents import is_blank, pieces, pieces_of_chunks
 from tritter.data.records import (
     DEFAULT_FIELD,
+    FIELD_KEY,
     Text,
     array_elements,
     missing_field,
@@ -36,7 +37,7 @@ from tritter.data.records import (
     text_of,
 )
 from tritter.data.skipped import SkippedRecords
-from tritter.errors import TritterError
+from tritter.errors import TritterError, key_name
 from tritter.storage.reading import open_file
 
 MAX_ARRAY_BYTES = 256 * 2**20  # of a .json, which is parsed in memory
@@ -70,7 +71,6 @@ SUPPORTED = (
     f"{', '.join(_WRITING)}, source files ({', '.join(SOURCE_CODE[:4])}, ...), .jsonl, .json, "
     ".csv, all of these also as .gz, and .parquet"
 )
-_TEXT_FIELD = "data.text_field="
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 Columns = Callable[[Sequence[str]], list[str]]
@@ -236,8 +236,6 @@ class Reading:
             raise ByteLimitError
 
     def _line(self, problem: str) -> str:
-        if self.key.startswith("--data "):  # of tritter evaluate
-            problem = problem.replace("data.text_field", "--text-field")
         return f"{self.key}: {problem}{'' if problem.endswith(('?', '.')) else '.'}"
 
 
@@ -457,7 +455,7 @@ def _texts(path: Path, reading: Reading) -> Iterator[Text]:
 
     def columns(names: Sequence[str]) -> list[str]:
         if field == DEFAULT_FIELD and field in names:
-            reading.note_unread(names, is_text=True, option=_TEXT_FIELD)
+            reading.note_unread(names, is_text=True, option=f"{key_name(FIELD_KEY)}=")
         return _columns(names, field)
 
     for where, record in records(path, reading, columns=columns):
@@ -468,7 +466,7 @@ def _texts(path: Path, reading: Reading) -> Iterator[Text]:
             continue
         if field == DEFAULT_FIELD and isinstance(record, dict):
             names, is_text = [n for n in record if record[n]], isinstance(text, str)
-            reading.note_unread(names, is_text=is_text, option=_TEXT_FIELD)
+            reading.note_unread(names, is_text=is_text, option=f"{key_name(FIELD_KEY)}=")
         yield text
 
 

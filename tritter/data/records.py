@@ -15,9 +15,9 @@ from tritter.data.conversations import (
     exclusion,
     kind_of_value,
 )
-from tritter.errors import nearest
+from tritter.errors import key_name, nearest, setting
 
-DEFAULT_FIELD = "text"
+DEFAULT_FIELD, FIELD_KEY = "text", "data.text_field"
 # Common names of the text field
 COMMON_FIELDS = ("text", "content", "body", "document", "article", "raw_content", "completion")
 _MAX_NAMES, _MAX_NAME_LENGTH, _MAX_MESSAGE = 12, 40, 200
@@ -57,7 +57,7 @@ def text_of(record: object, *, field: str) -> Text:
         raise missing_field(field, list(record))
     if not isinstance(value, str):
         found = f"is {kind_of_value(value)}, not a string"
-        raise WrongRecordError(f"data.text_field = {field}: {found}")
+        raise WrongRecordError(f"{key_name(FIELD_KEY)} = {field}: {found}")
     if excluding := exclusion(record):
         raise WrongRecordError(f"is excluded from training ({excluding})")
     return encodable(value)
@@ -70,13 +70,13 @@ def missing_field(field: str, found: Sequence[Any]) -> WrongRecordError:
     accepted = ""
     if field == DEFAULT_FIELD:
         accepted = f" Accepted: {field}, or a conversation: {ACCEPTED}"
-    advice = f". Did you mean data.text_field={likely}?" if likely else "."
+    advice = f". Did you mean {setting(FIELD_KEY, likely)}?" if likely else "."
     if "rejected" in found:
         advice = f". Preference data: {PREFERENCES}."
     names = [shown(name) for name in found[:_MAX_NAMES]]
     names += ["..."] if len(found) > _MAX_NAMES else []
     return WrongRecordError(
-        f"has no field {shown(field)} (data.text_field = {shown(field)}); available: "
+        f"has no field {shown(field)} ({key_name(FIELD_KEY)} = {shown(field)}); available: "
         f"{', '.join(names) or 'none'}{advice}{accepted}"
     )
 

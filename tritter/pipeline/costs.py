@@ -13,6 +13,7 @@ from tritter.data.packing import inputs_for
 from tritter.errors import TritterError
 from tritter.evaluation.inference import eval_mode
 from tritter.methods.forgetting import SelfReplay, needs_of
+from tritter.pipeline import samples
 from tritter.pipeline.context import RunContext
 from tritter.planning.run_memory import grown_config, memory_line
 from tritter.training.callbacks import evaluation_flops
@@ -66,6 +67,8 @@ def time_line(context: RunContext) -> str:
             seconds[f"text of {one.name}"] = num_passes * _seconds(
                 model, rows[:1, :1].expand(num_texts, 1)
             )
+    if num_passes := samples.num_passes(context):
+        seconds["samples"] = num_passes * _seconds(model, rows[:1, :1])
     if (total := sum(seconds.values())) < _LONG:
         return ""
     named = ", ".join(f"{_LABELS.get(n, n)} {_time_text(each)}" for n, each in seconds.items())
@@ -86,7 +89,7 @@ def _flops(context: RunContext, source: Config) -> Mapping[str, float]:
     most = sum(map(context.num_sequences, context.old_domains)) or min(
         (one.options.num_sequences for one, needs in methods if needs.writes), default=math.inf
     )
-    samples = [
+    num_sampled = [
         min(most, getattr(one.options, "num_sequences", 0))
         for one, needs in methods
         if needs.prepares
@@ -95,7 +98,7 @@ def _flops(context: RunContext, source: Config) -> Mapping[str, float]:
     return {
         "pretraining (unless cached)": pretraining * sequences * old,
         "baseline": context.scoring_flops(forward_flops(source)),
-        "importance": sum(samples) * old,
+        "importance": sum(num_sampled) * old,
         "expand": context.scoring_flops(reading) if config.expansion else 0.0,
         "training": arms * steps * sequences * new,
         "validation": 0.0 if text is None else arms * validations * evaluation_flops(reading, text),

@@ -79,6 +79,14 @@ def generate_samples(
     return samples
 
 
+def num_passes(context: RunContext) -> int:
+    """Return the most forward passes of a token each in which both models write their samples."""
+    evaluation = context.config.evaluation
+    of_chat = ANSWER_TOKENS if _chat(context) else CONTINUATION_TOKENS
+    most = of_chat if evaluation.sample_tokens is None else evaluation.sample_tokens
+    return 2 * most * (len(context.domains) + len(evaluation.prompts))
+
+
 def own_prompts(context: RunContext, model: nn.Module) -> dict[str, list[int]]:
     """Return the prompts of `evaluation.prompts` as tokens; the end of one that is too long.
 

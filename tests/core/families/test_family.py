@@ -19,6 +19,8 @@ from tritter.core.families import (
     layout,
     llama_config,
     match,
+    position_limit,
+    positions_key,
 )
 from tritter.errors import RequestError, TritterError
 
@@ -240,3 +242,10 @@ def test_a_pattern_of_sparse_layers_that_is_none_is_refused(step: object) -> Non
     config = {**_plain(tiny("qwen3_moe")), "decoder_sparse_step": step}
     with pytest.raises(RequestError, match="decoder_sparse_step"):
         family_of(config).count_parameters(config)
+
+
+def test_the_key_of_the_context_length_is_that_of_the_config() -> None:
+    found = {"gpt2": "n_positions", "gptj": "n_positions", "llama": "max_position_embeddings"}
+    for name, key in found.items():
+        config = AutoConfig.for_model(name).to_dict()
+        assert positions_key(config) == key and position_limit(config) == config[key]

@@ -54,6 +54,7 @@ from tritter.core.families.tables import (
     find_family,
     llama_config,
     position_limit,
+    positions_key,
 )
 
 __all__ = [
@@ -96,6 +97,7 @@ __all__ = [
     "pack_all",
     "padded_shapes",
     "position_limit",
+    "positions_key",
     "segments",
     "training_flops",
     "unpack_all",

@@ -767,6 +767,12 @@ def position_limit(config: Config) -> int | None:
     return family_of(config).position_limit(config)
 
 
+def positions_key(config: Config) -> str:
+    """Return the key of config.json that sets the context length."""
+    own = family_of(config).positions_key
+    return next((key for key in (own, "n_positions", "max_seq_len") if key in config), own)
+
+
 def count_parameters(config: Config) -> int:
     """Count a model's parameters from shapes; a tied head counts once."""
     return family_of(config).count_parameters(config)

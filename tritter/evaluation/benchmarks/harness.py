@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tritter.core.families import position_limit
+from tritter.core.models import config_of
 from tritter.data.packing import reading_whole
 from tritter.errors import RequestError, TritterError
 from tritter.evaluation.benchmarks.fewshot import FEWSHOT_SEED
@@ -519,13 +521,12 @@ def max_length(model: nn.Module) -> int:
     Raises:
         RequestError: the context is too short for any question.
     """
-    config: Any = model.config
-    length = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None) or 2048
+    length = position_limit(config_of(model)) or 2048
     if length < 16:
         raise RequestError(
             f"the model's context length of {length} tokens is too short for any benchmark."
         )
-    return int(length)
+    return length
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from tritter.core.expansions import MoeAdd
-from tritter.core.families import LogicalTensor, layout
+from tritter.core.families import LogicalTensor, layout, position_limit
 from tritter.core.models import config_of
 from tritter.core.stock_routers import AddedExperts, Routing
 from tritter.data.packing import labels_of, marks_read
@@ -665,8 +665,7 @@ class ProgressiveMoE:
             )
         path = str(Path(path).expanduser().resolve())
         documents = noted_documents([path], key="domain_data_path")
-        config: Any = model.config
-        limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+        limit = position_limit(config_of(model))
         sequences = pack(
             tokenise(documents, self.tokenizer),
             sequence_length=min(MAX_SEQUENCE_LENGTH, limit or MAX_SEQUENCE_LENGTH),
