@@ -132,7 +132,7 @@ def test_memory_told_is_what_a_real_checkpoint_takes(tmp_path: Path, name: str) 
             taken = max(taken, 1024 * int(found[1]))
         time.sleep(0.01)
     assert process.returncode == 0
-    assert 0.5 * told["memory_bytes"] < taken < told["memory_bytes"]
+    assert 0.7 * told["memory_bytes"] < taken < told["memory_bytes"]
 
 
 @pytest.mark.slow

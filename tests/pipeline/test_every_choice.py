@@ -112,7 +112,8 @@ def check(folder: Path, cache: Path, expansion: str, forgetting: str, growth: st
         assert summary["growth"]["events"] and summary["growth"]["born"]
         bounds = {"foam": 1e-4, "gradmax": 1e-4, "foam_v3": 0.1}
         change = summary["growth"]["function_change"]
-        assert change < bounds.get(growth, 9.0) and (change > 1e-3 or growth in bounds)
+        # foam_readme: 0.006 (dus, with any amount of written text) to 0.017 over three seeds
+        assert change < bounds.get(growth, 0.05) and (change > 5e-3 or growth in bounds)
         assert bool(summary["growth"]["replaced"]) == (growth == "foam_v3")
     exact = expansion in ("width", "llama_pro", "vocab")
     if expansion != "none":

@@ -23,7 +23,7 @@ APART = "data.packing=documents"
 @pytest.fixture(scope="module")
 def done(run_tiny: Callable[..., Outcome], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("packing") / "run"
-    run_tiny(folder, APART, "forgetting=[ewc,replay]", "forgetting.replay.keep=3")
+    run_tiny(folder, APART, "forgetting=[ewc,replay]", "forgetting.replay.keep=3", "seed=1")
     return folder
 
 
@@ -31,12 +31,12 @@ def done(run_tiny: Callable[..., Outcome], tmp_path_factory: pytest.TempPathFact
 def test_a_job_says_how_full_its_sequences_are(done: Path) -> None:
     summary = json.loads((done / "summary.json").read_text())
     (task,) = summary["tasks"]
-    # 0 as measured: all 24 rows of this run are full
-    assert 0 <= task["packing"]["padding_fraction"] < 0.1
+    # 1 % of all rows, 0.8 % of new and 1.5 % of old documents; 24 rows of seed 0 are all full
+    assert 0 < task["packing"]["padding_fraction"] < 0.1
     assert sum(task["packing"]["packed_sequence_length_histogram"].values()) >= 6 * 4
     rows = [row for row in read_metrics(done / "attempt_1") if "performance/flops" in row]
     shares = [float(row["performance/padding_fraction"] or 0) for row in rows]
-    assert max(shares) < 0.1
+    assert 0 < max(shares) < 0.1
 
 
 @pytest.mark.full
