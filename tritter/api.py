@@ -637,14 +637,14 @@ def _scores(
 
     refuse_peft(model)
     live: Any = load(model) if isinstance(model, str | PathLike) else model
-    own = _tokenizer(tokenizer, live)
+    wrapped = _tokenizer(tokenizer, live)
     limit = position_limit(config_of(live)) or sequence_length
     return {
         name: document_losses(
             live,
-            tokenise_texts(texts, own.tokenizer),
+            tokenise_texts(texts, wrapped.tokenizer),
             sequence_length=min(sequence_length, limit),
-            bounds=own.bounds,
+            bounds=wrapped.bounds,
             batch_size=batch_size,
         )
         for name, texts in documents.items()

@@ -131,6 +131,6 @@ def token_sources(
     if not data and spec.is_learned:
         raise RequestError("--domain-data is missing; or set --tokens, or --tokenizer.")
     problems: list[Problem] = []
-    found = read_sources("--domain-data", data or None, default_name="new", problems=problems)
+    sources = read_sources("--domain-data", data or None, default_name="new", problems=problems)
     raise_problems(problems)
-    return found
+    return sources

@@ -51,8 +51,8 @@ def with_batches(bodies: Bodies) -> dict[str, Mapping[str, Any]]:
             fitting = _MOST * _SMALL_LENGTH // (positive_count(length) or _SMALL_LENGTH)
             size = min(_MOST, max(1, fitting))
         size = processes * max(1, size // processes)
-    known = {_LENGTH: length, _BATCH: size}
-    return {**bodies, "data": {**data, **{key: known[key] for key in known if key in data}}}
+    chosen = {_LENGTH: length, _BATCH: size}
+    return {**bodies, "data": {**data, **{key: chosen[key] for key in chosen if key in data}}}
 
 
 def _default_length(model: Mapping[str, Any]) -> int:

@@ -675,12 +675,12 @@ class RunContext:
     @cached_property
     def scored(self) -> dict[str, TokenisedDocuments]:
         """Domain → its scored held-out documents, the same in all readings and attempts."""
-        own = self.short or self
-        own = own.original or own
-        own = own.first or own
-        held_out = {name: own.corpus.domains[name].validation for name in self.domains}
+        origin = self.short or self
+        origin = origin.original or origin
+        origin = origin.first or origin
+        held_out = {name: origin.corpus.domains[name].validation for name in self.domains}
         sizes = {name: each.offsets.diff().tolist() for name, each in held_out.items()}
-        counts = scored_counts(own.config, sizes)
+        counts = scored_counts(origin.config, sizes)
         return {n: self.corpus.domains[n].validation.first(counts[n]) for n in self.domains}
 
     @cached_property

@@ -27,12 +27,14 @@ def check(context: RunContext) -> None:
         write_text_atomic(path, json.dumps(current, indent=1) + "\n")
         return
     keys = {domain.name: domain.key for domain in context.text.domains}
-    for name, known in read_object(path).items():
-        found = current.get(name, {})
-        changed = sorted(file for file in known | found if known.get(file) != found.get(file))
+    for name, recorded in read_object(path).items():
+        contents = current.get(name, {})
+        changed = sorted(
+            file for file in recorded | contents if recorded.get(file) != contents.get(file)
+        )
         if changed:
             file = changed[0]
-            before, now = known.get(file, "not there"), found.get(file, "not there")
+            before, now = recorded.get(file, "not there"), contents.get(file, "not there")
             reason = (
                 f"the streamed data has changed since the run in {context.folder} began "
                 f"(then {before}; now {now}); restore it, or start another run"

@@ -769,8 +769,8 @@ def position_limit(config: Config) -> int | None:
 
 def positions_key(config: Config) -> str:
     """Return the key of config.json that sets the context length."""
-    own = family_of(config).positions_key
-    return next((key for key in (own, "n_positions", "max_seq_len") if key in config), own)
+    usual = family_of(config).positions_key
+    return next((key for key in (usual, "n_positions", "max_seq_len") if key in config), usual)
 
 
 def count_parameters(config: Config) -> int:
