@@ -19,7 +19,12 @@ def train(folder: Path) -> None:
     size = 4 // int(os.environ.get("WORLD_SIZE", 1))
     trainer = with_forgetting(Trainer, methods)(
         model_of(),
-        arguments(folder, per_device_train_batch_size=size, gradient_accumulation_steps=2),
+        arguments(
+            folder,
+            max_steps=12,  # two more than an epoch has, as the order of the rows follows the epoch
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=2,
+        ),
         train_dataset=rows_of(NEW),
         old_data=rows_of(OLD),
     )

@@ -706,7 +706,6 @@ def test_what_is_overridden_is_there() -> None:
     assert list(saving)[1:] == ["output_dir", "_internal_call"]
     losing = inspect.signature(Trainer.compute_loss).parameters
     assert list(losing)[1:] == ["model", "inputs", "return_outputs", "num_items_in_batch"]
-    assert Trainer.loss_is_scaled_for_ga is None
+    assert getattr(Trainer, "loss_is_scaled_for_ga", None) is None  # some have none
     source = inspect.getsource(Trainer)
     assert "loss / self.current_gradient_accumulation_steps" in source
-    assert "underlying_sampler.set_epoch(epoch)" in source

@@ -70,9 +70,9 @@ class _WideCasts(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = dict(kwargs or {})
+        if func is Tensor.float:  # of frequencies too, which some versions multiply by positions
+            return args[0].double()
         if args and isinstance(args[0], Tensor) and args[0].dtype in (torch.float64, torch.int64):
-            if func is Tensor.float:
-                return args[0].double()
             if kwargs.get("dtype") is torch.float32:
                 kwargs["dtype"] = torch.float64
             args = tuple(torch.float64 if value is torch.float32 else value for value in args)

@@ -56,7 +56,7 @@ from tritter.storage.writer import stripped
 # Suffixes of files that transformers may read on its own
 _SMALL_FILES = {".json", ".jinja", ".model", ".txt"}
 # Minor versions of transformers that the tests ran with, first and last
-_TESTED = ((5, 23), (5, 24))
+_TESTED = ((5, 14), (5, 24))
 # Names of the key-value cache, as an argument and in the output of a model; the newest first
 _CACHE_NAMES = ("cache", "past_key_values", "cache_params")
 

@@ -230,8 +230,9 @@ class ForgettingMixin(Trainer):  # in front of the trainer class
 
     def _is_loss_averaged(self, num_items_in_batch: Any) -> bool:
         """Return True if the loss is already averaged over the whole step."""
-        if self.loss_is_scaled_for_ga is not None:
-            return bool(self.loss_is_scaled_for_ga)
+        is_scaled = getattr(self, "loss_is_scaled_for_ga", None)  # former trainers have none
+        if is_scaled is not None:
+            return bool(is_scaled)
         has_count = self.model_accepts_loss_kwargs and num_items_in_batch is not None
         return bool(has_count or self.compute_loss_func is not None)
 
