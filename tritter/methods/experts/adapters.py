@@ -113,7 +113,7 @@ def add_adapter(model: nn.Module, name: str, shape: AdapterShape, *, seed: int) 
     )
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")
-        warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")
+        warnings.filterwarnings("ignore", "Model (has|with) `tie_word_embeddings=True`")
         warnings.filterwarnings("ignore", "fan_in_fan_out is set")  # PEFT sets it for each layer
         torch.default_generator.manual_seed(seed)  # GPU generators are unaffected
         inject_adapter_in_model(config, model, adapter_name=name)
