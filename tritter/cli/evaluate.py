@@ -173,7 +173,7 @@ def evaluate(
         is_chat=chat_template, num_fewshot=num_fewshot,
     )  # fmt: skip
     questions = _questions(chosen, tasks_path, harness)
-    with refuse_damage():
+    with refuse_damage(), use_names(Names.of({FIELD_KEY: "--text-field"})):
         folder = locate(checkpoint, key="--checkpoint")
         config, lineage = read_config(folder), read_lineage(folder)
         dimensions = family_of(config).dimensions(config)
@@ -181,10 +181,9 @@ def evaluate(
         stock = _stock_tokenizer(folder, needs_template=chat_template) if chosen else None
         domains = losses_of.DomainsToScore({}, ())
         if sources:
-            with use_names(Names.of({FIELD_KEY: "--text-field"})):
-                domains = losses_of.named_domains(
-                    sources, tokenizer, folder=folder, lineage=lineage, text_field=text_field
-                )
+            domains = losses_of.named_domains(
+                sources, tokenizer, folder=folder, lineage=lineage, text_field=text_field
+            )
         elif not chosen:
             domains = losses_of.learned_domains(folder, lineage, tokenizer)
         model = _read_model(folder)

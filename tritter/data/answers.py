@@ -156,7 +156,7 @@ def unanswered_text(name: str, reasons: Mapping[str, int], *, count: int, total:
 
     Args:
         name: the domain.
-        reasons: reason → number, as far as they are known.
+        reasons: reason → number of conversations; the others have none.
         count: conversations without an answer.
         total: all conversations.
     """

@@ -523,7 +523,7 @@ def _table(path: Path, reading: Reading, columns: Columns) -> Iterator[tuple[str
 
 
 def separator_problem(header: Sequence[str]) -> str:
-    """Return what is wrong with a header that has other separators than commas; else ""."""
+    """Return the problem of a header that has other separators than commas; else ""."""
     separator = next((sign for sign in ";\t|" if sign in "".join(header)), None)
     if len(header) != 1 or separator is None:
         return ""
