@@ -504,7 +504,7 @@ def test_new_layers_that_are_not_quite_zero_are_caught(
 
     monkeypatch.setattr(measure, "folder_jump", damaged)
     folder = example_folder(model_type, tmp_path)
-    zeroed = discover(example(model_type)).zeroed_names
+    zeroed = discover(read_config(folder)).zeroed_names
     assert not expanded(folder, tmp_path / "grown", LlamaPro())
 
 
