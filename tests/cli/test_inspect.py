@@ -268,6 +268,9 @@ def test_context_and_rope_base_are_shown(run: Run, place: Path) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | {"rope_parameters": kinds}))
     found = run("inspect base --json").json["positions"]
     assert found == {"context": "64", "RoPE base": "1000000, 10000"}
+    damaged = {"rope_theta": {"a": 1}, "rope_parameters": [1]}
+    path.write_text(json.dumps(json.loads(path.read_text()) | damaged))
+    assert "Traceback" not in run("inspect base").err
 
 
 RATES = {"full_attention": 1e6, "sliding_attention": 1e4}  # as in Gemma 3

@@ -61,6 +61,8 @@ def as_computed(monkeypatch: pytest.MonkeyPatch) -> None:
         with _disable_current_modes():  # the gate's statistics are no pass of a model
             return studentised_errors(*sums)
 
+    # Its batch estimates the run before any stage begins: it is part of no stage, and of no total
+    monkeypatch.setattr(costs, "time_line", lambda _: "")
     monkeypatch.setattr(models, "_configure_model", eager)
     monkeypatch.setattr(statistics, "studentised_errors", uncounted)
     monkeypatch.setattr(counting, "num_keys", lambda length, window=None: length**2)
@@ -97,13 +99,8 @@ def run(folder: Path, *words: str) -> tuple[dict[str, Any], int]:
     ids=["width", "new blocks", "experts", "neurons", "LoRA experts", "single LoRA"],
 )  # fmt: skip
 def test_every_pass_of_a_run_is_counted(
-    tmp_path: Path,
-    places: tuple[str, ...],
-    words: tuple[str, ...],
-    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path, places: tuple[str, ...], words: tuple[str, ...]
 ) -> None:
-    # Its batch estimates the run before any stage begins: it is part of no stage, and of no total
-    monkeypatch.setattr(costs, "time_line", lambda _: "")
     asked = (*QUICK, *SMALL_MODEL, *places, *words, "evaluation.sample_tokens=0")
     summary, counted = run(tmp_path / "run", *asked)
     assert summary["flops"]["total"] == counted

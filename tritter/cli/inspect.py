@@ -224,10 +224,12 @@ def _experts_json(files: ExpertFiles) -> dict[str, Any]:
 def _positions(source: Source) -> dict[str, str]:
     """Return the context length and RoPE's base, as config.json states them."""
     config: Any = source.config
-    rotary = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    rotary = config.get("rope_parameters") or config.get("rope_scaling")
+    rotary = rotary if isinstance(rotary, dict) else {}
     kinds = [each for each in rotary.values() if isinstance(each, dict)]  # one per kind of layer
     bases = [each.get("rope_theta") for each in (config, rotary, *kinds)]
-    texts = dict.fromkeys(f"{float(base):.10g}" for base in bases if base)
+    numbers = [base for base in bases if isinstance(base, int | float) and base]  # else damaged
+    texts = dict.fromkeys(f"{float(base):.10g}" for base in numbers)
     found = {"context": source.family.position_limit(config), "RoPE base": ", ".join(texts)}
     return {name: str(value) for name, value in found.items() if value}
 
