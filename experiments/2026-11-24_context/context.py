@@ -4,24 +4,22 @@
 """
 
 import argparse
-import csv
-import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-from tritter.config.launch.composition import load_config
-from tritter.core.families import Flops, training_flops
-from tritter.core.models import load_model
-from tritter.pipeline import windows
-from tritter.pipeline.context import RunContext
-from tritter.pipeline.ledger import Ledger
-from tritter.terminal import Console
-
 FOLDER = Path(__file__).resolve().parent
-ROOT = FOLDER.parents[1]
+sys.path.append(str(FOLDER.parents[1]))
+
+from experiments.jobs import ROOT, append, done, train  # noqa: E402
+from tritter.config.launch.composition import load_config  # noqa: E402
+from tritter.core.families import Flops, training_flops  # noqa: E402
+from tritter.core.models import load_model  # noqa: E402
+from tritter.pipeline import windows  # noqa: E402
+from tritter.pipeline.context import RunContext  # noqa: E402
+from tritter.pipeline.ledger import Ledger  # noqa: E402
+from tritter.terminal import Console  # noqa: E402
+
 # Arm → overrides of the run; `short` is the control, which keeps its context
 ARMS = {
     "yarn": ["expansion=context"],
@@ -57,7 +55,7 @@ def main() -> None:
     options.work.mkdir(parents=True, exist_ok=True)
     for seed in options.seeds:
         for arm in ARMS:
-            if (str(seed), arm) not in _done(options.output):
+            if (str(seed), arm) not in done(options.output):
                 _run(options, seed=seed, arm=arm)
 
 
@@ -68,7 +66,7 @@ def _words(options: Any, *, seed: int, arm: str, steps: int) -> list[str]:
     words += [f"pretraining.max_steps={options.pretraining_steps}", "pretraining=default"]
     words += [f"training.max_steps={steps}", "forgetting=replay", "gate=off", f"seed={seed}"]
     words += [f"evaluation.max_tokens_per_document={target}", "evaluation.every_n_steps=0"]
-    return [*words, "evaluation.sample_tokens=0", "logger=csv", *ARMS[arm]]
+    return [*words, "evaluation.sample_tokens=0", *ARMS[arm]]
 
 
 def _run(options: Any, *, seed: int, arm: str) -> None:
@@ -79,8 +77,8 @@ def _run(options: Any, *, seed: int, arm: str) -> None:
         costs = [_flops(source).per_token(n) for n in (options.length, target)]
         steps = round(steps * costs[1] / costs[0])
     folder = options.work / f"run_{seed}_{arm}"
-    _train(folder, _words(options, seed=seed, arm=arm, steps=steps))
-    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    words = _words(options, seed=seed, arm=arm, steps=steps)
+    summary = train(folder, ["--config-dir", str(FOLDER / "conf"), *words], path=FOLDER)
     fixed = {
         "seed": seed,
         "arm": arm,
@@ -105,12 +103,7 @@ def _run(options: Any, *, seed: int, arm: str) -> None:
             losses = record["positions"][domain].get(name, {"end": [], "loss": []})
             for end, loss in zip(losses["end"], losses["loss"], strict=True):
                 rows.append({**own, "position": end, "loss": loss, "documents": score["n"]})
-    is_new = not options.output.is_file()
-    with options.output.open("a", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        if is_new:
-            writer.writeheader()
-        writer.writerows(rows)
+    append(options.output, rows, columns=COLUMNS)
 
 
 def _long_windows(options: Any, folder: Path, *, seed: int) -> dict[str, Any]:
@@ -145,25 +138,6 @@ def _config(options: Any, seed: int) -> Any:
 
 def _flops(config: Any) -> Flops:
     return training_flops(config)
-
-
-def _done(output: Path) -> set[tuple[str, str]]:
-    if not output.is_file():
-        return set()
-    with output.open(encoding="utf-8", newline="") as file:
-        return {(row["seed"], row["arm"]) for row in csv.DictReader(file)}
-
-
-def _train(folder: Path, overrides: list[str]) -> None:
-    """Run `train.py` in a folder; show its output only if it fails."""
-    words = ["--config-dir", str(FOLDER / "conf"), f"hydra.run.dir={folder}", *overrides]
-    command = [sys.executable, str(ROOT / "train.py"), *words]
-    paths = os.pathsep.join(filter(None, (str(FOLDER), os.environ.get("PYTHONPATH"))))
-    environment = {**os.environ, "PYTHONPATH": paths}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)}\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
-    print(folder.name, flush=True)
 
 
 if __name__ == "__main__":

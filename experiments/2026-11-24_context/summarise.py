@@ -1,24 +1,24 @@
 """Turn results.csv into the README's tables and positions.png: `python summarise.py`."""
 
-import csv
 import statistics
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from scipy.special import stdtrit
-
-from tritter.report.drawing import CYCLE, GREY, new_figure
-
 FOLDER = Path(__file__).resolve().parent
-Row = dict[str, str]
+sys.path.append(str(FOLDER.parents[1]))
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: E402
+
+from experiments.jobs import Row, rows_of, with_interval  # noqa: E402
+from tritter.report.drawing import CYCLE, GREY, new_figure  # noqa: E402
+
 DOMAINS = ("code", "prose")
 
 
 def main() -> None:
     """Print a row per arm: means over the seeds, and differences paired by seed."""
-    with (FOLDER / "results.csv").open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = rows_of(FOLDER / "results.csv")
     arms = tuple(dict.fromkeys(row["arm"] for row in rows))
     print("| arm | steps | code, long | prose, long | code, short | prose, short |")
     print("|---|---|---|---|---|---|")
@@ -64,16 +64,7 @@ def values(
 def percent(after: Mapping[str, float], before: Mapping[str, float]) -> str:
     """Return the mean relative change in per cent with its 95 % interval, paired by seed."""
     found = [100 * (after[seed] / before[seed] - 1) for seed in after if seed in before]
-    return interval(found, "+.1f").replace("-", "\N{MINUS SIGN}") + " %"
-
-
-def interval(values: Iterable[float], form: str = ".3f") -> str:
-    """Return a mean and half the width of its 95 % interval (Student's t)."""
-    found = list(values)
-    if len(found) < 2:
-        return f"{found[0]:{form}}"
-    width = statistics.stdev(found) / len(found) ** 0.5 * stdtrit(len(found) - 1, 0.975)
-    return f"{statistics.mean(found):{form}} ± {width:{form.removeprefix('+')}}"
+    return with_interval(found, ".1f", sign="+") + " %"
 
 
 def draw(rows: list[Row], arms: Iterable[str]) -> None:

@@ -10,7 +10,6 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import argparse
-import csv
 import random
 import sys
 import time
@@ -28,6 +27,7 @@ sys.path.append(str(FOLDER.parents[1]))
 import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
+from experiments.jobs import append, rows_of  # noqa: E402
 from tritter.core.expansions import Interpolate, Layers, LlamaPro, Stack  # noqa: E402
 from tritter.core.expansions.depth import repeated_layers  # noqa: E402
 from tritter.core.families import training_flops  # noqa: E402
@@ -361,27 +361,11 @@ def follow(arm: Arm, seed: int, *, rate: float = RATE) -> list[dict[str, object]
     return rows
 
 
-def read(path: Path) -> list[dict[str, str]]:
-    if not path.is_file():
-        return []
-    with path.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def append(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
-    is_new = not path.is_file()
-    with path.open("a", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        if is_new:
-            writer.writeheader()
-        writer.writerows(rows)
-
-
 def run_seed(seed: int, folder: Path) -> None:
     """Run the arms of a seed; arms with equal layers share one run."""
     base, path = base_of(seed), folder / "importance.csv"
     scores = importances(base, sequences("prose", "train", seed)[:SCORED])
-    if str(seed) not in {row["seed"] for row in read(path)}:
+    if str(seed) not in {row["seed"] for row in rows_of(path)}:
         append(
             path,
             [
@@ -390,7 +374,7 @@ def run_seed(seed: int, folder: Path) -> None:
             ],
         )
     runs: dict[tuple[object, ...], Sequence[Mapping[str, object]]] = {}
-    done = read(folder / "results.csv")
+    done = rows_of(folder / "results.csv")
     for arm in arms(scores, seed):
         key = (str(seed), arm.name, arm.init)
         known = [row for row in done if (row["seed"], row["arm"], row["init"]) == key]

@@ -3,17 +3,19 @@
 python experiments/2026-11-24_depth_by_choice/summarise.py
 """
 
-import csv
-import math
+import sys
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from statistics import fmean, stdev
-
-from scipy.stats import spearmanr
-from scipy.stats import t as student
+from statistics import fmean
 
 FOLDER = Path(__file__).resolve().parent
+sys.path.append(str(FOLDER.parents[1]))
+
+from scipy.stats import spearmanr  # noqa: E402
+
+from experiments.jobs import Row, rows_of, with_interval  # noqa: E402
+
 MEASURES = ("skip", "influence", "fisher")
 DOMAINS = ("prose", "code")
 
@@ -21,12 +23,7 @@ Arm = tuple[str, str]  # rule, init
 Losses = dict[int, dict[int, dict[str, float]]]  # budget → seed → domain or "mean" → loss
 
 
-def rows_of(name: str) -> list[dict[str, str]]:
-    with (FOLDER / name).open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def losses(rows: Iterable[dict[str, str]]) -> dict[Arm, Losses]:
+def losses(rows: Iterable[Row]) -> dict[Arm, Losses]:
     """Return the losses of each arm; `random` is the mean of both draws of a seed."""
     found: dict[tuple[Arm, int, int], list[dict[str, float]]] = defaultdict(list)
     for row in rows:
@@ -42,11 +39,7 @@ def losses(rows: Iterable[dict[str, str]]) -> dict[Arm, Losses]:
 
 def shown(values: Sequence[float]) -> str:
     """Return a mean with its 95 % interval (Student's t)."""
-    mean = f"{fmean(values):+.4f}"
-    if len(values) > 1:
-        spread = stdev(values) / math.sqrt(len(values))
-        mean += f" ± {float(student.ppf(0.975, len(values) - 1)) * spread:.4f}"
-    return mean.replace("-", "\N{MINUS SIGN}")
+    return with_interval(values, ".4f", sign="+")
 
 
 def differences(first: Losses, second: Losses, budget: int, key: str = "mean") -> list[float]:
@@ -54,7 +47,7 @@ def differences(first: Losses, second: Losses, budget: int, key: str = "mean") -
     return [pair[0][seed][key] - pair[1][seed][key] for seed in sorted(pair[0])]
 
 
-def importance_table(rows: Sequence[dict[str, str]]) -> None:
+def importance_table(rows: Sequence[Row]) -> None:
     layers = sorted({int(row["layer"]) for row in rows})
     print("| measure |", *(f"{layer} |" for layer in layers))
     print("|---|" + "---|" * len(layers))
@@ -96,7 +89,7 @@ def init_table(found: dict[Arm, Losses]) -> None:
         print(f"| {first} \N{MINUS SIGN} {second} | {rule} |", *cells)
 
 
-def first_layer_table(rows: Sequence[dict[str, str]]) -> None:
+def first_layer_table(rows: Sequence[Row]) -> None:
     """Print the mean loss of tables that copy layer 0, minus that of the others of a seed."""
     budgets = sorted({int(row["budget"]) for row in rows})
     print("\n| init |", *(f"{n} steps |" for n in budgets))
@@ -118,7 +111,7 @@ def first_layer_table(rows: Sequence[dict[str, str]]) -> None:
         print(f"| {init} |", *cells)
 
 
-def rank_table(rows: Sequence[dict[str, str]], scores: Sequence[dict[str, str]]) -> None:
+def rank_table(rows: Sequence[Row], scores: Sequence[Row]) -> None:
     """Print rank correlations within seeds of the summed importance and the loss."""
     of_layer = {(r["seed"], int(r["layer"])): r for r in scores}
     budgets = sorted({int(row["budget"]) for row in rows})
@@ -146,7 +139,7 @@ def rank_table(rows: Sequence[dict[str, str]], scores: Sequence[dict[str, str]])
 
 
 def main() -> None:
-    scores, rows = rows_of("importance.csv"), rows_of("results.csv")
+    scores, rows = rows_of(FOLDER / "importance.csv"), rows_of(FOLDER / "results.csv")
     importance_table(scores)
     arm_table(losses(rows))
     init_table(losses(rows))

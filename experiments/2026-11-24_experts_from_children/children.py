@@ -5,25 +5,25 @@ computes only rows that are missing.
 """
 
 import argparse
-import csv
 import gzip
 import json
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load_file, save_file
-
-from tritter.core.expansions import Moe, target_config
-from tritter.core.families import training_flops
-from tritter.data.built_in import gather
-
 FOLDER = Path(__file__).resolve().parent
-ROOT = FOLDER.parents[1]
+sys.path.append(str(FOLDER.parents[1]))
+
+import torch  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
+
+from experiments.jobs import ROOT, append, done, loss_rows, train  # noqa: E402
+from tritter.core.expansions import Moe, target_config  # noqa: E402
+from tritter.core.families import training_flops  # noqa: E402
+from tritter.data.built_in import gather  # noqa: E402
+
 SEQUENCE_LENGTH, DOMAIN_BYTES, STORY_BYTES = 128, 800_000, 1_500
 DOMAINS = ("code", "stories", "maths")
 ARMS = ("mixed", "random router", "mean", "dense", "upcycled", "lora")
@@ -48,14 +48,13 @@ def main() -> None:
     for seed in options.seeds:
         base = options.work / f"base_{seed}"
         new = ", ".join(f"{name}: {texts[name]}" for name in DOMAINS)
-        if not (base / "summary.json").is_file():
-            words = [f"pretraining.max_steps={options.pretraining_steps}", "training.max_steps=1"]
-            words += ["model=tiny", f"data.old=[{texts['prose']}]", f"data.new={{{new}}}"]
-            _train(base, seed, [*words, "expansion=none", "forgetting=none"])
+        words = [f"pretraining.max_steps={options.pretraining_steps}", "training.max_steps=1"]
+        words += ["model=tiny", f"data.old=[{texts['prose']}]", f"data.new={{{new}}}"]
+        _train(base, seed, [*words, "expansion=none", "forgetting=none"])
         for name in DOMAINS:
             _child(options, base, seed, name, texts)
         for arm in options.arms:
-            if (str(seed), arm) not in _done(options.output):
+            if (str(seed), arm) not in done(options.output):
                 _arm(options, base, seed, arm, texts, new)
 
 
@@ -95,12 +94,11 @@ def _joined(lines: Iterable[str]) -> Iterable[str]:
 def _child(options: Any, base: Path, seed: int, name: str, texts: dict[str, Path]) -> None:
     """Train a child on one domain, unless it exists."""
     folder = options.work / f"child_{seed}_{name}"
-    if not (folder / "summary.json").is_file():
-        words = [f"model.path={base / 'baseline'}", f"training.max_steps={options.child_steps}"]
-        words += [f"data.new={{{name}: {texts[name]}}}", "expansion=none", "forgetting=none"]
-        _train(folder, seed, ["model=hf", *words])
-    if (str(seed), name) not in _done(options.output):
-        _write(options, folder, seed, name, options.child_steps)
+    words = [f"model.path={base / 'baseline'}", f"training.max_steps={options.child_steps}"]
+    words += [f"data.new={{{name}: {texts[name]}}}", "expansion=none", "forgetting=none"]
+    summary = _train(folder, seed, ["model=hf", *words])
+    if (str(seed), name) not in done(options.output):
+        _write(options, summary, seed, name, options.child_steps)
 
 
 def _arm(options: Any, base: Path, seed: int, arm: str, texts: dict[str, Path], new: str) -> None:
@@ -134,8 +132,8 @@ def _arm(options: Any, base: Path, seed: int, arm: str, texts: dict[str, Path], 
         words += ["forgetting=none"]
     else:
         words += [f"data.new={{{new}}}", "forgetting=replay"]
-    _train(folder, seed, ["model=hf", f"training.max_steps={steps}", *words])
-    _write(options, folder, seed, arm, steps)
+    summary = _train(folder, seed, ["model=hf", f"training.max_steps={steps}", *words])
+    _write(options, summary, seed, arm, steps)
 
 
 def _mean(folders: list[Path], target: Path) -> Path:
@@ -154,50 +152,27 @@ def _mean(folders: list[Path], target: Path) -> Path:
     return target
 
 
-def _write(options: Any, folder: Path, seed: int, arm: str, steps: int) -> None:
+def _write(options: Any, summary: dict[str, Any], seed: int, arm: str, steps: int) -> None:
     """Append the rows of a run: its losses before and after training."""
-    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    attempt = summary["attempts"][0]
-    stages = {"before": summary["baseline"], "expanded": attempt["expanded"] or {}}
     rows = [
         {
             "seed": seed,
             "arm": arm,
             "steps": steps,
-            "flops": attempt["flops"],
+            "flops": summary["attempts"][0]["flops"],
             "domain": domain,
             "stage": stage,
             "loss_per_byte": score["loss_per_byte"],
             "model_hash": summary["lineage"]["model_hash"],
         }
-        for stage, scores in {**stages, "trained": attempt["final"]}.items()
-        for domain, score in scores.items()
+        for domain, stage, score in loss_rows(summary)
     ]
-    is_new = not options.output.is_file()
-    with options.output.open("a", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        if is_new:
-            writer.writeheader()
-        writer.writerows(rows)
+    append(options.output, rows, columns=COLUMNS)
 
 
-def _done(output: Path) -> set[tuple[str, str]]:
-    if not output.is_file():
-        return set()
-    with output.open(encoding="utf-8", newline="") as file:
-        return {(row["seed"], row["arm"]) for row in csv.DictReader(file)}
-
-
-def _train(folder: Path, seed: int, overrides: list[str]) -> None:
-    """Run `train.py` in a folder; show its output only if it fails."""
-    words = ["logger=csv", "evaluation.sample_tokens=0", "evaluation.every_n_steps=0", "data=text"]
-    words += ["training.learning_rate=2e-3", "gate=off", f"seed={seed}"]
-    words += [f"hydra.run.dir={folder}", *overrides]
-    command = [sys.executable, str(ROOT / "train.py"), *words]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)}\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
-    print(folder.name, flush=True)
+def _train(folder: Path, seed: int, overrides: list[str]) -> dict[str, Any]:
+    words = ["evaluation.every_n_steps=0", "data=text", "training.learning_rate=2e-3"]
+    return train(folder, [*words, "gate=off", f"seed={seed}", *overrides])
 
 
 if __name__ == "__main__":

@@ -1,22 +1,22 @@
 """Turn results.csv into the README's table: `python summarise.py`."""
 
-import csv
 import statistics
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from scipy.special import stdtrit
-
 FOLDER = Path(__file__).resolve().parent
+sys.path.append(str(FOLDER.parents[1]))
+
+from experiments.jobs import Row, rows_of, with_interval  # noqa: E402
+
 DOMAINS, BASE = ("code", "stories", "maths"), "old"
 DENSE, AVERAGED = "dense", "mean"
-Row = dict[str, str]
 
 
 def main() -> None:
     """Print one row per arm: means over the seeds, and differences paired by seed."""
-    with (FOLDER / "results.csv").open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = rows_of(FOLDER / "results.csv")
     columns = ("arm", "before training", *DOMAINS, "prose", "mean", "mean, compared with *mean*")
     print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
     dense, averaged = (losses(rows, arm, "trained") for arm in (DENSE, AVERAGED))
@@ -65,10 +65,7 @@ def change(own: Losses, reference: Losses, domain: str) -> str:
     """Return the mean relative change in per cent with its 95 % interval, paired by seed."""
     seeds = [seed for seed in own if seed in reference]
     found = [100 * (own[seed][domain] / reference[seed][domain] - 1) for seed in seeds]
-    if len(found) < 2:
-        return f"{found[0]:+.1f} %".replace("-", "\N{MINUS SIGN}")
-    error = stdtrit(len(found) - 1, 0.975) * statistics.stdev(found) / len(found) ** 0.5
-    return f"{statistics.mean(found):+.1f} ± {error:.1f} %".replace("-", "\N{MINUS SIGN}")
+    return with_interval(found, ".1f", sign="+") + " %"
 
 
 if __name__ == "__main__":

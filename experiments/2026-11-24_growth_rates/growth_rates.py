@@ -10,7 +10,6 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import argparse
-import csv
 import sys
 import tempfile
 import time
@@ -27,6 +26,7 @@ import torch  # noqa: E402
 from rich.console import Console  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
+from experiments.jobs import append, rows_of  # noqa: E402
 from tritter.core.expansions import ExpansionSpec, LlamaPro, Width  # noqa: E402
 from tritter.core.families import training_flops  # noqa: E402
 from tritter.core.models import config_of, new_model  # noqa: E402
@@ -217,13 +217,6 @@ def result_of(run: Run) -> dict[str, object]:
     }
 
 
-def read(path: Path) -> list[dict[str, str]]:
-    if not path.is_file():
-        return []
-    with path.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def key_of(row: Mapping[str, object]) -> tuple[str, ...]:
     return tuple(str(row[name]) for name in Run.__dataclass_fields__)
 
@@ -237,14 +230,9 @@ def main(words: Sequence[str] | None = None) -> None:
     path = options.output / "results.csv"
     for part in options.parts:
         for run in runs(part, options.seeds):
-            if key_of(asdict(run)) in map(key_of, read(path)):
+            if key_of(asdict(run)) in map(key_of, rows_of(path)):
                 continue
-            row, is_new = result_of(run), not path.is_file()
-            with path.open("a", encoding="utf-8", newline="") as file:
-                writer = csv.DictWriter(file, list(row), lineterminator="\n")
-                if is_new:
-                    writer.writeheader()
-                writer.writerow(row)
+            append(path, [result_of(run)])
 
 
 if __name__ == "__main__":

@@ -3,16 +3,17 @@
 python experiments/2026-11-24_growth_rates/summarise.py
 """
 
-import csv
 import math
+import sys
 from collections import defaultdict
-from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean, stdev
-
-from scipy.stats import t as student
+from statistics import fmean
 
 FOLDER = Path(__file__).resolve().parent
+sys.path.append(str(FOLDER.parents[1]))
+
+from experiments.jobs import half_interval, rows_of, with_interval  # noqa: E402
+
 SOURCE_RATE = 6e-3  # the best of the grid for the source
 
 Arm = tuple[str, str, float]  # growth, rule, multiplier
@@ -21,16 +22,10 @@ Losses = dict[float, dict[int, float]]  # learning rate → seed → loss
 
 def losses(path: Path) -> dict[Arm, Losses]:
     found: dict[Arm, Losses] = defaultdict(lambda: defaultdict(dict))
-    with path.open(encoding="utf-8", newline="") as file:
-        for row in csv.DictReader(file):
-            arm = (row["growth"], row["rule"], float(row["multiplier"]))
-            found[arm][float(row["rate"])][int(row["seed"])] = float(row["loss"])
+    for row in rows_of(path):
+        arm = (row["growth"], row["rule"], float(row["multiplier"]))
+        found[arm][float(row["rate"])][int(row["seed"])] = float(row["loss"])
     return found
-
-
-def interval(values: Sequence[float]) -> float:
-    """Return half the 95 % interval of a mean (Student's t)."""
-    return float(student.ppf(0.975, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
 
 
 def best_rate(of_arm: Losses, seed: int) -> float:
@@ -47,7 +42,7 @@ def best_rate(of_arm: Losses, seed: int) -> float:
 
 def difference(first: dict[int, float], second: dict[int, float]) -> str:
     values = [first[seed] - second[seed] for seed in sorted(first)]
-    return f"{fmean(values):+.4f} ± {interval(values):.4f}".replace("-", "\N{MINUS SIGN}")
+    return with_interval(values, ".4f", sign="+")
 
 
 def main() -> None:
@@ -60,7 +55,7 @@ def main() -> None:
             continue
         cells = (f"{fmean(of_arm[r].values()):.4f} |" if r in of_arm else "|" for r in rates)
         logs = [math.log2(best_rate(of_arm, seed)) for seed in (0, 1, 2)]
-        low, high = (2 ** (fmean(logs) + sign * interval(logs)) for sign in (-1, 1))
+        low, high = (2 ** (fmean(logs) + sign * half_interval(logs)) for sign in (-1, 1))
         print(f"| {growth} | {rule} |", *cells, f"{2 ** fmean(logs):.2g} [{low:.2g}, {high:.2g}] |")
     print("\n| growth | rule | at the source's best rate | each at its own best rate |")
     print("|---|---|---|---|")

@@ -10,7 +10,6 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import argparse
-import csv
 import sys
 import tempfile
 import time
@@ -26,6 +25,7 @@ import torch  # noqa: E402
 from lightning import Callback  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
+from experiments.jobs import append, done  # noqa: E402
 from tritter.core.expansions import Moe  # noqa: E402
 from tritter.core.families import training_flops  # noqa: E402
 from tritter.core.models import config_of, new_model  # noqa: E402
@@ -216,13 +216,6 @@ def rows_of(arm: str, seed: int) -> list[dict[str, object]]:
     ]
 
 
-def read(path: Path) -> list[dict[str, str]]:
-    if not path.is_file():
-        return []
-    with path.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
@@ -232,15 +225,8 @@ def main(words: Sequence[str] | None = None) -> None:
     path = options.output / "results.csv"
     for seed in options.seeds:
         for arm in options.arms:
-            done = {(row["arm"], row["seed"]) for row in read(path)}
-            if (arm, str(seed)) in done:
-                continue
-            rows, is_new = rows_of(arm, seed), not path.is_file()
-            with path.open("a", encoding="utf-8", newline="") as file:
-                writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-                if is_new:
-                    writer.writeheader()
-                writer.writerows(rows)
+            if (str(seed), arm) not in done(path):
+                append(path, rows_of(arm, seed))
 
 
 if __name__ == "__main__":

@@ -3,16 +3,17 @@
 python experiments/2026-11-24_more_upcycling/summarise.py
 """
 
-import csv
-import math
+import sys
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from statistics import fmean, stdev
-
-from scipy.stats import t as student
+from statistics import fmean
 
 FOLDER = Path(__file__).resolve().parent
+sys.path.append(str(FOLDER.parents[1]))
+
+from experiments.jobs import rows_of, with_interval  # noqa: E402
+
 DOMAINS = ("prose", "code")
 # Arm → its control: the dense model of the same base
 CONTROLS = {
@@ -36,23 +37,14 @@ Scores = dict[float, dict[int, float]]  # share of the FLOPs → seed → loss
 
 def scores(path: Path, domain: str) -> dict[str, Scores]:
     found: dict[str, Scores] = defaultdict(lambda: defaultdict(dict))
-    with path.open(encoding="utf-8", newline="") as file:
-        for row in csv.DictReader(file):
-            found[row["arm"]][float(row["share"])][int(row["seed"])] = float(row[domain])
+    for row in rows_of(path):
+        found[row["arm"]][float(row["share"])][int(row["seed"])] = float(row[domain])
     return found
-
-
-def interval(values: Sequence[float]) -> float:
-    """Return half the 95 % interval of a mean (Student's t)."""
-    return float(student.ppf(0.975, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
 
 
 def difference(first: Mapping[int, float], second: Mapping[int, float]) -> str:
     values = [first[seed] - second[seed] for seed in sorted(first)]
-    text = f"{fmean(values):+.3f}"
-    if len(values) > 1:
-        text += f" ± {interval(values):.3f}"
-    return text.replace("-", "\N{MINUS SIGN}")
+    return with_interval(values, ".3f", sign="+")
 
 
 def main() -> None:

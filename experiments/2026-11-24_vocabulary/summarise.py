@@ -1,20 +1,19 @@
 """Turn results.csv into the README's table: `python summarise.py`."""
 
-import csv
 import statistics
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from scipy.special import stdtrit
-
 FOLDER = Path(__file__).resolve().parent
-Row = dict[str, str]
+sys.path.append(str(FOLDER.parents[1]))
+
+from experiments.jobs import Row, rows_of, with_interval  # noqa: E402
 
 
 def main() -> None:
     """Print one row per arm: means over the seeds, and differences paired by seed."""
-    with (FOLDER / "results.csv").open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = rows_of(FOLDER / "results.csv")
     print(
         "| rows of new tokens | probability of new tokens at step 0 | code, tokens per byte |",
         end="",
@@ -24,7 +23,7 @@ def main() -> None:
     for arm in dict.fromkeys(row["arm"] for row in rows):
         own = [row for row in rows if row["arm"] == arm]
         masses = [100 * float(row["mass"]) for row in own if row["mass"]]
-        cells = [arm, mean(masses) + " %" if masses else "-"]
+        cells = [arm, with_interval(masses, ".1f") + " %" if masses else "-"]
         cells.append(paired(own, "code", "trained", "tokens_per_byte", own, "before"))
         for stage in ("trained", "expanded"):
             reference = [row for row in rows if row["arm"] == "none"]
@@ -57,18 +56,8 @@ def paired(
     """Return the mean relative change in per cent with its 95 % interval, paired by seed."""
     before = values(reference, domain, against, column)
     after = values(rows, domain, stage, column)
-    return (
-        mean([100 * (after[seed] / before[seed] - 1) for seed in after if seed in before], sign="+")
-        + " %"
-    )
-
-
-def mean(found: Sequence[float], *, sign: str = "") -> str:
-    """Return a mean and half the width of its 95 % interval."""
-    if len(found) < 2:
-        return f"{found[0]:{sign}.1f}"
-    error = statistics.stdev(found) / len(found) ** 0.5
-    return f"{statistics.mean(found):{sign}.1f} ± {stdtrit(len(found) - 1, 0.975) * error:.1f}"
+    changes = [100 * (after[seed] / before[seed] - 1) for seed in after if seed in before]
+    return f"{with_interval(changes, '.1f', sign='+')} %"
 
 
 if __name__ == "__main__":

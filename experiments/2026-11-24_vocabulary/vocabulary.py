@@ -4,18 +4,18 @@
 """
 
 import argparse
-import csv
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-from tritter.core.families import training_flops
-from tritter.data.built_in import gather
-
 FOLDER = Path(__file__).resolve().parent
-ROOT = FOLDER.parents[1]
+sys.path.append(str(FOLDER.parents[1]))
+
+from experiments.jobs import ROOT, append, done, loss_rows, train  # noqa: E402
+from tritter.core.families import training_flops  # noqa: E402
+from tritter.data.built_in import gather  # noqa: E402
+
 SEQUENCE_LENGTH = 128
 # Arm → overrides of the run; `none` is the control with the old vocabulary
 ARMS = {
@@ -50,7 +50,7 @@ def main() -> None:
         base = options.work / f"base_{seed}"
         _base(options, base, [prose, rest], seed=seed, tokens=options.tokens)
         for arm in options.arms:
-            if (str(seed), arm) not in _done(options.output):
+            if (str(seed), arm) not in done(options.output):
                 _run(options, base / "baseline", prose, donor, seed=seed, arm=arm)
 
 
@@ -67,12 +67,11 @@ def _prose(work: Path) -> tuple[str, str]:
 
 def _base(options: Any, folder: Path, texts: list[str], *, seed: int, tokens: int) -> None:
     """Train a base and its tokenizer on the first of two texts, in `folder/baseline`."""
-    if not (folder / "summary.json").is_file():
-        old, new = texts
-        words = f"data=text data.old=[{old}] data.new=[{new}] data.vocab_size={tokens} seed={seed}"
-        steps = f"pretraining.max_steps={options.pretraining_steps} training.max_steps=1"
-        choices = "expansion=none forgetting=none gate=off"
-        _train(folder, [*words.split(), *steps.split(), *choices.split()])
+    old, new = texts
+    words = f"data=text data.old=[{old}] data.new=[{new}] data.vocab_size={tokens} seed={seed}"
+    steps = f"pretraining.max_steps={options.pretraining_steps} training.max_steps=1"
+    choices = "expansion=none forgetting=none gate=off"
+    train(folder, [*words.split(), *steps.split(), *choices.split()])
 
 
 def _run(options: Any, base: Path, prose: str, donor: Path, *, seed: int, arm: str) -> None:
@@ -90,11 +89,9 @@ def _run(options: Any, base: Path, prose: str, donor: Path, *, seed: int, arm: s
     words = f"model=hf model.path={base} data=text data.old=[{prose}] gate=off seed={seed}"
     lengths = f"training.learning_rate=3e-3 training.max_steps={steps}"
     new = "data.new={code: stdlib:code}"
-    _train(folder, [*overrides, *words.split(), *lengths.split(), new])
-    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    summary = train(folder, [*overrides, *words.split(), *lengths.split(), new])
     attempt = summary["attempts"][0]
     shift = (attempt["jump"] or {}).get("new_token_mass")
-    stages = {"before": summary["baseline"], "expanded": attempt["expanded"] or {}}
     rows = [
         {
             "seed": seed,
@@ -108,32 +105,9 @@ def _run(options: Any, base: Path, prose: str, donor: Path, *, seed: int, arm: s
             "tokens_per_byte": score["loss_per_byte"] / score["loss"],
             "model_hash": summary["lineage"]["model_hash"],
         }
-        for stage, scores in {**stages, "trained": attempt["final"]}.items()
-        for domain, score in scores.items()
+        for domain, stage, score in loss_rows(summary)
     ]
-    is_new = not options.output.is_file()
-    with options.output.open("a", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        if is_new:
-            writer.writeheader()
-        writer.writerows(rows)
-
-
-def _done(output: Path) -> set[tuple[str, str]]:
-    if not output.is_file():
-        return set()
-    with output.open(encoding="utf-8", newline="") as file:
-        return {(row["seed"], row["arm"]) for row in csv.DictReader(file)}
-
-
-def _train(folder: Path, overrides: list[str]) -> None:
-    """Run `train.py` in a folder; show its output only if it fails."""
-    words = ["logger=csv", "evaluation.sample_tokens=0", f"hydra.run.dir={folder}", *overrides]
-    command = [sys.executable, str(ROOT / "train.py"), *words]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)}\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
-    print(folder.name, flush=True)
+    append(options.output, rows, columns=COLUMNS)
 
 
 if __name__ == "__main__":
