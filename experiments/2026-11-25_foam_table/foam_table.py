@@ -1,0 +1,213 @@
+"""New skills for SmolLM2-135M-Instruct: which methods keep what it knew? Writes `results.csv`.
+
+    python experiments/2026-11-25_foam_table/foam_table.py --model SMOLLM2 --data DATA
+
+Arms have equal FLOPs. Runs that are already in results.csv are skipped, a killed one is resumed.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+FOLDER = Path(__file__).resolve().parent
+sys.path.append(str(FOLDER.parents[1]))
+
+from experiments.jobs import ROOT, append, done, train  # noqa: E402
+from tritter.core.expansions import LlamaPro, Width, target_config  # noqa: E402
+from tritter.core.families import training_flops  # noqa: E402
+from tritter.core.models import load_tokenizer  # noqa: E402
+from tritter.evaluation.benchmarks.files import BENCHMARKS, TasksFolder, load  # noqa: E402
+from tritter.evaluation.benchmarks.harness import EvalOptions, score_benchmark  # noqa: E402
+from tritter.evaluation.statistics import (  # noqa: E402
+    PairedScores,
+    drop_in_points,
+    relative_forgetting,
+)
+from tritter.methods.experts.whole import load_whole  # noqa: E402
+
+SKILLS = {"tool_call": 10, "identity": 5, "reasoning": 5}  # and the number of published probes
+SEQUENCE_LENGTH, BATCH_SIZE = 256, 2
+# Benchmark → number of questions; `arc_*` also with the chat template
+QUESTIONS = {
+    "arc_easy": 1000, "arc_challenge": 586, "hellaswag": 500, "piqa": 500, "lambada": 500,
+}  # fmt: skip
+REPLAY, FREE = ["forgetting=replay"], ["forgetting=none"]
+NARROW = "expansion.width.intermediate_size=2304"  # 1.5 times that of the source
+# Arm → overrides
+ARMS = {
+    "fine-tuning": FREE,
+    "replay": REPLAY,
+    "foam": ["growth=foam", *FREE],
+    "foam_v3": ["growth=foam_v3", "growth.freeze_attention=true", *REPLAY],
+    "frozen attention": ["growth=foam", "growth.freeze_attention=true", *REPLAY,
+                         "growth.max_new_parameters=0"],
+    "gradmax": ["growth=gradmax", *REPLAY],
+    "new blocks": ["expansion=llama_pro", "expansion.llama_pro.new_blocks_only=true", *FREE],
+    "new blocks, replay": ["expansion=llama_pro", "expansion.llama_pro.new_blocks_only=true",
+                           *REPLAY],
+    "width": ["expansion=width", "expansion.width.hidden_size=576", NARROW, *REPLAY],
+    "LoRA": ["experts=single_lora", *FREE],
+    "LoRA experts": ["experts=dylora", *FREE],
+    "distill, self_replay": ["forgetting=[distill,self_replay]"],
+}  # fmt: skip
+GROWN = {
+    "new blocks": LlamaPro(),
+    "new blocks, replay": LlamaPro(),
+    "width": Width(hidden_size=576, intermediate_size=2304),
+}
+COLUMNS = ("seed", "arm", "rate", "steps", "flops", "trainable", "measure", "questions")
+COLUMNS += ("before", "after", "change", "low", "high", "model_hash")
+
+
+def main() -> None:
+    """Run every arm for every seed."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", type=Path, required=True, help="SmolLM2-135M-Instruct")
+    parser.add_argument("--data", type=Path, required=True, help="benchmarks and instructions")
+    parser.add_argument("--work", type=Path, default=ROOT / "outputs" / "foam_table")
+    parser.add_argument("--output", type=Path, default=FOLDER / "results.csv")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--steps", type=int, default=300, help="of an arm without growth")
+    parser.add_argument("--rate", type=float, default=1e-4)
+    parser.add_argument("--limit", type=int, help="questions of each benchmark, for a trial")
+    options = parser.parse_args()
+    options.work.mkdir(parents=True, exist_ok=True)
+    prepare(options)
+    before = benchmark_scores(options, options.model, "base")
+    for seed in options.seeds:
+        for arm in options.arms:
+            if (str(seed), arm) not in done(options.output):
+                run_arm(options, arm, seed, before)
+
+
+def prepare(options: Any) -> None:
+    """Write the benchmarks' questions and the texts of the old domains to the work folder."""
+    folder = options.work / "benchmarks"
+    if not folder.is_dir():
+        written = options.work / "benchmarks.part"
+        shutil.rmtree(written, ignore_errors=True)
+        written.mkdir()
+        for name in QUESTIONS:
+            for path in (options.data / name.partition("_")[0]).glob(f"{name}*"):
+                if "train" not in path.name:
+                    shutil.copy(path, written / path.name)
+        written.rename(folder)
+    rows = (options.data / "instruct" / "dolly_hhrlhf_1k.jsonl").read_text(encoding="utf-8")
+    with (options.work / "dolly.jsonl").open("w", encoding="utf-8") as file:
+        for row in map(json.loads, rows.splitlines()):
+            question = row["prompt"].partition("### Instruction:\n")[2]
+            prompt = question.partition("\n\n### Response:")[0]
+            file.write(json.dumps({"prompt": prompt, "completion": row["response"]}) + "\n")
+
+
+def words_of(options: Any, arm: str, seed: int) -> list[str]:
+    """Return the overrides of a run."""
+    new = ", ".join(f"{name}: 'skills:{name}:1500:chat'" for name in SKILLS)
+    memory = ", ".join(
+        str(options.data / f"arc/arc_{kind}_train_instruct.jsonl") for kind in ("easy", "challenge")
+    )
+    words = ["model=hf", f"model.path={options.model}", "data=text", f"data.new={{{new}}}"]
+    words += [f"data.old={{arc: [{memory}], dolly: {options.work / 'dolly.jsonl'}}}"]
+    words += [f"data.sequence_length={SEQUENCE_LENGTH}", f"data.batch_size={BATCH_SIZE}"]
+    words += [f"training.max_steps={steps_of(options, arm)}", f"seed={seed}", "gate=off"]
+    words += [f"training.learning_rate={options.rate}", "evaluation.every_n_steps=0"]
+    words += ["evaluation.task_questions=200", "evaluation.max_tokens_per_document=512"]
+    if ARMS[arm][-1:] == REPLAY or REPLAY[0] in ARMS[arm]:
+        words.append("forgetting.replay.weights={dolly: 0}")  # scored only
+    return [*words, *ARMS[arm]]
+
+
+def steps_of(options: Any, arm: str) -> int:
+    """Return the steps with as many FLOPs as `--steps` steps of the source."""
+    config = json.loads((options.model / "config.json").read_text(encoding="utf-8"))
+    grown = target_config(config, [GROWN[arm]]) if arm in GROWN else config
+    source, own = (training_flops(each).of(SEQUENCE_LENGTH) for each in (config, grown))
+    return round(options.steps * source / own)
+
+
+def run_arm(options: Any, arm: str, seed: int, before: Mapping[str, PairedScores]) -> None:
+    """Train one arm, score it, and append its rows."""
+    name = f"{seed}_{arm.replace(', ', '_').replace(' ', '_')}"
+    folder = options.work / f"run_{name}"
+    summary = train(folder, words_of(options, arm, seed))
+    after = benchmark_scores(options, folder / "checkpoint", name)
+    attempt = summary["attempts"][0]
+    fixed = {
+        "seed": seed,
+        "arm": arm,
+        "rate": options.rate,
+        "steps": steps_of(options, arm),
+        "flops": attempt["flops"],
+        "trainable": (summary.get("experts") or {}).get("parameters", {}).get("trainable", ""),
+        "model_hash": summary["lineage"]["model_hash"],
+    }
+    rows = [_row(fixed, measure, before[measure], after[measure]) for measure in before]
+    scores = {stage: _scores(folder, stage) for stage in ("baseline", "attempt_1-trained")}
+    first, last = scores.values()
+    rows += [_row(fixed, measure, first[measure], last[measure]) for measure in first]
+    append(options.output, rows, columns=COLUMNS)
+    for path in folder.rglob("*.safetensors"):  # gigabytes
+        path.unlink()
+
+
+def _scores(folder: Path, stage: str) -> dict[str, PairedScores]:
+    """Return the run's own scores of domains and skills, and of the first questions of a skill."""
+    plain = json.loads((folder / f"scores/{stage}.json").read_text(encoding="utf-8"))
+    scores = {name: PairedScores.from_dict(each) for name, each in plain.items()}
+    for name, number in SKILLS.items():
+        record = plain[f"{name}/accuracy"]
+        first = {"identifiers": record["identifiers"][:number], "values": record["values"][:number]}
+        weights = {key: value[:number] for key, value in record["weights"].items()}
+        scores[f"{name}/probes"] = PairedScores.from_dict({**record, **first, "weights": weights})
+    return scores
+
+
+def _row(
+    fixed: Mapping[str, Any], measure: str, before: PairedScores, after: PairedScores
+) -> dict[str, Any]:
+    """Return the change of a measure in points or, of a loss, in per cent, with its interval."""
+    if after.unit == "accuracy":
+        drop, factor = drop_in_points(before, after), 100
+        low, high = (-drop.upper(0.975), -drop.lower(0.975))
+        change = -drop.value
+    else:
+        rise, factor = relative_forgetting(before, after), 100
+        low, high, change = rise.lower(0.975), rise.upper(0.975), rise.value
+    return {
+        **fixed,
+        "measure": measure,
+        "questions": len(after),
+        "before": f"{before.mean():.4f}",
+        "after": f"{after.mean():.4f}",
+        "change": f"{factor * change:.2f}",
+        "low": f"{factor * low:.2f}",
+        "high": f"{factor * high:.2f}",
+    }
+
+
+def benchmark_scores(options: Any, folder: Path, name: str) -> dict[str, PairedScores]:
+    """Return benchmark → score per question, computed once and kept in the work folder."""
+    path = options.work / f"scores_{name}.json"
+    if not path.is_file():
+        model, tokenizer = load_whole(folder), load_tokenizer(folder)
+        found = {}
+        files = TasksFolder(options.work / "benchmarks", key="--data")
+        for questions in load([BENCHMARKS[each] for each in QUESTIONS], files):
+            benchmark = questions.benchmark.name
+            limit = min(QUESTIONS[benchmark], options.limit or QUESTIONS[benchmark])
+            for is_chat in (False, True) if benchmark.startswith("arc") else (False,):
+                harness = EvalOptions(limit=limit, is_chat=is_chat)
+                scores = score_benchmark(model, tokenizer, questions, harness).primary
+                found[f"{benchmark}, chat" if is_chat else benchmark] = scores.to_dict()
+        path.write_text(json.dumps(found), encoding="utf-8")
+    plain = json.loads(path.read_text(encoding="utf-8"))
+    return {measure: PairedScores.from_dict(each) for measure, each in plain.items()}
+
+
+if __name__ == "__main__":
+    main()
