@@ -27,6 +27,7 @@ from experiments.benchmarks import (
     streamed_data,
     streaming,
 )
+from experiments.jobs import rows_of
 from tests.methods.novelty.factories import centre_of, drawn
 from tritter.data.corpus import Corpus, build_corpus
 from tritter.data.documents import documents_of
@@ -319,7 +320,7 @@ def test_depth_by_choice_runs_every_arm_and_is_summarised(
     shipped = FOLDER.parent / DEPTH_BY_CHOICE
     for name in ("importance.csv", "results.csv"):
         assert _columns(name, folder=tmp_path) == _columns(name, folder=shipped)
-    rows = experiment.read(tmp_path / "results.csv")
+    rows = rows_of(tmp_path / "results.csv")
     assert len(rows) == 2 * len({(row["arm"], row["init"]) for row in rows}) == 52
     first = {(r["arm"], r["init"]): float(r["prose"]) for r in rows if r["steps"] == "0"}
     base = first["none", "none"]
