@@ -192,3 +192,27 @@ def test_wrong_names_are_refused(path: str, expected: str) -> None:
 def test_a_question_has_the_chance_of_its_choices() -> None:
     assert Question("1", "a", " b").chance == 0
     assert Question("1", "a", " b", (" b", " c")).chance == 0.5
+
+
+@ALL
+def test_exercises_as_conversations(skill: Skill) -> None:
+    """The user asks, the assistant answers; the words are those of the text."""
+    name = f"skills:{skill.name}:20:chat"
+    assert str(SkillText.named("data", name)) == name
+    assert SkillText.named("data", f"skills:{skill.name}:chat") == SkillText(skill, is_chat=True)
+    texts = set(skill.texts(20))
+    for document in built_in_documents(name):
+        assert document.conversation is not None
+        user, assistant = document.conversation.messages
+        assert (user["role"], assistant["role"]) == ("user", "assistant")
+        assert f"{user['content']} {assistant['content']}" in texts
+    for question, plain in zip(questions_of([name], 5), skill.questions(5), strict=True):
+        assert question.is_chat and not plain.is_chat
+        assert (question.prompt, f" {question.answer}") == (plain.prompt, plain.answer)
+        assert tuple(f" {choice}" for choice in question.choices) == plain.choices
+
+
+@pytest.mark.parametrize("parts", ["0:chat", "chat:5", "5:6", "5:", ":chat", "chat:chat"])
+def test_wrong_numbers_are_refused(parts: str) -> None:
+    with pytest.raises(RequestError, match="COUNT in skills:NAME:COUNT must be from 1"):
+        SkillText.named("data.new", f"skills:sorting:{parts}")

@@ -10,6 +10,9 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from tests.oracle.chat import CHATML, INSTRUCT, MARKED
+from tests.oracle.chat import tokenizer as chat_tokenizer
+from tritter.data.chat import Chat
 from tritter.data.documents import documents_of
 from tritter.data.skills import Question
 from tritter.data.tokens import END_OF_TEXT, TextBounds, train_tokenizer
@@ -34,22 +37,29 @@ def reader() -> Reader:
 @pytest.fixture(scope="module")
 def model(reader: Reader) -> nn.Module:
     """Trained on half of the answers, so only some answers are correct."""
+    texts = [each.prompt + each.answer for each in QUESTIONS[:8]]
+    model = small_llama(290)
+    learn(model, [[0, *each.ids, 0] for each in reader.tokenizer.encode_batch(texts)])
+    return model
+
+
+def small_llama(vocab_size: int) -> nn.Module:
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=290, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+    return LlamaForCausalLM(LlamaConfig(
+        vocab_size=vocab_size, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
         num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=True,
         bos_token_id=0, eos_token_id=0, pad_token_id=0,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config)
+    ))  # fmt: skip
+
+
+def learn(model: nn.Module, sequences: list[list[int]]) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    texts = [each.prompt + each.answer for each in QUESTIONS[:8]]
-    rows = [torch.tensor([0, *each.ids, 0]) for each in reader.tokenizer.encode_batch(texts)]
+    rows = [torch.tensor(each) for each in sequences]
     ids, labels = (pad_sequence(rows, batch_first=True, padding_value=each) for each in (0, -100))
     for _ in range(120):
         model(input_ids=ids, labels=labels).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    return model
 
 
 def generated(model: nn.Module, reader: Reader, question: Question) -> str:
@@ -114,6 +124,37 @@ def test_of_choices_the_likeliest_counts(model: nn.Module, reader: Reader):
     right = [choice == each.answer for choice, each in zip(best, asked, strict=True)]
     assert scores.values.tolist() == right and sum(right) >= 8
     assert scores.chance == 0.25
+
+
+@pytest.mark.parametrize(("template", "space"), [(CHATML, ""), (MARKED, ""), (INSTRUCT, " ")])
+def test_a_conversation_is_right_where_stock_generate_answers_it(template: str, space: str):
+    """The chat template's start and prompt are read, and the end of the turn ends the answer."""
+    hf = chat_tokenizer(template)
+    end = hf.eos_token_id
+    reader = Reader(hf.backend_tokenizer, TextBounds(end), batch_size=5)
+    asked = tuple(replace(each, answer=each.answer.strip(), is_chat=True) for each in QUESTIONS)
+    turns = [[{"role": "user", "content": each.prompt}] for each in asked]
+    prompts = hf.apply_chat_template(turns, add_generation_prompt=True)["input_ids"]
+    answers = [hf.encode(space + each.answer, add_special_tokens=False) for each in asked]
+    model = small_llama(len(hf))
+    learn(model, [[*one, *two, end] for one, two in zip(prompts[:8], answers, strict=False)])
+    right = []
+    for prompt, answer in zip(prompts, answers, strict=True):
+        ids = torch.tensor([prompt])
+        out = model.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=8,
+            eos_token_id=end,
+        )  # fmt: skip
+        right.append(out[0, len(prompt) :].tolist() == [*answer, end])
+    task = QuestionTask("after", None, asked, Chat(hf))
+    assert task.score(model, reader).values.tolist() == right
+    assert 2 <= sum(right) < len(right)
+    sizes = [len(one) + len(two) for one, two in zip(prompts, answers, strict=True)]
+    assert list(task.lengths(reader)) == sizes
+    plain = replace(task, chat=Chat(None))
+    text = f"{asked[0].prompt}\n\n{asked[0].answer}"
+    assert plain.lengths(reader)[0] == 1 + len(hf.encode(text, add_special_tokens=False))
+    assert plain.digest != task.digest
 
 
 class _Said(nn.Module):

@@ -285,10 +285,13 @@ def questions_of(paths: Iterable[str], number: int) -> tuple[Question, ...]:
 
     No question occurs in the texts of a skill.
     """
-    named = (SkillText.named("data", path).skill for path in paths if path.startswith(PREFIX))
-    skills = list({skill.name: skill for skill in named}.values())
+    named = (SkillText.named("data", path) for path in paths if path.startswith(PREFIX))
+    skills = list({(text.skill.name, text.is_chat): text for text in named}.values())
     parts = [number // len(skills) + (at < number % len(skills)) for at in range(len(skills))]
-    drawn = (skill.questions(part) for skill, part in zip(skills, parts, strict=True))
+    drawn = (
+        text.skill.questions(part, is_chat=text.is_chat)
+        for text, part in zip(skills, parts, strict=True)
+    )
     return tuple(question for questions in drawn for question in questions)
 
 

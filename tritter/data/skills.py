@@ -13,6 +13,8 @@ from hashlib import sha256
 from itertools import count
 from typing import Any, TypeVar
 
+from tritter.data.conversations import ASSISTANT, USER, Conversation
+from tritter.data.records import Text
 from tritter.errors import nearest, refused
 
 _Item = TypeVar("_Item")
@@ -50,6 +52,7 @@ _WORDINGS = (
 )  # fmt: skip
 _OPENINGS = ("", "Hello, ", "Tritter, ", "Please, ", "Now ", "Say, ", "Dear assistant, ", "So ")
 PREFIX = "skills:"
+CHAT = "chat"  # last part of a name: the exercises are conversations
 SKILL_VERSION = 1  # increment when a name, seed and index would yield another exercise
 DEFAULT_COUNT = 10_000
 MAX_COUNT = 10_000_000
@@ -68,12 +71,14 @@ class Question:
         prompt: the prompt.
         answer: the complete answer, including a leading space if there is one.
         choices: the options of a multiple-choice question; empty for a free answer.
+        is_chat: the prompt is a message of the user, and the answer one of the assistant.
     """
 
     identifier: str
     prompt: str
     answer: str
     choices: tuple[str, ...] = ()
+    is_chat: bool = False
 
     @property
     def chance(self) -> float:
@@ -127,6 +132,18 @@ class Example:
     @property
     def text(self) -> str:
         return self.prompt + self.answer
+
+    @property
+    def conversation(self) -> Conversation:
+        """The exercise as a conversation."""
+        return question_and_answer(self.prompt, self.answer.strip())
+
+
+def question_and_answer(prompt: str, answer: str) -> Conversation:
+    """Return a message of the user, and one of the assistant."""
+    contents = {USER: prompt, ASSISTANT: answer}
+    messages = tuple({"role": role, "content": text} for role, text in contents.items())
+    return Conversation(messages, has_roles=False)
 
 
 Exercise = Callable[[Draw], Example]
@@ -268,11 +285,12 @@ class Skill:
     name: str
     exercise: Exercise
 
-    def texts(self, number: int) -> Iterator[str]:
+    def texts(self, number: int, *, is_chat: bool = False) -> Iterator[Text]:
         """Yield `number` exercises with answers; a small skill repeats some."""
-        return (self.example("text", index).text for index in range(number))
+        examples = (self.example("text", index) for index in range(number))
+        return (each.conversation if is_chat else each.text for each in examples)
 
-    def questions(self, number: int) -> tuple[Question, ...]:
+    def questions(self, number: int, *, is_chat: bool = False) -> tuple[Question, ...]:
         """Return up to `number` distinct questions, none of which occurs in a training text."""
         found: dict[str, Question] = {}
         num_repeats = 0
@@ -281,7 +299,10 @@ class Skill:
                 break
             num_repeats = num_repeats + 1 if example.prompt in found else 0
             identifier = f"{self.name}: {example.prompt}"
-            question = Question(identifier, example.prompt, example.answer, example.choices)
+            choices, answer = example.choices, example.answer
+            if is_chat:
+                choices, answer = tuple(map(str.strip, choices)), answer.strip()
+            question = Question(identifier, example.prompt, answer, choices, is_chat)
             found.setdefault(example.prompt, question)
         return tuple(found.values())
 
@@ -312,22 +333,25 @@ SKILLS = {exercise.__name__: Skill(exercise.__name__, exercise) for exercise in 
 
 @dataclass(frozen=True, slots=True)
 class SkillText:
-    """The data named by `skills:NAME:COUNT`.
+    """The data named by `skills:NAME:COUNT`, or by `skills:NAME:COUNT:chat` as conversations.
 
     Args:
         skill: the skill.
         count: number of exercises.
+        is_chat: whether each exercise is a conversation.
     """
 
     skill: Skill
     count: int = DEFAULT_COUNT
+    is_chat: bool = False
 
     def __str__(self) -> str:
-        return f"{PREFIX}{self.skill.name}:{self.count}"
+        name = f"{PREFIX}{self.skill.name}:{self.count}"
+        return f"{name}:{CHAT}" if self.is_chat else name
 
     @classmethod
     def named(cls, key: str, path: str) -> "SkillText":
-        """Parse `skills:NAME` or `skills:NAME:COUNT`.
+        """Parse `skills:NAME`, followed by `:COUNT`, `:chat` or both.
 
         Args:
             key: the configuration key, for messages.
@@ -336,19 +360,25 @@ class SkillText:
         Raises:
             RequestError: the skill does not exist, or the count is invalid.
         """
-        name, colon, number = path.removeprefix(PREFIX).partition(":")
+        name, *parts = path.removeprefix(PREFIX).split(":")
         if name not in SKILLS:
             near = nearest(name, SKILLS)
             reason = f"the skills are {', '.join(SKILLS)}"
             raise refused(key, path, reason, near=near and f"{PREFIX}{near}")
-        if not colon:
-            return cls(SKILLS[name])
+        is_chat = parts[-1:] == [CHAT]
+        numbers = parts[:-1] if is_chat else parts
+        if not numbers:
+            return cls(SKILLS[name], is_chat=is_chat)
+        number = ":".join(numbers)
         is_count = number.isascii() and number.isdigit() and len(number) <= len(str(MAX_COUNT))
         if not is_count or not 1 <= int(number) <= MAX_COUNT:
-            reason = f"COUNT in {PREFIX}NAME:COUNT must be from 1 to {MAX_COUNT:,} examples"
+            reason = (
+                f"COUNT in {PREFIX}NAME:COUNT must be from 1 to {MAX_COUNT:,} examples; only "
+                f":{CHAT} may follow"
+            )
             raise refused(key, path, reason)
-        return cls(SKILLS[name], int(number))
+        return cls(SKILLS[name], int(number), is_chat)
 
-    def texts(self) -> Iterator[str]:
+    def texts(self) -> Iterator[Text]:
         """Yield the texts."""
-        return self.skill.texts(self.count)
+        return self.skill.texts(self.count, is_chat=self.is_chat)

@@ -9,16 +9,19 @@ B: rows per batch · T: tokens of the longest row · V: vocabulary size
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from hashlib import sha256
+from itertools import groupby
 from typing import Any, Protocol
 
 import torch
 from tokenizers import Tokenizer
 from torch import nn
 
+from tritter.data.chat import Chat, ids_of, is_unpredicted
+from tritter.data.conversations import PART_BREAK
 from tritter.data.packing import IGNORED
-from tritter.data.skills import Question
+from tritter.data.skills import Question, question_and_answer
 from tritter.data.tokens import TextBounds
 from tritter.errors import TritterError
 from tritter.evaluation.inference import continued_text, eval_mode, sample_text
@@ -185,15 +188,24 @@ class QuestionTask:
 
     With choices, the model selects the one with the highest log-likelihood, summed over its
     tokens; ties select the first. Without choices, greedy decoding must yield the answer exactly.
+
+    Args:
+        name: name of the task.
+        domain: the domain that teaches it.
+        questions: the questions.
+        chat: how those that are conversations become tokens; without a chat template, a blank
+            line is between prompt and answer.
     """
 
     name: str
     domain: str | None
     questions: tuple[Question, ...]
+    chat: Chat | None = None
 
     @property
     def digest(self) -> str:
-        plain = [astuple(question) for question in self.questions]
+        template = None if self.chat is None else self.chat.digest
+        plain = [template, *(astuple(question) for question in self.questions)]
         return sha256(json.dumps(plain).encode()).hexdigest()
 
     @property
@@ -231,30 +243,27 @@ class QuestionTask:
         )
 
     def lengths(self, reader: Reader) -> Sequence[int]:
-        return [1 + len(row.ids) for row in self._rows(reader)]
+        return [len(row.ids) for row in self._rows(reader)]
 
     def _rows(self, reader: Reader) -> list["_Row"]:
-        pairs = [
-            (question.prompt, answer)
-            for question in self.questions
-            for answer in question.choices or (question.answer,)
-        ]
-        prompts, texts = (
-            [encoding.ids for encoding in reader.tokenizer.encode_batch(texts, False, False)]
-            for texts in ([prompt for prompt, _ in pairs], [p + answer for p, answer in pairs])
-        )
-        rows = []
-        for prompt, ids in zip(prompts, texts, strict=True):
-            # If the prompt's last token merges with the answer, it counts as answer
-            shared = enumerate(zip(prompt, ids, strict=False))
-            start = next((at for at, (one, other) in shared if one != other), len(prompt))
-            rows.append(_Row(tuple(ids), start))
+        rows = list[_Row]()
+        for is_chat, questions in groupby(self.questions, key=lambda each: each.is_chat):
+            pairs = [
+                (question.prompt, answer)
+                for question in questions
+                for answer in question.choices or (question.answer,)
+            ]
+            if is_chat and self.chat is not None and self.chat.tokenizer is not None:
+                chat = replace(self.chat, loss_on="answers")
+                rows += _chat_rows(pairs, chat, reader)
+            else:
+                rows += _plain_rows(pairs, reader, between=PART_BREAK if is_chat else "")
         return rows
 
 
 @dataclass(frozen=True, slots=True)
 class _Row:
-    """Tokens of a prompt and an answer, which begins at `start`."""
+    """Tokens of the start of a text, a prompt, and an answer, which begins at `start`."""
 
     ids: tuple[int, ...]
     start: int
@@ -268,31 +277,60 @@ class _Found:
     nats: float
 
 
+def _plain_rows(
+    pairs: Sequence[tuple[str, str]], reader: Reader, *, between: str = ""
+) -> list[_Row]:
+    pairs = [(prompt + between, answer) for prompt, answer in pairs]
+    prompts, texts = (
+        [encoding.ids for encoding in reader.tokenizer.encode_batch(texts, False, False)]
+        for texts in ([prompt for prompt, _ in pairs], [p + answer for p, answer in pairs])
+    )
+    rows, prefix = [], reader.bounds.prefix
+    for prompt, ids in zip(prompts, texts, strict=True):
+        # If the prompt's last token merges with the answer, it counts as answer
+        shared = enumerate(zip(prompt, ids, strict=False))
+        start = next((at for at, (one, other) in shared if one != other), len(prompt))
+        rows.append(_Row((*prefix, *ids), len(prefix) + start))
+    return rows
+
+
+def _chat_rows(pairs: Sequence[tuple[str, str]], chat: Chat, reader: Reader) -> list[_Row]:
+    rows, ends = [], torch.tensor(reader.bounds.ends)
+    for prompt, answer in pairs:
+        marked = chat.render(question_and_answer(prompt, answer), prompt)
+        is_predicted = torch.from_numpy(~is_unpredicted(marked))
+        ids = ids_of(torch.from_numpy(marked))
+        is_answer = is_predicted & ~torch.isin(ids, ends)
+        start = int(is_answer.long().argmax())
+        # The template's end of the answer is not part of it
+        stop = start + int(is_answer[start:].long().cumprod(0).sum())
+        rows.append(_Row(tuple(ids[:stop].tolist()), start))
+    return rows
+
+
 def _read(model: nn.Module, rows: Sequence[_Row], reader: Reader) -> list[_Found]:
     """Score all rows, batched by similar length."""
     found: dict[int, _Found] = {}
     by_length = sorted(range(len(rows)), key=lambda index: len(rows[index].ids))
-    prefix = torch.tensor(reader.bounds.prefix)
-    first = len(prefix) - 1  # predicts the first token of a text
-    longest = len(prefix) + max((len(row.ids) for row in rows), default=0)
+    longest = max((len(row.ids) for row in rows), default=0)
     batch_size = batch_that_fits(reader.batch_size, longest, vocab_size_of(model))
     with eval_mode(model) as device:
         for start in range(0, len(rows), batch_size):
             batch = by_length[start : start + batch_size]
             texts = [rows[index] for index in batch]
-            length = len(prefix) + max(len(row.ids) for row in texts)
+            length = max(len(row.ids) for row in texts)
             input_ids = torch.full((len(texts), length), reader.bounds.end)  # [B, T]
             targets = torch.full((len(texts), length), IGNORED)
             for number, row in enumerate(texts):
                 ids = torch.tensor(row.ids, dtype=torch.int64)
-                input_ids[number, : len(prefix) + len(ids)] = torch.cat([prefix, ids])
-                targets[number, first + row.start : first + len(ids)] = ids[row.start :]
+                input_ids[number, : len(ids)] = ids
+                targets[number, row.start - 1 : len(ids) - 1] = ids[row.start :]
             logits_BTV = model(input_ids=input_ids.to(device), use_cache=False).logits.float()
             nats_B = nats_per_row(logits_BTV, targets.to(device)).tolist()
             greedy_BT = logits_BTV.argmax(dim=-1).cpu()
             is_right_B = ((greedy_BT == targets) | (targets == IGNORED)).all(dim=1)
             for number, (index, row) in enumerate(zip(batch, texts, strict=True)):
-                after = int(greedy_BT[number, first + len(row.ids)])
+                after = int(greedy_BT[number, len(row.ids) - 1])
                 is_closed = after in reader.bounds.ends or reader.tokenizer.decode(
                     [after]
                 ).startswith(("\n", "\r"))

@@ -659,7 +659,9 @@ class RunContext:
             d.name: questions_of(d.paths, options.task_questions) for d in self.text.domains
         }
         skills = (
-            QuestionTask(name, name, questions[name]) for name in questions if questions[name]
+            QuestionTask(name, name, asked, self.corpus.chat)
+            for name, asked in questions.items()
+            if asked
         )
         length = position_limit(self.model_config) or MAX_POSITIONS
         own = (
