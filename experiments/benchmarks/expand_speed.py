@@ -36,8 +36,8 @@ if __name__ == "__main__":
 from experiments.benchmarks.streaming import (  # noqa: E402
     MEGABYTE,
     Measured,
-    anonymous_mb,
     copy_seconds,
+    memory_mb,
     sampled,
     wait_for_disk,
     write_source,
@@ -85,7 +85,7 @@ class WholeCommand:
     """What one run of `tritter expand` took."""
 
     measured: Measured
-    first_byte_seconds: float
+    first_byte_seconds: float | None
 
 
 # What runs in the children
@@ -224,32 +224,33 @@ def case_words(source: Path, case: str) -> list[str]:
 
 def run_command(source: Path, result: Path, case: str, *, is_checked: bool) -> WholeCommand:
     """Run `tritter expand` as a person would, and look at it from outside until it ends."""
-    places = ["--checkpoint", str(source), "--output", str(result)]
     options = [f"--max-shard-size={SHARD_BYTES}", "--measure" if is_checked else "--no-measure"]
-    words = [
-        sys.executable,
-        "-m",
-        "tritter",
-        "expand",
-        *places,
-        *case_words(source, case),
-        *options,
-    ]
+    ran = run_words(source, result, [*case_words(source, case), *options])
+    if ran.first_byte_seconds is None:
+        raise RuntimeError(f"{case} read its source between two looks; take a larger one")
+    return ran
+
+
+def run_words(source: Path, result: Path, words: Sequence[str]) -> WholeCommand:
+    """Run `tritter expand` with some options; see `run_command`."""
+    places = ["--checkpoint", str(source), "--output", str(result)]
+    command = [sys.executable, "-m", "tritter", "expand", *places, *words]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    began, first_byte, peak = time.perf_counter(), None, 0
-    with subprocess.Popen(words, stdout=subprocess.DEVNULL, env=environment) as process:
+    began, first_byte, peak, resident = time.perf_counter(), None, 0, 0
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment) as process:
         while not (ended := os.wait4(process.pid, os.WNOHANG))[0]:
-            peak = max(peak, anonymous_mb(process.pid))
+            used = memory_mb(process.pid)
+            peak = max(peak, used.get("RssAnon", 0))
+            resident = max(resident, used.get("VmHWM", 0))
             if first_byte is None and _has_read(process.pid, source):
                 first_byte = time.perf_counter() - began
             time.sleep(POLL_SECONDS)
-        seconds, (_, status, used) = time.perf_counter() - began, ended
+        seconds, (_, status, usage) = time.perf_counter() - began, ended
         process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
-        raise RuntimeError(f"{words} failed")
-    if first_byte is None:
-        raise RuntimeError(f"{words} read its source between two looks; take a larger one")
-    return WholeCommand(Measured(seconds, used.ru_utime + used.ru_stime, 0, peak, 0), first_byte)
+        raise RuntimeError(f"{command} failed")
+    cpu = usage.ru_utime + usage.ru_stime
+    return WholeCommand(Measured(seconds, cpu, 0, peak, resident), first_byte)
 
 
 def _has_read(process: int, source: Path) -> bool:

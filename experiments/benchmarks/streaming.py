@@ -19,10 +19,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 if __name__ == "__main__":
@@ -64,9 +65,6 @@ def write_source(
     Args:
         is_repeated: tensors of one shape hold the same numbers, which are drawn once.
     """
-    import torch
-    from safetensors.torch import save_file
-
     from tritter.core.families import LLAMA, Config, llama_config
 
     def config_of(layers: int) -> Config:
@@ -86,13 +84,26 @@ def write_source(
 
     one, two = (2 * LLAMA.count_parameters(config_of(layers)) for layers in (1, 2))
     layers = max(2, (megabytes * MEGABYTE - one) // (two - one) + 1)
-    config: Config = {**config_of(layers), "dtype": "bfloat16"}
+    write_random(
+        folder, config_of(layers), shards=max(2, megabytes // 250), is_repeated=is_repeated
+    )
+
+
+def write_random(
+    folder: Path, config: Mapping[str, Any], *, shards: int, is_repeated: bool = False
+) -> None:
+    """Write a Llama with random bf16 weights in several files; `is_repeated` as `write_source`."""
+    import torch
+    from safetensors.torch import save_file
+
+    from tritter.core.families import LLAMA
+
+    config = {**config, "dtype": "bfloat16"}
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
     generator = torch.Generator().manual_seed(0)
     tensors = LLAMA.logical_tensors(config)
-    shard_count = max(2, megabytes // 250)
-    bounds = [len(tensors) * part // shard_count for part in range(shard_count + 1)]
+    bounds = [len(tensors) * part // shards for part in range(shards + 1)]
     weight_map: dict[str, str] = {}
     drawn: dict[torch.Size, torch.Tensor] = {}
     for begin, end in pairwise(bounds):
@@ -164,28 +175,23 @@ def sampled(command: Sequence[str]) -> Measured:
         assert child.stdout is not None
         if child.stdout.readline().strip() != "ready":
             raise RuntimeError(f"{command} did not start")
-        idle = peak = _status(child.pid)["RssAnon"]
+        idle = peak = memory_mb(child.pid)["RssAnon"]
         cpu_before = _cpu_seconds(child.pid)
         child.stdin.write("go\n")
         child.stdin.flush()
         while not select.select([child.stdout], [], [], SAMPLE_SECONDS)[0]:
-            peak = max(peak, _status(child.pid)["RssAnon"])
+            peak = max(peak, memory_mb(child.pid)["RssAnon"])
         answer = child.stdout.readline()
         if not answer:
             raise RuntimeError(f"{command} failed")
-        resident, cpu = _status(child.pid)["VmHWM"], _cpu_seconds(child.pid) - cpu_before
+        resident, cpu = memory_mb(child.pid)["VmHWM"], _cpu_seconds(child.pid) - cpu_before
         child.stdin.write("bye\n")
         child.stdin.flush()
     return Measured(float(answer), cpu, idle, peak, resident)
 
 
-def anonymous_mb(process: int) -> int:
-    """Return what a process has allocated; nothing of one that has just ended."""
-    return _status(process).get("RssAnon", 0)
-
-
-def _status(process: int) -> dict[str, int]:
-    """Return /proc's memory figures of a process in megabytes."""
+def memory_mb(process: int) -> dict[str, int]:
+    """Return /proc's memory figures of a process in megabytes; none of one that has just ended."""
     lines = Path(f"/proc/{process}/status").read_text().splitlines()
     pairs = (line.split(":") for line in lines if line.endswith(" kB"))
     return {key: int(value.split()[0]) * 1024 // MEGABYTE for key, value in pairs}
