@@ -28,7 +28,8 @@ from tritter.core.expansions import LlamaPro, Width, target_config  # noqa: E402
 from tritter.core.families import training_flops  # noqa: E402
 from tritter.core.models import load_model, load_tokenizer  # noqa: E402
 from tritter.data.packing import labels_of  # noqa: E402
-from tritter.evaluation.benchmarks.files import BENCHMARKS, TasksFolder, load  # noqa: E402
+from tritter.evaluation.benchmarks.files import TasksFolder, load  # noqa: E402
+from tritter.evaluation.benchmarks.formats import BENCHMARKS  # noqa: E402
 from tritter.evaluation.benchmarks.harness import EvalOptions, score_benchmark  # noqa: E402
 from tritter.evaluation.statistics import (  # noqa: E402
     PairedScores,
@@ -43,9 +44,10 @@ from tritter.terminal import Console  # noqa: E402
 
 SKILLS = {"tool_call": 10, "identity": 5, "reasoning": 5}  # and the number of published probes
 SEQUENCE_LENGTH, BATCH_SIZE = 256, 2
-# Benchmark → number of questions; `arc_*` also with the chat template
+# Measure → number of questions; a full pass of 500 each takes this CPU twice as long
 QUESTIONS = {
-    "arc_easy": 1000, "arc_challenge": 586, "hellaswag": 500, "piqa": 500, "lambada": 500,
+    "arc_easy": 1000, "arc_easy, chat": 500, "arc_challenge": 586,
+    "hellaswag": 300, "piqa": 300, "lambada": 300,
 }  # fmt: skip
 REPLAY, FREE = ["forgetting=replay"], ["forgetting=none"]
 NARROW = "expansion.width.intermediate_size=2304"  # 1.5 times that of the source
@@ -107,7 +109,7 @@ def prepare(options: Any) -> None:
         written = options.work / "benchmarks.part"
         shutil.rmtree(written, ignore_errors=True)
         written.mkdir()
-        for name in QUESTIONS:
+        for name in benchmarks():
             for path in (options.data / name.partition("_")[0]).glob(f"{name}*"):
                 if "train" not in path.name:
                     shutil.copy(path, written / path.name)
@@ -118,6 +120,11 @@ def prepare(options: Any) -> None:
             question = row["prompt"].partition("### Instruction:\n")[2]
             prompt = question.partition("\n\n### Response:")[0]
             file.write(json.dumps({"prompt": prompt, "completion": row["response"]}) + "\n")
+
+
+def benchmarks() -> list[str]:
+    """Return the names of the benchmarks."""
+    return [name for name in QUESTIONS if not name.endswith("chat")]
 
 
 def words_of(options: Any, arm: str, seed: int) -> list[str]:
@@ -132,6 +139,7 @@ def words_of(options: Any, arm: str, seed: int) -> list[str]:
     words += [f"training.max_steps={steps_of(options, arm)}", f"seed={seed}", "gate=off"]
     words += [f"training.learning_rate={options.rate}", "evaluation.every_n_steps=0"]
     words += [f"trainer.precision={options.precision}", "evaluation.task_questions=100"]
+    words += ["evaluation.max_documents=32"]
     if ARMS[arm][-1:] == REPLAY or REPLAY[0] in ARMS[arm]:
         words.append("forgetting.replay.weights={dolly: 0}")  # scored only
     return [*words, *ARMS[arm]]
@@ -256,13 +264,12 @@ def benchmark_scores(options: Any, folder: Path, name: str) -> dict[str, PairedS
         tokenizer = load_tokenizer(folder)
         found = {}
         files = TasksFolder(options.work / "benchmarks", key="--data")
-        for questions in load([BENCHMARKS[each] for each in QUESTIONS], files):
-            benchmark = questions.benchmark.name
-            limit = min(QUESTIONS[benchmark], options.limit or QUESTIONS[benchmark])
-            for is_chat in (False, True) if benchmark.startswith("arc") else (False,):
-                harness = EvalOptions(limit=limit, is_chat=is_chat)
-                scores = score_benchmark(model, tokenizer, questions, harness).primary
-                found[f"{benchmark}, chat" if is_chat else benchmark] = scores.to_dict()
+        for questions in load([BENCHMARKS[name] for name in benchmarks()], files):
+            for measure in (questions.benchmark.name, f"{questions.benchmark.name}, chat"):
+                if limit := min(QUESTIONS.get(measure, 0), options.limit or sys.maxsize):
+                    harness = EvalOptions(limit=limit, is_chat=measure.endswith("chat"))
+                    scores = score_benchmark(model, tokenizer, questions, harness).primary
+                    found[measure] = scores.to_dict()
         path.write_text(json.dumps(found), encoding="utf-8")
     plain = json.loads(path.read_text(encoding="utf-8"))
     return {measure: PairedScores.from_dict(each) for measure, each in plain.items()}

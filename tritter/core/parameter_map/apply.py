@@ -246,10 +246,18 @@ def _gather(source: Tensor, axes: Sequence[AxisFactor | None], quantity: Quantit
     return values.to(source.dtype) if values is not source else source.clone()
 
 
-def take_along(values: Tensor, dimension: int, index: Tensor) -> Tensor:
+def take_along(
+    values: Tensor, dimension: int, index: Tensor, *, dtype: torch.dtype | None = None
+) -> Tensor:
     """Return `values` at an index along one dimension; undefined where the index is negative.
 
     The leading entries that stay at their coordinate, usually most of them, are copied at once.
+
+    Args:
+        values: any tensor.
+        dimension: to take entries along.
+        index: of each entry of the result [N].
+        dtype: of the result, which is then a copy; by default that of `values`.
     """
     import torch
 
@@ -257,11 +265,11 @@ def take_along(values: Tensor, dimension: int, index: Tensor) -> Tensor:
     size = min(new_size, old_size)
     moved = (index[:size] != torch.arange(size, device=index.device)).nonzero()
     kept = int(moved[0]) if moved.numel() else size
-    if kept == new_size == old_size:
+    if kept == new_size == old_size and dtype is None:
         return values
     shape = list(values.shape)
     shape[dimension] = new_size
-    result = values.new_empty(shape)
+    result = values.new_empty(shape, dtype=dtype)
     result.narrow(dimension, 0, kept).copy_(values.narrow(dimension, 0, kept))
     rest, target = index[kept:], result.narrow(dimension, kept, new_size - kept)
     if bool((rest < 0).all()):

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-BLOCK_ENTRIES = 2**17
+BLOCK_ENTRIES = 2**18
 # torch draws normal numbers in groups of 16. Blocks of whole groups equal a single draw if the last
 # block has at least one group
 _DRAW_GROUP = 16
@@ -141,7 +141,7 @@ class _Rows:
         """Yield the weights in order, in the dtype of the computation."""
         import torch
 
-        (rows, columns), (row_axis, column_axis) = self._shape, self._axes
+        rows, columns = self._shape
         height = max(BLOCK_ENTRIES // max(columns, 1) // _DRAW_GROUP, 1) * _DRAW_GROUP
         if columns < _DRAW_GROUP:
             height = max(rows, 1)
@@ -159,26 +159,35 @@ class _Rows:
             if is_zeroed:
                 yield torch.zeros((end - begin, columns), dtype=self._dtype)
                 continue
-            # Source entries at their target coordinates; new coordinates are undefined
-            part = self._source[begin:end]
-            if row_axis is not None:
-                index = row_axis.index[begin:end].clamp(min=0)
-                first, last = int(index[0]), int(index[0]) + end - begin
-                is_slice = bool((index == torch.arange(first, last)).all())
-                part = self._source[first:last] if is_slice else self._source.index_select(0, index)
-            if column_axis is not None:
-                part = take_along(part, 1, column_axis.index)
-            values = part.to(self._dtype, copy=True)
+            filled = None if fill is None else fill(begin, end)
+            if filled is not None and bool(new_rows[begin:end].all()) and add_noise is None:
+                yield filled.to(self._dtype).expand(end - begin, columns)
+                continue
+            values = self._taken(begin, end)
             if row_factor is not None:
                 values.mul_(row_factor[begin:end, None])
             if column_factor is not None:
                 values.mul_(column_factor)
             if add_noise is not None:
                 values = add_noise(values, begin, end)
-            if fill is not None:
-                has_no_source = new_rows[begin:end, None] | new_columns
-                values = torch.where(has_no_source, fill(begin, end).to(values), values)
+            if filled is not None:
+                values = _chosen(values, filled, new_rows[begin:end], new_columns)
             yield values
+
+    def _taken(self, begin: int, end: int) -> Tensor:
+        """Return source entries at their target coordinates; new coordinates are undefined."""
+        import torch
+
+        row_axis, column_axis = self._axes
+        part = self._source[begin:end]
+        if row_axis is not None:
+            index = row_axis.index[begin:end].clamp(min=0)
+            first, last = int(index[0]), int(index[0]) + end - begin
+            is_slice = bool((index == torch.arange(first, last)).all())
+            part = self._source[first:last] if is_slice else self._source.index_select(0, index)
+        if column_axis is None:
+            return part.to(self._dtype, copy=True)
+        return take_along(part, 1, column_axis.index, dtype=self._dtype)
 
     def _flags(self, flags: Callable[[AxisFactor], Tensor]) -> list[Tensor]:
         """Return the masks of flagged rows [rows] and columns [columns]."""
@@ -251,6 +260,18 @@ class _Rows:
                 zero = torch.zeros((), dtype=self._dtype)
                 return lambda begin, end: zero
         return lambda begin, end: draw(torch.Size((end - begin, columns)))
+
+
+def _chosen(values: Tensor, filled: Tensor, new_rows: Tensor, new_columns: Tensor) -> Tensor:
+    """Return values with the entries of new rows and columns from `filled`, in its place."""
+    import torch
+
+    filled = filled.to(values).expand(values.shape)
+    first = int(new_columns.int().argmax()) if bool(new_columns.any()) else len(new_columns)
+    if bool(new_rows.any()) or not bool(new_columns[first:].all()):
+        return torch.where(new_rows[:, None] | new_columns, filled, values)
+    values[:, first:] = filled[:, first:]  # usually, new columns are the last ones
+    return values
 
 
 def _as_float32(value: float, error: float, exact: Callable[[], float]) -> float:
