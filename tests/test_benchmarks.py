@@ -21,6 +21,7 @@ from experiments.benchmarks import (
     expand_speed,
     fisher,
     gpu,
+    large,
     methods,
     novelty,
     precision,
@@ -172,6 +173,19 @@ def test_expand_speed_measures_every_contender(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_large_measures_each_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = {"vocab_size": 512, "hidden_size": 384, "intermediate_size": 512}
+    monkeypatch.setattr(large, "SHAPES", {k: {**v, **small} for k, v in large.SHAPES.items()})
+    rows = list(large.benchmark(["3B dus 28 → 42"], place=tmp_path, rounds=2))
+    assert len(rows) == 2
+    for row in rows:
+        assert row.seconds > 0 and row.checked_seconds > 0 and row.cp_seconds >= 0
+        assert row.checked_anonymous_mb > 0 and row.resident_mb > row.anonymous_mb
+    assert {path.name for path in tmp_path.iterdir()} <= {"source"}
+
+
 @pytest.mark.parametrize(
     ("layer_sources", "expected"),
     [
@@ -196,6 +210,7 @@ def test_the_shipped_rows_have_the_columns_of_today() -> None:
     assert _columns("corpus_memory.csv") == set(corpus_memory.Row.__dataclass_fields__)
     assert _columns("expand_speed.csv") == set(expand_speed.Row.__dataclass_fields__)
     assert _columns("fisher.csv") == set(fisher.Row.__dataclass_fields__)
+    assert _columns("large.csv") == set(large.Row.__dataclass_fields__)
     assert _columns("novelty.csv") == set(novelty.Row.__dataclass_fields__)
     assert _columns("streamed_data.csv") == set(streamed_data.Row.__dataclass_fields__)
     assert _columns("precision.csv") == {"run", *precision.Row.__dataclass_fields__, "ratio"}

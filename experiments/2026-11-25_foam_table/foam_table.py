@@ -142,6 +142,8 @@ def words_of(options: Any, arm: str, seed: int) -> list[str]:
     words += ["evaluation.max_documents=32"]
     if ARMS[arm][-1:] == REPLAY or REPLAY[0] in ARMS[arm]:
         words.append("forgetting.replay.weights={dolly: 0}")  # scored only
+    if arm not in GROWN:
+        words.append("expansion=none")
     return [*words, *ARMS[arm]]
 
 

@@ -655,9 +655,8 @@ class RunContext:
     def tasks(self) -> tuple[ScoredTask, ...]:
         """The tasks on which every model is scored, in addition to the losses."""
         options = self.config.evaluation
-        questions = {
-            d.name: questions_of(d.paths, options.task_questions) for d in self.text.domains
-        }
+        number = options.task_questions
+        questions = {d.name: questions_of(d.paths, number) for d in self.text.domains}
         skills = (
             QuestionTask(name, name, asked, self.corpus.chat)
             for name, asked in questions.items()
