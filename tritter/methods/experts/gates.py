@@ -48,7 +48,13 @@ class Gates:
     dropped: float = 0.0
 
 
-def gates_of(logits: Tensor, routing: Routing, *, is_training: bool = False) -> Gates:
+def gates_of(
+    logits: Tensor,
+    routing: Routing,
+    *,
+    is_training: bool = False,
+    is_dense: Tensor | None = None,
+) -> Gates:
     """Return the gates for router logits.
 
     Dense gates are the probabilities. For top-k ≥ 2, they are the probabilities of the chosen
@@ -59,6 +65,7 @@ def gates_of(logits: Tensor, routing: Routing, *, is_training: bool = False) -> 
         logits: [B, T, n], in float32 or wider.
         routing: how logits are converted.
         is_training: apply the capacity limit.
+        is_dense: bool [B, T], tokens that use all experts. None: no token.
     """
     probabilities = softmax(logits / routing.temperature, dim=-1)
     number = logits.shape[-1]
@@ -66,6 +73,8 @@ def gates_of(logits: Tensor, routing: Routing, *, is_training: bool = False) -> 
         return Gates(probabilities, None, probabilities, logits)
     experts = logits.topk(routing.top_k, dim=-1).indices  # [B, T, k]
     chosen = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, experts, True)
+    if is_dense is not None:
+        chosen |= is_dense.unsqueeze(-1)
     weights = probabilities * chosen
     if routing.top_k > 1:
         weights = weights / weights.sum(-1, keepdim=True)

@@ -91,7 +91,7 @@ class Evidence(nn.Module):
             ids: int64 [B, T]; NO_TOKEN for padding.
         """
         number, (_, length) = len(self.counts), ids.shape
-        is_start = (ids == NO_TOKEN) | self._is_between(ids)  # the same for all skills
+        is_start = self.is_start(ids)  # the same for all skills
         version = (self.counts._version, self.counts.device)
         if self._table is None or self._table[0] != version:  # log p(token | expert), [n, V]
             counts = self.counts.double()
@@ -112,6 +112,10 @@ class Evidence(nn.Module):
         is_other = torch.arange(number, device=ids.device) > 0
         logits = logits + prior.unsqueeze(-1) * is_other
         return (logits - logits.amax(-1, keepdim=True)).clamp_min(_LEAST)
+
+    def is_start(self, ids: Tensor) -> Tensor:
+        """Return whether each token, bool [B, T], is before the first token of a document."""
+        return (ids == NO_TOKEN) | self._is_between(ids)
 
     def _is_between(self, ids: Tensor) -> Tensor:
         """Return whether each token is outside of the text of documents; padding is inside."""
@@ -552,8 +556,14 @@ class ExpertMixture:
             seen = torch.cat([earlier.tail.to(ids.device), seen], dim=1)
         self._seen = seen
         assert self.evidence is not None
-        logits = self.evidence(seen)[:, -ids.shape[1] :]
-        self._whole.set(self._gates_of(logits, is_training=backbone.training))
+        # Where a document begins, all experts have the same evidence, and top-k would be arbitrary
+        logits, is_start = self.evidence(seen), self.evidence.is_start(seen)
+        gates = self._gates_of(
+            logits[:, -ids.shape[1] :],
+            is_training=backbone.training,
+            is_dense=is_start[:, -ids.shape[1] :],
+        )
+        self._whole.set(gates)
 
     def _cache_tokens(
         self, backbone: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], output: Any
@@ -584,12 +594,14 @@ class ExpertMixture:
             logits = logits + self._whole.gates.logits.to(logits)
         mix.set(self._gates_of(logits, is_training=layer.training))
 
-    def _gates_of(self, logits: Tensor, *, is_training: bool) -> Gates:
+    def _gates_of(
+        self, logits: Tensor, *, is_training: bool, is_dense: Tensor | None = None
+    ) -> Gates:
         if self._excluded is not None:
             indices = torch.arange(len(self.names), device=logits.device)
             is_excluded = indices == self.names.index(self._excluded)
             logits = logits.masked_fill(is_excluded, -torch.inf)
-        return gates_of(logits, self.routing, is_training=is_training)
+        return gates_of(logits, self.routing, is_training=is_training, is_dense=is_dense)
 
     def _only(self, tokens: Tensor) -> Dispatch:
         """Return the dispatch if one expert processes every token of [B, T]."""
