@@ -13,8 +13,8 @@ from torch import Tensor, distributed, nn
 from tritter.core.families import forward_flops
 from tritter.core.models import config_of, live_shape
 from tritter.data.batches import this_rank
-from tritter.data.chat import ids_of
-from tritter.data.packing import has_starts, kept_tokens, labels_of
+from tritter.data.chat import CONTEXT, ids_of
+from tritter.data.packing import IGNORED, document_mask_of, has_starts, kept_tokens, labels_of
 from tritter.data.replay import Reservoir
 from tritter.methods.experts.adapters import (
     AdapterShape,
@@ -143,6 +143,8 @@ class ExpertCallback(Callback):
             work_of(trainer).reset_step_flops()
         if active is not None and self._exemplars is not None:
             self._rehearse(batch, is_old)
+        if active is not None:
+            _limit_beginnings(module, batch)
 
     def _add_sequences(self, module: ExpertModule, expert: str, sequences: Tensor) -> None:
         """Count sequences [N, T] as evidence for an expert, and keep some as exemplars."""
@@ -427,6 +429,29 @@ def _observe(module: ExpertModule, ids: Tensor) -> Observation:
     labels = labels_of(module.model, ids) if has_starts(module.model) else None
     with module.mixture.off():
         return observe(module.model, ids_of(ids), mask, labels=labels)
+
+
+def _limit_beginnings(module: ExpertModule, batch: dict[str, Tensor]) -> None:
+    """Predict the first token of only some new documents: 1/n of all beginnings, for n experts.
+
+    Only there, nothing tells which expert's data follows, so the experts share one prediction. With
+    more beginnings of its own, an expert would take over the shares of all others.
+    """
+    ids, is_old = batch["input_ids"], batch.get("is_replay")
+    document_mask = document_mask_of(module.model)
+    if is_old is None or document_mask is None:  # without a mask, earlier documents tell it
+        return
+    is_first = document_mask.positions(ids) == len(document_mask.bounds.prefix)
+    is_first &= labels_of(module.model, ids) != IGNORED
+    own = (is_first & ~is_old.unsqueeze(1)).nonzero()  # [N, 2]
+    num_old = int(is_first.sum()) - len(own)
+    kept = max(1, round(num_old / (len(module.mixture.names) - 1)))
+    if num_old and kept < len(own):
+        is_kept = torch.zeros(len(own), dtype=torch.bool, device=ids.device)
+        is_kept[torch.arange(kept, device=ids.device) * len(own) // kept] = True
+        rows, columns = own[~is_kept].T
+        batch["input_ids"] = ids.clone()
+        batch["input_ids"][rows, columns] |= CONTEXT
 
 
 def _observation_flops(module: ExpertModule, number: int, length: int) -> float:

@@ -91,7 +91,7 @@ class Evidence(nn.Module):
             ids: int64 [B, T]; NO_TOKEN for padding.
         """
         number, (_, length) = len(self.counts), ids.shape
-        is_start = self.is_start(ids)  # the same for all skills
+        is_start = (ids == NO_TOKEN) | self.is_between(ids)  # the same for all skills
         version = (self.counts._version, self.counts.device)
         if self._table is None or self._table[0] != version:  # log p(token | expert), [n, V]
             counts = self.counts.double()
@@ -107,17 +107,13 @@ class Evidence(nn.Module):
         logits = self.scale * (sums - before)
         prior = torch.full_like(begin, self.prior, dtype=logits.dtype)  # [B, T]
         if self.inner_prior is not None and self.end_of_text_id is not None:
-            is_in_sight = self._is_between(ids.gather(1, begin)) & (first == begin)
+            is_in_sight = self.is_between(ids.gather(1, begin)) & (first == begin)
             prior = torch.where(is_in_sight, prior, self.inner_prior)
         is_other = torch.arange(number, device=ids.device) > 0
         logits = logits + prior.unsqueeze(-1) * is_other
         return (logits - logits.amax(-1, keepdim=True)).clamp_min(_LEAST)
 
-    def is_start(self, ids: Tensor) -> Tensor:
-        """Return whether each token, bool [B, T], is before the first token of a document."""
-        return (ids == NO_TOKEN) | self._is_between(ids)
-
-    def _is_between(self, ids: Tensor) -> Tensor:
+    def is_between(self, ids: Tensor) -> Tensor:
         """Return whether each token is outside of the text of documents; padding is inside."""
         if self.end_of_text_id is None:
             return torch.zeros_like(ids, dtype=torch.bool)
@@ -137,7 +133,7 @@ class Evidence(nn.Module):
     def count(self, number: int, ids: Tensor) -> None:
         """Count tokens, int64 of any shape, for an expert; those between texts are ignored."""
         ids = torch.where(ids == NO_TOKEN, ids, ids_of(ids))
-        found = ids[(ids != NO_TOKEN) & ~self._is_between(ids)]
+        found = ids[(ids != NO_TOKEN) & ~self.is_between(ids)]
         self.counts[number] += torch.bincount(found, minlength=self.counts.shape[1]).to(self.counts)
 
 
@@ -556,12 +552,11 @@ class ExpertMixture:
             seen = torch.cat([earlier.tail.to(ids.device), seen], dim=1)
         self._seen = seen
         assert self.evidence is not None
-        # Where a document begins, all experts have the same evidence, and top-k would be arbitrary
-        logits, is_start = self.evidence(seen), self.evidence.is_start(seen)
+        # Between documents, all new skills have equal logits, and a choice would be arbitrary
+        logits, is_dense = self.evidence(seen), self.evidence.is_between(seen)
+        own = slice(-ids.shape[1], None)
         gates = self._gates_of(
-            logits[:, -ids.shape[1] :],
-            is_training=backbone.training,
-            is_dense=is_start[:, -ids.shape[1] :],
+            logits[:, own], is_training=backbone.training, is_dense=is_dense[:, own]
         )
         self._whole.set(gates)
 
