@@ -191,6 +191,17 @@ def test_a_packed_document_has_the_logits_it_has_alone(top_k: int | None) -> Non
 
 
 @torch.no_grad()
+def test_no_expert_is_preferred_where_a_document_begins() -> None:
+    mixture = mixture_of(top_k=2)
+    mixture.add("e2", AdapterShape(3, 6.0, TARGETS), seed=2)
+    mixture.model(input_ids=torch.tensor([[5, END, 7, 8]]), use_cache=False)
+    (gates,) = mixture.gates()
+    base, *new = gates.weights[0, 1].tolist()
+    assert new == pytest.approx([new[0]] * 3) and new[0] > base > 0
+    assert ((gates.weights[0, [0, 2, 3]] > 0).sum(-1) == 2).all()
+
+
+@torch.no_grad()
 def test_padding_on_the_left_is_no_evidence() -> None:
     mixture, ids = mixture_of(), tokens(1, 10, seed=6, high=63) + 1
     plain = mixture.model(input_ids=ids, use_cache=False).logits

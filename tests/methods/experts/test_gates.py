@@ -56,6 +56,13 @@ def test_gates_are_those_by_hand(
         assert gates.chosen is not None and (gates.chosen.sum(-1) == k).all()
 
 
+def test_dense_tokens_use_all_experts() -> None:
+    values, is_dense = logits(1, 2, 4), torch.tensor([[True, False]])
+    gates = gates_of(values, Routing(top_k=2), is_dense=is_dense)
+    assert gates.chosen is not None and gates.chosen.sum(-1).tolist() == [[4, 2]]
+    assert torch.allclose(gates.weights[0, 0], values[0, 0].softmax(-1))
+
+
 @pytest.mark.parametrize("top_k", [None, 2, 1])
 def test_the_router_gets_a_gradient_in_every_mode(top_k: int | None) -> None:
     values = logits(2, 3, 4).requires_grad_()

@@ -20,8 +20,10 @@ from tests.training.test_fit import SCHEDULE, SETTINGS
 from tests.training.test_surgery import assert_same
 from tritter.config.folders import body_of, option_files
 from tritter.data.batches import BatchStream, SequenceStream
+from tritter.data.chat import ids_of
+from tritter.data.packing import IGNORED, DocumentMask, labels_of, read_marks
 from tritter.data.tokens import TextBounds
-from tritter.methods.experts.callback import BaseData, ExpertCallback
+from tritter.methods.experts.callback import BaseData, ExpertCallback, limit_beginnings
 from tritter.methods.experts.method import DynamicExperts
 from tritter.methods.experts.module import ExpertModule
 from tritter.methods.experts.options import FIRST, DynamicOptions
@@ -218,6 +220,31 @@ def test_a_step_moves_the_expert_of_its_text_alone(tmp_path: Path) -> None:
     # The first two batches of each new skill train nothing; the first expert learns old data
     expected = ["", "", *[one] * 6, "", "", *[two] * 6, *[one] * 4, FIRST, FIRST, *[two] * 2]
     assert found == expected
+
+
+def test_the_beginnings_of_a_batch_are_one_share_among_all_experts() -> None:
+    mixture = mixture_of(router="evidence", has_base=True)  # four experts
+    module = ExpertModule(
+        mixture, schedule=Schedule(learning_rate=0.1, max_steps=1), optimizer=OptimizerSettings()
+    )
+    ids = torch.tensor([[0, 5, 6, 0, 7, 8, 0, 9, 5, 0, 7, 0]] * 8)
+    is_old = torch.arange(8) >= 5
+    batch = {"input_ids": ids.clone(), "is_replay": is_old}
+    limit_beginnings(module, batch)
+    assert torch.equal(batch["input_ids"], ids), "a stream shows what came before"
+    read_marks(mixture.model, DocumentMask(TextBounds(0)))
+    limit_beginnings(module, batch)
+    is_predicted = labels_of(mixture.model, batch["input_ids"]) != IGNORED
+    is_first = torch.zeros_like(ids, dtype=torch.bool)
+    is_first[:, [1, 4, 7, 10]] = True
+    assert is_predicted[~is_first].all() and is_predicted[is_old].all()
+    assert torch.equal(ids_of(batch["input_ids"]), ids)
+    own = (is_predicted & is_first)[~is_old]
+    assert own.sum() == 4, "1/4 of 16 beginnings: 12 are old"
+    assert (own.sum(1) <= 1).all(), "spread over the rows"
+    lone = {"input_ids": ids.clone(), "is_replay": torch.zeros(8, dtype=torch.bool)}
+    limit_beginnings(module, lone)
+    assert torch.equal(lone["input_ids"], ids)
 
 
 @pytest.mark.full

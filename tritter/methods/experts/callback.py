@@ -144,7 +144,7 @@ class ExpertCallback(Callback):
         if active is not None and self._exemplars is not None:
             self._rehearse(batch, is_old)
         if active is not None:
-            _limit_beginnings(module, batch)
+            limit_beginnings(module, batch)
 
     def _add_sequences(self, module: ExpertModule, expert: str, sequences: Tensor) -> None:
         """Count sequences [N, T] as evidence for an expert, and keep some as exemplars."""
@@ -431,7 +431,7 @@ def _observe(module: ExpertModule, ids: Tensor) -> Observation:
         return observe(module.model, ids_of(ids), mask, labels=labels)
 
 
-def _limit_beginnings(module: ExpertModule, batch: dict[str, Tensor]) -> None:
+def limit_beginnings(module: ExpertModule, batch: dict[str, Tensor]) -> None:
     """Predict the first token of only some new documents: 1/n of all beginnings, for n experts.
 
     Only there, nothing tells which expert's data follows, so the experts share one prediction. With
@@ -445,7 +445,8 @@ def _limit_beginnings(module: ExpertModule, batch: dict[str, Tensor]) -> None:
     is_first &= labels_of(module.model, ids) != IGNORED
     own = (is_first & ~is_old.unsqueeze(1)).nonzero()  # [N, 2]
     num_old = int(is_first.sum()) - len(own)
-    kept = max(1, round(num_old / (len(module.mixture.names) - 1)))
+    num_others = max(1, len(module.mixture.names) - 1)
+    kept = max(1, round(num_old / num_others))
     if num_old and kept < len(own):
         is_kept = torch.zeros(len(own), dtype=torch.bool, device=ids.device)
         is_kept[torch.arange(kept, device=ids.device) * len(own) // kept] = True
