@@ -434,12 +434,12 @@ def _observe(module: ExpertModule, ids: Tensor) -> Observation:
 def limit_beginnings(module: ExpertModule, batch: dict[str, Tensor]) -> None:
     """Predict the first token of only some new documents: 1/n of all beginnings, for n experts.
 
-    Only there, nothing tells which expert's data follows, so the experts share one prediction. With
+    Only there, the tokens do not identify an expert, so all experts share one prediction. With
     more beginnings of its own, an expert would take over the shares of all others.
     """
     ids, is_old = batch["input_ids"], batch.get("is_replay")
     document_mask = document_mask_of(module.model)
-    if is_old is None or document_mask is None:  # without a mask, earlier documents tell it
+    if is_old is None or document_mask is None:  # a stream: earlier documents are read
         return
     is_first = document_mask.positions(ids) == len(document_mask.bounds.prefix)
     is_first &= labels_of(module.model, ids) != IGNORED
