@@ -88,7 +88,7 @@ RATCHET = {
     "data": (26, 9_388),
     "evaluation": (18, 4_796),
     "integrations": (2, 785),
-    "methods": (48, 12_607),
+    "methods": (48, 12_649),
     "pipeline": (26, 7_485),
     "planning": (9, 2_308),
     "report": (14, 4_309),

@@ -5,6 +5,7 @@ python experiments/2026-11-25_foam_table/summarise.py
 
 import sys
 from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
@@ -28,7 +29,11 @@ def main() -> None:
     table(arms, ["seeds", *kept], change)
 
 
-def table(arms, columns, cell) -> None:
+def table(
+    arms: Mapping[str, Mapping[str, list[Row]]],
+    columns: Sequence[str],
+    cell: Callable[[list[Row]], str],
+) -> None:
     """Print one row per arm, one column per measure."""
     print(f"| arm | {' | '.join(columns)} |")
     print("|---" * (len(columns) + 1) + "|")
