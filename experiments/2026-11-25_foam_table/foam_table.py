@@ -23,20 +23,13 @@ import torch  # noqa: E402
 from peft import LoraConfig, get_peft_model  # noqa: E402
 
 from experiments.jobs import ROOT, append, done, train  # noqa: E402
+from experiments.scores import CHANGE, benchmark_scores, change, copy_benchmarks  # noqa: E402
 from tritter.config.launch.composition import load_config  # noqa: E402
 from tritter.core.expansions import LlamaPro, Width, target_config  # noqa: E402
 from tritter.core.families import training_flops  # noqa: E402
-from tritter.core.models import load_model, load_tokenizer  # noqa: E402
+from tritter.core.models import load_model  # noqa: E402
 from tritter.data.packing import labels_of  # noqa: E402
-from tritter.evaluation.benchmarks.files import TasksFolder, load  # noqa: E402
-from tritter.evaluation.benchmarks.formats import BENCHMARKS  # noqa: E402
-from tritter.evaluation.benchmarks.harness import EvalOptions, score_benchmark  # noqa: E402
-from tritter.evaluation.statistics import (  # noqa: E402
-    PairedScores,
-    drop_in_points,
-    relative_forgetting,
-)
-from tritter.methods.experts.whole import load_whole  # noqa: E402
+from tritter.evaluation.statistics import PairedScores  # noqa: E402
 from tritter.pipeline.base import schedule_of  # noqa: E402
 from tritter.pipeline.context import RunContext  # noqa: E402
 from tritter.pipeline.ledger import Ledger  # noqa: E402
@@ -75,8 +68,7 @@ GROWN = {
     "new blocks, replay": LlamaPro(),
     "width": Width(hidden_size=576, intermediate_size=2304),
 }
-COLUMNS = ("seed", "arm", "rate", "steps", "flops", "trainable", "measure", "questions")
-COLUMNS += ("before", "after", "change", "low", "high", "model_hash")
+COLUMNS = ("seed", "arm", "rate", "steps", "flops", "trainable", *CHANGE, "model_hash")
 
 
 def main() -> None:
@@ -95,7 +87,7 @@ def main() -> None:
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     prepare(options)
-    before = benchmark_scores(options, options.model, "base")
+    before = scores_of(options, options.model, "base")
     for seed in options.seeds:
         for arm in options.arms:
             if (str(seed), arm) not in done(options.output):
@@ -104,27 +96,13 @@ def main() -> None:
 
 def prepare(options: Any) -> None:
     """Write the benchmarks' questions and the texts of the old domains to the work folder."""
-    folder = options.work / "benchmarks"
-    if not folder.is_dir():
-        written = options.work / "benchmarks.part"
-        shutil.rmtree(written, ignore_errors=True)
-        written.mkdir()
-        for name in benchmarks():
-            for path in (options.data / name.partition("_")[0]).glob(f"{name}*"):
-                if "train" not in path.name:
-                    shutil.copy(path, written / path.name)
-        written.rename(folder)
+    copy_benchmarks(options.data, options.work / "benchmarks", QUESTIONS)
     rows = (options.data / "instruct" / "dolly_hhrlhf_1k.jsonl").read_text(encoding="utf-8")
     with (options.work / "dolly.jsonl").open("w", encoding="utf-8") as file:
         for row in map(json.loads, rows.splitlines()):
             question = row["prompt"].partition("### Instruction:\n")[2]
             prompt = question.partition("\n\n### Response:")[0]
             file.write(json.dumps({"prompt": prompt, "completion": row["response"]}) + "\n")
-
-
-def benchmarks() -> list[str]:
-    """Return the names of the benchmarks."""
-    return [name for name in QUESTIONS if not name.endswith("chat")]
 
 
 def words_of(options: Any, arm: str, seed: int) -> list[str]:
@@ -169,12 +147,12 @@ def run_arm(options: Any, arm: str, seed: int, before: Mapping[str, PairedScores
             "trainable": (summary.get("experts") or {}).get("parameters", {}).get("trainable", ""),
             "model_hash": summary["lineage"]["model_hash"],
         }
-    after = benchmark_scores(options, folder / "checkpoint", name)
+    after = scores_of(options, folder / "checkpoint", name)
     fixed = {"seed": seed, "arm": arm, "rate": options.rate, "steps": steps_of(options, arm)}
     fixed |= trained
-    rows = [_row(fixed, measure, before[measure], after[measure]) for measure in before]
+    rows = [{**fixed, **change(measure, before[measure], after[measure])} for measure in before]
     first, last = (_scores(folder, stage) for stage in ("baseline", "attempt_1-trained"))
-    rows += [_row(fixed, measure, first[measure], last[measure]) for measure in first]
+    rows += [{**fixed, **change(measure, first[measure], last[measure])} for measure in first]
     append(options.output, rows, columns=COLUMNS)
     for path in folder.rglob("*.safetensors"):  # gigabytes
         path.unlink()
@@ -223,6 +201,14 @@ def with_peft(options: Any, seed: int, folder: Path) -> dict[str, Any]:
     return {"flops": "", "trainable": sum(map(torch.numel, trainable)), "model_hash": ""}
 
 
+def scores_of(options: Any, model: Path, name: str) -> dict[str, PairedScores]:
+    """Return benchmark → score per question, computed once and kept in the work folder."""
+    path = options.work / f"scores_{name}.json"
+    most = options.limit or sys.maxsize
+    questions = {measure: min(each, most) for measure, each in QUESTIONS.items()}
+    return benchmark_scores(model, options.work / "benchmarks", questions, path)
+
+
 def _scores(folder: Path, stage: str) -> dict[str, PairedScores]:
     """Return the run's own scores of domains and skills, and of the first questions of a skill."""
     plain = json.loads((folder / f"scores/{stage}.json").read_text(encoding="utf-8"))
@@ -233,48 +219,6 @@ def _scores(folder: Path, stage: str) -> dict[str, PairedScores]:
         weights = {key: value[:number] for key, value in record["weights"].items()}
         scores[f"{name}/probes"] = PairedScores.from_dict({**record, **first, "weights": weights})
     return scores
-
-
-def _row(
-    fixed: Mapping[str, Any], measure: str, before: PairedScores, after: PairedScores
-) -> dict[str, Any]:
-    """Return the change of a measure in points or, of a loss, in per cent, with its interval."""
-    if after.unit == "accuracy":
-        drop, factor = drop_in_points(before, after), 100
-        low, high = (-drop.upper(0.975), -drop.lower(0.975))
-        change = -drop.value
-    else:
-        rise, factor = relative_forgetting(before, after), 100
-        low, high, change = rise.lower(0.975), rise.upper(0.975), rise.value
-    return {
-        **fixed,
-        "measure": measure,
-        "questions": len(after),
-        "before": f"{before.mean():.4f}",
-        "after": f"{after.mean():.4f}",
-        "change": f"{factor * change:.2f}",
-        "low": f"{factor * low:.2f}",
-        "high": f"{factor * high:.2f}",
-    }
-
-
-def benchmark_scores(options: Any, folder: Path, name: str) -> dict[str, PairedScores]:
-    """Return benchmark → score per question, computed once and kept in the work folder."""
-    path = options.work / f"scores_{name}.json"
-    if not path.is_file():
-        model = load_whole(folder, dtype=torch.bfloat16)  # a third of the time on this CPU
-        tokenizer = load_tokenizer(folder)
-        found = {}
-        files = TasksFolder(options.work / "benchmarks", key="--data")
-        for questions in load([BENCHMARKS[name] for name in benchmarks()], files):
-            for measure in (questions.benchmark.name, f"{questions.benchmark.name}, chat"):
-                if limit := min(QUESTIONS.get(measure, 0), options.limit or sys.maxsize):
-                    harness = EvalOptions(limit=limit, is_chat=measure.endswith("chat"))
-                    scores = score_benchmark(model, tokenizer, questions, harness).primary
-                    found[measure] = scores.to_dict()
-        path.write_text(json.dumps(found), encoding="utf-8")
-    plain = json.loads(path.read_text(encoding="utf-8"))
-    return {measure: PairedScores.from_dict(each) for measure, each in plain.items()}
 
 
 if __name__ == "__main__":

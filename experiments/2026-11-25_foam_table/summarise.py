@@ -52,8 +52,9 @@ def change(rows: list[Row]) -> str:
     """Return the change of a measure; with one seed, its interval over questions."""
     text = with_interval((float(row["change"]) for row in rows), ".2f", sign="+")
     if len(rows) == 1:
-        text += f" [{rows[0]['low']}, {rows[0]['high']}]"
-    return text.replace("-", "\N{MINUS SIGN}")
+        interval = f" [{rows[0]['low']}, {rows[0]['high']}]"
+        text += interval.replace("-", "\N{MINUS SIGN}")
+    return text
 
 
 if __name__ == "__main__":

@@ -1,0 +1,72 @@
+"""Scores of benchmarks, question by question, and the change between two of them."""
+
+import json
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tritter.core.models import load_tokenizer
+from tritter.evaluation.benchmarks.files import TasksFolder, load
+from tritter.evaluation.benchmarks.formats import BENCHMARKS
+from tritter.evaluation.benchmarks.harness import EvalOptions, score_benchmark
+from tritter.evaluation.statistics import PairedScores, drop_in_points, relative_forgetting
+from tritter.methods.experts.whole import load_whole
+
+CHAT = ", chat"  # ends the name of a measure that renders prompts with the chat template
+CHANGE = ("measure", "questions", "before", "after", "change", "low", "high")
+
+
+def copy_benchmarks(data: Path, target: Path, measures: Iterable[str]) -> None:
+    """Copy the files of benchmarks to a folder, without those for training."""
+    if target.is_dir():
+        return
+    part = target.with_suffix(".part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    for name in {each.removesuffix(CHAT) for each in measures}:
+        for path in (data / name.partition("_")[0]).glob(f"{name}*"):
+            if "train" not in path.name:
+                shutil.copy(path, part / path.name)
+    part.rename(target)
+
+
+def benchmark_scores(
+    model: Path, files: Path, questions: Mapping[str, int], path: Path
+) -> dict[str, PairedScores]:
+    """Return measure → score per question, computed once and kept in a file.
+
+    Args:
+        model: checkpoint, scored in bfloat16, which takes this CPU a third of the time.
+        files: folder with the benchmarks' files.
+        questions: measure → most questions; `arc_easy, chat` is ARC-Easy with the chat template.
+        path: the file that keeps the scores.
+    """
+    if not path.is_file():
+        whole, tokenizer = load_whole(model, dtype=torch.bfloat16), load_tokenizer(model)
+        names = dict.fromkeys(each.removesuffix(CHAT) for each in questions)
+        found = {}
+        for loaded in load([BENCHMARKS[name] for name in names], TasksFolder(files, key="--data")):
+            for measure in (loaded.benchmark.name, loaded.benchmark.name + CHAT):
+                if limit := questions.get(measure):
+                    options = EvalOptions(limit=limit, is_chat=measure.endswith(CHAT))
+                    scores = score_benchmark(whole, tokenizer, loaded, options).primary
+                    found[measure] = scores.to_dict()
+        path.write_text(json.dumps(found), encoding="utf-8")
+    plain = json.loads(path.read_text(encoding="utf-8"))
+    return {measure: PairedScores.from_dict(each) for measure, each in plain.items()}
+
+
+def change(measure: str, before: PairedScores, after: PairedScores) -> dict[str, Any]:
+    """Return the columns `CHANGE`: points of an accuracy, or per cent of a loss, with interval."""
+    if after.unit == "accuracy":
+        drop = drop_in_points(before, after)
+        value, low, high = -drop.value, -drop.upper(0.975), -drop.lower(0.975)
+    else:
+        rise = relative_forgetting(before, after)
+        value, low, high = rise.value, rise.lower(0.975), rise.upper(0.975)
+    means = (f"{before.mean():.4f}", f"{after.mean():.4f}")
+    shown = (f"{100 * each:.2f}" for each in (value, low, high))
+    return dict(zip(CHANGE, (measure, len(after), *means, *shown), strict=True))
