@@ -137,6 +137,19 @@ def test_a_large_vocabulary_is_read_in_smaller_batches(
     assert parts.scores["acc"].values.equal(whole.scores["acc"].values)
 
 
+def test_a_tied_model_is_scored_with_its_experts(tokenizer: PreTrainedTokenizerFast) -> None:
+    from tritter.methods.experts.adapters import AdapterShape
+    from tritter.methods.experts.mixture import ExpertMixture
+
+    tied = oracle.tiny_llama(vocab_size=300, max_position_embeddings=512, tie_word_embeddings=True)
+    alone = score_benchmark(tied, tokenizer, asked("arc_easy"), EvalOptions())
+    mixture = ExpertMixture(tied, router="evidence")
+    mixture.add("new", AdapterShape(2, 4.0, ("embed_tokens", "lm_head")), seed=0)
+    found = score_benchmark(mixture.model, tokenizer, asked("arc_easy"), EvalOptions())
+    assert found.primary.values.equal(alone.primary.values)  # a new expert changes nothing
+    assert "tie_weights" not in vars(mixture.model)
+
+
 def spoken(texts: list[str]) -> Any:
     """Return a language model that answers with these texts in order and records the prompts."""
     from lm_eval.api.model import LM

@@ -1,6 +1,7 @@
 """Tasks: compared with stock `generate` and manual scores, independent of the batch size."""
 
 import string
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -14,6 +15,7 @@ from tests.oracle.chat import CHATML, INSTRUCT, MARKED
 from tests.oracle.chat import tokenizer as chat_tokenizer
 from tritter.data.chat import Chat
 from tritter.data.documents import documents_of
+from tritter.data.packing import DocumentMask, document_mask_of, read_marks
 from tritter.data.skills import Question
 from tritter.data.tokens import END_OF_TEXT, TextBounds, train_tokenizer
 from tritter.errors import TritterError
@@ -149,6 +151,10 @@ def test_a_conversation_is_right_where_stock_generate_answers_it(template: str, 
     task = QuestionTask("after", None, asked, Chat(hf))
     assert task.score(model, reader).values.tolist() == right
     assert 2 <= sum(right) < len(right)
+    # The ends of turns before an answer are not ends of documents
+    masked = read_marks(deepcopy(model), DocumentMask(reader.bounds))
+    assert task.score(masked, reader).values.tolist() == right
+    assert document_mask_of(masked) is not None
     sizes = [len(one) + len(two) for one, two in zip(prompts, answers, strict=True)]
     assert list(task.lengths(reader)) == sizes
     plain = replace(task, chat=Chat(None))

@@ -493,7 +493,7 @@ def read_marks(model: nn.Module, reading: MarkedText) -> nn.Module:
     """Let a stock model read marked tokens, and mask documents if that is what `reading` does.
 
     Copies of the model keep the hook; checkpoints do not include it. A document mask does not
-    change the output for sequences with a single document.
+    change the output for marked sequences with a single document; see `reading_whole` for others.
     """
     if _reading_of(model) is None:
         _backbone(model).register_forward_pre_hook(reading, with_kwargs=True)

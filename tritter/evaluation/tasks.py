@@ -20,7 +20,7 @@ from torch import nn
 
 from tritter.data.chat import Chat, ids_of, is_unpredicted
 from tritter.data.conversations import PART_BREAK
-from tritter.data.packing import IGNORED
+from tritter.data.packing import IGNORED, reading_whole
 from tritter.data.skills import Question, question_and_answer
 from tritter.data.tokens import TextBounds
 from tritter.errors import TritterError
@@ -135,7 +135,7 @@ class MetricTask:
             TritterError: there are no items, or a score is not in [0, 1].
         """
         items = self._items
-        with eval_mode(model):
+        with eval_mode(model), reading_whole(model):
             found = self.metric.score(model, list(items.values()), reader)
         try:
             values = torch.as_tensor(found, dtype=torch.float64).detach().cpu()
@@ -204,7 +204,8 @@ class QuestionTask:
 
     @property
     def digest(self) -> str:
-        template = None if self.chat is None else self.chat.digest
+        # 2: a model with a document mask reads a conversation as one document
+        template = None if self.chat is None else f"2 {self.chat.digest}"
         plain = [template, *(astuple(question) for question in self.questions)]
         return sha256(json.dumps(plain).encode()).hexdigest()
 
@@ -314,7 +315,7 @@ def _read(model: nn.Module, rows: Sequence[_Row], reader: Reader) -> list[_Found
     by_length = sorted(range(len(rows)), key=lambda index: len(rows[index].ids))
     longest = max((len(row.ids) for row in rows), default=0)
     batch_size = batch_that_fits(reader.batch_size, longest, vocab_size_of(model))
-    with eval_mode(model) as device:
+    with eval_mode(model) as device, reading_whole(model):
         for start in range(0, len(rows), batch_size):
             batch = by_length[start : start + batch_size]
             texts = [rows[index] for index in batch]

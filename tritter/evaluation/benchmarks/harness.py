@@ -289,12 +289,13 @@ def run_lm_eval(
             raise TritterError("the model's logits are not finite, so no benchmark can be scored.")
         with _quiet(is_shown=harness.is_shown):
             task_dict = tasks()
-            lm = HFLM(
-                pretrained=model,
-                tokenizer=tokenizer,
-                batch_size=harness.batch_size,
-                max_length=length,
-            )
+            with _tied(model):
+                lm = HFLM(
+                    pretrained=model,
+                    tokenizer=tokenizer,
+                    batch_size=harness.batch_size,
+                    max_length=length,
+                )
             lm._loglikelihood_tokens = partial(_in_batches_that_fit, lm)
             results = evaluate(
                 lm=lm,
@@ -314,6 +315,16 @@ def run_lm_eval(
         if not all(map(math.isfinite, found)):
             raise TritterError(f"{name}: a likelihood is not finite.")
     return samples
+
+
+@contextmanager
+def _tied(model: nn.Module) -> Iterator[None]:
+    """Keep lm-eval from tying weights again: those of layers with adapters cannot be set."""
+    vars(model)["tie_weights"] = lambda: None
+    try:
+        yield
+    finally:
+        del vars(model)["tie_weights"]
 
 
 def task_config(questions: Questions, *, length: int, sandbox: Sandbox | None) -> dict[str, Any]:
