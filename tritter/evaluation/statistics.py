@@ -44,6 +44,12 @@ class PairedScores:
     chance: float = 0.0
     start: tuple[int, ...] = ()
 
+    @classmethod
+    def of_answers(cls, names: Sequence[str], right: Tensor, chance: float) -> PairedScores:
+        """Return the accuracies of questions, float64 [n]."""
+        ones = right.new_ones(len(names)).long()
+        return cls(tuple(names), right, {"answers": ones}, "accuracy", chance)
+
     def __len__(self) -> int:
         return len(self.identifiers)
 

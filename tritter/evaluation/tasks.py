@@ -147,13 +147,7 @@ class MetricTask:
                 f"metrics.{self.name}: it must score each of its items in [0, 1], at least one. It "
                 f"has {len(items)} items and returned {str(found)[:80]}."
             )
-        return PairedScores(
-            identifiers=tuple(items),
-            values=values,
-            weights={"answers": torch.ones(len(items), dtype=torch.int64)},
-            unit="accuracy",
-            chance=self.metric.chance,
-        )
+        return PairedScores.of_answers(tuple(items), values, self.metric.chance)
 
     def lengths(self, reader: Reader) -> Sequence[int]:
         """Return nothing: the FLOPs of own metrics are not counted."""
@@ -235,13 +229,9 @@ class QuestionTask:
                 values.append(question.choices[nats.index(min(nats))] == question.answer)
             else:
                 values.append(next(read).is_greedy)
-        return PairedScores(
-            identifiers=tuple(question.identifier for question in self.questions),
-            values=torch.tensor(values, dtype=torch.float64),
-            weights={"answers": torch.ones(len(values), dtype=torch.int64)},
-            unit="accuracy",
-            chance=self.chance,
-        )
+        names = [question.identifier for question in self.questions]
+        right = torch.tensor(values, dtype=torch.float64)
+        return PairedScores.of_answers(names, right, self.chance)
 
     def lengths(self, reader: Reader) -> Sequence[int]:
         return [len(row.ids) for row in self._rows(reader)]

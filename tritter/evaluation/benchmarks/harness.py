@@ -13,7 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tritter.core.families import position_limit
 from tritter.core.models import config_of
@@ -242,19 +242,9 @@ def _paired_scores(
         for metric in benchmark.metrics
         if all(metric in each for each in samples)
     }
-    return {metric: paired(names, right, chance=chance) for metric, right in values.items()}
-
-
-def paired(names: Sequence[str], right: Tensor, *, chance: float) -> PairedScores:
-    """Return per-question accuracies, float64 [n], as paired scores."""
-    ones = torch.ones(len(names), dtype=torch.int64)
-    return PairedScores(
-        identifiers=tuple(names),
-        values=right,
-        weights={"answers": ones},
-        unit="accuracy",
-        chance=chance,
-    )
+    return {
+        metric: PairedScores.of_answers(names, right, chance) for metric, right in values.items()
+    }
 
 
 def run_lm_eval(
