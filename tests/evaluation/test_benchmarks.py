@@ -150,6 +150,25 @@ def test_a_tied_model_is_scored_with_its_experts(tokenizer: PreTrainedTokenizerF
     assert "tie_weights" not in vars(mixture.model)
 
 
+def test_likelihoods_of_bfloat16_models_are_summed_in_float32(
+    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lm_eval.models.huggingface import HFLM
+
+    half = oracle.tiny_llama(vocab_size=300, max_position_embeddings=512).bfloat16()
+    found: list[tuple[float, bool]] = []
+    scored = HFLM.loglikelihood
+
+    def noted(self: Any, *args: Any, **options: Any) -> Any:
+        found.extend(scored(self, *args, **options))
+        return found
+
+    monkeypatch.setattr(HFLM, "loglikelihood", noted)
+    score_benchmark(half, tokenizer, asked("piqa"), EvalOptions())
+    values = torch.tensor([value for value, _ in found])
+    assert len(values) == 8 and not values.bfloat16().float().equal(values)
+
+
 def spoken(texts: list[str]) -> Any:
     """Return a language model that answers with these texts in order and records the prompts."""
     from lm_eval.api.model import LM

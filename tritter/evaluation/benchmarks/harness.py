@@ -285,6 +285,7 @@ def run_lm_eval(
                     tokenizer=tokenizer,
                     batch_size=harness.batch_size,
                     max_length=length,
+                    softmax_dtype="float32",  # sums of bfloat16 tie or swap choices
                 )
             lm._loglikelihood_tokens = partial(_in_batches_that_fit, lm)
             results = evaluate(
