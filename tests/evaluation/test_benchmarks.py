@@ -1,17 +1,21 @@
 """Benchmarks in lm-evaluation-harness: its own tasks have the same scores on the same records."""
 
 import dataclasses
+import gzip
+import json
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from tests import oracle
 from tests.evaluation.programs import HUMANEVAL_ROWS
 from tests.evaluation.published import PUBLISHED, Rows
+from tests.real import real_checkpoint
 from tritter.data.documents import Document
 from tritter.data.tokens import END_OF_TEXT, train_tokenizer
 from tritter.errors import RequestError, TritterError
@@ -28,6 +32,7 @@ from tritter.evaluation.benchmarks.harness import (
 from tritter.evaluation.code.sandbox import Outcome
 
 lm_eval = pytest.importorskip("lm_eval")
+SHARED = Path(__file__).resolve().parents[3] / "shared/data"
 STOCK = Path(lm_eval.__file__).parent / "tasks"
 # Ours → lm-eval's task and its folder
 TASKS = {
@@ -85,13 +90,13 @@ def _published(name: str) -> dict[str, Rows]:
     return PUBLISHED[name if name in PUBLISHED else TASKS[name][0]]
 
 
-def stock_task(name: str) -> Any:
+def stock_task(name: str, rows: Rows | None = None) -> Any:
     """Return lm-eval's own task on the same records, without few-shot examples."""
     import datasets
     from lm_eval.tasks import TaskManager
 
     task, folder = TASKS[name]
-    held = datasets.Dataset.from_list(_published(name)["hub"])
+    held = datasets.Dataset.from_list(rows or _published(name)["hub"])
     splits = dict.fromkeys(("train", "validation", "test", "dev"), held)
     manager = TaskManager(include_path=str(STOCK / folder), include_defaults=False)
     with pytest.MonkeyPatch.context() as patch:
@@ -106,12 +111,32 @@ def stock_task(name: str) -> Any:
 def test_choices_score_as_lm_evals_own_task_scores_them(
     model: Any, tokenizer: PreTrainedTokenizerFast, name: str
 ) -> None:
+    agrees_with_lm_eval(model, tokenizer, name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["hellaswag", "arc_easy", "piqa", "lambada"])
+def test_a_real_model_scores_as_lm_evals_own_task_scores_it(name: str) -> None:
+    files = (SHARED / TASKS[name][1]).glob(f"{name}_*")
+    path = next((each for each in files if "train" not in each.name), None)
+    if path is None:
+        pytest.skip(f"it needs files of {name} in {SHARED}")
+    opened = gzip.open if path.suffix == ".gz" else open
+    with opened(path, "rt", encoding="utf-8") as file:
+        rows = [json.loads(line) for line in islice(file, 60)]
+    folder = real_checkpoint("smollm2")
+    chosen = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    agrees_with_lm_eval(chosen, AutoTokenizer.from_pretrained(folder), name, rows)
+
+
+def agrees_with_lm_eval(model: Any, tokenizer: Any, name: str, rows: Rows | None = None) -> None:
+    """Compare the scores of each question of a benchmark with those of lm-eval's own task."""
     from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
 
-    ours = score_benchmark(model, tokenizer, asked(name), EvalOptions(batch_size=3))
+    ours = score_benchmark(model, tokenizer, asked(name, rows), EvalOptions(batch_size=3))
     lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=2, max_length=512)
-    task = stock_task(name)
+    task = stock_task(name, rows)
     task_dict = {"tasks": {"stock": task}, "groups": {}}
     theirs = evaluate(lm=lm, task_dict=task_dict, bootstrap_iters=0)
     assert theirs is not None
