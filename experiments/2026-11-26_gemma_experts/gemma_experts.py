@@ -28,6 +28,7 @@ from transformers import Trainer, TrainingArguments  # noqa: E402
 from experiments.jobs import ROOT, append, done, train  # noqa: E402
 from tritter.config.launch.composition import load_config  # noqa: E402
 from tritter.core.models import load_model  # noqa: E402
+from tritter.data.chat import ids_of  # noqa: E402
 from tritter.pipeline.context import RunContext  # noqa: E402
 from tritter.pipeline.ledger import Ledger  # noqa: E402
 from tritter.terminal import Console  # noqa: E402
@@ -216,7 +217,7 @@ def with_peft(
             disable_tqdm=True,
             logging_strategy="no",
         )
-        dataset = [{"input_ids": row, "labels": row} for row in rows.long()]
+        dataset = [{"input_ids": row, "labels": row} for row in ids_of(rows).long()]
         since = time.perf_counter()
         Trainer(model=wrapped, args=arguments, train_dataset=dataset).train()
         seconds = time.perf_counter() - since
