@@ -168,18 +168,18 @@ def with_peft(options: Any, seed: int, folder: Path) -> dict[str, Any]:
     context = RunContext(
         config=config, folder=folder, console=Console(quiet=True), ledger=Ledger(folder)
     )
-    base = context.masked(load_model(options.model))
+    base, lora = context.masked(load_model(options.model)), config.experts.options
+    rate = config.experts.kind(lora).peak_rate(context.model_config)
     context.score(base, "baseline")
     adapter = LoraConfig(
-        r=config.experts.rank,
-        lora_alpha=config.experts.alpha,
+        r=lora.rank,
+        lora_alpha=lora.alpha,
         target_modules="all-linear",
         task_type="CAUSAL_LM",
     )
     torch.manual_seed(seed)
     wrapped = get_peft_model(base, adapter)
     trainable = [each for each in wrapped.parameters() if each.requires_grad]
-    rate = config.experts.learning_rate
     schedule = replace(schedule_of(config.training), learning_rate=rate)
     optimizer = torch.optim.AdamW(trainable, lr=rate)
     batches = context.batches(context.new_domains, purpose="training", max_steps=schedule.max_steps)

@@ -53,9 +53,9 @@ def method_of(context: RunContext, branch: Branch) -> Experts | None:
 def training_of(context: RunContext, branch: Branch) -> TrainingConfig:
     """Return the training options of a branch; adapters have their own learning rate."""
     method, options = method_of(context, branch), context.config.training
-    return (
-        options if method is None else replace(options, learning_rate=method.options.learning_rate)
-    )
+    if method is None:
+        return options
+    return replace(options, learning_rate=method.peak_rate(context.model_config))
 
 
 def load_start(context: RunContext, branch: Branch, source: Source) -> nn.Module:

@@ -389,15 +389,15 @@ def _scaling(context: RunContext, branch: Branch, *, max_steps: int) -> tuple[Ca
 def _announce(
     context: RunContext, branch: Branch, methods: Sequence[ForgettingMethod], *, max_steps: int
 ) -> None:
-    has_frozen_base = context.config.experts is not None and not branch.is_control
-    names = ["frozen base"] if has_frozen_base else []
-    names += [method.name for method in methods]
+    names = [method.name for method in methods]
+    if experts.method_of(context, branch) is not None:
+        rate = experts.training_of(context, branch).learning_rate
+        names.insert(0, f"frozen base (learning rate {rate:.2g})")
     mitigation = " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]])) or "none"
     domains, tasks = ", ".join(context.new_domains_of(branch)), len(context.text.tasks)
     which = f" (task {branch.task + 1} of {tasks})" if tasks > 1 else ""
-    context.say(
-        "train", f"{max_steps} steps on {domains}{which}; forgetting mitigation: {mitigation}"
-    )
+    text = f"{max_steps} steps on {domains}{which}; forgetting mitigation: {mitigation}"
+    context.say("train", text)
 
 
 def _freeze(

@@ -60,6 +60,13 @@ def dynamic_options(**changes: Any) -> DynamicOptions:
     return DynamicOptions(**{**body, **short, **changes})
 
 
+def test_the_default_learning_rate_falls_with_the_hidden_size() -> None:
+    bases = [oracle.tiny_llama(hidden_size=size).config.to_dict() for size in (32, 64, 640)]
+    default, own = (DynamicExperts(dynamic_options(learning_rate=each)) for each in (None, 0.1))
+    assert [default.peak_rate(base) for base in bases] == [5e-3, 5e-3, 5e-4]
+    assert own.peak_rate(bases[-1]) == 0.1
+
+
 def text(kind: str, count: int, *, seed: int) -> Tensor:
     """Return sequences [N, T] of one skill: a subset of the vocabulary with its own frequencies."""
     low, high = RANGES[kind]
@@ -125,7 +132,7 @@ def train(
     module = ExpertModule(
         mixture,
         losses=method.losses,
-        schedule=Schedule(learning_rate=method.options.learning_rate, max_steps=steps),
+        schedule=Schedule(learning_rate=method.peak_rate(model.config.to_dict()), max_steps=steps),
         optimizer=OptimizerSettings(),
     )
     accumulated = settings.accumulate_grad_batches

@@ -44,6 +44,11 @@ class Experts(ABC):
     def __init__(self, options: Any) -> None:
         self.options = options
 
+    def peak_rate(self, base: Config) -> float:
+        """Return the learning rate; by default 0.32 / hidden size of the base, at most 0.005."""
+        hidden_size = family_of(base).dimensions(base).hidden_size
+        return self.options.learning_rate or min(0.005, 0.32 / hidden_size)
+
     @classmethod
     def problems(cls, options: Any, run: RunRequest) -> Iterator[Problem]:
         """Yield problems of combining experts with other settings of a run."""

@@ -26,7 +26,8 @@ class AdapterOptions:
         alpha: α; the output of an adapter is scaled by α / r.
         targets: last names of the layers that get adapters. None: every linear layer of the decoder
             layers, the embedding and the head.
-        learning_rate: of adapters and routers, instead of `training.learning_rate`.
+        learning_rate: of adapters and routers, instead of `training.learning_rate`. None: see
+            `Experts.peak_rate`.
         base_bits: quantise the linear layers of the frozen base's decoder layers to this many bits
             with bitsandbytes. None: no quantisation.
     """
@@ -34,7 +35,7 @@ class AdapterOptions:
     rank: _Rank
     alpha: Annotated[float, Field(gt=0, lt=1e6)]
     targets: _Names | None
-    learning_rate: Annotated[float, Field(gt=0)]
+    learning_rate: Annotated[float, Field(gt=0)] | None
     base_bits: Literal[8, 4] | None
 
 
@@ -75,16 +76,9 @@ class DynamicOptions(AdapterOptions):
         top_k: experts per token once all are mature; before, every token uses all experts.
         router: see `tritter.methods.experts.mixture`.
         shared_router: one learned router for all layers.
-        prior: of `Evidence`.
-        inner_prior: of `Evidence`.
-        evidence_scale: of `Evidence`.
-        evidence_window: of `Evidence`.
+        prior, inner_prior, evidence_scale, evidence_window: of `Evidence`.
         detector: of novelty, see `tritter.options.read_part`.
-        min_samples: of `NoveltyOptions`, as are the next four.
-        in_a_row: see there.
-        confidence: see there.
-        cooldown: see there.
-        moving_average: see there.
+        min_samples, in_a_row, confidence, cooldown, moving_average: of `NoveltyOptions`.
         min_gain: a skill gets an expert only if its loss under the base exceeds that of the base's
             own data by at least this, in nats per token.
         max_trainable_parameters: of all experts together; None: no limit.
@@ -98,9 +92,7 @@ class DynamicOptions(AdapterOptions):
         temperature: final temperature of the gates, which starts at 1.
         anneal_steps: steps to reach it once all experts are mature. None: a tenth of the run.
         capacity_factor: see `Routing`.
-        balance: weight of a loss of learned routers, see `ExpertLosses`.
-        entropy: weight of a loss of learned routers, see `ExpertLosses`.
-        z: weight of a loss of learned routers, see `ExpertLosses`.
+        balance, entropy, z: weights of losses of learned routers, see `ExpertLosses`.
         max_rank: the rank of a stalled expert doubles up to this.
         stall_steps: window of an expert's training steps, whose mean loss is compared with that of
             the window before. None: a fifth of the run.
