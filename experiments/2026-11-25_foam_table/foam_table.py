@@ -22,7 +22,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import torch  # noqa: E402
 from peft import LoraConfig, get_peft_model  # noqa: E402
 
-from experiments.jobs import ROOT, append, done, train  # noqa: E402
+from experiments.jobs import ROOT, append, rows_of, train  # noqa: E402
 from experiments.scores import CHANGE, benchmark_scores, change, copy_benchmarks  # noqa: E402
 from tritter.config.launch.composition import load_config  # noqa: E402
 from tritter.core.expansions import LlamaPro, Width, target_config  # noqa: E402
@@ -90,7 +90,8 @@ def main() -> None:
     before = scores_of(options, options.model, "base")
     for seed in options.seeds:
         for arm in options.arms:
-            if (str(seed), arm) not in done(options.output):
+            own = {"seed": str(seed), "arm": arm, "rate": str(options.rate)}
+            if not any(own.items() <= row.items() for row in rows_of(options.output)):
                 run_arm(options, arm, seed, before)
 
 
@@ -135,7 +136,7 @@ def steps_of(options: Any, arm: str) -> int:
 
 def run_arm(options: Any, arm: str, seed: int, before: Mapping[str, PairedScores]) -> None:
     """Train one arm, score it, and append its rows."""
-    name = f"{seed}_{arm.replace(', ', '_').replace(' ', '_')}"
+    name = f"{options.rate:g}_{seed}_{arm.replace(', ', '_').replace(' ', '_')}"
     folder = options.work / f"run_{name}"
     words = words_of(options, arm, seed)
     if arm == PEFT:
