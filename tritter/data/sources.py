@@ -280,7 +280,7 @@ def source_documents(
     files = find_texts(key, paths, is_recorded=is_recorded).files
     names = dataset_names(paths)
     rows = _of_datasets(names, reading, is_streamed=is_streamed, is_head=is_head)
-    whole = chain((document.text for document in built_in), rows)
+    whole = chain((each.conversation or each.text for each in built_in), rows)
     read = text_pieces(files, reading) if files else ()
     return _documents(chain(read, chain.from_iterable(map(pieces, whole))), reading)
 
