@@ -400,15 +400,15 @@ def _announce(context: RunContext) -> None:
         named = (" and ".join(domains) for domains in tasks)
         context.say("tasks", f"{', then '.join(named)}; {config.training.max_steps} steps each")
     if not context.old_domains:
-        context.say("", "no old data (data.old): forgetting is neither measured nor gated")
+        kept = ", ".join(task.name for task in context.tasks if task.domain is None)
+        what = f"measured on {kept} only" if kept else "neither measured nor gated"
+        context.say("", f"no old data (data.old): forgetting is {what}")
     context.check_text()
     vocabulary.check(context)
     windows.check(context)
     if context.tasks:
-        scored = ", ".join(
-            task.label if isinstance(task, BenchmarkTask) else task.name for task in context.tasks
-        )
-        context.say("answers", f"accuracy is measured on {scored}")
+        names = (t.label if isinstance(t, BenchmarkTask) else t.name for t in context.tasks)
+        context.say("answers", f"accuracy is measured on {', '.join(names)}")
     streams.check(context)
     if context.ledger.get("baseline") is None:
         _announce_costs(context)
