@@ -4,12 +4,14 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from time import monotonic, sleep
 from typing import Any
 
 from wandb.proto.wandb_internal_pb2 import Record
 
 _FILE_HEADER, _HEADER, _BLOCK = 7, 7, 32768
 _FULL, _FIRST, _LAST = 1, 2, 4
+_MAX_WAIT = 5  # seconds; a killed run has no exit
 
 
 @dataclass
@@ -37,9 +39,16 @@ class OfflineRun:
 
 
 def offline_runs(run_folder: Path) -> list[OfflineRun]:
-    """Return the W&B runs in a run folder, in the order of their start."""
-    runs = map(_read, run_folder.glob("wandb/offline-run-*/run-*.wandb"))
-    return sorted(runs, key=lambda run: run.started_ns)
+    """Return the W&B runs in a run folder, in the order of their start.
+
+    On a busy machine, W&B writes the last records after a run has finished.
+    """
+    latest = monotonic() + _MAX_WAIT
+    while True:
+        runs = [*map(_read, run_folder.glob("wandb/offline-run-*/run-*.wandb"))]
+        if all(run.exit_code is not None for run in runs) or monotonic() > latest:
+            return sorted(runs, key=lambda run: run.started_ns)
+        sleep(0.1)
 
 
 def _read(path: Path) -> OfflineRun:
