@@ -17,6 +17,8 @@ import torch
 from tests.cli.conftest import Run, snapshot
 from tests.config.conftest import planned
 from tests.config.test_outside import write_examples
+from tests.evaluation.published import PUBLISHED
+from tests.evaluation.test_benchmark_files import written
 from tests.oracle import stock
 from tests.pipeline.conftest import SMALL
 from tritter.checkpoints import read_lineage
@@ -509,7 +511,7 @@ DOCUMENTED = [
     line.removeprefix("$ ")
     for page in PAGES
     for line in page.read_text(encoding="utf-8").splitlines()
-    if line.startswith("$ ")
+    if line.startswith(("$ python train.py ", "$ tritter train "))
 ]
 
 
@@ -545,6 +547,7 @@ def test_documented_commands_are_accepted(
         (grown / f"{name}.jsonl").write_text('{"text": "a"}\n')
     (grown / "chats.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
     (grown / "own.jinja").write_text("{{ messages }}")
+    written(grown / "benchmarks/arc_easy_test.jsonl", PUBLISHED["arc_easy"]["hub"])
     config = json.loads((grown / "base/config.json").read_text())
     (grown / "base/config.json").write_text(json.dumps(config | {"max_position_embeddings": 256}))
     if "model.path=sparse" in command:
