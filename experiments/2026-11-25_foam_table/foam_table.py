@@ -62,6 +62,8 @@ ARMS = {
     PEFT: FREE,
     "LoRA experts": ["experts=dylora", *FREE],
     "distill, self_replay": ["forgetting=[distill,self_replay]"],
+    # The divergence from the source only on the text that it wrote, not on the new data
+    "distill written text": ["forgetting=[distill,self_replay]", "forgetting.distill.rows=old"],
 }  # fmt: skip
 GROWN = {
     "new blocks": LlamaPro(),

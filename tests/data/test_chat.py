@@ -277,6 +277,24 @@ def test_answers_are_rendered_by_the_stock_tokenizer_and_marked() -> None:
     assert ((marked[1:] & START) == 0).all()
 
 
+@pytest.mark.parametrize("template", [CHATML, INSTRUCT])
+def test_what_opens_turns_is_what_a_prompt_adds_to_its_question(template: str) -> None:
+    own = tokenizer(template)
+    own.add_special_tokens({"additional_special_tokens": ["[INST]", "[/INST]"]})
+    turns = Chat(own).turns()
+    question = [{"role": USER, "content": "the gate"}]
+    prompt = own.apply_chat_template(question, add_generation_prompt=True)["input_ids"]
+    before, after = (own.decode(ids_of(np.array(each))) for each in turns)
+    assert own.decode(prompt).replace(" ", "") == f"{before}thegate{after}".replace(" ", "")
+    assert turns[0][0] == prompt[0] | CONTEXT | START
+    assert all(is_unpredicted(each) for turn in turns for each in turn)
+
+
+@pytest.mark.parametrize("template", [None, INSTRUCT, "{{ raise_exception('no') }}"])
+def test_turns_without_a_token_that_ends_a_question_are_not_known(template: str | None) -> None:
+    assert Chat(None if template is None else tokenizer(template)).turns() == ()
+
+
 def test_both_ways_to_find_answers_agree() -> None:
     for number in range(12):
         each = conversation(number, turns=1 + number % 3, system=number % 2 == 1)

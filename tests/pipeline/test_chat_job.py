@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from tests import oracle
@@ -17,7 +18,7 @@ from tritter.checkpoints.state import KeptSequences
 from tritter.cli.main import main
 from tritter.cli.train import _recorded_settings
 from tritter.config.launch.composition import load_config
-from tritter.data.chat import ANSWER
+from tritter.data.chat import ANSWER, START, ids_of
 from tritter.data.conversations import conversation_of
 from tritter.data.documents import NAME_CHARACTERS
 from tritter.errors import RequestError
@@ -102,6 +103,26 @@ def test_scores_are_those_of_answers_under_the_template(done: Path, place: Path)
     nats, num_bytes = stock_scores(done / "checkpoint", held_out)
     assert sum(scores["values"]) == pytest.approx(nats, rel=1e-5)
     assert sum(scores["weights"]["bytes"]) == num_bytes
+
+
+def test_the_model_rehearses_conversations_too(run: Run, place: Path, tmp_path: Path) -> None:
+    """The old domain is only scored, so how its conversations are packed is not reported."""
+    old = f"data.old={place / 'talks.jsonl'}"
+    run(
+        tmp_path, old, f"data.new={place / 'pairs.jsonl'}", "data.sequence_length=32",
+        "forgetting=[distill,self_replay]", "forgetting.self_replay.num_sequences=16",
+        "forgetting.self_replay.min_distinct=0", "pipeline.keep_stages=true",
+    )  # fmt: skip
+    written = load_file(tmp_path / "importance/written.safetensors")["written"]
+    own = AutoTokenizer.from_pretrained(place / "base")
+    opening = own.encode("<|im_start|>user\n")
+    begins = written[(written >= START).any(dim=1)]
+    assert 0 < len(begins) < 16
+    assert all(ids_of(row[: len(opening)]).tolist() == opening for row in begins)
+    notes = json.loads((tmp_path / "summary.json").read_text())["notes"]
+    assert any("self_replay: " in note and ", half of them conversations" in note for note in notes)
+    assert any(note.startswith("new: ") and "are cut" in note for note in notes)
+    assert not any(note.startswith("old: ") and "are cut" in note for note in notes)
 
 
 def test_conversations_are_packed_as_documents(done: Path) -> None:

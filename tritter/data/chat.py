@@ -13,7 +13,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
-from tritter.data.conversations import ASSISTANT, SYSTEM, Conversation
+from tritter.data.conversations import ASSISTANT, SYSTEM, USER, Conversation
 from tritter.errors import Problem, RequestError, TritterError, nearest
 from tritter.storage.reading import named_path, read_text
 
@@ -152,6 +152,29 @@ class Chat:
         conversation = Conversation(({"role": "user", "content": text},))
         ids = [*self._ids(conversation, text, add_generation_prompt=True)["input_ids"]]
         return [ids[0] | START, *ids[1:]]
+
+    def turns(self) -> tuple[tuple[int, ...], ...]:
+        """Return what opens a user's message and an answer, as marked tokens.
+
+        The first token of the answer's opening ends the user's message. Empty without such a token.
+        """
+        if self.tokenizer is None:
+            return ()
+        message = {"role": USER, "content": "the question"}
+        template = FIXED_DATE + self.tokenizer.get_chat_template()
+        try:
+            text = self.tokenizer.apply_chat_template(
+                [message], chat_template=template, tokenize=False, add_generation_prompt=True
+            )
+        # Templates come from a checkpoint and raise errors of any kind
+        except Exception:
+            return ()
+        parts = [part.strip(" ") for part in text.partition(message["content"])[::2]]
+        ids = [self.tokenizer.encode(part, add_special_tokens=False) for part in parts]
+        if not all(ids) or ids[1][0] not in self.tokenizer.added_tokens_decoder:
+            return ()
+        user, answer = ([token | CONTEXT for token in part] for part in ids)
+        return (user[0] | START, *user[1:]), tuple(answer)
 
     def answer_bytes(self, conversation: Conversation) -> int:
         """Return the UTF-8 bytes of the predicted parts of the plain text.

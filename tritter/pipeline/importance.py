@@ -128,7 +128,7 @@ def _preparation(
     state: Mapping[str, Values],
     written: Tensor | None,
 ) -> Preparation:
-    kept_sequences = kept_text(context, branch).sequences
+    start, kept_sequences = context.reading(branch.start), kept_text(context, branch).sequences
     old = (*context.old_domains_of(branch), *kept_sequences) or (
         () if written is None else (WRITTEN,)
     )
@@ -138,6 +138,9 @@ def _preparation(
         drawing = Task(seed=_task_seed(context, branch), old_sequences=sequences)
         return drawing.draw(count, *purpose, domains=domains)
 
+    chat = context.corpus.chat
+    # Conversations can't be tokenised again for an extended vocabulary
+    has_turns = chat is not None and start.tokenizer_folder == context.tokenizer_folder
     return Preparation(
         model=model,
         domains=old,
@@ -145,6 +148,7 @@ def _preparation(
         draw=draw,
         sequence_length=context.config.data.sequence_length,
         bounds=context.bounds,
+        turns=chat.turns() if chat is not None and has_turns else (),
         seed=lambda *purpose: context.seed(*purpose, *branch.purpose),
         state=state,
         log=partial(context.say, "importance"),

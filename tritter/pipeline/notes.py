@@ -9,6 +9,7 @@ from tritter.data.answers import TrainingCounts, scoring_note
 from tritter.data.corpus import Corpus
 from tritter.data.packing import padding_fraction
 from tritter.data.tokens import TextBounds, TokenisedDocuments
+from tritter.methods.forgetting import needs_of
 from tritter.training import FitResult, read_metrics
 from tritter.training.options import callbacks_of
 
@@ -37,9 +38,11 @@ def packing_notes(
     for name, domain in corpus.domains.items():
         counts = TrainingCounts.of(domain.train, **text)
         rows = "of the first rows" if name in streams else ""
-        yield counts.note(name, sequence_length=length, rows=rows)
+        is_read = _is_read(config, name)
+        if is_read:
+            yield counts.note(name, sequence_length=length, rows=rows)
         yield scoring_note(name, scored[name], sequence_length=length, max_tokens=limit)
-        if not domain.train.num_tokens:
+        if not is_read or not domain.train.num_tokens:
             continue
         share = padding_fraction(domain.train, **text)
         longer = padding_fraction(domain.train, **{**text, "sequence_length": 2 * length})
@@ -49,6 +52,13 @@ def packing_notes(
                 f"documents are shorter than {length} tokens; "
                 f"data.sequence_length={2 * length} gives {longer:.0%}."
             )
+
+
+def _is_read(config: RunConfig, domain: str) -> bool:
+    """Return whether a run reads training documents of a domain; some old ones are only scored."""
+    needs_old = any(needs.old_text for needs in needs_of(config.forgetting))
+    is_old = domain in config.text.old and domain not in config.text.new
+    return not is_old or needs_old or bool(config.experts) or config.model.model_type != "hf"
 
 
 def scored_notes(

@@ -81,6 +81,8 @@ class Preparation:
         draw: As `Task.draw`; equal arguments draw the same sequences during training.
         sequence_length: Tokens per sequence.
         bounds: Start and end of a text.
+        turns: What opens a user's message and an answer (`Chat.turns`), if the data has
+            conversations with a chat template.
         seed: Labels → seed for the randomness of the method.
         state: Kind → values, of the kinds in the checkpoint that the method needs.
         log: Prints a line.
@@ -93,6 +95,7 @@ class Preparation:
     draw: Callable[..., Tensor]
     sequence_length: int
     bounds: TextBounds
+    turns: tuple[tuple[int, ...], ...] = ()
     seed: Callable[..., int]
     state: Mapping[str, Values]
     log: Callable[[str], None]

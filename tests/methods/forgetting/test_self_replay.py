@@ -1,6 +1,7 @@
 """Generated data: sampling, likelihoods, filtering, and exact mixing."""
 
 import math
+import re
 from collections import Counter
 from typing import Any
 
@@ -13,6 +14,8 @@ from tests.oracle.families import tiny
 from tests.training.test_fit import batches
 from tritter.core.families import forward_flops
 from tritter.core.models import config_of
+from tritter.data.chat import ANSWER, CONTEXT, START, ids_of
+from tritter.data.packing import MarkedText, read_marks
 from tritter.data.tokens import TextBounds
 from tritter.errors import RequestError, TritterError
 from tritter.methods.forgetting import SelfReplay
@@ -55,6 +58,41 @@ def test_nats_are_those_of_passes_without_a_cache(family: str) -> None:
         nats = nats_by_hand(model, text, window=10)
         assert float(written.nats[2 * number]) == pytest.approx(sum(nats[:9]) / 9, rel=1e-4)
         assert float(written.nats[2 * number + 1]) == pytest.approx(sum(nats[9:]) / 10, rel=1e-4)
+
+
+TURNS = ((8 | CONTEXT | START, 9 | CONTEXT), (6 | CONTEXT, 7 | CONTEXT))
+
+
+def test_every_second_text_consists_of_conversations() -> None:
+    """A question ends where an answer opens, an answer where the next question does."""
+    model = read_marks(oracle.tiny_llama(vocab_size=12), MarkedText(TextBounds(5)))
+    plain, asked = (wrote(model, sequence_length=90, turns=turns) for turns in ((), TURNS))
+    texts, chats = asked.sequences[::2], asked.sequences[1::2]
+    assert torch.equal(texts < 12, torch.ones_like(texts, dtype=torch.bool))
+    assert texts[:, 0].tolist() == plain.sequences[::2, 0].tolist() == [5, 5, 5]
+    for chat in chats.tolist():
+        text = "".join("?" if token >= ANSWER and not token & CONTEXT else {
+            TURNS[0][0]: "<", TURNS[0][1]: "u", TURNS[1][0]: ">", TURNS[1][1]: "a",
+        }[token] for token in chat)  # fmt: skip
+        assert re.fullmatch(r"(<u\?*>a\?*)*(<u?\?*|<u\?*>a?\?*)", text), text
+        assert text.count("<") > 2
+        answers = [part.partition("a")[2] for part in text.split("<")[1:-1]]
+        ends = [chat[each.start() - 1] for each in re.finditer("<", text)][1:]
+        assert all(answers) and {end & ~ANSWER for end in ends} <= {5, 6}
+
+
+def test_nats_of_conversations_are_those_of_what_was_drawn() -> None:
+    """The end of a question is drawn, and then what else opens the answer is given."""
+    bounds = TextBounds(ids_of(TURNS[1][0]))
+    model = read_marks(oracle.tiny_llama(vocab_size=12), MarkedText(bounds))
+    written = wrote(model, num_sequences=2, sequence_length=40, turns=TURNS, bounds=bounds)
+    chat = written.sequences[1]
+    with torch.no_grad():
+        logits = model(ids_of(chat)[None].long()).logits[0, :-1].double()
+    nats = -logits.log_softmax(-1).gather(1, ids_of(chat)[1:, None].long()).squeeze(1)
+    was_drawn = ((chat & CONTEXT) == 0) | (chat == TURNS[1][0])
+    assert 0 < was_drawn.sum() < 39
+    assert float(written.nats[1]) == pytest.approx(float(nats[was_drawn[1:]].mean()), rel=1e-4)
 
 
 @pytest.mark.quick_cases(2)

@@ -9,8 +9,9 @@ replay sees a prefix of the new data that a run without replay sees. Cost: a fra
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,7 +19,7 @@ from pydantic import Field
 
 from tritter.core.families import family_of, forward_flops
 from tritter.data.batches import BatchStream
-from tritter.data.chat import ids_of
+from tritter.data.chat import ANSWER, ids_of
 from tritter.data.packing import document_mask_of, inputs_for
 from tritter.data.replay import ReplayBuffer, Weighting
 from tritter.data.tokens import TextBounds, begun
@@ -70,6 +71,7 @@ def write_text(
     num_sequences: int,
     sequence_length: int,
     bounds: TextBounds,
+    turns: Sequence[Sequence[int]] = (),
     temperature: float = 1.0,
     top_p: float = 1.0,
     sequences_per_text: int = 1,
@@ -80,6 +82,8 @@ def write_text(
     """Generate sequences with a causal language model.
 
     Args:
+        turns: what opens a user's message and an answer, as marked tokens (`Chat.turns`): every
+            second text then consists of conversations.
         sequences_per_text: number of consecutive sequences cut from one text.
         batch_size: texts that are generated at once; another value yields other texts.
         progress: called with the length of the texts, added over batches, and the total.
@@ -100,13 +104,14 @@ def write_text(
         generator = torch.Generator(device).manual_seed(seed)
         draw = _Draw(temperature=temperature, top_p=top_p, generator=generator)
         for number, first in enumerate(range(0, num_texts, batch_size)):
-            starts = _Starts(bounds, min(batch_size, num_texts - first), device)
+            count = min(batch_size, num_texts - first)
+            openings = _Openings(bounds, count, device, turns)
 
             def show(count: int, before: int = number * length) -> None:
                 if progress is not None:
                     progress(before + count, total)
 
-            texts, costs = _texts(model, starts, length, sequence_length, draw, show=show)
+            texts, costs = _texts(model, openings, length, sequence_length, draw, show=show)
             sequences = begun(texts.view(-1, sequence_length), bounds)
             pieces.append(sequences.int().cpu())
             nats.append(costs.view(-1, sequence_length).cpu())
@@ -162,23 +167,39 @@ class _Draw:
         return torch.multinomial(probabilities, 1, generator=self.generator)
 
 
-class _Starts:
-    """Begins each of a batch of texts, and the next one after an end of text.
+class _Openings:
+    """Opens each of a batch of texts, and the next one after an end of text.
+
+    With `turns`, every second text consists of conversations instead. The model writes the user's
+    messages too (arXiv 2406.08464); only what opens a message is given to it, and not predicted.
 
     Args:
         bounds: start and end of a text. Without a start, an end of text begins the next text.
         count: number of texts.
         device: of the tokens.
+        turns: what opens a user's message and an answer, as marked tokens.
     """
 
-    def __init__(self, bounds: TextBounds, count: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        bounds: TextBounds,
+        count: int,
+        device: torch.device,
+        turns: Sequence[Sequence[int]] = (),
+    ) -> None:
         import torch
+        from torch.nn.utils.rnn import pad_sequence
 
         self.bounds = bounds
-        self._start = torch.tensor(bounds.marked_start or bounds.prefix, device=device)
-        self._ends = torch.tensor(bounds.ends, device=device)
-        # Number of tokens of a text, whose first ones are the start
-        self._written = torch.zeros(count, 1, dtype=torch.int64, device=device)
+        given = [bounds.marked_start or bounds.prefix, *turns]
+        as_tensor = partial(torch.tensor, device=device)
+        self._given = pad_sequence([as_tensor(each) for each in given], batch_first=True)
+        self._lengths = as_tensor([len(each) for each in given])
+        self._ends = as_tensor(bounds.ends)
+        # Per text: what opens the current part (0 a text, 1 a user's message, 2 an answer), and the
+        # number of tokens that the part has
+        self._part = torch.arange(count, device=device)[:, None] % 2 * bool(turns)
+        self._written = torch.zeros_like(self._part)
 
     def next_tokens(self, drawn: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return the next token of each text, int64 [B, 1], and whether it was drawn.
@@ -188,17 +209,27 @@ class _Starts:
         """
         import torch
 
-        last = len(self._start) - 1
-        is_drawn, start = self._written > last, self._start[self._written.clamp(max=last)]
-        tokens = start if drawn is None else torch.where(is_drawn, drawn, start)
-        is_end = is_drawn & torch.isin(tokens, self._ends)
-        self._written = (self._written + 1).masked_fill(is_end & bool(self.bounds.start), 0)
-        return tokens.masked_fill(is_end, self.bounds.end), is_drawn
+        part, last = self._part, self._lengths[self._part] - 1
+        is_drawn, is_text = self._written > last, part == 0
+        tokens = self._given[part, torch.minimum(self._written, last)]
+        if drawn is not None:
+            tokens = torch.where(is_drawn, drawn + ANSWER * ~is_text, tokens)
+        # What opens an answer begins with the end of the user's message
+        turn_end = self._given[-1, 0]
+        is_turn_end = ~is_text & (ids_of(tokens) == ids_of(turn_end))
+        is_end = is_drawn & (torch.isin(ids_of(tokens), self._ends) | is_turn_end)
+        is_question_end, is_answer_end = is_end & (part == 1), is_end & (part == 2)
+        tokens = torch.where(is_question_end, turn_end, tokens)
+        self._part = part + is_question_end.long() - is_answer_end.long()
+        begins_anew = is_answer_end | (is_end & is_text & bool(self.bounds.start))
+        self._written = (self._written + 1).masked_fill(begins_anew, 0)
+        self._written = self._written.masked_fill(is_question_end, 1)
+        return tokens.masked_fill(is_end & is_text, self.bounds.end), is_drawn
 
 
 def _texts(
     model: nn.Module,
-    starts: _Starts,
+    openings: _Openings,
     length: int,
     window: int,
     draw: _Draw,
@@ -214,14 +245,14 @@ def _texts(
     from tritter.core.models import cache_in, cache_name, last_logits_only
 
     document_mask = document_mask_of(model)
-    read, _ = starts.next_tokens()
+    read, _ = openings.next_tokens()
     tokens, costs = [read], [torch.full(read.shape, math.nan, device=read.device)]
     name, cache, num_cached = cache_name(model), None, 0
     last_only = last_logits_only(model)
     for position in range(1, length):
         if num_cached + read.shape[1] > window - 1:  # no more context than in training
             latest = torch.cat(tokens[-max(1, window // 2) :], dim=1)
-            read, cache, num_cached = begun(latest, starts.bounds), None, 0
+            read, cache, num_cached = begun(latest, openings.bounds), None, 0
         num_cached += read.shape[1]
         document_arguments: dict[str, Tensor] = {}
         if document_mask is not None:
@@ -236,7 +267,7 @@ def _texts(
             raise TritterError(
                 "the model's logits are not finite: it can't generate data for replay."
             )
-        read, is_drawn = starts.next_tokens(draw(logits))
+        read, is_drawn = openings.next_tokens(draw(logits))
         tokens.append(read)
         nats = -logits.log_softmax(dim=-1).gather(1, ids_of(read))
         costs.append(nats.masked_fill(~is_drawn, math.nan))
@@ -405,6 +436,7 @@ class SelfReplay(ForgettingMethod):
             num_sequences=count * parts,
             sequence_length=length // parts,
             bounds=preparation.bounds,
+            turns=preparation.turns,
             temperature=options.temperature,
             top_p=options.top_p,
             sequences_per_text=per_text,
@@ -422,7 +454,7 @@ class SelfReplay(ForgettingMethod):
             flops=-(-count * parts // per_text)
             * sum(map(flops.of, lengths_read(per_text, length // parts))),
             found={"written": {**filtered.dropped, "kept": len(kept)}},
-            notes=(filtered.note(count, length),),
+            notes=(filtered.note(count, length, has_turns=bool(preparation.turns)),),
         )
 
     def filter_sequences(
@@ -484,11 +516,12 @@ class FilteredSequences:
     dropped: dict[str, int]
     nats: float
 
-    def note(self, count: int, length: int) -> str:
+    def note(self, count: int, length: int, *, has_turns: bool = False) -> str:
         """Return a sentence with the numbers of generated, replayed and dropped sequences."""
         reasons = [f"{number} {_WORDS[why]}" for why, number in self.dropped.items() if number]
         dropped = f"; dropped: {', '.join(reasons)}" if reasons else ""
         return (
-            f"self_replay: the model generated {count} sequences of {length} tokens at perplexity "
+            f"self_replay: the model generated {count} sequences of {length} tokens"
+            f"{', half of them conversations,' if has_turns else ''} at perplexity "
             f"{math.exp(self.nats):.3g}, {len(self.kept)} are used{dropped}."
         )
