@@ -27,9 +27,10 @@ from experiments.scores import CHANGE, benchmark_scores, change, copy_benchmarks
 from tritter.config.launch.composition import load_config  # noqa: E402
 from tritter.core.expansions import LlamaPro, Width, target_config  # noqa: E402
 from tritter.core.families import training_flops  # noqa: E402
-from tritter.core.models import load_model  # noqa: E402
+from tritter.core.models import load_model, load_tokenizer  # noqa: E402
 from tritter.data.packing import labels_of  # noqa: E402
 from tritter.evaluation.statistics import PairedScores  # noqa: E402
+from tritter.methods.experts.whole import load_whole  # noqa: E402
 from tritter.pipeline.base import schedule_of  # noqa: E402
 from tritter.pipeline.context import RunContext  # noqa: E402
 from tritter.pipeline.ledger import Ledger  # noqa: E402
@@ -42,6 +43,7 @@ QUESTIONS = {
     "arc_easy": 1000, "arc_easy, chat": 500, "arc_challenge": 586,
     "hellaswag": 300, "piqa": 300, "lambada": 300,
 }  # fmt: skip
+ORDINARY = 100  # questions that need no skill
 REPLAY, FREE = ["forgetting=replay"], ["forgetting=none"]
 NARROW = "expansion.width.intermediate_size=2304"  # 1.5 times that of the source
 PEFT = "LoRA of PEFT"  # on the batches and at the rate and rank of `LoRA`
@@ -209,7 +211,33 @@ def scores_of(options: Any, model: Path, name: str) -> dict[str, PairedScores]:
     path = options.work / f"scores_{name}.json"
     most = options.limit or sys.maxsize
     questions = {measure: min(each, most) for measure, each in QUESTIONS.items()}
-    return benchmark_scores(model, options.work / "benchmarks", questions, path)
+    scores = benchmark_scores(model, options.work / "benchmarks", questions, path)
+    return scores | {"ordinary": ordinary_answers(options, model, name)}
+
+
+def ordinary_answers(options: Any, model: Path, name: str) -> PairedScores:
+    """Return which ordinary questions, those of Dolly, are answered without a call of a tool.
+
+    A loss of given answers does not show which answer a model prefers.
+    """
+    path = options.work / f"ordinary_{name}.json"
+    if not path.is_file():
+        whole, tokenizer = load_whole(model, dtype=torch.bfloat16), load_tokenizer(model)
+        tokenizer.padding_side = "left"
+        rows = (options.work / "dolly.jsonl").read_text(encoding="utf-8").splitlines()
+        questions = [json.loads(row)["prompt"] for row in rows]
+        shortest = sorted(dict.fromkeys(questions), key=len)[:ORDINARY]
+        messages = [[{"role": "user", "content": each}] for each in shortest]
+        read = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, padding=True, return_dict=True,
+            return_tensors="pt",
+        )  # fmt: skip
+        written = whole.generate(**read, max_new_tokens=12, do_sample=False)
+        answers = tokenizer.batch_decode(written[:, read["input_ids"].shape[1] :])
+        plain = [float("<tool_call>" not in answer) for answer in answers]
+        right = torch.tensor(plain, dtype=torch.float64)
+        path.write_text(json.dumps(PairedScores.of_answers(shortest, right, 0.0).to_dict()))
+    return PairedScores.from_dict(json.loads(path.read_text(encoding="utf-8")))
 
 
 def _scores(folder: Path, stage: str) -> dict[str, PairedScores]:
